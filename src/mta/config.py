@@ -1,0 +1,186 @@
+"""The settings of a run: pydantic models that a YAML file and ``key=value`` words on the command line fill.
+
+Paper-like defaults where the paper's README names them (50 anchors, K = 2, rank 8, alpha 16); the rest is our choice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from mta.errors import ConfigError
+
+Policy = Literal["uniform", "top1", "similarity", "loss", "posterior", "learned", "fixed"]
+MergeMode = Literal["exact", "svd", "factor"]
+
+
+class Settings(BaseModel):
+    """Common behaviour: frozen, and an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Lora(Settings):
+    """Shape of one LoRA; its update of a layer is ``alpha / rank * B @ A``."""
+
+    rank: int = Field(8, ge=1)
+    alpha: float = Field(16.0, gt=0)
+
+    @property
+    def scale(self) -> float:
+        """The factor ``s`` in front of B @ A."""
+        return self.alpha / self.rank
+
+
+class Training(Settings):
+    """How the factors of one adapter are trained. Exactly one of ``steps`` and ``epochs`` counts: ``steps`` wins."""
+
+    lr: float = Field(2e-4, gt=0)
+    steps: int | None = Field(None, ge=0)
+    epochs: float = Field(1.0, gt=0)
+    batch_size: int = Field(8, ge=1)
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    warmup: float = Field(0.0, ge=0, le=1, description="share of the steps")
+    weight_decay: float = Field(0.0, ge=0)
+    clip: float = Field(1.0, gt=0, description="largest gradient norm of one person")
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+
+
+class TaskLoraSettings(Settings):
+    """Stage 0. ``items`` bounds the pooled examples; ``per_person`` the share of one person."""
+
+    enabled: bool = True
+    lora: Lora = Lora()
+    training: Training = Training(lr=5e-4, epochs=1, batch_size=32, schedule="cosine", warmup=0.05)
+    items: int = Field(4000, ge=1)
+    per_person: int = Field(32, ge=1)
+
+
+class BankSettings(Settings):
+    """Stage 1. Anchors are never more than a quarter of the candidates."""
+
+    anchors: int = Field(50, ge=1)
+    min_items: int = Field(11, ge=1, description="candidates have at least this many items (paper: more than 10)")
+    max_items: int = Field(200, ge=1, description="most recent items an anchor is trained on")
+    lora: Lora = Lora()
+    training: Training = Training(lr=2e-4, epochs=2, batch_size=8)
+    encode: Literal["input", "both"] = "both"
+
+
+class MergeSettings(Settings):
+    """Stage 2: which anchors, and how their coefficients come from the shots.
+
+    ``k`` anchors are retrieved, by cosine of the encodings (the paper's way) or by their loss on the shots; 0 takes all.
+    ``learned`` follows the gradient of K numbers from the posterior's coefficients on; its large eps makes AdamW a plain
+    descent, so that a coefficient the shots say little about moves little, and weight_decay pulls back to the start.
+    """
+
+    policy: Policy = "posterior"
+    retrieve: Literal["cosine", "loss"] = "cosine"
+    k: int = Field(2, ge=0)
+    tau: float = Field(0.2, gt=0)
+    temperature: float = Field(4.0, gt=0, description="T of the posterior policy")
+    null_prior: float = Field(0.5, gt=0, lt=1, description="prior of the task LoRA alone in the posterior policy")
+    fixed: float = Field(0.5, ge=0, le=1, description="share of the nearest anchor in the fixed policy")
+    learned: Training = Training(lr=0.5, steps=8, batch_size=64, eps=1.0, clip=1e9)
+    scale: float = Field(1.0, gt=0, description="multiplies all coefficients")
+    mode: MergeMode = "exact"
+    rank: int | None = Field(None, ge=1, description="rank of the svd mode; None keeps the bank's")
+
+
+class StackSettings(Settings):
+    """Stage 3: the rank-1 LoRA on top of the frozen merge."""
+
+    enabled: bool = True
+    lora: Lora = Lora(rank=1, alpha=16.0)
+    training: Training = Training(lr=2e-4, steps=8, batch_size=64)
+
+
+class Run(Settings):
+    """Everything that decides a result. The same run with the same seed gives the same tensors."""
+
+    base: str = "smollm2-135m-instruct"
+    task: str = "text"
+    encoder: str = "all-minilm-l6-v2"
+    seed: int = 0
+    dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
+    device: str = "auto"
+    memory: str = Field("4GiB", description="bound on one cohort: adapters, optimizer, activations")
+    max_tokens: int = Field(1024, ge=16)
+    task_lora: TaskLoraSettings = TaskLoraSettings()
+    bank: BankSettings = BankSettings()
+    merge: MergeSettings = MergeSettings()
+    stack: StackSettings = StackSettings()
+
+    @model_validator(mode="after")
+    def _memory_is_a_size(self) -> Run:
+        parse_size(self.memory)
+        return self
+
+
+_UNITS = {"B": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+
+
+def parse_size(text: str) -> int:
+    """Bytes of '4GiB', '500 MB' or '1024'. Raises ConfigError."""
+    digits = text.strip().rstrip("BKMGTibkmgt ")
+    unit = text.strip()[len(digits) :].strip().upper() or "B"
+    try:
+        return int(float(digits) * _UNITS[unit])
+    except (ValueError, KeyError):
+        raise ConfigError(f"not a size: {text!r}; expected a number with B, KiB, MiB, GiB, KB, MB or GB") from None
+
+
+S = TypeVar("S", bound=Settings)
+
+
+def load_settings(kind: type[S], path: str | Path | None = None, words: Iterable[str] = ()) -> S:
+    """Settings from a YAML file, then ``a.b=value`` words over it. Raises ConfigError naming key and value."""
+    values = _read_yaml(Path(path)) if path else {}
+    for word in words:
+        key, equals, text = word.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"not a setting: {word!r}; expected key=value, for example bank.anchors=20")
+        *parents, last = key.split(".")
+        inner = values
+        for parent in parents:
+            inner = inner.setdefault(parent, {})
+            if not isinstance(inner, dict):
+                raise ConfigError(f"{word!r}: {parent!r} is a single value, not a group of settings")
+        inner[last] = yaml.safe_load(text)
+    return checked(kind, values, str(path or "the command line"))
+
+
+def checked(kind: type[S], values: dict[str, Any], source: str) -> S:
+    """Settings from plain values; a pydantic error becomes a ConfigError that names key, value and source."""
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        raise ConfigError(f"{source}: {key}: {first['msg']} (got {first['input']!r})") from None
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"no such configuration file: {path}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not readable YAML: {error}") from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: expected a mapping of settings, got {type(values).__name__}")
+    return values
+
+
+def dump_yaml(settings: Settings) -> str:
+    """The resolved settings as YAML, ready to be given back with --config."""
+    return yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

@@ -1,0 +1,110 @@
+"""From a history to one vector, in which people can be compared."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from mta.assets import resolve
+from mta.base import BaseModel, folder_fingerprint
+from mta.errors import ModelError
+from mta.history import Person
+from mta.tasks.task import Task
+
+
+class Encoder(Protocol):
+    """Texts to vectors. ``name`` can be given to ``load_encoder`` again; ``fingerprint`` says which weights."""
+
+    name: str
+
+    @property
+    def fingerprint(self) -> str:
+        """Identity of the weights: vectors of different fingerprints are not comparable."""
+
+    def encode(self, texts: Sequence[str]) -> Tensor:
+        """(n,) texts -> (n, E) float32 on the CPU."""
+
+
+class SentenceEncoder:
+    """A sentence-transformers model by asset name, folder or hub id."""
+
+    def __init__(self, name: str, device: str | None = None) -> None:
+        from sentence_transformers import SentenceTransformer
+
+        self.name = name
+        self._folder = resolve(name)
+        try:
+            self._model = SentenceTransformer(self._folder, device=device)
+        except (OSError, ValueError) as error:
+            raise ModelError(
+                f"{name!r} cannot be loaded as a sentence encoder: {str(error).splitlines()[0]}"
+            ) from error
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Over stored weights where there is a folder, else over the loaded ones."""
+        if Path(self._folder).is_dir():
+            return folder_fingerprint(self._folder, self._model.tokenizer)
+        return hashlib.sha256(self._folder.encode()).hexdigest()
+
+    def encode(self, texts: Sequence[str]) -> Tensor:
+        """(n,) texts -> (n, E)."""
+        vectors: Any = self._model.encode(list(texts), batch_size=64, show_progress_bar=False, convert_to_tensor=True)
+        return vectors.float().cpu()
+
+
+class BaseEncoder:
+    """The base model itself as an encoder: mean of the last hidden states over a text's tokens."""
+
+    name = "base"
+
+    def __init__(self, base: BaseModel, tokens_per_batch: int = 4096) -> None:
+        self._base = base
+        self._budget = tokens_per_batch
+
+    @property
+    def fingerprint(self) -> str:
+        """The base's."""
+        return self._base.fingerprint
+
+    @torch.inference_mode()
+    def encode(self, texts: Sequence[str]) -> Tensor:
+        """(n,) texts -> (n, E)."""
+        rows = [self._base.tokenizer(text)["input_ids"][: self._base.prompts.max_tokens] or [0] for text in texts]
+        order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
+        vectors = torch.empty(0)
+        while order:
+            size = max(self._budget // len(rows[order[0]]), 1)
+            chosen, order = order[:size], order[size:]
+            width = len(rows[chosen[0]])
+            mask = torch.tensor([[i < len(rows[r]) for i in range(width)] for r in chosen], device=self._base.device)
+            tokens = torch.tensor([rows[r] + [0] * (width - len(rows[r])) for r in chosen], device=self._base.device)
+            hidden = self._base.model.base_model(input_ids=tokens, attention_mask=mask.long()).last_hidden_state.float()
+            means = ((hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)).cpu()
+            vectors = torch.zeros(len(rows), means.shape[1]) if not vectors.numel() else vectors
+            vectors[chosen] = means
+        return vectors
+
+
+def load_encoder(name: str, base: BaseModel) -> Encoder:
+    """``base`` for the base model's own states, else a sentence encoder by asset name, folder or hub id."""
+    return BaseEncoder(base) if name == "base" else SentenceEncoder(name, str(base.device))
+
+
+def encode_people(encoder: Encoder, task: Task, people: Sequence[Person], what: Literal["input", "both"]) -> Tensor:
+    """One unit vector per person, (U, E): the mean over their items, each distinct text encoded once.
+
+    ``both`` encodes an item with its target: inputs alone say what was watched, not how it was liked.
+    """
+    texts = [[task.text_of(item, with_target=what == "both") for item in person.items] for person in people]
+    distinct = sorted({text for theirs in texts for text in theirs})
+    place = {text: i for i, text in enumerate(distinct)}
+    vectors = torch.nn.functional.normalize(encoder.encode(distinct), dim=1)
+    means = torch.stack([vectors[[place[text] for text in theirs]].mean(0) for theirs in texts])
+    return torch.nn.functional.normalize(means, dim=1)

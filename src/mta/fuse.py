@@ -1,0 +1,166 @@
+"""Stage 2: which anchors a person's merge is made of, and with which coefficients. All from the few shots alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mta.base import BaseModel
+from mta.config import MergeSettings
+from mta.errors import AnchorNotFound, ConfigError
+from mta.lora.batch import LoraBatch
+from mta.lora.layers import Adapters, Gated, Shared
+from mta.score import log_likelihood
+from mta.training.trainer import Job, Step, train
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """What the shots say about the anchors.
+
+    Shapes: anchors (U, N) and task (U,), log-likelihood of a person's targets under each anchor and under the task LoRA
+    alone; tokens (U,) target tokens and shots (U,) items they were summed over.
+    """
+
+    anchors: Tensor
+    task: Tensor
+    tokens: Tensor
+    shots: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Merge:
+    """A merge for each of U people: anchor numbers ``ids`` (U, K) and coefficients ``w`` (U, K)."""
+
+    ids: Tensor
+    w: Tensor
+
+    def gates(self, anchors: int) -> Tensor:
+        """The same coefficients over all anchors, (U, N)."""
+        return torch.zeros(len(self.ids), anchors, dtype=self.w.dtype).scatter_add_(1, self.ids, self.w)
+
+    def adapters(self, bank: LoraBatch) -> Gated:
+        """The merge as a layer computes it, straight from the bank."""
+        factors = next(iter(bank.factors.values())).a
+        return Gated(bank, self.gates(len(bank)).to(factors.device))
+
+
+def gather_evidence(
+    base: BaseModel,
+    jobs: Sequence[Job],
+    bank: LoraBatch,
+    pooled: Sequence[Adapters],
+    *,
+    tokens_per_batch: int = 4096,
+    on_step: Callable[[str, Step], None] | None = None,
+) -> Evidence:
+    """Score everybody's shots under every anchor and under ``pooled`` (the task LoRA) alone: N + 1 passes.
+
+    Anchors never saw a target's shots, so their likelihood is honest evidence.
+    """
+    examples = [job.examples for job in jobs]
+    shots = torch.tensor([len(theirs) for theirs in examples], dtype=torch.float64)
+    passes, total = len(bank) + 1, int(shots.sum())
+
+    def score(number: int, adapters: Sequence[Adapters]) -> Tensor:
+        found = log_likelihood(base, examples, adapters, tokens_per_batch=tokens_per_batch)
+        sums = torch.stack([scores.sum() for scores in found]).double()
+        if on_step:
+            loss = float(-sums.sum() / shots.sum())
+            on_step("evidence", Step(number + 1, len(jobs), (number + 1) * total, passes * total, loss))
+        return sums
+
+    task = score(0, pooled)
+    anchors = torch.stack([score(n + 1, [*pooled, Shared(bank.select([n]))]) for n in range(len(bank))], 1)
+    tokens = torch.tensor([sum(len(e.target) for e in theirs) for theirs in examples], dtype=torch.float64)
+    return Evidence(anchors, task, tokens, shots)
+
+
+def needs_evidence(settings: MergeSettings) -> bool:
+    """Whether the policy reads the anchors' losses (``gather_evidence``) or only the encodings."""
+    return settings.retrieve == "loss" or settings.policy in ("loss", "posterior", "learned")
+
+
+def coefficients(settings: MergeSettings, similarity: Tensor, evidence: Evidence | None = None) -> Merge:
+    """Retrieve K anchors per person and weigh them by ``settings.policy``.
+
+    Shapes: similarity (U, N), cosine of person and anchor -> Merge of (U, K).
+    Source: arXiv:2511.20072, stage 2 (nearest anchors, linear merge); the policies are our choice, see the design.
+    Raises AnchorNotFound when more anchors are asked for than there are.
+    """
+    anchors = similarity.shape[1]
+    if settings.k > anchors:
+        raise AnchorNotFound(
+            f"merge.k is {settings.k}, but the bank has {anchors} anchors", hint="Lower merge.k, or 0 for all."
+        )
+    if evidence is None and needs_evidence(settings):
+        raise ConfigError(f"policy {settings.policy!r} needs the anchors' likelihood of the shots")
+    rank_by = evidence.anchors if settings.retrieve == "loss" and evidence else similarity.double()
+    ids = rank_by.topk(settings.k or anchors, dim=1, sorted=True).indices
+    near = similarity.double().gather(1, ids)
+    w = settings.scale * _weights(settings, near, ids, evidence)
+    return Merge(ids, w.float())
+
+
+def _weights(settings: MergeSettings, near: Tensor, ids: Tensor, evidence: Evidence | None) -> Tensor:
+    k = near.shape[1]
+    first = torch.zeros_like(near)
+    first[:, 0] = 1.0
+    match settings.policy:
+        case "uniform":
+            return torch.full_like(near, 1 / k)
+        case "top1":
+            return first
+        case "similarity":
+            return torch.softmax(near / settings.tau, dim=1)
+        case "fixed":
+            rest = (1 - settings.fixed) / (k - 1) if k > 1 else 0.0
+            return first * settings.fixed + (1 - first) * rest
+    assert evidence is not None
+    loglik = evidence.anchors.gather(1, ids)
+    if settings.policy == "loss":
+        return torch.softmax(loglik / evidence.tokens[:, None] / settings.tau, dim=1)
+    return posterior(loglik, evidence.task, settings.null_prior, settings.temperature)
+
+
+def posterior(loglik: Tensor, task: Tensor, null_prior: float, temperature: float) -> Tensor:
+    """Probability of each anchor given the shots, with the task LoRA alone as the null anchor.
+
+    w[u, k] in proportion to (1 - null_prior) / K * exp((loglik[u, k] - task[u]) / T), the null taking the rest: w sums to
+    less than 1, and to nearly nothing when no anchor explains the shots better than the pooled model.
+    ``loglik`` sums over all shots, which is the design's m * mean.
+    Shapes: loglik (U, K), task (U,) -> (U, K).
+    """
+    prior = torch.tensor((1 - null_prior) / loglik.shape[1], dtype=loglik.dtype).log()
+    null = torch.full_like(task, null_prior).log()
+    logits = torch.cat([(loglik - task[:, None]) / temperature + prior, null[:, None]], dim=1)
+    return torch.softmax(logits, dim=1)[:, :-1]
+
+
+def learn(
+    base: BaseModel,
+    jobs: Sequence[Job],
+    bank: LoraBatch,
+    start: Merge,
+    settings: MergeSettings,
+    pooled: Sequence[Adapters],
+    **how: Any,
+) -> Merge:
+    """The ``learned`` policy: descend the loss of the shots in the K coefficients, from ``start`` on.
+
+    What is trained is the difference to ``start``, so weight decay pulls towards it.
+    """
+    ids = start.ids.to(base.device)
+    before = start.w.to(base.device, base.master_dtype)
+
+    def adapters(parameters: Mapping[str, Tensor], people: Tensor) -> Gated:
+        w = before[people] + parameters["shift"]
+        gates = torch.zeros(len(w), len(bank), dtype=w.dtype, device=w.device)
+        return Gated(bank, gates.scatter_add(1, ids[people], w))
+
+    found = train(base, jobs, {"shift": torch.zeros_like(before)}, adapters, settings.learned, frozen=pooled, **how)
+    return Merge(start.ids, (before + found["shift"]).float().cpu())

@@ -1,0 +1,68 @@
+"""Decoding rows of different people together: one batch, everybody with their own adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mta.base import BaseModel
+from mta.lora.layers import Adapters, applied
+
+
+@torch.inference_mode()
+def generate(
+    base: BaseModel,
+    prompts: Sequence[Sequence[int]],
+    owners: Sequence[int],
+    adapters: Sequence[Adapters],
+    *,
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    seed: int = 0,
+    tokens_per_batch: int = 8192,
+) -> list[list[int]]:
+    """Continue each prompt with the adapters of its owner; returns the new tokens, without the end token.
+
+    Greedy by default. Rows are padded on the left and sorted by length into batches; greedy answers do not depend on
+    which rows share a batch, up to rounding.
+    """
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+    answers: list[list[int]] = [[] for _ in prompts]
+    torch.manual_seed(seed)
+    while order:
+        fit = max(tokens_per_batch // (len(prompts[order[-1]]) + max_new_tokens), 1)
+        order, chosen = order[:-fit], sorted(order[-fit:])
+        tokens, mask = _left_padded([prompts[i] for i in chosen], base)
+        owner = torch.tensor([owners[i] for i in chosen], device=base.device)
+        with applied(base.model, adapters, owner):
+            whole = base.model.generate(
+                input_ids=tokens, attention_mask=mask, generation_config=_config(base, max_new_tokens, temperature)
+            )
+        for i, row in zip(chosen, whole[:, tokens.shape[1] :].tolist()):
+            answers[i] = _until_end(row, base.stop_tokens)
+    return answers
+
+
+def _left_padded(prompts: Sequence[Sequence[int]], base: BaseModel) -> tuple[Tensor, Tensor]:
+    width = max(len(prompt) for prompt in prompts)
+    tokens = [[base.pad_token] * (width - len(prompt)) + list(prompt) for prompt in prompts]
+    mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+    return torch.tensor(tokens, device=base.device), torch.tensor(mask, device=base.device)
+
+
+def _config(base: BaseModel, max_new_tokens: int, temperature: float) -> object:
+    from transformers import GenerationConfig
+
+    sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+    return GenerationConfig(
+        max_new_tokens=max_new_tokens, eos_token_id=base.stop_tokens, pad_token_id=base.pad_token, **sampling
+    )
+
+
+def _until_end(tokens: list[int], stops: Sequence[int]) -> list[int]:
+    for i, token in enumerate(tokens):
+        if token in stops:
+            return tokens[:i]
+    return tokens

@@ -1,0 +1,152 @@
+"""``LoraBatch``: many adapters of one shape as stacked tensors.
+
+The update of adapter u on one layer is ``scale * B[u] @ A[u]``.
+Shapes: A (U, R, D), B (U, O, R) with U adapters, R rank, D inputs, O outputs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mta.errors import InputError
+
+Shapes = Mapping[str, tuple[int, int]]
+
+
+class Factors(NamedTuple):
+    """One layer's factors: ``a`` (U, R, D), ``b`` (U, O, R)."""
+
+    a: Tensor
+    b: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class LoraBatch:
+    """U adapters over the same layers: layer name -> Factors, and the common scale."""
+
+    factors: dict[str, Factors]
+    scale: float = 1.0
+
+    def __len__(self) -> int:
+        return next(iter(self.factors.values())).a.shape[0]
+
+    @property
+    def rank(self) -> int:
+        """R."""
+        return next(iter(self.factors.values())).a.shape[1]
+
+    @property
+    def names(self) -> list[str]:
+        """Adapted layers; their order is the L of per-layer coefficients."""
+        return list(self.factors)
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """Layer name -> (D, O)."""
+        return {name: (f.a.shape[2], f.b.shape[1]) for name, f in self.factors.items()}
+
+    def map(self, change: object) -> LoraBatch:
+        """The batch with ``change`` applied to every A and B."""
+        return replace(self, factors={name: Factors(change(f.a), change(f.b)) for name, f in self.factors.items()})  # type: ignore[operator]
+
+    def select(self, index: Tensor | Sequence[int] | slice) -> LoraBatch:
+        """The adapters at ``index``, in that order."""
+        return self.map(lambda t: t[index])
+
+    def to(self, *place: torch.device | torch.dtype) -> LoraBatch:
+        """The batch on another device or in another dtype."""
+        return self.map(lambda t: t.to(*place))
+
+    def scaled_into_b(self) -> LoraBatch:
+        """The same updates with scale 1."""
+        if self.scale == 1.0:
+            return self
+        return LoraBatch({name: Factors(f.a, f.b * self.scale) for name, f in self.factors.items()})
+
+    def padded(self, rank: int) -> LoraBatch:
+        """The same updates at a higher rank, zero-padded."""
+        more = rank - self.rank
+        pad = torch.nn.functional.pad
+        return replace(
+            self, factors={n: Factors(pad(f.a, (0, 0, 0, more)), pad(f.b, (0, more))) for n, f in self.factors.items()}
+        )
+
+    def delta(self, name: str) -> Tensor:
+        """The dense updates of one layer, (U, O, D): for tests and for folding into weights."""
+        return self.scale * self.factors[name].b @ self.factors[name].a
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Flat names for a safetensors file: ``<layer>.a`` and ``<layer>.b``, contiguous and on the CPU."""
+        flat = {}
+        for name, f in self.factors.items():
+            flat[f"{name}.a"], flat[f"{name}.b"] = f.a.detach().cpu().contiguous(), f.b.detach().cpu().contiguous()
+        return flat
+
+    @classmethod
+    def of_tensors(cls, flat: Mapping[str, Tensor], scale: float) -> LoraBatch:
+        """The inverse of ``tensors``. Raises InputError if an A has no B, or shapes do not fit."""
+        names = [key.removesuffix(".a") for key in flat if key.endswith(".a")]
+        if not names or set(flat) != {f"{n}.a" for n in names} | {f"{n}.b" for n in names}:
+            raise InputError("expected tensors '<layer>.a' and '<layer>.b' in pairs")
+        batch = cls({name: Factors(flat[f"{name}.a"], flat[f"{name}.b"]) for name in names}, scale)
+        for name, (a, b) in batch.factors.items():
+            if a.ndim != 3 or b.ndim != 3 or a.shape[:2] != (len(batch), batch.rank) or b.shape[::2] != a.shape[:2]:
+                raise InputError(f"factors of {name!r} do not fit together: A {tuple(a.shape)}, B {tuple(b.shape)}")
+        return batch
+
+
+def join(batches: Sequence[LoraBatch]) -> LoraBatch:
+    """Sum of updates, adapter by adapter: factors concatenated on the rank axis, scales folded into B."""
+    parts = [batch.scaled_into_b() for batch in batches]
+    names = parts[0].factors
+    return LoraBatch(
+        {
+            n: Factors(torch.cat([p.factors[n].a for p in parts], 1), torch.cat([p.factors[n].b for p in parts], 2))
+            for n in names
+        }
+    )
+
+
+def stack(batches: Iterable[LoraBatch]) -> LoraBatch:
+    """All adapters of several batches in one, zero-padded to the largest rank."""
+    parts = list(batches)
+    rank = max(part.rank for part in parts)
+    if len({part.scale for part in parts}) > 1:
+        parts = [part.scaled_into_b() for part in parts]
+    parts = [part.padded(rank) for part in parts]
+    names = parts[0].factors
+    return LoraBatch(
+        {
+            n: Factors(torch.cat([p.factors[n].a for p in parts]), torch.cat([p.factors[n].b for p in parts]))
+            for n in names
+        },
+        parts[0].scale,
+    )
+
+
+def fresh(
+    shapes: Shapes, rank: int, scale: float, seed: int, keys: Sequence[str], dtype: torch.dtype = torch.float32
+) -> LoraBatch:
+    """Untrained adapters, one per key: A from a hash of (seed, key, layer), B zero.
+
+    Equal keys start from the same A: that is what makes the anchors of a bank mergeable (stage 1).
+    A is uniform in +-1/sqrt(D), as in PEFT. A start depends on nothing else, so no cohort or worker can change it.
+    """
+    factors = {}
+    for name, (d, o) in shapes.items():
+        rows = {key: _hashed_uniform((rank, d), f"{seed}/{key}/{name}") for key in set(keys)}
+        a = torch.stack([rows[key] for key in keys]).to(dtype)
+        factors[name] = Factors(a, torch.zeros(len(keys), o, rank, dtype=dtype))
+    return LoraBatch(factors, scale)
+
+
+def _hashed_uniform(shape: tuple[int, int], key: str) -> Tensor:
+    seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8]) % 2**63
+    generator = torch.Generator().manual_seed(seed)
+    return (2 * torch.rand(shape, generator=generator, dtype=torch.float64) - 1) / shape[1] ** 0.5

@@ -1,0 +1,90 @@
+"""Stage 2's algebra: weighted sums of anchors' updates, for many people at once. Tensors in, tensors out.
+
+Three modes. ``exact`` concatenates factors (rank K * R, no loss). ``svd`` truncates the exact merge to a lower rank.
+``factor`` averages A and B apart, with cross terms between anchors: the likely original, kept for the ablation.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mta.errors import AnchorNotFound, InputError
+from mta.lora.batch import Factors, LoraBatch
+
+
+def merge_exact(bank: LoraBatch, ids: Tensor, w: Tensor) -> LoraBatch:
+    """Weighted sum of anchors' updates for many people, without loss (stage 2).
+
+    Per layer:  delta[u] = sum_k w[u, k] * scale * B[ids[u, k]] @ A[ids[u, k]]
+    The factors are concatenated, so no O x D matrix is formed.
+
+    Shapes: ids (U, K); w (U, K) or (U, L, K); A (N, R, D), B (N, O, R) -> A (U, K*R, D), B (U, O, K*R), scale 1.
+    Source: arXiv:2511.20072, stage 2; concatenation is our choice (docs/decisions/004).
+    Raises: AnchorNotFound.
+    """
+    weights = _per_layer(bank, ids, w)
+    people, k = ids.shape
+    factors = {}
+    for layer, (name, (a, b)) in enumerate(bank.factors.items()):
+        gathered = b[ids] * (bank.scale * weights[:, layer, :, None, None]).to(b)  # (U, K, O, R)
+        factors[name] = Factors(
+            a[ids].flatten(1, 2), gathered.transpose(1, 2).reshape(people, b.shape[1], k * b.shape[2])
+        )
+    return LoraBatch(factors)
+
+
+def merge_svd(bank: LoraBatch, ids: Tensor, w: Tensor, rank: int) -> tuple[LoraBatch, Tensor]:
+    """The exact merge cut to ``rank``, and the relative error that causes per person, (U,).
+
+    Shapes as in ``merge_exact``, with ``rank`` in place of K*R. At rank >= K*R nothing is lost.
+    Source: our choice; for servers with fixed rank slots.
+    """
+    return truncate(merge_exact(bank, ids, w), rank)
+
+
+def merge_factor(bank: LoraBatch, ids: Tensor, w: Tensor) -> LoraBatch:
+    """A and B averaged apart: delta[u] = scale * (sum_k w B_k) @ (sum_k w A_k), which has cross terms.
+
+    Shapes: as in ``merge_exact``, at rank R and with the bank's scale. Coefficients are used as they are; they sum to 1
+    in the policies this mode was made for.
+    Source: our reading of the likely original; an ablation.
+    """
+    weights = _per_layer(bank, ids, w)
+    factors = {}
+    for layer, (name, (a, b)) in enumerate(bank.factors.items()):
+        share = weights[:, layer, :, None, None].to(a)
+        factors[name] = Factors((share * a[ids]).sum(1), (share * b[ids]).sum(1))
+    return LoraBatch(factors, bank.scale)
+
+
+def truncate(batch: LoraBatch, rank: int) -> tuple[LoraBatch, Tensor]:
+    """The best approximation at ``rank``: QR of both factors, SVD of the small core.
+
+    Returns the batch with scale 1 and the relative Frobenius error over all layers, (U,).
+    """
+    factors, lost, total = {}, torch.zeros(()), torch.zeros(())
+    for name, (a, b) in batch.scaled_into_b().factors.items():
+        q_b, r_b = torch.linalg.qr(b)
+        q_a, r_a = torch.linalg.qr(a.mT)
+        u, s, v = torch.linalg.svd(r_b @ r_a.mT, full_matrices=False)
+        keep = min(rank, s.shape[-1])
+        root = s[:, :keep].sqrt()
+        factors[name] = Factors(root[:, :, None] * (v[:, :keep] @ q_a.mT), (q_b @ u[:, :, :keep]) * root[:, None, :])
+        lost = lost + (s[:, keep:] ** 2).sum(-1)
+        total = total + (s**2).sum(-1)
+    widest = max(f.a.shape[1] for f in factors.values())
+    even = {name: LoraBatch({name: f}).padded(widest).factors[name] for name, f in factors.items()}
+    return LoraBatch(even), (lost / total.clamp_min(torch.finfo(total.dtype).tiny)).sqrt()
+
+
+def _per_layer(bank: LoraBatch, ids: Tensor, w: Tensor) -> Tensor:
+    """Coefficients as (U, L, K), after checking that ids and shapes fit the bank."""
+    if ids.numel() and (int(ids.max()) >= len(bank) or int(ids.min()) < 0):
+        raise AnchorNotFound(f"anchors are numbered 0 to {len(bank) - 1}, got {int(ids.min())} to {int(ids.max())}")
+    layers = len(bank.factors)
+    wanted = (ids.shape[0], layers, ids.shape[1])
+    weights = w[:, None, :].expand(wanted) if w.ndim == 2 and w.shape == ids.shape else w
+    if weights.shape != wanted:
+        raise InputError(f"coefficients have shape {tuple(w.shape)}; expected {tuple(ids.shape)} or {wanted}")
+    return weights

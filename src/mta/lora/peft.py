@@ -1,0 +1,189 @@
+"""Adapters as ordinary PEFT folders: adapter_config.json and adapter_model.safetensors, one adapter each.
+
+Tensors are named ``base_model.model.<layer>.lora_A.weight`` (R, D) and ``...lora_B.weight`` (O, R). Only JSON and
+safetensors are read, and only what means ``scale * B @ A`` over unchanged base weights: anything else is refused.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from mta.errors import InputError
+from mta.lora.batch import Factors, LoraBatch
+
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
+_PREFIX, _A, _B = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
+_NOT_PLAIN = (  # whatever is set among these changes the update, or more than the linear layers' updates
+    *("use_dora", "use_qalora", "use_bdlora", "lora_bias", "modules_to_save", "rank_pattern", "alpha_pattern"),
+    *("target_parameters", "trainable_token_indices", "layer_replication", "alora_invocation_tokens"),
+    *("arrow_config", "kasa_config", "monteclora_config"),
+)
+_REWRITES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # initialisations that subtract from W0
+_HINT = "mta reads plain LoRA: bias 'none', one rank and alpha for all layers, linear layers only."
+
+
+def write_peft(folder: str | Path, adapter: LoraBatch, base_name: str, *, fan_in_fan_out: bool = False) -> None:
+    """Write a batch of exactly one adapter as a PEFT folder; ``fan_in_fan_out`` is for GPT-2's Conv1D layers.
+
+    A new folder appears whole, by rename. In a folder that has files already only these two are replaced, the
+    configuration last: a killed export leaves a folder without one, never new weights under an old alpha.
+    Raises InputError.
+    """
+    if len(adapter) != 1:
+        raise InputError(
+            f"a PEFT folder holds exactly one adapter, got a batch of {len(adapter)}",
+            hint="Choose one:  write_peft(folder, batch.select([0]), ...)",
+        )
+    target = Path(folder).resolve()
+    if target.exists() and not target.is_dir():
+        raise InputError(f"{folder} is a file, expected a folder to write an adapter to", hint="Choose another folder.")
+    aside = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
+    aside.mkdir(parents=True)
+    try:
+        save_file(_tensors(adapter), aside / WEIGHTS, {"format": "pt"})
+        config = _config(adapter, base_name, fan_in_fan_out)
+        (aside / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        _publish(aside, target)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def read_peft(folder: str | Path) -> LoraBatch:
+    """The adapter of a PEFT folder as a batch of one; rsLoRA's scale is honoured.
+
+    Raises InputError for files missing or damaged and for all that is not plain LoRA.
+    """
+    config = _read_config(Path(folder))
+    _refuse_more_than_lora(folder, config)
+    rank, alpha = config.get("r"), config.get("lora_alpha")
+    if type(rank) is not int or rank < 1 or not isinstance(alpha, int | float) or not math.isfinite(alpha):
+        raise InputError(
+            f"{folder}: r is {rank!r} and lora_alpha {alpha!r}, expected a positive integer and a finite number"
+        )
+    factors = _pairs(folder, _read_weights(Path(folder)))
+    for name, (a, b) in factors.items():
+        if a.ndim != 3 or b.ndim != 3 or a.shape[1] != rank or b.shape[2] != rank:
+            raise InputError(
+                f"{folder}: layer {name!r} has A {tuple(a.shape[1:])} and B {tuple(b.shape[1:])}, "
+                f"expected rank {rank}, the r of {CONFIG}"
+            )
+    return LoraBatch(factors, float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank))
+
+
+def _tensors(adapter: LoraBatch) -> dict[str, Tensor]:
+    flat = {}
+    for name, f in adapter.factors.items():
+        flat[f"{_PREFIX}{name}{_A}"] = f.a[0].detach().cpu().clone()  # cloned: views of one buffer cannot be saved
+        flat[f"{_PREFIX}{name}{_B}"] = f.b[0].detach().cpu().clone()
+    return {name: tensor.contiguous() for name, tensor in flat.items()}
+
+
+def _config(adapter: LoraBatch, base_name: str, fan_in_fan_out: bool) -> dict[str, Any]:
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_name,
+        "inference_mode": True,
+        "r": adapter.rank,
+        "lora_alpha": _alpha(adapter.scale, adapter.rank),
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": fan_in_fan_out,
+        # Full names in a list, not a pattern: PEFT then adapts these layers only, and vLLM wants a list.
+        "target_modules": adapter.names,
+        "modules_to_save": None,
+        "use_rslora": False,
+        "use_dora": False,
+    }
+
+
+def _alpha(scale: float, rank: int) -> int | float:
+    """The alpha for which alpha / rank is ``scale`` exactly, where a double can say it (else within one bit)."""
+    near = scale * rank
+    around = (near, math.nextafter(near, math.inf), math.nextafter(near, -math.inf))
+    alpha = next((value for value in around if value / rank == scale), near)
+    return int(alpha) if alpha.is_integer() else alpha
+
+
+def _publish(aside: Path, target: Path) -> None:
+    for name in (WEIGHTS, CONFIG):
+        with (aside / name).open("rb+") as file:
+            os.fsync(file.fileno())
+    if not target.exists():
+        aside.rename(target)
+        return
+    (target / CONFIG).unlink(missing_ok=True)
+    for name in (WEIGHTS, CONFIG):
+        (aside / name).replace(target / name)
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    path = folder / CONFIG
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise InputError(
+            f"{folder} is not a PEFT folder: {CONFIG} is missing", hint="Give the folder that holds it."
+        ) from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path} cannot be read as JSON: {error}", hint="Export the adapter again.") from error
+    if not isinstance(config, dict):
+        raise InputError(f"{path} holds a {type(config).__name__}, expected a JSON object of LoRA settings")
+    return config
+
+
+def _refuse_more_than_lora(folder: str | Path, config: Mapping[str, Any]) -> None:
+    if config.get("peft_type") != "LORA":
+        raise InputError(f"{folder}: peft_type is {config.get('peft_type')!r}, expected 'LORA'", hint=_HINT)
+    if config.get("bias", "none") != "none":
+        raise InputError(f"{folder}: bias is {config['bias']!r}, expected 'none'", hint=_HINT)
+    for key in _NOT_PLAIN:
+        if config.get(key):
+            raise InputError(f"{folder}: {key} is {config[key]!r}, expected it unset", hint=_HINT)
+    start = str(config.get("init_lora_weights", True)).lower()
+    if start.startswith(_REWRITES_BASE):
+        raise InputError(
+            f"{folder}: init_lora_weights is {start!r}, which changes the base weights",
+            hint="Convert it to plain LoRA when saving (PEFT: path_initial_model_for_weight_conversion).",
+        )
+
+
+def _read_weights(folder: Path) -> dict[str, Tensor]:
+    path = folder / WEIGHTS
+    if not path.is_file():
+        pickled = (folder / "adapter_model.bin").exists()
+        raise InputError(
+            f"{folder}: {WEIGHTS} is missing"
+            + (", and adapter_model.bin is a pickle, which mta never reads" * pickled),
+            hint="Save the adapter again as safetensors:  save_pretrained(folder, safe_serialization=True)",
+        )
+    try:
+        return dict(load_file(path))
+    except (OSError, SafetensorError, ValueError, KeyError, RuntimeError) as error:
+        raise InputError(
+            f"{path} is not a whole safetensors file: {error}", hint="Copy or export the adapter again."
+        ) from error
+
+
+def _pairs(folder: str | Path, flat: Mapping[str, Tensor]) -> dict[str, Factors]:
+    expected = f"expected pairs {_PREFIX}<layer>{_A} and {_B.lstrip('.')}"
+    names = [key.removeprefix(_PREFIX).removesuffix(_A) for key in flat if key.startswith(_PREFIX) and key.endswith(_A)]
+    known = {f"{_PREFIX}{name}{end}" for name in names for end in (_A, _B)}
+    if odd := sorted(known ^ set(flat)):
+        missing = "lacks" if odd[0] in known else "holds"
+        raise InputError(f"{folder}: {WEIGHTS} {missing} the tensor {odd[0]!r}; {expected}", hint=_HINT)
+    if not names:
+        raise InputError(f"{folder}: {WEIGHTS} holds no tensor; {expected}", hint="Export the adapter again.")
+    return {name: Factors(flat[f"{_PREFIX}{name}{_A}"][None], flat[f"{_PREFIX}{name}{_B}"][None]) for name in names}

@@ -1,0 +1,353 @@
+"""``Personalizer``: stages 2 and 3 for many people at once, and what can be done with the result."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mta.adapt import adapt
+from mta.bank.bank import Bank
+from mta.base import BaseModel
+from mta.config import MergeSettings, Run, Settings, StackSettings, dump_yaml, parse_size
+from mta.encode import Encoder, encode_people
+from mta.errors import DataError, PersonNotFound, StoreError
+from mta.executor import Executor, LocalExecutor
+from mta.fuse import Merge, coefficients, gather_evidence, learn, needs_evidence
+from mta.generate import generate
+from mta.history import Item, Person
+from mta.lora.batch import join, stack
+from mta.lora.layers import Adapters, Gated, PerPerson
+from mta.lora.merge import merge_exact, merge_factor, truncate
+from mta.lora.peft import write_peft
+from mta.score import label_scores, log_likelihood
+from mta.store import State, Store, work_key
+from mta.training.checkpoint import Checkpoint
+from mta.training.plan import Plan, plan_cohorts
+from mta.training.trainer import Job, Step
+
+
+class Nobody(Enum):
+    """Rows that belong to no person: the untouched base, or the pooled model (base and task LoRA)."""
+
+    BASE = "base"
+    TASK = "task"
+
+
+BASE, TASK = Nobody.BASE, Nobody.TASK
+Who = str | Nobody
+Question = str | Mapping[str, str]
+OnStep = Callable[[str, Step], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Personalized:
+    """What ``personalize`` did: how many people were trained, how many were there already, how many texts were cut."""
+
+    trained: int
+    unchanged: int
+    shortened: int
+
+
+@dataclass(frozen=True, slots=True)
+class Forgotten:
+    """What ``forget`` did: whether states were there, and which trained parts of the bank still hold something."""
+
+    states_removed: bool
+    needs_rebuild: list[str]
+
+
+class Personalizer:
+    """The stages as one object over a base, a bank and (optionally) a store of people's states.
+
+    >>> personal = Personalizer(base, bank, store="people/")
+    >>> personal.personalize(people)                              # all of them together
+    >>> personal.generate([("ann", "..."), ("bob", "...")])       # one batch, two people
+    """
+
+    def __init__(
+        self,
+        base: BaseModel,
+        bank: Bank,
+        store: str | Path | Store | None = None,
+        *,
+        run: Run | None = None,
+        encoder: Encoder | None = None,
+        executor: Executor | None = None,
+    ) -> None:
+        self.base, self.bank = base, bank
+        self.run = run or bank.info.run
+        self.store = Store(store) if isinstance(store, (str, Path)) else store
+        self.executor = executor or LocalExecutor()
+        self._encoder = encoder
+        self._unsaved: dict[str, State] = {}
+
+    @cached_property
+    def encoder(self) -> Encoder:
+        """The encoder the bank's anchors were placed with."""
+        return self._encoder or self.bank.encoder(self.base)
+
+    # -- stages 2 and 3 ------------------------------------------------------------------------------------------------
+
+    def personalize(
+        self, people: Sequence[Person], *, on_step: OnStep | None = None, checkpoints: str | Path | None = None
+    ) -> Personalized:
+        """Merge and adapt for everybody in ``people``; their histories are the shots.
+
+        People whose state is already made of the same shots, bank and settings are left alone, so a repeated or killed
+        call only does what is missing. With ``checkpoints`` (a folder) a killed cohort goes on where it was.
+        Raises DataError for a person without items, MemoryBudgetError.
+        """
+        ordered = sorted(people, key=lambda person: person.id)
+        _check(ordered)
+        works = {person.id: self._work(person) for person in ordered}
+        todo = [person for person in ordered if not self._has(person.id, works[person.id])]
+        jobs = [self._job(person) for person in todo]
+        folder = Path(checkpoints) if checkpoints else None
+        plan = plan_cohorts(self.base, jobs, self._numbers(), parse_size(self.run.memory))
+
+        def cohort(numbers: Sequence[int]) -> None:
+            chosen, theirs = [todo[n] for n in numbers], [jobs[n] for n in numbers]
+            for person, state in zip(chosen, self._states(chosen, theirs, works, plan, folder, on_step)):
+                self._keep(person.id, state)
+
+        list(self.executor.map(cohort, plan.cohorts if jobs else ()))
+        cut = sum(example.cut > 0 for job in jobs for example in job.examples)
+        return Personalized(len(todo), len(people) - len(todo), cut)
+
+    def _states(
+        self,
+        people: Sequence[Person],
+        jobs: Sequence[Job],
+        works: Mapping[str, str],
+        plan: Plan,
+        folder: Path | None,
+        on_step: OnStep | None,
+    ) -> list[State]:
+        """One cohort through stages 2 and 3."""
+        merge = self.merge(people, jobs, plan.tokens_per_batch, on_step)
+        settings, stacks = self.run.stack, None
+        if settings.enabled:
+            name = hashlib.sha256(
+                "/".join([plan.digest, *(works[person.id] for person in people)]).encode()
+            ).hexdigest()
+            checkpoint = Checkpoint(folder / f"{name[:24]}.checkpoint", name) if folder else None
+            stacks = adapt(
+                self.base,
+                jobs,
+                [*self.bank.pooled, merged(self.bank, merge, self.run.merge)],
+                settings.lora,
+                settings.training,
+                seed=self.run.seed,
+                tokens_per_batch=plan.tokens_per_batch,
+                checkpoint=checkpoint,
+                on_step=_named(on_step, "stack"),
+            )
+            if checkpoint:
+                checkpoint.remove()
+        return [
+            State(
+                bank=self.bank.hash,
+                anchors=tuple(merge.ids[i].tolist()),
+                w=tuple(merge.w[i].tolist()),
+                policy=self.run.merge.policy,
+                history=person.digest(),
+                work=works[person.id],
+                seed=self.run.seed,
+                stack=stacks.select([i]).to(torch.device("cpu")) if stacks else None,
+            )
+            for i, person in enumerate(people)
+        ]
+
+    def merge(
+        self, people: Sequence[Person], jobs: Sequence[Job], tokens_per_batch: int = 4096, on_step: OnStep | None = None
+    ) -> Merge:
+        """Stage 2 for these people: their anchors and coefficients, from their shots alone."""
+        settings = self.run.merge
+        vectors = encode_people(self.encoder, self.bank.task, people, self.bank.info.run.bank.encode)
+        evidence = None
+        if needs_evidence(settings):
+            evidence = gather_evidence(
+                self.base, jobs, self.bank.working, self.bank.pooled, tokens_per_batch=tokens_per_batch, on_step=on_step
+            )
+        found = coefficients(settings, self.bank.similarity(vectors), evidence)
+        if settings.policy == "learned":
+            report = _named(on_step, "coefficients")
+            how: dict[str, Any] = {"seed": self.run.seed, "tokens_per_batch": tokens_per_batch, "on_step": report}
+            found = learn(self.base, jobs, self.bank.working, found, settings, self.bank.pooled, **how)
+        return found
+
+    # -- using what was made -------------------------------------------------------------------------------------------
+
+    def generate(
+        self,
+        rows: Sequence[tuple[Who, Question]],
+        *,
+        max_new_tokens: int = 64,
+        stacked: bool = True,
+        temperature: float = 0.0,
+    ) -> list[str]:
+        """Answer questions of different people, and of nobody (``mta.TASK``, ``mta.BASE``), in one batch.
+
+        ``stacked=False`` leaves the stacks out: merges alone. Raises PersonNotFound, DataError.
+        """
+        owners, adapters = self._adapters([who for who, _ in rows], stacked)
+        prompts = [
+            self.base.prompts.prompt(self.bank.task, self.bank.task.asked(question), max_new_tokens).tokens
+            for _, question in rows
+        ]
+        tokens = generate(
+            self.base,
+            prompts,
+            owners,
+            adapters,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            seed=self.run.seed,
+        )
+        return [self.base.prompts.decode(answer) for answer in tokens]
+
+    def score(self, rows: Sequence[tuple[Who, Question, str]], *, stacked: bool = True) -> list[float]:
+        """Log probability of a given answer for each row, its end token included. Raises PersonNotFound, DataError."""
+        owners, adapters = self._adapters([who for who, _, _ in rows], stacked)
+        task = self.bank.task
+        jobs = [[self.base.prompts.example(task, task.asked(question), answer)] for _, question, answer in rows]
+        return [float(found[0]) for found in log_likelihood(self.base, jobs, adapters, owners=owners)]
+
+    def label_scores(self, rows: Sequence[tuple[Who, Sequence[Item]]], *, stacked: bool = True) -> list[Tensor]:
+        """Log probability of every label for every item of every row: a list of (items, labels) tensors."""
+        owners, adapters = self._adapters([who for who, _ in rows], stacked)
+        return label_scores(self.base, self.bank.task, [items for _, items in rows], adapters, owners=owners)
+
+    def export(self, person: str, out: str | Path, *, rank: int | None = None) -> float:
+        """Write task LoRA, merge and stack as one PEFT folder for the untouched base.
+
+        ``rank`` compresses by svd. Returns the relative error that causes (0 without). Raises PersonNotFound.
+        """
+        state = self.state(person)
+        ids, w = torch.tensor([state.anchors]), torch.tensor([state.w])
+        parts = [merge_exact(self.bank.anchors, ids, w)]
+        parts += [part for part in (self.bank.task_lora, state.stack) if part]
+        whole, error = join([part.to(torch.device("cpu"), torch.float32) for part in parts]), torch.zeros(1)
+        if rank is not None and rank < whole.rank:
+            whole, error = truncate(whole, rank)
+        write_peft(out, whole, self.base.name, fan_in_fan_out=self.base.fan_in_fan_out)
+        return float(error)
+
+    def forget(self, person: str) -> Forgotten:
+        """Remove a person's states and history, and name the trained parts that still hold something learnt from them."""
+        removed = self._unsaved.pop(person, None) is not None
+        if self.store:
+            removed = self.store.forget(person) or removed
+        return Forgotten(removed, self.bank.forget(person))
+
+    def state(self, person: str) -> State:
+        """What is kept of a person. Raises PersonNotFound, StateCorrupt, StoreError if it was made with another bank."""
+        if person in self._unsaved:
+            return self._unsaved[person]
+        if not self.store:
+            raise PersonNotFound("no state is known for that person", hint="Call personalize for them first.")
+        state = self.store.load(person)
+        if state.bank != self.bank.hash:
+            raise StoreError(
+                f"the person's state was made with bank {state.bank[:8]}…, the bank at {self.bank.folder} is {self.bank.hash[:8]}…",
+                hint="Open that bank, or personalize again: mta personalize",
+            )
+        return state
+
+    # -- within --------------------------------------------------------------------------------------------------------
+
+    def _adapters(self, whose: Sequence[Who], stacked: bool) -> tuple[list[int], list[Adapters]]:
+        """Row owners and adapters for a batch of different people: everybody a row of coefficients and a stack."""
+        known = list(dict.fromkeys(whose))
+        place = {who: i for i, who in enumerate(known)}
+        states = [None if isinstance(who, Nobody) else self.state(who) for who in known]
+        gates = torch.zeros(len(known), len(self.bank))
+        for i, state in enumerate(states):
+            if state:
+                gates[i].scatter_add_(0, torch.tensor(state.anchors), torch.tensor(state.w))
+        place_of = self.base.device
+        adapters: list[Adapters] = [Gated(self.bank.working, gates.to(place_of))]
+        if self.bank.task_lora:
+            pooled = torch.tensor([[0.0 if who is BASE else 1.0] for who in known])
+            adapters.append(Gated(self.bank.task_lora, pooled.to(place_of)))
+        stacks = [state.stack for state in states if state and state.stack]
+        if stacked and stacks:
+            none = stacks[0].map(torch.zeros_like)
+            every = stack([state.stack if state and state.stack else none for state in states])
+            adapters.append(PerPerson(every.to(place_of)))
+        return [place[who] for who in whose], adapters
+
+    def _job(self, person: Person) -> Job:
+        return Job(person.id, [self.base.prompts.example(self.bank.task, item) for item in person.items])
+
+    def _work(self, person: Person) -> str:
+        settings = _Kept(
+            merge=self.run.merge, stack=self.run.stack, dtype=self.run.dtype, max_tokens=self.run.max_tokens
+        )
+        return work_key(self.bank.hash, person.digest(), dump_yaml(settings), self.run.seed)
+
+    def _has(self, person: str, work: str) -> bool:
+        try:
+            return self.state(person).work == work
+        except (PersonNotFound, StoreError):
+            return False
+
+    def _keep(self, person: str, state: State) -> None:
+        if self.store:
+            self.store.save(person, state)
+        else:
+            self._unsaved[person] = state
+
+    def _numbers(self) -> int:
+        return (
+            self.run.stack.lora.rank * sum(d + o for d, o in self.base.targets.values())
+            if self.run.stack.enabled
+            else 1
+        )
+
+
+def _named(on_step: OnStep | None, stage: str) -> Callable[[Step], None] | None:
+    return partial(on_step, stage) if on_step else None
+
+
+class _Kept(Settings):
+    """The settings a state depends on."""
+
+    merge: MergeSettings
+    stack: StackSettings
+    dtype: str
+    max_tokens: int
+
+
+def merged(bank: Bank, merge: Merge, settings: MergeSettings) -> Adapters:
+    """A merge as the layers compute it, by ``settings.mode``.
+
+    The exact merge is gathered per person when that is little to move, else computed straight from the bank.
+    """
+    device = next(iter(bank.working.factors.values())).a.device
+    ids, w = merge.ids.to(device), merge.w.to(device)
+    if settings.mode == "factor":
+        return PerPerson(merge_factor(bank.working, ids, w))
+    if settings.mode == "svd":
+        exact = merge_exact(bank.anchors.to(ids.device), ids, w)
+        return PerPerson(truncate(exact, settings.rank or bank.anchors.rank)[0])
+    if 4 * ids.shape[1] <= len(bank):
+        return PerPerson(merge_exact(bank.working, ids, w))
+    return merge.adapters(bank.working)
+
+
+def _check(people: Sequence[Person]) -> None:
+    if empty := sum(not person.items for person in people):
+        raise DataError(
+            f"{empty} of {len(people)} people have no item", hint="Personalizing takes at least one shot each."
+        )
+    if len({person.id for person in people}) < len(people):
+        raise DataError("a person is given twice", hint="Put all items of a person into one history.")

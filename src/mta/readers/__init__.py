@@ -1,0 +1,11 @@
+"""Files of people's items: JSONL, LaMP, Per-Pcs and RecBole, told apart by what is in them.
+
+``read_people`` gathers everybody; ``iter_parts`` streams and never holds a whole file. A bad row raises a DataError
+that names file, line and field, or goes into a file of rejects while reading goes on.
+"""
+
+from mta.readers.people import describe, iter_parts, read_people
+from mta.readers.rejects import Rejects
+from mta.readers.rows import Part
+
+__all__ = ["Part", "Rejects", "describe", "iter_parts", "read_people"]

@@ -1,0 +1,175 @@
+"""LaMP's questions and outputs, and Per-Pcs' person files: profiles with ready-made questions."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from mta.errors import DataError
+from mta.history import Item
+from mta.readers.rejects import Bad, Place, Rejects, data_error
+from mta.readers.rows import Part, item_in, list_in, text_in
+from mta.readers.stream import array_elements, kind_of, opened
+from mta.tasks.task import Task
+
+GOLDS = r'"golds"\s*:\s*\['
+log = logging.getLogger("mta")
+
+
+class Gold(NamedTuple):
+    """The answer to a question, and where it stands."""
+
+    output: str
+    place: Place
+
+
+def questions_in(folder: Path) -> Path:
+    """The one file of questions in a folder. Raises DataError if there are several or none."""
+    found = sorted(folder.glob("*questions.json"))
+    if not found:
+        raise DataError(f"{folder} holds neither *_questions.json (LaMP) nor *.inter (RecBole)")
+    if len(found) > 1:
+        names = ", ".join(path.name for path in found)
+        raise DataError(f"{folder} holds several files of questions: {names}", hint="Give the path of one of them.")
+    return found[0]
+
+
+def outputs_beside(questions: Path) -> Path | None:
+    """The file of gold answers that belongs to a file of questions, if there is one."""
+    path = questions.with_name(questions.name.replace("questions", "outputs"))
+    return path if path != questions and path.exists() else None
+
+
+def lamp_parts(
+    records: Iterator[tuple[Place, dict[str, Any]]], golds: dict[str, Gold] | None, task: Task, rejects: Rejects
+) -> Iterator[Part]:
+    """One question a record. Without ``user_id`` each question is a person of its own; a user's questions merge.
+
+    Queries without an outputs file keep no target, as test questions have none: they can be answered, not judged.
+    """
+    seen: set[str] = set()
+    for place, record in records:
+        try:
+            id = text_in(record, "id")
+            if id in seen:
+                raise Bad("id", f"duplicate question id {id!r}")
+            seen.add(id)
+            person = text_in(record, "user_id") if record.get("user_id") is not None else id
+            items = _profile(record, task, place, rejects)
+        except Bad as bad:
+            rejects.add(place, bad.field, bad.reason, {"id": record.get("id")})
+            continue
+        yield Part(person, items, place, _queries([record], golds, task, place, rejects), repeats=True)
+    for id, gold in (golds or {}).items():
+        if id not in seen:
+            rejects.add(gold.place, "id", f"no question has the id {id!r}", {"id": id, "output": gold.output})
+
+
+def perpcs_parts(records: Iterator[tuple[Place, dict[str, Any]]], task: Task, rejects: Rejects) -> Iterator[Part]:
+    """One person a record, with any number of questions, each with its gold answer where known."""
+    seen: set[str] = set()
+    for place, record in records:
+        try:
+            person = text_in(record, "user_id")
+            if person in seen:
+                raise Bad("user_id", f"duplicate person {person!r}")
+            seen.add(person)
+            items, questions = _profile(record, task, place, rejects), list_in(record, "query")
+        except Bad as bad:
+            rejects.add(place, bad.field, bad.reason, {"user_id": record.get("user_id")})
+            continue
+        yield Part(person, items, place, _queries(questions, None, task, place, rejects))
+
+
+def _profile(record: dict[str, Any], task: Task, place: Place, rejects: Rejects) -> tuple[Item, ...]:
+    items = []
+    for number, row in enumerate(list_in(record, "profile")):
+        try:
+            if not isinstance(row, dict):
+                raise Bad(None, f"expected an object, got {kind_of(row)}")
+            items.append(item_in(row, task, time="date"))
+        except Bad as bad:
+            field = f"profile[{number}]" + (f".{bad.field}" if bad.field else "")
+            rejects.add(place, field, bad.reason, row)
+    if not items:
+        raise Bad("profile", "no item; a person needs at least one")
+    return tuple(items)
+
+
+def _queries(
+    rows: list[Any], golds: dict[str, Gold] | None, task: Task, place: Place, rejects: Rejects
+) -> tuple[Item, ...]:
+    queries: dict[str, Item] = {}
+    for row in rows:
+        try:
+            if not isinstance(row, dict):
+                raise Bad("query", f"expected a list of objects, got {kind_of(row)}")
+            query = _query(row, golds, task)
+            if query.id in queries:
+                raise Bad("id", f"duplicate question id {query.id!r}")
+            queries[str(query.id)] = query
+        except Bad as bad:
+            # A LaMP record carries its whole profile: only the question is set aside.
+            kept = {key: value for key, value in row.items() if key != "profile"} if isinstance(row, dict) else row
+            rejects.add(bad.place or place, bad.field, bad.reason, kept)
+    return tuple(queries.values())
+
+
+def _query(row: dict[str, Any], golds: dict[str, Gold] | None, task: Task) -> Item:
+    id = text_in(row, "id")
+    output, place = _answer(row, id, golds)
+    try:
+        query = task.parse_query(text_in(row, "input"), output, id)
+    except DataError as error:
+        raise Bad("input", error.message) from None
+    if found := task.wrong(query):
+        if found[0] == task.form(query).target:
+            raise Bad("output" if place else "gold", found[1], place)
+        raise Bad("input", f"{found[0]} is {found[1]}")
+    return query
+
+
+def _answer(row: dict[str, Any], id: str, golds: dict[str, Gold] | None) -> tuple[str | None, Place | None]:
+    """The gold answer to a question, and its place if that is a file of outputs."""
+    if golds is None:
+        return (text_in(row, "gold").strip() if row.get("gold") is not None else None), None
+    if id not in golds:
+        raise Bad("id", f"the file of outputs has no answer for question {id!r}")
+    return golds[id]
+
+
+def golds_for(questions: Path, task: Task, rejects: Rejects) -> dict[str, Gold] | None:
+    """The gold answers to a file of questions, by question; None if there is no file of outputs beside it."""
+    outputs = outputs_beside(questions)
+    if outputs is None:
+        log.info("no outputs beside %s: its questions have no gold answers", questions)
+        return None
+    _check_task(outputs, task)
+    golds: dict[str, Gold] = {}
+    for line, row in array_elements(outputs, GOLDS):
+        place = Place(outputs, line)
+        try:
+            if not isinstance(row, dict):
+                raise Bad(None, f"expected a JSON object, got {kind_of(row)}")
+            id, output = text_in(row, "id"), text_in(row, "output")
+            if id in golds:
+                raise Bad("id", f"duplicate question id {id!r}")
+        except Bad as bad:
+            rejects.add(place, bad.field, bad.reason, row)
+            continue
+        golds[id] = Gold(output.strip(), place)
+    return golds
+
+
+def _check_task(outputs: Path, task: Task) -> None:
+    """Refuse answers to another task's questions: only numbers are compared, LaMP-2 goes by several names."""
+    with opened(outputs) as file:
+        match = re.search(rb'"task"\s*:\s*"([^"]*)"', file.read(4096))
+    if match is None or task.lamp is None:
+        return
+    name = match[1].decode("utf-8", "replace")
+    if re.findall(r"\d+", name) != re.findall(r"\d+", task.lamp):
+        raise data_error(Place(outputs, 1), "task", f"holds answers for {name!r}; task {task.name!r} is {task.lamp!r}")

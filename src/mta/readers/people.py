@@ -1,0 +1,131 @@
+"""Everybody in a file or a folder, whatever its format."""
+
+from __future__ import annotations
+
+import logging
+import statistics
+from collections.abc import Iterator, Sequence
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from mta.errors import DataError, InputError
+from mta.history import Item, Person
+from mta.readers.lamp import golds_for, lamp_parts, outputs_beside, perpcs_parts, questions_in
+from mta.readers.recbole import recbole_parts
+from mta.readers.rejects import Place, Rejects, data_error
+from mta.readers.rows import Part, item_parts
+from mta.readers.stream import objects
+from mta.tasks.load import load_task
+from mta.tasks.task import Task
+
+FORMATS = (
+    "Known are JSONL with person, input and output (or the task's own fields) on each line; LaMP (id, input, profile); "
+    "Per-Pcs (user_id, profile, query); and a RecBole folder (*.inter, *.item)."
+)
+log = logging.getLogger("mta")
+
+
+def read_people(
+    path: str | Path, task: str | Path | Task, *, skip_bad: str | Path | None = None, limit: int | None = None
+) -> list[Person]:
+    """Everybody in a file or folder, in order of appearance, each with their items in time order.
+
+    ``limit`` keeps the first so many people. Bad rows raise; with ``skip_bad`` they are written to that file as
+    JSONL ({file, line, field, reason, row}) and reading goes on.
+    Raises DataError, which names file, line and field; TaskError.
+    """
+    source, task = Path(path), load_task(task)
+    if limit is not None and limit < 1:
+        raise InputError(f"limit is {limit}; expected at least 1")
+    gathered: dict[str, _Gathered] = {}
+    with Rejects(_aside(skip_bad, source)) as rejects:
+        for part in iter_parts(source, task, rejects):
+            if part.person not in gathered:
+                if limit is not None and len(gathered) >= limit:
+                    continue
+                gathered[part.person] = _Gathered()
+            gathered[part.person].take(part, rejects)
+    if rejects.count:
+        log.warning("%d bad rows of %s were skipped; they are in %s", rejects.count, source, rejects.path)
+    people = [Person.of(id, one.items, one.queries) for id, one in gathered.items()]
+    if not people:
+        see = f"See {rejects.path}." if rejects.count else ""
+        raise DataError(f"{source} holds nobody: no row could be used, {rejects.count} were bad", hint=see)
+    return people
+
+
+def iter_parts(path: Path, task: Task, rejects: Rejects) -> Iterator[Part]:
+    """Stream people's items as the file has them: a person may come in many parts. Raises DataError."""
+    if path.is_dir() and any(path.glob("*.inter")):
+        yield from recbole_parts(path, task, rejects)
+        return
+    file = questions_in(path) if path.is_dir() else path
+    records = ((Place(file, line), row) for line, row in objects(file, rejects))
+    first = next(records, None)
+    if first is None:
+        return
+    every = chain([first], records)
+    keys = first[1].keys()
+    if "profile" in keys and "query" in keys:
+        yield from perpcs_parts(every, task, rejects)
+    elif "profile" in keys and "input" in keys:
+        yield from lamp_parts(every, golds_for(file, task, rejects), task, rejects)
+    elif keys & {"person", "input", "output", *task.fields()}:
+        yield from item_parts(every, task, rejects)
+    else:
+        got = ", ".join(map(str, keys)) or "nothing"
+        raise data_error(first[0], None, f"unknown format: the first record has {got}", FORMATS)
+
+
+class _Gathered:
+    """What was read of one person so far."""
+
+    def __init__(self) -> None:
+        self.items: list[Item] = []
+        self.queries: list[Item] = []
+        self.by_id: dict[str, Item] = {}
+
+    def take(self, part: Part, rejects: Rejects) -> None:
+        """Add a part; an item id may come again only where parts repeat items, and then with the same content."""
+        here: set[str] = set()
+        for item in part.items:
+            if item.id is None or item.id not in self.by_id:
+                self.items.append(item)
+            elif not part.repeats or item.id in here or item != self.by_id[item.id]:
+                reason = f"duplicate item id {item.id!r} of person {part.person!r}"
+                rejects.add(part.place, "id", reason, dict(item.fields))
+                continue
+            if item.id is not None:
+                self.by_id[item.id] = item
+                here.add(item.id)
+        self.queries.extend(part.queries)
+
+
+def _aside(skip_bad: str | Path | None, source: Path) -> Path | None:
+    """Where bad rows go. Raises InputError if that would overwrite what is read."""
+    if skip_bad is None:
+        return None
+    path = Path(skip_bad)
+    if path.is_dir():
+        raise InputError(f"bad rows cannot be set aside in {path}: it is a folder; expected the name of a file")
+    if source.is_dir():
+        read = [file for file in source.iterdir() if file.suffix != ".jsonl"]  # what is read of a folder is never JSONL
+    else:
+        read = [source, outputs_beside(source) or source]
+    if any(path.resolve() == file.resolve() for file in read):
+        raise InputError(f"bad rows cannot be set aside in {path}: it is a file that is read")
+    return path
+
+
+def describe(people: Sequence[Person]) -> dict[str, Any]:
+    """Counts for a summary: people, their items (fewest, median, most) and queries."""
+    counts = [len(person.items) for person in people] or [0]
+    return {
+        "people": len(people),
+        "items": sum(counts),
+        "min": min(counts),
+        "median": statistics.median(counts),
+        "max": max(counts),
+        "queries": sum(len(person.queries) for person in people),
+    }

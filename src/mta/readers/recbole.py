@@ -1,0 +1,96 @@
+"""RecBole's atomic files of movie ratings: NAME.inter and NAME.item, tab separated, with typed headers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from mta.errors import DataError
+from mta.readers.rejects import Bad, Place, Rejects, data_error
+from mta.readers.rows import Part, item_in, text_in
+from mta.readers.stream import text_lines
+from mta.tasks.task import Task
+
+FIELDS = ("title", "genres", "rating")
+NO_GENRES = "(no genres listed)"  # MovieLens' own words
+COLUMNS = {  # what data sets call a column
+    "title": ("movie_title", "title", "item_name", "name"),
+    "year": ("release_year", "year"),
+    "genres": ("class", "genre", "genres"),
+}
+
+
+def recbole_parts(folder: Path, task: Task, rejects: Rejects) -> Iterator[Part]:
+    """One rating a part. Fields: title with its year, genres with commas, rating; time is the timestamp."""
+    if set(task.fields()) != set(FIELDS):
+        raise DataError(
+            f"{folder} is a RecBole folder of ratings: it has {', '.join(FIELDS)}; "
+            f"task {task.name!r} needs {', '.join(task.fields())}",
+            hint="Use task movielens-rating, or one with the same fields.",
+        )
+    inter = _one(folder, "inter")
+    movies = _movies(_one(folder, "item"), rejects)
+    for place, row in _table(inter, ("user_id", "item_id", "rating"), rejects):
+        try:
+            movie = movies.get(row["item_id"])
+            if movie is None:
+                raise Bad("item_id", f"{row['item_id']!r} is not in {inter.stem}.item")
+            rating = {**movie, "rating": _number(row["rating"]), "id": row["item_id"]}
+            if "timestamp" in row:
+                rating["timestamp"] = _number(row["timestamp"])
+            part = Part(text_in(row, "user_id"), (item_in(rating, task, time="timestamp"),), place)
+        except Bad as bad:
+            rejects.add(place, bad.field, bad.reason, row)
+            continue
+        yield part
+
+
+def _one(folder: Path, suffix: str) -> Path:
+    found = sorted(folder.glob(f"*.{suffix}"))
+    if len(found) != 1:
+        names = ", ".join(path.name for path in found) or "none"
+        raise DataError(f"{folder}: expected one *.{suffix} file of RecBole, got {names}")
+    return found[0]
+
+
+def _movies(path: Path, rejects: Rejects) -> dict[str, dict[str, str]]:
+    movies: dict[str, dict[str, str]] = {}
+    for place, row in _table(path, ("item_id",), rejects):
+        if row["item_id"] in movies:
+            rejects.add(place, "item_id", f"duplicate item {row['item_id']!r}", row)
+            continue
+        title, year, genres = (_column(row, name) for name in COLUMNS)
+        if year.isdecimal() and not title.endswith(f"({year})"):
+            title = f"{title} ({year})"
+        genres = "unknown" if genres == NO_GENRES else ", ".join(genres.split(" "))
+        movies[row["item_id"]] = {"title": title, "genres": genres}
+    return movies
+
+
+def _column(row: dict[str, str], name: str) -> str:
+    return next((row[column].strip() for column in COLUMNS[name] if column in row), "")
+
+
+def _number(text: str) -> float | str:
+    """'4.0' and '4' are one label; whatever is no number stays for later checks to name."""
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+def _table(path: Path, needed: tuple[str, ...], rejects: Rejects) -> Iterator[tuple[Place, dict[str, str]]]:
+    names: list[str] | None = None
+    for line, text in text_lines(path, rejects):
+        place, cells = Place(path, line), text.split("\t")
+        if names is None:
+            names = [cell.partition(":")[0] for cell in cells]
+            if missing := [name for name in needed if name not in names]:
+                got = ", ".join(names)
+                raise data_error(place, missing[0], f"no such column; got {got}", "Expected a header of RecBole.")
+        elif len(cells) != len(names):
+            rejects.add(place, None, f"expected {len(names)} columns, got {len(cells)}", text)
+        else:
+            yield place, dict(zip(names, cells))
+    if names is None:
+        raise DataError(f"{path} is empty; expected a header of RecBole, such as {':token '.join(needed)}:token")

@@ -1,0 +1,75 @@
+"""Where bad rows go: an error, or a file of rejects."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any, NamedTuple
+
+from mta.errors import DataError
+
+HINT = "Correct it, or set bad rows aside with skip_bad=FILE (--skip-bad FILE)."
+
+
+class Place(NamedTuple):
+    """A line of a file."""
+
+    file: Path
+    line: int
+
+
+class Bad(Exception):
+    """One row that does not fit. Readers catch it and hand it to ``Rejects``; it never leaves this package."""
+
+    def __init__(self, field: str | None, reason: str, place: Place | None = None) -> None:
+        super().__init__(field, reason, place)
+        self.field = field
+        self.reason = reason
+        self.place = place  # where the fault is, if not in the row itself
+
+
+def data_error(place: Place, field: str | None, reason: str, hint: str = "") -> DataError:
+    """The error for a place in a file; files say nothing of a field where the whole line is wrong."""
+    what = f"field {field!r}: " if field else ""
+    return DataError(f"{place.file}:{place.line}: {what}{reason}", hint)
+
+
+class Rejects:
+    """Raises at the first bad row; with a path, counts it and writes it there as JSONL instead.
+
+    The file appears under its name only when reading came to its end, and is then complete, even if empty.
+    Only its owner may read it: it holds people's text.
+    """
+
+    def __init__(self, path: Path | None = None) -> None:
+        self.path = path
+        self.count = 0
+        self._file: IO[str] | None = None
+
+    def __enter__(self) -> Rejects:
+        if self.path is not None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = tempfile.NamedTemporaryFile(
+                "w", encoding="utf-8", dir=self.path.parent, prefix=f".{self.path.name}.", delete=False
+            )
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if self._file is None or self.path is None:
+            return
+        self._file.close()
+        if kind is None:
+            os.replace(self._file.name, self.path)
+        else:
+            os.unlink(self._file.name)
+
+    def add(self, place: Place, field: str | None, reason: str, row: Any = None) -> None:
+        """Take one bad row. Raises DataError if bad rows are not set aside."""
+        if self._file is None:
+            raise data_error(place, field, reason, HINT)
+        self.count += 1
+        record = {"file": str(place.file), "line": place.line, "field": field, "reason": reason}
+        self._file.write(json.dumps(record if row is None else {**record, "row": row}) + "\n")

@@ -1,0 +1,122 @@
+"""From rows to items: texts, times and the fields of a task."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+from mta.history import Item
+from mta.readers.rejects import Bad, Place, Rejects
+from mta.readers.stream import kind_of
+from mta.tasks.task import Task, as_text, short
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """Some of one person's items and queries, as one record of a file holds them.
+
+    ``repeats``: another record may hold the same items again, as the questions of one LaMP user do.
+    """
+
+    person: str
+    items: tuple[Item, ...]
+    place: Place
+    queries: tuple[Item, ...] = ()
+    repeats: bool = False
+
+
+def text_in(row: Mapping[str, Any], field: str) -> str:
+    """A field that has to be there and be text or a number."""
+    value = row.get(field)
+    if value is None:
+        raise Bad(field, "missing")
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise Bad(field, f"expected text or a number, got {kind_of(value)}")
+    text = as_text(value)
+    if not text.strip():
+        raise Bad(field, "empty; expected some text")
+    if re.search("[\ud800-\udfff]", text):  # JSON may escape one; no tokenizer and no file can take it
+        raise Bad(field, "holds half of a surrogate pair; expected text that UTF-8 can hold")
+    return text
+
+
+def list_in(row: Mapping[str, Any], field: str) -> list[Any]:
+    """A field that has to be a list."""
+    if field not in row:
+        raise Bad(field, "missing")
+    if not isinstance(row[field], list):
+        raise Bad(field, f"expected a list, got {kind_of(row[field])}")
+    return list(row[field])
+
+
+def time_in(row: Mapping[str, Any], field: str) -> float | None:
+    """Seconds, or any number that grows with time; an ISO date counts as UTC. None where there is no time."""
+    value = row.get(field)
+    if value is None:
+        return None
+    try:
+        time = _iso(value) if isinstance(value, str) else float(value)
+        if isinstance(value, bool) or not math.isfinite(time):
+            raise ValueError
+    except (TypeError, ValueError, OverflowError):
+        got = short(value) if isinstance(value, str) else kind_of(value)
+        raise Bad(field, f"bad time {got}; expected a number or an ISO date such as 2024-05-31") from None
+    return time
+
+
+def _iso(text: str) -> float:
+    text = text.strip()
+    if text.isdecimal() and len(text) not in (4, 8):  # 2009 and 20090521 are dates, other digits are seconds
+        return float(text)
+    if re.fullmatch(r"\d{4}", text):
+        text += "-01"
+    if re.fullmatch(r"\d{4}-\d{2}", text):
+        text += "-01"
+    try:
+        date = datetime.fromisoformat(text)
+    except ValueError:
+        return float(text)
+    return (date if date.tzinfo else date.replace(tzinfo=UTC)).timestamp()
+
+
+def item_in(row: Mapping[str, Any], task: Task, time: str = "time") -> Item:
+    """An item under the task's own field names, or under ``input`` and ``output``. Raises Bad."""
+    form = task.item
+    other = {form.target: "output"}
+    if len(form.inputs) == 1:
+        other[form.inputs[0]] = "input"
+    fields = {}
+    for name in task.fields():
+        key = name if row.get(name) is not None else other.get(name, name)
+        if row.get(key) is None:
+            raise Bad(name, _missing(row, task, other))
+        fields[name] = text_in(row, key)
+    if task.labels_of(Item(fields)):
+        fields[form.target] = fields[form.target].strip()
+    item = Item(fields, time_in(row, time), text_in(row, "id") if row.get("id") is not None else None)
+    if found := task.wrong(item):
+        raise Bad(*found)
+    return item
+
+
+def _missing(row: Mapping[str, Any], task: Task, other: Mapping[str, str]) -> str:
+    names = ", ".join(f"{name} (or {other[name]})" if name in other else name for name in task.fields())
+    if "input" in row and len(task.item.inputs) > 1:
+        fields = ", ".join(task.item.inputs)
+        return f"missing; 'input' stands for one field, but task {task.name!r} has {fields}: give each under its name"
+    return f"missing; task {task.name!r} needs {names}"
+
+
+def item_parts(records: Iterator[tuple[Place, dict[str, Any]]], task: Task, rejects: Rejects) -> Iterator[Part]:
+    """One item a record: ``person``, the task's fields, and where known ``time`` and ``id``."""
+    for place, row in records:
+        try:
+            part = Part(text_in(row, "person"), (item_in(row, task),), place)
+        except Bad as bad:
+            rejects.add(place, bad.field, bad.reason, row)
+            continue
+        yield part

@@ -1,0 +1,184 @@
+"""JSON values of a file one by one, each with its line: JSONL, or the elements of one array."""
+
+from __future__ import annotations
+
+import codecs
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO, NoReturn
+
+from mta.errors import DataError
+from mta.readers.rejects import Place, Rejects, data_error
+
+CHUNK = 1 << 20
+SPACE = re.compile(r"[ \t\r\n]*")
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no JSON")
+
+
+DECODER = json.JSONDecoder(parse_constant=_no_constant)
+
+
+def kind_of(value: Any) -> str:
+    """What JSON calls a value, for messages."""
+    names = {dict: "an object", list: "a list", str: "text", bool: "true or false", type(None): "null"}
+    return names.get(type(value), "a number")
+
+
+def opened(path: Path) -> BinaryIO:
+    """A file to read from; an error of the system becomes a DataError."""
+    try:
+        return path.open("rb")
+    except FileNotFoundError:
+        raise DataError(f"no such file: {path}") from None
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}") from None
+
+
+def text_lines(path: Path, rejects: Rejects) -> Iterator[tuple[int, str]]:
+    """Numbered lines without their ends; a line that is not UTF-8 is bad."""
+    with opened(path) as file:
+        for number, raw in enumerate(file, 1):
+            try:
+                text = raw.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                rejects.add(Place(path, number), None, _not_utf8(error))
+                continue
+            yield number, text.rstrip("\r\n")
+
+
+def objects(path: Path, rejects: Rejects) -> Iterator[tuple[int, dict[str, Any]]]:
+    """The JSON objects of a file, be it JSONL or one array. Raises DataError if the file is empty."""
+    start = _first_byte(path)
+    if not start:
+        raise DataError(f"{path} is empty; expected JSONL with one item a line, or a JSON array")
+    for line, value in array_elements(path) if start == b"[" else json_lines(path, rejects):
+        if isinstance(value, dict):
+            yield line, value
+        else:
+            rejects.add(Place(path, line), None, f"expected a JSON object, got {kind_of(value)}", value)
+
+
+def _first_byte(path: Path) -> bytes:
+    with opened(path) as file:
+        head = file.read(CHUNK).removeprefix(codecs.BOM_UTF8).lstrip()
+        while not head and (more := file.read(CHUNK)):
+            head = more.lstrip()
+    return head[:1]
+
+
+def json_lines(path: Path, rejects: Rejects) -> Iterator[tuple[int, Any]]:
+    """The values of a JSONL file; blank lines are passed over."""
+    for number, text in text_lines(path, rejects):
+        if not text.strip():
+            continue
+        try:
+            value = DECODER.decode(text)
+        except (ValueError, RecursionError) as error:
+            rejects.add(Place(path, number), None, _not_json(error), text)
+            continue
+        yield number, value
+
+
+def array_elements(path: Path, opening: str = r"\s*\[") -> Iterator[tuple[int, Any]]:
+    """The elements of the array that begins where ``opening`` matches, decoded one by one.
+
+    A fault inside an array ends it: there is no telling where the next element begins. Raises DataError.
+    """
+    with opened(path) as file:
+        window = _Window(path, file)
+        window.enter(opening)
+        while window.peek() != "]":
+            line = window.line
+            yield line, window.value()
+            if window.peek() == ",":
+                window.advance(1)
+                if window.peek() != "]":
+                    continue
+                window.fail("a comma before the end of the array")
+            elif window.peek() != "]":
+                window.fail("expected ',' or ']' after an element of the array")
+
+
+class _Window:
+    """The stretch of a file that is being decoded; it grows only while one element is longer than it."""
+
+    def __init__(self, path: Path, file: BinaryIO) -> None:
+        self.path, self.file = path, file
+        self.text, self.at, self.line, self.ended = "", 0, 1, False
+        self.decoder = codecs.getincrementaldecoder("utf-8-sig")()
+
+    def grow(self) -> None:
+        """Read on: as much again as is waiting, so that decoding anew stays linear."""
+        raw = self.file.read(max(CHUNK, len(self.text) - self.at))
+        self.ended = not raw
+        try:
+            more = self.decoder.decode(raw, final=self.ended)
+        except UnicodeDecodeError as error:
+            line = self.line + self.text.count("\n", self.at) + error.object.count(b"\n", 0, error.start)
+            raise data_error(Place(self.path, line), None, _not_utf8(error)) from None
+        self.text, self.at = self.text[self.at :] + more, 0
+
+    def advance(self, to: int) -> None:
+        """Leave ``to`` characters behind."""
+        self.line += self.text.count("\n", self.at, self.at + to)
+        self.at += to
+
+    def enter(self, opening: str) -> None:
+        """Go behind what ``opening`` matches."""
+        pattern = re.compile(opening)
+        while (match := pattern.search(self.text, self.at)) is None:
+            if self.ended:
+                self.fail(f"found no array that begins with {opening}")
+            self.grow()
+        self.advance(match.end() - self.at)
+
+    def peek(self) -> str:
+        """The next character that is no space."""
+        while True:
+            match = SPACE.match(self.text, self.at)
+            self.advance(match.end() - self.at if match else 0)
+            if self.at < len(self.text):
+                return self.text[self.at]
+            if self.ended:
+                self.fail("the file ends inside an array: it was cut short")
+            self.grow()
+
+    def value(self) -> Any:
+        """The next value."""
+        while True:
+            try:
+                value, end = DECODER.raw_decode(self.text, self.at)
+            except (ValueError, RecursionError) as error:
+                if self.ended or not self._may_be_cut(error):
+                    self.fail(_not_json(error), getattr(error, "pos", self.at))
+            else:
+                if end < len(self.text) or self.ended:  # a number at the edge may have more digits
+                    self.advance(end - self.at)
+                    return value
+            self.grow()
+
+    def _may_be_cut(self, error: Exception) -> bool:
+        """Whether the fault may be the window's edge: it lies there, or in a text that does not end."""
+        if not isinstance(error, json.JSONDecodeError):
+            return False
+        return error.pos >= len(self.text) - 16 or error.msg.startswith("Unterminated string")
+
+    def fail(self, reason: str, at: int | None = None) -> NoReturn:
+        """Raise the DataError for a fault at a character of the window."""
+        line = self.line + (self.text.count("\n", self.at, at) if at is not None else 0)
+        raise data_error(Place(self.path, line), None, reason, "The rest of the array cannot be read.")
+
+
+def _not_json(error: Exception) -> str:
+    if isinstance(error, json.JSONDecodeError):
+        return f"wrong JSON: {error.msg}"
+    return "wrong JSON: nested too deeply" if isinstance(error, RecursionError) else f"wrong JSON: {error}"
+
+
+def _not_utf8(error: UnicodeDecodeError) -> str:
+    return f"not UTF-8: byte 0x{error.object[error.start]:02x}; save the file as UTF-8"

@@ -1,0 +1,65 @@
+"""How likely a model finds given answers, for rows of different people in one batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mta.base import BaseModel
+from mta.history import Item
+from mta.lora.layers import Adapters, applied
+from mta.tasks.prompt import Example
+from mta.tasks.task import Task
+from mta.training.packing import collate, pack
+
+
+@torch.inference_mode()
+def log_likelihood(
+    base: BaseModel,
+    jobs: Sequence[Sequence[Example]],
+    adapters: Sequence[Adapters] = (),
+    *,
+    owners: Sequence[int] | None = None,
+    tokens_per_batch: int = 4096,
+    packed: bool = True,
+) -> list[Tensor]:
+    """Sum of log p over the target tokens of each example, job by job: a list of (examples,) tensors.
+
+    Job i is computed with the adapters of owner ``owners[i]`` (default: i; -1 is nobody). Prefixes are shared within a
+    job, labels and queries alike. The result does not depend on which jobs share a batch, up to rounding.
+    """
+    owners = range(len(jobs)) if owners is None else owners
+    rows = [
+        (job, row)
+        for job, examples in enumerate(jobs)
+        for row in pack(examples, base.attention_price, packed=packed and base.packable)
+    ]
+    rows.sort(key=lambda entry: len(entry[1].tokens))
+    sums = [torch.zeros(len(examples), dtype=base.master_dtype, device=base.device) for examples in jobs]
+    while rows:
+        # Taking from the long end keeps rows of similar length together and shows the largest memory need first.
+        fit = max(tokens_per_batch // len(rows[-1][1].tokens), 1)
+        rows, chosen = rows[:-fit], rows[-fit:]
+        chosen.sort(key=lambda entry: entry[0])
+        batch = collate([row for _, row in chosen], base.pad_token, base.device)
+        owner = torch.tensor([owners[job] for job, _ in chosen], device=base.device)
+        with applied(base.model, adapters, owner):
+            found = batch.log_probs(base.logits(batch.tokens, batch.visible(), batch.positions, batch.places))
+        for i, (job, _) in enumerate(chosen):
+            mine = batch.row == i
+            sums[job].index_add_(0, batch.example[mine], found[mine].to(base.master_dtype))
+    return [s.cpu() for s in sums]
+
+
+def label_scores(
+    base: BaseModel, task: Task, queries: Sequence[Sequence[Item]], adapters: Sequence[Adapters] = (), **how: object
+) -> list[Tensor]:
+    """Log probability of every label for every query of every person: a list of (queries, labels) tensors.
+
+    A label's score is the sum of log p over its tokens and the end token, so longer labels pay for their length.
+    """
+    labels = task.labels or ()
+    jobs = [[e for item in items for e in base.prompts.examples(task, item, labels)] for items in queries]
+    return [scores.view(-1, len(labels)) for scores in log_likelihood(base, jobs, adapters, **how)]  # type: ignore[arg-type]

@@ -1,0 +1,138 @@
+"""Who takes part in which stage: people drawn into disjoint parts, saved without their ids."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mta.errors import DataError, InputError
+from mta.history import Person
+
+PARTS = ("task", "development", "candidates", "test")
+SCHEMA = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Splits:
+    """Ids of the people who train the task LoRA, who choices are made on, who may become anchors, who are tested."""
+
+    task: tuple[str, ...]
+    development: tuple[str, ...]
+    candidates: tuple[str, ...]
+    test: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        every = [id for part in PARTS for id in getattr(self, part)]
+        if len(set(every)) < len(every):
+            raise InputError("splits must be disjoint: a person is in them twice")
+
+    @property
+    def digest(self) -> str:
+        """Sha256 over everybody in every part: the same splits give the same digest in any process."""
+        return _sha(SCHEMA, *(list(getattr(self, part)) for part in PARTS))
+
+    def select(self, part: str, people: Iterable[Person]) -> list[Person]:
+        """The people of one part, in its order. Raises InputError if one is missing or there is no such part."""
+        if part not in PARTS:
+            raise InputError(f"no part {part!r} of the splits; expected one of: {', '.join(PARTS)}")
+        by_id, ids = {person.id: person for person in people}, getattr(self, part)
+        if missing := [id for id in ids if id not in by_id]:
+            raise InputError(f"{len(missing)} of {len(ids)} people of part {part!r} are not among those given")
+        return [by_id[id] for id in ids]
+
+    def save(self, path: str | Path) -> None:
+        """Write the splits as JSON; ids are hashed with the digest as salt, so the same splits give the same bytes."""
+        path, salt = Path(path), self.digest
+        parts = {part: [_sha(salt, id) for id in getattr(self, part)] for part in PARTS}
+        aside = path.with_name(f".{path.name}.{os.getpid()}")
+        aside.write_text(json.dumps({"schema": SCHEMA, "digest": salt, **parts}, indent=1) + "\n", encoding="utf-8")
+        os.replace(aside, path)
+
+    @classmethod
+    def load(cls, path: str | Path, people: Iterable[Person]) -> Splits:
+        """Read splits and find their people among ``people``.
+
+        Raises DataError if somebody is not among them, or if the file was changed.
+        """
+        path = Path(path)
+        values = _read(path)
+        salt = values["digest"]
+        known = {_sha(salt, person.id): person.id for person in people}
+        hashes = [hash for part in PARTS for hash in values[part]]
+        if unknown := sum(hash not in known for hash in hashes):
+            raise DataError(
+                f"{path}: {unknown} of {len(hashes)} people are not in the data given",
+                hint="Give the data the splits were drawn from, or draw them anew; or the file was changed.",
+            )
+        if len(set(hashes)) < len(hashes):
+            raise DataError(f"{path}: a person is in the splits twice: the file was changed")
+        splits = cls(*(tuple(known[hash] for hash in values[part]) for part in PARTS))
+        if splits.digest != salt:
+            raise DataError(f"{path}: digest is {splits.digest[:12]}…, expected {salt[:12]}…: the file was changed")
+        return splits
+
+
+def draw(
+    people: Sequence[Person],
+    seed: int,
+    *,
+    task: int,
+    development: int,
+    test: int,
+    candidates: int | None = None,
+    min_items: int = 1,
+) -> Splits:
+    """Disjoint parts of the given sizes among people with at least ``min_items`` items; candidates default to the rest.
+
+    Who lands where depends on seed and ids alone, not on the order of ``people``; the test part comes first, so it
+    stays the same when the others change their sizes. Raises InputError if there are too few people.
+    """
+    sizes = {"test": test, "development": development, "task": task, "candidates": candidates or 0}
+    for name, size in sizes.items():
+        if size < 0:
+            raise InputError(f"{name} is {size}; expected 0 or more people")
+    ids = [person.id for person in people if len(person.items) >= min_items]
+    if len(set(ids)) < len(ids):
+        raise InputError("two people have the same id; ids must be distinct")
+    if len(ids) < (asked := sum(sizes.values())):
+        parts_asked = ", ".join(f"{name} {size}" for name, size in sizes.items() if size)
+        raise InputError(
+            f"{asked} people were asked for ({parts_asked}), "
+            f"but only {len(ids)} of the {len(people)} given qualify (min_items={min_items})",
+            hint="Ask for fewer people, or lower min_items.",
+        )
+    ids.sort(key=lambda id: _sha(seed, id))
+    parts, start = {}, 0
+    for name, size in sizes.items():
+        stop = len(ids) if name == "candidates" and candidates is None else start + size
+        parts[name], start = tuple(ids[start:stop]), stop
+    return Splits(**parts)
+
+
+def _sha(*values: Any) -> str:
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DataError(f"no such file of splits: {path}") from None
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} is not a readable file of splits: {error}") from None
+    if not isinstance(values, dict) or values.get("schema") != SCHEMA:
+        got = values.get("schema") if isinstance(values, dict) else type(values).__name__
+        raise DataError(f"{path} is no file of splits of schema {SCHEMA}; got {got!r}")
+    fits = isinstance(values.get("digest"), str) and all(_are_texts(values.get(part)) for part in PARTS)
+    if not fits or set(values) != {"schema", "digest", *PARTS}:
+        raise DataError(f"{path}: expected schema, digest and the lists {', '.join(PARTS)}; got {', '.join(values)}")
+    return values
+
+
+def _are_texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)

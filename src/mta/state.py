@@ -1,0 +1,140 @@
+"""The two files kept of a person: a state (safetensors), and by opt-in the history (JSON).
+
+Identical for identical content, refused when a single bit differs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from dataclasses import dataclass
+
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+
+from mta.errors import InputError, StateCorrupt
+from mta.history import Item, Person
+from mta.lora.batch import LoraBatch
+
+SCHEMA = 1
+_FIELDS = ("bank", "anchors", "w", "policy", "history", "work", "seed")
+_NO_DIGEST = "0" * 64
+_HEAD = b'{"__metadata__":{"state":"{\\"sha256\\": \\"'  # how every file of ours goes on after its 8 bytes of length
+_DIGEST = slice(8 + len(_HEAD), 8 + len(_HEAD) + 64)
+_AGAIN = "Load an earlier version, or make it again:  mta personalize"
+
+
+@dataclass(frozen=True, eq=False)
+class State:
+    """What is kept of one person: anchors and coefficients of the merge, and the stack (None = merge only).
+
+    ``bank`` is the bank's hash, ``history`` the digest of the shots, ``work`` the key of the work that made it
+    (``work_key``). Nothing in it depends on the clock, so the same work gives the same bytes.
+    """
+
+    bank: str
+    anchors: tuple[int, ...]
+    w: tuple[float, ...]
+    policy: str
+    history: str
+    work: str
+    seed: int
+    stack: LoraBatch | None = None
+
+    def __post_init__(self) -> None:
+        if len(self.anchors) != len(self.w) or not all(map(math.isfinite, self.w)):
+            raise InputError(f"a state needs one finite coefficient per anchor, got anchors {self.anchors}, w {self.w}")
+        if self.stack is not None and len(self.stack) != 1:
+            raise InputError(f"a state's stack is exactly one adapter, got a batch of {len(self.stack)}")
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, State) and self.to_bytes() == other.to_bytes()
+
+    def __hash__(self) -> int:
+        return hash(self.work)
+
+    @property
+    def nbytes(self) -> int:
+        """Size of its file."""
+        return len(self.to_bytes())
+
+    def to_bytes(self) -> bytes:
+        """One safetensors file: the stack's tensors, and all else as JSON under the one metadata key ``state``.
+
+        One key, because safetensors writes several in random order. Its ``sha256`` covers every other byte of the file.
+        """
+        fields = {"sha256": _NO_DIGEST, "schema": SCHEMA} | {name: getattr(self, name) for name in _FIELDS}
+        fields["scale"] = None if self.stack is None else self.stack.scale
+        data = save({} if self.stack is None else self.stack.tensors(), {"state": json.dumps(fields)})
+        return data[: _DIGEST.start] + _digest(data).encode() + data[_DIGEST.stop :]
+
+    @classmethod
+    def from_bytes(cls, data: bytes, source: str = "the file") -> State:
+        """The inverse of ``to_bytes``; ``source`` names the data in errors.
+
+        Raises StateCorrupt for whatever is not, bit for bit, what ``to_bytes`` wrote.
+        """
+        if data[8 : _DIGEST.start] != _HEAD:
+            got = f"got {len(data)} bytes that begin with {data[:16]!r}, expected a safetensors file with a state in it"
+            raise StateCorrupt(f"{source} is not a person's state: {got}", hint=_AGAIN)
+        found = _digest(data)
+        if data[_DIGEST] != found.encode():
+            raise StateCorrupt(
+                f"{source} was changed or cut short: its sha256 is {found[:12]}…, expected {data[_DIGEST][:12]!r}…",
+                hint=_AGAIN,
+            )
+        try:
+            return cls._parsed(data)
+        except (SafetensorError, ValueError, KeyError, TypeError, ArithmeticError, RuntimeError) as error:
+            raise StateCorrupt(
+                f"{source} is whole, but not a state this version reads: got {error!r}, expected schema {SCHEMA}",
+                hint="Update mta if a newer version wrote it. " + _AGAIN,
+            ) from error
+
+    @classmethod
+    def _parsed(cls, data: bytes) -> State:
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        fields = json.loads(header["__metadata__"]["state"])
+        if fields["schema"] != SCHEMA:
+            raise ValueError(f"schema {fields['schema']!r}")
+        stack = None if fields["scale"] is None else LoraBatch.of_tensors(load(data), fields["scale"])
+        kept = {name: fields[name] for name in _FIELDS}
+        return cls(**kept | {"anchors": tuple(kept["anchors"]), "w": tuple(kept["w"]), "stack": stack})
+
+
+def work_key(bank: str, history_digest: str, config_yaml: str, seed: int) -> str:
+    """Sha256 that names a piece of work: everything a state depends on."""
+    return hashlib.sha256(json.dumps([bank, history_digest, config_yaml, seed]).encode()).hexdigest()
+
+
+def _digest(data: bytes) -> str:
+    digest = hashlib.sha256(data[: _DIGEST.start])
+    digest.update(memoryview(data)[_DIGEST.stop :])
+    return digest.hexdigest()
+
+
+def history_to_bytes(person: Person) -> bytes:
+    """A person's items and queries as JSON, sealed with a sha256; the id is not in it."""
+    names = ("fields", "time", "id", "is_query")
+    rows = [[dict(zip(names, item.__reduce__()[1])) for item in part] for part in (person.items, person.queries)]
+    return json.dumps({"schema": SCHEMA, "sha256": _sealed(rows), "history": rows}).encode()
+
+
+def history_from_bytes(id: str, data: bytes, source: str = "the file") -> Person:
+    """The inverse of ``history_to_bytes``. Raises StateCorrupt."""
+    try:
+        value = json.loads(data)
+        if value["schema"] != SCHEMA or value["sha256"] != _sealed(value["history"]):
+            raise ValueError("another schema or sha256")
+        items, queries = ([Item(**row) for row in part] for part in value["history"])
+        return Person(id, tuple(items), tuple(queries))
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise StateCorrupt(
+            f"{source} was changed or cut short: got {error!r}, expected schema {SCHEMA} and rows that fit the sha256",
+            hint="Give the person's history again, or forget them:  mta forget",
+        ) from error
+
+
+def _sealed(rows: object) -> str:
+    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()

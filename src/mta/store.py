@@ -1,0 +1,300 @@
+"""What is kept of people: their states and, by opt-in only, their histories, under any fsspec URL.
+
+    store.json                            schema version and the key of the hash
+    <2 hex>/<keyed hash of the id>/
+        1.safetensors, 2.safetensors ...  states, each created once and never changed
+        latest.json                       a hint for readers: version, time, work
+        history.json                      only what ``save_history`` was given
+
+Raw ids appear nowhere; whoever holds store.json can test a guessed id, so guard it as the data itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import hmac
+import json
+import os
+import re
+import secrets
+import uuid
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from fsspec.core import url_to_fs
+from fsspec.implementations.local import LocalFileSystem
+
+from mta.errors import InputError, PersonNotFound, StateCorrupt, StoreConflict, StoreError
+from mta.history import Person
+from mta.state import SCHEMA, State, history_from_bytes, history_to_bytes, work_key
+from mta.training.checkpoint import written_aside
+
+__all__ = ["State", "Store", "work_key"]
+_VERSION = re.compile(r"([1-9][0-9]*)\.safetensors")
+_PERSON = re.compile(r"([0-9a-f]{2}/[0-9a-f]{64})/")
+_KEY = re.compile("[0-9a-f]{64}")
+_NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EXDEV}
+
+
+class Store:
+    """States and opted-in histories of people under a folder or any fsspec URL.
+
+    >>> store = Store("people/")
+    >>> store.save("ann", state)        # 1; the same work again is still 1
+    >>> store.load("ann").w, "bob" in store, store.forget("ann")
+    """
+
+    def __init__(self, url: str | Path) -> None:
+        self._files = _Files(url)
+        self._key = b""
+
+    def key_of(self, id: str) -> str:
+        """Keyed hash of an id: what may be recorded elsewhere, as in a bank's list of those it learnt from."""
+        return self._path(id, write=True)[3:]
+
+    def save(self, id: str, state: State) -> int:
+        """Store a state as the next version and return its number; if the latest is of the same work, nothing happens.
+
+        Raises StoreConflict if another writer created that version first, with other work in it.
+        """
+        path, last = self._path(id, write=True), self.latest(id) or 0
+        if last and self._work(f"{path}/{last}.safetensors") == state.work:
+            return last
+        version = last + 1
+        try:
+            self._files.create(f"{path}/{version}.safetensors", state.to_bytes())
+        except FileExistsError:
+            if self._work(f"{path}/{version}.safetensors") == state.work:
+                return version
+            raise StoreConflict(
+                f"version {version} of {id!r} was created by another writer meanwhile; this state was not saved",
+                hint=f"Save again: it becomes version {version + 1}.",
+            ) from None
+        pointer = {"version": version, "time": datetime.now(UTC).isoformat(timespec="seconds"), "work": state.work}
+        self._files.replace(f"{path}/latest.json", json.dumps(pointer).encode())
+        return version
+
+    def load(self, id: str, version: int | None = None) -> State:
+        """The latest state of a person, or an earlier version. Raises PersonNotFound, StateCorrupt."""
+        chosen = self.latest(id) if version is None else version
+        data = None if chosen is None else self._files.read(name := f"{self._path(id)}/{chosen}.safetensors")
+        if data is not None:
+            return State.from_bytes(data, self._files.at(name))
+        if there := self.versions(id):
+            raise PersonNotFound(
+                f"{id!r} has no version {chosen}; there are {', '.join(map(str, there))}",
+                hint=f"Ask for the latest, person:{id}, or for one of these, person:{id}@v{there[-1]}.",
+            )
+        where = f"in the store {self._files.root}"
+        raise PersonNotFound(f"no state of {id!r} {where}", hint="Personalize first:  mta personalize")
+
+    def latest(self, id: str) -> int | None:
+        """Number of the newest version, or None: from the hint upwards, from a listing where the hint does not hold."""
+        path = self._path(id)
+        version = self._hinted(path)
+        if version is None:
+            return max(self.versions(id), default=None)
+        while self._files.exists(f"{path}/{version + 1}.safetensors"):
+            version += 1
+        return version
+
+    def versions(self, id: str) -> list[int]:
+        """Numbers of all versions there are, oldest first."""
+        return sorted(filter(None, map(_version, self._files.sizes(self._path(id)))))
+
+    def __contains__(self, id: str) -> bool:
+        return self.latest(id) is not None
+
+    def count(self) -> int:
+        """Number of people with a state; lists the whole store."""
+        found = (name.rpartition("/") for name in self._files.find() if _PERSON.match(name))
+        return len({folder for folder, _, file in found if _version(file)})
+
+    def nbytes(self, id: str) -> int:
+        """Bytes kept of a person: all versions, history, hint."""
+        return sum(self._files.sizes(self._path(id)).values())
+
+    def save_history(self, person: Person) -> None:
+        """Keep a person's items and queries, in place of those kept before: opt-in, and forgotten with the person."""
+        self._files.replace(f"{self._path(person.id, write=True)}/history.json", history_to_bytes(person))
+
+    def history(self, id: str) -> Person | None:
+        """What ``save_history`` kept, or None. Raises StateCorrupt."""
+        data = self._files.read(name := f"{self._path(id)}/history.json")
+        return None if data is None else history_from_bytes(id, data, self._files.at(name))
+
+    def forget(self, id: str) -> bool:
+        """Remove all that is kept of a person; False if there was nothing. Repeat it if it was interrupted.
+
+        The hint goes first, the most telling text next, states from the oldest on: whatever a crash leaves is still
+        found under the id, as the newest state, so it is seen and can be forgotten again. With the hint last, a crash
+        could leave files of somebody who seems unknown.
+        """
+        path = self._path(id)
+        names = self._files.sizes(path)
+        for name in sorted(names, key=lambda name: (name != "latest.json", _version(name), name)):
+            self._files.remove(f"{path}/{name}")
+        self._files.remove(path)
+        return bool(names)
+
+    def _path(self, id: str, write: bool = False) -> str:
+        if not isinstance(id, str) or not id:
+            raise InputError(f"a person's id is {id!r}, expected a non-empty text", hint="Give every person an id.")
+        self._key = self._key or self._open(write)
+        keyed = hmac.new(self._key, id.encode("utf-8", "surrogatepass"), hashlib.sha256).hexdigest()
+        return f"{keyed[:2]}/{keyed}"
+
+    def _open(self, write: bool) -> bytes:
+        """The key; where nobody has written yet, a new one, or for readers none: any finds nobody."""
+        data = self._files.read("store.json")
+        if data is None and any(map(_PERSON.match, self._files.find(depth=3))):
+            data = self._files.read("store.json") or b"nothing"  # again: a first writer may be at work right now
+        if data is None and write:
+            made = {"schema": SCHEMA, "key": secrets.token_hex(32)}
+            with contextlib.suppress(FileExistsError):
+                self._files.create("store.json", json.dumps(made).encode())
+            data = self._files.read("store.json")  # whichever writer won
+        if data is None:
+            return b""
+        try:
+            value = json.loads(data)
+            if value["schema"] != SCHEMA or not _KEY.fullmatch(value["key"]):
+                raise ValueError(f"schema {value['schema']!r}")
+            return bytes.fromhex(value["key"])
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise StoreError(
+                f"{self._files.at('store.json')} is damaged or missing: expected schema {SCHEMA} and a key of 64 hex digits",
+                hint="Restore it from a backup: without its key nobody in the store can be found.",
+            ) from error
+
+    def _hinted(self, path: str) -> int | None:
+        try:
+            version = json.loads(self._files.read(f"{path}/latest.json") or b"{}")["version"]
+        except (ValueError, KeyError, TypeError, RecursionError):
+            return None
+        return version if type(version) is int and self._files.exists(f"{path}/{version}.safetensors") else None
+
+    def _work(self, name: str) -> str | None:
+        """The work key of a state; None if it cannot be read, so that a damaged one is made anew."""
+        try:
+            return State.from_bytes(self._files.read(name) or b"").work
+        except StateCorrupt:
+            return None
+
+
+def _version(name: str) -> int:
+    """The version a file name stands for; 0 for other files."""
+    return int(match[1]) if (match := _VERSION.fullmatch(name)) else 0
+
+
+class _Files:
+    """The few things a store does with files, by names below its root; failures become StoreError."""
+
+    def __init__(self, url: str | Path) -> None:
+        try:
+            self.fs, root = url_to_fs(str(url), use_listings_cache=False)  # others write too
+        except (ImportError, ValueError) as error:
+            hint = "Give a folder, or a URL that fsspec knows (s3://bucket/people)."
+            raise StoreError(f"the store cannot be opened: {error}", hint=hint) from error
+        self.root = str(root).rstrip("/")
+        self.local = isinstance(self.fs, LocalFileSystem)
+
+    def at(self, name: str) -> str:
+        """The full path."""
+        return f"{self.root}/{name}"
+
+    def read(self, name: str) -> bytes | None:
+        """A whole file, or None."""
+        with _reported(self.at(name)), contextlib.suppress(FileNotFoundError):
+            return bytes(self.fs.cat_file(self.at(name)))
+        return None
+
+    def exists(self, name: str) -> bool:
+        with _reported(self.at(name)):
+            return bool(self.fs.exists(self.at(name)))
+
+    def sizes(self, folder: str) -> dict[str, int]:
+        """Names and sizes of the files in a folder; empty without one."""
+        with _reported(self.at(folder)), contextlib.suppress(FileNotFoundError):
+            infos = self.fs.ls(self.at(folder), detail=True)
+            return {str(i["name"]).rsplit("/", 1)[-1]: int(i["size"] or 0) for i in infos if i["type"] == "file"}
+        return {}
+
+    def find(self, depth: int | None = None) -> list[str]:
+        """Names of all files, ``depth`` levels down."""
+        with _reported(self.root):
+            paths = self.fs.find(self.root, maxdepth=depth)
+            return [str(path).removeprefix(self.root).lstrip("/") for path in paths]
+
+    def remove(self, name: str) -> None:
+        """Remove a file or a folder, if it is there."""
+        with _reported(self.at(name)), contextlib.suppress(FileNotFoundError):
+            self.fs.rm(self.at(name), recursive=True)
+
+    def replace(self, name: str, data: bytes) -> None:
+        """Write a file, locally by rename; object stores put whole files, others are overwritten in place."""
+        with _reported(self.at(name)):
+            if not self.local:
+                return self._put(name, data)
+            with written_aside(Path(self.at(name))) as aside:
+                aside.write_bytes(data)
+
+    def create(self, name: str, data: bytes) -> None:
+        """Write a file that must not exist yet, else FileExistsError.
+
+        Locally a link publishes it whole and to one writer only. Elsewhere it is fsspec's exclusive mode (in memory,
+        S3, Google Cloud); without one it checks, then writes, and of two writers at one instant the last wins.
+        """
+        with _reported(self.at(name)):
+            if self.local:
+                return _create_local(Path(self.at(name)), data)
+            if self.fs.exists(self.at(name)):
+                raise FileExistsError(self.at(name))
+            self._put(name, data, mode="create")
+
+    def _put(self, name: str, data: bytes, **how: Any) -> None:
+        try:
+            self.fs.pipe_file(self.at(name), data, **how)
+        except FileNotFoundError:  # only file systems with real folders ask for them
+            self.fs.makedirs(self.at(name).rsplit("/", 1)[0], exist_ok=True)
+            self.fs.pipe_file(self.at(name), data, **how)
+
+
+def _create_local(path: Path, data: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        with aside.open("xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        _link(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def _link(aside: Path, path: Path) -> None:
+    try:
+        os.link(aside, path)
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        with path.open("xb") as file:  # still one winner; killed right here, its half file reads as corrupt
+            file.write(aside.read_bytes())
+
+
+@contextlib.contextmanager
+def _reported(path: str) -> Iterator[None]:
+    try:
+        yield
+    except FileExistsError:
+        raise
+    except OSError as error:
+        raise StoreError(
+            f"{path} cannot be read or written: {error.strerror or error}",
+            hint="Check the store's address, permissions and free space, then repeat: nothing is half written.",
+        ) from error

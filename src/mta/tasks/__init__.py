@@ -1,0 +1,10 @@
+"""Tasks: what of an item becomes the prompt, what the target, and how an answer is judged.
+
+Built-in and custom tasks are the same YAML; ``load_task`` takes a name or a file.
+"""
+
+from mta.tasks.load import load_task, task_names
+from mta.tasks.prompt import Example, PromptFormat
+from mta.tasks.task import Form, Task
+
+__all__ = ["Example", "Form", "PromptFormat", "Task", "load_task", "task_names"]

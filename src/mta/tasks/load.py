@@ -1,0 +1,80 @@
+"""Finding tasks: the built-in ones by name, one's own by file."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from functools import cache
+from importlib import resources
+from pathlib import Path
+
+import yaml
+from pydantic import ValidationError
+
+from mta.errors import TaskError
+from mta.tasks.task import Form, Task
+
+ALIASES = {"lamp2m": "lamp2", "movielens": "movielens-rating"}  # LaMP-2M is what papers call the newer LaMP-2
+
+
+def _key(name: str) -> str:
+    plain = re.sub(r"[-_ ]", "", name.lower())
+    return ALIASES.get(plain, plain).replace("-", "")
+
+
+def task_names() -> tuple[str, ...]:
+    """Names of the built-in tasks."""
+    folder = resources.files("mta.tasks").joinpath("builtin")
+    return tuple(sorted(file.name.removesuffix(".yaml") for file in folder.iterdir() if file.name.endswith(".yaml")))
+
+
+def load_task(name: str | Path | Task) -> Task:
+    """A built-in task by name ('lamp3', 'LaMP-3', 'LaMP_3' alike), or the task in a YAML file.
+
+    Raises TaskError.
+    """
+    if isinstance(name, Task):
+        return name
+    if isinstance(name, Path) or name.endswith((".yaml", ".yml")):
+        return _read_task(Path(name))
+    known = {_key(builtin): builtin for builtin in task_names()}
+    if _key(name) in known:
+        return _builtin(known[_key(name)])
+    near = difflib.get_close_matches(_key(name), known, n=1)
+    hint = f"Did you mean {known[near[0]]!r}? " if near else ""
+    raise TaskError(
+        f"unknown task {name!r}; built in are: {', '.join(task_names())}",
+        hint=hint + "A task of your own is a file: give a path that ends in .yaml",
+    )
+
+
+@cache
+def _builtin(name: str) -> Task:
+    text = resources.files("mta.tasks").joinpath("builtin", f"{name}.yaml").read_text(encoding="utf-8")
+    return _parse_task(text, f"built-in task {name}")
+
+
+def _read_task(path: Path) -> Task:
+    try:
+        return _parse_task(path.read_text(encoding="utf-8"), str(path))
+    except FileNotFoundError:
+        raise TaskError(f"no such task file: {path}", hint=f"Built in are: {', '.join(task_names())}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise TaskError(f"{path} cannot be read as text: {error}") from None
+
+
+def _parse_task(text: str, source: str) -> Task:
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise TaskError(f"{source} is not readable YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise TaskError(f"{source}: expected a mapping with name, item, text, metric; got {type(values).__name__}")
+    try:
+        return Task.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"]) or "task"
+        reason = first["msg"].removeprefix("Value error, ")
+        got = "" if isinstance(first["input"], dict | Task | Form) else f" (got {first['input']!r})"
+        raise TaskError(f"{source}: {key}: {reason}{got}", hint="Compare with a built-in task's YAML.") from None

@@ -1,0 +1,126 @@
+"""From an item of a task to tokens: chat template, target, and the cutting of what is too long."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from mta.errors import DataError
+from mta.history import Item
+
+if TYPE_CHECKING:
+    from mta.tasks.task import Task
+
+PLAIN = "{prompt}\nAnswer: "  # for tokenizers without a chat template
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """Tokens of a prompt and its target; ``tokens[target_start:]`` is what the loss sees. ``cut`` tokens were left out."""
+
+    tokens: tuple[int, ...]
+    target_start: int
+    cut: int = 0
+
+    @property
+    def prompt(self) -> tuple[int, ...]:
+        """The tokens a model is given before it answers."""
+        return self.tokens[: self.target_start]
+
+    @property
+    def target(self) -> tuple[int, ...]:
+        """The tokens of the answer, its end token included."""
+        return self.tokens[self.target_start :]
+
+
+class PromptFormat:
+    """How one tokenizer words prompts and ends answers.
+
+    ``max_tokens`` bounds prompt and target together. Text is cut inside the fields a task allows, from their end,
+    the longest first; instruction and target are never touched.
+    """
+
+    def __init__(self, tokenizer: Any, max_tokens: int = 1024) -> None:
+        self.tokenizer = tokenizer
+        self.max_tokens = max_tokens
+        self.has_template = bool(getattr(tokenizer, "chat_template", None))
+        self.end_token = self._end_token()
+
+    def example(self, task: Task, item: Item, target: str | None = None) -> Example:
+        """An item as a training example; ``target`` replaces the item's own (a label to be scored).
+
+        Raises DataError if instruction and target alone exceed ``max_tokens``.
+        """
+        return self.examples(task, item, [task.target(item) if target is None else target])[0]
+
+    def examples(self, task: Task, item: Item, targets: Sequence[str]) -> list[Example]:
+        """One prompt with several targets (the labels of a query), cut alike for all of them."""
+        text = self.render(task.prompt(item))
+        room = self.max_tokens - max(len(self._target(text, self._tokens(text), target)) for target in targets)
+        text, tokens, cut = self._fit(task, item, room)
+        return [Example(tokens + self._target(text, tokens, target), len(tokens), cut) for target in targets]
+
+    def prompt(self, task: Task, item: Item, reserve: int = 0) -> Example:
+        """A prompt without a target; ``reserve`` tokens are kept free for what will be generated."""
+        _, tokens, cut = self._fit(task, item, self.max_tokens - reserve)
+        return Example(tokens, len(tokens), cut)
+
+    def render(self, prompt: str) -> str:
+        """The text given to the model for an instruction: the chat template, or a plain form where there is none."""
+        if not self.has_template:
+            return PLAIN.format(prompt=prompt)
+        chat = [{"role": "user", "content": prompt}]
+        return str(self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True))
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """The text of an answer, without its end token."""
+        return str(self.tokenizer.decode(list(tokens), skip_special_tokens=True)).strip()
+
+    def _tokens(self, text: str) -> tuple[int, ...]:
+        # A chat template writes its own first token.
+        return tuple(self.tokenizer(text, add_special_tokens=not self.has_template)["input_ids"])
+
+    def _target(self, text: str, prompt: tuple[int, ...], target: str) -> tuple[int, ...]:
+        """Tokens that continue ``prompt``: from the whole text where that keeps the prompt's tokens, else from the target."""
+        whole = self._tokens(text + target)
+        if whole[: len(prompt)] == prompt:
+            return (*whole[len(prompt) :], self.end_token)
+        return (*self.tokenizer(target, add_special_tokens=False)["input_ids"], self.end_token)
+
+    def _fit(self, task: Task, item: Item, room: int) -> tuple[str, tuple[int, ...], int]:
+        fields, cut = dict(item.fields), 0
+        while True:
+            text = self.render(task.prompt(Item(fields, is_query=item.is_query)))
+            tokens = self._tokens(text)
+            excess = len(tokens) - room
+            if excess <= 0:
+                return text, tokens, cut
+            name = max(task.form(item).cut, key=lambda field: len(fields[field]), default=None)
+            if name is None or not fields[name]:
+                raise DataError(
+                    f"task {task.name!r}: instruction and target take {len(tokens) + self.max_tokens - room} tokens, "
+                    f"max_tokens is {self.max_tokens}",
+                    hint="Raise max_tokens, or list the long field under 'cut' in the task's YAML.",
+                )
+            fields[name], removed = self._shorten(fields[name], excess)
+            cut += removed
+
+    def _shorten(self, text: str, excess: int) -> tuple[str, int]:
+        """Text without its last ``excess`` tokens (at least one character goes), and how many tokens went."""
+        offsets = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+        keep = max(len(offsets) - excess, 0)
+        end = offsets[keep][0] if keep < len(offsets) else len(text) - 1
+        return text[:end].rstrip(), len(offsets) - keep
+
+    def _end_token(self) -> int:
+        """What closes an answer: the first token of the template after it, else the tokenizer's end token."""
+        if self.has_template:
+            chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "§answer§"}]
+            text = str(self.tokenizer.apply_chat_template(chat, tokenize=False))
+            after = self.tokenizer(text.rpartition("§answer§")[2].lstrip(), add_special_tokens=False)["input_ids"]
+            if after and after[0] in self.tokenizer.all_special_ids:
+                return int(after[0])
+        if self.tokenizer.eos_token_id is None:
+            raise DataError("the tokenizer names no end token; answers could not end")
+        return int(self.tokenizer.eos_token_id)

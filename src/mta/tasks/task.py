@@ -1,0 +1,251 @@
+"""A task as data: wording, target, labels, metric and the text that encoders and BM25 see.
+
+Nothing here knows a model or a tokenizer; ``mta.tasks.prompt`` turns what a task says into tokens.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from functools import cache
+from string import Formatter
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+
+from mta.errors import DataError
+from mta.history import Item
+
+
+@cache
+def template_fields(template: str) -> tuple[str, ...]:
+    """Names of the fields in a template, in order and once each. Raises ValueError for anything but ``{name}``."""
+    names: dict[str, None] = {}
+    for _, name, spec, conversion in Formatter().parse(template):
+        if name is None:
+            continue
+        if not name.isidentifier() or spec or conversion:
+            raise ValueError(f"{{{name}}} is no field; write {{name}}, and literal braces as {{{{ and }}}}")
+        names[name] = None
+    return tuple(names)
+
+
+def as_text(value: str | int | float) -> str:
+    """A number as people write it: 4 and 4.0 are both '4'."""
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
+
+
+def _label(value: Any) -> Any:
+    if isinstance(value, bool):  # YAML reads a bare yes, no, on or off as a truth value
+        raise ValueError("a label that YAML reads as true or false must be written in quotes")
+    return as_text(value) if isinstance(value, int | float) else value
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Form(_Frozen):
+    """The wording of one kind of item: a prompt over fields, and the one field that is the target.
+
+    ``cut`` lists the prompt's fields that may be shortened when a prompt is too long.
+    ``pattern`` parses a benchmark's ready-made question back into the prompt's fields (fullmatch, DOTALL).
+    """
+
+    prompt: str = Field(min_length=1)
+    target: str = Field(min_length=1)
+    cut: tuple[str, ...] = ()
+    pattern: str | None = None
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Form:
+        fields = set(template_fields(self.prompt))
+        if self.target in fields:
+            raise ValueError(f"the prompt shows the target {{{self.target}}}: it would give the answer away")
+        for name in self.cut:
+            if name not in fields:
+                raise ValueError(f"cut names {name!r}, which is no field of the prompt")
+        if self.pattern is not None and (groups := _groups(self.pattern)) != fields:
+            raise ValueError(f"pattern has the groups {sorted(groups)}; the prompt has the fields {sorted(fields)}")
+        return self
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """The fields of the prompt."""
+        return template_fields(self.prompt)
+
+
+def _groups(pattern: str) -> set[str]:
+    try:
+        return set(re.compile(pattern, re.DOTALL).groupindex)
+    except re.error as error:
+        raise ValueError(f"pattern is no regular expression: {error}") from None
+
+
+def _check_text(key: str, template: str, form: Form) -> None:
+    fields = set(template_fields(template))
+    if form.target in fields:
+        raise ValueError(f"{key} shows the target {{{form.target}}}; leave it out, it is added where it is known")
+    if extra := fields - set(form.inputs):
+        raise ValueError(f"{key} has the fields {sorted(extra)}; the prompt has {sorted(form.inputs)}")
+    if form.inputs and not fields:
+        raise ValueError(f"{key} shows no field; the prompt has {sorted(form.inputs)}")
+
+
+class Task(_Frozen):
+    """What people's items are asked and how answers are judged.
+
+    ``text`` is what encoders and BM25 see of an item. It never shows the target, so an item held out as a query
+    cannot leak its answer; ``text_of(item, with_target=True)`` adds the target where it is known.
+    """
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    version: int = Field(ge=1)
+    description: str
+    source: str
+    lamp: str | None = None
+    item: Form
+    query: Form | None = None
+    text: str
+    query_text: str | None = None
+    labels: tuple[Annotated[str, BeforeValidator(_label)], ...] | None = None
+    metric: Literal["accuracy", "mae", "rouge"]
+
+    @field_validator("labels")
+    @classmethod
+    def _labels_are_usable(cls, labels: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        if labels is None:
+            return None
+        if not labels or any(label != label.strip() or not label for label in labels):
+            raise ValueError("labels must not be empty, nor begin or end with a space")
+        if len(set(labels)) < len(labels):
+            raise ValueError("labels must be distinct")
+        return labels
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Task:
+        if self.metric != "rouge" and self.labels is None:
+            raise ValueError(f"metric {self.metric} needs labels")
+        if self.metric == "mae" and not all(_is_number(label) for label in self.labels or ()):
+            raise ValueError("metric mae needs labels that are all numbers")
+        if self.query_text is not None and self.query is None:
+            raise ValueError("query_text is for a query worded unlike the items; there is no query")
+        _check_text("text", self.text, self.item)
+        if self.query:
+            key = "text (there is no query_text)" if self.query_text is None else "query_text"
+            _check_text(key, self._text(query=True), self.query)
+        return self
+
+    def _text(self, query: bool) -> str:
+        return self.query_text if query and self.query_text is not None else self.text
+
+    def form(self, item: Item) -> Form:
+        """The wording that an item calls for."""
+        return self.query if item.is_query and self.query else self.item
+
+    def labels_of(self, item: Item) -> tuple[str, ...] | None:
+        """The closed set of answers of this item; None where it is free text (LaMP-1's history has no labels)."""
+        return self.labels if self.form(item).target == (self.query or self.item).target else None
+
+    def prompt(self, item: Item) -> str:
+        """The instruction for an item, its target left out."""
+        return self._fill(self.form(item).prompt, item)
+
+    def has_target(self, item: Item) -> bool:
+        """Whether the answer is known: a benchmark's test questions come without."""
+        return self.form(item).target in item.fields
+
+    def target(self, item: Item) -> str:
+        """The answer of an item. Raises DataError if it is unknown."""
+        name = self.form(item).target
+        return self._fill(f"{{{name}}}", item)
+
+    def text_of(self, item: Item, with_target: bool = False) -> str:
+        """What encoders and BM25 see of an item; the target stands on a line of its own."""
+        text = self._fill(self._text(item.is_query), item)
+        return f"{text}\n{self.target(item)}".strip() if with_target else text
+
+    def fields(self, query: bool = False) -> tuple[str, ...]:
+        """All fields an item (or a query) needs: those of the prompt, then the target."""
+        form = self.query if query and self.query else self.item
+        return (*form.inputs, form.target)
+
+    def wrong(self, item: Item) -> tuple[str, str] | None:
+        """The first field that does not fit and why, or None. A query's unknown target is not wrong."""
+        labels, form = self.labels_of(item), self.form(item)
+        for name in self.fields(item.is_query):
+            value = item.fields.get(name)
+            if value is None:
+                if item.is_query and name == form.target:
+                    continue
+                return name, f"missing; task {self.name!r} needs {', '.join(self.fields(item.is_query))}"
+            if not value.strip():
+                return name, "empty; expected some text"
+            if name == form.target and labels is not None and value not in labels:
+                return name, f"unknown label {short(value)}; expected one of: {', '.join(labels)}"
+        return None
+
+    def check(self, item: Item) -> None:
+        """Raises DataError if a field of the item is missing, empty or not among the labels."""
+        if found := self.wrong(item):
+            raise DataError(f"field {found[0]!r}: {found[1]}")
+
+    def parse_query(self, input: str, output: str | None = None, id: str | None = None) -> Item:
+        """A benchmark's ready-made question, and its gold answer where known, as a query.
+
+        Raises DataError if the question is not worded as this task's.
+        """
+        form = self.query or self.item
+        if form.pattern is not None:
+            match = re.fullmatch(form.pattern, input, re.DOTALL)
+            if match is None:
+                wanted = short(form.prompt)
+                raise DataError(f"not a question of task {self.name!r}: {short(input)}; expected {wanted}")
+            fields = {name: text for name, text in match.groupdict().items() if text is not None}
+        elif len(form.inputs) == 1:
+            fields = {form.inputs[0]: input}
+        else:
+            raise DataError(f"task {self.name!r} has no pattern to parse a question into {', '.join(form.inputs)}")
+        if output is not None:
+            fields[form.target] = output
+        return Item(fields, id=id, is_query=True)
+
+    def asked(self, question: str | Mapping[str, str]) -> Item:
+        """A question put by a caller: the fields of an item, the one field a prompt has, or a benchmark's wording.
+
+        Raises DataError naming the fields that are needed.
+        """
+        if isinstance(question, Mapping):
+            item = Item(question)
+            if missing := [name for name in self.item.inputs if not item.fields.get(name, "").strip()]:
+                raise DataError(f"a question of task {self.name!r} needs {', '.join(missing)}; got {sorted(question)}")
+            return item
+        pattern = (self.query or self.item).pattern
+        if pattern is not None and re.fullmatch(pattern, question, re.DOTALL):
+            return self.parse_query(question)
+        if len(self.item.inputs) != 1:
+            raise DataError(
+                f"a question of task {self.name!r} needs fields: {', '.join(self.item.inputs)}; got one text"
+            )
+        if not question.strip():
+            raise DataError("the question is empty; expected some text")
+        return Item({self.item.inputs[0]: question})
+
+    def _fill(self, template: str, item: Item) -> str:
+        try:
+            return template.format_map(item.fields)
+        except KeyError as error:
+            kind = "query" if item.is_query else "item"
+            raise DataError(f"{kind} {item.id!r} has no field {error}; task {self.name!r} needs it") from None
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return abs(float(text)) < float("inf")
+    except ValueError:
+        return False
+
+
+def short(text: str, limit: int = 60) -> str:
+    """The beginning of a text in quotes, for messages."""
+    return repr(text if len(text) <= limit else text[:limit] + "…")

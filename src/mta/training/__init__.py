@@ -1,0 +1,1 @@
+"""Training many adapters in lock step: packed rows, one optimizer for all, checkpoints, a plan."""

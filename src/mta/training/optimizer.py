@@ -1,0 +1,76 @@
+"""AdamW for U adapters in one buffer, each with its own step count, learning rate and gradient norm."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mta.config import Training
+
+_CHUNK = 2**14  # columns at a time: what an update touches stays in the cache
+
+
+@dataclass(slots=True)
+class BatchedAdamW:
+    """AdamW over the rows of ``values`` (U, P): row u equals a ``torch.optim.AdamW`` of its own.
+
+    Shapes: values, gradient, mean, square (U, P); step (U,).
+    """
+
+    values: Tensor
+    gradient: Tensor
+    mean: Tensor
+    square: Tensor
+    step: Tensor
+
+    @classmethod
+    def of(cls, values: Tensor) -> BatchedAdamW:
+        """Zero moments for ``values``."""
+        return cls(values, *(torch.zeros_like(values) for _ in range(3)), torch.zeros(len(values), dtype=torch.long))
+
+    def clip(self, largest: float) -> Tensor:
+        """Scale each row's gradient to at most ``largest``; returns the norms before, (U,)."""
+        norms = self.gradient.norm(dim=1)
+        self.gradient.mul_((largest / (norms + 1e-6)).clamp_max(1.0)[:, None])  # as torch.nn.utils.clip_grad_norm_
+        return norms
+
+    def update(self, lr: Tensor, training: Training) -> None:
+        """One step of every row at its own ``lr`` (U,); gradients are zeroed after it."""
+        self.step += 1
+        count = self.step.to(self.values)[:, None]
+        rate = lr.to(self.values)[:, None]
+        size = rate / (1 - training.beta1**count)
+        correction = (1 - training.beta2**count).sqrt()
+        decay = 1 - rate * training.weight_decay
+        for start in range(0, self.values.shape[1], _CHUNK):
+            window = slice(start, start + _CHUNK)
+            values, gradient, mean, square = (
+                t[:, window] for t in (self.values, self.gradient, self.mean, self.square)
+            )
+            mean.lerp_(gradient, 1 - training.beta1)
+            square.mul_(training.beta2).addcmul_(gradient, gradient, value=1 - training.beta2)
+            spread = square.sqrt().div_(correction).add_(training.eps)
+            values.mul_(decay).sub_((size * mean).div_(spread))
+        self.gradient.zero_()
+
+    def keep(self, rows: Tensor) -> BatchedAdamW:
+        """The optimizer of the rows that stay; the others have finished."""
+        return BatchedAdamW(
+            *(part[rows].clone() for part in (self.values, self.gradient, self.mean, self.square)), self.step[rows]
+        )
+
+
+def learning_rate(training: Training, step: int, steps: int) -> float:
+    """The rate of 0-based ``step`` out of ``steps``: linear warmup, then constant, linear or cosine decay to 0."""
+    warmup = math.ceil(training.warmup * steps)
+    if step < warmup:
+        return training.lr * (step + 1) / warmup
+    done = (step - warmup) / max(steps - warmup, 1)
+    if training.schedule == "linear":
+        return training.lr * (1 - done)
+    if training.schedule == "cosine":
+        return training.lr * 0.5 * (1 + math.cos(math.pi * done))
+    return training.lr

@@ -1,0 +1,151 @@
+"""Shared prefixes: the examples of one person as one tree of tokens per row.
+
+Examples that begin with the same tokens (chat template, instruction, the same text before two labels) share them.
+A row is the tree in depth-first order. Token i sees token j exactly when j is i itself or an ancestor of i:
+
+    visible[i, j]  =  j <= i < end[j]        end[j] is one past the last token of j's subtree
+
+Positions are depths. A causal prefix does not see what follows it, so losses and gradients equal those of separate rows.
+The last token of an example is only ever predicted, never fed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from mta.tasks.prompt import Example
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A token tree, depth first, and what is predicted where.
+
+    ``sources[i]`` is the place in the row whose logits predict token ``targets[i]`` of example ``examples[i]``.
+    """
+
+    tokens: tuple[int, ...]
+    positions: tuple[int, ...]
+    ends: tuple[int, ...]
+    sources: tuple[int, ...]
+    targets: tuple[int, ...]
+    examples: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Rows of one batch as tensors, padded to the longest.
+
+    Shapes: tokens, positions, ends (B, T); places (m,) distinct flat indices into B * T that need logits;
+    of the n predicted tokens: source (n,) into places, target (n,) token ids, row (n,) and example (n,).
+    """
+
+    tokens: Tensor
+    positions: Tensor
+    ends: Tensor
+    places: Tensor
+    source: Tensor
+    target: Tensor
+    row: Tensor
+    example: Tensor
+
+    def visible(self) -> Tensor:
+        """(B, T, T) bool: [b, i, j] = token i sees token j. Padding sees itself only."""
+        i = torch.arange(self.tokens.shape[1], device=self.tokens.device)
+        return (i[None, None, :] <= i[None, :, None]) & (i[None, :, None] < self.ends[:, None, :])
+
+    def log_probs(self, logits: Tensor) -> Tensor:
+        """Log probability of each predicted token, (n,), in at least float32; logits (m, V) of ``places``."""
+        table = torch.log_softmax(logits if logits.dtype == torch.float64 else logits.float(), dim=-1)
+        return table[self.source, self.target]
+
+
+def tree(examples: Sequence[Example], numbers: Sequence[int]) -> Row:
+    """One row that holds ``examples``; ``numbers`` are what the caller knows them by."""
+    order = sorted(range(len(examples)), key=lambda e: examples[e].tokens)
+    tokens: list[int] = []
+    positions: list[int] = []
+    ends: list[int] = []
+    predicted: list[tuple[int, int, int]] = []
+    path: list[int] = []  # places of the current branch, root first
+    before: tuple[int, ...] = ()
+    for e in order:
+        fed = examples[e].tokens[:-1]
+        shared = common_prefix(before, fed)
+        for place in path[shared:]:
+            ends[place] = len(tokens)
+        del path[shared:]
+        for depth in range(shared, len(fed)):
+            path.append(len(tokens))
+            tokens.append(fed[depth])
+            positions.append(depth)
+            ends.append(0)
+        start = examples[e].target_start
+        predicted += [(path[d - 1], examples[e].tokens[d], numbers[e]) for d in range(start, len(examples[e].tokens))]
+        before = fed
+    for place in path:
+        ends[place] = len(tokens)
+    sources, targets, owners = zip(*predicted)
+    return Row(tuple(tokens), tuple(positions), tuple(ends), sources, targets, owners)
+
+
+def pack(examples: Sequence[Example], attention_price: float, *, packed: bool = True) -> list[Row]:
+    """Rows for one person's examples, as few or as many as costs least.
+
+    A row of T tokens costs T + attention_price * T * T. Examples sorted by their tokens are cut into runs; the cheapest cut is
+    found exactly, so packing is never dearer than one row per example. ``packed=False`` is that plain way.
+    """
+    if not examples:
+        return []
+    order = sorted(range(len(examples)), key=lambda e: examples[e].tokens)
+    if not packed:
+        return [tree([examples[e]], [e]) for e in order]
+    lengths = [len(examples[e].tokens) - 1 for e in order]
+    shared = [0] + [common_prefix(examples[a].tokens[:-1], examples[b].tokens[:-1]) for a, b in pairwise(order)]
+    best, cut = [0.0], [0]
+    for stop in range(1, len(order) + 1):
+        size, options = 0, []
+        for start in range(stop - 1, -1, -1):
+            size += lengths[start] - (shared[start + 1] if start + 1 < stop else 0)
+            options.append((best[start] + size + attention_price * size * size, start))
+        price, start = min(options)
+        best.append(price)
+        cut.append(start)
+    rows, stop = [], len(order)
+    while stop:
+        chosen = order[cut[stop] : stop]
+        rows.append(tree([examples[e] for e in chosen], chosen))
+        stop = cut[stop]
+    return rows[::-1]
+
+
+def collate(rows: Sequence[Row], pad: int, device: torch.device) -> Rows:
+    """Rows as padded tensors. A padding token's subtree is itself, so it sees itself and nobody sees it."""
+    width = max(len(row.tokens) for row in rows)
+    tokens, positions, ends = [], [], []
+    for row in rows:
+        fill = range(len(row.tokens), width)
+        tokens.append(row.tokens + (pad,) * len(fill))
+        positions.append(row.positions + (0,) * len(fill))
+        ends.append(row.ends + tuple(i + 1 for i in fill))
+    flat = [
+        (r * width + s, t, r, e)
+        for r, row in enumerate(rows)
+        for s, t, e in zip(row.sources, row.targets, row.examples)
+    ]
+    place, target, owner, example = (torch.tensor(column, device=device) for column in zip(*flat))
+    places, source = torch.unique(place, return_inverse=True)
+    grid = (torch.tensor(values, device=device) for values in (tokens, positions, ends))
+    return Rows(*grid, places, source, target, owner, example)
+
+
+def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many tokens two sequences begin with alike."""
+    for i, (x, y) in enumerate(zip(a, b)):
+        if x != y:
+            return i
+    return min(len(a), len(b))

@@ -1,0 +1,262 @@
+"""The lock-step trainer: a cohort of adapters over one frozen base, one forward pass for many people.
+
+Each step takes every person's own batch, packs it into rows, runs the rows of as many people as fit in one pass, and
+updates all adapters at once. A person's loss is the mean over their target tokens in that step, whatever rows these were
+split into; losses of people are summed, so gradients never mix. Whoever has done their steps leaves the cohort.
+Source: arXiv:2511.20072 stages 0, 1 and 3 train LoRAs one by one; training them together is our choice.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mta.base import BaseModel
+from mta.config import Training
+from mta.lora.batch import LoraBatch
+from mta.lora.layers import Adapters, PerPerson, applied
+from mta.tasks.prompt import Example
+from mta.training.checkpoint import Checkpoint
+from mta.training.optimizer import BatchedAdamW, learning_rate
+from mta.training.packing import Row, collate, pack
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One adapter to be trained: whose it is, and the examples it learns from."""
+
+    key: str
+    examples: Sequence[Example]
+
+
+Build = Callable[[Mapping[str, Tensor], Tensor], Adapters]
+"""From the parameters of some neighbouring jobs and these jobs' numbers to what is added to the base."""
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What one optimizer step did, for progress bars and metrics files. ``loss`` is the mean over people."""
+
+    step: int
+    people: int
+    examples: int
+    examples_total: int
+    loss: float
+
+
+def train(
+    base: BaseModel,
+    jobs: Sequence[Job],
+    start: Mapping[str, Tensor],
+    adapters: Build,
+    training: Training,
+    *,
+    frozen: Sequence[Adapters] = (),
+    seed: int = 0,
+    tokens_per_batch: int = 2048,
+    packed: bool = True,
+    checkpoint: Checkpoint | None = None,
+    on_step: Callable[[Step], None] | None = None,
+) -> dict[str, Tensor]:
+    """Train parameters ``start`` (each (U, ...), one row per job) over the frozen base and ``frozen`` adapters.
+
+    ``adapters`` turns parameters into what is added to the base: factors into a LoRA, or coefficients into a merge.
+    ``frozen`` adapters are indexed by job.
+    Rows of at most ``tokens_per_batch`` padded tokens go through the base together; this changes time and memory, not
+    the result. With a ``checkpoint`` a killed run goes on where it was saved last.
+    Returns the parameters in the order of ``jobs``, in the base's master dtype.
+    """
+    cohort = _Cohort.begin(base, jobs, start, training)
+    if checkpoint and (saved := checkpoint.load()):
+        cohort.restore(*saved)
+    total = sum(steps * min(training.batch_size, len(job.examples)) for job, steps in zip(jobs, cohort.steps))
+    cohort.release()
+    while cohort.active:
+        batches = [batch_of(jobs[j], cohort.step, training.batch_size, seed) for j in cohort.active]
+        losses = _gradients(base, cohort, batches, adapters, frozen, tokens_per_batch, packed)
+        cohort.advance(training, sum(len(batch) for batch in batches))
+        if on_step:
+            on_step(Step(cohort.step, len(batches), cohort.examples, total, float(losses.mean())))
+        if checkpoint and cohort.active and checkpoint.due():
+            checkpoint.save(*cohort.saved())
+    return cohort.result()
+
+
+def train_loras(base: BaseModel, jobs: Sequence[Job], start: LoraBatch, training: Training, **how: Any) -> LoraBatch:
+    """``train`` for the common case: adapter u of ``start`` on the examples of job u. Keywords as in ``train``."""
+
+    def per_person(parameters: Mapping[str, Tensor], _: Tensor) -> PerPerson:
+        return PerPerson(LoraBatch.of_tensors(parameters, start.scale))
+
+    return LoraBatch.of_tensors(train(base, jobs, start.tensors(), per_person, training, **how), start.scale)
+
+
+def steps_of(training: Training, examples: int) -> int:
+    """Optimizer steps for a job of that many examples."""
+    if not examples:
+        return 0
+    if training.steps is not None:
+        return training.steps
+    return math.ceil(training.epochs * examples / min(training.batch_size, examples))
+
+
+def batch_of(job: Job, step: int, size: int, seed: int) -> list[Example]:
+    """What a job sees at ``step``: everything if it fits, else the next stretch of a walk through hash-seeded shuffles."""
+    n = len(job.examples)
+    if size >= n:
+        return list(job.examples)
+    places = range(step * size, (step + 1) * size)
+    orders = {epoch: _shuffled(n, f"{seed}/{job.key}/{epoch}") for epoch in {place // n for place in places}}
+    return [job.examples[orders[place // n][place % n]] for place in places]
+
+
+def _shuffled(n: int, key: str) -> list[int]:
+    order = list(range(n))
+    random.Random(key).shuffle(order)
+    return order
+
+
+@dataclass(slots=True)
+class _Cohort:
+    """Parameters in training as one buffer (U, P); what the layers see are views of it."""
+
+    layout: dict[str, tuple[slice, torch.Size]]  # parameter -> its columns and the shape of one row
+    steps: list[int]
+    optimizer: BatchedAdamW
+    active: list[int]
+    finished: dict[int, Tensor] = field(default_factory=dict)
+    step: int = 0
+    examples: int = 0
+
+    @classmethod
+    def begin(cls, base: BaseModel, jobs: Sequence[Job], start: Mapping[str, Tensor], training: Training) -> _Cohort:
+        layout, width = {}, 0
+        for name, tensor in start.items():
+            layout[name] = (slice(width, width + tensor[0].numel()), tensor.shape[1:])
+            width += tensor[0].numel()
+        # Jobs of similar length side by side, so that little is padded.
+        order = sorted(range(len(jobs)), key=lambda j: (sum(len(e.tokens) for e in jobs[j].examples), jobs[j].key))
+        values = torch.cat([tensor.flatten(1) for tensor in start.values()], dim=1)[order]
+        steps = [steps_of(training, len(job.examples)) for job in jobs]
+        return cls(layout, steps, BatchedAdamW.of(values.to(base.device, base.master_dtype)), order)
+
+    def leaves(self, people: slice) -> dict[str, Tensor]:
+        """Trainable views of the buffer for neighbouring people."""
+        return {
+            name: view.detach().requires_grad_() for name, view in self._views(self.optimizer.values[people]).items()
+        }
+
+    def add_gradient(self, people: slice, leaves: Mapping[str, Tensor], loss: Tensor) -> None:
+        """Add the gradient of ``loss`` with respect to ``leaves`` to the buffer."""
+        views = self._views(self.optimizer.gradient[people])
+        torch._foreach_add_(list(views.values()), list(torch.autograd.grad(loss, list(leaves.values()))))
+
+    def advance(self, training: Training, examples: int) -> None:
+        """One optimizer step for everyone still here; then those who are done leave."""
+        self.optimizer.clip(training.clip)
+        rates = [learning_rate(training, self.step, self.steps[j]) for j in self.active]
+        self.optimizer.update(torch.tensor(rates, dtype=torch.float64), training)
+        self.step += 1
+        self.examples += examples
+        self.release()
+
+    def release(self) -> None:
+        """Move finished jobs out: AdamW would go on moving a parameter whose gradient is zero."""
+        stays = [i for i, j in enumerate(self.active) if self.steps[j] > self.step]
+        if len(stays) == len(self.active):
+            return
+        for i, j in enumerate(self.active):
+            if self.steps[j] <= self.step:
+                self.finished[j] = self.optimizer.values[i].clone()
+        self.optimizer = self.optimizer.keep(torch.tensor(stays, dtype=torch.long, device=self.optimizer.values.device))
+        self.active = [self.active[i] for i in stays]
+
+    def result(self) -> dict[str, Tensor]:
+        """All parameters, in the order of the jobs."""
+        values = torch.stack([self.finished[j] for j in range(len(self.steps))])
+        return {name: view.contiguous() for name, view in self._views(values).items()}
+
+    def _views(self, buffer: Tensor) -> dict[str, Tensor]:
+        return {name: buffer[:, columns].unflatten(1, shape) for name, (columns, shape) in self.layout.items()}
+
+    def saved(self) -> tuple[dict[str, Tensor], dict[str, object]]:
+        o = self.optimizer
+        tensors = {"values": o.values, "mean": o.mean, "square": o.square, "step": o.step}
+        tensors |= {f"finished/{j}": values for j, values in self.finished.items()}
+        return {k: t.cpu() for k, t in tensors.items()}, {
+            "step": self.step,
+            "examples": self.examples,
+            "active": self.active,
+        }
+
+    def restore(self, tensors: dict[str, Tensor], progress: dict[str, object]) -> None:
+        device = self.optimizer.values.device
+        values, mean, square = (tensors[key].to(device) for key in ("values", "mean", "square"))
+        self.optimizer = BatchedAdamW(values, torch.zeros_like(values), mean, square, tensors["step"])
+        self.finished = {
+            int(k.removeprefix("finished/")): t.to(device) for k, t in tensors.items() if k.startswith("finished/")
+        }
+        self.active = list(progress["active"])  # type: ignore[call-overload]
+        self.step, self.examples = int(progress["step"]), int(progress["examples"])  # type: ignore[call-overload]
+
+
+@dataclass(frozen=True, slots=True)
+class _Pass:
+    """Rows that go through the base together: neighbours ``people`` of the cohort, or a part of one person's rows."""
+
+    people: slice
+    rows: list[Row]
+    owners: list[int]  # places in the cohort
+
+
+def _gradients(
+    base: BaseModel,
+    cohort: _Cohort,
+    batches: Sequence[Sequence[Example]],
+    adapters: Build,
+    frozen: Sequence[Adapters],
+    budget: int,
+    packed: bool,
+) -> Tensor:
+    """Add everyone's gradient of this step to the cohort's buffer; returns their losses, (U,)."""
+    rows = [pack(examples, base.attention_price, packed=packed and base.packable) for examples in batches]
+    share = torch.tensor([1 / sum(len(e.target) for e in examples) for examples in batches], device=base.device)
+    share = share.to(base.master_dtype)
+    jobs = torch.tensor(cohort.active, device=base.device)
+    losses = torch.zeros_like(share)
+    for part in _passes(rows, budget):
+        batch = collate(part.rows, base.pad_token, base.device)
+        owner = torch.tensor(part.owners, device=base.device)
+        leaves = cohort.leaves(part.people)
+        with (
+            applied(base.model, frozen, jobs[owner]),
+            applied(base.model, [adapters(leaves, jobs[part.people])], owner - part.people.start),
+        ):
+            logits = base.logits(batch.tokens, batch.visible(), batch.positions, batch.places)
+            weighted = -batch.log_probs(logits) * share[owner[batch.row]]
+            cohort.add_gradient(part.people, leaves, weighted.sum())
+        losses.index_add_(0, owner[batch.row], weighted.detach())
+    return losses
+
+
+def _passes(rows: Sequence[Sequence[Row]], budget: int) -> Iterator[_Pass]:
+    """Neighbouring people together up to ``budget`` padded tokens; a person with more than that in several passes."""
+    first, chosen, owners, width = 0, [], [], 0  # type: tuple[int, list[Row], list[int], int]
+    for person, theirs in enumerate(rows):
+        wider = max(width, *(len(row.tokens) for row in theirs))
+        if chosen and wider * (len(chosen) + len(theirs)) > budget:
+            yield _Pass(slice(first, person), chosen, owners)
+            first, chosen, owners, wider = person, [], [], max(len(row.tokens) for row in theirs)
+        chosen, owners, width = chosen + list(theirs), owners + [person] * len(theirs), wider
+        while len(chosen) > 1 and width * len(chosen) > budget:  # one person alone exceeds the budget
+            fit = max(budget // width, 1)
+            yield _Pass(slice(person, person + 1), chosen[:fit], owners[:fit])
+            chosen, owners = chosen[fit:], owners[fit:]
+    if chosen:
+        yield _Pass(slice(first, len(rows)), chosen, owners)

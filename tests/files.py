@@ -1,0 +1,53 @@
+"""Small files of people's items in every format, made on the spot."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mta.errors import DataError
+from mta.readers import read_people
+
+ASK = (
+    "What is the score of the following review on a scale of 1 to 5? "
+    "just answer with 1, 2, 3, 4, or 5 without further explanation. review: "
+)
+TIME = "expected a number or an ISO date such as 2024-05-31"
+GOOD = {"person": "ann", "text": "Fine.", "score": "4"}
+
+
+def jsonl(tmp_path: Path, *rows: Any) -> Path:
+    path = tmp_path / "data.jsonl"
+    path.write_text(
+        "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows), encoding="utf-8"
+    )
+    return path
+
+
+def dumped(path: Path, value: Any, indent: int | None = 0) -> Path:
+    path.write_text(json.dumps(value, indent=indent), encoding="utf-8")
+    return path
+
+
+def question(id: str, user: str | None = "u", /, **changes: Any) -> dict[str, Any]:
+    profile = [{"id": f"{id}{n}", "text": f"text {n}", "score": "4", "date": f"200{9 - n}"} for n in range(3)]
+    row = {"id": id, "input": f"{ASK}Now {id}", "profile": profile, **({"user_id": user} if user else {}), **changes}
+    return {key: value for key, value in row.items() if value is not ...}
+
+
+def lamp(tmp_path: Path, questions: list[Any], golds: Mapping[str, str] | None, name: str = "LaMP_3") -> Path:
+    if golds is not None:
+        rows = [{"id": id, "output": output} for id, output in golds.items()]
+        dumped(tmp_path / "dev_outputs.json", {"task": name, "golds": rows})
+    return dumped(tmp_path / "dev_questions.json", questions)
+
+
+def fails(path: Path, task: str, message: str, hint: str | None = None) -> None:
+    with pytest.raises(DataError) as caught:
+        read_people(path, task)
+    assert caught.value.message == message
+    assert hint is None or caught.value.hint == hint

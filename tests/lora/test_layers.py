@@ -1,0 +1,108 @@
+"""The batched layer against the plain way: one adapter at a time, and a real PeftModel."""
+
+import peft
+import pytest
+import torch
+from tiny import base_of, random_examples, random_loras
+
+from mta.lora import Gated, LoraBatch, PerPerson, Shared, applied, merge_exact
+from mta.lora.batch import join, stack
+from mta.score import log_likelihood
+
+KINDS = ["llama", "mistral", "qwen2", "qwen3", "gemma3", "gpt2"]
+
+
+def logits(base, tokens, adapters, owner):
+    with applied(base.model, adapters, torch.tensor(owner)), torch.no_grad():
+        return base.model(input_ids=tokens).logits
+
+
+@pytest.fixture
+def tokens():
+    return torch.randint(3, 259, (4, 9), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_of_different_people_equal_one_at_a_time(kind, tokens):
+    base, people = base_of(kind), random_loras(base_of(kind), 3)
+    together = logits(base, tokens, [PerPerson(people)], [2, 0, 1, 2])
+    for row, person in enumerate([2, 0, 1, 2]):
+        alone = logits(base, tokens[row : row + 1], [Shared(people.select([person]))], [0])
+        torch.testing.assert_close(together[row], alone[0], rtol=0, atol=1e-10)
+
+
+def test_nobody_gets_the_base_and_the_model_is_left_as_it_was(tokens):
+    base = base_of()
+    people = random_loras(base, 2)
+    plain = base.model(input_ids=tokens).logits
+    gates = torch.ones(2, 2, dtype=torch.float64)
+    mixed = logits(base, tokens, [PerPerson(people), Gated(people, gates)], [-1, 0, -1, 1])
+    torch.testing.assert_close(mixed[[0, 2]], plain[[0, 2]], rtol=0, atol=1e-12)
+    assert (mixed[1] - plain[1]).abs().max() > 1e-3
+    assert torch.equal(base.model(input_ids=tokens).logits, plain)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_equals_peft(kind, tokens):
+    base, adapter = base_of(kind), random_loras(base_of(kind), 1)
+    ours = logits(base, tokens, [Shared(adapter)], [0] * 4)
+    config = peft.LoraConfig(
+        r=adapter.rank, lora_alpha=adapter.scale * adapter.rank, target_modules=list(base.targets), fan_in_fan_out=kind == "gpt2"
+    )
+    theirs = peft.get_peft_model(base.model, config).double()
+    for name, (a, b) in adapter.factors.items():
+        layer = theirs.get_submodule(f"base_model.model.{name}")
+        layer.lora_A["default"].weight.data, layer.lora_B["default"].weight.data = a[0], b[0]
+    torch.testing.assert_close(ours, theirs(input_ids=tokens).logits, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("per_layer", [False, True])
+def test_straight_from_the_bank_equals_the_gathered_merge(per_layer):
+    base = base_of()
+    bank = random_loras(base, 5)
+    jobs = [random_examples(2, seed) for seed in range(3)]
+    ids = torch.arange(5).expand(3, 5)
+    w = torch.randn(3, len(bank.factors), 5) if per_layer else torch.randn(3, 5)
+    w = w.double()
+    gathered = log_likelihood(base, jobs, [PerPerson(merge_exact(bank, ids, w))])
+    direct = log_likelihood(base, jobs, [Gated(bank, w)])
+    for a, b in zip(gathered, direct):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-9)
+
+
+def test_joined_factors_equal_separate_adapters():
+    base = base_of()
+    one, other = random_loras(base, 2, rank=2, seed=1), random_loras(base, 2, rank=3, seed=2, scale=1.5)
+    jobs = [random_examples(2, seed) for seed in range(2)]
+    for a, b in zip(
+        log_likelihood(base, jobs, [PerPerson(one), PerPerson(other)]), log_likelihood(base, jobs, [PerPerson(join([one, other]))])
+    ):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
+
+
+def test_stacked_batches_of_different_rank_keep_their_updates():
+    base = base_of()
+    one, other = random_loras(base, 1, rank=1, seed=1, scale=2.0), random_loras(base, 2, rank=3, seed=2)
+    both = stack([one, other])
+    name = both.names[0]
+    torch.testing.assert_close(both.delta(name), torch.cat([one.delta(name), other.delta(name)]))
+
+
+def test_adding_the_task_lora_into_the_weights_is_the_same():
+    base, task = base_of(), random_loras(base_of(), 1)
+    jobs = [random_examples(3, 0)]
+    factor = log_likelihood(base, jobs, [Shared(task)])
+    with torch.no_grad():
+        for name in task.names:
+            base.model.get_submodule(name).weight += task.delta(name)[0]
+    torch.testing.assert_close(factor[0], log_likelihood(base, jobs)[0], rtol=0, atol=1e-10)
+
+
+def test_flat_tensors_round_trip_and_misfits_are_refused():
+    batch = random_loras(base_of(), 2)
+    again = LoraBatch.of_tensors(batch.tensors(), batch.scale)
+    assert all(torch.equal(again.delta(n), batch.delta(n)) for n in batch.names)
+    flat = batch.tensors()
+    flat.pop(next(k for k in flat if k.endswith(".b")))
+    with pytest.raises(ValueError, match="in pairs"):
+        LoraBatch.of_tensors(flat, 1.0)

@@ -1,0 +1,80 @@
+"""Stage 2's algebra against dense sums."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mta.errors import AnchorNotFound, InputError
+from mta.lora import merge_exact, merge_factor, merge_svd
+from mta.lora.batch import Factors, LoraBatch
+
+
+def bank_of(n: int, rank: int, seed: int, scale: float = 0.7) -> LoraBatch:
+    g = torch.Generator().manual_seed(seed)
+    shapes = {"a": (5, 7), "b": (7, 4)}
+    draw = lambda *s: torch.randn(s, generator=g, dtype=torch.float64)  # noqa: E731
+    return LoraBatch({name: Factors(draw(n, rank, d), draw(n, o, rank)) for name, (d, o) in shapes.items()}, scale)
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.integers(1, 6), st.integers(1, 4), st.integers(1, 3), st.booleans(), st.integers(0, 99))
+def test_exact_merge_is_the_dense_sum(n, k, rank, per_layer, seed):
+    bank = bank_of(n, rank, seed)
+    g = torch.Generator().manual_seed(seed)
+    ids = torch.randint(0, n, (3, k), generator=g)
+    w = torch.randn((3, 2, k) if per_layer else (3, k), generator=g, dtype=torch.float64)
+    merged = merge_exact(bank, ids, w)
+    assert merged.rank == k * rank
+    for layer, name in enumerate(bank.names):
+        share = w[:, layer] if per_layer else w
+        dense = torch.einsum("uk,ukod->uod", share, bank.delta(name)[ids])
+        torch.testing.assert_close(merged.delta(name), dense, rtol=0, atol=1e-12)
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(0, 99), st.floats(-2, 2), st.floats(-2, 2))
+def test_merging_is_linear_and_blind_to_order(seed, x, y):
+    bank = bank_of(4, 2, seed)
+    w = torch.tensor([[x, y]], dtype=torch.float64)
+    one = merge_exact(bank, torch.tensor([[1, 3]]), w)
+    other = merge_exact(bank, torch.tensor([[3, 1]]), w.flip(1))
+    single = [merge_exact(bank, torch.tensor([[i]]), torch.ones(1, 1, dtype=torch.float64)) for i in (1, 3)]
+    for name in bank.names:
+        torch.testing.assert_close(one.delta(name), other.delta(name), rtol=0, atol=1e-12)
+        torch.testing.assert_close(one.delta(name), x * single[0].delta(name) + y * single[1].delta(name), rtol=0, atol=1e-12)
+
+
+def test_svd_at_full_rank_is_exact_and_below_it_is_the_best_and_says_its_error():
+    bank, ids = bank_of(3, 2, 0), torch.tensor([[0, 1], [2, 1]])
+    w = torch.tensor([[0.3, 0.7], [1.0, -0.5]], dtype=torch.float64)
+    exact = merge_exact(bank, ids, w)
+    full, none = merge_svd(bank, ids, w, 4)
+    cut, error = merge_svd(bank, ids, w, 2)
+    assert cut.rank == 2
+    assert none.max() < 1e-7
+    lost = sum(((exact.delta(n) - cut.delta(n)) ** 2).sum((1, 2)) for n in bank.names)
+    total = sum((exact.delta(n) ** 2).sum((1, 2)) for n in bank.names)
+    torch.testing.assert_close(error, (lost / total).sqrt())
+    for name in bank.names:
+        torch.testing.assert_close(full.delta(name), exact.delta(name), rtol=0, atol=1e-12)
+        best = torch.linalg.svdvals(exact.delta(name))[:, 2:].norm(dim=1)
+        torch.testing.assert_close((exact.delta(name) - cut.delta(name)).flatten(1).norm(dim=1), best)
+
+
+def test_equal_adapters_at_half_each_stay_themselves():
+    """PEFT's linear mode doubles them; ours must not, in any mode whose coefficients sum to 1."""
+    one = bank_of(1, 2, 0)
+    twins = one.select([0, 0])
+    ids, w = torch.tensor([[0, 1]]), torch.tensor([[0.5, 0.5]], dtype=torch.float64)
+    for merged in (merge_exact(twins, ids, w), merge_factor(twins, ids, w), merge_svd(twins, ids, w, 2)[0]):
+        for name in one.names:
+            torch.testing.assert_close(merged.delta(name), one.delta(name), rtol=0, atol=1e-12)
+
+
+def test_unknown_anchors_and_misshapen_coefficients_are_refused():
+    bank = bank_of(3, 2, 0)
+    with pytest.raises(AnchorNotFound, match="numbered 0 to 2, got 1 to 3"):
+        merge_exact(bank, torch.tensor([[1, 3]]), torch.ones(1, 2))
+    with pytest.raises(InputError, match=r"shape \(1, 3\); expected \(1, 2\)"):
+        merge_exact(bank, torch.tensor([[1, 2]]), torch.ones(1, 3))

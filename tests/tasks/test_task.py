@@ -1,0 +1,236 @@
+import json
+import pickle
+from pathlib import Path
+
+import pytest
+import yaml
+
+from mta.errors import DataError, TaskError
+from mta.history import Item
+from mta.tasks import Task, load_task, task_names
+
+DATA = Path(__file__).parents[2].parent / "shared" / "data"
+LABELS = {"lamp1": 2, "lamp2": 15, "lamp2n": 15, "lamp3": 5, "movielens-rating": 5}
+QUESTIONS = {
+    "lamp1": (
+        'For an author who has written the paper with the title "On "Deep" Nets", which reference is related? '
+        'Just answer with [1] or [2] without explanation. [1]: "A {brace}" [2]: "B"',
+        {"title": 'On "Deep" Nets', "ref1": "A {brace}", "ref2": "B"},
+    ),
+    "lamp2": (
+        "Which tag does this movie relate to among the following tags? Just answer with the tag name without further "
+        "explanation. tags: [sci-fi, based on a book, comedy, action, twist ending, dystopia, dark comedy, classic, "
+        "psychology, fantasy, romance, thought-provoking, social commentary, violence, true story] description: A war.",
+        {"description": "A war."},
+    ),
+    "lamp2n": (
+        "Which category does this article relate to among the following categories? Just answer with the category name "
+        "without further explanation. categories: [women, religion, politics, style & beauty, entertainment, "
+        "culture & arts, sports, science & technology, travel, business, crime, education, healthy living, parents, "
+        "food & drink] article: A vote.",
+        {"text": "A vote."},
+    ),
+    "lamp3": (
+        "What is the score of the following review on a scale of 1 to 5? just answer with 1, 2, 3, 4, or 5 without "
+        "further explanation. review: Good.\nVery.",
+        {"text": "Good.\nVery."},
+    ),
+    "lamp4": ("Generate a headline for the following article: A vote.", {"text": "A vote."}),
+    "lamp5": ("Generate a title for the following abstract of a paper: We prove.", {"abstract": "We prove."}),
+    "lamp7": ("Paraphrase the following tweet without any explanation before or after it: hi", {"tweet": "hi"}),
+}
+PLAIN = {
+    "name": "mine",
+    "version": 1,
+    "description": "d",
+    "source": "s",
+    "item": {"prompt": "Rate {text}", "target": "score", "cut": ["text"]},
+    "text": "{text}",
+    "labels": ["1", "2"],
+    "metric": "mae",
+}
+
+
+def written(tmp_path: Path, **changes: object) -> Path:
+    path = tmp_path / "mine.yaml"
+    path.write_text(yaml.safe_dump({**PLAIN, **changes}), encoding="utf-8")
+    return path
+
+
+def test_every_built_in_loads_and_is_named_as_its_file() -> None:
+    assert set(task_names()) == {"text", *QUESTIONS, "movielens-rating"}
+    for name in task_names():
+        task = load_task(name)
+        assert task.name == name
+        assert len(task.labels or ()) == LABELS.get(name, 0)
+        assert hash(task) == hash(pickle.loads(pickle.dumps(task)))
+        for item in (
+            Item(dict.fromkeys(task.fields(), "x")),
+            Item(dict.fromkeys(task.fields(True), "x"), is_query=True),
+        ):
+            assert "x" in task.prompt(item) or not task.form(item).inputs
+            assert task.target(item) == "x"
+
+
+@pytest.mark.parametrize("name", ["lamp3", "LaMP-3", "LaMP_3", "lamp 3"])
+def test_names_are_read_generously(name: str) -> None:
+    assert load_task(name).lamp == "LaMP_3"
+
+
+def test_other_names_of_tasks() -> None:
+    assert load_task("LaMP-2M").name == "lamp2"
+    assert load_task("LaMP-2N").name == "lamp2n"
+    assert load_task("MovieLens").name == "movielens-rating"
+    task = load_task("text")
+    assert load_task(task) is task
+
+
+@pytest.mark.parametrize("name", QUESTIONS)
+def test_questions_of_the_benchmark_are_parsed_and_worded_alike(name: str) -> None:
+    question, fields = QUESTIONS[name]
+    task = load_task(name)
+    query = task.parse_query(question, id="7")
+    assert (dict(query.fields), query.id, query.is_query) == (fields, "7", True)
+    assert task.prompt(query) == question
+    assert task.wrong(query) is None
+    assert not task.has_target(query)
+
+
+@pytest.mark.parametrize(
+    ("name", "folder"), [("lamp3", "lamp3_amazon"), ("lamp4", "lamp4_huffpost"), ("lamp5", "lamp5_papers")]
+)
+def test_wording_equals_real_questions(name: str, folder: str) -> None:
+    path = DATA / folder / "dev_questions.json"
+    if not path.exists():
+        pytest.skip(f"no data at {path}")
+    task = load_task(name)
+    for question in json.loads(path.read_text(encoding="utf-8")):
+        assert task.prompt(task.parse_query(question["input"])) == question["input"]
+
+
+def test_no_text_gives_a_target_away() -> None:
+    for name in task_names():
+        task = load_task(name)
+        for query in (False, True):
+            fields = {field: f"<{field}>" for field in task.fields(query)}
+            item = Item(fields, is_query=query)
+            for text in (task.prompt(item), task.text_of(item)):
+                assert task.target(item) not in text
+            assert task.target(item) in task.text_of(item, with_target=True)
+
+
+def test_labels_belong_to_the_benchmarks_question() -> None:
+    task = load_task("lamp1")
+    paper = Item({"abstract": "We prove.", "title": "A proof"})
+    assert task.labels_of(paper) is None
+    assert task.wrong(paper) is None
+    query = Item({"title": "t", "ref1": "a", "ref2": "b", "reference": "[3]"}, is_query=True)
+    assert task.labels_of(query) == ("[1]", "[2]")
+    assert task.wrong(query) == ("reference", "unknown label '[3]'; expected one of: [1], [2]")
+
+
+def test_a_queries_text_is_its_own() -> None:
+    task = load_task("lamp1")
+    assert task.text_of(task.parse_query(QUESTIONS["lamp1"][0])) == "A {brace} B"
+    lamp3 = load_task("lamp3")
+    assert lamp3.text_of(Item({"text": "Good.", "score": "5"}), with_target=True) == "Good.\n5"
+    tweet = Item({"text": "hi"})
+    assert (load_task("lamp7").text_of(tweet), load_task("lamp7").text_of(tweet, with_target=True)) == ("", "hi")
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"text": "a"}, "field 'score': missing; task 'lamp3' needs text, score"),
+        ({"text": " \n", "score": "1"}, "field 'text': empty; expected some text"),
+        ({"text": "a", "score": "6"}, "field 'score': unknown label '6'; expected one of: 1, 2, 3, 4, 5"),
+    ],
+)
+def test_check_names_the_field(fields: dict[str, str], message: str) -> None:
+    with pytest.raises(DataError) as caught:
+        load_task("lamp3").check(Item(fields))
+    assert caught.value.message == message
+
+
+def test_unknown_targets_and_foreign_questions_are_errors() -> None:
+    task = load_task("lamp3")
+    query = task.parse_query(QUESTIONS["lamp3"][0], id="q")
+    with pytest.raises(DataError, match=r"query 'q' has no field 'score'; task 'lamp3' needs it"):
+        task.target(query)
+    with pytest.raises(DataError, match=r"not a question of task 'lamp3': 'Generate .*'; expected 'What is the score"):
+        task.parse_query(QUESTIONS["lamp4"][0])
+    with pytest.raises(DataError, match="'movielens-rating' has no pattern to parse a question into title, genres"):
+        load_task("movielens-rating").parse_query("Toy Story")
+    assert load_task("text").parse_query("hi", "ho").fields == {"input": "hi", "output": "ho"}
+
+
+def test_a_task_of_ones_own(tmp_path: Path) -> None:
+    task = load_task(written(tmp_path, labels=[1, 2.0, 2.5]))
+    assert task.labels == ("1", "2", "2.5")
+    assert load_task(str(tmp_path / "mine.yaml")) == task == Task.model_validate(task.model_dump())
+
+
+FORM = PLAIN["item"]
+WRONG = [
+    ({"metric": "f1"}, "metric: Input should be 'accuracy', 'mae' or 'rouge' (got 'f1')"),
+    ({"colour": 1}, "colour: Extra inputs are not permitted (got 1)"),
+    ({"labels": []}, "labels: labels must not be empty, nor begin or end with a space (got [])"),
+    ({"labels": ["1", 1]}, "labels: labels must be distinct (got ['1', 1])"),
+    ({"labels": [True]}, "labels.0: a label that YAML reads as true or false must be written in quotes (got True)"),
+    ({"labels": ["1", "b"]}, "task: metric mae needs labels that are all numbers"),
+    ({"labels": None}, "task: metric mae needs labels"),
+    ({"text": "{score}"}, "task: text shows the target {score}; leave it out, it is added where it is known"),
+    ({"text": "{title}"}, "task: text has the fields ['title']; the prompt has ['text']"),
+    ({"text": "all"}, "task: text shows no field; the prompt has ['text']"),
+    ({"text": "{text!r}"}, "task: {text} is no field; write {name}, and literal braces as {{ and }}"),
+    ({"query_text": "{text}"}, "task: query_text is for a query worded unlike the items; there is no query"),
+    (
+        {"query": {"prompt": "{tweet}", "target": "score"}},
+        "task: text (there is no query_text) has the fields ['text']; the prompt has ['tweet']",
+    ),
+    (
+        {"item": {**FORM, "prompt": "{text} {score}"}},
+        "item: the prompt shows the target {score}: it would give the answer away",
+    ),
+    ({"item": {**FORM, "prompt": "{0}"}}, "item: {0} is no field; write {name}, and literal braces as {{ and }}"),
+    ({"item": {**FORM, "prompt": "{text"}}, "item: expected '}' before end of string"),
+    ({"item": {**FORM, "cut": ["score"]}}, "item: cut names 'score', which is no field of the prompt"),
+    (
+        {"item": {**FORM, "pattern": "("}},
+        "item: pattern is no regular expression: missing ), unterminated subpattern at position 0",
+    ),
+    (
+        {"item": {**FORM, "pattern": "(?P<a>.)"}},
+        "item: pattern has the groups ['a']; the prompt has the fields ['text']",
+    ),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), WRONG)
+def test_a_wrongly_written_task_names_the_key(tmp_path: Path, changes: dict[str, object], message: str) -> None:
+    path = written(tmp_path, **changes)
+    with pytest.raises(TaskError) as caught:
+        load_task(path)
+    assert caught.value.message == f"{path}: {message}"
+
+
+def test_files_that_are_no_task(tmp_path: Path) -> None:
+    with pytest.raises(TaskError, match=r"no such task file: .*none\.yaml\n  Built in are: lamp1, "):
+        load_task(tmp_path / "none.yaml")
+    path = tmp_path / "bad.yaml"
+    for content, message in [
+        (b"a: [", "is not readable YAML: while parsing"),
+        (b"- a", "expected a mapping with name, item, text, metric; got list"),
+        (b"\xff\xfe\xff", "cannot be read as text"),
+        (b"a: !!python/object/apply:os.getcwd []", "is not readable YAML: could not determine a constructor"),
+    ]:
+        path.write_bytes(content)
+        with pytest.raises(TaskError, match=message):
+            load_task(path)
+
+
+def test_an_unknown_name_gets_a_suggestion() -> None:
+    with pytest.raises(TaskError) as caught:
+        load_task("lampp3")
+    assert caught.value.message.startswith("unknown task 'lampp3'; built in are: lamp1, lamp2, ")
+    assert caught.value.hint == "Did you mean 'lamp3'? A task of your own is a file: give a path that ends in .yaml"

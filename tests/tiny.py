@@ -1,0 +1,143 @@
+"""Tiny random models of real architectures and a tokenizer made on the spot: for unit tests only."""
+
+from __future__ import annotations
+
+from functools import cache
+from types import MethodType
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from mta.base import BaseModel
+from mta.lora.batch import Factors, LoraBatch
+from mta.tasks.prompt import Example
+
+TEMPLATE = (
+    "{% for m in messages %}<|start|>{{ m['role'] }}\n{{ m['content'] }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
+)
+
+
+@cache
+def tokenizer(template: bool = True) -> PreTrainedTokenizerFast:
+    """Bytes as tokens, with a chat template or without."""
+    specials = ["<|pad|>", "<|start|>", "<|end|>"]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {token: i for i, token in enumerate(specials + alphabet)}
+    inner = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    inner.decoder = decoders.ByteLevel()
+    made = PreTrainedTokenizerFast(
+        tokenizer_object=inner, pad_token="<|pad|>", eos_token="<|end|>", additional_special_tokens=["<|start|>"]
+    )
+    made.chat_template = TEMPLATE if template else None
+    return made
+
+
+COMMON = {
+    "vocab_size": 260,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 512,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+KINDS = {
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**COMMON, num_key_value_heads=2)),
+    "mistral": lambda: MistralForCausalLM(MistralConfig(**COMMON, num_key_value_heads=2, sliding_window=5)),
+    "qwen2": lambda: Qwen2ForCausalLM(
+        Qwen2Config(**COMMON, num_key_value_heads=2, use_sliding_window=True, sliding_window=5, max_window_layers=1)
+    ),
+    "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**COMMON, num_key_value_heads=2, head_dim=8)),
+    "gemma3": lambda: Gemma3ForCausalLM(
+        Gemma3TextConfig(
+            **COMMON,
+            num_key_value_heads=2,
+            head_dim=4,
+            sliding_window=5,
+            layer_types=["sliding_attention", "full_attention"],
+            query_pre_attn_scalar=4,
+        )
+    ),
+    "gpt2": lambda: GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=260,
+            n_embd=16,
+            n_layer=2,
+            n_head=4,
+            n_positions=512,
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=2,
+        )
+    ),
+}
+
+
+def _rms_norm(self: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
+    """transformers' norms go through float32 whatever the dtype, which would hide errors below 1e-8."""
+    eps = getattr(self, "variance_epsilon", None) or self.eps
+    weight = 1 + self.weight if type(self).__name__.startswith("Gemma") else self.weight
+    return weight * x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)
+
+
+def base_of(kind: str = "llama", dtype: torch.dtype = torch.float64, template: bool = True) -> BaseModel:
+    """A random base of that architecture; the same every time."""
+    torch.manual_seed(0)
+    model = KINDS[kind]().to(dtype)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(3.0)  # far from linear, so that a wrong mask or position shows
+    if dtype == torch.float64:
+        for module in model.modules():
+            if type(module).__name__.endswith("RMSNorm"):
+                module.forward = MethodType(_rms_norm, module)
+    return BaseModel(model, tokenizer(template), f"tiny-{kind}")
+
+
+def random_loras(
+    base: BaseModel, count: int, rank: int = 3, seed: int = 0, scale: float = 0.5, size: float = 0.3
+) -> LoraBatch:
+    """Adapters with both factors random."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return size * torch.randn(shape, generator=generator, dtype=torch.float64).to(base.master_dtype)
+
+    return LoraBatch(
+        {name: Factors(normal(count, rank, d), normal(count, o, rank)) for name, (d, o) in base.targets.items()}, scale
+    )
+
+
+def random_examples(count: int, seed: int, prefix: int = 6, longest: int = 12) -> list[Example]:
+    """Examples that share a prefix and differ in length."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(n: int) -> tuple[int, ...]:
+        return tuple(torch.randint(3, 259, (n,), generator=generator).tolist())
+
+    head = draw(prefix)
+    made = []
+    for _ in range(count):
+        middle = draw(int(torch.randint(1, longest, (1,), generator=generator)))
+        target = draw(int(torch.randint(1, 4, (1,), generator=generator)))
+        made.append(Example(head + middle + target, len(head + middle)))
+    return made

@@ -1,0 +1,48 @@
+"""The batched AdamW against torch's, one optimizer per person."""
+
+import pytest
+import torch
+
+from mta.config import Training
+from mta.training.optimizer import BatchedAdamW, learning_rate
+
+
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
+def test_equals_torch_adamw_with_schedules_and_clipping(schedule):
+    training = Training(lr=0.03, schedule=schedule, warmup=0.3, weight_decay=0.1, clip=0.5, eps=1e-8)
+    g = torch.Generator().manual_seed(0)
+    values = torch.randn(4, 37, generator=g, dtype=torch.float64)
+    steps = [9, 5, 9, 7]
+    ours = BatchedAdamW.of(values.clone())
+    theirs = [torch.nn.Parameter(row.clone()) for row in values]
+    optimizers = [torch.optim.AdamW([p], lr=1.0, weight_decay=0.1) for p in theirs]
+    active = list(range(4))
+    finished = {}
+    for step in range(9):
+        gradients = torch.randn(4, 37, generator=g, dtype=torch.float64)
+        ours.gradient.copy_(gradients[active])
+        ours.clip(training.clip)
+        rates = torch.tensor([learning_rate(training, step, steps[u]) for u in active], dtype=torch.float64)
+        ours.update(rates, training)
+        for rate, u in zip(rates, active):
+            theirs[u].grad = gradients[u].clone()
+            torch.nn.utils.clip_grad_norm_([theirs[u]], training.clip)
+            optimizers[u].param_groups[0]["lr"] = float(rate)
+            optimizers[u].step()
+        stays = [i for i, u in enumerate(active) if steps[u] > step + 1]
+        finished |= {u: ours.values[i].clone() for i, u in enumerate(active) if i not in stays}
+        ours, active = ours.keep(torch.tensor(stays, dtype=torch.long)), [active[i] for i in stays]
+    for u in range(4):
+        torch.testing.assert_close(finished[u], theirs[u].data, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "reference"),
+    [
+        ("linear", lambda s: (s + 1) / 3 if s < 3 else 1 - (s - 3) / 7),
+        ("constant", lambda s: (s + 1) / 3 if s < 3 else 1.0),
+    ],
+)
+def test_schedules(schedule, reference):
+    training = Training(lr=2.0, schedule=schedule, warmup=0.3)
+    assert [learning_rate(training, s, 10) for s in range(10)] == pytest.approx([2 * reference(s) for s in range(10)])

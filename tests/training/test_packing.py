@@ -1,0 +1,84 @@
+"""Packed rows against separate ones: the same likelihoods, losses and gradients."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import base_of, random_examples, random_loras
+
+from mta.lora import PerPerson
+from mta.score import log_likelihood
+from mta.tasks.prompt import Example
+from mta.training.packing import collate, pack, tree
+
+tokens = st.lists(st.integers(3, 6), min_size=2, max_size=9).map(tuple)
+examples = st.lists(tokens.flatmap(lambda t: st.builds(Example, st.just(t), st.integers(1, len(t) - 1))), min_size=1, max_size=6)
+
+
+@settings(deadline=None)
+@given(examples)
+def test_a_tree_holds_every_example_once(made):
+    """Following the ancestors of each predicting place gives back the example's tokens."""
+    row = tree(made, range(len(made)))
+    for number, example in enumerate(made):
+        mine = [(s, t) for s, t, e in zip(row.sources, row.targets, row.examples) if e == number]
+        assert [t for _, t in mine] == list(example.target)
+        last = mine[-1][0]
+        path = [j for j in range(last + 1) if j <= last < row.ends[j]]
+        assert tuple(row.tokens[j] for j in path) == example.tokens[:-1]
+        assert [row.positions[j] for j in path] == list(range(len(path)))
+    assert len(row.tokens) == len({e.tokens[:d] for e in made for d in range(1, len(e.tokens))})
+
+
+@settings(deadline=None)
+@given(examples, st.floats(0, 2))
+def test_packing_is_never_dearer_than_one_row_each(made, price):
+    def cost(rows):
+        return sum(len(r.tokens) + price * len(r.tokens) ** 2 for r in rows)
+
+    rows = pack(made, price)
+    assert cost(rows) <= cost(pack(made, price, packed=False)) + 1e-9
+    assert sorted({e for r in rows for e in r.examples}) == list(range(len(made)))
+
+
+def test_a_row_becomes_several_when_attention_is_dear():
+    made = random_examples(6, 0)
+    assert len(pack(made, 0.0)) == 1
+    assert len(pack(made, 10.0)) == 6
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "qwen3", "gemma3", "gpt2"])
+def test_packed_equals_padded_equals_plain(kind):
+    """Long enough for the sliding windows of 5 tokens to matter."""
+    base = base_of(kind)
+    jobs = [random_examples(n, seed=n) for n in (3, 5, 1)]
+    people = [PerPerson(random_loras(base, 3))]
+    packed = log_likelihood(base, jobs, people)
+    padded = log_likelihood(base, jobs, people, packed=False)
+    small = log_likelihood(base, jobs, people, tokens_per_batch=1)
+    for u, theirs in enumerate(jobs):
+        torch.testing.assert_close(packed[u], padded[u], rtol=0, atol=1e-9)
+        torch.testing.assert_close(packed[u], small[u], rtol=0, atol=1e-9)
+        alone = [PerPerson(people[0].batch.select([u]))]
+        for e, example in enumerate(theirs):
+            torch.testing.assert_close(packed[u][e], plain(base, example, alone), rtol=0, atol=1e-9)
+
+
+def plain(base, example, adapters):
+    """The model's own forward on one unpadded example, no mask or position of ours."""
+    from mta.lora import applied
+
+    with torch.no_grad(), applied(base.model, adapters, torch.zeros(1, dtype=torch.long)):
+        table = base.model(input_ids=torch.tensor([example.tokens])).logits[0].log_softmax(-1)
+    places = range(example.target_start, len(example.tokens))
+    return torch.stack([table[i - 1, example.tokens[i]] for i in places]).sum()
+
+
+def test_padding_sees_itself_only():
+    rows = collate([tree(random_examples(1, 0), [0]), tree(random_examples(3, 1), [0, 1, 2])], 0, torch.device("cpu"))
+    visible = rows.visible()
+    length = int((rows.ends[0] > torch.arange(rows.ends.shape[1])).sum())
+    assert visible.diagonal(dim1=1, dim2=2).all()
+    real = len(tree(random_examples(1, 0), [0]).tokens)
+    assert not visible[0, :real, real:].any()
+    assert torch.equal(visible[0, real:], torch.eye(length, dtype=torch.bool)[real:])

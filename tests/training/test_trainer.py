@@ -1,0 +1,169 @@
+"""Lock-step training against one person at a time: the same weights, whoever else is in the cohort."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import base_of, random_examples, random_loras
+
+from mta.config import Training
+from mta.lora import Gated, LoraBatch, PerPerson, Shared, applied
+from mta.lora.batch import fresh
+from mta.training.checkpoint import Checkpoint
+from mta.training.trainer import Job, batch_of, steps_of, train_loras
+
+FIVE = Training(lr=1e-2, steps=5, batch_size=3, schedule="cosine", warmup=0.2, weight_decay=0.01)
+
+
+def jobs_of(*sizes: int) -> list[Job]:
+    return [Job(f"person-{n}", random_examples(n, seed=n)) for n in sizes]
+
+
+def start_of(base, jobs, rank=2) -> LoraBatch:
+    return fresh(base.targets, rank, 4.0, 0, [job.key for job in jobs], base.master_dtype)
+
+
+def difference(one: LoraBatch, other: LoraBatch) -> float:
+    return max(float((a - b).abs().max()) for n in one.names for a, b in zip(one.factors[n], other.factors[n]))
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "mistral", "gemma3", "gpt2"])
+def test_batched_equals_one_by_one(kind):
+    base, jobs = base_of(kind), jobs_of(3, 5, 1, 4)
+    together = train_loras(base, jobs, start_of(base, jobs), FIVE)
+    assert float(together.factors[together.names[0]].b.abs().max()) > 1e-3
+    for i, job in enumerate(jobs):
+        alone = train_loras(base, [job], start_of(base, [job]), FIVE, packed=False)
+        assert difference(together.select([i]), alone) < 1e-10
+
+
+@settings(deadline=None, max_examples=12)
+@given(st.permutations([3, 5, 1, 4, 7]), st.integers(1, 5), st.sampled_from([1, 40, 150, 4096]), st.booleans())
+def test_mates_order_rows_and_passes_do_not_matter(sizes, mates, budget, packed):
+    base = base_of()
+    jobs = jobs_of(*sizes[:mates])
+    reference = train_loras(base, jobs[:1], start_of(base, jobs[:1]), FIVE)
+    found = train_loras(base, jobs, start_of(base, jobs), FIVE, tokens_per_batch=budget, packed=packed)
+    assert difference(found.select([0]), reference) < 1e-10
+
+
+def test_equals_torch_with_peft_a_plain_loop():
+    """The whole trainer against peft.PeftModel, cross entropy per example and torch.optim.AdamW."""
+    import peft
+
+    base, jobs = base_of(), jobs_of(4)
+    training = Training(lr=1e-2, steps=5, batch_size=8, clip=0.05)
+    start = start_of(base, jobs)
+    ours = train_loras(base, jobs, start, training)
+    config = peft.LoraConfig(r=2, lora_alpha=8, target_modules=list(base.targets))
+    model = peft.get_peft_model(base_of().model, config).double()
+    layers = {name: model.get_submodule(f"base_model.model.{name}") for name in start.names}
+    for name, layer in layers.items():
+        layer.lora_A["default"].weight.data = start.factors[name].a[0].clone()
+    learnt = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(learnt, lr=training.lr, weight_decay=0.0)
+    for _ in range(5):
+        total, count = 0.0, 0
+        for example in jobs[0].examples:
+            table = model(input_ids=torch.tensor([example.tokens])).logits[0].log_softmax(-1)
+            places = torch.arange(example.target_start, len(example.tokens))
+            total = total - table[places - 1, torch.tensor(example.target)].sum()
+            count += len(places)
+        optimizer.zero_grad()
+        (total / count).backward()
+        torch.nn.utils.clip_grad_norm_(learnt, training.clip)
+        optimizer.step()
+    for name, layer in layers.items():
+        torch.testing.assert_close(ours.factors[name].a[0], layer.lora_A["default"].weight.data, rtol=0, atol=1e-9)
+        torch.testing.assert_close(ours.factors[name].b[0], layer.lora_B["default"].weight.data, rtol=0, atol=1e-9)
+
+
+def test_frozen_adapters_are_part_of_the_model_and_stay():
+    base, jobs = base_of(), jobs_of(3, 2)
+    task, bank = random_loras(base, 1, seed=1), random_loras(base, 3, seed=2)
+    w = torch.tensor([[0.2, 0.5, 0.0], [0.0, 0.1, 0.9]], dtype=torch.float64)
+    before = {n: t.clone() for n, t in bank.tensors().items()}
+    together = train_loras(base, jobs, start_of(base, jobs), FIVE, frozen=[Shared(task), Gated(bank, w)])
+    for i, job in enumerate(jobs):
+        alone = train_loras(base, [job], start_of(base, [job]), FIVE, frozen=[Shared(task), Gated(bank, w[i : i + 1])])
+        assert difference(together.select([i]), alone) < 1e-10
+    assert all(torch.equal(before[n], t) for n, t in bank.tensors().items())
+
+
+def test_who_is_done_leaves_and_is_not_moved_any_more():
+    base, jobs = base_of(), jobs_of(2, 9)
+    training = Training(lr=1e-2, epochs=1, batch_size=2)
+    assert [steps_of(training, 2), steps_of(training, 9)] == [1, 5]
+    together = train_loras(base, jobs, start_of(base, jobs), training)
+    alone = train_loras(base, jobs[:1], start_of(base, jobs[:1]), training)
+    assert difference(together.select([0]), alone) < 1e-10
+
+
+def test_batches_walk_through_everything_before_repeating():
+    job = jobs_of(7)[0]
+    seen = [example for step in range(7) for example in batch_of(job, step, 3, seed=0)]
+    assert len(seen) == 21
+    for epoch in range(3):
+        assert sorted(e.tokens for e in seen[epoch * 7 : epoch * 7 + 7]) == sorted(e.tokens for e in job.examples)
+
+
+@pytest.mark.parametrize("stop_at", [1, 3, 6])
+def test_interrupted_and_resumed_gives_the_same_bits(tmp_path, stop_at):
+    base, jobs = base_of(), jobs_of(2, 5, 9)
+    training = Training(lr=1e-2, epochs=3, batch_size=3)
+
+    def run(checkpoint=None, on_step=None):
+        return train_loras(base, jobs, start_of(base, jobs), training, checkpoint=checkpoint, on_step=on_step)
+
+    def stop(step):
+        if step.step == stop_at:
+            raise KeyboardInterrupt
+
+    whole = run()
+    with pytest.raises(KeyboardInterrupt):
+        run(Checkpoint(tmp_path / "c", "work", every=0.0), stop)
+    steps = []
+    resumed = run(Checkpoint(tmp_path / "c", "work", every=0.0), lambda step: steps.append(step.step))
+    assert steps[0] == max(stop_at, 1)  # the interrupted step had not been saved
+    assert difference(whole, resumed) == 0.0
+
+
+def test_a_checkpoint_of_other_work_or_cut_short_is_not_used(tmp_path):
+    path = tmp_path / "c"
+    Checkpoint(path, "one").save({"x": torch.zeros(3)}, {"step": 1})
+    assert Checkpoint(path, "two").load() is None
+    assert Checkpoint(path, "one").load() is not None
+    path.write_bytes(path.read_bytes()[:-5])
+    assert Checkpoint(path, "one").load() is None
+
+
+def test_float32_first_step_gradients_do_not_depend_on_mates():
+    """What float32 can promise: after one plain step the same within 1e-3."""
+    base = base_of(dtype=torch.float32)
+    jobs = jobs_of(3, 5, 1, 4)
+    training = Training(lr=1.0, steps=1, batch_size=8, eps=1e6, clip=1e9)  # a step in proportion to the gradient
+    start = random_loras(base, 4)
+    together = train_loras(base, jobs, start, training)
+    for i, job in enumerate(jobs):
+        alone = train_loras(base, [job], start.select([i]), training, packed=False)
+        for name in start.names:
+            for now, then, first in zip(together.factors[name], alone.factors[name], start.factors[name]):
+                change, reference = (now[i] - first[i]) * 1e6, (then[0] - first[i]) * 1e6
+                assert float((change - reference).norm()) <= 1e-3 * float(reference.norm()) + 1e-1
+
+
+def test_gradient_checkpointing_inside_the_block_changes_nothing():
+    base = base_of()
+    adapter = random_loras(base, 2).map(lambda t: t.requires_grad_())
+    tokens = torch.randint(3, 259, (2, 8), generator=torch.Generator().manual_seed(3))
+
+    def gradients(checkpointing: bool):
+        if checkpointing:
+            base.model.gradient_checkpointing_enable({"use_reentrant": False})
+            base.model.train()
+        with applied(base.model, [PerPerson(adapter)], torch.tensor([0, 1])):
+            loss = base.model(input_ids=tokens).logits.logsumexp(-1).sum()
+            return torch.autograd.grad(loss, [f.a for f in adapter.factors.values()])
+
+    for plain, again in zip(gradients(False), gradients(True)):
+        torch.testing.assert_close(plain, again, rtol=0, atol=1e-12)
