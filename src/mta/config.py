@@ -76,9 +76,9 @@ class BankSettings(Settings):
 class MergeSettings(Settings):
     """Stage 2: which anchors, and how their coefficients come from the shots.
 
-    ``k`` anchors are retrieved, by cosine of the encodings (the paper's way) or by their loss on the shots; 0 takes all.
-    ``learned`` follows the gradient of K numbers from the posterior's coefficients on; its large eps makes AdamW a plain
-    descent, so that a coefficient the shots say little about moves little, and weight_decay pulls back to the start.
+    ``k`` anchors are retrieved, by cosine of the encodings (the paper's way) or by their loss on the shots; 0 takes
+    all. ``learned`` follows the gradient of K numbers from the posterior's coefficients on; its large eps makes AdamW a
+    plain descent, so that a coefficient the shots say little about moves little; weight_decay pulls back to the start.
     """
 
     policy: Policy = "posterior"
@@ -124,6 +124,17 @@ class Run(Settings):
         return self
 
 
+class Evaluation(Settings):
+    """What is compared, and on how much: the first ``shots`` items of a person, then the next ``queries``."""
+
+    shots: int = Field(8, ge=1)
+    queries: int = Field(12, ge=1)
+    seeds: tuple[int, ...] = (0,)
+    oppu: StackSettings = StackSettings(lora=Lora(), training=Training(lr=2e-4, steps=8, batch_size=64))
+    adapt: StackSettings = StackSettings()
+    policies: tuple[Policy, ...] = ("uniform", "top1", "similarity", "loss", "posterior", "learned")
+
+
 _UNITS = {"B": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 
@@ -143,6 +154,15 @@ S = TypeVar("S", bound=Settings)
 def load_settings(kind: type[S], path: str | Path | None = None, words: Iterable[str] = ()) -> S:
     """Settings from a YAML file, then ``a.b=value`` words over it. Raises ConfigError naming key and value."""
     values = _read_yaml(Path(path)) if path else {}
+    return checked(kind, _with_words(values, words), str(path or "the command line"))
+
+
+def override(settings: S, words: Iterable[str]) -> S:
+    """The same settings with ``a.b=value`` words over them. Raises ConfigError naming key and value."""
+    return checked(type(settings), _with_words(settings.model_dump(mode="json"), words), "the command line")
+
+
+def _with_words(values: dict[str, Any], words: Iterable[str]) -> dict[str, Any]:
     for word in words:
         key, equals, text = word.partition("=")
         if not equals or not key:
@@ -154,7 +174,7 @@ def load_settings(kind: type[S], path: str | Path | None = None, words: Iterable
             if not isinstance(inner, dict):
                 raise ConfigError(f"{word!r}: {parent!r} is a single value, not a group of settings")
         inner[last] = yaml.safe_load(text)
-    return checked(kind, values, str(path or "the command line"))
+    return values
 
 
 def checked(kind: type[S], values: dict[str, Any], source: str) -> S:

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mta.base import BaseModel
-from mta.config import MergeSettings
+from mta.config import MergeSettings, Training
 from mta.errors import AnchorNotFound, ConfigError
 from mta.lora.batch import LoraBatch
 from mta.lora.layers import Adapters, Gated, Shared
 from mta.score import log_likelihood
 from mta.training.trainer import Job, Step, train
+
+OnStep = Callable[[str, Step], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +59,7 @@ def gather_evidence(
     pooled: Sequence[Adapters],
     *,
     tokens_per_batch: int = 4096,
-    on_step: Callable[[str, Step], None] | None = None,
+    on_step: OnStep | None = None,
 ) -> Evidence:
     """Score everybody's shots under every anchor and under ``pooled`` (the task LoRA) alone: N + 1 passes.
 
@@ -130,8 +133,8 @@ def _weights(settings: MergeSettings, near: Tensor, ids: Tensor, evidence: Evide
 def posterior(loglik: Tensor, task: Tensor, null_prior: float, temperature: float) -> Tensor:
     """Probability of each anchor given the shots, with the task LoRA alone as the null anchor.
 
-    w[u, k] in proportion to (1 - null_prior) / K * exp((loglik[u, k] - task[u]) / T), the null taking the rest: w sums to
-    less than 1, and to nearly nothing when no anchor explains the shots better than the pooled model.
+    w[u, k] in proportion to (1 - null_prior) / K * exp((loglik[u, k] - task[u]) / T), the null taking the rest: w sums
+    to less than 1, and to nearly nothing when no anchor explains the shots better than the pooled model.
     ``loglik`` sums over all shots, which is the design's m * mean.
     Shapes: loglik (U, K), task (U,) -> (U, K).
     """
@@ -141,18 +144,43 @@ def posterior(loglik: Tensor, task: Tensor, null_prior: float, temperature: floa
     return torch.softmax(logits, dim=1)[:, :-1]
 
 
+def fuse(
+    base: BaseModel,
+    jobs: Sequence[Job],
+    bank: LoraBatch,
+    pooled: Sequence[Adapters],
+    similarity: Tensor,
+    settings: MergeSettings,
+    evidence: Evidence | None = None,
+    *,
+    seed: int = 0,
+    tokens_per_batch: int = 4096,
+    on_step: OnStep | None = None,
+) -> Merge:
+    """All of stage 2 for U people: gather evidence if the policy reads it, retrieve, weigh, and learn if it learns."""
+    if evidence is None and needs_evidence(settings):
+        evidence = gather_evidence(base, jobs, bank, pooled, tokens_per_batch=tokens_per_batch, on_step=on_step)
+    found = coefficients(settings, similarity, evidence)
+    if settings.policy != "learned":
+        return found
+    report = partial(on_step, "coefficients") if on_step else None
+    return learn(
+        base, jobs, bank, pooled, found, settings.learned, seed=seed, tokens_per_batch=tokens_per_batch, on_step=report
+    )
+
+
 def learn(
     base: BaseModel,
     jobs: Sequence[Job],
     bank: LoraBatch,
-    start: Merge,
-    settings: MergeSettings,
     pooled: Sequence[Adapters],
+    start: Merge,
+    training: Training,
     **how: Any,
 ) -> Merge:
     """The ``learned`` policy: descend the loss of the shots in the K coefficients, from ``start`` on.
 
-    What is trained is the difference to ``start``, so weight decay pulls towards it.
+    What is trained is the difference to ``start``, so weight decay pulls towards it. Keywords as in ``train``.
     """
     ids = start.ids.to(base.device)
     before = start.w.to(base.device, base.master_dtype)
@@ -162,5 +190,5 @@ def learn(
         gates = torch.zeros(len(w), len(bank), dtype=w.dtype, device=w.device)
         return Gated(bank, gates.scatter_add(1, ids[people], w))
 
-    found = train(base, jobs, {"shift": torch.zeros_like(before)}, adapters, settings.learned, frozen=pooled, **how)
+    found = train(base, jobs, {"shift": torch.zeros_like(before)}, adapters, training, frozen=pooled, **how)
     return Merge(start.ids, (before + found["shift"]).float().cpu())

@@ -68,3 +68,11 @@ class Person:
         """Sha256 over the items in order: the same history gives the same digest in any process."""
         rows = [[sorted(item.fields.items()), item.time] for item in self.items]
         return hashlib.sha256(json.dumps(rows, ensure_ascii=False).encode()).hexdigest()
+
+
+class People(list[Person]):
+    """People read together, and the task they were read for."""
+
+    def __init__(self, people: Iterable[Person], task: object) -> None:
+        super().__init__(people)
+        self.task = task

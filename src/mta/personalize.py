@@ -8,19 +8,19 @@ from dataclasses import dataclass
 from enum import Enum
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from mta.adapt import adapt
 from mta.bank.bank import Bank
+from mta.bank.files import mark_stale
 from mta.base import BaseModel
 from mta.config import MergeSettings, Run, Settings, StackSettings, dump_yaml, parse_size
 from mta.encode import Encoder, encode_people
 from mta.errors import DataError, PersonNotFound, StoreError
 from mta.executor import Executor, LocalExecutor
-from mta.fuse import Merge, coefficients, gather_evidence, learn, needs_evidence
+from mta.fuse import Merge, OnStep, fuse
 from mta.generate import generate
 from mta.history import Item, Person
 from mta.lora.batch import join, stack
@@ -44,7 +44,6 @@ class Nobody(Enum):
 BASE, TASK = Nobody.BASE, Nobody.TASK
 Who = str | Nobody
 Question = str | Mapping[str, str]
-OnStep = Callable[[str, Step], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,19 +107,21 @@ class Personalizer:
         ordered = sorted(people, key=lambda person: person.id)
         _check(ordered)
         works = {person.id: self._work(person) for person in ordered}
-        todo = [person for person in ordered if not self._has(person.id, works[person.id])]
-        jobs = [self._job(person) for person in todo]
+        there = {person.id for person in ordered if self._has(person.id, works[person.id])}
+        jobs = [self._job(person) for person in ordered]
         folder = Path(checkpoints) if checkpoints else None
+        # The plan is over everybody, done or not, so that a resumed run computes in the cohorts of the first.
         plan = plan_cohorts(self.base, jobs, self._numbers(), parse_size(self.run.memory))
 
         def cohort(numbers: Sequence[int]) -> None:
-            chosen, theirs = [todo[n] for n in numbers], [jobs[n] for n in numbers]
+            chosen, theirs = [ordered[n] for n in numbers], [jobs[n] for n in numbers]
             for person, state in zip(chosen, self._states(chosen, theirs, works, plan, folder, on_step)):
                 self._keep(person.id, state)
 
-        list(self.executor.map(cohort, plan.cohorts if jobs else ()))
+        unfinished = [c for c in plan.cohorts if any(ordered[n].id not in there for n in c)]
+        list(self.executor.map(cohort, unfinished))
         cut = sum(example.cut > 0 for job in jobs for example in job.examples)
-        return Personalized(len(todo), len(people) - len(todo), cut)
+        return Personalized(len(people) - len(there), len(there), cut)
 
     def _states(
         self,
@@ -170,19 +171,18 @@ class Personalizer:
         self, people: Sequence[Person], jobs: Sequence[Job], tokens_per_batch: int = 4096, on_step: OnStep | None = None
     ) -> Merge:
         """Stage 2 for these people: their anchors and coefficients, from their shots alone."""
-        settings = self.run.merge
         vectors = encode_people(self.encoder, self.bank.task, people, self.bank.info.run.bank.encode)
-        evidence = None
-        if needs_evidence(settings):
-            evidence = gather_evidence(
-                self.base, jobs, self.bank.working, self.bank.pooled, tokens_per_batch=tokens_per_batch, on_step=on_step
-            )
-        found = coefficients(settings, self.bank.similarity(vectors), evidence)
-        if settings.policy == "learned":
-            report = _named(on_step, "coefficients")
-            how: dict[str, Any] = {"seed": self.run.seed, "tokens_per_batch": tokens_per_batch, "on_step": report}
-            found = learn(self.base, jobs, self.bank.working, found, settings, self.bank.pooled, **how)
-        return found
+        return fuse(
+            self.base,
+            jobs,
+            self.bank.working,
+            self.bank.pooled,
+            self.bank.similarity(vectors),
+            self.run.merge,
+            seed=self.run.seed,
+            tokens_per_batch=tokens_per_batch,
+            on_step=on_step,
+        )
 
     # -- using what was made -------------------------------------------------------------------------------------------
 
@@ -242,14 +242,14 @@ class Personalizer:
         return float(error)
 
     def forget(self, person: str) -> Forgotten:
-        """Remove a person's states and history, and name the trained parts that still hold something learnt from them."""
+        """Remove a person's states and history; name the trained parts that still hold something learnt from them."""
         removed = self._unsaved.pop(person, None) is not None
         if self.store:
             removed = self.store.forget(person) or removed
-        return Forgotten(removed, self.bank.forget(person))
+        return Forgotten(removed, mark_stale(self.bank.folder, person))
 
     def state(self, person: str) -> State:
-        """What is kept of a person. Raises PersonNotFound, StateCorrupt, StoreError if it was made with another bank."""
+        """What is kept of a person. Raises PersonNotFound, StateCorrupt; StoreError if it is of another bank."""
         if person in self._unsaved:
             return self._unsaved[person]
         if not self.store:
@@ -312,6 +312,11 @@ class Personalizer:
             if self.run.stack.enabled
             else 1
         )
+
+
+def forget_person(person: str, store: str | Path, bank: Path) -> Forgotten:
+    """``Personalizer.forget`` without loading a model."""
+    return Forgotten(Store(store).forget(person), mark_stale(bank, person))
 
 
 def _named(on_step: OnStep | None, stage: str) -> Callable[[Step], None] | None:

@@ -167,7 +167,7 @@ class Store:
             return bytes.fromhex(value["key"])
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise StoreError(
-                f"{self._files.at('store.json')} is damaged or missing: expected schema {SCHEMA} and a key of 64 hex digits",
+                f"{self._files.at('store.json')} is damaged or missing: expected schema {SCHEMA} and a 64-digit key",
                 hint="Restore it from a backup: without its key nobody in the store can be found.",
             ) from error
 

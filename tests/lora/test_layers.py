@@ -47,7 +47,10 @@ def test_equals_peft(kind, tokens):
     base, adapter = base_of(kind), random_loras(base_of(kind), 1)
     ours = logits(base, tokens, [Shared(adapter)], [0] * 4)
     config = peft.LoraConfig(
-        r=adapter.rank, lora_alpha=adapter.scale * adapter.rank, target_modules=list(base.targets), fan_in_fan_out=kind == "gpt2"
+        r=adapter.rank,
+        lora_alpha=adapter.scale * adapter.rank,
+        target_modules=list(base.targets),
+        fan_in_fan_out=kind == "gpt2",
     )
     theirs = peft.get_peft_model(base.model, config).double()
     for name, (a, b) in adapter.factors.items():
@@ -75,7 +78,8 @@ def test_joined_factors_equal_separate_adapters():
     one, other = random_loras(base, 2, rank=2, seed=1), random_loras(base, 2, rank=3, seed=2, scale=1.5)
     jobs = [random_examples(2, seed) for seed in range(2)]
     for a, b in zip(
-        log_likelihood(base, jobs, [PerPerson(one), PerPerson(other)]), log_likelihood(base, jobs, [PerPerson(join([one, other]))])
+        log_likelihood(base, jobs, [PerPerson(one), PerPerson(other)]),
+        log_likelihood(base, jobs, [PerPerson(join([one, other]))]),
     ):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
 

@@ -42,7 +42,9 @@ def test_merging_is_linear_and_blind_to_order(seed, x, y):
     single = [merge_exact(bank, torch.tensor([[i]]), torch.ones(1, 1, dtype=torch.float64)) for i in (1, 3)]
     for name in bank.names:
         torch.testing.assert_close(one.delta(name), other.delta(name), rtol=0, atol=1e-12)
-        torch.testing.assert_close(one.delta(name), x * single[0].delta(name) + y * single[1].delta(name), rtol=0, atol=1e-12)
+        torch.testing.assert_close(
+            one.delta(name), x * single[0].delta(name) + y * single[1].delta(name), rtol=0, atol=1e-12
+        )
 
 
 def test_svd_at_full_rank_is_exact_and_below_it_is_the_best_and_says_its_error():

@@ -12,7 +12,9 @@ from mta.tasks.prompt import Example
 from mta.training.packing import collate, pack, tree
 
 tokens = st.lists(st.integers(3, 6), min_size=2, max_size=9).map(tuple)
-examples = st.lists(tokens.flatmap(lambda t: st.builds(Example, st.just(t), st.integers(1, len(t) - 1))), min_size=1, max_size=6)
+examples = st.lists(
+    tokens.flatmap(lambda t: st.builds(Example, st.just(t), st.integers(1, len(t) - 1))), min_size=1, max_size=6
+)
 
 
 @settings(deadline=None)

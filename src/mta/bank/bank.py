@@ -24,7 +24,6 @@ from mta.lora.peft import read_peft
 from mta.splits import draw
 from mta.tasks.load import load_task
 from mta.tasks.task import Task
-from mta.training.checkpoint import write_json
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,15 +130,3 @@ class Bank:
                 hint="Load the encoder the bank was built with, or rebuild the bank.",
             )
         return encoder
-
-    def forget(self, person: str) -> list[str]:
-        """Which trained parts hold something learnt from this person; they are listed as needing a rebuild."""
-        parts = self.info.members.artefacts_of(person)
-        if parts:
-            write_json(self.folder / files.STALE, {"needs_rebuild": sorted({*self.stale(), *parts})})
-        return parts
-
-    def stale(self) -> list[str]:
-        """Parts that include people who asked to be forgotten."""
-        noted = files.read_json(self.folder / files.STALE)
-        return list(noted.get("needs_rebuild", [])) if isinstance(noted, dict) else []

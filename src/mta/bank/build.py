@@ -45,7 +45,7 @@ def build_bank(
     executor: Executor | None = None,
     on_step: OnStep | None = None,
 ) -> None:
-    """Train the task LoRA on ``task_people`` and a meta-LoRA on each anchor among ``candidates``; write both to ``out``.
+    """Train the task LoRA on ``task_people`` and a meta-LoRA per anchor among ``candidates``; write both to ``out``.
 
     A build that was killed goes on from its last checkpoint; a finished one is left as it is.
     Source: arXiv:2511.20072, stage 1; clustering and "most active" from its README. Raises InputError, BankError.

@@ -122,6 +122,20 @@ def verify(folder: Path, info: BankInfo, *, full: bool = False) -> None:
     write_json(note, state)
 
 
+def mark_stale(folder: Path, person: str) -> list[str]:
+    """Which trained parts hold something learnt from this person; they are listed as needing a rebuild."""
+    parts = read_info(folder).members.artefacts_of(person)
+    if parts:
+        write_json(folder / STALE, {"needs_rebuild": sorted({*stale(folder), *parts})})
+    return parts
+
+
+def stale(folder: Path) -> list[str]:
+    """Parts that include people who asked to be forgotten."""
+    noted = read_json(folder / STALE)
+    return list(noted.get("needs_rebuild", [])) if isinstance(noted, dict) else []
+
+
 def read_json(path: Path) -> object:
     """A JSON file, or None where it is missing or broken."""
     try:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mta.errors import DataError, InputError
-from mta.history import Item, Person
+from mta.history import Item, People, Person
 from mta.readers.lamp import golds_for, lamp_parts, outputs_beside, perpcs_parts, questions_in
 from mta.readers.recbole import recbole_parts
 from mta.readers.rejects import Place, Rejects, data_error
@@ -28,7 +28,7 @@ log = logging.getLogger("mta")
 
 def read_people(
     path: str | Path, task: str | Path | Task, *, skip_bad: str | Path | None = None, limit: int | None = None
-) -> list[Person]:
+) -> People:
     """Everybody in a file or folder, in order of appearance, each with their items in time order.
 
     ``limit`` keeps the first so many people. Bad rows raise; with ``skip_bad`` they are written to that file as
@@ -52,7 +52,7 @@ def read_people(
     if not people:
         see = f"See {rejects.path}." if rejects.count else ""
         raise DataError(f"{source} holds nobody: no row could be used, {rejects.count} were bad", hint=see)
-    return people
+    return People(people, task)
 
 
 def iter_parts(path: Path, task: Task, rejects: Rejects) -> Iterator[Part]:

@@ -29,7 +29,8 @@ class BatchedAdamW:
     @classmethod
     def of(cls, values: Tensor) -> BatchedAdamW:
         """Zero moments for ``values``."""
-        return cls(values, *(torch.zeros_like(values) for _ in range(3)), torch.zeros(len(values), dtype=torch.long))
+        zeros = [torch.zeros_like(values) for _ in range(3)]
+        return cls(values, zeros[0], zeros[1], zeros[2], torch.zeros(len(values), dtype=torch.long))
 
     def clip(self, largest: float) -> Tensor:
         """Scale each row's gradient to at most ``largest``; returns the norms before, (U,)."""
@@ -58,9 +59,8 @@ class BatchedAdamW:
 
     def keep(self, rows: Tensor) -> BatchedAdamW:
         """The optimizer of the rows that stay; the others have finished."""
-        return BatchedAdamW(
-            *(part[rows].clone() for part in (self.values, self.gradient, self.mean, self.square)), self.step[rows]
-        )
+        values, gradient, mean, square = (t[rows].clone() for t in (self.values, self.gradient, self.mean, self.square))
+        return BatchedAdamW(values, gradient, mean, square, self.step[rows.cpu()])
 
 
 def learning_rate(training: Training, step: int, steps: int) -> float:

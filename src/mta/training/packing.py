@@ -5,7 +5,7 @@ A row is the tree in depth-first order. Token i sees token j exactly when j is i
 
     visible[i, j]  =  j <= i < end[j]        end[j] is one past the last token of j's subtree
 
-Positions are depths. A causal prefix does not see what follows it, so losses and gradients equal those of separate rows.
+Positions are depths. A causal prefix does not see what follows, so losses and gradients equal those of separate rows.
 The last token of an example is only ever predicted, never fed.
 """
 
@@ -96,8 +96,8 @@ def tree(examples: Sequence[Example], numbers: Sequence[int]) -> Row:
 def pack(examples: Sequence[Example], attention_price: float, *, packed: bool = True) -> list[Row]:
     """Rows for one person's examples, as few or as many as costs least.
 
-    A row of T tokens costs T + attention_price * T * T. Examples sorted by their tokens are cut into runs; the cheapest cut is
-    found exactly, so packing is never dearer than one row per example. ``packed=False`` is that plain way.
+    A row of T tokens costs T + attention_price * T * T. Examples sorted by their tokens are cut into runs; the cheapest
+    cut is found exactly, so packing is never dearer than one row per example. ``packed=False`` is that plain way.
     """
     if not examples:
         return []
@@ -139,8 +139,8 @@ def collate(rows: Sequence[Row], pad: int, device: torch.device) -> Rows:
     ]
     place, target, owner, example = (torch.tensor(column, device=device) for column in zip(*flat))
     places, source = torch.unique(place, return_inverse=True)
-    grid = (torch.tensor(values, device=device) for values in (tokens, positions, ends))
-    return Rows(*grid, places, source, target, owner, example)
+    grid = [torch.tensor(values, device=device) for values in (tokens, positions, ends)]
+    return Rows(grid[0], grid[1], grid[2], places, source, target, owner, example)
 
 
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:

@@ -1,8 +1,8 @@
 """The lock-step trainer: a cohort of adapters over one frozen base, one forward pass for many people.
 
 Each step takes every person's own batch, packs it into rows, runs the rows of as many people as fit in one pass, and
-updates all adapters at once. A person's loss is the mean over their target tokens in that step, whatever rows these were
-split into; losses of people are summed, so gradients never mix. Whoever has done their steps leaves the cohort.
+updates all adapters at once. A person's loss is the mean over their target tokens in that step, whatever rows these
+were split into; losses of people are summed, so gradients never mix. Whoever has done their steps leaves the cohort.
 Source: arXiv:2511.20072 stages 0, 1 and 3 train LoRAs one by one; training them together is our choice.
 """
 
@@ -107,7 +107,7 @@ def steps_of(training: Training, examples: int) -> int:
 
 
 def batch_of(job: Job, step: int, size: int, seed: int) -> list[Example]:
-    """What a job sees at ``step``: everything if it fits, else the next stretch of a walk through hash-seeded shuffles."""
+    """What a job sees at ``step``: everything if it fits, else the next stretch of hash-seeded shuffles."""
     n = len(job.examples)
     if size >= n:
         return list(job.examples)
@@ -183,7 +183,7 @@ class _Cohort:
         return {name: view.contiguous() for name, view in self._views(values).items()}
 
     def _views(self, buffer: Tensor) -> dict[str, Tensor]:
-        return {name: buffer[:, columns].unflatten(1, shape) for name, (columns, shape) in self.layout.items()}
+        return {name: buffer[:, columns].view(len(buffer), *shape) for name, (columns, shape) in self.layout.items()}
 
     def saved(self) -> tuple[dict[str, Tensor], dict[str, object]]:
         o = self.optimizer

@@ -1,0 +1,46 @@
+"""mta: every person their own language model, without keeping a model per person.
+
+Implements MTA, "Merge-then-Adapt" (arXiv:2511.20072). The names below load what they need when they are first used;
+``import mta`` itself loads no torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mta.bank.bank import Bank as Bank
+    from mta.base import BaseModel as BaseModel
+    from mta.config import Run as Run
+    from mta.errors import MtaError as MtaError
+    from mta.history import Item as Item
+    from mta.history import Person as Person
+    from mta.personalize import BASE as BASE
+    from mta.personalize import TASK as TASK
+    from mta.personalize import Personalizer as Personalizer
+    from mta.readers import read_people as read_people
+    from mta.tasks import load_task as load_task
+
+_HOME = {
+    "BASE": "mta.personalize",
+    "TASK": "mta.personalize",
+    "Bank": "mta.bank.bank",
+    "BaseModel": "mta.base",
+    "Item": "mta.history",
+    "MtaError": "mta.errors",
+    "Person": "mta.history",
+    "Personalizer": "mta.personalize",
+    "Run": "mta.config",
+    "load_task": "mta.tasks",
+    "read_people": "mta.readers",
+}
+__all__ = [*_HOME, "__version__"]
+__version__ = "0.1.0.dev0"
+
+
+def __getattr__(name: str) -> Any:
+    """Load a public name from where it lives."""
+    if name in _HOME:
+        return getattr(import_module(_HOME[name]), name)
+    raise AttributeError(f"module 'mta' has no attribute {name!r}")

@@ -1,0 +1,51 @@
+"""All verbs in one application, and how errors reach people."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from mta import __version__
+from mta.cli import bank, data, demo, evaluate, export, forget, generate, personalize
+from mta.errors import MtaError
+
+app = typer.Typer(
+    name="mta",
+    help="Every person their own language model, without keeping a model per person.\n\nStart with:  mta demo",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+app.command("demo")(demo.demo)
+app.add_typer(data.app, name="data")
+app.add_typer(bank.app, name="bank")
+app.command("personalize")(personalize.personalize)
+app.command("generate")(generate.generate)
+app.command("evaluate")(evaluate.evaluate)
+app.command("export")(export.export)
+app.command("forget")(forget.forget)
+
+
+@app.callback(invoke_without_command=True)
+def root(version: bool = typer.Option(False, "--version", help="Print the version and exit.")) -> None:
+    """Every person their own language model, without keeping a model per person."""
+    if version:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+def main() -> None:
+    """Run a verb; a user's mistake is printed as what it is and exits with 1, without a traceback."""
+    try:
+        app()
+    except MtaError as error:
+        sys.exit(_say(f"{type(error).__name__}: {error}"))
+    except KeyboardInterrupt:
+        sys.exit(_say("Interrupted. The same command goes on where it stopped.", 130))
+
+
+def _say(text: str, code: int = 1) -> int:
+    typer.echo(text, err=True)
+    return code

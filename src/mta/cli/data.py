@@ -1,0 +1,73 @@
+"""``mta data``: look at people's items and at the exact prompts made of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from mta.cli.options import Config, Json, SkipBad, Task, Words, settings, show_json
+
+if TYPE_CHECKING:
+    from mta.history import Person
+    from mta.tasks import Task as TaskType
+
+app = typer.Typer(help="Look at people's items and at the prompts made of them.", no_args_is_help=True)
+Source = Annotated[str, typer.Argument(help="A JSONL, LaMP or Per-Pcs file, a RecBole folder, or movielens-100k.")]
+
+
+@app.command("describe")
+def describe(source: Source, task: Task = None, skip_bad: SkipBad = None, json: Json = False) -> None:
+    """Count people, items and queries.
+
+    Example:  mta data describe history.jsonl --task lamp3
+    """
+    from mta.readers import describe as count
+
+    found = count(people_in(source, task or "text", skip_bad))
+    if json:
+        return show_json(found)
+    typer.echo("  ".join(f"{name} {value:g}" for name, value in found.items()))
+
+
+@app.command("show")
+def show(
+    source: Source,
+    words: Words = None,
+    task: Task = None,
+    person: Annotated[str | None, typer.Option(help="Whose prompts; default: the first person.")] = None,
+    items: Annotated[int, typer.Option(help="How many of their items.")] = 3,
+    config: Config = None,
+    json: Json = False,
+) -> None:
+    """Print a person's exact prompts; what the loss sees (the target mask) stands between ⟦ and ⟧.
+
+    Example:  mta data show history.jsonl --task lamp3 --person ann
+    """
+    from mta.cli.options import load_base
+    from mta.errors import PersonNotFound
+    from mta.tasks import load_task
+
+    run = settings(config, words, task=task)
+    everybody = people_in(source, run.task)
+    chosen = next((p for p in everybody if person in (None, p.id)), None)
+    if chosen is None:
+        raise PersonNotFound(f"nobody in {source} is called {person!r}; there are {len(everybody)} people")
+    base = load_base(run)
+    made = [base.prompts.example(load_task(run.task), item) for item in (chosen.items + chosen.queries)[:items]]
+    if json:
+        mask = [[int(i >= e.target_start) for i in range(len(e.tokens))] for e in made]
+        return show_json([{"tokens": e.tokens, "target_mask": m, "cut": e.cut} for e, m in zip(made, mask)])
+    for example in made:
+        decode = base.tokenizer.decode
+        typer.echo(f"{decode(list(example.prompt))}⟦{decode(list(example.target))}⟧")
+        typer.echo(f"-- {len(example.tokens)} tokens, {len(example.target)} in the target, {example.cut} cut\n")
+
+
+def people_in(source: str, task: str | TaskType, skip_bad: Path | None = None) -> list[Person]:
+    """Everybody in a file, a folder or a data asset."""
+    from mta.assets import resolve
+    from mta.readers import read_people
+
+    return read_people(resolve(source), task, skip_bad=skip_bad)

@@ -1,0 +1,40 @@
+"""``mta demo``: the whole method on real people's ratings."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mta.cli.options import Json, Seed, Words, show_json
+
+
+def demo(
+    words: Words = None,
+    out: Annotated[Path, typer.Option(help="Folder for bank, people and report.")] = Path("demo"),
+    recipe: Annotated[str, typer.Option(help="A recipe of the package, or a YAML file like it.")] = "movielens",
+    seed: Seed = None,
+    json: Json = False,
+) -> None:
+    """Build a bank from MovieLens, personalize people who are not in it, and compare with everything else.
+
+    Settings over the recipe's as key=value: run.bank.anchors=8 people.test=48.
+
+    Example:  mta demo --out demo/
+    """
+    from mta.cli.screen import Screen, console
+    from mta.config import override
+    from mta.demo import demo as run_demo
+    from mta.demo import load_recipe
+    from mta.evaluation.report import to_json
+    from mta.evaluation.show import show
+
+    given = [*(words or []), *([] if seed is None else [f"run.seed={seed}"])]
+    chosen = override(load_recipe(recipe), given)
+    command = " ".join(["mta demo", *([f"--recipe {recipe}"] if recipe != "movielens" else []), *given])
+    with Screen() as screen:
+        found = run_demo(out, chosen, command, on_step=screen.step, say=screen.say)
+    if json:
+        return show_json(to_json(found.comparison, **found.meta, command=command))
+    show(found, console)

@@ -1,0 +1,49 @@
+"""``mta evaluate``: are people better off? Every method on the same shots and the same later queries."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mta.cli.data import Source, people_in
+from mta.cli.options import BankDir, Device, Json, Seed, SkipBad, Words, open_bank, show_json
+
+
+def evaluate(
+    source: Source,
+    words: Words = None,
+    bank: BankDir = Path("bank"),
+    out: Annotated[Path | None, typer.Option(help="Folder for report.html and results.json.")] = None,
+    config: Annotated[
+        Path | None, typer.Option("--config", help="Evaluation settings in YAML.", dir_okay=False)
+    ] = None,
+    people: Annotated[int | None, typer.Option(help="Only so many people, drawn by the seed.")] = None,
+    seed: Seed = None,
+    device: Device = None,
+    skip_bad: SkipBad = None,
+    json: Json = False,
+) -> None:
+    """Compare MTA with constants, the base, the task LoRA, OPPU, merge only and adapt only.
+
+    People who are in the bank are left out. Settings as key=value are those of the evaluation: shots=4 queries=10.
+
+    Example:  mta evaluate history.jsonl --bank bank/ --out results/ shots=8 queries=12
+    """
+    from mta.cli.screen import Screen, console
+    from mta.config import Evaluation, load_settings
+    from mta.evaluation.report import to_json
+    from mta.evaluation.show import show
+    from mta.evaluation.study import study
+
+    chosen = load_settings(Evaluation, config, words or ())
+    base, opened, run = open_bank(bank, None, seed, device)
+    everybody = people_in(source, opened.task, skip_bad)
+    with Screen() as screen:
+        found = study(base, opened, run, everybody, chosen, limit=people, on_step=screen.step, on_method=screen.say)
+    if out:
+        found.write(out, f"mta evaluate {source} --bank {bank}")
+    if json:
+        return show_json(to_json(found.comparison))
+    show(found, console)

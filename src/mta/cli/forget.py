@@ -1,0 +1,31 @@
+"""``mta forget``: remove what is kept of a person."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mta.cli.options import BankDir, Json, StoreUrl, show_json
+
+
+def forget(
+    person: Annotated[str, typer.Argument(help="Who.")],
+    bank: BankDir = Path("bank"),
+    store: StoreUrl = "people",
+    json: Json = False,
+) -> None:
+    """Remove a person's states and history, and name the trained parts that still hold something learnt from them.
+
+    Example:  mta forget ann --bank bank/ --store people/
+    """
+    from mta.personalize import forget_person
+
+    done = forget_person(person, store, bank)
+    if json:
+        return show_json(asdict(done))
+    typer.echo("removed" if done.states_removed else "nothing was kept of that person")
+    if done.needs_rebuild:
+        typer.echo(f"still learnt from them, until the bank is rebuilt: {', '.join(done.needs_rebuild)}")

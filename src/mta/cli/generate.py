@@ -1,0 +1,56 @@
+"""``mta generate``: answers for different people in one batch."""
+
+from __future__ import annotations
+
+import json as json_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from mta.cli.options import BankDir, Device, Json, Seed, StoreUrl, Words, open_bank, show_json
+
+if TYPE_CHECKING:
+    from mta.personalize import Question, Who
+
+
+def generate(
+    question: Annotated[
+        str, typer.Argument(help='The question: a text, or fields as JSON: {"title": …, "genres": …}.')
+    ],
+    words: Words = None,
+    person: Annotated[list[str] | None, typer.Option(help="Whose model answers; repeat it for several people.")] = None,
+    bank: BankDir = Path("bank"),
+    store: StoreUrl = "people",
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 64,
+    nobody: Annotated[bool, typer.Option("--nobody", help="Ask the pooled model and the bare base as well.")] = False,
+    seed: Seed = None,
+    device: Device = None,
+    json: Json = False,
+) -> None:
+    """Ask several people's models the same question, in one batch.
+
+    Example:  mta generate "Great sound, weak battery." --person ann --person bob --nobody
+    """
+    from mta.personalize import BASE, TASK, Personalizer
+
+    asked = _fields(question)
+    base, opened, run = open_bank(bank, words, seed, device)
+    personal = Personalizer(base, opened, store, run=run)
+    whose: list[Who] = [*(person or []), *([TASK, BASE] if nobody or not person else [])]
+    answers = personal.generate([(who, asked) for who in whose], max_new_tokens=max_new_tokens)
+    names = [who if isinstance(who, str) else f"({who.value})" for who in whose]
+    if json:
+        return show_json([{"person": name, "answer": answer} for name, answer in zip(names, answers)])
+    for name, answer in zip(names, answers):
+        typer.echo(f"{name}: {answer}")
+
+
+def _fields(question: str) -> Question:
+    if question.lstrip().startswith("{"):
+        try:
+            fields = json_module.loads(question)
+        except ValueError:
+            return question
+        return {str(name): str(value) for name, value in fields.items()}
+    return question

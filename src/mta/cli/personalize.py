@@ -1,0 +1,52 @@
+"""``mta personalize``: stages 2 and 3 for everybody in a file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mta.cli.data import Source, people_in
+from mta.cli.options import BankDir, Device, Json, Seed, SkipBad, StoreUrl, Words, open_bank, show_json
+
+
+def personalize(
+    source: Source,
+    words: Words = None,
+    bank: BankDir = Path("bank"),
+    store: StoreUrl = "people",
+    shots: Annotated[int | None, typer.Option(help="Use only the most recent so many items of each person.")] = None,
+    seed: Seed = None,
+    device: Device = None,
+    skip_bad: SkipBad = None,
+    resume: Annotated[bool, typer.Option("--resume/--restart", help="Go on with cohorts that were stopped.")] = True,
+    json: Json = False,
+) -> None:
+    """Give everybody in a file their merge and their stack, all of them together.
+
+    People whose state is up to date are left alone: repeat the command at will.
+
+    Example:  mta personalize history.jsonl --bank bank/ --store people/
+    """
+    import shutil
+    from dataclasses import asdict
+
+    from mta.cli.screen import Screen
+    from mta.personalize import Personalizer
+
+    base, opened, run = open_bank(bank, words, seed, device)
+    people = people_in(source, opened.task, skip_bad)
+    if shots is not None:
+        people = [person.latest(shots) for person in people]
+    checkpoints = Path(store) / "work" if "://" not in store else None
+    if checkpoints and not resume:
+        shutil.rmtree(checkpoints, ignore_errors=True)
+    personal = Personalizer(base, opened, store, run=run)
+    with Screen() as screen:
+        done = personal.personalize(people, on_step=screen.step, checkpoints=checkpoints)
+    if json:
+        return show_json(asdict(done))
+    typer.echo(
+        f"{done.trained} people personalized, {done.unchanged} were up to date; {done.shortened} texts were shortened"
+    )

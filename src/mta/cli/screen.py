@@ -1,0 +1,72 @@
+"""What people see while something runs: one bar per stage on a terminal, plain lines elsewhere. All of it on stderr."""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+if TYPE_CHECKING:
+    from mta.training.trainer import Step
+
+console = Console(stderr=True)
+EVERY = 15.0  # seconds between plain lines
+
+
+class Screen:
+    """Progress of several stages, told by ``step``.
+
+    >>> with Screen() as screen: personal.personalize(people, on_step=screen.step)
+    """
+
+    def __init__(self) -> None:
+        self._bars: dict[str, TaskID] = {}
+        self._began: dict[str, tuple[float, int]] = {}
+        self._said: dict[str, float] = {}
+        self._progress = Progress(
+            TextColumn("{task.description:<14}"),
+            BarColumn(),
+            TextColumn("{task.completed:>6.0f}/{task.total:.0f} examples  {task.fields[note]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=console,
+        )
+
+    def __enter__(self) -> Screen:
+        if console.is_terminal:
+            self._progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if console.is_terminal:
+            self._progress.stop()
+
+    def step(self, stage: str, step: Step) -> None:
+        """One step of a stage is done."""
+        now = time.monotonic()
+        if stage not in self._began or step.examples < self._began[stage][1]:
+            self._began[stage] = (now, step.examples)
+        start, before = self._began[stage]
+        rate = (step.examples - before) / max(now - start, 1e-9)
+        note = f"{step.people} people  loss {step.loss:.3f}" + (f"  {rate:.1f} examples/s" if rate else "")
+        if console.is_terminal:
+            self._bar(stage, step, note)
+        elif step.examples >= step.examples_total or now - self._said.get(stage, 0.0) > EVERY:
+            self._said[stage] = now
+            left = f"  about {(step.examples_total - step.examples) / rate:.0f} s left" if rate else ""
+            console.print(f"{stage}: {step.examples}/{step.examples_total} examples  {note}{left}", highlight=False)
+
+    def say(self, text: str) -> None:
+        """A line for people."""
+        console.print(text, highlight=False)
+
+    def _bar(self, stage: str, step: Step, note: str) -> None:
+        if stage not in self._bars:
+            self._bars[stage] = self._progress.add_task(stage, note=note, total=step.examples_total)
+        self._progress.update(self._bars[stage], completed=step.examples, total=step.examples_total, note=note)

@@ -1,0 +1,184 @@
+"""The methods that are compared. Each gets the panel's shots and answers the panel's queries."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from mta.adapt import adapt
+from mta.config import Lora, MergeSettings, StackSettings, Training
+from mta.evaluation.metrics import Answers, from_scores
+from mta.evaluation.protocol import Panel
+from mta.fuse import Merge, fuse, needs_evidence
+from mta.generate import generate
+from mta.lora.batch import LoraBatch
+from mta.lora.layers import Adapters, PerPerson
+from mta.personalize import merged
+from mta.score import label_scores
+from mta.tasks.task import Task
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """Answers for everybody, the seconds of preparing them (without answering), and bytes kept per person."""
+
+    answers: list[Answers]
+    seconds: float
+    bytes_per_person: float
+    merge: Merge | None = None
+
+
+class Method(Protocol):
+    """One row of the table."""
+
+    @property
+    def name(self) -> str:
+        """What the row is called."""
+
+    def run(self, panel: Panel, seed: int) -> Outcome:
+        """Learn from the shots and answer the queries."""
+
+
+@dataclass(frozen=True, slots=True)
+class GlobalConstant:
+    """The same answer for everybody: the most frequent label (median for ratings) of everybody's shots."""
+
+    name: str = "global constant"
+
+    def run(self, panel: Panel, seed: int) -> Outcome:
+        shots = [target for theirs in _targets(panel) for target in theirs]
+        answer = _constant(panel.bank.task, shots)
+        return Outcome([Answers([answer] * len(items)) for items in panel.queries], 0.0, 0.0)
+
+
+@dataclass(frozen=True, slots=True)
+class OwnConstant:
+    """A person's own median (ratings) or majority of the shots."""
+
+    name: str = "own constant"
+
+    def run(self, panel: Panel, seed: int) -> Outcome:
+        own = [_constant(panel.bank.task, theirs) for theirs in _targets(panel)]
+        return Outcome([Answers([a] * len(items)) for a, items in zip(own, panel.queries)], 0.0, 1.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Base:
+    """The untouched base model."""
+
+    name: str = "base"
+
+    def run(self, panel: Panel, seed: int) -> Outcome:
+        return Outcome(_answer(panel, []), 0.0, 0.0)
+
+
+@dataclass(frozen=True, slots=True)
+class TaskLora:
+    """The pooled model: the strongest method that knows nobody."""
+
+    name: str = "task LoRA"
+
+    def run(self, panel: Panel, seed: int) -> Outcome:
+        return Outcome(_answer(panel, panel.bank.pooled), 0.0, 0.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Merged:
+    """Stage 2 alone: a merge of the bank, nothing trained or kept but anchor numbers and coefficients."""
+
+    name: str
+    settings: MergeSettings
+
+    def run(self, panel: Panel, seed: int) -> Outcome:
+        merge, seconds = _fuse(panel, self.settings, seed)
+        adapters = [*panel.bank.pooled, merged(panel.bank, merge, self.settings)]
+        return Outcome(_answer(panel, adapters), seconds, _bytes(merge), merge)
+
+
+@dataclass(frozen=True, slots=True)
+class OneLora:
+    """One LoRA per person from the shots, over the task LoRA: OPPU at rank 8, "adapt only" with the stack's rank."""
+
+    name: str
+    lora: Lora
+    training: Training
+
+    def run(self, panel: Panel, seed: int) -> Outcome:
+        start = time.monotonic()
+        found = _adapt(panel, panel.bank.pooled, self.lora, self.training, seed, self.name)
+        seconds = time.monotonic() - start
+        return Outcome(_answer(panel, [*panel.bank.pooled, PerPerson(found)]), seconds, _bytes(None, found))
+
+
+@dataclass(frozen=True, slots=True)
+class MergeThenAdapt:
+    """MTA: stage 2, then the stack on top of it."""
+
+    name: str
+    settings: MergeSettings
+    stack: StackSettings
+
+    def run(self, panel: Panel, seed: int) -> Outcome:
+        merge, seconds = _fuse(panel, self.settings, seed)
+        start = time.monotonic()
+        frozen = [*panel.bank.pooled, merged(panel.bank, merge, self.settings)]
+        found = _adapt(panel, frozen, self.stack.lora, self.stack.training, seed, self.name)
+        seconds += time.monotonic() - start
+        return Outcome(_answer(panel, [*frozen, PerPerson(found)]), seconds, _bytes(merge, found), merge)
+
+
+def _targets(panel: Panel) -> list[list[str]]:
+    return [[panel.bank.task.target(item) for item in person.items] for person in panel.people]
+
+
+def _constant(task: Task, targets: Sequence[str]) -> str:
+    if task.metric == "mae":
+        middle = statistics.median_low([float(target) for target in targets])
+        return min(task.labels or (), key=lambda label: abs(float(label) - middle))
+    return Counter(targets).most_common(1)[0][0]
+
+
+def _answer(panel: Panel, adapters: Sequence[Adapters]) -> list[Answers]:
+    """Label scores where there are labels, else greedy texts."""
+    task, base = panel.bank.task, panel.base
+    if task.labels:
+        return [from_scores(task, scores) for scores in label_scores(base, task, panel.queries, adapters)]
+    rows = [(person, item) for person, items in enumerate(panel.queries) for item in items]
+    prompts = [base.prompts.prompt(task, item, reserve=64).tokens for _, item in rows]
+    texts = [base.prompts.decode(t) for t in generate(base, prompts, [p for p, _ in rows], adapters)]
+    return [Answers([t for t, (p, _) in zip(texts, rows) if p == person]) for person in range(len(panel.queries))]
+
+
+def _fuse(panel: Panel, settings: MergeSettings, seed: int) -> tuple[Merge, float]:
+    evidence = panel.evidence if needs_evidence(settings) else None
+    start = time.monotonic()
+    merge = fuse(
+        panel.base,
+        panel.jobs,
+        panel.bank.working,
+        panel.bank.pooled,
+        panel.similarity,
+        settings,
+        evidence,
+        seed=seed,
+        on_step=panel.on_step,
+    )
+    return merge, time.monotonic() - start + (panel.evidence_seconds if evidence else 0.0)
+
+
+def _adapt(
+    panel: Panel, frozen: Sequence[Adapters], lora: Lora, training: Training, seed: int, stage: str
+) -> LoraBatch:
+    report = (lambda step: panel.on_step(stage, step)) if panel.on_step else None  # type: ignore[misc]
+    return adapt(panel.base, panel.jobs, frozen, lora, training, seed=seed, on_step=report)
+
+
+def _bytes(merge: Merge | None, factors: LoraBatch | None = None) -> float:
+    """What has to be kept of one person: anchor numbers and coefficients, and their own factors in float32."""
+    numbers = 0 if merge is None else len(json.dumps([merge.ids[0].tolist(), merge.w[0].tolist()]))
+    return numbers + (0 if factors is None else sum(4 * t[0].numel() for f in factors.factors.values() for t in f))

@@ -1,0 +1,26 @@
+"""A study on the terminal."""
+
+from __future__ import annotations
+
+from rich.console import Console
+
+from mta.evaluation.report import table, verdict
+from mta.evaluation.study import Study
+
+
+def show(found: Study, console: Console) -> None:
+    """Table, verdict in plain sentences, and the questions that were asked before and after."""
+    meta = found.meta
+    console.print(table(found.comparison))
+    note = f" ({meta['note']})" if meta["note"] else ""
+    console.print(
+        f"{meta['people']} people, {meta['shots']} shots and {meta['queries']} later queries each; {meta['base']}{note}, "
+        f"{meta['dtype']}, seed {meta['seed']}",
+        highlight=False,
+    )
+    for sentence in verdict(found.comparison):
+        console.print(f"  {sentence}", highlight=False)
+    for asked in found.questions:
+        console.print(f"\n{asked['question']}\n  before, everybody: {asked['before']}", highlight=False)
+        for who, answer in asked["after"]:
+            console.print(f"  after, a person {who}: {answer}", highlight=False)

@@ -1,0 +1,145 @@
+"""A whole comparison on one bank: who is tested, which methods, and what is written about it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mta import __version__
+from mta.bank.bank import Bank
+from mta.base import BaseModel
+from mta.config import Evaluation, MergeSettings, Run
+from mta.encode import Encoder
+from mta.errors import InputError
+from mta.evaluation.methods import Base, GlobalConstant, Merged, MergeThenAdapt, Method, OneLora, OwnConstant, TaskLora
+from mta.evaluation.protocol import Panel
+from mta.evaluation.run import Comparison, evaluate
+from mta.fuse import OnStep
+from mta.history import Person
+from mta.personalize import TASK, Personalizer, Who
+from mta.splits import draw
+
+
+@dataclass(slots=True)
+class Study:
+    """A comparison, the panel it was made on, and questions that were asked before and after."""
+
+    comparison: Comparison
+    panel: Panel
+    meta: dict[str, Any]
+    questions: list[dict[str, Any]] = field(default_factory=list)
+
+    def write(self, out: Path, command: str) -> None:
+        """``report.html`` and ``results.json`` under ``out``."""
+        from mta.evaluation.report import to_json, write_html
+        from mta.training.checkpoint import write_json
+
+        meta = self.meta | {"command": command}
+        write_json(out / "results.json", to_json(self.comparison, **meta))
+        panel = self.panel
+        write_html(
+            out / "report.html", self.comparison, panel.bank, panel.vectors, panel.bank.vectors, self.questions, meta
+        )
+
+
+def standard_methods(run: Run, evaluation: Evaluation) -> list[Method]:
+    """The rows of the table: constants, base, task LoRA, OPPU, merge only by every policy, adapt only, MTA."""
+
+    def policy(name: str) -> MergeSettings:
+        # A run's settings belong to its policy; the others take the paper's K = 2 where they retrieve by encoding.
+        if name == run.merge.policy:
+            return run.merge
+        everything = name in ("uniform", "posterior", "learned")
+        return MergeSettings.model_validate({**run.merge.model_dump(), "policy": name, "k": 0 if everything else 2})
+
+    methods: list[Method] = [GlobalConstant(), OwnConstant(), Base(), TaskLora()]
+    methods.append(OneLora("OPPU", evaluation.oppu.lora, evaluation.oppu.training))
+    methods += [Merged(f"merge only, {name}", policy(name)) for name in evaluation.policies]
+    methods.append(OneLora("adapt only", evaluation.adapt.lora, evaluation.adapt.training))
+    methods.append(MergeThenAdapt("MTA", run.merge, run.stack))
+    return methods
+
+
+def study(
+    base: BaseModel,
+    bank: Bank,
+    run: Run,
+    people: Sequence[Person],
+    evaluation: Evaluation,
+    *,
+    limit: int | None = None,
+    encoder: Encoder | None = None,
+    on_step: OnStep | None = None,
+    on_method: Callable[[str], None] | None = None,
+) -> Study:
+    """Compare the standard methods on those of ``people`` who are not in the bank and have enough items.
+
+    ``limit`` draws so many of them by the run's seed. Raises InputError when nobody is left.
+    """
+    needed = evaluation.shots + evaluation.queries
+    able = [p for p in people if not bank.info.members.artefacts_of(p.id) and (len(p.items) >= needed or p.queries)]
+    if not able:
+        raise InputError(
+            f"none of {len(people)} people can be tested: they are in the bank, or have fewer than {needed} items",
+            hint="Give people the bank was not built from, or lower shots= and queries=.",
+        )
+    if limit is not None and limit < len(able):
+        able = draw(able, run.seed, task=0, development=0, test=limit).select("test", able)
+    encoder = encoder or bank.encoder(base)
+    how: dict[str, Any] = {"shots": evaluation.shots, "queries": evaluation.queries, "on_step": on_step}
+    panel = Panel.of(base, bank, encoder, run, able, **how)
+    found = evaluate(panel, standard_methods(run, evaluation), evaluation.seeds, on_method)
+    return Study(found, panel, _meta(base, bank, run, evaluation, len(able)))
+
+
+def ask(found: Study, personal: Personalizer, fields: dict[str, str], whose: Sequence[int]) -> None:
+    """Put one question to the pooled model and to three people's, and note the answers in the study.
+
+    ``whose`` are numbers into the panel's people, who must have been personalized.
+    """
+    people = [found.panel.people[i].id for i in whose]
+    answers = personal.generate([(TASK, fields), *((id, fields) for id in people)], max_new_tokens=16)
+    scores = _expected(personal, fields, people) if found.panel.bank.task.metric == "mae" else [None] * len(answers)
+    told = [text if score is None else f"{text} (on average {score:.1f})" for text, score in zip(answers, scores)]
+    question = found.panel.bank.task.prompt(found.panel.bank.task.asked(fields))
+    after = [(_shots_in_words(found, i), answer) for i, answer in zip(whose, told[1:])]
+    found.questions.append({"question": question, "before": told[0], "after": after})
+
+
+def _expected(personal: Personalizer, fields: dict[str, str], people: Sequence[str]) -> list[float]:
+    task = personal.bank.task
+    values = torch.tensor([float(label) for label in task.labels or ()], dtype=torch.float64)
+    whose: list[Who] = [TASK, *people]
+    rows = personal.label_scores([(who, [task.asked(fields)]) for who in whose])
+    return [float(scores[0].double().softmax(0) @ values) for scores in rows]
+
+
+def _shots_in_words(found: Study, person: int) -> str:
+    task = found.panel.bank.task
+    targets = [task.target(item) for item in found.panel.people[person].items]
+    return f"whose {len(targets)} shots say {', '.join(targets)}" if task.labels else f"with {len(targets)} shots"
+
+
+def _meta(base: BaseModel, bank: Bank, run: Run, evaluation: Evaluation, people: int) -> dict[str, Any]:
+    versions = {"mta": __version__, "torch": torch.__version__, "python": sys.version.split()[0]}
+    return {
+        "base": base.name,
+        "note": base.note,
+        "dtype": str(base.dtype).removeprefix("torch."),
+        "task": bank.task.name,
+        "people": people,
+        "shots": evaluation.shots,
+        "queries": evaluation.queries,
+        "seeds": list(evaluation.seeds),
+        "seed": run.seed,
+        "anchors": len(bank),
+        "bank_seconds": bank.info.seconds,
+        "run": run.model_dump(mode="json"),
+        "evaluation": evaluation.model_dump(mode="json"),
+        "versions": versions,
+    }

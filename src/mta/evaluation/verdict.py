@@ -1,0 +1,129 @@
+"""A comparison in plain sentences: what is clearly better or worse, what is not clear, and who pays for it."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from mta.evaluation.figures import human_bytes
+from mta.evaluation.metrics import BETTER_LOW
+from mta.evaluation.run import WORSE, Comparison, Interval, better
+
+Judgement = Literal["better", "worse", "unclear"]
+
+FEW = 20  # fewer people than this, and a bootstrap interval is too narrow to be trusted
+MEANING = {
+    "MAE": "the mean distance from the true rating",
+    "accuracy": "the share of right answers",
+    "ROUGE-1": "the overlap in words with the true text",
+    "NLL": "the surprise at the true answer, in nats",
+}
+
+
+def verdict(comparison: Comparison, name: str = "MTA", reference: str = "task LoRA", rival: str = "OPPU") -> list[str]:
+    """What the comparison says about ``name``, in sentences for a newcomer; honest where nothing is clear."""
+    return [sentence for _, sentence in findings(comparison, name, reference, rival)]
+
+
+def findings(comparison: Comparison, name: str, reference: str, rival: str) -> list[tuple[str, str]]:
+    """The sentences of ``verdict``, each with its judgement ("" where there is nothing to judge)."""
+    names = names_of(comparison)
+    if name not in names:
+        return [("", f"{name} is not among the methods compared.")]
+    said: list[tuple[str, str]] = []
+    metrics = dict.fromkeys((comparison.primary, yardstick(comparison)))
+    for other, called in ((reference, f"the pooled model ({reference})"), (rival, rival)):
+        if other in names and other != name:
+            said += [found for metric in metrics if (found := _compared(comparison, name, other, called, metric))]
+    if reference in names and (harm := _harm(comparison, name, reference)):
+        said.append(harm)
+    if rival in names:
+        ours, theirs = (human_bytes(comparison.row(n).bytes_per_person) for n in (name, rival))
+        said.append(("", f"Kept per person: {ours} by {name}, {theirs} by {rival}."))
+    explained = "; ".join(f"{m} is {MEANING[m]} ({_direction(m)} is better)" for m in metrics if m in MEANING)
+    if (people := people_in(comparison)) < FEW:
+        said.append(("", f"Only {people} people were tested: take every interval with a grain of salt."))
+    return [*said, ("", f"{explained}.")]
+
+
+def headline(comparison: Comparison, name: str, reference: str) -> str:
+    """The shortest true sentence about ``name`` and the pooled model."""
+    if not {name, reference} <= set(names_of(comparison)):
+        return "Methods compared"
+    words = {"better": "better in", "worse": "worse in", "unclear": "no clear difference in"}
+    said: dict[str, list[str]] = {}
+    for metric in dict.fromkeys((comparison.primary, yardstick(comparison))):
+        if difference := comparison.difference(name, reference, metric):
+            said.setdefault(words[judge(metric, difference, people_in(comparison))], []).append(metric)
+    return f"{name} against the pooled model: " + ", ".join(f"{w} {' and '.join(m)}" for w, m in said.items())
+
+
+def yardstick(comparison: Comparison) -> str:
+    """The metric differences are judged in: NLL, the most sensitive, or the primary one where there is none."""
+    return "NLL" if any("NLL" in row.people for row in comparison.rows) else comparison.primary
+
+
+def judge(metric: str, difference: Interval, people: int) -> Judgement:
+    """Whether a paired difference excludes zero, and in which direction. One person decides nothing."""
+    turned = Interval(-difference.mean, -difference.high, -difference.low)
+    if people < 2 or not (better(metric, difference) or better(metric, turned)):
+        return "unclear"
+    return "better" if better(metric, difference) else "worse"
+
+
+def worse_off(comparison: Comparison, name: str, reference: str) -> tuple[float, float | None] | None:
+    """As ``Comparison.worse_off``; with one question each, nobody can be *clearly* worse off."""
+    shares = comparison.worse_off(name, reference)
+    return shares and (shares[0], shares[1] if (queries_each(comparison) or 0) > 1 else None)
+
+
+def names_of(comparison: Comparison) -> list[str]:
+    """The methods, in the order of the rows."""
+    return [row.name for row in comparison.rows]
+
+
+def people_in(comparison: Comparison) -> int:
+    """How many people were tested."""
+    return len(next(iter(comparison.rows[0].people.values())))
+
+
+def queries_each(comparison: Comparison) -> int | None:
+    """How many questions everybody was asked, where it is known."""
+    for row in comparison.rows:
+        if row.nll is not None:
+            return row.nll.shape[1]
+    return next((len(row.answers[0].texts) for row in comparison.rows if row.answers), None)
+
+
+def _compared(comparison: Comparison, name: str, other: str, called: str, metric: str) -> tuple[str, str] | None:
+    difference = comparison.difference(name, other, metric)
+    if difference is None:
+        return None
+    judgement = judge(metric, difference, people_in(comparison))
+    gain, low, high = difference.mean, difference.low, difference.high
+    if metric in BETTER_LOW:
+        gain, low, high = -gain, -high, -low
+    if judgement == "unclear":
+        mean, start, end = (f"{abs(x):.3f} {'better' if x > 0 else 'worse'}" for x in (gain, low, high))
+        said = f"no clear difference between {name} and {called}"
+        return judgement, f"{metric}: {said}; {name} is {mean} on average, with a 95% interval from {start} to {end}."
+    least, most = (low, high) if judgement == "better" else (-high, -low)
+    by = f"{abs(gain):.3f} (95% interval {least:.3f} to {most:.3f})"
+    return judgement, f"{metric}: {name} is {judgement} than {called} by {by}."
+
+
+def _harm(comparison: Comparison, name: str, reference: str) -> tuple[str, str] | None:
+    shares = worse_off(comparison, name, reference)
+    if shares is None:
+        return None
+    share, clearly = shares
+    sure = (
+        ""
+        if clearly is None
+        else f", {clearly:.0%} clearly so (the 95% interval over their own questions lies above zero)"
+    )
+    said = f"{share:.0%} of {people_in(comparison)} people are worse off with {name} than with the pooled model"
+    return "", f"{said} (NLL higher by more than {WORSE:g}){sure}."
+
+
+def _direction(metric: str) -> str:
+    return "lower" if metric in BETTER_LOW else "higher"

@@ -1,0 +1,111 @@
+"""Fixtures shared by all tests: tiny people, a tiny bank, and real assets where they can be had."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+import pytest
+import torch
+
+from mta.config import Lora, Run, Training
+from mta.history import Item, Person
+from mta.tasks import load_task
+
+torch.set_num_threads(1)  # tiny matrices: threads only wait for each other
+
+
+class HashEncoder:
+    """Texts to fixed pseudo-random vectors: an encoder that needs no weights."""
+
+    name = "hash"
+    fingerprint = "hash-1"
+
+    def encode(self, texts):
+        rows = []
+        for text in texts:
+            seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:4])
+            rows.append(torch.randn(8, generator=torch.Generator().manual_seed(seed)))
+        return torch.stack(rows)
+
+
+def people_of(count: int, items: int = 6, prefix: str = "p", seed: int = 0) -> list[Person]:
+    """People who rate made-up movies, each with a taste of their own."""
+    made = []
+    for n in range(count):
+        g = torch.Generator().manual_seed(seed * 1000 + n)
+        draws = torch.randint(0, 1000, (items,), generator=g).tolist()
+        rows = [
+            Item(
+                {"title": f"Film {d}", "genres": "Drama" if d % 2 else "Comedy", "rating": str(1 + (d + n) % 5)},
+                time=float(t),
+            )
+            for t, d in enumerate(draws)
+        ]
+        made.append(Person.of(f"{prefix}{n}", rows))
+    return made
+
+
+TINY_RUN = Run(
+    base="tiny-llama",
+    task="movielens-rating",
+    encoder="hash",
+    dtype="float64",
+    memory="64MiB",
+    max_tokens=400,
+    task_lora={"lora": Lora(rank=2), "training": Training(lr=5e-3, epochs=1, batch_size=4), "items": 16},
+    bank={
+        "anchors": 3,
+        "min_items": 3,
+        "max_items": 4,
+        "lora": Lora(rank=2),
+        "training": Training(lr=5e-3, epochs=2, batch_size=2),
+    },
+    merge={"policy": "posterior", "k": 0},
+    stack={"lora": Lora(rank=1, alpha=4.0), "training": Training(lr=1e-2, steps=2, batch_size=8)},
+)
+
+
+@pytest.fixture(scope="session")
+def task():
+    return load_task("movielens-rating")
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """A cache folder of the test's own."""
+    monkeypatch.setenv("MTA_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture(scope="session")
+def tiny_bank_folder(tmp_path_factory, task):
+    """A bank of three anchors over the tiny Llama, built once."""
+    from tiny import base_of
+
+    from mta.bank.build import build_bank
+
+    out = tmp_path_factory.mktemp("bank")
+    build_bank(base_of(), task, HashEncoder(), people_of(4, prefix="t"), people_of(12, prefix="c"), TINY_RUN, out)
+    return out
+
+
+@pytest.fixture
+def tiny(tiny_bank_folder, cache):
+    """Base and bank, ready to personalize."""
+    from tiny import base_of
+
+    from mta.bank.bank import Bank
+
+    base = base_of()
+    return base, Bank.open(tiny_bank_folder, base)
+
+
+def personalizer(base, bank, store=None, **changes):
+    """A Personalizer over the tiny bank."""
+    from mta.personalize import Personalizer
+
+    run = TINY_RUN.model_copy(update=changes)
+    return Personalizer(base, bank, store, run=run, encoder=HashEncoder())

@@ -1,0 +1,294 @@
+import json
+import os
+import warnings
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from tiny import base_of, random_loras
+from torch import nn
+
+from mta.errors import InputError
+from mta.lora import LoraBatch, Shared, applied
+from mta.lora.peft import CONFIG, WEIGHTS, _alpha, read_peft, write_peft
+
+KINDS = ["llama", "qwen3", "gpt2"]
+TOKENS = torch.randint(3, 259, (2, 9), generator=torch.Generator().manual_seed(1))
+OWNER = torch.zeros(2, dtype=torch.long)
+
+
+def ours(kind: str, adapter: LoraBatch) -> torch.Tensor:
+    model = base_of(kind).model
+    with torch.no_grad(), applied(model, [Shared(adapter)], OWNER):
+        return model(TOKENS).logits
+
+
+def with_peft(kind: str, folder: Path) -> tuple[torch.Tensor, peft.PeftModel]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # missing or unexpected keys, fan_in_fan_out put right, ...
+        warnings.simplefilter("ignore", FutureWarning)
+        model = peft.PeftModel.from_pretrained(base_of(kind).model, folder)
+    with torch.no_grad():
+        return model(TOKENS).logits, model
+
+
+def adapter_of(kind: str, **how: object) -> LoraBatch:
+    return random_loras(base_of(kind), 1, **how)
+
+
+def adapted(model: nn.Module) -> list[str]:
+    return [
+        name.removeprefix("base_model.model.") for name, module in model.named_modules() if hasattr(module, "lora_A")
+    ]
+
+
+def same(left: LoraBatch, right: LoraBatch) -> bool:
+    return (
+        left.scale == right.scale
+        and set(left.names) == set(right.names)
+        and all(torch.equal(x, y) for name in left.names for x, y in zip(left.factors[name], right.factors[name]))
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("scale", [2.0, 0.3])
+def test_peft_computes_what_we_do(tmp_path: Path, kind: str, scale: float) -> None:
+    adapter = adapter_of(kind, scale=scale)
+    write_peft(tmp_path / "out", adapter, f"tiny-{kind}", fan_in_fan_out=kind == "gpt2")
+    theirs, model = with_peft(kind, tmp_path / "out")
+    assert (theirs - ours(kind, adapter)).abs().max() < 1e-9
+    assert (theirs - base_of(kind).model(TOKENS).logits).abs().max() > 1e-3
+    merged = model.merge_and_unload()
+    assert (merged(TOKENS).logits - theirs).abs().max() < 1e-9
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_peft_adapts_exactly_these_layers(tmp_path: Path, kind: str) -> None:
+    whole = adapter_of(kind)
+    part = LoraBatch(dict(list(whole.factors.items())[1::3]), whole.scale)
+    write_peft(tmp_path, part, "base", fan_in_fan_out=kind == "gpt2")
+    theirs, model = with_peft(kind, tmp_path)
+    assert adapted(model) == part.names
+    assert (theirs - ours(kind, part)).abs().max() < 1e-9
+
+
+def test_the_folder_is_plain(tmp_path: Path) -> None:
+    adapter = adapter_of("llama", rank=4, scale=2.0)
+    write_peft(tmp_path / "a" / "out", adapter, "tiny-llama")
+    assert sorted(path.name for path in (tmp_path / "a").rglob("*")) == [CONFIG, WEIGHTS, "out"]
+    config = json.loads((tmp_path / "a" / "out" / CONFIG).read_text())
+    expected = {"r": 4, "lora_alpha": 8, "bias": "none", "inference_mode": True, "task_type": "CAUSAL_LM"}
+    assert expected.items() <= config.items()
+    assert config["base_model_name_or_path"] == "tiny-llama"
+    assert config["target_modules"] == adapter.names
+    assert type(config["lora_alpha"]) is int
+    name = adapter.names[0]
+    tensors = load_file(tmp_path / "a" / "out" / WEIGHTS)
+    assert torch.equal(tensors[f"base_model.model.{name}.lora_A.weight"], adapter.factors[name].a[0])
+    assert torch.equal(tensors[f"base_model.model.{name}.lora_B.weight"], adapter.factors[name].b[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rank", [1, 3])
+def test_an_adapter_comes_back(tmp_path: Path, dtype: torch.dtype, rank: int) -> None:
+    adapter = adapter_of("llama", rank=rank, scale=1.4 / rank).to(dtype)
+    write_peft(tmp_path, adapter, "base")
+    assert same(read_peft(tmp_path), adapter)
+    assert len(read_peft(str(tmp_path))) == 1
+
+
+def test_a_selected_view_and_a_padded_rank_come_back(tmp_path: Path) -> None:
+    view = random_loras(base_of(), 3).select(slice(1, 2)).padded(5)
+    write_peft(tmp_path, view, "base")
+    assert same(read_peft(tmp_path), view)
+
+
+@given(st.floats(1e-6, 1e6), st.integers(1, 512))
+def test_alpha_says_the_scale(scale: float, rank: int) -> None:
+    assert _alpha(scale, rank) / rank == pytest.approx(scale, rel=2.3e-16, abs=0)
+
+
+@given(st.integers(1, 4096) | st.floats(1e-3, 1e4), st.integers(1, 512))
+def test_the_scale_of_an_alpha_is_exact(alpha: float, rank: int) -> None:
+    assert _alpha(alpha / rank, rank) / rank == alpha / rank
+
+
+def made_by_peft(kind: str, folder: Path, **settings: object) -> torch.Tensor:
+    plain = {"r": 3, "lora_alpha": 5, "task_type": "CAUSAL_LM", "target_modules": "all-linear"}
+    if kind == "gpt2":
+        plain["fan_in_fan_out"] = True
+    model = peft.get_peft_model(base_of(kind).model, peft.LoraConfig(**plain | settings)).double()
+    generator = torch.Generator().manual_seed(2)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(0.3 * torch.randn(parameter.shape, generator=generator))
+        logits = model.eval()(TOKENS).logits
+    model.save_pretrained(folder)
+    return logits
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("rslora", [False, True])
+def test_we_compute_what_peft_does(tmp_path: Path, kind: str, rslora: bool) -> None:
+    theirs = made_by_peft(kind, tmp_path, use_rslora=rslora)
+    adapter = read_peft(tmp_path)
+    assert adapter.scale == 5 / (3**0.5 if rslora else 3)
+    assert set(adapter.names) == set(base_of(kind).targets)
+    assert adapter.shapes == {name: base_of(kind).targets[name] for name in adapter.names}
+    assert (theirs - ours(kind, adapter)).abs().max() < 1e-9
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"use_dora": True}, "use_dora is True, expected it unset"),
+        ({"bias": "lora_only"}, "bias is 'lora_only', expected 'none'"),
+        ({"modules_to_save": ["lm_head"]}, r"modules_to_save is \['lm_head'\], expected it unset"),
+        ({"rank_pattern": {"q_proj": 2}}, "rank_pattern is {'q_proj': 2}, expected it unset"),
+        ({"alpha_pattern": {"q_proj": 2}}, "alpha_pattern is {'q_proj': 2}, expected it unset"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa', which changes the base weights"),
+    ],
+)
+def test_more_than_plain_lora_is_refused(tmp_path: Path, settings: dict[str, object], message: str) -> None:
+    start = settings.get("init_lora_weights", True)  # PEFT computes PiSSA in single precision only
+    made_by_peft("llama", tmp_path, **settings | {"init_lora_weights": True})
+    config = json.loads((tmp_path / CONFIG).read_text())
+    (tmp_path / CONFIG).write_text(json.dumps(config | {"init_lora_weights": start}))
+    with pytest.raises(InputError, match=message + "\n  (mta reads plain LoRA|Convert it to plain LoRA)"):
+        read_peft(tmp_path)
+
+
+def edited(folder: Path, **changes: object) -> Path:
+    write_peft(folder, adapter_of("llama"), "base")
+    config = json.loads((folder / CONFIG).read_text())
+    (folder / CONFIG).write_text(json.dumps(config | changes))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"peft_type": "LOHA"}, "peft_type is 'LOHA', expected 'LORA'\n  mta reads plain LoRA"),
+        ({"r": "3"}, "r is '3' and lora_alpha .*, expected a positive integer and a finite number"),
+        ({"r": 0}, "r is 0"),
+        ({"r": True}, "r is True"),
+        ({"lora_alpha": None}, "lora_alpha None"),
+        ({"lora_alpha": float("nan")}, "lora_alpha nan"),
+        (
+            {"r": 4},
+            r"layer 'model.layers.0.\w+.\w+' has A \(3, \d+\) and B \(\d+, 3\), expected rank 4, the r of adapter_c",
+        ),
+        ({"trainable_token_indices": [1]}, r"trainable_token_indices is \[1\]"),
+    ],
+)
+def test_a_wrong_setting_is_named(tmp_path: Path, changes: dict[str, object], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        read_peft(edited(tmp_path, **changes))
+
+
+def test_missing_files_are_named(tmp_path: Path) -> None:
+    with pytest.raises(
+        InputError, match=r"no/where is not a PEFT folder: adapter_config.json is missing\n  Give the folder"
+    ):
+        read_peft(tmp_path / "no/where")
+    edited(tmp_path / "a")
+    (tmp_path / "a" / WEIGHTS).unlink()
+    with pytest.raises(
+        InputError, match=r"a: adapter_model.safetensors is missing\n  Save the adapter again as safetensors"
+    ):
+        read_peft(tmp_path / "a")
+    (tmp_path / "a" / "adapter_model.bin").write_bytes(b"\x80\x04")
+    with pytest.raises(InputError, match=r"missing, and adapter_model.bin is a pickle, which mta never reads\n"):
+        read_peft(tmp_path / "a")
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"[" * 100_000])
+def test_a_damaged_configuration_is_refused(tmp_path: Path, content: bytes) -> None:
+    (edited(tmp_path) / CONFIG).write_bytes(content)
+    with pytest.raises(InputError, match=r"adapter_config.json cannot be read as JSON: .*\n  Export the adapter again"):
+        read_peft(tmp_path)
+    (tmp_path / CONFIG).write_bytes(b"[]")
+    with pytest.raises(InputError, match="holds a list, expected a JSON object of LoRA settings"):
+        read_peft(tmp_path)
+
+
+@pytest.mark.parametrize("keep", [0, 7, 100, -1])
+def test_weights_cut_short_are_refused(tmp_path: Path, keep: int) -> None:
+    path = edited(tmp_path) / WEIGHTS
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(
+        InputError, match=r"adapter_model.safetensors is not a whole safetensors file: .*\n  Copy or export"
+    ):
+        read_peft(tmp_path)
+
+
+def test_tensors_that_do_not_pair_up_are_named(tmp_path: Path) -> None:
+    path = edited(tmp_path) / WEIGHTS
+    whole = load_file(path)
+    first = "base_model.model.model.layers.0.mlp.down_proj"
+    expected = r"; expected pairs base_model.model.<layer>.lora_A.weight and lora_B.weight\n  mta reads"
+    save_file({name: t for name, t in whole.items() if name != f"{first}.lora_B.weight"}, path)
+    with pytest.raises(InputError, match=rf"lacks the tensor '{first}.lora_B.weight'{expected}"):
+        read_peft(tmp_path)
+    save_file(whole | {f"{first}.lora_magnitude_vector": torch.ones(2)}, path)
+    with pytest.raises(InputError, match=rf"holds the tensor '{first}.lora_magnitude_vector'{expected}"):
+        read_peft(tmp_path)
+    save_file(whole | {f"{first}.lora_A.weight": torch.ones(3)}, path)
+    with pytest.raises(InputError, match=r"has A \(3,\) and B \(16, 3\), expected rank 3"):
+        read_peft(tmp_path)
+    save_file({}, path)
+    with pytest.raises(InputError, match=r"holds no tensor; expected pairs .*\n  Export the adapter again"):
+        read_peft(tmp_path)
+
+
+def test_only_one_adapter_is_written(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="exactly one adapter, got a batch of 2\n  Choose one"):
+        write_peft(tmp_path / "out", random_loras(base_of(), 2), "base")
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(InputError, match="file is a file, expected a folder to write an adapter to\n  Choose another"):
+        write_peft(tmp_path / "file", adapter_of("llama"), "base")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_folder_in_use_keeps_its_other_files(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    write_peft(out, adapter_of("llama"), "base")
+    (out / "README.md").write_text("mine")
+    newer = adapter_of("llama", seed=1, scale=3.0)
+    write_peft(out, newer, "base")
+    assert same(read_peft(out), newer)
+    assert (out / "README.md").read_text() == "mine"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("name", ["rename", "replace", "fsync"])
+@pytest.mark.parametrize("there", [False, True])
+def test_a_failed_export_leaves_no_wrong_adapter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, there: bool
+) -> None:
+    out, old, newer = tmp_path / "out", adapter_of("llama"), adapter_of("llama", seed=1, scale=3.0)
+    if there:
+        write_peft(out, old, "base")
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, name, full)
+        patched.setattr(Path, "replace", full) if name == "replace" else None
+        patched.setattr(Path, "rename", full) if name == "rename" else None
+        try:
+            write_peft(out, newer, "base")
+            assert same(read_peft(out), newer)
+        except OSError as error:
+            assert error.errno == 28  # noqa: PT017
+            if (out / CONFIG).exists():
+                assert same(read_peft(out), old)
+    assert [path.name for path in tmp_path.iterdir()] in ([], ["out"])
+    write_peft(out, newer, "base")
+    assert same(read_peft(out), newer)

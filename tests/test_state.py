@@ -1,0 +1,175 @@
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mta import state as module
+from mta.errors import InputError, StateCorrupt
+from mta.history import Item, Person
+from mta.lora.batch import Factors, LoraBatch
+from mta.state import State, history_from_bytes, history_to_bytes, work_key
+
+ANN = "ann.müller@example.org"
+
+
+def adapter(seed: int = 0, dtype: torch.dtype = torch.float32, adapters: int = 1) -> LoraBatch:
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=generator).to(dtype)
+
+    sizes = {"layers.10.up": (4, 6), "layers.2.up": (4, 6), "layers.2.down": (6, 4)}
+    return LoraBatch({n: Factors(normal(adapters, 1, d), normal(adapters, o, 1)) for n, (d, o) in sizes.items()}, 0.1)
+
+
+def state(seed: int = 0, stack: LoraBatch | None = None, **changes: object) -> State:
+    work = work_key("b" * 64, "h" * 64, "rank: 1\n", seed)
+    made = State("b" * 64, (7, 3), (0.1 + 0.2, -1e-17), "posterior", "h" * 64, work, seed, stack or adapter(seed))
+    return replace(made, **changes)
+
+
+def person(id: str = ANN) -> Person:
+    item = Item({"text": "Grüße 😀 \ud800", "score": "4"}, 3.25, "i1")
+    return Person(id, (Item({"text": "old"}), item), (Item({"text": "q"}, 1e300, None, True),))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_a_state_comes_back_bit_for_bit(dtype: torch.dtype) -> None:
+    made = state(stack=adapter(1, dtype))
+    back = State.from_bytes(made.to_bytes())
+    assert back == made
+    assert hash(back) == hash(made)
+    assert back != state(1)
+    assert (back.w, back.anchors, back.seed, back.policy) == (made.w, made.anchors, 0, "posterior")
+    assert back.stack is not None
+    assert back.stack.scale == 0.1
+    for name, f in made.stack.factors.items():
+        assert torch.equal(back.stack.factors[name].a, f.a)
+        assert torch.equal(back.stack.factors[name].b, f.b)
+    assert made.nbytes == len(made.to_bytes())
+
+
+def test_a_state_without_a_stack_is_small() -> None:
+    made = replace(state(), stack=None)
+    assert State.from_bytes(made.to_bytes()) == made
+    assert made.nbytes < 1000
+
+
+def test_the_same_work_gives_the_same_bytes_in_any_process_and_in_any_order_of_layers() -> None:
+    made = state()
+    turned = LoraBatch(dict(reversed(made.stack.factors.items())), made.stack.scale)
+    assert replace(made, stack=turned).to_bytes() == made.to_bytes()
+    code = "import hashlib, test_state; print(hashlib.sha256(test_state.state().to_bytes()).hexdigest())"
+    search = os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])
+    digests = {
+        subprocess.run(
+            [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": search}, capture_output=True, check=True
+        ).stdout
+        for _ in range(2)
+    }
+    assert len(digests) == 1
+
+
+def test_a_work_key_names_everything_a_state_depends_on() -> None:
+    key = work_key("bank", "history", "a: 1", 0)
+    assert len(key) == 64
+    assert key == work_key("bank", "history", "a: 1", 0)
+    others = [("other", "history", "a: 1", 0), ("bank", "other", "a: 1", 0), ("bank", "history", "a: 2", 0)]
+    assert len({key, work_key("bank", "history", "a: 1", 1), *(work_key(*other) for other in others)}) == 5
+    assert work_key("ab", "c", "", 0) != work_key("a", "bc", "", 0)
+
+
+def test_a_state_that_makes_no_sense_is_refused() -> None:
+    with pytest.raises(InputError, match=r"one finite coefficient per anchor, got anchors \(7, 3\), w \(1.0,\)"):
+        state(w=(1.0,))
+    with pytest.raises(InputError, match="finite"):
+        state(w=(1.0, float("nan")))
+    with pytest.raises(InputError, match="exactly one adapter, got a batch of 2"):
+        state(stack=adapter(adapters=2))
+
+
+FILE = state().to_bytes()
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.integers(0, len(FILE) - 1), st.integers(1, 255))
+def test_a_flipped_byte_anywhere_is_refused(place: int, flip: int) -> None:
+    with pytest.raises(StateCorrupt):
+        State.from_bytes(FILE[:place] + bytes([FILE[place] ^ flip]) + FILE[place + 1 :])
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(0, len(FILE) - 1), st.binary(max_size=40))
+def test_a_file_cut_short_or_grown_is_refused(length: int, more: bytes) -> None:
+    cut = FILE[:length] + more
+    if cut != FILE:
+        with pytest.raises(StateCorrupt):
+            State.from_bytes(cut)
+    with pytest.raises(StateCorrupt):
+        State.from_bytes(FILE + b"\0" + more)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.binary(max_size=300), st.booleans())
+def test_foreign_bytes_are_refused(data: bytes, headed: bool) -> None:
+    with pytest.raises(StateCorrupt):
+        State.from_bytes(FILE[:64] + data if headed else data)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data())
+def test_forged_contents_under_a_right_sha256_are_refused_or_sound(data: st.DataObject) -> None:
+    header = int.from_bytes(FILE[:8], "little")
+    place = data.draw(st.integers(module._DIGEST.stop, header + 7))
+    forged = FILE[:place] + data.draw(st.binary(min_size=1, max_size=2)) + FILE[place + 1 :]
+    sealed = forged[: module._DIGEST.start] + module._digest(forged).encode() + forged[module._DIGEST.stop :]
+    try:
+        assert isinstance(State.from_bytes(sealed), State)
+    except StateCorrupt as error:
+        assert "whole, but not a state" in str(error)  # noqa: PT017
+
+
+def test_what_a_damaged_state_says() -> None:
+    with pytest.raises(StateCorrupt) as caught:
+        State.from_bytes(b"PK\x03\x04" + bytes(50), "people/ab/1.safetensors")
+    assert str(caught.value) == (
+        "people/ab/1.safetensors is not a person's state: got 54 bytes that begin with "
+        r"b'PK\x03\x04\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00\x00', "
+        "expected a safetensors file with a state in it\n"
+        "  Load an earlier version, or make it again:  mta personalize"
+    )
+    with pytest.raises(StateCorrupt, match=r"x was changed or cut short: its sha256 is \w{12}…, expected b'\w{12}'…"):
+        State.from_bytes(FILE[:-1], "x")
+
+
+def test_another_schema_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mta.state.SCHEMA", 2)
+    newer = state().to_bytes()
+    monkeypatch.undo()
+    with pytest.raises(StateCorrupt, match=r"got ValueError\('schema 2'\), expected schema 1\n  Update mta"):
+        State.from_bytes(newer)
+
+
+HISTORY = history_to_bytes(person())
+
+
+def test_a_history_comes_back_without_its_id_in_the_file() -> None:
+    assert history_from_bytes("another", HISTORY) == Person("another", person().items, person().queries)
+    assert b"ann" not in HISTORY
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.integers(0, len(HISTORY) - 1), st.integers(0, 255), st.booleans())
+def test_a_damaged_history_is_refused_or_the_same(place: int, byte: int, cut: bool) -> None:
+    damaged = HISTORY[:place] if cut else HISTORY[:place] + bytes([byte]) + HISTORY[place + 1 :]
+    try:
+        assert history_from_bytes(ANN, damaged, "x") == person()
+    except StateCorrupt as error:
+        assert str(error).startswith("x was changed or cut short: got ")  # noqa: PT017
+        assert "Give the person's history again, or forget them:  mta forget" in str(error)  # noqa: PT017

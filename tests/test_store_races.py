@@ -1,0 +1,130 @@
+"""Writers that race, are killed, or find no hard links: whole versions, one winner each."""
+
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+from test_state import ANN, state
+from test_store import everything, url
+
+from mta.errors import StoreConflict
+from mta.store import Store
+
+__all__ = ["url"]  # a fixture
+
+
+class Slow(Store):
+    """Looks for the latest version, then waits for the others: every writer goes for the same number."""
+
+    def __init__(self, url: str | Path, barrier: threading.Barrier) -> None:
+        super().__init__(url)
+        self.barrier = barrier
+
+    def latest(self, id: str) -> int | None:
+        found = super().latest(id)
+        self.barrier.wait(60)
+        return found
+
+
+def race(url: str, barrier: threading.Barrier, seed: int, results: object) -> None:
+    store = Slow(url, barrier)
+    for round in range(5):
+        try:
+            results.put((round, seed, store.save(f"p{round}", state(seed))))
+        except StoreConflict as error:
+            results.put((round, seed, str(error)))
+
+
+@pytest.mark.parametrize("kind", ["threads", "processes"])
+def test_of_racing_writers_one_wins(tmp_path: Path, kind: str) -> None:
+    context = multiprocessing.get_context("spawn")
+    if kind == "threads":
+        barrier, results = threading.Barrier(3), context.SimpleQueue()
+        workers = [threading.Thread(target=race, args=(str(tmp_path), barrier, n, results)) for n in range(3)]
+    else:
+        barrier, results = context.Barrier(3), context.Queue()
+        workers = [context.Process(target=race, args=(str(tmp_path), barrier, n, results)) for n in range(3)]
+    for worker in workers:
+        worker.start()
+    rows = [results.get() for _ in range(15)]
+    for worker in workers:
+        worker.join()
+    store = Store(tmp_path)
+    for round in range(5):
+        mine = [(seed, result) for number, seed, result in rows if number == round]
+        winners = [seed for seed, result in mine if result == 1]
+        assert len(winners) == 1
+        assert store.load(f"p{round}") == state(winners[0])
+        assert store.versions(f"p{round}") == [1]
+        for _, result in mine:
+            assert result == 1 or result == (
+                f"version 1 of 'p{round}' was created by another writer meanwhile; this state was not saved\n"
+                "  Save again: it becomes version 2."
+            )
+    assert not [path for path, _ in everything(tmp_path) if path.name.startswith(".")]
+
+
+def test_writers_of_the_same_work_all_win(url: str) -> None:
+    store, late = Store(url), Store(url)
+    late.latest = lambda id: None  # looked before the other wrote
+    assert store.save(ANN, state(0)) == 1
+    assert late.save(ANN, state(0)) == 1
+    with pytest.raises(StoreConflict, match="version 1 of"):
+        late.save(ANN, state(1))
+    assert store.load(ANN) == state(0)
+
+
+def test_first_writers_agree_on_one_key(tmp_path: Path) -> None:
+    barrier, keys = threading.Barrier(8), []
+
+    def first() -> None:
+        store = Store(tmp_path)
+        barrier.wait()
+        keys.append(store.key_of(ANN))
+
+    threads = [threading.Thread(target=first) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(keys) == 8
+    assert len(set(keys)) == 1
+
+
+KILLED = """
+import os, signal, sys, test_state
+from mta.store import Store
+os.link = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+Store(sys.argv[1]).save(test_state.ANN, test_state.state(1))
+"""
+
+
+def test_a_killed_writer_leaves_nothing_that_matters(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    store.save(ANN, state(0))
+    search = os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])
+    done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], env={**os.environ, "PYTHONPATH": search})
+    assert done.returncode == -signal.SIGKILL
+    assert [path for path, _ in everything(tmp_path) if path.name.startswith(".1") or path.name.startswith(".2")]
+    assert (store.versions(ANN), store.load(ANN), store.count()) == ([1], state(0), 1)
+    assert store.save(ANN, state(1)) == 2
+    assert store.forget(ANN)
+    assert [path.name for path, content in everything(tmp_path) if content] == ["store.json"]
+
+
+def test_a_file_system_without_links_still_has_one_winner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refuse)
+    store, late = Store(tmp_path), Store(tmp_path)
+    late.latest = lambda id: None
+    assert store.save(ANN, state(0)) == 1
+    with pytest.raises(StoreConflict):
+        late.save(ANN, state(1))
+    assert store.load(ANN) == state(0)
