@@ -48,6 +48,15 @@ def people_of(count: int, items: int = 6, prefix: str = "p", seed: int = 0) -> l
     return made
 
 
+def memory_for(base, jobs, numbers: int, people: int) -> str:
+    """The smallest budget in which that many people are trained together, each with that many numbers."""
+    from mta.training.packing import pack
+    from mta.training.plan import _COPIES
+
+    longest = max(len(row.tokens) for job in jobs for row in pack(job.examples, base.attention_price))
+    return f"{longest * base.bytes_per_token + people * _COPIES * numbers * base.master_dtype.itemsize}B"
+
+
 TINY_RUN = Run(
     base="tiny-llama",
     task="movielens-rating",
@@ -78,6 +87,23 @@ def cache(tmp_path, monkeypatch):
     """A cache folder of the test's own."""
     monkeypatch.setenv("MTA_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
+
+
+@pytest.fixture(scope="session")
+def fetched():
+    """The folder of a real asset by its name; the test is skipped where it cannot be had."""
+    from mta.assets import fetch
+    from mta.errors import AssetError
+
+    def folder(name):
+        try:
+            return fetch(name)
+        except AssetError as error:
+            if error.message.startswith("cannot fetch"):
+                pytest.skip(error.message)
+            raise
+
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -411,25 +411,16 @@ def assert_ordinary_folder(folder):
 # the real ones
 
 
-def fetched(name):
-    try:
-        return fetch(name)
-    except AssetError as error:
-        if error.message.startswith("cannot fetch"):
-            pytest.skip(error.message)
-        raise
-
-
 @pytest.mark.network
 @pytest.mark.parametrize("name", ["all-minilm-l6-v2", "movielens-100k"])
-def test_real_files_are_the_pinned_ones(name):
+def test_real_files_are_the_pinned_ones(name, fetched):
     folder = fetched(name)
     for file, pin in assets.ASSETS[name].members.values():
         assert sha256((folder / file).read_bytes()) == pin, file
 
 
 @pytest.mark.network
-def test_real_smollm2_is_ready_to_use():
+def test_real_smollm2_is_ready_to_use(fetched):
     folder = fetched("smollm2-135m-instruct")
     assert_ordinary_folder(folder)
     assert json.loads((folder / "config.json").read_text())["num_hidden_layers"] == 30

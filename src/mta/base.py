@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from mta.assets import ASSETS, resolve
@@ -41,20 +41,28 @@ class BaseModel:
 
     @classmethod
     def load(cls, name: str, dtype: str = "auto", device: str = "auto", max_tokens: int = 1024) -> BaseModel:
-        """Load by asset name, local folder or hub id. Raises AssetError, UnsupportedModel."""
-        from transformers import AutoModelForCausalLM, AutoTokenizer
+        """Load by asset name, local folder or hub id. Raises AssetError, ModelError, UnsupportedModel."""
+        from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
         place = pick_device(device)
+        how: dict[str, Any] = {"dtype": pick_dtype(dtype, place), "attn_implementation": "sdpa"}
         folder = _local_folder(name)
         try:
+            config = AutoConfig.from_pretrained(folder)
+            _refuse_quantized(config)
             tokenizer = AutoTokenizer.from_pretrained(folder)
-            model = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=pick_dtype(dtype, place), use_safetensors=True, attn_implementation="sdpa"
+            model, found = AutoModelForCausalLM.from_pretrained(
+                folder, config=config, use_safetensors=True, output_loading_info=True, **how
             )
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
             raise ModelError(
                 f"{name!r} cannot be loaded as a causal language model: {str(error).splitlines()[0]}"
             ) from error
+        if missing := sorted(found["missing_keys"]):  # transformers would go on with random ones
+            raise ModelError(
+                f"{name!r} is no whole causal language model: {len(missing)} weights are not in its files, "
+                f"{missing[0]} first"
+            )
         return cls(model.to(place), tokenizer, name, folder_fingerprint(folder, tokenizer), max_tokens)
 
     @property
@@ -182,6 +190,8 @@ def pick_device(device: str) -> torch.device:
 def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
     """'auto' takes bfloat16 where this machine multiplies it faster than float32 (measured in milliseconds)."""
     if dtype != "auto":
+        if dtype not in _DTYPES:
+            raise ModelError(f"dtype {dtype!r} cannot be used; expected auto, {', '.join(_DTYPES)}")
         return _DTYPES[dtype]
     if device.type == "cuda":
         return torch.bfloat16
@@ -265,13 +275,17 @@ def _shape(module: nn.Module) -> tuple[int, int]:
     return int(rows), int(columns)
 
 
-def _refuse_unsupported(model: Any) -> None:
-    kind = getattr(model.config, "model_type", type(model).__name__)
-    if getattr(model.config, "quantization_config", None) is not None or getattr(model, "is_quantized", False):
+def _refuse_quantized(config: Any) -> None:
+    if getattr(config, "quantization_config", None) is not None:
         raise UnsupportedModel(
-            f"{kind!r} is loaded quantized; adapters are trained over plain weights only",
+            f"{getattr(config, 'model_type', '')!r} is quantized; adapters are trained over plain weights only",
             hint="Load the unquantized model, or dequantize it first.",
         )
+
+
+def _refuse_unsupported(model: Any) -> None:
+    _refuse_quantized(model.config)
+    kind = getattr(model.config, "model_type", type(model).__name__)
     if getattr(model, "_is_stateful", False):
         raise UnsupportedModel(
             f"{kind!r} carries a recurrent state from token to token; shared prefixes need attention"

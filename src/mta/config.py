@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from mta.errors import ConfigError
 
@@ -118,10 +118,11 @@ class Run(Settings):
     merge: MergeSettings = MergeSettings()
     stack: StackSettings = StackSettings()
 
-    @model_validator(mode="after")
-    def _memory_is_a_size(self) -> Run:
-        parse_size(self.memory)
-        return self
+    @field_validator("memory")
+    @classmethod
+    def _memory_is_a_size(cls, memory: str) -> str:
+        parse_size(memory)
+        return memory
 
 
 class Evaluation(Settings):
@@ -143,8 +144,11 @@ def parse_size(text: str) -> int:
     digits = text.strip().rstrip("BKMGTibkmgt ")
     unit = text.strip()[len(digits) :].strip().upper() or "B"
     try:
-        return int(float(digits) * _UNITS[unit])
-    except (ValueError, KeyError):
+        size = int(float(digits) * _UNITS[unit])
+        if size <= 0:
+            raise ValueError
+        return size
+    except (ValueError, KeyError, OverflowError):
         raise ConfigError(f"not a size: {text!r}; expected a number with B, KiB, MiB, GiB, KB, MB or GB") from None
 
 
@@ -173,7 +177,10 @@ def _with_words(values: dict[str, Any], words: Iterable[str]) -> dict[str, Any]:
             inner = inner.setdefault(parent, {})
             if not isinstance(inner, dict):
                 raise ConfigError(f"{word!r}: {parent!r} is a single value, not a group of settings")
-        inner[last] = yaml.safe_load(text)
+        try:
+            inner[last] = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise ConfigError(f"{word!r}: the value is not readable YAML; quote it if it is text") from None
     return values
 
 
@@ -184,7 +191,8 @@ def checked(kind: type[S], values: dict[str, Any], source: str) -> S:
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
-        raise ConfigError(f"{source}: {key}: {first['msg']} (got {first['input']!r})") from None
+        reason = first["msg"].removeprefix("Value error, ")
+        raise ConfigError(f"{source}: {key}: {reason} (got {first['input']!r})") from None
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
@@ -192,6 +200,8 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"no such configuration file: {path}") from None
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not readable YAML: {error}") from None
     if values is None:

@@ -53,7 +53,7 @@ def load_recipe(name: str | Path) -> Recipe:
         values = yaml.safe_load(text)
     except FileNotFoundError:
         raise ConfigError(f"no recipe {str(name)!r}", hint="Give the path of a .yaml, or: movielens") from None
-    except yaml.YAMLError as error:
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"recipe {name} is not readable YAML: {error}") from None
     return checked(Recipe, values, f"recipe {name}")
 
@@ -77,9 +77,8 @@ def demo(
     splits = _splits(out, people, recipe)
     base = BaseModel.load(run.base, run.dtype, run.device, run.max_tokens)
 
-    say(
-        f"2/5  bank: task LoRA on {len(splits.task)} people, {run.bank.anchors} anchors of {len(splits.candidates)} candidates"
-    )
+    parts = f"task LoRA on {len(splits.task)} people, {run.bank.anchors} anchors of {len(splits.candidates)} candidates"
+    say(f"2/5  bank: {parts}")
     task_people, candidates = splits.select("task", people), splits.select("candidates", people)
     bank = Bank.build(base, candidates, out / "bank", task=run.task, run=run, task_people=task_people, on_step=on_step)
 
@@ -94,9 +93,9 @@ def demo(
     ask(found, personal, recipe.question, three)
 
     say(f"5/5  {out / 'report.html'}")
-    found.meta |= (
-        {"data": recipe.data, "data_note": assets.ASSETS[recipe.data].note} if assets.is_asset(recipe.data) else {}
-    )
+    found.meta["data"] = recipe.data
+    if assets.is_asset(recipe.data):
+        found.meta["data_note"] = assets.ASSETS[recipe.data].note
     found.write(out, command)
     return found
 
@@ -110,9 +109,8 @@ def _for_this_machine(recipe: Recipe, say: Callable[[str], None]) -> Recipe:
     if rate >= SLOW or not recipe.short:
         say(f"This machine multiplies {rate / 1e9:.0f} GFLOP/s: the full recipe, about {minutes:.0f} minutes.")
         return recipe
-    say(
-        f"This machine multiplies only {rate / 1e9:.0f} GFLOP/s: the same path with fewer steps ({', '.join(recipe.short)})."
-    )
+    changes = ", ".join(recipe.short)
+    say(f"This machine multiplies only {rate / 1e9:.0f} GFLOP/s: the same path with fewer steps ({changes}).")
     return override(recipe, recipe.short)
 
 

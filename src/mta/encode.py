@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from mta.assets import resolve
@@ -41,7 +42,7 @@ class SentenceEncoder:
         self._folder = resolve(name)
         try:
             self._model = SentenceTransformer(self._folder, device=device)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise ModelError(
                 f"{name!r} cannot be loaded as a sentence encoder: {str(error).splitlines()[0]}"
             ) from error

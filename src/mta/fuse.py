@@ -106,7 +106,7 @@ def coefficients(settings: MergeSettings, similarity: Tensor, evidence: Evidence
     ids = rank_by.topk(settings.k or anchors, dim=1, sorted=True).indices
     near = similarity.double().gather(1, ids)
     w = settings.scale * _weights(settings, near, ids, evidence)
-    return Merge(ids, w.float())
+    return Merge(ids, w)
 
 
 def _weights(settings: MergeSettings, near: Tensor, ids: Tensor, evidence: Evidence | None) -> Tensor:
@@ -161,6 +161,7 @@ def fuse(
     if evidence is None and needs_evidence(settings):
         evidence = gather_evidence(base, jobs, bank, pooled, tokens_per_batch=tokens_per_batch, on_step=on_step)
     found = coefficients(settings, similarity, evidence)
+    found = Merge(found.ids, found.w.to(base.master_dtype))
     if settings.policy != "learned":
         return found
     report = partial(on_step, "coefficients") if on_step else None
@@ -191,4 +192,4 @@ def learn(
         return Gated(bank, gates.scatter_add(1, ids[people], w))
 
     found = train(base, jobs, {"shift": torch.zeros_like(before)}, adapters, training, frozen=pooled, **how)
-    return Merge(start.ids, (before + found["shift"]).float().cpu())
+    return Merge(start.ids, (before + found["shift"]).cpu())

@@ -232,7 +232,7 @@ class Personalizer:
         ``rank`` compresses by svd. Returns the relative error that causes (0 without). Raises PersonNotFound.
         """
         state = self.state(person)
-        ids, w = torch.tensor([state.anchors]), torch.tensor([state.w])
+        ids, w = torch.tensor([state.anchors]), torch.tensor([state.w], dtype=self.base.master_dtype)
         parts = [merge_exact(self.bank.anchors, ids, w)]
         parts += [part for part in (self.bank.task_lora, state.stack) if part]
         whole, error = join([part.to(torch.device("cpu"), torch.float32) for part in parts]), torch.zeros(1)
@@ -257,7 +257,8 @@ class Personalizer:
         state = self.store.load(person)
         if state.bank != self.bank.hash:
             raise StoreError(
-                f"the person's state was made with bank {state.bank[:8]}…, the bank at {self.bank.folder} is {self.bank.hash[:8]}…",
+                f"the person's state was made with bank {state.bank[:8]}…, "
+                f"the bank at {self.bank.folder} is {self.bank.hash[:8]}…",
                 hint="Open that bank, or personalize again: mta personalize",
             )
         return state
@@ -269,10 +270,10 @@ class Personalizer:
         known = list(dict.fromkeys(whose))
         place = {who: i for i, who in enumerate(known)}
         states = [None if isinstance(who, Nobody) else self.state(who) for who in known]
-        gates = torch.zeros(len(known), len(self.bank))
+        gates = torch.zeros(len(known), len(self.bank), dtype=self.base.master_dtype)
         for i, state in enumerate(states):
             if state:
-                gates[i].scatter_add_(0, torch.tensor(state.anchors), torch.tensor(state.w))
+                gates[i].scatter_add_(0, torch.tensor(state.anchors), gates.new_tensor(state.w))
         place_of = self.base.device
         adapters: list[Adapters] = [Gated(self.bank.working, gates.to(place_of))]
         if self.bank.task_lora:
@@ -316,7 +317,8 @@ class Personalizer:
 
 def forget_person(person: str, store: str | Path, bank: Path) -> Forgotten:
     """``Personalizer.forget`` without loading a model."""
-    return Forgotten(Store(store).forget(person), mark_stale(bank, person))
+    parts = mark_stale(bank, person)  # first: where there is no bank, nothing is done rather than half of it
+    return Forgotten(Store(store).forget(person), parts)
 
 
 def _named(on_step: OnStep | None, stage: str) -> Callable[[Step], None] | None:

@@ -89,19 +89,18 @@ class Bank:
                 hint="A bank works only with the base it was trained on. Load that base, or rebuild:  "
                 f"mta bank build --base {base.name}",
             )
-        files.verify(folder, info, full=full)
         try:
+            files.verify(folder, info, full=full)
+            task = Task.model_validate(info.task)
             anchors = LoraBatch.of_tensors(load_file(folder / files.ANCHORS), info.run.bank.lora.scale)
             vectors = load_file(folder / files.INDEX)["vectors"]
             pooled = read_peft(folder / files.TASK_LORA) if info.run.task_lora.enabled else None
-        except (SafetensorError, InputError, KeyError) as error:
+        except (OSError, SafetensorError, ValueError, KeyError) as error:
             raise BankCorrupt(f"{folder} cannot be read: {error}", hint=files.REBUILD) from None
         if len(anchors) != len(info.items) or len(vectors) != len(anchors) or anchors.shapes != base.targets:
             raise BankCorrupt(f"{folder}: anchors, index and description do not fit together", hint=files.REBUILD)
         working = anchors.to(base.device, base.dtype)
-        return cls(
-            folder, info, Task.model_validate(info.task), anchors, working, vectors, pooled and pooled.to(base.device)
-        )
+        return cls(folder, info, task, anchors, working, vectors, pooled and pooled.to(base.device))
 
     def __len__(self) -> int:
         return len(self.anchors)

@@ -25,7 +25,7 @@ from mta.lora.batch import LoraBatch, fresh, stack
 from mta.lora.layers import Adapters, Shared
 from mta.lora.peft import read_peft, write_peft
 from mta.tasks.task import Task
-from mta.training.checkpoint import Checkpoint, write_json, write_tensors
+from mta.training.checkpoint import Checkpoint, write_tensors
 from mta.training.plan import Plan, plan_cohorts
 from mta.training.trainer import Job, Step, train_loras
 
@@ -55,16 +55,17 @@ def build_bank(
     if _finished(out, work):
         return
     site = _Site(base, task, run, out, work, on_step)
-    pooled = site.task_lora(task_people)
+    # The anchors first: choosing them takes seconds, and if they are too few, stage 0 would be hours for nothing.
     able = [person for person in candidates if len(person.items) >= run.bank.min_items]
     vectors = site.timed("encode", lambda: encode_people(encoder, task, able, run.bank.encode))
     chosen = select_anchors(able, vectors, run.bank.anchors, run.seed)
     anchors = [able[i].latest(run.bank.max_items) for i in chosen]
+    pooled = site.task_lora(task_people)
     plan, bank = site.meta_loras(anchors, pooled, executor or LocalExecutor())
 
     write_tensors(out / files.ANCHORS, bank.tensors(), {"scale": repr(bank.scale)})
     write_tensors(out / files.INDEX, {"vectors": vectors[chosen].contiguous()})
-    members = files.Members.of([p.id for p in task_people], [p.id for p in able], [a.id for a in anchors])
+    members = files.Members.of(work, [p.id for p in task_people], [p.id for p in able], [a.id for a in anchors])
     site.finish(encoder, plan, [len(able[i].items) for i in chosen], len(anchors), members)
 
 
@@ -185,8 +186,8 @@ class _Site:
             files=files.file_hashes(self.out, names),
         )
         (self.out / "README.md").write_text(card(info), encoding="utf-8")
-        write_json(self.out / files.INFO, info.model_dump(mode="json"))
-        shutil.rmtree(self.out / "work", ignore_errors=True)
+        files.write_info(self.out, info)
+        _tidy(self.out)
 
     def timed(self, stage: str, act: Callable[[], T]) -> T:
         """The result of ``act``; its seconds are remembered for the description."""
@@ -218,12 +219,23 @@ def _by_id(people: Sequence[Person]) -> list[Person]:
     return sorted(people, key=lambda person: person.id)
 
 
+def _tidy(out: Path) -> None:
+    """Remove the work folder, and what killed runs had written aside and never renamed."""
+    names = (files.INFO, files.ANCHORS, files.INDEX, files.TASK_LORA)
+    for left in (out / "work", *(path for name in names for path in out.glob(f".{name}.{'[0-9a-f]' * 32}"))):
+        if left.is_dir():
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            left.unlink(missing_ok=True)
+
+
 def _finished(out: Path, work: str) -> bool:
     """Whether this very bank is there. Raises BankError if another one is."""
     if not (out / files.INFO).exists():
         (out / "work").mkdir(parents=True, exist_ok=True)
         return False
     if files.read_info(out).work == work:
+        _tidy(out)
         return True
     raise BankError(
         f"{out} holds a bank built from other people, another base or other settings",

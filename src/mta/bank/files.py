@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import hmac
 import json
-import secrets
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict
 
 from mta.assets import cache_dir
 from mta.config import Run
@@ -35,9 +35,9 @@ class Members(BaseModel):
     anchors: tuple[str, ...]
 
     @classmethod
-    def of(cls, task: Sequence[str], candidates: Sequence[str], anchors: Sequence[str]) -> Members:
-        """Hash ids under a new random key."""
-        key = secrets.token_hex(16)
+    def of(cls, work: str, task: Sequence[str], candidates: Sequence[str], anchors: Sequence[str]) -> Members:
+        """Hash ids under a key of this bank's own: the same ``work`` gives the same description."""
+        key = hashlib.sha256(f"members/{work}".encode()).hexdigest()[:32]
         hashed = (tuple(sorted(_keyed(key, id) for id in ids)) for ids in (task, candidates, anchors))
         return cls(key=key, **dict(zip(("task", "candidates", "anchors"), hashed)))
 
@@ -70,8 +70,14 @@ class BankInfo(BaseModel):
 
     @property
     def hash(self) -> str:
-        """Identity of the bank: over its description, which holds the hash of every file."""
-        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()
+        """Identity of the bank: over its description, which holds the hash of every file, but not how long it took."""
+        return hashlib.sha256(self.model_dump_json(exclude={"seconds"}).encode()).hexdigest()
+
+
+def write_info(folder: Path, info: BankInfo) -> None:
+    """Write the description of a bank, sealed with a hash over itself."""
+    values = info.model_dump(mode="json")
+    write_json(folder / INFO, values | {"sha256": _seal(values)})
 
 
 def read_info(folder: Path) -> BankInfo:
@@ -84,10 +90,12 @@ def read_info(folder: Path) -> BankInfo:
                 f"{path} has schema version {values.get('version')!r}; this mta reads version {SCHEMA}",
                 hint="Rebuild the bank, or use the mta that wrote it.",
             )
+        if isinstance(values, dict) and "sha256" in values and values.pop("sha256") != _seal(values):
+            raise BankCorrupt(f"{path} was changed: its own sha256 does not fit what it says", hint=REBUILD)
         return BankInfo.model_validate(values)
     except FileNotFoundError:
         raise BankCorrupt(f"no bank at {folder}: {INFO} is missing", hint="Build one: mta bank build --help") from None
-    except (OSError, ValueError, ValidationError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise BankCorrupt(f"{path} is not a bank's description: {str(error).splitlines()[0]}", hint=REBUILD) from None
 
 
@@ -119,7 +127,8 @@ def verify(folder: Path, info: BankInfo, *, full: bool = False) -> None:
                 f"{INFO} says {info.files[name][:12]}…",
                 hint=REBUILD,
             )
-    write_json(note, state)
+    with contextlib.suppress(OSError):  # a cache that cannot be written to only means to check again
+        write_json(note, state)
 
 
 def mark_stale(folder: Path, person: str) -> list[str]:
@@ -140,8 +149,12 @@ def read_json(path: Path) -> object:
     """A JSON file, or None where it is missing or broken."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
+
+
+def _seal(values: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 
 def _keyed(key: str, person: str) -> str:

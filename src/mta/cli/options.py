@@ -30,7 +30,8 @@ def settings(config: Path | None, words: list[str] | None, **over: Any) -> Run:
     """The run's settings: file, then words, then options that were given."""
     from mta.config import Run, load_settings
 
-    given = [f"{key}={value}" for key, value in over.items() if value is not None]
+    # As JSON, which YAML reads back as it was: a folder may be called 2024 or yes.
+    given = [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in over.items() if value is not None]
     return load_settings(Run, config, [*(words or []), *given])
 
 

@@ -60,11 +60,15 @@ class Screen:
         elif step.examples >= step.examples_total or now - self._said.get(stage, 0.0) > EVERY:
             self._said[stage] = now
             left = f"  about {(step.examples_total - step.examples) / rate:.0f} s left" if rate else ""
-            console.print(f"{stage}: {step.examples}/{step.examples_total} examples  {note}{left}", highlight=False)
+            console.print(
+                f"{stage}: {step.examples}/{step.examples_total} examples  {note}{left}",
+                highlight=False,
+                soft_wrap=True,
+            )
 
     def say(self, text: str) -> None:
         """A line for people."""
-        console.print(text, highlight=False)
+        console.print(text, highlight=False, soft_wrap=True)
 
     def _bar(self, stage: str, step: Step, note: str) -> None:
         if stage not in self._bars:

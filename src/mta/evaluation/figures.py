@@ -9,8 +9,9 @@ import html
 import io
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,12 +24,12 @@ from mta.fuse import Merge
 INK, MUTED, LINE, PAPER = "#010101", "#020202", "#030303", "#040404"
 ACCENTS = ("#050505", "#060606", "#070707")
 _VARIABLES = dict(zip((INK, MUTED, LINE, PAPER, *ACCENTS), ("ink", "muted", "line", "paper", "blue", "red", "green")))
-_STYLE: Mapping[str, Any] = {
+_STYLE: dict[str, Any] = {
     "svg.fonttype": "none",  # text stays text: it can be read out, searched, and set in the page's own font
     "svg.hashsalt": "mta",
     "text.parse_math": False,
     "font.family": ["DejaVu Sans"],
-    "font.size": 11,
+    "font.size": 12,
     "axes.edgecolor": LINE,
     "axes.labelcolor": MUTED,
     "axes.spines.top": False,
@@ -39,7 +40,8 @@ _STYLE: Mapping[str, Any] = {
     "xtick.labelcolor": MUTED,
     "ytick.labelcolor": MUTED,
 }
-_WIDTH = 440.0  # points: narrow, so that letters can still be read on a phone
+_Box = tuple[float, float, float, float]  # left, bottom, right, top
+_WIDTH = 400.0  # points: narrow, so that letters can still be read on a phone
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,12 +59,13 @@ def letter(person: int) -> str:
 
 
 def human_bytes(count: float) -> str:
-    """A size as people read it: 0, 61 B, 4.6 kB, 1.2 MB."""
+    """A size as people read it: 0, 61 B, 4.6 kB, 10 MB."""
     for unit in ("B", "kB", "MB", "GB"):
         if count < 999.5 or unit == "GB":
-            return "0" if count == 0 else f"{count:.{0 if unit == 'B' or count >= 99.5 else 1}f} {unit}"
+            break
         count /= 1000
-    raise AssertionError
+    digits = 0 if unit == "B" or count >= 9.95 else 1
+    return "0" if count == 0 else f"{count:.{digits}f}".removesuffix(".0") + f" {unit}"
 
 
 def human_seconds(seconds: float) -> str:
@@ -83,58 +86,59 @@ def anchor_map(anchors: Tensor, people: Tensor, merge: Merge | None = None, exam
     places = pca.fit_transform(torch.cat([anchors.double().cpu(), people.double().cpu()]).numpy())
     ours, theirs = places[: len(anchors)], places[len(anchors) :]
     shown = range(min(examples, len(people)))
+    wide, high = (float(side) or 1.0 for side in places.max(0) - places.min(0))
+    height = min(max(_WIDTH * high / wide, 0.65 * _WIDTH), _WIDTH)
+    tops = [_top(merge, person, lines) for person in shown]
 
     def draw(figure: Any) -> None:
         ax = figure.add_subplot()
         ax.set_aspect("equal", adjustable="datalim")
-        ax.margins(0.08)
-        ax.set(xticks=[], yticks=[])
-        ax.spines[:].set_visible(False)
-        ax.scatter(*theirs.T, s=9, color=MUTED, alpha=0.45, linewidths=0)
-        ax.scatter(*ours.T, s=170, facecolor=PAPER, edgecolor=MUTED, linewidths=0.9, zorder=3)
+        ax.margins(0.06)
+        ax.axis("off")
+        ax.scatter(*theirs.T, s=10, color=MUTED, alpha=0.5, linewidths=0)
+        ax.scatter(*ours.T, s=190, facecolor=PAPER, edgecolor=MUTED, linewidths=0.9, zorder=3)
         for n, (x, y) in enumerate(ours):
-            ax.text(x, y, str(n), size=8, ha="center", va="center_baseline", zorder=4)
-        for person in shown:
-            colour, here = ACCENTS[person % 3], theirs[person]
-            for anchor, w in _top(merge, person, lines):
-                ax.plot(*zip(here, ours[anchor]), color=colour, linewidth=1 + 3 * min(abs(w), 1), alpha=0.7, zorder=2)
-            ax.scatter(*here, s=60, color=colour, edgecolor=PAPER, zorder=5)
-            ax.annotate(letter(person), here, (0, 8), textcoords="offset points", ha="center", weight="bold", zorder=6)
-            ax.texts[-1].set_color(colour)
+            ax.text(x, y, str(n), size=8.5, ha="center", va="center_baseline", zorder=4)
+        for person, top in zip(shown, tops):
+            for anchor, w in top:
+                path = zip(theirs[person], ours[anchor])
+                ax.plot(*path, color=ACCENTS[person % 3], linewidth=1 + 4 * min(abs(w), 1), alpha=0.75, zorder=2)
+            ax.scatter(*theirs[person], s=70, color=ACCENTS[person % 3], edgecolor=PAPER, zorder=5)
+        spots = [tuple((theirs[p] - places.min(0)) / wide * _WIDTH) for p in shown]
+        _write(ax, theirs, spots, [(letter(p), ACCENTS[p % 3], True) for p in shown], _WIDTH)
 
-    told = [f"{letter(p)} leans on {_list(f'anchor {n}' for n, _ in _top(merge, p, lines))}" for p in shown if merge]
+    told = [f" {letter(p)} leans on {_list(f'anchor {n}' for n, _ in top)}." for p, top in zip(shown, tops) if merge]
     share = f"{pca.explained_variance_ratio_.sum():.0%} of the spread is visible"
     alt = f"Map of {len(anchors)} numbered anchors and {len(people)} people in two dimensions; {share}."
-    return _drawn("map", " ".join([alt, *(f"{text}." for text in told)]), 340, draw)
+    return _drawn("map", alt + "".join(told), _WIDTH, height, draw)
 
 
-def coefficient_bars(merge: Merge, items: Sequence[int] = (), examples: int = 3, most: int = 5) -> str:
-    """The strongest coefficients of the first few people; what is left to the pooled model gets a bar of its own.
+def coefficient_bars(merge: Merge, items: Sequence[int] = (), examples: int = 3, most: int = 5) -> list[str]:
+    """The strongest coefficients of the first few people, a drawing each, all to the same scale.
 
-    ``items`` are the history lengths of the anchors, for their labels.
+    What is left to the pooled model gets a bar too. ``items`` are the history lengths of the anchors, for their labels.
     """
     groups = [_bars(merge, person, items, most) for person in range(min(examples, len(merge.ids)))]
     top = max([1e-9, *(abs(w) for bars in groups for _, w, _ in bars)])
+    least = min([-1.15 * top, *(1.25 * w for bars in groups for _, w, _ in bars)])
+    rows = max(len(bars) for bars in groups)
 
-    def draw(figure: Any) -> None:
+    def draw(figure: Any, person: int) -> None:
         ax = figure.add_subplot()
-        y = 0.0
-        for person, bars in enumerate(groups):
-            ax.text(0, y, letter(person), weight="bold", color=ACCENTS[person % 3], va="center")
-            for label, w, ours in bars:
-                y += 1
-                ax.barh(y, w, 0.62, color=ACCENTS[person % 3] if ours else LINE)
-                ax.text(-0.02 * top if w >= 0 else 0.02 * top, y, label, ha="right" if w >= 0 else "left", va="center")
-                ax.text(w + math.copysign(0.02 * top, w), y, f"{w:.2f}", va="center", color=MUTED)
-                ax.texts[-1].set_horizontalalignment("left" if w >= 0 else "right")
-            y += 1.6
-        ax.set(xlim=(min(-0.85 * top, *(1.2 * w for b in groups for _, w, _ in b)), 1.15 * top), ylim=(y - 0.9, -0.6))
+        for y, (label, w, ours) in enumerate(groups[person]):
+            left, pad = w < 0, 0.03 * top
+            ax.barh(y, w, 0.62, color=ACCENTS[person % 3] if ours else MUTED, alpha=1.0 if ours else 0.45)
+            ax.text(pad if left else -pad, y, label, ha="left" if left else "right", va="center_baseline")
+            ax.text(w + math.copysign(pad, w), y, f"{w:.2f}", ha="right" if left else "left", va="center_baseline")
         ax.axvline(0, color=LINE, linewidth=1)
+        ax.set(xlim=(least, 1.25 * top), ylim=(rows - 0.4, -0.6))
         ax.axis("off")
 
-    told = [f"{letter(p)}: " + _list(f"{label} {w:.2f}" for label, w, _ in bars) for p, bars in enumerate(groups)]
-    rows = sum(len(bars) + 1.6 for bars in groups)
-    return _drawn("bars", "Coefficients. " + "; ".join(told) + ".", 17 * rows + 10, draw)
+    made = []
+    for person, bars in enumerate(groups):
+        alt = f"Coefficients of {letter(person)}: {_list(f'{label} {w:.2f}' for label, w, _ in bars)}."
+        made.append(_drawn(f"bars{person}", alt, 320, 20 * rows + 8, partial(draw, person=person)))
+    return made
 
 
 def score_against_bytes(points: Sequence[Point], metric: str, low: bool, name: str, reference: str) -> str:
@@ -147,53 +151,74 @@ def score_against_bytes(points: Sequence[Point], metric: str, low: bool, name: s
     zero = left - 1.0
     xs = [math.log10(p.bytes) if p.bytes > 0 else zero for p in points]
     bottom, top = _range([p.score for p in points], low)
+    ys = [min(max(p.score.mean, bottom), top) for p in points]
+    colours = [ACCENTS[0] if p.name == name else INK if p.name == reference else MUTED for p in points]
+    height = 320.0
 
     def draw(figure: Any) -> None:
         ax = figure.add_subplot()
         ax.axvspan(zero - 0.4, zero + 0.4, color=LINE, alpha=0.35, linewidth=0)
-        for p in points:
+        for p, x, y, colour in zip(points, xs, ys, colours):
             if p.name == reference:
-                ax.axhline(p.score.mean, color=MUTED, linewidth=0.8, dashes=(4, 4))
-        for p, x in zip(points, xs):
-            colour = ACCENTS[0] if p.name == name else INK if p.name == reference else MUTED
-            y = min(max(p.score.mean, bottom), top)
-            marker = "o" if y == p.score.mean else "^" if y == top else "v"
+                ax.axhline(y, color=MUTED, linewidth=0.8, dashes=(4, 4), zorder=1)
             if y == p.score.mean:
-                ax.plot([x, x], [max(p.score.low, bottom), min(p.score.high, top)], color=colour, linewidth=1.4)
-            ax.plot(x, y, marker, color=colour, markersize=8 if p.name == name else 6)
-        _label(ax, points, xs, (bottom, top), name)
-        pad = 0.06 * (top - bottom)
-        ax.set(xlim=(zero - 0.5, right + 0.34 * (right - zero)), ylim=(bottom - pad, top + pad))
+                ax.plot([x, x], [max(p.score.low, bottom), min(p.score.high, top)], color=colour, linewidth=1.3)
+            marker = "o" if y == p.score.mean else "^" if y == top else "v"
+            ax.plot(x, y, marker, color=colour, markersize=9 if p.name == name else 6)
+        pad, start, end = 0.06 * (top - bottom), zero - 0.5, max(*xs, right) + 0.13 * (right - zero)
+        ax.set(xlim=(start, end), ylim=(bottom - pad, top + pad))
         ticks = range(left, right + 1, 1 if right - left < 6 else 2)
         ax.set_xticks([zero, *ticks], ["0", *(human_bytes(10**n) for n in ticks)])
         ax.set(xlabel="kept per person", ylabel=f"{metric}, {'lower' if low else 'higher'} is better")
+        edge, tall = _WIDTH - 60, (height - 65) / (top - bottom)
+        flat = [(x - start) / (end - start) * edge for x in xs]
+        spots = [(x, (y - bottom) * tall) for x, y in zip(flat, ys)]
+        bars = [(x, (p.score.low - bottom) * tall, x, (p.score.high - bottom) * tall) for x, p in zip(flat, points)]
+        texts = [p.name if y == p.score.mean else f"{p.name} ({p.score.mean:.2f})" for p, y in zip(points, ys)]
+        inks = [INK if colour == MUTED else colour for colour in colours]
+        _write(ax, list(zip(xs, ys)), spots, list(zip(texts, inks, (p.name == name for p in points))), edge, bars)
 
     told = _list(f"{p.name} {p.score.mean:.3f} with {human_bytes(p.bytes)}" for p in points)
-    return _drawn("scatter", f"{metric} against bytes kept per person: {told}.", 320, draw)
+    return _drawn("scatter", f"{metric} against bytes kept per person: {told}.", _WIDTH, height, draw)
 
 
-def _label(ax: Any, points: Sequence[Point], xs: Sequence[float], limits: tuple[float, float], name: str) -> None:
-    """Names beside the points, pushed apart where they would cover each other."""
-    bottom, top = limits
-    heights = [240 * (min(max(p.score.mean, bottom), top) - bottom) / (top - bottom) for p in points]
-    placed: list[tuple[float, float]] = []
-    reach = (max(xs) - min(xs) or 1.0) * 0.3
-    for i in sorted(range(len(points)), key=lambda i: heights[i]):
-        near = [h for x, h in placed if abs(x - xs[i]) < reach]
-        height = max([heights[i], *(h + 13 for h in near)])
-        placed.append((xs[i], height))
-        point, at = points[i], min(max(points[i].score.mean, bottom), top)
-        text = point.name if at == point.score.mean else f"{point.name} ({point.score.mean:.2f})"
-        ours = point.name == name
-        ax.annotate(
-            text,
-            (xs[i], at),
-            (9, height - heights[i]),
-            textcoords="offset points",
-            va="center_baseline",
-            weight="bold" if ours else "normal",
-            color=ACCENTS[0] if ours else INK,
-        )
+def _write(
+    ax: Any,
+    at: Sequence[Sequence[float]],
+    spots: Sequence[tuple[float, float]],
+    labels: Sequence[tuple[str, str, bool]],
+    edge: float,
+    bars: Sequence[_Box] = (),
+) -> None:
+    """Labels (text, colour, bold) beside their points, where they cover little: first come, first served.
+
+    ``at`` is in the data's units; ``spots`` and ``bars`` are in points from the left edge, ``edge`` is the right one.
+    """
+    taken = [(x - 5, y - 5, x + 5, y + 5) for x, y in spots]
+    for place, (x, y), (text, colour, bold) in zip(at, spots, labels):
+        text = text if len(text) <= 30 else text[:29] + "…"
+        wide = 6.4 * len(text)
+        tries = [(dx, dy) for dy in (0, 14, -14, 28, -28, 42, -42) for dx in (9, -9 - wide)]
+        boxes = [(x + dx, y + dy - 6.5, x + dx + wide, y + dy + 6.5) for dx, dy in tries]
+        costs = [
+            8 * sum(_overlap(box, other) for other in taken)
+            + 2 * sum(_overlap(box, bar) for bar in bars)
+            + 9 * (box[0] < 0 or box[2] > edge)
+            + abs(dy) / 14
+            for box, (_, dy) in zip(boxes, tries)
+        ]
+        best = costs.index(min(costs))
+        taken.append(boxes[best])
+        dx, dy = tries[best]
+        how: dict[str, Any] = {"textcoords": "offset points", "va": "center_baseline", "zorder": 6}
+        if abs(dy) > 14:
+            how["arrowprops"] = {"arrowstyle": "-", "color": MUTED, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 4}
+        side = {"ha": "left" if dx > 0 else "right", "weight": "bold" if bold else "normal", "color": colour}
+        ax.annotate(text, place, (9 if dx > 0 else -9, dy), **how, **side).set_in_layout(False)
+
+
+def _overlap(one: _Box, other: _Box) -> bool:
+    return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]
 
 
 def _range(scores: Sequence[Interval], low: bool) -> tuple[float, float]:
@@ -228,12 +253,12 @@ def _list(words: Any) -> str:
     return ", ".join(words) or "none"
 
 
-def _drawn(name: str, alt: str, height: float, draw: Callable[[Any], None]) -> str:
+def _drawn(name: str, alt: str, width: float, height: float, draw: Callable[[Any], None]) -> str:
     import matplotlib
     from matplotlib.figure import Figure
 
     with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(_WIDTH / 72, height / 72), layout="constrained")
+        figure = Figure(figsize=(width / 72, height / 72), layout="constrained")
         draw(figure)
         out = io.StringIO()
         figure.savefig(out, format="svg", transparent=True, metadata={"Date": None})

@@ -40,6 +40,10 @@ class Method(Protocol):
     def name(self) -> str:
         """What the row is called."""
 
+    @property
+    def seeded(self) -> bool:
+        """Whether the seed changes anything: stacks start from it, merges do not."""
+
     def run(self, panel: Panel, seed: int) -> Outcome:
         """Learn from the shots and answer the queries."""
 
@@ -49,6 +53,7 @@ class GlobalConstant:
     """The same answer for everybody: the most frequent label (median for ratings) of everybody's shots."""
 
     name: str = "global constant"
+    seeded: bool = False
 
     def run(self, panel: Panel, seed: int) -> Outcome:
         shots = [target for theirs in _targets(panel) for target in theirs]
@@ -61,6 +66,7 @@ class OwnConstant:
     """A person's own median (ratings) or majority of the shots."""
 
     name: str = "own constant"
+    seeded: bool = False
 
     def run(self, panel: Panel, seed: int) -> Outcome:
         own = [_constant(panel.bank.task, theirs) for theirs in _targets(panel)]
@@ -72,6 +78,7 @@ class Base:
     """The untouched base model."""
 
     name: str = "base"
+    seeded: bool = False
 
     def run(self, panel: Panel, seed: int) -> Outcome:
         return Outcome(_answer(panel, []), 0.0, 0.0)
@@ -82,6 +89,7 @@ class TaskLora:
     """The pooled model: the strongest method that knows nobody."""
 
     name: str = "task LoRA"
+    seeded: bool = False
 
     def run(self, panel: Panel, seed: int) -> Outcome:
         return Outcome(_answer(panel, panel.bank.pooled), 0.0, 0.0)
@@ -93,6 +101,7 @@ class Merged:
 
     name: str
     settings: MergeSettings
+    seeded: bool = False
 
     def run(self, panel: Panel, seed: int) -> Outcome:
         merge, seconds = _fuse(panel, self.settings, seed)
@@ -107,6 +116,7 @@ class OneLora:
     name: str
     lora: Lora
     training: Training
+    seeded: bool = True
 
     def run(self, panel: Panel, seed: int) -> Outcome:
         start = time.monotonic()
@@ -122,6 +132,7 @@ class MergeThenAdapt:
     name: str
     settings: MergeSettings
     stack: StackSettings
+    seeded: bool = True
 
     def run(self, panel: Panel, seed: int) -> Outcome:
         merge, seconds = _fuse(panel, self.settings, seed)

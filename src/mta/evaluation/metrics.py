@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -71,9 +72,10 @@ def _distance(task: Task, text: str, gold: str) -> float:
     """|prediction - gold|; what is no number counts as the extreme farther from the gold, as in LaMP."""
     values = [float(label) for label in task.labels or ()]
     try:
-        return abs(float(text) - float(gold))
+        distance = abs(float(text) - float(gold))
     except ValueError:
-        return max(abs(extreme - float(gold)) for extreme in (min(values), max(values)))
+        distance = float("nan")
+    return distance if math.isfinite(distance) else max(abs(end - float(gold)) for end in (min(values), max(values)))
 
 
 def _rouge(texts: Sequence[str], golds: Sequence[str]) -> dict[str, float]:

@@ -58,7 +58,9 @@ class Panel:
                 f"{seen} of {len(people)} people are in the bank or its task LoRA; they cannot be tested on"
             )
         asked = [person.queries[-queries:] or person.after(shots, queries) for person in people]
-        return cls(base, bank, encoder, run, [person.first(shots) for person in people], asked, on_step)
+        return cls(
+            base, bank, encoder, run, [Person(person.id, person.items[:shots]) for person in people], asked, on_step
+        )
 
     @cached_property
     def jobs(self) -> list[Job]:

@@ -6,6 +6,7 @@ Nobody's id appears in any of them: a few people are shown as person A, B and C,
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -36,6 +37,7 @@ from mta.training.checkpoint import written_aside
 __all__ = ["Cell", "Column", "findings", "grid", "table", "to_json", "verdict", "write_html"]
 
 _HIDDEN = {"RMSE", "NLL"}  # of the other metrics in the table: one repeats MAE, one has columns of its own
+_TITLES = {"MAE (median)": "median\nMAE"}
 _COLOURS = {"better": "green", "worse": "red"}
 _FACTS = {
     "command": "Command",
@@ -72,11 +74,17 @@ class Column:
 
 def table(comparison: Comparison, reference: str = "task LoRA") -> Table:
     """The comparison for a terminal: one row per method, the best value of a column in bold."""
+    from rich import box
+
     columns = grid(comparison, reference)
-    made = Table(title=_title(comparison), caption=_caption(reference), caption_justify="left")
-    made.add_column("method")
-    for column in columns:
-        made.add_column(column.title, justify="right")
+    made = Table(title=_title(comparison), caption=_caption(reference), caption_justify="left", box=box.SIMPLE_HEAD)
+    made.padding, made.show_edge = (0, 0, 0, 0), False  # eighty columns must do: that is what a pipe gets
+    for title, cells in [
+        ("method", [Cell(row.name) for row in comparison.rows]),
+        *((c.title, c.cells) for c in columns),
+    ]:
+        words = re.split("[ \n]", " ".join([title, *(f"{c.text} {c.mark} {c.note}" for c in cells)]))
+        made.add_column(title, justify="left" if title == "method" else "right", min_width=max(map(len, words)))
     for i, row in enumerate(comparison.rows):
         made.add_row(Text(row.name), *(_rich(column.cells[i]) for column in columns))
     return made
@@ -94,8 +102,8 @@ def grid(comparison: Comparison, reference: str) -> list[Column]:
         if comparison.row(reference).nll is not None:
             made.append(_worse(comparison, reference))
     seconds, kept = [row.seconds for row in rows], [row.bytes_per_person for row in rows]
-    made.append(_column("training, all people", [Cell(human_seconds(s)) for s in seconds], seconds))
-    return [*made, _column("kept per person", [Cell(human_bytes(b)) for b in kept], kept)]
+    made.append(_column("training", [Cell(_whole(human_seconds(s))) for s in seconds], seconds))
+    return [*made, _column("kept\neach", [Cell(_whole(human_bytes(b))) for b in kept], kept)]
 
 
 def to_json(comparison: Comparison, against: Sequence[str] = ("task LoRA", "OPPU"), **meta: Any) -> dict[str, Any]:
@@ -173,7 +181,7 @@ def _figures(
     bank_vectors: Tensor | None,
     name: str,
     reference: str,
-) -> dict[str, str | None]:
+) -> dict[str, Any]:
     metric, names = comparison.primary, names_of(comparison)
     merge = comparison.row(name).merge if name in names else None
     points = [
@@ -185,30 +193,31 @@ def _figures(
     return {
         "scatter": figures.score_against_bytes(points, metric, metric in BETTER_LOW, name, reference),
         "map": None if people_vectors is None else figures.anchor_map(anchors, people_vectors, merge),
-        "bars": figures.coefficient_bars(merge, bank.info.items) if merge else None,
+        "bars": figures.coefficient_bars(merge, bank.info.items) if merge else [],
     }
 
 
 def _scores(comparison: Comparison, metric: str, interval: bool = False) -> Column:
     scores = [comparison.score(row.name, metric) for row in comparison.rows]
     cells = [Cell(f"{s.mean:.3f}", _brackets(s) if interval else "") if s else Cell() for s in scores]
-    return _column(metric, cells, [s and s.mean for s in scores], metric in BETTER_LOW)
+    return _column(_TITLES.get(metric, metric), cells, [s.mean if s else None for s in scores], metric in BETTER_LOW)
 
 
 def _differences(comparison: Comparison, metric: str, reference: str) -> Column:
-    cells, values, people = [], [], people_in(comparison)
+    cells: list[Cell] = []
+    values: list[float | None] = []
     for row in comparison.rows:
         difference = comparison.difference(row.name, reference, metric)
-        values.append(difference and difference.mean)
+        values.append(difference.mean if difference else None)
         if row.name == reference:
-            cells.append(Cell("reference"))
+            cells.append(Cell("baseline"))
         elif difference is None:
             cells.append(Cell())
         else:
-            judgement = judge(metric, difference, people)
+            judgement = judge(metric, difference, people_in(comparison))
             mark = "" if judgement == "unclear" else judgement
             cells.append(Cell(f"{difference.mean:+.3f}", _brackets(difference, "+"), mark))
-    return _column(f"{metric} against {reference}", cells, values, metric in BETTER_LOW)
+    return _column(f"{metric} against\n{reference}", cells, values, metric in BETTER_LOW)
 
 
 def _worse(comparison: Comparison, reference: str) -> Column:
@@ -216,7 +225,7 @@ def _worse(comparison: Comparison, reference: str) -> Column:
     shares = [None if name == reference else worse_off(comparison, name, reference) for name in names]
     notes = ["" if s is None or s[1] is None else f"{s[1]:.0%} clearly" for s in shares]
     cells = [Cell(f"{s[0]:.0%}", note) if s else Cell() for s, note in zip(shares, notes)]
-    return _column("people worse off", cells, [s and s[0] for s in shares])
+    return _column("people\nworse off", cells, [s[0] if s else None for s in shares])
 
 
 def _column(title: str, cells: Sequence[Cell], values: Sequence[float | None], low: bool = True) -> Column:
@@ -226,10 +235,14 @@ def _column(title: str, cells: Sequence[Cell], values: Sequence[float | None], l
 
 
 def _rich(cell: Cell) -> Text:
-    made = Text(cell.text, style="bold" if cell.best else "")
+    made = Text.assemble((cell.text, "bold" if cell.best else ""))
     if cell.mark:
         made.append(f" {cell.mark}", style=_COLOURS[cell.mark])
     return made.append(f"\n{cell.note}", style="dim") if cell.note else made
+
+
+def _whole(value: str) -> str:
+    return value.replace(" ", "\N{NO-BREAK SPACE}")
 
 
 def _brackets(interval: Interval, sign: str = "") -> str:
@@ -237,7 +250,7 @@ def _brackets(interval: Interval, sign: str = "") -> str:
 
 
 def _interval(interval: Interval | None) -> dict[str, float] | None:
-    return interval and {"mean": interval.mean, "low": interval.low, "high": interval.high}
+    return {"mean": interval.mean, "low": interval.low, "high": interval.high} if interval else None
 
 
 def _title(comparison: Comparison) -> str:
@@ -248,9 +261,10 @@ def _title(comparison: Comparison) -> str:
 
 def _caption(reference: str) -> str:
     return (
-        "Means over people, 95% intervals in brackets, the best of a column in bold. Differences are paired; better and "
-        "worse are said where the interval excludes zero. "
-        f"Worse off: NLL more than {WORSE:g} above that of {reference}; clearly: its own 95% interval lies above zero."
+        "Means over people, 95% intervals in brackets, the best of a column in bold. Differences are paired; "
+        "better and worse are said where the interval excludes zero. "
+        f"Worse off: NLL more than {WORSE:g} above that of {reference}; clearly: its own 95% interval lies above zero. "
+        "Training: the time for all people together."
     )
 
 

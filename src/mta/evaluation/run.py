@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from mta.errors import InputError
 from mta.evaluation.methods import Method
 from mta.evaluation.metrics import BETTER_LOW, Answers, measure, primary, query_nll
 from mta.evaluation.protocol import Panel
@@ -35,7 +36,7 @@ class Row:
 
     name: str
     people: dict[str, Tensor]  # metric -> (U,)
-    nll: Tensor | None  # (U, queries), averaged over seeds
+    nll: list[Tensor] | None  # for each person (queries,), averaged over seeds
     seconds: float
     bytes_per_person: float
     merge: Merge | None
@@ -56,8 +57,11 @@ class Comparison:
         return primary(self.task)
 
     def row(self, name: str) -> Row:
-        """A method's row."""
-        return next(row for row in self.rows if row.name == name)
+        """A method's row. Raises InputError if there is none."""
+        for row in self.rows:
+            if row.name == name:
+                return row
+        raise InputError(f"no method {name!r} in the comparison; there are {', '.join(row.name for row in self.rows)}")
 
     def score(self, name: str, metric: str) -> Interval | None:
         """A method's mean over people, or None where the metric does not exist for it."""
@@ -77,35 +81,34 @@ class Comparison:
         one, other = self.row(name).nll, self.row(reference).nll
         if one is None or other is None:
             return None
-        difference = one - other
-        mean, error = difference.mean(1), difference.std(1) / difference.shape[1] ** 0.5
-        clearly = (mean > WORSE) & (mean - student_t(difference.shape[1]) * error > 0)
-        return float((mean > WORSE).double().mean()), float(clearly.double().mean())
+        worse, clearly = 0, 0
+        for mine, theirs in zip(one, other):
+            difference = mine - theirs
+            mean, n = float(difference.mean()), len(difference)
+            # With a single query nothing can be said about a person.
+            error = float(difference.std()) / n**0.5 * student_t(n) if n > 1 else float("inf")
+            worse += mean > WORSE
+            clearly += mean > WORSE and mean > error
+        return worse / len(one), clearly / len(one)
 
 
 def evaluate(
     panel: Panel, methods: Sequence[Method], seeds: Sequence[int] = (0,), on_method: Callable[[str], None] | None = None
 ) -> Comparison:
     """Run every method with every seed on the panel; a person's metrics are averaged over seeds first."""
+    if len({method.name for method in methods}) < len(methods):
+        raise InputError(f"methods must have different names, got {', '.join(method.name for method in methods)}")
+    _ = panel.jobs  # tokenizing is nobody's training time
     rows = []
     for method in methods:
         if on_method:
             on_method(method.name)
-        outcomes = [method.run(panel, seed) for seed in (seeds if _varies(method) else seeds[:1])]
+        outcomes = [method.run(panel, seed) for seed in (seeds if method.seeded else seeds[:1])]
         measured = [_measured(panel, outcome.answers) for outcome in outcomes]
         people = {metric: torch.stack([m[metric] for m in measured]).mean(0) for metric in measured[0]}
-        nll = [_nll(panel, outcome.answers) for outcome in outcomes]
-        rows.append(
-            Row(
-                method.name,
-                people,
-                None if nll[0] is None else torch.stack([n for n in nll if n is not None]).mean(0),
-                sum(outcome.seconds for outcome in outcomes) / len(outcomes),
-                outcomes[-1].bytes_per_person,
-                outcomes[-1].merge,
-                outcomes[-1].answers,
-            )
-        )
+        seconds, last = sum(outcome.seconds for outcome in outcomes) / len(outcomes), outcomes[-1]
+        nll = _nll(panel, [outcome.answers for outcome in outcomes])
+        rows.append(Row(method.name, people, nll, seconds, last.bytes_per_person, last.merge, last.answers))
     return Comparison(panel.bank.task, rows)
 
 
@@ -131,18 +134,18 @@ def better(metric: str, difference: Interval) -> bool:
     return difference.high < 0 if metric in BETTER_LOW else difference.low > 0
 
 
-def _varies(method: Method) -> bool:
-    return hasattr(method, "training") or hasattr(method, "stack") or getattr(method, "settings", None) is not None
-
-
 def _measured(panel: Panel, answers: Sequence[Answers]) -> dict[str, Tensor]:
     task = panel.bank.task
     found = [measure(task, theirs, golds) for theirs, golds in zip(answers, panel.golds)]
     return {metric: torch.tensor([one[metric] for one in found], dtype=torch.float64) for metric in found[0]}
 
 
-def _nll(panel: Panel, answers: Sequence[Answers]) -> Tensor | None:
-    if answers[0].scores is None:
+def _nll(panel: Panel, seeds: Sequence[Sequence[Answers]]) -> list[Tensor] | None:
+    """Everybody's NLL query by query, averaged over seeds; None for methods without label scores."""
+    if seeds[0][0].scores is None:
         return None
-    pairs = zip(answers, panel.golds)
-    return torch.stack([query_nll(panel.bank.task, a.scores, golds) for a, golds in pairs if a.scores is not None])
+    task = panel.bank.task
+    return [
+        torch.stack([query_nll(task, a.scores, golds) for a in theirs if a.scores is not None]).mean(0)
+        for theirs, golds in zip(zip(*seeds), panel.golds)
+    ]

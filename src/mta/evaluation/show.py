@@ -13,14 +13,11 @@ def show(found: Study, console: Console) -> None:
     meta = found.meta
     console.print(table(found.comparison))
     note = f" ({meta['note']})" if meta["note"] else ""
-    console.print(
-        f"{meta['people']} people, {meta['shots']} shots and {meta['queries']} later queries each; {meta['base']}{note}, "
-        f"{meta['dtype']}, seed {meta['seed']}",
-        highlight=False,
-    )
+    asked = f"{meta['people']} people, {meta['shots']} shots and {meta['queries']} later queries each"
+    console.print(f"{asked}; {meta['base']}{note}, {meta['dtype']}, seed {meta['seed']}", highlight=False)
     for sentence in verdict(found.comparison):
         console.print(f"  {sentence}", highlight=False)
-    for asked in found.questions:
-        console.print(f"\n{asked['question']}\n  before, everybody: {asked['before']}", highlight=False)
-        for who, answer in asked["after"]:
+    for question in found.questions:
+        console.print(f"\n{question['question']}\n  before, everybody: {question['before']}", highlight=False)
+        for who, answer in question["after"]:
             console.print(f"  after, a person {who}: {answer}", highlight=False)

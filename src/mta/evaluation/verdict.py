@@ -25,7 +25,7 @@ def verdict(comparison: Comparison, name: str = "MTA", reference: str = "task Lo
 
 
 def findings(comparison: Comparison, name: str, reference: str, rival: str) -> list[tuple[str, str]]:
-    """The sentences of ``verdict``, each with its judgement ("" where there is nothing to judge)."""
+    """The sentences of ``verdict``, each with its judgement, or a word for what it is about."""
     names = names_of(comparison)
     if name not in names:
         return [("", f"{name} is not among the methods compared.")]
@@ -38,11 +38,11 @@ def findings(comparison: Comparison, name: str, reference: str, rival: str) -> l
         said.append(harm)
     if rival in names:
         ours, theirs = (human_bytes(comparison.row(n).bytes_per_person) for n in (name, rival))
-        said.append(("", f"Kept per person: {ours} by {name}, {theirs} by {rival}."))
+        said.append(("storage", f"Kept per person: {ours} by {name}, {theirs} by {rival}."))
     explained = "; ".join(f"{m} is {MEANING[m]} ({_direction(m)} is better)" for m in metrics if m in MEANING)
     if (people := people_in(comparison)) < FEW:
-        said.append(("", f"Only {people} people were tested: take every interval with a grain of salt."))
-    return [*said, ("", f"{explained}.")]
+        said.append(("caution", f"Only {people} people were tested: take every interval with a grain of salt."))
+    return [*said, ("words", f"{explained}.")]
 
 
 def headline(comparison: Comparison, name: str, reference: str) -> str:
@@ -71,9 +71,9 @@ def judge(metric: str, difference: Interval, people: int) -> Judgement:
 
 
 def worse_off(comparison: Comparison, name: str, reference: str) -> tuple[float, float | None] | None:
-    """As ``Comparison.worse_off``; with one question each, nobody can be *clearly* worse off."""
+    """As ``Comparison.worse_off``; from one question each, nobody can be called *clearly* worse off."""
     shares = comparison.worse_off(name, reference)
-    return shares and (shares[0], shares[1] if (queries_each(comparison) or 0) > 1 else None)
+    return (shares[0], None) if shares and queries_each(comparison) == 1 else shares
 
 
 def names_of(comparison: Comparison) -> list[str]:
@@ -90,7 +90,7 @@ def queries_each(comparison: Comparison) -> int | None:
     """How many questions everybody was asked, where it is known."""
     for row in comparison.rows:
         if row.nll is not None:
-            return row.nll.shape[1]
+            return len(row.nll[0]) if len({len(theirs) for theirs in row.nll}) == 1 else None
     return next((len(row.answers[0].texts) for row in comparison.rows if row.answers), None)
 
 
@@ -115,14 +115,12 @@ def _harm(comparison: Comparison, name: str, reference: str) -> tuple[str, str] 
     shares = worse_off(comparison, name, reference)
     if shares is None:
         return None
-    share, clearly = shares
-    sure = (
-        ""
-        if clearly is None
-        else f", {clearly:.0%} clearly so (the 95% interval over their own questions lies above zero)"
-    )
-    said = f"{share:.0%} of {people_in(comparison)} people are worse off with {name} than with the pooled model"
-    return "", f"{said} (NLL higher by more than {WORSE:g}){sure}."
+    people = people_in(comparison)
+    share, clearly = (None if s is None else round(s * people) for s in shares)
+    said = f"{share} of {people} people are worse off with {name} than with the pooled model"
+    said += f" (NLL higher by more than {WORSE:g})"
+    sure = "" if clearly is None else f", {clearly} of them clearly (their own 95% interval lies above zero)"
+    return "risk", f"{said}{sure}."
 
 
 def _direction(metric: str) -> str:

@@ -59,7 +59,7 @@ class Gated:
     """N adapters shared by all rows, each row weighing them by its own coefficients: a merge straight from the bank.
 
     ((x @ A_bank.T) * w[u]) @ B_bank.T equals the exact merge; a person is N numbers and nothing is gathered.
-    Shapes: batch of N adapters; w (U, N), or (U, L, N) with a row of coefficients per adapted layer. Nobody's gate is 0.
+    Shapes: batch of N adapters; w (U, N), or (U, L, N) with coefficients per adapted layer. Nobody's gate is 0.
     """
 
     batch: LoraBatch

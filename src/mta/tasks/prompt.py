@@ -17,7 +17,7 @@ PLAIN = "{prompt}\nAnswer: "  # for tokenizers without a chat template
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """Tokens of a prompt and its target; ``tokens[target_start:]`` is what the loss sees; ``cut`` tokens were left out."""
+    """Tokens of a prompt and its target: ``tokens[target_start:]`` is what the loss sees. ``cut`` were left out."""
 
     tokens: tuple[int, ...]
     target_start: int
@@ -82,7 +82,7 @@ class PromptFormat:
         return tuple(self.tokenizer(text, add_special_tokens=not self.has_template)["input_ids"])
 
     def _target(self, text: str, prompt: tuple[int, ...], target: str) -> tuple[int, ...]:
-        """Tokens that continue ``prompt``: of the whole text where that keeps the prompt's tokens, else of the target."""
+        """Tokens that continue ``prompt``: of the whole text where that keeps the prompt's, else of the target."""
         whole = self._tokens(text + target)
         if whole[: len(prompt)] == prompt:
             return (*whole[len(prompt) :], self.end_token)
@@ -111,7 +111,8 @@ class PromptFormat:
         offsets = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
         keep = max(len(offsets) - excess, 0)
         end = offsets[keep][0] if keep < len(offsets) else len(text) - 1
-        return text[:end].rstrip(), len(offsets) - keep
+        kept = text[:end].rstrip()
+        return kept, sum(start >= len(kept) for start, _ in offsets)
 
     def _end_token(self) -> int:
         """What closes an answer: the first token of the template after it, else the tokenizer's end token."""

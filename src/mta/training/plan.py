@@ -46,7 +46,7 @@ def plan_cohorts(base: BaseModel, jobs: Sequence[Job], start: Mapping[str, Tenso
     needed = longest * base.bytes_per_token + person
     if needed > memory:
         raise MemoryBudgetError(
-            f"one person needs about {needed / 2**20:.0f} MiB (a row of {longest} tokens, {numbers:,} numbers to train); "
+            f"one person needs about {needed / 2**20:.0f} MiB (a row of {longest} tokens, {numbers:,} numbers); "
             f"the budget is {memory / 2**20:.0f} MiB",
             hint="Raise memory=…, lower max_tokens or the rank.",
         )

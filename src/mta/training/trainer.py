@@ -226,8 +226,8 @@ def _gradients(
 ) -> Tensor:
     """Add everyone's gradient of this step to the cohort's buffer; returns their losses, (U,)."""
     rows = [pack(examples, base.attention_price, packed=packed and base.packable) for examples in batches]
-    share = torch.tensor([1 / sum(len(e.target) for e in examples) for examples in batches], device=base.device)
-    share = share.to(base.master_dtype)
+    shares = [1 / sum(len(e.target) for e in examples) for examples in batches]
+    share = torch.tensor(shares, dtype=base.master_dtype, device=base.device)
     jobs = torch.tensor(cohort.active, device=base.device)
     losses = torch.zeros_like(share)
     for part in _passes(rows, budget):

@@ -1,0 +1,64 @@
+"""How much knowing a person can help at all, for three ways of choosing shots and queries (docs/decisions/005).
+
+No language model: a movie's mean rating among other people, and the person's mean deviation from it over the shots,
+shrunk. Run:  python benchmarks/shots_and_queries.py
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+
+from mta.assets import fetch
+from mta.history import Item, Person
+from mta.readers import read_people
+from mta.splits import draw
+
+SHRINK = 8.0
+WAYS: dict[str, tuple[Callable[[Person], Sequence[Item]], Callable[[Person], Sequence[Item]]]] = {
+    "first 8, last 12": (lambda p: p.items[:8], lambda p: p.items[-12:]),
+    "first 8, next 12": (lambda p: p.items[:8], lambda p: p.items[8:20]),
+    "the 8 before the last 12, last 12": (lambda p: p.items[-20:-12], lambda p: p.items[-12:]),
+}
+
+
+def rating(item: Item) -> int:
+    """The stars of an item."""
+    return int(item.fields["rating"])
+
+
+def nll(mean: float, stars: int) -> float:
+    """Minus log probability of the stars under a discretized unit Gaussian around ``mean``."""
+    weights = [math.exp(-((k - mean) ** 2) / 2) for k in range(1, 6)]
+    return -math.log(weights[stars - 1] / sum(weights))
+
+
+def main() -> None:
+    """Print the change in NLL for every way, with a 95% interval over people."""
+    people = read_people(fetch("movielens-100k"), "movielens-rating")
+    parts = draw(people, 0, task=0, development=0, test=300)
+    ratings = defaultdict(list)
+    for person in parts.select("candidates", people):
+        for item in person.items:
+            ratings[item.fields["title"]].append(rating(item))
+    overall = statistics.mean(stars for given in ratings.values() for stars in given)
+    means = {title: (sum(given) + 5 * overall) / (len(given) + 5) for title, given in ratings.items()}
+
+    def expected(item: Item) -> float:
+        return means.get(item.fields["title"], overall)
+
+    for name, (shots, queries) in WAYS.items():
+        changes = []
+        for person in parts.select("test", people):
+            deviations = [rating(item) - expected(item) for item in shots(person)]
+            bias = sum(deviations) / (len(deviations) + SHRINK)
+            asked = [(expected(item), rating(item)) for item in queries(person)]
+            changes.append(statistics.mean(nll(mean + bias, stars) - nll(mean, stars) for mean, stars in asked))
+        half = 1.96 * statistics.stdev(changes) / len(changes) ** 0.5
+        print(f"{name:36} {statistics.mean(changes):+.3f} +- {half:.3f}")
+
+
+if __name__ == "__main__":
+    main()

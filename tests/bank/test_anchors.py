@@ -1,0 +1,77 @@
+"""Who becomes an anchor: the most active person of each cluster of candidates."""
+
+import random
+
+import pytest
+import torch
+from conftest import HashEncoder, people_of
+
+from mta.bank.anchors import select_anchors
+from mta.encode import encode_people
+from mta.errors import InputError
+from mta.history import Item, Person
+
+
+def person(id: str, items: int) -> Person:
+    return Person(id, tuple(Item({"title": f"{id} {n}"}) for n in range(items)))
+
+
+def corners(clusters: int, each: int) -> torch.Tensor:
+    """Vectors in ``clusters`` tight heaps, far from each other: (clusters * each, clusters)."""
+    noise = torch.randn(clusters * each, clusters, generator=torch.Generator().manual_seed(0))
+    return torch.eye(clusters).repeat_interleave(each, 0) + 0.01 * noise
+
+
+def test_every_cluster_gives_one_anchor():
+    found = select_anchors([person(f"p{n:02}", 3) for n in range(20)], corners(4, 5), 4, seed=0)
+    assert [n // 5 for n in found] == [0, 1, 2, 3]
+
+
+def test_the_most_active_of_a_cluster_is_its_anchor():
+    items = [2, 9, 3, 4, 5, 5, 7, 6, 8, 1, 1, 1]
+    found = select_anchors([person(f"p{n:02}", count) for n, count in enumerate(items)], corners(3, 4), 3, seed=0)
+    assert found == [1, 6, 8]
+
+
+def test_of_equally_active_people_the_smaller_id_is_taken():
+    ids = ["d", "b", "c", "e", "p9", "p10", "p8", "p7"]
+    found = select_anchors([person(id, 5) for id in ids], corners(2, 4), 2, seed=0)
+    assert [ids[n] for n in found] == ["b", "p10"]
+
+
+@pytest.mark.parametrize("candidates", [4, 7, 8, 15, 23])
+def test_there_are_never_more_anchors_than_a_quarter_of_the_candidates(candidates):
+    vectors = torch.randn(candidates, 6, generator=torch.Generator().manual_seed(candidates))
+    found = select_anchors([person(f"p{n}", 3) for n in range(candidates)], vectors, 50, seed=0)
+    assert len(found) == candidates // 4
+    assert found == sorted(set(found))
+
+
+def test_the_same_people_are_chosen_whatever_order_they_come_in(task):
+    """As a build does it: candidates are sorted by id before anything is computed."""
+
+    def chosen(people):
+        people = sorted(people, key=lambda person: person.id)
+        vectors = encode_people(HashEncoder(), task, people, "both")
+        return [people[n].id for n in select_anchors(people, vectors, 5, seed=3)]
+
+    people = people_of(24)
+    first = chosen(people)
+    assert len(first) == 5
+    for seed in range(3):
+        random.Random(seed).shuffle(people)
+        assert chosen(people) == first
+
+
+@pytest.mark.filterwarnings("ignore:Number of distinct clusters")
+def test_people_who_are_all_alike_are_one_cluster():
+    assert select_anchors([person(f"p{n}", 3 + n) for n in range(8)], torch.ones(8, 3), 2, seed=0) == [7]
+
+
+def test_too_few_candidates_are_an_error_that_says_how_many_are_needed():
+    with pytest.raises(InputError) as caught:
+        select_anchors([person(f"p{n}", 3) for n in range(3)], torch.zeros(3, 2), 5, seed=0)
+    assert str(caught.value) == (
+        "3 candidates for anchors; at least 4 are needed, and 20 for 5 anchors\n"
+        "  Give more people, or lower bank.anchors and bank.min_items."
+    )

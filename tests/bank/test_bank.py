@@ -1,0 +1,363 @@
+"""Opening a bank: whole and for this base, or refused; and forgetting somebody it learnt from."""
+
+import json
+import os
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY_RUN, HashEncoder, people_of
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from tiny import base_of
+
+from mta.bank import files
+from mta.bank.bank import Bank
+from mta.bank.build import build_bank
+from mta.config import Lora
+from mta.encode import encode_people
+from mta.errors import BankCorrupt, BankError, BankMismatch
+
+HASHED = (
+    "anchors.safetensors",
+    "index.safetensors",
+    "task_lora/adapter_config.json",
+    "task_lora/adapter_model.safetensors",
+)
+ALL = (*HASHED, "bank.json")
+BASE = base_of()
+
+
+@pytest.fixture
+def folder(tiny_bank_folder, tmp_path, cache):
+    """A copy of the bank that a test may damage."""
+    return Path(shutil.copytree(tiny_bank_folder, tmp_path / "bank"))
+
+
+@pytest.fixture(scope="module")
+def foreign(tmp_path_factory, task):
+    """A bank of other people with other settings."""
+    out = tmp_path_factory.mktemp("foreign")
+    stage_0 = TINY_RUN.task_lora.model_copy(update={"lora": Lora(rank=3)})
+    run = TINY_RUN.model_copy(update={"task_lora": stage_0})
+    build_bank(BASE, task, HashEncoder(), people_of(4, prefix="x"), people_of(12, prefix="y"), run, out)
+    return out
+
+
+def corrupt(folder: Path, **how) -> str:
+    with pytest.raises(BankCorrupt) as caught:
+        Bank.open(folder, BASE, **how)
+    return str(caught.value)
+
+
+def flipped(path: Path, place: int, bits: int = 1) -> None:
+    data = bytearray(path.read_bytes())
+    data[place] ^= bits
+    path.write_bytes(data)
+
+
+def rewritten(folder: Path, **values) -> None:
+    """Change the description and seal it anew, as another version of mta would have written it."""
+    path = folder / "bank.json"
+    described = json.loads(path.read_text()) | values
+    del described["sha256"]
+    path.write_text(json.dumps(described | {"sha256": files._seal(described)}))
+
+
+# -- whole -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_whole_bank_opens(folder, task):
+    bank = Bank.open(folder, BASE)
+    assert len(bank) == 3
+    assert bank.task == task
+    assert bank.hash == files.read_info(folder).hash
+    assert bank.anchors.scale == 8.0
+    torch.testing.assert_close(bank.vectors.norm(dim=1), torch.ones(3))
+    assert set(bank.info.files) == set(HASHED)
+
+
+def test_what_is_opened_is_what_was_stored(folder):
+    bank, stored = Bank.open(folder, BASE), load_file(folder / "anchors.safetensors")
+    assert {name: tensor.tolist() for name, tensor in bank.anchors.tensors().items()} == {
+        name: tensor.tolist() for name, tensor in stored.items()
+    }
+
+
+def test_similarity_is_the_cosine_of_person_and_anchor(folder, task):
+    bank = Bank.open(folder, BASE)
+    people = people_of(12, prefix="c")
+    vectors = encode_people(HashEncoder(), task, people, "both")
+    found = bank.similarity(vectors)
+    expected = torch.nn.functional.cosine_similarity(vectors[:, None], bank.vectors[None], dim=2)
+    torch.testing.assert_close(found, expected)
+    # The anchors themselves are among these people.
+    torch.testing.assert_close(found.max(0).values, torch.ones(3))
+    anchors = [n for n, person in enumerate(people) if "anchor" in bank.info.members.artefacts_of(person.id)]
+    assert found.argmax(0).tolist() == anchors
+
+
+def test_the_encoder_must_have_the_weights_the_anchors_were_placed_with(folder):
+    bank = Bank.open(folder, BASE)
+    placed = {"encoder": "base", "encoder_fingerprint": BASE.fingerprint}
+    assert replace(bank, info=bank.info.model_copy(update=placed)).encoder(BASE).fingerprint == BASE.fingerprint
+    other = replace(bank, info=bank.info.model_copy(update={"encoder": "base", "encoder_fingerprint": "f" * 64}))
+    with pytest.raises(BankMismatch) as caught:
+        other.encoder(BASE)
+    assert str(caught.value) == (
+        f"encoder 'base' has other weights (sha256 {BASE.fingerprint[:8]}…) than when the bank was built (ffffffff…)\n"
+        "  Load the encoder the bank was built with, or rebuild the bank."
+    )
+
+
+# -- refused -----------------------------------------------------------------------------------------------------------
+
+
+def test_another_base_is_refused(folder):
+    other = base_of("qwen3")
+    with pytest.raises(BankMismatch) as caught:
+        Bank.open(folder, other)
+    assert str(caught.value) == (
+        f"{folder} was built for base 'tiny-llama' (sha256 {BASE.fingerprint[:8]}…), "
+        f"but the loaded base is 'tiny-qwen3' (sha256 {other.fingerprint[:8]}…)\n"
+        "  A bank works only with the base it was trained on. Load that base, or rebuild:  "
+        "mta bank build --base tiny-qwen3"
+    )
+
+
+def test_a_base_with_one_weight_changed_is_another_base(folder):
+    base = base_of()
+    weights = dict(base.model.named_parameters())
+    next(iter(weights.values())).data.view(-1)[0] += 1e-6
+    with pytest.raises(BankMismatch):
+        Bank.open(folder, type(base)(base.model, base.tokenizer, base.name))
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_missing_file_is_named(folder, name):
+    (folder / name).unlink()
+    expected = f"no bank at {folder}: bank.json is missing" if name == "bank.json" else f"{folder / name} is missing"
+    assert corrupt(folder).startswith(expected + "\n  ")
+
+
+def test_a_folder_that_is_not_there_is_no_bank(tmp_path):
+    assert corrupt(tmp_path / "no") == (
+        f"no bank at {tmp_path / 'no'}: bank.json is missing\n  Build one: mta bank build --help"
+    )
+
+
+def test_a_file_is_no_bank(tmp_path):
+    (tmp_path / "bank").write_text("")
+    assert corrupt(tmp_path / "bank").startswith(f"{tmp_path / 'bank' / 'bank.json'} is not a bank's description: ")
+
+
+@pytest.mark.parametrize("name", HASHED)
+def test_a_changed_file_is_named_with_both_hashes(folder, name):
+    flipped(folder / name, -1)
+    (found,) = files.file_hashes(folder, [name]).values()
+    assert corrupt(folder) == (
+        f"{folder / name} was changed or cut short: its sha256 is {found[:12]}…, "
+        f"bank.json says {files.read_info(folder).files[name][:12]}…\n"
+        "  Copy the bank anew from where it came from, or rebuild it: mta bank build"
+    )
+
+
+def test_a_changed_description_is_noticed(folder):
+    path = folder / "bank.json"
+    path.write_text(path.read_text().replace('"policy": "posterior"', '"policy": "uniform"'))
+    assert corrupt(folder).startswith(f"{path} was changed: its own sha256 does not fit what it says\n")
+
+
+@settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(name=st.sampled_from(ALL), part=st.floats(0, 1, exclude_max=True), bits=st.integers(1, 255))
+def test_no_changed_byte_goes_unnoticed(folder, name, part, bits):
+    path, info = folder / name, files.read_info(folder)
+    whole = path.read_bytes()
+    flipped(path, int(part * len(whole)), bits)
+    try:
+        found = Bank.open(folder, BASE)
+    except BankCorrupt:
+        pass
+    else:  # white space between two values
+        assert name == "bank.json"
+        assert found.info == info
+    finally:
+        path.write_bytes(whole)
+
+
+@settings(deadline=None, max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(name=st.sampled_from(ALL), part=st.floats(0, 1, exclude_max=True))
+def test_no_file_cut_short_goes_unnoticed(folder, name, part):
+    path = folder / name
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(part * (len(whole) - 1))])  # the last byte of a description is a line break
+    try:
+        corrupt(folder)
+    finally:
+        path.write_bytes(whole)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_file_of_another_bank_is_refused(folder, foreign, name):
+    assert (foreign / name).read_bytes() != (folder / name).read_bytes()
+    shutil.copy(foreign / name, folder / name)
+    assert " was changed or cut short: its sha256 is " in corrupt(folder)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_folder_in_place_of_a_file_is_refused(folder, name):
+    (folder / name).unlink()
+    (folder / name).mkdir()
+    corrupt(folder)
+
+
+def test_a_bank_of_another_schema_version_is_refused(folder):
+    rewritten(folder, version=2)
+    assert corrupt(folder) == (
+        f"{folder / 'bank.json'} has schema version 2; this mta reads version 1\n"
+        "  Rebuild the bank, or use the mta that wrote it."
+    )
+
+
+def test_a_description_with_a_word_nobody_knows_is_refused(folder):
+    rewritten(folder, colour="red")
+    assert corrupt(folder).startswith(f"{folder / 'bank.json'} is not a bank's description: 1 validation error")
+
+
+def test_a_description_of_a_task_nobody_can_read_is_refused(folder):
+    rewritten(folder, task={"name": "x"})
+    assert corrupt(folder).startswith(f"{folder} cannot be read: ")
+
+
+@pytest.mark.parametrize("described", ["", "[]", "null", "3", "{}", '{"version": 1}', "[" * 100000, "\x00"])
+def test_nonsense_is_no_description(folder, described):
+    (folder / "bank.json").write_text(described)
+    corrupt(folder)
+
+
+def test_files_that_do_not_fit_together_are_refused(folder):
+    """Every hash is right, but the index is of two people."""
+    save_file({"vectors": torch.zeros(2, 8)}, folder / "index.safetensors")
+    rewritten(folder, files=files.file_hashes(folder, HASHED))
+    assert corrupt(folder).startswith(f"{folder}: anchors, index and description do not fit together\n")
+
+
+@pytest.mark.parametrize(
+    "break_it",
+    [
+        lambda folder: save_file({"other": torch.zeros(3, 8)}, folder / "index.safetensors"),
+        lambda folder: save_file({"x.a": torch.zeros(3, 2, 8)}, folder / "anchors.safetensors"),
+        lambda folder: (folder / "anchors.safetensors").write_bytes(b"12345678" * 9),
+        lambda folder: (folder / "task_lora" / "adapter_config.json").write_text("[]"),
+    ],
+    ids=["no vectors", "an A without B", "no safetensors", "no adapter"],
+)
+def test_files_that_are_something_else_are_refused_though_their_hashes_fit(folder, break_it):
+    break_it(folder)
+    rewritten(folder, files=files.file_hashes(folder, HASHED))
+    assert corrupt(folder).startswith(f"{folder} cannot be read: ")
+
+
+# -- checked once ------------------------------------------------------------------------------------------------------
+
+
+def hashes_taken(monkeypatch) -> list:
+    """A list that grows whenever files are read for their hashes."""
+    taken, plain = [], files.file_hashes
+    monkeypatch.setattr(files, "file_hashes", lambda *given: taken.append(given) or plain(*given))
+    return taken
+
+
+def test_hashes_are_taken_once_and_then_only_when_asked(folder, monkeypatch):
+    taken = hashes_taken(monkeypatch)
+    for expected, full in ((1, False), (1, False), (2, True), (2, False)):
+        Bank.open(folder, BASE, full=full)
+        assert len(taken) == expected
+
+
+def test_a_change_after_the_first_opening_is_noticed_by_its_time(folder):
+    Bank.open(folder, BASE)
+    flipped(folder / "anchors.safetensors", -1)
+    corrupt(folder)
+
+
+def test_and_by_its_size(folder):
+    path = folder / "anchors.safetensors"
+    Bank.open(folder, BASE)
+    times = (path.stat().st_atime_ns, path.stat().st_mtime_ns)
+    path.write_bytes(path.read_bytes() + b"!")
+    os.utime(path, ns=times)
+    corrupt(folder)
+
+
+def test_a_change_that_hides_its_time_is_noticed_by_a_full_check(folder):
+    path = folder / "anchors.safetensors"
+    Bank.open(folder, BASE)
+    times = (path.stat().st_atime_ns, path.stat().st_mtime_ns)
+    flipped(path, -1)
+    os.utime(path, ns=times)
+    Bank.open(folder, BASE)  # the price of not reading everything every time
+    corrupt(folder, full=True)
+
+
+def test_a_touched_bank_is_checked_again_and_opens(folder, monkeypatch):
+    Bank.open(folder, BASE)
+    (folder / "anchors.safetensors").touch()
+    taken = hashes_taken(monkeypatch)
+    Bank.open(folder, BASE)
+    Bank.open(folder, BASE)
+    assert len(taken) == 1
+
+
+def test_a_damaged_bank_is_never_noted_as_checked(folder):
+    flipped(folder / "index.safetensors", -1)
+    corrupt(folder)
+    corrupt(folder)
+
+
+def test_a_cache_that_cannot_be_written_to_does_not_keep_a_bank_shut(folder, cache):
+    cache.write_text("a file where the cache folder should be")
+    assert len(Bank.open(folder, BASE)) == 3
+
+
+def test_a_moved_bank_is_the_same_bank(folder):
+    before = Bank.open(folder, BASE).hash
+    moved = folder.rename(folder.with_name("moved"))
+    assert Bank.open(moved, BASE).hash == before
+
+
+# -- forgetting --------------------------------------------------------------------------------------------------------
+
+
+def test_forgetting_lists_what_was_learnt_from_a_person(folder):
+    members = files.read_info(folder).members
+    anchor = next(p.id for p in people_of(12, prefix="c") if "anchor" in members.artefacts_of(p.id))
+    other = next(p.id for p in people_of(12, prefix="c") if "anchor" not in members.artefacts_of(p.id))
+    assert files.stale(folder) == []
+    assert files.mark_stale(folder, other) == ["clusters"]
+    assert files.stale(folder) == ["clusters"]
+    assert files.mark_stale(folder, anchor) == ["clusters", "anchor"]
+    assert files.mark_stale(folder, "t2") == ["task LoRA"]
+    assert json.loads((folder / "needs-rebuild.json").read_text()) == {
+        "needs_rebuild": ["anchor", "clusters", "task LoRA"]
+    }
+
+
+def test_forgetting_somebody_the_bank_never_saw_marks_nothing(folder):
+    assert files.mark_stale(folder, "stranger") == []
+    assert not (folder / "needs-rebuild.json").exists()
+
+
+def test_a_bank_that_needs_a_rebuild_is_still_the_same_bank(folder):
+    before = Bank.open(folder, BASE).hash
+    files.mark_stale(folder, "t2")
+    assert Bank.open(folder, BASE).hash == before
+    assert "t2" not in (folder / "needs-rebuild.json").read_text()
+
+
+def test_forgetting_needs_a_bank(tmp_path):
+    with pytest.raises(BankError, match=r"^no bank at "):
+        files.mark_stale(tmp_path, "ann")

@@ -1,0 +1,315 @@
+"""A build: the same work gives the same bank, once, whoever is killed meanwhile, and says nothing of anybody."""
+
+import json
+import random
+from pathlib import Path
+
+import kill
+import pytest
+import torch
+import yaml
+from conftest import TINY_RUN, HashEncoder, memory_for, people_of
+from safetensors.torch import load_file
+from tiny import base_of
+
+from mta.bank.bank import Bank
+from mta.bank.build import build_bank
+from mta.bank.files import Members, read_info
+from mta.config import Run
+from mta.errors import BankError, InputError
+from mta.history import Person
+from mta.lora.batch import fresh
+from mta.lora.peft import read_peft
+from mta.tasks import load_task
+from mta.training.trainer import Job
+
+TASK_PEOPLE, CANDIDATES = people_of(4, prefix="somebody-t"), people_of(12, prefix="somebody-c")
+
+
+def build(out: Path, task_people=TASK_PEOPLE, candidates=CANDIDATES, run: Run = TINY_RUN, **how) -> Path:
+    task = load_task("movielens-rating")
+    build_bank(base_of(), task, HashEncoder(), task_people, candidates, run, out, **how)
+    return out
+
+
+def changed(group: str, **values) -> Run:
+    return TINY_RUN.model_copy(update={group: getattr(TINY_RUN, group).model_copy(update=values)})
+
+
+def files_in(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def trained(folder: Path) -> dict[str, bytes]:
+    """What the bank's hash is over, apart from its description."""
+    return {name: data for name, data in files_in(folder).items() if name in read_info(folder).files}
+
+
+def without_seconds(folder: Path) -> dict:
+    values = json.loads((folder / "bank.json").read_text())
+    del values["seconds"], values["sha256"]
+    return values
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """A finished bank that no test changes."""
+    return build(tmp_path_factory.mktemp("built"))
+
+
+# -- the same work, the same bank --------------------------------------------------------------------------------------
+
+
+def test_a_bank_holds_these_files_and_no_others(built):
+    assert sorted(files_in(built)) == [
+        "README.md",
+        "anchors.safetensors",
+        "bank.json",
+        "index.safetensors",
+        "metrics.jsonl",
+        "task_lora/adapter_config.json",
+        "task_lora/adapter_model.safetensors",
+    ]
+    assert not list(built.glob("work"))
+
+
+def test_people_in_another_order_give_the_same_bank(built, tmp_path):
+    mixed = [random.Random(1).sample(people, len(people)) for people in (TASK_PEOPLE, CANDIDATES)]
+    again = build(tmp_path / "bank", *mixed)
+    assert len(trained(again)) == 4
+    assert trained(again) == trained(built)
+    assert without_seconds(again) == without_seconds(built)
+    assert read_info(again).hash == read_info(built).hash
+
+
+def test_how_long_it_took_is_no_part_of_a_banks_identity(built):
+    info = read_info(built)
+    slower = info.model_copy(update={"seconds": {"anchors": 999.0}})
+    assert slower.hash == info.hash
+    assert info.model_copy(update={"work": "0" * 64}).hash != info.hash
+
+
+def test_another_seed_gives_another_bank(built, tmp_path):
+    again = build(tmp_path / "bank", run=TINY_RUN.model_copy(update={"seed": 1}))
+    assert trained(again)["anchors.safetensors"] != trained(built)["anchors.safetensors"]
+
+
+def test_all_anchors_start_from_the_same_a(tmp_path):
+    training = TINY_RUN.bank.training.model_copy(update={"steps": 0})
+    found = load_file(build(tmp_path / "bank", run=changed("bank", training=training)) / "anchors.safetensors")
+    start = fresh(base_of().targets, 2, 8.0, 0, ["bank"], torch.float64).tensors()
+    for name, tensor in found.items():
+        assert torch.equal(tensor, start[name].expand_as(tensor))
+
+
+@pytest.mark.parametrize("cohort", [1, 2])
+def test_anchors_trained_in_several_cohorts_are_the_same(built, tmp_path, cohort, task):
+    base, steps = base_of(), []
+    jobs = [
+        Job(person.id, [base.prompts.example(task, item) for item in person.latest(4).items]) for person in CANDIDATES
+    ]
+    numbers = 2 * sum(d + o for d, o in base.targets.values())
+    reference = build(tmp_path / "one", run=changed("task_lora", enabled=False))
+    run = changed("task_lora", enabled=False).model_copy(update={"memory": memory_for(base, jobs, numbers, cohort)})
+    again = build(tmp_path / "bank", run=run, on_step=lambda stage, step: steps.append(step.people))
+    assert max(steps) == cohort
+    assert len(steps) == (3 if cohort == 1 else 2) * 4
+    expected = load_file(reference / "anchors.safetensors")
+    for name, tensor in load_file(again / "anchors.safetensors").items():
+        torch.testing.assert_close(tensor, expected[name], rtol=0, atol=1e-10)
+
+
+# -- once --------------------------------------------------------------------------------------------------------------
+
+
+def stamps(folder: Path) -> dict[Path, int]:
+    return {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+
+
+def test_a_finished_build_is_left_as_it_is(built):
+    before, steps = stamps(built), []
+    build(built, on_step=lambda *_: steps.append(1))
+    assert stamps(built) == before
+    assert steps == []
+
+
+def test_settings_of_later_stages_do_not_ask_for_another_bank(built):
+    before = stamps(built)
+    build(built, run=changed("merge", policy="uniform").model_copy(update={"stack": changed("stack").stack}))
+    assert stamps(built) == before
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"candidates": CANDIDATES[:-1]},
+        {"task_people": TASK_PEOPLE[:-1]},
+        {"candidates": [CANDIDATES[0].first(5), *CANDIDATES[1:]]},
+        {"run": changed("bank", anchors=2)},
+        {"run": TINY_RUN.model_copy(update={"seed": 1})},
+    ],
+    ids=["candidates", "task people", "an item less", "settings", "seed"],
+)
+def test_another_bank_in_the_folder_is_not_overwritten(built, other):
+    before = stamps(built)
+    with pytest.raises(BankError) as caught:
+        build(built, **other)
+    assert str(caught.value) == (
+        f"{built} holds a bank built from other people, another base or other settings\n"
+        f"  Choose another folder with --out, or remove it first: rm -r {built}"
+    )
+    assert stamps(built) == before
+
+
+def test_what_a_build_killed_at_its_very_end_left_is_cleaned_up(built, tmp_path):
+    out = build(tmp_path / "bank")
+    (out / "work").mkdir()
+    (out / "work" / "anchors-000.safetensors").write_bytes(b"left")
+    build(out)
+    assert sorted(files_in(out)) == sorted(files_in(built))
+
+
+def test_a_build_killed_again_and_again_ends_with_the_same_bank(built, tmp_path, cache):
+    folders = [tmp_path / name for name in ("whole", "one", "two", "three")]
+    kills = kill.until_done(build, folders)
+    assert sum(kills) >= 6
+    for folder in folders:
+        assert trained(folder) == trained(built)
+        assert without_seconds(folder) == without_seconds(built)
+        assert sorted(files_in(folder)) == sorted(files_in(built))  # no half-written file is left
+        assert len(Bank.open(folder, base_of())) == 3
+        for line in (folder / "metrics.jsonl").read_text().splitlines():
+            assert json.loads(line)["stage"] in ("task LoRA", "anchors")
+
+
+def test_an_interrupted_build_goes_on_with_other_settings_as_if_new(built, tmp_path):
+    def stop(stage, step):
+        if stage == "anchors" and step.step == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build(tmp_path / "bank", run=TINY_RUN.model_copy(update={"seed": 1}), on_step=stop)
+    assert trained(build(tmp_path / "bank")) == trained(built)
+
+
+# -- who ---------------------------------------------------------------------------------------------------------------
+
+
+def test_candidates_with_few_items_never_become_anchors(tmp_path):
+    candidates = [person.first(2) if n % 2 else person for n, person in enumerate(people_of(24, prefix="somebody-c"))]
+    info = read_info(build(tmp_path / "bank", candidates=candidates))
+    assert len(info.members.candidates) == 12
+    assert info.items == (6, 6, 6)
+
+
+def test_too_few_candidates_are_noticed_before_anything_is_trained(tmp_path):
+    steps = []
+    with pytest.raises(InputError, match=r"^2 candidates for anchors; at least 4 are needed, and 12 for 3 "):
+        build(tmp_path / "bank", candidates=CANDIDATES[:2], on_step=lambda *_: steps.append(1))
+    assert steps == []
+
+
+def test_anchors_are_trained_on_their_latest_items_and_the_cut_is_reported(built):
+    info = read_info(built)
+    assert info.items == (6, 6, 6)
+    assert info.cut == {"items left out": 6, "texts shortened": 0}
+
+
+def test_nobody_is_both_anchor_and_behind_the_task_lora(tmp_path, task):
+    with pytest.raises(InputError, match=r"^1 people are both in the task LoRA's part and candidates for anchors$"):
+        Bank.build(
+            base_of(), CANDIDATES, tmp_path / "bank", task=task, encoder=HashEncoder(), run=TINY_RUN,
+            task_people=[*TASK_PEOPLE, CANDIDATES[3]],
+        )  # fmt: skip
+    assert not (tmp_path / "bank").exists()
+
+
+def test_without_task_people_half_of_all_train_the_task_lora(tmp_path, task, cache):
+    everyone = people_of(24, prefix="somebody-")
+    bank = Bank.build(base_of(), everyone, tmp_path / "b", task=task, encoder=HashEncoder(), run=TINY_RUN, anchors=2)
+    members = bank.info.members
+    assert (len(members.task), len(members.candidates), len(bank)) == (12, 12, 2)
+    parts = [bank.info.members.artefacts_of(person.id) for person in everyone]
+    assert parts.count(["task LoRA"]) == 12
+    assert parts.count(["clusters"]) + parts.count(["clusters", "anchor"]) == 12
+
+
+def test_members_can_be_asked_for_but_not_listed():
+    members = Members.of("work", ["ann"], ["bob", "cy"], ["cy"])
+    assert members.artefacts_of("ann") == ["task LoRA"]
+    assert members.artefacts_of("bob") == ["clusters"]
+    assert members.artefacts_of("cy") == ["clusters", "anchor"]
+    assert members.artefacts_of("dee") == []
+    assert not any(name in members.model_dump_json() for name in ("ann", "bob"))
+
+
+def test_the_same_person_is_hashed_differently_in_another_bank():
+    one, other = (Members.of(work, ["ann"], [], []) for work in ("one", "other"))
+    assert one.key != other.key
+    assert one.task != other.task
+
+
+def says_nothing_of_anybody(folder: Path) -> None:
+    texts = {item.fields["title"] for person in (*TASK_PEOPLE, *CANDIDATES) for item in person.items}
+    for name, data in files_in(folder).items():
+        assert b"somebody" not in data, name
+        assert not any(text.encode() in data for text in texts), name
+
+
+def test_no_file_holds_anybodys_id_or_text(built):
+    says_nothing_of_anybody(built)
+
+
+def test_nor_do_the_files_of_an_interrupted_build(tmp_path, monkeypatch):
+    from mta.training.checkpoint import Checkpoint
+
+    monkeypatch.setattr(Checkpoint, "due", lambda _: True)
+
+    def stop(stage, step):
+        if stage == "anchors" and step.step == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build(tmp_path / "bank", on_step=stop)
+    assert (tmp_path / "bank" / "work" / "anchors-000.checkpoint").is_file()
+    says_nothing_of_anybody(tmp_path / "bank")
+
+
+# -- what it says of itself --------------------------------------------------------------------------------------------
+
+
+def test_the_card_says_what_the_bank_is_and_how_to_build_it_again(built):
+    info, text = read_info(built), (built / "README.md").read_text()
+    assert text.startswith("# A bank of 3 anchors for `movielens-rating`\n")
+    assert f"| base fingerprint | `{info.base_fingerprint}` |" in text
+    assert "| people behind the task LoRA / candidates for anchors | 4 / 12 |" in text
+    assert "| cut | 6 items left out, 0 texts shortened |" in text
+    recipe = text.partition("```yaml\n")[2].partition("```")[0]
+    assert Run.model_validate(yaml.safe_load(recipe)) == TINY_RUN == info.run
+
+
+def test_every_line_of_the_metrics_is_a_step(built):
+    rows = [json.loads(line) for line in (built / "metrics.jsonl").read_text().splitlines()]
+    assert [(row["stage"], row["step"]) for row in rows] == [
+        (stage, n) for stage in ("task LoRA", "anchors") for n in (1, 2, 3, 4)
+    ]
+    assert all(row["loss"] > 0 and 0 < row["examples"] <= row["examples_total"] for row in rows)
+
+
+def test_the_task_lora_is_an_ordinary_adapter_folder(built):
+    adapter = read_peft(built / "task_lora")
+    assert adapter.shapes == base_of().targets
+    assert (adapter.rank, adapter.scale) == (2, 8.0)
+
+
+def test_without_stage_0_there_is_no_task_lora(tmp_path, cache):
+    out = build(tmp_path / "bank", run=changed("task_lora", enabled=False))
+    bank = Bank.open(out, base_of())
+    assert not (out / "task_lora").exists()
+    assert bank.task_lora is None
+    assert bank.pooled == []
+
+
+def test_a_person_who_comes_with_queries_is_trained_on_items_alone(built, tmp_path):
+    asked = [Person(person.id, person.items, person.items[:1]) for person in CANDIDATES]
+    assert trained(build(tmp_path / "bank", candidates=asked)) == trained(built)

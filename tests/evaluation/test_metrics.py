@@ -1,0 +1,137 @@
+import math
+
+import pytest
+import torch
+from rouge_score.rouge_scorer import RougeScorer
+from sklearn.metrics import accuracy_score, log_loss, mean_absolute_error, mean_squared_error
+
+from mta.evaluation.metrics import Answers, from_scores, measure, median_labels, primary, query_nll
+from mta.evaluation.run import Interval, better, bootstrap, student_t
+from mta.tasks import load_task
+
+RATING, TAG, HEADLINE = load_task("movielens-rating"), load_task("lamp2"), load_task("lamp4")
+
+
+def drawn(task, queries=40, seed=0):
+    """Random label scores and random true answers."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = task.labels
+    scores = 2 * torch.randn(queries, len(labels), generator=generator, dtype=torch.float64)
+    return scores, [labels[i] for i in torch.randint(len(labels), (queries,), generator=generator)]
+
+
+def test_ratings_are_measured_as_sklearn_does():
+    scores, golds = drawn(RATING)
+    answers = from_scores(RATING, scores)
+    found = measure(RATING, answers, golds)
+    true, said = [float(g) for g in golds], [float(t) for t in answers.texts]
+    medians = [float(m) for m in median_labels(RATING, scores)]
+    assert next(iter(found)) == primary(RATING) == "MAE"
+    assert found["MAE"] == pytest.approx(mean_absolute_error(true, said))
+    assert found["MAE (median)"] == pytest.approx(mean_absolute_error(true, medians))
+    assert found["RMSE"] == pytest.approx(math.sqrt(mean_squared_error(true, said)))
+    assert found["accuracy"] == pytest.approx(accuracy_score(golds, answers.texts))
+    assert found["NLL"] == pytest.approx(log_loss(golds, scores.softmax(1).numpy(), labels=list(RATING.labels)))
+
+
+def test_tags_are_measured_as_sklearn_does():
+    scores, golds = drawn(TAG)
+    found = measure(TAG, from_scores(TAG, scores), golds)
+    order = sorted(range(len(TAG.labels)), key=lambda i: TAG.labels[i])  # log_loss wants its labels sorted
+    shares = scores.softmax(1)[:, order].numpy()
+    assert list(found) == ["accuracy", "NLL"]
+    assert primary(TAG) == "accuracy"
+    assert found["accuracy"] == pytest.approx(accuracy_score(golds, from_scores(TAG, scores).texts))
+    assert found["NLL"] == pytest.approx(log_loss(golds, shares, labels=[TAG.labels[i] for i in order]))
+
+
+def test_without_scores_there_is_no_likelihood():
+    assert list(measure(RATING, Answers(["3", "3"]), ["3", "5"])) == ["MAE", "RMSE", "accuracy"]
+
+
+@pytest.mark.parametrize(("gold", "distance"), [("1", 4), ("2", 3), ("3", 2), ("4", 3), ("5", 4)])
+def test_what_is_no_number_counts_as_the_farther_extreme(gold, distance):
+    assert measure(RATING, Answers(["four stars"]), [gold])["MAE"] == distance
+
+
+def test_a_number_outside_the_labels_counts_as_it_is():
+    assert measure(RATING, Answers(["7", " 4 "]), ["4", "4"])["MAE"] == 1.5
+
+
+@pytest.mark.parametrize(
+    ("shares", "median"),
+    [
+        ([0.6, 0.1, 0.1, 0.1, 0.1], "1"),
+        ([0.3, 0.1, 0.2, 0.1, 0.3], "3"),
+        ([0.0, 0.0, 0.4, 0.0, 0.6], "5"),
+        ([0.2, 0.2, 0.2, 0.2, 0.2], "3"),
+    ],
+)
+def test_median_label_by_hand(shares, median):
+    scores = (torch.tensor([shares], dtype=torch.float64) + 1e-12).log()
+    assert median_labels(RATING, scores) == [median]
+    turned = RATING.model_copy(update={"labels": ("5", "4", "3", "2", "1")})
+    assert median_labels(turned, scores.flip(1)) == [median]
+
+
+def test_median_label_has_the_least_expected_error():
+    scores, _ = drawn(RATING)
+    values = torch.tensor([float(label) for label in RATING.labels], dtype=torch.float64)
+    expected = scores.softmax(1) @ (values[:, None] - values[None, :]).abs()  # (queries, answers)
+    chosen = torch.tensor([RATING.labels.index(label) for label in median_labels(RATING, scores)])
+    assert torch.allclose(expected.gather(1, chosen[:, None])[:, 0], expected.min(1).values)
+
+
+def test_likelihood_by_hand():
+    scores = torch.tensor([[0.0, 0.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0, math.log(4)]])
+    assert query_nll(RATING, scores, ["2", "5"]).tolist() == pytest.approx([math.log(5), math.log(2)])
+    assert query_nll(RATING, scores + 7, ["2", "5"]).tolist() == pytest.approx([math.log(5), math.log(2)])
+
+
+def test_texts_are_measured_as_rouge_does():
+    texts, golds = ["the cat sat", "a dog", "nothing alike"], ["the cat", "A dog!", "other words"]
+    found = measure(HEADLINE, Answers(texts), golds)
+    scorer = RougeScorer(["rouge1", "rougeL"], use_stemmer=False)
+    for name, key in (("ROUGE-1", "rouge1"), ("ROUGE-L", "rougeL")):
+        assert found[name] == pytest.approx(sum(scorer.score(g, t)[key].fmeasure for g, t in zip(golds, texts)) / 3)
+    assert found["ROUGE-1"] == pytest.approx((0.8 + 1 + 0) / 3)  # two of three words, both, none
+    assert next(iter(found)) == primary(HEADLINE)
+
+
+def test_bootstrap_covers_the_mean_as_often_as_it_says():
+    generator = torch.Generator().manual_seed(3)
+    samples = torch.randn(300, 40, generator=generator, dtype=torch.float64)
+    found = [bootstrap(sample, seed, times=800) for seed, sample in enumerate(samples)]
+    covered = sum(one.low <= 0 <= one.high for one in found) / len(found)
+    assert 0.9 <= covered <= 0.98
+    assert all(one.low < one.mean < one.high for one in found)
+
+
+def test_bootstrap_is_fixed_by_its_seed_and_shrinks_with_people():
+    values = torch.randn(50, generator=torch.Generator().manual_seed(0))
+    assert bootstrap(values) == bootstrap(values)
+    assert bootstrap(values) != bootstrap(values, seed=1)
+    assert bootstrap(values).mean == pytest.approx(float(values.double().mean()))
+    few, many = bootstrap(values), bootstrap(values.repeat(16))
+    assert (few.high - few.low) / (many.high - many.low) == pytest.approx(4, rel=0.15)
+    assert bootstrap(torch.full((9,), 0.5)) == Interval(0.5, 0.5, 0.5)
+
+
+def test_student_t_as_in_the_books():
+    assert student_t(10) == pytest.approx(2.262, abs=1e-3)
+    assert student_t(2) == pytest.approx(12.706, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("metric", "low", "high", "expected"),
+    [
+        ("MAE", -0.2, -0.1, True),
+        ("NLL", -0.2, 0.1, False),
+        ("RMSE", 0.1, 0.2, False),
+        ("accuracy", 0.1, 0.2, True),
+        ("ROUGE-1", -0.2, -0.1, False),
+        ("accuracy", -0.1, 0.2, False),
+    ],
+)
+def test_better_means_that_the_interval_excludes_zero(metric, low, high, expected):
+    assert better(metric, Interval((low + high) / 2, low, high)) is expected

@@ -1,0 +1,412 @@
+import io
+import json
+import re
+from html.parser import HTMLParser
+
+import pytest
+import torch
+from rich.console import Console
+
+from mta.evaluation import figures
+from mta.evaluation.metrics import Answers, measure, query_nll
+from mta.evaluation.report import grid, table, to_json, verdict, write_html
+from mta.evaluation.run import Comparison, Interval, Row
+from mta.evaluation.verdict import headline, judge
+from mta.fuse import Merge
+from mta.tasks import load_task
+
+HOSTILE = "<script>alert('x')</script><img src=https://evil.example/x.png onerror=\"go()\"> & {{ 7 * 7 }}"
+SECTIONS = [
+    "The comparison",
+    "Score against bytes kept per person",
+    "Map of anchors and people",
+    "Chosen anchors and coefficients",
+    "The same question, before and after",
+    "How this was made",
+]
+
+
+def rated(task, name, people=40, queries=8, gain=0.0, seconds=0.0, kept=0.0, merge=None, seed=1):
+    """A row whose model sees the true ratings through noise; ``gain`` raises the true label's score."""
+    generator = torch.Generator().manual_seed(0)
+    golds = torch.randint(5, (people, queries), generator=generator)
+    blurred = golds[..., None] + 1.5 * torch.randn(people, queries, 1, generator=generator)
+    noise = 0.05 * torch.randn(people, queries, 5, generator=torch.Generator().manual_seed(seed))
+    scores = noise - (torch.arange(5) - blurred) ** 2 / 3
+    scores.scatter_add_(2, golds[..., None], torch.full((people, queries, 1), gain))
+    texts = [[task.labels[i] for i in row] for row in golds.tolist()]
+    answers = [Answers([task.labels[i] for i in s.argmax(1).tolist()], s) for s in scores]
+    measured = [measure(task, a, g) for a, g in zip(answers, texts)]
+    values = {metric: torch.tensor([m[metric] for m in measured], dtype=torch.float64) for metric in measured[0]}
+    nll = torch.stack([query_nll(task, s, g) for s, g in zip(scores, texts)])
+    return Row(name, values, nll, seconds, kept, merge, answers)
+
+
+def constant(task, people=40):
+    values = {"MAE": torch.full((people,), 1.25), "RMSE": torch.ones(people), "accuracy": torch.full((people,), 0.2)}
+    return Row("global constant", values, None, 0.0, 0.0, None)
+
+
+def comparison_of(task, gain=0.3, oppu=-0.3, people=40, queries=8):
+    merge = Merge(torch.arange(3).expand(people, 3).contiguous(), torch.tensor([[0.5, 0.2, 0.05]]).repeat(people, 1))
+    size = {"people": people, "queries": queries}
+    rows = [
+        constant(task, people),
+        rated(task, "task LoRA", **size),
+        rated(task, "OPPU", gain=oppu, seconds=412.0, kept=9.77e6, seed=2, **size),
+        rated(task, "MTA", gain=gain, seconds=3.04, kept=1.22e6, merge=merge, seed=3, **size),
+    ]
+    return Comparison(task, rows)
+
+
+@pytest.fixture
+def comparison(task):
+    return comparison_of(task)
+
+
+def shown(made, width=140, **how):
+    console = Console(file=io.StringIO(), width=width, record=True, **how)
+    console.print(made)
+    return console
+
+
+def test_table_shows_every_method_and_its_numbers(comparison):
+    text = shown(table(comparison)).export_text()
+    lines = {line.split("  ")[0]: line for line in text.splitlines()}
+    assert "movielens-rating: 40 people, 8 questions each" in text
+    assert lines["global constant"].split()[2:] == ["1.250", "0.200", "-", "-", "-", "-", "0", "0"]
+    assert "baseline" in lines["task LoRA"]
+    score, paired = comparison.score("MTA", "MAE"), comparison.difference("MTA", "task LoRA", "NLL")
+    assert f"{score.mean:.3f}" in lines["MTA"]
+    assert f"[{score.low:.3f}, {score.high:.3f}]" in text
+    assert f"{paired.mean:+.3f} better" in lines["MTA"]
+    assert f"[{paired.low:+.3f}, {paired.high:+.3f}]" in text
+    assert re.search(r"\+0\.\d{3} worse", lines["OPPU"])
+    assert lines["MTA"].replace("\xa0", " ").endswith("3.0 s 1.2 MB")
+    assert lines["OPPU"].replace("\xa0", " ").endswith("6.9 min 9.8 MB")
+    assert "RMSE" not in text
+
+
+def test_table_marks_with_colour_and_words(comparison):
+    styled = shown(table(comparison), force_terminal=True, color_system="standard").export_text(styles=True)
+    assert "\x1b[32m better" in styled
+    assert "\x1b[31m worse" in styled
+    best = comparison.score("MTA", "NLL").mean
+    assert f"\x1b[1m{best:.3f}" in styled
+    assert f"\x1b[1m{comparison.score('OPPU', 'NLL').mean:.3f}" not in styled
+
+
+def test_table_fits_into_eighty_columns_without_breaking_numbers(comparison):
+    text = shown(table(comparison), width=80).export_text()
+    assert max(len(line) for line in text.splitlines()) <= 80
+    for part in ("1.2\xa0MB", "6.9\xa0min", "baseline", "accuracy", f"{comparison.score('MTA', 'MAE').low:.3f},"):
+        assert part in text
+
+
+def test_best_of_a_column_follows_the_metrics_direction(comparison):
+    columns = {column.title: column.cells for column in grid(comparison, "task LoRA")}
+    assert list(columns) == [
+        "MAE",
+        "accuracy",
+        "median\nMAE",
+        "NLL",
+        "NLL against\ntask LoRA",
+        "people\nworse off",
+        "training",
+        "kept\neach",
+    ]
+    for title in ("MAE", "accuracy", "NLL", "people\nworse off"):
+        assert [cell.best for cell in columns[title]] == [False, False, False, True]
+    assert [cell.best for cell in columns["kept\neach"]] == [True, True, False, False]
+
+
+def test_without_the_reference_nothing_is_compared(comparison):
+    titles = [column.title for column in grid(comparison, "another")]
+    assert titles == ["MAE", "accuracy", "median\nMAE", "NLL", "training", "kept\neach"]
+
+
+def test_texts_are_compared_in_their_primary_metric():
+    task, people = load_task("lamp4"), 30
+    generator = torch.Generator().manual_seed(0)
+    low = torch.rand(people, generator=generator, dtype=torch.float64) / 2
+    rows = [
+        Row(name, {"ROUGE-1": values, "ROUGE-L": values / 2}, None, 1.0, kept, None, [Answers(["a", "b"])] * people)
+        for name, values, kept in (("task LoRA", low, 0.0), ("OPPU", low, 2e3), ("MTA", low + 0.1, 1e3))
+    ]
+    found = Comparison(task, rows)
+    titles = [column.title for column in grid(found, "task LoRA")]
+    assert titles == ["ROUGE-1", "ROUGE-L", "ROUGE-1 against\ntask LoRA", "training", "kept\neach"]
+    assert "+0.100 better" in shown(table(found)).export_text()
+    said = verdict(found)
+    assert said[0].startswith("ROUGE-1: MTA is better than the pooled model (task LoRA) by 0.100")
+    assert not any("NLL" in sentence for sentence in said)
+    assert to_json(found)["queries_per_person"] == 2
+
+
+def test_verdict_when_better(comparison):
+    said = verdict(comparison)
+    gain = comparison.difference("MTA", "task LoRA", "NLL")
+    assert (
+        f"NLL: MTA is better than the pooled model (task LoRA) by {-gain.mean:.3f} "
+        f"(95% interval {-gain.high:.3f} to {-gain.low:.3f})." in said
+    )
+    assert any(sentence.startswith("MAE: MTA is better than OPPU by 0.") for sentence in said)
+    assert "Kept per person: 1.2 MB by MTA, 9.8 MB by OPPU." in said
+    assert headline(comparison, "MTA", "task LoRA") == "MTA against the pooled model: better in MAE and NLL"
+
+
+def test_verdict_when_unclear(task):
+    found = comparison_of(task, gain=0.0, oppu=0.0)
+    for sentence in verdict(found)[:4]:
+        assert "no clear difference between MTA and " in sentence
+        assert "with a 95% interval from 0.0" in sentence
+    assert headline(found, "MTA", "task LoRA").endswith("no clear difference in MAE and NLL")
+    assert "better" not in shown(table(found)).export_text().split("Means over people")[0]
+
+
+def test_verdict_when_worse(task):
+    found = comparison_of(task, gain=-0.4, oppu=0.0)
+    loss = found.difference("MTA", "task LoRA", "NLL")
+    said = verdict(found)
+    assert (
+        f"NLL: MTA is worse than the pooled model (task LoRA) by {loss.mean:.3f} "
+        f"(95% interval {loss.low:.3f} to {loss.high:.3f})." in said
+    )
+    assert any(sentence.startswith("NLL: MTA is worse than OPPU") for sentence in said)
+    share, clearly = found.worse_off("MTA", "task LoRA")
+    counts = f"{share * 40:.0f} of 40 people are worse off with MTA than with the pooled model"
+    assert any(s.startswith(counts) and f"{clearly * 40:.0f} of them clearly" in s for s in said)
+
+
+def test_verdict_says_how_little_it_rests_on(task):
+    few = comparison_of(task, people=3, queries=1)
+    said = verdict(few)
+    assert "Only 3 people were tested: take every interval with a grain of salt." in said
+    assert not any("clearly" in sentence for sentence in said)  # one question each cannot tell
+    assert to_json(few)["methods"][3]["worse_off"]["task LoRA"]["clearly"] is None
+    one = comparison_of(task, people=1)
+    assert "better than" not in " ".join(verdict(one))
+    assert verdict(few, name="nobody") == ["nobody is not among the methods compared."]
+
+
+def test_one_person_decides_nothing():
+    assert judge("NLL", Interval(-0.1, -0.1, -0.1), people=1) == "unclear"
+    assert judge("NLL", Interval(-0.1, -0.2, -0.01), people=9) == "better"
+    assert judge("accuracy", Interval(-0.1, -0.2, -0.01), people=9) == "worse"
+
+
+def test_json_comes_back_whole(comparison):
+    meta = {"base": "tiny-llama", "note": "dequantized from Q4_1", "data": "made up", "seed": 3, "command": "mta x"}
+    made = to_json(comparison, **meta)
+    back = json.loads(json.dumps(made, allow_nan=False))
+    assert back == made
+    assert back["meta"] == meta
+    assert (back["people"], back["queries_per_person"], back["primary"]) == (40, 8, "MAE")
+    rows = {row["name"]: row for row in back["methods"]}
+    assert list(rows) == ["global constant", "task LoRA", "OPPU", "MTA"]
+    score, paired = comparison.score("MTA", "RMSE"), comparison.difference("MTA", "OPPU", "MAE")
+    assert rows["MTA"]["metrics"]["RMSE"] == {"mean": score.mean, "low": score.low, "high": score.high}
+    assert rows["MTA"]["differences"]["OPPU"]["MAE"]["mean"] == paired.mean
+    assert rows["MTA"]["worse_off"]["task LoRA"] == {"share": 0.0, "clearly": 0.0}
+    assert (rows["MTA"]["seconds"], rows["MTA"]["bytes_per_person"]) == (3.04, 1.22e6)
+    assert "task LoRA" not in rows["task LoRA"]["differences"]
+    assert rows["global constant"]["worse_off"] == {}
+    assert back["verdict"] == verdict(comparison)
+
+
+class Page(HTMLParser):
+    """Checks nesting and collects what a browser would load, ids, headings and text."""
+
+    VOID = frozenset({"meta", "link", "br", "img", "hr", "input"})
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.loads, self.ids, self.headings, self.text, self.tags = [], [], [], [], [], set()
+        self.feed(text)
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag, attrs):
+        self.handle_startendtag(tag, attrs)
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.add(tag)
+        for key, value in attrs:
+            assert not key.startswith("on"), key
+            if key in {"src", "href", "xlink:href", "srcset", "data", "action"}:
+                self.loads.append(value)
+            if key == "id":
+                self.ids.append(value)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] in {"h1", "h2"}:
+            self.headings.append(data)
+        self.text.append(data)
+
+
+@pytest.fixture
+def page(tiny, comparison, tmp_path):
+    """Write the page into a file and read it."""
+
+    def write(name="report.html", people=True, **changes):
+        people_vectors = torch.randn(40, 8, generator=torch.Generator().manual_seed(0)) if people else None
+        what = {
+            "comparison": comparison,
+            "bank": tiny[1],
+            "people_vectors": people_vectors,
+            "bank_vectors": None,
+            "questions": [
+                {
+                    "question": HOSTILE,
+                    "before": "3",
+                    "after": [("person A", HOSTILE), ("person B", "5"), ("whose 3 shots say 2, 2, 1", "3")],
+                }
+            ],
+            "meta": {
+                "command": "mta evaluate x.jsonl --bank bank/",
+                "seed": 3,
+                "note": "dequantized from Q4_1",
+                "data": "made up <b>here</b>",
+                "terms": "none, see https://example.org/terms",
+                "protocol": "first 3 items, then 8",
+                "date": "2026-11-25",
+                "versions": {"mta": "0.1", "torch": "2.13"},
+                "evaluation": {"shots": 3, "oppu": {"rank": 8}},
+            },
+        }
+        write_html(tmp_path / name, **(what | changes))
+        return (tmp_path / name).read_text(encoding="utf-8")
+
+    return write
+
+
+def test_page_is_whole_and_loads_nothing(page):
+    text = page()
+    found = Page(text)
+    assert [heading for heading in found.headings if heading in SECTIONS] == SECTIONS
+    assert "MTA against the pooled model: better in MAE and NLL" in found.headings
+    assert "script" not in found.tags
+    assert all(value.startswith(("#", "data:")) for value in found.loads)
+    assert "default-src 'none'" in text
+    assert len(set(found.ids)) == len(found.ids)
+    links = {value.removeprefix("#") for value in found.loads if value.startswith("#")}
+    assert links <= set(found.ids)
+    assert set(re.findall(r"url\(#([^)]*)\)", text)) <= set(found.ids)
+    assert "prefers-color-scheme: dark" in text
+    assert not re.search(r"url\((?!#)|@import", text)
+
+
+def test_page_says_what_there_is_to_say(page, comparison):
+    told = " ".join("".join(Page(page()).text).split())
+    for sentence in verdict(comparison):
+        assert sentence in told
+    for part in (
+        "mta evaluate x.jsonl --bank bank/",
+        "dequantized from Q4_1",
+        "tiny-llama",
+        "protocol reconstructed",
+        "first 3 items, then 8",
+        "2026-11-25",
+        "mta 0.1, torch 2.13",
+        '"rank": 8',
+        "after, person B",
+        "after, a person whose 3 shots say 2, 2, 1",
+        "see https://example.org/terms",
+        "pooled model alone",
+        "+0.",
+    ):
+        assert part in told
+    assert "0.50" in told  # person A's first coefficient
+
+
+def test_hostile_strings_stay_text(page):
+    text = page(meta={"command": HOSTILE, HOSTILE: HOSTILE}, comparison=hostile_names())
+    found = Page(text)
+    assert not {"script", "img"} & found.tags
+    assert "<script" not in text
+    assert "evil.example" in "".join(found.text)
+    assert "{{ 7 * 7 }}" in "".join(found.text)
+    assert not any("evil" in value for value in found.loads)
+
+
+def hostile_names():
+    made = comparison_of(load_task("movielens-rating"))
+    made.rows[0].name = HOSTILE + " $x$"
+    return made
+
+
+def test_pages_are_the_same_to_the_byte(page):
+    assert page("one.html") == page("two.html")
+
+
+def test_page_without_vectors_merge_or_questions(page, task):
+    plain = Comparison(task, [row for row in comparison_of(task).rows if row.name != "MTA"])
+    found = Page(page(people=False, comparison=plain, questions=[]))
+    assert "Map of anchors and people" not in found.headings
+    assert "Chosen anchors and coefficients" not in found.headings
+    assert "No question was asked for this report." in " ".join(found.text)
+    assert "MTA is not among the methods compared." in found.text
+
+
+def test_no_person_and_no_stray_file_is_left(page, tmp_path):
+    told = page()
+    assert not re.search(r"\b[ctx]\d\b", "".join(Page(told).text))  # the tiny bank's people are t0.. and c0..
+    assert [path.name for path in tmp_path.glob("*.html")] == ["report.html"]
+    assert not list(tmp_path.glob(".*report*"))
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(0, "0"), (61, "61 B"), (999, "999 B"), (4600, "4.6 kB"), (9.96e3, "10 kB"), (1e6, "1 MB"), (3.2e12, "3200 GB")],
+)
+def test_sizes_as_people_read_them(count, text):
+    assert figures.human_bytes(count) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0, "0"), (0.42, "0.4 s"), (9.97, "10 s"), (99.6, "1.7 min"), (7200, "2.0 h")]
+)
+def test_durations_as_people_read_them(seconds, text):
+    assert figures.human_seconds(seconds) == text
+
+
+def test_scatter_takes_what_keeps_nothing_and_what_is_far_off():
+    near = [figures.Point(f"m{i}", Interval(0.7 + i / 100, 0.6, 0.9), i * 1e3) for i in range(4)]
+    far = figures.Point("base", Interval(2.5, 2.4, 2.6), 0.0)
+    drawn = figures.score_against_bytes([*near, far], "MAE", True, "m3", "m0")
+    assert "base (2.50)" in drawn
+    assert 'role="img" aria-label="MAE against bytes kept per person: m0 0.700 with 0, m1 0.710 with 1 kB' in drawn
+    alone = figures.score_against_bytes([near[0]], "MAE", True, "m0", "m0")
+    assert ">m0<" in alone
+
+
+def test_bars_show_the_rest_and_coefficients_below_zero():
+    merge = Merge(torch.tensor([[4, 1, 2], [0, 1, 2]]), torch.tensor([[0.5, -0.2, 0.1], [0.7, 0.2, 0.1]]))
+    one, other = figures.coefficient_bars(merge, items=[10, 11, 12, 13, 14], most=2)
+    for part in (
+        "anchor 4 (14 items)",
+        "anchor 1 (11 items)",
+        "-0.20",
+        "1 other anchors",
+        "pooled model alone",
+        "0.60",
+    ):
+        assert part in one
+    assert "pooled model alone" not in other
+
+
+def test_map_lies_the_same_way_every_time_and_survives_equal_vectors():
+    generator = torch.Generator().manual_seed(0)
+    anchors, people = torch.randn(6, 5, generator=generator), torch.randn(9, 5, generator=generator)
+    drawn = figures.anchor_map(anchors, people)
+    assert drawn == figures.anchor_map(anchors, people)
+    assert drawn.count(">person ") == 3
+    assert "Map of 6 numbered anchors and 9 people" in drawn
+    assert "leans on" not in drawn
+    merge = Merge(torch.tensor([[5, 2]]).repeat(9, 1), torch.tensor([[0.6, 0.4]]).repeat(9, 1))
+    assert "person A leans on anchor 5, anchor 2." in figures.anchor_map(anchors, people, merge)

@@ -1,0 +1,208 @@
+import dataclasses
+
+import pytest
+import torch
+from conftest import TINY_RUN, HashEncoder, people_of
+
+from mta.config import Evaluation, Lora, MergeSettings, Training
+from mta.errors import InputError
+from mta.evaluation import methods as module
+from mta.evaluation import protocol
+from mta.evaluation.methods import Base, GlobalConstant, Merged, MergeThenAdapt, OneLora, Outcome, OwnConstant, TaskLora
+from mta.evaluation.metrics import Answers, measure
+from mta.evaluation.protocol import Panel
+from mta.evaluation.run import Comparison, Row, bootstrap, evaluate
+from mta.evaluation.study import standard_methods
+from mta.history import Item, Person
+
+SHOTS, QUERIES, PEOPLE = 3, 3, 4
+ADAPT = OneLora("adapt only", Lora(rank=1, alpha=4.0), Training(lr=1e-2, steps=2, batch_size=8))
+MTA = MergeThenAdapt("MTA", MergeSettings(policy="posterior", k=0), TINY_RUN.stack)
+ALL = [
+    GlobalConstant(),
+    OwnConstant(),
+    Base(),
+    TaskLora(),
+    OneLora("OPPU", Lora(rank=2, alpha=4.0), Training(lr=1e-2, steps=2, batch_size=8)),
+    Merged("merge only, similarity", MergeSettings(policy="similarity", k=2)),
+    Merged("merge only, posterior", MergeSettings(policy="posterior", k=0)),
+    ADAPT,
+    MTA,
+]
+
+
+def panel_of(tiny, people=None, shots=SHOTS, queries=QUERIES):
+    base, bank = tiny
+    people = people_of(PEOPLE, prefix="x", seed=7) if people is None else people
+    return Panel.of(base, bank, HashEncoder(), TINY_RUN, people, shots=shots, queries=queries)
+
+
+def turned(person):
+    """The same person with other answers to everything after the shots."""
+    items = [
+        item if n < SHOTS else Item({**item.fields, "rating": str(6 - int(item.fields["rating"]))}, time=item.time)
+        for n, item in enumerate(person.items)
+    ]
+    return Person.of(person.id, items)
+
+
+@pytest.fixture
+def panel(tiny):
+    return panel_of(tiny)
+
+
+def test_all_methods_answer_the_same_queries(panel, monkeypatch):
+    asked = []
+
+    def watched(base, task, queries, adapters=(), **how):
+        asked.append(queries)
+        return label_scores(base, task, queries, adapters, **how)
+
+    label_scores = module.label_scores
+    monkeypatch.setattr(module, "label_scores", watched)
+    found = evaluate(panel, ALL)
+    assert len(asked) == len(ALL) - 2  # constants ask no model
+    assert all(queries == panel.queries for queries in asked)
+    for row in found.rows:
+        assert [len(answers.texts) for answers in row.answers] == [QUERIES] * PEOPLE
+        assert all(len(values) == PEOPLE for values in row.people.values())
+        assert (row.nll is None) == (row.name in {"global constant", "own constant"})
+        assert row.nll is None or torch.stack(row.nll).shape == (PEOPLE, QUERIES)
+        by_hand = [measure(panel.bank.task, a, golds)["MAE"] for a, golds in zip(row.answers, panel.golds)]
+        assert row.people["MAE"].tolist() == pytest.approx(by_hand)
+
+
+def test_rows_keep_the_order_names_and_costs_of_the_methods(panel):
+    started = []
+    found = evaluate(panel, ALL, on_method=started.append)
+    names = [row.name for row in found.rows]
+    assert names == started == [method.name for method in ALL]
+    assert len(set(names)) == len(names)
+    assert found.primary == "MAE"
+    kept = {row.name: row.bytes_per_person for row in found.rows}
+    assert kept["base"] == kept["task LoRA"] == 0
+    assert 0 < kept["merge only, posterior"] < kept["adapt only"] < kept["OPPU"]
+    assert kept["MTA"] == kept["merge only, posterior"] + kept["adapt only"]  # the numbers of the merge, and the stack
+    assert all(row.seconds > 0 for row in found.rows if row.name in {"MTA", "OPPU", "adapt only"})
+    assert found.row("MTA").merge.ids.shape == (PEOPLE, 3)
+
+
+def test_the_standard_methods_have_names_of_their_own():
+    names = [method.name for method in standard_methods(TINY_RUN, Evaluation())]
+    assert len(set(names)) == len(names)
+    assert {"task LoRA", "OPPU", "MTA"} <= set(names)
+
+
+def test_shots_never_include_queries(panel):
+    for person, queries, whole in zip(panel.people, panel.queries, people_of(PEOPLE, prefix="x", seed=7)):
+        assert person.items == whole.items[:SHOTS]
+        assert queries == whole.items[SHOTS : SHOTS + QUERIES]
+        assert max(item.time for item in person.items) < min(item.time for item in queries)
+    assert [len(job.examples) for job in panel.jobs] == [SHOTS] * PEOPLE
+
+
+def test_nothing_is_learnt_from_the_answers_to_queries(tiny):
+    people = people_of(PEOPLE, prefix="x", seed=7)
+    methods = [method for method in ALL if method.name not in {"base", "task LoRA"}]
+    one, other = (evaluate(panel_of(tiny, group), methods) for group in (people, [turned(p) for p in people]))
+    assert not torch.equal(one.row("MTA").people["MAE"], other.row("MTA").people["MAE"])  # the answers did change
+    for row, again in zip(one.rows, other.rows):
+        assert [a.texts for a in row.answers] == [a.texts for a in again.answers]
+        assert all(a.scores is None or torch.equal(a.scores, b.scores) for a, b in zip(row.answers, again.answers))
+        assert row.merge is None or torch.equal(row.merge.w, again.merge.w)
+
+
+def test_a_benchmarks_own_queries_come_first(tiny):
+    own = tuple(Item({"title": f"Asked {n}", "genres": "Drama", "rating": "2"}, is_query=True) for n in range(4))
+    people = [dataclasses.replace(person, queries=own) for person in people_of(2, prefix="x")]
+    panel = panel_of(tiny, people)
+    assert panel.queries == [own[-QUERIES:]] * 2
+    assert not any(set(own) & set(person.items) for person in panel.people)
+
+
+@pytest.mark.parametrize("prefix", ["c", "t"])  # candidates for anchors, and people behind the task LoRA
+def test_people_in_the_bank_are_refused(tiny, prefix):
+    with pytest.raises(InputError, match="1 of 3 people are in the bank or its task LoRA"):
+        panel_of(tiny, [*people_of(2, prefix="x"), *people_of(1, prefix=prefix)])
+
+
+def test_too_short_a_history_is_refused(tiny):
+    with pytest.raises(InputError, match="6 items; 4 shots and 3 later queries"):
+        panel_of(tiny, shots=4)
+
+
+def test_seeds_are_averaged_person_by_person(panel):
+    both = evaluate(panel, [ADAPT], seeds=(0, 1)).row("adapt only")
+    first, second = (evaluate(panel, [ADAPT], seeds=(seed,)).row("adapt only") for seed in (0, 1))
+    assert not torch.equal(torch.stack(first.nll), torch.stack(second.nll))
+    assert torch.allclose(torch.stack(both.nll), (torch.stack(first.nll) + torch.stack(second.nll)) / 2)
+    for metric, values in both.people.items():
+        assert torch.allclose(values, (first.people[metric] + second.people[metric]) / 2)
+    assert torch.equal(both.answers[0].scores, second.answers[0].scores)  # the last seed's are kept
+
+
+def test_the_same_seed_gives_the_same_numbers(panel, tiny):
+    one, again = (evaluate(p, [MTA]).row("MTA") for p in (panel, panel_of(tiny)))
+    assert torch.equal(torch.stack(one.nll), torch.stack(again.nll))
+    assert torch.equal(one.merge.w, again.merge.w)
+
+
+def test_what_has_no_chance_in_it_runs_once(panel):
+    @dataclasses.dataclass
+    class Fixed:
+        name: str = "fixed"
+        seeded: bool = False
+        runs: int = 0
+
+        def run(self, panel, seed):
+            self.runs += 1
+            return Outcome([Answers(["3"] * QUERIES)] * PEOPLE, 0.0, 0.0)
+
+    method = Fixed()
+    evaluate(panel, [method], seeds=(0, 1, 2))
+    assert method.runs == 1
+
+
+def test_evidence_is_gathered_once_and_charged_to_everyone_who_reads_it(panel, monkeypatch):
+    gathered = []
+
+    def watched(*args, **how):
+        gathered.append(1)
+        return gather(*args, **how)
+
+    gather = protocol.gather_evidence
+    monkeypatch.setattr(protocol, "gather_evidence", watched)
+    rows = evaluate(panel, [Merged("one", MTA.settings), Merged("two", MTA.settings)]).rows
+    assert len(gathered) == 1
+    assert all(row.seconds >= panel.evidence_seconds > 0 for row in rows)
+
+
+def row_of(name, nll):
+    nll = torch.tensor(nll, dtype=torch.float64)
+    return Row(name, {"NLL": nll.mean(1)}, nll, 0.0, 0.0, None)
+
+
+def test_paired_differences_and_who_is_worse_off(task):
+    reference = [[1.0, 1.2, 0.8, 1.0], [2.0, 2.1, 1.9, 2.0], [1.0, 1.0, 1.0, 1.0], [0.5, 0.5, 0.5, 0.5]]
+    shift = [
+        [0.10, 0.11, 0.09, 0.10],  # clearly worse
+        [0.90, -0.80, 0.70, -0.50],  # worse on average, but who knows
+        [0.01, 0.01, 0.01, 0.01],  # certain, and too little to be called a difference
+        [-0.30, -0.30, -0.30, -0.30],
+    ]
+    ours = [[a + b for a, b in zip(*rows)] for rows in zip(reference, shift)]
+    constant = Row("constant", {"MAE": torch.ones(4)}, None, 0.0, 0.0, None)
+    found = Comparison(task, [row_of("reference", reference), row_of("ours", ours), constant])
+    assert found.worse_off("ours", "reference") == (0.5, 0.25)
+    assert found.worse_off("reference", "reference") == (0.0, 0.0)
+    assert found.worse_off("constant", "reference") is None
+    means = torch.tensor(shift, dtype=torch.float64).mean(1)
+    difference = found.difference("ours", "reference", "NLL")
+    expected = bootstrap(means)
+    assert (difference.mean, difference.low, difference.high) == pytest.approx(
+        (expected.mean, expected.low, expected.high)
+    )
+    assert found.difference("reference", "ours", "NLL").mean == pytest.approx(-difference.mean)
+    assert found.difference("constant", "reference", "NLL") is None
+    assert found.score("constant", "NLL") is None
+    assert found.score("constant", "MAE").mean == 1.0

@@ -1,0 +1,312 @@
+"""The frozen base: what LoRA attaches to, whose weights they are, and what is refused."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import constants
+from tiny import KINDS, base_of, tokenizer
+from torch import nn
+from transformers import MambaConfig, MambaForCausalLM
+
+from mta.base import BaseModel, fingerprint_of, pick_device, pick_dtype
+from mta.errors import AssetError, ModelError, UnsupportedModel
+from mta.generate import generate
+from mta.history import Item
+from mta.tasks import load_task
+
+SMOLLM2 = "631823ecce74fbc7b4ddb672183c5585efbf77b71e0824146af73e341dd72b6c"  # of the converted asset
+ATTENTION = {f"self_attn.{name}_proj" for name in "qkvo"}
+MLP = {"mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"}
+GPT2 = {"attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"}
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory) -> Path:
+    """A tiny Llama as a folder that loads like any other."""
+    folder = tmp_path_factory.mktemp("tiny-llama")
+    base_of("llama", torch.float32).model.save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def copy(saved, tmp_path) -> Path:
+    """A copy of that folder which a test may change."""
+    return Path(shutil.copytree(saved, tmp_path / "copy"))
+
+
+def load(folder) -> BaseModel:
+    return BaseModel.load(str(folder), "float32", "cpu")
+
+
+def configured(folder: Path, **changes) -> Path:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    return folder
+
+
+def refused(folder, kind=ModelError) -> str:
+    with pytest.raises(kind) as caught:
+        load(folder)
+    return str(caught.value)
+
+
+# what LoRA attaches to
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_all_linear_layers_but_the_head_are_targets(kind):
+    base = base_of(kind)
+    wanted, stem = (GPT2, "transformer.h") if kind == "gpt2" else (ATTENTION | MLP, "model.layers")
+    assert set(base.targets) == {f"{stem}.{layer}.{name}" for layer in range(2) for name in wanted}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_targets_tell_inputs_and_outputs(kind):
+    base = base_of(kind)
+    for name, (inputs, outputs) in base.targets.items():
+        assert base.model.get_submodule(name)(torch.zeros(1, inputs, dtype=base.dtype)).shape == (1, outputs)
+
+
+def test_only_gpt2_stores_weights_transposed():
+    assert [kind for kind in KINDS if base_of(kind).fan_in_fan_out] == ["gpt2"]
+
+
+def test_nothing_of_a_base_takes_a_gradient():
+    base = base_of()
+    assert not base.model.training
+    assert not any(parameter.requires_grad for parameter in base.model.parameters())
+
+
+# loading
+
+
+def test_a_local_folder_loads_and_computes_as_before(saved):
+    tokens = torch.tensor([[5, 6, 7]])
+    before, after = base_of("llama", torch.float32).model, load(saved).model
+    torch.testing.assert_close(after(input_ids=tokens).logits, before(input_ids=tokens).logits)
+
+
+def test_a_base_is_named_as_it_was_asked_for_and_needs_no_note(saved):
+    base = load(saved)
+    assert (base.name, base.note) == (str(saved), "")
+
+
+def test_prompts_are_never_longer_than_the_model_can_see(saved):
+    assert load(saved).prompts.max_tokens == 512
+    assert BaseModel.load(str(saved), "float32", "cpu", max_tokens=100).prompts.max_tokens == 100
+
+
+@pytest.mark.parametrize("name", ["float32", "bfloat16", "float64"])
+def test_weights_load_in_the_dtype_asked_for(saved, name):
+    base = BaseModel.load(str(saved), name, "cpu")
+    assert base.dtype == getattr(torch, name)
+    assert base.master_dtype == (torch.float64 if name == "float64" else torch.float32)
+
+
+def test_auto_takes_one_of_the_two_fast_dtypes():
+    assert pick_dtype("auto", torch.device("cpu")) in (torch.bfloat16, torch.float32)
+
+
+def test_auto_takes_a_device_that_computes():
+    assert torch.ones(2, device=pick_device("auto")).sum() == 2
+
+
+def test_a_device_that_is_not_there_is_named():
+    with pytest.raises(ModelError, match="device 'toaster' cannot be used") as caught:
+        pick_device("toaster")
+    assert caught.value.hint == "Use --device cpu."
+
+
+def test_an_unknown_dtype_is_named_with_the_known_ones():
+    with pytest.raises(ModelError, match=r"'float8'.*expected auto, float32, bfloat16, float64"):
+        pick_dtype("float8", torch.device("cpu"))
+
+
+# what cannot be loaded
+
+
+def test_a_folder_without_a_model_is_refused(tmp_path):
+    assert "cannot be loaded as a causal language model" in refused(tmp_path)
+
+
+def test_a_path_that_is_not_there_is_refused(tmp_path):
+    with pytest.raises(AssetError, match="no such file or folder"):
+        load(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize("name", ["nobody/nothing", "smollm2"])
+def test_an_unknown_name_without_a_network_says_what_it_is_not(name, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(AssetError) as caught:
+        load(name)
+    assert f"{name!r} is neither an asset (smollm2-135m-instruct, " in caught.value.message
+    assert "give the folder" in caught.value.hint
+
+
+def test_weights_that_were_cut_short_are_refused(copy):
+    weights = copy / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    assert "cannot be loaded as a causal language model" in refused(copy)
+
+
+def test_weights_that_are_missing_are_not_made_up(copy):
+    message = refused(configured(copy, num_hidden_layers=3))
+    assert "9 weights are not in its files, model.layers.2.input_layernorm.weight first" in message
+
+
+def test_weights_of_another_shape_are_refused(copy):
+    assert "cannot be loaded as a causal language model" in refused(configured(copy, vocab_size=300))
+
+
+def test_pickled_weights_are_not_read(copy):
+    torch.save(base_of().model.state_dict(), copy / "pytorch_model.bin")
+    (copy / "model.safetensors").unlink()
+    assert "cannot be loaded as a causal language model" in refused(copy)
+
+
+@pytest.mark.parametrize("method", ["gptq", "bitsandbytes", "fp8"])
+def test_a_quantized_folder_is_refused_before_its_weights_are_read(copy, method):
+    (copy / "model.safetensors").unlink()
+    configured(copy, quantization_config={"quant_method": method, "bits": 4})
+    message = refused(copy, UnsupportedModel)
+    assert "'llama' is quantized; adapters are trained over plain weights only" in message
+
+
+def test_a_quantized_model_is_refused():
+    model = KINDS["llama"]()
+    model.config.quantization_config = {"quant_method": "gptq"}
+    with pytest.raises(UnsupportedModel, match="is quantized"):
+        BaseModel(model, tokenizer(), "tiny")
+
+
+def test_a_recurrent_model_is_refused():
+    model = MambaForCausalLM(MambaConfig(vocab_size=260, hidden_size=8, state_size=4, num_hidden_layers=1))
+    with pytest.raises(UnsupportedModel, match="'mamba' carries a recurrent state"):
+        BaseModel(model, tokenizer(), "tiny")
+
+
+def test_a_model_without_plain_linear_layers_is_refused():
+    class Packed(nn.Linear):
+        """A linear layer that stores its weights in a way of its own."""
+
+    base = base_of()
+    for module in base.model.modules():
+        if type(module) is nn.Linear:
+            module.__class__ = Packed
+    with pytest.raises(UnsupportedModel, match=r"has no plain linear layers to adapt; its modules are .*Packed"):
+        _ = base.targets
+
+
+# whose weights they are
+
+
+def test_the_fingerprint_does_not_depend_on_the_dtype_weights_load_in(saved):
+    assert BaseModel.load(str(saved), "bfloat16", "cpu").fingerprint == load(saved).fingerprint
+
+
+def test_the_fingerprint_does_not_depend_on_sharding(saved, tmp_path):
+    base_of("llama", torch.float32).model.save_pretrained(tmp_path, max_shard_size="5KB")
+    tokenizer().save_pretrained(tmp_path)
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    assert load(tmp_path).fingerprint == load(saved).fingerprint
+
+
+def test_the_fingerprint_does_not_depend_on_the_configuration(saved, copy):
+    assert load(configured(copy, bos_token_id=7)).fingerprint == load(saved).fingerprint
+
+
+def test_one_changed_byte_of_the_weights_changes_the_fingerprint(saved, copy):
+    weights = copy / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    assert load(copy).fingerprint != load(saved).fingerprint
+
+
+def test_another_chat_template_changes_the_fingerprint(saved, copy):
+    template = copy / "chat_template.jinja"
+    template.write_text(template.read_text() + " ")
+    assert load(copy).fingerprint != load(saved).fingerprint
+
+
+def test_another_vocabulary_changes_the_fingerprint(saved, copy):
+    other = tokenizer().from_pretrained(saved)
+    other.add_tokens(["<|more|>"])
+    other.save_pretrained(copy)
+    assert load(copy).fingerprint != load(saved).fingerprint
+
+
+def test_another_way_to_split_text_changes_the_fingerprint(saved, copy):
+    rules = json.loads((copy / "tokenizer.json").read_text())
+    rules["normalizer"] = {"type": "Lowercase"}
+    (copy / "tokenizer.json").write_text(json.dumps(rules))
+    assert load(copy).fingerprint != load(saved).fingerprint
+
+
+def test_the_shape_of_a_tensor_is_part_of_the_fingerprint():
+    flat = torch.arange(6.0)
+    assert fingerprint_of({"w": flat.view(2, 3)}, tokenizer()) != fingerprint_of({"w": flat.view(3, 2)}, tokenizer())
+
+
+# computing
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_logits_at_chosen_places_are_the_models_own(kind):
+    base = base_of(kind)
+    tokens = torch.randint(3, 259, (2, 12), generator=torch.Generator().manual_seed(1))
+    causal = torch.ones(12, 12, dtype=torch.bool).tril().expand(2, 12, 12)
+    places = torch.tensor([0, 11, 15, 23])
+    found = base.logits(tokens, causal, torch.arange(12).expand(2, 12), places)
+    whole = base.model(input_ids=tokens).logits.flatten(0, 1)
+    torch.testing.assert_close(found, whole[places], rtol=1e-9, atol=1e-9)
+
+
+def test_asking_for_logits_leaves_the_model_as_it_was():
+    base = base_of()
+    tokens, causal = torch.tensor([[4, 5, 6]]), torch.ones(1, 3, 3, dtype=torch.bool).tril()
+    before = base.model(input_ids=tokens).logits
+    base.logits(tokens, causal, torch.arange(3)[None], torch.tensor([2]))
+    assert torch.equal(base.model(input_ids=tokens).logits, before)
+
+
+@pytest.mark.parametrize(("named", "stops"), [(None, [2]), (7, [2, 7]), ([9, 2, 7], [2, 7, 9])])
+def test_an_answer_stops_at_the_templates_end_and_at_what_the_model_names(named, stops):
+    base = base_of()
+    base.model.generation_config.eos_token_id = named
+    assert base.stop_tokens == stops
+
+
+# the real one
+
+
+@pytest.fixture(scope="module")
+def smollm2(fetched) -> BaseModel:
+    fetched("smollm2-135m-instruct")
+    return BaseModel.load("smollm2-135m-instruct")
+
+
+@pytest.mark.real
+@pytest.mark.network
+def test_the_real_base_is_the_pinned_one_and_says_what_it_is(smollm2):
+    assert smollm2.fingerprint == SMOLLM2
+    assert smollm2.note == "dequantized from Q4_1"
+
+
+@pytest.mark.real
+@pytest.mark.network
+def test_the_real_base_has_seven_targets_in_each_of_thirty_layers(smollm2):
+    assert len(smollm2.targets) == 7 * 30
+    assert smollm2.targets["model.layers.0.mlp.down_proj"] == (1536, 576)
+
+
+@pytest.mark.real
+@pytest.mark.network
+def test_the_real_base_answers_sensibly(smollm2):
+    prompt = smollm2.prompts.prompt(load_task("text"), Item({"input": "What is the capital of France?"}))
+    answers = generate(smollm2, [prompt.tokens], [-1], [], max_new_tokens=16)
+    assert "Paris" in smollm2.prompts.decode(answers[0])

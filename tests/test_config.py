@@ -1,0 +1,210 @@
+"""Settings: YAML, key=value over it, and errors that name key, value and source."""
+
+import pytest
+import yaml
+
+from mta.config import Evaluation, Lora, Run, checked, dump_yaml, load_settings, override, parse_size
+from mta.demo import load_recipe
+from mta.errors import ConfigError
+
+
+def written(tmp_path, text):
+    path = tmp_path / "run.yaml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def refused(path=None, *words, kind=Run):
+    with pytest.raises(ConfigError) as caught:
+        load_settings(kind, path, words)
+    return str(caught.value)
+
+
+# values
+
+
+def test_without_a_file_the_defaults_are_the_papers():
+    run = load_settings(Run)
+    assert (run.bank.anchors, run.merge.k, run.bank.lora) == (50, 2, Lora(rank=8, alpha=16))
+    assert run.bank.lora.scale == 2.0
+
+
+def test_a_file_sets_what_it_names_and_leaves_the_rest(tmp_path):
+    run = load_settings(Run, written(tmp_path, "task: lamp3\nbank:\n  anchors: 20\n"))
+    assert (run.task, run.bank.anchors) == ("lamp3", 20)
+    assert run.bank.max_items == Run().bank.max_items
+
+
+def test_words_stand_over_the_file(tmp_path):
+    path = written(tmp_path, "seed: 3\nbank: {anchors: 20, min_items: 5}\n")
+    run = load_settings(Run, path, ["bank.anchors=7", "stack.training.lr=1e-3"])
+    assert (run.seed, run.bank.anchors, run.bank.min_items) == (3, 7, 5)
+    assert run.stack.training.lr == 1e-3
+
+
+def test_the_last_word_counts():
+    assert load_settings(Run, None, ["seed=1", "seed=2"]).seed == 2
+
+
+def test_a_value_may_hold_an_equals_sign_a_list_or_nothing():
+    assert load_settings(Run, None, ["base=a=b"]).base == "a=b"
+    assert load_settings(Evaluation, None, ["seeds=[1, 2]"]).seeds == (1, 2)
+    assert load_settings(Run, None, ["merge.rank=null"]).merge.rank is None
+
+
+def test_an_empty_file_changes_nothing(tmp_path):
+    assert load_settings(Run, written(tmp_path, "# nothing\n")) == Run()
+
+
+def test_override_changes_what_is_named_and_nothing_else():
+    before = Run(seed=5, task="lamp3")
+    after = override(before, ["merge.policy=uniform"])
+    assert after.merge.policy == "uniform"
+    assert after == before.model_copy(update={"merge": before.merge.model_copy(update={"policy": "uniform"})})
+    assert before.merge.policy == "posterior"
+
+
+@pytest.mark.parametrize("settings", [Run(), Run(seed=4, merge={"rank": 3}), Evaluation(seeds=(0, 1))])
+def test_what_is_dumped_as_yaml_reads_back_the_same(tmp_path, settings):
+    assert load_settings(type(settings), written(tmp_path, dump_yaml(settings))) == settings
+
+
+def test_settings_cannot_be_changed_in_place():
+    with pytest.raises(ValueError, match="frozen"):
+        Run().seed = 1
+
+
+# mistakes
+
+
+def test_an_unknown_key_is_named_with_its_value():
+    message = refused(None, "bank.ankers=3")
+    assert message == "the command line: bank.ankers: Extra inputs are not permitted (got 3)"
+
+
+def test_an_unknown_key_in_a_file_is_named_with_the_file(tmp_path):
+    path = written(tmp_path, "bonk: 3\n")
+    assert refused(path).startswith(f"{path}: bonk: ")
+
+
+@pytest.mark.parametrize(
+    ("word", "key", "got"),
+    [
+        ("bank.anchors=many", "bank.anchors", "'many'"),
+        ("bank.anchors=0", "bank.anchors", "0"),
+        ("seed=1.5", "seed", "1.5"),
+        ("merge.policy=best", "merge.policy", "'best'"),
+        ("bank=3", "bank", "3"),
+        ("memory=lots", "memory", "'lots'"),
+    ],
+)
+def test_a_bad_value_is_named_with_its_key(word, key, got):
+    message = refused(None, word)
+    assert message.startswith(f"the command line: {key}: ")
+    assert message.endswith(f"(got {got})")
+
+
+@pytest.mark.parametrize("word", ["bank.anchors", "=3", ""])
+def test_what_is_not_key_equals_value_is_shown_how_to_write_it(word):
+    assert refused(None, word) == f"not a setting: {word!r}; expected key=value, for example bank.anchors=20"
+
+
+def test_a_value_that_is_no_yaml_is_named():
+    assert refused(None, "bank.anchors=[1").startswith("'bank.anchors=[1': the value is not readable YAML")
+
+
+def test_a_single_value_has_nothing_under_it(tmp_path):
+    message = refused(written(tmp_path, "seed: 3\n"), "seed.deep.x=1")
+    assert message == "'seed.deep.x=1': 'seed' is a single value, not a group of settings"
+
+
+def test_a_missing_file_is_named(tmp_path):
+    assert refused(tmp_path / "no.yaml") == f"no such configuration file: {tmp_path / 'no.yaml'}"
+
+
+def test_a_folder_is_no_configuration_file(tmp_path):
+    assert refused(tmp_path) == f"{tmp_path} cannot be read: Is a directory"
+
+
+@pytest.mark.parametrize("text", ["a: [1", "\t- x: :"])
+def test_a_file_that_is_no_yaml_is_named(tmp_path, text):
+    path = written(tmp_path, text)
+    assert refused(path).startswith(f"{path} is not readable YAML: ")
+
+
+def test_a_file_that_is_no_text_is_named(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_bytes(b"\xff\xfe\x00")
+    assert refused(path).startswith(f"{path} is not readable YAML: ")
+
+
+def test_a_file_that_is_a_list_is_refused(tmp_path):
+    path = written(tmp_path, "- 1\n")
+    assert refused(path) == f"{path}: expected a mapping of settings, got list"
+
+
+def test_checked_names_the_source_it_was_told():
+    with pytest.raises(ConfigError, match=r"^recipe x: lora"):
+        checked(Lora, {"lora": 1}, "recipe x")
+
+
+# sizes
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("1024", 1024), ("4GiB", 4 * 2**30), ("500 MB", 500 * 10**6), ("1.5KiB", 1536), (" 2 kb ", 2000), ("7B", 7)],
+)
+def test_a_size_is_a_number_with_a_unit(text, size):
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "lots", "GiB", "4 XB", "4 GiB GiB", "-1GiB", "0", "inf", "nan"])
+def test_what_is_no_size_is_refused(text):
+    with pytest.raises(ConfigError, match="not a size"):
+        parse_size(text)
+
+
+# recipes
+
+
+def test_the_movielens_recipe_of_the_package_loads():
+    recipe = load_recipe("movielens")
+    assert (recipe.data, recipe.run.task) == ("movielens-100k", "movielens-rating")
+    assert set(recipe.question) == {"title", "genres"}
+
+
+def test_a_recipes_short_version_is_a_valid_one_too():
+    recipe = load_recipe("movielens")
+    short = override(recipe, recipe.short)
+    assert short != recipe
+    assert short.run.bank.anchors < recipe.run.bank.anchors
+
+
+def test_a_copy_of_a_recipe_loads_by_its_path(tmp_path):
+    recipe = load_recipe("movielens")
+    path = tmp_path / "mine.yaml"
+    path.write_text(yaml.safe_dump(recipe.model_dump(mode="json")), encoding="utf-8")
+    assert load_recipe(path) == recipe
+
+
+@pytest.mark.parametrize("name", ["nothing", "nothing.yaml"])
+def test_a_recipe_that_is_not_there_is_named_with_one_that_is(name):
+    with pytest.raises(ConfigError, match=f"no recipe '{name}'") as caught:
+        load_recipe(name)
+    assert "movielens" in caught.value.hint
+
+
+def test_a_recipe_with_a_wrong_key_names_it(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text(dump_yaml(load_recipe("movielens")) + "typo: 1\n", encoding="utf-8")
+    with pytest.raises(ConfigError, match="typo: Extra inputs are not permitted"):
+        load_recipe(path)
+
+
+@pytest.mark.parametrize("text", ["- 1\n", "", "a: [1"])
+def test_a_file_that_is_no_recipe_is_refused(tmp_path, text):
+    path = tmp_path / "mine.yaml"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(ConfigError, match="recipe"):
+        load_recipe(path)

@@ -1,0 +1,347 @@
+"""Stage 2: every policy against its formula, evidence and learning against plain loops, the ways to compute a merge."""
+
+import math
+from dataclasses import replace
+
+import plain
+import pytest
+import torch
+from tiny import base_of, random_examples, random_loras
+
+from mta.config import MergeSettings, Training
+from mta.errors import AnchorNotFound, ConfigError
+from mta.fuse import Evidence, Merge, coefficients, fuse, gather_evidence, learn
+from mta.lora import Gated, PerPerson, Shared
+from mta.personalize import merged
+from mta.score import log_likelihood
+from mta.training.trainer import Job
+
+U, N = 3, 5
+
+
+def near(found: torch.Tensor, expected, tolerance: float = 1e-10) -> None:
+    expected = torch.as_tensor(expected, dtype=torch.float64)
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=tolerance)
+
+
+def normal(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+SIMILARITY = normal(U, N).tanh()
+EVIDENCE = Evidence(
+    anchors=-40 + 3 * normal(U, N, seed=1),
+    task=-40 + normal(U, seed=2),
+    tokens=torch.tensor([7.0, 16.0, 30.0], dtype=torch.float64),
+    shots=torch.tensor([3.0, 8.0, 15.0], dtype=torch.float64),
+)
+
+
+def weighed(policy: str, **settings) -> Merge:
+    return coefficients(MergeSettings(policy=policy, **settings), SIMILARITY, EVIDENCE)
+
+
+def shares(scores: list[float]) -> list[float]:
+    total = sum(math.exp(score) for score in scores)
+    return [math.exp(score) / total for score in scores]
+
+
+def nearest(u: int, k: int, scores: torch.Tensor = SIMILARITY) -> list[int]:
+    return sorted(range(N), key=lambda n: -float(scores[u, n]))[:k]
+
+
+# -- policies ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("k", [1, 2, N])
+def test_uniform_shares_evenly_among_the_nearest(k):
+    found = weighed("uniform", k=k)
+    assert found.ids.tolist() == [nearest(u, k) for u in range(U)]
+    near(found.w, [[1 / k] * k] * U)
+
+
+def test_top1_takes_the_nearest_alone():
+    found = weighed("top1", k=3)
+    assert found.ids[:, 0].tolist() == [nearest(u, 1)[0] for u in range(U)]
+    near(found.w, [[1, 0, 0]] * U)
+
+
+@pytest.mark.parametrize(("k", "tau"), [(2, 0.2), (4, 1.5), (0, 0.05)])
+def test_similarity_is_a_softmax_of_cosines_over_tau(k, tau):
+    found = weighed("similarity", k=k, tau=tau)
+    for u in range(U):
+        near(found.w[u], shares([float(SIMILARITY[u, n]) / tau for n in nearest(u, k or N)]))
+
+
+@pytest.mark.parametrize("k", [2, 0])
+def test_loss_is_a_softmax_of_minus_the_mean_loss_per_token(k):
+    found = weighed("loss", k=k, tau=0.3)
+    for u in range(U):
+        losses = [-float(EVIDENCE.anchors[u, n] / EVIDENCE.tokens[u]) for n in nearest(u, k or N)]
+        near(found.w[u], shares([-loss / 0.3 for loss in losses]))
+
+
+@pytest.mark.parametrize(("k", "prior", "temperature"), [(2, 0.5, 4.0), (0, 0.1, 1.0), (3, 0.9, 0.5)])
+def test_posterior_is_bayes_with_the_task_lora_as_the_null_anchor(k, prior, temperature):
+    found = weighed("posterior", k=k, null_prior=prior, temperature=temperature)
+    for u in range(U):
+        ids = nearest(u, k or N)
+        gains = [float(EVIDENCE.anchors[u, n] - EVIDENCE.task[u]) for n in ids]
+        odds = [(1 - prior) / len(ids) * math.exp(gain / temperature) for gain in gains]
+        near(found.w[u], [o / (prior + sum(odds)) for o in odds])
+
+
+def test_posterior_sums_to_less_than_one():
+    assert bool((weighed("posterior", k=0).w.sum(1) < 1).all())
+
+
+def test_posterior_is_the_prior_where_the_shots_prefer_nobody():
+    silent = replace(EVIDENCE, anchors=EVIDENCE.task[:, None].expand(U, N))
+    found = coefficients(MergeSettings(policy="posterior", k=4, null_prior=0.8), SIMILARITY, silent)
+    near(found.w, [[0.2 / 4] * 4] * U)
+
+
+def test_posterior_is_nearly_nothing_where_no_anchor_beats_the_task_lora():
+    worse = replace(EVIDENCE, anchors=EVIDENCE.task[:, None] - 60 + 0 * EVIDENCE.anchors)
+    assert float(coefficients(MergeSettings(policy="posterior"), SIMILARITY, worse).w.sum(1).max()) < 1e-6
+
+
+def test_posterior_is_a_softmax_where_the_null_has_next_to_no_prior():
+    found = weighed("posterior", k=0, null_prior=1e-13, temperature=2.0)
+    for u in range(U):
+        near(found.w[u], shares([float(EVIDENCE.anchors[u, n]) / 2.0 for n in nearest(u, N)]))
+
+
+def test_fixed_gives_the_nearest_its_share_and_the_rest_alike():
+    near(weighed("fixed", k=4, fixed=0.7).w, [[0.7, 0.1, 0.1, 0.1]] * U)
+    near(weighed("fixed", k=1, fixed=0.7).w, [[0.7]] * U)
+
+
+def test_retrieving_by_loss_ranks_by_the_likelihood_of_the_shots():
+    found = weighed("uniform", k=2, retrieve="loss")
+    assert found.ids.tolist() == [nearest(u, 2, EVIDENCE.anchors) for u in range(U)]
+    assert found.ids.tolist() != weighed("uniform", k=2).ids.tolist()
+
+
+def test_scale_multiplies_all_coefficients():
+    near(weighed("posterior", k=3, scale=1.7).w, 1.7 * weighed("posterior", k=3).w)
+
+
+@pytest.mark.parametrize("policy", ["uniform", "top1", "similarity", "loss", "posterior", "learned", "fixed"])
+def test_zero_means_all_anchors(policy):
+    found = weighed(policy, k=0)
+    assert [sorted(ids) for ids in found.ids.tolist()] == [list(range(N))] * U
+
+
+def test_more_anchors_than_there_are_is_an_error():
+    with pytest.raises(AnchorNotFound) as caught:
+        weighed("uniform", k=6)
+    assert str(caught.value) == "merge.k is 6, but the bank has 5 anchors\n  Lower merge.k, or 0 for all."
+
+
+@pytest.mark.parametrize("settings", [{"policy": "loss"}, {"policy": "posterior"}, {"policy": "learned"}])
+def test_a_policy_that_reads_losses_asks_for_them(settings):
+    with pytest.raises(
+        ConfigError, match=f"^policy '{settings['policy']}' needs the anchors' likelihood of the shots$"
+    ):
+        coefficients(MergeSettings(**settings), SIMILARITY)
+
+
+def test_retrieving_by_loss_asks_for_losses_too():
+    with pytest.raises(ConfigError, match="needs the anchors' likelihood"):
+        coefficients(MergeSettings(policy="uniform", retrieve="loss"), SIMILARITY)
+
+
+def test_gates_are_the_coefficients_over_all_anchors():
+    gates = Merge(torch.tensor([[3, 1]]), torch.tensor([[0.25, 0.5]])).gates(5)
+    assert gates.tolist() == [[0, 0.5, 0, 0.25, 0]]
+
+
+# -- evidence ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def scene():
+    """A base, a task LoRA, a bank of four anchors, and three people with shots."""
+    base = base_of()
+    jobs = [Job(f"p{n}", random_examples(n, seed=n)) for n in (3, 1, 5)]
+    return base, random_loras(base, 1, seed=1, size=0.2), random_loras(base, 4, seed=2, size=0.2), jobs
+
+
+def test_evidence_equals_scoring_under_one_anchor_at_a_time(scene):
+    base, task, bank, jobs = scene
+    found = gather_evidence(base, jobs, bank, [Shared(task)])
+    for u, job in enumerate(jobs):
+        alone = plain.weights(base, plain.update(task))
+        near(found.task[u], sum(plain.log_likelihood(base, alone, e) for e in job.examples))
+        for n in range(4):
+            with_anchor = plain.weights(base, plain.update(task), plain.update(bank, n))
+            near(found.anchors[u, n], sum(plain.log_likelihood(base, with_anchor, e) for e in job.examples))
+    assert found.shots.tolist() == [3, 1, 5]
+    assert found.tokens.tolist() == [sum(len(e.target) for e in job.examples) for job in jobs]
+
+
+@pytest.mark.parametrize("budget", [1, 60, 4096])
+def test_evidence_does_not_depend_on_mates_or_batches(scene, budget):
+    base, task, bank, jobs = scene
+    together = gather_evidence(base, jobs[::-1], bank, [Shared(task)], tokens_per_batch=budget)
+    for u, job in enumerate(jobs[::-1]):
+        alone = gather_evidence(base, [job], bank, [Shared(task)])
+        near(together.anchors[u], alone.anchors[0])
+        near(together.task[u], alone.task[0])
+
+
+def test_evidence_reports_a_pass_per_anchor_and_one_for_the_task_lora(scene):
+    base, task, bank, jobs = scene
+    steps = []
+    gather_evidence(base, jobs, bank, [Shared(task)], on_step=lambda stage, step: steps.append((stage, step)))
+    assert [(stage, step.step) for stage, step in steps] == [("evidence", n) for n in range(1, 6)]
+    assert steps[-1][1].examples == steps[-1][1].examples_total == 5 * 9
+
+
+def test_evidence_is_gathered_only_where_the_policy_reads_it(scene):
+    base, task, bank, jobs = scene
+    stages = []
+
+    def run(policy, evidence=None):
+        stages.clear()
+        similarity = normal(3, 4)
+        how = {"on_step": lambda stage, _: stages.append(stage)}
+        fuse(base, jobs, bank, [Shared(task)], similarity, MergeSettings(policy=policy), evidence, **how)
+        return set(stages)
+
+    assert run("similarity") == set()
+    assert run("posterior") == {"evidence"}
+    assert run("posterior", gather_evidence(base, jobs, bank, [Shared(task)])) == set()
+    assert run("learned") == {"evidence", "coefficients"}
+
+
+# -- learned coefficients ----------------------------------------------------------------------------------------------
+
+START = Merge(torch.tensor([[2, 0], [1, 3], [3, 2]]), torch.tensor([[0.4, 0.2], [0.1, 0.6], [0.3, 0.3]]).double())
+DESCENT = Training(lr=0.1, steps=6, batch_size=64, eps=1.0, clip=1e9)
+
+
+def loss_of(scene, merge: Merge) -> torch.Tensor:
+    base, task, bank, jobs = scene
+    found = log_likelihood(base, [job.examples for job in jobs], [Shared(task), merge.adapters(bank)])
+    return -torch.stack([scores.sum() for scores in found])
+
+
+def test_learning_lowers_the_loss_of_the_shots(scene):
+    base, task, bank, jobs = scene
+    found = learn(base, jobs, bank, [Shared(task)], START, DESCENT)
+    assert found.ids.equal(START.ids)
+    assert bool((loss_of(scene, found) < loss_of(scene, START)).all())
+
+
+def test_learning_does_not_depend_on_mates(scene):
+    base, task, bank, jobs = scene
+    together = learn(base, jobs, bank, [Shared(task)], START, DESCENT, tokens_per_batch=50)
+    for u, job in enumerate(jobs):
+        mine = Merge(START.ids[u : u + 1], START.w[u : u + 1])
+        near(together.w[u], learn(base, [job], bank, [Shared(task)], mine, DESCENT).w[0])
+
+
+def test_weight_decay_pulls_to_the_start(scene):
+    base, task, bank, jobs = scene
+    moved = []
+    for decay in (0.0, 1.0, 5.0):
+        training = DESCENT.model_copy(update={"weight_decay": decay})
+        found = learn(base, jobs, bank, [Shared(task)], START, training)
+        moved.append(float((found.w - START.w).norm()))
+    assert moved[0] > moved[1] > moved[2] > 0
+
+
+def test_learning_equals_a_plain_loop_over_the_coefficients(scene):
+    """torch.optim.AdamW on two numbers, with dense updates in the weights."""
+    base, task, bank, jobs = scene
+    training = DESCENT.model_copy(update={"weight_decay": 0.3, "schedule": "linear", "clip": 0.5})
+    found = learn(base, jobs, bank, [Shared(task)], START, training)
+    for u, job in enumerate(jobs):
+        shift = torch.zeros(2, dtype=torch.float64, requires_grad=True)
+        optimizer = torch.optim.AdamW([shift], lr=0.1, eps=1.0, weight_decay=0.3)
+        for step in range(6):
+            optimizer.param_groups[0]["lr"] = 0.1 * (1 - step / 6)
+            update = plain.merge(bank, START.ids[u].tolist(), START.w[u] + shift)
+            changed = plain.weights(base, plain.update(task), update)
+            total = sum(plain.log_likelihood(base, changed, e) for e in job.examples)
+            optimizer.zero_grad()
+            (-total / sum(len(e.target) for e in job.examples)).backward()
+            torch.nn.utils.clip_grad_norm_([shift], 0.5)
+            optimizer.step()
+        assert float(shift.detach().abs().max()) > 1e-2
+        near(found.w[u], START.w[u] + shift.detach(), 1e-9)
+
+
+def test_the_learned_policy_starts_from_the_posterior(scene):
+    base, task, bank, jobs = scene
+    pooled, similarity = [Shared(task)], normal(3, 4)
+    settings = MergeSettings(policy="learned", learned=DESCENT)
+    posterior = fuse(base, jobs, bank, pooled, similarity, MergeSettings(policy="posterior"))
+    found = fuse(base, jobs, bank, pooled, similarity, settings)
+    near(found.w, learn(base, jobs, bank, pooled, posterior, DESCENT).w)
+
+
+# -- ways to compute a merge -------------------------------------------------------------------------------------------
+
+WAYS = Merge(torch.tensor([[2, 7], [0, 5]]), torch.tensor([[0.5, -0.2], [0.9, 0.3]], dtype=torch.float64))
+WIDE = Merge(torch.tensor([[2, 7, 1], [0, 5, 4]]), torch.tensor([[0.5, 0.2, 0.1], [0.9, 0.3, 0.2]]).double())
+
+
+@pytest.fixture
+def bank_of_eight(tiny):
+    base, bank = tiny
+    anchors = random_loras(base, 8, seed=5, size=0.2)
+    return base, replace(bank, anchors=anchors, working=anchors)
+
+
+def same_model(base, bank, merge, adapters) -> None:
+    """The adapters score like a model with the exact merge written into its weights."""
+    examples = random_examples(2, seed=4)
+    found = log_likelihood(base, [examples] * 2, [adapters])
+    for u in range(2):
+        changed = plain.weights(base, plain.merge(bank.anchors, merge.ids[u].tolist(), merge.w[u]))
+        near(found[u], torch.stack([plain.log_likelihood(base, changed, e) for e in examples]))
+
+
+@pytest.mark.parametrize(("merge", "way"), [(WAYS, PerPerson), (WIDE, Gated)], ids=["gathered", "from the bank"])
+def test_the_exact_merge_equals_dense_updates(bank_of_eight, merge, way):
+    base, bank = bank_of_eight
+    found = merged(bank, merge, MergeSettings(mode="exact"))
+    assert isinstance(found, way)  # whichever is less to move
+    same_model(base, bank, merge, found)
+
+
+def test_straight_from_the_bank_equals_the_gathered_merge(bank_of_eight):
+    base, bank = bank_of_eight
+    same_model(base, bank, WAYS, WAYS.adapters(bank.working))
+
+
+def test_svd_at_full_rank_equals_the_exact_merge(bank_of_eight):
+    base, bank = bank_of_eight
+    same_model(base, bank, WAYS, merged(bank, WAYS, MergeSettings(mode="svd", rank=2 * bank.anchors.rank)))
+
+
+def test_svd_keeps_the_rank_of_the_bank_unless_told_otherwise(bank_of_eight):
+    _, bank = bank_of_eight
+    assert merged(bank, WAYS, MergeSettings(mode="svd")).batch.rank == bank.anchors.rank
+    assert merged(bank, WAYS, MergeSettings(mode="svd", rank=2)).batch.rank == 2
+
+
+def test_svd_is_the_best_approximation_of_its_rank(bank_of_eight):
+    _, bank = bank_of_eight
+    found = merged(bank, WAYS, MergeSettings(mode="svd", rank=2)).batch
+    for u in range(2):
+        for name, dense in plain.merge(bank.anchors, WAYS.ids[u].tolist(), WAYS.w[u]).items():
+            left, sizes, right = torch.linalg.svd(dense, full_matrices=False)
+            near(found.delta(name)[u], left[:, :2] * sizes[:2] @ right[:2])
+
+
+def test_factor_averages_both_factors_apart(bank_of_eight):
+    _, bank = bank_of_eight
+    found = merged(bank, WAYS, MergeSettings(mode="factor")).batch
+    for u in range(2):
+        for name, (a, b) in bank.anchors.factors.items():
+            mean_a, mean_b = (sum(WAYS.w[u, k] * t[n] for k, n in enumerate(WAYS.ids[u].tolist())) for t in (a, b))
+            near(found.delta(name)[u], bank.anchors.scale * mean_b @ mean_a)

@@ -1,0 +1,135 @@
+"""What everybody sees first: imports stay light, names resolve, help shows how, and the source keeps its measure."""
+
+import ast
+import subprocess
+import sys
+from importlib.metadata import entry_points
+from pathlib import Path
+
+import click
+import pytest
+import typer
+
+import mta
+from mta.cli.app import app
+
+SOURCE = Path(mta.__file__).parent
+FILES = sorted(SOURCE.rglob("*.py"))
+HEAVY = {"torch", "transformers", "numpy", "sklearn", "sentence_transformers", "matplotlib", "huggingface_hub"}
+LINES_OF_A_FILE, LINES_OF_A_FUNCTION = 300, 40
+LONGER = {  # what may be longer, up to how much, and why
+    "personalize.py": (360, "the Personalizer is one object: making states and using them share its base, bank, store"),
+    "personalize.py:_states": (45, "one cohort through stages 2 and 3; half of it names the arguments"),
+}
+
+
+def python(code: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+
+
+def verbs(command: click.Command, path: tuple[str, ...] = ()) -> dict[str, click.Command]:
+    """Every command that does something, by the words it is called with."""
+    inner = getattr(command, "commands", None)
+    if inner is None:
+        return {" ".join(path): command}
+    return {name: verb for word, child in inner.items() for name, verb in verbs(child, (*path, word)).items()}
+
+
+VERBS = verbs(typer.main.get_command(app))
+
+
+def length(node: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
+    """Lines of a function without its docstring, which may be as long as it needs."""
+    said = node.body[0] if ast.get_docstring(node) else None
+    return node.end_lineno - node.lineno + 1 - (said.end_lineno - said.lineno + 1 if said else 0)
+
+
+def allowed(name: str, usual: int) -> int:
+    return LONGER.get(name, (usual, ""))[0]
+
+
+# imports
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import mta",
+        "from mta import Item, Person, MtaError, Run, load_task, read_people",
+        "import sys; from mta.cli import main; sys.argv = ['mta', '--help']; main()",
+        "import sys; from mta.cli import main; sys.argv = ['mta', 'bank', 'build', '--help']; main()",
+        "import sys; from mta.cli import main; sys.argv = ['mta', '--version']; main()",
+    ],
+)
+def test_nothing_heavy_is_imported_before_it_is_needed(code):
+    done = python(
+        f"import atexit, sys\natexit.register(lambda: print('\\n' + ' '.join(set(sys.modules) & {HEAVY})))\n{code}"
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == ""
+
+
+@pytest.mark.parametrize("name", mta.__all__)
+def test_every_public_name_resolves(name):
+    assert getattr(mta, name) is not None
+
+
+def test_a_name_that_is_not_there_is_an_attribute_error():
+    with pytest.raises(AttributeError, match="module 'mta' has no attribute 'Nothing'"):
+        _ = mta.Nothing
+
+
+# the command line
+
+
+def test_python_m_mta_is_mta():
+    done = subprocess.run([sys.executable, "-m", "mta", "--version"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout.strip()) == (0, mta.__version__)
+
+
+def test_the_installed_command_is_the_same_function():
+    from mta.cli import main
+
+    installed = [entry.load() for entry in entry_points(group="console_scripts", name="mta")]
+    assert all(function is main for function in installed)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_shows_an_example_that_begins_with_its_name(verb):
+    assert f"Example:  mta {verb} " in VERBS[verb].help
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_can_answer_in_json(verb):
+    assert "--json" in [option for parameter in VERBS[verb].params for option in parameter.opts]
+
+
+# the source
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(SOURCE)))
+def test_every_module_public_class_and_public_function_says_what_it_is(file):
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    public = [node for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name[0] != "_"]
+    assert [getattr(node, "name", "the module") for node in [tree, *public] if not ast.get_docstring(node)] == []
+
+
+def test_no_file_is_longer_than_300_lines():
+    sizes = {str(file.relative_to(SOURCE)): len(file.read_text(encoding="utf-8").splitlines()) for file in FILES}
+    assert {name: size for name, size in sizes.items() if size > allowed(name, LINES_OF_A_FILE)} == {}
+
+
+def test_no_function_is_longer_than_40_lines():
+    sizes = {
+        f"{file.relative_to(SOURCE)}:{node.name}": length(node)
+        for file in FILES
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8")))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    }
+    assert {name: size for name, size in sizes.items() if size > allowed(name, LINES_OF_A_FUNCTION)} == {}
+
+
+def test_no_source_file_names_a_place_of_one_machine():
+    suspects = ("/home/", "/root/", "/tmp/", "localhost:")
+    texts = {file: file.read_text(encoding="utf-8") for file in FILES}
+    assert [(str(file), word) for file, text in texts.items() for word in suspects if word in text] == []
