@@ -99,6 +99,14 @@ def test_an_end_token_in_the_prompt_ends_nothing():
     assert generate(base, [prompt], [-1], [], max_new_tokens=1) == [one_by_one(base, prompt, -1, [], 1)]
 
 
+def test_the_padding_token_in_a_prompt_is_text_like_any_other():
+    base = endless(base_of())
+    prompts = [[base.pad_token, 5, base.pad_token, 7], [8, 9, 10, 11, 12, 13]]
+    assert generate(base, prompts, [-1, -1], [], max_new_tokens=4) == [
+        one_by_one(base, prompt, -1, [], 4) for prompt in prompts
+    ]
+
+
 def test_no_questions_get_no_answers():
     base = base_of()
     assert generate(base, [], [], []) == []

@@ -43,7 +43,7 @@ def foreign(tmp_path_factory, task):
     out = tmp_path_factory.mktemp("foreign")
     stage_0 = TINY_RUN.task_lora.model_copy(update={"lora": Lora(rank=3)})
     run = TINY_RUN.model_copy(update={"task_lora": stage_0})
-    build_bank(BASE, task, HashEncoder(), people_of(4, prefix="x"), people_of(12, prefix="y"), run, out)
+    build_bank(BASE, task, HashEncoder(), people_of(4, prefix="x"), people_of(12, prefix="y", seed=7), run, out)
     return out
 
 

@@ -60,6 +60,7 @@ def build_bank(
     vectors = site.timed("encode", lambda: encode_people(encoder, task, able, run.bank.encode))
     chosen = select_anchors(able, vectors, run.bank.anchors, run.seed)
     anchors = [able[i].latest(run.bank.max_items) for i in chosen]
+    (out / "work").mkdir(parents=True, exist_ok=True)
     pooled = site.task_lora(task_people)
     plan, bank = site.meta_loras(anchors, pooled, executor or LocalExecutor())
 
@@ -232,7 +233,6 @@ def _tidy(out: Path) -> None:
 def _finished(out: Path, work: str) -> bool:
     """Whether this very bank is there. Raises BankError if another one is."""
     if not (out / files.INFO).exists():
-        (out / "work").mkdir(parents=True, exist_ok=True)
         return False
     if files.read_info(out).work == work:
         _tidy(out)

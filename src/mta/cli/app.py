@@ -42,10 +42,12 @@ def main() -> None:
         app()
     except MtaError as error:
         sys.exit(_say(f"{type(error).__name__}: {error}"))
-    except KeyboardInterrupt:
-        sys.exit(_say("Interrupted. The same command goes on where it stopped.", 130))
+    except SystemExit as end:
+        if end.code == 130:  # what typer makes of Ctrl-C
+            _say("Interrupted. The same command goes on where it stopped.")
+        raise
 
 
-def _say(text: str, code: int = 1) -> int:
+def _say(text: str) -> int:
     typer.echo(text, err=True)
-    return code
+    return 1

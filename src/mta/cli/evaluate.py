@@ -42,8 +42,9 @@ def evaluate(
     everybody = people_in(source, opened.task, skip_bad)
     with Screen() as screen:
         found = study(base, opened, run, everybody, chosen, limit=people, on_step=screen.step, on_method=screen.say)
+    command = " ".join([f"mta evaluate {source} --bank {bank}", *(words or [])])
     if out:
-        found.write(out, f"mta evaluate {source} --bank {bank}")
+        found.write(out, command)
     if json:
-        return show_json(to_json(found.comparison))
+        return show_json(to_json(found.comparison, **found.meta, command=command))
     show(found, console)

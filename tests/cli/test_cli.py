@@ -1,0 +1,215 @@
+"""Every verb, end to end, from a saved base and a file of ratings."""
+
+import contextlib
+import json
+import re
+import shutil
+
+import pytest
+from safetensors.torch import load_file
+from world import ANN, BOB, MEMBER, QUESTION, TASK, built, mta, ratings, run, tree, written
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    with built(tmp_path_factory.mktemp("world")) as made:
+        yield made
+
+
+# data
+
+
+def test_data_describe_counts(world):
+    assert mta("data", "describe", world.new, *TASK).out.startswith("people 4  items 24  min 6  median 6")
+
+
+def test_data_describe_counts_in_json(world):
+    found = mta("data", "describe", world.new, *TASK, "--json").json
+    assert (found["people"], found["items"], found["queries"]) == (4, 24, 0)
+
+
+def test_data_show_prints_the_prompt_and_marks_what_the_loss_sees(world):
+    said = mta("data", "show", world.new, *world.settings, "--person", BOB, "--items", 1).out
+    assert said.startswith("<|start|>user\nHow many stars")
+    assert '"Zorblax 31" (Drama)' in said
+    assert "<|start|>assistant\n⟦2<|end|>⟧\n" in said
+    assert re.search(r"-- \d+ tokens, 2 in the target, 0 cut", said)
+
+
+def test_data_show_tells_what_was_cut(world):
+    said = mta("data", "show", world.new, *world.settings, "--items", 1, "max_tokens=125").out
+    assert "-- 125 tokens, 2 in the target, 4 cut" in said
+
+
+def test_data_show_gives_tokens_and_mask_in_json(world):
+    shown = mta("data", "show", world.new, *world.settings, "--items", 2, "--json").json
+    assert len(shown) == 2
+    assert [mask for mask in shown[0]["target_mask"] if mask] == [1, 1]
+    assert len(shown[0]["tokens"]) == len(shown[0]["target_mask"])
+
+
+def test_bad_rows_can_be_set_aside(tmp_path):
+    rows = ratings("a", "b", 1)
+    path = written(tmp_path / "h.jsonl", [*rows, {**rows[0], "rating": "9"}])
+    said = mta("data", "describe", path, *TASK, "--skip-bad", tmp_path / "bad.jsonl", "--json")
+    assert said.json["items"] == 6
+    assert json.loads((tmp_path / "bad.jsonl").read_text())["line"] == 7
+
+
+# bank
+
+
+def test_bank_build_tells_what_it_made(world):
+    assert world.built.json["anchors"] == 2
+    assert "task LoRA: 8/8 examples" in world.built.err
+    assert set(world.built.json["seconds"]) == {"encode", "task LoRA", "anchors"}
+
+
+def test_a_finished_build_is_left_as_it_is(world):
+    before = tree(world.bank)
+    said = mta(*world.build)
+    assert world.built.json["hash"][:12] in said.out
+    assert "examples" not in said.err
+    assert tree(world.bank) == before
+
+
+def test_settings_come_from_a_file_then_words(world, tmp_path):
+    config = tmp_path / "run.yaml"
+    config.write_text("seed: 4\nbank: {anchors: 9}\n")
+    mta("bank", "build", world.members, *world.settings, "--config", config, "--out", tmp_path / "bank")
+    run = mta("bank", "show", tmp_path / "bank", "--json").json["run"]
+    assert (run["seed"], run["bank"]["anchors"], run["bank"]["max_items"]) == (4, 2, 4)
+
+
+def test_options_stand_over_words(world, tmp_path):
+    shutil.copytree(world.base, tmp_path / "2024")
+    with contextlib.chdir(tmp_path):
+        mta("bank", "build", world.members, *world.settings, "--base", "2024", "--seed", 5, "--out", "bank", "seed=4")
+        shown = mta("bank", "show", "bank", "--json").json
+    assert (shown["base"], shown["run"]["seed"]) == ("2024", 5)
+
+
+def test_bank_show_prints_the_card(world):
+    said = mta("bank", "show", world.bank).out
+    assert said.startswith("# A bank of 2 anchors for `movielens-rating`")
+    assert said.strip() == (world.bank / "README.md").read_text().strip()
+
+
+def test_bank_show_json_says_nothing_of_its_members(world):
+    shown = mta("bank", "show", world.bank, "--json").json
+    assert shown["task"]["name"] == "movielens-rating"
+    assert "members" not in shown
+
+
+def test_nobodys_name_or_text_is_in_a_bank_or_a_store(world):
+    for path in [*world.bank.rglob("*"), *world.store.rglob("*")]:
+        for word in ("hoxha", "quispe", "Zorblax"):
+            assert word not in path.name
+            assert path.is_dir() or word.encode() not in path.read_bytes(), path
+
+
+# people
+
+
+def test_personalize_counts_who_was_trained(world):
+    assert world.personalized.json == {"trained": 4, "unchanged": 0, "shortened": 0}
+
+
+def test_personalizing_again_trains_nobody(world):
+    before = tree(world.store)
+    assert mta("personalize", world.new, *world.at).out.startswith("0 people personalized, 4 were up to date")
+    assert tree(world.store) == before
+
+
+def test_other_shots_are_other_work(world, tmp_path):
+    at = world.copy(tmp_path)
+    assert mta("personalize", world.new, *at, "--shots", 3, "--json").json["trained"] == 4
+
+
+def test_generate_answers_for_each_person_and_for_nobody(world):
+    asked = [QUESTION, "--person", BOB, "--person", ANN, "--nobody", "--max-new-tokens", 3]
+    answers = mta("generate", *asked, *world.at, "--json").json
+    assert [answer["person"] for answer in answers] == [BOB, ANN, "(task)", "(base)"]
+    assert len({answer["answer"] for answer in answers}) > 1
+
+
+def test_generate_prints_a_line_for_each(world):
+    said = mta("generate", QUESTION, "--person", ANN, *world.at, "--max-new-tokens", 1).out
+    assert said.startswith(f"{ANN}: ")
+
+
+def test_generate_without_a_person_asks_nobody(world):
+    answers = mta("generate", QUESTION, *world.at, "--max-new-tokens", 1, "--json").json
+    assert [answer["person"] for answer in answers] == ["(task)", "(base)"]
+
+
+def test_export_writes_a_peft_folder(world, tmp_path):
+    said = mta("export", ANN, "--out", tmp_path / "ann", *world.at, "--json").json
+    assert said == {"folder": str(tmp_path / "ann"), "relative_error": 0.0}
+    config = json.loads((tmp_path / "ann" / "adapter_config.json").read_text())
+    tensors = load_file(tmp_path / "ann" / "adapter_model.safetensors")
+    assert config["peft_type"] == "LORA"
+    assert {tensor.shape[0] for name, tensor in tensors.items() if "lora_A" in name} == {config["r"]}
+
+
+def test_export_reports_what_compressing_costs(world, tmp_path):
+    said = mta("export", ANN, "--out", tmp_path / "ann", *world.at, "--rank", 1, "--json").json
+    assert 0 < said["relative_error"] < 1
+    assert json.loads((tmp_path / "ann" / "adapter_config.json").read_text())["r"] == 1
+
+
+def test_forget_removes_a_person(world, tmp_path):
+    at = world.copy(tmp_path)
+    assert mta("forget", ANN, *at, "--json").json == {"states_removed": True, "needs_rebuild": []}
+    assert run("generate", QUESTION, "--person", ANN, *at).err.splitlines()[-2].startswith("PersonNotFound: ")
+    assert mta("forget", ANN, *at).out == "nothing was kept of that person\n"
+
+
+def test_forget_names_what_was_learnt_from_a_person(world, tmp_path):
+    said = mta("forget", MEMBER, *world.copy(tmp_path)).out
+    assert re.search("^still learnt from them, until the bank is rebuilt: (task LoRA|clusters)", said, re.MULTILINE)
+
+
+def test_forget_without_the_bank_does_nothing_rather_than_half(world, tmp_path):
+    at = world.copy(tmp_path)
+    shutil.rmtree(tmp_path / "bank")
+    before = tree(tmp_path)
+    assert run("forget", ANN, *at).code == 1
+    assert tree(tmp_path) == before
+
+
+# evaluation
+
+
+@pytest.fixture(scope="module")
+def evaluated(world, tmp_path_factory):
+    out = tmp_path_factory.mktemp("results")
+    words = ["shots=2", "queries=2", "policies=[uniform, posterior]"]
+    return mta("evaluate", world.new, "--bank", world.bank, *words, "--out", out, "--json"), out
+
+
+def test_evaluate_compares_every_method_on_people_who_are_not_in_the_bank(evaluated):
+    found = evaluated[0].json
+    assert (found["people"], found["queries_per_person"]) == (4, 2)
+    methods = [method["name"] for method in found["methods"]]
+    assert {"base", "task LoRA", "OPPU", "merge only, uniform", "merge only, posterior", "MTA"} <= set(methods)
+
+
+def test_evaluate_says_with_its_numbers_how_they_were_made(evaluated):
+    meta = evaluated[0].json["meta"]
+    assert (meta["shots"], meta["task"], meta["dtype"]) == (2, "movielens-rating", "float32")
+    assert meta["command"].endswith("shots=2 queries=2 policies=[uniform, posterior]")
+
+
+def test_evaluate_writes_a_report_and_its_numbers(evaluated):
+    said, out = evaluated
+    assert json.loads((out / "results.json").read_text())["methods"] == said.json["methods"]
+    page = (out / "report.html").read_text()
+    assert "MTA" in page
+    assert "quispe" not in page
+
+
+def test_evaluate_prints_a_table_for_people_on_stderr(world):
+    said = mta("evaluate", world.new, "--bank", world.bank, "shots=2", "queries=1", "policies=[uniform]", "--people", 2)
+    assert said.out == ""
+    assert "2 people, 2 shots and 1 later queries each" in said.err

@@ -1,0 +1,190 @@
+"""What people are told about their mistakes: in words, with exit code 1, and nothing is written."""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from world import QUESTION, built, ratings, run, tree, written
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    with built(tmp_path_factory.mktemp("world")) as made:
+        yield made
+
+
+MISTAKES = {
+    "a file that is not there": ("data describe {root}/no.jsonl", "AssetError: no such file or folder: "),
+    "a name that is nothing": ("data describe nothing --task lamp3", "DataError: no such file: nothing"),
+    "a folder that holds no people": ("data describe {base}", "DataError: "),
+    "an unknown task": ("data describe {new} --task lampe3", "TaskError: unknown task 'lampe3'"),
+    "an unknown person to show": ("data show {new} {settings} --person eve", "PersonNotFound: nobody in "),
+    "a build of an unknown base": (
+        "bank build {members} {settings} --base ./no --out {root}/b",
+        "AssetError: no such file or folder: ./no",
+    ),
+    "a build with an unknown task": (
+        "bank build {members} {settings} --task no --out {root}/b",
+        "TaskError: unknown task 'no'",
+    ),
+    "a build with an unknown key": (
+        "bank build {members} {settings} --out {root}/b bank.ankers=3",
+        "ConfigError: the command line: bank.ankers: ",
+    ),
+    "a build with a bad value": (
+        "bank build {members} {settings} --out {root}/b bank.anchors=many",
+        "ConfigError: the command line: bank.anchors: ",
+    ),
+    "a build with a word that is no setting": (
+        "bank build {members} {settings} --out {root}/b anchors",
+        "ConfigError: not a setting: 'anchors'",
+    ),
+    "a build with a value that is no YAML": (
+        "bank build {members} {settings} --out {root}/b bank.anchors=[3",
+        "ConfigError: 'bank.anchors=[3'",
+    ),
+    "a build with a missing configuration": (
+        "bank build {members} {settings} --out {root}/b --config {root}/no.yaml",
+        "ConfigError: no such configuration file: ",
+    ),
+    "a build on a device that is not there": (
+        "bank build {members} {settings} --out {root}/b --device toaster",
+        "ModelError: device 'toaster' cannot be used",
+    ),
+    "a build from too few people": (
+        "bank build {new} {settings} --out {root}/b",
+        "InputError: 2 candidates for anchors; at least 4 are needed",
+    ),
+    "a build over another bank": (
+        "bank build {members} {settings} --out {bank} seed=9",
+        "BankError: {bank} holds a bank built from other people",
+    ),
+    "a bank that is not there": ("bank show {root}/no", "BankCorrupt: no bank at {root}/no: bank.json is missing"),
+    "people for a bank that is not there": (
+        "personalize {new} --bank {root}/no --store {root}/s",
+        "BankCorrupt: no bank at {root}/no",
+    ),
+    "people who are not there": (
+        "personalize {root}/no.jsonl --bank {bank} --store {root}/s",
+        "AssetError: no such file or folder: ",
+    ),
+    "people without shots": (
+        "personalize {new} --shots 0 --bank {bank} --store {root}/s",
+        "DataError: 4 of 4 people have no item",
+    ),
+    "people and an unknown key": (
+        "personalize {new} --bank {bank} --store {root}/s stak.enabled=no",
+        "ConfigError: the command line: stak: ",
+    ),
+    "people for whom the memory is too small": (
+        "personalize {new} --bank {bank} --store {root}/s memory=1KiB",
+        "MemoryBudgetError: one person needs about ",
+    ),
+    "a question to an unknown person": (
+        "generate {question} --person eve --bank {bank} --store {store}",
+        "PersonNotFound: no state of 'eve'",
+    ),
+    "a question to a store that is not there": (
+        "generate {question} --person eve --bank {bank} --store {root}/s",
+        "PersonNotFound: ",
+    ),
+    "a question as one text where fields are needed": (
+        "generate Zorblax --bank {bank} --store {store}",
+        "DataError: a question of task 'movielens-rating' needs fields: title, genres; got one text",
+    ),
+    "a question without a field": (
+        'generate {{"title":"Zorblax"}} --bank {bank} --store {store}',
+        "DataError: a question of task 'movielens-rating' needs genres",
+    ),
+    "an export of an unknown person": (
+        "export eve --out {root}/x --bank {bank} --store {store}",
+        "PersonNotFound: no state of 'eve'",
+    ),
+    "an evaluation of the bank's own people": (
+        "evaluate {members} --bank {bank} --out {root}/r shots=2 queries=2",
+        "InputError: none of 18 people can be tested",
+    ),
+    "an evaluation with an unknown key": (
+        "evaluate {new} --bank {bank} --out {root}/r shot=2",
+        "ConfigError: the command line: shot: ",
+    ),
+    "a recipe that is not there": ("demo --recipe no --out {root}/d", "ConfigError: no recipe 'no'"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_told_in_words_and_nothing_is_written(world, mistake):
+    text, message = MISTAKES[mistake]
+    names = {name: getattr(world, name) for name in ("root", "base", "members", "new", "bank", "store")}
+    names |= {"settings": " ".join(map(str, world.settings)), "question": QUESTION.replace(" ", "")}
+    before = tree(world.root)
+    said = run(*text.format(**names).split())
+    assert said.code == 1
+    assert re.search(f"^{re.escape(message.format(**names))}", said.err, re.MULTILINE), said.err
+    assert "Traceback" not in said.err
+    assert said.out == ""
+    assert tree(world.root) == before
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"rating": "9"}, "field 'rating': unknown label '9'; expected one of: 1, 2, 3, 4, 5"),
+        ({"title": " "}, "field 'title': empty; expected some text"),
+        ({"time": "yesterday"}, "field 'time': bad time 'yesterday'"),
+        ({"genres": None}, "field 'genres': missing"),
+        ('{"person": "ann", ', "wrong JSON: "),
+    ],
+)
+def test_a_bad_line_is_told_with_file_line_and_field(world, tmp_path, row, message):
+    rows = ratings("a", "b", 1)
+    path = written(tmp_path / "h.jsonl", [*rows[:3], row if isinstance(row, str) else {**rows[3], **row}])
+    said = run("bank", "build", path, *world.settings, "--out", tmp_path / "bank")
+    assert (said.code, said.out) == (1, "")
+    assert said.err.startswith(f"DataError: {path}:4: {message}")
+    assert not (tmp_path / "bank").exists()
+
+
+def test_a_changed_bank_is_refused(world, tmp_path):
+    at = world.copy(tmp_path)
+    content = bytearray((tmp_path / "bank" / "anchors.safetensors").read_bytes())
+    content[-1] ^= 1
+    (tmp_path / "bank" / "anchors.safetensors").write_bytes(content)
+    said = run("generate", QUESTION, *at)
+    assert said.code == 1
+    assert f"BankCorrupt: {tmp_path}/bank/anchors.safetensors was changed or cut short" in said.err
+
+
+def test_another_base_is_refused(world, tmp_path):
+    other = Path(shutil.copytree(world.base, tmp_path / "other"))
+    content = bytearray((other / "model.safetensors").read_bytes())
+    content[-1] ^= 1
+    (other / "model.safetensors").write_bytes(content)
+    said = run("personalize", world.new, "--bank", world.bank, "--store", tmp_path / "s", f"base={other}")
+    assert said.code == 1
+    assert f"BankMismatch: {world.bank} was built for base '{world.base}'" in said.err
+    assert not (tmp_path / "s").exists()
+
+
+def test_a_mistake_in_an_own_process_exits_with_1_and_without_a_traceback(tmp_path):
+    words = ["data", "describe", str(tmp_path / "no.jsonl")]
+    done = subprocess.run([sys.executable, "-m", "mta", *words], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("AssetError: no such file or folder: ")
+
+
+@pytest.mark.timeout(120)
+def test_ctrl_c_says_that_nothing_is_lost(tmp_path):
+    os.mkfifo(tmp_path / "slow.jsonl")  # reading it waits for somebody who writes
+    words = [sys.executable, "-m", "mta", "data", "describe", str(tmp_path / "slow.jsonl")]
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    with (tmp_path / "slow.jsonl").open("w"):
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate()
+    assert (process.returncode, out) == (130, "")
+    assert err.strip() == "Interrupted. The same command goes on where it stopped."

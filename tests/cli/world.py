@@ -1,0 +1,127 @@
+"""``mta`` as people call it, and a small world it has built: base, ratings, bank and store."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import base_of, tokenizer
+
+from mta.cli import main
+
+TASK = ["--task", "movielens-rating"]
+FAST = [
+    "encoder=base",
+    "dtype=float32",
+    "max_tokens=400",
+    "memory=64MiB",
+    "task_lora.items=8",
+    "task_lora.lora.rank=2",
+    "bank.anchors=2",
+    "bank.min_items=3",
+    "bank.max_items=4",
+    "bank.lora.rank=2",
+    "bank.training.epochs=1",
+    "merge.k=0",
+    "stack.training.steps=2",
+]
+QUESTION = '{"title": "Zorblax", "genres": "Drama"}'
+MEMBER, ANN, BOB = "member-03-hoxha", "new-00-quispe", "new-01-quispe"  # in the bank; not in it
+
+
+@dataclass(frozen=True)
+class Said:
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self):
+        return json.loads(self.out)
+
+
+def run(*words) -> Said:
+    """``mta`` with these words, in this process."""
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        patch.setattr(sys, "argv", ["mta", *map(str, words)])
+        try:
+            main()
+        except SystemExit as end:
+            code = end.code
+    return Said(code, out.getvalue(), err.getvalue())
+
+
+def mta(*words) -> Said:
+    """The same, for what should go well."""
+    said = run(*words)
+    assert said.code == 0, said.err
+    return said
+
+
+def ratings(prefix, surname, people, items=6):
+    return [
+        {
+            "person": f"{prefix}-{n:02}-{surname}",
+            "title": f"Zorblax {31 * n + 7 * i}",
+            "genres": "Drama",
+            "rating": str(1 + (n + i) % 5),
+            "time": i,
+        }
+        for n in range(people)
+        for i in range(items)
+    ]
+
+
+def written(path: Path, rows) -> Path:
+    lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+def saved_base(folder: Path) -> Path:
+    base_of("llama", torch.float32).model.save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return folder
+
+
+def tree(folder: Path) -> dict[str, bytes | None]:
+    return {str(path): path.read_bytes() if path.is_file() else None for path in sorted(folder.rglob("*"))}
+
+
+@contextlib.contextmanager
+def built(root: Path) -> Iterator[World]:
+    """A world under ``root``, with a cache of its own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MTA_CACHE", str(root.with_name(f"{root.name}-cache")))
+        yield World(root)
+
+
+class World:
+    """A base, two files of ratings, a bank and a store, all made by the command line."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.base = saved_base(root / "base")
+        self.members = written(root / "members.jsonl", ratings("member", "hoxha", 18))
+        self.new = written(root / "new.jsonl", ratings("new", "quispe", 4))
+        self.bank, self.store = root / "bank", root / "people"
+        self.settings = [f"base={self.base}", *FAST, *TASK]
+        self.at = ["--bank", self.bank, "--store", self.store]
+        self.build = ["bank", "build", self.members, *self.settings, "--out", self.bank]
+        self.built = mta(*self.build, "--json")
+        self.personalized = mta("personalize", self.new, *self.at, "--json")
+
+    def copy(self, folder: Path) -> list:
+        """A bank and a store that a test may change."""
+        shutil.copytree(self.bank, folder / "bank")
+        shutil.copytree(self.store, folder / "people")
+        return ["--bank", folder / "bank", "--store", folder / "people"]

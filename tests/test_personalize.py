@@ -1,0 +1,450 @@
+"""Personalizing many people at once: as if one at a time, as if never killed; and what can be done with the result."""
+
+import json
+import random
+import shutil
+from pathlib import Path
+
+import kill
+import peft
+import plain
+import pytest
+import torch
+from conftest import TINY_RUN, HashEncoder, memory_for, people_of, personalizer
+from tiny import base_of
+
+from mta import BASE, TASK
+from mta.bank.bank import Bank
+from mta.config import Lora, MergeSettings, StackSettings, Training
+from mta.errors import DataError, MemoryBudgetError, PersonNotFound, StoreError
+from mta.history import Item, Person
+from mta.lora.peft import read_peft
+from mta.personalize import Forgotten, Personalized, Personalizer, forget_person
+from mta.state import State
+from mta.store import Store
+from mta.training.checkpoint import Checkpoint
+from mta.training.trainer import Job
+
+QUESTION = {"title": "Film 7", "genres": "Drama"}
+LEARNED = MergeSettings(policy="learned", k=2, learned=Training(lr=0.1, steps=3, batch_size=8, eps=1.0, clip=1e9))
+
+
+def crowd(*sizes: int) -> list[Person]:
+    """People with that many shots each."""
+    return [person.first(size) for person, size in zip(people_of(len(sizes), items=9, prefix="x", seed=5), sizes)]
+
+
+PEOPLE = crowd(3, 1, 8, 2, 5)
+
+
+def same(found: State, expected: State, tolerance: float = 1e-10) -> None:
+    assert found.anchors == expected.anchors
+    assert found.work == expected.work
+    assert found.w == pytest.approx(expected.w, rel=0, abs=tolerance)
+    for name, tensor in found.stack.tensors().items():
+        torch.testing.assert_close(tensor, expected.stack.tensors()[name], rtol=0, atol=tolerance)
+
+
+@pytest.fixture
+def known(tiny, tmp_path):
+    """A Personalizer that knows everybody."""
+    personal = personalizer(*tiny, store=tmp_path / "people")
+    personal.personalize(PEOPLE)
+    return personal
+
+
+# -- together or alone -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("merge", [TINY_RUN.merge, LEARNED], ids=["posterior", "learned"])
+def test_together_equals_one_at_a_time(tiny, merge):
+    together = personalizer(*tiny, merge=merge)
+    assert together.personalize(PEOPLE) == Personalized(5, 0, 0)
+    for person in PEOPLE:
+        alone = personalizer(*tiny, merge=merge)
+        alone.personalize([person])
+        same(together.state(person.id), alone.state(person.id))
+    assert len({together.state(person.id).w for person in PEOPLE}) == 5
+
+
+def test_stacks_are_trained(known):
+    for person in PEOPLE:
+        assert max(float(b.abs().max()) for _, b in known.state(person.id).stack.factors.values()) > 1e-3
+
+
+def test_any_order_gives_the_same_bits(tiny):
+    first = personalizer(*tiny)
+    first.personalize(PEOPLE)
+    mixed = personalizer(*tiny)
+    mixed.personalize(random.Random(0).sample(PEOPLE, len(PEOPLE)))
+    assert all(mixed.state(person.id) == first.state(person.id) for person in PEOPLE)
+
+
+def in_cohorts_of(base, bank, people: int, store=None) -> Personalizer:
+    """A Personalizer with so little memory that only that many of PEOPLE are trained together."""
+    jobs = [Job(p.id, [base.prompts.example(bank.task, item) for item in p.items]) for p in PEOPLE]
+    memory = memory_for(base, jobs, sum(d + o for d, o in base.targets.values()), people)
+    return personalizer(base, bank, store=store, memory=memory)
+
+
+@pytest.mark.parametrize(("people", "sizes"), [(1, [1, 1, 1, 1, 1]), (2, [2, 2, 1]), (3, [3, 2])])
+def test_the_size_of_cohorts_does_not_matter(tiny, people, sizes):
+    large, small, seen = personalizer(*tiny), in_cohorts_of(*tiny, people), []
+    large.personalize(PEOPLE)
+    small.personalize(PEOPLE, on_step=lambda stage, step: seen.append((stage, step.step, step.people)))
+    assert [people for stage, step, people in seen if (stage, step) == ("stack", 1)] == sizes
+    for person in PEOPLE:
+        same(small.state(person.id), large.state(person.id))
+
+
+def test_less_memory_than_one_person_needs_is_an_error(tiny):
+    with pytest.raises(MemoryBudgetError, match=r"^one person needs about 1 MiB .* the budget is 0 MiB"):
+        personalizer(*tiny, memory="1KiB").personalize(PEOPLE)
+
+
+def test_queries_are_never_looked_at(tiny):
+    first, other = personalizer(*tiny), personalizer(*tiny)
+    first.personalize(PEOPLE)
+    other.personalize([Person(p.id, p.items, PEOPLE[0].items) for p in PEOPLE])
+    assert all(other.state(person.id) == first.state(person.id) for person in PEOPLE)
+
+
+def test_another_seed_starts_other_stacks(tiny):
+    first, other = personalizer(*tiny), personalizer(*tiny, seed=1)
+    for personal in (first, other):
+        personal.personalize(PEOPLE[:1])
+    assert first.state("x0").w == other.state("x0").w
+    assert first.state("x0") != other.state("x0")
+
+
+def test_without_a_stack_the_merge_alone_is_kept(tiny):
+    personal = personalizer(*tiny, stack=StackSettings(enabled=False))
+    personal.personalize(PEOPLE)
+    assert all(personal.state(person.id).stack is None for person in PEOPLE)
+    assert personal.score([("x0", QUESTION, "4")]) == personal.score([("x0", QUESTION, "4")], stacked=False)
+
+
+# -- again -------------------------------------------------------------------------------------------------------------
+
+
+def states_in(store: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(store)): path.read_bytes() for path in store.glob("*/*/[0-9]*.safetensors")}
+
+
+def test_a_second_call_does_nothing(known, tmp_path):
+    stamps = {path: path.stat().st_mtime_ns for path in (tmp_path / "people").rglob("*")}
+    steps = []
+    assert known.personalize(PEOPLE, on_step=lambda *_: steps.append(1)) == Personalized(0, 5, 0)
+    assert steps == []
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "people").rglob("*")} == stamps
+
+
+def test_only_who_is_new_is_trained(known):
+    assert known.personalize([*PEOPLE, *people_of(1, prefix="new")]) == Personalized(1, 5, 0)
+    assert [known.store.versions(person.id) for person in PEOPLE] == [[1]] * 5
+
+
+def test_changed_shots_make_a_new_version(known):
+    before = known.state("x0")
+    more = Person.of("x0", [*PEOPLE[0].items, Item({**QUESTION, "rating": "1"}, time=99.0)])
+    assert known.personalize([more, *PEOPLE[1:]]) == Personalized(1, 4, 0)
+    assert known.store.versions("x0") == [1, 2]
+    assert known.store.load("x0", 1) == before
+    assert known.state("x0").history == more.digest() != before.history
+
+
+def test_changed_settings_make_a_new_version(known, tiny):
+    other = personalizer(*tiny, store=known.store, merge=MergeSettings(policy="uniform", k=2))
+    assert other.personalize(PEOPLE).trained == 5
+    assert other.state("x0").w == (0.5, 0.5)
+    assert known.store.versions("x0") == [1, 2]
+
+
+def test_a_damaged_state_is_made_anew(known, tmp_path):
+    before = known.state("x0")
+    (path,) = (tmp_path / "people").glob(f"*/{known.store.key_of('x0')}/1.safetensors")
+    path.write_bytes(path.read_bytes()[:-1])
+    assert known.personalize(PEOPLE) == Personalized(1, 4, 0)
+    assert known.state("x0") == before
+
+
+def test_texts_that_were_cut_are_counted(tiny):
+    long = Person.of("long", [Item({"title": "word " * 100, "genres": "Drama", "rating": "4"})])
+    assert personalizer(*tiny).personalize([long, *PEOPLE]).shortened == 1
+
+
+def personalize_in(folder: Path, bank: str) -> None:
+    """What is killed below: five people in cohorts of two, in a store whose key is known."""
+    (folder / "people").mkdir(parents=True, exist_ok=True)
+    (folder / "people" / "store.json").write_text(json.dumps({"schema": 1, "key": "ab" * 32}))
+    base = base_of()
+    personal = in_cohorts_of(base, Bank.open(bank, base), 2, store=folder / "people")
+    personal.personalize(PEOPLE, checkpoints=folder / "checkpoints")
+
+
+def test_killed_again_and_again_the_store_ends_the_same(tiny, tmp_path):
+    _, bank = tiny
+    folders = [tmp_path / name for name in ("whole", "one", "two", "three")]
+    kills = kill.until_done(personalize_in, folders, bank.folder)
+    assert all(kills)
+    expected = states_in(tmp_path / "whole" / "people")
+    assert len(expected) == 5
+    for folder in folders:
+        assert states_in(folder / "people") == expected
+        assert not list((folder / "checkpoints").glob("*.checkpoint"))
+
+
+def test_a_run_goes_on_from_its_checkpoint(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(Checkpoint, "due", lambda _: True)
+    whole, personal, seen = personalizer(*tiny), personalizer(*tiny), []
+    whole.personalize(PEOPLE)
+
+    def stop(stage, step):
+        seen.append((stage, step.step))
+        if (stage, step.step) == ("stack", 2) and seen.count(("stack", 2)) == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        personal.personalize(PEOPLE, on_step=stop, checkpoints=tmp_path)
+    seen.append("again")
+    personal.personalize(PEOPLE, on_step=stop, checkpoints=tmp_path)
+    again = seen[seen.index("again") + 1 :]
+    assert [step for stage, step in again if stage == "stack"] == [2]
+    assert all(personal.state(person.id) == whole.state(person.id) for person in PEOPLE)
+
+
+# -- using it ----------------------------------------------------------------------------------------------------------
+
+
+ROWS = [
+    ("x0", QUESTION),
+    (BASE, QUESTION),
+    ("x2", {"title": "A much longer title", "genres": "Comedy"}),
+    (TASK, QUESTION),
+]
+ROWS += [("x0", {"title": "B", "genres": "Drama"}), ("x4", QUESTION), (BASE, {"title": "B", "genres": "Drama"})]
+
+
+def test_rows_of_different_people_answer_as_each_alone(known):
+    together = known.generate(ROWS, max_new_tokens=12)
+    assert together == [known.generate([row], max_new_tokens=12)[0] for row in ROWS]
+    assert len({together[0], together[1], together[3], together[5]}) > 1  # four models, one question
+
+
+def test_rows_of_different_people_score_as_each_alone(known):
+    rows = [(who, question, answer) for who, question in ROWS for answer in ("1", "5")]
+    together = known.score(rows)
+    alone = [known.score([row])[0] for row in rows]
+    assert together == pytest.approx(alone, rel=0, abs=1e-9)
+    assert len({round(score, 6) for score in together}) == len(rows)
+
+
+def test_nobodys_rows_are_the_plain_model_and_the_task_lora(known, tiny):
+    base, bank = tiny
+    example = base.prompts.example(bank.task, bank.task.asked(QUESTION), "4")
+    pooled = plain.weights(base, plain.update(bank.task_lora))
+    expected = [float(plain.log_likelihood(base, changed, example)) for changed in ({}, pooled)]
+    assert known.score([(BASE, QUESTION, "4"), (TASK, QUESTION, "4")]) == pytest.approx(expected, rel=0, abs=1e-10)
+
+
+def test_a_persons_row_is_task_lora_merge_and_stack(known, tiny):
+    base, bank = tiny
+    example = base.prompts.example(bank.task, bank.task.asked(QUESTION), "4")
+    state = known.state("x2")
+    merge = plain.merge(bank.anchors, state.anchors, torch.tensor(state.w, dtype=torch.float64))
+    parts = [plain.update(bank.task_lora), merge, plain.update(state.stack)]
+    whole, merged = (float(plain.log_likelihood(base, plain.weights(base, *p), example)) for p in (parts, parts[:2]))
+    assert known.score([("x2", QUESTION, "4")]) == pytest.approx([whole], rel=0, abs=1e-10)
+    assert known.score([("x2", QUESTION, "4")], stacked=False) == pytest.approx([merged], rel=0, abs=1e-10)
+    assert abs(whole - merged) > 1e-4
+
+
+def test_the_base_answers_as_its_own_generate_does(known, tiny):
+    base, bank = tiny
+    prompt = base.prompts.prompt(bank.task, bank.task.asked(QUESTION), 12).tokens
+    tokens = base_of().model.generate(torch.tensor([prompt]), max_new_tokens=12, do_sample=False, eos_token_id=2)
+    expected = base.tokenizer.decode(tokens[0, len(prompt) :], skip_special_tokens=True).strip()
+    assert known.generate([(BASE, QUESTION)], max_new_tokens=12) == [expected]
+
+
+def test_a_label_scores_the_same_among_labels_and_alone(known, tiny):
+    _, bank = tiny
+    items = PEOPLE[2].items[:3]
+    found = known.label_scores([("x2", items), (TASK, items[:1])])
+    assert [tuple(scores.shape) for scores in found] == [(3, 5), (1, 5)]
+    for i, item in enumerate(items):
+        question = {name: item.fields[name] for name in ("title", "genres")}
+        alone = known.score([("x2", question, label) for label in bank.task.labels])
+        assert found[0][i].tolist() == pytest.approx(alone, rel=0, abs=1e-10)
+
+
+def test_no_rows_are_no_answers(known):
+    assert known.generate([]) == known.score([]) == known.label_scores([]) == []
+
+
+def test_a_state_is_used_from_the_store_by_anybody_who_opens_it(known, tiny):
+    other = personalizer(*tiny, store=known.store)
+    assert other.generate(ROWS, max_new_tokens=6) == known.generate(ROWS, max_new_tokens=6)
+
+
+# -- export ------------------------------------------------------------------------------------------------------------
+
+
+def tokens_asked(base, bank) -> tuple[int, ...]:
+    return base.prompts.prompt(bank.task, bank.task.asked(QUESTION)).tokens
+
+
+def loaded_by_peft(folder: Path):
+    return peft.PeftModel.from_pretrained(base_of().model, folder).double()
+
+
+def test_an_export_means_the_same_to_peft(known, tiny, tmp_path):
+    """What stands in the files, computed by PEFT and by us: to the last digits of float64."""
+    base, bank = tiny
+    assert known.export("x2", tmp_path / "out") == 0.0
+    found = loaded_by_peft(tmp_path / "out")(input_ids=torch.tensor([tokens_asked(base, bank)])).logits[0]
+    adapter = read_peft(tmp_path / "out").to(torch.float64)
+    expected = plain.logits(base, plain.weights(base, plain.update(adapter)), tokens_asked(base, bank))
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-9)
+
+
+def test_an_export_is_task_lora_merge_and_stack(known, tiny, tmp_path):
+    """Up to float32, in which exports are written: every factor is off by up to 6e-8 of its size."""
+    base, bank = tiny
+    known.export("x2", tmp_path / "out")
+    adapter, state = read_peft(tmp_path / "out"), known.state("x2")
+    assert {t.dtype for t in adapter.tensors().values()} == {torch.float32}
+    assert adapter.rank == 3 * bank.anchors.rank + bank.task_lora.rank + 1
+    merge = plain.merge(bank.anchors, state.anchors, torch.tensor(state.w, dtype=torch.float64))
+    for name in adapter.names:
+        expected = bank.task_lora.delta(name)[0] + merge[name] + state.stack.delta(name)[0]
+        difference = adapter.to(torch.float64).delta(name)[0] - expected
+        assert float(difference.norm() / expected.norm()) < 2e-7
+    model = loaded_by_peft(tmp_path / "out")
+    example = base.prompts.example(bank.task, bank.task.asked(QUESTION), "4")
+    table = model(input_ids=torch.tensor([example.tokens])).logits[0].log_softmax(-1)
+    score = sum(table[example.target_start - 1 + i, token] for i, token in enumerate(example.target))
+    assert known.score([("x2", QUESTION, "4")]) == pytest.approx([float(score)], rel=0, abs=1e-4)
+
+
+@pytest.mark.parametrize("rank", [1, 4])
+def test_a_compressed_export_reports_what_is_lost(known, tmp_path, rank):
+    known.export("x2", tmp_path / "whole")
+    error = known.export("x2", tmp_path / "small", rank=rank)
+    whole, small = (read_peft(tmp_path / name).to(torch.float64) for name in ("whole", "small"))
+    assert small.rank == rank
+    lost = sum(float((whole.delta(name) - small.delta(name)).square().sum()) for name in whole.names)
+    total = sum(float(whole.delta(name).square().sum()) for name in whole.names)
+    best = sum(float(torch.linalg.svdvals(whole.delta(name)[0])[rank:].square().sum()) for name in whole.names)
+    assert error == pytest.approx((lost / total) ** 0.5, rel=1e-3)
+    assert error == pytest.approx((best / total) ** 0.5, rel=1e-3)
+    assert 0 < error < 1
+
+
+def test_a_rank_that_is_enough_loses_nothing(known, tmp_path):
+    assert known.export("x2", tmp_path / "whole", rank=64) == 0.0
+    assert read_peft(tmp_path / "whole").rank == 9
+
+
+# -- forget ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def own_bank(tiny, tmp_path):
+    """A bank that a test may mark as needing a rebuild."""
+    base, bank = tiny
+    return base, Bank.open(shutil.copytree(bank.folder, tmp_path / "bank"), base)
+
+
+def test_forgetting_removes_a_person_and_nobody_else(own_bank, tmp_path):
+    _, bank = own_bank
+    personal = personalizer(*own_bank, store=tmp_path / "people")
+    personal.personalize(PEOPLE)
+    personal.store.save_history(PEOPLE[0])
+    assert personal.forget("x0") == Forgotten(True, [])
+    with pytest.raises(PersonNotFound):
+        personal.state("x0")
+    assert personal.store.history("x0") is None
+    assert len(states_in(tmp_path / "people")) == 4
+    assert personal.forget("x0") == Forgotten(False, [])
+    assert not (bank.folder / "needs-rebuild.json").exists()
+
+
+def test_forgetting_names_what_still_holds_something_of_a_person(own_bank, tmp_path):
+    _, bank = own_bank
+    personal = personalizer(*own_bank, store=tmp_path / "people")
+    personal.personalize(people_of(1, prefix="t"))
+    assert personal.forget("t0") == Forgotten(True, ["task LoRA"])
+    assert json.loads((bank.folder / "needs-rebuild.json").read_text()) == {"needs_rebuild": ["task LoRA"]}
+
+
+def test_forgetting_needs_no_model(own_bank, tmp_path):
+    personal = personalizer(*own_bank, store=tmp_path / "people")
+    personal.personalize(people_of(1, prefix="t"))
+    assert forget_person("t0", tmp_path / "people", own_bank[1].folder) == Forgotten(True, ["task LoRA"])
+    assert "t0" not in Store(tmp_path / "people")
+
+
+def test_forgetting_works_without_a_store(own_bank):
+    personal = personalizer(*own_bank)
+    personal.personalize(PEOPLE)
+    assert personal.forget("x0") == Forgotten(True, [])
+    with pytest.raises(PersonNotFound):
+        personal.state("x0")
+
+
+# -- mistakes ----------------------------------------------------------------------------------------------------------
+
+
+def test_somebody_unknown_is_an_error(known, tiny):
+    with pytest.raises(PersonNotFound, match=r"^no state of 'nobody' in the store .*people\n  Personalize first:  mta"):
+        known.generate([("x0", QUESTION), ("nobody", QUESTION)])
+    with pytest.raises(PersonNotFound) as caught:
+        personalizer(*tiny).state("nobody")
+    assert str(caught.value) == "no state is known for that person\n  Call personalize for them first."
+
+
+def test_a_state_of_another_bank_is_refused(known, tiny):
+    _, bank = tiny
+    other = State("f" * 64, (0,), (1.0,), "top1", PEOPLE[0].digest(), "0" * 64, 0)
+    known.store.save("x0", other)
+    with pytest.raises(StoreError) as caught:
+        known.generate([("x0", QUESTION)])
+    assert str(caught.value) == (
+        f"the person's state was made with bank ffffffff…, the bank at {bank.folder} is {bank.hash[:8]}…\n"
+        "  Open that bank, or personalize again: mta personalize"
+    )
+    assert known.personalize(PEOPLE) == Personalized(1, 4, 0)
+    assert known.state("x0").bank == bank.hash
+
+
+def test_a_person_without_items_is_an_error(tiny, tmp_path):
+    personal = personalizer(*tiny, store=tmp_path / "people")
+    with pytest.raises(DataError) as caught:
+        personal.personalize([*PEOPLE, Person("empty", ())])
+    assert str(caught.value) == "1 of 6 people have no item\n  Personalizing takes at least one shot each."
+    assert not (tmp_path / "people").exists()
+
+
+def test_a_person_given_twice_is_an_error(tiny):
+    with pytest.raises(DataError) as caught:
+        personalizer(*tiny).personalize([*PEOPLE, PEOPLE[2].first(1)])
+    assert str(caught.value) == "a person is given twice\n  Put all items of a person into one history."
+
+
+def test_a_question_without_its_fields_is_an_error(known):
+    with pytest.raises(DataError):
+        known.generate([("x0", {"title": "no genres"})])
+
+
+def test_the_banks_settings_are_used_unless_others_are_given(tiny):
+    assert Personalizer(*tiny, encoder=HashEncoder()).run == TINY_RUN
+
+
+@pytest.mark.parametrize("rank", [2, 3])
+def test_people_with_stacks_of_different_ranks_answer_in_one_batch(known, tiny, rank):
+    wide = StackSettings(lora=Lora(rank=rank, alpha=6.0), training=TINY_RUN.stack.training)
+    other = personalizer(*tiny, store=known.store, stack=wide)
+    other.personalize(people_of(1, prefix="wide"))
+    rows = [("wide0", QUESTION, "3"), ("x0", QUESTION, "3")]
+    assert known.score(rows) == pytest.approx([known.score([row])[0] for row in rows], rel=0, abs=1e-10)
