@@ -6,11 +6,13 @@ from dataclasses import replace
 import plain
 import pytest
 import torch
+from conftest import people_of
 from tiny import base_of, random_examples, random_loras
 
 from mta.config import MergeSettings, Training
 from mta.errors import AnchorNotFound, ConfigError
-from mta.fuse import Evidence, Merge, coefficients, fuse, gather_evidence, learn
+from mta.evidence import Evidence, Labels, gather_evidence, shots_of
+from mta.fuse import Merge, coefficients, fuse, learn, ridge
 from mta.lora import Gated, PerPerson, Shared
 from mta.personalize import merged
 from mta.score import log_likelihood
@@ -157,6 +159,40 @@ def test_gates_are_the_coefficients_over_all_anchors():
     assert gates.tolist() == [[0, 0.5, 0, 0.25, 0]]
 
 
+def labels_of(shots: list[int], kinds: int = 4) -> Labels:
+    gold = torch.full((len(shots), max(shots)), -1)
+    for u, count in enumerate(shots):
+        gold[u, :count] = torch.arange(count) % kinds
+    return Labels(2 * normal(len(shots), max(shots), kinds, 1 + N, seed=3), gold)
+
+
+@pytest.mark.parametrize("strength", [0.5, 20.0])
+def test_ridge_is_the_minimum_of_its_objective(strength):
+    """The gradient by autograd of the written-out objective vanishes there."""
+    labels, ids = labels_of([2, 5, 3]), torch.tensor([[0, 3], [4, 1], [2, 0]])
+    w = ridge(labels, ids, strength).requires_grad_()
+    objective = strength / 2 * (w**2).sum()
+    for u in range(3):
+        for m in range(int((labels.gold[u] >= 0).sum())):
+            task = labels.scores[u, m, :, 0]
+            mixed = task + sum(w[u, k] * (labels.scores[u, m, :, 1 + ids[u, k]] - task) for k in range(2))
+            objective = objective - mixed.log_softmax(0)[labels.gold[u, m]]
+    near(torch.autograd.grad(objective, w)[0], torch.zeros(3, 2), 1e-9)
+    assert w.abs().max() > 1e-2
+
+
+def test_ridge_is_nothing_where_the_pull_is_strong_and_does_not_depend_on_mates():
+    labels, ids = labels_of([2, 5, 3]), torch.arange(N).expand(3, N)
+    assert ridge(labels, ids, 1e9).abs().max() < 1e-7
+    alone = ridge(Labels(labels.scores[:1, :2], labels.gold[:1, :2]), ids[:1], 3.0)
+    near(ridge(labels, ids, 3.0)[0], alone[0])
+
+
+def test_ridge_needs_labels():
+    with pytest.raises(ConfigError, match="needs a task with labels"):
+        weighed("ridge")
+
+
 # -- evidence ----------------------------------------------------------------------------------------------------------
 
 
@@ -189,6 +225,19 @@ def test_evidence_does_not_depend_on_mates_or_batches(scene, budget):
         alone = gather_evidence(base, [job], bank, [Shared(task)])
         near(together.anchors[u], alone.anchors[0])
         near(together.task[u], alone.task[0])
+
+
+def test_labels_share_the_likelihood_of_their_golds(tiny):
+    """Scoring all labels of a shot gives the same sums as scoring the right ones, and tells which was right."""
+    base, bank = tiny
+    jobs = [shots_of(base, bank.task, person) for person in people_of(2, items=3)]
+    plainly = [replace(job, alternatives=()) for job in jobs]
+    found = gather_evidence(base, jobs, bank.working, bank.pooled)
+    reference = gather_evidence(base, plainly, bank.working, bank.pooled)
+    near(found.anchors, reference.anchors, 1e-9)
+    near(found.task, reference.task, 1e-9)
+    assert reference.labels is None
+    assert found.labels.gold.tolist() == [[int(i.fields["rating"]) - 1 for i in p.items] for p in people_of(2, items=3)]
 
 
 def test_evidence_reports_a_pass_per_anchor_and_one_for_the_task_lora(scene):

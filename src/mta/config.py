@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from mta.errors import ConfigError
 
-Policy = Literal["uniform", "top1", "similarity", "loss", "posterior", "learned", "fixed"]
+Policy = Literal["uniform", "top1", "similarity", "loss", "posterior", "ridge", "learned", "fixed"]
 MergeMode = Literal["exact", "svd", "factor"]
 
 
@@ -87,6 +87,7 @@ class MergeSettings(Settings):
     tau: float = Field(0.2, gt=0)
     temperature: float = Field(4.0, gt=0, description="T of the posterior policy")
     null_prior: float = Field(0.5, gt=0, lt=1, description="prior of the task LoRA alone in the posterior policy")
+    ridge: float = Field(300.0, gt=0, description="strength of the pull to zero in the ridge policy")
     fixed: float = Field(0.5, ge=0, le=1, description="share of the nearest anchor in the fixed policy")
     learned: Training = Training(lr=0.5, steps=8, batch_size=64, eps=1.0, clip=1e9)
     scale: float = Field(1.0, gt=0, description="multiplies all coefficients")
@@ -133,7 +134,7 @@ class Evaluation(Settings):
     seeds: tuple[int, ...] = (0,)
     oppu: StackSettings = StackSettings(lora=Lora(), training=Training(lr=2e-4, steps=8, batch_size=64))
     adapt: StackSettings = StackSettings()
-    policies: tuple[Policy, ...] = ("uniform", "top1", "similarity", "loss", "posterior", "learned")
+    policies: tuple[Policy, ...] = ("uniform", "top1", "similarity", "loss", "posterior", "ridge", "learned")
 
 
 _UNITS = {"B": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}

@@ -15,7 +15,7 @@ from mta.base import BaseModel, gemm_rate
 from mta.config import Evaluation, Run, Settings, checked, override
 from mta.errors import ConfigError
 from mta.evaluation.study import Study, ask, study
-from mta.fuse import OnStep
+from mta.evidence import OnStep
 from mta.history import Person
 from mta.personalize import Personalizer
 from mta.readers import read_people

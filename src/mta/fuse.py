@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -13,26 +13,10 @@ from torch import Tensor
 from mta.base import BaseModel
 from mta.config import MergeSettings, Training
 from mta.errors import AnchorNotFound, ConfigError
+from mta.evidence import Evidence, Labels, OnStep, gather_evidence
 from mta.lora.batch import LoraBatch
-from mta.lora.layers import Adapters, Gated, Shared
-from mta.score import log_likelihood
-from mta.training.trainer import Job, Step, train
-
-OnStep = Callable[[str, Step], None]
-
-
-@dataclass(frozen=True, slots=True)
-class Evidence:
-    """What the shots say about the anchors.
-
-    Shapes: anchors (U, N) and task (U,), log-likelihood of a person's targets under each anchor and under the task LoRA
-    alone; tokens (U,) target tokens and shots (U,) items they were summed over.
-    """
-
-    anchors: Tensor
-    task: Tensor
-    tokens: Tensor
-    shots: Tensor
+from mta.lora.layers import Adapters, Gated
+from mta.training.trainer import Job, train
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,40 +36,9 @@ class Merge:
         return Gated(bank, self.gates(len(bank)).to(factors.device))
 
 
-def gather_evidence(
-    base: BaseModel,
-    jobs: Sequence[Job],
-    bank: LoraBatch,
-    pooled: Sequence[Adapters],
-    *,
-    tokens_per_batch: int = 4096,
-    on_step: OnStep | None = None,
-) -> Evidence:
-    """Score everybody's shots under every anchor and under ``pooled`` (the task LoRA) alone: N + 1 passes.
-
-    Anchors never saw a target's shots, so their likelihood is honest evidence.
-    """
-    examples = [job.examples for job in jobs]
-    shots = torch.tensor([len(theirs) for theirs in examples], dtype=torch.float64)
-    passes, total = len(bank) + 1, int(shots.sum())
-
-    def score(number: int, adapters: Sequence[Adapters]) -> Tensor:
-        found = log_likelihood(base, examples, adapters, tokens_per_batch=tokens_per_batch)
-        sums = torch.stack([scores.sum() for scores in found]).double()
-        if on_step:
-            loss = float(-sums.sum() / shots.sum())
-            on_step("evidence", Step(number + 1, len(jobs), (number + 1) * total, passes * total, loss))
-        return sums
-
-    task = score(0, pooled)
-    anchors = torch.stack([score(n + 1, [*pooled, Shared(bank.select([n]))]) for n in range(len(bank))], 1)
-    tokens = torch.tensor([sum(len(e.target) for e in theirs) for theirs in examples], dtype=torch.float64)
-    return Evidence(anchors, task, tokens, shots)
-
-
 def needs_evidence(settings: MergeSettings) -> bool:
     """Whether the policy reads the anchors' losses (``gather_evidence``) or only the encodings."""
-    return settings.retrieve == "loss" or settings.policy in ("loss", "posterior", "learned")
+    return settings.retrieve == "loss" or settings.policy in ("loss", "posterior", "ridge", "learned")
 
 
 def coefficients(settings: MergeSettings, similarity: Tensor, evidence: Evidence | None = None) -> Merge:
@@ -127,7 +80,38 @@ def _weights(settings: MergeSettings, near: Tensor, ids: Tensor, evidence: Evide
     loglik = evidence.anchors.gather(1, ids)
     if settings.policy == "loss":
         return torch.softmax(loglik / evidence.tokens[:, None] / settings.tau, dim=1)
+    if settings.policy == "ridge":
+        return ridge(evidence.labels, ids, settings.ridge)
     return posterior(loglik, evidence.task, settings.null_prior, settings.temperature)
+
+
+def ridge(labels: Labels | None, ids: Tensor, strength: float, iterations: int = 50) -> Tensor:
+    """The coefficients that best explain the labels of the shots, pulled to zero: nothing is trained or run again.
+
+    A merge's label scores are taken as linear in w, score(w) = task + sum_k w_k (anchor_k - task), which holds well for
+    small w (docs/tuning.md). Minimises the shots' NLL over the labels + strength / 2 * |w|^2 by Newton's method, in
+    float64. Coefficients may be negative, and are 0 where the shots say nothing.
+    Shapes: ids (U, K) -> (U, K). Source: our choice. Raises ConfigError for tasks without labels.
+    """
+    if labels is None:
+        raise ConfigError("policy 'ridge' needs a task with labels", hint="Use merge.policy=posterior for free text.")
+    there = (labels.gold >= 0).double()
+    pooled, anchors = labels.scores[..., 0], labels.scores[..., 1:]
+    index = ids[:, None, None, :].expand(*anchors.shape[:3], ids.shape[1])
+    slopes = (anchors - pooled[..., None]).gather(3, index)  # (U, M, C, K)
+    gold = torch.nn.functional.one_hot(labels.gold.clamp_min(0), pooled.shape[2]).double()
+    pull = strength * torch.eye(ids.shape[1], dtype=torch.float64)
+    w = torch.zeros(ids.shape, dtype=torch.float64)
+    for _ in range(iterations):
+        p = torch.softmax(pooled + torch.einsum("umck,uk->umc", slopes, w), dim=2)
+        gradient = torch.einsum("umck,umc,um->uk", slopes, p - gold, there) + strength * w
+        centred = slopes - torch.einsum("umck,umc->umk", slopes, p)[:, :, None]
+        curvature = torch.einsum("umck,umc,um,umcl->ukl", centred, p, there, centred) + pull
+        step = torch.linalg.solve(curvature, gradient)
+        w = w - step
+        if float(step.abs().max()) < 1e-12:
+            break
+    return w
 
 
 def posterior(loglik: Tensor, task: Tensor, null_prior: float, temperature: float) -> Tensor:

@@ -19,8 +19,9 @@ from mta.base import BaseModel
 from mta.config import MergeSettings, Run, Settings, StackSettings, dump_yaml, parse_size
 from mta.encode import Encoder, encode_people
 from mta.errors import DataError, PersonNotFound, StoreError
+from mta.evidence import OnStep, shots_of
 from mta.executor import Executor, LocalExecutor
-from mta.fuse import Merge, OnStep, fuse
+from mta.fuse import Merge, fuse
 from mta.generate import generate
 from mta.history import Item, Person
 from mta.lora.batch import join, stack
@@ -108,7 +109,7 @@ class Personalizer:
         _check(ordered)
         works = {person.id: self._work(person) for person in ordered}
         there = {person.id for person in ordered if self._has(person.id, works[person.id])}
-        jobs = [self._job(person) for person in ordered]
+        jobs = [shots_of(self.base, self.bank.task, person) for person in ordered]
         folder = Path(checkpoints) if checkpoints else None
         # The plan is over everybody, done or not, so that a resumed run computes in the cohorts of the first.
         plan = plan_cohorts(self.base, jobs, self._numbers(), parse_size(self.run.memory))
@@ -285,9 +286,6 @@ class Personalizer:
             every = stack([state.stack if state and state.stack else none for state in states])
             adapters.append(PerPerson(every.to(place_of)))
         return [place[who] for who in whose], adapters
-
-    def _job(self, person: Person) -> Job:
-        return Job(person.id, [self.base.prompts.example(self.bank.task, item) for item in person.items])
 
     def _work(self, person: Person) -> str:
         settings = _Kept(

@@ -14,7 +14,7 @@ from mta.base import BaseModel
 from mta.config import Run
 from mta.encode import Encoder, encode_people
 from mta.errors import InputError
-from mta.fuse import Evidence, OnStep, gather_evidence
+from mta.evidence import Evidence, OnStep, gather_evidence, shots_of
 from mta.history import Item, Person
 from mta.training.trainer import Job
 
@@ -65,8 +65,7 @@ class Panel:
     @cached_property
     def jobs(self) -> list[Job]:
         """Everybody's shots as training examples."""
-        task = self.bank.task
-        return [Job(p.id, [self.base.prompts.example(task, item) for item in p.items]) for p in self.people]
+        return [shots_of(self.base, self.bank.task, person) for person in self.people]
 
     @cached_property
     def golds(self) -> list[list[str]]:

@@ -19,7 +19,7 @@ from mta.errors import InputError
 from mta.evaluation.methods import Base, GlobalConstant, Merged, MergeThenAdapt, Method, OneLora, OwnConstant, TaskLora
 from mta.evaluation.protocol import Panel
 from mta.evaluation.run import Comparison, evaluate
-from mta.fuse import OnStep
+from mta.evidence import OnStep
 from mta.history import Person
 from mta.personalize import TASK, Personalizer, Who
 from mta.splits import draw
@@ -54,7 +54,7 @@ def standard_methods(run: Run, evaluation: Evaluation) -> list[Method]:
         # A run's settings belong to its policy; the others take the paper's K = 2 where they retrieve by encoding.
         if name == run.merge.policy:
             return run.merge
-        everything = name in ("uniform", "posterior", "learned")
+        everything = name in ("uniform", "posterior", "ridge", "learned")
         return MergeSettings.model_validate({**run.merge.model_dump(), "policy": name, "k": 0 if everything else 2})
 
     methods: list[Method] = [GlobalConstant(), OwnConstant(), Base(), TaskLora()]

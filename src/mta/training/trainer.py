@@ -29,10 +29,15 @@ from mta.training.packing import Row, collate, pack
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One adapter to be trained: whose it is, and the examples it learns from."""
+    """One adapter to be trained: whose it is, and the examples it learns from.
+
+    ``alternatives`` holds, for each example, the same prompt with every label of its task: never trained on, but
+    scored as evidence. Empty where answers are free text.
+    """
 
     key: str
     examples: Sequence[Example]
+    alternatives: Sequence[Sequence[Example]] = ()
 
 
 Build = Callable[[Mapping[str, Tensor], Tensor], Adapters]
