@@ -12,9 +12,8 @@ from tiny import base_of, random_examples, random_loras
 from mta.config import MergeSettings, Training
 from mta.errors import AnchorNotFound, ConfigError
 from mta.evidence import Evidence, Labels, gather_evidence, shots_of
-from mta.fuse import Merge, coefficients, fuse, learn, ridge
+from mta.fuse import Merge, coefficients, fuse, learn, merged, ridge
 from mta.lora import Gated, PerPerson, Shared
-from mta.personalize import merged
 from mta.score import log_likelihood
 from mta.training.trainer import Job
 

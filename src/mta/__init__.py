@@ -16,15 +16,15 @@ if TYPE_CHECKING:
     from mta.errors import MtaError as MtaError
     from mta.history import Item as Item
     from mta.history import Person as Person
-    from mta.personalize import BASE as BASE
-    from mta.personalize import TASK as TASK
     from mta.personalize import Personalizer as Personalizer
     from mta.readers import read_people as read_people
+    from mta.rows import BASE as BASE
+    from mta.rows import TASK as TASK
     from mta.tasks import load_task as load_task
 
 _HOME = {
-    "BASE": "mta.personalize",
-    "TASK": "mta.personalize",
+    "BASE": "mta.rows",
+    "TASK": "mta.rows",
     "Bank": "mta.bank.bank",
     "BaseModel": "mta.base",
     "Item": "mta.history",

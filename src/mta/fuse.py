@@ -10,12 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mta.bank.bank import Bank
 from mta.base import BaseModel
 from mta.config import MergeSettings, Training
 from mta.errors import AnchorNotFound, ConfigError
 from mta.evidence import Evidence, Labels, OnStep, gather_evidence
 from mta.lora.batch import LoraBatch
-from mta.lora.layers import Adapters, Gated
+from mta.lora.layers import Adapters, Gated, PerPerson
+from mta.lora.merge import merge_exact, merge_factor, truncate
 from mta.training.trainer import Job, train
 
 
@@ -177,3 +179,20 @@ def learn(
 
     found = train(base, jobs, {"shift": torch.zeros_like(before)}, adapters, training, frozen=pooled, **how)
     return Merge(start.ids, (before + found["shift"]).cpu())
+
+
+def merged(bank: Bank, merge: Merge, settings: MergeSettings) -> Adapters:
+    """A merge as the layers compute it, by ``settings.mode``.
+
+    The exact merge is gathered per person when that is little to move, else computed straight from the bank.
+    """
+    device = next(iter(bank.working.factors.values())).a.device
+    ids, w = merge.ids.to(device), merge.w.to(device)
+    if settings.mode == "factor":
+        return PerPerson(merge_factor(bank.working, ids, w))
+    if settings.mode == "svd":
+        exact = merge_exact(bank.anchors.to(ids.device), ids, w)
+        return PerPerson(truncate(exact, settings.rank or bank.anchors.rank)[0])
+    if 4 * ids.shape[1] <= len(bank):
+        return PerPerson(merge_exact(bank.working, ids, w))
+    return merge.adapters(bank.working)

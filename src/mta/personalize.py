@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from enum import Enum
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -21,30 +20,29 @@ from mta.encode import Encoder, encode_people
 from mta.errors import DataError, PersonNotFound, StoreError
 from mta.evidence import OnStep, shots_of
 from mta.executor import Executor, LocalExecutor
-from mta.fuse import Merge, fuse
+from mta.fuse import Merge, fuse, merged
 from mta.generate import generate
 from mta.history import Item, Person
-from mta.lora.batch import join, stack
-from mta.lora.layers import Adapters, Gated, PerPerson
-from mta.lora.merge import merge_exact, merge_factor, truncate
+from mta.lora.batch import LoraBatch, join
+from mta.lora.layers import Adapters
+from mta.lora.merge import merge_exact, truncate
 from mta.lora.peft import write_peft
+from mta.rows import Nobody, Who, row_adapters
 from mta.score import label_scores, log_likelihood
 from mta.store import State, Store, work_key
 from mta.training.checkpoint import Checkpoint
 from mta.training.plan import Plan, plan_cohorts
-from mta.training.trainer import Job, Step
+from mta.training.trainer import Job
 
-
-class Nobody(Enum):
-    """Rows that belong to no person: the untouched base, or the pooled model (base and task LoRA)."""
-
-    BASE = "base"
-    TASK = "task"
-
-
-BASE, TASK = Nobody.BASE, Nobody.TASK
-Who = str | Nobody
 Question = str | Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class _How:
+    """How a call reports and where its cohorts leave checkpoints."""
+
+    on_step: OnStep | None
+    checkpoints: Path | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,13 +108,13 @@ class Personalizer:
         works = {person.id: self._work(person) for person in ordered}
         there = {person.id for person in ordered if self._has(person.id, works[person.id])}
         jobs = [shots_of(self.base, self.bank.task, person) for person in ordered]
-        folder = Path(checkpoints) if checkpoints else None
+        how = _How(on_step, Path(checkpoints) if checkpoints else None)
         # The plan is over everybody, done or not, so that a resumed run computes in the cohorts of the first.
         plan = plan_cohorts(self.base, jobs, self._numbers(), parse_size(self.run.memory))
 
         def cohort(numbers: Sequence[int]) -> None:
             chosen, theirs = [ordered[n] for n in numbers], [jobs[n] for n in numbers]
-            for person, state in zip(chosen, self._states(chosen, theirs, works, plan, folder, on_step)):
+            for person, state in zip(chosen, self._states(chosen, theirs, works, plan, how)):
                 self._keep(person.id, state)
 
         unfinished = [c for c in plan.cohorts if any(ordered[n].id not in there for n in c)]
@@ -125,35 +123,11 @@ class Personalizer:
         return Personalized(len(people) - len(there), len(there), cut)
 
     def _states(
-        self,
-        people: Sequence[Person],
-        jobs: Sequence[Job],
-        works: Mapping[str, str],
-        plan: Plan,
-        folder: Path | None,
-        on_step: OnStep | None,
+        self, people: Sequence[Person], jobs: Sequence[Job], works: Mapping[str, str], plan: Plan, how: _How
     ) -> list[State]:
         """One cohort through stages 2 and 3."""
-        merge = self.merge(people, jobs, plan.tokens_per_batch, on_step)
-        settings, stacks = self.run.stack, None
-        if settings.enabled:
-            name = hashlib.sha256(
-                "/".join([plan.digest, *(works[person.id] for person in people)]).encode()
-            ).hexdigest()
-            checkpoint = Checkpoint(folder / f"{name[:24]}.checkpoint", name) if folder else None
-            stacks = adapt(
-                self.base,
-                jobs,
-                [*self.bank.pooled, merged(self.bank, merge, self.run.merge)],
-                settings.lora,
-                settings.training,
-                seed=self.run.seed,
-                tokens_per_batch=plan.tokens_per_batch,
-                checkpoint=checkpoint,
-                on_step=_named(on_step, "stack"),
-            )
-            if checkpoint:
-                checkpoint.remove()
+        merge = self.merge(people, jobs, plan.tokens_per_batch, how.on_step)
+        stacks = self._stacks(jobs, merge, plan, [works[person.id] for person in people], how)
         return [
             State(
                 bank=self.bank.hash,
@@ -167,6 +141,30 @@ class Personalizer:
             )
             for i, person in enumerate(people)
         ]
+
+    def _stacks(
+        self, jobs: Sequence[Job], merge: Merge, plan: Plan, works: Sequence[str], how: _How
+    ) -> LoraBatch | None:
+        """Stage 3 for one cohort, or None where it is switched off."""
+        settings = self.run.stack
+        if not settings.enabled:
+            return None
+        name = hashlib.sha256("/".join([plan.digest, *works]).encode()).hexdigest()
+        checkpoint = Checkpoint(how.checkpoints / f"{name[:24]}.checkpoint", name) if how.checkpoints else None
+        stacks = adapt(
+            self.base,
+            jobs,
+            [*self.bank.pooled, merged(self.bank, merge, self.run.merge)],
+            settings.lora,
+            settings.training,
+            seed=self.run.seed,
+            tokens_per_batch=plan.tokens_per_batch,
+            checkpoint=checkpoint,
+            on_step=partial(how.on_step, "stack") if how.on_step else None,
+        )
+        if checkpoint:
+            checkpoint.remove()
+        return stacks
 
     def merge(
         self, people: Sequence[Person], jobs: Sequence[Job], tokens_per_batch: int = 4096, on_step: OnStep | None = None
@@ -269,23 +267,9 @@ class Personalizer:
     def _adapters(self, whose: Sequence[Who], stacked: bool) -> tuple[list[int], list[Adapters]]:
         """Row owners and adapters for a batch of different people: everybody a row of coefficients and a stack."""
         known = list(dict.fromkeys(whose))
+        states = [who if isinstance(who, Nobody) else self.state(who) for who in known]
         place = {who: i for i, who in enumerate(known)}
-        states = [None if isinstance(who, Nobody) else self.state(who) for who in known]
-        gates = torch.zeros(len(known), len(self.bank), dtype=self.base.master_dtype)
-        for i, state in enumerate(states):
-            if state:
-                gates[i].scatter_add_(0, torch.tensor(state.anchors), gates.new_tensor(state.w))
-        place_of = self.base.device
-        adapters: list[Adapters] = [Gated(self.bank.working, gates.to(place_of))]
-        if self.bank.task_lora:
-            pooled = torch.tensor([[0.0 if who is BASE else 1.0] for who in known])
-            adapters.append(Gated(self.bank.task_lora, pooled.to(place_of)))
-        stacks = [state.stack for state in states if state and state.stack]
-        if stacked and stacks:
-            none = stacks[0].map(torch.zeros_like)
-            every = stack([state.stack if state and state.stack else none for state in states])
-            adapters.append(PerPerson(every.to(place_of)))
-        return [place[who] for who in whose], adapters
+        return [place[who] for who in whose], row_adapters(self.base, self.bank, self.run.merge, states, stacked)
 
     def _work(self, person: Person) -> str:
         settings = _Kept(
@@ -306,21 +290,15 @@ class Personalizer:
             self._unsaved[person] = state
 
     def _numbers(self) -> int:
-        return (
-            self.run.stack.lora.rank * sum(d + o for d, o in self.base.targets.values())
-            if self.run.stack.enabled
-            else 1
-        )
+        """How many numbers are trained for a person."""
+        stack = self.run.stack
+        return stack.lora.rank * sum(d + o for d, o in self.base.targets.values()) if stack.enabled else 1
 
 
 def forget_person(person: str, store: str | Path, bank: Path) -> Forgotten:
     """``Personalizer.forget`` without loading a model."""
     parts = mark_stale(bank, person)  # first: where there is no bank, nothing is done rather than half of it
     return Forgotten(Store(store).forget(person), parts)
-
-
-def _named(on_step: OnStep | None, stage: str) -> Callable[[Step], None] | None:
-    return partial(on_step, stage) if on_step else None
 
 
 class _Kept(Settings):
@@ -330,23 +308,6 @@ class _Kept(Settings):
     stack: StackSettings
     dtype: str
     max_tokens: int
-
-
-def merged(bank: Bank, merge: Merge, settings: MergeSettings) -> Adapters:
-    """A merge as the layers compute it, by ``settings.mode``.
-
-    The exact merge is gathered per person when that is little to move, else computed straight from the bank.
-    """
-    device = next(iter(bank.working.factors.values())).a.device
-    ids, w = merge.ids.to(device), merge.w.to(device)
-    if settings.mode == "factor":
-        return PerPerson(merge_factor(bank.working, ids, w))
-    if settings.mode == "svd":
-        exact = merge_exact(bank.anchors.to(ids.device), ids, w)
-        return PerPerson(truncate(exact, settings.rank or bank.anchors.rank)[0])
-    if 4 * ids.shape[1] <= len(bank):
-        return PerPerson(merge_exact(bank.working, ids, w))
-    return merge.adapters(bank.working)
 
 
 def _check(people: Sequence[Person]) -> None:

@@ -11,7 +11,8 @@ import typer
 from mta.cli.options import BankDir, Device, Json, Seed, StoreUrl, Words, open_bank, show_json
 
 if TYPE_CHECKING:
-    from mta.personalize import Question, Who
+    from mta.personalize import Question
+    from mta.rows import Who
 
 
 def generate(
@@ -32,7 +33,8 @@ def generate(
 
     Example:  mta generate "Great sound, weak battery." --person ann --person bob --nobody
     """
-    from mta.personalize import BASE, TASK, Personalizer
+    from mta.personalize import Personalizer
+    from mta.rows import BASE, TASK
 
     asked = _fields(question)
     base, opened, run = open_bank(bank, words, seed, device)

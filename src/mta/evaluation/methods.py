@@ -14,11 +14,10 @@ from mta.adapt import adapt
 from mta.config import Lora, MergeSettings, StackSettings, Training
 from mta.evaluation.metrics import Answers, from_scores
 from mta.evaluation.protocol import Panel
-from mta.fuse import Merge, fuse, needs_evidence
+from mta.fuse import Merge, fuse, merged, needs_evidence
 from mta.generate import generate
 from mta.lora.batch import LoraBatch
 from mta.lora.layers import Adapters, PerPerson
-from mta.personalize import merged
 from mta.score import label_scores
 from mta.tasks.task import Task
 

@@ -21,7 +21,8 @@ from mta.evaluation.protocol import Panel
 from mta.evaluation.run import Comparison, evaluate
 from mta.evidence import OnStep
 from mta.history import Person
-from mta.personalize import TASK, Personalizer, Who
+from mta.personalize import Personalizer
+from mta.rows import TASK, Who
 from mta.splits import draw
 
 
