@@ -83,7 +83,7 @@ class MergeSettings(Settings):
 
     policy: Policy = "posterior"
     retrieve: Literal["cosine", "loss"] = "cosine"
-    k: int = Field(2, ge=0)
+    k: int = Field(0, ge=0, description="anchors retrieved, 0 = all; the paper takes 2")
     tau: float = Field(0.2, gt=0)
     temperature: float = Field(4.0, gt=0, description="T of the posterior policy")
     null_prior: float = Field(0.5, gt=0, lt=1, description="prior of the task LoRA alone in the posterior policy")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -24,7 +25,7 @@ from mta.fuse import Merge, fuse, merged
 from mta.generate import generate
 from mta.history import Item, Person
 from mta.lora.batch import LoraBatch, join
-from mta.lora.layers import Adapters
+from mta.lora.layers import Adapters, applied
 from mta.lora.merge import merge_exact, truncate
 from mta.lora.peft import write_peft
 from mta.rows import Nobody, Who, row_adapters
@@ -224,6 +225,11 @@ class Personalizer:
         """Log probability of every label for every item of every row: a list of (items, labels) tensors."""
         owners, adapters = self._adapters([who for who, _ in rows], stacked)
         return label_scores(self.base, self.bank.task, [items for _, items in rows], adapters, owners=owners)
+
+    def applied(self, whose: Sequence[Who], *, stacked: bool = True) -> AbstractContextManager[None]:
+        """Within the block, row i of a batch through ``base.model`` is computed for ``whose[i]``."""
+        owners, adapters = self._adapters(whose, stacked)
+        return applied(self.base.model, adapters, torch.tensor(owners, device=self.base.device))
 
     def export(self, person: str, out: str | Path, *, rank: int | None = None) -> float:
         """Write task LoRA, merge and stack as one PEFT folder for the untouched base.

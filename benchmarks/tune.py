@@ -1,0 +1,124 @@
+"""The search behind the demo's settings, on the development people: neither in the bank nor tested (docs/tuning.md).
+
+Run:  python benchmarks/tune.py --out tune [--only ridge,OPPU]
+Hours on two cores; stopped, it goes on: every line of tune/results.jsonl is one finished method. --table prints them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from mta import assets
+from mta.bank.bank import Bank
+from mta.base import BaseModel
+from mta.cli.screen import Screen
+from mta.config import Lora, MergeSettings, StackSettings, Training
+from mta.demo import Recipe, load_recipe
+from mta.evaluation.methods import Merged, MergeThenAdapt, Method, OneLora, TaskLora
+from mta.evaluation.protocol import Panel
+from mta.evaluation.run import Comparison, evaluate
+from mta.readers import read_people
+from mta.splits import draw
+
+METRICS = ("NLL", "MAE", "MAE (median)")
+
+
+def candidates(recipe: Recipe) -> Iterator[Method]:
+    """Everything that is tried."""
+    run = recipe.run
+    for k in (2, 4, 8, 0):
+        yield Merged(f"uniform k={k}", MergeSettings(policy="uniform", k=k))
+        yield Merged(f"loss k={k}", MergeSettings(policy="loss", k=k, retrieve="loss"))
+    for temperature in (2.0, 4.0, 8.0):
+        for prior in (0.2, 0.5):
+            settings = MergeSettings(policy="posterior", k=0, temperature=temperature, null_prior=prior)
+            yield Merged(f"posterior T={temperature:g} null={prior}", settings)
+    ridges = {s: MergeSettings(policy="ridge", k=0, ridge=s) for s in (1000.0, 500.0, 300.0, 200.0, 100.0, 50.0)}
+    yield from (Merged(f"ridge {s:g}", settings) for s, settings in ridges.items())
+    for lr in (0.05, 0.15):
+        learned = Training(lr=lr, steps=1, batch_size=64, eps=1.0, clip=1e9)
+        yield Merged(f"learned lr={lr}", MergeSettings(policy="learned", k=0, learned=learned))
+    for lr in (1e-4, 2e-4, 4e-4):
+        for steps in (2, 4, 8):
+            training = Training(lr=lr, steps=steps, batch_size=64)
+            yield OneLora(f"OPPU r8 lr={lr:g} steps={steps}", Lora(), training)
+            stack = StackSettings(lora=run.stack.lora, training=training)
+            yield OneLora(f"adapt r1 lr={lr:g} steps={steps}", stack.lora, training)
+            for strength in (300.0, 200.0):
+                yield MergeThenAdapt(f"ridge {strength:g} + r1 lr={lr:g} steps={steps}", ridges[strength], stack)
+
+
+def panel_of(recipe: Recipe, out: Path, screen: Screen) -> Panel:
+    """The demo's bank and the development people, built once."""
+    run = recipe.run
+    people = read_people(assets.resolve(recipe.data), run.task)
+    needed = recipe.evaluation.shots + recipe.evaluation.queries
+    splits = draw(people, run.seed, **recipe.people.model_dump(), min_items=needed)
+    base = BaseModel.load(run.base, run.dtype, run.device, run.max_tokens)
+    parts = {part: splits.select(part, people) for part in ("task", "development", "candidates")}
+    bank = Bank.build(
+        base,
+        parts["candidates"],
+        out / "bank",
+        task=run.task,
+        run=run,
+        task_people=parts["task"],
+        on_step=screen.step,
+    )
+    how = {"shots": recipe.evaluation.shots, "queries": recipe.evaluation.queries}
+    return Panel.of(base, bank, bank.encoder(base), run, parts["development"], on_step=screen.step, **how)
+
+
+def line(comparison: Comparison, name: str) -> dict[str, object]:
+    """What is kept of one method."""
+    found: dict[str, object] = {"name": name, "worse": comparison.worse_off(name, "task LoRA")}
+    for metric in METRICS:
+        difference = comparison.difference(name, "task LoRA", metric)
+        if difference:
+            found[metric] = [difference.mean, difference.low, difference.high]
+    return found
+
+
+def table(path: Path) -> None:
+    """Print what has been tried, best NLL first: paired differences to the task LoRA."""
+    rows = [json.loads(text) for text in path.read_text().splitlines()]
+    shown = Table("method", *(f"{metric} against the task LoRA" for metric in METRICS), "worse / clearly")
+    for row in sorted(rows, key=lambda row: row["NLL"][0]):
+        cells = ("{:+.4f} [{:+.4f}, {:+.4f}]".format(*row[metric]) for metric in METRICS)
+        shown.add_row(row["name"], *cells, "{:.0%} / {:.0%}".format(*row["worse"]))
+    Console(width=160).print(shown)
+
+
+def main() -> None:
+    """Try what has not been tried yet."""
+    words = argparse.ArgumentParser(description=__doc__)
+    words.add_argument("--out", type=Path, default=Path("tune"))
+    words.add_argument("--only", default="", help="comma-separated beginnings of names")
+    words.add_argument("--table", action="store_true")
+    given = words.parse_args()
+    results = given.out / "results.jsonl"
+    if given.table:
+        return table(results)
+    recipe = load_recipe("movielens")
+    done = {json.loads(text)["name"] for text in results.read_text().splitlines()} if results.exists() else set()
+    with Screen() as screen:
+        panel = panel_of(recipe, given.out, screen)
+        pooled = evaluate(panel, [TaskLora()]).rows
+        for method in candidates(recipe):
+            if method.name in done or not method.name.startswith(tuple(given.only.split(","))):
+                continue
+            rows = evaluate(panel, [method], on_method=screen.say).rows
+            comparison = Comparison(panel.bank.task, [*pooled, *rows])
+            with results.open("a") as file:
+                file.write(json.dumps(line(comparison, method.name)) + "\n")
+    table(results)
+
+
+if __name__ == "__main__":
+    main()
