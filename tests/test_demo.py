@@ -34,13 +34,13 @@ def test_the_demo_tells_everything_and_repeats_itself(tmp_path, fetched, monkeyp
             main()
         assert end.value.code in (0, None)
         told.append(json.loads(capsys.readouterr().out))
-    rows = {row["name"]: row for row in told[0]["rows"]}
+    rows = {row["name"]: row for row in told[0]["methods"]}
     assert {"global constant", "own constant", "base", "task LoRA", "OPPU", "adapt only", "MTA"} <= rows.keys()
     assert {"merge only, ridge", "merge only, learned"} <= rows.keys()
     assert rows["MTA"]["bytes_per_person"] < rows["OPPU"]["bytes_per_person"] / 4
-    assert told[0]["note"] == "dequantized from Q4_1"
+    assert told[0]["meta"]["note"] == "dequantized from Q4_1"
     report = (tmp_path / "report.html").read_text()
     assert "GroupLens" in report
     for name, row in rows.items():
-        other = next(r for r in told[1]["rows"] if r["name"] == name)
+        other = next(r for r in told[1]["methods"] if r["name"] == name)
         assert row["metrics"] == other["metrics"], name

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mta.aside import write_json
 from mta.errors import DataError, InputError
 from mta.history import Person
 
@@ -49,9 +49,7 @@ class Splits:
         """Write the splits as JSON; ids are hashed with the digest as salt, so the same splits give the same bytes."""
         path, salt = Path(path), self.digest
         parts = {part: [_sha(salt, id) for id in getattr(self, part)] for part in PARTS}
-        aside = path.with_name(f".{path.name}.{os.getpid()}")
-        aside.write_text(json.dumps({"schema": SCHEMA, "digest": salt, **parts}, indent=1) + "\n", encoding="utf-8")
-        os.replace(aside, path)
+        write_json(path, {"schema": SCHEMA, "digest": salt, **parts})
 
     @classmethod
     def load(cls, path: str | Path, people: Iterable[Person]) -> Splits:

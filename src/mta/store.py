@@ -28,10 +28,10 @@ from typing import Any
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
+from mta.aside import written_aside
 from mta.errors import InputError, PersonNotFound, StateCorrupt, StoreConflict, StoreError
 from mta.history import Person
 from mta.state import SCHEMA, State, history_from_bytes, history_to_bytes, work_key
-from mta.training.checkpoint import written_aside
 
 __all__ = ["State", "Store", "work_key"]
 _VERSION = re.compile(r"([1-9][0-9]*)\.safetensors")

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
+from mta.aside import write_tensors
 from mta.bank import files
 from mta.bank.anchors import select_anchors
 from mta.bank.card import card
@@ -25,7 +26,7 @@ from mta.lora.batch import LoraBatch, fresh, stack
 from mta.lora.layers import Adapters, Shared
 from mta.lora.peft import read_peft, write_peft
 from mta.tasks.task import Task
-from mta.training.checkpoint import Checkpoint, write_tensors
+from mta.training.checkpoint import Checkpoint
 from mta.training.plan import Plan, plan_cohorts
 from mta.training.trainer import Job, Step, train_loras
 
@@ -186,7 +187,8 @@ class _Site:
             members=members,
             files=files.file_hashes(self.out, names),
         )
-        (self.out / "README.md").write_text(card(info), encoding="utf-8")
+        with written_aside(self.out / "README.md") as aside:
+            aside.write_text(card(info), encoding="utf-8")
         files.write_info(self.out, info)
         _tidy(self.out)
 

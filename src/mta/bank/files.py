@@ -12,10 +12,10 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
+from mta.aside import write_json
 from mta.assets import cache_dir
 from mta.config import Run
 from mta.errors import BankCorrupt
-from mta.training.checkpoint import write_json
 
 SCHEMA = 1
 INFO = "bank.json"

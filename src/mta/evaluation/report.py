@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
+from mta.aside import written_aside
 from mta.bank.bank import Bank
 from mta.evaluation import figures
 from mta.evaluation.figures import human_bytes, human_seconds
@@ -32,7 +33,6 @@ from mta.evaluation.verdict import (
     worse_off,
     yardstick,
 )
-from mta.training.checkpoint import written_aside
 
 __all__ = ["Cell", "Column", "findings", "grid", "table", "to_json", "verdict", "write_html"]
 

@@ -37,8 +37,8 @@ class Study:
 
     def write(self, out: Path, command: str) -> None:
         """``report.html`` and ``results.json`` under ``out``."""
+        from mta.aside import write_json
         from mta.evaluation.report import to_json, write_html
-        from mta.training.checkpoint import write_json
 
         meta = self.meta | {"command": command}
         write_json(out / "results.json", to_json(self.comparison, **meta))
