@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
-from mta.aside import write_tensors
+from mta.aside import write_tensors, written_aside
 from mta.bank import files
 from mta.bank.anchors import select_anchors
 from mta.bank.card import card
