@@ -7,6 +7,7 @@ import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
+import hypothesis
 import pytest
 import torch
 
@@ -14,6 +15,8 @@ from mta.config import Lora, Run, Training
 from mta.history import Item, Person
 from mta.tasks import load_task
 
+hypothesis.settings.register_profile("mta", deadline=None)  # a busy machine is not a failure
+hypothesis.settings.load_profile("mta")
 torch.set_num_threads(1)  # tiny matrices: threads only wait for each other
 
 
