@@ -79,7 +79,7 @@ def gather_evidence(
         anchor = [Shared(bank.select([number - 1]))] if number else []
         found.append(log_likelihood(base, asked, [*pooled, *anchor], tokens_per_batch=tokens_per_batch))
         if on_step:
-            on_step("evidence", Step(number + 1, len(jobs), (number + 1) * total, passes * total, 0.0))
+            on_step("evidence", Step(number + 1, len(jobs), (number + 1) * total, passes * total))
     scores = [torch.stack(columns, -1).double() for columns in zip(*found)]  # person by person (examples, 1 + N)
     labels = _labels(jobs, scores) if labelled else None
     sums = torch.stack([s.sum(0) for s in scores]) if labels is None else _gold_sums(labels)

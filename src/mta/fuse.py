@@ -28,6 +28,10 @@ class Merge:
     ids: Tensor
     w: Tensor
 
+    def select(self, people: Sequence[int]) -> Merge:
+        """The merges of some of the people."""
+        return Merge(self.ids[list(people)], self.w[list(people)])
+
     def gates(self, anchors: int) -> Tensor:
         """The same coefficients over all anchors, (U, N)."""
         return torch.zeros(len(self.ids), anchors, dtype=self.w.dtype).scatter_add_(1, self.ids, self.w)

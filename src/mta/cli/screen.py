@@ -54,7 +54,11 @@ class Screen:
             self._began[stage] = (now, step.examples)
         start, before = self._began[stage]
         rate = (step.examples - before) / max(now - start, 1e-9)
-        note = f"{step.people} people  loss {step.loss:.3f}" + (f"  {rate:.1f} examples/s" if rate else "")
+        note = f"{step.people} people"
+        if step.loss is not None:
+            note += f"  loss {step.loss:.3f}"
+        if rate:
+            note += f"  {rate:.1f} examples/s"
         if console.is_terminal:
             self._bar(stage, step, note)
         elif step.examples >= step.examples_total or now - self._said.get(stage, 0.0) > EVERY:

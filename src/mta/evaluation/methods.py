@@ -8,18 +8,20 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 from mta.adapt import adapt
-from mta.config import Lora, MergeSettings, StackSettings, Training
+from mta.config import Lora, MergeSettings, StackSettings, Training, parse_size
 from mta.evaluation.metrics import Answers, from_scores
 from mta.evaluation.protocol import Panel
 from mta.fuse import Merge, fuse, merged, needs_evidence
 from mta.generate import generate
-from mta.lora.batch import LoraBatch
+from mta.lora.batch import LoraBatch, stack
 from mta.lora.layers import Adapters, PerPerson
 from mta.score import label_scores
 from mta.tasks.task import Task
+from mta.training.plan import plan_cohorts
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +121,7 @@ class OneLora:
 
     def run(self, panel: Panel, seed: int) -> Outcome:
         start = time.monotonic()
-        found = _adapt(panel, panel.bank.pooled, self.lora, self.training, seed, self.name)
+        found = _adapt(panel, None, None, self.lora, self.training, seed, self.name)
         seconds = time.monotonic() - start
         return Outcome(_answer(panel, [*panel.bank.pooled, PerPerson(found)]), seconds, _bytes(None, found))
 
@@ -136,9 +138,9 @@ class MergeThenAdapt:
     def run(self, panel: Panel, seed: int) -> Outcome:
         merge, seconds = _fuse(panel, self.settings, seed)
         start = time.monotonic()
-        frozen = [*panel.bank.pooled, merged(panel.bank, merge, self.settings)]
-        found = _adapt(panel, frozen, self.stack.lora, self.stack.training, seed, self.name)
+        found = _adapt(panel, merge, self.settings, self.stack.lora, self.stack.training, seed, self.name)
         seconds += time.monotonic() - start
+        frozen = [*panel.bank.pooled, merged(panel.bank, merge, self.settings)]
         return Outcome(_answer(panel, [*frozen, PerPerson(found)]), seconds, _bytes(merge, found), merge)
 
 
@@ -182,10 +184,36 @@ def _fuse(panel: Panel, settings: MergeSettings, seed: int) -> tuple[Merge, floa
 
 
 def _adapt(
-    panel: Panel, frozen: Sequence[Adapters], lora: Lora, training: Training, seed: int, stage: str
+    panel: Panel,
+    merge: Merge | None,
+    settings: MergeSettings | None,
+    lora: Lora,
+    training: Training,
+    seed: int,
+    stage: str,
 ) -> LoraBatch:
-    report = (lambda step: panel.on_step(stage, step)) if panel.on_step else None  # type: ignore[misc]
-    return adapt(panel.base, panel.jobs, frozen, lora, training, seed=seed, on_step=report)
+    """One LoRA per person over the task LoRA and, where there is one, their merge; in cohorts that fit the memory."""
+    base, jobs = panel.base, panel.jobs
+    numbers = lora.rank * sum(d + o for d, o in base.targets.values())
+    plan = plan_cohorts(base, jobs, numbers, parse_size(panel.run.memory))
+    trained = []
+    for cohort in plan.cohorts:
+        frozen = list(panel.bank.pooled)
+        if merge and settings:
+            frozen.append(merged(panel.bank, merge.select(cohort), settings))
+        trained.append(
+            adapt(
+                base,
+                [jobs[i] for i in cohort],
+                frozen,
+                lora,
+                training,
+                seed=seed,
+                tokens_per_batch=plan.tokens_per_batch,
+                on_step=partial(panel.on_step, stage) if panel.on_step else None,
+            )
+        )
+    return stack(trained)
 
 
 def _bytes(merge: Merge | None, factors: LoraBatch | None = None) -> float:

@@ -46,13 +46,16 @@ Build = Callable[[Mapping[str, Tensor], Tensor], Adapters]
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """What one optimizer step did, for progress bars and metrics files. ``loss`` is the mean over people."""
+    """What one optimizer step did, for progress bars and metrics files.
+
+    ``loss`` is the mean over people; None where nothing is trained.
+    """
 
     step: int
     people: int
     examples: int
     examples_total: int
-    loss: float
+    loss: float | None = None
 
 
 def train(
