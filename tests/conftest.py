@@ -66,7 +66,7 @@ TINY_RUN = Run(
     encoder="hash",
     dtype="float64",
     memory="64MiB",
-    max_tokens=400,
+    max_tokens=512,
     task_lora={"lora": Lora(rank=2), "training": Training(lr=5e-3, epochs=1, batch_size=4), "items": 16},
     bank={
         "anchors": 3,

@@ -25,7 +25,7 @@ def refused(path=None, *words, kind=Run):
 
 def test_without_a_file_the_defaults_are_the_papers():
     run = load_settings(Run)
-    assert (run.bank.anchors, run.merge.k, run.bank.lora) == (50, 2, Lora(rank=8, alpha=16))
+    assert (run.bank.anchors, run.bank.min_items, run.bank.lora) == (50, 11, Lora(rank=8, alpha=16))
     assert run.bank.lora.scale == 2.0
 
 
@@ -178,7 +178,7 @@ def test_a_recipes_short_version_is_a_valid_one_too():
     recipe = load_recipe("movielens")
     short = override(recipe, recipe.short)
     assert short != recipe
-    assert short.run.bank.anchors < recipe.run.bank.anchors
+    assert short.run.task_lora.items < recipe.run.task_lora.items
 
 
 def test_a_copy_of_a_recipe_loads_by_its_path(tmp_path):

@@ -18,7 +18,7 @@ FILES = sorted(SOURCE.rglob("*.py"))
 HEAVY = {"torch", "transformers", "numpy", "sklearn", "sentence_transformers", "matplotlib", "huggingface_hub"}
 LINES_OF_A_FILE, LINES_OF_A_FUNCTION = 300, 40
 LONGER = {  # what may be longer, up to how much, and why
-    "personalize.py": (330, "the Personalizer is one object: making states and using them share its base, bank, store"),
+    "personalize.py": (335, "the Personalizer is one object: making states and using them share its base, bank, store"),
 }
 
 

@@ -25,7 +25,7 @@ def adapt(
     """Train one LoRA per person on their shots; U jobs -> a batch of U.
 
     ``frozen`` is what the person already has: the task LoRA and their merge (indexed by job). With rank 1 this is MTA's
-    stack; over the task LoRA alone it is OPPU, at any rank. Stacks start from a hash of (seed, person, layer).
+    stack; over the task LoRA alone it is OPPU, at any rank. Stacks start from a hash of (seed, job's key, layer).
     Source: arXiv:2511.20072, stage 3.
     """
     start = fresh(base.targets, lora.rank, lora.scale, seed, [job.key for job in jobs], base.master_dtype)

@@ -126,14 +126,21 @@ class Run(Settings):
         return memory
 
 
+class OneLoraSettings(Settings):
+    """A LoRA of a person's own over the task LoRA: OPPU, or the stack without a merge below it."""
+
+    lora: Lora
+    training: Training
+
+
 class Evaluation(Settings):
     """What is compared, and on how much: the first ``shots`` items of a person, then the next ``queries``."""
 
     shots: int = Field(8, ge=1)
     queries: int = Field(12, ge=1)
-    seeds: tuple[int, ...] = (0,)
-    oppu: StackSettings = StackSettings(lora=Lora(), training=Training(lr=2e-4, steps=8, batch_size=64))
-    adapt: StackSettings = StackSettings()
+    seeds: tuple[int, ...] = Field((), description="none given: the run's own")
+    oppu: OneLoraSettings = OneLoraSettings(lora=Lora(), training=Training(lr=2e-4, steps=8, batch_size=64))
+    adapt: OneLoraSettings | None = Field(None, description="none given: as the run's stack")
     policies: tuple[Policy, ...] = ("uniform", "top1", "similarity", "loss", "posterior", "ridge", "learned")
 
 

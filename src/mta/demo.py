@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import resources
 from pathlib import Path
 
@@ -10,9 +10,10 @@ import torch
 import yaml
 
 from mta import assets
+from mta.aside import written_aside
 from mta.bank.bank import Bank
 from mta.base import BaseModel, gemm_rate
-from mta.config import Evaluation, Run, Settings, checked, override
+from mta.config import Evaluation, Run, Settings, checked, dump_yaml, override
 from mta.errors import ConfigError
 from mta.evaluation.study import Study, ask, study
 from mta.evidence import OnStep
@@ -62,12 +63,17 @@ def demo(
     out: Path,
     recipe: Recipe,
     command: str,
+    words: Sequence[str] = (),
     *,
     on_step: OnStep | None = None,
     say: Callable[[str], None] = lambda _: None,
 ) -> Study:
-    """Bank, evaluation, personalization and report under ``out``; a stopped demo goes on where it was."""
-    recipe = _for_this_machine(recipe, say)
+    """Bank, evaluation, personalization and report under ``out``; a stopped demo goes on where it was.
+
+    ``words`` are settings over the recipe's, and over those of its short version too.
+    Raises ConfigError if ``out`` holds a demo with other settings.
+    """
+    recipe = _settled(out, recipe, words, say)
     run = recipe.run
     say(f"1/5  assets: {run.base}, {run.encoder}, {recipe.data}")
     for name in (run.base, run.encoder, recipe.data):
@@ -85,6 +91,9 @@ def demo(
     say(f"3/5  {len(splits.test)} held-out people with {recipe.evaluation.shots} shots each, every method")
     tested = splits.select("test", people)
     found = study(base, bank, run, tested, recipe.evaluation, on_step=on_step, on_method=lambda m: say(f"     {m}"))
+    found.meta["data"] = recipe.data
+    if assets.is_asset(recipe.data):
+        found.meta["terms"] = assets.ASSETS[recipe.data].note
 
     say("4/5  the same question for three people, before and after")
     personal = Personalizer(base, bank, out / "people", run=run)
@@ -93,25 +102,38 @@ def demo(
     ask(found, personal, recipe.question, three)
 
     say(f"5/5  {out / 'report.html'}")
-    found.meta["data"] = recipe.data
-    if assets.is_asset(recipe.data):
-        found.meta["data_note"] = assets.ASSETS[recipe.data].note
     found.write(out, command)
     return found
 
 
-def _for_this_machine(recipe: Recipe, say: Callable[[str], None]) -> Recipe:
-    """The recipe, or its short version where bfloat16 is slow."""
+def _settled(out: Path, recipe: Recipe, words: Sequence[str], say: Callable[[str], None]) -> Recipe:
+    """The recipe or its short version, with ``words`` over it; once begun, ``out`` keeps to what it began with."""
+    full, short = override(recipe, words), override(recipe, [*recipe.short, *words])
+    path = out / "recipe.yaml"
+    if path.is_file():
+        begun = load_recipe(path)
+        if begun not in (full, short):
+            raise ConfigError(
+                f"{out} holds a demo with other settings ({path})", hint="Choose another folder with --out."
+            )
+        return begun
+    chosen = _for_this_machine(full, short, say)
+    with written_aside(path) as aside:
+        aside.write_text(dump_yaml(chosen), encoding="utf-8")
+    return chosen
+
+
+def _for_this_machine(full: Recipe, short: Recipe, say: Callable[[str], None]) -> Recipe:
     if torch.cuda.is_available():
-        return recipe
+        return full
     rate = max(gemm_rate(torch.bfloat16), gemm_rate(torch.float32))
-    minutes = sum(recipe.minutes.values())
-    if rate >= SLOW or not recipe.short:
-        say(f"This machine multiplies {rate / 1e9:.0f} GFLOP/s: the full recipe, about {minutes:.0f} minutes.")
-        return recipe
-    changes = ", ".join(recipe.short)
+    minutes = ", ".join(f"{stage} {minutes:g}" for stage, minutes in full.minutes.items())
+    if rate >= SLOW or not full.short:
+        say(f"This machine multiplies {rate / 1e9:.0f} GFLOP/s: the full recipe. Minutes on two such cores: {minutes}.")
+        return full
+    changes = ", ".join(full.short)
     say(f"This machine multiplies only {rate / 1e9:.0f} GFLOP/s: the same path with fewer steps ({changes}).")
-    return override(recipe, recipe.short)
+    return short
 
 
 def _splits(out: Path, people: list[Person], recipe: Recipe) -> Splits:
@@ -127,11 +149,8 @@ def _splits(out: Path, people: list[Person], recipe: Recipe) -> Splits:
 
 def _three(found: Study) -> list[int]:
     """The people whose shots are lowest, middle and highest on average: chosen without a look at their queries."""
-    task = found.panel.bank.task
-
-    def mean(i: int) -> float:
-        items = found.panel.people[i].items
-        return sum(float(task.target(item)) for item in items) / len(items)
-
-    order = sorted(range(len(found.panel.people)), key=mean)
-    return [order[0], order[len(order) // 2], order[-1]]
+    task, people = found.panel.bank.task, found.panel.people
+    order = list(range(len(people)))
+    if task.metric == "mae":
+        order.sort(key=lambda i: sum(float(task.target(item)) for item in people[i].items) / len(people[i].items))
+    return sorted({order[0], order[len(order) // 2], order[-1]}, key=order.index)

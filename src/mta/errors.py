@@ -9,7 +9,7 @@ MtaError
 │   └── AnchorNotFound    an anchor number outside the bank
 ├── ModelError
 │   ├── UnsupportedModel  a base this method cannot adapt
-│   └── MemoryBudgetError  one person alone needs more than --memory
+│   └── MemoryBudgetError  one person alone needs more than the memory budget
 ├── AssetError            an asset that cannot be fetched or is not what was pinned
 ├── BankError
 │   ├── BankMismatch      a bank built for another base

@@ -47,13 +47,16 @@ class Evidence:
 
 
 def shots_of(base: BaseModel, task: Task, person: Person) -> Job:
-    """A person's items as training examples, each with its alternatives where the task has labels."""
+    """A person's items as training examples, each with its alternatives where the task has labels.
+
+    The job's key is the digest of the items, not the id: what starts from a hash of it cannot confirm a guessed id.
+    """
     examples = [base.prompts.example(task, item) for item in person.items]
     labels = [task.labels_of(item) for item in person.items]
     if not all(labels):
-        return Job(person.id, examples)
+        return Job(person.digest(), examples)
     pairs = zip(person.items, labels)
-    return Job(person.id, examples, [base.prompts.examples(task, item, theirs or ()) for item, theirs in pairs])
+    return Job(person.digest(), examples, [base.prompts.examples(task, item, theirs or ()) for item, theirs in pairs])
 
 
 def gather_evidence(

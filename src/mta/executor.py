@@ -1,4 +1,4 @@
-"""How cohorts are worked through: the same functions in this process, or (``mta.cluster``) on a fleet."""
+"""How cohorts are worked through: the same functions in this process, or elsewhere."""
 
 from __future__ import annotations
 

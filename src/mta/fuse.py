@@ -94,8 +94,8 @@ def _weights(settings: MergeSettings, near: Tensor, ids: Tensor, evidence: Evide
 def ridge(labels: Labels | None, ids: Tensor, strength: float, iterations: int = 50) -> Tensor:
     """The coefficients that best explain the labels of the shots, pulled to zero: nothing is trained or run again.
 
-    A merge's label scores are taken as linear in w, score(w) = task + sum_k w_k (anchor_k - task), which holds well for
-    small w (docs/tuning.md). Minimises the shots' NLL over the labels + strength / 2 * |w|^2 by Newton's method, in
+    A merge's label scores are taken as linear in w, score(w) = task + sum_k w_k (anchor_k - task), which holds for
+    small w. Minimises the shots' NLL over the labels + strength / 2 * |w|^2 by Newton's method, in
     float64. Coefficients may be negative, and are 0 where the shots say nothing.
     Shapes: ids (U, K) -> (U, K). Source: our choice. Raises ConfigError for tasks without labels.
     """

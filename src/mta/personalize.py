@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -100,8 +101,9 @@ class Personalizer:
     ) -> Personalized:
         """Merge and adapt for everybody in ``people``; their histories are the shots.
 
-        People whose state is already made of the same shots, bank and settings are left alone, so a repeated or killed
-        call only does what is missing. With ``checkpoints`` (a folder) a killed cohort goes on where it was.
+        States already made of the same shots, bank and settings are left as they are. Cohorts are planned over all of
+        ``people``, so that a repeated call computes as the first did; a cohort in which somebody is missing is computed
+        whole. With ``checkpoints`` (a folder) a killed cohort goes on where it was.
         Raises DataError for a person without items, MemoryBudgetError.
         """
         ordered = sorted(people, key=lambda person: person.id)
@@ -279,7 +281,10 @@ class Personalizer:
 
     def _work(self, person: Person) -> str:
         settings = _Kept(
-            merge=self.run.merge, stack=self.run.stack, dtype=self.run.dtype, max_tokens=self.run.max_tokens
+            merge=self.run.merge,
+            stack=self.run.stack,
+            dtype=str(self.base.dtype),
+            max_tokens=self.base.prompts.max_tokens,
         )
         return work_key(self.bank.hash, person.digest(), dump_yaml(settings), self.run.seed)
 
@@ -304,6 +309,8 @@ class Personalizer:
 def forget_person(person: str, store: str | Path, bank: Path) -> Forgotten:
     """``Personalizer.forget`` without loading a model."""
     parts = mark_stale(bank, person)  # first: where there is no bank, nothing is done rather than half of it
+    if "://" not in str(store):
+        shutil.rmtree(Path(store) / "work", ignore_errors=True)  # a stopped run's checkpoint may hold their stack
     return Forgotten(Store(store).forget(person), parts)
 
 

@@ -87,7 +87,7 @@ class Store:
         if there := self.versions(id):
             raise PersonNotFound(
                 f"{id!r} has no version {chosen}; there are {', '.join(map(str, there))}",
-                hint=f"Ask for the latest, person:{id}, or for one of these, person:{id}@v{there[-1]}.",
+                hint=f"Ask for the latest (version=None), or for one of these, for example version={there[-1]}.",
             )
         where = f"in the store {self._files.root}"
         raise PersonNotFound(f"no state of {id!r} {where}", hint="Personalize first:  mta personalize")

@@ -14,6 +14,7 @@ from mta.evaluation.protocol import Panel
 from mta.evaluation.run import Comparison, Row, bootstrap, evaluate
 from mta.evaluation.study import standard_methods
 from mta.history import Item, Person
+from mta.tasks import load_task
 
 SHOTS, QUERIES, PEOPLE = 3, 3, 4
 ADAPT = OneLora("adapt only", Lora(rank=1, alpha=4.0), Training(lr=1e-2, steps=2, batch_size=8))
@@ -87,10 +88,21 @@ def test_rows_keep_the_order_names_and_costs_of_the_methods(panel):
     assert found.row("MTA").merge.ids.shape == (PEOPLE, 3)
 
 
-def test_the_standard_methods_have_names_of_their_own():
-    names = [method.name for method in standard_methods(TINY_RUN, Evaluation())]
+def test_the_standard_methods_have_names_of_their_own(task):
+    names = [method.name for method in standard_methods(TINY_RUN, Evaluation(), task, 5)]
     assert len(set(names)) == len(names)
     assert {"task LoRA", "OPPU", "MTA"} <= set(names)
+
+
+def test_ridge_is_left_out_where_answers_are_free_text():
+    names = [method.name for method in standard_methods(TINY_RUN, Evaluation(), load_task("lamp4"), 5)]
+    assert "merge only, posterior" in names
+    assert "merge only, ridge" not in names
+
+
+def test_retrieving_two_anchors_is_no_mistake_where_there_is_one(task):
+    methods = standard_methods(TINY_RUN, Evaluation(), task, 1)
+    assert all(method.settings.k <= 1 for method in methods if method.name.startswith("merge only"))
 
 
 def test_shots_never_include_queries(panel):

@@ -59,13 +59,19 @@ class Bank:
         """Stages 0 and 1: train the task LoRA and the anchors among ``people``, and open the result.
 
         Without ``task_people`` half of ``people``, drawn by hash, train the task LoRA; the others are the candidates.
-        ``task`` defaults to the one ``people`` were read with. Keywords ``executor``, ``on_step``: see ``build_bank``.
+        ``task`` defaults to the one ``people`` were read for. Keywords ``executor``, ``on_step``: see ``build_bank``.
         Raises InputError when there are fewer people than anchors need, BankError if ``out`` holds another bank.
         """
         run = run or Run()
         if anchors is not None:
             run = run.model_copy(update={"bank": run.bank.model_copy(update={"anchors": anchors})})
-        chosen = load_task(task or getattr(people, "task", None) or run.task)
+        task = task or getattr(people, "task", None)
+        if task is None:
+            raise InputError(
+                "no task: these people do not say what they were read for",
+                hint="Give task=..., for example task='lamp3'.",
+            )
+        chosen = load_task(task)
         if task_people is None:
             halves = draw(people, run.seed, task=len(people) // 2, development=0, test=0)
             task_people, people = halves.select("task", people), halves.select("candidates", people)

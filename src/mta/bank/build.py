@@ -52,6 +52,7 @@ def build_bank(
     Source: arXiv:2511.20072, stage 1; clustering and "most active" from its README. Raises InputError, BankError.
     """
     task_people, candidates = _by_id(task_people), _by_id(candidates)
+    run = _as_built(run, base, task, encoder)
     work = work_key(base, task, encoder, task_people, candidates, run)
     if _finished(out, work):
         return
@@ -115,7 +116,7 @@ class _Site:
                     on_step=self._reporter("task LoRA"),
                 ),
             )
-            write_peft(folder, trained, self.base.name)
+            write_peft(folder, trained, self.base.name, fan_in_fan_out=self.base.fan_in_fan_out)
             self._mark("task")
             checkpoint.remove()
         return read_peft(folder).to(self.base.device)
@@ -216,6 +217,19 @@ class _Site:
 
     def _mark(self, stage: str) -> None:
         (self.out / "work" / f"{stage}.done").write_text(self.work)
+
+
+def _as_built(run: Run, base: BaseModel, task: Task, encoder: Encoder) -> Run:
+    """The run with what was really used, so that whoever opens the bank loads the same."""
+    return run.model_copy(
+        update={
+            "base": str(Path(base.name).resolve()) if Path(base.name).is_dir() else base.name,
+            "task": task.name,
+            "encoder": encoder.name,
+            "dtype": str(base.dtype).removeprefix("torch."),
+            "max_tokens": base.prompts.max_tokens,
+        }
+    )
 
 
 def _by_id(people: Sequence[Person]) -> list[Person]:

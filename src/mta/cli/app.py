@@ -45,9 +45,11 @@ def main() -> None:
         app()
     except MtaError as error:
         sys.exit(_say(f"{type(error).__name__}: {error}"))
+    except OSError as error:  # a disk that is full, a folder that may not be written
+        sys.exit(_say(f"{type(error).__name__}: {error}"))
     except SystemExit as end:
         if end.code == 130:  # what typer makes of Ctrl-C
-            _say("Interrupted. The same command goes on where it stopped.")
+            _say("Interrupted. Nothing is half written; repeat the command.")
         raise
 
 

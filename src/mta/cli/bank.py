@@ -61,13 +61,15 @@ def show(
     Example:  mta bank show bank/
     """
     from mta.bank.card import card
-    from mta.bank.files import read_info, verify
+    from mta.bank.files import read_info, stale, verify
 
     info = read_info(folder)
     verify(folder, info, full=True)
     if json:
         return show_json(info.model_dump(mode="json", exclude={"members"}))
     typer.echo(card(info))
+    if parts := stale(folder):
+        typer.echo(f"Needs a rebuild: somebody who asked to be forgotten is in the {' and the '.join(parts)}.")
 
 
 def _summary(bank: Bank) -> dict[str, object]:

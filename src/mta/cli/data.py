@@ -37,7 +37,7 @@ def show(
     words: Words = None,
     task: Task = None,
     person: Annotated[str | None, typer.Option(help="Whose prompts; default: the first person.")] = None,
-    items: Annotated[int, typer.Option(help="How many of their items.")] = 3,
+    items: Annotated[int, typer.Option(min=1, help="How many of their items.")] = 3,
     config: Config = None,
     json: Json = False,
 ) -> None:

@@ -24,17 +24,16 @@ def demo(
     Example:  mta demo --out demo/
     """
     from mta.cli.screen import Screen, console
-    from mta.config import override
     from mta.demo import demo as run_demo
     from mta.demo import load_recipe
     from mta.evaluation.report import to_json
     from mta.evaluation.show import show
 
     given = [*(words or []), *([] if seed is None else [f"run.seed={seed}"])]
-    chosen = override(load_recipe(recipe), given)
+    chosen = load_recipe(recipe)
     command = " ".join(["mta demo", *([f"--recipe {recipe}"] if recipe != "movielens" else []), *given])
     with Screen() as screen:
-        found = run_demo(out, chosen, command, on_step=screen.step, say=screen.say)
+        found = run_demo(out, chosen, command, given, on_step=screen.step, say=screen.say)
     if json:
         return show_json(to_json(found.comparison, **found.meta, command=command))
     show(found, console)

@@ -19,7 +19,7 @@ def evaluate(
     config: Annotated[
         Path | None, typer.Option("--config", help="Evaluation settings in YAML.", dir_okay=False)
     ] = None,
-    people: Annotated[int | None, typer.Option(help="Only so many people, drawn by the seed.")] = None,
+    people: Annotated[int | None, typer.Option(min=1, help="Only so many people, drawn by the seed.")] = None,
     seed: Seed = None,
     device: Device = None,
     skip_bad: SkipBad = None,
@@ -29,7 +29,7 @@ def evaluate(
 
     People who are in the bank are left out. Settings as key=value are those of the evaluation: shots=4 queries=10.
 
-    Example:  mta evaluate history.jsonl --bank bank/ --out results/ shots=8 queries=12
+    Example:  mta evaluate newcomers.jsonl --bank bank/ --out results/ shots=8 queries=12
     """
     from mta.cli.screen import Screen, console
     from mta.config import Evaluation, load_settings

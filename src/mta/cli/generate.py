@@ -23,7 +23,7 @@ def generate(
     person: Annotated[list[str] | None, typer.Option(help="Whose model answers; repeat it for several people.")] = None,
     bank: BankDir = Path("bank"),
     store: StoreUrl = "people",
-    max_new_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 64,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 64,
     nobody: Annotated[bool, typer.Option("--nobody", help="Ask the pooled model and the bare base as well.")] = False,
     seed: Seed = None,
     device: Device = None,

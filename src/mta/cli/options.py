@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from mta.base import BaseModel
     from mta.config import Run
 
-Words = Annotated[list[str] | None, typer.Argument(help="Settings over the file's: key=value, e.g. bank.anchors=20")]
+Words = Annotated[list[str] | None, typer.Argument(help="Settings as key=value; the example shows one.")]
 Config = Annotated[Path | None, typer.Option("--config", help="Settings in YAML.", dir_okay=False)]
 Seed = Annotated[int | None, typer.Option(help="Seed of everything that is drawn.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]

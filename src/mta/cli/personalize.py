@@ -16,7 +16,9 @@ def personalize(
     words: Words = None,
     bank: BankDir = Path("bank"),
     store: StoreUrl = "people",
-    shots: Annotated[int | None, typer.Option(help="Use only the most recent so many items of each person.")] = None,
+    shots: Annotated[
+        int | None, typer.Option(min=1, help="Use only the most recent so many items of each person.")
+    ] = None,
     seed: Seed = None,
     device: Device = None,
     skip_bad: SkipBad = None,
@@ -27,7 +29,7 @@ def personalize(
 
     People whose state is up to date are left alone: repeat the command at will.
 
-    Example:  mta personalize history.jsonl --bank bank/ --store people/
+    Example:  mta personalize newcomers.jsonl --bank bank/ --store people/
     """
     import shutil
     from dataclasses import asdict
@@ -45,6 +47,10 @@ def personalize(
     personal = Personalizer(base, opened, store, run=run)
     with Screen() as screen:
         done = personal.personalize(people, on_step=screen.step, checkpoints=checkpoints)
+    if checkpoints:
+        shutil.rmtree(
+            checkpoints, ignore_errors=True
+        )  # trained factors of people: nothing of them stays beside the store
     if json:
         return show_json(asdict(done))
     typer.echo(

@@ -24,6 +24,7 @@ from mta.history import Person
 from mta.personalize import Personalizer
 from mta.rows import TASK, Who
 from mta.splits import draw
+from mta.tasks.task import Task
 
 
 @dataclass(slots=True)
@@ -48,21 +49,24 @@ class Study:
         )
 
 
-def standard_methods(run: Run, evaluation: Evaluation) -> list[Method]:
+def standard_methods(run: Run, evaluation: Evaluation, task: Task, anchors: int) -> list[Method]:
     """The rows of the table: constants, base, task LoRA, OPPU, merge only by every policy, adapt only, MTA."""
 
     def policy(name: str) -> MergeSettings:
         # A run's settings belong to its policy; the others take the paper's K = 2 where they retrieve by encoding.
         if name == run.merge.policy:
             return run.merge
-        everything = name in ("uniform", "posterior", "ridge", "learned")
-        return MergeSettings.model_validate({**run.merge.model_dump(), "policy": name, "k": 0 if everything else 2})
+        k = 0 if name in ("uniform", "posterior", "ridge", "learned") else min(2, anchors)
+        return MergeSettings.model_validate({**run.merge.model_dump(), "policy": name, "k": k})
 
+    labelled = task.labels is not None and task.item.target == (task.query or task.item).target
+    policies = [name for name in evaluation.policies if labelled or name != "ridge"]
+    adapt = evaluation.adapt or run.stack
     methods: list[Method] = [GlobalConstant(), OwnConstant(), Base(), TaskLora()]
     methods.append(OneLora("OPPU", evaluation.oppu.lora, evaluation.oppu.training))
-    methods += [Merged(f"merge only, {name}", policy(name)) for name in evaluation.policies]
-    methods.append(OneLora("adapt only", evaluation.adapt.lora, evaluation.adapt.training))
-    methods.append(MergeThenAdapt("MTA", run.merge, run.stack))
+    methods += [Merged(f"merge only, {name}", policy(name)) for name in policies]
+    methods.append(OneLora("adapt only", adapt.lora, adapt.training))
+    methods.append(MergeThenAdapt("MTA", run.merge, run.stack) if run.stack.enabled else Merged("MTA", run.merge))
     return methods
 
 
@@ -83,7 +87,9 @@ def study(
     ``limit`` draws so many of them by the run's seed. Raises InputError when nobody is left.
     """
     needed = evaluation.shots + evaluation.queries
-    able = [p for p in people if not bank.info.members.artefacts_of(p.id) and (len(p.items) >= needed or p.queries)]
+    task = bank.task
+    answered = [Person(p.id, p.items, tuple(q for q in p.queries if task.has_target(q))) for p in people]
+    able = [p for p in answered if not bank.info.members.artefacts_of(p.id) and (len(p.items) >= needed or p.queries)]
     if not able:
         raise InputError(
             f"none of {len(people)} people can be tested: they are in the bank, or have fewer than {needed} items",
@@ -94,7 +100,8 @@ def study(
     encoder = encoder or bank.encoder(base)
     how: dict[str, Any] = {"shots": evaluation.shots, "queries": evaluation.queries, "on_step": on_step}
     panel = Panel.of(base, bank, encoder, run, able, **how)
-    found = evaluate(panel, standard_methods(run, evaluation), evaluation.seeds, on_method)
+    methods = standard_methods(run, evaluation, task, len(bank))
+    found = evaluate(panel, methods, evaluation.seeds or (run.seed,), on_method)
     return Study(found, panel, _meta(base, bank, run, evaluation, len(able)))
 
 
@@ -121,9 +128,11 @@ def _expected(personal: Personalizer, fields: dict[str, str], people: Sequence[s
 
 
 def _shots_in_words(found: Study, person: int) -> str:
-    task = found.panel.bank.task
-    targets = [task.target(item) for item in found.panel.people[person].items]
-    return f"whose {len(targets)} shots say {', '.join(targets)}" if task.labels else f"with {len(targets)} shots"
+    task, items = found.panel.bank.task, found.panel.people[person].items
+    if task.metric != "mae":
+        return f"with {len(items)} shots"
+    mean = sum(float(task.target(item)) for item in items) / len(items)
+    return f"whose {len(items)} shots are {mean:.1f} on average"
 
 
 def _meta(base: BaseModel, bank: Bank, run: Run, evaluation: Evaluation, people: int) -> dict[str, Any]:
@@ -136,7 +145,7 @@ def _meta(base: BaseModel, bank: Bank, run: Run, evaluation: Evaluation, people:
         "people": people,
         "shots": evaluation.shots,
         "queries": evaluation.queries,
-        "seeds": list(evaluation.seeds),
+        "seeds": list(evaluation.seeds or (run.seed,)),
         "seed": run.seed,
         "anchors": len(bank),
         "bank_seconds": bank.info.seconds,

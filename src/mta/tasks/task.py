@@ -215,21 +215,19 @@ class Task(_Frozen):
 
         Raises DataError naming the fields that are needed.
         """
+        form = self.query or self.item
         if isinstance(question, Mapping):
-            item = Item(question)
-            if missing := [name for name in self.item.inputs if not item.fields.get(name, "").strip()]:
+            item = Item(question, is_query=self.query is not None)
+            if missing := [name for name in form.inputs if not item.fields.get(name, "").strip()]:
                 raise DataError(f"a question of task {self.name!r} needs {', '.join(missing)}; got {sorted(question)}")
             return item
-        pattern = (self.query or self.item).pattern
-        if pattern is not None and re.fullmatch(pattern, question, re.DOTALL):
+        if form.pattern is not None and re.fullmatch(form.pattern, question, re.DOTALL):
             return self.parse_query(question)
-        if len(self.item.inputs) != 1:
-            raise DataError(
-                f"a question of task {self.name!r} needs fields: {', '.join(self.item.inputs)}; got one text"
-            )
+        if len(form.inputs) != 1:
+            raise DataError(f"a question of task {self.name!r} needs fields: {', '.join(form.inputs)}; got one text")
         if not question.strip():
             raise DataError("the question is empty; expected some text")
-        return Item({self.item.inputs[0]: question})
+        return Item({form.inputs[0]: question}, is_query=self.query is not None)
 
     def _fill(self, template: str, item: Item) -> str:
         try:
