@@ -141,6 +141,8 @@ class Personalizer:
                 work=works[person.id],
                 seed=self.run.seed,
                 stack=stacks.select([i]).to(torch.device("cpu")) if stacks else None,
+                mode=self.run.merge.mode,
+                rank=self.run.merge.rank,
             )
             for i, person in enumerate(people)
         ]
@@ -277,7 +279,7 @@ class Personalizer:
         known = list(dict.fromkeys(whose))
         states = [who if isinstance(who, Nobody) else self.state(who) for who in known]
         place = {who: i for i, who in enumerate(known)}
-        return [place[who] for who in whose], row_adapters(self.base, self.bank, self.run.merge, states, stacked)
+        return [place[who] for who in whose], row_adapters(self.base, self.bank, states, stacked)
 
     def _work(self, person: Person) -> str:
         settings = _Kept(

@@ -27,14 +27,16 @@ BASE, TASK = Nobody.BASE, Nobody.TASK
 Who = str | Nobody
 
 
-def row_adapters(
-    base: BaseModel, bank: Bank, settings: MergeSettings, whose: Sequence[State | Nobody], stacked: bool = True
-) -> list[Adapters]:
+def row_adapters(base: BaseModel, bank: Bank, whose: Sequence[State | Nobody], stacked: bool = True) -> list[Adapters]:
     """Task LoRA, merges and stacks for rows whose owners are numbers into ``whose``.
 
-    ``stacked=False`` leaves the stacks out. Nobody gets no merge and no stack; the base gets no task LoRA either.
+    A merge is computed the way its stack was trained over. ``stacked=False`` leaves the stacks out. Nobody gets no
+    merge and no stack; the base gets no task LoRA either.
     """
-    adapters = [merged(bank, _merge_of(base, whose), settings)]
+    adapters: list[Adapters] = []
+    for mode, rank in sorted({(who.mode, who.rank) for who in whose if isinstance(who, State)}, key=str):
+        alike = [who if isinstance(who, State) and (who.mode, who.rank) == (mode, rank) else TASK for who in whose]
+        adapters.append(merged(bank, _merge_of(base, alike), MergeSettings(mode=mode, rank=rank)))
     if bank.task_lora:
         pooled = torch.tensor([[0.0 if who is BASE else 1.0] for who in whose], device=base.device)
         adapters.append(Gated(bank.task_lora, pooled))

@@ -13,12 +13,13 @@ from dataclasses import dataclass
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
+from mta.config import MergeMode
 from mta.errors import InputError, StateCorrupt
 from mta.history import Item, Person
 from mta.lora.batch import LoraBatch
 
 SCHEMA = 1
-_FIELDS = ("bank", "anchors", "w", "policy", "history", "work", "seed")
+_FIELDS = ("bank", "anchors", "w", "policy", "history", "work", "seed", "mode", "rank")
 _NO_DIGEST = "0" * 64
 _HEAD = b'{"__metadata__":{"state":"{\\"sha256\\": \\"'  # how every file of ours goes on after its 8 bytes of length
 _DIGEST = slice(8 + len(_HEAD), 8 + len(_HEAD) + 64)
@@ -30,7 +31,8 @@ class State:
     """What is kept of one person: anchors and coefficients of the merge, and the stack (None = merge only).
 
     ``bank`` is the bank's hash, ``history`` the digest of the shots, ``work`` the key of the work that made it
-    (``work_key``). Nothing in it depends on the clock, so the same work gives the same bytes.
+    (``work_key``); ``mode`` and ``rank`` say how the merge is computed. Nothing in it depends on the clock, so the same
+    work gives the same bytes.
     """
 
     bank: str
@@ -41,6 +43,8 @@ class State:
     work: str
     seed: int
     stack: LoraBatch | None = None
+    mode: MergeMode = "exact"
+    rank: int | None = None
 
     def __post_init__(self) -> None:
         if len(self.anchors) != len(self.w) or not all(map(math.isfinite, self.w)):
