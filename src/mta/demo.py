@@ -16,11 +16,11 @@ from mta.base import BaseModel, gemm_rate
 from mta.config import Evaluation, Run, Settings, checked, dump_yaml, override
 from mta.errors import ConfigError
 from mta.evaluation.study import Study, ask, study
-from mta.evidence import OnStep
 from mta.history import Person
 from mta.personalize import Personalizer
 from mta.readers import read_people
 from mta.splits import Splits, draw
+from mta.training.trainer import OnStep
 
 SLOW = 400e9  # bfloat16 operations per second below which the short version is run
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,9 +14,7 @@ from mta.lora.batch import LoraBatch
 from mta.lora.layers import Adapters, Shared
 from mta.score import log_likelihood
 from mta.tasks.task import Task
-from mta.training.trainer import Job, Step
-
-OnStep = Callable[[str, Step], None]
+from mta.training.trainer import Job, OnStep, Step
 
 
 @dataclass(frozen=True, slots=True)

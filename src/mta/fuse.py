@@ -14,11 +14,11 @@ from mta.bank.bank import Bank
 from mta.base import BaseModel
 from mta.config import MergeSettings, Training
 from mta.errors import AnchorNotFound, ConfigError
-from mta.evidence import Evidence, Labels, OnStep, gather_evidence
+from mta.evidence import Evidence, Labels, gather_evidence
 from mta.lora.batch import LoraBatch
 from mta.lora.layers import Adapters, Gated, PerPerson
-from mta.lora.merge import merge_exact, merge_factor, truncate
-from mta.training.trainer import Job, train
+from mta.lora.merge import merge_exact, merge_factor, merge_svd
+from mta.training.trainer import Job, OnStep, train
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,8 +195,7 @@ def merged(bank: Bank, merge: Merge, settings: MergeSettings) -> Adapters:
     if settings.mode == "factor":
         return PerPerson(merge_factor(bank.working, ids, w))
     if settings.mode == "svd":
-        exact = merge_exact(bank.anchors.to(ids.device), ids, w)
-        return PerPerson(truncate(exact, settings.rank or bank.anchors.rank)[0])
+        return PerPerson(merge_svd(bank.anchors.to(device), ids, w, settings.rank or bank.anchors.rank)[0])
     if 4 * ids.shape[1] <= len(bank):
         return PerPerson(merge_exact(bank.working, ids, w))
     return merge.adapters(bank.working)

@@ -20,7 +20,7 @@ from mta.base import BaseModel
 from mta.config import MergeSettings, Run, Settings, StackSettings, dump_yaml, parse_size
 from mta.encode import Encoder, encode_people
 from mta.errors import DataError, PersonNotFound, StoreError
-from mta.evidence import OnStep, shots_of
+from mta.evidence import shots_of
 from mta.executor import Executor, LocalExecutor
 from mta.fuse import Merge, fuse, merged
 from mta.generate import generate
@@ -34,7 +34,7 @@ from mta.score import label_scores, log_likelihood
 from mta.store import State, Store, work_key
 from mta.training.checkpoint import Checkpoint
 from mta.training.plan import Plan, plan_cohorts
-from mta.training.trainer import Job
+from mta.training.trainer import Job, OnStep
 
 Question = str | Mapping[str, str]
 

@@ -28,9 +28,8 @@ from mta.lora.peft import read_peft, write_peft
 from mta.tasks.task import Task
 from mta.training.checkpoint import Checkpoint
 from mta.training.plan import Plan, plan_cohorts
-from mta.training.trainer import Job, Step, train_loras
+from mta.training.trainer import Job, OnStep, Step, train_loras
 
-OnStep = Callable[[str, Step], None]
 T = TypeVar("T")
 
 

@@ -14,9 +14,9 @@ from mta.base import BaseModel
 from mta.config import Run
 from mta.encode import Encoder, encode_people
 from mta.errors import InputError
-from mta.evidence import Evidence, OnStep, gather_evidence, shots_of
+from mta.evidence import Evidence, gather_evidence, shots_of
 from mta.history import Item, Person
-from mta.training.trainer import Job
+from mta.training.trainer import Job, OnStep
 
 
 @dataclass

@@ -19,12 +19,12 @@ from mta.errors import InputError
 from mta.evaluation.methods import Base, GlobalConstant, Merged, MergeThenAdapt, Method, OneLora, OwnConstant, TaskLora
 from mta.evaluation.protocol import Panel
 from mta.evaluation.run import Comparison, evaluate
-from mta.evidence import OnStep
 from mta.history import Person
 from mta.personalize import Personalizer
 from mta.rows import TASK, Who
 from mta.splits import draw
 from mta.tasks.task import Task
+from mta.training.trainer import OnStep
 
 
 @dataclass(slots=True)

@@ -58,6 +58,10 @@ class Step:
     loss: float | None = None
 
 
+OnStep = Callable[[str, Step], None]
+"""Told of every step of a named stage."""
+
+
 def train(
     base: BaseModel,
     jobs: Sequence[Job],
