@@ -10,6 +10,7 @@ import argparse
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 from rich.console import Console
 from rich.table import Table
@@ -30,28 +31,39 @@ METRICS = ("NLL", "MAE", "MAE (median)")
 
 
 def candidates(recipe: Recipe) -> Iterator[Method]:
-    """Everything that is tried."""
+    """Everything that is tried: first the merges, which train nothing, then what is trained, by the same grid for all."""
     run = recipe.run
-    for k in (2, 4, 8, 0):
+    for k in (2, 0):
         yield Merged(f"uniform k={k}", MergeSettings(policy="uniform", k=k))
+        yield Merged(f"similarity k={k}", MergeSettings(policy="similarity", k=k))
         yield Merged(f"loss k={k}", MergeSettings(policy="loss", k=k, retrieve="loss"))
-    for temperature in (2.0, 4.0, 8.0):
-        for prior in (0.2, 0.5):
-            settings = MergeSettings(policy="posterior", k=0, temperature=temperature, null_prior=prior)
-            yield Merged(f"posterior T={temperature:g} null={prior}", settings)
-    ridges = {s: MergeSettings(policy="ridge", k=0, ridge=s) for s in (1000.0, 500.0, 300.0, 200.0, 100.0, 50.0)}
-    yield from (Merged(f"ridge {s:g}", settings) for s, settings in ridges.items())
-    for lr in (0.05, 0.15):
-        learned = Training(lr=lr, steps=1, batch_size=64, eps=1.0, clip=1e9)
-        yield Merged(f"learned lr={lr}", MergeSettings(policy="learned", k=0, learned=learned))
-    for lr in (1e-4, 2e-4, 4e-4):
-        for steps in (2, 4, 8):
-            training = Training(lr=lr, steps=steps, batch_size=64)
-            yield OneLora(f"OPPU r8 lr={lr:g} steps={steps}", Lora(), training)
-            stack = StackSettings(lora=run.stack.lora, training=training)
-            yield OneLora(f"adapt r1 lr={lr:g} steps={steps}", stack.lora, training)
-            for strength in (300.0, 200.0):
-                yield MergeThenAdapt(f"ridge {strength:g} + r1 lr={lr:g} steps={steps}", ridges[strength], stack)
+    for temperature, prior in ((2.0, 0.5), (4.0, 0.2), (4.0, 0.5), (8.0, 0.5)):
+        settings = MergeSettings(policy="posterior", k=0, temperature=temperature, null_prior=prior)
+        yield Merged(f"posterior T={temperature:g} null={prior}", settings)
+    for strength in (1000.0, 300.0, 200.0, 100.0, 50.0):
+        yield Merged(f"ridge {strength:g}", ridge(strength))
+    for lr, steps in ((0.03, 1), (0.05, 1), (0.1, 1), (0.3, 1), (1.0, 1), (0.1, 4), (0.3, 4)):
+        yield Merged(f"learned from 0 lr={lr:g} steps={steps}", learned(lr, steps, "zero"))
+    for lr, steps in ((0.05, 1), (0.15, 1), (0.05, 4)):
+        yield Merged(f"learned from posterior lr={lr:g} steps={steps}", learned(lr, steps, "posterior"))
+    for lr, steps in ((2e-4, 2), (2e-4, 4), (1e-4, 4), (4e-4, 2), (1e-4, 8)):
+        yield OneLora(f"OPPU r8 lr={lr:g} steps={steps}", Lora(), Training(lr=lr, steps=steps, batch_size=64))
+    for lr, steps in ((2e-4, 2), (4e-4, 2), (2e-4, 4)):
+        stack = StackSettings(lora=run.stack.lora, training=Training(lr=lr, steps=steps, batch_size=64))
+        yield OneLora(f"adapt r1 lr={lr:g} steps={steps}", stack.lora, stack.training)
+        for name, merge in (("learned from 0", learned(0.05, 1, "zero")), ("ridge 200", ridge(200.0))):
+            yield MergeThenAdapt(f"{name} + r1 lr={lr:g} steps={steps}", merge, stack)
+
+
+def ridge(strength: float) -> MergeSettings:
+    """All anchors, weighed by the ridge policy."""
+    return MergeSettings(policy="ridge", k=0, ridge=strength)
+
+
+def learned(lr: float, steps: int, start: Literal["zero", "posterior"]) -> MergeSettings:
+    """All anchors, weighed by plain gradient steps from 0 or from the posterior's coefficients on."""
+    training = Training(lr=lr, steps=steps, batch_size=64, eps=1.0, clip=1e9)
+    return MergeSettings(policy="learned", k=0, start=start, learned=training)
 
 
 def panel_of(recipe: Recipe, out: Path, screen: Screen) -> Panel:

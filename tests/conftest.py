@@ -20,6 +20,11 @@ hypothesis.settings.load_profile("mta")
 torch.set_num_threads(1)  # tiny matrices: threads only wait for each other
 
 
+def pytest_addoption(parser):
+    """``--device cuda`` walks the whole way on a GPU (tests/test_device.py)."""
+    parser.addoption("--device", default="cpu", help="device of tests/test_device.py: cpu, cuda, auto")
+
+
 class HashEncoder:
     """Texts to fixed pseudo-random vectors: an encoder that needs no weights."""
 

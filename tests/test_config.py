@@ -35,6 +35,24 @@ def test_a_file_sets_what_it_names_and_leaves_the_rest(tmp_path):
     assert run.bank.max_items == Run().bank.max_items
 
 
+def test_a_group_given_in_part_keeps_the_rest_of_its_own_defaults(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("stack: {training: {lr: 0.5}}\n")
+    given, default = load_settings(Run, path).stack.training, Run().stack.training
+    assert given == default.model_copy(update={"lr": 0.5})
+
+
+@pytest.mark.parametrize("words", [["stack.training.epochs=3"], ["stack={training: {epochs: 3}}"]])
+def test_epochs_given_alone_take_the_place_of_default_steps(words):
+    for settings in (load_settings(Run, None, words), override(Run(), words)):
+        assert (settings.stack.training.epochs, settings.stack.training.steps) == (3, None)
+
+
+def test_steps_and_epochs_given_together_both_stay_in_whatever_order():
+    for words in (["stack.training.steps=2", "stack.training.epochs=3"], ["stack={training: {epochs: 3, steps: 2}}"]):
+        assert override(Run(), words).stack.training.steps == 2
+
+
 def test_words_stand_over_the_file(tmp_path):
     path = written(tmp_path, "seed: 3\nbank: {anchors: 20, min_items: 5}\n")
     run = load_settings(Run, path, ["bank.anchors=7", "stack.training.lr=1e-3"])

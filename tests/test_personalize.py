@@ -140,7 +140,10 @@ def test_a_second_call_does_nothing(known, tmp_path):
 
 
 def test_only_who_is_new_is_trained(known):
-    assert known.personalize([*PEOPLE, *people_of(1, prefix="new")]) == Personalized(1, 5, 0)
+    seen = []
+    newcomer = people_of(1, prefix="new")
+    done = known.personalize([*PEOPLE, *newcomer], on_step=lambda stage, step: seen.append(step.people))
+    assert (done, set(seen)) == (Personalized(1, 5, 0), {1})
     assert [known.store.versions(person.id) for person in PEOPLE] == [[1]] * 5
 
 
@@ -165,7 +168,7 @@ def test_a_damaged_state_is_made_anew(known, tmp_path):
     (path,) = (tmp_path / "people").glob(f"*/{known.store.key_of('x0')}/1.safetensors")
     path.write_bytes(path.read_bytes()[:-1])
     assert known.personalize(PEOPLE) == Personalized(1, 4, 0)
-    assert known.state("x0") == before
+    same(known.state("x0"), before)
 
 
 def test_texts_that_were_cut_are_counted(tiny):
@@ -325,6 +328,27 @@ def test_an_export_is_task_lora_merge_and_stack(known, tiny, tmp_path):
     table = model(input_ids=torch.tensor([example.tokens])).logits[0].log_softmax(-1)
     score = sum(table[example.target_start - 1 + i, token] for i, token in enumerate(example.target))
     assert known.score([("x2", QUESTION, "4")]) == pytest.approx([float(score)], rel=0, abs=1e-4)
+
+
+@pytest.mark.parametrize(("mode", "rank"), [("factor", 2 + 2 + 1), ("svd", 3 + 2 + 1)])
+def test_an_export_merges_the_way_the_stack_was_trained_over(tiny, tmp_path, mode, rank):
+    base, bank = tiny
+    personal = personalizer(*tiny, merge=MergeSettings(policy="uniform", k=2, mode=mode, rank=3))
+    personal.personalize(PEOPLE[:2])
+    personal.export("x1", tmp_path / "out")
+    assert read_peft(tmp_path / "out").rank == rank
+    found = loaded_by_peft(tmp_path / "out")(input_ids=torch.tensor([tokens_asked(base, bank)])).logits
+    with torch.inference_mode(), personal.applied(["x1"]):
+        expected = base.model(input_ids=torch.tensor([tokens_asked(base, bank)])).logits
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+def test_an_anchor_that_weighs_nothing_takes_no_rank_of_an_export(tiny, tmp_path):
+    personal = personalizer(*tiny, merge=MergeSettings(policy="top1", k=2))
+    personal.personalize(PEOPLE[:1])
+    assert personal.state("x0").w == (1.0, 0.0)
+    personal.export("x0", tmp_path / "out")
+    assert read_peft(tmp_path / "out").rank == 2 + 2 + 1
 
 
 @pytest.mark.parametrize("rank", [1, 4])

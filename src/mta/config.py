@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from mta.errors import ConfigError
 
@@ -19,9 +19,22 @@ MergeMode = Literal["exact", "svd", "factor"]
 
 
 class Settings(BaseModel):
-    """Common behaviour: frozen, and an unknown key is an error."""
+    """Common behaviour: frozen, an unknown key is an error, and a group given in part keeps its other defaults."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _over_defaults(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        defaults = {name: field.default for name, field in cls.model_fields.items()}
+        return {
+            name: _over(defaults[name].model_dump(), value)
+            if isinstance(value, dict) and isinstance(defaults.get(name), Settings)
+            else value
+            for name, value in values.items()
+        }
 
 
 class Lora(Settings):
@@ -37,7 +50,10 @@ class Lora(Settings):
 
 
 class Training(Settings):
-    """How the factors of one adapter are trained. Exactly one of ``steps`` and ``epochs`` counts: ``steps`` wins."""
+    """How the factors of one adapter are trained. Where ``steps`` is set, ``epochs`` does not count.
+
+    Giving ``epochs`` alone, in a file or as a word, takes the place of default ``steps``.
+    """
 
     lr: float = Field(2e-4, gt=0)
     steps: int | None = Field(None, ge=0)
@@ -77,8 +93,9 @@ class MergeSettings(Settings):
     """Stage 2: which anchors, and how their coefficients come from the shots.
 
     ``k`` anchors are retrieved, by cosine of the encodings (the paper's way) or by their loss on the shots; 0 takes
-    all. ``learned`` follows the gradient of K numbers from the posterior's coefficients on; its large eps makes AdamW a
-    plain descent, so that a coefficient the shots say little about moves little; weight_decay pulls back to the start.
+    all. ``learned`` follows the gradient of K numbers from the posterior's coefficients on, or from zero, the pooled
+    model, which needs no pass per anchor; its large eps makes AdamW a plain descent, so that a coefficient the shots say
+    little about moves little; weight_decay pulls back to the start.
     """
 
     policy: Policy = "posterior"
@@ -89,6 +106,7 @@ class MergeSettings(Settings):
     null_prior: float = Field(0.5, gt=0, lt=1, description="prior of the task LoRA alone in the posterior policy")
     ridge: float = Field(300.0, gt=0, description="strength of the pull to zero in the ridge policy")
     fixed: float = Field(0.5, ge=0, le=1, description="share of the nearest anchor in the fixed policy")
+    start: Literal["posterior", "zero"] = Field("posterior", description="where the learned policy begins")
     learned: Training = Training(lr=0.5, steps=8, batch_size=64, eps=1.0, clip=1e9)
     scale: float = Field(1.0, gt=0, description="multiplies all coefficients")
     mode: MergeMode = "exact"
@@ -174,22 +192,31 @@ def override(settings: S, words: Iterable[str]) -> S:
     return checked(type(settings), _with_words(settings.model_dump(mode="json"), words), "the command line")
 
 
+def _over(values: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
+    """``values`` with ``more`` over them, group by group; epochs given alone replace steps."""
+    if "epochs" in more and "steps" not in more and "steps" in values:
+        values = values | {"steps": None}
+    groups = [key for key, new in more.items() if isinstance(new, dict) and isinstance(values.get(key), dict)]
+    return values | more | {key: _over(values[key], more[key]) for key in groups}
+
+
 def _with_words(values: dict[str, Any], words: Iterable[str]) -> dict[str, Any]:
+    given: dict[str, Any] = {}
     for word in words:
         key, equals, text = word.partition("=")
         if not equals or not key:
             raise ConfigError(f"not a setting: {word!r}; expected key=value, for example bank.anchors=20")
         *parents, last = key.split(".")
-        inner = values
+        inner, beside = given, values
         for parent in parents:
-            inner = inner.setdefault(parent, {})
-            if not isinstance(inner, dict):
+            inner, beside = inner.setdefault(parent, {}), beside.get(parent, {})
+            if not isinstance(inner, dict) or not isinstance(beside, dict):
                 raise ConfigError(f"{word!r}: {parent!r} is a single value, not a group of settings")
         try:
             inner[last] = yaml.safe_load(text)
         except yaml.YAMLError:
             raise ConfigError(f"{word!r}: the value is not readable YAML; quote it if it is text") from None
-    return values
+    return _over(values, given)
 
 
 def checked(kind: type[S], values: dict[str, Any], source: str) -> S:

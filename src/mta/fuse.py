@@ -44,7 +44,9 @@ class Merge:
 
 def needs_evidence(settings: MergeSettings) -> bool:
     """Whether the policy reads the anchors' losses (``gather_evidence``) or only the encodings."""
-    return settings.retrieve == "loss" or settings.policy in ("loss", "posterior", "ridge", "learned")
+    if settings.policy == "learned":
+        return settings.retrieve == "loss" or settings.start == "posterior"
+    return settings.retrieve == "loss" or settings.policy in ("loss", "posterior", "ridge")
 
 
 def coefficients(settings: MergeSettings, similarity: Tensor, evidence: Evidence | None = None) -> Merge:
@@ -82,6 +84,8 @@ def _weights(settings: MergeSettings, near: Tensor, ids: Tensor, evidence: Evide
         case "fixed":
             rest = (1 - settings.fixed) / (k - 1) if k > 1 else 0.0
             return first * settings.fixed + (1 - first) * rest
+        case "learned" if settings.start == "zero":
+            return torch.zeros_like(near)
     assert evidence is not None
     loglik = evidence.anchors.gather(1, ids)
     if settings.policy == "loss":
@@ -190,12 +194,19 @@ def merged(bank: Bank, merge: Merge, settings: MergeSettings) -> Adapters:
 
     The exact merge is gathered per person when that is little to move, else computed straight from the bank.
     """
+    if settings.mode == "exact" and 4 * merge.ids.shape[1] > len(bank):
+        return merge.adapters(bank.working)
     device = next(iter(bank.working.factors.values())).a.device
+    anchors = bank.anchors.to(device) if settings.mode == "svd" else bank.working
+    return PerPerson(merged_factors(anchors, merge, settings))
+
+
+def merged_factors(anchors: LoraBatch, merge: Merge, settings: MergeSettings) -> LoraBatch:
+    """A merge as factors of its own, by ``settings.mode``; exact ones have rank K * R."""
+    device = next(iter(anchors.factors.values())).a.device
     ids, w = merge.ids.to(device), merge.w.to(device)
     if settings.mode == "factor":
-        return PerPerson(merge_factor(bank.working, ids, w))
+        return merge_factor(anchors, ids, w)
     if settings.mode == "svd":
-        return PerPerson(merge_svd(bank.anchors.to(device), ids, w, settings.rank or bank.anchors.rank)[0])
-    if 4 * ids.shape[1] <= len(bank):
-        return PerPerson(merge_exact(bank.working, ids, w))
-    return merge.adapters(bank.working)
+        return merge_svd(anchors, ids, w, settings.rank or anchors.rank)[0]
+    return merge_exact(anchors, ids, w)

@@ -2,49 +2,37 @@
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from mta.adapt import adapt
 from mta.bank.bank import Bank
 from mta.bank.files import mark_stale
 from mta.base import BaseModel
-from mta.config import MergeSettings, Run, Settings, StackSettings, dump_yaml, parse_size
-from mta.encode import Encoder, encode_people
+from mta.config import MergeSettings, Run
+from mta.encode import Encoder
 from mta.errors import DataError, PersonNotFound, StoreError
-from mta.evidence import shots_of
 from mta.executor import Executor, LocalExecutor
-from mta.fuse import Merge, fuse, merged
+from mta.fuse import Merge, merged_factors
 from mta.generate import generate
 from mta.history import Item, Person
-from mta.lora.batch import LoraBatch, join
+from mta.lora.batch import join
 from mta.lora.layers import Adapters, applied
-from mta.lora.merge import merge_exact, truncate
+from mta.lora.merge import truncate
 from mta.lora.peft import write_peft
 from mta.rows import Nobody, Who, row_adapters
 from mta.score import label_scores, log_likelihood
-from mta.store import State, Store, work_key
-from mta.training.checkpoint import Checkpoint
-from mta.training.plan import Plan, plan_cohorts
-from mta.training.trainer import Job, OnStep
+from mta.stages import Stages, Wanted
+from mta.store import State, Store
+from mta.training.trainer import OnStep
 
 Question = str | Mapping[str, str]
-
-
-@dataclass(frozen=True, slots=True)
-class _How:
-    """How a call reports and where its cohorts leave checkpoints."""
-
-    on_step: OnStep | None
-    checkpoints: Path | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,92 +89,30 @@ class Personalizer:
     ) -> Personalized:
         """Merge and adapt for everybody in ``people``; their histories are the shots.
 
-        States already made of the same shots, bank and settings are left as they are. Cohorts are planned over all of
-        ``people``, so that a repeated call computes as the first did; a cohort in which somebody is missing is computed
-        whole. With ``checkpoints`` (a folder) a killed cohort goes on where it was.
-        Raises DataError for a person without items, MemoryBudgetError.
+        States already made of the same shots, bank and settings are left as they are; the others are computed together,
+        in cohorts that fit the memory. With ``checkpoints`` (a folder) a killed run goes on where it was, in the same
+        cohorts. Raises DataError for a person without items, MemoryBudgetError.
         """
+        _check(people)
         ordered = sorted(people, key=lambda person: person.id)
-        _check(ordered)
-        works = {person.id: self._work(person) for person in ordered}
-        there = {person.id for person in ordered if self._has(person.id, works[person.id])}
-        jobs = [shots_of(self.base, self.bank.task, person) for person in ordered]
-        how = _How(on_step, Path(checkpoints) if checkpoints else None)
-        # The plan is over everybody, done or not, so that a resumed run computes in the cohorts of the first.
-        plan = plan_cohorts(self.base, jobs, self._numbers(), parse_size(self.run.memory))
+        everybody = [Wanted.of(person, self.base, self.bank, self.run) for person in ordered]
+        missing = [wanted for wanted in everybody if not self._has(wanted)]
+        if not missing:
+            return Personalized(0, len(people), 0)
+        folder = Path(checkpoints) if checkpoints else None
+        stages = Stages(self.base, self.bank, self.run, self.encoder, on_step, folder)
+        cohorts = stages.cohorts(everybody, missing)
+        lacking = {wanted.person.id for wanted in missing}
 
-        def cohort(numbers: Sequence[int]) -> None:
-            chosen, theirs = [ordered[n] for n in numbers], [jobs[n] for n in numbers]
-            for person, state in zip(chosen, self._states(chosen, theirs, works, plan, how)):
-                self._keep(person.id, state)
+        def compute(numbers: Sequence[int]) -> None:
+            for n, state in zip(numbers, stages.states(numbers, cohorts)):
+                self._keep(cohorts.wanted[n].person.id, state)
 
-        unfinished = [c for c in plan.cohorts if any(ordered[n].id not in there for n in c)]
-        list(self.executor.map(cohort, unfinished))
-        cut = sum(example.cut > 0 for job in jobs for example in job.examples)
-        return Personalized(len(people) - len(there), len(there), cut)
-
-    def _states(
-        self, people: Sequence[Person], jobs: Sequence[Job], works: Mapping[str, str], plan: Plan, how: _How
-    ) -> list[State]:
-        """One cohort through stages 2 and 3."""
-        merge = self.merge(people, jobs, plan.tokens_per_batch, how.on_step)
-        stacks = self._stacks(jobs, merge, plan, [works[person.id] for person in people], how)
-        return [
-            State(
-                bank=self.bank.hash,
-                anchors=tuple(merge.ids[i].tolist()),
-                w=tuple(merge.w[i].tolist()),
-                policy=self.run.merge.policy,
-                history=person.digest(),
-                work=works[person.id],
-                seed=self.run.seed,
-                stack=stacks.select([i]).to(torch.device("cpu")) if stacks else None,
-                mode=self.run.merge.mode,
-                rank=self.run.merge.rank,
-            )
-            for i, person in enumerate(people)
-        ]
-
-    def _stacks(
-        self, jobs: Sequence[Job], merge: Merge, plan: Plan, works: Sequence[str], how: _How
-    ) -> LoraBatch | None:
-        """Stage 3 for one cohort, or None where it is switched off."""
-        settings = self.run.stack
-        if not settings.enabled:
-            return None
-        name = hashlib.sha256("/".join([plan.digest, *works]).encode()).hexdigest()
-        checkpoint = Checkpoint(how.checkpoints / f"{name[:24]}.checkpoint", name) if how.checkpoints else None
-        stacks = adapt(
-            self.base,
-            jobs,
-            [*self.bank.pooled, merged(self.bank, merge, self.run.merge)],
-            settings.lora,
-            settings.training,
-            seed=self.run.seed,
-            tokens_per_batch=plan.tokens_per_batch,
-            checkpoint=checkpoint,
-            on_step=partial(how.on_step, "stack") if how.on_step else None,
-        )
-        if checkpoint:
-            checkpoint.remove()
-        return stacks
-
-    def merge(
-        self, people: Sequence[Person], jobs: Sequence[Job], tokens_per_batch: int = 4096, on_step: OnStep | None = None
-    ) -> Merge:
-        """Stage 2 for these people: their anchors and coefficients, from their shots alone."""
-        vectors = encode_people(self.encoder, self.bank.task, people, self.bank.info.run.bank.encode)
-        return fuse(
-            self.base,
-            jobs,
-            self.bank.working,
-            self.bank.pooled,
-            self.bank.similarity(vectors),
-            self.run.merge,
-            seed=self.run.seed,
-            tokens_per_batch=tokens_per_batch,
-            on_step=on_step,
-        )
+        unfinished = [c for c in cohorts.plan.cohorts if any(cohorts.wanted[n].person.id in lacking for n in c)]
+        list(self.executor.map(compute, unfinished))
+        stages.finish()
+        cut = sum(example.cut > 0 for job in cohorts.jobs for example in job.examples)
+        return Personalized(len(missing), len(people) - len(missing), cut)
 
     # -- using what was made -------------------------------------------------------------------------------------------
 
@@ -238,11 +164,14 @@ class Personalizer:
     def export(self, person: str, out: str | Path, *, rank: int | None = None) -> float:
         """Write task LoRA, merge and stack as one PEFT folder for the untouched base.
 
+        Without ``rank`` nothing is lost and the rank is the sum of the parts', K * R for an exact merge of K anchors;
         ``rank`` compresses by svd. Returns the relative error that causes (0 without). Raises PersonNotFound.
         """
         state = self.state(person)
-        ids, w = torch.tensor([state.anchors]), torch.tensor([state.w], dtype=self.base.master_dtype)
-        parts = [merge_exact(self.bank.anchors, ids, w)]
+        used = [n for n, w in enumerate(state.w) if w] or [0]  # an anchor that weighs nothing needs no rank
+        ids, w = torch.tensor([state.anchors])[:, used], torch.tensor([state.w], dtype=self.base.master_dtype)[:, used]
+        settings = MergeSettings(mode=state.mode, rank=state.rank)
+        parts = [merged_factors(self.bank.anchors, Merge(ids, w), settings)]
         parts += [part for part in (self.bank.task_lora, state.stack) if part]
         whole, error = join([part.to(torch.device("cpu"), torch.float32) for part in parts]), torch.zeros(1)
         if rank is not None and rank < whole.rank:
@@ -281,18 +210,9 @@ class Personalizer:
         place = {who: i for i, who in enumerate(known)}
         return [place[who] for who in whose], row_adapters(self.base, self.bank, states, stacked)
 
-    def _work(self, person: Person) -> str:
-        settings = _Kept(
-            merge=self.run.merge,
-            stack=self.run.stack,
-            dtype=str(self.base.dtype),
-            max_tokens=self.base.prompts.max_tokens,
-        )
-        return work_key(self.bank.hash, person.digest(), dump_yaml(settings), self.run.seed)
-
-    def _has(self, person: str, work: str) -> bool:
+    def _has(self, wanted: Wanted) -> bool:
         try:
-            return self.state(person).work == work
+            return self.state(wanted.person.id).work == wanted.work
         except (PersonNotFound, StoreError):
             return False
 
@@ -302,11 +222,6 @@ class Personalizer:
         else:
             self._unsaved[person] = state
 
-    def _numbers(self) -> int:
-        """How many numbers are trained for a person."""
-        stack = self.run.stack
-        return stack.lora.rank * sum(d + o for d, o in self.base.targets.values()) if stack.enabled else 1
-
 
 def forget_person(person: str, store: str | Path, bank: Path) -> Forgotten:
     """``Personalizer.forget`` without loading a model."""
@@ -314,15 +229,6 @@ def forget_person(person: str, store: str | Path, bank: Path) -> Forgotten:
     if "://" not in str(store):
         shutil.rmtree(Path(store) / "work", ignore_errors=True)  # a stopped run's checkpoint may hold their stack
     return Forgotten(Store(store).forget(person), parts)
-
-
-class _Kept(Settings):
-    """The settings a state depends on."""
-
-    merge: MergeSettings
-    stack: StackSettings
-    dtype: str
-    max_tokens: int
 
 
 def _check(people: Sequence[Person]) -> None:

@@ -195,6 +195,28 @@ def test_an_interrupted_build_goes_on_with_other_settings_as_if_new(built, tmp_p
     assert trained(build(tmp_path / "bank")) == trained(built)
 
 
+def test_a_build_that_is_to_start_anew_does(built, tmp_path, monkeypatch):
+    monkeypatch.setattr(Checkpoint, "due", lambda _: True)
+    seen = []
+
+    def stop(stage, step):
+        seen.append((stage, step.step))
+        if seen.count(("anchors", 3)) == 1 and stage == "anchors" and step.step == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build(tmp_path / "bank", on_step=stop)
+    assert trained(build(tmp_path / "bank", on_step=stop, resume=False)) == trained(built)
+    assert seen.count(("task LoRA", 1)) == 2
+
+
+def test_a_folder_with_other_things_in_it_is_refused(tmp_path):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(BankError, match=r"holds something that is no bank's: thesis.txt\n  Choose an empty"):
+        build(tmp_path, resume=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
 # -- who ---------------------------------------------------------------------------------------------------------------
 
 

@@ -56,6 +56,24 @@ def test_without_a_chat_template_the_form_is_plain(task):
     assert words(plain, plain.example(task, RATING).prompt) == f"{task.prompt(RATING)}\nAnswer: "
 
 
+PIECES = st.lists(
+    st.sampled_from(["<|end|>", "<|start|>", "<|", "end|>", "|>", "start", "<", " ", "a", "\n"]), max_size=8
+)
+
+
+@settings(max_examples=60)
+@given(title=PIECES.map("".join), answer=PIECES.map("".join), template=st.booleans())
+def test_special_tokens_written_in_a_text_stay_text(task, title, answer, template):
+    there = form(template=template)
+    special = set(there.tokenizer.all_special_ids)
+    item = Item({"title": f"x{title}x", "genres": "Crime", "rating": "4"})
+    count = [
+        sum(token in special for token in example.tokens)
+        for example in (there.example(task, item, f"x{answer}x"), there.example(task, RATING, "4"))
+    ]
+    assert count[0] == count[1]
+
+
 @pytest.mark.parametrize("template", [True, False])
 def test_the_target_is_the_answer_and_the_end_token_and_nothing_else(task, template):
     made = form(template=template).example(task, RATING)

@@ -36,6 +36,7 @@ class Bank:
 
     folder: Path
     info: files.BankInfo
+    hash: str  # identity of the bank; states of people name it
     task: Task
     anchors: LoraBatch  # as stored, float32
     working: LoraBatch  # where and as the base computes
@@ -106,15 +107,10 @@ class Bank:
         if len(anchors) != len(info.items) or len(vectors) != len(anchors) or anchors.shapes != base.targets:
             raise BankCorrupt(f"{folder}: anchors, index and description do not fit together", hint=files.REBUILD)
         working = anchors.to(base.device, base.dtype)
-        return cls(folder, info, task, anchors, working, vectors, pooled and pooled.to(base.device))
+        return cls(folder, info, info.hash, task, anchors, working, vectors, pooled and pooled.to(base.device))
 
     def __len__(self) -> int:
         return len(self.anchors)
-
-    @property
-    def hash(self) -> str:
-        """Identity of the bank; states of people name it."""
-        return self.info.hash
 
     @property
     def pooled(self) -> list[Adapters]:

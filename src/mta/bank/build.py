@@ -44,10 +44,11 @@ def build_bank(
     *,
     executor: Executor | None = None,
     on_step: OnStep | None = None,
+    resume: bool = True,
 ) -> None:
     """Train the task LoRA on ``task_people`` and a meta-LoRA per anchor among ``candidates``; write both to ``out``.
 
-    A build that was killed goes on from its last checkpoint; a finished one is left as it is.
+    A build that was killed goes on from its last checkpoint unless ``resume`` is off; a finished one is left as it is.
     Source: arXiv:2511.20072, stage 1; clustering and "most active" from its README. Raises InputError, BankError.
     """
     task_people, candidates = _by_id(task_people), _by_id(candidates)
@@ -55,6 +56,8 @@ def build_bank(
     work = work_key(base, task, encoder, task_people, candidates, run)
     if _finished(out, work):
         return
+    if not resume:
+        shutil.rmtree(out / "work", ignore_errors=True)
     site = _Site(base, task, run, out, work, on_step)
     # The anchors first: choosing them takes seconds, and if they are too few, stage 0 would be hours for nothing.
     able = [person for person in candidates if len(person.items) >= run.bank.min_items]
@@ -246,13 +249,17 @@ def _tidy(out: Path) -> None:
 
 
 def _finished(out: Path, work: str) -> bool:
-    """Whether this very bank is there. Raises BankError if another one is."""
-    if not (out / files.INFO).exists():
-        return False
-    if files.read_info(out).work == work:
-        _tidy(out)
-        return True
-    raise BankError(
-        f"{out} holds a bank built from other people, another base or other settings",
-        hint=f"Choose another folder with --out, or remove it first: rm -r {out}",
-    )
+    """Whether this very bank is there. Raises BankError if another one is, or what is no bank at all."""
+    if (out / files.INFO).exists():
+        if files.read_info(out).work == work:
+            _tidy(out)
+            return True
+        raise BankError(
+            f"{out} holds a bank built from other people, another base or other settings",
+            hint=f"Choose another folder with --out, or remove it first: rm -r {out}",
+        )
+    if other := sorted(path.name for path in out.glob("[!.]*") if path.name not in files.OURS):
+        raise BankError(
+            f"{out} holds something that is no bank's: {other[0]}", hint="Choose an empty or a new folder with --out."
+        )
+    return False

@@ -23,6 +23,7 @@ ANCHORS = "anchors.safetensors"
 INDEX = "index.safetensors"
 TASK_LORA = "task_lora"
 STALE = "needs-rebuild.json"
+OURS = {INFO, ANCHORS, INDEX, TASK_LORA, STALE, "README.md", "metrics.jsonl", "work"}
 
 
 class Members(BaseModel):

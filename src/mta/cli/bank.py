@@ -36,20 +36,21 @@ def build(
 
     Example:  mta bank build history.jsonl --task lamp3 --out bank/ bank.anchors=20
     """
-    import shutil
-
     from mta.bank.bank import Bank
     from mta.cli.screen import Screen
 
     run = settings(config, words, task=task, base=base, seed=seed, device=device)
     people = people_in(source, run.task, skip_bad)
-    if not resume:
-        shutil.rmtree(out / "work", ignore_errors=True)
     with Screen() as screen:
-        bank = Bank.build(load_base(run), people, out, task=run.task, run=run, on_step=screen.step)
+        bank = Bank.build(load_base(run), people, out, task=run.task, run=run, on_step=screen.step, resume=resume)
     if json:
         return show_json(_summary(bank))
     typer.echo(f"{out}: {len(bank)} anchors, task LoRA {'yes' if bank.task_lora else 'no'}, hash {bank.hash[:12]}")
+    if len(bank) < run.bank.anchors:
+        few = f"{run.bank.anchors} anchors were asked for; at most a quarter of the candidates become one, and"
+        typer.echo(
+            f"{few} {len(bank.info.members.candidates)} people have {run.bank.min_items} items or more.", err=True
+        )
 
 
 @app.command("show")

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from mta.cli.data import Source, people_in
-from mta.cli.options import BankDir, Device, Json, Seed, SkipBad, Words, open_bank, show_json
+from mta.cli.options import BankDir, Device, Json, Seed, SkipBad, Words, open_bank, show_json, task_of
 
 
 def evaluate(
@@ -27,9 +27,10 @@ def evaluate(
 ) -> None:
     """Compare MTA with constants, the base, the task LoRA, OPPU, merge only and adapt only.
 
-    People who are in the bank are left out. Settings as key=value are those of the evaluation: shots=4 queries=10.
+    People who are in the bank are left out. Settings as key=value are those of the evaluation (shots=4 queries=10),
+    and merge.… and stack.… over the bank's.
 
-    Example:  mta evaluate newcomers.jsonl --bank bank/ --out results/ shots=8 queries=12
+    Example:  mta evaluate newcomers.jsonl --bank bank/ --out results/ shots=8 queries=12 merge.policy=ridge
     """
     from mta.cli.screen import Screen, console
     from mta.config import Evaluation, load_settings
@@ -37,9 +38,10 @@ def evaluate(
     from mta.evaluation.show import show
     from mta.evaluation.study import study
 
-    chosen = load_settings(Evaluation, config, words or ())
-    base, opened, run = open_bank(bank, None, seed, device)
-    everybody = people_in(source, opened.task, skip_bad)
+    of_run = [word for word in words or () if word.startswith(("merge.", "stack."))]
+    chosen = load_settings(Evaluation, config, [word for word in words or () if word not in of_run])
+    everybody = people_in(source, task_of(bank), skip_bad)
+    base, opened, run = open_bank(bank, of_run, seed, device)
     with Screen() as screen:
         found = study(base, opened, run, everybody, chosen, limit=people, on_step=screen.step, on_method=screen.say)
     command = " ".join([f"mta evaluate {source} --bank {bank}", *(words or [])])

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from mta.bank.bank import Bank
     from mta.base import BaseModel
     from mta.config import Run
+    from mta.tasks import Task as TaskType
 
 Words = Annotated[list[str] | None, typer.Argument(help="Settings as key=value; the example shows one.")]
 Config = Annotated[Path | None, typer.Option("--config", help="Settings in YAML.", dir_okay=False)]
@@ -54,6 +55,14 @@ def open_bank(
     run = override(read_info(folder).run, [*(words or []), *given])
     base = load_base(run)
     return base, Bank.open(folder, base), run
+
+
+def task_of(folder: Path) -> TaskType:
+    """The task a bank was built for: people can be read, and found wrong, before a model is loaded."""
+    from mta.bank.files import read_info
+    from mta.tasks import Task
+
+    return Task.model_validate(read_info(folder).task)
 
 
 def show_json(value: object) -> None:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from mta.cli.data import Source, people_in
-from mta.cli.options import BankDir, Device, Json, Seed, SkipBad, StoreUrl, Words, open_bank, show_json
+from mta.cli.options import BankDir, Device, Json, Seed, SkipBad, StoreUrl, Words, open_bank, show_json, task_of
 
 
 def personalize(
@@ -37,10 +37,12 @@ def personalize(
     from mta.cli.screen import Screen
     from mta.personalize import Personalizer
 
-    base, opened, run = open_bank(bank, words, seed, device)
-    people = people_in(source, opened.task, skip_bad)
+    people = people_in(source, task_of(bank), skip_bad)
     if shots is not None:
         people = [person.latest(shots) for person in people]
+    base, opened, run = open_bank(bank, words, seed, device)
+    if seen := sum(bool(opened.info.members.artefacts_of(person.id)) for person in people):
+        typer.echo(f"{seen} of {len(people)} people helped to train this bank: it knows their items already.", err=True)
     checkpoints = Path(store) / "work" if "://" not in store else None
     if checkpoints and not resume:
         shutil.rmtree(checkpoints, ignore_errors=True)
@@ -48,9 +50,7 @@ def personalize(
     with Screen() as screen:
         done = personal.personalize(people, on_step=screen.step, checkpoints=checkpoints)
     if checkpoints:
-        shutil.rmtree(
-            checkpoints, ignore_errors=True
-        )  # trained factors of people: nothing of them stays beside the store
+        shutil.rmtree(checkpoints, ignore_errors=True)  # people's factors: nothing of them stays beside the store
     if json:
         return show_json(asdict(done))
     typer.echo(

@@ -7,7 +7,7 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Protocol
 
@@ -17,7 +17,7 @@ from mta.evaluation.metrics import Answers, from_scores
 from mta.evaluation.protocol import Panel
 from mta.fuse import Merge, fuse, merged, needs_evidence
 from mta.generate import generate
-from mta.lora.batch import LoraBatch, stack
+from mta.history import Item
 from mta.lora.layers import Adapters, PerPerson
 from mta.score import label_scores
 from mta.tasks.task import Task
@@ -82,7 +82,7 @@ class Base:
     seeded: bool = False
 
     def run(self, panel: Panel, seed: int) -> Outcome:
-        return Outcome(_answer(panel, []), 0.0, 0.0)
+        return Outcome(_answer(panel, panel.queries, []), 0.0, 0.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +93,7 @@ class TaskLora:
     seeded: bool = False
 
     def run(self, panel: Panel, seed: int) -> Outcome:
-        return Outcome(_answer(panel, panel.bank.pooled), 0.0, 0.0)
+        return Outcome(_answer(panel, panel.queries, panel.bank.pooled), 0.0, 0.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +107,7 @@ class Merged:
     def run(self, panel: Panel, seed: int) -> Outcome:
         merge, seconds = _fuse(panel, self.settings, seed)
         adapters = [*panel.bank.pooled, merged(panel.bank, merge, self.settings)]
-        return Outcome(_answer(panel, adapters), seconds, _bytes(merge), merge)
+        return Outcome(_answer(panel, panel.queries, adapters), seconds, _bytes(merge), merge)
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,10 +120,7 @@ class OneLora:
     seeded: bool = True
 
     def run(self, panel: Panel, seed: int) -> Outcome:
-        start = time.monotonic()
-        found = _adapt(panel, None, None, self.lora, self.training, seed, self.name)
-        seconds = time.monotonic() - start
-        return Outcome(_answer(panel, [*panel.bank.pooled, PerPerson(found)]), seconds, _bytes(None, found))
+        return _adapt(panel, None, MergeSettings(), self.lora, self.training, seed, self.name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,11 +134,8 @@ class MergeThenAdapt:
 
     def run(self, panel: Panel, seed: int) -> Outcome:
         merge, seconds = _fuse(panel, self.settings, seed)
-        start = time.monotonic()
         found = _adapt(panel, merge, self.settings, self.stack.lora, self.stack.training, seed, self.name)
-        seconds += time.monotonic() - start
-        frozen = [*panel.bank.pooled, merged(panel.bank, merge, self.settings)]
-        return Outcome(_answer(panel, [*frozen, PerPerson(found)]), seconds, _bytes(merge, found), merge)
+        return replace(found, seconds=seconds + found.seconds)
 
 
 def _targets(panel: Panel) -> list[list[str]]:
@@ -155,15 +149,15 @@ def _constant(task: Task, targets: Sequence[str]) -> str:
     return Counter(targets).most_common(1)[0][0]
 
 
-def _answer(panel: Panel, adapters: Sequence[Adapters]) -> list[Answers]:
-    """Label scores where there are labels, else greedy texts."""
+def _answer(panel: Panel, queries: Sequence[Sequence[Item]], adapters: Sequence[Adapters]) -> list[Answers]:
+    """Label scores where there are labels, else greedy texts; ``adapters`` are indexed as ``queries`` are."""
     task, base = panel.bank.task, panel.base
     if task.labels:
-        return [from_scores(task, scores) for scores in label_scores(base, task, panel.queries, adapters)]
-    rows = [(person, item) for person, items in enumerate(panel.queries) for item in items]
+        return [from_scores(task, scores) for scores in label_scores(base, task, queries, adapters)]
+    rows = [(person, item) for person, items in enumerate(queries) for item in items]
     prompts = [base.prompts.prompt(task, item, reserve=64).tokens for _, item in rows]
     texts = [base.prompts.decode(t) for t in generate(base, prompts, [p for p, _ in rows], adapters)]
-    return [Answers([t for t, (p, _) in zip(texts, rows) if p == person]) for person in range(len(panel.queries))]
+    return [Answers([t for t, (p, _) in zip(texts, rows) if p == person]) for person in range(len(queries))]
 
 
 def _fuse(panel: Panel, settings: MergeSettings, seed: int) -> tuple[Merge, float]:
@@ -186,37 +180,41 @@ def _fuse(panel: Panel, settings: MergeSettings, seed: int) -> tuple[Merge, floa
 def _adapt(
     panel: Panel,
     merge: Merge | None,
-    settings: MergeSettings | None,
+    settings: MergeSettings,
     lora: Lora,
     training: Training,
     seed: int,
     stage: str,
-) -> LoraBatch:
-    """One LoRA per person over the task LoRA and, where there is one, their merge; in cohorts that fit the memory."""
+) -> Outcome:
+    """One LoRA per person over the task LoRA and, where there is one, their merge.
+
+    In cohorts that fit the memory: each is trained, answers, and goes.
+    """
     base, jobs = panel.base, panel.jobs
     numbers = lora.rank * sum(d + o for d, o in base.targets.values())
     plan = plan_cohorts(base, jobs, numbers, parse_size(panel.run.memory))
-    trained = []
+    answers: list[Answers] = []
+    seconds = 0.0
     for cohort in plan.cohorts:
         frozen = list(panel.bank.pooled)
-        if merge and settings:
+        if merge:
             frozen.append(merged(panel.bank, merge.select(cohort), settings))
-        trained.append(
-            adapt(
-                base,
-                [jobs[i] for i in cohort],
-                frozen,
-                lora,
-                training,
-                seed=seed,
-                tokens_per_batch=plan.tokens_per_batch,
-                on_step=partial(panel.on_step, stage) if panel.on_step else None,
-            )
+        start = time.monotonic()
+        found = adapt(
+            base,
+            [jobs[i] for i in cohort],
+            frozen,
+            lora,
+            training,
+            seed=seed,
+            tokens_per_batch=plan.tokens_per_batch,
+            on_step=partial(panel.on_step, stage) if panel.on_step else None,
         )
-    return stack(trained)
+        seconds += time.monotonic() - start
+        answers += _answer(panel, [panel.queries[i] for i in cohort], [*frozen, PerPerson(found)])
+    return Outcome(answers, seconds, _bytes(merge) + 4 * numbers, merge)
 
 
-def _bytes(merge: Merge | None, factors: LoraBatch | None = None) -> float:
-    """What has to be kept of one person: anchor numbers and coefficients, and their own factors in float32."""
-    numbers = 0 if merge is None else len(json.dumps([merge.ids[0].tolist(), merge.w[0].tolist()]))
-    return numbers + (0 if factors is None else sum(4 * t[0].numel() for f in factors.factors.values() for t in f))
+def _bytes(merge: Merge | None) -> float:
+    """What has to be kept of one person's merge: anchor numbers and coefficients; trained numbers are float32."""
+    return 0 if merge is None else len(json.dumps([merge.ids[0].tolist(), merge.w[0].tolist()]))

@@ -49,7 +49,6 @@ class Comparison:
 
     task: Task
     rows: list[Row]
-    seed: int = 0
 
     @property
     def primary(self) -> str:
@@ -66,12 +65,12 @@ class Comparison:
     def score(self, name: str, metric: str) -> Interval | None:
         """A method's mean over people, or None where the metric does not exist for it."""
         values = self.row(name).people.get(metric)
-        return None if values is None else bootstrap(values, self.seed)
+        return None if values is None else bootstrap(values)
 
     def difference(self, name: str, reference: str, metric: str) -> Interval | None:
         """Paired difference over people, ``name`` minus ``reference``."""
         one, other = self.row(name).people.get(metric), self.row(reference).people.get(metric)
-        return None if one is None or other is None else bootstrap(one - other, self.seed)
+        return None if one is None or other is None else bootstrap(one - other)
 
     def worse_off(self, name: str, reference: str) -> tuple[float, float] | None:
         """Share of people whose NLL is higher by more than 0.02, and of those *clearly* worse off.
@@ -116,8 +115,13 @@ def bootstrap(values: Tensor, seed: int = 0, times: int = 10_000) -> Interval:
     """Mean of (U,) values and its 95% interval by resampling people."""
     values = values.double()
     generator = torch.Generator().manual_seed(seed)
-    draws = torch.randint(len(values), (times, len(values)), generator=generator)
-    means = values[draws].mean(1)
+    at_once = max(2**24 // len(values), 1)  # never more than 128 MiB of draws
+    means = torch.cat(
+        [
+            values[torch.randint(len(values), (min(at_once, times - done), len(values)), generator=generator)].mean(1)
+            for done in range(0, times, at_once)
+        ]
+    )
     low, high = torch.quantile(means, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     return Interval(float(values.mean()), low, high)
 

@@ -89,11 +89,10 @@ class PerPerson:
 
     def term(self, name: str, owner: Tensor, dtype: torch.dtype) -> Term:
         a, b = self.batch.factors[name]
-        a, b = a.to(dtype), (b * self.batch.scale).to(dtype)  # scaled here, where it is small, not on activations
+        scale: float | Tensor = self.batch.scale
         if not _blocks(owner, a.shape[0]):
-            keep = (owner >= 0)[:, None, None].to(dtype)
-            a, b = a[owner], b[owner] * keep
-        return _RowTerm(a, b)
+            a, b, scale = a[owner], b[owner], scale * (owner >= 0)[:, None, None].to(b)
+        return _RowTerm(a.to(dtype), (b * scale).to(dtype))  # scaled here, where it is small, not on activations
 
 
 def _blocks(owner: Tensor, people: int) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -39,6 +40,8 @@ class PromptFormat:
 
     ``max_tokens`` bounds prompt and target together. Text is cut inside the fields a task allows, from their end,
     the longest first; instruction and target are never touched.
+    A special token written out in somebody's text (``<|im_end|>``) is broken by a space: it stays text, and nobody can
+    end their turn and speak as another role.
     """
 
     def __init__(self, tokenizer: Any, max_tokens: int = 1024) -> None:
@@ -46,6 +49,8 @@ class PromptFormat:
         self.max_tokens = max_tokens
         self.has_template = bool(getattr(tokenizer, "chat_template", None))
         self.end_token = self._end_token()
+        special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+        self._special = re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))) or "(?!)")
 
     def example(self, task: Task, item: Item, target: str | None = None) -> Example:
         """An item as a training example; ``target`` replaces the item's own (a label to be scored).
@@ -68,6 +73,7 @@ class PromptFormat:
 
     def render(self, prompt: str) -> str:
         """The text given to the model for an instruction: the chat template, or a plain form where there is none."""
+        prompt = self._as_text(prompt)
         if not self.has_template:
             return PLAIN.format(prompt=prompt)
         chat = [{"role": "user", "content": prompt}]
@@ -77,12 +83,18 @@ class PromptFormat:
         """The text of an answer, without its end token."""
         return str(self.tokenizer.decode(list(tokens), skip_special_tokens=True)).strip()
 
+    def _as_text(self, text: str) -> str:
+        while self._special.search(text):
+            text = self._special.sub(lambda found: f"{found[0][0]} {found[0][1:]}" if found[0][1:] else "", text)
+        return text
+
     def _tokens(self, text: str) -> tuple[int, ...]:
         # A chat template writes its own first token.
         return tuple(self.tokenizer(text, add_special_tokens=not self.has_template)["input_ids"])
 
     def _target(self, text: str, prompt: tuple[int, ...], target: str) -> tuple[int, ...]:
         """Tokens that continue ``prompt``: of the whole text where that keeps the prompt's, else of the target."""
+        target = self._as_text(target)
         whole = self._tokens(text + target)
         if whole[: len(prompt)] == prompt:
             return (*whole[len(prompt) :], self.end_token)
