@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Literal
 
 from rich.console import Console
-from rich.table import Table
 
 from mta import assets
 from mta.bank.bank import Bank
@@ -31,7 +30,7 @@ METRICS = ("NLL", "MAE", "MAE (median)")
 
 
 def candidates(recipe: Recipe) -> Iterator[Method]:
-    """Everything that is tried: first the merges, which train nothing, then what is trained, by the same grid for all."""
+    """Everything that is tried: merges first, then what is trained."""
     run = recipe.run
     for k in (2, 0):
         yield Merged(f"uniform k={k}", MergeSettings(policy="uniform", k=k))
@@ -48,10 +47,10 @@ def candidates(recipe: Recipe) -> Iterator[Method]:
         yield Merged(f"learned from posterior lr={lr:g} steps={steps}", learned(lr, steps, "posterior"))
     for lr, steps in ((2e-4, 2), (2e-4, 4), (1e-4, 4), (4e-4, 2), (1e-4, 8)):
         yield OneLora(f"OPPU r8 lr={lr:g} steps={steps}", Lora(), Training(lr=lr, steps=steps, batch_size=64))
-    for lr, steps in ((2e-4, 2), (4e-4, 2), (2e-4, 4)):
+    for lr, steps in ((2e-4, 2), (1e-4, 2), (2e-4, 4)):
         stack = StackSettings(lora=run.stack.lora, training=Training(lr=lr, steps=steps, batch_size=64))
         yield OneLora(f"adapt r1 lr={lr:g} steps={steps}", stack.lora, stack.training)
-        for name, merge in (("learned from 0", learned(0.05, 1, "zero")), ("ridge 200", ridge(200.0))):
+        for name, merge in (("learned", learned(0.05, 1, "posterior")), ("ridge 200", ridge(200.0))):
             yield MergeThenAdapt(f"{name} + r1 lr={lr:g} steps={steps}", merge, stack)
 
 
@@ -98,13 +97,13 @@ def line(comparison: Comparison, name: str) -> dict[str, object]:
 
 
 def table(path: Path) -> None:
-    """Print what has been tried, best NLL first: paired differences to the task LoRA."""
-    rows = [json.loads(text) for text in path.read_text().splitlines()]
-    shown = Table("method", *(f"{metric} against the task LoRA" for metric in METRICS), "worse / clearly")
-    for row in sorted(rows, key=lambda row: row["NLL"][0]):
-        cells = ("{:+.4f} [{:+.4f}, {:+.4f}]".format(*row[metric]) for metric in METRICS)
-        shown.add_row(row["name"], *cells, "{:.0%} / {:.0%}".format(*row["worse"]))
-    Console(width=160).print(shown)
+    """Print what has been tried as Markdown, best NLL first: paired differences to the task LoRA."""
+    rows = sorted((json.loads(text) for text in path.read_text().splitlines()), key=lambda row: row["NLL"][0])
+    lines = [f"| method | {' | '.join(METRICS)} | worse off, clearly |", "|---" * (len(METRICS) + 2) + "|"]
+    for row in rows:
+        cells = ["{:+.3f} [{:+.3f}, {:+.3f}]".format(*row[metric]) for metric in METRICS]
+        lines.append(f"| {row['name']} | {' | '.join(cells)} | {'{:.0%}, {:.0%}'.format(*row['worse'])} |")
+    Console(soft_wrap=True, markup=False, highlight=False).print("\n".join(lines))
 
 
 def main() -> None:

@@ -322,6 +322,16 @@ def test_learning_equals_a_plain_loop_over_the_coefficients(scene):
         near(found.w[u], START.w[u] + shift.detach(), 1e-9)
 
 
+def test_the_learned_policy_may_start_from_zero_and_then_gathers_nothing(scene):
+    base, task, bank, jobs = scene
+    stages = set()
+    settings = MergeSettings(policy="learned", start="zero", learned=DESCENT)
+    found = fuse(base, jobs, bank, [Shared(task)], normal(3, 4), settings, on_step=lambda stage, _: stages.add(stage))
+    nothing = Merge(found.ids, torch.zeros_like(found.w))
+    near(found.w, learn(base, jobs, bank, [Shared(task)], nothing, DESCENT).w)
+    assert stages == {"coefficients"}
+
+
 def test_the_learned_policy_starts_from_the_posterior(scene):
     base, task, bank, jobs = scene
     pooled, similarity = [Shared(task)], normal(3, 4)

@@ -93,9 +93,9 @@ class MergeSettings(Settings):
     """Stage 2: which anchors, and how their coefficients come from the shots.
 
     ``k`` anchors are retrieved, by cosine of the encodings (the paper's way) or by their loss on the shots; 0 takes
-    all. ``learned`` follows the gradient of K numbers from the posterior's coefficients on, or from zero, the pooled
-    model, which needs no pass per anchor; its large eps makes AdamW a plain descent, so that a coefficient the shots say
-    little about moves little; weight_decay pulls back to the start.
+    all. ``learned`` follows the gradient of K numbers from the posterior's coefficients on, or from zero (the pooled
+    model), which needs no pass per anchor. Its large eps makes AdamW a plain descent, so that a coefficient the shots
+    say little about moves little; weight_decay pulls back to the start.
     """
 
     policy: Policy = "posterior"

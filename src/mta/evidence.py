@@ -10,8 +10,8 @@ from torch import Tensor
 
 from mta.base import BaseModel
 from mta.history import Person
-from mta.lora.batch import LoraBatch
-from mta.lora.layers import Adapters, Shared
+from mta.lora.batch import LoraBatch, join
+from mta.lora.layers import Shared
 from mta.score import log_likelihood
 from mta.tasks.task import Task
 from mta.training.trainer import Job, OnStep, Step
@@ -61,7 +61,7 @@ def gather_evidence(
     base: BaseModel,
     jobs: Sequence[Job],
     bank: LoraBatch,
-    pooled: Sequence[Adapters],
+    pooled: Sequence[Shared],
     *,
     tokens_per_batch: int = 4096,
     on_step: OnStep | None = None,
@@ -77,8 +77,9 @@ def gather_evidence(
     passes, total = len(bank) + 1, int(shots.sum())
     found: list[list[Tensor]] = []
     for number in range(passes):
-        anchor = [Shared(bank.select([number - 1]))] if number else []
-        found.append(log_likelihood(base, asked, [*pooled, *anchor], tokens_per_batch=tokens_per_batch))
+        parts = [shared.batch for shared in pooled] + ([bank.select([number - 1])] if number else [])
+        adapters = [Shared(join(parts))] if parts else []  # one term a layer: fewer passes over the activations
+        found.append(log_likelihood(base, asked, adapters, tokens_per_batch=tokens_per_batch))
         if on_step:
             on_step("evidence", Step(number + 1, len(jobs), (number + 1) * total, passes * total))
     scores = [torch.stack(columns, -1).double() for columns in zip(*found)]  # person by person (examples, 1 + N)

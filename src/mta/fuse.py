@@ -16,7 +16,7 @@ from mta.config import MergeSettings, Training
 from mta.errors import AnchorNotFound, ConfigError
 from mta.evidence import Evidence, Labels, gather_evidence
 from mta.lora.batch import LoraBatch
-from mta.lora.layers import Adapters, Gated, PerPerson
+from mta.lora.layers import Adapters, Gated, PerPerson, Shared
 from mta.lora.merge import merge_exact, merge_factor, merge_svd
 from mta.training.trainer import Job, OnStep, train
 
@@ -142,7 +142,7 @@ def fuse(
     base: BaseModel,
     jobs: Sequence[Job],
     bank: LoraBatch,
-    pooled: Sequence[Adapters],
+    pooled: Sequence[Shared],
     similarity: Tensor,
     settings: MergeSettings,
     evidence: Evidence | None = None,

@@ -19,7 +19,7 @@ from mta.encode import Encoder, load_encoder
 from mta.errors import BankCorrupt, BankMismatch, InputError
 from mta.history import Person
 from mta.lora.batch import LoraBatch
-from mta.lora.layers import Adapters, Shared
+from mta.lora.layers import Shared
 from mta.lora.peft import read_peft
 from mta.splits import draw
 from mta.tasks.load import load_task
@@ -113,7 +113,7 @@ class Bank:
         return len(self.anchors)
 
     @property
-    def pooled(self) -> list[Adapters]:
+    def pooled(self) -> list[Shared]:
         """The task LoRA for all rows, or nothing where stage 0 was switched off."""
         return [Shared(self.task_lora)] if self.task_lora else []
 

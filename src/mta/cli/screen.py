@@ -25,6 +25,7 @@ class Screen:
     def __init__(self) -> None:
         self._bars: dict[str, TaskID] = {}
         self._began: dict[str, tuple[float, int]] = {}
+        self._last: dict[str, int] = {}
         self._said: dict[str, float] = {}
         self._progress = Progress(
             TextColumn("{task.description:<14}"),
@@ -50,8 +51,9 @@ class Screen:
     def step(self, stage: str, step: Step) -> None:
         """One step of a stage is done."""
         now = time.monotonic()
-        if stage not in self._began or step.examples < self._began[stage][1]:
+        if step.examples <= self._last.get(stage, 0) or stage not in self._began:  # the next cohort begins
             self._began[stage] = (now, step.examples)
+        self._last[stage] = step.examples
         start, before = self._began[stage]
         rate = (step.examples - before) / max(now - start, 1e-9)
         note = f"{step.people} people"

@@ -203,7 +203,7 @@ def _write(
         costs = [
             8 * sum(_overlap(box, other) for other in taken)
             + 2 * sum(_overlap(box, bar) for bar in bars)
-            + 9 * (box[0] < 0 or box[2] > edge)
+            + 40 * (box[0] < 0 or box[2] > edge)
             + abs(dy) / 14
             for box, (_, dy) in zip(boxes, tries)
         ]

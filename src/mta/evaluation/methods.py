@@ -15,7 +15,7 @@ from mta.adapt import adapt
 from mta.config import Lora, MergeSettings, StackSettings, Training, parse_size
 from mta.evaluation.metrics import Answers, from_scores
 from mta.evaluation.protocol import Panel
-from mta.fuse import Merge, fuse, merged, needs_evidence
+from mta.fuse import Merge, merged
 from mta.generate import generate
 from mta.history import Item
 from mta.lora.layers import Adapters, PerPerson
@@ -105,7 +105,7 @@ class Merged:
     seeded: bool = False
 
     def run(self, panel: Panel, seed: int) -> Outcome:
-        merge, seconds = _fuse(panel, self.settings, seed)
+        merge, seconds = panel.merge(self.settings, seed)
         adapters = [*panel.bank.pooled, merged(panel.bank, merge, self.settings)]
         return Outcome(_answer(panel, panel.queries, adapters), seconds, _bytes(merge), merge)
 
@@ -133,7 +133,7 @@ class MergeThenAdapt:
     seeded: bool = True
 
     def run(self, panel: Panel, seed: int) -> Outcome:
-        merge, seconds = _fuse(panel, self.settings, seed)
+        merge, seconds = panel.merge(self.settings, seed)
         found = _adapt(panel, merge, self.settings, self.stack.lora, self.stack.training, seed, self.name)
         return replace(found, seconds=seconds + found.seconds)
 
@@ -160,23 +160,6 @@ def _answer(panel: Panel, queries: Sequence[Sequence[Item]], adapters: Sequence[
     return [Answers([t for t, (p, _) in zip(texts, rows) if p == person]) for person in range(len(queries))]
 
 
-def _fuse(panel: Panel, settings: MergeSettings, seed: int) -> tuple[Merge, float]:
-    evidence = panel.evidence if needs_evidence(settings) else None
-    start = time.monotonic()
-    merge = fuse(
-        panel.base,
-        panel.jobs,
-        panel.bank.working,
-        panel.bank.pooled,
-        panel.similarity,
-        settings,
-        evidence,
-        seed=seed,
-        on_step=panel.on_step,
-    )
-    return merge, time.monotonic() - start + (panel.evidence_seconds if evidence else 0.0)
-
-
 def _adapt(
     panel: Panel,
     merge: Merge | None,
@@ -196,7 +179,7 @@ def _adapt(
     answers: list[Answers] = []
     seconds = 0.0
     for cohort in plan.cohorts:
-        frozen = list(panel.bank.pooled)
+        frozen: list[Adapters] = list(panel.bank.pooled)
         if merge:
             frozen.append(merged(panel.bank, merge.select(cohort), settings))
         start = time.monotonic()

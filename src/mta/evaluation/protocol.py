@@ -11,10 +11,11 @@ from torch import Tensor
 
 from mta.bank.bank import Bank
 from mta.base import BaseModel
-from mta.config import Run
+from mta.config import MergeSettings, Run
 from mta.encode import Encoder, encode_people
 from mta.errors import InputError
 from mta.evidence import Evidence, gather_evidence, shots_of
+from mta.fuse import Merge, fuse, needs_evidence
 from mta.history import Item, Person
 from mta.training.trainer import Job, OnStep
 
@@ -35,6 +36,7 @@ class Panel:
     on_step: OnStep | None = None
     evidence_seconds: float = 0.0
     _evidence: Evidence | None = field(default=None, repr=False)
+    _merges: dict[tuple[str, int], tuple[Merge, float]] = field(default_factory=dict, repr=False)
 
     @classmethod
     def of(
@@ -81,6 +83,26 @@ class Panel:
             self._evidence = gather_evidence(self.base, self.jobs, bank.working, bank.pooled, on_step=self.on_step)
             self.evidence_seconds = time.monotonic() - start
         return self._evidence
+
+    def merge(self, settings: MergeSettings, seed: int) -> tuple[Merge, float]:
+        """Everybody's merge, made once, and the seconds it takes, evidence included."""
+        key = (settings.model_dump_json(), seed)
+        if key not in self._merges:
+            evidence = self.evidence if needs_evidence(settings) else None
+            start, bank = time.monotonic(), self.bank
+            merge = fuse(
+                self.base,
+                self.jobs,
+                bank.working,
+                bank.pooled,
+                self.similarity,
+                settings,
+                evidence,
+                seed=seed,
+                on_step=self.on_step,
+            )
+            self._merges[key] = merge, time.monotonic() - start + (self.evidence_seconds if evidence else 0.0)
+        return self._merges[key]
 
     @cached_property
     def vectors(self) -> Tensor:
