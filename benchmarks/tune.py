@@ -18,7 +18,7 @@ from mta import assets
 from mta.bank.bank import Bank
 from mta.base import BaseModel
 from mta.cli.screen import Screen
-from mta.config import Lora, MergeSettings, StackSettings, Training
+from mta.config import Lora, MergeSettings, StackSettings, Training, override
 from mta.demo import Recipe, load_recipe
 from mta.evaluation.methods import Merged, MergeThenAdapt, Method, OneLora, TaskLora
 from mta.evaluation.protocol import Panel
@@ -45,7 +45,7 @@ def candidates(recipe: Recipe) -> Iterator[Method]:
         yield Merged(f"learned from 0 lr={lr:g} steps={steps}", learned(lr, steps, "zero"))
     for lr, steps in ((0.05, 1), (0.15, 1), (0.05, 4)):
         yield Merged(f"learned from posterior lr={lr:g} steps={steps}", learned(lr, steps, "posterior"))
-    for lr, steps in ((2e-4, 2), (2e-4, 4), (1e-4, 4), (4e-4, 2), (1e-4, 8)):
+    for lr, steps in ((2e-4, 2), (2e-4, 4), (1e-4, 4), (4e-4, 2)):
         yield OneLora(f"OPPU r8 lr={lr:g} steps={steps}", Lora(), Training(lr=lr, steps=steps, batch_size=64))
     for lr, steps in ((2e-4, 2), (1e-4, 2), (2e-4, 4)):
         stack = StackSettings(lora=run.stack.lora, training=Training(lr=lr, steps=steps, batch_size=64))
@@ -112,11 +112,12 @@ def main() -> None:
     words.add_argument("--out", type=Path, default=Path("tune"))
     words.add_argument("--only", default="", help="comma-separated beginnings of names")
     words.add_argument("--table", action="store_true")
+    words.add_argument("settings", nargs="*", help="key=value over the recipe")
     given = words.parse_args()
     results = given.out / "results.jsonl"
     if given.table:
         return table(results)
-    recipe = load_recipe("movielens")
+    recipe = override(load_recipe("movielens"), given.settings)
     done = {json.loads(text)["name"] for text in results.read_text().splitlines()} if results.exists() else set()
     with Screen() as screen:
         panel = panel_of(recipe, given.out, screen)

@@ -12,8 +12,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mta.bank.bank import Bank as Bank
     from mta.base import BaseModel as BaseModel
+    from mta.config import Evaluation as Evaluation
     from mta.config import Run as Run
+    from mta.config import override as override
     from mta.errors import MtaError as MtaError
+    from mta.evaluation.study import study as study
     from mta.history import Item as Item
     from mta.history import Person as Person
     from mta.personalize import Personalizer as Personalizer
@@ -27,13 +30,16 @@ _HOME = {
     "TASK": "mta.rows",
     "Bank": "mta.bank.bank",
     "BaseModel": "mta.base",
+    "Evaluation": "mta.config",
     "Item": "mta.history",
     "MtaError": "mta.errors",
     "Person": "mta.history",
     "Personalizer": "mta.personalize",
     "Run": "mta.config",
     "load_task": "mta.tasks",
+    "override": "mta.config",
     "read_people": "mta.readers",
+    "study": "mta.evaluation.study",
 }
 __all__ = [*_HOME, "__version__"]
 __version__ = "0.1.0.dev0"

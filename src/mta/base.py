@@ -46,7 +46,7 @@ class BaseModel:
 
         place = pick_device(device)
         how: dict[str, Any] = {"dtype": pick_dtype(dtype, place), "attn_implementation": "sdpa"}
-        folder = _local_folder(name)
+        folder = local_folder(name)
         try:
             config = AutoConfig.from_pretrained(folder)
             _refuse_quantized(config)
@@ -246,7 +246,7 @@ def _additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
     return mask.masked_fill_(~visible, torch.finfo(dtype).min).unsqueeze(1)
 
 
-def _local_folder(name: str) -> str:
+def local_folder(name: str) -> str:
     """The folder of an asset, a local folder, or a hub snapshot (safetensors and JSON only)."""
     place = resolve(name)
     if Path(place).is_dir():

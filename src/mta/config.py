@@ -1,6 +1,7 @@
 """The settings of a run: pydantic models that a YAML file and ``key=value`` words on the command line fill.
 
-Paper-like defaults where the paper's README names them (50 anchors, K = 2, rank 8, alpha 16); the rest is our choice.
+Defaults follow the paper's README where it names them (50 anchors); the rest is our choice, K among it: that README
+takes the 2 nearest anchors, our default policy weighs all of them.
 """
 
 from __future__ import annotations

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from mta.assets import resolve
-from mta.base import BaseModel, folder_fingerprint
+from mta.base import BaseModel, folder_fingerprint, local_folder
 from mta.errors import ModelError
 from mta.history import Person
 from mta.tasks.task import Task
@@ -39,9 +36,10 @@ class SentenceEncoder:
         from sentence_transformers import SentenceTransformer
 
         self.name = name
-        self._folder = resolve(name)
+        self._folder = local_folder(name)
         try:
-            self._model = SentenceTransformer(self._folder, device=device)
+            how = {"use_safetensors": True}
+            self._model = SentenceTransformer(self._folder, device=device, model_kwargs=how)
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise ModelError(
                 f"{name!r} cannot be loaded as a sentence encoder: {str(error).splitlines()[0]}"
@@ -49,10 +47,8 @@ class SentenceEncoder:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Over stored weights where there is a folder, else over the loaded ones."""
-        if Path(self._folder).is_dir():
-            return folder_fingerprint(self._folder, self._model.tokenizer)
-        return hashlib.sha256(self._folder.encode()).hexdigest()
+        """Over the stored weights."""
+        return folder_fingerprint(self._folder, self._model.tokenizer)
 
     def encode(self, texts: Sequence[str]) -> Tensor:
         """(n,) texts -> (n, E)."""

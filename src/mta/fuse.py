@@ -92,6 +92,7 @@ def _weights(settings: MergeSettings, near: Tensor, ids: Tensor, evidence: Evide
         return torch.softmax(loglik / evidence.tokens[:, None] / settings.tau, dim=1)
     if settings.policy == "ridge":
         return ridge(evidence.labels, ids, settings.ridge)
+    assert settings.policy in ("posterior", "learned")  # what is learned starts from the posterior
     return posterior(loglik, evidence.task, settings.null_prior, settings.temperature)
 
 

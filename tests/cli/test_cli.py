@@ -123,7 +123,7 @@ def test_personalizing_again_trains_nobody(world):
 
 def test_other_shots_are_other_work(world, tmp_path):
     at = world.copy(tmp_path)
-    assert mta("personalize", world.new, *at, "--shots", 3, "--json").json["trained"] == 4
+    assert mta("personalize", world.new, *at, "--latest", 3, "--json").json["trained"] == 4
 
 
 def test_generate_answers_for_each_person_and_for_nobody(world):

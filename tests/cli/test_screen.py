@@ -12,7 +12,7 @@ from mta.training.trainer import Step
 @pytest.fixture
 def lines(monkeypatch, capsys):
     """What a screen says when every step takes 20 seconds."""
-    ticks = itertools.count(0, 20)
+    ticks = itertools.count(100, 20)
     monkeypatch.setattr(screen.time, "monotonic", lambda: float(next(ticks)))
 
     def told(*steps: Step) -> list[str]:

@@ -31,7 +31,7 @@ Nobody's name or text is in these files. What was learnt from people's pooled da
 ```python
 import mta
 
-base = mta.BaseModel.load("{info.base}")
+base = mta.BaseModel.load("{info.base}", "{info.run.dtype}", max_tokens={info.run.max_tokens})
 bank = mta.Bank.open("path/to/this/folder", base)
 ```
 

@@ -67,7 +67,7 @@ def show(
     info = read_info(folder)
     verify(folder, info, full=True)
     if json:
-        return show_json(info.model_dump(mode="json", exclude={"members"}))
+        return show_json(info.model_dump(mode="json", exclude={"members"}) | {"needs_rebuild": stale(folder)})
     typer.echo(card(info))
     if parts := stale(folder):
         typer.echo(f"Needs a rebuild: somebody who asked to be forgotten is in the {' and the '.join(parts)}.")

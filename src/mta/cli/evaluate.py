@@ -27,8 +27,9 @@ def evaluate(
 ) -> None:
     """Compare MTA with constants, the base, the task LoRA, OPPU, merge only and adapt only.
 
-    People who are in the bank are left out. Settings as key=value are those of the evaluation (shots=4 queries=10),
-    and merge.… and stack.… over the bank's.
+    Everything is made anew from the shots; states in a store are not looked at. People who are in the bank, or have
+    fewer than shots + queries items, are left out. Settings as key=value are those of the evaluation (shots=4
+    queries=10), and merge.…, stack.… and memory over the bank's.
 
     Example:  mta evaluate newcomers.jsonl --bank bank/ --out results/ shots=8 queries=12 merge.policy=ridge
     """
@@ -38,7 +39,7 @@ def evaluate(
     from mta.evaluation.show import show
     from mta.evaluation.study import study
 
-    of_run = [word for word in words or () if word.startswith(("merge.", "stack."))]
+    of_run = [word for word in words or () if word.startswith(("merge.", "stack.", "memory="))]
     chosen = load_settings(Evaluation, config, [word for word in words or () if word not in of_run])
     everybody = people_in(source, task_of(bank), skip_bad)
     base, opened, run = open_bank(bank, of_run, seed, device)

@@ -14,12 +14,13 @@ if TYPE_CHECKING:
     from mta.config import Run
     from mta.tasks import Task as TaskType
 
-Words = Annotated[list[str] | None, typer.Argument(help="Settings as key=value; the example shows one.")]
+Words = Annotated[list[str] | None, typer.Argument(help="Settings as key=value: merge.policy=ridge memory=8GiB.")]
 Config = Annotated[Path | None, typer.Option("--config", help="Settings in YAML.", dir_okay=False)]
 Seed = Annotated[int | None, typer.Option(help="Seed of everything that is drawn.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 Task = Annotated[
-    str | None, typer.Option(help="A built-in task (lamp1 … lamp7, movielens-rating, text) or a YAML file.")
+    str | None,
+    typer.Option(help="A built-in task (lamp1 … lamp7, movielens-rating, text) or a YAML file; default: text."),
 ]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, or auto.")]
 SkipBad = Annotated[Path | None, typer.Option(help="Write bad rows to this file and read on.", dir_okay=False)]

@@ -16,7 +16,7 @@ def personalize(
     words: Words = None,
     bank: BankDir = Path("bank"),
     store: StoreUrl = "people",
-    shots: Annotated[
+    latest: Annotated[
         int | None, typer.Option(min=1, help="Use only the most recent so many items of each person.")
     ] = None,
     seed: Seed = None,
@@ -38,8 +38,8 @@ def personalize(
     from mta.personalize import Personalizer
 
     people = people_in(source, task_of(bank), skip_bad)
-    if shots is not None:
-        people = [person.latest(shots) for person in people]
+    if latest is not None:
+        people = [person.latest(latest) for person in people]
     base, opened, run = open_bank(bank, words, seed, device)
     if seen := sum(bool(opened.info.members.artefacts_of(person.id)) for person in people):
         typer.echo(f"{seen} of {len(people)} people helped to train this bank: it knows their items already.", err=True)

@@ -15,6 +15,9 @@ def show(found: Study, console: Console) -> None:
     note = f" ({meta['note']})" if meta["note"] else ""
     asked = f"{meta['people']} people, {meta['shots']} shots and {meta['queries']} later queries each"
     console.print(f"{asked}; {meta['base']}{note}, {meta['dtype']}, seed {meta['seed']}", highlight=False)
+    if meta.get("left_out"):
+        few = meta["shots"] + meta["queries"]
+        console.print(f"{meta['left_out']} people left out: in the bank, or fewer than {few} items", highlight=False)
     for sentence in verdict(found.comparison):
         console.print(f"  {sentence}", highlight=False)
     for question in found.questions:

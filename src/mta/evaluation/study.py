@@ -95,6 +95,7 @@ def study(
             f"none of {len(people)} people can be tested: they are in the bank, or have fewer than {needed} items",
             hint="Give people the bank was not built from, or lower shots= and queries=.",
         )
+    left_out = len(people) - len(able)
     if limit is not None and limit < len(able):
         able = draw(able, run.seed, task=0, development=0, test=limit).select("test", able)
     encoder = encoder or bank.encoder(base)
@@ -102,7 +103,7 @@ def study(
     panel = Panel.of(base, bank, encoder, run, able, **how)
     methods = standard_methods(run, evaluation, task, len(bank))
     found = evaluate(panel, methods, evaluation.seeds or (run.seed,), on_method)
-    return Study(found, panel, _meta(base, bank, run, evaluation, len(able)))
+    return Study(found, panel, _meta(base, bank, run, evaluation, len(able)) | {"left_out": left_out})
 
 
 def ask(found: Study, personal: Personalizer, fields: dict[str, str], whose: Sequence[int]) -> None:

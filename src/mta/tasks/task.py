@@ -100,9 +100,9 @@ class Task(_Frozen):
     """
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    version: int = Field(ge=1)
-    description: str
-    source: str
+    version: int = Field(1, ge=1)
+    description: str = ""
+    source: str = ""
     lamp: str | None = None
     item: Form
     query: Form | None = None
