@@ -47,11 +47,10 @@ def candidates(recipe: Recipe) -> Iterator[Method]:
         yield Merged(f"learned from posterior lr={lr:g} steps={steps}", learned(lr, steps, "posterior"))
     for lr, steps in ((2e-4, 2), (2e-4, 4), (1e-4, 4), (4e-4, 2)):
         yield OneLora(f"OPPU r8 lr={lr:g} steps={steps}", Lora(), Training(lr=lr, steps=steps, batch_size=64))
-    for lr, steps in ((2e-4, 2), (1e-4, 2), (2e-4, 4)):
-        stack = StackSettings(lora=run.stack.lora, training=Training(lr=lr, steps=steps, batch_size=64))
-        yield OneLora(f"adapt r1 lr={lr:g} steps={steps}", stack.lora, stack.training)
-        for name, merge in (("learned", learned(0.05, 1, "posterior")), ("ridge 200", ridge(200.0))):
-            yield MergeThenAdapt(f"{name} + r1 lr={lr:g} steps={steps}", merge, stack)
+    stack = StackSettings(lora=run.stack.lora, training=Training(lr=2e-4, steps=2, batch_size=64))
+    yield OneLora("adapt r1 lr=0.0002 steps=2", stack.lora, stack.training)
+    for name, merge in (("learned", learned(0.05, 1, "posterior")), ("ridge 200", ridge(200.0))):
+        yield MergeThenAdapt(f"{name} + r1 lr=0.0002 steps=2", merge, stack)
 
 
 def ridge(strength: float) -> MergeSettings:
