@@ -70,7 +70,7 @@ def panel_of(recipe: Recipe, out: Path, screen: Screen) -> Panel:
     people = read_people(assets.resolve(recipe.data), run.task)
     needed = recipe.evaluation.shots + recipe.evaluation.queries
     splits = draw(people, run.seed, **recipe.people.model_dump(), min_items=needed)
-    base = BaseModel.load(run.base, run.dtype, run.device, run.max_tokens)
+    base = BaseModel.of(run)
     parts = {part: splits.select(part, people) for part in ("task", "development", "candidates")}
     bank = Bank.build(
         base,

@@ -58,10 +58,9 @@ def people_of(count: int, items: int = 6, prefix: str = "p", seed: int = 0) -> l
 
 def memory_for(base, jobs, numbers: int, people: int) -> str:
     """The smallest budget in which that many people are trained together, each with that many numbers."""
-    from mta.training.packing import pack
     from mta.training.plan import _COPIES
 
-    longest = max(len(row.tokens) for job in jobs for row in pack(job.examples, base.attention_price))
+    longest = max(len(example.tokens) - 1 for job in jobs for example in job.examples)
     return f"{longest * base.bytes_per_token + people * _COPIES * numbers * base.master_dtype.itemsize}B"
 
 

@@ -11,10 +11,12 @@ from tiny import KINDS, base_of, tokenizer
 from torch import nn
 from transformers import MambaConfig, MambaForCausalLM
 
-from mta.base import BaseModel, fingerprint_of, pick_device, pick_dtype
+from mta.base import BaseModel
 from mta.errors import AssetError, ModelError, UnsupportedModel
+from mta.fingerprint import fingerprint_of
 from mta.generate import generate
 from mta.history import Item
+from mta.machine import pick_device, pick_dtype
 from mta.tasks import load_task
 
 SMOLLM2 = "631823ecce74fbc7b4ddb672183c5585efbf77b71e0824146af73e341dd72b6c"  # of the converted asset
@@ -189,6 +191,13 @@ def test_a_recurrent_model_is_refused():
         BaseModel(model, tokenizer(), "tiny")
 
 
+def test_a_model_that_cannot_checkpoint_its_layers_says_so():
+    model = base_of("llama").model
+    model.supports_gradient_checkpointing = False
+    with pytest.raises(UnsupportedModel, match="'tiny' has no gradient checkpointing"):
+        BaseModel(model, tokenizer(), "tiny", gradient_checkpointing=True)
+
+
 def test_a_model_without_plain_linear_layers_is_refused():
     class Packed(nn.Linear):
         """A linear layer that stores its weights in a way of its own."""
@@ -259,18 +268,17 @@ def test_the_shape_of_a_tensor_is_part_of_the_fingerprint():
 def test_logits_at_chosen_places_are_the_models_own(kind):
     base = base_of(kind)
     tokens = torch.randint(3, 259, (2, 12), generator=torch.Generator().manual_seed(1))
-    causal = torch.ones(12, 12, dtype=torch.bool).tril().expand(2, 12, 12)
-    places = torch.tensor([0, 11, 15, 23])
-    found = base.logits(tokens, causal, torch.arange(12).expand(2, 12), places)
+    ends, places = torch.full((2, 12), 12), torch.tensor([0, 11, 15, 23])
+    found = base.logits(tokens, ends, torch.arange(12).expand(2, 12), places)
     whole = base.model(input_ids=tokens).logits.flatten(0, 1)
     torch.testing.assert_close(found, whole[places], rtol=1e-9, atol=1e-9)
 
 
 def test_asking_for_logits_leaves_the_model_as_it_was():
     base = base_of()
-    tokens, causal = torch.tensor([[4, 5, 6]]), torch.ones(1, 3, 3, dtype=torch.bool).tril()
+    tokens, ends = torch.tensor([[4, 5, 6]]), torch.full((1, 3), 3)
     before = base.model(input_ids=tokens).logits
-    base.logits(tokens, causal, torch.arange(3)[None], torch.tensor([2]))
+    base.logits(tokens, ends, torch.arange(3)[None], torch.tensor([2]))
     assert torch.equal(base.model(input_ids=tokens).logits, before)
 
 

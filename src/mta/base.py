@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from mta.assets import ASSETS, resolve
+from mta.attention import additive, blocks_of, can_block, install, visible
+from mta.config import Run
 from mta.errors import AssetError, ModelError, UnsupportedModel
+from mta.fingerprint import fingerprint_of, folder_fingerprint
+from mta.machine import pick_device, pick_dtype
 from mta.tasks.prompt import PromptFormat
-
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
-_PROBE = "The quick brown fox, aged 42, said: «Привет, 世界!»\n\tnaïve café — don't stop…"
 
 
 class BaseModel:
@@ -29,10 +28,22 @@ class BaseModel:
     """
 
     def __init__(
-        self, model: nn.Module, tokenizer: Any, name: str, fingerprint: str = "", max_tokens: int = 1024
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        name: str,
+        fingerprint: str = "",
+        max_tokens: int = 1024,
+        gradient_checkpointing: bool = False,
     ) -> None:
         _refuse_unsupported(model)
         model.eval().requires_grad_(False)
+        if gradient_checkpointing:
+            _enable_checkpointing(model, name)
+        self.gradient_checkpointing = gradient_checkpointing
+        self.blocked = can_block(model)
+        if self.blocked:
+            install(model)
         self.model: Any = model
         self.tokenizer = tokenizer
         self.name = name
@@ -40,8 +51,19 @@ class BaseModel:
         self.prompts = PromptFormat(tokenizer, min(max_tokens, self._longest()))
 
     @classmethod
-    def load(cls, name: str, dtype: str = "auto", device: str = "auto", max_tokens: int = 1024) -> BaseModel:
-        """Load by asset name, local folder or hub id. Raises AssetError, ModelError, UnsupportedModel."""
+    def load(
+        cls,
+        name: str,
+        dtype: str = "auto",
+        device: str = "auto",
+        max_tokens: int = 1024,
+        gradient_checkpointing: bool = False,
+    ) -> BaseModel:
+        """Load by asset name, local folder or hub id. Raises AssetError, ModelError, UnsupportedModel.
+
+        ``gradient_checkpointing`` keeps one layer's activations instead of all and computes the others again in the
+        backward pass: for big bases and long texts.
+        """
         from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
         place = pick_device(device)
@@ -63,7 +85,13 @@ class BaseModel:
                 f"{name!r} is no whole causal language model: {len(missing)} weights are not in its files, "
                 f"{missing[0]} first"
             )
-        return cls(model.to(place), tokenizer, name, folder_fingerprint(folder, tokenizer), max_tokens)
+        fingerprint = folder_fingerprint(folder, tokenizer)
+        return cls(model.to(place), tokenizer, name, fingerprint, max_tokens, gradient_checkpointing)
+
+    @classmethod
+    def of(cls, run: Run) -> BaseModel:
+        """The base that a run names, loaded as it says."""
+        return cls.load(run.base, run.dtype, run.device, run.max_tokens, run.gradient_checkpointing)
 
     @property
     def device(self) -> torch.device:
@@ -128,6 +156,9 @@ class BaseModel:
     def bytes_per_token(self) -> int:
         """Activations kept for the backward pass for one token, estimated from the layers' shapes."""
         width = 2.0 * sum(d + o for d, o in self.targets.values())
+        if self.gradient_checkpointing:
+            config = self.model.config
+            width = width / config.num_hidden_layers + config.hidden_size * config.num_hidden_layers
         return int(width * self.dtype.itemsize)
 
     @property
@@ -137,17 +168,33 @@ class BaseModel:
 
         return "position_ids" in inspect.signature(self.model.forward).parameters
 
-    def logits(self, tokens: Tensor, visible: Tensor, positions: Tensor, where: Tensor) -> Tensor:
-        """Next-token logits at chosen places only; the LM head sees no other token.
+    @contextmanager
+    def in_training(self) -> Iterator[None]:
+        """Within the block, layers are checkpointed where that was asked for.
 
-        Shapes: tokens, positions (B, T); visible (B, T, T) bool, [b, i, j] = token i sees token j;
+        transformers asks a layer whether it is in training mode; what is inside it stays out, so dropout stays off.
+        """
+        every = self.model.modules() if self.gradient_checkpointing else ()
+        layers = [module for module in every if hasattr(module, "gradient_checkpointing")]
+        for layer in layers:
+            layer.training = True
+        try:
+            yield
+        finally:
+            for layer in layers:
+                layer.training = False
+
+    def logits(self, tokens: Tensor, ends: Tensor, positions: Tensor, where: Tensor) -> Tensor:
+        """Next-token logits at chosen places of token trees; the LM head sees no other token.
+
+        Shapes: tokens, ends, positions (B, T), where token i sees token j exactly when j <= i < ends[j];
         where (n,) flat indices into B * T -> (n, V).
         """
         inputs: dict[str, Any] = {"input_ids": tokens, "use_cache": False}
         if self.packable:
-            inputs |= {"position_ids": positions, "attention_mask": self._masks(visible, positions)}
+            inputs |= {"position_ids": positions, **self._attention(ends, positions)}
         else:
-            inputs["attention_mask"] = torch.diagonal(visible, dim1=1, dim2=2).long()
+            inputs["attention_mask"] = torch.ones_like(tokens)  # rows of one example each, filled up on the right
 
         def gather(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
             return (args[0].flatten(0, 1)[where].unsqueeze(0), *args[1:])
@@ -159,91 +206,27 @@ class BaseModel:
         finally:
             handle.remove()
 
-    def _masks(self, visible: Tensor, positions: Tensor) -> Tensor | dict[str, Tensor]:
+    def _attention(self, ends: Tensor, positions: Tensor) -> dict[str, Any]:
+        """The keywords that tell a model who sees whom: blocks where its attention takes them, else dense masks."""
+        if not self.blocked:
+            far = positions[:, :, None] - positions[:, None, :]
+            return {"attention_mask": self._masks(visible(ends), far)}
+        blocks, flat = blocks_of(ends, positions), positions.flatten()
+        far = flat[blocks.queries][:, :, None] - flat[blocks.keys][:, None, :]
+        return {"attention_mask": self._masks(blocks.seen, far), "blocks": blocks}
+
+    def _masks(self, seen: Tensor, far: Tensor) -> Tensor | dict[str, Tensor]:
         """Additive masks as transformers wants them: one, or one per kind of layer where windows slide."""
         config = self.model.config
-        full = _additive(visible, self.dtype)
         window = getattr(config, "sliding_window", None)
         kinds = set(getattr(config, "layer_types", None) or ())
         if not window or (kinds and "sliding_attention" not in kinds):
-            return full
-        near = positions[:, :, None] - positions[:, None, :] < window
-        sliding = _additive(visible & near, self.dtype)
-        return {"full_attention": full, "sliding_attention": sliding} if kinds else sliding
+            return additive(seen, self.dtype)
+        sliding = additive(seen & (far < window), self.dtype)
+        return {"full_attention": additive(seen, self.dtype), "sliding_attention": sliding} if kinds else sliding
 
     def _longest(self) -> int:
         return int(getattr(self.model.config, "max_position_embeddings", None) or 2**20)
-
-
-def pick_device(device: str) -> torch.device:
-    """'auto' takes the GPU where there is one."""
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        return torch.zeros(0, device=device).device
-    except (RuntimeError, AssertionError) as error:
-        raise ModelError(
-            f"device {device!r} cannot be used: {str(error).splitlines()[0]}", hint="Use --device cpu."
-        ) from None
-
-
-def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """'auto' takes bfloat16 where this machine multiplies it faster than float32 (measured in milliseconds)."""
-    if dtype != "auto":
-        if dtype not in _DTYPES:
-            raise ModelError(f"dtype {dtype!r} cannot be used; expected auto, {', '.join(_DTYPES)}")
-        return _DTYPES[dtype]
-    if device.type == "cuda":
-        return torch.bfloat16
-    return torch.bfloat16 if gemm_rate(torch.bfloat16) > 1.2 * gemm_rate(torch.float32) else torch.float32
-
-
-def gemm_rate(dtype: torch.dtype, size: int = 768) -> float:
-    """Operations per second of a square matrix product on the CPU (best of five)."""
-    a = torch.ones(size, size, dtype=dtype)
-    best = float("inf")
-    for _ in range(5):
-        start = time.perf_counter()
-        a @ a
-        best = min(best, time.perf_counter() - start)
-    return 2 * size**3 / best
-
-
-def fingerprint_of(tensors: Mapping[str, Tensor], tokenizer: Any) -> str:
-    """Sha256 over names, dtypes, shapes and bytes of tensors, then tokenizer and chat template."""
-    return _digest(sorted(tensors), lambda name: tensors[name], tokenizer)
-
-
-def folder_fingerprint(folder: str | Path, tokenizer: Any) -> str:
-    """The fingerprint of stored weights: independent of sharding and of the dtype they are loaded in."""
-    place: dict[str, Path] = {}
-    for file in sorted(Path(folder).glob("*.safetensors")):
-        with safe_open(file, framework="pt") as stored:
-            place |= dict.fromkeys(stored.keys(), file)
-
-    def read(name: str) -> Tensor:
-        with safe_open(place[name], framework="pt") as stored:
-            return stored.get_tensor(name)
-
-    return _digest(sorted(place), read, tokenizer)
-
-
-def _digest(names: list[str], read: Callable[[str], Tensor], tokenizer: Any) -> str:
-    digest = hashlib.sha256()
-    for name in names:
-        tensor = read(name).detach().cpu().contiguous()
-        digest.update(f"{name} {str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}\n".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    # The vocabulary and how it splits a probe text, rather than tokenizer files, whose layout changes between versions.
-    words = sorted(tokenizer.get_vocab().items())
-    probe = list(tokenizer(_PROBE)["input_ids"])
-    digest.update(json.dumps([words, probe, getattr(tokenizer, "chat_template", None)]).encode())
-    return digest.hexdigest()
-
-
-def _additive(visible: Tensor, dtype: torch.dtype) -> Tensor:
-    mask = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
-    return mask.masked_fill_(~visible, torch.finfo(dtype).min).unsqueeze(1)
 
 
 def local_folder(name: str) -> str:
@@ -273,6 +256,15 @@ def _shape(module: nn.Module) -> tuple[int, int]:
         return module.in_features, module.out_features
     rows, columns = module.weight.shape  # type: ignore[misc]  # GPT-2's Conv1D stores its weight transposed
     return int(rows), int(columns)
+
+
+def _enable_checkpointing(model: Any, name: str) -> None:
+    if not getattr(model, "supports_gradient_checkpointing", False):
+        raise UnsupportedModel(
+            f"{name!r} has no gradient checkpointing", hint="Set gradient_checkpointing=false, and raise memory=…."
+        )
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
 
 
 def _refuse_quantized(config: Any) -> None:

@@ -108,7 +108,7 @@ class MergeSettings(Settings):
     ridge: float = Field(300.0, gt=0, description="strength of the pull to zero in the ridge policy")
     fixed: float = Field(0.5, ge=0, le=1, description="share of the nearest anchor in the fixed policy")
     start: Literal["posterior", "zero"] = Field("posterior", description="where the learned policy begins")
-    learned: Training = Training(lr=0.5, steps=8, batch_size=64, eps=1.0, clip=1e9)
+    learned: Training = Training(lr=0.05, steps=1, batch_size=64, eps=1.0, clip=1e9)
     scale: float = Field(1.0, gt=0, description="multiplies all coefficients")
     mode: MergeMode = "exact"
     rank: int | None = Field(None, ge=1, description="rank of the svd mode; None keeps the bank's")
@@ -132,6 +132,7 @@ class Run(Settings):
     dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
     device: str = "auto"
     memory: str = Field("4GiB", description="bound on one cohort: adapters, optimizer, activations")
+    gradient_checkpointing: bool = Field(False, description="less memory, a third more time: for big bases")
     max_tokens: int = Field(1024, ge=16)
     task_lora: TaskLoraSettings = TaskLoraSettings()
     bank: BankSettings = BankSettings()
@@ -188,9 +189,13 @@ def load_settings(kind: type[S], path: str | Path | None = None, words: Iterable
     return checked(kind, _with_words(values, words), str(path or "the command line"))
 
 
-def override(settings: S, words: Iterable[str]) -> S:
-    """The same settings with ``a.b=value`` words over them. Raises ConfigError naming key and value."""
-    return checked(type(settings), _with_words(settings.model_dump(mode="json"), words), "the command line")
+def override(settings: S, words: Iterable[str], path: str | Path | None = None) -> S:
+    """The same settings with those of a YAML file and ``a.b=value`` words over them.
+
+    Raises ConfigError naming key and value.
+    """
+    values = _over(settings.model_dump(mode="json"), _read_yaml(Path(path)) if path else {})
+    return checked(type(settings), _with_words(values, words), str(path or "the command line"))
 
 
 def _over(values: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:

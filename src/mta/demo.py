@@ -12,11 +12,12 @@ import yaml
 from mta import assets
 from mta.aside import written_aside
 from mta.bank.bank import Bank
-from mta.base import BaseModel, gemm_rate
+from mta.base import BaseModel
 from mta.config import Evaluation, Run, Settings, checked, dump_yaml, override
 from mta.errors import ConfigError
 from mta.evaluation.study import Study, ask, study
 from mta.history import Person
+from mta.machine import gemm_rate
 from mta.personalize import Personalizer
 from mta.readers import read_people
 from mta.splits import Splits, draw
@@ -81,7 +82,7 @@ def demo(
             assets.fetch(name, say)
     people = read_people(assets.resolve(recipe.data), run.task)
     splits = _splits(out, people, recipe)
-    base = BaseModel.load(run.base, run.dtype, run.device, run.max_tokens)
+    base = BaseModel.of(run)
 
     parts = f"task LoRA on {len(splits.task)} people, {run.bank.anchors} anchors of {len(splits.candidates)} candidates"
     say(f"2/5  bank: {parts}")

@@ -10,8 +10,9 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from mta.base import BaseModel, folder_fingerprint, local_folder
+from mta.base import BaseModel, local_folder
 from mta.errors import ModelError
+from mta.fingerprint import folder_fingerprint
 from mta.history import Person
 from mta.tasks.task import Task
 

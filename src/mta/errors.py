@@ -16,6 +16,7 @@ MtaError
 │   └── BankCorrupt       files missing, cut short or changed
 └── StoreError
     ├── StateCorrupt      a person's file that fails its checks
+    ├── OtherBank         a person's state that was made with another bank
     └── StoreConflict     somebody else wrote that version first
 
 A message says what happened, what was found and what was expected; ``hint`` says what to type next.
@@ -95,6 +96,10 @@ class StoreError(MtaError):
 
 class StateCorrupt(StoreError):
     """A person's file fails its checks."""
+
+
+class OtherBank(StoreError):
+    """A person's state was made with another bank."""
 
 
 class StoreConflict(StoreError):

@@ -15,7 +15,7 @@ from mta.base import BaseModel
 from mta.config import MergeSettings, Training
 from mta.errors import AnchorNotFound, ConfigError
 from mta.evidence import Evidence, Labels, gather_evidence
-from mta.lora.batch import LoraBatch
+from mta.lora.batch import LoraBatch, stack
 from mta.lora.layers import Adapters, Gated, PerPerson, Shared
 from mta.lora.merge import merge_exact, merge_factor, merge_svd
 from mta.training.trainer import Job, OnStep, train
@@ -49,18 +49,28 @@ def needs_evidence(settings: MergeSettings) -> bool:
     return settings.retrieve == "loss" or settings.policy in ("loss", "posterior", "ridge")
 
 
+def check_merge(settings: MergeSettings, anchors: int, labelled: bool) -> None:
+    """Refuse settings that a bank of that size, or a task without labels, cannot follow: before anything is scored.
+
+    Raises AnchorNotFound, ConfigError.
+    """
+    if settings.k > anchors:
+        raise AnchorNotFound(
+            f"merge.k is {settings.k}, but the bank has {anchors} anchors", hint="Lower merge.k, or 0 for all."
+        )
+    if settings.policy == "ridge" and not labelled:
+        raise ConfigError("policy 'ridge' needs a task with labels", hint="Use merge.policy=posterior for free text.")
+
+
 def coefficients(settings: MergeSettings, similarity: Tensor, evidence: Evidence | None = None) -> Merge:
     """Retrieve K anchors per person and weigh them by ``settings.policy``.
 
     Shapes: similarity (U, N), cosine of person and anchor -> Merge of (U, K).
     Source: arXiv:2511.20072, stage 2 (nearest anchors, linear merge); the policies are our choice, see the design.
-    Raises AnchorNotFound when more anchors are asked for than there are.
+    Raises what ``check_merge`` does.
     """
     anchors = similarity.shape[1]
-    if settings.k > anchors:
-        raise AnchorNotFound(
-            f"merge.k is {settings.k}, but the bank has {anchors} anchors", hint="Lower merge.k, or 0 for all."
-        )
+    check_merge(settings, anchors, labelled=evidence is None or evidence.labels is not None)
     if evidence is None and needs_evidence(settings):
         raise ConfigError(f"policy {settings.policy!r} needs the anchors' likelihood of the shots")
     rank_by = evidence.anchors if settings.retrieve == "loss" and evidence else similarity.double()
@@ -91,21 +101,20 @@ def _weights(settings: MergeSettings, near: Tensor, ids: Tensor, evidence: Evide
     if settings.policy == "loss":
         return torch.softmax(loglik / evidence.tokens[:, None] / settings.tau, dim=1)
     if settings.policy == "ridge":
+        assert evidence.labels is not None  # check_merge
         return ridge(evidence.labels, ids, settings.ridge)
     assert settings.policy in ("posterior", "learned")  # what is learned starts from the posterior
     return posterior(loglik, evidence.task, settings.null_prior, settings.temperature)
 
 
-def ridge(labels: Labels | None, ids: Tensor, strength: float, iterations: int = 50) -> Tensor:
+def ridge(labels: Labels, ids: Tensor, strength: float, iterations: int = 50) -> Tensor:
     """The coefficients that best explain the labels of the shots, pulled to zero: nothing is trained or run again.
 
     A merge's label scores are taken as linear in w, score(w) = task + sum_k w_k (anchor_k - task), which holds for
     small w. Minimises the shots' NLL over the labels + strength / 2 * |w|^2 by Newton's method, in
     float64. Coefficients may be negative, and are 0 where the shots say nothing.
-    Shapes: ids (U, K) -> (U, K). Source: our choice. Raises ConfigError for tasks without labels.
+    Shapes: ids (U, K) -> (U, K). Source: our choice.
     """
-    if labels is None:
-        raise ConfigError("policy 'ridge' needs a task with labels", hint="Use merge.policy=posterior for free text.")
     there = (labels.gold >= 0).double()
     pooled, anchors = labels.scores[..., 0], labels.scores[..., 1:]
     index = ids[:, None, None, :].expand(*anchors.shape[:3], ids.shape[1])
@@ -193,13 +202,26 @@ def learn(
 def merged(bank: Bank, merge: Merge, settings: MergeSettings) -> Adapters:
     """A merge as the layers compute it, by ``settings.mode``.
 
-    The exact merge is gathered per person when that is little to move, else computed straight from the bank.
+    The exact merge of a few anchors is gathered for each person; of many, it is computed straight from the bank.
     """
-    if settings.mode == "exact" and 4 * merge.ids.shape[1] > len(bank):
+    if settings.mode == "exact" and _straight(merge.ids.shape[1], len(bank)):
         return merge.adapters(bank.working)
     device = next(iter(bank.working.factors.values())).a.device
     anchors = bank.anchors.to(device) if settings.mode == "svd" else bank.working
     return PerPerson(merged_factors(anchors, merge, settings))
+
+
+def _straight(k: int, anchors: int) -> bool:
+    return 4 * k > anchors
+
+
+def merged_numbers(settings: MergeSettings, bank: LoraBatch) -> int:
+    """How many numbers ``merged`` gathers for one person: none where it computes straight from the bank."""
+    k = settings.k or len(bank)
+    if settings.mode == "exact" and _straight(k, len(bank)):
+        return 0
+    rank = {"exact": k * bank.rank, "svd": settings.rank or bank.rank, "factor": bank.rank}[settings.mode]
+    return rank * sum(d + o for d, o in bank.shapes.values())
 
 
 def merged_factors(anchors: LoraBatch, merge: Merge, settings: MergeSettings) -> LoraBatch:
@@ -208,6 +230,7 @@ def merged_factors(anchors: LoraBatch, merge: Merge, settings: MergeSettings) ->
     ids, w = merge.ids.to(device), merge.w.to(device)
     if settings.mode == "factor":
         return merge_factor(anchors, ids, w)
-    if settings.mode == "svd":
-        return merge_svd(anchors, ids, w, settings.rank or anchors.rank)[0]
+    if settings.mode == "svd":  # one by one: before it is cut, a merge of all anchors is as large as the bank
+        rank = settings.rank or anchors.rank
+        return stack(merge_svd(anchors, one[None], its[None], rank)[0] for one, its in zip(ids, w))
     return merge_exact(anchors, ids, w)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -17,9 +18,9 @@ from mta.bank.files import mark_stale
 from mta.base import BaseModel
 from mta.config import MergeSettings, Run
 from mta.encode import Encoder
-from mta.errors import DataError, PersonNotFound, StoreError
+from mta.errors import DataError, InputError, OtherBank, PersonNotFound, StateCorrupt
 from mta.executor import Executor, LocalExecutor
-from mta.fuse import Merge, merged_factors
+from mta.fuse import Merge, check_merge, merged_factors
 from mta.generate import generate
 from mta.history import Item, Person
 from mta.lora.batch import join
@@ -33,6 +34,7 @@ from mta.store import State, Store
 from mta.training.trainer import OnStep
 
 Question = str | Mapping[str, str]
+log = logging.getLogger("mta")
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,27 +82,38 @@ class Personalizer:
     @cached_property
     def encoder(self) -> Encoder:
         """The encoder the bank's anchors were placed with."""
-        return self._encoder or self.bank.encoder(self.base)
+        return self._encoder or self.bank.encoder(self.base, self.run.encoder)
 
     # -- stages 2 and 3 ------------------------------------------------------------------------------------------------
 
     def personalize(
-        self, people: Sequence[Person], *, on_step: OnStep | None = None, checkpoints: str | Path | None = None
+        self,
+        people: Sequence[Person],
+        *,
+        keep_histories: bool = False,
+        resume: bool = True,
+        on_step: OnStep | None = None,
     ) -> Personalized:
         """Merge and adapt for everybody in ``people``; their histories are the shots.
 
         States already made of the same shots, bank and settings are left as they are; the others are computed together,
-        in cohorts that fit the memory. With ``checkpoints`` (a folder) a killed run goes on where it was, in the same
-        cohorts. Raises DataError for a person without items, MemoryBudgetError.
+        in cohorts that fit the memory. Over a local store a killed run goes on where it was, in the same cohorts,
+        unless ``resume`` is off. ``keep_histories`` keeps people's items too, in the store, until they are forgotten.
+        Raises DataError for a person without items, MemoryBudgetError, ConfigError.
         """
         _check(people)
+        check_merge(self.run.merge, len(self.bank), self.bank.task.labelled)
         ordered = sorted(people, key=lambda person: person.id)
         everybody = [Wanted.of(person, self.base, self.bank, self.run) for person in ordered]
+        if keep_histories:
+            self._keep_histories(ordered)
         missing = [wanted for wanted in everybody if not self._has(wanted)]
         if not missing:
             return Personalized(0, len(people), 0)
-        folder = Path(checkpoints) if checkpoints else None
-        stages = Stages(self.base, self.bank, self.run, self.encoder, on_step, folder)
+        work = self.store.work if self.store else None
+        if work and not resume:
+            shutil.rmtree(work, ignore_errors=True)
+        stages = Stages.of(self.base, self.bank, self.run, self.encoder, everybody, work, on_step)
         cohorts = stages.cohorts(everybody, missing)
         lacking = {wanted.person.id for wanted in missing}
 
@@ -129,13 +142,13 @@ class Personalizer:
         ``stacked=False`` leaves the stacks out: merges alone. Raises PersonNotFound, DataError.
         """
         owners, adapters = self._adapters([who for who, _ in rows], stacked)
-        prompts = [
-            self.base.prompts.prompt(self.bank.task, self.bank.task.asked(question), max_new_tokens).tokens
-            for _, question in rows
-        ]
+        task = self.bank.task
+        prompts = [self.base.prompts.prompt(task, task.asked(question), max_new_tokens) for _, question in rows]
+        if shortened := sum(prompt.cut > 0 for prompt in prompts):
+            log.warning("%d of %d questions were too long and lost the end of their text", shortened, len(prompts))
         tokens = generate(
             self.base,
-            prompts,
+            [prompt.tokens for prompt in prompts],
             owners,
             adapters,
             max_new_tokens=max_new_tokens,
@@ -182,9 +195,8 @@ class Personalizer:
     def forget(self, person: str) -> Forgotten:
         """Remove a person's states and history; name the trained parts that still hold something learnt from them."""
         removed = self._unsaved.pop(person, None) is not None
-        if self.store:
-            removed = self.store.forget(person) or removed
-        return Forgotten(removed, mark_stale(self.bank.folder, person))
+        found = forget_person(person, self.store, self.bank.folder)
+        return Forgotten(removed or found.states_removed, found.needs_rebuild)
 
     def state(self, person: str) -> State:
         """What is kept of a person. Raises PersonNotFound, StateCorrupt; StoreError if it is of another bank."""
@@ -194,7 +206,7 @@ class Personalizer:
             raise PersonNotFound("no state is known for that person", hint="Call personalize for them first.")
         state = self.store.load(person)
         if state.bank != self.bank.hash:
-            raise StoreError(
+            raise OtherBank(
                 f"the person's state was made with bank {state.bank[:8]}…, "
                 f"the bank at {self.bank.folder} is {self.bank.hash[:8]}…",
                 hint="Open that bank, or personalize again: mta personalize",
@@ -213,8 +225,14 @@ class Personalizer:
     def _has(self, wanted: Wanted) -> bool:
         try:
             return self.state(wanted.person.id).work == wanted.work
-        except (PersonNotFound, StoreError):
+        except (PersonNotFound, StateCorrupt, OtherBank):
             return False
+
+    def _keep_histories(self, people: Sequence[Person]) -> None:
+        if not self.store:
+            raise InputError("histories are kept in a store, and there is none", hint='Give one: store="people/"')
+        for person in people:
+            self.store.save_history(person)
 
     def _keep(self, person: str, state: State) -> None:
         if self.store:
@@ -223,12 +241,15 @@ class Personalizer:
             self._unsaved[person] = state
 
 
-def forget_person(person: str, store: str | Path, bank: Path) -> Forgotten:
-    """``Personalizer.forget`` without loading a model."""
-    parts = mark_stale(bank, person)  # first: where there is no bank, nothing is done rather than half of it
-    if "://" not in str(store):
-        shutil.rmtree(Path(store) / "work", ignore_errors=True)  # a stopped run's checkpoint may hold their stack
-    return Forgotten(Store(store).forget(person), parts)
+def forget_person(person: str, store: Store | None, bank: Path | None) -> Forgotten:
+    """``Personalizer.forget`` without loading a model. Without a ``bank``, what was learnt from them is not asked for.
+
+    Raises BankCorrupt where there is no bank: nothing is done rather than half of it.
+    """
+    parts = mark_stale(bank, person) if bank else []
+    if store and store.work:
+        shutil.rmtree(store.work, ignore_errors=True)  # a stopped run's checkpoint may hold their stack
+    return Forgotten(store.forget(person) if store else False, parts)
 
 
 def _check(people: Sequence[Person]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,11 +32,8 @@ def log_likelihood(
     job, labels and queries alike. The result does not depend on which jobs share a batch, up to rounding.
     """
     owners = range(len(jobs)) if owners is None else owners
-    rows = [
-        (job, row)
-        for job, examples in enumerate(jobs)
-        for row in pack(examples, base.attention_price, packed=packed and base.packable)
-    ]
+    how: dict[str, Any] = {"blocked": base.blocked, "longest": tokens_per_batch, "packed": packed and base.packable}
+    rows = [(job, row) for job, examples in enumerate(jobs) for row in pack(examples, base.attention_price, **how)]
     rows.sort(key=lambda entry: len(entry[1].tokens))
     sums = [torch.zeros(len(examples), dtype=base.master_dtype, device=base.device) for examples in jobs]
     while rows:
@@ -46,7 +44,7 @@ def log_likelihood(
         batch = collate([row for _, row in chosen], base.pad_token, base.device)
         owner = torch.tensor([owners[job] for job, _ in chosen], device=base.device)
         with applied(base.model, adapters, owner):
-            found = batch.log_probs(base.logits(batch.tokens, batch.visible(), batch.positions, batch.places))
+            found = batch.log_probs(base.logits(batch.tokens, batch.ends, batch.positions, batch.places))
         for i, (job, _) in enumerate(chosen):
             mine = batch.row == i
             sums[job].index_add_(0, batch.example[mine], found[mine].to(base.master_dtype))

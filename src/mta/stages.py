@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -18,7 +20,7 @@ from mta.base import BaseModel
 from mta.config import MergeSettings, Run, Settings, StackSettings, dump_yaml, parse_size
 from mta.encode import Encoder, encode_people
 from mta.evidence import shots_of
-from mta.fuse import Merge, fuse, merged
+from mta.fuse import Merge, fuse, merged, merged_numbers
 from mta.history import Person
 from mta.lora.batch import LoraBatch
 from mta.state import State, work_key
@@ -75,6 +77,21 @@ class Stages:
     on_step: OnStep | None = None
     folder: Path | None = None
 
+    @classmethod
+    def of(
+        cls,
+        base: BaseModel,
+        bank: Bank,
+        run: Run,
+        encoder: Encoder,
+        everybody: Sequence[Wanted],
+        work: Path | None,
+        on_step: OnStep | None,
+    ) -> Stages:
+        """Stages for one run over ``everybody``, with a folder of its own under ``work``: other runs keep theirs."""
+        name = hashlib.sha256("/".join(wanted.name for wanted in everybody).encode()).hexdigest()[:24]
+        return cls(base, bank, run, encoder, on_step, work / name if work else None)
+
     def cohorts(self, everybody: Sequence[Wanted], missing: Sequence[Wanted]) -> Cohorts:
         """Those who are missing, in cohorts; where a run over all of them was stopped, in the cohorts of that run.
 
@@ -82,20 +99,22 @@ class Stages:
         """
         known = {wanted.name: wanted for wanted in everybody}
         begun = read_json(self.folder / "plan.json") if self.folder else None
-        names = begun if isinstance(begun, list) and set(begun) <= set(known) else []
-        chosen = [known[name] for name in names] if {w.name for w in missing} <= set(names) else list(missing)
+        chosen = [known[name] for name in begun] if isinstance(begun, list) else list(missing)
         jobs = [shots_of(self.base, self.bank.task, wanted.person) for wanted in chosen]
         stack, targets = self.run.stack, self.base.targets.values()
         numbers = stack.lora.rank * sum(d + o for d, o in targets) if stack.enabled else 1
-        plan = plan_cohorts(self.base, jobs, numbers, parse_size(self.run.memory))
+        frozen = merged_numbers(self.run.merge, self.bank.working) if stack.enabled else 0
+        plan = plan_cohorts(self.base, jobs, numbers, parse_size(self.run.memory), frozen=frozen)
         if self.folder:
             write_json(self.folder / "plan.json", [wanted.name for wanted in chosen])
         return Cohorts(chosen, jobs, plan)
 
     def finish(self) -> None:
-        """Forget the plan: everybody's state is there."""
+        """Everybody's state is there: nothing of people stays beside it."""
         if self.folder:
-            (self.folder / "plan.json").unlink(missing_ok=True)
+            shutil.rmtree(self.folder, ignore_errors=True)
+            with contextlib.suppress(OSError):  # other runs' folders may be there
+                self.folder.parent.rmdir()
 
     def states(self, numbers: Sequence[int], cohorts: Cohorts) -> list[State]:
         """One cohort through stages 2 and 3."""

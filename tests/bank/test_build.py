@@ -12,9 +12,11 @@ from conftest import TINY_RUN, HashEncoder, memory_for, people_of
 from safetensors.torch import load_file
 from tiny import base_of
 
+from mta.aside import write_json
+from mta.bank import files
 from mta.bank.bank import Bank
 from mta.bank.build import build_bank
-from mta.bank.files import Members, read_info
+from mta.bank.files import Members, read_info, write_info
 from mta.config import Run
 from mta.errors import BankError, InputError
 from mta.history import Person
@@ -83,11 +85,22 @@ def test_people_in_another_order_give_the_same_bank(built, tmp_path):
     assert read_info(again).hash == read_info(built).hash
 
 
-def test_how_long_it_took_is_no_part_of_a_banks_identity(built):
+def test_how_long_it_took_is_no_part_of_a_banks_identity(built, tmp_path):
     info = read_info(built)
-    slower = info.model_copy(update={"seconds": {"anchors": 999.0}})
-    assert slower.hash == info.hash
-    assert info.model_copy(update={"work": "0" * 64}).hash != info.hash
+
+    def hash_with(**changes):
+        write_info(tmp_path, info.model_copy(update=changes))
+        return read_info(tmp_path).hash
+
+    assert hash_with(seconds={"anchors": 999.0}) == info.hash
+    assert hash_with(work="0" * 64) != info.hash
+
+
+def test_a_setting_that_is_new_in_mta_makes_no_other_bank_of_one_that_is_there(built, tmp_path):
+    values = json.loads((built / "bank.json").read_text())
+    del values["sha256"], values["run"]["gradient_checkpointing"]
+    write_json(tmp_path / "bank.json", values | {"sha256": files._seal(values)})
+    assert read_info(tmp_path).hash == read_info(built).hash
 
 
 def test_another_seed_gives_another_bank(built, tmp_path):

@@ -198,7 +198,8 @@ def test_evaluate_compares_every_method_on_people_who_are_not_in_the_bank(evalua
 def test_evaluate_says_with_its_numbers_how_they_were_made(evaluated):
     meta = evaluated[0].json["meta"]
     assert (meta["shots"], meta["task"], meta["dtype"]) == (2, "movielens-rating", "float32")
-    assert meta["command"].endswith("shots=2 queries=2 policies=[uniform, posterior]")
+    assert meta["command"].startswith("mta evaluate ")
+    assert "shots=2 queries=2 'policies=[uniform, posterior]'" in meta["command"]
 
 
 def test_evaluate_writes_a_report_and_its_numbers(evaluated):

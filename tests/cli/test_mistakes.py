@@ -109,6 +109,30 @@ MISTAKES = {
         "evaluate {new} --bank {bank} --out {root}/r shot=2",
         "ConfigError: the command line: shot: ",
     ),
+    "people and a setting of the bank": (
+        "personalize {new} --bank {bank} --store {root}/s bank.anchors=9",
+        "ConfigError: 'bank' cannot be changed here: it was settled when bank or states were made",
+    ),
+    "a question and a setting of the merge": (
+        "generate {question} --bank {bank} --store {store} merge.policy=uniform",
+        "ConfigError: 'merge' cannot be changed here",
+    ),
+    "a question with a field that is nothing": (
+        'generate {{"title":null,"genres":"Drama"}} --bank {bank} --store {store}',
+        "DataError: the question's field 'title': missing",
+    ),
+    "more anchors than there are": (
+        "personalize {new} --bank {bank} --store {root}/s merge.k=9",
+        "AnchorNotFound: merge.k is 9, but the bank has 2 anchors",
+    ),
+    "an evaluation into a file": (
+        "evaluate {new} --bank {bank} --out {new} shots=2 queries=2",
+        "InputError: {new} cannot be written: {new} is no folder that can",
+    ),
+    "forgetting in a store that is not there": (
+        "forget ann --bank {bank} --store {root}/s",
+        "StoreError: there is no store at {root}/s",
+    ),
     "a recipe that is not there": ("demo --recipe no --out {root}/d", "ConfigError: no recipe 'no'"),
 }
 

@@ -259,7 +259,6 @@ def page(tiny, comparison, tmp_path):
             "comparison": comparison,
             "bank": tiny[1],
             "people_vectors": people_vectors,
-            "bank_vectors": None,
             "questions": [
                 {
                     "question": HOSTILE,

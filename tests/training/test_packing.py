@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import base_of, random_examples, random_loras
 
+from mta.attention import visible
 from mta.lora import PerPerson
 from mta.score import log_likelihood
 from mta.tasks.prompt import Example
@@ -33,12 +34,13 @@ def test_a_tree_holds_every_example_once(made):
 
 
 @settings(deadline=None)
-@given(examples, st.floats(0, 2))
-def test_packing_is_never_dearer_than_one_row_each(made, price):
+@given(examples, st.floats(0, 2), st.booleans())
+def test_packing_is_never_dearer_than_one_row_each(made, price, blocked):
     def cost(rows):
-        return sum(len(r.tokens) + price * len(r.tokens) ** 2 for r in rows)
+        deepest = [max(r.positions) + 1 if blocked else len(r.tokens) for r in rows]
+        return sum(len(r.tokens) * (1 + price * seen) for r, seen in zip(rows, deepest))
 
-    rows = pack(made, price)
+    rows = pack(made, price, blocked=blocked)
     assert cost(rows) <= cost(pack(made, price, packed=False)) + 1e-9
     assert sorted({e for r in rows for e in r.examples}) == list(range(len(made)))
 
@@ -58,6 +60,7 @@ def test_packed_equals_padded_equals_plain(kind):
     packed = log_likelihood(base, jobs, people)
     padded = log_likelihood(base, jobs, people, packed=False)
     small = log_likelihood(base, jobs, people, tokens_per_batch=1)
+    assert base.blocked
     for u, theirs in enumerate(jobs):
         torch.testing.assert_close(packed[u], padded[u], rtol=0, atol=1e-9)
         torch.testing.assert_close(packed[u], small[u], rtol=0, atol=1e-9)
@@ -78,9 +81,9 @@ def plain(base, example, adapters):
 
 def test_padding_sees_itself_only():
     rows = collate([tree(random_examples(1, 0), [0]), tree(random_examples(3, 1), [0, 1, 2])], 0, torch.device("cpu"))
-    visible = rows.visible()
+    seen = visible(rows.ends)
     length = int((rows.ends[0] > torch.arange(rows.ends.shape[1])).sum())
-    assert visible.diagonal(dim1=1, dim2=2).all()
+    assert seen.diagonal(dim1=1, dim2=2).all()
     real = len(tree(random_examples(1, 0), [0]).tokens)
-    assert not visible[0, :real, real:].any()
-    assert torch.equal(visible[0, real:], torch.eye(length, dtype=torch.bool)[real:])
+    assert not seen[0, :real, real:].any()
+    assert torch.equal(seen[0, real:], torch.eye(length, dtype=torch.bool)[real:])

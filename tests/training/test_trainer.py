@@ -6,8 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import base_of, random_examples, random_loras
 
+from mta.base import BaseModel
 from mta.config import Training
-from mta.lora import Gated, LoraBatch, PerPerson, Shared, applied
+from mta.lora import Gated, LoraBatch, Shared
 from mta.lora.batch import fresh
 from mta.training.checkpoint import Checkpoint
 from mta.training.trainer import Job, batch_of, steps_of, train_loras
@@ -27,7 +28,7 @@ def difference(one: LoraBatch, other: LoraBatch) -> float:
     return max(float((a - b).abs().max()) for n in one.names for a, b in zip(one.factors[n], other.factors[n]))
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen3", "mistral", "gemma3", "gpt2"])
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "mistral", "gemma3", "gpt2"])
 def test_batched_equals_one_by_one(kind):
     base, jobs = base_of(kind), jobs_of(3, 5, 1, 4)
     together = train_loras(base, jobs, start_of(base, jobs), FIVE)
@@ -152,18 +153,13 @@ def test_float32_first_step_gradients_do_not_depend_on_mates():
                 assert float((change - reference).norm()) <= 1e-3 * float(reference.norm()) + 1e-1
 
 
-def test_gradient_checkpointing_inside_the_block_changes_nothing():
-    base = base_of()
-    adapter = random_loras(base, 2).map(lambda t: t.requires_grad_())
-    tokens = torch.randint(3, 259, (2, 8), generator=torch.Generator().manual_seed(3))
-
-    def gradients(checkpointing: bool):
-        if checkpointing:
-            base.model.gradient_checkpointing_enable({"use_reentrant": False})
-            base.model.train()
-        with applied(base.model, [PerPerson(adapter)], torch.tensor([0, 1])):
-            loss = base.model(input_ids=tokens).logits.logsumexp(-1).sum()
-            return torch.autograd.grad(loss, [f.a for f in adapter.factors.values()])
-
-    for plain, again in zip(gradients(False), gradients(True)):
-        torch.testing.assert_close(plain, again, rtol=0, atol=1e-12)
+@pytest.mark.parametrize("kind", ["llama", "gemma3", "gpt2"])
+def test_gradient_checkpointing_computes_layers_again_and_changes_nothing(kind):
+    base, jobs = base_of(kind), jobs_of(3, 2)
+    again = BaseModel(base_of(kind).model, base.tokenizer, kind, gradient_checkpointing=True)
+    calls = []
+    again.model.get_submodule(next(iter(again.targets))).register_forward_hook(lambda *_: calls.append(1))
+    found = train_loras(again, jobs, start_of(again, jobs), FIVE)
+    assert len(calls) == 2 * FIVE.steps
+    assert difference(found, train_loras(base, jobs, start_of(base, jobs), FIVE)) < 1e-10
+    assert again.bytes_per_token < base.bytes_per_token

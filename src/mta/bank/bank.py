@@ -121,12 +121,15 @@ class Bank:
         """Cosine of people's vectors (U, E) and the anchors' -> (U, N)."""
         return vectors @ self.vectors.T
 
-    def encoder(self, base: BaseModel) -> Encoder:
-        """The encoder the anchors were placed with. Raises BankMismatch if its weights are others by now."""
-        encoder = load_encoder(self.info.encoder, base)
+    def encoder(self, base: BaseModel, name: str | None = None) -> Encoder:
+        """The encoder the anchors were placed with, by the name it has here and now.
+
+        Raises BankMismatch if its weights are others.
+        """
+        encoder = load_encoder(name or self.info.encoder, base)
         if encoder.fingerprint != self.info.encoder_fingerprint:
             raise BankMismatch(
-                f"encoder {self.info.encoder!r} has other weights (sha256 {encoder.fingerprint[:8]}…) "
+                f"encoder {encoder.name!r} has other weights (sha256 {encoder.fingerprint[:8]}…) "
                 f"than when the bank was built ({self.info.encoder_fingerprint[:8]}…)",
                 hint="Load the encoder the bank was built with, or rebuild the bank.",
             )

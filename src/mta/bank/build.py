@@ -31,6 +31,7 @@ from mta.training.plan import Plan, plan_cohorts
 from mta.training.trainer import Job, OnStep, Step, train_loras
 
 T = TypeVar("T")
+METRICS = "metrics.jsonl"
 
 
 def build_bank(
@@ -58,6 +59,7 @@ def build_bank(
         return
     if not resume:
         shutil.rmtree(out / "work", ignore_errors=True)
+        (out / METRICS).unlink(missing_ok=True)
     site = _Site(base, task, run, out, work, on_step)
     # The anchors first: choosing them takes seconds, and if they are too few, stage 0 would be hours for nothing.
     able = [person for person in candidates if len(person.items) >= run.bank.min_items]
@@ -65,8 +67,9 @@ def build_bank(
     chosen = select_anchors(able, vectors, run.bank.anchors, run.seed)
     anchors = [able[i].latest(run.bank.max_items) for i in chosen]
     (out / "work").mkdir(parents=True, exist_ok=True)
+    jobs, start, plan = site.planned(anchors)  # before stage 0 too: too little memory is said at once
     pooled = site.task_lora(task_people)
-    plan, bank = site.meta_loras(anchors, pooled, executor or LocalExecutor())
+    bank = site.meta_loras(jobs, start, plan, pooled, executor or LocalExecutor())
 
     write_tensors(out / files.ANCHORS, bank.tensors(), {"scale": repr(bank.scale)})
     write_tensors(out / files.INDEX, {"vectors": vectors[chosen].contiguous()})
@@ -123,10 +126,8 @@ class _Site:
             checkpoint.remove()
         return read_peft(folder).to(self.base.device)
 
-    def meta_loras(
-        self, anchors: Sequence[Person], pooled: LoraBatch | None, executor: Executor
-    ) -> tuple[Plan, LoraBatch]:
-        """Stage 1: everybody from the same start, cohort by cohort."""
+    def planned(self, anchors: Sequence[Person]) -> tuple[list[Job], LoraBatch, Plan]:
+        """What stage 1 trains: the anchors' examples, the start they share, and who is trained together."""
         settings = self.run.bank
         examples = [[self.base.prompts.example(self.task, item) for item in person.items] for person in anchors]
         self.cut["texts shortened"] = sum(e.cut > 0 for theirs in examples for e in theirs)
@@ -135,14 +136,18 @@ class _Site:
         start = fresh(
             self.base.targets, settings.lora.rank, settings.lora.scale, self.run.seed, ["bank"], self.base.master_dtype
         )
-        plan = plan_cohorts(self.base, jobs, start.tensors(), parse_size(self.run.memory))
+        return jobs, start, plan_cohorts(self.base, jobs, start.tensors(), parse_size(self.run.memory))
+
+    def meta_loras(
+        self, jobs: Sequence[Job], start: LoraBatch, plan: Plan, pooled: LoraBatch | None, executor: Executor
+    ) -> LoraBatch:
+        """Stage 1: everybody from the same start, cohort by cohort."""
         frozen = [Shared(pooled.to(self.base.dtype))] if pooled else []
 
         def cohort(number: int) -> LoraBatch:
             return self._cohort(number, [jobs[n] for n in plan.cohorts[number]], start, frozen, plan)
 
-        parts = self.timed("anchors", lambda: list(executor.map(cohort, range(len(plan.cohorts)))))
-        return plan, stack(parts)
+        return stack(self.timed("anchors", lambda: list(executor.map(cohort, range(len(plan.cohorts))))))
 
     def _cohort(
         self, number: int, jobs: Sequence[Job], start: LoraBatch, frozen: Sequence[Adapters], plan: Plan
@@ -179,7 +184,7 @@ class _Site:
             base_fingerprint=self.base.fingerprint,
             base_note=self.base.note,
             task=self.task.model_dump(mode="json"),
-            encoder=encoder.name,
+            encoder=self.run.encoder,
             encoder_fingerprint=encoder.fingerprint,
             run=self.run,
             work=self.work,
@@ -203,7 +208,7 @@ class _Site:
         return result
 
     def _reporter(self, stage: str) -> Callable[[Step], None]:
-        path = self.out / "metrics.jsonl"
+        path = self.out / METRICS
 
         def report(step: Step) -> None:
             with path.open("a", encoding="utf-8") as log:
@@ -225,13 +230,17 @@ def _as_built(run: Run, base: BaseModel, task: Task, encoder: Encoder) -> Run:
     """The run with what was really used, so that whoever opens the bank loads the same."""
     return run.model_copy(
         update={
-            "base": str(Path(base.name).resolve()) if Path(base.name).is_dir() else base.name,
+            "base": _absolute(base.name),
             "task": task.name,
-            "encoder": encoder.name,
+            "encoder": _absolute(encoder.name),
             "dtype": str(base.dtype).removeprefix("torch."),
             "max_tokens": base.prompts.max_tokens,
         }
     )
+
+
+def _absolute(name: str) -> str:
+    return str(Path(name).resolve()) if Path(name).is_dir() else name
 
 
 def _by_id(people: Sequence[Person]) -> list[Person]:

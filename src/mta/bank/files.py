@@ -68,16 +68,17 @@ class BankInfo(BaseModel):
     seconds: dict[str, float]
     members: Members
     files: dict[str, str]
-
-    @property
-    def hash(self) -> str:
-        """Identity of the bank: over its description, which holds the hash of every file, but not how long it took."""
-        return hashlib.sha256(self.model_dump_json(exclude={"seconds"}).encode()).hexdigest()
+    hash: str = ""
 
 
 def write_info(folder: Path, info: BankInfo) -> None:
-    """Write the description of a bank, sealed with a hash over itself."""
-    values = info.model_dump(mode="json")
+    """Write the description of a bank, with its identity and sealed with a hash over itself.
+
+    The identity covers the description, which holds the hash of every file, but not how long it took. It is kept as it
+    was when the bank was built: a later version of mta may know more settings.
+    """
+    values = info.model_dump(mode="json", exclude={"hash"})
+    values["hash"] = _seal({name: value for name, value in values.items() if name != "seconds"})
     write_json(folder / INFO, values | {"sha256": _seal(values)})
 
 

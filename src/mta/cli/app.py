@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 
@@ -41,6 +42,9 @@ def main() -> None:
     """Run a verb; a user's mistake is printed as what it is and exits with 1, without a traceback."""
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # bars of other packages fill log files
+    log = logging.getLogger("mta")
+    log.handlers, log.propagate = [logging.StreamHandler()], False
+    log.setLevel(logging.INFO)
     try:
         app()
     except MtaError as error:

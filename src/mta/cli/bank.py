@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mta.cli.data import Source, people_in
-from mta.cli.options import Config, Device, Json, Seed, SkipBad, Task, Words, load_base, settings, show_json
+from mta.cli.options import Config, Device, Json, Seed, SkipBad, Task, Words, settings, show_json
 
 if TYPE_CHECKING:
     from mta.bank.bank import Bank
@@ -37,12 +37,13 @@ def build(
     Example:  mta bank build history.jsonl --task lamp3 --out bank/ bank.anchors=20
     """
     from mta.bank.bank import Bank
+    from mta.base import BaseModel
     from mta.cli.screen import Screen
 
     run = settings(config, words, task=task, base=base, seed=seed, device=device)
     people = people_in(source, run.task, skip_bad)
     with Screen() as screen:
-        bank = Bank.build(load_base(run), people, out, task=run.task, run=run, on_step=screen.step, resume=resume)
+        bank = Bank.build(BaseModel.of(run), people, out, task=run.task, run=run, on_step=screen.step, resume=resume)
     if json:
         return show_json(_summary(bank))
     typer.echo(f"{out}: {len(bank)} anchors, task LoRA {'yes' if bank.task_lora else 'no'}, hash {bank.hash[:12]}")
@@ -54,9 +55,7 @@ def build(
 
 
 @app.command("show")
-def show(
-    folder: Annotated[Path, typer.Argument(help="Folder of a bank.")], device: Device = None, json: Json = False
-) -> None:
+def show(folder: Annotated[Path, typer.Argument(help="Folder of a bank.")], json: Json = False) -> None:
     """Check every hash of a bank and print its card.
 
     Example:  mta bank show bank/

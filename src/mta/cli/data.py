@@ -39,22 +39,23 @@ def show(
     person: Annotated[str | None, typer.Option(help="Whose prompts; default: the first person.")] = None,
     items: Annotated[int, typer.Option(min=1, help="How many of their items.")] = 3,
     config: Config = None,
+    skip_bad: SkipBad = None,
     json: Json = False,
 ) -> None:
     """Print a person's exact prompts; what the loss sees (the target mask) stands between ⟦ and ⟧.
 
     Example:  mta data show history.jsonl --task lamp3 --person ann
     """
-    from mta.cli.options import load_base
+    from mta.base import BaseModel
     from mta.errors import PersonNotFound
     from mta.tasks import load_task
 
     run = settings(config, words, task=task)
-    everybody = people_in(source, run.task)
+    everybody = people_in(source, run.task, skip_bad)
     chosen = next((p for p in everybody if person in (None, p.id)), None)
     if chosen is None:
         raise PersonNotFound(f"nobody in {source} is called {person!r}; there are {len(everybody)} people")
-    base = load_base(run)
+    base = BaseModel.of(run)
     made = [base.prompts.example(load_task(run.task), item) for item in (chosen.items + chosen.queries)[:items]]
     if json:
         mask = [[int(i >= e.target_start) for i in range(len(e.tokens))] for e in made]

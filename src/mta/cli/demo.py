@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from mta.cli.options import Json, Seed, Words, show_json
+from mta.cli.options import Json, Seed, Words, show_json, typed
 
 
 def demo(
@@ -31,9 +31,8 @@ def demo(
 
     given = [*(words or []), *([] if seed is None else [f"run.seed={seed}"])]
     chosen = load_recipe(recipe)
-    command = " ".join(["mta demo", *([f"--recipe {recipe}"] if recipe != "movielens" else []), *given])
     with Screen() as screen:
-        found = run_demo(out, chosen, command, given, on_step=screen.step, say=screen.say)
+        found = run_demo(out, chosen, typed(), given, on_step=screen.step, say=screen.say)
     if json:
-        return show_json(to_json(found.comparison, **found.meta, command=command))
+        return show_json(to_json(found.comparison, **found.meta, command=typed()))
     show(found, console)

@@ -8,7 +8,20 @@ from typing import Annotated
 import typer
 
 from mta.cli.data import Source, people_in
-from mta.cli.options import BankDir, Device, Json, Seed, SkipBad, Words, open_bank, show_json, task_of
+from mta.cli.options import (
+    MERGE_AND_STACK,
+    BankDir,
+    Device,
+    Json,
+    Seed,
+    SkipBad,
+    Words,
+    check_out,
+    open_bank,
+    show_json,
+    task_of,
+    typed,
+)
 
 
 def evaluate(
@@ -39,15 +52,16 @@ def evaluate(
     from mta.evaluation.show import show
     from mta.evaluation.study import study
 
-    of_run = [word for word in words or () if word.startswith(("merge.", "stack.", "memory="))]
+    of_run = [word for word in words or () if word.startswith(("merge.", "stack.", "memory=", "dtype="))]
+    check_out(out)
     chosen = load_settings(Evaluation, config, [word for word in words or () if word not in of_run])
     everybody = people_in(source, task_of(bank), skip_bad)
-    base, opened, run = open_bank(bank, of_run, seed, device)
+    base, opened, run = open_bank(bank, of_run, seed, device, open_to=MERGE_AND_STACK)
     with Screen() as screen:
         found = study(base, opened, run, everybody, chosen, limit=people, on_step=screen.step, on_method=screen.say)
-    command = " ".join([f"mta evaluate {source} --bank {bank}", *(words or [])])
-    if out:
-        found.write(out, command)
     if json:
-        return show_json(to_json(found.comparison, **found.meta, command=command))
-    show(found, console)
+        show_json(to_json(found.comparison, **found.meta, command=typed()))
+    else:
+        show(found, console)
+    if out:
+        found.write(out, typed())

@@ -27,7 +27,7 @@ def export(
     """
     from mta.personalize import Personalizer
 
-    base, opened, run = open_bank(bank, None, None, device)
+    base, opened, run = open_bank(bank, device=device)
     error = Personalizer(base, opened, store, run=run).export(person, out, rank=rank)
     if json:
         return show_json({"folder": str(out), "relative_error": error})

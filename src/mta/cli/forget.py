@@ -14,6 +14,9 @@ from mta.cli.options import BankDir, Json, StoreUrl, show_json
 def forget(
     person: Annotated[str, typer.Argument(help="Who.")],
     bank: BankDir = Path("bank"),
+    no_bank: Annotated[
+        bool, typer.Option("--no-bank", help="The bank is not there: forget, and list nothing learnt from them.")
+    ] = False,
     store: StoreUrl = "people",
     json: Json = False,
 ) -> None:
@@ -22,8 +25,11 @@ def forget(
     Example:  mta forget ann --bank bank/ --store people/
     """
     from mta.personalize import forget_person
+    from mta.store import Store
 
-    done = forget_person(person, store, bank)
+    people = Store(store)
+    people.check()
+    done = forget_person(person, people, None if no_bank else bank)
     if json:
         return show_json(asdict(done))
     typer.echo("removed" if done.states_removed else "nothing was kept of that person")

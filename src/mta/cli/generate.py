@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mta.cli.options import BankDir, Device, Json, Seed, StoreUrl, Words, open_bank, show_json
+from mta.cli.options import BankDir, Config, Device, Json, Seed, StoreUrl, Words, open_bank, show_json
 
 if TYPE_CHECKING:
     from mta.personalize import Question
@@ -24,7 +24,9 @@ def generate(
     bank: BankDir = Path("bank"),
     store: StoreUrl = "people",
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 64,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest answer.")] = 0.0,
     nobody: Annotated[bool, typer.Option("--nobody", help="Ask the pooled model and the bare base as well.")] = False,
+    config: Config = None,
     seed: Seed = None,
     device: Device = None,
     json: Json = False,
@@ -37,10 +39,10 @@ def generate(
     from mta.rows import BASE, TASK
 
     asked = _fields(question)
-    base, opened, run = open_bank(bank, words, seed, device)
+    base, opened, run = open_bank(bank, words, seed, device, config)
     personal = Personalizer(base, opened, store, run=run)
     whose: list[Who] = [*(person or []), *([TASK, BASE] if nobody or not person else [])]
-    answers = personal.generate([(who, asked) for who in whose], max_new_tokens=max_new_tokens)
+    answers = personal.generate([(who, asked) for who in whose], max_new_tokens=max_new_tokens, temperature=temperature)
     names = [who if isinstance(who, str) else f"({who.value})" for who in whose]
     if json:
         return show_json([{"person": name, "answer": answer} for name, answer in zip(names, answers)])
@@ -49,10 +51,17 @@ def generate(
 
 
 def _fields(question: str) -> Question:
+    from mta.errors import DataError
+    from mta.readers.rejects import Bad
+    from mta.readers.rows import text_in
+
     if question.lstrip().startswith("{"):
         try:
             fields = json_module.loads(question)
         except ValueError:
             return question
-        return {str(name): str(value) for name, value in fields.items()}
+        try:
+            return {name: text_in(fields, name) for name in fields}
+        except Bad as bad:
+            raise DataError(f"the question's field {bad.field!r}: {bad.reason}") from None
     return question

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import shlex
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,7 +17,7 @@ if TYPE_CHECKING:
     from mta.config import Run
     from mta.tasks import Task as TaskType
 
-Words = Annotated[list[str] | None, typer.Argument(help="Settings as key=value: merge.policy=ridge memory=8GiB.")]
+Words = Annotated[list[str] | None, typer.Argument(help="Settings as key=value, for example memory=8GiB.")]
 Config = Annotated[Path | None, typer.Option("--config", help="Settings in YAML.", dir_okay=False)]
 Seed = Annotated[int | None, typer.Option(help="Seed of everything that is drawn.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
@@ -28,6 +31,10 @@ BankDir = Annotated[Path, typer.Option("--bank", help="Folder of a bank.")]
 StoreUrl = Annotated[str, typer.Option("--store", help="Where people's states are kept: a folder or any fsspec URL.")]
 
 
+MERGE_AND_STACK = frozenset({"merge", "stack"})
+_OF_THE_MACHINE = {"base", "encoder", "dtype", "device", "memory", "gradient_checkpointing", "max_tokens", "seed"}
+
+
 def settings(config: Path | None, words: list[str] | None, **over: Any) -> Run:
     """The run's settings: file, then words, then options that were given."""
     from mta.config import Run, load_settings
@@ -37,24 +44,35 @@ def settings(config: Path | None, words: list[str] | None, **over: Any) -> Run:
     return load_settings(Run, config, [*(words or []), *given])
 
 
-def load_base(run: Run) -> BaseModel:
-    """The base a run names."""
-    from mta.base import BaseModel
-
-    return BaseModel.load(run.base, run.dtype, run.device, run.max_tokens)
-
-
 def open_bank(
-    folder: Path, words: list[str] | None, seed: int | None, device: str | None
+    folder: Path,
+    words: list[str] | None = None,
+    seed: int | None = None,
+    device: str | None = None,
+    config: Path | None = None,
+    open_to: frozenset[str] = frozenset(),
 ) -> tuple[BaseModel, Bank, Run]:
-    """A bank with the base it was built for; ``words`` change the settings it carries (merge and stack, say)."""
+    """A bank with the base it was built for; ``config`` and ``words`` change the settings it carries.
+
+    What a verb is ``open_to`` can be changed, and how this machine computes. Raises ConfigError for all else, which
+    would be ignored.
+    """
     from mta.bank.bank import Bank
     from mta.bank.files import read_info
+    from mta.base import BaseModel
     from mta.config import override
+    from mta.errors import ConfigError
 
     given = [f"{key}={value}" for key, value in {"seed": seed, "device": device}.items() if value is not None]
-    run = override(read_info(folder).run, [*(words or []), *given])
-    base = load_base(run)
+    built = read_info(folder).run
+    run = override(built, [*(words or []), *given], config)
+    settled = set(type(run).model_fields) - _OF_THE_MACHINE - open_to
+    if changed := sorted(name for name in settled if getattr(run, name) != getattr(built, name)):
+        raise ConfigError(
+            f"{changed[0]!r} cannot be changed here: it was settled when bank or states were made",
+            hint=f"What can be changed: {', '.join(sorted(_OF_THE_MACHINE | open_to))}.",
+        )
+    base = BaseModel.of(run)
     return base, Bank.open(folder, base), run
 
 
@@ -64,6 +82,24 @@ def task_of(folder: Path) -> TaskType:
     from mta.tasks import Task
 
     return Task.model_validate(read_info(folder).task)
+
+
+def check_out(out: Path | None) -> None:
+    """Raises InputError where a folder cannot be written: an hour later would be too late to hear of it."""
+    from mta.errors import InputError
+
+    if out is None:
+        return
+    there = next(place for place in (out, *out.absolute().parents) if place.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise InputError(
+            f"{out} cannot be written: {there} is no folder that can", hint="Choose another folder with --out."
+        )
+
+
+def typed() -> str:
+    """The command as it was typed, for whoever wants the same again."""
+    return shlex.join(["mta", *sys.argv[1:]])
 
 
 def show_json(value: object) -> None:

@@ -8,7 +8,20 @@ from typing import Annotated
 import typer
 
 from mta.cli.data import Source, people_in
-from mta.cli.options import BankDir, Device, Json, Seed, SkipBad, StoreUrl, Words, open_bank, show_json, task_of
+from mta.cli.options import (
+    MERGE_AND_STACK,
+    BankDir,
+    Config,
+    Device,
+    Json,
+    Seed,
+    SkipBad,
+    StoreUrl,
+    Words,
+    open_bank,
+    show_json,
+    task_of,
+)
 
 
 def personalize(
@@ -19,6 +32,10 @@ def personalize(
     latest: Annotated[
         int | None, typer.Option(min=1, help="Use only the most recent so many items of each person.")
     ] = None,
+    keep_histories: Annotated[
+        bool, typer.Option("--keep-histories", help="Keep people's items in the store, until they are forgotten.")
+    ] = False,
+    config: Config = None,
     seed: Seed = None,
     device: Device = None,
     skip_bad: SkipBad = None,
@@ -31,7 +48,6 @@ def personalize(
 
     Example:  mta personalize newcomers.jsonl --bank bank/ --store people/
     """
-    import shutil
     from dataclasses import asdict
 
     from mta.cli.screen import Screen
@@ -40,17 +56,12 @@ def personalize(
     people = people_in(source, task_of(bank), skip_bad)
     if latest is not None:
         people = [person.latest(latest) for person in people]
-    base, opened, run = open_bank(bank, words, seed, device)
+    base, opened, run = open_bank(bank, words, seed, device, config, open_to=MERGE_AND_STACK)
     if seen := sum(bool(opened.info.members.artefacts_of(person.id)) for person in people):
         typer.echo(f"{seen} of {len(people)} people helped to train this bank: it knows their items already.", err=True)
-    checkpoints = Path(store) / "work" if "://" not in store else None
-    if checkpoints and not resume:
-        shutil.rmtree(checkpoints, ignore_errors=True)
     personal = Personalizer(base, opened, store, run=run)
     with Screen() as screen:
-        done = personal.personalize(people, on_step=screen.step, checkpoints=checkpoints)
-    if checkpoints:
-        shutil.rmtree(checkpoints, ignore_errors=True)  # people's factors: nothing of them stays beside the store
+        done = personal.personalize(people, keep_histories=keep_histories, resume=resume, on_step=screen.step)
     if json:
         return show_json(asdict(done))
     typer.echo(

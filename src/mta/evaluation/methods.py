@@ -12,7 +12,7 @@ from functools import partial
 from typing import Protocol
 
 from mta.adapt import adapt
-from mta.config import Lora, MergeSettings, StackSettings, Training, parse_size
+from mta.config import Lora, MergeSettings, StackSettings, Training
 from mta.evaluation.metrics import Answers, from_scores
 from mta.evaluation.protocol import Panel
 from mta.fuse import Merge, merged
@@ -21,7 +21,6 @@ from mta.history import Item
 from mta.lora.layers import Adapters, PerPerson
 from mta.score import label_scores
 from mta.tasks.task import Task
-from mta.training.plan import plan_cohorts
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,16 +97,23 @@ class TaskLora:
 
 @dataclass(frozen=True, slots=True)
 class Merged:
-    """Stage 2 alone: a merge of the bank, nothing trained or kept but anchor numbers and coefficients."""
+    """Stage 2 alone: a merge of the bank, nothing kept but anchor numbers and coefficients."""
 
     name: str
     settings: MergeSettings
-    seeded: bool = False
+
+    @property
+    def seeded(self) -> bool:
+        """Whether coefficients are learned, from batches drawn by the seed."""
+        return self.settings.policy == "learned"
 
     def run(self, panel: Panel, seed: int) -> Outcome:
         merge, seconds = panel.merge(self.settings, seed)
-        adapters = [*panel.bank.pooled, merged(panel.bank, merge, self.settings)]
-        return Outcome(_answer(panel, panel.queries, adapters), seconds, _bytes(merge), merge)
+        answers: list[Answers] = []
+        for cohort in panel.plan(1, self.settings).cohorts:
+            adapters = [*panel.bank.pooled, merged(panel.bank, merge.select(cohort), self.settings)]
+            answers += _answer(panel, [panel.queries[i] for i in cohort], adapters)
+        return Outcome(answers, seconds, _bytes(merge), merge)
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +126,7 @@ class OneLora:
     seeded: bool = True
 
     def run(self, panel: Panel, seed: int) -> Outcome:
-        return _adapt(panel, None, MergeSettings(), self.lora, self.training, seed, self.name)
+        return _adapt(panel, None, None, self.lora, self.training, seed, self.name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,7 +169,7 @@ def _answer(panel: Panel, queries: Sequence[Sequence[Item]], adapters: Sequence[
 def _adapt(
     panel: Panel,
     merge: Merge | None,
-    settings: MergeSettings,
+    settings: MergeSettings | None,
     lora: Lora,
     training: Training,
     seed: int,
@@ -175,12 +181,12 @@ def _adapt(
     """
     base, jobs = panel.base, panel.jobs
     numbers = lora.rank * sum(d + o for d, o in base.targets.values())
-    plan = plan_cohorts(base, jobs, numbers, parse_size(panel.run.memory))
+    plan = panel.plan(numbers, settings)
     answers: list[Answers] = []
     seconds = 0.0
     for cohort in plan.cohorts:
         frozen: list[Adapters] = list(panel.bank.pooled)
-        if merge:
+        if merge and settings:
             frozen.append(merged(panel.bank, merge.select(cohort), settings))
         start = time.monotonic()
         found = adapt(

@@ -11,12 +11,13 @@ from torch import Tensor
 
 from mta.bank.bank import Bank
 from mta.base import BaseModel
-from mta.config import MergeSettings, Run
+from mta.config import MergeSettings, Run, parse_size
 from mta.encode import Encoder, encode_people
 from mta.errors import InputError
 from mta.evidence import Evidence, gather_evidence, shots_of
-from mta.fuse import Merge, fuse, needs_evidence
+from mta.fuse import Merge, fuse, merged_numbers, needs_evidence
 from mta.history import Item, Person
+from mta.training.plan import Plan, plan_cohorts
 from mta.training.trainer import Job, OnStep
 
 
@@ -60,14 +61,18 @@ class Panel:
                 f"{seen} of {len(people)} people are in the bank or its task LoRA; they cannot be tested on"
             )
         asked = [person.queries[-queries:] or person.after(shots, queries) for person in people]
-        return cls(
-            base, bank, encoder, run, [Person(person.id, person.items[:shots]) for person in people], asked, on_step
-        )
+        few = [Person(person.id, person.items[:shots]) for person in people]
+        return cls(base, bank, encoder, run, few, asked, on_step)
 
     @cached_property
     def jobs(self) -> list[Job]:
         """Everybody's shots as training examples."""
         return [shots_of(self.base, self.bank.task, person) for person in self.people]
+
+    def plan(self, numbers: int, merge: MergeSettings | None = None) -> Plan:
+        """Cohorts that fit the memory, with ``numbers`` trained for each person over their merge, if there is one."""
+        frozen = merged_numbers(merge, self.bank.working) if merge else 0
+        return plan_cohorts(self.base, self.jobs, numbers, parse_size(self.run.memory), frozen=frozen)
 
     @cached_property
     def golds(self) -> list[list[str]]:
@@ -86,7 +91,7 @@ class Panel:
 
     def merge(self, settings: MergeSettings, seed: int) -> tuple[Merge, float]:
         """Everybody's merge, made once, and the seconds it takes, evidence included."""
-        key = (settings.model_dump_json(), seed)
+        key = (settings.model_dump_json(), seed if settings.policy == "learned" else 0)
         if key not in self._merges:
             evidence = self.evidence if needs_evidence(settings) else None
             start, bank = time.monotonic(), self.bank
@@ -99,6 +104,7 @@ class Panel:
                 settings,
                 evidence,
                 seed=seed,
+                tokens_per_batch=self.plan(len(bank)).tokens_per_batch,
                 on_step=self.on_step,
             )
             self._merges[key] = merge, time.monotonic() - start + (self.evidence_seconds if evidence else 0.0)

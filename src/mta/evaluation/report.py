@@ -141,7 +141,6 @@ def write_html(
     comparison: Comparison,
     bank: Bank,
     people_vectors: Tensor | None,
-    bank_vectors: Tensor | None,
     questions: Sequence[Mapping[str, Any]],
     meta: Mapping[str, Any],
     *,
@@ -152,7 +151,7 @@ def write_html(
     """One HTML file with everything in it: no script, no request to anywhere, light and dark, wide and narrow.
 
     ``people_vectors`` (U, E) are the encodings of the comparison's people in its order, for the map; without them there
-    is none. ``bank_vectors`` are the bank's own unless given. No time is written but ``meta["date"]``.
+    is none. No time is written but ``meta["date"]``.
     """
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
@@ -168,7 +167,7 @@ def write_html(
         name=name,
         questions=questions,
         facts=_facts(bank, meta),
-        **_figures(comparison, bank, people_vectors, bank_vectors, name, reference),
+        **_figures(comparison, bank, people_vectors, name, reference),
     )
     with written_aside(Path(path)) as aside:
         aside.write_text(text, encoding="utf-8")
@@ -178,7 +177,6 @@ def _figures(
     comparison: Comparison,
     bank: Bank,
     people_vectors: Tensor | None,
-    bank_vectors: Tensor | None,
     name: str,
     reference: str,
 ) -> dict[str, Any]:
@@ -189,10 +187,9 @@ def _figures(
         for row in comparison.rows
         if (score := comparison.score(row.name, metric))
     ]
-    anchors = bank.vectors if bank_vectors is None else bank_vectors
     return {
         "scatter": figures.score_against_bytes(points, metric, metric in BETTER_LOW, name, reference),
-        "map": None if people_vectors is None else figures.anchor_map(anchors, people_vectors, merge),
+        "map": None if people_vectors is None else figures.anchor_map(bank.vectors, people_vectors, merge),
         "bars": figures.coefficient_bars(merge, bank.info.items) if merge else [],
     }
 

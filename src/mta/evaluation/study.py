@@ -19,6 +19,7 @@ from mta.errors import InputError
 from mta.evaluation.methods import Base, GlobalConstant, Merged, MergeThenAdapt, Method, OneLora, OwnConstant, TaskLora
 from mta.evaluation.protocol import Panel
 from mta.evaluation.run import Comparison, evaluate
+from mta.fuse import check_merge
 from mta.history import Person
 from mta.personalize import Personalizer
 from mta.rows import TASK, Who
@@ -36,17 +37,14 @@ class Study:
     meta: dict[str, Any]
     questions: list[dict[str, Any]] = field(default_factory=list)
 
-    def write(self, out: Path, command: str) -> None:
-        """``report.html`` and ``results.json`` under ``out``."""
+    def write(self, out: str | Path, command: str = "") -> None:
+        """``report.html`` and ``results.json`` under ``out``; ``command`` says how to get them again."""
         from mta.aside import write_json
         from mta.evaluation.report import to_json, write_html
 
-        meta = self.meta | {"command": command}
+        out, meta = Path(out), self.meta | {"command": command}
         write_json(out / "results.json", to_json(self.comparison, **meta))
-        panel = self.panel
-        write_html(
-            out / "report.html", self.comparison, panel.bank, panel.vectors, panel.bank.vectors, self.questions, meta
-        )
+        write_html(out / "report.html", self.comparison, self.panel.bank, self.panel.vectors, self.questions, meta)
 
 
 def standard_methods(run: Run, evaluation: Evaluation, task: Task, anchors: int) -> list[Method]:
@@ -59,10 +57,10 @@ def standard_methods(run: Run, evaluation: Evaluation, task: Task, anchors: int)
         k = 0 if name in ("uniform", "posterior", "ridge", "learned") else min(2, anchors)
         return MergeSettings.model_validate({**run.merge.model_dump(), "policy": name, "k": k})
 
-    labelled = task.labels is not None and task.item.target == (task.query or task.item).target
-    policies = [name for name in evaluation.policies if labelled or name != "ridge"]
+    policies = [name for name in evaluation.policies if task.labelled or name != "ridge"]
     adapt = evaluation.adapt or run.stack
-    methods: list[Method] = [GlobalConstant(), OwnConstant(), Base(), TaskLora()]
+    constants: list[Method] = [GlobalConstant(), OwnConstant()] if task.asks_as_items else []
+    methods: list[Method] = [*constants, Base(), TaskLora()]
     methods.append(OneLora("OPPU", evaluation.oppu.lora, evaluation.oppu.training))
     methods += [Merged(f"merge only, {name}", policy(name)) for name in policies]
     methods.append(OneLora("adapt only", adapt.lora, adapt.training))
@@ -88,6 +86,7 @@ def study(
     """
     needed = evaluation.shots + evaluation.queries
     task = bank.task
+    check_merge(run.merge, len(bank), task.labelled)
     answered = [Person(p.id, p.items, tuple(q for q in p.queries if task.has_target(q))) for p in people]
     able = [p for p in answered if not bank.info.members.artefacts_of(p.id) and (len(p.items) >= needed or p.queries)]
     if not able:

@@ -95,6 +95,21 @@ class PerPerson:
         return _RowTerm(a.to(dtype), (b * scale).to(dtype))  # scaled here, where it is small, not on activations
 
 
+@dataclass(frozen=True, slots=True)
+class Renumbered:
+    """Adapters for rows whose owners go by other numbers: owner i here is ``numbers[i]`` there; nobody stays nobody."""
+
+    adapters: Adapters
+    numbers: Tensor
+
+    @property
+    def names(self) -> Sequence[str]:
+        return self.adapters.names
+
+    def term(self, name: str, owner: Tensor, dtype: torch.dtype) -> Term:
+        return self.adapters.term(name, torch.where(owner < 0, owner, self.numbers[owner]), dtype)
+
+
 def _blocks(owner: Tensor, people: int) -> bool:
     """Whether every person has the same number of rows, in order: then no factor needs to be copied."""
     rows = owner.shape[0]
@@ -124,7 +139,34 @@ class _RowTerm:
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
         people = self.a.shape[0]
         h = torch.bmm(x.reshape(people, -1, x.shape[-1]), self.a.mT)
+        if people == y.shape[0]:
+            return y.baddbmm_(h, self.b.mT)  # y is the layer's own new output: nobody else holds it
         return torch.baddbmm(y.reshape(people, -1, y.shape[-1]), h, self.b.mT).view_as(y)
+
+
+def _joined(terms: Sequence[Term]) -> list[Term]:
+    """The same sum in as few terms as can be: each is a pass over x and y, whatever its rank."""
+    shared = [term for term in terms if isinstance(term, _SharedTerm)]
+    rows = [term for term in terms if isinstance(term, _RowTerm)]
+    people = {term.a.shape[0] for term in rows}
+    if len(people) == 1 and all(term.gate is None for term in shared):
+        each = (*people, -1, -1)
+        rows += [_RowTerm(term.a.expand(each), term.b.expand(each)) for term in shared]
+        shared = []
+    if len(people) == 1 and len(rows) > 1:
+        rows = [_RowTerm(torch.cat([term.a for term in rows], 1), torch.cat([term.b for term in rows], 2))]
+    if len(shared) > 1:
+        a, b = torch.cat([term.a for term in shared]), torch.cat([term.b for term in shared], 1)
+        shared = [_SharedTerm(a, b, _gates(shared))]
+    return [*shared, *rows]
+
+
+def _gates(terms: Sequence[_SharedTerm]) -> Tensor | None:
+    """Gates of joined terms, (B, P) side by side; who has none is always open."""
+    first = next((term.gate for term in terms if term.gate is not None), None)
+    if first is None:
+        return None
+    return torch.cat([first.new_ones(len(first), len(t.a)) if t.gate is None else t.gate for t in terms], 1)
 
 
 @contextmanager
@@ -153,7 +195,7 @@ def _hook(name: str, adapters: Sequence[Adapters], owner: Tensor) -> Any:
     def add(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         x = args[0]
         if not terms:  # once per block: decoding calls a layer once per token
-            terms.extend(adapter.term(name, owner, x.dtype) for adapter in adapters)
+            terms.extend(_joined([adapter.term(name, owner, x.dtype) for adapter in adapters]))
         for term in terms:
             output = term(x, output)
         return output

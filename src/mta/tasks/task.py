@@ -143,9 +143,19 @@ class Task(_Frozen):
         """The wording that an item calls for."""
         return self.query if item.is_query and self.query else self.item
 
+    @property
+    def asks_as_items(self) -> bool:
+        """Whether a query is answered like an item of the history; LaMP-1's and LaMP-7's are not."""
+        return self.query is None or self.query.target == self.item.target
+
+    @property
+    def labelled(self) -> bool:
+        """Whether items of the history are answered by labels."""
+        return self.labels is not None and self.asks_as_items
+
     def labels_of(self, item: Item) -> tuple[str, ...] | None:
         """The closed set of answers of this item; None where it is free text (LaMP-1's history has no labels)."""
-        return self.labels if self.form(item).target == (self.query or self.item).target else None
+        return self.labels if self.labelled or (item.is_query and self.query) else None
 
     def prompt(self, item: Item) -> str:
         """The instruction for an item, its target left out."""

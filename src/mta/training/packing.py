@@ -53,11 +53,6 @@ class Rows:
     row: Tensor
     example: Tensor
 
-    def visible(self) -> Tensor:
-        """(B, T, T) bool: [b, i, j] = token i sees token j. Padding sees itself only."""
-        i = torch.arange(self.tokens.shape[1], device=self.tokens.device)
-        return (i[None, None, :] <= i[None, :, None]) & (i[None, :, None] < self.ends[:, None, :])
-
     def log_probs(self, logits: Tensor) -> Tensor:
         """Log probability of each predicted token, (n,), in at least float32; logits (m, V) of ``places``."""
         table = torch.log_softmax(logits if logits.dtype == torch.float64 else logits.float(), dim=-1)
@@ -93,11 +88,20 @@ def tree(examples: Sequence[Example], numbers: Sequence[int]) -> Row:
     return Row(tuple(tokens), tuple(positions), tuple(ends), sources, targets, owners)
 
 
-def pack(examples: Sequence[Example], attention_price: float, *, packed: bool = True) -> list[Row]:
-    """Rows for one person's examples, as few or as many as costs least.
+def pack(
+    examples: Sequence[Example],
+    attention_price: float,
+    *,
+    blocked: bool = False,
+    longest: int = 2048,
+    packed: bool = True,
+) -> list[Row]:
+    """Rows for one person's examples, as few or as many as costs least; one of several has at most ``longest`` tokens.
 
-    A row of T tokens costs T + attention_price * T * T. Examples sorted by their tokens are cut into runs; the cheapest
-    cut is found exactly, so packing is never dearer than one row per example. ``packed=False`` is that plain way.
+    A row of T tokens costs T + attention_price * T * S: a token is compared with the S tokens of the whole row, or
+    where attention is ``blocked`` (``mta.attention``) with those of its longest example. Examples sorted by their
+    tokens are cut into runs; the cheapest cut is found exactly, so packing is never dearer than one row per example.
+    ``packed=False`` is that plain way.
     """
     if not examples:
         return []
@@ -108,10 +112,13 @@ def pack(examples: Sequence[Example], attention_price: float, *, packed: bool = 
     shared = [0] + [common_prefix(examples[a].tokens[:-1], examples[b].tokens[:-1]) for a, b in pairwise(order)]
     best, cut = [0.0], [0]
     for stop in range(1, len(order) + 1):
-        size, options = 0, []
+        size, deepest, options = 0, 0, []
         for start in range(stop - 1, -1, -1):
             size += lengths[start] - (shared[start + 1] if start + 1 < stop else 0)
-            options.append((best[start] + size + attention_price * size * size, start))
+            deepest = max(deepest, lengths[start])
+            if start + 1 < stop and size > longest:
+                break
+            options.append((best[start] + size + attention_price * size * (deepest if blocked else size), start))
         price, start = min(options)
         best.append(price)
         cut.append(start)

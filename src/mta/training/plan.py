@@ -12,11 +12,11 @@ from torch import Tensor
 
 from mta.base import BaseModel
 from mta.errors import MemoryBudgetError
-from mta.training.packing import pack
 from mta.training.trainer import Job
 
 _COPIES = 6  # values, gradient, two moments, a checkpoint being written, the result
 _MOST_TOKENS = 2048  # more per pass gains nothing on the processors measured
+_MOST_PEOPLE = 256  # so that something is finished now and then, however little a person needs
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,23 +33,28 @@ class Plan:
         return hashlib.sha256(json.dumps(asdict(self)).encode()).hexdigest()
 
 
-def plan_cohorts(base: BaseModel, jobs: Sequence[Job], start: Mapping[str, Tensor] | int, memory: int) -> Plan:
+def plan_cohorts(
+    base: BaseModel, jobs: Sequence[Job], start: Mapping[str, Tensor] | int, memory: int, *, frozen: int = 0
+) -> Plan:
     """Split jobs (already sorted by key) into cohorts that fit into ``memory`` bytes beside the base.
 
-    ``start`` is one person's parameters, or their number. Half of the memory is for activations, the rest for adapters,
-    gradients and moments. Raises MemoryBudgetError, saying what one person needs.
+    ``start`` is one person's parameters, or their number; ``frozen`` counts what is kept of a person and not trained,
+    merged factors. Half of the memory is for activations, the rest for adapters, gradients and moments.
+    Raises MemoryBudgetError, saying what one person needs.
     """
     numbers = start if isinstance(start, int) else sum(tensor[0].numel() for tensor in start.values())
-    person = _COPIES * numbers * base.master_dtype.itemsize
-    longest = max((len(row.tokens) for job in jobs for row in pack(job.examples, base.attention_price)), default=1)
+    person = _COPIES * numbers * base.master_dtype.itemsize + frozen * base.dtype.itemsize
+    longest = max((len(example.tokens) - 1 for job in jobs for example in job.examples), default=1)
     tokens = min(max(memory // 2 // base.bytes_per_token, 1), _MOST_TOKENS)
     needed = longest * base.bytes_per_token + person
     if needed > memory:
         raise MemoryBudgetError(
-            f"one person needs about {needed / 2**20:.0f} MiB (a row of {longest} tokens, {numbers:,} numbers); "
+            f"one person needs about {needed / 2**20:.0f} MiB "
+            f"(a text of {longest} tokens, {numbers + frozen:,} numbers); "
             f"the budget is {memory / 2**20:.0f} MiB",
             hint="Raise memory=…, lower max_tokens or the rank.",
         )
-    size = max((memory - max(tokens, longest) * base.bytes_per_token) // person, 1)
+    fit = (memory - max(tokens, longest) * base.bytes_per_token) // person
+    size = min(max(fit, 1), _MOST_PEOPLE)
     cohorts = tuple(tuple(range(i, min(i + size, len(jobs)))) for i in range(0, len(jobs), size))
     return Plan(cohorts, max(tokens, longest), torch.get_num_threads())

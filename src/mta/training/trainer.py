@@ -20,7 +20,7 @@ from torch import Tensor
 from mta.base import BaseModel
 from mta.config import Training
 from mta.lora.batch import LoraBatch
-from mta.lora.layers import Adapters, PerPerson, applied
+from mta.lora.layers import Adapters, PerPerson, Renumbered, applied
 from mta.tasks.prompt import Example
 from mta.training.checkpoint import Checkpoint
 from mta.training.optimizer import BatchedAdamW, learning_rate
@@ -91,7 +91,8 @@ def train(
     cohort.release()
     while cohort.active:
         batches = [batch_of(jobs[j], cohort.step, training.batch_size, seed) for j in cohort.active]
-        losses = _gradients(base, cohort, batches, adapters, frozen, tokens_per_batch, packed)
+        with base.in_training():
+            losses = _gradients(base, cohort, batches, adapters, frozen, tokens_per_batch, packed)
         cohort.advance(training, sum(len(batch) for batch in batches))
         if on_step:
             on_step(Step(cohort.step, len(batches), cohort.examples, total, float(losses.mean())))
@@ -237,7 +238,8 @@ def _gradients(
     packed: bool,
 ) -> Tensor:
     """Add everyone's gradient of this step to the cohort's buffer; returns their losses, (U,)."""
-    rows = [pack(examples, base.attention_price, packed=packed and base.packable) for examples in batches]
+    how: dict[str, Any] = {"blocked": base.blocked, "longest": budget, "packed": packed and base.packable}
+    rows = [pack(examples, base.attention_price, **how) for examples in batches]
     shares = [1 / sum(len(e.target) for e in examples) for examples in batches]
     share = torch.tensor(shares, dtype=base.master_dtype, device=base.device)
     jobs = torch.tensor(cohort.active, device=base.device)
@@ -245,12 +247,10 @@ def _gradients(
     for part in _passes(rows, budget):
         batch = collate(part.rows, base.pad_token, base.device)
         owner = torch.tensor(part.owners, device=base.device)
-        leaves = cohort.leaves(part.people)
-        with (
-            applied(base.model, frozen, jobs[owner]),
-            applied(base.model, [adapters(leaves, jobs[part.people])], owner - part.people.start),
-        ):
-            logits = base.logits(batch.tokens, batch.visible(), batch.positions, batch.places)
+        leaves, theirs = cohort.leaves(part.people), jobs[part.people]
+        layers = [*(Renumbered(one, theirs) for one in frozen), adapters(leaves, theirs)]
+        with applied(base.model, layers, owner - part.people.start):
+            logits = base.logits(batch.tokens, batch.ends, batch.positions, batch.places)
             weighted = -batch.log_probs(logits) * share[owner[batch.row]]
             cohort.add_gradient(part.people, leaves, weighted.sum())
         losses.index_add_(0, owner[batch.row], weighted.detach())

@@ -1,0 +1,66 @@
+"""The demo's comparison on more people than fit into the demo's minutes, for narrower intervals (docs/results.md).
+
+Run:  python benchmarks/many_people.py --out many [people.test=300] [key=value over the recipe]
+About an hour on two cores. The development people that settings were chosen on (docs/tuning.md) take no part.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from mta import assets
+from mta.bank.bank import Bank
+from mta.base import BaseModel
+from mta.cli.screen import Screen, console
+from mta.config import override
+from mta.demo import Recipe, load_recipe
+from mta.evaluation.show import show
+from mta.evaluation.study import Study, study
+from mta.history import Person
+from mta.readers import read_people
+from mta.splits import Splits, draw
+
+RECIPE = (
+    "people.test=300",
+    "people.task=200",
+    'evaluation.policies=["similarity","loss","posterior","ridge","learned"]',
+)
+TUNED = {"test": 60, "development": 100}  # the parts docs/tuning.md was made with
+
+
+def untouched(recipe: Recipe, people: list[Person]) -> Splits:
+    """Parts drawn from everybody no setting was chosen on."""
+    how = {"min_items": recipe.evaluation.shots + recipe.evaluation.queries}
+    development = set(draw(people, recipe.run.seed, task=0, **TUNED, **how).development)
+    rest = [person for person in people if person.id not in development]
+    return draw(rest, recipe.run.seed, task=recipe.people.task, development=0, test=recipe.people.test, **how)
+
+
+def run(recipe: Recipe, out: Path, screen: Screen) -> Study:
+    """Bank and comparison under ``out``; a bank that is there is used again."""
+    people = read_people(assets.resolve(recipe.data), recipe.run.task)
+    parts = untouched(recipe, people)
+    base = BaseModel.of(recipe.run)
+    candidates, task_people = parts.select("candidates", people), parts.select("task", people)
+    how = {"task": recipe.run.task, "run": recipe.run, "task_people": task_people, "on_step": screen.step}
+    bank = Bank.build(base, candidates, out / "bank", **how)
+    tested = parts.select("test", people)
+    return study(base, bank, recipe.run, tested, recipe.evaluation, on_step=screen.step, on_method=screen.say)
+
+
+def main() -> None:
+    """Write report.html and results.json under --out, and show the table."""
+    words = argparse.ArgumentParser(description=__doc__)
+    words.add_argument("--out", type=Path, default=Path("many"))
+    words.add_argument("settings", nargs="*", help="key=value over the recipe")
+    given = words.parse_args()
+    with Screen() as screen:
+        found = run(override(load_recipe("movielens"), [*RECIPE, *given.settings]), given.out, screen)
+    found.meta |= {"data": "movielens-100k", "terms": assets.ASSETS["movielens-100k"].note}
+    found.write(given.out, " ".join(["python benchmarks/many_people.py", *given.settings]))
+    show(found, console)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,128 @@
+"""Files under a folder or any fsspec URL: whole or not at all, and created by one writer only."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from fsspec.core import url_to_fs
+from fsspec.implementations.local import LocalFileSystem
+
+from mta.aside import written_aside
+from mta.errors import StoreError
+
+_NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EXDEV}
+
+
+class Storage:
+    """The few things a store does with files, by names below its root; failures become StoreError."""
+
+    def __init__(self, url: str | Path) -> None:
+        try:
+            self.fs, root = url_to_fs(str(url), use_listings_cache=False)  # others write too
+        except (ImportError, ValueError) as error:
+            hint = "Give a folder, or a URL that fsspec knows (s3://bucket/people)."
+            raise StoreError(f"the store cannot be opened: {error}", hint=hint) from error
+        self.root = str(root).rstrip("/")
+        self.local = isinstance(self.fs, LocalFileSystem)
+
+    def at(self, name: str) -> str:
+        """The full path."""
+        return f"{self.root}/{name}"
+
+    def read(self, name: str) -> bytes | None:
+        """A whole file, or None."""
+        with _reported(self.at(name)), contextlib.suppress(FileNotFoundError):
+            return bytes(self.fs.cat_file(self.at(name)))
+        return None
+
+    def exists(self, name: str) -> bool:
+        with _reported(self.at(name)):
+            return bool(self.fs.exists(self.at(name)))
+
+    def sizes(self, folder: str) -> dict[str, int]:
+        """Names and sizes of the files in a folder; empty without one."""
+        with _reported(self.at(folder)), contextlib.suppress(FileNotFoundError):
+            infos = self.fs.ls(self.at(folder), detail=True)
+            return {str(i["name"]).rsplit("/", 1)[-1]: int(i["size"] or 0) for i in infos if i["type"] == "file"}
+        return {}
+
+    def find(self, depth: int | None = None) -> list[str]:
+        """Names of all files, ``depth`` levels down."""
+        with _reported(self.root):
+            paths = self.fs.find(self.root, maxdepth=depth)
+            return [str(path).removeprefix(self.root).lstrip("/") for path in paths]
+
+    def remove(self, name: str) -> None:
+        """Remove a file or a folder, if it is there."""
+        with _reported(self.at(name)), contextlib.suppress(FileNotFoundError):
+            self.fs.rm(self.at(name), recursive=True)
+
+    def replace(self, name: str, data: bytes) -> None:
+        """Write a file, locally by rename; object stores put whole files, others are overwritten in place."""
+        with _reported(self.at(name)):
+            if not self.local:
+                return self._put(name, data)
+            with written_aside(Path(self.at(name))) as aside:
+                aside.write_bytes(data)
+
+    def create(self, name: str, data: bytes) -> None:
+        """Write a file that must not exist yet, else FileExistsError.
+
+        Locally a link publishes it whole and to one writer only. Elsewhere it is fsspec's exclusive mode (in memory,
+        S3, Google Cloud); without one it checks, then writes, and of two writers at one instant the last wins.
+        """
+        with _reported(self.at(name)):
+            if self.local:
+                return _create_local(Path(self.at(name)), data)
+            if self.fs.exists(self.at(name)):
+                raise FileExistsError(self.at(name))
+            self._put(name, data, mode="create")
+
+    def _put(self, name: str, data: bytes, **how: Any) -> None:
+        try:
+            self.fs.pipe_file(self.at(name), data, **how)
+        except FileNotFoundError:  # only file systems with real folders ask for them
+            self.fs.makedirs(self.at(name).rsplit("/", 1)[0], exist_ok=True)
+            self.fs.pipe_file(self.at(name), data, **how)
+
+
+def _create_local(path: Path, data: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    try:
+        with aside.open("xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        _link(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def _link(aside: Path, path: Path) -> None:
+    try:
+        os.link(aside, path)
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        with path.open("xb") as file:  # still one winner; killed right here, its half file reads as corrupt
+            file.write(aside.read_bytes())
+
+
+@contextlib.contextmanager
+def _reported(path: str) -> Iterator[None]:
+    try:
+        yield
+    except FileExistsError:
+        raise
+    except OSError as error:
+        raise StoreError(
+            f"{path} cannot be read or written: {error.strerror or error}",
+            hint="Check the store's address, permissions and free space, then repeat: nothing is half written.",
+        ) from error
