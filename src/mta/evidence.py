@@ -33,14 +33,12 @@ class Evidence:
     """What the shots say about the anchors.
 
     Shapes: anchors (U, N) and task (U,), log-likelihood of a person's targets under each anchor and under the task LoRA
-    alone; tokens (U,) target tokens and shots (U,) items they were summed over. ``labels`` only where answers are a
-    closed set.
+    alone; tokens (U,) target tokens they were summed over. ``labels`` only where answers are a closed set.
     """
 
     anchors: Tensor
     task: Tensor
     tokens: Tensor
-    shots: Tensor
     labels: Labels | None = None
 
 
@@ -63,7 +61,7 @@ def gather_evidence(
     bank: LoraBatch,
     pooled: Sequence[Shared],
     *,
-    tokens_per_batch: int = 4096,
+    tokens_per_batch: int = 2048,
     on_step: OnStep | None = None,
 ) -> Evidence:
     """Score everybody's shots under ``pooled`` (the task LoRA) alone and under every anchor: N + 1 passes.
@@ -73,8 +71,7 @@ def gather_evidence(
     """
     labelled = all(job.alternatives for job in jobs)
     asked = [[e for labels in job.alternatives for e in labels] if labelled else job.examples for job in jobs]
-    shots = torch.tensor([len(job.examples) for job in jobs], dtype=torch.float64)
-    passes, total = len(bank) + 1, int(shots.sum())
+    passes, total = len(bank) + 1, sum(len(job.examples) for job in jobs)
     found: list[list[Tensor]] = []
     for number in range(passes):
         parts = [shared.batch for shared in pooled] + ([bank.select([number - 1])] if number else [])
@@ -86,7 +83,7 @@ def gather_evidence(
     labels = _labels(jobs, scores) if labelled else None
     sums = torch.stack([s.sum(0) for s in scores]) if labels is None else _gold_sums(labels)
     tokens = torch.tensor([sum(len(e.target) for e in job.examples) for job in jobs], dtype=torch.float64)
-    return Evidence(sums[:, 1:], sums[:, 0], tokens, shots, labels)
+    return Evidence(sums[:, 1:], sums[:, 0], tokens, labels)
 
 
 def _labels(jobs: Sequence[Job], scores: Sequence[Tensor]) -> Labels:

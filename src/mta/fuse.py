@@ -158,7 +158,7 @@ def fuse(
     evidence: Evidence | None = None,
     *,
     seed: int = 0,
-    tokens_per_batch: int = 4096,
+    tokens_per_batch: int = 2048,
     on_step: OnStep | None = None,
 ) -> Merge:
     """All of stage 2 for U people: gather evidence if the policy reads it, retrieve, weigh, and learn if it learns."""

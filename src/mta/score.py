@@ -23,7 +23,7 @@ def log_likelihood(
     adapters: Sequence[Adapters] = (),
     *,
     owners: Sequence[int] | None = None,
-    tokens_per_batch: int = 4096,
+    tokens_per_batch: int = 2048,
     packed: bool = True,
 ) -> list[Tensor]:
     """Sum of log p over the target tokens of each example, job by job: a list of (examples,) tensors.

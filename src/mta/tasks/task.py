@@ -1,4 +1,4 @@
-"""A task as data: wording, target, labels, metric and the text that encoders and BM25 see.
+"""A task as data: wording, target, labels, metric and the text that encoders see.
 
 Nothing here knows a model or a tokenizer; ``mta.tasks.prompt`` turns what a task says into tokens.
 """
@@ -95,7 +95,7 @@ def _check_text(key: str, template: str, form: Form) -> None:
 class Task(_Frozen):
     """What people's items are asked and how answers are judged.
 
-    ``text`` is what encoders and BM25 see of an item. It never shows the target, so an item held out as a query
+    ``text`` is what encoders see of an item. It never shows the target, so an item held out as a query
     cannot leak its answer; ``text_of(item, with_target=True)`` adds the target where it is known.
     """
 
@@ -171,7 +171,7 @@ class Task(_Frozen):
         return self._fill(f"{{{name}}}", item)
 
     def text_of(self, item: Item, with_target: bool = False) -> str:
-        """What encoders and BM25 see of an item; the target stands on a line of its own."""
+        """What encoders see of an item; the target stands on a line of its own."""
         text = self._fill(self._text(item.is_query), item)
         return f"{text}\n{self.target(item)}".strip() if with_target else text
 
@@ -194,11 +194,6 @@ class Task(_Frozen):
             if name == form.target and labels is not None and value not in labels:
                 return name, f"unknown label {short(value)}; expected one of: {', '.join(labels)}"
         return None
-
-    def check(self, item: Item) -> None:
-        """Raises DataError if a field of the item is missing, empty or not among the labels."""
-        if found := self.wrong(item):
-            raise DataError(f"field {found[0]!r}: {found[1]}")
 
     def parse_query(self, input: str, output: str | None = None, id: str | None = None) -> Item:
         """A benchmark's ready-made question, and its gold answer where known, as a query.
