@@ -52,8 +52,7 @@ def blocks_of(ends: Tensor, positions: Tensor) -> Blocks:
     rows, depths = ends.cpu().numpy(), positions.cpu().numpy()
     tokens = rows.shape[1]
     best = min((_cuts(rows, depths, min(size, tokens)) for size in _SIZES), key=lambda cuts: _cost(cuts, depths))
-    wide = max(stop - start for _, start, stop in best)
-    deep = max(int(depths[row, start]) + stop - start for row, start, stop in best)
+    wide, deep = _sizes(best, depths)
     queries, keys = np.full((len(best), wide), -1), np.full((len(best), deep), -1)
     place = np.zeros(rows.size, dtype=np.int64)
     for g, (row, start, stop) in enumerate(best):
@@ -83,9 +82,14 @@ def _cuts(rows: Any, depths: Any, size: int) -> list[tuple[int, int, int]]:
     return cuts
 
 
-def _cost(cuts: Sequence[tuple[int, int, int]], depths: Any) -> float:
+def _sizes(cuts: Sequence[tuple[int, int, int]], depths: Any) -> tuple[int, int]:
+    """Q and K: the most tokens of a stretch, and the most that one sees."""
     wide = max(stop - start for _, start, stop in cuts)
-    deep = max(int(depths[row, start]) + stop - start for row, start, stop in cuts)
+    return wide, max(int(depths[row, start]) + stop - start for row, start, stop in cuts)
+
+
+def _cost(cuts: Sequence[tuple[int, int, int]], depths: Any) -> float:
+    wide, deep = _sizes(cuts, depths)
     return len(cuts) * (wide * deep + _GATHER * (wide + deep))
 
 

@@ -17,7 +17,7 @@ from mta.attention import additive, blocks_of, can_block, install, visible
 from mta.config import Run
 from mta.errors import AssetError, ModelError, UnsupportedModel
 from mta.fingerprint import fingerprint_of, folder_fingerprint
-from mta.machine import pick_device, pick_dtype
+from mta.machine import keep_freed_memory, pick_device, pick_dtype
 from mta.tasks.prompt import PromptFormat
 
 
@@ -67,6 +67,7 @@ class BaseModel:
         from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
         place = pick_device(device)
+        keep_freed_memory()
         how: dict[str, Any] = {"dtype": pick_dtype(dtype, place), "attn_implementation": "sdpa"}
         folder = local_folder(name)
         try:

@@ -29,7 +29,7 @@ from mta.lora.merge import truncate
 from mta.lora.peft import write_peft
 from mta.rows import Nobody, Who, row_adapters
 from mta.score import label_scores, log_likelihood
-from mta.stages import Stages, Wanted
+from mta.stages import Stages, Wanted, folder_of_run
 from mta.store import State, Store
 from mta.training.trainer import OnStep
 
@@ -113,7 +113,8 @@ class Personalizer:
         work = self.store.work if self.store else None
         if work and not resume:
             shutil.rmtree(work, ignore_errors=True)
-        stages = Stages.of(self.base, self.bank, self.run, self.encoder, everybody, work, on_step)
+        folder = folder_of_run(work, everybody) if work else None
+        stages = Stages(self.base, self.bank, self.run, self.encoder, on_step, folder)
         cohorts = stages.cohorts(everybody, missing)
         lacking = {wanted.person.id for wanted in missing}
 

@@ -66,6 +66,11 @@ class Cohorts:
     plan: Plan
 
 
+def folder_of_run(work: Path, everybody: Sequence[Wanted]) -> Path:
+    """Where a run over ``everybody`` leaves its plan and checkpoints: other runs over the same store keep theirs."""
+    return work / hashlib.sha256("/".join(wanted.name for wanted in everybody).encode()).hexdigest()[:24]
+
+
 @dataclass(frozen=True, slots=True)
 class Stages:
     """How cohorts are computed: over what, how they report, and the ``folder`` where stopped ones leave checkpoints."""
@@ -76,21 +81,6 @@ class Stages:
     encoder: Encoder
     on_step: OnStep | None = None
     folder: Path | None = None
-
-    @classmethod
-    def of(
-        cls,
-        base: BaseModel,
-        bank: Bank,
-        run: Run,
-        encoder: Encoder,
-        everybody: Sequence[Wanted],
-        work: Path | None,
-        on_step: OnStep | None,
-    ) -> Stages:
-        """Stages for one run over ``everybody``, with a folder of its own under ``work``: other runs keep theirs."""
-        name = hashlib.sha256("/".join(wanted.name for wanted in everybody).encode()).hexdigest()[:24]
-        return cls(base, bank, run, encoder, on_step, work / name if work else None)
 
     def cohorts(self, everybody: Sequence[Wanted], missing: Sequence[Wanted]) -> Cohorts:
         """Those who are missing, in cohorts; where a run over all of them was stopped, in the cohorts of that run.

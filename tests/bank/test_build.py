@@ -328,6 +328,23 @@ def test_every_line_of_the_metrics_is_a_step(built):
         (stage, n) for stage in ("task LoRA", "anchors") for n in (1, 2, 3, 4)
     ]
     assert all(row["loss"] > 0 and 0 < row["examples"] <= row["examples_total"] for row in rows)
+    assert read_info(built).seconds == {
+        stage: round(sum(row["seconds"] for row in rows if row["stage"] == stage), 1)
+        for stage in ("task LoRA", "anchors")
+    }
+
+
+def test_the_time_of_a_build_that_was_killed_counts_too(tmp_path):
+    def stop(stage, step):
+        if stage == "anchors":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build(tmp_path / "bank", on_step=stop)
+    metrics = tmp_path / "bank" / "metrics.jsonl"
+    rows = [json.loads(line) | {"seconds": 7.0} for line in metrics.read_text().splitlines()]
+    metrics.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"stage": "anch')
+    assert read_info(build(tmp_path / "bank")).seconds["task LoRA"] == 28.0
 
 
 def test_the_task_lora_is_an_ordinary_adapter_folder(built):

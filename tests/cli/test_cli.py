@@ -62,7 +62,7 @@ def test_bad_rows_can_be_set_aside(tmp_path):
 def test_bank_build_tells_what_it_made(world):
     assert world.built.json["anchors"] == 2
     assert "task LoRA: 8/8 examples" in world.built.err
-    assert set(world.built.json["seconds"]) == {"encode", "task LoRA", "anchors"}
+    assert set(world.built.json["seconds"]) == {"task LoRA", "anchors"}
 
 
 def test_a_finished_build_is_left_as_it_is(world):

@@ -1,12 +1,14 @@
 """The batched layer against the plain way: one adapter at a time, and a real PeftModel."""
 
 import peft
+import plain
 import pytest
 import torch
 from tiny import base_of, random_examples, random_loras
 
 from mta.lora import Gated, LoraBatch, PerPerson, Shared, applied, merge_exact
 from mta.lora.batch import join, stack
+from mta.lora.layers import Renumbered
 from mta.score import log_likelihood
 
 KINDS = ["llama", "mistral", "qwen2", "qwen3", "gemma3", "gpt2"]
@@ -34,12 +36,12 @@ def test_rows_of_different_people_equal_one_at_a_time(kind, tokens):
 def test_nobody_gets_the_base_and_the_model_is_left_as_it_was(tokens):
     base = base_of()
     people = random_loras(base, 2)
-    plain = base.model(input_ids=tokens).logits
+    bare = base.model(input_ids=tokens).logits
     gates = torch.ones(2, 2, dtype=torch.float64)
     mixed = logits(base, tokens, [PerPerson(people), Gated(people, gates)], [-1, 0, -1, 1])
-    torch.testing.assert_close(mixed[[0, 2]], plain[[0, 2]], rtol=0, atol=1e-12)
-    assert (mixed[1] - plain[1]).abs().max() > 1e-3
-    assert torch.equal(base.model(input_ids=tokens).logits, plain)
+    torch.testing.assert_close(mixed[[0, 2]], bare[[0, 2]], rtol=0, atol=1e-12)
+    assert (mixed[1] - bare[1]).abs().max() > 1e-3
+    assert torch.equal(base.model(input_ids=tokens).logits, bare)
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
@@ -82,6 +84,30 @@ def test_joined_factors_equal_separate_adapters():
         log_likelihood(base, jobs, [PerPerson(join([one, other]))]),
     ):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("owner", [[0, 0, 1, 1], [1, 0, 1, 0], [0, 1, -1, 0]], ids=["in order", "mixed", "nobody"])
+@pytest.mark.parametrize("parts", ["sp", "gp", "sgp", "sspp", "sg", "gg", "p", "s"])
+def test_any_mixture_of_adapters_is_the_sum_of_their_dense_updates(tokens, owner, parts):
+    """Terms of a layer are joined; everybody gets what separate ones would have given."""
+    base = base_of()
+    adapters, dense = [], [[] for _ in owner]
+    for seed, kind in enumerate(parts):
+        batch = random_loras(base, 1 if kind == "s" else 2, rank=2 + seed, seed=seed, scale=0.4 + seed)
+        w = torch.rand(2, 2, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        adapters.append({"s": Shared(batch), "g": Gated(batch, w), "p": PerPerson(batch)}[kind])
+        for row, who in enumerate(owner):
+            if kind == "s":
+                dense[row].append(plain.update(batch))
+            elif who >= 0:
+                dense[row].append(plain.merge(batch, [0, 1], w[who]) if kind == "g" else plain.update(batch, who))
+    found = logits(base, tokens, adapters, owner)
+    turned = [Renumbered(one, torch.tensor([1, 0])) for one in adapters]
+    again = logits(base, tokens, turned, [1 - who if who >= 0 else who for who in owner])
+    for row, updates in enumerate(dense):
+        expected = plain.logits(base, plain.weights(base, *updates), tokens[row].tolist())
+        torch.testing.assert_close(found[row], expected, rtol=0, atol=1e-9)
+        torch.testing.assert_close(again[row], expected, rtol=0, atol=1e-9)
 
 
 def test_stacked_batches_of_different_rank_keep_their_updates():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import shutil
@@ -9,7 +10,6 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TypeVar
 
 from mta.aside import write_tensors, written_aside
 from mta.bank import files
@@ -30,7 +30,6 @@ from mta.training.checkpoint import Checkpoint
 from mta.training.plan import Plan, plan_cohorts
 from mta.training.trainer import Job, OnStep, Step, train_loras
 
-T = TypeVar("T")
 METRICS = "metrics.jsonl"
 
 
@@ -63,7 +62,7 @@ def build_bank(
     site = _Site(base, task, run, out, work, on_step)
     # The anchors first: choosing them takes seconds, and if they are too few, stage 0 would be hours for nothing.
     able = [person for person in candidates if len(person.items) >= run.bank.min_items]
-    vectors = site.timed("encode", lambda: encode_people(encoder, task, able, run.bank.encode))
+    vectors = encode_people(encoder, task, able, run.bank.encode)
     chosen = select_anchors(able, vectors, run.bank.anchors, run.seed)
     anchors = [able[i].latest(run.bank.max_items) for i in chosen]
     (out / "work").mkdir(parents=True, exist_ok=True)
@@ -74,7 +73,7 @@ def build_bank(
     write_tensors(out / files.ANCHORS, bank.tensors(), {"scale": repr(bank.scale)})
     write_tensors(out / files.INDEX, {"vectors": vectors[chosen].contiguous()})
     members = files.Members.of(work, [p.id for p in task_people], [p.id for p in able], [a.id for a in anchors])
-    site.finish(encoder, plan, [len(able[i].items) for i in chosen], len(anchors), members)
+    site.finish(encoder, plan, [len(able[i].items) for i in chosen], members)
 
 
 def work_key(
@@ -97,7 +96,6 @@ class _Site:
     out: Path
     work: str
     on_step: OnStep | None
-    seconds: dict[str, float] = field(default_factory=dict)
     cut: dict[str, int] = field(default_factory=lambda: {"items left out": 0, "texts shortened": 0})
 
     def task_lora(self, people: Sequence[Person]) -> LoraBatch | None:
@@ -108,18 +106,15 @@ class _Site:
         folder = self.out / files.TASK_LORA
         if not self._done("task"):
             checkpoint = Checkpoint(self.out / "work" / "task.checkpoint", self.work)
-            trained = self.timed(
-                "task LoRA",
-                lambda: train_task_lora(
-                    self.base,
-                    self.task,
-                    people,
-                    settings,
-                    seed=self.run.seed,
-                    memory=parse_size(self.run.memory),
-                    checkpoint=checkpoint,
-                    on_step=self._reporter("task LoRA"),
-                ),
+            trained = train_task_lora(
+                self.base,
+                self.task,
+                people,
+                settings,
+                seed=self.run.seed,
+                memory=parse_size(self.run.memory),
+                checkpoint=checkpoint,
+                on_step=self._reporter("task LoRA"),
             )
             write_peft(folder, trained, self.base.name, fan_in_fan_out=self.base.fan_in_fan_out)
             self._mark("task")
@@ -147,7 +142,7 @@ class _Site:
         def cohort(number: int) -> LoraBatch:
             return self._cohort(number, [jobs[n] for n in plan.cohorts[number]], start, frozen, plan)
 
-        return stack(self.timed("anchors", lambda: list(executor.map(cohort, range(len(plan.cohorts))))))
+        return stack(executor.map(cohort, range(len(plan.cohorts))))
 
     def _cohort(
         self, number: int, jobs: Sequence[Job], start: LoraBatch, frozen: Sequence[Adapters], plan: Plan
@@ -172,7 +167,7 @@ class _Site:
         checkpoint.remove()
         return trained
 
-    def finish(self, encoder: Encoder, plan: Plan, items: Sequence[int], anchors: int, members: files.Members) -> None:
+    def finish(self, encoder: Encoder, plan: Plan, items: Sequence[int], members: files.Members) -> None:
         """Write the description last: a folder with ``bank.json`` is whole."""
         self.cut["items left out"] = sum(max(n - self.run.bank.max_items, 0) for n in items)
         names = [files.ANCHORS, files.INDEX]
@@ -191,7 +186,7 @@ class _Site:
             plan=plan.digest,
             items=tuple(items),
             cut=self.cut,
-            seconds={stage: round(seconds, 1) for stage, seconds in self.seconds.items()},
+            seconds=self._seconds(),
             members=members,
             files=files.file_hashes(self.out, names),
         )
@@ -200,23 +195,28 @@ class _Site:
         files.write_info(self.out, info)
         _tidy(self.out)
 
-    def timed(self, stage: str, act: Callable[[], T]) -> T:
-        """The result of ``act``; its seconds are remembered for the description."""
-        start = time.monotonic()
-        result = act()
-        self.seconds[stage] = self.seconds.get(stage, 0.0) + time.monotonic() - start
-        return result
-
     def _reporter(self, stage: str) -> Callable[[Step], None]:
-        path = self.out / METRICS
+        last = time.monotonic()
 
         def report(step: Step) -> None:
-            with path.open("a", encoding="utf-8") as log:
-                log.write(json.dumps({"stage": stage, **asdict(step)}) + "\n")
+            nonlocal last
+            before, last = last, time.monotonic()
+            with (self.out / METRICS).open("a", encoding="utf-8") as log:
+                log.write(json.dumps({"stage": stage, **asdict(step), "seconds": round(last - before, 3)}) + "\n")
             if self.on_step:
                 self.on_step(stage, step)
 
         return report
+
+    def _seconds(self) -> dict[str, float]:
+        """Time spent on each stage, in this process and in those before it that were killed."""
+        spent: dict[str, float] = {}
+        with contextlib.suppress(FileNotFoundError):  # nothing was trained
+            for line in (self.out / METRICS).read_text(encoding="utf-8").splitlines():
+                with contextlib.suppress(ValueError, KeyError, TypeError):  # a line that a kill has torn
+                    step = json.loads(line)
+                    spent[step["stage"]] = spent.get(step["stage"], 0.0) + step["seconds"]
+        return {stage: round(seconds, 1) for stage, seconds in spent.items()}
 
     def _done(self, stage: str) -> bool:
         marker = self.out / "work" / f"{stage}.done"
@@ -249,7 +249,7 @@ def _by_id(people: Sequence[Person]) -> list[Person]:
 
 def _tidy(out: Path) -> None:
     """Remove the work folder, and what killed runs had written aside and never renamed."""
-    names = (files.INFO, files.ANCHORS, files.INDEX, files.TASK_LORA)
+    names = (files.INFO, files.ANCHORS, files.INDEX, files.TASK_LORA, "README.md")
     for left in (out / "work", *(path for name in names for path in out.glob(f".{name}.{'[0-9a-f]' * 32}"))):
         if left.is_dir():
             shutil.rmtree(left, ignore_errors=True)
