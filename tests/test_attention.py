@@ -71,6 +71,19 @@ def test_low_precision_stays_near_the_dense_way(dtype):
         torch.testing.assert_close(found, expected, rtol=0.02 if dtype == torch.bfloat16 else 1e-4, atol=1e-3)
 
 
+def test_a_model_that_drops_keywords_on_the_way_keeps_dense_masks(monkeypatch):
+    import mta.attention as module
+
+    taken = module.tree_attention
+    monkeypatch.setattr(module, "tree_attention", lambda *args, blocks=None, **how: taken(*args, **how))
+    base = base_of()
+    monkeypatch.undo()
+    assert not base.blocked
+    jobs = [random_examples(4, 1)]
+    found, whole = log_likelihood(base, jobs), log_likelihood(base_of(), jobs)  # which puts the real one back
+    torch.testing.assert_close(found[0], whole[0], rtol=0, atol=1e-9)
+
+
 def test_models_that_do_more_to_their_scores_are_left_alone_or_refused():
     model = base_of().model
     model.config.attn_logit_softcapping = 30.0

@@ -233,6 +233,20 @@ def test_other_peoples_run_leaves_a_stopped_one_its_checkpoint(tiny, tmp_path):
     assert not (tmp_path / "work").exists()
 
 
+def test_a_stopped_plan_leaves_nobody_out(tiny, tmp_path):
+    def stop(stage, step):
+        raise KeyboardInterrupt
+
+    changed = [*PEOPLE[1:], PEOPLE[0].first(2)]
+    personalizer(*tiny, store=tmp_path).personalize(PEOPLE)
+    with pytest.raises(KeyboardInterrupt):
+        personalizer(*tiny, store=tmp_path).personalize(changed, on_step=stop)  # a plan of one person
+    personalizer(*tiny, store=tmp_path, merge=MergeSettings(policy="uniform")).personalize(changed)
+    again = personalizer(*tiny, store=tmp_path)
+    assert again.personalize(changed).trained == len(PEOPLE)
+    assert {again.state(person.id).policy for person in PEOPLE} == {"posterior"}
+
+
 def test_a_store_that_is_damaged_is_an_error_before_anything_is_trained(known, tiny, tmp_path):
     (tmp_path / "people" / "store.json").write_text("{}")
     again = personalizer(*tiny, store=tmp_path / "people")

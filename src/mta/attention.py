@@ -106,6 +106,17 @@ def can_block(model: Any) -> bool:
     return bool(getattr(model, "_supports_attention_backend", False)) and plain
 
 
+def small_tree(trunk: int = 8, branch: int = 24, branches: int = 3) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Tokens, ends and positions (1, T) of a tree that is cut into several blocks, and the places of its last path."""
+    count = trunk + branch * branches
+    starts = range(trunk, count, branch)
+    ends = [count] * trunk + [start + branch for start in starts for _ in range(branch)]
+    depths = [*range(trunk), *(trunk + i for _ in starts for i in range(branch))]
+    tokens = [5 + 7 * i % 11 for i in range(count)]
+    alone = torch.tensor([*range(trunk), *range(count - branch, count)])
+    return torch.tensor([tokens]), torch.tensor([ends]), torch.tensor([depths]), alone
+
+
 def install(model: Any) -> None:
     """Let ``model`` use ``tree_attention``. Weights and results stay as they are."""
     from transformers import AttentionInterface, AttentionMaskInterface

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from mta.assets import ASSETS, resolve
-from mta.attention import additive, blocks_of, can_block, install, visible
+from mta.attention import additive, blocks_of, can_block, install, small_tree, visible
 from mta.config import Run
 from mta.errors import AssetError, ModelError, UnsupportedModel
 from mta.fingerprint import fingerprint_of, folder_fingerprint
@@ -41,14 +41,16 @@ class BaseModel:
         if gradient_checkpointing:
             _enable_checkpointing(model, name)
         self.gradient_checkpointing = gradient_checkpointing
-        self.blocked = can_block(model)
-        if self.blocked:
-            install(model)
         self.model: Any = model
         self.tokenizer = tokenizer
         self.name = name
         self.fingerprint = fingerprint or fingerprint_of(dict(model.named_parameters()), tokenizer)
-        self.prompts = PromptFormat(tokenizer, min(max_tokens, self._longest()))
+        longest = int(getattr(model.config, "max_position_embeddings", None) or max_tokens)
+        self.prompts = PromptFormat(tokenizer, min(max_tokens, longest))
+        self.blocked = can_block(model)
+        if self.blocked:
+            install(model)
+            self.blocked = self._takes_blocks()
 
     @classmethod
     def load(
@@ -146,12 +148,13 @@ class BaseModel:
 
     @cached_property
     def attention_price(self) -> float:
-        """Cost of one query-key pair over the cost of pushing one token through the linear layers (for packing)."""
+        """Cost of one query-key pair over the cost of pushing one token through the linear layers (for packing).
+
+        Masks, softmax and what is moved for them make a pair about three times as dear as its operations.
+        """
         linear = sum(d * o for d, o in self.targets.values())
         config = self.model.config
-        return (
-            3.0 * 2.0 * config.hidden_size * config.num_hidden_layers / linear
-        )  # dense masks: 3x the plain operations
+        return 3.0 * 2.0 * config.hidden_size * config.num_hidden_layers / linear
 
     @cached_property
     def bytes_per_token(self) -> int:
@@ -216,6 +219,17 @@ class BaseModel:
         far = flat[blocks.queries][:, :, None] - flat[blocks.keys][:, None, :]
         return {"attention_mask": self._masks(blocks.seen, far), "blocks": blocks}
 
+    @torch.inference_mode()
+    def _takes_blocks(self) -> bool:
+        """Whether a branch of a small tree gets the logits it has alone: some models drop keywords on the way."""
+        tokens, ends, depths, alone = (part.to(self.device) for part in small_tree())
+        expected = self.model(input_ids=tokens[:, alone]).logits[0, -1]
+        try:
+            found = self.logits(tokens, ends, depths, alone[-1:])[0]
+        except (RuntimeError, TypeError, ValueError, UnsupportedModel):
+            return False
+        return float((found - expected).abs().max()) <= 0.05 * float(expected.abs().max())
+
     def _masks(self, seen: Tensor, far: Tensor) -> Tensor | dict[str, Tensor]:
         """Additive masks as transformers wants them: one, or one per kind of layer where windows slide."""
         config = self.model.config
@@ -225,9 +239,6 @@ class BaseModel:
             return additive(seen, self.dtype)
         sliding = additive(seen & (far < window), self.dtype)
         return {"full_attention": additive(seen, self.dtype), "sliding_attention": sliding} if kinds else sliding
-
-    def _longest(self) -> int:
-        return int(getattr(self.model.config, "max_position_embeddings", None) or 2**20)
 
 
 def local_folder(name: str) -> str:
@@ -266,6 +277,10 @@ def _enable_checkpointing(model: Any, name: str) -> None:
         )
     enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
     enable({"use_reentrant": False})
+    for layer in model.modules():
+        for attribute, value in list(vars(layer).items()):
+            if hasattr(layer, "gradient_checkpointing") and "drop" in attribute and isinstance(value, float):
+                setattr(layer, attribute, 0.0)  # some layers drop out by themselves once they are in training mode
 
 
 def _refuse_quantized(config: Any) -> None:

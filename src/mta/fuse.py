@@ -215,13 +215,17 @@ def _straight(k: int, anchors: int) -> bool:
     return 4 * k > anchors
 
 
-def merged_numbers(settings: MergeSettings, bank: LoraBatch) -> int:
-    """How many numbers ``merged`` gathers for one person: none where it computes straight from the bank."""
-    k = settings.k or len(bank)
+def merged_bytes(settings: MergeSettings, bank: Bank) -> int:
+    """Memory that ``merged`` takes for one person: none where it computes straight from the bank.
+
+    Counted twice: as it is kept, and as a pass joins it with what is trained over it.
+    """
+    k, anchors = settings.k or len(bank), bank.anchors if settings.mode == "svd" else bank.working
     if settings.mode == "exact" and _straight(k, len(bank)):
         return 0
-    rank = {"exact": k * bank.rank, "svd": settings.rank or bank.rank, "factor": bank.rank}[settings.mode]
-    return rank * sum(d + o for d, o in bank.shapes.values())
+    rank = {"exact": k * anchors.rank, "svd": settings.rank or anchors.rank, "factor": anchors.rank}[settings.mode]
+    width = next(iter(anchors.factors.values())).a.itemsize
+    return 2 * width * rank * sum(d + o for d, o in anchors.shapes.values())
 
 
 def merged_factors(anchors: LoraBatch, merge: Merge, settings: MergeSettings) -> LoraBatch:

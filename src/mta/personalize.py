@@ -110,10 +110,9 @@ class Personalizer:
         missing = [wanted for wanted in everybody if not self._has(wanted)]
         if not missing:
             return Personalized(0, len(people), 0)
-        work = self.store.work if self.store else None
-        if work and not resume:
-            shutil.rmtree(work, ignore_errors=True)
-        folder = folder_of_run(work, everybody) if work else None
+        folder = folder_of_run(self.store.work, everybody) if self.store and self.store.work else None
+        if folder and not resume:
+            shutil.rmtree(folder, ignore_errors=True)
         stages = Stages(self.base, self.bank, self.run, self.encoder, on_step, folder)
         cohorts = stages.cohorts(everybody, missing)
         lacking = {wanted.person.id for wanted in missing}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import shutil
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -20,13 +21,15 @@ from mta.base import BaseModel
 from mta.config import MergeSettings, Run, Settings, StackSettings, dump_yaml, parse_size
 from mta.encode import Encoder, encode_people
 from mta.evidence import shots_of
-from mta.fuse import Merge, fuse, merged, merged_numbers
+from mta.fuse import Merge, fuse, merged, merged_bytes
 from mta.history import Person
 from mta.lora.batch import LoraBatch
 from mta.state import State, work_key
 from mta.training.checkpoint import Checkpoint
 from mta.training.plan import Plan, plan_cohorts
 from mta.training.trainer import Job, OnStep
+
+_ABANDONED = 7 * 24 * 3600.0  # seconds after which nobody will go on with a stopped run
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,20 +92,23 @@ class Stages:
         """
         known = {wanted.name: wanted for wanted in everybody}
         begun = read_json(self.folder / "plan.json") if self.folder else None
-        chosen = [known[name] for name in begun] if isinstance(begun, list) else list(missing)
+        names = begun if isinstance(begun, list) and set(begun) <= set(known) else []
+        chosen = [known[name] for name in names] if {w.name for w in missing} <= set(names) else list(missing)
         jobs = [shots_of(self.base, self.bank.task, wanted.person) for wanted in chosen]
         stack, targets = self.run.stack, self.base.targets.values()
         numbers = stack.lora.rank * sum(d + o for d, o in targets) if stack.enabled else 1
-        frozen = merged_numbers(self.run.merge, self.bank.working) if stack.enabled else 0
+        frozen = merged_bytes(self.run.merge, self.bank) if stack.enabled else 0
         plan = plan_cohorts(self.base, jobs, numbers, parse_size(self.run.memory), frozen=frozen)
         if self.folder:
             write_json(self.folder / "plan.json", [wanted.name for wanted in chosen])
         return Cohorts(chosen, jobs, plan)
 
     def finish(self) -> None:
-        """Everybody's state is there: nothing of people stays beside it."""
+        """Everybody's state is there: what the run left of people goes, and what other runs left long ago."""
         if self.folder:
-            shutil.rmtree(self.folder, ignore_errors=True)
+            for folder in self.folder.parent.iterdir():
+                if folder == self.folder or time.time() - folder.stat().st_mtime > _ABANDONED:
+                    shutil.rmtree(folder, ignore_errors=True)
             with contextlib.suppress(OSError):  # other runs' folders may be there
                 self.folder.parent.rmdir()
 

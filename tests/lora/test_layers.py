@@ -110,6 +110,18 @@ def test_any_mixture_of_adapters_is_the_sum_of_their_dense_updates(tokens, owner
         torch.testing.assert_close(again[row], expected, rtol=0, atol=1e-9)
 
 
+@pytest.mark.parametrize("parts", ["s", "g", "p", "sgp"])
+def test_layers_that_get_all_tokens_in_one_dimension_compute_the_same(parts):
+    base, owner = base_of(), torch.tensor([0, 1, 1])
+    name, w = base_of().targets.__iter__().__next__(), torch.rand(2, 2, dtype=torch.float64)
+    batch = {kind: random_loras(base, 1 if kind == "s" else 2, seed=n) for n, kind in enumerate(parts)}
+    kinds = {"s": Shared, "g": lambda b: Gated(b, w), "p": PerPerson}
+    layer = base.model.get_submodule(name)
+    x = torch.randn(3, 4, layer.in_features, dtype=torch.float64)
+    with applied(base.model, [kinds[kind](batch[kind]) for kind in parts], owner), torch.inference_mode():
+        torch.testing.assert_close(layer(x.flatten(0, 1)), layer(x).flatten(0, 1), rtol=0, atol=1e-12)
+
+
 def test_stacked_batches_of_different_rank_keep_their_updates():
     base = base_of()
     one, other = random_loras(base, 1, rank=1, seed=1, scale=2.0), random_loras(base, 2, rank=3, seed=2)

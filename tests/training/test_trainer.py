@@ -163,3 +163,13 @@ def test_gradient_checkpointing_computes_layers_again_and_changes_nothing(kind):
     assert len(calls) == 2 * FIVE.steps
     assert difference(found, train_loras(base, jobs, start_of(base, jobs), FIVE)) < 1e-10
     assert again.bytes_per_token < base.bytes_per_token
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_gradient_checkpointing_takes_merges_and_people_with_different_numbers_of_rows(packed):
+    base, jobs = base_of(), jobs_of(3, 2)
+    again = BaseModel(base_of().model, base.tokenizer, "tiny", gradient_checkpointing=True)
+    w = torch.rand(2, 4, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    how = {"frozen": [Gated(random_loras(base, 4), w)], "packed": packed}
+    found, expected = (train_loras(one, jobs, start_of(one, jobs), FIVE, **how) for one in (again, base))
+    assert difference(found, expected) < 1e-10

@@ -31,6 +31,15 @@ from mta.training.plan import Plan, plan_cohorts
 from mta.training.trainer import Job, OnStep, Step, train_loras
 
 METRICS = "metrics.jsonl"
+_NO_WORK = {
+    "merge",
+    "stack",
+    "base",
+    "encoder",
+    "task",
+    "device",
+    "gradient_checkpointing",
+}  # identified otherwise, or free
 
 
 def build_bank(
@@ -81,7 +90,7 @@ def work_key(
 ) -> str:
     """What decides the tensors of a bank, as one hash."""
     people = [[[person.id, person.digest()] for person in group] for group in (task_people, candidates)]
-    settings = run.model_dump(mode="json", exclude={"merge", "stack", "base", "encoder", "task", "device"})
+    settings = run.model_dump(mode="json", exclude=_NO_WORK)
     parts = [base.fingerprint, encoder.fingerprint, task.model_dump(mode="json"), settings, people]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
@@ -189,6 +198,7 @@ class _Site:
             seconds=self._seconds(),
             members=members,
             files=files.file_hashes(self.out, names),
+            hash="",  # of the whole, by write_info
         )
         with written_aside(self.out / "README.md") as aside:
             aside.write_text(card(info), encoding="utf-8")
@@ -202,19 +212,22 @@ class _Site:
             nonlocal last
             before, last = last, time.monotonic()
             with (self.out / METRICS).open("a", encoding="utf-8") as log:
-                log.write(json.dumps({"stage": stage, **asdict(step), "seconds": round(last - before, 3)}) + "\n")
+                took = {"seconds": round(last - before, 3), "work": self.work[:12]}
+                log.write(json.dumps({"stage": stage, **asdict(step), **took}) + "\n")
             if self.on_step:
                 self.on_step(stage, step)
 
         return report
 
     def _seconds(self) -> dict[str, float]:
-        """Time spent on each stage, in this process and in those before it that were killed."""
+        """Time spent on each stage of this work, in this process and in those before it that were killed."""
         spent: dict[str, float] = {}
         with contextlib.suppress(FileNotFoundError):  # nothing was trained
             for line in (self.out / METRICS).read_text(encoding="utf-8").splitlines():
                 with contextlib.suppress(ValueError, KeyError, TypeError):  # a line that a kill has torn
                     step = json.loads(line)
+                    if step["work"] != self.work[:12]:
+                        continue
                     spent[step["stage"]] = spent.get(step["stage"], 0.0) + step["seconds"]
         return {stage: round(seconds, 1) for stage, seconds in spent.items()}
 

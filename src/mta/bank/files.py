@@ -68,7 +68,7 @@ class BankInfo(BaseModel):
     seconds: dict[str, float]
     members: Members
     files: dict[str, str]
-    hash: str = ""
+    hash: str
 
 
 def write_info(folder: Path, info: BankInfo) -> None:

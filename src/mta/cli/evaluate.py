@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated
 
@@ -10,6 +11,7 @@ import typer
 from mta.cli.data import Source, people_in
 from mta.cli.options import (
     MERGE_AND_STACK,
+    OF_THE_MACHINE,
     BankDir,
     Device,
     Json,
@@ -42,7 +44,7 @@ def evaluate(
 
     Everything is made anew from the shots; states in a store are not looked at. People who are in the bank, or have
     fewer than shots + queries items, are left out. Settings as key=value are those of the evaluation (shots=4
-    queries=10), and merge.…, stack.… and memory over the bank's.
+    queries=10), and merge.…, stack.…, memory and dtype over the bank's.
 
     Example:  mta evaluate newcomers.jsonl --bank bank/ --out results/ shots=8 queries=12 merge.policy=ridge
     """
@@ -52,7 +54,7 @@ def evaluate(
     from mta.evaluation.show import show
     from mta.evaluation.study import study
 
-    of_run = [word for word in words or () if word.startswith(("merge.", "stack.", "memory=", "dtype="))]
+    of_run = [word for word in words or () if re.split("[.=]", word)[0] in MERGE_AND_STACK | OF_THE_MACHINE]
     check_out(out)
     chosen = load_settings(Evaluation, config, [word for word in words or () if word not in of_run])
     everybody = people_in(source, task_of(bank), skip_bad)

@@ -7,12 +7,13 @@ from typing import Annotated
 
 import typer
 
-from mta.cli.options import BankDir, Device, Json, StoreUrl, open_bank, show_json
+from mta.cli.options import BankDir, Device, Json, StoreUrl, Words, open_bank, show_json
 
 
 def export(
     person: Annotated[str, typer.Argument(help="Whose model.")],
     out: Annotated[Path, typer.Option(help="Folder to write.")],
+    words: Words = None,
     rank: Annotated[
         int | None, typer.Option(min=1, help="Compress to this rank by svd; the error is reported.")
     ] = None,
@@ -27,7 +28,7 @@ def export(
     """
     from mta.personalize import Personalizer
 
-    base, opened, run = open_bank(bank, device=device)
+    base, opened, run = open_bank(bank, words, device=device)
     error = Personalizer(base, opened, store, run=run).export(person, out, rank=rank)
     if json:
         return show_json({"folder": str(out), "relative_error": error})

@@ -28,8 +28,9 @@ def forget(
     from mta.store import Store
 
     people = Store(store)
-    people.check()
     done = forget_person(person, people, None if no_bank else bank)
+    if not (done.states_removed or done.needs_rebuild):
+        people.check()
     if json:
         return show_json(asdict(done))
     typer.echo("removed" if done.states_removed else "nothing was kept of that person")

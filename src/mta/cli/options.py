@@ -32,7 +32,9 @@ StoreUrl = Annotated[str, typer.Option("--store", help="Where people's states ar
 
 
 MERGE_AND_STACK = frozenset({"merge", "stack"})
-_OF_THE_MACHINE = {"base", "encoder", "dtype", "device", "memory", "gradient_checkpointing", "max_tokens", "seed"}
+OF_THE_MACHINE = frozenset(
+    {"base", "encoder", "dtype", "device", "memory", "gradient_checkpointing", "max_tokens", "seed"}
+)
 
 
 def settings(config: Path | None, words: list[str] | None, **over: Any) -> Run:
@@ -62,15 +64,18 @@ def open_bank(
     from mta.base import BaseModel
     from mta.config import override
     from mta.errors import ConfigError
+    from mta.tasks import load_task
 
     given = [f"{key}={value}" for key, value in {"seed": seed, "device": device}.items() if value is not None]
     built = read_info(folder).run
     run = override(built, [*(words or []), *given], config)
-    settled = set(type(run).model_fields) - _OF_THE_MACHINE - open_to
+    settled = set(type(run).model_fields) - OF_THE_MACHINE - open_to
+    if run.task != built.task and load_task(run.task) == task_of(folder):
+        settled -= {"task"}  # the same by another name
     if changed := sorted(name for name in settled if getattr(run, name) != getattr(built, name)):
         raise ConfigError(
             f"{changed[0]!r} cannot be changed here: it was settled when bank or states were made",
-            hint=f"What can be changed: {', '.join(sorted(_OF_THE_MACHINE | open_to))}.",
+            hint=f"What can be changed: {', '.join(sorted(OF_THE_MACHINE | open_to))}.",
         )
     base = BaseModel.of(run)
     return base, Bank.open(folder, base), run

@@ -42,7 +42,7 @@ class Method(Protocol):
 
     @property
     def seeded(self) -> bool:
-        """Whether the seed changes anything: stacks start from it, merges do not."""
+        """Whether the seed can change anything: stacks start from it, and learned coefficients draw their batches."""
 
     def run(self, panel: Panel, seed: int) -> Outcome:
         """Learn from the shots and answer the queries."""

@@ -15,7 +15,7 @@ from mta.config import MergeSettings, Run, parse_size
 from mta.encode import Encoder, encode_people
 from mta.errors import InputError
 from mta.evidence import Evidence, gather_evidence, shots_of
-from mta.fuse import Merge, fuse, merged_numbers, needs_evidence
+from mta.fuse import Merge, fuse, merged_bytes, needs_evidence
 from mta.history import Item, Person
 from mta.training.plan import Plan, plan_cohorts
 from mta.training.trainer import Job, OnStep
@@ -71,7 +71,7 @@ class Panel:
 
     def plan(self, numbers: int, merge: MergeSettings | None = None) -> Plan:
         """Cohorts that fit the memory, with ``numbers`` trained for each person over their merge, if there is one."""
-        frozen = merged_numbers(merge, self.bank.working) if merge else 0
+        frozen = merged_bytes(merge, self.bank) if merge else 0
         return plan_cohorts(self.base, self.jobs, numbers, parse_size(self.run.memory), frozen=frozen)
 
     @cached_property

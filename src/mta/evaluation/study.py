@@ -97,7 +97,7 @@ def study(
     left_out = len(people) - len(able)
     if limit is not None and limit < len(able):
         able = draw(able, run.seed, task=0, development=0, test=limit).select("test", able)
-    encoder = encoder or bank.encoder(base)
+    encoder = encoder or bank.encoder(base, run.encoder)
     how: dict[str, Any] = {"shots": evaluation.shots, "queries": evaluation.queries, "on_step": on_step}
     panel = Panel.of(base, bank, encoder, run, able, **how)
     methods = standard_methods(run, evaluation, task, len(bank))

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -25,7 +26,7 @@ class Term(Protocol):
     """One adapter at one layer, with the rows of one batch already chosen."""
 
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
-        """``y`` (B, T, O) plus the update applied to ``x`` (B, T, D)."""
+        """``y`` (B, T, O) plus the update applied to ``x`` (B, T, D); some models give both as (B * T, ...)."""
 
 
 class Adapters(Protocol):
@@ -125,10 +126,10 @@ class _SharedTerm:
     gate: Tensor | None  # (B, P)
 
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
-        h = x @ self.a.T
+        h = x.reshape(-1, x.shape[-1]) @ self.a.T
         if self.gate is not None:
-            h = h * self.gate[:, None]
-        return torch.addmm(y.flatten(0, 1), h.flatten(0, 1), self.b.T).view_as(y)
+            h = (h.view(len(self.gate), -1, h.shape[-1]) * self.gate[:, None]).flatten(0, 1)
+        return torch.addmm(y.reshape(-1, y.shape[-1]), h, self.b.T).view_as(y)
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +140,7 @@ class _RowTerm:
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
         people = self.a.shape[0]
         h = torch.bmm(x.reshape(people, -1, x.shape[-1]), self.a.mT)
-        if people == y.shape[0]:
+        if y.ndim == 3 and people == y.shape[0]:
             return y.baddbmm_(h, self.b.mT)  # y is the layer's own new output: nobody else holds it
         return torch.baddbmm(y.reshape(people, -1, y.shape[-1]), h, self.b.mT).view_as(y)
 
@@ -179,9 +180,12 @@ def applied(model: nn.Module, adapters: Sequence[Adapters], owner: Tensor) -> It
     for adapter in adapters:
         for name in adapter.names:
             by_layer.setdefault(name, []).append(adapter)
-    handles = [
-        model.get_submodule(name).register_forward_hook(_hook(name, parts, owner)) for name, parts in by_layer.items()
-    ]
+    handles = []
+    for name, parts in by_layer.items():
+        layer: Any = model.get_submodule(name)
+        # Made here, not in the hook: decoding calls a layer once per token, and a checkpointed layer runs twice.
+        terms = _joined([part.term(name, owner, layer.weight.dtype) for part in parts])
+        handles.append(layer.register_forward_hook(partial(_add, terms)))
     try:
         yield
     finally:
@@ -189,15 +193,7 @@ def applied(model: nn.Module, adapters: Sequence[Adapters], owner: Tensor) -> It
             handle.remove()
 
 
-def _hook(name: str, adapters: Sequence[Adapters], owner: Tensor) -> Any:
-    terms: list[Term] = []
-
-    def add(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        x = args[0]
-        if not terms:  # once per block: decoding calls a layer once per token
-            terms.extend(_joined([adapter.term(name, owner, x.dtype) for adapter in adapters]))
-        for term in terms:
-            output = term(x, output)
-        return output
-
-    return add
+def _add(terms: Sequence[Term], _: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    for term in terms:
+        output = term(args[0], output)
+    return output

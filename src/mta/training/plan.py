@@ -38,19 +38,19 @@ def plan_cohorts(
 ) -> Plan:
     """Split jobs (already sorted by key) into cohorts that fit into ``memory`` bytes beside the base.
 
-    ``start`` is one person's parameters, or their number; ``frozen`` counts what is kept of a person and not trained,
-    merged factors. Half of the memory is for activations, the rest for adapters, gradients and moments.
+    ``start`` is one person's parameters, or their number; ``frozen`` are the bytes of what is kept of a person and not
+    trained, merged factors. Half of the memory is for activations, the rest for adapters, gradients and moments.
     Raises MemoryBudgetError, saying what one person needs.
     """
     numbers = start if isinstance(start, int) else sum(tensor[0].numel() for tensor in start.values())
-    person = _COPIES * numbers * base.master_dtype.itemsize + frozen * base.dtype.itemsize
+    person = _COPIES * numbers * base.master_dtype.itemsize + frozen
     longest = max((len(example.tokens) - 1 for job in jobs for example in job.examples), default=1)
     tokens = min(max(memory // 2 // base.bytes_per_token, 1), _MOST_TOKENS)
     needed = longest * base.bytes_per_token + person
     if needed > memory:
         raise MemoryBudgetError(
             f"one person needs about {needed / 2**20:.0f} MiB "
-            f"(a text of {longest} tokens, {numbers + frozen:,} numbers); "
+            f"(a text of {longest} tokens, {numbers:,} numbers to train); "
             f"the budget is {memory / 2**20:.0f} MiB",
             hint="Raise memory=…, lower max_tokens or the rank.",
         )
