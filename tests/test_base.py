@@ -295,7 +295,7 @@ def test_an_answer_stops_at_the_templates_end_and_at_what_the_model_names(named,
 @pytest.fixture(scope="module")
 def smollm2(fetched) -> BaseModel:
     fetched("smollm2-135m-instruct")
-    return BaseModel.load("smollm2-135m-instruct")
+    return BaseModel.load("smollm2-135m-instruct", "float32")  # in bfloat16 its first answers are near ties
 
 
 @pytest.mark.real

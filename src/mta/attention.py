@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from mta.errors import UnsupportedModel
+from mta.kernels import TreeAttention, kernels
 
 NAME = "mta_tree"
 _SIZES = (16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 1024)  # of a block, in tokens
@@ -38,13 +39,17 @@ class Blocks:
     """G stretches of Q tokens and the K tokens each may see, padded.
 
     Shapes: queries (G, Q) and keys (G, K), flat places in B * T; seen (G, Q, K) bool; place (B * T,), where each token
-    stands in G * Q.
+    stands in G * Q. Token t stands among the keys, G * K, at ``slots[starts[t] : starts[t + 1]]``; ``each`` counts
+    0 ... B * T.
     """
 
     queries: Tensor
     keys: Tensor
     seen: Tensor
     place: Tensor
+    slots: Tensor
+    starts: Tensor
+    each: Tensor
 
 
 def blocks_of(ends: Tensor, positions: Tensor) -> Blocks:
@@ -62,7 +67,11 @@ def blocks_of(ends: Tensor, positions: Tensor) -> Blocks:
     whose = np.array([row for row, _, _ in best])[:, None]
     q, k = queries[:, :, None], keys[:, None, :]
     sees = (k >= 0) & (k <= q) & (q < rows[whose, keys.clip(0)][:, None, :])
-    made = (queries.clip(0) + whose * tokens, keys.clip(0) + whose * tokens, sees, place)
+    flat = np.where(keys >= 0, keys + whose * tokens, rows.size).ravel()
+    slots = np.argsort(flat, kind="stable")[: np.count_nonzero(keys >= 0)]
+    each = np.arange(rows.size + 1)
+    starts = np.searchsorted(flat[slots], each)
+    made = (queries.clip(0) + whose * tokens, keys.clip(0) + whose * tokens, sees, place, slots, starts, each)
     return Blocks(*(torch.from_numpy(part).to(ends.device) for part in made))
 
 
@@ -152,6 +161,8 @@ def tree_attention(
     groups = key.shape[1]
     count, wide = blocks.queries.shape
     scale = width**-0.5 if scaling is None else scaling
+    if kernels(query, key, value, attention_mask):
+        return TreeAttention.apply(query, key, value, attention_mask, blocks, scale), None  # type: ignore[no-untyped-call]
     q = _fetch(query, blocks.queries).view(count, wide, groups, heads // groups, width).permute(0, 2, 3, 1, 4)
     k, v = (_fetch(part, blocks.keys).transpose(1, 2).flatten(0, 1) for part in (key, value))  # (G * groups, K, E)
     scores = torch.bmm(scale * q.reshape(count * groups, -1, width), k.mT)  # (G * groups, share * Q, K)

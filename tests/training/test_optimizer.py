@@ -21,7 +21,6 @@ def test_equals_torch_adamw_with_schedules_and_clipping(schedule):
     for step in range(9):
         gradients = torch.randn(4, 37, generator=g, dtype=torch.float64)
         ours.gradient.copy_(gradients[active])
-        ours.clip(training.clip)
         rates = torch.tensor([learning_rate(training, step, steps[u]) for u in active], dtype=torch.float64)
         ours.update(rates, training)
         for rate, u in zip(rates, active):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mta.config import Training
+from mta.kernels import kernels
 
 _CHUNK = 2**14  # columns at a time: what an update touches stays in the cache
 
@@ -30,22 +31,27 @@ class BatchedAdamW:
     def of(cls, values: Tensor) -> BatchedAdamW:
         """Zero moments for ``values``."""
         zeros = [torch.zeros_like(values) for _ in range(3)]
-        return cls(values, zeros[0], zeros[1], zeros[2], torch.zeros(len(values), dtype=torch.long))
-
-    def clip(self, largest: float) -> Tensor:
-        """Scale each row's gradient to at most ``largest``; returns the norms before, (U,)."""
-        norms = self.gradient.norm(dim=1)
-        self.gradient.mul_((largest / (norms + 1e-6)).clamp_max(1.0)[:, None])  # as torch.nn.utils.clip_grad_norm_
-        return norms
+        return cls(values.contiguous(), zeros[0], zeros[1], zeros[2], torch.zeros(len(values), dtype=torch.long))
 
     def update(self, lr: Tensor, training: Training) -> None:
-        """One step of every row at its own ``lr`` (U,); gradients are zeroed after it."""
+        """Clip each row's gradient to ``training.clip``, take one step at its own ``lr`` (U,), and zero the gradients."""
         self.step += 1
-        count = self.step.to(self.values)[:, None]
-        rate = lr.to(self.values)[:, None]
+        count = self.step.to(self.values)
+        rate = lr.to(self.values)
+        clip = (training.clip / (self.gradient.norm(dim=1) + 1e-6)).clamp_max(1.0)  # as torch.nn.utils.clip_grad_norm_
         size = rate / (1 - training.beta1**count)
         correction = (1 - training.beta2**count).sqrt()
         decay = 1 - rate * training.weight_decay
+        if found := kernels(self.values):
+            buffers = (self.values, self.gradient, self.mean, self.square, clip, size, correction, decay)
+            places = (buffer.data_ptr() for buffer in buffers)
+            found["adamw"](*places, *self.values.shape, training.beta1, training.beta2, training.eps)
+        else:
+            self._plain_update(clip, size, correction, decay, training)
+
+    def _plain_update(self, clip: Tensor, size: Tensor, correction: Tensor, decay: Tensor, training: Training) -> None:
+        size, correction, decay = size[:, None], correction[:, None], decay[:, None]
+        self.gradient.mul_(clip[:, None])
         for start in range(0, self.values.shape[1], _CHUNK):
             window = slice(start, start + _CHUNK)
             values, gradient, mean, square = (

@@ -18,6 +18,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from mta.kernels import LogProbs, kernels
 from mta.tasks.prompt import Example
 
 
@@ -55,6 +56,8 @@ class Rows:
 
     def log_probs(self, logits: Tensor) -> Tensor:
         """Log probability of each predicted token, (n,), in at least float32; logits (m, V) of ``places``."""
+        if kernels(logits):
+            return LogProbs.apply(logits, self.source, self.target)  # type: ignore[no-untyped-call]
         table = torch.log_softmax(logits if logits.dtype == torch.float64 else logits.float(), dim=-1)
         return table[self.source, self.target]
 

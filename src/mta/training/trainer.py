@@ -71,6 +71,7 @@ def train(
     *,
     frozen: Sequence[Adapters] = (),
     seed: int = 0,
+    dtype: torch.dtype | None = None,
     tokens_per_batch: int = 2048,
     packed: bool = True,
     checkpoint: Checkpoint | None = None,
@@ -79,12 +80,13 @@ def train(
     """Train parameters ``start`` (each (U, ...), one row per job) over the frozen base and ``frozen`` adapters.
 
     ``adapters`` turns parameters into what is added to the base: factors into a LoRA, or coefficients into a merge.
-    ``frozen`` adapters are indexed by job.
+    ``frozen`` adapters are indexed by job. ``dtype`` is what ``adapters`` gets parameters in, and their gradients come
+    in; sums and steps are in the master dtype, its default.
     Rows of at most ``tokens_per_batch`` padded tokens go through the base together; this changes time and memory, not
     the result. With a ``checkpoint`` a killed run goes on where it was saved last.
     Returns the parameters in the order of ``jobs``, in the base's master dtype.
     """
-    cohort = _Cohort.begin(base, jobs, start, training)
+    cohort, dtype = _Cohort.begin(base, jobs, start, training), dtype or base.master_dtype
     if checkpoint and (saved := checkpoint.load()):
         cohort.restore(*saved)
     total = sum(steps * min(training.batch_size, len(job.examples)) for job, steps in zip(jobs, cohort.steps))
@@ -92,7 +94,7 @@ def train(
     while cohort.active:
         batches = [batch_of(jobs[j], cohort.step, training.batch_size, seed) for j in cohort.active]
         with base.in_training():
-            losses = _gradients(base, cohort, batches, adapters, frozen, tokens_per_batch, packed)
+            losses = _gradients(base, cohort, batches, adapters, frozen, dtype, tokens_per_batch, packed)
         cohort.advance(training, sum(len(batch) for batch in batches))
         if on_step:
             on_step(Step(cohort.step, len(batches), cohort.examples, total, float(losses.mean())))
@@ -107,7 +109,8 @@ def train_loras(base: BaseModel, jobs: Sequence[Job], start: LoraBatch, training
     def per_person(parameters: Mapping[str, Tensor], _: Tensor) -> PerPerson:
         return PerPerson(LoraBatch.of_tensors(parameters, start.scale))
 
-    return LoraBatch.of_tensors(train(base, jobs, start.tensors(), per_person, training, **how), start.scale)
+    trained = train(base, jobs, start.tensors(), per_person, training, dtype=base.dtype, **how)
+    return LoraBatch.of_tensors(trained, start.scale)
 
 
 def steps_of(training: Training, examples: int) -> int:
@@ -159,20 +162,18 @@ class _Cohort:
         steps = [steps_of(training, len(job.examples)) for job in jobs]
         return cls(layout, steps, BatchedAdamW.of(values.to(base.device, base.master_dtype)), order)
 
-    def leaves(self, people: slice) -> dict[str, Tensor]:
-        """Trainable views of the buffer for neighbouring people."""
-        return {
-            name: view.detach().requires_grad_() for name, view in self._views(self.optimizer.values[people]).items()
-        }
+    def leaves(self, people: slice, dtype: torch.dtype) -> dict[str, Tensor]:
+        """Trainable views of the buffer, or of its copy in a lower precision, for neighbouring people."""
+        values = self.optimizer.values[people].to(dtype)
+        return {name: view.detach().requires_grad_() for name, view in self._views(values).items()}
 
     def add_gradient(self, people: slice, leaves: Mapping[str, Tensor], loss: Tensor) -> None:
         """Add the gradient of ``loss`` with respect to ``leaves`` to the buffer."""
-        views = self._views(self.optimizer.gradient[people])
-        torch._foreach_add_(list(views.values()), list(torch.autograd.grad(loss, list(leaves.values()))))
+        parts = torch.autograd.grad(loss, list(leaves.values()))
+        self.optimizer.gradient[people] += torch.cat([part.flatten(1) for part in parts], 1)
 
     def advance(self, training: Training, examples: int) -> None:
         """One optimizer step for everyone still here; then those who are done leave."""
-        self.optimizer.clip(training.clip)
         rates = [learning_rate(training, self.step, self.steps[j]) for j in self.active]
         self.optimizer.update(torch.tensor(rates, dtype=torch.float64), training)
         self.step += 1
@@ -234,6 +235,7 @@ def _gradients(
     batches: Sequence[Sequence[Example]],
     adapters: Build,
     frozen: Sequence[Adapters],
+    dtype: torch.dtype,
     budget: int,
     packed: bool,
 ) -> Tensor:
@@ -247,7 +249,7 @@ def _gradients(
     for part in _passes(rows, budget):
         batch = collate(part.rows, base.pad_token, base.device)
         owner = torch.tensor(part.owners, device=base.device)
-        leaves, theirs = cohort.leaves(part.people), jobs[part.people]
+        leaves, theirs = cohort.leaves(part.people, dtype), jobs[part.people]
         layers = [*(Renumbered(one, theirs) for one in frozen), adapters(leaves, theirs)]
         with applied(base.model, layers, owner - part.people.start):
             logits = base.logits(batch.tokens, batch.ends, batch.positions, batch.places)

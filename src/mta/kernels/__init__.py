@@ -1,0 +1,10 @@
+"""Compiled kernels for what lies between the matrix products, on processors; an option that is taken where it can be.
+
+``compile`` builds and loads them, ``functions`` gives them gradients, ``swap`` puts them into a model.
+"""
+
+from mta.kernels.compile import kernels, without_kernels
+from mta.kernels.functions import LogProbs, TreeAttention, add_low_rank
+from mta.kernels.swap import use_kernels
+
+__all__ = ["LogProbs", "TreeAttention", "add_low_rank", "kernels", "use_kernels", "without_kernels"]

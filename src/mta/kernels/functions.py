@@ -1,0 +1,202 @@
+"""What the kernels compute, with gradients: drop-in replacements for a few torch expressions.
+
+Weights of norms, angles and masks are frozen and get no gradient. Every function expects its kernels to be there
+(``mta.kernels.compile.kernels``); sums are in float32, in float64 for float64.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from mta.kernels.compile import Kernels, kernels
+
+
+_FEW = 4  # tokens of a person; more are worth a matrix product
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """What sums are kept in."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _of(x: Tensor) -> Kernels:
+    found = kernels(x)
+    assert found is not None
+    return found
+
+
+class RmsNorm(Function):
+    """x (..., D) * weight (D,) / sqrt(mean of x squared + eps)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        x = x.contiguous()
+        d = x.shape[-1]
+        y, scale = torch.empty_like(x), x.new_empty(x.numel() // d, dtype=wide(x.dtype))
+        _of(x)["rms_norm"](y.data_ptr(), scale.data_ptr(), x.data_ptr(), weight.data_ptr(), len(scale), d, eps)
+        ctx.save_for_backward(x, weight, scale)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
+        x, weight, scale = ctx.saved_tensors
+        dy, dx = dy.contiguous(), torch.empty_like(x)
+        places = (t.data_ptr() for t in (dx, dy, scale, x, weight))
+        _of(x)["rms_norm_backward"](*places, len(scale), x.shape[-1])
+        return dx, None, None
+
+
+class Swiglu(Function):
+    """silu(gate) * up."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        gate, up = gate.contiguous(), up.contiguous()
+        y = torch.empty_like(gate)
+        _of(gate)["swiglu"](y.data_ptr(), gate.data_ptr(), up.data_ptr(), y.numel())
+        ctx.save_for_backward(gate, up)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
+        gate, up = ctx.saved_tensors
+        dy, dgate, dup = dy.contiguous(), torch.empty_like(gate), torch.empty_like(up)
+        _of(gate)["swiglu_backward"](*(t.data_ptr() for t in (dgate, dup, dy, gate, up)), dy.numel())
+        return dgate, dup
+
+
+class Rotate(Function):
+    """Rotary positions: x (B, H, T, E) * cos + (-second half, first half) * sin, with cos, sin (B or 1, T, E)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _rotated(x, cos, sin, inverse=False)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
+        return _rotated(dy, *ctx.saved_tensors, inverse=True), None, None
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
+    x = x.transpose(1, 2).contiguous()  # (B, T, H, E), as the linear layer wrote it
+    y = torch.empty_like(x)
+    _of(x)["rotate"](*(t.data_ptr() for t in (y, x, cos, sin)), *x.shape, len(cos), inverse)
+    return y.transpose(1, 2)
+
+
+def add_low_rank(y: Tensor, x: Tensor, a: Tensor, b: Tensor) -> bool:
+    """y (U, M, O) += x (U, M, D) @ a.mT @ b.mT, in place, with a (U, R, D), b (U, O, R): for few tokens M of each.
+
+    Made for decoding, without a gradient; False, and nothing done, where this kernel would not be the fastest way.
+    """
+    found = kernels(y, x, a, b) if x.shape[1] <= _FEW else None
+    if found is None or not all(t.is_contiguous() for t in (y, x, a, b.mT)):
+        return False
+    places = (t.data_ptr() for t in (y, x, a, b))
+    found["low_rank"](*places, *x.shape[:2], a.shape[1], x.shape[2], y.shape[2])
+    return True
+
+
+class LogProbs(Function):
+    """Log probability (n,) of tokens ``target`` under rows ``source`` of logits (m, V), in at least float32."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, source: Tensor, target: Tensor) -> Tensor:
+        logits = logits.contiguous()
+        total = logits.new_empty(len(logits), dtype=wide(logits.dtype))
+        _of(logits)["log_sum_exp"](total.data_ptr(), logits.data_ptr(), *logits.shape)
+        ctx.save_for_backward(logits, source, target, total)
+        return logits[source, target].to(total.dtype) - total[source]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
+        logits, source, target, total = ctx.saved_tensors
+        weight = torch.zeros_like(total).index_add_(0, source, -dy)
+        out = torch.empty_like(logits)
+        places = (t.data_ptr() for t in (out, logits, total, weight))
+        _of(logits)["weighted_softmax"](*places, *logits.shape)
+        return out.index_put_((source, target), dy.to(out.dtype), accumulate=True), None, None
+
+
+class TreeAttention(Function):
+    """Attention of G blocks of Q queries to K keys each; see ``mta.attention``, whose ``Blocks`` bring the indices.
+
+    Shapes: q (B, H, T, E), k and v (B, H / share, T, E), mask (G, 1, Q, K) -> (B, T, H, E).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, blocks: Any, scale: float) -> Tensor:
+        batch, heads, tokens, width = q.shape
+        groups, count = k.shape[1], len(blocks.queries)
+        q, k, v = (x.transpose(1, 2).contiguous() for x in (q, k, v))  # (B, T, H, E), mostly as they were written
+        spread = _spread(q, blocks)  # (G, H, Q, E)
+        near, values = _gathered(k, blocks), _gathered(v, blocks)
+        shares = torch.bmm(_grouped(spread, groups), near.flatten(0, 1).mT)  # scores, until softmax is done in place
+        _of(q)["softmax"](shares.data_ptr(), mask.data_ptr(), count, heads, spread.shape[2], near.shape[2], scale)
+        seen = torch.bmm(shares, values.flatten(0, 1))
+        ctx.save_for_backward(spread, near, values, shares)
+        ctx.blocks, ctx.scale, ctx.shape = blocks, scale, (batch, tokens, heads, width)
+        return _summed(seen.view(spread.shape), blocks.place, blocks.each).view(ctx.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None, None]:
+        spread, near, values, shares = ctx.saved_tensors
+        blocks, groups = ctx.blocks, near.shape[1]
+        up = _grouped(_spread(dy.contiguous(), blocks), groups)
+        dvalues = torch.bmm(shares.mT, up)
+        dscores = torch.bmm(up, values.flatten(0, 1).mT)
+        rows, keys = dscores.shape[0] * dscores.shape[1], dscores.shape[2]
+        _of(shares)["softmax_backward"](dscores.data_ptr(), shares.data_ptr(), rows, keys, ctx.scale)
+        dq = torch.bmm(dscores, near.flatten(0, 1)).view(spread.shape)
+        dk = torch.bmm(dscores.mT, _grouped(spread, groups))
+        batch, tokens = ctx.shape[:2]
+        parts = (
+            _summed(dq, blocks.place, blocks.each),
+            *(_summed(part.view(near.shape), blocks.slots, blocks.starts) for part in (dk, dvalues)),
+        )
+        dq, dk, dv = (part.view(batch, tokens, *part.shape[1:]).transpose(1, 2) for part in parts)
+        return dq, dk, dv, None, None, None
+
+
+def _grouped(x: Tensor, groups: int) -> Tensor:
+    """(G, H, Q, E) -> (G * groups, share * Q, E): the heads that share keys lie side by side."""
+    return x.view(x.shape[0] * groups, -1, x.shape[3])
+
+
+def _spread(x: Tensor, blocks: Any) -> Tensor:
+    """(B, T, H, E) -> (G, H, Q, E), zero where a block has no token."""
+    count, wide_ = blocks.queries.shape
+    heads, width = x.shape[2:]
+    out = x.new_empty(count, heads, wide_, width)
+    places = (t.data_ptr() for t in (out, x, blocks.place))
+    _of(x)["spread"](*places, len(blocks.place), count, wide_, heads, width)
+    return out
+
+
+def _gathered(x: Tensor, blocks: Any) -> Tensor:
+    """(B, T, H, E) -> (G, H, K, E) of the keys of each block."""
+    count, deep = blocks.keys.shape
+    heads, width = x.shape[2:]
+    out = x.new_empty(count, heads, deep, width)
+    _of(x)["gather"](*(t.data_ptr() for t in (out, x, blocks.keys)), count, deep, heads, width)
+    return out
+
+
+def _summed(x: Tensor, slots: Tensor, starts: Tensor) -> Tensor:
+    """(G, H, n, E) -> (B * T, H, E): the sum over each token's slots."""
+    heads, n, width = x.shape[1:]
+    out = x.new_empty(len(starts) - 1, heads, width)
+    places = (t.data_ptr() for t in (out, x, slots, starts))
+    _of(x)["scatter"](*places, len(out), n, heads, width)
+    return out

@@ -1,0 +1,292 @@
+// What a transformer does between its matrix products, one pass over memory each, for float, double and bfloat16.
+//
+// Plain C functions over contiguous arrays; sums in float (in double for double). ``mta.kernels.functions`` calls them
+// and says what each computes. Compiled on first use by ``mta.kernels.compile``.
+
+#include <algorithm>
+#include <bit>
+#include <cmath>
+#include <cstdint>
+#include <vector>
+
+namespace {
+
+struct bf16 { uint16_t bits; };
+
+template <class T> struct Wide { using type = float; };
+template <> struct Wide<double> { using type = double; };
+template <class T> using wide = typename Wide<T>::type;
+
+inline float load(bf16 x) { return std::bit_cast<float>(uint32_t(x.bits) << 16); }
+inline float load(float x) { return x; }
+inline double load(double x) { return x; }
+
+template <class T> inline T store(wide<T> x) { return x; }
+template <> inline bf16 store<bf16>(float x) {  // to nearest, ties to even; NaN stays NaN
+  const uint32_t bits = std::bit_cast<uint32_t>(x);
+  const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  return {uint16_t(x == x ? rounded : 0x7fc0)};
+}
+
+// exp as a polynomial that compilers turn into vector instructions; within 2 units in the last place of float.
+inline float exponential(float x) {
+  const bool none = x < -87.f;
+  x = none ? 0.f : (x > 88.f ? 88.f : x);
+  const float n = std::nearbyint(x * 1.44269504f);
+  const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  float p = 1.9875691500e-4f;
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  const float value = (p * r * r + r + 1.f) * std::bit_cast<float>((int32_t(n) + 127) << 23);
+  return none ? 0.f : value;
+}
+inline double exponential(double x) { return std::exp(x); }
+
+// Rows worth waking other threads for.
+inline bool large(int64_t numbers) { return numbers > (1 << 14); }
+
+template <class T>
+void rms_norm(T* y, wide<T>* scale, const T* x, const T* weight, int64_t n, int64_t d, double eps) {
+#pragma omp parallel for if (large(n * d))
+  for (int64_t i = 0; i < n; i++) {
+    const T* row = x + i * d;
+    wide<T> sum = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t j = 0; j < d; j++) sum += load(row[j]) * load(row[j]);
+    const wide<T> r = 1 / std::sqrt(sum / d + wide<T>(eps));
+    scale[i] = r;
+#pragma omp simd
+    for (int64_t j = 0; j < d; j++) y[i * d + j] = store<T>(load(row[j]) * r * load(weight[j]));
+  }
+}
+
+template <class T>
+void rms_norm_backward(
+    T* dx, const T* dy, const wide<T>* scale, const T* x, const T* weight, int64_t n, int64_t d) {
+#pragma omp parallel for if (large(n * d))
+  for (int64_t i = 0; i < n; i++) {
+    const T *row = x + i * d, *up = dy + i * d;
+    wide<T> dot = 0;
+#pragma omp simd reduction(+ : dot)
+    for (int64_t j = 0; j < d; j++) dot += load(up[j]) * load(weight[j]) * load(row[j]);
+    const wide<T> r = scale[i], pull = r * r * r * dot / d;
+#pragma omp simd
+    for (int64_t j = 0; j < d; j++)
+      dx[i * d + j] = store<T>(r * load(up[j]) * load(weight[j]) - pull * load(row[j]));
+  }
+}
+
+template <class T> void swiglu(T* y, const T* gate, const T* up, int64_t n) {
+#pragma omp parallel for simd if (large(n))
+  for (int64_t i = 0; i < n; i++) {
+    const wide<T> g = load(gate[i]);
+    y[i] = store<T>(g / (1 + exponential(-g)) * load(up[i]));
+  }
+}
+
+template <class T>
+void swiglu_backward(T* dgate, T* dup, const T* dy, const T* gate, const T* up, int64_t n) {
+#pragma omp parallel for simd if (large(n))
+  for (int64_t i = 0; i < n; i++) {
+    const wide<T> g = load(gate[i]), d = load(dy[i]), s = 1 / (1 + exponential(-g));
+    dup[i] = store<T>(d * g * s);
+    dgate[i] = store<T>(d * load(up[i]) * s * (1 + g * (1 - s)));
+  }
+}
+
+// x, y (B, T, H, E); cos, sin (B or 1, T, E). The inverse rotation is the gradient.
+template <class T>
+void rotate(T* y, const T* x, const T* cos, const T* sin, int64_t batch, int64_t tokens, int64_t heads, int64_t e,
+            int64_t angles, int64_t inverse) {
+  const int64_t half = e / 2;
+#pragma omp parallel for if (large(batch * tokens * heads * e))
+  for (int64_t i = 0; i < batch * tokens; i++) {
+    const int64_t angle = angles == 1 ? i % tokens : i;
+    const T *c = cos + angle * e, *s = sin + angle * e;
+    for (int64_t h = 0; h < heads; h++) {
+      const T* from = x + (i * heads + h) * e;
+      T* to = y + (i * heads + h) * e;
+#pragma omp simd
+      for (int64_t j = 0; j < half; j++) {
+        const wide<T> a = load(from[j]), b = load(from[j + half]);
+        const wide<T> low = inverse ? load(s[j + half]) : -load(s[j]);
+        const wide<T> high = inverse ? -load(s[j]) : load(s[j + half]);
+        to[j] = store<T>(a * load(c[j]) + b * low);
+        to[j + half] = store<T>(b * load(c[j + half]) + a * high);
+      }
+    }
+  }
+}
+
+// x (tokens, H, E) at places (G, n) -> out (G, H, n, E)
+template <class T>
+void gather(T* out, const T* x, const int64_t* places, int64_t groups, int64_t n, int64_t heads, int64_t e) {
+#pragma omp parallel for if (large(groups * n * heads * e))
+  for (int64_t g = 0; g < groups; g++)
+    for (int64_t i = 0; i < n; i++)
+      for (int64_t h = 0; h < heads; h++)
+        std::copy_n(x + (places[g * n + i] * heads + h) * e, e, out + ((g * heads + h) * n + i) * e);
+}
+
+// x (tokens, H, E) -> out (G, H, n, E): token t at slots[t] of G * n, zero where no token is
+template <class T>
+void spread(T* out, const T* x, const int64_t* slots, int64_t tokens, int64_t groups, int64_t n, int64_t heads, int64_t e) {
+  std::fill(out, out + groups * n * heads * e, T{});
+#pragma omp parallel for if (large(tokens * heads * e))
+  for (int64_t t = 0; t < tokens; t++)
+    for (int64_t h = 0; h < heads; h++)
+      std::copy_n(x + (t * heads + h) * e, e, out + ((slots[t] / n * heads + h) * n + slots[t] % n) * e);
+}
+
+// The gradient of both: out[t] = sum of x at the slots of token t, slots[starts[t] : starts[t + 1]] of G * n
+template <class T>
+void scatter(T* out, const T* x, const int64_t* slots, const int64_t* starts, int64_t tokens, int64_t n, int64_t heads,
+             int64_t e) {
+#pragma omp parallel for if (large(tokens * heads * e))
+  for (int64_t t = 0; t < tokens; t++)
+    for (int64_t h = 0; h < heads; h++) {
+      wide<T> sum[1024];
+      for (int64_t j = 0; j < e; j++) sum[j] = 0;
+      for (int64_t k = starts[t]; k < starts[t + 1]; k++) {
+        const T* from = x + ((slots[k] / n * heads + h) * n + slots[k] % n) * e;
+#pragma omp simd
+        for (int64_t j = 0; j < e; j++) sum[j] += load(from[j]);
+      }
+#pragma omp simd
+      for (int64_t j = 0; j < e; j++) out[(t * heads + h) * e + j] = store<T>(sum[j]);
+    }
+}
+
+// In place: scores (G, H, Q, K) become softmax(scale * scores + mask), mask (G, Q, K).
+template <class T>
+void softmax(T* scores, const T* mask, int64_t groups, int64_t heads, int64_t q, int64_t k, double factor) {
+  const wide<T> scale = factor;
+#pragma omp parallel if (large(groups * heads * q * k))
+  {
+    std::vector<wide<T>> buffer(k);
+    wide<T>* e = buffer.data();
+#pragma omp for
+    for (int64_t row = 0; row < groups * heads * q; row++) {
+      T* s = scores + row * k;
+      const T* m = mask + (row / (heads * q) * q + row % q) * k;
+      wide<T> most = -INFINITY, sum = 0;
+#pragma omp simd reduction(max : most)
+      for (int64_t j = 0; j < k; j++) {
+        e[j] = scale * load(s[j]) + load(m[j]);
+        most = std::max(most, e[j]);
+      }
+#pragma omp simd reduction(+ : sum)
+      for (int64_t j = 0; j < k; j++) {
+        e[j] = exponential(e[j] - most);
+        sum += e[j];
+      }
+      const wide<T> share = 1 / sum;
+#pragma omp simd
+      for (int64_t j = 0; j < k; j++) s[j] = store<T>(e[j] * share);
+    }
+  }
+}
+
+// In place: gradient (rows, K) of the shares becomes that of the unscaled scores.
+template <class T> void softmax_backward(T* gradient, const T* shares, int64_t rows, int64_t k, double factor) {
+  const wide<T> scale = factor;
+#pragma omp parallel for if (large(rows * k))
+  for (int64_t row = 0; row < rows; row++) {
+    T* d = gradient + row * k;
+    const T* p = shares + row * k;
+    wide<T> dot = 0;
+#pragma omp simd reduction(+ : dot)
+    for (int64_t j = 0; j < k; j++) dot += load(d[j]) * load(p[j]);
+#pragma omp simd
+    for (int64_t j = 0; j < k; j++) d[j] = store<T>(scale * load(p[j]) * (load(d[j]) - dot));
+  }
+}
+
+// log of the sum of exp over each row of logits (m, V)
+template <class T> void log_sum_exp(wide<T>* out, const T* logits, int64_t rows, int64_t v) {
+#pragma omp parallel for if (large(rows * v))
+  for (int64_t i = 0; i < rows; i++) {
+    const T* row = logits + i * v;
+    wide<T> most = -INFINITY, sum = 0;
+#pragma omp simd reduction(max : most)
+    for (int64_t j = 0; j < v; j++) most = std::max(most, load(row[j]));
+#pragma omp simd reduction(+ : sum)
+    for (int64_t j = 0; j < v; j++) sum += exponential(load(row[j]) - most);
+    out[i] = most + std::log(sum);
+  }
+}
+
+// out = weight * softmax(logits), row by row
+template <class T>
+void weighted_softmax(T* out, const T* logits, const wide<T>* total, const wide<T>* weight, int64_t rows, int64_t v) {
+#pragma omp parallel for if (large(rows * v))
+  for (int64_t i = 0; i < rows; i++)
+#pragma omp simd
+    for (int64_t j = 0; j < v; j++)
+      out[i * v + j] = store<T>(weight[i] * exponential(load(logits[i * v + j]) - total[i]));
+}
+
+// y (U, M, O) += x (U, M, D) a^T b with a (U, R, D), b (U, R, O): for a few tokens of each of many people
+template <class T>
+void low_rank(T* y, const T* x, const T* a, const T* b, int64_t people, int64_t m, int64_t r, int64_t d, int64_t o) {
+#pragma omp parallel if (large(people * r * (d + o)))
+  {
+    std::vector<wide<T>> buffer(o);
+    wide<T>* sum = buffer.data();
+#pragma omp for
+    for (int64_t i = 0; i < people * m; i++) {
+      const T *from = x + i * d, *down = a + i / m * r * d, *up = b + i / m * r * o;
+      T* to = y + i * o;
+      for (int64_t j = 0; j < o; j++) sum[j] = load(to[j]);
+      for (int64_t k = 0; k < r; k++) {
+        wide<T> h = 0;
+#pragma omp simd reduction(+ : h)
+        for (int64_t j = 0; j < d; j++) h += load(down[k * d + j]) * load(from[j]);
+        const wide<T> rounded = load(store<T>(h));
+#pragma omp simd
+        for (int64_t j = 0; j < o; j++) sum[j] += rounded * load(up[k * o + j]);
+      }
+#pragma omp simd
+      for (int64_t j = 0; j < o; j++) to[j] = store<T>(sum[j]);
+    }
+  }
+}
+
+// AdamW of rows (U, P), each with its own numbers; gradients are scaled by ``clip`` first and zeroed after.
+template <class T>
+void adamw(T* values, T* gradient, T* mean, T* square, const T* clip, const T* size, const T* correction,
+           const T* decay, int64_t people, int64_t p, double beta1, double beta2, double epsilon) {
+  const T b1 = beta1, b2 = beta2, c1 = 1 - beta1, c2 = 1 - beta2, eps = epsilon;
+  for (int64_t u = 0; u < people; u++) {
+    T *w = values + u * p, *g = gradient + u * p, *m = mean + u * p, *s = square + u * p;
+    const T by = clip[u], step = size[u], root = 1 / correction[u], keep = decay[u];
+#pragma omp parallel for simd if (large(p))
+    for (int64_t i = 0; i < p; i++) {
+      const T d = g[i] * by;
+      m[i] = b1 * m[i] + c1 * d;
+      s[i] = b2 * s[i] + c2 * d * d;
+      w[i] = w[i] * keep - step * m[i] / (std::sqrt(s[i]) * root + eps);
+      g[i] = 0;
+    }
+  }
+}
+
+}  // namespace
+
+// In the order of SIGNATURES in mta.kernels.compile.
+#define TABLE(T)                                                                                                  \
+  {                                                                                                               \
+    (void*)rms_norm<T>, (void*)rms_norm_backward<T>, (void*)swiglu<T>, (void*)swiglu_backward<T>,                 \
+    (void*)rotate<T>, (void*)gather<T>, (void*)spread<T>, (void*)scatter<T>, (void*)softmax<T>,                   \
+    (void*)softmax_backward<T>, (void*)log_sum_exp<T>, (void*)weighted_softmax<T>, (void*)low_rank<T>,            \
+    (void*)adamw<wide<T>>                                                                                         \
+  }
+
+extern "C" {
+void* table_float32[] = TABLE(float);
+void* table_float64[] = TABLE(double);
+void* table_bfloat16[] = TABLE(bf16);
+}

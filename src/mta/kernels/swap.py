@@ -1,0 +1,110 @@
+"""Kernels in the place of a transformers model's norms, gated MLPs and rotary positions.
+
+A module is exchanged only if its class is of a known shape and both ways give the same on random numbers; all others
+stay as they are. Modules keep their weights and hooks: only what ``forward`` computes with is another.
+"""
+
+from __future__ import annotations
+
+import inspect
+import types
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mta.kernels.compile import kernels
+from mta.kernels.functions import RmsNorm, Rotate, Swiglu
+
+_ROTARY = "apply_rotary_pos_emb"
+
+
+def use_kernels(model: nn.Module) -> list[str]:
+    """Exchange what can be exchanged, and say which classes were; nothing where there are no kernels."""
+    found: dict[type, bool] = {}
+    with torch.no_grad():
+        for module in model.modules():
+            kind = type(module)
+            for make in (_norm, _mlp, _attention):
+                faster = make(module) if found.get(kind, True) else None
+                if faster and kind not in found:
+                    found[kind] = make is _attention or _agree(module, faster)
+                if faster and found[kind]:
+                    module.forward = faster
+    return sorted(kind.__name__ for kind, agree in found.items() if agree)
+
+
+def _norm(module: nn.Module) -> Callable[..., Tensor] | None:
+    weight = getattr(module, "weight", None)
+    eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    known = type(module).__name__.endswith("RMSNorm") and isinstance(weight, Tensor) and isinstance(eps, float)
+    return partial(_norm_forward, module, module.forward, eps) if known else None
+
+
+def _norm_forward(module: Any, plain: Callable[..., Tensor], eps: float, hidden_states: Tensor) -> Tensor:
+    if kernels(hidden_states, module.weight) is None:
+        return plain(hidden_states)
+    return RmsNorm.apply(hidden_states, module.weight, eps)  # type: ignore[no-untyped-call]
+
+
+def _mlp(module: nn.Module) -> Callable[..., Tensor] | None:
+    parts = [getattr(module, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
+    silu = type(getattr(module, "act_fn", None)).__name__ in ("SiLU", "SiLUActivation")
+    known = silu and all(isinstance(part, nn.Linear) for part in parts)
+    return partial(_mlp_forward, module, module.forward) if known else None
+
+
+def _mlp_forward(module: Any, plain: Callable[..., Tensor], x: Tensor) -> Tensor:
+    if kernels(x) is None:
+        return plain(x)
+    return module.down_proj(Swiglu.apply(module.gate_proj(x), module.up_proj(x)))  # type: ignore[no-untyped-call]
+
+
+def _agree(module: Any, faster: Callable[..., Tensor]) -> bool:
+    weight = module.weight if hasattr(module, "weight") else module.gate_proj.weight
+    x = torch.linspace(-2, 3, 4 * weight.shape[-1], dtype=weight.dtype, device=weight.device).view(1, 4, -1)
+    if kernels(x) is None:
+        return False
+    expected, found = module.forward(x), faster(x)
+    return expected.dtype == found.dtype and _near(found, expected)
+
+
+def _near(found: Tensor, expected: Tensor) -> bool:
+    rough = 1e-6 if expected.dtype == torch.float64 else 4 * torch.finfo(expected.dtype).eps  # norms go through float32
+    return float((found - expected).double().norm()) <= rough * float(expected.double().norm())
+
+
+def _attention(module: nn.Module) -> Callable[..., Any] | None:
+    """The module's own forward, with another function under the name its source gives rotary positions."""
+    forward: Any = inspect.unwrap(type(module).forward)
+    names = getattr(forward, "__globals__", {})
+    plain = names.get(_ROTARY)
+    if plain is None or _ROTARY not in forward.__code__.co_names or not _rotates(plain):
+        return None
+    other = types.FunctionType(
+        forward.__code__, {**names, _ROTARY: partial(_rotary, plain)}, None, forward.__defaults__, forward.__closure__
+    )
+    other.__kwdefaults__ = forward.__kwdefaults__
+    return types.MethodType(other, module)
+
+
+def _rotary(plain: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:
+    whole = cos.ndim == 3 and q.ndim == 4 and q.shape[-1] == cos.shape[-1] and unsqueeze_dim == 1
+    if not whole or kernels(q, k, cos, sin) is None or not cos.is_contiguous() or not sin.is_contiguous():
+        return plain(q, k, cos, sin, unsqueeze_dim=unsqueeze_dim)
+    return Rotate.apply(q, cos, sin), Rotate.apply(k, cos, sin)  # type: ignore[no-untyped-call]
+
+
+def _rotates(plain: Callable[..., Any]) -> bool:
+    """Whether a model's function is the rotation by halves that the kernel computes."""
+    draw = torch.Generator().manual_seed(0)
+    q, k, cos, sin = (torch.randn(shape, generator=draw) for shape in ((1, 2, 3, 8), (1, 1, 3, 8), (1, 3, 8), (1, 3, 8)))
+    if kernels(q) is None:
+        return False
+    try:
+        expected = plain(q, k, cos, sin)
+    except (TypeError, RuntimeError, ValueError):
+        return False
+    return all(_near(found, right) for found, right in zip(_rotary(plain, q, k, cos, sin), expected))

@@ -1,0 +1,197 @@
+"""What adapters add at one layer, with the rows of one batch already chosen: terms, joined and computed in place.
+
+y = W x + b + sum of terms. Terms of one kind are joined on the rank axis, for each is a pass over x and y whatever its
+rank; nothing is computed for the gradient of a frozen factor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from mta.kernels import add_low_rank
+
+
+@dataclass(frozen=True, slots=True)
+class SharedTerm:
+    """One update for every row, or one whose ranks each row weighs by its own gate.
+
+    Shapes: a (P, D), b (O, P), gate (B, P) or None.
+    """
+
+    a: Tensor
+    b: Tensor
+    gate: Tensor | None = None
+
+    @property
+    def trained(self) -> bool:
+        """Whether a gradient flows into this term."""
+        parts = [self.a, self.b, *([] if self.gate is None else [self.gate])]
+        return torch.is_grad_enabled() and any(part.requires_grad for part in parts)
+
+    def __call__(self, x: Tensor, y: Tensor) -> Tensor:
+        """``y`` (B, T, O) plus the update applied to ``x`` (B, T, D); some models give both as (B * T, ...)."""
+        return torch.addmm(_flat(y), self._gated(_flat(x) @ self.a.T), self.b.T).view_as(y)
+
+    def add_(self, x: Tensor, y: Tensor) -> None:
+        """The same into ``y``."""
+        _flat(y).addmm_(self._gated(_flat(x) @ self.a.T), self.b.T)
+
+    def pull_(self, dy: Tensor, dx: Tensor) -> None:
+        """Add to ``dx`` what ``dy`` says of x."""
+        _flat(dx).addmm_(self._gated(_flat(dy) @ self.b), self.a)
+
+    def _gated(self, h: Tensor) -> Tensor:
+        if self.gate is None:
+            return h
+        return (h.view(len(self.gate), -1, h.shape[-1]) * self.gate[:, None]).flatten(0, 1)
+
+
+@dataclass(frozen=True, slots=True)
+class RowTerm:
+    """Update u for the u-th of U equal stretches of rows. Shapes: a (U, R, D), b (U, O, R)."""
+
+    a: Tensor
+    b: Tensor
+
+    @property
+    def trained(self) -> bool:
+        """Whether a gradient flows into this term."""
+        return torch.is_grad_enabled() and (self.a.requires_grad or self.b.requires_grad)
+
+    def __call__(self, x: Tensor, y: Tensor) -> Tensor:
+        """As in ``SharedTerm``."""
+        h = torch.bmm(_stretches(x, self.a), self.a.mT)
+        return torch.baddbmm(_stretches(y, self.a), h, self.b.mT).view_as(y)
+
+    def add_(self, x: Tensor, y: Tensor) -> None:
+        """The same into ``y``."""
+        x, y = _stretches(x, self.a), _stretches(y, self.a)
+        if torch.is_grad_enabled() or not add_low_rank(y, x, self.a, self.b):
+            y.baddbmm_(torch.bmm(x, self.a.mT), self.b.mT)
+
+    def laid_out(self) -> RowTerm:
+        """The same, with B as decoding reads it: rank by rank."""
+        return RowTerm(self.a.contiguous(), self.b.mT.contiguous().mT)
+
+
+Term = SharedTerm | RowTerm
+
+
+def _flat(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1])
+
+
+def _stretches(x: Tensor, a: Tensor) -> Tensor:
+    return x.reshape(a.shape[0], -1, x.shape[-1])
+
+
+class _AdaptedLinear(Function):
+    """A frozen linear layer with one trained row term (a, b) and frozen terms, nothing of it computed twice."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: nn.Linear, a: Tensor, b: Tensor, frozen: Sequence[Term]) -> Tensor:
+        rows = [term for term in frozen if isinstance(term, RowTerm)]
+        every = [RowTerm(a, b), *rows]
+        both = _side_by_side(every) if rows else every[0]
+        y = nn.functional.linear(x, layer.weight, layer.bias)
+        shared = [term for term in frozen if isinstance(term, SharedTerm)]
+        for term in shared:
+            term.add_(x, y)
+        h = torch.bmm(_stretches(x, a), both.a.mT)
+        _stretches(y, a).baddbmm_(h, both.b.mT)
+        ctx.save_for_backward(x, both.a, both.b, h)
+        ctx.layer, ctx.shared, ctx.rank = layer, shared, a.shape[1]
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, None, Tensor, Tensor, None]:
+        x, a, b, h = ctx.saved_tensors
+        dy = dy.contiguous()
+        up = _stretches(dy, a)
+        dh = torch.bmm(up, b)
+        da = torch.bmm(dh[:, :, : ctx.rank].mT, _stretches(x, a))
+        db = torch.bmm(up.mT, h[:, :, : ctx.rank])
+        if not ctx.needs_input_grad[0]:
+            return None, None, da, db, None
+        dx = dy @ ctx.layer.weight
+        for term in ctx.shared:
+            term.pull_(dy, dx)
+        _stretches(dx, a).baddbmm_(dh, a)
+        return dx, None, da, db, None
+
+
+def joined(terms: Sequence[Term]) -> list[Term]:
+    """The same sum in as few terms as can be; what is trained is not joined with what is frozen."""
+    parts: list[Term] = []
+    for trained in (False, True):
+        alike = [term for term in terms if term.trained == trained]
+        shared = [term for term in alike if isinstance(term, SharedTerm)]
+        rows = [term for term in alike if isinstance(term, RowTerm)]
+        if shared:
+            a, b = torch.cat([term.a for term in shared]), torch.cat([term.b for term in shared], 1)
+            shared = [SharedTerm(a, b, _gates(shared))]
+        parts += [*shared, *([_side_by_side(rows)] if rows else [])]
+    return _ungated_into_rows(parts)
+
+
+def _side_by_side(rows: Sequence[RowTerm]) -> RowTerm:
+    if len(rows) == 1:
+        return rows[0]
+    return RowTerm(torch.cat([term.a for term in rows], 1), torch.cat([term.b for term in rows], 2))
+
+
+def _ungated_into_rows(parts: Sequence[Term]) -> list[Term]:
+    """A frozen update that is the same for every row costs least as part of the row term."""
+    rows = [term for term in parts if isinstance(term, RowTerm)]
+    frozen = [term for term in rows if not term.trained]
+    rest = [term for term in parts if isinstance(term, SharedTerm)]
+    people = {term.a.shape[0] for term in rows}
+    if len(people) == 1:
+        each = (*people, -1, -1)
+        for term in [term for term in rest if term.gate is None and not term.trained]:
+            frozen.append(RowTerm(term.a.expand(each), term.b.expand(each)))
+            rest.remove(term)
+    return [*rest, *([_side_by_side(frozen)] if frozen else []), *(term for term in rows if term.trained)]
+
+
+def _gates(terms: Sequence[SharedTerm]) -> Tensor | None:
+    """Gates of joined terms, (B, P) side by side; who has none is always open."""
+    first = next((term.gate for term in terms if term.gate is not None), None)
+    if first is None:
+        return None
+    return torch.cat([first.new_ones(len(first), len(t.a)) if t.gate is None else t.gate for t in terms], 1)
+
+
+def with_terms(layer: nn.Module, terms: Sequence[Term]) -> Callable[[Tensor], Tensor]:
+    """The forward function of ``layer`` plus ``terms``."""
+    parts = joined(terms)
+    trained = [term for term in parts if term.trained]
+    frozen = [term for term in parts if not term.trained]
+    if type(layer) is nn.Linear and len(trained) == 1 and isinstance(trained[0], RowTerm):
+        return partial(_fused, layer, trained[0], frozen)
+    if not torch.is_grad_enabled():
+        parts = [term.laid_out() if isinstance(term, RowTerm) else term for term in parts]
+    return partial(_summed, layer.forward, parts, in_place=not trained)
+
+
+def _fused(layer: nn.Linear, trained: RowTerm, frozen: Sequence[Term], x: Tensor) -> Tensor:
+    return _AdaptedLinear.apply(x, layer, trained.a, trained.b, frozen)  # type: ignore[no-untyped-call]
+
+
+def _summed(plain: Callable[[Tensor], Tensor], parts: Sequence[Term], x: Tensor, *, in_place: bool) -> Tensor:
+    y = plain(x)
+    for term in parts:
+        if in_place and y.is_contiguous():
+            term.add_(x, y)  # y is the layer's own new output: nobody else holds it
+        else:
+            y = term(x, y)
+    return y

@@ -1,0 +1,179 @@
+"""Compiled kernels against torch's own operations: the same values and the same gradients."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_attention import rows_of
+from tiny import KINDS, base_of, random_examples, random_loras
+
+import mta.kernels.compile as module
+from mta.attention import additive, blocks_of, tree_attention
+from mta.kernels import LogProbs, add_low_rank, kernels, use_kernels, without_kernels
+from mta.kernels.functions import RmsNorm, Rotate, Swiglu
+from mta.lora import PerPerson
+from mta.lora.layers import Shared, applied
+from mta.score import log_likelihood
+
+DOUBLE = torch.float64
+pytestmark = pytest.mark.skipif(
+    kernels(torch.zeros(1)) is None, reason="no kernels here: they need g++ on Linux, and MTA_KERNELS not off"
+)
+SIZES = st.tuples(st.integers(1, 3), st.integers(1, 5), st.sampled_from([2, 6, 16, 34]))
+
+
+def draw(*shape, seed=0, dtype=DOUBLE):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=DOUBLE).to(dtype)
+
+
+def plain_norm(x, weight):
+    return x * (x.pow(2).mean(-1, keepdim=True) + 1e-5).rsqrt() * weight
+
+
+def plain_rotation(x, cos, sin):
+    low, high = x.chunk(2, -1)
+    return x * cos[:, None] + torch.cat([-high, low], -1) * sin[:, None]
+
+
+def pairs(size):
+    """Every function with its plain counterpart: (ours, plain, inputs that get gradients, further inputs)."""
+    b, t, d = size
+    angles = [draw(1 if b == 2 else b, t, d, seed=s) for s in (3, 4)]
+    heads = draw(b, t, 3, d).transpose(1, 2)  # as linear layers leave them
+    chosen = torch.tensor([0, t - 1, 0]), torch.tensor([1, 0, d - 1])
+    return {
+        "norm": (lambda x, w: RmsNorm.apply(x, w, 1e-5), plain_norm, [draw(b, t, d)], [draw(d, seed=1)]),
+        "swiglu": (Swiglu.apply, lambda g, u: torch.nn.functional.silu(g) * u, [draw(b, t, d), draw(b, t, d, seed=1)], []),
+        "rotate": (Rotate.apply, plain_rotation, [heads], angles),
+        "log_probs": (LogProbs.apply, lambda x, s, g: torch.log_softmax(x, -1)[s, g], [draw(t, d)], chosen),
+    }
+
+
+def with_gradients(function, inputs, others):
+    inputs = [x.detach().requires_grad_() for x in inputs]
+    y = function(*inputs, *others)
+    return y, torch.autograd.grad((y * draw(*y.shape, seed=9, dtype=y.dtype)).sum(), inputs)
+
+
+@settings(max_examples=25)
+@given(SIZES)
+def test_functions_equal_plain_ones_with_their_gradients(size):
+    for name, (ours, plain, inputs, others) in pairs(size).items():
+        found, slopes = with_gradients(ours, inputs, others)
+        expected, right = with_gradients(plain, inputs, others)
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-12, msg=name)
+        torch.testing.assert_close(slopes, right, rtol=0, atol=1e-12, msg=name)
+
+
+@pytest.mark.parametrize(("dtype", "rough"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_functions_in_lower_precision_are_off_by_its_rounding_alone(dtype, rough):
+    for ours, plain, inputs, others in pairs((3, 5, 34)).values():
+        low = [x.to(dtype) for x in inputs], [x.to(dtype) if x.is_floating_point() else x for x in others]
+        found, slopes = with_gradients(ours, *low)
+        exact = [x.double() for x in low[0]], [x.double() if x.is_floating_point() else x for x in low[1]]
+        expected, right = with_gradients(plain, *exact)
+        assert (found.double() - expected).norm() <= rough * expected.norm()
+        for slope, other in zip(slopes, right):
+            assert slope.dtype == dtype
+            assert (slope.double() - other).norm() <= rough * other.norm()
+
+
+def test_exponentials_keep_extremes_and_nan():
+    logits = torch.tensor([[0.0, -1e30, 80.0], [float("nan"), 0.0, 1.0]])
+    found = LogProbs.apply(logits, torch.tensor([0, 0, 1]), torch.tensor([2, 0, 1]))
+    assert found[0] == 0
+    assert found[1] == pytest.approx(-80)
+    assert found[2].isnan()
+    assert Swiglu.apply(torch.tensor([-200.0, 200.0]), torch.ones(2)).tolist() == [pytest.approx(0, abs=1e-30), 200.0]
+
+
+@settings(max_examples=25)
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=4), st.sampled_from([3, 12, 60]), st.sampled_from([1, 2]))
+def test_tree_attention_equals_the_plain_one(sizes, longest, share):
+    rows = rows_of(sizes, longest)
+    batch, tokens = rows.tokens.shape
+    inputs = [draw(batch, tokens, heads, 4, seed=heads).transpose(1, 2) for heads in (2 * share, 2, 2)]
+    blocks = blocks_of(rows.ends, rows.positions)
+    mask = additive(blocks.seen, DOUBLE)
+
+    def attend(*x):
+        return tree_attention(None, *x, mask, scaling=0.3, blocks=blocks)[0]
+
+    found, slopes = with_gradients(attend, inputs, [])
+    with without_kernels():
+        expected, right = with_gradients(attend, inputs, [])
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(slopes, right, rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("dtype", [DOUBLE, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tokens", [1, 4])
+def test_low_rank_updates_equal_matrix_products(dtype, tokens):
+    x, a = draw(3, tokens, 20, dtype=dtype), draw(3, 5, 20, seed=1, dtype=dtype)
+    b, y = draw(3, 5, 12, seed=2, dtype=dtype).mT, draw(3, tokens, 12, seed=3, dtype=dtype)
+    expected = y.double() + x.double() @ a.double().mT @ b.double().mT
+    assert add_low_rank(y, x, a, b)
+    torch.testing.assert_close(y.double(), expected, rtol=0, atol={DOUBLE: 1e-12, torch.float32: 1e-4}.get(dtype, 0.5))
+    before = y.clone()
+    assert not add_low_rank(y, x, a, b.contiguous())  # another layout
+    assert not add_low_rank(y, x.to(torch.float16), a, b)
+    assert torch.equal(y, before)
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "qwen3", "gemma3", "gpt2"])
+def test_models_compute_the_same_with_kernels_and_without(kind):
+    base = base_of(kind)
+    jobs, task = [random_examples(5, 1), random_examples(3, 2)], Shared(random_loras(base, 1, rank=3))
+    adapters = [task, PerPerson(random_loras(base, 2))]
+    found = log_likelihood(base, jobs, adapters)
+    with without_kernels():
+        expected = log_likelihood(base, jobs, adapters)
+    # transformers' own norms and rotations go through float32, ours do not
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_what_is_exchanged_is_what_has_a_known_shape():
+    expected = {
+        "llama": ["LlamaAttention", "LlamaMLP", "LlamaRMSNorm"],
+        "gemma3": ["Gemma3Attention"],  # its norms multiply by 1 + weight, its gates are no SiLU
+        "gpt2": [],
+    }
+    for kind, classes in expected.items():
+        assert use_kernels(KINDS[kind]().requires_grad_(False)) == classes
+
+
+def test_layers_get_their_own_forward_back_whatever_happens():
+    base = base_of()
+    layer = base.model.get_submodule(next(iter(base.targets)))
+    with pytest.raises(RuntimeError, match="stop"), applied(
+        base.model, [PerPerson(random_loras(base, 2))], torch.tensor([0, 1])
+    ):
+        assert "forward" in vars(layer)
+        raise RuntimeError("stop")
+    assert "forward" not in vars(layer)
+
+
+def test_tensors_of_other_kinds_are_left_to_torch():
+    assert kernels(torch.zeros(1, dtype=torch.float16)) is None
+    assert kernels(torch.zeros(1), torch.zeros(1, dtype=DOUBLE)) is None
+    assert kernels(torch.zeros(1, device="meta")) is None
+
+
+def test_a_machine_without_a_compiler_does_without():
+    code = "import torch, mta.kernels as k; print(k.kernels(torch.zeros(1)))"
+    for change in ({"MTA_KERNELS": "off"}, {"PATH": "/nowhere"}):
+        done = subprocess.run([sys.executable, "-c", code], env=change, capture_output=True, text=True, check=True)
+        assert done.stdout == "None\n"
+
+
+def test_a_compiler_that_fails_is_none(monkeypatch, tmp_path):
+    broken = tmp_path / "g++"
+    broken.write_text("#!/bin/sh\nexit 1\n")
+    broken.chmod(0o755)
+    monkeypatch.setattr(module.shutil, "which", lambda _: str(broken))
+    monkeypatch.setenv("MTA_CACHE", str(tmp_path))
+    assert module._library.__wrapped__() == {}
+    assert not list((tmp_path / "kernels").glob("*")) if (tmp_path / "kernels").exists() else True
