@@ -1,10 +1,12 @@
 # Two commands: `make demo` runs the main job, `make test` passes the tests. Both set up what they need, once.
+# `make bench` measures the speed against named peers (25 minutes at most), `make bench-full` in more detail (a night; an
+# interrupted one goes on where it was). Both print one table and write results/bench-<processor>.json and pictures.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test test-all lint format clean
+.PHONY: demo test test-all lint format bench bench-full clean
 
 demo: $(VENV)/installed
 	$(BIN)/mta demo --out demo
@@ -24,6 +26,12 @@ lint: $(VENV)/installed-dev
 format: $(VENV)/installed-dev
 	$(BIN)/ruff format src tests benchmarks
 	$(BIN)/ruff check --fix src tests benchmarks
+
+bench: $(VENV)/installed-dev
+	$(BIN)/python -m benchmarks.speed --again
+
+bench-full: $(VENV)/installed-dev
+	$(BIN)/python -m benchmarks.speed --full
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

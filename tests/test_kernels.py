@@ -12,7 +12,7 @@ from tiny import KINDS, base_of, random_examples, random_loras
 
 import mta.kernels.compile as module
 from mta.attention import additive, blocks_of, tree_attention
-from mta.kernels import LogProbs, add_low_rank, kernels, use_kernels, without_kernels
+from mta.kernels import LogProbs, add_low_rank, kernels, side_by_side, use_kernels, without_kernels
 from mta.kernels.functions import RmsNorm, Rotate, Swiglu
 from mta.lora import PerPerson
 from mta.lora.layers import Shared, applied
@@ -121,6 +121,20 @@ def test_low_rank_updates_equal_matrix_products(dtype, tokens):
     assert not add_low_rank(y, x, a, b.contiguous())  # another layout
     assert not add_low_rank(y, x.to(torch.float16), a, b)
     assert torch.equal(y, before)
+
+
+@pytest.mark.parametrize("dtype", [DOUBLE, torch.float32, torch.bfloat16])
+def test_merged_factors_equal_plain_ones(dtype):
+    b, w = draw(6, 5, 3, dtype=dtype), draw(4, 2, seed=1, dtype=dtype)
+    ids = torch.tensor([[0, 5], [2, 2], [1, 0], [4, 3]])
+    with without_kernels():
+        expected = side_by_side(b, ids, w)
+    assert torch.equal(side_by_side(b, ids, w), expected)
+    strided = ids.repeat_interleave(2, 1)[:, ::2], w.repeat_interleave(2, 1)[:, ::2]
+    assert torch.equal(side_by_side(b, *strided), expected)
+    trained = w.clone().requires_grad_()
+    side_by_side(b, ids, trained).sum().backward()
+    assert trained.grad is not None
 
 
 @pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "qwen3", "gemma3", "gpt2"])

@@ -52,7 +52,7 @@ class BaseModel:
         if self.blocked:
             install(model)
             self.blocked = self._takes_blocks()
-        use_kernels(model)
+        self.exchanged = use_kernels(model)  # classes of modules that compute with compiled kernels
 
     @classmethod
     def load(
@@ -161,7 +161,7 @@ class BaseModel:
     @cached_property
     def bytes_per_token(self) -> int:
         """Activations kept for the backward pass for one token, estimated from the layers' shapes."""
-        width = 2.0 * sum(d + o for d, o in self.targets.values())
+        width = (1.0 if self.exchanged else 2.0) * sum(d + o for d, o in self.targets.values())
         if self.gradient_checkpointing:
             config = self.model.config
             width = width / config.num_hidden_layers + config.hidden_size * config.num_hidden_layers

@@ -4,7 +4,7 @@
 """
 
 from mta.kernels.compile import kernels, without_kernels
-from mta.kernels.functions import LogProbs, TreeAttention, add_low_rank
+from mta.kernels.functions import LogProbs, TreeAttention, add_low_rank, side_by_side
 from mta.kernels.swap import use_kernels
 
-__all__ = ["LogProbs", "TreeAttention", "add_low_rank", "kernels", "use_kernels", "without_kernels"]
+__all__ = ["LogProbs", "TreeAttention", "add_low_rank", "kernels", "side_by_side", "use_kernels", "without_kernels"]

@@ -38,6 +38,7 @@ SIGNATURES = {  # p: a pointer, i: an integer, d: a double; in the order of the 
     "log_sum_exp": "pp ii",
     "weighted_softmax": "pppp ii",
     "low_rank": "pppp iiiii",
+    "side_by_side": "pppp iiii",
     "adamw": "pppppppp iiddd",
 }
 _TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "d": ctypes.c_double}

@@ -106,6 +106,20 @@ def add_low_rank(y: Tensor, x: Tensor, a: Tensor, b: Tensor) -> bool:
     return True
 
 
+def side_by_side(b: Tensor, ids: Tensor, w: Tensor) -> Tensor:
+    """Factors B (N, O, R) of anchors ``ids`` (U, K) weighed by ``w`` (U, K), on the rank axis: (U, O, K * R)."""
+    people, k = ids.shape
+    frozen = not (torch.is_grad_enabled() and (b.requires_grad or w.requires_grad))
+    found = kernels(b, w) if frozen and b.is_contiguous() else None
+    if found is None:
+        return (b[ids] * w[:, :, None, None]).transpose(1, 2).reshape(people, b.shape[1], k * b.shape[2])
+    out = b.new_empty(people, b.shape[1], k * b.shape[2])
+    ids, w = ids.contiguous(), w.contiguous()  # kept alive until the call is over
+    places = (t.data_ptr() for t in (out, b, ids, w))
+    found["side_by_side"](*places, people, k, *b.shape[1:])
+    return out
+
+
 class LogProbs(Function):
     """Log probability (n,) of tokens ``target`` under rows ``source`` of logits (m, V), in at least float32."""
 

@@ -255,6 +255,22 @@ void low_rank(T* y, const T* x, const T* a, const T* b, int64_t people, int64_t 
   }
 }
 
+// out (U, O, K * R) = b (N, O, R) of the anchors ids (U, K), weighed by w (U, K), side by side
+template <class T>
+void side_by_side(T* out, const T* b, const int64_t* ids, const T* w, int64_t people, int64_t k, int64_t o, int64_t r) {
+#pragma omp parallel for if (large(people * o * k * r))
+  for (int64_t row = 0; row < people * o; row++) {
+    const int64_t u = row / o, j = row % o;
+    for (int64_t i = 0; i < k; i++) {
+      const T* from = b + (ids[u * k + i] * o + j) * r;
+      const wide<T> weight = load(w[u * k + i]);
+      T* to = out + (row * k + i) * r;
+#pragma omp simd
+      for (int64_t x = 0; x < r; x++) to[x] = store<T>(weight * load(from[x]));
+    }
+  }
+}
+
 // AdamW of rows (U, P), each with its own numbers; gradients are scaled by ``clip`` first and zeroed after.
 template <class T>
 void adamw(T* values, T* gradient, T* mean, T* square, const T* clip, const T* size, const T* correction,
@@ -282,7 +298,7 @@ void adamw(T* values, T* gradient, T* mean, T* square, const T* clip, const T* s
     (void*)rms_norm<T>, (void*)rms_norm_backward<T>, (void*)swiglu<T>, (void*)swiglu_backward<T>,                 \
     (void*)rotate<T>, (void*)gather<T>, (void*)spread<T>, (void*)scatter<T>, (void*)softmax<T>,                   \
     (void*)softmax_backward<T>, (void*)log_sum_exp<T>, (void*)weighted_softmax<T>, (void*)low_rank<T>,            \
-    (void*)adamw<wide<T>>                                                                                         \
+    (void*)side_by_side<T>, (void*)adamw<wide<T>>                                                                 \
   }
 
 extern "C" {

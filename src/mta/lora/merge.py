@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mta.errors import AnchorNotFound, InputError
+from mta.kernels import side_by_side
 from mta.lora.batch import Factors, LoraBatch
 
 
@@ -24,13 +25,10 @@ def merge_exact(bank: LoraBatch, ids: Tensor, w: Tensor) -> LoraBatch:
     Raises: AnchorNotFound.
     """
     weights = _per_layer(bank, ids, w)
-    people, k = ids.shape
     factors = {}
     for layer, (name, (a, b)) in enumerate(bank.factors.items()):
-        gathered = b[ids] * (bank.scale * weights[:, layer, :, None, None]).to(b)  # (U, K, O, R)
-        factors[name] = Factors(
-            a[ids].flatten(1, 2), gathered.transpose(1, 2).reshape(people, b.shape[1], k * b.shape[2])
-        )
+        share = (bank.scale * weights[:, layer]).to(b)
+        factors[name] = Factors(a[ids].flatten(1, 2), side_by_side(b, ids, share))
     return LoraBatch(factors)
 
 

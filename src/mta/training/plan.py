@@ -15,7 +15,7 @@ from mta.errors import MemoryBudgetError
 from mta.training.trainer import Job
 
 _COPIES = 6  # values, gradient, two moments, a checkpoint being written, the result
-_MOST_TOKENS = 2048  # more per pass gains nothing on the processors measured
+_MOST_TOKENS = 4096  # more per pass gains nothing on the processors measured
 _MOST_PEOPLE = 256  # so that something is finished now and then, however little a person needs
 
 

@@ -169,8 +169,8 @@ class _Cohort:
 
     def add_gradient(self, people: slice, leaves: Mapping[str, Tensor], loss: Tensor) -> None:
         """Add the gradient of ``loss`` with respect to ``leaves`` to the buffer."""
-        parts = torch.autograd.grad(loss, list(leaves.values()))
-        self.optimizer.gradient[people] += torch.cat([part.flatten(1) for part in parts], 1)
+        views = self._views(self.optimizer.gradient[people])
+        torch._foreach_add_(list(views.values()), list(torch.autograd.grad(loss, list(leaves.values()))))
 
     def advance(self, training: Training, examples: int) -> None:
         """One optimizer step for everyone still here; then those who are done leave."""

@@ -1,0 +1,237 @@
+"""Few-shot adaptation of many people against PEFT, one person at a time; and what each ingredient brings."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.speed import data
+from benchmarks.speed.data import Absent, Prompts
+from benchmarks.speed.peers import FREE, PlainPeft
+from benchmarks.speed.settings import Settings
+from benchmarks.speed.timing import Row, turns
+from benchmarks.speed.training import Cohort, agreed, apart, base_of, joined, oppu, small, stack
+from mta.base import BaseModel
+from mta.config import Training, parse_size
+from mta.kernels import without_kernels
+from mta.lora.batch import LoraBatch
+
+_MINUTE = 60  # people times this, per second, is people per minute
+_SHORT = {"float32": "fp32", "bfloat16": "bf16"}
+_MADE = {"rank 8 (OPPU)": oppu, "stage 3": stack}
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One headline row: which prompts and adapters, our dtype and the peer's, and what is to be reached."""
+
+    prompts: str
+    adapter: str
+    dtype: str
+    peer_dtype: str
+    target: float
+
+    @property
+    def name(self) -> str:
+        """As the table has it."""
+        kinds = dict.fromkeys((_SHORT[self.dtype], _SHORT[self.peer_dtype]))
+        return f"adaptation, {self.prompts}, {self.adapter}, {' against '.join(kinds)}"
+
+
+_TARGETS = {
+    ("short", "float32"): 5,
+    ("reviews", "float32"): 1.6,
+    ("short", "bfloat16"): 7,
+    ("reviews", "bfloat16"): 2.5,
+}
+CASES = [
+    *(Case(prompts, made, dtype, dtype, at) for (prompts, dtype), at in _TARGETS.items() for made in _MADE),
+    Case("short", "rank 8 (OPPU)", "bfloat16", "float32", 14),
+]
+
+
+def rows(settings: Settings) -> Iterator[Row]:
+    """Headline rows, then one per ingredient."""
+    for case in CASES:
+        if settings.wanted(case.name):
+            try:
+                yield headline(case, settings)
+            except Absent as absent:
+                yield Row(case.name, "mta", "PEFT", target=case.target, skipped=str(absent))
+            gc.collect()
+    yield from ingredients(settings)
+    base_of.cache_clear()
+    gc.collect()
+
+
+def headline(case: Case, settings: Settings) -> Row:
+    """Our cohort against PEFT, after their losses and gradients were compared. Raises Absent, Unequal."""
+    people = settings.people if case.prompts == "short" else settings.reviewers
+    cohort = _cohort(case.prompts, case.adapter, case.dtype, people, settings)
+    peer = PlainPeft(case.peer_dtype, cohort.start)
+    rough = "bfloat16" if "bfloat16" in (case.dtype, case.peer_dtype) else "float32"
+    difference = agreed(against_peer(cohort, peer), rough)
+    theirs = cohort.typical(_peers(case.prompts, settings, people))
+    cohort.first(max(people // 4, 1)).train()  # warm; the peer is so from the comparison
+
+    def ours() -> float:
+        cohort.train()
+        return _MINUTE * people
+
+    def plain() -> float:
+        peer.train(theirs.jobs, theirs.start, theirs.training)
+        return _MINUTE * alike(theirs, cohort)
+
+    rates, peer_rates = turns(ours, plain, settings.repeats, warm=False)
+    return Row(
+        case.name,
+        f"mta {_SHORT[case.dtype]}, {people} people",
+        f"PEFT {_SHORT[case.peer_dtype]}, one by one ({len(theirs.jobs)})",
+        "people/min",
+        tuple(rates),
+        tuple(peer_rates),
+        case.target,
+        difference,
+        "losses and gradients of two people",
+        "; ".join([_said(settings), *([FREE] if cohort.pooled else [])]),
+        more=_more(cohort, len(theirs.jobs)),
+    )
+
+
+def alike(some: Cohort, cohort: Cohort) -> float:
+    """How many of the cohort's people, by the length of their texts, some of them make up."""
+    return len(cohort.jobs) * some.tokens / cohort.tokens
+
+
+def against_peer(cohort: Cohort, peer: PlainPeft, people: int = 2) -> float:
+    """Largest relative difference of losses and adapters' gradients; leaves the last person's merge folded in."""
+    some = cohort.first(people)
+    worst = 0.0
+    for one in replace(some, start=small(some.start, 7)).each():
+        if one.pooled or one.merges:
+            peer.fold(one.pooled, one.merges)
+        loss, gradient = one.gradient()
+        expected, theirs = peer.gradient(one.jobs, one.start)
+        worst = max(worst, apart(gradient, theirs), abs(loss - expected) / abs(expected))
+    return worst
+
+
+def ingredients(settings: Settings) -> Iterator[Row]:
+    """All of ours over ours with one thing switched off: short prompts, rank 8, bfloat16."""
+    people = settings.people if settings.full else max(settings.people // 2, 1)
+    without: dict[str, Callable[[Cohort], Switch]] = {
+        "batched adapters": lambda c: Switch(c, alone=True),
+        "packing": lambda c: Switch(c, how={"packed": False}),
+        "target-only logits": lambda c: Switch(c, around=lambda: logits_everywhere(c.base)),
+        "bf16": lambda c: Switch(_cohort("short", "rank 8 (OPPU)", "float32", people, settings)),
+        "compiled kernels": lambda c: Switch(c, around=without_kernels),
+    }
+    for what, make in without.items():
+        name = f"ingredient: {what}"
+        if not settings.wanted(name):
+            continue
+        try:
+            cohort = _cohort("short", "rank 8 (OPPU)", "bfloat16", people, settings)
+            yield ingredient(name, what, cohort, make(cohort), settings)
+        except Absent as absent:
+            yield Row(name, "mta bf16", f"without {what}", skipped=str(absent))
+
+
+@dataclass(frozen=True, slots=True)
+class Switch:
+    """A cohort trained with one thing switched off."""
+
+    cohort: Cohort
+    alone: bool = False
+    how: dict[str, Any] | None = None
+    around: Callable[[], AbstractContextManager[Any]] = nullcontext
+
+    def train(self, people: int | None = None) -> float:
+        """Returns people, times a minute."""
+        some = self.cohort if people is None else self.cohort.first(people)
+        with self.around():
+            for part in some.each() if self.alone else [some]:
+                part.train(**(self.how or {}))
+        return _MINUTE * len(some.jobs)
+
+    def gradient(self) -> tuple[float, LoraBatch]:
+        """Mean loss of the first two people, and their adapters' gradients."""
+        some = self.cohort.first(2)
+        some = replace(some, start=small(some.start, 7))
+        with self.around():
+            parts = [part.gradient(**(self.how or {})) for part in (some.each() if self.alone else [some])]
+        return sum(loss for loss, _ in parts) / len(parts), joined([gradient for _, gradient in parts])
+
+
+def ingredient(name: str, what: str, cohort: Cohort, off: Switch, settings: Settings) -> Row:
+    """One row, after both ways' losses and gradients were compared. Raises Unequal."""
+    on = Switch(cohort)
+    (loss, gradient), (expected, theirs) = on.gradient(), off.gradient()
+    difference = agreed(max(apart(gradient, theirs), abs(loss - expected) / abs(expected)), "bfloat16")
+    warm = max(len(cohort.jobs) // 4, 1)
+    on.train(warm), off.train(warm)
+    rates, others = turns(on.train, off.train, settings.repeats, warm=False)
+    return Row(
+        name,
+        f"mta bf16, {len(cohort.jobs)} people",
+        f"without {what}",
+        "people/min",
+        tuple(rates),
+        tuple(others),
+        None,
+        difference,
+        "losses and gradients of two people",
+        _said(settings),
+        more=_more(cohort, len(cohort.jobs)),
+    )
+
+
+@contextmanager
+def logits_everywhere(base: BaseModel) -> Iterator[None]:
+    """Within the block, the LM head sees every token, and what is needed is taken from its output."""
+    chosen = base.logits
+
+    def everywhere(tokens: Tensor, ends: Tensor, positions: Tensor, where: Tensor, *more: Any, **how: Any) -> Tensor:
+        return chosen(tokens, ends, positions, torch.arange(tokens.numel()), *more, **how)[where]
+
+    base.logits = everywhere  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del base.logits
+
+
+def _cohort(prompts: str, adapter: str, dtype: str, people: int, settings: Settings) -> Cohort:
+    base = base_of(dtype)
+    found: Prompts = data.short() if prompts == "short" else data.reviews()
+    training = Training(lr=1e-4, steps=settings.steps, batch_size=data.SHOTS)
+    return _MADE[adapter](base, found.jobs(base, people), training, parse_size(settings.memory))
+
+
+def short_cohort(dtype: str, settings: Settings) -> Cohort:
+    """The step that is measured most: rank 8 on short prompts. Raises Absent."""
+    return _cohort("short", "rank 8 (OPPU)", dtype, settings.people, settings)
+
+
+def _peers(prompts: str, settings: Settings, people: int) -> int:
+    """How many of the people PEFT is timed on."""
+    return min(4 if settings.full or prompts == "short" else 2, people)
+
+
+def _said(settings: Settings) -> str:
+    return f"{data.SHOTS} examples a person, {settings.steps} optimizer step{'s' * (settings.steps > 1)}"
+
+
+def _more(cohort: Cohort, peers: int) -> dict[str, Any]:
+    return {
+        "people": len(cohort.jobs),
+        "peer_people": peers,
+        "steps": cohort.training.steps,
+        "tokens_per_example": cohort.tokens / sum(len(job.examples) for job in cohort.jobs),
+    }

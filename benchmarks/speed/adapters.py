@@ -1,0 +1,67 @@
+"""The peer with many adapters in one model: PEFT as people merge and serve with it today."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from benchmarks.speed.data import BASE
+from mta.base import local_folder
+from mta.lora.batch import Factors, LoraBatch
+
+
+class ManyPeft:
+    """The base model as transformers loads it, with every adapter of ``batch`` under its number as a name."""
+
+    def __init__(self, dtype: str, batch: LoraBatch) -> None:
+        import peft
+
+        config = peft.LoraConfig(
+            r=batch.rank,
+            lora_alpha=batch.scale * batch.rank,
+            target_modules=batch.names,
+            lora_dropout=0.0,
+            task_type="CAUSAL_LM",
+        )
+        self.names = [str(n) for n in range(len(batch))]
+        self.model: Any = peft.get_peft_model(plain_model(dtype), config, self.names[0])
+        for name in self.names[1:]:
+            self.model.add_adapter(name, config)
+        self.model.eval()
+        self.layers = {layer: self.model.base_model.model.get_submodule(layer) for layer in batch.names}
+        with torch.no_grad():
+            for layer, (a, b) in batch.factors.items():
+                for n, name in enumerate(self.names):
+                    self.layers[layer].lora_A[name].weight.copy_(a[n])
+                    self.layers[layer].lora_B[name].weight.copy_(b[n])
+
+    def adapter(self, name: str) -> LoraBatch:
+        """One adapter as it is now, with scale 1."""
+        found = {
+            layer: Factors(
+                module.lora_A[name].weight.detach()[None],
+                module.scaling[name] * module.lora_B[name].weight.detach()[None],
+            )
+            for layer, module in self.layers.items()
+        }
+        return LoraBatch(found)
+
+    def merge(self, numbers: Sequence[int], weights: Sequence[float], name: str, **how: Any) -> None:
+        """A new adapter ``name`` from those of ``numbers``; keywords as in ``add_weighted_adapter``."""
+        assert name not in self.model.peft_config  # else PEFT would return without having merged anything
+        self.model.add_weighted_adapter([str(n) for n in numbers], list(weights), name, **how)
+
+    def forget(self, prefix: str) -> None:
+        """Delete the adapters whose names begin so."""
+        for name in [name for name in self.model.peft_config if name.startswith(prefix)]:
+            self.model.delete_adapter(name)
+
+
+def plain_model(dtype: str) -> Any:
+    """SmolLM2-135M with nothing done to it, ready to answer."""
+    from transformers import AutoModelForCausalLM
+
+    kind = getattr(torch, dtype)
+    return AutoModelForCausalLM.from_pretrained(local_folder(BASE), dtype=kind, attn_implementation="sdpa").eval()

@@ -1,0 +1,54 @@
+"""Real people and their prompts: MovieLens ratings (short) and product reviews (long, where the data is there)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from mta import assets
+from mta.base import BaseModel
+from mta.history import Person
+from mta.readers import read_people
+from mta.tasks import load_task
+from mta.tasks.task import Task
+from mta.training.trainer import Job
+
+BASE = "smollm2-135m-instruct"
+REVIEWS = Path(__file__).resolve().parents[3] / "shared" / "data" / "lamp3_amazon"
+SHOTS = 8
+
+
+class Absent(Exception):
+    """Data or hardware that a row needs is not there; says what."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prompts:
+    """People of one kind of text, and the task their items belong to."""
+
+    task: Task
+    people: list[Person]
+
+    def jobs(self, base: BaseModel, people: int, shots: int = SHOTS) -> list[Job]:
+        """The first ``shots`` items of the first ``people`` people as training examples."""
+        chosen = [person for person in self.people if len(person.items) >= shots][:people]
+        if len(chosen) < people:
+            raise Absent(f"{people} people with {shots} items are wanted, {len(chosen)} are there")
+        return [
+            Job(f"person-{n}", [base.prompts.example(self.task, item) for item in person.items[:shots]])
+            for n, person in enumerate(chosen)
+        ]
+
+
+def short() -> Prompts:
+    """MovieLens: about 70 tokens an example."""
+    task = load_task("movielens-rating")
+    return Prompts(task, read_people(assets.resolve("movielens-100k"), task))
+
+
+def reviews() -> Prompts:
+    """Product reviews, LaMP-like: several hundred tokens an example. Raises Absent where there are none."""
+    if not REVIEWS.is_dir():
+        raise Absent("no product reviews beside this project (../shared/data/lamp3_amazon)")
+    task = load_task("lamp3")
+    return Prompts(task, read_people(REVIEWS, task))

@@ -1,0 +1,261 @@
+"""Answers for 16 different people in one batch: ours against the base alone, and against the two ways PEFT has."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.speed import data
+from benchmarks.speed.adapters import ManyPeft, plain_model
+from benchmarks.speed.data import Absent
+from benchmarks.speed.settings import Settings
+from benchmarks.speed.timing import Row, turns
+from benchmarks.speed.training import Unequal, agreed, base_of, small
+from mta.base import BaseModel
+from mta.generate import generate
+from mta.history import Person
+from mta.lora.batch import LoraBatch, fresh
+from mta.lora.layers import PerPerson, applied
+
+PEOPLE, PROMPT, NEW = 16, 100, 48
+_SHORT = {"float32": "fp32", "bfloat16": "bf16"}
+_PEERS = {
+    "the base alone": "transformers generate, same batch",
+    "PEFT adapter_names": "same batch",
+    "PEFT merge, one by one": "merge, generate, unmerge",
+}
+_TARGETS = {
+    ("bfloat16", "the base alone"): 0.85,
+    ("float32", "the base alone"): 0.85,
+    ("bfloat16", "PEFT adapter_names"): 2.5,
+}
+
+
+def rows(settings: Settings) -> Iterator[Row]:
+    """Three rows per dtype."""
+    for dtype in ("bfloat16", "float32"):
+        names = {peer: f"decoding, {_SHORT[dtype]}, against {peer}" for peer in _PEERS}
+        wanted = {peer: name for peer, name in names.items() if settings.wanted(name)}
+        try:
+            if wanted:
+                yield from _of_dtype(dtype, wanted, settings)
+        except Absent as absent:
+            for peer, name in wanted.items():
+                yield Row(name, "mta", peer, target=_TARGETS.get((dtype, peer)), skipped=str(absent))
+        base_of.cache_clear()
+        gc.collect()
+
+
+def _of_dtype(dtype: str, wanted: Mapping[str, str], settings: Settings) -> Iterator[Row]:
+    base = base_of(dtype)
+    work = Work(base, prompts_of(base, data.short().people[:PEOPLE]), adapters_of(base, PEOPLE))
+    for peer, name in wanted.items():
+        if peer == "the base alone":
+            yield _row(name, peer, work, Alone(work, dtype), settings)
+        else:
+            kind = Mixed if "adapter_names" in peer else Merged
+            yield _row(name, peer, work, kind(work, dtype), settings)
+        gc.collect()
+
+
+def _row(name: str, peer: str, work: Work, theirs: Alone, settings: Settings) -> Row:
+    """One row, after the logits behind the prompts were compared. Raises Unequal."""
+    dtype = str(work.base.dtype).removeprefix("torch.")
+    expected = theirs.logits()
+    difference = agreed(apart(work.logits(adapted=theirs.adapted), expected), dtype)
+    if theirs.adapted and not apart(work.logits(adapted=False), expected) > 3 * difference:
+        raise Unequal("the adapters change the logits no more than rounding does: nothing was compared")
+    same = share_of_equal(work.answers(adapted=theirs.adapted), theirs.answers())
+    rates, peer_rates = turns(work.run, theirs.run, settings.repeats, warm=False)  # both have just decoded
+    return Row(
+        name,
+        f"mta, {len(work.prompts)} people in one batch",
+        f"{peer}: {_PEERS[peer]}" + f" ({theirs.people})" * (theirs.people < len(work.prompts)),
+        "tokens/s",
+        tuple(rates),
+        tuple(peer_rates),
+        _TARGETS.get((dtype, peer)),
+        difference,
+        "logits behind the prompts",
+        f"adapters of rank {work.adapters.rank}, prompts of {PROMPT} tokens and a few more, {NEW} new; "
+        f"{same:.0%} of the decoded tokens are the same",
+        more={"people": len(work.prompts), "peer_people": theirs.people, "same_tokens": same},
+    )
+
+
+@dataclass
+class Work:
+    """Our side: ``prompts`` of different people, adapter u for prompt u."""
+
+    base: BaseModel
+    prompts: Sequence[tuple[int, ...]]
+    adapters: LoraBatch
+
+    @cached_property
+    def padded(self) -> dict[str, Tensor]:
+        """All prompts, filled up on the left."""
+        width = max(map(len, self.prompts))
+        fill = [width - len(prompt) for prompt in self.prompts]
+        tokens = [[self.base.pad_token] * n + list(prompt) for n, prompt in zip(fill, self.prompts)]
+        seen = [[0] * n + [1] * (width - n) for n in fill]
+        return {"input_ids": torch.tensor(tokens), "attention_mask": torch.tensor(seen)}
+
+    @cached_property
+    def peft(self) -> ManyPeft:
+        """PEFT with all these adapters: made once, for it takes long."""
+        return ManyPeft(str(self.base.dtype).removeprefix("torch."), self.adapters)
+
+    @property
+    def never(self) -> int:
+        """A token that no model answers: what ends an answer, so that all ways decode as much."""
+        return int(self.base.model.config.vocab_size)
+
+    def config(self) -> Any:
+        """How the peers generate: as ``mta.generate`` does."""
+        from transformers import GenerationConfig
+
+        ends = {"eos_token_id": [self.never], "pad_token_id": self.base.pad_token}
+        return GenerationConfig(max_new_tokens=NEW, do_sample=False, **ends)
+
+    def logits(self, *, adapted: bool = True) -> Tensor:
+        """Of the token after each prompt, with everybody's adapter or with nobody's."""
+        owner = torch.arange(len(self.prompts))
+        with torch.inference_mode(), applied(self.base.model, [PerPerson(self.adapters)] * adapted, owner):
+            return self.base.model(**self.padded, logits_to_keep=1).logits[:, -1]
+
+    def answers(self, *, adapted: bool = True) -> list[list[int]]:
+        """The tokens everybody gets."""
+        with _never_ending(self.base, self.never):
+            added = [PerPerson(self.adapters)] * adapted
+            return generate(self.base, self.prompts, range(len(self.prompts)), added, max_new_tokens=NEW)
+
+    def run(self) -> float:
+        """Decode; returns how many tokens."""
+        return _counted(self.answers())
+
+
+class Alone:
+    """The model as transformers loads it, without adapters."""
+
+    adapted = False
+
+    def __init__(self, work: Work, dtype: str) -> None:
+        self.work, self.people = work, len(work.prompts)
+        self.model = self._model(dtype)
+
+    def _model(self, dtype: str) -> Any:
+        return plain_model(dtype)
+
+    def logits(self) -> Tensor:
+        """As ``Work.logits``, of as many people as are timed."""
+        with torch.inference_mode():
+            return self.model(**self.work.padded, logits_to_keep=1).logits[:, -1]
+
+    def answers(self) -> list[list[int]]:
+        """As ``Work.answers``."""
+        return self._generated(self.work.padded)
+
+    def run(self) -> float:
+        """Decode; returns how many tokens."""
+        return _counted(self.answers())
+
+    @torch.inference_mode()
+    def _generated(self, inputs: Mapping[str, Tensor], **how: Any) -> list[list[int]]:
+        whole = self.model.generate(**inputs, generation_config=self.work.config(), **how)
+        return whole[:, inputs["input_ids"].shape[1] :].tolist()
+
+
+class Mixed(Alone):
+    """PEFT's batches of mixed adapters: at each layer one adapter after the other, for the rows that ask for it."""
+
+    adapted = True
+
+    def _model(self, dtype: str) -> Any:
+        return self.work.peft.model
+
+    def logits(self) -> Tensor:
+        with torch.inference_mode():
+            return self.model(**self.work.padded, logits_to_keep=1, adapter_names=self.work.peft.names).logits[:, -1]
+
+    def answers(self) -> list[list[int]]:
+        return self._generated(self.work.padded, adapter_names=self.work.peft.names)
+
+
+class Merged(Mixed):
+    """A person's adapter merged into the weights, their prompt answered alone, the adapter taken out again."""
+
+    def __init__(self, work: Work, dtype: str) -> None:
+        super().__init__(work, dtype)
+        self.people = 4
+
+    def logits(self) -> Tensor:
+        return torch.cat([self._alone(n, logits=True) for n in range(self.people)])
+
+    def answers(self) -> list[list[int]]:
+        return [self._alone(n)[0] for n in range(self.people)]
+
+    @torch.inference_mode()
+    def _alone(self, person: int, *, logits: bool = False) -> Any:
+        self.model.merge_adapter([self.work.peft.names[person]])
+        tokens = torch.tensor([self.work.prompts[person]])
+        inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+        try:
+            if logits:
+                return self.model(**inputs, logits_to_keep=1).logits[:, -1]
+            return self._generated(inputs)
+        finally:
+            self.model.unmerge_adapter()
+
+
+def prompts_of(base: BaseModel, people: Sequence[Person]) -> list[tuple[int, ...]]:
+    """A question about each person's first movies, as many of them as make at least 100 tokens."""
+    found: list[tuple[int, ...]] = []
+    for person in people:
+        text, tokens = "Describe in a few sentences the taste of somebody who has watched", list[int]()
+        for item in person.items:
+            text += f" {item.fields['title']} ({item.fields['genres']}),"
+            tokens = base.tokenizer(base.prompts.render(text), add_special_tokens=False)["input_ids"]
+            if len(tokens) >= PROMPT:
+                break
+        found.append(tuple(tokens))
+    return found
+
+
+def adapters_of(base: BaseModel, people: int) -> LoraBatch:
+    """A made-up adapter of rank 8 for each, at a scale that changes what is answered."""
+    return small(fresh(base.targets, 8, 16.0, 5, [f"person-{n}" for n in range(people)]), 5)
+
+
+def apart(found: Tensor, expected: Tensor) -> float:
+    """Largest relative difference over the people both have: norm of the difference over the norm."""
+    ours, theirs = found[: len(expected)].double(), expected.double()
+    return float(((ours - theirs).norm(dim=1) / theirs.norm(dim=1)).max())
+
+
+def share_of_equal(found: Sequence[Sequence[int]], expected: Sequence[Sequence[int]]) -> float:
+    """How many of the tokens are the same in both, of the people both have."""
+    pairs = [(x, y) for ours, theirs in zip(found, expected) for x, y in zip(ours, theirs)]
+    return sum(x == y for x, y in pairs) / len(pairs)
+
+
+def _counted(answers: Sequence[Sequence[int]]) -> float:
+    assert all(len(answer) == NEW for answer in answers)  # else the ways would not have done the same work
+    return float(sum(map(len, answers)))
+
+
+@contextmanager
+def _never_ending(base: BaseModel, never: int) -> Iterator[None]:
+    """Within the block only a token that does not exist ends an answer."""
+    kind, kept = type(base), type(base).stop_tokens
+    kind.stop_tokens = property(lambda _: [never])  # type: ignore[method-assign,assignment]
+    try:
+        yield
+    finally:
+        kind.stop_tokens = kept  # type: ignore[method-assign]

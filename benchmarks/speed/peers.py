@@ -1,0 +1,132 @@
+"""The peer: PEFT as its documentation shows it, one person at a time, a plain loop.
+
+Everything that is free for the peer is given to it: the wrapped model is made once and only the adapter is set back for
+the next person; what is frozen in ours (task LoRA, merged anchors) is folded into its base weights before timing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.speed.data import BASE
+from mta.base import local_folder
+from mta.config import Training
+from mta.lora.batch import Factors, LoraBatch
+from mta.tasks.prompt import Example
+from mta.training.trainer import Job, batch_of
+
+FREE = "the peer's frozen adapters are folded into its weights beforehand, for free"
+_TOKENS = 2048  # padded tokens of one forward pass: batches of long texts are split and their gradients added up
+
+
+class PlainPeft:
+    """The base model as transformers loads it, with one LoRA on ``like``'s layers, of its rank and scale."""
+
+    def __init__(self, dtype: str, like: LoraBatch) -> None:
+        import peft
+        from transformers import AutoModelForCausalLM
+
+        folder = local_folder(BASE)
+        kind = getattr(torch, dtype)
+        plain = AutoModelForCausalLM.from_pretrained(folder, dtype=kind, attn_implementation="sdpa")
+        config = peft.LoraConfig(
+            r=like.rank,
+            lora_alpha=like.scale * like.rank,
+            target_modules=like.names,
+            lora_dropout=0.0,
+            task_type="CAUSAL_LM",
+        )
+        self.model: Any = peft.get_peft_model(plain, config)  # adapters of a bfloat16 base are float32: its default
+        self.model.train()
+        self.scale = like.scale
+        self.layers = {name: self.model.base_model.model.get_submodule(name) for name in like.names}
+        self.parameters = [tensor for pair in self._factors().values() for tensor in pair]
+        self.unfolded: dict[str, Tensor] = {}
+
+    def fold(self, *frozen: LoraBatch | None) -> None:
+        """Add the update of each batch's only adapter to the base weights as they were loaded."""
+        with torch.no_grad():
+            for name, layer in self.layers.items():
+                weight = layer.base_layer.weight
+                plain = self.unfolded.setdefault(name, weight.detach().clone())
+                update = sum(part.to(torch.float32).delta(name)[0] for part in frozen if part is not None)
+                weight.copy_(plain.float() + update)
+
+    def begin(self, start: LoraBatch, person: int) -> None:
+        """Set the adapter to where ``person`` starts."""
+        with torch.no_grad():
+            for name, pair in self._factors().items():
+                for tensor, value in zip(pair, start.factors[name]):
+                    tensor.copy_(value[person])
+
+    def train(self, jobs: Sequence[Job], start: LoraBatch, training: Training) -> int:
+        """One person after the other from ``start``; returns how many."""
+        for person, job in enumerate(jobs):
+            self.begin(start, person)
+            optimizer = torch.optim.AdamW(
+                self.parameters,
+                lr=training.lr,
+                betas=(training.beta1, training.beta2),
+                eps=training.eps,
+                weight_decay=training.weight_decay,
+            )
+            for step in range(training.steps or 0):
+                self.backward(batch_of(job, step, training.batch_size, 0))
+                torch.nn.utils.clip_grad_norm_(self.parameters, training.clip)
+                optimizer.step()
+                optimizer.zero_grad()
+        return len(jobs)
+
+    def backward(self, examples: Sequence[Example]) -> float:
+        """Add the gradient of the mean loss over the targets' tokens; returns that loss."""
+        total, loss = sum(len(example.target) for example in examples), 0.0
+        for part in _parts(examples):
+            share = sum(len(example.target) for example in part) / total
+            mean = self.model(**padded(part)).loss * share
+            mean.backward()
+            loss += float(mean.detach())
+        return loss
+
+    def gradient(self, jobs: Sequence[Job], start: LoraBatch) -> tuple[float, LoraBatch]:
+        """Mean loss of these people, and the gradient of each adapter on all examples of its job."""
+        losses, found = [], []
+        for person, job in enumerate(jobs):
+            self.begin(start, person)
+            self.model.zero_grad()
+            losses.append(self.backward(job.examples))
+            found.append({name: [t.grad.detach().clone() for t in pair] for name, pair in self._factors().items()})
+        self.model.zero_grad()
+        stacked = {n: Factors(*(torch.stack([one[n][side] for one in found]) for side in (0, 1))) for n in self.layers}
+        return sum(losses) / len(losses), LoraBatch(stacked, self.scale)
+
+    def _factors(self) -> dict[str, tuple[Any, Any]]:
+        return {n: (one.lora_A["default"].weight, one.lora_B["default"].weight) for n, one in self.layers.items()}
+
+
+def padded(examples: Sequence[Example]) -> dict[str, Tensor]:
+    """A batch as a plain loop has it: padded on the right, labels -100 wherever nothing is to be learned."""
+    width = max(len(example.tokens) for example in examples)
+    shape = (len(examples), width)
+    tokens, seen = torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.long)
+    labels = torch.full(shape, -100)
+    for n, example in enumerate(examples):
+        length, start = len(example.tokens), example.target_start
+        tokens[n, :length], seen[n, :length] = torch.tensor(example.tokens), 1
+        labels[n, start:length] = torch.tensor(example.target)
+    return {"input_ids": tokens, "attention_mask": seen, "labels": labels}
+
+
+def _parts(examples: Sequence[Example]) -> Iterator[list[Example]]:
+    """The batch in its order, as much at a time as is at most 2048 padded tokens."""
+    part: list[Example] = []
+    for example in examples:
+        width = max(len(one.tokens) for one in [*part, example])
+        if part and width * (len(part) + 1) > _TOKENS:
+            yield part
+            part = []
+        part.append(example)
+    yield part

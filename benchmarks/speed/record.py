@@ -1,0 +1,123 @@
+"""Rows as JSON: what was measured, on which processor, by which versions; kept until the code changes."""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import importlib.metadata
+import json
+import subprocess
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from benchmarks.speed.processor import processor
+from benchmarks.speed.settings import MODULES, Settings
+from benchmarks.speed.timing import Row
+from mta.aside import write_json
+
+_ROOT = Path(__file__).resolve().parents[2]
+_SHOWS = ("__main__", "report", "pictures", "record")  # what only shows rows does not make them old
+FAILED = "failed: "  # how a row begins its reason when it was meant to be measured
+
+
+def kept(path: Path) -> list[dict[str, Any]]:
+    """Records of an earlier run; none where there is no file or it is not one of ours."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))["rows"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+    return list(found)
+
+
+def record(row: Row, module: str, settings: Settings) -> dict[str, Any]:
+    """A row with all raw rates and where it comes from."""
+    told: dict[str, Any] = {"module": module, **asdict(row), "verdict": row.verdict}
+    if row.rates:
+        told |= {"ratio": row.ratio, "spread": row.spread}
+    now = _now().isoformat(timespec="seconds")
+    return told | {"settings": settings.told(), "code": code(module), "commit": commit(), "date": now}
+
+
+def row_of(told: Mapping[str, Any]) -> Row:
+    """The row that a record was made of."""
+    values = {name: told[name] for name in Row.__dataclass_fields__}
+    return Row(**{**values, "rates": tuple(values["rates"]), "peer_rates": tuple(values["peer_rates"])})
+
+
+def current(told: Mapping[str, Any], settings: Settings) -> bool:
+    """Whether a record was measured within a day by this very code with the same settings, and did not fail.
+
+    An older one may come from a clone's own results, measured on another machine.
+    """
+    age = _now() - datetime.datetime.fromisoformat(told["date"])
+    return (
+        age < datetime.timedelta(days=1)
+        and told.get("code") == code(told["module"])
+        and told.get("settings") == settings.told()
+        and not str(told.get("skipped", "")).startswith(FAILED)
+    )
+
+
+def merged(records: Sequence[dict[str, Any]], new: dict[str, Any]) -> list[dict[str, Any]]:
+    """The records with ``new`` in the place of the one of its name, modules in the order of the table."""
+    same = (new["module"], new["name"])
+    places = [n for n, one in enumerate(records) if (one["module"], one["name"]) == same]
+    all_of_them = [new if n in places else one for n, one in enumerate(records)] if places else [*records, new]
+    return sorted(all_of_them, key=lambda one: MODULES.index(one["module"]))
+
+
+def write(path: Path, records: Sequence[dict[str, Any]], command: str) -> None:
+    """The whole file, written aside and renamed. No path of this machine and no name of it is in it."""
+    here = processor()
+    write_json(
+        path,
+        {
+            "processor": here.name,
+            "cores": here.cores,
+            "instructions": list(here.flags),
+            "versions": versions(),
+            "commit": commit(),
+            "date": _now().isoformat(timespec="seconds"),
+            "command": command,
+            "rows": list(records),
+        },
+    )
+
+
+@cache
+def versions() -> dict[str, str]:
+    """Of what computes."""
+    return {name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft", "merge-then-adapt")}
+
+
+@cache
+def commit() -> str:
+    """The commit that is checked out, with "+" behind it where files were changed; empty without git."""
+    try:
+        found = _git("rev-parse", "--short=12", "HEAD")
+        return found + "+" * bool(_git("status", "--porcelain", "--", "src", "benchmarks"))
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
+@cache
+def code(module: str) -> str:
+    """A digest of the library's sources and the benchmark's that ``module`` may use: rows of others are old."""
+    apart = {*_SHOWS, *MODULES} - ({"adaptation", module} if module in ("bank", "limit") else {module})
+    digest = hashlib.sha256(json.dumps(versions(), sort_keys=True).encode())
+    for folder in (_ROOT / "src" / "mta", _ROOT / "benchmarks" / "speed"):
+        for path in sorted(folder.rglob("*")):
+            if path.suffix in (".py", ".cpp", ".yaml") and not (folder.name == "speed" and path.stem in apart):
+                digest.update(path.relative_to(_ROOT).as_posix().encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _now() -> datetime.datetime:
+    return datetime.datetime.now(datetime.UTC)
+
+
+def _git(*words: str) -> str:
+    return subprocess.run(["git", *words], cwd=_ROOT, capture_output=True, text=True, check=True).stdout.strip()

@@ -1,0 +1,164 @@
+"""Our side of the rows about training: cohorts as ``mta personalize`` plans them, and gradients to compare."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.speed.data import BASE
+from benchmarks.speed.processor import need
+from mta.base import BaseModel
+from mta.config import Lora, Training
+from mta.lora.batch import Factors, LoraBatch, fresh
+from mta.lora.batch import stack as stack_of
+from mta.lora.layers import Adapters, PerPerson, Renumbered, Shared
+from mta.lora.merge import merge_exact
+from mta.training.plan import plan_cohorts
+from mta.training.trainer import Job, Step, train_loras
+
+ANCHORS, K = 50, 4  # of the bank below a stack
+_STEEP = 1e6  # AdamW with so large an eps, and as large a rate, subtracts the gradient itself
+
+
+class Unequal(Exception):
+    """Two ways of the same work gave different results: there is nothing to time."""
+
+
+@lru_cache(maxsize=2)
+def base_of(dtype: str) -> BaseModel:
+    """SmolLM2-135M in ``dtype`` with everything this library does to it. Raises Absent."""
+    need(dtype)
+    return BaseModel.load(BASE, dtype, "cpu")
+
+
+@dataclass(frozen=True, slots=True)
+class Cohort:
+    """People to be trained together: their jobs, adapters to start from, and what is frozen below these.
+
+    ``pooled`` is one adapter for all, ``merges`` one for each; ``memory`` in bytes bounds activations and adapters.
+    """
+
+    base: BaseModel
+    jobs: Sequence[Job]
+    start: LoraBatch
+    training: Training
+    memory: int
+    pooled: LoraBatch | None = None
+    merges: LoraBatch | None = None
+
+    def some(self, people: Sequence[int]) -> Cohort:
+        """The same with only these people, by their numbers."""
+        chosen = list(people)
+        merges = None if self.merges is None else self.merges.select(chosen)
+        jobs = [self.jobs[n] for n in chosen]
+        return replace(self, jobs=jobs, start=self.start.select(chosen), merges=merges)
+
+    def first(self, people: int) -> Cohort:
+        """The same with at most so many people."""
+        return self.some(range(min(people, len(self.jobs))))
+
+    def typical(self, people: int) -> Cohort:
+        """So many people, from short to long texts, standing for all."""
+        order = sorted(range(len(self.jobs)), key=lambda n: tokens_of(self.jobs[n]))
+        return self.some([order[(2 * n + 1) * len(order) // (2 * people)] for n in range(people)])
+
+    def each(self) -> Iterator[Cohort]:
+        """Every person alone."""
+        return (self.some([n]) for n in range(len(self.jobs)))
+
+    @property
+    def tokens(self) -> int:
+        """Of all examples, as they are written out."""
+        return sum(tokens_of(job) for job in self.jobs)
+
+    def train(self, **how: Any) -> LoraBatch:
+        """All of them, as planned from the memory; keywords as in ``train_loras``."""
+        numbers = sum(tensor[0].numel() for tensor in self.start.tensors().values())
+        plan = plan_cohorts(self.base, self.jobs, numbers, self.memory)
+        found = []
+        for members in plan.cohorts:
+            chosen = list(members)
+            below = [Renumbered(one, torch.tensor(chosen)) for one in self._frozen()]
+            jobs, start = [self.jobs[n] for n in chosen], self.start.select(chosen)
+            how = {"tokens_per_batch": plan.tokens_per_batch, **how}
+            found.append(train_loras(self.base, jobs, start, self.training, frozen=below, **how))
+        return joined(found)
+
+    def gradient(self, **how: Any) -> tuple[float, LoraBatch]:
+        """Mean loss of these people and the gradient of each adapter on all examples of its job."""
+        losses: list[Step] = []
+        steps = Training(lr=_STEEP, eps=_STEEP, steps=1, batch_size=1024, beta1=0.0, beta2=0.0, clip=1e9)
+        after = replace(self, training=steps).train(on_step=losses.append, **how)
+        before = self.start.tensors()
+        moved = {name: before[name] - tensor for name, tensor in after.tensors().items()}
+        return float(losses[0].loss or 0.0), LoraBatch.of_tensors(moved, self.start.scale)
+
+    def _frozen(self) -> list[Adapters]:
+        shared: list[Adapters] = [] if self.pooled is None else [Shared(self.pooled)]
+        return shared if self.merges is None else [*shared, PerPerson(self.merges)]
+
+
+def tokens_of(job: Job) -> int:
+    """Of a job's examples."""
+    return sum(len(example.tokens) for example in job.examples)
+
+
+def oppu(base: BaseModel, jobs: Sequence[Job], training: Training, memory: int) -> Cohort:
+    """A LoRA of rank 8 for each person over the base alone."""
+    lora = Lora()
+    start = fresh(base.targets, lora.rank, lora.scale, 0, [job.key for job in jobs], base.master_dtype)
+    return Cohort(base, jobs, start, training, memory)
+
+
+def stack(base: BaseModel, jobs: Sequence[Job], training: Training, memory: int) -> Cohort:
+    """MTA's stage 3: a LoRA of rank 1 for each person over a task LoRA and the exact merge of K of 50 anchors."""
+    lora = Lora(rank=1)
+    start = fresh(base.targets, lora.rank, lora.scale, 0, [job.key for job in jobs], base.master_dtype)
+    bank = small(fresh(base.targets, 8, 2.0, 1, ["bank"] * ANCHORS), 1).to(base.dtype)
+    draw = torch.Generator().manual_seed(2)
+    ids = torch.stack([torch.randperm(ANCHORS, generator=draw)[:K] for _ in jobs])
+    merges = merge_exact(bank, ids, torch.full(ids.shape, 1 / K))
+    return Cohort(base, jobs, start, training, memory, task_lora(base), merges)
+
+
+def task_lora(base: BaseModel) -> LoraBatch:
+    """A frozen adapter of rank 8 for everybody, made up: times do not depend on its values."""
+    return small(fresh(base.targets, 8, 2.0, 3, ["task"]), 3).to(base.dtype)
+
+
+def small(batch: LoraBatch, seed: int) -> LoraBatch:
+    """The same A with a small random B, so that every factor has a gradient."""
+    draw = torch.Generator().manual_seed(seed)
+    made = {
+        name: Factors(a, 0.01 * torch.randn(b.shape, generator=draw).to(b)) for name, (a, b) in batch.factors.items()
+    }
+    return LoraBatch(made, batch.scale)
+
+
+def apart(found: LoraBatch, expected: LoraBatch) -> float:
+    """Largest relative difference over the adapters: norm of the difference over the norm of what is expected."""
+    ours, theirs = flat(found), flat(expected)
+    return float(((ours - theirs).norm(dim=1) / theirs.norm(dim=1)).max())
+
+
+def flat(batch: LoraBatch) -> Tensor:
+    """All numbers of each adapter as one row, in float64."""
+    return torch.cat([tensor.flatten(1).double() for tensor in batch.tensors().values()], 1)
+
+
+def agreed(difference: float, dtype: str) -> float:
+    """The difference, if it is one of rounding. Raises Unequal."""
+    allowed = 0.15 if dtype == "bfloat16" else 1e-2
+    if not difference <= allowed:
+        raise Unequal(f"results differ by {difference:.3g}, {allowed} is allowed in {dtype}")
+    return difference
+
+
+def joined(parts: Sequence[LoraBatch]) -> LoraBatch:
+    """The adapters of all parts, which are of one shape, in their order."""
+    return parts[0] if len(parts) == 1 else stack_of(parts)
