@@ -46,7 +46,12 @@ def pairs(size):
     chosen = torch.tensor([0, t - 1, 0]), torch.tensor([1, 0, d - 1])
     return {
         "norm": (lambda x, w: RmsNorm.apply(x, w, 1e-5), plain_norm, [draw(b, t, d)], [draw(d, seed=1)]),
-        "swiglu": (Swiglu.apply, lambda g, u: torch.nn.functional.silu(g) * u, [draw(b, t, d), draw(b, t, d, seed=1)], []),
+        "swiglu": (
+            Swiglu.apply,
+            lambda g, u: torch.nn.functional.silu(g) * u,
+            [draw(b, t, d), draw(b, t, d, seed=1)],
+            [],
+        ),
         "rotate": (Rotate.apply, plain_rotation, [heads], angles),
         "log_probs": (LogProbs.apply, lambda x, s, g: torch.log_softmax(x, -1)[s, g], [draw(t, d)], chosen),
     }
@@ -162,11 +167,14 @@ def test_what_is_exchanged_is_what_has_a_known_shape():
 def test_layers_get_their_own_forward_back_whatever_happens():
     base = base_of()
     layer = base.model.get_submodule(next(iter(base.targets)))
-    with pytest.raises(RuntimeError, match="stop"), applied(
-        base.model, [PerPerson(random_loras(base, 2))], torch.tensor([0, 1])
-    ):
-        assert "forward" in vars(layer)
-        raise RuntimeError("stop")
+
+    def stopped():
+        with applied(base.model, [PerPerson(random_loras(base, 2))], torch.tensor([0, 1])):
+            assert "forward" in vars(layer)
+            raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        stopped()
     assert "forward" not in vars(layer)
 
 

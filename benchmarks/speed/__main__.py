@@ -61,7 +61,7 @@ def parsed(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="smallest sizes: whether it runs, not how fast")
     parser.add_argument("--repeats", type=int, help="turns of A and B (2; with --full 5)")
     parser.add_argument("--people", type=int, help="people in a cohort (32; with --quick 3)")
-    parser.add_argument("--memory", default="3.5GiB", help="bound on one cohort")
+    parser.add_argument("--memory", default="4GiB", help="bound on one cohort")
     parser.add_argument("--again", action="store_true", help="measure also what this very code has measured")
     parser.add_argument("--out", type=Path, default=Path("results"), help="folder of the JSON file and the pictures")
     parser.add_argument("--markdown", action="store_true", help="measure nothing, print the kept rows for the README")

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from benchmarks.speed.data import BASE
-from mta.base import local_folder
+from mta.hub import local_folder
 from mta.lora.batch import Factors, LoraBatch
 
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.speed.data import BASE
-from mta.base import local_folder
 from mta.config import Training
+from mta.hub import local_folder
 from mta.lora.batch import Factors, LoraBatch
 from mta.tasks.prompt import Example
 from mta.training.trainer import Job, batch_of

@@ -169,7 +169,7 @@ def main(words: Sequence[str] | None = None) -> None:
     parser.add_argument("curve", choices=("people", "in-turn", "anchors", "tokens"))
     parser.add_argument("x", type=int, nargs="+", help="where on the curve; in-turn: few, many, turns")
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--memory", default="3.5GiB")
+    parser.add_argument("--memory", default="4GiB")
     parser.add_argument("--people", type=int, default=2, help="whose shots are used where people are not what grows")
     args = parser.parse_args(words)
     curves: dict[str, Callable[..., dict[str, Any]]] = {

@@ -19,7 +19,7 @@ class Settings:
     full: bool = False
     repeats: int = 3
     people: int = 32
-    memory: str = "3.5GiB"
+    memory: str = "4GiB"
     quick: bool = False
     done: frozenset[str] = frozenset()
 

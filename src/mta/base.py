@@ -5,18 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from mta.assets import ASSETS, resolve
+from mta.assets import ASSETS
 from mta.attention import additive, blocks_of, can_block, install, small_tree, visible
 from mta.config import Run
-from mta.errors import AssetError, ModelError, UnsupportedModel
+from mta.errors import ModelError, UnsupportedModel
 from mta.fingerprint import fingerprint_of, folder_fingerprint
+from mta.hub import local_folder
 from mta.kernels import use_kernels
 from mta.machine import keep_freed_memory, pick_device, pick_dtype
 from mta.tasks.prompt import PromptFormat
@@ -161,7 +161,7 @@ class BaseModel:
     @cached_property
     def bytes_per_token(self) -> int:
         """Activations kept for the backward pass for one token, estimated from the layers' shapes."""
-        width = (1.0 if self.exchanged else 2.0) * sum(d + o for d, o in self.targets.values())
+        width = (1.15 if self.exchanged else 2.0) * sum(d + o for d, o in self.targets.values())
         if self.gradient_checkpointing:
             config = self.model.config
             width = width / config.num_hidden_layers + config.hidden_size * config.num_hidden_layers
@@ -230,7 +230,9 @@ class BaseModel:
             found = self.logits(tokens, ends, depths, alone[-1:])[0].float()
         except (RuntimeError, TypeError, ValueError, UnsupportedModel):
             return False
-        rough = 0.05 if self.dtype.itemsize >= 4 else 0.7  # the tokens are nonsense, which amplifies bfloat16's rounding
+        rough = (
+            0.05 if self.dtype.itemsize >= 4 else 0.7
+        )  # the tokens are nonsense, which amplifies bfloat16's rounding
         return float((found - expected).norm()) <= rough * float(expected.norm())
 
     def _masks(self, seen: Tensor, far: Tensor) -> Tensor | dict[str, Tensor]:
@@ -242,24 +244,6 @@ class BaseModel:
             return additive(seen, self.dtype)
         sliding = additive(seen & (far < window), self.dtype)
         return {"full_attention": additive(seen, self.dtype), "sliding_attention": sliding} if kinds else sliding
-
-
-def local_folder(name: str) -> str:
-    """The folder of an asset, a local folder, or a hub snapshot (safetensors and JSON only)."""
-    place = resolve(name)
-    if Path(place).is_dir():
-        return place
-    from huggingface_hub import snapshot_download
-
-    kinds = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "*.txt"]
-    try:
-        return str(snapshot_download(place, allow_patterns=kinds))
-    except Exception as error:  # the hub's client raises many kinds: offline, unknown, gated
-        raise AssetError(
-            f"{name!r} is neither an asset ({', '.join(ASSETS)}) nor a folder, and the hub did not give it: "
-            f"{str(error).splitlines()[0]}",
-            hint="Check the name, or download it where there is a network and give the folder.",
-        ) from None
 
 
 def _is_linear(module: nn.Module) -> bool:

@@ -10,10 +10,11 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from mta.base import BaseModel, local_folder
+from mta.base import BaseModel
 from mta.errors import ModelError
 from mta.fingerprint import folder_fingerprint
 from mta.history import Person
+from mta.hub import local_folder
 from mta.tasks.task import Task
 
 

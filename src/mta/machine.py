@@ -60,6 +60,12 @@ def keep_freed_memory() -> None:
             libc.madvise(start, (heap + size - start) // _HUGE * _HUGE, 14)  # MADV_HUGEPAGE
 
 
+def give_back_memory() -> None:
+    """Return what is free to the system: after a cohort, whose sizes the next one will not have exactly."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
 def gemm_rate(dtype: torch.dtype, size: int = 768) -> float:
     """Operations per second of a square matrix product on the CPU (best of five)."""
     a = torch.ones(size, size, dtype=dtype)

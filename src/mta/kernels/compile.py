@@ -1,7 +1,7 @@
 """The kernels as a shared library: compiled for this processor on first use, kept beside the assets.
 
-A C++ compiler (g++) on Linux is all it takes, and about two seconds, once. Where there is none, or where ``MTA_KERNELS``
-is ``off``, everything is computed with torch's own operations: the same results up to rounding, more slowly.
+A C++ compiler (g++) on Linux is all it takes, and about two seconds, once. Where there is none, or ``MTA_KERNELS`` is
+``off``, everything is computed with torch's own operations: the same results up to rounding, more slowly.
 """
 
 from __future__ import annotations

@@ -15,7 +15,6 @@ from torch.autograd.function import once_differentiable
 
 from mta.kernels.compile import Kernels, kernels
 
-
 _FEW = 4  # tokens of a person; more are worth a matrix product
 
 
@@ -83,7 +82,8 @@ class Rotate(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
-        return _rotated(dy, *ctx.saved_tensors, inverse=True), None, None
+        cos, sin = ctx.saved_tensors
+        return _rotated(dy, cos, sin, inverse=True), None, None
 
 
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
@@ -94,7 +94,7 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
 
 
 def add_low_rank(y: Tensor, x: Tensor, a: Tensor, b: Tensor) -> bool:
-    """y (U, M, O) += x (U, M, D) @ a.mT @ b.mT, in place, with a (U, R, D), b (U, O, R): for few tokens M of each.
+    """Y (U, M, O) += x (U, M, D) @ a.mT @ b.mT, in place, with a (U, R, D), b (U, O, R): for few tokens M of each.
 
     Made for decoding, without a gradient; False, and nothing done, where this kernel would not be the fastest way.
     """

@@ -39,8 +39,9 @@ def use_kernels(model: nn.Module) -> list[str]:
 def _norm(module: nn.Module) -> Callable[..., Tensor] | None:
     weight = getattr(module, "weight", None)
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
-    known = type(module).__name__.endswith("RMSNorm") and isinstance(weight, Tensor) and isinstance(eps, float)
-    return partial(_norm_forward, module, module.forward, eps) if known else None
+    if not type(module).__name__.endswith("RMSNorm") or not isinstance(weight, Tensor) or not isinstance(eps, float):
+        return None
+    return partial(_norm_forward, module, module.forward, eps)
 
 
 def _norm_forward(module: Any, plain: Callable[..., Tensor], eps: float, hidden_states: Tensor) -> Tensor:
@@ -90,7 +91,9 @@ def _attention(module: nn.Module) -> Callable[..., Any] | None:
     return types.MethodType(other, module)
 
 
-def _rotary(plain: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:
+def _rotary(
+    plain: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1
+) -> tuple[Tensor, Tensor]:
     whole = cos.ndim == 3 and q.ndim == 4 and q.shape[-1] == cos.shape[-1] and unsqueeze_dim == 1
     if not whole or kernels(q, k, cos, sin) is None or not cos.is_contiguous() or not sin.is_contiguous():
         return plain(q, k, cos, sin, unsqueeze_dim=unsqueeze_dim)
@@ -100,7 +103,9 @@ def _rotary(plain: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueez
 def _rotates(plain: Callable[..., Any]) -> bool:
     """Whether a model's function is the rotation by halves that the kernel computes."""
     draw = torch.Generator().manual_seed(0)
-    q, k, cos, sin = (torch.randn(shape, generator=draw) for shape in ((1, 2, 3, 8), (1, 1, 3, 8), (1, 3, 8), (1, 3, 8)))
+    q, k, cos, sin = (
+        torch.randn(shape, generator=draw) for shape in ((1, 2, 3, 8), (1, 1, 3, 8), (1, 3, 8), (1, 3, 8))
+    )
     if kernels(q) is None:
         return False
     try:

@@ -34,7 +34,7 @@ class BatchedAdamW:
         return cls(values.contiguous(), zeros[0], zeros[1], zeros[2], torch.zeros(len(values), dtype=torch.long))
 
     def update(self, lr: Tensor, training: Training) -> None:
-        """Clip each row's gradient to ``training.clip``, take one step at its own ``lr`` (U,), and zero the gradients."""
+        """Clip each row's gradient, take one step at its own ``lr`` (U,), and zero the gradients."""
         self.step += 1
         count = self.step.to(self.values)
         rate = lr.to(self.values)

@@ -49,9 +49,9 @@ def plan_cohorts(
     needed = longest * base.bytes_per_token + person
     if needed > memory:
         raise MemoryBudgetError(
-            f"one person needs about {needed / 2**20:.0f} MiB "
+            f"one person needs about {needed / 2**20:.1f} MiB "
             f"(a text of {longest} tokens, {numbers:,} numbers to train); "
-            f"the budget is {memory / 2**20:.0f} MiB",
+            f"the budget is {memory / 2**20:.1f} MiB",
             hint="Raise memory=…, lower max_tokens or the rank.",
         )
     fit = (memory - max(tokens, longest) * base.bytes_per_token) // person

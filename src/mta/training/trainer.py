@@ -21,6 +21,7 @@ from mta.base import BaseModel
 from mta.config import Training
 from mta.lora.batch import LoraBatch
 from mta.lora.layers import Adapters, PerPerson, Renumbered, applied
+from mta.machine import give_back_memory
 from mta.tasks.prompt import Example
 from mta.training.checkpoint import Checkpoint
 from mta.training.optimizer import BatchedAdamW, learning_rate
@@ -100,7 +101,10 @@ def train(
             on_step(Step(cohort.step, len(batches), cohort.examples, total, float(losses.mean())))
         if checkpoint and cohort.active and checkpoint.due():
             checkpoint.save(*cohort.saved())
-    return cohort.result()
+    result = cohort.result()
+    del cohort
+    give_back_memory()
+    return result
 
 
 def train_loras(base: BaseModel, jobs: Sequence[Job], start: LoraBatch, training: Training, **how: Any) -> LoraBatch:
