@@ -78,7 +78,7 @@ def headline(case: Case, settings: Settings) -> Row:
     rough = "bfloat16" if "bfloat16" in (case.dtype, case.peer_dtype) else "float32"
     difference = agreed(against_peer(cohort, peer), rough)
     theirs = cohort.typical(_peers(case.prompts, settings, people))
-    cohort.first(max(people // 4, 1)).train()  # warm; the peer is so from the comparison
+    cohort.train()  # warm, whole: memory that a process touches first is slow; the peer is so from the comparison
 
     def ours() -> float:
         cohort.train()

@@ -193,7 +193,7 @@ class Merged(Mixed):
 
     def __init__(self, work: Work, dtype: str) -> None:
         super().__init__(work, dtype)
-        self.people = 4
+        self.people = 2
 
     def logits(self) -> Tensor:
         return torch.cat([self._alone(n, logits=True) for n in range(self.people)])

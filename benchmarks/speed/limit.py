@@ -62,8 +62,7 @@ def limit(name: str, dtype: str, target: float, settings: Settings) -> Row:
         return work
 
     product = squares(getattr(torch, dtype), 1 if settings.quick else _PRODUCTS[dtype])
-    cohort.first(max(len(cohort.jobs) // 4, 1)).train(), product()
-    rates, peer_rates = turns(ours, product, settings.repeats, warm=False)
+    rates, peer_rates = turns(ours, product, settings.repeats)
     return Row(
         name,
         f"mta, {len(cohort.jobs)} people",

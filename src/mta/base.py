@@ -52,6 +52,7 @@ class BaseModel:
         if self.blocked:
             install(model)
             self.blocked = self._takes_blocks()
+        _feed_head_contiguously(model)
         self.exchanged = use_kernels(model)  # classes of modules that compute with compiled kernels
 
     @classmethod
@@ -161,7 +162,7 @@ class BaseModel:
     @cached_property
     def bytes_per_token(self) -> int:
         """Activations kept for the backward pass for one token, estimated from the layers' shapes."""
-        width = (1.15 if self.exchanged else 2.0) * sum(d + o for d, o in self.targets.values())
+        width = (1.4 if self.exchanged else 2.0) * sum(d + o for d, o in self.targets.values())
         if self.gradient_checkpointing:
             config = self.model.config
             width = width / config.num_hidden_layers + config.hidden_size * config.num_hidden_layers
@@ -244,6 +245,11 @@ class BaseModel:
             return additive(seen, self.dtype)
         sliding = additive(seen & (far < window), self.dtype)
         return {"full_attention": additive(seen, self.dtype), "sliding_attention": sliding} if kinds else sliding
+
+
+def _feed_head_contiguously(model: Any) -> None:
+    """The last tokens of rows are strided, and torch.matmul would copy the LM head once per row for them."""
+    model.get_output_embeddings().register_forward_pre_hook(lambda _, args: (args[0].contiguous(), *args[1:]))
 
 
 def _is_linear(module: nn.Module) -> bool:
