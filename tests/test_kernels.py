@@ -164,6 +164,14 @@ def test_what_is_exchanged_is_what_has_a_known_shape():
         assert use_kernels(KINDS[kind]().requires_grad_(False)) == classes
 
 
+def test_a_norm_that_is_trained_stays_plain():
+    model = KINDS["llama"]().requires_grad_(False)
+    use_kernels(model)
+    model.model.norm.requires_grad_(True)
+    model(input_ids=torch.tensor([[3, 4, 5]])).logits.sum().backward()
+    assert model.model.norm.weight.grad is not None
+
+
 def test_layers_get_their_own_forward_back_whatever_happens():
     base = base_of()
     layer = base.model.get_submodule(next(iter(base.targets)))

@@ -45,7 +45,7 @@ def _norm(module: nn.Module) -> Callable[..., Tensor] | None:
 
 
 def _norm_forward(module: Any, plain: Callable[..., Tensor], eps: float, hidden_states: Tensor) -> Tensor:
-    if kernels(hidden_states, module.weight) is None:
+    if module.weight.requires_grad or kernels(hidden_states, module.weight) is None:
         return plain(hidden_states)
     return RmsNorm.apply(hidden_states, module.weight, eps)  # type: ignore[no-untyped-call]
 
