@@ -7,6 +7,8 @@ import ctypes
 import os
 import time
 from functools import cache
+from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -51,19 +53,44 @@ def keep_freed_memory() -> None:
         libc = ctypes.CDLL("libc.so.6")
         libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: nothing is given back
         libc.mallopt(-4, 0)  # M_MMAP_MAX: large tensors come from the heap as well
-        libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = _POINTER, [ctypes.c_size_t], [_POINTER]
-        size = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
-        if heap := libc.malloc(size):  # only addresses: what is not touched takes no memory
-            libc.free(heap)
-            start = -(-heap // _HUGE) * _HUGE
-            libc.madvise.argtypes = [_POINTER, ctypes.c_size_t, ctypes.c_int]
-            libc.madvise(start, (heap + size - start) // _HUGE * _HUGE, 14)  # MADV_HUGEPAGE
+        _reserve_in_huge_pages(libc)
 
 
-def give_back_memory() -> None:
-    """Return what is free to the system: after a cohort, whose sizes the next one will not have exactly."""
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
+def give_back_memory(keep: int) -> None:
+    """Return what is free to the system if more than ``keep`` bytes are held.
+
+    After a cohort: the next one can use again what this one needed, but its sizes do not fit exactly into what was
+    freed, and without an end to it every cohort would peak a little higher.
+    """
+    with contextlib.suppress(OSError, AttributeError, ValueError):
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallinfo2.restype = _Mallinfo
+        if _resident() - libc.mallinfo2().used > keep:
+            libc.malloc_trim(0)
+            _reserve_in_huge_pages(libc)
+
+
+class _Mallinfo(ctypes.Structure):
+    """What glibc's mallinfo2 returns; of its ten sizes, the eighth is the bytes in use."""
+
+    _fields_ = [("before", ctypes.c_size_t * 7), ("used", ctypes.c_size_t), ("after", ctypes.c_size_t * 2)]
+
+
+def _resident() -> int:
+    """Bytes of memory this process holds that are no file's."""
+    fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines())
+    return int(fields["RssAnon"].split()[0]) << 10
+
+
+def _reserve_in_huge_pages(libc: Any) -> None:
+    """Half of the machine's memory as addresses of the heap: what is not touched takes none."""
+    libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = _POINTER, [ctypes.c_size_t], [_POINTER]
+    size = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    if heap := libc.malloc(size):
+        libc.free(heap)
+        start = -(-heap // _HUGE) * _HUGE
+        libc.madvise.argtypes = [_POINTER, ctypes.c_size_t, ctypes.c_int]
+        libc.madvise(start, (heap + size - start) // _HUGE * _HUGE, 14)  # MADV_HUGEPAGE
 
 
 def gemm_rate(dtype: torch.dtype, size: int = 768) -> float:

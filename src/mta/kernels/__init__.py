@@ -4,7 +4,19 @@
 """
 
 from mta.kernels.compile import kernels, without_kernels
-from mta.kernels.functions import LogProbs, TreeAttention, add_low_rank, side_by_side
+from mta.kernels.functions import LogProbs, TreeAttention, add_low_rank, low_rank_gradients, side_by_side, wide
+from mta.kernels.products import product
 from mta.kernels.swap import use_kernels
 
-__all__ = ["LogProbs", "TreeAttention", "add_low_rank", "kernels", "side_by_side", "use_kernels", "without_kernels"]
+__all__ = [
+    "LogProbs",
+    "TreeAttention",
+    "add_low_rank",
+    "kernels",
+    "low_rank_gradients",
+    "product",
+    "side_by_side",
+    "use_kernels",
+    "wide",
+    "without_kernels",
+]

@@ -37,13 +37,14 @@ SIGNATURES = {  # p: a pointer, i: an integer, d: a double; in the order of the 
     "softmax_backward": "pp iid",
     "log_sum_exp": "pp ii",
     "weighted_softmax": "pppp ii",
-    "low_rank": "pppp iiiii",
+    "low_rank": "ppppp iiiii",
+    "low_rank_backward": "ppppppppp iiiiii",
     "side_by_side": "pppp iiii",
     "adamw": "pppppppp iiddd",
 }
 _TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "d": ctypes.c_double}
 _FLAGS = "-std=c++20 -O3 -march=native -mprefer-vector-width=512 -fno-math-errno -fno-trapping-math -fopenmp -fPIC"
-_SOURCE = Path(__file__).with_name("kernels.cpp")
+_SOURCES = [Path(__file__).with_name(name) for name in ("kernels.cpp", "low_rank.hpp", "numbers.hpp")]
 
 Kernels = dict[str, Callable[..., None]]
 _off = 0
@@ -94,13 +95,19 @@ def _compiled(compiler: str, openmp: str) -> Path:
     """The library's file, named by all that went into it: source, compiler, flags, processor and OpenMP runtime."""
     version = subprocess.run([compiler, "--version"], capture_output=True, check=True, timeout=60).stdout
     processor = re.search(rb"^flags.*$", Path("/proc/cpuinfo").read_bytes(), re.MULTILINE)
-    parts = [_SOURCE.read_bytes(), version, _FLAGS.encode(), processor[0] if processor else b"", openmp.encode()]
+    parts = [
+        *(path.read_bytes() for path in _SOURCES),
+        version,
+        _FLAGS.encode(),
+        processor[0] if processor else b"",
+        openmp.encode(),
+    ]
     path = cache_dir() / "kernels" / f"{hashlib.sha256(b'/'.join(parts)).hexdigest()[:24]}.so"
     if not path.is_file():
         with written_aside(path) as aside:
             thing = aside.with_suffix(".o")
             try:
-                _run(compiler, *_FLAGS.split(), "-c", str(_SOURCE), "-o", str(thing))
+                _run(compiler, *_FLAGS.split(), "-c", str(_SOURCES[0]), "-o", str(thing))
                 # Linked by hand: -fopenmp would bring a second runtime, whose threads fight with torch's.
                 _run(compiler, "-shared", str(thing), openmp, "-o", str(aside))
             finally:

@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from mta.kernels.compile import Kernels, kernels
 
-_FEW = 4  # tokens of a person; more are worth a matrix product
+_FEW = 4  # tokens of a person in bfloat16; for more, oneDNN's products are faster
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -93,17 +93,35 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
     return y.transpose(1, 2)
 
 
-def add_low_rank(y: Tensor, x: Tensor, a: Tensor, b: Tensor) -> bool:
-    """Y (U, M, O) += x (U, M, D) @ a.mT @ b.mT, in place, with a (U, R, D), b (U, O, R): for few tokens M of each.
+def add_low_rank(y: Tensor, x: Tensor, a: Tensor, b: Tensor) -> Tensor | None:
+    """Y (U, M, O) += x (U, M, D) @ a.mT @ b in place, with a (U, R, D), b (U, R, O); returns h = x @ a.mT.
 
-    Made for decoding, without a gradient; False, and nothing done, where this kernel would not be the fastest way.
+    h (U, M, R) has the type of sums. None, and nothing done, where there is no kernel for these. Without a gradient:
+    ``low_rank_gradients`` is the other half.
     """
-    found = kernels(y, x, a, b) if x.shape[1] <= _FEW else None
-    if found is None or not all(t.is_contiguous() for t in (y, x, a, b.mT)):
-        return False
-    places = (t.data_ptr() for t in (y, x, a, b))
-    found["low_rank"](*places, *x.shape[:2], a.shape[1], x.shape[2], y.shape[2])
-    return True
+    few = x.dtype != torch.bfloat16 or x.shape[1] <= _FEW
+    found = kernels(y, x, a, b) if few else None
+    if found is None or not all(t.is_contiguous() for t in (y, x, a, b)):
+        return None
+    h = x.new_empty(*x.shape[:2], a.shape[1], dtype=wide(x.dtype))
+    places = (t.data_ptr() for t in (y, h, x, a, b))
+    found["low_rank"](*places, *h.shape, x.shape[2], y.shape[2])
+    return h
+
+
+def low_rank_gradients(
+    dx: Tensor | None, dy: Tensor, x: Tensor, h: Tensor, a: Tensor, b: Tensor, trained: int
+) -> tuple[Tensor, Tensor]:
+    """The gradients of the first ``trained`` ranks of a and b, and what has to be added to ``dx`` added.
+
+    All contiguous; shapes as in ``add_low_rank``, which returned ``h``; dx as x and dy as y.
+    """
+    people, rows, ranks = h.shape
+    da, db = a.new_empty(people, trained, a.shape[2]), b.new_empty(people, trained, b.shape[2])
+    dh = torch.empty_like(h)
+    places = (None if t is None else t.data_ptr() for t in (dx, da, db, dh, dy, x, h, a, b))
+    _of(x)["low_rank_backward"](*places, people, rows, ranks, a.shape[2], b.shape[2], trained)
+    return da, db
 
 
 def side_by_side(b: Tensor, ids: Tensor, w: Tensor) -> Tensor:

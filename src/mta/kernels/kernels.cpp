@@ -3,50 +3,15 @@
 // Plain C functions over contiguous arrays; sums in float (in double for double). ``mta.kernels.functions`` calls them
 // and says what each computes. Compiled on first use by ``mta.kernels.compile``.
 
+#include "low_rank.hpp"
+#include "numbers.hpp"
+
 #include <algorithm>
-#include <bit>
 #include <cmath>
 #include <cstdint>
 #include <vector>
 
 namespace {
-
-struct bf16 { uint16_t bits; };
-
-template <class T> struct Wide { using type = float; };
-template <> struct Wide<double> { using type = double; };
-template <class T> using wide = typename Wide<T>::type;
-
-inline float load(bf16 x) { return std::bit_cast<float>(uint32_t(x.bits) << 16); }
-inline float load(float x) { return x; }
-inline double load(double x) { return x; }
-
-template <class T> inline T store(wide<T> x) { return x; }
-template <> inline bf16 store<bf16>(float x) {  // to nearest, ties to even; NaN stays NaN
-  const uint32_t bits = std::bit_cast<uint32_t>(x);
-  const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  return {uint16_t(x == x ? rounded : 0x7fc0)};
-}
-
-// exp as a polynomial that compilers turn into vector instructions; within 2 units in the last place of float.
-inline float exponential(float x) {
-  const bool none = x < -87.f;
-  x = none ? 0.f : (x > 88.f ? 88.f : x);
-  const float n = std::nearbyint(x * 1.44269504f);
-  const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-  float p = 1.9875691500e-4f;
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  const float value = (p * r * r + r + 1.f) * std::bit_cast<float>((int32_t(n) + 127) << 23);
-  return none ? 0.f : value;
-}
-inline double exponential(double x) { return std::exp(x); }
-
-// Rows worth waking other threads for.
-inline bool large(int64_t numbers) { return numbers > (1 << 14); }
 
 template <class T>
 void rms_norm(T* y, wide<T>* scale, const T* x, const T* weight, int64_t n, int64_t d, double eps) {
@@ -229,32 +194,6 @@ void weighted_softmax(T* out, const T* logits, const wide<T>* total, const wide<
       out[i * v + j] = store<T>(weight[i] * exponential(load(logits[i * v + j]) - total[i]));
 }
 
-// y (U, M, O) += x (U, M, D) a^T b with a (U, R, D), b (U, R, O): for a few tokens of each of many people
-template <class T>
-void low_rank(T* y, const T* x, const T* a, const T* b, int64_t people, int64_t m, int64_t r, int64_t d, int64_t o) {
-#pragma omp parallel if (large(people * r * (d + o)))
-  {
-    std::vector<wide<T>> buffer(o);
-    wide<T>* sum = buffer.data();
-#pragma omp for
-    for (int64_t i = 0; i < people * m; i++) {
-      const T *from = x + i * d, *down = a + i / m * r * d, *up = b + i / m * r * o;
-      T* to = y + i * o;
-      for (int64_t j = 0; j < o; j++) sum[j] = load(to[j]);
-      for (int64_t k = 0; k < r; k++) {
-        wide<T> h = 0;
-#pragma omp simd reduction(+ : h)
-        for (int64_t j = 0; j < d; j++) h += load(down[k * d + j]) * load(from[j]);
-        const wide<T> rounded = load(store<T>(h));
-#pragma omp simd
-        for (int64_t j = 0; j < o; j++) sum[j] += rounded * load(up[k * o + j]);
-      }
-#pragma omp simd
-      for (int64_t j = 0; j < o; j++) to[j] = store<T>(sum[j]);
-    }
-  }
-}
-
 // out (U, O, K * R) = b (N, O, R) of the anchors ids (U, K), weighed by w (U, K), side by side
 template <class T>
 void side_by_side(T* out, const T* b, const int64_t* ids, const T* w, int64_t people, int64_t k, int64_t o, int64_t r) {
@@ -298,7 +237,7 @@ void adamw(T* values, T* gradient, T* mean, T* square, const T* clip, const T* s
     (void*)rms_norm<T>, (void*)rms_norm_backward<T>, (void*)swiglu<T>, (void*)swiglu_backward<T>,                 \
     (void*)rotate<T>, (void*)gather<T>, (void*)spread<T>, (void*)scatter<T>, (void*)softmax<T>,                   \
     (void*)softmax_backward<T>, (void*)log_sum_exp<T>, (void*)weighted_softmax<T>, (void*)low_rank<T>,            \
-    (void*)side_by_side<T>, (void*)adamw<wide<T>>                                                                 \
+    (void*)low_rank_backward<T>, (void*)side_by_side<T>, (void*)adamw<wide<T>>                                    \
   }
 
 extern "C" {

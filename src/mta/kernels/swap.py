@@ -17,12 +17,16 @@ from torch import Tensor, nn
 
 from mta.kernels.compile import kernels
 from mta.kernels.functions import RmsNorm, Rotate, Swiglu
+from mta.kernels.products import FrozenLinear
 
 _ROTARY = "apply_rotary_pos_emb"
 
 
 def use_kernels(model: nn.Module) -> list[str]:
-    """Exchange what can be exchanged, and say which classes were; nothing where there are no kernels."""
+    """Exchange what can be exchanged, and say which classes were; nothing where there are no kernels.
+
+    Linear layers go through ``products`` besides, which is no change of what they keep for the backward pass.
+    """
     found: dict[type, bool] = {}
     with torch.no_grad():
         for module in model.modules():
@@ -33,6 +37,8 @@ def use_kernels(model: nn.Module) -> list[str]:
                     found[kind] = make is _attention or _agree(module, faster)
                 if faster and found[kind]:
                     module.forward = faster
+            if kind is nn.Linear:
+                vars(module)["forward"] = partial(_linear_forward, module, module.forward)
     return sorted(kind.__name__ for kind, agree in found.items() if agree)
 
 
@@ -48,6 +54,13 @@ def _norm_forward(module: Any, plain: Callable[..., Tensor], eps: float, hidden_
     if module.weight.requires_grad or kernels(hidden_states, module.weight) is None:
         return plain(hidden_states)
     return RmsNorm.apply(hidden_states, module.weight, eps)  # type: ignore[no-untyped-call]
+
+
+def _linear_forward(module: nn.Module, plain: Callable[..., Tensor], x: Tensor) -> Tensor:
+    trained = any(parameter.requires_grad for parameter in module.parameters())
+    if trained or x.dtype != module.weight.dtype or kernels(x) is None:
+        return plain(x)
+    return FrozenLinear.apply(x, module.weight, module.bias)  # type: ignore[no-untyped-call]
 
 
 def _mlp(module: nn.Module) -> Callable[..., Tensor] | None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from mta.kernels import add_low_rank
+from mta.kernels import add_low_rank, kernels, low_rank_gradients, product, wide
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,14 +71,29 @@ class RowTerm:
         h = torch.bmm(_stretches(x, self.a), self.a.mT)
         return torch.baddbmm(_stretches(y, self.a), h, self.b.mT).view_as(y)
 
-    def add_(self, x: Tensor, y: Tensor) -> None:
-        """The same into ``y``."""
+    def add_(self, x: Tensor, y: Tensor) -> Tensor:
+        """The same into ``y``; returns x @ a.mT."""
         x, y = _stretches(x, self.a), _stretches(y, self.a)
-        if torch.is_grad_enabled() or not add_low_rank(y, x, self.a, self.b):
-            y.baddbmm_(torch.bmm(x, self.a.mT), self.b.mT)
+        h = add_low_rank(y, x, self.a, self.b.mT)
+        if h is None:
+            h = torch.bmm(x, self.a.mT)
+            y.baddbmm_(h, self.b.mT)
+        return h
+
+    def gradients(self, dx: Tensor | None, dy: Tensor, x: Tensor, h: Tensor, trained: int) -> tuple[Tensor, Tensor]:
+        """Of the first ``trained`` ranks, after ``add_`` returned ``h``; adds to ``dx`` what this term has to."""
+        x, dy = _stretches(x, self.a), _stretches(dy, self.a)
+        dx = None if dx is None else _stretches(dx, self.a)
+        if h.dtype == wide(x.dtype) and kernels(x):
+            da, db = low_rank_gradients(dx, dy, x, h, self.a, self.b.mT, trained)
+            return da, db.mT
+        dh = torch.bmm(dy, self.b)
+        if dx is not None:
+            dx.baddbmm_(dh, self.a)
+        return torch.bmm(dh[:, :, :trained].mT, x), torch.bmm(dy.mT, h[:, :, :trained])
 
     def laid_out(self) -> RowTerm:
-        """The same, with B as decoding reads it: rank by rank."""
+        """The same, with B as the kernels read it: rank by rank."""
         return RowTerm(self.a.contiguous(), self.b.mT.contiguous().mT)
 
 
@@ -98,16 +113,13 @@ class _AdaptedLinear(Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: nn.Linear, a: Tensor, b: Tensor, frozen: Sequence[Term]) -> Tensor:
-        rows = [term for term in frozen if isinstance(term, RowTerm)]
-        every = [RowTerm(a, b), *rows]
-        both = _side_by_side(every) if rows else every[0]
-        y = nn.functional.linear(x, layer.weight, layer.bias)
+        rows = _side_by_side([RowTerm(a, b), *(term for term in frozen if isinstance(term, RowTerm))]).laid_out()
+        y = product(x, layer.weight, layer.bias)
         shared = [term for term in frozen if isinstance(term, SharedTerm)]
         for term in shared:
             term.add_(x, y)
-        h = torch.bmm(_stretches(x, a), both.a.mT)
-        _stretches(y, a).baddbmm_(h, both.b.mT)
-        ctx.save_for_backward(x, both.a, both.b, h)
+        h = rows.add_(x, y)
+        ctx.save_for_backward(x, rows.a, rows.b, h)
         ctx.layer, ctx.shared, ctx.rank = layer, shared, a.shape[1]
         return y
 
@@ -116,16 +128,11 @@ class _AdaptedLinear(Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, None, Tensor, Tensor, None]:
         x, a, b, h = ctx.saved_tensors
         dy = dy.contiguous()
-        up = _stretches(dy, a)
-        dh = torch.bmm(up, b)
-        da = torch.bmm(dh[:, :, : ctx.rank].mT, _stretches(x, a))
-        db = torch.bmm(up.mT, h[:, :, : ctx.rank])
-        if not ctx.needs_input_grad[0]:
-            return None, None, da, db, None
-        dx = dy @ ctx.layer.weight
-        for term in ctx.shared:
-            term.pull_(dy, dx)
-        _stretches(dx, a).baddbmm_(dh, a)
+        dx = product(dy, ctx.layer.weight.mT) if ctx.needs_input_grad[0] else None
+        if dx is not None:
+            for term in ctx.shared:
+                term.pull_(dy, dx)
+        da, db = RowTerm(a, b).gradients(dx, dy, x, h, ctx.rank)
         return dx, None, da, db, None
 
 
@@ -146,7 +153,7 @@ def joined(terms: Sequence[Term]) -> list[Term]:
 def _side_by_side(rows: Sequence[RowTerm]) -> RowTerm:
     if len(rows) == 1:
         return rows[0]
-    return RowTerm(torch.cat([term.a for term in rows], 1), torch.cat([term.b for term in rows], 2))
+    return RowTerm(torch.cat([term.a for term in rows], 1), torch.cat([term.b.mT for term in rows], 1).mT)
 
 
 def _ungated_into_rows(parts: Sequence[Term]) -> list[Term]:

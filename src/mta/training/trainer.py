@@ -103,7 +103,8 @@ def train(
             checkpoint.save(*cohort.saved())
     result = cohort.result()
     del cohort
-    give_back_memory()
+    buffers = 4 * sum(tensor.nbytes for tensor in result.values())  # values, gradient, two moments
+    give_back_memory(keep=buffers + tokens_per_batch * base.bytes_per_token)
     return result
 
 

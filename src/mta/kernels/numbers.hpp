@@ -1,0 +1,75 @@
+// The types kernels compute with: float, double, and bfloat16 by way of float; alone and in vectors.
+
+#pragma once
+
+#include <bit>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+namespace {
+
+struct bf16 { uint16_t bits; };
+
+template <class T> struct Wide { using type = float; };
+template <> struct Wide<double> { using type = double; };
+template <class T> using wide = typename Wide<T>::type;
+
+inline float load(bf16 x) { return std::bit_cast<float>(uint32_t(x.bits) << 16); }
+inline float load(float x) { return x; }
+inline double load(double x) { return x; }
+
+template <class T> inline T store(wide<T> x) { return x; }
+template <> inline bf16 store<bf16>(float x) {  // to nearest, ties to even; NaN stays NaN
+  const uint32_t bits = std::bit_cast<uint32_t>(x);
+  const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  return {uint16_t(x == x ? rounded : 0x7fc0)};
+}
+
+// exp as a polynomial that compilers turn into vector instructions; within 2 units in the last place of float.
+inline float exponential(float x) {
+  const bool none = x < -87.f;
+  x = none ? 0.f : (x > 88.f ? 88.f : x);
+  const float n = std::nearbyint(x * 1.44269504f);
+  const float r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+  float p = 1.9875691500e-4f;
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  const float value = (p * r * r + r + 1.f) * std::bit_cast<float>((int32_t(n) + 127) << 23);
+  return none ? 0.f : value;
+}
+inline double exponential(double x) { return std::exp(x); }
+
+// Rows worth waking other threads for.
+inline bool large(int64_t numbers) { return numbers > (1 << 14); }
+
+// As many numbers as 64 bytes hold in the type of sums.
+template <class T> constexpr int64_t LANES = 64 / sizeof(wide<T>);
+template <class T> struct Vector { typedef wide<T> type __attribute__((vector_size(64))); };
+template <class T> using vec = typename Vector<T>::type;
+typedef uint16_t half16 __attribute__((vector_size(32)));
+typedef uint32_t word16 __attribute__((vector_size(64)));
+
+template <class T> inline vec<T> load_vector(const T* p) {
+  vec<T> x;
+  std::memcpy(&x, p, sizeof x);
+  return x;
+}
+template <> inline vec<bf16> load_vector<bf16>(const bf16* p) {
+  half16 bits;
+  std::memcpy(&bits, p, sizeof bits);
+  return std::bit_cast<vec<bf16>>(__builtin_convertvector(bits, word16) << 16);
+}
+
+template <class T> inline void store_vector(T* p, vec<T> x) { std::memcpy(p, &x, sizeof x); }
+template <> inline void store_vector<bf16>(bf16* p, vec<bf16> x) {
+  const word16 bits = std::bit_cast<word16>(x);
+  const word16 rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+  const half16 halves = __builtin_convertvector(x == x ? rounded : (word16{} + 0x7fc0), half16);
+  std::memcpy(p, &halves, sizeof halves);
+}
+
+}  // namespace

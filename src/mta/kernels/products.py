@@ -1,0 +1,72 @@
+"""Products with frozen weights, by the library that is faster at them on this processor.
+
+torch takes MKL for float32, which keeps to half of the vector width on processors that are not Intel's; oneDNN, which
+torch brings along too, does not. Which one is faster is measured once, in milliseconds.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from mta.kernels.compile import kernels
+
+_WORTH = 1.5  # times as fast, to be taken: so much that noise does not decide, and runs give the same bytes
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """As ``torch.nn.functional.linear``, x (..., D) and weight (O, D) of any strides, but without a gradient."""
+    if x.is_cpu and x.dtype == weight.dtype == torch.float32 and kernels(x) and _onednn_is_faster():
+        return _onednn(x, weight, bias)
+    return torch.nn.functional.linear(x, weight, bias)
+
+
+class FrozenLinear(Function):
+    """``product`` with the gradient of x alone."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(weight)
+        return product(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
+        (weight,) = ctx.saved_tensors
+        return product(dy, weight.mT), None, None
+
+
+def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    made: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return made
+
+
+@cache
+def _onednn_is_faster(rows: int = 512, width: int = 768) -> bool:
+    """Whether torch brings oneDNN, it gives the same, and sooner."""
+    if not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        return False
+    draw = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(rows, width, generator=draw), torch.randn(width, width, generator=draw)
+    try:
+        found, expected = _onednn(x, weight.mT, None), x @ weight
+    except RuntimeError:
+        return False
+    same = (found - expected).norm() <= 1e-5 * expected.norm()
+    return bool(same) and _WORTH * _seconds(lambda: _onednn(x, weight, None)) < _seconds(lambda: x @ weight.mT)
+
+
+def _seconds(work: Callable[[], Tensor]) -> float:
+    best = float("inf")
+    for _ in range(5):
+        start = time.perf_counter()
+        work()
+        best = min(best, time.perf_counter() - start)
+    return best
