@@ -13,7 +13,7 @@ from torch import Tensor
 
 from benchmarks.speed import data
 from benchmarks.speed.data import Absent, Prompts
-from benchmarks.speed.peers import FREE, PlainPeft
+from benchmarks.speed.peers import FREE, PlainPeft, peer
 from benchmarks.speed.settings import Settings
 from benchmarks.speed.timing import Row, turns
 from benchmarks.speed.training import Cohort, agreed, apart, base_of, joined, oppu, small, stack
@@ -74,21 +74,18 @@ def headline(case: Case, settings: Settings) -> Row:
     """Our cohort against PEFT, after their losses and gradients were compared. Raises Absent, Unequal."""
     people = settings.people if case.prompts == "short" else settings.reviewers
     cohort = _cohort(case.prompts, case.adapter, case.dtype, people, settings)
-    peer = PlainPeft(case.peer_dtype, cohort.start)
     rough = "bfloat16" if "bfloat16" in (case.dtype, case.peer_dtype) else "float32"
-    difference = agreed(against_peer(cohort, peer), rough)
     theirs = cohort.typical(_peers(case.prompts, settings, people))
-    cohort.train()  # warm, whole: memory that a process touches first is slow; the peer is so from the comparison
 
     def ours() -> float:
         cohort.train()
         return _MINUTE * people
 
-    def plain() -> float:
-        peer.train(theirs.jobs, theirs.start, theirs.training)
-        return _MINUTE * alike(theirs, cohort)
-
-    rates, peer_rates = turns(ours, plain, settings.repeats, warm=False)
+    with peer(case.peer_dtype, cohort.start) as plain:
+        difference = agreed(against_peer(cohort, plain), rough)
+        plain.prepare(theirs.jobs, theirs.start, theirs.training)
+        cohort.train()  # warm, whole: memory that a process touches first is slow
+        rates, peer_rates = turns(ours, lambda: trained(plain, theirs, cohort), settings.repeats, warm=False)
     return Row(
         case.name,
         f"mta {_SHORT[case.dtype]}, {people} people",
@@ -104,20 +101,26 @@ def headline(case: Case, settings: Settings) -> Row:
     )
 
 
+def trained(plain: PlainPeft, some: Cohort, cohort: Cohort) -> float:
+    """One turn of the peer, prepared for ``some``; returns people of the cohort, times a minute."""
+    plain.train()
+    return _MINUTE * alike(some, cohort)
+
+
 def alike(some: Cohort, cohort: Cohort) -> float:
     """How many of the cohort's people, by the length of their texts, some of them make up."""
     return len(cohort.jobs) * some.tokens / cohort.tokens
 
 
-def against_peer(cohort: Cohort, peer: PlainPeft, people: int = 2) -> float:
+def against_peer(cohort: Cohort, plain: PlainPeft, people: int = 2) -> float:
     """Largest relative difference of losses and adapters' gradients; leaves the last person's merge folded in."""
     some = cohort.first(people)
     worst = 0.0
     for one in replace(some, start=small(some.start, 7)).each():
         if one.pooled or one.merges:
-            peer.fold(one.pooled, one.merges)
+            plain.fold(one.pooled, one.merges)
         loss, gradient = one.gradient()
-        expected, theirs = peer.gradient(one.jobs, one.start)
+        expected, theirs = plain.gradient(one.jobs, one.start)
         worst = max(worst, apart(gradient, theirs), abs(loss - expected) / abs(expected))
     return worst
 
@@ -141,6 +144,28 @@ def ingredients(settings: Settings) -> Iterator[Row]:
             yield ingredient(name, what, cohort, make(cohort), settings)
         except Absent as absent:
             yield Row(name, "mta bf16", f"without {what}", skipped=str(absent))
+    name = "ingredient: freed memory kept"
+    if settings.wanted(name):
+        yield memory_kept(name, settings)
+
+
+def memory_kept(name: str, settings: Settings) -> Row:
+    """What our process gives to everything in it, shown on the peer: PEFT in it against PEFT in one of its own."""
+    cohort = _cohort("short", "rank 8 (OPPU)", "float32", _peers("short", settings, settings.people), settings)
+    here, work = PlainPeft("float32", cohort.start), (cohort.jobs, cohort.start, cohort.training)
+    with peer("float32", cohort.start) as plain:
+        here.prepare(*work), plain.prepare(*work)
+        one, other = (lambda: trained(here, cohort, cohort)), (lambda: trained(plain, cohort, cohort))
+        rates, peer_rates = turns(one, other, settings.repeats, warm=False)
+    return Row(
+        name,
+        f"PEFT fp32 in our process, one by one ({len(cohort.jobs)})",
+        "PEFT fp32 as it runs",
+        "people/min",
+        tuple(rates),
+        tuple(peer_rates),
+        note=f"freed memory is kept, in huge pages; {_said(settings)}",
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from benchmarks.speed import data
-from benchmarks.speed.adaptation import against_peer, alike
-from benchmarks.speed.peers import FREE, PlainPeft
+from benchmarks.speed.adaptation import against_peer, trained
+from benchmarks.speed.peers import FREE, peer
 from benchmarks.speed.processor import best_dtype
 from benchmarks.speed.settings import Settings
 from benchmarks.speed.timing import Row, turns
@@ -33,21 +33,18 @@ def building(name: str, dtype: str, settings: Settings) -> Row:
     """16 anchors of 24 items over a frozen task LoRA: three steps of eight. Raises Unequal."""
     anchors, peers = max(settings.people // 2, 2), 2
     cohort = bank_of(dtype, anchors, settings)
-    peer = PlainPeft(dtype, cohort.start)
     shorter = replace(cohort, jobs=[replace(job, examples=job.examples[:BATCH]) for job in cohort.jobs])
-    difference = agreed(against_peer(shorter, peer), dtype)
-    replace(cohort, training=cohort.training.model_copy(update={"steps": 1})).train()
     theirs = cohort.typical(peers)
 
     def ours() -> float:
         cohort.train()
         return _MINUTE * anchors
 
-    def plain() -> float:
-        peer.train(theirs.jobs, theirs.start, theirs.training)
-        return _MINUTE * alike(theirs, cohort)
-
-    rates, peer_rates = turns(ours, plain, settings.repeats, warm=False)
+    with peer(dtype, cohort.start) as plain:
+        difference = agreed(against_peer(shorter, plain), dtype)
+        plain.prepare(theirs.jobs, theirs.start, theirs.training)
+        replace(cohort, training=cohort.training.model_copy(update={"steps": 1})).train()
+        rates, peer_rates = turns(ours, lambda: trained(plain, theirs, cohort), settings.repeats, warm=False)
     return Row(
         name,
         f"mta {dtype}, {anchors} anchors",

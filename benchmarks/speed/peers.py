@@ -1,17 +1,20 @@
 """The peer: PEFT as its documentation shows it, one person at a time, a plain loop.
 
-Everything that is free for the peer is given to it: the wrapped model is made once and only the adapter is set back for
-the next person; what is frozen in ours (task LoRA, merged anchors) is folded into its base weights before timing.
+It runs in a process of its own (``peer``), with torch's and glibc's defaults, as it does for everybody. Everything that
+is free for it is given to it: the wrapped model is made once and only the adapter is set back for the next person; what
+is frozen in ours (task LoRA, merged anchors) is folded into its base weights before timing.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from benchmarks.speed.apart import apart
 from benchmarks.speed.data import BASE
 from mta.config import Training
 from mta.hub import local_folder
@@ -21,6 +24,13 @@ from mta.training.trainer import Job, batch_of
 
 FREE = "the peer's frozen adapters are folded into its weights beforehand, for free"
 _TOKENS = 2048  # padded tokens of one forward pass: batches of long texts are split and their gradients added up
+
+
+@contextmanager
+def peer(dtype: str, like: LoraBatch) -> Iterator[PlainPeft]:
+    """``PlainPeft`` in a process of its own, for the length of a block."""
+    with apart(PlainPeft, dtype, like.select([0])) as one:
+        yield one
 
 
 class PlainPeft:
@@ -63,8 +73,14 @@ class PlainPeft:
                 for tensor, value in zip(pair, start.factors[name]):
                     tensor.copy_(value[person])
 
-    def train(self, jobs: Sequence[Job], start: LoraBatch, training: Training) -> int:
-        """One person after the other from ``start``; returns how many."""
+    def prepare(self, jobs: Sequence[Job], start: LoraBatch, training: Training) -> None:
+        """What ``train`` is to do; one turn of it is done at once, to warm up."""
+        self.work = jobs, start, training
+        self.train()
+
+    def train(self) -> None:
+        """One person after the other from ``start``."""
+        jobs, start, training = self.work
         for person, job in enumerate(jobs):
             self.begin(start, person)
             optimizer = torch.optim.AdamW(
@@ -79,7 +95,6 @@ class PlainPeft:
                 torch.nn.utils.clip_grad_norm_(self.parameters, training.clip)
                 optimizer.step()
                 optimizer.zero_grad()
-        return len(jobs)
 
     def backward(self, examples: Sequence[Example]) -> float:
         """Add the gradient of the mean loss over the targets' tokens; returns that loss."""

@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from mta.kernels.compile import Kernels, kernels
 
-_FEW = 4  # tokens of a person in bfloat16; for more, oneDNN's products are faster
+_FEW, _LOW = 4, 16  # tokens of a person, and ranks, beyond which oneDNN's products are faster in bfloat16
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -99,7 +99,7 @@ def add_low_rank(y: Tensor, x: Tensor, a: Tensor, b: Tensor) -> Tensor | None:
     h (U, M, R) has the type of sums. None, and nothing done, where there is no kernel for these. Without a gradient:
     ``low_rank_gradients`` is the other half.
     """
-    few = x.dtype != torch.bfloat16 or x.shape[1] <= _FEW
+    few = x.dtype != torch.bfloat16 or x.shape[1] <= _FEW or a.shape[1] <= _LOW
     found = kernels(y, x, a, b) if few else None
     if found is None or not all(t.is_contiguous() for t in (y, x, a, b)):
         return None

@@ -32,13 +32,13 @@ template <class T> inline wide<T> sum_of(vec<T> x) {
 template <int64_t M, int64_t R, class T>
 inline void narrow_tile(wide<T>* h, const T* x, const T* w, int64_t stride, int64_t d) {
   vec<T> sum[M][R] = {};
-  const int64_t whole = d / LANES<T> * LANES<T>;
-  for (int64_t j = 0; j < whole; j += LANES<T>) {
-    vec<T> row[M];
-    for (int64_t m = 0; m < M; m++) row[m] = load_vector(x + m * d + j);
+  const int64_t whole = d / Dot<T>::STEP * Dot<T>::STEP;
+  for (int64_t j = 0; j < whole; j += Dot<T>::STEP) {
+    typename Dot<T>::side row[M];
+    for (int64_t m = 0; m < M; m++) row[m] = Dot<T>::take(x + m * d + j);
     for (int64_t r = 0; r < R; r++) {
-      const vec<T> factor = load_vector(w + r * d + j);
-      for (int64_t m = 0; m < M; m++) sum[m][r] += row[m] * factor;
+      const auto factor = Dot<T>::take(w + r * d + j);
+      for (int64_t m = 0; m < M; m++) sum[m][r] = Dot<T>::add(sum[m][r], row[m], factor);
     }
   }
   for (int64_t m = 0; m < M; m++)

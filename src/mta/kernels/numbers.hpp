@@ -7,6 +7,10 @@
 #include <cstdint>
 #include <cstring>
 
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
+
 namespace {
 
 struct bf16 { uint16_t bits; };
@@ -66,10 +70,30 @@ template <> inline vec<bf16> load_vector<bf16>(const bf16* p) {
 
 template <class T> inline void store_vector(T* p, vec<T> x) { std::memcpy(p, &x, sizeof x); }
 template <> inline void store_vector<bf16>(bf16* p, vec<bf16> x) {
+#ifdef __AVX512BF16__
+  const __m256bh halves = _mm512_cvtneps_pbh(__m512(x));
+#else
   const word16 bits = std::bit_cast<word16>(x);
   const word16 rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
   const half16 halves = __builtin_convertvector(x == x ? rounded : (word16{} + 0x7fc0), half16);
+#endif
   std::memcpy(p, &halves, sizeof halves);
 }
+
+// Sums of products: STEP numbers of each side at a time. Instructions for bfloat16 take twice as many as the sums have.
+template <class T> struct Dot {
+  using side = vec<T>;
+  static constexpr int64_t STEP = LANES<T>;
+  static side take(const T* p) { return load_vector(p); }
+  static vec<T> add(vec<T> sum, side a, side b) { return sum + a * b; }
+};
+#ifdef __AVX512BF16__
+template <> struct Dot<bf16> {
+  using side = __m512bh;
+  static constexpr int64_t STEP = 32;
+  static side take(const bf16* p) { return __m512bh(_mm512_loadu_si512(p)); }
+  static vec<bf16> add(vec<bf16> sum, side a, side b) { return vec<bf16>(_mm512_dpbf16_ps(__m512(sum), a, b)); }
+};
+#endif
 
 }  // namespace
