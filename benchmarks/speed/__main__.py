@@ -9,7 +9,6 @@ import os
 import sys
 import time
 import traceback
-import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 from rich.console import Console
 
 from benchmarks.speed import record, report
+from benchmarks.speed.apart import quiet
 from benchmarks.speed.data import Absent
 from benchmarks.speed.pictures import draw
 from benchmarks.speed.processor import processor
@@ -33,7 +33,7 @@ def main(words: Sequence[str] | None = None) -> int:
     path = args.out / f"bench-{processor().slug}.json"
     if args.markdown or args.json:
         return _print_kept(path, args.markdown)
-    _quiet()
+    quiet()
     records, failed = record.kept(path), False
     for module in args.only:
         missing = _without_done(records, settings, args.again)
@@ -112,14 +112,6 @@ def _print_kept(path: Path, as_markdown: bool) -> int:
     else:
         print(path.read_text(encoding="utf-8"), end="")
     return 0
-
-
-def _quiet() -> None:
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()
-    warnings.filterwarnings("ignore", category=FutureWarning)
 
 
 def _command(args: argparse.Namespace) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import pickle
+import warnings
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from typing import Any
@@ -57,8 +58,18 @@ def apart(make: Callable[..., Any], *args: Any) -> Iterator[Any]:
         thing.end()
 
 
+def quiet() -> None:
+    """No progress bars and hints of other libraries between the rows."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    warnings.filterwarnings("ignore", category=FutureWarning)
+
+
 def _serve(pipe: Connection, threads: int) -> None:
     torch.set_num_threads(threads)
+    quiet()
     thing: Any = None
     with contextlib.suppress(EOFError):
         while True:

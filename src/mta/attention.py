@@ -25,6 +25,7 @@ from mta.kernels import TreeAttention, kernels
 NAME = "mta_tree"
 _SIZES = (16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 1024)  # of a block, in tokens
 _GATHER = 16  # what fetching a token costs, in query-key pairs
+_EVEN = 8  # K is a multiple of it: products with odd rows of bfloat16 take up to four times as long
 _REFUSED = ("softcap", "s_aux", "position_bias")  # what SDPA cannot do either, or what would need dense rows
 
 
@@ -92,9 +93,10 @@ def _cuts(rows: Any, depths: Any, size: int) -> list[tuple[int, int, int]]:
 
 
 def _sizes(cuts: Sequence[tuple[int, int, int]], depths: Any) -> tuple[int, int]:
-    """Q and K: the most tokens of a stretch, and the most that one sees."""
+    """Q and K: the most tokens of a stretch, and the most that one sees, made up to whole vectors."""
     wide = max(stop - start for _, start, stop in cuts)
-    return wide, max(int(depths[row, start]) + stop - start for row, start, stop in cuts)
+    deep = max(int(depths[row, start]) + stop - start for row, start, stop in cuts)
+    return wide, -(-deep // _EVEN) * _EVEN
 
 
 def _cost(cuts: Sequence[tuple[int, int, int]], depths: Any) -> float:

@@ -104,7 +104,7 @@ def train(
     result = cohort.result()
     del cohort
     buffers = 4 * sum(tensor.nbytes for tensor in result.values())  # values, gradient, two moments
-    give_back_memory(keep=buffers + tokens_per_batch * base.bytes_per_token)
+    give_back_memory(keep=int(1.5 * (buffers + tokens_per_batch * base.bytes_per_token)))
     return result
 
 
