@@ -13,6 +13,7 @@ from tiny import base_of, random_loras
 
 from benchmarks.speed import __main__ as command
 from benchmarks.speed import decoding, growth, limit, merging, pictures, point, record, report, timing
+from benchmarks.speed.apart import Broken, apart
 from benchmarks.speed.data import Absent
 from benchmarks.speed.peers import _parts, padded
 from benchmarks.speed.processor import Processor
@@ -98,6 +99,27 @@ class TestPeer:
         examples = [Example(tuple(range(length)), 1) for length in (1000, 900, 900, 3000, 10)]
         assert [[len(one.tokens) for one in part] for part in _parts(examples)] == [[1000, 900], [900], [3000], [10]]
 
+    def test_a_process_of_its_own_answers_as_the_thing_itself_and_says_what_broke(self):
+        with apart(Counted, torch.arange(3)) as there:
+            assert there.times(2).tolist() == [0, 2, 4]
+            assert there.process() != os.getpid()
+            with pytest.raises(Broken, match=r"ValueError: not 3"):
+                there.times(3)
+            assert there.times(1).tolist() == [0, 1, 2]
+
+
+class Counted:
+    def __init__(self, numbers):
+        self.numbers = numbers
+
+    def times(self, factor):
+        if factor == 3:
+            raise ValueError("not 3")
+        return factor * self.numbers
+
+    def process(self):
+        return os.getpid()
+
 
 class TestRecords:
     def test_a_row_survives_the_file(self, tmp_path):
@@ -168,7 +190,7 @@ class TestCommand:
             f"benchmarks.speed.{name}": type("Module", (), {"rows": staticmethod(how)}) for name, how in rows.items()
         }
         monkeypatch.setattr(command.importlib, "import_module", made.__getitem__)
-        monkeypatch.setattr(command, "_quiet", lambda: None)
+        monkeypatch.setattr(command, "quiet", lambda: None)
 
     def test_rows_are_kept_and_not_measured_again_unless_asked_for(self, tmp_path, monkeypatch, capsys):
         measured = []

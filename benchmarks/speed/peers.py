@@ -74,9 +74,10 @@ class PlainPeft:
                     tensor.copy_(value[person])
 
     def prepare(self, jobs: Sequence[Job], start: LoraBatch, training: Training) -> None:
-        """What ``train`` is to do; one turn of it is done at once, to warm up."""
-        self.work = jobs, start, training
+        """What ``train`` is to do; for one person it is done at once, to warm up."""
+        self.work = jobs[:1], start, training
         self.train()
+        self.work = jobs, start, training
 
     def train(self) -> None:
         """One person after the other from ``start``."""

@@ -25,8 +25,8 @@ class Settings:
 
     @property
     def reviewers(self) -> int:
-        """People in a cohort of long prompts, which take four times as long: half as many, in a short run a quarter."""
-        return max(self.people // (2 if self.full else 4), 1)
+        """People in a cohort of long prompts, eight times as dear: half as many, in a short run an eighth."""
+        return max(self.people // (2 if self.full else 8), 1)
 
     @property
     def steps(self) -> int:

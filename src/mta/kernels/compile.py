@@ -39,6 +39,7 @@ SIGNATURES = {  # p: a pointer, i: an integer, d: a double; in the order of the 
     "weighted_softmax": "pppp ii",
     "low_rank": "ppppp iiiii",
     "low_rank_backward": "ppppppppp iiiiii",
+    "few_rows": "pppp iii",
     "side_by_side": "pppp iiii",
     "adamw": "pppppppp iiddd",
 }
@@ -52,10 +53,11 @@ _off = 0
 
 def kernels(*tensors: torch.Tensor) -> Kernels | None:
     """The kernels for these tensors, which must share their dtype; None where torch's operations have to do."""
-    first = tensors[0]
-    if _off or not all(t.is_cpu and t.dtype == first.dtype for t in tensors):
-        return None
-    return _library().get(first.dtype)
+    dtype = tensors[0].dtype
+    for tensor in tensors:  # no generator: this is asked at every layer of every token
+        if tensor.dtype != dtype or not tensor.is_cpu:
+            return None
+    return None if _off else _library().get(dtype)
 
 
 @contextmanager

@@ -20,7 +20,7 @@ _FEW, _LOW = 4, 16  # tokens of a person, and ranks, beyond which oneDNN's produ
 
 def wide(dtype: torch.dtype) -> torch.dtype:
     """What sums are kept in."""
-    return torch.promote_types(dtype, torch.float32)
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _of(x: Tensor) -> Kernels:
@@ -101,11 +101,12 @@ def add_low_rank(y: Tensor, x: Tensor, a: Tensor, b: Tensor) -> Tensor | None:
     """
     few = x.dtype != torch.bfloat16 or x.shape[1] <= _FEW or a.shape[1] <= _LOW
     found = kernels(y, x, a, b) if few else None
-    if found is None or not all(t.is_contiguous() for t in (y, x, a, b)):
+    if found is None or not (y.is_contiguous() and x.is_contiguous() and a.is_contiguous() and b.is_contiguous()):
         return None
-    h = x.new_empty(*x.shape[:2], a.shape[1], dtype=wide(x.dtype))
-    places = (t.data_ptr() for t in (y, h, x, a, b))
-    found["low_rank"](*places, *h.shape, x.shape[2], y.shape[2])
+    people, rows, d = x.shape
+    h = x.new_empty(people, rows, a.shape[1], dtype=wide(x.dtype))
+    places = y.data_ptr(), h.data_ptr(), x.data_ptr(), a.data_ptr(), b.data_ptr()
+    found["low_rank"](*places, people, rows, a.shape[1], d, y.shape[2])
     return h
 
 

@@ -22,30 +22,49 @@ template <class F> inline void unrolled(int64_t n, F f) {
   }(std::make_integer_sequence<int64_t, RANKS>{});
 }
 
+// Sum over the lanes, half to half, as ``sums_of`` adds them up.
 template <class T> inline wide<T> sum_of(vec<T> x) {
-  wide<T> sum = 0;
-  for (int64_t i = 0; i < LANES<T>; i++) sum += x[i];
-  return sum;
+  for (int64_t half = LANES<T> / 2; half; half /= 2)
+    for (int64_t i = 0; i < half; i++) x[i] += x[i + half];
+  return x[0];
+}
+
+// Blocks of S lanes of a and b in turn: the even ones of each plus the odd ones.
+template <int S, class V, int... I> inline V folded(V a, V b, std::integer_sequence<int, I...>) {
+  constexpr int lanes = sizeof...(I);
+  return __builtin_shufflevector(a, b, (I / (2 * S) * 2 * S + I % S + I / S % 2 * lanes)...) +
+         __builtin_shufflevector(a, b, (I / (2 * S) * 2 * S + I % S + I / S % 2 * lanes + S)...);
+}
+
+// As many vectors as they have lanes -> their sums in one vector, in order.
+template <class T, int S = 1> inline vec<T> sums_of(const vec<T>* x, int64_t step = 1) {
+  const auto all = std::make_integer_sequence<int, LANES<T>>{};
+  if constexpr (S == LANES<T>) return x[0];
+  else return folded<S>(sums_of<T, 2 * S>(x, 2 * step), sums_of<T, 2 * S>(x + step, 2 * step), all);
 }
 
 // h (M, R) = x (M, D) w^T for M rows of x and R rows of w; h has rows of ``stride``
 template <int64_t M, int64_t R, class T>
 inline void narrow_tile(wide<T>* h, const T* x, const T* w, int64_t stride, int64_t d) {
-  vec<T> sum[M][R] = {};
+  vec<T> sum[M * R] = {};
   const int64_t whole = d / Dot<T>::STEP * Dot<T>::STEP;
   for (int64_t j = 0; j < whole; j += Dot<T>::STEP) {
     typename Dot<T>::side row[M];
     for (int64_t m = 0; m < M; m++) row[m] = Dot<T>::take(x + m * d + j);
     for (int64_t r = 0; r < R; r++) {
       const auto factor = Dot<T>::take(w + r * d + j);
-      for (int64_t m = 0; m < M; m++) sum[m][r] = Dot<T>::add(sum[m][r], row[m], factor);
+      for (int64_t m = 0; m < M; m++) sum[m * R + r] = Dot<T>::add(sum[m * R + r], row[m], factor);
     }
   }
+  wide<T> found[M * R];
+  if constexpr (M * R % LANES<T> == 0)
+    for (int64_t i = 0; i < M * R; i += LANES<T>) store_vector(found + i, sums_of<T>(sum + i));
+  else
+    for (int64_t i = 0; i < M * R; i++) found[i] = sum_of<T>(sum[i]);
   for (int64_t m = 0; m < M; m++)
     for (int64_t r = 0; r < R; r++) {
-      wide<T> rest = sum_of<T>(sum[m][r]);
-      for (int64_t j = whole; j < d; j++) rest += load(x[m * d + j]) * load(w[r * d + j]);
-      h[m * stride + r] = rest;
+      for (int64_t j = whole; j < d; j++) found[m * R + r] += load(x[m * d + j]) * load(w[r * d + j]);
+      h[m * stride + r] = found[m * R + r];
     }
 }
 
@@ -158,6 +177,25 @@ void low_rank_backward(T* dx, T* da, T* db, wide<T>* dh, const T* dy, const T* x
               std::min((part - parts_d + 1) * width, o));
     }
   }
+}
+
+// y (M, O) = x (M, D) w^T + bias (if there is one) for few rows, w (O, D): each number of w is read from memory once.
+template <class T>
+void few_rows(T* y, const T* x, const T* w, const T* bias, int64_t rows, int64_t d, int64_t o) {
+#pragma omp parallel for if (large(d * o))
+  for (int64_t first = 0; first < o; first += RANKS)
+    unrolled(std::min(RANKS, o - first), [&](auto n) {
+      wide<T> tile[2 * RANKS];
+      for (int64_t m = 0; m < rows; m += 2) {
+        const int64_t pair = std::min<int64_t>(2, rows - m);
+        unrolled(pair, [&](auto count) {
+          if constexpr (count <= 2) narrow_tile<count, n>(tile, x + m * d, w + first * d, RANKS, d);
+        });
+        for (int64_t i = 0; i < pair; i++)
+          for (int64_t r = 0; r < n; r++)
+            y[(m + i) * o + first + r] = store<T>(tile[i * RANKS + r] + (bias ? load(bias[first + r]) : 0));
+      }
+    });
 }
 
 }  // namespace

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from mta.kernels.compile import kernels
 from mta.kernels.functions import RmsNorm, Rotate, Swiglu
-from mta.kernels.products import FrozenLinear
+from mta.kernels.products import FrozenLinear, product
 
 _ROTARY = "apply_rotary_pos_emb"
 
@@ -37,7 +37,7 @@ def use_kernels(model: nn.Module) -> list[str]:
                     found[kind] = make is _attention or _agree(module, faster)
                 if faster and found[kind]:
                     module.forward = faster
-            if kind is nn.Linear:
+            if isinstance(module, nn.Linear) and kind is nn.Linear and kernels(module.weight):
                 vars(module)["forward"] = partial(_linear_forward, module, module.forward)
     return sorted(kind.__name__ for kind, agree in found.items() if agree)
 
@@ -56,11 +56,12 @@ def _norm_forward(module: Any, plain: Callable[..., Tensor], eps: float, hidden_
     return RmsNorm.apply(hidden_states, module.weight, eps)  # type: ignore[no-untyped-call]
 
 
-def _linear_forward(module: nn.Module, plain: Callable[..., Tensor], x: Tensor) -> Tensor:
-    trained = any(parameter.requires_grad for parameter in module.parameters())
-    if trained or x.dtype != module.weight.dtype or kernels(x) is None:
+def _linear_forward(module: Any, plain: Callable[..., Tensor], x: Tensor) -> Tensor:
+    if module.weight.requires_grad or kernels(x, module.weight) is None:
         return plain(x)
-    return FrozenLinear.apply(x, module.weight, module.bias)  # type: ignore[no-untyped-call]
+    if torch.is_grad_enabled() and x.requires_grad:
+        return FrozenLinear.apply(x, module.weight, module.bias)  # type: ignore[no-untyped-call]
+    return product(x, module.weight, module.bias)
 
 
 def _mlp(module: nn.Module) -> Callable[..., Tensor] | None:
