@@ -41,7 +41,7 @@ def curves(settings: Settings) -> list[Curve]:
     """The curves of a run beside that of people: coarser where it is short."""
     quick, full = settings.quick, settings.full
     anchors = (2, 4) if quick else (8, 16, 32, 64, 128, 256) if full else (8, 64, 256)
-    lengths = (64, 128) if quick else (64, 128, 256, 512, 1024) if full else (64, 256, 1024)
+    lengths = (64, 128) if quick else (64, 128, 256, 512, 1024) if full else (64, 256, 512)
     few, some = (4, 4) if full else (1, 2)
     evidence = f"posterior evidence, {SHOTS} short prompts a person, people: {few}"
     alone = f"stage 3, {SHOTS} prompts a person that share nothing, people: {some}; memory {settings.memory}"
