@@ -66,7 +66,7 @@ def with_people(settings: Settings) -> Iterator[Row]:
     names = ["growth with people", f"{many} people against {few}", f"memory of {many} people"]
     if not any(map(settings.wanted, names)):
         return
-    below = [x for x in (1, 4, 16, 64) if x < many]
+    below = [x for x in ((1, 4, 16, 64) if settings.full else (1, 4, 16)) if x < many]
     points = {x: measure("people", [x], settings) for x in below}
     turned = measure("in-turn", [few, many, settings.repeats if settings.full else 1], settings)
     points[many] = turned | {"seconds": statistics.median(turned["many"])}

@@ -8,8 +8,9 @@ from tiny import base_of, random_examples, random_loras
 
 from mta.base import BaseModel
 from mta.config import Training
-from mta.lora import Gated, LoraBatch, Shared
+from mta.lora import Gated, LoraBatch, PerPerson, Shared
 from mta.lora.batch import fresh
+from mta.lora.layers import Renumbered
 from mta.training.checkpoint import Checkpoint
 from mta.training.trainer import Job, batch_of, steps_of, train_loras
 
@@ -46,6 +47,29 @@ def test_mates_order_rows_and_passes_do_not_matter(sizes, mates, budget, packed)
     reference = train_loras(base, jobs[:1], start_of(base, jobs[:1]), FIVE)
     found = train_loras(base, jobs, start_of(base, jobs), FIVE, tokens_per_batch=budget, packed=packed)
     assert difference(found.select([0]), reference) < 1e-10
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.lists(st.integers(1, 5), min_size=1, max_size=4), st.sampled_from([1, 60, 100, 4096]), st.booleans())
+def test_rows_and_passes_do_not_matter_over_frozen_merges(sizes, budget, packed):
+    """Stage 3: several rows of one person, or of several, and only some of the people in a pass."""
+    base = base_of()
+    jobs = [Job(f"person-{n}", random_examples(size, seed=n)) for n, size in enumerate(sizes)]
+    merges = random_loras(base, len(jobs), rank=3)
+    start = start_of(base, jobs, rank=1)
+    how = {"frozen": [Shared(random_loras(base, 1)), PerPerson(merges)], "tokens_per_batch": budget, "packed": packed}
+    found = train_loras(base, jobs, start, FIVE, **how)
+    for n, job in enumerate(jobs):
+        below = [how["frozen"][0], PerPerson(merges.select([n]))]
+        assert difference(found.select([n]), train_loras(base, [job], start.select([n]), FIVE, frozen=below)) < 1e-10
+
+
+def test_people_may_share_what_is_frozen_below_them():
+    base, jobs = base_of(), jobs_of(3, 5, 1, 4)
+    two, whose = random_loras(base, 2, rank=3), torch.tensor([0, 0, 1, 1])
+    found = train_loras(base, jobs, start_of(base, jobs), FIVE, frozen=[Renumbered(PerPerson(two), whose)])
+    expected = train_loras(base, jobs, start_of(base, jobs), FIVE, frozen=[PerPerson(two.select(whose))])
+    assert difference(found, expected) < 1e-10
 
 
 def test_equals_torch_with_peft_a_plain_loop():

@@ -85,7 +85,11 @@ class PerPerson:
         a, b = self.batch.factors[name]
         scale: float | Tensor = self.batch.scale
         if not _blocks(owner, a.shape[0]):
-            a, b, scale = a[owner], b[owner], scale * (owner >= 0)[:, None, None].to(b)
+            whose, rows = torch.unique_consecutive(owner, return_counts=True)
+            whose = (
+                whose if bool((rows == rows[0]).all()) else owner
+            )  # once for all rows of a person, if these are as many
+            a, b, scale = a[whose], b[whose], scale * (whose >= 0)[:, None, None].to(b)
         return RowTerm(a.to(dtype), (b * scale).to(dtype))  # scaled here, where it is small, not on activations
 
 

@@ -80,6 +80,10 @@ class RowTerm:
             y.baddbmm_(h, self.b.mT)
         return h
 
+    def pull_(self, dy: Tensor, dx: Tensor) -> None:
+        """Add to ``dx`` what ``dy`` says of x."""
+        RowTerm(self.b.mT, self.a.mT).add_(dy, dx)
+
     def gradients(self, dx: Tensor | None, dy: Tensor, x: Tensor, h: Tensor, trained: int) -> tuple[Tensor, Tensor]:
         """Of the first ``trained`` ranks, after ``add_`` returned ``h``; adds to ``dx`` what this term has to."""
         x, dy = _stretches(x, self.a), _stretches(dy, self.a)
@@ -113,14 +117,15 @@ class _AdaptedLinear(Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: nn.Linear, a: Tensor, b: Tensor, frozen: Sequence[Term]) -> Tensor:
-        rows = _side_by_side([RowTerm(a, b), *(term for term in frozen if isinstance(term, RowTerm))]).laid_out()
+        alike = [term for term in frozen if isinstance(term, RowTerm) and len(term.a) == len(a)]
+        others = [term for term in frozen if not (isinstance(term, RowTerm) and len(term.a) == len(a))]
+        rows = _side_by_side([RowTerm(a, b), *alike]).laid_out()
         y = product(x, layer.weight, layer.bias)
-        shared = [term for term in frozen if isinstance(term, SharedTerm)]
-        for term in shared:
+        for term in others:
             term.add_(x, y)
         h = rows.add_(x, y)
         ctx.save_for_backward(x, rows.a, rows.b, h)
-        ctx.layer, ctx.shared, ctx.rank = layer, shared, a.shape[1]
+        ctx.layer, ctx.others, ctx.rank = layer, others, a.shape[1]
         return y
 
     @staticmethod
@@ -130,7 +135,7 @@ class _AdaptedLinear(Function):
         dy = dy.contiguous()
         dx = product(dy, ctx.layer.weight.mT) if ctx.needs_input_grad[0] else None
         if dx is not None:
-            for term in ctx.shared:
+            for term in ctx.others:
                 term.pull_(dy, dx)
         da, db = RowTerm(a, b).gradients(dx, dy, x, h, ctx.rank)
         return dx, None, da, db, None
@@ -146,8 +151,14 @@ def joined(terms: Sequence[Term]) -> list[Term]:
         if shared:
             a, b = torch.cat([term.a for term in shared]), torch.cat([term.b for term in shared], 1)
             shared = [SharedTerm(a, b, _gates(shared))]
-        parts += [*shared, *([_side_by_side(rows)] if rows else [])]
+        parts += [*shared, *_joined_rows(rows)]
     return _ungated_into_rows(parts)
+
+
+def _joined_rows(rows: Sequence[RowTerm]) -> list[RowTerm]:
+    """One term for each number of stretches."""
+    counts = dict.fromkeys(len(term.a) for term in rows)
+    return [_side_by_side([term for term in rows if len(term.a) == count]) for count in counts]
 
 
 def _side_by_side(rows: Sequence[RowTerm]) -> RowTerm:
@@ -167,7 +178,7 @@ def _ungated_into_rows(parts: Sequence[Term]) -> list[Term]:
         for term in [term for term in rest if term.gate is None and not term.trained]:
             frozen.append(RowTerm(term.a.expand(each), term.b.expand(each)))
             rest.remove(term)
-    return [*rest, *([_side_by_side(frozen)] if frozen else []), *(term for term in rows if term.trained)]
+    return [*rest, *_joined_rows(frozen), *(term for term in rows if term.trained)]
 
 
 def _gates(terms: Sequence[SharedTerm]) -> Tensor | None:
