@@ -56,6 +56,17 @@ def test_bad_rows_can_be_set_aside(tmp_path):
     assert json.loads((tmp_path / "bad.jsonl").read_text())["line"] == 7
 
 
+def test_predictions_made_elsewhere_are_scored_as_the_benchmark_does(tmp_path):
+    golds = [{"id": "1", "output": "4"}, {"id": "2", "output": "2"}]
+    said = [{"id": "2", "output": "nothing"}, {"id": "1", "output": "3"}]
+    paths = [tmp_path / name for name in ("dev_outputs.json", "mine.json")]
+    for path, rows in zip(paths, (golds, said)):
+        path.write_text(json.dumps({"task": "LaMP_3", "golds": rows}))
+    words = ["evaluate", paths[0], "--predictions", paths[1], "--task", "lamp3"]
+    assert mta(*words).out == "MAE 2.0000  RMSE 2.2361  questions 2\n"
+    assert mta(*words, "--json").json == {"MAE": 2.0, "RMSE": pytest.approx(5**0.5), "questions": 2}
+
+
 # bank
 
 

@@ -109,6 +109,18 @@ MISTAKES = {
         "evaluate {new} --bank {bank} --out {root}/r shot=2",
         "ConfigError: the command line: shot: ",
     ),
+    "predictions of an unnamed task": (
+        "evaluate {new} --predictions {new}",
+        "InputError: --predictions needs the task, and takes no settings",
+    ),
+    "a task of its own for a comparison": (
+        "evaluate {new} --bank {bank} --task lamp3",
+        "InputError: --task belongs to --predictions",
+    ),
+    "predictions that are no answers": (
+        "evaluate {new} --predictions {new} --task lamp3",
+        "DataError: ",
+    ),
     "people and a setting of the bank": (
         "personalize {new} --bank {bank} --store {root}/s bank.anchors=9",
         "ConfigError: 'bank' cannot be changed here: it was settled when bank or states were made",

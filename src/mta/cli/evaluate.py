@@ -34,6 +34,10 @@ def evaluate(
     config: Annotated[
         Path | None, typer.Option("--config", help="Evaluation settings in YAML.", dir_okay=False)
     ] = None,
+    predictions: Annotated[
+        Path | None, typer.Option(help="Score this file of answers instead, made elsewhere.", dir_okay=False)
+    ] = None,
+    task: Annotated[str | None, typer.Option(help="The task of --predictions; else it is the bank's.")] = None,
     people: Annotated[int | None, typer.Option(min=1, help="Only so many people, drawn by the seed.")] = None,
     seed: Seed = None,
     device: Device = None,
@@ -46,14 +50,22 @@ def evaluate(
     fewer than shots + queries items, are left out. Settings as key=value are those of the evaluation (shots=4
     queries=10), and merge.…, stack.…, memory and dtype over the bank's.
 
+    With --predictions nothing is computed: a file of answers in LaMP's format is scored as the benchmark does it.
+
     Example:  mta evaluate newcomers.jsonl --bank bank/ --out results/ shots=8 queries=12 merge.policy=ridge
+    Example:  mta evaluate dev_outputs.json --predictions mine.json --task lamp3
     """
+    if predictions:
+        return _score(source, predictions, task, words, json)
     from mta.cli.screen import Screen, console
     from mta.config import Evaluation, load_settings
+    from mta.errors import InputError
     from mta.evaluation.report import to_json
     from mta.evaluation.show import show
     from mta.evaluation.study import study
 
+    if task:
+        raise InputError("--task belongs to --predictions; a comparison is about the task of its bank")
     of_run = [word for word in words or () if re.split("[.=]", word)[0] in MERGE_AND_STACK | OF_THE_MACHINE]
     check_out(out)
     chosen = load_settings(Evaluation, config, [word for word in words or () if word not in of_run])
@@ -67,3 +79,24 @@ def evaluate(
         show(found, console)
     if out:
         found.write(out, typed())
+
+
+def _score(source: str, predictions: Path, task: str | None, words: list[str] | None, json: bool) -> None:
+    from mta.assets import resolve
+    from mta.errors import InputError
+    from mta.evaluation.lamp import score
+    from mta.readers import read_answers
+    from mta.tasks import load_task
+
+    if words or not task:
+        raise InputError(
+            "--predictions needs the task, and takes no settings",
+            hint="For example --predictions mine.json --task lamp3.",
+        )
+    asked = load_task(task)
+    golds = read_answers(Path(resolve(source)), asked)
+    found = score(asked, read_answers(predictions, asked, empty=True), golds)
+    if json:
+        show_json(found | {"questions": len(golds)})
+    else:
+        typer.echo("  ".join(f"{metric} {value:.4f}" for metric, value in found.items()) + f"  questions {len(golds)}")

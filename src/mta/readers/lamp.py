@@ -147,21 +147,40 @@ def golds_for(questions: Path, task: Task, rejects: Rejects) -> dict[str, Gold] 
     if outputs is None:
         log.info("no outputs beside %s: its questions have no gold answers", questions)
         return None
+    return outputs_in(outputs, task, rejects)
+
+
+def outputs_in(outputs: Path, task: Task, rejects: Rejects, *, empty: bool = False) -> dict[str, Gold]:
+    """The answers of a file of outputs, by question. ``empty`` ones are a model's to give, never golds."""
     _check_task(outputs, task)
-    golds: dict[str, Gold] = {}
+    answers: dict[str, Gold] = {}
     for line, row in array_elements(outputs, GOLDS):
         place = Place(outputs, line)
         try:
             if not isinstance(row, dict):
                 raise Bad(None, f"expected a JSON object, got {kind_of(row)}")
-            id, output = text_in(row, "id"), text_in(row, "output")
-            if id in golds:
+            blank = empty and isinstance(row.get("output"), str) and not row["output"].strip()
+            id, output = text_in(row, "id"), "" if blank else text_in(row, "output")
+            if id in answers:
                 raise Bad("id", f"duplicate question id {id!r}")
         except Bad as bad:
             rejects.add(place, bad.field, bad.reason, row)
             continue
-        golds[id] = Gold(output.strip(), place)
-    return golds
+        answers[id] = Gold(output.strip(), place)
+    return answers
+
+
+def read_answers(path: Path, task: Task, *, empty: bool = False) -> dict[str, str]:
+    """Question id -> answer, from a file of LaMP's outputs, or the one beside its questions or in their folder.
+
+    Raises DataError, which names file, line and field.
+    """
+    questions = questions_in(path) if path.is_dir() else path
+    outputs = outputs_beside(questions) or questions
+    if outputs == questions and "questions" in outputs.name:
+        raise DataError(f"no file of outputs beside {questions}", hint="Give the path of a file of outputs.")
+    with Rejects() as rejects:
+        return {id: gold.output for id, gold in outputs_in(outputs, task, rejects, empty=empty).items()}
 
 
 def _check_task(outputs: Path, task: Task) -> None:
