@@ -25,18 +25,19 @@ from mta.cli.options import (
     typed,
 )
 
+Settings = Annotated[Path | None, typer.Option("--config", help="Evaluation settings in YAML.", dir_okay=False)]
+Predictions = Annotated[
+    Path | None, typer.Option(help="Score this file of answers instead, made elsewhere.", dir_okay=False)
+]
+
 
 def evaluate(
     source: Source,
     words: Words = None,
     bank: BankDir = Path("bank"),
     out: Annotated[Path | None, typer.Option(help="Folder for report.html and results.json.")] = None,
-    config: Annotated[
-        Path | None, typer.Option("--config", help="Evaluation settings in YAML.", dir_okay=False)
-    ] = None,
-    predictions: Annotated[
-        Path | None, typer.Option(help="Score this file of answers instead, made elsewhere.", dir_okay=False)
-    ] = None,
+    config: Settings = None,
+    predictions: Predictions = None,
     task: Annotated[str | None, typer.Option(help="The task of --predictions; else it is the bank's.")] = None,
     people: Annotated[int | None, typer.Option(min=1, help="Only so many people, drawn by the seed.")] = None,
     seed: Seed = None,
