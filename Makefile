@@ -1,5 +1,5 @@
 # Two commands: `make demo` runs the main job, `make test` passes the tests. Both set up what they need, once.
-# `make bench` measures the speed against named peers (about 25 minutes), `make bench-full` in more detail (a night; an
+# `make bench` measures the speed against named peers (half an hour), `make bench-full` in more detail (a night; an
 # interrupted one goes on where it was). Both print one table and write results/bench-<processor>.json and pictures.
 PYTHON ?= python3
 VENV := .venv

@@ -27,6 +27,7 @@ from mta.kernels.functions import RmsNorm, Rotate, Swiglu
 from mta.kernels.products import FrozenLinear
 from mta.lora import PerPerson
 from mta.lora.layers import Shared, applied
+from mta.lora.terms import RowTerm, with_terms
 from mta.score import log_likelihood
 
 DOUBLE = torch.float64
@@ -158,6 +159,20 @@ def test_low_rank_updates_in_lower_precision_are_off_by_its_rounding_alone(dtype
     for low, right in zip(found, (dh.mT @ x, (x @ a.mT).mT @ dy, wide_dx + dh @ a, wide_y + x @ a.mT @ b)):
         assert low.dtype == dtype
         assert (low.double() - right).norm() <= rough * right.norm()
+
+
+def test_a_layer_takes_inputs_of_any_strides_with_its_gradients():
+    layer = torch.nn.Linear(6, 5, bias=False).double().requires_grad_(False)
+    x, a, b = draw(4, 6, 3).mT, draw(4, 2, 6, seed=1), draw(4, 5, 2, seed=2)
+    assert not x.is_contiguous()
+
+    def adapted(x, a, b):
+        return with_terms(layer, [RowTerm(a, b)])(x)
+
+    found, slopes = with_gradients(adapted, [x, a, b], [])
+    expected, right = with_gradients(lambda x, a, b: x @ layer.weight.mT + x @ a.mT @ b.mT, [x, a, b], [])
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(slopes, right, rtol=0, atol=1e-12)
 
 
 def test_low_rank_kernels_leave_to_others_what_they_do_not_know():

@@ -24,7 +24,6 @@ from mta.lora.batch import LoraBatch
 
 _MINUTE = 60  # people times this, per second, is people per minute
 _SHORT = {"float32": "fp32", "bfloat16": "bf16"}
-_WARM: set[tuple[str, str]] = set()
 _MADE = {"rank 8 (OPPU)": oppu, "stage 3": stack}
 
 
@@ -85,7 +84,7 @@ def headline(case: Case, settings: Settings) -> Row:
     with peer(case.peer_dtype, cohort.start) as plain:
         difference = agreed(against_peer(cohort, plain, 2 if case.prompts == "short" else 1), rough)
         plain.prepare(theirs.jobs, theirs.start, theirs.training)
-        _warm(cohort, case)
+        cohort.train()  # warm, whole: memory that a process touches first is slow
         rates, peer_rates = turns(ours, lambda: trained(plain, theirs, cohort), settings.repeats, warm=False)
     return Row(
         case.name,
@@ -100,13 +99,6 @@ def headline(case: Case, settings: Settings) -> Row:
         "; ".join([_said(settings), *([FREE] if cohort.pooled else [])]),
         more=_more(cohort, len(theirs.jobs)),
     )
-
-
-def _warm(cohort: Cohort, case: Case) -> None:
-    """Touch the memory that such cohorts take: slow, but kept for those that follow."""
-    kind = case.dtype, case.prompts
-    (cohort.first(1) if kind in _WARM else cohort).train()
-    _WARM.add(kind)
 
 
 def trained(plain: PlainPeft, some: Cohort, cohort: Cohort) -> float:

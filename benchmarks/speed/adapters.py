@@ -18,13 +18,7 @@ class ManyPeft:
     def __init__(self, dtype: str, batch: LoraBatch) -> None:
         import peft
 
-        config = peft.LoraConfig(
-            r=batch.rank,
-            lora_alpha=batch.scale * batch.rank,
-            target_modules=batch.names,
-            lora_dropout=0.0,
-            task_type="CAUSAL_LM",
-        )
+        config = lora_config(batch)
         self.names = [str(n) for n in range(len(batch))]
         self.model: Any = peft.get_peft_model(plain_model(dtype), config, self.names[0])
         for name in self.names[1:]:
@@ -57,6 +51,19 @@ class ManyPeft:
         """Delete the adapters whose names begin so."""
         for name in [name for name in self.model.peft_config if name.startswith(prefix)]:
             self.model.delete_adapter(name)
+
+
+def lora_config(batch: LoraBatch) -> Any:
+    """What PEFT calls adapters of this rank and scale on these layers."""
+    import peft
+
+    return peft.LoraConfig(
+        r=batch.rank,
+        lora_alpha=batch.scale * batch.rank,
+        target_modules=batch.names,
+        lora_dropout=0.0,
+        task_type="CAUSAL_LM",
+    )
 
 
 def plain_model(dtype: str) -> Any:

@@ -41,7 +41,7 @@ def curves(settings: Settings) -> list[Curve]:
     """The curves of a run beside that of people: coarser where it is short."""
     quick, full = settings.quick, settings.full
     anchors = (2, 4) if quick else (8, 16, 32, 64, 128, 256) if full else (8, 64, 256)
-    lengths = (64, 128) if quick else (64, 128, 256, 512, 1024) if full else (64, 256, 512)
+    lengths = (64, 128) if quick else (64, 128, 256, 512, 1024) if full else (64, 256, 1024)
     few, some = (4, 4) if full else (1, 2)
     evidence = f"posterior evidence, {SHOTS} short prompts a person, people: {few}"
     alone = f"stage 3, {SHOTS} prompts a person that share nothing, people: {some}; memory {settings.memory}"
@@ -66,7 +66,7 @@ def with_people(settings: Settings) -> Iterator[Row]:
     names = ["growth with people", f"{many} people against {few}", f"memory of {many} people"]
     if not any(map(settings.wanted, names)):
         return
-    below = [x for x in ((1, 4, 16, 64) if settings.full else (1, 4, 16)) if x < many]
+    below = [x for x in (1, 4, 16, 64) if x < many]
     points = {x: measure("people", [x], settings) for x in below}
     turned = measure("in-turn", [few, many, settings.repeats if settings.full else 1], settings)
     points[many] = turned | {"seconds": statistics.median(turned["many"])}

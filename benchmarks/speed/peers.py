@@ -14,10 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.speed.adapters import lora_config, plain_model
 from benchmarks.speed.apart import apart
-from benchmarks.speed.data import BASE
 from mta.config import Training
-from mta.hub import local_folder
 from mta.lora.batch import Factors, LoraBatch
 from mta.tasks.prompt import Example
 from mta.training.trainer import Job, batch_of
@@ -38,19 +37,10 @@ class PlainPeft:
 
     def __init__(self, dtype: str, like: LoraBatch) -> None:
         import peft
-        from transformers import AutoModelForCausalLM
 
-        folder = local_folder(BASE)
-        kind = getattr(torch, dtype)
-        plain = AutoModelForCausalLM.from_pretrained(folder, dtype=kind, attn_implementation="sdpa")
-        config = peft.LoraConfig(
-            r=like.rank,
-            lora_alpha=like.scale * like.rank,
-            target_modules=like.names,
-            lora_dropout=0.0,
-            task_type="CAUSAL_LM",
-        )
-        self.model: Any = peft.get_peft_model(plain, config)  # adapters of a bfloat16 base are float32: its default
+        self.model: Any = peft.get_peft_model(
+            plain_model(dtype), lora_config(like)
+        )  # adapters of a bfloat16 base are float32: its default
         self.model.train()
         self.scale = like.scale
         self.layers = {name: self.model.base_model.model.get_submodule(name) for name in like.names}

@@ -25,7 +25,7 @@ from mta.kernels import TreeAttention, kernels
 NAME = "mta_tree"
 _SIZES = (16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 1024)  # of a block, in tokens
 _GATHER = 16  # what fetching a token costs, in query-key pairs
-_EVEN = 8  # K is a multiple of it: products with odd rows of bfloat16 take up to four times as long
+_EVEN = 8  # K is a multiple of it: products with odd rows of bfloat16 take twice as long
 _REFUSED = ("softcap", "s_aux", "position_bias")  # what SDPA cannot do either, or what would need dense rows
 
 

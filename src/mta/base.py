@@ -231,9 +231,8 @@ class BaseModel:
             found = self.logits(tokens, ends, depths, alone[-1:])[0].float()
         except (RuntimeError, TypeError, ValueError, UnsupportedModel):
             return False
-        rough = (
-            0.05 if self.dtype.itemsize >= 4 else 0.7
-        )  # the tokens are nonsense, which amplifies bfloat16's rounding
+        # The tokens are nonsense, which amplifies bfloat16's rounding.
+        rough = 0.05 if self.dtype.itemsize >= 4 else 0.7
         return float((found - expected).norm()) <= rough * float(expected.norm())
 
     def _masks(self, seen: Tensor, far: Tensor) -> Tensor | dict[str, Tensor]:

@@ -1,7 +1,7 @@
 // Low-rank updates of many people: y += x a^T b and its gradients, with a (R, D) and b (R, O) of each person.
 //
 // Three products, all with R small: rows times factors (narrow), its inverse (widen), and the factors' gradient
-// (outer). A general matrix product of such a shape reaches a tenth of what the processor can do.
+// (outer). A general matrix product of such a shape reaches a third of what the processor can do.
 
 #pragma once
 

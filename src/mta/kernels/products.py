@@ -2,7 +2,7 @@
 
 torch takes MKL for float32, which keeps to half of the vector width on processors that are not Intel's; oneDNN, which
 torch brings along too, does not. Which one is faster is measured once, in milliseconds. For a few rows, as in decoding,
-all there is to do is to read the weights: a kernel reads them about twice as fast as either.
+all there is to do is to read the weights: a kernel reads them up to twice as fast as either.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _WORTH = 1.5  # times as fast, to be taken: so much that noise does not decide, 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """As ``torch.nn.functional.linear``, x (..., D) and weight (O, D) of any strides, but without a gradient."""
-    found = kernels(x, weight)
+    found = kernels(x, weight) if bias is None else kernels(x, weight, bias)
     if found and x.numel() <= _FEW * x.shape[-1] and weight.is_contiguous():
         x, y = x.contiguous(), x.new_empty(*x.shape[:-1], len(weight))
         places = (None if t is None else t.data_ptr() for t in (y, x, weight, bias))

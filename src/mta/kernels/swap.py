@@ -37,7 +37,7 @@ def use_kernels(model: nn.Module) -> list[str]:
                     found[kind] = make is _attention or _agree(module, faster)
                 if faster and found[kind]:
                     module.forward = faster
-            if isinstance(module, nn.Linear) and kind is nn.Linear and kernels(module.weight):
+            if type(module) is nn.Linear and kernels(module.weight):
                 vars(module)["forward"] = partial(_linear_forward, module, module.forward)
     return sorted(kind.__name__ for kind, agree in found.items() if agree)
 

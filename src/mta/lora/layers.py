@@ -86,9 +86,8 @@ class PerPerson:
         scale: float | Tensor = self.batch.scale
         if not _blocks(owner, a.shape[0]):
             whose, rows = torch.unique_consecutive(owner, return_counts=True)
-            whose = (
-                whose if bool((rows == rows[0]).all()) else owner
-            )  # once for all rows of a person, if these are as many
+            if not bool((rows == rows[0]).all()):  # else once for all rows of a person
+                whose = owner
             a, b, scale = a[whose], b[whose], scale * (whose >= 0)[:, None, None].to(b)
         return RowTerm(a.to(dtype), (b * scale).to(dtype))  # scaled here, where it is small, not on activations
 

@@ -117,6 +117,7 @@ class _AdaptedLinear(Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: nn.Linear, a: Tensor, b: Tensor, frozen: Sequence[Term]) -> Tensor:
+        x = x.contiguous()  # the kernels of the backward pass take it as it is
         alike = [term for term in frozen if isinstance(term, RowTerm) and len(term.a) == len(a)]
         others = [term for term in frozen if not (isinstance(term, RowTerm) and len(term.a) == len(a))]
         rows = _side_by_side([RowTerm(a, b), *alike]).laid_out()
