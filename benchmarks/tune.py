@@ -33,24 +33,26 @@ def candidates(recipe: Recipe) -> Iterator[Method]:
     """Everything that is tried: merges first, then what is trained."""
     run = recipe.run
     for k in (2, 0):
-        yield Merged(f"uniform k={k}", MergeSettings(policy="uniform", k=k))
-        yield Merged(f"similarity k={k}", MergeSettings(policy="similarity", k=k))
-        yield Merged(f"loss k={k}", MergeSettings(policy="loss", k=k, retrieve="loss"))
+        yield Merged(name=f"uniform k={k}", merge=MergeSettings(policy="uniform", k=k))
+        yield Merged(name=f"similarity k={k}", merge=MergeSettings(policy="similarity", k=k))
+        yield Merged(name=f"loss k={k}", merge=MergeSettings(policy="loss", k=k, retrieve="loss"))
     for temperature, prior in ((2.0, 0.5), (4.0, 0.2), (4.0, 0.5), (8.0, 0.5)):
         settings = MergeSettings(policy="posterior", k=0, temperature=temperature, null_prior=prior)
-        yield Merged(f"posterior T={temperature:g} null={prior}", settings)
+        yield Merged(name=f"posterior T={temperature:g} null={prior}", merge=settings)
     for strength in (1000.0, 300.0, 200.0, 100.0, 50.0):
-        yield Merged(f"ridge {strength:g}", ridge(strength))
+        yield Merged(name=f"ridge {strength:g}", merge=ridge(strength))
     for lr, steps in ((0.03, 1), (0.05, 1), (0.1, 1), (0.3, 1), (1.0, 1), (0.1, 4), (0.3, 4)):
-        yield Merged(f"learned from 0 lr={lr:g} steps={steps}", learned(lr, steps, "zero"))
+        yield Merged(name=f"learned from 0 lr={lr:g} steps={steps}", merge=learned(lr, steps, "zero"))
     for lr, steps in ((0.05, 1), (0.15, 1), (0.05, 4)):
-        yield Merged(f"learned from posterior lr={lr:g} steps={steps}", learned(lr, steps, "posterior"))
+        yield Merged(name=f"learned from posterior lr={lr:g} steps={steps}", merge=learned(lr, steps, "posterior"))
     for lr, steps in ((2e-4, 2), (2e-4, 4), (1e-4, 4), (4e-4, 2)):
-        yield OneLora(f"OPPU r8 lr={lr:g} steps={steps}", Lora(), Training(lr=lr, steps=steps, batch_size=64))
+        yield OneLora(
+            name=f"OPPU r8 lr={lr:g} steps={steps}", lora=Lora(), training=Training(lr=lr, steps=steps, batch_size=64)
+        )
     stack = StackSettings(lora=run.stack.lora, training=Training(lr=2e-4, steps=2, batch_size=64))
-    yield OneLora("adapt r1 lr=0.0002 steps=2", stack.lora, stack.training)
+    yield OneLora(name="adapt r1 lr=0.0002 steps=2", lora=stack.lora, training=stack.training)
     for name, merge in (("learned", learned(0.05, 1, "posterior")), ("ridge 200", ridge(200.0))):
-        yield MergeThenAdapt(f"{name} + r1 lr=0.0002 steps=2", merge, stack)
+        yield MergeThenAdapt(name=f"{name} + r1 lr=0.0002 steps=2", merge=merge, stack=stack)
 
 
 def ridge(strength: float) -> MergeSettings:

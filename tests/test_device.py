@@ -95,7 +95,11 @@ def test_methods_measure_the_same(walked, reference, policy, mode):
     scores = []
     for personal in (walked, reference):
         panel = Panel.of(personal.base, personal.bank, HashEncoder(), TINY_RUN, PEOPLE, shots=3, queries=3)
-        methods = [TaskLora(), Merged("merge", settings), MergeThenAdapt("MTA", settings, TINY_RUN.stack)]
+        methods = [
+            TaskLora(),
+            Merged(name="merge", merge=settings),
+            MergeThenAdapt(name="MTA", merge=settings, stack=TINY_RUN.stack),
+        ]
         scores.append([row.people["NLL"] for row in evaluate(panel, methods).rows])
     for found, expected in zip(*scores):
         close(found, expected)

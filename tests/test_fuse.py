@@ -30,11 +30,16 @@ def normal(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 SIMILARITY = normal(U, N).tanh()
-EVIDENCE = Evidence(
-    anchors=-40 + 3 * normal(U, N, seed=1),
-    task=-40 + normal(U, seed=2),
-    tokens=torch.tensor([7.0, 16.0, 30.0], dtype=torch.float64),
-)
+ANCHORS, TASK = -40 + 3 * normal(U, N, seed=1), -40 + normal(U, seed=2)
+
+
+def evidence_of(anchors: torch.Tensor, task: torch.Tensor = TASK) -> Evidence:
+    """As if each person had one shot."""
+    counts = torch.tensor([[7.0], [16.0], [30.0]], dtype=torch.float64)
+    return Evidence(torch.cat([task[:, None], anchors], 1)[:, None], counts)
+
+
+EVIDENCE = evidence_of(ANCHORS)
 
 
 def weighed(policy: str, **settings) -> Merge:
@@ -96,13 +101,13 @@ def test_posterior_sums_to_less_than_one():
 
 
 def test_posterior_is_the_prior_where_the_shots_prefer_nobody():
-    silent = replace(EVIDENCE, anchors=EVIDENCE.task[:, None].expand(U, N))
+    silent = evidence_of(TASK[:, None].expand(U, N))
     found = coefficients(MergeSettings(policy="posterior", k=4, null_prior=0.8), SIMILARITY, silent)
     near(found.w, [[0.2 / 4] * 4] * U)
 
 
 def test_posterior_is_nearly_nothing_where_no_anchor_beats_the_task_lora():
-    worse = replace(EVIDENCE, anchors=EVIDENCE.task[:, None] - 60 + 0 * EVIDENCE.anchors)
+    worse = evidence_of(TASK[:, None] - 60 + 0 * ANCHORS)
     assert float(coefficients(MergeSettings(policy="posterior"), SIMILARITY, worse).w.sum(1).max()) < 1e-6
 
 

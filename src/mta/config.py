@@ -31,7 +31,7 @@ class Settings(BaseModel):
             return values
         defaults = {name: field.default for name, field in cls.model_fields.items()}
         return {
-            name: _over(defaults[name].model_dump(), value)
+            name: merged_over(defaults[name].model_dump(), value)
             if isinstance(value, dict) and isinstance(defaults.get(name), Settings)
             else value
             for name, value in values.items()
@@ -194,16 +194,16 @@ def override(settings: S, words: Iterable[str], path: str | Path | None = None) 
 
     Raises ConfigError naming key and value.
     """
-    values = _over(settings.model_dump(mode="json"), _read_yaml(Path(path)) if path else {})
+    values = merged_over(settings.model_dump(mode="json"), _read_yaml(Path(path)) if path else {})
     return checked(type(settings), _with_words(values, words), str(path or "the command line"))
 
 
-def _over(values: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
+def merged_over(values: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
     """``values`` with ``more`` over them, group by group; epochs given alone replace steps."""
     if "epochs" in more and "steps" not in more and "steps" in values:
         values = values | {"steps": None}
     groups = [key for key, new in more.items() if isinstance(new, dict) and isinstance(values.get(key), dict)]
-    return values | more | {key: _over(values[key], more[key]) for key in groups}
+    return values | more | {key: merged_over(values[key], more[key]) for key in groups}
 
 
 def _with_words(values: dict[str, Any], words: Iterable[str]) -> dict[str, Any]:
@@ -222,7 +222,7 @@ def _with_words(values: dict[str, Any], words: Iterable[str]) -> dict[str, Any]:
             inner[last] = yaml.safe_load(text)
         except yaml.YAMLError:
             raise ConfigError(f"{word!r}: the value is not readable YAML; quote it if it is text") from None
-    return _over(values, given)
+    return merged_over(values, given)
 
 
 def checked(kind: type[S], values: dict[str, Any], source: str) -> S:

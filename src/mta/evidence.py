@@ -30,16 +30,48 @@ class Labels:
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
-    """What the shots say about the anchors.
+    """What the shots say about the anchors, shot by shot.
 
-    Shapes: anchors (U, N) and task (U,), log-likelihood of a person's targets under each anchor and under the task LoRA
-    alone; tokens (U,) target tokens they were summed over. ``labels`` only where answers are a closed set.
+    Shapes: shots (U, M, 1 + N), log-likelihood of a shot's target under the task LoRA alone and under each anchor;
+    counts (U, M), target tokens it is summed over. Both are 0 where a person has fewer shots. ``labels`` only where
+    answers are a closed set.
     """
 
-    anchors: Tensor
-    task: Tensor
-    tokens: Tensor
+    shots: Tensor
+    counts: Tensor
     labels: Labels | None = None
+
+    @property
+    def anchors(self) -> Tensor:
+        """(U, N): log-likelihood of all shots of a person under each anchor."""
+        return self.shots[:, :, 1:].sum(1)
+
+    @property
+    def task(self) -> Tensor:
+        """(U,): the same under the task LoRA alone."""
+        return self.shots[:, :, 0].sum(1)
+
+    @property
+    def tokens(self) -> Tensor:
+        """(U,): target tokens of all shots of a person."""
+        return self.counts.sum(1)
+
+    def kept(self, people: Sequence[int], shots: Sequence[Sequence[int]]) -> Evidence:
+        """Row i is what only ``shots[i]`` of person ``people[i]`` say: as if they had no others."""
+        mask = torch.zeros(len(people), self.counts.shape[1], dtype=torch.bool)
+        for row, numbers in enumerate(shots):
+            mask[row, list(numbers)] = True
+        rows = list(people)
+        labels = self.labels
+        if labels is not None:
+            labels = Labels(labels.scores[rows], labels.gold[rows].masked_fill(~mask, -1))
+        return Evidence(self.shots[rows] * mask[..., None], self.counts[rows] * mask, labels)
+
+    def among(self, anchors: Sequence[int]) -> Evidence:
+        """The same for a bank that holds only these ``anchors``."""
+        columns = [0, *(n + 1 for n in anchors)]
+        labels = self.labels and Labels(self.labels.scores[..., columns], self.labels.gold)
+        return Evidence(self.shots[..., columns], self.counts, labels)
 
 
 def shots_of(base: BaseModel, task: Task, person: Person) -> Job:
@@ -81,9 +113,13 @@ def gather_evidence(
             on_step("evidence", Step(number + 1, len(jobs), (number + 1) * total, passes * total))
     scores = [torch.stack(columns, -1).double() for columns in zip(*found)]  # person by person (examples, 1 + N)
     labels = _labels(jobs, scores) if labelled else None
-    sums = torch.stack([s.sum(0) for s in scores]) if labels is None else _gold_sums(labels)
-    tokens = torch.tensor([sum(len(e.target) for e in job.examples) for job in jobs], dtype=torch.float64)
-    return Evidence(sums[:, 1:], sums[:, 0], tokens, labels)
+    counts = _padded([torch.tensor([len(e.target) for e in job.examples], dtype=torch.float64) for job in jobs])
+    return Evidence(_golds(labels) if labels else _padded(scores), counts, labels)
+
+
+def _padded(rows: Sequence[Tensor]) -> Tensor:
+    """Rows of different lengths (M, ...) as one table (U, M, ...), zeros at their ends."""
+    return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
 
 
 def _labels(jobs: Sequence[Job], scores: Sequence[Tensor]) -> Labels:
@@ -97,8 +133,8 @@ def _labels(jobs: Sequence[Job], scores: Sequence[Tensor]) -> Labels:
     return Labels(table, gold)
 
 
-def _gold_sums(labels: Labels) -> Tensor:
-    """(U, 1 + N): summed log probability of the right labels."""
+def _golds(labels: Labels) -> Tensor:
+    """(U, M, 1 + N): log probability of the right label of each shot."""
     there = (labels.gold >= 0)[..., None]
     index = labels.gold.clamp_min(0)[..., None, None].expand(*labels.gold.shape, 1, labels.scores.shape[-1])
-    return (labels.scores.gather(2, index)[:, :, 0] * there).sum(1)
+    return labels.scores.gather(2, index)[:, :, 0] * there

@@ -23,7 +23,7 @@ from mta.training.trainer import Job, OnStep, train
 
 @dataclass(frozen=True, slots=True)
 class Merge:
-    """A merge for each of U people: anchor numbers ``ids`` (U, K) and coefficients ``w`` (U, K)."""
+    """A merge for each of U people: anchor numbers ``ids`` (U, K), coefficients ``w`` (U, K), or (U, L, K) by layer."""
 
     ids: Tensor
     w: Tensor
@@ -33,8 +33,9 @@ class Merge:
         return Merge(self.ids[list(people)], self.w[list(people)])
 
     def gates(self, anchors: int) -> Tensor:
-        """The same coefficients over all anchors, (U, N)."""
-        return torch.zeros(len(self.ids), anchors, dtype=self.w.dtype).scatter_add_(1, self.ids, self.w)
+        """The same coefficients over all anchors, (U, N) or (U, L, N)."""
+        ids = self.ids if self.w.ndim == 2 else self.ids[:, None].expand_as(self.w)
+        return torch.zeros(*self.w.shape[:-1], anchors, dtype=self.w.dtype).scatter_add_(-1, ids, self.w)
 
     def adapters(self, bank: LoraBatch) -> Gated:
         """The merge as a layer computes it, straight from the bank."""
@@ -181,22 +182,29 @@ def learn(
     pooled: Sequence[Adapters],
     start: Merge,
     training: Training,
+    groups: Sequence[int] = (),
     **how: Any,
 ) -> Merge:
     """The ``learned`` policy: descend the loss of the shots in the K coefficients, from ``start`` on.
 
-    What is trained is the difference to ``start``, so weight decay pulls towards it. Keywords as in ``train``.
+    What is trained is the difference to ``start``, so weight decay pulls towards it. With ``groups``, a number for each
+    adapted layer, layers of different groups get coefficients of their own: w is (U, L, K). Keywords as in ``train``.
     """
     ids = start.ids.to(base.device)
     before = start.w.to(base.device, base.master_dtype)
+    layers = torch.tensor(groups, device=base.device)
+    shift = before.new_zeros(len(ids), max(groups) + 1, ids.shape[1]) if groups else torch.zeros_like(before)
+
+    def weights(shift: Tensor, people: Tensor) -> Tensor:
+        return before[people] + shift if not groups else before[people][:, None] + shift[:, layers]
 
     def adapters(parameters: Mapping[str, Tensor], people: Tensor) -> Gated:
-        w = before[people] + parameters["shift"]
-        gates = torch.zeros(len(w), len(bank), dtype=w.dtype, device=w.device)
-        return Gated(bank, gates.scatter_add(1, ids[people], w))
+        w = weights(parameters["shift"], people)
+        mine = ids[people] if not groups else ids[people][:, None].expand_as(w)
+        return Gated(bank, w.new_zeros(*w.shape[:-1], len(bank)).scatter_add(-1, mine, w))
 
-    found = train(base, jobs, {"shift": torch.zeros_like(before)}, adapters, training, frozen=pooled, **how)
-    return Merge(start.ids, (before + found["shift"]).cpu())
+    found = train(base, jobs, {"shift": shift}, adapters, training, frozen=pooled, **how)
+    return Merge(start.ids, weights(found["shift"], torch.arange(len(ids), device=base.device)).cpu())
 
 
 def merged(bank: Bank, merge: Merge, settings: MergeSettings) -> Adapters:

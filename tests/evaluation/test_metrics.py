@@ -84,8 +84,8 @@ def test_median_label_has_the_least_expected_error():
 
 def test_likelihood_by_hand():
     scores = torch.tensor([[0.0, 0.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, 0.0, math.log(4)]])
-    assert query_nll(RATING, scores, ["2", "5"]).tolist() == pytest.approx([math.log(5), math.log(2)])
-    assert query_nll(RATING, scores + 7, ["2", "5"]).tolist() == pytest.approx([math.log(5), math.log(2)])
+    assert query_nll(RATING, Answers([], scores), ["2", "5"]).tolist() == pytest.approx([math.log(5), math.log(2)])
+    assert query_nll(RATING, Answers([], scores + 7), ["2", "5"]).tolist() == pytest.approx([math.log(5), math.log(2)])
 
 
 def test_texts_are_measured_as_rouge_does():

@@ -38,7 +38,7 @@ def rated(task, name, people=40, queries=8, gain=0.0, seconds=0.0, kept=0.0, mer
     answers = [Answers([task.labels[i] for i in s.argmax(1).tolist()], s) for s in scores]
     measured = [measure(task, a, g) for a, g in zip(answers, texts)]
     values = {metric: torch.tensor([m[metric] for m in measured], dtype=torch.float64) for metric in measured[0]}
-    nll = torch.stack([query_nll(task, s, g) for s, g in zip(scores, texts)])
+    nll = torch.stack([query_nll(task, Answers([], s), g) for s, g in zip(scores, texts)])
     return Row(name, values, nll, seconds, kept, merge, answers)
 
 
@@ -130,15 +130,15 @@ def test_texts_are_compared_in_their_primary_metric():
     generator = torch.Generator().manual_seed(0)
     low = torch.rand(people, generator=generator, dtype=torch.float64) / 2
     rows = [
-        Row(name, {"ROUGE-1": values, "ROUGE-L": values / 2}, None, 1.0, kept, None, [Answers(["a", "b"])] * people)
+        Row(name, {"ROUGE-L": values, "ROUGE-1": values / 2}, None, 1.0, kept, None, [Answers(["a", "b"])] * people)
         for name, values, kept in (("task LoRA", low, 0.0), ("OPPU", low, 2e3), ("MTA", low + 0.1, 1e3))
     ]
     found = Comparison(task, rows)
     titles = [column.title for column in grid(found, "task LoRA")]
-    assert titles == ["ROUGE-1", "ROUGE-L", "ROUGE-1 against\ntask LoRA", "training", "kept\neach"]
+    assert titles == ["ROUGE-L", "ROUGE-1", "ROUGE-L against\ntask LoRA", "training", "kept\neach"]
     assert "+0.100 better" in shown(table(found)).export_text()
     said = verdict(found)
-    assert said[0].startswith("ROUGE-1: MTA is better than the pooled model (task LoRA) by 0.100")
+    assert said[0].startswith("ROUGE-L: MTA is better than the pooled model (task LoRA) by 0.100")
     assert not any("NLL" in sentence for sentence in said)
     assert to_json(found)["queries_per_person"] == 2
 

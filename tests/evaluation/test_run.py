@@ -6,9 +6,18 @@ from conftest import TINY_RUN, HashEncoder, people_of
 
 from mta.config import Evaluation, Lora, MergeSettings, Training
 from mta.errors import InputError
-from mta.evaluation import methods as module
 from mta.evaluation import protocol
-from mta.evaluation.methods import Base, GlobalConstant, Merged, MergeThenAdapt, OneLora, Outcome, OwnConstant, TaskLora
+from mta.evaluation.methods import (
+    Base,
+    GlobalConstant,
+    Merged,
+    MergeThenAdapt,
+    OneLora,
+    Outcome,
+    OwnConstant,
+    TaskLora,
+    answer,
+)
 from mta.evaluation.metrics import Answers, measure
 from mta.evaluation.protocol import Panel
 from mta.evaluation.run import Comparison, Row, bootstrap, evaluate
@@ -17,16 +26,16 @@ from mta.history import Item, Person
 from mta.tasks import load_task
 
 SHOTS, QUERIES, PEOPLE = 3, 3, 4
-ADAPT = OneLora("adapt only", Lora(rank=1, alpha=4.0), Training(lr=1e-2, steps=2, batch_size=8))
-MTA = MergeThenAdapt("MTA", MergeSettings(policy="posterior", k=0), TINY_RUN.stack)
+ADAPT = OneLora(name="adapt only", lora=Lora(rank=1, alpha=4.0), training=Training(lr=1e-2, steps=2, batch_size=8))
+MTA = MergeThenAdapt(name="MTA", merge=MergeSettings(policy="posterior", k=0), stack=TINY_RUN.stack)
 ALL = [
     GlobalConstant(),
     OwnConstant(),
     Base(),
     TaskLora(),
-    OneLora("OPPU", Lora(rank=2, alpha=4.0), Training(lr=1e-2, steps=2, batch_size=8)),
-    Merged("merge only, similarity", MergeSettings(policy="similarity", k=2)),
-    Merged("merge only, posterior", MergeSettings(policy="posterior", k=0)),
+    OneLora(name="OPPU", lora=Lora(rank=2, alpha=4.0), training=Training(lr=1e-2, steps=2, batch_size=8)),
+    Merged(name="merge only, similarity", merge=MergeSettings(policy="similarity", k=2)),
+    Merged(name="merge only, posterior", merge=MergeSettings(policy="posterior", k=0)),
     ADAPT,
     MTA,
 ]
@@ -59,8 +68,8 @@ def test_all_methods_answer_the_same_queries(panel, monkeypatch):
         asked.append(queries)
         return label_scores(base, task, queries, adapters, **how)
 
-    label_scores = module.label_scores
-    monkeypatch.setattr(module, "label_scores", watched)
+    label_scores = answer.label_scores
+    monkeypatch.setattr(answer, "label_scores", watched)
     found = evaluate(panel, ALL)
     assert len(asked) == len(ALL) - 2  # constants ask no model
     assert all(queries == panel.queries for queries in asked)
@@ -102,7 +111,7 @@ def test_ridge_is_left_out_where_answers_are_free_text():
 
 def test_retrieving_two_anchors_is_no_mistake_where_there_is_one(task):
     methods = standard_methods(TINY_RUN, Evaluation(), task, 1)
-    assert all(method.settings.k <= 1 for method in methods if method.name.startswith("merge only"))
+    assert all(method.merge.k <= 1 for method in methods if method.name.startswith("merge only"))
 
 
 def test_shots_never_include_queries(panel):
@@ -184,7 +193,7 @@ def test_evidence_is_gathered_once_and_charged_to_everyone_who_reads_it(panel, m
 
     gather = protocol.gather_evidence
     monkeypatch.setattr(protocol, "gather_evidence", watched)
-    rows = evaluate(panel, [Merged("one", MTA.settings), Merged("two", MTA.settings)]).rows
+    rows = evaluate(panel, [Merged(name="one", merge=MTA.merge), Merged(name="two", merge=MTA.merge)]).rows
     assert len(gathered) == 1
     assert all(row.seconds >= panel.evidence_seconds > 0 for row in rows)
 

@@ -11,19 +11,20 @@ from mta.errors import InputError
 from mta.history import Person
 
 
-def select_anchors(candidates: Sequence[Person], vectors: Tensor, anchors: int, seed: int) -> list[int]:
+def select_anchors(candidates: Sequence[Person], vectors: Tensor, anchors: int, seed: int, share: int = 4) -> list[int]:
     """Indices of the anchors among the candidates, ascending.
 
     k-means over ``vectors`` (U, E); from each cluster the person with most items (ties: the smaller id).
-    There are never more anchors than a quarter of the candidates.
-    Source: arXiv:2511.20072, stage 1; the quarter is our choice. Raises InputError if that leaves no anchor.
+    There are never more anchors than one in ``share`` candidates.
+    Source: arXiv:2511.20072, stage 1; a quarter is our choice. Raises InputError if that leaves no anchor.
     """
     from sklearn.cluster import KMeans
 
-    clusters = min(anchors, len(candidates) // 4)
+    clusters = min(anchors, len(candidates) // share)
     if clusters < 1:
         raise InputError(
-            f"{len(candidates)} candidates for anchors; at least 4 are needed, and {4 * anchors} for {anchors} anchors",
+            f"{len(candidates)} candidates for anchors; at least {share} are needed, "
+            f"and {share * anchors} for {anchors} anchors",
             hint="Give more people, or lower bank.anchors and bank.min_items.",
         )
     labels = torch.from_numpy(KMeans(clusters, n_init=4, random_state=seed).fit_predict(vectors.double().numpy()))

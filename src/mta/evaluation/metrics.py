@@ -16,15 +16,20 @@ BETTER_LOW = frozenset({"MAE", "MAE (median)", "RMSE", "NLL"})
 
 @dataclass(frozen=True, slots=True)
 class Answers:
-    """A method's answers to one person's queries: texts, and label scores (queries, labels) where there are labels."""
+    """A method's answers to one person's queries.
+
+    Texts; label scores (queries, labels) where there are labels; else ``nll`` (queries,), minus the log probability of
+    the gold text, per token.
+    """
 
     texts: Sequence[str]
     scores: Tensor | None = None
+    nll: Tensor | None = None
 
 
 def primary(task: Task) -> str:
     """The metric named beforehand for a task."""
-    return {"mae": "MAE", "accuracy": "accuracy", "rouge": "ROUGE-1"}[task.metric]
+    return {"mae": "MAE", "accuracy": "accuracy", "rouge": "ROUGE-L"}[task.metric]
 
 
 def from_scores(task: Task, scores: Tensor) -> Answers:
@@ -35,21 +40,26 @@ def from_scores(task: Task, scores: Tensor) -> Answers:
 
 def measure(task: Task, answers: Answers, golds: Sequence[str]) -> dict[str, float]:
     """All metrics of a task for one person: primary first. Values are means over the queries."""
+    nll = query_nll(task, answers, golds)
+    told = {} if nll is None else {"NLL": float(nll.mean())}
     if task.metric == "rouge":
-        return _rouge(answers.texts, golds)
+        return _rouge(answers.texts, golds) | told
     right = [float(text == gold) for text, gold in zip(answers.texts, golds)]
     found = {"accuracy": sum(right) / len(right)}
     if task.metric == "mae":
         found = _rating(task, answers, golds) | found
-    if answers.scores is not None:
-        found["NLL"] = float(query_nll(task, answers.scores, golds).mean())
-    return found
+    return found | told
 
 
-def query_nll(task: Task, scores: Tensor, golds: Sequence[str]) -> Tensor:
-    """Minus log probability of the gold among the labels, query by query: (queries,)."""
+def query_nll(task: Task, answers: Answers, golds: Sequence[str]) -> Tensor | None:
+    """Surprise at the gold, query by query: (queries,); among the labels, or per token of free text.
+
+    None where a method tells no probabilities.
+    """
+    if answers.scores is None:
+        return answers.nll
     gold = torch.tensor([(task.labels or ()).index(text) for text in golds])
-    return -scores.double().log_softmax(1)[torch.arange(len(gold)), gold]
+    return -answers.scores.double().log_softmax(1)[torch.arange(len(gold)), gold]
 
 
 def median_labels(task: Task, scores: Tensor) -> list[str]:
@@ -85,5 +95,5 @@ def _rouge(texts: Sequence[str], golds: Sequence[str]) -> dict[str, float]:
     found = [scorer.score(gold, text) for text, gold in zip(texts, golds)]
     return {
         name: sum(f[key].fmeasure for f in found) / len(found)
-        for name, key in (("ROUGE-1", "rouge1"), ("ROUGE-L", "rougeL"))
+        for name, key in (("ROUGE-L", "rougeL"), ("ROUGE-1", "rouge1"))
     }

@@ -1,11 +1,15 @@
-"""The protocol: a person's first items are the shots, the items that follow are the queries, for every method alike."""
+"""The protocol: a person's first items are the shots, later ones the queries, for every method alike."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -14,18 +18,55 @@ from mta.base import BaseModel
 from mta.config import MergeSettings, Run, parse_size
 from mta.encode import Encoder, encode_people
 from mta.errors import InputError
+from mta.evaluation.kept import load_evidence, save_evidence
 from mta.evidence import Evidence, gather_evidence, shots_of
 from mta.fuse import Merge, fuse, merged_bytes, needs_evidence
 from mta.history import Item, Person
+from mta.retrieval import with_profile
+from mta.tasks.task import Task
 from mta.training.plan import Plan, plan_cohorts
 from mta.training.trainer import Job, OnStep
+
+Ask = Literal["next", "last"]
+
+
+def shots_and_queries(
+    task: Task, person: Person, shots: int, queries: int, ask: Ask
+) -> tuple[tuple[Item, ...], tuple[Item, ...]]:
+    """A person's first items, and what is asked of them. Raises InputError if they have too few.
+
+    ``next``: a benchmark's own queries if there are any, else the items right after the shots. ``last``: the last
+    items in time, own queries among them, so that the questions stay the same whatever the number of shots; where
+    queries are unlike the history (LaMP-1, LaMP-7) only they are asked.
+    """
+    own = tuple(query for query in person.queries if task.has_target(query))
+    if ask == "next":
+        return person.items[:shots], own[-queries:] or person.after(shots, queries)
+    if not task.asks_as_items:
+        return person.items[:shots], own[-queries:]
+    timeline = (*person.items, *own)
+    if len(timeline) < shots + queries:
+        raise InputError(f"a person has {len(timeline)} items; {shots} shots and {queries} last ones were asked for")
+    return timeline[:shots], timeline[-queries:]
+
+
+def able(task: Task, person: Person, shots: int, queries: int, ask: Ask) -> bool:
+    """Whether a person has as many shots and queries as the protocol wants."""
+    own = sum(task.has_target(query) for query in person.queries)
+    if ask == "next":
+        return len(person.items) >= shots + queries or own > 0
+    if not task.asks_as_items:
+        return len(person.items) >= shots and own > 0
+    return len(person.items) + own >= shots + queries
 
 
 @dataclass
 class Panel:
     """Held-out people with the same number of shots and queries each, over one base and bank.
 
-    ``people`` hold their shots only, so no method can look at a query.
+    ``people`` hold their shots only, so no method can look at a query. ``anchors`` are the anchors' own histories, in
+    the bank's order, for the methods that need them. ``kept`` is a folder where evidence is left for another run, and
+    ``memo`` what is the same for every panel over this bank.
     """
 
     base: BaseModel
@@ -35,8 +76,15 @@ class Panel:
     people: list[Person]
     queries: list[tuple[Item, ...]]
     on_step: OnStep | None = None
+    anchors: Sequence[Person] = ()
+    kept: Path | None = None
+    memo: dict[str, Any] = field(default_factory=dict, repr=False)
+    wording: Task | None = None
+    texts: bool = True  # whether free text is to be written, or only its likelihood told
     evidence_seconds: float = 0.0
     _evidence: Evidence | None = field(default=None, repr=False)
+    _gather: Callable[[], tuple[Evidence, float]] | None = field(default=None, repr=False)
+    _plain: Panel | None = field(default=None, repr=False)
     _merges: dict[tuple[str, int], tuple[Merge, float]] = field(default_factory=dict, repr=False)
 
     @classmethod
@@ -50,9 +98,10 @@ class Panel:
         *,
         shots: int,
         queries: int,
-        on_step: OnStep | None = None,
+        ask: Ask = "next",
+        **how: Any,
     ) -> Panel:
-        """Split each person. A benchmark's own queries come before later items. Raises InputError.
+        """Split each person as ``shots_and_queries`` does; keywords are fields of the panel.
 
         Raises InputError as well if somebody was used for the bank: their queries may have been trained on.
         """
@@ -60,37 +109,59 @@ class Panel:
             raise InputError(
                 f"{seen} of {len(people)} people are in the bank or its task LoRA; they cannot be tested on"
             )
-        asked = [person.queries[-queries:] or person.after(shots, queries) for person in people]
-        few = [Person(person.id, person.items[:shots]) for person in people]
-        return cls(base, bank, encoder, run, few, asked, on_step)
+        parts = [shots_and_queries(bank.task, person, shots, queries, ask) for person in people]
+        few = [Person(person.id, items) for person, (items, _) in zip(people, parts)]
+        return cls(base, bank, encoder, run, few, [asked for _, asked in parts], **how)
+
+    # -- what is asked -------------------------------------------------------------------------------------------------
+
+    @property
+    def task(self) -> Task:
+        """The bank's task, in the panel's wording."""
+        return self.wording or self.bank.task
 
     @cached_property
     def jobs(self) -> list[Job]:
         """Everybody's shots as training examples."""
-        return [shots_of(self.base, self.bank.task, person) for person in self.people]
+        return [shots_of(self.base, self.task, person) for person in self.people]
+
+    @cached_property
+    def golds(self) -> list[list[str]]:
+        """The true answers to everybody's queries."""
+        return [[self.task.target(item) for item in items] for items in self.queries]
 
     def plan(self, numbers: int, merge: MergeSettings | None = None) -> Plan:
         """Cohorts that fit the memory, with ``numbers`` trained for each person over their merge, if there is one."""
         frozen = merged_bytes(merge, self.bank) if merge else 0
         return plan_cohorts(self.base, self.jobs, numbers, parse_size(self.run.memory), frozen=frozen)
 
-    @cached_property
-    def golds(self) -> list[list[str]]:
-        """The true answers to everybody's queries."""
-        return [[self.bank.task.target(item) for item in items] for items in self.queries]
+    # -- stage 2, shared by many methods -------------------------------------------------------------------------------
 
     @property
     def evidence(self) -> Evidence:
         """Everybody's shots under every anchor: computed once, read by several policies."""
         if self._evidence is None:
-            start = time.monotonic()
-            bank = self.bank
-            self._evidence = gather_evidence(self.base, self.jobs, bank.working, bank.pooled, on_step=self.on_step)
-            self.evidence_seconds = time.monotonic() - start
+            self._evidence, self.evidence_seconds = (self._gather or self._gathered)()
         return self._evidence
+
+    def _gathered(self) -> tuple[Evidence, float]:
+        bank = self.bank
+        work = [bank.hash, str(self.base.dtype), self.base.prompts.max_tokens, *(job.key for job in self.jobs)]
+        name = hashlib.sha256(json.dumps(work).encode()).hexdigest()[:24]
+        path = self.kept / f"evidence-{name}.safetensors" if self.kept else None
+        if path and path.is_file():
+            return load_evidence(path)
+        start = time.monotonic()
+        found = gather_evidence(self.base, self.jobs, bank.working, bank.pooled, on_step=self.on_step)
+        seconds = time.monotonic() - start
+        if path:
+            save_evidence(path, found, seconds)
+        return found, seconds
 
     def merge(self, settings: MergeSettings, seed: int) -> tuple[Merge, float]:
         """Everybody's merge, made once, and the seconds it takes, evidence included."""
+        if self._plain:
+            return self._plain.merge(settings, seed)
         key = (settings.model_dump_json(), seed if settings.policy == "learned" else 0)
         if key not in self._merges:
             evidence = self.evidence if needs_evidence(settings) else None
@@ -119,3 +190,47 @@ class Panel:
     def similarity(self) -> Tensor:
         """Cosine of everybody and every anchor, (U, N)."""
         return self.bank.similarity(self.vectors)
+
+    # -- other panels over the same people -----------------------------------------------------------------------------
+
+    def profiled(self, k: int, before: Sequence[str] = ()) -> Panel:
+        """The same with ``before`` and a person's ``k`` nearest earlier shots in front of every prompt.
+
+        A shot sees the shots before it, a query all of them. Merges stay those of the plain prompts, which the bank was
+        trained on.
+        """
+        told = list(before) or [""] * len(self.people)
+        task = self.bank.task
+        people = [
+            Person(p.id, tuple(with_profile(task, item, p.items[:n], k, text) for n, item in enumerate(p.items)))
+            for p, text in zip(self.people, told)
+        ]
+        queries = [
+            tuple(with_profile(task, item, p.items, k, text) for item in items)
+            for p, items, text in zip(self.people, self.queries, told)
+        ]
+        return replace(self, people=people, queries=queries, wording=task.profiled(), _plain=self._plain or self)
+
+    def folds(self, count: int) -> tuple[Panel, list[int]]:
+        """The history asked about itself: ``count`` times each person without some shots, which become the queries.
+
+        Returns the panel and whose each of its people is. Nobody's own queries are in it. Evidence of shots that are
+        left is taken from this panel's. A person with one shot has no fold.
+        """
+        whose, kept, people, queries = [], [], [], []
+        for u, person in enumerate(self.people):
+            numbers = range(len(person.items))
+            for start in range(min(count, len(numbers)) if len(numbers) > 1 else 0):
+                held = numbers[start::count]
+                rest = [n for n in numbers if n not in held]
+                whose.append(u)
+                kept.append(rest)
+                people.append(Person(f"{person.id}/{start}", tuple(person.items[n] for n in rest)))
+                queries.append(tuple(person.items[n] for n in held))
+
+        def gather() -> tuple[Evidence, float]:
+            return self.evidence.kept(whose, kept), self.evidence_seconds
+
+        panel = Panel(self.base, self.bank, self.encoder, self.run, people, queries, self.on_step)
+        panel.anchors, panel.memo, panel.texts, panel._gather = self.anchors, self.memo, False, gather
+        return panel, whose

@@ -108,7 +108,7 @@ def evaluate(
         seconds, last = sum(outcome.seconds for outcome in outcomes) / len(outcomes), outcomes[-1]
         nll = _nll(panel, [outcome.answers for outcome in outcomes])
         rows.append(Row(method.name, people, nll, seconds, last.bytes_per_person, last.merge, last.answers))
-    return Comparison(panel.bank.task, rows)
+    return Comparison(panel.task, rows)
 
 
 def bootstrap(values: Tensor, seed: int = 0, times: int = 10_000) -> Interval:
@@ -139,17 +139,15 @@ def better(metric: str, difference: Interval) -> bool:
 
 
 def _measured(panel: Panel, answers: Sequence[Answers]) -> dict[str, Tensor]:
-    task = panel.bank.task
+    task = panel.task
     found = [measure(task, theirs, golds) for theirs, golds in zip(answers, panel.golds)]
     return {metric: torch.tensor([one[metric] for one in found], dtype=torch.float64) for metric in found[0]}
 
 
 def _nll(panel: Panel, seeds: Sequence[Sequence[Answers]]) -> list[Tensor] | None:
     """Everybody's NLL query by query, averaged over seeds; None for methods without label scores."""
-    if seeds[0][0].scores is None:
-        return None
-    task = panel.bank.task
-    return [
-        torch.stack([query_nll(task, a.scores, golds) for a in theirs if a.scores is not None]).mean(0)
-        for theirs, golds in zip(zip(*seeds), panel.golds)
+    people = [
+        [query_nll(panel.task, answers, golds) for answers in theirs] for theirs, golds in zip(zip(*seeds), panel.golds)
     ]
+    told = [[nll for nll in theirs if nll is not None] for theirs in people]
+    return [torch.stack(theirs).mean(0) for theirs in told] if all(told) else None

@@ -59,12 +59,13 @@ def standard_methods(run: Run, evaluation: Evaluation, task: Task, anchors: int)
 
     policies = [name for name in evaluation.policies if task.labelled or name != "ridge"]
     adapt = evaluation.adapt or run.stack
-    constants: list[Method] = [GlobalConstant(), OwnConstant()] if task.asks_as_items else []
+    constants: list[Method] = [GlobalConstant(), OwnConstant()] if task.labelled else []
     methods: list[Method] = [*constants, Base(), TaskLora()]
-    methods.append(OneLora("OPPU", evaluation.oppu.lora, evaluation.oppu.training))
-    methods += [Merged(f"merge only, {name}", policy(name)) for name in policies]
-    methods.append(OneLora("adapt only", adapt.lora, adapt.training))
-    methods.append(MergeThenAdapt("MTA", run.merge, run.stack) if run.stack.enabled else Merged("MTA", run.merge))
+    methods.append(OneLora(name="OPPU", lora=evaluation.oppu.lora, training=evaluation.oppu.training))
+    methods += [Merged(name=f"merge only, {name}", merge=policy(name)) for name in policies]
+    methods.append(OneLora(name="adapt only", lora=adapt.lora, training=adapt.training))
+    mta: Method = Merged(name="MTA", merge=run.merge)
+    methods.append(MergeThenAdapt(merge=run.merge, stack=run.stack) if run.stack.enabled else mta)
     return methods
 
 

@@ -14,7 +14,7 @@ FEW = 20  # fewer people than this, and a bootstrap interval is too narrow to be
 MEANING = {
     "MAE": "the mean distance from the true rating",
     "accuracy": "the share of right answers",
-    "ROUGE-1": "the overlap in words with the true text",
+    "ROUGE-L": "the overlap in words with the true text, in their order",
     "NLL": "the surprise at the true answer, in nats",
 }
 

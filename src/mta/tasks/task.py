@@ -96,7 +96,8 @@ class Task(_Frozen):
     """What people's items are asked and how answers are judged.
 
     ``text`` is what encoders see of an item. It never shows the target, so an item held out as a query
-    cannot leak its answer; ``text_of(item, with_target=True)`` adds the target where it is known.
+    cannot leak its answer; ``text_of(item, with_target=True)`` adds the target where it is known. ``profile`` words an
+    earlier item, answer and all, for prompts that show some of them.
     """
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
@@ -108,6 +109,7 @@ class Task(_Frozen):
     query: Form | None = None
     text: str
     query_text: str | None = None
+    profile: str | None = None
     labels: tuple[Annotated[str, BeforeValidator(_label)], ...] | None = None
     metric: Literal["accuracy", "mae", "rouge"]
 
@@ -134,6 +136,8 @@ class Task(_Frozen):
         if self.query:
             key = "text (there is no query_text)" if self.query_text is None else "query_text"
             _check_text(key, self._text(query=True), self.query)
+        if extra := set(template_fields(self.profile or "")) - {*self.item.inputs, self.item.target}:
+            raise ValueError(f"profile has the fields {sorted(extra)}; items have {sorted(self.fields())}")
         return self
 
     def _text(self, query: bool) -> str:
@@ -174,6 +178,22 @@ class Task(_Frozen):
         """What encoders see of an item; the target stands on a line of its own."""
         text = self._fill(self._text(item.is_query), item)
         return f"{text}\n{self.target(item)}".strip() if with_target else text
+
+    def told(self, item: Item) -> str:
+        """An earlier item in one sentence, with its answer: what a prompt shows of a person's history."""
+        form = self.item
+        return self._fill(self.profile or f"{form.prompt} {{{form.target}}}", item)
+
+    def profiled(self) -> Task:
+        """The same task with a field ``profile`` in front of every prompt; it may be cut like the longest text."""
+        forms = {
+            name: form.model_copy(
+                update={"prompt": "{profile}" + form.prompt, "cut": (*form.cut, "profile"), "pattern": None}
+            )
+            for name, form in (("item", self.item), ("query", self.query))
+            if form
+        }
+        return self.model_copy(update=forms)
 
     def fields(self, query: bool = False) -> tuple[str, ...]:
         """All fields an item (or a query) needs: those of the prompt, then the target."""

@@ -1,0 +1,35 @@
+"""``mta report``: tables and pictures from result files alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mta.cli.options import Json, check_out, show_json
+
+
+def report(
+    folders: Annotated[list[Path], typer.Argument(help="The --out folders of mta evaluate, one for each set.")],
+    out: Annotated[Path, typer.Option(help="Folder for tables, pictures and pages.")] = Path("report"),
+    texts: Annotated[
+        bool, typer.Option("--texts", help="Also what holds people's texts: the case study, answers in LaMP's format.")
+    ] = False,
+    json: Json = False,
+) -> None:
+    """Draw every exhibit that has been run: Markdown, one HTML page, SVG and PNG. No model is loaded.
+
+    What is written can be published: scores without texts, people as salted hashes. With --texts it cannot.
+
+    Example:  mta report runs/lamp3 runs/movielens --out results/
+    """
+    from mta.evaluation.publish import report as draw
+
+    check_out(out)
+    drawn = draw(folders, out, texts=texts)
+    if json:
+        return show_json({"out": str(out), "drawn": drawn})
+    for line in drawn:
+        typer.echo(line, err=True)
+    typer.echo(out)

@@ -1,0 +1,267 @@
+"""Running an experiment: banks, then every method on every person, a few people at a time; resumable after any."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mta import __version__
+from mta.aside import write_json, written_aside
+from mta.assets import is_asset, resolve
+from mta.bank.bank import Bank
+from mta.base import BaseModel
+from mta.config import Run, dump_yaml, override
+from mta.errors import ConfigError, InputError
+from mta.evaluation.facts import bank_facts, case_study
+from mta.evaluation.methods import Method, Outcome
+from mta.evaluation.metrics import measure, query_nll
+from mta.evaluation.protocol import Panel, able
+from mta.evaluation.recipe import Experiment, Part, Which, drawn
+from mta.evaluation.records import Record, Records
+from mta.history import Person
+from mta.readers import read_people
+from mta.splits import Splits
+from mta.tasks.load import load_task
+from mta.tasks.task import Task
+from mta.training.trainer import OnStep
+
+TOGETHER = 16  # people whose results are written at once
+FACTS, CASE, SIZES, RECIPE = "banks.json", "case.json", "sizes.json", "recipe.yaml"
+
+
+@dataclass(slots=True)
+class Lab:
+    """One experiment at work in its folder: who is who, and the banks that are open."""
+
+    recipe: Experiment
+    task: Task
+    people: list[Person]
+    splits: Splits
+    base: BaseModel
+    out: Path
+    sizes: dict[str, Any]
+    which: Which = "test"
+    on_step: OnStep | None = None
+    say: Callable[[str], None] = lambda _: None
+    banks: dict[str, Bank] = field(default_factory=dict)
+    memos: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    @classmethod
+    def open(cls, recipe: Experiment, out: Path, data: str | None = None, which: Which = "test", **how: Any) -> Lab:
+        """Read the people, draw who takes which part, and load the base.
+
+        Raises InputError without data, ConfigError if ``out`` was begun with other people or sizes.
+        """
+        source = data or recipe.data
+        if source is None:
+            raise InputError("this recipe brings no data", hint="Give --data with a LaMP file or folder.")
+        task = load_task(recipe.run.task)
+        people = read_people(resolve(source), task)
+        splits, sizes = drawn(recipe, task, people)
+        path = out / "splits.json"
+        if path.exists() and Splits.load(path, people).digest != splits.digest:
+            raise ConfigError(f"{out} was begun with other sizes", hint="Choose another folder with --out.")
+        splits.save(path)
+        said = source if is_asset(source) else Path(source).name
+        sizes = {"data": said, **sizes}
+        write_json(out / SIZES, sizes)
+        with written_aside(out / RECIPE) as aside:
+            aside.write_text(dump_yaml(recipe), encoding="utf-8")
+        return cls(recipe, task, people, splits, BaseModel.of(recipe.run), out, sizes, which, **how)
+
+    def bank(self, part: Part, seed: int) -> Bank:
+        """The part's bank for a seed: clustering and training start from it. Built once, kept in ``banks/``."""
+        name = f"{part.bank}-{seed}"
+        if name not in self.banks:
+            run = self._run(part, seed)
+            self.say(f"bank {name}")
+            candidates, pooled = (self.splits.select(which, self.people) for which in ("candidates", "task"))
+            self.banks[name] = Bank.build(
+                self.base,
+                candidates,
+                self.out / "banks" / name,
+                task=self.task,
+                run=run,
+                task_people=pooled,
+                on_step=self.on_step,
+            )
+        return self.banks[name]
+
+    def _run(self, part: Part, seed: int) -> Run:
+        return override(self.recipe.run, [*part.words, f"seed={seed}"])
+
+    def panels(self, part: Part, seed: int, shots: int) -> Iterator[Panel]:
+        """The people who are tested, a few at a time, always the same ones together."""
+        bank, recipe = self.bank(part, seed), self.recipe
+        memo = self.memos.setdefault(bank.hash, {})
+        if "encoder" not in memo:
+            memo["encoder"] = bank.encoder(self.base, recipe.run.encoder)
+            is_anchor = [p for p in self.splits.select("candidates", self.people) if _is_anchor(bank, p)]
+            memo["anchors"] = sorted(is_anchor, key=lambda person: person.id)  # the order of the bank
+        tested = self.tested(part, shots)
+        for start in range(0, len(tested), TOGETHER):
+            yield Panel.of(
+                self.base,
+                bank,
+                memo["encoder"],
+                self._run(part, seed),
+                tested[start : start + TOGETHER],
+                shots=shots,
+                queries=recipe.queries,
+                ask=recipe.ask,
+                on_step=self.on_step,
+                anchors=memo["anchors"],
+                kept=self.out / "work",
+                memo=memo,
+            )
+
+    def tested(self, part: Part, shots: int) -> list[Person]:
+        """Who has enough items, in the order of the splits; nobody where they are too few to be compared."""
+        everybody = self.splits.select(self.which, self.people)
+        fit = [p for p in everybody if able(self.task, p, shots, self.recipe.queries, self.recipe.ask)]
+        if len(fit) < min(self.recipe.few, len(everybody)):
+            self.say(f"{shots} shots: only {len(fit)} people have enough items; left out")
+            return []
+        return fit[: part.people]
+
+    def person(self, id: str) -> str:
+        """A person's name in the records: it tells nothing to whoever has not the whole data."""
+        return hashlib.sha256(f"{self.splits.digest}/{id}".encode()).hexdigest()[:12]
+
+
+def run_experiment(lab: Lab, exhibits: Sequence[str] = ()) -> None:
+    """Compute whatever the exhibits lack, seed by seed, and write it to ``scores.jsonl`` in the lab's folder."""
+    recipe = lab.recipe
+    if unknown := [name for name in exhibits if name not in recipe.exhibits]:
+        raise InputError(f"no exhibit {unknown[0]!r}; there are {', '.join(recipe.exhibits)}")
+    folder = lab.out if lab.which == "test" else lab.out / lab.which
+    records = Records(folder)
+    _note(lab, folder)
+    for seed in recipe.seeds:
+        for name in exhibits or recipe.exhibits:
+            for part in recipe.exhibits[name]:
+                if seed in (part.seeds or recipe.seeds):
+                    for shots in part.shots or (recipe.shots,):
+                        _run_part(lab, records, name, part, seed, shots)
+    for name in ("banks", "case"):
+        if name in (exhibits or recipe.exhibits):
+            part = next(iter(recipe.exhibits[name]), Part(methods=()))
+            _extras(lab, folder, name, part)
+
+
+def _run_part(lab: Lab, records: Records, exhibit: str, part: Part, seed: int, shots: int) -> None:
+    tested = lab.tested(part, shots)
+    if not tested:
+        return
+    fit = [method for method in part.methods if method.fits(lab.task, len(lab.bank(part, seed)))]
+    wanted = [(method, lab_key(lab, part, method, seed, shots)) for method in fit]
+    names = [lab.person(person.id) for person in tested]
+    wanted = [(method, key) for method, key in wanted if records.lacks(key, names)]
+    if not wanted:
+        return
+    done, total, began = 0, 0, time.monotonic()
+    total = len(tested) * len(wanted)
+    for panel in lab.panels(part, seed, shots):
+        here = [lab.person(person.id) for person in panel.people]
+        for method, key in wanted:
+            if records.lacks(key, here):
+                left = (time.monotonic() - began) / done * (total - done) / 60 if done else 0.0
+                told = f", about {left:.0f} min left" if done else ""
+                where = f"{exhibit}, seed {seed}, {shots} shots: {method.name} ({done / total:.0%}{told})"
+                lab.say(where)
+                records.add(_measured(lab, panel, part, method, key, seed, shots))
+            done += len(here)
+
+
+def lab_key(lab: Lab, part: Part, method: Method, seed: int, shots: int) -> str:
+    """Names everything that decides a method's result on a person: bank, settings, protocol, seed where it counts."""
+    run = lab._run(part, seed)
+    kept = {"name"}
+    parts: list[Any] = [method.model_dump(mode="json", exclude=kept), shots, lab.recipe.queries, lab.recipe.ask]
+    parts += [lab.base.fingerprint, str(lab.base.dtype), run.max_tokens, lab.task.model_dump(mode="json")]
+    if method.of_bank:
+        bank = lab.bank(part, seed)
+        parts += [bank.hash, run.merge.model_dump(mode="json"), run.stack.model_dump(mode="json"), seed]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+
+def _measured(lab: Lab, panel: Panel, part: Part, method: Method, key: str, seed: int, shots: int) -> list[Record]:
+    found = method.run(panel, seed)
+    rows = []
+    for u, person in enumerate(panel.people):
+        answers, golds = found.answers[u], panel.golds[u]
+        nll = query_nll(panel.task, answers, golds)
+        rows.append(
+            Record(
+                key=key,
+                method=method.name,
+                bank=part.bank,
+                seed=seed,
+                shots=shots,
+                person=lab.person(person.id),
+                metrics={name: round(value, 6) for name, value in measure(panel.task, answers, golds).items()},
+                nll=None if nll is None else tuple(round(float(one), 5) for one in nll),
+                seconds=round(found.seconds / len(panel.people), 4),
+                bytes=round(found.bytes_per_person, 1),
+                ids=tuple(_question(lab, person, item.id, n) for n, item in enumerate(panel.queries[u])),
+                answers=tuple(answers.texts),
+                chosen=found.chosen[u] if found.chosen else "",
+                **_coefficients(found, u),
+            )
+        )
+    return rows
+
+
+def _coefficients(found: Outcome, person: int) -> dict[str, Any]:
+    if found.merge is None or found.merge.w.ndim > 2:
+        return {}
+    w = tuple(round(float(one), 5) for one in found.merge.w[person])
+    return {"anchors": tuple(found.merge.ids[person].tolist()), "w": w}
+
+
+def _question(lab: Lab, person: Person, id: str | None, number: int) -> str:
+    """A question's id in LaMP's files: the benchmark's own, or one made of the person's name here."""
+    own = {query.id for one in lab.people if one.id == person.id for query in one.queries}
+    return id if id is not None and id in own else f"{lab.person(person.id)}-{number}"
+
+
+def _is_anchor(bank: Bank, person: Person) -> bool:
+    return "anchor" in bank.info.members.artefacts_of(person.id)
+
+
+def _note(lab: Lab, folder: Path) -> None:
+    """What a reader must know of the run beside its scores."""
+    import platform
+
+    import torch
+
+    base = lab.base
+    write_json(
+        folder / "meta.json",
+        {
+            "base": base.name,
+            "note": base.note,
+            "dtype": str(base.dtype).removeprefix("torch."),
+            "which": lab.which,
+            "versions": {"mta": __version__, "torch": torch.__version__, "python": platform.python_version()},
+            "threads": torch.get_num_threads(),
+        },
+    )
+
+
+def _extras(lab: Lab, folder: Path, name: str, part: Part) -> None:
+    """What an exhibit needs beside scores: facts about each bank, or one person's case."""
+    recipe = lab.recipe
+    found: dict[str, Any] = {}
+    for seed in part.seeds or recipe.seeds if name == "banks" else recipe.seeds[:1]:
+        panels = lab.panels(part, seed, recipe.shots)
+        if name == "case":
+            found = case_study(next(panels), lab.recipe.run.merge, seed)
+        else:
+            found[f"{part.bank}-{seed}"] = bank_facts(list(panels), lab.bank(part, seed), seed)
+    write_json(folder / (CASE if name == "case" else FACTS), found)

@@ -1,0 +1,47 @@
+"""Asking a model the panel's queries, the same way for every method that has one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from mta.evaluation.metrics import Answers, from_scores
+from mta.evaluation.protocol import Panel
+from mta.generate import generate
+from mta.history import Item
+from mta.lora.layers import Adapters
+from mta.score import label_scores, log_likelihood
+
+NEW_TOKENS = 32  # the longest answer that is written
+
+
+def answer(panel: Panel, people: Sequence[int], adapters: Sequence[Adapters]) -> list[Answers]:
+    """The queries of some of the panel's people, answered with ``adapters``, which are indexed as ``people`` are.
+
+    Labels are scored where there are labels; else the text is decoded greedily, and the gold's likelihood told.
+    """
+    task, base, queries = panel.task, panel.base, [panel.queries[i] for i in people]
+    if task.labels:
+        return [from_scores(task, scores) for scores in label_scores(base, task, queries, adapters)]
+    nll = _gold_nll(panel, queries, adapters)
+    texts = _texts(panel, queries, adapters) if panel.texts else [[""] * len(items) for items in queries]
+    return [Answers(theirs, nll=one) for theirs, one in zip(texts, nll)]
+
+
+def _gold_nll(panel: Panel, queries: Sequence[Sequence[Item]], adapters: Sequence[Adapters]) -> list[Tensor]:
+    """Minus log probability of the gold text per token, query by query."""
+    jobs = [[panel.base.prompts.example(panel.task, item) for item in items] for items in queries]
+    found = log_likelihood(panel.base, jobs, adapters)
+    return [-one.double() / one.new_tensor([len(e.target) for e in job]).double() for one, job in zip(found, jobs)]
+
+
+def _texts(panel: Panel, queries: Sequence[Sequence[Item]], adapters: Sequence[Adapters]) -> list[list[str]]:
+    base = panel.base
+    rows = [(person, item) for person, items in enumerate(queries) for item in items]
+    prompts = [base.prompts.prompt(panel.task, item, reserve=NEW_TOKENS).tokens for _, item in rows]
+    written = generate(base, prompts, [person for person, _ in rows], adapters, max_new_tokens=NEW_TOKENS)
+    texts: list[list[str]] = [[] for _ in queries]
+    for (person, _), tokens in zip(rows, written):
+        texts[person].append(base.prompts.decode(tokens))
+    return texts

@@ -1,0 +1,149 @@
+"""Stage 2 alone, and MTA itself: stage 2 with the stack on top."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import ClassVar, Literal
+
+import torch
+
+from mta.bank.anchors import select_anchors
+from mta.config import MergeSettings, StackSettings
+from mta.evaluation.methods.answer import answer
+from mta.evaluation.methods.method import Method, Outcome, register
+from mta.evaluation.methods.trained import adapted
+from mta.evaluation.metrics import Answers
+from mta.evaluation.protocol import Panel
+from mta.fuse import Merge, coefficients, learn, merged
+from mta.history import Item, Person
+from mta.tasks.task import Task
+
+MTA = "https://arxiv.org/abs/2511.20072"
+
+
+@register
+class Merged(Method):
+    """Stage 2 alone: a merge of the bank, nothing kept but anchor numbers and coefficients."""
+
+    paper: ClassVar[str] = MTA
+    method: Literal["merge"] = "merge"
+    name: str = "merge only"
+    merge: MergeSettings | None = None
+    anchors: int | None = None  # as if the bank held only so many
+
+    def fits(self, task: Task, anchors: int) -> bool:
+        return _fits(self.merge, task, anchors) and (self.anchors or 0) <= anchors
+
+    @property
+    def seeded(self) -> bool:
+        return self.merge is None or self.merge.policy == "learned"
+
+    def run(self, panel: Panel, seed: int) -> Outcome:
+        settings = self.merge or panel.run.merge
+        if self.anchors is None:
+            merge, seconds = panel.merge(settings, seed)
+        else:
+            merge, seconds = _among(panel, settings, self.anchors)
+        return answered(panel, merge, settings, seconds)
+
+
+@register
+class MergedByLayer(Method):
+    """The learned policy with coefficients for each of ``groups`` equal stretches of the model's layers."""
+
+    method: Literal["merge-by-layer"] = "merge-by-layer"
+    name: str = "merge only, by layer"
+    merge: MergeSettings = MergeSettings(policy="learned")
+    groups: int = 3
+
+    @property
+    def seeded(self) -> bool:
+        return True
+
+    def run(self, panel: Panel, seed: int) -> Outcome:
+        first, seconds = panel.merge(self.merge.model_copy(update={"policy": "posterior"}), seed)
+        start, bank = time.monotonic(), panel.bank
+        begun = replace(first, w=first.w.to(panel.base.master_dtype))
+        merge = learn(
+            panel.base,
+            panel.jobs,
+            bank.working,
+            bank.pooled,
+            begun,
+            self.merge.learned,
+            layer_groups(bank.working.names, self.groups),
+            seed=seed,
+            tokens_per_batch=panel.plan(self.groups * len(bank)).tokens_per_batch,
+        )
+        return answered(panel, merge, self.merge, seconds + time.monotonic() - start)
+
+
+@register
+class MergeThenAdapt(Method):
+    """MTA: stage 2, then the stack on top of it."""
+
+    paper: ClassVar[str] = MTA
+    method: Literal["mta"] = "mta"
+    name: str = "MTA"
+    merge: MergeSettings | None = None
+    stack: StackSettings | None = None
+
+    def fits(self, task: Task, anchors: int) -> bool:
+        return _fits(self.merge, task, anchors)
+
+    @property
+    def seeded(self) -> bool:
+        return True
+
+    def run(self, panel: Panel, seed: int) -> Outcome:
+        settings, stack = self.merge or panel.run.merge, self.stack or panel.run.stack
+        merge, seconds = panel.merge(settings, seed)
+        found = adapted(panel, merge, settings, stack.lora, stack.training, seed, self.name)
+        kept = found.bytes_per_person + bytes_of(merge)
+        return replace(found, seconds=seconds + found.seconds, bytes_per_person=kept)
+
+
+def answered(panel: Panel, merge: Merge, settings: MergeSettings, seconds: float) -> Outcome:
+    """The panel's queries, answered with everybody's merge over the task LoRA."""
+    answers: list[Answers] = []
+    for cohort in panel.plan(1, settings).cohorts:
+        answers += answer(panel, cohort, [*panel.bank.pooled, merged(panel.bank, merge.select(cohort), settings)])
+    return Outcome(answers, seconds, bytes_of(merge), merge)
+
+
+def bytes_of(merge: Merge) -> float:
+    """What has to be kept of one person's merge: anchor numbers and coefficients."""
+    return len(json.dumps([merge.ids[0].tolist(), merge.w[0].tolist()]))
+
+
+def layer_groups(names: Sequence[str], groups: int) -> list[int]:
+    """A group for each adapted layer: equal stretches of the model's depth, from the input on."""
+    blocks = [int(found[0]) if (found := re.findall(r"\d+", name)) else 0 for name in names]
+    depth = max(blocks) + 1
+    return [block * min(groups, depth) // depth for block in blocks]
+
+
+def _fits(settings: MergeSettings | None, task: Task, anchors: int) -> bool:
+    return settings is None or (settings.k <= anchors and (task.labelled or settings.policy != "ridge"))
+
+
+def _among(panel: Panel, settings: MergeSettings, count: int) -> tuple[Merge, float]:
+    """A merge of ``count`` of the bank's anchors, chosen among them as the bank was among its candidates.
+
+    Policies that read evidence or encodings alone; one that learns would need the smaller bank itself.
+    """
+    bank = panel.bank
+    if count >= len(bank):
+        return panel.merge(settings, 0)
+    # The most active of each of ``count`` clusters: histories enter by their lengths alone.
+    actives = [Person(f"{n:04}", (Item({}),) * items) for n, items in enumerate(bank.info.items)]
+    chosen = select_anchors(actives, bank.vectors, count, 0, share=1)
+    start = time.monotonic()
+    found = coefficients(settings, panel.similarity[:, chosen], panel.evidence.among(chosen))
+    merge = Merge(torch.tensor(chosen)[found.ids], found.w.to(panel.base.master_dtype))
+    share = panel.evidence_seconds * (len(chosen) + 1) / (len(bank) + 1)
+    return merge, time.monotonic() - start + share

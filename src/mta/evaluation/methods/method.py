@@ -1,0 +1,82 @@
+"""What a method is, and the registry that recipes name them by."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, TypeVar
+
+from pydantic import BeforeValidator, Field, SerializeAsAny
+
+from mta.config import Settings
+from mta.errors import ConfigError
+from mta.evaluation.metrics import Answers
+from mta.evaluation.protocol import Panel
+from mta.fuse import Merge
+from mta.tasks.task import Task
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """Answers for everybody, the seconds of preparing them (without answering), and bytes kept per person.
+
+    ``chosen`` says for each person which candidate was taken, where a method chooses.
+    """
+
+    answers: list[Answers]
+    seconds: float
+    bytes_per_person: float
+    merge: Merge | None = None
+    chosen: tuple[str, ...] = ()
+
+
+class Method(Settings, ABC):
+    """One row of the table. ``method`` names the class in a recipe, ``name`` the row."""
+
+    paper: ClassVar[str] = ""
+
+    method: str = Field("", description="which class; set by each of them")
+    name: str
+
+    @property
+    def seeded(self) -> bool:
+        """Whether the seed can change anything: stacks start from it, and learned coefficients draw their batches."""
+        return False
+
+    def fits(self, task: Task, anchors: int) -> bool:
+        """Whether it can do this task with so many anchors: where it cannot, an experiment leaves it out."""
+        return True
+
+    @property
+    def of_bank(self) -> bool:
+        """Whether it uses anything of the bank, its task LoRA included."""
+        return True
+
+    @abstractmethod
+    def run(self, panel: Panel, seed: int) -> Outcome:
+        """Learn from the shots and answer the queries."""
+
+
+METHODS: dict[str, type[Method]] = {}
+M = TypeVar("M", bound=Method)
+
+
+def register(kind: type[M]) -> type[M]:
+    """Class decorator: recipes can name the method from now on, by the default of its field ``method``."""
+    METHODS[kind.model_fields["method"].default] = kind
+    return kind
+
+
+def parse_method(value: Any) -> Method:
+    """A method from a recipe: its class's name alone, or a mapping with ``method`` and settings. Raises ConfigError."""
+    if isinstance(value, Method):
+        return value
+    values = {"method": value} if isinstance(value, str) else value
+    kind = METHODS.get(values.get("method", "")) if isinstance(values, Mapping) else None
+    if kind is None:
+        raise ConfigError(f"no such method: {value!r}", hint=f"There are: {', '.join(sorted(METHODS))}.")
+    return kind.model_validate(values)
+
+
+AnyMethod = Annotated[SerializeAsAny[Method], BeforeValidator(parse_method)]

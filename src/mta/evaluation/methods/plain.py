@@ -1,0 +1,91 @@
+"""Methods that know nobody, or nothing but a person's usual answer."""
+
+from __future__ import annotations
+
+import statistics
+from collections import Counter
+from collections.abc import Sequence
+from typing import ClassVar, Literal
+
+from mta.evaluation.methods.answer import answer
+from mta.evaluation.methods.method import Method, Outcome, register
+from mta.evaluation.metrics import Answers
+from mta.evaluation.protocol import Panel
+from mta.tasks.task import Task
+
+
+@register
+class GlobalConstant(Method):
+    """The same answer for everybody: the most frequent label (median for ratings) of everybody's shots."""
+
+    method: Literal["global-constant"] = "global-constant"
+    name: str = "global constant"
+
+    def fits(self, task: Task, anchors: int) -> bool:
+        return task.labelled
+
+    @property
+    def of_bank(self) -> bool:
+        return False
+
+    def run(self, panel: Panel, seed: int) -> Outcome:
+        shots = [target for theirs in _targets(panel) for target in theirs]
+        usual = _constant(panel.task, shots)
+        return Outcome([Answers([usual] * len(items)) for items in panel.queries], 0.0, 0.0)
+
+
+@register
+class OwnConstant(Method):
+    """A person's own median (ratings) or majority of the shots."""
+
+    method: Literal["own-constant"] = "own-constant"
+    name: str = "own constant"
+
+    def fits(self, task: Task, anchors: int) -> bool:
+        return task.labelled
+
+    @property
+    def of_bank(self) -> bool:
+        return False
+
+    def run(self, panel: Panel, seed: int) -> Outcome:
+        own = [_constant(panel.task, theirs) for theirs in _targets(panel)]
+        return Outcome([Answers([a] * len(items)) for a, items in zip(own, panel.queries)], 0.0, 1.0)
+
+
+@register
+class Base(Method):
+    """The untouched base model."""
+
+    method: Literal["base"] = "base"
+    name: str = "base"
+
+    @property
+    def of_bank(self) -> bool:
+        return False
+
+    def run(self, panel: Panel, seed: int) -> Outcome:
+        return Outcome(answer(panel, range(len(panel.people)), []), 0.0, 0.0)
+
+
+@register
+class TaskLora(Method):
+    """The pooled model: the strongest method that knows nobody."""
+
+    paper: ClassVar[str] = "https://github.com/TamSiuhin/OPPU/issues/4"
+    method: Literal["task-lora"] = "task-lora"
+    name: str = "task LoRA"
+
+    def run(self, panel: Panel, seed: int) -> Outcome:
+        return Outcome(answer(panel, range(len(panel.people)), panel.bank.pooled), 0.0, 0.0)
+
+
+def _targets(panel: Panel) -> list[list[str]]:
+    return [[panel.task.target(item) for item in person.items] for person in panel.people]
+
+
+def _constant(task: Task, targets: Sequence[str]) -> str:
+    if task.metric == "mae":
+        middle = statistics.median_low([float(target) for target in targets])
+        return min(task.labels or (), key=lambda label: abs(float(label) - middle))
+    return Counter(targets).most_common(1)[0][0]

@@ -1,0 +1,75 @@
+"""Methods that train a LoRA of a person's own."""
+
+from __future__ import annotations
+
+import time
+from functools import partial
+from typing import ClassVar, Literal
+
+from mta.adapt import adapt
+from mta.config import Lora, MergeSettings, Training
+from mta.evaluation.methods.answer import answer
+from mta.evaluation.methods.method import Method, Outcome, register
+from mta.evaluation.metrics import Answers
+from mta.evaluation.protocol import Panel
+from mta.fuse import Merge, merged
+from mta.lora.layers import Adapters, PerPerson
+
+
+@register
+class OneLora(Method):
+    """One LoRA per person from the shots, over the task LoRA: OPPU at rank 8, "adapt only" with the stack's rank.
+
+    OPPU's published code trains person i on everybody up to i; here a person is trained on their own shots.
+    """
+
+    paper: ClassVar[str] = "https://arxiv.org/abs/2402.04401"
+    method: Literal["one-lora"] = "one-lora"
+    name: str = "OPPU"
+    lora: Lora = Lora()
+    training: Training = Training(lr=2e-4, steps=4, batch_size=64)
+
+    @property
+    def seeded(self) -> bool:
+        return True
+
+    def run(self, panel: Panel, seed: int) -> Outcome:
+        return adapted(panel, None, None, self.lora, self.training, seed, self.name)
+
+
+def adapted(
+    panel: Panel,
+    merge: Merge | None,
+    settings: MergeSettings | None,
+    lora: Lora,
+    training: Training,
+    seed: int,
+    stage: str,
+) -> Outcome:
+    """One LoRA per person over the task LoRA and, where there is one, their merge.
+
+    In cohorts that fit the memory: each is trained, answers, and goes.
+    """
+    base, jobs = panel.base, panel.jobs
+    numbers = lora.rank * sum(d + o for d, o in base.targets.values())
+    plan = panel.plan(numbers, settings)
+    answers: list[Answers] = []
+    seconds = 0.0
+    for cohort in plan.cohorts:
+        frozen: list[Adapters] = list(panel.bank.pooled)
+        if merge and settings:
+            frozen.append(merged(panel.bank, merge.select(cohort), settings))
+        start = time.monotonic()
+        found = adapt(
+            base,
+            [jobs[i] for i in cohort],
+            frozen,
+            lora,
+            training,
+            seed=seed,
+            tokens_per_batch=plan.tokens_per_batch,
+            on_step=partial(panel.on_step, stage) if panel.on_step else None,
+        )
+        seconds += time.monotonic() - start
+        answers += answer(panel, cohort, [*frozen, PerPerson(found)])
+    return Outcome(answers, seconds, 4.0 * numbers, merge)

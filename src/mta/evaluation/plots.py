@@ -1,0 +1,175 @@
+"""Pictures of exhibits, SVG and PNG, from plain numbers. The same numbers give the same bytes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mta.aside import written_aside
+from mta.evaluation.figures import human_bytes
+from mta.evaluation.run import Interval
+
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#333333")  # told apart by everybody
+_INK, _LINE = "#333333", "#bbbbbb"
+_STYLE: dict[str, Any] = {
+    "svg.hashsalt": "mta",
+    "svg.fonttype": "none",
+    "text.parse_math": False,
+    "font.family": ["DejaVu Sans"],
+    "font.size": 10,
+    "axes.edgecolor": _LINE,
+    "axes.labelcolor": _INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "text.color": _INK,
+    "xtick.color": _LINE,
+    "ytick.color": _LINE,
+    "xtick.labelcolor": _INK,
+    "ytick.labelcolor": _INK,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One series: a value with its interval at each x."""
+
+    label: str
+    x: Sequence[float]
+    y: Sequence[Interval]
+
+
+def forest(path: Path, rows: Sequence[tuple[str, Interval]], label: str) -> None:
+    """A method a line, its difference with its interval, and zero."""
+
+    def draw(ax: Any) -> None:
+        for place, (_, one) in enumerate(rows):
+            sure = one.high < 0 or one.low > 0
+            colour = COLOURS[0] if sure and one.high < 0 else COLOURS[1] if sure else "#777777"
+            ax.plot([one.low, one.high], [place, place], color=colour, linewidth=1.6)
+            ax.plot(one.mean, place, "o", color=colour, markersize=5)
+        ax.axvline(0, color=_LINE, linewidth=1)
+        ax.set_yticks(range(len(rows)), [name for name, _ in rows])
+        ax.set(ylim=(len(rows) - 0.5, -0.5), xlabel=label)
+        ax.set_xlim(*_inside([one for _, one in rows]))
+        ax.tick_params(left=False)
+
+    _save(path, draw, (6.4, 0.6 + 0.27 * len(rows)))
+
+
+def lines(
+    path: Path,
+    series: Sequence[Line],
+    x_label: str,
+    y_label: str,
+    *,
+    log: bool = False,
+    level: Mapping[str, float] = {},
+) -> None:
+    """Values over x with their intervals; ``level`` are horizontal lines with names."""
+
+    def draw(ax: Any) -> None:
+        shift = 0.012 if log else 0.06  # so that intervals do not hide each other
+        for n, line in enumerate(series):
+            x = [v * (1 + shift * n) if log else v + shift * n for v in line.x]
+            colour = COLOURS[n % len(COLOURS)]
+            for at, one in zip(x, line.y):
+                ax.plot([at, at], [one.low, one.high], color=colour, linewidth=1, alpha=0.5)
+            ax.plot(x, [one.mean for one in line.y], "o-", color=colour, markersize=4, linewidth=1.5, label=line.label)
+        for name, value in level.items():
+            ax.axhline(value, color=_INK, linewidth=1, dashes=(4, 3), label=name)
+        places = sorted({v for line in series for v in line.x})
+        if log:
+            ax.set_xscale("log")
+        ax.set_xticks(places, [f"{v:g}" for v in places])
+        ax.minorticks_off()
+        ax.set(xlabel=x_label, ylabel=y_label)
+        ax.legend(frameon=False, fontsize=8.5, loc="best")
+
+    _save(path, draw, (6.4, 4.0))
+
+
+Points = Sequence[tuple[float, float]]
+
+
+def growth(path: Path, curves: Mapping[str, tuple[Points, Points]], label: str, unit: Callable[[float], str]) -> None:
+    """Measured totals over people as dots and lines, their fitted continuations as dashes, both axes logarithmic."""
+
+    def draw(ax: Any) -> None:
+        for n, (name, (points, fitted)) in enumerate(curves.items()):
+            colour = COLOURS[n % len(COLOURS)]
+            ax.plot(*zip(*points), "o-", color=colour, markersize=4, linewidth=1.5, label=f"{name}, measured")
+            ax.plot(*zip(*fitted), color=colour, linewidth=1.2, dashes=(4, 3), label=f"{name}, fitted line")
+        ax.set(xscale="log", yscale="log", xlabel="people", ylabel=label)
+        low, high = (math.log10(v) for v in ax.get_ylim())
+        ticks = [10.0**power for power in range(math.ceil(low), math.floor(high) + 1, 1 if high - low < 7 else 2)]
+        ax.set_yticks(ticks, [unit(tick) for tick in ticks])
+        ax.minorticks_off()
+        ax.legend(frameon=False, fontsize=8.5, loc="upper left")
+
+    _save(path, draw, (6.4, 4.0))
+
+
+def scatter(path: Path, points: Sequence[tuple[str, float, Interval]], y_label: str) -> None:
+    """Score with its interval over bytes kept per person; nothing kept has a place of its own on the left."""
+
+    def draw(ax: Any) -> None:
+        ticks = [0.1, 1e2, 1e3, 1e4, 1e5, 1e6, 1e7]
+        for n, (name, kept, one) in enumerate(points):
+            x = max(kept, 0.1)
+            colour = COLOURS[0] if name.startswith("MTA") else "#777777"
+            ax.plot([x, x], [one.low, one.high], color=colour, linewidth=1, alpha=0.6)
+            ax.plot(x, one.mean, "o", color=colour, markersize=5)
+            side = (6, 3) if n % 2 else (6, -9)
+            ax.annotate(name, (x, one.mean), side, textcoords="offset points", fontsize=7.5).set_in_layout(False)
+        ax.set_xscale("log")
+        ax.set_xticks(ticks, ["0", *(human_bytes(tick) for tick in ticks[1:])])
+        ax.minorticks_off()
+        ax.set(xlabel="kept per person", ylabel=y_label, xlim=(0.05, 1e9))
+        ax.set_ylim(*_inside([one for _, _, one in points]))
+
+    _save(path, draw, (7.2, 4.6))
+
+
+def bars(path: Path, groups: Mapping[str, Mapping[str, float]], x_label: str, y_label: str, marked: str) -> None:
+    """For each group its share of every label, side by side; ``marked`` is the true label."""
+
+    def draw(ax: Any) -> None:
+        labels = list(next(iter(groups.values())))
+        width = 0.8 / len(groups)
+        for n, (name, shares) in enumerate(groups.items()):
+            x = [place + (n - (len(groups) - 1) / 2) * width for place in range(len(labels))]
+            ax.bar(x, [shares[one] for one in labels], width, color=COLOURS[n % len(COLOURS)], label=name)
+        ax.set_xticks(range(len(labels)), [f"{one} (true)" if one == marked else one for one in labels])
+        ax.set(xlabel=x_label, ylabel=y_label)
+        ax.legend(frameon=False, fontsize=8.5)
+
+    _save(path, draw, (6.4, 3.6))
+
+
+def _inside(values: Sequence[Interval]) -> tuple[float, float]:
+    """An axis on which most values can be told apart: what lies far out is cut."""
+    means = sorted(one.mean for one in values)
+    middle, spread = means[len(means) // 2], sorted(abs(m - means[len(means) // 2]) for m in means)
+    reach = max(
+        4 * spread[int(len(spread) * 0.6)],
+        *(one.high - one.low for one in values if abs(one.mean - middle) <= spread[len(spread) // 2]),
+    )
+    low = max(min(one.low for one in values), middle - reach)
+    high = min(max(one.high for one in values), middle + reach)
+    pad = 0.05 * (high - low) or 1.0
+    return low - pad, high + pad
+
+
+def _save(path: Path, draw: Callable[[Any], None], size: tuple[float, float]) -> None:
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=size, layout="constrained", facecolor="white")
+        draw(figure.add_subplot())
+        for ending, undated in (("svg", {"Date": None}), ("png", {"Software": None})):
+            with written_aside(path.with_suffix(f".{ending}")) as aside:
+                figure.savefig(aside, format=ending, dpi=160, metadata=undated)

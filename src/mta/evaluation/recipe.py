@@ -1,0 +1,118 @@
+"""Recipes of experiments: who takes part, how everything is trained, and which methods each exhibit compares."""
+
+from __future__ import annotations
+
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import Field
+
+from mta.config import Run, Settings, checked, merged_over
+from mta.errors import ConfigError
+from mta.evaluation.methods import AnyMethod
+from mta.evaluation.protocol import Ask
+from mta.history import Person
+from mta.splits import Splits, draw
+from mta.tasks.task import Task
+
+FOLDER = "recipes/evaluation"
+QUALIFIED = {"test": 0.35, "development": 0.1, "candidates": 0.35}  # at most this share of those who qualify
+
+
+class Sizes(Settings):
+    """The most people of each part; a small set gives at most a share of those who have enough items."""
+
+    test: int = Field(100, ge=1)
+    development: int = Field(40, ge=0)
+    candidates: int = Field(200, ge=4)
+    task: int = Field(400, ge=0)
+
+
+class Part(Settings):
+    """Methods on one bank. ``words`` change the run that builds the bank, which then needs a name of its own."""
+
+    methods: tuple[AnyMethod, ...]
+    shots: tuple[int, ...] = ()
+    seeds: tuple[int, ...] = ()
+    bank: str = "main"
+    words: tuple[str, ...] = ()
+    people: int | None = None  # only the first so many
+
+
+class Experiment(Settings):
+    """Everything that is compared on one set of people. Exhibits share banks, splits and scores."""
+
+    about: str = ""
+    data: str | None = None
+    people: Sizes = Sizes()
+    ask: Ask = "last"
+    shots: int = 8
+    queries: int = 4
+    seeds: tuple[int, ...] = (0,)
+    few: int = Field(30, description="fewer people than this are not compared: a number of shots is left out")
+    run: Run
+    exhibits: dict[str, tuple[Part, ...]]
+
+
+def names() -> tuple[str, ...]:
+    """The experiments of the package."""
+    folder = resources.files("mta") / FOLDER
+    every = (file.name.removesuffix(".yaml") for file in folder.iterdir() if file.name.endswith(".yaml"))
+    return tuple(sorted(name for name in every if not name.startswith("_")))
+
+
+def load_experiment(name: str | Path) -> Experiment:
+    """An experiment by name or by the path of a YAML file. Raises ConfigError."""
+    return checked(Experiment, _values(str(name)), f"recipe {name}")
+
+
+def _values(name: str) -> dict[str, Any]:
+    """A recipe's settings over those of the one it names under ``over``."""
+    try:
+        if name.endswith((".yaml", ".yml")):
+            text = Path(name).read_text(encoding="utf-8")
+        else:
+            text = (resources.files("mta") / FOLDER / f"{name}.yaml").read_text(encoding="utf-8")
+        values = yaml.safe_load(text)
+    except FileNotFoundError:
+        raise ConfigError(f"no recipe {name!r}", hint=f"There are {', '.join(names())}, or give a .yaml.") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"recipe {name} is not readable YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"recipe {name}: expected a mapping, got {type(values).__name__}")
+    below = values.pop("over", None)
+    return merged_over(_values(below), values) if isinstance(below, str) else values
+
+
+def drawn(recipe: Experiment, task: Task, people: list[Person]) -> tuple[Splits, dict[str, Any]]:
+    """Who takes which part, and a table of the sizes.
+
+    Those with enough items for the protocol and for an anchor qualify; test, development and candidates are drawn among
+    them, in shares that leave a small set some of each. The rest, and those with too few items for anything else, train
+    the task LoRA. Raises InputError if there are too few people.
+    """
+    least = recipe.run.bank.min_items
+    needed = recipe.shots + recipe.queries if task.asks_as_items else recipe.shots
+    timeline = [(len(p.items) + (task.asks_as_items and any(map(task.has_target, p.queries))), p) for p in people]
+    qualified = [p for length, p in timeline if length >= max(least, needed) and len(p.items) >= least]
+    sizes = recipe.people
+    parts = {name: min(getattr(sizes, name), int(share * len(qualified))) for name, share in QUALIFIED.items()}
+    first = draw(qualified, 0, task=0, **parts)
+    taken = {*first.test, *first.development, *first.candidates}
+    rest = [p for p in people if p.id not in taken]
+    pooled = draw(rest, 0, task=min(sizes.task, len(rest)), development=0, test=0, candidates=0)
+    splits = Splits(pooled.task, first.development, first.candidates, first.test)
+    enough = {m: sum(n >= m + recipe.queries for n, p in timeline if p.id in set(first.test)) for m in (1, 4, 8, 16)}
+    return splits, {
+        "people": len(people),
+        "qualified": len(qualified),
+        **{name: len(getattr(splits, name)) for name in ("task", "candidates", "development", "test")},
+        "anchors": min(recipe.run.bank.anchors, len(splits.candidates) // 4),
+        "queries": recipe.queries,
+        "test people with shots": enough,
+    }
+
+
+Which = Literal["test", "development"]

@@ -1,0 +1,100 @@
+"""What an experiment found, person by person, as lines of JSON: written as it goes on, read to draw every exhibit."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from mta.aside import written_aside
+from mta.errors import DataError
+
+FILE = "scores.jsonl"
+
+
+class Record(BaseModel):
+    """One method on one person with one seed.
+
+    ``key`` names everything that decides the result but the person, who is a salted hash. ``nll`` is the surprise at
+    each query's gold, None for a method that tells none. ``seconds`` are this person's share of the preparing. ``ids``
+    and ``answers`` are texts of people: they stay where they were made, and are never published.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    key: str
+    method: str
+    bank: str
+    seed: int
+    shots: int
+    person: str
+    metrics: dict[str, float]
+    nll: tuple[float, ...] | None
+    seconds: float
+    bytes: float
+    anchors: tuple[int, ...] = ()
+    w: tuple[float, ...] = ()
+    chosen: str = ""
+    ids: tuple[str, ...] = ()
+    answers: tuple[str, ...] = ()
+
+
+class Records:
+    """The records of one folder: what is there is not computed again.
+
+    A line that a kill has torn is dropped; what it held is computed again.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / FILE
+        self.rows = list(_whole(self.path)) if self.path.exists() else []
+        self._known = {(row.key, row.person) for row in self.rows}
+
+    def lacks(self, key: str, people: Sequence[str]) -> bool:
+        """Whether somebody's result is missing."""
+        return any((key, person) not in self._known for person in people)
+
+    def add(self, rows: Iterable[Record]) -> None:
+        """Append results; those that are there already stay as they are."""
+        new = [row for row in rows if (row.key, row.person) not in self._known]
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        torn = self.path.exists() and self.path.stat().st_size > 0 and not self.path.read_bytes().endswith(b"\n")
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write("\n" * torn + "".join(row.model_dump_json(exclude_defaults=True) + "\n" for row in new))
+        self.rows += new
+        self._known |= {(row.key, row.person) for row in new}
+
+
+def read_records(folder: Path) -> list[Record]:
+    """All records of a folder, published or not. Raises DataError where there are none or a line is no record."""
+    for path in (folder / FILE, folder / f"{FILE}.gz"):
+        if path.exists():
+            return list(_whole(path))
+    raise DataError(f"{folder} holds no {FILE}", hint="Give the --out folder of mta evaluate, or one of results/.")
+
+
+def publish(records: Sequence[Record], path: Path) -> None:
+    """Write records without anybody's texts, compressed; the same records give the same bytes."""
+    kept = {"ids", "answers"}
+    lines = sorted(row.model_dump_json(exclude=kept, exclude_defaults=True) for row in records)
+    with written_aside(path) as aside:
+        aside.write_bytes(gzip.compress("".join(f"{line}\n" for line in lines).encode(), mtime=0))
+
+
+def _whole(path: Path) -> Iterator[Record]:
+    opened: Any = gzip.open if path.suffix == ".gz" else open
+    with opened(path, "rt", encoding="utf-8") as file:
+        lines = file.read().split("\n")
+    for number, line in enumerate(lines, 1):
+        if not line:
+            continue
+        try:
+            yield Record.model_validate(json.loads(line))
+        except (ValueError, ValidationError) as error:
+            if isinstance(error, json.JSONDecodeError):
+                continue  # torn
+            raise DataError(f"{path}, line {number}: no record of an experiment") from None

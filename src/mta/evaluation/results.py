@@ -1,0 +1,146 @@
+"""Result files back as comparisons: everything a report draws comes from here, nothing is computed by a model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from mta.config import checked
+from mta.errors import DataError, InputError
+from mta.evaluation.metrics import Answers
+from mta.evaluation.recipe import Experiment, Part
+from mta.evaluation.records import Record, read_records
+from mta.evaluation.run import Comparison, Row
+from mta.tasks.load import load_task
+from mta.tasks.task import Task
+
+CASE, FACTS, META, RECIPE, SIZES = "case.json", "banks.json", "meta.json", "recipe.yaml", "sizes.json"
+
+
+@dataclass(frozen=True)
+class Results:
+    """One experiment's folder."""
+
+    folder: Path
+    recipe: Experiment
+    task: Task
+    records: list[Record]
+    sizes: dict[str, Any]
+    meta: dict[str, Any]
+    facts: dict[str, Any]
+    case: dict[str, Any]
+
+    @classmethod
+    def read(cls, folder: Path) -> Results:
+        """Raises DataError where a file is missing or is none of ours."""
+        above = folder if (folder / RECIPE).exists() else folder.parent  # development/ lies in its experiment's folder
+        try:
+            recipe = checked(Experiment, yaml.safe_load((above / RECIPE).read_text(encoding="utf-8")), RECIPE)
+        except (OSError, yaml.YAMLError) as error:
+            raise DataError(f"{folder} is no folder of an experiment: {error}") from None
+        sizes, meta, facts, case = (
+            _json(above / SIZES),
+            _json(folder / META),
+            _json(folder / FACTS),
+            _json(folder / CASE),
+        )
+        records = latest(read_records(folder))
+        return cls(folder, recipe, load_task(recipe.run.task), records, sizes, meta, facts, case)
+
+    @property
+    def name(self) -> str:
+        """What the set is called: where its data lay, or its recipe."""
+        return str(self.sizes.get("data", self.folder.name))
+
+    @cached_property
+    def _rows(self) -> dict[tuple[str, str, int, int], dict[str, Record]]:
+        """(method, bank, shots, seed) -> person -> record."""
+        found: dict[tuple[str, str, int, int], dict[str, Record]] = {}
+        for record in self.records:
+            found.setdefault((record.method, record.bank, record.shots, record.seed), {})[record.person] = record
+        return found
+
+    def exhibit(self, name: str) -> tuple[Part, ...]:
+        """An exhibit's parts. Raises InputError if the recipe has none of that name."""
+        if name not in self.recipe.exhibits:
+            raise InputError(f"no exhibit {name!r} in {self.folder}; there are {', '.join(self.recipe.exhibits)}")
+        return self.recipe.exhibits[name]
+
+    def comparison(self, name: str, shots: int | None = None) -> Comparison | None:
+        """An exhibit's methods over the people and seeds that all of them have; None where nothing has been run.
+
+        A person's metrics are averaged over seeds first. What knows nothing of the bank has one seed's answers only.
+        """
+        wanted = [
+            (method.name, part.bank, shots or self.recipe.shots, method.of_bank)
+            for part in self.exhibit(name)
+            for method in part.methods
+        ]
+        groups = [(key, self._seeds(*key[:3])) for key in dict.fromkeys(wanted)]
+        groups = [(key, seeds) for key, seeds in groups if seeds]
+        if not groups:
+            return None
+        shared = [set(seeds) for key, seeds in groups if key[3]]
+        common = set.intersection(*shared) if shared else set()
+        rows = [
+            (key, [seeds[s] for s in sorted(seeds) if not key[3] or s in common] or list(seeds.values()))
+            for key, seeds in groups
+        ]
+        people = sorted(set.intersection(*(set(records) for _, seeds in rows for records in seeds)))
+        if not people:
+            return None
+        return Comparison(self.task, [_row(key[0], [[s[p] for p in people] for s in seeds]) for key, seeds in rows])
+
+    def seeds(self, name: str, shots: int | None = None) -> list[int]:
+        """The seeds that every method of an exhibit was run with."""
+        found = [
+            set(self._seeds(method.name, part.bank, shots or self.recipe.shots))
+            for part in self.exhibit(name)
+            for method in part.methods
+            if method.of_bank
+        ]
+        return sorted(set.intersection(*(one for one in found if one))) if any(found) else []
+
+    def _seeds(self, method: str, bank: str, shots: int) -> dict[int, dict[str, Record]]:
+        key = (method, bank, shots)
+        return {seed: people for (*one, seed), people in self._rows.items() if tuple(one) == key}
+
+    def of(self, method: str, bank: str = "main", shots: int | None = None) -> list[Record]:
+        """All records of one method, seed by seed."""
+        return [r for people in self._seeds(method, bank, shots or self.recipe.shots).values() for r in people.values()]
+
+
+def latest(records: Sequence[Record]) -> list[Record]:
+    """Of a method that was run with several settings under one name, the records of the last."""
+    keys = {(r.method, r.bank, r.shots, r.seed): r.key for r in records}
+    return [r for r in records if keys[r.method, r.bank, r.shots, r.seed] == r.key]
+
+
+def _row(name: str, seeds: Sequence[Sequence[Record]]) -> Row:
+    """One method; ``seeds`` hold the same people in the same order."""
+    every = [record for people in seeds for record in people]
+    metrics = {
+        metric: torch.tensor([[r.metrics[metric] for r in people] for people in seeds], dtype=torch.float64).mean(0)
+        for metric in every[0].metrics
+    }
+    told = [[torch.tensor(r.nll, dtype=torch.float64) for r in people if r.nll is not None] for people in seeds]
+    nll = [torch.stack(one).mean(0) for one in zip(*told)] if all(len(t) == len(seeds[0]) for t in told) else None
+    answers = [Answers([""] * (len(r.nll) if r.nll else 1)) for r in seeds[0]]
+    seconds = sum(r.seconds for r in every) / len(seeds)
+    return Row(name, metrics, nll, seconds, sum(r.bytes for r in every) / len(every), None, answers)
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} is not readable JSON: {error}") from None

@@ -1,0 +1,90 @@
+"""Comparisons as Markdown tables: every number with its interval, paired differences, and who is worse off."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from mta.evaluation.figures import human_bytes
+from mta.evaluation.results import Results
+from mta.evaluation.run import Comparison, Interval
+from mta.evaluation.verdict import judge, people_in, worse_off, yardstick
+
+POOLED, RIVAL = "task LoRA", "OPPU"
+
+
+def rows_of(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
+    """A comparison as a table of texts: heads, and a row for each method."""
+    first, measure = comparison.primary, yardstick(comparison)
+    others = [m for m in ("median MAE", "accuracy", "ROUGE-1", "RMSE") if any(m in r.people for r in comparison.rows)]
+    extra = [m for m in ("MAE (median)", *others) if any(m in r.people for r in comparison.rows) and m != first]
+    heads = ["method", first, *extra[:2]]
+    if measure != first:
+        heads.append(measure)
+    heads += [f"{metric} against {other}" for metric in dict.fromkeys((measure, first)) for other in (POOLED, RIVAL)]
+    heads += ["worse off", "clearly", "s per person", "kept each"]
+    return heads, [_texts(comparison, row.name, first, measure, extra[:2]) for row in comparison.rows]
+
+
+def _texts(comparison: Comparison, name: str, first: str, measure: str, extra: Sequence[str]) -> list[str]:
+    row = comparison.row(name)
+    texts = [name, *(_mean(comparison.score(name, metric)) for metric in (first, *extra))]
+    if measure != first:
+        texts.append(_mean(comparison.score(name, measure)))
+    names = [one.name for one in comparison.rows]
+    for metric in dict.fromkeys((measure, first)):
+        for other in (POOLED, RIVAL):
+            known = other in names and other != name
+            texts.append(marked(comparison, metric, comparison.difference(name, other, metric) if known else None))
+    shares = worse_off(comparison, name, POOLED) if POOLED in names and name != POOLED else None
+    people = people_in(comparison)
+    texts += [f"{shares[0] * people:.0f} of {people}", f"{(shares[1] or 0) * people:.0f}"] if shares else ["", ""]
+    return [*texts, f"{row.seconds / people:.2f}", human_bytes(row.bytes_per_person)]
+
+
+def markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table; the first column holds names, the others numbers."""
+    lines = [heads, ["---", *["--:"] * (len(heads) - 1)], *rows]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+
+
+def overview(many: Sequence[Results]) -> str:
+    """The main table over sets: each method's primary metric, and its difference to the pooled model."""
+    found = [(one, c) for one in many if (c := one.comparison("main"))]
+    if not found:
+        return ""
+    names = list(dict.fromkeys(row.name for _, c in found for row in c.rows))
+    heads = ["method"]
+    for one, comparison in found:
+        heads += [f"{one.name}: {comparison.primary}", f"{yardstick(comparison)} against {POOLED}", "worse off"]
+    rows = []
+    for name in names:
+        cells = [name]
+        for _, comparison in found:
+            if name not in {row.name for row in comparison.rows}:
+                cells += ["", "", ""]
+                continue
+            score = comparison.score(name, comparison.primary)
+            difference = against(comparison, name, yardstick(comparison)) if name != POOLED else None
+            shares = worse_off(comparison, name, POOLED) if name != POOLED else None
+            cells.append(f"{score.mean:.3f} [{score.low:.3f}, {score.high:.3f}]" if score else "")
+            cells += [marked(comparison, yardstick(comparison), difference), f"{shares[0]:.0%}" if shares else ""]
+        rows.append(cells)
+    return markdown(heads, rows)
+
+
+def against(comparison: Comparison, name: str, metric: str) -> Interval | None:
+    """Paired difference to the pooled model, where there is one."""
+    known = {row.name for row in comparison.rows}
+    return comparison.difference(name, POOLED, metric) if {name, POOLED} <= known else None
+
+
+def marked(comparison: Comparison, metric: str, difference: Interval | None) -> str:
+    """A difference in words a table has room for; bold where the interval excludes zero."""
+    if difference is None:
+        return ""
+    text = f"{difference.mean:+.3f} [{difference.low:+.3f}, {difference.high:+.3f}]"
+    return text if judge(metric, difference, people_in(comparison)) == "unclear" else f"**{text}**"
+
+
+def _mean(score: Interval | None) -> str:
+    return f"{score.mean:.3f}" if score else ""

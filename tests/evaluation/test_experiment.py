@@ -1,0 +1,196 @@
+"""An experiment on a tiny model: every method, every exhibit, resumed, redrawn, and nobody's text in it."""
+
+import gzip
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import people_of
+from tiny import base_of, tokenizer
+
+from mta.config import override
+from mta.errors import ConfigError, DataError, InputError
+from mta.evaluation import experiment as module
+from mta.evaluation.experiment import Lab, run_experiment
+from mta.evaluation.methods import METHODS
+from mta.evaluation.publish import report
+from mta.evaluation.recipe import load_experiment, names
+from mta.evaluation.records import Record, Records, read_records
+from mta.evaluation.results import Results
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A saved tiny base and people's ratings."""
+    root = tmp_path_factory.mktemp("experiment")
+    base_of("llama", torch.float32).model.save_pretrained(root / "base")
+    tokenizer().save_pretrained(root / "base")
+    rows = [
+        {"person": f"{person.id}-hoxha", **item.fields, "time": item.time}
+        for person in people_of(30, items=8)
+        for item in person.items
+    ]
+    (root / "people.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return root
+
+
+def lab_of(world: Path, out: Path, *words: str, **how) -> Lab:
+    given = [f"run.base={world / 'base'}", "run.task=movielens-rating", "run.dtype=float32", *words]
+    recipe = override(load_experiment("smoke"), given)
+    return Lab.open(recipe, out, str(world / "people.jsonl"), **how)
+
+
+@pytest.fixture(scope="module")
+def finished(world, tmp_path_factory):
+    """Every exhibit of the smoke recipe, run once."""
+    out = tmp_path_factory.mktemp("runs") / "smoke"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MTA_CACHE", str(world / "cache"))
+        run_experiment(lab_of(world, out))
+    return out
+
+
+def test_every_recipe_can_be_read_and_names_its_task():
+    assert {"lamp1", "lamp2", "lamp2n", "lamp3", "lamp4", "lamp5", "lamp7", "movielens", "smoke"} == set(names())
+    for name in names():
+        recipe = load_experiment(name)
+        assert {"main", "ablation", "shots", "k", "alpha", "anchors", "efficiency"} <= set(recipe.exhibits)
+
+
+def test_smoke_runs_every_registered_method(finished):
+    recipe = load_experiment("smoke")
+    listed = {m.method for parts in recipe.exhibits.values() for part in parts for m in part.methods}
+    assert listed == set(METHODS)
+    found = Results.read(finished)
+    main = found.comparison("main")
+    wanted = [m.name for part in recipe.exhibits["main"] for m in part.methods]
+    assert [row.name for row in main.rows] == wanted
+    for row in main.rows:
+        assert len(row.people["MAE"]) == 4
+        assert all(torch.isfinite(values).all() for values in row.people.values())
+    assert found.comparison("ablation").row("no task LoRA").nll is not None
+
+
+def test_what_is_finished_is_not_computed_again(world, finished, cache, monkeypatch):
+    before = (finished / "scores.jsonl").read_bytes()
+    monkeypatch.setattr(module, "_measured", None)  # would be called for whatever is missing
+    lab = lab_of(world, finished)
+    lab.recipe = lab.recipe.model_copy(
+        update={"exhibits": {k: v for k, v in lab.recipe.exhibits.items() if k not in ("banks", "case")}}
+    )
+    run_experiment(lab)
+    assert (finished / "scores.jsonl").read_bytes() == before
+
+
+def test_stopped_and_resumed_equals_undisturbed(world, cache, tmp_path, monkeypatch):
+    whole, torn = tmp_path / "whole", tmp_path / "torn"
+    run_experiment(lab_of(world, whole), ["ablation"])
+    measured, calls = module._measured, []
+
+    def killed(*args):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return measured(*args)
+
+    monkeypatch.setattr(module, "_measured", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run_experiment(lab_of(world, torn), ["ablation"])
+    with (torn / "scores.jsonl").open("a") as file:
+        file.write('{"key": "torn')  # a line that a kill has cut
+    run_experiment(lab_of(world, torn), ["ablation"])
+    plain = [sorted(r.model_dump_json(exclude={"seconds"}) for r in read_records(f)) for f in (whole, torn)]
+    assert plain[0] == plain[1]
+
+
+def test_people_asked_together_or_apart_get_the_same_answers(world, cache, tmp_path, monkeypatch):
+    together = tmp_path / "together"
+    run_experiment(lab_of(world, together), ["ablation"])
+    monkeypatch.setattr(module, "TOGETHER", 1)
+    apart = tmp_path / "apart"
+    run_experiment(lab_of(world, apart), ["ablation"])
+    one, other = ({(r.method, r.person): r for r in read_records(folder)} for folder in (together, apart))
+    assert one.keys() == other.keys()
+    for key, record in one.items():
+        assert record.nll == pytest.approx(other[key].nll, abs=2e-3), key
+
+
+def test_the_report_needs_nothing_but_the_files_and_tells_no_text(finished, tmp_path):
+    out = tmp_path / "results"
+    drawn = report([finished], out)
+    titles = {line.split(": ", 1)[1] for line in drawn}
+    assert {"Every method", "Ablation", "Score against shots", "Size of the bank"} <= titles
+    folder = out / "people.jsonl"
+    for name in ("README.md", "index.html", "main.svg", "main.png", "bytes.svg", "k.svg", "efficiency-time.png"):
+        assert (folder / name).stat().st_size > 0, name
+    for path in folder.rglob("*"):
+        text = path.read_bytes()
+        text = gzip.decompress(text) if path.suffix == ".gz" else text
+        assert b"hoxha" not in text, path
+        assert path.name == "README.md" or not re.search(rb"Film \d", text), path
+    assert "Film" not in (folder / "README.md").read_text()
+    again = tmp_path / "again"
+    report([folder], again)  # from what was published
+    assert (again / "people.jsonl" / "main.svg").read_bytes() == (folder / "main.svg").read_bytes()
+    assert (again / "people.jsonl" / "README.md").read_text() == (folder / "README.md").read_text()
+
+
+def test_texts_come_only_when_asked_for_and_in_lamps_format(finished, tmp_path):
+    report([finished], tmp_path, texts=True)
+    folder = tmp_path / "people.jsonl"
+    assert "Film" in (folder / "README.md").read_text()
+    files = sorted((folder / "answers").glob("task-lora*.json"))
+    found = json.loads(files[0].read_text())
+    assert found.keys() == {"task", "golds"}
+    assert len({row["id"] for row in found["golds"]}) == len(found["golds"]) == 4 * 2
+    assert {row["output"] for row in found["golds"]} <= {"1", "2", "3", "4", "5"}
+
+
+def test_development_people_are_others_and_have_a_folder_of_their_own(world, finished, cache):
+    run_experiment(lab_of(world, finished, which="development"), ["ablation"])
+    test, development = ({r.person for r in read_records(f)} for f in (finished, finished / "development"))
+    assert len(development) == 2
+    assert not test & development
+    assert Results.read(finished / "development").comparison("ablation") is not None
+
+
+def test_two_sets_give_one_table(finished, tmp_path):
+    report([finished, finished / "development"], tmp_path)
+    assert "| MTA |" in (tmp_path / "README.md").read_text()
+
+
+def test_parts_are_disjoint_and_small_sets_give_every_part_somebody(world, cache, tmp_path):
+    lab = lab_of(world, tmp_path)
+    parts = [set(getattr(lab.splits, name)) for name in ("task", "candidates", "development", "test")]
+    assert all(parts)
+    assert sum(map(len, parts)) == len(set.union(*parts))
+    assert json.loads((tmp_path / "sizes.json").read_text())["test"] == len(lab.splits.test) == 4
+
+
+def test_mistakes_are_told(world, cache, tmp_path):
+    lab = lab_of(world, tmp_path / "one")
+    with pytest.raises(InputError, match="no exhibit 'figure9'"):
+        run_experiment(lab, ["figure9"])
+    with pytest.raises(ConfigError, match="begun with other sizes"):
+        lab_of(world, tmp_path / "one", "people.test=3")
+    with pytest.raises(InputError, match="brings no data"):
+        Lab.open(load_experiment("lamp3"), tmp_path)
+    with pytest.raises(ConfigError, match="no such method: 'oppo'"):
+        override(load_experiment("smoke"), ["exhibits.main=[{methods: [oppo]}]"])
+    with pytest.raises(DataError, match=r"holds no scores\.jsonl"):
+        read_records(tmp_path / "one")
+
+
+def test_records_know_what_is_there(tmp_path):
+    where = {"key": "k", "method": "m", "bank": "main", "seed": 0, "shots": 8, "person": "p"}
+    row = Record(**where, metrics={"MAE": 1.0}, nll=None, seconds=0, bytes=0)
+    records = Records(tmp_path)
+    records.add([row, row.model_copy(update={"person": "q"})])
+    records.add([row])
+    again = Records(tmp_path)
+    assert len(again.rows) == 2
+    assert not again.lacks("k", ["p", "q"])
+    assert again.lacks("k", ["p", "r"])
+    assert again.lacks("other", ["p"])
