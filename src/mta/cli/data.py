@@ -18,17 +18,32 @@ Source = Annotated[str, typer.Argument(help="A JSONL, LaMP or Per-Pcs file, a Re
 
 
 @app.command("describe")
-def describe(source: Source, task: Task = None, skip_bad: SkipBad = None, json: Json = False) -> None:
-    """Count people, items and queries.
+def describe(
+    source: Source,
+    task: Task = None,
+    queries: Annotated[int, typer.Option(min=1, help="How many of a person's last items are asked.")] = 4,
+    skip_bad: SkipBad = None,
+    json: Json = False,
+) -> None:
+    """Count people, items and queries; who has enough of them for 1, 4, 8 and 16 shots; times and labels.
 
-    Example:  mta data describe history.jsonl --task lamp3
+    Example:  mta data describe history.jsonl --task lamp3 --queries 4
     """
     from mta.readers import describe as count
+    from mta.readers import describe_splits
+    from mta.tasks import load_task
 
-    found = count(people_in(source, task or "text", skip_bad))
+    asked = load_task(task or "text")
+    people = people_in(source, asked, skip_bad)
+    found, splits = count(people), describe_splits(people, asked, queries)
     if json:
-        return show_json(found)
+        return show_json(found | {"splits": splits})
     typer.echo("  ".join(f"{name} {value:g}" for name, value in found.items()))
+    for shots, able in splits["shots"].items():
+        typer.echo(f"last {queries} items as queries, the {shots} before them as shots: {able} people")
+    typer.echo(f"people with a time on every item: {splits['people with times']}; the others keep the file's order")
+    if splits["labels"]:
+        typer.echo("labels: " + "  ".join(f"{label} {share:.1%}" for label, share in splits["labels"].items()))
 
 
 @app.command("show")

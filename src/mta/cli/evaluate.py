@@ -55,8 +55,9 @@ def evaluate(
 
     SOURCE is people to be tested on a bank, from their shots anew; who is in the bank, or has fewer than shots +
     queries items, is left out. Settings as key=value are those of the evaluation (shots=4 queries=10), and merge.…,
-    stack.…, memory and dtype over the bank's. Or SOURCE is a recipe (lamp1 … lamp7, movielens, or a .yaml): an experiment with
-    banks of its own, every method, and the paper's exhibits, which goes on where it was stopped; mta report draws it.
+    stack.…, memory and dtype over the bank's.
+    Or SOURCE is a recipe (lamp1 … lamp7, movielens, or a .yaml): an experiment with banks of its own, every method, and
+    the paper's exhibits, which goes on where it was stopped; mta report draws it.
     With --predictions nothing is computed: a file of answers in LaMP's format is scored as the benchmark does it.
 
     Example:  mta evaluate lamp3 --data LaMP_3/dev_questions.json --out runs/lamp3 --exhibit main

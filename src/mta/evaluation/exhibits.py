@@ -196,8 +196,8 @@ def _setting(found: Results, comparison: Comparison, name: str) -> str:
     seeds = found.seeds(name)
     said = f"{len(seeds)} seeds" if len(seeds) > 1 else f"seed {seeds[0]}" if seeds else "no bank"
     return (
-        f"{found.name}: {people_in(comparison)} people, first {found.recipe.shots} items as shots, last "
-        f"{found.recipe.queries} as questions, {said}. Means over people, 95% intervals by bootstrap over people, "
+        f"{found.name}: {people_in(comparison)} people, their last {found.recipe.queries} items as questions, the "
+        f"{found.recipe.shots} before them as shots, {said}. Means over people, 95% intervals by bootstrap over people, "
         "differences paired. Worse off: NLL more than .02 above the pooled model's.\n"
     )
 

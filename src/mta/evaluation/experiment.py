@@ -21,7 +21,7 @@ from mta.evaluation.facts import bank_facts, case_study
 from mta.evaluation.methods import Method, Outcome
 from mta.evaluation.metrics import measure, query_nll
 from mta.evaluation.protocol import Panel, able
-from mta.evaluation.recipe import Experiment, Part, Which, drawn
+from mta.evaluation.recipe import Experiment, Part, Which, drawn, wanted
 from mta.evaluation.records import Record, Records
 from mta.history import Person
 from mta.readers import read_people
@@ -118,6 +118,7 @@ class Lab:
                 anchors=memo["anchors"],
                 kept=self.out / "work",
                 memo=memo,
+                texts=part.texts,
             )
 
     def tested(self, part: Part, shots: int) -> list[Person]:
@@ -127,7 +128,7 @@ class Lab:
         if len(fit) < min(self.recipe.few, len(everybody)):
             self.say(f"{shots} shots: only {len(fit)} people have enough items; left out")
             return []
-        return fit[: part.people]
+        return fit[: part.people or self.recipe.compared]
 
     def person(self, id: str) -> str:
         """A person's name in the records: it tells nothing to whoever has not the whole data."""
@@ -137,19 +138,18 @@ class Lab:
 def run_experiment(lab: Lab, exhibits: Sequence[str] = ()) -> None:
     """Compute whatever the exhibits lack, seed by seed, and write it to ``scores.jsonl`` in the lab's folder."""
     recipe = lab.recipe
-    if unknown := [name for name in exhibits if name not in recipe.exhibits]:
-        raise InputError(f"no exhibit {unknown[0]!r}; there are {', '.join(recipe.exhibits)}")
+    exhibits = wanted(recipe, lab.which, exhibits)
     folder = lab.out if lab.which == "test" else lab.out / lab.which
     records = Records(folder)
     _note(lab, folder)
     for seed in recipe.seeds:
-        for name in exhibits or recipe.exhibits:
+        for name in exhibits:
             for part in recipe.exhibits[name]:
                 if seed in (part.seeds or recipe.seeds):
                     for shots in part.shots or (recipe.shots,):
                         _run_part(lab, records, name, part, seed, shots)
     for name in ("banks", "case"):
-        if name in (exhibits or recipe.exhibits):
+        if name in exhibits:
             part = next(iter(recipe.exhibits[name]), Part(methods=()))
             _extras(lab, folder, name, part)
 
@@ -159,16 +159,15 @@ def _run_part(lab: Lab, records: Records, exhibit: str, part: Part, seed: int, s
     if not tested:
         return
     fit = [method for method in part.methods if method.fits(lab.task, len(lab.bank(part, seed)))]
-    wanted = [(method, lab_key(lab, part, method, seed, shots)) for method in fit]
     names = [lab.person(person.id) for person in tested]
-    wanted = [(method, key) for method, key in wanted if records.lacks(key, names)]
-    if not wanted:
+    keyed = [(method, lab_key(lab, part, method, seed, shots)) for method in fit]
+    lacking = [(method, key) for method, key in keyed if records.lacks(key, names)]
+    if not lacking:
         return
-    done, total, began = 0, 0, time.monotonic()
-    total = len(tested) * len(wanted)
+    done, total, began = 0, len(tested) * len(lacking), time.monotonic()
     for panel in lab.panels(part, seed, shots):
         here = [lab.person(person.id) for person in panel.people]
-        for method, key in wanted:
+        for method, key in lacking:
             if records.lacks(key, here):
                 left = (time.monotonic() - began) / done * (total - done) / 60 if done else 0.0
                 told = f", about {left:.0f} min left" if done else ""
@@ -183,6 +182,7 @@ def lab_key(lab: Lab, part: Part, method: Method, seed: int, shots: int) -> str:
     run = lab._run(part, seed)
     kept = {"name"}
     parts: list[Any] = [method.model_dump(mode="json", exclude=kept), shots, lab.recipe.queries, lab.recipe.ask]
+    parts += [part.texts or lab.task.labels is not None]
     parts += [lab.base.fingerprint, str(lab.base.dtype), run.max_tokens, lab.task.model_dump(mode="json")]
     if method.of_bank:
         bank = lab.bank(part, seed)
@@ -195,7 +195,9 @@ def _measured(lab: Lab, panel: Panel, part: Part, method: Method, key: str, seed
     rows = []
     for u, person in enumerate(panel.people):
         answers, golds = found.answers[u], panel.golds[u]
-        nll = query_nll(panel.task, answers, golds)
+        nll, metrics = query_nll(panel.task, answers, golds), measure(panel.task, answers, golds)
+        if answers.nll is not None and not panel.texts:
+            metrics = {"NLL": metrics["NLL"]}
         rows.append(
             Record(
                 key=key,
@@ -204,7 +206,7 @@ def _measured(lab: Lab, panel: Panel, part: Part, method: Method, key: str, seed
                 seed=seed,
                 shots=shots,
                 person=lab.person(person.id),
-                metrics={name: round(value, 6) for name, value in measure(panel.task, answers, golds).items()},
+                metrics={name: round(value, 6) for name, value in metrics.items()},
                 nll=None if nll is None else tuple(round(float(one), 5) for one in nll),
                 seconds=round(found.seconds / len(panel.people), 4),
                 bytes=round(found.bytes_per_person, 1),

@@ -1,4 +1,4 @@
-"""The protocol: a person's first items are the shots, later ones the queries, for every method alike."""
+"""The protocol: some of a person's items are the shots, later ones the queries, for every method alike."""
 
 from __future__ import annotations
 
@@ -33,21 +33,22 @@ Ask = Literal["next", "last"]
 def shots_and_queries(
     task: Task, person: Person, shots: int, queries: int, ask: Ask
 ) -> tuple[tuple[Item, ...], tuple[Item, ...]]:
-    """A person's first items, and what is asked of them. Raises InputError if they have too few.
+    """A person's few items, and what is asked of them. Raises InputError if they have too few.
 
-    ``next``: a benchmark's own queries if there are any, else the items right after the shots. ``last``: the last
-    items in time, own queries among them, so that the questions stay the same whatever the number of shots; where
-    queries are unlike the history (LaMP-1, LaMP-7) only they are asked.
+    ``next``: the first items are the shots; asked are a benchmark's own queries if there are any, else the items right
+    after. ``last``: asked are the last items in time, own queries among them, whatever the number of shots, which are
+    the items right before; where queries are unlike the history (LaMP-1, LaMP-7) only they are asked.
+    Source: docs/decisions/005.
     """
     own = tuple(query for query in person.queries if task.has_target(query))
     if ask == "next":
         return person.items[:shots], own[-queries:] or person.after(shots, queries)
     if not task.asks_as_items:
-        return person.items[:shots], own[-queries:]
+        return person.items[-shots:], own[-queries:]
     timeline = (*person.items, *own)
     if len(timeline) < shots + queries:
-        raise InputError(f"a person has {len(timeline)} items; {shots} shots and {queries} last ones were asked for")
-    return timeline[:shots], timeline[-queries:]
+        raise InputError(f"a person has {len(timeline)} items; {shots} shots and {queries} queries were asked for")
+    return timeline[-queries - shots : -queries], timeline[-queries:]
 
 
 def able(task: Task, person: Person, shots: int, queries: int, ask: Ask) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
@@ -10,7 +11,7 @@ import yaml
 from pydantic import Field
 
 from mta.config import Run, Settings, checked, merged_over
-from mta.errors import ConfigError
+from mta.errors import ConfigError, InputError
 from mta.evaluation.methods import AnyMethod
 from mta.evaluation.protocol import Ask
 from mta.history import Person
@@ -38,7 +39,8 @@ class Part(Settings):
     seeds: tuple[int, ...] = ()
     bank: str = "main"
     words: tuple[str, ...] = ()
-    people: int | None = None  # only the first so many
+    people: int | None = None  # only the first so many, instead of the experiment's ``compared``
+    texts: bool = True  # free text is written out; else only the likelihood of the true text is told
 
 
 class Experiment(Settings):
@@ -51,6 +53,7 @@ class Experiment(Settings):
     shots: int = 8
     queries: int = 4
     seeds: tuple[int, ...] = (0,)
+    compared: int | None = Field(None, description="only the first so many of the people who are tested")
     few: int = Field(30, description="fewer people than this are not compared: a number of shots is left out")
     run: Run
     exhibits: dict[str, tuple[Part, ...]]
@@ -116,3 +119,14 @@ def drawn(recipe: Experiment, task: Task, people: list[Person]) -> tuple[Splits,
 
 
 Which = Literal["test", "development"]
+TUNE = "tune"  # the exhibit that is tried on development people, and never on those who are tested
+
+
+def wanted(recipe: Experiment, which: Which, exhibits: Sequence[str]) -> list[str]:
+    """The exhibits to be run: those named, else all that belong to these people. Raises InputError."""
+    if unknown := [name for name in exhibits if name not in recipe.exhibits]:
+        raise InputError(f"no exhibit {unknown[0]!r}; there are {', '.join(recipe.exhibits)}")
+    if which == "test" and TUNE in exhibits:
+        raise InputError(f"{TUNE!r} is tried on development people alone", hint="Add --on development.")
+    own = [name for name in recipe.exhibits if (name == TUNE) == (which == "development")]
+    return list(exhibits) or own

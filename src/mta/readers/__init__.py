@@ -5,8 +5,8 @@ that names file, line and field, or goes into a file of rejects while reading go
 """
 
 from mta.readers.lamp import read_answers
-from mta.readers.people import describe, iter_parts, read_people
+from mta.readers.people import describe, describe_splits, iter_parts, read_people
 from mta.readers.rejects import Rejects
 from mta.readers.rows import Part
 
-__all__ = ["Part", "Rejects", "describe", "iter_parts", "read_answers", "read_people"]
+__all__ = ["Part", "Rejects", "describe", "describe_splits", "iter_parts", "read_answers", "read_people"]

@@ -23,6 +23,7 @@ FORMATS = (
     "Known are JSONL with person, input and output (or the task's own fields) on each line; LaMP (id, input, profile); "
     "Per-Pcs (user_id, profile, query); and a RecBole folder (*.inter, *.item)."
 )
+SHOTS = (1, 4, 8, 16)  # numbers of shots that evaluations compare
 log = logging.getLogger("mta")
 
 
@@ -118,7 +119,7 @@ def _aside(skip_bad: str | Path | None, source: Path) -> Path | None:
     return path
 
 
-def describe(people: Sequence[Person]) -> dict[str, Any]:
+def describe(people: Sequence[Person]) -> dict[str, float]:
     """Counts for a summary: people, their items (fewest, median, most) and queries."""
     counts = [len(person.items) for person in people] or [0]
     return {
@@ -128,4 +129,25 @@ def describe(people: Sequence[Person]) -> dict[str, Any]:
         "median": statistics.median(counts),
         "max": max(counts),
         "queries": sum(len(person.queries) for person in people),
+    }
+
+
+def describe_splits(people: Sequence[Person], task: Task, queries: int) -> dict[str, Any]:
+    """What an evaluation finds in a set: who has enough items for m shots and ``queries`` later ones, times, labels.
+
+    ``shots``: number of shots -> people who have so many items before the last ``queries``, which are asked. A
+    benchmark's own query is the last item where it is answered like the history.
+    """
+    answered = [sum(task.has_target(query) for query in person.queries) for person in people]
+    lengths = [len(p.items) + (own if task.asks_as_items else 0) for p, own in zip(people, answered)]
+    times = [[item.time for item in person.items] for person in people]
+    known = [time for theirs in times for time in theirs if time is not None]
+    targets = [task.target(item) for person in people for item in person.items] if task.labelled else []
+    return {
+        "asked": queries,
+        "shots": {m: sum(length >= m + queries for length in lengths) for m in SHOTS},
+        "people with times": sum(None not in theirs for theirs in times),
+        "oldest": min(known, default=None),
+        "newest": max(known, default=None),
+        "labels": {label: round(targets.count(label) / len(targets), 4) for label in task.labels or () if targets},
     }

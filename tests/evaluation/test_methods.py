@@ -1,0 +1,337 @@
+"""The methods one by one: what each promises, against a plain computation or a case worked out by hand."""
+
+import pytest
+import torch
+from conftest import TINY_RUN, HashEncoder, people_of
+
+from mta.config import MergeSettings, Training
+from mta.errors import ConfigError, InputError
+from mta.evaluation.facts import fidelity, relative_error
+from mta.evaluation.methods import (
+    METHODS,
+    Base,
+    Chosen,
+    Merged,
+    MergedByLayer,
+    MergeThenAdapt,
+    Method,
+    OneLora,
+    Outcome,
+    PerPcs,
+    Prime,
+    Profile,
+    Retrieved,
+    TaskLora,
+    parse_method,
+    register,
+)
+from mta.evaluation.methods.choice import pick
+from mta.evaluation.methods.merged import layer_groups
+from mta.evaluation.methods.per_pcs import mean_inputs
+from mta.evaluation.metrics import Answers
+from mta.evaluation.protocol import Panel, able, shots_and_queries
+from mta.evidence import gather_evidence
+from mta.fuse import Merge, learn, merged_factors
+from mta.history import Item, Person
+from mta.lora.batch import LoraBatch
+from mta.tasks import load_task
+
+SHOTS, QUERIES, PEOPLE = 4, 2, 3
+POSTERIOR = MergeSettings(policy="posterior", k=0)
+
+
+def panel_of(tiny, **how):
+    base, bank = tiny
+    people = people_of(PEOPLE, prefix="x", seed=7)
+    anchors = [p for p in people_of(12, prefix="c") if "anchor" in bank.info.members.artefacts_of(p.id)]
+    how = {"shots": SHOTS, "queries": QUERIES, "anchors": sorted(anchors, key=lambda p: p.id), **how}
+    return Panel.of(base, bank, HashEncoder(), TINY_RUN, people, **how)
+
+
+@pytest.fixture
+def panel(tiny):
+    return panel_of(tiny)
+
+
+def same(one, other, tolerance=0.0):
+    return all(torch.allclose(a.scores, b.scores, rtol=0, atol=tolerance) for a, b in zip(one.answers, other.answers))
+
+
+# -- the registry ------------------------------------------------------------------------------------------------------
+
+
+def test_a_method_is_read_from_its_name_or_its_settings():
+    assert parse_method("base") == Base()
+    found = parse_method({"method": "rag", "k": 3, "over": {"method": "mta", "merge": {"policy": "uniform", "k": 2}}})
+    assert found == Retrieved(k=3, over=MergeThenAdapt(merge=MergeSettings(policy="uniform", k=2)))
+    assert parse_method(found.model_dump(mode="json")) == found
+
+
+def test_an_unknown_method_is_told_with_those_there_are():
+    with pytest.raises(ConfigError, match="no such method: 'lora-per-person'"):
+        parse_method("lora-per-person")
+
+
+def test_what_is_not_the_papers_own_says_whose_it_is():
+    theirs = {"rag", "pag", "one-lora", "per-pcs", "prime", "merge", "mta", "task-lora"}
+    assert {name for name, kind in METHODS.items() if kind.paper.startswith("https://")} == theirs
+
+
+def test_a_method_of_ones_own_can_be_registered(panel):
+    @register
+    class Always(Method):
+        method: str = "always"
+        name: str = "always 3"
+
+        def run(self, panel, seed):
+            return Outcome([Answers(["3"] * len(items)) for items in panel.queries], 0.0, 0.0)
+
+    try:
+        assert parse_method("always").run(panel, 0).answers[0].texts == ["3"] * QUERIES
+    finally:
+        del METHODS["always"]
+
+
+# -- the protocol ------------------------------------------------------------------------------------------------------
+
+
+def test_the_last_items_are_asked_whatever_the_number_of_shots(task):
+    person = people_of(1, items=10)[0]
+    asked = {shots_and_queries(task, person, m, 3, "last")[1] for m in (1, 4, 7)}
+    assert asked == {person.items[-3:]}
+    assert shots_and_queries(task, person, 2, 3, "last")[0] == person.items[5:7]
+    assert shots_and_queries(task, person, 7, 3, "last")[0] == person.items[:7]
+    assert not able(task, person, 8, 3, "last")
+    with pytest.raises(InputError, match="10 items; 8 shots and 3 queries"):
+        shots_and_queries(task, person, 8, 3, "last")
+
+
+def test_a_benchmarks_own_query_is_the_last_item_where_it_is_answered_like_the_history():
+    lamp3, lamp1 = load_task("lamp3"), load_task("lamp1")
+    items = tuple(Item({"text": f"t{n}", "score": "4"}) for n in range(5))
+    query = Item({"text": "asked", "score": "2"}, id="q", is_query=True)
+    unknown = Item({"text": "asked"}, id="r", is_query=True)
+    assert shots_and_queries(lamp3, Person("p", items, (query,)), 2, 3, "last") == (items[1:3], (*items[-2:], query))
+    assert shots_and_queries(lamp3, Person("p", items, (unknown,)), 2, 3, "last")[1] == items[-3:]
+    papers = tuple(Item({"title": "t", "abstract": "a"}) for _ in range(5))
+    choice = Item({"title": "t", "ref1": "a", "ref2": "b", "reference": "[1]"}, id="q", is_query=True)
+    assert shots_and_queries(lamp1, Person("p", papers, (choice,)), 3, 4, "last") == (papers[-3:], (choice,))
+    assert not able(lamp1, Person("p", papers), 3, 1, "last")
+
+
+def test_evidence_of_some_shots_is_that_of_people_who_have_no_others(panel):
+    folds, whose = panel.folds(2)
+    assert whose == [0, 0, 1, 1, 2, 2]
+    anew = gather_evidence(panel.base, folds.jobs, panel.bank.working, panel.bank.pooled)
+    kept = folds.evidence
+    torch.testing.assert_close(kept.anchors, anew.anchors)
+    torch.testing.assert_close(kept.task, anew.task)
+    assert kept.tokens.tolist() == anew.tokens.tolist()
+    settings = MergeSettings(policy="ridge", k=0, ridge=1.0)
+    anew_panel = Panel(panel.base, panel.bank, HashEncoder(), TINY_RUN, folds.people, folds.queries)
+    torch.testing.assert_close(folds.merge(settings, 0)[0].w, anew_panel.merge(settings, 0)[0].w)
+
+
+def test_every_shot_is_held_out_once_and_never_learnt_from(panel):
+    folds, whose = panel.folds(3)
+    for u, person in enumerate(panel.people):
+        mine = [row for row, owner in enumerate(whose) if owner == u]
+        held = [item for row in mine for item in folds.queries[row]]
+        assert sorted(map(id, held)) == sorted(map(id, person.items))
+        for row in mine:
+            assert not set(map(id, folds.queries[row])) & set(map(id, folds.people[row].items))
+
+
+def test_evidence_is_kept_for_another_run(tiny, tmp_path, monkeypatch):
+    first = panel_of(tiny, kept=tmp_path)
+    found, seconds = first.evidence, first.evidence_seconds
+    monkeypatch.setattr("mta.evaluation.protocol.gather_evidence", None)
+    again = panel_of(tiny, kept=tmp_path)
+    assert torch.equal(again.evidence.shots, found.shots)
+    assert torch.equal(again.evidence.labels.scores, found.labels.scores)
+    assert again.evidence_seconds == seconds
+
+
+# -- prompts -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_shot_sees_earlier_shots_and_a_query_all_of_them(panel):
+    asked = panel.profiled(9)
+    for person, items in zip(panel.people, asked.people):
+        for n, item in enumerate(items.items):
+            shown = [other for other in person.items if other.fields["title"] in item.fields["profile"]]
+            assert len(shown) == len({i.fields["title"] for i in person.items[:n]}) or len(shown) >= n
+            assert all(other in person.items[:n] for other in shown if other.fields["title"] != item.fields["title"])
+    for person, queries in zip(panel.people, asked.queries):
+        assert all(other.fields["title"] in query.fields["profile"] for query in queries for other in person.items)
+
+
+def test_rag_without_anything_retrieved_is_who_it_stands_over(panel):
+    assert same(Retrieved(k=0, over=TaskLora()).run(panel, 0), TaskLora().run(panel, 0))
+    assert not same(Retrieved(k=2, over=TaskLora()).run(panel, 0), TaskLora().run(panel, 0))
+
+
+def test_mta_with_rag_keeps_the_merge_of_the_plain_prompts(panel):
+    plain = MergeThenAdapt(merge=POSTERIOR)
+    with_rag = Retrieved(k=1, over=plain).run(panel, 0)
+    assert torch.equal(with_rag.merge.w, plain.run(panel, 0).merge.w)
+    assert with_rag.bytes_per_person > plain.run(panel, 0).bytes_per_person  # the shots have to be kept
+
+
+def test_a_profile_is_shown_to_the_model(panel):
+    found = Profile(k=0, tokens=4).run(panel, 0)
+    assert not same(found, Base().run(panel, 0))
+    assert found.bytes_per_person > 0
+
+
+# -- merges ------------------------------------------------------------------------------------------------------------
+
+
+def test_layers_fall_into_equal_stretches():
+    names = [f"model.layers.{n}.mlp.up_proj" for n in range(6)]
+    assert layer_groups(names, 3) == [0, 0, 1, 1, 2, 2]
+    assert layer_groups(names, 1) == [0] * 6
+    assert layer_groups(names[:2], 5) == [0, 1]
+
+
+def test_one_group_of_layers_is_the_plain_learned_policy(panel):
+    training = Training(lr=0.5, steps=3, batch_size=64, eps=1.0, clip=1e9)
+    start, _ = panel.merge(POSTERIOR, 0)
+    bank = panel.bank
+    how = (panel.base, panel.jobs, bank.working, bank.pooled, start, training)
+    plain, grouped = learn(*how), learn(*how, groups=[0] * len(bank.working.names))
+    torch.testing.assert_close(grouped.w, plain.w[:, None].expand_as(grouped.w))
+    apart = learn(*how, groups=layer_groups(bank.working.names, 2))
+    assert not torch.allclose(apart.w[:, 0], apart.w[:, -1])
+
+
+def test_gradients_of_groups_add_up_to_that_of_all_layers(panel):
+    """One small step of plain descent: the shifts of the groups sum to the shift without groups."""
+    training = Training(lr=1e-4, steps=1, batch_size=64, eps=1e6, clip=1e9)
+    start, _ = panel.merge(POSTERIOR, 0)
+    bank = panel.bank
+    how = (panel.base, panel.jobs, bank.working, bank.pooled, start, training)
+    plain = learn(*how).w - start.w
+    groups = layer_groups(bank.working.names, 2)
+    apart = learn(*how, groups=groups).w - start.w[:, None]
+    firsts = [groups.index(g) for g in range(2)]
+    torch.testing.assert_close(apart[:, firsts].sum(1), plain, rtol=1e-4, atol=1e-14)
+
+
+def test_by_layer_keeps_a_coefficient_for_every_layer(panel):
+    found = MergedByLayer(groups=2).run(panel, 0)
+    assert found.merge.w.shape == (PEOPLE, len(panel.bank.working.names), len(panel.bank))
+
+
+def test_a_smaller_bank_merges_only_anchors_it_would_hold(panel):
+    found = Merged(merge=POSTERIOR, anchors=2).run(panel, 0)
+    assert len(set(found.merge.ids.flatten().tolist())) == 2
+    evidence = panel.evidence.among(found.merge.ids[0].sort().values.tolist())
+    torch.testing.assert_close(
+        evidence.anchors.sum(), panel.evidence.anchors[:, sorted(set(found.merge.ids[0].tolist()))].sum()
+    )
+
+
+def test_prime_never_ends_above_the_loss_it_began_with(panel):
+    method = Prime(k=2, budget=9)
+    found = method.run(panel, 0)
+    settings = MergeSettings(policy="uniform", k=2)
+    begun, _ = panel.merge(settings, 0)
+    before, after = (Prime._losses(panel, merge, settings) for merge in (begun, found.merge))
+    assert (after <= before + 1e-9).all()
+    assert (after < before - 1e-9).any()
+    assert found.merge.w.abs().max() <= method.bound
+    assert torch.equal(method.run(panel, 0).merge.w, found.merge.w)
+
+
+def test_per_pcs_takes_k_anchors_for_every_module_and_shares_sum_to_one(panel):
+    found = PerPcs(k=2).run(panel, 0)
+    w = found.merge.w
+    assert w.shape == (PEOPLE, len(panel.bank.working.names), len(panel.bank))
+    torch.testing.assert_close(w.sum(-1), torch.ones_like(w[..., 0]))
+    assert ((w > 0).sum(-1) == 2).all()
+
+
+def test_an_anchor_that_is_asked_finds_itself(panel):
+    """Whoever sends through a module exactly what an anchor sends there has that anchor as the nearest."""
+    twin = Panel(panel.base, panel.bank, HashEncoder(), TINY_RUN, list(panel.anchors), [()] * 3, anchors=panel.anchors)
+    twin.people = [anchor.latest(32) for anchor in panel.anchors]
+    gates = PerPcs._gates(twin)
+    found = mean_inputs(twin.base, [job.examples for job in twin.jobs], twin.bank.pooled)
+    for name, (centre, gate) in gates.items():
+        fit = torch.nn.functional.normalize(found[name] - centre, dim=1) @ gate.T
+        assert fit.argmax(1).tolist() == list(range(len(panel.anchors)))
+
+
+def test_per_pcs_needs_the_anchors_histories(tiny):
+    with pytest.raises(InputError, match="needs the anchors' histories"):
+        PerPcs().run(panel_of(tiny, anchors=()), 0)
+
+
+def test_mean_inputs_do_not_depend_on_padding_or_mates(panel):
+    jobs = [job.examples for job in panel.jobs]
+    together = mean_inputs(panel.base, jobs, panel.bank.pooled)
+    alone = mean_inputs(panel.base, jobs[:1], panel.bank.pooled, rows_per_batch=1)
+    for name, means in together.items():
+        torch.testing.assert_close(means[:1], alone[name])
+
+
+# -- the choice --------------------------------------------------------------------------------------------------------
+
+
+def test_only_what_is_surely_better_is_chosen():
+    calm = torch.tensor([[1.0, 1.0, 1.0, 1.0], [0.9, 0.9, 0.9, 0.9], [0.8, 0.8, 0.8, 0.8]])
+    assert pick(calm, 1.0) == 2
+    noisy = torch.tensor([[1.0, 1.0, 1.0, 1.0], [0.0, 1.9, 0.1, 1.8]])
+    assert pick(noisy, 0.0) == 1
+    assert pick(noisy, 1.0) == 0
+    assert pick(torch.tensor([[1.0, 1.0], [1.1, 1.1]]), 0.0) == 0
+    assert pick(torch.tensor([[1.0], [0.5]]), 1.0) == 1
+
+
+def test_everybody_gets_the_answers_of_whom_was_chosen(panel):
+    candidates = (TaskLora(), Merged(merge=POSTERIOR), OneLora(name="harmful", training=Training(lr=0.5, steps=3)))
+    method = Chosen(candidates=candidates, margin=0.0)
+    found = method.run(panel, 0)
+    every = {c.name: c.run(panel, 0) for c in candidates}
+    for u, name in enumerate(found.chosen):
+        assert torch.equal(found.answers[u].scores, every[name].answers[u].scores)
+    assert "harmful" not in found.chosen
+    assert set(Chosen(candidates=candidates, margin=1e9).run(panel, 0).chosen) == {"task LoRA"}
+
+
+def test_the_choice_never_looks_at_a_query(tiny):
+    people = people_of(PEOPLE, prefix="x", seed=7)
+    turned = [
+        Person(p.id, (*p.items[:SHOTS], *(Item({**i.fields, "rating": "1"}, i.time) for i in p.items[SHOTS:])))
+        for p in people
+    ]
+    base, bank = tiny
+    panels = [
+        Panel.of(base, bank, HashEncoder(), TINY_RUN, group, shots=SHOTS, queries=QUERIES) for group in (people, turned)
+    ]
+    one, other = (Chosen(margin=0.0).run(panel, 0).chosen for panel in panels)
+    assert one == other
+
+
+def test_with_one_shot_nothing_is_held_out_and_the_pooled_model_stays(tiny):
+    panel = panel_of(tiny, shots=1)
+    assert set(Chosen(candidates=(TaskLora(), Merged(merge=POSTERIOR))).run(panel, 0).chosen) == {"task LoRA"}
+
+
+# -- facts -------------------------------------------------------------------------------------------------------------
+
+
+def test_relative_error_is_that_of_the_dense_updates(panel):
+    bank = panel.bank
+    merge = Merge(torch.tensor([[0, 1], [2, 0]]), torch.tensor([[0.5, 0.5], [0.9, -0.3]]))
+    exact = merged_factors(bank.anchors, merge, MergeSettings())
+    factor = merged_factors(bank.anchors, merge, MergeSettings(mode="factor"))
+
+    def dense(batch: LoraBatch):
+        return [batch.scale * (b @ a) for a, b in batch.factors.values()]
+
+    lost = sum((x - y).double().square().sum((1, 2)) for x, y in zip(dense(factor), dense(exact)))
+    whole = sum(y.double().square().sum((1, 2)) for y in dense(exact))
+    torch.testing.assert_close(relative_error(factor, exact), (lost / whole).sqrt(), rtol=1e-5, atol=1e-8)
+    assert fidelity(bank, merge).keys() == {"svd", "factor"}
