@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -23,6 +23,7 @@ class Settings(BaseModel):
     """Common behaviour: frozen, an unknown key is an error, and a group given in part keeps its other defaults."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+    given_in_part: ClassVar[bool] = True
 
     @model_validator(mode="before")
     @classmethod
@@ -32,7 +33,7 @@ class Settings(BaseModel):
         defaults = {name: field.default for name, field in cls.model_fields.items()}
         return {
             name: merged_over(defaults[name].model_dump(), value)
-            if isinstance(value, dict) and isinstance(defaults.get(name), Settings)
+            if isinstance(value, dict) and isinstance(defaults.get(name), Settings) and defaults[name].given_in_part
             else value
             for name, value in values.items()
         }
@@ -88,6 +89,8 @@ class BankSettings(Settings):
     lora: Lora = Lora()
     training: Training = Training(lr=2e-4, epochs=2, batch_size=8)
     encode: Literal["input", "both"] = "both"
+    choose: Literal["active", "central", "random"] = Field("active", description="of a cluster; paper: the most active")
+    start: Literal["same", "own"] = Field("same", description="whether anchors begin from one A, or each from its own")
 
 
 class MergeSettings(Settings):

@@ -75,3 +75,20 @@ def test_too_few_candidates_are_an_error_that_says_how_many_are_needed():
         "3 candidates for anchors; at least 4 are needed, and 20 for 5 anchors\n"
         "  Give more people, or lower bank.anchors and bank.min_items."
     )
+
+
+def test_the_central_one_of_a_cluster_can_be_its_anchor():
+    vectors = corners(3, 4)
+    vectors[[1, 4, 11]] = torch.eye(3)  # exactly in the middle of their heaps, near enough
+    middle = torch.stack([vectors[4 * c : 4 * c + 4].mean(0) for c in range(3)])
+    nearest = [4 * c + int((vectors[4 * c : 4 * c + 4] - middle[c]).norm(dim=1).argmin()) for c in range(3)]
+    people = [person(f"p{n:02}", 1 + n) for n in range(12)]
+    assert select_anchors(people, vectors, 3, seed=0, choose="central") == nearest
+
+
+def test_random_anchors_are_fixed_by_the_seed_and_one_of_each_cluster():
+    people, vectors = [person(f"p{n:02}", 1 + n) for n in range(40)], corners(4, 10)
+    draws = {tuple(select_anchors(people, vectors, 4, seed=seed, choose="random")) for seed in range(5)}
+    assert len(draws) > 1
+    assert all([n // 10 for n in draw] == [0, 1, 2, 3] for draw in draws)
+    assert draws == {tuple(select_anchors(people, vectors, 4, seed=seed, choose="random")) for seed in range(5)}

@@ -364,3 +364,13 @@ def test_without_stage_0_there_is_no_task_lora(tmp_path, cache):
 def test_a_person_who_comes_with_queries_is_trained_on_items_alone(built, tmp_path):
     asked = [Person(person.id, person.items, person.items[:1]) for person in CANDIDATES]
     assert trained(build(tmp_path / "bank", candidates=asked)) == trained(built)
+
+
+def test_anchors_begin_from_one_a_or_each_from_its_own(tmp_path):
+    """Without a step of training every A is what it began as."""
+    still = {"training": TINY_RUN.bank.training.model_copy(update={"steps": 0})}
+    for start in ("same", "own"):
+        folder = build(tmp_path / start, run=changed("bank", start=start, **still))
+        factors = [a for name, a in load_file(folder / files.ANCHORS).items() if a.shape[-2] == 2 and a.abs().sum() > 0]
+        assert factors
+        assert all(torch.equal(a[0], a[1]) == (start == "same") for a in factors)

@@ -296,7 +296,6 @@ def test_everybody_gets_the_answers_of_whom_was_chosen(panel):
     every = {c.name: c.run(panel, 0) for c in candidates}
     for u, name in enumerate(found.chosen):
         assert torch.equal(found.answers[u].scores, every[name].answers[u].scores)
-    assert "harmful" not in found.chosen
     assert set(Chosen(candidates=candidates, margin=1e9).run(panel, 0).chosen) == {"task LoRA"}
 
 

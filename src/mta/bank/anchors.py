@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -11,12 +13,21 @@ from mta.errors import InputError
 from mta.history import Person
 
 
-def select_anchors(candidates: Sequence[Person], vectors: Tensor, anchors: int, seed: int, share: int = 4) -> list[int]:
+def select_anchors(
+    candidates: Sequence[Person],
+    vectors: Tensor,
+    anchors: int,
+    seed: int,
+    *,
+    share: int = 4,
+    choose: Literal["active", "central", "random"] = "active",
+) -> list[int]:
     """Indices of the anchors among the candidates, ascending.
 
-    k-means over ``vectors`` (U, E); from each cluster the person with most items (ties: the smaller id).
+    k-means over ``vectors`` (U, E); from each cluster the person with most items (``active``), the one nearest to its
+    centre (``central``), or one drawn by the seed (``random``); ties: the smaller id.
     There are never more anchors than one in ``share`` candidates.
-    Source: arXiv:2511.20072, stage 1; a quarter is our choice. Raises InputError if that leaves no anchor.
+    Source: arXiv:2511.20072, stage 1 (``active``); a quarter is our choice. Raises InputError if that leaves no anchor.
     """
     from sklearn.cluster import KMeans
 
@@ -27,9 +38,18 @@ def select_anchors(candidates: Sequence[Person], vectors: Tensor, anchors: int, 
             f"and {share * anchors} for {anchors} anchors",
             hint="Give more people, or lower bank.anchors and bank.min_items.",
         )
-    labels = torch.from_numpy(KMeans(clusters, n_init=4, random_state=seed).fit_predict(vectors.double().numpy()))
+    means = KMeans(clusters, n_init=4, random_state=seed)
+    labels = torch.from_numpy(means.fit_predict(vectors.double().numpy()))
+    away = (vectors.double() - torch.from_numpy(means.cluster_centers_)[labels]).norm(dim=1)
+
+    def rank(i: int) -> float:
+        if choose == "active":
+            return -len(candidates[i].items)
+        draw = hashlib.sha256(f"{seed}/{candidates[i].id}".encode()).digest()
+        return float(away[i]) if choose == "central" else int.from_bytes(draw[:6], "big")
+
     return sorted(
-        min((int(i) for i in (labels == c).nonzero()), key=lambda i: (-len(candidates[i].items), candidates[i].id))
+        min((int(i) for i in (labels == c).nonzero()), key=lambda i: (rank(i), candidates[i].id))
         for c in range(clusters)
         if bool((labels == c).any())
     )

@@ -72,12 +72,12 @@ def build_bank(
     # The anchors first: choosing them takes seconds, and if they are too few, stage 0 would be hours for nothing.
     able = [person for person in candidates if len(person.items) >= run.bank.min_items]
     vectors = encode_people(encoder, task, able, run.bank.encode)
-    chosen = select_anchors(able, vectors, run.bank.anchors, run.seed)
+    chosen = select_anchors(able, vectors, run.bank.anchors, run.seed, choose=run.bank.choose)
     anchors = [able[i].latest(run.bank.max_items) for i in chosen]
     (out / "work").mkdir(parents=True, exist_ok=True)
-    jobs, start, plan = site.planned(anchors)  # before stage 0 too: too little memory is said at once
+    jobs, plan = site.planned(anchors)  # before stage 0 too: too little memory is said at once
     pooled = site.task_lora(task_people)
-    bank = site.meta_loras(jobs, start, plan, pooled, executor or LocalExecutor())
+    bank = site.meta_loras(jobs, plan, pooled, executor or LocalExecutor())
 
     write_tensors(out / files.ANCHORS, bank.tensors(), {"scale": repr(bank.scale)})
     write_tensors(out / files.INDEX, {"vectors": vectors[chosen].contiguous()})
@@ -130,41 +130,41 @@ class _Site:
             checkpoint.remove()
         return read_peft(folder).to(self.base.device)
 
-    def planned(self, anchors: Sequence[Person]) -> tuple[list[Job], LoraBatch, Plan]:
-        """What stage 1 trains: the anchors' examples, the start they share, and who is trained together."""
-        settings = self.run.bank
+    def planned(self, anchors: Sequence[Person]) -> tuple[list[Job], Plan]:
+        """What stage 1 trains: the anchors' examples, and who is trained together."""
         examples = [[self.base.prompts.example(self.task, item) for item in person.items] for person in anchors]
         self.cut["texts shortened"] = sum(e.cut > 0 for theirs in examples for e in theirs)
         # Numbered, so that nothing written says who an anchor is.
         jobs = [Job(f"anchor-{n}", theirs) for n, theirs in enumerate(examples)]
-        start = fresh(
-            self.base.targets, settings.lora.rank, settings.lora.scale, self.run.seed, ["bank"], self.base.master_dtype
-        )
-        return jobs, start, plan_cohorts(self.base, jobs, start.tensors(), parse_size(self.run.memory))
+        one = self._start(jobs[:1]).tensors()
+        return jobs, plan_cohorts(self.base, jobs, one, parse_size(self.run.memory))
 
-    def meta_loras(
-        self, jobs: Sequence[Job], start: LoraBatch, plan: Plan, pooled: LoraBatch | None, executor: Executor
-    ) -> LoraBatch:
-        """Stage 1: everybody from the same start, cohort by cohort."""
+    def _start(self, jobs: Sequence[Job]) -> LoraBatch:
+        """What anchors are trained from: one A for all of them, or each its own; B is zero."""
+        lora, same = self.run.bank.lora, self.run.bank.start == "same"
+        keys = ["bank"] if same else [job.key for job in jobs]
+        start = fresh(self.base.targets, lora.rank, lora.scale, self.run.seed, keys, self.base.master_dtype)
+        return start.select([0] * len(jobs)) if same else start
+
+    def meta_loras(self, jobs: Sequence[Job], plan: Plan, pooled: LoraBatch | None, executor: Executor) -> LoraBatch:
+        """Stage 1, cohort by cohort."""
         frozen = [Shared(pooled.to(self.base.dtype))] if pooled else []
 
         def cohort(number: int) -> LoraBatch:
-            return self._cohort(number, [jobs[n] for n in plan.cohorts[number]], start, frozen, plan)
+            return self._cohort(number, [jobs[n] for n in plan.cohorts[number]], frozen, plan)
 
         return stack(executor.map(cohort, range(len(plan.cohorts))))
 
-    def _cohort(
-        self, number: int, jobs: Sequence[Job], start: LoraBatch, frozen: Sequence[Adapters], plan: Plan
-    ) -> LoraBatch:
+    def _cohort(self, number: int, jobs: Sequence[Job], frozen: Sequence[Adapters], plan: Plan) -> LoraBatch:
         work = hashlib.sha256(f"{self.work}/{plan.digest}/{number}".encode()).hexdigest()
         done = Checkpoint(self.out / "work" / f"anchors-{number:03}.safetensors", work)
         if saved := done.load():
-            return LoraBatch.of_tensors(saved[0], start.scale)
+            return LoraBatch.of_tensors(saved[0], self.run.bank.lora.scale)
         checkpoint = Checkpoint(self.out / "work" / f"anchors-{number:03}.checkpoint", work)
         trained = train_loras(
             self.base,
             jobs,
-            start.select([0] * len(jobs)),
+            self._start(jobs),
             self.run.bank.training,
             frozen=frozen,
             seed=self.run.seed,

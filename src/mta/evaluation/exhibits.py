@@ -32,7 +32,7 @@ class Section:
 def sections(found: Results, folder: Path) -> list[Section]:
     """Every exhibit that has been run, its pictures drawn into ``folder``."""
     made = []
-    for name in found.recipe.exhibits:
+    for name in found.meta.get("exhibits", found.recipe.exhibits):
         draw = EXHIBITS.get(name, _compared)
         if section := draw(found, folder, name):
             made.append(section)
@@ -197,7 +197,7 @@ def _setting(found: Results, comparison: Comparison, name: str) -> str:
     said = f"{len(seeds)} seeds" if len(seeds) > 1 else f"seed {seeds[0]}" if seeds else "no bank"
     return (
         f"{found.name}: {people_in(comparison)} people, their last {found.recipe.queries} items as questions, the "
-        f"{found.recipe.shots} before them as shots, {said}. Means over people, 95% intervals by bootstrap over people, "
+        f"{found.recipe.shots} before them as shots, {said}. Means over people, 95% intervals by bootstrap over them, "
         "differences paired. Worse off: NLL more than .02 above the pooled model's.\n"
     )
 

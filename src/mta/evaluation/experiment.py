@@ -31,7 +31,7 @@ from mta.tasks.task import Task
 from mta.training.trainer import OnStep
 
 TOGETHER = 16  # people whose results are written at once
-FACTS, CASE, SIZES, RECIPE = "banks.json", "case.json", "sizes.json", "recipe.yaml"
+CASE, FACTS, META, RECIPE, SIZES = "case.json", "banks.json", "meta.json", "recipe.yaml", "sizes.json"
 
 
 @dataclass(slots=True)
@@ -141,7 +141,7 @@ def run_experiment(lab: Lab, exhibits: Sequence[str] = ()) -> None:
     exhibits = wanted(recipe, lab.which, exhibits)
     folder = lab.out if lab.which == "test" else lab.out / lab.which
     records = Records(folder)
-    _note(lab, folder)
+    _note(lab, folder, exhibits)
     for seed in recipe.seeds:
         for name in exhibits:
             for part in recipe.exhibits[name]:
@@ -236,16 +236,18 @@ def _is_anchor(bank: Bank, person: Person) -> bool:
     return "anchor" in bank.info.members.artefacts_of(person.id)
 
 
-def _note(lab: Lab, folder: Path) -> None:
-    """What a reader must know of the run beside its scores."""
+def _note(lab: Lab, folder: Path, exhibits: Sequence[str]) -> None:
+    """What a reader must know of the run beside its scores; exhibits of earlier runs stay in the list."""
     import platform
 
     import torch
 
-    base = lab.base
+    base, path = lab.base, folder / META
+    before = json.loads(path.read_text(encoding="utf-8"))["exhibits"] if path.exists() else []
     write_json(
-        folder / "meta.json",
+        path,
         {
+            "exhibits": [name for name in lab.recipe.exhibits if name in {*before, *exhibits}],
             "base": base.name,
             "note": base.note,
             "dtype": str(base.dtype).removeprefix("torch."),

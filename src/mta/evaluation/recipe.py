@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from mta.config import Run, Settings, checked, merged_over
 from mta.errors import ConfigError, InputError
@@ -19,6 +19,7 @@ from mta.splits import Splits, draw
 from mta.tasks.task import Task
 
 FOLDER = "recipes/evaluation"
+Which = Literal["test", "development"]
 QUALIFIED = {"test": 0.35, "development": 0.1, "candidates": 0.35}  # at most this share of those who qualify
 
 
@@ -39,6 +40,7 @@ class Part(Settings):
     seeds: tuple[int, ...] = ()
     bank: str = "main"
     words: tuple[str, ...] = ()
+    whom: Which = "test"
     people: int | None = None  # only the first so many, instead of the experiment's ``compared``
     texts: bool = True  # free text is written out; else only the likelihood of the true text is told
 
@@ -56,7 +58,19 @@ class Experiment(Settings):
     compared: int | None = Field(None, description="only the first so many of the people who are tested")
     few: int = Field(30, description="fewer people than this are not compared: a number of shots is left out")
     run: Run
+    tuned: dict[str, dict[str, Any]] = Field({}, description="settings over methods of these names, wherever listed")
     exhibits: dict[str, tuple[Part, ...]]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _tune(cls, values: Any) -> Any:
+        tuned = values.get("tuned", {})
+        for part in (part for parts in values.get("exhibits", {}).values() for part in parts):
+            part["methods"] = [
+                merged_over(one, tuned.get(one.get("name"), {})) if isinstance(one, dict) else one
+                for one in part.get("methods", ())
+            ]
+        return values
 
 
 def names() -> tuple[str, ...]:
@@ -118,15 +132,11 @@ def drawn(recipe: Experiment, task: Task, people: list[Person]) -> tuple[Splits,
     }
 
 
-Which = Literal["test", "development"]
-TUNE = "tune"  # the exhibit that is tried on development people, and never on those who are tested
-
-
 def wanted(recipe: Experiment, which: Which, exhibits: Sequence[str]) -> list[str]:
     """The exhibits to be run: those named, else all that belong to these people. Raises InputError."""
     if unknown := [name for name in exhibits if name not in recipe.exhibits]:
         raise InputError(f"no exhibit {unknown[0]!r}; there are {', '.join(recipe.exhibits)}")
-    if which == "test" and TUNE in exhibits:
-        raise InputError(f"{TUNE!r} is tried on development people alone", hint="Add --on development.")
-    own = [name for name in recipe.exhibits if (name == TUNE) == (which == "development")]
+    own = [name for name, parts in recipe.exhibits.items() if all(part.whom == which for part in parts)]
+    if other := [name for name in exhibits if name not in own and which == "test"]:
+        raise InputError(f"{other[0]!r} is tried on development people alone", hint="Add --on development.")
     return list(exhibits) or own

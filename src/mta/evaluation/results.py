@@ -14,14 +14,13 @@ import yaml
 
 from mta.config import checked
 from mta.errors import DataError, InputError
+from mta.evaluation.experiment import CASE, FACTS, META, RECIPE, SIZES
 from mta.evaluation.metrics import Answers
 from mta.evaluation.recipe import Experiment, Part
 from mta.evaluation.records import Record, read_records
 from mta.evaluation.run import Comparison, Row
 from mta.tasks.load import load_task
 from mta.tasks.task import Task
-
-CASE, FACTS, META, RECIPE, SIZES = "case.json", "banks.json", "meta.json", "recipe.yaml", "sizes.json"
 
 
 @dataclass(frozen=True)
@@ -96,7 +95,10 @@ class Results:
         people = sorted(set.intersection(*(set(records) for _, seeds in rows for records in seeds)))
         if not people:
             return None
-        return Comparison(self.task, [_row(key[0], [[s[p] for p in people] for s in seeds]) for key, seeds in rows])
+        called = _names([key[:2] for key, _ in rows])
+        return Comparison(
+            self.task, [_row(name, [[s[p] for p in people] for s in seeds]) for name, (_, seeds) in zip(called, rows)]
+        )
 
     def seeds(self, name: str, shots: int | None = None) -> list[int]:
         """The seeds that every method of an exhibit was run with."""
@@ -115,6 +117,12 @@ class Results:
     def of(self, method: str, bank: str = "main", shots: int | None = None) -> list[Record]:
         """All records of one method, seed by seed."""
         return [r for people in self._seeds(method, bank, shots or self.recipe.shots).values() for r in people.values()]
+
+
+def _names(rows: Sequence[tuple[str, str]]) -> list[str]:
+    """What rows are called: by their method, and by their bank too where another bank has the same method."""
+    methods = [method for method, _ in rows]
+    return [m if methods.count(m) == 1 or bank == "main" else f"{m} ({bank})" for m, bank in rows]
 
 
 def latest(records: Sequence[Record]) -> list[Record]:

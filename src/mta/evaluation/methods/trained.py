@@ -20,6 +20,7 @@ from mta.lora.layers import Adapters, PerPerson
 class OneLora(Method):
     """One LoRA per person from the shots, over the task LoRA: OPPU at rank 8, "adapt only" with the stack's rank.
 
+    Without ``training`` it is trained as the run's stack.
     OPPU's published code trains person i on everybody up to i; here a person is trained on their own shots.
     """
 
@@ -27,14 +28,15 @@ class OneLora(Method):
     method: Literal["one-lora"] = "one-lora"
     name: str = "OPPU"
     lora: Lora = Lora()
-    training: Training = Training(lr=2e-4, steps=4, batch_size=64)
+    training: Training | None = None
 
     @property
     def seeded(self) -> bool:
         return True
 
     def run(self, panel: Panel, seed: int) -> Outcome:
-        return adapted(panel, None, None, self.lora, self.training, seed, self.name)
+        training = self.training or panel.run.stack.training
+        return adapted(panel, None, None, self.lora, training, seed, self.name)
 
 
 def adapted(

@@ -1,0 +1,81 @@
+"""``mta evaluate`` on a recipe and ``mta report``, on a small world and on real people's files where they are."""
+
+from pathlib import Path
+
+import pytest
+from world import built, mta, run
+
+SHARED = Path(__file__).parents[3] / "shared" / "data"
+TINY = ["run.encoder=base", "run.dtype=float32", "run.memory=64MiB", "run.max_tokens=400", "run.bank.training.epochs=1"]
+FEW = ["people.test=3", "people.development=2", "people.candidates=8", "people.task=6", "few=2", "seeds=[0]"]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    with built(tmp_path_factory.mktemp("world")) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def smoke(world):
+    """The ablation of the smoke recipe, on the world's members."""
+    words = [f"run.base={world.base}", "run.task=movielens-rating", *TINY]
+    out = world.root / "runs"
+    return ["evaluate", "smoke", *words, "--data", world.members, "--out", out, "--exhibit", "ablation"], out
+
+
+def test_a_recipe_runs_and_says_what_to_type_next(smoke):
+    command, out = smoke
+    said = mta(*command)
+    assert f"mta report {out}" in said.err
+    assert "ablation, seed 0, 3 shots: MTA" in said.err
+    assert mta(*command, "--json").json["sizes"]["test"] == 4
+    assert "MTA" not in mta(*command).err  # it is finished
+
+
+def test_a_report_is_drawn_without_a_model(smoke, tmp_path, monkeypatch):
+    command, out = smoke
+    mta(*command)
+    monkeypatch.setattr("mta.base.BaseModel.load", None)
+    drawn = mta("report", out, "--out", tmp_path / "report", "--json").json["drawn"]
+    assert drawn == ["members.jsonl: Ablation"]
+    assert "| no task LoRA |" in (tmp_path / "report" / "members.jsonl" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["evaluate", "lamp3", "--out", "{out}"], "this recipe brings no data"),
+        (["evaluate", "nothing.yaml", "--out", "{out}"], "no recipe 'nothing.yaml'"),
+        (["evaluate", "movielens", "--out", "{out}", "--on", "training"], "expected test or development"),
+        (["evaluate", "movielens", "--out", "{out}", "people.tests=3"], "people.tests"),
+        (["report", "{out}"], "no folder of an experiment"),
+    ],
+)
+def test_mistakes_are_told_without_a_traceback(world, tmp_path, words, expected):
+    said = run(*(word.format(out=tmp_path / "out") for word in words))
+    assert said.code == 1
+    assert expected in said.err
+    assert "Traceback" not in said.err
+
+
+def test_what_is_tried_on_development_people_is_never_tried_on_others(smoke):
+    command, _ = smoke
+    said = run(*command[:-1], "tune")
+    assert said.code == 1
+    assert "--on development" in said.err
+
+
+@pytest.mark.parametrize("name", ["lamp3_amazon", "lamp4_huffpost", "lamp5_papers"])
+def test_lamp_files_run_by_their_recipe(world, tmp_path, name):
+    """Real people's files through the whole path, on a tiny base: that it works, not how well."""
+    if not (SHARED / name).is_dir():
+        pytest.skip(f"no {name}: real people's data lie beside the repository, and are not part of it")
+    recipe, out = name.split("_")[0], tmp_path / "runs"
+    small = ["run.task_lora.items=8", "run.bank.max_items=4", "queries=2", "run.max_tokens=300"]
+    words = [f"run.base={world.base}", *TINY, *FEW, *small]
+    mta("evaluate", recipe, *words, "--data", SHARED / name, "--out", out, "--exhibit", "ablation")
+    mta("report", out, "--out", tmp_path / "report", "--texts")
+    folder = tmp_path / "report" / name
+    assert "| MTA |" in (folder / "README.md").read_text()
+    assert list((folder / "answers").glob("mta-main-8-0.json"))
