@@ -16,9 +16,10 @@ from mta.evaluation import experiment as module
 from mta.evaluation.experiment import Lab, run_experiment
 from mta.evaluation.methods import METHODS
 from mta.evaluation.publish import report
-from mta.evaluation.recipe import load_experiment, names
+from mta.evaluation.recipe import Experiment, load_experiment, names
 from mta.evaluation.records import Record, Records, read_records
 from mta.evaluation.results import Results
+from mta.tasks import load_task
 
 
 @pytest.fixture(scope="module")
@@ -194,3 +195,68 @@ def test_records_know_what_is_there(tmp_path):
     assert not again.lacks("k", ["p", "q"])
     assert again.lacks("k", ["p", "r"])
     assert again.lacks("other", ["p"])
+
+
+def lamp_files(folder: Path, name: str, people: int = 30, items: int = 8) -> Path:
+    """Questions and outputs as LaMP lays them out, made up."""
+    words = {
+        "lamp1": (
+            'For an author who has written the paper with the title "Study {n}", which reference is related? Just '
+            'answer with [1] or [2] without explanation. [1]: "On {n}" [2]: "Of {n}"',
+            {"title": "Work {n}", "abstract": "about {n}"},
+            "[{odd}]",
+        ),
+        "lamp2": (
+            load_task("lamp2").item.prompt.replace("{description}", "a film about {n}"),
+            {"description": "a tale of {n}", "tag": "comedy"},
+            "action",
+        ),
+        "lamp5": (
+            "Generate a title for the following abstract of a paper: all of {n}",
+            {"title": "Work {n}", "abstract": "about {n}"},
+            "Title {n}",
+        ),
+        "lamp7": (
+            "Paraphrase the following tweet without any explanation before or after it: oh {n}",
+            {"text": "hello {n}"},
+            "ah {n}",
+        ),
+    }
+    question, profile, output = words[name]
+    rows, golds = [], []
+    for n in range(people):
+        told = [{k: v.format(n=10 * n + i) for k, v in profile.items()} for i in range(items)]
+        rows.append(
+            {
+                "id": f"{n}",
+                "input": question.format(n=n),
+                "profile": [{"id": f"{n}-{i}", **one} for i, one in enumerate(told)],
+            }
+        )
+        golds.append({"id": f"{n}", "output": output.format(n=n, odd=1 + n % 2)})
+    (folder / "questions.json").write_text(json.dumps(rows))
+    (folder / "outputs.json").write_text(json.dumps({"task": load_task(name).lamp, "golds": golds}))
+    return folder / "questions.json"
+
+
+@pytest.mark.parametrize("name", ["lamp1", "lamp2", "lamp5", "lamp7"])
+def test_every_kind_of_lamp_task_goes_through_every_method(world, cache, tmp_path, name):
+    """Queries unlike the history, closed and open answers, items without an input."""
+    data = lamp_files(tmp_path, name)
+    tiny = load_experiment("smoke").model_dump(mode="json", include={"people", "few", "shots", "seeds", "run"})
+    recipe = load_experiment(name)
+    given = {**recipe.model_dump(mode="json"), **tiny, "queries": 1}
+    given["run"] = {**tiny["run"], "task": name, "base": str(world / "base"), "dtype": "float32"}
+    lab = Lab.open(Experiment.model_validate(given), tmp_path / "runs", str(data))
+    run_experiment(lab, ["main", "case"])
+    main = Results.read(tmp_path / "runs").comparison("main")
+    names_of = {row.name for row in main.rows}
+    assert {"MTA", "MTA + RAG", "PAG", "Per-Pcs", "PriME-style", "MTA, chosen"} <= names_of
+    assert ("own constant" in names_of) == (name == "lamp2")
+    assert main.primary in main.row("MTA").people
+    report([tmp_path / "runs"], tmp_path / "report", texts=True)
+    golds = {str(n) for n in range(30)}
+    for path in (tmp_path / "report").rglob("answers/*.json"):
+        found = json.loads(path.read_text())
+        assert found["task"] == load_task(name).lamp
+        assert {row["id"] for row in found["golds"]} <= golds  # the benchmark's own ids

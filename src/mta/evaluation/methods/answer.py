@@ -22,7 +22,7 @@ def answer(panel: Panel, people: Sequence[int], adapters: Sequence[Adapters]) ->
     Labels are scored where there are labels; else the text is decoded greedily, and the gold's likelihood told.
     """
     task, base, queries = panel.task, panel.base, [panel.queries[i] for i in people]
-    if task.labels:
+    if all(task.labels_of(item) for items in queries for item in items):
         return [from_scores(task, scores) for scores in label_scores(base, task, queries, adapters)]
     nll = _gold_nll(panel, queries, adapters)
     texts = _texts(panel, queries, adapters) if panel.texts else [[""] * len(items) for items in queries]
