@@ -14,11 +14,13 @@ from mta.config import override
 from mta.errors import ConfigError, DataError, InputError
 from mta.evaluation import experiment as module
 from mta.evaluation.experiment import Lab, run_experiment
+from mta.evaluation.lamp import score
 from mta.evaluation.methods import METHODS
 from mta.evaluation.publish import report
 from mta.evaluation.recipe import Experiment, load_experiment, names
 from mta.evaluation.records import Record, Records, read_records
 from mta.evaluation.results import Results
+from mta.readers import read_answers
 from mta.tasks import load_task
 
 
@@ -71,7 +73,11 @@ def test_smoke_runs_every_registered_method(finished):
     for row in main.rows:
         assert len(row.people["MAE"]) == 4
         assert all(torch.isfinite(values).all() for values in row.people.values())
-    assert found.comparison("ablation").row("no task LoRA").nll is not None
+    ablation = found.comparison("ablation")
+    assert [row.name for row in ablation.rows] == ["task LoRA", "MTA", "no stack", "no merge", "no task LoRA"]
+    assert torch.equal(ablation.row("no stack").people["NLL"], main.row("merge only, learned").people["NLL"])
+    for name in ("k", "alpha", "anchors", "efficiency"):
+        assert found.comparison(name) is not None, name
 
 
 def test_what_is_finished_is_not_computed_again(world, finished, cache, monkeypatch):
@@ -112,7 +118,7 @@ def test_people_asked_together_or_apart_get_the_same_answers(world, cache, tmp_p
     monkeypatch.setattr(module, "TOGETHER", 1)
     apart = tmp_path / "apart"
     run_experiment(lab_of(world, apart), ["ablation"])
-    one, other = ({(r.method, r.person): r for r in read_records(folder)} for folder in (together, apart))
+    one, other = ({(r.settings, r.bank, r.person): r for r in read_records(folder)} for folder in (together, apart))
     assert one.keys() == other.keys()
     for key, record in one.items():
         assert record.nll == pytest.approx(other[key].nll, abs=2e-3), key
@@ -185,7 +191,7 @@ def test_mistakes_are_told(world, cache, tmp_path):
 
 
 def test_records_know_what_is_there(tmp_path):
-    where = {"key": "k", "method": "m", "bank": "main", "seed": 0, "shots": 8, "person": "p"}
+    where = {"key": "k", "settings": "s", "method": "m", "bank": "main", "seed": 0, "shots": 8, "person": "p"}
     row = Record(**where, metrics={"MAE": 1.0}, nll=None, seconds=0, bytes=0)
     records = Records(tmp_path)
     records.add([row, row.model_copy(update={"person": "q"})])
@@ -255,8 +261,9 @@ def test_every_kind_of_lamp_task_goes_through_every_method(world, cache, tmp_pat
     assert ("own constant" in names_of) == (name == "lamp2")
     assert main.primary in main.row("MTA").people
     report([tmp_path / "runs"], tmp_path / "report", texts=True)
-    golds = {str(n) for n in range(30)}
-    for path in (tmp_path / "report").rglob("answers/*.json"):
-        found = json.loads(path.read_text())
-        assert found["task"] == load_task(name).lamp
-        assert {row["id"] for row in found["golds"]} <= golds  # the benchmark's own ids
+    answers = next((tmp_path / "report").rglob("answers"))
+    golds = read_answers(answers / "golds-3.json", lab.task)
+    assert golds.keys() < {str(n) for n in range(30)}  # the benchmark's own ids
+    for path in answers.glob("*-main-3-0.json"):
+        scored = score(lab.task, read_answers(path, lab.task, empty=True), golds)
+        assert all(0 <= value <= 5 for value in scored.values())

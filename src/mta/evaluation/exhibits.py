@@ -32,7 +32,7 @@ class Section:
 def sections(found: Results, folder: Path) -> list[Section]:
     """Every exhibit that has been run, its pictures drawn into ``folder``."""
     made = []
-    for name in found.meta.get("exhibits", found.recipe.exhibits):
+    for name in [name for name in found.recipe.exhibits if name in found.meta["exhibits"]]:
         draw = EXHIBITS.get(name, _compared)
         if section := draw(found, folder, name):
             made.append(section)
@@ -42,7 +42,7 @@ def sections(found: Results, folder: Path) -> list[Section]:
 def _compared(found: Results, folder: Path, name: str) -> Section | None:
     """Any list of methods: the table, and everybody's difference to the pooled model."""
     comparison = found.comparison(name)
-    if comparison is None:
+    if comparison is None or len(comparison.rows) < 2:
         return None
     text = _setting(found, comparison, name) + "\n" + markdown(*rows_of(comparison))
     names, measure = [row.name for row in comparison.rows], yardstick(comparison)
@@ -51,9 +51,9 @@ def _compared(found: Results, folder: Path, name: str) -> Section | None:
     if rows:
         plots.forest(folder / name, rows, f"{measure} against {POOLED} (95% intervals; left is better)")
         pictures.append(name)
-    if name == "main":
-        metric = comparison.primary
-        points = [(r.name, r.bytes_per_person, s) for r in comparison.rows if (s := comparison.score(r.name, metric))]
+    metric = comparison.primary
+    points = [(r.name, r.bytes_per_person, s) for r in comparison.rows if (s := comparison.score(r.name, metric))]
+    if name == "main" and points:
         plots.scatter(folder / "bytes", points, f"{metric}, {'lower' if metric in BETTER_LOW else 'higher'} is better")
         pictures.append("bytes")
     return Section(_TITLES.get(name, name), text, pictures)
@@ -103,7 +103,7 @@ def _over(pattern: str, x_label: str) -> Callable[[Results, Path, str], Section 
 
 def _efficiency(found: Results, folder: Path, name: str) -> Section | None:
     """Figure 2: total training time and stored bytes against people, measured and then continued as a line."""
-    methods = [method.name for part in found.exhibit(name) for method in part.methods]
+    methods = [method for part in found.exhibit(name) for method in part.methods]
     bank: dict[str, Any] = next(iter(found.facts.values()), {})
     fixed = sum(bank.get("seconds", {}).values())
     seconds, stored, rows = {}, {}, []
@@ -111,19 +111,19 @@ def _efficiency(found: Results, folder: Path, name: str) -> Section | None:
         records = sorted((r for r in found.of(method) if r.seed == found.recipe.seeds[0]), key=lambda r: r.person)
         if not records:
             continue
-        start = 0.0 if method == RIVAL else fixed
+        start = 0.0 if method.name == RIVAL else fixed
         sums = [start]
         for record in records:
             sums.append(sums[-1] + record.seconds)
         each, kept = (sums[-1] - start) / len(records), sum(r.bytes for r in records) / len(records)
-        base = 0.0 if method == RIVAL else float(bank.get("bytes", 0))
+        base = 0.0 if method.name == RIVAL else float(bank.get("bytes", 0))
         measured = [n for n in (1, 4, 16, 64, 128, 256) if n <= len(records)]
-        seconds[method] = ([(n, sums[n]) for n in measured], [(n, start + n * each) for n in FITTED])
-        stored[method] = ([(n, base + n * kept) for n in measured], [(n, base + n * kept) for n in FITTED])
+        seconds[method.name] = ([(n, sums[n]) for n in measured], [(n, start + n * each) for n in FITTED])
+        stored[method.name] = ([(n, base + n * kept) for n in measured], [(n, base + n * kept) for n in FITTED])
         million = start + 1e6 * each
         rows.append(
             [
-                method,
+                method.name,
                 str(len(records)),
                 human_seconds(start),
                 f"{each:.2f}",
@@ -217,6 +217,8 @@ _TITLES = {
     "efficiency": "Figure 2: time and storage against people",
     "banks": "What a bank is good for, and what merges lose",
     "case": "Figure 5: one person's question",
+    "tune": "Settings, tried on development people",
+    "bank-study": "What makes a bank useful to others",
 }
 EXHIBITS: dict[str, Callable[[Results, Path, str], Section | None]] = {
     "shots": _shots,

@@ -23,7 +23,7 @@ from mta.evaluation.metrics import measure, query_nll
 from mta.evaluation.protocol import Panel, able
 from mta.evaluation.recipe import Experiment, Part, Which, drawn, wanted
 from mta.evaluation.records import Record, Records
-from mta.history import Person
+from mta.history import Item, Person
 from mta.readers import read_people
 from mta.splits import Splits
 from mta.tasks.load import load_task
@@ -78,7 +78,7 @@ class Lab:
         """The part's bank for a seed: clustering and training start from it. Built once, kept in ``banks/``."""
         name = f"{part.bank}-{seed}"
         if name not in self.banks:
-            run = self._run(part, seed)
+            run = self.run_of(part, seed)
             self.say(f"bank {name}")
             candidates, pooled = (self.splits.select(which, self.people) for which in ("candidates", "task"))
             self.banks[name] = Bank.build(
@@ -92,8 +92,20 @@ class Lab:
             )
         return self.banks[name]
 
-    def _run(self, part: Part, seed: int) -> Run:
+    def run_of(self, part: Part, seed: int) -> Run:
+        """The recipe's settings, changed as the part says."""
         return override(self.recipe.run, [*part.words, f"seed={seed}"])
+
+    def key(self, part: Part, method: Method, seed: int, shots: int) -> str:
+        """Names all that decides a result but the person: method, protocol, base, and the bank where it counts."""
+        run = self.run_of(part, seed)
+        protocol = [shots, self.recipe.queries, self.recipe.ask, part.texts or bool(self.task.labels)]
+        parts: list[Any] = [method.digest, *protocol]
+        parts += [self.base.fingerprint, str(self.base.dtype), run.max_tokens, self.task.model_dump(mode="json")]
+        if method.of_bank:
+            stages = [run.merge.model_dump(mode="json"), run.stack.model_dump(mode="json")]
+            parts += [self.bank(part, seed).hash, *stages, seed]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
     def panels(self, part: Part, seed: int, shots: int) -> Iterator[Panel]:
         """The people who are tested, a few at a time, always the same ones together."""
@@ -109,7 +121,7 @@ class Lab:
                 self.base,
                 bank,
                 memo["encoder"],
-                self._run(part, seed),
+                self.run_of(part, seed),
                 tested[start : start + TOGETHER],
                 shots=shots,
                 queries=recipe.queries,
@@ -133,6 +145,10 @@ class Lab:
     def person(self, id: str) -> str:
         """A person's name in the records: it tells nothing to whoever has not the whole data."""
         return hashlib.sha256(f"{self.splits.digest}/{id}".encode()).hexdigest()[:12]
+
+    def question(self, person: Person, item: Item, number: int) -> str:
+        """A question's id in LaMP's files: the benchmark's own, or one made of the person's name here."""
+        return item.id if item.is_query and item.id is not None else f"{self.person(person.id)}-{number}"
 
 
 def run_experiment(lab: Lab, exhibits: Sequence[str] = ()) -> None:
@@ -160,7 +176,7 @@ def _run_part(lab: Lab, records: Records, exhibit: str, part: Part, seed: int, s
         return
     fit = [method for method in part.methods if method.fits(lab.task, len(lab.bank(part, seed)))]
     names = [lab.person(person.id) for person in tested]
-    keyed = [(method, lab_key(lab, part, method, seed, shots)) for method in fit]
+    keyed = [(method, lab.key(part, method, seed, shots)) for method in fit]
     lacking = [(method, key) for method, key in keyed if records.lacks(key, names)]
     if not lacking:
         return
@@ -177,19 +193,6 @@ def _run_part(lab: Lab, records: Records, exhibit: str, part: Part, seed: int, s
             done += len(here)
 
 
-def lab_key(lab: Lab, part: Part, method: Method, seed: int, shots: int) -> str:
-    """Names everything that decides a method's result on a person: bank, settings, protocol, seed where it counts."""
-    run = lab._run(part, seed)
-    kept = {"name"}
-    parts: list[Any] = [method.model_dump(mode="json", exclude=kept), shots, lab.recipe.queries, lab.recipe.ask]
-    parts += [part.texts or lab.task.labels is not None]
-    parts += [lab.base.fingerprint, str(lab.base.dtype), run.max_tokens, lab.task.model_dump(mode="json")]
-    if method.of_bank:
-        bank = lab.bank(part, seed)
-        parts += [bank.hash, run.merge.model_dump(mode="json"), run.stack.model_dump(mode="json"), seed]
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
-
-
 def _measured(lab: Lab, panel: Panel, part: Part, method: Method, key: str, seed: int, shots: int) -> list[Record]:
     found = method.run(panel, seed)
     rows = []
@@ -201,6 +204,7 @@ def _measured(lab: Lab, panel: Panel, part: Part, method: Method, key: str, seed
         rows.append(
             Record(
                 key=key,
+                settings=method.digest,
                 method=method.name,
                 bank=part.bank,
                 seed=seed,
@@ -210,8 +214,9 @@ def _measured(lab: Lab, panel: Panel, part: Part, method: Method, key: str, seed
                 nll=None if nll is None else tuple(round(float(one), 5) for one in nll),
                 seconds=round(found.seconds / len(panel.people), 4),
                 bytes=round(found.bytes_per_person, 1),
-                ids=tuple(_question(lab, person, item.id, n) for n, item in enumerate(panel.queries[u])),
+                ids=tuple(lab.question(person, item, n) for n, item in enumerate(panel.queries[u])),
                 answers=tuple(answers.texts),
+                golds=tuple(golds),
                 chosen=found.chosen[u] if found.chosen else "",
                 **_coefficients(found, u),
             )
@@ -224,12 +229,6 @@ def _coefficients(found: Outcome, person: int) -> dict[str, Any]:
         return {}
     w = tuple(round(float(one), 5) for one in found.merge.w[person])
     return {"anchors": tuple(found.merge.ids[person].tolist()), "w": w}
-
-
-def _question(lab: Lab, person: Person, id: str | None, number: int) -> str:
-    """A question's id in LaMP's files: the benchmark's own, or one made of the person's name here."""
-    own = {query.id for one in lab.people if one.id == person.id for query in one.queries}
-    return id if id is not None and id in own else f"{lab.person(person.id)}-{number}"
 
 
 def _is_anchor(bank: Bank, person: Person) -> bool:
@@ -247,7 +246,7 @@ def _note(lab: Lab, folder: Path, exhibits: Sequence[str]) -> None:
     write_json(
         path,
         {
-            "exhibits": [name for name in lab.recipe.exhibits if name in {*before, *exhibits}],
+            "exhibits": sorted({*before, *exhibits}),
             "base": base.name,
             "note": base.note,
             "dtype": str(base.dtype).removeprefix("torch."),

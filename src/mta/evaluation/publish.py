@@ -40,14 +40,18 @@ def report(folders: Sequence[Path], out: Path, *, texts: bool = False) -> list[s
 
 
 def lamp_answers(records: Sequence[Record], lamp: str, folder: Path) -> None:
-    """Each method's answers as LaMP wants them: one file a method, bank, seed and number of shots."""
-    files: dict[str, list[dict[str, str]]] = {}
+    """Each method's answers as LaMP wants them: a file a method, bank, seed and number of shots.
+
+    ``golds-<shots>.json`` holds the true answers to the same questions, for the benchmark's own script.
+    """
+    files: dict[str, dict[str, str]] = {}
     for record in records:
-        name = re.sub(r"[^a-z0-9]+", "-", f"{record.method} {record.bank} {record.shots} {record.seed}".lower())
-        rows = files.setdefault(name.strip("-"), [])
-        rows += [{"id": id, "output": text} for id, text in zip(record.ids, record.answers)]
+        name = f"{record.method} {record.bank} {record.shots} {record.seed}".lower()
+        for called, texts in ((name, record.answers), (f"golds {record.shots}", record.golds)):
+            rows = files.setdefault(re.sub(r"[^a-z0-9]+", "-", called).strip("-"), {})
+            rows.update(zip(record.ids, texts))
     for name, rows in files.items():
-        ordered = sorted(rows, key=lambda row: row["id"])
+        ordered = [{"id": id, "output": text} for id, text in sorted(rows.items())]
         write_json(folder / f"{name}.json", {"task": lamp, "golds": ordered})
 
 

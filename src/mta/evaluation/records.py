@@ -19,14 +19,16 @@ FILE = "scores.jsonl"
 class Record(BaseModel):
     """One method on one person with one seed.
 
-    ``key`` names everything that decides the result but the person, who is a salted hash. ``nll`` is the surprise at
-    each query's gold, None for a method that tells none. ``seconds`` are this person's share of the preparing. ``ids``
-    and ``answers`` are texts of people: they stay where they were made, and are never published.
+    ``key`` names everything that decides the result but the person, who is a salted hash; ``settings`` is the method's
+    part of it, the same whatever an exhibit calls the method. ``nll`` is the surprise at
+    each query's gold, None for a method that tells none. ``seconds`` are this person's share of the preparing. ``ids``,
+    ``answers`` and ``golds`` are texts of people: they stay where they were made, and are never published.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     key: str
+    settings: str
     method: str
     bank: str
     seed: int
@@ -41,6 +43,7 @@ class Record(BaseModel):
     chosen: str = ""
     ids: tuple[str, ...] = ()
     answers: tuple[str, ...] = ()
+    golds: tuple[str, ...] = ()
 
 
 class Records:
@@ -79,8 +82,8 @@ def read_records(folder: Path) -> list[Record]:
 
 def publish(records: Sequence[Record], path: Path) -> None:
     """Write records without anybody's texts, compressed; the same records give the same bytes."""
-    kept = {"ids", "answers"}
-    lines = sorted(row.model_dump_json(exclude=kept, exclude_defaults=True) for row in records)
+    private = {"ids", "answers", "golds"}
+    lines = sorted(row.model_dump_json(exclude=private, exclude_defaults=True) for row in records)
     with written_aside(path) as aside:
         aside.write_bytes(gzip.compress("".join(f"{line}\n" for line in lines).encode(), mtime=0))
 

@@ -15,6 +15,7 @@ import yaml
 from mta.config import checked
 from mta.errors import DataError, InputError
 from mta.evaluation.experiment import CASE, FACTS, META, RECIPE, SIZES
+from mta.evaluation.methods import Method
 from mta.evaluation.metrics import Answers
 from mta.evaluation.recipe import Experiment, Part
 from mta.evaluation.records import Record, read_records
@@ -46,7 +47,7 @@ class Results:
             raise DataError(f"{folder} is no folder of an experiment: {error}") from None
         sizes, meta, facts, case = (
             _json(above / SIZES),
-            _json(folder / META),
+            {"exhibits": list(recipe.exhibits)} | _json(folder / META),
             _json(folder / FACTS),
             _json(folder / CASE),
         )
@@ -60,10 +61,10 @@ class Results:
 
     @cached_property
     def _rows(self) -> dict[tuple[str, str, int, int], dict[str, Record]]:
-        """(method, bank, shots, seed) -> person -> record."""
+        """(settings, bank, shots, seed) -> person -> record."""
         found: dict[tuple[str, str, int, int], dict[str, Record]] = {}
         for record in self.records:
-            found.setdefault((record.method, record.bank, record.shots, record.seed), {})[record.person] = record
+            found.setdefault((record.settings, record.bank, record.shots, record.seed), {})[record.person] = record
         return found
 
     def exhibit(self, name: str) -> tuple[Part, ...]:
@@ -77,25 +78,26 @@ class Results:
 
         A person's metrics are averaged over seeds first. What knows nothing of the bank has one seed's answers only.
         """
-        wanted = [
-            (method.name, part.bank, shots or self.recipe.shots, method.of_bank)
+        groups = [
+            (method, part.bank, seeds)
             for part in self.exhibit(name)
             for method in part.methods
+            if (seeds := self._seeds(method, part.bank, shots))
         ]
-        groups = [(key, self._seeds(*key[:3])) for key in dict.fromkeys(wanted)]
-        groups = [(key, seeds) for key, seeds in groups if seeds]
         if not groups:
             return None
-        shared = [set(seeds) for key, seeds in groups if key[3]]
+        shared = [set(seeds) for method, _, seeds in groups if method.of_bank]
         common = set.intersection(*shared) if shared else set()
         rows = [
-            (key, [seeds[s] for s in sorted(seeds) if not key[3] or s in common] or list(seeds.values()))
-            for key, seeds in groups
+            ((method.name, bank), [seeds[s] for s in sorted(seeds) if not method.of_bank or s in common])
+            for method, bank, seeds in groups
         ]
+        if not all(seeds for _, seeds in rows):
+            return None  # no seed that all of them were run with
         people = sorted(set.intersection(*(set(records) for _, seeds in rows for records in seeds)))
         if not people:
             return None
-        called = _names([key[:2] for key, _ in rows])
+        called = _names([key for key, _ in rows])
         return Comparison(
             self.task, [_row(name, [[s[p] for p in people] for s in seeds]) for name, (_, seeds) in zip(called, rows)]
         )
@@ -103,20 +105,20 @@ class Results:
     def seeds(self, name: str, shots: int | None = None) -> list[int]:
         """The seeds that every method of an exhibit was run with."""
         found = [
-            set(self._seeds(method.name, part.bank, shots or self.recipe.shots))
+            set(self._seeds(method, part.bank, shots))
             for part in self.exhibit(name)
             for method in part.methods
             if method.of_bank
         ]
         return sorted(set.intersection(*(one for one in found if one))) if any(found) else []
 
-    def _seeds(self, method: str, bank: str, shots: int) -> dict[int, dict[str, Record]]:
-        key = (method, bank, shots)
+    def _seeds(self, method: Method, bank: str, shots: int | None) -> dict[int, dict[str, Record]]:
+        key = (method.digest, bank, shots or self.recipe.shots)
         return {seed: people for (*one, seed), people in self._rows.items() if tuple(one) == key}
 
-    def of(self, method: str, bank: str = "main", shots: int | None = None) -> list[Record]:
+    def of(self, method: Method, bank: str = "main", shots: int | None = None) -> list[Record]:
         """All records of one method, seed by seed."""
-        return [r for people in self._seeds(method, bank, shots or self.recipe.shots).values() for r in people.values()]
+        return [r for people in self._seeds(method, bank, shots).values() for r in people.values()]
 
 
 def _names(rows: Sequence[tuple[str, str]]) -> list[str]:
@@ -126,9 +128,9 @@ def _names(rows: Sequence[tuple[str, str]]) -> list[str]:
 
 
 def latest(records: Sequence[Record]) -> list[Record]:
-    """Of a method that was run with several settings under one name, the records of the last."""
-    keys = {(r.method, r.bank, r.shots, r.seed): r.key for r in records}
-    return [r for r in records if keys[r.method, r.bank, r.shots, r.seed] == r.key]
+    """Where the run's own settings have changed since, or the bank, only what was found with the last ones."""
+    keys = {(r.settings, r.bank, r.shots, r.seed): r.key for r in records}
+    return [r for r in records if keys[r.settings, r.bank, r.shots, r.seed] == r.key]
 
 
 def _row(name: str, seeds: Sequence[Sequence[Record]]) -> Row:

@@ -22,7 +22,9 @@ def rows_of(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
         heads.append(measure)
     heads += [f"{metric} against {other}" for metric in dict.fromkeys((measure, first)) for other in (POOLED, RIVAL)]
     heads += ["worse off", "clearly", "s per person", "kept each"]
-    return heads, [_texts(comparison, row.name, first, measure, extra[:2]) for row in comparison.rows]
+    rows = [_texts(comparison, row.name, first, measure, extra[:2]) for row in comparison.rows]
+    filled = [n for n in range(len(heads)) if any(row[n] for row in rows)]
+    return [heads[n] for n in filled], [[row[n] for n in filled] for row in rows]
 
 
 def _texts(comparison: Comparison, name: str, first: str, measure: str, extra: Sequence[str]) -> list[str]:

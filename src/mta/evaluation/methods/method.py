@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -41,6 +43,11 @@ class Method(Settings, ABC):
     name: str
 
     @property
+    def digest(self) -> str:
+        """Names the method and all of its settings, whatever it is called."""
+        return hashlib.sha256(json.dumps(_unnamed(self.model_dump(mode="json"))).encode()).hexdigest()[:12]
+
+    @property
     def seeded(self) -> bool:
         """Whether the seed can change anything: stacks start from it, and learned coefficients draw their batches."""
         return False
@@ -57,6 +64,13 @@ class Method(Settings, ABC):
     @abstractmethod
     def run(self, panel: Panel, seed: int) -> Outcome:
         """Learn from the shots and answer the queries."""
+
+
+def _unnamed(settings: Any) -> Any:
+    """Settings without the names of the method and of those it stands over."""
+    if isinstance(settings, dict):
+        return {key: _unnamed(value) for key, value in settings.items() if key != "name"}
+    return [_unnamed(value) for value in settings] if isinstance(settings, list) else settings
 
 
 METHODS: dict[str, type[Method]] = {}
