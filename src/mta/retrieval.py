@@ -8,8 +8,6 @@ from collections.abc import Sequence
 from mta.history import Item
 from mta.tasks.task import Task
 
-logging.getLogger("bm25s").setLevel(logging.WARNING)  # it tells of every index it builds
-
 
 def retrieve(task: Task, item: Item, earlier: Sequence[Item], k: int) -> list[Item]:
     """The ``k`` of a person's ``earlier`` items whose texts are nearest to the text of ``item``, nearest first.
@@ -24,6 +22,7 @@ def retrieve(task: Task, item: Item, earlier: Sequence[Item], k: int) -> list[It
     corpus, query = (_words([task.text_of(one) for one in items]) for items in (earlier, [item]))
     if not any(corpus):  # bm25s cannot index nothing
         return list(earlier[-k:])
+    logging.getLogger("bm25s").setLevel(logging.WARNING)  # on import it begins to tell of every index
     index = bm25s.BM25()
     index.index(corpus, show_progress=False)
     found, _ = index.retrieve(query, k=min(k, len(earlier)), show_progress=False)

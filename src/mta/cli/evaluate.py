@@ -136,8 +136,8 @@ def _experiment(
         lab.on_step = screen.step
         run_experiment(lab, exhibits or ())
     if json:
-        return show_json({"out": str(out), "sizes": lab.sizes})
-    typer.echo(f"Draw it with:  mta report {out}", err=True)
+        return show_json({"out": str(lab.folder), "sizes": lab.sizes})
+    typer.echo(f"Draw it with:  mta report {lab.folder}", err=True)
 
 
 def _score(source: str, predictions: Path, task: str | None, words: list[str] | None, json: bool) -> None:

@@ -92,6 +92,11 @@ class Lab:
             )
         return self.banks[name]
 
+    @property
+    def folder(self) -> Path:
+        """Where results go: development people have a folder of their own."""
+        return self.out if self.which == "test" else self.out / self.which
+
     def run_of(self, part: Part, seed: int) -> Run:
         """The recipe's settings, changed as the part says."""
         return override(self.recipe.run, [*part.words, f"seed={seed}"])
@@ -104,7 +109,9 @@ class Lab:
         parts += [self.base.fingerprint, str(self.base.dtype), run.max_tokens, self.task.model_dump(mode="json")]
         if method.of_bank:
             stages = [run.merge.model_dump(mode="json"), run.stack.model_dump(mode="json")]
-            parts += [self.bank(part, seed).hash, *stages, seed]
+            parts += [self.bank(part, seed).hash, *stages]
+        if method.of_bank or method.seeded:
+            parts.append(seed)
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
     def panels(self, part: Part, seed: int, shots: int) -> Iterator[Panel]:
@@ -128,6 +135,7 @@ class Lab:
                 ask=recipe.ask,
                 on_step=self.on_step,
                 anchors=memo["anchors"],
+                pool=self.splits.select("task", self.people),
                 kept=self.out / "work",
                 memo=memo,
                 texts=part.texts,
@@ -155,7 +163,7 @@ def run_experiment(lab: Lab, exhibits: Sequence[str] = ()) -> None:
     """Compute whatever the exhibits lack, seed by seed, and write it to ``scores.jsonl`` in the lab's folder."""
     recipe = lab.recipe
     exhibits = wanted(recipe, lab.which, exhibits)
-    folder = lab.out if lab.which == "test" else lab.out / lab.which
+    folder = lab.folder
     records = Records(folder)
     _note(lab, folder, exhibits)
     for seed in recipe.seeds:

@@ -65,9 +65,10 @@ def able(task: Task, person: Person, shots: int, queries: int, ask: Ask) -> bool
 class Panel:
     """Held-out people with the same number of shots and queries each, over one base and bank.
 
-    ``people`` hold their shots only, so no method can look at a query. ``anchors`` are the anchors' own histories, in
-    the bank's order, for the methods that need them. ``kept`` is a folder where evidence is left for another run, and
-    ``memo`` what is the same for every panel over this bank.
+    ``people`` hold their shots only, oldest first, so no method can look at a query. ``anchors`` are the anchors' own
+    histories, in the bank's order, and ``pool`` the people behind the task LoRA, for the methods that need them.
+    ``kept`` is a folder where evidence is left for another run, and ``memo`` what is the same for every panel over this
+    bank.
     """
 
     base: BaseModel
@@ -78,6 +79,7 @@ class Panel:
     queries: list[tuple[Item, ...]]
     on_step: OnStep | None = None
     anchors: Sequence[Person] = ()
+    pool: Sequence[Person] = ()
     kept: Path | None = None
     memo: dict[str, Any] = field(default_factory=dict, repr=False)
     wording: Task | None = None
@@ -233,5 +235,6 @@ class Panel:
             return self.evidence.kept(whose, kept), self.evidence_seconds
 
         panel = Panel(self.base, self.bank, self.encoder, self.run, people, queries, self.on_step)
-        panel.anchors, panel.memo, panel.texts, panel._gather = self.anchors, self.memo, False, gather
+        panel.anchors, panel.pool, panel.memo = self.anchors, self.pool, self.memo
+        panel.texts, panel._gather = False, gather
         return panel, whose

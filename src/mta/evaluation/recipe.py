@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from mta.config import Run, Settings, checked, merged_over
 from mta.errors import ConfigError, InputError
@@ -64,13 +64,24 @@ class Experiment(Settings):
     @model_validator(mode="before")
     @classmethod
     def _tune(cls, values: Any) -> Any:
-        tuned = values.get("tuned", {})
-        for part in (part for parts in values.get("exhibits", {}).values() for part in parts):
+        tuned, exhibits = values.get("tuned", {}), values.get("exhibits", {})
+        if not isinstance(exhibits, dict) or not all(isinstance(parts, list | tuple) for parts in exhibits.values()):
+            raise ValueError("exhibits are lists of parts: a name, then below it '- methods: [...]'")
+        for part in (part for parts in exhibits.values() for part in parts if isinstance(part, dict)):
             part["methods"] = [
                 merged_over(one, tuned.get(one.get("name"), {})) if isinstance(one, dict) else one
                 for one in part.get("methods", ())
             ]
         return values
+
+    @field_validator("exhibits")
+    @classmethod
+    def _rows_have_names_of_their_own(cls, exhibits: dict[str, tuple[Part, ...]]) -> dict[str, tuple[Part, ...]]:
+        for exhibit, parts in exhibits.items():
+            names = [(part.bank, method.name) for part in parts for method in part.methods]
+            if twice := [name for _, name in names if names.count((_, name)) > 1]:
+                raise ValueError(f"exhibit {exhibit!r} has two methods called {twice[0]!r}; give each a name")
+        return exhibits
 
 
 def names() -> tuple[str, ...]:
@@ -85,22 +96,23 @@ def load_experiment(name: str | Path) -> Experiment:
     return checked(Experiment, _values(str(name)), f"recipe {name}")
 
 
-def _values(name: str) -> dict[str, Any]:
-    """A recipe's settings over those of the one it names under ``over``."""
+def _values(name: str, folder: Path = Path()) -> dict[str, Any]:
+    """A recipe's settings over those of the one it names under ``over``; a file's name is read from its ``folder``."""
     try:
         if name.endswith((".yaml", ".yml")):
-            text = Path(name).read_text(encoding="utf-8")
+            text = (folder / name).read_text(encoding="utf-8")
         else:
             text = (resources.files("mta") / FOLDER / f"{name}.yaml").read_text(encoding="utf-8")
         values = yaml.safe_load(text)
     except FileNotFoundError:
-        raise ConfigError(f"no recipe {name!r}", hint=f"There are {', '.join(names())}, or give a .yaml.") from None
+        known = ", ".join(names())
+        raise ConfigError(f"no recipe {name!r}", hint=f"Give the path of a .yaml, or one of: {known}.") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(f"recipe {name} is not readable YAML: {error}") from None
     if not isinstance(values, dict):
         raise ConfigError(f"recipe {name}: expected a mapping, got {type(values).__name__}")
     below = values.pop("over", None)
-    return merged_over(_values(below), values) if isinstance(below, str) else values
+    return merged_over(_values(below, (folder / name).parent), values) if isinstance(below, str) else values
 
 
 def drawn(recipe: Experiment, task: Task, people: list[Person]) -> tuple[Splits, dict[str, Any]]:

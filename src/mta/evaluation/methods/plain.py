@@ -11,12 +11,16 @@ from mta.evaluation.methods.answer import answer
 from mta.evaluation.methods.method import Method, Outcome, register
 from mta.evaluation.metrics import Answers
 from mta.evaluation.protocol import Panel
+from mta.history import Person
 from mta.tasks.task import Task
 
 
 @register
 class GlobalConstant(Method):
-    """The same answer for everybody: the most frequent label (median for ratings) of everybody's shots."""
+    """The same answer for everybody: the most frequent label (median for ratings) of the people behind the task LoRA.
+
+    Where the panel does not know them, of everybody's shots.
+    """
 
     method: Literal["global-constant"] = "global-constant"
     name: str = "global constant"
@@ -29,8 +33,8 @@ class GlobalConstant(Method):
         return False
 
     def run(self, panel: Panel, seed: int) -> Outcome:
-        shots = [target for theirs in _targets(panel) for target in theirs]
-        usual = _constant(panel.task, shots)
+        known = [target for theirs in _targets(panel.task, panel.pool or panel.people) for target in theirs]
+        usual = _constant(panel.task, known)
         return Outcome([Answers([usual] * len(items)) for items in panel.queries], 0.0, 0.0)
 
 
@@ -49,7 +53,7 @@ class OwnConstant(Method):
         return False
 
     def run(self, panel: Panel, seed: int) -> Outcome:
-        own = [_constant(panel.task, theirs) for theirs in _targets(panel)]
+        own = [_constant(panel.task, theirs) for theirs in _targets(panel.task, panel.people)]
         return Outcome([Answers([a] * len(items)) for a, items in zip(own, panel.queries)], 0.0, 1.0)
 
 
@@ -80,8 +84,8 @@ class TaskLora(Method):
         return Outcome(answer(panel, range(len(panel.people)), panel.bank.pooled), 0.0, 0.0)
 
 
-def _targets(panel: Panel) -> list[list[str]]:
-    return [[panel.task.target(item) for item in person.items] for person in panel.people]
+def _targets(task: Task, people: Sequence[Person]) -> list[list[str]]:
+    return [[task.target(item) for item in person.items] for person in people]
 
 
 def _constant(task: Task, targets: Sequence[str]) -> str:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
-from typing import ClassVar, Literal
+from collections.abc import Callable
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -43,10 +45,10 @@ class Prime(Method):
         settings = MergeSettings(policy="uniform", k=k)
         begun, seconds = panel.merge(settings, seed)
         start = time.monotonic()
-        how = {"bounds": [-self.bound, self.bound], "verbose": -9}
+        how = {"bounds": [-self.bound, self.bound], "verbose": -9, "seed": np.nan}
         searches = [
-            cma.CMAEvolutionStrategy(begun.w[u].tolist(), self.sigma, how | {"seed": 1 + 1000 * seed + u})
-            for u in range(len(panel.people))
+            cma.CMAEvolutionStrategy(w, self.sigma, how | {"randn": _draws(seed, job.key)})
+            for w, job in zip(begun.w.tolist(), panel.jobs)
         ]
         best, least = begun.w.clone(), self._losses(panel, begun, settings)
         looks = 1
@@ -71,3 +73,10 @@ class Prime(Method):
         adapters = [*panel.bank.pooled, merged(panel.bank, merge, settings)]
         found = log_likelihood(panel.base, [job.examples for job in panel.jobs], adapters)
         return torch.stack([-one.sum() for one in found])
+
+
+def _draws(seed: int, person: str) -> Callable[..., Any]:
+    """Normal draws from a source of one's own, whoever else is in the panel; the library's is one for all searches."""
+    digest = hashlib.sha256(f"{seed}/{person}".encode()).digest()
+    source = np.random.default_rng(int.from_bytes(digest[:8], "big"))
+    return lambda *shape: source.standard_normal(shape)
