@@ -134,7 +134,7 @@ def _experiment(
     with Screen() as screen:
         lab = Lab.open(recipe, out, data, "test" if on == "test" else "development", say=screen.say)
         lab.on_step = screen.step
-        run_experiment(lab, exhibits or ())
+        run_experiment(lab, exhibits or (), typed())
     if json:
         return show_json({"out": str(lab.folder), "sizes": lab.sizes})
     typer.echo(f"Draw it with:  mta report {lab.folder}", err=True)

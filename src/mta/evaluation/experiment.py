@@ -6,11 +6,13 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mta import __version__
+import torch
+
 from mta.aside import write_json, written_aside
 from mta.assets import is_asset, resolve
 from mta.bank.bank import Bank
@@ -24,6 +26,7 @@ from mta.evaluation.protocol import Panel, able
 from mta.evaluation.recipe import Experiment, Part, Which, drawn, wanted
 from mta.evaluation.records import Record, Records
 from mta.history import Item, Person
+from mta.provenance import commit, machine, versions
 from mta.readers import read_people
 from mta.splits import Splits
 from mta.tasks.load import load_task
@@ -159,23 +162,25 @@ class Lab:
         return item.id if item.is_query and item.id is not None else f"{self.person(person.id)}-{number}"
 
 
-def run_experiment(lab: Lab, exhibits: Sequence[str] = ()) -> None:
-    """Compute whatever the exhibits lack, seed by seed, and write it to ``scores.jsonl`` in the lab's folder."""
+def run_experiment(lab: Lab, exhibits: Sequence[str] = (), command: str = "") -> None:
+    """Compute whatever the exhibits lack, seed by seed, and write it to ``scores.jsonl`` in the lab's folder.
+
+    ``command`` says how to get it again.
+    """
     recipe = lab.recipe
     exhibits = wanted(recipe, lab.which, exhibits)
-    folder = lab.folder
-    records = Records(folder)
-    _note(lab, folder, exhibits)
-    for seed in recipe.seeds:
-        for name in exhibits:
-            for part in recipe.exhibits[name]:
-                if seed in (part.seeds or recipe.seeds):
-                    for shots in part.shots or (recipe.shots,):
-                        _run_part(lab, records, name, part, seed, shots)
-    for name in ("banks", "case"):
-        if name in exhibits:
-            part = next(iter(recipe.exhibits[name]), Part(methods=()))
-            _extras(lab, folder, name, part)
+    records = Records(lab.folder)
+    with _noted(lab, exhibits, command):
+        for seed in recipe.seeds:
+            for name in exhibits:
+                for part in recipe.exhibits[name]:
+                    if seed in (part.seeds or recipe.seeds):
+                        for shots in part.shots or (recipe.shots,):
+                            _run_part(lab, records, name, part, seed, shots)
+        for name in ("banks", "case"):
+            if name in exhibits:
+                part = next(iter(recipe.exhibits[name]), Part(methods=()))
+                _extras(lab, lab.folder, name, part)
 
 
 def _run_part(lab: Lab, records: Records, exhibit: str, part: Part, seed: int, shots: int) -> None:
@@ -243,26 +248,25 @@ def _is_anchor(bank: Bank, person: Person) -> bool:
     return "anchor" in bank.info.members.artefacts_of(person.id)
 
 
-def _note(lab: Lab, folder: Path, exhibits: Sequence[str]) -> None:
-    """What a reader must know of the run beside its scores; exhibits of earlier runs stay in the list."""
-    import platform
-
-    import torch
-
-    base, path = lab.base, folder / META
-    before = json.loads(path.read_text(encoding="utf-8"))["exhibits"] if path.exists() else []
-    write_json(
-        path,
-        {
-            "exhibits": sorted({*before, *exhibits}),
-            "base": base.name,
-            "note": base.note,
-            "dtype": str(base.dtype).removeprefix("torch."),
-            "which": lab.which,
-            "versions": {"mta": __version__, "torch": torch.__version__, "python": platform.python_version()},
-            "threads": torch.get_num_threads(),
-        },
-    )
+@contextmanager
+def _noted(lab: Lab, exhibits: Sequence[str], command: str) -> Iterator[None]:
+    """What a reader must know of the run beside its scores; earlier runs in the same folder stay in the list."""
+    path, began = lab.folder / META, time.monotonic()
+    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    this = {"command": command, "commit": commit(), "machine": machine(), "threads": torch.get_num_threads()}
+    this |= {"versions": versions(), "exhibits": list(exhibits)}
+    about = {
+        "base": lab.base.name,
+        "note": lab.base.note,
+        "dtype": str(lab.base.dtype).removeprefix("torch."),
+        "which": lab.which,
+        "exhibits": sorted({*before.get("exhibits", ()), *exhibits}),
+    }
+    try:
+        yield
+    finally:
+        hours = round((time.monotonic() - began) / 3600, 3)
+        write_json(path, about | {"runs": [*before.get("runs", ()), this | {"hours": hours}]})
 
 
 def _extras(lab: Lab, folder: Path, name: str, part: Part) -> None:

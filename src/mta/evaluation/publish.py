@@ -7,6 +7,7 @@ import re
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from mta.aside import write_json, written_aside
 from mta.evaluation.exhibits import Section, sections
@@ -76,13 +77,22 @@ def _sizes(found: Results) -> str:
         f"{name} {sizes[name]}" for name in ("task", "candidates", "development", "test") if name in sizes
     )
     enough = ", ".join(f"{count} with {m}" for m, count in sizes.get("test people with shots", {}).items())
-    versions = ", ".join(f"{name} {version}" for name, version in meta.get("versions", {}).items())
     return (
         f"People: {sizes.get('people')} in all, of whom {sizes.get('qualified')} have enough items; parts: {parts}; "
         f"test people with enough items for so many shots: {enough}. Anchors: {sizes.get('anchors')}.\n\n"
-        f"Base: {meta.get('base')} ({meta.get('note')}), {meta.get('dtype')}, {meta.get('threads')} threads; "
-        f"{versions}. Merge-then-Adapt (arXiv:2511.20072), protocol reconstructed.\n"
+        f"Base: {meta.get('base')} ({meta.get('note')}), {meta.get('dtype')}. "
+        f"Merge-then-Adapt (arXiv:2511.20072), protocol reconstructed.\n\n{_runs(meta)}"
     )
+
+
+def _runs(meta: dict[str, Any]) -> str:
+    """How it was made: a line for each run of the experiment."""
+    said = []
+    for run in meta.get("runs", ()):
+        with_versions = ", ".join(f"{name} {version}" for name, version in run["versions"].items())
+        line = f"- {run['command'] or 'from Python'}: {run['hours']:.2f} hours on {run['machine']}, "
+        said.append(f"{line}{run['threads']} threads; commit {run['commit'] or 'unknown'}; {with_versions}\n")
+    return "".join(said)
 
 
 def _write(folder: Path, title: str, head: str, made: Sequence[Section]) -> None:
