@@ -26,6 +26,17 @@ def test_data_describe_counts(world):
 def test_data_describe_counts_in_json(world):
     found = mta("data", "describe", world.new, *TASK, "--json").json
     assert (found["people"], found["items"], found["queries"]) == (4, 24, 0)
+    splits = mta("data", "describe", world.new, *TASK, "--queries", 3, "--json").json["splits"]
+    assert splits["shots"] == {"1": 4, "4": 0, "8": 0, "16": 0}  # six items each
+    assert splits["people with times"] == 4
+    assert sum(splits["labels"].values()) == pytest.approx(1, abs=1e-3)
+
+
+def test_data_describe_says_who_has_enough_items(world):
+    said = mta("data", "describe", world.new, *TASK, "--queries", 2).out
+    assert "last 2 items as queries, the 4 before them as shots: 4 people" in said
+    assert "last 2 items as queries, the 8 before them as shots: 0 people" in said
+    assert "people with a time on every item: 4" in said
 
 
 def test_data_show_prints_the_prompt_and_marks_what_the_loss_sees(world):

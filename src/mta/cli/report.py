@@ -14,7 +14,8 @@ def report(
     folders: Annotated[list[Path], typer.Argument(help="The --out folders of mta evaluate, one for each set.")],
     out: Annotated[Path, typer.Option(help="Folder for tables, pictures and pages.")] = Path("report"),
     texts: Annotated[
-        bool, typer.Option("--texts", help="Also what holds people's texts: the case study, answers in LaMP's format.")
+        bool,
+        typer.Option("--texts", help="Also what people wrote: in the case study, and all answers in LaMP's format."),
     ] = False,
     json: Json = False,
 ) -> None:

@@ -182,8 +182,11 @@ def _case(found: Results, folder: Path, name: str) -> Section | None:
         groups = {method: a["labels"] for method, a in case["answers"].items()}
         plots.bars(folder / name, groups, "answer", "probability", case["gold"])
         pictures.append(name)
+    asked = f"Their shots:\n\n{shots}\nThe question: {_line(case['query'])}\n\n" if shots else _UNTOLD
+    gold = f"The true answer: {_line(case['gold'])}\n\n" if case["gold"] else ""
     text = (
-        f"Their shots:\n\n{shots}\nThe question: {_line(case['query'])}\n\nThe true answer: {_line(case['gold'])}\n\n"
+        asked
+        + gold
         + markdown(["method", "answer", "NLL of the true one"], answers)
         + "\nWhy this merge: the strongest anchors, how near they are by content, and how much likelier the shots are "
         "under them than under the pooled model (nats).\n\n"
@@ -207,6 +210,7 @@ def _line(text: str) -> str:
     return re.sub(r"\s+", " ", text).replace("|", "\\|").strip()
 
 
+_UNTOLD = "The first of the people who are tested; their shots and the question are not published.\n\n"
 _TITLES = {
     "main": "Every method",
     "ablation": "Ablation",

@@ -105,7 +105,7 @@ def anchor_map(anchors: Tensor, people: Tensor, merge: Merge | None = None, exam
                 ax.plot(*path, color=ACCENTS[person % 3], linewidth=1 + 4 * min(abs(w), 1), alpha=0.75, zorder=2)
             ax.scatter(*theirs[person], s=70, color=ACCENTS[person % 3], edgecolor=PAPER, zorder=5)
         spots = [tuple((theirs[p] - places.min(0)) / wide * _WIDTH) for p in shown]
-        _write(ax, theirs, spots, [(letter(p), ACCENTS[p % 3], True) for p in shown], _WIDTH)
+        write_labels(ax, theirs, spots, [(letter(p), ACCENTS[p % 3], True) for p in shown], _WIDTH)
 
     told = [f" {letter(p)} leans on {_list(f'anchor {n}' for n, _ in top)}." for p, top in zip(shown, tops) if merge]
     share = f"{pca.explained_variance_ratio_.sum():.0%} of the spread is visible"
@@ -176,13 +176,13 @@ def score_against_bytes(points: Sequence[Point], metric: str, low: bool, name: s
         bars = [(x, (p.score.low - bottom) * tall, x, (p.score.high - bottom) * tall) for x, p in zip(flat, points)]
         texts = [p.name if y == p.score.mean else f"{p.name} ({p.score.mean:.2f})" for p, y in zip(points, ys)]
         inks = [INK if colour == MUTED else colour for colour in colours]
-        _write(ax, list(zip(xs, ys)), spots, list(zip(texts, inks, (p.name == name for p in points))), edge, bars)
+        write_labels(ax, list(zip(xs, ys)), spots, list(zip(texts, inks, (p.name == name for p in points))), edge, bars)
 
     told = _list(f"{p.name} {p.score.mean:.3f} with {human_bytes(p.bytes)}" for p in points)
     return _drawn("scatter", f"{metric} against bytes kept per person: {told}.", _WIDTH, height, draw)
 
 
-def _write(
+def write_labels(
     ax: Any,
     at: Sequence[Sequence[float]],
     spots: Sequence[tuple[float, float]],

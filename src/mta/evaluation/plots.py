@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mta.aside import written_aside
-from mta.evaluation.figures import human_bytes
+from mta.evaluation.figures import human_bytes, write_labels
 from mta.evaluation.run import Interval
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#333333")  # told apart by everybody
@@ -42,18 +42,22 @@ class Line:
 
 
 def forest(path: Path, rows: Sequence[tuple[str, Interval]], label: str) -> None:
-    """A method a line, its difference with its interval, and zero."""
+    """A method a line, its difference with its interval, and zero; what lies far out is told in numbers at the edge."""
+    left, right = _inside([one for _, one in rows])
 
     def draw(ax: Any) -> None:
         for place, (_, one) in enumerate(rows):
             sure = one.high < 0 or one.low > 0
             colour = COLOURS[0] if sure and one.high < 0 else COLOURS[1] if sure else "#777777"
-            ax.plot([one.low, one.high], [place, place], color=colour, linewidth=1.6)
-            ax.plot(one.mean, place, "o", color=colour, markersize=5)
+            if left <= one.mean <= right:
+                ax.plot([one.low, one.high], [place, place], color=colour, linewidth=1.6)
+                ax.plot(one.mean, place, "o", color=colour, markersize=5)
+            else:
+                edge, side, arrow = (right, "right", "{} \u2192") if one.mean > right else (left, "left", "\u2190 {}")
+                ax.text(edge, place, arrow.format(f"{one.mean:+.2f}"), ha=side, va="center", color=colour, size=9)
         ax.axvline(0, color=_LINE, linewidth=1)
         ax.set_yticks(range(len(rows)), [name for name, _ in rows])
-        ax.set(ylim=(len(rows) - 0.5, -0.5), xlabel=label)
-        ax.set_xlim(*_inside([one for _, one in rows]))
+        ax.set(xlim=(left, right), ylim=(len(rows) - 0.5, -0.5), xlabel=label)
         ax.tick_params(left=False)
 
     _save(path, draw, (6.4, 0.6 + 0.27 * len(rows)))
@@ -114,23 +118,29 @@ def growth(path: Path, curves: Mapping[str, tuple[Points, Points]], label: str, 
 
 def scatter(path: Path, points: Sequence[tuple[str, float, Interval]], y_label: str) -> None:
     """Score with its interval over bytes kept per person; nothing kept has a place of its own on the left."""
+    wide, high = 480.0, 300.0  # points of the axes, about: enough to keep labels apart
+    xs = [max(kept, 1.0) for _, kept, _ in points]
+    bottom, top = _inside([one for _, _, one in points])
+    right = max(8.7, *(math.log10(x) + 1.7 for x in xs))
 
     def draw(ax: Any) -> None:
-        ticks = [0.1, 1e2, 1e3, 1e4, 1e5, 1e6, 1e7]
-        for n, (name, kept, one) in enumerate(points):
-            x = max(kept, 0.1)
-            colour = COLOURS[0] if name.startswith("MTA") else "#777777"
-            ax.plot([x, x], [one.low, one.high], color=colour, linewidth=1, alpha=0.6)
-            ax.plot(x, one.mean, "o", color=colour, markersize=5)
-            side = (6, 3) if n % 2 else (6, -9)
-            ax.annotate(name, (x, one.mean), side, textcoords="offset points", fontsize=7.5).set_in_layout(False)
-        ax.set_xscale("log")
-        ax.set_xticks(ticks, ["0", *(human_bytes(tick) for tick in ticks[1:])])
+        colours = [COLOURS[0] if name.startswith("MTA") else "#777777" for name, _, _ in points]
+        for x, colour, (_, _, one) in zip(xs, colours, points):
+            ax.plot([x, x], [one.low, one.high], color=colour, linewidth=1, alpha=0.5)
+            ax.plot(x, min(max(one.mean, bottom), top), "o", color=colour, markersize=5)
+        ticks = [10.0**power for power in range(2, int(right), 2)]
+        ax.set(xscale="log", xlim=(10**-0.5, 10**right), ylim=(bottom, top), xlabel="kept per person", ylabel=y_label)
+        ax.set_xticks([1, *ticks], ["0", *(human_bytes(tick) for tick in ticks)])
         ax.minorticks_off()
-        ax.set(xlabel="kept per person", ylabel=y_label, xlim=(0.05, 1e9))
-        ax.set_ylim(*_inside([one for _, _, one in points]))
+        shown = [(x, min(max(one.mean, bottom), top)) for x, (_, _, one) in zip(xs, points)]
+        spots = [((math.log10(x) + 0.5) / (right + 0.5) * wide, (y - bottom) / (top - bottom) * high) for x, y in shown]
+        labels = [
+            (name, colour if name.startswith("MTA") else _INK, name == "MTA")
+            for colour, (name, _, _) in zip(colours, points)
+        ]
+        write_labels(ax, shown, spots, labels, wide)
 
-    _save(path, draw, (7.2, 4.6))
+    _save(path, draw, (7.6, 4.8))
 
 
 def bars(path: Path, groups: Mapping[str, Mapping[str, float]], x_label: str, y_label: str, marked: str) -> None:

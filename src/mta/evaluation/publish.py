@@ -29,8 +29,8 @@ def report(folders: Sequence[Path], out: Path, *, texts: bool = False) -> list[s
     for found in many:
         folder = out / found.name
         folder.mkdir(parents=True, exist_ok=True)
-        if not texts:
-            found.case.clear()
+        if not texts and found.case:
+            found.case.update(_without_texts(found.case))
         made = sections(found, folder)
         _copy(found, folder, texts)
         _write(folder, found.recipe.about or found.name, _sizes(found), made)
@@ -60,15 +60,26 @@ def _copy(found: Results, folder: Path, texts: bool) -> None:
     if folder.resolve() == found.folder.resolve():
         return
     publish(found.records, folder / f"{FILE}.gz")
-    beside: list[tuple[str, object]] = [(SIZES, found.sizes), (META, found.meta), (FACTS, found.facts)]
+    beside: list[tuple[str, object]] = [
+        (SIZES, found.sizes),
+        (META, found.meta),
+        (FACTS, found.facts),
+        (CASE, found.case),
+    ]
     for name, value in beside:
         if value:
             write_json(folder / name, value)
     recipe = found.folder / RECIPE
     shutil.copyfile(recipe if recipe.exists() else found.folder.parent / RECIPE, folder / RECIPE)
     if texts:
-        write_json(folder / CASE, found.case)
         lamp_answers(found.records, found.task.lamp or found.task.name, folder / "answers")
+
+
+def _without_texts(case: dict[str, Any]) -> dict[str, Any]:
+    """A case that can be published: labels and numbers stay, what somebody wrote or was asked does not."""
+    labelled = all(answer["labels"] for answer in case["answers"].values())
+    answers = {name: one | ({} if labelled else {"text": ""}) for name, one in case["answers"].items()}
+    return {"shots": [], "query": "", "answers": answers} | ({} if labelled else {"gold": ""})
 
 
 def _sizes(found: Results) -> str:
