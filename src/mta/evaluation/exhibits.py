@@ -6,7 +6,6 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from mta.evaluation import plots
 from mta.evaluation.figures import human_bytes, human_seconds
@@ -104,8 +103,10 @@ def _over(pattern: str, x_label: str) -> Callable[[Results, Path, str], Section 
 def _efficiency(found: Results, folder: Path, name: str) -> Section | None:
     """Figure 2: total training time and stored bytes against people, measured and then continued as a line."""
     methods = [method for part in found.exhibit(name) for method in part.methods]
-    bank: dict[str, Any] = next(iter(found.facts.values()), {})
-    fixed = sum(bank.get("seconds", {}).values())
+    if not found.facts:
+        return None
+    bank = next(iter(found.facts.values()))
+    fixed = sum(bank["seconds"].values())
     seconds, stored, rows = {}, {}, []
     for method in methods:
         records = sorted((r for r in found.of(method) if r.seed == found.recipe.seeds[0]), key=lambda r: r.person)
@@ -116,7 +117,7 @@ def _efficiency(found: Results, folder: Path, name: str) -> Section | None:
         for record in records:
             sums.append(sums[-1] + record.seconds)
         each, kept = (sums[-1] - start) / len(records), sum(r.bytes for r in records) / len(records)
-        base = 0.0 if method.name == RIVAL else float(bank.get("bytes", 0))
+        base = 0.0 if method.name == RIVAL else float(bank["bytes"])
         measured = [n for n in (1, 4, 16, 64, 128, 256) if n <= len(records)]
         seconds[method.name] = ([(n, sums[n]) for n in measured], [(n, start + n * each) for n in FITTED])
         stored[method.name] = ([(n, base + n * kept) for n in measured], [(n, base + n * kept) for n in FITTED])

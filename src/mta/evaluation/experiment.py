@@ -177,10 +177,11 @@ def run_experiment(lab: Lab, exhibits: Sequence[str] = (), command: str = "") ->
                     if seed in (part.seeds or recipe.seeds):
                         for shots in part.shots or (recipe.shots,):
                             _run_part(lab, records, name, part, seed, shots)
-        for name in ("banks", "case"):
-            if name in exhibits:
-                part = next(iter(recipe.exhibits[name]), Part(methods=()))
-                _extras(lab, lab.folder, name, part)
+        if {"banks", "efficiency"} & {*exhibits}:
+            _write_facts(lab)
+        if "case" in exhibits:
+            panel = next(lab.panels(Part(methods=()), recipe.seeds[0], recipe.shots))
+            write_json(lab.folder / CASE, case_study(panel, recipe.run.merge, recipe.seeds[0]))
 
 
 def _run_part(lab: Lab, records: Records, exhibit: str, part: Part, seed: int, shots: int) -> None:
@@ -269,14 +270,10 @@ def _noted(lab: Lab, exhibits: Sequence[str], command: str) -> Iterator[None]:
         write_json(path, about | {"runs": [*before.get("runs", ()), this | {"hours": hours}]})
 
 
-def _extras(lab: Lab, folder: Path, name: str, part: Part) -> None:
-    """What an exhibit needs beside scores: facts about each bank, or one person's case."""
-    recipe = lab.recipe
-    found: dict[str, Any] = {}
-    for seed in part.seeds or recipe.seeds if name == "banks" else recipe.seeds[:1]:
-        panels = lab.panels(part, seed, recipe.shots)
-        if name == "case":
-            found = case_study(next(panels), lab.recipe.run.merge, seed)
-        else:
-            found[f"{part.bank}-{seed}"] = bank_facts(list(panels), lab.bank(part, seed), seed)
-    write_json(folder / (CASE if name == "case" else FACTS), found)
+def _write_facts(lab: Lab) -> None:
+    """What each seed's bank costs and does for others."""
+    part, found = Part(methods=()), {}
+    for seed in lab.recipe.seeds:
+        panels = list(lab.panels(part, seed, lab.recipe.shots))
+        found[f"{part.bank}-{seed}"] = bank_facts(panels, lab.bank(part, seed), seed)
+    write_json(lab.folder / FACTS, found)
