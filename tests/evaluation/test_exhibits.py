@@ -1,0 +1,134 @@
+"""From records to tables and pictures: numbers worked out by hand, and what is left out where something is missing."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY_RUN
+
+from mta.evaluation import plots
+from mta.evaluation.exhibits import sections
+from mta.evaluation.methods import Base, MergeThenAdapt, OneLora, TaskLora
+from mta.evaluation.recipe import Experiment, Part
+from mta.evaluation.records import Record
+from mta.evaluation.results import Results, latest
+from mta.evaluation.run import Interval
+from mta.evaluation.tables import markdown, overview, rows_of
+from mta.tasks import load_task
+
+METHODS = (Base(), TaskLora(), OneLora(), MergeThenAdapt())
+PEOPLE = [f"{n:012x}" for n in range(24)]
+
+
+def record(method, person, *, seed=0, shots=8, nll=(1.0, 1.0), mae=1.0, key="k", **more):
+    where = {"key": key, "settings": method.digest, "method": method.name, "bank": "main", "seed": seed, "shots": shots}
+    metrics = {"MAE": mae, "accuracy": 0.5, "NLL": sum(nll) / len(nll)}
+    return Record(**where, person=person, metrics=metrics, nll=nll, **{"seconds": 2.0, "bytes": 10.0, **more})
+
+
+def results(records, exhibits=None, meta=None, **how):
+    parts = exhibits or {"main": (Part(methods=METHODS),)}
+    recipe = Experiment(run=TINY_RUN, exhibits=parts, **how)
+    about = {"exhibits": list(parts)} | (meta or {})
+    return Results(
+        Path("runs"), recipe, load_task("movielens-rating"), latest(records), {"data": "made up"}, about, {}, {}
+    )
+
+
+def everybody(method, shift=0.0, seeds=(0,), **more):
+    return [
+        record(method, p, seed=s, nll=(1.0 + shift, 1.2 + shift), mae=1 + shift, **more) for p in PEOPLE for s in seeds
+    ]
+
+
+def test_differences_and_harm_are_those_of_the_records():
+    found = results([*everybody(TaskLora()), *everybody(OneLora(), 0.1), *everybody(MergeThenAdapt(), -0.25)])
+    heads, rows = rows_of(found.comparison("main"))
+    told = {row[0]: dict(zip(heads, row)) for row in rows}
+    assert list(told) == ["task LoRA", "OPPU", "MTA"]  # the base has not been run
+    assert told["MTA"]["NLL"] == "0.850"
+    assert told["MTA"]["NLL against task LoRA"] == "**-0.250 [-0.250, -0.250]**"
+    assert told["MTA"]["MAE against OPPU"] == "**-0.350 [-0.350, -0.350]**"
+    assert told["OPPU"]["worse off"] == "24 of 24"
+    assert told["OPPU"]["clearly"] == "24"
+    assert told["MTA"]["worse off"] == "0 of 24"
+    assert told["MTA"]["s per person"] == "2.00"
+    assert told["task LoRA"]["NLL against task LoRA"] == ""
+
+
+def test_seeds_are_averaged_person_by_person_and_only_those_that_all_have():
+    rows = [*everybody(TaskLora(), 0.0, (0, 1)), *everybody(MergeThenAdapt(), -0.1, (0,))]
+    rows += [r.model_copy(update={"seed": 1}) for r in everybody(MergeThenAdapt(), -0.3)]
+    rows += everybody(OneLora(), 0.0, (0, 1, 2))
+    found = results(rows)
+    assert found.seeds("main") == [0, 1]
+    assert found.comparison("main").difference("MTA", "task LoRA", "NLL").mean == pytest.approx(-0.2)
+    base = [*rows, *everybody(Base(), 0.5)]  # knows no bank, so has one seed's answers only
+    assert results(base).comparison("main").score("base", "NLL").mean == pytest.approx(1.6)
+
+
+def test_only_people_whom_every_method_answered_are_compared():
+    found = results([*everybody(TaskLora()), *everybody(MergeThenAdapt())[:20]]).comparison("main")
+    assert [len(row.people["NLL"]) for row in found.rows] == [20, 20]
+
+
+def test_results_of_other_settings_of_the_run_are_old():
+    rows = [*everybody(TaskLora()), *everybody(MergeThenAdapt(), 0.5, key="old"), *everybody(MergeThenAdapt(), -0.5)]
+    assert results(rows).comparison("main").difference("MTA", "task LoRA", "NLL").mean == pytest.approx(-0.5)
+
+
+def test_shots_are_compared_each_with_the_pooled_model_at_the_same_number(tmp_path):
+    parts = {"shots": (Part(methods=(TaskLora(), MergeThenAdapt()), shots=(1, 8)),)}
+    rows = [*everybody(TaskLora(), 0.3, shots=1), *everybody(MergeThenAdapt(), 0.2, shots=1)]
+    rows += [*everybody(TaskLora(), 0.1), *everybody(MergeThenAdapt(), -0.3)]
+    (section,) = sections(results(rows, parts), tmp_path)
+    assert "| MTA | **-0.100 [-0.100, -0.100]** | **-0.400 [-0.400, -0.400]** |" in section.text
+    assert "1 shots (24 people)" in section.text
+    assert (tmp_path / "shots.svg").exists()
+
+
+def test_numbers_in_names_become_an_axis(tmp_path):
+    three = [MergeThenAdapt(name=f"by loss, K = {k}", merge={"policy": "uniform", "k": k}) for k in (1, 2, 4)]
+    parts = {"k": (Part(methods=(TaskLora(), *three)),)}
+    rows = [*everybody(TaskLora()), *(r for n, m in enumerate(three) for r in everybody(m, -0.1 * n))]
+    (section,) = sections(results(rows, parts), tmp_path)
+    assert section.pictures == ["k"]
+    assert "by loss" in (tmp_path / "k.svg").read_text()
+
+
+def test_time_and_bytes_are_continued_as_lines_through_what_was_measured(tmp_path):
+    parts = {"efficiency": (Part(methods=(OneLora(), MergeThenAdapt())),)}
+    found = results([*everybody(OneLora(), bytes=1e6), *everybody(MergeThenAdapt(), bytes=1e3)], parts)
+    assert not sections(found, tmp_path)  # nothing is known of the bank's cost
+    found.facts["main-0"] = {"seconds": {"anchors": 3600.0}, "bytes": 5e6}
+    (section,) = sections(found, tmp_path)
+    assert "| OPPU | 24 | 0 | 2.00 | 48 s | 556 h | 0 | 1 MB | 1000 GB |" in section.text
+    assert "| MTA | 24 | 60.0 min | 2.00 | 60.8 min | 557 h | 5 MB | 1 kB | 1 GB |" in section.text
+
+
+def test_sets_stand_side_by_side():
+    one = results([*everybody(TaskLora()), *everybody(MergeThenAdapt(), -0.25)])
+    table = overview([one, results(everybody(TaskLora()))])
+    assert "| MTA | 0.750 [0.750, 0.750] | **-0.250 [-0.250, -0.250]** | 0% |  |  |  |" in table
+
+
+def test_a_table_has_a_line_for_each_row():
+    assert markdown(["a", "b"], [["x", "1"]]) == "| a | b |\n| --- | --: |\n| x | 1 |\n"
+
+
+def test_a_value_far_out_is_told_at_the_edge_and_the_same_numbers_give_the_same_bytes(tmp_path):
+    near = [(f"m{n}", Interval(0.01 * n, 0.01 * n - 0.02, 0.01 * n + 0.02)) for n in range(8)]
+    for name in ("one", "two"):
+        plots.forest(tmp_path / name, [*near, ("far", Interval(9.0, 8.9, 9.1))], "NLL")
+    assert "+9.00" in (tmp_path / "one.svg").read_text()
+    assert (tmp_path / "one.svg").read_bytes() == (tmp_path / "two.svg").read_bytes()
+    assert (tmp_path / "one.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_intervals_are_over_people_not_questions():
+    rows = [record(TaskLora(), p) for p in PEOPLE]
+    rows += [record(MergeThenAdapt(), p, nll=(0.5, 1.5) if n % 2 else (0.9, 0.9)) for n, p in enumerate(PEOPLE)]
+    difference = results(rows).comparison("main").difference("MTA", "task LoRA", "NLL")
+    values = torch.tensor([0.0 if n % 2 else -0.1 for n in range(24)])
+    assert difference.mean == pytest.approx(float(values.mean()))
+    assert difference.low > -0.1
