@@ -299,6 +299,19 @@ def test_everybody_gets_the_answers_of_whom_was_chosen(panel):
     assert set(Chosen(candidates=candidates, margin=1e9).run(panel, 0).chosen) == {"task LoRA"}
 
 
+def test_what_a_choice_asks_again_is_not_computed_again(panel, monkeypatch):
+    candidates = (TaskLora(), Merged(merge=POSTERIOR))
+    before = [candidate.outcome(panel, 0) for candidate in candidates]
+    ran = []
+    monkeypatch.setattr(TaskLora, "run", lambda self, asked, seed: ran.append(asked) or before[0])
+    assert TaskLora().outcome(panel, 0) is before[0]
+    assert not ran
+    assert TaskLora(name="by another name").outcome(panel, 0) is before[0]
+    panel.profiled(1).outcomes.clear()
+    TaskLora().outcome(panel.profiled(1), 0)
+    assert len(ran) == 1  # another panel is another question
+
+
 def test_the_choice_never_looks_at_a_query(tiny):
     people = people_of(PEOPLE, prefix="x", seed=7)
     turned = [

@@ -208,7 +208,7 @@ def _run_part(lab: Lab, records: Records, exhibit: str, part: Part, seed: int, s
 
 
 def _measured(lab: Lab, panel: Panel, part: Part, method: Method, key: str, seed: int, shots: int) -> list[Record]:
-    found = method.run(panel, seed)
+    found = method.outcome(panel, seed)
     rows = []
     for u, person in enumerate(panel.people):
         answers, golds = found.answers[u], panel.golds[u]

@@ -85,6 +85,7 @@ class Panel:
     wording: Task | None = None
     texts: bool = True  # whether free text is to be written, or only its likelihood told
     evidence_seconds: float = 0.0
+    outcomes: dict[tuple[str, int], Any] = field(default_factory=dict, repr=False)
     _evidence: Evidence | None = field(default=None, repr=False)
     _gather: Callable[[], tuple[Evidence, float]] | None = field(default=None, repr=False)
     _plain: Panel | None = field(default=None, repr=False)
@@ -212,7 +213,9 @@ class Panel:
             tuple(with_profile(task, item, p.items, k, text) for item in items)
             for p, items, text in zip(self.people, self.queries, told)
         ]
-        return replace(self, people=people, queries=queries, wording=task.profiled(), _plain=self._plain or self)
+        panel = replace(self, people=people, queries=queries, wording=task.profiled(), outcomes={})
+        panel._plain = self._plain or self
+        return panel
 
     def folds(self, count: int) -> tuple[Panel, list[int]]:
         """The history asked about itself: ``count`` times each person without some shots, which become the queries.

@@ -36,7 +36,7 @@ class Chosen(Method):
 
     def run(self, panel: Panel, seed: int) -> Outcome:
         picks, seconds = self._picks(panel, seed)
-        outcomes = [candidate.run(panel, seed) for candidate in self.candidates]
+        outcomes = [candidate.outcome(panel, seed) for candidate in self.candidates]
         kept = [outcomes[pick].bytes_per_person for pick in picks]
         return Outcome(
             [outcomes[pick].answers[u] for u, pick in enumerate(picks)],

@@ -61,6 +61,13 @@ class Method(Settings, ABC):
         """Whether it uses anything of the bank, its task LoRA included."""
         return True
 
+    def outcome(self, panel: Panel, seed: int) -> Outcome:
+        """What ``run`` gives, computed once for a panel: a choice among methods asks them again."""
+        key = (self.digest, seed)
+        if key not in panel.outcomes:
+            panel.outcomes[key] = self.run(panel, seed)
+        return panel.outcomes[key]
+
     @abstractmethod
     def run(self, panel: Panel, seed: int) -> Outcome:
         """Learn from the shots and answer the queries."""
