@@ -122,19 +122,9 @@ def _efficiency(found: Results, folder: Path, name: str) -> Section | None:
         seconds[method.name] = ([(n, sums[n]) for n in measured], [(n, start + n * each) for n in FITTED])
         stored[method.name] = ([(n, base + n * kept) for n in measured], [(n, base + n * kept) for n in FITTED])
         million = start + 1e6 * each
-        rows.append(
-            [
-                method.name,
-                str(len(records)),
-                human_seconds(start),
-                f"{each:.2f}",
-                human_seconds(sums[-1]),
-                f"{million / 3600:,.0f} h",
-                human_bytes(base),
-                human_bytes(kept),
-                human_bytes(base + 1e6 * kept),
-            ]
-        )
+            cost = [human_seconds(start), f"{each:.2f}", human_seconds(sums[-1]), f"{million / 3600:,.0f} h"]
+        size = [human_bytes(base), human_bytes(kept), human_bytes(base + 1e6 * kept)]
+        rows.append([method.name, str(len(records)), *cost, *size])
     if not rows:
         return None
     plots.growth(folder / f"{name}-time", seconds, "training, all people", human_seconds)
