@@ -122,7 +122,7 @@ def _efficiency(found: Results, folder: Path, name: str) -> Section | None:
         seconds[method.name] = ([(n, sums[n]) for n in measured], [(n, start + n * each) for n in FITTED])
         stored[method.name] = ([(n, base + n * kept) for n in measured], [(n, base + n * kept) for n in FITTED])
         million = start + 1e6 * each
-            cost = [human_seconds(start), f"{each:.2f}", human_seconds(sums[-1]), f"{million / 3600:,.0f} h"]
+        cost = [human_seconds(start), f"{each:.2f}", human_seconds(sums[-1]), f"{million / 3600:,.0f} h"]
         size = [human_bytes(base), human_bytes(kept), human_bytes(base + 1e6 * kept)]
         rows.append([method.name, str(len(records)), *cost, *size])
     if not rows:
