@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -23,18 +23,17 @@ class Settings(BaseModel):
     """Common behaviour: frozen, an unknown key is an error, and a group given in part keeps its other defaults."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
-    given_in_part: ClassVar[bool] = True
 
     @model_validator(mode="before")
     @classmethod
     def _over_defaults(cls, values: Any) -> Any:
         if not isinstance(values, dict):
             return values
-        defaults = {name: field.default for name, field in cls.model_fields.items()}
+        # Only where the field is of the default's own class: of several classes, one's defaults are not another's.
+        fields = {name: field for name, field in cls.model_fields.items() if isinstance(field.default, Settings)}
+        groups = {name: field.default for name, field in fields.items() if field.annotation is type(field.default)}
         return {
-            name: merged_over(defaults[name].model_dump(), value)
-            if isinstance(value, dict) and isinstance(defaults.get(name), Settings) and defaults[name].given_in_part
-            else value
+            name: merged_over(groups[name].model_dump(), value) if isinstance(value, dict) and name in groups else value
             for name, value in values.items()
         }
 
@@ -188,7 +187,7 @@ S = TypeVar("S", bound=Settings)
 
 def load_settings(kind: type[S], path: str | Path | None = None, words: Iterable[str] = ()) -> S:
     """Settings from a YAML file, then ``a.b=value`` words over it. Raises ConfigError naming key and value."""
-    values = _read_yaml(Path(path)) if path else {}
+    values = read_yaml(Path(path)) if path else {}
     return checked(kind, _with_words(values, words), str(path or "the command line"))
 
 
@@ -197,7 +196,7 @@ def override(settings: S, words: Iterable[str], path: str | Path | None = None) 
 
     Raises ConfigError naming key and value.
     """
-    values = merged_over(settings.model_dump(mode="json"), _read_yaml(Path(path)) if path else {})
+    values = merged_over(settings.model_dump(mode="json"), read_yaml(Path(path)) if path else {})
     return checked(type(settings), _with_words(values, words), str(path or "the command line"))
 
 
@@ -239,7 +238,8 @@ def checked(kind: type[S], values: dict[str, Any], source: str) -> S:
         raise ConfigError(f"{source}: {key}: {reason} (got {first['input']!r})") from None
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A mapping of settings from a YAML file; an empty file has none. Raises ConfigError."""
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

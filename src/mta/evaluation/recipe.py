@@ -7,10 +7,9 @@ from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from pydantic import Field, field_validator, model_validator
 
-from mta.config import Run, Settings, checked, merged_over
+from mta.config import Run, Settings, checked, merged_over, read_yaml
 from mta.errors import ConfigError, InputError
 from mta.evaluation.methods import AnyMethod
 from mta.evaluation.protocol import Ask
@@ -79,8 +78,8 @@ class Experiment(Settings):
     def _rows_have_names_of_their_own(cls, exhibits: dict[str, tuple[Part, ...]]) -> dict[str, tuple[Part, ...]]:
         for exhibit, parts in exhibits.items():
             names = [(part.bank, method.name) for part in parts for method in part.methods]
-            if twice := [name for _, name in names if names.count((_, name)) > 1]:
-                raise ValueError(f"exhibit {exhibit!r} has two methods called {twice[0]!r}; give each a name")
+            if twice := [row for row in names if names.count(row) > 1]:
+                raise ValueError(f"exhibit {exhibit!r} has two methods called {twice[0][1]!r}; give each a name")
         return exhibits
 
 
@@ -98,21 +97,14 @@ def load_experiment(name: str | Path) -> Experiment:
 
 def _values(name: str, folder: Path = Path()) -> dict[str, Any]:
     """A recipe's settings over those of the one it names under ``over``; a file's name is read from its ``folder``."""
-    try:
-        if name.endswith((".yaml", ".yml")):
-            text = (folder / name).read_text(encoding="utf-8")
-        else:
-            text = (resources.files("mta") / FOLDER / f"{name}.yaml").read_text(encoding="utf-8")
-        values = yaml.safe_load(text)
-    except FileNotFoundError:
+    packaged = Path(str(resources.files("mta"))) / FOLDER / f"{name}.yaml"
+    path = folder / name if name.endswith((".yaml", ".yml")) else packaged
+    if not path.is_file():
         known = ", ".join(names())
-        raise ConfigError(f"no recipe {name!r}", hint=f"Give the path of a .yaml, or one of: {known}.") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"recipe {name} is not readable YAML: {error}") from None
-    if not isinstance(values, dict):
-        raise ConfigError(f"recipe {name}: expected a mapping, got {type(values).__name__}")
+        raise ConfigError(f"no recipe {name!r}", hint=f"Give the path of a .yaml, or one of: {known}.")
+    values = read_yaml(path)
     below = values.pop("over", None)
-    return merged_over(_values(below, (folder / name).parent), values) if isinstance(below, str) else values
+    return merged_over(_values(below, path.parent), values) if isinstance(below, str) else values
 
 
 def drawn(recipe: Experiment, task: Task, people: list[Person]) -> tuple[Splits, dict[str, Any]]:

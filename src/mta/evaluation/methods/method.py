@@ -37,7 +37,6 @@ class Method(Settings, ABC):
     """One row of the table. ``method`` names the class in a recipe, ``name`` the row."""
 
     paper: ClassVar[str] = ""
-    given_in_part: ClassVar[bool] = False  # another method's settings are none of this one's defaults
 
     method: str = Field("", description="which class; set by each of them")
     name: str

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import ClassVar, Literal
 
@@ -14,8 +15,22 @@ from mta.history import Item
 from mta.tasks.task import Form, Task
 
 
+class _LaidOver:
+    """What a method has from the one it stands ``over``."""
+
+    over: Method
+
+    @property
+    def seeded(self) -> bool:
+        return self.over.seeded
+
+    @property
+    def of_bank(self) -> bool:
+        return self.over.of_bank
+
+
 @register
-class Retrieved(Method):
+class Retrieved(_LaidOver, Method):
     """RAG: the ``k`` earlier items nearest by BM25 stand in front of every prompt, of shots and of queries.
 
     A shot sees only the shots before it. ``over`` is who is asked: the base, the task LoRA, MTA.
@@ -27,25 +42,12 @@ class Retrieved(Method):
     k: int = 1
     over: AnyMethod = Base()
 
-    @property
-    def seeded(self) -> bool:
-        return self.over.seeded
-
-    @property
-    def of_bank(self) -> bool:
-        return self.over.of_bank
-
     def run(self, panel: Panel, seed: int) -> Outcome:
-        start = time.monotonic()
-        asked = panel.profiled(self.k)
-        _ = asked.jobs
-        seconds = time.monotonic() - start
-        found = self.over.run(asked, seed)
-        return replace(found, seconds=found.seconds + seconds, bytes_per_person=found.bytes_per_person + _text(panel))
+        return _asked(self.over, panel, seed, self.k, [], _text(panel), time.monotonic())
 
 
 @register
-class Profile(Method):
+class Profile(_LaidOver, Method):
     """PAG: the base model describes a person from their shots; the description, and ``k`` retrieved items, is shown."""
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2310.20081"
@@ -55,23 +57,12 @@ class Profile(Method):
     tokens: int = 48
     over: AnyMethod = Base()
 
-    @property
-    def seeded(self) -> bool:
-        return self.over.seeded
-
-    @property
-    def of_bank(self) -> bool:
-        return self.over.of_bank
-
     def run(self, panel: Panel, seed: int) -> Outcome:
         start = time.monotonic()
         profiles = self._written(panel)
-        asked = panel.profiled(self.k, [f"About this person: {text}\n" for text in profiles])
-        _ = asked.jobs
-        seconds = time.monotonic() - start
-        found = self.over.run(asked, seed)
+        told = [f"About this person: {text}\n" for text in profiles]
         kept = sum(len(text.encode()) for text in profiles) / len(profiles) + (_text(panel) if self.k else 0.0)
-        return replace(found, seconds=found.seconds + seconds, bytes_per_person=found.bytes_per_person + kept)
+        return _asked(self.over, panel, seed, self.k, told, kept, start)
 
     def _written(self, panel: Panel) -> list[str]:
         base, task = panel.base, panel.bank.task
@@ -97,3 +88,12 @@ def _text(panel: Panel) -> float:
     """Bytes of a person's shots, which have to be kept to be retrieved."""
     told = [panel.bank.task.told(item) for person in panel.people for item in person.items]
     return sum(len(text.encode()) for text in told) / len(panel.people)
+
+
+def _asked(over: Method, panel: Panel, seed: int, k: int, before: Sequence[str], kept: float, start: float) -> Outcome:
+    """The answers of ``over`` to prompts with a history in them; ``start`` is when their making began."""
+    asked = panel.profiled(k, before)
+    _ = asked.jobs
+    seconds = time.monotonic() - start
+    found = over.run(asked, seed)
+    return replace(found, seconds=found.seconds + seconds, bytes_per_person=found.bytes_per_person + kept)
