@@ -3,28 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mta.aside import written_aside
-
-_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")  # told apart by colour-blind readers as well
-_INK, _LINE = "#333333", "#bbbbbb"
-_STYLE: dict[str, Any] = {
-    "svg.hashsalt": "mta",
-    "text.parse_math": False,
-    "font.family": ["DejaVu Sans"],
-    "font.size": 10,
-    "axes.edgecolor": _LINE,
-    "axes.labelcolor": _INK,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "text.color": _INK,
-    "xtick.color": _LINE,
-    "ytick.color": _LINE,
-    "xtick.labelcolor": _INK,
-    "ytick.labelcolor": _INK,
-}
+from mta.evaluation import plots
 
 
 def draw(more: Mapping[str, Any], folder: Path) -> list[Path]:
@@ -35,30 +18,20 @@ def draw(more: Mapping[str, Any], folder: Path) -> list[Path]:
     """
     if "curve" not in more:
         return []
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    paths = [folder / f"growth-{more['curve']}.{ending}" for ending in ("svg", "png")]
-    with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(6.4, 4.0), layout="constrained", facecolor="white")
-        _curves(figure.add_subplot(), more)
-        for path in paths:
-            with written_aside(path) as aside:
-                figure.savefig(aside, format=path.suffix[1:], dpi=160, metadata=_undated(path))
-    return paths
+    return plots.save(folder / f"growth-{more['curve']}", partial(_curves, more=more))
 
 
 def _curves(ax: Any, more: Mapping[str, Any]) -> None:
     x, slopes = more["x"], more.get("slopes", {})
     ends = []
-    for colour, (label, y) in zip(_COLOURS * len(more["series"]), more["series"].items()):
+    for colour, (label, y) in zip(plots.COLOURS * len(more["series"]), more["series"].items()):
         ax.plot(x[: len(y)], y, "o-", color=colour, markersize=4, linewidth=1.4)
         text = f"{label}, slope {slopes[label]:.2f}" if label in slopes else label
         ends.append((x[len(y) - 1], y[-1], text, colour))
     ax.set(xscale="log", yscale="log", xlabel=more["x_label"], ylabel=more.get("y_label", ""))
     ax.set_xticks(x, [f"{value:g}" for value in x])
     _plain_ticks(ax)
-    ax.grid(color=_LINE, alpha=0.35, linewidth=0.6)
+    ax.grid(color=plots.LINE, alpha=0.35, linewidth=0.6)
     _name(ax, ends)
 
 
@@ -82,7 +55,3 @@ def _name(ax: Any, ends: Sequence[tuple[float, float, str, str]]) -> None:
         ax.annotate(
             text, (x, y), (8, lift), textcoords="offset points", va="center", color=colour, annotation_clip=False
         )
-
-
-def _undated(path: Path) -> dict[str, None]:
-    return {"Date": None} if path.suffix == ".svg" else {"Software": None}

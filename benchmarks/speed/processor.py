@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import platform
 import re
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
 from benchmarks.speed.data import Absent
+from mta import machine
 
 _TOLD = ("avx2", "fma", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16", "bf16", "sve")
 _BF16 = ("avx512_bf16", "amx_bf16", "bf16")
@@ -38,16 +37,13 @@ class Processor:
 @cache
 def processor() -> Processor:
     """The one this runs on."""
-    name, flags = platform.processor() or platform.machine(), set()
+    flags: set[str] = set()
     listing = Path("/proc/cpuinfo")
     for line in listing.read_text(encoding="utf-8").splitlines() if listing.is_file() else ():
         key, _, value = (part.strip() for part in line.partition(":"))
-        if key == "model name":
-            name = value
         if key in ("flags", "Features"):
             flags |= set(value.split())
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return Processor(name, cores, tuple(flag for flag in _TOLD if flag in flags))
+    return Processor(machine.processor(), machine.cores(), tuple(flag for flag in _TOLD if flag in flags))
 
 
 def need(dtype: str) -> None:

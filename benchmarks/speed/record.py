@@ -6,7 +6,6 @@ import datetime
 import hashlib
 import importlib.metadata
 import json
-import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import cache
@@ -17,6 +16,7 @@ from benchmarks.speed.processor import processor
 from benchmarks.speed.settings import MODULES, Settings
 from benchmarks.speed.timing import Row
 from mta.aside import write_json
+from mta.provenance import commit
 
 _ROOT = Path(__file__).resolve().parents[2]
 _SHOWS = ("__main__", "report", "pictures", "record")  # what only shows rows does not make them old
@@ -38,7 +38,12 @@ def record(row: Row, module: str, settings: Settings) -> dict[str, Any]:
     if row.rates:
         told |= {"ratio": row.ratio, "spread": row.spread}
     now = _now().isoformat(timespec="seconds")
-    return told | {"settings": settings.told(), "code": code(module), "commit": commit(), "date": now}
+    return told | {
+        "settings": settings.told(),
+        "code": code(module),
+        "commit": commit(_ROOT / "benchmarks"),
+        "date": now,
+    }
 
 
 def row_of(told: Mapping[str, Any]) -> Row:
@@ -79,7 +84,7 @@ def write(path: Path, records: Sequence[dict[str, Any]], command: str) -> None:
             "cores": here.cores,
             "instructions": list(here.flags),
             "versions": versions(),
-            "commit": commit(),
+            "commit": commit(_ROOT / "benchmarks"),
             "date": _now().isoformat(timespec="seconds"),
             "command": command,
             "rows": list(records),
@@ -91,16 +96,6 @@ def write(path: Path, records: Sequence[dict[str, Any]], command: str) -> None:
 def versions() -> dict[str, str]:
     """Of what computes."""
     return {name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft", "merge-then-adapt")}
-
-
-@cache
-def commit() -> str:
-    """The commit that is checked out, with "+" behind it where files were changed; empty without git."""
-    try:
-        found = _git("rev-parse", "--short=12", "HEAD")
-        return found + "+" * bool(_git("status", "--porcelain", "--", "src", "benchmarks"))
-    except (OSError, subprocess.CalledProcessError):
-        return ""
 
 
 @cache
@@ -117,7 +112,3 @@ def code(module: str) -> str:
 
 def _now() -> datetime.datetime:
     return datetime.datetime.now(datetime.UTC)
-
-
-def _git(*words: str) -> str:
-    return subprocess.run(["git", *words], cwd=_ROOT, capture_output=True, text=True, check=True).stdout.strip()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import platform
 import time
 from functools import cache
 from pathlib import Path
@@ -17,6 +18,21 @@ from mta.errors import ModelError
 _HUGE = 2 << 20  # bytes of a huge page
 _POINTER = ctypes.c_void_p
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+
+
+def processor() -> str:
+    """The processor's name as it gives it, and the GPU's where there is one."""
+    name, listing = platform.processor() or platform.machine(), Path("/proc/cpuinfo")
+    for line in listing.read_text(encoding="utf-8").splitlines() if listing.is_file() else ():
+        if line.startswith("model name"):
+            name = line.partition(":")[2].strip()
+            break
+    return f"{name}, {torch.cuda.get_device_name()}" if torch.cuda.is_available() else name
+
+
+def cores() -> int:
+    """The cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def pick_device(device: str) -> torch.device:

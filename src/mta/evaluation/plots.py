@@ -13,22 +13,22 @@ from mta.evaluation.figures import human_bytes, write_labels
 from mta.evaluation.run import Interval
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#333333")  # told apart by everybody
-_INK, _LINE = "#333333", "#bbbbbb"
+INK, LINE = "#333333", "#bbbbbb"
 _STYLE: dict[str, Any] = {
     "svg.hashsalt": "mta",
     "svg.fonttype": "none",
     "text.parse_math": False,
     "font.family": ["DejaVu Sans"],
     "font.size": 10,
-    "axes.edgecolor": _LINE,
-    "axes.labelcolor": _INK,
+    "axes.edgecolor": LINE,
+    "axes.labelcolor": INK,
     "axes.spines.top": False,
     "axes.spines.right": False,
-    "text.color": _INK,
-    "xtick.color": _LINE,
-    "ytick.color": _LINE,
-    "xtick.labelcolor": _INK,
-    "ytick.labelcolor": _INK,
+    "text.color": INK,
+    "xtick.color": LINE,
+    "ytick.color": LINE,
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
 }
 
 
@@ -55,12 +55,12 @@ def forest(path: Path, rows: Sequence[tuple[str, Interval]], label: str) -> None
             else:
                 edge, side, arrow = (right, "right", "{} \u2192") if one.mean > right else (left, "left", "\u2190 {}")
                 ax.text(edge, place, arrow.format(f"{one.mean:+.2f}"), ha=side, va="center", color=colour, size=9)
-        ax.axvline(0, color=_LINE, linewidth=1)
+        ax.axvline(0, color=LINE, linewidth=1)
         ax.set_yticks(range(len(rows)), [name for name, _ in rows])
         ax.set(xlim=(left, right), ylim=(len(rows) - 0.5, -0.5), xlabel=label)
         ax.tick_params(left=False)
 
-    _save(path, draw, (6.4, 0.6 + 0.27 * len(rows)))
+    save(path, draw, (6.4, 0.6 + 0.27 * len(rows)))
 
 
 def lines(
@@ -83,7 +83,7 @@ def lines(
                 ax.plot([at, at], [one.low, one.high], color=colour, linewidth=1, alpha=0.5)
             ax.plot(x, [one.mean for one in line.y], "o-", color=colour, markersize=4, linewidth=1.5, label=line.label)
         for name, value in level.items():
-            ax.axhline(value, color=_INK, linewidth=1, dashes=(4, 3), label=name)
+            ax.axhline(value, color=INK, linewidth=1, dashes=(4, 3), label=name)
         places = sorted({v for line in series for v in line.x})
         if log:
             ax.set_xscale("log")
@@ -92,7 +92,7 @@ def lines(
         ax.set(xlabel=x_label, ylabel=y_label)
         ax.legend(frameon=False, fontsize=8.5, loc="best")
 
-    _save(path, draw, (6.4, 4.0))
+    save(path, draw)
 
 
 Points = Sequence[tuple[float, float]]
@@ -113,7 +113,7 @@ def growth(path: Path, curves: Mapping[str, tuple[Points, Points]], label: str, 
         ax.minorticks_off()
         ax.legend(frameon=False, fontsize=8.5, loc="upper left")
 
-    _save(path, draw, (6.4, 4.0))
+    save(path, draw)
 
 
 def scatter(path: Path, points: Sequence[tuple[str, float, Interval]], y_label: str) -> None:
@@ -135,12 +135,12 @@ def scatter(path: Path, points: Sequence[tuple[str, float, Interval]], y_label: 
         shown = [(x, min(max(one.mean, bottom), top)) for x, (_, _, one) in zip(xs, points)]
         spots = [((math.log10(x) + 0.5) / (right + 0.5) * wide, (y - bottom) / (top - bottom) * high) for x, y in shown]
         labels = [
-            (name, colour if name.startswith("MTA") else _INK, name == "MTA")
+            (name, colour if name.startswith("MTA") else INK, name == "MTA")
             for colour, (name, _, _) in zip(colours, points)
         ]
         write_labels(ax, shown, spots, labels, wide)
 
-    _save(path, draw, (7.6, 4.8))
+    save(path, draw, (7.6, 4.8))
 
 
 def bars(path: Path, groups: Mapping[str, Mapping[str, float]], x_label: str, y_label: str, marked: str) -> None:
@@ -156,7 +156,7 @@ def bars(path: Path, groups: Mapping[str, Mapping[str, float]], x_label: str, y_
         ax.set(xlabel=x_label, ylabel=y_label)
         ax.legend(frameon=False, fontsize=8.5)
 
-    _save(path, draw, (6.4, 3.6))
+    save(path, draw, (6.4, 3.6))
 
 
 def _inside(values: Sequence[Interval]) -> tuple[float, float]:
@@ -173,13 +173,16 @@ def _inside(values: Sequence[Interval]) -> tuple[float, float]:
     return low - pad, high + pad
 
 
-def _save(path: Path, draw: Callable[[Any], None], size: tuple[float, float]) -> None:
+def save(path: Path, draw: Callable[[Any], None], size: tuple[float, float] = (6.4, 4.0)) -> list[Path]:
+    """What ``draw`` puts on axes, as ``path``.svg and ``path``.png."""
     import matplotlib
     from matplotlib.figure import Figure
 
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=size, layout="constrained", facecolor="white")
         draw(figure.add_subplot())
-        for ending, undated in (("svg", {"Date": None}), ("png", {"Software": None})):
-            with written_aside(path.with_suffix(f".{ending}")) as aside:
-                figure.savefig(aside, format=ending, dpi=160, metadata=undated)
+        paths = [path.with_suffix(f".{ending}") for ending in ("svg", "png")]
+        for one, undated in zip(paths, ({"Date": None}, {"Software": None})):
+            with written_aside(one) as aside:
+                figure.savefig(aside, format=one.suffix[1:], dpi=160, metadata=undated)
+    return paths
