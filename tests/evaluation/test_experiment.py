@@ -99,12 +99,16 @@ def test_stopped_and_resumed_equals_undisturbed(world, cache, tmp_path, monkeypa
     def killed(*args):
         calls.append(1)
         if len(calls) == 3:
+            (run,) = json.loads((torn / "meta.json").read_text())["runs"]
+            assert run["hours"] is None  # what a kill without warning would leave
             raise KeyboardInterrupt
         return measured(*args)
 
     monkeypatch.setattr(module, "_measured", killed)
     with pytest.raises(KeyboardInterrupt):
         run_experiment(lab_of(world, torn), ["ablation"])
+    (run,) = json.loads((torn / "meta.json").read_text())["runs"]
+    assert run["exhibits"] == ["ablation"]
     with (torn / "scores.jsonl").open("a") as file:
         file.write('{"key": "torn')  # a line that a kill has cut
     run_experiment(lab_of(world, torn), ["ablation"])

@@ -26,7 +26,8 @@ from mta.evaluation.protocol import Panel, able
 from mta.evaluation.recipe import Experiment, Part, Which, drawn, wanted
 from mta.evaluation.records import Record, Records
 from mta.history import Item, Person
-from mta.provenance import commit, machine, versions
+from mta.machine import cores, processor
+from mta.provenance import commit, versions
 from mta.readers import read_people
 from mta.splits import Splits
 from mta.tasks.load import load_task
@@ -171,17 +172,25 @@ def run_experiment(lab: Lab, exhibits: Sequence[str] = (), command: str = "") ->
     exhibits = wanted(recipe, lab.which, exhibits)
     records = Records(lab.folder)
     with _noted(lab, exhibits, command):
-        for seed in recipe.seeds:
-            for name in exhibits:
-                for part in recipe.exhibits[name]:
-                    if seed in (part.seeds or recipe.seeds):
-                        for shots in part.shots or (recipe.shots,):
-                            _run_part(lab, records, name, part, seed, shots)
+        for seed, name, part, shots in _planned(recipe, exhibits):
+            _run_part(lab, records, name, part, seed, shots)
         if {"banks", "efficiency"} & {*exhibits}:
             _write_facts(lab)
         if "case" in exhibits:
             panel = next(lab.panels(Part(methods=()), recipe.seeds[0], recipe.shots))
             write_json(lab.folder / CASE, case_study(panel, recipe.run.merge, recipe.seeds[0]))
+
+
+def _planned(recipe: Experiment, exhibits: Sequence[str]) -> list[tuple[int, str, Part, int]]:
+    """(seed, exhibit, part, shots), seed by seed: what is stopped leaves whole seeds behind."""
+    return [
+        (seed, name, part, shots)
+        for seed in recipe.seeds
+        for name in exhibits
+        for part in recipe.exhibits[name]
+        for shots in part.shots or (recipe.shots,)
+        if seed in (part.seeds or recipe.seeds)
+    ]
 
 
 def _run_part(lab: Lab, records: Records, exhibit: str, part: Part, seed: int, shots: int) -> None:
@@ -254,7 +263,12 @@ def _noted(lab: Lab, exhibits: Sequence[str], command: str) -> Iterator[None]:
     """What a reader must know of the run beside its scores; earlier runs in the same folder stay in the list."""
     path, began = lab.folder / META, time.monotonic()
     before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    this = {"command": command, "commit": commit(), "machine": machine(), "threads": torch.get_num_threads()}
+    this = {
+        "command": command,
+        "commit": commit(),
+        "machine": f"{processor()}, {cores()} cores",
+        "threads": torch.get_num_threads(),
+    }
     this |= {"versions": versions(), "exhibits": list(exhibits)}
     about = {
         "base": lab.base.name,
@@ -263,11 +277,15 @@ def _noted(lab: Lab, exhibits: Sequence[str], command: str) -> Iterator[None]:
         "which": lab.which,
         "exhibits": sorted({*before.get("exhibits", ()), *exhibits}),
     }
+
+    def note(hours: float | None) -> None:
+        write_json(path, about | {"runs": [*before.get("runs", ()), this | {"hours": hours}]})
+
+    note(None)  # what a killed run leaves
     try:
         yield
     finally:
-        hours = round((time.monotonic() - began) / 3600, 3)
-        write_json(path, about | {"runs": [*before.get("runs", ()), this | {"hours": hours}]})
+        note(round((time.monotonic() - began) / 3600, 3))
 
 
 def _write_facts(lab: Lab) -> None:

@@ -235,7 +235,7 @@ class Panel:
                 queries.append(tuple(person.items[n] for n in held))
 
         def gather() -> tuple[Evidence, float]:
-            return self.evidence.kept(whose, kept), self.evidence_seconds
+            return self.evidence.kept(whose, kept), 0.0  # paid for by this panel
 
         panel = Panel(self.base, self.bank, self.encoder, self.run, people, queries, self.on_step)
         panel.anchors, panel.pool, panel.memo = self.anchors, self.pool, self.memo

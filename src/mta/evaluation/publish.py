@@ -101,7 +101,8 @@ def _runs(meta: dict[str, Any]) -> str:
     said = []
     for run in meta.get("runs", ()):
         with_versions = ", ".join(f"{name} {version}" for name, version in run["versions"].items())
-        line = f"- {run['command'] or 'from Python'}: {run['hours']:.2f} hours on {run['machine']}, "
+        took = "stopped before its end" if run["hours"] is None else f"{run['hours']:.2f} hours"
+        line = f"- {run['command'] or 'from Python'}: {took} on {run['machine']}, "
         said.append(f"{line}{run['threads']} threads; commit {run['commit'] or 'unknown'}; {with_versions}\n")
     return "".join(said)
 

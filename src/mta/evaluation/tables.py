@@ -15,14 +15,14 @@ POOLED, RIVAL = "task LoRA", "OPPU"
 def rows_of(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
     """A comparison as a table of texts: heads, and a row for each method."""
     first, measure = comparison.primary, yardstick(comparison)
-    others = [m for m in ("median MAE", "accuracy", "ROUGE-1", "RMSE") if any(m in r.people for r in comparison.rows)]
-    extra = [m for m in ("MAE (median)", *others) if any(m in r.people for r in comparison.rows) and m != first]
-    heads = ["method", first, *extra[:2]]
+    beside = ("MAE (median)", "accuracy", "ROUGE-1")
+    extra = [m for m in beside if m != first and any(m in row.people for row in comparison.rows)]
+    heads = ["method", first, *extra]
     if measure != first:
         heads.append(measure)
     heads += [f"{metric} against {other}" for metric in dict.fromkeys((measure, first)) for other in (POOLED, RIVAL)]
     heads += ["worse off", "clearly", "s per person", "kept each"]
-    rows = [_texts(comparison, row.name, first, measure, extra[:2]) for row in comparison.rows]
+    rows = [_texts(comparison, row.name, first, measure, extra) for row in comparison.rows]
     filled = [n for n in range(len(heads)) if any(row[n] for row in rows)]
     return [heads[n] for n in filled], [[row[n] for n in filled] for row in rows]
 

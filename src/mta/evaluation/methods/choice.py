@@ -21,6 +21,7 @@ class Chosen(Method):
 
     Shots are held out in ``folds`` turns; another candidate is taken only if its mean loss on them is lower by
     ``margin`` standard errors, and then the one that is lowest. With one shot nothing can be held out: the first stays.
+    Its seconds are those of all candidates, with what they share (a merge) in each: an upper bound.
     Source: our choice.
     """
 

@@ -57,7 +57,7 @@ class MergedByLayer(Method):
 
     method: Literal["merge-by-layer"] = "merge-by-layer"
     name: str = "merge only, by layer"
-    merge: MergeSettings = MergeSettings(policy="learned")
+    merge: MergeSettings | None = None
     groups: int = 3
 
     @property
@@ -65,7 +65,8 @@ class MergedByLayer(Method):
         return True
 
     def run(self, panel: Panel, seed: int) -> Outcome:
-        first, seconds = panel.merge(self.merge.model_copy(update={"policy": "posterior"}), seed)
+        settings = self.merge or panel.run.merge
+        first, seconds = panel.merge(settings.model_copy(update={"policy": "posterior"}), seed)
         start, bank = time.monotonic(), panel.bank
         begun = replace(first, w=first.w.to(panel.base.master_dtype))
         merge = learn(
@@ -74,12 +75,12 @@ class MergedByLayer(Method):
             bank.working,
             bank.pooled,
             begun,
-            self.merge.learned,
+            settings.learned,
             layer_groups(bank.working.names, self.groups),
             seed=seed,
             tokens_per_batch=panel.plan(self.groups * len(bank)).tokens_per_batch,
         )
-        return answered(panel, merge, self.merge, seconds + time.monotonic() - start)
+        return answered(panel, merge, settings, seconds + time.monotonic() - start)
 
 
 @register
@@ -116,8 +117,9 @@ def answered(panel: Panel, merge: Merge, settings: MergeSettings, seconds: float
 
 
 def bytes_of(merge: Merge) -> float:
-    """What has to be kept of one person's merge: anchor numbers and coefficients."""
-    return len(json.dumps([merge.ids[0].tolist(), merge.w[0].tolist()]))
+    """What has to be kept of one person's merge: anchor numbers and coefficients, once for layers that share them."""
+    w = merge.w[0] if merge.w.ndim == 2 else torch.unique_consecutive(merge.w[0], dim=0)
+    return len(json.dumps([merge.ids[0].tolist(), w.tolist()]))
 
 
 def layer_groups(names: Sequence[str], groups: int) -> list[int]:

@@ -28,8 +28,8 @@ EACH = 32  # items of an anchor that its gates are made from
 class PerPcs(Method):
     """Each module takes the ``k`` anchors whose gates fit what the person's shots send through it, by softmax.
 
-    An anchor's gate at a module is the mean input its own items send there, less the mean of all anchors: the
-    published gates are trained for 200 steps at a rate that hardly moves them; these cost one pass. Our choice.
+    An anchor's gate at a module is the mean input its own items send there, less the mean of all anchors: our choice.
+    The published gates are trained for 200 steps each; these cost one pass.
     """
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2406.10471"
@@ -41,8 +41,9 @@ class PerPcs(Method):
     def run(self, panel: Panel, seed: int) -> Outcome:
         if not panel.anchors:
             raise InputError("Per-Pcs needs the anchors' histories; give the people the bank was built from")
-        gates = panel.memo.setdefault("per-pcs", None) or self._gates(panel)
-        panel.memo["per-pcs"] = gates
+        if "per-pcs" not in panel.memo:
+            panel.memo["per-pcs"] = self._gates(panel)
+        gates = panel.memo["per-pcs"]
         start = time.monotonic()
         inputs = mean_inputs(panel.base, [job.examples for job in panel.jobs], panel.bank.pooled)
         k = min(self.k, len(panel.bank))
