@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 from mta.evaluation.methods.method import AnyMethod, Method, Outcome, register
 from mta.evaluation.methods.plain import Base
@@ -18,7 +18,8 @@ from mta.tasks.task import Form, Task
 class _LaidOver:
     """What a method has from the one it stands ``over``."""
 
-    over: Method
+    if TYPE_CHECKING:  # each of them has it as a field, among its own
+        over: Method
 
     @property
     def seeded(self) -> bool:
