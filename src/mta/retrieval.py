@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
-from mta.history import Item
+from mta.history import Item, Person
 from mta.tasks.task import Task
 
 
@@ -34,6 +34,13 @@ def with_profile(task: Task, item: Item, earlier: Sequence[Item], k: int, before
     told = ", and ".join(task.told(one) for one in retrieve(task, item, earlier, k))
     profile = f"{before}{told}. " if told else before
     return Item({**item.fields, "profile": profile}, item.time, item.id, item.is_query)
+
+
+def with_profiles(task: Task, person: Person, k: int, before: str = "") -> Person:
+    """The person with a field ``profile`` in every item: each sees the items before it, a query all of them."""
+    items, queries = person.items, person.queries
+    seen = [with_profile(task, item, items[:n], k, before) for n, item in enumerate(items)]
+    return Person(person.id, tuple(seen), tuple(with_profile(task, item, items, k, before) for item in queries))
 
 
 def _words(texts: Sequence[str]) -> list[list[str]]:

@@ -13,7 +13,8 @@ from tiny import base_of, tokenizer
 from mta.config import override
 from mta.errors import ConfigError, DataError, InputError
 from mta.evaluation import experiment as module
-from mta.evaluation.experiment import Lab, run_experiment
+from mta.evaluation.experiment import run_experiment
+from mta.evaluation.lab import Lab
 from mta.evaluation.lamp import score
 from mta.evaluation.methods import METHODS
 from mta.evaluation.publish import report
@@ -76,8 +77,26 @@ def test_smoke_runs_every_registered_method(finished):
     ablation = found.comparison("ablation")
     assert [row.name for row in ablation.rows] == ["task LoRA", "MTA", "no stack", "no merge", "no task LoRA"]
     assert torch.equal(ablation.row("no stack").people["NLL"], main.row("merge only, learned").people["NLL"])
-    for name in ("k", "alpha", "anchors", "efficiency"):
+    for name in ("retrieved", "k", "alpha", "anchors", "efficiency"):
         assert found.comparison(name) is not None, name
+
+
+def test_retrieved_prompts_show_earlier_shots_and_never_what_is_asked(world, finished, cache):
+    lab = lab_of(world, finished)
+    panel = next(lab.panels(lab.recipe.exhibits["retrieved"][1], 0, 3))
+    plain = load_task("movielens-rating")
+    assert panel.task == panel.bank.task == plain.profiled() == panel.bank.task.profiled()
+    for person, queries in zip(panel.people, panel.queries):
+        told = [f"{plain.told(item)}. " for item in person.items]
+        assert [item.fields["profile"] for item in person.items[:2]] == ["", told[0]]
+        assert {item.fields["profile"] for item in queries} <= set(told)
+    folds, _ = panel.folds(2)
+    for person, held in zip(folds.people, folds.queries):
+        shown = {item.fields["profile"] for item in (*person.items, *held)}
+        assert not shown & {f"{plain.told(item)}. " for item in held}
+        assert shown <= {"", *(f"{plain.told(item)}. " for item in person.items)}
+    by_bank = {r.bank: r.metrics["NLL"] for r in read_records(finished) if r.method.startswith("MTA") and r.shots == 3}
+    assert by_bank["retrieved"] != by_bank["main"]
 
 
 def test_what_is_finished_is_not_computed_again(world, finished, cache, monkeypatch):
@@ -120,7 +139,7 @@ def test_people_asked_together_or_apart_get_the_same_answers(world, cache, tmp_p
     together, apart = tmp_path / "together", tmp_path / "apart"
     words = ["run.dtype=float64"]  # in float32 rounding decides what a search takes where all is nearly the same
     run_experiment(lab_of(world, together, *words), ["main", "ablation"])
-    monkeypatch.setattr(module, "TOGETHER", 1)
+    monkeypatch.setattr("mta.evaluation.lab.TOGETHER", 1)
     run_experiment(lab_of(world, apart, *words), ["main", "ablation"])
     one, other = ({(r.settings, r.bank, r.person): r for r in read_records(folder)} for folder in (together, apart))
     assert one.keys() == other.keys()

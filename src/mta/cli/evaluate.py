@@ -124,7 +124,8 @@ def _experiment(
     from mta.cli.screen import Screen
     from mta.config import override
     from mta.errors import InputError
-    from mta.evaluation.experiment import Lab, run_experiment
+    from mta.evaluation.experiment import run_experiment
+    from mta.evaluation.lab import Lab
     from mta.evaluation.recipe import load_experiment
 
     if on not in ("test", "development"):

@@ -22,7 +22,7 @@ from mta.evaluation.kept import load_evidence, save_evidence
 from mta.evidence import Evidence, gather_evidence, shots_of
 from mta.fuse import Merge, fuse, merged_bytes, needs_evidence
 from mta.history import Item, Person
-from mta.retrieval import with_profile
+from mta.retrieval import with_profiles
 from mta.tasks.task import Task
 from mta.training.plan import Plan, plan_cohorts
 from mta.training.trainer import Job, OnStep
@@ -67,8 +67,8 @@ class Panel:
 
     ``people`` hold their shots only, oldest first, so no method can look at a query. ``anchors`` are the anchors' own
     histories, in the bank's order, and ``pool`` the people behind the task LoRA, for the methods that need them.
-    ``kept`` is a folder where evidence is left for another run, and ``memo`` what is the same for every panel over this
-    bank.
+    ``retrieve`` says how many earlier items every prompt shows, as those do that the bank was trained on. ``kept`` is a
+    folder where evidence is left for another run, and ``memo`` what is the same for every panel over this bank.
     """
 
     base: BaseModel
@@ -80,6 +80,7 @@ class Panel:
     on_step: OnStep | None = None
     anchors: Sequence[Person] = ()
     pool: Sequence[Person] = ()
+    retrieve: int = 0
     kept: Path | None = None
     memo: dict[str, Any] = field(default_factory=dict, repr=False)
     wording: Task | None = None
@@ -115,7 +116,8 @@ class Panel:
             )
         parts = [shots_and_queries(bank.task, person, shots, queries, ask) for person in people]
         few = [Person(person.id, items) for person, (items, _) in zip(people, parts)]
-        return cls(base, bank, encoder, run, few, [asked for _, asked in parts], **how)
+        panel = cls(base, bank, encoder, run, few, [asked for _, asked in parts], **how)
+        return panel.profiled(panel.retrieve) if panel.retrieve else panel
 
     # -- what is asked -------------------------------------------------------------------------------------------------
 
@@ -201,20 +203,14 @@ class Panel:
         """The same with ``before`` and a person's ``k`` nearest earlier shots in front of every prompt.
 
         A shot sees the shots before it, a query all of them. Merges stay those of the plain prompts, which the bank was
-        trained on.
+        trained on, unless it was trained on prompts like these.
         """
-        told = list(before) or [""] * len(self.people)
-        task = self.bank.task
-        people = [
-            Person(p.id, tuple(with_profile(task, item, p.items[:n], k, text) for n, item in enumerate(p.items)))
-            for p, text in zip(self.people, told)
-        ]
-        queries = [
-            tuple(with_profile(task, item, p.items, k, text) for item in items)
-            for p, items, text in zip(self.people, self.queries, told)
-        ]
+        task, told = self.bank.task, list(before) or [""] * len(self.people)
+        whole = [Person(person.id, person.items, asked) for person, asked in zip(self.people, self.queries)]
+        seen = [with_profiles(task, person, k, text) for person, text in zip(whole, told)]
+        people, queries = [Person(p.id, p.items) for p in seen], [p.queries for p in seen]
         panel = replace(self, people=people, queries=queries, wording=task.profiled(), outcomes={})
-        panel._plain = self._plain or self
+        panel._plain = self._plain or (None if self.retrieve else self)
         return panel
 
     def folds(self, count: int) -> tuple[Panel, list[int]]:
@@ -239,5 +235,8 @@ class Panel:
 
         panel = Panel(self.base, self.bank, self.encoder, self.run, people, queries, self.on_step)
         panel.anchors, panel.pool, panel.memo = self.anchors, self.pool, self.memo
-        panel.texts, panel._gather = False, gather
+        panel.texts, panel.retrieve = False, self.retrieve
+        if self.retrieve:  # an item that is asked about must not stand in another's prompt
+            return panel.profiled(self.retrieve), whose
+        panel._gather = gather
         return panel, whose

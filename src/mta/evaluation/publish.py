@@ -11,7 +11,8 @@ from typing import Any
 
 from mta.aside import write_json, written_aside
 from mta.evaluation.exhibits import Section, sections
-from mta.evaluation.experiment import CASE, FACTS, META, RECIPE, SIZES
+from mta.evaluation.experiment import CASE, FACTS, META
+from mta.evaluation.lab import RECIPE, SIZES
 from mta.evaluation.records import FILE, Record, publish
 from mta.evaluation.results import Results
 from mta.evaluation.tables import overview

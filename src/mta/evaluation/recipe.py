@@ -32,13 +32,14 @@ class Sizes(Settings):
 
 
 class Part(Settings):
-    """Methods on one bank. ``words`` change the run that builds the bank, which then needs a name of its own."""
+    """Methods on one bank, which needs a name of its own where ``words`` or ``retrieve`` change how it is trained."""
 
     methods: tuple[AnyMethod, ...]
     shots: tuple[int, ...] = ()
     seeds: tuple[int, ...] = ()
     bank: str = "main"
-    words: tuple[str, ...] = ()
+    words: tuple[str, ...] = Field((), description="over the run that builds the bank")
+    retrieve: int = Field(0, ge=0, description="earlier items in every prompt, nearest by BM25; in training too")
     whom: Which = "test"
     people: int | None = None  # only the first so many, instead of the experiment's ``compared``
     texts: bool = True  # free text is written out; else only the likelihood of the true text is told

@@ -14,7 +14,8 @@ import yaml
 
 from mta.config import checked
 from mta.errors import DataError, InputError
-from mta.evaluation.experiment import CASE, FACTS, META, RECIPE, SIZES
+from mta.evaluation.experiment import CASE, FACTS, META
+from mta.evaluation.lab import RECIPE, SIZES
 from mta.evaluation.methods import Method
 from mta.evaluation.metrics import Answers
 from mta.evaluation.recipe import Experiment, Part

@@ -185,7 +185,12 @@ class Task(_Frozen):
         return self._fill(self.profile or f"{form.prompt} {{{form.target}}}", item)
 
     def profiled(self) -> Task:
-        """The same task with a field ``profile`` in front of every prompt; it may be cut like the longest text."""
+        """The same task with a field ``profile`` in front of every prompt; it may be cut like the longest text.
+
+        A task that has one stays as it is.
+        """
+        if "profile" in self.item.inputs:
+            return self
         forms = {
             name: form.model_copy(
                 update={"prompt": "{profile}" + form.prompt, "cut": (*form.cut, "profile"), "pattern": None}
