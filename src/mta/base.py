@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
@@ -11,6 +12,14 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
+from mta.adaptable import (
+    enable_checkpointing,
+    feed_head_contiguously,
+    is_linear,
+    refuse_quantized,
+    refuse_unsupported,
+    shape_of,
+)
 from mta.assets import ASSETS
 from mta.attention import additive, blocks_of, can_block, install, small_tree, visible
 from mta.config import Run
@@ -37,10 +46,10 @@ class BaseModel:
         max_tokens: int = 1024,
         gradient_checkpointing: bool = False,
     ) -> None:
-        _refuse_unsupported(model)
+        refuse_unsupported(model)
         model.eval().requires_grad_(False)
         if gradient_checkpointing:
-            _enable_checkpointing(model, name)
+            enable_checkpointing(model, name)
         self.gradient_checkpointing = gradient_checkpointing
         self.model: Any = model
         self.tokenizer = tokenizer
@@ -52,7 +61,7 @@ class BaseModel:
         if self.blocked:
             install(model)
             self.blocked = self._takes_blocks()
-        _feed_head_contiguously(model)
+        feed_head_contiguously(model)
         self.exchanged = use_kernels(model)  # classes of modules that compute with compiled kernels
 
     @classmethod
@@ -77,7 +86,7 @@ class BaseModel:
         folder = local_folder(name)
         try:
             config = AutoConfig.from_pretrained(folder)
-            _refuse_quantized(config)
+            refuse_quantized(config)
             tokenizer = AutoTokenizer.from_pretrained(folder)
             model, found = AutoModelForCausalLM.from_pretrained(
                 folder, config=config, use_safetensors=True, output_loading_info=True, **how
@@ -98,6 +107,13 @@ class BaseModel:
     def of(cls, run: Run) -> BaseModel:
         """The base that a run names, loaded as it says."""
         return cls.load(run.base, run.dtype, run.device, run.max_tokens, run.gradient_checkpointing)
+
+    def twin(self) -> BaseModel:
+        """The same weights under modules of their own: another thread can put other adapters on them meanwhile."""
+        made = copy.copy(self)
+        shared = {id(tensor): tensor for tensor in (*self.model.parameters(), *self.model.buffers())}
+        made.model = copy.deepcopy(self.model, shared)
+        return made
 
     @property
     def device(self) -> torch.device:
@@ -136,7 +152,7 @@ class BaseModel:
     def targets(self) -> dict[str, tuple[int, int]]:
         """Adapted linear layers in the order of the forward pass: name -> (inputs D, outputs O). No LM head."""
         head = self.model.get_output_embeddings()
-        found = {name: _shape(m) for name, m in self.model.named_modules() if _is_linear(m) and m is not head}
+        found = {name: shape_of(m) for name, m in self.model.named_modules() if is_linear(m) and m is not head}
         if not found:
             kinds = sorted({type(m).__name__ for m in self.model.modules()})
             raise UnsupportedModel(
@@ -203,6 +219,19 @@ class BaseModel:
         else:
             inputs["attention_mask"] = torch.ones_like(tokens)  # rows of one example each, filled up on the right
 
+        return self._logits_at(where, inputs)
+
+    def next_logits(self, tokens: Tensor, positions: Tensor, cache: Any, length: int, where: Tensor) -> Tensor:
+        """Next-token logits at chosen places of rows that go on from what is cached of them.
+
+        Shapes: tokens, positions (B, T); ``cache`` takes their keys and values in and gives back (B, length) of them,
+        of which token t sees those up to its own position; where (n,) flat indices into B * T -> (n, V).
+        """
+        far = positions[:, :, None] - torch.arange(length, device=positions.device)
+        inputs = {"input_ids": tokens, "position_ids": positions, "use_cache": True, self._cache_name: cache}
+        return self._logits_at(where, inputs | {"attention_mask": self._masks(far >= 0, far)})
+
+    def _logits_at(self, where: Tensor, inputs: dict[str, Any]) -> Tensor:
         def gather(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
             return (args[0].flatten(0, 1)[where].unsqueeze(0), *args[1:])
 
@@ -212,6 +241,13 @@ class BaseModel:
             return self.model(**inputs).logits[0]
         finally:
             handle.remove()
+
+    @cached_property
+    def _cache_name(self) -> str:
+        """What this version of transformers calls the cache."""
+        import inspect
+
+        return "cache" if "cache" in inspect.signature(self.model.forward).parameters else "past_key_values"
 
     def _attention(self, ends: Tensor, positions: Tensor) -> dict[str, Any]:
         """The keywords that tell a model who sees whom: blocks where its attention takes them, else dense masks."""
@@ -244,49 +280,3 @@ class BaseModel:
             return additive(seen, self.dtype)
         sliding = additive(seen & (far < window), self.dtype)
         return {"full_attention": additive(seen, self.dtype), "sliding_attention": sliding} if kinds else sliding
-
-
-def _feed_head_contiguously(model: Any) -> None:
-    """The last tokens of rows are strided, and torch.matmul would copy the LM head once per row for them."""
-    model.get_output_embeddings().register_forward_pre_hook(lambda _, args: (args[0].contiguous(), *args[1:]))
-
-
-def _is_linear(module: nn.Module) -> bool:
-    return type(module) is nn.Linear or type(module).__name__ == "Conv1D"
-
-
-def _shape(module: nn.Module) -> tuple[int, int]:
-    if type(module) is nn.Linear:
-        return module.in_features, module.out_features
-    rows, columns = module.weight.shape  # type: ignore[misc]  # GPT-2's Conv1D stores its weight transposed
-    return int(rows), int(columns)
-
-
-def _enable_checkpointing(model: Any, name: str) -> None:
-    if not getattr(model, "supports_gradient_checkpointing", False):
-        raise UnsupportedModel(
-            f"{name!r} has no gradient checkpointing", hint="Set gradient_checkpointing=false, and raise memory=…."
-        )
-    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-    enable({"use_reentrant": False})
-    for layer in model.modules():
-        for attribute, value in list(vars(layer).items()):
-            if hasattr(layer, "gradient_checkpointing") and "drop" in attribute and isinstance(value, float):
-                setattr(layer, attribute, 0.0)  # some layers drop out by themselves once they are in training mode
-
-
-def _refuse_quantized(config: Any) -> None:
-    if getattr(config, "quantization_config", None) is not None:
-        raise UnsupportedModel(
-            f"{getattr(config, 'model_type', '')!r} is quantized; adapters are trained over plain weights only",
-            hint="Load the unquantized model, or dequantize it first.",
-        )
-
-
-def _refuse_unsupported(model: Any) -> None:
-    _refuse_quantized(model.config)
-    kind = getattr(model.config, "model_type", type(model).__name__)
-    if getattr(model, "_is_stateful", False):
-        raise UnsupportedModel(
-            f"{kind!r} carries a recurrent state from token to token; shared prefixes need attention"
-        )

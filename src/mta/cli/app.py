@@ -9,7 +9,7 @@ import sys
 import typer
 
 from mta import __version__
-from mta.cli import bank, data, demo, evaluate, export, forget, generate, personalize, report
+from mta.cli import bank, data, demo, evaluate, export, forget, generate, personalize, report, serve
 from mta.errors import MtaError
 
 app = typer.Typer(
@@ -27,6 +27,7 @@ app.command("personalize")(personalize.personalize)
 app.command("generate")(generate.generate)
 app.command("evaluate")(evaluate.evaluate)
 app.command("report")(report.report)
+app.command("serve")(serve.serve)
 app.command("export")(export.export)
 app.command("forget")(forget.forget)
 

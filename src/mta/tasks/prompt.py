@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -78,6 +78,20 @@ class PromptFormat:
             return PLAIN.format(prompt=prompt)
         chat = [{"role": "user", "content": prompt}]
         return str(self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True))
+
+    def chat(self, turns: Sequence[Mapping[str, str]]) -> tuple[int, ...]:
+        """The tokens of a conversation up to where its next answer begins; nothing is cut.
+
+        Without a chat template the last turn is the instruction, and what was said before stands above it.
+        """
+        said = [{**turn, "content": self._as_text(turn["content"])} for turn in turns]
+        if not self.has_template:
+            return self._tokens(PLAIN.format(prompt="\n".join(turn["content"] for turn in said)))
+        return self._tokens(str(self.tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True)))
+
+    def text(self, text: str) -> tuple[int, ...]:
+        """The tokens of a text that is to be continued, no template around it."""
+        return tuple(self.tokenizer(self._as_text(text))["input_ids"])
 
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of an answer, without its end token."""

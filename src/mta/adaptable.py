@@ -1,0 +1,60 @@
+"""What a transformers model must be like to be a base: which kinds are refused, and where LoRA can attach."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from mta.errors import UnsupportedModel
+
+
+def feed_head_contiguously(model: Any) -> None:
+    """The last tokens of rows are strided, and torch.matmul would copy the LM head once per row for them."""
+    model.get_output_embeddings().register_forward_pre_hook(lambda _, args: (args[0].contiguous(), *args[1:]))
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether it is a plain linear layer, GPT-2's kind among them."""
+    return type(module) is nn.Linear or type(module).__name__ == "Conv1D"
+
+
+def shape_of(module: nn.Module) -> tuple[int, int]:
+    """(inputs D, outputs O) of a linear layer."""
+    if type(module) is nn.Linear:
+        return module.in_features, module.out_features
+    rows, columns = module.weight.shape  # type: ignore[misc]  # GPT-2's Conv1D stores its weight transposed
+    return int(rows), int(columns)
+
+
+def enable_checkpointing(model: Any, name: str) -> None:
+    """Let layers be computed again in the backward pass. Raises UnsupportedModel."""
+    if not getattr(model, "supports_gradient_checkpointing", False):
+        raise UnsupportedModel(
+            f"{name!r} has no gradient checkpointing", hint="Set gradient_checkpointing=false, and raise memory=…."
+        )
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+    for layer in model.modules():
+        for attribute, value in list(vars(layer).items()):
+            if hasattr(layer, "gradient_checkpointing") and "drop" in attribute and isinstance(value, float):
+                setattr(layer, attribute, 0.0)  # some layers drop out by themselves once they are in training mode
+
+
+def refuse_quantized(config: Any) -> None:
+    """Raises UnsupportedModel for weights that are packed."""
+    if getattr(config, "quantization_config", None) is not None:
+        raise UnsupportedModel(
+            f"{getattr(config, 'model_type', '')!r} is quantized; adapters are trained over plain weights only",
+            hint="Load the unquantized model, or dequantize it first.",
+        )
+
+
+def refuse_unsupported(model: Any) -> None:
+    """Raises UnsupportedModel for what the method cannot work on."""
+    refuse_quantized(model.config)
+    kind = getattr(model.config, "model_type", type(model).__name__)
+    if getattr(model, "_is_stateful", False):
+        raise UnsupportedModel(
+            f"{kind!r} carries a recurrent state from token to token; shared prefixes need attention"
+        )

@@ -1,0 +1,58 @@
+"""People whose adapters are at hand: made from bank and store when first asked for, dropped when long unused."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+
+from mta.errors import OtherBank
+from mta.rows import Nobody
+from mta.serving.engine import Version, Who
+from mta.serving.seats import Person, Seats
+from mta.store import Store
+
+
+class Activated:
+    """At most ``count`` people, the least recently used go first; merges are computed again, never stored."""
+
+    def __init__(self, seats: Seats, store: Store, count: int = 64) -> None:
+        self._seats, self._store, self._count = seats, store, count
+        self._people: OrderedDict[Who, Person] = OrderedDict()
+        self._lock = threading.Lock()
+        self._forgotten = 0
+        self.hits = self.misses = 0
+
+    def __len__(self) -> int:
+        return len(self._people)
+
+    def get(self, who: Who) -> Person:
+        """A person's part of a row. Raises PersonNotFound, StateCorrupt, OtherBank."""
+        with self._lock:
+            if who in self._people:
+                self._people.move_to_end(who)
+                self.hits += 1
+                return self._people[who]
+            self.misses += 1
+            before = self._forgotten
+        made = self._made(who)  # not under the lock: a store may be far away
+        with self._lock:
+            if before == self._forgotten:  # else it may be somebody who was forgotten meanwhile
+                self._people[who] = made
+                while len(self._people) > self._count:
+                    self._people.popitem(last=False)
+        return made
+
+    def forget(self, person: str) -> None:
+        """Drop all versions of a person."""
+        with self._lock:
+            self._forgotten += 1
+            for who in [who for who in self._people if isinstance(who, Version) and who.person == person]:
+                del self._people[who]
+
+    def _made(self, who: Who) -> Person:
+        if isinstance(who, Nobody):
+            return self._seats.person(who)
+        state = self._store.load(who.person, who.number)
+        if state.bank != self._seats.bank.hash:
+            raise OtherBank("the person's state was made with another bank", hint="Personalize again: mta personalize")
+        return self._seats.person(state, who.stacked)

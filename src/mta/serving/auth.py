@@ -1,0 +1,101 @@
+"""Who may do what: API keys, stored as hashes, each bound to rights. Without a key there is no service.
+
+    admin       everything, for everybody
+    serve       ask any person's model; see and change nothing of them
+    person      one person's model, history and state
+    prefix      the same for everybody whose id begins so
+
+A key file is YAML, a list of ``{name, sha256, rights, of}``; ``mta serve --new-key ann --rights person --of ann`` adds
+one and shows the key once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import secrets
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from mta.aside import written_aside
+from mta.config import Settings, checked, dump_yaml, read_yaml
+from mta.errors import ConfigError
+
+ENV = "MTA_API_KEY"
+Kind = Literal["admin", "serve", "person", "prefix"]
+
+
+class Key(Settings):
+    """One key: its hash, and what it may do. ``of`` is the person's id, or the prefix of ids."""
+
+    name: str
+    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+    rights: Kind
+    of: str = ""
+
+    @model_validator(mode="after")
+    def _of_somebody(self) -> Key:
+        if bool(self.of) != (self.rights in ("person", "prefix")):
+            raise ValueError("'of' names whom rights 'person' and 'prefix' are for, and goes with them alone")
+        return self
+
+    def owns(self, person: str) -> bool:
+        """Whether it may see and change what is kept of a person, and ask for them."""
+        own = (self.rights == "person" and person == self.of) or (
+            self.rights == "prefix" and person.startswith(self.of)
+        )
+        return own or self.rights == "admin"
+
+    def may_ask(self, person: str) -> bool:
+        """Whether it may be answered by a person's model."""
+        return self.rights == "serve" or self.owns(person)
+
+
+class _KeyFile(Settings):
+    keys: tuple[Key, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Keys:
+    """All keys; none of them means that nobody is asked for one (loopback only)."""
+
+    keys: tuple[Key, ...]
+
+    @classmethod
+    def load(cls, path: Path | None, secret: str | None = None) -> Keys:
+        """Keys of a file, and an admin key given in the environment. Raises ConfigError."""
+        found = checked(_KeyFile, read_yaml(path), str(path)).keys if path else ()
+        own = (Key(name=ENV, sha256=_hash(secret), rights="admin"),) if secret else ()
+        return cls((*found, *own))
+
+    def of(self, secret: str) -> Key | None:
+        """The key a caller shows; every comparison is made, and takes the same time, whatever it finds."""
+        shown, found = _hash(secret), None
+        for key in self.keys:
+            if hmac.compare_digest(key.sha256, shown):
+                found = key
+        return found
+
+
+LOCAL = Key(name="local", sha256="0" * 64, rights="admin")  # whoever sits at the machine itself
+
+
+def add_key(path: Path, name: str, rights: str, of: str = "") -> str:
+    """A new key in a key file; returns the secret, which is written nowhere. Raises ConfigError."""
+    before = checked(_KeyFile, read_yaml(path), str(path)) if path.exists() else _KeyFile()
+    if name in {key.name for key in before.keys}:
+        raise ConfigError(f"{path} has a key called {name!r} already", hint="Choose another name, or remove its lines.")
+    secret = f"mta-{secrets.token_urlsafe(32)}"
+    new = checked(Key, {"name": name, "sha256": _hash(secret), "rights": rights, "of": of}, "the new key")
+    with written_aside(path) as aside:
+        aside.touch(mode=0o600)
+        aside.write_text(dump_yaml(_KeyFile(keys=(*before.keys, new))), encoding="utf-8")
+    return secret
+
+
+def _hash(secret: str) -> str:
+    # Keys are 256 random bits, which nobody can guess: a slow hash would protect nothing.
+    return hashlib.sha256(secret.encode("utf-8", "surrogatepass")).hexdigest()

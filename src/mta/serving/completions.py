@@ -1,0 +1,115 @@
+"""``/v1/models``, ``/v1/chat/completions`` and ``/v1/completions``: whole answers, or piece by piece."""
+
+from __future__ import annotations
+
+import json
+import time
+import uuid
+from collections.abc import AsyncIterator
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.responses import JSONResponse, Response, StreamingResponse
+
+from mta.errors import MtaError
+from mta.serving.answers import Part, Whole, answers, ask_of
+from mta.serving.auth import Key
+from mta.serving.engine import Ask
+from mta.serving.gateway import Caller, Service, error_of
+from mta.serving.openai import ChatRequest, CompletionRequest, Request, Shape, usage_of
+
+
+def add_completions(app: FastAPI, service: Service) -> None:
+    """The routes of OpenAI's clients."""
+
+    @app.get("/v1/models")
+    async def models(key: Caller) -> dict[str, Any]:
+        """Base and pooled model; a person's own key sees their model too."""
+        names = [service.base.name, "task", *([f"person:{key.of}"] if key.rights == "person" else [])]
+        rows = [{"id": name, "object": "model", "created": 0, "owned_by": "mta"} for name in names]
+        return {"object": "list", "data": rows}
+
+    @app.post("/v1/chat/completions")
+    async def chat(request: ChatRequest, key: Caller) -> Response:
+        """The next turn of a conversation."""
+        return await _answered(service, request, key)
+
+    @app.post("/v1/completions")
+    async def completions(request: CompletionRequest, key: Caller) -> Response:
+        """How a text goes on."""
+        return await _answered(service, request, key)
+
+
+async def _answered(service: Service, request: Request, key: Key) -> Response:
+    who = await service.who(request.model, key)
+    ask = ask_of(request, who, service.base, service.length, service.limits.max_tokens)
+    kind = "chatcmpl" if isinstance(request, ChatRequest) else "cmpl"
+    shape = Shape(request, f"{kind}-{uuid.uuid4().hex}", service.base.tokenizer)
+    parts = _counted(service, ask, request, answers(service.engine, ask, service.base, request))
+    if request.stream:
+        first = await anext(parts)  # what is refused is refused with a status, before the stream begins
+        return StreamingResponse(_events(shape, ask, request, first, parts), media_type="text/event-stream")
+    wholes = [Whole() for _ in range(request.n)]
+    async for part in parts:
+        wholes[part.index].add(part)
+    choices = [shape.choice(n, one.text, one.tokens, one.finish) for n, one in enumerate(wholes)]
+    tokens = sum(len(one.tokens) for one in wholes)
+    return JSONResponse(shape.whole(choices, usage_of(len(ask.prompt), tokens, wholes[0].cached)))
+
+
+async def _events(
+    shape: Shape, ask: Ask, request: Request, first: Part, parts: AsyncIterator[Part]
+) -> AsyncIterator[str]:
+    """Server-sent events, as OpenAI sends them."""
+    begun: set[int] = set()
+    tokens = cached = 0
+    try:
+        async for part in _after(first, parts):
+            tokens, cached = tokens + len(part.tokens), part.cached
+            piece = shape.delta(part.index, part.text, part.tokens, None, part.index not in begun)
+            begun.add(part.index)
+            yield _event(shape.part([piece]))
+            if part.finish:
+                yield _event(shape.part([shape.delta(part.index, "", (), part.finish)]))
+        if request.usage_in_stream:
+            yield _event(shape.part([], usage_of(len(ask.prompt), tokens, cached)))
+    except MtaError as error:  # the status is sent already
+        yield _event(error_of(error)[1])
+    yield "data: [DONE]\n\n"
+
+
+async def _after(first: Part, rest: AsyncIterator[Part]) -> AsyncIterator[Part]:
+    yield first
+    async for part in rest:
+        yield part
+
+
+def _event(value: dict[str, Any]) -> str:
+    return f"data: {json.dumps(value, ensure_ascii=False)}\n\n"
+
+
+async def _counted(service: Service, ask: Ask, request: Request, parts: AsyncIterator[Part]) -> AsyncIterator[Part]:
+    """The same pieces, and what they say of the service's speed."""
+    count, start, last = service.metrics, time.monotonic(), dict[int, float]()
+    status, kind = "cancelled", "chat" if isinstance(request, ChatRequest) else "completion"
+    count.open.inc()
+    try:
+        async for part in parts:
+            now = time.monotonic()
+            if part.index not in last:
+                count.first_token.observe(now - start)
+                count.prompt_tokens.inc(len(ask.prompt))
+                count.cached_tokens.inc(part.cached)
+            elif part.tokens:
+                count.token_gap.observe((now - last[part.index]) / len(part.tokens))
+            last[part.index] = now
+            count.answer_tokens.inc(len(part.tokens))
+            yield part
+        status = "ok"
+        count.answer.observe(time.monotonic() - start)
+    except MtaError as error:
+        status = str(error_of(error)[0])
+        raise
+    finally:
+        count.open.dec()
+        count.requests.labels(kind, status).inc()

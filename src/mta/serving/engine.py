@@ -1,0 +1,89 @@
+"""What the gateway asks of an engine, whichever it is: an ``Ask`` in, ``Piece`` after ``Piece`` out."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from mta.errors import MtaError
+from mta.rows import Nobody
+
+Finish = Literal["stop", "length"]
+
+
+class QueueFull(MtaError):
+    """So many requests wait that another would wait too long; ``retry_after`` says when to come again, in seconds."""
+
+    retry_after = 1
+
+
+class EngineGone(MtaError):
+    """The engine has stopped: what was asked of it gets no answer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Version:
+    """One version of a person; without its stack where ``stacked`` is off: the merge alone."""
+
+    person: str
+    number: int
+    stacked: bool = True
+
+
+Who = Version | Nobody
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """One answer that is wanted, of a person, of the pooled model or of the base.
+
+    ``top_logprobs`` alternatives are told for each token, none where it is None. With a ``seed`` sampling gives the
+    same tokens again, as far as rounding goes.
+    """
+
+    prompt: tuple[int, ...]
+    who: Who
+    max_tokens: int = 64
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int | None = None
+    top_logprobs: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """One token of an answer, its log probability, and the likeliest ones beside it, where they were asked for."""
+
+    id: int
+    logprob: float | None = None
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A token, or with ``finish`` the end of the answer; ``cached`` prompt tokens were known already."""
+
+    token: Token | None = None
+    finish: Finish | None = None
+    cached: int = 0
+
+
+class Engine(Protocol):
+    """Answers rows of different people from one base. An answer whose iterator is closed is cancelled."""
+
+    def answer(self, ask: Ask) -> AsyncIterator[Piece]:
+        """The tokens of an answer as they come. Raises PersonNotFound, InputError, QueueFull, EngineGone."""
+
+    async def forget(self, person: str) -> None:
+        """End what runs for a person, and drop all that was computed for them."""
+
+    @property
+    def ready(self) -> bool:
+        """Whether requests would be answered."""
+
+    def facts(self) -> Mapping[str, tuple[float, str]]:
+        """What an operator wants to know of it: name -> (value, what it is). Nothing that tells of one person."""
+
+    async def close(self) -> None:
+        """Answer what is running, take nothing new, and stop."""

@@ -1,0 +1,157 @@
+"""The gateway: OpenAI's API in front of an engine, and what a person's own key may do with what is kept of them."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Annotated
+
+from fastapi import Depends, FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
+
+from mta.base import BaseModel
+from mta.errors import InputError, MtaError, PersonNotFound
+from mta.rows import Nobody
+from mta.serving.auth import LOCAL, Key, Keys
+from mta.serving.engine import Engine, EngineGone, QueueFull, Version, Who
+from mta.serving.jobs import Jobs
+from mta.serving.limits import BodyLimit, Limits, Rate
+from mta.serving.metrics import Metrics
+from mta.serving.names import named
+from mta.serving.openai import error_body
+from mta.store import Store
+from mta.tasks.task import Task
+
+
+@dataclass
+class Service:
+    """What the routes work with. ``length`` is how many tokens prompt and answer may have together."""
+
+    engine: Engine
+    base: BaseModel
+    store: Store
+    task: Task
+    keys: Keys
+    jobs: Jobs
+    limits: Limits = field(default_factory=Limits)
+    length: int = 1024
+    metrics: Metrics = field(default_factory=Metrics)
+    rate: Rate = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.rate = Rate(self.limits.rate)
+
+    async def who(self, model: str, key: Key) -> Who:
+        """Whom a request means. Unknown and forbidden people are answered alike, so nobody learns who exists.
+
+        Raises PersonNotFound.
+        """
+        found = named(model, self.base.name)
+        if isinstance(found, Nobody):
+            return found
+        if found is not None and key.may_ask(found.person):
+            version = found.version or await run_in_threadpool(self.store.latest, found.person)
+            if version:
+                return Version(found.person, version, found.stacked)
+        raise PersonNotFound(f"the model {model!r} does not exist, or this key may not ask it")
+
+
+async def key_of(
+    request: Request,
+    shown: Annotated[HTTPAuthorizationCredentials | None, Depends(HTTPBearer(auto_error=False))] = None,
+) -> Key:
+    """The caller's key. Raises 401 where none is shown or it is not known, 429 where it comes too often."""
+    service: Service = request.app.state.service
+    key = service.keys.of(shown.credentials) if shown else None
+    if not service.keys.keys:
+        key = LOCAL
+    if key is None:
+        raise HTTPException(401, "no API key, or one that is not known here: send 'Authorization: Bearer <key>'")
+    if wait := service.rate.wait(key.name):
+        raise HTTPException(429, "too many requests for this key", headers={"Retry-After": str(math.ceil(wait))})
+    return key
+
+
+Caller = Annotated[Key, Depends(key_of)]
+
+
+def create_app(service: Service) -> FastAPI:
+    """The gateway as an ASGI application."""
+    from mta.serving.completions import add_completions
+    from mta.serving.people import add_people
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        yield
+        await service.jobs.close()
+        await service.engine.close()
+
+    app = FastAPI(title="mta", summary=__doc__, lifespan=lifespan, docs_url=None, redoc_url=None)
+    app.state.service = service
+    refusal = error_body(f"the request is longer than {service.limits.body} bytes", "invalid_request_error")
+    app.add_middleware(BodyLimit, most=service.limits.body, refusal=json.dumps(refusal).encode())
+    _add_errors(app)
+    _add_health(app, service)
+    add_completions(app, service)
+    add_people(app, service)
+    return app
+
+
+def _add_health(app: FastAPI, service: Service) -> None:
+    @app.get("/healthz")
+    async def alive() -> dict[str, str]:
+        """The process answers."""
+        return {"status": "ok"}
+
+    @app.get("/readyz")
+    async def ready() -> Response:
+        """Requests would be answered."""
+        return JSONResponse({"ready": service.engine.ready}, 200 if service.engine.ready else 503)
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        """For Prometheus."""
+        service.metrics.engine(service.engine.facts())
+        return Response(service.metrics.text(), media_type="text/plain; version=0.0.4")
+
+
+def error_of(error: Exception) -> tuple[int, dict[str, object], dict[str, str]]:
+    """Status, body and headers for what went wrong."""
+    message = str(error).replace("\n  ", " ")
+    if isinstance(error, PersonNotFound):
+        return 404, error_body(message, "invalid_request_error", "model_not_found", "model"), {}
+    if isinstance(error, QueueFull):
+        return 429, error_body(message, "rate_limit_error", "queue_full"), {"Retry-After": str(error.retry_after)}
+    if isinstance(error, EngineGone):
+        return 503, error_body(message, "server_error", "engine_gone"), {"Retry-After": "5"}
+    if isinstance(error, InputError):
+        return 400, error_body(message, "invalid_request_error"), {}
+    return 500, error_body(message, "server_error", type(error).__name__), {}
+
+
+def _add_errors(app: FastAPI) -> None:
+    @app.exception_handler(MtaError)
+    async def ours(_: Request, error: MtaError) -> Response:
+        status, body, headers = error_of(error)
+        return JSONResponse(body, status, headers)
+
+    @app.exception_handler(RequestValidationError)
+    async def misshapen(_: Request, error: RequestValidationError) -> Response:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"] if part != "body")
+        message = f"{where}: {first['msg']}" if where else first["msg"]
+        return JSONResponse(error_body(message, "invalid_request_error", param=where or None), 400)
+
+    @app.exception_handler(HTTPException)
+    async def plain(_: Request, error: HTTPException) -> Response:
+        kind = {401: "authentication_error", 429: "rate_limit_error"}.get(error.status_code, "invalid_request_error")
+        code = {401: "invalid_api_key", 429: "rate_limit_exceeded"}.get(error.status_code)
+        headers = dict(error.headers or {}) | ({"WWW-Authenticate": "Bearer"} if error.status_code == 401 else {})
+        return JSONResponse(error_body(str(error.detail), kind, code), error.status_code, headers)

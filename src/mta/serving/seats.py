@@ -1,0 +1,132 @@
+"""Adapters of the rows being decoded, kept in place: whoever takes a slot takes the seat beside it.
+
+What all rows share, the task LoRA and the bank's anchors, is weighed by each row's gates; what is a person's own, the
+stack (and a merge made by svd or by factor), has a place of fixed rank in each seat. A row that comes or goes writes
+one seat; a pass reads a stretch of seats and copies nothing.
+
+    y[b] = W x[b] + sum over ranks of gate[b] * (shared update) + own[b]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mta.bank.bank import Bank
+from mta.base import BaseModel
+from mta.config import MergeSettings
+from mta.fuse import Merge, merged_factors
+from mta.lora.batch import LoraBatch, join
+from mta.lora.terms import RowTerm, SharedTerm
+from mta.rows import BASE, Nobody
+from mta.state import State
+
+
+@dataclass(frozen=True, slots=True)
+class Person:
+    """One person's part of a row: gates (P,) of the shared updates, and adapters of their own, or none."""
+
+    gates: Tensor
+    own: LoraBatch | None
+
+
+class Seats:
+    """Seats for a number of rows over one base and bank; ``opened`` puts a stretch of them on the model."""
+
+    def __init__(self, base: BaseModel, bank: Bank, count: int) -> None:
+        self.base, self.bank = base, bank
+        shared = [batch.scaled_into_b() for batch in (bank.task_lora, bank.working) if batch is not None]
+        self._ranks = [len(batch) * batch.rank for batch in shared]
+        self._shared = {name: _side_by_side(shared, name, base.dtype) for name in base.targets}
+        self._gates = torch.zeros(count, sum(self._ranks), dtype=base.dtype, device=base.device)
+        self._own: dict[str, tuple[Tensor, Tensor]] = {}
+        self._grow(bank.info.run.stack.lora.rank)
+
+    @property
+    def rank(self) -> int:
+        """Room for adapters of a row's own."""
+        return next(iter(self._own.values()))[0].shape[1]
+
+    def person(self, whose: State | Nobody, stacked: bool = True) -> Person:
+        """What a row of theirs needs, computed anew from bank and state."""
+        gates = torch.zeros(sum(self._ranks), dtype=self.base.master_dtype)
+        if self.bank.task_lora is not None and whose is not BASE:
+            gates[: self._ranks[0]] = 1
+        if isinstance(whose, Nobody):
+            return Person(gates.to(self._gates), None)
+        own = [whose.stack] if stacked and whose.stack else []
+        merge = Merge(torch.tensor([whose.anchors]), torch.tensor([whose.w], dtype=self.base.master_dtype))
+        if whose.mode == "exact":
+            gates[-self._ranks[-1] :] = merge.gates(len(self.bank))[0].repeat_interleave(self.bank.anchors.rank)
+        else:
+            settings = MergeSettings(mode=whose.mode, rank=whose.rank)
+            own.append(merged_factors(self.bank.anchors, merge, settings))
+        return Person(gates.to(self._gates), join(own).to(self.base.device, self.base.dtype) if own else None)
+
+    def take(self, place: int, person: Person) -> None:
+        """Write one seat."""
+        self._gates[place] = person.gates
+        if person.own and person.own.rank > self.rank:
+            self._grow(person.own.rank)
+        for name, (a, b) in self._own.items():
+            a[place], b[place] = 0, 0
+            if person.own:
+                mine = person.own.factors[name]
+                a[place, : person.own.rank], b[place, : person.own.rank] = mine.a[0], mine.b[0].mT
+
+    def exchange(self, one: int, other: int) -> None:
+        """Let two seats change places."""
+        pair, crossed = [one, other], [other, one]
+        for kept in (self._gates, *(factor for factors in self._own.values() for factor in factors)):
+            kept[pair] = kept[crossed]
+
+    @contextmanager
+    def opened(self, rows: slice) -> Iterator[None]:
+        """Within the block, row i of a batch through ``base.model`` sits in seat ``rows.start + i``."""
+        changed = []
+        gates = self._gates[rows].contiguous()
+        try:
+            for name, (a, b) in self._own.items():
+                layer: Any = self.base.model.get_submodule(name)
+                shared = SharedTerm(*self._shared[name], gates)
+                changed.append((layer, vars(layer).get("forward")))
+                layer.forward = partial(_adapted, layer.forward, shared, RowTerm(a[rows], b[rows].mT))
+            yield
+        finally:
+            for layer, before in reversed(changed):
+                if before is None:
+                    del layer.forward
+                else:
+                    layer.forward = before
+
+    def _grow(self, rank: int) -> None:
+        """Room for so many ranks in every seat; B is kept rank by rank, as the kernels read it."""
+        count, kept = len(self._gates), self._own
+        for name, (d, o) in self.base.targets.items():
+            a, b = (self._gates.new_zeros(count, rank, width) for width in (d, o))
+            if name in kept:
+                for new, old in zip((a, b), kept[name]):
+                    new[:, : old.shape[1]] = old
+            self._own[name] = a, b
+
+
+def _adapted(plain: Any, shared: SharedTerm, own: RowTerm, x: Tensor) -> Tensor:
+    y: Tensor = plain(x)
+    if not y.is_contiguous():
+        return own(x, shared(x, y))
+    shared.add_(x, y)
+    own.add_(x, y)
+    return y
+
+
+def _side_by_side(batches: list[LoraBatch], name: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """All ranks of all adapters of a layer: (P, D) and (O, P)."""
+    a = torch.cat([batch.factors[name].a.flatten(0, 1) for batch in batches])
+    b = torch.cat([batch.factors[name].b.transpose(0, 1).flatten(1) for batch in batches], 1)
+    return a.to(dtype), b.to(dtype)

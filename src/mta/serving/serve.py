@@ -1,0 +1,70 @@
+"""A gateway put together and run: base, bank, store and keys in, a server out."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import socket
+from collections.abc import Callable
+from pathlib import Path
+
+from mta.bank.bank import Bank
+from mta.base import BaseModel
+from mta.config import Run
+from mta.errors import ConfigError
+from mta.personalize import Personalizer
+from mta.serving.auth import ENV, Keys
+from mta.serving.embedded import EmbeddedEngine
+from mta.serving.gateway import Service
+from mta.serving.jobs import Jobs
+from mta.serving.limits import Limits
+from mta.store import Store
+
+
+def keys_for(path: Path | None, host: str, insecure_local: bool) -> Keys:
+    """The keys of a file and of the environment. Raises ConfigError where there are none and the door would be open."""
+    keys = Keys.load(path, os.environ.get(ENV))
+    if keys.keys:
+        return keys
+    if not insecure_local:
+        raise ConfigError(
+            f"no API key: neither --keys nor {ENV} names one",
+            hint="Make one:  mta serve --keys keys.yaml --new-key admin   or, on this machine alone: --insecure-local",
+        )
+    if not _loopback(host):
+        raise ConfigError(
+            f"--insecure-local serves this machine alone, but the host is {host!r}", hint="Use --host 127.0.0.1."
+        )
+    return keys
+
+
+def service_of(
+    base: BaseModel, bank: Bank, store: str, run: Run, keys: Keys, limits: Limits, *, slots: int = 32
+) -> Service:
+    """The embedded engine over a bank and a store, and what personalizes beside it."""
+    states = Store(store)
+    engine = EmbeddedEngine(base, bank, states, slots=slots)
+    jobs = Jobs(Personalizer(base.twin(), bank, states, run=run))
+    return Service(engine, base, states, bank.task, keys, jobs, limits, engine.length)
+
+
+def serve(service: Service, host: str, port: int, ready: Callable[[str], None]) -> None:
+    """Until it is told to end: what runs then is answered, nothing new is taken.
+
+    ``ready`` is told the address; port 0 takes any that is free. Raises OSError where it cannot listen.
+    """
+    import uvicorn
+
+    from mta.serving.gateway import create_app
+
+    with socket.create_server((host, port)) as listening:
+        config = uvicorn.Config(create_app(service), log_level="warning", access_log=False, server_header=False)
+        ready(f"http://{host}:{listening.getsockname()[1]}")
+        uvicorn.Server(config).run(sockets=[listening])
+
+
+def _loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

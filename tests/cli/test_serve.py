@@ -1,0 +1,106 @@
+"""``mta serve`` as it is typed: a real process, OpenAI's client, and mistakes."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import openai
+import pytest
+from conftest import people_of
+from tiny import base_of, tokenizer
+
+from mta.config import Run
+from mta.personalize import Personalizer
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A bank over a saved tiny base, and a store with one person, as other verbs leave them."""
+    import torch
+
+    from mta.bank.bank import Bank
+    from mta.base import BaseModel
+
+    root = tmp_path_factory.mktemp("serve")
+    base_of("llama", torch.float32).model.save_pretrained(root / "base")
+    tokenizer().save_pretrained(root / "base")
+    settings = {"anchors": 2, "min_items": 3, "training": {"epochs": 1}}
+    run = Run(base=str(root / "base"), encoder="base", bank=settings, task_lora={"items": 8})
+    base = BaseModel.of(run)
+    bank = Bank.build(base, people_of(12), root / "bank", task="movielens-rating", run=run)
+    Personalizer(base, bank, root / "people").personalize(people_of(1, prefix="ann"))
+    return root
+
+
+def mta(*words, **how):
+    return subprocess.run([sys.executable, "-m", "mta", *words], capture_output=True, text=True, timeout=120, **how)
+
+
+def test_a_key_is_made_a_server_started_asked_and_ended(made):
+    keys = made / "keys.yaml"
+    found = mta("serve", "--keys", str(keys), "--new-key", "app", "--rights", "serve", "--json")
+    secret = json.loads(found.stdout)["key"]
+    assert secret not in keys.read_text()
+    assert keys.stat().st_mode & 0o077 == 0
+    words = ["serve", "--bank", str(made / "bank"), "--store", str(made / "people"), "--keys", str(keys), "--port", "0"]
+    server = subprocess.Popen(
+        [sys.executable, "-m", "mta", *words, "--json"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        told = ""
+        while not told.rstrip().endswith("}"):
+            told += server.stdout.readline()
+            assert server.poll() is None, server.stderr.read()
+        client = openai.OpenAI(base_url=f"{json.loads(told)['url']}/v1", api_key=secret, max_retries=3)
+        run_the_readmes_snippets(json.loads(told)["url"], secret, made)
+        asked = {"messages": [{"role": "user", "content": "Film 3"}], "max_tokens": 5, "temperature": 0}
+        assert client.chat.completions.create(model="person:ann0", **asked).usage.completion_tokens <= 5
+        with pytest.raises(openai.NotFoundError):
+            client.chat.completions.create(model="person:bob", **asked)
+    finally:
+        server.send_signal(signal.SIGTERM)
+        _, errors = server.communicate(timeout=60)
+    assert server.returncode in (0, -signal.SIGTERM)
+    assert "Film 3" not in errors
+    assert "ann0" not in errors
+
+
+def run_the_readmes_snippets(url, secret, folder):
+    """As they stand there, but for the address and for who is asked."""
+    text = (Path(__file__).parents[2] / "README.md").read_text()
+    python, curl = (
+        re.search(rf"<!-- {name} -->\n```\w+\n(.*?)```", text, re.DOTALL)[1]
+        .replace("http://127.0.0.1:8000", url)
+        .replace("person:ann", "person:ann0")
+        for name in ("openai", "curl")
+    )
+    (folder / "app.key").write_text(secret + "\n")
+    for words in ([sys.executable, "-c", python], ["bash", "-euc", curl]):
+        done = subprocess.run(words, cwd=folder, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 0, done.stderr
+        assert "person:ann0" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([], "no API key"),
+        (["--insecure-local", "--host", "0.0.0.0"], "this machine alone"),
+        (["--new-key", "x"], "needs a file"),
+        (["--keys", "KEYS", "--new-key", "x", "--rights", "king"], "rights"),
+        (["--keys", "KEYS", "--new-key", "x", "--rights", "person"], "'of' names"),
+        (["--insecure-local", "--store", "nowhere"], "no store"),
+    ],
+)
+def test_mistakes_are_told_and_nothing_is_served(made, tmp_path, words, said):
+    words = [str(tmp_path / "keys.yaml") if word == "KEYS" else word for word in words]
+    environment = {name: value for name, value in os.environ.items() if name != "MTA_API_KEY"}
+    found = mta("serve", "--bank", str(made / "bank"), *words, cwd=tmp_path, env=environment)
+    assert found.returncode == 1
+    assert said in found.stderr
+    assert "Traceback" not in found.stderr
+    assert not (tmp_path / "keys.yaml").exists()

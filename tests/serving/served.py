@@ -1,0 +1,43 @@
+"""A real server over the tiny bank, on a port of its own, for tests that talk to it as clients do."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from contextlib import contextmanager
+from types import SimpleNamespace
+
+import uvicorn
+from conftest import personalizer
+
+from mta.serving.auth import Keys, add_key
+from mta.serving.embedded import EmbeddedEngine
+from mta.serving.gateway import Service, create_app
+from mta.serving.jobs import Jobs
+from mta.serving.limits import Limits
+from mta.store import Store
+
+
+@contextmanager
+def served(base, bank, folder, *, limits=None, **how):
+    """Yields url, service, and secrets: admin, serve, ann (one person's), team (a prefix)."""
+    store, keys = Store(folder / "people"), folder / "keys.yaml"
+    given = {"admin": ("admin", ""), "serve": ("serve", ""), "ann": ("person", "ann"), "team": ("prefix", "team/")}
+    secrets = {name: add_key(keys, name, rights, of) for name, (rights, of) in given.items()}
+    engine = EmbeddedEngine(base, bank, store, **{"slots": 4, "chunk": 32, "length": 256} | how)
+    jobs = Jobs(personalizer(base.twin(), bank, store))
+    service = Service(engine, base, store, bank.task, Keys.load(keys), jobs, limits or Limits(), engine.length)
+    server = uvicorn.Server(uvicorn.Config(create_app(service), log_level="error", access_log=False))
+    listening = socket.create_server(("127.0.0.1", 0))
+    thread = threading.Thread(target=server.run, args=([listening],), daemon=True)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    url = f"http://127.0.0.1:{listening.getsockname()[1]}"
+    try:
+        yield SimpleNamespace(url=url, service=service, secrets=secrets, server=server, thread=thread)
+    finally:
+        server.should_exit = True
+        thread.join()
+        listening.close()

@@ -1,0 +1,234 @@
+"""The embedded engine: whoever shares a pass, a slot or a seat, everybody is answered as if they were alone."""
+
+import asyncio
+import random
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import TINY_RUN
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import base_of, random_loras
+
+from mta.errors import InputError
+from mta.lora.batch import Factors, LoraBatch
+from mta.lora.layers import applied
+from mta.rows import BASE, TASK, row_adapters
+from mta.serving.embedded import EmbeddedEngine
+from mta.serving.engine import Ask, EngineGone, QueueFull, Version
+from mta.state import State
+
+KINDS = ["llama", "mistral", "qwen2", "qwen3", "gemma3", "gpt2"]
+
+
+class OneBank:
+    """What an engine needs of a bank, over random adapters."""
+
+    def __init__(self, base, anchors=3):
+        self.working = self.anchors = random_loras(base, anchors, size=0.5)
+        self.task_lora = random_loras(base, 1, size=0.4, seed=5)
+        self.info, self.hash = SimpleNamespace(run=TINY_RUN), "bank"
+
+    def __len__(self):
+        return len(self.anchors)
+
+
+def world(kind="llama", mode="exact", people=4):
+    base = base_of(kind)
+    base.prompts.end_token = 260  # no token of the model: answers end where they were asked to
+    base.model.generation_config.eos_token_id = None
+    bank = OneBank(base)
+    whose = [BASE, TASK]
+    for n in range(people):
+        draw = torch.Generator().manual_seed(n)
+        w = torch.randn(3, generator=draw, dtype=torch.float64).tolist()
+        stack = random_loras(base, 1, size=0.6, rank=1, seed=10 + n)
+        whose.append(State("bank", (2, 0, 1), tuple(w), "fixed", "", f"work{n}", 0, stack, mode=mode))
+    return base, bank, whose
+
+
+@torch.no_grad()
+def one_by_one(base, bank, who, prompt, count, stacked=True):
+    """The most likely token again and again, over the whole text each time: no batch, no cache, no slot."""
+    tokens, adapters = list(prompt), row_adapters(base, bank, [who], stacked)
+    with applied(base.model, adapters, torch.tensor([0])):
+        for _ in range(count):
+            tokens.append(int(base.model(input_ids=torch.tensor([tokens]), use_cache=False).logits[0, -1].argmax()))
+    return tokens[len(prompt) :]
+
+
+async def tokens_of(engine, ask):
+    return [piece.token.id async for piece in engine.answer(ask) if piece.token]
+
+
+class OneStore:
+    """States by the number of the person."""
+
+    def __init__(self, whose):
+        self.whose = whose
+
+    def load(self, person, version):
+        return self.whose[int(person)]
+
+
+def engine_of(base, bank, whose, **how):
+    return EmbeddedEngine(base, bank, OneStore(whose), **{"chunk": 8, "length": 64} | how)
+
+
+def ask_of(n, prompt, count, **how):
+    """Of one of ``whose``: base and task are 0 and 1."""
+    return Ask(tuple(prompt), (BASE, TASK)[n] if n < 2 else Version(str(n), 1), max_tokens=count, **how)
+
+
+def prompts_of(count, longest=40, seed=0):
+    draw = random.Random(seed)
+    return [[draw.randrange(3, 259) for _ in range(draw.randrange(1, longest))] for _ in range(count)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "mode"), [*((kind, "exact") for kind in KINDS), ("llama", "svd"), ("llama", "factor")]
+)
+def test_everybody_is_answered_as_if_they_were_alone(kind, mode):
+    base, bank, whose = world(kind, mode)
+
+    async def go():
+        engine = engine_of(base, bank, whose, slots=3)
+        prompts = prompts_of(12)
+        asks = [ask_of(n % 6, prompt, 5 + n % 4) for n, prompt in enumerate(prompts)]
+        found = await asyncio.gather(*(tokens_of(engine, ask) for ask in asks))
+        await engine.close()
+        return asks, found
+
+    asks, found = asyncio.run(go())
+    for n, (ask, tokens) in enumerate(zip(asks, found)):
+        assert tokens == one_by_one(base, bank, whose[n % 6], ask.prompt, ask.max_tokens), n
+    assert len({tuple(tokens) for tokens in found}) == len(found)
+
+
+@settings(max_examples=15)
+@given(st.data())
+def test_no_order_of_coming_and_going_changes_an_answer(data):
+    base, bank, whose = world()
+    prompts = prompts_of(4, longest=20, seed=data.draw(st.integers(0, 3)))
+    rows = data.draw(
+        st.lists(st.tuples(st.integers(0, 5), st.integers(0, 3), st.integers(1, 8)), min_size=1, max_size=8)
+    )
+    gone = data.draw(st.sets(st.integers(0, 7), max_size=3))
+
+    async def one(engine, n, row):
+        who, prompt, count = row
+        ask = ask_of(who, prompts[prompt], count)
+        await asyncio.sleep(0.002 * (n % 3))
+        tokens = []
+        async for piece in engine.answer(ask):
+            if piece.token:
+                tokens.append(piece.token.id)
+            if n in gone and len(tokens) == 2:
+                break
+        return tokens
+
+    async def go():
+        engine = engine_of(base, bank, whose, slots=data.draw(st.integers(1, 4)), chunk=4, length=64)
+        found = await asyncio.gather(*(one(engine, n, row) for n, row in enumerate(rows)))
+        await engine.close()
+        return found
+
+    for n, ((who, prompt, count), tokens) in enumerate(zip(rows, asyncio.run(go()))):
+        expected = one_by_one(base, bank, whose[who], prompts[prompt], count)
+        assert tokens == expected[: 2 if n in gone else count]
+
+
+def test_a_warm_slot_serves_its_owner_and_nobody_else():
+    base, bank, whose = world()
+    text = prompts_of(1, longest=30, seed=3)[0] * 2
+
+    async def go():
+        engine = engine_of(base, bank, whose, slots=2, length=128)
+        found = []
+        for n in (2, 2, 3):
+            pieces = [p async for p in engine.answer(ask_of(n, text, 4))]
+            found.append(([p.token.id for p in pieces if p.token], pieces[0].cached))
+        await engine.forget("2")
+        pieces = [p async for p in engine.answer(ask_of(2, text, 4))]
+        found.append(([p.token.id for p in pieces if p.token], pieces[0].cached))
+        await engine.close()
+        return found
+
+    first, again, other, anew = asyncio.run(go())
+    alone = one_by_one(base, bank, whose[2], text, 4)
+    assert (first, again, anew) == ((alone, 0), (alone, len(text) - 1), (alone, 0))
+    assert other == (one_by_one(base, bank, whose[3], text, 4), 0)
+
+
+def test_forgetting_ends_what_runs_for_that_person_alone():
+    base, bank, whose = world()
+
+    async def go():
+        engine = engine_of(base, bank, whose, slots=4, length=400)
+        prompt = prompts_of(1)[0]
+        theirs = asyncio.create_task(tokens_of(engine, ask_of(2, prompt, 300)))
+        other = asyncio.create_task(tokens_of(engine, ask_of(3, prompt, 60)))
+        await asyncio.sleep(0.05)
+        await engine.forget("2")
+        with pytest.raises(EngineGone, match="forgotten"):
+            await theirs
+        found = await other
+        await engine.close()
+        return prompt, found
+
+    prompt, found = asyncio.run(go())
+    assert found == one_by_one(base, bank, whose[3], prompt, 60)
+
+
+def test_what_does_not_fit_or_comes_too_late_is_refused():
+    base, bank, whose = world()
+
+    async def go():
+        engine = engine_of(base, bank, whose, slots=1, waiting=2)
+        ask = ask_of(2, [5] * 10, 50)
+        with pytest.raises(InputError, match="more than 64"):
+            await tokens_of(engine, ask_of(2, [5] * 10, 60))
+        with pytest.raises(InputError, match="empty"):
+            await tokens_of(engine, ask_of(2, [], 4))
+        found = await asyncio.gather(*(tokens_of(engine, ask) for _ in range(8)), return_exceptions=True)
+        assert [len(one) for one in found[:3]] == [50] * 3
+        assert all(isinstance(one, QueueFull) for one in found[3:])
+        await engine.close()
+        assert not engine.ready
+        with pytest.raises(EngineGone):
+            await tokens_of(engine, ask)
+
+    asyncio.run(go())
+
+
+def test_sampling_depends_on_the_seed_and_on_nobody_else():
+    base, bank, whose = world()
+
+    async def go(slots, mates):
+        engine = engine_of(base, bank, whose, slots=slots)
+        how = {"temperature": 1.5, "top_p": 0.9, "seed": 7, "top_logprobs": 3}
+        ask = ask_of(2, [9, 8, 7], 12, **how)
+        others = [ask_of(3, [n + 3], 9, temperature=1.0) for n in range(mates)]
+        found, *_ = await asyncio.gather(*(tokens_of(engine, one) for one in (ask, *others)))
+        await engine.close()
+        return found
+
+    alone, among = asyncio.run(go(1, 0)), asyncio.run(go(4, 6))
+    assert alone == among != one_by_one(base, bank, whose[2], [9, 8, 7], 12)
+
+
+def test_seats_grow_for_a_person_whose_adapters_are_larger():
+    base, bank, whose = world()
+    big = random_loras(base, 1, size=0.6, rank=3, seed=40)
+    large = State(
+        "bank", (0,), (0.4,), "fixed", "", "w", 0, LoraBatch({n: Factors(*f) for n, f in big.factors.items()})
+    )
+
+    async def go():
+        engine = engine_of(base, bank, [*whose, large], slots=2)
+        found = await asyncio.gather(*(tokens_of(engine, ask_of(n, [5, 6, 7], 6)) for n in (2, len(whose))))
+        await engine.close()
+        return found
+
+    assert asyncio.run(go()) == [one_by_one(base, bank, who, [5, 6, 7], 6) for who in (whose[2], large)]

@@ -1,0 +1,275 @@
+"""The gateway, talked to over HTTP: by OpenAI's own client, and by whoever has no business there."""
+
+import json
+import re
+import time
+
+import httpx2
+import openai
+import pytest
+from conftest import people_of
+from served import served
+from tiny import base_of, random_loras
+
+from mta.bank.bank import Bank
+from mta.errors import PersonNotFound
+from mta.generate import generate
+from mta.rows import row_adapters
+from mta.serving.limits import Limits
+from mta.serving.text import Text
+from mta.state import State
+
+USAGE = {"include_usage": True}
+ASKED = [{"role": "user", "content": "Film 7"}]
+
+
+@pytest.fixture(scope="module")
+def world(tiny_bank_folder, tmp_path_factory):
+    """A server with three people in its store: ann, bob, team/cy."""
+    base = endless(base_of())
+    bank, folder = Bank.open(tiny_bank_folder, base), tmp_path_factory.mktemp("served")
+    with served(base, bank, folder) as here:
+        for n, id in enumerate(("ann", "bob", "team/cy")):
+            stack = random_loras(base, 1, rank=1, size=0.6, seed=n)
+            state = State(bank.hash, (0, 1, 2), (30.0, -20.0, 5.0 * n), "fixed", "", f"work{n}", 0, stack)
+            here.service.store.save(id, state)
+        here.client = lambda name: openai.OpenAI(base_url=f"{here.url}/v1", api_key=here.secrets[name], max_retries=0)
+        here.http = lambda name: httpx2.Client(
+            base_url=here.url, headers={"Authorization": f"Bearer {here.secrets[name]}"} if name else {}
+        )
+        yield here
+
+
+def endless(base):
+    """Hardly a token of the tiny model ends an answer: it would mostly be empty."""
+    base.prompts.end_token = 259
+    base.model.generation_config.eos_token_id = None
+    return base
+
+
+def shown(base, tokens):
+    """The text of tokens as a client sees it."""
+    text = Text(base.tokenizer)
+    return "".join([*(text.add(token) for token in tokens), text.end()])
+
+
+def said(client, model, **how):
+    found = client.chat.completions.create(model=model, messages=ASKED, max_tokens=12, temperature=0, **how)
+    return found.choices[0].message.content
+
+
+def test_everybody_is_answered_by_their_own_model_streaming_or_not(world):
+    client = world.client("serve")
+    models = [world.service.base.name, "task", "person:ann", "person:ann#merged", "person:bob", "person:team/cy"]
+    whole = {model: said(client, model) for model in models}
+    assert len(set(whole.values())) == len(models)
+    for model in models:
+        stream = client.chat.completions.create(
+            model=model,
+            messages=ASKED,
+            max_tokens=12,
+            temperature=0,
+            stream=True,
+            stream_options={"include_usage": True},
+        )
+        chunks = list(stream)
+        assert "".join(c.choices[0].delta.content or "" for c in chunks if c.choices) == whole[model]
+        assert chunks[-2].choices[0].finish_reason in ("length", "stop")
+        assert chunks[-1].usage.completion_tokens <= 12
+    assert said(client, "person:ann@v1") == whole["person:ann"]
+
+
+def test_the_answer_is_what_the_library_generates(world):
+    client, service = world.client("serve"), world.service
+    prompt = service.base.prompts.chat(ASKED)
+    found = client.completions.create(model="person:bob", prompt="hello", max_tokens=9, temperature=0, logprobs=2)
+    bank = service.engine.bank
+    adapters = row_adapters(service.base, bank, [service.store.load("bob")])
+    base = service.jobs.personal.base  # modules of their own: the engine goes on meanwhile
+    (tokens,) = generate(base, [prompt], [0], adapters, max_new_tokens=12)
+    assert said(client, "person:bob") == shown(service.base, tokens)
+    (tokens,) = generate(base, [service.base.prompts.text("hello")], [0], adapters, max_new_tokens=9)
+    assert found.choices[0].text == shown(service.base, tokens) != ""
+    assert len(found.choices[0].logprobs.token_logprobs) == found.usage.completion_tokens
+    assert all(p <= 0 for p in found.choices[0].logprobs.token_logprobs)
+
+
+def test_n_stop_seed_and_logprobs(world):
+    client = world.client("serve")
+    how = {"model": "person:bob", "messages": ASKED, "max_tokens": 10, "temperature": 1.5, "seed": 5, "n": 3}
+    first, again = (client.chat.completions.create(**how, logprobs=True, top_logprobs=2) for _ in range(2))
+    texts = [choice.message.content for choice in first.choices]
+    assert texts == [choice.message.content for choice in again.choices]
+    assert len(set(texts)) > 1
+    for choice in first.choices:
+        for token in choice.logprobs.content:
+            assert token.top_logprobs[0].logprob >= token.logprob - 1e-6 or len(token.top_logprobs) == 2
+    whole = said(client, "person:bob")
+    stop = whole[4:6]
+    assert said(client, "person:bob", stop=[stop]) == whole[: whole.index(stop)]
+
+
+def test_models_shows_a_person_their_own_and_nobody_elses(world):
+    assert [m.id for m in world.client("ann").models.list()] == [world.service.base.name, "task", "person:ann"]
+    assert [m.id for m in world.client("admin").models.list()] == [world.service.base.name, "task"]
+
+
+@pytest.mark.parametrize(
+    "model", ["person:bob", "person:nobody", "person:team/cy", "person:bob@v1", "gpt-9", "person:"]
+)
+def test_forbidden_and_unknown_people_are_answered_alike(world, model):
+    with pytest.raises(openai.NotFoundError) as error:
+        said(world.client("ann"), model)
+    assert error.value.code == "model_not_found"
+    assert error.value.body["message"].replace(model, "X") == "the model 'X' does not exist, or this key may not ask it"
+
+
+def test_an_owner_is_told_which_versions_there_are(world):
+    with pytest.raises(openai.NotFoundError, match="no version 9; there are 1"):
+        said(world.client("ann"), "person:ann@v9")
+
+
+def test_a_prefix_opens_its_own_people_alone(world):
+    assert said(world.client("team"), "person:team/cy") is not None
+    with pytest.raises(openai.NotFoundError):
+        said(world.client("team"), "person:ann")
+
+
+@pytest.mark.parametrize("path", ["", "/personalize"])
+@pytest.mark.parametrize("method", ["GET", "POST", "DELETE"])
+def test_no_route_tells_one_persons_key_of_another(world, path, method):
+    with world.http("ann") as http, world.http("serve") as serve:
+        found = [
+            h.request(method, f"/v1/people/{id}{path}") for h, id in ((http, "bob"), (http, "nobody"), (serve, "bob"))
+        ]
+    assert len({(one.status_code, one.text) for one in found}) == 1
+    assert found[0].status_code in (404, 405)
+    assert world.service.store.latest("bob") == 1
+
+
+@pytest.mark.parametrize("shown", [{}, {"Authorization": "Bearer wrong"}, {"Authorization": "Basic eDp5"}])
+def test_without_a_key_there_is_no_service(world, shown):
+    for method, path in (("GET", "/v1/models"), ("POST", "/v1/chat/completions"), ("GET", "/v1/people/ann")):
+        body = {"model": "task", "messages": ASKED} if method == "POST" else None
+        found = httpx2.request(method, world.url + path, headers=shown, json=body)
+        assert found.status_code == 401
+        assert found.json()["error"]["code"] == "invalid_api_key"
+    assert httpx2.get(f"{world.url}/healthz").status_code == httpx2.get(f"{world.url}/readyz").status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"temperature": "hot"}, "temperature"),
+        ({"tools": []}, "tools"),
+        ({"messages": []}, "messages"),
+        ({"messages": [{"role": "user", "content": "x" * 400}]}, "more than 256"),
+        ({"max_tokens": 100_000}, "at most 1024"),
+        ({"n": 99}, "n"),
+    ],
+)
+def test_bad_requests_are_told_what_is_wrong(world, change, named):
+    with world.http("serve") as http:
+        found = http.post("/v1/chat/completions", json={"model": "task", "messages": ASKED, "max_tokens": 5} | change)
+    assert found.status_code == 400
+    assert named in found.json()["error"]["message"]
+
+
+def test_a_body_that_is_too_long_is_refused(world):
+    with world.http("serve") as http:
+        found = http.post("/v1/chat/completions", content=b"x" * ((1 << 20) + 1))
+        assert found.status_code == 413
+        found = http.post("/v1/chat/completions", content=(b"x" * 1000 for _ in range(1100)))
+        assert found.status_code == 413
+
+
+def test_a_persons_way_history_personalize_ask_forget(world):
+    fields = [dict(item.fields) for item in people_of(1, items=6, seed=9)[0].items]
+    items = [{"fields": one, "time": n} for n, one in enumerate(fields)]
+    with world.http("team") as http:
+        where = "/v1/people/team/dee"
+        assert http.get(where).status_code == 404
+        assert http.post(f"{where}/personalize").status_code == 400
+        assert http.post(f"{where}/history", json={"items": items[:4]}).json() == {"items": 4, "kept": False}
+        assert http.post(f"{where}/history", json={"items": items[4:], "keep": True}).json() == {
+            "items": 2,
+            "kept": True,
+        }
+        assert http.post(f"{where}/history", json={"items": [{"fields": {"title": "x"}}]}).status_code == 400
+        assert http.post(f"{where}/personalize").status_code == 202
+        done = _waited(lambda: http.get(f"{where}/personalize").json())
+        assert done == {"status": "done", "version": 1, "message": ""}
+        kept = http.get(where).json()
+        assert (kept["versions"], kept["items_kept"], kept["items_held"], len(kept["w"])) == ([1], 2, 4, 3)
+        assert said(world.client("team"), "person:team/dee") is not None
+        assert http.delete(where).json() == {"removed": True, "needs_rebuild": []}
+        assert http.get(where).status_code == http.get(f"{where}/personalize").status_code == 404
+    with pytest.raises(openai.NotFoundError):
+        said(world.client("team"), "person:team/dee")
+    with pytest.raises(PersonNotFound):
+        world.service.store.load("team/dee")
+    assert world.service.store.history("team/dee") is None
+
+
+def test_metrics_count_and_name_nobody(world):
+    said(world.client("serve"), "person:ann")
+    text = httpx2.get(f"{world.url}/metrics").text
+    for name in ("mta_requests_total", "mta_first_token_seconds_count", "mta_engine_merges", "mta_answer_tokens_total"):
+        assert name in text
+    for secret in ("ann", "bob", "team", "Film"):
+        assert not re.search(f'[":]{secret}', text)
+
+
+def test_nothing_written_holds_a_secret_or_an_id(world):
+    for path in world.service.jobs.personal.bank.folder.parent.rglob("*"):
+        if path.is_file() and path.suffix in (".json", ".yaml"):
+            assert not any(secret in path.read_text() for secret in world.secrets.values()), path
+
+
+def test_too_many_at_once_are_told_to_come_again(tiny, tmp_path):
+    base, bank = tiny
+    with served(base, bank, tmp_path, slots=1, waiting=1) as here:
+        headers = {"Authorization": f"Bearer {here.secrets['serve']}"}
+        body = {"model": "task", "messages": ASKED, "max_tokens": 60, "n": 6}
+        found = httpx2.post(f"{here.url}/v1/chat/completions", json=body, headers=headers)
+        assert (found.status_code, found.json()["error"]["code"]) == (429, "queue_full")
+        assert int(found.headers["Retry-After"]) >= 1
+    with served(base, bank, tmp_path / "rate", limits=Limits(rate=2)) as here:
+        headers = {"Authorization": f"Bearer {here.secrets['serve']}"}
+        codes = [httpx2.get(f"{here.url}/v1/models", headers=headers).status_code for _ in range(3)]
+        assert codes == [200, 200, 429]
+
+
+def test_a_client_that_goes_away_leaves_its_slot(tiny, tmp_path):
+    base, bank = tiny
+    with served(endless(base), bank, tmp_path, slots=1, length=2000, limits=Limits(max_tokens=2000)) as here:
+        headers = {"Authorization": f"Bearer {here.secrets['serve']}"}
+        body = {"model": "task", "prompt": "x", "max_tokens": 1900, "stream": True, "temperature": 0}
+        with httpx2.stream("POST", f"{here.url}/v1/completions", json=body, headers=headers) as stream:
+            next(stream.iter_lines())
+        _waited(lambda: {"status": "done" if here.service.engine.facts()["running"][0] == 0 else "running"}, seconds=10)
+        found = httpx2.post(
+            f"{here.url}/v1/completions", json=body | {"stream": False, "max_tokens": 3}, headers=headers
+        )
+        assert found.json()["usage"]["completion_tokens"] <= 3
+
+
+def test_ending_the_server_lets_running_answers_end(tiny, tmp_path):
+    base, bank = tiny
+    with served(endless(base), bank, tmp_path) as here:
+        client = openai.OpenAI(base_url=f"{here.url}/v1", api_key=here.secrets["serve"], max_retries=0)
+        stream = client.completions.create(model="task", prompt="x", max_tokens=150, temperature=0, stream=True)
+        next(iter(stream))
+        here.server.should_exit = True
+        chunks = list(stream)
+        assert chunks[-1].choices[0].finish_reason in ("length", "stop")
+        here.thread.join(10)
+        assert not here.service.engine.ready
+
+
+def _waited(ask, seconds=60):
+    until = time.monotonic() + seconds
+    while (found := ask())["status"] in ("waiting", "running") and time.monotonic() < until:
+        time.sleep(0.05)
+    return json.loads(json.dumps(found))

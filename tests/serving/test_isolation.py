@@ -1,0 +1,161 @@
+"""Nobody is ever answered by somebody else's adapter: under load, cancelling, eviction, updates and forgetting.
+
+Every version of everybody has an answer of its own, which is its secret word: what comes back must be one of theirs.
+"""
+
+import asyncio
+import random
+from dataclasses import dataclass, field
+
+import pytest
+from conftest import people_of, personalizer
+from tiny import random_loras
+
+from mta.errors import MtaError
+from mta.generate import generate
+from mta.rows import row_adapters
+from mta.serving.embedded import EmbeddedEngine
+from mta.serving.engine import Ask, Version
+from mta.state import State
+from mta.store import Store
+from mta.tasks.prompt import PromptFormat
+
+LENGTH = 4
+
+
+@dataclass
+class World:
+    """People whose secret words are known, in a store that changes while they are asked."""
+
+    base: object
+    bank: object
+    store: Store
+    words: dict = field(default_factory=dict)  # (person, version) -> tokens
+    gone: set = field(default_factory=set)
+
+    def renew(self, person, seed):
+        """A new version of a person, unlike all others."""
+        state = State(
+            self.bank.hash,
+            (0, 1, 2),
+            (1.0, -2.0, float(seed % 7)),
+            "fixed",
+            "",
+            f"{person}/{seed}",
+            0,
+            random_loras(self.base, 1, rank=1, size=0.9, seed=seed),
+        )
+        version = self.store.save(person, state)
+        adapters = row_adapters(self.base, self.bank, [state])
+        self.words[person, version] = tuple(self._alone([prompt_of(person)], adapters)[0])
+        return version
+
+    def _alone(self, prompts, adapters):
+        return generate(self.base, prompts, [0], adapters, max_new_tokens=LENGTH)
+
+
+def prompt_of(person):
+    return [40 + int(person), 50, 60, 70, 80]
+
+
+def world_of(tiny, folder, people):
+    base, bank = tiny
+    base.prompts.end_token = 260
+    base.model.generation_config.eos_token_id = None
+    made = World(base.twin(), bank, Store(folder))
+    for n in range(people):
+        made.renew(str(n), n)
+    assert len(set(made.words.values())) > 0.9 * people
+    return base, made
+
+
+def learner(base):
+    """Modules of its own over the same weights, with an end token that can be learnt."""
+    twin = base.twin()
+    twin.prompts = PromptFormat(base.tokenizer, 512)
+    return twin
+
+
+async def asked(engine, world, person, lot):
+    """One answer, or half of one; returns what was wrong with it."""
+    version = world.store.latest(person)
+    if version is None:
+        return None
+    ask = Ask(tuple(prompt_of(person)), Version(person, version), max_tokens=LENGTH)
+    tokens, leaves = [], lot < 0.15
+    try:
+        async for piece in engine.answer(ask):
+            if piece.token:
+                tokens.append(piece.token.id)
+            if leaves and len(tokens) == 2:
+                break
+    except MtaError:
+        return None if person in world.gone else f"{person} was refused"
+    expected = world.words[person, version][: len(tokens)]
+    return None if tuple(tokens) == expected and (leaves or len(tokens) == LENGTH) else f"{person}@{version}: {tokens}"
+
+
+async def storm(engine, world, rounds, at_once, people, seed=0):
+    """Ask, leave, renew and forget, all at random; returns how many answers came, and those that were wrong."""
+    draw, wrong, count = random.Random(seed), [], 0
+    for turn in range(rounds):
+        chosen = [str(draw.randrange(people)) for _ in range(at_once)]
+        running = [asyncio.create_task(asked(engine, world, one, draw.random())) for one in chosen]
+        if turn % 3 == 0:
+            await asyncio.to_thread(world.renew, str(draw.randrange(people)), 1000 + turn)
+        if turn % 7 == 3:
+            person = str(draw.randrange(people))
+            world.gone.add(person)
+            world.store.forget(person)
+            await engine.forget(person)
+            world.words = {key: word for key, word in world.words.items() if key[0] != person}
+        found = await asyncio.gather(*running, return_exceptions=True)
+        wrong += [one for one in found if one and not isinstance(one, KeyError)]
+        count += len(found)
+    return count, wrong
+
+
+def run(tiny, folder, **how):
+    base, world = world_of(tiny, folder, how["people"])
+
+    async def go():
+        engine = EmbeddedEngine(base, world.bank, world.store, slots=5, chunk=6, length=32, activated=4)
+        found = await storm(engine, world, **how)
+        await engine.close()
+        return found
+
+    return asyncio.run(go())
+
+
+def test_no_answer_is_somebody_elses(tiny, tmp_path):
+    count, wrong = run(tiny, tmp_path / "people", rounds=40, at_once=12, people=9)
+    assert count == 480
+    assert not wrong
+
+
+@pytest.mark.slow
+def test_no_answer_in_a_hundred_thousand_is_somebody_elses(tiny, tmp_path):
+    count, wrong = run(tiny, tmp_path / "people", rounds=2500, at_once=40, people=30)
+    assert count == 100_000
+    assert not wrong
+
+
+def test_answers_stay_right_while_others_are_being_trained(tiny, tmp_path):
+    base, world = world_of(tiny, tmp_path / "people", 4)
+    training = personalizer(learner(base), world.bank, world.store)
+
+    async def go():
+        engine = EmbeddedEngine(base, world.bank, world.store, slots=4, chunk=6, length=32)
+        job = asyncio.create_task(asyncio.to_thread(training.personalize, people_of(12, prefix="new")))
+        wrong, count = [], 0
+        while not job.done() or count < 40:
+            wrong += [await asked(engine, world, str(n), 1.0) for n in range(4)]
+            count += 4
+        await job
+        await engine.close()
+        return [one for one in wrong if one]
+
+    assert asyncio.run(go()) == []
+    alone = personalizer(learner(base), world.bank, Store(tmp_path / "alone"))
+    alone.personalize(people_of(12, prefix="new"))
+    assert all(alone.store.load(f"new{n}") == world.store.load(f"new{n}") for n in range(12))

@@ -1,0 +1,60 @@
+"""Text as it is shown while tokens come: whole characters, and nothing of a stop text."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny import tokenizer
+
+from mta.serving.names import Named, named
+from mta.serving.text import Text
+
+
+def pieces_of(text, stops=()):
+    shown, made = Text(tokenizer(), stops), []
+    for token in tokenizer()(text)["input_ids"]:
+        made.append(shown.add(token))
+        if shown.stopped:
+            return made
+    return [*made, shown.end()]
+
+
+@given(st.text(max_size=30))
+def test_pieces_are_whole_characters_and_make_up_the_text(text):
+    pieces = pieces_of(text)
+    assert "".join(pieces) == text
+    assert "\N{REPLACEMENT CHARACTER}" not in "".join(pieces).replace(text, "")
+
+
+@given(st.text(alphabet="abé€ ", max_size=20), st.lists(st.text(alphabet="abé€ ", min_size=1, max_size=4), max_size=3))
+def test_an_answer_ends_before_the_first_stop_text(text, stops):
+    places = [text.find(stop) for stop in stops if stop in text]
+    assert "".join(pieces_of(text, stops)) == (text[: min(places)] if places else text)
+
+
+def test_bytes_that_are_no_text_do_not_hold_a_stream_up():
+    shown = Text(tokenizer())
+    (byte,) = tokenizer()("\u00e9")["input_ids"][:1]
+    assert any(shown.add(byte) for _ in range(5))
+
+
+@pytest.mark.parametrize(
+    ("model", "expected"),
+    [
+        ("person:ann", Named("ann")),
+        ("person:ann@v3", Named("ann", 3)),
+        ("person:ann#merged", Named("ann", stacked=False)),
+        ("person:ann@v3#merged", Named("ann", 3, False)),
+        ("person:ann@v3@v1", Named("ann@v3", 1)),
+        ("person:a@v0", Named("a@v0")),
+        ("person:../../etc", Named("../../etc")),
+        ("person:", None),
+        ("ann", None),
+    ],
+)
+def test_names_of_models(model, expected):
+    assert named(model, "base") == expected
+
+
+@given(st.text(min_size=1), st.integers(1, 999))
+def test_every_version_of_every_id_can_be_named(id, version):
+    assert named(f"person:{id}@v{version}", "base") == Named(id, version)
