@@ -85,6 +85,7 @@ Caller = Annotated[Key, Depends(key_of)]
 def create_app(service: Service) -> FastAPI:
     """The gateway as an ASGI application."""
     from mta.serving.completions import add_completions
+    from mta.serving.page import add_page
     from mta.serving.people import add_people
 
     @asynccontextmanager
@@ -101,6 +102,7 @@ def create_app(service: Service) -> FastAPI:
     _add_health(app, service)
     add_completions(app, service)
     add_people(app, service)
+    add_page(app, service)
     return app
 
 

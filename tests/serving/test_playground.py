@@ -1,0 +1,125 @@
+"""The playground in a real browser: headless Chromium, driven as a person would."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+from served import served
+from tiny import base_of, random_loras
+
+from mta.bank.bank import Bank
+from mta.state import State
+
+webdriver = pytest.importorskip("selenium.webdriver")
+CHROMIUM, DRIVER = (shutil.which(name) for name in ("chromium", "chromedriver"))
+pytestmark = pytest.mark.skipif(
+    not (CHROMIUM and DRIVER), reason="no Chromium: apt-get install chromium chromium-driver"
+)
+
+
+@pytest.fixture(scope="module")
+def world(tiny_bank_folder, tmp_path_factory):
+    base = base_of()
+    base.prompts.end_token = 259
+    base.model.generation_config.eos_token_id = None
+    bank, folder = Bank.open(tiny_bank_folder, base), tmp_path_factory.mktemp("page")
+    with served(base, bank, folder) as here:
+        stack = random_loras(base, 1, rank=1, size=0.6)
+        here.service.store.save("ann", State(bank.hash, (0, 1, 2), (30.0, -20.0, 5.0), "fixed", "", "w", 0, stack))
+        yield here
+
+
+@pytest.fixture
+def page(world):
+    """The page in a browser window of a phone's size, and how to wait for what it shows."""
+    options = webdriver.ChromeOptions()
+    options.binary_location = CHROMIUM
+    for word in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--window-size=420,1400"):
+        options.add_argument(word)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    browser = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
+    try:
+        browser.get(world.url)
+        yield browser
+        wrong = [row["message"] for row in browser.get_log("browser") if row["level"] == "SEVERE"]
+        assert [message for message in wrong if "401" not in message and "404" not in message] == []
+    finally:
+        browser.quit()
+
+
+def at(page, id):
+    return page.find_element("id", id)
+
+
+def until(page, what, seconds=30):
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    return WebDriverWait(page, seconds).until(lambda _: what())
+
+
+def type_in(page, id, text):
+    from selenium.webdriver.common.keys import Keys
+
+    at(page, id).clear()
+    at(page, id).send_keys(text, Keys.TAB)
+
+
+def test_ask_add_personalize_and_forget(page, world):
+    from selenium.webdriver.common.keys import Keys
+
+    until(page, lambda: "API key" in at(page, "state").text)
+    type_in(page, "key", world.secrets["ann"])
+    until(page, lambda: "Version 1" in at(page, "state").text)
+    assert at(page, "person").get_attribute("value") == "ann"
+    assert [bar.text for bar in page.find_elements("css selector", ".bars .number")] == ["30.000", "-20.000", "5.000"]
+
+    title = page.find_element("css selector", "#question textarea[name=title]")
+    title.send_keys("Film 7", Keys.CONTROL, Keys.ENTER)
+    until(page, lambda: len(page.find_elements("css selector", ".answer[data-done=yes]")) == 4)
+    answers = [card.text for card in page.find_elements("css selector", ".answer p")]
+    assert len(set(answers)) == 4
+
+    for name, text in (("title", "Film 9"), ("genres", "Drama")):
+        page.find_element("css selector", f"#item [name={name}]").send_keys(text)
+    page.find_element("css selector", "#add button[type=submit]").click()
+    until(page, lambda: "1 items are known" in at(page, "done").text)
+    at(page, "personalize").click()
+    until(page, lambda: "version 2" in at(page, "done").text)
+    until(page, lambda: "Version 2" in at(page, "state").text)
+
+    at(page, "forget").click()
+    page.switch_to.alert.accept()
+    until(page, lambda: "Forgotten" in at(page, "done").text)
+    assert world.service.store.latest("ann") is None
+
+
+def test_the_page_brings_all_it_needs_and_keeps_no_key(page, world):
+    type_in(page, "key", world.secrets["serve"])
+    until(page, lambda: page.find_elements("css selector", "#question textarea"))
+    loaded = page.execute_script("return performance.getEntriesByType('resource').map(one => one.name)")
+    assert all(address.startswith(world.url) for address in loaded)
+    assert page.execute_script("return localStorage.length + sessionStorage.length + document.cookie.length") == 0
+    assert page.execute_script("return document.documentElement.scrollWidth <= innerWidth")
+    source = (Path(__file__).parents[2] / "src/mta/serving/playground.html").read_text()
+    assert "http://" not in source
+    assert "https://" not in source
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_letters_stand_out_from_paper(page, scheme):
+    page.execute_cdp_cmd(
+        "Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
+    )
+    colours = page.execute_script(
+        "const of = (e, what) => getComputedStyle(e)[what].match(/[0-9]+/g).map(Number);"
+        "const s = document.querySelector('section');"
+        "return [of(s, 'color'), of(document.querySelector('label'), 'color'), of(s, 'backgroundColor')]"
+    )
+    *inks, paper = (luminance(colour[:3]) for colour in colours)
+    assert all((max(ink, paper) + 0.05) / (min(ink, paper) + 0.05) >= 4.5 for ink in inks)
+
+
+def luminance(colour):
+    """As WCAG has it."""
+    parts = [c / 255 / 12.92 if c / 255 <= 0.03928 else ((c / 255 + 0.055) / 1.055) ** 2.4 for c in colour]
+    return 0.2126 * parts[0] + 0.7152 * parts[1] + 0.0722 * parts[2]
