@@ -235,7 +235,8 @@ def checked(kind: type[S], values: dict[str, Any], source: str) -> S:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
         reason = first["msg"].removeprefix("Value error, ")
-        raise ConfigError(f"{source}: {key}: {reason} (got {first['input']!r})") from None
+        got = repr(first["input"])
+        raise ConfigError(f"{source}: {key}: {reason} (got {got[:100]}{'…' * (len(got) > 100)})") from None
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

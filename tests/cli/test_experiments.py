@@ -49,6 +49,7 @@ def test_a_report_is_drawn_without_a_model(smoke, tmp_path, monkeypatch):
         (["evaluate", "nothing.yaml", "--out", "{out}"], "no recipe 'nothing.yaml'"),
         (["evaluate", "movielens", "--out", "{out}", "--on", "training"], "expected test or development"),
         (["evaluate", "movielens", "--out", "{out}", "people.tests=3"], "people.tests"),
+        (["evaluate", "movielens", "--out", "{out}", "--exhibit", "figure9"], "no exhibit 'figure9'"),
         (["report", "{out}"], "no folder of an experiment"),
     ],
 )
@@ -57,6 +58,7 @@ def test_mistakes_are_told_without_a_traceback(world, tmp_path, words, expected)
     assert said.code == 1
     assert expected in said.err
     assert "Traceback" not in said.err
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_is_tried_on_development_people_is_never_tried_on_others(smoke):

@@ -126,14 +126,16 @@ def _experiment(
     from mta.errors import InputError
     from mta.evaluation.experiment import run_experiment
     from mta.evaluation.lab import Lab
-    from mta.evaluation.recipe import load_experiment
+    from mta.evaluation.recipe import Which, load_experiment, wanted
 
     if on not in ("test", "development"):
         raise InputError(f"--on is {on!r}; expected test or development")
     check_out(out)
     recipe = override(load_experiment(name), words or [])
+    which: Which = "test" if on == "test" else "development"
+    wanted(recipe, which, exhibits or ())  # before anything is written or loaded
     with Screen() as screen:
-        lab = Lab.open(recipe, out, data, "test" if on == "test" else "development", say=screen.say)
+        lab = Lab.open(recipe, out, data, which, say=screen.say)
         lab.on_step = screen.step
         run_experiment(lab, exhibits or (), typed())
     if json:

@@ -22,8 +22,9 @@ from mta.bank.bank import Bank
 from mta.base import BaseModel
 from mta.config import MergeSettings
 from mta.fuse import Merge, merged_factors
+from mta.kernels import product
 from mta.lora.batch import LoraBatch, join
-from mta.lora.terms import RowTerm, SharedTerm
+from mta.lora.terms import RowTerm
 from mta.rows import BASE, Nobody
 from mta.state import State
 
@@ -94,9 +95,8 @@ class Seats:
         try:
             for name, (a, b) in self._own.items():
                 layer: Any = self.base.model.get_submodule(name)
-                shared = SharedTerm(*self._shared[name], gates)
                 changed.append((layer, vars(layer).get("forward")))
-                layer.forward = partial(_adapted, layer.forward, shared, RowTerm(a[rows], b[rows].mT))
+                layer.forward = partial(_adapted, layer.forward, self._shared[name], gates, RowTerm(a[rows], b[rows].mT))
             yield
         finally:
             for layer, before in reversed(changed):
@@ -116,17 +116,17 @@ class Seats:
             self._own[name] = a, b
 
 
-def _adapted(plain: Any, shared: SharedTerm, own: RowTerm, x: Tensor) -> Tensor:
+def _adapted(plain: Any, shared: tuple[Tensor, Tensor], gates: Tensor, own: RowTerm, x: Tensor) -> Tensor:
+    """What the layer gives, the shared updates as each row weighs them, and each row's own. Shapes: x (B, T, D)."""
     y: Tensor = plain(x)
-    if not y.is_contiguous():
-        return own(x, shared(x, y))
-    shared.add_(x, y)
+    h = product(x, shared[0]).view(len(gates), -1, gates.shape[1]) * gates[:, None]
+    y = y.view(len(gates), -1, y.shape[-1]) + product(h, shared[1])
     own.add_(x, y)
-    return y
+    return y.view(*x.shape[:-1], y.shape[-1])
 
 
 def _side_by_side(batches: list[LoraBatch], name: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """All ranks of all adapters of a layer: (P, D) and (O, P)."""
     a = torch.cat([batch.factors[name].a.flatten(0, 1) for batch in batches])
     b = torch.cat([batch.factors[name].b.transpose(0, 1).flatten(1) for batch in batches], 1)
-    return a.to(dtype), b.to(dtype)
+    return a.to(dtype).contiguous(), b.to(dtype).contiguous()
