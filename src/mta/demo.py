@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Sequence
 from importlib import resources
 from pathlib import Path
@@ -104,7 +105,13 @@ def demo(
 
     say(f"5/5  {out / 'report.html'}")
     found.write(out, command)
+    say(_next(out, [found.panel.people[i].id for i in three]))
     return found
+
+
+def _next(out: Path, three: Sequence[str]) -> str:
+    words = ["mta", "serve", "--bank", str(out / "bank"), "--store", str(out / "people"), "--insecure-local"]
+    return f"     To ask people {', '.join(three)} yourself:  {shlex.join(words)}   then open http://127.0.0.1:8000"
 
 
 def _settled(out: Path, recipe: Recipe, words: Sequence[str], say: Callable[[str], None]) -> Recipe:

@@ -96,7 +96,9 @@ class Seats:
             for name, (a, b) in self._own.items():
                 layer: Any = self.base.model.get_submodule(name)
                 changed.append((layer, vars(layer).get("forward")))
-                layer.forward = partial(_adapted, layer.forward, self._shared[name], gates, RowTerm(a[rows], b[rows].mT))
+                layer.forward = partial(
+                    _adapted, layer.forward, self._shared[name], gates, RowTerm(a[rows], b[rows].mT)
+                )
             yield
         finally:
             for layer, before in reversed(changed):
