@@ -103,9 +103,8 @@ def demo(
     personal.personalize([found.panel.people[i] for i in three], on_step=on_step)
     ask(found, personal, recipe.question, three)
 
-    say(f"5/5  {out / 'report.html'}")
     found.write(out, command)
-    say(_next(out, [found.panel.people[i].id for i in three]))
+    say(f"5/5  {out / 'report.html'}\n{_next(out, [found.panel.people[i].id for i in three])}")
     return found
 
 
