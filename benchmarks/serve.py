@@ -25,7 +25,7 @@ from mta.bank.bank import Bank
 from mta.bank.files import read_info
 from mta.base import BaseModel
 from mta.lora.batch import fresh
-from mta.machine import cores, processor
+from mta.machine import cores, in_passing, processor
 from mta.rows import BASE
 from mta.serving.embedded import EmbeddedEngine
 from mta.serving.engine import Ask, Version, Who
@@ -105,6 +105,13 @@ def measured(base: BaseModel, bank: Bank, args: object, *, alone: bool) -> dict[
     return asyncio.run(go())
 
 
+def opened(folder: Path, dtype: str) -> tuple[BaseModel, Bank]:
+    base = BaseModel.load(read_info(folder).run.base, dtype)
+    base.prompts.end_token = base.model.config.vocab_size  # answers of one length: both ways do as much
+    base.model.generation_config.eos_token_id = None
+    return base, Bank.open(folder, base)
+
+
 def main() -> None:
     words = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     words.add_argument("--bank", type=Path, default=Path("demo/bank"))
@@ -115,10 +122,7 @@ def main() -> None:
     words.add_argument("--seconds", type=float, default=30)
     words.add_argument("--dtype", default="bfloat16")
     args = words.parse_args()
-    base = BaseModel.load(read_info(args.bank).run.base, args.dtype)
-    base.prompts.end_token = base.model.config.vocab_size  # answers of one length: both ways do as much
-    base.model.generation_config.eos_token_id = None
-    bank = Bank.open(args.bank, base)
+    base, bank = in_passing(lambda: opened(args.bank, args.dtype))
     found = {"base alone": measured(base, bank, args, alone=True), "people": measured(base, bank, args, alone=False)}
     ratio = found["people"]["tokens/s"] / found["base alone"]["tokens/s"]
     about = {"machine": f"{processor()}, {cores()} cores", "anchors": len(bank), "dtype": args.dtype}

@@ -14,6 +14,7 @@ import mta.kernels.compile as module
 from mta.attention import additive, blocks_of, tree_attention
 from mta.kernels import (
     LogProbs,
+    adapted_rows,
     add_low_rank,
     kernels,
     low_rank_gradients,
@@ -192,6 +193,22 @@ def test_products_equal_linear_layers_with_their_gradient(rows, d, o, bias):
     expected, right = with_gradients(torch.nn.functional.linear, [x], others)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
     torch.testing.assert_close(slopes, right, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(("rows", "d", "o", "ranks", "own"), [(1, 7, 5, 3, 1), (5, 40, 33, 64, 2), (24, 64, 96, 32, 1)])
+def test_rows_with_updates_of_their_own_equal_plain_products(rows, d, o, ranks, own, bias):
+    draw = torch.Generator().manual_seed(rows)
+    shapes = ((rows, 1, d), (o, d), (o,), (ranks, d), (o, ranks), (rows, ranks), (rows, own, d), (rows, own, o))
+    x, w, c, a, b, gates, p, q = (torch.randn(shape, generator=draw, dtype=torch.float64) for shape in shapes)
+    found = adapted_rows(x, w, c if bias else None, (a, b), gates, (p, q))
+    expected = x @ w.T + (c if bias else 0) + (gates[:, None] * (x @ a.T)) @ b.T + (x @ p.mT) @ q
+    torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-11)
+    assert adapted_rows(x.expand(rows, 2, d), w, None, (a, b), gates, (p, q)) is None  # two tokens of each
+    low = [part.bfloat16() for part in (x, w, a, b, gates, p, q)]
+    rough = adapted_rows(low[0], low[1], None, (low[2], low[3]), low[4], (low[5], low[6])).double()
+    exact = adapted_rows(x, w, None, (a, b), gates, (p, q))
+    assert float((rough - exact).norm()) < 0.03 * float(exact.norm())
 
 
 @pytest.mark.parametrize(("dtype", "rough"), [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])

@@ -7,14 +7,17 @@ import ctypes
 import os
 import platform
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from mta.errors import ModelError
 
+T = TypeVar("T")
 _HUGE = 2 << 20  # bytes of a huge page
 _POINTER = ctypes.c_void_p
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
@@ -56,6 +59,17 @@ def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
     if device.type == "cuda":
         return torch.bfloat16
     return torch.bfloat16 if gemm_rate(torch.bfloat16) > 1.2 * gemm_rate(torch.float32) else torch.float32
+
+
+def in_passing(work: Callable[[], T]) -> T:
+    """What ``work`` returns, computed in a thread that ends with it.
+
+    OpenMP keeps helpers for every thread that ever computed. When they are more than the cores, GNU's runtime lets none
+    of them wait actively, and a pass of few tokens takes 1.7 times as long. So whoever loads what another thread will
+    compute with should leave no helpers behind.
+    """
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(work).result()
 
 
 @cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -37,6 +38,7 @@ def serve(
     Example:  mta serve --bank bank/ --store people/ --keys keys.yaml
     """
     _need_extra()
+    from mta.machine import in_passing
     from mta.serving.limits import Limits
     from mta.serving.serve import keys_for, service_of
     from mta.serving.serve import serve as run_server
@@ -46,7 +48,7 @@ def serve(
         return _add_key(keys, new_key, rights, of, json)
     known = keys_for(keys, host, insecure_local)
     Store(store).check()
-    base, opened, run = open_bank(bank, words, seed, device, config, open_to=MERGE_AND_STACK)
+    base, opened, run = in_passing(partial(open_bank, bank, words, seed, device, config, open_to=MERGE_AND_STACK))
     service = service_of(base, opened, store, run, known, Limits(rate=rate), slots=slots)
 
     def ready(url: str) -> None:

@@ -42,6 +42,7 @@ SIGNATURES = {  # p: a pointer, i: an integer, d: a double; in the order of the 
     "few_rows": "pppp iii",
     "side_by_side": "pppp iiii",
     "adamw": "pppppppp iiddd",
+    "adapted_rows": "ppppppppppp iiiii",
 }
 _TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "d": ctypes.c_double}
 _FLAGS = "-std=c++20 -O3 -march=native -mprefer-vector-width=512 -fno-math-errno -fno-trapping-math -fopenmp -fPIC"

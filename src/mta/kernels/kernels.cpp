@@ -237,7 +237,8 @@ void adamw(T* values, T* gradient, T* mean, T* square, const T* clip, const T* s
     (void*)rms_norm<T>, (void*)rms_norm_backward<T>, (void*)swiglu<T>, (void*)swiglu_backward<T>,                 \
     (void*)rotate<T>, (void*)gather<T>, (void*)spread<T>, (void*)scatter<T>, (void*)softmax<T>,                   \
     (void*)softmax_backward<T>, (void*)log_sum_exp<T>, (void*)weighted_softmax<T>, (void*)low_rank<T>,            \
-    (void*)low_rank_backward<T>, (void*)few_rows<T>, (void*)side_by_side<T>, (void*)adamw<wide<T>>                \
+    (void*)low_rank_backward<T>, (void*)few_rows<T>, (void*)side_by_side<T>, (void*)adamw<wide<T>>,               \
+    (void*)adapted_rows<T>                                                                                        \
   }
 
 extern "C" {

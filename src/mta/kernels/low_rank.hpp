@@ -14,6 +14,7 @@ namespace {
 
 constexpr int64_t RANKS = 8;  // at a time, all held in registers
 constexpr int64_t CHUNK = 32;  // rows that one thread takes at a time
+constexpr int64_t MOST = 24;  // rows that are few
 
 // f(constant) for the constant that equals n, 1 to 8: loops of a known length are unrolled into registers.
 template <class F> inline void unrolled(int64_t n, F f) {
@@ -179,23 +180,63 @@ void low_rank_backward(T* dx, T* da, T* db, wide<T>* dh, const T* dy, const T* x
   }
 }
 
+// f(m, r, sum) for every row m and the N rows of w from ``first`` on: sum = x[m] . w[first + r]
+template <int64_t N, class T, class F>
+inline void each_dot(const T* x, const T* w, int64_t rows, int64_t d, F f) {
+  wide<T> tile[2 * RANKS];
+  for (int64_t m = 0; m < rows; m += 2) {
+    const int64_t pair = std::min<int64_t>(2, rows - m);
+    unrolled(pair, [&](auto count) {
+      if constexpr (count <= 2) narrow_tile<count, N>(tile, x + m * d, w, RANKS, d);
+    });
+    for (int64_t i = 0; i < pair; i++)
+      for (int64_t r = 0; r < N; r++) f(m + i, r, tile[i * RANKS + r]);
+  }
+}
+
 // y (M, O) = x (M, D) w^T + bias (if there is one) for few rows, w (O, D): each number of w is read from memory once.
 template <class T>
 void few_rows(T* y, const T* x, const T* w, const T* bias, int64_t rows, int64_t d, int64_t o) {
 #pragma omp parallel for if (large(d * o))
   for (int64_t first = 0; first < o; first += RANKS)
     unrolled(std::min(RANKS, o - first), [&](auto n) {
-      wide<T> tile[2 * RANKS];
-      for (int64_t m = 0; m < rows; m += 2) {
-        const int64_t pair = std::min<int64_t>(2, rows - m);
-        unrolled(pair, [&](auto count) {
-          if constexpr (count <= 2) narrow_tile<count, n>(tile, x + m * d, w + first * d, RANKS, d);
-        });
-        for (int64_t i = 0; i < pair; i++)
-          for (int64_t r = 0; r < n; r++)
-            y[(m + i) * o + first + r] = store<T>(tile[i * RANKS + r] + (bias ? load(bias[first + r]) : 0));
-      }
+      each_dot<n>(x, w + first * d, rows, d, [&](int64_t m, int64_t r, wide<T> sum) {
+        y[m * o + first + r] = store<T>(sum + (bias ? load(bias[first + r]) : 0));
+      });
     });
+}
+
+// The same with updates: y += (gate * (x a^T)) b^T + (x p^T) q, for few rows. What all rows share, w (O, D), a (P, D)
+// and b (O, P), is read from memory once; gate (M, P), and p (M, S, D) and q (M, S, O), are each row's own. h (M, P) and
+// g (M, S) are room for what lies between.
+template <class T>
+void adapted_rows(T* y, T* h, wide<T>* g, const T* x, const T* w, const T* bias, const T* a, const T* b, const T* gate,
+                  const T* p, const T* q, int64_t rows, int64_t ranks, int64_t own, int64_t d, int64_t o) {
+#pragma omp parallel if (large((d + ranks) * o))
+  {
+#pragma omp for nowait
+    for (int64_t first = 0; first < ranks; first += RANKS)
+      unrolled(std::min(RANKS, ranks - first), [&](auto n) {
+        each_dot<n>(x, a + first * d, rows, d, [&](int64_t m, int64_t r, wide<T> sum) {
+          h[m * ranks + first + r] = store<T>(sum * load(gate[m * ranks + first + r]));
+        });
+      });
+#pragma omp for
+    for (int64_t m = 0; m < rows; m++) narrow(g + m * own, x + m * d, p + m * own * d, 1, own, d);
+#pragma omp for
+    for (int64_t first = 0; first < o; first += RANKS)
+      unrolled(std::min(RANKS, o - first), [&](auto n) {
+        wide<T> shared[MOST * RANKS];
+        each_dot<n>(h, b + first * ranks, rows, ranks,
+                    [&](int64_t m, int64_t r, wide<T> sum) { shared[m * RANKS + r] = sum; });
+        each_dot<n>(x, w + first * d, rows, d, [&](int64_t m, int64_t r, wide<T> sum) {
+          const int64_t at = first + r;
+          sum += shared[m * RANKS + r] + (bias ? load(bias[at]) : 0);
+          for (int64_t s = 0; s < own; s++) sum += g[m * own + s] * load(q[(m * own + s) * o + at]);
+          y[m * o + at] = store<T>(sum);
+        });
+      });
+  }
 }
 
 }  // namespace

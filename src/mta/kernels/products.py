@@ -36,6 +36,31 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return torch.nn.functional.linear(x, weight, bias)
 
 
+def adapted_rows(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    shared: tuple[Tensor, Tensor],
+    gates: Tensor,
+    own: tuple[Tensor, Tensor],
+) -> Tensor | None:
+    """One token of each of a few rows through a linear layer and its rows' updates, everything read from memory once.
+
+    y = x W^T + bias + (gate * (x A^T)) B^T + (x p^T) q. Shapes: x (M, 1, D), shared A (P, D) and B (O, P),
+    gates (M, P), own p (M, S, D) and q (M, S, O) -> (M, 1, O). None, and nothing done, where no kernel is for these.
+    """
+    rows, (a, b), (p, q) = len(gates), shared, own
+    found = kernels(x, weight, a, b, gates, p, q) if bias is None else kernels(x, weight, a, b, gates, p, q, bias)
+    if found is None or rows > _FEW or x.numel() != rows * x.shape[-1] or not weight.is_contiguous():
+        return None
+    d, o, ranks = x.shape[-1], len(weight), len(a)
+    x, y, h = x.contiguous(), x.new_empty(*x.shape[:-1], o), x.new_empty(rows, ranks)
+    g = x.new_empty(rows, p.shape[1], dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
+    places = (None if t is None else t.data_ptr() for t in (y, h, g, x, weight, bias, a, b, gates, p, q))
+    found["adapted_rows"](*places, rows, ranks, p.shape[1], d, o)
+    return y
+
+
 class FrozenLinear(Function):
     """``product`` with the gradient of x alone."""
 

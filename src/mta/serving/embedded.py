@@ -14,6 +14,7 @@ import queue
 import threading
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Hashable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -23,6 +24,7 @@ from torch import Tensor
 from mta.bank.bank import Bank
 from mta.base import BaseModel
 from mta.errors import InputError, MtaError
+from mta.machine import in_passing
 from mta.serving.activated import Activated
 from mta.serving.engine import Ask, EngineGone, Finish, Piece, QueueFull, Version
 from mta.serving.sampling import Sampler
@@ -72,7 +74,7 @@ class EmbeddedEngine:
             raise InputError(f"{base.name!r} takes no positions: its rows cannot go on from slots of one cache")
         self.base, self.bank = base, bank
         self.length, self.chunk, self.waiting = length or base.prompts.max_tokens, chunk, waiting
-        self.seats = Seats(base, bank, slots)
+        self.seats = in_passing(lambda: Seats(base, bank, slots))
         self.activated = Activated(self.seats, store, activated)
         self.slots = Slots(base, slots, self.length, chunk, self.seats.exchange)
         self._asked: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
@@ -82,6 +84,8 @@ class EmbeddedEngine:
         self._open = 0  # answers that somebody waits for
         self._closing = False
         self._stops = frozenset(base.stop_tokens)
+        self._threads = torch.get_num_threads()
+        self._reading = ThreadPoolExecutor(2, "mta-activate", initializer=lambda: torch.set_num_threads(1))
         self._thread = threading.Thread(target=self._work, name="mta-engine", daemon=True)
         self._thread.start()
 
@@ -100,8 +104,8 @@ class EmbeddedEngine:
         self._check(ask)
         self._open += 1
         try:
-            person = await asyncio.to_thread(self.activated.get, ask.who)
             loop, told = asyncio.get_running_loop(), asyncio.Queue[Piece | MtaError]()
+            person = await loop.run_in_executor(self._reading, self.activated.get, ask.who)
             row = Row(ask, person, lambda piece: _tell(loop, told, piece), Sampler(ask))
             self._asked.put(lambda: self._queue.append(row))
             try:
@@ -147,6 +151,7 @@ class EmbeddedEngine:
         self._closing = True
         self._asked.put(lambda: None)
         await asyncio.to_thread(self._thread.join)
+        self._reading.shutdown()
 
     def _check(self, ask: Ask) -> None:
         if not ask.prompt:
@@ -166,7 +171,7 @@ class EmbeddedEngine:
 
     @torch.inference_mode()
     def _work(self) -> None:
-        torch.set_num_threads(torch.get_num_threads())  # this thread's own number: others may settle for less
+        torch.set_num_threads(self._threads)  # this thread's own number: others settle for less
         try:
             while True:
                 busy = bool(self._rows or self._queue)

@@ -16,17 +16,20 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.functional import pad
 
 from mta.bank.bank import Bank
 from mta.base import BaseModel
 from mta.config import MergeSettings
 from mta.fuse import Merge, merged_factors
-from mta.kernels import product
+from mta.kernels import adapted_rows, product
 from mta.lora.batch import LoraBatch, join
 from mta.lora.terms import RowTerm
 from mta.rows import BASE, Nobody
 from mta.state import State
+
+_EVEN = 32  # shared ranks are a multiple of it: whole vectors for the kernels
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,9 +47,12 @@ class Seats:
         self.base, self.bank = base, bank
         shared = [batch.scaled_into_b() for batch in (bank.task_lora, bank.working) if batch is not None]
         self._ranks = [len(batch) * batch.rank for batch in shared]
-        self._shared = {name: _side_by_side(shared, name, base.dtype) for name in base.targets}
-        self._gates = torch.zeros(count, sum(self._ranks), dtype=base.dtype, device=base.device)
+        width = -(-sum(self._ranks) // _EVEN) * _EVEN
+        self._layers: dict[str, Any] = {name: base.model.get_submodule(name) for name in base.targets}
+        self._shared = {name: _side_by_side(shared, name, width, base.dtype) for name in base.targets}
+        self._gates = torch.zeros(count, width, dtype=base.dtype, device=base.device)
         self._own: dict[str, tuple[Tensor, Tensor]] = {}
+        self._forwards: dict[tuple[int, int], dict[str, Any]] = {}  # of stretches of seats that were opened before
         self._grow(bank.info.run.stack.lora.rank)
 
     @property
@@ -56,7 +62,7 @@ class Seats:
 
     def person(self, whose: State | Nobody, stacked: bool = True) -> Person:
         """What a row of theirs needs, computed anew from bank and state."""
-        gates = torch.zeros(sum(self._ranks), dtype=self.base.master_dtype)
+        gates = torch.zeros(self._gates.shape[1], dtype=self.base.master_dtype)
         if self.bank.task_lora is not None and whose is not BASE:
             gates[: self._ranks[0]] = 1
         if isinstance(whose, Nobody):
@@ -64,7 +70,8 @@ class Seats:
         own = [whose.stack] if stacked and whose.stack else []
         merge = Merge(torch.tensor([whose.anchors]), torch.tensor([whose.w], dtype=self.base.master_dtype))
         if whose.mode == "exact":
-            gates[-self._ranks[-1] :] = merge.gates(len(self.bank))[0].repeat_interleave(self.bank.anchors.rank)
+            first, end = sum(self._ranks[:-1]), sum(self._ranks)
+            gates[first:end] = merge.gates(len(self.bank))[0].repeat_interleave(self.bank.anchors.rank)
         else:
             settings = MergeSettings(mode=whose.mode, rank=whose.rank)
             own.append(merged_factors(self.bank.anchors, merge, settings))
@@ -90,22 +97,33 @@ class Seats:
     @contextmanager
     def opened(self, rows: slice) -> Iterator[None]:
         """Within the block, row i of a batch through ``base.model`` sits in seat ``rows.start + i``."""
-        changed = []
-        gates = self._gates[rows].contiguous()
+        before = {name: vars(layer).get("forward") for name, layer in self._layers.items()}
+        forwards = self._forwards_of(rows)
         try:
-            for name, (a, b) in self._own.items():
-                layer: Any = self.base.model.get_submodule(name)
-                changed.append((layer, vars(layer).get("forward")))
-                layer.forward = partial(
-                    _adapted, layer.forward, self._shared[name], gates, RowTerm(a[rows], b[rows].mT)
-                )
+            for name, layer in self._layers.items():
+                layer.forward = forwards[name]
             yield
         finally:
-            for layer, before in reversed(changed):
-                if before is None:
+            for name, layer in self._layers.items():
+                if before[name] is None:
                     del layer.forward
                 else:
-                    layer.forward = before
+                    layer.forward = before[name]
+
+    def _forwards_of(self, rows: slice) -> dict[str, Any]:
+        """What the layers compute for these seats; it reads the seats as they are when it is called."""
+        key = rows.start, rows.stop
+        if key not in self._forwards:
+            gates = self._gates[rows]
+            self._forwards[key] = {
+                name: partial(_adapted, layer, layer.forward, self._shared[name], gates, self._own_of(name, rows))
+                for name, layer in self._layers.items()
+            }
+        return self._forwards[key]
+
+    def _own_of(self, name: str, rows: slice) -> tuple[Tensor, Tensor]:
+        a, b = self._own[name]
+        return a[rows], b[rows]
 
     def _grow(self, rank: int) -> None:
         """Room for so many ranks in every seat; B is kept rank by rank, as the kernels read it."""
@@ -116,19 +134,27 @@ class Seats:
                 for new, old in zip((a, b), kept[name]):
                     new[:, : old.shape[1]] = old
             self._own[name] = a, b
+        self._forwards = {}
 
 
-def _adapted(plain: Any, shared: tuple[Tensor, Tensor], gates: Tensor, own: RowTerm, x: Tensor) -> Tensor:
+def _adapted(
+    layer: Any, plain: Any, shared: tuple[Tensor, Tensor], gates: Tensor, own: tuple[Tensor, Tensor], x: Tensor
+) -> Tensor:
     """What the layer gives, the shared updates as each row weighs them, and each row's own. Shapes: x (B, T, D)."""
+    if type(layer) is nn.Linear:
+        found = adapted_rows(x, layer.weight, layer.bias, shared, gates, own)
+        if found is not None:
+            return found
     y: Tensor = plain(x)
     h = product(x, shared[0]).view(len(gates), -1, gates.shape[1]) * gates[:, None]
     y = y.view(len(gates), -1, y.shape[-1]) + product(h, shared[1])
-    own.add_(x, y)
+    RowTerm(own[0], own[1].mT).add_(x, y)
     return y.view(*x.shape[:-1], y.shape[-1])
 
 
-def _side_by_side(batches: list[LoraBatch], name: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """All ranks of all adapters of a layer: (P, D) and (O, P)."""
+def _side_by_side(batches: list[LoraBatch], name: str, width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """All ranks of all adapters of a layer, and zeros up to ``width``: A (P, D) and B (O, P)."""
     a = torch.cat([batch.factors[name].a.flatten(0, 1) for batch in batches])
     b = torch.cat([batch.factors[name].b.transpose(0, 1).flatten(1) for batch in batches], 1)
-    return a.to(dtype).contiguous(), b.to(dtype).contiguous()
+    more = width - len(a)
+    return (pad(a, (0, 0, 0, more)).to(dtype).contiguous(), pad(b, (0, more)).to(dtype).contiguous())
