@@ -93,7 +93,7 @@ def measured(base: BaseModel, bank: Bank, args: object, *, alone: bool) -> dict[
     async def go() -> dict[str, float]:
         engine = EmbeddedEngine(base, bank, MadeUp(base, bank), slots=args.slots, chunk=args.chunk, length=512)  # type: ignore[attr-defined,arg-type]
         if alone:
-            engine.seats.opened = lambda rows: nullcontext()  # type: ignore[assignment,method-assign]
+            engine.decoder.seats.opened = lambda rows: nullcontext()  # type: ignore[assignment,method-assign]
         whose: list[Who] = [BASE if alone else Version(str(n), 1) for n in range(args.clients)]  # type: ignore[attr-defined]
         warm, args.seconds = args.seconds, 2  # type: ignore[attr-defined]
         await load(engine, whose, prompts, args)

@@ -19,8 +19,8 @@ class Activated:
         self._seats, self._store, self._count = seats, store, count
         self._people: OrderedDict[Who, Person] = OrderedDict()
         self._lock = threading.Lock()
-        self._forgotten = 0
         self.hits = self.misses = 0
+        self.forgotten = 0  # how often somebody was
 
     def __len__(self) -> int:
         return len(self._people)
@@ -33,10 +33,10 @@ class Activated:
                 self.hits += 1
                 return self._people[who]
             self.misses += 1
-            before = self._forgotten
+            before = self.forgotten
         made = self._made(who)  # not under the lock: a store may be far away
         with self._lock:
-            if before == self._forgotten:  # else it may be somebody who was forgotten meanwhile
+            if before == self.forgotten:  # else it may be somebody who was forgotten meanwhile
                 self._people[who] = made
                 while len(self._people) > self._count:
                     self._people.popitem(last=False)
@@ -45,7 +45,7 @@ class Activated:
     def forget(self, person: str) -> None:
         """Drop all versions of a person."""
         with self._lock:
-            self._forgotten += 1
+            self.forgotten += 1
             for who in [who for who in self._people if isinstance(who, Version) and who.person == person]:
                 del self._people[who]
 

@@ -22,7 +22,7 @@ from mta.rows import Nobody
 from mta.serving.auth import LOCAL, Key, Keys
 from mta.serving.engine import Engine, EngineGone, QueueFull, Version, Who
 from mta.serving.jobs import Jobs
-from mta.serving.limits import BodyLimit, Limits, Rate
+from mta.serving.limits import BodyLimit, Limits, Rate, Unexpected
 from mta.serving.metrics import Metrics
 from mta.serving.names import named
 from mta.serving.openai import error_body
@@ -98,6 +98,8 @@ def create_app(service: Service) -> FastAPI:
     app.state.service = service
     refusal = error_body(f"the request is longer than {service.limits.body} bytes", "invalid_request_error")
     app.add_middleware(BodyLimit, most=service.limits.body, refusal=json.dumps(refusal).encode())
+    broken = error_body("something went wrong in the server", "server_error")
+    app.add_middleware(Unexpected, refusal=json.dumps(broken).encode())
     _add_errors(app)
     _add_health(app, service)
     add_completions(app, service)

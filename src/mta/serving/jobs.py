@@ -64,10 +64,10 @@ class Jobs:
         return self._status.get(person)
 
     def forget(self, person: str) -> Forgotten:
-        """Drop what waits for a person, let what runs end, and remove all that is kept of them."""
+        """Drop what waits for a person, let the running job end, and remove all that is kept of them."""
         with self._turn:
             self._waiting.pop(person, None)
-            self._turn.wait_for(lambda: person not in self._running)
+            self._turn.wait_for(lambda: not self._running)  # what it leaves for going on is removed too
             found = self.personal.forget(person)
             self._status.pop(person, None)
             return found

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
@@ -10,6 +12,9 @@ from pydantic import Field
 
 from mta.config import Settings
 
+log = logging.getLogger("mta")
+
+_PATIENCE = 30.0  # seconds for a body to come
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
@@ -44,7 +49,7 @@ class Rate:
 
 
 class BodyLimit:
-    """Refuses a body that is too long, whether its length is told beforehand or not, before it is read to its end."""
+    """Refuses a body that is too long, told beforehand or not, before it is read to its end; waits for none forever."""
 
     def __init__(self, app: Any, most: int, refusal: bytes) -> None:
         self.app, self.most, self.refusal = app, most, refusal
@@ -55,14 +60,15 @@ class BodyLimit:
         told = dict(scope["headers"]).get(b"content-length", b"0")
         if not told.isdigit() or int(told) > self.most:
             return await self._refuse(send)
-        body, more = b"", True
-        while more:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                return None
-            body, more = body + message.get("body", b""), message.get("more_body", False)
-            if len(body) > self.most:
-                return await self._refuse(send)
+        try:
+            async with asyncio.timeout(_PATIENCE):
+                body = await self._body(receive)
+        except TimeoutError:
+            return None  # the server ends the connection
+        if body is None:
+            return None
+        if len(body) > self.most:
+            return await self._refuse(send)
         whole = [{"type": "http.request", "body": body, "more_body": False}]
 
         async def again() -> MutableMapping[str, Any]:
@@ -70,7 +76,43 @@ class BodyLimit:
 
         return await self.app(scope, again, send)
 
+    async def _body(self, receive: Receive) -> bytes | None:
+        """The body, or a little more than is allowed of it; None where the caller has gone."""
+        body, more = b"", True
+        while more and len(body) <= self.most:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                return None
+            body, more = body + message.get("body", b""), message.get("more_body", False)
+        return body
+
     async def _refuse(self, send: Send) -> None:
-        headers = [(b"content-type", b"application/json"), (b"connection", b"close")]
-        await send({"type": "http.response.start", "status": 413, "headers": headers})
-        await send({"type": "http.response.body", "body": self.refusal})
+        await _answer(send, 413, self.refusal)
+
+
+class Unexpected:
+    """What went wrong that nobody foresaw: 500 without a word of it to the caller, and its kind alone to the log."""
+
+    def __init__(self, app: Any, refusal: bytes) -> None:
+        self.app, self.refusal = app, refusal
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        begun = False
+
+        async def watched(message: MutableMapping[str, Any]) -> None:
+            nonlocal begun
+            begun = begun or message["type"] == "http.response.start"
+            await send(message)
+
+        try:
+            await self.app(scope, receive, watched)
+        except Exception as error:  # its message may hold what somebody wrote
+            log.error("a request failed: %s", type(error).__name__)
+            if scope["type"] == "http" and not begun:
+                await _answer(send, 500, self.refusal)
+
+
+async def _answer(send: Send, status: int, body: bytes) -> None:
+    headers = [(b"content-type", b"application/json"), (b"connection", b"close")]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})

@@ -49,10 +49,11 @@ class Text:
     def _give(self, held: int) -> str:
         if self.stopped:
             return ""
-        found = [at for stop in self.stops if (at := self._text.find(stop, max(self._given - len(stop), 0))) >= 0]
+        places = [(self._text.find(stop, max(self._given - len(stop), 0)), len(stop)) for stop in self.stops]
+        found = [(at + length, at) for at, length in places if at >= 0]  # whichever is whole first ends the answer
         if found:
             self.stopped = True
-        until = min(found) if found else max(self._given, len(self._text) - held)
+        until = min(found)[1] if found else max(self._given, len(self._text) - held)
         piece, self._given = self._text[self._given : until], max(until, self._given)
         return piece
 

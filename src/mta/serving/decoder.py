@@ -1,0 +1,161 @@
+"""Rows on their way through one base, turn by turn: who waits, who is filling, who is running.
+
+    waiting ──> filling ──> running ──> done            the two in the middle have a slot and a seat
+
+One turn takes in who waits, pushes at most ``chunk`` prompt tokens of those who are filling through the model, then one
+token of everybody who is running. So who runs is delayed by at most one chunk for each token, however long a newcomer's
+prompt is.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from mta.base import BaseModel
+from mta.errors import MtaError
+from mta.serving.engine import Ask, Finish, Piece
+from mta.serving.sampling import Sampler
+from mta.serving.seats import Person, Seats
+from mta.serving.slots import Slots
+
+Told = Callable[[Piece | MtaError], None]
+
+
+@dataclass(slots=True, eq=False)
+class Row:
+    """An answer on its way: the prompt tokens still to be pushed through, and what has been told of it."""
+
+    ask: Ask
+    person: Person
+    tell: Told
+    sampler: Sampler
+    number: int = 0
+    left: list[int] = field(default_factory=list)
+    last: int = -1
+    count: int = 0
+    cached: int = 0
+    cancelled: bool = False
+
+
+class Decoder:
+    """Rows of different people in slots of one cache; everything happens in ``turn``, in the caller's thread."""
+
+    def __init__(self, base: BaseModel, seats: Seats, slots: int, length: int, chunk: int) -> None:
+        self.seats, self.chunk = seats, chunk
+        self.slots = Slots(base, slots, length, chunk, seats.exchange)
+        self.waiting: deque[Row] = deque()
+        self.rows: list[Row] = []  # row n has slot n and seat n; those who run come first, then those who fill
+        self.running = 0
+        self._admitted = 0
+        self._stops = frozenset(base.stop_tokens)
+
+    @property
+    def busy(self) -> bool:
+        """Whether a turn would do anything."""
+        return bool(self.rows or self.waiting)
+
+    @torch.inference_mode()
+    def turn(self) -> None:
+        """One step for everybody; who was cancelled leaves first."""
+        self._drop_cancelled()
+        self._admit()
+        if len(self.rows) > self.running:
+            self._fill()
+        if self.running:
+            self._decode()
+
+    @torch.inference_mode()
+    def end(self, why: MtaError, wanted: Callable[[Hashable], bool] = lambda _: True) -> None:
+        """End the answers of those who are ``wanted``, and empty the slots they left warm."""
+        for row in [row for row in (*self.rows, *self.waiting) if wanted(row.ask.who)]:
+            row.tell(why)
+            row.cancelled = True
+        self._drop_cancelled()
+        self.slots.forget(wanted)
+
+    def _drop_cancelled(self) -> None:
+        self.waiting = deque(row for row in self.waiting if not row.cancelled)
+        for row in [row for row in self.rows if row.cancelled]:
+            self._leave(row)
+
+    def _admit(self) -> None:
+        while self.waiting and not self.slots.full:
+            row = self.waiting.popleft()
+            place, row.cached = self.slots.take(row.ask.who, row.ask.prompt)
+            self.seats.take(place, row.person)
+            row.left = list(row.ask.prompt[row.cached :])
+            self._admitted += 1
+            row.number = self._admitted
+            self.rows.append(row)
+
+    def _fill(self) -> None:
+        """Push prompt tokens of those who are filling: as many rows as share a chunk, first come, first served."""
+        first = self.running
+        oldest = min(range(first, len(self.rows)), key=lambda n: self.rows[n].number)
+        self._exchange(first, oldest)
+        rows, width = [self.rows[first]], min(len(self.rows[first].left), self.chunk)
+        for row in self.rows[first + 1 :]:
+            wider = max(width, min(len(row.left), self.chunk))
+            if wider * (len(rows) + 1) > self.chunk:
+                break
+            rows, width = [*rows, row], wider
+        logits = self._pass(slice(first, first + len(rows)), [row.left[:width] for row in rows])
+        for row in rows:
+            del row.left[:width]
+        ready = [n for n, row in enumerate(rows) if not row.left]
+        likeliest = logits.argmax(-1).tolist()
+        for n in ready:
+            self._start(rows[n])
+        for n in ready:
+            self._next(rows[n], logits[n], likeliest[n])
+
+    def _decode(self) -> None:
+        rows = self.rows[: self.running]
+        logits = self._pass(slice(0, len(rows)), [[row.last] for row in rows])
+        likeliest = logits.argmax(-1).tolist()
+        for n, row in enumerate(rows):
+            self._next(row, logits[n], likeliest[n])
+
+    def _pass(self, rows: slice, tokens: list[list[int]]) -> Tensor:
+        with self.seats.opened(rows):
+            return self.slots.logits(rows, tokens)
+
+    def _next(self, row: Row, logits: Tensor, likeliest: int) -> None:
+        """One more token of an answer; who is done leaves."""
+        finish: Finish | None = None
+        token = row.sampler.token(logits, likeliest)
+        if token.id in self._stops:
+            finish = "stop"
+        else:
+            row.last, row.count = token.id, row.count + 1
+            row.tell(Piece(token, cached=row.cached))
+            if row.count >= row.ask.max_tokens:
+                finish = "length"
+        if finish:
+            row.tell(Piece(finish=finish, cached=row.cached))
+            self._leave(row)
+
+    def _start(self, row: Row) -> None:
+        """A row whose prompt is through goes over to those who run."""
+        self._exchange(self.rows.index(row), self.running)
+        self.running += 1
+
+    def _leave(self, row: Row) -> None:
+        place = self.rows.index(row)
+        if place < self.running:  # the last one that runs takes its place, so that those who run stay together
+            self.running -= 1
+            self._exchange(place, self.running)
+            place = self.running
+        self.slots.leave(place)
+        self.rows[place] = self.rows[-1]
+        self.rows.pop()
+
+    def _exchange(self, one: int, other: int) -> None:
+        if one != other:
+            self.slots.exchange(one, other)
+            self.rows[one], self.rows[other] = self.rows[other], self.rows[one]
