@@ -23,6 +23,7 @@ _FIELDS = ("bank", "anchors", "w", "policy", "history", "work", "seed", "mode", 
 _NO_DIGEST = "0" * 64
 _HEAD = b'{"__metadata__":{"state":"{\\"sha256\\": \\"'  # how every file of ours goes on after its 8 bytes of length
 _DIGEST = slice(8 + len(_HEAD), 8 + len(_HEAD) + 64)
+SEALED = 8 + len(_HEAD) + 64  # bytes at a file's beginning that hold its seal
 _AGAIN = "Load an earlier version, or make it again:  mta personalize"
 
 
@@ -105,6 +106,11 @@ class State:
         stack = None if fields["scale"] is None else LoraBatch.of_tensors(load(data), fields["scale"])
         kept = {name: fields[name] for name in _FIELDS}
         return cls(**kept | {"anchors": tuple(kept["anchors"]), "w": tuple(kept["w"]), "stack": stack})
+
+
+def seal_of(beginning: bytes) -> str | None:
+    """The sha256 that a state's file bears, from its first ``SEALED`` bytes: two files of one seal are the same."""
+    return beginning[_DIGEST].decode() if beginning[8 : _DIGEST.start] == _HEAD and len(beginning) >= SEALED else None
 
 
 def work_key(bank: str, history_digest: str, config_yaml: str, seed: int) -> str:

@@ -35,10 +35,10 @@ class Storage:
         """The full path."""
         return f"{self.root}/{name}"
 
-    def read(self, name: str) -> bytes | None:
-        """A whole file, or None."""
+    def read(self, name: str, first: int | None = None) -> bytes | None:
+        """A whole file, or its ``first`` bytes; None where there is none."""
         with _reported(self.at(name)), contextlib.suppress(FileNotFoundError):
-            return bytes(self.fs.cat_file(self.at(name)))
+            return bytes(self.fs.cat_file(self.at(name), end=first))
         return None
 
     def exists(self, name: str) -> bool:

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from mta.errors import InputError, PersonNotFound, StateCorrupt, StoreConflict, StoreError
 from mta.history import Person
-from mta.state import SCHEMA, State, history_from_bytes, history_to_bytes, work_key
+from mta.state import SCHEMA, SEALED, State, history_from_bytes, history_to_bytes, seal_of, work_key
 from mta.storage import Storage
 
 __all__ = ["State", "Store", "work_key"]
@@ -92,6 +92,14 @@ class Store:
             )
         where = f"in the store {self._files.root}"
         raise PersonNotFound(f"no state of {id!r} {where}", hint="Personalize first:  mta personalize")
+
+    def seal(self, id: str, version: int) -> str | None:
+        """What tells a version's content from any other's, read from its file's beginning; None where it is not there.
+
+        A number alone does not: who was forgotten and comes again begins with 1 once more.
+        """
+        beginning = self._files.read(f"{self._path(id)}/{version}.safetensors", SEALED)
+        return None if beginning is None else seal_of(beginning) or ""
 
     def latest(self, id: str) -> int | None:
         """Number of the newest version, or None: from the hint upwards, from a listing where the hint does not hold."""

@@ -13,6 +13,8 @@ from mta.serving.engine import Ask, Engine, Finish, Token, Who
 from mta.serving.openai import ChatRequest, Request
 from mta.serving.text import Text
 
+_LETTERS = 32  # of one token, at the very most that is read
+
 
 @dataclass(frozen=True, slots=True)
 class Part:
@@ -41,11 +43,13 @@ class Whole:
         self.finish, self.cached = part.finish or self.finish, part.cached
 
 
-def ask_of(request: Request, who: Who, base: BaseModel, length: int, most: int) -> Ask:
+def ask_of(request: Request, who: Who, base: BaseModel, asker: str, length: int, most: int) -> Ask:
     """A request as tokens: prompt and answer have ``length`` together, an answer ``most``.
 
     Without a number of its own an answer may take all the room there is. Raises InputError.
     """
+    if (letters := request.letters) > length * _LETTERS:
+        raise InputError(f"the prompt has {letters} characters; prompt and answer have at most {length} tokens here")
     if isinstance(request, ChatRequest):
         turns = [{"role": m.role.replace("developer", "system"), "content": m.text} for m in request.messages]
         prompt = base.prompts.chat(turns)
@@ -61,6 +65,7 @@ def ask_of(request: Request, who: Who, base: BaseModel, length: int, most: int) 
         top_p=1.0 if request.top_p is None else request.top_p,
         seed=request.seed,
         top_logprobs=request.alternatives,
+        asker=asker,
     )
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
 from typing import Any
+from urllib.parse import quote
 
 from fastapi import FastAPI
+from fastapi import Request as HttpRequest
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from mta.errors import MtaError
@@ -25,24 +28,41 @@ def add_completions(app: FastAPI, service: Service) -> None:
     @app.get("/v1/models")
     async def models(key: Caller) -> dict[str, Any]:
         """Base and pooled model; a person's own key sees their model too."""
-        names = [service.base.name, "task", *([f"person:{key.of}"] if key.rights == "person" else [])]
+        names = [service.base.name, "task", *([f"person:{quote(key.of, safe='')}"] if key.rights == "person" else [])]
         rows = [{"id": name, "object": "model", "created": 0, "owned_by": "mta"} for name in names]
         return {"object": "list", "data": rows}
 
     @app.post("/v1/chat/completions")
-    async def chat(request: ChatRequest, key: Caller) -> Response:
+    async def chat(request: ChatRequest, key: Caller, http: HttpRequest) -> Response:
         """The next turn of a conversation."""
-        return await _answered(service, request, key)
+        return await _unless_gone(http, _answered(service, request, key))
 
     @app.post("/v1/completions")
-    async def completions(request: CompletionRequest, key: Caller) -> Response:
+    async def completions(request: CompletionRequest, key: Caller, http: HttpRequest) -> Response:
         """How a text goes on."""
-        return await _answered(service, request, key)
+        return await _unless_gone(http, _answered(service, request, key))
+
+
+async def _unless_gone(http: HttpRequest, work: Coroutine[Any, Any, Response]) -> Response:
+    """What ``work`` makes; it is cancelled when the caller goes away, so that nobody's slot is held for nobody."""
+
+    async def gone() -> None:
+        while (await http.receive())["type"] != "http.disconnect":
+            pass
+
+    answering, leaving = asyncio.create_task(work), asyncio.create_task(gone())
+    try:
+        await asyncio.wait((answering, leaving), return_when=asyncio.FIRST_COMPLETED)
+        return answering.result() if answering.done() else Response(status_code=499)
+    finally:
+        for task in (answering, leaving):
+            task.cancel()
+        await asyncio.gather(answering, leaving, return_exceptions=True)
 
 
 async def _answered(service: Service, request: Request, key: Key) -> Response:
     who = await service.who(request.model, key)
-    ask = ask_of(request, who, service.base, service.length, service.limits.max_tokens)
+    ask = ask_of(request, who, service.base, key.name, service.length, service.limits.max_tokens)
     kind = "chatcmpl" if isinstance(request, ChatRequest) else "cmpl"
     shape = Shape(request, f"{kind}-{uuid.uuid4().hex}", service.base.tokenizer)
     parts = _counted(service, ask, request, answers(service.engine, ask, service.base, request))

@@ -10,7 +10,7 @@ prompt is.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mta.base import BaseModel
 from mta.errors import MtaError
-from mta.serving.engine import Ask, Finish, Piece
+from mta.serving.engine import AnswerLost, Ask, Finish, Piece, Who
 from mta.serving.sampling import Sampler
 from mta.serving.seats import Person, Seats
 from mta.serving.slots import Slots
@@ -70,13 +70,14 @@ class Decoder:
             self._decode()
 
     @torch.inference_mode()
-    def end(self, why: MtaError, wanted: Callable[[Hashable], bool] = lambda _: True) -> None:
+    def end(self, why: MtaError, wanted: Callable[[Who], bool] = lambda _: True) -> None:
         """End the answers of those who are ``wanted``, and empty the slots they left warm."""
         for row in [row for row in (*self.rows, *self.waiting) if wanted(row.ask.who)]:
             row.tell(why)
             row.cancelled = True
         self._drop_cancelled()
-        self.slots.forget(wanted)
+        for place in self.slots.forget(lambda owner: wanted(owner[0])):
+            self.seats.clear(place)
 
     def _drop_cancelled(self) -> None:
         self.waiting = deque(row for row in self.waiting if not row.cancelled)
@@ -86,7 +87,7 @@ class Decoder:
     def _admit(self) -> None:
         while self.waiting and not self.slots.full:
             row = self.waiting.popleft()
-            place, row.cached = self.slots.take(row.ask.who, row.ask.prompt)
+            place, row.cached = self.slots.take((row.ask.who, row.ask.asker), row.ask.prompt)
             self.seats.take(place, row.person)
             row.left = list(row.ask.prompt[row.cached :])
             self._admitted += 1
@@ -128,7 +129,11 @@ class Decoder:
     def _next(self, row: Row, logits: Tensor, likeliest: int) -> None:
         """One more token of an answer; who is done leaves."""
         finish: Finish | None = None
-        token = row.sampler.token(logits, likeliest)
+        try:
+            token = row.sampler.token(logits, likeliest)
+        except Exception:  # whatever is odd about one row must not be everybody's end
+            row.tell(AnswerLost("this answer could not be computed"))
+            return self._leave(row)
         if token.id in self._stops:
             finish = "stop"
         else:

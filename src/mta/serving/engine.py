@@ -18,17 +18,25 @@ class QueueFull(MtaError):
     retry_after = 1
 
 
+class AnswerLost(MtaError):
+    """One answer could not be computed; all others go on."""
+
+
 class EngineGone(MtaError):
     """The engine has stopped: what was asked of it gets no answer."""
 
 
 @dataclass(frozen=True, slots=True)
 class Version:
-    """One version of a person; without its stack where ``stacked`` is off: the merge alone."""
+    """One version of a person; without its stack where ``stacked`` is off: the merge alone.
+
+    ``seal`` tells its content from what another version of that number may once have held (``Store.seal``).
+    """
 
     person: str
     number: int
     stacked: bool = True
+    seal: str = ""
 
 
 Who = Version | Nobody
@@ -38,6 +46,7 @@ Who = Version | Nobody
 class Ask:
     """One answer that is wanted, of a person, of the pooled model or of the base.
 
+    ``asker`` is whoever asked: what was computed for one is not used for another, even of the same person.
     ``top_logprobs`` alternatives are told for each token, none where it is None. With a ``seed`` sampling gives the
     same tokens again, as far as rounding goes.
     """
@@ -49,6 +58,7 @@ class Ask:
     top_p: float = 1.0
     seed: int | None = None
     top_logprobs: int | None = None
+    asker: str = ""
 
 
 @dataclass(frozen=True, slots=True)

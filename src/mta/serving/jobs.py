@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
-from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,6 +14,7 @@ import torch
 from mta.errors import InputError, MtaError
 from mta.history import Person
 from mta.personalize import Forgotten, Personalizer
+from mta.serving.engine import QueueFull
 
 TOGETHER = 32  # people of one job
 
@@ -33,27 +34,26 @@ class Jobs:
     The personalizer works on modules of its own (``BaseModel.twin``), on one core, so that answers go on meanwhile.
     """
 
-    def __init__(
-        self, personal: Personalizer, changed: Callable[[str], None] = lambda _: None, most: int = 256
-    ) -> None:
+    def __init__(self, personal: Personalizer, most: int = 256) -> None:
         self.personal, self.most = personal, most
-        self._changed = changed
         self._waiting: dict[str, Person] = {}
         self._running: dict[str, Person] = {}
         self._status: dict[str, Status] = {}
         self._turn = threading.Condition()
+        self._forgetting = 0
         self._closed = False
+        self._forgetters = ThreadPoolExecutor(4, "mta-forget")  # they wait for a job to end, and must keep nobody else
         self._thread = threading.Thread(target=self._work, name="mta-personalize", daemon=True)
         self._thread.start()
 
     def put(self, person: Person) -> Status:
         """Personalize a person of these items; whoever waits already is personalized of the newer ones.
 
-        Raises InputError where too many wait.
+        Raises QueueFull where too many wait.
         """
         with self._turn:
             if len(self._waiting) >= self.most and person.id not in self._waiting:
-                raise InputError("too many people wait to be personalized", hint="Come again later.")
+                raise QueueFull("too many people wait to be personalized", hint="Come again later.")
             self._waiting[person.id] = person
             self._status[person.id] = Status("waiting")
             self._turn.notify_all()
@@ -63,14 +63,25 @@ class Jobs:
         """How far it is, or None where nothing was asked for since the server began."""
         return self._status.get(person)
 
-    def forget(self, person: str) -> Forgotten:
-        """Drop what waits for a person, let the running job end, and remove all that is kept of them."""
+    async def forget(self, person: str) -> Forgotten:
+        """Drop what waits for a person, let the running job end, and remove all that is kept of them.
+
+        Until it is done no other job begins, and whoever calls must put nobody of that id.
+        """
+        return await asyncio.get_running_loop().run_in_executor(self._forgetters, self._forget, person)
+
+    def _forget(self, person: str) -> Forgotten:
         with self._turn:
             self._waiting.pop(person, None)
+            self._forgetting += 1
             self._turn.wait_for(lambda: not self._running)  # what it leaves for going on is removed too
-            found = self.personal.forget(person)
-            self._status.pop(person, None)
-            return found
+        try:
+            return self.personal.forget(person)
+        finally:
+            with self._turn:
+                self._status.pop(person, None)
+                self._forgetting -= 1
+                self._turn.notify_all()
 
     async def close(self) -> None:
         """Let the running job end; who waits is not begun."""
@@ -78,12 +89,13 @@ class Jobs:
             self._closed = True
             self._turn.notify_all()
         await asyncio.to_thread(self._thread.join)
+        await asyncio.to_thread(self._forgetters.shutdown)
 
     def _work(self) -> None:
         torch.set_num_threads(1)  # of this thread alone
         while True:
             with self._turn:
-                self._turn.wait_for(lambda: self._waiting or self._closed)
+                self._turn.wait_for(lambda: (self._waiting and not self._forgetting) or self._closed)
                 if self._closed:
                     return
                 chosen = list(self._waiting)[:TOGETHER]
@@ -94,8 +106,6 @@ class Jobs:
                 self._status |= {id: status for id, status in found.items() if id not in self._waiting}
                 self._running = {}
                 self._turn.notify_all()
-            for id in found:
-                self._changed(id)
 
     def _personalized(self, people: list[Person]) -> dict[str, Status]:
         try:
@@ -103,10 +113,11 @@ class Jobs:
         except Exception as error:
             if len(people) > 1:  # one person's items must not be everybody's failure
                 return {id: status for one in people for id, status in self._personalized([one]).items()}
-            told = error.message if isinstance(error, MtaError) else type(error).__name__
-            return {people[0].id: Status("failed", message=told)}
-        store, done = self.personal.store, {}
-        for person in people:
-            with contextlib.suppress(MtaError):
-                done[person.id] = Status("done", store.latest(person.id) if store else None)
-        return done
+            told = error.message if isinstance(error, InputError) else type(error).__name__
+            return {people[0].id: Status("failed", message=told)}  # where states lie is nobody's business
+        return {person.id: Status("done", self._latest(person.id)) for person in people}
+
+    def _latest(self, person: str) -> int | None:
+        with contextlib.suppress(MtaError):
+            return self.personal.store.latest(person) if self.personal.store else None
+        return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from urllib.parse import unquote
 
 from mta.rows import BASE, TASK, Nobody
 
@@ -22,7 +23,8 @@ class Named:
 def named(model: str, base: str) -> Named | Nobody | None:
     """Whom a model's name means; None where it means nobody we could know.
 
-    An id that itself ends like a version is reached by naming the version too: ``person:ann@v3@v1`` is "ann@v3".
+    Ids are percent-decoded. Whoever builds names from ids that others chose has to encode them
+    (``urllib.parse.quote(id, safe="")``): an id may itself end like a version.
     """
     if model == base:
         return BASE
@@ -30,5 +32,5 @@ def named(model: str, base: str) -> Named | Nobody | None:
         return TASK
     if found := _PERSON.fullmatch(model):
         version = found["version"]
-        return Named(found["id"], int(version) if version else None, found["merged"] is None)
+        return Named(unquote(found["id"]), int(version) if version else None, found["merged"] is None)
     return None

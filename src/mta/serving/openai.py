@@ -14,6 +14,13 @@ from mta.serving.engine import Token
 class _Request(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_as_good_as_nothing(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        return {name: value for name, value in values.items() if value is not None}
+
 
 class TextPart(_Request):
     """A part of a message; only text is read."""
@@ -50,7 +57,7 @@ class Common(_Request):
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     n: Annotated[int, Field(ge=1, le=16)] = 1
     stop: str | Annotated[list[str], Field(max_length=4)] | None = None
-    seed: int | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
     user: str | None = None
@@ -83,6 +90,11 @@ class ChatRequest(Common):
         return self
 
     @property
+    def letters(self) -> int:
+        """The characters of all turns."""
+        return sum(len(message.text) for message in self.messages)
+
+    @property
     def alternatives(self) -> int | None:
         """How many likely tokens are told beside each, or None for no logprobs at all."""
         return (self.top_logprobs or 0) if self.logprobs else None
@@ -100,6 +112,11 @@ class CompletionRequest(Common):
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
     echo: Literal[False] = False
     best_of: Literal[1] | None = None
+
+    @property
+    def letters(self) -> int:
+        """The characters of the prompt."""
+        return len(self.prompt)
 
     @property
     def alternatives(self) -> int | None:
@@ -121,6 +138,7 @@ class Shape:
     def __init__(self, request: Request, id: str, tokenizer: Any) -> None:
         self.chat, self.id, self.tokenizer = isinstance(request, ChatRequest), id, tokenizer
         self.model, self.created = request.model, int(time.time())
+        self._told = dict[int, int]()  # characters of each answer's tokens whose places were told
 
     def whole(self, choices: Sequence[dict[str, Any]], usage: dict[str, Any]) -> dict[str, Any]:
         """An answer that is not streamed."""
@@ -135,7 +153,7 @@ class Shape:
     def choice(self, index: int, text: str, tokens: Sequence[Token], finish: str | None) -> dict[str, Any]:
         """One whole answer."""
         body = {"message": {"role": "assistant", "content": text, "refusal": None}} if self.chat else {"text": text}
-        return {"index": index, **body, "logprobs": self._logprobs(tokens), "finish_reason": finish}
+        return {"index": index, **body, "logprobs": self._logprobs(index, tokens), "finish_reason": finish}
 
     def delta(
         self, index: int, text: str, tokens: Sequence[Token], finish: str | None, first: bool = False
@@ -143,12 +161,12 @@ class Shape:
         """A piece of an answer."""
         said = ({"role": "assistant"} if first else {}) | ({"content": text} if text or first else {})
         body = {"delta": said} if self.chat else {"text": text}
-        return {"index": index, **body, "logprobs": self._logprobs(tokens), "finish_reason": finish}
+        return {"index": index, **body, "logprobs": self._logprobs(index, tokens), "finish_reason": finish}
 
     def _head(self, kind: str) -> dict[str, Any]:
         return {"id": self.id, "object": kind, "created": self.created, "model": self.model}
 
-    def _logprobs(self, tokens: Sequence[Token]) -> dict[str, Any] | None:
+    def _logprobs(self, index: int, tokens: Sequence[Token]) -> dict[str, Any] | None:
         told = [token for token in tokens if token.logprob is not None]
         if not told:
             return None
@@ -160,7 +178,9 @@ class Shape:
                 "refusal": None,
             }
         texts = [self._text(t.id) for t in told]
-        starts = [sum(map(len, texts[:n])) for n in range(len(texts))]
+        before = self._told.get(index, 0)
+        starts = [before + sum(map(len, texts[:n])) for n in range(len(texts))]
+        self._told[index] = before + sum(map(len, texts))
         top = [{self._text(id): p for id, p in t.top} for t in told]
         return {
             "tokens": texts,
@@ -171,7 +191,8 @@ class Shape:
 
     def _one(self, id: int, logprob: float | None) -> dict[str, Any]:
         text = self._text(id)
-        return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+        half = "\N{REPLACEMENT CHARACTER}" in text  # of a character: its bytes are not known from here
+        return {"token": text, "logprob": logprob, "bytes": None if half else list(text.encode())}
 
     def _text(self, id: int) -> str:
         return str(self.tokenizer.decode([id]))

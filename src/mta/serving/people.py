@@ -11,10 +11,10 @@ from fastapi import FastAPI
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.concurrency import run_in_threadpool
 
-from mta.errors import DataError, InputError, PersonNotFound
+from mta.errors import DataError, InputError
 from mta.history import Item
 from mta.serving.auth import Key
-from mta.serving.gateway import Caller, Service
+from mta.serving.gateway import Caller, NobodyHere, Service
 from mta.serving.histories import Histories
 from mta.serving.jobs import Status
 from mta.store import Store
@@ -58,17 +58,19 @@ def _add_history(app: FastAPI, service: Service, histories: Histories) -> None:
         """Append items to what is known of a person."""
         _own(key, id)
         new = [_item(service.task, item, service.limits.item) for item in body.items]
-        return {"items": await run_in_threadpool(histories.append, id, new, body.keep), "kept": body.keep}
+        async with service.lock(id):
+            return {"items": await run_in_threadpool(histories.append, id, new, body.keep), "kept": body.keep}
 
     @app.post("/v1/people/{id:path}/personalize", status_code=202)
     async def personalize(id: str, key: Caller, body: Personalize | None = None) -> dict[str, Any]:
         """Stages 2 and 3, in the background."""
         _own(key, id)
-        person = await run_in_threadpool(histories.of, id)
-        if person is None:
-            raise InputError("no item is known of this person", hint="Append some first: POST …/history")
         latest = body.latest if body else None
-        return _told(service.jobs.put(person.latest(latest) if latest else person))
+        async with service.lock(id):
+            person = await run_in_threadpool(histories.of, id)
+            if person is None:
+                raise InputError("no item is known of this person", hint="Append some first: POST …/history")
+            return _told(service.jobs.put(person.latest(latest) if latest else person))
 
     @app.get("/v1/people/{id:path}/personalize")
     async def status(id: str, key: Caller) -> dict[str, Any]:
@@ -91,9 +93,12 @@ def _add_state(app: FastAPI, service: Service, histories: Histories) -> None:
     async def forget(id: str, key: Caller) -> dict[str, Any]:
         """Remove all that is kept of a person; what was learnt from them in task LoRA and bank is named."""
         _own(key, id)
-        held = histories.forget(id)
-        found = await run_in_threadpool(service.jobs.forget, id)
-        await service.engine.forget(id)
+        async with service.lock(id):
+            held = histories.forget(id)
+            try:
+                found = await service.jobs.forget(id)
+            finally:
+                await service.engine.forget(id)
         return {"removed": found.states_removed or held, "needs_rebuild": found.needs_rebuild}
 
 
@@ -102,8 +107,8 @@ def _own(key: Key, id: str) -> None:
         raise _unknown()
 
 
-def _unknown() -> PersonNotFound:
-    return PersonNotFound("this person does not exist, or this key may not see them")
+def _unknown() -> NobodyHere:
+    return NobodyHere("this person does not exist, or this key may not see them")
 
 
 def _item(task: Task, item: NewItem, longest: int) -> Item:

@@ -22,6 +22,7 @@ from torch.nn.functional import pad
 from mta.bank.bank import Bank
 from mta.base import BaseModel
 from mta.config import MergeSettings
+from mta.errors import StateCorrupt
 from mta.fuse import Merge, merged_factors
 from mta.kernels import adapted_rows, product
 from mta.lora.batch import LoraBatch, join
@@ -29,6 +30,7 @@ from mta.lora.terms import RowTerm
 from mta.rows import BASE, Nobody
 from mta.state import State
 
+_STRETCHES = 128  # that are remembered
 _EVEN = 32  # shared ranks are a multiple of it: whole vectors for the kernels
 
 
@@ -61,13 +63,15 @@ class Seats:
         return next(iter(self._own.values()))[0].shape[1]
 
     def person(self, whose: State | Nobody, stacked: bool = True) -> Person:
-        """What a row of theirs needs, computed anew from bank and state."""
+        """What a row of theirs needs, computed anew from bank and state. Raises StateCorrupt."""
         gates = torch.zeros(self._gates.shape[1], dtype=self.base.master_dtype)
         if self.bank.task_lora is not None and whose is not BASE:
             gates[: self._ranks[0]] = 1
         if isinstance(whose, Nobody):
             return Person(gates.to(self._gates), None)
         own = [whose.stack] if stacked and whose.stack else []
+        if any(not part.isfinite().all() for batch in own for pair in batch.factors.values() for part in pair):
+            raise StateCorrupt("a person's stack holds numbers that are not finite", hint="Personalize again.")
         merge = Merge(torch.tensor([whose.anchors]), torch.tensor([whose.w], dtype=self.base.master_dtype))
         if whose.mode == "exact":
             first, end = sum(self._ranks[:-1]), sum(self._ranks)
@@ -87,6 +91,11 @@ class Seats:
             if person.own:
                 mine = person.own.factors[name]
                 a[place, : person.own.rank], b[place, : person.own.rank] = mine.a[0], mine.b[0].mT
+
+    def clear(self, place: int) -> None:
+        """Zeros in the place of whoever sat there."""
+        for kept in (self._gates, *(factor for factors in self._own.values() for factor in factors)):
+            kept[place] = 0
 
     def exchange(self, one: int, other: int) -> None:
         """Let two seats change places."""
@@ -113,6 +122,8 @@ class Seats:
     def _forwards_of(self, rows: slice) -> dict[str, Any]:
         """What the layers compute for these seats; it reads the seats as they are when it is called."""
         key = rows.start, rows.stop
+        if len(self._forwards) > _STRETCHES:
+            self._forwards.clear()
         if key not in self._forwards:
             gates = self._gates[rows]
             self._forwards[key] = {

@@ -5,12 +5,12 @@
 
 Slots at work lie together, so a pass over some of them reads a stretch of memory and nothing is gathered. When a row
 leaves, the last one at work changes places with it. A warm slot is used again only by the same *owner* (person, version
-and mode): what was computed for one is never seen by another.
+and mode, and whoever asked): what was computed for one is never seen by another.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from mta.base import BaseModel
+from mta.serving.engine import Who
 
 
 class SlotCache(Cache):  # type: ignore[misc]  # transformers brings no types
@@ -61,6 +62,11 @@ class SlotCache(Cache):  # type: ignore[misc]  # transformers brings no types
         for kept in (*self.keys, *self.values):
             kept[pair, :, :tokens] = kept[crossed, :, :tokens]
 
+    def clear(self, slot: int) -> None:
+        """Zeros in the place of all that a slot holds."""
+        for kept in (*self.keys, *self.values):
+            kept[slot].zero_()
+
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """What transformers takes for the past where it is not told positions: it always is."""
         return 0
@@ -71,11 +77,14 @@ class SlotCache(Cache):  # type: ignore[misc]  # transformers brings no types
         return sum(kept.nbytes for kept in (*self.keys, *self.values))
 
 
+Owner = tuple[Who, str]  # person, version and mode; and who asked
+
+
 @dataclass(slots=True)
 class Slot:
     """Whose a slot is, and the tokens whose keys and values lie in it."""
 
-    owner: Hashable = None
+    owner: Owner | None = None
     tokens: list[int] = field(default_factory=list)
     turn: int = 0  # when it was last used
 
@@ -88,7 +97,7 @@ class Slots:
     ) -> None:
         self.cache = SlotCache(count, length + widest)  # no pass takes more than ``widest`` tokens of a row
         self.used = 0
-        self._base = base
+        self._base, self._length = base, length
         self._slots = [Slot() for _ in range(count)]
         self._exchanged = exchanged  # told when two slots change places
         self._turn = 0
@@ -101,7 +110,7 @@ class Slots:
         """Whether all slots are at work."""
         return self.used == len(self)
 
-    def take(self, owner: Hashable, prompt: Sequence[int]) -> tuple[int, int]:
+    def take(self, owner: Owner, prompt: Sequence[int]) -> tuple[int, int]:
         """A slot for a row of ``owner``, and how many of the prompt's tokens are in it already (never all of them)."""
         idle = range(self.used, len(self))
         chosen = max(idle, key=lambda n: (self._shared(n, owner, prompt), -self._slots[n].turn))
@@ -109,6 +118,8 @@ class Slots:
         self.exchange(chosen, self.used)
         place, self.used = self.used, self.used + 1
         slot = self._slots[place]
+        if slot.owner not in (None, owner):
+            self.cache.clear(place)  # masked or not, nothing of one stays where another's passes go
         slot.owner, slot.tokens = owner, slot.tokens[:shared]
         return place, shared
 
@@ -119,13 +130,14 @@ class Slots:
         self.used -= 1
         self.exchange(place, self.used)
 
-    def forget(self, wanted: Callable[[Hashable], bool]) -> None:
-        """Warm slots of these owners are as good as empty from now on, and hold zeros."""
-        for n in range(self.used, len(self)):
-            if self._slots[n].owner is not None and wanted(self._slots[n].owner):
-                self._slots[n] = Slot()
-                for kept in (*self.cache.keys, *self.cache.values):
-                    kept[n].zero_()
+    def forget(self, wanted: Callable[[Owner], bool]) -> list[int]:
+        """Warm slots of these owners are empty from now on, and hold zeros. Returns their places."""
+        owners = {n: self._slots[n].owner for n in range(self.used, len(self))}
+        found = [n for n, owner in owners.items() if owner is not None and wanted(owner)]
+        for n in found:
+            self._slots[n] = Slot()
+            self.cache.clear(n)
+        return found
 
     def logits(self, rows: slice, tokens: Sequence[Sequence[int]]) -> Tensor:
         """Go on with some rows, each by its own new ``tokens``; next-token logits after the last of each, (B, V)."""
@@ -137,12 +149,15 @@ class Slots:
         where = torch.tensor([n * width + len(row) - 1 for n, row in enumerate(tokens)], device=device)
         seen = max(starts) + width
         cache = self.cache.open(rows, positions, seen)
-        found = self._base.next_logits(torch.tensor(filled, device=device), positions, cache, seen, where)
+        known = positions.clamp(
+            max=self._length - 1
+        )  # what fills up a row may lie beyond what the model has places for
+        found = self._base.next_logits(torch.tensor(filled, device=device), known, cache, seen, where)
         for slot, row in zip(self._slots[rows], tokens):
             slot.tokens.extend(row)
         return found
 
-    def _shared(self, place: int, owner: Hashable, prompt: Sequence[int]) -> int:
+    def _shared(self, place: int, owner: Owner, prompt: Sequence[int]) -> int:
         """How long a prefix of the prompt the slot holds for this owner."""
         slot, count = self._slots[place], 0
         if slot.owner != owner:
