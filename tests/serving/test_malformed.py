@@ -1,0 +1,47 @@
+"""A thousand requests that a careless or hostile client might send, made from the gateway's own OpenAPI description."""
+
+import pytest
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis.errors import Unsatisfiable
+from served import served
+from tiny import base_of
+
+from mta.bank.bank import Bank
+from mta.serving.limits import Limits
+
+schemathesis = pytest.importorskip("schemathesis")
+MODES = list(schemathesis.GenerationMode)
+
+
+@pytest.fixture(scope="module")
+def world(tiny_bank_folder, tmp_path_factory):
+    base = base_of()
+    bank = Bank.open(tiny_bank_folder, base)
+    with served(base, bank, tmp_path_factory.mktemp("odd"), limits=Limits(max_tokens=4)) as here:
+        yield here
+
+
+@pytest.mark.parametrize("mode", MODES, ids=lambda mode: mode.value)
+@pytest.mark.parametrize("each", [8, pytest.param(70, marks=pytest.mark.slow)])
+def test_no_request_is_answered_by_an_error_of_ours(world, mode, each):
+    schema = schemathesis.openapi.from_url(f"{world.url}/openapi.json")
+    headers = {"Authorization": f"Bearer {world.secrets['admin']}"}
+    how = {"deadline": None, "database": None, "phases": [Phase.generate], "suppress_health_check": list(HealthCheck)}
+    asked = []
+    for found in schema.get_all_operations():
+        operation = found.ok()
+
+        @settings(max_examples=each, **how)
+        @given(case=operation.as_strategy(generation_mode=mode))
+        def ask(case):
+            answer = case.call(headers=headers)
+            asked.append(case.operation.label)
+            assert answer.status_code < 500, (case.as_curl_command(), answer.text)
+
+        try:
+            ask()
+        except Unsatisfiable:  # a route that takes nothing cannot be asked wrongly
+            assert operation.method == "get"
+    assert len(set(asked)) >= 5
+    assert len(asked) >= 6 * each
+    assert world.service.engine.ready
