@@ -294,6 +294,13 @@ def test_places_of_tokens_go_on_from_piece_to_piece(world):
     assert places == sorted(set(places))
 
 
+def test_one_persons_key_cannot_take_all_slots(world):
+    for _ in range(2):  # what was refused holds nothing
+        with pytest.raises(openai.RateLimitError, match="at most 8 answers"):
+            world.client("ann").completions.create(model="task", prompt="x", max_tokens=2, n=9)
+        assert len(world.client("ann").completions.create(model="task", prompt="x", max_tokens=2, n=8).choices) == 8
+
+
 def test_without_keys_only_this_machine_is_answered(tiny, tmp_path):
     base, bank = tiny
     with served(base, bank, tmp_path, open_door=True) as here:

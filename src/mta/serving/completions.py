@@ -65,7 +65,7 @@ async def _answered(service: Service, request: Request, key: Key) -> Response:
     ask = ask_of(request, who, service.base, key.name, service.length, service.limits.max_tokens)
     kind = "chatcmpl" if isinstance(request, ChatRequest) else "cmpl"
     shape = Shape(request, f"{kind}-{uuid.uuid4().hex}", service.base.tokenizer)
-    parts = _counted(service, ask, request, answers(service.engine, ask, service.base, request))
+    parts = _counted(service, ask, request, key)
     if request.stream:
         first = await anext(parts)  # what is refused is refused with a status, before the stream begins
         return StreamingResponse(_events(shape, ask, request, first, parts), media_type="text/event-stream")
@@ -108,28 +108,27 @@ def _event(value: dict[str, Any]) -> str:
     return f"data: {json.dumps(value, ensure_ascii=False)}\n\n"
 
 
-async def _counted(service: Service, ask: Ask, request: Request, parts: AsyncIterator[Part]) -> AsyncIterator[Part]:
-    """The same pieces, and what they say of the service's speed."""
+async def _counted(service: Service, ask: Ask, request: Request, key: Key) -> AsyncIterator[Part]:
+    """The pieces of all answers, and what they say of the service's speed."""
     count, start, last = service.metrics, time.monotonic(), dict[int, float]()
     status, kind = "cancelled", "chat" if isinstance(request, ChatRequest) else "completion"
-    count.open.inc()
     try:
-        async for part in parts:
-            now = time.monotonic()
-            if part.index not in last:
-                count.first_token.observe(now - start)
-                count.prompt_tokens.inc(len(ask.prompt))
-                count.cached_tokens.inc(part.cached)
-            elif part.tokens:
-                count.token_gap.observe((now - last[part.index]) / len(part.tokens))
-            last[part.index] = now
-            count.answer_tokens.inc(len(part.tokens))
-            yield part
+        with service.held(key, request.n), count.open.track_inprogress():
+            async for part in answers(service.engine, ask, service.base, request):
+                now = time.monotonic()
+                if part.index not in last:
+                    count.first_token.observe(now - start)
+                    count.prompt_tokens.inc(len(ask.prompt))
+                    count.cached_tokens.inc(part.cached)
+                elif part.tokens:
+                    count.token_gap.observe((now - last[part.index]) / len(part.tokens))
+                last[part.index] = now
+                count.answer_tokens.inc(len(part.tokens))
+                yield part
         status = "ok"
         count.answer.observe(time.monotonic() - start)
     except MtaError as error:
         status = str(error_of(error)[0])
         raise
     finally:
-        count.open.dec()
         count.requests.labels(kind, status).inc()

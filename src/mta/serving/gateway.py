@@ -6,8 +6,9 @@ import asyncio
 import json
 import logging
 import math
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections import Counter
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from typing import Annotated
 from weakref import WeakValueDictionary
@@ -53,6 +54,7 @@ class Service:
     length: int = 1024
     metrics: Metrics = field(default_factory=Metrics)
     rate: Rate = field(init=False)
+    _held: Counter[str] = field(default_factory=Counter, init=False)
     _locks: WeakValueDictionary[str, asyncio.Lock] = field(default_factory=WeakValueDictionary, init=False)
 
     def __post_init__(self) -> None:
@@ -81,6 +83,17 @@ class Service:
     def lock(self, person: str) -> asyncio.Lock:
         """Held by whatever changes what is kept of a person, so that forgetting comes before or after it, not amid."""
         return self._locks.setdefault(person, asyncio.Lock())
+
+    @contextmanager
+    def held(self, key: Key, count: int) -> Iterator[None]:
+        """So many answers for a key, for a block: no person's own key can take all slots. Raises QueueFull."""
+        if key.rights in ("person", "prefix") and self._held[key.name] + count > self.limits.own:
+            raise QueueFull(f"this key has at most {self.limits.own} answers at once", hint="Wait for one to end.")
+        self._held[key.name] += count
+        try:
+            yield
+        finally:
+            self._held[key.name] -= count
 
 
 async def key_of(
