@@ -82,8 +82,8 @@ def lines(
             for at, one in zip(x, line.y):
                 ax.plot([at, at], [one.low, one.high], color=colour, linewidth=1, alpha=0.5)
             ax.plot(x, [one.mean for one in line.y], "o-", color=colour, markersize=4, linewidth=1.5, label=line.label)
-        for name, value in level.items():
-            ax.axhline(value, color=INK, linewidth=1, dashes=(4, 3), label=name)
+        for value in level.values():
+            ax.axhline(value, color=INK, linewidth=1, dashes=(4, 3))
         places = sorted({v for line in series for v in line.x})
         if log:
             ax.set_xscale("log")
@@ -91,8 +91,18 @@ def lines(
         ax.minorticks_off()
         ax.set(xlabel=x_label, ylabel=y_label)
         ax.legend(frameon=False, fontsize=8.5, loc="best")
+        _name_levels(ax, level)
 
     save(path, draw)
+
+
+def _name_levels(ax: Any, level: Mapping[str, float]) -> None:
+    """Names beside their lines, moved apart where lines are close together."""
+    low, high = ax.get_ylim()
+    room, last = 0.045 * (high - low), -math.inf
+    for name, value in sorted(level.items(), key=lambda item: item[1]):
+        last = max(value, last + room)
+        ax.text(1.01, last, f"{name}  {value:+.3f}", transform=ax.get_yaxis_transform(), va="center", fontsize=8.5)
 
 
 Points = Sequence[tuple[float, float]]
