@@ -13,9 +13,10 @@ from conftest import personalizer
 
 from mta.serving.auth import Keys, add_key
 from mta.serving.embedded import EmbeddedEngine
-from mta.serving.gateway import Service, create_app
+from mta.serving.gateway import create_app
 from mta.serving.jobs import Jobs
 from mta.serving.limits import Limits
+from mta.serving.service import Service
 from mta.store import Store
 
 

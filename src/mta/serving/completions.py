@@ -18,8 +18,8 @@ from mta.errors import MtaError
 from mta.serving.answers import Part, Whole, answers, ask_of
 from mta.serving.auth import Key
 from mta.serving.engine import Ask
-from mta.serving.gateway import Caller, Service, error_of
 from mta.serving.openai import ChatRequest, CompletionRequest, Request, Shape, usage_of
+from mta.serving.service import Caller, Service, error_of
 
 
 def add_completions(app: FastAPI, service: Service) -> None:

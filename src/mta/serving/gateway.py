@@ -2,133 +2,26 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
-import logging
-import math
-from collections import Counter
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass, field
-from typing import Annotated
-from weakref import WeakValueDictionary
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
-from fastapi import Depends, FastAPI, Request, Response
+from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
-from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 
-from mta.base import BaseModel
-from mta.errors import InputError, MtaError, PersonNotFound
-from mta.rows import Nobody
-from mta.serving.auth import LOCAL, Key, Keys
-from mta.serving.engine import Engine, EngineGone, QueueFull, Version, Who
-from mta.serving.jobs import Jobs
-from mta.serving.limits import BodyLimit, Limits, Rate, Unexpected
-from mta.serving.metrics import Metrics
-from mta.serving.names import Named, named
+from mta.errors import MtaError
+from mta.serving.completions import add_completions
+from mta.serving.limits import BodyLimit, Unexpected
 from mta.serving.openai import error_body
-from mta.store import Store
-from mta.tasks.task import Task
-
-log = logging.getLogger("mta")
-
-
-class NobodyHere(PersonNotFound):
-    """Somebody unknown, or whom this key may not know: the same to whoever asks."""
-
-
-@dataclass
-class Service:
-    """What the routes work with. ``length`` is how many tokens prompt and answer may have together."""
-
-    engine: Engine
-    base: BaseModel
-    store: Store
-    task: Task
-    keys: Keys
-    jobs: Jobs
-    limits: Limits = field(default_factory=Limits)
-    length: int = 1024
-    metrics: Metrics = field(default_factory=Metrics)
-    rate: Rate = field(init=False)
-    _held: Counter[str] = field(default_factory=Counter, init=False)
-    _locks: WeakValueDictionary[str, asyncio.Lock] = field(default_factory=WeakValueDictionary, init=False)
-
-    def __post_init__(self) -> None:
-        self.rate = Rate(self.limits.rate)
-
-    async def who(self, model: str, key: Key) -> Who:
-        """Whom a request means. Unknown and forbidden people are answered alike, so nobody learns who exists.
-
-        The store is asked each time: who was forgotten elsewhere is not served from what is at hand here.
-        Raises NobodyHere.
-        """
-        found = named(model, self.base.name)
-        if isinstance(found, Nobody):
-            return found
-        allowed = found is not None and key.may_ask(found.person)
-        version = await run_in_threadpool(self._version, found) if found and allowed else None
-        if version:
-            return version
-        raise NobodyHere(f"the model {model!r} does not exist, or this key may not ask it")
-
-    def _version(self, found: Named) -> Version | None:
-        number = found.version or self.store.latest(found.person)
-        seal = self.store.seal(found.person, number) if number else None
-        return None if seal is None or not number else Version(found.person, number, found.stacked, seal)
-
-    def lock(self, person: str) -> asyncio.Lock:
-        """Held by whatever changes what is kept of a person, so that forgetting comes before or after it, not amid."""
-        return self._locks.setdefault(person, asyncio.Lock())
-
-    @contextmanager
-    def held(self, key: Key, count: int) -> Iterator[None]:
-        """So many answers for a key, for a block: no person's own key can take all slots. Raises QueueFull."""
-        if key.rights in ("person", "prefix") and self._held[key.name] + count > self.limits.own:
-            raise QueueFull(f"this key has at most {self.limits.own} answers at once", hint="Wait for one to end.")
-        self._held[key.name] += count
-        try:
-            yield
-        finally:
-            self._held[key.name] -= count
-
-
-async def key_of(
-    request: Request,
-    shown: Annotated[HTTPAuthorizationCredentials | None, Depends(HTTPBearer(auto_error=False))] = None,
-) -> Key:
-    """The caller's key. Raises 401 where none is shown or it is not known, 429 where it comes too often."""
-    service: Service = request.app.state.service
-    key = service.keys.of(shown.credentials) if shown else None
-    if not service.keys.keys:
-        key = _local(request)
-    if key is None:
-        raise HTTPException(401, "no API key, or one that is not known here: send 'Authorization: Bearer <key>'")
-    if wait := service.rate.wait(key.name):
-        raise HTTPException(429, "too many requests for this key", headers={"Retry-After": str(math.ceil(wait))})
-    return key
-
-
-def _local(request: Request) -> Key:
-    """Whoever sits at this machine; not a page of somebody else's that their browser has open. Raises 403."""
-    origin = request.headers.get("origin")
-    if request.url.hostname not in _HERE or origin not in (None, f"{request.url.scheme}://{request.url.netloc}"):
-        raise HTTPException(403, "without keys only this machine's own pages and programs are answered")
-    return LOCAL
-
-
-_HERE = ("127.0.0.1", "localhost", "::1")
-Caller = Annotated[Key, Depends(key_of)]
+from mta.serving.page import add_page
+from mta.serving.people import add_people
+from mta.serving.service import Service, error_of
 
 
 def create_app(service: Service) -> FastAPI:
     """The gateway as an ASGI application."""
-    from mta.serving.completions import add_completions
-    from mta.serving.page import add_page
-    from mta.serving.people import add_people
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -166,22 +59,6 @@ def _add_health(app: FastAPI, service: Service) -> None:
         """For Prometheus."""
         service.metrics.engine(service.engine.facts())
         return Response(service.metrics.text(), media_type="text/plain; version=0.0.4")
-
-
-def error_of(error: Exception) -> tuple[int, dict[str, object], dict[str, str]]:
-    """Status, body and headers for what went wrong."""
-    message = str(error).replace("\n  ", " ")
-    if isinstance(error, PersonNotFound):  # the store's own words tell where it lies, and which versions there are
-        message = message if isinstance(error, NobodyHere) else "the person is not here any more"
-        return 404, error_body(message, "invalid_request_error", "model_not_found", "model"), {}
-    if isinstance(error, QueueFull):
-        return 429, error_body(message, "rate_limit_error", "queue_full"), {"Retry-After": str(error.retry_after)}
-    if isinstance(error, EngineGone):
-        return 503, error_body(message, "server_error", "engine_gone"), {"Retry-After": "5"}
-    if isinstance(error, InputError):
-        return 400, error_body(message, "invalid_request_error"), {}
-    log.error("a request failed: %s", type(error).__name__)  # its message may say where things lie
-    return 500, error_body("this cannot be done at the moment", "server_error", type(error).__name__), {}
 
 
 def _add_errors(app: FastAPI) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 from fastapi import FastAPI
 from fastapi.responses import HTMLResponse
 
-from mta.serving.gateway import Caller, Service
+from mta.serving.service import Caller, Service
 
 
 def add_page(app: FastAPI, service: Service) -> None:

@@ -14,9 +14,9 @@ from starlette.concurrency import run_in_threadpool
 from mta.errors import DataError, InputError
 from mta.history import Item
 from mta.serving.auth import Key
-from mta.serving.gateway import Caller, NobodyHere, Service
 from mta.serving.histories import Histories
 from mta.serving.jobs import Status
+from mta.serving.service import Caller, NobodyHere, Service
 from mta.store import Store
 from mta.tasks.task import Task
 

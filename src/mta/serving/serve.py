@@ -15,9 +15,9 @@ from mta.errors import ConfigError
 from mta.personalize import Personalizer
 from mta.serving.auth import ENV, Keys
 from mta.serving.embedded import EmbeddedEngine
-from mta.serving.gateway import Service
 from mta.serving.jobs import Jobs
 from mta.serving.limits import Limits
+from mta.serving.service import Service
 from mta.store import Store
 
 
