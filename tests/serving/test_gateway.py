@@ -209,6 +209,15 @@ def test_a_persons_way_history_personalize_ask_forget(world):
     assert world.service.store.history("team/dee") is None
 
 
+def test_of_those_who_are_done_only_the_last_are_remembered(world, monkeypatch):
+    monkeypatch.setattr("mta.serving.jobs.REMEMBERED", 1)
+    jobs, people = world.service.jobs, people_of(3, items=2, prefix="many")
+    for person in people:
+        jobs.put(person)
+        _waited(lambda: {"status": jobs.status(person.id).state})  # noqa: B023
+    assert [jobs.status(person.id) and jobs.status(person.id).state for person in people] == [None, None, "done"]
+
+
 def test_forgetting_amid_everything_else_leaves_nothing(world):
     item = {"fields": dict(people_of(1, items=1)[0].items[0].fields)}
     where, store = "/v1/people/team/eve", world.service.store

@@ -17,6 +17,7 @@ from mta.personalize import Forgotten, Personalizer
 from mta.serving.engine import QueueFull
 
 TOGETHER = 32  # people of one job
+REMEMBERED = 4096  # people whose status is told after they are done
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,7 +106,14 @@ class Jobs:
             with self._turn:
                 self._status |= {id: status for id, status in found.items() if id not in self._waiting}
                 self._running = {}
+                self._drop_old()
                 self._turn.notify_all()
+
+    def _drop_old(self) -> None:
+        """Of those who are done only the last ones are remembered; what is kept of the others says as much."""
+        for id in list(self._status)[:-REMEMBERED]:
+            if self._status[id].state in ("done", "failed"):
+                del self._status[id]
 
     def _personalized(self, people: list[Person]) -> dict[str, Status]:
         try:
