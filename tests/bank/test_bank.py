@@ -242,7 +242,7 @@ def test_files_that_do_not_fit_together_are_refused(folder):
     """Every hash is right, but the index is of two people."""
     save_file({"vectors": torch.zeros(2, 8)}, folder / "index.safetensors")
     rewritten(folder, files=files.file_hashes(folder, HASHED))
-    assert corrupt(folder).startswith(f"{folder}: anchors, index and description do not fit together\n")
+    assert corrupt(folder).startswith(f"{folder}: anchors, index and base do not fit together\n")
 
 
 @pytest.mark.parametrize(

@@ -21,12 +21,12 @@ from mta.store import Store
 
 
 @contextmanager
-def served(base, bank, folder, *, limits=None, open_door=False, **how):
+def served(base, bank, folder, *, limits=None, open_door=False, engine=None, store=None, **how):
     """Yields url, service, and secrets: admin, serve, ann (one person's), team (a prefix)."""
-    store, keys = Store(folder / "people"), folder / "keys.yaml"
+    store, keys = store or Store(folder / "people"), folder / "keys.yaml"
     given = {"admin": ("admin", ""), "serve": ("serve", ""), "ann": ("person", "ann"), "team": ("prefix", "team/")}
     secrets = {name: add_key(keys, name, rights, of) for name, (rights, of) in given.items()}
-    engine = EmbeddedEngine(base, bank, store, **{"slots": 4, "chunk": 32, "length": 256} | how)
+    engine = engine or EmbeddedEngine(base, bank, store, **{"slots": 4, "chunk": 32, "length": 256} | how)
     jobs = Jobs(personalizer(base.twin(), bank, store))
     known = Keys(()) if open_door else Keys.load(keys)
     service = Service(engine, base, store, bank.task, known, jobs, limits or Limits(), engine.length)

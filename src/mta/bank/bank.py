@@ -20,7 +20,6 @@ from mta.errors import BankCorrupt, BankMismatch, InputError
 from mta.history import Person
 from mta.lora.batch import LoraBatch
 from mta.lora.layers import Shared
-from mta.lora.peft import read_peft
 from mta.splits import draw
 from mta.tasks.load import load_task
 from mta.tasks.task import Task
@@ -99,13 +98,12 @@ class Bank:
         try:
             files.verify(folder, info, full=full)
             task = Task.model_validate(info.task)
-            anchors = LoraBatch.of_tensors(load_file(folder / files.ANCHORS), info.run.bank.lora.scale)
             vectors = load_file(folder / files.INDEX)["vectors"]
-            pooled = read_peft(folder / files.TASK_LORA) if info.run.task_lora.enabled else None
         except (OSError, SafetensorError, ValueError, KeyError) as error:
             raise BankCorrupt(f"{folder} cannot be read: {error}", hint=files.REBUILD) from None
-        if len(anchors) != len(info.items) or len(vectors) != len(anchors) or anchors.shapes != base.targets:
-            raise BankCorrupt(f"{folder}: anchors, index and description do not fit together", hint=files.REBUILD)
+        anchors, pooled = files.read_adapters(folder, info)
+        if len(vectors) != len(anchors) or anchors.shapes != base.targets:
+            raise BankCorrupt(f"{folder}: anchors, index and base do not fit together", hint=files.REBUILD)
         working = anchors.to(base.device, base.dtype)
         return cls(folder, info, info.hash, task, anchors, working, vectors, pooled and pooled.to(base.device))
 

@@ -11,11 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 from mta.aside import write_json
 from mta.assets import cache_dir
 from mta.config import Run
 from mta.errors import BankCorrupt
+from mta.lora.batch import LoraBatch
+from mta.lora.peft import read_peft
 
 SCHEMA = 1
 INFO = "bank.json"
@@ -131,6 +135,18 @@ def verify(folder: Path, info: BankInfo, *, full: bool = False) -> None:
             )
     with contextlib.suppress(OSError):  # a cache that cannot be written to only means to check again
         write_json(note, state)
+
+
+def read_adapters(folder: Path, info: BankInfo) -> tuple[LoraBatch, LoraBatch | None]:
+    """The anchors as stored, and the task LoRA where there is one. Raises BankCorrupt."""
+    try:
+        anchors = LoraBatch.of_tensors(load_file(folder / ANCHORS), info.run.bank.lora.scale)
+        pooled = read_peft(folder / TASK_LORA) if info.run.task_lora.enabled else None
+    except (OSError, SafetensorError, ValueError, KeyError) as error:
+        raise BankCorrupt(f"{folder} cannot be read: {error}", hint=REBUILD) from None
+    if len(anchors) != len(info.items) or (pooled and pooled.shapes != anchors.shapes):
+        raise BankCorrupt(f"{folder}: anchors, task LoRA and description do not fit together", hint=REBUILD)
+    return anchors, pooled
 
 
 def mark_stale(folder: Path, person: str) -> list[str]:

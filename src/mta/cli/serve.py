@@ -2,32 +2,53 @@
 
 from __future__ import annotations
 
+import shlex
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from mta.cli.options import MERGE_AND_STACK, BankDir, Config, Device, Json, Seed, StoreUrl, Words, open_bank, show_json
+
+if TYPE_CHECKING:
+    from mta.serving.vllm_server import Remote, VllmServer
+
+KeysFile = Annotated[Path | None, typer.Option(help="File of API keys.", dir_okay=False)]
+Host = Annotated[str, typer.Option(help="Address to listen at.")]
+Port = Annotated[int, typer.Option(min=0, max=65535, help="Port to listen at.")]
+InsecureLocal = Annotated[bool, typer.Option("--insecure-local", help="Ask nobody for a key; on this machine alone.")]
+NewKey = Annotated[str | None, typer.Option(help="Add a key of this name to the file of keys, show it once, and end.")]
+Rights = Annotated[str, typer.Option(help="Of the new key: admin, serve, person or prefix.")]
+Of = Annotated[str, typer.Option(help="Of the new key: the person's id, or the prefix of ids.")]
+Slots = Annotated[int, typer.Option(min=1, help="Answers at once.")]
+Vllm = Annotated[str | None, typer.Option(help="Answer by vLLM: the Python of its environment (docs/serving.md).")]
+VllmArgs = Annotated[str, typer.Option(help="Further arguments for vLLM, as one text.")]
+VllmUrl = Annotated[str | None, typer.Option(help="Answer by a vLLM server that runs here already.")]
+VllmFolder = Annotated[
+    Path | None, typer.Option(help="Of that server: its MTA_VLLM_FOLDER.", file_okay=False, exists=True)
+]
+Rate = Annotated[int, typer.Option(min=0, help="Requests a minute for each key; 0 for any number.")]
 
 
 def serve(
     words: Words = None,
     bank: BankDir = Path("bank"),
     store: StoreUrl = "people",
-    keys: Annotated[Path | None, typer.Option(help="File of API keys.", dir_okay=False)] = None,
-    host: Annotated[str, typer.Option(help="Address to listen at.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen at.")] = 8000,
-    insecure_local: Annotated[
-        bool, typer.Option("--insecure-local", help="Ask nobody for a key; on this machine alone.")
-    ] = False,
-    new_key: Annotated[
-        str | None, typer.Option(help="Add a key of this name to the file of keys, show it once, and end.")
-    ] = None,
-    rights: Annotated[str, typer.Option(help="Of the new key: admin, serve, person or prefix.")] = "admin",
-    of: Annotated[str, typer.Option(help="Of the new key: the person's id, or the prefix of ids.")] = "",
-    slots: Annotated[int, typer.Option(min=1, help="Answers at once.")] = 32,
-    rate: Annotated[int, typer.Option(min=0, help="Requests a minute for each key; 0 for any number.")] = 0,
+    keys: KeysFile = None,
+    host: Host = "127.0.0.1",
+    port: Port = 8000,
+    insecure_local: InsecureLocal = False,
+    new_key: NewKey = None,
+    rights: Rights = "admin",
+    of: Of = "",
+    slots: Slots = 32,
+    vllm: Vllm = None,
+    vllm_args: VllmArgs = "",
+    vllm_url: VllmUrl = None,
+    vllm_folder: VllmFolder = None,
+    rate: Rate = 0,
     config: Config = None,
     seed: Seed = None,
     device: Device = None,
@@ -40,21 +61,27 @@ def serve(
     _need_extra()
     from mta.machine import in_passing
     from mta.serving.limits import Limits
-    from mta.serving.serve import keys_for, service_of
+    from mta.serving.serve import keys_for, remote_of, service_of, vllm_of
     from mta.serving.serve import serve as run_server
     from mta.store import Store
 
     if new_key is not None:
         return _add_key(keys, new_key, rights, of, json)
     known = keys_for(keys, host, insecure_local)
+    server: VllmServer | Remote | None = remote_of(vllm_url, vllm_folder) if vllm_url else None
     Store(store).check()
     base, opened, run = in_passing(partial(open_bank, bank, words, seed, device, config, open_to=MERGE_AND_STACK))
-    service = service_of(base, opened, store, run, known, Limits(rate=rate), slots=slots)
 
     def ready(url: str) -> None:
         show_json({"url": url}) if json else typer.echo(f"Serving at {url}/v1 (Ctrl-C ends it)", err=True)
 
-    run_server(service, host, port, ready)
+    with ExitStack() as ending:
+        if vllm:
+            typer.echo("Starting vLLM ...", err=True)
+            server = vllm_of(vllm, base, bank, store, slots=slots, args=shlex.split(vllm_args))
+            ending.callback(server.stop)
+        service = service_of(base, opened, store, run, known, Limits(rate=rate), slots=slots, vllm=server)
+        run_server(service, host, port, ready)
 
 
 def _add_key(keys: Path | None, name: str, rights: str, of: str, json: bool) -> None:
@@ -74,7 +101,7 @@ def _need_extra() -> None:
 
     from mta.errors import ConfigError
 
-    if missing := [name for name in ("fastapi", "uvicorn", "prometheus_client") if find_spec(name) is None]:
+    if missing := [name for name in ("fastapi", "uvicorn", "prometheus_client", "httpx2") if find_spec(name) is None]:
         raise ConfigError(
             f"serving needs {missing[0]}, which is not installed", hint="pip install 'merge-then-adapt[serve]'"
         )

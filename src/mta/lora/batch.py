@@ -113,6 +113,13 @@ def join(batches: Sequence[LoraBatch]) -> LoraBatch:
     )
 
 
+def shared_ranks(batches: Sequence[LoraBatch], name: str) -> tuple[Tensor, Tensor]:
+    """All ranks of all adapters of a layer side by side: A (P, D), and B (O, P) with its scale."""
+    a = torch.cat([batch.factors[name].a.flatten(0, 1) for batch in batches])
+    b = torch.cat([(batch.factors[name].b * batch.scale).transpose(0, 1).flatten(1) for batch in batches], 1)
+    return a, b
+
+
 def stack(batches: Iterable[LoraBatch]) -> LoraBatch:
     """All adapters of several batches in one, zero-padded to the largest rank."""
     parts = list(batches)

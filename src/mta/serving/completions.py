@@ -119,10 +119,10 @@ async def _counted(service: Service, ask: Ask, request: Request, key: Key) -> As
                 if part.index not in last:
                     count.first_token.observe(now - start)
                     count.prompt_tokens.inc(len(ask.prompt))
-                    count.cached_tokens.inc(part.cached)
                 elif part.tokens:
                     count.token_gap.observe((now - last[part.index]) / len(part.tokens))
                 last[part.index] = now
+                count.cached_tokens.inc(part.cached if part.finish else 0)
                 count.answer_tokens.inc(len(part.tokens))
                 yield part
         status = "ok"

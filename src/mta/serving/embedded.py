@@ -52,6 +52,7 @@ class EmbeddedEngine:
         self._asked: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._open = 0  # answers that somebody waits for
         self._closing = self._gone = False
+        self.died = False
         self._door = threading.Lock()
         self._threads = torch.get_num_threads()
         self._reading = ThreadPoolExecutor(2, "mta-activate", initializer=lambda: torch.set_num_threads(1))
@@ -64,6 +65,11 @@ class EmbeddedEngine:
     def ready(self) -> bool:
         """Whether requests would be answered."""
         return self._thread.is_alive() and not self._closing
+
+    @property
+    def alive(self) -> bool:
+        """Whether its thread works, or ended because it was told to."""
+        return self._thread.is_alive() or (self._closing and not self.died)
 
     async def answer(self, ask: Ask) -> AsyncIterator[Piece]:
         """The tokens of an answer as they come; closing the iterator gives the slot to the next.
@@ -163,6 +169,9 @@ class EmbeddedEngine:
             while self.decoder.busy or not self._closing or not self._asked.empty():
                 self._listen(wait=not self.decoder.busy)
                 self.decoder.turn()
+        except BaseException:
+            self.died = True
+            raise
         finally:
             self._closing = True
             with self._door:

@@ -72,7 +72,7 @@ class Token:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A token, or with ``finish`` the end of the answer; ``cached`` prompt tokens were known already."""
+    """A token, or with ``finish`` the end of the answer, which tells how many prompt tokens were known already."""
 
     token: Token | None = None
     finish: Finish | None = None
@@ -91,6 +91,10 @@ class Engine(Protocol):
     @property
     def ready(self) -> bool:
         """Whether requests would be answered."""
+
+    @property
+    def alive(self) -> bool:
+        """Whether it will ever be ready again; if not, the process has to be started anew."""
 
     def facts(self) -> Mapping[str, tuple[float, str]]:
         """What an operator wants to know of it: name -> (value, what it is). Nothing that tells of one person."""

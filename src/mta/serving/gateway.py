@@ -45,9 +45,10 @@ def create_app(service: Service) -> FastAPI:
 
 def _add_health(app: FastAPI, service: Service) -> None:
     @app.get("/healthz")
-    async def alive() -> dict[str, str]:
-        """The process answers."""
-        return {"status": "ok"}
+    async def alive() -> Response:
+        """The process answers, and its engine lives: without one it has to be started anew."""
+        ok = service.engine.alive
+        return JSONResponse({"status": "ok" if ok else "the engine has died"}, 200 if ok else 503)
 
     @app.get("/readyz")
     async def ready() -> Response:

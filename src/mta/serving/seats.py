@@ -25,7 +25,7 @@ from mta.config import MergeSettings
 from mta.errors import StateCorrupt
 from mta.fuse import Merge, merged_factors
 from mta.kernels import adapted_rows, product
-from mta.lora.batch import LoraBatch, join
+from mta.lora.batch import LoraBatch, join, shared_ranks
 from mta.lora.terms import RowTerm
 from mta.rows import BASE, Nobody
 from mta.state import State
@@ -47,7 +47,7 @@ class Seats:
 
     def __init__(self, base: BaseModel, bank: Bank, count: int) -> None:
         self.base, self.bank = base, bank
-        shared = [batch.scaled_into_b() for batch in (bank.task_lora, bank.working) if batch is not None]
+        shared = [batch for batch in (bank.task_lora, bank.working) if batch is not None]
         self._ranks = [len(batch) * batch.rank for batch in shared]
         width = -(-sum(self._ranks) // _EVEN) * _EVEN
         self._layers: dict[str, Any] = {name: base.model.get_submodule(name) for name in base.targets}
@@ -165,7 +165,6 @@ def _adapted(
 
 def _side_by_side(batches: list[LoraBatch], name: str, width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """All ranks of all adapters of a layer, and zeros up to ``width``: A (P, D) and B (O, P)."""
-    a = torch.cat([batch.factors[name].a.flatten(0, 1) for batch in batches])
-    b = torch.cat([batch.factors[name].b.transpose(0, 1).flatten(1) for batch in batches], 1)
+    a, b = shared_ranks(batches, name)
     more = width - len(a)
     return (pad(a, (0, 0, 0, more)).to(dtype).contiguous(), pad(b, (0, more)).to(dtype).contiguous())

@@ -5,19 +5,22 @@ from __future__ import annotations
 import ipaddress
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from mta.bank.bank import Bank
 from mta.base import BaseModel
 from mta.config import Run
 from mta.errors import ConfigError
+from mta.hub import local_folder
 from mta.personalize import Personalizer
 from mta.serving.auth import ENV, Keys
 from mta.serving.embedded import EmbeddedEngine
 from mta.serving.jobs import Jobs
 from mta.serving.limits import Limits
 from mta.serving.service import Service
+from mta.serving.vllm_engine import VllmEngine
+from mta.serving.vllm_server import Remote, VllmServer, VllmSettings
 from mta.store import Store
 
 
@@ -39,13 +42,45 @@ def keys_for(path: Path | None, host: str, insecure_local: bool) -> Keys:
 
 
 def service_of(
-    base: BaseModel, bank: Bank, store: str, run: Run, keys: Keys, limits: Limits, *, slots: int = 32
+    base: BaseModel,
+    bank: Bank,
+    store: str,
+    run: Run,
+    keys: Keys,
+    limits: Limits,
+    *,
+    slots: int = 32,
+    vllm: VllmServer | Remote | None = None,
 ) -> Service:
-    """The embedded engine over a bank and a store, and what personalizes beside it."""
-    states = Store(store)
-    engine = EmbeddedEngine(base, bank, states, slots=slots)
+    """An engine over a bank and a store, embedded or vLLM's, and what personalizes beside it."""
+    states, length = Store(store), base.prompts.max_tokens
+    engine: EmbeddedEngine | VllmEngine
+    if vllm is None:
+        engine = EmbeddedEngine(base, bank, states, slots=slots)
+    else:
+        engine = VllmEngine(vllm, states, bank=bank.hash, length=length, stops=base.stop_tokens)
     jobs = Jobs(Personalizer(base.twin(), bank, states, run=run))
-    return Service(engine, base, states, bank.task, keys, jobs, limits, engine.length)
+    return Service(engine, base, states, bank.task, keys, jobs, limits, length)
+
+
+def vllm_of(python: str, base: BaseModel, bank: Path, store: str, *, slots: int, args: Sequence[str]) -> VllmServer:
+    """A vLLM server for that base, started. Raises ConfigError, VllmNotStarted."""
+    place = local_folder(base.name)
+    length, dtype = base.prompts.max_tokens, str(base.dtype).removeprefix("torch.")
+    started = VllmServer(
+        VllmSettings(python, place, str(bank), store, length, rows=slots, args=(f"--dtype={dtype}", *args))
+    )
+    started.start()
+    return started
+
+
+def remote_of(url: str, folder: Path | None) -> Remote:
+    """A vLLM server that runs already, on this machine. Its key comes by VLLM_API_KEY. Raises ConfigError."""
+    if folder is None:
+        raise ConfigError(
+            "where does that vLLM's plugin write adapters?", hint="Give its MTA_VLLM_FOLDER: --vllm-folder"
+        )
+    return Remote(url.rstrip("/"), folder, os.environ.get("VLLM_API_KEY", ""))
 
 
 def serve(service: Service, host: str, port: int, ready: Callable[[str], None]) -> None:

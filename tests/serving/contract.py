@@ -1,0 +1,123 @@
+"""A world both engines can answer in: a saved base in float32, a bank, and people whose answers are all different."""
+
+from __future__ import annotations
+
+import os
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from conftest import TINY_RUN, HashEncoder, people_of
+from tiny import COMMON, random_loras, tokenizer
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from mta.bank.bank import Bank
+from mta.bank.build import build_bank
+from mta.base import BaseModel
+from mta.generate import generate
+from mta.rows import Nobody, row_adapters
+from mta.serving.embedded import EmbeddedEngine
+from mta.serving.engine import Ask, Version
+from mta.serving.vllm_engine import VllmEngine
+from mta.serving.vllm_server import VllmServer, VllmSettings
+from mta.state import State
+from mta.store import Store
+from mta.tasks import load_task
+
+LENGTH = 256
+PYTHON = os.environ.get("MTA_VLLM_PYTHON", "")
+
+
+class World:
+    """Base, bank and store in a folder, and engines over them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.place = folder, str(folder / "base")
+        torch.manual_seed(0)
+        config = COMMON | {"hidden_size": 128, "num_attention_heads": 2, "intermediate_size": 96}
+        model = LlamaForCausalLM(LlamaConfig(**config, num_key_value_heads=1))
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(2.0)
+        model.save_pretrained(self.place)
+        tokenizer().save_pretrained(self.place)
+        self.base = BaseModel.load(self.place, "float32", "cpu", LENGTH)
+        run = TINY_RUN.model_copy(update={"base": self.place, "dtype": "float32"})
+        people = people_of(4, prefix="t"), people_of(12, prefix="c")
+        build_bank(self.base, load_task("movielens-rating"), HashEncoder(), *people, run, folder / "bank")
+        self.bank = Bank.open(folder / "bank", self.base)
+        self.store = Store(folder / "people")
+        self.stops = set(self.base.stop_tokens)
+
+    def renew(self, person: str, seed: int, bank: str | None = None) -> Version:
+        """A new version of a person, unlike all others."""
+        stack = random_loras(self.base, 1, rank=1, size=0.5, seed=seed)
+        w = (3.0, -2.0, float(seed % 7))
+        state = State(bank or self.bank.hash, (0, 1, 2), w, "fixed", "", f"{person}/{seed}", 0, stack)
+        return self.version(person, self.store.save(person, state))
+
+    def version(self, person: str, number: int, stacked: bool = True) -> Version:
+        """As the gateway names it to an engine."""
+        return Version(person, number, stacked, self.store.seal(person, number) or "")
+
+    def alone(self, who: Version | Nobody, prompt: list[int], count: int) -> list[int]:
+        """The answer of one row alone, by nothing an engine uses."""
+        whose = who if isinstance(who, Nobody) else self.store.load(who.person, who.number)
+        adapters = row_adapters(self.base, self.bank, [whose], isinstance(who, Nobody) or who.stacked)
+        return generate(self.base, [prompt], [0], adapters, max_new_tokens=count)[0]
+
+    def embedded(self, **how: int) -> EmbeddedEngine:
+        """Over modules of its own, so that ``alone`` can be asked meanwhile."""
+        sizes = {name: value for name, value in how.items() if name == "activated"}
+        sizes |= {"waiting": how["most"] - 4} if "most" in how else {}
+        return EmbeddedEngine(self.base.twin(), self.bank, self.store, slots=4, length=LENGTH, **sizes)
+
+    def vllm(self, server: object, **how: int) -> VllmEngine:
+        """Over a server that goes on."""
+        stops = sorted(self.stops)
+        return VllmEngine(server, self.store, bank=self.bank.hash, length=LENGTH, stops=stops, **how)
+
+    def settings(self, **how: object) -> VllmSettings:
+        """Of a vLLM server for this base."""
+        more = ("--dtype=float32", "--block-size=32", "--enforce-eager")
+        paths = {"bank": str(self.folder / "bank"), "store": str(self.folder / "people")}
+        return VllmSettings(PYTHON, self.place, length=LENGTH, rows=4, args=more, **paths, **how)
+
+
+class Lent:
+    """A server that engines of several tests use one after the other: they do not end it."""
+
+    def __init__(self, server: VllmServer) -> None:
+        self._server = server
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._server, name)
+
+    def stop(self) -> None:
+        """It goes on."""
+
+
+@contextmanager
+def vllm_server(settings: VllmSettings):
+    """A real one, for as long as the block lasts."""
+    server = VllmServer(settings)
+    server.start()
+    try:
+        yield server
+    finally:
+        server.stop()
+
+
+def prompt_of(n: int, length: int = 12) -> list[int]:
+    """Tokens that are no end."""
+    draw = torch.Generator().manual_seed(n)
+    return torch.randint(10, 250, (length,), generator=draw).tolist()
+
+
+async def told(engine: object, ask: Ask) -> tuple[list[int], str]:
+    """Tokens of an answer, and how it ended."""
+    tokens, finish = [], ""
+    async for piece in engine.answer(ask):
+        tokens += [piece.token.id] if piece.token else []
+        finish = piece.finish or finish
+    return tokens, finish

@@ -1,0 +1,244 @@
+"""What the gateway may expect of an engine, whichever it is: one suite for the embedded one and for real vLLM.
+
+vLLM lives in an environment of its own: ``make test-vllm`` makes it and sets MTA_VLLM_PYTHON.
+"""
+
+import asyncio
+from contextlib import suppress
+
+import pytest
+from contract import PYTHON, Lent, World, prompt_of, told, vllm_server
+
+from mta.errors import InputError, MtaError, OtherBank, PersonNotFound, StateCorrupt
+from mta.rows import BASE, TASK
+from mta.serving.engine import Ask, EngineGone, QueueFull, Version
+
+COUNT = 12
+NO_VLLM = "no vLLM here: MTA_VLLM_PYTHON names no Python that has it (make test-vllm)"
+BOTH = ["embedded", pytest.param("vllm", marks=[pytest.mark.vllm, pytest.mark.skipif(not PYTHON, reason=NO_VLLM)])]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    made = World(tmp_path_factory.mktemp("contract"))
+    for n in range(5):
+        made.renew(str(n), n)
+    return made
+
+
+@pytest.fixture(scope="module", params=BOTH)
+def engines(request, world):
+    """Makes engines of one kind."""
+    if request.param == "embedded":
+        yield world.embedded
+    else:
+        with vllm_server(world.settings()) as server:
+            yield lambda **how: world.vllm(Lent(server), **how)
+
+
+def run(engines, use, **how):
+    """What ``use`` makes of an engine, which is closed afterwards."""
+
+    async def go():
+        engine = engines(**how)
+        try:
+            return await use(engine)
+        finally:
+            await engine.close()
+
+    return asyncio.run(go())
+
+
+def expected(world, ask):
+    tokens = world.alone(ask.who, list(ask.prompt), ask.max_tokens)
+    return tokens, "length" if len(tokens) == ask.max_tokens else "stop"
+
+
+def test_everybody_in_a_batch_is_answered_as_if_they_were_alone(engines, world):
+    people = [world.version(str(n), 1, stacked) for n in range(5) for stacked in (True, False)]
+    asks = [Ask(tuple(prompt_of(n)), who, COUNT) for n, who in enumerate([BASE, TASK, *people])]
+
+    async def all_at_once(engine):
+        return await asyncio.gather(*(told(engine, ask) for ask in asks))
+
+    found = run(engines, all_at_once)
+    assert found == [expected(world, ask) for ask in asks]
+    assert len({tuple(tokens) for tokens, _ in found}) > 8
+
+
+def test_an_answer_ends_before_the_token_that_ends_it(engines, world):
+    who = world.version("0", 1)
+    tokens = world.alone(who, prompt_of(0), COUNT)
+    stop = next(token for token in tokens if token != tokens[0])
+
+    async def ended(engine):
+        engine.stops = frozenset({stop})
+        if hasattr(engine, "decoder"):
+            engine.decoder._stops = engine.stops
+        return await told(engine, Ask(tuple(prompt_of(0)), who, COUNT))
+
+    assert run(engines, ended) == (tokens[: tokens.index(stop)], "stop")
+
+
+def test_log_probabilities_are_the_models_own(engines, world):
+    who, prompt = world.version("1", 1), prompt_of(1)
+
+    async def pieces(engine):
+        ask = Ask(tuple(prompt), who, 3, top_logprobs=4)
+        return [piece.token async for piece in engine.answer(ask) if piece.token]
+
+    found, reference = run(engines, pieces), run(world.embedded, pieces)
+    for token, other in zip(found, reference, strict=True):
+        assert token.id == other.id == token.top[0][0]
+        assert token.logprob == pytest.approx(other.logprob, abs=1e-3)
+        assert [id for id, _ in token.top] == [id for id, _ in other.top]
+        assert [value for _, value in token.top] == pytest.approx([value for _, value in other.top], abs=1e-3)
+
+
+def test_sampling_with_a_seed_gives_the_same_again(engines, world):
+    ask = Ask(tuple(prompt_of(2)), world.version("2", 1), COUNT, temperature=2.0, seed=7)
+
+    async def twice(engine):
+        return [await told(engine, ask), await told(engine, ask)]
+
+    first, second = run(engines, twice)
+    assert first == second != expected(world, ask)
+
+
+def test_who_leaves_makes_room_and_others_go_on(engines, world):
+    async def left(engine):
+        stays = asyncio.create_task(told(engine, Ask(tuple(prompt_of(0)), world.version("0", 1), 40)))
+        async for piece in (leaving := engine.answer(Ask(tuple(prompt_of(1)), world.version("1", 1), 200))):
+            if piece.token:
+                break
+        await leaving.aclose()
+        found = await stays
+        for _ in range(200):
+            if not engine.facts()["running"][0]:
+                break
+            await asyncio.sleep(0.02)
+        return found, engine.facts()["running"][0]
+
+    found, running = run(engines, left)
+    assert found == expected(world, Ask(tuple(prompt_of(0)), world.version("0", 1), 40))
+    assert running == 0
+
+
+def test_what_is_wrong_with_one_person_is_told_and_nobody_else_notices(engines, world):
+    other = world.renew("other-bank", 3, bank="another")
+    broken = world.renew("broken", 4)
+    path = next(p for p in (world.folder / "people").rglob("1.safetensors") if world.store.key_of("broken") in str(p))
+    data = bytearray(path.read_bytes())
+    data[-5] ^= 1
+    path.write_bytes(data)
+    unknown = Version("unknown", 1, True, "0" * 64)
+    fine = Ask(tuple(prompt_of(3)), world.version("3", 1), COUNT)
+
+    async def failing(engine, who):
+        with pytest.raises(MtaError) as caught:
+            await told(engine, Ask(tuple(prompt_of(3)), who, 3))
+        return type(caught.value)
+
+    async def all_at_once(engine):
+        return await asyncio.gather(told(engine, fine), *(failing(engine, who) for who in (other, broken, unknown)))
+
+    answer, *errors = run(engines, all_at_once)
+    assert answer == expected(world, fine)
+    assert errors == [OtherBank, StateCorrupt, PersonNotFound]
+
+
+def test_who_is_updated_while_being_answered_ends_on_the_old_version(engines, world):
+    old = world.renew("ann", 20)
+
+    async def updated(engine):
+        running = asyncio.create_task(told(engine, Ask(tuple(prompt_of(4)), old, 60)))
+        await asyncio.sleep(0.05)
+        new = world.renew("ann", 21)
+        return new, await told(engine, Ask(tuple(prompt_of(4)), new, COUNT)), await running
+
+    new, after, before = run(engines, updated)
+    assert new.number == old.number + 1
+    assert before == expected(world, Ask(tuple(prompt_of(4)), old, 60))
+    assert after == expected(world, Ask(tuple(prompt_of(4)), new, COUNT))
+    assert before[0][:COUNT] != after[0]
+
+
+def test_the_forgotten_are_gone_and_who_comes_again_is_somebody_new(engines, world):
+    first = world.renew("gone", 30)
+
+    async def forgotten(engine):
+        running = asyncio.create_task(told(engine, Ask(tuple(prompt_of(5)), first, 200)))
+        while not engine.facts()["running"][0]:
+            await asyncio.sleep(0.01)
+        world.store.forget("gone")
+        await engine.forget("gone")
+        with pytest.raises((EngineGone, PersonNotFound)):
+            await running
+        with pytest.raises(PersonNotFound):
+            await told(engine, Ask(tuple(prompt_of(5)), first, 3))
+        again = world.renew("gone", 31)
+        assert again.number == first.number
+        return again, await told(engine, Ask(tuple(prompt_of(5)), again, COUNT))
+
+    again, found = run(engines, forgotten)
+    assert found == expected(world, Ask(tuple(prompt_of(5)), again, COUNT))
+
+
+def test_more_people_than_are_kept_at_hand_are_answered_rightly(engines, world):
+    asks = [Ask(tuple(prompt_of(n)), world.version(str(n % 5), 1), 4) for n in range(15)]
+
+    async def in_turn(engine):
+        found = [await told(engine, ask) for ask in asks]
+        with suppress(AttributeError):
+            await engine.names.settled()
+        return found, engine.facts()["activated"][0]
+
+    found, held = run(engines, in_turn, activated=2)
+    assert found == [expected(world, ask) for ask in asks]
+    assert held <= 2
+
+
+def test_what_one_caller_asked_is_known_to_them_alone(engines, world):
+    prompt = tuple(prompt_of(6, 64))
+
+    async def cached(engine, asker):
+        ask = Ask(prompt, world.version("1", 1), 2, asker=asker)
+        return [piece.cached async for piece in engine.answer(ask)][-1]
+
+    async def three(engine):
+        return [await cached(engine, asker) for asker in ("ann", "ann", "bob")]
+
+    first, again, other = run(engines, three)
+    assert first == other == 0
+    assert again > 0
+
+
+def test_too_much_is_refused_before_it_is_begun(engines, world):
+    who = world.version("0", 1)
+
+    async def refused(engine):
+        with pytest.raises(InputError):
+            await told(engine, Ask((), who, 3))
+        with pytest.raises(InputError):
+            await told(engine, Ask(tuple(prompt_of(0, 250)), who, 20))
+        running = [asyncio.create_task(told(engine, Ask(tuple(prompt_of(n)), who, 100))) for n in range(6)]
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        with pytest.raises(QueueFull):
+            await told(engine, Ask(tuple(prompt_of(9)), who, 3))
+        return await asyncio.gather(*running)
+
+    assert all(len(tokens) <= 100 for tokens, _ in run(engines, refused, most=6))
+
+
+def test_a_closed_engine_ends_what_runs_and_takes_nothing_new(engines, world):
+    async def closed(engine):
+        running = asyncio.create_task(told(engine, Ask(tuple(prompt_of(7)), TASK, 30)))
+        await asyncio.sleep(0.05)
+        await engine.close()
+        with pytest.raises(EngineGone):
+            await told(engine, Ask(tuple(prompt_of(7)), TASK, 3))
+        assert not engine.ready
+        return await running
+
+    assert run(engines, closed) == expected(world, Ask(tuple(prompt_of(7)), TASK, 30))

@@ -1,0 +1,160 @@
+"""What goes wrong in the world: an engine that dies, clients that do not read, a bank exchanged, people without end."""
+
+import asyncio
+import gc
+import json
+import shutil
+import socket
+import time
+from pathlib import Path
+
+import httpx2
+import pytest
+from conftest import TINY_RUN, HashEncoder, people_of
+from served import served
+from test_gateway import endless
+from tiny import base_of, random_loras
+
+from mta.bank.bank import Bank
+from mta.bank.build import build_bank
+from mta.serving.embedded import EmbeddedEngine
+from mta.serving.engine import Ask, Version
+from mta.serving.names import wire_name
+from mta.serving.vllm_adapters import Adapters
+from mta.state import State
+from mta.store import Store
+
+PROMPT = (40, 50, 60, 70, 80)
+
+
+def state_of(base, bank, n):
+    """Unlike everybody else's."""
+    stack = random_loras(base, 1, rank=1, seed=n)
+    return State(bank.hash, (0, 1, 2), (1.0, -2.0, float(n % 7)), "fixed", "", f"work{n}", 0, stack)
+
+
+@pytest.fixture
+def here(tiny_bank_folder, tmp_path):
+    """A server with one person."""
+    base = endless(base_of())
+    bank = Bank.open(tiny_bank_folder, base)
+    with served(base, bank, tmp_path) as running:
+        running.service.store.save("ann", state_of(base, bank, 0))
+        running.headers = {"Authorization": f"Bearer {running.secrets['admin']}"}
+        yield running
+
+
+def asked(here, **how):
+    body = {"model": "person:ann", "prompt": "Film 7", "max_tokens": 8} | how
+    return httpx2.post(f"{here.url}/v1/completions", json=body, headers=here.headers, timeout=60)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_an_engine_that_dies_says_so_and_what_ran_is_answered_with_it(here):
+    def broken():
+        raise MemoryError("no more")
+
+    assert asked(here).status_code == 200
+    assert httpx2.get(f"{here.url}/healthz").status_code == 200
+    here.service.engine.decoder.turn = broken
+    found = [asked(here), asked(here)]
+    assert [answer.status_code for answer in found] == [503, 503]
+    assert all(answer.json()["error"]["code"] == "engine_gone" for answer in found)
+    assert "Retry-After" in found[0].headers
+    for path in ("healthz", "readyz"):
+        assert httpx2.get(f"{here.url}/{path}").status_code == 503
+
+
+def test_a_client_that_does_not_read_keeps_nobody_waiting(here):
+    body = json.dumps({"model": "person:ann", "prompt": "Film 7", "max_tokens": 200, "stream": True}).encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nAuthorization: {here.headers['Authorization']}\r\n"
+    head += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    address = ("127.0.0.1", int(here.url.rpartition(":")[2]))
+    slow = [socket.create_connection(address) for _ in range(6)]  # more than there are slots
+    halves = [socket.create_connection(address) for _ in range(6)]
+    for connection in slow:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1)
+        connection.sendall(head.encode() + body)
+    for connection in halves:  # whose requests never end
+        connection.sendall(head.encode() + body[:5])
+    assert asked(here).status_code == 200
+    for connection in (*slow, *halves):
+        connection.close()
+    until = time.monotonic() + 20
+    while here.service.engine.facts()["running"][0] and time.monotonic() < until:
+        time.sleep(0.05)
+    assert here.service.engine.facts()["running"][0] == 0
+    assert asked(here).status_code == 200
+
+
+def test_a_bank_exchanged_on_disk_changes_nobodys_answer(tiny_bank_folder, tmp_path, task, cache):
+    """What is open stays open; an adapter for vLLM is made of the bank a person's state names, or not at all."""
+    base = endless(base_of())
+    shutil.copytree(tiny_bank_folder, tmp_path / "bank")
+    bank = Bank.open(tmp_path / "bank", base)
+    with served(base, bank, tmp_path) as here:
+        store = here.service.store
+        store.save("ann", state_of(base, bank, 0))
+        here.headers = {"Authorization": f"Bearer {here.secrets['admin']}"}
+        before = asked(here, temperature=0).json()["choices"]
+        shutil.rmtree(tmp_path / "bank")
+        people = people_of(4, prefix="t", seed=5), people_of(12, prefix="c", seed=5)
+        build_bank(base_of(), task, HashEncoder(), *people, TINY_RUN, tmp_path / "bank")
+        assert asked(here, temperature=0).json()["choices"] == before
+        (tmp_path / "adapters").mkdir()
+        made = Adapters(tmp_path / "bank", str(tmp_path / "people"), tmp_path / "adapters", 16)
+        assert made.path(wire_name(Version("ann", 1, seal=store.seal("ann", 1)))) is None
+        assert list(made.folder.iterdir()) == []
+    other = Bank.open(tmp_path / "bank", base)
+    (tmp_path / "again").mkdir()
+    with served(base, other, tmp_path / "again", store=Store(tmp_path / "people")) as here:
+        here.headers = {"Authorization": f"Bearer {here.secrets['admin']}"}
+        assert asked(here).json()["error"]["code"] == "OtherBank"
+
+
+def resident():
+    """Memory of this process, in MiB."""
+    gc.collect()
+    pages = int(Path("/proc/self/statm").read_text(encoding="utf-8").split()[1])
+    return pages * 4096 / 2**20
+
+
+def many_people(tiny, folder, count, activated):
+    """Everybody is asked once, and made only then; returns memory along the way, and how many are held."""
+    base, bank = tiny
+    base.prompts.end_token = 260
+    store, memory = Store(folder), []
+
+    async def go():
+        engine = EmbeddedEngine(base, bank, store, slots=8, length=32, activated=activated)
+        for first in range(0, count, 50):
+            people = [str(n) for n in range(first, first + 50)]
+            versions = [store.save(person, state_of(base, bank, int(person))) for person in people]
+            asks = [
+                Ask(PROMPT, Version(person, number, seal=store.seal(person, number)), max_tokens=2)
+                for person, number in zip(people, versions)
+            ]
+
+            async def one(ask):
+                return [piece async for piece in engine.answer(ask)]
+
+            found = await asyncio.gather(*map(one, asks))
+            assert all(pieces[-1].finish for pieces in found)
+            memory.append(resident())
+        held = len(engine.activated)
+        await engine.close()
+        return held
+
+    return memory, asyncio.run(go())
+
+
+def test_only_so_many_people_are_held(tiny, tmp_path):
+    _, held = many_people(tiny, tmp_path / "people", 200, activated=16)
+    assert held == 16
+
+
+@pytest.mark.slow
+def test_ten_thousand_people_in_turn_take_no_more_memory_than_the_first_thousand(tiny, tmp_path):
+    memory, held = many_people(tiny, tmp_path / "people", 10_000, activated=64)
+    assert held == 64
+    assert memory[-1] - memory[20] < 20, memory[::20]

@@ -1,0 +1,186 @@
+"""One adapter of bounded rank from task LoRA, merge and stack: the best there is, and honest about what it loses."""
+
+import logging
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny import base_of, random_loras
+
+from mta.config import MergeSettings
+from mta.errors import InputError, OtherBank, StateCorrupt
+from mta.fuse import Merge, merged_factors
+from mta.lora.batch import Factors, LoraBatch, join
+from mta.lora.merge import truncate
+from mta.lora.peft import read_peft
+from mta.rows import BASE, TASK
+from mta.serving.engine import Version
+from mta.serving.names import from_wire, named, wire_name
+from mta.serving.synthesis import Synthesis
+from mta.serving.vllm_adapters import Adapters, folder_of, note_of, remove
+from mta.state import State
+from mta.store import Store
+
+BASE_MODEL = base_of(dtype=torch.float32)
+ANCHORS = random_loras(BASE_MODEL, 5, rank=2, seed=1, scale=0.7)
+POOLED = random_loras(BASE_MODEL, 1, rank=2, seed=2, scale=1.5)
+
+
+def state_of(mode="exact", rank=None, stacked=True, w=(0.4, -1.0, 2.0), bank="bank"):
+    stack = random_loras(BASE_MODEL, 1, rank=1, seed=3, scale=4.0) if stacked else None
+    return State(bank, (4, 0, 2), w, "fixed", "", "work", 0, stack, mode, rank)
+
+
+def merge_of(state):
+    """Task LoRA and merge without any cut."""
+    merge = Merge(torch.tensor([state.anchors]), torch.tensor([state.w]))
+    return join([POOLED, merged_factors(ANCHORS, merge, MergeSettings(mode=state.mode, rank=state.rank))])
+
+
+def differ(one, other):
+    """Relative Frobenius difference over all layers."""
+    pairs = [(one.delta(name), other.delta(name)) for name in one.names]
+    lost = sum((a - b).square().sum() for a, b in pairs)
+    return float((lost / sum(b.square().sum() for _, b in pairs)).sqrt())
+
+
+@pytest.mark.parametrize(("mode", "rank"), [("exact", None), ("svd", 3), ("factor", None)])
+@pytest.mark.parametrize("stacked", [True, False])
+def test_in_a_slot_with_room_nothing_is_lost(mode, rank, stacked):
+    state = state_of(mode, rank)
+    found, error = Synthesis(ANCHORS, POOLED, "bank", 16).adapter(state, stacked)
+    whole = merge_of(state)
+    assert found.rank <= 16
+    assert error < 1e-5
+    assert differ(found, join([whole, state.stack]) if stacked else whole) < 1e-5
+
+
+@pytest.mark.parametrize("slot", [2, 4, 8])
+@pytest.mark.parametrize("mode", ["exact", "factor"])
+def test_the_cut_is_the_best_of_its_rank_and_its_error_the_true_one(slot, mode):
+    state = state_of(mode)
+    found, error = Synthesis(ANCHORS, POOLED, "bank", slot).adapter(state)
+    merge = merge_of(state)
+    best, least = truncate(merge, slot - 1)
+    assert error == pytest.approx(float(least), rel=1e-3, abs=1e-6)
+    assert found.rank == min(slot, merge.rank + 1)
+    assert differ(found, join([best, state.stack])) < 1e-4
+
+
+def test_many_anchors_take_the_quick_way_and_lose_no_more():
+    """Where layers are wide an svd of a few directions does: what it finds is the best all the same, every time."""
+    draw = torch.Generator().manual_seed(0)
+    start = Factors(torch.randn(1, 2, 64, generator=draw), torch.randn(1, 96, 2, generator=draw))
+    near = Factors(*(part + 0.1 * torch.randn(40, *part.shape[1:], generator=draw) for part in start))
+    anchors, w = LoraBatch({"layer": near}), tuple(torch.linspace(-1, 1.5, 40).tolist())
+    state = State("bank", tuple(range(40)), w, "fixed", "", "work", 0)
+    made = Synthesis(anchors, None, "bank", 2)
+    found, error = made.adapter(state)
+    again, _ = made.adapter(state)
+    whole = merged_factors(anchors, Merge(torch.tensor([state.anchors]), torch.tensor([w])), MergeSettings())
+    best, least = truncate(whole, 2)
+    assert error == pytest.approx(float(least), rel=1e-4)
+    assert differ(found, best) < 1e-2
+    assert all(torch.equal(tensor, again.tensors()[name]) for name, tensor in found.tensors().items())
+
+
+def test_the_pooled_model_is_its_task_lora_and_the_base_has_none():
+    made = Synthesis(ANCHORS, POOLED, "bank", 8)
+    assert differ(made.adapter(TASK)[0], POOLED) < 1e-6
+    with pytest.raises(InputError):
+        made.adapter(BASE)
+    with pytest.raises(InputError):
+        Synthesis(ANCHORS, None, "bank", 8).adapter(TASK)
+
+
+def test_what_cannot_be_made_is_refused():
+    with pytest.raises(OtherBank):
+        Synthesis(ANCHORS, POOLED, "another", 8).adapter(state_of())
+    with pytest.raises(InputError, match="no room"):
+        Synthesis(ANCHORS, POOLED, "bank", 1).adapter(state_of())
+    broken = state_of()
+    next(iter(broken.stack.factors.values())).a[0, 0, 0] = torch.nan
+    with pytest.raises(StateCorrupt):
+        Synthesis(ANCHORS, POOLED, "bank", 8).adapter(broken)
+
+
+@given(st.text(min_size=1), st.integers(1, 10**8), st.booleans(), st.text("0123456789abcdef", min_size=64, max_size=64))
+def test_a_name_on_the_wire_means_one_version_and_no_other_door_opens_by_it(person, number, stacked, seal):
+    try:
+        person.encode()
+    except UnicodeEncodeError:
+        return
+    who = Version(person, number, stacked, seal)
+    name = wire_name(who)
+    assert from_wire(name) == Version(person, number, stacked, seal[:16])
+    assert "/" not in name
+    assert named(name, "base") != named(name.rpartition("~")[0], "base")
+
+
+def test_names_without_a_version_and_its_seal_mean_nobody():
+    assert from_wire("task") is TASK
+    assert from_wire("base") is BASE
+    for name in ("person:ann", "person:ann@v1", "person:ann~0123456789abcdef", "ann", "", "task~0123456789abcdef"):
+        assert from_wire(name) is None
+
+
+@pytest.fixture
+def adapters(tiny, tmp_path):
+    """As a vLLM server has them, over the tiny bank and a store with somebody in it."""
+    base, bank = tiny
+    store = Store(tmp_path / "people")
+    stack = random_loras(base, 1, rank=1, seed=3)
+    store.save("../ann", State(bank.hash, (0, 2), (0.5, 0.25), "fixed", "", "work", 0, stack))
+    (tmp_path / "adapters").mkdir()
+    return Adapters(bank.folder, str(tmp_path / "people"), tmp_path / "adapters", 16), store
+
+
+def name_of(store, person, **how):
+    return wire_name(Version(person, 1, seal=store.seal(person, 1) or "0" * 64, **how))
+
+
+def test_an_adapter_is_made_once_and_where_it_belongs(adapters):
+    made, store = adapters
+    name = name_of(store, "../ann")
+    path = made.path(name)
+    assert path == made.folder / folder_of(name)
+    assert read_peft(path).rank == 9
+    assert note_of(made.folder, name).exists()
+    before = path.stat().st_mtime_ns
+    assert made.path(name) == path
+    assert path.stat().st_mtime_ns == before
+    assert read_peft(made.path(name_of(store, "../ann", stacked=False))).rank == 8
+    assert read_peft(made.path("task")).rank == 2
+    remove(made.folder, name)
+    assert not path.exists()
+    assert not note_of(made.folder, name).exists()
+
+
+def test_nobody_else_gets_one(adapters, caplog):
+    made, store = adapters
+    for name in ("base", "person:ann@v1", name_of(store, "bob"), name_of(store, "../ann").replace("@v1", "@v2")):
+        assert made.path(name) is None
+    assert list(made.folder.iterdir()) == []
+    path = next((made.folder.parent / "people").rglob("1.safetensors"))
+    name = name_of(store, "../ann")
+    path.write_bytes(path.read_bytes()[:-1] + b"!")
+    with caplog.at_level(logging.WARNING):
+        assert made.path(name) is None
+    assert "StateCorrupt" in caplog.text
+    assert "ann" not in caplog.text.replace("anchors", "")
+    assert not (made.folder / folder_of(name)).exists()
+
+
+def test_who_is_forgotten_while_their_adapter_is_made_gets_none(adapters, monkeypatch):
+    made, store = adapters
+    name = name_of(store, "../ann")
+    plain = Synthesis.adapter
+
+    def forgotten_meanwhile(self, *how):
+        store.forget("../ann")
+        return plain(self, *how)
+
+    monkeypatch.setattr(Synthesis, "adapter", forgotten_meanwhile)
+    assert made.path(name) is None
+    assert list(made.folder.iterdir()) == []

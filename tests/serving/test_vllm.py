@@ -1,0 +1,216 @@
+"""A real vLLM with our plugin: the traps of serving/vllm_names.py, each of which once ended a server, and its end.
+
+``make test-vllm`` makes its environment and sets MTA_VLLM_PYTHON; without it these tests are skipped.
+"""
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import httpx2
+import openai
+import pytest
+from contract import PYTHON, Lent, World, prompt_of, told, vllm_server
+from served import served
+
+from mta.rows import TASK
+from mta.serving.engine import Ask, EngineGone
+from mta.serving.vllm_server import VllmNotStarted, VllmServer
+
+pytestmark = [
+    pytest.mark.vllm,
+    pytest.mark.skipif(not PYTHON, reason="no vLLM here: MTA_VLLM_PYTHON names no Python that has it (make test-vllm)"),
+]
+COUNT = 8
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    made = World(tmp_path_factory.mktemp("vllm"))
+    for n in range(24):
+        made.renew(str(n), n)
+    return made
+
+
+@pytest.fixture(scope="module")
+def server(world):
+    with vllm_server(world.settings()) as running:
+        yield running
+
+
+def ask_of(world, n, count=COUNT):
+    return Ask(tuple(prompt_of(n)), world.version(str(n), 1), count)
+
+
+def expected(world, ask):
+    return world.alone(ask.who, list(ask.prompt), ask.max_tokens)
+
+
+def test_adapters_are_unloaded_before_their_files_go_so_that_nobodys_answer_ends(world, server):
+    """More people than vLLM keeps itself: it reads an adapter again whenever it dropped it."""
+
+    async def go():
+        engine = world.vllm(Lent(server), activated=3)
+        wrong = []
+        for n in [*range(24), *range(24), 0, 5, 0]:
+            ask = ask_of(world, n)
+            tokens, _ = await told(engine, ask)
+            wrong += [n] if tokens != expected(world, ask) else []
+        await engine.names.settled()
+        listed = (await engine.client.get("/v1/models")).json()["data"]
+        facts = engine.facts()
+        await engine.close()
+        return wrong, listed, facts
+
+    wrong, listed, facts = asyncio.run(go())
+    assert wrong == []
+    assert len(listed) <= 1 + 3
+    assert facts["activated"][0] <= 3
+    assert facts["unloaded"][0] >= 24 + 20
+    assert facts["cut_error_max"][0] < 1e-5
+    assert sum(path.is_dir() for path in server.folder.iterdir()) <= 3
+    assert server.up
+    assert server.starts == 1
+
+
+def test_its_folder_is_this_users_alone_and_tells_no_id(world, server):
+    world.renew("somebody", 50)
+
+    async def go():
+        engine = world.vllm(Lent(server))
+        await told(engine, Ask(tuple(prompt_of(1)), world.version("somebody", 1), COUNT))
+        await engine.close()
+
+    asyncio.run(go())
+    assert server.folder.stat().st_mode & 0o077 == 0
+    assert not any("somebody" in str(path) for path in server.folder.rglob("*"))
+
+
+def test_one_that_ends_is_started_again_and_answers(world):
+    with vllm_server(world.settings()) as server:
+
+        async def go():
+            engine = world.vllm(Lent(server))
+            engine.stops = frozenset()  # so that answers are long
+            before = await told(engine, ask_of(world, 0))
+            rows = [asyncio.create_task(told(engine, ask_of(world, n, 230))) for n in range(1, 5)]
+            async for piece in engine.answer(ask_of(world, 5, 230)):
+                if piece.token:
+                    break
+            os.killpg(server._process.pid, signal.SIGKILL)
+            ended = await asyncio.gather(*rows, return_exceptions=True)
+            assert any(isinstance(end, EngineGone) for end in ended)
+            assert all(isinstance(end, EngineGone) or len(end[0]) == 230 for end in ended)
+            with pytest.raises(EngineGone):
+                await told(engine, ask_of(world, 2))
+            while engine.ready:
+                await asyncio.sleep(0.05)
+            until = time.monotonic() + 300
+            while not engine.ready and time.monotonic() < until:
+                await asyncio.sleep(0.2)
+            after = [await told(engine, ask_of(world, n)) for n in (0, 3)]
+            await engine.close()
+            return before, after
+
+        before, after = asyncio.run(go())
+        assert [tokens for tokens, _ in after] == [expected(world, ask_of(world, n)) for n in (0, 3)]
+        assert before == after[0]
+        assert server.starts == 2
+        folder = server.folder
+    assert not folder.exists()
+
+
+def test_one_that_cannot_start_says_why_and_leaves_nothing(world):
+    broken = VllmServer(replace(world.settings(), base="no"))
+    with pytest.raises(VllmNotStarted, match="no"):
+        broken.start()
+    assert not broken.folder.exists()
+
+
+def test_one_whose_gateway_is_killed_ends_too_and_leaves_nothing(world):
+    code = f"""if True:
+        import os
+        from mta.serving.vllm_server import VllmServer, VllmSettings
+        server = VllmServer(VllmSettings(**{asdict(world.settings())!r}))
+        server.start()
+        print(server._process.pid, server.folder, flush=True)
+        os.kill(os.getpid(), 9)
+    """
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=400)
+    pid, folder = found.stdout.split()
+    until = time.monotonic() + 60
+    while (Path(f"/proc/{pid}").exists() or Path(folder).exists()) and time.monotonic() < until:
+        time.sleep(0.5)
+    assert not Path(f"/proc/{pid}").exists()
+    assert not Path(folder).exists()
+
+
+def test_the_plugin_imports_nothing_heavy_when_it_is_registered(world, tmp_path):
+    code = """if True:
+        import json, sys
+        import vllm.lora.resolver
+        before = set(sys.modules)
+        from mta.serving.vllm_plugin import register
+        register()
+        register()
+        new = sorted(name for name in set(sys.modules) - before if not name.startswith("mta"))
+        print(json.dumps([new, sorted(vllm.lora.resolver.LoRAResolverRegistry.get_supported_resolvers())]))
+    """
+    given = {"BANK": str(world.folder / "bank"), "STORE": "people", "FOLDER": str(tmp_path), "RANK": "16"}
+    env = os.environ | {f"MTA_VLLM_{name}": value for name, value in given.items()}
+    found = subprocess.run([PYTHON, "-c", code], env=env, capture_output=True, text=True, check=True, timeout=120)
+    new, resolvers = json.loads(found.stdout.splitlines()[-1])
+    assert resolvers == ["mta"]
+    assert not {name.partition(".")[0] for name in new} & {"torch", "transformers", "safetensors", "pydantic", "fsspec"}
+
+
+def test_openais_client_speaks_to_it_through_the_gateway_and_to_nothing_else(world, server, tmp_path):
+    engine = world.vllm(Lent(server))
+    with served(world.base, world.bank, tmp_path, engine=engine, store=world.store) as here:
+        client = openai.OpenAI(base_url=f"{here.url}/v1", api_key=here.secrets["serve"], max_retries=0)
+        text = "Film 7"
+        asked = {"model": "person:3", "prompt": text, "max_tokens": COUNT, "temperature": 0}
+        whole = client.completions.create(**asked, logprobs=2)
+        stream = client.completions.create(**asked, stream=True)
+        pieces = [chunk.choices[0].text for chunk in stream if chunk.choices]
+        tokens = world.alone(world.version("3", 1), list(world.base.prompts.text(text)), COUNT)
+        shown = world.base.tokenizer.decode(tokens, skip_special_tokens=True)
+        assert whole.choices[0].text == "".join(pieces) == shown
+        assert whole.usage.completion_tokens == len(tokens)
+        assert len(whole.choices[0].logprobs.tokens) == len(tokens)
+        with pytest.raises(openai.NotFoundError):
+            client.completions.create(**asked | {"model": "person:nobody"})
+        assert {model.id for model in client.models.list()} == {world.base.name, "task"}
+        headers = {"Authorization": f"Bearer {here.secrets['admin']}"}
+        for path in ("/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/sleep", "/v1/tokenize", "/tokenize"):
+            assert httpx2.post(here.url + path, json={}, headers=headers).status_code in (404, 405)
+        assert "person" not in httpx2.get(f"{here.url}/metrics").text.partition("mta_engine")[2]
+
+
+def test_first_requests_at_once_make_one_adapter(world, server):
+    who = world.renew("crowd", 60)
+
+    async def go():
+        engine = world.vllm(Lent(server))
+        asks = [Ask(tuple(prompt_of(n)), who, COUNT) for n in range(8)]
+        found = await asyncio.gather(*(told(engine, ask) for ask in asks))
+        await engine.close()
+        return [tokens for tokens, _ in found] == [expected(world, ask) for ask in asks]
+
+    assert asyncio.run(go())
+
+
+def test_the_pooled_model_is_an_adapter_like_any_other(world, server):
+    async def go():
+        engine = world.vllm(Lent(server))
+        found = await told(engine, Ask(tuple(prompt_of(3)), TASK, COUNT))
+        await engine.close()
+        return found[0]
+
+    assert asyncio.run(go()) == expected(world, Ask(tuple(prompt_of(3)), TASK, COUNT))
