@@ -19,8 +19,10 @@ import pytest
 from contract import PYTHON, Lent, World, prompt_of, told, vllm_server
 from served import served
 
+from mta.errors import ConfigError
 from mta.rows import TASK
 from mta.serving.engine import Ask, EngineGone
+from mta.serving.serve import remote_of
 from mta.serving.vllm_server import VllmNotStarted, VllmServer
 
 pytestmark = [
@@ -97,8 +99,8 @@ def test_one_that_ends_is_started_again_and_answers(world):
 
         async def go():
             engine = world.vllm(Lent(server))
-            engine.stops = frozenset()  # so that answers are long
             before = await told(engine, ask_of(world, 0))
+            stops, engine.stops = engine.stops, frozenset()  # so that answers are long
             rows = [asyncio.create_task(told(engine, ask_of(world, n, 230))) for n in range(1, 5)]
             async for piece in engine.answer(ask_of(world, 5, 230)):
                 if piece.token:
@@ -109,6 +111,7 @@ def test_one_that_ends_is_started_again_and_answers(world):
             assert all(isinstance(end, EngineGone) or len(end[0]) == 230 for end in ended)
             with pytest.raises(EngineGone):
                 await told(engine, ask_of(world, 2))
+            engine.stops = stops
             while engine.ready:
                 await asyncio.sleep(0.05)
             until = time.monotonic() + 300
@@ -136,7 +139,8 @@ def test_one_that_cannot_start_says_why_and_leaves_nothing(world):
 def test_one_whose_gateway_is_killed_ends_too_and_leaves_nothing(world):
     code = f"""if True:
         import os
-        from mta.serving.vllm_server import VllmServer, VllmSettings
+        from mta.serving.serve import remote_of
+from mta.serving.vllm_server import VllmServer, VllmSettings
         server = VllmServer(VllmSettings(**{asdict(world.settings())!r}))
         server.start()
         print(server._process.pid, server.folder, flush=True)
@@ -191,6 +195,21 @@ def test_openais_client_speaks_to_it_through_the_gateway_and_to_nothing_else(wor
         for path in ("/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/sleep", "/v1/tokenize", "/tokenize"):
             assert httpx2.post(here.url + path, json={}, headers=headers).status_code in (404, 405)
         assert "person" not in httpx2.get(f"{here.url}/metrics").text.partition("mta_engine")[2]
+
+
+def test_a_gateway_can_be_pointed_at_one_that_runs(world, server):
+    remote = remote_of(f"unix:{server.socket}", server.folder)
+
+    async def go():
+        engine = world.vllm(remote)
+        found = await told(engine, ask_of(world, 7))
+        await engine.close()
+        return found[0]
+
+    assert asyncio.run(go()) == expected(world, ask_of(world, 7))
+    assert server.up
+    with pytest.raises(ConfigError, match="vllm-folder"):
+        remote_of("http://127.0.0.1:1", None)
 
 
 def test_first_requests_at_once_make_one_adapter(world, server):

@@ -25,7 +25,7 @@ Of = Annotated[str, typer.Option(help="Of the new key: the person's id, or the p
 Slots = Annotated[int, typer.Option(min=1, help="Answers at once.")]
 Vllm = Annotated[str | None, typer.Option(help="Answer by vLLM: the Python of its environment (docs/serving.md).")]
 VllmArgs = Annotated[str, typer.Option(help="Further arguments for vLLM, as one text.")]
-VllmUrl = Annotated[str | None, typer.Option(help="Answer by a vLLM server that runs here already.")]
+VllmUrl = Annotated[str | None, typer.Option(help="Answer by a vLLM server that runs here already: http://… or unix:…")]
 VllmFolder = Annotated[
     Path | None, typer.Option(help="Of that server: its MTA_VLLM_FOLDER.", file_okay=False, exists=True)
 ]

@@ -67,7 +67,10 @@ class VllmSettings:
 
 @dataclass(frozen=True, slots=True)
 class Remote:
-    """A server somebody else started, on this machine: its address, its key, and the folder its plugin writes to."""
+    """A server somebody else started, on this machine: its address, its key, and the folder its plugin writes to.
+
+    ``url`` is one of http, or ``unix:`` and the path of a socket.
+    """
 
     url: str
     folder: Path
@@ -78,6 +81,8 @@ class Remote:
     def client(self) -> httpx.AsyncClient:
         """One that reaches it."""
         shown = {"Authorization": f"Bearer {self.key}"} if self.key else {}
+        if self.url.startswith("unix:"):
+            return _over(self.url.removeprefix("unix:"), shown)
         return httpx.AsyncClient(base_url=self.url, headers=shown, limits=_ANY, timeout=30)
 
     def stop(self) -> None:
@@ -105,8 +110,7 @@ class VllmServer:
 
     def client(self) -> httpx.AsyncClient:
         """One that reaches it."""
-        transport = httpx.AsyncHTTPTransport(uds=str(self.socket), limits=_ANY)
-        return httpx.AsyncClient(transport=transport, base_url="http://vllm", timeout=30)
+        return _over(str(self.socket), {})
 
     def start(self) -> None:
         """Returns when it answers. Raises VllmNotStarted, with the end of what it said."""
@@ -175,6 +179,11 @@ class VllmServer:
                 os.killpg(self._process.pid, sign)
             with suppress(subprocess.TimeoutExpired):
                 self._process.wait(patience)
+
+
+def _over(socket: str, headers: dict[str, str]) -> httpx.AsyncClient:
+    transport = httpx.AsyncHTTPTransport(uds=socket, limits=_ANY)
+    return httpx.AsyncClient(transport=transport, base_url="http://vllm", headers=headers, timeout=30)
 
 
 def _reason(log: Path) -> str:

@@ -1,0 +1,74 @@
+"""The gateway over people who do not exist, in a process of its own: the address on stdout, then requests."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+
+from mta.bank.bank import Bank
+from mta.bank.files import read_info
+from mta.base import BaseModel
+from mta.config import Run
+from mta.lora.batch import Factors, fresh
+from mta.machine import in_passing
+from mta.serving.auth import Keys
+from mta.serving.limits import Limits
+from mta.serving.serve import serve, service_of, vllm_of
+from mta.state import State
+from mta.store import Store
+
+LENGTH = 512  # tokens of a prompt and its answer
+
+
+def opened(folder: Path, dtype: str) -> tuple[BaseModel, Bank]:
+    """Base and bank; no token ends an answer, so that every way does as much."""
+    base = BaseModel.load(read_info(folder).run.base, dtype, max_tokens=LENGTH)
+    base.prompts.end_token = base.model.config.vocab_size
+    base.model.generation_config.eos_token_id = None
+    return base, Bank.open(folder, base)
+
+
+def made_up(base: BaseModel, bank: Bank, person: str) -> State:
+    """Coefficients over all anchors, and a stack of rank 1."""
+    n, draw = len(bank), torch.Generator().manual_seed(int(person))
+    w = torch.rand(n, generator=draw) / n
+    stack = fresh(base.targets, 1, 16.0, 0, [person], torch.float32)
+    factors = {name: Factors(a, 1e-4 * torch.randn(b.shape, generator=draw)) for name, (a, b) in stack.factors.items()}
+    stack = type(stack)(factors, stack.scale)
+    return State(bank.hash, tuple(range(n)), tuple(w.tolist()), "posterior", "", person, 0, stack)
+
+
+def main() -> None:
+    words = argparse.ArgumentParser()
+    words.add_argument("--bank", type=Path)
+    words.add_argument("--store")
+    words.add_argument("--people", type=int)
+    words.add_argument("--slots", type=int)
+    words.add_argument("--dtype")
+    words.add_argument("--vllm", default="")
+    words.add_argument("--alone", action="store_true", help="no adapters at all: the base as it would be served alone")
+    args = words.parse_args()
+    base, bank = in_passing(lambda: opened(args.bank, args.dtype))
+    store = Store(args.store)
+    for person in map(str, range(args.people)):
+        store.save(person, made_up(base, bank, person))
+    vllm = None
+    if args.vllm:
+        lora = ("--no-enable-lora",) if args.alone else ()
+        vllm = vllm_of(args.vllm, base, args.bank, args.store, slots=args.slots, args=lora)
+    service = service_of(base, bank, args.store, Run(), Keys(()), Limits(), slots=args.slots, vllm=vllm)
+    if args.alone and not vllm:
+        service.engine.decoder.seats.opened = lambda rows: nullcontext()  # type: ignore[union-attr]
+    try:
+        serve(service, "127.0.0.1", 0, lambda url: print(json.dumps({"url": url}), flush=True))
+    finally:
+        if vllm:
+            vllm.stop()
+
+
+if __name__ == "__main__":
+    main()
