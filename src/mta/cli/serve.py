@@ -60,28 +60,26 @@ def serve(
     """
     _need_extra()
     from mta.machine import in_passing
+    from mta.serving import serve as serving
     from mta.serving.limits import Limits
-    from mta.serving.serve import keys_for, remote_of, service_of, vllm_of
-    from mta.serving.serve import serve as run_server
     from mta.store import Store
 
     if new_key is not None:
         return _add_key(keys, new_key, rights, of, json)
-    known = keys_for(keys, host, insecure_local)
-    server: VllmServer | Remote | None = remote_of(vllm_url, vllm_folder) if vllm_url else None
+    known = serving.keys_for(keys, host, insecure_local)
+    server: VllmServer | Remote | None = serving.remote_of(vllm_url, vllm_folder) if vllm_url else None
     Store(store).check()
     base, opened, run = in_passing(partial(open_bank, bank, words, seed, device, config, open_to=MERGE_AND_STACK))
-
-    def ready(url: str) -> None:
-        show_json({"url": url}) if json else typer.echo(f"Serving at {url}/v1 (Ctrl-C ends it)", err=True)
-
     with ExitStack() as ending:
         if vllm:
-            typer.echo("Starting vLLM ...", err=True)
-            server = vllm_of(vllm, base, bank, store, slots=slots, args=shlex.split(vllm_args))
+            server = serving.vllm_of(vllm, base, bank, store, slots=slots, args=shlex.split(vllm_args))
             ending.callback(server.stop)
-        service = service_of(base, opened, store, run, known, Limits(rate=rate), slots=slots, vllm=server)
-        run_server(service, host, port, ready)
+        service = serving.service_of(base, opened, store, run, known, Limits(rate=rate), slots=slots, vllm=server)
+        serving.serve(service, host, port, partial(_show, json))
+
+
+def _show(json: bool, url: str) -> None:
+    show_json({"url": url}) if json else typer.echo(f"Serving at {url}/v1 (Ctrl-C ends it)", err=True)
 
 
 def _add_key(keys: Path | None, name: str, rights: str, of: str, json: bool) -> None:

@@ -8,6 +8,8 @@ import socket
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from rich.console import Console
+
 from mta.bank.bank import Bank
 from mta.base import BaseModel
 from mta.config import Run
@@ -64,13 +66,14 @@ def service_of(
 
 
 def vllm_of(python: str, base: BaseModel, bank: Path, store: str, *, slots: int, args: Sequence[str]) -> VllmServer:
-    """A vLLM server for that base, started. Raises ConfigError, VllmNotStarted."""
+    """A vLLM server for that base, started: that takes a minute. Raises ConfigError, VllmNotStarted."""
     place = local_folder(base.name)
     length, dtype = base.prompts.max_tokens, str(base.dtype).removeprefix("torch.")
     started = VllmServer(
         VllmSettings(python, place, str(bank), store, length, rows=slots, args=(f"--dtype={dtype}", *args))
     )
-    started.start()
+    with Console(stderr=True).status("Starting vLLM"):
+        started.start()
     return started
 
 
