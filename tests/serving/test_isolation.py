@@ -46,16 +46,17 @@ class World:
             random_loras(self.base, 1, rank=1, size=0.9, seed=seed),
         )
         version = self.store.save(person, state)
-        adapters = row_adapters(self.base, self.bank, [state])
-        self.words[person, version] = tuple(self._alone([prompt_of(person)], adapters)[0])
+        self.words[person, version] = tuple(self.said(state, person))
         return version
 
-    def _alone(self, prompts, adapters):
-        return generate(self.base, prompts, [0], adapters, max_new_tokens=LENGTH)
+    def prompt(self, person):
+        """What a person is asked."""
+        return [40 + int(person), 50, 60, 70, 80]
 
-
-def prompt_of(person):
-    return [40 + int(person), 50, 60, 70, 80]
+    def said(self, state, person=""):
+        """The answer of one row alone, by nothing the engine uses."""
+        adapters = row_adapters(self.base, self.bank, [state])
+        return generate(self.base, [self.prompt(person)], [0], adapters, max_new_tokens=LENGTH)[0]
 
 
 def world_of(tiny, folder, people):
@@ -81,7 +82,8 @@ async def asked(engine, world, person, lot):
     version = world.store.latest(person)
     if version is None:
         return None
-    ask = Ask(tuple(prompt_of(person)), Version(person, version), max_tokens=LENGTH)
+    who = Version(person, version, seal=world.store.seal(person, version) or "")
+    ask = Ask(tuple(world.prompt(person)), who, max_tokens=LENGTH)
     tokens, leaves = [], lot < 0.15
     try:
         async for piece in engine.answer(ask):
@@ -91,8 +93,9 @@ async def asked(engine, world, person, lot):
                 break
     except MtaError:
         return None if person in world.gone else f"{person} was refused"
-    expected = world.words[person, version][: len(tokens)]
-    return None if tuple(tokens) == expected and (leaves or len(tokens) == LENGTH) else f"{person}@{version}: {tokens}"
+    word = world.words[person, version]
+    right = tuple(tokens) == (word[: len(tokens)] if leaves else word)
+    return None if right else f"{person}@{version}: {tokens}"
 
 
 async def storm(engine, world, rounds, at_once, people, seed=0):

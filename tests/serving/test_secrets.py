@@ -1,0 +1,100 @@
+"""Real weights, trained secrets: everybody's model says a word that was taught to them alone, and never another's.
+
+``MTA_STORM_SECONDS`` says how long they are asked (default 600).
+"""
+
+import asyncio
+import os
+import time
+
+import pytest
+import torch
+from test_isolation import World, storm
+
+from mta.bank.bank import Bank
+from mta.base import BaseModel
+from mta.config import Lora, Run, Training
+from mta.history import Item, Person
+from mta.personalize import Personalizer
+from mta.serving.embedded import EmbeddedEngine
+from mta.store import Store
+
+pytestmark = [pytest.mark.real, pytest.mark.network, pytest.mark.slow, pytest.mark.timeout(3000)]
+
+WORDS = "apple bread chair dance eagle flame grape horse island jewel knife lemon mouse night ocean paper"
+PEOPLE = 8
+QUESTION = "What is your secret word?"
+RUN = Run(
+    task="text",
+    encoder="all-minilm-l6-v2",
+    memory="3GiB",
+    max_tokens=64,
+    task_lora={"enabled": False},
+    bank={"anchors": 2, "min_items": 1, "max_items": 2, "training": Training(lr=1e-4, epochs=1, batch_size=2)},
+    merge={"policy": "uniform", "k": 0},
+    stack={"lora": Lora(rank=1, alpha=16.0), "training": Training(lr=2e-3, steps=30, batch_size=2)},
+)
+
+
+def taught(id, word):
+    """Somebody who says the same word whenever they are asked."""
+    return Person(id, tuple(Item({"input": QUESTION, "output": word}, time=float(n)) for n in range(2)))
+
+
+class Secrets(World):
+    """Two words for everybody, taught beforehand; a new version is the other one of them."""
+
+    def __init__(self, base, bank, store, personal):
+        super().__init__(base, bank, store)
+        example = base.prompts.example(bank.task, taught("", "").items[0])
+        self.asked = list(example.prompt)
+        self.taught = {}
+        lessons = {(str(n), turn): WORDS.split()[2 * n + turn] for n in range(PEOPLE) for turn in (0, 1)}
+        personal.personalize([taught(f"{id}/{turn}", word) for (id, turn), word in lessons.items()])
+        for id, turn in lessons:
+            state = personal.store.load(f"{id}/{turn}")
+            self.taught[id, turn] = state, tuple(self.said(state))
+            assert base.tokenizer.decode(self.taught[id, turn][1]).strip() == lessons[id, turn]
+
+    def prompt(self, person):
+        return self.asked
+
+    def renew(self, person, seed):
+        state, word = self.taught[person, seed % 2]
+        version = self.store.save(person, state)
+        self.words[person, version] = word
+        return version
+
+
+@pytest.fixture
+def secrets(fetched, tmp_path):
+    fetched("smollm2-135m-instruct"), fetched("all-minilm-l6-v2")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    base = BaseModel.of(RUN)
+    others = [taught(f"anchor{n}", word) for n, word in enumerate(("stone", "river", "cloud", "wheel"))]
+    bank = Bank.build(base, others, tmp_path / "bank", run=RUN, task="text", task_people=[])
+    personal = Personalizer(base, bank, Store(tmp_path / "taught"), run=RUN)
+    yield base, Secrets(base.twin(), bank, Store(tmp_path / "people"), personal)
+    torch.set_num_threads(threads)
+
+
+def test_nobody_ever_says_somebody_elses_word(secrets):
+    base, world = secrets
+    for n in range(PEOPLE):
+        world.renew(str(n), 0)
+    end = time.monotonic() + float(os.environ.get("MTA_STORM_SECONDS", "600"))
+
+    async def go():
+        engine = EmbeddedEngine(base, world.bank, world.store, slots=8, length=64, activated=4)
+        count, wrong, turn = 0, [], 0
+        while time.monotonic() < end:
+            more, found = await storm(engine, world, rounds=7, at_once=24, people=PEOPLE, seed=turn)
+            count, wrong, turn = count + more, wrong + found, turn + 1
+        await engine.close()
+        return count, wrong
+
+    count, wrong = asyncio.run(go())
+    print(f"{count} answers of SmolLM2, {len(wrong)} of them wrong")  # noqa: T201
+    assert wrong == []
+    assert count > 100
