@@ -113,6 +113,15 @@ def test_auto_takes_one_of_the_two_fast_dtypes():
     assert pick_dtype("auto", torch.device("cpu")) in (torch.bfloat16, torch.float32)
 
 
+def test_what_auto_took_once_it_takes_again_however_busy_the_machine_is(cache, monkeypatch):
+    rates = iter([3.0, 1.0, 1.0, 3.0])
+    monkeypatch.setattr("mta.machine.gemm_rate", lambda dtype: next(rates))
+    assert pick_dtype("auto", torch.device("cpu")) == torch.bfloat16
+    assert pick_dtype("auto", torch.device("cpu")) == torch.bfloat16
+    (cache / "dtype.json").write_text("{broken")
+    assert pick_dtype("auto", torch.device("cpu")) == torch.float32
+
+
 def test_auto_takes_a_device_that_computes():
     assert torch.ones(2, device=pick_device("auto")).sum() == 2
 

@@ -40,3 +40,11 @@ def write_json(path: Path, value: object) -> None:
     """A JSON file, written aside and renamed."""
     with written_aside(path) as aside:
         aside.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read_json(path: Path) -> object:
+    """A JSON file, or None where it is missing or broken."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None

@@ -14,9 +14,8 @@ from pathlib import Path
 import torch
 
 from mta.adapt import adapt
-from mta.aside import write_json
+from mta.aside import read_json, write_json
 from mta.bank.bank import Bank
-from mta.bank.files import read_json
 from mta.base import BaseModel
 from mta.config import MergeSettings, Run, Settings, StackSettings, dump_yaml, parse_size
 from mta.encode import Encoder, encode_people

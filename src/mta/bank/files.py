@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from mta.aside import write_json
+from mta.aside import read_json, write_json
 from mta.assets import cache_dir
 from mta.config import Run
 from mta.errors import BankCorrupt
@@ -161,14 +161,6 @@ def stale(folder: Path) -> list[str]:
     """Parts that include people who asked to be forgotten."""
     noted = read_json(folder / STALE)
     return list(noted.get("needs_rebuild", [])) if isinstance(noted, dict) else []
-
-
-def read_json(path: Path) -> object:
-    """A JSON file, or None where it is missing or broken."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return None
 
 
 def _seal(values: dict[str, Any]) -> str:
