@@ -44,10 +44,9 @@ template <class T, int S = 1> inline vec<T> sums_of(const vec<T>* x, int64_t ste
   else return folded<S>(sums_of<T, 2 * S>(x, 2 * step), sums_of<T, 2 * S>(x + step, 2 * step), all);
 }
 
-// h (M, R) = x (M, D) w^T for M rows of x and R rows of w; h has rows of ``stride``
+// sum[m * R + r] += x[m] . w[r], lane by lane, over as many of d numbers as are whole steps; returns how many they are
 template <int64_t M, int64_t R, class T>
-inline void narrow_tile(wide<T>* h, const T* x, const T* w, int64_t stride, int64_t d) {
-  vec<T> sum[M * R] = {};
+inline int64_t add_dots(vec<T>* sum, const T* x, const T* w, int64_t d) {
   const int64_t whole = d / Dot<T>::STEP * Dot<T>::STEP;
   for (int64_t j = 0; j < whole; j += Dot<T>::STEP) {
     typename Dot<T>::side row[M];
@@ -57,11 +56,24 @@ inline void narrow_tile(wide<T>* h, const T* x, const T* w, int64_t stride, int6
       for (int64_t m = 0; m < M; m++) sum[m * R + r] = Dot<T>::add(sum[m * R + r], row[m], factor);
     }
   }
-  wide<T> found[M * R];
+  return whole;
+}
+
+// found[m * R + r] = the sum over the lanes of sum[m * R + r]
+template <int64_t M, int64_t R, class T> inline void add_lanes(wide<T>* found, const vec<T>* sum) {
   if constexpr (M * R % LANES<T> == 0)
     for (int64_t i = 0; i < M * R; i += LANES<T>) store_vector(found + i, sums_of<T>(sum + i));
   else
     for (int64_t i = 0; i < M * R; i++) found[i] = sum_of<T>(sum[i]);
+}
+
+// h (M, R) = x (M, D) w^T for M rows of x and R rows of w; h has rows of ``stride``
+template <int64_t M, int64_t R, class T>
+inline void narrow_tile(wide<T>* h, const T* x, const T* w, int64_t stride, int64_t d) {
+  vec<T> sum[M * R] = {};
+  const int64_t whole = add_dots<M, R>(sum, x, w, d);
+  wide<T> found[M * R];
+  add_lanes<M, R, T>(found, sum);
   for (int64_t m = 0; m < M; m++)
     for (int64_t r = 0; r < R; r++) {
       for (int64_t j = whole; j < d; j++) found[m * R + r] += load(x[m * d + j]) * load(w[r * d + j]);
@@ -206,6 +218,29 @@ void few_rows(T* y, const T* x, const T* w, const T* bias, int64_t rows, int64_t
     });
 }
 
+// y (M, R) = x (M, D) w^T + h (M, P) b^T + bias + own updates for M rows, at R outputs of O: what is summed up over the
+// lanes is summed once, for both products together.
+template <int64_t M, int64_t R, class T>
+inline void adapted_tile(T* y, const T* x, const T* w, const T* h, const T* b, const T* bias, const wide<T>* g,
+                         const T* q, int64_t ranks, int64_t own, int64_t d, int64_t o) {
+  vec<T> sum[M * R] = {};
+  wide<T> found[M * R];
+  const int64_t whole = add_dots<M, R>(sum, x, w, d), gated = add_dots<M, R>(sum, h, b, ranks);
+  add_lanes<M, R, T>(found, sum);
+  for (int64_t m = 0; m < M; m++) {
+    wide<T>* at = found + m * R;
+    for (int64_t r = 0; r < R; r++) {
+      for (int64_t j = whole; j < d; j++) at[r] += load(x[m * d + j]) * load(w[r * d + j]);
+      for (int64_t j = gated; j < ranks; j++) at[r] += load(h[m * ranks + j]) * load(b[r * ranks + j]);
+    }
+    if (bias)
+      for (int64_t r = 0; r < R; r++) at[r] += load(bias[r]);
+    for (int64_t s = 0; s < own; s++)
+      for (int64_t r = 0; r < R; r++) at[r] += g[m * own + s] * load(q[(m * own + s) * o + r]);
+    for (int64_t r = 0; r < R; r++) y[m * o + r] = store<T>(at[r]);
+  }
+}
+
 // The same with updates: y += (gate * (x a^T)) b^T + (x p^T) q, for few rows. What all rows share, w (O, D), a (P, D)
 // and b (O, P), is read from memory once; gate (M, P), and p (M, S, D) and q (M, S, O), are each row's own. h (M, P) and
 // g (M, S) are room for what lies between.
@@ -226,15 +261,13 @@ void adapted_rows(T* y, T* h, wide<T>* g, const T* x, const T* w, const T* bias,
 #pragma omp for
     for (int64_t first = 0; first < o; first += RANKS)
       unrolled(std::min(RANKS, o - first), [&](auto n) {
-        wide<T> shared[MOST * RANKS];
-        each_dot<n>(h, b + first * ranks, rows, ranks,
-                    [&](int64_t m, int64_t r, wide<T> sum) { shared[m * RANKS + r] = sum; });
-        each_dot<n>(x, w + first * d, rows, d, [&](int64_t m, int64_t r, wide<T> sum) {
-          const int64_t at = first + r;
-          sum += shared[m * RANKS + r] + (bias ? load(bias[at]) : 0);
-          for (int64_t s = 0; s < own; s++) sum += g[m * own + s] * load(q[(m * own + s) * o + at]);
-          y[m * o + at] = store<T>(sum);
-        });
+        const auto tile = [&](auto count, int64_t m) {
+          adapted_tile<count, n>(y + m * o + first, x + m * d, w + first * d, h + m * ranks, b + first * ranks,
+                                 bias ? bias + first : nullptr, g + m * own, q + m * own * o + first, ranks, own, d, o);
+        };
+        int64_t m = 0;
+        for (; m + 2 <= rows; m += 2) tile(std::integral_constant<int64_t, 2>{}, m);
+        if (m < rows) tile(std::integral_constant<int64_t, 1>{}, m);
       });
   }
 }
