@@ -192,12 +192,20 @@ void low_rank_backward(T* dx, T* da, T* db, wide<T>* dh, const T* dy, const T* x
   }
 }
 
+// Ask for part ``part`` of ``parts`` of the ``count`` numbers at ``next``: what is read after this, while this is computed.
+template <class T> inline void fetch(const T* next, int64_t count, int64_t part, int64_t parts) {
+  constexpr int64_t line = 64 / sizeof(T);
+  const int64_t share = (count / line + parts) / parts * line;
+  for (int64_t i = part * share; i < std::min((part + 1) * share, count); i += line) __builtin_prefetch(next + i, 0, 2);
+}
+
 // f(m, r, sum) for every row m and the N rows of w from ``first`` on: sum = x[m] . w[first + r]
 template <int64_t N, class T, class F>
 inline void each_dot(const T* x, const T* w, int64_t rows, int64_t d, F f) {
   wide<T> tile[2 * RANKS];
   for (int64_t m = 0; m < rows; m += 2) {
     const int64_t pair = std::min<int64_t>(2, rows - m);
+    fetch(w + N * d, N * d, m / 2, (rows + 1) / 2);
     unrolled(pair, [&](auto count) {
       if constexpr (count <= 2) narrow_tile<count, N>(tile, x + m * d, w, RANKS, d);
     });
@@ -262,6 +270,8 @@ void adapted_rows(T* y, T* h, wide<T>* g, const T* x, const T* w, const T* bias,
     for (int64_t first = 0; first < o; first += RANKS)
       unrolled(std::min(RANKS, o - first), [&](auto n) {
         const auto tile = [&](auto count, int64_t m) {
+          fetch(w + (first + n) * d, n * d, m / 2, (rows + 1) / 2);
+          fetch(b + (first + n) * ranks, n * ranks, m / 2, (rows + 1) / 2);
           adapted_tile<count, n>(y + m * o + first, x + m * d, w + first * d, h + m * ranks, b + first * ranks,
                                  bias ? bias + first : nullptr, g + m * own, q + m * own * o + first, ranks, own, d, o);
         };
