@@ -37,20 +37,24 @@ def prompt(draw: random.Random, words: int) -> str:
     return " ".join(draw.choices(TEXT.split(), k=words))
 
 
-async def tokens(client: httpx2.AsyncClient, model: str, text: str, most: int) -> AsyncIterator[float]:
-    """When each token of an answer came."""
-    body = {"model": model, "prompt": text, "max_tokens": most, "temperature": 0, "stream": True, "logprobs": 0}
+async def pieces(client: httpx2.AsyncClient, model: str, text: str, most: int) -> AsyncIterator[tuple[float, int]]:
+    """When each piece of an answer came, and how many tokens it is; last how many were told of no piece."""
+    body = {"model": model, "prompt": text, "max_tokens": most, "temperature": 0, "stream": True}
+    body["stream_options"] = {"include_usage": True}
+    count = 0
     async with client.stream("POST", "/v1/completions", json=body) as answer:
         if answer.status_code != 200:
             raise RuntimeError(f"{answer.status_code}: {await answer.aread()!r}")
         async for line in answer.aiter_lines():
             if line.startswith("data: {"):
-                event = json.loads(line[6:])
+                event, now = json.loads(line[6:]), time.monotonic()
                 if "error" in event:
                     raise RuntimeError(str(event))
-                for choice in event["choices"]:
-                    for _ in (choice.get("logprobs") or {}).get("tokens", ()):  # a piece may hold several, or none
-                        yield time.monotonic()
+                if any(choice["text"] for choice in event["choices"]):
+                    count += 1
+                    yield now, 1
+                if event.get("usage"):
+                    yield now, event["usage"]["completion_tokens"] - count
 
 
 async def load(url: str, models: Sequence[str], seconds: float, most: int) -> Times:
@@ -61,9 +65,11 @@ async def load(url: str, models: Sequence[str], seconds: float, most: int) -> Ti
         draw = random.Random(n)
         while time.monotonic() < until:
             last = begun = time.monotonic()
-            async for now in tokens(http, models[n], prompt(draw, draw.randrange(40, 120)), most):
-                (times.first if last == begun else times.gaps).append(now - last)
-                last, times.tokens = now, times.tokens + 1
+            async for now, count in pieces(http, models[n], prompt(draw, draw.randrange(40, 120)), most):
+                times.tokens += count
+                if count == 1:
+                    (times.first if last == begun else times.gaps).append(now - last)
+                    last = now
 
     start = time.monotonic()
     async with connected(url) as http:
@@ -73,14 +79,15 @@ async def load(url: str, models: Sequence[str], seconds: float, most: int) -> Ti
 
 
 async def cold(url: str, models: Sequence[str]) -> dict[str, float]:
-    """Time to the first token of people who were never asked before, and of the same people later, one by one."""
+    """Time to an answer of one token for people who were never asked before, and for the same people later."""
     draw, found = random.Random(0), {"never asked before": [], "asked before": []}
     async with connected(url) as http:
         for times in found.values():
             for model in models:
                 start = time.monotonic()
-                async for now in tokens(http, model, prompt(draw, 48), 1):
-                    times.append(now - start)
+                async for _ in pieces(http, model, prompt(draw, 48), 1):
+                    pass
+                times.append(time.monotonic() - start)
     told = {f"{name} (ms)": round(1000 * statistics.median(times), 1) for name, times in found.items()}
     first, later = told.values()
     return told | {"added by the first use (ms)": round(first - later, 1)}
@@ -93,15 +100,15 @@ async def delay(url: str, models: Sequence[str], newcomer: str) -> dict[str, flo
 
     async def runs(model: str) -> None:
         last = None
-        async for now in tokens(http, model, prompt(draw, 40), 128):
-            if last is not None:
+        async for now, count in pieces(http, model, prompt(draw, 40), 128):
+            if last is not None and count == 1:
                 gaps[now_is[0]].append(now - last)
             last = now
 
     async def comes() -> None:
         await asyncio.sleep(3)
         now_is[0] = "newcomer"
-        async for _ in tokens(http, newcomer, prompt(draw, 400), 1):
+        async for _ in pieces(http, newcomer, prompt(draw, 400), 1):
             pass
         now_is[0] = "quiet"
 

@@ -157,8 +157,11 @@ def _adapted(
         if found is not None:
             return found
     y: Tensor = plain(x)
-    h = product(x, shared[0]).view(len(gates), -1, gates.shape[1]) * gates[:, None]
-    y = y.view(len(gates), -1, y.shape[-1]) + product(h, shared[1])
+    h = product(x, shared[0]).view(len(gates), -1, gates.shape[1]).mul_(gates[:, None])
+    if y.dtype == torch.bfloat16:  # in place, and rounded once
+        y.view(-1, y.shape[-1]).addmm_(h.view(-1, h.shape[-1]), shared[1].T)
+    else:
+        y = y.view(*h.shape[:2], -1) + product(h, shared[1])
     RowTerm(own[0], own[1].mT).add_(x, y)
     return y.view(*x.shape[:-1], y.shape[-1])
 
