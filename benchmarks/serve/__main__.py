@@ -103,8 +103,8 @@ def main() -> None:
             continue
         for alone in (True, False):
             way = f"{engine}, {'base alone' if alone else 'people'}"
-            print(way, file=sys.stderr)
             found[way] = measured(args, vllm=engine == "vllm", alone=alone)
+            print(json.dumps({way: found[way]}), file=sys.stderr, flush=True)
     about = {"machine": f"{processor()}, {cores()} cores", "torch": torch.__version__, "dtype": args.dtype}
     about |= {name: getattr(args, name) for name in ("clients", "slots", "tokens", "seconds")}
     about["anchors"] = len(read_info(args.bank).items)

@@ -61,7 +61,9 @@ def main() -> None:
         lora = ("--no-enable-lora",) if args.alone else ()
         vllm = vllm_of(args.vllm, base, args.bank, args.store, slots=args.slots, args=lora)
     service = service_of(base, bank, args.store, Run(), Keys(()), Limits(), slots=args.slots, vllm=vllm)
-    if args.alone and not vllm:
+    if vllm:
+        service.engine.stops = frozenset()  # type: ignore[union-attr]
+    elif args.alone:
         service.engine.decoder.seats.opened = lambda rows: nullcontext()  # type: ignore[union-attr]
     try:
         serve(service, "127.0.0.1", 0, lambda url: print(json.dumps({"url": url}), flush=True))

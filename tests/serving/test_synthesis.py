@@ -157,6 +157,16 @@ def test_an_adapter_is_made_once_and_where_it_belongs(adapters):
     assert not note_of(made.folder, name).exists()
 
 
+def test_what_a_server_before_left_is_deleted_and_nothing_else(adapters):
+    made, store = adapters
+    name = name_of(store, "../ann")
+    (made.folder / folder_of("old")).mkdir()
+    note_of(made.folder, "old").write_text("{}")
+    (made.folder / "socket").write_text("")
+    made.path(name)
+    assert {path.name for path in made.folder.iterdir()} == {folder_of(name), note_of(made.folder, name).name, "socket"}
+
+
 def test_nobody_else_gets_one(adapters, caplog):
     made, store = adapters
     for name in ("base", "person:ann@v1", name_of(store, "bob"), name_of(store, "../ann").replace("@v1", "@v2")):

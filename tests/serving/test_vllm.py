@@ -22,7 +22,9 @@ from served import served
 from mta.errors import ConfigError
 from mta.rows import TASK
 from mta.serving.engine import Ask, EngineGone
+from mta.serving.names import wire_name
 from mta.serving.serve import remote_of
+from mta.serving.vllm_adapters import folder_of
 from mta.serving.vllm_server import VllmNotStarted, VllmServer
 
 pytestmark = [
@@ -139,7 +141,9 @@ def test_one_that_cannot_start_says_why_and_leaves_nothing(world):
 def test_one_whose_gateway_is_killed_ends_too_and_leaves_nothing(world):
     code = f"""if True:
         import os
-        from mta.serving.serve import remote_of
+        from mta.serving.names import wire_name
+from mta.serving.serve import remote_of
+from mta.serving.vllm_adapters import folder_of
 from mta.serving.vllm_server import VllmServer, VllmSettings
         server = VllmServer(VllmSettings(**{asdict(world.settings())!r}))
         server.start()
@@ -210,6 +214,25 @@ def test_a_gateway_can_be_pointed_at_one_that_runs(world, server):
     assert server.up
     with pytest.raises(ConfigError, match="vllm-folder"):
         remote_of("http://127.0.0.1:1", None)
+
+
+def test_who_was_loaded_before_this_gateway_began_is_forgotten_all_the_same(world, server):
+    who = world.renew("before", 70)
+
+    async def go():
+        earlier = world.vllm(Lent(server))
+        await told(earlier, Ask(tuple(prompt_of(1)), who, COUNT))
+        await earlier.close()
+        engine = world.vllm(Lent(server))
+        world.store.forget("before")
+        await engine.forget("before")
+        listed = (await engine.client.get("/v1/models")).json()["data"]
+        await engine.close()
+        return [model["id"] for model in listed]
+
+    made = server.folder / folder_of(wire_name(who))
+    assert not any(name.startswith("person:before") for name in asyncio.run(go()))
+    assert not made.exists()
 
 
 def test_first_requests_at_once_make_one_adapter(world, server):

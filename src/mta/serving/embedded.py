@@ -38,7 +38,7 @@ class EmbeddedEngine:
         *,
         slots: int = 32,
         length: int | None = None,
-        chunk: int = 64,
+        chunk: int = 128,
         waiting: int = 256,
         activated: int = 64,
     ) -> None:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 import threading
 from pathlib import Path
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from mta.state import State
 
 log = logging.getLogger("mta")
+_OURS = re.compile(r"[0-9a-f]{32}(\.json)?")
 
 
 def folder_of(name: str) -> str:
@@ -30,6 +32,7 @@ class Adapters:
     def __init__(self, bank: Path, store: str, folder: Path, rank: int) -> None:
         self.bank, self.url, self.folder, self.rank = bank, store, folder, rank
         self._made: Synthesis | None = None
+        self._begun = False
         self._lock = threading.Lock()
 
     @classmethod
@@ -44,10 +47,19 @@ class Adapters:
 
         try:
             with self._lock:
+                self._begin()
                 return self._path(name)
         except MtaError as error:
             log.warning("an adapter could not be made: %s", type(error).__name__)  # its message may name somebody
             return None
+
+    def _begin(self) -> None:
+        """What a server before this one left is deleted: nobody would forget it."""
+        if not self._begun:
+            for left in self.folder.iterdir():
+                if _OURS.fullmatch(left.name):
+                    shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
+            self._begun = True
 
     def _path(self, name: str) -> Path | None:
         from mta.lora.peft import read_peft, write_peft

@@ -198,7 +198,8 @@ async def _read(response: httpx.Response, stops: Collection[int]) -> AsyncIterat
             continue
         event = json.loads(line[6:])
         if "error" in event:
-            raise EngineGone("vLLM ended the answer")
+            refused = event["error"].get("code", 500) < 500
+            raise AnswerLost("vLLM refused the answer") if refused else EngineGone("vLLM ended the answer")
         details = (event.get("usage") or {}).get("prompt_tokens_details") or {}
         cached = details.get("cached_tokens") or cached
         for choice in event["choices"]:

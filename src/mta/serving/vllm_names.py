@@ -18,7 +18,7 @@ import httpx2 as httpx
 
 from mta.rows import Nobody
 from mta.serving.engine import EngineGone, Version
-from mta.serving.names import wire_name
+from mta.serving.names import from_wire, wire_name
 from mta.serving.vllm_adapters import note_of, remove
 
 
@@ -78,11 +78,18 @@ class Names:
                 mine.error = None
 
     async def forget(self, person: str) -> None:
-        """Wait until nobody needs any adapter of a person, unload them and delete their files. Raises EngineGone."""
-        mine = [n for n, one in self._loaded.items() if isinstance(one.who, Version) and one.who.person == person]
-        for name in mine:
-            await self._loaded[name].idle.wait()
-        await asyncio.gather(*(asyncio.shield(self._leave(name)) for name in mine))
+        """Wait until nobody needs any adapter of a person, unload them and delete their files. Raises EngineGone.
+
+        vLLM is asked as well: it may know some from before this gateway began.
+        """
+        for name in await self._listed():
+            who = from_wire(name)
+            if isinstance(who, Version) and who.person == person:
+                self._loaded.setdefault(name, Loaded(who, idle=_set()))
+        mine = {n: one for n, one in self._loaded.items() if isinstance(one.who, Version) and one.who.person == person}
+        for one in mine.values():
+            await one.idle.wait()
+        await asyncio.gather(*(asyncio.shield(self._leave(name)) for name in mine if name in self._loaded))
 
     async def settled(self) -> None:
         """Wait until whoever is on their way out has left."""
@@ -114,6 +121,16 @@ class Names:
             if name in self._loaded:
                 self._loaded[name].leaving = None
 
+    async def _listed(self) -> list[str]:
+        """The names vLLM knows; none where it cannot be reached, for then it knows nobody any more."""
+        try:
+            answer = await self.client.get("/v1/models", timeout=30)
+            return [str(model["id"]) for model in answer.raise_for_status().json()["data"]]
+        except httpx.ConnectError:
+            return []
+        except (httpx.HTTPError, ValueError, KeyError, TypeError) as error:
+            raise EngineGone("vLLM does not say whom it knows: somebody's adapter may still be loaded") from error
+
     async def _unload(self, name: str) -> None:
         """404 is as good: vLLM did not know it. A server that cannot be reached knows nobody any more."""
         try:
@@ -124,3 +141,9 @@ class Names:
             raise EngineGone("vLLM does not answer: the adapter may still be loaded") from error
         if answer.status_code not in (200, 404):
             raise EngineGone(f"vLLM answered {answer.status_code} when it was asked to unload an adapter")
+
+
+def _set() -> asyncio.Event:
+    event = asyncio.Event()
+    event.set()
+    return event

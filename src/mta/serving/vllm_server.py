@@ -131,9 +131,6 @@ class VllmServer:
 
     def _run(self) -> None:
         self.socket.unlink(missing_ok=True)
-        for left in self.folder.iterdir():  # adapters of a server that ended: the new one knows nobody
-            if left.is_dir():
-                shutil.rmtree(left, ignore_errors=True)
         with self.log.open("wb") as log:
             self._process = subprocess.Popen(
                 self.settings.command(self.socket),

@@ -1,0 +1,61 @@
+"""What one pass of the embedded engine costs, with everybody's adapters and without: no server, no clients.
+
+python -m benchmarks.serve.passes --bank demo/bank
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+
+from benchmarks.serve.server import LENGTH, made_up, opened
+from mta.machine import cores, in_passing, processor
+from mta.serving.seats import Seats
+from mta.serving.slots import Slots
+
+PROMPT = [10] * 80  # tokens that lie in every slot already
+TIMES = 20
+
+
+def milliseconds(slots: Slots, seats: Seats, rows: slice, tokens: int, alone: bool) -> float:
+    """The median of some passes over as many new tokens of each row."""
+    found = []
+    for _ in range(TIMES):
+        for slot in slots._slots:
+            slot.tokens = list(PROMPT)
+        start = time.perf_counter()
+        with torch.inference_mode(), nullcontext() if alone else seats.opened(rows):
+            slots.logits(rows, [[20] * tokens] * (rows.stop - rows.start))
+        found.append(time.perf_counter() - start)
+    return round(1000 * statistics.median(found), 1)
+
+
+def main() -> None:
+    words = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    words.add_argument("--bank", type=Path, default=Path("demo/bank"))
+    words.add_argument("--rows", type=int, default=16)
+    words.add_argument("--dtype", default="bfloat16")
+    args = words.parse_args()
+    base, bank = in_passing(lambda: opened(args.bank, args.dtype))
+    seats = in_passing(lambda: Seats(base, bank, args.rows))
+    slots = Slots(base, args.rows, LENGTH, 128, seats.exchange)
+    for n in range(args.rows):
+        seats.take(n, seats.person(made_up(base, bank, str(n))))
+        slots.take((n, ""), PROMPT)  # type: ignore[arg-type]
+    told: dict[str, object] = {"machine": f"{processor()}, {cores()} cores", "anchors": len(bank)}
+    ways = {f"a token of {args.rows} rows": (slice(0, args.rows), 1)}
+    ways |= {f"{tokens} prompt tokens of one row": (slice(0, 1), tokens) for tokens in (64, 128)}
+    for name, (rows, tokens) in ways.items():
+        alone, people = (milliseconds(slots, seats, rows, tokens, alone) for alone in (True, False))
+        told[name] = {"base alone (ms)": alone, "people (ms)": people, "ratio": round(alone / people, 3)}
+    print(json.dumps(told, indent=1))
+
+
+if __name__ == "__main__":
+    main()
