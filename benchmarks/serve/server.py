@@ -58,7 +58,7 @@ def main() -> None:
         store.save(person, made_up(base, bank, person))
     vllm = None
     if args.vllm:
-        lora = ("--no-enable-lora",) if args.alone else ()
+        lora = "--no-enable-lora" if args.alone else ""
         vllm = vllm_of(args.vllm, base, args.bank, args.store, slots=args.slots, args=lora)
     service = service_of(base, bank, args.store, Run(), Keys(()), Limits(), slots=args.slots, vllm=vllm)
     if vllm:

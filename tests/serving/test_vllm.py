@@ -141,10 +141,7 @@ def test_one_that_cannot_start_says_why_and_leaves_nothing(world):
 def test_one_whose_gateway_is_killed_ends_too_and_leaves_nothing(world):
     code = f"""if True:
         import os
-        from mta.serving.names import wire_name
-from mta.serving.serve import remote_of
-from mta.serving.vllm_adapters import folder_of
-from mta.serving.vllm_server import VllmServer, VllmSettings
+        from mta.serving.vllm_server import VllmServer, VllmSettings
         server = VllmServer(VllmSettings(**{asdict(world.settings())!r}))
         server.start()
         print(server._process.pid, server.folder, flush=True)

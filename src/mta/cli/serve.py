@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -23,7 +22,7 @@ NewKey = Annotated[str | None, typer.Option(help="Add a key of this name to the 
 Rights = Annotated[str, typer.Option(help="Of the new key: admin, serve, person or prefix.")]
 Of = Annotated[str, typer.Option(help="Of the new key: the person's id, or the prefix of ids.")]
 Slots = Annotated[int, typer.Option(min=1, help="Answers at once.")]
-Vllm = Annotated[str | None, typer.Option(help="Answer by vLLM: the Python of its environment (docs/serving.md).")]
+Vllm = Annotated[str | None, typer.Option(help="Answer by vLLM, started here: the Python of its environment.")]
 VllmArgs = Annotated[str, typer.Option(help="Further arguments for vLLM, as one text.")]
 VllmUrl = Annotated[str | None, typer.Option(help="Answer by a vLLM server that runs here already: http://… or unix:…")]
 VllmFolder = Annotated[
@@ -67,12 +66,12 @@ def serve(
     if new_key is not None:
         return _add_key(keys, new_key, rights, of, json)
     known = serving.keys_for(keys, host, insecure_local)
-    server: VllmServer | Remote | None = serving.remote_of(vllm_url, vllm_folder) if vllm_url else None
+    server: VllmServer | Remote | None = serving.remote_of(vllm_url, vllm_folder, vllm) if vllm_url else None
     Store(store).check()
     base, opened, run = in_passing(partial(open_bank, bank, words, seed, device, config, open_to=MERGE_AND_STACK))
     with ExitStack() as ending:
         if vllm:
-            server = serving.vllm_of(vllm, base, bank, store, slots=slots, args=shlex.split(vllm_args))
+            server = serving.vllm_of(vllm, base, bank, store, slots=slots, args=vllm_args)
             ending.callback(server.stop)
         service = serving.service_of(base, opened, store, run, known, Limits(rate=rate), slots=slots, vllm=server)
         serving.serve(service, host, port, partial(_show, json))

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import shlex
+import signal
 import socket
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
+from filelock import FileLock, Timeout
 from rich.console import Console
 
 from mta.bank.bank import Bank
@@ -60,30 +64,53 @@ def service_of(
     if vllm is None:
         engine = EmbeddedEngine(base, bank, states, slots=slots)
     else:
-        engine = VllmEngine(vllm, states, bank=bank.hash, length=length, stops=base.stop_tokens)
+        engine = VllmEngine(
+            vllm, states, bank=bank.hash, pooled=bank.task_lora is not None, length=length, stops=base.stop_tokens
+        )
     jobs = Jobs(Personalizer(base.twin(), bank, states, run=run))
     return Service(engine, base, states, bank.task, keys, jobs, limits, length)
 
 
-def vllm_of(python: str, base: BaseModel, bank: Path, store: str, *, slots: int, args: Sequence[str]) -> VllmServer:
+def vllm_of(python: str, base: BaseModel, bank: Path, store: str, *, slots: int, args: str) -> VllmServer:
     """A vLLM server for that base, started: that takes a minute. Raises ConfigError, VllmNotStarted."""
     place = local_folder(base.name)
     length, dtype = base.prompts.max_tokens, str(base.dtype).removeprefix("torch.")
     started = VllmServer(
-        VllmSettings(python, place, str(bank), store, length, rows=slots, args=(f"--dtype={dtype}", *args))
+        VllmSettings(python, place, str(bank), store, length, rows=slots, args=(f"--dtype={dtype}", *_words(args)))
     )
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # until the server has a say: vLLM must not be left behind
     with Console(stderr=True).status("Starting vLLM"):
         started.start()
     return started
 
 
-def remote_of(url: str, folder: Path | None) -> Remote:
-    """A vLLM server that runs already, on this machine. Its key comes by VLLM_API_KEY. Raises ConfigError."""
+def _words(args: str) -> list[str]:
+    try:
+        return shlex.split(args)
+    except ValueError as error:
+        raise ConfigError(f"--vllm-args {args!r} cannot be read: {error}", hint="Close every quotation mark.") from None
+
+
+def remote_of(url: str, folder: Path | None, started: str | None = None) -> Remote:
+    """A vLLM server that runs already, on this machine, for this gateway alone. Its key comes by VLLM_API_KEY.
+
+    Raises ConfigError.
+    """
+    if started:
+        raise ConfigError("--vllm starts a server, --vllm-url names one that runs", hint="Give one of the two.")
     if folder is None:
         raise ConfigError(
             "where does that vLLM's plugin write adapters?", hint="Give its MTA_VLLM_FOLDER: --vllm-folder"
         )
-    return Remote(url.rstrip("/"), folder, os.environ.get("VLLM_API_KEY", ""))
+    lock = FileLock(folder / "gateway.lock", timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise ConfigError(
+            f"another gateway works with the vLLM server of {folder}",
+            hint="End it first: two would unload what one needs.",
+        ) from None
+    return Remote(url.rstrip("/"), folder, os.environ.get("VLLM_API_KEY", ""), lock=lock)
 
 
 def serve(service: Service, host: str, port: int, ready: Callable[[str], None]) -> None:

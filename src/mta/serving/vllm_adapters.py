@@ -18,12 +18,20 @@ if TYPE_CHECKING:
     from mta.state import State
 
 log = logging.getLogger("mta")
-_OURS = re.compile(r"[0-9a-f]{32}(\.json)?")
+_OURS = re.compile(r"\.?[0-9a-f]{32}-[0-9a-f]{32}(\.json|\.[0-9a-f]{32})?")
 
 
 def folder_of(name: str) -> str:
-    """What the adapter's folder is called: no id stands in it."""
-    return hashlib.sha256(name.encode("utf-8", "surrogatepass")).hexdigest()[:32]
+    """What the adapter's folder is called: whose it is and which, as hashes, so that no id stands in it."""
+    from mta.serving.engine import Version
+    from mta.serving.names import from_wire
+
+    who = from_wire(name)
+    return f"{_hash(who.person if isinstance(who, Version) else '')}-{_hash(name)}"
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:32]
 
 
 class Adapters:
@@ -115,3 +123,9 @@ def remove(folder: Path, name: str) -> None:
     """Delete an adapter's files; only once vLLM has unloaded it, or it would end with all who are being answered."""
     shutil.rmtree(folder / folder_of(name), ignore_errors=True)
     note_of(folder, name).unlink(missing_ok=True)
+
+
+def remove_all(folder: Path, person: str) -> None:
+    """Delete whatever is left of a person's adapters: what was being made as a server ended, say."""
+    for left in (*folder.glob(f"{_hash(person)}-*"), *folder.glob(f".{_hash(person)}-*")):
+        shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)

@@ -8,13 +8,13 @@ import hmac
 import json
 import secrets
 from collections.abc import AsyncIterator, Collection
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from typing import Any
 
 import httpx2 as httpx
 
 from mta.errors import InputError, MtaError, OtherBank
-from mta.rows import Nobody
+from mta.rows import BASE, TASK, Nobody
 from mta.serving.engine import AnswerLost, Ask, EngineGone, Finish, Piece, QueueFull, Token, Version
 from mta.serving.sampling import COLDEST
 from mta.serving.vllm_names import Names
@@ -30,7 +30,8 @@ class VllmEngine:
     """Answers by a vLLM server, which ends with the engine if it is our own.
 
     A prompt and its answer have ``length`` tokens together; more than ``most`` answers at once are refused.
-    ``activated`` adapters that nobody needs stay loaded.
+    ``activated`` adapters that nobody needs stay loaded. ``pooled`` tells whether the bank has a task LoRA; without one
+    the pooled model is the base.
     """
 
     def __init__(
@@ -39,12 +40,13 @@ class VllmEngine:
         store: Store,
         *,
         bank: str,
+        pooled: bool = True,
         length: int,
         stops: Collection[int],
         most: int = 256,
         activated: int = 64,
     ) -> None:
-        self.server, self.client, self.store, self.bank = server, server.client(), store, bank
+        self.server, self.client, self.store, self.bank, self.pooled = server, server.client(), store, bank, pooled
         self.length, self.stops, self.most = length, frozenset(stops), most
         self.names = Names(self.client, server.folder, activated)
         self._salt = secrets.token_bytes(32)
@@ -127,15 +129,16 @@ class VllmEngine:
     async def _answered(self, ask: Ask, told: Told) -> None:
         """Whatever happens to an answer, told to who waits for it."""
         try:
-            async with self.names.held(ask.who) as name, aclosing(self._pieces(ask, name)) as pieces:  # type: ignore[type-var]
+            who = BASE if ask.who is TASK and not self.pooled else ask.who
+            async with self.names.held(who) as name, aclosing(self._pieces(ask, name)) as pieces:  # type: ignore[type-var]
                 async for piece in pieces:
                     told.put_nowait(piece)
         except MtaError as error:
             told.put_nowait(error)
         except httpx.HTTPError:
             told.put_nowait(EngineGone("vLLM does not answer"))
-        except (ValueError, KeyError, TypeError, LookupError):
-            told.put_nowait(AnswerLost("vLLM's answer cannot be read"))
+        except Exception:  # whatever it is, whoever waits is told, and nobody else is touched
+            told.put_nowait(AnswerLost("this answer could not be computed"))
 
     async def _pieces(self, ask: Ask, name: str) -> AsyncIterator[Piece]:
         request = self.client.build_request("POST", "/v1/completions", json=self._body(ask, name), timeout=_UNTIL)
@@ -183,7 +186,11 @@ async def _whole(opening: asyncio.Task[httpx.Response]) -> httpx.Response:
     try:
         return await asyncio.shield(opening)
     except asyncio.CancelledError:
-        await (await opening).aclose()
+        while not opening.done():  # whoever is cancelled may be so again
+            with suppress(asyncio.CancelledError):
+                await asyncio.wait((opening,))
+        if not opening.cancelled() and opening.exception() is None:
+            await opening.result().aclose()
         raise
 
 

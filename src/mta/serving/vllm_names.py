@@ -19,7 +19,7 @@ import httpx2 as httpx
 from mta.rows import Nobody
 from mta.serving.engine import EngineGone, Version
 from mta.serving.names import from_wire, wire_name
-from mta.serving.vllm_adapters import note_of, remove
+from mta.serving.vllm_adapters import note_of, remove, remove_all
 
 
 @dataclass(slots=True, eq=False)
@@ -90,6 +90,7 @@ class Names:
         for one in mine.values():
             await one.idle.wait()
         await asyncio.gather(*(asyncio.shield(self._leave(name)) for name in mine if name in self._loaded))
+        remove_all(self.folder, person)
 
     async def settled(self) -> None:
         """Wait until whoever is on their way out has left."""
@@ -126,21 +127,30 @@ class Names:
         try:
             answer = await self.client.get("/v1/models", timeout=30)
             return [str(model["id"]) for model in answer.raise_for_status().json()["data"]]
-        except httpx.ConnectError:
-            return []
         except (httpx.HTTPError, ValueError, KeyError, TypeError) as error:
+            if _nobody_listens(error):
+                return []
             raise EngineGone("vLLM does not say whom it knows: somebody's adapter may still be loaded") from error
 
     async def _unload(self, name: str) -> None:
         """404 is as good: vLLM did not know it. A server that cannot be reached knows nobody any more."""
         try:
             answer = await self.client.post("/v1/unload_lora_adapter", json={"lora_name": name}, timeout=30)
-        except httpx.ConnectError:
-            return
         except httpx.HTTPError as error:
+            if _nobody_listens(error):
+                return
             raise EngineGone("vLLM does not answer: the adapter may still be loaded") from error
         if answer.status_code not in (200, 404):
             raise EngineGone(f"vLLM answered {answer.status_code} when it was asked to unload an adapter")
+
+
+def _nobody_listens(error: BaseException | None) -> bool:
+    """Whether the server is not there; a connection may fail for other reasons too, and then it may be."""
+    while error is not None:
+        if isinstance(error, ConnectionRefusedError | FileNotFoundError):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _set() -> asyncio.Event:

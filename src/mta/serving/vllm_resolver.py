@@ -10,6 +10,9 @@ import threading
 import time
 import zlib
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
+from typing import Any
 
 from vllm.lora.request import LoRARequest
 from vllm.lora.resolver import LoRAResolver
@@ -27,9 +30,31 @@ class Resolver(LoRAResolver):  # type: ignore[misc]
 
     async def resolve_lora(self, base_model_name: str, lora_name: str) -> LoRARequest | None:
         """None where the name means nobody: vLLM answers 404."""
+        _unload_wholly()
         path = await asyncio.get_running_loop().run_in_executor(self._making, self.adapters.path, lora_name)
         number = zlib.crc32(lora_name.encode()) or 1  # vLLM gives it another
         return path and LoRARequest(lora_name=lora_name, lora_int_id=number, lora_path=str(path))
+
+
+@cache
+def _unload_wholly() -> None:
+    """VLLM forgets a name and keeps its weights until others take their place: here they leave with it, and at once.
+
+    So nobody's weights outlive them, and nothing reads an adapter's files after it was unloaded.
+    """
+    from vllm.entrypoints.openai.models.serving import OpenAIServingModels
+
+    plain = OpenAIServingModels.unload_lora_adapter
+
+    async def unload(self: Any, request: Any) -> Any:
+        known = self.lora_requests.get(request.lora_name)
+        answer = await plain(self, request)
+        if known and request.lora_name not in self.lora_requests:
+            await self.engine_client.remove_lora(known.lora_int_id)
+            self.lora_resolver_lock.pop(request.lora_name, None)
+        return answer
+
+    OpenAIServingModels.unload_lora_adapter = unload
 
 
 def _alone() -> None:
@@ -47,5 +72,7 @@ def _end_with(parent: int, adapters: Adapters) -> None:
         shutil.rmtree(adapters.folder, ignore_errors=True)
         os.kill(os.getpid(), signal.SIGTERM)
 
+    if parent and Path("/proc").is_dir() and not Path(f"/proc/{parent}").exists():  # it ended before we began
+        os.kill(os.getpid(), signal.SIGTERM)
     if os.getppid() == parent:  # else it is one of vLLM's further processes, or nobody's
         threading.Thread(target=watch, name="mta-parent", daemon=True).start()

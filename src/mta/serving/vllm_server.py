@@ -22,6 +22,7 @@ from pathlib import Path
 import httpx2 as httpx
 
 from mta.errors import ConfigError, MtaError
+from mta.serving.auth import ENV
 
 _START = 600.0  # seconds: large models on slow disks
 _ANY = httpx.Limits(max_connections=None)
@@ -53,6 +54,7 @@ class VllmSettings:
         quiet = ["--disable-log-stats", "--disable-uvicorn-access-log", "--disable-fastapi-docs"]
         start = [self.python, "-m", "vllm.entrypoints.openai.api_server", "--model", self.base, f"--uds={socket}"]
         shown = ["--served-model-name=base", "--enable-prompt-tokens-details", "--enable-lora"]
+        shown.append("--generation-config=vllm")  # what the model's own says of sampling holds for neither engine
         return [*start, *shown, *said, *quiet, *self.args]
 
     def environment(self, folder: Path) -> dict[str, str]:
@@ -62,7 +64,8 @@ class VllmSettings:
         own = {f"MTA_VLLM_{name}": value for name, value in ours.items()}
         own |= {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "true", "VLLM_PLUGINS": "mta", "VLLM_LOGGING_LEVEL": "WARNING"}
         own |= {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1"}
-        return {"VLLM_CPU_KVCACHE_SPACE": "2"} | dict(os.environ) | own
+        inherited = {name: value for name, value in os.environ.items() if name not in ("VLLM_API_KEY", ENV)}
+        return {"VLLM_CPU_KVCACHE_SPACE": "2"} | inherited | own
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +80,7 @@ class Remote:
     key: str = ""
     starts: int = 0
     up: bool = True
+    lock: object = None  # held as long as this is
 
     def client(self) -> httpx.AsyncClient:
         """One that reaches it."""
@@ -147,7 +151,7 @@ class VllmServer:
     def _wait(self, process: subprocess.Popen[bytes]) -> None:
         end = time.monotonic() + _START
         with httpx.Client(transport=httpx.HTTPTransport(uds=str(self.socket)), base_url="http://vllm") as client:
-            while process.poll() is None and time.monotonic() < end:
+            while process.poll() is None and time.monotonic() < end and not self._ending.is_set():
                 with suppress(httpx.HTTPError):
                     if self.socket.exists() and client.get("/health").status_code == 200:
                         return
@@ -162,10 +166,13 @@ class VllmServer:
             assert self._process
             self._process.wait()
             self.up = False
-            self._end()
-            if not self._ending.wait(1):
-                with suppress(VllmNotStarted):
+            try:
+                self._end()
+                if not self._ending.wait(1):
                     self._run()
+            except (VllmNotStarted, OSError):  # whatever is left of it ends, and it is tried again
+                self._end()
+        self._end()
 
     def _end(self) -> None:
         """SIGTERM to it and its children, SIGKILL to whoever stays."""
