@@ -16,7 +16,9 @@ from mta.evaluation.run import Comparison, Interval
 from mta.evaluation.tables import POOLED, RIVAL, against, markdown, marked, rows_of
 from mta.evaluation.verdict import people_in, yardstick
 
-FITTED = (16, 1_000_000)  # people between which the lines of Figure 2 are drawn
+FITTED = [10 ** (n / 4) for n in range(25)]  # people at which the lines of Figure 2 are drawn, to a million
+SECONDS = (1, 60, 600, 3600, 36_000, 360_000, 3_600_000, 36_000_000)  # and the seconds that are marked
+BYTES = tuple(10**n for n in range(3, 16, 2))
 
 
 @dataclass(slots=True)
@@ -127,8 +129,8 @@ def _efficiency(found: Results, folder: Path, name: str) -> Section | None:
         rows.append([method.name, str(len(records)), *cost, *size])
     if not rows:
         return None
-    plots.growth(folder / f"{name}-time", seconds, "training, all people", human_seconds)
-    plots.growth(folder / f"{name}-bytes", stored, "stored, all people", human_bytes)
+    plots.growth(folder / f"{name}-time", seconds, "training, all people", human_seconds, SECONDS)
+    plots.growth(folder / f"{name}-bytes", stored, "stored, all people", human_bytes, BYTES)
     heads = ["method", "people measured", "bank", "s per person", "all", "a million (fitted)"]
     heads += ["bank kept", "kept each", "a million (fitted)"]
     text = "Dots are measured; dashes continue the line through them to a million people, which nobody has run.\n\n"

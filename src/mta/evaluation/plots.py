@@ -108,8 +108,17 @@ def _name_levels(ax: Any, level: Mapping[str, float]) -> None:
 Points = Sequence[tuple[float, float]]
 
 
-def growth(path: Path, curves: Mapping[str, tuple[Points, Points]], label: str, unit: Callable[[float], str]) -> None:
-    """Measured totals over people as dots and lines, their fitted continuations as dashes, both axes logarithmic."""
+def growth(
+    path: Path,
+    curves: Mapping[str, tuple[Points, Points]],
+    label: str,
+    unit: Callable[[float], str],
+    marked: Sequence[float],
+) -> None:
+    """Measured totals over people as dots and lines, their fitted continuations as dashes, both axes logarithmic.
+
+    ``marked`` are the totals that may be named at the axis.
+    """
 
     def draw(ax: Any) -> None:
         for n, (name, (points, fitted)) in enumerate(curves.items()):
@@ -117,9 +126,11 @@ def growth(path: Path, curves: Mapping[str, tuple[Points, Points]], label: str, 
             ax.plot(*zip(*points), "o-", color=colour, markersize=4, linewidth=1.5, label=f"{name}, measured")
             ax.plot(*zip(*fitted), color=colour, linewidth=1.2, dashes=(4, 3), label=f"{name}, fitted line")
         ax.set(xscale="log", yscale="log", xlabel="people", ylabel=label)
-        low, high = (math.log10(v) for v in ax.get_ylim())
-        ticks = [10.0**power for power in range(math.ceil(low), math.floor(high) + 1, 1 if high - low < 7 else 2)]
+        low, high = ax.get_ylim()
+        ticks = [tick for tick in marked if low <= tick <= high]
         ax.set_yticks(ticks, [unit(tick) for tick in ticks])
+        people = [10**n for n in range(7)]
+        ax.set_xticks(people, [f"{count:,}" for count in people])
         ax.minorticks_off()
         ax.legend(frameon=False, fontsize=8.5, loc="upper left")
 
