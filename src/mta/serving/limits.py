@@ -6,6 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable, MutableMapping
+from contextlib import suppress
 from typing import Any
 
 from pydantic import Field
@@ -15,6 +16,7 @@ from mta.config import Settings
 log = logging.getLogger("mta")
 
 _PATIENCE = 30.0  # seconds for a body to come
+_LINGER = 2.0  # seconds for the rest of one that is refused
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
@@ -60,7 +62,7 @@ class BodyLimit:
             return await self.app(scope, receive, send)
         told = dict(scope["headers"]).get(b"content-length", b"0")
         if not told.isdigit() or int(told) > self.most:
-            return await self._refuse(send)
+            return await self._refuse(receive, send)
         try:
             async with asyncio.timeout(_PATIENCE):
                 body = await self._body(receive)
@@ -69,7 +71,7 @@ class BodyLimit:
         if body is None:
             return None
         if len(body) > self.most:
-            return await self._refuse(send)
+            return await self._refuse(receive, send)
         whole = [{"type": "http.request", "body": body, "more_body": False}]
 
         async def again() -> MutableMapping[str, Any]:
@@ -87,8 +89,17 @@ class BodyLimit:
             body, more = body + message.get("body", b""), message.get("more_body", False)
         return body
 
-    async def _refuse(self, send: Send) -> None:
-        await _answer(send, 413, self.refusal)
+    async def _refuse(self, receive: Receive, send: Send) -> None:
+        """The refusal, and for a while what is still coming is read and dropped.
+
+        A connection that is closed upon unread bytes is reset, and the caller would lose the refusal with it.
+        """
+        await _answer(send, 413, self.refusal, ended=False)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_LINGER):
+                while (await receive()).get("more_body", False):
+                    pass
+        await send({"type": "http.response.body", "body": b""})
 
 
 class Unexpected:
@@ -113,7 +124,8 @@ class Unexpected:
                 await _answer(send, 500, self.refusal)
 
 
-async def _answer(send: Send, status: int, body: bytes) -> None:
+async def _answer(send: Send, status: int, body: bytes, ended: bool = True) -> None:
     headers = [(b"content-type", b"application/json"), (b"connection", b"close")]
+    headers.append((b"content-length", str(len(body)).encode()))
     await send({"type": "http.response.start", "status": status, "headers": headers})
-    await send({"type": "http.response.body", "body": body})
+    await send({"type": "http.response.body", "body": body, "more_body": not ended})
