@@ -6,6 +6,7 @@ import os
 from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
 import torch
 from conftest import TINY_RUN, HashEncoder, people_of
 from tiny import COMMON, random_loras, tokenizer
@@ -26,6 +27,10 @@ from mta.tasks import load_task
 
 LENGTH = 256
 PYTHON = os.environ.get("MTA_VLLM_PYTHON", "")
+WITH_VLLM = [
+    pytest.mark.vllm,
+    pytest.mark.skipif(not PYTHON, reason="no vLLM here: MTA_VLLM_PYTHON names no Python that has it (make test-vllm)"),
+]
 
 
 class World:

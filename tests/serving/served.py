@@ -43,3 +43,10 @@ def served(base, bank, folder, *, limits=None, open_door=False, engine=None, sto
         server.should_exit = True
         thread.join()
         listening.close()
+
+
+def endless(base):
+    """Hardly a token of the tiny model ends an answer: it would mostly be empty."""
+    base.prompts.end_token = 259
+    base.model.generation_config.eos_token_id = None
+    return base

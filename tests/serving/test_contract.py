@@ -7,15 +7,14 @@ import asyncio
 from contextlib import suppress
 
 import pytest
-from contract import PYTHON, Lent, World, prompt_of, told, vllm_server
+from contract import WITH_VLLM, Lent, World, prompt_of, told, vllm_server
 
 from mta.errors import InputError, MtaError, OtherBank, PersonNotFound, StateCorrupt
 from mta.rows import BASE, TASK
 from mta.serving.engine import Ask, EngineGone, QueueFull, Version
 
 COUNT = 12
-NO_VLLM = "no vLLM here: MTA_VLLM_PYTHON names no Python that has it (make test-vllm)"
-BOTH = ["embedded", pytest.param("vllm", marks=[pytest.mark.vllm, pytest.mark.skipif(not PYTHON, reason=NO_VLLM)])]
+BOTH = ["embedded", pytest.param("vllm", marks=WITH_VLLM)]
 
 
 @pytest.fixture(scope="module")

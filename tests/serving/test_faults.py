@@ -11,8 +11,7 @@ from pathlib import Path
 import httpx2
 import pytest
 from conftest import TINY_RUN, HashEncoder, people_of
-from served import served
-from test_gateway import endless
+from served import endless, served
 from tiny import base_of, random_loras
 
 from mta.bank.bank import Bank

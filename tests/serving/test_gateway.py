@@ -10,7 +10,7 @@ import httpx2
 import openai
 import pytest
 from conftest import people_of
-from served import served
+from served import endless, served
 from tiny import base_of, random_loras
 
 from mta.bank.bank import Bank
@@ -40,13 +40,6 @@ def world(tiny_bank_folder, tmp_path_factory):
             base_url=here.url, headers={"Authorization": f"Bearer {here.secrets[name]}"} if name else {}
         )
         yield here
-
-
-def endless(base):
-    """Hardly a token of the tiny model ends an answer: it would mostly be empty."""
-    base.prompts.end_token = 259
-    base.model.generation_config.eos_token_id = None
-    return base
 
 
 def shown(base, tokens):

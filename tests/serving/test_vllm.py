@@ -16,7 +16,7 @@ from pathlib import Path
 import httpx2
 import openai
 import pytest
-from contract import PYTHON, Lent, World, prompt_of, told, vllm_server
+from contract import PYTHON, WITH_VLLM, Lent, World, prompt_of, told, vllm_server
 from served import served
 
 from mta.errors import ConfigError
@@ -27,10 +27,7 @@ from mta.serving.serve import remote_of
 from mta.serving.vllm_adapters import folder_of
 from mta.serving.vllm_server import VllmNotStarted, VllmServer
 
-pytestmark = [
-    pytest.mark.vllm,
-    pytest.mark.skipif(not PYTHON, reason="no vLLM here: MTA_VLLM_PYTHON names no Python that has it (make test-vllm)"),
-]
+pytestmark = WITH_VLLM
 COUNT = 8
 
 
@@ -253,3 +250,24 @@ def test_the_pooled_model_is_an_adapter_like_any_other(world, server):
         return found[0]
 
     assert asyncio.run(go()) == expected(world, Ask(tuple(prompt_of(3)), TASK, COUNT))
+
+
+def test_the_command_line_starts_it_and_ends_it(world):
+    """As docs/serving.md has it; SIGTERM ends gateway and vLLM."""
+    words = ["serve", "--bank", str(world.folder / "bank"), "--store", str(world.folder / "people"), "--port", "0"]
+    words += ["--insecure-local", "--json", "--vllm", PYTHON, "--vllm-args", "--block-size=32 --enforce-eager"]
+    gateway = subprocess.Popen([sys.executable, "-m", "mta", *words], stdout=subprocess.PIPE, text=True)
+    told = ""
+    while not told.rstrip().endswith("}"):
+        line = gateway.stdout.readline()
+        assert line, "it ended"
+        told += line
+    body = {"model": "person:4", "prompt": "Film 7", "max_tokens": COUNT, "temperature": 0}
+    answer = httpx2.post(f"{json.loads(told)['url']}/v1/completions", json=body, timeout=120).json()
+    tokens = world.alone(world.version("4", 1), list(world.base.prompts.text("Film 7")), COUNT)
+    assert answer["choices"][0]["text"] == world.base.tokenizer.decode(tokens, skip_special_tokens=True)
+    servers = subprocess.run(["pgrep", "-P", str(gateway.pid)], capture_output=True, text=True).stdout.split()
+    gateway.send_signal(signal.SIGTERM)
+    assert gateway.wait(60) in (0, -signal.SIGTERM)
+    assert servers
+    assert not any(Path(f"/proc/{pid}").exists() for pid in servers)

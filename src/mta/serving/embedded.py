@@ -141,14 +141,7 @@ class EmbeddedEngine:
         return row
 
     def _check(self, ask: Ask) -> None:
-        if not ask.prompt:
-            raise InputError("the prompt is empty")
-        if len(ask.prompt) + ask.max_tokens > self.length:
-            raise InputError(
-                f"the prompt has {len(ask.prompt)} tokens and {ask.max_tokens} are to come, together more than "
-                f"{self.length}",
-                hint="Shorten it, or lower max_tokens.",
-            )
+        ask.check(self.length)
         if not self.ready:
             raise EngineGone("the engine has stopped")
         if self._open >= len(self.decoder.slots) + self.waiting:

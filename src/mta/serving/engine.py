@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-from mta.errors import MtaError
+from mta.errors import InputError, MtaError
 from mta.rows import Nobody
 
 Finish = Literal["stop", "length"]
@@ -59,6 +59,16 @@ class Ask:
     seed: int | None = None
     top_logprobs: int | None = None
     asker: str = ""
+
+    def check(self, length: int) -> None:
+        """Raises InputError where there is no prompt, or prompt and answer have more than ``length`` tokens."""
+        if not self.prompt:
+            raise InputError("the prompt is empty")
+        if (size := len(self.prompt)) + self.max_tokens > length:
+            raise InputError(
+                f"the prompt has {size} tokens and {self.max_tokens} are to come, together more than {length}",
+                hint="Shorten it, or lower max_tokens.",
+            )
 
 
 @dataclass(frozen=True, slots=True)

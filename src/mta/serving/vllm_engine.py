@@ -13,7 +13,7 @@ from typing import Any
 
 import httpx2 as httpx
 
-from mta.errors import InputError, MtaError, OtherBank
+from mta.errors import MtaError, OtherBank
 from mta.rows import BASE, TASK, Nobody
 from mta.serving.engine import AnswerLost, Ask, EngineGone, Finish, Piece, QueueFull, Token, Version
 from mta.serving.sampling import COLDEST
@@ -113,14 +113,7 @@ class VllmEngine:
         await asyncio.to_thread(self.server.stop)
 
     def _check(self, ask: Ask) -> None:
-        if not ask.prompt:
-            raise InputError("the prompt is empty")
-        if len(ask.prompt) + ask.max_tokens > self.length:
-            raise InputError(
-                f"the prompt has {len(ask.prompt)} tokens and {ask.max_tokens} are to come, together more than "
-                f"{self.length}",
-                hint="Shorten it, or lower max_tokens.",
-            )
+        ask.check(self.length)
         if self._closing:
             raise EngineGone("the engine has stopped")
         if len(self._told) >= self.most:

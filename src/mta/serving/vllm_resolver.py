@@ -8,7 +8,6 @@ import shutil
 import signal
 import threading
 import time
-import zlib
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
@@ -32,8 +31,7 @@ class Resolver(LoRAResolver):  # type: ignore[misc]
         """None where the name means nobody: vLLM answers 404."""
         _unload_wholly()
         path = await asyncio.get_running_loop().run_in_executor(self._making, self.adapters.path, lora_name)
-        number = zlib.crc32(lora_name.encode()) or 1  # vLLM gives it another
-        return path and LoRARequest(lora_name=lora_name, lora_int_id=number, lora_path=str(path))
+        return path and LoRARequest(lora_name=lora_name, lora_int_id=1, lora_path=str(path))  # vLLM gives it a number
 
 
 @cache
