@@ -87,6 +87,17 @@ def test_shots_are_compared_each_with_the_pooled_model_at_the_same_number(tmp_pa
     assert (tmp_path / "shots.svg").exists()
 
 
+def test_seeds_stand_beside_each_other_and_together(tmp_path):
+    parts = {"seeds": (Part(methods=(TaskLora(), MergeThenAdapt())),)}
+    alone = [*everybody(TaskLora()), *everybody(MergeThenAdapt(), -0.1)]
+    assert not sections(results(alone, parts), tmp_path)  # one seed says nothing of how seeds differ
+    another = [*everybody(TaskLora(), 0.2), *everybody(MergeThenAdapt(), -0.3)]
+    rows = [*alone, *(r.model_copy(update={"seed": 1}) for r in another)]
+    (section,) = sections(results(rows, parts, seeds=(0, 1)), tmp_path)
+    assert "| MTA | " + " | ".join(f"**{d} [{d}, {d}]**" for d in ("-0.100", "-0.500", "-0.300")) in section.text
+    assert (tmp_path / "seeds.svg").exists()
+
+
 def test_numbers_in_names_become_an_axis(tmp_path):
     three = [MergeThenAdapt(name=f"by loss, K = {k}", merge={"policy": "uniform", "k": k}) for k in (1, 2, 4)]
     parts = {"k": (Part(methods=(TaskLora(), *three)),)}

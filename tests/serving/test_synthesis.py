@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tiny import base_of, random_loras
 
 from mta.config import MergeSettings
-from mta.errors import InputError, OtherBank, StateCorrupt
+from mta.errors import ConfigError, InputError, OtherBank, StateCorrupt
 from mta.fuse import Merge, merged_factors
 from mta.lora.batch import Factors, LoraBatch, join
 from mta.lora.merge import truncate
@@ -17,6 +17,7 @@ from mta.lora.peft import read_peft
 from mta.rows import BASE, TASK
 from mta.serving.engine import Version
 from mta.serving.names import from_wire, named, wire_name
+from mta.serving.serve import vllm_settings
 from mta.serving.synthesis import Synthesis
 from mta.serving.vllm_adapters import Adapters, folder_of, note_of, remove
 from mta.state import State
@@ -134,6 +135,23 @@ def adapters(tiny, tmp_path):
     store.save("../ann", State(bank.hash, (0, 2), (0.5, 0.25), "fixed", "", "work", 0, stack))
     (tmp_path / "adapters").mkdir()
     return Adapters(bank.folder, str(tmp_path / "people"), tmp_path / "adapters", 16), store
+
+
+@pytest.mark.parametrize(
+    ("args", "rank"), [("", 16), ("--max-lora-rank 8", 8), ("--enforce-eager --max_lora_rank=32", 32)]
+)
+def test_adapters_are_cut_to_the_rank_vllm_is_started_with(args, rank, tmp_path, monkeypatch):
+    monkeypatch.setattr(BASE_MODEL, "name", str(tmp_path))
+    settings = vllm_settings("python", BASE_MODEL, tmp_path, "people", slots=4, args=args)
+    assert settings.environment(tmp_path)["MTA_VLLM_RANK"] == str(rank)
+    assert f"--max-lora-rank={rank}" in settings.command(tmp_path / "socket")
+
+
+@pytest.mark.parametrize("args", ["--max-lora-rank many", "--max-lora-rank", "'--max-lora-rank 8"])
+def test_arguments_for_vllm_that_cannot_be_read_are_refused(args, tmp_path, monkeypatch):
+    monkeypatch.setattr(BASE_MODEL, "name", str(tmp_path))
+    with pytest.raises(ConfigError, match="--vllm-args"):
+        vllm_settings("python", BASE_MODEL, tmp_path, "people", slots=4, args=args)
 
 
 def name_of(store, person, **how):

@@ -78,6 +78,27 @@ def _shots(found: Results, folder: Path, name: str) -> Section | None:
     return Section(_TITLES[name], text + markdown(heads, rows), [name])
 
 
+def _seeds(found: Results, folder: Path, name: str) -> Section | None:
+    """How much of a difference is the draw of clusters and training: seed by seed, and all of them together."""
+    together, seeds = found.comparison(name), found.seeds(name)
+    if together is None or len(seeds) < 2:
+        return None
+    alone = [c for seed in seeds if (c := found.comparison(name, seed=seed))]
+    measure, text = yardstick(together), _setting(found, together, name)
+    names = [row.name for row in together.rows]
+    for other in [one for one in (POOLED, RIVAL) if one in names]:
+        heads = [f"{measure} against {other}", *(f"seed {seed}" for seed in seeds), "all, averaged for each person"]
+        rows = [
+            [one, *(marked(c, measure, c.difference(one, other, measure)) for c in (*alone, together))]
+            for one in names
+            if one != other
+        ]
+        text += "\n" + markdown(heads, rows)
+    differences = [(one, d) for one in names if one != POOLED and (d := against(together, one, measure))]
+    plots.forest(folder / name, differences, f"{measure} against {POOLED}, {len(seeds)} seeds (left is better)")
+    return Section(_TITLES[name], text, [name])
+
+
 def _over(pattern: str, x_label: str) -> Callable[[Results, Path, str], Section | None]:
     """An exhibit whose methods are called by a series and a number: ``by loss, K = 4``."""
 
@@ -208,6 +229,7 @@ _TITLES = {
     "main": "Every method",
     "ablation": "Ablation",
     "shots": "Score against shots",
+    "seeds": "Seeds: clusters and training drawn anew",
     "k": "Figure 4: number of merged anchors",
     "alpha": "Figure 3: fixed coefficients against fitted ones",
     "anchors": "Size of the bank",
@@ -219,6 +241,7 @@ _TITLES = {
 }
 EXHIBITS: dict[str, Callable[[Results, Path, str], Section | None]] = {
     "shots": _shots,
+    "seeds": _seeds,
     "k": _over(r"K = (\d+)", "merged anchors K"),
     "alpha": _over(r"alpha = ([\d.]+)", "share of the nearest anchor"),
     "anchors": _over(r"N = (\d+)", "anchors in the bank"),

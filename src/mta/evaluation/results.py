@@ -74,10 +74,11 @@ class Results:
             raise InputError(f"no exhibit {name!r} in {self.folder}; there are {', '.join(self.recipe.exhibits)}")
         return self.recipe.exhibits[name]
 
-    def comparison(self, name: str, shots: int | None = None) -> Comparison | None:
+    def comparison(self, name: str, shots: int | None = None, seed: int | None = None) -> Comparison | None:
         """An exhibit's methods over the people and seeds that all of them have; None where nothing has been run.
 
-        A person's metrics are averaged over seeds first. What knows nothing of the bank has one seed's answers only.
+        A person's metrics are averaged over seeds first, or are of the one ``seed`` asked for. What knows nothing of
+        the bank has one seed's answers only.
         """
         groups = [
             (method, part.bank, seeds)
@@ -89,6 +90,8 @@ class Results:
             return None
         shared = [set(seeds) for method, _, seeds in groups if method.of_bank]
         common = set.intersection(*shared) if shared else set()
+        if seed is not None:
+            common &= {seed}
         rows = [
             ((method.name, bank), [seeds[s] for s in sorted(seeds) if not method.of_bank or s in common])
             for method, bank, seeds in groups

@@ -125,9 +125,9 @@ class Seats:
         if len(self._forwards) > _STRETCHES:
             self._forwards.clear()
         if key not in self._forwards:
-            gates = self._gates[rows]
+            how = self._gates[rows], sum(self._ranks)
             self._forwards[key] = {
-                name: partial(_adapted, layer, layer.forward, self._shared[name], gates, self._own_of(name, rows))
+                name: partial(_adapted, layer, layer.forward, self._shared[name], *how, self._own_of(name, rows))
                 for name, layer in self._layers.items()
             }
         return self._forwards[key]
@@ -149,19 +149,29 @@ class Seats:
 
 
 def _adapted(
-    layer: Any, plain: Any, shared: tuple[Tensor, Tensor], gates: Tensor, own: tuple[Tensor, Tensor], x: Tensor
+    layer: Any,
+    plain: Any,
+    shared: tuple[Tensor, Tensor],
+    gates: Tensor,
+    ranks: int,
+    own: tuple[Tensor, Tensor],
+    x: Tensor,
 ) -> Tensor:
-    """What the layer gives, the shared updates as each row weighs them, and each row's own. Shapes: x (B, T, D)."""
+    """What the layer gives, the shared updates as each row weighs them, and each row's own. Shapes: x (B, T, D).
+
+    Beyond the first ``ranks`` shared ranks lie the zeros that make vectors of them; only the kernel reads those.
+    """
     if type(layer) is nn.Linear:
         found = adapted_rows(x, layer.weight, layer.bias, shared, gates, own)
         if found is not None:
             return found
     y: Tensor = plain(x)
-    h = product(x, shared[0]).view(len(gates), -1, gates.shape[1]).mul_(gates[:, None])
+    a, b = shared[0][:ranks], shared[1][:, :ranks]
+    h = product(x, a).view(len(gates), -1, ranks).mul_(gates[:, None, :ranks])
     if y.dtype == torch.bfloat16:  # in place, and rounded once
-        y.view(-1, y.shape[-1]).addmm_(h.view(-1, h.shape[-1]), shared[1].T)
+        y.view(-1, y.shape[-1]).addmm_(h.view(-1, ranks), b.T)
     else:
-        y = y.view(*h.shape[:2], -1) + product(h, shared[1])
+        y = y.view(*h.shape[:2], -1) + product(h, b)
     RowTerm(own[0], own[1].mT).add_(x, y)
     return y.view(*x.shape[:-1], y.shape[-1])
 

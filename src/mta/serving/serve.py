@@ -8,6 +8,7 @@ import shlex
 import signal
 import socket
 import sys
+from argparse import ArgumentError, ArgumentParser
 from collections.abc import Callable
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from mta.serving.jobs import Jobs
 from mta.serving.limits import Limits
 from mta.serving.service import Service
 from mta.serving.vllm_engine import VllmEngine
-from mta.serving.vllm_server import Remote, VllmServer, VllmSettings
+from mta.serving.vllm_server import SLOT_RANK, Remote, VllmServer, VllmSettings
 from mta.store import Store
 
 
@@ -73,22 +74,25 @@ def service_of(
 
 def vllm_of(python: str, base: BaseModel, bank: Path, store: str, *, slots: int, args: str) -> VllmServer:
     """A vLLM server for that base, started: that takes a minute. Raises ConfigError, VllmNotStarted."""
-    place = local_folder(base.name)
-    length, dtype = base.prompts.max_tokens, str(base.dtype).removeprefix("torch.")
-    started = VllmServer(
-        VllmSettings(python, place, str(bank), store, length, rows=slots, args=(f"--dtype={dtype}", *_words(args)))
-    )
+    started = VllmServer(vllm_settings(python, base, bank, store, slots=slots, args=args))
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # until the server has a say: vLLM must not be left behind
     with Console(stderr=True).status("Starting vLLM"):
         started.start()
     return started
 
 
-def _words(args: str) -> list[str]:
+def vllm_settings(python: str, base: BaseModel, bank: Path, store: str, *, slots: int, args: str) -> VllmSettings:
+    """What that server is started with; adapters are cut to the rank its slots get. Raises ConfigError."""
+    read = ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    read.add_argument("--max-lora-rank", "--max_lora_rank", dest="rank", type=int, default=SLOT_RANK)
     try:
-        return shlex.split(args)
-    except ValueError as error:
-        raise ConfigError(f"--vllm-args {args!r} cannot be read: {error}", hint="Close every quotation mark.") from None
+        words = shlex.split(args)
+        rank = read.parse_known_args(words)[0].rank
+    except (ValueError, ArgumentError) as error:
+        raise ConfigError(f"--vllm-args {args!r} cannot be read: {error}", hint="Give them as to vllm serve.") from None
+    length, dtype = base.prompts.max_tokens, str(base.dtype).removeprefix("torch.")
+    paths = local_folder(base.name), str(bank), store
+    return VllmSettings(python, *paths, length, rank, slots, args=(f"--dtype={dtype}", *words))
 
 
 def remote_of(url: str, folder: Path | None, started: str | None = None) -> Remote:

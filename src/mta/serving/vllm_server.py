@@ -24,6 +24,7 @@ import httpx2 as httpx
 from mta.errors import ConfigError, MtaError
 from mta.serving.auth import ENV
 
+SLOT_RANK = 16  # of vLLM's slots where nothing else is said (decision 012)
 _START = 600.0  # seconds: large models on slow disks
 _ANY = httpx.Limits(max_connections=None)
 _ERROR = re.compile(r"\b\w+(?:Error|Exception): .+|error: .+")
@@ -42,7 +43,7 @@ class VllmSettings:
     bank: str
     store: str
     length: int
-    rank: int = 16
+    rank: int = SLOT_RANK
     rows: int = 32
     args: tuple[str, ...] = ()
 
