@@ -106,6 +106,23 @@ def test_everybody_is_answered_as_if_they_were_alone(kind, mode):
     assert len({tuple(tokens) for tokens in found}) == len(found)
 
 
+def test_a_row_at_the_models_last_places_shares_a_pass_with_a_wider_one():
+    """What fills such a row up lies beyond the last place a model with learned positions has."""
+    base, bank, whose = world("gpt2")
+    places = base.model.config.n_positions
+    near, short = ([5 + n % 250 for n in range(count)] for count in (places - 10, 40))
+
+    async def go():
+        engine = engine_of(base, bank, whose, slots=2, chunk=100, length=places)
+        asks = ask_of(2, near, 8), ask_of(3, short, 8)
+        found = await asyncio.gather(*(tokens_of(engine, ask) for ask in asks))
+        await engine.close()
+        return found
+
+    expected = [one_by_one(base, bank, whose[n], prompt, 8) for n, prompt in ((2, near), (3, short))]
+    assert asyncio.run(go()) == expected
+
+
 @settings(max_examples=15)
 @given(st.data())
 def test_no_order_of_coming_and_going_changes_an_answer(data):
@@ -159,6 +176,31 @@ def test_a_warm_slot_serves_its_owner_and_nobody_else():
     alone = one_by_one(base, bank, whose[2], text, 4)
     assert (first, again, anew) == ((alone, 0), (alone, len(text) - 1), (alone, 0))
     assert other == (one_by_one(base, bank, whose[3], text, 4), 0)
+
+
+def test_what_was_computed_for_somebody_is_zeros_once_they_are_forgotten():
+    base, bank, whose = world()
+
+    async def go():
+        engine = engine_of(base, bank, whose, slots=3)
+        await tokens_of(engine, ask_of(2, [7] * 20, 4))
+        await tokens_of(engine, ask_of(3, [8] * 20, 4))
+        seats, cache = engine.decoder.seats, engine.decoder.slots.cache
+
+        def taken():
+            """Places where anything lies: adapters, keys and values."""
+            kept = [seats._gates, *(f for own in seats._own.values() for f in own), *cache.keys, *cache.values]
+            return [len({n for n, place in enumerate(one) if place.any()}) for one in kept]
+
+        before = taken()
+        await engine.forget("2")
+        after = taken()
+        await engine.close()
+        return before, after
+
+    before, after = asyncio.run(go())
+    assert set(before) == {2}
+    assert set(after) == {1}
 
 
 def test_forgetting_ends_what_runs_for_that_person_alone():

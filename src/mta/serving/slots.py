@@ -149,9 +149,7 @@ class Slots:
         where = torch.tensor([n * width + len(row) - 1 for n, row in enumerate(tokens)], device=device)
         seen = max(starts) + width
         cache = self.cache.open(rows, positions, seen)
-        known = positions.clamp(
-            max=self._length - 1
-        )  # what fills up a row may lie beyond what the model has places for
+        known = positions.clamp(max=self._length - 1)  # what fills up a row may lie beyond the model's last place
         found = self._base.next_logits(torch.tensor(filled, device=device), known, cache, seen, where)
         for slot, row in zip(self._slots[rows], tokens):
             slot.tokens.extend(row)
