@@ -14,6 +14,7 @@ import torch
 from mta.errors import InputError, MtaError
 from mta.history import Person
 from mta.personalize import Forgotten, Personalizer
+from mta.serving.auth import LOCAL, Key
 from mta.serving.engine import QueueFull
 
 TOGETHER = 32  # people of one job
@@ -47,13 +48,15 @@ class Jobs:
         self._thread = threading.Thread(target=self._work, name="mta-personalize", daemon=True)
         self._thread.start()
 
-    def put(self, person: Person) -> Status:
+    def put(self, person: Person, key: Key = LOCAL) -> Status:
         """Personalize a person of these items; whoever waits already is personalized of the newer ones.
 
-        Raises QueueFull where too many wait.
+        Raises QueueFull where too many wait, or where a prefix's people are a quarter of all that may.
         """
         with self._turn:
-            if len(self._waiting) >= self.most and person.id not in self._waiting:
+            theirs = sum(map(key.owns, self._waiting)) if key.rights == "prefix" else 0
+            full = len(self._waiting) >= self.most or theirs >= self.most // 4
+            if full and person.id not in self._waiting:
                 raise QueueFull("too many people wait to be personalized", hint="Come again later.")
             self._waiting[person.id] = person
             self._status[person.id] = Status("waiting")

@@ -59,7 +59,7 @@ def _add_history(app: FastAPI, service: Service, histories: Histories) -> None:
         _own(key, id)
         new = [_item(service.task, item, service.limits.item) for item in body.items]
         async with service.lock(id):
-            return {"items": await run_in_threadpool(histories.append, id, new, body.keep), "kept": body.keep}
+            return {"items": await run_in_threadpool(histories.append, id, new, body.keep, key), "kept": body.keep}
 
     @app.post("/v1/people/{id:path}/personalize", status_code=202)
     async def personalize(id: str, key: Caller, body: Personalize | None = None) -> dict[str, Any]:
@@ -70,7 +70,7 @@ def _add_history(app: FastAPI, service: Service, histories: Histories) -> None:
             person = await run_in_threadpool(histories.of, id)
             if person is None:
                 raise InputError("no item is known of this person", hint="Append some first: POST …/history")
-            return _told(service.jobs.put(person.latest(latest) if latest else person))
+            return _told(service.jobs.put(person.latest(latest) if latest else person, key))
 
     @app.get("/v1/people/{id:path}/personalize")
     async def status(id: str, key: Caller) -> dict[str, Any]:
