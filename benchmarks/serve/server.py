@@ -16,7 +16,6 @@ from mta.config import Run
 from mta.lora.batch import Factors, fresh
 from mta.machine import in_passing
 from mta.serving.auth import Keys
-from mta.serving.limits import Limits
 from mta.serving.serve import serve, service_of, vllm_of
 from mta.state import State
 from mta.store import Store
@@ -60,7 +59,7 @@ def main() -> None:
     if args.vllm:
         lora = "--no-enable-lora" if args.alone else ""
         vllm = vllm_of(args.vllm, base, args.bank, args.store, slots=args.slots, args=lora)
-    service = service_of(base, bank, args.store, Run(), Keys(()), Limits(), slots=args.slots, vllm=vllm)
+    service = service_of(base, bank, Run(), args.store, Keys(()), slots=args.slots, vllm=vllm)
     if vllm:
         service.engine.stops = frozenset()  # type: ignore[union-attr]
     elif args.alone:

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -83,6 +84,15 @@ def run_the_readmes_snippets(url, secret, folder):
         done = subprocess.run(words, cwd=folder, capture_output=True, text=True, timeout=60)
         assert done.returncode == 0, done.stderr
         assert "person:ann0" in done.stdout
+
+
+def test_strict_refuses_a_bank_that_learnt_from_somebody_forgotten(made, tmp_path):
+    bank = shutil.copytree(made / "bank", tmp_path / "bank")
+    (bank / "needs-rebuild.json").write_text('{"needs_rebuild": ["anchor"]}')
+    words = ["serve", "--bank", str(bank), "--store", str(made / "people"), "--insecure-local", "--strict"]
+    found = mta(*words)
+    assert found.returncode == 1
+    assert "forgotten is in the anchor" in found.stderr
 
 
 @pytest.mark.parametrize(

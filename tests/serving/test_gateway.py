@@ -3,6 +3,7 @@
 import json
 import random
 import re
+import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -117,6 +118,41 @@ def test_forbidden_and_unknown_people_are_answered_alike(world, model):
         said(world.client("ann"), model)
     assert error.value.code == "model_not_found"
     assert error.value.body["message"].replace(model, "X") == "the model 'X' does not exist, or this key may not ask it"
+
+
+@pytest.mark.parametrize("model", ["person:bob", "person:nobody", "person:ann@v9"])
+@pytest.mark.parametrize("fallback", ["task", "base"])
+def test_somebody_else_answers_for_whoever_is_not_here_when_asked_for(world, model, fallback):
+    """Unknown and forbidden people alike; and the answer says who gave it."""
+    client, name = world.client("ann"), fallback if fallback == "task" else world.service.base.name
+    found = client.chat.completions.create(
+        model=model, messages=ASKED, max_tokens=12, temperature=0, extra_body={"fallback": fallback}
+    )
+    assert found.model == name
+    assert found.choices[0].message.content == said(client, name)
+    own = client.chat.completions.create(
+        model="person:ann", messages=ASKED, max_tokens=12, temperature=0, extra_body={"fallback": fallback}
+    )
+    assert (own.model, own.choices[0].message.content) == ("person:ann", said(client, "person:ann"))
+
+
+def test_strict_serves_nothing_that_learnt_from_the_forgotten(tiny_bank_folder, tmp_path):
+    base = endless(base_of())
+    folder = shutil.copytree(tiny_bank_folder, tmp_path / "bank")
+    bank = Bank.open(folder, base)
+    with served(base, bank, tmp_path, strict=folder) as here:
+        here.service.store.save("ann", State(bank.hash, (0,), (1.0,), "fixed", "", "work", 0))
+        client = openai.OpenAI(base_url=f"{here.url}/v1", api_key=here.secrets["admin"], max_retries=0)
+        assert said(client, "person:ann")
+        assert said(client, "task")
+        anchor = next(p.id for p in people_of(12, prefix="c") if bank.info.members.artefacts_of(p.id))
+        with httpx2.Client(base_url=here.url, headers={"Authorization": f"Bearer {here.secrets['admin']}"}) as http:
+            assert http.delete(f"/v1/people/{anchor}").json()["needs_rebuild"]
+            for model in ("person:ann", "task"):
+                with pytest.raises(openai.InternalServerError, match="rebuilt"):
+                    said(client, model)
+            assert said(client, base.name)
+            assert http.post("/v1/people/ann/personalize").status_code == 503
 
 
 def test_a_prefix_opens_its_own_people_alone(world):

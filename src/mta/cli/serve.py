@@ -28,6 +28,9 @@ VllmUrl = Annotated[str | None, typer.Option(help="Answer by a vLLM server that 
 VllmFolder = Annotated[
     Path | None, typer.Option(help="Of that server: its MTA_VLLM_FOLDER.", file_okay=False, exists=True)
 ]
+Strict = Annotated[
+    bool, typer.Option("--strict", help="Answer from nothing that learnt from somebody who was forgotten since.")
+]
 Rate = Annotated[int, typer.Option(min=0, help="Requests a minute for each key; 0 for any number.")]
 
 
@@ -48,6 +51,7 @@ def serve(
     vllm_url: VllmUrl = None,
     vllm_folder: VllmFolder = None,
     rate: Rate = 0,
+    strict: Strict = False,
     config: Config = None,
     seed: Seed = None,
     device: Device = None,
@@ -60,7 +64,6 @@ def serve(
     _need_extra()
     from mta.machine import in_passing
     from mta.serving import serve as serving
-    from mta.serving.limits import Limits
     from mta.store import Store
 
     if new_key is not None:
@@ -68,12 +71,12 @@ def serve(
     known = serving.keys_for(keys, host, insecure_local)
     server: VllmServer | Remote | None = serving.remote_of(vllm_url, vllm_folder, vllm) if vllm_url else None
     Store(store).check()
-    base, opened, run = in_passing(partial(open_bank, bank, words, seed, device, config, open_to=MERGE_AND_STACK))
+    opened = in_passing(partial(open_bank, bank, words, seed, device, config, open_to=MERGE_AND_STACK))
     with ExitStack() as ending:
         if vllm:
-            server = serving.vllm_of(vllm, base, bank, store, slots=slots, args=vllm_args)
+            server = serving.vllm_of(vllm, opened[0], bank, store, slots=slots, args=vllm_args)
             ending.callback(server.stop)
-        service = serving.service_of(base, opened, store, run, known, Limits(rate=rate), slots=slots, vllm=server)
+        service = serving.service_of(*opened, store, known, rate=rate, slots=slots, vllm=server, strict=strict)
         serving.serve(service, host, port, partial(_show, json))
 
 

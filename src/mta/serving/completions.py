@@ -15,6 +15,7 @@ from fastapi import Request as HttpRequest
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from mta.errors import MtaError
+from mta.rows import BASE, TASK, Nobody
 from mta.serving.answers import Part, Whole, answers, ask_of
 from mta.serving.auth import Key
 from mta.serving.engine import Ask
@@ -61,10 +62,13 @@ async def _unless_gone(http: HttpRequest, work: Coroutine[Any, Any, Response]) -
 
 
 async def _answered(service: Service, request: Request, key: Key) -> Response:
-    who = await service.who(request.model, key)
+    who = await service.who(request.model, key, request.fallback)
     ask = ask_of(request, who, service.base, key.name, service.length, service.limits.max_tokens)
     kind = "chatcmpl" if isinstance(request, ChatRequest) else "cmpl"
-    shape = Shape(request, f"{kind}-{uuid.uuid4().hex}", service.base.tokenizer)
+    model = (
+        {TASK: "task", BASE: service.base.name}.get(who, request.model) if isinstance(who, Nobody) else request.model
+    )
+    shape = Shape(request, model, f"{kind}-{uuid.uuid4().hex}", service.base.tokenizer)
     parts = _counted(service, ask, request, key)
     if request.stream:
         first = await anext(parts)  # what is refused is refused with a status, before the stream begins

@@ -61,6 +61,7 @@ class Common(_Request):
     stream: bool = False
     stream_options: StreamOptions | None = None
     user: str | None = None
+    fallback: Literal["task", "base"] | None = None  # ours: who answers for a person who is not here
     frequency_penalty: Literal[0] | None = None
     presence_penalty: Literal[0] | None = None
 
@@ -135,9 +136,9 @@ Request = ChatRequest | CompletionRequest
 class Shape:
     """How the answers to one request are written down."""
 
-    def __init__(self, request: Request, id: str, tokenizer: Any) -> None:
+    def __init__(self, request: Request, model: str, id: str, tokenizer: Any) -> None:
         self.chat, self.id, self.tokenizer = isinstance(request, ChatRequest), id, tokenizer
-        self.model, self.created = request.model, int(time.time())
+        self.model, self.created = model, int(time.time())
         self._told = dict[int, int]()  # characters of each answer's tokens whose places were told
 
     def whole(self, choices: Sequence[dict[str, Any]], usage: dict[str, Any]) -> dict[str, Any]:

@@ -65,6 +65,7 @@ def _add_history(app: FastAPI, service: Service, histories: Histories) -> None:
     async def personalize(id: str, key: Caller, body: Personalize | None = None) -> dict[str, Any]:
         """Stages 2 and 3, in the background."""
         _own(key, id)
+        await service.check_fresh()
         latest = body.latest if body else None
         async with service.lock(id):
             person = await run_in_threadpool(histories.of, id)

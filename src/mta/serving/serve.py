@@ -16,6 +16,7 @@ from filelock import FileLock, Timeout
 from rich.console import Console
 
 from mta.bank.bank import Bank
+from mta.bank.files import stale
 from mta.base import BaseModel
 from mta.config import Run
 from mta.errors import ConfigError
@@ -51,15 +52,24 @@ def keys_for(path: Path | None, host: str, insecure_local: bool) -> Keys:
 def service_of(
     base: BaseModel,
     bank: Bank,
-    store: str,
     run: Run,
+    store: str,
     keys: Keys,
-    limits: Limits,
     *,
+    rate: int = 0,
     slots: int = 32,
     vllm: VllmServer | Remote | None = None,
+    strict: bool = False,
 ) -> Service:
-    """An engine over a bank and a store, embedded or vLLM's, and what personalizes beside it."""
+    """An engine over a bank and a store, embedded or vLLM's, and what personalizes beside it.
+
+    ``strict`` refuses a bank that learnt from somebody who was forgotten. Raises ConfigError.
+    """
+    if strict and (parts := stale(bank.folder)):
+        raise ConfigError(
+            f"somebody who was forgotten is in the {' and the '.join(parts)} of {bank.folder}",
+            hint="Rebuild it:  mta bank build   or serve it without --strict.",
+        )
     states, length = Store(store), base.prompts.max_tokens
     engine: EmbeddedEngine | VllmEngine
     if vllm is None:
@@ -69,7 +79,8 @@ def service_of(
             vllm, states, bank=bank.hash, pooled=bank.task_lora is not None, length=length, stops=base.stop_tokens
         )
     jobs = Jobs(Personalizer(base.twin(), bank, states, run=run))
-    return Service(engine, base, states, bank.task, keys, jobs, limits, length)
+    what = engine, base, states, bank.task, keys, jobs, Limits(rate=rate), length
+    return Service(*what, strict=bank.folder if strict else None)
 
 
 def vllm_of(python: str, base: BaseModel, bank: Path, store: str, *, slots: int, args: str) -> VllmServer:

@@ -9,7 +9,8 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Literal
 from weakref import WeakValueDictionary
 
 from fastapi import Depends, Request
@@ -17,9 +18,10 @@ from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 
+from mta.bank.files import stale
 from mta.base import BaseModel
-from mta.errors import InputError, PersonNotFound
-from mta.rows import Nobody
+from mta.errors import InputError, MtaError, PersonNotFound
+from mta.rows import BASE, TASK
 from mta.serving.auth import LOCAL, Key, Keys
 from mta.serving.engine import Engine, EngineGone, QueueFull, Version, Who
 from mta.serving.jobs import Jobs
@@ -33,13 +35,20 @@ from mta.tasks.task import Task
 log = logging.getLogger("mta")
 
 
+class NeedsRebuild(MtaError):
+    """Somebody forgotten is in what would answer, and that is not served (``--strict``)."""
+
+
 class NobodyHere(PersonNotFound):
     """Somebody unknown, or whom this key may not know: the same to whoever asks."""
 
 
 @dataclass
 class Service:
-    """What the routes work with. ``length`` is how many tokens prompt and answer may have together."""
+    """What the routes work with. ``length`` is how many tokens prompt and answer may have together.
+
+    ``strict`` is the bank's folder where it is not to be served once somebody it learnt from was forgotten.
+    """
 
     engine: Engine
     base: BaseModel
@@ -50,6 +59,7 @@ class Service:
     limits: Limits = field(default_factory=Limits)
     length: int = 1024
     metrics: Metrics = field(default_factory=Metrics)
+    strict: Path | None = None
     rate: Rate = field(init=False)
     _held: Counter[str] = field(default_factory=Counter, init=False)
     _locks: WeakValueDictionary[str, asyncio.Lock] = field(default_factory=WeakValueDictionary, init=False)
@@ -57,20 +67,29 @@ class Service:
     def __post_init__(self) -> None:
         self.rate = Rate(self.limits.rate)
 
-    async def who(self, model: str, key: Key) -> Who:
+    async def who(self, model: str, key: Key, fallback: Literal["task", "base"] | None = None) -> Who:
         """Whom a request means. Unknown and forbidden people are answered alike, so nobody learns who exists.
 
-        The store is asked each time: who was forgotten elsewhere is not served from what is at hand here.
-        Raises NobodyHere.
+        The store is asked each time: who was forgotten elsewhere is not served from what is at hand here. Instead of
+        a person who is not here ``fallback`` answers, if it is named. Raises NobodyHere, NeedsRebuild.
         """
         found = named(model, self.base.name)
-        if isinstance(found, Nobody):
-            return found
-        allowed = found is not None and key.may_ask(found.person)
-        version = await run_in_threadpool(self._version, found) if found and allowed else None
-        if version:
-            return version
+        if isinstance(found, Named):
+            version = await run_in_threadpool(self._version, found) if key.may_ask(found.person) else None
+            who = version or {"task": TASK, "base": BASE}.get(fallback or "")
+        else:
+            who = found
+        if who is not None:
+            await self.check_fresh(who)
+            return who
         raise NobodyHere(f"the model {model!r} does not exist, or this key may not ask it")
+
+    async def check_fresh(self, who: Who | None = None) -> None:
+        """Raises NeedsRebuild for all but the base, where somebody forgotten is in task LoRA or bank."""
+        if self.strict is None or who is BASE:
+            return
+        if await run_in_threadpool(stale, self.strict):
+            raise NeedsRebuild("the bank has to be rebuilt without somebody who was forgotten", hint="Ask the base.")
 
     def _version(self, found: Named) -> Version | None:
         number = found.version or self.store.latest(found.person)
@@ -129,6 +148,8 @@ def error_of(error: Exception) -> tuple[int, dict[str, object], dict[str, str]]:
         return 404, error_body(message, "invalid_request_error", "model_not_found", "model"), {}
     if isinstance(error, QueueFull):
         return 429, error_body(message, "rate_limit_error", "queue_full"), {"Retry-After": str(error.retry_after)}
+    if isinstance(error, NeedsRebuild):
+        return 503, error_body(message, "server_error", "needs_rebuild"), {}
     if isinstance(error, EngineGone):
         return 503, error_body(message, "server_error", "engine_gone"), {"Retry-After": "5"}
     if isinstance(error, InputError):
