@@ -46,6 +46,14 @@ def test_the_methods_of_the_guide_do_what_it_says(methods, tiny):
     torch.testing.assert_close(methods["shrunk"](by=0.5).run(panel, 0).merge.w, 0.5 * plain.w)
 
 
+def test_the_test_of_the_guide_passes(methods, tiny):
+    base, bank = tiny
+    panel = Panel.of(base, bank, HashEncoder(), TINY_RUN, people_of(3, prefix="x", seed=7), shots=3, queries=3)
+    names = {"Smoothed": methods["smoothed"], "pytest": pytest}
+    exec(re.search(r"```\n(def test_smoothed.*?)```", GUIDE, re.DOTALL)[1], names)
+    names["test_smoothed_shares_without_a_pull_are_the_persons_own"](panel)
+
+
 def test_the_recipe_of_the_guide_can_be_read(methods, tmp_path):
     text = re.search(r"```yaml\n(.*?)```", GUIDE, re.DOTALL)[1]
     (tmp_path / "mine.yaml").write_text(text)

@@ -59,6 +59,9 @@ def _run_part(lab: Lab, records: Records, exhibit: str, part: Part, seed: int, s
     if not tested:
         return
     fit = [method for method in part.methods if method.fits(lab.task, len(lab.bank(part, seed)))]
+    for method in part.methods:
+        if method not in fit:
+            lab.say(f"{exhibit}: {method.name} is left out, it does not fit this task or bank")
     names = [lab.person(person.id) for person in tested]
     keyed = [(method, lab.key(part, method, seed, shots)) for method in fit]
     lacking = [(method, key) for method, key in keyed if records.lacks(key, names)]

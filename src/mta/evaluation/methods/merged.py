@@ -109,8 +109,9 @@ class MergeThenAdapt(Method):
 
 
 def answered(panel: Panel, merge: Merge, settings: MergeSettings, seconds: float) -> Outcome:
-    """The panel's queries, answered with everybody's merge over the task LoRA."""
+    """The panel's queries, answered with everybody's merge over the task LoRA, computed as ``settings`` say."""
     answers: list[Answers] = []
+    settings = settings.model_copy(update={"k": merge.ids.shape[1]})  # memory is planned for what is merged
     for cohort in panel.plan(1, settings).cohorts:
         answers += answer(panel, cohort, [*panel.bank.pooled, merged(panel.bank, merge.select(cohort), settings)])
     return Outcome(answers, seconds, bytes_of(merge), merge)
