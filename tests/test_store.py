@@ -99,12 +99,12 @@ def test_the_hint_may_be_lost_damaged_or_stale(url: str, hint: bytes | None) -> 
     for n in range(3):
         store.save(ANN, state(n))
     key = store.key_of(ANN)
-    path = f"{store._files.root}/{key[:2]}/{key}/latest.json"
-    assert set(json.loads(store._files.fs.cat_file(path))) == {"version", "time", "work"}
+    path = f"{store.files.root}/{key[:2]}/{key}/latest.json"
+    assert set(json.loads(store.files.fs.cat_file(path))) == {"version", "time", "work"}
     if hint is None:
-        store._files.fs.rm(path)
+        store.files.fs.rm(path)
     else:
-        store._files.fs.pipe_file(path, hint)
+        store.files.fs.pipe_file(path, hint)
     assert store.latest(ANN) == 3
     assert store.load(ANN) == state(2)
     assert store.save(ANN, state(2)) == 3
@@ -116,7 +116,7 @@ def test_a_damaged_state_is_refused_and_can_be_made_again(url: str) -> None:
     store = Store(url)
     store.save(ANN, state(0))
     key = store.key_of(ANN)
-    store._files.fs.pipe_file(f"{store._files.root}/{key[:2]}/{key}/1.safetensors", FILE[:-1])
+    store.files.fs.pipe_file(f"{store.files.root}/{key[:2]}/{key}/1.safetensors", FILE[:-1])
     with pytest.raises(StateCorrupt, match=rf"{key}/1\.safetensors was changed or cut short"):
         store.load(ANN)
     assert store.save(ANN, state(0)) == 2
@@ -144,7 +144,7 @@ def test_forgetting_leaves_nothing(url: str) -> None:
     assert store.forget(ANN) is True
     assert store.forget(ANN) is False
     assert (ANN in store, store.history(ANN), store.versions(ANN), store.nbytes(ANN)) == (False, None, [], 0)
-    assert store.key_of(ANN) not in " ".join(store._files.fs.find(store._files.root, withdirs=True))
+    assert store.key_of(ANN) not in " ".join(store.files.fs.find(store.files.root, withdirs=True))
     assert (store.load("bob"), store.count()) == (state(5), 1)
     assert store.save(ANN, state(9)) == 1
     store.forget(ANN)
@@ -158,7 +158,7 @@ def test_an_interrupted_forgetting_is_seen_and_can_be_repeated(tmp_path: Path, d
     for n in range(3):
         store.save(ANN, state(n))
     store.save_history(person())
-    remove, calls = store._files.remove, []
+    remove, calls = store.files.remove, []
 
     def killed(name: str) -> None:
         if len(calls) == done:
@@ -166,7 +166,7 @@ def test_an_interrupted_forgetting_is_seen_and_can_be_repeated(tmp_path: Path, d
         calls.append(name)
         remove(name)
 
-    store._files.remove = killed
+    store.files.remove = killed
     with pytest.raises(KeyboardInterrupt):
         store.forget(ANN)
     again = Store(tmp_path)

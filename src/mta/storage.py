@@ -7,6 +7,7 @@ import errno
 import os
 import uuid
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -52,11 +53,17 @@ class Storage:
             return {str(i["name"]).rsplit("/", 1)[-1]: int(i["size"] or 0) for i in infos if i["type"] == "file"}
         return {}
 
-    def find(self, depth: int | None = None) -> list[str]:
-        """Names of all files, ``depth`` levels down."""
+    def find(self, depth: int | None = None) -> dict[str, int]:
+        """Names and sizes of all files, ``depth`` levels down."""
         with _reported(self.root):
-            paths = self.fs.find(self.root, maxdepth=depth)
-            return [str(path).removeprefix(self.root).lstrip("/") for path in paths]
+            found = self.fs.find(self.root, maxdepth=depth, detail=True)
+            return {str(path).removeprefix(self.root).lstrip("/"): int(i["size"] or 0) for path, i in found.items()}
+
+    def age(self, name: str) -> float:
+        """Seconds since a file was written; 0 for one that is not there."""
+        with _reported(self.at(name)), contextlib.suppress(FileNotFoundError):
+            return (datetime.now(UTC) - self.fs.modified(self.at(name)).astimezone(UTC)).total_seconds()
+        return 0.0
 
     def remove(self, name: str) -> None:
         """Remove a file or a folder, if it is there."""

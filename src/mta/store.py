@@ -40,7 +40,7 @@ class Store:
     """
 
     def __init__(self, url: str | Path) -> None:
-        self._files = Storage(url)
+        self.files = Storage(url)
         self._key = b""
 
     def key_of(self, id: str) -> str:
@@ -50,12 +50,12 @@ class Store:
     @property
     def work(self) -> Path | None:
         """Where runs over a local store leave what they need to go on; None elsewhere."""
-        return Path(self._files.root) / "work" if self._files.local else None
+        return Path(self.files.root) / "work" if self.files.local else None
 
     def check(self) -> None:
         """Raises StoreError where there is no store: a mistyped address must not look like an unknown person."""
-        if self._files.read("store.json") is None:
-            raise StoreError(f"there is no store at {self._files.root}", hint="Check the address given with --store.")
+        if self.files.read("store.json") is None:
+            raise StoreError(f"there is no store at {self.files.root}", hint="Check the address given with --store.")
 
     def save(self, id: str, state: State) -> int:
         """Store a state as the next version and return its number; if the latest is of the same work, nothing happens.
@@ -67,7 +67,7 @@ class Store:
             return last
         version = last + 1
         try:
-            self._files.create(f"{path}/{version}.safetensors", state.to_bytes())
+            self.files.create(f"{path}/{version}.safetensors", state.to_bytes())
         except FileExistsError:
             if self._work(f"{path}/{version}.safetensors") == state.work:
                 return version
@@ -76,21 +76,21 @@ class Store:
                 hint=f"Save again: it becomes version {version + 1}.",
             ) from None
         pointer = {"version": version, "time": datetime.now(UTC).isoformat(timespec="seconds"), "work": state.work}
-        self._files.replace(f"{path}/latest.json", json.dumps(pointer).encode())
+        self.files.replace(f"{path}/latest.json", json.dumps(pointer).encode())
         return version
 
     def load(self, id: str, version: int | None = None) -> State:
         """The latest state of a person, or an earlier version. Raises PersonNotFound, StateCorrupt."""
         chosen = self.latest(id) if version is None else version
-        data = None if chosen is None else self._files.read(name := f"{self._path(id)}/{chosen}.safetensors")
+        data = None if chosen is None else self.files.read(name := f"{self._path(id)}/{chosen}.safetensors")
         if data is not None:
-            return State.from_bytes(data, self._files.at(name))
+            return State.from_bytes(data, self.files.at(name))
         if there := self.versions(id):
             raise PersonNotFound(
                 f"{id!r} has no version {chosen}; there are {', '.join(map(str, there))}",
                 hint=f"Ask for the latest (version=None), or for one of these, for example version={there[-1]}.",
             )
-        where = f"in the store {self._files.root}"
+        where = f"in the store {self.files.root}"
         raise PersonNotFound(f"no state of {id!r} {where}", hint="Personalize first:  mta personalize")
 
     def seal(self, id: str, version: int) -> str | None:
@@ -98,7 +98,7 @@ class Store:
 
         A number alone does not: who was forgotten and comes again begins with 1 once more.
         """
-        beginning = self._files.read(f"{self._path(id)}/{version}.safetensors", SEALED)
+        beginning = self.files.read(f"{self._path(id)}/{version}.safetensors", SEALED)
         return None if beginning is None else seal_of(beginning) or ""
 
     def latest(self, id: str) -> int | None:
@@ -107,34 +107,34 @@ class Store:
         version = self._hinted(path)
         if version is None:
             return max(self.versions(id), default=None)
-        while self._files.exists(f"{path}/{version + 1}.safetensors"):
+        while self.files.exists(f"{path}/{version + 1}.safetensors"):
             version += 1
         return version
 
     def versions(self, id: str) -> list[int]:
         """Numbers of all versions there are, oldest first."""
-        return sorted(filter(None, map(_version, self._files.sizes(self._path(id)))))
+        return sorted(filter(None, map(version_of, self.files.sizes(self._path(id)))))
 
     def __contains__(self, id: str) -> bool:
         return self.latest(id) is not None
 
     def count(self) -> int:
         """Number of people with a state; lists the whole store."""
-        found = (name.rpartition("/") for name in self._files.find() if _PERSON.match(name))
-        return len({folder for folder, _, file in found if _version(file)})
+        found = (name.rpartition("/") for name in self.files.find() if _PERSON.match(name))
+        return len({folder for folder, _, file in found if version_of(file)})
 
     def nbytes(self, id: str) -> int:
         """Bytes kept of a person: all versions, history, hint."""
-        return sum(self._files.sizes(self._path(id)).values())
+        return sum(self.files.sizes(self._path(id)).values())
 
     def save_history(self, person: Person) -> None:
         """Keep a person's items and queries, in place of those kept before: opt-in, and forgotten with the person."""
-        self._files.replace(f"{self._path(person.id, write=True)}/history.json", history_to_bytes(person))
+        self.files.replace(f"{self._path(person.id, write=True)}/history.json", history_to_bytes(person))
 
     def history(self, id: str) -> Person | None:
         """What ``save_history`` kept, or None. Raises StateCorrupt."""
-        data = self._files.read(name := f"{self._path(id)}/history.json")
-        return None if data is None else history_from_bytes(id, data, self._files.at(name))
+        data = self.files.read(name := f"{self._path(id)}/history.json")
+        return None if data is None else history_from_bytes(id, data, self.files.at(name))
 
     def forget(self, id: str) -> bool:
         """Remove all that is kept of a person; False if there was nothing. Repeat it if it was interrupted.
@@ -144,10 +144,10 @@ class Store:
         could leave files of somebody who seems unknown.
         """
         path = self._path(id)
-        names = self._files.sizes(path)
-        for name in sorted(names, key=lambda name: (name != "latest.json", _version(name), name)):
-            self._files.remove(f"{path}/{name}")
-        self._files.remove(path)
+        names = self.files.sizes(path)
+        for name in sorted(names, key=lambda name: (name != "latest.json", version_of(name), name)):
+            self.files.remove(f"{path}/{name}")
+        self.files.remove(path)
         return bool(names)
 
     def _path(self, id: str, write: bool = False) -> str:
@@ -159,14 +159,14 @@ class Store:
 
     def _open(self, write: bool) -> bytes:
         """The key; where nobody has written yet, a new one, or for readers none: any finds nobody."""
-        data = self._files.read("store.json")
-        if data is None and any(map(_PERSON.match, self._files.find(depth=3))):
-            data = self._files.read("store.json") or b"nothing"  # again: a first writer may be at work right now
+        data = self.files.read("store.json")
+        if data is None and any(map(_PERSON.match, self.files.find(depth=3))):
+            data = self.files.read("store.json") or b"nothing"  # again: a first writer may be at work right now
         if data is None and write:
             made = {"schema": SCHEMA, "key": secrets.token_hex(32)}
             with contextlib.suppress(FileExistsError):
-                self._files.create("store.json", json.dumps(made).encode())
-            data = self._files.read("store.json")  # whichever writer won
+                self.files.create("store.json", json.dumps(made).encode())
+            data = self.files.read("store.json")  # whichever writer won
         if data is None:
             return b""
         try:
@@ -176,25 +176,25 @@ class Store:
             return bytes.fromhex(value["key"])
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise StoreError(
-                f"{self._files.at('store.json')} is damaged or missing: expected schema {SCHEMA} and a 64-digit key",
+                f"{self.files.at('store.json')} is damaged or missing: expected schema {SCHEMA} and a 64-digit key",
                 hint="Restore it from a backup: without its key nobody in the store can be found.",
             ) from error
 
     def _hinted(self, path: str) -> int | None:
         try:
-            version = json.loads(self._files.read(f"{path}/latest.json") or b"{}")["version"]
+            version = json.loads(self.files.read(f"{path}/latest.json") or b"{}")["version"]
         except (ValueError, KeyError, TypeError, RecursionError):
             return None
-        return version if type(version) is int and self._files.exists(f"{path}/{version}.safetensors") else None
+        return version if type(version) is int and self.files.exists(f"{path}/{version}.safetensors") else None
 
     def _work(self, name: str) -> str | None:
         """The work key of a state; None if it cannot be read, so that a damaged one is made anew."""
         try:
-            return State.from_bytes(self._files.read(name) or b"").work
+            return State.from_bytes(self.files.read(name) or b"").work
         except StateCorrupt:
             return None
 
 
-def _version(name: str) -> int:
-    """The version a file name stands for; 0 for other files."""
+def version_of(name: str) -> int:
+    """The version that a file's name stands for; 0 for other files."""
     return int(match[1]) if (match := _VERSION.fullmatch(name)) else 0

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -14,6 +16,25 @@ if TYPE_CHECKING:
 
 console = Console(stderr=True)
 EVERY = 15.0  # seconds between plain lines
+
+
+@contextmanager
+def counted(what: str) -> Iterator[Callable[[int, int], None]]:
+    """Progress of one thing that is counted: tell the function inside how many are done, of how many."""
+    columns = TextColumn("{task.completed:.0f}/{task.total:.0f} {task.description}"), BarColumn(), TimeRemainingColumn()
+    began = said = time.monotonic()
+    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
+        bar = progress.add_task(what, total=None)
+
+        def tell(done: int, total: int) -> None:
+            nonlocal said
+            progress.update(bar, completed=done, total=total)
+            now = time.monotonic()
+            if not console.is_terminal and now - said > EVERY:
+                said, left = now, (now - began) / done * (total - done)
+                console.print(f"{done}/{total} {what}, about {left:.0f} s left", highlight=False, soft_wrap=True)
+
+        yield tell
 
 
 class Screen:

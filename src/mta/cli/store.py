@@ -1,0 +1,81 @@
+"""``mta store``: whether all that is kept reads, how much it is, and what may go."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Annotated
+
+import typer
+
+from mta.cli.options import Json, show_json
+
+app = typer.Typer(help="Look after what is kept of people.", no_args_is_help=True)
+Url = Annotated[str, typer.Argument(help="The store: a folder or any fsspec URL.")]
+
+
+@app.command("check")
+def check(store: Url = "people", json: Json = False) -> None:
+    """Read every state and history; exits with 1 if one is damaged.
+
+    Example:  mta store check people/
+    """
+    from mta import upkeep
+    from mta.cli.screen import counted
+    from mta.store import Store
+
+    with counted("files") as on_file:
+        found = upkeep.check(Store(store), on_file)
+    if json:
+        show_json(asdict(found))
+    else:
+        typer.echo(f"{found.people} people, {found.states} states and {found.histories} histories read")
+        for name, wrong in found.damaged.items():
+            typer.echo(f"damaged: {name}: {wrong}")
+        for name in found.strangers:
+            typer.echo(f"no file of a store: {name}")
+        if found.leftovers:
+            typer.echo(f"left by writers that were killed: {len(found.leftovers)} files (mta store gc {store})")
+    if found.damaged:
+        raise typer.Exit(1)
+
+
+@app.command("stats")
+def stats(store: Url = "people", json: Json = False) -> None:
+    """Count people, versions, histories and bytes; nothing is read.
+
+    Example:  mta store stats s3://bucket/people --json
+    """
+    from mta import upkeep
+    from mta.evaluation.figures import human_bytes
+    from mta.store import Store
+
+    found = upkeep.stats(Store(store))
+    if json:
+        return show_json(asdict(found))
+    typer.echo(f"{found.people} people, {found.versions} versions, {found.histories} histories kept by opt-in")
+    each = f"{human_bytes(found.bytes_per_person)} a person (median {human_bytes(found.median_bytes)}"
+    typer.echo(f"{human_bytes(found.bytes)}: {each}, most {human_bytes(found.most_bytes)})")
+
+
+@app.command("gc")
+def gc(
+    store: Url = "people",
+    keep: Annotated[int | None, typer.Option(min=1, help="Of everybody, only so many of the newest versions.")] = None,
+    older: Annotated[float, typer.Option(min=0, help="Hours since a writer left a file half written.")] = 1.0,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Name what would go, and remove nothing.")] = False,
+    json: Json = False,
+) -> None:
+    """Remove what killed writers left; with --keep also old versions, which cannot be gone back to any more.
+
+    Example:  mta store gc people/ --keep 2 --dry-run
+    """
+    from mta import upkeep
+    from mta.evaluation.figures import human_bytes
+    from mta.store import Store
+
+    gone = upkeep.collect(Store(store), keep, older * 3600, dry_run)
+    if json:
+        return show_json({"removed": not dry_run, "files": gone})
+    for name in gone if dry_run else ():
+        typer.echo(name)
+    typer.echo(f"{len(gone)} files, {human_bytes(sum(gone.values()))}{' would go' if dry_run else ' removed'}")

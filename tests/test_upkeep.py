@@ -1,0 +1,141 @@
+"""Looking after a store: nothing damaged goes unseen, nothing that is needed goes."""
+
+import json
+import os
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from test_state import ANN, person, state
+from test_store import everything, url
+from typer.testing import CliRunner
+
+from mta.cli.app import app
+from mta.errors import StoreError
+from mta.store import Store
+from mta.upkeep import check, collect, stats
+
+__all__ = ["url"]  # a fixture
+
+
+def filled(url: str | Path, versions: int = 2) -> Store:
+    store = Store(url)
+    for n in range(versions):
+        store.save(ANN, state(n))
+    store.save("bob", state(0))
+    store.save_history(person())
+    return store
+
+
+def test_a_whole_store_is_found_whole_and_weighed(url: str) -> None:
+    store, told = filled(url), []
+    found = check(store, lambda done, total: told.append((done, total)))
+    assert (found.people, found.states, found.histories) == (2, 3, 1)
+    assert (found.damaged, found.leftovers, found.strangers) == ({}, [], [])
+    assert told == [(n, 4) for n in range(1, 5)]
+    weights = sorted(store.nbytes(id) for id in (ANN, "bob"))
+    counted = stats(store)
+    assert (counted.people, counted.versions, counted.histories) == (2, 3, 1)
+    assert (counted.bytes, counted.most_bytes) == (sum(weights), weights[1])
+    assert counted.bytes_per_person == counted.median_bytes == sum(weights) / 2
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    return filled(tmp_path_factory.mktemp("kept"))
+
+
+@settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.integers(0, 3), st.integers(0), st.integers(0, 7))
+def test_one_changed_bit_anywhere_is_found_in_its_file(kept: Store, which: int, byte: int, bit: int) -> None:
+    names = sorted(name for name in kept.files.find() if name.endswith(("safetensors", "history.json")))
+    path = Path(kept.files.at(names[which]))
+    whole = path.read_bytes()
+    changed = bytearray(whole)
+    changed[byte % len(whole)] ^= 1 << bit
+    path.write_bytes(changed)
+    found = check(kept)
+    path.write_bytes(whole)
+    assert list(found.damaged) == [names[which]]
+    assert ANN not in str(found)
+
+
+def test_leftovers_and_strangers_are_told_apart_from_what_is_kept(tmp_path: Path) -> None:
+    store = filled(tmp_path)
+    folder = Path(store.files.at(store._path(ANN)))
+    (folder / f".3.safetensors.{'0' * 32}").write_bytes(b"half")
+    (folder / "notes.txt").write_text("mine")
+    (tmp_path / "work" / "run").mkdir(parents=True)
+    (tmp_path / "work" / "run" / "plan.json").write_text("{}")
+    found = check(store)
+    assert [Path(name).name for name in found.leftovers] == [f".3.safetensors.{'0' * 32}"]
+    assert [Path(name).name for name in found.strangers] == ["notes.txt"]
+    assert (found.states, found.damaged) == (3, {})
+
+
+def test_only_what_killed_writers_left_long_ago_goes(tmp_path: Path) -> None:
+    store = filled(tmp_path)
+    folder = Path(store.files.at(store._path(ANN)))
+    young, old = (folder / f".3.safetensors.{digit * 32}" for digit in "01")
+    for path in (young, old):
+        path.write_bytes(b"half")
+    os.utime(old, (time.time() - 7200,) * 2)
+    before = dict(everything(tmp_path))
+    assert [Path(name).name for name in collect(store, dry=True)] == [old.name]
+    assert dict(everything(tmp_path)) == before
+    assert list(collect(store).values()) == [4]
+    assert {*before} - {path for path, _ in everything(tmp_path)} == {old}
+
+
+@pytest.mark.parametrize("keep", [1, 2, 5])
+def test_the_newest_versions_stay_and_the_next_number_goes_on(url: str, keep: int) -> None:
+    store = filled(url, versions=4)
+    collect(store, keep)
+    assert store.versions(ANN) == [1, 2, 3, 4][-keep:]
+    assert store.load(ANN) == state(3)
+    assert (store.versions("bob"), store.history(ANN)) == ([1], person())
+    assert store.save(ANN, state(9)) == 5
+    assert not collect(Store(url), 9)
+
+
+def test_an_interrupted_removal_leaves_no_gaps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, remove, left = filled(tmp_path, versions=5), Store(tmp_path).files.remove, [2]
+
+    def killed(name: str) -> None:
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+        remove(name)
+
+    monkeypatch.setattr(store.files, "remove", killed)
+    with pytest.raises(KeyboardInterrupt):
+        collect(store, 1)
+    assert Store(tmp_path).versions(ANN) == [3, 4, 5]
+
+
+def test_a_mistyped_address_is_no_empty_store(tmp_path: Path) -> None:
+    for look in (check, stats, collect):
+        with pytest.raises(StoreError, match="no store"):
+            look(Store(tmp_path / "nowhere"))
+    assert not (tmp_path / "nowhere").exists()
+
+
+def test_the_verbs_say_what_they_found(tmp_path: Path) -> None:
+    store = filled(tmp_path)
+    run = CliRunner().invoke
+    assert run(app, ["store", "check", str(tmp_path)]).stdout == "2 people, 3 states and 1 histories read\n"
+    assert json.loads(run(app, ["store", "stats", str(tmp_path), "--json"]).stdout)["versions"] == 3
+    assert "2 people, 3 versions" in run(app, ["store", "stats", str(tmp_path)]).stdout
+    would = run(app, ["store", "gc", str(tmp_path), "--keep", "1", "--dry-run"]).stdout
+    assert "1.safetensors" in would
+    assert "would go" in would
+    assert store.versions(ANN) == [1, 2]
+    assert json.loads(run(app, ["store", "gc", str(tmp_path), "--keep", "1", "--json"]).stdout)["removed"]
+    assert store.versions(ANN) == [2]
+    Path(store.files.at(f"{store._path(ANN)}/2.safetensors")).write_bytes(b"no state")
+    broken = run(app, ["store", "check", str(tmp_path)])
+    assert broken.exit_code == 1
+    assert "damaged: " in broken.stdout
+    assert ANN not in broken.stdout
