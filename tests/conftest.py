@@ -97,6 +97,28 @@ def cache(tmp_path, monkeypatch):
 
 
 @pytest.fixture(scope="session")
+def bucket():
+    """A bucket's URL on an S3 server that speaks HTTP: moto's, for Amazon's own cannot be had in tests."""
+    import logging
+
+    import boto3
+    from moto.server import ThreadedMotoServer
+
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    own = {"AWS_ENDPOINT_URL": f"http://{host}:{port}", "AWS_DEFAULT_REGION": "us-east-1"}
+    own |= {"AWS_ACCESS_KEY_ID": "tests", "AWS_SECRET_ACCESS_KEY": "tests"}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in own.items():
+            patch.setenv(name, value)
+        boto3.client("s3").create_bucket(Bucket="mta")
+        yield "s3://mta"
+    server.stop()
+
+
+@pytest.fixture(scope="session")
 def fetched():
     """The folder of a real asset by its name; the test is skipped where it cannot be had."""
     from mta.assets import fetch

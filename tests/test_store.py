@@ -16,9 +16,11 @@ def everything(root: Path) -> Iterator[tuple[Path, bytes]]:
         yield path, path.read_bytes() if path.is_file() else b""
 
 
-@pytest.fixture(params=["folder", "file", "memory"])
+@pytest.fixture(params=["folder", "file", "memory", "s3"])
 def url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
-    if request.param == "memory":
+    if request.param == "s3":
+        yield f"{request.getfixturevalue('bucket')}/{tmp_path.name}/people"
+    elif request.param == "memory":
         yield f"memory://{tmp_path.name}/people"
         fsspec.filesystem("memory").rm(f"/{tmp_path.name}", recursive=True)
     else:

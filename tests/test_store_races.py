@@ -40,21 +40,22 @@ def race(url: str, barrier: threading.Barrier, seed: int, results: object) -> No
             results.put((round, seed, str(error)))
 
 
-@pytest.mark.parametrize("kind", ["threads", "processes"])
-def test_of_racing_writers_one_wins(tmp_path: Path, kind: str) -> None:
+@pytest.mark.parametrize("kind", ["threads", "processes", "s3"])
+def test_of_racing_writers_one_wins(tmp_path: Path, kind: str, request: pytest.FixtureRequest) -> None:
     context = multiprocessing.get_context("spawn")
-    if kind == "threads":
+    url = f"{request.getfixturevalue('bucket')}/{tmp_path.name}" if kind == "s3" else str(tmp_path)
+    if kind != "processes":
         barrier, results = threading.Barrier(3), context.SimpleQueue()
-        workers = [threading.Thread(target=race, args=(str(tmp_path), barrier, n, results)) for n in range(3)]
+        workers = [threading.Thread(target=race, args=(url, barrier, n, results)) for n in range(3)]
     else:
         barrier, results = context.Barrier(3), context.Queue()
-        workers = [context.Process(target=race, args=(str(tmp_path), barrier, n, results)) for n in range(3)]
+        workers = [context.Process(target=race, args=(url, barrier, n, results)) for n in range(3)]
     for worker in workers:
         worker.start()
     rows = [results.get() for _ in range(15)]
     for worker in workers:
         worker.join()
-    store = Store(tmp_path)
+    store = Store(url)
     for round in range(5):
         mine = [(seed, result) for number, seed, result in rows if number == round]
         winners = [seed for seed, result in mine if result == 1]
