@@ -6,14 +6,17 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from test_state import ANN, state
+from test_state import ANN, person, state
 from test_store import everything, url
 
-from mta.errors import StoreConflict
+from mta.errors import StoreConflict, StoreError
+from mta.history import Person
 from mta.store import Store
+from mta.upkeep import check
 
 __all__ = ["url"]  # a fixture
 
@@ -116,6 +119,42 @@ def test_a_killed_writer_leaves_nothing_that_matters(tmp_path: Path) -> None:
     assert store.save(ANN, state(1)) == 2
     assert store.forget(ANN)
     assert [path.name for path, content in everything(tmp_path) if content] == ["store.json"]
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """64 KiB of memory as a disk of its own."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", place], capture_output=True, text=True)
+    if made.returncode:
+        pytest.skip(f"a small disk needs the right to mount one: {made.stderr.strip()}")
+    yield place
+    subprocess.run(["umount", place], check=True)
+
+
+def test_a_disk_that_fills_up_holds_whole_states_alone_and_goes_on_when_there_is_room(small_disk: Path) -> None:
+    store, saved = Store(small_disk), []
+    store.save_history(person())
+
+    def fill() -> None:
+        for n in range(100):
+            store.save(f"p{n}", state(n))
+            saved.append(n)
+
+    with pytest.raises(StoreError, match="No space left on device"):
+        fill()
+    assert saved
+    found = check(store)
+    assert (found.damaged, found.leftovers, found.strangers) == ({}, [], [])
+    assert found.states == len(saved)
+    assert all(store.load(f"p{n}") == state(n) for n in saved)
+    with pytest.raises(StoreError):
+        store.save_history(Person(ANN, person().items * 1000))
+    assert store.history(ANN) == person()
+    for n in saved[:3]:
+        store.forget(f"p{n}")
+    assert store.save("late", state()) == 1
 
 
 def test_a_file_system_without_links_still_has_one_winner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
