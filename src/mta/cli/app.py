@@ -9,7 +9,7 @@ import sys
 import typer
 
 from mta import __version__
-from mta.cli import bank, data, demo, evaluate, export, forget, generate, personalize, report, serve, store
+from mta.cli import bank, data, demo, evaluate, export, forget, generate, personalize, report, serve, size, store
 from mta.errors import MtaError
 
 app = typer.Typer(
@@ -28,6 +28,7 @@ app.command("generate")(generate.generate)
 app.command("evaluate")(evaluate.evaluate)
 app.command("report")(report.report)
 app.command("serve")(serve.serve)
+app.command("size")(size.size)
 app.add_typer(store.app, name="store")
 app.command("export")(export.export)
 app.command("forget")(forget.forget)

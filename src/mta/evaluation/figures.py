@@ -60,8 +60,8 @@ def letter(person: int) -> str:
 
 def human_bytes(count: float) -> str:
     """A size as people read it: 0, 61 B, 4.6 kB, 10 MB."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 999.5 or unit == "GB":
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if count < 999.5 or unit == "TB":
             break
         count /= 1000
     digits = 0 if unit == "B" or count >= 9.95 else 1

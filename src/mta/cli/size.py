@@ -1,0 +1,82 @@
+"""``mta size``: what a fleet costs, before anything is loaded."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from mta.cli.options import Config, Json, Words, settings, show_json
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from mta.sizing import Cost, Hardware
+
+People = Annotated[float, typer.Option(min=1, help="How many people, for example 1e6.")]
+Base = Annotated[str, typer.Option(help="A well-known shape (llama-3-8b), an asset, a folder or a hub id.")]
+Anchors = Annotated[int | None, typer.Option(min=1, help="Anchors of the bank.")]
+Rank = Annotated[int | None, typer.Option(min=1, help="Rank of anchors, task LoRA and OPPU's adapters.")]
+Tokens = Annotated[float, typer.Option(min=1, help="Tokens of an item as it is put to the model.")]
+Targets = Annotated[float, typer.Option(min=1, help="Tokens among them that are to be learnt.")]
+Shots = Annotated[int, typer.Option(min=1, help="Items of a person.")]
+Context = Annotated[int, typer.Option(min=1, help="Tokens of a conversation being served.")]
+On = Annotated[str, typer.Option(help="this (measured now), l4, a100 or h100.")]
+
+
+def size(
+    words: Words = None,
+    people: People = 1e6,
+    base: Base = "llama-3-8b",
+    anchors: Anchors = None,
+    rank: Rank = None,
+    tokens: Tokens = 128,
+    targets: Targets = 16,
+    shots: Shots = 8,
+    context: Context = 1024,
+    on: On = "this",
+    config: Config = None,
+    json: Json = False,
+) -> None:
+    """Tell bytes, memory and hours for a base and so many people, against OPPU and Per-Pcs. Loads no weights.
+
+    Example:  mta size --people 1e6 --base llama-3-8b --anchors 50 --rank 8 --on h100
+    """
+    from mta import sizing
+    from mta.evaluation.figures import human_bytes
+
+    given = {"bank.anchors": anchors, "bank.lora.rank": rank, "task_lora.lora.rank": rank}
+    run = settings(config, [*(f"{key}={value}" for key, value in given.items() if value), *(words or [])])
+    shape, load, machine = sizing.Shape.of(base), sizing.Load(tokens, targets, shots, context), sizing.hardware(on)
+    costs, memory = sizing.costs(shape, run, load), sizing.memory(shape, run, load)
+    if json:
+        parts: dict[str, Any] = {"base": shape, "load": load, "hardware": machine, "memory": memory, **costs}
+        return show_json({"people": people} | {name: asdict(part) for name, part in parts.items()})
+    say = Console(highlight=False, soft_wrap=True).print
+    say(
+        f"{base}: {shape.parameters / 1e9:.2f} billion parameters. {people:,.0f} people, {shots} items of "
+        f"{tokens:g} tokens each; {run.bank.anchors} anchors of rank {run.bank.lora.rank}, {run.merge.policy}"
+    )
+    say(_table(costs, people, machine))
+    told = f"in training {human_bytes(memory.anchor)} an anchor, {human_bytes(memory.stack)} a stack"
+    say(f"Memory: base {human_bytes(memory.base)}; {human_bytes(memory.row)} for each being answered; {told}")
+    say(f"Hours on {machine.name}: {machine.rate / 1e12:.2f} Tflop/s ({machine.told}), {machine.share:.0%} of it")
+
+
+def _table(costs: dict[str, Cost], people: float, machine: Hardware) -> Table:
+    from rich import box
+    from rich.table import Table
+
+    from mta.evaluation.figures import human_bytes, human_seconds
+
+    made = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for head in ("", "kept once", "each", "all", "trained once", "each", "all"):
+        made.add_column(head, justify="right" if head else "left")
+    for name, cost in costs.items():
+        before, each = machine.seconds(cost.fixed_operations), machine.seconds(cost.person_operations)
+        kept = cost.fixed_bytes, cost.person_bytes, cost.fixed_bytes + people * cost.person_bytes
+        took = before, each, before + people * each
+        made.add_row(name, *map(human_bytes, kept), *map(human_seconds, took))
+    return made

@@ -1,0 +1,232 @@
+"""What a fleet costs before it is built: bytes, memory and hours, from a base's shapes alone. Nothing is loaded.
+
+Operations are multiplications and additions of the linear layers, the LM head and the adapters; attention, norms and
+the optimizer are in the share of its peak that a processor is taken to reach.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mta.adaptable import is_linear, shape_of
+from mta.assets import ASSETS, resolve
+from mta.config import Run, Training
+from mta.errors import ConfigError
+from mta.machine import cores, gemm_rate, pick_dtype, processor
+
+_LLAMA = {"model_type": "llama", "tie_word_embeddings": False}
+KNOWN: dict[str, dict[str, Any]] = {
+    "llama-3-8b": _LLAMA
+    | {"vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32}
+    | {"num_attention_heads": 32, "num_key_value_heads": 8},
+    "llama-3-70b": _LLAMA
+    | {"vocab_size": 128256, "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80}
+    | {"num_attention_heads": 64, "num_key_value_heads": 8},
+    "llama-2-7b": _LLAMA
+    | {"vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32}
+    | {"num_attention_heads": 32, "num_key_value_heads": 32},
+    "qwen2.5-7b": {"model_type": "qwen2", "tie_word_embeddings": False}
+    | {"vocab_size": 152064, "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28}
+    | {"num_attention_heads": 28, "num_key_value_heads": 4},
+    "smollm2-135m-instruct": _LLAMA
+    | {"vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30}
+    | {"num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True},
+}
+STORED = 4  # bytes of a number in bank and states: float32
+SERVED = 2  # of one being served: bfloat16
+TRAINED = 16  # bytes of a trained number: master, gradient and AdamW's two moments
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """What matters of a base: its parameters; multiplications for a token; inputs and outputs; keys and values.
+
+    ``linear`` is the sum of D * O over adapted layers, ``width`` of D + O, ``head`` the LM head's D * V, ``cached`` the
+    numbers kept of each token for attention.
+    """
+
+    name: str
+    parameters: int
+    linear: int
+    width: int
+    layers: int
+    head: int
+    cached: int
+
+    @classmethod
+    def of(cls, name: str) -> Shape:
+        """Of a name in ``KNOWN``, an asset, a local folder or a hub id; only its config is read. Raises ConfigError."""
+        from transformers import AutoModelForCausalLM
+
+        config = _config(name)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+        head = model.get_output_embeddings()
+        shapes = [shape_of(m) for m in model.modules() if is_linear(m) and m is not head]
+        text = config.get_text_config()
+        heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+        size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        return cls(
+            name,
+            sum(p.numel() for p in model.parameters()),
+            sum(d * o for d, o in shapes),
+            sum(d + o for d, o in shapes),
+            len(shapes),
+            text.hidden_size * text.vocab_size,
+            2 * text.num_hidden_layers * heads * size,
+        )
+
+
+def _config(name: str) -> Any:
+    from transformers import AutoConfig
+
+    if name in KNOWN:
+        return AutoConfig.for_model(**KNOWN[name])
+    try:
+        return AutoConfig.from_pretrained(resolve(name) if name in ASSETS or Path(name).exists() else name)
+    except Exception as error:  # transformers raises many kinds: offline, unknown, gated, no config
+        raise ConfigError(
+            f"no shape of {name!r}: {str(error).splitlines()[0]}",
+            hint=f"Give one of {', '.join(KNOWN)}, a folder with a config.json, or a hub id.",
+        ) from None
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What people bring: tokens of an item as it is put to the model, targets among them, items of a person."""
+
+    tokens: float = 128
+    targets: float = 16
+    shots: int = 8
+    context: int = 1024  # tokens of a conversation being served
+
+
+@dataclass(frozen=True, slots=True)
+class Hardware:
+    """Operations a second of plain products, and the share of it that our passes reach. ``told``: where from."""
+
+    name: str
+    rate: float
+    share: float
+    told: str
+
+    def seconds(self, operations: float) -> float:
+        """How long it takes."""
+        return operations / (self.rate * self.share)
+
+
+_GPUS = {"l4": 121e12, "a100": 312e12, "h100": 989e12}
+_REACHED = 0.6  # of plain products in bfloat16: docs/performance.md, "operations against torch.mm"
+
+
+def hardware(name: str) -> Hardware:
+    """Of ``this`` machine, measured now, or a GPU by its maker's figures. Raises ConfigError."""
+    if name in _GPUS:
+        return Hardware(name, _GPUS[name], 0.35, "its maker's dense bfloat16 rate; the share is assumed, not measured")
+    if name != "this":
+        raise ConfigError(f"no such hardware: {name!r}", hint=f"Give this, {', '.join(_GPUS)}.")
+    dtype = pick_dtype("auto", torch.device("cpu"))
+    said = f"plain products in {str(dtype).removeprefix('torch.')}, measured now; the share from docs/performance.md"
+    return Hardware(f"{processor()}, {cores()} cores", gemm_rate(dtype), _REACHED, said)
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """Bytes: the base in bfloat16, one person being answered, and one adapter in training (anchor, stack)."""
+
+    base: float
+    row: float
+    anchor: float
+    stack: float
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """Of one way to personalize: before anybody comes, and for each person."""
+
+    fixed_bytes: float
+    person_bytes: float
+    fixed_operations: float
+    person_operations: float
+
+
+def costs(shape: Shape, run: Run, load: Load) -> dict[str, Cost]:
+    """MTA as the settings say, its merge alone, OPPU (a LoRA of the anchors' rank each) and Per-Pcs' assembly."""
+    anchors, rank = run.bank.anchors, run.bank.lora.rank
+    pooled = run.task_lora.lora.rank if run.task_lora.enabled else 0
+    bank_bytes = (anchors * rank + pooled) * shape.width * STORED
+    bank = _bank_operations(shape, run, load)
+    k = run.merge.k or anchors
+    merge_bytes = 24.0 * k + 512  # number and coefficient as text, and all else the file says
+    stack = run.stack.lora.rank * shape.width * STORED if run.stack.enabled else 0
+    merged = _evidence(shape, run, load) + _coefficients(shape, run, load)
+    taught = _examples(run.stack.training, load.shots) * load.tokens if run.stack.enabled else 0.0
+    stacked = taught * _trained(shape, load, pooled + k * rank, run.stack.lora.rank)
+    alone = _examples(run.stack.training, load.shots) * load.tokens * _trained(shape, load, pooled, rank)
+    task = _task_operations(shape, run, load)
+    seen = load.shots * load.tokens * _forward(shape, load, pooled)
+    return {
+        "MTA": Cost(bank_bytes, merge_bytes + stack, bank, merged + stacked),
+        "merge alone": Cost(bank_bytes, merge_bytes, bank, merged),
+        "OPPU": Cost(pooled * shape.width * STORED, rank * shape.width * STORED, task, alone),
+        "Per-Pcs": Cost(bank_bytes, shape.layers * (5.0 * anchors + 48), bank, seen),  # a weight an anchor, as text
+    }
+
+
+def memory(shape: Shape, run: Run, load: Load) -> Memory:
+    """Beside the activations, which ``memory=`` bounds."""
+    ranks = run.bank.anchors * run.bank.lora.rank + (run.task_lora.lora.rank if run.task_lora.enabled else 0)
+    row = SERVED * (shape.cached * load.context + ranks + run.stack.lora.rank * shape.width)
+    trained = (float(TRAINED * rank * shape.width) for rank in (run.bank.lora.rank, run.stack.lora.rank))
+    return Memory(float(SERVED * shape.parameters), float(row), *trained)
+
+
+def _forward(shape: Shape, load: Load, ranks: float) -> float:
+    """Operations for a token: the layers, adapters of so many ranks, the LM head at targets alone."""
+    return 2 * (shape.linear + ranks * shape.width + shape.head * load.targets / load.tokens)
+
+
+def _trained(shape: Shape, load: Load, frozen: float, trained: float) -> float:
+    """Forward, and backward to the inputs of every layer; trained factors want one product more."""
+    return 2 * _forward(shape, load, frozen + trained) + 2 * trained * shape.width
+
+
+def _examples(training: Training, items: float) -> float:
+    """Examples that a training goes through."""
+    if training.steps is not None:
+        return training.steps * min(training.batch_size, items)
+    return training.epochs * items
+
+
+def _task_operations(shape: Shape, run: Run, load: Load) -> float:
+    task = run.task_lora
+    examples = _examples(task.training, task.items) if task.enabled else 0.0
+    return examples * load.tokens * _trained(shape, load, 0, task.lora.rank)
+
+
+def _bank_operations(shape: Shape, run: Run, load: Load) -> float:
+    bank, pooled = run.bank, run.task_lora.lora.rank if run.task_lora.enabled else 0
+    examples = bank.anchors * _examples(bank.training, bank.max_items)
+    return _task_operations(shape, run, load) + examples * load.tokens * _trained(shape, load, pooled, bank.lora.rank)
+
+
+def _evidence(shape: Shape, run: Run, load: Load) -> float:
+    """The shots under every anchor and under the pooled model alone, where the policy asks for that."""
+    asks = run.merge.policy in ("loss", "posterior", "ridge") or run.merge.retrieve == "loss"
+    asks |= run.merge.policy == "learned" and run.merge.start == "posterior"
+    pooled = run.task_lora.lora.rank if run.task_lora.enabled else 0
+    anchors, rank = run.bank.anchors, run.bank.lora.rank
+    under = anchors * _forward(shape, load, pooled + rank) + _forward(shape, load, pooled)
+    return load.shots * load.tokens * under if asks else 0.0
+
+
+def _coefficients(shape: Shape, run: Run, load: Load) -> float:
+    if run.merge.policy != "learned":
+        return 0.0
+    ranks = (run.merge.k or run.bank.anchors) * run.bank.lora.rank
+    pooled = run.task_lora.lora.rank if run.task_lora.enabled else 0
+    return _examples(run.merge.learned, load.shots) * load.tokens * 2 * _forward(shape, load, pooled + ranks)

@@ -1,0 +1,118 @@
+"""A fleet's size on paper against what is really kept and computed."""
+
+import json
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny import base_of
+from typer.testing import CliRunner
+
+from mta.cli.app import app
+from mta.config import Run, override
+from mta.errors import ConfigError
+from mta.lora.batch import Factors, LoraBatch
+from mta.lora.peft import write_peft
+from mta.sizing import Load, Shape, costs, hardware, memory
+from mta.state import State
+
+SMOL = "smollm2-135m-instruct"
+
+
+def off(found, expected):
+    return abs(found / expected - 1)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma3", "gpt2"])
+def test_a_shape_is_read_from_a_config_alone(kind, tmp_path):
+    base = base_of(kind)
+    base.model.config.save_pretrained(tmp_path)
+    shape = Shape.of(str(tmp_path))
+    assert shape.parameters == sum(p.numel() for p in base.model.parameters())
+    assert (shape.linear, shape.width) == (
+        sum(d * o for d, o in base.targets.values()),
+        sum(d + o for d, o in base.targets.values()),
+    )
+    head = base.model.get_output_embeddings()
+    assert shape.head == head.weight.numel()
+
+
+def test_the_well_known_shapes_are_what_their_makers_say():
+    said = {"llama-3-8b": 8.03e9, "llama-2-7b": 6.74e9, "llama-3-70b": 70.6e9, "qwen2.5-7b": 7.6e9, SMOL: 134.5e6}
+    for name, parameters in said.items():
+        assert off(Shape.of(name).parameters, parameters) < 0.01, name
+
+
+def test_what_is_kept_of_a_person_is_what_their_files_take(tmp_path):
+    shape = Shape.of(SMOL)
+    # The layers' names and sizes of the real model; what is in them does not count.
+    sizes = {"q": (576, 576), "k": (576, 192), "v": (576, 192), "o": (576, 576)}
+    sizes |= {"gate": (576, 1536), "up": (576, 1536), "down": (1536, 576)}
+    names = {f"model.layers.{n}.{name}_proj": size for n in range(30) for name, size in sizes.items()}
+    assert shape.width == sum(d + o for d, o in names.values())
+
+    def adapter(rank):
+        return LoraBatch({n: Factors(torch.ones(1, rank, d), torch.ones(1, o, rank)) for n, (d, o) in names.items()})
+
+    run = override(Run(), ["bank.anchors=32"])
+    told = costs(shape, run, Load())
+    for stack, name in ((adapter(1), "MTA"), (None, "merge alone")):
+        kept = State("b" * 64, tuple(range(32)), (0.123456789012345678,) * 32, "learned", "h" * 64, "w" * 64, 0, stack)
+        assert off(told[name].person_bytes, kept.nbytes) < 0.15, name
+    write_peft(tmp_path / "oppu", adapter(8), SMOL)
+    assert off(told["OPPU"].person_bytes, sum(f.stat().st_size for f in (tmp_path / "oppu").iterdir())) < 0.15
+
+
+def test_a_bank_and_a_row_take_what_is_told(tiny_bank_folder, tiny, tmp_path):
+    from mta.serving.seats import Seats
+    from mta.serving.slots import Slots
+
+    base, bank = tiny
+    base.model.config.save_pretrained(tmp_path)
+    shape = Shape.of(str(tmp_path))
+    told = costs(shape, bank.info.run, Load())
+    files = [tiny_bank_folder / "anchors.safetensors", *(tiny_bank_folder / "task_lora").glob("*.safetensors")]
+    tensors = sum(f.stat().st_size - 8 - int.from_bytes(f.read_bytes()[:8], "little") for f in files)
+    assert told["MTA"].fixed_bytes * torch.finfo(base.master_dtype).bits / 32 == tensors
+    seats = Seats(base, bank, 3)
+    slots = Slots(base, 3, 40, 8, seats.exchange)
+    for n in range(3):
+        slots.take((n, ""), [5, 6])
+    with torch.inference_mode(), seats.opened(slice(0, 3)):
+        slots.logits(slice(0, 3), [[5, 6]] * 3)
+    seat = sum(part[0].numel() for own in seats._own.values() for part in own)
+    row = slots.cache.nbytes / 3 / base.dtype.itemsize + seat + sum(seats._ranks)
+    assert memory(shape, bank.info.run, Load(context=48)).row == 2 * row
+
+
+@given(st.integers(1, 4), st.integers(1, 64), st.integers(1, 500))
+def test_costs_grow_with_what_they_are_of(rank, anchors, tokens):
+    shape = Shape("x", 10**8, 10**8, 10**5, 100, 10**7, 1000)
+
+    def of(*words, load=None):
+        run = override(Run(), [f"bank.anchors={anchors}", f"bank.lora.rank={rank}", *words])
+        return costs(shape, run, load or Load(tokens=tokens + 16))
+
+    first, more = of(), of(f"bank.anchors={anchors + 1}")
+    assert more["MTA"].fixed_bytes > first["MTA"].fixed_bytes
+    assert more["MTA"].person_operations > first["MTA"].person_operations
+    assert more["OPPU"] == first["OPPU"]
+    longer = of(load=Load(tokens=2 * (tokens + 16), targets=32))
+    assert longer["MTA"].person_operations == pytest.approx(2 * first["MTA"].person_operations)
+    assert of("stack.enabled=false")["MTA"] == first["merge alone"]
+
+
+def test_the_verb_tells_it_to_people_and_machines(tmp_path):
+    run = CliRunner().invoke
+    found = json.loads(run(app, ["size", "--on", "h100", "--people", "1e6", "--json", "bank.anchors=50"]).stdout)
+    assert found["people"] == 1e6
+    assert found["MTA"]["fixed_bytes"] > 4e9
+    assert found["hardware"]["name"] == "h100"
+    said = run(app, ["size", "--base", SMOL, "--on", "l4"]).stdout
+    assert "OPPU" in said
+    assert "its maker's" in said
+    with pytest.raises(ConfigError, match="no such hardware"):
+        hardware("abacus")
+    with pytest.raises(ConfigError, match="no shape of"):
+        Shape.of(str(tmp_path))
