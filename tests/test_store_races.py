@@ -2,10 +2,12 @@
 
 import multiprocessing
 import os
+import random
 import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,7 +18,7 @@ from test_store import everything, url
 from mta.errors import StoreConflict, StoreError
 from mta.history import Person
 from mta.store import Store
-from mta.upkeep import check
+from mta.upkeep import check, collect
 
 __all__ = ["url"]  # a fixture
 
@@ -119,6 +121,38 @@ def test_a_killed_writer_leaves_nothing_that_matters(tmp_path: Path) -> None:
     assert store.save(ANN, state(1)) == 2
     assert store.forget(ANN)
     assert [path.name for path, content in everything(tmp_path) if content] == ["store.json"]
+
+
+WRITING = """
+import itertools, sys, test_state
+from mta.store import Store
+store = Store(sys.argv[1])
+print("begun", flush=True)
+for n in itertools.count(int(sys.argv[2])):
+    store.save(test_state.ANN, test_state.state(n))
+    store.save_history(test_state.person())
+    if n % 5 == 4:
+        store.forget(test_state.ANN)
+"""
+
+
+@pytest.mark.parametrize("kills", [4, pytest.param(60, marks=pytest.mark.slow)])
+def test_whenever_a_writer_is_killed_whatever_is_there_reads(tmp_path: Path, kills: int) -> None:
+    search = os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])
+    draw = random.Random(0)
+    for n in range(kills):
+        words = [sys.executable, "-c", WRITING, str(tmp_path), str(1000 * n)]
+        writer = subprocess.Popen(words, env={**os.environ, "PYTHONPATH": search}, stdout=subprocess.PIPE)
+        assert writer.stdout
+        writer.stdout.readline()
+        time.sleep(draw.uniform(0.01, 0.2))
+        writer.kill()
+        writer.communicate()
+        found = check(Store(tmp_path))
+        assert (found.damaged, found.strangers) == ({}, [])
+    collect(Store(tmp_path), older=0)
+    assert check(Store(tmp_path)).leftovers == []
+    assert Store(tmp_path).save(ANN, state(1)) >= 1
 
 
 @pytest.fixture
