@@ -13,8 +13,8 @@ from tiny import KINDS, base_of, random_examples, random_loras
 import mta.kernels.compile as module
 from mta.attention import additive, blocks_of, tree_attention
 from mta.kernels import (
+    AdaptedRows,
     LogProbs,
-    adapted_rows,
     add_low_rank,
     kernels,
     low_rank_gradients,
@@ -201,13 +201,17 @@ def test_rows_with_updates_of_their_own_equal_plain_products(rows, d, o, ranks, 
     draw = torch.Generator().manual_seed(rows)
     shapes = ((rows, 1, d), (o, d), (o,), (ranks, d), (o, ranks), (rows, ranks), (rows, own, d), (rows, own, o))
     x, w, c, a, b, gates, p, q = (torch.randn(shape, generator=draw, dtype=torch.float64) for shape in shapes)
-    found = adapted_rows(x, w, c if bias else None, (a, b), gates, (p, q))
+
+    def adapted_rows(x, w, c, a, b, gates, p, q):
+        return AdaptedRows(w, c, (a, b), gates, (p, q), AdaptedRows.room_for(gates, (p, q)))(x)
+
+    found = adapted_rows(x, w, c if bias else None, a, b, gates, p, q)
     expected = x @ w.T + (c if bias else 0) + (gates[:, None] * (x @ a.T)) @ b.T + (x @ p.mT) @ q
     torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-11)
-    assert adapted_rows(x.expand(rows, 2, d), w, None, (a, b), gates, (p, q)) is None  # two tokens of each
-    low = [part.bfloat16() for part in (x, w, a, b, gates, p, q)]
-    rough = adapted_rows(low[0], low[1], None, (low[2], low[3]), low[4], (low[5], low[6])).double()
-    exact = adapted_rows(x, w, None, (a, b), gates, (p, q))
+    assert adapted_rows(x.expand(rows, 2, d), w, None, a, b, gates, p, q) is None  # two tokens of each
+    x16, w16, *low = (part.bfloat16() for part in (x, w, a, b, gates, p, q))
+    rough = adapted_rows(x16, w16, None, *low).double()
+    exact = adapted_rows(x, w, None, a, b, gates, p, q)
     assert float((rough - exact).norm()) < 0.03 * float(exact.norm())
 
 

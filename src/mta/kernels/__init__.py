@@ -5,13 +5,13 @@
 
 from mta.kernels.compile import kernels, without_kernels
 from mta.kernels.functions import LogProbs, TreeAttention, add_low_rank, low_rank_gradients, side_by_side, wide
-from mta.kernels.products import adapted_rows, product
+from mta.kernels.products import AdaptedRows, product
 from mta.kernels.swap import use_kernels
 
 __all__ = [
+    "AdaptedRows",
     "LogProbs",
     "TreeAttention",
-    "adapted_rows",
     "add_low_rank",
     "kernels",
     "low_rank_gradients",

@@ -36,29 +36,46 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return torch.nn.functional.linear(x, weight, bias)
 
 
-def adapted_rows(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    shared: tuple[Tensor, Tensor],
-    gates: Tensor,
-    own: tuple[Tensor, Tensor],
-) -> Tensor | None:
+class AdaptedRows:
     """One token of each of a few rows through a linear layer and its rows' updates, everything read from memory once.
 
     y = x W^T + bias + (gate * (x A^T)) B^T + (x p^T) q. Shapes: x (M, 1, D), shared A (P, D) and B (O, P),
-    gates (M, P), own p (M, S, D) and q (M, S, O) -> (M, 1, O). None, and nothing done, where no kernel is for these.
+    gates (M, P), own p (M, S, D) and q (M, S, O) -> (M, 1, O). Called at every layer of every token with x alone: where
+    all else lies is looked up once, and read as it is then. ``room`` is ``room_for`` these rows: layers may share it.
     """
-    rows, (a, b), (p, q) = len(gates), shared, own
-    found = kernels(x, weight, a, b, gates, p, q) if bias is None else kernels(x, weight, a, b, gates, p, q, bias)
-    if found is None or rows > _FEW or x.numel() != rows * x.shape[-1] or not weight.is_contiguous():
-        return None
-    d, o, ranks = x.shape[-1], len(weight), len(a)
-    x, y, h = x.contiguous(), x.new_empty(*x.shape[:-1], o), x.new_empty(rows, ranks)
-    g = x.new_empty(rows, p.shape[1], dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
-    places = (None if t is None else t.data_ptr() for t in (y, h, g, x, weight, bias, a, b, gates, p, q))
-    found["adapted_rows"](*places, rows, ranks, p.shape[1], d, o)
-    return y
+
+    def __init__(
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        shared: tuple[Tensor, Tensor],
+        gates: Tensor,
+        own: tuple[Tensor, Tensor],
+        room: tuple[Tensor, Tensor],
+    ) -> None:
+        rows, (a, b), (p, q) = len(gates), shared, own
+        parts = [weight, a, b, gates, p, q, *([] if bias is None else [bias])]
+        found = kernels(*parts) if rows <= _FEW and all(part.is_contiguous() for part in parts) else None
+        self._run = found["adapted_rows"] if found else None
+        self._kept = [*parts, *room]  # or their places would be somebody else's
+        self._between = tuple(part.data_ptr() for part in room)
+        self._after = *(None if t is None else t.data_ptr() for t in (weight, bias, a, b, gates, p, q)), rows
+        self._after += len(a), p.shape[1], *weight.shape[::-1]
+        self._dtype, self._numbers, self._shape = weight.dtype, rows * weight.shape[1], (rows, 1, len(weight))
+
+    @staticmethod
+    def room_for(gates: Tensor, own: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Where x A^T and x p^T lie between two products."""
+        wide = torch.float64 if gates.dtype == torch.float64 else torch.float32
+        return torch.empty_like(gates), gates.new_empty(own[0].shape[:2], dtype=wide)
+
+    def __call__(self, x: Tensor) -> Tensor | None:
+        """None, and nothing done, where no kernel is for these, or x holds more than a token of each row."""
+        if self._run is None or x.dtype != self._dtype or x.numel() != self._numbers:
+            return None
+        x, y = x.contiguous(), x.new_empty(self._shape)
+        self._run(y.data_ptr(), *self._between, x.data_ptr(), *self._after)
+        return y
 
 
 class FrozenLinear(Function):

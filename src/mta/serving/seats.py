@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -24,7 +23,7 @@ from mta.base import BaseModel
 from mta.config import MergeSettings
 from mta.errors import StateCorrupt
 from mta.fuse import Merge, merged_factors
-from mta.kernels import adapted_rows, product
+from mta.kernels import AdaptedRows, product
 from mta.lora.batch import LoraBatch, join, shared_ranks
 from mta.lora.terms import RowTerm
 from mta.rows import BASE, Nobody
@@ -125,9 +124,11 @@ class Seats:
         if len(self._forwards) > _STRETCHES:
             self._forwards.clear()
         if key not in self._forwards:
-            how = self._gates[rows], sum(self._ranks)
+            own = {name: self._own_of(name, rows) for name in self._layers}
+            how = sum(self._ranks), self._gates[rows]
+            room = AdaptedRows.room_for(how[1], next(iter(own.values())))
             self._forwards[key] = {
-                name: partial(_adapted, layer, layer.forward, self._shared[name], *how, self._own_of(name, rows))
+                name: _Adapted(layer, layer.forward, self._shared[name], *how, own[name], room)
                 for name, layer in self._layers.items()
             }
         return self._forwards[key]
@@ -148,32 +149,39 @@ class Seats:
         self._forwards = {}
 
 
-def _adapted(
-    layer: Any,
-    plain: Any,
-    shared: tuple[Tensor, Tensor],
-    gates: Tensor,
-    ranks: int,
-    own: tuple[Tensor, Tensor],
-    x: Tensor,
-) -> Tensor:
-    """What the layer gives, the shared updates as each row weighs them, and each row's own. Shapes: x (B, T, D).
+class _Adapted:
+    """What a layer computes for a stretch of seats: what it gives, the shared updates as each row weighs them, its own.
 
-    Beyond the first ``ranks`` shared ranks lie the zeros that make vectors of them; only the kernel reads those.
+    Of the shared ranks the first ``ranks`` count: beyond them lie the zeros that make whole vectors of them.
     """
-    if type(layer) is nn.Linear:
-        found = adapted_rows(x, layer.weight, layer.bias, shared, gates, own)
-        if found is not None:
-            return found
-    y: Tensor = plain(x)
-    a, b = shared[0][:ranks], shared[1][:, :ranks]
-    h = product(x, a).view(len(gates), -1, ranks).mul_(gates[:, None, :ranks])
-    if y.dtype == torch.bfloat16:  # in place, and rounded once
-        y.view(-1, y.shape[-1]).addmm_(h.view(-1, ranks), b.T)
-    else:
-        y = y.view(*h.shape[:2], -1) + product(h, b)
-    RowTerm(own[0], own[1].mT).add_(x, y)
-    return y.view(*x.shape[:-1], y.shape[-1])
+
+    def __init__(
+        self,
+        layer: Any,
+        plain: Any,
+        shared: tuple[Tensor, Tensor],
+        ranks: int,
+        gates: Tensor,
+        own: tuple[Tensor, Tensor],
+        room: tuple[Tensor, Tensor],
+    ) -> None:
+        linear = type(layer) is nn.Linear
+        self._few = AdaptedRows(layer.weight, layer.bias, shared, gates, own, room) if linear else None
+        self._plain, self._a, self._b = plain, shared[0][:ranks], shared[1][:, :ranks]
+        self._gates, self._own = gates[:, None, :ranks], RowTerm(own[0], own[1].mT)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Shapes: x (B, T, D) -> (B, T, O), or both flat as (B * T, ...)."""
+        if self._few and (found := self._few(x)) is not None:
+            return found.view(*x.shape[:-1], found.shape[-1])
+        y: Tensor = self._plain(x)
+        h = product(x, self._a).view(len(self._gates), -1, len(self._a)).mul_(self._gates)
+        if y.dtype == torch.bfloat16:  # in place, and rounded once
+            y.view(-1, y.shape[-1]).addmm_(h.view(-1, len(self._a)), self._b.T)
+        else:
+            y = y.view(*h.shape[:2], -1) + product(h, self._b)
+        self._own.add_(x, y)
+        return y.view(*x.shape[:-1], y.shape[-1])
 
 
 def _side_by_side(batches: list[LoraBatch], name: str, width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
