@@ -136,7 +136,7 @@ for n in itertools.count(int(sys.argv[2])):
 """
 
 
-@pytest.mark.parametrize("kills", [4, pytest.param(60, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [4, pytest.param(30, marks=pytest.mark.slow)])
 def test_whenever_a_writer_is_killed_whatever_is_there_reads(tmp_path: Path, kills: int) -> None:
     search = os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])
     draw = random.Random(0)
