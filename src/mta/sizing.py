@@ -97,12 +97,21 @@ def _config(name: str) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """What people bring: tokens of an item as it is put to the model, targets among them, items of a person."""
+    """What people bring: tokens of an item as it is put to the model, targets among them, items of a person.
+
+    The first ``shared`` tokens (a chat template, what is asked) are the same for all items and computed once a person.
+    """
 
     tokens: float = 128
     targets: float = 16
     shots: int = 8
     context: int = 1024  # tokens of a conversation being served
+    shared: float = 0
+
+    @property
+    def computed(self) -> float:
+        """Tokens that are computed for an item."""
+        return self.tokens - self.shared + self.shared / self.shots
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,11 +173,11 @@ def costs(shape: Shape, run: Run, load: Load) -> dict[str, Cost]:
     merge_bytes = 24.0 * k + 512  # number and coefficient as text, and all else the file says
     stack = run.stack.lora.rank * shape.width * STORED if run.stack.enabled else 0
     merged = _evidence(shape, run, load) + _coefficients(shape, run, load)
-    taught = _examples(run.stack.training, load.shots) * load.tokens if run.stack.enabled else 0.0
+    taught = _examples(run.stack.training, load.shots) * load.computed if run.stack.enabled else 0.0
     stacked = taught * _trained(shape, load, pooled + k * rank, run.stack.lora.rank)
-    alone = _examples(run.stack.training, load.shots) * load.tokens * _trained(shape, load, pooled, rank)
+    alone = _examples(run.stack.training, load.shots) * load.computed * _trained(shape, load, pooled, rank)
     task = _task_operations(shape, run, load)
-    seen = load.shots * load.tokens * _forward(shape, load, pooled)
+    seen = load.shots * load.computed * _forward(shape, load, pooled)
     return {
         "MTA": Cost(bank_bytes, merge_bytes + stack, bank, merged + stacked),
         "merge alone": Cost(bank_bytes, merge_bytes, bank, merged),
@@ -187,7 +196,7 @@ def memory(shape: Shape, run: Run, load: Load) -> Memory:
 
 def _forward(shape: Shape, load: Load, ranks: float) -> float:
     """Operations for a token: the layers, adapters of so many ranks, the LM head at targets alone."""
-    return 2 * (shape.linear + ranks * shape.width + shape.head * load.targets / load.tokens)
+    return 2 * (shape.linear + ranks * shape.width + shape.head * load.targets / load.computed)
 
 
 def _trained(shape: Shape, load: Load, frozen: float, trained: float) -> float:
@@ -205,13 +214,13 @@ def _examples(training: Training, items: float) -> float:
 def _task_operations(shape: Shape, run: Run, load: Load) -> float:
     task = run.task_lora
     examples = _examples(task.training, task.items) if task.enabled else 0.0
-    return examples * load.tokens * _trained(shape, load, 0, task.lora.rank)
+    return examples * load.computed * _trained(shape, load, 0, task.lora.rank)
 
 
 def _bank_operations(shape: Shape, run: Run, load: Load) -> float:
     bank, pooled = run.bank, run.task_lora.lora.rank if run.task_lora.enabled else 0
     examples = bank.anchors * _examples(bank.training, bank.max_items)
-    return _task_operations(shape, run, load) + examples * load.tokens * _trained(shape, load, pooled, bank.lora.rank)
+    return _task_operations(shape, run, load) + examples * load.computed * _trained(shape, load, pooled, bank.lora.rank)
 
 
 def _evidence(shape: Shape, run: Run, load: Load) -> float:
@@ -221,7 +230,7 @@ def _evidence(shape: Shape, run: Run, load: Load) -> float:
     pooled = run.task_lora.lora.rank if run.task_lora.enabled else 0
     anchors, rank = run.bank.anchors, run.bank.lora.rank
     under = anchors * _forward(shape, load, pooled + rank) + _forward(shape, load, pooled)
-    return load.shots * load.tokens * under if asks else 0.0
+    return load.shots * load.computed * under if asks else 0.0
 
 
 def _coefficients(shape: Shape, run: Run, load: Load) -> float:
@@ -229,4 +238,4 @@ def _coefficients(shape: Shape, run: Run, load: Load) -> float:
         return 0.0
     ranks = (run.merge.k or run.bank.anchors) * run.bank.lora.rank
     pooled = run.task_lora.lora.rank if run.task_lora.enabled else 0
-    return _examples(run.merge.learned, load.shots) * load.tokens * 2 * _forward(shape, load, pooled + ranks)
+    return _examples(run.merge.learned, load.shots) * load.computed * 2 * _forward(shape, load, pooled + ranks)

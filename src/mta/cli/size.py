@@ -20,6 +20,7 @@ Base = Annotated[str, typer.Option(help="A well-known shape (llama-3-8b), an ass
 Anchors = Annotated[int | None, typer.Option(min=1, help="Anchors of the bank.")]
 Rank = Annotated[int | None, typer.Option(min=1, help="Rank of anchors, task LoRA and OPPU's adapters.")]
 Tokens = Annotated[float, typer.Option(min=1, help="Tokens of an item as it is put to the model.")]
+Shared = Annotated[float, typer.Option(min=0, help="Tokens among them that all items begin with.")]
 Targets = Annotated[float, typer.Option(min=1, help="Tokens among them that are to be learnt.")]
 Shots = Annotated[int, typer.Option(min=1, help="Items of a person.")]
 Context = Annotated[int, typer.Option(min=1, help="Tokens of a conversation being served.")]
@@ -33,6 +34,7 @@ def size(
     anchors: Anchors = None,
     rank: Rank = None,
     tokens: Tokens = 128,
+    shared: Shared = 0,
     targets: Targets = 16,
     shots: Shots = 8,
     context: Context = 1024,
@@ -49,7 +51,11 @@ def size(
 
     given = {"bank.anchors": anchors, "bank.lora.rank": rank, "task_lora.lora.rank": rank}
     run = settings(config, [*(f"{key}={value}" for key, value in given.items() if value), *(words or [])])
-    shape, load, machine = sizing.Shape.of(base), sizing.Load(tokens, targets, shots, context), sizing.hardware(on)
+    shape, load, machine = (
+        sizing.Shape.of(base),
+        sizing.Load(tokens, targets, shots, context, shared),
+        sizing.hardware(on),
+    )
     costs, memory = sizing.costs(shape, run, load), sizing.memory(shape, run, load)
     if json:
         parts: dict[str, Any] = {"base": shape, "load": load, "hardware": machine, "memory": memory, **costs}
