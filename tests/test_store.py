@@ -1,6 +1,6 @@
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import fsspec
@@ -160,15 +160,18 @@ def test_an_interrupted_forgetting_is_seen_and_can_be_repeated(tmp_path: Path, d
     for n in range(3):
         store.save(ANN, state(n))
     store.save_history(person())
-    remove, calls = store.files.remove, []
+    calls: list[str] = []
 
-    def killed(name: str) -> None:
-        if len(calls) == done:
-            raise KeyboardInterrupt
-        calls.append(name)
-        remove(name)
+    def until_killed(remove: Callable[[str], None]) -> Callable[[str], None]:
+        def once(name: str) -> None:
+            if len(calls) == done:
+                raise KeyboardInterrupt
+            calls.append(name)
+            remove(name)
 
-    store.files.remove = killed
+        return once
+
+    store.files.remove, store.files.remove_folder = map(until_killed, (store.files.remove, store.files.remove_folder))
     with pytest.raises(KeyboardInterrupt):
         store.forget(ANN)
     again = Store(tmp_path)

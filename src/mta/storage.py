@@ -66,7 +66,12 @@ class Storage:
         return 0.0
 
     def remove(self, name: str) -> None:
-        """Remove a file or a folder, if it is there."""
+        """Remove a file, if it is there: one request, however far away it lies."""
+        with _reported(self.at(name)), contextlib.suppress(FileNotFoundError):
+            self.fs.rm_file(self.at(name))
+
+    def remove_folder(self, name: str) -> None:
+        """Remove a folder and whatever is left in it, if it is there."""
         with _reported(self.at(name)), contextlib.suppress(FileNotFoundError):
             self.fs.rm(self.at(name), recursive=True)
 

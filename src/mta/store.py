@@ -147,7 +147,7 @@ class Store:
         names = self.files.sizes(path)
         for name in sorted(names, key=lambda name: (name != "latest.json", version_of(name), name)):
             self.files.remove(f"{path}/{name}")
-        self.files.remove(path)
+        self.files.remove_folder(path)
         return bool(names)
 
     def _path(self, id: str, write: bool = False) -> str:
