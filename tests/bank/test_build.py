@@ -361,6 +361,18 @@ def test_without_stage_0_there_is_no_task_lora(tmp_path, cache):
     assert bank.pooled == []
 
 
+def test_over_a_task_lora_that_is_there_the_anchors_are_the_same(built, tmp_path):
+    stages = []
+    again = build(tmp_path, task_lora=built / "task_lora", on_step=lambda stage, _: stages.append(stage))
+    assert {*stages} == {"anchors"}
+    assert trained(again) == trained(built)
+    assert read_info(again).work != read_info(built).work
+    build(tmp_path, task_lora=built / "task_lora", on_step=lambda *_: pytest.fail("it was finished"))
+    other = build(tmp_path / "other", run=changed("task_lora", items=4))
+    with pytest.raises(BankError):
+        build(tmp_path, task_lora=other / "task_lora")
+
+
 def test_a_person_who_comes_with_queries_is_trained_on_items_alone(built, tmp_path):
     asked = [Person(person.id, person.items, person.items[:1]) for person in CANDIDATES]
     assert trained(build(tmp_path / "bank", candidates=asked)) == trained(built)

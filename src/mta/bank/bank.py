@@ -59,8 +59,9 @@ class Bank:
         """Stages 0 and 1: train the task LoRA and the anchors among ``people``, and open the result.
 
         Without ``task_people`` half of ``people``, drawn by hash, train the task LoRA; the others are the candidates.
-        ``task`` defaults to the one ``people`` were read for. Keywords ``executor``, ``on_step``: see ``build_bank``.
-        Raises InputError when there are fewer people than anchors need, BankError if ``out`` holds another bank.
+        ``task`` defaults to the one ``people`` were read for. For further keywords (``task_lora``, ``executor``,
+        ``on_step``) see ``build_bank``. Raises InputError when there are fewer people than anchors need, BankError if
+        ``out`` holds another bank.
         """
         run = run or Run()
         if anchors is not None:

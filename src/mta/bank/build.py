@@ -51,24 +51,29 @@ def build_bank(
     run: Run,
     out: Path,
     *,
+    task_lora: Path | None = None,
     executor: Executor | None = None,
     on_step: OnStep | None = None,
     resume: bool = True,
 ) -> None:
     """Train the task LoRA on ``task_people`` and a meta-LoRA per anchor among ``candidates``; write both to ``out``.
 
+    ``task_lora`` is the folder of one that was trained before, by these settings on these people: it is copied.
     A build that was killed goes on from its last checkpoint unless ``resume`` is off; a finished one is left as it is.
     Source: arXiv:2511.20072, stage 1; clustering and "most active" from its README. Raises InputError, BankError.
     """
     task_people, candidates = _by_id(task_people), _by_id(candidates)
     run = _as_built(run, base, task, encoder)
     work = work_key(base, task, encoder, task_people, candidates, run)
+    if task_lora:
+        hashes = files.file_hashes(task_lora, sorted(file.name for file in task_lora.iterdir()))
+        work = hashlib.sha256(json.dumps([work, hashes]).encode()).hexdigest()
     if _finished(out, work):
         return
     if not resume:
         shutil.rmtree(out / "work", ignore_errors=True)
         (out / METRICS).unlink(missing_ok=True)
-    site = _Site(base, task, run, out, work, on_step)
+    site = _Site(base, task, run, out, work, on_step, task_lora)
     # The anchors first: choosing them takes seconds, and if they are too few, stage 0 would be hours for nothing.
     able = [person for person in candidates if len(person.items) >= run.bank.min_items]
     vectors = encode_people(encoder, task, able, run.bank.encode)
@@ -105,6 +110,7 @@ class _Site:
     out: Path
     work: str
     on_step: OnStep | None
+    given: Path | None = None
     cut: dict[str, int] = field(default_factory=lambda: {"items left out": 0, "texts shortened": 0})
 
     def task_lora(self, people: Sequence[Person]) -> LoraBatch | None:
@@ -113,6 +119,9 @@ class _Site:
         if not settings.enabled:
             return None
         folder = self.out / files.TASK_LORA
+        if self.given and not self._done("task"):
+            shutil.copytree(self.given, folder, dirs_exist_ok=True)
+            self._mark("task")
         if not self._done("task"):
             checkpoint = Checkpoint(self.out / "work" / "task.checkpoint", self.work)
             trained = train_task_lora(

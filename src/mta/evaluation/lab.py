@@ -12,6 +12,7 @@ from typing import Any, Literal
 from mta.aside import write_json, written_aside
 from mta.assets import is_asset, resolve
 from mta.bank.bank import Bank
+from mta.bank.files import INFO, TASK_LORA
 from mta.base import BaseModel
 from mta.config import Run, dump_yaml, override
 from mta.errors import ConfigError, InputError
@@ -83,9 +84,16 @@ class Lab:
                 task=self.task_of(part),
                 run=run,
                 task_people=self.seen(part, "task"),
+                task_lora=self._trained_before(part, run),
                 on_step=self.on_step,
             )
         return self.banks[name]
+
+    def _trained_before(self, part: Part, run: Run) -> Path | None:
+        """The main bank's task LoRA, where the part's would be the same."""
+        main = self.out / "banks" / f"main-{run.seed}"
+        same = part.bank != "main" and not part.retrieve and run.task_lora == self.recipe.run.task_lora
+        return main / TASK_LORA if same and run.task_lora.enabled and (main / INFO).exists() else None
 
     def task_of(self, part: Part) -> Task:
         """The task, in the wording of the part's prompts."""
