@@ -65,9 +65,8 @@ async def _answered(service: Service, request: Request, key: Key) -> Response:
     who = await service.who(request.model, key, request.fallback)
     ask = ask_of(request, who, service.base, key.name, service.length, service.limits.max_tokens)
     kind = "chatcmpl" if isinstance(request, ChatRequest) else "cmpl"
-    model = (
-        {TASK: "task", BASE: service.base.name}.get(who, request.model) if isinstance(who, Nobody) else request.model
-    )
+    called = {TASK: "task", BASE: service.base.name}  # whoever answers instead of a person says so
+    model = called[who] if isinstance(who, Nobody) else request.model
     shape = Shape(request, model, f"{kind}-{uuid.uuid4().hex}", service.base.tokenizer)
     parts = _counted(service, ask, request, key)
     if request.stream:
