@@ -83,7 +83,13 @@ def test_a_bank_and_a_row_take_what_is_told(tiny_bank_folder, tiny, tmp_path):
         slots.logits(slice(0, 3), [[5, 6]] * 3)
     seat = sum(part[0].numel() for own in seats._own.values() for part in own)
     row = slots.cache.nbytes / 3 / base.dtype.itemsize + seat + sum(seats._ranks)
-    assert memory(shape, bank.info.run, Load(context=48)).row == 2 * row
+    told = memory(shape, bank.info.run, Load(context=48))
+    assert told.row == 2 * row
+    shared = sum(part[: sum(seats._ranks)].numel() for a, b in seats._shared.values() for part in (a, b.mT))
+    working = sum(
+        factor.numel() for batch in (bank.working, bank.task_lora) for pair in batch.factors.values() for factor in pair
+    )
+    assert told.bank == 2 * (shared + working)
 
 
 @given(st.integers(1, 4), st.integers(1, 64), st.integers(1, 500))
@@ -109,6 +115,7 @@ def test_the_verb_tells_it_to_people_and_machines(tmp_path):
     assert found["people"] == 1e6
     assert found["MTA"]["fixed_bytes"] > 4e9
     assert found["hardware"]["name"] == "h100"
+    assert found["MTA, seconds"]["all"] > found["OPPU, seconds"]["all"] > 0
     said = run(app, ["size", "--base", SMOL, "--on", "l4"]).stdout
     assert "OPPU" in said
     assert "its maker's" in said
@@ -116,3 +123,11 @@ def test_the_verb_tells_it_to_people_and_machines(tmp_path):
         hardware("abacus")
     with pytest.raises(ConfigError, match="no shape of"):
         Shape.of(str(tmp_path))
+    (tmp_path / "config.json").write_text('{"model_type": "t5"}')
+    with pytest.raises(ConfigError, match="no causal language model"):
+        Shape.of(str(tmp_path))
+    for tokens, targets, shared in ((16, 16, 100), (4, 16, 0), (16, 0, 0)):
+        with pytest.raises(ConfigError, match="targets"):
+            Load(tokens, targets, shared=shared)
+    with pytest.raises(ConfigError, match="4 anchors"):
+        costs(Shape("x", 1, 1, 1, 1, 1, 1), override(Run(), ["bank.anchors=4", "merge.k=9"]), Load())

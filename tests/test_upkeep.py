@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -113,6 +115,71 @@ def test_an_interrupted_removal_leaves_no_gaps(tmp_path: Path, monkeypatch: pyte
     with pytest.raises(KeyboardInterrupt):
         collect(store, 1)
     assert Store(tmp_path).versions(ANN) == [3, 4, 5]
+
+
+def test_somebody_whose_newest_version_does_not_read_keeps_the_others(tmp_path: Path) -> None:
+    store = filled(tmp_path, versions=3)
+    Path(store.files.at(f"{store._path(ANN)}/3.safetensors")).write_bytes(b"half")
+    assert collect(store, 1) == {}
+    assert store.load(ANN, 2) == state(1)
+
+
+def test_who_begins_anew_while_others_are_looked_after_keeps_their_new_first_version(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = filled(tmp_path, versions=3)
+    find = store.files.find
+
+    def and_then_comes_again() -> dict[str, int]:
+        found = find()
+        Store(tmp_path).forget(ANN)
+        Store(tmp_path).save(ANN, state(7))
+        return found
+
+    monkeypatch.setattr(store.files, "find", and_then_comes_again)
+    assert collect(store, 1) == {}
+    assert Store(tmp_path).load(ANN) == state(7)
+
+
+def test_a_damaged_key_is_no_healthy_store(tmp_path: Path) -> None:
+    store = filled(tmp_path)
+    (tmp_path / "store.json").write_text("garbage")
+    for look in (check, stats, collect):
+        with pytest.raises(StoreError, match=r"store\.json is damaged"):
+            look(Store(store.files.root))
+
+
+def test_a_folder_that_cannot_be_listed_is_not_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, scandir = filled(tmp_path), os.scandir
+    closed = store.files.at(store._path(ANN))
+
+    def refuse(path: str) -> object:
+        if str(path) == closed:
+            raise PermissionError(13, "Permission denied", closed)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    for look in (check, stats):
+        with pytest.raises(StoreError, match="Permission denied"):
+            look(store)
+
+
+def test_people_are_counted_alike_whatever_is_left_of_them(tmp_path: Path) -> None:
+    store = filled(tmp_path)
+    left = tmp_path / "00" / ("0" * 64)
+    left.mkdir(parents=True)
+    (left / f".1.safetensors.{'0' * 32}").write_bytes(b"half")
+    assert stats(store).people == check(store).people == store.count() == 2
+
+
+def test_an_object_store_without_credentials_is_told_in_words(tmp_path: Path) -> None:
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("AWS_")}
+    clean |= {"HOME": str(tmp_path), "AWS_EC2_METADATA_DISABLED": "true", "AWS_ENDPOINT_URL": "http://127.0.0.1:9"}
+    words = [sys.executable, "-m", "mta", "store", "stats", "s3://nowhere/people"]
+    found = subprocess.run(words, env=clean, capture_output=True, text=True, timeout=100)
+    assert found.returncode == 1
+    assert "StoreError: " in found.stderr
+    assert "Traceback" not in found.stderr
 
 
 def test_a_mistyped_address_is_no_empty_store(tmp_path: Path) -> None:

@@ -63,8 +63,13 @@ class Shape:
         from transformers import AutoModelForCausalLM
 
         config = _config(name)
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
+        try:
+            with torch.device("meta"):
+                model = AutoModelForCausalLM.from_config(config)
+        except ValueError:
+            raise ConfigError(
+                f"{name!r} is no causal language model: {config.model_type}", hint="Give another base."
+            ) from None
         head = model.get_output_embeddings()
         shapes = [shape_of(m) for m in model.modules() if is_linear(m) and m is not head]
         text = config.get_text_config()
@@ -108,6 +113,13 @@ class Load:
     context: int = 1024  # tokens of a conversation being served
     shared: float = 0
 
+    def __post_init__(self) -> None:
+        if not 0 < self.targets <= self.tokens - self.shared:
+            raise ConfigError(
+                f"an item of {self.tokens:g} tokens, {self.shared:g} of them shared, has no {self.targets:g} targets",
+                hint="Give --tokens, --shared and --targets that fit together.",
+            )
+
     @property
     def computed(self) -> float:
         """Tokens that are computed for an item."""
@@ -145,9 +157,13 @@ def hardware(name: str) -> Hardware:
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """Bytes: the base in bfloat16, one person being answered, and one adapter in training (anchor, stack)."""
+    """Bytes: base and bank in bfloat16, one person being answered, and one adapter in training (anchor, stack).
+
+    Of the bank twice: as it is merged, and as rows are answered from it.
+    """
 
     base: float
+    bank: float
     row: float
     anchor: float
     stack: float
@@ -164,8 +180,13 @@ class Cost:
 
 
 def costs(shape: Shape, run: Run, load: Load) -> dict[str, Cost]:
-    """MTA as the settings say, its merge alone, OPPU (a LoRA of the anchors' rank each) and Per-Pcs' assembly."""
+    """MTA as the settings say, its merge alone, OPPU (a LoRA of the anchors' rank each) and Per-Pcs' assembly.
+
+    Raises ConfigError where more anchors are to be merged than there are.
+    """
     anchors, rank = run.bank.anchors, run.bank.lora.rank
+    if run.merge.k > anchors:
+        raise ConfigError(f"merge.k is {run.merge.k}, but the bank has {anchors} anchors", hint="Lower merge.k.")
     pooled = run.task_lora.lora.rank if run.task_lora.enabled else 0
     bank_bytes = (anchors * rank + pooled) * shape.width * STORED
     bank = _bank_operations(shape, run, load)
@@ -191,7 +212,7 @@ def memory(shape: Shape, run: Run, load: Load) -> Memory:
     ranks = run.bank.anchors * run.bank.lora.rank + (run.task_lora.lora.rank if run.task_lora.enabled else 0)
     row = SERVED * (shape.cached * load.context + ranks + run.stack.lora.rank * shape.width)
     trained = (float(TRAINED * rank * shape.width) for rank in (run.bank.lora.rank, run.stack.lora.rank))
-    return Memory(float(SERVED * shape.parameters), float(row), *trained)
+    return Memory(float(SERVED * shape.parameters), 2.0 * SERVED * ranks * shape.width, float(row), *trained)
 
 
 def _forward(shape: Shape, load: Load, ranks: float) -> float:

@@ -38,46 +38,48 @@ class Storage:
 
     def read(self, name: str, first: int | None = None) -> bytes | None:
         """A whole file, or its ``first`` bytes; None where there is none."""
-        with _reported(self.at(name)), contextlib.suppress(FileNotFoundError):
+        with self._reported(self.at(name)), contextlib.suppress(FileNotFoundError):
             return bytes(self.fs.cat_file(self.at(name), end=first))
         return None
 
     def exists(self, name: str) -> bool:
-        with _reported(self.at(name)):
+        with self._reported(self.at(name)):
             return bool(self.fs.exists(self.at(name)))
 
     def sizes(self, folder: str) -> dict[str, int]:
         """Names and sizes of the files in a folder; empty without one."""
-        with _reported(self.at(folder)), contextlib.suppress(FileNotFoundError):
+        with self._reported(self.at(folder)), contextlib.suppress(FileNotFoundError):
             infos = self.fs.ls(self.at(folder), detail=True)
             return {str(i["name"]).rsplit("/", 1)[-1]: int(i["size"] or 0) for i in infos if i["type"] == "file"}
         return {}
 
     def find(self, depth: int | None = None) -> dict[str, int]:
         """Names and sizes of all files, ``depth`` levels down."""
-        with _reported(self.root):
+        with self._reported(self.root):
+            if self.local:
+                return dict(_find_local(Path(self.root), depth))
             found = self.fs.find(self.root, maxdepth=depth, detail=True)
             return {str(path).removeprefix(self.root).lstrip("/"): int(i["size"] or 0) for path, i in found.items()}
 
     def age(self, name: str) -> float:
         """Seconds since a file was written; 0 for one that is not there."""
-        with _reported(self.at(name)), contextlib.suppress(FileNotFoundError):
+        with self._reported(self.at(name)), contextlib.suppress(FileNotFoundError):
             return (datetime.now(UTC) - self.fs.modified(self.at(name)).astimezone(UTC)).total_seconds()
         return 0.0
 
     def remove(self, name: str) -> None:
         """Remove a file, if it is there: one request, however far away it lies."""
-        with _reported(self.at(name)), contextlib.suppress(FileNotFoundError):
+        with self._reported(self.at(name)), contextlib.suppress(FileNotFoundError):
             self.fs.rm_file(self.at(name))
 
     def remove_folder(self, name: str) -> None:
         """Remove a folder and whatever is left in it, if it is there."""
-        with _reported(self.at(name)), contextlib.suppress(FileNotFoundError):
+        with self._reported(self.at(name)), contextlib.suppress(FileNotFoundError):
             self.fs.rm(self.at(name), recursive=True)
 
     def replace(self, name: str, data: bytes) -> None:
         """Write a file, locally by rename; object stores put whole files, others are overwritten in place."""
-        with _reported(self.at(name)):
+        with self._reported(self.at(name)):
             if not self.local:
                 return self._put(name, data)
             with written_aside(Path(self.at(name))) as aside:
@@ -89,12 +91,26 @@ class Storage:
         Locally a link publishes it whole and to one writer only. Elsewhere it is fsspec's exclusive mode (in memory,
         S3, Google Cloud); without one it checks, then writes, and of two writers at one instant the last wins.
         """
-        with _reported(self.at(name)):
+        with self._reported(self.at(name)):
             if self.local:
                 return _create_local(Path(self.at(name)), data)
             if self.fs.exists(self.at(name)):
                 raise FileExistsError(self.at(name))
             self._put(name, data, mode="create")
+
+    @contextlib.contextmanager
+    def _reported(self, path: str) -> Iterator[None]:
+        try:
+            yield
+        except (FileExistsError, StoreError):
+            raise
+        except Exception as error:
+            if self.local and not isinstance(error, OSError):
+                raise
+            raise StoreError(  # clients of object stores have errors of their own: no credentials, nobody there
+                f"{path} cannot be read or written: {getattr(error, 'strerror', None) or error}",
+                hint="Check the store's address, permissions and free space, then repeat: nothing is half written.",
+            ) from error
 
     def _put(self, name: str, data: bytes, **how: Any) -> None:
         try:
@@ -127,14 +143,17 @@ def _link(aside: Path, path: Path) -> None:
             file.write(aside.read_bytes())
 
 
-@contextlib.contextmanager
-def _reported(path: str) -> Iterator[None]:
-    try:
-        yield
-    except FileExistsError:
-        raise
-    except OSError as error:
-        raise StoreError(
-            f"{path} cannot be read or written: {error.strerror or error}",
-            hint="Check the store's address, permissions and free space, then repeat: nothing is half written.",
-        ) from error
+def _find_local(root: Path, depth: int | None) -> Iterator[tuple[str, int]]:
+    """All files below a folder; one that cannot be listed is an error, where fsspec would pass over it in silence."""
+
+    def refuse(error: OSError) -> None:
+        if not isinstance(error, FileNotFoundError):  # it was removed meanwhile
+            raise error
+
+    for folder, folders, names in os.walk(root, onerror=refuse):
+        place = Path(folder).relative_to(root)
+        if depth is not None and len(place.parts) + 1 >= depth:
+            folders.clear()
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                yield (place / name).as_posix(), Path(folder, name).lstat().st_size

@@ -53,9 +53,10 @@ class Store:
         return Path(self.files.root) / "work" if self.files.local else None
 
     def check(self) -> None:
-        """Raises StoreError where there is no store: a mistyped address must not look like an unknown person."""
+        """Raises StoreError where there is no store, or its key is damaged: neither may look like an unknown person."""
         if self.files.read("store.json") is None:
-            raise StoreError(f"there is no store at {self.files.root}", hint="Check the address given with --store.")
+            raise StoreError(f"there is no store at {self.files.root}", hint="Check the store's address.")
+        self._open(write=False)
 
     def save(self, id: str, state: State) -> int:
         """Store a state as the next version and return its number; if the latest is of the same work, nothing happens.

@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import re
 import statistics
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
 from mta.errors import MtaError
 from mta.state import State, history_from_bytes
 from mta.store import Store, version_of
 
+T = TypeVar("T")
 Kind = Literal["state", "history", "hint", "work", "leftover", "stranger"]
 
 _PLACE = re.compile(r"([0-9a-f]{2}/[0-9a-f]{64})/([^/]+)")
@@ -57,10 +59,10 @@ def check(store: Store, on_file: Callable[[int, int], None] = lambda done, total
     kinds = {name: _kind(name) for name in store.files.find()}
     read = [name for name, kind in kinds.items() if kind in ("state", "history")]
     damaged: dict[str, str] = {}
-    with ThreadPoolExecutor(_TOGETHER, "mta-check") as pool:
-        for n, (name, wrong) in enumerate(zip(read, pool.map(lambda name: _wrong(store, name), read)), 1):
-            damaged |= {name: wrong} if wrong else {}
-            on_file(n, len(read))
+    for n, (name, wrong) in enumerate(zip(read, _together(lambda name: _wrong(store, name), read)), 1):
+        if wrong:
+            damaged[name] = wrong
+        on_file(n, len(read))
 
     def of(kind: Kind) -> list[str]:
         return sorted(name for name, its in kinds.items() if its == kind and name not in damaged)
@@ -74,36 +76,60 @@ def stats(store: Store) -> Stats:
     store.check()
     sizes, kinds = dict[str, int](), list[Kind]()
     for name, size in store.files.find().items():
-        if _PLACE.fullmatch(name):
-            kinds.append(_kind(name))
+        if (kind := _kind(name)) in ("state", "history", "hint") and name != "store.json":
+            kinds.append(kind)
             sizes[_person(name)] = sizes.get(_person(name), 0) + size
     each = sorted(sizes.values()) or [0]
     weights = sum(each), statistics.mean(each), statistics.median(each), each[-1]
     return Stats(len(sizes), kinds.count("state"), kinds.count("history"), *weights)
 
 
-def collect(store: Store, keep: int | None = None, older: float = 3600.0, dry: bool = False) -> dict[str, int]:
+def collect(
+    store: Store,
+    keep: int | None = None,
+    older: float = 3600.0,
+    dry: bool = False,
+    on_person: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, int]:
     """Remove what killed writers left ``older`` seconds ago, and with ``keep`` all but everybody's newest versions.
 
-    Returns the files that went (with ``dry``: that would go) and their bytes. Repeat it if it was interrupted. Raises
-    StoreError where there is no store.
+    Somebody whose newest version does not read keeps all of them. Returns the files that went (with ``dry``: that would
+    go) and their bytes. Repeat it if it was interrupted. Raises StoreError where there is no store.
     """
     store.check()
-    sizes = store.files.find()
-    going = [name for name in sizes if _kind(name) == "leftover" and store.files.age(name) > older]
-    going += _beyond(keep, [name for name in sizes if _kind(name) == "state"]) if keep else []
+    sizes, gone = store.files.find(), dict[str, int]()
+    for name in [name for name in sizes if _kind(name) == "leftover" and store.files.age(name) > older]:
+        gone[name] = sizes[name]
+        if not dry:
+            store.files.remove(name)
+    numbers = Counter(_person(name) for name in sizes if _kind(name) == "state")
+    many = [person for person, count in numbers.items() if keep and count > keep]
+    for n, went in enumerate(_together(lambda person: _trimmed(store, person, keep or 0, dry), many), 1):
+        gone |= went
+        on_person(n, len(many))
+    return gone
+
+
+def _trimmed(store: Store, person: str, keep: int, dry: bool) -> dict[str, int]:
+    """Remove one person's older versions, oldest first: what an interruption leaves has no gaps.
+
+    Their folder is listed again: since the whole was, they may have been forgotten and have begun with 1 once more.
+    """
+    versions = {version: size for name, size in store.files.sizes(person).items() if (version := version_of(name))}
+    names = {f"{person}/{version}.safetensors": versions[version] for version in sorted(versions)}
+    if not names or _wrong(store, list(names)[-1]):
+        return {}
+    going = dict(list(names.items())[:-keep])
     for name in [] if dry else going:
         store.files.remove(name)
-    return {name: sizes[name] for name in going}
+    return going
 
 
-def _beyond(keep: int, states: Sequence[str]) -> Iterator[str]:
-    """All but everybody's newest versions, oldest first: what an interruption leaves has no gaps."""
-    versions: dict[str, list[int]] = {}
-    for name in states:
-        versions.setdefault(_person(name), []).append(version_of(_file(name)))
-    for person, numbers in versions.items():
-        yield from (f"{person}/{number}.safetensors" for number in sorted(numbers)[:-keep])
+def _together(work: Callable[[str], T], names: Sequence[str]) -> Iterator[T]:
+    """What ``work`` gives for each name, in their order, a few at once."""
+    with ThreadPoolExecutor(_TOGETHER, "mta-upkeep") as pool:
+        for start in range(0, len(names), 16 * _TOGETHER):
+            yield from pool.map(work, names[start : start + 16 * _TOGETHER])
 
 
 def _kind(name: str) -> Kind:

@@ -153,6 +153,9 @@ def test_strict_serves_nothing_that_learnt_from_the_forgotten(tiny_bank_folder, 
                     said(client, model)
             assert said(client, base.name)
             assert http.post("/v1/people/ann/personalize").status_code == 503
+            shutil.rmtree(folder)  # rebuilding does not change what this server has in memory
+            with pytest.raises(openai.InternalServerError, match="rebuilt"):
+                said(client, "task")
 
 
 def test_a_prefix_opens_its_own_people_alone(world):

@@ -1,12 +1,13 @@
-"""What one key can take of what all share: a prefix's people never push others out of memory or of the queue."""
+"""What one key can take of what all share: whoever fills most gives way, and never the operator's own quarter."""
 
 import asyncio
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mta.history import Item, Person
@@ -14,60 +15,97 @@ from mta.serving.auth import LOCAL, Key
 from mta.serving.engine import QueueFull
 from mta.serving.histories import Histories
 from mta.serving.jobs import Jobs
+from mta.store import Store
 
-TEAM = Key(name="team", sha256="0" * 64, rights="prefix", of="team/")
-NOTHING_KEPT = SimpleNamespace(history=lambda id: None)
+ROOM = 40_000
+
+
+def team(n):
+    return Key(name=f"team{n}", sha256="0" * 64, rights="prefix", of=f"team{n}/")
 
 
 def item(characters=100):
     return Item({"text": "x" * characters})
 
 
-@given(st.lists(st.tuples(st.booleans(), st.integers(0, 9), st.integers(0, 900)), max_size=60))
-def test_a_prefix_drops_its_own_people_and_nobody_elses(appended):
-    """Everybody else as if the prefix's key had not been there, as long as they leave it a quarter."""
-    shared, alone = Histories(NOTHING_KEPT, 50, room=40_000), Histories(NOTHING_KEPT, 50, room=40_000)
-    others, taken = set(), 0
-    for theirs, n, characters in appended:
-        if theirs:
-            shared.append(f"team/{n}", [item(characters)], False, TEAM)
-            assert shared.of(f"team/{n}")
-        elif (taken := taken + characters + 64) < 30_000:
-            others.add(f"{n}")
-            for histories in (shared, alone):
-                histories.append(f"{n}", [item(characters)], False, LOCAL)
-    for id in others:
-        assert shared.of(id) == alone.of(id)
-        assert shared.held(id) > 0
+def taken(histories, people):
+    return sum(164 * histories.held(id) for id in people)
 
 
-def test_the_oldest_people_are_dropped_and_forgetting_gives_their_room_back():
-    histories = Histories(NOTHING_KEPT, 50, room=1000)
-    for id in "abc":
-        histories.append(id, [item(400)], False)
-    assert [histories.held(id) for id in "abc"] == [0, 1, 1]
-    assert histories.forget("b")
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.tuples(st.integers(0, 6), st.integers(0, 30)), max_size=400))
+def test_nobody_fills_more_than_their_share_and_what_was_just_appended_is_held(tmp_path, appended):
+    histories, people = Histories(Store(tmp_path), 50, ROOM), {n: set() for n in range(7)}
+    for whose, n in appended:
+        id = f"team{whose}/{n}" if whose else f"{n}"
+        if histories.held(id) == 50:
+            continue
+        people[whose].add(id)
+        before = histories.held(id)
+        histories.append(id, [item()], False, team(whose) if whose else LOCAL)
+        assert histories.held(id) == before + 1
+        each = {n: taken(histories, ids) for n, ids in people.items()}
+        assert sum(each.values()) <= ROOM
+        assert all(each[n] <= ROOM // 4 for n in range(1, 7))
+        assert sum(each[n] for n in range(1, 7)) <= ROOM * 3 // 4
+
+
+def test_the_operators_quarter_is_held_whatever_prefixes_append(tmp_path):
+    histories = Histories(Store(tmp_path), 50, ROOM)
+    for n in range(ROOM // 4 // 164):
+        histories.append(f"{n}", [item()], False)
+    for n in range(400):
+        for whose in range(1, 7):
+            histories.append(f"team{whose}/{n}", [item()], False, team(whose))
+    assert all(histories.held(f"{n}") for n in range(ROOM // 4 // 164))
+
+
+def test_the_oldest_people_are_dropped_and_forgetting_gives_their_room_back(tmp_path):
+    histories = Histories(Store(tmp_path), 50, room=1000)
+    for id in "abac":  # a is not the oldest any more
+        histories.append(id, [item(200)], False)
+    assert [histories.held(id) for id in "abc"] == [2, 0, 1]
+    assert histories.forget("a")
+    assert not histories.forget("b")
     histories.append("d", [item(400)], False)
-    assert [histories.held(id) for id in "bcd"] == [0, 1, 1]
+    assert [histories.held(id) for id in "acd"] == [0, 1, 1]
 
 
-def test_a_prefix_fills_a_quarter_of_the_queue_at_most():
+def test_appending_from_many_threads_loses_nothing(tmp_path):
+    histories = Histories(Store(tmp_path), 500)
+
+    def append(n):
+        for turn in range(200):
+            histories.append(f"team{n % 3}/{n}-{turn % 20}", [item(9)], False, team(n % 3))
+            if turn % 50 == 49:
+                histories.append(f"gone/{n}", [item(9)], False)
+                assert histories.forget(f"gone/{n}")
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(append, range(8)))
+    assert all(histories.held(f"team{n % 3}/{n}-{turn}") == 10 for n in range(8) for turn in range(20))
+    assert sum(histories._filled.values()) == 8 * 200 * (9 + 64)
+
+
+def test_prefixes_fill_a_quarter_of_the_queue_each_and_three_together():
     going_on = threading.Event()
-    personal = SimpleNamespace(personalize=lambda people: going_on.wait(30), store=None)
-    jobs = Jobs(personal, most=8)
+    jobs = Jobs(SimpleNamespace(personalize=lambda people: going_on.wait(30), store=None), most=8)
     try:
         jobs.put(Person.of("first", [item()]))
         while jobs.status("first").state != "running":
             time.sleep(0.01)
-        for n in range(2):
-            jobs.put(Person.of(f"team/{n}", [item()]), TEAM)
+        for whose in range(1, 4):
+            for n in range(2):
+                jobs.put(Person.of(f"team{whose}/{n}", [item()]), team(whose))
+            with pytest.raises(QueueFull):
+                jobs.put(Person.of(f"team{whose}/2", [item()]), team(whose))
         with pytest.raises(QueueFull):
-            jobs.put(Person.of("team/2", [item()]), TEAM)
-        jobs.put(Person.of("team/1", [item()]), TEAM)  # who waits already is only given newer items
-        for n in range(6):
+            jobs.put(Person.of("team4/0", [item()]), team(4))
+        jobs.put(Person.of("team1/1", [item()]), team(1))  # who waits already is only given newer items
+        for n in range(2):
             jobs.put(Person.of(f"other/{n}", [item()]))
         with pytest.raises(QueueFull):
-            jobs.put(Person.of("other/6", [item()]))
+            jobs.put(Person.of("other/2", [item()]))
     finally:
         going_on.set()
         asyncio.run(jobs.close())

@@ -160,7 +160,9 @@ def mark_stale(folder: Path, person: str) -> list[str]:
 def stale(folder: Path) -> list[str]:
     """Parts that include people who asked to be forgotten."""
     noted = read_json(folder / STALE)
-    return list(noted.get("needs_rebuild", [])) if isinstance(noted, dict) else []
+    if isinstance(noted, dict):
+        return list(noted.get("needs_rebuild", []))
+    return ["bank"] if (folder / STALE).exists() else []  # who wrote a note that cannot be read had a reason
 
 
 def _seal(values: dict[str, Any]) -> str:

@@ -64,13 +64,12 @@ def serve(
     _need_extra()
     from mta.machine import in_passing
     from mta.serving import serve as serving
-    from mta.store import Store
 
     if new_key is not None:
         return _add_key(keys, new_key, rights, of, json)
     known = serving.keys_for(keys, host, insecure_local)
     server: VllmServer | Remote | None = serving.remote_of(vllm_url, vllm_folder, vllm) if vllm_url else None
-    Store(store).check()
+    serving.check(store, bank, strict)
     opened = in_passing(partial(open_bank, bank, words, seed, device, config, open_to=MERGE_AND_STACK))
     with ExitStack() as ending:
         if vllm:

@@ -51,23 +51,20 @@ def size(
 
     given = {"bank.anchors": anchors, "bank.lora.rank": rank, "task_lora.lora.rank": rank}
     run = settings(config, [*(f"{key}={value}" for key, value in given.items() if value), *(words or [])])
-    shape, load, machine = (
-        sizing.Shape.of(base),
-        sizing.Load(tokens, targets, shots, context, shared),
-        sizing.hardware(on),
-    )
+    load = sizing.Load(tokens, targets, shots, context, shared)
+    shape, machine = sizing.Shape.of(base), sizing.hardware(on)
     costs, memory = sizing.costs(shape, run, load), sizing.memory(shape, run, load)
     if json:
         parts: dict[str, Any] = {"base": shape, "load": load, "hardware": machine, "memory": memory, **costs}
-        return show_json({"people": people} | {name: asdict(part) for name, part in parts.items()})
+        times = {f"{name}, seconds": _seconds(cost, people, machine) for name, cost in costs.items()}
+        return show_json({"people": people} | {name: asdict(part) for name, part in parts.items()} | times)
     say = Console(highlight=False, soft_wrap=True).print
-    say(
-        f"{base}: {shape.parameters / 1e9:.2f} billion parameters. {people:,.0f} people, {shots} items of "
-        f"{tokens:g} tokens each; {run.bank.anchors} anchors of rank {run.bank.lora.rank}, {run.merge.policy}"
-    )
+    what = f"{run.bank.anchors} anchors of rank {run.bank.lora.rank}, {run.merge.policy}"
+    say(f"{base}: {shape.parameters / 1e9:.2f} billion parameters. {people:,.0f} people, {shots} items each; {what}")
     say(_table(costs, people, machine))
-    told = f"in training {human_bytes(memory.anchor)} an anchor, {human_bytes(memory.stack)} a stack"
-    say(f"Memory: base {human_bytes(memory.base)}; {human_bytes(memory.row)} for each being answered; {told}")
+    named = {"base": memory.base, "bank": memory.bank, "each who is answered": memory.row}
+    named |= {"an anchor in training": memory.anchor, "a stack in training": memory.stack}
+    say("Memory: " + ", ".join(f"{name} {human_bytes(size)}" for name, size in named.items()))
     say(f"Hours on {machine.name}: {machine.rate / 1e12:.2f} Tflop/s ({machine.told}), {machine.share:.0%} of it")
 
 
@@ -81,8 +78,11 @@ def _table(costs: dict[str, Cost], people: float, machine: Hardware) -> Table:
     for head in ("", "kept once", "each", "all", "trained once", "each", "all"):
         made.add_column(head, justify="right" if head else "left")
     for name, cost in costs.items():
-        before, each = machine.seconds(cost.fixed_operations), machine.seconds(cost.person_operations)
         kept = cost.fixed_bytes, cost.person_bytes, cost.fixed_bytes + people * cost.person_bytes
-        took = before, each, before + people * each
-        made.add_row(name, *map(human_bytes, kept), *map(human_seconds, took))
+        made.add_row(name, *map(human_bytes, kept), *map(human_seconds, _seconds(cost, people, machine).values()))
     return made
+
+
+def _seconds(cost: Cost, people: float, machine: Hardware) -> dict[str, float]:
+    once, each = machine.seconds(cost.fixed_operations), machine.seconds(cost.person_operations)
+    return {"once": once, "each": each, "all": once + people * each}

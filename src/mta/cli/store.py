@@ -70,10 +70,12 @@ def gc(
     Example:  mta store gc people/ --keep 2 --dry-run
     """
     from mta import upkeep
+    from mta.cli.screen import counted
     from mta.evaluation.figures import human_bytes
     from mta.store import Store
 
-    gone = upkeep.collect(Store(store), keep, older * 3600, dry_run)
+    with counted("people") as on_person:
+        gone = upkeep.collect(Store(store), keep, older * 3600, dry_run, on_person)
     if json:
         return show_json({"removed": not dry_run, "files": gone})
     for name in gone if dry_run else ():

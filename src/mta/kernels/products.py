@@ -57,7 +57,7 @@ class AdaptedRows:
         parts = [weight, a, b, gates, p, q, *([] if bias is None else [bias])]
         found = kernels(*parts) if rows <= _FEW and all(part.is_contiguous() for part in parts) else None
         self._run = found["adapted_rows"] if found else None
-        self._kept = [*parts, *room]  # or their places would be somebody else's
+        self._kept = [part.detach() for part in (*parts, *room)]  # or their places would be somebody else's
         self._between = tuple(part.data_ptr() for part in room)
         self._after = *(None if t is None else t.data_ptr() for t in (weight, bias, a, b, gates, p, q)), rows
         self._after += len(a), p.shape[1], *weight.shape[::-1]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
+import threading
+from collections import Counter, OrderedDict
 from collections.abc import Sequence
 
 from mta.errors import InputError
@@ -16,52 +17,76 @@ _BESIDE = 64  # what an object takes beside its text, about
 class Histories:
     """People's items. Of those who did not opt in at most ``room`` characters are held: the oldest people are dropped.
 
-    A prefix's key fills no more than a quarter of it, and what is dropped beyond that is of its own people.
+    A person's or prefix's key fills a quarter of it at most, all of these together three quarters; beyond that whoever
+    fills most gives way. What is left is the operator's.
     """
 
     def __init__(self, store: Store, most: int, room: int = 1 << 28) -> None:
         self._store, self._most, self._room = store, most, room
-        self._held: OrderedDict[str, Person] = OrderedDict()
-        self._sizes: dict[str, int] = {}
+        self._held: dict[str, OrderedDict[str, Person]] = {}  # by whose key: "" is the operator's
+        self._filled: Counter[str] = Counter()
+        self._whose: dict[str, str] = {}
+        self._door = threading.Lock()
 
     def append(self, id: str, new: Sequence[Item], keep: bool, key: Key = LOCAL) -> int:
         """Add items and return how many there are. Raises InputError where they are too many."""
-        before = self._store.history(id) if keep else self._held.get(id)
+        before = self._store.history(id) if keep else self._of(id)
         person = Person.of(id, (*(before.items if before else ()), *new))
         if len(person.items) > self._most:
             raise InputError(f"a history has at most {self._most} items here, these would be {len(person.items)}")
         if keep:
             self._store.save_history(person)
-        else:
-            self._held[id], self._sizes[id] = person, _characters(person)
-            if key.rights == "prefix":
-                self._drop([one for one in self._held if key.owns(one)], self._room // 4)
-            self._drop([*self._held], self._room)
+            return len(person.items)
+        with self._door:
+            self._drop(id)
+            whose = self._whose[id] = key.name if key.rights in ("person", "prefix") else ""
+            self._held.setdefault(whose, OrderedDict())[id] = person
+            self._filled[whose] += _characters(person)
+            self._make_room(whose)
         return len(person.items)
 
-    def _drop(self, people: Sequence[str], room: int) -> None:
-        """Of these people, oldest first, as many as it takes; the last of them stays."""
-        taken = sum(self._sizes[id] for id in people)
-        for id in people[:-1]:
-            if taken <= room:
-                return
-            taken -= self._sizes[id]
-            self.forget(id)
+    def _make_room(self, whose: str) -> None:
+        while whose and self._filled[whose] > self._room // 4 and self._drop_oldest(whose):
+            pass
+        while (others := self._filled.total() - self._filled[""]) > self._room * 3 // 4:
+            most = max((name for name in self._filled if name), key=self._filled.__getitem__)
+            if not self._drop_oldest(most):
+                break
+        while others + self._filled[""] > self._room and self._drop_oldest(""):
+            pass
+
+    def _drop_oldest(self, whose: str) -> bool:
+        """Of this key's people; the last of them stays."""
+        held = self._held.get(whose, OrderedDict())
+        return len(held) > 1 and self._drop(next(iter(held)))
+
+    def _drop(self, id: str) -> bool:
+        whose = self._whose.pop(id, None)
+        if whose is None:
+            return False
+        self._filled[whose] -= _characters(self._held[whose].pop(id))
+        return True
+
+    def _of(self, id: str) -> Person | None:
+        with self._door:
+            whose = self._whose.get(id)
+            return None if whose is None else self._held[whose][id]
 
     def of(self, id: str) -> Person | None:
         """All items of a person, kept and held, or None."""
-        kept, held = self._store.history(id), self._held.get(id)
+        kept, held = self._store.history(id), self._of(id)
         items = (*(kept.items if kept else ()), *(held.items if held else ()))
         return Person.of(id, items) if items else None
 
     def held(self, id: str) -> int:
         """How many items are in memory alone."""
-        return len(self._held[id].items) if id in self._held else 0
+        found = self._of(id)
+        return len(found.items) if found else 0
 
     def forget(self, id: str) -> bool:
         """Drop what is held; whether there was anything."""
-        self._sizes.pop(id, None)
-        return self._held.pop(id, None) is not None
+        with self._door:
+            return self._drop(id)
 
 
 def _characters(person: Person) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Literal
@@ -39,6 +40,7 @@ class Jobs:
     def __init__(self, personal: Personalizer, most: int = 256) -> None:
         self.personal, self.most = personal, most
         self._waiting: dict[str, Person] = {}
+        self._whose: dict[str, str] = {}  # by whose key they wait: "" is the operator's
         self._running: dict[str, Person] = {}
         self._status: dict[str, Status] = {}
         self._turn = threading.Condition()
@@ -51,17 +53,23 @@ class Jobs:
     def put(self, person: Person, key: Key = LOCAL) -> Status:
         """Personalize a person of these items; whoever waits already is personalized of the newer ones.
 
-        Raises QueueFull where too many wait, or where a prefix's people are a quarter of all that may.
+        Raises QueueFull where too many wait: a prefix's people fill a quarter of the queue at most, those of all
+        prefixes three quarters.
         """
+        whose = key.name if key.rights in ("person", "prefix") else ""
         with self._turn:
-            theirs = sum(map(key.owns, self._waiting)) if key.rights == "prefix" else 0
-            full = len(self._waiting) >= self.most or theirs >= self.most // 4
-            if full and person.id not in self._waiting:
+            if person.id not in self._waiting and self._full(whose):
                 raise QueueFull("too many people wait to be personalized", hint="Come again later.")
             self._waiting[person.id] = person
+            self._whose[person.id] = whose
             self._status[person.id] = Status("waiting")
             self._turn.notify_all()
             return self._status[person.id]
+
+    def _full(self, whose: str) -> bool:
+        of = Counter(self._whose[id] for id in self._waiting)
+        theirs = of[whose] >= self.most // 4 or of.total() - of[""] >= self.most * 3 // 4
+        return len(self._waiting) >= self.most or (bool(whose) and theirs)
 
     def status(self, person: str) -> Status | None:
         """How far it is, or None where nothing was asked for since the server began."""
@@ -77,6 +85,7 @@ class Jobs:
     def _forget(self, person: str) -> Forgotten:
         with self._turn:
             self._waiting.pop(person, None)
+            self._whose.pop(person, None)
             self._forgetting += 1
             self._turn.wait_for(lambda: not self._running)  # what it leaves for going on is removed too
         try:
@@ -104,6 +113,8 @@ class Jobs:
                     return
                 chosen = list(self._waiting)[:TOGETHER]
                 self._running = {id: self._waiting.pop(id) for id in chosen}
+                for id in chosen:
+                    del self._whose[id]
                 self._status |= dict.fromkeys(chosen, Status("running"))
             found = self._personalized(list(self._running.values()))
             with self._turn:

@@ -100,6 +100,7 @@ def _add_state(app: FastAPI, service: Service, histories: Histories) -> None:
                 found = await service.jobs.forget(id)
             finally:
                 await service.engine.forget(id)
+        service.is_stale |= bool(found.needs_rebuild)
         return {"removed": found.states_removed or held, "needs_rebuild": found.needs_rebuild}
 
 

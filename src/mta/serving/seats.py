@@ -167,20 +167,21 @@ class _Adapted:
     ) -> None:
         linear = type(layer) is nn.Linear
         self._few = AdaptedRows(layer.weight, layer.bias, shared, gates, own, room) if linear else None
-        self._plain, self._a, self._b = plain, shared[0][:ranks], shared[1][:, :ranks]
-        self._gates, self._own = gates[:, None, :ranks], RowTerm(own[0], own[1].mT)
+        self._plain, self._shared, self._ranks = plain, shared, ranks
+        self._gates, self._own = gates, own
 
     def __call__(self, x: Tensor) -> Tensor:
         """Shapes: x (B, T, D) -> (B, T, O), or both flat as (B * T, ...)."""
         if self._few and (found := self._few(x)) is not None:
             return found.view(*x.shape[:-1], found.shape[-1])
         y: Tensor = self._plain(x)
-        h = product(x, self._a).view(len(self._gates), -1, len(self._a)).mul_(self._gates)
+        a, b = self._shared[0][: self._ranks], self._shared[1][:, : self._ranks]
+        h = product(x, a).view(len(self._gates), -1, self._ranks).mul_(self._gates[:, None, : self._ranks])
         if y.dtype == torch.bfloat16:  # in place, and rounded once
-            y.view(-1, y.shape[-1]).addmm_(h.view(-1, len(self._a)), self._b.T)
+            y.view(-1, y.shape[-1]).addmm_(h.view(-1, self._ranks), b.T)
         else:
-            y = y.view(*h.shape[:2], -1) + product(h, self._b)
-        self._own.add_(x, y)
+            y = y.view(*h.shape[:2], -1) + product(h, b)
+        RowTerm(self._own[0], self._own[1].mT).add_(x, y)
         return y.view(*x.shape[:-1], y.shape[-1])
 
 

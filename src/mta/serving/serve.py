@@ -49,6 +49,16 @@ def keys_for(path: Path | None, host: str, insecure_local: bool) -> Keys:
     return keys
 
 
+def check(store: str, bank: Path, strict: bool) -> None:
+    """Before anything is loaded. Raises StoreError without a store, ConfigError for a bank ``strict`` refuses."""
+    Store(store).check()
+    if strict and (parts := stale(bank)):
+        raise ConfigError(
+            f"somebody who was forgotten is in the {' and the '.join(parts)} of {bank}",
+            hint="Rebuild it:  mta bank build   or serve it without --strict.",
+        )
+
+
 def service_of(
     base: BaseModel,
     bank: Bank,
@@ -61,15 +71,7 @@ def service_of(
     vllm: VllmServer | Remote | None = None,
     strict: bool = False,
 ) -> Service:
-    """An engine over a bank and a store, embedded or vLLM's, and what personalizes beside it.
-
-    ``strict`` refuses a bank that learnt from somebody who was forgotten. Raises ConfigError.
-    """
-    if strict and (parts := stale(bank.folder)):
-        raise ConfigError(
-            f"somebody who was forgotten is in the {' and the '.join(parts)} of {bank.folder}",
-            hint="Rebuild it:  mta bank build   or serve it without --strict.",
-        )
+    """An engine over a bank and a store, embedded or vLLM's, and what personalizes beside it."""
     states, length = Store(store), base.prompts.max_tokens
     engine: EmbeddedEngine | VllmEngine
     if vllm is None:

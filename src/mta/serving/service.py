@@ -18,7 +18,7 @@ from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 
-from mta.bank.files import stale
+from mta.bank.files import INFO, stale
 from mta.base import BaseModel
 from mta.errors import InputError, MtaError, PersonNotFound
 from mta.rows import BASE, TASK
@@ -60,6 +60,7 @@ class Service:
     length: int = 1024
     metrics: Metrics = field(default_factory=Metrics)
     strict: Path | None = None
+    is_stale: bool = False
     rate: Rate = field(init=False)
     _held: Counter[str] = field(default_factory=Counter, init=False)
     _locks: WeakValueDictionary[str, asyncio.Lock] = field(default_factory=WeakValueDictionary, init=False)
@@ -88,7 +89,10 @@ class Service:
         """Raises NeedsRebuild for all but the base, where somebody forgotten is in task LoRA or bank."""
         if self.strict is None or who is BASE:
             return
-        if await run_in_threadpool(stale, self.strict):
+        # Once and for all: what is in memory stays what it was, whatever becomes of the folder.
+        gone = not (self.strict / INFO).exists()
+        self.is_stale = self.is_stale or gone or bool(await run_in_threadpool(stale, self.strict))
+        if self.is_stale:
             raise NeedsRebuild("the bank has to be rebuilt without somebody who was forgotten", hint="Ask the base.")
 
     def _version(self, found: Named) -> Version | None:
