@@ -95,6 +95,7 @@ def test_seeds_stand_beside_each_other_and_together(tmp_path):
     rows = [*alone, *(r.model_copy(update={"seed": 1}) for r in another)]
     (section,) = sections(results(rows, parts, seeds=(0, 1)), tmp_path)
     assert "| MTA | " + " | ".join(f"**{d} [{d}, {d}]**" for d in ("-0.100", "-0.500", "-0.300")) in section.text
+    assert "| seed 1 (24 people) | all, averaged for each person (24 people) |" in section.text
     assert (tmp_path / "seeds.svg").exists()
 
 
@@ -113,7 +114,7 @@ def test_time_and_bytes_are_continued_as_lines_through_what_was_measured(tmp_pat
     assert not sections(found, tmp_path)  # nothing is known of the bank's cost
     found.facts["main-0"] = {"seconds": {"anchors": 3600.0}, "bytes": 5e6}
     (section,) = sections(found, tmp_path)
-    assert "| OPPU | 24 | 0 | 2.00 | 48 s | 556 h | 0 | 1 MB | 1000 GB |" in section.text
+    assert "| OPPU | 24 | 0 | 2.00 | 48 s | 556 h | 0 | 1 MB | 1 TB |" in section.text
     assert "| MTA | 24 | 60.0 min | 2.00 | 60.8 min | 557 h | 5 MB | 1 kB | 1 GB |" in section.text
 
 

@@ -87,7 +87,8 @@ def _seeds(found: Results, folder: Path, name: str) -> Section | None:
     measure, text = yardstick(together), _setting(found, together, name)
     names = [row.name for row in together.rows]
     for other in [one for one in (POOLED, RIVAL) if one in names]:
-        heads = [f"{measure} against {other}", *(f"seed {seed}" for seed in seeds), "all, averaged for each person"]
+        one = (f"seed {seed} ({people_in(c)} people)" for seed, c in zip(seeds, alone))
+        heads = [f"{measure} against {other}", *one, f"all, averaged for each person ({people_in(together)} people)"]
         rows = [
             [one, *(marked(c, measure, c.difference(one, other, measure)) for c in (*alone, together))]
             for one in names
