@@ -361,7 +361,7 @@ def test_no_person_and_no_stray_file_is_left(page, tmp_path):
 
 @pytest.mark.parametrize(
     ("count", "text"),
-    [(0, "0"), (61, "61 B"), (999, "999 B"), (4600, "4.6 kB"), (9.96e3, "10 kB"), (1e6, "1 MB"), (3.2e12, "3200 GB")],
+    [(0, "0"), (61, "61 B"), (999, "999 B"), (4600, "4.6 kB"), (9.96e3, "10 kB"), (1e6, "1 MB"), (3.2e12, "3.2 TB")],
 )
 def test_sizes_as_people_read_them(count, text):
     assert figures.human_bytes(count) == text
