@@ -187,7 +187,7 @@ def costs(shape: Shape, run: Run, load: Load) -> dict[str, Cost]:
     anchors, rank = run.bank.anchors, run.bank.lora.rank
     if run.merge.k > anchors:
         raise ConfigError(f"merge.k is {run.merge.k}, but the bank has {anchors} anchors", hint="Lower merge.k.")
-    pooled = run.task_lora.lora.rank if run.task_lora.enabled else 0
+    pooled = _pooled(run)
     bank_bytes = (anchors * rank + pooled) * shape.width * STORED
     bank = _bank_operations(shape, run, load)
     k = run.merge.k or anchors
@@ -209,10 +209,15 @@ def costs(shape: Shape, run: Run, load: Load) -> dict[str, Cost]:
 
 def memory(shape: Shape, run: Run, load: Load) -> Memory:
     """Beside the activations, which ``memory=`` bounds."""
-    ranks = run.bank.anchors * run.bank.lora.rank + (run.task_lora.lora.rank if run.task_lora.enabled else 0)
+    ranks = run.bank.anchors * run.bank.lora.rank + _pooled(run)
     row = SERVED * (shape.cached * load.context + ranks + run.stack.lora.rank * shape.width)
     trained = (float(TRAINED * rank * shape.width) for rank in (run.bank.lora.rank, run.stack.lora.rank))
     return Memory(float(SERVED * shape.parameters), 2.0 * SERVED * ranks * shape.width, float(row), *trained)
+
+
+def _pooled(run: Run) -> int:
+    """Rank of the task LoRA, 0 without one."""
+    return run.task_lora.lora.rank if run.task_lora.enabled else 0
 
 
 def _forward(shape: Shape, load: Load, ranks: float) -> float:
@@ -239,7 +244,7 @@ def _task_operations(shape: Shape, run: Run, load: Load) -> float:
 
 
 def _bank_operations(shape: Shape, run: Run, load: Load) -> float:
-    bank, pooled = run.bank, run.task_lora.lora.rank if run.task_lora.enabled else 0
+    bank, pooled = run.bank, _pooled(run)
     examples = bank.anchors * _examples(bank.training, bank.max_items)
     return _task_operations(shape, run, load) + examples * load.computed * _trained(shape, load, pooled, bank.lora.rank)
 
@@ -248,7 +253,7 @@ def _evidence(shape: Shape, run: Run, load: Load) -> float:
     """The shots under every anchor and under the pooled model alone, where the policy asks for that."""
     asks = run.merge.policy in ("loss", "posterior", "ridge") or run.merge.retrieve == "loss"
     asks |= run.merge.policy == "learned" and run.merge.start == "posterior"
-    pooled = run.task_lora.lora.rank if run.task_lora.enabled else 0
+    pooled = _pooled(run)
     anchors, rank = run.bank.anchors, run.bank.lora.rank
     under = anchors * _forward(shape, load, pooled + rank) + _forward(shape, load, pooled)
     return load.shots * load.computed * under if asks else 0.0
@@ -258,5 +263,5 @@ def _coefficients(shape: Shape, run: Run, load: Load) -> float:
     if run.merge.policy != "learned":
         return 0.0
     ranks = (run.merge.k or run.bank.anchors) * run.bank.lora.rank
-    pooled = run.task_lora.lora.rank if run.task_lora.enabled else 0
+    pooled = _pooled(run)
     return _examples(run.merge.learned, load.shots) * load.computed * 2 * _forward(shape, load, pooled + ranks)

@@ -18,7 +18,7 @@ from mta.state import State, history_from_bytes
 from mta.store import Store, version_of
 
 T = TypeVar("T")
-Kind = Literal["state", "history", "hint", "work", "leftover", "stranger"]
+Kind = Literal["key", "state", "history", "hint", "work", "leftover", "stranger"]
 
 _PLACE = re.compile(r"([0-9a-f]{2}/[0-9a-f]{64})/([^/]+)")
 _ASIDE = re.compile(r"\..+\.[0-9a-f]{32}")  # what a writer renames or links when it is whole
@@ -76,7 +76,7 @@ def stats(store: Store) -> Stats:
     store.check()
     sizes, kinds = dict[str, int](), list[Kind]()
     for name, size in store.files.find().items():
-        if (kind := _kind(name)) in ("state", "history", "hint") and name != "store.json":
+        if (kind := _kind(name)) in ("state", "history", "hint"):
             kinds.append(kind)
             sizes[_person(name)] = sizes.get(_person(name), 0) + size
     each = sorted(sizes.values()) or [0]
@@ -138,7 +138,9 @@ def _kind(name: str) -> Kind:
         return "work"  # a stopped run goes on from it
     if _ASIDE.fullmatch(file):
         return "leftover"
-    if name == "store.json" or (_PLACE.fullmatch(name) and file == "latest.json"):
+    if name == "store.json":
+        return "key"
+    if _PLACE.fullmatch(name) and file == "latest.json":
         return "hint"
     if _PLACE.fullmatch(name) and file == "history.json":
         return "history"

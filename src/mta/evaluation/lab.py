@@ -90,10 +90,12 @@ class Lab:
         return self.banks[name]
 
     def _trained_before(self, part: Part, run: Run) -> Path | None:
-        """The main bank's task LoRA, where the part's would be the same."""
+        """The main bank's task LoRA, where the part changes nothing but how anchors are chosen and trained."""
         main = self.out / "banks" / f"main-{run.seed}"
-        same = part.bank != "main" and not part.retrieve and run.task_lora == self.recipe.run.task_lora
-        return main / TASK_LORA if same and run.task_lora.enabled and (main / INFO).exists() else None
+        plain = override(self.recipe.run, [f"seed={run.seed}"])
+        same = not part.retrieve and run.model_copy(update={"bank": plain.bank}) == plain
+        there = part.bank != "main" and run.task_lora.enabled and (main / INFO).exists()
+        return main / TASK_LORA if same and there else None
 
     def task_of(self, part: Part) -> Task:
         """The task, in the wording of the part's prompts."""

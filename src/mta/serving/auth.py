@@ -42,6 +42,11 @@ class Key(Settings):
             raise ValueError("'of' names whom rights 'person' and 'prefix' are for, and goes with them alone")
         return self
 
+    @property
+    def share(self) -> str:
+        """Under which name what it takes is counted and bounded; empty for the operator's own keys."""
+        return self.name if self.rights in ("person", "prefix") else ""
+
     def owns(self, person: str) -> bool:
         """Whether it may see and change what is kept of a person, and ask for them."""
         own = (self.rights == "person" and person == self.of) or (

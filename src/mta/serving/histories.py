@@ -39,7 +39,7 @@ class Histories:
             return len(person.items)
         with self._door:
             self._drop(id)
-            whose = self._whose[id] = key.name if key.rights in ("person", "prefix") else ""
+            whose = self._whose[id] = key.share
             self._held.setdefault(whose, OrderedDict())[id] = person
             self._filled[whose] += _characters(person)
             self._make_room(whose)

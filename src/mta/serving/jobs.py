@@ -56,12 +56,11 @@ class Jobs:
         Raises QueueFull where too many wait: a prefix's people fill a quarter of the queue at most, those of all
         prefixes three quarters.
         """
-        whose = key.name if key.rights in ("person", "prefix") else ""
         with self._turn:
-            if person.id not in self._waiting and self._full(whose):
+            if person.id not in self._waiting and self._full(key.share):
                 raise QueueFull("too many people wait to be personalized", hint="Come again later.")
             self._waiting[person.id] = person
-            self._whose[person.id] = whose
+            self._whose[person.id] = key.share
             self._status[person.id] = Status("waiting")
             self._turn.notify_all()
             return self._status[person.id]

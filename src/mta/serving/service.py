@@ -107,7 +107,7 @@ class Service:
     @contextmanager
     def held(self, key: Key, count: int) -> Iterator[None]:
         """So many answers for a key, for a block: no person's own key can take all slots. Raises QueueFull."""
-        if key.rights in ("person", "prefix") and self._held[key.name] + count > self.limits.own:
+        if key.share and self._held[key.name] + count > self.limits.own:
             raise QueueFull(f"this key has at most {self.limits.own} answers at once", hint="Wait for one to end.")
         self._held[key.name] += count
         try:
