@@ -73,6 +73,39 @@ def test_stacks_are_trained(known):
         assert max(float(b.abs().max()) for _, b in known.state(person.id).stack.factors.values()) > 1e-3
 
 
+@pytest.mark.parametrize("stack", [True, False])
+def test_a_state_says_what_merge_and_stack_made_of_the_shots(tiny, stack):
+    base, bank = tiny
+    personal = personalizer(*tiny, stack=TINY_RUN.stack.model_copy(update={"enabled": stack}))
+    personal.personalize(PEOPLE)
+    for person in PEOPLE[:3]:
+        state = personal.state(person.id)
+        parts = [plain.update(bank.task_lora)]
+        parts.append(plain.merge(bank.anchors, state.anchors, torch.tensor(state.w, dtype=torch.float64)))
+        parts += [plain.update(state.stack)] if stack else []
+        examples = [base.prompts.example(bank.task, item) for item in person.items]
+        tokens = sum(len(example.target) for example in examples)
+        expected = []
+        for n in range(1, len(parts) + 1):
+            weights = plain.weights(base, *parts[:n])
+            expected.append(-sum(float(plain.log_likelihood(base, weights, e)) for e in examples) / tokens)
+        losses = state.losses
+        found = [loss for loss in (losses.pooled, losses.merged, losses.stacked) if loss is not None]
+        assert found == pytest.approx(expected, rel=0, abs=1e-10)
+        assert losses.tokens == tokens
+        assert len(set(expected)) == len(expected)
+
+
+def test_a_loss_that_is_no_number_is_an_error_and_no_state(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr("mta.stages.surprise", lambda base, jobs, *_, **__: [float("nan")] * len(jobs))
+    personal = personalizer(*tiny, store=tmp_path)
+    with pytest.raises(
+        InputError, match=r"losses on shots are finite numbers .*\n  Training went astray: lower stack\."
+    ):
+        personal.personalize(PEOPLE)
+    assert states_in(tmp_path) == {}
+
+
 def test_any_order_gives_the_same_bits(tiny):
     first = personalizer(*tiny)
     first.personalize(PEOPLE)
@@ -458,6 +491,51 @@ def test_forgetting_removes_a_person_and_nobody_else(own_bank, tmp_path):
     assert len(states_in(tmp_path / "people")) == 4
     assert personal.forget("x0") == Forgotten(False, [])
     assert not (bank.folder / "needs-rebuild.json").exists()
+
+
+def test_forgetting_removes_what_was_exported_and_names_what_it_could_not(own_bank, tmp_path):
+    personal = personalizer(*own_bank, store=tmp_path / "people")
+    personal.personalize(PEOPLE)
+    for name in ("one", "two", "three"):
+        personal.export("x0", tmp_path / name)
+    personal.export("x1", tmp_path / "three")  # somebody else's now
+    assert [Path(export.folder).name for export in personal.store.exports("x0")] == ["one", "two", "three"]
+    assert personal.forget("x0") == Forgotten(True, [], [f"{tmp_path}/three (its adapter was changed since)"])
+    assert [(tmp_path / name).exists() for name in ("one", "two", "three")] == [False, False, True]
+    assert personal.forget("x0") == Forgotten(False, [])
+    assert personal.forget("x1") == Forgotten(True, [])
+    assert not (tmp_path / "three").exists()
+
+
+@pytest.mark.parametrize("done", range(4))
+def test_a_forgetting_that_is_killed_still_knows_the_exports(own_bank, tmp_path, monkeypatch, done):
+    personal, unlink, left = personalizer(*own_bank, store=tmp_path / "people"), Path.unlink, [done]
+    personal.personalize(PEOPLE[:1])
+    for name in ("one", "two"):
+        personal.export("x0", tmp_path / name)
+
+    def killed(path, *how, **more):
+        if path.parent.name in ("one", "two"):
+            left[0] -= 1
+            if left[0] < 0:
+                raise KeyboardInterrupt
+        unlink(path, *how, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", killed)
+        with pytest.raises(KeyboardInterrupt):
+            personal.forget("x0")
+    assert "x0" in personal.store
+    assert personal.forget("x0") == Forgotten(True, [])
+    assert not any((tmp_path / name).exists() for name in ("one", "two"))
+
+
+def test_an_export_without_a_store_is_nobodys_to_note(tiny, tmp_path):
+    personal = personalizer(*tiny)
+    personal.personalize(PEOPLE[:1])
+    assert personal.export("x0", tmp_path / "out") == 0.0
+    assert personal.forget("x0") == Forgotten(True, [])
+    assert read_peft(tmp_path / "out").rank
 
 
 def test_forgetting_names_what_still_holds_something_of_a_person(own_bank, tmp_path):

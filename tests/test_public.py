@@ -50,6 +50,7 @@ def length(node: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
         "from mta import Item, Person, MtaError, Run, load_task, read_people",
         "import sys; from mta.cli import main; sys.argv = ['mta', '--help']; main()",
         "import sys; from mta.cli import main; sys.argv = ['mta', 'bank', 'build', '--help']; main()",
+        "import sys; from mta.cli import main; sys.argv = ['mta', 'person', 'show', '--help']; main()",
         "import sys; from mta.cli import main; sys.argv = ['mta', '--version']; main()",
     ],
 )

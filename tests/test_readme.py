@@ -44,6 +44,9 @@ def test_the_quick_start_runs_as_written(tmp_path, fetched):
     done = subprocess.run(["bash", "-euxc", script], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "3 people personalized" in done.stdout
-    assert {"bank", "people", "results", "ann-adapter"} <= {path.name for path in tmp_path.iterdir()}
+    assert {"bank", "people", "results"} <= {path.name for path in tmp_path.iterdir()}
+    assert "ann-adapter: written" in done.stdout
+    assert not (tmp_path / "ann-adapter").exists()  # it left with ann
     assert (tmp_path / "results" / "report.html").stat().st_size > 10_000
+    assert "the merge explains their shots" in done.stdout
     assert "removed" in done.stdout

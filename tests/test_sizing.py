@@ -14,8 +14,8 @@ from mta.config import Run, override
 from mta.errors import ConfigError
 from mta.lora.batch import Factors, LoraBatch
 from mta.lora.peft import write_peft
-from mta.sizing import Load, Shape, costs, hardware, memory
-from mta.state import State
+from mta.sizing import Load, Shape, costs, hardware, memory, passes
+from mta.state import Losses, State
 
 SMOL = "smollm2-135m-instruct"
 
@@ -58,7 +58,9 @@ def test_what_is_kept_of_a_person_is_what_their_files_take(tmp_path):
     run = override(Run(), ["bank.anchors=32"])
     told = costs(shape, run, Load())
     for stack, name in ((adapter(1), "MTA"), (None, "merge alone")):
-        kept = State("b" * 64, tuple(range(32)), (0.123456789012345678,) * 32, "learned", "h" * 64, "w" * 64, 0, stack)
+        merge = tuple(range(32)), (0.123456789012345678,) * 32
+        losses = Losses(*[0.123456789012345678] * 3, tokens=16)
+        kept = State("b" * 64, *merge, "learned", "h" * 64, "w" * 64, 0, stack, losses=losses)
         assert off(told[name].person_bytes, kept.nbytes) < 0.15, name
     write_peft(tmp_path / "oppu", adapter(8), SMOL)
     assert off(told["OPPU"].person_bytes, sum(f.stat().st_size for f in (tmp_path / "oppu").iterdir())) < 0.15
@@ -75,17 +77,17 @@ def test_a_bank_and_a_row_take_what_is_told(tiny_bank_folder, tiny, tmp_path):
     files = [tiny_bank_folder / "anchors.safetensors", *(tiny_bank_folder / "task_lora").glob("*.safetensors")]
     tensors = sum(f.stat().st_size - 8 - int.from_bytes(f.read_bytes()[:8], "little") for f in files)
     assert told["MTA"].fixed_bytes * torch.finfo(base.master_dtype).bits / 32 == tensors
-    seats = Seats(base, bank, 3)
+    seats = Seats(base, [bank], 3)
     slots = Slots(base, 3, 40, 8, seats.exchange)
     for n in range(3):
         slots.take((n, ""), [5, 6])
     with torch.inference_mode(), seats.opened(slice(0, 3)):
         slots.logits(slice(0, 3), [[5, 6]] * 3)
     seat = sum(part[0].numel() for own in seats._own.values() for part in own)
-    row = slots.cache.nbytes / 3 / base.dtype.itemsize + seat + sum(seats._ranks)
+    row = slots.cache.nbytes / 3 / base.dtype.itemsize + seat + seats._ranks
     told = memory(shape, bank.info.run, Load(context=48))
     assert told.row == 2 * row
-    shared = sum(part[: sum(seats._ranks)].numel() for a, b in seats._shared.values() for part in (a, b.mT))
+    shared = sum(part[: seats._ranks].numel() for a, b in seats._shared.values() for part in (a, b.mT))
     working = sum(
         factor.numel() for batch in (bank.working, bank.task_lora) for pair in batch.factors.values() for factor in pair
     )
@@ -107,6 +109,14 @@ def test_costs_grow_with_what_they_are_of(rank, anchors, tokens):
     longer = of(load=Load(tokens=2 * (tokens + 16), targets=32))
     assert longer["MTA"].person_operations == pytest.approx(2 * first["MTA"].person_operations)
     assert of("stack.enabled=false")["MTA"] == first["merge alone"]
+
+
+def test_passes_are_those_of_evidence_losses_and_training():
+    run = override(Run(), ["bank.anchors=50", "stack.training.steps=8"])
+    assert passes(run, 8) == (50 + 1 + 2, 8)  # the evidence tells of the pooled model
+    assert passes(override(run, ["stack.enabled=false"]), 8) == (50 + 1 + 1, 0)
+    assert passes(override(run, ["merge.policy=uniform", "stack.training.batch_size=4"]), 8) == (3, 4)
+    assert passes(override(run, ["merge.policy=learned", "merge.start=zero"]), 8) == (3, 8 + 1)
 
 
 def test_the_verb_tells_it_to_people_and_machines(tmp_path):

@@ -13,7 +13,7 @@ from mta import state as module
 from mta.errors import InputError, StateCorrupt
 from mta.history import Item, Person
 from mta.lora.batch import Factors, LoraBatch
-from mta.state import State, history_from_bytes, history_to_bytes, work_key
+from mta.state import Losses, State, history_from_bytes, history_to_bytes, work_key
 
 ANN = "ann.müller@example.org"
 
@@ -53,6 +53,39 @@ def test_a_state_comes_back_bit_for_bit(dtype: torch.dtype) -> None:
         assert torch.equal(back.stack.factors[name].a, f.a)
         assert torch.equal(back.stack.factors[name].b, f.b)
     assert made.nbytes == len(made.to_bytes())
+
+
+FINITE = st.floats(allow_nan=False, allow_infinity=False)
+
+
+@given(FINITE, FINITE, st.none() | FINITE, st.integers(1))
+def test_losses_come_back_to_the_last_bit(pooled: float, merged: float, stacked: float | None, tokens: int) -> None:
+    made = state(losses=Losses(pooled, merged, stacked, tokens))
+    back = State.from_bytes(made.to_bytes())
+    assert back == made
+    assert repr(back.losses) == repr(made.losses)  # -0.0 too
+    assert replace(back, losses=None).to_bytes() == state().to_bytes()
+    assert back.work == state().work
+
+
+def test_a_state_of_before_losses_were_noted_reads_and_keeps_its_bytes() -> None:
+    assert b"losses" not in FILE
+    assert State.from_bytes(FILE).losses is None
+    assert State.from_bytes(FILE).to_bytes() == FILE
+
+
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("which", ["pooled", "merged", "stacked"])
+def test_losses_that_are_no_numbers_are_neither_written_nor_read(wrong: float, which: str) -> None:
+    good = Losses(1.5, 1.25, 1.0, 7)
+    with pytest.raises(InputError, match=r"finite numbers over at least one token, got .*\n  Training went astray"):
+        replace(good, **{which: wrong})
+    forged = state(losses=good)
+    object.__setattr__(forged.losses, which, wrong)
+    with pytest.raises(StateCorrupt, match="whole, but not a state"):
+        State.from_bytes(forged.to_bytes())
+    with pytest.raises(InputError, match="at least one token"):
+        replace(good, tokens=0)
 
 
 def test_a_state_without_a_stack_is_small() -> None:
@@ -95,6 +128,7 @@ def test_a_state_that_makes_no_sense_is_refused() -> None:
 
 
 FILE = state().to_bytes()
+WITH_LOSSES = state(losses=Losses(1.5, 1.25, 1.125, 7)).to_bytes()
 
 
 @settings(max_examples=400, deadline=None)
@@ -123,11 +157,11 @@ def test_foreign_bytes_are_refused(data: bytes, headed: bool) -> None:
 
 
 @settings(max_examples=150, deadline=None)
-@given(st.data())
-def test_forged_contents_under_a_right_sha256_are_refused_or_sound(data: st.DataObject) -> None:
-    header = int.from_bytes(FILE[:8], "little")
+@given(st.data(), st.sampled_from([FILE, WITH_LOSSES]))
+def test_forged_contents_under_a_right_sha256_are_refused_or_sound(data: st.DataObject, file: bytes) -> None:
+    header = int.from_bytes(file[:8], "little")
     place = data.draw(st.integers(module._DIGEST.stop, header + 7))
-    forged = FILE[:place] + data.draw(st.binary(min_size=1, max_size=2)) + FILE[place + 1 :]
+    forged = file[:place] + data.draw(st.binary(min_size=1, max_size=2)) + file[place + 1 :]
     sealed = forged[: module._DIGEST.start] + module._digest(forged).encode() + forged[module._DIGEST.stop :]
     try:
         assert isinstance(State.from_bytes(sealed), State)

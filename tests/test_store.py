@@ -1,6 +1,7 @@
 import json
 import os
 from collections.abc import Callable, Iterator
+from datetime import datetime
 from pathlib import Path
 
 import fsspec
@@ -49,6 +50,55 @@ def test_the_same_work_again_is_a_no_op(url: str) -> None:
     assert store.save(ANN, state(1)) == 2
     assert (store.versions(ANN), store.nbytes(ANN)) == ([1, 2], before)
     assert store.save(ANN, state(0)) == 3  # an earlier one is not the latest
+
+
+def test_going_back_makes_an_earlier_version_the_newest(url: str) -> None:
+    store = Store(url)
+    for n in range(3):
+        store.save(ANN, state(n))
+    assert list(store.sizes(ANN).items()) == [(n + 1, state(n).nbytes) for n in range(3)]
+    assert store.rollback(ANN, 1) == 4
+    assert Store(url).load(ANN) == state(0)
+    assert [store.load(ANN, n) for n in (1, 2, 3)] == [state(0), state(1), state(2)]
+    before = store.nbytes(ANN)
+    assert [store.rollback(ANN, n) for n in (4, 1)] == [4, 4]  # the latest, and one of the same work
+    assert (store.versions(ANN), store.nbytes(ANN)) == ([1, 2, 3, 4], before)
+    assert store.rollback(ANN, 2) == 5
+    assert store.load(ANN) == state(1)
+
+
+@pytest.mark.parametrize("version", [0, 3, -1])
+def test_going_back_to_what_is_not_there_says_what_is(url: str, version: int) -> None:
+    store = Store(url)
+    store.save(ANN, state(0))
+    store.save(ANN, state(1))
+    with pytest.raises(PersonNotFound, match=rf"'{ANN}' has no version {version}; there are 1, 2\n"):
+        store.rollback(ANN, version)
+    with pytest.raises(PersonNotFound, match="no state of 'bob'"):
+        store.rollback("bob", 1)
+    assert store.versions(ANN) == [1, 2]
+
+
+def test_going_back_mends_a_damaged_latest_version(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    store.save(ANN, state(0))
+    store.save(ANN, state(1))
+    Path(store.files.at(f"{store._path(ANN)}/2.safetensors")).write_bytes(b"half")
+    with pytest.raises(StateCorrupt):
+        store.rollback(ANN, 2)
+    assert store.rollback(ANN, 1) == 3
+    assert store.load(ANN) == state(0)
+
+
+def test_the_time_is_known_of_the_newest_version_alone(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    assert store.time_of(ANN, 1) is None
+    store.save(ANN, state(0))
+    store.save(ANN, state(1))
+    assert store.time_of(ANN, 1) is None
+    assert datetime.fromisoformat(store.time_of(ANN, 2)).tzinfo
+    Path(store.files.at(f"{store._path(ANN)}/latest.json")).write_bytes(b"[]")
+    assert store.time_of(ANN, 2) is None
 
 
 def test_who_is_not_there(url: str) -> None:

@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 from mta.cli.app import app
 from mta.errors import StoreError
+from mta.exports import Export
 from mta.store import Store
 from mta.upkeep import check, collect, stats
 
@@ -28,15 +29,16 @@ def filled(url: str | Path, versions: int = 2) -> Store:
         store.save(ANN, state(n))
     store.save("bob", state(0))
     store.save_history(person())
+    store._note(ANN, [Export("host", "/folder", "0" * 64)])
     return store
 
 
 def test_a_whole_store_is_found_whole_and_weighed(url: str) -> None:
     store, told = filled(url), []
     found = check(store, lambda done, total: told.append((done, total)))
-    assert (found.people, found.states, found.histories) == (2, 3, 1)
+    assert (found.people, found.states, found.histories, found.exports) == (2, 3, 1, 1)
     assert (found.damaged, found.leftovers, found.strangers) == ({}, [], [])
-    assert told == [(n, 4) for n in range(1, 5)]
+    assert told == [(n, 5) for n in range(1, 6)]
     weights = sorted(store.nbytes(id) for id in (ANN, "bob"))
     counted = stats(store)
     assert (counted.people, counted.versions, counted.histories) == (2, 3, 1)
@@ -50,9 +52,9 @@ def kept(tmp_path_factory: pytest.TempPathFactory) -> Store:
 
 
 @settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.integers(0, 3), st.integers(0), st.integers(0, 7))
+@given(st.integers(0, 4), st.integers(0), st.integers(0, 7))
 def test_one_changed_bit_anywhere_is_found_in_its_file(kept: Store, which: int, byte: int, bit: int) -> None:
-    names = sorted(name for name in kept.files.find() if name.endswith(("safetensors", "history.json")))
+    names = sorted(name for name in kept.files.find() if name.endswith(("safetensors", "history.json", "exports.json")))
     path = Path(kept.files.at(names[which]))
     whole = path.read_bytes()
     changed = bytearray(whole)
@@ -89,6 +91,17 @@ def test_only_what_killed_writers_left_long_ago_goes(tmp_path: Path) -> None:
     assert dict(everything(tmp_path)) == before
     assert list(collect(store).values()) == [4]
     assert {*before} - {path for path, _ in everything(tmp_path)} == {old}
+
+
+def test_what_a_stopped_run_left_goes_after_a_week(tmp_path: Path) -> None:
+    store = filled(tmp_path)
+    for days, run in ((8, "old"), (6, "young")):
+        plan = tmp_path / "work" / run / "plan.json"
+        plan.parent.mkdir(parents=True)
+        plan.write_text("[]")
+        os.utime(plan, (time.time() - days * 86400,) * 2)
+    assert list(collect(store)) == ["work/old/plan.json"]
+    assert [path.name for path in (tmp_path / "work").rglob("plan.json")] == ["plan.json"]
 
 
 @pytest.mark.parametrize("keep", [1, 2, 5])
@@ -192,7 +205,10 @@ def test_a_mistyped_address_is_no_empty_store(tmp_path: Path) -> None:
 def test_the_verbs_say_what_they_found(tmp_path: Path) -> None:
     store = filled(tmp_path)
     run = CliRunner().invoke
-    assert run(app, ["store", "check", str(tmp_path)]).stdout == "2 people, 3 states and 1 histories read\n"
+    assert (
+        run(app, ["store", "check", str(tmp_path)]).stdout
+        == "2 people, 3 states and 1 histories, 1 lists of exports read\n"
+    )
     assert json.loads(run(app, ["store", "stats", str(tmp_path), "--json"]).stdout)["versions"] == 3
     assert "2 people, 3 versions" in run(app, ["store", "stats", str(tmp_path)]).stdout
     would = run(app, ["store", "gc", str(tmp_path), "--keep", "1", "--dry-run"]).stdout

@@ -43,7 +43,7 @@ def main() -> None:
     words.add_argument("--dtype", default="bfloat16")
     args = words.parse_args()
     base, bank = in_passing(lambda: opened(args.bank, args.dtype))
-    seats = in_passing(lambda: Seats(base, bank, args.rows))
+    seats = in_passing(lambda: Seats(base, [bank], args.rows))
     slots = Slots(base, args.rows, LENGTH, 128, seats.exchange)
     for n in range(args.rows):
         seats.take(n, seats.person(made_up(base, bank, str(n))))

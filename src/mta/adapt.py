@@ -19,14 +19,17 @@ def adapt(
     lora: Lora,
     training: Training,
     *,
+    start: LoraBatch | None = None,
     seed: int = 0,
     **how: Any,
 ) -> LoraBatch:
     """Train one LoRA per person on their shots; U jobs -> a batch of U.
 
     ``frozen`` is what the person already has: the task LoRA and their merge (indexed by job). With rank 1 this is MTA's
-    stack; over the task LoRA alone it is OPPU, at any rank. Stacks start from a hash of (seed, job's key, layer).
+    stack; over the task LoRA alone it is OPPU, at any rank. Stacks begin from ``start``, or from a hash of (seed, job's
+    key, layer).
     Source: arXiv:2511.20072, stage 3.
     """
-    start = fresh(base.targets, lora.rank, lora.scale, seed, [job.key for job in jobs], base.master_dtype)
+    keys = [job.key for job in jobs]
+    start = start or fresh(base.targets, lora.rank, lora.scale, seed, keys, base.master_dtype)
     return train_loras(base, jobs, start, training, frozen=frozen, seed=seed, **how)

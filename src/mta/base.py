@@ -6,6 +6,7 @@ import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -107,6 +108,13 @@ class BaseModel:
     def of(cls, run: Run) -> BaseModel:
         """The base that a run names, loaded as it says."""
         return cls.load(run.base, run.dtype, run.device, run.max_tokens, run.gradient_checkpointing)
+
+    def as_loaded(self, run: Run) -> Run:
+        """The run with this base as it was loaded, and folders by their full names: what another process loads too."""
+        named = {"base": self.name, "encoder": run.encoder}
+        full = {key: str(Path(name).resolve()) if Path(name).is_dir() else name for key, name in named.items()}
+        dtype = str(self.dtype).removeprefix("torch.")
+        return run.model_copy(update={**full, "dtype": dtype, "max_tokens": self.prompts.max_tokens})
 
     def twin(self) -> BaseModel:
         """The same weights under modules of their own: another thread can put other adapters on them meanwhile."""

@@ -166,6 +166,18 @@ class Evaluation(Settings):
     policies: tuple[Policy, ...] = ("uniform", "top1", "similarity", "loss", "posterior", "ridge", "learned")
 
 
+class Privacy(Settings):
+    """How a bank is attacked: whose models, made of how many shots, and how many items of each anchor they are asked.
+
+    ``targets`` people who are in nothing of the bank are personalized from their first ``shots`` items; every model is
+    asked about at most ``items`` items that anchors were trained on.
+    """
+
+    shots: int = Field(8, ge=1)
+    targets: int = Field(16, ge=1)
+    items: int = Field(16, ge=1)
+
+
 _UNITS = {"B": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
 
 

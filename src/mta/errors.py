@@ -11,6 +11,7 @@ MtaError
 │   ├── UnsupportedModel  a base this method cannot adapt
 │   └── MemoryBudgetError  one person alone needs more than the memory budget
 ├── AssetError            an asset that cannot be fetched or is not what was pinned
+├── ClusterError          Ray, or workers that cannot begin
 ├── BankError
 │   ├── BankMismatch      a bank built for another base
 │   └── BankCorrupt       files missing, cut short or changed
@@ -76,6 +77,10 @@ class MemoryBudgetError(ModelError):
 
 class AssetError(MtaError):
     """An asset cannot be fetched or is not what was pinned."""
+
+
+class ClusterError(MtaError):
+    """A cluster cannot be reached, or its workers cannot work."""
 
 
 class BankError(MtaError):

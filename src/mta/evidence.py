@@ -11,7 +11,7 @@ from torch import Tensor
 from mta.base import BaseModel
 from mta.history import Person
 from mta.lora.batch import LoraBatch, join
-from mta.lora.layers import Shared
+from mta.lora.layers import Adapters, Shared
 from mta.score import log_likelihood
 from mta.tasks.task import Task
 from mta.training.trainer import Job, OnStep, Step
@@ -115,6 +115,20 @@ def gather_evidence(
     labels = _labels(jobs, scores) if labelled else None
     counts = _padded([torch.tensor([len(e.target) for e in job.examples], dtype=torch.float64) for job in jobs])
     return Evidence(_golds(labels) if labels else _padded(scores), counts, labels)
+
+
+def surprise(
+    base: BaseModel, jobs: Sequence[Job], adapters: Sequence[Adapters], *, tokens_per_batch: int = 2048
+) -> list[float]:
+    """Mean NLL per target token of everybody's shots, in nats: one pass, over the right answers alone (our choice)."""
+    asked = [job.examples for job in jobs]
+    found = log_likelihood(base, asked, adapters, tokens_per_batch=tokens_per_batch)
+    return [-float(scores.double().sum()) / targets_of(job) for job, scores in zip(jobs, found)]
+
+
+def targets_of(job: Job) -> int:
+    """Target tokens of all of a person's shots."""
+    return sum(len(example.target) for example in job.examples)
 
 
 def _padded(rows: Sequence[Tensor]) -> Tensor:

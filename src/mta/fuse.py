@@ -108,12 +108,13 @@ def _weights(settings: MergeSettings, near: Tensor, ids: Tensor, evidence: Evide
     return posterior(loglik, evidence.task, settings.null_prior, settings.temperature)
 
 
-def ridge(labels: Labels, ids: Tensor, strength: float, iterations: int = 50) -> Tensor:
+def ridge(labels: Labels, ids: Tensor, strength: float, iterations: int = 50, before: Tensor | None = None) -> Tensor:
     """The coefficients that best explain the labels of the shots, pulled to zero: nothing is trained or run again.
 
     A merge's label scores are taken as linear in w, score(w) = task + sum_k w_k (anchor_k - task), which holds for
     small w. Minimises the shots' NLL over the labels + strength / 2 * |w|^2 by Newton's method, in
-    float64. Coefficients may be negative, and are 0 where the shots say nothing.
+    float64. Coefficients may be negative, and are 0 where the shots say nothing. With ``before`` (U, K) they are pulled
+    there instead.
     Shapes: ids (U, K) -> (U, K). Source: our choice.
     """
     there = (labels.gold >= 0).double()
@@ -122,10 +123,11 @@ def ridge(labels: Labels, ids: Tensor, strength: float, iterations: int = 50) ->
     slopes = (anchors - pooled[..., None]).gather(3, index)  # (U, M, C, K)
     gold = torch.nn.functional.one_hot(labels.gold.clamp_min(0), pooled.shape[2]).double()
     pull = strength * torch.eye(ids.shape[1], dtype=torch.float64)
-    w = torch.zeros(ids.shape, dtype=torch.float64)
+    centre = torch.zeros(ids.shape, dtype=torch.float64) if before is None else before
+    w = centre
     for _ in range(iterations):
         p = torch.softmax(pooled + torch.einsum("umck,uk->umc", slopes, w), dim=2)
-        gradient = torch.einsum("umck,umc,um->uk", slopes, p - gold, there) + strength * w
+        gradient = torch.einsum("umck,umc,um->uk", slopes, p - gold, there) + strength * (w - centre)
         centred = slopes - torch.einsum("umck,umc->umk", slopes, p)[:, :, None]
         curvature = torch.einsum("umck,umc,um,umcl->ukl", centred, p, there, centred) + pull
         step = torch.linalg.solve(curvature, gradient)
@@ -143,9 +145,17 @@ def posterior(loglik: Tensor, task: Tensor, null_prior: float, temperature: floa
     ``loglik`` sums over all shots, which is the design's m * mean.
     Shapes: loglik (U, K), task (U,) -> (U, K).
     """
-    prior = torch.tensor((1 - null_prior) / loglik.shape[1], dtype=loglik.dtype).log()
-    null = torch.full_like(task, null_prior).log()
-    logits = torch.cat([(loglik - task[:, None]) / temperature + prior, null[:, None]], dim=1)
+    prior = torch.full_like(loglik, (1 - null_prior) / loglik.shape[1])
+    return bayes(prior, torch.full_like(task, null_prior), loglik, task, temperature)
+
+
+def bayes(prior: Tensor, null: Tensor, loglik: Tensor, task: Tensor, temperature: float) -> Tensor:
+    """``posterior`` with a prior of its own for each anchor, and ``null`` for the task LoRA alone; together 1.
+
+    So one posterior is the prior of the next: shots in two helpings say what all at once say.
+    Shapes: prior (U, K), null (U,), loglik (U, K), task (U,) -> (U, K).
+    """
+    logits = torch.cat([(loglik - task[:, None]) / temperature + prior.log(), null[:, None].log()], dim=1)
     return torch.softmax(logits, dim=1)[:, :-1]
 
 

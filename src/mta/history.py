@@ -66,8 +66,22 @@ class Person:
 
     def digest(self) -> str:
         """Sha256 over the items in order: the same history gives the same digest in any process."""
-        rows = [[sorted(item.fields.items()), item.time] for item in self.items]
-        return hashlib.sha256(json.dumps(rows, ensure_ascii=False).encode()).hexdigest()
+        return hashlib.sha256(f"[{', '.join(map(_row, self.items))}]".encode()).hexdigest()
+
+    def grown_from(self, digest: str) -> int:
+        """How many of the first items had that digest together; 0 where none did: the past was changed as well."""
+        so_far = hashlib.sha256(b"[")
+        for count, item in enumerate(self.items, 1):
+            so_far.update((", " * (count > 1) + _row(item)).encode())
+            whole = so_far.copy()
+            whole.update(b"]")
+            if whole.hexdigest() == digest:
+                return count
+        return 0
+
+
+def _row(item: Item) -> str:
+    return json.dumps([sorted(item.fields.items()), item.time], ensure_ascii=False)
 
 
 class People(list[Person]):

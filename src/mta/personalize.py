@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import logging
-import shutil
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -18,18 +17,18 @@ from mta.bank.files import mark_stale
 from mta.base import BaseModel
 from mta.config import MergeSettings, Run
 from mta.encode import Encoder
-from mta.errors import DataError, InputError, OtherBank, PersonNotFound, StateCorrupt
+from mta.errors import OtherBank, PersonNotFound
 from mta.executor import Executor, LocalExecutor
-from mta.fuse import Merge, check_merge, merged_factors
+from mta.fuse import Merge, merged_factors
 from mta.generate import generate
 from mta.history import Item, Person
 from mta.lora.batch import join
 from mta.lora.layers import Adapters, applied
 from mta.lora.merge import truncate
 from mta.lora.peft import write_peft
+from mta.making import Maker, Personalized, Updated
 from mta.rows import Nobody, Who, row_adapters
 from mta.score import label_scores, log_likelihood
-from mta.stages import Stages, Wanted, folder_of_run
 from mta.store import State, Store
 from mta.training.trainer import OnStep
 
@@ -38,20 +37,15 @@ log = logging.getLogger("mta")
 
 
 @dataclass(frozen=True, slots=True)
-class Personalized:
-    """What ``personalize`` did: how many people were trained, how many were there already, how many texts were cut."""
-
-    trained: int
-    unchanged: int
-    shortened: int
-
-
-@dataclass(frozen=True, slots=True)
 class Forgotten:
-    """What ``forget`` did: whether states were there, and which trained parts of the bank still hold something."""
+    """What ``forget`` did: whether states were there, and which trained parts of the bank still hold something.
+
+    ``exports_left``: exported adapters it could not remove, each with the reason.
+    """
 
     states_removed: bool
     needs_rebuild: list[str]
+    exports_left: list[str] = field(default_factory=list)
 
 
 class Personalizer:
@@ -101,31 +95,18 @@ class Personalizer:
         unless ``resume`` is off. ``keep_histories`` keeps people's items too, in the store, until they are forgotten.
         Raises DataError for a person without items, MemoryBudgetError, ConfigError.
         """
-        _check(people)
-        check_merge(self.run.merge, len(self.bank), self.bank.task.labelled)
-        ordered = sorted(people, key=lambda person: person.id)
-        everybody = [Wanted.of(person, self.base, self.bank, self.run) for person in ordered]
-        if keep_histories:
-            self._keep_histories(ordered)
-        missing = [wanted for wanted in everybody if not self._has(wanted)]
-        if not missing:
-            return Personalized(0, len(people), 0)
-        folder = folder_of_run(self.store.work, everybody) if self.store and self.store.work else None
-        if folder and not resume:
-            shutil.rmtree(folder, ignore_errors=True)
-        stages = Stages(self.base, self.bank, self.run, self.encoder, on_step, folder)
-        cohorts = stages.cohorts(everybody, missing)
-        lacking = {wanted.person.id for wanted in missing}
+        return self._maker(on_step).personalize(people, keep_histories, resume)
 
-        def compute(numbers: Sequence[int]) -> None:
-            for n, state in zip(numbers, stages.states(numbers, cohorts)):
-                self._keep(cohorts.wanted[n].person.id, state)
+    def update(
+        self, people: Sequence[Person], *, keep_histories: bool = False, on_step: OnStep | None = None
+    ) -> Updated:
+        """Go on from the states there are, for everybody whose history begins with what theirs was made of.
 
-        unfinished = [c for c in cohorts.plan.cohorts if any(cohorts.wanted[n].person.id in lacking for n in c)]
-        list(self.executor.map(compute, unfinished))
-        stages.finish()
-        cut = sum(example.cut > 0 for job in cohorts.jobs for example in job.examples)
-        return Personalized(len(missing), len(people) - len(missing), cut)
+        New items are scored first; what follows costs what they cost, not what the whole history does. Whoever has no
+        state yet, or one of another bank, of other settings or of another past, is personalized as a whole.
+        Raises what ``personalize`` does.
+        """
+        return self._maker(on_step).update(people, keep_histories)
 
     # -- using what was made -------------------------------------------------------------------------------------------
 
@@ -178,7 +159,8 @@ class Personalizer:
         """Write task LoRA, merge and stack as one PEFT folder for the untouched base.
 
         Without ``rank`` nothing is lost and the rank is the sum of the parts', K * R for an exact merge of K anchors;
-        ``rank`` compresses by svd. Returns the relative error that causes (0 without). Raises PersonNotFound.
+        ``rank`` compresses by svd. Returns the relative error that causes (0 without). The store notes the folder, for
+        ``forget`` to remove it. Raises PersonNotFound.
         """
         state = self.state(person)
         used = [n for n, w in enumerate(state.w) if w] or [0]  # an anchor that weighs nothing needs no rank
@@ -189,14 +171,15 @@ class Personalizer:
         whole, error = join([part.to(torch.device("cpu"), torch.float32) for part in parts]), torch.zeros(1)
         if rank is not None and rank < whole.rank:
             whole, error = truncate(whole, rank)
-        write_peft(out, whole, self.base.name, fan_in_fan_out=self.base.fan_in_fan_out)
+        with self.store.exporting(person, out) if self.store else nullcontext():
+            write_peft(out, whole, self.base.name, fan_in_fan_out=self.base.fan_in_fan_out)
         return float(error)
 
     def forget(self, person: str) -> Forgotten:
-        """Remove a person's states and history; name the trained parts that still hold something learnt from them."""
+        """Remove a person's states, history and exports; name the trained parts that still hold something of them."""
         removed = self._unsaved.pop(person, None) is not None
         found = forget_person(person, self.store, self.bank.folder)
-        return Forgotten(removed or found.states_removed, found.needs_rebuild)
+        return replace(found, states_removed=removed or found.states_removed)
 
     def state(self, person: str) -> State:
         """What is kept of a person. Raises PersonNotFound, StateCorrupt; StoreError if it is of another bank."""
@@ -222,23 +205,9 @@ class Personalizer:
         place = {who: i for i, who in enumerate(known)}
         return [place[who] for who in whose], row_adapters(self.base, self.bank, states, stacked)
 
-    def _has(self, wanted: Wanted) -> bool:
-        try:
-            return self.state(wanted.person.id).work == wanted.work
-        except (PersonNotFound, StateCorrupt, OtherBank):
-            return False
-
-    def _keep_histories(self, people: Sequence[Person]) -> None:
-        if not self.store:
-            raise InputError("histories are kept in a store, and there is none", hint='Give one: store="people/"')
-        for person in people:
-            self.store.save_history(person)
-
-    def _keep(self, person: str, state: State) -> None:
-        if self.store:
-            self.store.save(person, state)
-        else:
-            self._unsaved[person] = state
+    def _maker(self, on_step: OnStep | None) -> Maker:
+        mine = self.base, self.bank, self.run, lambda: self.encoder, self.store, self.executor
+        return Maker(*mine, self._unsaved, self.state, on_step)
 
 
 def forget_person(person: str, store: Store | None, bank: Path | None) -> Forgotten:
@@ -247,15 +216,8 @@ def forget_person(person: str, store: Store | None, bank: Path | None) -> Forgot
     Raises BankCorrupt where there is no bank: nothing is done rather than half of it.
     """
     parts = mark_stale(bank, person) if bank else []
-    if store and store.work:
-        shutil.rmtree(store.work, ignore_errors=True)  # a stopped run's checkpoint may hold their stack
-    return Forgotten(store.forget(person) if store else False, parts)
-
-
-def _check(people: Sequence[Person]) -> None:
-    if empty := sum(not person.items for person in people):
-        raise DataError(
-            f"{empty} of {len(people)} people have no item", hint="Personalizing takes at least one shot each."
-        )
-    if len({person.id for person in people}) < len(people):
-        raise DataError("a person is given twice", hint="Put all items of a person into one history.")
+    if not store:
+        return Forgotten(False, parts)
+    store.files.remove_folder("work")  # a stopped run's checkpoint may hold their stack
+    left = store.remove_exports(person)  # while the store still knows where they are
+    return Forgotten(store.forget(person), parts, left)

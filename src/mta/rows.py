@@ -36,7 +36,7 @@ def row_adapters(base: BaseModel, bank: Bank, whose: Sequence[State | Nobody], s
     adapters: list[Adapters] = []
     for mode, rank in sorted({(who.mode, who.rank) for who in whose if isinstance(who, State)}, key=str):
         alike = [who if isinstance(who, State) and (who.mode, who.rank) == (mode, rank) else TASK for who in whose]
-        adapters.append(merged(bank, _merge_of(base, alike), MergeSettings(mode=mode, rank=rank)))
+        adapters.append(merged(bank, merge_of(base, alike), MergeSettings(mode=mode, rank=rank)))
     if bank.task_lora:
         pooled = torch.tensor([[0.0 if who is BASE else 1.0] for who in whose], device=base.device)
         adapters.append(Gated(bank.task_lora, pooled))
@@ -48,7 +48,7 @@ def row_adapters(base: BaseModel, bank: Bank, whose: Sequence[State | Nobody], s
     return adapters
 
 
-def _merge_of(base: BaseModel, whose: Sequence[State | Nobody]) -> Merge:
+def merge_of(base: BaseModel, whose: Sequence[State | Nobody]) -> Merge:
     """Coefficients side by side: nobody's are 0, and shorter merges are filled up with 0."""
     states = [who if isinstance(who, State) else None for who in whose]
     k = max((len(state.anchors) for state in states if state), default=1)

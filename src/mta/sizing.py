@@ -16,6 +16,7 @@ from mta.adaptable import is_linear, shape_of
 from mta.assets import ASSETS, resolve
 from mta.config import Run, Training
 from mta.errors import ConfigError
+from mta.fuse import needs_evidence
 from mta.machine import cores, gemm_rate, pick_dtype, processor
 
 _LLAMA = {"model_type": "llama", "tie_word_embeddings": False}
@@ -191,20 +192,35 @@ def costs(shape: Shape, run: Run, load: Load) -> dict[str, Cost]:
     bank_bytes = (anchors * rank + pooled) * shape.width * STORED
     bank = _bank_operations(shape, run, load)
     k = run.merge.k or anchors
-    merge_bytes = 24.0 * k + 512  # number and coefficient as text, and all else the file says
+    merge_bytes = 24.0 * k + 640  # number and coefficient as text, and all else the file says
     stack = run.stack.lora.rank * shape.width * STORED if run.stack.enabled else 0
-    merged = _evidence(shape, run, load) + _coefficients(shape, run, load)
+    seen = load.shots * load.computed
+    under = _forward(shape, load, pooled), _forward(shape, load, pooled + k * rank)
+    merged = _evidence(shape, run, load) + _coefficients(shape, run, load) + seen * sum(under)
     taught = _examples(run.stack.training, load.shots) * load.computed if run.stack.enabled else 0.0
     stacked = taught * _trained(shape, load, pooled + k * rank, run.stack.lora.rank)
+    stacked += run.stack.enabled * seen * _forward(shape, load, pooled + k * rank + run.stack.lora.rank)
     alone = _examples(run.stack.training, load.shots) * load.computed * _trained(shape, load, pooled, rank)
     task = _task_operations(shape, run, load)
-    seen = load.shots * load.computed * _forward(shape, load, pooled)
+    assembly = shape.layers * (5.0 * anchors + 48)  # a weight an anchor, as text
     return {
         "MTA": Cost(bank_bytes, merge_bytes + stack, bank, merged + stacked),
         "merge alone": Cost(bank_bytes, merge_bytes, bank, merged),
         "OPPU": Cost(pooled * shape.width * STORED, rank * shape.width * STORED, task, alone),
-        "Per-Pcs": Cost(bank_bytes, shape.layers * (5.0 * anchors + 48), bank, seen),  # a weight an anchor, as text
+        "Per-Pcs": Cost(bank_bytes, assembly, bank, seen * under[0]),
     }
+
+
+def passes(run: Run, shots: float) -> tuple[float, float]:
+    """What stages 2 and 3 take, as passes over a person's shots: forward alone, and forward and backward.
+
+    Forward: the evidence where the policy asks for it, else one of the pooled model; then what the state says of merge
+    and stack.
+    """
+    forward = (run.bank.anchors if needs_evidence(run.merge) else 0) + 2 + run.stack.enabled
+    taught = _examples(run.merge.learned, shots) if run.merge.policy == "learned" else 0.0
+    taught += _examples(run.stack.training, shots) if run.stack.enabled else 0.0
+    return float(forward), taught / shots
 
 
 def memory(shape: Shape, run: Run, load: Load) -> Memory:
@@ -251,12 +267,10 @@ def _bank_operations(shape: Shape, run: Run, load: Load) -> float:
 
 def _evidence(shape: Shape, run: Run, load: Load) -> float:
     """The shots under every anchor and under the pooled model alone, where the policy asks for that."""
-    asks = run.merge.policy in ("loss", "posterior", "ridge") or run.merge.retrieve == "loss"
-    asks |= run.merge.policy == "learned" and run.merge.start == "posterior"
     pooled = _pooled(run)
     anchors, rank = run.bank.anchors, run.bank.lora.rank
     under = anchors * _forward(shape, load, pooled + rank) + _forward(shape, load, pooled)
-    return load.shots * load.computed * under if asks else 0.0
+    return load.shots * load.computed * under if needs_evidence(run.merge) else 0.0
 
 
 def _coefficients(shape: Shape, run: Run, load: Load) -> float:

@@ -2,47 +2,56 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import shutil
-import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
+from typing import Any
 
 import torch
 
 from mta.adapt import adapt
-from mta.aside import read_json, write_json
 from mta.bank.bank import Bank
 from mta.base import BaseModel
 from mta.config import MergeSettings, Run, Settings, StackSettings, dump_yaml, parse_size
 from mta.encode import Encoder, encode_people
-from mta.evidence import shots_of
-from mta.fuse import Merge, fuse, merged, merged_bytes
+from mta.evidence import gather_evidence, shots_of, surprise, targets_of
+from mta.fuse import Merge, fuse, merged, merged_bytes, needs_evidence
 from mta.history import Person
 from mta.lora.batch import LoraBatch
-from mta.state import State, work_key
-from mta.training.checkpoint import Checkpoint
+from mta.lora.layers import Adapters, PerPerson
+from mta.state import Losses, State, work_key
 from mta.training.plan import Plan, plan_cohorts
 from mta.training.trainer import Job, OnStep
-
-_ABANDONED = 7 * 24 * 3600.0  # seconds after which nobody will go on with a stopped run
+from mta.work import Work
 
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """A person, and the work key of the state they should have."""
+    """A person, and the work key of the state they should have.
+
+    Where it is made from a state ``before``, that one holds what the first ``known`` items say.
+    """
 
     person: Person
     work: str
+    before: State | None = None
+    known: int = 0
 
     @classmethod
-    def of(cls, person: Person, base: BaseModel, bank: Bank, run: Run) -> Wanted:
-        """The state that this bank and these settings make of a person's items."""
+    def of(
+        cls, person: Person, base: BaseModel, bank: Bank, run: Run, before: State | None = None, known: int = 0
+    ) -> Wanted:
+        """The state that this bank and these settings make of a person's items, anew or from the state ``before``."""
         settings = _Kept(merge=run.merge, stack=run.stack, dtype=str(base.dtype), max_tokens=base.prompts.max_tokens)
-        return cls(person, work_key(bank.hash, person.digest(), dump_yaml(settings), run.seed))
+        how = dump_yaml(settings) + (f"after: {before.work}\n" if before else "")
+        return cls(person, work_key(bank.hash, person.digest(), how, run.seed), before, known)
+
+    @property
+    def shots(self) -> Person:
+        """The person with those items alone that are yet to be learnt from."""
+        return Person(self.person.id, self.person.items[self.known :])
 
     @property
     def name(self) -> str:
@@ -60,100 +69,143 @@ class _Kept(Settings):
 
 
 @dataclass(frozen=True, slots=True)
+class Cohort:
+    """People who are computed together, in rows of at most ``tokens_per_batch``."""
+
+    wanted: tuple[Wanted, ...]
+    tokens_per_batch: int
+    threads: int
+
+    def __len__(self) -> int:
+        return len(self.wanted)
+
+    @property
+    def digest(self) -> str:
+        """Names the work: a checkpoint of another cohort is not used."""
+        works = [wanted.work for wanted in self.wanted]
+        return hashlib.sha256(json.dumps([works, self.tokens_per_batch, self.threads]).encode()).hexdigest()
+
+    def halves(self) -> tuple[Cohort, ...]:
+        """The first and the second half of the people; nothing where there is one."""
+        middle = len(self) // 2
+        return tuple(replace(self, wanted=part) for part in (self.wanted[:middle], self.wanted[middle:]) if middle)
+
+
+@dataclass(frozen=True, slots=True)
 class Cohorts:
-    """Who is computed in this run, their shots, and who of them together."""
+    """Who is computed in this run and who of them together; how many of their texts were cut."""
 
     wanted: list[Wanted]
-    jobs: list[Job]
     plan: Plan
+    cut: int
 
-
-def folder_of_run(work: Path, everybody: Sequence[Wanted]) -> Path:
-    """Where a run over ``everybody`` leaves its plan and checkpoints: other runs over the same store keep theirs."""
-    return work / hashlib.sha256("/".join(wanted.name for wanted in everybody).encode()).hexdigest()[:24]
+    def lacking(self, missing: Sequence[Wanted]) -> list[Cohort]:
+        """The cohorts that somebody's state is missing from."""
+        works, plan = {wanted.work for wanted in missing}, self.plan
+        all_of_them = (tuple(self.wanted[n] for n in numbers) for numbers in plan.cohorts)
+        return [
+            Cohort(wanted, plan.tokens_per_batch, plan.threads)
+            for wanted in all_of_them
+            if any(one.work in works for one in wanted)
+        ]
 
 
 @dataclass(frozen=True, slots=True)
 class Stages:
-    """How cohorts are computed: over what, how they report, and the ``folder`` where stopped ones leave checkpoints."""
+    """How cohorts are computed: over what, how they report, and where stopped ones leave their ``work``."""
 
     base: BaseModel
     bank: Bank
     run: Run
     encoder: Encoder
     on_step: OnStep | None = None
-    folder: Path | None = None
+    work: Work | None = None
 
-    def cohorts(self, everybody: Sequence[Wanted], missing: Sequence[Wanted]) -> Cohorts:
+    def cohorts(
+        self, everybody: Sequence[Wanted], missing: Sequence[Wanted], most: int = 256, threads: int | None = None
+    ) -> Cohorts:
         """Those who are missing, in cohorts; where a run over all of them was stopped, in the cohorts of that run.
 
         So a newcomer costs what one person costs, and what was killed and resumed equals what was not.
         """
         known = {wanted.name: wanted for wanted in everybody}
-        begun = read_json(self.folder / "plan.json") if self.folder else None
-        names = begun if isinstance(begun, list) and set(begun) <= set(known) else []
+        begun = self.work.plan() if self.work else None
+        names = begun if begun and set(begun) <= set(known) else []
         chosen = [known[name] for name in names] if {w.name for w in missing} <= set(names) else list(missing)
-        jobs = [shots_of(self.base, self.bank.task, wanted.person) for wanted in chosen]
         stack, targets = self.run.stack, self.base.targets.values()
         numbers = stack.lora.rank * sum(d + o for d, o in targets) if stack.enabled else 1
         frozen = merged_bytes(self.run.merge, self.bank) if stack.enabled else 0
-        plan = plan_cohorts(self.base, jobs, numbers, parse_size(self.run.memory), frozen=frozen)
-        if self.folder:
-            write_json(self.folder / "plan.json", [wanted.name for wanted in chosen])
-        return Cohorts(chosen, jobs, plan)
+        cut = 0
 
-    def finish(self) -> None:
-        """Everybody's state is there: what the run left of people goes, and what other runs left long ago."""
-        if self.folder:
-            for folder in self.folder.parent.iterdir():
-                if folder == self.folder or time.time() - folder.stat().st_mtime > _ABANDONED:
-                    shutil.rmtree(folder, ignore_errors=True)
-            with contextlib.suppress(OSError):  # other runs' folders may be there
-                self.folder.parent.rmdir()
+        def jobs() -> Iterator[Job]:
+            nonlocal cut
+            for wanted in chosen:
+                yield (job := shots_of(self.base, self.bank.task, wanted.shots))
+                cut += sum(example.cut > 0 for example in job.examples)
 
-    def states(self, numbers: Sequence[int], cohorts: Cohorts) -> list[State]:
+        memory = parse_size(self.run.memory)
+        plan = plan_cohorts(self.base, jobs(), numbers, memory, frozen=frozen, most=most, threads=threads)
+        if self.work:
+            self.work.note([wanted.name for wanted in chosen])
+        return Cohorts(chosen, plan, cut)
+
+    def jobs(self, cohort: Cohort) -> list[Job]:
+        """What each of a cohort is trained on."""
+        return [shots_of(self.base, self.bank.task, wanted.shots) for wanted in cohort.wanted]
+
+    def states(self, cohort: Cohort) -> list[State]:
         """One cohort through stages 2 and 3."""
-        wanted, jobs = [cohorts.wanted[n] for n in numbers], [cohorts.jobs[n] for n in numbers]
-        merge = self.merge([w.person for w in wanted], jobs, cohorts.plan.tokens_per_batch)
-        stacks = self._stacks([w.work for w in wanted], jobs, merge, cohorts.plan)
+        jobs = self.jobs(cohort)
+        merge, pooled = self._merge(cohort, jobs)
+        return self.as_states(cohort, jobs, merge, self._stacks(cohort, jobs, merge), pooled)
+
+    def as_states(
+        self,
+        cohort: Cohort,
+        jobs: Sequence[Job],
+        merge: Merge,
+        stacks: LoraBatch | None,
+        pooled: Sequence[float] | None = None,
+    ) -> list[State]:
+        """What is kept of each of a cohort, and what it makes of the ``jobs`` it was learnt from.
+
+        ``pooled`` are the jobs' losses under the pooled model, where they are known.
+        """
+        losses = self.losses(jobs, merge, stacks, cohort.tokens_per_batch, pooled)
         return [
             State(
                 bank=self.bank.hash,
                 anchors=tuple(merge.ids[i].tolist()),
                 w=tuple(merge.w[i].tolist()),
                 policy=self.run.merge.policy,
-                history=person.digest(),
-                work=work,
+                history=wanted.person.digest(),
+                work=wanted.work,
                 seed=self.run.seed,
                 stack=stacks.select([i]).to(torch.device("cpu")) if stacks else None,
                 mode=self.run.merge.mode,
                 rank=self.run.merge.rank,
+                losses=losses[i].after(wanted.before.losses if wanted.before else None),
             )
-            for i, (person, work) in enumerate((w.person, w.work) for w in wanted)
+            for i, wanted in enumerate(cohort.wanted)
         ]
 
-    def merge(self, people: Sequence[Person], jobs: Sequence[Job], tokens_per_batch: int) -> Merge:
-        """Stage 2: people's anchors and coefficients, from their shots alone."""
+    def _merge(self, cohort: Cohort, jobs: Sequence[Job]) -> tuple[Merge, list[float] | None]:
+        """Stage 2: people's anchors and coefficients, from their shots alone; and what evidence says of the pooled."""
+        people = [wanted.person for wanted in cohort.wanted]
         vectors = encode_people(self.encoder, self.bank.task, people, self.bank.info.run.bank.encode)
-        return fuse(
-            self.base,
-            jobs,
-            self.bank.working,
-            self.bank.pooled,
-            self.bank.similarity(vectors),
-            self.run.merge,
-            seed=self.run.seed,
-            tokens_per_batch=tokens_per_batch,
-            on_step=self.on_step,
-        )
+        settings, bank = self.run.merge, (self.bank.working, self.bank.pooled)
+        how: dict[str, Any] = {"tokens_per_batch": cohort.tokens_per_batch, "on_step": self.on_step}
+        evidence = gather_evidence(self.base, jobs, *bank, **how) if needs_evidence(settings) else None
+        near = self.bank.similarity(vectors)
+        merge = fuse(self.base, jobs, *bank, near, settings, evidence, seed=self.run.seed, **how)
+        return merge, (-evidence.task / evidence.tokens).tolist() if evidence else None
 
-    def _stacks(self, works: Sequence[str], jobs: Sequence[Job], merge: Merge, plan: Plan) -> LoraBatch | None:
+    def _stacks(self, cohort: Cohort, jobs: Sequence[Job], merge: Merge) -> LoraBatch | None:
         """Stage 3, or None where it is switched off."""
         settings = self.run.stack
         if not settings.enabled:
             return None
-        name = hashlib.sha256("/".join([plan.digest, *works]).encode()).hexdigest()
-        checkpoint = Checkpoint(self.folder / f"{name[:24]}.checkpoint", name) if self.folder else None
+        checkpoint = self.work.checkpoint(cohort.digest) if self.work else None
         stacks = adapt(
             self.base,
             jobs,
@@ -161,10 +213,27 @@ class Stages:
             settings.lora,
             settings.training,
             seed=self.run.seed,
-            tokens_per_batch=plan.tokens_per_batch,
+            tokens_per_batch=cohort.tokens_per_batch,
             checkpoint=checkpoint,
             on_step=partial(self.on_step, "stack") if self.on_step else None,
         )
         if checkpoint:
             checkpoint.remove()
         return stacks
+
+    def losses(
+        self,
+        jobs: Sequence[Job],
+        merge: Merge,
+        stacks: LoraBatch | None,
+        tokens_per_batch: int,
+        pooled: Sequence[float] | None = None,
+    ) -> list[Losses]:
+        """What everybody's shots cost under the pooled model, with the merge, and with the stack: a pass each."""
+
+        def under(*added: Adapters) -> list[float]:
+            return surprise(self.base, jobs, [*self.bank.pooled, *added], tokens_per_batch=tokens_per_batch)
+
+        over = merged(self.bank, merge, self.run.merge)
+        stacked: Sequence[float | None] = under(over, PerPerson(stacks)) if stacks else [None] * len(jobs)
+        return [Losses(*told) for told in zip(pooled or under(), under(over), stacked, map(targets_of, jobs))]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from safetensors import SafetensorError
 from safetensors.torch import load, save
@@ -27,13 +27,50 @@ SEALED = 8 + len(_HEAD) + 64  # bytes at a file's beginning that hold its seal
 _AGAIN = "Load an earlier version, or make it again:  mta personalize"
 
 
+@dataclass(frozen=True, slots=True)
+class Losses:
+    """What a person's own shots cost: mean NLL per target token in nats, over ``tokens`` targets (our choice).
+
+    Under the pooled model (base and task LoRA), with the merge, and with merge and stack (None without a stack). Merge
+    and stack come from these very shots: the numbers say what was learnt of them, not how the next query will go.
+    Raises InputError for a number that is not finite, which JSON could not say either.
+    """
+
+    pooled: float
+    merged: float
+    stacked: float | None
+    tokens: int
+
+    def after(self, before: Losses | None) -> Losses:
+        """Of these items and those learnt from ``before``, each as it was when it was learnt from."""
+        if before is None:
+            return self
+        tokens = self.tokens + before.tokens
+
+        def mean(new: float, old: float) -> float:
+            return (new * self.tokens + old * before.tokens) / tokens
+
+        stacked = self.stacked
+        if stacked is not None and before.stacked is not None:
+            stacked = mean(stacked, before.stacked)
+        return Losses(mean(self.pooled, before.pooled), mean(self.merged, before.merged), stacked, tokens)
+
+    def __post_init__(self) -> None:
+        told = [self.pooled, self.merged] + ([] if self.stacked is None else [self.stacked])
+        if not all(map(math.isfinite, told)) or self.tokens < 1:
+            raise InputError(
+                f"losses on shots are finite numbers over at least one token, got {self}",
+                hint="Training went astray: lower stack.training.lr, or merge.learned.lr, and personalize again.",
+            )
+
+
 @dataclass(frozen=True, eq=False)
 class State:
     """What is kept of one person: anchors and coefficients of the merge, and the stack (None = merge only).
 
     ``bank`` is the bank's hash, ``history`` the digest of the shots, ``work`` the key of the work that made it
-    (``work_key``); ``mode`` and ``rank`` say how the merge is computed. Nothing in it depends on the clock, so the same
-    work gives the same bytes.
+    (``work_key``); ``mode`` and ``rank`` say how the merge is computed; ``losses`` what was learnt of the shots, None
+    in states of before they were noted. Nothing in it depends on the clock, so the same work gives the same bytes.
     """
 
     bank: str
@@ -46,6 +83,7 @@ class State:
     stack: LoraBatch | None = None
     mode: MergeMode = "exact"
     rank: int | None = None
+    losses: Losses | None = None
 
     def __post_init__(self) -> None:
         if len(self.anchors) != len(self.w) or not all(map(math.isfinite, self.w)):
@@ -71,6 +109,8 @@ class State:
         """
         fields = {"sha256": _NO_DIGEST, "schema": SCHEMA} | {name: getattr(self, name) for name in _FIELDS}
         fields["scale"] = None if self.stack is None else self.stack.scale
+        if self.losses is not None:  # a state without them keeps the bytes it always had
+            fields["losses"] = asdict(self.losses)
         data = save({} if self.stack is None else self.stack.tensors(), {"state": json.dumps(fields)})
         return data[: _DIGEST.start] + _digest(data).encode() + data[_DIGEST.stop :]
 
@@ -104,8 +144,10 @@ class State:
         if fields["schema"] != SCHEMA:
             raise ValueError(f"schema {fields['schema']!r}")
         stack = None if fields["scale"] is None else LoraBatch.of_tensors(load(data), fields["scale"])
+        losses = Losses(**fields["losses"]) if "losses" in fields else None
         kept = {name: fields[name] for name in _FIELDS}
-        return cls(**kept | {"anchors": tuple(kept["anchors"]), "w": tuple(kept["w"]), "stack": stack})
+        kept |= {"anchors": tuple(kept["anchors"]), "w": tuple(kept["w"])}
+        return cls(**kept, stack=stack, losses=losses)
 
 
 def seal_of(beginning: bytes) -> str | None:

@@ -31,6 +31,7 @@ class Storage:
             raise StoreError(f"the store cannot be opened: {error}", hint=hint) from error
         self.root = str(root).rstrip("/")
         self.local = isinstance(self.fs, LocalFileSystem)
+        self.url = str(Path(self.root).resolve()) if self.local else str(url)  # means the same in any folder
 
     def at(self, name: str) -> str:
         """The full path."""

@@ -5,6 +5,7 @@
         1.safetensors, 2.safetensors ...  states, each created once and never changed
         latest.json                       a hint for readers: version, time, work
         history.json                      only what ``save_history`` was given
+        exports.json                      where adapters were exported to, readable only with the id
 
 Raw ids appear nowhere; whoever holds store.json can test a guessed id, so guard it as the data itself.
 """
@@ -17,10 +18,13 @@ import hmac
 import json
 import re
 import secrets
+from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
-from mta.errors import InputError, PersonNotFound, StateCorrupt, StoreConflict, StoreError
+from mta.errors import InputError, MtaError, PersonNotFound, StateCorrupt, StoreConflict, StoreError
+from mta.exports import Export, exports_from_bytes, exports_to_bytes
 from mta.history import Person
 from mta.state import SCHEMA, SEALED, State, history_from_bytes, history_to_bytes, seal_of, work_key
 from mta.storage import Storage
@@ -46,11 +50,6 @@ class Store:
     def key_of(self, id: str) -> str:
         """Keyed hash of an id: what may be recorded elsewhere, as in a bank's list of those it learnt from."""
         return self._path(id, write=True)[3:]
-
-    @property
-    def work(self) -> Path | None:
-        """Where runs over a local store leave what they need to go on; None elsewhere."""
-        return Path(self.files.root) / "work" if self.files.local else None
 
     def check(self) -> None:
         """Raises StoreError where there is no store, or its key is damaged: neither may look like an unknown person."""
@@ -94,6 +93,14 @@ class Store:
         where = f"in the store {self.files.root}"
         raise PersonNotFound(f"no state of {id!r} {where}", hint="Personalize first:  mta personalize")
 
+    def rollback(self, id: str, version: int) -> int:
+        """Make an earlier version's content the newest again and return its number.
+
+        Versions never change, so it is saved as one more; where the latest is that version, or of the same work,
+        nothing happens. Raises PersonNotFound (naming the versions there are), StateCorrupt, StoreConflict.
+        """
+        return self.save(id, self.load(id, version))
+
     def seal(self, id: str, version: int) -> str | None:
         """What tells a version's content from any other's, read from its file's beginning; None where it is not there.
 
@@ -114,7 +121,17 @@ class Store:
 
     def versions(self, id: str) -> list[int]:
         """Numbers of all versions there are, oldest first."""
-        return sorted(filter(None, map(version_of, self.files.sizes(self._path(id)))))
+        return list(self.sizes(id))
+
+    def sizes(self, id: str) -> dict[int, int]:
+        """Bytes of each version there is, oldest first."""
+        found = self.files.sizes(self._path(id)).items()
+        return dict(sorted((version_of(name), size) for name, size in found if version_of(name)))
+
+    def time_of(self, id: str, version: int) -> str | None:
+        """When a version was saved, as ISO 8601; None where the hint, which knows the newest alone, says nothing."""
+        hint = self._hint(self._path(id))
+        return str(hint["time"]) if hint.get("version") == version and "time" in hint else None
 
     def __contains__(self, id: str) -> bool:
         return self.latest(id) is not None
@@ -125,7 +142,7 @@ class Store:
         return len({folder for folder, _, file in found if version_of(file)})
 
     def nbytes(self, id: str) -> int:
-        """Bytes kept of a person: all versions, history, hint."""
+        """Bytes kept of a person: all versions, history, hint, exports."""
         return sum(self.files.sizes(self._path(id)).values())
 
     def save_history(self, person: Person) -> None:
@@ -137,12 +154,48 @@ class Store:
         data = self.files.read(name := f"{self._path(id)}/history.json")
         return None if data is None else history_from_bytes(id, data, self.files.at(name))
 
+    def exports(self, id: str) -> list[Export]:
+        """Where a person's adapters were exported to. Raises StateCorrupt."""
+        data = self.files.read(name := f"{self._path(id)}/exports.json")
+        return [] if data is None else exports_from_bytes(data, self._secret(id), self.files.at(name))
+
+    @contextlib.contextmanager
+    def exporting(self, id: str, folder: str | Path) -> Iterator[None]:
+        """Within the block an adapter of a person is written to a folder of this host, for ``remove_exports`` to find.
+
+        It is noted before it is there, so that a killed export is found too. Of two exports of one person at one
+        instant the later alone may be noted. Raises StateCorrupt.
+        """
+        before, export = self.exports(id), Export.begun(folder)
+        others = [known for known in before if (known.host, known.folder) != (export.host, export.folder)]
+        self._note(id, [*others, export])
+        try:
+            yield
+        except MtaError:  # refused, and nothing written
+            self._note(id, before)
+            raise
+        self._note(id, [*others, export.done()])
+
+    def _note(self, id: str, exports: Sequence[Export]) -> None:
+        name = f"{self._path(id, write=True)}/exports.json"
+        if exports:
+            self.files.replace(name, exports_to_bytes(exports, self._secret(id)))
+        else:
+            self.files.remove(name)
+
+    def remove_exports(self, id: str) -> list[str]:
+        """Remove what was exported of a person, before ``forget`` forgets where it lies; what is left, in words."""
+        try:
+            return [left for export in self.exports(id) if (left := export.remove())]
+        except StateCorrupt as error:  # it must not keep anybody from being forgotten
+            return [f"whatever was exported of them ({error.message})"]
+
     def forget(self, id: str) -> bool:
         """Remove all that is kept of a person; False if there was nothing. Repeat it if it was interrupted.
 
         The hint goes first, the most telling text next, states from the oldest on: whatever a crash leaves is still
         found under the id, as the newest state, so it is seen and can be forgotten again. With the hint last, a crash
-        could leave files of somebody who seems unknown.
+        could leave files of somebody who seems unknown. Exported adapters are ``remove_exports``' business, before.
         """
         path = self._path(id)
         names = self.files.sizes(path)
@@ -157,6 +210,12 @@ class Store:
         self._key = self._key or self._open(write)
         keyed = hmac.new(self._key, id.encode("utf-8", "surrogatepass"), hashlib.sha256).hexdigest()
         return f"{keyed[:2]}/{keyed}"
+
+    def _secret(self, id: str) -> bytes:
+        """The key of a person's exports; made of another key than their path, which everybody sees."""
+        self._path(id)  # whoever comes first opens the store
+        own = hashlib.sha256(b"exports/" + self._key).digest()
+        return hmac.new(own, id.encode("utf-8", "surrogatepass"), hashlib.sha256).digest()
 
     def _open(self, write: bool) -> bytes:
         """The key; where nobody has written yet, a new one, or for readers none: any finds nobody."""
@@ -181,11 +240,16 @@ class Store:
                 hint="Restore it from a backup: without its key nobody in the store can be found.",
             ) from error
 
-    def _hinted(self, path: str) -> int | None:
+    def _hint(self, path: str) -> dict[str, Any]:
+        """What the hint says; nothing where it is lost or damaged."""
         try:
-            version = json.loads(self.files.read(f"{path}/latest.json") or b"{}")["version"]
-        except (ValueError, KeyError, TypeError, RecursionError):
-            return None
+            hint = json.loads(self.files.read(f"{path}/latest.json") or b"{}")
+        except (ValueError, RecursionError):
+            return {}
+        return hint if isinstance(hint, dict) else {}
+
+    def _hinted(self, path: str) -> int | None:
+        version = self._hint(path).get("version")
         return version if type(version) is int and self.files.exists(f"{path}/{version}.safetensors") else None
 
     def _work(self, name: str) -> str | None:

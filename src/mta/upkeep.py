@@ -11,17 +11,26 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal, TypeVar
 
 from mta.errors import MtaError
+from mta.exports import check_exports
 from mta.state import State, history_from_bytes
 from mta.store import Store, version_of
+from mta.work import ABANDONED
 
 T = TypeVar("T")
-Kind = Literal["key", "state", "history", "hint", "work", "leftover", "stranger"]
+Kind = Literal["key", "state", "history", "exports", "hint", "work", "leftover", "stranger"]
 
 _PLACE = re.compile(r"([0-9a-f]{2}/[0-9a-f]{64})/([^/]+)")
+_BESIDE: dict[str, Kind] = {"latest.json": "hint", "history.json": "history", "exports.json": "exports"}
 _ASIDE = re.compile(r"\..+\.[0-9a-f]{32}")  # what a writer renames or links when it is whole
+_READERS: dict[Kind, Callable[[bytes, str], object]] = {
+    "state": State.from_bytes,
+    "history": partial(history_from_bytes, "-"),
+    "exports": check_exports,
+}
 _TOGETHER = 16  # files read at once: an address far away answers each of them slowly
 
 
@@ -32,6 +41,7 @@ class Health:
     people: int
     states: int
     histories: int
+    exports: int  # lists of where adapters were exported to
     damaged: dict[str, str]
     leftovers: list[str]
     strangers: list[str]
@@ -39,7 +49,7 @@ class Health:
 
 @dataclass(frozen=True, slots=True)
 class Stats:
-    """How much a store holds. Bytes of a person: all versions, history, hint."""
+    """How much a store holds. Bytes of a person: all versions, history, hint, exports."""
 
     people: int
     versions: int
@@ -51,13 +61,13 @@ class Stats:
 
 
 def check(store: Store, on_file: Callable[[int, int], None] = lambda done, total: None) -> Health:
-    """Read every state and history of a store; ``on_file`` is told how many are done, of how many.
+    """Read every state, history and list of exports of a store; ``on_file`` is told how many are done, of how many.
 
     Raises StoreError where there is no store.
     """
     store.check()
     kinds = {name: _kind(name) for name in store.files.find()}
-    read = [name for name, kind in kinds.items() if kind in ("state", "history")]
+    read = [name for name, kind in kinds.items() if kind in _READERS]
     damaged: dict[str, str] = {}
     for n, (name, wrong) in enumerate(zip(read, _together(lambda name: _wrong(store, name), read)), 1):
         if wrong:
@@ -68,7 +78,8 @@ def check(store: Store, on_file: Callable[[int, int], None] = lambda done, total
         return sorted(name for name, its in kinds.items() if its == kind and name not in damaged)
 
     people = {_person(name) for name in of("state")}
-    return Health(len(people), len(of("state")), len(of("history")), damaged, of("leftover"), of("stranger"))
+    states, histories, exports = len(of("state")), len(of("history")), len(of("exports"))
+    return Health(len(people), states, histories, exports, damaged, of("leftover"), of("stranger"))
 
 
 def stats(store: Store) -> Stats:
@@ -76,7 +87,7 @@ def stats(store: Store) -> Stats:
     store.check()
     sizes, kinds = dict[str, int](), list[Kind]()
     for name, size in store.files.find().items():
-        if (kind := _kind(name)) in ("state", "history", "hint"):
+        if (kind := _kind(name)) in (*_READERS, "hint"):
             kinds.append(kind)
             sizes[_person(name)] = sizes.get(_person(name), 0) + size
     each = sorted(sizes.values()) or [0]
@@ -93,12 +104,16 @@ def collect(
 ) -> dict[str, int]:
     """Remove what killed writers left ``older`` seconds ago, and with ``keep`` all but everybody's newest versions.
 
+    What a stopped run left goes when nobody has touched it for a week.
+
     Somebody whose newest version does not read keeps all of them. Returns the files that went (with ``dry``: that would
     go) and their bytes. Repeat it if it was interrupted. Raises StoreError where there is no store.
     """
     store.check()
     sizes, gone = store.files.find(), dict[str, int]()
-    for name in [name for name in sizes if _kind(name) == "leftover" and store.files.age(name) > older]:
+    waits: dict[Kind, float] = {"leftover": older, "work": ABANDONED}
+    left = {name: waits[kind] for name in sizes if (kind := _kind(name)) in waits}
+    for name in [name for name, wait in left.items() if store.files.age(name) > wait]:
         gone[name] = sizes[name]
         if not dry:
             store.files.remove(name)
@@ -140,21 +155,17 @@ def _kind(name: str) -> Kind:
         return "leftover"
     if name == "store.json":
         return "key"
-    if _PLACE.fullmatch(name) and file == "latest.json":
-        return "hint"
-    if _PLACE.fullmatch(name) and file == "history.json":
-        return "history"
-    return "state" if _PLACE.fullmatch(name) and version_of(file) else "stranger"
+    if not _PLACE.fullmatch(name):
+        return "stranger"
+    return "state" if version_of(file) else _BESIDE.get(file, "stranger")
 
 
 def _wrong(store: Store, name: str) -> str:
     """What keeps a file from being read; nothing for one that was removed meanwhile."""
     try:
         data = store.files.read(name)
-        if data is not None and _kind(name) == "state":
-            State.from_bytes(data, name)
-        elif data is not None:
-            history_from_bytes("-", data, name)
+        if data is not None:
+            _READERS[_kind(name)](data, name)
     except MtaError as error:
         return error.message
     return ""

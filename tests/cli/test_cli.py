@@ -133,8 +133,27 @@ def test_nobodys_name_or_text_is_in_a_bank_or_a_store(world):
 # people
 
 
+def test_update_goes_on_from_the_states_there_are(world, tmp_path):
+    at = world.copy(tmp_path)
+    grown = written(tmp_path / "grown.jsonl", ratings("new", "quispe", 4, items=8) + ratings("later", "quispe", 1))
+    found = mta("personalize", grown, *at, "--update", "--json").json
+    assert found["kept"] + found["retrained"] + found["refreshed"] == 4
+    assert (found["begun"], found["unchanged"], found["failed"]) == (1, 0, {})
+    if not found["kept"]:
+        assert "5 had no new items" in mta("personalize", grown, *at, "--update").out
+
+
+def test_workers_of_a_cluster_make_the_states(world, tmp_path):
+    pytest.importorskip("ray", reason="Ray is not installed: pip install 'merge-then-adapt[ray]'")
+    words = ["--bank", world.bank, "--store", tmp_path / "people", "--cluster", "local", "--workers", 2]
+    found = mta("personalize", world.new, *words, "--together", 2, "--json")
+    assert found.json == {"trained": 4, "unchanged": 0, "shortened": 0, "failed": {}}
+    assert "fleet: 4/4" in found.err
+    assert mta("store", "check", tmp_path / "people", "--json").json["states"] == 4
+
+
 def test_personalize_counts_who_was_trained(world):
-    assert world.personalized.json == {"trained": 4, "unchanged": 0, "shortened": 0}
+    assert world.personalized.json == {"trained": 4, "unchanged": 0, "shortened": 0, "failed": {}}
 
 
 def test_personalizing_again_trains_nobody(world):
@@ -182,9 +201,72 @@ def test_export_reports_what_compressing_costs(world, tmp_path):
 
 def test_forget_removes_a_person(world, tmp_path):
     at = world.copy(tmp_path)
-    assert mta("forget", ANN, *at, "--json").json == {"states_removed": True, "needs_rebuild": []}
+    told = {"states_removed": True, "needs_rebuild": [], "exports_left": []}
+    assert mta("forget", ANN, *at, "--json").json == told
     assert run("generate", QUESTION, "--person", ANN, *at).err.splitlines()[-2].startswith("PersonNotFound: ")
     assert mta("forget", ANN, *at).out == "nothing was kept of that person\n"
+
+
+def test_forget_removes_exports_and_names_those_it_cannot(world, tmp_path):
+    at = world.copy(tmp_path)
+    for name in ("one", "two"):
+        mta("export", ANN, "--out", tmp_path / name, *at)
+    mta("export", BOB, "--out", tmp_path / "two", *at)
+    said = mta("forget", ANN, *at).out
+    assert said == f"removed\nexported and not removed: {tmp_path}/two (its adapter was changed since)\n"
+    assert [(tmp_path / name).exists() for name in ("one", "two")] == [False, True]
+
+
+def test_person_show_explains_a_state(world, tmp_path):
+    at = world.copy(tmp_path)
+    mta("personalize", world.new, *at, "--keep-histories")
+    mta("export", ANN, "--out", tmp_path / "out", *at)
+    told, said = mta("person", "show", ANN, *at, "--json").json, mta("person", "show", ANN, *at).out
+    assert said.startswith("version 1, of 1 kept; saved 20")
+    assert f"bank {told['bank'][:12]}, the one at {tmp_path}/bank\nmerge: posterior, 2 anchors, exact\n" in said
+    shown = re.findall(r"anchor (\d+) +(\d\.\d{3})", said)
+    assert shown == [(str(one["anchor"]), f"{one['w']:.3f}") for one in told["weights"]]
+    assert re.search(rf"the pooled model +{told['null']:.3f} +[━█▏▎▍▌▋▊▉]", said)
+    assert re.search(
+        r"nats per token on their shots \(12 target tokens\): pooled model \d\.\d{3}, with the merge \d\.", said
+    )
+    assert "  the merge explains their shots " in said
+    assert "history: 6 items kept\n" in said
+    assert f"exported to {tmp_path}/out on " in said
+    assert "learnt from them in the bank: nothing\n" in said
+    assert re.search(r"to make it again: 5 passes forward and 2 forward and back over about \d+ tokens: \d\.\de", said)
+    for text in ("Zorblax", "Drama"):
+        assert text not in said
+        assert text not in json.dumps(told)
+
+
+def test_person_show_says_what_is_not_there(world, tmp_path):
+    at = world.copy(tmp_path)
+    mta("personalize", world.new, *at, "stack.enabled=false", "merge.policy=uniform")
+    said = mta("person", "show", BOB, *at).out
+    assert "version 2, of 2 kept" in said
+    assert "stack: none, the merge alone\n" in said
+    assert "history: not kept\n" in said
+    assert "pooled model  " not in said
+    assert re.search(r"2 passes forward and 0 forward and back over shots of 12 target tokens\n", said)
+
+
+def test_versions_are_listed_and_gone_back_to(world, tmp_path):
+    at, store = world.copy(tmp_path), ["--store", tmp_path / "people"]
+    mta("personalize", world.new, *at, "merge.policy=uniform")
+    first, second = mta("person", "versions", ANN, *store, "--json").json
+    assert (first["policy"], second["policy"], first["latest"], second["latest"]) == (
+        "posterior",
+        "uniform",
+        False,
+        True,
+    )
+    assert mta("person", "rollback", ANN, 1, *store).out == "the newest version is 3, of the content of version 1\n"
+    assert mta("person", "rollback", ANN, 1, *store, "--json").json == {"content_of": 1, "version": 3}
+    lines = mta("person", "versions", ANN, *store).out.splitlines()
+    assert [line.split()[0] for line in lines] == ["1", "2", "3"]
+    assert lines[2].endswith(f"work {first['work'][:8]}  posterior  (latest)")
+    assert mta("person", "show", ANN, *at, "--json").json["version"] == 3
 
 
 def test_forget_names_what_was_learnt_from_a_person(world, tmp_path):
@@ -236,3 +318,28 @@ def test_evaluate_prints_a_table_for_people_on_stderr(world):
     said = mta("evaluate", world.new, "--bank", world.bank, "shots=2", "queries=1", "policies=[uniform]", "--people", 2)
     assert said.out == ""
     assert "2 people, 2 shots and 1 later queries each" in said.err
+
+
+def test_evaluate_privacy_attacks_the_bank(world, tmp_path):
+    everybody = tmp_path / "everybody.jsonl"
+    everybody.write_text(world.members.read_text() + world.new.read_text())
+    words = ["evaluate", everybody, "--bank", world.bank, "--privacy", "shots=2", "targets=2", "items=3"]
+    said = mta(*words, "merge.policy=learned", "merge.k=1", "--out", tmp_path / "out", "--json")
+    rows = {(row["about"], row["model"]): row for row in said.json["rows"]}
+    assert ("the anchors' items", "learned, K = 1") in rows
+    own = rows["the anchors' items", "the anchor's own"]
+    assert (own["models"], own["members"], own["others"]) == (2, 6, 12)
+    assert set(own["attacks"]) == {"loss", "over base", "over task LoRA"}
+    assert said.json["meta"]["command"].startswith("mta evaluate ")
+    assert json.loads((tmp_path / "out" / "results.json").read_text()) == said.json
+    assert (tmp_path / "out" / "privacy.png").stat().st_size > 1000
+    assert not any(word in said.out for word in ("quispe", "hoxha", "Zorblax"))
+
+
+def test_evaluate_privacy_prints_a_table_for_people_on_stderr(world, tmp_path):
+    everybody = tmp_path / "everybody.jsonl"
+    everybody.write_text(world.members.read_text() + world.new.read_text())
+    said = mta("evaluate", everybody, "--bank", world.bank, "--privacy", "shots=2", "stack.enabled=no")
+    assert said.out == ""
+    assert "Membership inference by loss" in said.err
+    assert "Careful: only 12 items of others" in said.err

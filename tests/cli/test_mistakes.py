@@ -22,6 +22,14 @@ MISTAKES = {
     "a file that is not there": ("data describe {root}/no.jsonl", "AssetError: no such file or folder: "),
     "a name that is nothing": ("data describe nothing --task lamp3", "DataError: no such file: nothing"),
     "a folder that holds no people": ("data describe {base}", "DataError: "),
+    "workers without a cluster": (
+        "personalize {new} --bank {bank} --store {root}/s --workers 2",
+        "InputError: --workers are a cluster's",
+    ),
+    "a cluster that is not there": (
+        "personalize {new} --bank {bank} --store {root}/s --cluster 127.0.0.1:1",
+        "ClusterError: ",
+    ),
     "an unknown task": ("data describe {new} --task lampe3", "TaskError: unknown task 'lampe3'"),
     "an unknown person to show": ("data show {new} {settings} --person eve", "PersonNotFound: nobody in "),
     "a build of an unknown base": (
@@ -101,6 +109,26 @@ MISTAKES = {
         "export eve --out {root}/x --bank {bank} --store {store}",
         "PersonNotFound: no state of 'eve'",
     ),
+    "an export into a file": (
+        "export new-00-quispe --out {new} --bank {bank} --store {store}",
+        "InputError: {new} is a file, expected a folder",
+    ),
+    "an account of an unknown person": (
+        "person show eve --bank {bank} --store {store}",
+        "PersonNotFound: no state of 'eve'",
+    ),
+    "an account by a bank that is not there": (
+        "person show new-00-quispe --bank {root}/no --store {store}",
+        "BankCorrupt: no bank at {root}/no",
+    ),
+    "the versions of an unknown person": (
+        "person versions eve --store {root}/s",
+        "PersonNotFound: no state of 'eve' in the store {root}/s",
+    ),
+    "going back to a version that is not there": (
+        "person rollback new-00-quispe 7 --store {store}",
+        "PersonNotFound: 'new-00-quispe' has no version 7; there are 1",
+    ),
     "an evaluation of the bank's own people": (
         "evaluate {members} --bank {bank} --out {root}/r shots=2 queries=2",
         "InputError: none of 18 people can be tested",
@@ -108,6 +136,22 @@ MISTAKES = {
     "an evaluation with an unknown key": (
         "evaluate {new} --bank {bank} --out {root}/r shot=2",
         "ConfigError: the command line: shot: ",
+    ),
+    "an attack without the bank's own people": (
+        "evaluate {new} --bank {bank} --privacy --out {root}/r shots=2",
+        "InputError: 0 of the bank's 2 anchors are among the 4 people given",
+    ),
+    "an attack without others": (
+        "evaluate {members} --bank {bank} --privacy --out {root}/r",
+        "InputError: 0 of 18 people are in nothing of the bank",
+    ),
+    "an attack with an unknown key": (
+        "evaluate {members} --bank {bank} --privacy queries=2",
+        "ConfigError: the command line: queries: ",
+    ),
+    "an attack on a recipe": (
+        "evaluate movielens --bank {bank} --privacy",
+        "InputError: --privacy takes people and a bank, no recipe and no --people",
     ),
     "predictions of an unnamed task": (
         "evaluate {new} --predictions {new}",

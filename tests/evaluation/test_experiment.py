@@ -101,7 +101,7 @@ def test_retrieved_prompts_show_earlier_shots_and_never_what_is_asked(world, fin
 
 def test_what_is_finished_is_not_computed_again(world, finished, cache, monkeypatch):
     before = (finished / "scores.jsonl").read_bytes()
-    monkeypatch.setattr(module, "_measured", None)  # would be called for whatever is missing
+    monkeypatch.setattr(module, "measured", None)  # would be called for whatever is missing
     lab = lab_of(world, finished)
     lab.recipe = lab.recipe.model_copy(
         update={"exhibits": {k: v for k, v in lab.recipe.exhibits.items() if k not in ("banks", "case")}}
@@ -113,7 +113,7 @@ def test_what_is_finished_is_not_computed_again(world, finished, cache, monkeypa
 def test_stopped_and_resumed_equals_undisturbed(world, cache, tmp_path, monkeypatch):
     whole, torn = tmp_path / "whole", tmp_path / "torn"
     run_experiment(lab_of(world, whole), ["ablation"])
-    measured, calls = module._measured, []
+    measured, calls = module.measured, []
 
     def killed(*args):
         calls.append(1)
@@ -123,7 +123,7 @@ def test_stopped_and_resumed_equals_undisturbed(world, cache, tmp_path, monkeypa
             raise KeyboardInterrupt
         return measured(*args)
 
-    monkeypatch.setattr(module, "_measured", killed)
+    monkeypatch.setattr(module, "measured", killed)
     with pytest.raises(KeyboardInterrupt):
         run_experiment(lab_of(world, torn), ["ablation"])
     (run,) = json.loads((torn / "meta.json").read_text())["runs"]

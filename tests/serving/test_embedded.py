@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -25,10 +26,10 @@ KINDS = ["llama", "mistral", "qwen2", "qwen3", "gemma3", "gpt2"]
 class OneBank:
     """What an engine needs of a bank, over random adapters."""
 
-    def __init__(self, base, anchors=3):
-        self.working = self.anchors = random_loras(base, anchors, size=0.5)
-        self.task_lora = random_loras(base, 1, size=0.4, seed=5)
-        self.info, self.hash = SimpleNamespace(run=TINY_RUN), "bank"
+    def __init__(self, base, anchors=3, name="bank", seed=0, pooled=True):
+        self.working = self.anchors = random_loras(base, anchors, size=0.5, seed=seed)
+        self.task_lora = random_loras(base, 1, size=0.4, seed=seed + 5) if pooled else None
+        self.info, self.hash = SimpleNamespace(run=TINY_RUN), name
 
     def __len__(self):
         return len(self.anchors)
@@ -104,6 +105,27 @@ def test_everybody_is_answered_as_if_they_were_alone(kind, mode):
     for n, (ask, tokens) in enumerate(zip(asks, found)):
         assert tokens == one_by_one(base, bank, whose[n % 6], ask.prompt, ask.max_tokens), n
     assert len({tuple(tokens) for tokens in found}) == len(found)
+
+
+@pytest.mark.parametrize("pooled", [True, False])
+@pytest.mark.parametrize("mode", ["exact", "svd"])
+def test_people_of_two_banks_share_a_batch_while_they_are_moved(mode, pooled):
+    """Each by the bank of their state, with its own task LoRA or none; the pooled model is the new bank's."""
+    base, bank, whose = world(mode=mode)
+    old = OneBank(base, anchors=5, name="old", seed=40, pooled=pooled)
+    banks = [bank, bank, *([bank, old] * 2)]
+    whose = [replace(who, bank="old", anchors=(4, 0, 3)) if its is old else who for who, its in zip(whose, banks)]
+
+    async def go():
+        engine = engine_of(base, bank, whose, before=old, slots=3)
+        asks = [ask_of(n % 6, prompt, 5 + n % 4) for n, prompt in enumerate(prompts_of(12))]
+        found = await asyncio.gather(*(tokens_of(engine, ask) for ask in asks))
+        await engine.close()
+        return asks, found
+
+    asks, found = asyncio.run(go())
+    for n, (ask, tokens) in enumerate(zip(asks, found)):
+        assert tokens == one_by_one(base, banks[n % 6], whose[n % 6], ask.prompt, ask.max_tokens), n
 
 
 def test_a_row_at_the_models_last_places_shares_a_pass_with_a_wider_one():

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx2
 import openai
 import pytest
-from conftest import people_of
+from conftest import HashEncoder, people_of, personalizer
 from served import endless, served
 from tiny import base_of, random_loras
 
@@ -18,9 +18,11 @@ from mta.bank.bank import Bank
 from mta.errors import PersonNotFound
 from mta.generate import generate
 from mta.rows import row_adapters
+from mta.serving.embedded import EmbeddedEngine
 from mta.serving.limits import Limits
 from mta.serving.text import Text
 from mta.state import State
+from mta.store import Store
 
 USAGE = {"include_usage": True}
 ASKED = [{"role": "user", "content": "Film 7"}]
@@ -140,7 +142,7 @@ def test_strict_serves_nothing_that_learnt_from_the_forgotten(tiny_bank_folder, 
     base = endless(base_of())
     folder = shutil.copytree(tiny_bank_folder, tmp_path / "bank")
     bank = Bank.open(folder, base)
-    with served(base, bank, tmp_path, strict=folder) as here:
+    with served(base, bank, tmp_path, strict=[folder]) as here:
         here.service.store.save("ann", State(bank.hash, (0,), (1.0,), "fixed", "", "work", 0))
         client = openai.OpenAI(base_url=f"{here.url}/v1", api_key=here.secrets["admin"], max_retries=0)
         assert said(client, "person:ann")
@@ -156,6 +158,25 @@ def test_strict_serves_nothing_that_learnt_from_the_forgotten(tiny_bank_folder, 
             shutil.rmtree(folder)  # rebuilding does not change what this server has in memory
             with pytest.raises(openai.InternalServerError, match="rebuilt"):
                 said(client, "task")
+
+
+def test_people_are_served_while_they_are_moved_to_a_new_bank(tiny_bank_folder, tmp_path, cache):
+    base = endless(base_of())
+    old = Bank.open(tiny_bank_folder, base)
+    build = {"task_people": people_of(4, prefix="t", seed=9), "task": old.task, "encoder": HashEncoder()}
+    new = Bank.build(base, people_of(12, prefix="c", seed=9), tmp_path / "new", run=old.info.run, **build)
+    people = [person.latest(4) for person in people_of(2, prefix="ann")]
+    store = Store(tmp_path / "people")
+    personalizer(base, old, store).personalize(people)
+    engine = EmbeddedEngine(base, new, store, before=old, slots=4, chunk=32, length=256)
+    with served(base, new, tmp_path, engine=engine, store=store) as here:
+        client = openai.OpenAI(base_url=f"{here.url}/v1", api_key=here.secrets["admin"], max_retries=0)
+        first = {name: said(client, f"person:{name}") for name in ("ann0", "ann1")}
+        personalizer(base.twin(), new, store).personalize(people[:1])
+        assert said(client, "person:ann0") != first["ann0"]
+        assert said(client, "person:ann1") == first["ann1"]
+        assert said(client, "person:ann0@v1") == first["ann0"]
+    assert store.load("ann0").bank == new.hash
 
 
 def test_a_prefix_opens_its_own_people_alone(world):
@@ -232,7 +253,7 @@ def test_a_persons_way_history_personalize_ask_forget(world):
         kept = http.get(where).json()
         assert (kept["versions"], kept["items_kept"], kept["items_held"], len(kept["w"])) == ([1], 2, 4, 3)
         assert said(world.client("team"), "person:team/dee") is not None
-        assert http.delete(where).json() == {"removed": True, "needs_rebuild": []}
+        assert http.delete(where).json() == {"removed": True, "needs_rebuild": [], "exports_left": 0}
         assert http.get(where).status_code == http.get(f"{where}/personalize").status_code == 404
     with pytest.raises(openai.NotFoundError):
         said(world.client("team"), "person:team/dee")

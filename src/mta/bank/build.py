@@ -9,26 +9,29 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from mta.aside import write_tensors, written_aside
 from mta.bank import files
 from mta.bank.anchors import select_anchors
+from mta.bank.bench import Anchors, Bench, BenchCopies, Pool, anchor_start, train_anchors, train_pool
 from mta.bank.card import card
-from mta.bank.task_lora import train_task_lora
 from mta.base import BaseModel
 from mta.config import Run, parse_size
 from mta.encode import Encoder, encode_people
 from mta.errors import BankError
-from mta.executor import Executor, LocalExecutor
+from mta.executor import Executor, LocalExecutor, Outcome
 from mta.history import Person
-from mta.lora.batch import LoraBatch, fresh, stack
-from mta.lora.layers import Adapters, Shared
+from mta.lora.batch import LoraBatch, stack
 from mta.lora.peft import read_peft, write_peft
 from mta.tasks.task import Task
 from mta.training.checkpoint import Checkpoint
 from mta.training.plan import Plan, plan_cohorts
-from mta.training.trainer import Job, OnStep, Step, train_loras
+from mta.training.trainer import Job, OnStep, Step
 
 METRICS = "metrics.jsonl"
 _NO_WORK = {
@@ -73,7 +76,7 @@ def build_bank(
     if not resume:
         shutil.rmtree(out / "work", ignore_errors=True)
         (out / METRICS).unlink(missing_ok=True)
-    site = _Site(base, task, run, out, work, on_step, task_lora)
+    site = _Site(base, task, run, out, work, executor or LocalExecutor(), on_step, task_lora)
     # The anchors first: choosing them takes seconds, and if they are too few, stage 0 would be hours for nothing.
     able = [person for person in candidates if len(person.items) >= run.bank.min_items]
     vectors = encode_people(encoder, task, able, run.bank.encode)
@@ -82,7 +85,7 @@ def build_bank(
     (out / "work").mkdir(parents=True, exist_ok=True)
     jobs, plan = site.planned(anchors)  # before stage 0 too: too little memory is said at once
     pooled = site.task_lora(task_people)
-    bank = site.meta_loras(jobs, plan, pooled, executor or LocalExecutor())
+    bank = site.meta_loras(jobs, plan, pooled)
 
     write_tensors(out / files.ANCHORS, bank.tensors(), {"scale": repr(bank.scale)})
     write_tensors(out / files.INDEX, {"vectors": vectors[chosen].contiguous()})
@@ -109,6 +112,7 @@ class _Site:
     run: Run
     out: Path
     work: str
+    executor: Executor
     on_step: OnStep | None
     given: Path | None = None
     cut: dict[str, int] = field(default_factory=lambda: {"items left out": 0, "texts shortened": 0})
@@ -123,20 +127,16 @@ class _Site:
             shutil.copytree(self.given, folder, dirs_exist_ok=True)
             self._mark("task")
         if not self._done("task"):
-            checkpoint = Checkpoint(self.out / "work" / "task.checkpoint", self.work)
-            trained = train_task_lora(
-                self.base,
-                self.task,
-                people,
-                settings,
-                seed=self.run.seed,
-                memory=parse_size(self.run.memory),
-                checkpoint=checkpoint,
-                on_step=self._reporter("task LoRA"),
-            )
-            write_peft(folder, trained, self.base.name, fan_in_fan_out=self.base.fan_in_fan_out)
+            pool = Pool(self.task, tuple(people))
+            report = self._reporter("task LoRA")
+            stopped = partial(self._checkpoint, "")
+            here = Bench(self.base, self.run, None, stopped, lambda _, step: report(step))
+            (found,) = self.executor.run(train_pool, [pool], here, self._elsewhere(None))
+            write_peft(folder, _trained(found), self.base.name, fan_in_fan_out=self.base.fan_in_fan_out)
+            if not self.executor.in_process:
+                report(Step(1, 1, 1, 1))
             self._mark("task")
-            checkpoint.remove()
+            stopped(pool.name).remove()
         return read_peft(folder).to(self.base.device)
 
     def planned(self, anchors: Sequence[Person]) -> tuple[list[Job], Plan]:
@@ -145,45 +145,40 @@ class _Site:
         self.cut["texts shortened"] = sum(e.cut > 0 for theirs in examples for e in theirs)
         # Numbered, so that nothing written says who an anchor is.
         jobs = [Job(f"anchor-{n}", theirs) for n, theirs in enumerate(examples)]
-        one = self._start(jobs[:1]).tensors()
-        return jobs, plan_cohorts(self.base, jobs, one, parse_size(self.run.memory))
+        one, most = anchor_start(self.base, self.run, jobs[:1]).tensors(), self.executor.most
+        memory, threads = parse_size(self.run.memory), self.executor.threads
+        return jobs, plan_cohorts(self.base, jobs, one, memory, most=most, threads=threads)
 
-    def _start(self, jobs: Sequence[Job]) -> LoraBatch:
-        """What anchors are trained from: one A for all of them, or each its own; B is zero."""
-        lora, same = self.run.bank.lora, self.run.bank.start == "same"
-        keys = ["bank"] if same else [job.key for job in jobs]
-        start = fresh(self.base.targets, lora.rank, lora.scale, self.run.seed, keys, self.base.master_dtype)
-        return start.select([0] * len(jobs)) if same else start
+    def meta_loras(self, jobs: Sequence[Job], plan: Plan, pooled: LoraBatch | None) -> LoraBatch:
+        """Stage 1, cohort by cohort: what is trained is kept, so a build that is stopped does not train it again."""
+        pieces = [
+            Anchors(number, tuple(jobs[n] for n in cohort), plan.tokens_per_batch)
+            for number, cohort in enumerate(plan.cohorts)
+        ]
+        stopped = partial(self._checkpoint, plan.digest)
+        kept = {piece.name: self._checkpoint(plan.digest, piece.name, "safetensors") for piece in pieces}
+        trained = {name: saved[0] for name, file in kept.items() if (saved := file.load())}
+        report, done = self._reporter("anchors"), sum(len(piece) for piece in pieces if piece.name in trained)
+        here = Bench(self.base, self.run, pooled, stopped, lambda _, step: report(step))
+        lacking = [piece for piece in pieces if piece.name not in trained]
+        for found in self.executor.run(train_anchors, lacking, here, self._elsewhere(pooled)):
+            name = found.piece.name
+            trained[name] = _trained(found).tensors()
+            kept[name].save(trained[name], {})
+            stopped(name).remove()
+            done += len(found.piece)
+            if not self.executor.in_process:
+                report(Step(len(trained), len(found.piece), done, len(jobs)))
+        return stack(LoraBatch.of_tensors(trained[piece.name], self.run.bank.lora.scale) for piece in pieces)
 
-    def meta_loras(self, jobs: Sequence[Job], plan: Plan, pooled: LoraBatch | None, executor: Executor) -> LoraBatch:
-        """Stage 1, cohort by cohort."""
-        frozen = [Shared(pooled.to(self.base.dtype))] if pooled else []
+    def _elsewhere(self, pooled: LoraBatch | None) -> BenchCopies:
+        on_cpu = pooled and pooled.to(torch.device("cpu"))
+        return BenchCopies(self.base.as_loaded(self.run), self.base.fingerprint, on_cpu)
 
-        def cohort(number: int) -> LoraBatch:
-            return self._cohort(number, [jobs[n] for n in plan.cohorts[number]], frozen, plan)
-
-        return stack(executor.map(cohort, range(len(plan.cohorts))))
-
-    def _cohort(self, number: int, jobs: Sequence[Job], frozen: Sequence[Adapters], plan: Plan) -> LoraBatch:
-        work = hashlib.sha256(f"{self.work}/{plan.digest}/{number}".encode()).hexdigest()
-        done = Checkpoint(self.out / "work" / f"anchors-{number:03}.safetensors", work)
-        if saved := done.load():
-            return LoraBatch.of_tensors(saved[0], self.run.bank.lora.scale)
-        checkpoint = Checkpoint(self.out / "work" / f"anchors-{number:03}.checkpoint", work)
-        trained = train_loras(
-            self.base,
-            jobs,
-            self._start(jobs),
-            self.run.bank.training,
-            frozen=frozen,
-            seed=self.run.seed,
-            tokens_per_batch=plan.tokens_per_batch,
-            checkpoint=checkpoint,
-            on_step=self._reporter("anchors"),
-        )
-        done.save(trained.tensors(), {})
-        checkpoint.remove()
-        return trained
+    def _checkpoint(self, plan: str, name: str, kind: str = "checkpoint") -> Checkpoint:
+        """Of a piece of work: one in training, or (``safetensors``) one that is done."""
+        work = hashlib.sha256(f"{self.work}/{plan}/{name}".encode()).hexdigest()
+        return Checkpoint(self.out / "work" / f"{name}.{kind}", work)
 
     def finish(self, encoder: Encoder, plan: Plan, items: Sequence[int], members: files.Members) -> None:
         """Write the description last: a folder with ``bank.json`` is whole."""
@@ -250,19 +245,13 @@ class _Site:
 
 def _as_built(run: Run, base: BaseModel, task: Task, encoder: Encoder) -> Run:
     """The run with what was really used, so that whoever opens the bank loads the same."""
-    return run.model_copy(
-        update={
-            "base": _absolute(base.name),
-            "task": task.name,
-            "encoder": _absolute(encoder.name),
-            "dtype": str(base.dtype).removeprefix("torch."),
-            "max_tokens": base.prompts.max_tokens,
-        }
-    )
+    return base.as_loaded(run.model_copy(update={"task": task.name, "encoder": encoder.name}))
 
 
-def _absolute(name: str) -> str:
-    return str(Path(name).resolve()) if Path(name).is_dir() else name
+def _trained(found: Outcome[Any, LoraBatch]) -> LoraBatch:
+    if found.result is None:
+        raise BankError(f"the bank cannot be trained: {found.error}", hint="Mend that, and build again: it goes on.")
+    return found.result
 
 
 def _by_id(people: Sequence[Person]) -> list[Person]:

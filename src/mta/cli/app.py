@@ -9,7 +9,21 @@ import sys
 import typer
 
 from mta import __version__
-from mta.cli import bank, data, demo, evaluate, export, forget, generate, personalize, report, serve, size, store
+from mta.cli import (
+    bank,
+    data,
+    demo,
+    evaluate,
+    export,
+    forget,
+    generate,
+    person,
+    personalize,
+    report,
+    serve,
+    size,
+    store,
+)
 from mta.errors import MtaError
 
 app = typer.Typer(
@@ -30,6 +44,7 @@ app.command("report")(report.report)
 app.command("serve")(serve.serve)
 app.command("size")(size.size)
 app.add_typer(store.app, name="store")
+app.add_typer(person.app, name="person")
 app.command("export")(export.export)
 app.command("forget")(forget.forget)
 

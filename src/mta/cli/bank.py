@@ -3,12 +3,26 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from mta.cli.data import Source, people_in
-from mta.cli.options import Config, Device, Json, Seed, SkipBad, Task, Words, settings, show_json
+from mta.cli.options import (
+    ClusterAt,
+    Config,
+    Device,
+    Json,
+    Seed,
+    SkipBad,
+    Task,
+    Together,
+    Words,
+    Workers,
+    executor_at,
+    settings,
+    show_json,
+)
 
 if TYPE_CHECKING:
     from mta.bank.bank import Bank
@@ -28,6 +42,9 @@ def build(
     device: Device = None,
     skip_bad: SkipBad = None,
     resume: Annotated[bool, typer.Option("--resume/--restart", help="Go on with a build that was stopped.")] = True,
+    cluster: ClusterAt = None,
+    workers: Workers = None,
+    together: Together = 32,
     json: Json = False,
 ) -> None:
     """Train the task LoRA and one meta-LoRA per anchor (stages 0 and 1).
@@ -42,8 +59,9 @@ def build(
 
     run = settings(config, words, task=task, base=base, seed=seed, device=device)
     people = people_in(source, run.task, skip_bad)
-    with Screen() as screen:
-        bank = Bank.build(BaseModel.of(run), people, out, task=run.task, run=run, on_step=screen.step, resume=resume)
+    with executor_at(cluster, workers, together) as executor, Screen() as screen:
+        how: dict[str, Any] = {"executor": executor, "on_step": screen.step, "resume": resume}
+        bank = Bank.build(BaseModel.of(run), people, out, task=run.task, run=run, **how)
     if json:
         return show_json(_summary(bank))
     typer.echo(f"{out}: {len(bank)} anchors, task LoRA {'yes' if bank.task_lora else 'no'}, hash {bank.hash[:12]}")

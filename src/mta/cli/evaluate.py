@@ -13,12 +13,15 @@ from mta.cli.options import (
     MERGE_AND_STACK,
     OF_THE_MACHINE,
     BankDir,
+    ClusterAt,
     Device,
     Json,
     Seed,
     SkipBad,
     Words,
+    Workers,
     check_out,
+    executor_at,
     open_bank,
     show_json,
     task_of,
@@ -26,6 +29,7 @@ from mta.cli.options import (
 )
 
 if TYPE_CHECKING:
+    from mta.executor import Executor
     from mta.history import Person
 
 Settings = Annotated[Path | None, typer.Option("--config", help="Evaluation settings in YAML.", dir_okay=False)]
@@ -44,11 +48,14 @@ def evaluate(
     data: Annotated[str | None, typer.Option(help="The people a recipe is run on: LaMP files, or any others.")] = None,
     exhibit: Annotated[list[str] | None, typer.Option(help="Only this exhibit of a recipe; may be repeated.")] = None,
     on: Annotated[str, typer.Option(help="Whom a recipe is run on: test, or development people.")] = "test",
+    privacy: Annotated[bool, typer.Option("--privacy", help="Attack the bank: who was it trained on?")] = False,
     task: Annotated[str | None, typer.Option(help="The task of --predictions; else it is the bank's.")] = None,
     people: Annotated[int | None, typer.Option(min=1, help="Only so many people, drawn by the seed.")] = None,
     seed: Seed = None,
     device: Device = None,
     skip_bad: SkipBad = None,
+    cluster: ClusterAt = None,
+    workers: Workers = None,
     json: Json = False,
 ) -> None:
     """Compare MTA with constants, the base, the task LoRA, OPPU, merge only and adapt only.
@@ -59,20 +66,29 @@ def evaluate(
     Or SOURCE is a recipe (lamp1 … lamp7, movielens, or a .yaml): an experiment with banks of its own, every method, and
     the paper's exhibits, which goes on where it was stopped; mta report draws it.
     With --predictions nothing is computed: a file of answers in LaMP's format is scored as the benchmark does it.
+    With --privacy the bank, merges of it and personal models are attacked: are items they were trained on told from
+    others' by their loss? SOURCE then holds the people the bank was built from and others; shots=8 targets=16 items=16.
 
     Example:  mta evaluate lamp3 --data LaMP_3/dev_questions.json --out runs/lamp3 --exhibit main
     Example:  mta evaluate newcomers.jsonl --bank bank/ --out results/ shots=8 queries=12 merge.policy=ridge
+    Example:  mta evaluate everybody.jsonl --bank bank/ --privacy --out privacy/
     Example:  mta evaluate dev_outputs.json --predictions mine.json --task lamp3
     """
     if predictions:
         return _score(source, predictions, task, words, json)
-    if _is_recipe(source):
-        return _experiment(source, words, out or Path("runs") / Path(source).stem, data, exhibit, on, json)
+    if _is_recipe(source) and not privacy:
+        folder = out or Path("runs") / Path(source).stem
+        with executor_at(cluster, workers, together=16) as executor:
+            return _experiment(source, words, folder, data, exhibit, on, executor, json)
     from mta.errors import InputError
 
+    if cluster:
+        raise InputError("--cluster is for recipes", hint="Leave it out: one comparison runs in one process.")
     if task:
         raise InputError("--task belongs to --predictions; a comparison is about the task of its bank")
     check_out(out)
+    if privacy:
+        return _attack(source, words or [], bank, out, config, people, seed, device, skip_bad, json)
     _compare(people_in(source, task_of(bank), skip_bad), words or [], bank, out, config, people, seed, device, json)
 
 
@@ -93,8 +109,8 @@ def _compare(
     from mta.evaluation.show import show
     from mta.evaluation.study import study
 
-    of_run = [word for word in words if re.split("[.=]", word)[0] in MERGE_AND_STACK | OF_THE_MACHINE]
-    chosen = load_settings(Evaluation, config, [word for word in words if word not in of_run])
+    of_run, of_comparison = _parted(words)
+    chosen = load_settings(Evaluation, config, of_comparison)
     base, opened, run = open_bank(bank, of_run, seed, device, open_to=MERGE_AND_STACK)
     with Screen() as screen:
         found = study(base, opened, run, everybody, chosen, limit=people, on_step=screen.step, on_method=screen.say)
@@ -104,6 +120,48 @@ def _compare(
         show(found, console)
     if out:
         found.write(out, typed())
+
+
+def _attack(
+    source: str,
+    words: list[str],
+    bank: Path,
+    out: Path | None,
+    config: Path | None,
+    people: int | None,
+    seed: int | None,
+    device: str | None,
+    skip_bad: Path | None,
+    json: bool,
+) -> None:
+    from mta.cli.screen import Screen, console
+    from mta.config import Privacy, load_settings
+    from mta.errors import InputError
+    from mta.evaluation.exposure import show, to_json, write
+    from mta.evaluation.privacy import privacy
+
+    if people or _is_recipe(source):
+        raise InputError(
+            "--privacy takes people and a bank, no recipe and no --people", hint="For fewer people: targets=8."
+        )
+    everybody = people_in(source, task_of(bank), skip_bad)
+    of_run, of_attack = _parted(words)
+    chosen = load_settings(Privacy, config, of_attack)
+    base, opened, run = open_bank(bank, of_run, seed, device, open_to=MERGE_AND_STACK)
+    with Screen() as screen:
+        found = privacy(base, opened, run, everybody, chosen, on_step=screen.step, say=screen.say)
+    if json:
+        show_json(to_json(found, command=typed()))
+    else:
+        show(found, console)
+    if out:
+        write(found, out, typed())
+
+
+def _parted(words: list[str]) -> tuple[list[str], list[str]]:
+    """Settings of the run, and those of what is evaluated."""
+    of_run = [word for word in words if re.split("[.=]", word)[0] in MERGE_AND_STACK | OF_THE_MACHINE]
+    return of_run, [word for word in words if word not in of_run]
 
 
 def _is_recipe(source: str) -> bool:
@@ -119,6 +177,7 @@ def _experiment(
     data: str | None,
     exhibits: list[str] | None,
     on: str,
+    executor: Executor,
     json: bool,
 ) -> None:
     from mta.cli.screen import Screen
@@ -135,7 +194,7 @@ def _experiment(
     which: Which = "test" if on == "test" else "development"
     wanted(recipe, which, exhibits or ())  # before anything is written or loaded
     with Screen() as screen:
-        lab = Lab.open(recipe, out, data, which, say=screen.say)
+        lab = Lab.open(recipe, out, data, which, say=screen.say, executor=executor)
         lab.on_step = screen.step
         run_experiment(lab, exhibits or (), typed())
     if json:

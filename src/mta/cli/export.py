@@ -24,6 +24,8 @@ def export(
 ) -> None:
     """Write task LoRA, merge and stack of a person as one PEFT adapter for the untouched base.
 
+    The store notes where, readable only with the person's id: mta forget removes the adapter too.
+
     Example:  mta export ann --out ann-adapter/ --rank 16
     """
     from mta.personalize import Personalizer

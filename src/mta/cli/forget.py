@@ -20,7 +20,9 @@ def forget(
     store: StoreUrl = "people",
     json: Json = False,
 ) -> None:
-    """Remove a person's states and history, and name the trained parts that still hold something learnt from them.
+    """Remove a person's states, history and exports, and name the trained parts that still hold something of them.
+
+    An exported adapter goes where mta export wrote it, if it is on this machine and unchanged; the others are named.
 
     Example:  mta forget ann --bank bank/ --store people/
     """
@@ -34,5 +36,7 @@ def forget(
     if json:
         return show_json(asdict(done))
     typer.echo("removed" if done.states_removed else "nothing was kept of that person")
+    for export in done.exports_left:
+        typer.echo(f"exported and not removed: {export}")
     if done.needs_rebuild:
         typer.echo(f"still learnt from them, until the bank is rebuilt: {', '.join(done.needs_rebuild)}")

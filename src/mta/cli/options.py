@@ -6,6 +6,8 @@ import json
 import os
 import shlex
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -15,6 +17,7 @@ if TYPE_CHECKING:
     from mta.bank.bank import Bank
     from mta.base import BaseModel
     from mta.config import Run
+    from mta.executor import Executor
     from mta.tasks import Task as TaskType
 
 Words = Annotated[list[str] | None, typer.Argument(help="Settings as key=value, for example memory=8GiB.")]
@@ -29,6 +32,16 @@ Device = Annotated[str | None, typer.Option(help="cpu, cuda, or auto.")]
 SkipBad = Annotated[Path | None, typer.Option(help="Write bad rows to this file and read on.", dir_okay=False)]
 BankDir = Annotated[Path, typer.Option("--bank", help="Folder of a bank.")]
 StoreUrl = Annotated[str, typer.Option("--store", help="Where people's states are kept: a folder or any fsspec URL.")]
+
+
+ClusterAt = Annotated[
+    str | None,
+    typer.Option("--cluster", help="Work on Ray (extra 'ray'): local, host:6379 or ray://host:10001."),
+]
+Workers = Annotated[int | None, typer.Option(min=1, help="Workers on the cluster; default: all its CPUs, or GPUs.")]
+Together = Annotated[
+    int, typer.Option(min=1, help="People a worker trains together: how results are rounded depends on it.")
+]
 
 
 MERGE_AND_STACK = frozenset({"merge", "stack"})
@@ -79,6 +92,22 @@ def open_bank(
         )
     base = BaseModel.of(run)
     return base, Bank.open(folder, base), run
+
+
+@contextmanager
+def executor_at(cluster: str | None, workers: int | None, together: int) -> Iterator[Executor]:
+    """What works through the work: this process, or a cluster's workers until the block ends."""
+    from mta.cluster import Cluster
+    from mta.errors import InputError
+    from mta.executor import LocalExecutor
+
+    if cluster is None:
+        if workers is not None:
+            raise InputError("--workers are a cluster's", hint="Say which:  --cluster local --workers 4")
+        yield LocalExecutor()
+        return
+    with Cluster(cluster, workers=workers, most=together) as found:
+        yield found
 
 
 def task_of(folder: Path) -> TaskType:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -27,6 +27,9 @@ VllmArgs = Annotated[str, typer.Option(help="Further arguments for vLLM, as one 
 VllmUrl = Annotated[str | None, typer.Option(help="Answer by a vLLM server that runs here already: http://… or unix:…")]
 VllmFolder = Annotated[
     Path | None, typer.Option(help="Of that server: its MTA_VLLM_FOLDER.", file_okay=False, exists=True)
+]
+BankBefore = Annotated[
+    Path | None, typer.Option(help="Serve people of this bank with it, until they are personalized with --bank.")
 ]
 Strict = Annotated[
     bool, typer.Option("--strict", help="Answer from nothing that learnt from somebody who was forgotten since.")
@@ -50,6 +53,7 @@ def serve(
     vllm_args: VllmArgs = "",
     vllm_url: VllmUrl = None,
     vllm_folder: VllmFolder = None,
+    bank_before: BankBefore = None,
     rate: Rate = 0,
     strict: Strict = False,
     config: Config = None,
@@ -69,14 +73,14 @@ def serve(
         return _add_key(keys, new_key, rights, of, json)
     known = serving.keys_for(keys, host, insecure_local)
     server: VllmServer | Remote | None = serving.remote_of(vllm_url, vllm_folder, vllm) if vllm_url else None
-    serving.check(store, bank, strict)
+    serving.check(store, [folder for folder in (bank, bank_before) if folder], strict, bool(server or vllm))
     opened = in_passing(partial(open_bank, bank, words, seed, device, config, open_to=MERGE_AND_STACK))
     with ExitStack() as ending:
         if vllm:
             server = serving.vllm_of(vllm, opened[0], bank, store, slots=slots, args=vllm_args)
             ending.callback(server.stop)
-        service = serving.service_of(*opened, store, known, rate=rate, slots=slots, vllm=server, strict=strict)
-        serving.serve(service, host, port, partial(_show, json))
+        how: dict[str, Any] = {"rate": rate, "slots": slots, "vllm": server, "before": bank_before, "strict": strict}
+        serving.serve(serving.service_of(*opened, store, known, **how), host, port, partial(_show, json))
 
 
 def _show(json: bool, url: str) -> None:

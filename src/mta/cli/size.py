@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -24,6 +25,7 @@ Shared = Annotated[float, typer.Option(min=0, help="Tokens among them that all i
 Targets = Annotated[float, typer.Option(min=1, help="Tokens among them that are to be learnt.")]
 Shots = Annotated[int, typer.Option(min=1, help="Items of a person.")]
 Context = Annotated[int, typer.Option(min=1, help="Tokens of a conversation being served.")]
+Picture = Annotated[Path | None, typer.Option(help="Draw it too: <this>-bytes and <this>-time, as SVG and PNG.")]
 On = Annotated[str, typer.Option(help="this (measured now), l4, a100 or h100.")]
 
 
@@ -39,12 +41,13 @@ def size(
     shots: Shots = 8,
     context: Context = 1024,
     on: On = "this",
+    picture: Picture = None,
     config: Config = None,
     json: Json = False,
 ) -> None:
     """Tell bytes, memory and hours for a base and so many people, against OPPU and Per-Pcs. Loads no weights.
 
-    Example:  mta size --people 1e6 --base llama-3-8b --anchors 50 --rank 8 --on h100
+    Example:  mta size --people 1e6 --base llama-3-8b --anchors 50 --rank 8 --on h100 --picture size
     """
     from mta import sizing
     from mta.evaluation.figures import human_bytes
@@ -54,6 +57,8 @@ def size(
     load = sizing.Load(tokens, targets, shots, context, shared)
     shape, machine = sizing.Shape.of(base), sizing.hardware(on)
     costs, memory = sizing.costs(shape, run, load), sizing.memory(shape, run, load)
+    if picture:
+        _draw(picture, costs, machine)
     if json:
         parts: dict[str, Any] = {"base": shape, "load": load, "hardware": machine, "memory": memory, **costs}
         times = {f"{name}, seconds": _seconds(cost, people, machine) for name, cost in costs.items()}
@@ -81,6 +86,20 @@ def _table(costs: dict[str, Cost], people: float, machine: Hardware) -> Table:
         kept = cost.fixed_bytes, cost.person_bytes, cost.fixed_bytes + people * cost.person_bytes
         made.add_row(name, *map(human_bytes, kept), *map(human_seconds, _seconds(cost, people, machine).values()))
     return made
+
+
+def _draw(path: Path, costs: dict[str, Cost], machine: Hardware) -> None:
+    """Bytes and training time of each way against people."""
+    from mta.evaluation.exhibits import BYTES, FITTED, SECONDS
+    from mta.evaluation.figures import human_bytes, human_seconds
+    from mta.evaluation.plots import Points, growth
+
+    kept, took = dict[str, tuple[Points, Points]](), dict[str, tuple[Points, Points]]()
+    for name, cost in costs.items():
+        kept[name] = [], [(n, cost.fixed_bytes + n * cost.person_bytes) for n in FITTED]
+        took[name] = [], [(n, machine.seconds(cost.fixed_operations + n * cost.person_operations)) for n in FITTED]
+    growth(path.with_name(f"{path.name}-bytes"), kept, "stored, all people", human_bytes, BYTES)
+    growth(path.with_name(f"{path.name}-time"), took, f"training, all people, {machine.name}", human_seconds, SECONDS)
 
 
 def _seconds(cost: Cost, people: float, machine: Hardware) -> dict[str, float]:

@@ -15,7 +15,7 @@ Url = Annotated[str, typer.Argument(help="The store: a folder or any fsspec URL.
 
 @app.command("check")
 def check(store: Url = "people", json: Json = False) -> None:
-    """Read every state and history; exits with 1 if one is damaged.
+    """Read every state, history and list of exports; exits with 1 if one is damaged.
 
     Example:  mta store check people/
     """
@@ -28,7 +28,8 @@ def check(store: Url = "people", json: Json = False) -> None:
     if json:
         show_json(asdict(found))
     else:
-        typer.echo(f"{found.people} people, {found.states} states and {found.histories} histories read")
+        exports = f", {found.exports} lists of exports" if found.exports else ""
+        typer.echo(f"{found.people} people, {found.states} states and {found.histories} histories{exports} read")
         for name, wrong in found.damaged.items():
             typer.echo(f"damaged: {name}: {wrong}")
         for name in found.strangers:

@@ -6,16 +6,17 @@ import json
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from mta.aside import write_json
+from mta.errors import ClusterError
 from mta.evaluation.facts import bank_facts, case_study
-from mta.evaluation.lab import Lab
+from mta.evaluation.lab import Lab, LabCopies
 from mta.evaluation.methods import Method, Outcome
 from mta.evaluation.metrics import measure, query_nll
-from mta.evaluation.protocol import Panel
 from mta.evaluation.recipe import Experiment, Part, wanted
 from mta.evaluation.records import Record, Records
 from mta.machine import cores, processor
@@ -33,8 +34,13 @@ def run_experiment(lab: Lab, exhibits: Sequence[str] = (), command: str = "") ->
     exhibits = wanted(recipe, lab.which, exhibits)
     records = Records(lab.folder)
     with _noted(lab, exhibits, command):
-        for seed, name, part, shots in _planned(recipe, exhibits):
-            _run_part(lab, records, name, part, seed, shots)
+        lacking = (one for planned in _planned(recipe, exhibits) for one in _lacking(lab, records, *planned))
+        for number, found in enumerate(lab.executor.run(measured, lacking, lab, LabCopies.of(lab)), 1):
+            if found.result is None:
+                raise ClusterError(f"{found.piece.where}: {found.error}", hint="What is done is kept; repeat it.")
+            records.add(found.result)
+            if not lab.executor.in_process:
+                lab.say(f"{number} done, now {found.piece.where}")
         if {"banks", "efficiency"} & {*exhibits}:
             _write_facts(lab)
         if "case" in exhibits:
@@ -54,7 +60,34 @@ def _planned(recipe: Experiment, exhibits: Sequence[str]) -> list[tuple[int, str
     ]
 
 
-def _run_part(lab: Lab, records: Records, exhibit: str, part: Part, seed: int, shots: int) -> None:
+@dataclass(frozen=True, slots=True)
+class Sitting:
+    """One method on some people of an exhibit, from number ``start`` on: what is computed, and written, at once."""
+
+    exhibit: str
+    part: Part
+    seed: int
+    shots: int
+    start: int
+    people: int
+    method: Method
+    key: str
+
+    def __len__(self) -> int:
+        return self.people
+
+    def halves(self) -> Sequence[Sitting]:
+        """People are always compared together with the same ones."""
+        return ()
+
+    @property
+    def where(self) -> str:
+        """For a reader."""
+        return f"{self.exhibit}, seed {self.seed}, {self.shots} shots: {self.method.name}"
+
+
+def _lacking(lab: Lab, records: Records, seed: int, exhibit: str, part: Part, shots: int) -> Iterator[Sitting]:
+    """What is not in the records yet: all methods on some people, then on the next."""
     tested = lab.tested(part, shots)
     if not tested:
         return
@@ -65,23 +98,25 @@ def _run_part(lab: Lab, records: Records, exhibit: str, part: Part, seed: int, s
     names = [lab.person(person.id) for person in tested]
     keyed = [(method, lab.key(part, method, seed, shots)) for method in fit]
     lacking = [(method, key) for method, key in keyed if records.lacks(key, names)]
-    if not lacking:
-        return
     done, total, began = 0, len(tested) * len(lacking), time.monotonic()
-    for panel in lab.panels(part, seed, shots):
-        here = [lab.person(person.id) for person in panel.people]
+    for start, people in lab.sittings(part, shots):
+        here = names[start : start + len(people)]
         for method, key in lacking:
             if records.lacks(key, here):
-                left = (time.monotonic() - began) / done * (total - done) / 60 if done else 0.0
-                told = f", about {left:.0f} min left" if done else ""
-                where = f"{exhibit}, seed {seed}, {shots} shots: {method.name} ({done / total:.0%}{told})"
-                lab.say(where)
-                records.add(_measured(lab, panel, part, method, key, seed, shots))
+                sitting = Sitting(exhibit, part, seed, shots, start, len(here), method, key)
+                if lab.executor.in_process:
+                    left = (time.monotonic() - began) / done * (total - done) / 60 if done else 0.0
+                    told = f", about {left:.0f} min left" if done else ""
+                    lab.say(f"{sitting.where} ({done / total:.0%}{told})")
+                yield sitting
             done += len(here)
 
 
-def _measured(lab: Lab, panel: Panel, part: Part, method: Method, key: str, seed: int, shots: int) -> list[Record]:
-    found = method.outcome(panel, seed)
+def measured(lab: Lab, sitting: Sitting) -> list[Record]:
+    """A record for each of the people."""
+    part, seed, shots = sitting.part, sitting.seed, sitting.shots
+    panel = lab.panel(part, seed, shots, sitting.start)
+    found = sitting.method.outcome(panel, seed)
     rows = []
     for u, person in enumerate(panel.people):
         answers, golds = found.answers[u], panel.golds[u]
@@ -90,9 +125,9 @@ def _measured(lab: Lab, panel: Panel, part: Part, method: Method, key: str, seed
             metrics = {"NLL": metrics["NLL"]}
         rows.append(
             Record(
-                key=key,
-                settings=method.digest,
-                method=method.name,
+                key=sitting.key,
+                settings=sitting.method.digest,
+                method=sitting.method.name,
                 bank=part.bank,
                 seed=seed,
                 shots=shots,

@@ -19,6 +19,7 @@ from mta.errors import ConfigError, InputError
 from mta.evaluation.methods import Method
 from mta.evaluation.protocol import Panel, able
 from mta.evaluation.recipe import Experiment, Part, Which, drawn
+from mta.executor import Executor, LocalExecutor
 from mta.history import Item, Person
 from mta.readers import read_people
 from mta.retrieval import with_profiles
@@ -41,12 +42,15 @@ class Lab:
     splits: Splits
     base: BaseModel
     out: Path
+    source: str
     sizes: dict[str, Any]
     which: Which = "test"
     on_step: OnStep | None = None
     say: Callable[[str], None] = lambda _: None
+    executor: Executor = field(default_factory=LocalExecutor)
     banks: dict[str, Bank] = field(default_factory=dict)
     memos: dict[str, dict[str, Any]] = field(default_factory=dict)
+    at_hand: tuple[Any, Panel] | None = None
 
     @classmethod
     def open(cls, recipe: Experiment, out: Path, data: str | None = None, which: Which = "test", **how: Any) -> Lab:
@@ -54,22 +58,27 @@ class Lab:
 
         Raises InputError without data, ConfigError if ``out`` was begun with other people or sizes.
         """
+        lab = cls.read(recipe, out, data, which, **how)
+        path = out / "splits.json"
+        if path.exists() and Splits.load(path, lab.people).digest != lab.splits.digest:
+            raise ConfigError(f"{out} was begun with other sizes", hint="Choose another folder with --out.")
+        lab.splits.save(path)
+        write_json(out / SIZES, lab.sizes)
+        with written_aside(out / RECIPE) as aside:
+            aside.write_text(dump_yaml(recipe), encoding="utf-8")
+        return lab
+
+    @classmethod
+    def read(cls, recipe: Experiment, out: Path, data: str | None = None, which: Which = "test", **how: Any) -> Lab:
+        """``open`` that writes nothing."""
         source = data or recipe.data
         if source is None:
             raise InputError("this recipe brings no data", hint="Give --data with a LaMP file or folder.")
         task = load_task(recipe.run.task)
         people = read_people(resolve(source), task)
         splits, sizes = drawn(recipe, task, people)
-        path = out / "splits.json"
-        if path.exists() and Splits.load(path, people).digest != splits.digest:
-            raise ConfigError(f"{out} was begun with other sizes", hint="Choose another folder with --out.")
-        splits.save(path)
-        said = source if is_asset(source) else Path(source).name
-        sizes = {"data": said, **sizes}
-        write_json(out / SIZES, sizes)
-        with written_aside(out / RECIPE) as aside:
-            aside.write_text(dump_yaml(recipe), encoding="utf-8")
-        return cls(recipe, task, people, splits, BaseModel.of(recipe.run), out, sizes, which, **how)
+        sizes = {"data": source if is_asset(source) else Path(source).name, **sizes}
+        return cls(recipe, task, people, splits, BaseModel.of(recipe.run), out, source, sizes, which, **how)
 
     def bank(self, part: Part, seed: int) -> Bank:
         """The part's bank for a seed: clustering and training start from it. Built once, kept in ``banks/``."""
@@ -85,6 +94,7 @@ class Lab:
                 run=run,
                 task_people=self.seen(part, "task"),
                 task_lora=self._trained_before(part, run),
+                executor=self.executor,
                 on_step=self.on_step,
             )
         return self.banks[name]
@@ -132,31 +142,46 @@ class Lab:
 
     def panels(self, part: Part, seed: int, shots: int) -> Iterator[Panel]:
         """The people who are tested, a few at a time, always the same ones together."""
+        for start, _ in self.sittings(part, shots):
+            yield self.panel(part, seed, shots, start)
+
+    def sittings(self, part: Part, shots: int) -> Iterator[tuple[int, list[Person]]]:
+        """The people who are tested, those of each panel with the number of the first."""
+        tested = self.tested(part, shots)
+        for start in range(0, len(tested), TOGETHER):
+            yield start, tested[start : start + TOGETHER]
+
+    def panel(self, part: Part, seed: int, shots: int, start: int) -> Panel:
+        """Some of the people who are tested, from number ``start`` on; the last one asked for is kept at hand."""
+        name = (part.bank, tuple(part.words), part.retrieve, part.people, part.texts, seed, shots, start)
+        if self.at_hand is None or self.at_hand[0] != name:
+            self.at_hand = name, self._panel(part, seed, shots, start)
+        return self.at_hand[1]
+
+    def _panel(self, part: Part, seed: int, shots: int, start: int) -> Panel:
         bank, recipe = self.bank(part, seed), self.recipe
         memo = self.memos.setdefault(bank.hash, {})
         if "encoder" not in memo:
             memo["encoder"] = bank.encoder(self.base, recipe.run.encoder)
             is_anchor = [p for p in self.seen(part, "candidates") if _is_anchor(bank, p)]
             memo["anchors"] = sorted(is_anchor, key=lambda person: person.id)  # the order of the bank
-        tested = self.tested(part, shots)
-        for start in range(0, len(tested), TOGETHER):
-            yield Panel.of(
-                self.base,
-                bank,
-                memo["encoder"],
-                self.run_of(part, seed),
-                tested[start : start + TOGETHER],
-                shots=shots,
-                queries=recipe.queries,
-                ask=recipe.ask,
-                retrieve=part.retrieve,
-                on_step=self.on_step,
-                anchors=memo["anchors"],
-                pool=self.splits.select("task", self.people),
-                kept=self.out / "work",
-                memo=memo,
-                texts=part.texts,
-            )
+        return Panel.of(
+            self.base,
+            bank,
+            memo["encoder"],
+            self.run_of(part, seed),
+            self.tested(part, shots)[start : start + TOGETHER],
+            shots=shots,
+            queries=recipe.queries,
+            ask=recipe.ask,
+            retrieve=part.retrieve,
+            on_step=self.on_step,
+            anchors=memo["anchors"],
+            pool=self.splits.select("task", self.people),
+            kept=self.out / "work",
+            memo=memo,
+            texts=part.texts,
+        )
 
     def tested(self, part: Part, shots: int) -> list[Person]:
         """Who has enough items, in the order of the splits; nobody where they are too few to be compared."""
@@ -174,6 +199,27 @@ class Lab:
     def question(self, person: Person, item: Item, number: int) -> str:
         """A question's id in LaMP's files: the benchmark's own, or one made of the person's name here."""
         return item.id if item.is_query and item.id is not None else f"{self.person(person.id)}-{number}"
+
+
+@dataclass(frozen=True, slots=True)
+class LabCopies:
+    """Opens the same lab in another process, over the same folder: a shared disk, if on another machine."""
+
+    recipe: Experiment
+    out: Path
+    data: str | None
+    which: Which
+
+    @classmethod
+    def of(cls, lab: Lab) -> LabCopies:
+        """Copies of a lab in this process."""
+        run = lab.base.as_loaded(lab.recipe.run)
+        data = lab.source if is_asset(lab.source) else str(Path(lab.source).resolve())
+        return cls(lab.recipe.model_copy(update={"run": run}), lab.out.resolve(), data, lab.which)
+
+    def __call__(self) -> Lab:
+        """Raises what ``Lab.read`` does."""
+        return Lab.read(self.recipe, self.out, self.data, self.which)
 
 
 def _is_anchor(bank: Bank, person: Person) -> bool:

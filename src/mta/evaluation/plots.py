@@ -117,14 +117,16 @@ def growth(
 ) -> None:
     """Measured totals over people as dots and lines, their fitted continuations as dashes, both axes logarithmic.
 
-    ``marked`` are the totals that may be named at the axis.
+    Where nothing was measured there are only dashes. ``marked`` are the totals that may be named at the axis.
     """
 
     def draw(ax: Any) -> None:
         for n, (name, (points, fitted)) in enumerate(curves.items()):
             colour = COLOURS[n % len(COLOURS)]
-            ax.plot(*zip(*points), "o-", color=colour, markersize=4, linewidth=1.5, label=f"{name}, measured")
-            ax.plot(*zip(*fitted), color=colour, linewidth=1.2, dashes=(4, 3), label=f"{name}, fitted line")
+            if points:
+                ax.plot(*zip(*points), "o-", color=colour, markersize=4, linewidth=1.5, label=f"{name}, measured")
+            told = f"{name}, fitted line" if points else name
+            ax.plot(*zip(*fitted), color=colour, linewidth=1.2, dashes=(4, 3), label=told)
         ax.set(xscale="log", yscale="log", xlabel="people", ylabel=label)
         low, high = ax.get_ylim()
         ticks = [tick for tick in marked if low <= tick <= high]

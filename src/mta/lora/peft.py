@@ -6,6 +6,7 @@ safetensors are read, and only what means ``scale * B @ A`` over unchanged base 
 
 from __future__ import annotations
 
+import glob
 import json
 import math
 import os
@@ -58,6 +59,12 @@ def write_peft(folder: str | Path, adapter: LoraBatch, base_name: str, *, fan_in
         _publish(aside, target)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def remove_asides(folder: Path) -> None:
+    """Remove what killed exports to a folder left beside it. Raises OSError."""
+    for left in folder.parent.glob(f".{glob.escape(folder.name)}.{'[0-9a-f]' * 32}"):
+        shutil.rmtree(left)
 
 
 def read_peft(folder: str | Path) -> LoraBatch:

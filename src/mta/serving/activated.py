@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 
-from mta.errors import OtherBank
 from mta.rows import Nobody
 from mta.serving.engine import Version, Who
 from mta.serving.seats import Person, Seats
@@ -52,7 +51,4 @@ class Activated:
     def _made(self, who: Who) -> Person:
         if isinstance(who, Nobody):
             return self._seats.person(who)
-        state = self._store.load(who.person, who.number)
-        if state.bank != self._seats.bank.hash:
-            raise OtherBank("the person's state was made with another bank", hint="Personalize again: mta personalize")
-        return self._seats.person(state, who.stacked)
+        return self._seats.person(self._store.load(who.person, who.number), who.stacked)

@@ -27,7 +27,8 @@ class EmbeddedEngine:
     """Rows of different people from one base, in slots of one cache.
 
     ``slots`` rows run at once, ``waiting`` more may queue; a prompt and its answer have ``length`` tokens together.
-    ``activated`` people are kept at hand. The base's modules are the engine's alone while it lives.
+    ``activated`` people are kept at hand. The base's modules are the engine's alone while it lives. People whose state
+    was made with the bank ``before`` this one are served with that until they are personalized anew.
     """
 
     def __init__(
@@ -36,6 +37,7 @@ class EmbeddedEngine:
         bank: Bank,
         store: Store,
         *,
+        before: Bank | None = None,
         slots: int = 32,
         length: int | None = None,
         chunk: int = 128,
@@ -46,7 +48,8 @@ class EmbeddedEngine:
             raise InputError(f"{base.name!r} takes no positions: its rows cannot go on from slots of one cache")
         self.base, self.bank = base, bank
         self.length, self.waiting = length or base.prompts.max_tokens, waiting
-        seats = in_passing(lambda: Seats(base, bank, slots))
+        banks = [bank, before] if before else [bank]
+        seats = in_passing(lambda: Seats(base, banks, slots))
         self.activated = Activated(seats, store, activated)
         self.decoder = Decoder(base, seats, slots, self.length, chunk)
         self._asked: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()

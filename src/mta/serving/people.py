@@ -101,7 +101,8 @@ def _add_state(app: FastAPI, service: Service, histories: Histories) -> None:
             finally:
                 await service.engine.forget(id)
         service.is_stale |= bool(found.needs_rebuild)
-        return {"removed": found.states_removed or held, "needs_rebuild": found.needs_rebuild}
+        left = len(found.exports_left)  # where they lie is the operator's business
+        return {"removed": found.states_removed or held, "needs_rebuild": found.needs_rebuild, "exports_left": left}
 
 
 def _own(key: Key, id: str) -> None:

@@ -9,7 +9,7 @@ one seat; a pass reads a stretch of seats and copies nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +21,7 @@ from torch.nn.functional import pad
 from mta.bank.bank import Bank
 from mta.base import BaseModel
 from mta.config import MergeSettings
-from mta.errors import StateCorrupt
+from mta.errors import OtherBank, StateCorrupt
 from mta.fuse import Merge, merged_factors
 from mta.kernels import AdaptedRows, product
 from mta.lora.batch import LoraBatch, join, shared_ranks
@@ -41,20 +41,33 @@ class Person:
     own: LoraBatch | None
 
 
-class Seats:
-    """Seats for a number of rows over one base and bank; ``opened`` puts a stretch of them on the model."""
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where a bank's task LoRA and anchors lie among the shared ranks."""
 
-    def __init__(self, base: BaseModel, bank: Bank, count: int) -> None:
-        self.base, self.bank = base, bank
-        shared = [batch for batch in (bank.task_lora, bank.working) if batch is not None]
-        self._ranks = [len(batch) * batch.rank for batch in shared]
-        width = -(-sum(self._ranks) // _EVEN) * _EVEN
+    bank: Bank
+    task: slice
+    anchors: slice
+
+
+class Seats:
+    """Seats for a number of rows over one base; ``opened`` puts a stretch of them on the model.
+
+    Of several ``banks``, the first is the one that nobody's rows (the pooled model) belong to; people's rows belong to
+    the bank their state was made with. Their ranks lie side by side, so a second one costs as much as the first.
+    """
+
+    def __init__(self, base: BaseModel, banks: Sequence[Bank], count: int) -> None:
+        self.base = base
+        shared = [batch for bank in banks for batch in (bank.task_lora, bank.working) if batch is not None]
+        self._places, self._ranks = _laid_out(banks)
+        width = -(-self._ranks // _EVEN) * _EVEN
         self._layers: dict[str, Any] = {name: base.model.get_submodule(name) for name in base.targets}
         self._shared = {name: _side_by_side(shared, name, width, base.dtype) for name in base.targets}
         self._gates = torch.zeros(count, width, dtype=base.dtype, device=base.device)
         self._own: dict[str, tuple[Tensor, Tensor]] = {}
         self._forwards: dict[tuple[int, int], dict[str, Any]] = {}  # of stretches of seats that were opened before
-        self._grow(bank.info.run.stack.lora.rank)
+        self._grow(banks[0].info.run.stack.lora.rank)
 
     @property
     def rank(self) -> int:
@@ -62,23 +75,31 @@ class Seats:
         return next(iter(self._own.values()))[0].shape[1]
 
     def person(self, whose: State | Nobody, stacked: bool = True) -> Person:
-        """What a row of theirs needs, computed anew from bank and state. Raises StateCorrupt."""
+        """What a row of theirs needs, computed anew from bank and state. Raises StateCorrupt, OtherBank."""
+        place = self._place_of(whose)
         gates = torch.zeros(self._gates.shape[1], dtype=self.base.master_dtype)
-        if self.bank.task_lora is not None and whose is not BASE:
-            gates[: self._ranks[0]] = 1
+        if whose is not BASE:
+            gates[place.task] = 1
         if isinstance(whose, Nobody):
             return Person(gates.to(self._gates), None)
         own = [whose.stack] if stacked and whose.stack else []
         if any(not part.isfinite().all() for batch in own for pair in batch.factors.values() for part in pair):
             raise StateCorrupt("a person's stack holds numbers that are not finite", hint="Personalize again.")
         merge = Merge(torch.tensor([whose.anchors]), torch.tensor([whose.w], dtype=self.base.master_dtype))
+        anchors = place.bank.anchors
         if whose.mode == "exact":
-            first, end = sum(self._ranks[:-1]), sum(self._ranks)
-            gates[first:end] = merge.gates(len(self.bank))[0].repeat_interleave(self.bank.anchors.rank)
+            gates[place.anchors] = merge.gates(len(anchors))[0].repeat_interleave(anchors.rank)
         else:
             settings = MergeSettings(mode=whose.mode, rank=whose.rank)
-            own.append(merged_factors(self.bank.anchors, merge, settings))
+            own.append(merged_factors(anchors, merge, settings))
         return Person(gates.to(self._gates), join(own).to(self.base.device, self.base.dtype) if own else None)
+
+    def _place_of(self, whose: State | Nobody) -> _Place:
+        if isinstance(whose, Nobody):
+            return next(iter(self._places.values()))
+        if whose.bank not in self._places:
+            raise OtherBank("the person's state was made with another bank", hint="Personalize again: mta personalize")
+        return self._places[whose.bank]
 
     def take(self, place: int, person: Person) -> None:
         """Write one seat."""
@@ -125,7 +146,7 @@ class Seats:
             self._forwards.clear()
         if key not in self._forwards:
             own = {name: self._own_of(name, rows) for name in self._layers}
-            how = sum(self._ranks), self._gates[rows]
+            how = self._ranks, self._gates[rows]
             room = AdaptedRows.room_for(how[1], next(iter(own.values())))
             self._forwards[key] = {
                 name: _Adapted(layer, layer.forward, self._shared[name], *how, own[name], room)
@@ -183,6 +204,16 @@ class _Adapted:
             y = y.view(*h.shape[:2], -1) + product(h, b)
         RowTerm(self._own[0], self._own[1].mT).add_(x, y)
         return y.view(*x.shape[:-1], y.shape[-1])
+
+
+def _laid_out(banks: Sequence[Bank]) -> tuple[dict[str, _Place], int]:
+    """Each bank's place by its hash, and how many shared ranks there are: task LoRA and anchors, bank after bank."""
+    places, end = dict[str, _Place](), 0
+    for bank in banks:
+        pooled = bank.task_lora.rank if bank.task_lora else 0
+        anchors = slice(end + pooled, end + pooled + len(bank) * bank.anchors.rank)
+        places[bank.hash], end = _Place(bank, slice(end, end + pooled), anchors), anchors.stop
+    return places, end
 
 
 def _side_by_side(batches: list[LoraBatch], name: str, width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

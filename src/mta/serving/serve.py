@@ -9,7 +9,7 @@ import signal
 import socket
 import sys
 from argparse import ArgumentError, ArgumentParser
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -49,14 +49,30 @@ def keys_for(path: Path | None, host: str, insecure_local: bool) -> Keys:
     return keys
 
 
-def check(store: str, bank: Path, strict: bool) -> None:
-    """Before anything is loaded. Raises StoreError without a store, ConfigError for a bank ``strict`` refuses."""
+def check(store: str, banks: Sequence[Path], strict: bool, vllm: bool) -> None:
+    """Before anything is loaded. Raises StoreError without a store, ConfigError for banks that are not to be served."""
     Store(store).check()
-    if strict and (parts := stale(bank)):
+    if vllm and len(banks) > 1:
         raise ConfigError(
-            f"somebody who was forgotten is in the {' and the '.join(parts)} of {bank}",
-            hint="Rebuild it:  mta bank build   or serve it without --strict.",
+            "vLLM serves one bank", hint="Serve during the move without it, or move everybody first: mta personalize"
         )
+    for bank in banks if strict else ():
+        if parts := stale(bank):
+            raise ConfigError(
+                f"somebody who was forgotten is in the {' and the '.join(parts)} of {bank}",
+                hint="Rebuild it:  mta bank build   or serve it without --strict.",
+            )
+
+
+def bank_before(folder: Path, base: BaseModel, bank: Bank) -> Bank:
+    """The bank that people are moved from. Raises ConfigError where it cannot be served beside ``bank``."""
+    before = Bank.open(folder, base)
+    if before.task != bank.task:
+        raise ConfigError(
+            f"the bank at {folder} is for task {before.task.name!r}, expected {bank.task.name!r}",
+            hint="Serve banks of different tasks from gateways of their own.",
+        )
+    return before
 
 
 def service_of(
@@ -69,20 +85,25 @@ def service_of(
     rate: int = 0,
     slots: int = 32,
     vllm: VllmServer | Remote | None = None,
+    before: Path | None = None,
     strict: bool = False,
 ) -> Service:
-    """An engine over a bank and a store, embedded or vLLM's, and what personalizes beside it."""
+    """An engine over a bank and a store, embedded or vLLM's, and what personalizes beside it, always with ``bank``.
+
+    People of the bank in the folder ``before`` are served with that one until then.
+    """
     states, length = Store(store), base.prompts.max_tokens
     engine: EmbeddedEngine | VllmEngine
     if vllm is None:
-        engine = EmbeddedEngine(base, bank, states, slots=slots)
+        older = bank_before(before, base, bank) if before else None
+        engine = EmbeddedEngine(base, bank, states, before=older, slots=slots)
     else:
         engine = VllmEngine(
             vllm, states, bank=bank.hash, pooled=bank.task_lora is not None, length=length, stops=base.stop_tokens
         )
     jobs = Jobs(Personalizer(base.twin(), bank, states, run=run))
     what = engine, base, states, bank.task, keys, jobs, Limits(rate=rate), length
-    return Service(*what, strict=bank.folder if strict else None)
+    return Service(*what, strict=[folder for folder in (bank.folder, before) if folder] if strict else ())
 
 
 def vllm_of(python: str, base: BaseModel, bank: Path, store: str, *, slots: int, args: str) -> VllmServer:

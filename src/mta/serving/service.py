@@ -6,7 +6,7 @@ import asyncio
 import logging
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -47,7 +47,7 @@ class NobodyHere(PersonNotFound):
 class Service:
     """What the routes work with. ``length`` is how many tokens prompt and answer may have together.
 
-    ``strict`` is the bank's folder where it is not to be served once somebody it learnt from was forgotten.
+    ``strict`` are the folders of banks that are not to be served once somebody they learnt from was forgotten.
     """
 
     engine: Engine
@@ -59,7 +59,7 @@ class Service:
     limits: Limits = field(default_factory=Limits)
     length: int = 1024
     metrics: Metrics = field(default_factory=Metrics)
-    strict: Path | None = None
+    strict: Sequence[Path] = ()
     is_stale: bool = False
     rate: Rate = field(init=False)
     _held: Counter[str] = field(default_factory=Counter, init=False)
@@ -87,11 +87,12 @@ class Service:
 
     async def check_fresh(self, who: Who | None = None) -> None:
         """Raises NeedsRebuild for all but the base, where somebody forgotten is in task LoRA or bank."""
-        if self.strict is None or who is BASE:
+        if who is BASE:
             return
         # Once and for all: what is in memory stays what it was, whatever becomes of the folder.
-        gone = not (self.strict / INFO).exists()
-        self.is_stale = self.is_stale or gone or bool(await run_in_threadpool(stale, self.strict))
+        for bank in self.strict:
+            gone = not (bank / INFO).exists()
+            self.is_stale = self.is_stale or gone or bool(await run_in_threadpool(stale, bank))
         if self.is_stale:
             raise NeedsRebuild("the bank has to be rebuilt without somebody who was forgotten", hint="Ask the base.")
 

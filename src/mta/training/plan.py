@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 
 import torch
@@ -16,7 +16,6 @@ from mta.training.trainer import Job
 
 _COPIES = 6  # values, gradient, two moments, a checkpoint being written, the result
 _MOST_TOKENS = 4096  # more per pass gains nothing on the processors measured
-_MOST_PEOPLE = 256  # so that something is finished now and then, however little a person needs
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,17 +33,28 @@ class Plan:
 
 
 def plan_cohorts(
-    base: BaseModel, jobs: Sequence[Job], start: Mapping[str, Tensor] | int, memory: int, *, frozen: int = 0
+    base: BaseModel,
+    jobs: Iterable[Job],
+    start: Mapping[str, Tensor] | int,
+    memory: int,
+    *,
+    frozen: int = 0,
+    most: int = 256,
+    threads: int | None = None,
 ) -> Plan:
     """Split jobs (already sorted by key) into cohorts that fit into ``memory`` bytes beside the base.
 
     ``start`` is one person's parameters, or their number; ``frozen`` are the bytes of what is kept of a person and not
-    trained, merged factors. Half of the memory is for activations, the rest for adapters, gradients and moments.
+    trained, merged factors. Half of the memory is for activations, the rest for adapters, gradients and moments. A
+    cohort has ``most`` people at most. ``jobs`` are walked through once and not kept.
     Raises MemoryBudgetError, saying what one person needs.
     """
     numbers = start if isinstance(start, int) else sum(tensor[0].numel() for tensor in start.values())
     person = _COPIES * numbers * base.master_dtype.itemsize + frozen
-    longest = max((len(example.tokens) - 1 for job in jobs for example in job.examples), default=1)
+    count, longest = 0, 1
+    for job in jobs:
+        count += 1
+        longest = max([longest, *(len(example.tokens) - 1 for example in job.examples)])
     tokens = min(max(memory // 2 // base.bytes_per_token, 1), _MOST_TOKENS)
     needed = longest * base.bytes_per_token + person
     if needed > memory:
@@ -55,6 +65,6 @@ def plan_cohorts(
             hint="Raise memory=…, lower max_tokens or the rank.",
         )
     fit = (memory - max(tokens, longest) * base.bytes_per_token) // person
-    size = min(max(fit, 1), _MOST_PEOPLE)
-    cohorts = tuple(tuple(range(i, min(i + size, len(jobs)))) for i in range(0, len(jobs), size))
-    return Plan(cohorts, max(tokens, longest), torch.get_num_threads())
+    size = min(max(fit, 1), most)
+    cohorts = tuple(tuple(range(i, min(i + size, count))) for i in range(0, count, size))
+    return Plan(cohorts, max(tokens, longest), threads or torch.get_num_threads())

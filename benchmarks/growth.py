@@ -1,0 +1,117 @@
+"""Histories that grow from 8 items to 16: what keeping, training on, refreshing and beginning anew are worth, and cost.
+
+python -m benchmarks.growth --bank demo/bank --people 32 --out results/growth.json
+
+People of MovieLens who had no part in the bank. A state is made of a person's first 8 items; then 8 more come. All are
+asked their next 12, and the NLL of what they answered (over the labels) is compared, paired, with keeping the state.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import time
+from collections import Counter
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mta.aside import write_json
+from mta.assets import resolve
+from mta.bank.bank import Bank
+from mta.bank.files import read_info
+from mta.base import BaseModel
+from mta.config import Run, override
+from mta.evaluation.run import Interval, bootstrap
+from mta.growth import Action, Renewed, renewed
+from mta.history import Person
+from mta.machine import cores, processor
+from mta.personalize import Personalizer
+from mta.provenance import commit
+from mta.readers import read_people
+from mta.rows import row_adapters
+from mta.score import label_scores
+from mta.stages import Stages, Wanted
+from mta.state import State
+
+SHOTS, MORE, ASKED = 8, 8, 12
+
+
+def newcomers(bank: Bank, count: int) -> list[Person]:
+    """People with enough items who are in nothing of the bank, drawn by a hash."""
+    everybody = read_people(resolve("movielens-100k"), "movielens-rating")
+    enough = [person for person in everybody if len(person.items) >= SHOTS + MORE + ASKED]
+    new = [person for person in enough if not bank.info.members.artefacts_of(person.id)]
+    drawn = sorted(new, key=lambda person: hashlib.sha256(f"growth/{person.id}".encode()).digest())
+    return sorted(drawn[:count], key=lambda person: person.id)
+
+
+def made(base: BaseModel, bank: Bank, run: Run, people: list[Person]) -> tuple[list[State], float]:
+    """States of all their items, and the seconds that took."""
+    personal, start = Personalizer(base, bank, run=run), time.perf_counter()
+    personal.personalize(people)
+    return [personal.state(person.id) for person in people], time.perf_counter() - start
+
+
+def gone_on(
+    stages: Stages, people: list[Person], befores: list[State], always: Action | None
+) -> tuple[list[Renewed], float]:
+    """What became of the states, and the seconds that took."""
+    start, how = time.perf_counter(), (stages.base, stages.bank, stages.run)
+    wanted = [Wanted.of(person, *how, before, SHOTS) for person, before in zip(people, befores)]
+    found = [
+        one for cohort in stages.cohorts(wanted, wanted).lacking(wanted) for one in renewed(stages, cohort, always)
+    ]
+    return found, time.perf_counter() - start
+
+
+def losses(base: BaseModel, bank: Bank, people: list[Person], states: list[State]) -> Tensor:
+    """(U,): mean NLL of what people answered to their questions, in nats."""
+    told = []
+    for person, state in zip(people, states):
+        items = person.items[SHOTS + MORE : SHOTS + MORE + ASKED]
+        (scores,) = label_scores(base, bank.task, [items], row_adapters(base, bank, [state]), owners=[0])
+        right = [bank.task.labels.index(bank.task.target(item)) for item in items]
+        told.append(-torch.log_softmax(scores, 1)[range(len(items)), right].mean())
+    return torch.stack(told).double()
+
+
+def main() -> None:
+    """Measure and write."""
+    parse = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parse.add_argument("words", nargs="*", help="settings over the bank's, as key=value")
+    parse.add_argument("--bank", type=Path, default=Path("demo/bank"))
+    parse.add_argument("--people", type=int, default=32)
+    parse.add_argument("--out", type=Path)
+    args = parse.parse_args()
+    base = BaseModel.of(read_info(args.bank).run)
+    bank = Bank.open(args.bank, base)
+    run = override(bank.info.run, args.words)
+    people = newcomers(bank, args.people)
+    young, grown = [p.first(SHOTS) for p in people], [p.first(SHOTS + MORE) for p in people]
+    befores, took = made(base, bank, run, young)
+    kept, rows = losses(base, bank, people, befores), {}
+    rows["keep"] = {"nll": float(kept.mean()), "seconds a person": 0.0, "at first": took / len(people)}
+    stages = Stages(base, bank, run, bank.encoder(base, run.encoder))
+
+    def tell(name: str, states: list[State], seconds: float) -> None:
+        found: Interval = bootstrap(losses(base, bank, people, states) - kept)
+        rows[name] = {"against keeping": asdict(found), "seconds a person": seconds / len(people)}
+        print(f"{name:10} {found}  {seconds / len(people):.2f} s a person", flush=True)
+
+    print(f"keep       {rows['keep']['nll']:.3f} nats; at first {took / len(people):.2f} s a person")
+    for name in ("retrain", "refresh", None):
+        found, seconds = gone_on(stages, grown, befores, name)
+        tell(name or "decided", [one.state or before for one, before in zip(found, befores)], seconds)
+    rows["decided"]["actions"] = dict(Counter(one.action for one in found))
+    print(rows["decided"]["actions"])
+    tell("anew", *made(base, bank, run, grown))
+    if args.out:
+        about = {"machine": f"{processor()}, {cores()} cores", "commit": commit(), "people": len(people)}
+        write_json(args.out, {**about, "words": args.words, "bank": bank.hash, "rows": rows})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,206 @@
+"""What is kept of a person, told in numbers that people understand: ``mta person`` prints it.
+
+Only files of the store and the description of the bank are read: no weights but the person's own stack, and no text of
+theirs is told.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from pathlib import Path
+
+from mta.bank.files import BankInfo, read_info
+from mta.config import MergeSettings, Run
+from mta.errors import ConfigError, DataError, PersonNotFound, StateCorrupt
+from mta.exports import Export
+from mta.history import Person
+from mta.sizing import KNOWN, Load, Shape, costs, hardware, passes
+from mta.state import Losses, State
+from mta.store import Store
+from mta.tasks.task import Task
+
+_CHARACTERS = 4.0  # of a token, about: tokenizers of English text
+
+
+@dataclass(frozen=True, slots=True)
+class Weight:
+    """An anchor's number in its bank and its coefficient in the merge."""
+
+    anchor: int
+    w: float
+
+
+@dataclass(frozen=True, slots=True)
+class Stack:
+    """The size of a stack."""
+
+    rank: int
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Rebuild:
+    """What stages 2 and 3 would take again, by the bank's settings: passes over the shots, and what they are worth.
+
+    ``forward`` passes are without, ``trained`` ones with a way back; ``targets`` are the shots' target tokens, where a
+    state's losses tell them. ``tokens`` of all shots and ``operations`` are estimates (our choice: four characters a
+    token), None where the history is not kept, or where the base's shape cannot be told from what is on this machine;
+    ``seconds`` are those of ``machine``, this one.
+    """
+
+    forward: float
+    trained: float
+    targets: int | None
+    tokens: float | None
+    operations: float | None
+    seconds: float | None
+    machine: str
+
+
+@dataclass(frozen=True, slots=True)
+class Account:
+    """What is kept of a person, and what it means.
+
+    ``weights`` are sorted, the largest first; ``null`` is what the posterior left to the pooled model, None for other
+    policies. ``history`` counts the items kept by opt-in. ``trained`` names what of this bank was learnt from them.
+    """
+
+    version: int
+    versions: int
+    time: str | None
+    bank: str
+    bank_here: str
+    policy: str
+    mode: str
+    weights: list[Weight]
+    null: float | None
+    stack: Stack | None
+    losses: Losses | None
+    history: int | None
+    exports: list[Export]
+    trained: list[str]
+    bytes: int
+    rebuild: Rebuild | None
+
+
+@dataclass(frozen=True, slots=True)
+class Version:
+    """One version of a person: its size, the key of its work and its policy (None for one that does not read)."""
+
+    version: int
+    bytes: int
+    work: str | None
+    policy: str | None
+    latest: bool
+
+
+def account_of(id: str, store: Store, bank: Path) -> Account:
+    """What ``store`` keeps of a person, seen from the bank in a folder.
+
+    Raises PersonNotFound, StateCorrupt, BankCorrupt.
+    """
+    info = read_info(bank)
+    version = store.latest(id)
+    state, kept = store.load(id, version), store.history(id)
+    return Account(
+        version=version or 0,
+        versions=len(store.versions(id)),
+        time=store.time_of(id, version or 0),
+        bank=state.bank,
+        bank_here=info.hash,
+        policy=state.policy,
+        mode=state.mode,
+        weights=sorted(map(Weight, state.anchors, state.w), key=lambda weight: -weight.w),
+        null=1 - sum(state.w) if state.policy == "posterior" else None,
+        stack=_stack(state),
+        losses=state.losses,
+        history=len(kept.items) if kept else None,
+        exports=store.exports(id),
+        trained=info.members.artefacts_of(id),
+        bytes=store.nbytes(id),
+        rebuild=_rebuild(state, info, kept),
+    )
+
+
+def versions_of(id: str, store: Store) -> list[Version]:
+    """Every version of a person, oldest first. Raises PersonNotFound where there is none."""
+    sizes = store.sizes(id)
+    if not sizes:
+        store.load(id)  # says who is not there
+    found = []
+    for number, size in sizes.items():
+        told: tuple[str | None, str | None] = None, None
+        with contextlib.suppress(StateCorrupt, PersonNotFound):  # damaged, or removed meanwhile
+            state = store.load(id, number)
+            told = state.work, state.policy
+        found.append(Version(number, size, *told, latest=number == max(sizes)))
+    return found
+
+
+def gains(losses: Losses) -> list[str]:
+    """What merge and stack made of the person's own shots, in plain words."""
+    told = [f"the merge {_compared(losses.pooled - losses.merged)} than the pooled model"]
+    if losses.stacked is not None:
+        told.append(f"the stack on top of it {_compared(losses.merged - losses.stacked)} than the merge alone")
+    return told
+
+
+def _compared(gain: float) -> str:
+    return f"explains their shots {'better' if gain >= 0 else 'worse'} by {abs(gain):.3f} nats per token"
+
+
+def _stack(state: State) -> Stack | None:
+    if state.stack is None:
+        return None
+    return Stack(state.stack.rank, sum(tensor.nbytes for tensor in state.stack.tensors().values()))
+
+
+def _rebuild(state: State, info: BankInfo, kept: Person | None) -> Rebuild | None:
+    """Of the history that is kept, else of the shots whose losses are known; None where nothing is known of either."""
+    same = kept is None or kept.digest() == state.history
+    targets = state.losses.tokens if state.losses and same else None
+    run = _as_made(state, info)
+    lengths = _tokens(kept, Task.model_validate(info.task)) if kept else None
+    if not kept or not lengths:
+        return Rebuild(*passes(run, 1), targets, None, None, None, "") if targets else None
+    shots, answers = len(kept.items), targets or lengths[1]
+    load = Load(tokens=(lengths[0] + answers) / shots, targets=answers / shots, shots=shots)
+    operations = _operations(run, load)
+    machine = hardware("this") if operations else None
+    seconds = machine.seconds(operations) if machine and operations else None
+    name = machine.name if machine else ""
+    return Rebuild(*passes(run, shots), targets, load.tokens * shots, operations, seconds, name)
+
+
+def _as_made(state: State, info: BankInfo) -> Run:
+    """The bank's settings, with what the state says of its own: policy, anchors, mode, stack."""
+    run, anchors = info.run, len(info.items)
+    k = len(state.anchors) if len(state.anchors) < anchors else 0  # 0 takes all of them
+    merge = {**run.merge.model_dump(), "policy": state.policy, "k": k, "mode": state.mode, "rank": state.rank}
+    stack = run.stack.model_copy(update={"enabled": state.stack is not None})
+    if state.stack is not None:
+        stack = stack.model_copy(update={"lora": stack.lora.model_copy(update={"rank": state.stack.rank})})
+    bank = run.bank.model_copy(update={"anchors": anchors})
+    return run.model_copy(update={"bank": bank, "merge": MergeSettings.model_validate(merge), "stack": stack})
+
+
+def _tokens(person: Person, task: Task) -> tuple[float, float] | None:
+    """Tokens of what is asked and of the answers, with the token that ends each: about, from characters.
+
+    None where there are no items, or items of another task than this bank's.
+    """
+    with contextlib.suppress(DataError):
+        asked = sum(len(task.prompt(item)) for item in person.items)
+        answers = sum(len(task.target(item)) for item in person.items)
+        return (asked / _CHARACTERS, answers / _CHARACTERS + len(person.items)) if person.items else None
+    return None
+
+
+def _operations(run: Run, load: Load) -> float | None:
+    """Of one person; None where the shape of the base cannot be told from what is on this machine."""
+    if run.base not in KNOWN and not Path(run.base).is_dir():
+        return None  # an asset or a hub's model might have to be fetched for it
+    with contextlib.suppress(ConfigError):
+        return costs(Shape.of(run.base), run, load)["MTA"].person_operations
+    return None

@@ -1,0 +1,127 @@
+"""Where the factors of a bank are trained: over a base at hand here, or made again by a worker elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from mta.bank.task_lora import train_task_lora
+from mta.base import BaseModel
+from mta.config import Run, parse_size
+from mta.errors import BankMismatch
+from mta.history import Person
+from mta.lora.batch import LoraBatch, fresh
+from mta.lora.layers import Shared
+from mta.tasks.task import Task
+from mta.training.checkpoint import Checkpoint
+from mta.training.trainer import Job, OnStep, train_loras
+
+
+@dataclass(frozen=True, slots=True)
+class Bench:
+    """A base, the settings, and the task LoRA to train over, where there is one yet.
+
+    ``checkpoint`` gives the checkpoint of a piece by its name; without, a stopped piece is trained again as a whole.
+    """
+
+    base: BaseModel
+    run: Run
+    pooled: LoraBatch | None = None
+    checkpoint: Callable[[str], Checkpoint] | None = None
+    on_step: OnStep | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class BenchCopies:
+    """Makes the same bench in another process: called there, it loads the base. ``run`` names it as it was loaded."""
+
+    run: Run
+    fingerprint: str
+    pooled: LoraBatch | None = None
+
+    def __call__(self) -> Bench:
+        """Raises BankMismatch if another base lies there, and what loading one raises."""
+        base = BaseModel.of(self.run)
+        if base.fingerprint != self.fingerprint:
+            raise BankMismatch(
+                f"a worker loaded base {base.name!r} with sha256 {base.fingerprint[:8]}…, "
+                f"expected {self.fingerprint[:8]}…",
+                hint="Give workers the same base: a hub id, an asset, or a folder on a shared disk.",
+            )
+        return Bench(base, self.run, self.pooled and self.pooled.to(base.device))
+
+
+@dataclass(frozen=True, slots=True)
+class Pool:
+    """Stage 0 as one piece of work."""
+
+    task: Task
+    people: tuple[Person, ...]
+    name: str = "task"
+
+    def __len__(self) -> int:
+        return 1
+
+    def halves(self) -> Sequence[Pool]:
+        """One LoRA cannot be parted."""
+        return ()
+
+
+@dataclass(frozen=True, slots=True)
+class Anchors:
+    """Anchors that are trained together (stage 1)."""
+
+    number: int
+    jobs: tuple[Job, ...]
+    tokens_per_batch: int
+
+    @property
+    def name(self) -> str:
+        """What its files are called."""
+        return f"anchors-{self.number:03}"
+
+    def __len__(self) -> int:
+        return len(self.jobs)
+
+    def halves(self) -> Sequence[Anchors]:
+        """Every anchor is needed: one that fails is no reason to go on without it."""
+        return ()
+
+
+def train_pool(bench: Bench, piece: Pool) -> LoraBatch:
+    """Stage 0: the task LoRA, a batch of one."""
+    report, settings = bench.on_step, bench.run.task_lora
+    return train_task_lora(
+        bench.base,
+        piece.task,
+        piece.people,
+        settings,
+        seed=bench.run.seed,
+        memory=parse_size(bench.run.memory),
+        checkpoint=bench.checkpoint(piece.name) if bench.checkpoint else None,
+        on_step=(lambda step: report("task LoRA", step)) if report else None,
+    )
+
+
+def train_anchors(bench: Bench, piece: Anchors) -> LoraBatch:
+    """Stage 1 for some anchors: one meta-LoRA for each, over the frozen task LoRA."""
+    base, settings, report = bench.base, bench.run.bank, bench.on_step
+    return train_loras(
+        base,
+        piece.jobs,
+        anchor_start(base, bench.run, piece.jobs),
+        settings.training,
+        frozen=[Shared(bench.pooled.to(base.dtype))] if bench.pooled else [],
+        seed=bench.run.seed,
+        tokens_per_batch=piece.tokens_per_batch,
+        checkpoint=bench.checkpoint(piece.name) if bench.checkpoint else None,
+        on_step=(lambda step: report("anchors", step)) if report else None,
+    )
+
+
+def anchor_start(base: BaseModel, run: Run, jobs: Sequence[Job]) -> LoraBatch:
+    """What anchors are trained from: one A for all of them, or each its own; B is zero."""
+    lora, same = run.bank.lora, run.bank.start == "same"
+    keys = ["bank"] if same else [job.key for job in jobs]
+    start = fresh(base.targets, lora.rank, lora.scale, run.seed, keys, base.master_dtype)
+    return start.select([0] * len(jobs)) if same else start

@@ -1,0 +1,137 @@
+"""``mta person``: what is kept of one person and what it means, their versions, and going back to one."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+from mta.cli.options import BankDir, Json, StoreUrl, show_json
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from mta.account import Account, Rebuild
+
+app = typer.Typer(help="Look at what is kept of one person, and go back to an earlier version.", no_args_is_help=True)
+Who = Annotated[str, typer.Argument(help="Who.")]
+SHOWN = 12  # anchors of a chart; --json has all of them
+WIDTH = 30  # characters of the longest bar
+
+
+@app.command("show")
+def show(person: Who, bank: BankDir = Path("bank"), store: StoreUrl = "people", json: Json = False) -> None:
+    """Explain a person's state: anchors and their coefficients, what was learnt of the shots, what is kept and where.
+
+    No model is loaded, and none of the person's texts is printed.
+
+    Example:  mta person show ann --bank bank/ --store people/
+    """
+    from mta.account import account_of
+    from mta.store import Store
+
+    found = account_of(person, Store(store), bank)
+    if json:
+        return show_json(asdict(found))
+    say = Console(highlight=False, soft_wrap=True, markup=False).print
+    say(f"version {found.version}, of {found.versions} kept; saved {found.time or 'at a time not noted'}")
+    other = f"not the one at {bank} ({found.bank_here[:12]}): personalize again before asking"
+    say(f"bank {found.bank[:12]}, " + (f"the one at {bank}" if found.bank == found.bank_here else other))
+    say(f"merge: {found.policy}, {len(found.weights)} anchors, {found.mode}")
+    say(_chart(found))
+    for line in _facts(found):
+        say(line)
+
+
+def _chart(found: Account) -> Table:
+    """Anchors by weight, as bars."""
+    from rich.bar import Bar
+    from rich.table import Table
+
+    rows = [(f"anchor {one.anchor}", one.w) for one in found.weights[:SHOWN]]
+    if rest := found.weights[SHOWN:]:
+        rows.append((f"{len(rest)} others", sum(one.w for one in rest)))
+    if found.null is not None:
+        rows.append(("the pooled model", found.null))
+    made = Table(box=None, show_header=False)
+    most = max(abs(w) for _, w in rows)
+    for name, w in rows:
+        made.add_row(name, f"{w:.3f}", Bar(size=most, begin=0, end=abs(w), width=WIDTH))
+    return made
+
+
+def _facts(found: Account) -> list[str]:
+    from mta.account import gains
+    from mta.evaluation.figures import human_bytes
+
+    stack, losses = found.stack, found.losses
+    lines = [f"stack: rank {stack.rank}, {human_bytes(stack.bytes)}" if stack else "stack: none, the merge alone"]
+    if losses:
+        told = {"pooled model": losses.pooled, "with the merge": losses.merged, "with merge and stack": losses.stacked}
+        each = ", ".join(f"{name} {loss:.3f}" for name, loss in told.items() if loss is not None)
+        lines += [
+            f"nats per token on their shots ({losses.tokens} target tokens): {each}",
+            *map("  {}".format, gains(losses)),
+        ]
+    else:
+        lines.append("losses on their shots: not noted (personalize again to have them)")
+    lines.append("history: not kept" if found.history is None else f"history: {found.history} items kept")
+    broken = " (interrupted)"
+    lines += [f"exported to {one.folder} on {one.host}{'' if one.sha256 else broken}" for one in found.exports]
+    learnt = ", ".join(found.trained) or "nothing"
+    lines.append(f"learnt from them in the bank: {learnt}")
+    lines.append(f"kept in all: {human_bytes(found.bytes)}")
+    return [*lines, _price(found.rebuild)] if found.rebuild else lines
+
+
+def _price(rebuild: Rebuild) -> str:
+    from mta.evaluation.figures import human_seconds
+
+    over = f"about {rebuild.tokens:.0f} tokens" if rebuild.tokens else f"shots of {rebuild.targets} target tokens"
+    said = f"to make it again: {rebuild.forward:.0f} passes forward and {rebuild.trained:.0f} forward and back"
+    said += f" over {over}"
+    if rebuild.operations is None or rebuild.seconds is None:
+        return said
+    return f"{said}: {rebuild.operations:.1e} operations, about {human_seconds(rebuild.seconds)} on {rebuild.machine}"
+
+
+@app.command("versions")
+def versions(person: Who, store: StoreUrl = "people", json: Json = False) -> None:
+    """List a person's versions, oldest first: bytes, work (of the same work: the same content), policy.
+
+    Example:  mta person versions ann --store people/
+    """
+    from mta.account import versions_of
+    from mta.evaluation.figures import human_bytes
+    from mta.store import Store
+
+    found = versions_of(person, Store(store))
+    if json:
+        return show_json([asdict(one) for one in found])
+    for one in found:
+        what = f"work {one.work[:8]}  {one.policy}" if one.work else "damaged"
+        typer.echo(f"{one.version}  {human_bytes(one.bytes)}  {what}{'  (latest)' if one.latest else ''}")
+
+
+@app.command("rollback")
+def rollback(
+    person: Who,
+    version: Annotated[int, typer.Argument(help="The version to go back to.")],
+    store: StoreUrl = "people",
+    json: Json = False,
+) -> None:
+    """Make an earlier version the newest again: its content is saved as one more, and no version is lost.
+
+    Personalizing again with other shots or settings than made it makes a newer one.
+
+    Example:  mta person rollback ann 2 --store people/
+    """
+    from mta.store import Store
+
+    newest = Store(store).rollback(person, version)
+    if json:
+        return show_json({"content_of": version, "version": newest})
+    typer.echo(f"the newest version is {newest}, of the content of version {version}")

@@ -1,0 +1,110 @@
+"""What an attack found: a table, a picture, JSON. Numbers alone: nobody's id or text is in any of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from mta.aside import write_json
+from mta.evaluation import plots
+from mta.evaluation.attack import FPR, Attack
+from mta.evaluation.cast import AT_LEAST
+from mta.evaluation.exam import Row
+from mta.evaluation.privacy import Findings
+from mta.evaluation.run import Interval
+
+GUESSING = 0.5
+
+
+def show(found: Findings, console: Console) -> None:
+    """The table, who was asked about, and what to be careful about."""
+    console.print(table(found))
+    for sentence in sentences(found):
+        console.print(sentence, highlight=False)
+
+
+def table(found: Findings) -> Table:
+    """A row for each kind of model, by whose items it was asked about; the TPR is that of the row's last attack."""
+    names = list(dict.fromkeys(name for row in found.rows for name in row.attacks))
+    made = Table(title="Membership inference by loss", box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
+    made.add_column("model")
+    for name in [f"AUC\n{name}" for name in names] + [f"TPR at\n{FPR:.0%} FPR"]:
+        made.add_column(name, justify="right")
+    about = ""
+    for row in found.rows:
+        if row.about != about:
+            about = row.about
+            made.add_section()
+            made.add_row(f"[bold]{about}[/]")
+        aucs = [_cell(row.attacks[name].auc) if name in row.attacks else "-" for name in names]
+        made.add_row(f"  {row.name}", *aucs, _cell(last(row)[1].tpr))
+    return made
+
+
+def sentences(found: Findings) -> list[str]:
+    """Who was asked about, how the numbers are to be read, and what an anchor's coefficient tells."""
+    meta, items = found.meta, found.meta["items"]
+    others = f"{items['others']} items of {meta['others']} people who are in nothing of the bank"
+    said = [
+        f"{items['anchors']} items of {meta['anchors']} anchors, {items['pool']} of {meta['pool']} people behind the "
+        f"task LoRA, against {others}; {meta['targets']} targets with {meta['privacy']['shots']} shots each.",
+        f"The score is minus the loss ({meta['loss']}), alone or less that of a model below; AUC .5 and TPR "
+        f"{FPR:.2f} are guessing. 95% intervals over people. Base and task LoRA never saw an anchor's item.",
+    ]
+    if items["others"] < AT_LEAST:
+        said.append(f"Careful: only {items['others']} items of others, fewer than {AT_LEAST}: the TPR means little.")
+    if not meta["pool"]:
+        said.append(
+            "The task LoRA's own items were not asked about: not everybody behind it is among the people given."
+        )
+    if found.weights:
+        said.append(
+            f"An anchor's |w| and how often its items are ranked above others': Spearman {found.weights} "
+            f"over {found.pairs} pairs of a target's merge and an anchor."
+        )
+    return said
+
+
+def to_json(found: Findings, **meta: Any) -> dict[str, Any]:
+    """Everything that was measured as JSON values."""
+    rows = [
+        {
+            "about": row.about,
+            "model": row.name,
+            "models": row.models,
+            "members": row.members,
+            "others": row.others,
+            "attacks": {n: {"auc": _values(one.auc), "tpr": _values(one.tpr)} for n, one in row.attacks.items()},
+        }
+        for row in found.rows
+    ]
+    weights = found.weights and {"spearman": _values(found.weights), "pairs": found.pairs}
+    return {"meta": found.meta | meta, "fpr": FPR, "rows": rows, "weights": weights}
+
+
+def write(found: Findings, out: Path, command: str = "") -> None:
+    """``results.json``, ``privacy.svg`` and ``privacy.png`` under ``out``; ``command`` says how to get them again."""
+    write_json(out / "results.json", to_json(found, command=command))
+    rows = [(f"{row.about}: {row.name}", _less(last(row)[1].auc)) for row in found.rows]
+    plots.forest(out / "privacy", rows, "AUC - 0.5: 0 is guessing (95% intervals)")
+
+
+def last(row: Row) -> tuple[str, Attack]:
+    """The attack that knows most: over the highest model below."""
+    return list(row.attacks.items())[-1]
+
+
+def _less(auc: Interval) -> Interval:
+    return Interval(auc.mean - GUESSING, auc.low - GUESSING, auc.high - GUESSING)
+
+
+def _cell(one: Interval) -> str:
+    return f"{one.mean:.3f}\n[dim]{one.low:.2f} to {one.high:.2f}[/]"
+
+
+def _values(one: Interval) -> dict[str, float]:
+    return {"mean": one.mean, "low": one.low, "high": one.high}

@@ -1,0 +1,173 @@
+"""How states come about, for many people at once: anew, or from the states they have."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+from mta.bank.bank import Bank
+from mta.base import BaseModel
+from mta.config import Run
+from mta.desk import Copies, Desk, renew, work_through
+from mta.encode import Encoder
+from mta.errors import DataError, InputError, OtherBank, PersonNotFound, StateCorrupt
+from mta.executor import Executor, Outcome, R
+from mta.fuse import check_merge
+from mta.history import Person
+from mta.stages import Cohort, Stages, Wanted
+from mta.state import State
+from mta.store import Store
+from mta.training.trainer import OnStep, Step
+from mta.work import Work
+
+
+@dataclass(frozen=True, slots=True)
+class Personalized:
+    """What ``personalize`` did: how many people were trained, how many were there already, how many texts were cut.
+
+    ``failed`` are those whose data made workers of a cluster fail, and how.
+    """
+
+    trained: int
+    unchanged: int
+    shortened: int
+    failed: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        up = f"{self.trained} people personalized, {self.unchanged} were up to date"
+        return f"{up}; {self.shortened} texts were shortened"
+
+
+@dataclass(frozen=True, slots=True)
+class Updated:
+    """What ``update`` did for those with new items (``growth`` says what that means), and who was begun or had none."""
+
+    kept: int
+    retrained: int
+    refreshed: int
+    begun: int
+    unchanged: int
+    failed: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        new = f"{self.kept} kept, {self.retrained} retrained, {self.refreshed} refreshed"
+        return f"of people with new items {new}; {self.begun} personalized anew, {self.unchanged} had no new items"
+
+
+@dataclass(frozen=True, slots=True)
+class Maker:
+    """What makes a Personalizer's states: ``state`` finds the one there is, ``unsaved`` takes those no store does."""
+
+    base: BaseModel
+    bank: Bank
+    run: Run
+    encoder: Callable[[], Encoder]
+    store: Store | None
+    executor: Executor
+    unsaved: dict[str, State]
+    state: Callable[[str], State]
+    on_step: OnStep | None = None
+
+    def personalize(self, people: Sequence[Person], keep_histories: bool = False, resume: bool = True) -> Personalized:
+        """``Personalizer.personalize``."""
+        _check(people)
+        check_merge(self.run.merge, len(self.bank), self.bank.task.labelled)
+        ordered = sorted(people, key=lambda person: person.id)
+        everybody = [Wanted.of(person, self.base, self.bank, self.run) for person in ordered]
+        if keep_histories:
+            self._keep_histories(ordered)
+        missing = [wanted for wanted in everybody if not self._has(wanted)]
+        if not missing:
+            return Personalized(0, len(people), 0)
+        work = Work.of(self.store.files, [wanted.name for wanted in everybody]) if self.store else None
+        if work and not resume:
+            work.drop()
+        stages = Stages(self.base, self.bank, self.run, self.encoder(), self.on_step, work)
+        cohorts = stages.cohorts(everybody, missing, self.executor.most, self.executor.threads)
+        failed = dict[str, str]()
+        for outcome in self._outcomes(work_through, stages, cohorts.lacking(missing), failed):
+            for wanted, state in zip(outcome.piece.wanted, outcome.result or ()):
+                self.unsaved[wanted.person.id] = state
+        if work and not failed:
+            work.finish()
+        return Personalized(len(missing) - len(failed), len(people) - len(missing), cohorts.cut, failed)
+
+    def update(self, people: Sequence[Person], keep_histories: bool = False) -> Updated:
+        """``Personalizer.update``."""
+        _check(people)
+        if keep_histories:
+            self._keep_histories(people)
+        grown, begin, unchanged = list[Wanted](), list[Person](), 0
+        for person in sorted(people, key=lambda person: person.id):
+            before, known = self._known(person)
+            if before is None:
+                begin.append(person)
+            elif known < len(person.items):
+                grown.append(Wanted.of(person, self.base, self.bank, self.run, before, known))
+            else:
+                unchanged += 1
+        counts, failed = Counter[str](), dict[str, str]()
+        if grown:
+            stages = Stages(self.base, self.bank, self.run, self.encoder(), self.on_step)
+            cohorts = stages.cohorts(grown, grown, self.executor.most, self.executor.threads).lacking(grown)
+            for outcome in self._outcomes(renew, stages, cohorts, failed):
+                counts.update(one.action for one in outcome.result or ())
+                for wanted, one in zip(outcome.piece.wanted, outcome.result or ()):
+                    if one.state:
+                        self.unsaved[wanted.person.id] = one.state
+        first = self.personalize(begin) if begin else Personalized(0, 0, 0)
+        done = counts["keep"], counts["retrain"], counts["refresh"]
+        return Updated(*done, first.trained, unchanged + first.unchanged, failed | first.failed)
+
+    def _outcomes(
+        self,
+        function: Callable[[Desk, Cohort], R],
+        stages: Stages,
+        cohorts: Sequence[Cohort],
+        failed: dict[str, str],
+    ) -> Iterator[Outcome[Cohort, R]]:
+        """``function`` for all cohorts, wherever the executor works; notes in ``failed`` who failed, and how."""
+        here, elsewhere = Desk(stages, self.store), Copies.of(self.base, self.bank, self.run, self.store)
+        done, total = 0, sum(map(len, cohorts))
+        for n, outcome in enumerate(self.executor.run(function, cohorts, here, elsewhere), 1):
+            done += len(outcome.piece)
+            if outcome.error:
+                failed |= {wanted.person.id: outcome.error for wanted in outcome.piece.wanted}
+            if self.on_step and not self.executor.in_process:
+                self.on_step("fleet", Step(n, len(outcome.piece), done, total))
+            yield outcome
+
+    def _known(self, person: Person) -> tuple[State | None, int]:
+        """The state to go on from, and how many of the person's items it was made of; None to begin anew."""
+        try:
+            state = self.state(person.id)
+        except (PersonNotFound, StateCorrupt, OtherBank):
+            return None, 0
+        stack, merge = self.run.stack, self.run.merge
+        rank = stack.lora.rank if stack.enabled else 0
+        same = (state.policy, state.mode, state.rank) == (merge.policy, merge.mode, merge.rank)
+        known = person.grown_from(state.history) if state.losses else 0
+        fits = same and rank == (state.stack.rank if state.stack else 0)
+        return (state, known) if known and fits else (None, 0)
+
+    def _has(self, wanted: Wanted) -> bool:
+        try:
+            return self.state(wanted.person.id).work == wanted.work
+        except (PersonNotFound, StateCorrupt, OtherBank):
+            return False
+
+    def _keep_histories(self, people: Sequence[Person]) -> None:
+        if not self.store:
+            raise InputError("histories are kept in a store, and there is none", hint='Give one: store="people/"')
+        for person in people:
+            self.store.save_history(person)
+
+
+def _check(people: Sequence[Person]) -> None:
+    if empty := sum(not person.items for person in people):
+        raise DataError(
+            f"{empty} of {len(people)} people have no item", hint="Personalizing takes at least one shot each."
+        )
+    if len({person.id for person in people}) < len(people):
+        raise DataError("a person is given twice", hint="Put all items of a person into one history.")

@@ -1,0 +1,440 @@
+"""Attacks on a bank: the arithmetic by hand and against scikit-learn's, the protocol on a bank that learnt by heart."""
+
+import io
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY_RUN, HashEncoder, people_of, personalizer
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+from sklearn.metrics import roc_auc_score
+from tiny import base_of
+
+from mta.bank.bank import Bank
+from mta.bank.build import build_bank
+from mta.bank.task_lora import pooled_items
+from mta.config import Lora, MergeSettings, Privacy, StackSettings, Training
+from mta.errors import AnchorNotFound, InputError
+from mta.evaluation import exposure
+from mta.evaluation.attack import Trials, attack, auc, rank_correlation, resampled_auc, resampled_tpr, tpr_at
+from mta.evaluation.cast import cast
+from mta.evaluation.exam import ANCHORS, ANOTHER, OWN, PERSONAL, POOL, SHOTS, Exam, spread
+from mta.evaluation.privacy import Findings, merges, privacy
+from mta.evaluation.protocol import Panel
+from mta.history import Item, Person
+from mta.lora.batch import join
+from mta.lora.layers import Shared
+from mta.lora.peft import read_peft
+from mta.score import label_scores
+
+ANCHORS_KEPT, EACH = 6, 6
+SETTINGS = Privacy(shots=2, targets=4, items=EACH)
+TASK_PEOPLE = people_of(4, prefix="task-", seed=1)
+CANDIDATES = people_of(4 * ANCHORS_KEPT, items=8, prefix="candidate-", seed=2)
+STRANGERS = people_of(24, prefix="stranger-", seed=7)
+EVERYBODY = [*STRANGERS, *CANDIDATES, *TASK_PEOPLE]
+
+
+# -- the arithmetic ----------------------------------------------------------------------------------------------------
+
+
+def kinds(members, others):
+    """Which are members, and everybody's scores."""
+    return np.array([True] * len(members) + [False] * len(others)), np.array([*members, *others], dtype=float)
+
+
+def test_an_auc_by_hand():
+    assert auc(*kinds([3, 1], [2, 0])) == 0.75  # 3 beats both, 1 beats one
+    assert auc(*kinds([2, 1], [2, 0])) == pytest.approx((0.5 + 1 + 0 + 1) / 4)  # a tie is half
+    assert auc(*kinds([5], [1, 2])) == 1.0
+
+
+def test_a_tpr_by_hand():
+    others = list(range(100))
+    # One of a hundred may pass, 99; a threshold that lets 98 pass lets two of the others pass.
+    assert tpr_at(*kinds([99.5, 98.5, 98, 50], others)) == 0.5
+    assert tpr_at(*kinds([99.5, 98.5, 98, 50], others), fpr=0.02) == 0.75
+    assert tpr_at(*kinds([50, 20], [60, 10])) == 0.0  # 1% of two is nobody
+    assert tpr_at(*kinds([70, 20], [60, 10])) == 0.5
+
+
+small = st.lists(st.integers(-5, 5), min_size=1, max_size=12)
+
+
+@given(small, small)
+def test_an_auc_is_blind_to_monotone_transforms_and_turns_with_the_sign(members, others):
+    member, scores = kinds(members, others)
+    assert auc(member, scores**3 + 2 * scores) == pytest.approx(auc(member, scores))
+    assert auc(member, -scores) == pytest.approx(1 - auc(member, scores))
+    assert auc(~member, scores) == pytest.approx(1 - auc(member, scores))
+    assert tpr_at(member, scores**3 + 2 * scores) == tpr_at(member, scores)
+
+
+@st.composite
+def weighted(draw):
+    """Trials under a few models with whole weights: as if each had come so many times."""
+    n = draw(st.integers(4, 16))
+    member = np.array([True, False, *draw(st.lists(st.booleans(), min_size=n - 2, max_size=n - 2))])
+    model = np.array(draw(st.lists(st.integers(0, 2), min_size=n, max_size=n)))
+    model[1] = model[0]  # one model has both kinds
+    person = np.array(draw(st.lists(st.integers(0, 3), min_size=n, max_size=n)))
+    scores = np.array(draw(st.lists(st.integers(-4, 4), min_size=n, max_size=n)), dtype=float)
+    models = np.array(draw(st.lists(st.integers(1, 3), min_size=3, max_size=3)), dtype=float)[model]
+    people = np.array(draw(st.lists(st.integers(1, 3), min_size=4, max_size=4)), dtype=float)[person]
+    return Trials(model, person, member), scores, models, people
+
+
+@given(weighted())
+def test_resamples_are_scikit_learns_with_weights(drawn):
+    trials, scores, models, people = drawn
+    above, pairs = 0.0, 0.0
+    for model in range(3):
+        mine = trials.model == model
+        a, b = people[mine & trials.member].sum(), people[mine & ~trials.member].sum()
+        if a and b:
+            weight = models[mine][0] * a * b
+            above += weight * roc_auc_score(trials.member[mine], scores[mine], sample_weight=people[mine])
+            pairs += weight
+    assert resampled_auc(trials, scores, models[None], people[None])[0] == pytest.approx(above / pairs)
+    times = (models * people).astype(int)
+    for fpr in (0.01, 0.3):
+        again = tpr_at(np.repeat(trials.member, times), np.repeat(scores, times), fpr)
+        assert resampled_tpr(trials, scores, models[None], people[None], fpr)[0] == pytest.approx(again)
+
+
+def crowd(per_person, alike, seed=0):
+    """40 members and 40 others with ``per_person`` items each; a person's items score ``alike`` or each its own."""
+    chance, people = np.random.default_rng(seed), np.arange(80).repeat(per_person)
+    member = people < 40
+    scores = member * 0.8 + (chance.normal(size=80)[people] if alike else chance.normal(size=len(people)))
+    return Trials(np.zeros(len(people), dtype=int), people, member), scores
+
+
+def test_an_attack_is_the_auc_within_each_model():
+    """Between models nothing is compared: one that finds everything likelier does not hide what each tells."""
+    trials = Trials(np.array([0, 0, 0, 1, 1]), np.arange(5), np.array([True, False, False, True, False]))
+    found = attack(trials, np.array([2.0, 1.0, 3.0, 20.0, 30.0]))
+    assert found.auc.mean == pytest.approx((2 * 0.5 + 1 * 0.0) / 3)  # weighed by their pairs
+    only = attack(replace(trials, member=np.array([True, False, False, True, True])), np.array([2.0, 1, 3, 20, 30]))
+    assert only.auc.mean == 0.5  # the second model has members alone
+
+
+def test_people_are_resampled_and_not_items():
+    few, many = (attack(*crowd(20, alike)).auc for alike in (True, False))
+    assert many.low > 0.5
+    assert few.high - few.low > 2 * (many.high - many.low)
+    assert few.low <= few.mean <= few.high
+
+
+def test_the_items_of_a_models_own_person_come_with_the_model():
+    trials, scores = crowd(5, True)
+    own = Trials(trials.person % 40, np.full(len(scores), -1), trials.member)
+    assert attack(own, scores).auc.high > attack(own, scores).auc.low
+    alone = Trials(np.zeros(len(scores), dtype=int), own.person, trials.member)
+    assert attack(alone, scores).auc.high == pytest.approx(attack(alone, scores).auc.low)  # nobody to draw
+
+
+def test_a_rank_correlation_by_hand():
+    unit, x = np.array([0, 0, 1, 1]), np.array([1.0, 2.0, 3.0, 4.0])
+    assert rank_correlation(unit, x, x**2).mean == pytest.approx(1)
+    assert rank_correlation(unit, x, -x).high == pytest.approx(-1)
+    assert rank_correlation(unit, x, np.array([1.0, 3.0, 2.0, 4.0])).mean == pytest.approx(0.8)
+    assert rank_correlation(unit, x, np.ones(4)) is None
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=7), st.integers(1, 20), st.integers(0, 50))
+def test_items_are_taken_evenly_and_once(sizes, count, turn):
+    sets = [[100 * n + i for i in range(size)] for n, size in enumerate(sizes)]
+    found = spread(sets, count, turn)
+    assert len(found) == len(set(found)) <= count
+    assert set(found) <= {number for numbers in sets for number in numbers}
+    share = -(-count // len(sets))
+    assert len(found) == min(count, sum(min(share, size) for size in sizes))
+    assert spread([], count, turn) == []
+
+
+# -- who takes which part ----------------------------------------------------------------------------------------------
+
+BY_HEART = TINY_RUN.model_copy(
+    update={
+        "bank": TINY_RUN.bank.model_copy(
+            update={
+                "anchors": ANCHORS_KEPT,
+                "max_items": EACH,
+                "lora": Lora(rank=8),
+                "training": Training(lr=1e-2, epochs=150, batch_size=6),
+            }
+        ),
+        "stack": StackSettings(lora=Lora(rank=4, alpha=8.0), training=Training(lr=2e-2, steps=80, batch_size=8)),
+    }
+)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """Base and a bank whose anchors know their few items by heart."""
+    root = tmp_path_factory.mktemp("privacy")
+    base, task = base_of(), "movielens-rating"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MTA_CACHE", str(root / "cache"))
+        from mta.tasks import load_task
+
+        build_bank(base, load_task(task), HashEncoder(), TASK_PEOPLE, CANDIDATES, BY_HEART, root / "bank")
+        yield base, Bank.open(root / "bank", base)
+
+
+@pytest.fixture(scope="module")
+def found(world) -> Findings:
+    base, bank = world
+    return privacy(base, bank, BY_HEART, EVERYBODY, SETTINGS, encoder=HashEncoder())
+
+
+def test_everybody_takes_the_part_the_bank_knows_them_by(world):
+    bank = world[1]
+    parts = cast(bank, EVERYBODY, SETTINGS, seed=0)
+    kind = {person.id: bank.info.members.artefacts_of(person.id) for person in EVERYBODY}
+    assert [kind[person.id] for person in parts.anchors] == [["clusters", "anchor"]] * len(bank)
+    assert [person.id for person in parts.anchors] == sorted(person.id for person in parts.anchors)
+    for asked, whole in zip(parts.anchors, parts.trained):
+        assert whole.items == next(p for p in EVERYBODY if p.id == whole.id).items[-EACH:]  # trained on the latest
+        assert set(map(id, asked.items)) <= set(map(id, whole.items))
+    strangers = {person.id for person in (*parts.targets, *parts.others)}
+    assert strangers == {person.id for person in STRANGERS}
+    assert len(strangers) == len(parts.targets) + len(parts.others)
+    assert len(parts.targets) == 4
+    assert sum(len(person.items) for person in parts.others) == 20 * 6  # all there are, for there are no thousand
+
+
+def test_the_task_loras_items_are_those_it_was_trained_on(world):
+    bank = world[1]
+    pooled = set(map(id, pooled_items(TASK_PEOPLE, bank.info.run.task_lora, bank.info.run.seed)))
+    parts = cast(bank, EVERYBODY, SETTINGS, seed=0)
+    assert {person.id for person in parts.pool} == {person.id for person in TASK_PEOPLE}
+    assert set(map(id, (item for person in parts.pool for item in person.items))) <= pooled
+    assert cast(bank, EVERYBODY[:-1], SETTINGS, seed=0).pool == []  # one is missing: who knows which items were pooled
+
+
+def test_of_many_others_a_thousand_items_are_enough(world):
+    many = people_of(300, prefix="crowd-", seed=9)
+    parts = cast(world[1], [*many, *CANDIDATES], SETTINGS, seed=0)
+    assert len(parts.others) == 296
+    assert {len(person.items) for person in parts.others} == {4}
+
+
+def test_the_same_seed_draws_the_same_whatever_the_order(world):
+    one, again = (cast(world[1], people, SETTINGS, seed=3) for people in (EVERYBODY, EVERYBODY[::-1]))
+    assert one.targets == again.targets
+    assert sorted(one.others, key=lambda p: p.id) == sorted(again.others, key=lambda p: p.id)
+    assert one.anchors == again.anchors
+    assert one.targets != cast(world[1], EVERYBODY, SETTINGS, seed=4).targets
+
+
+@pytest.mark.parametrize(
+    ("people", "message", "hint"),
+    [
+        (
+            STRANGERS,
+            "0 of the bank's 6 anchors are among the 24 people given; all are needed",
+            "built from, and others",
+        ),
+        (CANDIDATES, "0 of 24 people are in nothing of the bank", "was not built from beside its own"),
+        ([*CANDIDATES, STRANGERS[0]], "1 of 25 people are in nothing of the bank, 1 of them", "lower shots="),
+        (
+            [*CANDIDATES, *(person.first(2) for person in STRANGERS)],
+            "24 of 48 people are in nothing of the bank, 0 of them with more than 2 items",
+            "lower shots=",
+        ),
+        (
+            [*STRANGERS, *(person.first(5) for person in CANDIDATES)],
+            "6 of 6 anchors have other items than when the bank was built",
+            "Give the histories the bank was built from.",
+        ),
+    ],
+)
+def test_whoever_is_missing_is_said(world, people, message, hint):
+    with pytest.raises(InputError) as refused:
+        cast(world[1], people, SETTINGS, seed=0)
+    assert message in refused.value.message
+    assert hint in refused.value.hint
+
+
+def test_a_merge_that_cannot_be_made_is_refused_first(world):
+    run = BY_HEART.model_copy(update={"merge": MergeSettings(k=9)})
+    with pytest.raises(AnchorNotFound, match=r"merge\.k is 9, but the bank has 6 anchors"):
+        privacy(*world, run, STRANGERS, SETTINGS, encoder=HashEncoder())
+
+
+# -- what is found -----------------------------------------------------------------------------------------------------
+
+
+def strongest(row):
+    return list(row.attacks.values())[-1]
+
+
+def test_what_was_learnt_by_heart_is_found_and_the_base_knows_nothing(found):
+    own, base = found.row(ANCHORS, OWN), found.row(ANCHORS, "base")
+    assert own.attacks["loss"].auc.mean > 0.9
+    assert own.attacks["over task LoRA"].auc.low > 0.75
+    assert base.attacks["loss"].auc.mean == pytest.approx(0.5, abs=0.15)  # nothing but what the items happen to be
+    another = found.row(ANCHORS, ANOTHER)
+    assert strongest(another).auc.mean < strongest(own).auc.mean - 0.2
+
+
+def test_fewer_and_heavier_anchors_tell_more(found):
+    alone, everyone = (strongest(found.row(ANCHORS, f"uniform, K = {k}")).auc.mean for k in (1, 6))
+    assert alone > everyone > 0.5
+    assert found.weights.mean > 0
+
+
+def test_a_stack_trained_hard_tells_of_a_persons_shots(found):
+    merged, personal = found.row(SHOTS, "posterior, K = 6"), found.row(SHOTS, PERSONAL)
+    assert personal.attacks["loss"].auc.mean > 0.8
+    assert strongest(personal).auc.mean > strongest(merged).auc.mean
+    assert (personal.models, personal.members, personal.others) == (4, 8, 8)
+
+
+def test_every_kind_of_model_has_its_row(found):
+    names = {about: [row.name for row in found.rows if row.about == about] for about in (ANCHORS, POOL, SHOTS)}
+    reference, of_run = ["base", "task LoRA"], ["posterior, K = 6", PERSONAL]
+    uniform = [f"uniform, K = {k}" for k in (1, 2, 4, 6)]
+    assert names[ANCHORS] == [*reference, OWN, ANOTHER, *uniform, *of_run]
+    assert names[POOL] == reference
+    assert names[SHOTS] == [*reference, *of_run]
+    for row in found.rows:
+        below = {"base": 0, "task LoRA": 1}.get(row.name, 2)
+        assert list(row.attacks) == ["loss", "over base", "over task LoRA"][: 1 + below]
+
+
+def test_others_are_never_targets_and_each_is_asked_once(world):
+    base, bank = world
+    exam = examined(base, bank)
+    targets = {exam.whose[n] for sets in (exam.shots, exam.later) for numbers in sets for n in numbers}
+    assert not targets & {exam.whose[n] for n in exam.others}
+    assert sorted(n for theirs in exam._dealt(4) for n in theirs) == exam.others
+
+
+def examined(base, bank) -> Exam:
+    parts = cast(bank, EVERYBODY, SETTINGS, seed=0)
+    shots = [person.first(2) for person in parts.targets]
+    panel = Panel(base, bank, HashEncoder(), BY_HEART, shots, [()] * len(shots), texts=False)
+    return Exam(panel, parts, SETTINGS.items)
+
+
+def test_an_anchors_row_is_that_of_the_plain_way(world):
+    """One meta-LoRA at a time over the task LoRA, each item's loss by itself, the AUC of scikit-learn."""
+    base, bank = world
+    exam = examined(base, bank)
+    exam.references()
+    exam.meta_loras()
+    won, pairs = 0.0, 0
+    for anchor, own in enumerate(exam.anchors):
+        others = exam.others[anchor :: len(bank)]
+        adapters = [Shared(join([bank.task_lora, bank.anchors.select([anchor])]))]
+        items = [exam.items[n] for n in (*own, *others)]
+        scores = label_scores(base, bank.task, [[item] for item in items], adapters, packed=False)
+        gold = [bank.task.labels.index(bank.task.target(item)) for item in items]
+        loss = [-float(one.log_softmax(1)[0, label]) for one, label in zip(scores, gold)]
+        member = np.arange(len(items)) < len(own)
+        won += auc(member, -np.array(loss)) * len(own) * len(others)
+        pairs += len(own) * len(others)
+    row = next(row for row in exam.rows if row.name == OWN)
+    assert row.attacks["loss"].auc.mean == pytest.approx(won / pairs, abs=1e-9)
+
+
+def test_the_same_seed_gives_the_same_numbers(world, found):
+    again = privacy(*world, BY_HEART, EVERYBODY, SETTINGS, encoder=HashEncoder())
+    assert exposure.to_json(again) == exposure.to_json(found)
+
+
+def test_without_task_lora_and_stack_their_rows_are_missing(tmp_path, cache, task):
+    base = base_of()
+    off = {"task_lora": TINY_RUN.task_lora.model_copy(update={"enabled": False})}
+    run = TINY_RUN.model_copy(update=off | {"stack": StackSettings(enabled=False)})
+    build_bank(base, task, HashEncoder(), TASK_PEOPLE, CANDIDATES, run, tmp_path / "bank")
+    bank = Bank.open(tmp_path / "bank", base)
+    found = privacy(base, bank, run, EVERYBODY, SETTINGS, encoder=HashEncoder())
+    assert {row.about for row in found.rows} == {ANCHORS, SHOTS}
+    assert not {"task LoRA", PERSONAL} & {row.name for row in found.rows}
+    assert {name for row in found.rows for name in row.attacks} == {"loss", "over base"}
+    assert "not asked about" in " ".join(exposure.sentences(found))
+
+
+def test_free_text_is_attacked_by_its_loss_per_token(tmp_path, cache):
+    from mta.tasks import load_task
+
+    base, task = base_of(), load_task("text")
+
+    def wrote(prefix, people):
+        return [
+            Person.of(f"{prefix}{n}", [Item({"input": f"ask {n} {i}", "output": f"say {7 * n + i}"}) for i in range(6)])
+            for n in range(people)
+        ]
+
+    build_bank(base, task, HashEncoder(), wrote("t", 4), wrote("c", 12), TINY_RUN, tmp_path / "bank")
+    bank, people = Bank.open(tmp_path / "bank", base), [*wrote("t", 4), *wrote("c", 12), *wrote("s", 6)]
+    found = privacy(base, bank, TINY_RUN, people, SETTINGS, encoder=HashEncoder())
+    assert found.meta["loss"] == "NLL of the true answer, per token"
+    assert all(0 <= row.attacks["loss"].auc.mean <= 1 for row in found.rows)
+
+
+def test_the_runs_own_merge_is_asked_once_and_last():
+    for run in (TINY_RUN, TINY_RUN.model_copy(update={"merge": MergeSettings(policy="learned", k=2)})):
+        made = merges(run, anchors=5)
+        assert list(made)[:4] == [f"uniform, K = {k}" for k in (1, 2, 4, 5)]
+        assert list(made.values())[-1] == run.merge
+        assert list(made.values()).count(run.merge) == 1
+    assert list(merges(TINY_RUN, anchors=1)) == ["uniform, K = 1", "posterior, K = 1"]
+    again = merges(TINY_RUN.model_copy(update={"merge": MergeSettings(policy="uniform", k=2)}), anchors=5)
+    assert list(again) == ["uniform, K = 1", "uniform, K = 4", "uniform, K = 5", "uniform, K = 2"]
+
+
+# -- what is told ------------------------------------------------------------------------------------------------------
+
+
+def test_the_table_fits_eighty_columns_and_says_how_many_were_asked(found):
+    file = io.StringIO()
+    exposure.show(found, Console(width=80, file=file))
+    assert max(map(len, file.getvalue().splitlines())) <= 80
+    text = " ".join(file.getvalue().split())
+    for words in (ANCHORS, POOL, SHOTS, OWN, "uniform, K = 1", "over task LoRA", "TPR at"):
+        assert words in text
+    assert "36 items of 6 anchors" in text
+    assert "against 120 items of 20 people who are in nothing of the bank; 4 targets with 2 shots each" in text
+    assert "Careful: only 120 items of others, fewer than 1000" in text
+    assert "Spearman" in text
+
+
+def test_files_hold_numbers_and_nobodys_name_or_text(found, tmp_path):
+    exposure.write(found, tmp_path, "mta evaluate everybody.jsonl --privacy")
+    assert {path.name for path in tmp_path.iterdir()} == {"results.json", "privacy.svg", "privacy.png"}
+    told = (tmp_path / "results.json").read_text()
+    assert json.loads(told)["meta"]["command"].startswith("mta evaluate")
+    assert len(json.loads(told)["rows"]) == len(found.rows)
+    everything = told + (tmp_path / "privacy.svg").read_text()
+    assert not any(word in everything for word in ("stranger-", "candidate-", "task-", "Film"))
+
+
+def test_gates_of_every_target_are_asked_about(world):
+    """A merge of one anchor is asked about that anchor alone, one of all about all."""
+    base, bank = world
+    exam = examined(base, bank)
+    one, everyone = torch.eye(6)[[1] * 4], torch.full((4, 6), 1 / 6)
+    assert {exam.whose[n] for numbers in exam._of_merges(one) for n in numbers} == {1}
+    assert all({exam.whose[n] for n in numbers} == set(range(6)) for numbers in exam._of_merges(everyone))
+
+
+def test_an_exact_export_gives_its_anchors_away_and_a_cut_one_mixes_them(tiny, tmp_path):
+    """What docs/privacy.md warns of: factors stand side by side, an anchor's B times its coefficient."""
+    bank, personal = tiny[1], personalizer(*tiny, merge=MergeSettings(policy="similarity", k=2))
+    personal.personalize([STRANGERS[0].first(3)])
+    state, rank = personal.state(STRANGERS[0].id), bank.anchors.rank
+    for cut, same in ((None, True), (2 * rank, False)):
+        personal.export(STRANGERS[0].id, tmp_path / str(cut), rank=cut)
+        told = read_peft(tmp_path / str(cut)).scaled_into_b()
+        for name, (_, b) in bank.anchors.scaled_into_b().factors.items():
+            found = told.factors[name].b[0, :, :rank].double()
+            assert torch.allclose(found, state.w[0] * b[state.anchors[0]].double(), atol=1e-6) == same

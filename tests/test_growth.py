@@ -1,0 +1,207 @@
+"""Histories grow: what is decided from the loss on new items, and that going on equals having known all of it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import TINY_RUN, people_of, personalizer
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mta.adapt import adapt
+from mta.config import MergeSettings
+from mta.errors import DataError
+from mta.evidence import Evidence, Labels, shots_of
+from mta.fuse import Merge, _weights, merged
+from mta.growth import MARGIN, carried_on, decide
+from mta.history import Person
+from mta.rows import merge_of
+from mta.state import Losses
+from mta.store import Store
+
+U, N, C = 2, 4, 3
+
+
+def evidence(shots: int, seed: int) -> Evidence:
+    """Random scores of labels under the pooled model and N anchors."""
+    draw = torch.Generator().manual_seed(seed)
+    scores = torch.log_softmax(torch.randn(U, shots, C, 1 + N, generator=draw, dtype=torch.float64), dim=2)
+    gold = torch.randint(0, C, (U, shots), generator=draw)
+    right = scores.gather(2, gold[..., None, None].expand(U, shots, 1, 1 + N))[:, :, 0]
+    counts = torch.randint(1, 5, (U, shots), generator=draw).double()
+    return Evidence(right, counts, Labels(scores, gold))
+
+
+def both(one: Evidence, other: Evidence) -> Evidence:
+    labels = Labels(
+        torch.cat([one.labels.scores, other.labels.scores], 1), torch.cat([one.labels.gold, other.labels.gold], 1)
+    )
+    return Evidence(torch.cat([one.shots, other.shots], 1), torch.cat([one.counts, other.counts], 1), labels)
+
+
+@given(
+    st.integers(0, 50),
+    st.integers(1, 4),
+    st.integers(1, 4),
+    st.sampled_from(["posterior", "loss"]),
+    st.floats(0.5, 8),
+    st.floats(0.5, 2),
+)
+def test_two_helpings_of_shots_say_what_all_at_once_say(seed, first, more, policy, warmth, scale):
+    settings = MergeSettings(policy=policy, temperature=warmth, tau=warmth / 8, scale=scale)
+    one, other = evidence(first, seed), evidence(more, seed + 1000)
+    ids = torch.arange(N).expand(U, N)
+    near = torch.zeros(U, N, dtype=torch.float64)
+    before = scale * _weights(settings, near, ids, one)
+    whole = scale * _weights(settings, near, ids, both(one, other))
+    found = carried_on(settings, Merge(ids, before), other, one.tokens)
+    torch.testing.assert_close(found, whole, rtol=1e-9, atol=1e-12)
+
+
+def test_ridge_stays_where_it_was_unless_the_new_items_say_otherwise():
+    settings, ids = MergeSettings(policy="ridge", ridge=1e9), torch.arange(N).expand(U, N)
+    before = torch.tensor([[0.3, -0.2, 0.0, 0.1]] * U, dtype=torch.float64)
+    stiff = carried_on(settings, Merge(ids, before), evidence(3, 0), torch.ones(U))
+    torch.testing.assert_close(stiff, before, rtol=0, atol=1e-6)
+    free = carried_on(settings.model_copy(update={"ridge": 1.0}), Merge(ids, before), evidence(3, 0), torch.ones(U))
+    assert (free - before).abs().min() > 1e-4
+
+
+@pytest.mark.parametrize(
+    ("new", "action"),
+    [
+        (Losses(2.0, 1.9, 1.2, 9), "keep"),  # as well as on its own shots
+        (Losses(2.0, 1.9, 1.5, 9), "retrain"),  # better than the merge, but there is more to learn
+        (Losses(2.0, 1.2, 1.3, 9), "retrain"),  # the stack stands in the way
+        (Losses(2.0, 2.0 + 2 * MARGIN, 1.2, 9), "refresh"),  # the merge does
+        (Losses(2.0, 1.3, None, 9), "keep"),
+        (Losses(2.0, 1.9, None, 9), "refresh"),
+    ],
+)
+def test_what_is_decided(new, action):
+    before = Losses(2.0, 1.4, 1.2 if new.stacked else None, 5)
+    assert decide(before, new) == action
+
+
+GROWN = people_of(4, items=6)
+YOUNG = [person.first(3) for person in GROWN]
+
+
+def started(tiny, store, people=YOUNG, **changes):
+    personal = personalizer(*tiny, store, **changes)
+    personal.personalize(people)
+    return personal
+
+
+def test_a_history_is_known_by_the_digest_of_its_beginning():
+    person = GROWN[0]
+    assert [person.grown_from(person.first(n).digest()) for n in range(1, 7)] == [1, 2, 3, 4, 5, 6]
+    assert person.grown_from(person.latest(3).digest()) == 0
+    assert person.digest() == Person(person.id, person.items).digest()
+
+
+def test_whoever_has_no_new_items_is_left_alone_and_whoever_is_new_is_begun(tiny, tmp_path):
+    personal = started(tiny, tmp_path, YOUNG[:2])
+    done = personal.update([YOUNG[0], *YOUNG[2:]])
+    assert (done.unchanged, done.begun, done.kept + done.retrained + done.refreshed) == (1, 2, 0)
+    assert personal.update(YOUNG).unchanged == 4
+
+
+@pytest.mark.parametrize("action", ["keep", "retrain", "refresh"])
+def test_the_new_items_alone_are_worked_on(tiny, tmp_path, monkeypatch, action):
+    monkeypatch.setattr("mta.growth.decide", lambda before, new: action)
+    personal = started(tiny, tmp_path)
+    before, steps = {p.id: personal.state(p.id) for p in GROWN}, []
+    done = personal.update(GROWN, on_step=lambda stage, step: steps.append((stage, step.examples_total)))
+    assert {"keep": done.kept, "retrain": done.retrained, "refresh": done.refreshed}[action] == 4
+    new = sum(len(person.items) - 3 for person in GROWN)
+    stack_steps = TINY_RUN.stack.training.steps
+    expected = {"keep": set(), "retrain": {("stack", stack_steps * new)}}
+    expected["refresh"] = expected["retrain"] | {("evidence", 4 * new)}
+    assert set(steps) == expected[action]
+    for person in GROWN:
+        state = personal.state(person.id)
+        assert (state == before[person.id]) == (action == "keep")
+        if action != "keep":
+            assert state.history == person.digest()
+            assert personal.store.versions(person.id) == [1, 2]
+            assert (state.w == before[person.id].w) == (action == "retrain")
+    again = personal.update(GROWN)
+    assert again.unchanged == (0 if action == "keep" else 4)
+
+
+def test_a_stack_is_trained_on_from_where_it_was(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr("mta.growth.decide", lambda before, new: "retrain")
+    base, bank = tiny
+    personal = started(tiny, tmp_path)
+    before = [personal.state(person.id) for person in GROWN]
+    personal.update(GROWN)
+    for person, its in zip(GROWN, before):
+        job = shots_of(base, bank.task, Person(person.id, person.items[3:]))
+        over = [*bank.pooled, merged(bank, merge_of(base, [its]), personal.run.merge)]
+        stack = personal.run.stack
+        alone = adapt(base, [job], over, stack.lora, stack.training, start=its.stack, seed=0).tensors()
+        for name, tensor in personal.state(person.id).stack.tensors().items():
+            assert (tensor - alone[name]).abs().max() < 1e-10
+
+
+def test_a_refreshed_posterior_is_the_posterior_of_the_whole_history(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr("mta.growth.decide", lambda before, new: "refresh")
+    personal = started(tiny, tmp_path / "grown")
+    personal.update(GROWN)
+    whole = started(tiny, tmp_path / "whole", GROWN)
+    young = started(tiny, tmp_path / "young")
+    for person in GROWN:
+        found, expected, before = (by_anchor(one.state(person.id)) for one in (personal, whole, young))
+        assert found == pytest.approx(expected, abs=1e-9)
+        assert found != pytest.approx(before, abs=1e-6)
+
+
+def by_anchor(state):
+    return dict(zip(state.anchors, state.w))  # their order is that of the encodings
+
+
+def test_a_past_that_was_changed_is_begun_anew(tiny, tmp_path):
+    personal = started(tiny, tmp_path)
+    changed = Person(GROWN[0].id, GROWN[0].items[1:])
+    done = personal.update([changed])
+    assert (done.begun, personal.state(changed.id).history) == (1, changed.digest())
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"stack": TINY_RUN.stack.model_copy(update={"enabled": False})},
+        {"merge": TINY_RUN.merge.model_copy(update={"policy": "uniform"})},
+        {"merge": TINY_RUN.merge.model_copy(update={"mode": "svd"})},
+    ],
+)
+def test_other_settings_begin_anew(tiny, tmp_path, changes):
+    started(tiny, tmp_path)
+    assert personalizer(*tiny, tmp_path, **changes).update(GROWN[:1]).begun == 1
+
+
+def test_states_from_before_losses_were_noted_begin_anew(tiny, tmp_path):
+    personal, store = started(tiny, tmp_path / "a"), Store(tmp_path / "b")
+    store.save("p0", replace(personal.state("p0"), losses=None))
+    assert personalizer(*tiny, store).update(GROWN[:1]).begun == 1
+
+
+def test_nobody_without_items(tiny, tmp_path):
+    with pytest.raises(DataError, match="no item"):
+        started(tiny, tmp_path).update([Person("p0", ())])
+
+
+@pytest.mark.parametrize("action", ["retrain", "refresh"])
+def test_mates_do_not_count(tiny, tmp_path, monkeypatch, action):
+    monkeypatch.setattr("mta.growth.decide", lambda before, new: action)
+    together, alone = started(tiny, tmp_path / "together"), started(tiny, tmp_path / "alone")
+    together.update(GROWN)
+    for person in GROWN:
+        alone.update([person])
+        one, other = together.state(person.id), alone.state(person.id)
+        assert one.w == pytest.approx(other.w, abs=1e-10)
+        for name, tensor in one.stack.tensors().items():
+            assert (tensor - other.stack.tensors()[name]).abs().max() < 1e-10
