@@ -33,7 +33,7 @@ from mta.provenance import commit
 from mta.readers import read_people
 from mta.rows import row_adapters
 from mta.score import label_scores
-from mta.stages import Stages, Wanted
+from mta.stages import Stages, Wanted, settings_of
 from mta.state import State
 
 SHOTS, MORE, ASKED = 8, 8, 12
@@ -59,7 +59,8 @@ def gone_on(
     stages: Stages, people: list[Person], befores: list[State], always: Action | None
 ) -> tuple[list[Renewed], float]:
     """What became of the states, and the seconds that took."""
-    start, how = time.perf_counter(), (stages.base, stages.bank, stages.run)
+    settings = settings_of(stages.base, stages.run)
+    start, how = time.perf_counter(), (stages.bank, settings, stages.run.seed)
     wanted = [Wanted.of(person, *how, before, SHOTS) for person, before in zip(people, befores)]
     found = [
         one for cohort in stages.cohorts(wanted, wanted).lacking(wanted) for one in renewed(stages, cohort, always)

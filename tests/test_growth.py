@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mta.adapt import adapt
-from mta.config import MergeSettings
-from mta.errors import DataError
+from mta.config import MergeSettings, override
+from mta.errors import DataError, StoreConflict
 from mta.evidence import Evidence, Labels, shots_of
 from mta.fuse import Merge, _weights, merged
 from mta.growth import MARGIN, carried_on, decide
@@ -174,8 +174,11 @@ def test_a_past_that_was_changed_is_begun_anew(tiny, tmp_path):
     "changes",
     [
         {"stack": TINY_RUN.stack.model_copy(update={"enabled": False})},
-        {"merge": TINY_RUN.merge.model_copy(update={"policy": "uniform"})},
-        {"merge": TINY_RUN.merge.model_copy(update={"mode": "svd"})},
+        {"stack": override(TINY_RUN, ["stack.training.lr=0.5"]).stack},
+        {"merge": override(TINY_RUN, ["merge.policy=uniform"]).merge},
+        {"merge": override(TINY_RUN, ["merge.k=2"]).merge},
+        {"merge": override(TINY_RUN, ["merge.mode=svd"]).merge},
+        {"seed": 5},
     ],
 )
 def test_other_settings_begin_anew(tiny, tmp_path, changes):
@@ -205,3 +208,27 @@ def test_mates_do_not_count(tiny, tmp_path, monkeypatch, action):
         assert one.w == pytest.approx(other.w, abs=1e-10)
         for name, tensor in one.stack.tensors().items():
             assert (tensor - other.stack.tensors()[name]).abs().max() < 1e-10
+
+
+def test_an_update_that_was_overtaken_says_so(tiny, tmp_path, monkeypatch):
+    """Whoever saved first is not built over by what was made from the version before."""
+    personal = started(tiny, tmp_path, YOUNG[:1])
+    other = personalizer(*tiny, tmp_path, seed=1)
+
+    def meanwhile(before, new):
+        other.personalize(GROWN[:1])
+        return "retrain"
+
+    monkeypatch.setattr("mta.growth.decide", meanwhile)
+    with pytest.raises(StoreConflict, match="a newer version of 'p0' was saved meanwhile"):
+        personal.update(GROWN[:1])
+    assert personal.store.versions("p0") == [1, 2]
+
+
+def test_a_null_that_is_as_good_as_gone_comes_back():
+    settings, ids = MergeSettings(policy="posterior", temperature=1.0), torch.arange(N).expand(U, N)
+    sure = torch.zeros(U, N, dtype=torch.float32)
+    sure[:, 0] = 1.0
+    against = evidence(4, 0)
+    against.shots[:, :, 1:] -= 30.0
+    assert float(carried_on(settings, Merge(ids, sure), against, torch.ones(U)).sum(1).max()) < 0.01

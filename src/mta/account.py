@@ -112,7 +112,7 @@ def account_of(id: str, store: Store, bank: Path) -> Account:
         policy=state.policy,
         mode=state.mode,
         weights=sorted(map(Weight, state.anchors, state.w), key=lambda weight: -weight.w),
-        null=1 - sum(state.w) if state.policy == "posterior" else None,
+        null=1 - sum(state.w) / info.run.merge.scale if state.policy == "posterior" else None,
         stack=_stack(state),
         losses=state.losses,
         history=len(kept.items) if kept else None,

@@ -52,7 +52,14 @@ class Cluster:
         self._ray = _connected(address, workers)
         found = self._ray.cluster_resources()
         self.gpus = 0 if gpu is False or not found.get("GPU") else 1
-        self.workers = workers or int(found["GPU"] if self.gpus else found.get("CPU", 1) // threads) or 1
+        room = int(found["GPU"] if self.gpus else found.get("CPU", 0) // threads)
+        self.workers = workers or room
+        if not room:
+            self.close()
+            raise ClusterError(
+                f"no worker of {threads} threads has room: the cluster has {found.get('CPU', 0):.0f} CPUs",
+                hint="Ask for fewer threads, or add nodes.",
+            )
 
     def run(
         self, function: Callable[[C, P], R], pieces: Iterable[P], here: C, elsewhere: Callable[[], C]
@@ -121,6 +128,7 @@ def _version() -> str:
 
 def _connected(address: str, workers: int | None) -> Any:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing about this run leaves the machine
+    os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")  # they would be printed, with whatever they say
     try:
         import ray
     except ImportError:

@@ -9,9 +9,9 @@ from pathlib import Path
 from mta.bank.bank import Bank
 from mta.base import BaseModel
 from mta.config import Run
-from mta.errors import BankMismatch
+from mta.errors import BankMismatch, StoreConflict, StoreError
 from mta.growth import Renewed, renewed
-from mta.stages import Cohort, Stages
+from mta.stages import Cohort, Stages, Wanted
 from mta.state import State
 from mta.store import Store
 
@@ -35,14 +35,22 @@ class Copies:
     bank: Path
     hash: str
     store: str | None
+    identity: str
 
     @classmethod
     def of(cls, base: BaseModel, bank: Bank, run: Run, store: Store | None) -> Copies:
         """Copies of a desk in this process."""
-        return cls(base.as_loaded(run), bank.folder.resolve(), bank.hash, store.files.url if store else None)
+        url, identity = (store.files.url, store.identity(write=True)) if store else (None, "")
+        return cls(base.as_loaded(run), bank.folder.resolve(), bank.hash, url, identity)
 
     def __call__(self) -> Desk:
-        """Raises BankMismatch if what lies there is not what was asked for, and what opening base and bank raises."""
+        """Raises BankMismatch, StoreError if what lies there is another, and what opening base and bank raises."""
+        store = Store(self.store) if self.store is not None else None
+        if store and store.identity() != self.identity:
+            raise StoreError(
+                f"a worker found another store, or none, at {self.store}",
+                hint="Give an address that means the same on all machines: a shared disk, a bucket.",
+            )
         base = BaseModel.of(self.run)
         bank = Bank.open(self.bank, base)
         if bank.hash != self.hash:
@@ -51,18 +59,31 @@ class Copies:
                 hint="Give workers the same folder: a shared disk, or a copy in their image.",
             )
         stages = Stages(base, bank, self.run, bank.encoder(base, self.run.encoder))
-        return Desk(stages, Store(self.store) if self.store is not None else None)
+        return Desk(stages, store)
 
 
 def renew(desk: Desk, cohort: Cohort) -> Sequence[Renewed]:
     """What is to be done for people whose histories have grown, done; where there is a store, new states go there."""
-    found = renewed(desk.stages, cohort)
-    if desk.store is None:
-        return found
+    store = desk.store
+    if store is None:
+        return renewed(desk.stages, cohort)
+    whole = tuple(replace(w, before=store.load(w.person.id, w.version)) for w in cohort.wanted)
+    found = renewed(desk.stages, replace(cohort, wanted=whole))
     for wanted, one in zip(cohort.wanted, found):
+        if one.state and store.latest(wanted.person.id) != wanted.version and not _saved(store, wanted):
+            raise StoreConflict(
+                f"a newer version of {wanted.person.id!r} was saved meanwhile; what was made from version "
+                f"{wanted.version} was not",
+                hint="Update again: it goes on from the newer one.",
+            )
         if one.state:
-            desk.store.save(wanted.person.id, one.state)
+            store.save(wanted.person.id, one.state)
     return [replace(one, state=None) for one in found]
+
+
+def _saved(store: Store, wanted: Wanted) -> bool:
+    """Whether the newest version is of this very work: another worker was here first."""
+    return store.load(wanted.person.id).work == wanted.work
 
 
 def work_through(desk: Desk, cohort: Cohort) -> Sequence[State]:

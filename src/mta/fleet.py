@@ -61,7 +61,7 @@ class Fleet(Generic[P, R]):
         self.idle: list[Any] = []
         self.busy: dict[Any, _Shift[P]] = {}
         self.paces: list[float] = []  # seconds for each person, piece by piece
-        self.stillborn = 0
+        self.begun, self.stillborn = False, 0
 
     def work_through(self, pieces: Iterable[P]) -> Iterator[Outcome[P, R]]:
         """All pieces, as they are done; those parted come out as their parts."""
@@ -121,18 +121,19 @@ class Fleet(Generic[P, R]):
         worker = self.opening.pop(ref)
         try:
             self.ray.get(ref)
-        except self.ray.exceptions.RayTaskError as error:
-            raise _cause(error) from None
-        except self.ray.exceptions.RayError as error:  # with its machine, or for want of memory
+        except self.ray.exceptions.RayError as error:  # gone with its machine, or for want of memory; or told us why
             self._let_go(worker)
             self.stillborn += 1
+            if isinstance(error, self.ray.exceptions.RayTaskError) and not self.begun:
+                raise _cause(error) from None
             if self.stillborn > self.attempts * self.size:
                 raise ClusterError(
-                    f"{self.stillborn} workers died before they could begin: {_said(error)}",
+                    f"{self.stillborn} workers in a row could not begin: {_said(error)}",
                     hint="See whether the base fits a worker's memory; what is done is kept.",
                 ) from None
         else:
             self.idle.append(worker)
+            self.begun, self.stillborn = True, 0
 
     def _ended(self, shift: _Shift[P], ref: Any) -> Iterator[Outcome[P, R]]:
         trying = shift.trying
@@ -144,7 +145,7 @@ class Fleet(Generic[P, R]):
             cause = _cause(error)
             if isinstance(cause, StoreError) and not isinstance(cause, StoreConflict):
                 raise cause from None  # nobody's data: what is done is kept, and the run goes on when it is mended
-            if not trying.done:
+            if not trying.done and not trying.running:  # else another is at it
                 yield from self._failed(trying, f"{type(cause).__name__}: {cause}")
         except self.ray.exceptions.RayError as error:  # the worker is gone, or what it found
             self._let_go(shift.worker)
@@ -170,7 +171,7 @@ class Fleet(Generic[P, R]):
             return
         whole = trying.whole
         whole.errors.append(error)
-        if len(whole.errors) == whole.size > 1 and len({*whole.errors}) == 1:
+        if not self.paces and len(whole.errors) == whole.size > 1 and len({*whole.errors}) == 1:
             raise ClusterError(
                 f"nobody of a cohort of {whole.size} could be computed: {error}",
                 hint="It is nobody's data, then. What is done is kept: mend it, and repeat the command.",
@@ -185,6 +186,5 @@ def _cause(error: Any) -> Exception:
 
 
 def _said(error: BaseException) -> str:
-    """Kind and first line only: what follows may be somebody's text."""
-    lines = str(error).splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0][:200]}"
+    """What kind it is, and no more: its words may be somebody's."""
+    return type(error).__name__

@@ -60,7 +60,7 @@ def renewed(stages: Stages, cohort: Cohort, always: Action | None = None) -> lis
     ``always`` does the same for all of them, whatever the losses say.
     """
     jobs, befores = stages.jobs(cohort), _befores(cohort)
-    new = stages.losses(jobs, merge_of(stages.base, befores), _stacks(befores), cohort.tokens_per_batch)
+    new = stages.losses(jobs, merge_of(stages.base, befores), _stacks(stages, befores), cohort.tokens_per_batch)
     actions = [always or (decide(its.losses, told) if its.losses else "refresh") for its, told in zip(befores, new)]
     states: list[State | None] = [None] * len(cohort)
     for action in ("retrain", "refresh"):
@@ -76,7 +76,7 @@ def renewed(stages: Stages, cohort: Cohort, always: Action | None = None) -> lis
 def _made(stages: Stages, cohort: Cohort, jobs: Sequence[Job], action: Action, pooled: Sequence[float]) -> list[State]:
     """New states from those before: coefficients, if they are refreshed, then stacks, from the new items alone."""
     befores = _befores(cohort)
-    merge, start = merge_of(stages.base, befores), _stacks(befores)
+    merge, start = merge_of(stages.base, befores), _stacks(stages, befores)
     if action == "refresh":
         merge = _refreshed(stages, cohort, jobs, merge)
     stacks = None
@@ -122,7 +122,7 @@ def _refreshed(stages: Stages, cohort: Cohort, jobs: Sequence[Job], before: Merg
     how = {"tokens_per_batch": cohort.tokens_per_batch}
     evidence = gather_evidence(base, jobs, bank.working, bank.pooled, on_step=stages.on_step, **how)
     tokens = torch.tensor([float(its.losses.tokens) if its.losses else 0.0 for its in _befores(cohort)])
-    w = carried_on(settings, Merge(before.ids, before.w.double()), evidence, tokens.double())
+    w = carried_on(settings, before, evidence, tokens.double())
     return Merge(before.ids, w.to(base.master_dtype))
 
 
@@ -131,10 +131,11 @@ def carried_on(settings: MergeSettings, before: Merge, evidence: Evidence, token
 
     Shapes: before (U, K), tokens (U,) -> (U, K).
     """
-    w, loglik = before.w / settings.scale, evidence.anchors.gather(1, before.ids)
+    least = torch.finfo(before.w.dtype).eps  # what rounding leaves of a null that is as good as gone: it can come back
+    w, loglik = before.w.double() / settings.scale, evidence.anchors.gather(1, before.ids)
     match settings.policy:
         case "posterior":
-            w = bayes(w, (1 - w.sum(1)).clamp_min(0), loglik, evidence.task, settings.temperature)
+            w = bayes(w, (1 - w.sum(1)).clamp_min(least), loglik, evidence.task, settings.temperature)
         case "loss":
             total = (tokens + evidence.tokens)[:, None]
             w = torch.softmax((tokens[:, None] * w.log() + loglik / settings.tau) / total, dim=1)
@@ -148,7 +149,7 @@ def _befores(cohort: Cohort) -> list[State]:
     return [wanted.before for wanted in cohort.wanted if wanted.before]
 
 
-def _stacks(befores: Sequence[State]) -> LoraBatch | None:
+def _stacks(stages: Stages, befores: Sequence[State]) -> LoraBatch | None:
     """Everybody's stack; None where states have none."""
     stacks = [state.stack for state in befores if state.stack]
-    return stack(stacks) if stacks else None
+    return stack(stacks).to(stages.base.device) if stacks else None

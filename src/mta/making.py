@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from mta.bank.bank import Bank
 from mta.base import BaseModel
@@ -15,7 +15,7 @@ from mta.errors import DataError, InputError, OtherBank, PersonNotFound, StateCo
 from mta.executor import Executor, Outcome, R
 from mta.fuse import check_merge
 from mta.history import Person
-from mta.stages import Cohort, Stages, Wanted
+from mta.stages import Cohort, Stages, Wanted, digest_of, settings_of
 from mta.state import State
 from mta.store import Store
 from mta.training.trainer import OnStep, Step
@@ -74,21 +74,26 @@ class Maker:
         _check(people)
         check_merge(self.run.merge, len(self.bank), self.bank.task.labelled)
         ordered = sorted(people, key=lambda person: person.id)
-        everybody = [Wanted.of(person, self.base, self.bank, self.run) for person in ordered]
+        how = self.bank, settings_of(self.base, self.run), self.run.seed
+        everybody = [Wanted.of(person, *how) for person in ordered]
         if keep_histories:
             self._keep_histories(ordered)
         missing = [wanted for wanted in everybody if not self._has(wanted)]
-        if not missing:
-            return Personalized(0, len(people), 0)
         work = Work.of(self.store.files, [wanted.name for wanted in everybody]) if self.store else None
         if work and not resume:
             work.drop()
+        if not missing:
+            if work:
+                work.finish()  # a run that was killed after its last state may have left something
+            return Personalized(0, len(people), 0)
         stages = Stages(self.base, self.bank, self.run, self.encoder(), self.on_step, work)
         cohorts = stages.cohorts(everybody, missing, self.executor.most, self.executor.threads)
         failed = dict[str, str]()
         for outcome in self._outcomes(work_through, stages, cohorts.lacking(missing), failed):
             for wanted, state in zip(outcome.piece.wanted, outcome.result or ()):
                 self.unsaved[wanted.person.id] = state
+        asked = {wanted.person.id for wanted in missing}
+        failed = {id: error for id, error in failed.items() if id in asked}  # not who was up to date before
         if work and not failed:
             work.finish()
         return Personalized(len(missing) - len(failed), len(people) - len(missing), cohorts.cut, failed)
@@ -99,12 +104,13 @@ class Maker:
         if keep_histories:
             self._keep_histories(people)
         grown, begin, unchanged = list[Wanted](), list[Person](), 0
+        how = self.bank, settings_of(self.base, self.run), self.run.seed
         for person in sorted(people, key=lambda person: person.id):
             before, known = self._known(person)
             if before is None:
                 begin.append(person)
             elif known < len(person.items):
-                grown.append(Wanted.of(person, self.base, self.bank, self.run, before, known))
+                grown.append(self._light(Wanted.of(person, *how, before, known)))
             else:
                 unchanged += 1
         counts, failed = Counter[str](), dict[str, str]()
@@ -144,12 +150,16 @@ class Maker:
             state = self.state(person.id)
         except (PersonNotFound, StateCorrupt, OtherBank):
             return None, 0
-        stack, merge = self.run.stack, self.run.merge
-        rank = stack.lora.rank if stack.enabled else 0
-        same = (state.policy, state.mode, state.rank) == (merge.policy, merge.mode, merge.rank)
-        known = person.grown_from(state.history) if state.losses else 0
-        fits = same and rank == (state.stack.rank if state.stack else 0)
-        return (state, known) if known and fits else (None, 0)
+        same = state.settings == digest_of(settings_of(self.base, self.run), self.run.seed)
+        known = person.grown_from(state.history) if same and state.losses else 0
+        return (state, known) if known else (None, 0)
+
+    def _light(self, wanted: Wanted) -> Wanted:
+        """Without the stack, where a worker finds it in the store: everybody's would fill the memory of a driver."""
+        if not (self.store and wanted.before):
+            return wanted
+        version = self.store.latest(wanted.person.id) or 0
+        return replace(wanted, before=replace(wanted.before, stack=None), version=version)
 
     def _has(self, wanted: Wanted) -> bool:
         try:

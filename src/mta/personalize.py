@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mta.bank.bank import Bank
-from mta.bank.files import mark_stale
+from mta.bank.files import mark_stale, read_info
 from mta.base import BaseModel
 from mta.config import MergeSettings, Run
 from mta.encode import Encoder
@@ -51,6 +51,9 @@ class Forgotten:
 class Personalizer:
     """The stages as one object over a base, a bank and (optionally) a store of people's states.
 
+    ``executor`` works through cohorts elsewhere (``mta.cluster``). Where people are moved from a bank in the folder
+    ``older``, forgetting names what was learnt from them there too.
+
     >>> personal = Personalizer(base, bank, store="people/")
     >>> personal.personalize(people)                              # all of them together
     >>> personal.generate([("ann", "..."), ("bob", "...")])       # one batch, two people
@@ -65,11 +68,13 @@ class Personalizer:
         run: Run | None = None,
         encoder: Encoder | None = None,
         executor: Executor | None = None,
+        older: Path | None = None,
     ) -> None:
         self.base, self.bank = base, bank
         self.run = run or bank.info.run
         self.store = Store(store) if isinstance(store, (str, Path)) else store
         self.executor = executor or LocalExecutor()
+        self._banks = [folder for folder in (bank.folder, older) if folder]
         self._encoder = encoder
         self._unsaved: dict[str, State] = {}
 
@@ -91,9 +96,10 @@ class Personalizer:
         """Merge and adapt for everybody in ``people``; their histories are the shots.
 
         States already made of the same shots, bank and settings are left as they are; the others are computed together,
-        in cohorts that fit the memory. Over a local store a killed run goes on where it was, in the same cohorts,
+        in cohorts that fit the memory. Over a store a killed run goes on where it was, in the same cohorts,
         unless ``resume`` is off. ``keep_histories`` keeps people's items too, in the store, until they are forgotten.
-        Raises DataError for a person without items, MemoryBudgetError, ConfigError.
+        Raises DataError for a person without items, MemoryBudgetError, ConfigError, StoreError; ClusterError where
+        workers of a cluster cannot work.
         """
         return self._maker(on_step).personalize(people, keep_histories, resume)
 
@@ -178,7 +184,7 @@ class Personalizer:
     def forget(self, person: str) -> Forgotten:
         """Remove a person's states, history and exports; name the trained parts that still hold something of them."""
         removed = self._unsaved.pop(person, None) is not None
-        found = forget_person(person, self.store, self.bank.folder)
+        found = forget_person(person, self.store, *self._banks)
         return replace(found, states_removed=removed or found.states_removed)
 
     def state(self, person: str) -> State:
@@ -210,12 +216,14 @@ class Personalizer:
         return Maker(*mine, self._unsaved, self.state, on_step)
 
 
-def forget_person(person: str, store: Store | None, bank: Path | None) -> Forgotten:
+def forget_person(person: str, store: Store | None, *banks: Path) -> Forgotten:
     """``Personalizer.forget`` without loading a model. Without a ``bank``, what was learnt from them is not asked for.
 
     Raises BankCorrupt where there is no bank: nothing is done rather than half of it.
     """
-    parts = mark_stale(bank, person) if bank else []
+    for bank in banks:
+        read_info(bank)
+    parts = list(dict.fromkeys(part for bank in banks for part in mark_stale(bank, person)))
     if not store:
         return Forgotten(False, parts)
     store.files.remove_folder("work")  # a stopped run's checkpoint may hold their stack

@@ -31,22 +31,23 @@ from mta.work import Work
 class Wanted:
     """A person, and the work key of the state they should have.
 
-    Where it is made from a state ``before``, that one holds what the first ``known`` items say.
+    Where it is made from a state ``before``, that one holds what the first ``known`` items say; it may lack its stack
+    where a store has it, as ``version``.
     """
 
     person: Person
     work: str
     before: State | None = None
     known: int = 0
+    version: int = 0
 
     @classmethod
     def of(
-        cls, person: Person, base: BaseModel, bank: Bank, run: Run, before: State | None = None, known: int = 0
+        cls, person: Person, bank: Bank, settings: str, seed: int, before: State | None = None, known: int = 0
     ) -> Wanted:
-        """The state that this bank and these settings make of a person's items, anew or from the state ``before``."""
-        settings = _Kept(merge=run.merge, stack=run.stack, dtype=str(base.dtype), max_tokens=base.prompts.max_tokens)
-        how = dump_yaml(settings) + (f"after: {before.work}\n" if before else "")
-        return cls(person, work_key(bank.hash, person.digest(), how, run.seed), before, known)
+        """The state that this bank and ``settings_of`` a run make of a person's items, anew or from ``before``."""
+        how = settings + (f"after: {before.work}\n" if before else "")
+        return cls(person, work_key(bank.hash, person.digest(), how, seed), before, known)
 
     @property
     def shots(self) -> Person:
@@ -57,6 +58,17 @@ class Wanted:
     def name(self) -> str:
         """Names person and work in a file; it confirms a guessed id only to who has the texts as well."""
         return hashlib.sha256(f"{self.work}/{self.person.id}".encode()).hexdigest()
+
+
+def settings_of(base: BaseModel, run: Run) -> str:
+    """All settings that decide a state, as text."""
+    kept = _Kept(merge=run.merge, stack=run.stack, dtype=str(base.dtype), max_tokens=base.prompts.max_tokens)
+    return dump_yaml(kept)
+
+
+def digest_of(settings: str, seed: int) -> str:
+    """Of all settings that decide a state: one of others is not gone on from."""
+    return hashlib.sha256(f"{seed}\n{settings}".encode()).hexdigest()
 
 
 class _Kept(Settings):
@@ -101,12 +113,12 @@ class Cohorts:
 
     def lacking(self, missing: Sequence[Wanted]) -> list[Cohort]:
         """The cohorts that somebody's state is missing from."""
-        works, plan = {wanted.work for wanted in missing}, self.plan
+        names, plan = {wanted.name for wanted in missing}, self.plan
         all_of_them = (tuple(self.wanted[n] for n in numbers) for numbers in plan.cohorts)
         return [
             Cohort(wanted, plan.tokens_per_batch, plan.threads)
             for wanted in all_of_them
-            if any(one.work in works for one in wanted)
+            if any(one.name in names for one in wanted)
         ]
 
 
@@ -172,6 +184,7 @@ class Stages:
         ``pooled`` are the jobs' losses under the pooled model, where they are known.
         """
         losses = self.losses(jobs, merge, stacks, cohort.tokens_per_batch, pooled)
+        settings = digest_of(settings_of(self.base, self.run), self.run.seed)
         return [
             State(
                 bank=self.bank.hash,
@@ -185,6 +198,7 @@ class Stages:
                 mode=self.run.merge.mode,
                 rank=self.run.merge.rank,
                 losses=losses[i].after(wanted.before.losses if wanted.before else None),
+                settings=settings,
             )
             for i, wanted in enumerate(cohort.wanted)
         ]

@@ -69,8 +69,9 @@ class State:
     """What is kept of one person: anchors and coefficients of the merge, and the stack (None = merge only).
 
     ``bank`` is the bank's hash, ``history`` the digest of the shots, ``work`` the key of the work that made it
-    (``work_key``); ``mode`` and ``rank`` say how the merge is computed; ``losses`` what was learnt of the shots, None
-    in states of before they were noted. Nothing in it depends on the clock, so the same work gives the same bytes.
+    (``work_key``); ``mode`` and ``rank`` say how the merge is computed; ``losses`` what was learnt of the shots, and
+    ``settings`` is the digest of all settings that decided it: None and "" in states of before they were noted. Nothing
+    in it depends on the clock, so the same work gives the same bytes.
     """
 
     bank: str
@@ -84,6 +85,7 @@ class State:
     mode: MergeMode = "exact"
     rank: int | None = None
     losses: Losses | None = None
+    settings: str = ""
 
     def __post_init__(self) -> None:
         if len(self.anchors) != len(self.w) or not all(map(math.isfinite, self.w)):
@@ -111,6 +113,8 @@ class State:
         fields["scale"] = None if self.stack is None else self.stack.scale
         if self.losses is not None:  # a state without them keeps the bytes it always had
             fields["losses"] = asdict(self.losses)
+        if self.settings:
+            fields["settings"] = self.settings
         data = save({} if self.stack is None else self.stack.tensors(), {"state": json.dumps(fields)})
         return data[: _DIGEST.start] + _digest(data).encode() + data[_DIGEST.stop :]
 
@@ -147,7 +151,7 @@ class State:
         losses = Losses(**fields["losses"]) if "losses" in fields else None
         kept = {name: fields[name] for name in _FIELDS}
         kept |= {"anchors": tuple(kept["anchors"]), "w": tuple(kept["w"])}
-        return cls(**kept, stack=stack, losses=losses)
+        return cls(**kept, stack=stack, losses=losses, settings=fields.get("settings", ""))
 
 
 def seal_of(beginning: bytes) -> str | None:

@@ -23,7 +23,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from mta.errors import InputError, MtaError, PersonNotFound, StateCorrupt, StoreConflict, StoreError
+from mta.errors import InputError, PersonNotFound, StateCorrupt, StoreConflict, StoreError
 from mta.exports import Export, exports_from_bytes, exports_to_bytes
 from mta.history import Person
 from mta.state import SCHEMA, SEALED, State, history_from_bytes, history_to_bytes, seal_of, work_key
@@ -50,6 +50,14 @@ class Store:
     def key_of(self, id: str) -> str:
         """Keyed hash of an id: what may be recorded elsewhere, as in a bank's list of those it learnt from."""
         return self._path(id, write=True)[3:]
+
+    def identity(self, write: bool = False) -> str:
+        """Names this very store, by a digest of its key: elsewhere the same address may mean another.
+
+        ``write`` begins it where nobody has written yet; else it has no name there.
+        """
+        self._key = self._key or self._open(write)
+        return hashlib.sha256(b"identity/" + self._key).hexdigest()[:16] if self._key else ""
 
     def check(self) -> None:
         """Raises StoreError where there is no store, or its key is damaged: neither may look like an unknown person."""
@@ -171,7 +179,7 @@ class Store:
         self._note(id, [*others, export])
         try:
             yield
-        except MtaError:  # refused, and nothing written
+        except BaseException:  # refused or stopped: what lay there before lies there still
             self._note(id, before)
             raise
         self._note(id, [*others, export.done()])

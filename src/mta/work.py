@@ -58,8 +58,9 @@ class Work:
         self.files.remove_folder(self.name)
         if self.folder and self.folder.parent.is_dir():
             for folder in self.folder.parent.iterdir():
-                if time.time() - folder.stat().st_mtime > ABANDONED:
-                    shutil.rmtree(folder, ignore_errors=True)
+                with contextlib.suppress(FileNotFoundError):  # another run may remove its own right now
+                    if time.time() - folder.stat().st_mtime > ABANDONED:
+                        shutil.rmtree(folder, ignore_errors=True)
             with contextlib.suppress(OSError):  # other runs' folders may be there
                 self.folder.parent.rmdir()
 

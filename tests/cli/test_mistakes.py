@@ -24,7 +24,7 @@ MISTAKES = {
     "a folder that holds no people": ("data describe {base}", "DataError: "),
     "workers without a cluster": (
         "personalize {new} --bank {bank} --store {root}/s --workers 2",
-        "InputError: --workers are a cluster's",
+        "InputError: --workers and --together are a cluster's",
     ),
     "a cluster that is not there": (
         "personalize {new} --bank {bank} --store {root}/s --cluster 127.0.0.1:1",

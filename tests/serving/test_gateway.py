@@ -160,6 +160,19 @@ def test_strict_serves_nothing_that_learnt_from_the_forgotten(tiny_bank_folder, 
                 said(client, "task")
 
 
+def test_without_strict_everybody_is_served_as_before(tiny_bank_folder, tmp_path):
+    base = endless(base_of())
+    folder = shutil.copytree(tiny_bank_folder, tmp_path / "bank")
+    bank = Bank.open(folder, base)
+    with served(base, bank, tmp_path) as here:
+        client = openai.OpenAI(base_url=f"{here.url}/v1", api_key=here.secrets["admin"], max_retries=0)
+        before = said(client, "task")
+        anchor = next(p.id for p in people_of(12, prefix="c") if bank.info.members.artefacts_of(p.id))
+        with httpx2.Client(base_url=here.url, headers={"Authorization": f"Bearer {here.secrets['admin']}"}) as http:
+            assert http.delete(f"/v1/people/{anchor}").json()["needs_rebuild"]
+        assert said(client, "task") == before
+
+
 def test_people_are_served_while_they_are_moved_to_a_new_bank(tiny_bank_folder, tmp_path, cache):
     base = endless(base_of())
     old = Bank.open(tiny_bank_folder, base)

@@ -44,7 +44,7 @@ def build(
     resume: Annotated[bool, typer.Option("--resume/--restart", help="Go on with a build that was stopped.")] = True,
     cluster: ClusterAt = None,
     workers: Workers = None,
-    together: Together = 32,
+    together: Together = None,
     json: Json = False,
 ) -> None:
     """Train the task LoRA and one meta-LoRA per anchor (stages 0 and 1).

@@ -78,12 +78,14 @@ def evaluate(
         return _score(source, predictions, task, words, json)
     if _is_recipe(source) and not privacy:
         folder = out or Path("runs") / Path(source).stem
-        with executor_at(cluster, workers, together=16) as executor:
+        with executor_at(cluster, workers) as executor:
             return _experiment(source, words, folder, data, exhibit, on, executor, json)
     from mta.errors import InputError
 
-    if cluster:
-        raise InputError("--cluster is for recipes", hint="Leave it out: one comparison runs in one process.")
+    if cluster or workers:
+        raise InputError(
+            "--cluster and --workers are for recipes", hint="Leave it out: one comparison runs in one process."
+        )
     if task:
         raise InputError("--task belongs to --predictions; a comparison is about the task of its bank")
     check_out(out)

@@ -30,7 +30,7 @@ def forget(
     from mta.store import Store
 
     people = Store(store)
-    done = forget_person(person, people, None if no_bank else bank)
+    done = forget_person(person, people, *([] if no_bank else [bank]))
     if not (done.states_removed or done.needs_rebuild):
         people.check()
     if json:

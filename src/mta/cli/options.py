@@ -40,7 +40,8 @@ ClusterAt = Annotated[
 ]
 Workers = Annotated[int | None, typer.Option(min=1, help="Workers on the cluster; default: all its CPUs, or GPUs.")]
 Together = Annotated[
-    int, typer.Option(min=1, help="People a worker trains together: how results are rounded depends on it.")
+    int | None,
+    typer.Option(min=1, help="People a worker trains together (32): how results are rounded depends on it."),
 ]
 
 
@@ -95,18 +96,18 @@ def open_bank(
 
 
 @contextmanager
-def executor_at(cluster: str | None, workers: int | None, together: int) -> Iterator[Executor]:
+def executor_at(cluster: str | None, workers: int | None, together: int | None = None) -> Iterator[Executor]:
     """What works through the work: this process, or a cluster's workers until the block ends."""
     from mta.cluster import Cluster
     from mta.errors import InputError
     from mta.executor import LocalExecutor
 
     if cluster is None:
-        if workers is not None:
-            raise InputError("--workers are a cluster's", hint="Say which:  --cluster local --workers 4")
+        if workers is not None or together is not None:
+            raise InputError("--workers and --together are a cluster's", hint="Say which:  --cluster local --workers 4")
         yield LocalExecutor()
         return
-    with Cluster(cluster, workers=workers, most=together) as found:
+    with Cluster(cluster, workers=workers, most=together or 32) as found:
         yield found
 
 

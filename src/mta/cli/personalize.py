@@ -55,7 +55,7 @@ def personalize(
     resume: Resume = True,
     cluster: ClusterAt = None,
     workers: Workers = None,
-    together: Together = 32,
+    together: Together = None,
     json: Json = False,
 ) -> None:
     """Give everybody in a file their merge and their stack, all of them together.

@@ -34,13 +34,8 @@ def run_experiment(lab: Lab, exhibits: Sequence[str] = (), command: str = "") ->
     exhibits = wanted(recipe, lab.which, exhibits)
     records = Records(lab.folder)
     with _noted(lab, exhibits, command):
-        lacking = (one for planned in _planned(recipe, exhibits) for one in _lacking(lab, records, *planned))
-        for number, found in enumerate(lab.executor.run(measured, lacking, lab, LabCopies.of(lab)), 1):
-            if found.result is None:
-                raise ClusterError(f"{found.piece.where}: {found.error}", hint="What is done is kept; repeat it.")
-            records.add(found.result)
-            if not lab.executor.in_process:
-                lab.say(f"{number} done, now {found.piece.where}")
+        for seed in recipe.seeds:  # what is stopped leaves whole seeds behind
+            _run_seed(lab, records, [planned for planned in _planned(recipe, exhibits) if planned[0] == seed])
         if {"banks", "efficiency"} & {*exhibits}:
             _write_facts(lab)
         if "case" in exhibits:
@@ -58,6 +53,23 @@ def _planned(recipe: Experiment, exhibits: Sequence[str]) -> list[tuple[int, str
         for shots in part.shots or (recipe.shots,)
         if seed in (part.seeds or recipe.seeds)
     ]
+
+
+def _run_seed(lab: Lab, records: Records, planned: Sequence[tuple[int, str, Part, int]]) -> None:
+    known: set[tuple[str, int]] = set()  # exhibits share what they have in common
+
+    def lacking() -> Iterator[Sitting]:
+        for one in (one for part in planned for one in _lacking(lab, records, *part)):
+            if (one.key, one.start) not in known:
+                known.add((one.key, one.start))
+                yield one
+
+    for number, found in enumerate(lab.executor.run(measured, lacking(), lab, LabCopies.of(lab)), 1):
+        if found.result is None:
+            raise ClusterError(f"{found.piece.where}: {found.error}", hint="What is done is kept; repeat it.")
+        records.add(found.result)
+        if not lab.executor.in_process:
+            lab.say(f"{number} done, now {found.piece.where}")
 
 
 @dataclass(frozen=True, slots=True)

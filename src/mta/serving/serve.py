@@ -101,7 +101,7 @@ def service_of(
         engine = VllmEngine(
             vllm, states, bank=bank.hash, pooled=bank.task_lora is not None, length=length, stops=base.stop_tokens
         )
-    jobs = Jobs(Personalizer(base.twin(), bank, states, run=run))
+    jobs = Jobs(Personalizer(base.twin(), bank, states, run=run, older=before))
     what = engine, base, states, bank.task, keys, jobs, Limits(rate=rate), length
     return Service(*what, strict=[folder for folder in (bank.folder, before) if folder] if strict else ())
 

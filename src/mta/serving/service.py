@@ -87,7 +87,7 @@ class Service:
 
     async def check_fresh(self, who: Who | None = None) -> None:
         """Raises NeedsRebuild for all but the base, where somebody forgotten is in task LoRA or bank."""
-        if who is BASE:
+        if who is BASE or not self.strict:
             return
         # Once and for all: what is in memory stays what it was, whatever becomes of the folder.
         for bank in self.strict:
