@@ -122,6 +122,18 @@ def test_an_export_that_was_killed_is_found(tmp_path: Path, monkeypatch: pytest.
     assert {path.name for path in folder.parent.iterdir()} == {".ann.mine", *(["ann"] if there else [])}
 
 
+def test_an_export_over_another_that_fails_leaves_that_one_findable(tmp_path: Path) -> None:
+    store, folder = Store(tmp_path / "people"), tmp_path / "ann"
+    export_from(store, folder)
+    before = store.exports(ANN)
+    with pytest.raises(OSError, match="full"), store.exporting(ANN, folder):
+        assert store.exports(ANN)[: len(before)] == before
+        raise OSError("the disk is full")
+    assert store.exports(ANN) == before
+    assert store.remove_exports(ANN) == []
+    assert not folder.exists()
+
+
 def test_what_is_not_ours_stays(tmp_path: Path) -> None:
     export = exported(tmp_path / "out")
     (tmp_path / "out" / "notes.md").write_text("mine")

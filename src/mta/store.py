@@ -176,10 +176,10 @@ class Store:
         """
         before, export = self.exports(id), Export.begun(folder)
         others = [known for known in before if (known.host, known.folder) != (export.host, export.folder)]
-        self._note(id, [*others, export])
+        self._note(id, [*before, export])  # what lies there until the new one takes its place is found too
         try:
             yield
-        except BaseException:  # refused or stopped: what lay there before lies there still
+        except Exception:  # refused, or no room for it: what lay there before lies there still
             self._note(id, before)
             raise
         self._note(id, [*others, export.done()])
