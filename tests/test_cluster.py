@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -36,34 +37,27 @@ ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'merg
 PEOPLE = 12
 
 
-@pytest.fixture(scope="module")
-def nodes(tmp_path_factory):
-    """A function that gives a fresh cluster of two nodes with two CPUs each: its address, and the second node."""
+@contextlib.contextmanager
+def nodes():
+    """A cluster of two nodes with two CPUs each, and the second of them."""
     from ray.cluster_utils import Cluster as Nodes
 
-    patch = pytest.MonkeyPatch()
-    patch.setenv("MTA_CACHE", str(tmp_path_factory.mktemp("cache")))  # nodes have the environment of now
-    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import tests
-    started = []
-
-    def start():
-        while started:
-            started.pop().shutdown()
-        nodes = Nodes(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
-        started.append(nodes)
-        return nodes, nodes.add_node(num_cpus=2)
-
-    yield start
-    patch.undo()
-    ray.shutdown()
-    while started:
-        started.pop().shutdown()
+    started = Nodes(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
+    try:
+        yield started, started.add_node(num_cpus=2)
+    finally:
+        ray.shutdown()
+        started.shutdown()
 
 
 @pytest.fixture(scope="module")
-def here(nodes):
+def here(tmp_path_factory):
     """The address of two nodes that nobody kills."""
-    return nodes()[0].address
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import tests
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MTA_CACHE", str(tmp_path_factory.mktemp("cache")))  # nodes have the environment of now
+        with nodes() as (started, _):
+            yield started.address
 
 
 @dataclass(frozen=True)
@@ -247,33 +241,33 @@ def test_workers_refuse_another_store_or_bank_than_the_drivers(site, tmp_path):
         replace(copies, hash="0" * 64)()
 
 
-def killed_midway(nodes, site, folder):
+def killed_midway(site, folder):
     """Four workers on two nodes; when the first cohort is done, a whole node is lost with the two workers on it."""
     base, bank, alone = site
-    cluster_of_nodes, second = nodes()
     lost = []
+    with nodes() as (started, second):
 
-    def lose(stage, step):
-        if not lost:
-            lost.append(second)
-            cluster_of_nodes.remove_node(second, allow_graceful=False)
+        def lose(stage, step):
+            if not lost:
+                lost.append(second)
+                started.remove_node(second, allow_graceful=False)
 
-    with Cluster(cluster_of_nodes.address, workers=4, most=2) as cluster:
-        done = personalized(base, bank, folder, cluster, lose)
+        with Cluster(started.address, workers=4, most=2) as cluster:
+            done = personalized(base, bank, folder, cluster, lose)
     assert lost
     assert (done.trained, done.failed) == (PEOPLE, {})
     assert states(folder) == alone
 
 
-def test_a_node_that_is_lost_with_its_workers_changes_nothing(nodes, site, tmp_path):
-    killed_midway(nodes, site, tmp_path)
+def test_a_node_that_is_lost_with_its_workers_changes_nothing(site, tmp_path):
+    killed_midway(site, tmp_path)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-def test_twenty_times_in_a_row(nodes, site, tmp_path):
-    for time_ in range(20):
-        killed_midway(nodes, site, tmp_path / str(time_))
+def test_twenty_times_in_a_row(site, tmp_path):
+    for turn in range(20):
+        killed_midway(site, tmp_path / str(turn))
 
 
 def test_a_driver_that_died_is_followed_by_one_that_goes_on_in_the_same_cohorts(here, site, tmp_path):
