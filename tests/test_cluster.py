@@ -339,6 +339,7 @@ def test_a_bank_built_by_workers_is_the_same_bank(here, site, tmp_path):
     ]
 
 
+@pytest.mark.slow
 def test_an_experiment_on_workers_writes_the_same_records(here, tmp_path, monkeypatch):
     monkeypatch.setenv("MTA_CACHE", str(tmp_path / "cache"))
     base_of("llama", torch.float32).model.save_pretrained(tmp_path / "base")

@@ -143,6 +143,7 @@ def test_update_goes_on_from_the_states_there_are(world, tmp_path):
         assert "5 had no new items" in mta("personalize", grown, *at, "--update").out
 
 
+@pytest.mark.slow
 def test_workers_of_a_cluster_make_the_states(world, tmp_path):
     pytest.importorskip("ray", reason="Ray is not installed: pip install 'merge-then-adapt[ray]'")
     words = ["--bank", world.bank, "--store", tmp_path / "people", "--cluster", "local", "--workers", 2]
