@@ -377,7 +377,8 @@ def test_workers_with_real_weights_make_the_same_bytes(here, fetched, tmp_path, 
     run = RUN.model_copy(update={"base": "smollm2-135m-instruct", "dtype": dtype, "memory": "1GiB"})
     everybody = sorted(read_people(resolve("movielens-100k"), "movielens-rating"), key=lambda person: person.id)
     base, people = BaseModel.of(run), [person.first(4) for person in everybody[40:44]]
-    bank = Bank.build(base, everybody[:16], tmp_path / "bank", run=run, task_people=everybody[20:24])
+    build = {"task": "movielens-rating", "task_people": everybody[20:24]}
+    bank = Bank.build(base, everybody[:16], tmp_path / "bank", run=run, **build)
     Personalizer(base, bank, tmp_path / "alone", executor=LocalExecutor(most=2)).personalize(people)
     with Cluster(here, workers=2, most=2) as cluster:
         Personalizer(base, bank, tmp_path / "fleet", executor=cluster).personalize(people)
