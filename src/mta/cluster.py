@@ -107,15 +107,14 @@ class Worker:
     def __init__(self) -> None:
         self.context: Any = None
 
-    def open(self, made: tuple[str, Callable[[], Any]]) -> int:
-        """Make the context; returns the process id. Raises ClusterError if another mta is installed here."""
+    def open(self, made: tuple[str, Callable[[], Any]]) -> None:
+        """Make the context. Raises ClusterError if another mta is installed here."""
         version, elsewhere = made
         if version != _version():
             raise ClusterError(
                 f"a worker has mta {_version()}, expected {version}", hint="Install one version on all machines."
             )
         self.context = elsewhere()
-        return os.getpid()
 
     def run(self, function: Callable[[Any, P], R], piece: P) -> R:
         """Apply ``function``."""

@@ -67,23 +67,29 @@ def renew(desk: Desk, cohort: Cohort) -> Sequence[Renewed]:
     store = desk.store
     if store is None:
         return renewed(desk.stages, cohort)
-    whole = tuple(replace(w, before=store.load(w.person.id, w.version)) for w in cohort.wanted)
+    whole = tuple(replace(wanted, before=_before(store, wanted)) for wanted in cohort.wanted)
     found = renewed(desk.stages, replace(cohort, wanted=whole))
     for wanted, one in zip(cohort.wanted, found):
-        if one.state and store.latest(wanted.person.id) != wanted.version and not _saved(store, wanted):
-            raise StoreConflict(
-                f"a newer version of {wanted.person.id!r} was saved meanwhile; what was made from version "
-                f"{wanted.version} was not",
-                hint="Update again: it goes on from the newer one.",
-            )
         if one.state:
+            if store.latest(wanted.person.id) != wanted.version and store.load(wanted.person.id).work != wanted.work:
+                raise _overtaken(wanted)
             store.save(wanted.person.id, one.state)
     return [replace(one, state=None) for one in found]
 
 
-def _saved(store: Store, wanted: Wanted) -> bool:
-    """Whether the newest version is of this very work: another worker was here first."""
-    return store.load(wanted.person.id).work == wanted.work
+def _before(store: Store, wanted: Wanted) -> State:
+    """The whole state somebody is gone on from, and no other of that number."""
+    state = store.load(wanted.person.id, wanted.version)
+    if wanted.before is None or state.work != wanted.before.work:
+        raise _overtaken(wanted)
+    return state
+
+
+def _overtaken(wanted: Wanted) -> StoreConflict:
+    return StoreConflict(
+        f"a newer version of {wanted.person.id!r} was saved meanwhile; what was made from the one before was not",
+        hint="Update again: it goes on from the newer one.",
+    )
 
 
 def work_through(desk: Desk, cohort: Cohort) -> Sequence[State]:

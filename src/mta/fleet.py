@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Generic
 
-from mta.errors import ClusterError, MtaError, StoreConflict, StoreError
+from mta.errors import ClusterError, MtaError, StoreError
 from mta.executor import Outcome, P, R
 
 log = logging.getLogger("mta")
@@ -143,8 +143,8 @@ class Fleet(Generic[P, R]):
         except self.ray.exceptions.RayTaskError as error:
             self.idle.append(shift.worker)
             cause = _cause(error)
-            if isinstance(cause, StoreError) and not isinstance(cause, StoreConflict):
-                raise cause from None  # nobody's data: what is done is kept, and the run goes on when it is mended
+            if type(cause) is StoreError:  # the store itself, not somebody's damaged or overtaken state
+                raise cause from None
             if not trying.done and not trying.running:  # else another is at it
                 yield from self._failed(trying, f"{type(cause).__name__}: {cause}")
         except self.ray.exceptions.RayError as error:  # the worker is gone, or what it found

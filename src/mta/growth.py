@@ -19,11 +19,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from mta.adapt import adapt
 from mta.config import MergeSettings
 from mta.encode import encode_people
 from mta.evidence import Evidence, gather_evidence
-from mta.fuse import Merge, bayes, coefficients, learn, merged, needs_evidence, ridge
+from mta.fuse import Merge, bayes, coefficients, learn, needs_evidence, ridge
 from mta.lora.batch import LoraBatch, stack
 from mta.rows import merge_of
 from mta.stages import Cohort, Stages
@@ -76,22 +75,10 @@ def renewed(stages: Stages, cohort: Cohort, always: Action | None = None) -> lis
 def _made(stages: Stages, cohort: Cohort, jobs: Sequence[Job], action: Action, pooled: Sequence[float]) -> list[State]:
     """New states from those before: coefficients, if they are refreshed, then stacks, from the new items alone."""
     befores = _befores(cohort)
-    merge, start = merge_of(stages.base, befores), _stacks(stages, befores)
+    merge = merge_of(stages.base, befores)
     if action == "refresh":
         merge = _refreshed(stages, cohort, jobs, merge)
-    stacks = None
-    if start is not None:
-        stacks = adapt(
-            stages.base,
-            jobs,
-            [*stages.bank.pooled, merged(stages.bank, merge, stages.run.merge)],
-            stages.run.stack.lora,
-            stages.run.stack.training,
-            start=start,
-            seed=stages.run.seed,
-            tokens_per_batch=cohort.tokens_per_batch,
-            on_step=partial(stages.on_step, "stack") if stages.on_step else None,
-        )
+    stacks = stages.stacks(cohort, jobs, merge, _stacks(stages, befores))
     return stages.as_states(cohort, jobs, merge, stacks, pooled)
 
 

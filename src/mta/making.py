@@ -105,8 +105,9 @@ class Maker:
             self._keep_histories(people)
         grown, begin, unchanged = list[Wanted](), list[Person](), 0
         how = self.bank, settings_of(self.base, self.run), self.run.seed
+        settings = digest_of(*how[1:])
         for person in sorted(people, key=lambda person: person.id):
-            before, known = self._known(person)
+            before, known = self._known(person, settings)
             if before is None:
                 begin.append(person)
             elif known < len(person.items):
@@ -144,14 +145,13 @@ class Maker:
                 self.on_step("fleet", Step(n, len(outcome.piece), done, total))
             yield outcome
 
-    def _known(self, person: Person) -> tuple[State | None, int]:
-        """The state to go on from, and how many of the person's items it was made of; None to begin anew."""
+    def _known(self, person: Person, settings: str) -> tuple[State | None, int]:
+        """The state of these settings to go on from, and how many items it was made of; None to begin anew."""
         try:
             state = self.state(person.id)
         except (PersonNotFound, StateCorrupt, OtherBank):
             return None, 0
-        same = state.settings == digest_of(settings_of(self.base, self.run), self.run.seed)
-        known = person.grown_from(state.history) if same and state.losses else 0
+        known = person.grown_from(state.history) if state.settings == settings and state.losses else 0
         return (state, known) if known else (None, 0)
 
     def _light(self, wanted: Wanted) -> Wanted:

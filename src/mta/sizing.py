@@ -196,7 +196,8 @@ def costs(shape: Shape, run: Run, load: Load) -> dict[str, Cost]:
     stack = run.stack.lora.rank * shape.width * STORED if run.stack.enabled else 0
     seen = load.shots * load.computed
     under = _forward(shape, load, pooled), _forward(shape, load, pooled + k * rank)
-    merged = _evidence(shape, run, load) + _coefficients(shape, run, load) + seen * sum(under)
+    told = under[1:] if needs_evidence(run.merge) else under  # of the pooled model the evidence tells
+    merged = _evidence(shape, run, load) + _coefficients(shape, run, load) + seen * sum(told)
     taught = _examples(run.stack.training, load.shots) * load.computed if run.stack.enabled else 0.0
     stacked = taught * _trained(shape, load, pooled + k * rank, run.stack.lora.rank)
     stacked += run.stack.enabled * seen * _forward(shape, load, pooled + k * rank + run.stack.lora.rank)

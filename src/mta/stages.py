@@ -169,7 +169,7 @@ class Stages:
         """One cohort through stages 2 and 3."""
         jobs = self.jobs(cohort)
         merge, pooled = self._merge(cohort, jobs)
-        return self.as_states(cohort, jobs, merge, self._stacks(cohort, jobs, merge), pooled)
+        return self.as_states(cohort, jobs, merge, self.stacks(cohort, jobs, merge), pooled)
 
     def as_states(
         self,
@@ -214,8 +214,10 @@ class Stages:
         merge = fuse(self.base, jobs, *bank, near, settings, evidence, seed=self.run.seed, **how)
         return merge, (-evidence.task / evidence.tokens).tolist() if evidence else None
 
-    def _stacks(self, cohort: Cohort, jobs: Sequence[Job], merge: Merge) -> LoraBatch | None:
-        """Stage 3, or None where it is switched off."""
+    def stacks(
+        self, cohort: Cohort, jobs: Sequence[Job], merge: Merge, start: LoraBatch | None = None
+    ) -> LoraBatch | None:
+        """Stage 3, from nothing or from ``start``; None where it is switched off."""
         settings = self.run.stack
         if not settings.enabled:
             return None
@@ -226,6 +228,7 @@ class Stages:
             [*self.bank.pooled, merged(self.bank, merge, self.run.merge)],
             settings.lora,
             settings.training,
+            start=start,
             seed=self.run.seed,
             tokens_per_batch=cohort.tokens_per_batch,
             checkpoint=checkpoint,
