@@ -1,5 +1,8 @@
 """Real weights and real people: SmolLM2 and MovieLens through all stages, small enough for every run of the tests."""
 
+import subprocess
+import sys
+
 import peft
 import pytest
 import torch
@@ -12,6 +15,7 @@ from mta.history import Person
 from mta.personalize import Personalizer
 from mta.readers import read_people
 from mta.rows import BASE, TASK
+from mta.sizing import Load, Shape, memory
 from mta.splits import draw
 
 pytestmark = [pytest.mark.real, pytest.mark.network]
@@ -81,3 +85,45 @@ def test_the_same_work_gives_the_same_bytes(world, tmp_path):
     again.personalize(people[::-1])
     for person in people:
         assert again.state(person.id).to_bytes() == personal.state(person.id).to_bytes()
+
+
+GROWN = """
+import os, sys
+from pathlib import Path
+import torch
+from mta import TASK, Bank, BaseModel
+from mta.serving.seats import Seats
+from mta.serving.slots import Slots
+
+def resident():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+base = BaseModel.load(sys.argv[1], "float32")
+bank, count, length = Bank.open(sys.argv[2], base), int(sys.argv[3]), int(sys.argv[4])
+found = []
+for rows in (2, count):  # what grows with rows is theirs, all else is there once
+    seats = slots = None
+    seats = Seats(base, [bank], rows)
+    slots = Slots(base, rows, length - 8, 8, seats.exchange)
+    for n in range(rows):
+        slots.take((n, ""), [5, 6])
+        seats.take(n, seats.person(TASK))
+    with torch.inference_mode(), seats.opened(slice(0, rows)):
+        slots.logits(slice(0, rows), [[5, 6]] * rows)
+        for kept in (*slots.cache.keys, *slots.cache.values):
+            kept.fill_(1.0)  # memory that was asked for is there once it is written
+    found.append(resident())
+print((found[1] - found[0]) / (count - 2))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="resident memory is read from /proc")
+def test_memory_of_an_answer_is_what_size_tells(world):
+    """Resident memory that a row of SmolLM2 takes, seat and slot, in a process of its own, within 15%."""
+    personal, _ = world
+    count, length = 24, 512
+    words = [RUN.base, str(personal.bank.folder), str(count), str(length)]
+    done = subprocess.run([sys.executable, "-c", GROWN, *words], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    told = 2 * memory(Shape.of(RUN.base), RUN, Load(context=length)).row  # it counts bfloat16
+    assert float(done.stdout) == pytest.approx(told, rel=0.15)
