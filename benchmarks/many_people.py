@@ -1,7 +1,7 @@
-"""The demo's comparison on more people than fit into the demo's minutes, for narrower intervals (docs/results.md).
+"""The demo's comparison on more people than fit into its minutes, for narrower intervals (docs/explanation/results.md).
 
 Run:  python benchmarks/many_people.py --out many [people.test=300] [key=value over the recipe]
-About an hour on two cores. The development people that settings were chosen on (docs/tuning.md) take no part.
+About an hour on two cores. The development people settings were chosen on (docs/explanation/tuning.md) take no part.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ RECIPE = (
     "people.task=200",
     'evaluation.policies=["similarity","loss","posterior","ridge","learned"]',
 )
-TUNED = {"test": 60, "development": 100}  # the parts docs/tuning.md was made with
+TUNED = {"test": 60, "development": 100}  # the parts docs/explanation/tuning.md was made with
 
 
 def untouched(recipe: Recipe, people: list[Person]) -> Splits:

@@ -1,6 +1,6 @@
 """The playground as it looks after ``make demo``, saved as a picture.
 
-python -m benchmarks.screenshot --demo demo --person 405 --out docs/playground.png
+python -m benchmarks.screenshot --demo demo --person 405 --out docs/pictures/playground.png
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def main() -> None:
     words = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     words.add_argument("--demo", type=Path, default=Path("demo"))
     words.add_argument("--person", required=True)
-    words.add_argument("--out", type=Path, default=Path("docs/playground.png"))
+    words.add_argument("--out", type=Path, default=Path("docs/pictures/playground.png"))
     args = words.parse_args()
     command = [sys.executable, "-m", "mta", "serve", "--bank", str(args.demo / "bank"), "--json", "--insecure-local"]
     command += ["--store", str(args.demo / "people"), "--port", "0"]

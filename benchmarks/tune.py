@@ -1,4 +1,6 @@
-"""The search behind the demo's settings, on the development people: neither in the bank nor tested (docs/tuning.md).
+"""The search behind the demo's settings, on development people, who are neither in the bank nor tested.
+
+What came out: docs/explanation/tuning.md.
 
 Run:  python benchmarks/tune.py --out tune [--only ridge,OPPU]
 Hours on two cores; stopped, it goes on: every line of tune/results.jsonl is one finished method. --table prints them.

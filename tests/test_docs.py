@@ -1,62 +1,227 @@
-"""Code in the documents, as it stands there."""
+"""The documents: commands that the command line reads, links that lead somewhere, and pages run as they stand."""
 
+import json
+import os
 import re
-from dataclasses import replace
+import shlex
+import shutil
+import subprocess
+import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
-from conftest import TINY_RUN, HashEncoder, people_of
+from pages import BUILT, PAGES, ROOT, blocks, name_of
+from pydantic import BaseModel
+from typer import BadParameter
+from typer.main import get_command
 
-from mta.config import MergeSettings
-from mta.evaluation.methods import METHODS
-from mta.evaluation.methods.merged import answered
-from mta.evaluation.methods.method import Method, Outcome, register
-from mta.evaluation.protocol import Panel
-from mta.evaluation.recipe import load_experiment
+from mta.cli.app import app
+from mta.config import Evaluation, Privacy, Run
+from mta.demo import Recipe
+from mta.evaluation.recipe import Experiment
 
-GUIDE = (Path(__file__).parent.parent / "docs" / "add-a-method.md").read_text()
-
-
-@pytest.fixture
-def methods():
-    """The two classes of the guide, registered for one test."""
-    given = {"replace": replace, "MergeSettings": MergeSettings, "answered": answered, "Method": Method}
-    names = {**given, "Outcome": Outcome, "register": register, "Panel": Panel, "__name__": "guide"}
-    before = dict(METHODS)
-    for block in re.findall(r"```python\n(.*?)```", GUIDE, re.DOTALL):
-        exec(compile(block.replace("from __future__ import annotations\n", ""), "guide", "exec"), names)
-    yield {name: METHODS[name] for name in METHODS.keys() - before.keys()}
-    METHODS.clear()
-    METHODS.update(before)
+OPERATORS = ("&&", "||", "|", ";", ">", "<", "&", ")", "(", "do", "done", "until")
+TUTORIAL = ROOT / "docs" / "tutorial" / "your-people.md"
+RUN = [page for page in PAGES if any(b.language in ("bash", "python") and not b.mark for b in blocks(page))]
+EVERYWHERE = pytest.mark.parametrize("page", PAGES, ids=name_of)
 
 
-def test_the_methods_of_the_guide_do_what_it_says(methods, tiny):
-    assert set(methods) == {"smoothed", "shrunk"}
-    base, bank = tiny
-    people, pool = people_of(3, prefix="x", seed=7), people_of(4, prefix="t")
-    panel = Panel.of(base, bank, HashEncoder(), TINY_RUN, people, shots=3, queries=3, pool=pool)
-    smoothed = methods["smoothed"]().run(panel, 0)
-    alone = Panel.of(base, bank, HashEncoder(), TINY_RUN, people[:1], shots=3, queries=3, pool=pool)
-    assert torch.equal(methods["smoothed"]().run(alone, 0).answers[0].scores, smoothed.answers[0].scores)
-    shares = smoothed.answers[0].scores.exp().sum(1)
-    torch.testing.assert_close(shares, torch.ones_like(shares))
-    plain, _ = panel.merge(MergeSettings(policy="posterior", k=0), 0)
-    torch.testing.assert_close(methods["shrunk"](by=0.5).run(panel, 0).merge.w, 0.5 * plain.w)
+# commands
 
 
-def test_the_test_of_the_guide_passes(methods, tiny):
-    base, bank = tiny
-    panel = Panel.of(base, bank, HashEncoder(), TINY_RUN, people_of(3, prefix="x", seed=7), shots=3, queries=3)
-    names = {"Smoothed": methods["smoothed"], "pytest": pytest}
-    exec(re.search(r"```\n(def test_smoothed.*?)```", GUIDE, re.DOTALL)[1], names)
-    names["test_smoothed_shares_without_a_pull_are_the_persons_own"](panel)
+def commands(code: str) -> list[list[str]]:
+    """The commands of a script: simple ones, which is what documents should have."""
+    found = []
+    for line in code.replace("\\\n", " ").splitlines():
+        lexer = shlex.shlex(line, posix=True, punctuation_chars=True)
+        lexer.whitespace_split, lexer.commenters = True, "#"
+        words: list[str] = []
+        try:
+            for word in lexer:
+                if word in OPERATORS:
+                    found.append(words)
+                    words = []
+                else:
+                    words.append(word)
+        except ValueError:  # a quoted text of several lines is no command of ours
+            continue
+        found.append(words)
+    return [words for words in found if words]
 
 
-def test_the_recipe_of_the_guide_can_be_read(methods, tmp_path):
-    text = re.search(r"```yaml\n(.*?)```", GUIDE, re.DOTALL)[1]
-    (tmp_path / "mine.yaml").write_text(text)
-    recipe = load_experiment(tmp_path / "mine.yaml")
-    assert [m.name for m in recipe.exhibits["mine"][0].methods][2:] == ["smoothed shares", "smoothed, pull 16"]
-    assert yaml.safe_load(text)["over"] == "movielens"
+def verb_table() -> dict[str, object]:
+    """Every verb, doing nothing: the command line reads what it is given and no more."""
+    root = get_command(app)
+
+    def silence(command) -> None:
+        for child in getattr(command, "commands", {}).values():
+            silence(child)
+            if not hasattr(child, "commands"):
+                child.callback = lambda **_: None
+
+    silence(root)
+    return root
+
+
+VERBS = verb_table()
+
+
+@contextmanager
+def suppress_missing():
+    """Of a document's own folders not one is there."""
+    try:
+        yield
+    except BadParameter as error:
+        if "does not exist" not in str(error):
+            raise
+
+
+def is_setting(key: str) -> bool:
+    return any(_has(kind, key.split(".")) for kind in (Run, Evaluation, Privacy, Experiment, Recipe))
+
+
+def _has(kind: type[BaseModel], path: list[str]) -> bool:
+    field = kind.model_fields.get(path[0])
+    if field is None or len(path) == 1:
+        return field is not None
+    inner = type(field.default) if isinstance(field.default, BaseModel) else field.annotation
+    return not hasattr(inner, "model_fields") or _has(inner, path[1:])
+
+
+@EVERYWHERE
+def test_the_command_line_reads_every_command(page):
+    for block in blocks(page):
+        for words in commands(block.code) if block.language == "bash" else ():
+            if words[0] == "mta" and "…" not in words:
+                with suppress_missing():
+                    VERBS.main(words[1:], standalone_mode=False)
+                keys = [w.partition("=")[0] for w in words[2:] if re.fullmatch(r"[a-z_.]+=\S.*", w)]
+                assert [key for key in keys if not is_setting(key)] == [], f"{page}:{block.line}"
+
+
+@EVERYWHERE
+def test_every_module_and_target_of_a_command_is_there(page):
+    targets = set(re.findall(r"(?m)^([a-z-]+):", (ROOT / "Makefile").read_text()))
+    for block in blocks(page):
+        for words in commands(block.code) if block.language == "bash" else ():
+            if words[0] == "make":
+                assert set(w for w in words[1:] if "=" not in w) <= targets
+            if words[:2] == ["python", "-m"] and words[2].startswith("benchmarks."):
+                place = ROOT / words[2].replace(".", "/")
+                source = (place / "__main__.py" if place.is_dir() else place.with_suffix(".py")).read_text()
+                assert [w for w in words if w.startswith("--") and f'"{w}"' not in source] == []
+
+
+def test_a_command_that_is_none_is_found():
+    assert commands("mta bank build x.jsonl --out bank/  # why\nA=1 echo 'two words' | cat") == [
+        ["mta", "bank", "build", "x.jsonl", "--out", "bank/"],
+        ["A=1", "echo", "two words"],
+        ["cat"],
+    ]
+    with pytest.raises(Exception, match="No such option: --nothing"):
+        VERBS.main(["bank", "build", "x.jsonl", "--nothing"], standalone_mode=False)
+    assert [key for key in ("merge.learned.lr", "merge.nothing", "merg.lr") if is_setting(key)] == ["merge.learned.lr"]
+
+
+# blocks
+
+
+@EVERYWHERE
+def test_every_block_says_what_language_it_is_in_and_can_be_read(page):
+    text, found = page.read_text(encoding="utf-8"), blocks(page)
+    assert len(re.findall(r"(?m)^```", text)) == 2 * len(found), "a block without a language, or one that is indented"
+    for block in found:
+        assert block.mark in ("", "shown", "file", "serves", "own", "quickstart", "openai", "curl"), block
+        if block.language == "yaml":
+            yaml.safe_load(block.code)
+        if block.language == "json":
+            [json.loads(line) for line in block.code.splitlines()]
+        if block.language == "python":
+            compile(block.code, str(page), "exec")
+        if block.mark in ("shown", "own", "file"):
+            assert block.of, f"{page}:{block.line}: say why, or where"
+
+
+# links
+
+
+def slug(title: str) -> str:
+    plain = re.sub(r"[`*]|\[([^\]]*)\]\([^)]*\)", r"\1", title.strip().lower())
+    return re.sub(r"[^\w\- ]", "", plain).replace(" ", "-")
+
+
+def prose(page: Path) -> str:
+    return re.sub(r"(?ms)^```.*?^```", "", page.read_text(encoding="utf-8"))
+
+
+@EVERYWHERE
+def test_every_link_leads_somewhere(page):
+    lost = []
+    for target, fragment in re.findall(r"\]\(([^)#\s]*)(?:#([^)\s]*))?\)", prose(page)):
+        if "://" in target:
+            continue
+        path = (page.parent / target).resolve() if target else page
+        if "reference" in path.parts and path.name in BUILT:
+            continue  # made by docs/reference_pages.py
+        if not path.exists():
+            lost.append(target)
+        elif fragment and fragment not in map(slug, re.findall(r"(?m)^#+ (.*)$", prose(path))):
+            lost.append(f"{target}#{fragment}")
+    assert lost == []
+
+
+@EVERYWHERE
+def test_every_file_that_is_named_is_there(page):
+    named = re.findall(r"`((?:src|tests|benchmarks|docs|results)/[\w./-]+)`", prose(page))
+    made = ("results/report.html", "results/results.json")  # what a command of the page writes
+    assert [name for name in named if not (ROOT / name).exists() and name not in made] == []
+
+
+# running
+
+
+@pytest.fixture(scope="session")
+def tutorial(tmp_path_factory, fetched):
+    """The folder that somebody has who has walked through the tutorial."""
+    for asset in ("smollm2-135m-instruct", "all-minilm-l6-v2"):
+        fetched(asset)
+    folder = tmp_path_factory.mktemp("tutorial")
+    walk(TUTORIAL, folder)
+    return folder
+
+
+def walk(page: Path, folder: Path) -> str:
+    done = subprocess.run(
+        [sys.executable, Path(__file__).parent / "pages.py", page, folder],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT / "src")},
+    )
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.real
+@pytest.mark.network
+def test_the_tutorial_does_what_it_says(tutorial):
+    made = {path.name for path in tutorial.iterdir()}
+    assert {"bank", "people", "results", "ann-adapter"} <= made
+    assert (tutorial / "results" / "report.html").stat().st_size > 10_000
+
+
+@pytest.mark.slow
+@pytest.mark.real
+@pytest.mark.network
+@pytest.mark.parametrize("page", [page for page in RUN if page.parent.name == "how-to"], ids=name_of)
+def test_every_how_to_runs_as_it_stands(page, tutorial, tmp_path):
+    shutil.copytree(tutorial, tmp_path, dirs_exist_ok=True)
+    walk(page, tmp_path)
+
+
+def test_every_page_with_code_is_run_somewhere():
+    """What is not a how-to has its blocks marked."""
+    elsewhere = [name_of(page) for page in RUN if page.parent.name != "how-to" and page != TUTORIAL]
+    assert elsewhere == []

@@ -112,7 +112,7 @@ def ridge(labels: Labels, ids: Tensor, strength: float, iterations: int = 50, be
     """The coefficients that best explain the labels of the shots, pulled to zero: nothing is trained or run again.
 
     A merge's label scores are taken as linear in w, score(w) = task + sum_k w_k (anchor_k - task), which holds for
-    small w. Minimises the shots' NLL over the labels + strength / 2 * |w|^2 by Newton's method, in
+    small w. Minimises the shots' NLL over the labels + ``strength / 2 * |w|^2`` by Newton's method, in
     float64. Coefficients may be negative, and are 0 where the shots say nothing. With ``before`` (U, K) they are pulled
     there instead.
     Shapes: ids (U, K) -> (U, K). Source: our choice.

@@ -142,7 +142,7 @@ class Hardware:
 
 
 _GPUS = {"l4": 121e12, "a100": 312e12, "h100": 989e12}
-_REACHED = 0.6  # of plain products in bfloat16: docs/performance.md, "operations against torch.mm"
+_REACHED = 0.6  # of plain products in bfloat16: docs/explanation/performance.md, "operations against torch.mm"
 
 
 def hardware(name: str) -> Hardware:
@@ -152,7 +152,8 @@ def hardware(name: str) -> Hardware:
     if name != "this":
         raise ConfigError(f"no such hardware: {name!r}", hint=f"Give this, {', '.join(_GPUS)}.")
     dtype = pick_dtype("auto", torch.device("cpu"))
-    said = f"plain products in {str(dtype).removeprefix('torch.')}, measured now; the share from docs/performance.md"
+    name = str(dtype).removeprefix("torch.")
+    said = f"plain products in {name}, measured now; the share from docs/explanation/performance.md"
     return Hardware(f"{processor()}, {cores()} cores", gemm_rate(dtype), _REACHED, said)
 
 

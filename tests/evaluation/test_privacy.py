@@ -428,7 +428,7 @@ def test_gates_of_every_target_are_asked_about(world):
 
 
 def test_an_exact_export_gives_its_anchors_away_and_a_cut_one_mixes_them(tiny, tmp_path):
-    """What docs/privacy.md warns of: factors stand side by side, an anchor's B times its coefficient."""
+    """What docs/explanation/privacy.md warns of: factors stand side by side, an anchor's B times its coefficient."""
     bank, personal = tiny[1], personalizer(*tiny, merge=MergeSettings(policy="similarity", k=2))
     personal.personalize([STRANGERS[0].first(3)])
     state, rank = personal.state(STRANGERS[0].id), bank.anchors.rank

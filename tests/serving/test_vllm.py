@@ -253,7 +253,7 @@ def test_the_pooled_model_is_an_adapter_like_any_other(world, server):
 
 
 def test_the_command_line_starts_it_and_ends_it(world):
-    """As docs/serving.md has it; SIGTERM ends gateway and vLLM."""
+    """As docs/how-to/serve.md has it; SIGTERM ends gateway and vLLM."""
     words = ["serve", "--bank", str(world.folder / "bank"), "--store", str(world.folder / "people"), "--port", "0"]
     words += ["--insecure-local", "--json", "--vllm", PYTHON, "--vllm-args", "--block-size=32 --enforce-eager"]
     gateway = subprocess.Popen([sys.executable, "-m", "mta", *words], stdout=subprocess.PIPE, text=True)

@@ -1,7 +1,7 @@
 """Membership inference on a bank: whether items it was trained on are told apart from others' by their loss.
 
-PriME (arXiv:2503.18008) tests merged models by attacks of this kind; the protocol here is our choice, docs/privacy.md
-says what it leaves out.
+PriME (arXiv:2503.18008) tests merged models by attacks of this kind; the protocol here is our choice,
+docs/explanation/privacy.md says what it leaves out.
 """
 
 from __future__ import annotations

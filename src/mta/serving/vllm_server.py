@@ -101,7 +101,7 @@ class VllmServer:
         if not shutil.which(settings.python):
             raise ConfigError(
                 f"no Python at {settings.python!r} to run vLLM with",
-                hint="Make an environment for it (docs/serving.md):  make vllm   and give  --vllm .vllm/bin/python",
+                hint="Make an environment for it (docs/how-to/vllm.md):  make vllm   and give  --vllm .vllm/bin/python",
             )
         self.settings = settings
         memory = Path("/dev/shm")

@@ -1,7 +1,7 @@
 """The methods that are compared. Each gets the panel's shots and answers the panel's queries.
 
 A method is one small class in one of these files: its settings are its fields, ``paper`` says where it comes from, and
-``run`` does it. ``docs/add-a-method.md`` walks through one.
+``run`` does it. ``docs/how-to/add-a-method.md`` walks through one.
 """
 
 from mta.evaluation.methods.choice import Chosen

@@ -1,0 +1,44 @@
+"""How the documentation is built: `make docs` writes it to docs/_build/html."""
+
+import shutil
+import sys
+from pathlib import Path
+
+from sphinx.application import Sphinx
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE))
+
+from reference_pages import write_all  # noqa: E402
+
+import mta  # noqa: E402
+
+project = "mta"
+author = "The mta authors"
+release = version = mta.__version__
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.viewcode", "sphinx_copybutton"]
+exclude_patterns = ["_build"]
+root_doc = "index"
+myst_enable_extensions = ["deflist"]
+myst_heading_anchors = 4
+autodoc_member_order = "bysource"
+autodoc_preserve_defaults = True
+html_theme = "furo"
+html_title = "mta: merge, then adapt"
+html_show_sphinx = False
+linkcheck_anchors = False
+
+write_all(HERE / "reference")
+shutil.copytree(HERE.parent / "results", HERE / "results", dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.html"))
+
+
+def results_are_pages(app: Sphinx, name: str, source: list[str]) -> None:
+    """In the repository results lie beside docs/, on the site below it."""
+    source[0] = (
+        source[0].replace("](../../results)", "](../results/README.md)").replace("](../../results/", "](../results/")
+    )
+
+
+def setup(app: Sphinx) -> None:
+    """Called by Sphinx."""
+    app.connect("source-read", results_are_pages)

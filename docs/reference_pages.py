@@ -1,0 +1,116 @@
+"""The reference that is made from the code: verbs, settings, tasks, errors; `docs/conf.py` writes the pages."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import typer
+import yaml
+from pydantic.fields import FieldInfo
+from typer.cli import get_docs_for_click
+
+from mta import errors as tree
+from mta.cli.app import app
+from mta.config import Evaluation, Privacy, Run, Settings
+from mta.tasks import load_task, task_names
+
+
+def write_all(folder: Path) -> None:
+    """Write the pages; a page that says the same already is left alone, so that nothing is built for nothing."""
+    for name, text in {"cli": verbs(), "settings": settings(), "tasks": tasks(), "errors": errors()}.items():
+        page = folder / f"{name}.md"
+        if not page.is_file() or page.read_text(encoding="utf-8") != text:
+            page.write_text(text, encoding="utf-8")
+
+
+def verbs() -> str:
+    """Every verb with its arguments, as its help has them."""
+    command = typer.main.get_command(app)
+    context = command.make_context("mta", [], resilient_parsing=True)
+    text = get_docs_for_click(obj=command, ctx=context, name="mta", title="Command line")
+    text = re.sub(r"(?m)^(?:\s*Example:  .*\n?)+", _example, text)
+    return re.sub(r"(?m)^\* `(.*?)`: ", r"- `\1`: ", text).replace("...`:", " …`:")
+
+
+def _example(found: re.Match[str]) -> str:
+    lines = "\n".join(line.strip().removeprefix("Example:  ") for line in found[0].strip().splitlines())
+    return f"\n```text\n{lines}\n```\n"
+
+
+def settings() -> str:
+    """Every ``key=value`` word, its default, and what may be given."""
+    text = (
+        "# Settings\n\nWords after a verb (`merge.policy=ridge`), or YAML given with `--config`. A bank carries the "
+        "settings it was built with; those of `merge` and `stack`, and how a machine computes, can be changed for a bank "
+        "that is there.\n\n"
+    )
+    for title, kind in {
+        "A run": Run,
+        "A comparison: `mta evaluate`": Evaluation,
+        "An attack: `--privacy`": Privacy,
+    }.items():
+        text += f"## {title}\n\n{kind.__doc__ or ''}\n\n| key | default | what it is |\n|---|---|---|\n"
+        text += "".join(f"| `{key}` | {default} | {what} |\n" for key, default, what in _rows(kind)) + "\n"
+    return text
+
+
+def _rows(kind: type[Settings], before: str = "", default: Settings | None = None) -> Iterator[tuple[str, str, str]]:
+    for name, field in kind.model_fields.items():
+        value = getattr(default, name) if default is not None else field.default
+        if isinstance(value, Settings):
+            yield from _rows(type(value), f"{before}{name}.", value)
+        else:
+            yield before + name, f"`{_plain(value)}`", _what(field)
+
+
+def _plain(value: object) -> str:
+    return (
+        "none"
+        if value is None
+        else yaml.safe_dump(list(value) if isinstance(value, tuple) else value, default_flow_style=True)
+        .removesuffix("...\n")
+        .strip()
+    )
+
+
+def _what(field: FieldInfo) -> str:
+    bounds = [f"{sign} {getattr(m, name)}" for m in field.metadata for name, sign in _SIGNS.items() if hasattr(m, name)]
+    choices = re.findall(r"'([^']+)'", str(field.annotation)) if "Literal" in str(field.annotation) else []
+    said = [field.description or "", ", ".join(choices), ", ".join(bounds)]
+    return "; ".join(part for part in said if part)
+
+
+_SIGNS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
+
+
+def tasks() -> str:
+    """The built-in tasks, as the files that they are."""
+    text = (
+        "# Tasks\n\nA task is YAML: how an item is put to the model, what its answer is, and how answers are judged. "
+        "[Yours](../how-to/add-a-task.md) is another such file.\n\n"
+    )
+    for name in task_names():
+        task = load_task(name)
+        values = task.model_dump(mode="json", exclude_none=True, exclude_defaults=True)
+        shown = yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=100)
+        text += (
+            f"## {name}\n\n{task.description}. {task.source[:1].upper()}{task.source[1:]}.\n\n```yaml\n{shown}```\n\n"
+        )
+    return text
+
+
+def errors() -> str:
+    """The tree of errors as its module draws it, and each with what it means."""
+    drawing, _, rest = inspect.getdoc(tree).partition("\n\n")[2].partition("\n\n")
+    text = (
+        "# Errors\n\nThe command line prints an error and exits with 1; in Python each is a class of `mta.errors`.\n\n"
+        f"```text\n{drawing}\n```\n\n{rest.partition('To add one')[0]}"
+    )
+    return text + "".join(
+        f"`{name}`\n: {inspect.getdoc(kind)}\n\n"
+        for name, kind in vars(tree).items()
+        if inspect.isclass(kind) and issubclass(kind, tree.MtaError)
+    )
