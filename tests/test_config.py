@@ -3,9 +3,10 @@
 import pytest
 import yaml
 
-from mta.config import Evaluation, Lora, Run, checked, dump_yaml, load_settings, override, parse_size
+from mta.config import Evaluation, Lora, Run, load_settings, override, parse_size
 from mta.demo import load_recipe
 from mta.errors import ConfigError
+from mta.settings import checked, dump_yaml
 
 
 def written(tmp_path, text):
@@ -17,7 +18,7 @@ def written(tmp_path, text):
 def refused(path=None, *words, kind=Run):
     with pytest.raises(ConfigError) as caught:
         load_settings(kind, path, words)
-    return str(caught.value)
+    return caught.value
 
 
 # values
@@ -96,69 +97,74 @@ def test_settings_cannot_be_changed_in_place():
 
 
 def test_an_unknown_key_is_named_with_its_value():
-    message = refused(None, "bank.ankers=3")
-    assert message == "the command line: bank.ankers: Extra inputs are not permitted (got 3)"
+    error = refused(None, "bank.ankers=3")
+    assert error.message == "the command line: bank.ankers: Extra inputs are not permitted (got 3)"
+    assert error.hint.startswith("Did you mean anchors? Settings here are: anchors, min_items, ")
 
 
 def test_an_unknown_key_in_a_file_is_named_with_the_file(tmp_path):
     path = written(tmp_path, "bonk: 3\n")
-    assert refused(path).startswith(f"{path}: bonk: ")
+    assert refused(path).message.startswith(f"{path}: bonk: ")
 
 
 @pytest.mark.parametrize(
-    ("word", "key", "got"),
+    ("word", "key", "got", "hint"),
     [
-        ("bank.anchors=many", "bank.anchors", "'many'"),
-        ("bank.anchors=0", "bank.anchors", "0"),
-        ("seed=1.5", "seed", "1.5"),
-        ("merge.policy=best", "merge.policy", "'best'"),
-        ("bank=3", "bank", "3"),
-        ("memory=lots", "memory", "'lots'"),
+        ("bank.anchors=many", "bank.anchors", "'many'", "The default:  bank.anchors=50"),
+        ("bank.anchors=0", "bank.anchors", "0", "The default:  bank.anchors=50"),
+        ("merge.k=-1", "merge.k", "-1", "k: anchors retrieved, 0 = all; the paper takes 2. The default:  merge.k=0"),
+        ("seed=1.5", "seed", "1.5", "The default:  seed=0"),
+        ("merge.policy=best", "merge.policy", "'best'", "The default:  merge.policy=posterior"),
+        ("bank=3", "bank", "3", "Set what is in it, for example:  bank.anchors=…"),
+        ("memory=lots", "memory", "'lots'", "For example:  memory=4GiB"),
     ],
 )
-def test_a_bad_value_is_named_with_its_key(word, key, got):
-    message = refused(None, word)
-    assert message.startswith(f"the command line: {key}: ")
-    assert message.endswith(f"(got {got})")
+def test_a_bad_value_is_named_with_its_key_and_what_to_write(word, key, got, hint):
+    error = refused(None, word)
+    assert error.message.startswith(f"the command line: {key}: ")
+    assert error.message.endswith(f"(got {got})")
+    assert error.hint.endswith(hint)
 
 
 @pytest.mark.parametrize("word", ["bank.anchors", "=3", ""])
 def test_what_is_not_key_equals_value_is_shown_how_to_write_it(word):
-    assert refused(None, word) == f"not a setting: {word!r}; expected key=value, for example bank.anchors=20"
+    assert str(refused(None, word)) == f"not a setting: {word!r}; expected key=value\n  For example:  bank.anchors=20"
 
 
 def test_a_value_that_is_no_yaml_is_named():
-    assert refused(None, "bank.anchors=[1").startswith("'bank.anchors=[1': the value is not readable YAML")
+    error = refused(None, "bank.anchors=[1")
+    assert error.message == "'bank.anchors=[1': the value is not readable YAML"
+    assert error.hint == "If it is text, quote it:  'bank.anchors=\"…\"'"
 
 
 def test_a_single_value_has_nothing_under_it(tmp_path):
-    message = refused(written(tmp_path, "seed: 3\n"), "seed.deep.x=1")
-    assert message == "'seed.deep.x=1': 'seed' is a single value, not a group of settings"
+    error = refused(written(tmp_path, "seed: 3\n"), "seed.deep.x=1")
+    assert error.message == "'seed.deep.x=1': 'seed' is a single value, not a group of settings"
 
 
 def test_a_missing_file_is_named(tmp_path):
-    assert refused(tmp_path / "no.yaml") == f"no such configuration file: {tmp_path / 'no.yaml'}"
+    assert refused(tmp_path / "no.yaml").message == f"no such configuration file: {tmp_path / 'no.yaml'}"
 
 
 def test_a_folder_is_no_configuration_file(tmp_path):
-    assert refused(tmp_path) == f"{tmp_path} cannot be read: Is a directory"
+    assert refused(tmp_path).message == f"{tmp_path} cannot be read: Is a directory"
 
 
 @pytest.mark.parametrize("text", ["a: [1", "\t- x: :"])
 def test_a_file_that_is_no_yaml_is_named(tmp_path, text):
     path = written(tmp_path, text)
-    assert refused(path).startswith(f"{path} is not readable YAML: ")
+    assert refused(path).message.startswith(f"{path} is not readable YAML: ")
 
 
 def test_a_file_that_is_no_text_is_named(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_bytes(b"\xff\xfe\x00")
-    assert refused(path).startswith(f"{path} is not readable YAML: ")
+    assert refused(path).message.startswith(f"{path} is not readable YAML: ")
 
 
 def test_a_file_that_is_a_list_is_refused(tmp_path):
     path = written(tmp_path, "- 1\n")
-    assert refused(path) == f"{path}: expected a mapping of settings, got list"
+    assert refused(path).message == f"{path}: expected a mapping of settings, got list"
 
 
 def test_checked_names_the_source_it_was_told():

@@ -146,9 +146,7 @@ def test_more_anchors_than_there_are_is_an_error():
 
 @pytest.mark.parametrize("settings", [{"policy": "loss"}, {"policy": "posterior"}, {"policy": "learned"}])
 def test_a_policy_that_reads_losses_asks_for_them(settings):
-    with pytest.raises(
-        ConfigError, match=f"^policy '{settings['policy']}' needs the anchors' likelihood of the shots$"
-    ):
+    with pytest.raises(ConfigError, match=f"^policy '{settings['policy']}' needs the anchors' likelihood of the shots"):
         coefficients(MergeSettings(**settings), SIMILARITY)
 
 

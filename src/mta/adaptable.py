@@ -56,5 +56,6 @@ def refuse_unsupported(model: Any) -> None:
     kind = getattr(model.config, "model_type", type(model).__name__)
     if getattr(model, "_is_stateful", False):
         raise UnsupportedModel(
-            f"{kind!r} carries a recurrent state from token to token; shared prefixes need attention"
+            f"{kind!r} carries a recurrent state from token to token; shared prefixes need attention",
+            hint="Give a base of attention layers alone, such as Llama, Mistral, Qwen or Gemma.",
         )

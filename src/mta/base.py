@@ -94,12 +94,14 @@ class BaseModel:
             )
         except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
             raise ModelError(
-                f"{name!r} cannot be loaded as a causal language model: {str(error).splitlines()[0]}"
+                f"{name!r} cannot be loaded as a causal language model: {str(error).splitlines()[0]}",
+                hint="Give an asset, or a folder or hub id that holds config.json, a tokenizer and *.safetensors.",
             ) from error
         if missing := sorted(found["missing_keys"]):  # transformers would go on with random ones
             raise ModelError(
                 f"{name!r} is no whole causal language model: {len(missing)} weights are not in its files, "
-                f"{missing[0]} first"
+                f"{missing[0]} first",
+                hint="Give the folder with all of its *.safetensors, or download it again.",
             )
         fingerprint = folder_fingerprint(folder, tokenizer)
         return cls(model.to(place), tokenizer, name, fingerprint, max_tokens, gradient_checkpointing)
@@ -164,7 +166,8 @@ class BaseModel:
         if not found:
             kinds = sorted({type(m).__name__ for m in self.model.modules()})
             raise UnsupportedModel(
-                f"{self.name!r} has no plain linear layers to adapt; its modules are {', '.join(kinds)}"
+                f"{self.name!r} has no plain linear layers to adapt; its modules are {', '.join(kinds)}",
+                hint="Give a base of nn.Linear or Conv1D layers, such as Llama, Mistral, Qwen, Gemma or GPT-2.",
             )
         return found
 

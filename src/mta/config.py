@@ -8,34 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, field_validator
 
 from mta.errors import ConfigError
+from mta.settings import S, Settings, checked, merged_over, read_yaml
 
 Policy = Literal["uniform", "top1", "similarity", "loss", "posterior", "ridge", "learned", "fixed"]
 MergeMode = Literal["exact", "svd", "factor"]
-
-
-class Settings(BaseModel):
-    """Common behaviour: frozen, an unknown key is an error, and a group given in part keeps its other defaults."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _over_defaults(cls, values: Any) -> Any:
-        if not isinstance(values, dict):
-            return values
-        # Only where the field is of the default's own class: of several classes, one's defaults are not another's.
-        fields = {name: field for name, field in cls.model_fields.items() if isinstance(field.default, Settings)}
-        groups = {name: field.default for name, field in fields.items() if field.annotation is type(field.default)}
-        return {
-            name: merged_over(groups[name].model_dump(), value) if isinstance(value, dict) and name in groups else value
-            for name, value in values.items()
-        }
 
 
 class Lora(Settings):
@@ -191,10 +173,10 @@ def parse_size(text: str) -> int:
             raise ValueError
         return size
     except (ValueError, KeyError, OverflowError):
-        raise ConfigError(f"not a size: {text!r}; expected a number with B, KiB, MiB, GiB, KB, MB or GB") from None
-
-
-S = TypeVar("S", bound=Settings)
+        raise ConfigError(
+            f"not a size: {text!r}; expected a number with B, KiB, MiB, GiB, KB, MB or GB",
+            hint="For example:  memory=4GiB",
+        ) from None
 
 
 def load_settings(kind: type[S], path: str | Path | None = None, words: Iterable[str] = ()) -> S:
@@ -212,62 +194,25 @@ def override(settings: S, words: Iterable[str], path: str | Path | None = None) 
     return checked(type(settings), _with_words(values, words), str(path or "the command line"))
 
 
-def merged_over(values: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
-    """``values`` with ``more`` over them, group by group; epochs given alone replace steps."""
-    if "epochs" in more and "steps" not in more and "steps" in values:
-        values = values | {"steps": None}
-    groups = [key for key, new in more.items() if isinstance(new, dict) and isinstance(values.get(key), dict)]
-    return values | more | {key: merged_over(values[key], more[key]) for key in groups}
-
-
 def _with_words(values: dict[str, Any], words: Iterable[str]) -> dict[str, Any]:
     given: dict[str, Any] = {}
     for word in words:
         key, equals, text = word.partition("=")
         if not equals or not key:
-            raise ConfigError(f"not a setting: {word!r}; expected key=value, for example bank.anchors=20")
+            raise ConfigError(f"not a setting: {word!r}; expected key=value", hint="For example:  bank.anchors=20")
         *parents, last = key.split(".")
         inner, beside = given, values
         for parent in parents:
             inner, beside = inner.setdefault(parent, {}), beside.get(parent, {})
             if not isinstance(inner, dict) or not isinstance(beside, dict):
-                raise ConfigError(f"{word!r}: {parent!r} is a single value, not a group of settings")
+                raise ConfigError(
+                    f"{word!r}: {parent!r} is a single value, not a group of settings",
+                    hint=f"Give it a value itself:  {parent}=…",
+                )
         try:
             inner[last] = yaml.safe_load(text)
         except yaml.YAMLError:
-            raise ConfigError(f"{word!r}: the value is not readable YAML; quote it if it is text") from None
+            raise ConfigError(
+                f"{word!r}: the value is not readable YAML", hint=f"If it is text, quote it:  '{key}=\"…\"'"
+            ) from None
     return merged_over(values, given)
-
-
-def checked(kind: type[S], values: dict[str, Any], source: str) -> S:
-    """Settings from plain values; a pydantic error becomes a ConfigError that names key, value and source."""
-    try:
-        return kind.model_validate(values)
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
-        reason = first["msg"].removeprefix("Value error, ")
-        got = repr(first["input"])
-        raise ConfigError(f"{source}: {key}: {reason} (got {got[:100]}{'…' * (len(got) > 100)})") from None
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """A mapping of settings from a YAML file; an empty file has none. Raises ConfigError."""
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"no such configuration file: {path}") from None
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not readable YAML: {error}") from None
-    if values is None:
-        return {}
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path}: expected a mapping of settings, got {type(values).__name__}")
-    return values
-
-
-def dump_yaml(settings: Settings) -> str:
-    """The resolved settings as YAML, ready to be given back with --config."""
-    return yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

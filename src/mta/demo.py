@@ -14,13 +14,14 @@ from mta import assets
 from mta.aside import written_aside
 from mta.bank.bank import Bank
 from mta.base import BaseModel
-from mta.config import Evaluation, Run, Settings, checked, dump_yaml, override
+from mta.config import Evaluation, Run, override
 from mta.errors import ConfigError
 from mta.evaluation.study import Study, ask, study
 from mta.history import Person
 from mta.machine import gemm_rate
 from mta.personalize import Personalizer
 from mta.readers import read_people
+from mta.settings import Settings, checked, dump_yaml
 from mta.splits import Splits, draw
 from mta.training.trainer import OnStep
 
@@ -57,7 +58,10 @@ def load_recipe(name: str | Path) -> Recipe:
     except FileNotFoundError:
         raise ConfigError(f"no recipe {str(name)!r}", hint="Give the path of a .yaml, or: movielens") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(f"recipe {name} is not readable YAML: {error}") from None
+        raise ConfigError(
+            f"recipe {name} is not readable YAML: {error}",
+            hint="Compare with the packaged one, recipes/movielens.yaml.",
+        ) from None
     return checked(Recipe, values, f"recipe {name}")
 
 

@@ -44,7 +44,8 @@ class SentenceEncoder:
             self._model = SentenceTransformer(self._folder, device=device, model_kwargs=how)
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise ModelError(
-                f"{name!r} cannot be loaded as a sentence encoder: {str(error).splitlines()[0]}"
+                f"{name!r} cannot be loaded as a sentence encoder: {str(error).splitlines()[0]}",
+                hint="Give a folder or hub id of sentence-transformers, or let the base encode:  encoder=base",
             ) from error
 
     @cached_property

@@ -30,13 +30,13 @@ from __future__ import annotations
 class MtaError(Exception):
     """Root of all errors that are not bugs; the command line prints it and exits with 1."""
 
-    def __init__(self, message: str, hint: str = "") -> None:
+    def __init__(self, message: str, hint: str) -> None:
         super().__init__(message, hint)  # both in args: errors cross process borders pickled
         self.message = message
         self.hint = hint
 
     def __str__(self) -> str:
-        return f"{self.message}\n  {self.hint}" if self.hint else self.message
+        return f"{self.message}\n  {self.hint}"
 
 
 class InputError(MtaError, ValueError):

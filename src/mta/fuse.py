@@ -73,7 +73,10 @@ def coefficients(settings: MergeSettings, similarity: Tensor, evidence: Evidence
     anchors = similarity.shape[1]
     check_merge(settings, anchors, labelled=evidence is None or evidence.labels is not None)
     if evidence is None and needs_evidence(settings):
-        raise ConfigError(f"policy {settings.policy!r} needs the anchors' likelihood of the shots")
+        raise ConfigError(
+            f"policy {settings.policy!r} needs the anchors' likelihood of the shots",
+            hint="Give evidence=evidence_of(…), or take a policy that needs none, such as merge.policy=similarity.",
+        )
     rank_by = evidence.anchors if settings.retrieve == "loss" and evidence else similarity.double()
     ids = rank_by.topk(settings.k or anchors, dim=1, sorted=True).indices
     near = similarity.double().gather(1, ids)

@@ -60,7 +60,8 @@ class Person:
         """The ``n`` items that follow the first ``shots``: what comes next, to be asked as queries."""
         if len(self.items) < shots + n:
             raise InputError(
-                f"a person has {len(self.items)} items; {shots} shots and {n} later queries were asked for"
+                f"a person has {len(self.items)} items; {shots} shots and {n} later queries were asked for",
+                hint="Ask for fewer shots or queries, or leave this person out.",
             )
         return self.items[shots : shots + n]
 

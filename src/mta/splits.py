@@ -15,6 +15,7 @@ from mta.history import Person
 
 PARTS = ("task", "development", "candidates", "test")
 SCHEMA = 1
+_ANEW = "Restore the file, or draw the splits anew:  mta.splits.draw(…).save(path)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +30,10 @@ class Splits:
     def __post_init__(self) -> None:
         every = [id for part in PARTS for id in getattr(self, part)]
         if len(set(every)) < len(every):
-            raise InputError("splits must be disjoint: a person is in them twice")
+            raise InputError(
+                "splits must be disjoint: a person is in them twice",
+                hint="Name everybody once:  Splits(task, development, candidates, test)",
+            )
 
     @property
     def digest(self) -> str:
@@ -39,10 +43,16 @@ class Splits:
     def select(self, part: str, people: Iterable[Person]) -> list[Person]:
         """The people of one part, in its order. Raises InputError if one is missing or there is no such part."""
         if part not in PARTS:
-            raise InputError(f"no part {part!r} of the splits; expected one of: {', '.join(PARTS)}")
+            raise InputError(
+                f"no part {part!r} of the splits; expected one of: {', '.join(PARTS)}",
+                hint=f"For example:  splits.select({PARTS[0]!r}, people)",
+            )
         by_id, ids = {person.id: person for person in people}, getattr(self, part)
         if missing := [id for id in ids if id not in by_id]:
-            raise InputError(f"{len(missing)} of {len(ids)} people of part {part!r} are not among those given")
+            raise InputError(
+                f"{len(missing)} of {len(ids)} people of part {part!r} are not among those given",
+                hint="Give the people the splits were drawn from, all of them.",
+            )
         return [by_id[id] for id in ids]
 
     def save(self, path: str | Path) -> None:
@@ -68,10 +78,12 @@ class Splits:
                 hint="Give the data the splits were drawn from, or draw them anew; or the file was changed.",
             )
         if len(set(hashes)) < len(hashes):
-            raise DataError(f"{path}: a person is in the splits twice: the file was changed")
+            raise DataError(f"{path}: a person is in the splits twice: the file was changed", hint=_ANEW)
         splits = cls(*(tuple(known[hash] for hash in values[part]) for part in PARTS))
         if splits.digest != salt:
-            raise DataError(f"{path}: digest is {splits.digest[:12]}…, expected {salt[:12]}…: the file was changed")
+            raise DataError(
+                f"{path}: digest is {splits.digest[:12]}…, expected {salt[:12]}…: the file was changed", hint=_ANEW
+            )
         return splits
 
 
@@ -93,10 +105,14 @@ def draw(
     sizes = {"test": test, "development": development, "task": task, "candidates": candidates or 0}
     for name, size in sizes.items():
         if size < 0:
-            raise InputError(f"{name} is {size}; expected 0 or more people")
+            raise InputError(
+                f"{name} is {size}; expected 0 or more people", hint="Give a number of people; 0 leaves the part empty."
+            )
     ids = [person.id for person in people if len(person.items) >= min_items]
     if len(set(ids)) < len(ids):
-        raise InputError("two people have the same id; ids must be distinct")
+        raise InputError(
+            "two people have the same id; ids must be distinct", hint="Put all items of a person into one history."
+        )
     if len(ids) < (asked := sum(sizes.values())):
         parts_asked = ", ".join(f"{name} {size}" for name, size in sizes.items() if size)
         raise InputError(
@@ -120,15 +136,22 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise DataError(f"no such file of splits: {path}") from None
+        raise DataError(
+            f"no such file of splits: {path}", hint="Draw them, and save them:  mta.splits.draw(…).save(path)"
+        ) from None
     except (OSError, ValueError) as error:
-        raise DataError(f"{path} is not a readable file of splits: {error}") from None
+        raise DataError(f"{path} is not a readable file of splits: {error}", hint=_ANEW) from None
     if not isinstance(values, dict) or values.get("schema") != SCHEMA:
         got = values.get("schema") if isinstance(values, dict) else type(values).__name__
-        raise DataError(f"{path} is no file of splits of schema {SCHEMA}; got {got!r}")
+        raise DataError(
+            f"{path} is no file of splits of schema {SCHEMA}; got {got!r}",
+            hint="Draw them anew, and save them:  mta.splits.draw(…).save(path)",
+        )
     fits = isinstance(values.get("digest"), str) and all(_are_texts(values.get(part)) for part in PARTS)
     if not fits or set(values) != {"schema", "digest", *PARTS}:
-        raise DataError(f"{path}: expected schema, digest and the lists {', '.join(PARTS)}; got {', '.join(values)}")
+        raise DataError(
+            f"{path}: expected schema, digest and the lists {', '.join(PARTS)}; got {', '.join(values)}", hint=_ANEW
+        )
     return values
 
 

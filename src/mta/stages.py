@@ -14,13 +14,14 @@ import torch
 from mta.adapt import adapt
 from mta.bank.bank import Bank
 from mta.base import BaseModel
-from mta.config import MergeSettings, Run, Settings, StackSettings, dump_yaml, parse_size
+from mta.config import MergeSettings, Run, StackSettings, parse_size
 from mta.encode import Encoder, encode_people
 from mta.evidence import gather_evidence, shots_of, surprise, targets_of
 from mta.fuse import Merge, fuse, merged, merged_bytes, needs_evidence
 from mta.history import Person
 from mta.lora.batch import LoraBatch
 from mta.lora.layers import Adapters, PerPerson
+from mta.settings import Settings, dump_yaml
 from mta.state import Losses, State, work_key
 from mta.training.plan import Plan, plan_cohorts
 from mta.training.trainer import Job, OnStep

@@ -89,9 +89,15 @@ class State:
 
     def __post_init__(self) -> None:
         if len(self.anchors) != len(self.w) or not all(map(math.isfinite, self.w)):
-            raise InputError(f"a state needs one finite coefficient per anchor, got anchors {self.anchors}, w {self.w}")
+            raise InputError(
+                f"a state needs one finite coefficient per anchor, got anchors {self.anchors}, w {self.w}",
+                hint="Give as many coefficients as anchors, none of them nan or inf.",
+            )
         if self.stack is not None and len(self.stack) != 1:
-            raise InputError(f"a state's stack is exactly one adapter, got a batch of {len(self.stack)}")
+            raise InputError(
+                f"a state's stack is exactly one adapter, got a batch of {len(self.stack)}",
+                hint="Choose one:  stack.select([0])",
+            )
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, State) and self.to_bytes() == other.to_bytes()

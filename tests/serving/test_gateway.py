@@ -119,7 +119,11 @@ def test_forbidden_and_unknown_people_are_answered_alike(world, model):
     with pytest.raises(openai.NotFoundError) as error:
         said(world.client("ann"), model)
     assert error.value.code == "model_not_found"
-    assert error.value.body["message"].replace(model, "X") == "the model 'X' does not exist, or this key may not ask it"
+    told = error.value.body["message"].replace(model, "X")
+    assert told == (
+        "the model 'X' does not exist, or this key may not ask it. "
+        "GET /v1/models lists some that it may; fallback: task asks the pooled model then."
+    )
 
 
 @pytest.mark.parametrize("model", ["person:bob", "person:nobody", "person:ann@v9"])

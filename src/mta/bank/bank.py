@@ -77,7 +77,10 @@ class Bank:
             halves = draw(people, run.seed, task=len(people) // 2, development=0, test=0)
             task_people, people = halves.select("task", people), halves.select("candidates", people)
         if shared := {person.id for person in task_people} & {person.id for person in people}:
-            raise InputError(f"{len(shared)} people are both in the task LoRA's part and candidates for anchors")
+            raise InputError(
+                f"{len(shared)} people are both in the task LoRA's part and candidates for anchors",
+                hint="Take them out of one of the two:  people, or task_people=…",
+            )
         build_bank(base, chosen, encoder or load_encoder(run.encoder, base), task_people, people, run, Path(out), **how)
         return cls.open(out, base)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from mta.bank.files import BankInfo
-from mta.config import dump_yaml
+from mta.settings import dump_yaml
 
 
 def card(info: BankInfo) -> str:

@@ -69,7 +69,10 @@ def show(
     everybody = people_in(source, run.task, skip_bad)
     chosen = next((p for p in everybody if person in (None, p.id)), None)
     if chosen is None:
-        raise PersonNotFound(f"nobody in {source} is called {person!r}; there are {len(everybody)} people")
+        raise PersonNotFound(
+            f"nobody in {source} is called {person!r}; there are {len(everybody)} people",
+            hint="Leave --person out to see the first one.",
+        )
     base = BaseModel.of(run)
     made = [base.prompts.example(load_task(run.task), item) for item in (chosen.items + chosen.queries)[:items]]
     if json:

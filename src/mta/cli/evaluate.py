@@ -87,7 +87,9 @@ def evaluate(
             "--cluster and --workers are for recipes", hint="Leave it out: one comparison runs in one process."
         )
     if task:
-        raise InputError("--task belongs to --predictions; a comparison is about the task of its bank")
+        raise InputError(
+            "--task belongs to --predictions; a comparison is about the task of its bank", hint="Leave --task out."
+        )
     check_out(out)
     if privacy:
         return _attack(source, words or [], bank, out, config, people, seed, device, skip_bad, json)
@@ -190,7 +192,10 @@ def _experiment(
     from mta.evaluation.recipe import Which, load_experiment, wanted
 
     if on not in ("test", "development"):
-        raise InputError(f"--on is {on!r}; expected test or development")
+        raise InputError(
+            f"--on is {on!r}; expected test or development",
+            hint="Leave it out for test people, or give  --on development",
+        )
     check_out(out)
     recipe = override(load_experiment(name), words or [])
     which: Which = "test" if on == "test" else "development"

@@ -63,5 +63,8 @@ def _fields(question: str) -> Question:
         try:
             return {name: text_in(fields, name) for name in fields}
         except Bad as bad:
-            raise DataError(f"the question's field {bad.field!r}: {bad.reason}") from None
+            raise DataError(
+                f"the question's field {bad.field!r}: {bad.reason}",
+                hint='Give every field a text, for example \'{"title": "Heat", "genres": "Crime"}\'.',
+            ) from None
     return question

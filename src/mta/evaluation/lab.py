@@ -14,7 +14,7 @@ from mta.assets import is_asset, resolve
 from mta.bank.bank import Bank
 from mta.bank.files import INFO, TASK_LORA
 from mta.base import BaseModel
-from mta.config import Run, dump_yaml, override
+from mta.config import Run, override
 from mta.errors import ConfigError, InputError
 from mta.evaluation.methods import Method
 from mta.evaluation.protocol import Panel, able
@@ -23,6 +23,7 @@ from mta.executor import Executor, LocalExecutor
 from mta.history import Item, Person
 from mta.readers import read_people
 from mta.retrieval import with_profiles
+from mta.settings import dump_yaml
 from mta.splits import Splits
 from mta.tasks.load import load_task
 from mta.tasks.task import Task

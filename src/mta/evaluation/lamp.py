@@ -47,4 +47,7 @@ def _check_ids(answers: Mapping[str, str], golds: Mapping[str, str]) -> None:
                 hint="Answer every question of the file exactly once.",
             )
     if not golds:
-        raise InputError("there is no question to score")
+        raise InputError(
+            "there is no question to score",
+            hint='Give a file of outputs with questions in it: {"task": "LaMP_3", "golds": [{"id": …, "output": …}]}',
+        )

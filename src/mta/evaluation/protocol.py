@@ -47,7 +47,10 @@ def shots_and_queries(
         return person.items[-shots:], own[-queries:]
     timeline = (*person.items, *own)
     if len(timeline) < shots + queries:
-        raise InputError(f"a person has {len(timeline)} items; {shots} shots and {queries} queries were asked for")
+        raise InputError(
+            f"a person has {len(timeline)} items; {shots} shots and {queries} queries were asked for",
+            hint=f"Lower shots= or queries=, or leave out whoever has fewer than {shots + queries} items.",
+        )
     return timeline[-queries - shots : -queries], timeline[-queries:]
 
 
@@ -112,7 +115,8 @@ class Panel:
         """
         if seen := sum(bool(bank.info.members.artefacts_of(person.id)) for person in people):
             raise InputError(
-                f"{seen} of {len(people)} people are in the bank or its task LoRA; they cannot be tested on"
+                f"{seen} of {len(people)} people are in the bank or its task LoRA; they cannot be tested on",
+                hint="Give people the bank was not built from.",
             )
         parts = [shots_and_queries(bank.task, person, shots, queries, ask) for person in people]
         few = [Person(person.id, items) for person, (items, _) in zip(people, parts)]

@@ -9,11 +9,12 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from mta.config import Run, Settings, checked, merged_over, read_yaml
+from mta.config import Run
 from mta.errors import ConfigError, InputError
 from mta.evaluation.methods import AnyMethod
 from mta.evaluation.protocol import Ask
 from mta.history import Person
+from mta.settings import Settings, checked, merged_over, read_yaml
 from mta.splits import Splits, draw
 from mta.tasks.task import Task
 
@@ -140,7 +141,10 @@ def drawn(recipe: Experiment, task: Task, people: list[Person]) -> tuple[Splits,
 def wanted(recipe: Experiment, which: Which, exhibits: Sequence[str]) -> list[str]:
     """The exhibits to be run: those named, else all that belong to these people. Raises InputError."""
     if unknown := [name for name in exhibits if name not in recipe.exhibits]:
-        raise InputError(f"no exhibit {unknown[0]!r}; there are {', '.join(recipe.exhibits)}")
+        raise InputError(
+            f"no exhibit {unknown[0]!r}; there are {', '.join(recipe.exhibits)}",
+            hint=f"For example:  --exhibit {next(iter(recipe.exhibits))}",
+        )
     own = [name for name, parts in recipe.exhibits.items() if all(part.whom == which for part in parts)]
     if other := [name for name in exhibits if name not in own and which == "test"]:
         raise InputError(f"{other[0]!r} is tried on development people alone", hint="Add --on development.")

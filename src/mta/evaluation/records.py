@@ -100,4 +100,7 @@ def _whole(path: Path) -> Iterator[Record]:
         except (ValueError, ValidationError) as error:
             if isinstance(error, json.JSONDecodeError):
                 continue  # torn
-            raise DataError(f"{path}, line {number}: no record of an experiment") from None
+            raise DataError(
+                f"{path}, line {number}: no record of an experiment",
+                hint="Remove that line, and repeat the command: what it held is measured again.",
+            ) from None

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 import yaml
 
-from mta.config import checked
 from mta.errors import DataError, InputError
 from mta.evaluation.experiment import CASE, FACTS, META
 from mta.evaluation.lab import RECIPE, SIZES
@@ -21,6 +20,7 @@ from mta.evaluation.metrics import Answers
 from mta.evaluation.recipe import Experiment, Part
 from mta.evaluation.records import Record, read_records
 from mta.evaluation.run import Comparison, Row
+from mta.settings import checked
 from mta.tasks.load import load_task
 from mta.tasks.task import Task
 
@@ -45,7 +45,10 @@ class Results:
         try:
             recipe = checked(Experiment, yaml.safe_load((above / RECIPE).read_text(encoding="utf-8")), RECIPE)
         except (OSError, yaml.YAMLError) as error:
-            raise DataError(f"{folder} is no folder of an experiment: {error}") from None
+            raise DataError(
+                f"{folder} is no folder of an experiment: {error}",
+                hint="Give the --out folder of mta evaluate, or one of results/.",
+            ) from None
         sizes, meta, facts, case = (
             _json(above / SIZES),
             {"exhibits": list(recipe.exhibits)} | _json(folder / META),
@@ -71,7 +74,10 @@ class Results:
     def exhibit(self, name: str) -> tuple[Part, ...]:
         """An exhibit's parts. Raises InputError if the recipe has none of that name."""
         if name not in self.recipe.exhibits:
-            raise InputError(f"no exhibit {name!r} in {self.folder}; there are {', '.join(self.recipe.exhibits)}")
+            raise InputError(
+                f"no exhibit {name!r} in {self.folder}; there are {', '.join(self.recipe.exhibits)}",
+                hint="Name one of them, or add it to the recipe and run it:  mta evaluate",
+            )
         return self.recipe.exhibits[name]
 
     def comparison(self, name: str, shots: int | None = None, seed: int | None = None) -> Comparison | None:
@@ -157,4 +163,7 @@ def _json(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
-        raise DataError(f"{path} is not readable JSON: {error}") from None
+        raise DataError(
+            f"{path} is not readable JSON: {error}",
+            hint="Remove it, and repeat  mta evaluate … --out  with that folder: it is written again.",
+        ) from None

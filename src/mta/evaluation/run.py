@@ -60,7 +60,10 @@ class Comparison:
         for row in self.rows:
             if row.name == name:
                 return row
-        raise InputError(f"no method {name!r} in the comparison; there are {', '.join(row.name for row in self.rows)}")
+        raise InputError(
+            f"no method {name!r} in the comparison; there are {', '.join(row.name for row in self.rows)}",
+            hint="Ask for one of them; comparison.rows holds all.",
+        )
 
     def score(self, name: str, metric: str) -> Interval | None:
         """A method's mean over people, or None where the metric does not exist for it."""
@@ -96,7 +99,10 @@ def evaluate(
 ) -> Comparison:
     """Run every method with every seed on the panel; a person's metrics are averaged over seeds first."""
     if len({method.name for method in methods}) < len(methods):
-        raise InputError(f"methods must have different names, got {', '.join(method.name for method in methods)}")
+        raise InputError(
+            f"methods must have different names, got {', '.join(method.name for method in methods)}",
+            hint="Give one of them another:  name=…",
+        )
     _ = panel.jobs  # tokenizing is nobody's training time
     rows = []
     for method in methods:

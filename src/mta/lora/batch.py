@@ -93,11 +93,17 @@ class LoraBatch:
         """The inverse of ``tensors``. Raises InputError if an A has no B, or shapes do not fit."""
         names = [key.removesuffix(".a") for key in flat if key.endswith(".a")]
         if not names or set(flat) != {f"{n}.a" for n in names} | {f"{n}.b" for n in names}:
-            raise InputError("expected tensors '<layer>.a' and '<layer>.b' in pairs")
+            raise InputError(
+                f"expected tensors '<layer>.a' and '<layer>.b' in pairs, got {', '.join(flat) or 'none'}",
+                hint="Give the tensors that LoraBatch.tensors() wrote, all of them.",
+            )
         batch = cls({name: Factors(flat[f"{name}.a"], flat[f"{name}.b"]) for name in names}, scale)
         for name, (a, b) in batch.factors.items():
             if a.ndim != 3 or b.ndim != 3 or a.shape[:2] != (len(batch), batch.rank) or b.shape[::2] != a.shape[:2]:
-                raise InputError(f"factors of {name!r} do not fit together: A {tuple(a.shape)}, B {tuple(b.shape)}")
+                raise InputError(
+                    f"factors of {name!r} do not fit together: A {tuple(a.shape)}, B {tuple(b.shape)}",
+                    hint="Give A (adapters, rank, inputs) and B (adapters, outputs, rank), one rank for all layers.",
+                )
         return batch
 
 

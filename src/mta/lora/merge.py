@@ -79,10 +79,16 @@ def truncate(batch: LoraBatch, rank: int) -> tuple[LoraBatch, Tensor]:
 def _per_layer(bank: LoraBatch, ids: Tensor, w: Tensor) -> Tensor:
     """Coefficients as (U, L, K), after checking that ids and shapes fit the bank."""
     if ids.numel() and (int(ids.max()) >= len(bank) or int(ids.min()) < 0):
-        raise AnchorNotFound(f"anchors are numbered 0 to {len(bank) - 1}, got {int(ids.min())} to {int(ids.max())}")
+        raise AnchorNotFound(
+            f"anchors are numbered 0 to {len(bank) - 1}, got {int(ids.min())} to {int(ids.max())}",
+            hint="Open the bank that these numbers were made with, or retrieve them anew.",
+        )
     layers = len(bank.factors)
     wanted = (ids.shape[0], layers, ids.shape[1])
     weights = w[:, None, :].expand(wanted) if w.ndim == 2 and w.shape == ids.shape else w
     if weights.shape != wanted:
-        raise InputError(f"coefficients have shape {tuple(w.shape)}; expected {tuple(ids.shape)} or {wanted}")
+        raise InputError(
+            f"coefficients have shape {tuple(w.shape)}; expected {tuple(ids.shape)} or {wanted}",
+            hint="Give one coefficient for each person and anchor, or one for each layer as well.",
+        )
     return weights

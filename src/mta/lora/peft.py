@@ -77,14 +77,16 @@ def read_peft(folder: str | Path) -> LoraBatch:
     rank, alpha = config.get("r"), config.get("lora_alpha")
     if type(rank) is not int or rank < 1 or not isinstance(alpha, int | float) or not math.isfinite(alpha):
         raise InputError(
-            f"{folder}: r is {rank!r} and lora_alpha {alpha!r}, expected a positive integer and a finite number"
+            f"{folder}: r is {rank!r} and lora_alpha {alpha!r}, expected a positive integer and a finite number",
+            hint=f"Correct {CONFIG}, or export the adapter again.",
         )
     factors = _pairs(folder, _read_weights(Path(folder)))
     for name, (a, b) in factors.items():
         if a.ndim != 3 or b.ndim != 3 or a.shape[1] != rank or b.shape[2] != rank:
             raise InputError(
                 f"{folder}: layer {name!r} has A {tuple(a.shape[1:])} and B {tuple(b.shape[1:])}, "
-                f"expected rank {rank}, the r of {CONFIG}"
+                f"expected rank {rank}, the r of {CONFIG}",
+                hint=f"Correct r in {CONFIG}, or export the adapter again.",
             )
     return LoraBatch(factors, float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank))
 
@@ -147,7 +149,10 @@ def _read_config(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path} cannot be read as JSON: {error}", hint="Export the adapter again.") from error
     if not isinstance(config, dict):
-        raise InputError(f"{path} holds a {type(config).__name__}, expected a JSON object of LoRA settings")
+        raise InputError(
+            f"{path} holds a {type(config).__name__}, expected a JSON object of LoRA settings",
+            hint="Export the adapter again.",
+        )
     return config
 
 

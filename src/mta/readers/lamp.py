@@ -30,7 +30,10 @@ def questions_in(folder: Path) -> Path:
     """The one file of questions in a folder. Raises DataError if there are several or none."""
     found = sorted(folder.glob("*questions.json"))
     if not found:
-        raise DataError(f"{folder} holds neither *_questions.json (LaMP) nor *.inter (RecBole)")
+        raise DataError(
+            f"{folder} holds neither *_questions.json (LaMP) nor *.inter (RecBole)",
+            hint="Give the path of the file itself, or a folder that holds one of these.",
+        )
     if len(found) > 1:
         names = ", ".join(path.name for path in found)
         raise DataError(f"{folder} holds several files of questions: {names}", hint="Give the path of one of them.")
@@ -191,4 +194,9 @@ def _check_task(outputs: Path, task: Task) -> None:
         return
     name = match[1].decode("utf-8", "replace")
     if re.findall(r"\d+", name) != re.findall(r"\d+", task.lamp):
-        raise data_error(Place(outputs, 1), "task", f"holds answers for {name!r}; task {task.name!r} is {task.lamp!r}")
+        raise data_error(
+            Place(outputs, 1),
+            "task",
+            f"holds answers for {name!r}; task {task.name!r} is {task.lamp!r}",
+            hint=f"Give that task's questions and outputs, or another --task than {task.name}.",
+        )

@@ -15,7 +15,7 @@ from mta.readers.lamp import golds_for, lamp_parts, outputs_beside, perpcs_parts
 from mta.readers.recbole import recbole_parts
 from mta.readers.rejects import Place, Rejects, data_error
 from mta.readers.rows import Part, item_parts
-from mta.readers.stream import objects
+from mta.readers.stream import LINE, objects
 from mta.tasks.load import load_task
 from mta.tasks.task import Task
 
@@ -38,7 +38,7 @@ def read_people(
     """
     source, task = Path(path), load_task(task)
     if limit is not None and limit < 1:
-        raise InputError(f"limit is {limit}; expected at least 1")
+        raise InputError(f"limit is {limit}; expected at least 1", hint="Leave it out to read everybody.")
     gathered: dict[str, _Gathered] = {}
     with Rejects(_aside(skip_bad, source)) as rejects:
         for part in iter_parts(source, task, rejects):
@@ -51,7 +51,7 @@ def read_people(
         log.warning("%d bad rows of %s were skipped; they are in %s", rejects.count, source, rejects.path)
     people = [Person.of(id, one.items, one.queries) for id, one in gathered.items()]
     if not people:
-        see = f"See {rejects.path}." if rejects.count else ""
+        see = f"See {rejects.path}." if rejects.count else f"Write lines such as  {LINE}"
         raise DataError(f"{source} holds nobody: no row could be used, {rejects.count} were bad", hint=see)
     return People(people, task)
 
@@ -76,7 +76,7 @@ def iter_parts(path: Path, task: Task, rejects: Rejects) -> Iterator[Part]:
         yield from item_parts(every, task, rejects)
     else:
         got = ", ".join(map(str, keys)) or "nothing"
-        raise data_error(first[0], None, f"unknown format: the first record has {got}", FORMATS)
+        raise data_error(first[0], None, f"unknown format: the first record has {got}", hint=FORMATS)
 
 
 class _Gathered:
@@ -109,13 +109,19 @@ def _aside(skip_bad: str | Path | None, source: Path) -> Path | None:
         return None
     path = Path(skip_bad)
     if path.is_dir():
-        raise InputError(f"bad rows cannot be set aside in {path}: it is a folder; expected the name of a file")
+        raise InputError(
+            f"bad rows cannot be set aside in {path}: it is a folder; expected the name of a file",
+            hint=f"For example:  {path / 'rejects.jsonl'}",
+        )
     if source.is_dir():
         read = [file for file in source.iterdir() if file.suffix != ".jsonl"]  # what is read of a folder is never JSONL
     else:
         read = [source, outputs_beside(source) or source]
     if any(path.resolve() == file.resolve() for file in read):
-        raise InputError(f"bad rows cannot be set aside in {path}: it is a file that is read")
+        raise InputError(
+            f"bad rows cannot be set aside in {path}: it is a file that is read",
+            hint="Name a file that is not there yet, for example rejects.jsonl.",
+        )
     return path
 
 

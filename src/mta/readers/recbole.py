@@ -49,7 +49,10 @@ def _one(folder: Path, suffix: str) -> Path:
     found = sorted(folder.glob(f"*.{suffix}"))
     if len(found) != 1:
         names = ", ".join(path.name for path in found) or "none"
-        raise DataError(f"{folder}: expected one *.{suffix} file of RecBole, got {names}")
+        raise DataError(
+            f"{folder}: expected one *.{suffix} file of RecBole, got {names}",
+            hint="Give a folder with NAME.inter and NAME.item of one data set.",
+        )
     return found[0]
 
 
@@ -87,10 +90,13 @@ def _table(path: Path, needed: tuple[str, ...], rejects: Rejects) -> Iterator[tu
             names = [cell.partition(":")[0] for cell in cells]
             if missing := [name for name in needed if name not in names]:
                 got = ", ".join(names)
-                raise data_error(place, missing[0], f"no such column; got {got}", "Expected a header of RecBole.")
+                raise data_error(place, missing[0], f"no such column; got {got}", hint="Expected a header of RecBole.")
         elif len(cells) != len(names):
             rejects.add(place, None, f"expected {len(names)} columns, got {len(cells)}", text)
         else:
             yield place, dict(zip(names, cells))
     if names is None:
-        raise DataError(f"{path} is empty; expected a header of RecBole, such as {':token '.join(needed)}:token")
+        raise DataError(
+            f"{path} is empty; expected a header of RecBole, such as {':token '.join(needed)}:token",
+            hint="Write its first line, or download the data set again.",
+        )

@@ -31,10 +31,10 @@ class Bad(Exception):
         self.place = place  # where the fault is, if not in the row itself
 
 
-def data_error(place: Place, field: str | None, reason: str, hint: str = "") -> DataError:
+def data_error(place: Place, field: str | None, reason: str, hint: str) -> DataError:
     """The error for a place in a file; files say nothing of a field where the whole line is wrong."""
     what = f"field {field!r}: " if field else ""
-    return DataError(f"{place.file}:{place.line}: {what}{reason}", hint)
+    return DataError(f"{place.file}:{place.line}: {what}{reason}", hint=hint)
 
 
 class Rejects:
@@ -69,7 +69,7 @@ class Rejects:
     def add(self, place: Place, field: str | None, reason: str, row: Any = None) -> None:
         """Take one bad row. Raises DataError if bad rows are not set aside."""
         if self._file is None:
-            raise data_error(place, field, reason, HINT)
+            raise data_error(place, field, reason, hint=HINT)
         self.count += 1
         record = {"file": str(place.file), "line": place.line, "field": field, "reason": reason}
         self._file.write(json.dumps(record if row is None else {**record, "row": row}) + "\n")

@@ -13,6 +13,7 @@ from mta.errors import DataError
 from mta.readers.rejects import Place, Rejects, data_error
 
 CHUNK = 1 << 20
+LINE = '{"person": "ann", "input": "Broke in a week.", "output": "1"}'
 SPACE = re.compile(r"[ \t\r\n]*")
 
 
@@ -34,9 +35,13 @@ def opened(path: Path) -> BinaryIO:
     try:
         return path.open("rb")
     except FileNotFoundError:
-        raise DataError(f"no such file: {path}") from None
+        raise DataError(
+            f"no such file: {path}", hint="Check the path, or give the folder of a LaMP or RecBole download."
+        ) from None
     except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}") from None
+        raise DataError(
+            f"{path} cannot be read: {error.strerror}", hint="Check that it is a file, and its permissions."
+        ) from None
 
 
 def text_lines(path: Path, rejects: Rejects) -> Iterator[tuple[int, str]]:
@@ -55,7 +60,10 @@ def objects(path: Path, rejects: Rejects) -> Iterator[tuple[int, dict[str, Any]]
     """The JSON objects of a file, be it JSONL or one array. Raises DataError if the file is empty."""
     start = _first_byte(path)
     if not start:
-        raise DataError(f"{path} is empty; expected JSONL with one item a line, or a JSON array")
+        raise DataError(
+            f"{path} is empty; expected JSONL with one item a line, or a JSON array",
+            hint=f"Write lines such as  {LINE}",
+        )
     for line, value in array_elements(path) if start == b"[" else json_lines(path, rejects):
         if isinstance(value, dict):
             yield line, value
@@ -120,7 +128,9 @@ class _Window:
             more = self.decoder.decode(raw, final=self.ended)
         except UnicodeDecodeError as error:
             line = self.line + self.text.count("\n", self.at) + error.object.count(b"\n", 0, error.start)
-            raise data_error(Place(self.path, line), None, _not_utf8(error)) from None
+            raise data_error(
+                Place(self.path, line), None, _not_utf8(error), hint="Save it as UTF-8:  iconv -t UTF-8"
+            ) from None
         self.text, self.at = self.text[self.at :] + more, 0
 
     def advance(self, to: int) -> None:
@@ -171,7 +181,7 @@ class _Window:
     def fail(self, reason: str, at: int | None = None) -> NoReturn:
         """Raise the DataError for a fault at a character of the window."""
         line = self.line + (self.text.count("\n", self.at, at) if at is not None else 0)
-        raise data_error(Place(self.path, line), None, reason, "The rest of the array cannot be read.")
+        raise data_error(Place(self.path, line), None, reason, hint="The rest of the array cannot be read.")
 
 
 def _not_json(error: Exception) -> str:

@@ -8,8 +8,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 
 from mta.base import BaseModel
-from mta.errors import InputError
-from mta.serving.engine import Ask, Engine, Finish, Token, Who
+from mta.serving.engine import Ask, Engine, Finish, Refused, Token, Who
 from mta.serving.openai import ChatRequest, Request
 from mta.serving.text import Text
 
@@ -46,17 +45,22 @@ class Whole:
 def ask_of(request: Request, who: Who, base: BaseModel, asker: str, length: int, most: int) -> Ask:
     """A request as tokens: prompt and answer have ``length`` together, an answer ``most``.
 
-    Without a number of its own an answer may take all the room there is. Raises InputError.
+    Without a number of its own an answer may take all the room there is. Raises Refused.
     """
     if (letters := request.letters) > length * _LETTERS:
-        raise InputError(f"the prompt has {letters} characters; prompt and answer have at most {length} tokens here")
+        raise Refused(
+            f"the prompt has {letters} characters; prompt and answer have at most {length} tokens here",
+            hint=f"Send at most {length * _LETTERS} characters.",
+        )
     if isinstance(request, ChatRequest):
         turns = [{"role": m.role.replace("developer", "system"), "content": m.text} for m in request.messages]
         prompt = base.prompts.chat(turns)
     else:
         prompt = base.prompts.text(request.prompt)
     if (request.most or 0) > most:
-        raise InputError(f"max_tokens is {request.most}; an answer has at most {most} here")
+        raise Refused(
+            f"max_tokens is {request.most}; an answer has at most {most} here", hint=f"Send max_tokens: {most}"
+        )
     return Ask(
         prompt,
         who,

@@ -21,8 +21,8 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from mta.aside import written_aside
-from mta.config import Settings, checked, dump_yaml, read_yaml
 from mta.errors import ConfigError
+from mta.settings import Settings, checked, dump_yaml, read_yaml
 
 ENV = "MTA_API_KEY"
 Kind = Literal["admin", "serve", "person", "prefix"]
@@ -94,7 +94,12 @@ def add_key(path: Path, name: str, rights: str, of: str = "") -> str:
     if name in {key.name for key in before.keys}:
         raise ConfigError(f"{path} has a key called {name!r} already", hint="Choose another name, or remove its lines.")
     secret = f"mta-{secrets.token_urlsafe(32)}"
-    new = checked(Key, {"name": name, "sha256": _hash(secret), "rights": rights, "of": of}, "the new key")
+    new = checked(
+        Key,
+        {"name": name, "sha256": _hash(secret), "rights": rights, "of": of},
+        "the new key",
+        "For example:  --rights person --of ann",
+    )
     with written_aside(path) as aside:
         aside.touch(mode=0o600)
         aside.write_text(dump_yaml(_KeyFile(keys=(*before.keys, new))), encoding="utf-8")

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mta.base import BaseModel
 from mta.errors import MtaError
-from mta.serving.engine import AnswerLost, Ask, Finish, Piece, Who
+from mta.serving.engine import LATER, AnswerLost, Ask, Finish, Piece, Who
 from mta.serving.sampling import Sampler
 from mta.serving.seats import Person, Seats
 from mta.serving.slots import Slots
@@ -132,7 +132,7 @@ class Decoder:
         try:
             token = row.sampler.token(logits, likeliest)
         except Exception:  # whatever is odd about one row must not be everybody's end
-            row.tell(AnswerLost("this answer could not be computed"))
+            row.tell(AnswerLost("this answer could not be computed", hint=LATER))
             return self._leave(row)
         if token.id in self._stops:
             finish = "stop"

@@ -17,7 +17,7 @@ from mta.errors import InputError, MtaError
 from mta.machine import in_passing
 from mta.serving.activated import Activated
 from mta.serving.decoder import Decoder, Row, Told
-from mta.serving.engine import Ask, EngineGone, Piece, QueueFull, Version
+from mta.serving.engine import LATER, Ask, EngineGone, Piece, QueueFull, Version
 from mta.serving.sampling import Sampler
 from mta.serving.seats import Seats
 from mta.store import Store
@@ -45,7 +45,10 @@ class EmbeddedEngine:
         activated: int = 64,
     ) -> None:
         if not base.packable:
-            raise InputError(f"{base.name!r} takes no positions: its rows cannot go on from slots of one cache")
+            raise InputError(
+                f"{base.name!r} takes no positions: its rows cannot go on from slots of one cache",
+                hint="Serve it by vLLM (docs/serving.md), or give a base with position_ids, such as Llama.",
+            )
         self.base, self.bank = base, bank
         self.length, self.waiting = length or base.prompts.max_tokens, waiting
         banks = [bank, before] if before else [bank]
@@ -77,7 +80,7 @@ class EmbeddedEngine:
     async def answer(self, ask: Ask) -> AsyncIterator[Piece]:
         """The tokens of an answer as they come; closing the iterator gives the slot to the next.
 
-        Raises InputError for a prompt that does not fit, PersonNotFound, QueueFull, EngineGone.
+        Raises Refused for a prompt that does not fit, PersonNotFound, QueueFull, EngineGone.
         """
         self._check(ask)
         loop, told = asyncio.get_running_loop(), asyncio.Queue[Piece | MtaError]()
@@ -105,7 +108,7 @@ class EmbeddedEngine:
         def now() -> None:
             try:
                 self.activated.forget(person)
-                gone = EngineGone("the person was forgotten")
+                gone = EngineGone("the person was forgotten", hint="Ask the pooled model: task")
                 self.decoder.end(gone, lambda who: isinstance(who, Version) and who.person == person)
             finally:
                 loop.call_soon_threadsafe(done.set_result, None)
@@ -146,7 +149,7 @@ class EmbeddedEngine:
     def _check(self, ask: Ask) -> None:
         ask.check(self.length)
         if not self.ready:
-            raise EngineGone("the engine has stopped")
+            raise EngineGone("the engine has stopped", hint=LATER)
         if self._open >= len(self.decoder.slots) + self.waiting:
             raise QueueFull(f"{self.waiting} requests are waiting already", hint="Come again a little later.")
 
@@ -154,7 +157,7 @@ class EmbeddedEngine:
         """Let the engine's thread do something between two turns. Raises EngineGone."""
         with self._door:
             if self._gone:
-                raise EngineGone("the engine has stopped")
+                raise EngineGone("the engine has stopped", hint=LATER)
             self._asked.put(work)
 
     # -- the engine's own thread ---------------------------------------------------------------------------------------
@@ -173,7 +176,7 @@ class EmbeddedEngine:
             with self._door:
                 self._gone = True
             self._listen(wait=False)  # whoever came in before the door was shut
-            self.decoder.end(EngineGone("the engine has stopped"))
+            self.decoder.end(EngineGone("the engine has stopped", hint=LATER))
 
     def _listen(self, wait: bool) -> None:
         while True:

@@ -10,6 +10,11 @@ from mta.errors import InputError, MtaError
 from mta.rows import Nobody
 
 Finish = Literal["stop", "length"]
+LATER = "Ask again in a few seconds; GET /readyz tells whether it would be answered."
+
+
+class Refused(InputError):
+    """What a caller asks for cannot be: the one kind that is told to them in full, so its hint is for them."""
 
 
 class QueueFull(MtaError):
@@ -61,11 +66,11 @@ class Ask:
     asker: str = ""
 
     def check(self, length: int) -> None:
-        """Raises InputError where there is no prompt, or prompt and answer have more than ``length`` tokens."""
+        """Raises Refused where there is no prompt, or prompt and answer have more than ``length`` tokens."""
         if not self.prompt:
-            raise InputError("the prompt is empty")
+            raise Refused("the prompt is empty; expected at least one token", hint="Send some text.")
         if (size := len(self.prompt)) + self.max_tokens > length:
-            raise InputError(
+            raise Refused(
                 f"the prompt has {size} tokens and {self.max_tokens} are to come, together more than {length}",
                 hint="Shorten it, or lower max_tokens.",
             )
@@ -93,7 +98,7 @@ class Engine(Protocol):
     """Answers rows of different people from one base. An answer whose iterator is closed is cancelled."""
 
     def answer(self, ask: Ask) -> AsyncIterator[Piece]:
-        """The tokens of an answer as they come. Raises PersonNotFound, InputError, QueueFull, EngineGone."""
+        """The tokens of an answer as they come. Raises PersonNotFound, Refused, QueueFull, EngineGone."""
 
     async def forget(self, person: str) -> None:
         """End what runs for a person, and drop all that was computed for them."""

@@ -6,9 +6,9 @@ import threading
 from collections import Counter, OrderedDict
 from collections.abc import Sequence
 
-from mta.errors import InputError
 from mta.history import Item, Person
 from mta.serving.auth import LOCAL, Key
+from mta.serving.engine import Refused
 from mta.store import Store
 
 _BESIDE = 64  # what an object takes beside its text, about
@@ -29,11 +29,14 @@ class Histories:
         self._door = threading.Lock()
 
     def append(self, id: str, new: Sequence[Item], keep: bool, key: Key = LOCAL) -> int:
-        """Add items and return how many there are. Raises InputError where they are too many."""
+        """Add items and return how many there are. Raises Refused where they are too many."""
         before = self._store.history(id) if keep else self._of(id)
         person = Person.of(id, (*(before.items if before else ()), *new))
         if len(person.items) > self._most:
-            raise InputError(f"a history has at most {self._most} items here, these would be {len(person.items)}")
+            raise Refused(
+                f"a history has at most {self._most} items here, these would be {len(person.items)}",
+                hint="Send fewer, or forget the person and begin anew: DELETE /v1/people/…",
+            )
         if keep:
             self._store.save_history(person)
             return len(person.items)

@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import Field
 
-from mta.config import Settings
+from mta.settings import Settings
 
 log = logging.getLogger("mta")
 

@@ -11,9 +11,9 @@ from fastapi import FastAPI
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.concurrency import run_in_threadpool
 
-from mta.errors import DataError, InputError
 from mta.history import Item
 from mta.serving.auth import Key
+from mta.serving.engine import Refused
 from mta.serving.histories import Histories
 from mta.serving.jobs import Status
 from mta.serving.service import Caller, NobodyHere, Service
@@ -70,7 +70,7 @@ def _add_history(app: FastAPI, service: Service, histories: Histories) -> None:
         async with service.lock(id):
             person = await run_in_threadpool(histories.of, id)
             if person is None:
-                raise InputError("no item is known of this person", hint="Append some first: POST …/history")
+                raise Refused("no item is known of this person", hint="Append some first: POST …/history")
             return _told(service.jobs.put(person.latest(latest) if latest else person, key))
 
     @app.get("/v1/people/{id:path}/personalize")
@@ -111,17 +111,28 @@ def _own(key: Key, id: str) -> None:
 
 
 def _unknown() -> NobodyHere:
-    return NobodyHere("this person does not exist, or this key may not see them")
+    return NobodyHere(
+        "this person does not exist, or this key may not see them",
+        hint="Where the key may, items make them known: POST …/history",
+    )
 
 
 def _item(task: Task, item: NewItem, longest: int) -> Item:
     needed = task.fields()
     if missing := [name for name in needed if name not in item.fields]:
-        raise DataError(f"an item lacks the field {missing[0]!r}; this task's items have {', '.join(needed)}")
+        raise Refused(
+            f"an item lacks the field {missing[0]!r}; this task's items have {', '.join(needed)}",
+            hint=f"Send  {missing[0]}  too.",
+        )
     if extra := sorted(set(item.fields) - set(needed)):
-        raise DataError(f"an item has a field {extra[0]!r} too many; this task's items have {', '.join(needed)}")
+        raise Refused(
+            f"an item has a field {extra[0]!r} too many; this task's items have {', '.join(needed)}",
+            hint=f"Leave  {extra[0]}  out.",
+        )
     if max(map(len, item.fields.values())) > longest:
-        raise DataError(f"a field of an item has more than {longest} characters")
+        raise Refused(
+            f"a field of an item has more than {longest} characters", hint=f"Send the first {longest} of them."
+        )
     return Item(item.fields, item.time)
 
 

@@ -54,7 +54,8 @@ def check(store: str, banks: Sequence[Path], strict: bool, vllm: bool) -> None:
     Store(store).check()
     if vllm and len(banks) > 1:
         raise ConfigError(
-            "vLLM serves one bank", hint="Serve during the move without it, or move everybody first: mta personalize"
+            f"vLLM serves one bank, got {len(banks)}",
+            hint="Serve during the move without it, or move everybody first: mta personalize",
         )
     for bank in banks if strict else ():
         if parts := stale(bank):

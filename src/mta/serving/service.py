@@ -20,10 +20,10 @@ from starlette.exceptions import HTTPException
 
 from mta.bank.files import INFO, stale
 from mta.base import BaseModel
-from mta.errors import InputError, MtaError, PersonNotFound
+from mta.errors import MtaError, PersonNotFound
 from mta.rows import BASE, TASK
 from mta.serving.auth import LOCAL, Key, Keys
-from mta.serving.engine import Engine, EngineGone, QueueFull, Version, Who
+from mta.serving.engine import Engine, EngineGone, QueueFull, Refused, Version, Who
 from mta.serving.jobs import Jobs
 from mta.serving.limits import Limits, Rate
 from mta.serving.metrics import Metrics
@@ -83,7 +83,10 @@ class Service:
         if who is not None:
             await self.check_fresh(who)
             return who
-        raise NobodyHere(f"the model {model!r} does not exist, or this key may not ask it")
+        raise NobodyHere(
+            f"the model {model!r} does not exist, or this key may not ask it",
+            hint="GET /v1/models lists some that it may; fallback: task asks the pooled model then.",
+        )
 
     async def check_fresh(self, who: Who | None = None) -> None:
         """Raises NeedsRebuild for all but the base, where somebody forgotten is in task LoRA or bank."""
@@ -145,9 +148,12 @@ _HERE = ("127.0.0.1", "localhost", "::1")
 Caller = Annotated[Key, Depends(key_of)]
 
 
-def error_of(error: Exception) -> tuple[int, dict[str, object], dict[str, str]]:
-    """Status, body and headers for what went wrong."""
-    message = str(error).replace("\n  ", " ")
+def error_of(error: MtaError) -> tuple[int, dict[str, object], dict[str, str]]:
+    """Status, body and headers for what went wrong.
+
+    Callers are told what was raised for them, hint and all; hints of all else are the operator's, and stay here.
+    """
+    message = f"{error.message}. {error.hint}"
     if isinstance(error, PersonNotFound):  # the store's own words tell where it lies, and which versions there are
         message = message if isinstance(error, NobodyHere) else "the person is not here any more"
         return 404, error_body(message, "invalid_request_error", "model_not_found", "model"), {}
@@ -157,7 +163,7 @@ def error_of(error: Exception) -> tuple[int, dict[str, object], dict[str, str]]:
         return 503, error_body(message, "server_error", "needs_rebuild"), {}
     if isinstance(error, EngineGone):
         return 503, error_body(message, "server_error", "engine_gone"), {"Retry-After": "5"}
-    if isinstance(error, InputError):
+    if isinstance(error, Refused):
         return 400, error_body(message, "invalid_request_error"), {}
     log.error("a request failed: %s", type(error).__name__)  # its message may say where things lie
     return 500, error_body("this cannot be done at the moment", "server_error", type(error).__name__), {}

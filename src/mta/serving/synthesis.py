@@ -49,14 +49,17 @@ class Synthesis:
         """
         if isinstance(whose, Nobody):
             if whose is BASE or self.task_lora is None:
-                raise InputError("the base has no adapter")
+                raise InputError("the base has no adapter", hint="Ask vLLM for its own name of the base.")
             return self._cut(self.task_lora, self.rank)
         if whose.bank != self.bank:
             raise OtherBank("the person's state was made with another bank", hint="Personalize again: mta personalize")
         stack = whose.stack if stacked else None
         room = self.rank - (stack.rank if stack else 0)
         if room < 1:
-            raise InputError(f"a stack of rank {stack and stack.rank} leaves no room in a slot of rank {self.rank}")
+            raise InputError(
+                f"a stack of rank {stack and stack.rank} leaves no room in a slot of rank {self.rank}",
+                hint="Give vLLM larger slots:  --vllm-args '--max-lora-rank 32'",
+            )
         merged, error = self._merged(whose, room)
         whole = join([merged, stack]) if stack else merged
         if any(not part.isfinite().all() for pair in whole.factors.values() for part in pair):

@@ -15,7 +15,7 @@ import httpx2 as httpx
 
 from mta.errors import MtaError, OtherBank
 from mta.rows import BASE, TASK, Nobody
-from mta.serving.engine import AnswerLost, Ask, EngineGone, Finish, Piece, QueueFull, Token, Version
+from mta.serving.engine import LATER, AnswerLost, Ask, EngineGone, Finish, Piece, QueueFull, Token, Version
 from mta.serving.sampling import COLDEST
 from mta.serving.vllm_names import Names
 from mta.serving.vllm_server import Remote, VllmServer
@@ -66,7 +66,7 @@ class VllmEngine:
     async def answer(self, ask: Ask) -> AsyncIterator[Piece]:
         """The tokens of an answer as they come; closing the iterator ends it in vLLM too.
 
-        Raises InputError for a prompt that does not fit, PersonNotFound, StateCorrupt, OtherBank, QueueFull,
+        Raises Refused for a prompt that does not fit, PersonNotFound, StateCorrupt, OtherBank, QueueFull,
         EngineGone.
         """
         self._check(ask)
@@ -88,7 +88,7 @@ class VllmEngine:
     async def forget(self, person: str) -> None:
         """End what runs for a person, unload their adapters and delete their files. Raises EngineGone."""
         for task in self.names.answers(person):
-            self._told[task].put_nowait(EngineGone("the person was forgotten"))
+            self._told[task].put_nowait(EngineGone("the person was forgotten", hint="Ask the pooled model: task"))
             task.cancel()
         await self.names.forget(person)
 
@@ -115,7 +115,7 @@ class VllmEngine:
     def _check(self, ask: Ask) -> None:
         ask.check(self.length)
         if self._closing:
-            raise EngineGone("the engine has stopped")
+            raise EngineGone("the engine has stopped", hint=LATER)
         if len(self._told) >= self.most:
             raise QueueFull(f"{self.most} requests are running or waiting already", hint="Come again a little later.")
 
@@ -129,9 +129,9 @@ class VllmEngine:
         except MtaError as error:
             told.put_nowait(error)
         except httpx.HTTPError:
-            told.put_nowait(EngineGone("vLLM does not answer"))
+            told.put_nowait(EngineGone("vLLM does not answer", hint=LATER))
         except Exception:  # whatever it is, whoever waits is told, and nobody else is touched
-            told.put_nowait(AnswerLost("this answer could not be computed"))
+            told.put_nowait(AnswerLost("this answer could not be computed", hint=LATER))
 
     async def _pieces(self, ask: Ask, name: str) -> AsyncIterator[Piece]:
         request = self.client.build_request("POST", "/v1/completions", json=self._body(ask, name), timeout=_UNTIL)
@@ -168,7 +168,7 @@ class VllmEngine:
                 return error
             if state.bank != self.bank:
                 return OtherBank("the person's state was made with another bank", hint="Personalize again.")
-        return AnswerLost(f"vLLM answered {status}") if status < 500 else EngineGone(f"vLLM answered {status}")
+        return (AnswerLost if status < 500 else EngineGone)(f"vLLM answered {status}, expected 200", hint=LATER)
 
 
 async def _whole(opening: asyncio.Task[httpx.Response]) -> httpx.Response:
@@ -199,7 +199,8 @@ async def _read(response: httpx.Response, stops: Collection[int]) -> AsyncIterat
         event = json.loads(line[6:])
         if "error" in event:
             refused = event["error"].get("code", 500) < 500
-            raise AnswerLost("vLLM refused the answer") if refused else EngineGone("vLLM ended the answer")
+            kind, did = (AnswerLost, "refused") if refused else (EngineGone, "ended")
+            raise kind(f"vLLM {did} the answer", hint=LATER)
         details = (event.get("usage") or {}).get("prompt_tokens_details") or {}
         cached = details.get("cached_tokens") or cached
         for choice in event["choices"]:
@@ -208,7 +209,7 @@ async def _read(response: httpx.Response, stops: Collection[int]) -> AsyncIterat
                     yield Piece(token)
             finish = choice.get("finish_reason") or finish
     if finish is None:
-        raise EngineGone("vLLM ended the answer too early")
+        raise EngineGone("vLLM ended the answer too early", hint=LATER)
     yield Piece(finish=_FINISH[finish], cached=cached)
 
 

@@ -21,6 +21,8 @@ from mta.serving.engine import EngineGone, Version
 from mta.serving.names import from_wire, wire_name
 from mta.serving.vllm_adapters import note_of, remove, remove_all
 
+_AGAIN = "Forget the person again in a few seconds: it is done once vLLM agrees."
+
 
 @dataclass(slots=True, eq=False)
 class Loaded:
@@ -130,7 +132,9 @@ class Names:
         except (httpx.HTTPError, ValueError, KeyError, TypeError) as error:
             if _nobody_listens(error):
                 return []
-            raise EngineGone("vLLM does not say whom it knows: somebody's adapter may still be loaded") from error
+            raise EngineGone(
+                "vLLM does not say whom it knows: somebody's adapter may still be loaded", hint=_AGAIN
+            ) from error
 
     async def _unload(self, name: str) -> None:
         """404 is as good: vLLM did not know it. A server that cannot be reached knows nobody any more."""
@@ -139,9 +143,11 @@ class Names:
         except httpx.HTTPError as error:
             if _nobody_listens(error):
                 return
-            raise EngineGone("vLLM does not answer: the adapter may still be loaded") from error
+            raise EngineGone("vLLM does not answer: the adapter may still be loaded", hint=_AGAIN) from error
         if answer.status_code not in (200, 404):
-            raise EngineGone(f"vLLM answered {answer.status_code} when it was asked to unload an adapter")
+            raise EngineGone(
+                f"vLLM answered {answer.status_code} when it was asked to unload an adapter, expected 200", hint=_AGAIN
+            )
 
 
 def _nobody_listens(error: BaseException | None) -> bool:

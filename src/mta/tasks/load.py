@@ -14,6 +14,7 @@ from pydantic import ValidationError
 from mta.errors import TaskError
 from mta.tasks.task import Form, Task
 
+_COMPARE = "Compare with a built-in one, such as mta/tasks/builtin/lamp3.yaml."
 ALIASES = {"lamp2m": "lamp2", "movielens": "movielens-rating"}  # LaMP-2M is what papers call the newer LaMP-2
 
 
@@ -60,16 +61,20 @@ def _read_task(path: Path) -> Task:
     except FileNotFoundError:
         raise TaskError(f"no such task file: {path}", hint=f"Built in are: {', '.join(task_names())}") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise TaskError(f"{path} cannot be read as text: {error}") from None
+        raise TaskError(
+            f"{path} cannot be read as text: {error}", hint="Save it as UTF-8, or give another path."
+        ) from None
 
 
 def _parse_task(text: str, source: str) -> Task:
     try:
         values = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise TaskError(f"{source} is not readable YAML: {error}") from None
+        raise TaskError(f"{source} is not readable YAML: {error}", hint=_COMPARE) from None
     if not isinstance(values, dict):
-        raise TaskError(f"{source}: expected a mapping with name, item, text, metric; got {type(values).__name__}")
+        raise TaskError(
+            f"{source}: expected a mapping with name, item, text, metric; got {type(values).__name__}", hint=_COMPARE
+        )
     try:
         return Task.model_validate(values)
     except ValidationError as error:
@@ -77,4 +82,4 @@ def _parse_task(text: str, source: str) -> Task:
         key = ".".join(str(part) for part in first["loc"]) or "task"
         reason = first["msg"].removeprefix("Value error, ")
         got = "" if isinstance(first["input"], dict | Task | Form) else f" (got {first['input']!r})"
-        raise TaskError(f"{source}: {key}: {reason}{got}", hint="Compare with a built-in task's YAML.") from None
+        raise TaskError(f"{source}: {key}: {reason}{got}", hint=_COMPARE) from None

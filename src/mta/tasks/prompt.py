@@ -149,5 +149,8 @@ class PromptFormat:
             if after and after[0] in self.tokenizer.all_special_ids:
                 return int(after[0])
         if self.tokenizer.eos_token_id is None:
-            raise DataError("the tokenizer names no end token; answers could not end")
+            raise DataError(
+                "the tokenizer names no end token; answers could not end",
+                hint="Give the tokenizer a chat template or an eos_token (tokenizer_config.json).",
+            )
         return int(self.tokenizer.eos_token_id)

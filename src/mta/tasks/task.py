@@ -5,6 +5,7 @@ Nothing here knows a model or a tokenizer; ``mta.tasks.prompt`` turns what a tas
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Mapping
 from functools import cache
@@ -229,13 +230,18 @@ class Task(_Frozen):
         if form.pattern is not None:
             match = re.fullmatch(form.pattern, input, re.DOTALL)
             if match is None:
-                wanted = short(form.prompt)
-                raise DataError(f"not a question of task {self.name!r}: {short(input)}; expected {wanted}")
+                raise DataError(
+                    f"not a question of task {self.name!r}: {short(input)}; expected {short(form.prompt)}",
+                    hint="Give the task these questions are of, or items with fields of their own.",
+                )
             fields = {name: text for name, text in match.groupdict().items() if text is not None}
         elif len(form.inputs) == 1:
             fields = {form.inputs[0]: input}
         else:
-            raise DataError(f"task {self.name!r} has no pattern to parse a question into {', '.join(form.inputs)}")
+            raise DataError(
+                f"task {self.name!r} has no pattern to parse a question into {', '.join(form.inputs)}",
+                hint="Add a pattern to its YAML, as lamp3.yaml has one, or give the fields themselves.",
+            )
         if output is not None:
             fields[form.target] = output
         return Item(fields, id=id, is_query=True)
@@ -249,14 +255,20 @@ class Task(_Frozen):
         if isinstance(question, Mapping):
             item = Item(question, is_query=self.query is not None)
             if missing := [name for name in form.inputs if not item.fields.get(name, "").strip()]:
-                raise DataError(f"a question of task {self.name!r} needs {', '.join(missing)}; got {sorted(question)}")
+                raise DataError(
+                    f"a question of task {self.name!r} needs {', '.join(missing)}; got {sorted(question)}",
+                    hint=_as_fields(form),
+                )
             return item
         if form.pattern is not None and re.fullmatch(form.pattern, question, re.DOTALL):
             return self.parse_query(question)
         if len(form.inputs) != 1:
-            raise DataError(f"a question of task {self.name!r} needs fields: {', '.join(form.inputs)}; got one text")
+            raise DataError(
+                f"a question of task {self.name!r} needs fields: {', '.join(form.inputs)}; got one text",
+                hint=_as_fields(form),
+            )
         if not question.strip():
-            raise DataError("the question is empty; expected some text")
+            raise DataError("the question is empty; expected some text", hint=_as_fields(form))
         return Item({form.inputs[0]: question}, is_query=self.query is not None)
 
     def _fill(self, template: str, item: Item) -> str:
@@ -264,7 +276,15 @@ class Task(_Frozen):
             return template.format_map(item.fields)
         except KeyError as error:
             kind = "query" if item.is_query else "item"
-            raise DataError(f"{kind} {item.id!r} has no field {error}; task {self.name!r} needs it") from None
+            raise DataError(
+                f"{kind} {item.id!r} has no field {error}; task {self.name!r} needs it",
+                hint=f"Add it to the item: {short(template)} is filled from it.",
+            ) from None
+
+
+def _as_fields(form: Form) -> str:
+    """What to ask with instead, for messages."""
+    return "Ask with all of its fields:  '" + json.dumps(dict.fromkeys(form.inputs, "…"), ensure_ascii=False) + "'"
 
 
 def _is_number(text: str) -> bool:

@@ -40,7 +40,10 @@ class PerPcs(Method):
 
     def run(self, panel: Panel, seed: int) -> Outcome:
         if not panel.anchors:
-            raise InputError("Per-Pcs needs the anchors' histories; give the people the bank was built from")
+            raise InputError(
+                "Per-Pcs needs the anchors' histories; give the people the bank was built from",
+                hint="Panel.of(…, anchors=…), or leave the method out.",
+            )
         if "per-pcs" not in panel.memo:
             panel.memo["per-pcs"] = self._gates(panel)
         gates = panel.memo["per-pcs"]

@@ -1,0 +1,119 @@
+"""What all settings have in common, those of a run and others: YAML in and out, and errors that name key and value."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic_core import ErrorDetails
+
+from mta.errors import ConfigError
+
+
+class Settings(BaseModel):
+    """Common behaviour: frozen, an unknown key is an error, and a group given in part keeps its other defaults."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _over_defaults(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        # Only where the field is of the default's own class: of several classes, one's defaults are not another's.
+        fields = {name: field for name, field in cls.model_fields.items() if isinstance(field.default, Settings)}
+        groups = {name: field.default for name, field in fields.items() if field.annotation is type(field.default)}
+        return {
+            name: merged_over(groups[name].model_dump(), value) if isinstance(value, dict) and name in groups else value
+            for name, value in values.items()
+        }
+
+
+S = TypeVar("S", bound=Settings)
+
+
+def merged_over(values: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
+    """``values`` with ``more`` over them, group by group; epochs given alone replace steps."""
+    if "epochs" in more and "steps" not in more and "steps" in values:
+        values = values | {"steps": None}
+    groups = [key for key, new in more.items() if isinstance(new, dict) and isinstance(values.get(key), dict)]
+    return values | more | {key: merged_over(values[key], more[key]) for key in groups}
+
+
+def checked(kind: type[S], values: dict[str, Any], source: str, hint: str = "") -> S:
+    """Settings from plain values; a pydantic error becomes a ConfigError that names key, value and source.
+
+    Without a ``hint`` of the caller's it says which settings there are, or the default.
+    """
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        own = first.get("ctx", {}).get("error")  # raised by a validator of ours, which may know what to type
+        reason, advice = (own.message, own.hint) if isinstance(own, ConfigError) else _said(kind, first)
+        got = repr(first["input"])
+        raise ConfigError(
+            f"{source}: {f'{key}: ' if key else ''}{reason} (got {got[:100]}{'…' * (len(got) > 100)})",
+            hint=hint or advice,
+        ) from None
+
+
+def _said(kind: type[BaseModel], fault: ErrorDetails) -> tuple[str, str]:
+    return fault["msg"].removeprefix("Value error, "), _advice(kind, fault["loc"], fault["type"])
+
+
+def _advice(kind: type[BaseModel], loc: tuple[int | str, ...], fault: str) -> str:
+    """What to write instead: the names there are, where the key is none of them, else the key's default."""
+    *parents, name = loc or ("",)
+    key = ".".join(map(str, loc))
+    for parent in parents:
+        field = kind.model_fields.get(str(parent))
+        inner = field.annotation if field else None
+        if not (isinstance(inner, type) and issubclass(inner, Settings)):  # within a list, or one of several kinds
+            return f"Correct {name}, or leave it out for its default."
+        kind = inner
+    if (field := kind.model_fields.get(str(name))) is None or fault == "missing":
+        near = difflib.get_close_matches(str(name), kind.model_fields, n=1)
+        meant = f"Did you mean {near[0]}? " if near and field is None else ""
+        return f"{meant}Settings here are: {', '.join(kind.model_fields)}."
+    if isinstance(field.default, Settings):
+        return f"Set what is in it, for example:  {key}.{next(iter(type(field.default).model_fields))}=…"
+    about = f"{name}: {field.description}. " if field.description else ""
+    default = "" if field.is_required() else f"The default:  {key}={field.default}"
+    return f"{about}{default}" or f"Give {name} another value."
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A mapping of settings from a YAML file; an empty file has none. Raises ConfigError."""
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(
+            f"no such configuration file: {path}",
+            hint="Give the path of a YAML file, or settings as words:  bank.anchors=20",
+        ) from None
+    except OSError as error:
+        raise ConfigError(
+            f"{path} cannot be read: {error.strerror}", hint="Give a file, and one that you may read."
+        ) from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"{path} is not readable YAML: {error}",
+            hint="Mend that line; a text with a colon or a bracket in it wants quotes.",
+        ) from None
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ConfigError(
+            f"{path}: expected a mapping of settings, got {type(values).__name__}", hint="Write lines such as  seed: 1"
+        )
+    return values
+
+
+def dump_yaml(settings: Settings) -> str:
+    """The resolved settings as YAML, ready to be given back with --config."""
+    return yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
