@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from typing import get_args
 
 import plain
 import pytest
@@ -9,11 +10,12 @@ import torch
 from conftest import people_of
 from tiny import base_of, random_examples, random_loras
 
-from mta.config import MergeSettings, Training
+from mta.config import MergeSettings, Policy, Training
 from mta.errors import AnchorNotFound, ConfigError
 from mta.evidence import Evidence, Labels, gather_evidence, shots_of
-from mta.fuse import Merge, coefficients, fuse, learn, merged, ridge
+from mta.fuse import Merge, coefficients, fuse, learn, merged
 from mta.lora import Gated, PerPerson, Shared
+from mta.policies import POLICIES, Retrieved, fit_labels
 from mta.score import log_likelihood
 from mta.training.trainer import Job
 
@@ -167,11 +169,27 @@ def labels_of(shots: list[int], kinds: int = 4) -> Labels:
     return Labels(2 * normal(len(shots), max(shots), kinds, 1 + N, seed=3), gold)
 
 
+def test_every_policy_that_can_be_named_is_there():
+    assert set(get_args(Policy)) == set(POLICIES)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_no_policy_depends_on_mates(policy):
+    settings, ids = MergeSettings(policy=policy), torch.tensor([[2, 0, 1], [1, 2, 3]])
+    cosines, labels = SIMILARITY[:2].gather(1, ids), labels_of([3, 3])
+    shots = -40 + 3 * normal(2, 3, 1 + N, seed=4)
+    both = Evidence(shots, torch.full((2, 3), 5.0, dtype=torch.float64), labels)
+    one = Evidence(shots[:1], both.counts[:1], Labels(labels.scores[:1], labels.gold[:1]))
+    w = POLICIES[policy].weigh(settings, Retrieved(ids, cosines, both))
+    assert w.shape == ids.shape
+    near(w[:1], POLICIES[policy].weigh(settings, Retrieved(ids[:1], cosines[:1], one)))
+
+
 @pytest.mark.parametrize("strength", [0.5, 20.0])
 def test_ridge_is_the_minimum_of_its_objective(strength):
     """The gradient by autograd of the written-out objective vanishes there."""
     labels, ids = labels_of([2, 5, 3]), torch.tensor([[0, 3], [4, 1], [2, 0]])
-    w = ridge(labels, ids, strength).requires_grad_()
+    w = fit_labels(labels, ids, strength).requires_grad_()
     objective = strength / 2 * (w**2).sum()
     for u in range(3):
         for m in range(int((labels.gold[u] >= 0).sum())):
@@ -184,9 +202,9 @@ def test_ridge_is_the_minimum_of_its_objective(strength):
 
 def test_ridge_is_nothing_where_the_pull_is_strong_and_does_not_depend_on_mates():
     labels, ids = labels_of([2, 5, 3]), torch.arange(N).expand(3, N)
-    assert ridge(labels, ids, 1e9).abs().max() < 1e-7
-    alone = ridge(Labels(labels.scores[:1, :2], labels.gold[:1, :2]), ids[:1], 3.0)
-    near(ridge(labels, ids, 3.0)[0], alone[0])
+    assert fit_labels(labels, ids, 1e9).abs().max() < 1e-7
+    alone = fit_labels(Labels(labels.scores[:1, :2], labels.gold[:1, :2]), ids[:1], 3.0)
+    near(fit_labels(labels, ids, 3.0)[0], alone[0])
 
 
 def test_ridge_needs_labels():

@@ -14,9 +14,10 @@ from mta.adapt import adapt
 from mta.config import MergeSettings, override
 from mta.errors import DataError, StoreConflict
 from mta.evidence import Evidence, Labels, shots_of
-from mta.fuse import Merge, _weights, merged
+from mta.fuse import Merge, merged
 from mta.growth import MARGIN, carried_on, decide
 from mta.history import Person
+from mta.policies import POLICIES, Retrieved
 from mta.rows import merge_of
 from mta.state import Losses
 from mta.store import Store
@@ -54,8 +55,9 @@ def test_two_helpings_of_shots_say_what_all_at_once_say(seed, first, more, polic
     one, other = evidence(first, seed), evidence(more, seed + 1000)
     ids = torch.arange(N).expand(U, N)
     near = torch.zeros(U, N, dtype=torch.float64)
-    before = scale * _weights(settings, near, ids, one)
-    whole = scale * _weights(settings, near, ids, both(one, other))
+    weigh = POLICIES[policy].weigh
+    before = scale * weigh(settings, Retrieved(ids, near, one))
+    whole = scale * weigh(settings, Retrieved(ids, near, both(one, other)))
     found = carried_on(settings, Merge(ids, before), other, one.tokens)
     torch.testing.assert_close(found, whole, rtol=1e-9, atol=1e-12)
 

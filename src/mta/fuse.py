@@ -14,10 +14,11 @@ from mta.bank.bank import Bank
 from mta.base import BaseModel
 from mta.config import MergeSettings, Training
 from mta.errors import AnchorNotFound, ConfigError
-from mta.evidence import Evidence, Labels, gather_evidence
+from mta.evidence import Evidence, gather_evidence
 from mta.lora.batch import LoraBatch, stack
 from mta.lora.layers import Adapters, Gated, PerPerson, Shared
 from mta.lora.merge import merge_exact, merge_factor, merge_svd
+from mta.policies import POLICIES, Retrieved
 from mta.training.trainer import Job, OnStep, train
 
 
@@ -44,10 +45,8 @@ class Merge:
 
 
 def needs_evidence(settings: MergeSettings) -> bool:
-    """Whether the policy reads the anchors' losses (``gather_evidence``) or only the encodings."""
-    if settings.policy == "learned":
-        return settings.retrieve == "loss" or settings.start == "posterior"
-    return settings.retrieve == "loss" or settings.policy in ("loss", "posterior", "ridge")
+    """Whether stage 2 reads the anchors' losses (``gather_evidence``) or only the encodings."""
+    return settings.retrieve == "loss" or POLICIES[settings.policy].evidence(settings)
 
 
 def check_merge(settings: MergeSettings, anchors: int, labelled: bool) -> None:
@@ -59,15 +58,17 @@ def check_merge(settings: MergeSettings, anchors: int, labelled: bool) -> None:
         raise AnchorNotFound(
             f"merge.k is {settings.k}, but the bank has {anchors} anchors", hint="Lower merge.k, or 0 for all."
         )
-    if settings.policy == "ridge" and not labelled:
-        raise ConfigError("policy 'ridge' needs a task with labels", hint="Use merge.policy=posterior for free text.")
+    if POLICIES[settings.policy].labels and not labelled:
+        raise ConfigError(
+            f"policy {settings.policy!r} needs a task with labels", hint="Use merge.policy=posterior for free text."
+        )
 
 
 def coefficients(settings: MergeSettings, similarity: Tensor, evidence: Evidence | None = None) -> Merge:
     """Retrieve K anchors per person and weigh them by ``settings.policy``.
 
     Shapes: similarity (U, N), cosine of person and anchor -> Merge of (U, K).
-    Source: arXiv:2511.20072, stage 2 (nearest anchors, linear merge); the policies are our choice, see the design.
+    Source: arXiv:2511.20072, stage 2 (nearest anchors, linear merge); the policies stand in policies.py.
     Raises what ``check_merge`` does.
     """
     anchors = similarity.shape[1]
@@ -75,91 +76,12 @@ def coefficients(settings: MergeSettings, similarity: Tensor, evidence: Evidence
     if evidence is None and needs_evidence(settings):
         raise ConfigError(
             f"policy {settings.policy!r} needs the anchors' likelihood of the shots",
-            hint="Give evidence=evidence_of(…), or take a policy that needs none, such as merge.policy=similarity.",
+            hint="Gather it with mta.evidence.gather_evidence, or use merge.policy=similarity.",
         )
     rank_by = evidence.anchors if settings.retrieve == "loss" and evidence else similarity.double()
     ids = rank_by.topk(settings.k or anchors, dim=1, sorted=True).indices
-    near = similarity.double().gather(1, ids)
-    w = settings.scale * _weights(settings, near, ids, evidence)
-    return Merge(ids, w)
-
-
-def _weights(settings: MergeSettings, near: Tensor, ids: Tensor, evidence: Evidence | None) -> Tensor:
-    k = near.shape[1]
-    first = torch.zeros_like(near)
-    first[:, 0] = 1.0
-    match settings.policy:
-        case "uniform":
-            return torch.full_like(near, 1 / k)
-        case "top1":
-            return first
-        case "similarity":
-            return torch.softmax(near / settings.tau, dim=1)
-        case "fixed":
-            rest = (1 - settings.fixed) / (k - 1) if k > 1 else 0.0
-            return first * settings.fixed + (1 - first) * rest
-        case "learned" if settings.start == "zero":
-            return torch.zeros_like(near)
-    assert evidence is not None
-    loglik = evidence.anchors.gather(1, ids)
-    if settings.policy == "loss":
-        return torch.softmax(loglik / evidence.tokens[:, None] / settings.tau, dim=1)
-    if settings.policy == "ridge":
-        assert evidence.labels is not None  # check_merge
-        return ridge(evidence.labels, ids, settings.ridge)
-    assert settings.policy in ("posterior", "learned")  # what is learned starts from the posterior
-    return posterior(loglik, evidence.task, settings.null_prior, settings.temperature)
-
-
-def ridge(labels: Labels, ids: Tensor, strength: float, iterations: int = 50, before: Tensor | None = None) -> Tensor:
-    """The coefficients that best explain the labels of the shots, pulled to zero: nothing is trained or run again.
-
-    A merge's label scores are taken as linear in w, score(w) = task + sum_k w_k (anchor_k - task), which holds for
-    small w. Minimises the shots' NLL over the labels + ``strength / 2 * |w|^2`` by Newton's method, in
-    float64. Coefficients may be negative, and are 0 where the shots say nothing. With ``before`` (U, K) they are pulled
-    there instead.
-    Shapes: ids (U, K) -> (U, K). Source: our choice.
-    """
-    there = (labels.gold >= 0).double()
-    pooled, anchors = labels.scores[..., 0], labels.scores[..., 1:]
-    index = ids[:, None, None, :].expand(*anchors.shape[:3], ids.shape[1])
-    slopes = (anchors - pooled[..., None]).gather(3, index)  # (U, M, C, K)
-    gold = torch.nn.functional.one_hot(labels.gold.clamp_min(0), pooled.shape[2]).double()
-    pull = strength * torch.eye(ids.shape[1], dtype=torch.float64)
-    centre = torch.zeros(ids.shape, dtype=torch.float64) if before is None else before
-    w = centre
-    for _ in range(iterations):
-        p = torch.softmax(pooled + torch.einsum("umck,uk->umc", slopes, w), dim=2)
-        gradient = torch.einsum("umck,umc,um->uk", slopes, p - gold, there) + strength * (w - centre)
-        centred = slopes - torch.einsum("umck,umc->umk", slopes, p)[:, :, None]
-        curvature = torch.einsum("umck,umc,um,umcl->ukl", centred, p, there, centred) + pull
-        step = torch.linalg.solve(curvature, gradient)
-        w = w - step
-        if float(step.abs().max()) < 1e-12:
-            break
-    return w
-
-
-def posterior(loglik: Tensor, task: Tensor, null_prior: float, temperature: float) -> Tensor:
-    """Probability of each anchor given the shots, with the task LoRA alone as the null anchor.
-
-    w[u, k] in proportion to (1 - null_prior) / K * exp((loglik[u, k] - task[u]) / T), the null taking the rest: w sums
-    to less than 1, and to nearly nothing when no anchor explains the shots better than the pooled model.
-    ``loglik`` sums over all shots, which is the design's m * mean.
-    Shapes: loglik (U, K), task (U,) -> (U, K).
-    """
-    prior = torch.full_like(loglik, (1 - null_prior) / loglik.shape[1])
-    return bayes(prior, torch.full_like(task, null_prior), loglik, task, temperature)
-
-
-def bayes(prior: Tensor, null: Tensor, loglik: Tensor, task: Tensor, temperature: float) -> Tensor:
-    """``posterior`` with a prior of its own for each anchor, and ``null`` for the task LoRA alone; together 1.
-
-    So one posterior is the prior of the next: shots in two helpings say what all at once say.
-    Shapes: prior (U, K), null (U,), loglik (U, K), task (U,) -> (U, K).
-    """
-    logits = torch.cat([(loglik - task[:, None]) / temperature + prior.log(), null[:, None].log()], dim=1)
-    return torch.softmax(logits, dim=1)[:, :-1]
+    of = Retrieved(ids, similarity.double().gather(1, ids), evidence)
+    return Merge(ids, settings.scale * POLICIES[settings.policy].weigh(settings, of))
 
 
 def fuse(

@@ -22,8 +22,9 @@ from torch import Tensor
 from mta.config import MergeSettings
 from mta.encode import encode_people
 from mta.evidence import Evidence, gather_evidence
-from mta.fuse import Merge, bayes, coefficients, learn, needs_evidence, ridge
+from mta.fuse import Merge, coefficients, learn, needs_evidence
 from mta.lora.batch import LoraBatch, stack
+from mta.policies import POLICIES, Retrieved
 from mta.rows import merge_of
 from mta.stages import Cohort, Stages
 from mta.state import Losses, State
@@ -118,18 +119,12 @@ def carried_on(settings: MergeSettings, before: Merge, evidence: Evidence, token
 
     Shapes: before (U, K), tokens (U,) -> (U, K).
     """
-    least = torch.finfo(before.w.dtype).eps  # what rounding leaves of a null that is as good as gone: it can come back
-    w, loglik = before.w.double() / settings.scale, evidence.anchors.gather(1, before.ids)
-    match settings.policy:
-        case "posterior":
-            w = bayes(w, (1 - w.sum(1)).clamp_min(least), loglik, evidence.task, settings.temperature)
-        case "loss":
-            total = (tokens + evidence.tokens)[:, None]
-            w = torch.softmax((tokens[:, None] * w.log() + loglik / settings.tau) / total, dim=1)
-        case "ridge":
-            assert evidence.labels is not None  # check_merge
-            w = ridge(evidence.labels, before.ids, settings.ridge, before=w)
-    return settings.scale * w  # retrieved by loss, then weighed alike: as they were
+    policy = POLICIES[settings.policy]
+    if not policy.evidence(settings):  # retrieved by loss, then weighed alike: as they were
+        return before.w.double()
+    near = torch.zeros_like(before.w, dtype=torch.float64)  # policies of evidence look at no encodings
+    of = Retrieved(before.ids, near, evidence, before.w / settings.scale, tokens)
+    return settings.scale * policy.weigh(settings, of)
 
 
 def _befores(cohort: Cohort) -> list[State]:

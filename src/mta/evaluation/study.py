@@ -22,6 +22,7 @@ from mta.evaluation.run import Comparison, evaluate
 from mta.fuse import check_merge
 from mta.history import Person
 from mta.personalize import Personalizer
+from mta.policies import POLICIES
 from mta.rows import TASK, Who
 from mta.splits import draw
 from mta.tasks.task import Task
@@ -54,10 +55,10 @@ def standard_methods(run: Run, evaluation: Evaluation, task: Task, anchors: int)
         # A run's settings belong to its policy; the others take the paper's K = 2 where they retrieve by encoding.
         if name == run.merge.policy:
             return run.merge
-        k = 0 if name in ("uniform", "posterior", "ridge", "learned") else min(2, anchors)
+        k = 0 if POLICIES[name].wide else min(2, anchors)
         return MergeSettings.model_validate({**run.merge.model_dump(), "policy": name, "k": k})
 
-    policies = [name for name in evaluation.policies if task.labelled or name != "ridge"]
+    policies = [name for name in evaluation.policies if task.labelled or not POLICIES[name].labels]
     adapt = evaluation.adapt or run.stack
     constants: list[Method] = [GlobalConstant(), OwnConstant()] if task.labelled else []
     methods: list[Method] = [*constants, Base(), TaskLora()]
