@@ -26,14 +26,14 @@ test-vllm: $(VENV)/installed-dev $(VLLM)/installed
 	MTA_VLLM_PYTHON=$(abspath $(VLLM)/bin/python) $(BIN)/python -m pytest -m "vllm" tests/serving
 
 lint: $(VENV)/installed-dev
-	$(BIN)/ruff format --check src tests benchmarks
-	$(BIN)/ruff check src tests benchmarks
+	$(BIN)/ruff format --check src tests benchmarks docs/pictures.py docs/drawing
+	$(BIN)/ruff check src tests benchmarks docs/pictures.py docs/drawing
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
 format: $(VENV)/installed-dev
-	$(BIN)/ruff format src tests benchmarks
-	$(BIN)/ruff check --fix src tests benchmarks
+	$(BIN)/ruff format src tests benchmarks docs/pictures.py docs/drawing
+	$(BIN)/ruff check --fix src tests benchmarks docs/pictures.py docs/drawing
 
 bench: $(VENV)/installed-dev
 	$(BIN)/python -m benchmarks.speed --again
