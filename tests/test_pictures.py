@@ -1,0 +1,88 @@
+"""The documentation's drawings are those the script draws, and its page on the architecture names what there is."""
+
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+import torch
+
+from mta.fuse import posterior
+
+ROOT = Path(__file__).parent.parent
+DOCS, CODE = ROOT / "docs", ROOT / "src" / "mta"
+PAGE = (DOCS / "architecture.md").read_text(encoding="utf-8")
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pictures")
+    subprocess.run([sys.executable, DOCS / "pictures.py", folder], check=True)
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_the_committed_drawings_are_what_the_script_draws(drawn):
+    committed = {path.name: path.read_bytes() for path in (DOCS / "pictures").glob("*.svg")}
+    assert committed.keys() == drawn.keys()
+    stale = [name for name in drawn if drawn[name] != committed[name]]
+    assert not stale, "draw them again: python docs/pictures.py"
+
+
+def test_drawings_say_what_they_show_on_white_paper(drawn):
+    for name, data in drawn.items():
+        root = ElementTree.fromstring(data)
+        paper = root.find(f"{SVG}rect")
+        assert root.find(f"{SVG}title").text, name
+        assert root.find(f"{SVG}desc").text, name
+        assert paper.get("fill") == "#ffffff", name
+        assert float(paper.get("width")) + 1 == float(root.get("width")), name
+
+
+def test_files_named_in_drawings_exist(drawn):
+    files = {path.name for path in CODE.rglob("*.py")}
+    named = {name for data in drawn.values() for name in re.findall(r"\w+\.py\b", data.decode())}
+    assert len(named) > 20
+    assert not named - files
+
+
+def test_the_coefficients_drawn_are_those_of_the_policy(monkeypatch):
+    monkeypatch.syspath_prepend(DOCS)
+    from drawing import merging
+
+    gains = torch.tensor([merging.GAINS], dtype=torch.float64)
+    w = posterior(gains, torch.zeros(1, dtype=torch.float64), merging.PRIOR, merging.TEMPERATURE)
+    drawn = merging.posterior(merging.GAINS, merging.PRIOR, merging.TEMPERATURE)
+    torch.testing.assert_close(torch.tensor([drawn], dtype=torch.float64), w)
+
+
+def test_files_and_names_of_the_architecture_page_exist():
+    files = re.findall(r"`((?:\w+/)*\w+\.py)`", PAGE)
+    folders = re.findall(r"`((?:\w+/)+)`", PAGE)
+    assert len(files) > 30
+    assert not [name for name in files if not (CODE / name).is_file()]
+    assert not [name for name in folders if not (CODE / name).is_dir()]
+    pairs = re.findall(r"`((?:\w+/)*\w+\.py)` \(((?:`\w+`(?:, )?)+)\)", PAGE)
+    assert len(pairs) > 30
+    for file, names in pairs:
+        text = (CODE / file).read_text(encoding="utf-8")
+        for name in re.findall(r"\w+", names):
+            assert re.search(rf"\b(?:def|class) {name}\b", text), (file, name)
+
+
+def test_rooms_of_the_architecture_page_are_layers():
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    layers = {name.strip() for line in contracts[0]["layers"] for name in line.split("|")}
+    rooms = {re.split(r"[/.]", name)[0] for name in re.findall(r"`((?:\w+/)*\w*(?:/|\.py))`", PAGE)}
+    assert not rooms - layers
+    assert {"readers", "tasks", "encode", "bank", "fuse", "adapt", "state", "store", "generate", "serving"} <= rooms
+
+
+@pytest.mark.parametrize("page", ["architecture.md", "explanation/method.md"])
+def test_what_the_pages_link_to_exists(page):
+    links = re.findall(r"\]\(((?!http)[^)#]+)", (DOCS / page).read_text(encoding="utf-8"))
+    assert not [link for link in links if not (DOCS / page).parent.joinpath(link).is_file()]
+    assert sum(link.endswith(".svg") for link in links) > 1
