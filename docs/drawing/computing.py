@@ -23,7 +23,7 @@ def batch() -> Sheet:
     card(sheet, 24, 422, 912, 230)
     sheet.text(44, 450, "A row", size=15, bold=True)
     _apart(sheet, 44, 490)
-    _together(sheet, 336, 490)
+    _together(sheet, 370, 490)
     _mask(sheet, 696, 470)
     return sheet
 

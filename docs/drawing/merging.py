@@ -95,6 +95,7 @@ def _concatenated(sheet: Sheet, x: float, y: float) -> None:
     sheet.text(x + 129, y + 134, "·", size=22, at="middle", bold=True)
     sheet.text(x + 61, y + 212, "(O, K R)", size=12, colour=SOFT, at="middle")
     sheet.text(x + 210, y + 186, "(K R, D)", size=12, colour=SOFT, at="middle")
+    sheet.text(x + 210, y + 58, "three of six drawn", size=12, colour=SOFT, at="middle")
     words = [
         "Factors are concatenated on the rank axis:",
         "no cross terms, no dense update. It is never",

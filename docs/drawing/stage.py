@@ -173,7 +173,7 @@ def stage_3() -> Sheet:
     sheet.arrow((x + 154, y + 64), (x + 154, foot), (171, foot), (171, foot - 22), colour=PERSON.line, dash="6 4")
     sheet.text(x - 60, foot - 8, "gradient: to a and b alone", size=13, colour=PERSON.text, at="middle")
     sheet.line([(32, 426), (928, 426)], LINE)
-    note(sheet, 32, 454, "Where", ["in every linear layer", "of the base"])
+    note(sheet, 32, 454, "Where", ["in every linear layer", "below the LM head"])
     note(
         sheet,
         232,
