@@ -10,7 +10,9 @@ from xml.etree import ElementTree
 import pytest
 import torch
 
-from mta.fuse import posterior
+from mta.config import MergeSettings
+from mta.evidence import Evidence
+from mta.policies import Retrieved, posterior
 
 ROOT = Path(__file__).parent.parent
 DOCS, CODE = ROOT / "docs", ROOT / "src" / "mta"
@@ -54,7 +56,9 @@ def test_the_coefficients_drawn_are_those_of_the_policy(monkeypatch):
     from drawing import merging
 
     gains = torch.tensor([merging.GAINS], dtype=torch.float64)
-    w = posterior(gains, torch.zeros(1, dtype=torch.float64), merging.PRIOR, merging.TEMPERATURE)
+    shot = Evidence(torch.cat([torch.zeros(1, 1), gains], 1)[:, None], torch.ones(1, 1))
+    settings = MergeSettings(null_prior=merging.PRIOR, temperature=merging.TEMPERATURE)
+    w = posterior(settings, Retrieved(torch.arange(gains.shape[1])[None], torch.zeros_like(gains), shot))
     drawn = merging.posterior(merging.GAINS, merging.PRIOR, merging.TEMPERATURE)
     torch.testing.assert_close(torch.tensor([drawn], dtype=torch.float64), w)
 
