@@ -29,16 +29,23 @@ html_show_sphinx = False
 linkcheck_anchors = False
 
 write_all(HERE / "reference")
+for name in ("CHANGELOG", "CONTRIBUTING"):
+    text = (HERE.parent / f"{name}.md").read_text(encoding="utf-8")
+    (HERE / f"{name.lower()}.md").write_text(text.replace("](docs/", "]("), encoding="utf-8")
 shutil.copytree(HERE.parent / "results", HERE / "results", dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.html"))
 
 
-def results_are_pages(app: Sphinx, name: str, source: list[str]) -> None:
-    """In the repository results lie beside docs/, on the site below it."""
-    source[0] = (
-        source[0].replace("](../../results)", "](../results/README.md)").replace("](../../results/", "](../results/")
-    )
+def as_on_the_site(app: Sphinx, name: str, source: list[str]) -> None:
+    """Some pages lie beside docs/ in the repository, and below it on the site."""
+    moved = {
+        "../../results)": "../results/README.md)",
+        "../../results/": "../results/",
+        "../CONTRIBUTING.md": "contributing.md",
+    }
+    for there, here in moved.items():
+        source[0] = source[0].replace(f"]({there}", f"]({here}")
 
 
 def setup(app: Sphinx) -> None:
     """Called by Sphinx."""
-    app.connect("source-read", results_are_pages)
+    app.connect("source-read", as_on_the_site)

@@ -6,6 +6,7 @@ A comment before a block says what is done with it; without one, bash and python
     <!-- file: name -->    written to that file
     <!-- serves -->        a server: started in the background until the page ends; the page goes on when it is ready
     <!-- own: where -->    run by a test of its own
+    <!-- a name -->        for a test that takes this block alone as well
 """
 
 import os
@@ -19,13 +20,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-BUILT = {"cli.md", "errors.md", "settings.md", "tasks.md"}  # made from the code, docs/reference_pages.py
+BUILT = {
+    "changelog.md",
+    "cli.md",
+    "contributing.md",
+    "errors.md",
+    "settings.md",
+    "tasks.md",
+}  # made from the code, docs/reference_pages.py
 PAGES = sorted(
     page
     for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")]
-    if not {"_build", "results"} & set(page.relative_to(ROOT).parts)
-    and not (page.parent.name == "reference" and page.name in BUILT)
+    if not {"_build", "results"} & set(page.relative_to(ROOT).parts) and page.name not in BUILT
 )
+NOT_RUN = ("shown", "own")
 _BLOCK = re.compile(
     r"(?m)^(?:<!-- (?P<mark>[\w-]+)(?:: (?P<of>[^\n]*?))? -->\n)?```(?P<language>[\w{}-]+)\n(?P<code>.*?)^```",
     re.DOTALL,
@@ -65,9 +73,9 @@ def run(page: Path, folder: Path) -> None:
                 Path(block.of).write_text(block.code, encoding="utf-8")
             elif block.mark == "serves":
                 servers.enter_context(_served(block.code))
-            elif not block.mark and block.language == "bash":
+            elif block.mark not in NOT_RUN and block.language == "bash":
                 subprocess.run(["bash", "-euxo", "pipefail", "-c", block.code], check=True)
-            elif not block.mark and block.language == "python":
+            elif block.mark not in NOT_RUN and block.language == "python":
                 exec(compile("\n" * (block.line - 1) + block.code, str(page), "exec"), names)
 
 
