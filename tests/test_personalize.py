@@ -12,6 +12,7 @@ import plain
 import pytest
 import torch
 from conftest import TINY_RUN, HashEncoder, memory_for, people_of, personalizer
+from files import folder_of
 from tiny import base_of
 
 from mta import BASE, TASK
@@ -199,7 +200,7 @@ def test_changed_settings_make_a_new_version(known, tiny):
 
 def test_a_damaged_state_is_made_anew(known, tmp_path):
     before = known.state("x0")
-    (path,) = (tmp_path / "people").glob(f"*/{known.store.key_of('x0')}/1.safetensors")
+    (path,) = (tmp_path / "people").glob(f"*/{folder_of(known.store, 'x0')}/1.safetensors")
     path.write_bytes(path.read_bytes()[:-1])
     assert known.personalize(PEOPLE) == Personalized(1, 4, 0)
     same(known.state("x0"), before)

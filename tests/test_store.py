@@ -6,6 +6,7 @@ from pathlib import Path
 
 import fsspec
 import pytest
+from files import folder_of
 from test_state import ANN, FILE, person, state
 
 from mta.errors import InputError, PersonNotFound, StateCorrupt, StoreError
@@ -135,11 +136,11 @@ def test_ids_are_told_apart_and_never_written(tmp_path: Path) -> None:
             assert id not in str(path.relative_to(tmp_path))
             assert id.encode() not in content
             assert json.dumps(id).strip('"').encode() not in content
-    key = store.key_of(ANN)
+    key = folder_of(store, ANN)
     assert len(key) == 64
     assert (tmp_path / key[:2] / key / "1.safetensors").exists()
-    assert Store(tmp_path).key_of(ANN) == key
-    assert Store(tmp_path / "other").key_of(ANN) != key  # every store has its own key
+    assert folder_of(Store(tmp_path), ANN) == key
+    assert folder_of(Store(tmp_path / "other"), ANN) != key  # every store has its own key
 
 
 HINTS = [b"", b"{", b"[]", b"7", b"\xff", *(b'{"version": %s}' % n for n in (b"0", b"1", b"9", b'"1"', b"true"))]
@@ -150,7 +151,7 @@ def test_the_hint_may_be_lost_damaged_or_stale(url: str, hint: bytes | None) -> 
     store = Store(url)
     for n in range(3):
         store.save(ANN, state(n))
-    key = store.key_of(ANN)
+    key = folder_of(store, ANN)
     path = f"{store.files.root}/{key[:2]}/{key}/latest.json"
     assert set(json.loads(store.files.fs.cat_file(path))) == {"version", "time", "work"}
     if hint is None:
@@ -167,7 +168,7 @@ def test_the_hint_may_be_lost_damaged_or_stale(url: str, hint: bytes | None) -> 
 def test_a_damaged_state_is_refused_and_can_be_made_again(url: str) -> None:
     store = Store(url)
     store.save(ANN, state(0))
-    key = store.key_of(ANN)
+    key = folder_of(store, ANN)
     store.files.fs.pipe_file(f"{store.files.root}/{key[:2]}/{key}/1.safetensors", FILE[:-1])
     with pytest.raises(StateCorrupt, match=rf"{key}/1\.safetensors was changed or cut short"):
         store.load(ANN)
@@ -196,7 +197,7 @@ def test_forgetting_leaves_nothing(url: str) -> None:
     assert store.forget(ANN) is True
     assert store.forget(ANN) is False
     assert (ANN in store, store.history(ANN), store.versions(ANN), store.nbytes(ANN)) == (False, None, [], 0)
-    assert store.key_of(ANN) not in " ".join(store.files.fs.find(store.files.root, withdirs=True))
+    assert folder_of(store, ANN) not in " ".join(store.files.fs.find(store.files.root, withdirs=True))
     assert (store.load("bob"), store.count()) == (state(5), 1)
     assert store.save(ANN, state(9)) == 1
     store.forget(ANN)
@@ -230,7 +231,7 @@ def test_an_interrupted_forgetting_is_seen_and_can_be_repeated(tmp_path: Path, d
         assert again.load(ANN) == state(2)  # never an older one
     assert again.forget(ANN) is (done < 5)
     assert [path.name for path, content in everything(tmp_path) if content] == ["store.json"]
-    key = again.key_of(ANN)
+    key = folder_of(again, ANN)
     assert not (tmp_path / key[:2] / key).exists()
 
 

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from files import folder_of
 from test_state import ANN, person, state
 from test_store import everything, url
 
@@ -91,7 +92,7 @@ def test_first_writers_agree_on_one_key(tmp_path: Path) -> None:
     def first() -> None:
         store = Store(tmp_path)
         barrier.wait()
-        keys.append(store.key_of(ANN))
+        keys.append(folder_of(store, ANN))
 
     threads = [threading.Thread(target=first) for _ in range(8)]
     for thread in threads:

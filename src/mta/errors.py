@@ -6,7 +6,9 @@ MtaError
 │   ├── TaskError         a task that is unknown or wrongly written
 │   ├── ConfigError       a configuration key or value
 │   ├── PersonNotFound    no state, history or anchor under that id
-│   └── AnchorNotFound    an anchor number outside the bank
+│   │   └── NobodyHere    somebody unknown to the server, or whom that key may not know
+│   ├── AnchorNotFound    an anchor number outside the bank
+│   └── Refused           what a caller of the server asks for
 ├── ModelError
 │   ├── UnsupportedModel  a base this method cannot adapt
 │   └── MemoryBudgetError  one person alone needs more than the memory budget
@@ -15,13 +17,19 @@ MtaError
 ├── BankError
 │   ├── BankMismatch      a bank built for another base
 │   └── BankCorrupt       files missing, cut short or changed
-└── StoreError
-    ├── StateCorrupt      a person's file that fails its checks
-    ├── OtherBank         a person's state that was made with another bank
-    └── StoreConflict     somebody else wrote that version first
+├── StoreError
+│   ├── StateCorrupt      a person's file that fails its checks
+│   ├── OtherBank         a person's state that was made with another bank
+│   └── StoreConflict     somebody else wrote that version first
+├── QueueFull             the server has as much to do as it takes
+├── AnswerLost            one answer that could not be computed
+├── EngineGone            the server's engine has stopped
+├── NeedsRebuild          a bank that is not served (``--strict``)
+└── VllmNotStarted        a vLLM server that does not come up
 
-A message says what happened, what was found and what was expected; ``hint`` says what to type next.
-To add one: subclass the nearest branch, draw it above, and assert its message in a test.
+A message says what happened, what was found and what was expected; ``hint`` says what to type next. Those of the
+server are defined in ``mta.serving``.
+To add one: subclass the nearest branch, draw it above, and provoke it in tests/test_errors.py.
 """
 
 from __future__ import annotations

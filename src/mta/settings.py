@@ -8,7 +8,6 @@ from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
-from pydantic_core import ErrorDetails
 
 from mta.errors import ConfigError
 
@@ -52,18 +51,14 @@ def checked(kind: type[S], values: dict[str, Any], source: str, hint: str = "") 
         return kind.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
+        key, got = ".".join(str(part) for part in first["loc"]), repr(first["input"])
         own = first.get("ctx", {}).get("error")  # raised by a validator of ours, which may know what to type
-        reason, advice = (own.message, own.hint) if isinstance(own, ConfigError) else _said(kind, first)
-        got = repr(first["input"])
+        reason = own.message if isinstance(own, ConfigError) else first["msg"].removeprefix("Value error, ")
+        advice = own.hint if isinstance(own, ConfigError) else _advice(kind, first["loc"], first["type"])
         raise ConfigError(
             f"{source}: {f'{key}: ' if key else ''}{reason} (got {got[:100]}{'…' * (len(got) > 100)})",
             hint=hint or advice,
         ) from None
-
-
-def _said(kind: type[BaseModel], fault: ErrorDetails) -> tuple[str, str]:
-    return fault["msg"].removeprefix("Value error, "), _advice(kind, fault["loc"], fault["type"])
 
 
 def _advice(kind: type[BaseModel], loc: tuple[int | str, ...], fault: str) -> str:
@@ -83,8 +78,7 @@ def _advice(kind: type[BaseModel], loc: tuple[int | str, ...], fault: str) -> st
     if isinstance(field.default, Settings):
         return f"Set what is in it, for example:  {key}.{next(iter(type(field.default).model_fields))}=…"
     about = f"{name}: {field.description}. " if field.description else ""
-    default = "" if field.is_required() else f"The default:  {key}={field.default}"
-    return f"{about}{default}" or f"Give {name} another value."
+    return about + (f"Give {name} another value." if field.is_required() else f"The default:  {key}={field.default}")
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

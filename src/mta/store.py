@@ -47,10 +47,6 @@ class Store:
         self.files = Storage(url)
         self._key = b""
 
-    def key_of(self, id: str) -> str:
-        """Keyed hash of an id: what may be recorded elsewhere, as in a bank's list of those it learnt from."""
-        return self._path(id, write=True)[3:]
-
     def identity(self, write: bool = False) -> str:
         """Names this very store, by a digest of its key: elsewhere the same address may mean another.
 
@@ -62,7 +58,10 @@ class Store:
     def check(self) -> None:
         """Raises StoreError where there is no store, or its key is damaged: neither may look like an unknown person."""
         if self.files.read("store.json") is None:
-            raise StoreError(f"there is no store at {self.files.root}", hint="Check the store's address.")
+            raise StoreError(
+                f"there is no store at {self.files.root}",
+                hint="Give its address, or begin one:  mta personalize",
+            )
         self._open(write=False)
 
     def save(self, id: str, state: State) -> int:

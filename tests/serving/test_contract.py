@@ -8,6 +8,7 @@ from contextlib import suppress
 
 import pytest
 from contract import WITH_VLLM, Lent, World, prompt_of, told, vllm_server
+from files import folder_of
 
 from mta.errors import InputError, MtaError, OtherBank, PersonNotFound, StateCorrupt
 from mta.rows import BASE, TASK
@@ -126,7 +127,9 @@ def test_who_leaves_makes_room_and_others_go_on(engines, world):
 def test_what_is_wrong_with_one_person_is_told_and_nobody_else_notices(engines, world):
     other = world.renew("other-bank", 3, bank="another")
     broken = world.renew("broken", 4)
-    path = next(p for p in (world.folder / "people").rglob("1.safetensors") if world.store.key_of("broken") in str(p))
+    path = next(
+        p for p in (world.folder / "people").rglob("1.safetensors") if folder_of(world.store, "broken") in str(p)
+    )
     data = bytearray(path.read_bytes())
     data[-5] ^= 1
     path.write_bytes(data)

@@ -24,7 +24,6 @@ from mta.serving.text import Text
 from mta.state import State
 from mta.store import Store
 
-USAGE = {"include_usage": True}
 ASKED = [{"role": "user", "content": "Film 7"}]
 
 

@@ -62,7 +62,7 @@ def main() -> None:
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # bars of other packages fill log files
     log = logging.getLogger("mta")
-    log.handlers, log.propagate = [logging.StreamHandler()], False
+    log.handlers[:], log.propagate = [logging.StreamHandler()], False
     log.setLevel(logging.INFO)
     try:
         app()

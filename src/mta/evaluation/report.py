@@ -77,8 +77,9 @@ def table(comparison: Comparison, reference: str = "task LoRA") -> Table:
     from rich import box
 
     columns = grid(comparison, reference)
-    made = Table(title=_title(comparison), caption=_caption(reference), caption_justify="left", box=box.SIMPLE_HEAD)
-    made.padding, made.show_edge = (0, 0, 0, 0), False  # eighty columns must do: that is what a pipe gets
+    narrow: Any = {"padding": (0, 0, 0, 0), "show_edge": False}  # eighty columns must do: that is what a pipe gets
+    title, caption = _title(comparison), _caption(reference)
+    made = Table(title=title, caption=caption, caption_justify="left", box=box.SIMPLE_HEAD, **narrow)
     for title, cells in [
         ("method", [Cell(row.name) for row in comparison.rows]),
         *((c.title, c.cells) for c in columns),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from abc import ABC
 from collections import Counter
 from collections.abc import Sequence
 from typing import ClassVar, Literal
@@ -15,8 +16,19 @@ from mta.history import Person
 from mta.tasks.task import Task
 
 
+class _Constant(Method, ABC):
+    """An answer that needs no model, for tasks with labels."""
+
+    def fits(self, task: Task, anchors: int) -> bool:
+        return task.labelled
+
+    @property
+    def of_bank(self) -> bool:
+        return False
+
+
 @register
-class GlobalConstant(Method):
+class GlobalConstant(_Constant):
     """The same answer for everybody: the most frequent label (median for ratings) of the people behind the task LoRA.
 
     Where the panel does not know them, of everybody's shots.
@@ -25,13 +37,6 @@ class GlobalConstant(Method):
     method: Literal["global-constant"] = "global-constant"
     name: str = "global constant"
 
-    def fits(self, task: Task, anchors: int) -> bool:
-        return task.labelled
-
-    @property
-    def of_bank(self) -> bool:
-        return False
-
     def run(self, panel: Panel, seed: int) -> Outcome:
         known = [target for theirs in _targets(panel.task, panel.pool or panel.people) for target in theirs]
         usual = _constant(panel.task, known)
@@ -39,18 +44,11 @@ class GlobalConstant(Method):
 
 
 @register
-class OwnConstant(Method):
+class OwnConstant(_Constant):
     """A person's own median (ratings) or majority of the shots."""
 
     method: Literal["own-constant"] = "own-constant"
     name: str = "own constant"
-
-    def fits(self, task: Task, anchors: int) -> bool:
-        return task.labelled
-
-    @property
-    def of_bank(self) -> bool:
-        return False
 
     def run(self, panel: Panel, seed: int) -> Outcome:
         own = [_constant(panel.task, theirs) for theirs in _targets(panel.task, panel.people)]

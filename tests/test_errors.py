@@ -1,0 +1,421 @@
+"""Every class of error, provoked for real: it says what happened, was found, was expected, and what to type next."""
+
+import ast
+import asyncio
+import importlib
+import pickle
+import pkgutil
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from conftest import TINY_RUN, HashEncoder, people_of, personalizer
+from tiny import base_of, tokenizer
+from transformers import MambaConfig, MambaForCausalLM
+
+import mta
+from mta import errors
+from mta.bank.bank import Bank
+from mta.base import BaseModel
+from mta.config import Run, override
+from mta.errors import MtaError
+from mta.rows import TASK
+from mta.serving.auth import LOCAL, Keys
+from mta.serving.embedded import EmbeddedEngine
+from mta.serving.engine import Ask
+from mta.serving.jobs import Jobs
+from mta.serving.service import Service, error_of
+from mta.serving.vllm_server import VllmServer, VllmSettings
+from mta.store import Store
+
+SOURCE = Path(mta.__file__).parent
+PARSED = {path: ast.parse(path.read_text(encoding="utf-8")) for path in sorted(SOURCE.rglob("*.py"))}
+VLLM = {"mta.serving.vllm_resolver"}  # imports vLLM, which lives in another environment
+TOLD = {"NobodyHere", "Refused", "QueueFull", "NeedsRebuild", "EngineGone"}  # to callers of the server, hint and all
+
+
+def subclasses(cls):
+    return [found for child in cls.__subclasses__() for found in (child, *subclasses(child))]
+
+
+for module in pkgutil.walk_packages(mta.__path__, "mta."):
+    if module.name not in {*VLLM, "mta.__main__"}:
+        importlib.import_module(module.name)
+TREE = {cls.__name__: cls for cls in subclasses(MtaError) if cls.__module__.startswith("mta.")}
+
+
+# the tree
+
+
+def test_the_drawing_is_the_tree():
+    drawn, above = {}, ["MtaError"]
+    for line in errors.__doc__.splitlines():
+        if found := re.match(r"((?:│   |    )*)(?:├── |└── )(\w+)", line):
+            depth = len(found[1]) // 4
+            above[depth + 1 :] = [found[2]]
+            drawn[found[2]] = above[depth]
+    assert drawn == {name: cls.__mro__[1].__name__ for name, cls in TREE.items()}
+
+
+def test_every_class_is_raised_somewhere_and_the_root_never():
+    called = {name for tree in PARSED.values() for name, _, _ in calls(tree)}
+    assert called & {*TREE, "MtaError"} == {*TREE}
+
+
+def test_an_error_without_a_hint_cannot_be_made():
+    with pytest.raises(TypeError, match="hint"):
+        errors.InputError("something is wrong")
+
+
+# every place that raises one
+
+
+def calls(tree):
+    """(name, call, the functions around it) of everything that is called by its name."""
+    found = []
+
+    def visit(node, around):
+        if isinstance(node, ast.Call):
+            found.append((getattr(node.func, "id", getattr(node.func, "attr", "")), node, around))
+        inside = (node, *around) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) else around
+        for child in ast.iter_child_nodes(node):
+            visit(child, inside)
+
+    visit(tree, ())
+    return found
+
+
+def assigned(scope, name):
+    """What a name is set to in a module or a function."""
+    nodes = [node for node in ast.walk(scope) if isinstance(node, ast.Assign)]
+    return [node.value for node in nodes if any(getattr(target, "id", None) == name for target in node.targets)]
+
+
+def says(node, scopes):
+    """Whether an expression is a text that is not empty, as far as can be told without running it."""
+    if isinstance(node, ast.Constant):
+        return isinstance(node.value, str) and bool(node.value.strip())
+    if isinstance(node, ast.JoinedStr):
+        return any(says(part, scopes) for part in node.values)
+    if isinstance(node, ast.BinOp):
+        return says(node.left, scopes) or says(node.right, scopes)
+    if isinstance(node, ast.BoolOp):
+        return says(node.values[-1], scopes)
+    if isinstance(node, ast.IfExp):
+        return says(node.body, scopes) and says(node.orelse, scopes)
+    if isinstance(node, ast.Attribute):  # another error's, or a constant of another module
+        return node.attr == "hint" or any(says_of(tree, node.attr) for tree in PARSED.values())
+    if isinstance(node, ast.Call):
+        returns = [n for f in functions(node.func.id) for n in ast.walk(f) if isinstance(n, ast.Return)]
+        return bool(returns) and all(says(one.value, scopes) for one in returns)
+    if not isinstance(node, ast.Name):
+        return False
+    if node.id == "hint" and any(getattr(scope, "name", "") in MAKERS for scope in scopes):
+        return True  # whoever calls the maker is looked at instead
+    return any(says_of(scope, node.id) for scope in (PARSED.values() if node.id.isupper() else scopes))
+
+
+def says_of(scope, name):
+    values = assigned(scope, name)
+    return bool(values) and all(says(value, (scope,)) for value in values)
+
+
+def functions(name):
+    return [node for tree in PARSED.values() for node in ast.walk(tree) if getattr(node, "name", None) == name]
+
+
+MAKERS = {"data_error": 3}  # functions that make errors, and which argument is their hint
+
+
+@pytest.mark.parametrize("path", PARSED, ids=lambda path: str(path.relative_to(SOURCE)))
+def test_every_place_that_raises_says_what_to_type_next(path):
+    bare = []
+    for name, call, around in calls(PARSED[path]):
+        if name not in {*TREE, *MAKERS}:
+            continue
+        at = MAKERS.get(name, 1)
+        given = [word.value for word in call.keywords if word.arg == "hint"] or call.args[at : at + 1]
+        if not given or not says(given[0], (*around, PARSED[path])):
+            bare.append(f"{path.name}:{call.lineno}")
+    assert bare == []
+
+
+# one of each, for real
+
+
+class World:
+    """A tiny base and bank, a store with one person, and an engine where it is asked for."""
+
+    def __init__(self, bank_folder, tmp_path):
+        self.tmp, self.bank_folder = tmp_path, bank_folder
+        self.base = base_of()
+        self.bank = Bank.open(bank_folder, self.base)
+        self.store = Store(tmp_path / "people")
+        self.ann = people_of(1)[0]
+
+    def personal(self, **changes):
+        return personalizer(self.base, self.bank, self.store, **changes)
+
+    def known(self):
+        """Somebody with a state."""
+        self.personal().personalize([self.ann])
+        return self.ann.id
+
+    def written(self, text):
+        path = self.tmp / "people.jsonl"
+        path.write_text(text, encoding="utf-8")
+        return path
+
+    def asked(self, *asks, close=False, **how):
+        """Answers of an embedded engine, asked for together; with ``close`` it has stopped before."""
+
+        async def go():
+            base = self.base.twin()
+            base.model.generation_config.eos_token_id = base.prompts.end_token = 259  # hardly ever said
+            engine = EmbeddedEngine(base, self.bank, self.store, **{"slots": 1, "length": 64} | how)
+            answers = [engine.answer(ask) for ask in asks]
+            try:
+                if close:
+                    await engine.close()
+                for answer in answers:
+                    await anext(answer)
+                for answer in answers:
+                    async for _ in answer:
+                        pass
+            finally:
+                for answer in answers:
+                    await answer.aclose()
+                await engine.close()
+
+        asyncio.run(go())
+
+    def who(self, model, strict=()):
+        """Whom the gateway takes a model for."""
+        jobs = Jobs(self.personal())
+        service = Service(None, self.base, self.store, self.bank.task, Keys(()), jobs, strict=strict)
+        try:
+            asyncio.run(service.who(model, LOCAL))
+        finally:
+            asyncio.run(jobs.close())
+
+    def vllm(self):
+        server = VllmServer(VllmSettings("false", "base", "bank", "people", 64))
+        try:
+            server.start()
+        finally:
+            server.stop()
+
+
+def overtaken(world):
+    """Another writer comes in between the look for the newest version and the write."""
+    id = world.known()
+    state = world.store.load(id)
+    late, other = Store(world.tmp / "people"), world.personal(seed=5)
+    create = late.files.create
+
+    def second(name, data):
+        other.personalize([world.ann])
+        create(name, data)
+
+    late.files.create = second
+    late.save(id, replace(state, work="another"))
+
+
+def changed(world, pattern):
+    """A bit of a file is turned."""
+    path = next((world.tmp / "people").rglob(pattern))
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+def damaged_state(world):
+    id = world.known()
+    changed(world, "1.safetensors")
+    world.store.load(id)
+
+
+def damaged_store(world):
+    world.known()
+    (world.tmp / "people" / "store.json").write_text("{}")
+    Store(world.tmp / "people").check()
+
+
+def another_banks(world):
+    id = world.known()
+    out = world.tmp / "other"
+    people = people_of(4, prefix="t"), people_of(12, prefix="c", seed=3)
+    run = TINY_RUN.model_copy(update={"seed": 9})
+    Bank.build(world.base, people[1], out, task=run.task, run=run, task_people=people[0], encoder=HashEncoder())
+    personalizer(world.base, Bank.open(out, world.base), world.store).generate([(id, world.ann.items[0].fields)])
+
+
+def recurrent(_):
+    model = MambaForCausalLM(MambaConfig(vocab_size=260, hidden_size=8, state_size=4, num_hidden_layers=1))
+    BaseModel(model, tokenizer(), "tiny")
+
+
+def built_over(world):
+    Bank.build(
+        world.base, people_of(12, prefix="c"), world.bank_folder, task="movielens-rating", encoder=HashEncoder(),
+        run=TINY_RUN.model_copy(update={"seed": 9}), task_people=people_of(4, prefix="t"),
+    )  # fmt: skip
+
+
+BAD = '{"person": "ann", "title": "Heat", "genres": "Crime", "rating": "9"}\n'
+LONG = Ask(tuple(range(10, 80)), TASK, max_tokens=8)
+SHORT = Ask((40, 50, 60), TASK, max_tokens=8)
+ODD = Ask((40, 50, 60), TASK, max_tokens=8, top_logprobs=10**6)
+
+# class: what provokes it; what happened, what was found, what was expected; what to type next
+PROVOKED = {
+    "InputError": (
+        lambda w: mta.read_people(w.written(BAD), "movielens-rating", limit=0),
+        ("limit is 0", "0", "expected at least 1"),
+        "Leave it out to read everybody",
+    ),
+    "DataError": (
+        lambda w: mta.read_people(w.written(BAD), "movielens-rating"),
+        (r"people\.jsonl:1: field 'rating'", "unknown label '9'", "expected one of: 1, 2, 3, 4, 5"),
+        r"--skip-bad FILE",
+    ),
+    "TaskError": (
+        lambda w: mta.load_task("lampe3"),
+        ("unknown task", "'lampe3'", "built in are: lamp1, "),
+        r"Did you mean 'lamp3'\?",
+    ),
+    "ConfigError": (
+        lambda w: override(Run(), ["bank.anchors=0"]),
+        (r"the command line: bank\.anchors", r"\(got 0\)", "greater than or equal to 1"),
+        r"bank\.anchors=50",
+    ),
+    "PersonNotFound": (
+        lambda w: w.personal().generate([("eve", w.ann.items[0].fields)]),
+        ("no state of 'eve'", "'eve'", "in the store .*/people"),
+        "mta personalize",
+    ),
+    "AnchorNotFound": (
+        lambda w: w.personal(merge=TINY_RUN.merge.model_copy(update={"k": 9})).personalize([w.ann]),
+        (r"merge\.k is 9", "9", "the bank has 3 anchors"),
+        r"Lower merge\.k, or 0 for all",
+    ),
+    "ModelError": (
+        lambda w: BaseModel.load("smollm2-135m-instruct", dtype="float8"),
+        ("dtype 'float8' cannot be used", "'float8'", "expected auto, "),
+        "dtype=auto",
+    ),
+    "UnsupportedModel": (
+        recurrent,
+        ("carries a recurrent state", "'mamba'", "shared prefixes need attention"),
+        "Llama, Mistral, Qwen",
+    ),
+    "MemoryBudgetError": (
+        lambda w: w.personal(memory="1KiB").personalize([w.ann]),
+        ("one person needs about", r"\d MiB", r"the budget is 0\.0 MiB"),
+        "memory=…",
+    ),
+    "AssetError": (
+        lambda w: BaseModel.load("./no"),
+        ("no such file or folder", r"\./no", "expected an existing path, a hub id .* or one of the assets"),
+        r"ls \.",
+    ),
+    "ClusterError": (
+        lambda w: importlib.import_module("mta.cluster").Cluster("127.0.0.1:1"),
+        ("no Ray cluster at", r"'127\.0\.0\.1:1'", "refused"),
+        r"local, host:6379 or ray://host:10001",
+    ),
+    "BankError": (
+        built_over,
+        ("holds a bank built from", r"bank\d*", "other people, another base or other settings"),
+        "--out",
+    ),
+    "BankMismatch": (
+        lambda w: Bank.open(w.bank_folder, base_of("gpt2")),
+        ("was built for base 'tiny-llama'", r"the loaded base is 'tiny-gpt2'", r"sha256 \w{8}"),
+        r"mta bank build --base tiny-gpt2",
+    ),
+    "BankCorrupt": (
+        lambda w: Bank.open(w.tmp, w.base),
+        ("no bank at", r"no bank at /", r"bank\.json is missing"),
+        "mta bank build --help",
+    ),
+    "StoreError": (
+        damaged_store,
+        ("is damaged or missing", r"store\.json", "expected schema 1 and a 64-digit key"),
+        "Restore it from a backup",
+    ),
+    "StateCorrupt": (
+        damaged_state,
+        ("was changed or cut short", r"its sha256 is \w{12}…", r"expected b'\w{12}'…"),
+        "mta personalize",
+    ),
+    "OtherBank": (
+        another_banks,
+        ("was made with bank", r"made with bank \w{8}…", r"the bank at .*/other is \w{8}…"),
+        "mta personalize",
+    ),
+    "StoreConflict": (
+        overtaken,
+        ("was created by another writer meanwhile", "version 2 of 'p0'", "this state was not saved"),
+        "Save again: it becomes version 3",
+    ),
+    "Refused": (
+        lambda w: w.asked(LONG),
+        ("the prompt has 70 tokens", "8 are to come", "together more than 64"),
+        r"lower max_tokens",
+    ),
+    "QueueFull": (
+        lambda w: w.asked(SHORT, SHORT, waiting=0),
+        ("requests are waiting already", "0 requests", "already"),
+        "Come again a little later",
+    ),
+    "AnswerLost": (
+        lambda w: w.asked(ODD),
+        ("this answer could not be computed", "this answer", "computed"),
+        "Ask again",
+    ),
+    "EngineGone": (
+        lambda w: w.asked(SHORT, close=True),
+        ("the engine has stopped", "engine", "stopped"),
+        "GET /readyz",
+    ),
+    "NobodyHere": (
+        lambda w: w.who("person:eve"),
+        ("does not exist, or this key may not ask it", "'person:eve'", "may not ask it"),
+        "GET /v1/models",
+    ),
+    "NeedsRebuild": (
+        lambda w: w.who("task", strict=[w.tmp]),
+        ("the bank has to be rebuilt", "somebody who was forgotten", "without"),
+        "Ask the base",
+    ),
+    "VllmNotStarted": (
+        lambda w: w.vllm(),
+        ("vLLM did not come up", r"exit status 1", "it said nothing"),
+        r"false -m vllm\.entrypoints",
+    ),
+}  # fmt: skip
+
+
+def test_every_class_of_the_tree_is_provoked():
+    assert set(PROVOKED) == set(TREE)
+
+
+@pytest.mark.parametrize("name", PROVOKED)
+def test_it_says_what_was_found_and_expected_and_what_to_type_next(tiny_bank_folder, tmp_path, cache, name):
+    provoke, said, typed = PROVOKED[name]
+    world = World(tiny_bank_folder, tmp_path)
+    with pytest.raises(TREE[name]) as caught:
+        provoke(world)
+    error = caught.value
+    assert type(error) is TREE[name]
+    for part in said:
+        assert re.search(part, error.message), part
+    assert re.search(typed, error.hint)
+    assert str(error) == f"{error.message}\n  {error.hint}"
+    again = pickle.loads(pickle.dumps(error))
+    assert (type(again), again.args, again.message, again.hint) == (type(error), error.args, error.message, error.hint)
+    told = error_of(error)[1]["error"]["message"]
+    assert (error.message in told and error.hint in told) == (name in TOLD)
+    assert name in TOLD or not {error.message, error.hint} & {told}
