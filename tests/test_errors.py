@@ -31,6 +31,7 @@ from mta.store import Store
 
 SOURCE = Path(mta.__file__).parent
 PARSED = {path: ast.parse(path.read_text(encoding="utf-8")) for path in sorted(SOURCE.rglob("*.py"))}
+ASTRAY = TINY_RUN.stack.model_copy(update={"training": TINY_RUN.stack.training.model_copy(update={"lr": 1e300})})
 VLLM = {"mta.serving.vllm_resolver"}  # imports vLLM, which lives in another environment
 TOLD = {"NobodyHere", "Refused", "QueueFull", "NeedsRebuild", "EngineGone"}  # to callers of the server, hint and all
 
@@ -314,6 +315,11 @@ PROVOKED = {
         lambda w: w.personal(memory="1KiB").personalize([w.ann]),
         ("one person needs about", r"\d MiB", r"the budget is 0\.0 MiB"),
         "memory=…",
+    ),
+    "Diverged": (
+        lambda w: w.personal(stack=ASTRAY).personalize(people_of(2)),
+        ("losses on shots", "nan|inf", "are finite numbers"),
+        r"lower stack\.training\.lr",
     ),
     "AssetError": (
         lambda w: BaseModel.load("./no"),

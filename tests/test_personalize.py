@@ -18,7 +18,17 @@ from tiny import base_of
 from mta import BASE, TASK
 from mta.bank.bank import Bank
 from mta.config import Lora, MergeSettings, StackSettings, Training
-from mta.errors import AnchorNotFound, ConfigError, DataError, InputError, MemoryBudgetError, PersonNotFound, StoreError
+from mta.errors import (
+    AnchorNotFound,
+    ConfigError,
+    DataError,
+    Diverged,
+    InputError,
+    MemoryBudgetError,
+    PersonNotFound,
+    StoreError,
+)
+from mta.evidence import shots_of
 from mta.history import Item, Person
 from mta.lora.peft import read_peft
 from mta.personalize import Forgotten, Personalized, Personalizer, forget_person
@@ -100,11 +110,37 @@ def test_a_state_says_what_merge_and_stack_made_of_the_shots(tiny, stack):
 def test_a_loss_that_is_no_number_is_an_error_and_no_state(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr("mta.stages.surprise", lambda base, jobs, *_, **__: [float("nan")] * len(jobs))
     personal = personalizer(*tiny, store=tmp_path)
-    with pytest.raises(
-        InputError, match=r"losses on shots are finite numbers .*\n  Training went astray: lower stack\."
-    ):
+    with pytest.raises(Diverged, match=r"losses on shots are finite numbers .*\n  Training went astray: lower stack\."):
         personal.personalize(PEOPLE)
     assert states_in(tmp_path) == {}
+
+
+def test_one_person_who_diverges_is_told_and_the_others_are_personalized(tiny, tmp_path, monkeypatch):
+    from mta import stages
+
+    base, bank = tiny
+    astray, others = PEOPLE[1], [person for person in PEOPLE if person is not PEOPLE[1]]
+    key, measured = shots_of(base, bank.task, astray).key, stages.surprise
+
+    def one_is_no_number(base, jobs, *more, **how):
+        return [float("nan") if job.key == key else loss for job, loss in zip(jobs, measured(base, jobs, *more, **how))]
+
+    monkeypatch.setattr(stages, "surprise", one_is_no_number)
+    personal = personalizer(*tiny, store=tmp_path)
+    done = personal.personalize(PEOPLE)
+    assert done.trained == len(others)
+    assert list(done.failed) == [astray.id]
+    assert "finite numbers" in done.failed[astray.id]
+    alone = personalizer(*tiny)
+    alone.personalize(others)
+    for person in others:
+        close(personal.state(person.id), alone.state(person.id))
+
+
+def close(found, expected):
+    torch.testing.assert_close(torch.tensor(found.w), torch.tensor(expected.w), rtol=0, atol=1e-10)
+    for name, pair in expected.stack.factors.items():
+        torch.testing.assert_close(found.stack.factors[name].b, pair.b, rtol=0, atol=1e-10)
 
 
 def test_any_order_gives_the_same_bits(tiny):

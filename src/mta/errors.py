@@ -11,7 +11,8 @@ MtaError
 │   └── Refused           what a caller of the server asks for
 ├── ModelError
 │   ├── UnsupportedModel  a base this method cannot adapt
-│   └── MemoryBudgetError  one person alone needs more than the memory budget
+│   ├── MemoryBudgetError  one person alone needs more than the memory budget
+│   └── Diverged          training led to numbers that are not finite
 ├── AssetError            an asset that cannot be fetched or is not what was pinned
 ├── ClusterError          Ray, or workers that cannot begin
 ├── BankError
@@ -81,6 +82,10 @@ class UnsupportedModel(ModelError):
 
 class MemoryBudgetError(ModelError):
     """One person alone needs more memory than the budget allows."""
+
+
+class Diverged(ModelError):
+    """What was trained for somebody led to numbers that are not finite."""
 
 
 class AssetError(MtaError):

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from mta.config import MergeMode
-from mta.errors import InputError, StateCorrupt
+from mta.errors import Diverged, InputError, StateCorrupt
 from mta.history import Item, Person
 from mta.lora.batch import LoraBatch
 
@@ -33,7 +33,7 @@ class Losses:
 
     Under the pooled model (base and task LoRA), with the merge, and with merge and stack (None without a stack). Merge
     and stack come from these very shots: the numbers say what was learnt of them, not how the next query will go.
-    Raises InputError for a number that is not finite, which JSON could not say either.
+    Raises Diverged for a number that is not finite, which JSON could not say either.
     """
 
     pooled: float
@@ -58,7 +58,7 @@ class Losses:
     def __post_init__(self) -> None:
         told = [self.pooled, self.merged] + ([] if self.stacked is None else [self.stacked])
         if not all(map(math.isfinite, told)) or self.tokens < 1:
-            raise InputError(
+            raise Diverged(
                 f"losses on shots are finite numbers over at least one token, got {self}",
                 hint="Training went astray: lower stack.training.lr, or merge.learned.lr, and personalize again.",
             )
