@@ -627,7 +627,7 @@ def test_a_person_without_items_is_an_error(tiny, tmp_path):
     personal = personalizer(*tiny, store=tmp_path / "people")
     with pytest.raises(DataError) as caught:
         personal.personalize([*PEOPLE, Person("empty", ())])
-    assert str(caught.value) == "1 of 6 people have no item\n  Personalizing takes at least one shot each."
+    assert str(caught.value) == "1 of 6 people have no item\n  Leave them out, or give each of them an item."
     assert not (tmp_path / "people").exists()
 
 

@@ -33,7 +33,7 @@ def test_a_fault_in_an_array_names_its_line(
     with pytest.raises(DataError) as caught:
         list(stream.array_elements(path))
     assert caught.value.message == f"{path}:{message}"
-    assert caught.value.hint == "The rest of the array cannot be read."
+    assert caught.value.hint == "The rest of the array cannot be read: correct it there, or write an item a line."
 
 
 def test_elements_know_their_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

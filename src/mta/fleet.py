@@ -182,13 +182,9 @@ class Fleet(Generic[P, R]):
 def _cause(error: Any) -> Exception:
     """What was raised in the worker, as it was if it is ours."""
     cause = error.cause if isinstance(error.cause, Exception) else error
-    return (
-        cause
-        if isinstance(cause, MtaError)
-        else ClusterError(
-            f"a worker failed: {_said(cause)}", hint="Its traceback stands in the worker's log:  ray logs"
-        )
-    )
+    if isinstance(cause, MtaError):
+        return cause
+    return ClusterError(f"a worker failed: {_said(cause)}", hint="Its traceback stands in the worker's log:  ray logs")
 
 
 def _said(error: BaseException) -> str:

@@ -177,7 +177,7 @@ class Maker:
 def _check(people: Sequence[Person]) -> None:
     if empty := sum(not person.items for person in people):
         raise DataError(
-            f"{empty} of {len(people)} people have no item", hint="Personalizing takes at least one shot each."
+            f"{empty} of {len(people)} people have no item", hint="Leave them out, or give each of them an item."
         )
     if len({person.id for person in people}) < len(people):
         raise DataError("a person is given twice", hint="Put all items of a person into one history.")

@@ -29,7 +29,8 @@ from mta.lora.peft import write_peft
 from mta.making import Maker, Personalized, Updated
 from mta.rows import Nobody, Who, row_adapters
 from mta.score import label_scores, log_likelihood
-from mta.store import State, Store
+from mta.state import State
+from mta.store import Store
 from mta.training.trainer import OnStep
 
 Question = str | Mapping[str, str]
@@ -126,7 +127,7 @@ class Personalizer:
     ) -> list[str]:
         """Answer questions of different people, and of nobody (``mta.TASK``, ``mta.BASE``), in one batch.
 
-        ``stacked=False`` leaves the stacks out: merges alone. Raises PersonNotFound, DataError.
+        ``stacked=False`` leaves the stacks out: merges alone. Raises what ``state`` does, and DataError.
         """
         owners, adapters = self._adapters([who for who, _ in rows], stacked)
         task = self.bank.task
@@ -188,7 +189,7 @@ class Personalizer:
         return replace(found, states_removed=removed or found.states_removed)
 
     def state(self, person: str) -> State:
-        """What is kept of a person. Raises PersonNotFound, StateCorrupt; StoreError if it is of another bank."""
+        """What is kept of a person. Raises PersonNotFound, StateCorrupt, OtherBank."""
         if person in self._unsaved:
             return self._unsaved[person]
         if not self.store:

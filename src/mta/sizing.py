@@ -69,7 +69,8 @@ class Shape:
                 model = AutoModelForCausalLM.from_config(config)
         except ValueError:
             raise ConfigError(
-                f"{name!r} is no causal language model: {config.model_type}", hint="Give another base."
+                f"{name!r} is no causal language model: {config.model_type}",
+                hint=f"Give another --base, such as {next(iter(KNOWN))}.",
             ) from None
         head = model.get_output_embeddings()
         shapes = [shape_of(m) for m in model.modules() if is_linear(m) and m is not head]
@@ -118,7 +119,7 @@ class Load:
         if not 0 < self.targets <= self.tokens - self.shared:
             raise ConfigError(
                 f"an item of {self.tokens:g} tokens, {self.shared:g} of them shared, has no {self.targets:g} targets",
-                hint="Give --tokens, --shared and --targets that fit together.",
+                hint=f"Targets are tokens that are not shared: give --tokens above {self.shared + self.targets:g}.",
             )
 
     @property

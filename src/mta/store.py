@@ -26,10 +26,9 @@ from typing import Any
 from mta.errors import InputError, PersonNotFound, StateCorrupt, StoreConflict, StoreError
 from mta.exports import Export, exports_from_bytes, exports_to_bytes
 from mta.history import Person
-from mta.state import SCHEMA, SEALED, State, history_from_bytes, history_to_bytes, seal_of, work_key
+from mta.state import SCHEMA, SEALED, State, history_from_bytes, history_to_bytes, seal_of
 from mta.storage import Storage
 
-__all__ = ["State", "Store", "work_key"]
 _VERSION = re.compile(r"([1-9][0-9]*)\.safetensors")
 _PERSON = re.compile(r"([0-9a-f]{2}/[0-9a-f]{64})/")
 _KEY = re.compile("[0-9a-f]{64}")

@@ -11,7 +11,7 @@ from mta.errors import InputError
 from mta.evaluation.metrics import Answers, measure
 from mta.tasks.task import Task
 
-POOLED = {"mae": ("MAE", "RMSE"), "accuracy": ("accuracy", "F1"), "rouge": ("ROUGE-1", "ROUGE-L")}
+METRICS = {"mae": ("MAE", "RMSE"), "accuracy": ("accuracy", "F1"), "rouge": ("ROUGE-1", "ROUGE-L")}
 
 
 def score(task: Task, answers: Mapping[str, str], golds: Mapping[str, str]) -> dict[str, float]:
@@ -26,7 +26,7 @@ def score(task: Task, answers: Mapping[str, str], golds: Mapping[str, str]) -> d
     found = measure(task, Answers(said), true)
     if task.metric == "accuracy":
         found["F1"] = macro_f1(task.labels or (), said, true)
-    return {metric: found[metric] for metric in POOLED[task.metric]}
+    return {metric: found[metric] for metric in METRICS[task.metric]}
 
 
 def macro_f1(labels: tuple[str, ...], said: list[str], true: list[str]) -> float:

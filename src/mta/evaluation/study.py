@@ -17,7 +17,7 @@ from mta.config import Evaluation, MergeSettings, Run
 from mta.encode import Encoder
 from mta.errors import InputError
 from mta.evaluation.methods import Base, GlobalConstant, Merged, MergeThenAdapt, Method, OneLora, OwnConstant, TaskLora
-from mta.evaluation.protocol import Panel
+from mta.evaluation.protocol import Panel, able
 from mta.evaluation.run import Comparison, evaluate
 from mta.fuse import check_merge
 from mta.history import Person
@@ -89,22 +89,22 @@ def study(
     needed = evaluation.shots + evaluation.queries
     task = bank.task
     check_merge(run.merge, len(bank), task.labelled)
-    answered = [Person(p.id, p.items, tuple(q for q in p.queries if task.has_target(q))) for p in people]
-    able = [p for p in answered if not bank.info.members.artefacts_of(p.id) and (len(p.items) >= needed or p.queries)]
-    if not able:
+    strangers = [person for person in people if not bank.info.members.artefacts_of(person.id)]
+    tested = [p for p in strangers if able(task, p, evaluation.shots, evaluation.queries, "next")]
+    if not tested:
         raise InputError(
             f"none of {len(people)} people can be tested: they are in the bank, or have fewer than {needed} items",
             hint="Give people the bank was not built from, or lower shots= and queries=.",
         )
-    left_out = len(people) - len(able)
-    if limit is not None and limit < len(able):
-        able = draw(able, run.seed, task=0, development=0, test=limit).select("test", able)
+    left_out = len(people) - len(tested)
+    if limit is not None and limit < len(tested):
+        tested = draw(tested, run.seed, task=0, development=0, test=limit).select("test", tested)
     encoder = encoder or bank.encoder(base, run.encoder)
     how: dict[str, Any] = {"shots": evaluation.shots, "queries": evaluation.queries, "on_step": on_step}
-    panel = Panel.of(base, bank, encoder, run, able, **how)
+    panel = Panel.of(base, bank, encoder, run, tested, **how)
     methods = standard_methods(run, evaluation, task, len(bank))
     found = evaluate(panel, methods, evaluation.seeds or (run.seed,), on_method)
-    return Study(found, panel, _meta(base, bank, run, evaluation, len(able)) | {"left_out": left_out})
+    return Study(found, panel, _meta(base, bank, run, evaluation, len(tested)) | {"left_out": left_out})
 
 
 def ask(found: Study, personal: Personalizer, fields: dict[str, str], whose: Sequence[int]) -> None:

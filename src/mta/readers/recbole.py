@@ -90,13 +90,22 @@ def _table(path: Path, needed: tuple[str, ...], rejects: Rejects) -> Iterator[tu
             names = [cell.partition(":")[0] for cell in cells]
             if missing := [name for name in needed if name not in names]:
                 got = ", ".join(names)
-                raise data_error(place, missing[0], f"no such column; got {got}", hint="Expected a header of RecBole.")
+                raise data_error(
+                    place,
+                    missing[0],
+                    f"no such column; got {got}",
+                    hint=f"Its first line names the columns, such as  {_header(needed)}",
+                )
         elif len(cells) != len(names):
             rejects.add(place, None, f"expected {len(names)} columns, got {len(cells)}", text)
         else:
             yield place, dict(zip(names, cells))
     if names is None:
         raise DataError(
-            f"{path} is empty; expected a header of RecBole, such as {':token '.join(needed)}:token",
+            f"{path} is empty; expected a header of RecBole, such as {_header(needed)}",
             hint="Write its first line, or download the data set again.",
         )
+
+
+def _header(names: tuple[str, ...]) -> str:
+    return " ".join(f"{name}:token" for name in names)

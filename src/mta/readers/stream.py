@@ -181,7 +181,12 @@ class _Window:
     def fail(self, reason: str, at: int | None = None) -> NoReturn:
         """Raise the DataError for a fault at a character of the window."""
         line = self.line + (self.text.count("\n", self.at, at) if at is not None else 0)
-        raise data_error(Place(self.path, line), None, reason, hint="The rest of the array cannot be read.")
+        raise data_error(
+            Place(self.path, line),
+            None,
+            reason,
+            hint="The rest of the array cannot be read: correct it there, or write an item a line.",
+        )
 
 
 def _not_json(error: Exception) -> str:
