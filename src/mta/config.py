@@ -6,7 +6,7 @@ takes the 2 nearest anchors, our default policy weighs all of them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -197,9 +197,14 @@ def parse_size(text: str) -> int:
 S = TypeVar("S", bound=Settings)
 
 
-def load_settings(kind: type[S], path: str | Path | None = None, words: Iterable[str] = ()) -> S:
-    """Settings from a YAML file, then ``a.b=value`` words over it. Raises ConfigError naming key and value."""
-    values = read_yaml(Path(path)) if path else {}
+def load_settings(
+    kind: type[S], path: str | Path | None = None, words: Iterable[str] = (), *, beside: Container[str] = ()
+) -> S:
+    """Settings from a YAML file, then ``a.b=value`` words over it. Raises ConfigError naming key and value.
+
+    Keys of the file that stand ``beside`` these settings are another's.
+    """
+    values = {key: value for key, value in (read_yaml(Path(path)) if path else {}).items() if key not in beside}
     return checked(kind, _with_words(values, words), str(path or "the command line"))
 
 
@@ -270,4 +275,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 def dump_yaml(settings: Settings) -> str:
     """The resolved settings as YAML, ready to be given back with --config."""
-    return yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    return to_yaml(settings.model_dump(mode="json"))
+
+
+def to_yaml(values: Mapping[str, Any]) -> str:
+    """Plain values as YAML, in their order."""
+    return yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True)
