@@ -6,7 +6,7 @@ takes the 2 nearest anchors, our default policy weighs all of them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -189,9 +189,14 @@ def parse_size(text: str) -> int:
         ) from None
 
 
-def load_settings(kind: type[S], path: str | Path | None = None, words: Iterable[str] = ()) -> S:
-    """Settings from a YAML file, then ``a.b=value`` words over it. Raises ConfigError naming key and value."""
-    values = read_yaml(Path(path)) if path else {}
+def load_settings(
+    kind: type[S], path: str | Path | None = None, words: Iterable[str] = (), *, beside: Container[str] = ()
+) -> S:
+    """Settings from a YAML file, then ``a.b=value`` words over it. Raises ConfigError naming key and value.
+
+    Keys of the file that stand ``beside`` these settings are another's.
+    """
+    values = {key: value for key, value in (read_yaml(Path(path)) if path else {}).items() if key not in beside}
     return checked(kind, _with_words(values, words), str(path or "the command line"))
 
 

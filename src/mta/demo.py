@@ -6,6 +6,7 @@ import shlex
 from collections.abc import Callable, Sequence
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -21,7 +22,9 @@ from mta.history import Person
 from mta.machine import gemm_rate
 from mta.personalize import Personalizer
 from mta.readers import read_people
+from mta.runs import RunFolder
 from mta.settings import Settings, checked, dump_yaml
+from mta.sinks import Track
 from mta.splits import Splits, draw
 from mta.training.trainer import OnStep
 
@@ -73,11 +76,12 @@ def demo(
     *,
     on_step: OnStep | None = None,
     say: Callable[[str], None] = lambda _: None,
+    track: Track | None = None,
 ) -> Study:
     """Bank, evaluation, personalization and report under ``out``; a stopped demo goes on where it was.
 
-    ``words`` are settings over the recipe's, and over those of its short version too.
-    Raises ConfigError if ``out`` holds a demo with other settings.
+    ``words`` are settings over the recipe's, and over those of its short version too; ``track`` opens where steps are
+    told beside ``out``'s own files. Raises ConfigError if ``out`` holds a demo with other settings.
     """
     recipe = _settled(out, recipe, words, say)
     run = recipe.run
@@ -88,7 +92,27 @@ def demo(
     people = read_people(assets.resolve(recipe.data), run.task)
     splits = _splits(out, people, recipe)
     base = BaseModel.of(run)
+    how: dict[str, Any] = {"command": command, "track": track, "on_step": on_step, "about": {"seeds": [run.seed]}}
+    settings = recipe.model_dump(mode="json")
+    with RunFolder(folder=out, kind="demo", base=base, settings=settings, config=False, **how) as kept:
+        found = _compared(out, recipe, people, splits, base, kept.step, say)
+        kept.outcome = found.outcome()
+        found.write(out, command)
+    say(f"5/5  {out / 'report.html'}\n{_next(out, [found.panel.people[i].id for i in _three(found)])}")
+    return found
 
+
+def _compared(
+    out: Path,
+    recipe: Recipe,
+    people: list[Person],
+    splits: Splits,
+    base: BaseModel,
+    on_step: OnStep,
+    say: Callable[[str], None],
+) -> Study:
+    """From the bank to three people's answers."""
+    run = recipe.run
     parts = f"task LoRA on {len(splits.task)} people, {run.bank.anchors} anchors of {len(splits.candidates)} candidates"
     say(f"2/5  bank: {parts}")
     task_people, candidates = splits.select("task", people), splits.select("candidates", people)
@@ -106,9 +130,6 @@ def demo(
     three = _three(found)
     personal.personalize([found.panel.people[i] for i in three], on_step=on_step)
     ask(found, personal, recipe.question, three)
-
-    found.write(out, command)
-    say(f"5/5  {out / 'report.html'}\n{_next(out, [found.panel.people[i].id for i in three])}")
     return found
 
 

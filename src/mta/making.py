@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 
 from mta.bank.bank import Bank
 from mta.base import BaseModel
@@ -26,13 +26,14 @@ from mta.work import Work
 class Personalized:
     """What ``personalize`` did: how many people were trained, how many were there already, how many texts were cut.
 
-    ``failed`` are those whose data made workers of a cluster fail, and how.
+    ``failed`` are those whose data made workers of a cluster fail, and how; ``plan`` says who were trained together.
     """
 
     trained: int
     unchanged: int
     shortened: int
     failed: dict[str, str] = field(default_factory=dict)
+    plan: str = field(default="", compare=False)
 
     def __str__(self) -> str:
         up = f"{self.trained} people personalized, {self.unchanged} were up to date"
@@ -49,10 +50,17 @@ class Updated:
     begun: int
     unchanged: int
     failed: dict[str, str] = field(default_factory=dict)
+    plan: str = field(default="", compare=False)
 
     def __str__(self) -> str:
         new = f"{self.kept} kept, {self.retrained} retrained, {self.refreshed} refreshed"
         return f"of people with new items {new}; {self.begun} personalized anew, {self.unchanged} had no new items"
+
+
+def counts(done: Personalized | Updated) -> dict[str, int]:
+    """How many people, without saying who."""
+    told = {name: value for name, value in asdict(done).items() if name != "plan"}
+    return told | {"failed": len(done.failed)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +104,8 @@ class Maker:
         failed = {id: error for id, error in failed.items() if id in asked}  # not who was up to date before
         if work and not failed:
             work.finish()
-        return Personalized(len(missing) - len(failed), len(people) - len(missing), cohorts.cut, failed)
+        done = len(missing) - len(failed), len(people) - len(missing), cohorts.cut
+        return Personalized(*done, failed, cohorts.plan.digest)
 
     def update(self, people: Sequence[Person], keep_histories: bool = False) -> Updated:
         """``Personalizer.update``."""
@@ -114,18 +123,19 @@ class Maker:
                 grown.append(self._light(Wanted.of(person, *how, before, known)))
             else:
                 unchanged += 1
-        counts, failed = Counter[str](), dict[str, str]()
+        actions, failed, plan = Counter[str](), dict[str, str](), ""
         if grown:
             stages = Stages(self.base, self.bank, self.run, self.encoder(), self.on_step)
-            cohorts = stages.cohorts(grown, grown, self.executor.most, self.executor.threads).lacking(grown)
-            for outcome in self._outcomes(renew, stages, cohorts, failed):
-                counts.update(one.action for one in outcome.result or ())
+            cohorts = stages.cohorts(grown, grown, self.executor.most, self.executor.threads)
+            plan = cohorts.plan.digest
+            for outcome in self._outcomes(renew, stages, cohorts.lacking(grown), failed):
+                actions.update(one.action for one in outcome.result or ())
                 for wanted, one in zip(outcome.piece.wanted, outcome.result or ()):
                     if one.state:
                         self.unsaved[wanted.person.id] = one.state
         first = self.personalize(begin) if begin else Personalized(0, 0, 0)
-        done = counts["keep"], counts["retrain"], counts["refresh"]
-        return Updated(*done, first.trained, unchanged + first.unchanged, failed | first.failed)
+        done = actions["keep"], actions["retrain"], actions["refresh"]
+        return Updated(*done, first.trained, unchanged + first.unchanged, failed | first.failed, plan or first.plan)
 
     def _outcomes(
         self,

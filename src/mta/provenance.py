@@ -26,8 +26,16 @@ def commit(*beside: Path) -> str:
 
 def versions() -> dict[str, str]:
     """Of what computes."""
-    found = {name: importlib.metadata.version(name) for name in ("merge-then-adapt", "torch", "transformers")}
+    found = {name: version_of(name) or "unknown" for name in ("merge-then-adapt", "torch", "transformers")}
     return found | {"python": platform.python_version()}
+
+
+def version_of(package: str) -> str | None:
+    """Of an installed package; None for one that is not."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def _git(*words: str) -> str:

@@ -68,8 +68,10 @@ def test_a_bank_holds_these_files_and_no_others(built):
         "README.md",
         "anchors.safetensors",
         "bank.json",
+        "config.yaml",
         "index.safetensors",
         "metrics.jsonl",
+        "run.json",
         "task_lora/adapter_config.json",
         "task_lora/adapter_model.safetensors",
     ]

@@ -118,7 +118,7 @@ def test_stopped_and_resumed_equals_undisturbed(world, cache, tmp_path, monkeypa
     def killed(*args):
         calls.append(1)
         if len(calls) == 3:
-            (run,) = json.loads((torn / "meta.json").read_text())["runs"]
+            (run,) = json.loads((torn / "run.json").read_text())["sittings"]
             assert run["hours"] is None  # what a kill without warning would leave
             raise KeyboardInterrupt
         return measured(*args)
@@ -126,8 +126,8 @@ def test_stopped_and_resumed_equals_undisturbed(world, cache, tmp_path, monkeypa
     monkeypatch.setattr(module, "measured", killed)
     with pytest.raises(KeyboardInterrupt):
         run_experiment(lab_of(world, torn), ["ablation"])
-    (run,) = json.loads((torn / "meta.json").read_text())["runs"]
-    assert run["exhibits"] == ["ablation"]
+    (run,) = json.loads((torn / "run.json").read_text())["sittings"]
+    assert (run["exhibits"], run["stopped"]) == (["ablation"], "KeyboardInterrupt")
     with (torn / "scores.jsonl").open("a") as file:
         file.write('{"key": "torn')  # a line that a kill has cut
     run_experiment(lab_of(world, torn), ["ablation"])

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import shutil
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from mta import runs
 from mta.aside import write_tensors, written_aside
 from mta.bank import files
 from mta.bank.anchors import select_anchors
@@ -28,12 +27,13 @@ from mta.executor import Executor, LocalExecutor, Outcome
 from mta.history import Person
 from mta.lora.batch import LoraBatch, stack
 from mta.lora.peft import read_peft, write_peft
+from mta.runs import RunFolder
+from mta.sinks import Track
 from mta.tasks.task import Task
 from mta.training.checkpoint import Checkpoint
 from mta.training.plan import Plan, plan_cohorts
 from mta.training.trainer import Job, OnStep, Step
 
-METRICS = "metrics.jsonl"
 _NO_WORK = {
     "merge",
     "stack",
@@ -58,15 +58,19 @@ def build_bank(
     executor: Executor | None = None,
     on_step: OnStep | None = None,
     resume: bool = True,
+    command: str = "",
+    track: Track | None = None,
 ) -> None:
     """Train the task LoRA on ``task_people`` and a meta-LoRA per anchor among ``candidates``; write both to ``out``.
 
     ``task_lora`` is the folder of one that was trained before, by these settings on these people: it is copied.
     A build that was killed goes on from its last checkpoint unless ``resume`` is off; a finished one is left as it is.
+    How it went is kept beside it (``runs.RunFolder``): the ``command`` that asks for it again, every step; ``track``
+    opens where steps are told besides.
     Source: arXiv:2511.20072, stage 1; clustering and "most active" from its README. Raises InputError, BankError.
     """
     task_people, candidates = _by_id(task_people), _by_id(candidates)
-    run = _as_built(run, base, task, encoder)
+    asked, run = run.task, _as_built(run, base, task, encoder)
     work = work_key(base, task, encoder, task_people, candidates, run)
     if task_lora:
         hashes = files.file_hashes(task_lora, sorted(file.name for file in task_lora.iterdir()))
@@ -75,8 +79,13 @@ def build_bank(
         return
     if not resume:
         shutil.rmtree(out / "work", ignore_errors=True)
-        (out / METRICS).unlink(missing_ok=True)
-    site = _Site(base, task, run, out, work, executor or LocalExecutor(), on_step, task_lora)
+        (out / runs.METRICS).unlink(missing_ok=True)
+    settings = run.model_dump(mode="json")
+    if Path(asked).is_file():  # a task of one's own is found by its file alone
+        settings["task"] = str(Path(asked).resolve())
+    how: dict[str, Any] = {"settings": settings, "work": work, "command": command, "track": track, "on_step": on_step}
+    kept = RunFolder(folder=out, kind="bank", base=base, about={"seeds": [run.seed]}, **how)
+    site = _Site(base, task, run, out, work, executor or LocalExecutor(), kept, task_lora)
     # The anchors first: choosing them takes seconds, and if they are too few, stage 0 would be hours for nothing.
     able = [person for person in candidates if len(person.items) >= run.bank.min_items]
     vectors = encode_people(encoder, task, able, run.bank.encode)
@@ -84,13 +93,16 @@ def build_bank(
     anchors = [able[i].latest(run.bank.max_items) for i in chosen]
     (out / "work").mkdir(parents=True, exist_ok=True)
     jobs, plan = site.planned(anchors)  # before stage 0 too: too little memory is said at once
-    pooled = site.task_lora(task_people)
-    bank = site.meta_loras(jobs, plan, pooled)
+    kept.about["plan"] = plan.digest
+    with kept:
+        pooled = site.task_lora(task_people)
+        bank = site.meta_loras(jobs, plan, pooled)
 
-    write_tensors(out / files.ANCHORS, bank.tensors(), {"scale": repr(bank.scale)})
-    write_tensors(out / files.INDEX, {"vectors": vectors[chosen].contiguous()})
-    members = files.Members.of(work, [p.id for p in task_people], [p.id for p in able], [a.id for a in anchors])
-    site.finish(encoder, plan, [len(able[i].items) for i in chosen], members)
+        write_tensors(out / files.ANCHORS, bank.tensors(), {"scale": repr(bank.scale)})
+        write_tensors(out / files.INDEX, {"vectors": vectors[chosen].contiguous()})
+        members = files.Members.of(work, [p.id for p in task_people], [p.id for p in able], [a.id for a in anchors])
+        site.finish(encoder, plan, [len(able[i].items) for i in chosen], members)
+    _tidy(out)  # what a build has that ends before this, the next one removes
 
 
 def work_key(
@@ -113,7 +125,7 @@ class _Site:
     out: Path
     work: str
     executor: Executor
-    on_step: OnStep | None
+    kept: RunFolder
     given: Path | None = None
     cut: dict[str, int] = field(default_factory=lambda: {"items left out": 0, "texts shortened": 0})
 
@@ -183,6 +195,7 @@ class _Site:
     def finish(self, encoder: Encoder, plan: Plan, items: Sequence[int], members: files.Members) -> None:
         """Write the description last: a folder with ``bank.json`` is whole."""
         self.cut["items left out"] = sum(max(n - self.run.bank.max_items, 0) for n in items)
+        self.kept.outcome = {"anchors": len(items), "items": sum(items), **self.cut}
         names = [files.ANCHORS, files.INDEX]
         if self.run.task_lora.enabled:
             names += [f"{files.TASK_LORA}/{file.name}" for file in sorted((self.out / files.TASK_LORA).iterdir())]
@@ -199,7 +212,7 @@ class _Site:
             plan=plan.digest,
             items=tuple(items),
             cut=self.cut,
-            seconds=self._seconds(),
+            seconds=runs.seconds_of(self.out, self.work),
             members=members,
             files=files.file_hashes(self.out, names),
             hash="",  # of the whole, by write_info
@@ -207,33 +220,10 @@ class _Site:
         with written_aside(self.out / "README.md") as aside:
             aside.write_text(card(info), encoding="utf-8")
         files.write_info(self.out, info)
-        _tidy(self.out)
 
     def _reporter(self, stage: str) -> Callable[[Step], None]:
-        last = time.monotonic()
-
-        def report(step: Step) -> None:
-            nonlocal last
-            before, last = last, time.monotonic()
-            with (self.out / METRICS).open("a", encoding="utf-8") as log:
-                took = {"seconds": round(last - before, 3), "work": self.work[:12]}
-                log.write(json.dumps({"stage": stage, **asdict(step), **took}) + "\n")
-            if self.on_step:
-                self.on_step(stage, step)
-
-        return report
-
-    def _seconds(self) -> dict[str, float]:
-        """Time spent on each stage of this work, in this process and in those before it that were killed."""
-        spent: dict[str, float] = {}
-        with contextlib.suppress(FileNotFoundError):  # nothing was trained
-            for line in (self.out / METRICS).read_text(encoding="utf-8").splitlines():
-                with contextlib.suppress(ValueError, KeyError, TypeError):  # a line that a kill has torn
-                    step = json.loads(line)
-                    if step["work"] != self.work[:12]:
-                        continue
-                    spent[step["stage"]] = spent.get(step["stage"], 0.0) + step["seconds"]
-        return {stage: round(seconds, 1) for stage, seconds in spent.items()}
+        self.kept.stage_begins()
+        return partial(self.kept.step, stage)
 
     def _done(self, stage: str) -> bool:
         marker = self.out / "work" / f"{stage}.done"
@@ -260,7 +250,7 @@ def _by_id(people: Sequence[Person]) -> list[Person]:
 
 def _tidy(out: Path) -> None:
     """Remove the work folder, and what killed runs had written aside and never renamed."""
-    names = (files.INFO, files.ANCHORS, files.INDEX, files.TASK_LORA, "README.md")
+    names = (files.INFO, files.ANCHORS, files.INDEX, files.TASK_LORA, "README.md", runs.RUN, runs.CONFIG)
     for left in (out / "work", *(path for name in names for path in out.glob(f".{name}.{'[0-9a-f]' * 32}"))):
         if left.is_dir():
             shutil.rmtree(left, ignore_errors=True)

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from mta import runs
 from mta.aside import read_json, write_json
 from mta.assets import cache_dir
 from mta.config import Run
@@ -27,7 +28,7 @@ ANCHORS = "anchors.safetensors"
 INDEX = "index.safetensors"
 TASK_LORA = "task_lora"
 STALE = "needs-rebuild.json"
-OURS = {INFO, ANCHORS, INDEX, TASK_LORA, STALE, "README.md", "metrics.jsonl", "work"}
+OURS = {INFO, ANCHORS, INDEX, TASK_LORA, STALE, "README.md", "work"} | runs.NAMES
 
 
 class Members(BaseModel):

@@ -13,6 +13,7 @@ from mta.cli import (
     bank,
     data,
     demo,
+    doctor,
     evaluate,
     export,
     forget,
@@ -47,6 +48,7 @@ app.add_typer(store.app, name="store")
 app.add_typer(person.app, name="person")
 app.command("export")(export.export)
 app.command("forget")(forget.forget)
+app.command("doctor")(doctor.doctor)
 
 
 @app.callback(invoke_without_command=True)

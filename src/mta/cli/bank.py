@@ -17,11 +17,14 @@ from mta.cli.options import (
     SkipBad,
     Task,
     Together,
+    Track,
     Words,
     Workers,
     executor_at,
     settings,
     show_json,
+    tracked,
+    typed,
 )
 
 if TYPE_CHECKING:
@@ -45,6 +48,7 @@ def build(
     cluster: ClusterAt = None,
     workers: Workers = None,
     together: Together = None,
+    track: Track = None,
     json: Json = False,
 ) -> None:
     """Train the task LoRA and one meta-LoRA per anchor (stages 0 and 1).
@@ -57,10 +61,12 @@ def build(
     from mta.base import BaseModel
     from mta.cli.screen import Screen
 
+    opened = tracked(track, out)
     run = settings(config, words, task=task, base=base, seed=seed, device=device)
     people = people_in(source, run.task, skip_bad)
     with executor_at(cluster, workers, together) as executor, Screen() as screen:
         how: dict[str, Any] = {"executor": executor, "on_step": screen.step, "resume": resume}
+        how |= {"command": typed(), "track": opened}
         bank = Bank.build(BaseModel.of(run), people, out, task=run.task, run=run, **how)
     if json:
         return show_json(_summary(bank))

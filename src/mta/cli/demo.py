@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from mta.cli.options import Json, Seed, Words, show_json, typed
+from mta.cli.options import Json, Seed, Track, Words, show_json, tracked, typed
 
 
 def demo(
@@ -15,6 +15,7 @@ def demo(
     out: Annotated[Path, typer.Option(help="Folder for bank, people and report.")] = Path("demo"),
     recipe: Annotated[str, typer.Option(help="A recipe of the package, or a YAML file like it.")] = "movielens",
     seed: Seed = None,
+    track: Track = None,
     json: Json = False,
 ) -> None:
     """Build a bank from MovieLens, personalize people who are not in it, and compare with everything else.
@@ -30,9 +31,9 @@ def demo(
     from mta.evaluation.show import show
 
     given = [*(words or []), *([] if seed is None else [f"run.seed={seed}"])]
-    chosen = load_recipe(recipe)
+    chosen, opened = load_recipe(recipe), tracked(track, out)
     with Screen() as screen:
-        found = run_demo(out, chosen, typed(), given, on_step=screen.step, say=screen.say)
+        found = run_demo(out, chosen, typed(), given, on_step=screen.step, say=screen.say, track=opened)
     if json:
         return show_json(to_json(found.comparison, **found.meta, command=typed()))
     show(found, console)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
+from json import dumps
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
@@ -18,21 +20,36 @@ from mta.cli.options import (
     Json,
     Seed,
     SkipBad,
+    Track,
     Words,
     Workers,
     check_out,
     executor_at,
+    kept_over,
     open_bank,
     show_json,
     task_of,
+    tracked,
     typed,
 )
 
 if TYPE_CHECKING:
+    from mta.bank.bank import Bank
+    from mta.base import BaseModel
+    from mta.config import Run
     from mta.executor import Executor
     from mta.history import Person
+    from mta.runs import RunFolder
+    from mta.settings import Settings
+    from mta.sinks import Track as Opener
+    from mta.training.trainer import OnStep
 
-Settings = Annotated[Path | None, typer.Option("--config", help="Evaluation settings in YAML.", dir_okay=False)]
+S = TypeVar("S", bound="Settings")
+OF_RUN = MERGE_AND_STACK | OF_THE_MACHINE
+ConfigFile = Annotated[
+    Path | None,
+    typer.Option("--config", help="Settings in YAML: of the evaluation, and of merge and stack.", dir_okay=False),
+]
 Predictions = Annotated[
     Path | None, typer.Option(help="Score this file of answers instead, made elsewhere.", dir_okay=False)
 ]
@@ -42,8 +59,8 @@ def evaluate(
     source: Source,
     words: Words = None,
     bank: BankDir = Path("bank"),
-    out: Annotated[Path | None, typer.Option(help="Folder for report.html and results.json.")] = None,
-    config: Settings = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for report.html, results.json and what the run was.")] = None,
+    config: ConfigFile = None,
     predictions: Predictions = None,
     data: Annotated[str | None, typer.Option(help="The people a recipe is run on: LaMP files, or any others.")] = None,
     exhibit: Annotated[list[str] | None, typer.Option(help="Only this exhibit of a recipe; may be repeated.")] = None,
@@ -56,6 +73,7 @@ def evaluate(
     skip_bad: SkipBad = None,
     cluster: ClusterAt = None,
     workers: Workers = None,
+    track: Track = None,
     json: Json = False,
 ) -> None:
     """Compare MTA with constants, the base, the task LoRA, OPPU, merge only and adapt only.
@@ -79,7 +97,7 @@ def evaluate(
     if _is_recipe(source) and not privacy:
         folder = out or Path("runs") / Path(source).stem
         with executor_at(cluster, workers) as executor:
-            return _experiment(source, words, folder, data, exhibit, on, executor, json)
+            return _experiment(source, words, folder, data, exhibit, on, executor, track, json)
     from mta.errors import InputError
 
     if cluster or workers:
@@ -91,81 +109,82 @@ def evaluate(
             "--task belongs to --predictions; a comparison is about the task of its bank", hint="Leave --task out."
         )
     check_out(out)
-    if privacy:
-        return _attack(source, words or [], bank, out, config, people, seed, device, skip_bad, json)
-    _compare(people_in(source, task_of(bank), skip_bad), words or [], bank, out, config, people, seed, device, json)
+    asked = Asked(source, words or [], bank, out, config, seed, device, skip_bad, tracked(track, out), json)
+    _attack(asked, people) if privacy else _compare(asked, people)
 
 
-def _compare(
-    everybody: list[Person],
-    words: list[str],
-    bank: Path,
-    out: Path | None,
-    config: Path | None,
-    people: int | None,
-    seed: int | None,
-    device: str | None,
-    json: bool,
-) -> None:
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What was asked of a bank, be it to compare methods on it or to attack it."""
+
+    source: str
+    words: list[str]
+    bank: Path
+    out: Path | None
+    config: Path | None
+    seed: int | None
+    device: str | None
+    skip_bad: Path | None
+    track: Opener | None
+    json: bool
+
+    def everybody(self) -> list[Person]:
+        """People can be read, and found wrong, before a model is loaded."""
+        return people_in(self.source, task_of(self.bank), self.skip_bad)
+
+    def opened(self, kind: type[S]) -> tuple[BaseModel, Bank, Run, S]:
+        """Base and bank, and what was asked, parted: settings of the run over the bank's, and those of ``kind``."""
+        from mta.config import load_settings
+        from mta.settings import read_yaml
+
+        of_file = (read_yaml(self.config) if self.config else {}).items()
+        of_run = [f"{key}={dumps(value)}" for key, value in of_file if key in OF_RUN]
+        of_run += [word for word in self.words if re.split("[.=]", word)[0] in OF_RUN]
+        chosen = load_settings(kind, self.config, [word for word in self.words if word not in of_run], beside=OF_RUN)
+        return *open_bank(self.bank, of_run, self.seed, self.device, open_to=MERGE_AND_STACK), chosen
+
+    def kept(self, kind: str, base: BaseModel, bank: Bank, run: Run, chosen: Settings, on_step: OnStep) -> RunFolder:
+        """The folder of this run, which can be asked for again with the settings in it."""
+        settings = chosen.model_dump(mode="json") | base.as_loaded(run).model_dump(mode="json", include=set(OF_RUN))
+        return kept_over(bank, kind, folder=self.out, base=base, settings=settings, track=self.track, on_step=on_step)
+
+
+def _compare(asked: Asked, people: int | None) -> None:
     from mta.cli.screen import Screen, console
-    from mta.config import Evaluation, load_settings
+    from mta.config import Evaluation
     from mta.evaluation.report import to_json
     from mta.evaluation.show import show
     from mta.evaluation.study import study
 
-    of_run, of_comparison = _parted(words)
-    chosen = load_settings(Evaluation, config, of_comparison)
-    base, opened, run = open_bank(bank, of_run, seed, device, open_to=MERGE_AND_STACK)
-    with Screen() as screen:
-        found = study(base, opened, run, everybody, chosen, limit=people, on_step=screen.step, on_method=screen.say)
-    if json:
-        show_json(to_json(found.comparison, **found.meta, command=typed()))
-    else:
-        show(found, console)
-    if out:
-        found.write(out, typed())
+    everybody = asked.everybody()
+    base, bank, run, chosen = asked.opened(Evaluation)
+    with Screen() as screen, asked.kept("comparison", base, bank, run, chosen, screen.step) as kept:
+        found = study(base, bank, run, everybody, chosen, limit=people, on_step=kept.step, on_method=screen.say)
+        kept.outcome = found.outcome()
+        if asked.out:
+            found.write(asked.out, typed())
+    show_json(to_json(found.comparison, **found.meta, command=typed())) if asked.json else show(found, console)
 
 
-def _attack(
-    source: str,
-    words: list[str],
-    bank: Path,
-    out: Path | None,
-    config: Path | None,
-    people: int | None,
-    seed: int | None,
-    device: str | None,
-    skip_bad: Path | None,
-    json: bool,
-) -> None:
+def _attack(asked: Asked, people: int | None) -> None:
     from mta.cli.screen import Screen, console
-    from mta.config import Privacy, load_settings
+    from mta.config import Privacy
     from mta.errors import InputError
     from mta.evaluation.exposure import show, to_json, write
     from mta.evaluation.privacy import privacy
 
-    if people or _is_recipe(source):
+    if people or _is_recipe(asked.source):
         raise InputError(
             "--privacy takes people and a bank, no recipe and no --people", hint="For fewer people: targets=8."
         )
-    everybody = people_in(source, task_of(bank), skip_bad)
-    of_run, of_attack = _parted(words)
-    chosen = load_settings(Privacy, config, of_attack)
-    base, opened, run = open_bank(bank, of_run, seed, device, open_to=MERGE_AND_STACK)
-    with Screen() as screen:
-        found = privacy(base, opened, run, everybody, chosen, on_step=screen.step, say=screen.say)
-    if json:
-        show_json(to_json(found, command=typed()))
-    else:
-        show(found, console)
-    if out:
-        write(found, out, typed())
-
-
-def _parted(words: list[str]) -> tuple[list[str], list[str]]:
-    """Settings of the run, and those of what is evaluated."""
-    of_run = [word for word in words if re.split("[.=]", word)[0] in MERGE_AND_STACK | OF_THE_MACHINE]
-    return of_run, [word for word in words if word not in of_run]
+    everybody = asked.everybody()
+    base, bank, run, chosen = asked.opened(Privacy)
+    with Screen() as screen, asked.kept("privacy", base, bank, run, chosen, screen.step) as kept:
+        found = privacy(base, bank, run, everybody, chosen, on_step=kept.step, say=screen.say)
+        kept.outcome = found.outcome()
+        if asked.out:
+            write(found, asked.out, typed())
+    show_json(to_json(found, command=typed())) if asked.json else show(found, console)
 
 
 def _is_recipe(source: str) -> bool:
@@ -182,6 +201,7 @@ def _experiment(
     exhibits: list[str] | None,
     on: str,
     executor: Executor,
+    track: str | None,
     json: bool,
 ) -> None:
     from mta.cli.screen import Screen
@@ -197,13 +217,14 @@ def _experiment(
             hint="Leave it out for test people, or give  --on development",
         )
     check_out(out)
+    opened = tracked(track, out)
     recipe = override(load_experiment(name), words or [])
     which: Which = "test" if on == "test" else "development"
     wanted(recipe, which, exhibits or ())  # before anything is written or loaded
     with Screen() as screen:
         lab = Lab.open(recipe, out, data, which, say=screen.say, executor=executor)
         lab.on_step = screen.step
-        run_experiment(lab, exhibits or (), typed())
+        run_experiment(lab, exhibits or (), typed(), opened)
     if json:
         return show_json({"out": str(lab.folder), "sizes": lab.sizes})
     typer.echo(f"Draw it with:  mta report {lab.folder}", err=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import sys
 from collections.abc import Iterator
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from mta.base import BaseModel
     from mta.config import Run
     from mta.executor import Executor
+    from mta.runs import RunFolder
+    from mta.sinks import Track as Opener
     from mta.tasks import Task as TaskType
 
 Words = Annotated[list[str] | None, typer.Argument(help="Settings as key=value, for example memory=8GiB.")]
@@ -42,6 +45,9 @@ Workers = Annotated[int | None, typer.Option(min=1, help="Workers on the cluster
 Together = Annotated[
     int | None,
     typer.Option(min=1, help="People a worker trains together (32): how results are rounded depends on it."),
+]
+Track = Annotated[
+    str | None, typer.Option("--track", help="Tell losses and rates to tensorboard, wandb or trackio as well.")
 ]
 
 
@@ -132,9 +138,29 @@ def check_out(out: Path | None) -> None:
         )
 
 
+def tracked(name: str | None, folder: Path | None) -> Opener | None:
+    """What opens the sink of that name for a run kept in ``folder``; None without a name. Raises InputError."""
+    from mta.errors import InputError
+    from mta.sinks import tracker
+
+    if name and not folder:
+        raise InputError(
+            "--track goes with a folder that keeps the run", hint="Give one: --out (mta personalize: --run)."
+        )
+    return tracker(name) if name else None
+
+
+def kept_over(bank: Bank, kind: str, **how: Any) -> RunFolder:
+    """The folder of a run over a bank: see ``RunFolder`` for what else it takes."""
+    from mta.runs import RunFolder
+
+    about = {"bank": bank.hash[:12], "seeds": [how["settings"]["seed"]]}
+    return RunFolder(kind=kind, command=typed(), about=about, **how)
+
+
 def typed() -> str:
-    """The command as it was typed, for whoever wants the same again."""
-    return shlex.join(["mta", *sys.argv[1:]])
+    """The command as it was typed, for whoever wants the same again; a password in an address is left out."""
+    return re.sub(r"(?<=://)[^/@\s]+@", "***@", shlex.join(["mta", *sys.argv[1:]]))
 
 
 def show_json(value: object) -> None:

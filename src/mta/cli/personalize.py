@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -19,12 +19,16 @@ from mta.cli.options import (
     SkipBad,
     StoreUrl,
     Together,
+    Track,
     Words,
     Workers,
+    check_out,
     executor_at,
+    kept_over,
     open_bank,
     show_json,
     task_of,
+    tracked,
 )
 
 if TYPE_CHECKING:
@@ -36,6 +40,9 @@ KeepHistories = Annotated[
 ]
 Update = Annotated[
     bool, typer.Option("--update", help="Go on from the states there are, at the cost of each person's new items.")
+]
+RunDir = Annotated[
+    Path | None, typer.Option("--run", help="Keep how it went in this folder; mta report compares such folders.")
 ]
 Resume = Annotated[bool, typer.Option("--resume/--restart", help="Go on with cohorts that were stopped.")]
 
@@ -56,6 +63,8 @@ def personalize(
     cluster: ClusterAt = None,
     workers: Workers = None,
     together: Together = None,
+    run: RunDir = None,
+    track: Track = None,
     json: Json = False,
 ) -> None:
     """Give everybody in a file their merge and their stack, all of them together.
@@ -69,18 +78,27 @@ def personalize(
     from dataclasses import asdict
 
     from mta.cli.screen import Screen
+    from mta.making import counts
     from mta.personalize import Personalizer
+    from mta.runs import work_of
 
+    check_out(run)
+    opener = tracked(track, run)
     people = [p.latest(latest) if latest else p for p in people_in(source, task_of(bank), skip_bad)]
-    base, opened, run = open_bank(bank, words, seed, device, config, open_to=MERGE_AND_STACK)
+    base, opened, settings = open_bank(bank, words, seed, device, config, open_to=MERGE_AND_STACK)
     if seen := sum(bool(opened.info.members.artefacts_of(person.id)) for person in people):
         typer.echo(f"{seen} of {len(people)} people helped to train this bank: it knows their items already.", err=True)
     with executor_at(cluster, workers, together) as executor, Screen() as screen:
-        personal = Personalizer(base, opened, store, run=run, executor=executor)
-        if update:
-            done: Personalized | Updated = personal.update(people, keep_histories=keep_histories, on_step=screen.step)
-        else:
-            done = personal.personalize(people, keep_histories=keep_histories, resume=resume, on_step=screen.step)
+        personal = Personalizer(base, opened, store, run=settings, executor=executor)
+        asked = base.as_loaded(settings).model_dump(mode="json")
+        how: dict[str, Any] = {"settings": asked, "track": opener, "on_step": screen.step}
+        how["work"] = work_of(asked, opened.hash)  # a run that is stopped goes on
+        with kept_over(opened, "personalize", folder=run, base=base, **how) as kept:
+            if update:
+                done: Personalized | Updated = personal.update(people, keep_histories=keep_histories, on_step=kept.step)
+            else:
+                done = personal.personalize(people, keep_histories=keep_histories, resume=resume, on_step=kept.step)
+            kept.outcome, kept.about["plan"] = counts(done), done.plan
     show_json(asdict(done)) if json else typer.echo(str(done))
     for person, error in done.failed.items():
         typer.echo(f"not personalized: {person!r}: {error}", err=True)

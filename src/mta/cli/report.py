@@ -11,7 +11,9 @@ from mta.cli.options import Json, check_out, show_json
 
 
 def report(
-    folders: Annotated[list[Path], typer.Argument(help="The --out folders of mta evaluate, one for each set.")],
+    folders: Annotated[
+        list[Path], typer.Argument(help="The --out folders of mta evaluate, bank build or demo; --run folders.")
+    ],
     out: Annotated[Path, typer.Option(help="Folder for tables, pictures and pages.")] = Path("report"),
     texts: Annotated[
         bool,
@@ -19,11 +21,14 @@ def report(
     ] = False,
     json: Json = False,
 ) -> None:
-    """Draw every exhibit that has been run: Markdown, one HTML page, SVG and PNG. No model is loaded.
+    """Draw every exhibit that has been run, and runs beside each other: Markdown, HTML, SVG, PNG. No model is loaded.
 
-    What is written can be published: scores without texts, people as salted hashes. With --texts it cannot.
+    Of a recipe's folder every exhibit; of banks, comparisons, personalizations and demos what differs between them
+    (runs.html): settings, losses, what came out. What is written can be published: scores without texts, people as
+    salted hashes. With --texts it cannot.
 
     Example:  mta report runs/lamp3 runs/movielens --out results/
+    Example:  mta report bank-8/ bank-16/ --out compared/
     """
     from mta.evaluation.publish import report as draw
 

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
-
-import torch
 
 from mta.aside import write_json
 from mta.errors import ClusterError
@@ -19,21 +15,32 @@ from mta.evaluation.methods import Method, Outcome
 from mta.evaluation.metrics import measure, query_nll
 from mta.evaluation.recipe import Experiment, Part, wanted
 from mta.evaluation.records import Record, Records
-from mta.machine import cores, processor
-from mta.provenance import commit, versions
+from mta.runs import RunFolder, work_of
+from mta.sinks import Track
 
-CASE, FACTS, META = "case.json", "banks.json", "meta.json"
+CASE, FACTS, KIND = "case.json", "banks.json", "experiment"
 
 
-def run_experiment(lab: Lab, exhibits: Sequence[str] = (), command: str = "") -> None:
+def run_experiment(lab: Lab, exhibits: Sequence[str] = (), command: str = "", track: Track | None = None) -> None:
     """Compute whatever the exhibits lack, seed by seed, and write it to ``scores.jsonl`` in the lab's folder.
 
-    ``command`` says how to get it again.
+    ``command`` says how to get it again; ``track`` opens where steps are told.
     """
     recipe = lab.recipe
     exhibits = wanted(recipe, lab.which, exhibits)
     records = Records(lab.folder)
-    with _noted(lab, exhibits, command):
+    about = {"which": lab.which, "exhibits": [*exhibits], "seeds": [*recipe.seeds]}
+    settings = recipe.model_dump(mode="json")
+    how: dict[str, Any] = {
+        "work": work_of(settings, lab.splits.digest),
+        "command": command,
+        "track": track,
+        "on_step": lab.on_step,
+        "about": about,
+    }
+    with RunFolder(folder=lab.folder, kind=KIND, base=lab.base, settings=settings, config=False, **how) as kept:
+        kept.begin()
+        lab.on_step = kept.step
         for seed in recipe.seeds:  # what is stopped leaves whole seeds behind
             _run_seed(lab, records, [planned for planned in _planned(recipe, exhibits) if planned[0] == seed])
         if {"banks", "efficiency"} & {*exhibits}:
@@ -41,6 +48,7 @@ def run_experiment(lab: Lab, exhibits: Sequence[str] = (), command: str = "") ->
         if "case" in exhibits:
             panel = next(lab.panels(Part(methods=()), recipe.seeds[0], recipe.shots))
             write_json(lab.folder / CASE, case_study(panel, recipe.run.merge, recipe.seeds[0]))
+        kept.outcome = {"results": len(records.rows), "people": len({row.person for row in records.rows})}
 
 
 def _planned(recipe: Experiment, exhibits: Sequence[str]) -> list[tuple[int, str, Part, int]]:
@@ -163,36 +171,6 @@ def _coefficients(found: Outcome, person: int) -> dict[str, Any]:
         return {}
     w = tuple(round(float(one), 5) for one in found.merge.w[person])
     return {"anchors": tuple(found.merge.ids[person].tolist()), "w": w}
-
-
-@contextmanager
-def _noted(lab: Lab, exhibits: Sequence[str], command: str) -> Iterator[None]:
-    """What a reader must know of the run beside its scores; earlier runs in the same folder stay in the list."""
-    path, began = lab.folder / META, time.monotonic()
-    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    this = {
-        "command": command,
-        "commit": commit(),
-        "machine": f"{processor()}, {cores()} cores",
-        "threads": torch.get_num_threads(),
-    }
-    this |= {"versions": versions(), "exhibits": list(exhibits)}
-    about = {
-        "base": lab.base.name,
-        "note": lab.base.note,
-        "dtype": str(lab.base.dtype).removeprefix("torch."),
-        "which": lab.which,
-        "exhibits": sorted({*before.get("exhibits", ()), *exhibits}),
-    }
-
-    def note(hours: float | None) -> None:
-        write_json(path, about | {"runs": [*before.get("runs", ()), this | {"hours": hours}]})
-
-    note(None)  # what a killed run leaves
-    try:
-        yield
-    finally:
-        note(round((time.monotonic() - began) / 3600, 3))
 
 
 def _write_facts(lab: Lab) -> None:

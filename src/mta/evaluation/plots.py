@@ -96,6 +96,44 @@ def lines(
     save(path, draw)
 
 
+def curves(path: Path, runs: Mapping[str, Sequence[float]], y_label: str) -> None:
+    """A loss at each step, of several runs over each other: faint as it was, and its running mean over a twentieth."""
+
+    def draw(ax: Any) -> None:
+        for n, (name, values) in enumerate(runs.items()):
+            colour, wide = COLOURS[n % len(COLOURS)], max(len(values) // 20, 1)
+            means = [sum(values[max(i - wide + 1, 0) : i + 1]) / min(wide, i + 1) for i in range(len(values))]
+            steps = range(1, len(values) + 1)
+            if wide > 1:
+                ax.plot(steps, values, color=colour, linewidth=0.8, alpha=0.25)
+            ax.plot(steps, means, color=colour, linewidth=1.6, label=f"{name}, {means[-1]:.3f} at the end")
+        ax.set(xlabel="step", ylabel=y_label)
+        ax.legend(frameon=False, fontsize=8.5, loc="best")
+
+    save(path, draw)
+
+
+def beside(path: Path, rows: Sequence[tuple[str, Sequence[Interval | None]]], runs: Sequence[str], label: str) -> None:
+    """A method a line and a run a colour: differences with their intervals beside each other, and zero."""
+    left, right = _inside([one for _, found in rows for one in found if one])
+
+    def draw(ax: Any) -> None:
+        for n, run in enumerate(runs):
+            colour, shift = COLOURS[n % len(COLOURS)], 0.7 * ((n + 0.5) / len(runs) - 0.5)
+            shown = [(place + shift, found[n]) for place, (_, found) in enumerate(rows)]
+            inside = [(at, one) for at, one in shown if one and left <= one.mean <= right]
+            for at, one in inside:
+                ax.plot([one.low, one.high], [at, at], color=colour, linewidth=1.4, alpha=0.7)
+            ax.plot([one.mean for _, one in inside], [at for at, _ in inside], "o", color=colour, ms=5, label=run)
+        ax.axvline(0, color=LINE, linewidth=1)
+        ax.set_yticks(range(len(rows)), [name for name, _ in rows])
+        ax.set(xlim=(left, right), ylim=(len(rows) - 0.5, -0.5), xlabel=label)
+        ax.tick_params(left=False)
+        ax.legend(frameon=False, fontsize=8.5, loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
+
+    save(path, draw, (6.4, 0.9 + (0.15 + 0.17 * len(runs)) * len(rows)))
+
+
 def _name_levels(ax: Any, level: Mapping[str, float]) -> None:
     """Names beside their lines, moved apart where lines are close together."""
     low, high = ax.get_ylim()

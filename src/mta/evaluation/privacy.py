@@ -6,15 +6,12 @@ docs/explanation/privacy.md says what it leaves out.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 
-from mta import __version__
 from mta.bank.bank import Bank
 from mta.base import BaseModel
 from mta.config import MergeSettings, Privacy, Run
@@ -26,6 +23,7 @@ from mta.evaluation.protocol import Panel
 from mta.evaluation.run import Interval
 from mta.fuse import check_merge
 from mta.history import Person
+from mta.provenance import versions
 from mta.training.trainer import OnStep
 
 KS = (1, 2, 4)
@@ -39,6 +37,11 @@ class Findings:
     weights: Interval | None
     pairs: int
     meta: dict[str, Any]
+
+    def outcome(self) -> dict[str, Any]:
+        """A few numbers: the AUC of the strongest attack on every kind of model."""
+        best = {f"{row.about}: {row.name}": max(one.auc.mean for one in row.attacks.values()) for row in self.rows}
+        return {"AUC": {name: round(auc, 4) for name, auc in best.items()}}
 
     def row(self, about: str, name: str) -> Row:
         """A row by whose items it is about and its name."""
@@ -107,5 +110,5 @@ def _meta(panel: Panel, parts: Cast, settings: Privacy) -> dict[str, Any]:
         "seed": run.seed,
         "privacy": settings.model_dump(mode="json"),
         "run": run.model_dump(mode="json"),
-        "versions": {"mta": __version__, "torch": torch.__version__, "python": sys.version.split()[0]},
+        "versions": versions(),
     }

@@ -10,22 +10,29 @@ from pathlib import Path
 from typing import Any
 
 from mta.aside import write_json, written_aside
+from mta.evaluation.compared import compared, is_experiment, read_runs
 from mta.evaluation.exhibits import Section, sections
-from mta.evaluation.experiment import CASE, FACTS, META
+from mta.evaluation.experiment import CASE, FACTS
 from mta.evaluation.lab import RECIPE, SIZES
 from mta.evaluation.records import FILE, Record, publish
-from mta.evaluation.results import Results
+from mta.evaluation.results import BEFORE, Results
 from mta.evaluation.tables import overview
+from mta.runs import RUN
 
 
 def report(folders: Sequence[Path], out: Path, *, texts: bool = False) -> list[str]:
-    """Draw every exhibit of every experiment's folder into ``out``; returns the names of what was drawn.
+    """Draw every exhibit of every experiment's folder, and other runs beside each other; returns what was drawn.
 
+    Of runs (banks, comparisons, personalizations, demos) ``runs.md`` and ``runs.html`` tell what differs, with
+    experiments' among them where both are given.
     For each set a folder with ``README.md``, ``index.html``, pictures (SVG and PNG), and what a reader needs to draw
     them again: scores without texts, compressed, sizes and settings. ``texts`` adds what holds people's texts: the case
     study, and every method's answers in LaMP's format under ``answers/``. Raises DataError.
     """
-    many = [Results.read(folder) for folder in folders]
+    experiments = [folder for folder in folders if is_experiment(folder)]
+    told = [folder for folder in folders if folder not in experiments or (folder / RUN).exists()]
+    runs = read_runs(told) if len(experiments) < len(folders) else []
+    many = [Results.read(folder) for folder in experiments]
     drawn = []
     for found in many:
         folder = out / found.name
@@ -38,6 +45,10 @@ def report(folders: Sequence[Path], out: Path, *, texts: bool = False) -> list[s
         drawn += [f"{found.name}: {section.title}" for section in made]
     if len(many) > 1:
         _write(out, "Every set", overview(many), [])
+    if runs:
+        made = compared(runs, out)
+        _write(out, "Runs compared", "", made, ("runs.md", "runs.html"))
+        drawn += [f"runs: {section.title}" for section in made]
     return drawn
 
 
@@ -63,7 +74,6 @@ def _copy(found: Results, folder: Path, texts: bool) -> None:
     publish(found.records, folder / f"{FILE}.gz")
     beside: list[tuple[str, object]] = [
         (SIZES, found.sizes),
-        (META, found.meta),
         (FACTS, found.facts),
         (CASE, found.case),
     ]
@@ -72,6 +82,9 @@ def _copy(found: Results, folder: Path, texts: bool) -> None:
             write_json(folder / name, value)
     recipe = found.folder / RECIPE
     shutil.copyfile(recipe if recipe.exists() else found.folder.parent / RECIPE, folder / RECIPE)
+    for name in (RUN, BEFORE):
+        if (found.folder / name).exists():
+            shutil.copyfile(found.folder / name, folder / name)
     if texts:
         lamp_answers(found.records, found.task.lamp or found.task.name, folder / "answers")
 
@@ -103,12 +116,19 @@ def _runs(meta: dict[str, Any]) -> str:
     for run in meta.get("runs", ()):
         with_versions = ", ".join(f"{name} {version}" for name, version in run["versions"].items())
         took = "stopped before its end" if run["hours"] is None else f"{run['hours']:.2f} hours"
+        took += ", then stopped" * bool(run.get("stopped"))
         line = f"- {run['command'] or 'from Python'}: {took} on {run['machine']}, "
         said.append(f"{line}{run['threads']} threads; commit {run['commit'] or 'unknown'}; {with_versions}\n")
     return "".join(said)
 
 
-def _write(folder: Path, title: str, head: str, made: Sequence[Section]) -> None:
+def _write(
+    folder: Path,
+    title: str,
+    head: str,
+    made: Sequence[Section],
+    names: tuple[str, str] = ("README.md", "index.html"),
+) -> None:
     """The same as Markdown and as a page that needs nothing but the pictures beside it."""
     text, page = f"# {title}\n\n{head}\n", f"<h1>{html.escape(title)}</h1>\n{_paragraphs(head)}"
     for section in made:
@@ -118,7 +138,7 @@ def _write(folder: Path, title: str, head: str, made: Sequence[Section]) -> None
         page += "".join(
             f'<img src="{picture}.svg" alt="{html.escape(section.title)}">\n' for picture in section.pictures
         )
-    for name, content in (("README.md", text), ("index.html", _PAGE.format(title=html.escape(title), body=page))):
+    for name, content in zip(names, (text, _PAGE.format(title=html.escape(title), body=page))):
         with written_aside(folder / name) as aside:
             aside.write_text(content, encoding="utf-8")
 

@@ -13,16 +13,19 @@ import torch
 import yaml
 
 from mta.errors import DataError, InputError
-from mta.evaluation.experiment import CASE, FACTS, META
+from mta.evaluation.experiment import CASE, FACTS
 from mta.evaluation.lab import RECIPE, SIZES
 from mta.evaluation.methods import Method
 from mta.evaluation.metrics import Answers
 from mta.evaluation.recipe import Experiment, Part
 from mta.evaluation.records import Record, read_records
 from mta.evaluation.run import Comparison, Row
+from mta.runs import sittings
 from mta.settings import checked
 from mta.tasks.load import load_task
 from mta.tasks.task import Task
+
+BEFORE = "meta.json"  # where experiments told of their runs before run.json
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,7 @@ class Results:
             ) from None
         sizes, meta, facts, case = (
             _json(above / SIZES),
-            {"exhibits": list(recipe.exhibits)} | _json(folder / META),
+            {"exhibits": list(recipe.exhibits)} | _meta(folder),
             _json(folder / FACTS),
             _json(folder / CASE),
         )
@@ -155,6 +158,14 @@ def _row(name: str, seeds: Sequence[Sequence[Record]]) -> Row:
     answers = [Answers([""] * (len(r.nll) if r.nll else 1)) for r in seeds[0]]
     seconds = sum(r.seconds for r in every) / len(seeds)
     return Row(name, metrics, nll, seconds, sum(r.bytes for r in every) / len(every), None, answers)
+
+
+def _meta(folder: Path) -> dict[str, Any]:
+    """What a reader must know beside the scores: base, precision, which people, what was run when and where."""
+    if not (told := sittings(folder)):
+        return _json(folder / BEFORE)
+    facts = {name: told[-1][name] for name in ("base", "note", "dtype", "which")}
+    return facts | {"exhibits": sorted({name for one in told for name in one["exhibits"]}), "runs": told}
 
 
 def _json(path: Path) -> dict[str, Any]:

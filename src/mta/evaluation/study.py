@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,7 +9,6 @@ from typing import Any
 
 import torch
 
-from mta import __version__
 from mta.bank.bank import Bank
 from mta.base import BaseModel
 from mta.config import Evaluation, MergeSettings, Run
@@ -19,10 +17,12 @@ from mta.errors import InputError
 from mta.evaluation.methods import Base, GlobalConstant, Merged, MergeThenAdapt, Method, OneLora, OwnConstant, TaskLora
 from mta.evaluation.protocol import Panel, able
 from mta.evaluation.run import Comparison, evaluate
+from mta.evaluation.verdict import yardstick
 from mta.fuse import check_merge
 from mta.history import Person
 from mta.personalize import Personalizer
 from mta.policies import POLICIES
+from mta.provenance import versions
 from mta.rows import TASK, Who
 from mta.splits import draw
 from mta.tasks.task import Task
@@ -37,6 +37,12 @@ class Study:
     panel: Panel
     meta: dict[str, Any]
     questions: list[dict[str, Any]] = field(default_factory=list)
+
+    def outcome(self) -> dict[str, Any]:
+        """A few numbers: how many people, and every method's mean of the metric differences are judged in."""
+        metric, rows = yardstick(self.comparison), self.comparison.rows
+        means = {row.name: round(one.mean, 4) for row in rows if (one := self.comparison.score(row.name, metric))}
+        return {"people": self.meta["people"], metric: means}
 
     def write(self, out: str | Path, command: str = "") -> None:
         """``report.html`` and ``results.json`` under ``out``; ``command`` says how to get them again."""
@@ -138,7 +144,6 @@ def _shots_in_words(found: Study, person: int) -> str:
 
 
 def _meta(base: BaseModel, bank: Bank, run: Run, evaluation: Evaluation, people: int) -> dict[str, Any]:
-    versions = {"mta": __version__, "torch": torch.__version__, "python": sys.version.split()[0]}
     return {
         "base": base.name,
         "note": base.note,
@@ -153,5 +158,5 @@ def _meta(base: BaseModel, bank: Bank, run: Run, evaluation: Evaluation, people:
         "bank_seconds": bank.info.seconds,
         "run": run.model_dump(mode="json"),
         "evaluation": evaluation.model_dump(mode="json"),
-        "versions": versions,
+        "versions": versions(),
     }

@@ -3,7 +3,7 @@
 ``compile`` builds and loads them, ``functions`` gives them gradients, ``swap`` puts them into a model.
 """
 
-from mta.kernels.compile import kernels, without_kernels
+from mta.kernels.compile import kernels, obstacle, without_kernels
 from mta.kernels.functions import LogProbs, TreeAttention, add_low_rank, low_rank_gradients, side_by_side, wide
 from mta.kernels.products import AdaptedRows, product
 from mta.kernels.swap import use_kernels
@@ -15,6 +15,7 @@ __all__ = [
     "add_low_rank",
     "kernels",
     "low_rank_gradients",
+    "obstacle",
     "product",
     "side_by_side",
     "use_kernels",

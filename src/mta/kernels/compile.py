@@ -72,13 +72,23 @@ def without_kernels() -> Iterator[None]:
         _off -= 1
 
 
+def obstacle() -> str:
+    """Why no kernels are compiled here, for a reader; nothing where they can be."""
+    reasons = {
+        "MTA_KERNELS is off": os.environ.get("MTA_KERNELS") == "off",
+        "they are compiled on Linux alone": sys.platform != "linux",
+        "there is no g++": not shutil.which("g++"),
+        "torch brought no OpenMP runtime": not _openmp(),
+    }
+    return next((reason for reason, holds in reasons.items() if holds), "")
+
+
 @cache
 def _library() -> dict[torch.dtype, Kernels]:
-    compiler, openmp = shutil.which("g++"), _openmp()
-    if os.environ.get("MTA_KERNELS") == "off" or sys.platform != "linux" or not compiler or not openmp:
+    if obstacle():
         return {}
     try:
-        library = ctypes.CDLL(str(_compiled(compiler, openmp)))
+        library = ctypes.CDLL(str(_compiled(shutil.which("g++") or "", _openmp())))
     except (OSError, subprocess.SubprocessError):
         return {}
     return {dtype: _table(library, str(dtype)) for dtype in (torch.float32, torch.float64, torch.bfloat16)}

@@ -1,0 +1,66 @@
+"""``mta doctor``: whether this machine can do what mta does, and what to type where it cannot."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+from mta.cli.options import Json, show_json
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from rich.table import Table
+
+    from mta.doctor import Finding
+
+MARKS = {"ok": "[green]ok[/]", "warning": "[yellow]warning[/]", "problem": "[bold red]problem[/]"}
+
+
+def doctor(
+    bank: Annotated[Path | None, typer.Option("--bank", help="Look at this bank too.")] = None,
+    store: Annotated[str | None, typer.Option("--store", help="Look at this store too.")] = None,
+    json: Json = False,
+) -> None:
+    """Look at versions, processor, memory, kernels, cache and extras; exits with 1 where a demo could not run.
+
+    Nothing is downloaded and no model is loaded.
+
+    Example:  mta doctor --bank bank/ --store people/
+    """
+    from mta.doctor import examine
+
+    found = examine(bank, store)
+    problems, warnings = (sum(one.verdict == verdict for one in found) for verdict in ("problem", "warning"))
+    if json:
+        show_json({"problems": problems, "warnings": warnings, "findings": [asdict(one) for one in found]})
+    else:
+        say = Console(highlight=False).print
+        say(_table(found))
+        counted = f"{problems} problem{'s' * (problems != 1)}, {warnings} warning{'s' * (warnings != 1)}"
+        say(f"{counted}. " + ("Mend the problems first." if problems else "Ready. Start with:  mta demo"))
+    if problems:
+        raise typer.Exit(1)
+
+
+def _table(found: Sequence[Finding]) -> Table:
+    from rich import box
+    from rich.markup import escape
+    from rich.table import Table
+
+    made = Table(box=box.SIMPLE_HEAD, show_header=False, show_edge=False, pad_edge=False)
+    for _ in range(3):
+        made.add_column(no_wrap=True)
+    made.add_column(overflow="fold")
+    about = ""
+    for one in found:
+        if one.about != about:
+            made.add_section()
+        shown, about = one.about if one.about != about else "", one.about
+        hint = f"\n[dim]{escape(one.hint)}[/]" if one.hint else ""
+        made.add_row(f"[bold]{shown}[/]", escape(one.name), MARKS[one.verdict], escape(one.found) + hint)
+    return made
