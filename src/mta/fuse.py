@@ -36,7 +36,7 @@ class Merge:
     def gates(self, anchors: int) -> Tensor:
         """The same coefficients over all anchors, (U, N) or (U, L, N)."""
         ids = self.ids if self.w.ndim == 2 else self.ids[:, None].expand_as(self.w)
-        return torch.zeros(*self.w.shape[:-1], anchors, dtype=self.w.dtype).scatter_add_(-1, ids, self.w)
+        return self.w.new_zeros(*self.w.shape[:-1], anchors).scatter_add(-1, ids, self.w)
 
     def adapters(self, bank: LoraBatch) -> Gated:
         """The merge as a layer computes it, straight from the bank."""
@@ -76,7 +76,7 @@ def coefficients(settings: MergeSettings, similarity: Tensor, evidence: Evidence
     if evidence is None and needs_evidence(settings):
         raise ConfigError(
             f"policy {settings.policy!r} needs the anchors' likelihood of the shots",
-            hint="Gather it with mta.evidence.gather_evidence, or use merge.policy=similarity.",
+            hint="Give evidence=gather_evidence(…), or take a policy that needs none, such as merge.policy=similarity.",
         )
     rank_by = evidence.anchors if settings.retrieve == "loss" and evidence else similarity.double()
     ids = rank_by.topk(settings.k or anchors, dim=1, sorted=True).indices
@@ -134,9 +134,7 @@ def learn(
         return before[people] + shift if not groups else before[people][:, None] + shift[:, layers]
 
     def adapters(parameters: Mapping[str, Tensor], people: Tensor) -> Gated:
-        w = weights(parameters["shift"], people)
-        mine = ids[people] if not groups else ids[people][:, None].expand_as(w)
-        return Gated(bank, w.new_zeros(*w.shape[:-1], len(bank)).scatter_add(-1, mine, w))
+        return Gated(bank, Merge(ids[people], weights(parameters["shift"], people)).gates(len(bank)))
 
     found = train(base, jobs, {"shift": shift}, adapters, training, frozen=pooled, **how)
     return Merge(start.ids, weights(found["shift"], torch.arange(len(ids), device=base.device)).cpu())
