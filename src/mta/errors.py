@@ -11,6 +11,7 @@ MtaError
 │   ├── UnsupportedModel  a base this method cannot adapt
 │   └── MemoryBudgetError  one person alone needs more than the memory budget
 ├── AssetError            an asset that cannot be fetched or is not what was pinned
+├── HubError              the hub refuses, or cannot be reached
 ├── ClusterError          Ray, or workers that cannot begin
 ├── BankError
 │   ├── BankMismatch      a bank built for another base
@@ -77,6 +78,10 @@ class MemoryBudgetError(ModelError):
 
 class AssetError(MtaError):
     """An asset cannot be fetched or is not what was pinned."""
+
+
+class HubError(MtaError):
+    """The hub refuses what was asked, knows no such repository, or cannot be reached."""
 
 
 class ClusterError(MtaError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -26,6 +27,8 @@ from mta.rows import TASK, Who
 from mta.splits import draw
 from mta.tasks.task import Task
 from mta.training.trainer import OnStep
+
+log = logging.getLogger("mta")
 
 
 @dataclass(slots=True)
@@ -88,6 +91,8 @@ def study(
     needed = evaluation.shots + evaluation.queries
     task = bank.task
     check_merge(run.merge, len(bank), task.labelled)
+    if bank.info.members.hashed is None:
+        log.warning("this bank came without its members: nobody here knows whether these people helped to train it")
     answered = [Person(p.id, p.items, tuple(q for q in p.queries if task.has_target(q))) for p in people]
     able = [p for p in answered if not bank.info.members.artefacts_of(p.id) and (len(p.items) >= needed or p.queries)]
     if not able:
