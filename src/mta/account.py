@@ -63,7 +63,8 @@ class Account:
     """What is kept of a person, and what it means.
 
     ``weights`` are sorted, the largest first; ``null`` is what the posterior left to the pooled model, None for other
-    policies. ``history`` counts the items kept by opt-in. ``trained`` names what of this bank was learnt from them.
+    policies. ``history`` counts the items kept by opt-in. ``trained`` names what of this bank was learnt from them,
+    None where the bank came without its members.
     """
 
     version: int
@@ -79,7 +80,7 @@ class Account:
     losses: Losses | None
     history: int | None
     exports: list[Export]
-    trained: list[str]
+    trained: list[str] | None
     bytes: int
     rebuild: Rebuild | None
 
@@ -117,7 +118,7 @@ def account_of(id: str, store: Store, bank: Path) -> Account:
         losses=state.losses,
         history=len(kept.items) if kept else None,
         exports=store.exports(id),
-        trained=info.members.artefacts_of(id),
+        trained=info.members.artefacts_of(id) if info.members.hashed else None,
         bytes=store.nbytes(id),
         rebuild=_rebuild(state, info, kept),
     )

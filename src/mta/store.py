@@ -182,6 +182,11 @@ class Store:
             raise
         self._note(id, [*others, export.done()])
 
+    def note_export(self, id: str, export: Export) -> None:
+        """Note an adapter that is about to be pushed elsewhere: forgetting can only name it. Raises StateCorrupt."""
+        known = self.exports(id)
+        self._note(id, [*(one for one in known if (one.host, one.folder) != (export.host, export.folder)), export])
+
     def _note(self, id: str, exports: Sequence[Export]) -> None:
         name = f"{self._path(id, write=True)}/exports.json"
         if exports:

@@ -27,7 +27,7 @@ HASHED = (
     "task_lora/adapter_config.json",
     "task_lora/adapter_model.safetensors",
 )
-ALL = (*HASHED, "bank.json")
+ALL = (*HASHED, "members.json", "bank.json")
 BASE = base_of()
 
 
@@ -64,7 +64,7 @@ def rewritten(folder: Path, **values) -> None:
     path = folder / "bank.json"
     described = json.loads(path.read_text()) | values
     del described["sha256"]
-    path.write_text(json.dumps(described | {"sha256": files._seal(described)}))
+    path.write_text(json.dumps(described | {"sha256": files.seal(described)}))
 
 
 # -- whole -------------------------------------------------------------------------------------------------------------
@@ -136,7 +136,7 @@ def test_a_base_with_one_weight_changed_is_another_base(folder):
         Bank.open(folder, type(base)(base.model, base.tokenizer, base.name))
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", [*HASHED, "bank.json"])
 def test_a_missing_file_is_named(folder, name):
     (folder / name).unlink()
     expected = f"no bank at {folder}: bank.json is missing" if name == "bank.json" else f"{folder / name} is missing"
@@ -215,9 +215,9 @@ def test_a_folder_in_place_of_a_file_is_refused(folder, name):
 
 
 def test_a_bank_of_another_schema_version_is_refused(folder):
-    rewritten(folder, version=2)
+    rewritten(folder, version=3)
     assert corrupt(folder) == (
-        f"{folder / 'bank.json'} has schema version 2; this mta reads version 1\n"
+        f"{folder / 'bank.json'} has schema version 3; this mta reads versions 1 and 2\n"
         "  Rebuild the bank, or use the mta that wrote it."
     )
 
@@ -232,7 +232,9 @@ def test_a_description_of_a_task_nobody_can_read_is_refused(folder):
     assert corrupt(folder).startswith(f"{folder} cannot be read: ")
 
 
-@pytest.mark.parametrize("described", ["", "[]", "null", "3", "{}", '{"version": 1}', "[" * 100000, "\x00"])
+@pytest.mark.parametrize(
+    "described", ["", "[]", "null", "3", "{}", '{"version": 1}', '{"version": 2}', "[" * 100000, "\x00"]
+)
 def test_nonsense_is_no_description(folder, described):
     (folder / "bank.json").write_text(described)
     corrupt(folder)
@@ -259,6 +261,47 @@ def test_files_that_are_something_else_are_refused_though_their_hashes_fit(folde
     break_it(folder)
     rewritten(folder, files=files.file_hashes(folder, HASHED))
     assert corrupt(folder).startswith(f"{folder} cannot be read: ")
+
+
+# -- whom it was trained on --------------------------------------------------------------------------------------------
+
+
+def test_a_bank_without_its_members_is_the_same_bank_and_knows_nobody(folder):
+    before = Bank.open(folder, BASE)
+    assert before.info.members.artefacts_of("t2") == ["task LoRA"]
+    (folder / "members.json").unlink()
+    after = Bank.open(folder, BASE)
+    assert after.hash == before.hash
+    assert (after.info.members.hashed, after.info.members.artefacts_of("t2")) == (None, [])
+    assert (after.info.members.task, after.info.members.candidates, after.info.members.anchors) == (4, 12, 3)
+
+
+def test_the_description_alone_does_not_give_the_members_key_away(folder):
+    """Not even to who knows all ids and all settings: without everybody's histories no key can be made."""
+    hashed, described = files.read_info(folder).members.hashed, (folder / "bank.json").read_text()
+    assert hashed.key not in described
+    assert not any(one in described for one in (*hashed.task, *hashed.candidates))
+    ids = [[f"t{n}" for n in range(4)], [f"c{n}" for n in range(12)], []]
+    assert files.Members.of(json.loads(described)["work"], *ids).hashed.key != hashed.key
+
+
+def as_schema_1(folder: Path) -> None:
+    """The bank as mta wrote it before members had a file of their own."""
+    members = json.loads((folder / "members.json").read_text())
+    (folder / "members.json").unlink()
+    rewritten(folder, version=1, members=members)
+
+
+def test_a_bank_of_schema_1_is_read_as_it_is(folder):
+    before = Bank.open(folder, BASE)
+    as_schema_1(folder)
+    written = (folder / "bank.json").read_bytes()
+    after = Bank.open(folder, BASE)
+    assert (after.hash, after.info) == (before.hash, before.info)
+    assert files.mark_stale(folder, "t2") == ["task LoRA"]
+    assert (folder / "bank.json").read_bytes() == written
+    rewritten(folder, members={"key": "00"})
+    assert "is not a bank's description: 3 validation errors for Hashed" in corrupt(folder)
 
 
 # -- checked once ------------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mta.bank import files
 from mta.bank.build import build_bank
+from mta.bank.publish import bank_folder, bank_parcel, publish_bank
 from mta.base import BaseModel
 from mta.config import Run
 from mta.encode import Encoder, load_encoder
@@ -110,6 +111,36 @@ class Bank:
             raise BankCorrupt(f"{folder}: anchors, index and base do not fit together", hint=files.REBUILD)
         working = anchors.to(base.device, base.dtype)
         return cls(folder, info, info.hash, task, anchors, working, vectors, pooled and pooled.to(base.device))
+
+    @classmethod
+    def from_pretrained(
+        cls, name_or_folder: str | Path, base: BaseModel, revision: str | None = None, *, token: str | None = None
+    ) -> Bank:
+        """Open a folder, or else what was published under that hub id, downloaded and checked as ``open`` checks.
+
+        Raises HubError, BankMismatch, BankCorrupt.
+        """
+        return cls.open(bank_folder(name_or_folder, revision, token), base)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool = True,
+        token: str | None = None,
+        results: str | Path | None = None,
+        license: str = "",
+        with_members: bool = False,
+    ) -> str:
+        """Publish the bank with its card, and return its address; ``from_pretrained`` opens it elsewhere.
+
+        A bank was made of people's texts: see what leaves first (``mta bank publish --dry-run``). The list that tells
+        whether somebody is among its people leaves only ``with_members``. ``results`` is the results.json of
+        ``mta evaluate --out``. Raises BankError where somebody asked to be forgotten, HubError, InputError.
+        """
+        quoted = Path(results) if results else None
+        parcel = bank_parcel(self.folder, repo_id, results=quoted, license=license, with_members=with_members)
+        return publish_bank(self.folder, repo_id, parcel, private=private, token=token)
 
     def __len__(self) -> int:
         return len(self.anchors)

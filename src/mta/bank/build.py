@@ -100,7 +100,8 @@ def build_bank(
 
         write_tensors(out / files.ANCHORS, bank.tensors(), {"scale": repr(bank.scale)})
         write_tensors(out / files.INDEX, {"vectors": vectors[chosen].contiguous()})
-        members = files.Members.of(work, [p.id for p in task_people], [p.id for p in able], [a.id for a in anchors])
+        secret = json.dumps([work, _digests(task_people, candidates)])  # work alone, which bank.json tells, were none
+        members = files.Members.of(secret, [p.id for p in task_people], [p.id for p in able], [a.id for a in anchors])
         site.finish(encoder, plan, [len(able[i].items) for i in chosen], members)
     _tidy(out)  # what a build has that ends before this, the next one removes
 
@@ -109,8 +110,7 @@ def work_key(
     base: BaseModel, task: Task, encoder: Encoder, task_people: Sequence[Person], candidates: Sequence[Person], run: Run
 ) -> str:
     """What decides the tensors of a bank, as one hash."""
-    people = [[[person.id, person.digest()] for person in group] for group in (task_people, candidates)]
-    settings = run.model_dump(mode="json", exclude=_NO_WORK)
+    settings, people = run.model_dump(mode="json", exclude=_NO_WORK), _digests(task_people, candidates)
     parts = [base.fingerprint, encoder.fingerprint, task.model_dump(mode="json"), settings, people]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
@@ -244,13 +244,17 @@ def _trained(found: Outcome[Any, LoraBatch]) -> LoraBatch:
     return found.result
 
 
+def _digests(*groups: Sequence[Person]) -> list[list[list[str]]]:
+    return [[[person.id, person.digest()] for person in group] for group in groups]
+
+
 def _by_id(people: Sequence[Person]) -> list[Person]:
     return sorted(people, key=lambda person: person.id)
 
 
 def _tidy(out: Path) -> None:
     """Remove the work folder, and what killed runs had written aside and never renamed."""
-    names = (files.INFO, files.ANCHORS, files.INDEX, files.TASK_LORA, "README.md", runs.RUN, runs.CONFIG)
+    names = (files.INFO, files.MEMBERS, files.ANCHORS, files.INDEX, files.TASK_LORA, "README.md", runs.RUN, runs.CONFIG)
     for left in (out / "work", *(path for name in names for path in out.glob(f".{name}.{'[0-9a-f]' * 32}"))):
         if left.is_dir():
             shutil.rmtree(left, ignore_errors=True)

@@ -10,29 +10,31 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from mta import runs
-from mta.aside import read_json, write_json
+from mta.aside import read_json, write_json, written_aside
 from mta.assets import cache_dir
 from mta.config import Run
 from mta.errors import BankCorrupt
 from mta.lora.batch import LoraBatch
 from mta.lora.peft import read_peft
 
-SCHEMA = 1
+SCHEMA = 2
 INFO = "bank.json"
+MEMBERS = "members.json"
 ANCHORS = "anchors.safetensors"
 INDEX = "index.safetensors"
 TASK_LORA = "task_lora"
 STALE = "needs-rebuild.json"
-OURS = {INFO, ANCHORS, INDEX, TASK_LORA, STALE, "README.md", "work"} | runs.NAMES
+PUBLISHED = "published.json"
+OURS = {INFO, MEMBERS, ANCHORS, INDEX, TASK_LORA, STALE, PUBLISHED, "README.md", "work"} | runs.NAMES
 
 
-class Members(BaseModel):
-    """Who a bank was trained on, as keyed hashes: membership can be asked, but nobody can be listed."""
+class Hashed(BaseModel):
+    """Members as keyed hashes, and their key: whoever holds both can test a guessed id, and nobody can list them."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     key: str
@@ -40,17 +42,47 @@ class Members(BaseModel):
     candidates: tuple[str, ...]
     anchors: tuple[str, ...]
 
+    def to_bytes(self) -> bytes:
+        """The contents of ``members.json``; the same for the same members."""
+        return self.model_dump_json(indent=1).encode() + b"\n"
+
+
+class Members(BaseModel):
+    """Whom a bank was trained on: how many; and, where ``members.json`` lies in its folder, whether somebody is one.
+
+    ``bank.json`` seals that file by its sha256, so a bank that was published without it is the same bank. Nobody learns
+    from the sha256 who the members are: their key is made of everybody's histories.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    task: int
+    candidates: int
+    anchors: int
+    sha256: str
+    hashed: Hashed | None = Field(default=None, exclude=True, repr=False)
+
     @classmethod
-    def of(cls, work: str, task: Sequence[str], candidates: Sequence[str], anchors: Sequence[str]) -> Members:
-        """Hash ids under a key of this bank's own: the same ``work`` gives the same description."""
-        key = hashlib.sha256(f"members/{work}".encode()).hexdigest()[:32]
+    def of(cls, secret: str, task: Sequence[str], candidates: Sequence[str], anchors: Sequence[str]) -> Members:
+        """Hash ids under a key of this bank's own, made of ``secret``: the same work gives the same description."""
+        key = hashlib.sha256(f"members/{secret}".encode()).hexdigest()[:32]
         hashed = (tuple(sorted(_keyed(key, id) for id in ids)) for ids in (task, candidates, anchors))
-        return cls(key=key, **dict(zip(("task", "candidates", "anchors"), hashed)))
+        return cls.known_by(Hashed(key=key, **dict(zip(("task", "candidates", "anchors"), hashed))))
+
+    @classmethod
+    def known_by(cls, hashed: Hashed) -> Members:
+        """With what ``bank.json`` says of them."""
+        counts = {"task": len(hashed.task), "candidates": len(hashed.candidates), "anchors": len(hashed.anchors)}
+        return cls(**counts, sha256=hashlib.sha256(hashed.to_bytes()).hexdigest(), hashed=hashed)
 
     def artefacts_of(self, person: str) -> list[str]:
-        """What was learnt from this person's data: among 'task LoRA', 'clusters', 'anchor'."""
-        mine = _keyed(self.key, person)
-        places = {"task LoRA": self.task, "clusters": self.candidates, "anchor": self.anchors}
+        """What was learnt from this person's data: among 'task LoRA', 'clusters', 'anchor'.
+
+        Nothing is known of anybody where ``hashed`` is None.
+        """
+        if self.hashed is None:
+            return []
+        mine = _keyed(self.hashed.key, person)
+        places = {"task LoRA": self.hashed.task, "clusters": self.hashed.candidates, "anchor": self.hashed.anchors}
         return [name for name, hashes in places.items() if mine in hashes]
 
 
@@ -77,33 +109,66 @@ class BankInfo(BaseModel):
 
 
 def write_info(folder: Path, info: BankInfo) -> None:
-    """Write the description of a bank, with its identity and sealed with a hash over itself.
+    """Write the description of a bank, with its identity and sealed with a hash over itself; before it, its members.
 
     The identity covers the description, which holds the hash of every file, but not how long it took. It is kept as it
     was when the bank was built: a later version of mta may know more settings.
     """
+    if info.members.hashed:
+        with written_aside(folder / MEMBERS) as aside:
+            aside.write_bytes(info.members.hashed.to_bytes())
     values = info.model_dump(mode="json", exclude={"hash"})
-    values["hash"] = _seal({name: value for name, value in values.items() if name != "seconds"})
-    write_json(folder / INFO, values | {"sha256": _seal(values)})
+    values["hash"] = seal({name: value for name, value in values.items() if name != "seconds"})
+    write_json(folder / INFO, values | {"sha256": seal(values)})
 
 
 def read_info(folder: Path) -> BankInfo:
     """The description of a bank. Raises BankCorrupt."""
     path = folder / INFO
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(values, dict) and values.get("version") != SCHEMA:
-            raise BankCorrupt(
-                f"{path} has schema version {values.get('version')!r}; this mta reads version {SCHEMA}",
-                hint="Rebuild the bank, or use the mta that wrote it.",
-            )
-        if isinstance(values, dict) and "sha256" in values and values.pop("sha256") != _seal(values):
-            raise BankCorrupt(f"{path} was changed: its own sha256 does not fit what it says", hint=REBUILD)
-        return BankInfo.model_validate(values)
+        values, hashed = read_description(folder)
+        info = BankInfo.model_validate(values)
     except FileNotFoundError:
         raise BankCorrupt(f"no bank at {folder}: {INFO} is missing", hint="Build one: mta bank build --help") from None
     except (OSError, ValueError, RecursionError) as error:
         raise BankCorrupt(f"{path} is not a bank's description: {str(error).splitlines()[0]}", hint=REBUILD) from None
+    hashed = hashed or _read_members(folder / MEMBERS, info.members.sha256)
+    return info.model_copy(update={"members": info.members.model_copy(update={"hashed": hashed})})
+
+
+def read_description(folder: Path) -> tuple[dict[str, Any], Hashed | None]:
+    """``bank.json`` as it stands there, without its seal; of schema 1, in which members stood, with them taken out.
+
+    Raises BankCorrupt, OSError, ValueError, RecursionError.
+    """
+    path = folder / INFO
+    values = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(values, dict):
+        raise ValueError(f"it holds a {type(values).__name__}, expected a JSON object")
+    if values.get("version") not in (1, SCHEMA):
+        raise BankCorrupt(
+            f"{path} has schema version {values.get('version')!r}; this mta reads versions 1 and {SCHEMA}",
+            hint="Rebuild the bank, or use the mta that wrote it.",
+        )
+    if "sha256" in values and values.pop("sha256") != seal(values):
+        raise BankCorrupt(f"{path} was changed: its own sha256 does not fit what it says", hint=REBUILD)
+    if values["version"] == SCHEMA:
+        return values, None
+    members = Members.known_by(hashed := Hashed.model_validate(values.get("members")))
+    return values | {"version": SCHEMA, "members": members.model_dump(mode="json")}, hashed
+
+
+def _read_members(path: Path, sha256: str) -> Hashed | None:
+    """The members as ``bank.json`` sealed them; None where they are not there. Raises BankCorrupt."""
+    try:
+        data = path.read_bytes()
+        if (found := hashlib.sha256(data).hexdigest()) == sha256:
+            return Hashed.model_validate_json(data)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise BankCorrupt(f"{path} cannot be read: {str(error).splitlines()[0]}", hint=REBUILD) from None
+    raise BankCorrupt(_changed(path, found, sha256), hint=REBUILD)
 
 
 REBUILD = "Copy the bank anew from where it came from, or rebuild it: mta bank build"
@@ -129,11 +194,7 @@ def verify(folder: Path, info: BankInfo, *, full: bool = False) -> None:
         return
     for name, found in file_hashes(folder, list(info.files)).items():
         if found != info.files[name]:
-            raise BankCorrupt(
-                f"{folder / name} was changed or cut short: its sha256 is {found[:12]}…, "
-                f"{INFO} says {info.files[name][:12]}…",
-                hint=REBUILD,
-            )
+            raise BankCorrupt(_changed(folder / name, found, info.files[name]), hint=REBUILD)
     with contextlib.suppress(OSError):  # a cache that cannot be written to only means to check again
         write_json(note, state)
 
@@ -166,8 +227,24 @@ def stale(folder: Path) -> list[str]:
     return ["bank"] if (folder / STALE).exists() else []  # who wrote a note that cannot be read had a reason
 
 
-def _seal(values: dict[str, Any]) -> str:
+def note_published(folder: Path, where: str) -> None:
+    """Note where a bank was published to: what it learnt from somebody lies there too."""
+    write_json(folder / PUBLISHED, {"published": sorted({*published(folder), where})})
+
+
+def published(folder: Path) -> list[str]:
+    """Where a bank was published to from this folder."""
+    noted = read_json(folder / PUBLISHED)
+    return list(noted.get("published", [])) if isinstance(noted, dict) else []
+
+
+def seal(values: dict[str, Any]) -> str:
+    """A sha256 over values, in whatever order they stand."""
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def _changed(path: Path, found: str, expected: str) -> str:
+    return f"{path} was changed or cut short: its sha256 is {found[:12]}…, {INFO} says {expected[:12]}…"
 
 
 def _keyed(key: str, person: str) -> str:

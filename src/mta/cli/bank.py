@@ -1,4 +1,4 @@
-"""``mta bank``: build a bank of anchors, and look at one."""
+"""``mta bank``: build a bank of anchors, look at one, and publish one."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from mta.cli.options import (
     Config,
     Device,
     Json,
+    Private,
     Seed,
     SkipBad,
     Task,
@@ -20,9 +21,13 @@ from mta.cli.options import (
     Track,
     Words,
     Workers,
+    Yes,
+    agreed,
+    bank_at,
     executor_at,
     settings,
     show_json,
+    show_parcel,
     tracked,
     typed,
 )
@@ -30,7 +35,7 @@ from mta.cli.options import (
 if TYPE_CHECKING:
     from mta.bank.bank import Bank
 
-app = typer.Typer(help="Build a bank of anchors, and look at one.", no_args_is_help=True)
+app = typer.Typer(help="Build a bank of anchors, look at one, and publish one.", no_args_is_help=True)
 
 
 @app.command("build")
@@ -73,27 +78,63 @@ def build(
     typer.echo(f"{out}: {len(bank)} anchors, task LoRA {'yes' if bank.task_lora else 'no'}, hash {bank.hash[:12]}")
     if len(bank) < run.bank.anchors:
         few = f"{run.bank.anchors} anchors were asked for; at most a quarter of the candidates become one, and"
-        typer.echo(
-            f"{few} {len(bank.info.members.candidates)} people have {run.bank.min_items} items or more.", err=True
-        )
+        typer.echo(f"{few} {bank.info.members.candidates} people have {run.bank.min_items} items or more.", err=True)
 
 
 @app.command("show")
-def show(folder: Annotated[Path, typer.Argument(help="Folder of a bank.")], json: Json = False) -> None:
+def show(
+    folder: Annotated[Path, typer.Argument(help="Folder or hub id of a bank.", callback=bank_at)], json: Json = False
+) -> None:
     """Check every hash of a bank and print its card.
 
     Example:  mta bank show bank/
     """
-    from mta.bank.card import card
+    from mta.bank.card import body
     from mta.bank.files import read_info, stale, verify
 
     info = read_info(folder)
     verify(folder, info, full=True)
     if json:
         return show_json(info.model_dump(mode="json", exclude={"members"}) | {"needs_rebuild": stale(folder)})
-    typer.echo(card(info))
+    typer.echo(body(info))
     if parts := stale(folder):
         typer.echo(f"Needs a rebuild: somebody who asked to be forgotten is in the {' and the '.join(parts)}.")
+
+
+@app.command("publish")
+def publish(
+    folder: Annotated[Path, typer.Argument(help="Folder of a bank.")],
+    to: Annotated[str, typer.Option(help="Repository on the hub: owner/name.")],
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would leave, and send nothing.")] = False,
+    private: Private = True,
+    results: Annotated[
+        Path | None, typer.Option(help="results.json of mta evaluate, for the card.", dir_okay=False)
+    ] = None,
+    license: Annotated[str, typer.Option(help="License of the bank, as the hub spells it: apache-2.0 …")] = "",
+    with_members: Annotated[
+        bool,
+        typer.Option("--with-members", help="Send members.json too: it tells whether a guessed id is in the bank."),
+    ] = False,
+    yes: Yes = False,
+    json: Json = False,
+) -> None:
+    """Publish a bank on the hub with its card, after showing every file that would leave this machine.
+
+    Who its people are stays here, and so do places of this machine; the bank's hash stays what people's states name.
+
+    Example:  mta bank publish bank/ --to owner/name --dry-run
+    """
+    from mta.bank.publish import bank_parcel, publish_bank
+
+    parcel = bank_parcel(folder, to, results=results, license=license, with_members=with_members)
+    if json and dry_run:
+        return show_json({"to": to, "private": private, "files": parcel.sizes(), "facts": parcel.facts})
+    show_parcel(parcel, to, private, err=not dry_run)
+    if dry_run:
+        return
+    agreed(yes)
+    url = publish_bank(folder, to, parcel, private=private)
+    show_json({"url": url, "files": parcel.sizes()}) if json else typer.echo(url)
 
 
 def _summary(bank: Bank) -> dict[str, object]:

@@ -7,7 +7,19 @@ from typing import Annotated
 
 import typer
 
-from mta.cli.options import BankDir, Device, Json, StoreUrl, Words, open_bank, show_json
+from mta.cli.options import (
+    BankDir,
+    Device,
+    Json,
+    Private,
+    StoreUrl,
+    Words,
+    Yes,
+    agreed,
+    open_bank,
+    show_json,
+    show_parcel,
+)
 
 
 def export(
@@ -17,6 +29,9 @@ def export(
     rank: Annotated[
         int | None, typer.Option(min=1, help="Compress to this rank by svd; the error is reported.")
     ] = None,
+    push: Annotated[str | None, typer.Option(help="Push it to this repository on the hub too: owner/name.")] = None,
+    private: Private = True,
+    yes: Yes = False,
     bank: BankDir = Path("bank"),
     store: StoreUrl = "people",
     device: Device = None,
@@ -24,14 +39,25 @@ def export(
 ) -> None:
     """Write task LoRA, merge and stack of a person as one PEFT adapter for the untouched base.
 
-    The store notes where, readable only with the person's id: mta forget removes the adapter too.
+    The store notes where, readable only with the person's id: mta forget removes the adapter too. What is pushed
+    to a hub is shown first; mta forget can only name it.
 
     Example:  mta export ann --out ann-adapter/ --rank 16
     """
+    from mta.exports import adapter_parcel
     from mta.personalize import Personalizer
 
     base, opened, run = open_bank(bank, words, device=device)
-    error = Personalizer(base, opened, store, run=run).export(person, out, rank=rank)
+    personal = Personalizer(base, opened, store, run=run)
+    told: dict[str, object] = {"folder": str(out), "relative_error": personal.export(person, out, rank=rank)}
+    if not json:
+        causes = f"; rank {rank} causes a relative error of {told['relative_error']:.2%}" if rank else ""
+        typer.echo(f"{out}: written{causes}")
+    if push:
+        show_parcel(adapter_parcel(out), push, private, err=True)
+        agreed(yes)
+        told["url"] = personal.push_to_hub(person, out, push, private=private)
     if json:
-        return show_json({"folder": str(out), "relative_error": error})
-    typer.echo(f"{out}: written" + (f"; rank {rank} causes a relative error of {error:.2%}" if rank else ""))
+        show_json(told)
+    elif push:
+        typer.echo(told["url"])

@@ -40,3 +40,7 @@ def forget(
         typer.echo(f"exported and not removed: {export}")
     if done.needs_rebuild:
         typer.echo(f"still learnt from them, until the bank is rebuilt: {', '.join(done.needs_rebuild)}")
+    for place in done.published:
+        typer.echo(f"published with it, and to be deleted there by hand: {place}")
+    for folder in done.unknown:
+        typer.echo(f"not known: {folder} came without its members; who published it knows whether it learnt from them")

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from mta.base import BaseModel
     from mta.config import Run
     from mta.executor import Executor
+    from mta.hub import Parcel
     from mta.runs import RunFolder
     from mta.sinks import Track as Opener
     from mta.tasks import Task as TaskType
@@ -33,10 +34,19 @@ Task = Annotated[
 ]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, or auto.")]
 SkipBad = Annotated[Path | None, typer.Option(help="Write bad rows to this file and read on.", dir_okay=False)]
-BankDir = Annotated[Path, typer.Option("--bank", help="Folder of a bank.")]
+
+
+def bank_at(name: Path) -> Path:
+    """The folder of a bank: as given, or downloaded by its hub id where no such folder exists."""
+    from mta.bank.publish import bank_folder
+
+    return name if name.exists() else bank_folder(name)
+
+
+BankDir = Annotated[Path, typer.Option("--bank", help="Folder or hub id of a bank.", callback=bank_at)]
 StoreUrl = Annotated[str, typer.Option("--store", help="Where people's states are kept: a folder or any fsspec URL.")]
-
-
+Yes = Annotated[bool, typer.Option("--yes", help="Send without asking, for scripts.")]
+Private = Annotated[bool, typer.Option("--private/--public", help="Who may see a repository that is created.")]
 ClusterAt = Annotated[
     str | None,
     typer.Option("--cluster", help="Work on Ray (extra 'ray'): local, host:6379 or ray://host:10001."),
@@ -161,6 +171,29 @@ def kept_over(bank: Bank, kind: str, **how: Any) -> RunFolder:
 def typed() -> str:
     """The command as it was typed, for whoever wants the same again; a password in an address is left out."""
     return re.sub(r"(?<=://)[^/@\s]+@", "***@", shlex.join(["mta", *sys.argv[1:]]))
+
+
+def show_parcel(parcel: Parcel, to: str, private: bool, err: bool) -> None:
+    """What would leave this machine, for whoever has to decide."""
+    sizes = parcel.sizes()
+    lines = [f"To {to}, {'private' if private else 'PUBLIC'}: {len(sizes)} files, {sum(sizes.values()):,} bytes"]
+    lines += [f"  {size:>14,}  {name}" for name, size in sizes.items()]
+    lines += [f"{name}: {fact}" for name, fact in parcel.facts.items()]
+    typer.echo("\n".join(lines), err=err)
+
+
+def agreed(yes: bool) -> None:
+    """Ask whether what was shown may leave. Raises InputError where nobody can be asked, Abort for a no."""
+    from mta.errors import InputError
+
+    if yes:
+        return
+    if not sys.stdin.isatty():
+        raise InputError(
+            "nothing was sent: whether this may leave the machine cannot be asked here, for it is no terminal",
+            hint="Read the list above, then repeat the command with --yes.",
+        )
+    typer.confirm("Send this?", abort=True, err=True)
 
 
 def show_json(value: object) -> None:

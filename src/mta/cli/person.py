@@ -81,7 +81,9 @@ def _facts(found: Account) -> list[str]:
     lines.append("history: not kept" if found.history is None else f"history: {found.history} items kept")
     broken = " (interrupted)"
     lines += [f"exported to {one.folder} on {one.host}{'' if one.sha256 else broken}" for one in found.exports]
-    learnt = ", ".join(found.trained) or "nothing"
+    learnt = (
+        "not known, it came without its members" if found.trained is None else ", ".join(found.trained) or "nothing"
+    )
     lines.append(f"learnt from them in the bank: {learnt}")
     lines.append(f"kept in all: {human_bytes(found.bytes)}")
     return [*lines, _price(found.rebuild)] if found.rebuild else lines

@@ -86,6 +86,10 @@ def personalize(
     opener = tracked(track, run)
     people = [p.latest(latest) if latest else p for p in people_in(source, task_of(bank), skip_bad)]
     base, opened, settings = open_bank(bank, words, seed, device, config, open_to=MERGE_AND_STACK)
+    if opened.info.members.hashed is None:
+        typer.echo(
+            "This bank came without its members: whether these people helped to train it is not known.", err=True
+        )
     if seen := sum(bool(opened.info.members.artefacts_of(person.id)) for person in people):
         typer.echo(f"{seen} of {len(people)} people helped to train this bank: it knows their items already.", err=True)
     with executor_at(cluster, workers, together) as executor, Screen() as screen:

@@ -39,6 +39,11 @@ def cast(bank: Bank, people: Sequence[Person], settings: Privacy, seed: int) -> 
     Raises InputError where an anchor is missing or has other items than when the bank was built, and where fewer than
     two people are in nothing of the bank.
     """
+    if bank.info.members.hashed is None:
+        raise InputError(
+            "this bank came without its members: whom it was trained on cannot be told",
+            hint="Attack it where it was built, or have its members.json.",
+        )
     parts = [(person, bank.info.members.artefacts_of(person.id)) for person in people]
     anchors = sorted((person for person, of in parts if "anchor" in of), key=lambda person: person.id)
     _check_anchors(bank, anchors, len(people))
@@ -83,7 +88,7 @@ def _check_anchors(bank: Bank, anchors: Sequence[Person], people: int) -> None:
 def _pool(bank: Bank, people: Sequence[Person], items: int, seed: int) -> list[Person]:
     """The people behind the task LoRA with items it was trained on, about ``items`` in all."""
     run = bank.info.run
-    if not bank.task_lora or len(people) < len(bank.info.members.task):
+    if not bank.task_lora or len(people) < bank.info.members.task:
         return []  # who is missing decides which items of the others were pooled
     pooled = {id(item) for item in pooled_items(people, run.task_lora, run.seed)}
     theirs = [Person(p.id, tuple(item for item in p.items if id(item) in pooled)) for p in people]

@@ -269,7 +269,7 @@ def _caption(reference: str) -> str:
 def _facts(bank: Bank, meta: Mapping[str, Any]) -> list[tuple[str, str]]:
     """What the page says about how it was made, known things first."""
     info = bank.info
-    rank, candidates, pooled = info.run.bank.lora.rank, len(info.members.candidates), len(info.members.task)
+    rank, candidates, pooled = info.run.bank.lora.rank, info.members.candidates, info.members.task
     about: dict[str, Any] = {
         "base": info.base,
         "note": info.base_note,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +28,8 @@ from mta.rows import TASK, Who
 from mta.splits import draw
 from mta.tasks.task import Task
 from mta.training.trainer import OnStep
+
+log = logging.getLogger("mta")
 
 
 @dataclass(slots=True)
@@ -95,6 +98,8 @@ def study(
     needed = evaluation.shots + evaluation.queries
     task = bank.task
     check_merge(run.merge, len(bank), task.labelled)
+    if bank.info.members.hashed is None:
+        log.warning("this bank came without its members: nobody here knows whether these people helped to train it")
     strangers = [person for person in people if not bank.info.members.artefacts_of(person.id)]
     tested = [p for p in strangers if able(task, p, evaluation.shots, evaluation.queries, "next")]
     if not tested:

@@ -25,6 +25,8 @@ from mta.lora.batch import Factors, LoraBatch
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
+CARD = "README.md"
+MARK = "<!-- A card that mta export wrote: mta forget removes it with the adapter. -->"
 _PREFIX, _A, _B = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
 _NOT_PLAIN = (  # whatever is set among these changes the update, or more than the linear layers' updates
     *("use_dora", "use_qalora", "use_bdlora", "lora_bias", "modules_to_save", "rank_pattern", "alpha_pattern"),
@@ -35,12 +37,14 @@ _REWRITES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # initialisati
 _HINT = "mta reads plain LoRA: bias 'none', one rank and alpha for all layers, linear layers only."
 
 
-def write_peft(folder: str | Path, adapter: LoraBatch, base_name: str, *, fan_in_fan_out: bool = False) -> None:
+def write_peft(
+    folder: str | Path, adapter: LoraBatch, base_name: str, *, fan_in_fan_out: bool = False, card: str = ""
+) -> None:
     """Write a batch of exactly one adapter as a PEFT folder; ``fan_in_fan_out`` is for GPT-2's Conv1D layers.
 
     A new folder appears whole, by rename. In a folder that has files already only these two are replaced, the
-    configuration last: a killed export leaves a folder without one, never new weights under an old alpha.
-    Raises InputError.
+    configuration last: a killed export leaves a folder without one, never new weights under an old alpha. ``card``
+    becomes its README.md, unless one that is not ours is there. Raises InputError.
     """
     if len(adapter) != 1:
         raise InputError(
@@ -56,6 +60,8 @@ def write_peft(folder: str | Path, adapter: LoraBatch, base_name: str, *, fan_in
         save_file(_tensors(adapter), aside / WEIGHTS, {"format": "pt"})
         config = _config(adapter, base_name, fan_in_fan_out)
         (aside / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        if card:
+            (aside / CARD).write_text(card, encoding="utf-8")
         _publish(aside, target)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
@@ -65,6 +71,14 @@ def remove_asides(folder: Path) -> None:
     """Remove what killed exports to a folder left beside it. Raises OSError."""
     for left in folder.parent.glob(f".{glob.escape(folder.name)}.{'[0-9a-f]' * 32}"):
         shutil.rmtree(left)
+
+
+def has_own_card(folder: Path) -> bool:
+    """Whether the README.md of a folder is one that ``write_peft`` was given, not somebody else's."""
+    try:
+        return MARK in (folder / CARD).read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return False
 
 
 def read_peft(folder: str | Path) -> LoraBatch:
@@ -134,6 +148,8 @@ def _publish(aside: Path, target: Path) -> None:
         aside.rename(target)
         return
     (target / CONFIG).unlink(missing_ok=True)
+    if (aside / CARD).exists() and (has_own_card(target) or not (target / CARD).exists()):
+        (aside / CARD).replace(target / CARD)
     for name in (WEIGHTS, CONFIG):
         (aside / name).replace(target / name)
 

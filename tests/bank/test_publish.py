@@ -1,0 +1,468 @@
+"""Banks and adapters to a hub and back, by the hub's real client: what leaves, what stays here, what comes back."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import hub as stand_in
+import peft
+import pytest
+import torch
+import yaml
+from conftest import personalizer
+from huggingface_hub import ModelCard, constants, hf_api
+from test_bank import BASE, HASHED, as_schema_1, people_of, rewritten
+from tiny import base_of
+from transformers import AutoModelForCausalLM
+
+from mta.bank import files
+from mta.bank.bank import Bank
+from mta.bank.publish import bank_folder, bank_parcel
+from mta.config import Run
+from mta.errors import AssetError, BankCorrupt, BankError, BankMismatch, HubError, InputError
+from mta.hub import local_folder
+from mta.personalize import forget_person
+from mta.store import Store
+
+NAME = "somebody/bank"
+SENT = sorted(["README.md", "bank.json", *HASHED])
+NEW = people_of(2, prefix="x", seed=7)
+ROWS = [("x0", {"title": "Film 3", "genres": "Drama"}), ("x1", {"title": "Film 8", "genres": "Comedy"})]
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """A hub that the client in this process speaks to, as somebody who is logged in."""
+    with stand_in.running() as running:
+        monkeypatch.setattr(constants, "ENDPOINT", running.endpoint)
+        places = running.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", places)
+        monkeypatch.setattr(hf_api.api, "endpoint", running.endpoint)  # what PEFT asks
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setenv("HF_TOKEN", stand_in.TOKEN)
+        yield running
+
+
+@pytest.fixture
+def logged_out(monkeypatch, tmp_path):
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))
+
+
+@pytest.fixture
+def folder(tiny_bank_folder, tmp_path, cache):
+    return Path(shutil.copytree(tiny_bank_folder, tmp_path / "bank"))
+
+
+@pytest.fixture
+def bank(folder):
+    return Bank.open(folder, BASE)
+
+
+def refused(kind, function, *given, **how) -> str:
+    with pytest.raises(kind) as caught:
+        function(*given, **how)
+    return str(caught.value)
+
+
+# -- there and back ----------------------------------------------------------------------------------------------------
+
+
+def test_a_bank_that_was_pushed_comes_back_the_same_and_answers_the_same(hub, bank):
+    assert bank.push_to_hub(NAME) == f"{hub.endpoint}/{NAME}"
+    assert hub.repos[NAME].private
+    assert sorted(hub.repos[NAME].files) == SENT
+    assert hub.repos[NAME].files["bank.json"] == (bank.folder / "bank.json").read_bytes()
+
+    back = Bank.from_pretrained(NAME, BASE)
+    assert back.hash == bank.hash
+    assert back.info.members.hashed is None
+    assert all(torch.equal(a, b) for a, b in zip(back.anchors.tensors().values(), bank.anchors.tensors().values()))
+    here, there = personalizer(BASE, bank), personalizer(BASE, back)
+    here.personalize(NEW)
+    there.personalize(NEW)
+    assert there.generate(ROWS, max_new_tokens=8) == here.generate(ROWS, max_new_tokens=8)
+    assert there.state("x0").to_bytes() == here.state("x0").to_bytes()
+
+
+def test_people_of_the_bank_here_go_on_with_the_one_from_the_hub(hub, bank, tmp_path):
+    personalizer(BASE, bank, tmp_path / "people").personalize(NEW)
+    bank.push_to_hub(NAME)
+    there = personalizer(BASE, Bank.from_pretrained(NAME, BASE), tmp_path / "people")
+    assert len(there.generate(ROWS, max_new_tokens=4)) == 2
+
+
+def test_nothing_of_the_members_arrives(hub, bank):
+    hashed = bank.info.members.hashed
+    bank.push_to_hub(NAME)
+    arrived = hub.arrived()
+    assert bank.hash.encode() in arrived
+    for secret in (hashed.key, *hashed.task, *hashed.candidates, *hashed.anchors):
+        assert secret.encode() not in arrived
+
+
+def test_nothing_but_the_banks_own_files_arrives(hub, bank):
+    for name in ("run.json", "config.yaml", "work/task.done", ".secret", "task_lora/optimizer.pt", "notes.md"):
+        (bank.folder / name).parent.mkdir(exist_ok=True)
+        (bank.folder / name).write_text("Xylograd")
+    bank.push_to_hub(NAME)
+    assert sorted(hub.repos[NAME].files) == SENT
+    assert b"Xylograd" not in hub.arrived()
+    assert b'"stage"' not in hub.arrived()  # metrics.jsonl
+
+
+def test_members_leave_when_they_are_asked_to_and_go_when_they_are_not(hub, bank):
+    bank.push_to_hub(NAME, with_members=True)
+    first = hub.repos[NAME].heads["main"]
+    assert sorted(hub.repos[NAME].files) == sorted([*SENT, "members.json"])
+    assert Bank.from_pretrained(NAME, BASE).info == bank.info
+    hub.repos[NAME].files["LICENSE"] = b"theirs"
+    bank.push_to_hub(NAME)
+    assert sorted(hub.repos[NAME].files) == sorted([*SENT, "LICENSE"])
+    assert Bank.from_pretrained(NAME, BASE).info.members.hashed is None
+    assert Bank.from_pretrained(NAME, BASE, revision=first).info == bank.info
+
+
+def test_a_bank_of_schema_1_is_published_without_what_stood_in_its_description(hub, folder):
+    hashed = files.read_info(folder).members.hashed
+    as_schema_1(folder)
+    bank = Bank.open(folder, BASE)
+    bank.push_to_hub(NAME)
+    assert hashed.key.encode() not in hub.arrived()
+    assert hashed.task[0].encode() not in hub.arrived()
+    back = Bank.from_pretrained(NAME, BASE)
+    assert (back.hash, back.info.members.sha256, back.info.members.task) == (bank.hash, "", 4)
+    bank.push_to_hub("somebody/known", with_members=True)
+    assert Bank.from_pretrained("somebody/known", BASE).info == bank.info
+
+
+def test_a_place_of_this_machine_stays_here(hub, folder, tmp_path):
+    """A base and an encoder in folders: their names are all that others learn, in every file."""
+    place = str(tmp_path / "models" / "mine")
+    run = json.loads((folder / "bank.json").read_text())["run"] | {"base": place, "encoder": place}
+    adapter = folder / "task_lora" / "adapter_config.json"
+    adapter.write_text(json.dumps(json.loads(adapter.read_text()) | {"base_model_name_or_path": place}))
+    rewritten(
+        folder, base=place, encoder=place, run=run, files=files.file_hashes(folder, files.read_info(folder).files)
+    )
+    bank = Bank.open(folder, BASE)
+    bank.push_to_hub(NAME)
+    assert str(tmp_path).encode() not in hub.arrived()
+    back = Bank.from_pretrained(NAME, BASE)
+    assert (back.hash, back.info.base, back.info.run.base, back.info.encoder) == (bank.hash, *["mine"] * 3)
+    assert "base_model:" not in hub.repos[NAME].files["README.md"].decode()
+
+
+def test_a_folder_that_exists_wins(hub, bank, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(bank.folder, NAME)
+    assert Bank.from_pretrained(NAME, BASE).folder == Path(NAME)
+    assert Bank.from_pretrained(bank.folder, BASE).hash == bank.hash
+    assert hub.requests == []
+
+
+def test_only_the_files_of_a_bank_are_fetched(hub, bank):
+    bank.push_to_hub(NAME)
+    hub.repos[NAME].files.update({"huge.safetensors": b"0" * 1000, "evil.pkl": b"pickle"})
+    hub.requests.clear()
+    folder = Bank.from_pretrained(NAME, BASE).folder
+    assert sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()) == SENT
+    assert not any(path.endswith(("huge.safetensors", "evil.pkl")) for _, path in hub.requests)
+
+
+# -- refused -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_bank_that_somebody_wants_to_be_forgotten_by_is_not_published(hub, bank):
+    files.mark_stale(bank.folder, "t2")
+    said = refused(BankError, bank.push_to_hub, NAME)
+    assert said.startswith("somebody who asked to be forgotten is in the task LoRA of ")
+    assert said.endswith("\n  Rebuild it without them:  mta bank build")
+    assert hub.requests == []
+
+
+def test_a_damaged_bank_is_not_published(hub, bank):
+    (bank.folder / "index.safetensors").write_bytes(b"torn")
+    assert "index.safetensors was changed or cut short" in refused(BankCorrupt, bank.push_to_hub, NAME)
+    assert hub.requests == []
+
+
+def test_a_sealed_file_that_is_no_banks_is_not_published(hub, folder):
+    (folder / "task_lora" / "training_args.json").write_text("{}")
+    sealed = files.file_hashes(folder, [*files.read_info(folder).files, "task_lora/training_args.json"])
+    rewritten(folder, files=sealed)
+    said = refused(BankError, Bank.open(folder, BASE).push_to_hub, NAME)
+    assert "holds task_lora/training_args.json, which is no bank's file: it is not published\n  Rebuild" in said
+
+
+def test_a_public_repository_is_not_taken_for_a_private_one(hub, bank):
+    hub.repos[NAME] = stand_in.Repo(private=False)
+    said = refused(HubError, bank.push_to_hub, NAME)
+    assert said.startswith(f"{NAME} is there already, and public; nothing was sent\n  Say --public (private=False)")
+    assert hub.repos[NAME].files == {}
+    assert files.published(bank.folder) == []
+    bank.push_to_hub(NAME, private=False)
+    assert sorted(hub.repos[NAME].files) == SENT
+
+
+def test_without_a_login_nothing_is_sent(hub, bank, logged_out):
+    said = refused(HubError, bank.push_to_hub, NAME)
+    assert said.startswith(f"the hub does not let you at {NAME!r}: ")
+    assert said.endswith("\n  Log in:  hf auth login   (or set HF_TOKEN), as somebody with rights to it.")
+    assert hub.repos == {}
+
+
+@pytest.mark.parametrize("name", ["a/b/c", "--", "x" * 100])
+def test_a_name_no_repository_can_have_is_refused(hub, bank, name):
+    said = refused(HubError, bank.push_to_hub, name)
+    assert said.startswith(f"{name!r} is no name of a repository: ")
+    assert hub.requests == []
+
+
+@pytest.mark.parametrize("bend", [lambda data: data[:-1] + b"!", lambda data: data[: len(data) // 2]])
+def test_a_bank_that_comes_damaged_is_refused(hub, bank, bend):
+    bank.push_to_hub(NAME)
+    hub.bent["index.safetensors"] = bend(hub.repos[NAME].files["index.safetensors"])
+    said = refused((BankCorrupt, HubError), Bank.from_pretrained, NAME, BASE)
+    if "came damaged" in said:  # else the client has seen itself that it is too short
+        assert f"hf cache rm model/{NAME}" in said
+    else:
+        assert f"{NAME!r} cannot be had from the hub" in said
+
+
+def test_a_torn_bank_on_the_hub_is_refused(hub, bank):
+    bank.push_to_hub(NAME)
+    hub.repos[NAME].commit({name: data[:99] for name, data in hub.repos[NAME].files.items()})
+    assert refused(BankCorrupt, Bank.from_pretrained, NAME, BASE).startswith(f"{NAME!r} came damaged from the hub: ")
+    hub.repos[NAME].commit({"bank.json": (bank.folder / "bank.json").read_bytes()})
+    assert "is missing" in refused(BankCorrupt, Bank.from_pretrained, NAME, BASE)
+
+
+def test_a_bank_for_another_base_is_refused(hub, bank):
+    bank.push_to_hub(NAME)
+    assert "was built for base 'tiny-llama'" in refused(BankMismatch, Bank.from_pretrained, NAME, base_of("qwen2"))
+
+
+def test_what_is_no_bank_is_told_before_its_weights_are_fetched(hub):
+    hub.repos[NAME] = stand_in.Repo(private=True)
+    hub.repos[NAME].commit({"model.safetensors": b"0" * 1000})
+    said = refused(BankCorrupt, bank_folder, NAME)
+    assert (
+        said == f"there is no folder {NAME}, and {NAME!r} on the hub is no bank: it has no bank.json\n  Check the name."
+    )
+    assert not any("model.safetensors" in path for _, path in hub.requests)
+
+
+def test_who_is_not_let_in_is_told_what_to_do(hub, bank, monkeypatch):
+    unknown = refused(HubError, bank_folder, "nobody/nothing")
+    assert unknown.startswith(
+        "there is no 'nobody/nothing' on the hub, or it is private\n  Check the name. Log in:  hf auth"
+    )
+    assert "there is no 'nobody/nothing' on the hub, or it is private\n" in refused(
+        AssetError, local_folder, "nobody/nothing"
+    )
+    bank.push_to_hub(NAME)
+    assert refused(HubError, bank_folder, NAME, "v9") == (
+        f"{NAME!r} has no such revision\n  Give a branch, a tag or a commit it has."
+    )
+    hub.repos[NAME].gated = True
+    assert refused(HubError, bank_folder, NAME).startswith(f"{NAME!r} is gated, and you are not among those let in\n")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    offline = refused(HubError, bank_folder, "nobody/other")
+    assert offline.startswith("'nobody/other' cannot be had from the hub, or sent there: ")
+    assert "give the folder" in offline
+
+
+def test_what_was_fetched_once_opens_without_a_network(hub, bank, monkeypatch):
+    bank.push_to_hub(NAME)
+    Bank.from_pretrained(NAME, BASE)
+    hub.requests.clear()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert Bank.from_pretrained(NAME, BASE).hash == bank.hash
+    assert hub.requests == []
+
+
+# -- what is shown, and the card ---------------------------------------------------------------------------------------
+
+
+def test_the_parcel_says_what_would_leave_and_sends_nothing(hub, bank):
+    parcel = bank_parcel(bank.folder, NAME)
+    assert sorted(parcel.sizes()) == SENT
+    assert parcel.sizes()["anchors.safetensors"] == (bank.folder / "anchors.safetensors").stat().st_size
+    assert parcel.facts["license"].startswith("none said")
+    assert parcel.facts["members"].startswith("stay here (members.json): whoever has them and their key can test")
+    assert "4 people behind the task LoRA, 12 candidates and 3 anchors" in parcel.facts["data"]
+    assert hub.requests == []
+    assert bank_parcel(bank.folder, NAME, with_members=True).facts["members"].startswith("members.json leaves too: ")
+
+
+def results_of(bank, **meta) -> dict:
+    interval = {"mean": 1.25, "low": 1.0, "high": 1.5}
+    methods = [
+        {
+            "name": "MTA",
+            "metrics": {"NLL": interval},
+            "differences": {"task LoRA": {"NLL": {**interval, "mean": -0.5}}},
+        },
+        {"name": "task LoRA", "metrics": {"NLL": interval, "MAE": interval}, "differences": {}},
+        {"name": "constant", "metrics": {"MAE": interval}, "differences": {}},
+    ]
+    told = {"command": "mta evaluate Xylograd.jsonl", "bank_seconds": bank.info.seconds, **meta}
+    return {"meta": told, "people": 16, "queries_per_person": 8, "methods": methods}
+
+
+def test_the_card_is_one_the_hub_reads_and_quotes_the_results(hub, bank, tmp_path):
+    (tmp_path / "results.json").write_text(json.dumps(results_of(bank)))
+    bank.push_to_hub(NAME, results=tmp_path / "results.json", license="apache-2.0")
+    text = hub.repos[NAME].files["README.md"].decode()
+    data = ModelCard(text).data.to_dict()
+    assert (data["license"], data["library_name"]) == ("apache-2.0", "merge-then-adapt")
+    assert set(data["tags"]) >= {"lora", "arxiv:2511.20072"}
+    assert "| MTA | 1.250 [1.000, 1.500] | -0.500 [+1.000, +1.500] |" in text
+    assert "| task LoRA | 1.250 [1.000, 1.500] |  |" in text
+    assert "16 people who are not in the bank, 8 questions each" in text
+    assert "Xylograd" not in text
+    assert f'bank = mta.Bank.from_pretrained("{NAME}", base)' in text
+    assert "| people behind the task LoRA / candidates for anchors | 4 / 12 |" in text
+    assert "| items per anchor | 6 to 6, " in text
+    assert "it is not anonymous" in text
+    assert Run.model_validate(yaml.safe_load(text.partition("```yaml\n")[2].partition("```")[0])) == bank.info.run
+
+
+def test_the_base_of_a_card_is_its_id_on_the_hub(folder):
+    for base, told in {
+        "smollm2-135m-instruct": "HuggingFaceTB/SmolLM2-135M-Instruct",
+        "meta-llama/Llama-3.1-8B": "meta-llama/Llama-3.1-8B",
+        "tiny-llama": None,
+    }.items():
+        run = json.loads((folder / "bank.json").read_text())["run"] | {"base": base}
+        rewritten(folder, base=base, run=run)
+        card = ModelCard(bank_parcel(folder, NAME).files["README.md"].decode())
+        assert card.data.to_dict().get("base_model") == told
+
+
+@pytest.mark.parametrize("written", ["[]", "{}", "no", '{"methods": [], "people": 1, "queries_per_person": 1}'])
+def test_results_that_are_none_are_refused(bank, tmp_path, written):
+    (tmp_path / "r.json").write_text(written)
+    said = refused(InputError, bank_parcel, bank.folder, NAME, results=tmp_path / "r.json")
+    assert said.startswith(f"{tmp_path / 'r.json'} cannot be quoted on the card: ")
+    assert said.endswith("\n  Give the results.json of:  mta evaluate people.jsonl --bank bank/ --out results/")
+
+
+def test_results_of_another_bank_are_refused(bank, tmp_path):
+    (tmp_path / "r.json").write_text(json.dumps(results_of(bank, bank_seconds={"anchors": 1e6})))
+    assert "holds the results of another bank" in refused(
+        InputError, bank_parcel, bank.folder, NAME, results=tmp_path / "r.json"
+    )
+
+
+# -- forgetting --------------------------------------------------------------------------------------------------------
+
+
+def test_forgetting_names_where_the_bank_was_published(hub, bank, tmp_path):
+    bank.push_to_hub(NAME)
+    told = forget_person("t2", Store(tmp_path / "people"), bank.folder)
+    assert (told.needs_rebuild, told.published, told.unknown) == (["task LoRA"], [f"{hub.endpoint}/{NAME}"], [])
+    assert forget_person("stranger", Store(tmp_path / "people"), bank.folder).published == []
+
+
+def test_forgetting_says_what_a_published_bank_does_not_let_us_know(hub, bank, tmp_path):
+    bank.push_to_hub(NAME)
+    there = Bank.from_pretrained(NAME, BASE).folder
+    told = forget_person("t2", Store(tmp_path / "people"), there)
+    assert (told.needs_rebuild, told.unknown) == ([], [str(there)])
+
+
+# -- an adapter --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def adapter(bank, tmp_path):
+    """A Personalizer with a store, who has exported x0."""
+    personal = personalizer(BASE, bank, tmp_path / "people")
+    personal.personalize(NEW)
+    personal.export("x0", tmp_path / "x0-adapter")
+    return personal, tmp_path / "x0-adapter"
+
+
+def test_an_export_has_a_card_that_says_nothing_of_the_person(adapter):
+    _, out = adapter
+    text = (out / "README.md").read_text()
+    data = ModelCard(text).data.to_dict()
+    assert (data["library_name"], data["pipeline_tag"]) == ("peft", "text-generation")
+    assert "a merge of " in text
+    assert "a stack of rank 1, exactly" in text
+    assert not any(telling in text for telling in ("x0", "Film", str(out.parent)))
+
+
+def test_an_adapter_that_was_pushed_is_loaded_by_peft(hub, adapter, tmp_path):
+    personal, out = adapter
+    assert personal.push_to_hub("x0", out, "somebody/one") == f"{hub.endpoint}/somebody/one"
+    repo = hub.repos["somebody/one"]
+    assert repo.private
+    assert sorted(repo.files) == ["README.md", "adapter_config.json", "adapter_model.safetensors"]
+    base_of(dtype=torch.float32).model.save_pretrained(tmp_path / "base")
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    ids = torch.tensor([[5, 9, 33, 80]])
+    before = plain(ids).logits
+    there = peft.PeftModel.from_pretrained(plain, "somebody/one")(ids).logits
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
+    here = peft.PeftModel.from_pretrained(plain, out)(ids).logits
+    assert torch.equal(there, here)
+    assert not torch.allclose(there, before)
+
+
+def test_forgetting_names_a_pushed_adapter_and_removes_the_one_here(hub, adapter):
+    personal, out = adapter
+    personal.push_to_hub("x0", out, "somebody/one")
+    personal.push_to_hub("x0", out, "somebody/one")
+    told = personal.forget("x0")
+    assert told.exports_left == [f"{hub.endpoint}/somebody/one (pushed there: delete it by hand)"]
+    assert not out.exists()
+
+
+def test_a_push_that_is_refused_notes_nothing_and_sends_nothing(hub, adapter, logged_out):
+    personal, out = adapter
+    assert "the hub does not let you at" in refused(HubError, personal.push_to_hub, "x0", out, "somebody/one")
+    assert personal.forget("x0").exports_left == []
+
+
+def test_a_card_that_is_not_ours_is_neither_replaced_nor_pushed_nor_removed(hub, adapter):
+    personal, out = adapter
+    (out / "README.md").write_text("about my friend")
+    personal.export("x0", out)
+    assert (out / "README.md").read_text() == "about my friend"
+    said = refused(InputError, personal.push_to_hub, "x0", out, "somebody/one")
+    assert said.startswith(f"{out} has no card that mta export wrote")
+    assert hub.requests == []
+    personal.forget("x0")
+    assert [path.name for path in out.iterdir()] == ["README.md"]
+
+
+def test_a_base_in_a_folder_here_is_pushed_by_its_name(hub, adapter, tmp_path):
+    personal, out = adapter
+    config = json.loads((out / "adapter_config.json").read_text())
+    (out / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": f"{tmp_path}/mine"}))
+    personal.push_to_hub("x0", out, "somebody/one")
+    assert json.loads(hub.repos["somebody/one"].files["adapter_config.json"])["base_model_name_or_path"] == "mine"
+    assert str(tmp_path).encode() not in hub.arrived()
+
+
+@pytest.mark.slow
+def test_in_a_process_of_its_own_as_people_have_it(hub, bank, tmp_path, cache):
+    """With the client set up by its own variables."""
+    code = (
+        "import sys; sys.path[:0] = sys.argv[2:]; from tiny import base_of; from mta.bank.bank import Bank; "
+        f"base = base_of(); bank = Bank.open(sys.argv[1], base); bank.push_to_hub({NAME!r}); "
+        f"print(Bank.from_pretrained({NAME!r}, base).hash)"
+    )
+    places = [str(bank.folder), str(Path(__file__).parents[1])]
+    own = {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_XET": "1"}
+    done = subprocess.run([sys.executable, "-c", code, *places], capture_output=True, text=True, env=os.environ | own)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == bank.hash
