@@ -41,8 +41,8 @@ class Settings(BaseModel):
 class Lora(Settings):
     """Shape of one LoRA; its update of a layer is ``alpha / rank * B @ A``."""
 
-    rank: int = Field(8, ge=1)
-    alpha: float = Field(16.0, gt=0)
+    rank: int = Field(default=8, ge=1)
+    alpha: float = Field(default=16.0, gt=0)
 
     @property
     def scale(self) -> float:
@@ -56,14 +56,14 @@ class Training(Settings):
     Giving ``epochs`` alone, in a file or as a word, takes the place of default ``steps``.
     """
 
-    lr: float = Field(2e-4, gt=0)
-    steps: int | None = Field(None, ge=0)
-    epochs: float = Field(1.0, gt=0)
-    batch_size: int = Field(8, ge=1)
+    lr: float = Field(default=2e-4, gt=0)
+    steps: int | None = Field(default=None, ge=0)
+    epochs: float = Field(default=1.0, gt=0)
+    batch_size: int = Field(default=8, ge=1)
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    warmup: float = Field(0.0, ge=0, le=1, description="share of the steps")
-    weight_decay: float = Field(0.0, ge=0)
-    clip: float = Field(1.0, gt=0, description="largest gradient norm of one person")
+    warmup: float = Field(default=0.0, ge=0, le=1, description="share of the steps")
+    weight_decay: float = Field(default=0.0, ge=0)
+    clip: float = Field(default=1.0, gt=0, description="largest gradient norm of one person")
     beta1: float = 0.9
     beta2: float = 0.999
     eps: float = 1e-8
@@ -75,21 +75,27 @@ class TaskLoraSettings(Settings):
     enabled: bool = True
     lora: Lora = Lora()
     training: Training = Training(lr=5e-4, epochs=1, batch_size=32, schedule="cosine", warmup=0.05)
-    items: int = Field(4000, ge=1)
-    per_person: int = Field(32, ge=1)
+    items: int = Field(default=4000, ge=1)
+    per_person: int = Field(default=32, ge=1)
 
 
 class BankSettings(Settings):
     """Stage 1. Anchors are never more than a quarter of the candidates."""
 
-    anchors: int = Field(50, ge=1)
-    min_items: int = Field(11, ge=1, description="candidates have at least this many items (paper: more than 10)")
-    max_items: int = Field(200, ge=1, description="most recent items an anchor is trained on")
+    anchors: int = Field(default=50, ge=1)
+    min_items: int = Field(
+        default=11, ge=1, description="candidates have at least this many items (paper: more than 10)"
+    )
+    max_items: int = Field(default=200, ge=1, description="most recent items an anchor is trained on")
     lora: Lora = Lora()
     training: Training = Training(lr=2e-4, epochs=2, batch_size=8)
     encode: Literal["input", "both"] = "both"
-    choose: Literal["active", "central", "random"] = Field("active", description="of a cluster; paper: the most active")
-    start: Literal["same", "own"] = Field("same", description="whether anchors begin from one A, or each from its own")
+    choose: Literal["active", "central", "random"] = Field(
+        default="active", description="of a cluster; paper: the most active"
+    )
+    start: Literal["same", "own"] = Field(
+        default="same", description="whether anchors begin from one A, or each from its own"
+    )
 
 
 class MergeSettings(Settings):
@@ -103,17 +109,19 @@ class MergeSettings(Settings):
 
     policy: Policy = "posterior"
     retrieve: Literal["cosine", "loss"] = "cosine"
-    k: int = Field(0, ge=0, description="anchors retrieved, 0 = all; the paper takes 2")
-    tau: float = Field(0.2, gt=0)
-    temperature: float = Field(4.0, gt=0, description="T of the posterior policy")
-    null_prior: float = Field(0.5, gt=0, lt=1, description="prior of the task LoRA alone in the posterior policy")
-    ridge: float = Field(300.0, gt=0, description="strength of the pull to zero in the ridge policy")
-    fixed: float = Field(0.5, ge=0, le=1, description="share of the nearest anchor in the fixed policy")
-    start: Literal["posterior", "zero"] = Field("posterior", description="where the learned policy begins")
+    k: int = Field(default=0, ge=0, description="anchors retrieved, 0 = all; the paper takes 2")
+    tau: float = Field(default=0.2, gt=0)
+    temperature: float = Field(default=4.0, gt=0, description="T of the posterior policy")
+    null_prior: float = Field(
+        default=0.5, gt=0, lt=1, description="prior of the task LoRA alone in the posterior policy"
+    )
+    ridge: float = Field(default=300.0, gt=0, description="strength of the pull to zero in the ridge policy")
+    fixed: float = Field(default=0.5, ge=0, le=1, description="share of the nearest anchor in the fixed policy")
+    start: Literal["posterior", "zero"] = Field(default="posterior", description="where the learned policy begins")
     learned: Training = Training(lr=0.05, steps=1, batch_size=64, eps=1.0, clip=1e9)
-    scale: float = Field(1.0, gt=0, description="multiplies all coefficients")
+    scale: float = Field(default=1.0, gt=0, description="multiplies all coefficients")
     mode: MergeMode = "exact"
-    rank: int | None = Field(None, ge=1, description="rank of the svd mode; None keeps the bank's")
+    rank: int | None = Field(default=None, ge=1, description="rank of the svd mode; None keeps the bank's")
 
 
 class StackSettings(Settings):
@@ -133,9 +141,9 @@ class Run(Settings):
     seed: int = 0
     dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
     device: str = "auto"
-    memory: str = Field("4GiB", description="bound on one cohort: adapters, optimizer, activations")
-    gradient_checkpointing: bool = Field(False, description="less memory, a third more time: for big bases")
-    max_tokens: int = Field(1024, ge=16)
+    memory: str = Field(default="4GiB", description="bound on one cohort: adapters, optimizer, activations")
+    gradient_checkpointing: bool = Field(default=False, description="less memory, a third more time: for big bases")
+    max_tokens: int = Field(default=1024, ge=16)
     task_lora: TaskLoraSettings = TaskLoraSettings()
     bank: BankSettings = BankSettings()
     merge: MergeSettings = MergeSettings()
@@ -158,11 +166,11 @@ class OneLoraSettings(Settings):
 class Evaluation(Settings):
     """What is compared, and on how much: the first ``shots`` items of a person, then the next ``queries``."""
 
-    shots: int = Field(8, ge=1)
-    queries: int = Field(12, ge=1)
-    seeds: tuple[int, ...] = Field((), description="none given: the run's own")
+    shots: int = Field(default=8, ge=1)
+    queries: int = Field(default=12, ge=1)
+    seeds: tuple[int, ...] = Field(default=(), description="none given: the run's own")
     oppu: OneLoraSettings = OneLoraSettings(lora=Lora(), training=Training(lr=2e-4, steps=8, batch_size=64))
-    adapt: OneLoraSettings | None = Field(None, description="none given: as the run's stack")
+    adapt: OneLoraSettings | None = Field(default=None, description="none given: as the run's stack")
     policies: tuple[Policy, ...] = ("uniform", "top1", "similarity", "loss", "posterior", "ridge", "learned")
 
 
@@ -173,9 +181,9 @@ class Privacy(Settings):
     asked about at most ``items`` items that anchors were trained on.
     """
 
-    shots: int = Field(8, ge=1)
-    targets: int = Field(16, ge=1)
-    items: int = Field(16, ge=1)
+    shots: int = Field(default=8, ge=1)
+    targets: int = Field(default=16, ge=1)
+    items: int = Field(default=16, ge=1)
 
 
 _UNITS = {"B": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
