@@ -42,7 +42,7 @@ _HOME = {
     "study": "mta.evaluation.study",
 }
 __all__ = [*_HOME, "__version__"]
-__version__ = "0.1.0.dev0"
+__version__ = "0.1.0"
 
 
 def __getattr__(name: str) -> Any:

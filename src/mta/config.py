@@ -23,8 +23,8 @@ MergeMode = Literal["exact", "svd", "factor"]
 class Lora(Settings):
     """Shape of one LoRA; its update of a layer is ``alpha / rank * B @ A``."""
 
-    rank: int = Field(8, ge=1, description="R of A (R, D) and B (O, R)")
-    alpha: float = Field(16.0, gt=0, description="the update is alpha / rank * B @ A")
+    rank: int = Field(default=8, ge=1, description="R of A (R, D) and B (O, R)")
+    alpha: float = Field(default=16.0, gt=0, description="the update is alpha / rank * B @ A")
 
     @property
     def scale(self) -> float:
@@ -38,42 +38,44 @@ class Training(Settings):
     Giving ``epochs`` alone, in a file or as a word, takes the place of default ``steps``.
     """
 
-    lr: float = Field(2e-4, gt=0, description="learning rate of AdamW")
-    steps: int | None = Field(None, ge=0, description="of the optimizer; none: epochs count")
-    epochs: float = Field(1.0, gt=0, description="times over the examples, where no steps are set")
-    batch_size: int = Field(8, ge=1, description="examples of one person in a step")
-    schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="of the learning rate")
-    warmup: float = Field(0.0, ge=0, le=1, description="share of the steps")
-    weight_decay: float = Field(0.0, ge=0, description="of AdamW")
-    clip: float = Field(1.0, gt=0, description="largest gradient norm of one person")
-    beta1: float = Field(0.9, description="of AdamW")
-    beta2: float = Field(0.999, description="of AdamW")
-    eps: float = Field(1e-8, description="of AdamW")
+    lr: float = Field(default=2e-4, gt=0, description="learning rate of AdamW")
+    steps: int | None = Field(default=None, ge=0, description="of the optimizer; none: epochs count")
+    epochs: float = Field(default=1.0, gt=0, description="times over the examples, where no steps are set")
+    batch_size: int = Field(default=8, ge=1, description="examples of one person in a step")
+    schedule: Literal["constant", "linear", "cosine"] = Field(default="constant", description="of the learning rate")
+    warmup: float = Field(default=0.0, ge=0, le=1, description="share of the steps")
+    weight_decay: float = Field(default=0.0, ge=0, description="of AdamW")
+    clip: float = Field(default=1.0, gt=0, description="largest gradient norm of one person")
+    beta1: float = Field(default=0.9, description="of AdamW")
+    beta2: float = Field(default=0.999, description="of AdamW")
+    eps: float = Field(default=1e-8, description="of AdamW")
 
 
 class TaskLoraSettings(Settings):
     """Stage 0. ``items`` bounds the pooled examples; ``per_person`` the share of one person."""
 
-    enabled: bool = Field(True, description="whether everything stands over a LoRA of pooled items")
+    enabled: bool = Field(default=True, description="whether everything stands over a LoRA of pooled items")
     lora: Lora = Lora()
     training: Training = Training(lr=5e-4, epochs=1, batch_size=32, schedule="cosine", warmup=0.05)
-    items: int = Field(4000, ge=1, description="pooled examples at most")
-    per_person: int = Field(32, ge=1, description="of one person at most")
+    items: int = Field(default=4000, ge=1, description="pooled examples at most")
+    per_person: int = Field(default=32, ge=1, description="of one person at most")
 
 
 class BankSettings(Settings):
     """Stage 1. Anchors are never more than a quarter of the candidates."""
 
-    anchors: int = Field(50, ge=1, description="never more than a quarter of the candidates")
-    min_items: int = Field(11, ge=1, description="candidates have at least this many items (paper: more than 10)")
-    max_items: int = Field(200, ge=1, description="most recent items an anchor is trained on")
+    anchors: int = Field(default=50, ge=1, description="never more than a quarter of the candidates")
+    min_items: int = Field(default=11, ge=1, description="items of a candidate at least; paper: more than 10")
+    max_items: int = Field(default=200, ge=1, description="most recent items an anchor is trained on")
     lora: Lora = Lora()
     training: Training = Training(lr=2e-4, epochs=2, batch_size=8)
     encode: Literal["input", "both"] = Field(
-        "both", description="what encoders see of an item: with its answer, or without"
+        default="both", description="what encoders see of an item: with its answer, or without"
     )
-    choose: Literal["active", "central", "random"] = Field("active", description="of a cluster; paper: the most active")
-    start: Literal["same", "own"] = Field("same", description="whether anchors begin from one A, or each from its own")
+    choose: Literal["active", "central", "random"] = Field(
+        default="active", description="of a cluster; paper: most active"
+    )
+    start: Literal["same", "own"] = Field(default="same", description="whether all anchors begin from one A")
 
 
 class MergeSettings(Settings):
@@ -85,27 +87,27 @@ class MergeSettings(Settings):
     say little about moves little; weight_decay pulls back to the start.
     """
 
-    policy: Policy = Field("posterior", description="how coefficients come from the shots")
+    policy: Policy = Field(default="posterior", description="how coefficients come from the shots")
     retrieve: Literal["cosine", "loss"] = Field(
-        "cosine", description="which anchors are near: of like encoding, or likeliest"
+        default="cosine", description="which anchors are near: of like encoding, or likeliest"
     )
-    k: int = Field(0, ge=0, description="anchors retrieved, 0 = all; the paper takes 2")
-    tau: float = Field(0.2, gt=0, description="temperature of the similarity and loss policies")
-    temperature: float = Field(4.0, gt=0, description="T of the posterior policy")
-    null_prior: float = Field(0.5, gt=0, lt=1, description="prior of the task LoRA alone in the posterior policy")
-    ridge: float = Field(300.0, gt=0, description="strength of the pull to zero in the ridge policy")
-    fixed: float = Field(0.5, ge=0, le=1, description="share of the nearest anchor in the fixed policy")
-    start: Literal["posterior", "zero"] = Field("posterior", description="where the learned policy begins")
+    k: int = Field(default=0, ge=0, description="anchors retrieved, 0 = all; the paper takes 2")
+    tau: float = Field(default=0.2, gt=0, description="temperature of the similarity and loss policies")
+    temperature: float = Field(default=4.0, gt=0, description="T of the posterior policy")
+    null_prior: float = Field(default=0.5, gt=0, lt=1, description="prior of the task LoRA alone in the posterior")
+    ridge: float = Field(default=300.0, gt=0, description="strength of the pull to zero in the ridge policy")
+    fixed: float = Field(default=0.5, ge=0, le=1, description="share of the nearest anchor in the fixed policy")
+    start: Literal["posterior", "zero"] = Field(default="posterior", description="where the learned policy begins")
     learned: Training = Training(lr=0.05, steps=1, batch_size=64, eps=1.0, clip=1e9)
-    scale: float = Field(1.0, gt=0, description="multiplies all coefficients")
-    mode: MergeMode = Field("exact", description="factors side by side; cut by svd; or averaged apart (an ablation)")
-    rank: int | None = Field(None, ge=1, description="rank of the svd mode; None keeps the bank's")
+    scale: float = Field(default=1.0, gt=0, description="multiplies all coefficients")
+    mode: MergeMode = Field(default="exact", description="side by side, cut by svd, or averaged apart")
+    rank: int | None = Field(default=None, ge=1, description="rank of the svd mode; None keeps the bank's")
 
 
 class StackSettings(Settings):
     """Stage 3: the rank-1 LoRA on top of the frozen merge."""
 
-    enabled: bool = Field(True, description="whether there is a stage 3")
+    enabled: bool = Field(default=True, description="whether there is a stage 3")
     lora: Lora = Lora(rank=1, alpha=16.0)
     training: Training = Training(lr=2e-4, steps=8, batch_size=64)
 
@@ -113,19 +115,19 @@ class StackSettings(Settings):
 class Run(Settings):
     """Everything that decides a result. The same run with the same seed gives the same tensors."""
 
-    base: str = Field("smollm2-135m-instruct", description="asset name, folder or hub id")
-    task: str = Field("text", description="built-in, or a YAML file")
+    base: str = Field(default="smollm2-135m-instruct", description="asset name, folder or hub id")
+    task: str = Field(default="text", description="built-in, or a YAML file")
     encoder: str = Field(
-        "all-minilm-l6-v2", description="asset name, folder, hub id, or base: the base's hidden states"
+        default="all-minilm-l6-v2", description="asset name, folder, hub id, or base: the base's hidden states"
     )
-    seed: int = Field(0, description="of everything that is drawn")
+    seed: int = Field(default=0, description="of everything that is drawn")
     dtype: Literal["auto", "float32", "bfloat16", "float64"] = Field(
-        "auto", description="of the base; adapters are float32"
+        default="auto", description="of the base; adapters are float32"
     )
-    device: str = Field("auto", description="cpu, cuda, or auto: the GPU where there is one")
-    memory: str = Field("4GiB", description="bound on one cohort: adapters, optimizer, activations")
-    gradient_checkpointing: bool = Field(False, description="less memory, a third more time: for big bases")
-    max_tokens: int = Field(1024, ge=16, description="longest example; prompts are cut where the task allows")
+    device: str = Field(default="auto", description="cpu, cuda, or auto: the GPU where there is one")
+    memory: str = Field(default="4GiB", description="bound on one cohort: adapters, optimizer, activations")
+    gradient_checkpointing: bool = Field(default=False, description="less memory, a third more time: for big bases")
+    max_tokens: int = Field(default=1024, ge=16, description="longest example; prompts are cut where the task allows")
     task_lora: TaskLoraSettings = TaskLoraSettings()
     bank: BankSettings = BankSettings()
     merge: MergeSettings = MergeSettings()
@@ -148,13 +150,14 @@ class OneLoraSettings(Settings):
 class Evaluation(Settings):
     """What is compared, and on how much: the first ``shots`` items of a person, then the next ``queries``."""
 
-    shots: int = Field(8, ge=1, description="first items of a person, to learn from")
-    queries: int = Field(12, ge=1, description="items after them, to be asked")
-    seeds: tuple[int, ...] = Field((), description="none given: the run's own")
+    shots: int = Field(default=8, ge=1, description="first items of a person, to learn from")
+    queries: int = Field(default=12, ge=1, description="items after them, to be asked")
+    seeds: tuple[int, ...] = Field(default=(), description="none given: the run's own")
     oppu: OneLoraSettings = OneLoraSettings(lora=Lora(), training=Training(lr=2e-4, steps=8, batch_size=64))
-    adapt: OneLoraSettings | None = Field(None, description="none given: as the run's stack")
+    adapt: OneLoraSettings | None = Field(default=None, description="none given: as the run's stack")
     policies: tuple[Policy, ...] = Field(
-        ("uniform", "top1", "similarity", "loss", "posterior", "ridge", "learned"), description="rows of merges alone"
+        default=("uniform", "top1", "similarity", "loss", "posterior", "ridge", "learned"),
+        description="merges alone",
     )
 
 
@@ -165,9 +168,9 @@ class Privacy(Settings):
     asked about at most ``items`` items that anchors were trained on.
     """
 
-    shots: int = Field(8, ge=1, description="a target's first items")
-    targets: int = Field(16, ge=1, description="people who are personalized and attacked")
-    items: int = Field(16, ge=1, description="of each anchor that are asked about")
+    shots: int = Field(default=8, ge=1, description="a target's first items")
+    targets: int = Field(default=16, ge=1, description="people who are personalized and attacked")
+    items: int = Field(default=16, ge=1, description="of each anchor that are asked about")
 
 
 _UNITS = {"B": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}

@@ -38,7 +38,7 @@ class Method(Settings, ABC):
 
     paper: ClassVar[str] = ""
 
-    method: str = Field("", description="which class; set by each of them")
+    method: str = Field(default="", description="which class; set by each of them")
     name: str
 
     @property

@@ -1,0 +1,105 @@
+"""The Dockerfile, where no container engine runs: linted, its copies and commands tried outside an image."""
+
+import fnmatch
+import json
+import re
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import httpx2
+import pytest
+from served import served
+
+ROOT = Path(__file__).parents[2]
+
+
+def instructions() -> list[tuple[str, str]]:
+    """(word, rest) of each, comments gone and lines joined as Docker joins them."""
+    lines = [line for line in (ROOT / "Dockerfile").read_text().splitlines() if not line.startswith("#")]
+    joined = re.sub(r"\\\n", "", "\n".join(lines))
+    return [(word, rest) for word, _, rest in (line.partition(" ") for line in joined.splitlines() if line)]
+
+
+def copied() -> list[str]:
+    """What comes from the checkout."""
+    return [
+        path for word, rest in instructions() if word == "COPY" and "--from" not in rest for path in rest.split()[:-1]
+    ]
+
+
+def health(port: int, python: str = sys.executable) -> int:
+    """The exit status of the image's health command, asked of another port."""
+    (check,) = [rest for word, rest in instructions() if word == "HEALTHCHECK"]
+    command = json.loads(check.partition(" CMD ")[2])
+    assert command[0] == "python"
+    return subprocess.run(
+        [python, command[1], command[2].replace("8000", str(port))], stderr=subprocess.PIPE
+    ).returncode
+
+
+def test_hadolint_finds_nothing():
+    try:
+        done = subprocess.run(
+            [Path(sys.executable).parent / "hadolint", ROOT / "Dockerfile"], capture_output=True, text=True
+        )
+    except OSError as error:
+        pytest.skip(f"hadolint cannot start: {error}")
+    assert (done.returncode, done.stdout) == (0, "")
+
+
+def test_everything_copied_is_sent_to_the_engine_and_nothing_else():
+    rules = (ROOT / ".dockerignore").read_text().splitlines()
+    assert rules[0] == "*"  # no history, no data, no keys
+    sent = {rule[1:] for rule in rules if rule.startswith("!")}
+    assert sent == set(copied())
+    assert all((ROOT / path).exists() for path in sent)
+    assert [rule for rule in rules[1:] if not rule.startswith("!")] == ["**/__pycache__"]
+
+
+def test_it_runs_as_nobody_special_and_keeps_everything_in_the_volume():
+    said = dict(instructions())  # of words that come twice, the last: that of the final image
+    assert int(said["USER"]) > 0
+    assert json.loads(said["ENTRYPOINT"]) == ["mta"]
+    assert said["VOLUME"] == said["WORKDIR"] == "/data"
+    places = [
+        word.partition("=")[2] for word in said["ENV"].split() if word.startswith(("HOME", "MTA_CACHE", "HF_HOME"))
+    ]
+    assert len(places) == 3
+    assert all(fnmatch.fnmatch(place, "/data*") for place in places)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_its_health_is_the_engines(tiny, tmp_path):
+    def broken():
+        raise MemoryError("no more")
+
+    with served(*tiny, tmp_path) as running:
+        port = int(running.url.rpartition(":")[2])
+        assert health(port) == 0
+        running.service.engine.decoder.turn = broken
+        bearer = {"Authorization": f"Bearer {running.secrets['admin']}"}
+        body = {"model": "task", "prompt": "Film 7", "max_tokens": 8}
+        assert httpx2.post(f"{running.url}/v1/completions", json=body, headers=bearer).status_code == 503
+        assert health(port) == 1
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        free = taken.getsockname()[1]
+    assert health(free) == 1  # nobody listens
+
+
+@pytest.mark.slow
+@pytest.mark.network
+def test_its_build_installs_an_mta_that_works(tmp_path):
+    """The build stage's commands on what it copies alone, with another place for /opt/mta."""
+    context, home = tmp_path / "src", tmp_path / "opt"
+    context.mkdir()
+    for path in copied():
+        (shutil.copytree if (ROOT / path).is_dir() else shutil.copy)(ROOT / path, context / path)
+    (build,) = [rest for word, rest in instructions() if word == "RUN" and "/opt/mta" in rest]
+    build = build.replace("python -m venv", f"{sys.executable} -m venv").replace("/opt/mta", str(home))
+    subprocess.run(["sh", "-euc", build], cwd=context, check=True)
+    smoke = [home / "bin" / "python", "-P", ROOT / "tests" / "smoke.py"]
+    done = subprocess.run(smoke, cwd=tmp_path, capture_output=True, text=True)
+    assert (done.returncode, done.stdout.splitlines()[-1:]) == (0, ["ok"]), done.stderr

@@ -1,0 +1,117 @@
+"""The built wheel against the oldest versions that pyproject.toml admits, or the newest there are.
+
+    python tests/versions.py oldest              # constraints-oldest.txt
+    python3.13 tests/versions.py newest          # whatever pip finds: on Linux torch brings CUDA, 6 GB
+
+Each makes an environment of its own for the Python that runs it, installs the wheel (never the checkout), walks
+tests/smoke.py, runs the tests named below, prints a row for docs/decisions/017, and removes the environment.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import venv
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+ROOT = Path(__file__).parent.parent
+TOOLS = [
+    "flask",
+    "flask-cors",
+    "hatchling",
+    "hypothesis",
+    "moto[s3]",
+    "openai",
+    "peft",
+    "pytest",
+    "pytest-timeout",
+    "s3fs",
+]
+SHOWN = ("torch", "transformers", "peft", "numpy", "pydantic", "typer", "fastapi")
+TESTS = [
+    "lora",
+    "training",
+    "bank",
+    "tasks",
+    "cli",
+    "test_attention.py",
+    "test_base.py",
+    "test_cluster.py",
+    "test_config.py",
+    "test_encode.py",
+    "test_exports.py",
+    "test_forgotten.py",
+    "test_fuse.py",
+    "test_generate.py",
+    "test_growth.py",
+    "test_kernels.py",
+    "test_personalize.py",
+    "test_public.py",
+    "test_readers.py",
+    "test_readers_lamp.py",
+    "test_retrieval.py",
+    "test_signatures.py",
+    "test_sizing.py",
+    "test_state.py",
+    "test_store.py",
+    "test_upkeep.py",
+    "evaluation/test_metrics.py",
+    "evaluation/test_methods.py",
+    "evaluation/test_run.py",
+    "evaluation/test_report.py",
+    "serving/test_gateway.py",
+    "serving/test_embedded.py",
+    "serving/test_contract.py",
+]
+
+
+def main(which: str) -> int:
+    """Install, walk, test and tell; the exit status of the tests."""
+    with TemporaryDirectory(prefix="mta-versions-") as folder:
+        python = installed(Path(folder), ["-c", str(ROOT / "constraints-oldest.txt")] if which == "oldest" else [])
+        run(python, "-P", str(ROOT / "tests" / "smoke.py"), cwd=folder)
+        words = ["-p", "no:cacheprovider", "-m", "not slow", "-k", "not killed_again"]
+        words += [f"tests/{name}" for name in TESTS]
+        tested = subprocess.run(
+            [python, "-m", "pytest", *words], cwd=ROOT, env=own(), stdout=subprocess.PIPE, text=True
+        )
+        told = tested.stdout.rstrip().splitlines()
+        print("\n".join(told[-40:]))
+        ask = f"from importlib.metadata import version as v; print(*map(v, {SHOWN}), sep=' | ')"
+        print(f"| {which} | {sys.version.split()[0]} | {run(python, '-c', ask).strip()} | {count(told)} |")
+        return tested.returncode
+
+
+def installed(folder: Path, limits: list[str]) -> Path:
+    """The Python of an environment with the wheel, its extras and what the tests need."""
+    venv.create(folder / "env", with_pip=True)
+    python = folder / "env" / "bin" / "python"
+    quiet = ["-m", "pip", "install", "--quiet", "--no-cache-dir", "--disable-pip-version-check"]
+    run(python, *quiet, "hatchling", *limits)
+    run(python, "-m", "hatchling", "build", "-t", "wheel", "-d", str(folder), cwd=ROOT)
+    (wheel,) = folder.glob("*.whl")
+    run(python, *quiet, f"{wheel}[serve,ray]", *TOOLS, *limits)
+    return python
+
+
+def run(python: Path, *words: str, cwd: str | Path | None = None) -> str:
+    """What a command printed; it ends everything if it fails."""
+    return subprocess.run([python, *words], cwd=cwd, env=own(), check=True, stdout=subprocess.PIPE, text=True).stdout
+
+
+def own() -> dict[str, str]:
+    """The environment without the checkout's path."""
+    return {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+
+
+def count(told: list[str]) -> str:
+    """pytest's last line, or what there is of it."""
+    return next((line.strip("= ") for line in reversed(told) if " passed" in line or " failed" in line), "no test ran")
+
+
+if __name__ == "__main__":
+    if sys.argv[1:] not in (["oldest"], ["newest"]):
+        sys.exit(__doc__)
+    sys.exit(main(sys.argv[1]))
