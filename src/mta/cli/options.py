@@ -167,7 +167,9 @@ def agreed(yes: bool) -> None:
             "nothing was sent: whether this may leave the machine cannot be asked here, for it is no terminal",
             hint="Read the list above, then repeat the command with --yes.",
         )
-    typer.confirm("Send this?", abort=True, err=True)
+    typer.echo("Send this? [y/N] ", nl=False, err=True)  # typer.confirm would write to stdout too
+    if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+        raise typer.Abort
 
 
 def show_json(value: object) -> None:
