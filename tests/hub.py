@@ -14,6 +14,9 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlparse
 
+import pytest
+from huggingface_hub import constants, hf_api
+
 TOKEN = "hf_of_tests"
 
 
@@ -213,3 +216,18 @@ def running() -> Iterator[Hub]:
         server.shutdown()
         server.server_close()
         thread.join()
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """A hub that the client in this process speaks to, as somebody who is logged in."""
+    with running() as made:
+        monkeypatch.setattr(constants, "ENDPOINT", made.endpoint)
+        places = made.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", places)
+        monkeypatch.setattr(hf_api.api, "endpoint", made.endpoint)  # what PEFT asks
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+        yield made

@@ -20,6 +20,7 @@ from typer.main import get_command
 from mta.cli.app import app
 from mta.config import Evaluation, Privacy, Run
 from mta.demo import Recipe
+from mta.errors import HubError
 from mta.evaluation.recipe import Experiment
 
 OPERATORS = ("&&", "||", "|", ";", ">", "<", "&", ")", "(", "do", "done", "until")
@@ -70,9 +71,11 @@ VERBS = verb_table()
 
 @contextmanager
 def suppress_missing():
-    """Of a document's own folders not one is there."""
+    """Of a document's own folders not one is there: what may be a hub id is looked for there, and not found."""
     try:
         yield
+    except HubError:
+        pass
     except BadParameter as error:
         if "does not exist" not in str(error):
             raise

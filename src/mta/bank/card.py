@@ -39,24 +39,12 @@ def card(info: BankInfo, place: str = "path/to/this/folder", results: str = "", 
 
 def body(info: BankInfo, place: str = "path/to/this/folder", results: str = "") -> str:
     """The card without the metadata."""
-    cuts = ", ".join(f"{count} {what}" for what, count in info.cut.items())
-    seconds = ", ".join(f"{stage} {value:.0f} s" for stage, value in info.seconds.items())
     return f"""# A bank of {len(info.items)} anchors for `{info.task["name"]}`
 
 Meta-LoRAs of {len(info.items)} anchor people over **{info.base}**{_note(info)}, made by merge-then-adapt
 (method: arXiv:2511.20072, protocol reconstructed). Of it, and of a few texts of somebody new, their own model is made.
 
-| | |
-|---|---|
-| bank | `{info.hash}` |
-| base fingerprint | `{info.base_fingerprint}` |
-| encoder | {info.encoder} |
-| LoRA | rank {info.run.bank.lora.rank}, alpha {info.run.bank.lora.alpha:g}, all linear layers but the LM head |
-| people behind the task LoRA / candidates for anchors | {info.members.task} / {info.members.candidates} |
-| items per anchor | {min(info.items)} to {max(info.items)}, the {info.run.bank.max_items} most recent at most |
-| cut | {cuts} |
-| training | {seconds} |
-
+{_facts(info)}
 ## How to use it
 
 ```python
@@ -81,6 +69,23 @@ personal.generate([("ann", "...")])
 
 ```yaml
 {dump_yaml(info.run)}```
+"""
+
+
+def _facts(info: BankInfo) -> str:
+    """What it was made of, as a table."""
+    cuts = ", ".join(f"{count} {what}" for what, count in info.cut.items())
+    seconds = ", ".join(f"{stage} {value:.0f} s" for stage, value in info.seconds.items())
+    return f"""| | |
+|---|---|
+| bank | `{info.hash}` |
+| base fingerprint | `{info.base_fingerprint}` |
+| encoder | {info.encoder} |
+| LoRA | rank {info.run.bank.lora.rank}, alpha {info.run.bank.lora.alpha:g}, all linear layers but the LM head |
+| people behind the task LoRA / candidates for anchors | {info.members.task} / {info.members.candidates} |
+| items per anchor | {min(info.items)} to {max(info.items)}, the {info.run.bank.max_items} most recent at most |
+| cut | {cuts} |
+| training | {seconds} |
 """
 
 

@@ -149,10 +149,14 @@ def check_out(out: Path | None) -> None:
 
 
 def tracked(name: str | None, folder: Path | None) -> Opener | None:
-    """What opens the sink of that name for a run kept in ``folder``; None without a name. Raises InputError."""
+    """What opens the sink of that name for a run kept in ``folder``; None without a name.
+
+    Raises InputError; also where the folder cannot be written.
+    """
     from mta.errors import InputError
     from mta.sinks import tracker
 
+    check_out(folder)
     if name and not folder:
         raise InputError(
             "--track goes with a folder that keeps the run", hint="Give one: --out (mta personalize: --run)."
@@ -193,7 +197,9 @@ def agreed(yes: bool) -> None:
             "nothing was sent: whether this may leave the machine cannot be asked here, for it is no terminal",
             hint="Read the list above, then repeat the command with --yes.",
         )
-    typer.confirm("Send this?", abort=True, err=True)
+    typer.echo("Send this? [y/N] ", nl=False, err=True)  # typer.confirm would write to stdout too
+    if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+        raise typer.Abort
 
 
 def show_json(value: object) -> None:

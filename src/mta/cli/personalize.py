@@ -32,6 +32,10 @@ from mta.cli.options import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from mta.bank.bank import Bank
+    from mta.history import Person
     from mta.making import Personalized, Updated
 
 Latest = Annotated[int | None, typer.Option(min=1, help="Use only the most recent so many items of each person.")]
@@ -75,34 +79,41 @@ def personalize(
     Example:  mta personalize newcomers.jsonl --bank bank/ --store people/
     Example:  mta personalize everybody.jsonl --bank bank/ --store s3://bucket/people --cluster ray://head:10001
     """
-    from dataclasses import asdict
-
     from mta.cli.screen import Screen
     from mta.making import counts
     from mta.personalize import Personalizer
     from mta.runs import work_of
 
-    check_out(run)
     opener = tracked(track, run)
     people = [p.latest(latest) if latest else p for p in people_in(source, task_of(bank), skip_bad)]
     base, opened, settings = open_bank(bank, words, seed, device, config, open_to=MERGE_AND_STACK)
-    if opened.info.members.hashed is None:
-        typer.echo(
-            "This bank came without its members: whether these people helped to train it is not known.", err=True
-        )
-    if seen := sum(bool(opened.info.members.artefacts_of(person.id)) for person in people):
-        typer.echo(f"{seen} of {len(people)} people helped to train this bank: it knows their items already.", err=True)
+    _warn_of_members(opened, people)
     with executor_at(cluster, workers, together) as executor, Screen() as screen:
         personal = Personalizer(base, opened, store, run=settings, executor=executor)
         asked = base.as_loaded(settings).model_dump(mode="json")
-        how: dict[str, Any] = {"settings": asked, "track": opener, "on_step": screen.step}
-        how["work"] = work_of(asked, opened.hash)  # a run that is stopped goes on
+        work = work_of(asked, opened.hash)  # a run that is stopped goes on
+        how: dict[str, Any] = {"settings": asked, "work": work, "track": opener, "on_step": screen.step}
         with kept_over(opened, "personalize", folder=run, base=base, **how) as kept:
             if update:
                 done: Personalized | Updated = personal.update(people, keep_histories=keep_histories, on_step=kept.step)
             else:
                 done = personal.personalize(people, keep_histories=keep_histories, resume=resume, on_step=kept.step)
             kept.outcome, kept.about["plan"] = counts(done), done.plan
+    _tell(done, json)
+
+
+def _warn_of_members(bank: Bank, people: Sequence[Person]) -> None:
+    if bank.info.members.hashed is None:
+        typer.echo(
+            "This bank came without its members: whether these people helped to train it is not known.", err=True
+        )
+    if seen := sum(bool(bank.info.members.artefacts_of(person.id)) for person in people):
+        typer.echo(f"{seen} of {len(people)} people helped to train this bank: it knows their items already.", err=True)
+
+
+def _tell(done: Personalized | Updated, json: bool) -> None:
+    from dataclasses import asdict
+
     show_json(asdict(done)) if json else typer.echo(str(done))
     for person, error in done.failed.items():
         typer.echo(f"not personalized: {person!r}: {error}", err=True)

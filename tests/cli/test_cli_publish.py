@@ -1,0 +1,126 @@
+"""``mta bank publish``, ``mta export --push`` and a hub id as ``--bank``: what is shown, asked and sent."""
+
+import io
+import json
+import shutil
+import sys
+
+import pytest
+from hub import hub
+from world import ANN, QUESTION, built, mta, run, tree
+
+__all__ = ["hub"]  # a fixture
+NAME = "somebody/bank"
+SENT = {"README.md", "anchors.safetensors", "bank.json", "index.safetensors"} | {
+    f"task_lora/adapter_{name}" for name in ("config.json", "model.safetensors")
+}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    with built(tmp_path_factory.mktemp("world")) as made:
+        yield made
+
+
+@pytest.fixture
+def answers(monkeypatch):
+    """Somebody at a terminal who answers what they are given."""
+
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    def given(text: str) -> None:
+        monkeypatch.setattr(sys, "stdin", Terminal(f"{text}\n"))
+
+    return given
+
+
+def test_a_dry_run_shows_everything_and_sends_nothing(world, hub):
+    before = tree(world.root)
+    said = mta("bank", "publish", world.bank, "--to", NAME, "--dry-run")
+    assert said.out.startswith(f"To {NAME}, private: 6 files, ")
+    assert all(f"  {name}\n" in said.out for name in SENT)
+    assert "\nmembers: stay here (members.json): " in said.out
+    assert str(world.root) not in said.out
+    assert "PUBLIC" in mta("bank", "publish", world.bank, "--to", NAME, "--dry-run", "--public").out
+    told = mta("bank", "publish", world.bank, "--to", NAME, "--dry-run", "--with-members", "--json").json
+    assert set(told["files"]) == {*SENT, "members.json"}
+    assert (told["to"], told["private"]) == (NAME, True)
+    assert hub.requests == []
+    assert tree(world.root) == before
+
+
+def test_where_nobody_can_be_asked_nothing_is_sent_without_yes(world, hub):
+    said = run("bank", "publish", world.bank, "--to", NAME)
+    assert said.code == 1
+    assert f"To {NAME}, private: 6 files, " in said.err
+    assert said.err.endswith("for it is no terminal\n  Read the list above, then repeat the command with --yes.\n")
+    assert hub.requests == []
+
+
+def test_a_no_sends_nothing_and_a_yes_sends(world, hub, tmp_path, answers):
+    at = world.copy(tmp_path)
+    answers("n")
+    assert run("bank", "publish", at[1], "--to", NAME).code == 1
+    assert hub.requests == []
+    answers("y")
+    assert mta("bank", "publish", at[1], "--to", NAME).out == f"{hub.endpoint}/{NAME}\n"
+    assert set(hub.repos[NAME].files) == SENT
+
+
+def test_a_published_bank_is_used_by_its_name(world, hub, tmp_path):
+    at = world.copy(tmp_path)
+    told = mta("bank", "publish", at[1], "--to", NAME, "--yes", "--json").json
+    assert (told["url"], set(told["files"])) == (f"{hub.endpoint}/{NAME}", SENT)
+    assert str(world.root).encode() not in hub.arrived()
+    named = ["--bank", NAME, "--store", at[3]]
+    base = f"base={world.base}"  # which had a place of its own here
+    assert mta("bank", "show", NAME).out.startswith("# A bank of 2 anchors")
+    ours = mta("generate", QUESTION, "--person", ANN, *at, "--json").json
+    assert mta("generate", QUESTION, base, "--person", ANN, *named, "--json").json == ours
+    new = tmp_path / "new"
+    said = mta("personalize", world.new, base, "--bank", NAME, "--store", new)
+    assert "This bank came without its members: whether these people helped to train it is not known." in said.err
+    assert "learnt from them in the bank: not known" in mta("person", "show", ANN, "--bank", NAME, "--store", new).out
+    assert "came without its members" in mta("forget", ANN, "--bank", NAME, "--store", new).out
+    said = run("evaluate", world.members, base, "--bank", NAME, "--privacy")
+    assert "InputError: this bank came without its members: whom it was trained on cannot be told\n" in said.err
+
+
+def test_a_name_that_is_neither_here_nor_there_is_an_error(world, hub):
+    said = run("generate", QUESTION, "--bank", "nobody/nothing")
+    assert said.err.startswith("HubError: there is no 'nobody/nothing' on the hub, or it is private\n")
+
+
+def test_an_export_is_pushed_private_after_asking(world, hub, tmp_path):
+    at = world.copy(tmp_path)
+    where = ["--out", tmp_path / "one", "--push", "somebody/one"]
+    said = run("export", ANN, *where, *at)
+    assert (said.code, hub.requests) == (1, [])
+    assert "To somebody/one, private: 3 files, " in said.err
+    assert "this is one person's model" in said.err
+    told = mta("export", ANN, *where, "--yes", "--json", *at).json
+    assert told["url"] == f"{hub.endpoint}/somebody/one"
+    assert hub.repos["somebody/one"].private
+    assert ANN.encode() not in hub.arrived()
+    assert str(world.root).encode() not in hub.arrived()
+    config = json.loads(hub.repos["somebody/one"].files["adapter_config.json"])
+    assert config["base_model_name_or_path"] == "base"
+    assert f"{told['url']} (pushed there: delete it by hand)" in mta("forget", ANN, *at).out
+
+
+def test_forgetting_somebody_names_where_the_bank_was_published(world, hub, tmp_path):
+    at = world.copy(tmp_path)
+    mta("bank", "publish", at[1], "--to", NAME, "--yes")
+    said = mta("forget", "member-03-hoxha", *at).out
+    assert f"published with it, and to be deleted there by hand: {hub.endpoint}/{NAME}\n" in said
+    again = run("bank", "publish", at[1], "--to", NAME, "--dry-run")
+    assert again.err.startswith("BankError: somebody who asked to be forgotten is in the ")
+
+
+def test_a_folder_wins_over_a_name(world, hub, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(world.bank, NAME)
+    mta("bank", "show", NAME)
+    assert hub.requests == []
