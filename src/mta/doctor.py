@@ -23,7 +23,7 @@ from mta.assets import ASSETS, MARKER, cache_dir
 from mta.bank.files import read_info, stale, verify
 from mta.config import Run, parse_size
 from mta.errors import MtaError
-from mta.kernels import kernels, obstacle
+from mta.kernels import is_compiled, kernels, obstacle
 from mta.machine import cores, gemm_rate, pick_device, pick_dtype, processor
 from mta.provenance import version_of
 from mta.storage import Storage
@@ -162,10 +162,14 @@ def _free_memory() -> int | None:
 
 
 def _kernels() -> Iterator[Finding]:
-    there = kernels(torch.zeros(1)) is not None
-    why = "compiled for this processor" if there else obstacle() or "g++ could not compile them"
-    hint = "" if there else "torch's own operations do the same, more slowly. To have them: g++ 11 or newer, on Linux."
-    yield Finding("kernels", "compiled", "ok" if there else "warning", f"{'yes' if there else 'no'}: {why}", hint)
+    here, name, why = "kernels", "compiled", obstacle()
+    if not why and not is_compiled():
+        yield Finding(here, name, "ok", "not yet: when they are first needed, once, by g++")
+    elif not why and kernels(torch.zeros(1)):
+        yield Finding(here, name, "ok", "yes, for this processor")
+    else:
+        hint = "torch's own operations do the same, more slowly. To have them: g++ 11 or newer, on Linux."
+        yield Finding(here, name, "warning", f"no: {why or 'what was compiled cannot be loaded'}", hint)
 
 
 def _cache() -> Iterator[Finding]:

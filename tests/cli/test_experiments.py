@@ -50,7 +50,7 @@ def test_a_report_is_drawn_without_a_model(smoke, tmp_path, monkeypatch):
         (["evaluate", "movielens", "--out", "{out}", "--on", "training"], "expected test or development"),
         (["evaluate", "movielens", "--out", "{out}", "people.tests=3"], "people.tests"),
         (["evaluate", "movielens", "--out", "{out}", "--exhibit", "figure9"], "no exhibit 'figure9'"),
-        (["report", "{out}"], "no folder of an experiment"),
+        (["report", "{out}"], "is no folder of a run: it holds no run.json"),
     ],
 )
 def test_mistakes_are_told_without_a_traceback(world, tmp_path, words, expected):

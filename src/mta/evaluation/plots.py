@@ -53,14 +53,21 @@ def forest(path: Path, rows: Sequence[tuple[str, Interval]], label: str) -> None
                 ax.plot([one.low, one.high], [place, place], color=colour, linewidth=1.6)
                 ax.plot(one.mean, place, "o", color=colour, markersize=5)
             else:
-                edge, side, arrow = (right, "right", "{} \u2192") if one.mean > right else (left, "left", "\u2190 {}")
-                ax.text(edge, place, arrow.format(f"{one.mean:+.2f}"), ha=side, va="center", color=colour, size=9)
+                _far_out(ax, place, one.mean, (left, right), colour)
         ax.axvline(0, color=LINE, linewidth=1)
         ax.set_yticks(range(len(rows)), [name for name, _ in rows])
         ax.set(xlim=(left, right), ylim=(len(rows) - 0.5, -0.5), xlabel=label)
         ax.tick_params(left=False)
 
     save(path, draw, (6.4, 0.6 + 0.27 * len(rows)))
+
+
+def _far_out(ax: Any, place: float, value: float, ends: tuple[float, float], colour: str) -> None:
+    """A value beyond an axis's ends, told in numbers at the nearer one."""
+    beyond = value > ends[1]
+    text = f"{value:+.2f} \u2192" if beyond else f"\u2190 {value:+.2f}"
+    side = "right" if beyond else "left"
+    ax.text(ends[beyond], place, text, ha=side, va="center", color=colour, size=9)
 
 
 def lines(
@@ -97,16 +104,17 @@ def lines(
 
 
 def curves(path: Path, runs: Mapping[str, Sequence[float]], y_label: str) -> None:
-    """A loss at each step, of several runs over each other: faint as it was, and its running mean over a twentieth."""
+    """A loss at each step, of several runs over each other: faint as it was, and its mean over the tenth before."""
 
     def draw(ax: Any) -> None:
         for n, (name, values) in enumerate(runs.items()):
-            colour, wide = COLOURS[n % len(COLOURS)], max(len(values) // 20, 1)
+            colour, wide = COLOURS[n % len(COLOURS)], max(len(values) // 10, 1)
             means = [sum(values[max(i - wide + 1, 0) : i + 1]) / min(wide, i + 1) for i in range(len(values))]
             steps = range(1, len(values) + 1)
             if wide > 1:
                 ax.plot(steps, values, color=colour, linewidth=0.8, alpha=0.25)
             ax.plot(steps, means, color=colour, linewidth=1.6, label=f"{name}, {means[-1]:.3f} at the end")
+            ax.plot(len(values), means[-1], "o", color=colour, markersize=4.5)  # where another line may hide it
         ax.set(xlabel="step", ylabel=y_label)
         ax.legend(frameon=False, fontsize=8.5, loc="best")
 
@@ -122,6 +130,8 @@ def beside(path: Path, rows: Sequence[tuple[str, Sequence[Interval | None]]], ru
             colour, shift = COLOURS[n % len(COLOURS)], 0.7 * ((n + 0.5) / len(runs) - 0.5)
             shown = [(place + shift, found[n]) for place, (_, found) in enumerate(rows)]
             inside = [(at, one) for at, one in shown if one and left <= one.mean <= right]
+            for at, one in [(at, one) for at, one in shown if one and not left <= one.mean <= right]:
+                _far_out(ax, at, one.mean, (left, right), colour)
             for at, one in inside:
                 ax.plot([one.low, one.high], [at, at], color=colour, linewidth=1.4, alpha=0.7)
             ax.plot([one.mean for _, one in inside], [at for at, _ in inside], "o", color=colour, ms=5, label=run)

@@ -3,7 +3,7 @@
 ``compile`` builds and loads them, ``functions`` gives them gradients, ``swap`` puts them into a model.
 """
 
-from mta.kernels.compile import kernels, obstacle, without_kernels
+from mta.kernels.compile import is_compiled, kernels, obstacle, without_kernels
 from mta.kernels.functions import LogProbs, TreeAttention, add_low_rank, low_rank_gradients, side_by_side, wide
 from mta.kernels.products import AdaptedRows, product
 from mta.kernels.swap import use_kernels
@@ -13,6 +13,7 @@ __all__ = [
     "LogProbs",
     "TreeAttention",
     "add_low_rank",
+    "is_compiled",
     "kernels",
     "low_rank_gradients",
     "obstacle",

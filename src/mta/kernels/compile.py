@@ -104,7 +104,12 @@ def _table(library: Any, dtype: str) -> Kernels:
     }
 
 
-def _compiled(compiler: str, openmp: str) -> Path:
+def is_compiled() -> bool:
+    """Whether the library is there already: to ask takes no seconds."""
+    return not obstacle() and _place(shutil.which("g++") or "", _openmp()).is_file()
+
+
+def _place(compiler: str, openmp: str) -> Path:
     """The library's file, named by all that went into it: source, compiler, flags, processor and OpenMP runtime."""
     version = subprocess.run([compiler, "--version"], capture_output=True, check=True, timeout=60).stdout
     processor = re.search(rb"^flags.*$", Path("/proc/cpuinfo").read_bytes(), re.MULTILINE)
@@ -115,7 +120,11 @@ def _compiled(compiler: str, openmp: str) -> Path:
         processor[0] if processor else b"",
         openmp.encode(),
     ]
-    path = cache_dir() / "kernels" / f"{hashlib.sha256(b'/'.join(parts)).hexdigest()[:24]}.so"
+    return cache_dir() / "kernels" / f"{hashlib.sha256(b'/'.join(parts)).hexdigest()[:24]}.so"
+
+
+def _compiled(compiler: str, openmp: str) -> Path:
+    path = _place(compiler, openmp)
     if not path.is_file():
         with written_aside(path) as aside:
             thing = aside.with_suffix(".o")
