@@ -70,31 +70,28 @@ def build_bank(
     opens where steps are told besides.
     Source: arXiv:2511.20072, stage 1; clustering and "most active" from its README. Raises InputError, BankError.
     """
-    task_people, candidates = _by_id(task_people), _by_id(candidates)
-    asked, run = run.task, _as_built(run, base, task, encoder)
+    task_people, candidates, asked = _by_id(task_people), _by_id(candidates), run.task
+    run = _as_built(run, base, task, encoder)
     work = _with_files(task_lora, work_key(base, task, encoder, task_people, candidates, run))
     if _finished(out, work):
         return
-    if not resume:
-        _drop(out)
+    _begin(out, resume)
     how: dict[str, Any] = {"work": work, "command": command, "track": track, "on_step": on_step}
     kept = RunFolder(
         folder=out, kind="bank", base=base, settings=_asked(run, asked), about={"seeds": [run.seed]}, **how
     )
     site = _Site(base, task, run, out, work, executor or LocalExecutor(), kept, task_lora)
-    # The anchors first: choosing them takes seconds, and if they are too few, stage 0 would be hours for nothing.
-    able = [person for person in candidates if len(person.items) >= run.bank.min_items]
-    vectors = encode_people(encoder, task, able, run.bank.encode)
-    chosen = select_anchors(able, vectors, run.bank.anchors, run.seed, choose=run.bank.choose)
+    # Anchors first: that takes seconds, and if they are too few, stage 0 would be hours for nothing.
+    able, vectors, chosen = _choose(task, encoder, candidates, run)
     anchors = [able[i].latest(run.bank.max_items) for i in chosen]
     jobs, plan = site.planned(anchors)  # before stage 0 too: too little memory is said at once
     with kept:
         pooled = site.task_lora(task_people)
         bank = site.meta_loras(jobs, plan, pooled)
         site.write(bank, vectors[chosen])
-        secret = json.dumps([work, _digests(task_people, candidates)])  # work alone, which bank.json tells, were none
-        members = files.Members.of(secret, [p.id for p in task_people], [p.id for p in able], [a.id for a in anchors])
-        site.finish(encoder, plan, [len(able[i].items) for i in chosen], members)
+        secret = json.dumps([work, _digests(task_people, candidates)])  # work alone, which bank.json tells, is none
+        ids = ([person.id for person in group] for group in (task_people, able, anchors))
+        site.finish(encoder, plan, [len(able[i].items) for i in chosen], files.Members.of(secret, *ids))
     _tidy(out)  # what a build has that ends before this, the next one removes
 
 
@@ -238,6 +235,15 @@ def _as_built(run: Run, base: BaseModel, task: Task, encoder: Encoder) -> Run:
     return base.as_loaded(run.model_copy(update={"task": task.name, "encoder": encoder.name}))
 
 
+def _choose(
+    task: Task, encoder: Encoder, candidates: Sequence[Person], run: Run
+) -> tuple[list[Person], Tensor, list[int]]:
+    """Who can become an anchor, their vectors (U, E), and the numbers of those who do."""
+    able = [person for person in candidates if len(person.items) >= run.bank.min_items]
+    vectors = encode_people(encoder, task, able, run.bank.encode)
+    return able, vectors, select_anchors(able, vectors, run.bank.anchors, run.seed, choose=run.bank.choose)
+
+
 def _with_files(folder: Path | None, work: str) -> str:
     """The key of work that begins from the files of a folder."""
     if folder is None:
@@ -246,10 +252,11 @@ def _with_files(folder: Path | None, work: str) -> str:
     return hashlib.sha256(json.dumps([work, hashes]).encode()).hexdigest()
 
 
-def _drop(out: Path) -> None:
-    """Begin anew: what a stopped build has left is not used."""
-    shutil.rmtree(out / "work", ignore_errors=True)
-    (out / runs.METRICS).unlink(missing_ok=True)
+def _begin(out: Path, resume: bool) -> None:
+    """A folder for what is finished; unless it is to ``resume``, what a stopped build has left there is not used."""
+    if not resume:
+        shutil.rmtree(out / "work", ignore_errors=True)
+        (out / runs.METRICS).unlink(missing_ok=True)
 
 
 def _asked(run: Run, task: str) -> dict[str, Any]:

@@ -22,7 +22,6 @@ from mta.cli.options import (
     Track,
     Words,
     Workers,
-    check_out,
     executor_at,
     kept_over,
     open_bank,
@@ -94,10 +93,8 @@ def personalize(
         work = work_of(asked, opened.hash)  # a run that is stopped goes on
         how: dict[str, Any] = {"settings": asked, "work": work, "track": opener, "on_step": screen.step}
         with kept_over(opened, "personalize", folder=run, base=base, **how) as kept:
-            if update:
-                done: Personalized | Updated = personal.update(people, keep_histories=keep_histories, on_step=kept.step)
-            else:
-                done = personal.personalize(people, keep_histories=keep_histories, resume=resume, on_step=kept.step)
+            keep: dict[str, Any] = {"keep_histories": keep_histories, "on_step": kept.step}
+            done = personal.update(people, **keep) if update else personal.personalize(people, resume=resume, **keep)
             kept.outcome, kept.about["plan"] = counts(done), done.plan
     _tell(done, json)
 
