@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from mta import runs
 from mta.aside import write_tensors, written_aside
@@ -71,38 +72,45 @@ def build_bank(
     """
     task_people, candidates = _by_id(task_people), _by_id(candidates)
     asked, run = run.task, _as_built(run, base, task, encoder)
-    work = work_key(base, task, encoder, task_people, candidates, run)
-    if task_lora:
-        hashes = files.file_hashes(task_lora, sorted(file.name for file in task_lora.iterdir()))
-        work = hashlib.sha256(json.dumps([work, hashes]).encode()).hexdigest()
+    work = _over(task_lora, work_key(base, task, encoder, task_people, candidates, run))
     if _finished(out, work):
         return
     if not resume:
         shutil.rmtree(out / "work", ignore_errors=True)
         (out / runs.METRICS).unlink(missing_ok=True)
-    settings = run.model_dump(mode="json")
-    if Path(asked).is_file():  # a task of one's own is found by its file alone
-        settings["task"] = str(Path(asked).resolve())
-    how: dict[str, Any] = {"settings": settings, "work": work, "command": command, "track": track, "on_step": on_step}
-    kept = RunFolder(folder=out, kind="bank", base=base, about={"seeds": [run.seed]}, **how)
+    how: dict[str, Any] = {"command": command, "track": track, "on_step": on_step, "about": {"seeds": [run.seed]}}
+    kept = RunFolder(folder=out, kind="bank", base=base, settings=_given(run, asked), work=work, **how)
     site = _Site(base, task, run, out, work, executor or LocalExecutor(), kept, task_lora)
     # The anchors first: choosing them takes seconds, and if they are too few, stage 0 would be hours for nothing.
-    able = [person for person in candidates if len(person.items) >= run.bank.min_items]
-    vectors = encode_people(encoder, task, able, run.bank.encode)
-    chosen = select_anchors(able, vectors, run.bank.anchors, run.seed, choose=run.bank.choose)
+    able, vectors, chosen = _chosen(encoder, task, candidates, run)
     anchors = [able[i].latest(run.bank.max_items) for i in chosen]
     (out / "work").mkdir(parents=True, exist_ok=True)
     jobs, plan = site.planned(anchors)  # before stage 0 too: too little memory is said at once
-    kept.about["plan"] = plan.digest
     with kept:
         pooled = site.task_lora(task_people)
         bank = site.meta_loras(jobs, plan, pooled)
-
         write_tensors(out / files.ANCHORS, bank.tensors(), {"scale": repr(bank.scale)})
         write_tensors(out / files.INDEX, {"vectors": vectors[chosen].contiguous()})
         members = files.Members.of(work, [p.id for p in task_people], [p.id for p in able], [a.id for a in anchors])
         site.finish(encoder, plan, [len(able[i].items) for i in chosen], members)
     _tidy(out)  # what a build has that ends before this, the next one removes
+
+
+def _chosen(
+    encoder: Encoder, task: Task, candidates: Sequence[Person], run: Run
+) -> tuple[list[Person], Tensor, list[int]]:
+    """Who has enough items, their vectors, and which of them are the anchors."""
+    able = [person for person in candidates if len(person.items) >= run.bank.min_items]
+    vectors = encode_people(encoder, task, able, run.bank.encode)
+    return able, vectors, select_anchors(able, vectors, run.bank.anchors, run.seed, choose=run.bank.choose)
+
+
+def _over(task_lora: Path | None, work: str) -> str:
+    """The work, over a task LoRA that was trained before."""
+    if not task_lora:
+        return work
+    hashes = files.file_hashes(task_lora, sorted(file.name for file in task_lora.iterdir()))
+    return hashlib.sha256(json.dumps([work, hashes]).encode()).hexdigest()
 
 
 def work_key(
@@ -159,7 +167,9 @@ class _Site:
         jobs = [Job(f"anchor-{n}", theirs) for n, theirs in enumerate(examples)]
         one, most = anchor_start(self.base, self.run, jobs[:1]).tensors(), self.executor.most
         memory, threads = parse_size(self.run.memory), self.executor.threads
-        return jobs, plan_cohorts(self.base, jobs, one, memory, most=most, threads=threads)
+        plan = plan_cohorts(self.base, jobs, one, memory, most=most, threads=threads)
+        self.kept.about["plan"] = plan.digest
+        return jobs, plan
 
     def meta_loras(self, jobs: Sequence[Job], plan: Plan, pooled: LoraBatch | None) -> LoraBatch:
         """Stage 1, cohort by cohort: what is trained is kept, so a build that is stopped does not train it again."""
@@ -236,6 +246,12 @@ class _Site:
 def _as_built(run: Run, base: BaseModel, task: Task, encoder: Encoder) -> Run:
     """The run with what was really used, so that whoever opens the bank loads the same."""
     return base.as_loaded(run.model_copy(update={"task": task.name, "encoder": encoder.name}))
+
+
+def _given(run: Run, task: str) -> dict[str, Any]:
+    """The run's settings, to be given again: a task of one's own is found by its file alone."""
+    own = {"task": str(Path(task).resolve())} if Path(task).is_file() else {}
+    return run.model_dump(mode="json") | own
 
 
 def _trained(found: Outcome[Any, LoraBatch]) -> LoraBatch:

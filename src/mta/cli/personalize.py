@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -32,7 +33,12 @@ from mta.cli.options import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from mta.making import Personalized, Updated
+    from mta.personalize import Personalizer
+
+    Making = Callable[..., Personalized | Updated]
 
 Latest = Annotated[int | None, typer.Option(min=1, help="Use only the most recent so many items of each person.")]
 KeepHistories = Annotated[
@@ -78,9 +84,7 @@ def personalize(
     from dataclasses import asdict
 
     from mta.cli.screen import Screen
-    from mta.making import counts
     from mta.personalize import Personalizer
-    from mta.runs import work_of
 
     check_out(run)
     opener = tracked(track, run)
@@ -90,17 +94,25 @@ def personalize(
         typer.echo(f"{seen} of {len(people)} people helped to train this bank: it knows their items already.", err=True)
     with executor_at(cluster, workers, together) as executor, Screen() as screen:
         personal = Personalizer(base, opened, store, run=settings, executor=executor)
-        asked = base.as_loaded(settings).model_dump(mode="json")
-        how: dict[str, Any] = {"settings": asked, "track": opener, "on_step": screen.step}
-        how["work"] = work_of(asked, opened.hash)  # a run that is stopped goes on
-        with kept_over(opened, "personalize", folder=run, base=base, **how) as kept:
-            if update:
-                done: Personalized | Updated = personal.update(people, keep_histories=keep_histories, on_step=kept.step)
-            else:
-                done = personal.personalize(people, keep_histories=keep_histories, resume=resume, on_step=kept.step)
-            kept.outcome, kept.about["plan"] = counts(done), done.plan
+        make: Making = personal.update if update else partial(personal.personalize, resume=resume)
+        make = partial(make, people, keep_histories=keep_histories)
+        done = _kept(personal, make, folder=run, track=opener, on_step=screen.step)
     show_json(asdict(done)) if json else typer.echo(str(done))
     for person, error in done.failed.items():
         typer.echo(f"not personalized: {person!r}: {error}", err=True)
     if done.failed:
         raise typer.Exit(1)
+
+
+def _kept(personal: Personalizer, make: Making, **how: Any) -> Personalized | Updated:
+    """What ``make`` does, kept as a run: one that is stopped goes on."""
+    from mta.making import counts
+    from mta.runs import work_of
+
+    base, bank = personal.base, personal.bank
+    settings = base.as_loaded(personal.run).model_dump(mode="json")
+    how |= {"base": base, "settings": settings, "work": work_of(settings, bank.hash)}
+    with kept_over(bank, "personalize", **how) as kept:
+        done = make(on_step=kept.step)
+        kept.outcome, kept.about["plan"] = counts(done), done.plan
+    return done
