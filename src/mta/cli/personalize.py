@@ -98,6 +98,10 @@ def personalize(
         make = partial(make, people, keep_histories=keep_histories)
         done = _kept(personal, make, folder=run, track=opener, on_step=screen.step)
     show_json(asdict(done)) if json else typer.echo(str(done))
+    _tell_failed(done)
+
+
+def _tell_failed(done: Personalized | Updated) -> None:
     for person, error in done.failed.items():
         typer.echo(f"not personalized: {person!r}: {error}", err=True)
     if done.failed:
