@@ -22,6 +22,7 @@ from mta.errors import BankError, InputError
 from mta.history import Person
 from mta.lora.batch import fresh
 from mta.lora.peft import read_peft
+from mta.runs import sittings
 from mta.tasks import load_task
 from mta.training.checkpoint import Checkpoint
 from mta.training.trainer import Job
@@ -104,6 +105,40 @@ def test_a_setting_that_is_new_in_mta_makes_no_other_bank_of_one_that_is_there(b
     del values["sha256"], values["run"]["gradient_checkpointing"]
     write_json(tmp_path / "bank.json", values | {"sha256": files.seal(values)})
     assert read_info(tmp_path).hash == read_info(built).hash
+
+
+def test_who_asked_and_where_it_was_told_are_no_part_of_a_banks_identity(built, tmp_path):
+    told = []
+
+    class Sink:
+        def log(self, values, step):
+            told.append(values)
+
+        def close(self):
+            pass
+
+    again = build(tmp_path / "bank", command="mta bank build", track=lambda _: Sink())
+    assert without_seconds(again) == without_seconds(built)
+    assert trained(again) == trained(built)
+    assert {name for values in told for name in values} >= {"task_LoRA/loss", "anchors/loss"}
+    ((asked,), (plain,)) = sittings(again), sittings(built)
+    assert (asked["command"], plain["command"]) == ("mta bank build", "")
+    assert asked["work"] == plain["work"] == read_info(built).work[:12]
+    assert asked["plan"] == read_info(built).plan
+    assert asked["outcome"] == {"anchors": 3, "items": 18, "items left out": 6, "texts shortened": 0}
+
+
+def test_a_build_that_was_stopped_has_two_sittings(tmp_path):
+    def stop(stage, step):
+        if stage == "anchors":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build(tmp_path / "bank", on_step=stop)
+    first, second = sittings(build(tmp_path / "bank"))
+    assert (first["stopped"], second["stopped"]) == ("KeyboardInterrupt", "")
+    assert (first["outcome"], second["outcome"]["anchors"]) == ({}, 3)
+    assert first["work"] == second["work"]
 
 
 def test_another_seed_gives_another_bank(built, tmp_path):
