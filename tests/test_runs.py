@@ -93,7 +93,7 @@ def test_without_a_folder_nothing_is_kept_and_everybody_is_told_all_the_same():
 
 def test_a_mistake_before_the_first_step_leaves_nothing(tmp_path):
     with pytest.raises(InputError):
-        stopped(InputError("nobody can be tested"), tmp_path / "run", 0)
+        stopped(InputError("nobody can be tested", "Give more people."), tmp_path / "run", 0)
     assert not (tmp_path / "run").exists()
 
 
@@ -131,7 +131,7 @@ def test_other_work_in_the_same_folder_is_another_run(tmp_path):
 
 def test_the_text_of_an_error_is_not_kept(tmp_path):
     with pytest.raises(DataError):
-        stopped(DataError("ann-quispe has no item"), tmp_path)
+        stopped(DataError("ann-quispe has no item", "Give her one."), tmp_path)
     assert sittings(tmp_path)[0]["stopped"] == "DataError"
     assert not any(b"quispe" in path.read_bytes() for path in tmp_path.iterdir())
 

@@ -9,8 +9,20 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from mta.config import BankSettings
+from mta.encode import Encoder, encode_people
 from mta.errors import InputError
 from mta.history import Person
+from mta.tasks.task import Task
+
+
+def choose_anchors(
+    task: Task, encoder: Encoder, candidates: Sequence[Person], settings: BankSettings, seed: int
+) -> tuple[list[Person], Tensor, list[int]]:
+    """Who can become an anchor, their vectors (U, E), and the numbers of those who do."""
+    able = [person for person in candidates if len(person.items) >= settings.min_items]
+    vectors = encode_people(encoder, task, able, settings.encode)
+    return able, vectors, select_anchors(able, vectors, settings.anchors, seed, choose=settings.choose)
 
 
 def select_anchors(

@@ -17,12 +17,12 @@ from torch import Tensor
 from mta import runs
 from mta.aside import write_tensors, written_aside
 from mta.bank import files
-from mta.bank.anchors import select_anchors
+from mta.bank.anchors import choose_anchors
 from mta.bank.bench import Anchors, Bench, BenchCopies, Pool, anchor_start, train_anchors, train_pool
 from mta.bank.card import card
 from mta.base import BaseModel
 from mta.config import Run, parse_size
-from mta.encode import Encoder, encode_people
+from mta.encode import Encoder
 from mta.errors import BankError
 from mta.executor import Executor, LocalExecutor, Outcome
 from mta.history import Person
@@ -82,7 +82,7 @@ def build_bank(
     )
     site = _Site(base, task, run, out, work, executor or LocalExecutor(), kept, task_lora)
     # Anchors first: that takes seconds, and if they are too few, stage 0 would be hours for nothing.
-    able, vectors, chosen = _choose(task, encoder, candidates, run)
+    able, vectors, chosen = choose_anchors(task, encoder, candidates, run.bank, run.seed)
     anchors = [able[i].latest(run.bank.max_items) for i in chosen]
     jobs, plan = site.planned(anchors)  # before stage 0 too: too little memory is said at once
     with kept:
@@ -233,15 +233,6 @@ class _Site:
 def _as_built(run: Run, base: BaseModel, task: Task, encoder: Encoder) -> Run:
     """The run with what was really used, so that whoever opens the bank loads the same."""
     return base.as_loaded(run.model_copy(update={"task": task.name, "encoder": encoder.name}))
-
-
-def _choose(
-    task: Task, encoder: Encoder, candidates: Sequence[Person], run: Run
-) -> tuple[list[Person], Tensor, list[int]]:
-    """Who can become an anchor, their vectors (U, E), and the numbers of those who do."""
-    able = [person for person in candidates if len(person.items) >= run.bank.min_items]
-    vectors = encode_people(encoder, task, able, run.bank.encode)
-    return able, vectors, select_anchors(able, vectors, run.bank.anchors, run.seed, choose=run.bank.choose)
 
 
 def _with_files(folder: Path | None, work: str) -> str:
