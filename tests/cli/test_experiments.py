@@ -42,6 +42,17 @@ def test_a_report_is_drawn_without_a_model(smoke, tmp_path, monkeypatch):
     assert "| no task LoRA |" in (tmp_path / "report" / "members.jsonl" / "README.md").read_text()
 
 
+def test_an_experiment_and_a_bank_are_drawn_and_compared(smoke, world, tmp_path):
+    command, out = smoke
+    mta(*command)
+    drawn = mta("report", out, world.bank, "--out", tmp_path / "report", "--json").json["drawn"]
+    assert drawn[:2] == ["members.jsonl: Ablation", "runs: Runs"]
+    text = (tmp_path / "report" / "runs.md").read_text()
+    assert "| runs | experiment | " in text
+    assert "| bank | bank | " in text
+    assert (tmp_path / "report" / "members.jsonl" / "run.json").exists()
+
+
 @pytest.mark.parametrize(
     ("words", "expected"),
     [

@@ -15,7 +15,7 @@ from mta.runs import RunFolder
 from mta.training.trainer import Step
 
 
-def made(folder, kind="bank", losses=(3.0, 2.0, 1.0), outcome=None, run=TINY_RUN, results=None, **about):
+def made(folder, kind="bank", losses=(3.0, 2.0, 1.5, 1.2, 1.0), outcome=None, run=TINY_RUN, results=None, **about):
     settings = run.model_dump(mode="json")
     how = {"base": base_of(), "settings": settings, "command": f"mta {kind} {folder.name}", "work": "w" * 12}
     with RunFolder(folder=folder, kind=kind, about=about, **how) as kept:
@@ -79,10 +79,10 @@ def test_the_table_tells_time_loss_and_outcome(tmp_path):
     folder = made(
         tmp_path / "one", losses=losses, outcome={"people": 4, "NLL": {"MTA": 1.25, "base": 2.0}, "failed": 0}
     )
-    text = sections([folder], tmp_path)["Runs"].text
-    assert re.search(
-        r"\| one \| bank \| 20\d\d-\d\d-\d\d \d\d:\d\d \| 0(\.\d)?( s)? \| anchors 0.600 \| people 4, ", text
-    )
+    found = sections([folder], tmp_path)
+    assert "| anchors | 0.600 (20 steps) |" in found["Loss at the end"].text
+    text = found["Runs"].text
+    assert re.search(r"\| one \| bank \| 20\d\d-\d\d-\d\d \d\d:\d\d \| \d", text)
     assert "| people 4, lowest NLL: MTA 1.250 |" in text
 
 
@@ -115,12 +115,19 @@ def test_the_time_of_all_sittings_counts(tmp_path):
 
 
 def test_losses_of_a_stage_are_drawn_over_each_other(tmp_path):
-    found = sections([made(tmp_path / "one"), made(tmp_path / "two", losses=[4.0, 3.5])], tmp_path)
+    found = sections([made(tmp_path / "one"), made(tmp_path / "two", losses=[4.0] * 5 + [3.5])], tmp_path)
+    assert "| anchors | 1.000 (5 steps) | 3.500 (6 steps) |" in found["Loss at the end"].text
     assert found["Loss: anchors"].pictures == ["loss-0"]
     drawn = (tmp_path / "loss-0.svg").read_text()
     assert "one, 1.000 at the end" in drawn
     assert "two, 3.500 at the end" in drawn
     assert (tmp_path / "loss-0.png").stat().st_size > 1000
+
+
+def test_a_few_steps_are_a_number_and_no_curve(tmp_path):
+    found = sections([made(tmp_path / "one", losses=[2.0, 1.0])], tmp_path)
+    assert "| anchors | 1.000 (2 steps) |" in found["Loss at the end"].text
+    assert "Loss: anchors" not in found
 
 
 def test_methods_of_comparisons_stand_side_by_side(tmp_path):
@@ -149,7 +156,9 @@ def test_folders_of_one_name_are_told_apart_and_given_twice_shown_once(tmp_path)
 
 def test_the_report_writes_markdown_and_a_page(tmp_path):
     drawn = report([made(tmp_path / "one"), made(tmp_path / "two")], tmp_path / "out")
-    assert drawn == [f"runs: {name}" for name in ("Runs", "What differs", "Loss: anchors", "How they were made")]
+    assert drawn == [
+        f"runs: {name}" for name in ("Runs", "What differs", "Loss at the end", "Loss: anchors", "How they were made")
+    ]
     assert (tmp_path / "out" / "runs.md").read_text().startswith("# Runs compared\n")
     page = (tmp_path / "out" / "runs.html").read_text()
     assert '<img src="loss-0.svg"' in page

@@ -23,6 +23,7 @@ from mta.runs import RUN, lines, sittings
 FACTS = ("machine", "threads", "device", "commit", "bank")  # beside settings and versions
 RECIPES = ("run.", "evaluation.")  # groups of a recipe that are settings of their own elsewhere
 LONG = 48  # characters of a cell
+CURVE = 5  # steps from which on there is something to be seen
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,18 +81,16 @@ def read_runs(folders: Sequence[Path]) -> list[Kept]:
 
 def compared(runs: Sequence[Kept], folder: Path) -> list[Section]:
     """What is said of runs side by side, its pictures drawn into ``folder``."""
-    return [_table(runs), _differences(runs), *_methods(runs, folder), *_curves(runs, folder), _commands(runs)]
+    curves = [_losses(runs), *_curves(runs, folder)] if any(run.steps for run in runs) else []
+    return [_table(runs), _differences(runs), *_methods(runs, folder), *curves, _commands(runs)]
 
 
 def _table(runs: Sequence[Kept]) -> Section:
     rows = []
     for run in runs:
-        losses = ", ".join(f"{stage} {_end(run.losses(stage)):.3f}" for stage in run.steps if run.losses(stage))
         when = str(run.last["begun"])[:16].replace("T", " ")
-        rows.append([run.name, run.last["kind"], when, _took(run), losses or "-", _outcome(run.last["outcome"])])
-    heads = ["run", "kind", "begun (UTC)", "took", "loss at the end", "outcome"]
-    said = "Loss at the end: the mean over the last tenth of a stage's steps.\n\n"
-    return Section("Runs", said + markdown(heads, rows))
+        rows.append([run.name, run.last["kind"], when, _took(run), _outcome(run.last["outcome"])])
+    return Section("Runs", markdown(["run", "kind", "begun (UTC)", "took", "outcome"], rows))
 
 
 def _took(run: Kept) -> str:
@@ -159,10 +158,20 @@ def _methods(runs: Sequence[Kept], folder: Path) -> list[Section]:
     return [Section("Methods", text, ["methods"] if against else [])]
 
 
+def _losses(runs: Sequence[Kept]) -> Section:
+    """What each stage came to, side by side."""
+    rows = []
+    for stage in dict.fromkeys(stage for run in runs for stage in run.steps):
+        losses = [run.losses(stage) for run in runs]
+        rows.append([stage, *(f"{_end(one):.3f} ({len(one)} steps)" if one else "" for one in losses)])
+    said = "The mean over the last tenth of a stage's steps, in nats per target token.\n\n"
+    return Section("Loss at the end", said + markdown(["stage", *(run.name for run in runs)], rows))
+
+
 def _curves(runs: Sequence[Kept], folder: Path) -> list[Section]:
     """A picture for each stage that two runs have; of one run, for each of its stages."""
     stages = list(dict.fromkeys(stage for run in runs for stage in run.steps))
-    having = {stage: [run for run in runs if len(run.losses(stage)) > 1] for stage in stages}
+    having = {stage: [run for run in runs if len(run.losses(stage)) >= CURVE] for stage in stages}
     shared = {stage: found for stage, found in having.items() if len(found) > 1}
     made = []
     for n, (stage, found) in enumerate((shared or {s: f for s, f in having.items() if f}).items()):
