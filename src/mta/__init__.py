@@ -45,8 +45,10 @@ __all__ = [*_HOME, "__version__"]
 __version__ = "0.1.0"
 
 
-def __getattr__(name: str) -> Any:
-    """Load a public name from where it lives."""
-    if name in _HOME:
-        return getattr(import_module(_HOME[name]), name)
-    raise AttributeError(f"module 'mta' has no attribute {name!r}")
+if not TYPE_CHECKING:  # else every misspelt name would be Any to a checker
+
+    def __getattr__(name: str) -> Any:
+        """Load a public name from where it lives."""
+        if name in _HOME:
+            return getattr(import_module(_HOME[name]), name)
+        raise AttributeError(f"module 'mta' has no attribute {name!r}")
