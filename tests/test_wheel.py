@@ -80,7 +80,8 @@ def test_the_sdist_holds_what_whoever_packages_it_again_needs(unpacked):
         ".dockerignore",
     }
     assert (
-        texts | settings | {"docs/serving.md", "tests/conftest.py", "tests/public_api.txt", "src/mta/py.typed"} <= files
+        texts | settings | {"docs/how-to/serve.md", "tests/conftest.py", "tests/public_api.txt", "src/mta/py.typed"}
+        <= files
     )
     folders = {name.partition("/")[0] for name in files if "/" in name}
     assert folders == {"src", "tests", "docs", "benchmarks"}

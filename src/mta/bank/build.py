@@ -68,7 +68,7 @@ def build_bank(
     A build that was killed goes on from its last checkpoint unless ``resume`` is off; a finished one is left as it is.
     How it went is kept beside it (``runs.RunFolder``): the ``command`` that asks for it again, every step; ``track``
     opens where steps are told besides.
-    Source: arXiv:2511.20072, stage 1; clusters from its README, "most active" from Per-Pcs. Raises InputError, BankError.
+    Source: arXiv:2511.20072, stage 1; clusters: its README, "most active": Per-Pcs. Raises InputError, BankError.
     """
     task_people, candidates, asked = _by_id(task_people), _by_id(candidates), run.task
     run = _as_built(run, base, task, encoder)

@@ -47,7 +47,7 @@ class EmbeddedEngine:
         if not base.packable:
             raise InputError(
                 f"{base.name!r} takes no positions: its rows cannot go on from slots of one cache",
-                hint="Serve it by vLLM (docs/serving.md), or give a base with position_ids, such as Llama.",
+                hint="Serve it by vLLM (docs/how-to/vllm.md), or give a base with position_ids, such as Llama.",
             )
         self.base, self.bank = base, bank
         self.length, self.waiting = length or base.prompts.max_tokens, waiting
