@@ -30,7 +30,7 @@ BUILT = {
 }  # made from the code, docs/reference_pages.py
 PAGES = sorted(
     page
-    for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")]
+    for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *(ROOT / "docs").rglob("*.md")]
     if not {"_build", "results"} & set(page.relative_to(ROOT).parts) and page.name not in BUILT
 )
 NOT_RUN = ("shown", "own")
