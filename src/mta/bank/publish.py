@@ -127,7 +127,8 @@ def _facts(info: files.BankInfo, license: str, with_members: bool) -> dict[str, 
         "data": f"histories of {members.task} people behind the task LoRA, {members.candidates} candidates and "
         f"{members.anchors} anchors, for the task {info.task['name']!r}: their terms must allow this",
         "people": "no id and no text is in these files, but weights tell: every anchor's meta-LoRA is there at full "
-        "strength, and whether an item was among its texts can be told better than by guessing (docs/privacy.md)",
+        "strength, and whether an item was among its texts can be told better than by guessing "
+        "(docs/explanation/privacy.md)",
         "counts": f"{files.INFO} tells how many items each anchor had, the wording of the task and all settings",
         "members": f"{files.MEMBERS} leaves too: {guess}" if with_members else f"stay here ({files.MEMBERS}): {guess}",
     }
