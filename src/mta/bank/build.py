@@ -86,12 +86,11 @@ def build_bank(
     jobs, plan = site.planned(anchors)  # before stage 0 too: too little memory is said at once
     pooled = site.task_lora(task_people)
     bank = site.meta_loras(jobs, plan, pooled)
-
     write_tensors(out / files.ANCHORS, bank.tensors(), {"scale": repr(bank.scale)})
     write_tensors(out / files.INDEX, {"vectors": vectors[chosen].contiguous()})
     secret = json.dumps([work, _digests(task_people, candidates)])  # of work alone, which bank.json tells, it were none
-    members = files.Members.of(secret, [p.id for p in task_people], [p.id for p in able], [a.id for a in anchors])
-    site.finish(encoder, plan, [len(able[i].items) for i in chosen], members)
+    who = [[person.id for person in group] for group in (task_people, able, anchors)]
+    site.finish(encoder, plan, [len(able[i].items) for i in chosen], files.Members.of(secret, *who))
 
 
 def work_key(
@@ -202,8 +201,9 @@ class _Site:
             seconds=self._seconds(),
             members=members,
             files=files.file_hashes(self.out, names),
-            hash="",  # of the whole, by write_info
+            hash="",  # of all the rest
         )
+        info = info.model_copy(update={"hash": files.identity(info)})
         with written_aside(self.out / "README.md") as aside:
             aside.write_text(card(info), encoding="utf-8")
         files.write_info(self.out, info)

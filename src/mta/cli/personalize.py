@@ -28,6 +28,10 @@ from mta.cli.options import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from mta.bank.bank import Bank
+    from mta.history import Person
     from mta.making import Personalized, Updated
 
 Latest = Annotated[int | None, typer.Option(min=1, help="Use only the most recent so many items of each person.")]
@@ -73,12 +77,7 @@ def personalize(
 
     people = [p.latest(latest) if latest else p for p in people_in(source, task_of(bank), skip_bad)]
     base, opened, run = open_bank(bank, words, seed, device, config, open_to=MERGE_AND_STACK)
-    if opened.info.members.hashed is None:
-        typer.echo(
-            "This bank came without its members: whether these people helped to train it is not known.", err=True
-        )
-    if seen := sum(bool(opened.info.members.artefacts_of(person.id)) for person in people):
-        typer.echo(f"{seen} of {len(people)} people helped to train this bank: it knows their items already.", err=True)
+    _tell_of_members(opened, people)
     with executor_at(cluster, workers, together) as executor, Screen() as screen:
         personal = Personalizer(base, opened, store, run=run, executor=executor)
         if update:
@@ -90,3 +89,12 @@ def personalize(
         typer.echo(f"not personalized: {person!r}: {error}", err=True)
     if done.failed:
         raise typer.Exit(1)
+
+
+def _tell_of_members(bank: Bank, people: Sequence[Person]) -> None:
+    if bank.info.members.hashed is None:
+        typer.echo(
+            "This bank came without its members: whether these people helped to train it is not known.", err=True
+        )
+    if seen := sum(bool(bank.info.members.artefacts_of(person.id)) for person in people):
+        typer.echo(f"{seen} of {len(people)} people helped to train this bank: it knows their items already.", err=True)
