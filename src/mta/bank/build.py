@@ -212,8 +212,9 @@ class _Site:
             seconds=runs.seconds_of(self.out, self.work),
             members=members,
             files=files.file_hashes(self.out, names),
-            hash="",  # of the whole, by write_info
+            hash="",  # of all the rest
         )
+        info = info.model_copy(update={"hash": files.identity(info)})
         with written_aside(self.out / "README.md") as aside:
             aside.write_text(card(info), encoding="utf-8")
         files.write_info(self.out, info)

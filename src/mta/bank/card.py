@@ -20,7 +20,7 @@ _LIMITS = """- It works with the very base it was trained on (its fingerprint is
 - It was trained on people's texts. No id and no text is in it, but it is not anonymous: whether an item was among
   those an anchor was trained on can be told from the losses better than by guessing, and there is no differential
   privacy in the training. Whoever holds these files has every anchor's meta-LoRA at full strength.
-- What was learnt from somebody stays in it until it is rebuilt, also when they asked to be forgotten.
+- What was learnt from a person stays in it until it is rebuilt, also when they asked to be forgotten.
 - What it says may be wrong, and may repeat what those people wrote."""
 _LIMITS_OF_ONE = """\
 - This is the model of one person: it was trained on what they wrote and tells something of it. Share it as you
@@ -42,7 +42,7 @@ def body(info: BankInfo, place: str = "path/to/this/folder", results: str = "") 
     return f"""# A bank of {len(info.items)} anchors for `{info.task["name"]}`
 
 Meta-LoRAs of {len(info.items)} anchor people over **{info.base}**{_note(info)}, made by merge-then-adapt
-(method: arXiv:2511.20072, protocol reconstructed). Of it, and of a few texts of somebody new, their own model is made.
+(method: arXiv:2511.20072, protocol reconstructed). Of it, and of a newcomer's few texts, their own model is made.
 
 {_facts(info)}
 ## How to use it

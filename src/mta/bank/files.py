@@ -108,17 +108,20 @@ class BankInfo(BaseModel):
     hash: str
 
 
-def write_info(folder: Path, info: BankInfo) -> None:
-    """Write the description of a bank, with its identity and sealed with a hash over itself; before it, its members.
+def identity(info: BankInfo) -> str:
+    """The hash a bank is called by, given once, when it is built: a later version of mta may know more settings.
 
-    The identity covers the description, which holds the hash of every file, but not how long it took. It is kept as it
-    was when the bank was built: a later version of mta may know more settings.
+    It covers the description, which holds the hash of every file, but not how long it took.
     """
+    return seal(info.model_dump(mode="json", exclude={"hash", "seconds"}))
+
+
+def write_info(folder: Path, info: BankInfo) -> None:
+    """Write the description of a bank, with its identity and sealed with a hash over itself; before it, its members."""
     if info.members.hashed:
         with written_aside(folder / MEMBERS) as aside:
             aside.write_bytes(info.members.hashed.to_bytes())
-    values = info.model_dump(mode="json", exclude={"hash"})
-    values["hash"] = seal({name: value for name, value in values.items() if name != "seconds"})
+    values = info.model_dump(mode="json", exclude={"hash"}) | {"hash": identity(info)}
     write_json(folder / INFO, values | {"sha256": seal(values)})
 
 
