@@ -38,7 +38,6 @@ TESTS = [
     "cli",
     "test_attention.py",
     "test_base.py",
-    "test_cluster.py",
     "test_config.py",
     "test_encode.py",
     "test_exports.py",
@@ -64,6 +63,7 @@ TESTS = [
     "serving/test_gateway.py",
     "serving/test_embedded.py",
     "serving/test_contract.py",
+    "test_cluster.py",
 ]
 
 
@@ -80,7 +80,8 @@ def main(which: str) -> int:
         told = tested.stdout.rstrip().splitlines()
         print("\n".join(told[-40:]))
         ask = f"from importlib.metadata import version as v; print(*map(v, {SHOWN}), sep=' | ')"
-        print(f"| {which} | {sys.version.split()[0]} | {run(python, '-c', ask).strip()} | {count(told)} |")
+        what = f"{which} | {sys.version.split()[0]} | {run(python, '-c', ask).strip()}"
+        print(f"| {what} | {count(told, tested.returncode)} |")
         return tested.returncode
 
 
@@ -106,9 +107,10 @@ def own() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
 
 
-def count(told: list[str]) -> str:
-    """pytest's last line, or what there is of it."""
-    return next((line.strip("= ") for line in reversed(told) if " passed" in line or " failed" in line), "no test ran")
+def count(told: list[str], status: int) -> str:
+    """pytest's last line, or how it ended without one."""
+    last = [line.strip("= ") for line in told if " passed" in line or " failed" in line]
+    return last[-1] if last else f"ended with {status}"
 
 
 if __name__ == "__main__":
