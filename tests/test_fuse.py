@@ -175,11 +175,12 @@ def test_every_policy_that_can_be_named_is_there():
 
 @pytest.mark.parametrize("policy", POLICIES)
 def test_no_policy_depends_on_mates(policy):
+    """Nor on how many shots these have: what one person lacks is padded with zeros, and counts for nothing."""
     settings, ids = MergeSettings(policy=policy), torch.tensor([[2, 0, 1], [1, 2, 3]])
-    cosines, labels = SIMILARITY[:2].gather(1, ids), labels_of([3, 3])
-    shots = -40 + 3 * normal(2, 3, 1 + N, seed=4)
-    both = Evidence(shots, torch.full((2, 3), 5.0, dtype=torch.float64), labels)
-    one = Evidence(shots[:1], both.counts[:1], Labels(labels.scores[:1], labels.gold[:1]))
+    cosines, labels = SIMILARITY[:2].gather(1, ids), labels_of([1, 3])
+    there = (labels.gold >= 0).double()
+    both = Evidence((-40 + 3 * normal(2, 3, 1 + N, seed=4)) * there[..., None], 5 * there, labels)
+    one = Evidence(both.shots[:1, :1], both.counts[:1, :1], Labels(labels.scores[:1, :1], labels.gold[:1, :1]))
     w = POLICIES[policy].weigh(settings, Retrieved(ids, cosines, both))
     assert w.shape == ids.shape
     near(w[:1], POLICIES[policy].weigh(settings, Retrieved(ids[:1], cosines[:1], one)))

@@ -66,7 +66,10 @@ BAD_LINES: list[tuple[Any, str]] = [
     ({**GOOD, "person": None}, "field 'person': missing"),
     ({**GOOD, "person": " "}, "field 'person': empty; expected some text"),
     ({**GOOD, "person": ["ann"]}, "field 'person': expected text or a number, got a list"),
-    ({"person": "ann", "text": "a"}, "field 'score': missing; task 'lamp3' needs text (or input), score (or output)"),
+    (
+        {"person": "ann", "text": "a"},
+        "field 'score': missing; task 'lamp3' needs text (or input), score (or output); got text",
+    ),
     ({**GOOD, "text": ""}, "field 'text': empty; expected some text"),
     ({"person": "ann", "input": "\t", "score": 1}, "field 'input': empty; expected some text"),
     ({**GOOD, "text": True}, "field 'text': expected text or a number, got true or false"),

@@ -18,7 +18,7 @@ from mta.bank.files import mark_stale, published, read_info
 from mta.base import BaseModel
 from mta.config import MergeSettings, Run
 from mta.encode import Encoder
-from mta.errors import OtherBank, PersonNotFound
+from mta.errors import ConfigError, OtherBank, PersonNotFound
 from mta.executor import Executor, LocalExecutor
 from mta.exports import Export, adapter_parcel
 from mta.fuse import Merge, merged_factors
@@ -163,6 +163,18 @@ class Personalizer:
         """Log probability of every label for every item of every row: a list of (items, labels) tensors."""
         owners, adapters = self._adapters([who for who, _ in rows], stacked)
         return label_scores(self.base, self.bank.task, [items for _, items in rows], adapters, owners=owners)
+
+    def shares(self, rows: Sequence[tuple[Who, Question]], *, stacked: bool = True) -> list[dict[str, float]]:
+        """Of a task with labels: the probability of every label as an answer to each row's question, likeliest first.
+
+        Raises ConfigError for a task of free text, and what ``generate`` does.
+        """
+        task = self.bank.task
+        if task.labels is None:
+            raise ConfigError(f"task {task.name!r} has no labels to choose from", hint="Let people write: generate.")
+        scores = self.label_scores([(who, [task.asked(question)]) for who, question in rows], stacked=stacked)
+        found = [dict(zip(task.labels, one[0].softmax(0).tolist())) for one in scores]
+        return [dict(sorted(one.items(), key=lambda pair: -pair[1])) for one in found]
 
     def applied(self, whose: Sequence[Who], *, stacked: bool = True) -> AbstractContextManager[None]:
         """Within the block, row i of a batch through ``base.model`` is computed for ``whose[i]``."""

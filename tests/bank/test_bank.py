@@ -145,7 +145,8 @@ def test_a_missing_file_is_named(folder, name):
 
 def test_a_folder_that_is_not_there_is_no_bank(tmp_path):
     assert corrupt(tmp_path / "no") == (
-        f"no bank at {tmp_path / 'no'}: bank.json is missing\n  Build one: mta bank build --help"
+        f"no bank at {tmp_path / 'no'}: bank.json is missing\n"
+        "  Give its folder (--bank FOLDER), or build one: mta bank build --help"
     )
 
 

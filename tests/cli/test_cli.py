@@ -174,12 +174,20 @@ def test_generate_answers_for_each_person_and_for_nobody(world):
     asked = [QUESTION, "--person", BOB, "--person", ANN, "--nobody", "--max-new-tokens", 3]
     answers = mta("generate", *asked, *world.at, "--json").json
     assert [answer["person"] for answer in answers] == [BOB, ANN, "(task)", "(base)"]
+    assert all(sum(answer["shares"].values()) == pytest.approx(1) for answer in answers)
+    assert all(answer["answer"] == max(answer["shares"], key=answer["shares"].get) for answer in answers)
+    assert answers[0]["shares"] != answers[1]["shares"]
+
+
+def test_generate_lets_the_model_write_if_asked_to(world):
+    asked = [QUESTION, "--person", BOB, "--person", ANN, "--nobody", "--max-new-tokens", 3, "--write"]
+    answers = mta("generate", *asked, *world.at, "--json").json
     assert len({answer["answer"] for answer in answers}) > 1
 
 
 def test_generate_prints_a_line_for_each(world):
-    said = mta("generate", QUESTION, "--person", ANN, *world.at, "--max-new-tokens", 1).out
-    assert said.startswith(f"{ANN}: ")
+    said = mta("generate", QUESTION, "--person", ANN, *world.at).out
+    assert re.match(rf"{ANN}: [1-5]   ([1-5] \d+%  ){{4}}[1-5] \d+%\n", said)
 
 
 def test_generate_without_a_person_asks_nobody(world):

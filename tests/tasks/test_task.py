@@ -172,7 +172,11 @@ def test_a_task_of_ones_own(tmp_path: Path) -> None:
 FORM = PLAIN["item"]
 WRONG = [
     ({"metric": "f1"}, "metric: Input should be 'accuracy', 'mae' or 'rouge' (got 'f1')"),
-    ({"colour": 1}, "colour: Extra inputs are not permitted (got 1)"),
+    (
+        {"colour": 1},
+        "colour: no such key; expected one of name, version, description, source, lamp, item, query, text, "
+        "query_text, profile, labels, metric (got 1)",
+    ),
     ({"labels": []}, "labels: labels must not be empty, nor begin or end with a space (got [])"),
     ({"labels": ["1", 1]}, "labels: labels must be distinct (got ['1', 1])"),
     ({"labels": [True]}, "labels.0: a label that YAML reads as true or false must be written in quotes (got True)"),
@@ -192,7 +196,10 @@ WRONG = [
         "item: the prompt shows the target {score}: it would give the answer away",
     ),
     ({"item": {**FORM, "prompt": "{0}"}}, "item: {0} is no field; write {name}, and literal braces as {{ and }}"),
-    ({"item": {**FORM, "prompt": "{text"}}, "item: expected '}' before end of string"),
+    (
+        {"item": {**FORM, "prompt": "{text"}},
+        "item: '{text': expected '}' before end of string; literal braces are written {{ and }}",
+    ),
     ({"item": {**FORM, "cut": ["score"]}}, "item: cut names 'score', which is no field of the prompt"),
     (
         {"item": {**FORM, "pattern": "("}},

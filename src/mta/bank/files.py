@@ -132,7 +132,10 @@ def read_info(folder: Path) -> BankInfo:
         values, hashed = read_description(folder)
         info = BankInfo.model_validate(values)
     except FileNotFoundError:
-        raise BankCorrupt(f"no bank at {folder}: {INFO} is missing", hint="Build one: mta bank build --help") from None
+        raise BankCorrupt(
+            f"no bank at {folder}: {INFO} is missing",
+            hint="Give its folder (--bank FOLDER), or build one: mta bank build --help",
+        ) from None
     except (OSError, ValueError, RecursionError) as error:
         raise BankCorrupt(f"{path} is not a bank's description: {str(error).splitlines()[0]}", hint=REBUILD) from None
     hashed = hashed or _read_members(folder / MEMBERS, info.members.sha256)

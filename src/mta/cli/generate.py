@@ -23,6 +23,10 @@ def generate(
     person: Annotated[list[str] | None, typer.Option(help="Whose model answers; repeat it for several people.")] = None,
     bank: BankDir = Path("bank"),
     store: StoreUrl = "people",
+    write: Annotated[
+        bool,
+        typer.Option("--write", help="Let the model write its answer even where a task has labels to choose from."),
+    ] = False,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 64,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest answer.")] = 0.0,
     nobody: Annotated[bool, typer.Option("--nobody", help="Ask the pooled model and the bare base as well.")] = False,
@@ -33,6 +37,9 @@ def generate(
 ) -> None:
     """Ask several people's models the same question, in one batch.
 
+    Where the task has labels each of them is scored, as evaluation does: the likeliest is the answer, and shares are
+    shown. Other answers are written token by token.
+
     Example:  mta generate "Great sound, weak battery." --person ann --person bob --nobody
     """
     from mta.personalize import Personalizer
@@ -42,12 +49,23 @@ def generate(
     base, opened, run = open_bank(bank, words, seed, device, config)
     personal = Personalizer(base, opened, store, run=run)
     whose: list[Who] = [*(person or []), *([TASK, BASE] if nobody or not person else [])]
-    answers = personal.generate([(who, asked) for who in whose], max_new_tokens=max_new_tokens, temperature=temperature)
+    rows = [(who, asked) for who in whose]
     names = [who if isinstance(who, str) else f"({who.value})" for who in whose]
+    if opened.task.labelled and not write:
+        return _show_shares(names, personal.shares(rows), json)
+    answers = personal.generate(rows, max_new_tokens=max_new_tokens, temperature=temperature)
     if json:
         return show_json([{"person": name, "answer": answer} for name, answer in zip(names, answers)])
     for name, answer in zip(names, answers):
         typer.echo(f"{name}: {answer}")
+
+
+def _show_shares(names: list[str], shares: list[dict[str, float]], json: bool) -> None:
+    if json:
+        told = [{"person": name, "answer": next(iter(its)), "shares": its} for name, its in zip(names, shares)]
+        return show_json(told)
+    for name, its in zip(names, shares):
+        typer.echo(f"{name}: {next(iter(its))}   " + "  ".join(f"{label} {share:.0%}" for label, share in its.items()))
 
 
 def _fields(question: str) -> Question:

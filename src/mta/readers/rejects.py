@@ -11,7 +11,7 @@ from typing import IO, Any, NamedTuple
 
 from mta.errors import DataError
 
-HINT = "Correct it, or set bad rows aside with skip_bad=FILE (--skip-bad FILE)."
+HINT = "Correct it, or set bad rows aside with --skip-bad FILE (in Python: skip_bad=FILE)."
 
 
 class Place(NamedTuple):

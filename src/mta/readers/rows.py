@@ -104,11 +104,14 @@ def item_in(row: Mapping[str, Any], task: Task, time: str = "time") -> Item:
 
 
 def _missing(row: Mapping[str, Any], task: Task, other: Mapping[str, str]) -> str:
-    names = ", ".join(f"{name} (or {other[name]})" if name in other else name for name in task.fields())
+    also = {name: key for name, key in other.items() if name != key}
+    names = ", ".join(f"{name} (or {also[name]})" if name in also else name for name in task.fields())
     if "input" in row and len(task.item.inputs) > 1:
         fields = ", ".join(task.item.inputs)
         return f"missing; 'input' stands for one field, but task {task.name!r} has {fields}: give each under its name"
-    return f"missing; task {task.name!r} needs {names}"
+    there = ", ".join(sorted(row.keys() - {"person", "time", "id"})) or "none of them"
+    told = "" if also else "; is this the task? Another is named with --task"
+    return f"missing; task {task.name!r} needs {names}; got {there}{told}"
 
 
 def item_parts(records: Iterator[tuple[Place, dict[str, Any]]], task: Task, rejects: Rejects) -> Iterator[Part]:

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from mta.errors import TaskError
 from mta.tasks.task import Form, Task
 
-_COMPARE = "Compare with a built-in one, such as mta/tasks/builtin/lamp3.yaml."
+_COMPARE = f"See docs/how-to/add-a-task.md, or a task that works: {Path(__file__).parent / 'builtin' / 'lamp3.yaml'}"
 ALIASES = {"lamp2m": "lamp2", "movielens": "movielens-rating"}  # LaMP-2M is what papers call the newer LaMP-2
 
 
@@ -81,5 +81,9 @@ def _parse_task(text: str, source: str) -> Task:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"]) or "task"
         reason = first["msg"].removeprefix("Value error, ")
+        if first["type"] == "extra_forbidden":
+            names = list((Form if len(first["loc"]) > 1 else Task).model_fields)
+            near = difflib.get_close_matches(str(first["loc"][-1]), names, n=1)
+            reason = f"no such key; expected {f'{near[0]}, or ' if near else ''}one of {', '.join(names)}"
         got = "" if isinstance(first["input"], dict | Task | Form) else f" (got {first['input']!r})"
         raise TaskError(f"{source}: {key}: {reason}{got}", hint=_COMPARE) from None

@@ -21,14 +21,14 @@ from mta.history import Item
 @cache
 def template_fields(template: str) -> tuple[str, ...]:
     """Names of the fields in a template, in order and once each. Raises ValueError for anything but ``{name}``."""
-    names: dict[str, None] = {}
-    for _, name, spec, conversion in Formatter().parse(template):
-        if name is None:
-            continue
-        if not name.isidentifier() or spec or conversion:
+    try:
+        parsed = [part for part in Formatter().parse(template) if part[1] is not None]
+    except ValueError as error:
+        raise ValueError(f"{template!r}: {error}; literal braces are written {{{{ and }}}}") from None
+    for _, name, spec, conversion in parsed:
+        if not str(name).isidentifier() or spec or conversion:
             raise ValueError(f"{{{name}}} is no field; write {{name}}, and literal braces as {{{{ and }}}}")
-        names[name] = None
-    return tuple(names)
+    return tuple(dict.fromkeys(str(name) for _, name, _, _ in parsed))
 
 
 def as_text(value: str | int | float) -> str:
