@@ -143,7 +143,7 @@ def test_versions_are_listed_and_a_damaged_one_is_named(known):
 
 
 def test_gains_are_told_in_plain_words():
-    better, worse = "explains their shots better by", "explains their shots worse by"
+    better, worse = "explains their own shots better by", "explains their own shots worse by"
     assert gains(Losses(1.0, 0.88, 0.9, 3)) == [
         f"the merge {better} 0.120 nats per token than the pooled model",
         f"the stack on top of it {worse} 0.020 nats per token than the merge alone",

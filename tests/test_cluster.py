@@ -262,6 +262,7 @@ def killed_midway(site, folder):
     assert states(folder) == alone
 
 
+@pytest.mark.slow
 def test_a_node_that_is_lost_with_its_workers_changes_nothing(site, tmp_path):
     killed_midway(site, tmp_path)
 

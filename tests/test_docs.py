@@ -182,6 +182,15 @@ def test_every_file_that_is_named_is_there(page):
     assert [name for name in named if not (ROOT / name).exists() and name not in made] == []
 
 
+def test_the_reference_in_the_repository_is_what_the_code_says(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "docs")
+    from reference_pages import write_all
+
+    write_all(tmp_path)
+    stale = [p.name for p in tmp_path.iterdir() if p.read_text() != (ROOT / "docs" / "reference" / p.name).read_text()]
+    assert stale == [], "write it anew:  make docs"
+
+
 # running
 
 

@@ -168,7 +168,10 @@ def test_a_bank_is_opened_and_its_base_looked_for(tiny):
 
 def test_a_bank_that_is_not_there_is_a_problem(tmp_path):
     (missing,) = doctor._bank(tmp_path / "bank")
-    assert (missing.verdict, missing.hint) == ("problem", "Build one: mta bank build --help")
+    assert (missing.verdict, missing.hint) == (
+        "problem",
+        "Give its folder (--bank FOLDER), or build one: mta bank build --help",
+    )
 
 
 def mta_doctor(*words, **environment) -> subprocess.CompletedProcess:
@@ -190,6 +193,6 @@ def test_the_command_ends_with_1_and_names_the_problem(cache, tmp_path):
     done = mta_doctor("--store", str(tmp_path / "none"), MTA_KERNELS="off", COLUMNS="200")
     assert done.returncode == 1
     assert f"there is no store at {tmp_path}/none" in done.stdout
-    assert "Check the store's address." in done.stdout
+    assert "Give its address, or begin one:" in done.stdout
     assert "1 problem, " in done.stdout
     assert "Mend the problems first." in done.stdout

@@ -256,6 +256,7 @@ def personalize_in(folder: Path, bank: str) -> None:
     personal.personalize(PEOPLE)
 
 
+@pytest.mark.slow
 def test_killed_again_and_again_the_store_ends_the_same(tiny, tmp_path):
     _, bank = tiny
     folders = [tmp_path / name for name in ("whole", "one", "two", "three")]

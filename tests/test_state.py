@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mta import state as module
-from mta.errors import InputError, StateCorrupt
+from mta.errors import Diverged, InputError, StateCorrupt
 from mta.history import Item, Person
 from mta.lora.batch import Factors, LoraBatch
 from mta.state import Losses, State, history_from_bytes, history_to_bytes, work_key
@@ -78,13 +78,13 @@ def test_a_state_of_before_losses_were_noted_reads_and_keeps_its_bytes() -> None
 @pytest.mark.parametrize("which", ["pooled", "merged", "stacked"])
 def test_losses_that_are_no_numbers_are_neither_written_nor_read(wrong: float, which: str) -> None:
     good = Losses(1.5, 1.25, 1.0, 7)
-    with pytest.raises(InputError, match=r"finite numbers over at least one token, got .*\n  Training went astray"):
+    with pytest.raises(Diverged, match=r"finite numbers over at least one token, got .*\n  Training went astray"):
         replace(good, **{which: wrong})
     forged = state(losses=good)
     object.__setattr__(forged.losses, which, wrong)
     with pytest.raises(StateCorrupt, match="whole, but not a state"):
         State.from_bytes(forged.to_bytes())
-    with pytest.raises(InputError, match="at least one token"):
+    with pytest.raises(Diverged, match="at least one token"):
         replace(good, tokens=0)
 
 

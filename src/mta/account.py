@@ -148,7 +148,7 @@ def gains(losses: Losses) -> list[str]:
 
 
 def _compared(gain: float) -> str:
-    return f"explains their shots {'better' if gain >= 0 else 'worse'} by {abs(gain):.3f} nats per token"
+    return f"explains their own shots {'better' if gain >= 0 else 'worse'} by {abs(gain):.3f} nats per token"
 
 
 def _stack(state: State) -> Stack | None:

@@ -141,7 +141,7 @@ class State:
             )
         try:
             return cls._parsed(data)
-        except (SafetensorError, ValueError, KeyError, TypeError, ArithmeticError, RuntimeError) as error:
+        except (SafetensorError, ValueError, KeyError, TypeError, ArithmeticError, RuntimeError, Diverged) as error:
             raise StateCorrupt(
                 f"{source} is whole, but not a state this version reads: got {error!r}, expected schema {SCHEMA}",
                 hint="Update mta if a newer version wrote it. " + _AGAIN,

@@ -86,15 +86,15 @@ class Storage:
             with written_aside(Path(self.at(name))) as aside:
                 aside.write_bytes(data)
 
-    def create(self, name: str, data: bytes) -> None:
-        """Write a file that must not exist yet, else FileExistsError.
+    def create(self, name: str, data: bytes, mode: int = 0o666) -> None:
+        """Write a file that must not exist yet, else FileExistsError; ``mode`` is what the umask leaves of it, locally.
 
         Locally a link publishes it whole and to one writer only. Elsewhere it is fsspec's exclusive mode (in memory,
         S3, Google Cloud); without one it checks, then writes, and of two writers at one instant the last wins.
         """
         with self._reported(self.at(name)):
             if self.local:
-                return _create_local(Path(self.at(name)), data)
+                return _create_local(Path(self.at(name)), data, mode)
             if self.fs.exists(self.at(name)):
                 raise FileExistsError(self.at(name))
             self._put(name, data, mode="create")
@@ -121,11 +121,11 @@ class Storage:
             self.fs.pipe_file(self.at(name), data, **how)
 
 
-def _create_local(path: Path, data: bytes) -> None:
+def _create_local(path: Path, data: bytes, mode: int) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
-        with aside.open("xb") as file:
+        with open(os.open(aside, os.O_CREAT | os.O_EXCL | os.O_WRONLY, mode), "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())

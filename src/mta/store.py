@@ -236,7 +236,7 @@ class Store:
         if data is None and write:
             made = {"schema": SCHEMA, "key": secrets.token_hex(32)}
             with contextlib.suppress(FileExistsError):
-                self.files.create("store.json", json.dumps(made).encode())
+                self.files.create("store.json", json.dumps(made).encode(), mode=0o600)
             data = self.files.read("store.json")  # whichever writer won
         if data is None:
             return b""

@@ -221,6 +221,7 @@ def test_what_a_build_killed_at_its_very_end_left_is_cleaned_up(built, tmp_path)
     assert sorted(files_in(out)) == sorted(files_in(built))
 
 
+@pytest.mark.slow
 def test_a_build_killed_again_and_again_ends_with_the_same_bank(built, tmp_path, cache):
     folders = [tmp_path / name for name in ("whole", "one", "two", "three")]
     kills = kill.until_done(build, folders)

@@ -108,11 +108,11 @@ A LoRA of rank {rank} over **{_base(info)}**{_note(info)}: {made}. Made by merge
 (method: arXiv:2511.20072, protocol reconstructed) from bank `{info.hash[:12]}`.
 
 ```python
-import peft
-from transformers import AutoModelForCausalLM
+import mta
+import peft  # pip install peft
 
-base = AutoModelForCausalLM.from_pretrained("{_base(info)}")
-model = peft.PeftModel.from_pretrained(base, "path/to/this/folder")
+base = mta.BaseModel.load("{_base(info)}")  # or transformers' AutoModelForCausalLM, of these very weights
+model = peft.PeftModel.from_pretrained(base.model, "path/to/this/folder")
 ```
 
 ## Limits

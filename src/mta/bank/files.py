@@ -120,6 +120,7 @@ def write_info(folder: Path, info: BankInfo) -> None:
     """Write the description of a bank, with its identity and sealed with a hash over itself; before it, its members."""
     if info.members.hashed:
         with written_aside(folder / MEMBERS) as aside:
+            aside.touch(mode=0o600)  # it holds a key
             aside.write_bytes(info.members.hashed.to_bytes())
     values = info.model_dump(mode="json", exclude={"hash"}) | {"hash": identity(info)}
     write_json(folder / INFO, values | {"sha256": seal(values)})

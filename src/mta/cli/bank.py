@@ -77,8 +77,9 @@ def build(
         return show_json(_summary(bank))
     typer.echo(f"{out}: {len(bank)} anchors, task LoRA {'yes' if bank.task_lora else 'no'}, hash {bank.hash[:12]}")
     if len(bank) < run.bank.anchors:
-        few = f"{run.bank.anchors} anchors were asked for; at most a quarter of the candidates become one, and"
-        typer.echo(f"{few} {bank.info.members.candidates} people have {run.bank.min_items} items or more.", err=True)
+        few = f"{run.bank.anchors} anchors were asked for; {bank.info.members.candidates} candidates have"
+        at_most = f"{run.bank.min_items} items or more, and at most a quarter of them become one: {len(bank)}."
+        typer.echo(f"{few} {at_most}", err=True)
 
 
 @app.command("show")

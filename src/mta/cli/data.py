@@ -40,7 +40,7 @@ def describe(
         return show_json(found | {"splits": splits})
     typer.echo("  ".join(f"{name} {value:g}" for name, value in found.items()))
     for shots, able in splits["shots"].items():
-        typer.echo(f"last {queries} items as queries, the {shots} before them as shots: {able} people")
+        typer.echo(f"in a recipe, last {queries} items as queries, the {shots} before them as shots: {able} people")
     typer.echo(f"people with a time on every item: {splits['people with times']}; the others keep the file's order")
     if splits["labels"]:
         typer.echo("labels: " + "  ".join(f"{label} {share:.1%}" for label, share in splits["labels"].items()))

@@ -36,10 +36,11 @@ def forget(
     if json:
         return show_json(asdict(done))
     typer.echo("removed" if done.states_removed else "nothing was kept of that person")
+    typer.echo("Take them out of your own files too: mta personalize makes whoever is in its source.", err=True)
     for export in done.exports_left:
         typer.echo(f"exported and not removed: {export}")
     if done.needs_rebuild:
-        typer.echo(f"still learnt from them, until the bank is rebuilt: {', '.join(done.needs_rebuild)}")
+        typer.echo(f"still learnt from them, until the bank is rebuilt without them: {', '.join(done.needs_rebuild)}")
     for place in done.published:
         typer.echo(f"published with it, and to be deleted there by hand: {place}")
     for folder in done.unknown:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -13,6 +16,8 @@ from mta.history import Item
 from mta.readers.rejects import Bad, Place, Rejects
 from mta.readers.stream import kind_of
 from mta.tasks.task import Task, as_text, short
+
+log = logging.getLogger("mta")
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,12 +100,21 @@ def item_in(row: Mapping[str, Any], task: Task, time: str = "time") -> Item:
         if row.get(key) is None:
             raise Bad(name, _missing(row, task, other))
         fields[name] = text_in(row, key)
-    if task.labels_of(Item(fields)):
-        fields[form.target] = fields[form.target].strip()
+    if labels := task.labels_of(Item(fields)):
+        fields[form.target] = _label(fields[form.target].strip(), labels)
     item = Item(fields, time_in(row, time), text_in(row, "id") if row.get("id") is not None else None)
     if found := task.wrong(item):
-        raise Bad(*found)
+        name, reason = found
+        raise Bad(name if row.get(name) is not None else other.get(name, name), reason)
     return item
+
+
+def _label(text: str, labels: Sequence[str]) -> str:
+    """A rating is often written 4.0 where the label is 4."""
+    with contextlib.suppress(ValueError):
+        if text not in labels and (plain := as_text(float(text))) in labels:
+            return plain
+    return text
 
 
 def _missing(row: Mapping[str, Any], task: Task, other: Mapping[str, str]) -> str:
@@ -116,10 +130,14 @@ def _missing(row: Mapping[str, Any], task: Task, other: Mapping[str, str]) -> st
 
 def item_parts(records: Iterator[tuple[Place, dict[str, Any]]], task: Task, rejects: Rejects) -> Iterator[Part]:
     """One item a record: ``person``, the task's fields, and where known ``time`` and ``id``."""
+    known, unread = {"person", "time", "id", "input", "output", *task.fields()}, Counter[str]()
     for place, row in records:
+        unread.update(row.keys() - known)
         try:
             part = Part(text_in(row, "person"), (item_in(row, task),), place)
         except Bad as bad:
             rejects.add(place, bad.field, bad.reason, row)
             continue
         yield part
+    for name, count in sorted(unread.items()):
+        log.warning("nothing reads the field %r, which %d lines have (times are read from 'time')", name, count)
