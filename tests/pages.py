@@ -20,14 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-BUILT = {
-    "changelog.md",
-    "cli.md",
-    "contributing.md",
-    "errors.md",
-    "settings.md",
-    "tasks.md",
-}  # made from the code, docs/reference_pages.py
+BUILT = {"changelog.md", "contributing.md"}  # copied beside the pages by docs/conf.py
 PAGES = sorted(
     page
     for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md", *(ROOT / "docs").rglob("*.md")]
