@@ -105,6 +105,22 @@ def test_a_bad_line_is_named_or_set_aside(
     assert "row" in reject
 
 
+def test_a_field_that_nothing_reads_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = jsonl(tmp_path, {**GOOD, "date": "2024-05-31"}, {**GOOD, "date": "2024-06-01", "shop": "x"})
+    with caplog.at_level(logging.WARNING, "mta"):
+        assert len(read_people(path, "lamp3")) == 1
+    assert caplog.messages == [
+        "nothing reads the field 'date', which 2 lines have (times are read from 'time')",
+        "nothing reads the field 'shop', which 1 lines have (times are read from 'time')",
+    ]
+
+
+@pytest.mark.parametrize("score", [4, 4.0, "4", "4.0", " 4 "])
+def test_a_label_is_the_same_however_its_number_is_written(tmp_path: Path, score: Any) -> None:
+    [person] = read_people(jsonl(tmp_path, {**GOOD, "score": score}), "lamp3")
+    assert person.items[0].fields["score"] == "4"
+
+
 def test_bytes_that_are_no_utf8(tmp_path: Path) -> None:
     path = tmp_path / "data.jsonl"
     line = json.dumps(GOOD).encode()

@@ -69,7 +69,8 @@ class Export:
                 (folder / CARD).unlink()
             (folder / WEIGHTS).unlink()
         except (FileNotFoundError, NotADirectoryError):
-            pass  # removed before
+            if self.sha256 and not folder.is_dir():
+                return f"{self.folder} (not there any more: it was removed before, or moved)"
         except OSError as error:
             return f"{self.folder} ({error.strerror})"
         with contextlib.suppress(OSError):  # other files are in it, or it is not there any more

@@ -223,8 +223,11 @@ def test_forget_removes_exports_and_names_those_it_cannot(world, tmp_path):
     for name in ("one", "two"):
         mta("export", ANN, "--out", tmp_path / name, *at)
     mta("export", BOB, "--out", tmp_path / "two", *at)
-    said = mta("forget", ANN, *at).out
-    assert said == f"removed\nexported and not removed: {tmp_path}/two (its adapter was changed since)\n"
+    first, *left = mta("forget", ANN, *at).out.splitlines()
+    assert first == "removed"
+    assert [line for line in left if str(tmp_path) in line] == [
+        f"exported and not removed: {tmp_path}/two (its adapter was changed since)"
+    ]
     assert [(tmp_path / name).exists() for name in ("one", "two")] == [False, True]
 
 

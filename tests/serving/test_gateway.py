@@ -6,6 +6,7 @@ import re
 import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import httpx2
 import openai
@@ -17,6 +18,7 @@ from tiny import base_of, random_loras
 from mta.bank.bank import Bank
 from mta.errors import PersonNotFound
 from mta.generate import generate
+from mta.personalize import forget_person
 from mta.rows import row_adapters
 from mta.serving.embedded import EmbeddedEngine
 from mta.serving.limits import Limits
@@ -263,6 +265,9 @@ def test_a_persons_way_history_personalize_ask_forget(world):
             "kept": True,
         }
         assert http.post(f"{where}/history", json={"items": [{"fields": {"title": "x"}}]}).status_code == 400
+        wrong = http.post(f"{where}/history", json={"items": [{"fields": fields[0] | {"rating": "9"}}]})
+        assert wrong.status_code == 400
+        assert "unknown label '9'" in wrong.json()["error"]["message"]
         assert http.post(f"{where}/personalize").status_code == 202
         done = _waited(lambda: http.get(f"{where}/personalize").json())
         assert done == {"status": "done", "version": 1, "message": ""}
@@ -276,6 +281,27 @@ def test_a_persons_way_history_personalize_ask_forget(world):
     with pytest.raises(PersonNotFound):
         world.service.store.load("team/dee")
     assert world.service.store.history("team/dee") is None
+
+
+@pytest.mark.parametrize(("key", "told"), [("admin", True), ("team", False)])
+def test_an_export_that_is_left_is_told_to_the_operator_at_once_or_still_known(world, tmp_path, key, told):
+    personal, store, id = world.service.jobs.personal, world.service.store, "team/exported"
+    personal.personalize([replace(people_of(1, items=4, seed=3)[0], id=id)])
+    personal.export(id, tmp_path / "adapter")
+    (tmp_path / "adapter" / "adapter_model.safetensors").write_bytes(b"changed")
+    with world.http(key) as http:
+        found = http.delete("/v1/people/team/exported").json()
+    assert found["exports_left"] == 1
+    assert ("exports" in found) == told
+    assert [export.folder for export in store.exports(id)] == ([] if told else [str(tmp_path / "adapter")])
+    assert forget_person(id, store).exports_left == (
+        [] if told else [f"{tmp_path}/adapter (its adapter was changed since)"]
+    )
+
+
+def test_a_persons_own_key_lists_their_model_while_there_is_one(world):
+    listed = [model.id for model in world.client("ann").models.list()]
+    assert ("person:ann" in listed) == ("ann" in world.service.store)
 
 
 def test_of_those_who_are_done_only_the_last_are_remembered(world, monkeypatch):

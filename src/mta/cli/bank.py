@@ -97,9 +97,9 @@ def show(
     verify(folder, info, full=True)
     if json:
         return show_json(info.model_dump(mode="json", exclude={"members"}) | {"needs_rebuild": stale(folder)})
-    typer.echo(body(info))
     if parts := stale(folder):
-        typer.echo(f"Needs a rebuild: somebody who asked to be forgotten is in the {' and the '.join(parts)}.")
+        typer.echo(f"Needs a rebuild: somebody who asked to be forgotten is in the {' and the '.join(parts)}.\n")
+    typer.echo(body(info))
 
 
 @app.command("publish")

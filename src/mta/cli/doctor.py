@@ -41,8 +41,9 @@ def doctor(
     else:
         say = Console(highlight=False).print
         say(_table(found))
+        start = "Ready." if bank or store else "Ready. Start with:  mta demo"
         counted = f"{problems} problem{'s' * (problems != 1)}, {warnings} warning{'s' * (warnings != 1)}"
-        say(f"{counted}. " + ("Mend the problems first." if problems else "Ready. Start with:  mta demo"))
+        say(f"{counted}. " + ("Mend the problems first." if problems else start))
     if problems:
         raise typer.Exit(1)
 

@@ -72,6 +72,7 @@ def serve(
     if new_key is not None:
         return _add_key(keys, new_key, rights, of, json)
     known = serving.keys_for(keys, host, insecure_local)
+    serving.check_port(host, port)
     server: VllmServer | Remote | None = serving.remote_of(vllm_url, vllm_folder, vllm) if vllm_url else None
     serving.check(store, [folder for folder in (bank, bank_before) if folder], strict, bool(server or vllm))
     opened = in_passing(partial(open_bank, bank, words, seed, device, config, open_to=MERGE_AND_STACK))
@@ -97,6 +98,7 @@ def _add_key(keys: Path | None, name: str, rights: str, of: str, json: bool) -> 
     if json:
         return show_json({"name": name, "key": secret})
     typer.echo(secret)
+    typer.echo("It is shown this once. A server that is running knows it from its next start on.", err=True)
 
 
 def _need_extra() -> None:

@@ -16,7 +16,7 @@ import hmac
 import secrets
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -72,7 +72,7 @@ class Keys:
     @classmethod
     def load(cls, path: Path | None, secret: str | None = None) -> Keys:
         """Keys of a file, and an admin key given in the environment. Raises ConfigError."""
-        found = checked(_KeyFile, read_yaml(path), str(path)).keys if path else ()
+        found = checked(_KeyFile, _read(path), str(path), hint=_MAKE).keys if path else ()
         own = (Key(name=ENV, sha256=_hash(secret), rights="admin"),) if secret else ()
         return cls((*found, *own))
 
@@ -83,6 +83,16 @@ class Keys:
             if hmac.compare_digest(key.sha256, shown):
                 found = key
         return found
+
+
+_MAKE = "Keys stand in a file that this makes:  mta serve --keys keys.yaml --new-key ops"
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return read_yaml(path)
+    except ConfigError as error:
+        raise ConfigError(error.message, hint=_MAKE) from None
 
 
 LOCAL = Key(name="local", sha256="0" * 64, rights="admin")  # whoever sits at the machine itself

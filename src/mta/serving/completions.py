@@ -13,6 +13,7 @@ from urllib.parse import quote
 from fastapi import FastAPI
 from fastapi import Request as HttpRequest
 from fastapi.responses import JSONResponse, Response, StreamingResponse
+from starlette.concurrency import run_in_threadpool
 
 from mta.errors import MtaError
 from mta.rows import BASE, TASK, Nobody
@@ -29,7 +30,8 @@ def add_completions(app: FastAPI, service: Service) -> None:
     @app.get("/v1/models")
     async def models(key: Caller) -> dict[str, Any]:
         """Base and pooled model; a person's own key sees their model too."""
-        names = [service.base.name, "task", *([f"person:{quote(key.of, safe='')}"] if key.rights == "person" else [])]
+        mine = key.rights == "person" and await run_in_threadpool(service.store.latest, key.of) is not None
+        names = [service.base.name, "task", *([f"person:{quote(key.of, safe='')}"] if mine else [])]
         rows = [{"id": name, "object": "model", "created": 0, "owned_by": "mta"} for name in names]
         return {"object": "list", "data": rows}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import logging
 import os
 import shlex
 import signal
@@ -31,6 +32,8 @@ from mta.serving.vllm_engine import VllmEngine
 from mta.serving.vllm_server import SLOT_RANK, Remote, VllmServer, VllmSettings
 from mta.store import Store
 
+log = logging.getLogger("mta")
+
 
 def keys_for(path: Path | None, host: str, insecure_local: bool) -> Keys:
     """The keys of a file and of the environment. Raises ConfigError where there are none and the door would be open."""
@@ -57,12 +60,23 @@ def check(store: str, banks: Sequence[Path], strict: bool, vllm: bool) -> None:
             f"vLLM serves one bank, got {len(banks)}",
             hint="Serve during the move without it, or move everybody first: mta personalize",
         )
-    for bank in banks if strict else ():
+    for bank in banks:
         if parts := stale(bank):
-            raise ConfigError(
-                f"somebody who was forgotten is in the {' and the '.join(parts)} of {bank}",
-                hint="Rebuild it:  mta bank build   or serve it without --strict.",
-            )
+            found = f"somebody who was forgotten is in the {' and the '.join(parts)} of {bank}"
+            if strict:
+                raise ConfigError(found, hint="Rebuild it:  mta bank build   or serve it without --strict.")
+            log.warning("%s; --strict would not serve it", found)
+
+
+def check_port(host: str, port: int) -> None:
+    """Before anything is loaded. Raises ConfigError for an address that cannot be listened at."""
+    try:
+        socket.create_server((host, port)).close()
+    except OSError as error:
+        raise ConfigError(
+            f"{host}:{port} cannot be listened at: {error.strerror or error}",
+            hint="Choose another:  --port 8001   (0 takes any that is free)",
+        ) from None
 
 
 def bank_before(folder: Path, base: BaseModel, bank: Bank) -> Bank:
