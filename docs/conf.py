@@ -32,7 +32,10 @@ write_all(HERE / "reference")
 for name in ("CHANGELOG", "CONTRIBUTING"):
     text = (HERE.parent / f"{name}.md").read_text(encoding="utf-8")
     (HERE / f"{name.lower()}.md").write_text(text.replace("](docs/", "]("), encoding="utf-8")
-shutil.copytree(HERE.parent / "results", HERE / "results", dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.html"))
+if (HERE.parent / "results").is_dir():  # a source distribution has none
+    shutil.copytree(
+        HERE.parent / "results", HERE / "results", dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.html")
+    )
 
 
 def as_on_the_site(app: Sphinx, name: str, source: list[str]) -> None:

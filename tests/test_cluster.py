@@ -274,6 +274,7 @@ def test_twenty_times_in_a_row(site, tmp_path):
         killed_midway(site, tmp_path / str(turn))
 
 
+@pytest.mark.slow
 def test_a_driver_that_died_is_followed_by_one_that_goes_on_in_the_same_cohorts(here, site, tmp_path):
     base, bank, alone = site
 

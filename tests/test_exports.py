@@ -88,10 +88,10 @@ def test_exports_leave_with_their_person(url: str, tmp_path: Path) -> None:
     store.save(ANN, state())
     export_from(store, folder)
     assert store.nbytes(ANN) > state().nbytes + 200
-    assert store.remove_exports(ANN) == []
+    assert store.remove_exports(ANN) == {}
     assert list((tmp_path / "out").iterdir()) == []
     gone = f"{folder} (not there any more: it was removed before, or moved)"
-    assert store.remove_exports(ANN) == [gone]  # a crash may come before the store has forgotten
+    assert list(store.remove_exports(ANN).values()) == [gone]  # a crash may come before the store has forgotten
     assert store.forget(ANN)
     assert store.exports(ANN) == []
 
@@ -121,7 +121,7 @@ def test_an_export_that_was_killed_is_found(tmp_path: Path, monkeypatch: pytest.
     (folder.parent / ".ann.mine").mkdir()
     assert [path.name[:5] for path in folder.parent.iterdir() if path.name != "ann"] == [".ann."] * 2
     assert [export.sha256 for export in store.exports(ANN)] == [""]
-    assert store.remove_exports(ANN) == ([f"{folder} (it was interrupted)"] if there else [])
+    assert list(store.remove_exports(ANN).values()) == ([f"{folder} (it was interrupted)"] if there else [])
     assert {path.name for path in folder.parent.iterdir()} == {".ann.mine", *(["ann"] if there else [])}
 
 
@@ -133,7 +133,7 @@ def test_an_export_over_another_that_fails_leaves_that_one_findable(tmp_path: Pa
         assert store.exports(ANN)[: len(before)] == before
         raise OSError("the disk is full")
     assert store.exports(ANN) == before
-    assert store.remove_exports(ANN) == []
+    assert store.remove_exports(ANN) == {}
     assert not folder.exists()
 
 
@@ -186,7 +186,7 @@ def test_a_damaged_list_keeps_nobody_from_being_forgotten(tmp_path: Path) -> Non
     Path(store.files.at(f"{store._path(ANN)}/exports.json")).write_bytes(FILE[:-1])
     with pytest.raises(StateCorrupt, match=r"exports\.json was changed or cut short"):
         store.exports(ANN)
-    (told,) = store.remove_exports(ANN)
+    (told,) = store.remove_exports(ANN).values()
     assert told.startswith("whatever was exported of them (")
     assert store.forget(ANN)
     assert [path.name for path, content in everything(tmp_path) if content] == ["store.json"]

@@ -136,6 +136,14 @@ def test_the_text_of_an_error_is_not_kept(tmp_path):
     assert not any(b"quispe" in path.read_bytes() for path in tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(("name", "text"), [("run.json", '{"mine": 1}'), ("config.yaml", "lr: 1  # mine")])
+def test_what_is_not_ours_is_not_written_over(tmp_path, name, text):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(DataError), kept(tmp_path) as run:
+        steps(run)
+    assert (tmp_path / name).read_text() == text
+
+
 def test_a_run_that_died_has_no_end(tmp_path):
     here = str(Path(__file__).parent)
     code = f"import sys, os, signal; sys.path.insert(0, {here!r}); from pathlib import Path; import test_runs as t\n"

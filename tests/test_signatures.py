@@ -143,17 +143,17 @@ def test_every_public_name_is_told():
 
 def test_a_changed_default_a_new_parameter_and_a_lost_method_show(monkeypatch):
     before = public_api()
-    monkeypatch.setattr(mta.Personalizer.forget, "__defaults__", ("ann",))
+    monkeypatch.setattr(mta.Personalizer.state, "__defaults__", ("ann",))
     monkeypatch.setattr(mta.Bank, "extra", lambda self, n: n, raising=False)
     monkeypatch.delattr(mta.Person, "latest")
     gone, new = set(before) - set(public_api()), set(public_api()) - set(before)
     assert gone == {
         "mta.Person.latest(self, n: int) -> Person",
-        "mta.Personalizer.forget(self, person: str) -> Forgotten",
+        "mta.Personalizer.state(self, person: str) -> State",
     }
     assert new == {
         "mta.Bank.extra(self, n)",
-        "mta.Personalizer.forget(self, person: str = 'ann') -> Forgotten",
+        "mta.Personalizer.state(self, person: str = 'ann') -> State",
     }
 
 

@@ -123,7 +123,8 @@ def carried_on(settings: MergeSettings, before: Merge, evidence: Evidence, token
     if not policy.evidence(settings):  # retrieved by loss, then weighed alike: as they were
         return before.w.double()
     near = torch.zeros_like(before.w, dtype=torch.float64)  # policies of evidence look at no encodings
-    of = Retrieved(before.ids, near, evidence, before.w / settings.scale, tokens)
+    earlier, rounding = before.w.double() / settings.scale, torch.finfo(before.w.dtype).eps
+    of = Retrieved(before.ids, near, evidence, earlier, tokens, rounding)
     return settings.scale * policy.weigh(settings, of)
 
 

@@ -18,7 +18,7 @@ from mta.bank.files import mark_stale, published, read_info
 from mta.base import BaseModel
 from mta.config import MergeSettings, Run
 from mta.encode import Encoder
-from mta.errors import ConfigError, OtherBank, PersonNotFound
+from mta.errors import ConfigError, InputError, OtherBank, PersonNotFound
 from mta.executor import Executor, LocalExecutor
 from mta.exports import Export, adapter_parcel
 from mta.fuse import Merge, merged_factors
@@ -106,6 +106,7 @@ class Personalizer:
         States already made of the same shots, bank and settings are left as they are; the others are computed together,
         in cohorts that fit the memory. Over a store a killed run goes on where it was, in the same cohorts,
         unless ``resume`` is off. ``keep_histories`` keeps people's items too, in the store, until they are forgotten.
+        Whose training diverges is told in ``failed``, and has no state of it; if everybody's does, Diverged is raised.
         Raises DataError for a person without items, MemoryBudgetError, ConfigError, StoreError; ClusterError where
         workers of a cluster cannot work.
         """
@@ -211,17 +212,22 @@ class Personalizer:
         It is one person's model: know what you do. The store notes the repository, for ``forget`` to name it: deleting
         it there is by hand. Raises HubError, InputError.
         """
-        parcel = adapter_parcel(Path(folder))
+        parcel, mine = adapter_parcel(Path(folder)), Export.begun(folder).folder
+        if self.store and mine not in [export.folder for export in self.store.exports(person)]:
+            raise InputError(f"nothing of that person was exported to {folder}", hint="Export to it first.")
         repository = Repository.begin(repo_id, private=private, token=token)
         if self.store:  # before it is there, so that a killed push is named too
             self.store.note_export(person, Export.pushed(folder, repository.host, repository.name))
         repository.send(parcel, "Push an adapter of mta")
         return repository.url
 
-    def forget(self, person: str) -> Forgotten:
-        """Remove a person's states, history and exports; name the trained parts that still hold something of them."""
+    def forget(self, person: str, *, keep_exports: bool = False) -> Forgotten:
+        """Remove a person's states, history and exports; name the trained parts that still hold something of them.
+
+        ``keep_exports`` goes on knowing of exports that are left, for whoever is to be told of them later.
+        """
         removed = self._unsaved.pop(person, None) is not None
-        found = forget_person(person, self.store, *self._banks)
+        found = forget_person(person, self.store, *self._banks, keep_exports=keep_exports)
         return replace(found, states_removed=removed or found.states_removed)
 
     def state(self, person: str) -> State:
@@ -253,7 +259,7 @@ class Personalizer:
         return Maker(*mine, self._unsaved, self.state, on_step)
 
 
-def forget_person(person: str, store: Store | None, *banks: Path) -> Forgotten:
+def forget_person(person: str, store: Store | None, *banks: Path, keep_exports: bool = False) -> Forgotten:
     """``Personalizer.forget`` without loading a model. Without a ``bank``, what was learnt from them is not asked for.
 
     Raises BankCorrupt where there is no bank: nothing is done rather than half of it.
@@ -266,4 +272,7 @@ def forget_person(person: str, store: Store | None, *banks: Path) -> Forgotten:
         return Forgotten(False, parts, [], copies, unknown)
     store.files.remove_folder("work")  # a stopped run's checkpoint may hold their stack
     left = store.remove_exports(person)  # while the store still knows where they are
-    return Forgotten(store.forget(person), parts, left, copies, unknown)
+    forgotten = Forgotten(store.forget(person), parts, list(left.values()), copies, unknown)
+    if keep_exports and left:
+        store.keep_exports(person, list(left))
+    return forgotten

@@ -23,8 +23,8 @@ class Retrieved:
     """What a policy may look at, of U people and the K anchors retrieved for each, nearest first: their shots alone.
 
     Shapes: ids (U, K), anchor numbers; similarity (U, K), cosine of person and anchor, float64. ``before`` (U, K) are
-    the coefficients of a person whose history has grown, ``seen`` (U,) the target tokens these were made of; the
-    evidence is then that of the new items alone.
+    the coefficients of a person whose history has grown, exact to ``rounding``, ``seen`` (U,) the target tokens these
+    were made of; the evidence is then that of the new items alone.
     """
 
     ids: Tensor
@@ -32,6 +32,7 @@ class Retrieved:
     evidence: Evidence | None = None
     before: Tensor | None = None
     seen: Tensor | None = None
+    rounding: float = 0.0
 
     @property
     def scored(self) -> Evidence:
@@ -127,8 +128,8 @@ def posterior(settings: MergeSettings, of: Retrieved) -> Tensor:
         prior = torch.full_like(of.loglik, (1 - settings.null_prior) / of.ids.shape[1])
         null = torch.full_like(of.scored.task, settings.null_prior)
     else:  # what rounding leaves of a null that is as good as gone: it can come back
-        prior, least = of.before.double(), torch.finfo(of.before.dtype).eps
-        null = (1 - prior.sum(1)).clamp_min(least)
+        prior = of.before
+        null = (1 - prior.sum(1)).clamp_min(of.rounding)
     gain = (of.loglik - of.scored.task[:, None]) / settings.temperature
     return torch.softmax(torch.cat([gain + prior.log(), null[:, None].log()], dim=1), dim=1)[:, :-1]
 
@@ -163,7 +164,7 @@ def fit_labels(
     slopes = (anchors - pooled[..., None]).gather(3, index)  # (U, M, C, K)
     gold = torch.nn.functional.one_hot(labels.gold.clamp_min(0), pooled.shape[2]).double()
     pull = strength * torch.eye(ids.shape[1], dtype=torch.float64)
-    centre = torch.zeros(ids.shape, dtype=torch.float64) if before is None else before.double()
+    centre = torch.zeros(ids.shape, dtype=torch.float64) if before is None else before
     w = centre
     for _ in range(iterations):
         p = torch.softmax(pooled + torch.einsum("umck,uk->umc", slopes, w), dim=2)

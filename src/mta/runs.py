@@ -78,6 +78,13 @@ class RunFolder:
 
     def __enter__(self) -> Self:
         self._entered = datetime.now(UTC)
+        if self.folder:
+            self._before = sittings(self.folder)
+            if self.config and not self._before and (self.folder / CONFIG).exists():
+                raise DataError(
+                    f"{self.folder / CONFIG} is no run's, and would be written over",
+                    hint="Name it otherwise, or choose another folder.",
+                )
         self.stage_begins()
         return self
 
@@ -96,7 +103,6 @@ class RunFolder:
             return
         self._begun = True
         if self.folder:
-            self._before = sittings(self.folder)
             self._steps.update(line["stage"] for line in lines(self.folder, self.work))
             if self.config:
                 with written_aside(self.folder / CONFIG) as aside:

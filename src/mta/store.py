@@ -187,9 +187,9 @@ class Store:
         known = self.exports(id)
         self._note(id, [*(one for one in known if (one.host, one.folder) != (export.host, export.folder)), export])
 
-    def keep_exports(self, id: str, exports: Sequence[Export]) -> None:
+    def keep_exports(self, id: str, exports: Sequence[Export | None]) -> None:
         """Go on knowing where adapters of somebody forgotten lie: whoever can remove them has not been told yet."""
-        self._note(id, exports)
+        self._note(id, [export for export in exports if export])
 
     def _note(self, id: str, exports: Sequence[Export]) -> None:
         name = f"{self._path(id, write=True)}/exports.json"
@@ -198,12 +198,12 @@ class Store:
         else:
             self.files.remove(name)
 
-    def remove_exports(self, id: str) -> list[str]:
-        """Remove what was exported of a person, before ``forget`` forgets where it lies; what is left, in words."""
+    def remove_exports(self, id: str) -> dict[Export | None, str]:
+        """Remove what was exported of a person, before ``forget`` forgets where it lies; what is left, and why."""
         try:
-            return [left for export in self.exports(id) if (left := export.remove())]
+            return {export: left for export in self.exports(id) if (left := export.remove())}
         except StateCorrupt as error:  # it must not keep anybody from being forgotten
-            return [f"whatever was exported of them ({error.message})"]
+            return {None: f"whatever was exported of them ({error.message})"}
 
     def forget(self, id: str) -> bool:
         """Remove all that is kept of a person; False if there was nothing. Repeat it if it was interrupted.

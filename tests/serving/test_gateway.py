@@ -15,8 +15,10 @@ from conftest import HashEncoder, people_of, personalizer
 from served import endless, served
 from tiny import base_of, random_loras
 
+from mta import stages
 from mta.bank.bank import Bank
 from mta.errors import PersonNotFound
+from mta.evidence import shots_of
 from mta.generate import generate
 from mta.personalize import forget_person
 from mta.rows import row_adapters
@@ -302,6 +304,24 @@ def test_an_export_that_is_left_is_told_to_the_operator_at_once_or_still_known(w
 def test_a_persons_own_key_lists_their_model_while_there_is_one(world):
     listed = [model.id for model in world.client("ann").models.list()]
     assert ("person:ann" in listed) == ("ann" in world.service.store)
+
+
+def test_who_diverges_has_failed_and_the_others_are_done(world, monkeypatch):
+    jobs, people = world.service.jobs, people_of(2, items=3, prefix="astray")
+    key = shots_of(world.service.jobs.personal.base, world.service.task, people[0]).key
+    measured = stages.surprise
+    nan = float("nan")
+    monkeypatch.setattr(
+        "mta.stages.surprise",
+        lambda base, jobs, *more, **how: [
+            nan if job.key == key else loss for job, loss in zip(jobs, measured(base, jobs, *more, **how))
+        ],
+    )
+    for person in people:
+        jobs.put(person)
+    for person, state in zip(people, ("failed", "done")):
+        assert _waited(lambda: {"status": jobs.status(person.id).state})["status"] == state  # noqa: B023
+    assert "not finite" in jobs.status(people[0].id).message
 
 
 def test_of_those_who_are_done_only_the_last_are_remembered(world, monkeypatch):

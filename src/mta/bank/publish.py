@@ -14,7 +14,7 @@ from typing import Any
 from mta.assets import ASSETS
 from mta.bank import files
 from mta.bank.card import card, table_of
-from mta.errors import BankCorrupt, BankError, InputError
+from mta.errors import BankCorrupt, BankError, HubError, InputError
 from mta.hub import Parcel, Repository, is_hub_id, snapshot
 from mta.lora.peft import CONFIG, WEIGHTS
 
@@ -78,7 +78,11 @@ def bank_folder(name: str | Path, revision: str | None = None, token: str | None
     if not is_hub_id(str(name)):
         return Path(name)
     repo = str(name)
-    first = snapshot(repo, [files.INFO], revision, token)  # else a repository of whole models would be fetched to see
+    try:  # the description first: else a repository of whole models would be fetched to see
+        first = snapshot(repo, [files.INFO], revision, token)
+    except HubError as error:
+        beside = "" if revision else f" There is no folder {repo} here either; to build one: mta bank build --help"
+        raise HubError(error.message, hint=error.hint + beside) from None
     if not (first / files.INFO).exists():
         raise BankCorrupt(
             f"there is no folder {repo}, and {repo!r} on the hub is no bank: it has no {files.INFO}",

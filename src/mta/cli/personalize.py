@@ -90,7 +90,7 @@ def personalize(
     with executor_at(cluster, workers, together) as executor, Screen() as screen:
         personal = Personalizer(base, opened, store, run=settings, executor=executor)
         asked = base.as_loaded(settings).model_dump(mode="json")
-        work = work_of(asked, opened.hash)  # a run that is stopped goes on
+        work = work_of(asked, opened.hash, sorted(p.digest() for p in people))  # a run that is stopped goes on
         how: dict[str, Any] = {"settings": asked, "work": work, "track": opener, "on_step": screen.step}
         with kept_over(opened, "personalize", folder=run, base=base, **how) as kept:
             keep: dict[str, Any] = {"keep_histories": keep_histories, "on_step": kept.step}

@@ -162,10 +162,13 @@ def _row(name: str, seeds: Sequence[Sequence[Record]]) -> Row:
 
 def _meta(folder: Path) -> dict[str, Any]:
     """What a reader must know beside the scores: base, precision, which people, what was run when and where."""
-    if not (told := sittings(folder)):
-        return _json(folder / BEFORE)
+    before = _json(folder / BEFORE)  # of versions that wrote no run.json
+    told = [one for one in sittings(folder) if one["kind"] == "experiment"]
+    if not told:
+        return before
     facts = {name: told[-1][name] for name in ("base", "note", "dtype", "which")}
-    return facts | {"exhibits": sorted({name for one in told for name in one["exhibits"]}), "runs": told}
+    exhibits = {name for one in (before, *told) for name in one.get("exhibits", ())}
+    return facts | {"exhibits": sorted(exhibits), "runs": [*before.get("runs", ()), *told]}
 
 
 def _json(path: Path) -> dict[str, Any]:

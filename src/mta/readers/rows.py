@@ -139,5 +139,6 @@ def item_parts(records: Iterator[tuple[Place, dict[str, Any]]], task: Task, reje
             rejects.add(place, bad.field, bad.reason, row)
             continue
         yield part
-    for name, count in sorted(unread.items()):
-        log.warning("nothing reads the field %r, which %d lines have (times are read from 'time')", name, count)
+    if unread:
+        told = ", ".join(f"{short(name)} ({count} lines)" for name, count in unread.most_common(3))
+        log.warning("nothing reads %s%s; times are read from 'time'", told, ", …" * (len(unread) > 3))

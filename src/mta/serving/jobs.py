@@ -88,7 +88,7 @@ class Jobs:
             self._forgetting += 1
             self._turn.wait_for(lambda: not self._running)  # what it leaves for going on is removed too
         try:
-            return self.personal.forget(person)
+            return self.personal.forget(person, keep_exports=True)
         finally:
             with self._turn:
                 self._status.pop(person, None)
@@ -130,13 +130,14 @@ class Jobs:
 
     def _personalized(self, people: list[Person]) -> dict[str, Status]:
         try:
-            self.personal.personalize(people)
+            failed = self.personal.personalize(people).failed
         except Exception as error:
             if len(people) > 1:  # one person's items must not be everybody's failure
                 return {id: status for one in people for id, status in self._personalized([one]).items()}
             told = error.message if isinstance(error, InputError) else type(error).__name__
             return {people[0].id: Status("failed", message=told)}  # where states lie is nobody's business
-        return {person.id: Status("done", self._latest(person.id)) for person in people}
+        diverged = dict.fromkeys(failed, Status("failed", message="training led to numbers that are not finite"))
+        return {person.id: Status("done", self._latest(person.id)) for person in people} | diverged
 
     def _latest(self, person: str) -> int | None:
         with contextlib.suppress(MtaError):

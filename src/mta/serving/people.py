@@ -5,15 +5,12 @@ Only who owns a person may use these routes; anybody else, and anybody who asks 
 
 from __future__ import annotations
 
-import contextlib
 from typing import Annotated, Any
 
 from fastapi import FastAPI
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.concurrency import run_in_threadpool
 
-from mta.errors import StateCorrupt
-from mta.exports import Export
 from mta.history import Item
 from mta.serving.auth import Key
 from mta.serving.engine import Refused
@@ -98,23 +95,17 @@ def _add_state(app: FastAPI, service: Service, histories: Histories) -> None:
         """Remove all that is kept of a person; what was learnt from them in task LoRA and bank is named."""
         _own(key, id)
         async with service.lock(id):
-            held, exports = histories.forget(id), await run_in_threadpool(_exports, service.store, id)
+            held = histories.forget(id)
             try:
                 found = await service.jobs.forget(id)
             finally:
                 await service.engine.forget(id)
-            if found.exports_left and key.rights != "admin":  # where they lie is the operator's: mta forget tells
-                await run_in_threadpool(service.store.keep_exports, id, exports)
+            if found.exports_left and key.rights == "admin":  # told now; others leave it to mta forget
+                await run_in_threadpool(service.store.keep_exports, id, [])
         service.is_stale |= bool(found.needs_rebuild)
         told = {"removed": found.states_removed or held, "needs_rebuild": found.needs_rebuild}
         named = {"exports": found.exports_left} if key.rights == "admin" and found.exports_left else {}
         return told | {"exports_left": len(found.exports_left)} | named
-
-
-def _exports(store: Store, id: str) -> list[Export]:
-    with contextlib.suppress(StateCorrupt):  # it must not keep anybody from being forgotten
-        return store.exports(id)
-    return []
 
 
 def _own(key: Key, id: str) -> None:
