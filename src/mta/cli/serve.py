@@ -71,8 +71,7 @@ def serve(
 
     if new_key is not None:
         return _add_key(keys, new_key, rights, of, json)
-    known = serving.keys_for(keys, host, insecure_local)
-    serving.check_port(host, port)
+    known = serving.keys_for(keys, host, insecure_local, port)
     server: VllmServer | Remote | None = serving.remote_of(vllm_url, vllm_folder, vllm) if vllm_url else None
     serving.check(store, [folder for folder in (bank, bank_before) if folder], strict, bool(server or vllm))
     opened = in_passing(partial(open_bank, bank, words, seed, device, config, open_to=MERGE_AND_STACK))

@@ -35,8 +35,12 @@ from mta.store import Store
 log = logging.getLogger("mta")
 
 
-def keys_for(path: Path | None, host: str, insecure_local: bool) -> Keys:
-    """The keys of a file and of the environment. Raises ConfigError where there are none and the door would be open."""
+def keys_for(path: Path | None, host: str, insecure_local: bool, port: int = 0) -> Keys:
+    """The keys of a file and of the environment, for a door at ``host`` and ``port``.
+
+    Raises ConfigError where there are none and it would be open, and where it cannot be had.
+    """
+    check_port(host, port)
     keys = Keys.load(path, os.environ.get(ENV))
     if keys.keys:
         return keys
