@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import people_of
 
-from mta import doctor
+from mta import assets, doctor
 from mta.doctor import BASE, examine
 from mta.store import Store
 
@@ -53,9 +53,10 @@ def test_kernels_are_not_compiled_to_look_at_them(cache, monkeypatch):
 
 
 def test_assets_that_are_there_need_no_network(cache, no_network):
-    for name in ("smollm2-135m-instruct", "all-minilm-l6-v2", "movielens-100k"):
+    for name, asset in assets.ASSETS.items():
         (cache / "assets" / name).mkdir(parents=True)
-        (cache / "assets" / name / "asset.json").write_text("{}")
+        marker = json.dumps(assets._pins(asset) | {"sizes": {}})
+        (cache / "assets" / name / "asset.json").write_text(marker)
     findings = examine()
     assert found("default encoder", findings).found == "all-minilm-l6-v2: here, no network is needed"
     assert not [one for one in findings if one.about == "network" and one.verdict != "ok"]

@@ -83,10 +83,3 @@ def test_rooms_of_the_architecture_page_are_layers():
     rooms = {re.split(r"[/.]", name)[0] for name in re.findall(r"`((?:\w+/)*\w*(?:/|\.py))`", PAGE)}
     assert not rooms - layers
     assert {"readers", "tasks", "encode", "bank", "fuse", "adapt", "state", "store", "generate", "serving"} <= rooms
-
-
-@pytest.mark.parametrize("page", ["architecture.md", "explanation/method.md"])
-def test_what_the_pages_link_to_exists(page):
-    links = re.findall(r"\]\(((?!http)[^)#]+)", (DOCS / page).read_text(encoding="utf-8"))
-    assert not [link for link in links if not (DOCS / page).parent.joinpath(link).is_file()]
-    assert sum(link.endswith(".svg") for link in links) > 1

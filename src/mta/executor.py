@@ -6,8 +6,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Generic, Protocol, Self, TypeVar
 
-from mta.errors import Diverged
-
 C = TypeVar("C")
 R = TypeVar("R")
 _MOST = 256  # so that something is finished now and then, however little a person needs
@@ -62,11 +60,7 @@ class Executor(Protocol):
 
 
 class LocalExecutor:
-    """One piece after the other in this process; torch uses all cores for each.
-
-    Errors are raised as they come. Only a piece in which training diverges is tried in halves, until it is known whose
-    it is: the others' work is not lost over one person's data. Of nobody's data, if it happens to all of a piece.
-    """
+    """One piece after the other in this process; torch uses all cores for each. Errors are raised as they come."""
 
     threads = None
     in_process = True
@@ -79,16 +73,4 @@ class LocalExecutor:
     ) -> Iterator[Outcome[P, R]]:
         """``function(here, piece)`` for each piece, in their order, and as they come."""
         for piece in pieces:
-            yield from self._tried(function, piece, here, len(piece))
-
-    def _tried(self, function: Callable[[C, P], R], piece: P, here: C, whole: int) -> Iterator[Outcome[P, R]]:
-        try:
-            result = function(here, piece)
-        except Diverged as error:
-            halves = piece.halves()
-            found = [outcome for half in halves for outcome in self._tried(function, half, here, whole)]
-            if len(piece) == whole > 1 and not any(outcome.result is not None for outcome in found):
-                raise
-            yield from found or [Outcome(piece, None, str(error))]
-        else:
-            yield Outcome(piece, result)
+            yield Outcome(piece, function(here, piece))

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from mta.config import MergeSettings
 from mta.encode import encode_people
+from mta.errors import Diverged
 from mta.evidence import Evidence, gather_evidence
 from mta.fuse import Merge, coefficients, learn, needs_evidence
 from mta.lora.batch import LoraBatch, stack
@@ -40,7 +41,7 @@ class Renewed:
 
     action: Action
     losses: Losses
-    state: State | None
+    state: State | Diverged | None
 
 
 def decide(before: Losses, new: Losses) -> Action:
@@ -60,9 +61,10 @@ def renewed(stages: Stages, cohort: Cohort, always: Action | None = None) -> lis
     ``always`` does the same for all of them, whatever the losses say.
     """
     jobs, befores = stages.jobs(cohort), _befores(cohort)
-    new = stages.losses(jobs, merge_of(stages.base, befores), _stacks(stages, befores), cohort.tokens_per_batch)
+    told = stages.losses(jobs, merge_of(stages.base, befores), _stacks(stages, befores), cohort.tokens_per_batch)
+    new = [Losses(*its) for its in told]
     actions = [always or (decide(its.losses, told) if its.losses else "refresh") for its, told in zip(befores, new)]
-    states: list[State | None] = [None] * len(cohort)
+    states: list[State | Diverged | None] = [None] * len(cohort)
     for action in ("retrain", "refresh"):
         chosen = [i for i, its in enumerate(actions) if its == action]
         if chosen:
@@ -70,10 +72,12 @@ def renewed(stages: Stages, cohort: Cohort, always: Action | None = None) -> lis
             pooled = [new[i].pooled for i in chosen]
             for i, state in zip(chosen, _made(stages, some, [jobs[i] for i in chosen], action, pooled)):
                 states[i] = state
-    return [Renewed(*told) for told in zip(actions, new, states)]
+    return [Renewed(*found) for found in zip(actions, new, states)]
 
 
-def _made(stages: Stages, cohort: Cohort, jobs: Sequence[Job], action: Action, pooled: Sequence[float]) -> list[State]:
+def _made(
+    stages: Stages, cohort: Cohort, jobs: Sequence[Job], action: Action, pooled: Sequence[float]
+) -> list[State | Diverged]:
     """New states from those before: coefficients, if they are refreshed, then stacks, from the new items alone."""
     befores = _befores(cohort)
     merge = merge_of(stages.base, befores)

@@ -33,6 +33,17 @@ def is_hub_id(name: str) -> bool:
     return bool(_ID.fullmatch(name)) and not Path(name).exists()
 
 
+def is_cached(name: str) -> bool:
+    """Whether weights of that hub id were downloaded before."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        return isinstance(try_to_load_from_cache(name, "config.json"), str)
+    except HFValidationError:
+        return False
+
+
 def local_folder(name: str) -> str:
     """The folder of an asset, a local folder, or a hub snapshot (safetensors and JSON only)."""
     place = resolve(name)

@@ -66,13 +66,18 @@ def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
     return _DTYPES[_faster()]
 
 
+def faster(bfloat16: float, float32: float) -> str:
+    """Which of the two to compute in, by their rates: bfloat16 has to be worth its rounding."""
+    return "bfloat16" if bfloat16 > 1.2 * float32 else "float32"
+
+
 def _faster() -> str:
     """Measured once for a processor and remembered: a busy moment must not make another base of the same weights."""
     note, here = cache_dir() / "dtype.json", f"{processor()}, torch {torch.__version__}"
     known = read_json(note)
     if isinstance(known, dict) and known.get(here) in _DTYPES:
         return str(known[here])
-    found = "bfloat16" if gemm_rate(torch.bfloat16) > 1.2 * gemm_rate(torch.float32) else "float32"
+    found = faster(gemm_rate(torch.bfloat16), gemm_rate(torch.float32))
     with contextlib.suppress(OSError):
         write_json(note, (known if isinstance(known, dict) else {}) | {here: found})
     return found

@@ -11,7 +11,7 @@ from mta.base import BaseModel
 from mta.config import Run
 from mta.desk import Copies, Desk, renew, work_through
 from mta.encode import Encoder
-from mta.errors import DataError, InputError, OtherBank, PersonNotFound, StateCorrupt
+from mta.errors import DataError, Diverged, InputError, OtherBank, PersonNotFound, StateCorrupt
 from mta.executor import Executor, Outcome, R
 from mta.fuse import check_merge
 from mta.history import Person
@@ -96,14 +96,13 @@ class Maker:
             return Personalized(0, len(people), 0)
         stages = Stages(self.base, self.bank, self.run, self.encoder(), self.on_step, work)
         cohorts = stages.cohorts(everybody, missing, self.executor.most, self.executor.threads)
-        failed = dict[str, str]()
+        failed, diverged = dict[str, str](), dict[str, str]()
         for outcome in self._outcomes(work_through, stages, cohorts.lacking(missing), failed):
-            for wanted, state in zip(outcome.piece.wanted, outcome.result or ()):
-                self.unsaved[wanted.person.id] = state
-        asked = {wanted.person.id for wanted in missing}
-        failed = {id: error for id, error in failed.items() if id in asked}  # not who was up to date before
-        if work and not failed:
+            diverged |= self._take(outcome.piece, outcome.result or ())
+        if work and not failed:  # who diverged would again: nobody's cohort is computed anew for them
             work.finish()
+        asked = {wanted.person.id for wanted in missing}
+        failed = {id: error for id, error in (failed | diverged).items() if id in asked}  # not who was up to date
         done = len(missing) - len(failed), len(people) - len(missing), cohorts.cut
         return Personalized(*done, failed, cohorts.plan.digest)
 
@@ -129,10 +128,9 @@ class Maker:
             cohorts = stages.cohorts(grown, grown, self.executor.most, self.executor.threads)
             plan = cohorts.plan.digest
             for outcome in self._outcomes(renew, stages, cohorts.lacking(grown), failed):
-                actions.update(one.action for one in outcome.result or ())
-                for wanted, one in zip(outcome.piece.wanted, outcome.result or ()):
-                    if one.state:
-                        self.unsaved[wanted.person.id] = one.state
+                found = outcome.result or ()
+                actions.update(one.action for one in found if not isinstance(one.state, Diverged))
+                failed |= self._take(outcome.piece, [one.state for one in found])
         first = self.personalize(begin) if begin else Personalized(0, 0, 0)
         done = actions["keep"], actions["retrain"], actions["refresh"]
         return Updated(*done, first.trained, unchanged + first.unchanged, failed | first.failed, plan or first.plan)
@@ -154,6 +152,16 @@ class Maker:
             if self.on_step and not self.executor.in_process:
                 self.on_step("fleet", Step(n, len(outcome.piece), done, total))
             yield outcome
+
+    def _take(self, cohort: Cohort, made: Sequence[State | Diverged | None]) -> dict[str, str]:
+        """Keep the states that no store has; returns who diverged, and how."""
+        diverged = dict[str, str]()
+        for wanted, one in zip(cohort.wanted, made):
+            if isinstance(one, Diverged):
+                diverged[wanted.person.id] = str(one)
+            elif one:
+                self.unsaved[wanted.person.id] = one
+        return diverged
 
     def _known(self, person: Person, settings: str) -> tuple[State | None, int]:
         """The state of these settings to go on from, and how many items it was made of; None to begin anew."""

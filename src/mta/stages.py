@@ -16,6 +16,7 @@ from mta.bank.bank import Bank
 from mta.base import BaseModel
 from mta.config import MergeSettings, Run, StackSettings, parse_size
 from mta.encode import Encoder, encode_people
+from mta.errors import Diverged
 from mta.evidence import gather_evidence, shots_of, surprise, targets_of
 from mta.fuse import Merge, fuse, merged, merged_bytes, needs_evidence
 from mta.history import Person
@@ -166,8 +167,8 @@ class Stages:
         """What each of a cohort is trained on."""
         return [shots_of(self.base, self.bank.task, wanted.shots) for wanted in cohort.wanted]
 
-    def states(self, cohort: Cohort) -> list[State]:
-        """One cohort through stages 2 and 3."""
+    def states(self, cohort: Cohort) -> list[State | Diverged]:
+        """One cohort through stages 2 and 3; whoever diverged is none of the others' business."""
         jobs = self.jobs(cohort)
         merge, pooled = self._merge(cohort, jobs)
         return self.as_states(cohort, jobs, merge, self.stacks(cohort, jobs, merge), pooled)
@@ -179,30 +180,34 @@ class Stages:
         merge: Merge,
         stacks: LoraBatch | None,
         pooled: Sequence[float] | None = None,
-    ) -> list[State]:
+    ) -> list[State | Diverged]:
         """What is kept of each of a cohort, and what it makes of the ``jobs`` it was learnt from.
 
         ``pooled`` are the jobs' losses under the pooled model, where they are known.
         """
         losses = self.losses(jobs, merge, stacks, cohort.tokens_per_batch, pooled)
         settings = digest_of(settings_of(self.base, self.run), self.run.seed)
-        return [
-            State(
-                bank=self.bank.hash,
-                anchors=tuple(merge.ids[i].tolist()),
-                w=tuple(merge.w[i].tolist()),
-                policy=self.run.merge.policy,
-                history=wanted.person.digest(),
-                work=wanted.work,
-                seed=self.run.seed,
-                stack=stacks.select([i]).to(torch.device("cpu")) if stacks else None,
-                mode=self.run.merge.mode,
-                rank=self.run.merge.rank,
-                losses=losses[i].after(wanted.before.losses if wanted.before else None),
-                settings=settings,
-            )
-            for i, wanted in enumerate(cohort.wanted)
-        ]
+
+        def made(i: int, wanted: Wanted) -> State | Diverged:
+            try:
+                return State(
+                    bank=self.bank.hash,
+                    anchors=tuple(merge.ids[i].tolist()),
+                    w=tuple(merge.w[i].tolist()),
+                    policy=self.run.merge.policy,
+                    history=wanted.person.digest(),
+                    work=wanted.work,
+                    seed=self.run.seed,
+                    stack=stacks.select([i]).to(torch.device("cpu")) if stacks else None,
+                    mode=self.run.merge.mode,
+                    rank=self.run.merge.rank,
+                    losses=Losses(*losses[i]).after(wanted.before.losses if wanted.before else None),
+                    settings=settings,
+                )
+            except Diverged as error:
+                return error
+
+        return [made(i, wanted) for i, wanted in enumerate(cohort.wanted)]
 
     def _merge(self, cohort: Cohort, jobs: Sequence[Job]) -> tuple[Merge, list[float] | None]:
         """Stage 2: people's anchors and coefficients, from their shots alone; and what evidence says of the pooled."""
@@ -246,12 +251,12 @@ class Stages:
         stacks: LoraBatch | None,
         tokens_per_batch: int,
         pooled: Sequence[float] | None = None,
-    ) -> list[Losses]:
-        """What everybody's shots cost under the pooled model, with the merge, and with the stack: a pass each."""
+    ) -> list[tuple[float, float, float | None, int]]:
+        """What everybody's shots cost, as ``Losses`` has it, finite or not: a pass each."""
 
         def under(*added: Adapters) -> list[float]:
             return surprise(self.base, jobs, [*self.bank.pooled, *added], tokens_per_batch=tokens_per_batch)
 
         over = merged(self.bank, merge, self.run.merge)
         stacked: Sequence[float | None] = under(over, PerPerson(stacks)) if stacks else [None] * len(jobs)
-        return [Losses(*told) for told in zip(pooled or under(), under(over), stacked, map(targets_of, jobs))]
+        return list(zip(pooled or under(), under(over), stacked, map(targets_of, jobs)))

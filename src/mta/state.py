@@ -24,6 +24,7 @@ _NO_DIGEST = "0" * 64
 _HEAD = b'{"__metadata__":{"state":"{\\"sha256\\": \\"'  # how every file of ours goes on after its 8 bytes of length
 _DIGEST = slice(8 + len(_HEAD), 8 + len(_HEAD) + 64)
 SEALED = 8 + len(_HEAD) + 64  # bytes at a file's beginning that hold its seal
+_ASTRAY = "Training went astray: lower stack.training.lr, or merge.learned.lr, and personalize again."
 _AGAIN = "Load an earlier version, or make it again:  mta personalize"
 
 
@@ -58,10 +59,7 @@ class Losses:
     def __post_init__(self) -> None:
         told = [self.pooled, self.merged] + ([] if self.stacked is None else [self.stacked])
         if not all(map(math.isfinite, told)) or self.tokens < 1:
-            raise Diverged(
-                f"losses on shots are finite numbers over at least one token, got {self}",
-                hint="Training went astray: lower stack.training.lr, or merge.learned.lr, and personalize again.",
-            )
+            raise Diverged(f"losses on shots are finite numbers over at least one token, got {self}", hint=_ASTRAY)
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,11 +86,13 @@ class State:
     settings: str = ""
 
     def __post_init__(self) -> None:
-        if len(self.anchors) != len(self.w) or not all(map(math.isfinite, self.w)):
+        if len(self.anchors) != len(self.w):
             raise InputError(
-                f"a state needs one finite coefficient per anchor, got anchors {self.anchors}, w {self.w}",
-                hint="Give as many coefficients as anchors, none of them nan or inf.",
+                f"a state needs one coefficient per anchor, got anchors {self.anchors}, w {self.w}",
+                hint="Give as many coefficients as anchors.",
             )
+        if not all(map(math.isfinite, self.w)):
+            raise Diverged(f"coefficients are finite numbers, got w {self.w}", hint=_ASTRAY)
         if self.stack is not None and len(self.stack) != 1:
             raise InputError(
                 f"a state's stack is exactly one adapter, got a batch of {len(self.stack)}",

@@ -189,7 +189,10 @@ class Store:
 
     def keep_exports(self, id: str, exports: Sequence[Export | None]) -> None:
         """Go on knowing where adapters of somebody forgotten lie: whoever can remove them has not been told yet."""
-        self._note(id, [export for export in exports if export])
+        if left := [export for export in exports if export]:
+            self._note(id, left)
+        else:  # nor may an empty folder tell that somebody was here
+            self.files.remove_folder(self._path(id))
 
     def _note(self, id: str, exports: Sequence[Export]) -> None:
         name = f"{self._path(id, write=True)}/exports.json"

@@ -128,13 +128,17 @@ def test_who_asked_and_where_it_was_told_are_no_part_of_a_banks_identity(built, 
     assert asked["outcome"] == {"anchors": 3, "items": 18, "items left out": 6, "texts shortened": 0}
 
 
-def test_a_build_that_was_stopped_has_two_sittings(tmp_path):
+def stopped_among_anchors(out):
     def stop(stage, step):
         if stage == "anchors":
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        build(tmp_path / "bank", on_step=stop)
+        build(out, on_step=stop)
+
+
+def test_a_build_that_was_stopped_has_two_sittings(tmp_path):
+    stopped_among_anchors(tmp_path / "bank")
     first, second = sittings(build(tmp_path / "bank"))
     assert (first["stopped"], second["stopped"]) == ("KeyboardInterrupt", "")
     assert (first["outcome"], second["outcome"]["anchors"]) == ({}, 3)
@@ -375,12 +379,7 @@ def test_every_line_of_the_metrics_is_a_step(built):
 
 
 def test_the_time_of_a_build_that_was_killed_counts_too(tmp_path):
-    def stop(stage, step):
-        if stage == "anchors":
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        build(tmp_path / "bank", on_step=stop)
+    stopped_among_anchors(tmp_path / "bank")
     metrics = tmp_path / "bank" / "metrics.jsonl"
     rows = [json.loads(line) | {"seconds": 7.0} for line in metrics.read_text().splitlines()]
     metrics.write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"stage": "anch')

@@ -23,7 +23,6 @@ from mta.cli.options import (
     Track,
     Words,
     Workers,
-    check_out,
     executor_at,
     kept_over,
     open_bank,
@@ -108,7 +107,6 @@ def evaluate(
         raise InputError(
             "--task belongs to --predictions; a comparison is about the task of its bank", hint="Leave --task out."
         )
-    check_out(out)
     asked = Asked(source, words or [], bank, out, config, seed, device, skip_bad, tracked(track, out), json)
     _attack(asked, people) if privacy else _compare(asked, people)
 
@@ -216,7 +214,6 @@ def _experiment(
             f"--on is {on!r}; expected test or development",
             hint="Leave it out for test people, or give  --on development",
         )
-    check_out(out)
     opened = tracked(track, out)
     recipe = override(load_experiment(name), words or [])
     which: Which = "test" if on == "test" else "development"

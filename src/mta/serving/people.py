@@ -5,6 +5,7 @@ Only who owns a person may use these routes; anybody else, and anybody who asks 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Annotated, Any
 
 from fastapi import FastAPI
@@ -12,6 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.concurrency import run_in_threadpool
 
 from mta.history import Item
+from mta.readers.rejects import Bad
+from mta.readers.rows import item_in
 from mta.serving.auth import Key
 from mta.serving.engine import Refused
 from mta.serving.histories import Histories
@@ -132,13 +135,14 @@ def _item(task: Task, item: NewItem, longest: int) -> Item:
             f"an item has a field {extra[0]!r} too many; this task's items have {', '.join(needed)}",
             hint=f"Leave  {extra[0]}  out.",
         )
-    if found := task.wrong(Item(item.fields)):
-        raise Refused(f"an item's field {found[0]!r}: {found[1]}", hint="Send it as the task has it.")
     if max(map(len, item.fields.values())) > longest:
         raise Refused(
             f"a field of an item has more than {longest} characters", hint=f"Send the first {longest} of them."
         )
-    return Item(item.fields, item.time)
+    try:
+        return replace(item_in(item.fields, task), time=item.time)
+    except Bad as bad:
+        raise Refused(f"an item's field {bad.field!r}: {bad.reason}", hint="Send it as the task has it.") from None
 
 
 def _told(status: Status) -> dict[str, Any]:
