@@ -12,6 +12,7 @@ from torch import nn
 from transformers import MambaConfig, MambaForCausalLM
 
 from mta.base import BaseModel
+from mta.config import Run
 from mta.errors import AssetError, ModelError, UnsupportedModel
 from mta.fingerprint import fingerprint_of
 from mta.generate import generate
@@ -100,6 +101,12 @@ def test_a_base_is_named_as_it_was_asked_for_and_needs_no_note(saved):
 def test_prompts_are_never_longer_than_the_model_can_see(saved):
     assert load(saved).prompts.max_tokens == 512
     assert BaseModel.load(str(saved), "float32", "cpu", max_tokens=100).prompts.max_tokens == 100
+
+
+def test_the_encoder_named_base_stays_the_base_beside_a_folder_of_that_name(tmp_path, monkeypatch):
+    (tmp_path / "base").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert base_of().as_loaded(Run(encoder="base")).encoder == "base"
 
 
 @pytest.mark.parametrize("name", ["float32", "bfloat16", "float64"])

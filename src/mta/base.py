@@ -113,7 +113,7 @@ class BaseModel:
 
     def as_loaded(self, run: Run) -> Run:
         """The run with this base as it was loaded, and folders by their full names: what another process loads too."""
-        named = {"base": self.name, "encoder": run.encoder}
+        named = {"base": self.name} | ({} if run.encoder == "base" else {"encoder": run.encoder})  # "base" is no folder
         full = {key: str(Path(name).resolve()) if Path(name).is_dir() else name for key, name in named.items()}
         dtype = str(self.dtype).removeprefix("torch.")
         return run.model_copy(update={**full, "dtype": dtype, "max_tokens": self.prompts.max_tokens})
