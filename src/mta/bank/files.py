@@ -6,10 +6,11 @@ import contextlib
 import hashlib
 import hmac
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
 from pydantic import BaseModel, ConfigDict, Field
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -18,7 +19,7 @@ from mta import runs
 from mta.aside import read_json, write_json, written_aside
 from mta.assets import cache_dir
 from mta.config import Run
-from mta.errors import BankCorrupt
+from mta.errors import BankCorrupt, BankError
 from mta.lora.batch import LoraBatch
 from mta.lora.peft import read_peft
 
@@ -178,6 +179,7 @@ def _read_members(path: Path, sha256: str) -> Hashed | None:
     raise BankCorrupt(_changed(path, found, sha256), hint=REBUILD)
 
 
+_WAIT = 60.0  # seconds for another process to write one small file
 REBUILD = "Copy the bank anew from where it came from, or rebuild it: mta bank build"
 
 
@@ -219,10 +221,13 @@ def read_adapters(folder: Path, info: BankInfo) -> tuple[LoraBatch, LoraBatch | 
 
 
 def mark_stale(folder: Path, person: str) -> list[str]:
-    """Which trained parts hold something learnt from this person; they are listed as needing a rebuild."""
+    """Which trained parts hold something learnt from this person; they are listed as needing a rebuild.
+
+    Raises BankCorrupt, and BankError where the list cannot be written.
+    """
     parts = read_info(folder).members.artefacts_of(person)
-    if parts:
-        write_json(folder / STALE, {"needs_rebuild": sorted({*stale(folder), *parts})})
+    if not set(parts) <= set(stale(folder)):
+        _note(folder, STALE, parts)
     return parts
 
 
@@ -236,13 +241,29 @@ def stale(folder: Path) -> list[str]:
 
 def note_published(folder: Path, where: str) -> None:
     """Note where a bank was published to: what it learnt from somebody lies there too."""
-    write_json(folder / PUBLISHED, {"published": sorted({*published(folder), where})})
+    _note(folder, PUBLISHED, [where])
 
 
 def published(folder: Path) -> list[str]:
     """Where a bank was published to from this folder."""
     noted = read_json(folder / PUBLISHED)
     return list(noted.get("published", [])) if isinstance(noted, dict) else []
+
+
+def _note(folder: Path, name: str, entries: Iterable[str]) -> None:
+    """Add entries to one of a bank's lists; threads and processes that do so at once wait for each other.
+
+    Raises BankError.
+    """
+    key, listed = {STALE: ("needs_rebuild", stale), PUBLISHED: ("published", published)}[name]
+    try:
+        with FileLock(folder / f".{name}.lock", timeout=_WAIT, mode=0o666):
+            write_json(folder / name, {key: sorted({*listed(folder), *entries})})
+    except OSError as error:  # a lock that is not given in time is one too
+        raise BankError(
+            f"{folder / name} cannot be written: {error.strerror or error}",
+            hint="Give the right to write there, or do it where there is one, and repeat the command.",
+        ) from None
 
 
 def seal(values: dict[str, Any]) -> str:
