@@ -223,6 +223,14 @@ def overtaken(world):
     late.save(id, replace(state, work="another"))
 
 
+def forgotten(world):
+    """A state is saved that was made of items from before its person was forgotten."""
+    id = world.known()
+    state, known = world.store.load(id), world.store.tombstones.of(id)
+    world.store.forget(id)
+    world.store.save(id, state, known)
+
+
 def changed(world, pattern):
     """A bit of a file is turned."""
     path = next((world.tmp / "people").rglob(pattern))
@@ -365,6 +373,11 @@ PROVOKED = {
         another_banks,
         ("was made with bank", r"made with bank \w{8}…", r"the bank at .*/other is \w{8}…"),
         "mta personalize",
+    ),
+    "PersonForgotten": (
+        forgotten,
+        ("the person was forgotten meanwhile", "nothing that was made of their earlier items", "is saved"),
+        "Personalize again from items that came in after that",
     ),
     "StoreConflict": (
         overtaken,

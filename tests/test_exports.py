@@ -30,7 +30,7 @@ def exported(folder: Path, seed: int = 0) -> Export:
 
 
 def export_from(store: Store, folder: Path, seed: int = 0) -> Export:
-    with store.exporting(ANN, folder):
+    with store.exports.writing(ANN, folder):
         return exported(folder, seed)
 
 
@@ -64,14 +64,14 @@ def test_a_damaged_list_is_refused_or_the_same(place: int, byte: int, cut: bool)
 
 def test_a_store_notes_exports_without_naming_anybody(tmp_path: Path) -> None:
     store = Store(tmp_path / "people")
-    assert store.exports(ANN) == []
+    assert store.exports.of(ANN) == []
     first, second = (export_from(store, tmp_path / f"{ANN}-{n}", n) for n in range(2))
-    assert store.exports(ANN) == [first, second]
+    assert store.exports.of(ANN) == [first, second]
     assert export_from(store, tmp_path / f"{ANN}-0", 0) == first
-    assert Store(tmp_path / "people").exports(ANN) == [second, first]
-    assert store.exports("bob") == []
+    assert Store(tmp_path / "people").exports.of(ANN) == [second, first]
+    assert store.exports.of("bob") == []
     again = export_from(store, tmp_path / f"{ANN}-0", 7)
-    assert store.exports(ANN) == [second, again]  # one entry a folder
+    assert store.exports.of(ANN) == [second, again]  # one entry a folder
     for path, content in everything(tmp_path / "people"):
         for word in (ANN, str(tmp_path), first.host or "-"):
             assert word not in str(path.relative_to(tmp_path))
@@ -88,12 +88,12 @@ def test_exports_leave_with_their_person(url: str, tmp_path: Path) -> None:
     store.save(ANN, state())
     export_from(store, folder)
     assert store.nbytes(ANN) > state().nbytes + 200
-    assert store.remove_exports(ANN) == {}
+    assert store.exports.remove(ANN) == {}
     assert list((tmp_path / "out").iterdir()) == []
     gone = f"{folder} (not there any more: it was removed before, or moved)"
-    assert list(store.remove_exports(ANN).values()) == [gone]  # a crash may come before the store has forgotten
+    assert list(store.exports.remove(ANN).values()) == [gone]  # a crash may come before the store has forgotten
     assert store.forget(ANN)
-    assert store.exports(ANN) == []
+    assert store.exports.of(ANN) == []
 
 
 def test_an_export_that_is_refused_is_not_noted(tmp_path: Path) -> None:
@@ -102,8 +102,8 @@ def test_an_export_that_is_refused_is_not_noted(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     with pytest.raises(InputError, match="is a file"):
         export_from(store, tmp_path / "file")
-    assert store.exports(ANN) == [kept]
-    with pytest.raises(InputError, match="is a file"), store.exporting("bob", tmp_path / "file"):
+    assert store.exports.of(ANN) == [kept]
+    with pytest.raises(InputError, match="is a file"), store.exports.writing("bob", tmp_path / "file"):
         exported(tmp_path / "file")
     assert len([path for path in (tmp_path / "people").rglob("*.json")]) == 2  # no file for bob
 
@@ -120,20 +120,20 @@ def test_an_export_that_was_killed_is_found(tmp_path: Path, monkeypatch: pytest.
             export_from(store, folder)
     (folder.parent / ".ann.mine").mkdir()
     assert [path.name[:5] for path in folder.parent.iterdir() if path.name != "ann"] == [".ann."] * 2
-    assert [export.sha256 for export in store.exports(ANN)] == [""]
-    assert list(store.remove_exports(ANN).values()) == ([f"{folder} (it was interrupted)"] if there else [])
+    assert [export.sha256 for export in store.exports.of(ANN)] == [""]
+    assert list(store.exports.remove(ANN).values()) == ([f"{folder} (it was interrupted)"] if there else [])
     assert {path.name for path in folder.parent.iterdir()} == {".ann.mine", *(["ann"] if there else [])}
 
 
 def test_an_export_over_another_that_fails_leaves_that_one_findable(tmp_path: Path) -> None:
     store, folder = Store(tmp_path / "people"), tmp_path / "ann"
     export_from(store, folder)
-    before = store.exports(ANN)
-    with contextlib.suppress(OSError), store.exporting(ANN, folder):
-        assert store.exports(ANN)[: len(before)] == before
+    before = store.exports.of(ANN)
+    with contextlib.suppress(OSError), store.exports.writing(ANN, folder):
+        assert store.exports.of(ANN)[: len(before)] == before
         raise OSError("the disk is full")
-    assert store.exports(ANN) == before
-    assert store.remove_exports(ANN) == {}
+    assert store.exports.of(ANN) == before
+    assert store.exports.remove(ANN) == {}
     assert not folder.exists()
 
 
@@ -185,8 +185,8 @@ def test_a_damaged_list_keeps_nobody_from_being_forgotten(tmp_path: Path) -> Non
     store.save(ANN, state())
     Path(store.files.at(f"{store._path(ANN)}/exports.json")).write_bytes(FILE[:-1])
     with pytest.raises(StateCorrupt, match=r"exports\.json was changed or cut short"):
-        store.exports(ANN)
-    (told,) = store.remove_exports(ANN).values()
+        store.exports.of(ANN)
+    (told,) = store.exports.remove(ANN).values()
     assert told.startswith("whatever was exported of them (")
     assert store.forget(ANN)
     assert [path.name for path, content in everything(tmp_path) if content] == ["store.json"]

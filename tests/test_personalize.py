@@ -529,7 +529,7 @@ def test_forgetting_removes_what_was_exported_and_names_what_it_could_not(own_ba
     for name in ("one", "two", "three"):
         personal.export("x0", tmp_path / name)
     personal.export("x1", tmp_path / "three")  # somebody else's now
-    assert [Path(export.folder).name for export in personal.store.exports("x0")] == ["one", "two", "three"]
+    assert [Path(export.folder).name for export in personal.store.exports.of("x0")] == ["one", "two", "three"]
     assert personal.forget("x0") == Forgotten(True, [], [f"{tmp_path}/three (its adapter was changed since)"])
     assert [(tmp_path / name).exists() for name in ("one", "two", "three")] == [False, False, True]
     assert personal.forget("x0") == Forgotten(False, [])

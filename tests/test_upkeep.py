@@ -29,7 +29,7 @@ def filled(url: str | Path, versions: int = 2) -> Store:
         store.save(ANN, state(n))
     store.save("bob", state(0))
     store.save_history(person())
-    store._note(ANN, [Export("host", "/folder", "0" * 64)])
+    store.exports.note(ANN, Export("host", "/folder", "0" * 64))
     return store
 
 

@@ -117,7 +117,7 @@ def account_of(id: str, store: Store, bank: Path) -> Account:
         stack=_stack(state),
         losses=state.losses,
         history=len(kept.items) if kept else None,
-        exports=store.exports(id),
+        exports=store.exports.of(id),
         trained=info.members.artefacts_of(id) if info.members.hashed else None,
         bytes=store.nbytes(id),
         rebuild=_rebuild(state, info, kept),

@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mta.bank.bank import Bank
 from mta.base import BaseModel
 from mta.config import Run
-from mta.errors import BankMismatch, Diverged, StoreConflict, StoreError
+from mta.errors import BankMismatch, Diverged, PersonForgotten, StoreConflict, StoreError
 from mta.growth import Renewed, renewed
 from mta.stages import Cohort, Stages, Wanted
 from mta.state import State
 from mta.store import Store
+from mta.tombstones import NOTHING, forgotten_meanwhile
+
+Failed = Diverged | PersonForgotten
 
 
 @dataclass(frozen=True, slots=True)
 class Desk:
-    """The stages, and the store that states go to: None where whoever asked keeps them."""
+    """The stages, and the store that states go to: None where whoever asked keeps them.
+
+    ``since`` are the tombstones that were there when the people's items came in (``mta.tombstones``).
+    """
 
     stages: Stages
     store: Store | None
+    since: Collection[str] = NOTHING
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,12 +43,13 @@ class Copies:
     hash: str
     store: str | None
     identity: str
+    since: Collection[str] = NOTHING
 
     @classmethod
-    def of(cls, base: BaseModel, bank: Bank, run: Run, store: Store | None) -> Copies:
+    def of(cls, base: BaseModel, bank: Bank, run: Run, store: Store | None, since: Collection[str] = NOTHING) -> Copies:
         """Copies of a desk in this process."""
         url, identity = (store.files.url, store.identity(write=True)) if store else (None, "")
-        return cls(base.as_loaded(run), bank.folder.resolve(), bank.hash, url, identity)
+        return cls(base.as_loaded(run), bank.folder.resolve(), bank.hash, url, identity, since)
 
     def __call__(self) -> Desk:
         """Raises BankMismatch, StoreError if what lies there is another, and what opening base and bank raises."""
@@ -59,25 +67,23 @@ class Copies:
                 hint="Give workers the same folder: a shared disk, or a copy in their image.",
             )
         stages = Stages(base, bank, self.run, bank.encoder(base, self.run.encoder))
-        return Desk(stages, store)
+        return Desk(stages, store, self.since)
 
 
 def renew(desk: Desk, cohort: Cohort) -> Sequence[Renewed]:
     """What is to be done for people whose histories have grown, done; where there is a store, new states go there.
 
-    Who diverged is given back as that.
+    Who diverged is given back as that, and so is a person who was forgotten meanwhile.
     """
     store = desk.store
     if store is None:
         return renewed(desk.stages, cohort)
-    whole = tuple(replace(wanted, before=_before(store, wanted)) for wanted in cohort.wanted)
-    found = renewed(desk.stages, replace(cohort, wanted=whole))
-    for wanted, one in zip(cohort.wanted, found):
-        if isinstance(one.state, State):
-            if store.latest(wanted.person.id) != wanted.version and store.load(wanted.person.id).work != wanted.work:
-                raise _overtaken(wanted)
-            store.save(wanted.person.id, one.state)
-    return [replace(one, state=_unsaved(one.state)) for one in found]
+    gone = store.tombstones.since([wanted.person.id for wanted in cohort.wanted], desk.since)
+    here = [wanted for wanted in cohort.wanted if wanted.person.id not in gone]
+    whole = tuple(replace(wanted, before=_before(store, wanted)) for wanted in here)
+    made = renewed(desk.stages, replace(cohort, wanted=whole)) if whole else []
+    found = {w.person.id: replace(one, state=_saved(desk, w, one.state)) for w, one in zip(here, made)}
+    return [found.get(wanted.person.id) or _not_renewed(wanted) for wanted in cohort.wanted]
 
 
 def _before(store: Store, wanted: Wanted) -> State:
@@ -88,6 +94,13 @@ def _before(store: Store, wanted: Wanted) -> State:
     return state
 
 
+def _not_renewed(wanted: Wanted) -> Renewed:
+    """Of a person who was forgotten before anything was done."""
+    assert wanted.before is not None
+    assert wanted.before.losses is not None
+    return Renewed("keep", wanted.before.losses, forgotten_meanwhile())
+
+
 def _overtaken(wanted: Wanted) -> StoreConflict:
     return StoreConflict(
         f"a newer version of {wanted.person.id!r} was saved meanwhile; what was made from the one before was not",
@@ -95,21 +108,30 @@ def _overtaken(wanted: Wanted) -> StoreConflict:
     )
 
 
-def work_through(desk: Desk, cohort: Cohort) -> Sequence[State | Diverged | None]:
+def work_through(desk: Desk, cohort: Cohort) -> Sequence[State | Failed | None]:
     """Stages 2 and 3 for a cohort. States go to the desk's store; where there is none they are given back.
 
-    Who diverged is given back as that; raises Diverged if everybody of several did, for then it is nobody's data.
+    Who diverged is given back as that, and so is a person who was forgotten meanwhile; raises Diverged if everybody of
+    several did, for then it is nobody's data.
     """
     states = desk.stages.states(cohort)
     if len(states) > 1 and all(isinstance(one, Diverged) for one in states):
         raise next(one for one in states if isinstance(one, Diverged))
     if desk.store is None:
         return states
-    for wanted, state in zip(cohort.wanted, states):
-        if isinstance(state, State):
-            desk.store.save(wanted.person.id, state)
-    return [_unsaved(state) for state in states]
+    return [_saved(desk, wanted, state) for wanted, state in zip(cohort.wanted, states)]
 
 
-def _unsaved(state: State | Diverged | None) -> Diverged | None:
-    return state if isinstance(state, Diverged) else None
+def _saved(desk: Desk, wanted: Wanted, state: State | Failed | None) -> Failed | None:
+    """Save a state that was made; return why there is none. Raises StoreConflict if a newer version is there."""
+    if desk.store is None or not isinstance(state, State):
+        return None if isinstance(state, State) else state
+    store, id = desk.store, wanted.person.id
+    try:
+        store.tombstones.check(id, desk.since)
+        if wanted.before and store.latest(id) != wanted.version and store.load(id).work != wanted.work:
+            raise _overtaken(wanted)
+        store.save(id, state, desk.since)
+    except PersonForgotten as gone:
+        return gone
+    return None

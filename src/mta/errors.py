@@ -22,6 +22,7 @@ MtaError
 ├── StoreError
 │   ├── StateCorrupt      a person's file that fails its checks
 │   ├── OtherBank         a person's state that was made with another bank
+│   ├── PersonForgotten   a person who was forgotten while something was made of their items
 │   └── StoreConflict     somebody else wrote that version first
 ├── QueueFull             the server has as much to do as it takes
 ├── AnswerLost            one answer that could not be computed
@@ -123,6 +124,10 @@ class StateCorrupt(StoreError):
 
 class OtherBank(StoreError):
     """A person's state was made with another bank."""
+
+
+class PersonForgotten(StoreError):
+    """A person was forgotten while something was made of their items: it is not saved."""
 
 
 class StoreConflict(StoreError):

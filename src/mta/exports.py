@@ -11,13 +11,15 @@ import hashlib
 import json
 import platform
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from mta.errors import InputError, StateCorrupt
+from mta.errors import InputError, PersonForgotten, StateCorrupt
 from mta.hub import Parcel
 from mta.lora.peft import CARD, CONFIG, WEIGHTS, has_own_card, read_peft, remove_asides
+from mta.storage import Storage
+from mta.tombstones import Tombstones
 
 SCHEMA = 1
 _NONCE = 16  # bytes, drawn anew for each writing: one keystream never covers two lists
@@ -69,6 +71,8 @@ class Export:
                 (folder / CARD).unlink()
             (folder / WEIGHTS).unlink()
         except (FileNotFoundError, NotADirectoryError):
+            if self.sha256 and not folder.parent.is_dir():
+                return f"{self.folder} (nor is the folder around it there: is a disk not mounted?)"
             if self.sha256 and not folder.is_dir():
                 return f"{self.folder} (not there any more: it was removed before, or moved)"
         except OSError as error:
@@ -76,6 +80,104 @@ class Export:
         with contextlib.suppress(OSError):  # other files are in it, or it is not there any more
             folder.rmdir()
         return ""
+
+    def is_final(self) -> bool:
+        """Whether ``remove`` will never remove what it left: it was pushed to a hub, changed since, or moved.
+
+        What lies on another host, on a disk that is not mounted, or where this process may not write can be removed
+        later.
+        """
+        folder = Path(self.folder)
+        if "://" in self.host or self.host != platform.node():
+            return "://" in self.host
+        try:
+            return _sha256(folder / WEIGHTS) != self.sha256
+        except FileNotFoundError:
+            return folder.parent.is_dir() and not folder.is_dir()
+        except OSError:
+            return False
+
+
+@dataclass(frozen=True, slots=True)
+class Exports:
+    """The lists of exports of a store's people, each beside its person's states: ``path`` and ``secret`` take an id.
+
+    ``path`` begins a store that is not there yet if its second argument says so.
+    """
+
+    files: Storage
+    path: Callable[[str, bool], str]
+    secret: Callable[[str], bytes]
+    tombstones: Tombstones
+
+    def of(self, id: str) -> list[Export]:
+        """Where a person's adapters were exported to. Raises StateCorrupt."""
+        data = self.files.read(name := f"{self.path(id, False)}/exports.json")
+        return [] if data is None else exports_from_bytes(data, self.secret(id), self.files.at(name))
+
+    @contextlib.contextmanager
+    def writing(self, id: str, folder: str | Path, since: Collection[str] | None = None) -> Iterator[None]:
+        """Within the block an adapter of a person is written to a folder of this host, for ``remove`` to find.
+
+        It is noted before it is there, so that a killed export is found too. Of two exports of one person at one
+        instant the later alone may be noted. If the person was forgotten after the tombstones ``since`` were found, the
+        export is removed again. Raises StateCorrupt, PersonForgotten.
+        """
+        self.tombstones.check(id, since)
+        before, export = self.of(id), Export.begun(folder)
+        others = [known for known in before if (known.host, known.folder) != (export.host, export.folder)]
+        self._write(id, [*before, export])  # what lies there until the new one takes its place is found too
+        try:
+            yield
+        except Exception:  # refused, or no room for it: what lay there before lies there still
+            self._write(id, before)
+            raise
+        self._write(id, [*others, export.done()])
+        self._keep_out(id, since)
+
+    def note(self, id: str, export: Export, since: Collection[str] | None = None) -> None:
+        """Note an adapter that is about to be pushed elsewhere: forgetting can only name it.
+
+        ``since`` is as in ``writing``. Raises StateCorrupt, PersonForgotten.
+        """
+        known = self.of(id)
+        self._write(id, [*(one for one in known if (one.host, one.folder) != (export.host, export.folder)), export])
+        self._keep_out(id, since)
+
+    def remove(self, id: str) -> dict[Export | None, str]:
+        """Remove what was exported of a person; return what is left, and why."""
+        try:
+            return {export: left for export in self.of(id) if (left := export.remove())}
+        except StateCorrupt as error:  # it must not keep anybody from being forgotten
+            return {None: f"whatever was exported of them ({error.message})"}
+
+    def forget(self, id: str, keep: bool = False) -> dict[Export | None, str]:
+        """``remove``, and keep on the list only what a later call may remove; with ``keep`` all that is left."""
+        left = self.remove(id)
+        self._write(id, [export for export in left if export and (keep or not export.is_final())])
+        return left
+
+    def _keep_out(self, id: str, since: Collection[str] | None) -> None:
+        """Remove exports and their list if the person was forgotten meanwhile, and raise PersonForgotten."""
+        try:
+            self.tombstones.check(id, since)
+        except PersonForgotten:
+            self.forget(id)
+            raise
+
+    def _write(self, id: str, exports: Sequence[Export]) -> None:
+        path = self.path(id, bool(exports))
+        if exports:
+            self.files.replace(f"{path}/exports.json", exports_to_bytes(exports, self.secret(id)))
+        else:
+            self.files.remove(f"{path}/exports.json")
+            remove_if_empty(self.files, path)
+
+
+def remove_if_empty(files: Storage, folder: str) -> None:
+    """Remove a person's folder if nothing is in it: even that would tell that the person was here."""
+    if not files.sizes(folder):
+        files.remove_folder(folder)
 
 
 def adapter_parcel(folder: Path) -> Parcel:

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from mta.config import MergeSettings
 from mta.encode import encode_people
-from mta.errors import Diverged
+from mta.errors import Diverged, PersonForgotten
 from mta.evidence import Evidence, gather_evidence
 from mta.fuse import Merge, coefficients, learn, needs_evidence
 from mta.lora.batch import LoraBatch, stack
@@ -41,7 +41,7 @@ class Renewed:
 
     action: Action
     losses: Losses
-    state: State | Diverged | None
+    state: State | Diverged | PersonForgotten | None
 
 
 def decide(before: Losses, new: Losses) -> Action:

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 
 from mta.bank.bank import Bank
 from mta.base import BaseModel
 from mta.config import Run
-from mta.desk import Copies, Desk, renew, work_through
+from mta.desk import Copies, Desk, Failed, renew, work_through
 from mta.encode import Encoder
-from mta.errors import DataError, Diverged, InputError, OtherBank, PersonNotFound, StateCorrupt
+from mta.errors import DataError, InputError, OtherBank, PersonForgotten, PersonNotFound, StateCorrupt
 from mta.executor import Executor, Outcome, R
 from mta.fuse import check_merge
 from mta.history import Person
 from mta.stages import Cohort, Stages, Wanted, digest_of, settings_of
 from mta.state import State
 from mta.store import Store
+from mta.tombstones import NOTHING
 from mta.training.trainer import OnStep, Step
 from mta.work import Work
 
@@ -27,6 +29,7 @@ class Personalized:
     """What ``personalize`` did: how many people were trained, how many were there already, how many texts were cut.
 
     ``failed`` are those whose data made workers of a cluster fail, and how; ``plan`` says who were trained together.
+    ``forgotten`` are the ids of people who were forgotten after their items came in: no state was saved for them.
     """
 
     trained: int
@@ -34,6 +37,7 @@ class Personalized:
     shortened: int
     failed: dict[str, str] = field(default_factory=dict)
     plan: str = field(default="", compare=False)
+    forgotten: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         up = f"{self.trained} people personalized, {self.unchanged} were up to date"
@@ -51,6 +55,7 @@ class Updated:
     unchanged: int
     failed: dict[str, str] = field(default_factory=dict)
     plan: str = field(default="", compare=False)
+    forgotten: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         new = f"{self.kept} kept, {self.retrained} retrained, {self.refreshed} refreshed"
@@ -60,7 +65,7 @@ class Updated:
 def counts(done: Personalized | Updated) -> dict[str, int]:
     """How many people, without saying who."""
     told = {name: value for name, value in asdict(done).items() if name != "plan"}
-    return told | {"failed": len(done.failed)}
+    return told | {"failed": len(done.failed), "forgotten": len(done.forgotten)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,44 +82,55 @@ class Maker:
     state: Callable[[str], State]
     on_step: OnStep | None = None
 
-    def personalize(self, people: Sequence[Person], keep_histories: bool = False, resume: bool = True) -> Personalized:
+    def personalize(
+        self,
+        people: Sequence[Person],
+        keep_histories: bool = False,
+        resume: bool = True,
+        since: Collection[str] | None = None,
+    ) -> Personalized:
         """``Personalizer.personalize``."""
         _check(people)
         check_merge(self.run.merge, len(self.bank), self.bank.task.labelled)
-        ordered = sorted(people, key=lambda person: person.id)
+        begun = self._begun(people, since)
+        ordered = begun.people
         how = self.bank, settings_of(self.base, self.run), self.run.seed
         everybody = [Wanted.of(person, *how) for person in ordered]
         if keep_histories:
-            self._keep_histories(ordered)
+            self._keep_histories(begun)
         missing = [wanted for wanted in everybody if not self._has(wanted)]
-        work = Work.of(self.store.files, [wanted.name for wanted in everybody]) if self.store else None
+        work = self._work(everybody, begun.since)
         if work and not resume:
             work.drop()
         if not missing:
             if work:
                 work.finish()  # a run that was killed after its last state may have left something
-            return Personalized(0, len(people), 0)
+            return Personalized(0, len(ordered), 0, forgotten=begun.forgotten)
         stages = Stages(self.base, self.bank, self.run, self.encoder(), self.on_step, work)
         cohorts = stages.cohorts(everybody, missing, self.executor.most, self.executor.threads)
-        failed, diverged = dict[str, str](), dict[str, str]()
-        for outcome in self._outcomes(work_through, stages, cohorts.lacking(missing), failed):
-            diverged |= self._take(outcome.piece, outcome.result or ())
-        if work and not failed:  # who diverged would again: nobody's cohort is computed anew for them
+        found = _Failures()
+        for outcome in self._outcomes(work_through, stages, cohorts.lacking(missing), found, begun.since):
+            self._take(outcome.piece, outcome.result or (), found)
+        if work and not found.workers:  # who diverged would again: nobody's cohort is computed anew for them
             work.finish()
         asked = {wanted.person.id for wanted in missing}
-        failed = {id: error for id, error in (failed | diverged).items() if id in asked}  # not who was up to date
-        done = len(missing) - len(failed), len(people) - len(missing), cohorts.cut
-        return Personalized(*done, failed, cohorts.plan.digest)
+        failed = {id: error for id, error in (found.workers | found.diverged).items() if id in asked}  # not up to date
+        gone = found.forgotten & asked
+        done = len(missing) - len(failed) - len(gone), len(ordered) - len(missing), cohorts.cut
+        return Personalized(*done, failed, cohorts.plan.digest, tuple(sorted({*begun.forgotten, *gone})))
 
-    def update(self, people: Sequence[Person], keep_histories: bool = False) -> Updated:
+    def update(
+        self, people: Sequence[Person], keep_histories: bool = False, since: Collection[str] | None = None
+    ) -> Updated:
         """``Personalizer.update``."""
         _check(people)
+        given = self._begun(people, since)
         if keep_histories:
-            self._keep_histories(people)
+            self._keep_histories(given)
         grown, begin, unchanged = list[Wanted](), list[Person](), 0
         how = self.bank, settings_of(self.base, self.run), self.run.seed
         settings = digest_of(*how[1:])
-        for person in sorted(people, key=lambda person: person.id):
+        for person in given.people:
             before, known = self._known(person, settings)
             if before is None:
                 begin.append(person)
@@ -122,46 +138,65 @@ class Maker:
                 grown.append(self._light(Wanted.of(person, *how, before, known)))
             else:
                 unchanged += 1
-        actions, failed, plan = Counter[str](), dict[str, str](), ""
+        actions, found, plan = Counter[str](), _Failures(), ""
         if grown:
             stages = Stages(self.base, self.bank, self.run, self.encoder(), self.on_step)
             cohorts = stages.cohorts(grown, grown, self.executor.most, self.executor.threads)
             plan = cohorts.plan.digest
-            for outcome in self._outcomes(renew, stages, cohorts.lacking(grown), failed):
-                found = outcome.result or ()
-                actions.update(one.action for one in found if not isinstance(one.state, Diverged))
-                failed |= self._take(outcome.piece, [one.state for one in found])
-        first = self.personalize(begin) if begin else Personalized(0, 0, 0)
-        done = actions["keep"], actions["retrain"], actions["refresh"]
-        return Updated(*done, first.trained, unchanged + first.unchanged, failed | first.failed, plan or first.plan)
+            for outcome in self._outcomes(renew, stages, cohorts.lacking(grown), found, given.since):
+                made = outcome.result or ()
+                actions.update(one.action for one in made if not isinstance(one.state, Failed))
+                self._take(outcome.piece, [one.state for one in made], found)
+        first = self.personalize(begin, since=given.since) if begin else Personalized(0, 0, 0)
+        done = actions["keep"], actions["retrain"], actions["refresh"], first.trained, unchanged + first.unchanged
+        gone = tuple(sorted({*given.forgotten, *found.forgotten, *first.forgotten}))
+        return Updated(*done, found.workers | found.diverged | first.failed, plan or first.plan, gone)
+
+    def _begun(self, people: Sequence[Person], since: Collection[str] | None) -> _Begun:
+        """The people in the order of their ids, without those who were forgotten since their items came in."""
+        ordered = sorted(people, key=lambda person: person.id)
+        if self.store is None:
+            return _Begun(ordered, NOTHING, ())
+        known = self.store.tombstones.names() if since is None else since
+        gone = self.store.tombstones.since([person.id for person in ordered], known)
+        return _Begun([person for person in ordered if person.id not in gone], known, tuple(sorted(gone)))
+
+    def _work(self, everybody: Sequence[Wanted], since: Collection[str]) -> Work | None:
+        """Where a run over these people is gone on with; no checkpoint stays once one of them is forgotten."""
+        if (store := self.store) is None:
+            return None
+        ids = [wanted.person.id for wanted in everybody]
+        return Work.of(store.files, [w.name for w in everybody], lambda: not store.tombstones.since(ids, since))
 
     def _outcomes(
         self,
         function: Callable[[Desk, Cohort], R],
         stages: Stages,
         cohorts: Sequence[Cohort],
-        failed: dict[str, str],
+        found: _Failures,
+        since: Collection[str],
     ) -> Iterator[Outcome[Cohort, R]]:
-        """``function`` for all cohorts, wherever the executor works; notes in ``failed`` who failed, and how."""
-        here, elsewhere = Desk(stages, self.store), Copies.of(self.base, self.bank, self.run, self.store)
+        """``function`` for all cohorts, wherever the executor works; notes in ``found`` who failed, and how."""
+        here = Desk(stages, self.store, since)
+        elsewhere = Copies.of(self.base, self.bank, self.run, self.store, since)
         done, total = 0, sum(map(len, cohorts))
         for n, outcome in enumerate(self.executor.run(function, cohorts, here, elsewhere), 1):
             done += len(outcome.piece)
             if outcome.error:
-                failed |= {wanted.person.id: outcome.error for wanted in outcome.piece.wanted}
+                found.workers |= {wanted.person.id: outcome.error for wanted in outcome.piece.wanted}
             if self.on_step and not self.executor.in_process:
                 self.on_step("fleet", Step(n, len(outcome.piece), done, total))
             yield outcome
 
-    def _take(self, cohort: Cohort, made: Sequence[State | Diverged | None]) -> dict[str, str]:
-        """Keep the states that no store has; returns who diverged, and how."""
-        diverged = dict[str, str]()
+    def _take(self, cohort: Cohort, made: Sequence[State | Failed | None], found: _Failures) -> None:
+        """Keep the states that no store has; note in ``found`` who diverged, and how, and who was forgotten."""
         for wanted, one in zip(cohort.wanted, made):
-            if isinstance(one, Diverged):
-                diverged[wanted.person.id] = str(one)
-            elif one:
+            if isinstance(one, PersonForgotten):
+                found.forgotten.add(wanted.person.id)
+            elif isinstance(one, State):
                 self.unsaved[wanted.person.id] = one
-        return diverged
+            elif one:
+                found.diverged[wanted.person.id] = str(one)
 
     def _known(self, person: Person, settings: str) -> tuple[State | None, int]:
         """The state of these settings to go on from, and how many items it was made of; None to begin anew."""
@@ -185,11 +220,30 @@ class Maker:
         except (PersonNotFound, StateCorrupt, OtherBank):
             return False
 
-    def _keep_histories(self, people: Sequence[Person]) -> None:
+    def _keep_histories(self, begun: _Begun) -> None:
         if not self.store:
             raise InputError("histories are kept in a store, and there is none", hint='Give one: store="people/"')
-        for person in people:
-            self.store.save_history(person)
+        for person in begun.people:
+            with suppress(PersonForgotten):  # nor will a state be saved, and that is reported
+                self.store.save_history(person, begun.since)
+
+
+@dataclass(frozen=True, slots=True)
+class _Begun:
+    """The people of a call, the tombstones that were there when their items came in, and who was forgotten since."""
+
+    people: list[Person]
+    since: Collection[str]
+    forgotten: tuple[str, ...]
+
+
+@dataclass(slots=True)
+class _Failures:
+    """Who has no state, and why: a worker failed, training diverged, the person was forgotten."""
+
+    workers: dict[str, str] = field(default_factory=dict)
+    diverged: dict[str, str] = field(default_factory=dict)
+    forgotten: set[str] = field(default_factory=set)
 
 
 def _check(people: Sequence[Person]) -> None:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
@@ -14,13 +14,13 @@ from torch import Tensor
 
 from mta.bank.bank import Bank
 from mta.bank.card import adapter_card
-from mta.bank.files import mark_stale, published, read_info
 from mta.base import BaseModel
 from mta.config import MergeSettings, Run
 from mta.encode import Encoder
 from mta.errors import ConfigError, InputError, OtherBank, PersonNotFound
 from mta.executor import Executor, LocalExecutor
 from mta.exports import Export, adapter_parcel
+from mta.forgetting import Forgotten, forget_person
 from mta.fuse import Merge, merged_factors
 from mta.generate import generate
 from mta.history import Item, Person
@@ -38,22 +38,6 @@ from mta.training.trainer import OnStep
 
 Question = str | Mapping[str, str]
 log = logging.getLogger("mta")
-
-
-@dataclass(frozen=True, slots=True)
-class Forgotten:
-    """What ``forget`` did: whether states were there, and which trained parts of the bank still hold something.
-
-    ``exports_left``: exported adapters it could not remove, each with the reason. ``published``: where those trained
-    parts were published to. ``unknown``: banks that came without their members: nobody here knows whether they learnt
-    from the person.
-    """
-
-    states_removed: bool
-    needs_rebuild: list[str]
-    exports_left: list[str] = field(default_factory=list)
-    published: list[str] = field(default_factory=list)
-    unknown: list[str] = field(default_factory=list)
 
 
 class Personalizer:
@@ -99,6 +83,7 @@ class Personalizer:
         *,
         keep_histories: bool = False,
         resume: bool = True,
+        since: Collection[str] | None = None,
         on_step: OnStep | None = None,
     ) -> Personalized:
         """Merge and adapt for everybody in ``people``; their histories are the shots.
@@ -107,21 +92,28 @@ class Personalizer:
         in cohorts that fit the memory. Over a store a killed run goes on where it was, in the same cohorts,
         unless ``resume`` is off. ``keep_histories`` keeps people's items too, in the store, until they are forgotten.
         Whose training diverges is told in ``failed``, and has no state of it; if everybody's does, Diverged is raised.
+        Nothing is saved for people who are forgotten meanwhile, by whatever process. ``since`` is what
+        ``store.tombstones.names()`` returned before their items were read: it tells who was forgotten before the call.
         Raises DataError for a person without items, MemoryBudgetError, ConfigError, StoreError; ClusterError where
         workers of a cluster cannot work.
         """
-        return self._maker(on_step).personalize(people, keep_histories, resume)
+        return self._maker(on_step).personalize(people, keep_histories, resume, since)
 
     def update(
-        self, people: Sequence[Person], *, keep_histories: bool = False, on_step: OnStep | None = None
+        self,
+        people: Sequence[Person],
+        *,
+        keep_histories: bool = False,
+        since: Collection[str] | None = None,
+        on_step: OnStep | None = None,
     ) -> Updated:
         """Go on from the states there are, for everybody whose history begins with what theirs was made of.
 
         New items are scored first; what follows costs what they cost, not what the whole history does. Whoever has no
         state yet, or one of another bank, of other settings or of another past, is personalized as a whole.
-        Raises what ``personalize`` does.
+        ``since`` is as in ``personalize``. Raises what ``personalize`` does.
         """
-        return self._maker(on_step).update(people, keep_histories)
+        return self._maker(on_step).update(people, keep_histories, since)
 
     # -- using what was made -------------------------------------------------------------------------------------------
 
@@ -187,8 +179,9 @@ class Personalizer:
 
         Without ``rank`` nothing is lost and the rank is the sum of the parts', K * R for an exact merge of K anchors;
         ``rank`` compresses by svd. Returns the relative error that causes (0 without). The store notes the folder, for
-        ``forget`` to remove it. Raises PersonNotFound.
+        ``forget`` to remove it. Raises PersonNotFound, PersonForgotten.
         """
+        since = self.store.tombstones.of(person) if self.store else ()
         state = self.state(person)
         used = [n for n, w in enumerate(state.w) if w] or [0]  # an anchor that weighs nothing needs no rank
         ids, w = torch.tensor([state.anchors])[:, used], torch.tensor([state.w], dtype=self.base.master_dtype)[:, used]
@@ -200,7 +193,7 @@ class Personalizer:
             whole, error = truncate(whole, rank)
         stack = state.stack.rank if state.stack else 0
         card = adapter_card(self.bank.info, whole.rank, float(error), anchors=len(used), stack=stack)
-        with self.store.exporting(person, out) if self.store else nullcontext():
+        with self.store.exports.writing(person, out, since) if self.store else nullcontext():
             write_peft(out, whole, self.base.name, fan_in_fan_out=self.base.fan_in_fan_out, card=card)
         return float(error)
 
@@ -210,24 +203,30 @@ class Personalizer:
         """Push a person's adapter from the folder it was exported to; returns the repository's address.
 
         It is one person's model: know what you do. The store notes the repository, for ``forget`` to name it: deleting
-        it there is by hand. Raises HubError, InputError.
+        it there is by hand. Raises HubError, InputError, PersonForgotten.
         """
+        since = self.store.tombstones.of(person) if self.store else ()
         parcel, mine = adapter_parcel(Path(folder)), Export.begun(folder).folder
-        if self.store and mine not in [export.folder for export in self.store.exports(person)]:
+        if self.store and mine not in [export.folder for export in self.store.exports.of(person)]:
             raise InputError(f"nothing of that person was exported to {folder}", hint="Export to it first.")
         repository = Repository.begin(repo_id, private=private, token=token)
         if self.store:  # before it is there, so that a killed push is named too
-            self.store.note_export(person, Export.pushed(folder, repository.host, repository.name))
+            self.store.exports.note(person, Export.pushed(folder, repository.host, repository.name), since)
         repository.send(parcel, "Push an adapter of mta")
         return repository.url
 
     def forget(self, person: str, *, keep_exports: bool = False) -> Forgotten:
         """Remove a person's states, history and exports; name the trained parts that still hold something of them.
 
-        ``keep_exports`` goes on knowing of exports that are left, for whoever is to be told of them later.
+        Everything of the person goes first; then banks that learnt from them are marked as needing a rebuild. One that
+        cannot be marked is named in ``unmarked``. ``keep_exports`` goes on knowing of all exports that are left, for
+        whoever is to be told of them later. Forgetting can be repeated. Raises StoreError if something of the person
+        could not be removed, after all else was done.
         """
         removed = self._unsaved.pop(person, None) is not None
         found = forget_person(person, self.store, *self._banks, keep_exports=keep_exports)
+        for bank, reason in found.unmarked.items():
+            log.warning("a person was forgotten, but %s could not be marked as needing a rebuild: %s", bank, reason)
         return replace(found, states_removed=removed or found.states_removed)
 
     def state(self, person: str) -> State:
@@ -257,22 +256,3 @@ class Personalizer:
     def _maker(self, on_step: OnStep | None) -> Maker:
         mine = self.base, self.bank, self.run, lambda: self.encoder, self.store, self.executor
         return Maker(*mine, self._unsaved, self.state, on_step)
-
-
-def forget_person(person: str, store: Store | None, *banks: Path, keep_exports: bool = False) -> Forgotten:
-    """``Personalizer.forget`` without loading a model. Without a ``bank``, what was learnt from them is not asked for.
-
-    Raises BankCorrupt where there is no bank: nothing is done rather than half of it.
-    """
-    unknown = [str(bank) for bank in banks if read_info(bank).members.hashed is None]
-    marked = {bank: mark_stale(bank, person) for bank in banks}
-    parts = list(dict.fromkeys(part for learnt in marked.values() for part in learnt))
-    copies = [place for bank, learnt in marked.items() if learnt for place in published(bank)]
-    if not store:
-        return Forgotten(False, parts, [], copies, unknown)
-    store.files.remove_folder("work")  # a stopped run's checkpoint may hold their stack
-    left = store.remove_exports(person)  # while the store still knows where they are
-    forgotten = Forgotten(store.forget(person), parts, list(left.values()), copies, unknown)
-    if keep_exports and left:
-        store.keep_exports(person, list(left))
-    return forgotten

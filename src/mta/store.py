@@ -6,6 +6,7 @@
         latest.json                       a hint for readers: version, time, work
         history.json                      only what ``save_history`` was given
         exports.json                      where adapters were exported to, readable only with the id
+    forgotten/                            that somebody was forgotten, for a week (``tombstones``)
 
 Raw ids appear nowhere; whoever holds store.json can test a guessed id, so guard it as the data itself.
 """
@@ -18,16 +19,17 @@ import hmac
 import json
 import re
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from mta.errors import InputError, PersonNotFound, StateCorrupt, StoreConflict, StoreError
-from mta.exports import Export, exports_from_bytes, exports_to_bytes
+from mta.errors import InputError, PersonForgotten, PersonNotFound, StateCorrupt, StoreConflict, StoreError
+from mta.exports import Exports, remove_if_empty
 from mta.history import Person
 from mta.state import SCHEMA, SEALED, State, history_from_bytes, history_to_bytes, seal_of
 from mta.storage import Storage
+from mta.tombstones import Tombstones
 
 _VERSION = re.compile(r"([1-9][0-9]*)\.safetensors")
 _PERSON = re.compile(r"([0-9a-f]{2}/[0-9a-f]{64})/")
@@ -44,6 +46,8 @@ class Store:
 
     def __init__(self, url: str | Path) -> None:
         self.files = Storage(url)
+        self.tombstones = Tombstones(self.files, self._buried)
+        self.exports = Exports(self.files, self._path, self._secret, self.tombstones)
         self._key = b""
 
     def identity(self, write: bool = False) -> str:
@@ -63,11 +67,14 @@ class Store:
             )
         self._open(write=False)
 
-    def save(self, id: str, state: State) -> int:
+    def save(self, id: str, state: State, since: Collection[str] | None = None) -> int:
         """Store a state as the next version and return its number; if the latest is of the same work, nothing happens.
 
-        Raises StoreConflict if another writer created that version first, with other work in it.
+        ``since`` are the tombstones that were there when the items came in which the state was made of. Raises
+        PersonForgotten if the person was forgotten after that, and StoreConflict if another writer created that version
+        first, with other work in it.
         """
+        self.tombstones.check(id, since)
         path, last = self._path(id, write=True), self.latest(id) or 0
         if last and self._work(f"{path}/{last}.safetensors") == state.work:
             return last
@@ -83,6 +90,7 @@ class Store:
             ) from None
         pointer = {"version": version, "time": datetime.now(UTC).isoformat(timespec="seconds"), "work": state.work}
         self.files.replace(f"{path}/latest.json", json.dumps(pointer).encode())
+        self._keep_out(id, since, f"{version}.safetensors", "latest.json")
         return version
 
     def load(self, id: str, version: int | None = None) -> State:
@@ -105,7 +113,8 @@ class Store:
         Versions never change, so it is saved as one more; where the latest is that version, or of the same work,
         nothing happens. Raises PersonNotFound (naming the versions there are), StateCorrupt, StoreConflict.
         """
-        return self.save(id, self.load(id, version))
+        since = self.tombstones.of(id)
+        return self.save(id, self.load(id, version), since)
 
     def seal(self, id: str, version: int) -> str | None:
         """What tells a version's content from any other's, read from its file's beginning; None where it is not there.
@@ -151,76 +160,56 @@ class Store:
         """Bytes kept of a person: all versions, history, hint, exports."""
         return sum(self.files.sizes(self._path(id)).values())
 
-    def save_history(self, person: Person) -> None:
-        """Keep a person's items and queries, in place of those kept before: opt-in, and forgotten with the person."""
+    def save_history(self, person: Person, since: Collection[str] | None = None) -> None:
+        """Keep a person's items and queries, in place of those kept before: opt-in, and forgotten with the person.
+
+        ``since`` is as in ``save``. Raises PersonForgotten.
+        """
+        self.tombstones.check(person.id, since)
         self.files.replace(f"{self._path(person.id, write=True)}/history.json", history_to_bytes(person))
+        self._keep_out(person.id, since, "history.json")
 
     def history(self, id: str) -> Person | None:
         """What ``save_history`` kept, or None. Raises StateCorrupt."""
         data = self.files.read(name := f"{self._path(id)}/history.json")
         return None if data is None else history_from_bytes(id, data, self.files.at(name))
 
-    def exports(self, id: str) -> list[Export]:
-        """Where a person's adapters were exported to. Raises StateCorrupt."""
-        data = self.files.read(name := f"{self._path(id)}/exports.json")
-        return [] if data is None else exports_from_bytes(data, self._secret(id), self.files.at(name))
-
-    @contextlib.contextmanager
-    def exporting(self, id: str, folder: str | Path) -> Iterator[None]:
-        """Within the block an adapter of a person is written to a folder of this host, for ``remove_exports`` to find.
-
-        It is noted before it is there, so that a killed export is found too. Of two exports of one person at one
-        instant the later alone may be noted. Raises StateCorrupt.
-        """
-        before, export = self.exports(id), Export.begun(folder)
-        others = [known for known in before if (known.host, known.folder) != (export.host, export.folder)]
-        self._note(id, [*before, export])  # what lies there until the new one takes its place is found too
-        try:
-            yield
-        except Exception:  # refused, or no room for it: what lay there before lies there still
-            self._note(id, before)
-            raise
-        self._note(id, [*others, export.done()])
-
-    def note_export(self, id: str, export: Export) -> None:
-        """Note an adapter that is about to be pushed elsewhere: forgetting can only name it. Raises StateCorrupt."""
-        known = self.exports(id)
-        self._note(id, [*(one for one in known if (one.host, one.folder) != (export.host, export.folder)), export])
-
-    def keep_exports(self, id: str, exports: Sequence[Export | None]) -> None:
-        """Go on knowing where adapters of somebody forgotten lie: whoever can remove them has not been told yet."""
-        if left := [export for export in exports if export]:
-            self._note(id, left)
-        else:  # nor may an empty folder tell that somebody was here
-            self.files.remove_folder(self._path(id))
-
-    def _note(self, id: str, exports: Sequence[Export]) -> None:
-        name = f"{self._path(id, write=True)}/exports.json"
-        if exports:
-            self.files.replace(name, exports_to_bytes(exports, self._secret(id)))
-        else:
-            self.files.remove(name)
-
-    def remove_exports(self, id: str) -> dict[Export | None, str]:
-        """Remove what was exported of a person, before ``forget`` forgets where it lies; what is left, and why."""
-        try:
-            return {export: left for export in self.exports(id) if (left := export.remove())}
-        except StateCorrupt as error:  # it must not keep anybody from being forgotten
-            return {None: f"whatever was exported of them ({error.message})"}
-
     def forget(self, id: str) -> bool:
-        """Remove all that is kept of a person; False if there was nothing. Repeat it if it was interrupted.
+        """Remove all that is kept of a person but exported adapters; False if there was nothing.
+
+        Processes that still hold something of the person do not save it any more (``tombstones``).
+        """
+        self.tombstones.add(id)
+        found = self.remove(id)
+        self.files.remove_folder(self._path(id))
+        return found
+
+    def remove(self, id: str) -> bool:
+        """Remove a person's states, hint and history; False if there were none. Repeat it if it was interrupted.
 
         The hint goes first, the most telling text next, states from the oldest on: whatever a crash leaves is still
         found under the id, as the newest state, so it is seen and can be forgotten again. With the hint last, a crash
-        could leave files of somebody who seems unknown. Exported adapters are ``remove_exports``' business, before.
+        could leave files of somebody who seems unknown. The list of exports is ``Exports.forget``'s business, before.
         """
         path = self._path(id)
-        names = self.files.sizes(path)
+        names = [name for name in self.files.sizes(path) if name != "exports.json"]
         for name in sorted(names, key=lambda name: (name != "latest.json", version_of(name), name)):
             self.files.remove(f"{path}/{name}")
-        self.files.remove_folder(path)
+        remove_if_empty(self.files, path)
         return bool(names)
+
+    def _keep_out(self, id: str, since: Collection[str] | None, *names: str) -> None:
+        """Remove files that were just written if the person was forgotten meanwhile, and raise PersonForgotten.
+
+        Forgetting leaves its tombstone before it lists files. So either it finds these, or the tombstone is found here.
+        """
+        try:
+            self.tombstones.check(id, since)
+        except PersonForgotten:
+            for name in names:
+                self.files.remove(f"{self._path(id)}/{name}")
+            remove_if_empty(self.files, self._path(id))
+            raise
 
     def _path(self, id: str, write: bool = False) -> str:
         if not isinstance(id, str) or not id:
@@ -229,11 +218,16 @@ class Store:
         keyed = hmac.new(self._key, id.encode("utf-8", "surrogatepass"), hashlib.sha256).hexdigest()
         return f"{keyed[:2]}/{keyed}"
 
-    def _secret(self, id: str) -> bytes:
+    def _secret(self, id: str, purpose: bytes = b"exports/") -> bytes:
         """The key of a person's exports; made of another key than their path, which everybody sees."""
         self._path(id)  # whoever comes first opens the store
-        own = hashlib.sha256(b"exports/" + self._key).digest()
+        own = hashlib.sha256(purpose + self._key).digest()
         return hmac.new(own, id.encode("utf-8", "surrogatepass"), hashlib.sha256).digest()
+
+    def _buried(self, id: str) -> str:
+        """What a person's tombstones are called; empty where nobody has written yet."""
+        hashed = self._secret(id, b"forgotten/").hex()
+        return hashed if self._key else ""
 
     def _open(self, write: bool) -> bytes:
         """The key; where nobody has written yet, a new one, or for readers none: any finds nobody."""

@@ -18,10 +18,11 @@ from mta.errors import MtaError
 from mta.exports import check_exports
 from mta.state import State, history_from_bytes
 from mta.store import Store, version_of
+from mta.tombstones import FOLDER, is_expired
 from mta.work import ABANDONED
 
 T = TypeVar("T")
-Kind = Literal["key", "state", "history", "exports", "hint", "work", "leftover", "stranger"]
+Kind = Literal["key", "state", "history", "exports", "hint", "work", "tombstone", "leftover", "stranger"]
 
 _PLACE = re.compile(r"([0-9a-f]{2}/[0-9a-f]{64})/([^/]+)")
 _BESIDE: dict[str, Kind] = {"latest.json": "hint", "history.json": "history", "exports.json": "exports"}
@@ -104,7 +105,7 @@ def collect(
 ) -> dict[str, int]:
     """Remove what killed writers left ``older`` seconds ago, and with ``keep`` all but everybody's newest versions.
 
-    What a stopped run left goes when nobody has touched it for a week.
+    What a stopped run left goes when nobody has touched it for a week, and so do notes that somebody was forgotten.
 
     Somebody whose newest version does not read keeps all of them. Returns the files that went (with ``dry``: that would
     go) and their bytes. Repeat it if it was interrupted. Raises StoreError where there is no store.
@@ -113,7 +114,8 @@ def collect(
     sizes, gone = store.files.find(), dict[str, int]()
     waits: dict[Kind, float] = {"leftover": older, "work": ABANDONED}
     left = {name: waits[kind] for name in sizes if (kind := _kind(name)) in waits}
-    for name in [name for name, wait in left.items() if store.files.age(name) > wait]:
+    old = [name for name in sizes if _kind(name) == "tombstone" and is_expired(_file(name))]
+    for name in [*old, *(name for name, wait in left.items() if store.files.age(name) > wait)]:
         gone[name] = sizes[name]
         if not dry:
             store.files.remove(name)
@@ -155,6 +157,8 @@ def _kind(name: str) -> Kind:
         return "leftover"
     if name == "store.json":
         return "key"
+    if name.startswith(f"{FOLDER}/"):
+        return "tombstone"
     if not _PLACE.fullmatch(name):
         return "stranger"
     return "state" if version_of(file) else _BESIDE.get(file, "stranger")

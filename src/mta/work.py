@@ -7,7 +7,7 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,16 +21,18 @@ ABANDONED = 7 * 24 * 3600.0  # seconds after which nobody will go on with a stop
 class Work:
     """A run's own folder below a store: other runs over the same store keep theirs.
 
-    ``names`` are those of everybody it is about; the same run, begun again, finds what it left.
+    ``names`` are those of everybody it is about; the same run, begun again, finds what it left. ``allowed`` tells
+    whether checkpoints may be kept.
     """
 
     files: Storage
     name: str
+    allowed: Callable[[], bool] = lambda: True
 
     @classmethod
-    def of(cls, files: Storage, names: Sequence[str]) -> Work:
+    def of(cls, files: Storage, names: Sequence[str], allowed: Callable[[], bool] = lambda: True) -> Work:
         """The work of a run over ``names``, which tell people and what is wanted of them."""
-        return cls(files, f"work/{hashlib.sha256('/'.join(names).encode()).hexdigest()[:24]}")
+        return cls(files, f"work/{hashlib.sha256('/'.join(names).encode()).hexdigest()[:24]}", allowed)
 
     @property
     def folder(self) -> Path | None:
@@ -51,7 +53,9 @@ class Work:
 
     def checkpoint(self, digest: str) -> Checkpoint | None:
         """Of one cohort; None where files lie far away: there a cohort is computed again as a whole."""
-        return Checkpoint(self.folder / f"{digest[:24]}.checkpoint", digest) if self.folder else None
+        if self.folder is None:
+            return None
+        return Checkpoint(self.folder / f"{digest[:24]}.checkpoint", digest, allowed=self.allowed)
 
     def finish(self) -> None:
         """Everything is there: what the run left goes, and what other runs left long ago."""

@@ -148,7 +148,7 @@ def test_workers_of_a_cluster_make_the_states(world, tmp_path):
     pytest.importorskip("ray", reason="Ray is not installed: pip install 'merge-then-adapt[ray]'")
     words = ["--bank", world.bank, "--store", tmp_path / "people", "--cluster", "local", "--workers", 2]
     found = mta("personalize", world.new, *words, "--together", 2, "--json")
-    assert found.json == {"trained": 4, "unchanged": 0, "shortened": 0, "failed": {}}
+    assert found.json == {"trained": 4, "unchanged": 0, "shortened": 0, "failed": {}, "forgotten": []}
     assert "fleet: 4/4" in found.err
     assert mta("store", "check", tmp_path / "people", "--json").json["states"] == 4
 
@@ -156,7 +156,7 @@ def test_workers_of_a_cluster_make_the_states(world, tmp_path):
 def test_personalize_counts_who_was_trained(world):
     told = world.personalized.json
     assert len(told.pop("plan")) == 64
-    assert told == {"trained": 4, "unchanged": 0, "shortened": 0, "failed": {}}
+    assert told == {"trained": 4, "unchanged": 0, "shortened": 0, "failed": {}, "forgotten": []}
 
 
 def test_personalizing_again_trains_nobody(world):
@@ -213,6 +213,7 @@ def test_export_reports_what_compressing_costs(world, tmp_path):
 def test_forget_removes_a_person(world, tmp_path):
     at = world.copy(tmp_path)
     told = {"states_removed": True, "needs_rebuild": [], "exports_left": [], "published": [], "unknown": []}
+    told |= {"unmarked": {}, "complete": True}
     assert mta("forget", ANN, *at, "--json").json == told
     assert run("generate", QUESTION, "--person", ANN, *at).err.splitlines()[-2].startswith("PersonNotFound: ")
     assert mta("forget", ANN, *at).out == "nothing was kept of that person\n"
@@ -290,12 +291,26 @@ def test_forget_names_what_was_learnt_from_a_person(world, tmp_path):
     )
 
 
-def test_forget_without_the_bank_does_nothing_rather_than_half(world, tmp_path):
+def test_forget_without_the_bank_removes_the_person_and_exits_with_3_until_the_bank_is_there(world, tmp_path):
     at = world.copy(tmp_path)
-    shutil.rmtree(tmp_path / "bank")
-    before = tree(tmp_path)
-    assert run("forget", ANN, *at).code == 1
-    assert tree(tmp_path) == before
+    (tmp_path / "bank").rename(tmp_path / "moved")
+    said = run("forget", MEMBER, *at)
+    assert said.code == 3
+    assert f"not marked as needing a rebuild: {tmp_path}/bank (no bank at {tmp_path}/bank: bank.json is missing)" in (
+        said.out
+    )
+    assert f"mta forget {MEMBER} --store {tmp_path}/people --bank {tmp_path}/bank" in said.err
+    said = run("forget", ANN, *at, "--json")
+    assert (said.code, said.json["states_removed"], list(said.json["unmarked"])) == (3, True, [f"{tmp_path}/bank"])
+    (tmp_path / "moved").rename(tmp_path / "bank")
+    assert mta("forget", ANN, *at, "--json").json["complete"]
+    assert mta("forget", MEMBER, *at, "--json").json["needs_rebuild"]
+
+
+def test_forget_by_a_name_the_hub_does_not_know_forgets_all_the_same(world, tmp_path):
+    at = world.copy(tmp_path)
+    said = run("forget", ANN, "--store", at[3], "--bank", "nobody/nothing", "--json")
+    assert (said.code, said.json["states_removed"], list(said.json["unmarked"])) == (3, True, ["nobody/nothing"])
 
 
 # evaluation

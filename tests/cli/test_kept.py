@@ -70,7 +70,7 @@ def test_personalizing_is_kept_where_asked_for(world, tmp_path):
     mta(*words, "--run", tmp_path / "run", "--track", "tensorboard")
     told = sitting(tmp_path / "run")
     assert told["kind"] == "personalize"
-    assert told["outcome"] == {"trained": 4, "unchanged": 0, "shortened": 0, "failed": 0}
+    assert told["outcome"] == {"trained": 4, "unchanged": 0, "shortened": 0, "failed": 0, "forgotten": 0}
     assert len(told["plan"]) == 64
     assert list((tmp_path / "run" / "tensorboard").iterdir())
     mta(*words, "--run", tmp_path / "run", "--config", tmp_path / "run" / "config.yaml")

@@ -7,8 +7,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import httpx2
 import openai
 import pytest
 from conftest import people_of
@@ -68,6 +70,33 @@ def test_a_key_is_made_a_server_started_asked_and_ended(made):
     assert server.returncode in (0, -signal.SIGTERM)
     assert "Film 3" not in errors
     assert "ann0" not in errors
+
+
+def test_a_person_who_is_forgotten_by_the_command_line_is_not_brought_back_by_a_server_that_runs(made):
+    at = ["--bank", str(made / "bank"), "--store", str(made / "people")]
+    items = [{"fields": dict(item.fields), "time": item.time} for item in people_of(1, items=4)[0].items]
+    words = ["serve", *at, "--insecure-local", "--port", "0", "--json"]
+    server = subprocess.Popen([sys.executable, "-m", "mta", *words], stdout=subprocess.PIPE, text=True)
+    try:
+        told = ""
+        while not told.rstrip().endswith("}"):
+            told += server.stdout.readline()
+            assert server.poll() is None
+        with httpx2.Client(base_url=f"{json.loads(told)['url']}/v1/people", timeout=60) as http:
+            for keep in (False, True):
+                assert http.post("/eve/history", json={"items": items, "keep": keep}).status_code == 200
+            assert mta("forget", "eve", *at).returncode == 0
+            assert http.post("/eve/personalize").status_code == 400
+            assert http.get("/eve").status_code == 404
+            assert http.post("/eve/history", json={"items": items[:2]}).json()["items"] == 2
+            assert http.post("/eve/personalize").status_code == 202
+            while http.get("/eve/personalize").json()["status"] in ("waiting", "running"):
+                time.sleep(0.02)
+            assert http.get("/eve").json()["version"] == 1
+    finally:
+        server.terminate()
+        server.communicate(timeout=60)
+    assert mta("forget", "eve", *at).returncode == 0
 
 
 def run_the_readmes_snippets(url, secret, folder):

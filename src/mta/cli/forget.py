@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import shlex
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mta.cli.options import BankDir, Json, StoreUrl, show_json
+from mta.cli.options import Json, StoreUrl, bank_at, show_json
+from mta.errors import MtaError
+
+if TYPE_CHECKING:
+    from mta.forgetting import Forgotten
+
+INCOMPLETE = 3  # exit code: 1 is an error, 2 a word that the command line does not know
 
 
 def forget(
     person: Annotated[str, typer.Argument(help="Who.")],
-    bank: BankDir = Path("bank"),
+    bank: Annotated[Path, typer.Option("--bank", help="Folder or hub id of a bank.")] = Path("bank"),
     no_bank: Annotated[
         bool, typer.Option("--no-bank", help="The bank is not there: forget, and list nothing learnt from them.")
     ] = False,
@@ -23,24 +31,43 @@ def forget(
     """Remove a person's states, history and exports, and name the trained parts that still hold something of them.
 
     An exported adapter goes where mta export wrote it, if it is on this machine and unchanged; the others are named.
+    Exits with 1 if something of the person could not be removed, and with 3 if the person is forgotten, but a bank
+    could not be marked as needing a rebuild or an export was out of reach: repeat the command. A running mta serve
+    drops what it holds of the person within seconds.
 
     Example:  mta forget ann --bank bank/ --store people/
     """
-    from mta.personalize import forget_person
+    from mta.forgetting import forget_person
     from mta.store import Store
 
-    people = Store(store)
-    done = forget_person(person, people, *([] if no_bank else [bank]))
+    people, folder = Store(store), bank
+    with suppress(MtaError):  # a bank that cannot be had keeps nobody from being forgotten: it is named as not marked
+        folder = bank_at(bank)
+    done = forget_person(person, people, *([] if no_bank else [folder]))
     if not (done.states_removed or done.needs_rebuild):
         people.check()
     if json:
-        return show_json(asdict(done))
+        show_json(asdict(done))
+    else:
+        _tell(done)
+    if done.complete:
+        return
+    words = ["mta", "forget", person, "--store", store, *(["--no-bank"] if no_bank else ["--bank", str(bank)])]
+    typer.echo(
+        f"The person is forgotten, but not all is done. Correct that, and repeat:  {shlex.join(words)}", err=True
+    )
+    raise typer.Exit(INCOMPLETE)
+
+
+def _tell(done: Forgotten) -> None:
     typer.echo("removed" if done.states_removed else "nothing was kept of that person")
     typer.echo("Take them out of your own files too: mta personalize makes whoever is in its source.", err=True)
     for export in done.exports_left:
         typer.echo(f"exported and not removed: {export}")
     if done.needs_rebuild:
         typer.echo(f"still learnt from them, until the bank is rebuilt without them: {', '.join(done.needs_rebuild)}")
+    for folder, reason in done.unmarked.items():
+        typer.echo(f"not marked as needing a rebuild: {folder} ({reason})")
     for place in done.published:
         typer.echo(f"published with it, and to be deleted there by hand: {place}")
     for folder in done.unknown:

@@ -82,8 +82,9 @@ def personalize(
     from mta.making import counts
     from mta.personalize import Personalizer
     from mta.runs import work_of
+    from mta.store import Store
 
-    opener = tracked(track, run)
+    opener, since = tracked(track, run), Store(store).tombstones.names()  # before the source is read
     people = [p.latest(latest) if latest else p for p in people_in(source, task_of(bank), skip_bad)]
     base, opened, settings = open_bank(bank, words, seed, device, config, open_to=MERGE_AND_STACK)
     _warn_of_members(opened, people)
@@ -93,7 +94,7 @@ def personalize(
         work = work_of(asked, opened.hash, sorted(p.digest() for p in people))  # a run that is stopped goes on
         how: dict[str, Any] = {"settings": asked, "work": work, "track": opener, "on_step": screen.step}
         with kept_over(opened, "personalize", folder=run, base=base, **how) as kept:
-            keep: dict[str, Any] = {"keep_histories": keep_histories, "on_step": kept.step}
+            keep: dict[str, Any] = {"keep_histories": keep_histories, "since": since, "on_step": kept.step}
             done = personal.update(people, **keep) if update else personal.personalize(people, resume=resume, **keep)
             kept.outcome, kept.about["plan"] = counts(done), done.plan
     _tell(done, json)
@@ -112,6 +113,8 @@ def _tell(done: Personalized | Updated, json: bool) -> None:
     from dataclasses import asdict
 
     show_json(asdict(done)) if json else typer.echo(str(done))
+    if done.forgotten:
+        typer.echo(f"forgotten meanwhile, so nothing was saved for them: {len(done.forgotten)} people", err=True)
     for person, error in done.failed.items():
         typer.echo(f"not personalized: {person!r}: {error}", err=True)
     if done.failed:

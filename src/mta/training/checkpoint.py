@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,13 +18,15 @@ from mta.aside import write_tensors
 class Checkpoint:
     """The state of one cohort in training, kept under ``path`` every ``every`` seconds.
 
-    ``work`` names the work (a hash of plan, data and settings): a checkpoint of other work is ignored.
+    ``work`` names the work (a hash of plan, data and settings): a checkpoint of other work is ignored. Nothing is kept
+    where ``allowed`` returns False: a person of the cohort was forgotten.
     """
 
     path: Path
     work: str
     every: float = 60.0
     _last: float = field(default_factory=time.monotonic)
+    allowed: Callable[[], bool] = lambda: True
 
     def due(self) -> bool:
         """Whether ``every`` seconds have passed since the last save."""
@@ -33,6 +35,8 @@ class Checkpoint:
     def save(self, tensors: Mapping[str, Tensor], progress: Mapping[str, object]) -> None:
         """Write tensors and progress as one file."""
         write_tensors(self.path, tensors, {"work": self.work, "progress": json.dumps(progress)})
+        if not self.allowed():  # asked after writing: forgetting may have looked for checkpoints just before
+            self.remove()
         self._last = time.monotonic()
 
     def load(self) -> tuple[dict[str, Tensor], dict[str, object]] | None:
