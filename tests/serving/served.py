@@ -21,7 +21,7 @@ from mta.store import Store
 
 
 @contextmanager
-def served(base, bank, folder, *, limits=None, open_door=False, engine=None, store=None, strict=(), **how):
+def served(base, bank, folder, *, limits=None, open_door=False, engine=None, store=None, strict=(), sweep=10.0, **how):
     """Yields url, service, and secrets: admin, serve, ann (one person's), team (a prefix)."""
     store, keys = store or Store(folder / "people"), folder / "keys.yaml"
     given = {"admin": ("admin", ""), "serve": ("serve", ""), "ann": ("person", "ann"), "team": ("prefix", "team/")}
@@ -29,7 +29,8 @@ def served(base, bank, folder, *, limits=None, open_door=False, engine=None, sto
     engine = engine or EmbeddedEngine(base, bank, store, **{"slots": 4, "chunk": 32, "length": 256} | how)
     jobs = Jobs(personalizer(base.twin(), bank, store))
     known = Keys(()) if open_door else Keys.load(keys)
-    service = Service(engine, base, store, bank.task, known, jobs, limits or Limits(), engine.length, strict=strict)
+    more = {"strict": strict, "sweep": sweep}
+    service = Service(engine, base, store, bank.task, known, jobs, limits or Limits(), engine.length, **more)
     server = uvicorn.Server(uvicorn.Config(create_app(service), log_level="error", access_log=False))
     listening = socket.create_server(("127.0.0.1", 0))
     thread = threading.Thread(target=server.run, args=([listening],), daemon=True)

@@ -36,7 +36,7 @@ def test_who_is_forgotten_by_http_is_in_no_file(tiny_bank_folder, tmp_path, cach
             assert before >= {"texts", "keyed hash"}
             assert "id" not in before
             told = http.delete(where).json()
-        assert told == {"removed": True, "needs_rebuild": [], "exports_left": 0}
+        assert told == {"removed": True, "needs_rebuild": [], "exports_left": 0, "banks_unmarked": 0}
         assert traces([tmp_path], EVE, store) == []
     assert traces([tmp_path, tiny_bank_folder], EVE, store) == []
     out, err = capfd.readouterr()

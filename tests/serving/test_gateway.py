@@ -276,7 +276,12 @@ def test_a_persons_way_history_personalize_ask_forget(world):
         kept = http.get(where).json()
         assert (kept["versions"], kept["items_kept"], kept["items_held"], len(kept["w"])) == ([1], 2, 4, 3)
         assert said(world.client("team"), "person:team/dee") is not None
-        assert http.delete(where).json() == {"removed": True, "needs_rebuild": [], "exports_left": 0}
+        assert http.delete(where).json() == {
+            "removed": True,
+            "needs_rebuild": [],
+            "exports_left": 0,
+            "banks_unmarked": 0,
+        }
         assert http.get(where).status_code == http.get(f"{where}/personalize").status_code == 404
     with pytest.raises(openai.NotFoundError):
         said(world.client("team"), "person:team/dee")
@@ -295,7 +300,7 @@ def test_an_export_that_is_left_is_told_to_the_operator_at_once_or_still_known(w
         found = http.delete("/v1/people/team/exported").json()
     assert found["exports_left"] == 1
     assert ("exports" in found) == told
-    assert [export.folder for export in store.exports(id)] == ([] if told else [str(tmp_path / "adapter")])
+    assert [export.folder for export in store.exports.of(id)] == ([] if told else [str(tmp_path / "adapter")])
     assert forget_person(id, store).exports_left == (
         [] if told else [f"{tmp_path}/adapter (its adapter was changed since)"]
     )

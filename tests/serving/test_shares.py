@@ -90,7 +90,10 @@ def test_appending_from_many_threads_loses_nothing(tmp_path):
 def test_prefixes_fill_a_quarter_of_the_queue_each_and_three_together():
     going_on = threading.Event()
     jobs = Jobs(
-        SimpleNamespace(personalize=lambda people: going_on.wait(30) and SimpleNamespace(failed={}), store=None), most=8
+        SimpleNamespace(
+            personalize=lambda people, since: going_on.wait(30) and SimpleNamespace(failed={}, forgotten=()), store=None
+        ),
+        most=8,
     )
     try:
         jobs.put(Person.of("first", [item()]))

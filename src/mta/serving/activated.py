@@ -41,6 +41,11 @@ class Activated:
                     self._people.popitem(last=False)
         return made
 
+    def known(self) -> list[Who]:
+        """Whoever is at hand."""
+        with self._lock:
+            return list(self._people)
+
     def forget(self, person: str) -> None:
         """Drop all versions of a person."""
         with self._lock:

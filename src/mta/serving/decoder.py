@@ -59,6 +59,10 @@ class Decoder:
         """Whether a turn would do anything."""
         return bool(self.rows or self.waiting)
 
+    def known(self) -> list[Who]:
+        """Whoever has a row, waits for one, or left a slot warm."""
+        return [row.ask.who for row in (*self.rows, *self.waiting)] + [who for who, _ in self.slots.owners()]
+
     @torch.inference_mode()
     def turn(self) -> None:
         """One step for everybody; who was cancelled leaves first."""

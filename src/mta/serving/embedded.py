@@ -102,14 +102,33 @@ class EmbeddedEngine:
 
     async def forget(self, person: str) -> None:
         """End what runs for a person, and drop all that was computed for them."""
+
+        def now() -> None:
+            self.activated.forget(person)
+            gone = EngineGone("the person was forgotten", hint="Ask the pooled model: task")
+            self.decoder.end(gone, lambda who: isinstance(who, Version) and who.person == person)
+
+        await self._in_turn(now)
+
+    async def people(self) -> set[str]:
+        """The ids of people of whom something is in memory."""
+        found = set[str]()
+
+        def now() -> None:
+            known = (*self.activated.known(), *self.decoder.known())
+            found.update(who.person for who in known if isinstance(who, Version))
+
+        await self._in_turn(now)
+        return found
+
+    async def _in_turn(self, work: Callable[[], None]) -> None:
+        """Let the engine's thread do something, and wait for it. Nothing is left to do where the engine has stopped."""
         loop = asyncio.get_running_loop()
         done = loop.create_future()
 
         def now() -> None:
             try:
-                self.activated.forget(person)
-                gone = EngineGone("the person was forgotten", hint="Ask the pooled model: task")
-                self.decoder.end(gone, lambda who: isinstance(who, Version) and who.person == person)
+                work()
             finally:
                 loop.call_soon_threadsafe(done.set_result, None)
 

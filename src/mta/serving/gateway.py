@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -18,6 +19,7 @@ from mta.serving.openai import error_body
 from mta.serving.page import add_page
 from mta.serving.people import add_people
 from mta.serving.service import Service, error_of
+from mta.serving.sweep import Sweep
 
 
 def create_app(service: Service) -> FastAPI:
@@ -25,7 +27,10 @@ def create_app(service: Service) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        sweeping = asyncio.create_task(Sweep(service).run())
         yield
+        sweeping.cancel()
+        await asyncio.wait([sweeping])
         await service.jobs.close()
         await service.engine.close()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter, OrderedDict
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from mta.history import Item, Person
 from mta.serving.auth import LOCAL, Key
@@ -19,6 +19,9 @@ class Histories:
 
     A person's or prefix's key fills a quarter of it at most, all of these together three quarters; beyond that whoever
     fills most gives way. What is left is the operator's.
+
+    Another process may forget a person. So with held items the person's tombstones are remembered that were there when
+    the items came in; items that are older than a tombstone are dropped, never used.
     """
 
     def __init__(self, store: Store, most: int, room: int = 1 << 28) -> None:
@@ -26,11 +29,13 @@ class Histories:
         self._held: dict[str, OrderedDict[str, Person]] = {}  # by whose key: "" is the operator's
         self._filled: Counter[str] = Counter()
         self._whose: dict[str, str] = {}
+        self._since: dict[str, frozenset[str]] = {}
         self._door = threading.Lock()
 
     def append(self, id: str, new: Sequence[Item], keep: bool, key: Key = LOCAL) -> int:
-        """Add items and return how many there are. Raises Refused where they are too many."""
-        before = self._store.history(id) if keep else self._of(id)
+        """Add items and return how many there are. Raises Refused where they are too many, PersonForgotten."""
+        since = self._store.tombstones.of(id)
+        before = self._store.history(id) if keep else self._of(id, since)
         person = Person.of(id, (*(before.items if before else ()), *new))
         if len(person.items) > self._most:
             raise Refused(
@@ -38,12 +43,13 @@ class Histories:
                 hint="Send fewer, or forget the person and begin anew: DELETE /v1/people/…",
             )
         if keep:
-            self._store.save_history(person)
+            self._store.save_history(person, since)
             return len(person.items)
         with self._door:
             self._drop(id)
             whose = self._whose[id] = key.share
             self._held.setdefault(whose, OrderedDict())[id] = person
+            self._since[id] = since
             self._filled[whose] += _characters(person)
             self._make_room(whose)
         return len(person.items)
@@ -67,24 +73,33 @@ class Histories:
         whose = self._whose.pop(id, None)
         if whose is None:
             return False
+        del self._since[id]
         self._filled[whose] -= _characters(self._held[whose].pop(id))
         return True
 
-    def _of(self, id: str) -> Person | None:
+    def _of(self, id: str, known: frozenset[str]) -> Person | None:
+        """What is held of a person whose tombstones are ``known``; held items that are older than one are dropped."""
         with self._door:
+            if not known <= self._since.get(id, known):
+                self._drop(id)
             whose = self._whose.get(id)
             return None if whose is None else self._held[whose][id]
 
-    def of(self, id: str) -> Person | None:
-        """All items of a person, kept and held, or None."""
-        kept, held = self._store.history(id), self._of(id)
+    def of(self, id: str, known: frozenset[str]) -> Person | None:
+        """All items of a person whose tombstones are ``known``, kept and held, or None."""
+        kept, held = self._store.history(id), self._of(id, known)
         items = (*(kept.items if kept else ()), *(held.items if held else ()))
         return Person.of(id, items) if items else None
 
     def held(self, id: str) -> int:
         """How many items are in memory alone."""
-        found = self._of(id)
+        found = self._of(id, self._store.tombstones.of(id))
         return len(found.items) if found else 0
+
+    def drop_forgotten(self, names: Collection[str]) -> None:
+        """Drop the items held of people that tombstones of these ``names`` are newer than."""
+        for id in list(self._since):
+            self._of(id, self._store.tombstones.among(names, id))
 
     def forget(self, id: str) -> bool:
         """Drop what is held; whether there was anything."""

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import threading
 from collections import Counter
+from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Literal
@@ -13,10 +14,12 @@ from typing import Literal
 import torch
 
 from mta.errors import InputError, MtaError
+from mta.forgetting import Forgotten
 from mta.history import Person
-from mta.personalize import Forgotten, Personalizer
+from mta.personalize import Personalizer
 from mta.serving.auth import LOCAL, Key
 from mta.serving.engine import QueueFull
+from mta.tombstones import NOTHING
 
 TOGETHER = 32  # people of one job
 REMEMBERED = 4096  # people whose status is told after they are done
@@ -43,6 +46,7 @@ class Jobs:
         self._whose: dict[str, str] = {}  # by whose key they wait: "" is the operator's
         self._running: dict[str, Person] = {}
         self._status: dict[str, Status] = {}
+        self._since: dict[str, frozenset[str]] = {}  # of whom a status is told: their tombstones when they were put
         self._turn = threading.Condition()
         self._forgetting = 0
         self._closed = False
@@ -50,9 +54,10 @@ class Jobs:
         self._thread = threading.Thread(target=self._work, name="mta-personalize", daemon=True)
         self._thread.start()
 
-    def put(self, person: Person, key: Key = LOCAL) -> Status:
+    def put(self, person: Person, key: Key = LOCAL, since: frozenset[str] = NOTHING) -> Status:
         """Personalize a person of these items; whoever waits already is personalized of the newer ones.
 
+        ``since`` are the person's tombstones that were there before the items were looked up.
         Raises QueueFull where too many wait: a prefix's people fill a quarter of the queue at most, those of all
         prefixes three quarters.
         """
@@ -61,7 +66,7 @@ class Jobs:
                 raise QueueFull("too many people wait to be personalized", hint="Come again later.")
             self._waiting[person.id] = person
             self._whose[person.id] = key.share
-            self._status[person.id] = Status("waiting")
+            self._status[person.id], self._since[person.id] = Status("waiting"), since
             self._turn.notify_all()
             return self._status[person.id]
 
@@ -83,17 +88,34 @@ class Jobs:
 
     def _forget(self, person: str) -> Forgotten:
         with self._turn:
-            self._waiting.pop(person, None)
-            self._whose.pop(person, None)
+            self._drop(person)
             self._forgetting += 1
             self._turn.wait_for(lambda: not self._running)  # what it leaves for going on is removed too
         try:
             return self.personal.forget(person, keep_exports=True)
         finally:
             with self._turn:
-                self._status.pop(person, None)
+                self._drop(person)
                 self._forgetting -= 1
                 self._turn.notify_all()
+
+    def drop_forgotten(self, names: Collection[str]) -> None:
+        """Drop whoever waits, and the status of whoever was done, that tombstones of these ``names`` are newer than.
+
+        Nothing is saved of those who are running (``Personalizer.personalize``).
+        """
+        store = self.personal.store
+        with self._turn:
+            for id in set(self._status) - set(self._running) if store else ():
+                if store and not store.tombstones.among(names, id) <= self._since.get(id, NOTHING):
+                    self._drop(id)
+
+    def _drop(self, person: str) -> None:
+        """Nothing waits for a person, and nothing is told of them."""
+        self._waiting.pop(person, None)
+        self._whose.pop(person, None)
+        self._status.pop(person, None)
+        self._since.pop(person, None)
 
     async def close(self) -> None:
         """Let the running job end; who waits is not begun."""
@@ -115,9 +137,14 @@ class Jobs:
                 for id in chosen:
                     del self._whose[id]
                 self._status |= dict.fromkeys(chosen, Status("running"))
-            found = self._personalized(list(self._running.values()))
+                since = NOTHING.union(*(self._since[id] for id in chosen))
+            found = self._personalized(list(self._running.values()), since)
             with self._turn:
-                self._status |= {id: status for id, status in found.items() if id not in self._waiting}
+                for id in set(self._running) - set(self._waiting):
+                    if id in found:
+                        self._status[id] = found[id]
+                    else:  # forgotten meanwhile
+                        self._drop(id)
                 self._running = {}
                 self._drop_old()
                 self._turn.notify_all()
@@ -126,18 +153,20 @@ class Jobs:
         """Of those who are done only the last ones are remembered; what is kept of the others says as much."""
         for id in list(self._status)[:-REMEMBERED]:
             if self._status[id].state in ("done", "failed"):
-                del self._status[id]
+                self._drop(id)
 
-    def _personalized(self, people: list[Person]) -> dict[str, Status]:
+    def _personalized(self, people: list[Person], since: frozenset[str]) -> dict[str, Status]:
+        """The status of each, but of those who were forgotten after the tombstones ``since``."""
         try:
-            failed = self.personal.personalize(people).failed
+            done = self.personal.personalize(people, since=since)
         except Exception as error:
             if len(people) > 1:  # one person's items must not be everybody's failure
-                return {id: status for one in people for id, status in self._personalized([one]).items()}
+                return {id: status for one in people for id, status in self._personalized([one], since).items()}
             told = error.message if isinstance(error, InputError) else type(error).__name__
             return {people[0].id: Status("failed", message=told)}  # where states lie is nobody's business
-        diverged = dict.fromkeys(failed, Status("failed", message="training led to numbers that are not finite"))
-        return {person.id: Status("done", self._latest(person.id)) for person in people} | diverged
+        diverged = dict.fromkeys(done.failed, Status("failed", message="training led to numbers that are not finite"))
+        here = [person.id for person in people if person.id not in done.forgotten]
+        return {id: Status("done", self._latest(id)) for id in here} | diverged
 
     def _latest(self, person: str) -> int | None:
         with contextlib.suppress(MtaError):

@@ -50,9 +50,8 @@ class Personalize(_Body):
 
 def add_people(app: FastAPI, service: Service) -> None:
     """The routes for what is kept of people."""
-    histories = Histories(service.store, service.limits.items)
-    _add_history(app, service, histories)
-    _add_state(app, service, histories)
+    _add_history(app, service, service.histories)
+    _add_state(app, service, service.histories)
 
 
 def _add_history(app: FastAPI, service: Service, histories: Histories) -> None:
@@ -71,10 +70,11 @@ def _add_history(app: FastAPI, service: Service, histories: Histories) -> None:
         await service.check_fresh()
         latest = body.latest if body else None
         async with service.lock(id):
-            person = await run_in_threadpool(histories.of, id)
+            since = await run_in_threadpool(service.store.tombstones.of, id)
+            person = await run_in_threadpool(histories.of, id, since)
             if person is None:
                 raise Refused("no item is known of this person", hint="Append some first: POST …/history")
-            return _told(service.jobs.put(person.latest(latest) if latest else person, key))
+            return _told(service.jobs.put(person.latest(latest) if latest else person, key, since))
 
     @app.get("/v1/people/{id:path}/personalize")
     async def status(id: str, key: Caller) -> dict[str, Any]:
@@ -91,7 +91,7 @@ def _add_state(app: FastAPI, service: Service, histories: Histories) -> None:
     async def kept(id: str, key: Caller) -> dict[str, Any]:
         """What is kept of a person: opaque anchor numbers, coefficients, versions, bytes."""
         _own(key, id)
-        return await run_in_threadpool(_kept, service.store, id, histories.held(id))
+        return await run_in_threadpool(_kept, service.store, id, histories)
 
     @app.delete("/v1/people/{id:path}")
     async def forget(id: str, key: Caller) -> dict[str, Any]:
@@ -101,14 +101,15 @@ def _add_state(app: FastAPI, service: Service, histories: Histories) -> None:
             held = histories.forget(id)
             try:
                 found = await service.jobs.forget(id)
+                service.is_stale |= bool(found.needs_rebuild)
             finally:
                 await service.engine.forget(id)
             if found.exports_left and key.rights == "admin":  # told now; others leave it to mta forget
-                await run_in_threadpool(service.store.keep_exports, id, [])
-        service.is_stale |= bool(found.needs_rebuild)
+                await run_in_threadpool(service.store.exports.forget, id)
         told = {"removed": found.states_removed or held, "needs_rebuild": found.needs_rebuild}
-        named = {"exports": found.exports_left} if key.rights == "admin" and found.exports_left else {}
-        return told | {"exports_left": len(found.exports_left)} | named
+        told |= {"exports_left": len(found.exports_left), "banks_unmarked": len(found.unmarked)}
+        named = {"exports": found.exports_left, "banks": found.unmarked} if key.rights == "admin" else {}
+        return told | {name: left for name, left in named.items() if left}
 
 
 def _own(key: Key, id: str) -> None:
@@ -149,8 +150,8 @@ def _told(status: Status) -> dict[str, Any]:
     return {"status": status.state, "version": status.version, "message": status.message}
 
 
-def _kept(store: Store, id: str, held: int) -> dict[str, Any]:
-    versions, kept = store.versions(id), store.history(id)
+def _kept(store: Store, id: str, histories: Histories) -> dict[str, Any]:
+    versions, kept, held = store.versions(id), store.history(id), histories.held(id)
     if not versions and not kept and not held:
         raise _unknown()
     told: dict[str, Any] = {"versions": versions, "bytes": store.nbytes(id)}

@@ -20,10 +20,11 @@ from starlette.exceptions import HTTPException
 
 from mta.bank.files import INFO, stale
 from mta.base import BaseModel
-from mta.errors import MtaError, PersonNotFound
+from mta.errors import MtaError, PersonForgotten, PersonNotFound
 from mta.rows import BASE, TASK
 from mta.serving.auth import LOCAL, Key, Keys
 from mta.serving.engine import Engine, EngineGone, QueueFull, Refused, Version, Who
+from mta.serving.histories import Histories
 from mta.serving.jobs import Jobs
 from mta.serving.limits import Limits, Rate
 from mta.serving.metrics import Metrics
@@ -48,6 +49,7 @@ class Service:
     """What the routes work with. ``length`` is how many tokens prompt and answer may have together.
 
     ``strict`` are the folders of banks that are not to be served once somebody they learnt from was forgotten.
+    ``sweep`` is the number of seconds between two looks for people whom other processes forgot.
     """
 
     engine: Engine
@@ -61,12 +63,15 @@ class Service:
     metrics: Metrics = field(default_factory=Metrics)
     strict: Sequence[Path] = ()
     is_stale: bool = False
+    sweep: float = 10.0
     rate: Rate = field(init=False)
+    histories: Histories = field(init=False)
     _held: Counter[str] = field(default_factory=Counter, init=False)
     _locks: WeakValueDictionary[str, asyncio.Lock] = field(default_factory=WeakValueDictionary, init=False)
 
     def __post_init__(self) -> None:
         self.rate = Rate(self.limits.rate)
+        self.histories = Histories(self.store, self.limits.items)
 
     async def who(self, model: str, key: Key, fallback: Literal["task", "base"] | None = None) -> Who:
         """Whom a request means. Unknown and forbidden people are answered alike, so nobody learns who exists.
@@ -157,6 +162,9 @@ def error_of(error: MtaError) -> tuple[int, dict[str, object], dict[str, str]]:
     if isinstance(error, PersonNotFound):  # the store's own words tell where it lies, and which versions there are
         message = message if isinstance(error, NobodyHere) else "the person is not here any more"
         return 404, error_body(message, "invalid_request_error", "model_not_found", "model"), {}
+    if isinstance(error, PersonForgotten):
+        message = "the person was forgotten while this was done: nothing was kept. Send it again if they are back"
+        return 409, error_body(message, "invalid_request_error", "person_forgotten"), {}
     if isinstance(error, QueueFull):
         return 429, error_body(message, "rate_limit_error", "queue_full"), {"Retry-After": str(error.retry_after)}
     if isinstance(error, NeedsRebuild):

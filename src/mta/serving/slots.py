@@ -110,6 +110,10 @@ class Slots:
         """Whether all slots are at work."""
         return self.used == len(self)
 
+    def owners(self) -> list[Owner]:
+        """Whose slots are at work or warm."""
+        return [slot.owner for slot in self._slots if slot.owner]
+
     def take(self, owner: Owner, prompt: Sequence[int]) -> tuple[int, int]:
         """A slot for a row of ``owner``, and how many of the prompt's tokens are in it already (never all of them)."""
         idle = range(self.used, len(self))

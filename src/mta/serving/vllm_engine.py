@@ -92,6 +92,10 @@ class VllmEngine:
             task.cancel()
         await self.names.forget(person)
 
+    async def people(self) -> set[str]:
+        """The ids of people whose adapters vLLM may hold. Raises EngineGone."""
+        return await self.names.people()
+
     def facts(self) -> dict[str, tuple[float, str]]:
         """Answers, adapters, and what their cut to vLLM's slots loses."""
         errors = self.names.errors

@@ -1,0 +1,136 @@
+"""A person whom another process forgot, while a gateway still holds something of theirs."""
+
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import httpx2
+import pytest
+from conftest import people_of
+from served import endless, served
+from tiny import base_of
+
+from mta.bank.bank import Bank
+from mta.personalize import forget_person
+from mta.stages import Stages
+from mta.store import Store
+
+ITEMS = [{"fields": dict(item.fields), "time": item.time} for item in people_of(1, items=4, seed=9)[0].items]
+EVE = "/v1/people/eve"
+
+
+def until(check):
+    for _ in range(3000):
+        if check():
+            return
+        time.sleep(0.02)
+    pytest.fail("it never came to pass")
+
+
+@pytest.fixture
+def gateway(tiny_bank_folder, tmp_path, cache, request):
+    """A gateway over a store, spoken to with an admin's key; ``forget`` forgets by the command line, elsewhere."""
+    base = endless(base_of())
+    with served(base, Bank.open(tiny_bank_folder, base), tmp_path, sweep=getattr(request, "param", 600.0)) as here:
+        key = {"Authorization": f"Bearer {here.secrets['admin']}"}
+        here.service.store.identity(write=True)  # mta serve asks for a store that is there
+        with httpx2.Client(base_url=here.url, headers=key, timeout=60) as http:
+
+            def forget():
+                words = ["forget", "eve", "--bank", str(tiny_bank_folder), "--store", str(tmp_path / "people")]
+                done = subprocess.run([sys.executable, "-m", "mta", *words], capture_output=True, text=True)
+                assert done.returncode == 0, done.stderr
+
+            yield SimpleNamespace(http=http, service=here.service, store=here.service.store, forget=forget)
+
+
+def personalized(http):
+    assert http.post(f"{EVE}/personalize").status_code == 202
+    until(lambda: http.get(f"{EVE}/personalize").json()["status"] not in ("waiting", "running"))
+    return http.get(f"{EVE}/personalize").json()["status"]
+
+
+def test_items_in_memory_do_not_bring_back_who_was_forgotten_by_the_command_line_and_new_ones_do(gateway):
+    http = gateway.http
+    assert http.post(f"{EVE}/history", json={"items": ITEMS[:3]}).json()["items"] == 3
+    gateway.forget()
+    assert http.post(f"{EVE}/personalize").status_code == 400  # nothing is known of this person
+    assert http.get(EVE).status_code == 404
+    assert "eve" not in gateway.store
+    assert http.post(f"{EVE}/history", json={"items": ITEMS[3:]}).json()["items"] == 1
+    assert personalized(http) == "done"
+    assert http.get(EVE).json()["items_held"] == 1
+    assert gateway.store.load("eve").history == people_of(1, items=4, seed=9)[0].latest(1).digest()
+
+
+def test_a_job_that_runs_while_its_person_is_forgotten_elsewhere_saves_nothing_of_theirs(gateway, monkeypatch):
+    http, states, begun, going_on = gateway.http, Stages.states, threading.Event(), threading.Event()
+
+    def slow(stages, cohort):
+        made = states(stages, cohort)
+        begun.set()
+        assert going_on.wait(60)
+        return made
+
+    monkeypatch.setattr(Stages, "states", slow)
+    for id in ("eve", "bob"):
+        http.post(f"/v1/people/{id}/history", json={"items": ITEMS})
+    with gateway.service.jobs._turn:  # both in one job
+        gateway.service.jobs._forgetting += 1
+    for id in ("eve", "bob"):
+        assert http.post(f"/v1/people/{id}/personalize").status_code == 202
+    with gateway.service.jobs._turn:
+        gateway.service.jobs._forgetting -= 1
+        gateway.service.jobs._turn.notify_all()
+    assert begun.wait(60)
+    gateway.forget()
+    going_on.set()
+    until(lambda: http.get("/v1/people/bob/personalize").json()["status"] == "done")
+    assert http.get(EVE).status_code == http.get(f"{EVE}/personalize").status_code == 404
+    assert ("eve" in gateway.store, "bob" in gateway.store) == (False, True)
+    assert not Path(gateway.store.files.at(gateway.store._path("eve"))).exists()
+
+
+@pytest.mark.parametrize("gateway", [0.02], indirect=True)
+def test_a_gateway_drops_all_it_holds_in_memory_of_who_was_forgotten_elsewhere(gateway):
+    http, service = gateway.http, gateway.service
+    http.post(f"{EVE}/history", json={"items": ITEMS})
+    assert personalized(http) == "done"
+    assert http.post("/v1/completions", json={"model": "person:eve", "prompt": "x", "max_tokens": 2}).status_code == 200
+    http.post("/v1/people/bob/history", json={"items": ITEMS})
+    assert "eve" in service.jobs._status
+    gateway.forget()
+    until(lambda: "eve" not in service.histories._whose)
+    until(lambda: service.jobs.status("eve") is None)
+    until(lambda: not [who for who in service.engine.activated.known() if getattr(who, "person", "") == "eve"])
+    until(lambda: not [who for who in service.engine.decoder.known() if getattr(who, "person", "") == "eve"])
+    assert service.histories.held("bob") == len(ITEMS)
+
+
+def test_an_answer_that_is_told_of_a_bank_that_cannot_be_marked_names_it_to_the_operator(tiny_bank_folder, tmp_path):
+    base = endless(base_of())
+    folder = shutil.copytree(tiny_bank_folder, tmp_path / "bank")
+    with served(base, Bank.open(folder, base), tmp_path, strict=[folder]) as here:
+        key = {"Authorization": f"Bearer {here.secrets['admin']}"}
+        (folder / "needs-rebuild.json" / "in the way").mkdir(parents=True)
+        told = httpx2.delete(f"{here.url}/v1/people/t0", headers=key, timeout=60).json()
+        assert (told["needs_rebuild"], told["banks_unmarked"], list(told["banks"])) == (["task LoRA"], 1, [str(folder)])
+        assert here.service.is_stale
+
+
+def test_what_is_appended_and_kept_while_the_person_is_forgotten_is_not_kept(gateway, monkeypatch):
+    http, save = gateway.http, Store.save_history
+    assert http.post(f"{EVE}/history", json={"items": ITEMS[:2], "keep": True}).status_code == 200
+
+    def late(store, person, since=None):
+        forget_person("eve", Store(store.files.url))
+        save(store, person, since)
+
+    monkeypatch.setattr(Store, "save_history", late)
+    answer = http.post(f"{EVE}/history", json={"items": ITEMS[2:], "keep": True})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (409, "person_forgotten")
+    assert gateway.store.history("eve") is None
