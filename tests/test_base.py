@@ -2,15 +2,18 @@
 
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 from huggingface_hub import constants
 from tiny import KINDS, base_of, tokenizer
 from torch import nn
 from transformers import MambaConfig, MambaForCausalLM
 
+from mta import machine
 from mta.base import BaseModel
 from mta.config import Run
 from mta.errors import AssetError, ModelError, UnsupportedModel
@@ -126,6 +129,28 @@ def test_what_auto_took_once_it_takes_again_however_busy_the_machine_is(cache, m
     assert pick_dtype("auto", torch.device("cpu")) == torch.bfloat16
     assert pick_dtype("auto", torch.device("cpu")) == torch.bfloat16
     (cache / "dtype.json").write_text("{broken")
+    assert pick_dtype("auto", torch.device("cpu")) == torch.float32
+
+
+def test_processes_that_start_together_take_the_dtype_that_the_first_one_measured(cache, monkeypatch):
+    cache.mkdir()
+    note = cache / "dtype.json"
+    monkeypatch.setattr("mta.machine.gemm_rate", lambda dtype: 1.0)  # float32, if it was measured again
+    with ThreadPoolExecutor(1) as other:
+        with FileLock(cache / "dtype.lock"):
+            later = other.submit(pick_dtype, "auto", torch.device("cpu"))
+            with pytest.raises(TimeoutError):
+                later.result(0.2)
+            note.write_text(json.dumps({machine._here(): "bfloat16"}))
+        assert later.result(60) == torch.bfloat16
+
+
+def test_virtual_processors_of_one_name_do_not_share_a_dtype(cache, monkeypatch):
+    rates = iter([3.0, 1.0, 1.0, 3.0])
+    monkeypatch.setattr("mta.machine.gemm_rate", lambda dtype: next(rates))
+    monkeypatch.setattr("mta.machine.cpuinfo", lambda *fields: "one" if "flags" in fields else "Virtual CPU")
+    assert pick_dtype("auto", torch.device("cpu")) == torch.bfloat16
+    monkeypatch.setattr("mta.machine.cpuinfo", lambda *fields: "other" if "flags" in fields else "Virtual CPU")
     assert pick_dtype("auto", torch.device("cpu")) == torch.float32
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import hashlib
 import os
 import platform
 import time
@@ -14,9 +15,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from filelock import FileLock
 
 from mta.aside import read_json, write_json
 from mta.assets import cache_dir
+from mta.cpu import cpuinfo
 from mta.errors import ModelError
 
 T = TypeVar("T")
@@ -27,11 +30,7 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torc
 
 def processor() -> str:
     """The processor's name as it gives it, and the GPU's where there is one."""
-    name, listing = platform.processor() or platform.machine(), Path("/proc/cpuinfo")
-    for line in listing.read_text(encoding="utf-8").splitlines() if listing.is_file() else ():
-        if line.startswith("model name"):
-            name = line.partition(":")[2].strip()
-            break
+    name = cpuinfo("model name") or platform.processor() or platform.machine()
     return f"{name}, {torch.cuda.get_device_name()}" if torch.cuda.is_available() else name
 
 
@@ -72,15 +71,40 @@ def faster(bfloat16: float, float32: float) -> str:
 
 
 def _faster() -> str:
-    """Measured once for a processor and remembered: a busy moment must not make another base of the same weights."""
-    note, here = cache_dir() / "dtype.json", f"{processor()}, torch {torch.__version__}"
-    known = read_json(note)
-    if isinstance(known, dict) and known.get(here) in _DTYPES:
-        return str(known[here])
-    found = faster(gemm_rate(torch.bfloat16), gemm_rate(torch.float32))
-    with contextlib.suppress(OSError):
-        write_json(note, (known if isinstance(known, dict) else {}) | {here: found})
-    return found
+    """The faster dtype, measured once for each processor and torch, and saved in the cache folder.
+
+    A busy moment must not make another base of the same weights. The first of several processes that start together
+    measures, and the others wait for its choice.
+    """
+    note = cache_dir() / "dtype.json"
+    if known := _noted(note).get(_here()):
+        return known
+    with contextlib.suppress(OSError):  # a cache folder that cannot be written to
+        note.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(note.with_suffix(".lock")):
+            if known := _noted(note).get(_here()):
+                return known
+            found = _measured()
+            write_json(note, _noted(note) | {_here(): found})
+            return found
+    return _measured()
+
+
+def _measured() -> str:
+    return faster(gemm_rate(torch.bfloat16), gemm_rate(torch.float32))
+
+
+def _noted(note: Path) -> dict[str, str]:
+    """The choices saved in a note, by processor and torch."""
+    found = read_json(note)
+    return {key: value for key, value in found.items() if value in _DTYPES} if isinstance(found, dict) else {}
+
+
+def _here() -> str:
+    """The key of a choice: processor and torch version."""
+    # Virtual machines give different processors one name; their instruction sets tell them apart.
+    features = hashlib.sha256(cpuinfo("flags", "Features").encode()).hexdigest()[:8]
+    return f"{processor()} ({features}), torch {torch.__version__}"
 
 
 def in_passing(work: Callable[[], T]) -> T:
