@@ -28,7 +28,7 @@ def no_network(monkeypatch):
     monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("a connection was opened"))
 
 
-def test_an_empty_cache_is_a_warning_that_says_what_is_fetched_from_where(cache, no_network):
+def test_an_empty_cache_is_a_warning_that_says_what_is_fetched_from_where(cache, no_network, without_kernels):
     findings = examine()
     base = found("default base", findings)
     assert base.verdict == "warning"
@@ -39,20 +39,44 @@ def test_an_empty_cache_is_a_warning_that_says_what_is_fetched_from_where(cache,
     assert not any(path.is_file() for path in (cache / "assets").glob("**/*"))
 
 
-def test_kernels_are_not_compiled_to_look_at_them(cache, monkeypatch):
+@pytest.fixture
+def without_kernels(monkeypatch):
+    """What is looked at is not the compiler."""
+    monkeypatch.setenv("MTA_KERNELS", "off")
+
+
+@pytest.mark.skipif(bool(doctor.obstacle()), reason=f"no kernels here: {doctor.obstacle()}")
+def test_kernels_that_work_are_compiled(monkeypatch):
     (told,) = doctor._kernels()
-    if doctor.obstacle():
-        assert told.verdict == "warning"
-        return
-    assert (told.verdict, told.found) == ("ok", "not yet: when they are first needed, once, by g++")
-    assert not (cache / "kernels").exists()
+    assert (told.verdict, told.found, told.hint) == ("ok", "yes, for this processor", "")
+    monkeypatch.setenv("MTA_KERNELS", "off:rotate,adamw")
+    (told,) = doctor._kernels()
+    assert told.found == "yes, for this processor; MTA_KERNELS switches off adamw, rotate"
+
+
+def test_kernels_that_fail_to_compile_are_told_with_the_compilers_first_error(cache, monkeypatch, tmp_path):
+    broken = tmp_path / "g++"
+    broken.write_text("#!/bin/sh\necho \"kernels.cpp:1:1: error: no 'requires' here\" >&2\nexit 1\n")
+    broken.chmod(0o755)
+    monkeypatch.delenv("MTA_KERNELS", raising=False)
+    done = mta_doctor("--json", PATH=f"{tmp_path}:{os.environ['PATH']}")
+    kernels = found("compiled", [namedtuple("told", one)(**one) for one in json.loads(done.stdout)["findings"]])
+    assert (kernels.verdict, kernels.found) == ("warning", "failed: kernels.cpp:1:1: error: no 'requires' here")
+    assert kernels.hint.endswith("Kernels need g++ 12 or newer, on Linux.")
+
+
+def test_kernels_that_are_switched_off_or_not_supported_are_told_apart(monkeypatch):
+    monkeypatch.setenv("MTA_KERNELS", "off:rotate")
     monkeypatch.setattr("mta.kernels.compile.shutil.which", lambda _: None)
     (told,) = doctor._kernels()
-    assert (told.verdict, told.found) == ("warning", "no: there is no g++")
-    assert told.hint.startswith("torch's own operations do the same, more slowly.")
+    assert (told.verdict, told.found) == ("warning", "not supported here: there is no g++")
+    monkeypatch.setenv("MTA_KERNELS", "off")
+    (told,) = doctor._kernels()
+    assert (told.verdict, told.found) == ("warning", "off: MTA_KERNELS is off")
+    assert told.hint.endswith("unset MTA_KERNELS")
 
 
-def test_assets_that_are_there_need_no_network(cache, no_network):
+def test_assets_that_are_there_need_no_network(cache, no_network, without_kernels):
     for name, asset in assets.ASSETS.items():
         (cache / "assets" / name).mkdir(parents=True)
         marker = json.dumps(assets._pins(asset) | {"sizes": {}})
@@ -186,7 +210,7 @@ def test_the_command_ends_with_0_where_a_demo_could_run(cache):
     told = json.loads(done.stdout)
     assert (done.returncode, told["problems"]) == (0, 0), done.stderr
     kernels = found("compiled", [namedtuple("told", one)(**one) for one in told["findings"]])
-    assert (kernels.verdict, kernels.found) == ("warning", "no: MTA_KERNELS is off")
+    assert (kernels.verdict, kernels.found) == ("warning", "off: MTA_KERNELS is off")
     assert {one["verdict"] for one in told["findings"]} <= {"ok", "warning", "problem"}
 
 

@@ -166,7 +166,7 @@ def tree_attention(
     groups = key.shape[1]
     count, wide = blocks.queries.shape
     scale = width**-0.5 if scaling is None else scaling
-    if kernels(query, key, value, attention_mask):
+    if kernels("attention", query, key, value, attention_mask):
         return TreeAttention.apply(query, key, value, attention_mask, blocks, scale), None  # type: ignore[no-untyped-call]
     q = _fetch(query, blocks.queries).view(count, wide, groups, heads // groups, width).permute(0, 2, 3, 1, 4)
     k, v = (_fetch(part, blocks.keys).transpose(1, 2).flatten(0, 1) for part in (key, value))  # (G * groups, K, E)

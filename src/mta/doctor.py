@@ -24,7 +24,7 @@ from mta.bank.files import read_info, stale, verify
 from mta.config import Run, parse_size
 from mta.errors import MtaError
 from mta.hub import is_cached
-from mta.kernels import is_compiled, kernels, obstacle
+from mta.kernels import FAMILIES, failure, obstacle, switched_off
 from mta.machine import cores, faster, gemm_rate, pick_device, pick_dtype, processor
 from mta.provenance import version_of
 from mta.storage import Storage
@@ -163,14 +163,20 @@ def _free_memory() -> int | None:
 
 
 def _kernels() -> Iterator[Finding]:
-    here, name, why = "kernels", "compiled", obstacle()
-    if not why and not is_compiled():
-        yield Finding(here, name, "ok", "not yet: when they are first needed, once, by g++")
-    elif not why and kernels(torch.zeros(1)):
-        yield Finding(here, name, "ok", "yes, for this processor")
+    """Whether kernels work here. They are compiled to find out, where they are not yet, as a run would."""
+    here, name, off = "kernels", "compiled", switched_off()
+    hint = "torch's own operations compute the same, more slowly. Kernels need g++ 12 or newer, on Linux."
+    if off == frozenset(FAMILIES):
+        told, hint = f"off: {obstacle()}", "torch's own operations compute the same, more slowly:  unset MTA_KERNELS"
+    elif why := obstacle():
+        told = f"not supported here: {why}"
+    elif why := failure():
+        told = f"failed: {why}"
     else:
-        hint = "torch's own operations do the same, more slowly. To have them: g++ 11 or newer, on Linux."
-        yield Finding(here, name, "warning", f"no: {why or 'what was compiled cannot be loaded'}", hint)
+        some = f"; MTA_KERNELS switches off {', '.join(sorted(off))}" if off else ""
+        yield Finding(here, name, "ok", f"yes, for this processor{some}")
+        return
+    yield Finding(here, name, "warning", told, hint)
 
 
 def _cache() -> Iterator[Finding]:

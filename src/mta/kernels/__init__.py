@@ -3,22 +3,24 @@
 ``compile`` builds and loads them, ``functions`` gives them gradients, ``swap`` puts them into a model.
 """
 
-from mta.kernels.compile import is_compiled, kernels, obstacle, without_kernels
+from mta.kernels.compile import FAMILIES, failure, kernels, obstacle, switched_off, without_kernels
 from mta.kernels.functions import LogProbs, TreeAttention, add_low_rank, low_rank_gradients, side_by_side, wide
 from mta.kernels.products import AdaptedRows, product
 from mta.kernels.swap import use_kernels
 
 __all__ = [
+    "FAMILIES",
     "AdaptedRows",
     "LogProbs",
     "TreeAttention",
     "add_low_rank",
-    "is_compiled",
+    "failure",
     "kernels",
     "low_rank_gradients",
     "obstacle",
     "product",
     "side_by_side",
+    "switched_off",
     "use_kernels",
     "wide",
     "without_kernels",

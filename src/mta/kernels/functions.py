@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from mta.kernels.compile import Kernels, kernels
+from mta.kernels.compile import compiled, kernels
 
 _FEW, _LOW = 4, 16  # tokens of a person, and ranks, beyond which oneDNN's products are faster in bfloat16
 
@@ -21,12 +21,6 @@ _FEW, _LOW = 4, 16  # tokens of a person, and ranks, beyond which oneDNN's produ
 def wide(dtype: torch.dtype) -> torch.dtype:
     """What sums are kept in."""
     return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def _of(x: Tensor) -> Kernels:
-    found = kernels(x)
-    assert found is not None
-    return found
 
 
 class RmsNorm(Function):
@@ -37,7 +31,9 @@ class RmsNorm(Function):
         x = x.contiguous()
         d = x.shape[-1]
         y, scale = torch.empty_like(x), x.new_empty(x.numel() // d, dtype=wide(x.dtype))
-        _of(x)["rms_norm"](y.data_ptr(), scale.data_ptr(), x.data_ptr(), weight.data_ptr(), len(scale), d, eps)
+        compiled("norm", x.dtype)["rms_norm"](
+            y.data_ptr(), scale.data_ptr(), x.data_ptr(), weight.data_ptr(), len(scale), d, eps
+        )
         ctx.save_for_backward(x, weight, scale)
         return y
 
@@ -47,7 +43,7 @@ class RmsNorm(Function):
         x, weight, scale = ctx.saved_tensors
         dy, dx = dy.contiguous(), torch.empty_like(x)
         places = (t.data_ptr() for t in (dx, dy, scale, x, weight))
-        _of(x)["rms_norm_backward"](*places, len(scale), x.shape[-1])
+        compiled("norm", x.dtype)["rms_norm_backward"](*places, len(scale), x.shape[-1])
         return dx, None, None
 
 
@@ -58,7 +54,7 @@ class Swiglu(Function):
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
         gate, up = gate.contiguous(), up.contiguous()
         y = torch.empty_like(gate)
-        _of(gate)["swiglu"](y.data_ptr(), gate.data_ptr(), up.data_ptr(), y.numel())
+        compiled("swiglu", gate.dtype)["swiglu"](y.data_ptr(), gate.data_ptr(), up.data_ptr(), y.numel())
         ctx.save_for_backward(gate, up)
         return y
 
@@ -67,7 +63,8 @@ class Swiglu(Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
         gate, up = ctx.saved_tensors
         dy, dgate, dup = dy.contiguous(), torch.empty_like(gate), torch.empty_like(up)
-        _of(gate)["swiglu_backward"](*(t.data_ptr() for t in (dgate, dup, dy, gate, up)), dy.numel())
+        places = (t.data_ptr() for t in (dgate, dup, dy, gate, up))
+        compiled("swiglu", gate.dtype)["swiglu_backward"](*places, dy.numel())
         return dgate, dup
 
 
@@ -89,7 +86,8 @@ class Rotate(Function):
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
     x = x.transpose(1, 2).contiguous()  # (B, T, H, E), as the linear layer wrote it
     y = torch.empty_like(x)
-    _of(x)["rotate"](*(t.data_ptr() for t in (y, x, cos, sin)), *x.shape, len(cos), inverse)
+    places = (t.data_ptr() for t in (y, x, cos, sin))
+    compiled("rotate", x.dtype)["rotate"](*places, *x.shape, len(cos), inverse)
     return y.transpose(1, 2)
 
 
@@ -100,7 +98,7 @@ def add_low_rank(y: Tensor, x: Tensor, a: Tensor, b: Tensor) -> Tensor | None:
     ``low_rank_gradients`` is the other half.
     """
     few = x.dtype != torch.bfloat16 or x.shape[1] <= _FEW or a.shape[1] <= _LOW
-    found = kernels(y, x, a, b) if few else None
+    found = kernels("low_rank", y, x, a, b) if few else None
     if found is None or not (y.is_contiguous() and x.is_contiguous() and a.is_contiguous() and b.is_contiguous()):
         return None
     people, rows, d = x.shape
@@ -121,7 +119,7 @@ def low_rank_gradients(
     da, db = a.new_empty(people, trained, a.shape[2]), b.new_empty(people, trained, b.shape[2])
     dh = torch.empty_like(h)
     places = (None if t is None else t.data_ptr() for t in (dx, da, db, dh, dy, x, h, a, b))
-    _of(x)["low_rank_backward"](*places, people, rows, ranks, a.shape[2], b.shape[2], trained)
+    compiled("low_rank", x.dtype)["low_rank_backward"](*places, people, rows, ranks, a.shape[2], b.shape[2], trained)
     return da, db
 
 
@@ -129,7 +127,7 @@ def side_by_side(b: Tensor, ids: Tensor, w: Tensor) -> Tensor:
     """Factors B (N, O, R) of anchors ``ids`` (U, K) weighed by ``w`` (U, K), on the rank axis: (U, O, K * R)."""
     people, k = ids.shape
     frozen = not (torch.is_grad_enabled() and (b.requires_grad or w.requires_grad))
-    found = kernels(b, w) if frozen and b.is_contiguous() else None
+    found = kernels("side_by_side", b, w) if frozen and b.is_contiguous() else None
     if found is None:
         return (b[ids] * w[:, :, None, None]).transpose(1, 2).reshape(people, b.shape[1], k * b.shape[2])
     out = b.new_empty(people, b.shape[1], k * b.shape[2])
@@ -146,7 +144,7 @@ class LogProbs(Function):
     def forward(ctx: Any, logits: Tensor, source: Tensor, target: Tensor) -> Tensor:
         logits = logits.contiguous()
         total = logits.new_empty(len(logits), dtype=wide(logits.dtype))
-        _of(logits)["log_sum_exp"](total.data_ptr(), logits.data_ptr(), *logits.shape)
+        compiled("log_probs", logits.dtype)["log_sum_exp"](total.data_ptr(), logits.data_ptr(), *logits.shape)
         ctx.save_for_backward(logits, source, target, total)
         return logits[source, target].to(total.dtype) - total[source]
 
@@ -157,7 +155,7 @@ class LogProbs(Function):
         weight = torch.zeros_like(total).index_add_(0, source, -dy)
         out = torch.empty_like(logits)
         places = (t.data_ptr() for t in (out, logits, total, weight))
-        _of(logits)["weighted_softmax"](*places, *logits.shape)
+        compiled("log_probs", logits.dtype)["weighted_softmax"](*places, *logits.shape)
         return out.index_put_((source, target), dy.to(out.dtype), accumulate=True), None, None
 
 
@@ -175,7 +173,9 @@ class TreeAttention(Function):
         spread = _spread(q, blocks)  # (G, H, Q, E)
         near, values = _gathered(k, blocks), _gathered(v, blocks)
         shares = torch.bmm(_grouped(spread, groups), near.flatten(0, 1).mT)  # scores, until softmax is done in place
-        _of(q)["softmax"](shares.data_ptr(), mask.data_ptr(), count, heads, spread.shape[2], near.shape[2], scale)
+        compiled("attention", q.dtype)["softmax"](
+            shares.data_ptr(), mask.data_ptr(), count, heads, spread.shape[2], near.shape[2], scale
+        )
         seen = torch.bmm(shares, values.flatten(0, 1))
         ctx.save_for_backward(spread, near, values, shares)
         ctx.blocks, ctx.scale, ctx.shape = blocks, scale, (batch, tokens, heads, width)
@@ -190,7 +190,9 @@ class TreeAttention(Function):
         dvalues = torch.bmm(shares.mT, up)
         dscores = torch.bmm(up, values.flatten(0, 1).mT)
         rows, keys = dscores.shape[0] * dscores.shape[1], dscores.shape[2]
-        _of(shares)["softmax_backward"](dscores.data_ptr(), shares.data_ptr(), rows, keys, ctx.scale)
+        compiled("attention", shares.dtype)["softmax_backward"](
+            dscores.data_ptr(), shares.data_ptr(), rows, keys, ctx.scale
+        )
         dq = torch.bmm(dscores, near.flatten(0, 1)).view(spread.shape)
         dk = torch.bmm(dscores.mT, _grouped(spread, groups))
         batch, tokens = ctx.shape[:2]
@@ -213,7 +215,7 @@ def _spread(x: Tensor, blocks: Any) -> Tensor:
     heads, width = x.shape[2:]
     out = x.new_empty(count, heads, wide_, width)
     places = (t.data_ptr() for t in (out, x, blocks.place))
-    _of(x)["spread"](*places, len(blocks.place), count, wide_, heads, width)
+    compiled("attention", x.dtype)["spread"](*places, len(blocks.place), count, wide_, heads, width)
     return out
 
 
@@ -222,7 +224,8 @@ def _gathered(x: Tensor, blocks: Any) -> Tensor:
     count, deep = blocks.keys.shape
     heads, width = x.shape[2:]
     out = x.new_empty(count, heads, deep, width)
-    _of(x)["gather"](*(t.data_ptr() for t in (out, x, blocks.keys)), count, deep, heads, width)
+    places = (t.data_ptr() for t in (out, x, blocks.keys))
+    compiled("attention", x.dtype)["gather"](*places, count, deep, heads, width)
     return out
 
 
@@ -231,5 +234,5 @@ def _summed(x: Tensor, slots: Tensor, starts: Tensor) -> Tensor:
     heads, n, width = x.shape[1:]
     out = x.new_empty(len(starts) - 1, heads, width)
     places = (t.data_ptr() for t in (out, x, slots, starts))
-    _of(x)["scatter"](*places, len(out), n, heads, width)
+    compiled("attention", x.dtype)["scatter"](*places, len(out), n, heads, width)
     return out

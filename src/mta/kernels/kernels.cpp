@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <type_traits>
 #include <vector>
 
 namespace {
@@ -106,23 +107,27 @@ void spread(T* out, const T* x, const int64_t* slots, int64_t tokens, int64_t gr
       std::copy_n(x + (t * heads + h) * e, e, out + ((slots[t] / n * heads + h) * n + slots[t] % n) * e);
 }
 
+constexpr int64_t COLUMNS = 1024;  // of a token's numbers that are summed up at a time: what has room on the stack
+
 // The gradient of both: out[t] = sum of x at the slots of token t, slots[starts[t] : starts[t + 1]] of G * n
 template <class T>
 void scatter(T* out, const T* x, const int64_t* slots, const int64_t* starts, int64_t tokens, int64_t n, int64_t heads,
              int64_t e) {
 #pragma omp parallel for if (large(tokens * heads * e))
   for (int64_t t = 0; t < tokens; t++)
-    for (int64_t h = 0; h < heads; h++) {
-      wide<T> sum[1024];
-      for (int64_t j = 0; j < e; j++) sum[j] = 0;
-      for (int64_t k = starts[t]; k < starts[t + 1]; k++) {
-        const T* from = x + ((slots[k] / n * heads + h) * n + slots[k] % n) * e;
+    for (int64_t h = 0; h < heads; h++)
+      for (int64_t first = 0; first < e; first += COLUMNS) {
+        const int64_t width = std::min(COLUMNS, e - first);
+        wide<T> sum[COLUMNS];
+        for (int64_t j = 0; j < width; j++) sum[j] = 0;
+        for (int64_t k = starts[t]; k < starts[t + 1]; k++) {
+          const T* from = x + ((slots[k] / n * heads + h) * n + slots[k] % n) * e + first;
 #pragma omp simd
-        for (int64_t j = 0; j < e; j++) sum[j] += load(from[j]);
+          for (int64_t j = 0; j < width; j++) sum[j] += load(from[j]);
+        }
+#pragma omp simd
+        for (int64_t j = 0; j < width; j++) out[(t * heads + h) * e + first + j] = store<T>(sum[j]);
       }
-#pragma omp simd
-      for (int64_t j = 0; j < e; j++) out[(t * heads + h) * e + j] = store<T>(sum[j]);
-    }
 }
 
 // In place: scores (G, H, Q, K) become softmax(scale * scores + mask), mask (G, Q, K).
@@ -229,20 +234,49 @@ void adamw(T* values, T* gradient, T* mean, T* square, const T* clip, const T* s
   }
 }
 
+// A kernel as ``mta.kernels.compile`` reads it: ``arguments`` has a p for a pointer, an i for an int64_t, a d for a double.
+struct Kernel {
+  const char* name;
+  const char* arguments;
+  void* address;
+};
+
+template <class A> constexpr char letter() {
+  static_assert(std::is_pointer_v<A> || std::is_same_v<A, int64_t> || std::is_same_v<A, double>);
+  return std::is_pointer_v<A> ? 'p' : std::is_same_v<A, int64_t> ? 'i' : 'd';
+}
+template <class... A> constexpr char letters[] = {letter<A>()..., 0};
+template <class... A> Kernel described(const char* name, void (*function)(A...)) {
+  return {name, letters<A...>, (void*)function};
+}
+
 }  // namespace
 
-// In the order of SIGNATURES in mta.kernels.compile.
-#define TABLE(T)                                                                                                  \
-  {                                                                                                               \
-    (void*)rms_norm<T>, (void*)rms_norm_backward<T>, (void*)swiglu<T>, (void*)swiglu_backward<T>,                 \
-    (void*)rotate<T>, (void*)gather<T>, (void*)spread<T>, (void*)scatter<T>, (void*)softmax<T>,                   \
-    (void*)softmax_backward<T>, (void*)log_sum_exp<T>, (void*)weighted_softmax<T>, (void*)low_rank<T>,            \
-    (void*)low_rank_backward<T>, (void*)few_rows<T>, (void*)side_by_side<T>, (void*)adamw<wide<T>>,               \
-    (void*)adapted_rows<T>                                                                                        \
-  }
+// Compiled once for each NUMBER, which is float, double or bf16: table_float, table_double, table_bf16.
+#define JOINED(a, b, c) a##b##c
+#define NAMED(number, after) JOINED(table_, number, after)
+#define KERNEL(name) described(#name, name<NUMBER>)
 
 extern "C" {
-void* table_float32[] = TABLE(float);
-void* table_float64[] = TABLE(double);
-void* table_bfloat16[] = TABLE(bf16);
+Kernel NAMED(NUMBER, )[] = {
+    KERNEL(rms_norm),
+    KERNEL(rms_norm_backward),
+    KERNEL(swiglu),
+    KERNEL(swiglu_backward),
+    KERNEL(rotate),
+    KERNEL(gather),
+    KERNEL(spread),
+    KERNEL(scatter),
+    KERNEL(softmax),
+    KERNEL(softmax_backward),
+    KERNEL(log_sum_exp),
+    KERNEL(weighted_softmax),
+    KERNEL(low_rank),
+    KERNEL(low_rank_backward),
+    KERNEL(few_rows),
+    KERNEL(side_by_side),
+    described("adamw", adamw<wide<NUMBER>>),
+    KERNEL(adapted_rows),
+};
+int64_t NAMED(NUMBER, _size) = sizeof(NAMED(NUMBER, )) / sizeof(Kernel);
 }

@@ -14,7 +14,6 @@ namespace {
 
 constexpr int64_t RANKS = 8;  // at a time, all held in registers
 constexpr int64_t CHUNK = 32;  // rows that one thread takes at a time
-constexpr int64_t MOST = 24;  // rows that are few
 
 // f(constant) for the constant that equals n, 1 to 8: loops of a known length are unrolled into registers.
 template <class F> inline void unrolled(int64_t n, F f) {

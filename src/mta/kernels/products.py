@@ -1,14 +1,13 @@
 """Products with frozen weights, in whichever way is fastest on this processor.
 
-torch takes MKL for float32, which keeps to half of the vector width on processors that are not Intel's; oneDNN, which
-torch brings along too, does not. Which one is faster is measured once, in milliseconds. For a few rows, as in decoding,
-all there is to do is to read the weights: a kernel reads them up to twice as fast as either.
+torch multiplies float32 with MKL, which uses half of the vector width on processors that are not Intel's. oneDNN, which
+torch also contains, uses all of it. The processor decides, and nothing is timed: both libraries round differently, and
+all workers on one kind of processor must compute the same bytes. For a few rows, as in decoding, reading the weights
+takes all the time: a kernel reads them up to twice as fast as either library.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -17,21 +16,22 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from mta.cpu import cpuinfo
 from mta.kernels.compile import kernels
 
 _FEW = 24  # rows
-_WORTH = 1.5  # times as fast, to be taken: so much that noise does not decide, and runs give the same bytes
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """As ``torch.nn.functional.linear``, x (..., D) and weight (O, D) of any strides, but without a gradient."""
-    found = kernels(x, weight) if bias is None else kernels(x, weight, bias)
-    if found and x.numel() <= _FEW * x.shape[-1] and weight.is_contiguous():
+    parts = (x, weight) if bias is None else (x, weight, bias)
+    few = x.numel() <= _FEW * x.shape[-1] and weight.is_contiguous()
+    if few and (found := kernels("few_rows", *parts)):
         x, y = x.contiguous(), x.new_empty(*x.shape[:-1], len(weight))
         places = (None if t is None else t.data_ptr() for t in (y, x, weight, bias))
         found["few_rows"](*places, x.numel() // x.shape[-1], *weight.shape[::-1])
         return y
-    if found and x.dtype == torch.float32 and _onednn_is_faster():
+    if x.dtype == torch.float32 and _onednn_is_faster() and kernels("onednn", *parts) is not None:
         return _onednn(x, weight, bias)
     return torch.nn.functional.linear(x, weight, bias)
 
@@ -55,7 +55,9 @@ class AdaptedRows:
     ) -> None:
         rows, (a, b), (p, q) = len(gates), shared, own
         parts = [weight, a, b, gates, p, q, *([] if bias is None else [bias])]
-        found = kernels(*parts) if rows <= _FEW and all(part.is_contiguous() for part in parts) else None
+        found = (
+            kernels("adapted_rows", *parts) if rows <= _FEW and all(part.is_contiguous() for part in parts) else None
+        )
         self._run = found["adapted_rows"] if found else None
         self._kept = [part.detach() for part in (*parts, *room)]  # or their places would be somebody else's
         self._between = tuple(part.data_ptr() for part in room)
@@ -99,24 +101,20 @@ def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 @cache
-def _onednn_is_faster(rows: int = 512, width: int = 768) -> bool:
-    """Whether torch brings oneDNN, it gives the same, and sooner."""
+def _onednn_is_faster() -> bool:
+    """Whether MKL uses half of this processor's vectors, and torch's oneDNN computes the same."""
+    half = "avx512f" in cpuinfo("flags").split() and cpuinfo("vendor_id") != "GenuineIntel"
+    return half and torch.backends.mkl.is_available() and _agrees()
+
+
+def _agrees() -> bool:
+    """Whether torch has the operator, and it computes the same as torch's own product."""
     if not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         return False
     draw = torch.Generator().manual_seed(0)
-    x, weight = torch.randn(rows, width, generator=draw), torch.randn(width, width, generator=draw)
+    x, weight = torch.randn(64, 768, generator=draw), torch.randn(768, 768, generator=draw)
     try:
         found, expected = _onednn(x, weight.mT, None), x @ weight
     except RuntimeError:
         return False
-    same = (found - expected).norm() <= 1e-5 * expected.norm()
-    return bool(same) and _WORTH * _seconds(lambda: _onednn(x, weight, None)) < _seconds(lambda: x @ weight.mT)
-
-
-def _seconds(work: Callable[[], Tensor]) -> float:
-    best = float("inf")
-    for _ in range(5):
-        start = time.perf_counter()
-        work()
-        best = min(best, time.perf_counter() - start)
-    return best
+    return bool((found - expected).norm() <= 1e-5 * expected.norm())

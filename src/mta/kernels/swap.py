@@ -37,7 +37,7 @@ def use_kernels(model: nn.Module) -> list[str]:
                     found[kind] = make is _attention or _agree(module, faster)
                 if faster and found[kind]:
                     module.forward = faster
-            if type(module) is nn.Linear and kernels(module.weight):
+            if type(module) is nn.Linear and kernels("linear", module.weight) is not None:
                 vars(module)["forward"] = partial(_linear_forward, module, module.forward)
     return sorted(kind.__name__ for kind, agree in found.items() if agree)
 
@@ -47,17 +47,19 @@ def _norm(module: nn.Module) -> Callable[..., Tensor] | None:
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     if not type(module).__name__.endswith("RMSNorm") or not isinstance(weight, Tensor) or not isinstance(eps, float):
         return None
+    if kernels("norm", weight) is None:
+        return None
     return partial(_norm_forward, module, module.forward, eps)
 
 
 def _norm_forward(module: Any, plain: Callable[..., Tensor], eps: float, hidden_states: Tensor) -> Tensor:
-    if module.weight.requires_grad or kernels(hidden_states, module.weight) is None:
+    if module.weight.requires_grad or kernels("norm", hidden_states, module.weight) is None:
         return plain(hidden_states)
     return RmsNorm.apply(hidden_states, module.weight, eps)  # type: ignore[no-untyped-call]
 
 
 def _linear_forward(module: Any, plain: Callable[..., Tensor], x: Tensor) -> Tensor:
-    if module.weight.requires_grad or kernels(x, module.weight) is None:
+    if module.weight.requires_grad or kernels("linear", x, module.weight) is None:
         return plain(x)
     if torch.is_grad_enabled() and x.requires_grad:
         return FrozenLinear.apply(x, module.weight, module.bias)  # type: ignore[no-untyped-call]
@@ -67,12 +69,13 @@ def _linear_forward(module: Any, plain: Callable[..., Tensor], x: Tensor) -> Ten
 def _mlp(module: nn.Module) -> Callable[..., Tensor] | None:
     parts = [getattr(module, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
     silu = type(getattr(module, "act_fn", None)).__name__ in ("SiLU", "SiLUActivation")
-    known = silu and all(isinstance(part, nn.Linear) for part in parts)
-    return partial(_mlp_forward, module, module.forward) if known else None
+    if not silu or not all(isinstance(part, nn.Linear) and kernels("swiglu", part.weight) for part in parts):
+        return None
+    return partial(_mlp_forward, module, module.forward)
 
 
 def _mlp_forward(module: Any, plain: Callable[..., Tensor], x: Tensor) -> Tensor:
-    if kernels(x) is None:
+    if kernels("swiglu", x) is None:
         return plain(x)
     return module.down_proj(Swiglu.apply(module.gate_proj(x), module.up_proj(x)))  # type: ignore[no-untyped-call]
 
@@ -80,8 +83,6 @@ def _mlp_forward(module: Any, plain: Callable[..., Tensor], x: Tensor) -> Tensor
 def _agree(module: Any, faster: Callable[..., Tensor]) -> bool:
     weight = module.weight if hasattr(module, "weight") else module.gate_proj.weight
     x = torch.linspace(-2, 3, 4 * weight.shape[-1], dtype=weight.dtype, device=weight.device).view(1, 4, -1)
-    if kernels(x) is None:
-        return False
     expected, found = module.forward(x), faster(x)
     return expected.dtype == found.dtype and _near(found, expected)
 
@@ -109,7 +110,7 @@ def _rotary(
     plain: Any, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1
 ) -> tuple[Tensor, Tensor]:
     whole = cos.ndim == 3 and q.ndim == 4 and q.shape[-1] == cos.shape[-1] and unsqueeze_dim == 1
-    if not whole or kernels(q, k, cos, sin) is None or not cos.is_contiguous() or not sin.is_contiguous():
+    if not whole or kernels("rotate", q, k, cos, sin) is None or not cos.is_contiguous() or not sin.is_contiguous():
         return plain(q, k, cos, sin, unsqueeze_dim=unsqueeze_dim)
     return Rotate.apply(q, cos, sin), Rotate.apply(k, cos, sin)  # type: ignore[no-untyped-call]
 
@@ -120,7 +121,7 @@ def _rotates(plain: Callable[..., Any]) -> bool:
     q, k, cos, sin = (
         torch.randn(shape, generator=draw) for shape in ((1, 2, 3, 8), (1, 1, 3, 8), (1, 3, 8), (1, 3, 8))
     )
-    if kernels(q) is None:
+    if kernels("rotate", q) is None:
         return False
     try:
         expected = plain(q, k, cos, sin)

@@ -88,7 +88,7 @@ class RowTerm:
         """Of the first ``trained`` ranks, after ``add_`` returned ``h``; adds to ``dx`` what this term has to."""
         x, dy = _stretches(x, self.a), _stretches(dy, self.a)
         dx = None if dx is None else _stretches(dx, self.a)
-        if h.dtype == wide(x.dtype) and kernels(x):
+        if h.dtype == wide(x.dtype) and kernels("low_rank", x):
             da, db = low_rank_gradients(dx, dy, x, h, self.a, self.b.mT, trained)
             return da, db.mT
         dh = torch.bmm(dy, self.b)

@@ -42,7 +42,7 @@ class BatchedAdamW:
         size = rate / (1 - training.beta1**count)
         correction = (1 - training.beta2**count).sqrt()
         decay = 1 - rate * training.weight_decay
-        if found := kernels(self.values):
+        if found := kernels("adamw", self.values):
             buffers = (self.values, self.gradient, self.mean, self.square, clip, size, correction, decay)
             places = (buffer.data_ptr() for buffer in buffers)
             found["adamw"](*places, *self.values.shape, training.beta1, training.beta2, training.eps)

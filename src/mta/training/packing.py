@@ -56,7 +56,7 @@ class Rows:
 
     def log_probs(self, logits: Tensor) -> Tensor:
         """Log probability of each predicted token, (n,), in at least float32; logits (m, V) of ``places``."""
-        if kernels(logits):
+        if kernels("log_probs", logits):
             return LogProbs.apply(logits, self.source, self.target)  # type: ignore[no-untyped-call]
         table = torch.log_softmax(logits if logits.dtype == torch.float64 else logits.float(), dim=-1)
         return table[self.source, self.target]
