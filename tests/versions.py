@@ -38,6 +38,7 @@ TESTS = [
     "cli",
     "test_attention.py",
     "test_base.py",
+    "test_compile.py",
     "test_config.py",
     "test_encode.py",
     "test_exports.py",

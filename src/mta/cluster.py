@@ -85,7 +85,8 @@ class Cluster:
     def _own(self) -> dict[str, str]:
         """A worker's environment, besides that of its node: no secret is sent, for Ray writes this to its logs."""
         hidden = {} if self.gpus else {"CUDA_VISIBLE_DEVICES": ""}
-        return hidden | {name: str(self.threads) for name in _THREADS} | {"OMP_WAIT_POLICY": "passive"}
+        kernels = {name: value for name, value in os.environ.items() if name == "MTA_KERNELS"}  # they decide rounding
+        return hidden | {name: str(self.threads) for name in _THREADS} | {"OMP_WAIT_POLICY": "passive"} | kernels
 
     def close(self) -> None:
         """Leave the cluster; one that was started here ends."""

@@ -1,4 +1,4 @@
-"""What mta finds on this machine, and what to do about it: nothing is downloaded, no model is loaded.
+"""What mta finds on this machine, and what to do about it: nothing is downloaded, no model is loaded, kernels compile.
 
 A demo can run where no finding is a problem; a warning is what makes something slow, or impossible that few need.
 """

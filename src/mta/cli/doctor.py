@@ -28,7 +28,7 @@ def doctor(
 ) -> None:
     """Look at versions, processor, memory, kernels, cache and extras; exits with 1 where a demo could not run.
 
-    Nothing is downloaded and no model is loaded.
+    Nothing is downloaded and no model is loaded. Kernels that are not compiled yet are compiled, which takes seconds.
 
     Example:  mta doctor --bank bank/ --store people/
     """

@@ -104,7 +104,7 @@ def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def _onednn_is_faster() -> bool:
     """Whether MKL uses half of this processor's vectors, and torch's oneDNN computes the same."""
     half = "avx512f" in cpuinfo("flags").split() and cpuinfo("vendor_id") != "GenuineIntel"
-    return half and torch.backends.mkl.is_available() and _agrees()
+    return half and torch.backends.mkl.is_available() and _agrees()  # type: ignore[no-untyped-call]
 
 
 def _agrees() -> bool:

@@ -1,0 +1,172 @@
+"""What each family of compiled kernels saves: a step with this family switched off against a step with all kernels.
+
+    python -m benchmarks.kernels --out results/kernels.json
+
+Works: a training step of rank 8 (OPPU), a training step of stage 3 (rank 1 over a task LoRA and a merge), a decoding
+step of 16 rows of different people, and the merge of 32 people. Each in bfloat16 and float32, in turn: A B A B.
+About seven minutes on two quiet cores. A stopped run continues: what the file holds is not measured again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, get_args
+
+import torch
+
+from benchmarks.speed import data
+from benchmarks.speed.data import Absent
+from benchmarks.speed.training import ANCHORS, K, base_of, oppu, small, stack, task_lora
+from mta.aside import read_json, write_json
+from mta.base import BaseModel
+from mta.config import Training, parse_size
+from mta.kernels import obstacle, without_kernels
+from mta.kernels.compile import Family
+from mta.kernels.products import _onednn_is_faster
+from mta.lora.batch import LoraBatch, fresh
+from mta.lora.merge import merge_exact
+from mta.machine import cores, processor
+from mta.serving.seats import Person, Seats
+from mta.serving.slots import Slots
+
+ROWS, PROMPT, MERGED = 16, 80, 32  # rows that decode, tokens before them, people who are merged
+ALL = "all"  # every family switched off
+TRAINING = ("norm", "swiglu", "rotate", "attention", "log_probs", "low_rank", "adamw", "linear", "onednn", ALL)
+DECODING = ("norm", "swiglu", "rotate", "few_rows", "adapted_rows", "linear", ALL)
+WORKS = {"rank 8": TRAINING, "stage 3": TRAINING, "decoding": DECODING, "merging": ("side_by_side",)}
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """``repeats`` turns of A and B; ``people`` in a training step; ``tokens`` decoded in one turn."""
+
+    repeats: int
+    people: int
+    tokens: int
+
+
+def trained(base: BaseModel, work: str, sizes: Sizes) -> Callable[[], None]:
+    """One optimizer step of ``people`` people with 8 examples each."""
+    made = oppu if work == "rank 8" else stack
+    training = Training(lr=1e-4, steps=1, batch_size=data.SHOTS)
+    cohort = made(base, data.short().jobs(base, sizes.people), training, parse_size("4GiB"))
+    return lambda: (cohort.train(), None)[1]
+
+
+def decoded(base: BaseModel, sizes: Sizes) -> Callable[[], None]:
+    """``tokens`` decoding steps of 16 rows: a task LoRA and 16 anchors that all share, and a stack for each."""
+    seats = Seats(base, [_bank(base, 16)], ROWS)  # type: ignore[list-item]  # a bank is what it is made of
+    slots = Slots(base, ROWS, 256, 128, seats.exchange)
+    stacks = small(fresh(base.targets, 1, 1.0, 4, [str(n) for n in range(ROWS)], base.master_dtype), 4).to(base.dtype)
+    for n in range(ROWS):
+        gates = torch.full_like(seats._gates[n], 1 / 16)
+        seats.take(n, Person(gates, stacks.select([n])))
+        slots.take((n, ""), [10] * PROMPT)  # type: ignore[arg-type]
+
+    def work() -> None:
+        seats._forwards.clear()  # what was looked up with other kernels
+        for slot in slots._slots:
+            slot.tokens = [10] * PROMPT
+        with torch.inference_mode(), seats.opened(slice(0, ROWS)):
+            for _ in range(sizes.tokens):
+                slots.logits(slice(0, ROWS), [[20]] * ROWS)
+
+    return work
+
+
+def merged(base: BaseModel) -> Callable[[], None]:
+    """The exact merges of 32 people, each of 4 of 50 anchors."""
+    bank = small(fresh(base.targets, 8, 2.0, 1, ["bank"] * ANCHORS), 1).to(base.dtype)
+    draw = torch.Generator().manual_seed(2)
+    ids = torch.stack([torch.randperm(ANCHORS, generator=draw)[:K] for _ in range(MERGED)])
+    return lambda: (merge_exact(bank, ids, torch.full(ids.shape, 1 / K)), None)[1]
+
+
+def _bank(base: BaseModel, anchors: int) -> Any:
+    """What seats need of a bank, with made-up weights: times do not depend on values."""
+    made: LoraBatch = small(fresh(base.targets, 8, 2.0, 1, ["bank"] * anchors), 1).to(base.dtype)
+    info = SimpleNamespace(run=SimpleNamespace(stack=SimpleNamespace(lora=SimpleNamespace(rank=1))))
+    kept = {"task_lora": task_lora(base), "working": made, "anchors": made, "hash": "made up", "info": info}
+    return type("Made", (), kept | {"__len__": lambda _: anchors})()
+
+
+def measured(work: Callable[[], None], family: str, repeats: int) -> dict[str, Any]:
+    """Seconds with all kernels and without the family, in turn, and the median of the turns' ratios."""
+    off = () if family == ALL else (family,)
+    seconds: dict[bool, list[float]] = {True: [], False: []}
+    for _ in range(repeats):
+        for on in (True, False):
+            with nullcontext() if on else without_kernels(*off):  # type: ignore[arg-type]
+                start = time.perf_counter()
+                work()
+                seconds[on].append(time.perf_counter() - start)
+    slower = sorted(without / all_on for all_on, without in zip(seconds[True], seconds[False], strict=True))
+    return {
+        "on_s": round(statistics.median(seconds[True]), 5),
+        "off_s": round(statistics.median(seconds[False]), 5),
+        "slower_without": round(statistics.median(slower), 4),
+        "spread": [round(slower[0], 4), round(slower[-1], 4)],
+    }
+
+
+def rows(wanted: Sequence[str], done: Sequence[str], sizes: Sizes) -> Iterator[tuple[str, dict[str, Any]]]:
+    """One row per dtype, work and family that is ``wanted`` and not ``done``. Raises Absent."""
+    for dtype in ("bfloat16", "float32"):
+        for work, families in WORKS.items():
+            missing = [(f"{work}, {dtype}, {one}", one) for one in families if one in wanted]
+            missing = [(name, one) for name, one in missing if name not in done and _matters(one, dtype)]
+            if missing:
+                base = base_of(dtype)
+                made = {"decoding": lambda: decoded(base, sizes), "merging": lambda: merged(base)}  # noqa: B023
+                run = made[work]() if work in made else trained(base, work, sizes)
+                run(), run()  # warm up
+                for name, family in missing:
+                    yield name, measured(run, family, sizes.repeats)
+        base_of.cache_clear()
+        gc.collect()
+
+
+def _matters(family: str, dtype: str) -> bool:
+    """Whether this machine uses the family in this dtype at all."""
+    return family != "onednn" or (dtype == "float32" and _onednn_is_faster())
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    families = (*get_args(Family), ALL)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("results/kernels.json"))
+    parser.add_argument("--repeats", type=int, default=5, help="turns of A and B (5)")
+    parser.add_argument("--people", type=int, default=2, help="people in a training step (2)")
+    parser.add_argument("--tokens", type=int, default=6, help="decoding steps in a turn (6)")
+    parser.add_argument("--only", nargs="+", choices=families, default=families, help="some families")
+    args = parser.parse_args(words)
+    if why := obstacle():
+        raise SystemExit(f"nothing to measure: {why}")
+    sizes = Sizes(args.repeats, args.people, args.tokens)
+    about = {"machine": f"{processor()}, {cores()} cores", "torch": torch.__version__, "sizes": asdict(sizes)}
+    kept = read_json(args.out)
+    found: dict[str, Any] = kept["rows"] if isinstance(kept, dict) and kept.get("about") == about else {}
+    try:
+        for name, row in rows(args.only, list(found), sizes):
+            found[name] = row
+            write_json(args.out, {"about": about, "rows": found})
+            low, high = row["spread"]
+            print(
+                f"{name:32}  all {1000 * row['on_s']:8.1f} ms  without {1000 * row['off_s']:8.1f} ms  "
+                f"x{row['slower_without']:.3f} [{low:.3f}, {high:.3f}]",
+                flush=True,
+            )
+    except Absent as absent:
+        raise SystemExit(str(absent)) from None
+
+
+if __name__ == "__main__":
+    main()
