@@ -18,7 +18,7 @@ def test_lamp_questions_and_outputs(tmp_path: Path) -> None:
     )
     u, second = read_people(path, "lamp3")
     assert read_people(tmp_path, "LaMP-3") == [u, second]
-    assert (u.id, second.id, len(u.items), len(second.items)) == ("u", "2", 6, 3)
+    assert (u.id, second.id, len(u.items), len(second.items)) == ("u", "2", 3, 3)
     assert [item.time for item in u.items] == sorted(item.time or 0 for item in u.items)
     assert u.queries == (
         Item({"text": "Now 1", "score": "5"}, id="1", is_query=True),

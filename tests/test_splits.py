@@ -126,3 +126,80 @@ def test_files_that_are_no_splits(tmp_path: Path) -> None:
             Splits.load(path, [])
     with pytest.raises(DataError, match="is not a readable file of splits"):
         Splits.load(tmp_path, [])
+
+
+# -- people who share items --------------------------------------------------------------------------------------------
+
+
+def grouped(*sizes: int, alone: int = 0) -> list[Person]:
+    """Groups of these sizes, and people who share nothing."""
+    groups = [Person(f"g{g}-{n}", (Item({}),), group=f"g{g}-0") for g, size in enumerate(sizes) for n in range(size)]
+    return [*groups, *(Person(f"alone-{n}", (Item({}),)) for n in range(alone))]
+
+
+def parts_of(splits: Splits, people: list[Person]) -> dict[str, set[str]]:
+    """Group -> the parts its people are in."""
+    part = {id: name for name in PARTS for id in getattr(splits, name)}
+    found: dict[str, set[str]] = {}
+    for person in people:
+        if person.group and person.id in part:
+            found.setdefault(person.group, set()).add(part[person.id])
+    return found
+
+
+@given(
+    sizes=st.lists(st.integers(2, 4), max_size=8), seed=st.integers(), test=st.integers(1, 9), task=st.integers(1, 9)
+)
+def test_people_of_a_group_are_in_one_part_whatever_the_order(sizes, seed, test, task) -> None:
+    people = grouped(*sizes, alone=30)
+    splits = draw(people, seed, task=task, development=2, test=test)
+    assert all(len(parts) == 1 for parts in parts_of(splits, people).values())
+    assert draw(people[::-1], seed, task=task, development=2, test=test) == splits
+    assert sorted(id for part in PARTS for id in getattr(splits, part)) == sorted(person.id for person in people)
+
+
+@given(ids=IDS, seed=st.integers(), sizes=st.tuples(*[st.integers(0, 2)] * 4))
+def test_groups_of_one_are_drawn_as_people_alone(ids, seed, sizes) -> None:
+    people = [Person(id, (Item({}),)) for id in ids]
+    asked = dict(zip(("task", "development", "test", "candidates"), sizes))
+    named = [Person(person.id, person.items, group=person.id) for person in people]
+    assert draw(named, seed, **asked) == draw(people, seed, **asked, together=False) == draw(people, seed, **asked)
+
+
+def test_a_large_group_is_not_tested_on_but_may_train(caplog) -> None:
+    people = grouped(40, alone=60)
+    splits = draw(people, 0, task=20, development=10, test=30)
+    assert all(id.startswith("alone") for id in (*splits.test, *splits.development, *splits.task))
+    assert len(splits.candidates) == 40
+    assert not caplog.text
+    assert len(draw(people, 0, task=0, development=0, test=30, candidates=35).candidates) == 40
+    assert "candidates: 40 people instead of 35, because people who share items stay together" in caplog.text
+
+
+def test_a_part_that_groups_make_smaller_is_reported(caplog) -> None:
+    splits = draw(grouped(*[2] * 10), 0, task=4, development=0, test=5)
+    assert len(splits.test) == 4
+    assert "test: 4 people instead of 5, because people who share items stay together" in caplog.text
+
+
+def test_a_giant_group_is_an_error_that_names_the_setting() -> None:
+    people = grouped(50)
+    with pytest.raises(InputError) as caught:
+        draw(people, 0, task=10, development=0, test=10)
+    assert "in groups of up to 50 people" in caught.value.message
+    assert "people.together=false" in str(caught.value.hint)
+    assert len(draw(people, 0, task=10, development=0, test=10, together=False).test) == 10
+
+
+def test_saved_splits_that_separate_a_group_load_with_a_warning(tmp_path: Path, caplog) -> None:
+    people, path = grouped(2, 2, alone=6), tmp_path / "splits.json"
+    apart = draw(people, 0, task=3, development=2, test=3, together=False)
+    apart.save(path)
+    assert any(len(parts) > 1 for parts in parts_of(apart, people).values())
+    assert Splits.load(path, people) == apart
+    assert "people share items with people of another part" in caplog.text
+    caplog.clear()
+    draw(people, 0, task=3, development=2, test=3).save(path)
+    caplog.clear()
+    Splits.load(path, people)
+    assert not caplog.text

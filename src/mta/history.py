@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 
 from mta.errors import InputError
@@ -36,11 +36,15 @@ class Item:
 
 @dataclass(frozen=True, slots=True)
 class Person:
-    """A person's history, oldest item first, and the benchmark's own queries where there are any."""
+    """A person's history, oldest item first, and the benchmark's own queries where there are any.
+
+    ``group`` names the people who are connected by copies of items; it is empty for a person who shares no item.
+    """
 
     id: str
     items: tuple[Item, ...]
     queries: tuple[Item, ...] = ()
+    group: str = ""
 
     @classmethod
     def of(cls, id: str, items: Iterable[Item], queries: Iterable[Item] = ()) -> Person:
@@ -50,11 +54,11 @@ class Person:
 
     def first(self, m: int) -> Person:
         """The same person with only the first ``m`` items: the few *shots*."""
-        return Person(self.id, self.items[:m], self.queries)
+        return replace(self, items=self.items[:m])
 
     def latest(self, n: int) -> Person:
         """The same person with only the ``n`` most recent items."""
-        return Person(self.id, self.items[-n:] if n else (), self.queries)
+        return replace(self, items=self.items[-n:] if n else ())
 
     def after(self, shots: int, n: int) -> tuple[Item, ...]:
         """The ``n`` items that follow the first ``shots``: what comes next, to be asked as queries."""

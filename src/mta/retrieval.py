@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 
 from mta.history import Item, Person
 from mta.tasks.task import Task
@@ -40,7 +41,8 @@ def with_profiles(task: Task, person: Person, k: int, before: str = "") -> Perso
     """The person with a field ``profile`` in every item: each sees the items before it, a query all of them."""
     items, queries = person.items, person.queries
     seen = [with_profile(task, item, items[:n], k, before) for n, item in enumerate(items)]
-    return Person(person.id, tuple(seen), tuple(with_profile(task, item, items, k, before) for item in queries))
+    asked = tuple(with_profile(task, item, items, k, before) for item in queries)
+    return replace(person, items=tuple(seen), queries=asked)
 
 
 def _words(texts: Sequence[str]) -> list[list[str]]:

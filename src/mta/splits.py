@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,9 @@ from mta.errors import DataError, InputError
 from mta.history import Person
 
 PARTS = ("task", "development", "candidates", "test")
+TESTED = ("test", "development")
 SCHEMA = 1
+log = logging.getLogger("mta")
 _ANEW = "Restore the file, or draw the splits anew:  mta.splits.draw(…).save(path)"
 
 
@@ -63,11 +66,11 @@ class Splits:
 
     @classmethod
     def load(cls, path: str | Path, people: Iterable[Person]) -> Splits:
-        """Read splits and find their people among ``people``.
+        """Read splits and find their people among ``people``; parts that share items are logged.
 
         Raises DataError if somebody is not among them, or if the file was changed.
         """
-        path = Path(path)
+        path, people = Path(path), list(people)
         values = _read(path)
         salt = values["digest"]
         known = {_sha(salt, person.id): person.id for person in people}
@@ -84,7 +87,18 @@ class Splits:
             raise DataError(
                 f"{path}: digest is {splits.digest[:12]}…, expected {salt[:12]}…: the file was changed", hint=_ANEW
             )
+        if parted := splits._parted(people):
+            log.warning("%s: %d people share items with people of another part", path, parted)
         return splits
+
+    def _parted(self, people: Iterable[Person]) -> int:
+        """How many of ``people`` are in another part than someone of their group."""
+        part = {id: name for name in PARTS for id in getattr(self, name)}
+        groups: dict[str, list[str]] = {}
+        for person in people:
+            if person.group and person.id in part:
+                groups.setdefault(person.group, []).append(part[person.id])
+        return sum(len(parts) for parts in groups.values() if len(set(parts)) > 1)
 
 
 def draw(
@@ -96,11 +110,14 @@ def draw(
     test: int,
     candidates: int | None = None,
     min_items: int = 1,
+    together: bool = True,
 ) -> Splits:
     """Disjoint parts of the given sizes among people with at least ``min_items`` items; candidates default to the rest.
 
     Who lands where depends on seed and ids alone, not on the order of ``people``; the test part comes first, so it
-    stays the same when the others change their sizes. Raises InputError if there are too few people.
+    stays the same when the others change their sizes. People of one ``group`` land in one part, so parts may differ
+    from the sizes asked for, which is logged; ``together=False`` ignores groups. Without groups nothing changes.
+    Raises InputError if there are too few people, or if the groups leave a part empty.
     """
     sizes = {"test": test, "development": development, "task": task, "candidates": candidates or 0}
     for name, size in sizes.items():
@@ -108,7 +125,8 @@ def draw(
             raise InputError(
                 f"{name} is {size}; expected 0 or more people", hint="Give a number of people; 0 leaves the part empty."
             )
-    ids = [person.id for person in people if len(person.items) >= min_items]
+    fit = [person for person in people if len(person.items) >= min_items]
+    ids = [person.id for person in fit]
     if len(set(ids)) < len(ids):
         raise InputError(
             "two people have the same id; ids must be distinct", hint="Put all items of a person into one history."
@@ -120,12 +138,55 @@ def draw(
             f"but only {len(ids)} of the {len(people)} given qualify (min_items={min_items})",
             hint="Ask for fewer people, or lower min_items.",
         )
-    ids.sort(key=lambda id: _sha(seed, id))
-    parts, start = {}, 0
+    fit.sort(key=lambda person: _sha(seed, person.id))
+    left = _grouped(fit) if together else [[person.id] for person in fit]
+    most, parts = max(map(len, left), default=0), {}
     for name, size in sizes.items():
-        stop = len(ids) if name == "candidates" and candidates is None else start + size
-        parts[name], start = tuple(ids[start:stop]), stop
+        rest = name == "candidates" and candidates is None
+        taken = left if rest else _fill(left, size, tested=name in TESTED)
+        parts[name] = tuple(id for group in taken for id in group)
+        gone = {group[0] for group in taken}
+        left = [group for group in left if group[0] not in gone]
+        _check_size(name, len(parts[name]), size, most)
     return Splits(**parts)
+
+
+def _grouped(people: Sequence[Person]) -> list[list[str]]:
+    """Ids by group, in order of each group's first person; a person who shares no item is alone."""
+    groups: dict[tuple[bool, str], list[str]] = {}
+    for person in people:
+        groups.setdefault((bool(person.group), person.group or person.id), []).append(person.id)
+    return list(groups.values())
+
+
+def _fill(groups: Sequence[list[str]], size: int, *, tested: bool) -> list[list[str]]:
+    """Choose whole groups for a part.
+
+    Parts people are tested on take groups in their order, none larger than a quarter of the part (or two people),
+    because a group counts as one observation. Training parts take the largest groups first and may exceed their size by
+    a quarter.
+    """
+    order = groups if tested else sorted(groups, key=len, reverse=True)  # stable: single people keep their order
+    most = max(size // 4, 2) if tested else size + size // 4
+    taken: list[list[str]] = []
+    room = size
+    for group in order:
+        if room > 0 and len(group) <= (min(room, most) if tested else room + size // 4):
+            taken.append(group)
+            room -= len(group)
+    return taken
+
+
+def _check_size(name: str, got: int, asked: int, most: int) -> None:
+    """Report a part that groups have made smaller or larger. Raises InputError if it is empty."""
+    if asked and not got:
+        raise InputError(
+            f"{asked} people were asked for ({name}), but those left are connected by shared items "
+            f"in groups of up to {most} people that do not fit",
+            hint="Ask for more people, or let parts share items: together=False (in a recipe: people.together=false).",
+        )
+    if asked and got != asked:
+        log.warning("%s: %d people instead of %d, because people who share items stay together", name, got, asked)
 
 
 def _sha(*values: Any) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import kill
@@ -311,6 +312,20 @@ def test_without_task_people_half_of_all_train_the_task_lora(tmp_path, task, cac
     parts = [bank.info.members.artefacts_of(person.id) for person in everyone]
     assert parts.count(["task LoRA"]) == 12
     assert parts.count(["clusters"]) + parts.count(["clusters", "anchor"]) == 12
+
+
+def test_the_halves_of_a_bank_do_not_separate_people_who_share_items(tmp_path, task, cache):
+    people = [replace(p, group=f"pair-{n // 2}") for n, p in enumerate(people_of(24, prefix="somebody-p"))]
+    bank = Bank.build(base_of(), people, tmp_path, task=task, run=TINY_RUN, encoder=HashEncoder())
+    part = ["task LoRA" in bank.info.members.artefacts_of(person.id) for person in people]
+    assert part[::2] == part[1::2]
+    assert (sum(part), len(bank)) == (12, 3)
+
+
+def test_a_bank_of_people_who_all_share_items_is_built_and_says_so(tmp_path, task, cache, caplog):
+    people = [replace(person, group="all") for person in people_of(24, prefix="somebody-a")]
+    assert len(Bank.build(base_of(), people, tmp_path, task=task, run=TINY_RUN, encoder=HashEncoder())) == 3
+    assert "more than half of the people share items with each other" in caplog.text
 
 
 def test_members_can_be_asked_for_but_not_listed():

@@ -39,6 +39,25 @@ def test_data_describe_says_who_has_enough_items(world):
     assert "people with a time on every item: 4" in said
 
 
+def test_data_describe_counts_shared_items_and_prints_no_text(tmp_path):
+    text = "A review so long that nobody else writes it by coincidence, word for word, about hoxha."
+    rows = [{"person": person, "text": text, "score": "4"} for person in ("ann", "bob")]
+    path = tmp_path / "data.jsonl"
+    path.write_text(
+        "".join(json.dumps(row) + "\n" for row in (*rows, {"person": "eve", "text": "Fine.", "score": "5"}))
+    )
+    said = mta("data", "describe", path, "--task", "lamp3")
+    held = "1 items belong to more than one person and connect 2 people in 1 groups of at most 2"
+    assert f"shared items: {held}" in said.out
+    assert not re.search("hoxha|ann|bob", said.out)
+    found = mta("data", "describe", path, "--task", "lamp3", "--json").json["shared"]
+    assert found == {"items": 1, "people": 2, "groups": 1, "largest": 2, "crowded": 0, "judged": 0}
+
+
+def test_data_describe_says_where_nothing_is_shared(world):
+    assert "shared items: none" in mta("data", "describe", world.new, *TASK).out
+
+
 def test_data_show_prints_the_prompt_and_marks_what_the_loss_sees(world):
     said = mta("data", "show", world.new, *world.settings, "--person", BOB, "--items", 1).out
     assert said.startswith("<|start|>user\nHow many stars")

@@ -3,6 +3,7 @@
 import gzip
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,15 +14,19 @@ from tiny import base_of, tokenizer
 from mta.config import override
 from mta.errors import ConfigError, DataError, InputError
 from mta.evaluation import experiment as module
+from mta.evaluation import lab as lab_module
 from mta.evaluation.experiment import run_experiment
 from mta.evaluation.lab import Lab
 from mta.evaluation.lamp import score
 from mta.evaluation.methods import METHODS
 from mta.evaluation.publish import report
-from mta.evaluation.recipe import Experiment, load_experiment, names
+from mta.evaluation.recipe import Experiment, drawn, load_experiment, names
 from mta.evaluation.records import Record, Records, read_records
 from mta.evaluation.results import Results
+from mta.history import Item, Person
 from mta.readers import read_answers
+from mta.readers.sharing import connected
+from mta.splits import PARTS
 from mta.tasks import load_task
 
 
@@ -54,6 +59,68 @@ def finished(world, tmp_path_factory):
         patch.setenv("MTA_CACHE", str(world / "cache"))
         run_experiment(lab_of(world, out))
     return out
+
+
+# -- people who share items --------------------------------------------------------------------------------------------
+
+
+def authors(pairs: int, items: int = 12) -> list[Person]:
+    """Pairs of people who hold copies of one long text, and every fifth of them has few items."""
+    made = []
+    for n in range(2 * pairs):
+        texts = [f"{'written with somebody ' * 5}{n // 2}", *(f"{'alone ' * 20}{n}/{k}" for k in range(items))]
+        fields = [{"abstract": text, "title": f"About {n // 2}"} for text in texts]
+        made.append(
+            Person.of(f"p{n:03}", [Item(one, float(t)) for t, one in enumerate(fields)][: 2 if n % 5 == 0 else 99])
+        )
+    return connected(made, load_task("lamp5"))[0]
+
+
+def recipe_of(*words: str) -> Experiment:
+    people = ["people.test=12", "people.candidates=16", "people.development=4", "people.task=30"]
+    return override(load_experiment("lamp5"), ["queries=12", "shots=1", "run.bank.min_items=3", *people, *words])
+
+
+def test_a_recipe_keeps_people_who_share_items_in_one_part():
+    people = authors(40)
+    splits, sizes = drawn(recipe_of(), load_task("lamp5"), people)
+    part = {id: name for name in PARTS for id in getattr(splits, name)}
+    for one, other in zip(people[::2], people[1::2]):
+        assert len({part[p.id] for p in (one, other) if p.id in part}) <= 1
+    assert (len(splits.test), len(splits.candidates)) == (12, 16)
+    assert (sizes["people who share items"], sizes["groups"], sizes["test queries trained on"]) == (80, 40, 0)
+
+
+def test_a_recipe_that_separates_them_counts_the_queries_that_are_trained_on(caplog):
+    people, recipe = authors(40), recipe_of("people.together=false")
+    _, sizes = drawn(recipe_of("people.together=false"), load_task("lamp5"), people)
+    assert sizes["test queries trained on"] == 0  # the copy is the oldest item: a shot, and no query
+    turned = [Person(p.id, p.items[::-1], group=p.group) for p in people]
+    _, sizes = drawn(recipe, load_task("lamp5"), turned)
+    assert sizes["test queries trained on"] > 0
+    assert "test queries stand in the histories of people who are trained on" in caplog.text
+
+
+def test_a_recipe_draws_people_who_share_nothing_as_ever():
+    people = [Person(p.id, p.items) for p in authors(40)]
+    both = [drawn(recipe_of(*words), load_task("lamp5"), people) for words in ((), ("people.together=false",))]
+    assert both[0] == both[1]
+    assert "groups" not in both[0][1]
+
+
+def test_results_know_who_shares_items(world, cache, tmp_path, monkeypatch):
+    people, connect = people_of(30, items=8), lab_module.read_people
+
+    def paired(*args, **how):
+        return [replace(p, group=f"pair-{n // 2}") for n, p in enumerate(connect(*args, **how))]
+
+    monkeypatch.setattr(lab_module, "read_people", paired)
+    run_experiment(lab_of(world, tmp_path / "run"), ["ablation"])
+    found = Results.read(tmp_path / "run")
+    groups = found.comparison("ablation").groups
+    assert len(groups) == 4
+    assert len(set(groups)) == 2
+    assert not any("pair" in group or group in {p.id for p in people} for group in groups)
 
 
 def test_every_recipe_can_be_read_and_names_its_task():

@@ -117,6 +117,33 @@ def test_bootstrap_is_fixed_by_its_seed_and_shrinks_with_people():
     assert bootstrap(torch.full((9,), 0.5)) == Interval(0.5, 0.5, 0.5)
 
 
+def test_bootstrap_of_people_who_share_nothing_draws_what_it_always_drew():
+    values = torch.randn(30, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    draws = torch.randint(30, (10_000, 30), generator=torch.Generator().manual_seed(0))
+    low, high = torch.quantile(values[draws].mean(1), torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    expected = Interval(float(values.mean()), low, high)
+    assert bootstrap(values) == bootstrap(values, groups=[""] * 30)
+    assert bootstrap(values) == bootstrap(values, groups=[f"alone-{n}" for n in range(30)]) == expected
+
+
+def test_bootstrap_draws_people_of_one_group_together():
+    values = torch.tensor([0.0, 0.0, 0.0, 6.0])
+    found = bootstrap(values, groups=["g", "g", "g", ""])
+    assert (found.mean, found.low, found.high) == (1.5, 0.0, 6.0)
+    assert bootstrap(values, groups=["g"] * 4) == Interval(1.5, 1.5, 1.5)
+
+
+def test_bootstrap_covers_the_mean_of_people_who_come_in_pairs():
+    samples = torch.randn(300, 30, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    pairs, groups = samples.repeat_interleave(2, 1), [f"pair-{n // 2}" for n in range(60)]
+    found = [bootstrap(sample, seed, times=800, groups=groups) for seed, sample in enumerate(pairs)]
+    assert 0.9 <= sum(one.low <= 0 <= one.high for one in found) / len(found) <= 0.98
+    naive = [bootstrap(sample, seed, times=800) for seed, sample in enumerate(pairs)]
+    assert sum(one.low <= 0 <= one.high for one in naive) / len(naive) < 0.88
+    wider = sum(one.high - one.low for one in found) / sum(one.high - one.low for one in naive)
+    assert wider == pytest.approx(2**0.5, rel=0.05)
+
+
 def test_student_t_as_in_the_books():
     assert student_t(10) == pytest.approx(2.262, abs=1e-3)
     assert student_t(2) == pytest.approx(12.706, abs=1e-3)

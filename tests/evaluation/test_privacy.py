@@ -225,6 +225,16 @@ def test_of_many_others_a_thousand_items_are_enough(world):
     assert {len(person.items) for person in parts.others} == {4}
 
 
+def test_people_who_share_items_with_the_bank_or_a_target_are_not_among_the_others(world):
+    member, anchor_s_kin = (replace(one, group="m") for one in (CANDIDATES[0], STRANGERS[0]))
+    pairs = [replace(one, group=f"pair-{n // 2}") for n, one in enumerate(STRANGERS[2:])]
+    parts = cast(world[1], [member, anchor_s_kin, *CANDIDATES[1:], *pairs, STRANGERS[1]], SETTINGS, seed=0)
+    assert anchor_s_kin.id not in {person.id for person in (*parts.targets, *parts.others)}
+    targets = {person.group for person in parts.targets}
+    kept = [person.id for person in pairs if person.group not in targets]
+    assert {person.id for person in parts.others} - {STRANGERS[1].id} == set(kept)
+
+
 def test_the_same_seed_draws_the_same_whatever_the_order(world):
     one, again = (cast(world[1], people, SETTINGS, seed=3) for people in (EVERYBODY, EVERYBODY[::-1]))
     assert one.targets == again.targets

@@ -21,7 +21,8 @@ from mta.evaluation.methods import (
 from mta.evaluation.metrics import Answers, measure
 from mta.evaluation.protocol import Panel
 from mta.evaluation.run import Comparison, Row, bootstrap, evaluate
-from mta.evaluation.study import standard_methods
+from mta.evaluation.study import standard_methods, study
+from mta.evaluation.verdict import headline, verdict
 from mta.history import Item, Person
 from mta.tasks import load_task
 
@@ -227,3 +228,32 @@ def test_paired_differences_and_who_is_worse_off(task):
     assert found.difference("constant", "reference", "NLL") is None
     assert found.score("constant", "NLL") is None
     assert found.score("constant", "MAE").mean == 1.0
+
+
+# -- people who share items --------------------------------------------------------------------------------------------
+
+
+def test_a_comparison_resamples_people_who_share_items_together(tiny, task):
+    people = [dataclasses.replace(p, group="g" if n < 2 else "") for n, p in enumerate(people_of(PEOPLE, prefix="x"))]
+    found = evaluate(panel_of(tiny, people), [TaskLora(), Base()])
+    values = found.row("base").people["NLL"] - found.row("task LoRA").people["NLL"]
+    assert found.groups == ("g", "g", "", "")
+    assert found.difference("base", "task LoRA", "NLL") == bootstrap(values, groups=found.groups) != bootstrap(values)
+
+
+def test_one_group_of_people_decides_nothing(task):
+    rows = [row_of("task LoRA", [[2.0]] * 3), row_of("MTA", [[1.0]] * 3)]
+    assert "better in NLL" in headline(Comparison(task, rows), "MTA", "task LoRA")
+    alone = Comparison(task, rows, ("g", "g", "g"))
+    assert "no clear difference in NLL" in headline(alone, "MTA", "task LoRA")
+    assert "Only 1 independent groups of people were tested" in " ".join(verdict(alone))
+
+
+def test_people_who_share_items_with_the_bank_s_people_are_not_tested(tiny, caplog):
+    base, bank = tiny
+    member, *others = [*people_of(1, prefix="c"), *people_of(5, prefix="x", seed=7)]
+    kin = [dataclasses.replace(one, group="c0") for one in (member, others[0])]
+    evaluation = Evaluation(shots=2, queries=2, policies=())
+    found = study(base, bank, TINY_RUN, [*kin, *others[1:]], evaluation, encoder=HashEncoder())
+    assert [person.id for person in found.panel.people] == ["x1", "x2", "x3", "x4"]
+    assert "1 people are left out, because they share items with people in the bank" in caplog.text

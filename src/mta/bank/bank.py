@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +26,8 @@ from mta.lora.layers import Shared
 from mta.splits import draw
 from mta.tasks.load import load_task
 from mta.tasks.task import Task
+
+log = logging.getLogger("mta")
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +64,7 @@ class Bank:
         """Stages 0 and 1: train the task LoRA and the anchors among ``people``, and open the result.
 
         Without ``task_people`` half of ``people``, drawn by hash, train the task LoRA; the others are the candidates.
+        People who share items are in the same half, unless they are more than half of all people.
         ``task`` defaults to the one ``people`` were read for. For further keywords (``task_lora``, ``executor``,
         ``on_step``) see ``build_bank``. Raises InputError when there are fewer people than anchors need, BankError if
         ``out`` holds another bank.
@@ -75,7 +80,11 @@ class Bank:
             )
         chosen = load_task(task)
         if task_people is None:
-            halves = draw(people, run.seed, task=len(people) // 2, development=0, test=0)
+            half = len(people) // 2
+            together = max(Counter(p.group for p in people if p.group).values(), default=0) <= half
+            if not together:
+                log.warning("more than half of the people share items with each other: the two halves share items too")
+            halves = draw(people, run.seed, task=half, development=0, test=0, together=together)
             task_people, people = halves.select("task", people), halves.select("candidates", people)
         if shared := {person.id for person in task_people} & {person.id for person in people}:
             raise InputError(

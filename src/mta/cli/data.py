@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -25,23 +26,30 @@ def describe(
     skip_bad: SkipBad = None,
     json: Json = False,
 ) -> None:
-    """Count people, items and queries; who has enough of them for 1, 4, 8 and 16 shots; times and labels.
+    """Count people, items and queries; who has enough of them for 1, 4, 8 and 16 shots; shared items; times; labels.
 
     Example:  mta data describe history.jsonl --task lamp3 --queries 4
     """
     from mta.readers import describe as count
     from mta.readers import describe_splits
+    from mta.readers.sharing import CROWD, connected
     from mta.tasks import load_task
 
     asked = load_task(task or "text")
     people = people_in(source, asked, skip_bad)
     found, splits = count(people), describe_splits(people, asked, queries)
+    shared = connected(people, asked)[1]
     if json:
-        return show_json(found | {"splits": splits})
+        return show_json(found | {"splits": splits, "shared": asdict(shared)})
     typer.echo("  ".join(f"{name} {value:g}" for name, value in found.items()))
     for shots, able in splits["shots"].items():
         typer.echo(f"in a recipe, last {queries} items as queries, the {shots} before them as shots: {able} people")
     typer.echo(f"people with a time on every item: {splits['people with times']}; the others keep the file's order")
+    typer.echo(f"shared items: {shared}" if shared.items else "shared items: none")
+    if shared.crowded:
+        typer.echo(f"not counted as shared: {shared.crowded} items that more than {CROWD} people hold")
+    if shared.judged:
+        typer.echo(f"not counted as shared: {shared.judged} inputs that several people answer, each in their own way")
     if splits["labels"]:
         typer.echo("labels: " + "  ".join(f"{label} {share:.1%}" for label, share in splits["labels"].items()))
 

@@ -10,6 +10,7 @@ from mta.bank.bank import Bank
 from mta.bank.task_lora import pooled_items
 from mta.config import Privacy
 from mta.errors import InputError
+from mta.evaluation.protocol import apart
 from mta.history import Person
 from mta.splits import draw
 
@@ -48,7 +49,7 @@ def cast(bank: Bank, people: Sequence[Person], settings: Privacy, seed: int) -> 
     anchors = sorted((person for person, of in parts if "anchor" in of), key=lambda person: person.id)
     _check_anchors(bank, anchors, len(people))
     trained = [person.latest(bank.info.run.bank.max_items) for person in anchors]
-    strangers = [person for person, of in parts if person.items and not of]
+    strangers = [person for person in apart(bank, people)[1] if person.items]
     able = [person for person in strangers if len(person.items) > settings.shots]
     count = min(settings.targets, len(able), len(strangers) // 2)
     if not count:
@@ -57,9 +58,9 @@ def cast(bank: Bank, people: Sequence[Person], settings: Privacy, seed: int) -> 
             f"{len(able)} of them with more than {settings.shots} items; at least two are needed, one with so many",
             hint="Give people the bank was not built from beside its own, or lower shots=.",
         )
-    targets = draw(able, seed, task=0, development=0, test=count).select("test", able)
-    chosen = {person.id for person in targets}
-    others = [person for person in strangers if person.id not in chosen]
+    targets = draw(able, seed, task=0, development=0, test=count, together=False).select("test", able)
+    chosen, groups = {person.id for person in targets}, {person.group for person in targets if person.group}
+    others = [person for person in strangers if person.id not in chosen and person.group not in groups]
     each = _each([len(person.items) for person in others], AT_LEAST)
     return Cast(
         [_sample(person, settings.items, seed) for person in trained],

@@ -14,7 +14,7 @@ from mta.evaluation.plots import Line
 from mta.evaluation.results import Results
 from mta.evaluation.run import Comparison, Interval
 from mta.evaluation.tables import POOLED, RIVAL, against, markdown, marked, rows_of
-from mta.evaluation.verdict import people_in, yardstick
+from mta.evaluation.verdict import people_in, units_in, yardstick
 
 FITTED = [10 ** (n / 4) for n in range(25)]  # people at which the lines of Figure 2 are drawn, to a million
 SECONDS = (1, 60, 600, 3600, 36_000, 360_000, 3_600_000, 36_000_000)  # and the seconds that are marked
@@ -213,10 +213,13 @@ def _case(found: Results, folder: Path, name: str) -> Section | None:
 def _setting(found: Results, comparison: Comparison, name: str) -> str:
     seeds = found.seeds(name)
     said = f"{len(seeds)} seeds" if len(seeds) > 1 else f"seed {seeds[0]}" if seeds else "no bank"
+    people, independent = people_in(comparison), units_in(comparison)
+    groups = f" in {independent} groups that share no items" if independent < people else ""
     return (
-        f"{found.name}: {people_in(comparison)} people, their last {found.recipe.queries} items as questions, the "
-        f"{found.recipe.shots} before them as shots, {said}. Means over people, 95% intervals by bootstrap over them, "
-        "differences paired. Worse off: NLL more than .02 above the pooled model's.\n"
+        f"{found.name}: {people} people{groups}, their last {found.recipe.queries} items as questions, the "
+        f"{found.recipe.shots} before them as shots, {said}. Means over people, 95% intervals by bootstrap over "
+        f"{'groups' if groups else 'them'}, differences paired. "
+        "Worse off: NLL more than .02 above the pooled model's.\n"
     )
 
 

@@ -152,6 +152,7 @@ def measured(lab: Lab, sitting: Sitting) -> list[Record]:
                 seed=seed,
                 shots=shots,
                 person=lab.person(person.id),
+                group=lab.person(person.group) if person.group else "",
                 metrics={name: round(value, 6) for name, value in metrics.items()},
                 nll=None if nll is None else tuple(round(float(one), 5) for one in nll),
                 seconds=round(found.seconds / len(panel.people), 4),

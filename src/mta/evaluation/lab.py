@@ -62,7 +62,10 @@ class Lab:
         lab = cls.read(recipe, out, data, which, **how)
         path = out / "splits.json"
         if path.exists() and Splits.load(path, lab.people).digest != lab.splits.digest:
-            raise ConfigError(f"{out} was begun with other sizes", hint="Choose another folder with --out.")
+            raise ConfigError(
+                f"{out} was begun with other sizes, or with people who share items in different parts",
+                hint="Choose another folder with --out; or  people.together=false  splits as before.",
+            )
         lab.splits.save(path)
         write_json(out / SIZES, lab.sizes)
         with written_aside(out / RECIPE) as aside:

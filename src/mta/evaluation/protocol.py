@@ -64,6 +64,13 @@ def able(task: Task, person: Person, shots: int, queries: int, ask: Ask) -> bool
     return len(person.items) + own >= shots + queries
 
 
+def apart(bank: Bank, people: Sequence[Person]) -> tuple[list[Person], list[Person]]:
+    """Return the people a bank was built from, and those who share no item with them and can be tested on it."""
+    members = [person for person in people if bank.info.members.artefacts_of(person.id)]
+    ids, groups = {person.id for person in members}, {person.group for person in members if person.group}
+    return members, [person for person in people if person.id not in ids and person.group not in groups]
+
+
 @dataclass
 class Panel:
     """Held-out people with the same number of shots and queries each, over one base and bank.
@@ -119,7 +126,7 @@ class Panel:
                 hint="Give people the bank was not built from.",
             )
         parts = [shots_and_queries(bank.task, person, shots, queries, ask) for person in people]
-        few = [Person(person.id, items) for person, (items, _) in zip(people, parts)]
+        few = [replace(person, items=items, queries=()) for person, (items, _) in zip(people, parts)]
         panel = cls(base, bank, encoder, run, few, [asked for _, asked in parts], **how)
         return panel.profiled(panel.retrieve) if panel.retrieve else panel
 
@@ -210,9 +217,9 @@ class Panel:
         trained on, unless it was trained on prompts like these.
         """
         task, told = self.bank.task, list(before) or [""] * len(self.people)
-        whole = [Person(person.id, person.items, asked) for person, asked in zip(self.people, self.queries)]
+        whole = [replace(person, queries=asked) for person, asked in zip(self.people, self.queries)]
         seen = [with_profiles(task, person, k, text) for person, text in zip(whole, told)]
-        people, queries = [Person(p.id, p.items) for p in seen], [p.queries for p in seen]
+        people, queries = [replace(p, queries=()) for p in seen], [p.queries for p in seen]
         panel = replace(self, people=people, queries=queries, wording=task.profiled(), outcomes={})
         panel._plain = self._plain or (None if self.retrieve else self)
         return panel

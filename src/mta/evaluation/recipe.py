@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
@@ -12,12 +13,14 @@ from pydantic import Field, field_validator, model_validator
 from mta.config import Run
 from mta.errors import ConfigError, InputError
 from mta.evaluation.methods import AnyMethod
-from mta.evaluation.protocol import Ask
+from mta.evaluation.protocol import Ask, able, shots_and_queries
 from mta.history import Person
+from mta.readers.sharing import Copies
 from mta.settings import Settings, checked, merged_over, read_yaml
 from mta.splits import Splits, draw
 from mta.tasks.task import Task
 
+log = logging.getLogger("mta")
 FOLDER = "recipes/evaluation"
 Which = Literal["test", "development"]
 QUALIFIED = {"test": 0.35, "development": 0.1, "candidates": 0.35}  # at most this share of those who qualify
@@ -30,6 +33,7 @@ class Sizes(Settings):
     development: int = Field(40, ge=0)
     candidates: int = Field(200, ge=4)
     task: int = Field(400, ge=0)
+    together: bool = Field(True, description="people who share items are in one part")
 
 
 class Part(Settings):
@@ -114,7 +118,7 @@ def drawn(recipe: Experiment, task: Task, people: list[Person]) -> tuple[Splits,
 
     Those with enough items for the protocol and for an anchor qualify; test, development and candidates are drawn among
     them, in shares that leave a small set some of each. The rest, and those with too few items for anything else, train
-    the task LoRA. Raises InputError if there are too few people.
+    the task LoRA, except people who share items with another part. Raises InputError if there are too few people.
     """
     least = recipe.run.bank.min_items
     needed = recipe.shots + recipe.queries if task.asks_as_items else recipe.shots
@@ -122,10 +126,12 @@ def drawn(recipe: Experiment, task: Task, people: list[Person]) -> tuple[Splits,
     qualified = [p for length, p in timeline if length >= max(least, needed) and len(p.items) >= least]
     sizes = recipe.people
     parts = {name: min(getattr(sizes, name), int(share * len(qualified))) for name, share in QUALIFIED.items()}
-    first = draw(qualified, 0, task=0, **parts)
+    how = {"together": sizes.together}
+    first = draw(qualified, 0, task=0, **parts, **how)
     taken = {*first.test, *first.development, *first.candidates}
-    rest = [p for p in people if p.id not in taken]
-    pooled = draw(rest, 0, task=min(sizes.task, len(rest)), development=0, test=0, candidates=0)
+    groups = {p.group for p in people if p.id in taken and p.group and sizes.together}
+    rest = [p for p in people if p.id not in taken and p.group not in groups]
+    pooled = draw(rest, 0, task=min(sizes.task, len(rest)), development=0, test=0, candidates=0, **how)
     splits = Splits(pooled.task, first.development, first.candidates, first.test)
     enough = {m: sum(n >= m + recipe.queries for n, p in timeline if p.id in set(first.test)) for m in (1, 4, 8, 16)}
     return splits, {
@@ -135,7 +141,22 @@ def drawn(recipe: Experiment, task: Task, people: list[Person]) -> tuple[Splits,
         "anchors": min(recipe.run.bank.anchors, len(splits.candidates) // 4),
         "queries": recipe.queries,
         "test people with shots": enough,
+        **_sharing(recipe, task, people, splits),
     }
+
+
+def _sharing(recipe: Experiment, task: Task, people: list[Person], splits: Splits) -> dict[str, int]:
+    """Where people share items: how many do, in how many groups, and how many test queries training histories hold."""
+    shared = [person.group for person in people if person.group]
+    if not shared:
+        return {}
+    test = [p for p in splits.select("test", people) if able(task, p, recipe.shots, recipe.queries, recipe.ask)]
+    asked = [q for p in test for q in shots_and_queries(task, p, recipe.shots, recipe.queries, recipe.ask)[1]]
+    trained = splits.select("task", people) + splits.select("candidates", people)
+    found = Copies(people, task).in_histories(trained, asked)
+    if found:
+        log.warning("%d of %d test queries stand in the histories of people who are trained on", found, len(asked))
+    return {"people who share items": len(shared), "groups": len(set(shared)), "test queries trained on": found}
 
 
 def wanted(recipe: Experiment, which: Which, exhibits: Sequence[str]) -> list[str]:

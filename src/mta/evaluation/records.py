@@ -19,10 +19,11 @@ FILE = "scores.jsonl"
 class Record(BaseModel):
     """One method on one person with one seed.
 
-    ``key`` names everything that decides the result but the person, who is a salted hash; ``settings`` is the method's
-    part of it, the same whatever an exhibit calls the method. ``nll`` is the surprise at
-    each query's gold, None for a method that tells none. ``seconds`` are this person's share of the preparing. ``ids``,
-    ``answers`` and ``golds`` are texts of people: they stay where they were made, and are never published.
+    ``key`` names everything that decides the result but the person, who is a salted hash, as is the ``group`` of people
+    who share items; ``settings`` is the method's part of it, the same whatever an exhibit calls the method. ``nll`` is
+    the surprise at each query's gold, None for a method that tells none. ``seconds`` are this person's share of the
+    preparing. ``ids``, ``answers`` and ``golds`` are texts of people: they stay where they were made, and are never
+    published.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -34,6 +35,7 @@ class Record(BaseModel):
     seed: int
     shots: int
     person: str
+    group: str = ""
     metrics: dict[str, float]
     nll: tuple[float, ...] | None
     seconds: float

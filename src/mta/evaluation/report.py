@@ -29,6 +29,7 @@ from mta.evaluation.verdict import (
     names_of,
     people_in,
     queries_each,
+    units_in,
     verdict,
     worse_off,
     yardstick,
@@ -133,6 +134,8 @@ def to_json(comparison: Comparison, against: Sequence[str] = ("task LoRA", "OPPU
         for row in comparison.rows
     ]
     counts = {"people": people_in(comparison), "queries_per_person": queries_each(comparison)}
+    if comparison.groups and (independent := units_in(comparison)) < people_in(comparison):
+        counts["independent_groups"] = independent
     task = {"task": comparison.task.name, "primary": comparison.primary}
     return {"meta": dict(meta), **task, **counts, "verdict": verdict(comparison), "methods": rows}
 
@@ -212,7 +215,7 @@ def _differences(comparison: Comparison, metric: str, reference: str) -> Column:
         elif difference is None:
             cells.append(Cell())
         else:
-            judgement = judge(metric, difference, people_in(comparison))
+            judgement = judge(metric, difference, units_in(comparison))
             mark = "" if judgement == "unclear" else judgement
             cells.append(Cell(f"{difference.mean:+.3f}", _brackets(difference, "+"), mark))
     return _column(f"{metric} against\n{reference}", cells, values, metric in BETTER_LOW)
@@ -254,7 +257,9 @@ def _interval(interval: Interval | None) -> dict[str, float] | None:
 def _title(comparison: Comparison) -> str:
     queries = queries_each(comparison)
     each = f", {queries} questions each" if queries else ""
-    return f"{comparison.task.name}: {people_in(comparison)} people{each}"
+    people, independent = people_in(comparison), units_in(comparison)
+    groups = f" in {independent} independent groups" if independent < people else ""
+    return f"{comparison.task.name}: {people} people{groups}{each}"
 
 
 def _caption(reference: str) -> str:

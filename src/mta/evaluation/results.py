@@ -111,9 +111,9 @@ class Results:
         if not people:
             return None
         called = _names([key for key, _ in rows])
-        return Comparison(
-            self.task, [_row(name, [[s[p] for p in people] for s in seeds]) for name, (_, seeds) in zip(called, rows)]
-        )
+        made = [_row(name, [[s[p] for p in people] for s in seeds]) for name, (_, seeds) in zip(called, rows)]
+        first = rows[0][1][0]
+        return Comparison(self.task, made, tuple(first[person].group for person in people))
 
     def seeds(self, name: str, shots: int | None = None) -> list[int]:
         """The seeds that every method of an exhibit was run with."""

@@ -45,10 +45,15 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """All rows over the same people."""
+    """All rows over the same people.
+
+    ``groups`` names each person's group of people who share items, in the order of the rows' people. A group is
+    resampled as a whole; without ``groups`` all people are independent.
+    """
 
     task: Task
     rows: list[Row]
+    groups: tuple[str, ...] = ()
 
     @property
     def primary(self) -> str:
@@ -68,12 +73,12 @@ class Comparison:
     def score(self, name: str, metric: str) -> Interval | None:
         """A method's mean over people, or None where the metric does not exist for it."""
         values = self.row(name).people.get(metric)
-        return None if values is None else bootstrap(values)
+        return None if values is None else bootstrap(values, groups=self.groups)
 
     def difference(self, name: str, reference: str, metric: str) -> Interval | None:
         """Paired difference over people, ``name`` minus ``reference``."""
         one, other = self.row(name).people.get(metric), self.row(reference).people.get(metric)
-        return None if one is None or other is None else bootstrap(one - other)
+        return None if one is None or other is None else bootstrap(one - other, groups=self.groups)
 
     def worse_off(self, name: str, reference: str) -> tuple[float, float] | None:
         """Share of people whose NLL is higher by more than 0.02, and of those *clearly* worse off.
@@ -114,22 +119,34 @@ def evaluate(
         seconds, last = sum(outcome.seconds for outcome in outcomes) / len(outcomes), outcomes[-1]
         nll = _nll(panel, [outcome.answers for outcome in outcomes])
         rows.append(Row(method.name, people, nll, seconds, last.bytes_per_person, last.merge, last.answers))
-    return Comparison(panel.task, rows)
+    return Comparison(panel.task, rows, tuple(person.group for person in panel.people))
 
 
-def bootstrap(values: Tensor, seed: int = 0, times: int = 10_000) -> Interval:
-    """Mean of (U,) values and its 95% interval by resampling people."""
-    values = values.double()
+def bootstrap(values: Tensor, seed: int = 0, times: int = 10_000, groups: Sequence[str] = ()) -> Interval:
+    """Mean of (U,) values and its 95% interval by resampling people.
+
+    People of one group are drawn together, because they are no independent observations; "" is a person alone.
+    """
+    values, unit = values.double(), units(groups, len(values))
+    count = len(set(unit))
     generator = torch.Generator().manual_seed(seed)
-    at_once = max(2**24 // len(values), 1)  # never more than 128 MiB of draws
-    means = torch.cat(
-        [
-            values[torch.randint(len(values), (min(at_once, times - done), len(values)), generator=generator)].mean(1)
-            for done in range(0, times, at_once)
-        ]
-    )
-    low, high = torch.quantile(means, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    at_once = max(2**24 // count, 1)  # never more than 128 MiB of draws
+    sums, sizes = (torch.zeros(count, dtype=torch.float64) for _ in range(2))
+    sums.index_add_(0, torch.tensor(unit), values)
+    sizes.index_add_(0, torch.tensor(unit), torch.ones_like(values))
+    means = []
+    for done in range(0, times, at_once):
+        drawn = torch.randint(count, (min(at_once, times - done), count), generator=generator)
+        means.append(values[drawn].mean(1) if count == len(values) else sums[drawn].sum(1) / sizes[drawn].sum(1))
+    low, high = torch.quantile(torch.cat(means), torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     return Interval(float(values.mean()), low, high)
+
+
+def units(groups: Sequence[str], people: int) -> list[int]:
+    """Number each person's independent unit, a group or a person alone, in order of appearance."""
+    numbers: dict[str | int, int] = {}
+    names = groups or [""] * people
+    return [numbers.setdefault(name or person, len(numbers)) for person, name in enumerate(names)]
 
 
 def student_t(n: int) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from mta.config import Evaluation, MergeSettings, Run
 from mta.encode import Encoder
 from mta.errors import InputError
 from mta.evaluation.methods import Base, GlobalConstant, Merged, MergeThenAdapt, Method, OneLora, OwnConstant, TaskLora
-from mta.evaluation.protocol import Panel, able
+from mta.evaluation.protocol import Panel, able, apart
 from mta.evaluation.run import Comparison, evaluate
 from mta.evaluation.verdict import yardstick
 from mta.fuse import check_merge
@@ -24,6 +25,7 @@ from mta.history import Person
 from mta.personalize import Personalizer
 from mta.policies import POLICIES
 from mta.provenance import versions
+from mta.readers.sharing import Copies
 from mta.rows import TASK, Who
 from mta.splits import draw
 from mta.tasks.task import Task
@@ -100,22 +102,32 @@ def study(
     check_merge(run.merge, len(bank), task.labelled)
     if bank.info.members.hashed is None:
         log.warning("this bank came without its members: nobody here knows whether these people helped to train it")
-    strangers = [person for person in people if not bank.info.members.artefacts_of(person.id)]
+    members, strangers = apart(bank, people)
     tested = [p for p in strangers if able(task, p, evaluation.shots, evaluation.queries, "next")]
     if not tested:
         raise InputError(
-            f"none of {len(people)} people can be tested: they are in the bank, or have fewer than {needed} items",
+            f"none of {len(people)} people can be tested: they are in the bank, share items with people in the bank, "
+            f"or have fewer than {needed} items",
             hint="Give people the bank was not built from, or lower shots= and queries=.",
         )
     left_out = len(people) - len(tested)
+    if connected := len(people) - len(members) - len(strangers):
+        log.warning("%d people are left out, because they share items with people in the bank", connected)
     if limit is not None and limit < len(tested):
-        tested = draw(tested, run.seed, task=0, development=0, test=limit).select("test", tested)
+        tested = draw(tested, run.seed, task=0, development=0, test=limit, together=False).select("test", tested)
     encoder = encoder or bank.encoder(base, run.encoder)
     how: dict[str, Any] = {"shots": evaluation.shots, "queries": evaluation.queries, "on_step": on_step}
     panel = Panel.of(base, bank, encoder, run, tested, **how)
+    found_in = Copies(people, task).in_histories(members, chain(*panel.queries)) if members else 0
+    if found_in:
+        log.warning("%d queries stand in the histories of people in the bank", found_in)
     methods = standard_methods(run, evaluation, task, len(bank))
     found = evaluate(panel, methods, evaluation.seeds or (run.seed,), on_method)
-    return Study(found, panel, _meta(base, bank, run, evaluation, len(tested)) | {"left_out": left_out})
+    return Study(
+        found,
+        panel,
+        _meta(base, bank, run, evaluation, len(tested)) | {"left_out": left_out, "queries_in_bank": found_in},
+    )
 
 
 def ask(found: Study, personal: Personalizer, fields: dict[str, str], whose: Sequence[int]) -> None:

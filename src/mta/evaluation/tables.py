@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from mta.evaluation.figures import human_bytes
 from mta.evaluation.results import Results
 from mta.evaluation.run import Comparison, Interval
-from mta.evaluation.verdict import judge, people_in, worse_off, yardstick
+from mta.evaluation.verdict import judge, people_in, units_in, worse_off, yardstick
 
 POOLED, RIVAL = "task LoRA", "OPPU"
 
@@ -85,7 +85,7 @@ def marked(comparison: Comparison, metric: str, difference: Interval | None) -> 
     if difference is None:
         return ""
     text = f"{difference.mean:+.3f} [{difference.low:+.3f}, {difference.high:+.3f}]"
-    return text if judge(metric, difference, people_in(comparison)) == "unclear" else f"**{text}**"
+    return text if judge(metric, difference, units_in(comparison)) == "unclear" else f"**{text}**"
 
 
 def _mean(score: Interval | None) -> str:

@@ -6,7 +6,7 @@ from typing import Literal
 
 from mta.evaluation.figures import human_bytes
 from mta.evaluation.metrics import BETTER_LOW
-from mta.evaluation.run import WORSE, Comparison, Interval, better
+from mta.evaluation.run import WORSE, Comparison, Interval, better, units
 
 Judgement = Literal["better", "worse", "unclear"]
 
@@ -40,8 +40,9 @@ def findings(comparison: Comparison, name: str, reference: str, rival: str) -> l
         ours, theirs = (human_bytes(comparison.row(n).bytes_per_person) for n in (name, rival))
         said.append(("storage", f"Kept per person: {ours} by {name}, {theirs} by {rival}."))
     explained = "; ".join(f"{m} is {MEANING[m]} ({_direction(m)} is better)" for m in metrics if m in MEANING)
-    if (people := people_in(comparison)) < FEW:
-        said.append(("caution", f"Only {people} people were tested: take every interval with a grain of salt."))
+    if (count := units_in(comparison)) < FEW:
+        what = "people" if count == people_in(comparison) else "independent groups of people"
+        said.append(("caution", f"Only {count} {what} were tested: take every interval with a grain of salt."))
     return [*said, ("words", f"{explained}.")]
 
 
@@ -53,7 +54,7 @@ def headline(comparison: Comparison, name: str, reference: str) -> str:
     said: dict[str, list[str]] = {}
     for metric in dict.fromkeys((comparison.primary, yardstick(comparison))):
         if difference := comparison.difference(name, reference, metric):
-            said.setdefault(words[judge(metric, difference, people_in(comparison))], []).append(metric)
+            said.setdefault(words[judge(metric, difference, units_in(comparison))], []).append(metric)
     return f"{name} against the pooled model: " + ", ".join(f"{w} {' and '.join(m)}" for w, m in said.items())
 
 
@@ -62,10 +63,10 @@ def yardstick(comparison: Comparison) -> str:
     return "NLL" if any("NLL" in row.people for row in comparison.rows) else comparison.primary
 
 
-def judge(metric: str, difference: Interval, people: int) -> Judgement:
-    """Whether a paired difference excludes zero, and in which direction. One person decides nothing."""
+def judge(metric: str, difference: Interval, units: int) -> Judgement:
+    """Whether a paired difference excludes zero, and in which direction. One person, or one group, decides nothing."""
     turned = Interval(-difference.mean, -difference.high, -difference.low)
-    if people < 2 or not (better(metric, difference) or better(metric, turned)):
+    if units < 2 or not (better(metric, difference) or better(metric, turned)):
         return "unclear"
     return "better" if better(metric, difference) else "worse"
 
@@ -86,6 +87,11 @@ def people_in(comparison: Comparison) -> int:
     return len(next(iter(comparison.rows[0].people.values())))
 
 
+def units_in(comparison: Comparison) -> int:
+    """How many independent units were tested: people who share no items, and groups of those who do."""
+    return len(set(units(comparison.groups, people_in(comparison))))
+
+
 def queries_each(comparison: Comparison) -> int | None:
     """How many questions everybody was asked, where it is known."""
     for row in comparison.rows:
@@ -98,7 +104,7 @@ def _compared(comparison: Comparison, name: str, other: str, called: str, metric
     difference = comparison.difference(name, other, metric)
     if difference is None:
         return None
-    judgement = judge(metric, difference, people_in(comparison))
+    judgement = judge(metric, difference, units_in(comparison))
     gain, low, high = difference.mean, difference.low, difference.high
     if metric in BETTER_LOW:
         gain, low, high = -gain, -high, -low

@@ -49,7 +49,7 @@ def outputs_beside(questions: Path) -> Path | None:
 def lamp_parts(
     records: Iterator[tuple[Place, dict[str, Any]]], golds: dict[str, Gold] | None, task: Task, rejects: Rejects
 ) -> Iterator[Part]:
-    """One question a record. Without ``user_id`` each question is a person of its own; a user's questions merge.
+    """One part per question. A user's questions merge; without ``user_id`` the part has the question's id as person.
 
     Queries without an outputs file keep no target, as test questions have none: they can be answered, not judged.
     """
@@ -60,12 +60,13 @@ def lamp_parts(
             if id in seen:
                 raise Bad("id", f"duplicate question id {id!r}")
             seen.add(id)
-            person = text_in(record, "user_id") if record.get("user_id") is not None else id
+            named = record.get("user_id") is not None
+            person = text_in(record, "user_id") if named else id
             items = _profile(record, task, place, rejects)
         except Bad as bad:
             rejects.add(place, bad.field, bad.reason, {"id": record.get("id")})
             continue
-        yield Part(person, items, place, _queries([record], golds, task, place, rejects), repeats=True)
+        yield Part(person, items, place, _queries([record], golds, task, place, rejects), repeats=True, named=named)
     for id, gold in (golds or {}).items():
         if id not in seen:
             rejects.add(gold.place, "id", f"no question has the id {id!r}", {"id": id, "output": gold.output})

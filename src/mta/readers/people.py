@@ -15,6 +15,7 @@ from mta.readers.lamp import golds_for, lamp_parts, outputs_beside, perpcs_parts
 from mta.readers.recbole import recbole_parts
 from mta.readers.rejects import Place, Rejects, data_error
 from mta.readers.rows import Part, item_parts
+from mta.readers.sharing import connected, missing_from, same_users, without_answers
 from mta.readers.stream import LINE, objects
 from mta.tasks.load import load_task
 from mta.tasks.task import Task
@@ -32,6 +33,8 @@ def read_people(
 ) -> People:
     """Everybody in a file or folder, in order of appearance, each with their items in time order.
 
+    LaMP records without ``user_id`` are merged where their profiles show that they belong to one user; that person's
+    id is the smallest question id. People who hold copies of the same items get the same ``group``.
     ``limit`` keeps the first so many people. Bad rows raise; with ``skip_bad`` they are written to that file as
     JSONL ({file, line, field, reason, row}) and reading goes on.
     Raises DataError, which names file, line and field; TaskError.
@@ -40,19 +43,24 @@ def read_people(
     if limit is not None and limit < 1:
         raise InputError(f"limit is {limit}; expected at least 1", hint="Leave it out to read everybody.")
     gathered: dict[str, _Gathered] = {}
+    named = 0
     with Rejects(_aside(skip_bad, source)) as rejects:
         for part in iter_parts(source, task, rejects):
             if part.person not in gathered:
-                if limit is not None and len(gathered) >= limit:
+                if limit is not None and part.named and named >= limit:
                     continue
-                gathered[part.person] = _Gathered()
+                named += part.named
+                gathered[part.person] = _Gathered(part.named)
             gathered[part.person].take(part, rejects)
     if rejects.count:
         log.warning("%d bad rows of %s were skipped; they are in %s", rejects.count, source, rejects.path)
-    people = [Person.of(id, one.items, one.queries) for id, one in gathered.items()]
+    people = [one.person(id, task) for id, one in _by_user(gathered, source).items()][:limit]
     if not people:
         see = f"See {rejects.path}." if rejects.count else f"Write lines such as  {LINE}"
         raise DataError(f"{source} holds nobody: no row could be used, {rejects.count} were bad", hint=see)
+    people, shared = connected(people, task)
+    if shared.items:
+        log.warning("%s: %s; splits keep a group together", source, shared)
     return People(people, task)
 
 
@@ -80,9 +88,11 @@ def iter_parts(path: Path, task: Task, rejects: Rejects) -> Iterator[Part]:
 
 
 class _Gathered:
-    """What was read of one person so far."""
+    """What was read of one person so far; ``records`` counts the parts whose items may repeat."""
 
-    def __init__(self) -> None:
+    def __init__(self, named: bool) -> None:
+        self.named = named
+        self.records = 0
         self.items: list[Item] = []
         self.queries: list[Item] = []
         self.by_id: dict[str, Item] = {}
@@ -90,17 +100,44 @@ class _Gathered:
     def take(self, part: Part, rejects: Rejects) -> None:
         """Add a part; an item id may come again only where parts repeat items, and then with the same content."""
         here: set[str] = set()
+        new: list[Item] = []
         for item in part.items:
-            if item.id is None or item.id not in self.by_id:
-                self.items.append(item)
-            elif not part.repeats or item.id in here or item != self.by_id[item.id]:
+            known = item.id is not None and item.id in self.by_id
+            if known and (not part.repeats or item.id in here or item != self.by_id[str(item.id)]):
                 reason = f"duplicate item id {item.id!r} of person {part.person!r}"
                 rejects.add(part.place, "id", reason, dict(item.fields))
                 continue
             if item.id is not None:
                 self.by_id[item.id] = item
                 here.add(item.id)
-        self.queries.extend(part.queries)
+            new.append(item)
+        self.add(new, part.queries, repeats=part.repeats)
+
+    def add(self, items: Sequence[Item], queries: Sequence[Item], *, repeats: bool) -> None:
+        """Add items and queries; items that ``repeats`` says may come again are added once, whatever their ids."""
+        self.items += missing_from(self.items, items) if repeats and self.items else items
+        self.queries += queries
+        self.records += repeats
+
+    def person(self, id: str, task: Task) -> Person:
+        """The person. Items that answer the person's own queries, known from other records, are left out."""
+        items = without_answers(task, self.items, self.queries) if self.records > 1 else self.items
+        return Person.of(id, items, self.queries)
+
+
+def _by_user(gathered: dict[str, _Gathered], source: Path) -> dict[str, _Gathered]:
+    """Merge records without ``user_id`` that belong to one user, in the order of their question ids."""
+    ids = [id for id, one in gathered.items() if not one.named]
+    users = same_users([gathered[id].items for id in ids])
+    merged: dict[str, str] = {}
+    for user in users:
+        first, *others = sorted((ids[n] for n in user), key=lambda id: (len(id), id))
+        merged |= {id: first for id in (first, *others)}
+        for id in others:
+            gathered[first].add(gathered[id].items, gathered[id].queries, repeats=True)
+    if len(users) < len(ids):
+        log.warning("%s: %d questions without user_id belong to %d people", source, len(ids), len(users))
+    return {name: gathered[name] for name in dict.fromkeys(merged.get(id, id) for id in gathered)}
 
 
 def _aside(skip_bad: str | Path | None, source: Path) -> Path | None:

@@ -25,6 +25,7 @@ class Part:
     """Some of one person's items and queries, as one record of a file holds them.
 
     ``repeats``: another record may hold the same items again, as the questions of one LaMP user do.
+    ``named`` is off where the record names no user: ``person`` is then the id of its question.
     """
 
     person: str
@@ -32,6 +33,7 @@ class Part:
     place: Place
     queries: tuple[Item, ...] = ()
     repeats: bool = False
+    named: bool = True
 
 
 def text_in(row: Mapping[str, Any], field: str) -> str:

@@ -1,0 +1,238 @@
+"""Find records of one user, and people who hold copies of the same items.
+
+Rules, limits, and measurements: docs/decisions/019-shared-items.md.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from mta.history import Item, Person
+from mta.tasks.task import Task
+
+SAME_USER = 0.5  # Jaccard index of two profiles from which on both belong to one user
+SAME_ITEMS = 3  # and the two profiles share at least this many items
+LONG = 64  # characters: two people write a shorter text by coincidence
+CROWD = 10  # people: an item that more of them hold is common text and connects no people
+Key = tuple[bytes, bytes]  # digests of an item's inputs and of its answer
+
+
+@dataclass(frozen=True, slots=True)
+class Shared:
+    """Counts of shared items: ``items`` connect ``people`` into ``groups``; ``largest`` is the largest group's size.
+
+    Not counted as shared: ``crowded`` items, which more than ``CROWD`` people hold, and ``judged`` inputs, which
+    several people answer independently of each other (a film that many people rate).
+    """
+
+    items: int = 0
+    people: int = 0
+    groups: int = 0
+    largest: int = 0
+    crowded: int = 0
+    judged: int = 0
+
+    def __str__(self) -> str:
+        held = f"{self.items} items belong to more than one person"
+        return f"{held} and connect {self.people} people in {self.groups} groups of at most {self.largest}"
+
+
+class _Sets:
+    """Disjoint sets of the numbers 0 to n - 1."""
+
+    def __init__(self, count: int) -> None:
+        self._above = list(range(count))
+
+    def root(self, n: int) -> int:
+        while self._above[n] != n:
+            self._above[n] = n = self._above[self._above[n]]
+        return n
+
+    def join(self, numbers: Iterable[int]) -> None:
+        roots = {self.root(n) for n in numbers}
+        for root in roots:
+            self._above[root] = min(roots)
+
+    def groups(self) -> list[list[int]]:
+        """All sets, each in ascending order, by their smallest number."""
+        found: dict[int, list[int]] = {}
+        for n in range(len(self._above)):
+            found.setdefault(self.root(n), []).append(n)
+        return list(found.values())
+
+
+# -- records of one user -----------------------------------------------------------------------------------------------
+
+
+def sameness(item: Item) -> tuple[object, ...]:
+    """Return what two copies of an item have in common: all fields and the time, but not the id.
+
+    LaMP numbers the items of each record anew, so ids neither identify an item nor are they unique.
+    """
+    return (item.time, *sorted(item.fields.items()))
+
+
+def same_users(records: Sequence[Sequence[Item]]) -> list[list[int]]:
+    """Group the numbers of records that belong to one user, because their profiles are nearly the same.
+
+    Two profiles are of one user if they share at least ``SAME_ITEMS`` items and half of the items in either. Only pairs
+    that share one of their rare items are compared (prefix filtering), so a large file takes no quadratic time.
+    """
+    profiles = [{sameness(item) for item in items} for items in records]
+    held = Counter(item for profile in profiles for item in profile)
+    numbers = {item: n for n, item in enumerate(sorted(held, key=held.__getitem__))}
+    ranked = [sorted(numbers[item] for item in profile if held[item] > 1) for profile in profiles]
+    sets, seen = _Sets(len(records)), defaultdict[int, list[int]](list)
+    for n, shared in enumerate(ranked):
+        size, mine = len(profiles[n]), set(shared)
+        # At least half of the items must be common, so one of them is among the rarest size // 2 + 1.
+        rare = shared[: max(size // 2 + 1 - (size - len(shared)), 0)]
+        for other in (other for item in rare for other in seen[item]):
+            if sets.root(other) == sets.root(n):
+                continue
+            common = len(mine.intersection(ranked[other]))
+            if common >= SAME_ITEMS and common >= SAME_USER * (size + len(profiles[other]) - common):
+                sets.join((n, other))
+        for item in rare:
+            seen[item].append(n)
+    return sets.groups()
+
+
+def missing_from(known: Sequence[Item], items: Sequence[Item]) -> list[Item]:
+    """Return the items that ``known`` does not hold as often as ``items`` does."""
+    left = Counter(map(sameness, known))
+    missing = []
+    for item in items:
+        if left[sameness(item)] > 0:
+            left[sameness(item)] -= 1
+        else:
+            missing.append(item)
+    return missing
+
+
+def without_answers(task: Task, items: Sequence[Item], queries: Sequence[Item]) -> list[Item]:
+    """Return the items that are not one of the queries.
+
+    A user's questions were taken out of their own profile, but each one stands in the profiles of the others.
+    """
+    asked = {question for query in queries if (question := _question(task, query))}
+    return [item for item in items if _question(task, item) not in asked]
+
+
+def _question(task: Task, item: Item) -> tuple[str, ...]:
+    """What an item and a query about the same text have in common: the inputs, or the target of a task without any."""
+    names = task.item.inputs
+    if names:
+        return tuple(item.fields[name] for name in names) if task.asks_as_items or not item.is_query else ()
+    return (task.target(item),) if task.has_target(item) else ()
+
+
+# -- people who share items --------------------------------------------------------------------------------------------
+
+
+class Copies:
+    """Copies of items that several of ``people`` hold, in their histories or as queries with a known answer.
+
+    ``holders`` are the numbers of the people who hold a copy, by the item's key; items that do not count as shared
+    are missing in it.
+    """
+
+    def __init__(self, people: Sequence[Person], task: Task) -> None:
+        self.task = task
+        self.crowded = self.judged = 0
+        self.holders: dict[Key, set[int]] = {}
+        by_inputs = self._several(people)
+        if task.labelled and _independent(by_inputs.values(), _chance(people, task)):
+            self.judged = len(by_inputs)
+            return
+        for inputs, answers in by_inputs.items():
+            if task.labelled and len(answers) > 1:  # the answers differ, so the input is no copy
+                self.judged += 1
+                continue
+            for answer, holders in answers.items():
+                if len(holders) > CROWD:
+                    self.crowded += 1
+                elif len(holders) > 1:
+                    self.holders[inputs, answer] = holders
+
+    def in_histories(self, people: Iterable[Person], queries: Iterable[Item]) -> int:
+        """Count the queries of which a copy stands in the histories of ``people``."""
+        known = {key for person in people for item in person.items if (key := self._key(item)) in self.holders}
+        return sum(self._key(query) in known for query in queries)
+
+    def _several(self, people: Sequence[Person]) -> dict[bytes, dict[bytes, set[int]]]:
+        """Inputs that several people hold -> answers -> numbers of the people who give them."""
+        first: dict[bytes, int] = {}
+        several: set[bytes] = set()
+        for number, (inputs, _) in self._keys(people):
+            if first.setdefault(inputs, number) != number:
+                several.add(inputs)
+        found: dict[bytes, dict[bytes, set[int]]] = {}
+        for number, (inputs, answer) in self._keys(people) if several else ():
+            if inputs in several:
+                found.setdefault(inputs, {}).setdefault(answer, set()).add(number)
+        return found
+
+    def _keys(self, people: Sequence[Person]) -> Iterator[tuple[int, Key]]:
+        for number, person in enumerate(people):
+            for item in (*person.items, *person.queries):
+                if key := self._key(item):
+                    yield number, key
+
+    def _key(self, item: Item) -> Key | None:
+        """Digests of an item's inputs and answer; None if the item is too short to tell people apart."""
+        task, like_items = self.task, self.task.asks_as_items or not item.is_query
+        if not task.has_target(item):
+            return None
+        target = _plain(task.target(item))
+        inputs = [_plain(item.fields[name]) for name in task.item.inputs] if like_items else []
+        # Labels, of which there are few, say nothing about who gave them.
+        if sum(map(len, inputs)) + (0 if task.labelled else len(target)) < LONG:
+            return None
+        return (_digest(inputs), _digest([target])) if task.labelled else (_digest([*inputs, target]), b"")
+
+
+def connected(people: Sequence[Person], task: Task) -> tuple[list[Person], Shared]:
+    """Return the people with their groups, and what was found.
+
+    People who hold a copy of one item are in one group, directly or through others; a group is called by its smallest
+    person id. People who share nothing are in no group.
+    """
+    copies, sets = Copies(people, task), _Sets(len(people))
+    for holders in copies.holders.values():
+        sets.join(holders)
+    groups = [group for group in sets.groups() if len(group) > 1]
+    names = {n: min(people[m].id for m in group) for group in groups for n in group}
+    sizes = [len(group) for group in groups]
+    counts = {"people": sum(sizes), "groups": len(sizes), "largest": max(sizes, default=0)}
+    found = Shared(len(copies.holders), **counts, crowded=copies.crowded, judged=copies.judged)
+    return [replace(person, group=names[n]) if n in names else person for n, person in enumerate(people)], found
+
+
+def _independent(inputs: Collection[Mapping[bytes, set[int]]], chance: float) -> bool:
+    """Whether people answer common inputs on their own: two of them differ more than half as often as by chance."""
+    return bool(inputs) and sum(map(_differing, inputs)) / len(inputs) > chance / 2
+
+
+def _differing(answers: Mapping[bytes, set[int]]) -> float:
+    """How often two answers to one input differ."""
+    counts = [len(holders) for holders in answers.values()]
+    total = sum(counts)
+    return 1 - sum(count * (count - 1) for count in counts) / (total * (total - 1))
+
+
+def _chance(people: Sequence[Person], task: Task) -> float:
+    """How often two answers differ that are drawn from all answers."""
+    counts = Counter(task.target(item) for person in people for item in person.items)
+    return 1 - sum((count / counts.total()) ** 2 for count in counts.values())
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.split()).casefold()
+
+
+def _digest(texts: Sequence[str]) -> bytes:
+    return hashlib.blake2b("\0".join(texts).encode(), digest_size=16).digest()
