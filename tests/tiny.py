@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping, Sequence
 from functools import cache
+from pathlib import Path
 from types import MethodType
 
 import torch
@@ -23,6 +26,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from mta.aside import write_json
 from mta.base import BaseModel
 from mta.lora.batch import Factors, LoraBatch
 from mta.tasks.prompt import Example
@@ -141,3 +145,32 @@ def random_examples(count: int, seed: int, prefix: int = 6, longest: int = 12) -
         target = draw(int(torch.randint(1, 4, (1,), generator=generator)))
         made.append(Example(head + middle + target, len(head + middle)))
     return made
+
+
+def save_encoder(folder: Path, modules: Sequence[Mapping[str, str]] = ()) -> Path:
+    """A tiny sentence-transformers folder: BERT, mean pooling, and ``modules`` after them."""
+    from transformers import BertConfig, BertModel
+
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    counted(BertModel(BertConfig(vocab_size=260, **sizes))).save_pretrained(folder)
+    tokenizer(False).save_pretrained(folder)
+    kind = "sentence_transformers.models"
+    first = [{"path": "", "type": f"{kind}.Transformer"}, {"path": "1_Pooling", "type": f"{kind}.Pooling"}]
+    listed = [{"idx": n, "name": str(n), **module} for n, module in enumerate([*first, *modules])]
+    write_json(folder / "modules.json", listed)
+    write_json(folder / "1_Pooling" / "config.json", {"word_embedding_dimension": 8, "pooling_mode_mean_tokens": True})
+    write_json(folder / "sentence_bert_config.json", {"max_seq_length": 128, "do_lower_case": False})
+    return folder
+
+
+def counted(model: torch.nn.Module) -> torch.nn.Module:
+    """The model with weights that no version of torch draws differently, for fingerprints that are pinned."""
+    with torch.no_grad():
+        for _, weight in sorted(model.named_parameters()):
+            weight.copy_((torch.arange(weight.numel()) % 7 - 3).reshape(weight.shape) / 8)
+    return model
+
+
+def changed_json(path: Path, **changes: object) -> None:
+    """Set keys of a JSON file, which is created where it is missing."""
+    write_json(path, (json.loads(path.read_text()) if path.exists() else {}) | changes)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
+
+from mta.model_files import weight_files
 
 _PROBE = "The quick brown fox, aged 42, said: «Привет, 世界!»\n\tnaïve café — don't stop…"
 
@@ -20,16 +22,22 @@ def fingerprint_of(tensors: Mapping[str, Tensor], tokenizer: Any) -> str:
     return _digest(sorted(tensors), lambda name: tensors[name], tokenizer)
 
 
-def folder_fingerprint(folder: str | Path, tokenizer: Any) -> str:
-    """The fingerprint of stored weights: independent of sharding and of the dtype they are loaded in."""
-    place: dict[str, Path] = {}
-    for file in sorted(Path(folder).glob("*.safetensors")):
+def folder_fingerprint(folder: str | Path, tokenizer: Any, files: Sequence[Path] | None = None) -> str:
+    """The fingerprint of stored weights: independent of sharding and of the dtype they are loaded in.
+
+    ``files`` are the weight files, by default those that transformers loads. A tensor in a folder below ``folder`` is
+    named with that folder. Raises OSError where a file is missing.
+    """
+    place: dict[str, tuple[Path, str]] = {}
+    for file in weight_files(Path(folder)) if files is None else files:
+        inner = file.parent.relative_to(folder).as_posix()
         with safe_open(file, framework="pt") as stored:
-            place |= dict.fromkeys(stored.keys(), file)
+            place |= {key if inner == "." else f"{inner}/{key}": (file, key) for key in stored.keys()}
 
     def read(name: str) -> Tensor:
-        with safe_open(place[name], framework="pt") as stored:
-            return stored.get_tensor(name)
+        file, key = place[name]
+        with safe_open(file, framework="pt") as stored:
+            return stored.get_tensor(key)
 
     return _digest(sorted(place), read, tokenizer)
 

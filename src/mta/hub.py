@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,8 +12,10 @@ from typing import Any
 
 from mta.assets import ASSETS, resolve
 from mta.errors import AssetError, HubError
+from mta.model_files import ADAPTER, WEIGHTS, modules_of
 
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_SMALL = ("*.json", "*.jinja", "tokenizer.model", "*.txt")  # configuration and tokenizer
 _LOGIN = "Log in:  hf auth login   (or set HF_TOKEN)"
 
 
@@ -45,27 +48,50 @@ def is_cached(name: str) -> bool:
 
 
 def local_folder(name: str) -> str:
-    """The folder of an asset, a local folder, or a hub snapshot (safetensors and JSON only)."""
+    """Return the folder of an asset, a local folder, or a hub snapshot of the files that are loaded.
+
+    Of a hub repository only configuration, tokenizer, and weights in safetensors are downloaded. Raises AssetError.
+    """
     place = resolve(name)
     if Path(place).is_dir():
         return place
-    kinds = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "*.txt"]
     try:
-        return str(snapshot(place, kinds))
+        folder = snapshot(place, _SMALL, ignore=[ADAPTER])
+        # One file first: where a repository has both, transformers loads it and not the shards.
+        for wanted in (_single_files, _all_files):
+            lacking = [file for file in wanted(folder, name) if not file.exists()]
+            if lacking:
+                snapshot(place, [os.path.relpath(file, folder) for file in lacking], folder.name)
     except HubError as error:
         raise AssetError(
             f"{name!r} is neither an asset ({', '.join(ASSETS)}) nor a folder, and the hub did not give it: "
             f"{error.message}",
             hint=error.hint,
         ) from None
+    return str(folder)
 
 
-def snapshot(repo: str, patterns: Sequence[str], revision: str | None = None, token: str | None = None) -> Path:
+def _single_files(folder: Path, name: str) -> list[Path]:
+    return [folder / module.path / WEIGHTS for module in modules_of(folder, name) if module.weight_files(folder)]
+
+
+def _all_files(folder: Path, name: str) -> list[Path]:
+    return [file for module in modules_of(folder, name) for file in module.weight_files(folder)]
+
+
+def snapshot(
+    repo: str,
+    patterns: Sequence[str],
+    revision: str | None = None,
+    token: str | None = None,
+    ignore: Sequence[str] = (),
+) -> Path:
     """Files of a repository in the hub's cache, in a folder named by its commit. Raises HubError."""
     from huggingface_hub import snapshot_download
 
+    which: dict[str, Any] = {"allow_patterns": list(patterns), "ignore_patterns": list(ignore)}
     with _told(repo):
-        return Path(snapshot_download(repo, revision=revision, token=token, allow_patterns=list(patterns)))
+        return Path(snapshot_download(repo, revision=revision, token=token, **which))
 
 
 @dataclass(frozen=True, slots=True)

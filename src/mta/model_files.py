@@ -1,0 +1,215 @@
+"""Which files of a model folder are loaded; folders that would run code or open pickles are refused before that.
+
+A bank from somebody else names its base and its encoder, so their folders are not trusted. transformers and
+sentence-transformers read the names of classes, kernels, and other models from JSON files. ``trust_remote_code=False``
+covers only a part of these names.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from mta.aside import read_json
+from mta.errors import ModelError, MtaError, UnsupportedModel
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+ADAPTER = "adapter_config.json"
+_CONFIG, _MODULES = "config.json", "modules.json"
+_DISTRIBUTED = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
+_WITH_WEIGHTS = ("Dense", "LayerNorm", "CNN", "LSTM", "WeightedLayerPooling")
+_MODULE_KINDS = ("Transformer", "Pooling", "Normalize", "Dropout", *_WITH_WEIGHTS)
+_ENCODER_SETTINGS = re.compile(r"sentence_[\w-]+_config\.json")
+_SETTINGS = {  # of a Transformer module, which load nothing
+    *("max_seq_length", "do_lower_case", "transformer_task", "modality_config", "module_output_name"),
+    *("processing_kwargs", "unpad_inputs", "query_length", "document_length", "query_expansion"),
+}
+_KEYWORDS = {f"{of}_{kind}" for of in ("model", "tokenizer", "processor", "config") for kind in ("args", "kwargs")}
+_HARMLESS = {  # keywords that a Transformer module passes on; trust_remote_code is overridden
+    *("attn_implementation", "dtype", "torch_dtype", "add_pooling_layer", "is_causal", "use_cache"),
+    *("padding_side", "truncation_side", "model_max_length", "trust_remote_code"),
+}
+_PLAIN = "Give a model of safetensors, JSON and tokenizer files alone, of an architecture that transformers knows."
+
+
+@dataclass(frozen=True, slots=True)
+class Module:
+    """One step of a sentence encoder: the name of its class, and its folder relative to the encoder's ("" = root)."""
+
+    kind: str
+    path: str
+
+    def weight_files(self, folder: Path) -> list[Path]:
+        """Return the weight files of the module of an encoder in ``folder``."""
+        if self.kind == "Transformer":
+            return weight_files(folder / self.path)
+        return [folder / self.path / WEIGHTS] if self.kind in _WITH_WEIGHTS else []
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Return the weight files that transformers loads, in its order of preference; they need not exist.
+
+    These are the files that config.json names, or else model.safetensors, or else the shards of the index. Other
+    safetensors files (Mistral's consolidated.safetensors, adapters, other formats) are never loaded.
+    """
+    named = _json(folder / _CONFIG).get("transformers_weights")
+    if named is None and ((folder / WEIGHTS).exists() or not (folder / INDEX).exists()):
+        return [folder / WEIGHTS]
+    if named is not None and not str(named).endswith(".index.json"):
+        return [folder / str(named)]
+    shards = _json(folder / (named or INDEX)).get("weight_map")
+    return [folder / name for name in sorted(set(map(str, shards.values())))] if isinstance(shards, dict) else []
+
+
+def modules_of(folder: Path, name: str) -> list[Module]:
+    """Return the modules of a sentence encoder; a plain transformers folder is a Transformer alone.
+
+    Raises UnsupportedModel for a module that may run code, or lies outside the folder.
+    """
+    path = folder / _MODULES
+    if not path.exists():
+        return [Module("Transformer", "")]
+    listed = read_json(path)
+    if not isinstance(listed, list) or not all(
+        isinstance(one, dict) and {"type", "path"} <= one.keys() for one in listed
+    ):
+        raise UnsupportedModel(f"{name!r}: {_MODULES} is no list of modules with type and path", hint=_PLAIN)
+    return [_module(one, name) for one in listed]
+
+
+def refuse_unsafe_base(folder: Path, name: str) -> None:
+    """Raises ModelError where loading the folder with transformers would load more than safetensors of its own."""
+    config = _json(folder / _CONFIG)
+    weights = config.get("transformers_weights")
+    if weights is not None and not _is_safetensors_inside(weights):
+        raise ModelError(
+            f"{name!r} names {weights!r} as its weights; expected safetensors of its own folder", hint=_PLAIN
+        )
+    if (folder / ADAPTER).exists():
+        raise UnsupportedModel(
+            f"{name!r} holds {ADAPTER}: transformers would load that adapter too where PEFT is installed",
+            hint=f"Merge the adapter into the weights (PEFT's merge_and_unload), or remove {ADAPTER}.",
+        )
+    if any(_DISTRIBUTED.fullmatch(file.name) for file in folder.glob("shard-*")):
+        raise ModelError(
+            f"{name!r} holds a distributed checkpoint (shard-*.safetensors); expected {WEIGHTS} or {INDEX}",
+            hint="Save the model with save_pretrained in one process, and give that folder.",
+        )
+    _refuse_kernels(config, name, _CONFIG)
+
+
+def refuse_unsafe_encoder(folder: Path, name: str) -> None:
+    """Raises ModelError where loading the folder with sentence-transformers would run code or open a pickle."""
+    kind = _json(folder / "config_sentence_transformers.json").get("model_type", "SentenceTransformer")
+    if kind != "SentenceTransformer":
+        raise UnsupportedModel(
+            f"{name!r} is a {kind}; expected a SentenceTransformer",
+            hint="Give another encoder, or let the base encode:  encoder=base",
+        )
+    for module in modules_of(folder, name):
+        inner = folder / module.path
+        if lacking := [file.relative_to(folder) for file in module.weight_files(folder) if not file.exists()]:
+            raise ModelError(
+                f"{name!r} cannot be loaded as a sentence encoder: it has no {lacking[0]}, and weights of other kinds "
+                "are never read",
+                hint="Save it again with SentenceTransformer.save, or let the base encode:  encoder=base",
+            )
+        if module.kind == "Transformer":
+            refuse_unsafe_base(inner, name)
+            for file in _settings_of(inner):
+                _refuse_settings(_json(file), name, file.name)
+        if module.kind == "Dense":
+            _refuse_activation(_json(inner / _CONFIG), name)
+
+
+def lowers_case(folder: Path) -> bool:
+    """Whether a Transformer module in ``folder`` adds lowercasing to its tokenizer."""
+    return any(_json(file).get("do_lower_case") for file in _settings_of(folder))
+
+
+@contextmanager
+def loading(name: str, what: str, hint: str) -> Iterator[None]:
+    """Raise as ModelError what a library raises within the block; transformers raises errors of many kinds."""
+    try:
+        yield
+    except MtaError:
+        raise
+    except Exception as error:
+        if "trust_remote_code" in str(error):
+            raise UnsupportedModel(
+                f"{name!r} needs Python code from its own folder, which mta never runs", hint=_PLAIN
+            ) from error
+        first = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ModelError(f"{name!r} cannot be loaded as {what}: {first}", hint) from error
+
+
+def _settings_of(folder: Path) -> list[Path]:
+    """The files that a Transformer module may read its settings from."""
+    return [file for file in folder.glob("*.json") if _ENCODER_SETTINGS.fullmatch(file.name)]
+
+
+def _module(listed: dict[str, Any], name: str) -> Module:
+    kind, path = str(listed["type"]), str(listed["path"])
+    package, _, last = kind.rpartition(".")
+    if package.partition(".")[0] != "sentence_transformers" or last not in _MODULE_KINDS:
+        raise UnsupportedModel(
+            f"{name!r}: {_MODULES} names a module of type {kind!r}; expected one of {', '.join(_MODULE_KINDS)} of "
+            "sentence_transformers",
+            hint=_PLAIN,
+        )
+    if not _is_inside(path):
+        raise UnsupportedModel(f"{name!r}: {_MODULES} names a module at {path!r}, outside the folder", hint=_PLAIN)
+    return Module(last, path)
+
+
+def _refuse_settings(settings: dict[str, Any], name: str, file: str) -> None:
+    for key, value in settings.items():
+        inner = value if isinstance(value, dict) else {}
+        strange = sorted(set(inner) - _HARMLESS) if key in _KEYWORDS else []
+        if strange or (key in _KEYWORDS and not isinstance(value, dict)) or key not in _SETTINGS | _KEYWORDS:
+            said = f"{key}.{strange[0]}" if strange else key
+            raise UnsupportedModel(f"{name!r}: {file} sets {said}, which may load more than this folder", hint=_PLAIN)
+    _refuse_kernels(settings, name, file)
+
+
+def _refuse_activation(config: dict[str, Any], name: str) -> None:
+    activation = str(config.get("activation_function", "torch.nn."))
+    if not activation.startswith("torch.nn."):
+        raise UnsupportedModel(
+            f"{name!r}: a Dense module names {activation!r} as its activation; expected a class of torch.nn",
+            hint=_PLAIN,
+        )
+
+
+def _refuse_kernels(config: dict[str, Any], name: str, file: str) -> None:
+    """Refuse ``owner/name`` as an implementation: transformers would run the code of that repository."""
+    for key, value in _items(config):
+        if key.endswith(("attn_implementation", "experts_implementation")) and "/" in str(value):
+            raise UnsupportedModel(f"{name!r}: {file} sets {key} {value!r}, which is code from the hub", hint=_PLAIN)
+
+
+def _items(value: object) -> Iterator[tuple[str, object]]:
+    """All keys and values in a JSON value, nested ones too."""
+    if isinstance(value, dict):
+        yield from value.items()
+    inside = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    for one in inside:
+        yield from _items(one)
+
+
+def _is_safetensors_inside(name: object) -> bool:
+    return isinstance(name, str) and _is_inside(name) and name.endswith((".safetensors", ".safetensors.index.json"))
+
+
+def _is_inside(path: str) -> bool:
+    return not PurePosixPath(path).is_absolute() and ".." not in PurePosixPath(path).parts and "\\" not in path
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; empty where there is none, which whoever loads the file reports."""
+    found = read_json(path)
+    return found if isinstance(found, dict) else {}
