@@ -126,7 +126,7 @@ def functions(name):
     return [node for tree in PARSED.values() for node in ast.walk(tree) if getattr(node, "name", None) == name]
 
 
-MAKERS = {"data_error": 3}  # functions that make errors, and which argument is their hint
+MAKERS = {"data_error": 3, "loading": 2}  # functions that make errors, and which argument is their hint
 
 
 @pytest.mark.parametrize("path", PARSED, ids=lambda path: str(path.relative_to(SOURCE)))
@@ -351,7 +351,7 @@ PROVOKED = {
     ),
     "BankMismatch": (
         lambda w: Bank.open(w.bank_folder, base_of("gpt2")),
-        ("was built for base 'tiny-llama'", r"the loaded base is 'tiny-gpt2'", r"sha256 \w{8}"),
+        ("was built for base 'tiny-llama'", r"the base here is 'tiny-gpt2'", r"sha256 \w{8}"),
         r"mta bank build --base tiny-gpt2",
     ),
     "BankCorrupt": (

@@ -122,7 +122,7 @@ def test_another_base_is_refused(folder):
         Bank.open(folder, other)
     assert str(caught.value) == (
         f"{folder} was built for base 'tiny-llama' (sha256 {BASE.fingerprint[:8]}…), "
-        f"but the loaded base is 'tiny-qwen3' (sha256 {other.fingerprint[:8]}…)\n"
+        f"but the base here is 'tiny-qwen3' (sha256 {other.fingerprint[:8]}…)\n"
         "  A bank works only with the base it was trained on. Load that base, or rebuild:  "
         "mta bank build --base tiny-qwen3"
     )
@@ -405,3 +405,22 @@ def test_a_bank_that_needs_a_rebuild_is_still_the_same_bank(folder):
 def test_forgetting_needs_a_bank(tmp_path):
     with pytest.raises(BankError, match=r"^no bank at "):
         files.mark_stale(tmp_path, "ann")
+
+
+# -- on another machine ------------------------------------------------------------------------------------------------
+
+
+def test_a_bank_that_was_built_on_a_gpu_opens_on_the_device_of_this_machine(folder):
+    described = json.loads((folder / "bank.json").read_text())
+    rewritten(folder, run=described["run"] | {"device": "cuda"})
+    bank = Bank.open(folder, BASE)
+    assert (bank.info.run.device, bank.hash) == ("auto", described["hash"])
+    assert bank.info == Bank.open(folder, BASE).info
+
+
+def test_the_device_a_bank_is_built_on_is_no_part_of_it(folder, tmp_path, task):
+    people = people_of(4, prefix="t"), people_of(12, prefix="c")
+    build_bank(BASE, task, HashEncoder(), *people, TINY_RUN.model_copy(update={"device": "cpu"}), tmp_path / "cpu")
+    here, there = files.read_info(folder), files.read_info(tmp_path / "cpu")
+    assert (there.hash, there.work) == (here.hash, here.work)
+    assert json.loads((tmp_path / "cpu" / "bank.json").read_text())["run"]["device"] == "auto"

@@ -9,6 +9,8 @@ import pytest
 from safetensors.torch import load_file
 from world import ANN, BOB, MEMBER, QUESTION, TASK, built, mta, ratings, run, tree, written
 
+from mta.bank.files import seal
+
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
@@ -187,6 +189,16 @@ def test_personalizing_again_trains_nobody(world):
 def test_other_shots_are_other_work(world, tmp_path):
     at = world.copy(tmp_path)
     assert mta("personalize", world.new, *at, "--latest", 3, "--json").json["trained"] == 4
+
+
+def test_a_bank_that_was_built_on_a_gpu_is_used_on_a_machine_without_that_gpu(world, tmp_path):
+    at = world.copy(tmp_path)
+    path = tmp_path / "bank" / "bank.json"
+    described = json.loads(path.read_text())
+    del described["sha256"]
+    described["run"]["device"] = "cuda:99"
+    path.write_text(json.dumps(described | {"sha256": seal(described)}))
+    assert mta("personalize", world.new, *at, "--json").json["unchanged"] == 4
 
 
 def test_generate_answers_for_each_person_and_for_nobody(world):

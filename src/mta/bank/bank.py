@@ -102,13 +102,7 @@ class Bank:
         """
         folder = Path(folder)
         info = files.read_info(folder)
-        if info.base_fingerprint != base.fingerprint:
-            raise BankMismatch(
-                f"{folder} was built for base {info.base!r} (sha256 {info.base_fingerprint[:8]}…), "
-                f"but the loaded base is {base.name!r} (sha256 {base.fingerprint[:8]}…)",
-                hint="A bank works only with the base it was trained on. Load that base, or rebuild:  "
-                f"mta bank build --base {base.name}",
-            )
+        files.check_base(folder, info, base.name, base.fingerprint)
         try:
             files.verify(folder, info, full=full)
             task = Task.model_validate(info.task)
@@ -166,7 +160,7 @@ class Bank:
     def encoder(self, base: BaseModel, name: str | None = None) -> Encoder:
         """The encoder the anchors were placed with, by the name it has here and now.
 
-        Raises BankMismatch if its weights are others.
+        Raises BankMismatch if its weights are others, before they are loaded; ModelError if it is no encoder.
         """
         encoder = load_encoder(name or self.info.encoder, base)
         if encoder.fingerprint != self.info.encoder_fingerprint:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
@@ -19,7 +19,7 @@ from mta import runs
 from mta.aside import read_json, write_json, written_aside
 from mta.assets import cache_dir
 from mta.config import Run
-from mta.errors import BankCorrupt, BankError
+from mta.errors import BankCorrupt, BankError, BankMismatch
 from mta.lora.batch import LoraBatch
 from mta.lora.peft import read_peft
 
@@ -108,6 +108,12 @@ class BankInfo(BaseModel):
     files: dict[str, str]
     hash: str
 
+    @field_validator("run")
+    @classmethod
+    def _of_any_machine(cls, run: Run) -> Run:
+        """A bank built on a GPU opens on a CPU: whoever opens a bank chooses the device."""
+        return run.model_copy(update={"device": "auto"})
+
 
 def identity(info: BankInfo) -> str:
     """The hash a bank is called by, given once, when it is built: a later version of mta may know more settings.
@@ -142,6 +148,17 @@ def read_info(folder: Path) -> BankInfo:
         raise BankCorrupt(f"{path} is not a bank's description: {str(error).splitlines()[0]}", hint=REBUILD) from None
     hashed = hashed or _read_members(folder / MEMBERS, info.members.sha256)
     return info.model_copy(update={"members": info.members.model_copy(update={"hashed": hashed})})
+
+
+def check_base(folder: Path, info: BankInfo, name: str, fingerprint: str) -> None:
+    """Raises BankMismatch where the base of that name and fingerprint is not the one the bank was built for."""
+    if info.base_fingerprint != fingerprint:
+        raise BankMismatch(
+            f"{folder} was built for base {info.base!r} (sha256 {info.base_fingerprint[:8]}…), "
+            f"but the base here is {name!r} (sha256 {fingerprint[:8]}…)",
+            hint="A bank works only with the base it was trained on. Load that base, or rebuild:  "
+            f"mta bank build --base {name}",
+        )
 
 
 def read_description(folder: Path) -> tuple[dict[str, Any], Hashed | None]:

@@ -106,7 +106,7 @@ def _portable(folder: Path, sent: dict[str, Path | bytes]) -> dict[str, Any]:
     values, inside = files.read_description(folder)
     if inside and files.MEMBERS not in sent:  # of schema 1, whose key is made of what the description tells
         values["members"] = values["members"] | {"sha256": ""}
-    run = values["run"] = dict(values["run"])
+    run = values["run"] = dict(values["run"]) | {"device": "auto"}
     if Path(run["base"]).is_absolute():
         values["base"] = run["base"] = Path(run["base"]).name
         if _ADAPTER in sent:
