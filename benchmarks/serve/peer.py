@@ -28,7 +28,7 @@ def generated(folder: str, people: int, most: int, seconds: float, dtype: str) -
 
     base, bank = opened(Path(folder), dtype)
     made = Synthesis(bank.anchors, bank.task_lora, bank.hash, RANK)
-    plain = AutoModelForCausalLM.from_pretrained(local_folder(base.name), dtype=base.dtype)
+    plain = AutoModelForCausalLM.from_pretrained(local_folder(base.name), dtype=base.dtype, trust_remote_code=False)
     model: Any = None
     with tempfile.TemporaryDirectory() as place:
         for person in map(str, range(people)):

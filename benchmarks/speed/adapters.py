@@ -71,4 +71,5 @@ def plain_model(dtype: str) -> Any:
     from transformers import AutoModelForCausalLM
 
     kind = getattr(torch, dtype)
-    return AutoModelForCausalLM.from_pretrained(local_folder(BASE), dtype=kind, attn_implementation="sdpa").eval()
+    how = {"dtype": kind, "attn_implementation": "sdpa", "trust_remote_code": False}
+    return AutoModelForCausalLM.from_pretrained(local_folder(BASE), **how).eval()

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 
-from mta.errors import UnsupportedModel
+from mta.errors import ModelError, UnsupportedModel
 
 
 def feed_head_contiguously(model: Any) -> None:
@@ -59,3 +60,19 @@ def refuse_unsupported(model: Any) -> None:
             f"{kind!r} carries a recurrent state from token to token; shared prefixes need attention",
             hint="Give a base of attention layers alone, such as Llama, Mistral, Qwen or Gemma.",
         )
+
+
+def load_weights(folder: str, config: Any, name: str, dtype: torch.dtype) -> Any:
+    """Return the causal language model in a folder, with its weights. Raises ModelError where some are missing."""
+    from transformers import AutoModelForCausalLM
+
+    how: dict[str, Any] = {"use_safetensors": True, "trust_remote_code": False, "attn_implementation": "sdpa"}
+    how |= {"dtype": dtype, "output_loading_info": True}
+    model, found = AutoModelForCausalLM.from_pretrained(folder, config=config, **how)
+    if missing := sorted(found["missing_keys"]):  # transformers would go on with random ones
+        raise ModelError(
+            f"{name!r} is no whole causal language model: {len(missing)} weights are not in its files, "
+            f"{missing[0]} first",
+            hint="Give the folder with all of its *.safetensors, or download it again.",
+        )
+    return model

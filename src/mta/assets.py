@@ -284,13 +284,13 @@ def _convert(gguf: Path, folder: Path) -> Path:
     import torch
     import transformers
 
-    source: dict[str, Any] = {"pretrained_model_name_or_path": str(gguf.parent), "gguf_file": gguf.name}
+    source: dict[str, Any] = {"gguf_file": gguf.name, "trust_remote_code": False}
     dense: dict[str, Any] = {"dtype": torch.float32}
     if hasattr(transformers, "GgufConfig"):  # since then weights stay packed unless told; before, they never did
         dense["quantization_config"] = transformers.GgufConfig(dequantize=True)
     with redirect_stderr(io.StringIO()):  # bars; transformers draws the GGUF one past its own switch
-        tokenizer = transformers.AutoTokenizer.from_pretrained(**source)
-        model = transformers.AutoModelForCausalLM.from_pretrained(**source, **dense)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(str(gguf.parent), **source)
+        model = transformers.AutoModelForCausalLM.from_pretrained(str(gguf.parent), **source, **dense)
         if hasattr(model.config, "quantization_config"):  # it would make the folder load as a GGUF again
             del model.config.quantization_config
         model.config._name_or_path = tokenizer.name_or_path = ""  # a temporary folder is nobody's business

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from mta.adaptable import (
     enable_checkpointing,
     feed_head_contiguously,
     is_linear,
+    load_weights,
     refuse_quantized,
     refuse_unsupported,
     shape_of,
@@ -24,12 +24,16 @@ from mta.adaptable import (
 from mta.assets import ASSETS
 from mta.attention import additive, blocks_of, can_block, install, small_tree, visible
 from mta.config import Run
-from mta.errors import ModelError, UnsupportedModel
+from mta.errors import UnsupportedModel
 from mta.fingerprint import fingerprint_of, folder_fingerprint
 from mta.hub import local_folder
 from mta.kernels import use_kernels
 from mta.machine import keep_freed_memory, pick_device, pick_dtype
+from mta.model_files import loading, refuse_unsafe_base
 from mta.tasks.prompt import PromptFormat
+
+Check = Callable[[str], None]  # of a fingerprint
+_HINT = "Give an asset, or a folder or hub id that holds config.json, a tokenizer and *.safetensors."
 
 
 class BaseModel:
@@ -73,43 +77,34 @@ class BaseModel:
         device: str = "auto",
         max_tokens: int = 1024,
         gradient_checkpointing: bool = False,
+        check: Check | None = None,
     ) -> BaseModel:
         """Load by asset name, local folder or hub id. Raises AssetError, ModelError, UnsupportedModel.
 
-        ``gradient_checkpointing`` keeps one layer's activations instead of all and computes the others again in the
-        backward pass: for big bases and long texts.
+        ``gradient_checkpointing`` keeps one layer's activations and computes the others again in the backward pass: for
+        big bases and long texts. ``check`` gets the fingerprint before the weights are loaded, and may raise MtaError.
         """
-        from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+        from transformers import AutoConfig, AutoTokenizer
 
         place = pick_device(device)
+        numbers = pick_dtype(dtype, place)
         keep_freed_memory()
-        how: dict[str, Any] = {"dtype": pick_dtype(dtype, place), "attn_implementation": "sdpa"}
         folder = local_folder(name)
-        try:
-            config = AutoConfig.from_pretrained(folder)
+        refuse_unsafe_base(Path(folder), name)
+        with loading(name, "a causal language model", _HINT):
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
             refuse_quantized(config)
-            tokenizer = AutoTokenizer.from_pretrained(folder)
-            model, found = AutoModelForCausalLM.from_pretrained(
-                folder, config=config, use_safetensors=True, output_loading_info=True, **how
-            )
-        except (OSError, ValueError, RuntimeError, ImportError, SafetensorError) as error:
-            raise ModelError(
-                f"{name!r} cannot be loaded as a causal language model: {str(error).splitlines()[0]}",
-                hint="Give an asset, or a folder or hub id that holds config.json, a tokenizer and *.safetensors.",
-            ) from error
-        if missing := sorted(found["missing_keys"]):  # transformers would go on with random ones
-            raise ModelError(
-                f"{name!r} is no whole causal language model: {len(missing)} weights are not in its files, "
-                f"{missing[0]} first",
-                hint="Give the folder with all of its *.safetensors, or download it again.",
-            )
-        fingerprint = folder_fingerprint(folder, tokenizer)
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+            fingerprint = folder_fingerprint(folder, tokenizer)
+            if check:
+                check(fingerprint)
+            model = load_weights(folder, config, name, numbers)
         return cls(model.to(place), tokenizer, name, fingerprint, max_tokens, gradient_checkpointing)
 
     @classmethod
-    def of(cls, run: Run) -> BaseModel:
-        """The base that a run names, loaded as it says."""
-        return cls.load(run.base, run.dtype, run.device, run.max_tokens, run.gradient_checkpointing)
+    def of(cls, run: Run, check: Check | None = None) -> BaseModel:
+        """The base that a run names, loaded as it says; ``check`` as for ``load``."""
+        return cls.load(run.base, run.dtype, run.device, run.max_tokens, run.gradient_checkpointing, check)
 
     def as_loaded(self, run: Run) -> Run:
         """The run with this base as it was loaded, and folders by their full names: what another process loads too."""

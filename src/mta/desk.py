@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from mta.bank.bank import Bank
+from mta.bank.files import check_base, read_info
 from mta.base import BaseModel
 from mta.config import Run
 from mta.errors import BankMismatch, Diverged, PersonForgotten, StoreConflict, StoreError
@@ -59,7 +61,8 @@ class Copies:
                 f"a worker found another store, or none, at {self.store}",
                 hint="Give an address that means the same on all machines: a shared disk, a bucket.",
             )
-        base = BaseModel.of(self.run)
+        info = read_info(self.bank)
+        base = BaseModel.of(self.run, partial(check_base, self.bank, info, self.run.base))
         bank = Bank.open(self.bank, base)
         if bank.hash != self.hash:
             raise BankMismatch(

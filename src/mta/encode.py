@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from mta.base import BaseModel
-from mta.errors import ModelError
 from mta.fingerprint import folder_fingerprint
 from mta.history import Person
 from mta.hub import local_folder
+from mta.model_files import loading, lowers_case, modules_of, refuse_unsafe_encoder
 from mta.tasks.task import Task
+
+_KIND = "a sentence encoder"
+_HINT = "Give a folder or hub id of sentence-transformers, or let the base encode:  encoder=base"
 
 
 class Encoder(Protocol):
@@ -32,31 +35,50 @@ class Encoder(Protocol):
 
 
 class SentenceEncoder:
-    """A sentence-transformers model by asset name, folder or hub id."""
+    """A sentence-transformers model by asset name, folder or hub id.
+
+    Weights are loaded with the first texts; ``fingerprint`` can be compared before. Raises AssetError, ModelError.
+    """
 
     def __init__(self, name: str, device: str | None = None) -> None:
-        from sentence_transformers import SentenceTransformer
-
         self.name = name
-        self._folder = local_folder(name)
-        try:
-            how = {"use_safetensors": True}
-            self._model = SentenceTransformer(self._folder, device=device, model_kwargs=how)
-        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-            raise ModelError(
-                f"{name!r} cannot be loaded as a sentence encoder: {str(error).splitlines()[0]}",
-                hint="Give a folder or hub id of sentence-transformers, or let the base encode:  encoder=base",
-            ) from error
+        self._device = device
+        self._folder = Path(local_folder(name))
+        refuse_unsafe_encoder(self._folder, name)
+        self._modules = modules_of(self._folder, name)
 
     @cached_property
     def fingerprint(self) -> str:
-        """Over the stored weights."""
-        return folder_fingerprint(self._folder, self._model.tokenizer)
+        """Over the stored weights of all modules; of the model, only the tokenizer is loaded."""
+        files = [file for module in self._modules for file in module.weight_files(self._folder)]
+        with loading(self.name, _KIND, _HINT):
+            return folder_fingerprint(self._folder, self._tokenizer(), files)
 
     def encode(self, texts: Sequence[str]) -> Tensor:
         """(n,) texts -> (n, E)."""
         vectors: Any = self._model.encode(list(texts), batch_size=64, show_progress_bar=False, convert_to_tensor=True)
         return vectors.float().cpu()
+
+    @cached_property
+    def _model(self) -> Any:
+        from sentence_transformers import SentenceTransformer
+
+        with loading(self.name, _KIND, _HINT):
+            return SentenceTransformer(
+                str(self._folder),
+                device=self._device,
+                trust_remote_code=False,
+                local_files_only=True,
+                model_kwargs={"use_safetensors": True},
+            )
+
+    def _tokenizer(self) -> Any:
+        from transformers import AutoTokenizer
+
+        inner = self._folder / self._modules[0].path
+        if lowers_case(inner):  # sentence-transformers changes the tokenizer after loading
+            return self._model.tokenizer
+        return AutoTokenizer.from_pretrained(inner, trust_remote_code=False)
 
 
 class BaseEncoder:

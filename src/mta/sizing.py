@@ -66,7 +66,7 @@ class Shape:
         config = _config(name)
         try:
             with torch.device("meta"):
-                model = AutoModelForCausalLM.from_config(config)
+                model = AutoModelForCausalLM.from_config(config, trust_remote_code=False, attn_implementation="eager")
         except ValueError:
             raise ConfigError(
                 f"{name!r} is no causal language model: {config.model_type}",
@@ -94,7 +94,8 @@ def _config(name: str) -> Any:
     if name in KNOWN:
         return AutoConfig.for_model(**KNOWN[name])
     try:
-        return AutoConfig.from_pretrained(resolve(name) if name in ASSETS or Path(name).exists() else name)
+        place = resolve(name) if name in ASSETS or Path(name).exists() else name
+        return AutoConfig.from_pretrained(place, trust_remote_code=False)
     except Exception as error:  # transformers raises many kinds: offline, unknown, gated, no config
         raise ConfigError(
             f"no shape of {name!r}: {str(error).splitlines()[0]}",

@@ -41,14 +41,15 @@ class BenchCopies:
 
     def __call__(self) -> Bench:
         """Raises BankMismatch if another base lies there, and what loading one raises."""
-        base = BaseModel.of(self.run)
-        if base.fingerprint != self.fingerprint:
+        base = BaseModel.of(self.run, self._check)
+        return Bench(base, self.run, self.pooled and self.pooled.to(base.device))
+
+    def _check(self, found: str) -> None:
+        if found != self.fingerprint:
             raise BankMismatch(
-                f"a worker loaded base {base.name!r} with sha256 {base.fingerprint[:8]}…, "
-                f"expected {self.fingerprint[:8]}…",
+                f"a worker found base {self.run.base!r} with sha256 {found[:8]}…, expected {self.fingerprint[:8]}…",
                 hint="Give workers the same base: a hub id, an asset, or a folder on a shared disk.",
             )
-        return Bench(base, self.run, self.pooled and self.pooled.to(base.device))
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ import shlex
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -90,14 +91,15 @@ def open_bank(
     would be ignored.
     """
     from mta.bank.bank import Bank
-    from mta.bank.files import read_info
+    from mta.bank.files import check_base, read_info
     from mta.base import BaseModel
     from mta.config import override
     from mta.errors import ConfigError
     from mta.tasks import load_task
 
     given = [f"{key}={value}" for key, value in {"seed": seed, "device": device}.items() if value is not None]
-    built = read_info(folder).run
+    info = read_info(folder)
+    built = info.run
     run = override(built, [*(words or []), *given], config)
     settled = set(type(run).model_fields) - OF_THE_MACHINE - open_to
     if run.task != built.task and load_task(run.task) == task_of(folder):
@@ -107,7 +109,7 @@ def open_bank(
             f"{changed[0]!r} cannot be changed here: it was settled when bank or states were made",
             hint=f"What can be changed: {', '.join(sorted(OF_THE_MACHINE | open_to))}.",
         )
-    base = BaseModel.of(run)
+    base = BaseModel.of(run, partial(check_base, folder, info, run.base))
     return base, Bank.open(folder, base), run
 
 

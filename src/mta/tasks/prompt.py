@@ -77,7 +77,7 @@ class PromptFormat:
         if not self.has_template:
             return PLAIN.format(prompt=prompt)
         chat = [{"role": "user", "content": prompt}]
-        return str(self.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True))
+        return self._templated(chat, add_generation_prompt=True)
 
     def chat(self, turns: Sequence[Mapping[str, str]]) -> tuple[int, ...]:
         """The tokens of a conversation up to where its next answer begins; nothing is cut.
@@ -87,7 +87,7 @@ class PromptFormat:
         said = [{**turn, "content": self._as_text(turn["content"])} for turn in turns]
         if not self.has_template:
             return self._tokens(PLAIN.format(prompt="\n".join(turn["content"] for turn in said)))
-        return self._tokens(str(self.tokenizer.apply_chat_template(said, tokenize=False, add_generation_prompt=True)))
+        return self._tokens(self._templated(said, add_generation_prompt=True))
 
     def text(self, text: str) -> tuple[int, ...]:
         """The tokens of a text that is to be continued, no template around it."""
@@ -96,6 +96,17 @@ class PromptFormat:
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of an answer, without its end token."""
         return str(self.tokenizer.decode(list(tokens), skip_special_tokens=True)).strip()
+
+    def _templated(self, turns: Sequence[Mapping[str, str]], **how: bool) -> str:
+        from jinja2 import TemplateError
+
+        try:
+            return str(self.tokenizer.apply_chat_template(list(turns), tokenize=False, **how))
+        except TemplateError as error:
+            raise DataError(
+                f"the base's chat template does not take these messages: {str(error).splitlines()[0]}",
+                hint="Give other messages, or a base with another template (chat_template.jinja).",
+            ) from None
 
     def _as_text(self, text: str) -> str:
         while self._special.search(text):
@@ -144,7 +155,7 @@ class PromptFormat:
         """What closes an answer: the first token of the template after it, else the tokenizer's end token."""
         if self.has_template:
             chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "§answer§"}]
-            text = str(self.tokenizer.apply_chat_template(chat, tokenize=False))
+            text = self._templated(chat)
             after = self.tokenizer(text.rpartition("§answer§")[2].lstrip(), add_special_tokens=False)["input_ids"]
             if after and after[0] in self.tokenizer.all_special_ids:
                 return int(after[0])
