@@ -2,7 +2,10 @@
 
 import contextlib
 import errno
+import hashlib
+import json
 import os
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -17,6 +20,7 @@ from mta.errors import InputError, StateCorrupt
 from mta.exports import Export, exports_from_bytes, exports_to_bytes
 from mta.lora.peft import CONFIG, WEIGHTS, write_peft
 from mta.store import Store
+from mta.upkeep import check
 
 __all__ = ["url"]  # a fixture
 
@@ -42,11 +46,52 @@ def test_a_list_comes_back_under_its_key(exports: list[Export], key: bytes) -> N
 def test_a_list_says_nothing_without_its_key_and_never_looks_alike() -> None:
     data = exports_to_bytes(LIST, KEY)
     assert data != exports_to_bytes(LIST, KEY)
-    for word in ("here", "ann", "adapter", "abab"):
+    for word in ("/data/ann", "adapter", "ab" * 8):
         assert word.encode() not in data
         assert word.encode().hex().encode() not in data
     with pytest.raises(StateCorrupt, match="x was changed or cut short: got another key"):
         exports_from_bytes(data, b"other", "x")
+
+
+# A list as mta 0.1.0 wrote it, under the same key.
+OLD = b"""{"schema": 1, "sha256": "7774688993942cef45565894f8e8c4ddc8949c4d896355cab721e3e5f7788ac7", "exports": [
+"abe7371d122bf137c43b808461a1bb6e",
+"336ef4de6af2997d7d47045649e9e778f9749bd7b339fe063beb0b7de07ec38f094a2e0664f0fc167a983dcf7f4d8d61cd44658de347e51b4068ea\
+97fa83421916c7e7c54a1772457935454b1ae13d57d027ad038192143ee19d1ab46473bc75f4ed456c17cdbc307626493e48d2da0245d4416098c8\
+7e50ee975e01f642e178f3c87d7f0e73db5a040cbe190916a2f2541528f1d5803825a0b8c30e0698095be72fdb52f0b8a769ad51875c320ddb50ae\
+305b4db53634fed5ddd9ad7971ac5fdca0b5eb34fce7d7f26261b0cf790ca2827f8aeed9793ece6f24c862c055e57ce0bf730f5874fea85c904ce5\
+9ddc0975cefaac7cda238cddfb34de5fba4b8e4391e448e286"]}"""
+
+
+def test_a_list_of_the_first_release_is_read_and_rewritten() -> None:
+    assert exports_from_bytes(OLD, KEY) == LIST
+    with pytest.raises(StateCorrupt, match="got another key"):
+        exports_from_bytes(OLD, b"other")
+    with pytest.raises(StateCorrupt, match="another schema or sha256"):
+        exports_from_bytes(OLD.replace(b"abe7", b"abe8"), KEY)
+
+
+def written_by_the_first_release(exports: list[Export], key: bytes) -> bytes:
+    nonce, plain = bytes(range(16)), json.dumps([asdict(export) for export in exports]).encode()
+    stream = hashlib.shake_256(key + nonce).digest(len(plain))
+    rows = [nonce.hex(), bytes(a ^ b for a, b in zip(plain, stream)).hex()]
+    digest = hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+    return json.dumps({"schema": 1, "sha256": digest, "exports": rows}).encode()
+
+
+def test_forgetting_reaches_an_export_that_the_first_release_noted(tmp_path: Path) -> None:
+    store, folder = Store(tmp_path / "people"), tmp_path / "out"
+    store.save(ANN, state())
+    old = exported(folder)
+    noted = written_by_the_first_release([old], store._secret(ANN))
+    Path(store.files.at(f"{store._path(ANN)}/exports.json")).write_bytes(noted)
+    assert check(store).damaged == {}
+    assert store.exports(ANN) == [old]
+    with store.exporting(ANN, tmp_path / "new"):
+        new = exported(tmp_path / "new")
+    assert store.exports(ANN) == [old, new]
+    assert store.remove_exports(ANN) == {}
+    assert not folder.exists()
 
 
 FILE = exports_to_bytes(LIST, KEY)
@@ -62,7 +107,8 @@ def test_a_damaged_list_is_refused_or_the_same(place: int, byte: int, cut: bool)
         assert "must then be found and removed by hand" in str(error)  # noqa: PT017
 
 
-def test_a_store_notes_exports_without_naming_anybody(tmp_path: Path) -> None:
+def test_a_store_notes_exports_without_naming_anybody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module.platform, "node", lambda: "a-host-of-ours")
     store = Store(tmp_path / "people")
     assert store.exports.of(ANN) == []
     first, second = (export_from(store, tmp_path / f"{ANN}-{n}", n) for n in range(2))

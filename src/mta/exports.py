@@ -1,28 +1,28 @@
 """Where a person's adapter was exported to, so that forgetting finds it: the file beside their states.
 
-A folder's name may say who its person is, and raw ids stand in no file of a store. So the list is written under a key
-that is made of the store's key and of the id: only who has both reads it, as with the paths of the store.
+A folder's name may say who its person is, and raw ids stand in no file of a store. So the list is encrypted (Fernet:
+AES-128-CBC and HMAC-SHA256, of the ``cryptography`` package) with a key that is made of the store's key and of the id.
 """
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import hashlib
 import json
 import platform
-import secrets
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from mta.aside import sync_folder
 from mta.errors import InputError, PersonForgotten, StateCorrupt
 from mta.hub import Parcel
 from mta.lora.peft import CARD, CONFIG, WEIGHTS, has_own_card, read_peft, remove_asides
 from mta.storage import Storage
 from mta.tombstones import Tombstones
 
-SCHEMA = 1
-_NONCE = 16  # bytes, drawn anew for each writing: one keystream never covers two lists
+SCHEMA = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +70,7 @@ class Export:
             if has_own_card(folder):
                 (folder / CARD).unlink()
             (folder / WEIGHTS).unlink()
+            sync_folder(folder)
         except (FileNotFoundError, NotADirectoryError):
             if self.sha256 and not folder.parent.is_dir():
                 return f"{self.folder} (nor is the folder around it there: is a disk not mounted?)"
@@ -79,6 +80,7 @@ class Export:
             return f"{self.folder} ({error.strerror})"
         with contextlib.suppress(OSError):  # other files are in it, or it is not there any more
             folder.rmdir()
+            sync_folder(folder.parent)
         return ""
 
     def is_final(self) -> bool:
@@ -205,45 +207,56 @@ def adapter_parcel(folder: Path) -> Parcel:
 
 
 def exports_to_bytes(exports: Sequence[Export], key: bytes) -> bytes:
-    """A list of exports as JSON that only who has the ``key`` reads, sealed with a sha256."""
-    nonce = secrets.token_bytes(_NONCE)
-    hidden = _veiled(json.dumps([asdict(export) for export in exports]).encode(), key, nonce)
-    rows = [nonce.hex(), hidden.hex()]
-    return json.dumps({"schema": SCHEMA, "sha256": _sealed(rows), "exports": rows}).encode()
+    """Encrypt a list of exports as JSON under ``key``, with a sha256 by which damage is found without the key."""
+    from cryptography.fernet import Fernet
+
+    rows = json.dumps([asdict(export) for export in exports]).encode()
+    token = Fernet(_fernet_key(key)).encrypt(rows).decode()
+    return json.dumps({"schema": SCHEMA, "sha256": _sealed(token), "exports": token}).encode()
 
 
 def exports_from_bytes(data: bytes, key: bytes, source: str = "the file") -> list[Export]:
-    """The inverse of ``exports_to_bytes``. Raises StateCorrupt, under another key too."""
-    nonce, hidden = check_exports(data, source)
+    """The inverse of ``exports_to_bytes``; reads schema 1 too. Raises StateCorrupt, under another key too."""
+    from cryptography.fernet import Fernet, InvalidToken
+
+    hidden = check_exports(data, source)
     try:
-        return [Export(**row) for row in json.loads(_veiled(hidden, key, nonce))]
-    except (ValueError, TypeError, RecursionError):
+        rows = Fernet(_fernet_key(key)).decrypt(hidden) if isinstance(hidden, str) else _of_schema_1(hidden, key)
+        return [Export(**row) for row in json.loads(rows)]
+    except (InvalidToken, ValueError, TypeError, RecursionError):
         raise _corrupt(source, "another key") from None
 
 
-def check_exports(data: bytes, source: str = "the file") -> tuple[bytes, bytes]:
-    """Whether the file is whole, without the key; returns what it holds, unread. Raises StateCorrupt."""
+def check_exports(data: bytes, source: str = "the file") -> str | list[str]:
+    """Check without the key that the file is whole; returns what it holds, still encrypted. Raises StateCorrupt."""
     try:
         value = json.loads(data)
-        if value["schema"] != SCHEMA or value["sha256"] != _sealed(value["exports"]):
+        hidden, schema = value["exports"], value["schema"]
+        if schema not in (1, SCHEMA) or value["sha256"] != _sealed(hidden):
             raise ValueError("another schema or sha256")
-        nonce, hidden = map(bytes.fromhex, value["exports"])
-        return nonce, hidden
+        if not isinstance(hidden, str if schema == SCHEMA else list):
+            raise TypeError(type(hidden).__name__)
+        return hidden
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise _corrupt(source, repr(error)) from error
 
 
 def _corrupt(source: str, got: str) -> StateCorrupt:
     return StateCorrupt(
-        f"{source} was changed or cut short: got {got}, expected schema {SCHEMA} and a list that fits the sha256",
+        f"{source} was changed or cut short: got {got}, expected schema 1 or {SCHEMA} and a list that fits the sha256",
         hint="Remove it; adapters that were exported before must then be found and removed by hand.",
     )
 
 
-def _veiled(data: bytes, key: bytes, nonce: bytes) -> bytes:
-    """Data under a keystream of key and nonce (SHAKE-256 as a keyed stream): its own inverse."""
-    stream = hashlib.shake_256(key + nonce).digest(len(data))
-    return bytes(a ^ b for a, b in zip(data, stream))
+def _fernet_key(key: bytes) -> bytes:
+    return base64.urlsafe_b64encode(hashlib.sha256(key).digest())
+
+
+def _of_schema_1(hidden: list[str], key: bytes) -> bytes:
+    """Decrypt a list of mta 0.1.0, which wrote a nonce and the list under a keystream of SHAKE-256. Never written."""
+    nonce, veiled = map(bytes.fromhex, hidden)
+    stream = hashlib.shake_256(key + nonce).digest(len(veiled))
+    return bytes(a ^ b for a, b in zip(veiled, stream))
 
 
 def _sealed(rows: object) -> str:
