@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import torch
 
-from mta.aside import write_json, written_aside
+from mta.aside import owner_only, write_json, write_text
 from mta.errors import DataError
 from mta.machine import cores, processor
 from mta.provenance import commit, versions
@@ -104,10 +104,9 @@ class RunFolder:
         self._begun = True
         if self.folder:
             self._steps.update(line["stage"] for line in lines(self.folder, self.work))
+            self._write()  # before the settings: a kill in between must not leave a config.yaml that seems another's
             if self.config:
-                with written_aside(self.folder / CONFIG) as aside:
-                    aside.write_text(to_yaml(self.settings), encoding="utf-8")
-            self._write()
+                write_text(self.folder / CONFIG, to_yaml(self.settings))
             self._sink = self.track(self.folder) if self.track else None
 
     def stage_begins(self) -> None:
@@ -121,7 +120,7 @@ class RunFolder:
         seconds = self._last - before
         self._steps[stage] += 1
         if self.folder:
-            with (self.folder / METRICS).open("a", encoding="utf-8") as log:
+            with open(self.folder / METRICS, "a", encoding="utf-8", opener=owner_only) as log:
                 told = {"stage": stage, **asdict(step), "seconds": round(seconds, 3), "work": self.work}
                 log.write(json.dumps(told) + "\n")
         if self._sink:
