@@ -109,6 +109,17 @@ def test_every_piece_is_done_once_by_workers_that_made_their_own_context(here):
     assert not any(out.error for out in found.values())
 
 
+def shared(_, piece):
+    return os.environ.get("MTA_SHARED")
+
+
+def test_workers_write_for_the_group_that_the_driver_writes_for(here, monkeypatch):
+    for value in ("group", None):
+        monkeypatch.setenv("MTA_SHARED", value) if value else monkeypatch.delenv("MTA_SHARED")
+        with Cluster(here, workers=1) as cluster:
+            assert run(cluster, shared, [Numbers((1,))])[1,].result == value
+
+
 def spoilt(_, piece):
     """3 raises, 11 takes the worker with it."""
     if 3 in piece.numbers:

@@ -1,45 +1,137 @@
-"""Files that appear whole or not at all: written aside in the same folder, flushed, renamed."""
+"""Files that appear whole or not at all, and that only their owner can read: written aside, flushed, renamed.
+
+Files of people get mode 0600 from their creation on, and the folders made for them 0700, whatever the umask is. With
+``MTA_SHARED=group`` in the environment they get 0660 and 2770: the folder's group can read and write them. A folder
+that exists keeps its mode. ``private=False`` is for what holds nothing personal (the cache): there the umask decides.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
+import shutil
+import stat
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from mta.errors import ConfigError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+SHARED = "MTA_SHARED"
+_UNSUPPORTED = {errno.EINVAL, errno.EACCES, errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
+
+
+def is_shared() -> bool:
+    """Return whether a group shares what is written. Raises ConfigError for an unknown value of ``MTA_SHARED``."""
+    value = os.environ.get(SHARED, "")
+    if value not in ("", "group"):
+        raise ConfigError(f"{SHARED} is {value!r}, expected 'group' or nothing", hint=f"export {SHARED}=group")
+    return value == "group"
+
+
+def owner_only(path: str, flags: int) -> int:
+    """Open a file that only its owner (or the group that shares it) can read: the ``opener`` of ``open()``.
+
+    Does not follow a symbolic link. Tightens the mode of a file that is already there.
+    """
+    mode = 0o660 if is_shared() else 0o600
+    file = os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, mode)
+    try:
+        found = os.fstat(file)
+        if stat.S_IMODE(found.st_mode) != mode and found.st_uid == os.geteuid():
+            with _where_supported():  # not every file system has modes
+                os.fchmod(file, mode)
+    except BaseException:
+        os.close(file)
+        raise
+    return file
+
+
+def make_folder(path: Path, private: bool = True) -> None:
+    """Make a folder and its missing parents; one that exists keeps its mode. Raises FileExistsError for a file."""
+    if not private:
+        path.mkdir(parents=True, exist_ok=True)
+        return
+    shared = is_shared()
+    try:
+        path.mkdir(mode=0o770 if shared else 0o700)
+    except FileNotFoundError:
+        if path.parent == path:
+            raise
+        make_folder(path.parent)
+        make_folder(path)
+        return
+    except OSError:
+        if not path.is_dir():
+            raise
+        return
+    if shared:
+        with _where_supported():
+            path.chmod(0o2770)
+    sync_folder(path.parent)
+
 
 @contextlib.contextmanager
-def written_aside(path: Path) -> Iterator[Path]:
-    """A temporary path in the same folder that is flushed and renamed to ``path`` when the block ends well."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+def written_aside(
+    path: Path, private: bool = True, publish: Callable[[Path, Path], object] = os.replace
+) -> Iterator[Path]:
+    """An empty temporary file in the same folder. When the block ends well it is flushed and renamed to ``path``.
+
+    The new name is on disk when the block is left. ``publish(temporary, path)`` does something else than rename.
+    """
+    make_folder(path.parent, private)
     aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
+        open(aside, "xb", opener=owner_only if private else None).close()
         yield aside
         with aside.open("rb") as file:
             os.fsync(file.fileno())
-        aside.replace(path)
+        publish(aside, path)
     finally:
         aside.unlink(missing_ok=True)
+    sync_folder(path.parent)
+
+
+def sync_folder(path: Path) -> None:
+    """Flush a folder, so that names made, changed or removed in it are on disk; nothing where that is unsupported."""
+    with _where_supported(), contextlib.suppress(FileNotFoundError):  # another process may have removed it
+        folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file in UTF-8, whole or not at all."""
+    with written_aside(path) as aside:
+        aside.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: object, private: bool = True) -> None:
+    """Write a JSON file, whole or not at all."""
+    with written_aside(path, private) as aside:
+        aside.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str] | None = None) -> None:
-    """A safetensors file, written aside and renamed."""
+    """Write a safetensors file, whole or not at all."""
     from safetensors.torch import save
 
     with written_aside(path) as aside:
         aside.write_bytes(save(dict(tensors), dict(header or {})))
 
 
-def write_json(path: Path, value: object) -> None:
-    """A JSON file, written aside and renamed."""
-    with written_aside(path) as aside:
-        aside.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+def copy_file(source: Path, target: Path) -> None:
+    """Copy a file, but not its mode, whole or not at all."""
+    with written_aside(target) as aside:
+        shutil.copyfile(source, aside)
 
 
 def read_json(path: Path) -> object:
@@ -48,3 +140,13 @@ def read_json(path: Path) -> object:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return None
+
+
+@contextlib.contextmanager
+def _where_supported() -> Iterator[None]:
+    """Ignore the errors of file systems that cannot do what the block asks for."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _UNSUPPORTED:
+            raise

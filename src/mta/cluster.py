@@ -13,6 +13,7 @@ import socket
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+from mta.aside import SHARED
 from mta.errors import ClusterError
 from mta.executor import C, Outcome, P, R
 from mta.fleet import Fleet
@@ -85,8 +86,8 @@ class Cluster:
     def _own(self) -> dict[str, str]:
         """A worker's environment, besides that of its node: no secret is sent, for Ray writes this to its logs."""
         hidden = {} if self.gpus else {"CUDA_VISIBLE_DEVICES": ""}
-        kernels = {name: value for name, value in os.environ.items() if name == "MTA_KERNELS"}  # they decide rounding
-        return hidden | {name: str(self.threads) for name in _THREADS} | {"OMP_WAIT_POLICY": "passive"} | kernels
+        same = {name: os.environ[name] for name in ("MTA_KERNELS", SHARED) if name in os.environ}  # rounding, file modes
+        return hidden | {name: str(self.threads) for name in _THREADS} | {"OMP_WAIT_POLICY": "passive"} | same
 
     def close(self) -> None:
         """Leave the cluster; one that was started here ends."""

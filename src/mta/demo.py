@@ -12,7 +12,7 @@ import torch
 import yaml
 
 from mta import assets
-from mta.aside import written_aside
+from mta.aside import write_text
 from mta.bank.bank import Bank
 from mta.base import BaseModel
 from mta.config import Evaluation, Run, override
@@ -150,8 +150,7 @@ def _settled(out: Path, recipe: Recipe, words: Sequence[str], say: Callable[[str
             )
         return begun
     chosen = _for_this_machine(full, short, say)
-    with written_aside(path) as aside:
-        aside.write_text(dump_yaml(chosen), encoding="utf-8")
+    write_text(path, dump_yaml(chosen))
     return chosen
 
 
@@ -174,7 +173,6 @@ def _splits(out: Path, people: list[Person], recipe: Recipe) -> Splits:
         return Splits.load(path, people)
     sizes = recipe.people.model_dump()
     splits = draw(people, recipe.run.seed, **sizes, min_items=recipe.evaluation.shots + recipe.evaluation.queries)
-    path.parent.mkdir(parents=True, exist_ok=True)
     splits.save(path)
     return splits
 

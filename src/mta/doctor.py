@@ -27,7 +27,6 @@ from mta.hub import is_cached
 from mta.kernels import FAMILIES, failure, obstacle, switched_off
 from mta.machine import cores, faster, gemm_rate, pick_device, pick_dtype, processor
 from mta.provenance import version_of
-from mta.storage import Storage
 from mta.store import Store
 
 Verdict = Literal["ok", "warning", "problem"]
@@ -243,8 +242,11 @@ def _bank(folder: Path) -> list[Finding]:
 
 def _store(url: str) -> Finding:
     try:
-        Store(url).check()
-        return Finding("store", url, "ok", f"answers{'' if Storage(url).local else ', by its address'}")
+        store = Store(url)
+        store.check()
+        if command := store.files.exposed():
+            return Finding("store", url, "warning", "answers, but others can read it", command)
+        return Finding("store", url, "ok", f"answers{'' if store.files.local else ', by its address'}")
     except MtaError as error:
         return Finding("store", url, "problem", error.message, error.hint)
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import uuid
+import shlex
+import shutil
+import stat
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -14,7 +16,7 @@ from typing import Any
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
-from mta.aside import written_aside
+from mta.aside import SHARED, is_shared, owner_only, sync_folder, written_aside
 from mta.errors import StoreError
 
 _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EXDEV}
@@ -69,35 +71,79 @@ class Storage:
         return 0.0
 
     def remove(self, name: str) -> None:
-        """Remove a file, if it is there: one request, however far away it lies."""
+        """Remove a file, if it is there: one request. A local removal is on disk when the call returns."""
         with self._reported(self.at(name)), contextlib.suppress(FileNotFoundError):
-            self.fs.rm_file(self.at(name))
+            if not self.local:
+                return self.fs.rm_file(self.at(name))
+            path = self._inside(name)
+            path.unlink()
+            sync_folder(path.parent)
 
     def remove_folder(self, name: str) -> None:
-        """Remove a folder and whatever is left in it, if it is there."""
+        """Remove a folder and whatever is left in it, if it is there; of a symbolic link only the link.
+
+        A local removal is on disk when the call returns.
+        """
         with self._reported(self.at(name)), contextlib.suppress(FileNotFoundError):
-            self.fs.rm(self.at(name), recursive=True)
+            if not self.local:
+                return self.fs.rm(self.at(name), recursive=True)
+            path = self._inside(name)
+            if path.is_symlink():
+                path.unlink()
+            else:
+                shutil.rmtree(path)
+            sync_folder(path.parent)
 
     def replace(self, name: str, data: bytes) -> None:
         """Write a file, locally by rename; object stores put whole files, others are overwritten in place."""
         with self._reported(self.at(name)):
             if not self.local:
                 return self._put(name, data)
-            with written_aside(Path(self.at(name))) as aside:
+            with written_aside(self._inside(name)) as aside:
                 aside.write_bytes(data)
 
-    def create(self, name: str, data: bytes, mode: int = 0o666) -> None:
-        """Write a file that must not exist yet, else FileExistsError; ``mode`` is what the umask leaves of it, locally.
+    def create(self, name: str, data: bytes) -> None:
+        """Write a file that must not exist yet, else FileExistsError.
 
         Locally a link publishes it whole and to one writer only. Elsewhere it is fsspec's exclusive mode (in memory,
         S3, Google Cloud); without one it checks, then writes, and of two writers at one instant the last wins.
         """
         with self._reported(self.at(name)):
-            if self.local:
-                return _create_local(Path(self.at(name)), data, mode)
-            if self.fs.exists(self.at(name)):
-                raise FileExistsError(self.at(name))
-            self._put(name, data, mode="create")
+            if not self.local:
+                if self.fs.exists(self.at(name)):
+                    raise FileExistsError(self.at(name))
+                return self._put(name, data, mode="create")
+            with written_aside(self._inside(name), publish=_link) as aside:
+                aside.write_bytes(data)
+
+    def exposed(self) -> str:
+        """Return the command that keeps others out, where others than the owner can read what lies here; else nothing.
+
+        With ``MTA_SHARED=group`` the group may read. Looks at the root and at what lies directly in it: a closed folder
+        protects what is below it. Storage that is not local has rights of its own.
+        """
+        if not self.local:
+            return ""
+        others, path = "o=" if is_shared() else "go=", Path(self.root)
+        mask = 0o007 if is_shared() else 0o077
+        with self._reported(self.root), os.scandir(path) as entries:
+            mode = path.stat().st_mode
+            if not mode & mask or not any(entry.stat(follow_symlinks=False).st_mode & mask for entry in entries):
+                return ""
+        of_group = f"   (or, where its group shares it: export {SHARED}=group)" if mode & stat.S_ISGID else ""
+        return f"chmod -R {others} {shlex.quote(self.root)}{of_group}"
+
+    def _inside(self, name: str) -> Path:
+        """The local path of a file or folder. Raises StoreError where a folder above it leads out of the storage."""
+        path = Path(self.root)
+        for part in name.split("/")[:-1]:
+            path /= part
+            if path.is_symlink():
+                raise StoreError(
+                    f"{path} is a symbolic link, expected a folder: nothing is written or removed through it",
+                    hint=f"See where it leads, and remove it:  ls -l {path}; rm {path}",
+                )
+        return Path(self.at(name))
 
     @contextlib.contextmanager
     def _reported(self, path: str) -> Iterator[None]:
@@ -121,27 +167,17 @@ class Storage:
             self.fs.pipe_file(self.at(name), data, **how)
 
 
-def _create_local(path: Path, data: bytes, mode: int) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    try:
-        with open(os.open(aside, os.O_CREAT | os.O_EXCL | os.O_WRONLY, mode), "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        _link(aside, path)
-    finally:
-        aside.unlink(missing_ok=True)
-
-
 def _link(aside: Path, path: Path) -> None:
+    """Give a whole file its name, unless the name is taken. Raises FileExistsError."""
     try:
         os.link(aside, path)
     except OSError as error:
         if error.errno not in _NO_LINKS:
             raise
-        with path.open("xb") as file:  # still one winner; killed right here, its half file reads as corrupt
+        with open(path, "xb", opener=owner_only) as file:  # one winner too; a kill in here leaves a corrupt file
             file.write(aside.read_bytes())
+            file.flush()
+            os.fsync(file.fileno())
 
 
 def _find_local(root: Path, depth: int | None) -> Iterator[tuple[str, int]]:

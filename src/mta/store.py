@@ -187,7 +187,7 @@ class Store:
     def remove(self, id: str) -> bool:
         """Remove a person's states, hint and history; False if there were none. Repeat it if it was interrupted.
 
-        The hint goes first, the most telling text next, states from the oldest on: whatever a crash leaves is still
+        The hint goes first, the most telling text next, states from the oldest on, each removal flushed before the next: whatever a crash leaves is still
         found under the id, as the newest state, so it is seen and can be forgotten again. With the hint last, a crash
         could leave files of somebody who seems unknown. The list of exports is ``Exports.forget``'s business, before.
         """
@@ -237,7 +237,7 @@ class Store:
         if data is None and write:
             made = {"schema": SCHEMA, "key": secrets.token_hex(32)}
             with contextlib.suppress(FileExistsError):
-                self.files.create("store.json", json.dumps(made).encode(), mode=0o600)
+                self.files.create("store.json", json.dumps(made).encode())
             data = self.files.read("store.json")  # whichever writer won
         if data is None:
             return b""

@@ -46,6 +46,7 @@ class Health:
     damaged: dict[str, str]
     leftovers: list[str]
     strangers: list[str]
+    exposed: str  # the command that keeps others out, where others can read the files
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +81,8 @@ def check(store: Store, on_file: Callable[[int, int], None] = lambda done, total
 
     people = {_person(name) for name in of("state")}
     states, histories, exports = len(of("state")), len(of("history")), len(of("exports"))
-    return Health(len(people), states, histories, exports, damaged, of("leftover"), of("stranger"))
+    left = of("leftover"), of("stranger")
+    return Health(len(people), states, histories, exports, damaged, *left, store.files.exposed())
 
 
 def stats(store: Store) -> Stats:

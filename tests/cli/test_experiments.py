@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from world import built, mta, run
+from world import built, closed, mta, run
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 TINY = ["run.encoder=base", "run.dtype=float32", "run.memory=64MiB", "run.max_tokens=400", "run.bank.training.epochs=1"]
@@ -31,6 +31,7 @@ def test_a_recipe_runs_and_says_what_to_type_next(smoke):
     assert "ablation, seed 0, 3 shots: MTA" in said.err
     assert mta(*command, "--json").json["sizes"]["test"] == 4
     assert "MTA" not in mta(*command).err  # it is finished
+    closed(out)
 
 
 def test_a_report_is_drawn_without_a_model(smoke, tmp_path, monkeypatch):
@@ -39,6 +40,7 @@ def test_a_report_is_drawn_without_a_model(smoke, tmp_path, monkeypatch):
     monkeypatch.setattr("mta.base.BaseModel.load", None)
     drawn = mta("report", out, "--out", tmp_path / "report", "--json").json["drawn"]
     assert drawn == ["members.jsonl: Ablation"]
+    closed(tmp_path / "report")
     assert "| no task LoRA |" in (tmp_path / "report" / "members.jsonl" / "README.md").read_text()
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
 import shutil
+import stat
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -95,6 +97,19 @@ def saved_base(folder: Path) -> Path:
 
 def tree(folder: Path) -> dict[str, bytes | None]:
     return {str(path): path.read_bytes() if path.is_file() else None for path in sorted(folder.rglob("*"))}
+
+
+def modes(root: Path) -> dict[str, str]:
+    """Of everything below a folder and of itself, by name."""
+    found = [root, *(Path(folder, name) for folder, folders, names in os.walk(root) for name in (*folders, *names))]
+    return {str(path.relative_to(root.parent)): oct(stat.S_IMODE(path.lstat().st_mode)) for path in found}
+
+
+def closed(root: Path) -> None:
+    """Nothing of it can be read by others than its owner."""
+    found = modes(root)
+    assert {name: mode for name, mode in found.items() if int(mode, 8) & 0o077} == {}
+    assert len(found) > 1
 
 
 @contextlib.contextmanager

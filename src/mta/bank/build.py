@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mta import runs
-from mta.aside import write_tensors, written_aside
+from mta.aside import copy_file, make_folder, write_tensors, write_text
 from mta.bank import files
 from mta.bank.anchors import choose_anchors
 from mta.bank.bench import Anchors, Bench, BenchCopies, Pool, anchor_start, train_anchors, train_pool
@@ -125,7 +125,10 @@ class _Site:
             return None
         folder = self.out / files.TASK_LORA
         if self.given and not self._done("task"):
-            shutil.copytree(self.given, folder, dirs_exist_ok=True)
+            for left in folder.glob(f".*.{'[0-9a-f]' * 32}"):  # of a copy that was killed
+                left.unlink()
+            for file in sorted(self.given.iterdir()):
+                copy_file(file, folder / file.name)
             self._mark("task")
         if not self._done("task"):
             pool = Pool(self.task, tuple(people))
@@ -142,7 +145,7 @@ class _Site:
 
     def planned(self, anchors: Sequence[Person]) -> tuple[list[Job], Plan]:
         """What stage 1 trains: the anchors' examples, and who is trained together."""
-        (self.out / "work").mkdir(parents=True, exist_ok=True)
+        make_folder(self.out / "work")
         examples = [[self.base.prompts.example(self.task, item) for item in person.items] for person in anchors]
         self.cut["texts shortened"] = sum(e.cut > 0 for theirs in examples for e in theirs)
         # Numbered, so that nothing written says who an anchor is.
@@ -215,8 +218,7 @@ class _Site:
             hash="",  # of all the rest
         )
         info = info.model_copy(update={"hash": files.identity(info)})
-        with written_aside(self.out / "README.md") as aside:
-            aside.write_text(card(info), encoding="utf-8")
+        write_text(self.out / "README.md", card(info))
         files.write_info(self.out, info)
 
     def _reporter(self, stage: str) -> Callable[[Step], None]:
@@ -228,7 +230,7 @@ class _Site:
         return marker.is_file() and marker.read_text() == self.work
 
     def _mark(self, stage: str) -> None:
-        (self.out / "work" / f"{stage}.done").write_text(self.work)
+        write_text(self.out / "work" / f"{stage}.done", self.work)
 
 
 def _as_built(run: Run, base: BaseModel, task: Task, encoder: Encoder) -> Run:

@@ -127,7 +127,6 @@ def write_info(folder: Path, info: BankInfo) -> None:
     """Write the description of a bank, with its identity and sealed with a hash over itself; before it, its members."""
     if info.members.hashed:
         with written_aside(folder / MEMBERS) as aside:
-            aside.touch(mode=0o600)  # it holds a key
             aside.write_bytes(info.members.hashed.to_bytes())
     values = info.model_dump(mode="json", exclude={"hash"}) | {"hash": identity(info)}
     write_json(folder / INFO, values | {"sha256": seal(values)})
@@ -222,7 +221,7 @@ def verify(folder: Path, info: BankInfo, *, full: bool = False) -> None:
         if found != info.files[name]:
             raise BankCorrupt(_changed(folder / name, found, info.files[name]), hint=REBUILD)
     with contextlib.suppress(OSError):  # a cache that cannot be written to only means to check again
-        write_json(note, state)
+        write_json(note, state, private=False)
 
 
 def read_adapters(folder: Path, info: BankInfo) -> tuple[LoraBatch, LoraBatch | None]:

@@ -36,6 +36,8 @@ def check(store: Url = "people", json: Json = False) -> None:
             typer.echo(f"no file of a store: {name}")
         if found.leftovers:
             typer.echo(f"left by writers that were killed: {len(found.leftovers)} files (mta store gc {store})")
+        if found.exposed:
+            typer.echo(f"others can read this store: {found.exposed}")
     if found.damaged:
         raise typer.Exit(1)
 

@@ -16,7 +16,6 @@ def save_evidence(path: Path, evidence: Evidence, seconds: float) -> None:
     tensors = {"shots": evidence.shots, "counts": evidence.counts}
     if evidence.labels:
         tensors |= {"labels": evidence.labels.scores, "gold": evidence.labels.gold}
-    path.parent.mkdir(parents=True, exist_ok=True)
     write_tensors(path, {name: tensor.contiguous() for name, tensor in tensors.items()}, {"seconds": repr(seconds)})
 
 

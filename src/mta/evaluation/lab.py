@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from mta.aside import write_json, written_aside
+from mta.aside import write_json, write_text
 from mta.assets import is_asset, resolve
 from mta.bank.bank import Bank
 from mta.bank.files import INFO, TASK_LORA
@@ -68,8 +68,7 @@ class Lab:
             )
         lab.splits.save(path)
         write_json(out / SIZES, lab.sizes)
-        with written_aside(out / RECIPE) as aside:
-            aside.write_text(dump_yaml(recipe), encoding="utf-8")
+        write_text(out / RECIPE, dump_yaml(recipe))
         return lab
 
     @classmethod

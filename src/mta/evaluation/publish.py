@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import html
 import re
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mta.aside import write_json, written_aside
+from mta.aside import copy_file, make_folder, write_json, write_text
 from mta.evaluation.compared import compared, is_experiment, read_runs
 from mta.evaluation.exhibits import Section, sections
 from mta.evaluation.experiment import CASE, FACTS
@@ -36,7 +35,7 @@ def report(folders: Sequence[Path], out: Path, *, texts: bool = False) -> list[s
     drawn = []
     for found in many:
         folder = out / found.name
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         if not texts and found.case:
             found.case.update(_without_texts(found.case))
         made = sections(found, folder)
@@ -81,10 +80,10 @@ def _copy(found: Results, folder: Path, texts: bool) -> None:
         if value:
             write_json(folder / name, value)
     recipe = found.folder / RECIPE
-    shutil.copyfile(recipe if recipe.exists() else found.folder.parent / RECIPE, folder / RECIPE)
+    copy_file(recipe if recipe.exists() else found.folder.parent / RECIPE, folder / RECIPE)
     for name in (RUN, BEFORE):
         if (found.folder / name).exists():
-            shutil.copyfile(found.folder / name, folder / name)
+            copy_file(found.folder / name, folder / name)
     if texts:
         lamp_answers(found.records, found.task.lamp or found.task.name, folder / "answers")
 
@@ -139,8 +138,7 @@ def _write(
             f'<img src="{picture}.svg" alt="{html.escape(section.title)}">\n' for picture in section.pictures
         )
     for name, content in zip(names, (text, _PAGE.format(title=html.escape(title), body=page))):
-        with written_aside(folder / name) as aside:
-            aside.write_text(content, encoding="utf-8")
+        write_text(folder / name, content)
 
 
 def _paragraphs(text: str) -> str:

@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from mta.aside import written_aside
+from mta.aside import make_folder, owner_only, written_aside
 from mta.errors import DataError
 
 FILE = "scores.jsonl"
@@ -66,9 +66,9 @@ class Records:
     def add(self, rows: Iterable[Record]) -> None:
         """Append results; those that are there already stay as they are."""
         new = [row for row in rows if (row.key, row.person) not in self._known]
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(self.path.parent)
         torn = self.path.exists() and self.path.stat().st_size > 0 and not self.path.read_bytes().endswith(b"\n")
-        with self.path.open("a", encoding="utf-8") as file:
+        with open(self.path, "a", encoding="utf-8", opener=owner_only) as file:
             file.write("\n" * torn + "".join(row.model_dump_json(exclude_defaults=True) + "\n" for row in new))
         self.rows += new
         self._known |= {(row.key, row.person) for row in new}

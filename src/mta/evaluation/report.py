@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from mta.aside import written_aside
+from mta.aside import write_text
 from mta.bank.bank import Bank
 from mta.evaluation import figures
 from mta.evaluation.figures import human_bytes, human_seconds
@@ -173,8 +173,7 @@ def write_html(
         facts=_facts(bank, meta),
         **_figures(comparison, bank, people_vectors, name, reference),
     )
-    with written_aside(Path(path)) as aside:
-        aside.write_text(text, encoding="utf-8")
+    write_text(Path(path), text)
 
 
 def _figures(

@@ -183,7 +183,7 @@ def _compiled(compiler: str, openmp: str) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(path.with_suffix(".lock"), timeout=2 * _PATIENCE):
             if not path.is_file():
-                with written_aside(path) as aside:
+                with written_aside(path, private=False) as aside:
                     _compile(compiler, openmp, aside)
     return path
 

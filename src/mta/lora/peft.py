@@ -9,7 +9,6 @@ from __future__ import annotations
 import glob
 import json
 import math
-import os
 import shutil
 import uuid
 from collections.abc import Mapping
@@ -17,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
+from mta.aside import make_folder, sync_folder, write_tensors, write_text
 from mta.errors import InputError
 from mta.lora.batch import Factors, LoraBatch
 
@@ -55,13 +55,13 @@ def write_peft(
     if target.exists() and not target.is_dir():
         raise InputError(f"{folder} is a file, expected a folder to write an adapter to", hint="Choose another folder.")
     aside = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
-    aside.mkdir(parents=True)
     try:
-        save_file(_tensors(adapter), aside / WEIGHTS, {"format": "pt"})
+        make_folder(aside)
+        write_tensors(aside / WEIGHTS, _tensors(adapter), {"format": "pt"})
         config = _config(adapter, base_name, fan_in_fan_out)
-        (aside / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        write_text(aside / CONFIG, json.dumps(config, indent=2) + "\n")
         if card:
-            (aside / CARD).write_text(card, encoding="utf-8")
+            write_text(aside / CARD, card)
         _publish(aside, target)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
@@ -71,6 +71,7 @@ def remove_asides(folder: Path) -> None:
     """Remove what killed exports to a folder left beside it. Raises OSError."""
     for left in folder.parent.glob(f".{glob.escape(folder.name)}.{'[0-9a-f]' * 32}"):
         shutil.rmtree(left)
+        sync_folder(folder.parent)
 
 
 def has_own_card(folder: Path) -> bool:
@@ -141,17 +142,16 @@ def _alpha(scale: float, rank: int) -> int | float:
 
 
 def _publish(aside: Path, target: Path) -> None:
-    for name in (WEIGHTS, CONFIG):
-        with (aside / name).open("rb+") as file:
-            os.fsync(file.fileno())
     if not target.exists():
         aside.rename(target)
+        sync_folder(target.parent)
         return
     (target / CONFIG).unlink(missing_ok=True)
     if (aside / CARD).exists() and (has_own_card(target) or not (target / CARD).exists()):
         (aside / CARD).replace(target / CARD)
     for name in (WEIGHTS, CONFIG):
         (aside / name).replace(target / name)
+    sync_folder(target)
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

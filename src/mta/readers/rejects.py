@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, NamedTuple
 
+from mta.aside import written_aside
 from mta.errors import DataError
 
 HINT = "Correct it, or set bad rows aside with --skip-bad FILE (in Python: skip_bad=FILE)."
@@ -48,23 +48,16 @@ class Rejects:
         self.path = path
         self.count = 0
         self._file: IO[str] | None = None
+        self._open = ExitStack()
 
     def __enter__(self) -> Rejects:
         if self.path is not None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = tempfile.NamedTemporaryFile(
-                "w", encoding="utf-8", dir=self.path.parent, prefix=f".{self.path.name}.", delete=False
-            )
+            aside = self._open.enter_context(written_aside(self.path))
+            self._file = self._open.enter_context(aside.open("w", encoding="utf-8"))
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        if self._file is None or self.path is None:
-            return
-        self._file.close()
-        if kind is None:
-            os.replace(self._file.name, self.path)
-        else:
-            os.unlink(self._file.name)
+        self._open.__exit__(kind, error, at)
 
     def add(self, place: Place, field: str | None, reason: str, row: Any = None) -> None:
         """Take one bad row. Raises DataError if bad rows are not set aside."""

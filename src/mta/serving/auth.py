@@ -20,7 +20,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from mta.aside import written_aside
+from mta.aside import write_text
 from mta.errors import ConfigError
 from mta.settings import Settings, checked, dump_yaml, read_yaml
 
@@ -110,9 +110,7 @@ def add_key(path: Path, name: str, rights: str, of: str = "") -> str:
         "the new key",
         "For example:  --rights person --of ann",
     )
-    with written_aside(path) as aside:
-        aside.touch(mode=0o600)
-        aside.write_text(dump_yaml(_KeyFile(keys=(*before.keys, new))), encoding="utf-8")
+    write_text(path, dump_yaml(_KeyFile(keys=(*before.keys, new))))
     return secret
 
 

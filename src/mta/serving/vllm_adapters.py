@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import os
 import re
@@ -18,7 +17,7 @@ if TYPE_CHECKING:
     from mta.state import State
 
 log = logging.getLogger("mta")
-_OURS = re.compile(r"\.?[0-9a-f]{32}-[0-9a-f]{32}(\.json|\.[0-9a-f]{32})?")
+_OURS = re.compile(r"\.?[0-9a-f]{32}-[0-9a-f]{32}(\.json)?(\.[0-9a-f]{32})?")
 
 
 def folder_of(name: str) -> str:
@@ -70,6 +69,7 @@ class Adapters:
             self._begun = True
 
     def _path(self, name: str) -> Path | None:
+        from mta.aside import write_json
         from mta.lora.peft import read_peft, write_peft
         from mta.rows import BASE, Nobody
         from mta.serving.names import from_wire
@@ -83,7 +83,7 @@ class Adapters:
             if state is None:
                 return None
             adapter, error = self._synthesis().adapter(state, isinstance(who, Nobody) or who.stacked)
-            note_of(self.folder, name).write_text(json.dumps({"error": error}), encoding="utf-8")
+            write_json(note_of(self.folder, name), {"error": error})
             write_peft(made, adapter, "")
         read_peft(made)  # vLLM is offered nothing that does not read
         if isinstance(who, Nobody) or self._is_there(who):

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import httpx2 as httpx
 
+from mta.aside import owner_only
 from mta.errors import ConfigError, MtaError
 from mta.serving.auth import ENV
 
@@ -136,7 +137,7 @@ class VllmServer:
 
     def _run(self) -> None:
         self.socket.unlink(missing_ok=True)
-        with self.log.open("wb") as log:
+        with open(self.log, "wb", opener=owner_only) as log:
             self._process = subprocess.Popen(
                 self.settings.command(self.socket),
                 env=self.settings.environment(self.folder),

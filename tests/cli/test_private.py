@@ -1,0 +1,92 @@
+"""Under an ordinary umask only the owner can read what the verbs write of people, or a group that is meant."""
+
+import os
+
+import pytest
+from world import ANN, BOB, MEMBER, built, closed, modes, mta, ratings, written
+
+
+@pytest.fixture(scope="module")
+def umask():
+    before = os.umask(0o022)
+    yield
+    os.umask(before)
+
+
+@pytest.fixture(scope="module")
+def world(umask, tmp_path_factory):
+    with built(tmp_path_factory.mktemp("private") / "world") as made:
+        yield made
+
+
+def test_a_bank_and_a_store_are_their_owners_alone(world):
+    mta("personalize", world.new, *world.at, "--keep-histories", "--run", world.root / "runs" / "one")
+    closed(world.bank)
+    closed(world.store)
+    closed(world.root / "runs")
+
+
+def test_an_export_is_its_owners_alone(world):
+    out = world.root / "exports" / "adapter"
+    mta("export", ANN, *world.at, "--out", out)
+    closed(out.parent)
+    closed(world.store)
+    mine = world.root / "mine"
+    mine.mkdir()
+    mta("export", BOB, *world.at, "--out", mine)
+    found = modes(mine)
+    assert found.pop("mine") == "0o755"
+    assert set(found.values()) == {"0o600"}
+
+
+def test_an_evaluation_and_its_report_are_their_owners_alone(world):
+    out = world.root / "evaluation"
+    mta("evaluate", world.new, "--bank", world.bank, "--out", out / "new", "shots=2", "queries=1", "policies=[uniform]")
+    closed(out)
+    mta("report", out / "new", "--out", world.root / "report")
+    closed(world.root / "report")
+
+
+def test_rejected_rows_are_their_owners_alone(world):
+    source = written(world.root / "some.jsonl", [*ratings("new", "quispe", 2), "no row"])
+    mta("data", "describe", source, "--task", "movielens-rating", "--skip-bad", world.root / "rejects" / "rows.jsonl")
+    closed(world.root / "rejects")
+
+
+def test_keys_are_their_owners_alone(world):
+    mta("serve", "--keys", world.root / "keys" / "keys.yaml", "--new-key", "ops")
+    closed(world.root / "keys")
+
+
+def test_forgetting_leaves_nothing_that_others_read(world):
+    at = world.copy(world.root / "copy")
+    for path in (world.root / "copy").rglob("*"):
+        path.chmod(0o700 if path.is_dir() else 0o600)
+    (world.root / "copy").chmod(0o700)
+    mta("forget", MEMBER, *at)
+    closed(world.root / "copy")
+
+
+def test_a_group_reads_and_writes_what_it_is_to_share(world, monkeypatch):
+    monkeypatch.setenv("MTA_SHARED", "group")
+    store = world.root / "shared"
+    mta("personalize", world.new, "--bank", world.bank, "--store", store, "--keep-histories")
+    mta("export", ANN, "--bank", world.bank, "--store", store, "--out", store.with_name("shared-export"))
+    for root in (store, store.with_name("shared-export")):
+        for name, mode in modes(root).items():
+            assert mode == ("0o2770" if (root.parent / name).is_dir() else "0o660"), name
+    assert "others can read" not in mta("store", "check", store).out
+
+
+def test_check_and_doctor_name_a_store_that_others_can_read(world):
+    store = world.root / "open"
+    mta("personalize", world.new, "--bank", world.bank, "--store", store)
+    assert "chmod" not in mta("store", "check", store).out
+    for path in (store, *store.rglob("*")):
+        path.chmod(0o755 if path.is_dir() else 0o644)
+    said = mta("store", "check", store)
+    assert f"others can read this store: chmod -R go= {store}" in said.out
+    assert mta("store", "check", store, "--json").json["exposed"] == f"chmod -R go= {store}"
+    (found,) = [one for one in mta("doctor", "--store", store, "--json").json["findings"] if one["about"] == "store"]
+    assert found["verdict"] == "warning"
+    assert f"chmod -R go= {store}" in found["hint"]

@@ -1,0 +1,156 @@
+"""Written files: whole or not at all, readable by their owner alone, durable, and never through a planted link."""
+
+import errno
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from mta.aside import make_folder, owner_only, sync_folder, write_json, write_text, written_aside
+from mta.errors import ConfigError
+
+
+@pytest.fixture(params=[0o022, 0o077, 0o000])
+def umask(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = os.umask(request.param)
+    yield request.param
+    os.umask(before)
+
+
+def mode(path: Path) -> int:
+    return stat.S_IMODE(path.lstat().st_mode)
+
+
+def test_a_file_and_its_new_folders_are_their_owners_alone_from_the_start(tmp_path: Path, umask: int) -> None:
+    path = tmp_path / "a" / "b" / "file"
+    with written_aside(path) as aside:
+        assert mode(aside) == 0o600
+        aside.write_text("text")
+    assert [mode(p) for p in (tmp_path / "a", tmp_path / "a" / "b", path)] == [0o700, 0o700, 0o600]
+    assert [p.name for p in path.parent.iterdir()] == ["file"]
+
+
+def test_a_file_that_replaces_a_readable_one_is_the_owners_alone(tmp_path: Path, umask: int) -> None:
+    (tmp_path / "file").write_text("old")
+    (tmp_path / "file").chmod(0o644)
+    write_json(tmp_path / "file", "new")
+    assert mode(tmp_path / "file") == 0o600
+
+
+def test_lines_are_appended_to_a_file_of_the_owners_alone(tmp_path: Path, umask: int) -> None:
+    (tmp_path / "old").write_text("1\n")
+    (tmp_path / "old").chmod(0o644)
+    for name in ("old", "new"):
+        with open(tmp_path / name, "a", opener=owner_only) as file:
+            file.write("2\n")
+        assert mode(tmp_path / name) == 0o600
+    assert (tmp_path / "old").read_text() == "1\n2\n"
+
+
+def test_folders_that_exist_keep_their_mode(tmp_path: Path, umask: int) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine").chmod(0o755)
+    write_text(tmp_path / "mine" / "inner" / "file", "text")
+    assert (mode(tmp_path / "mine"), mode(tmp_path / "mine" / "inner")) == (0o755, 0o700)
+
+
+def test_what_is_not_personal_follows_the_umask(tmp_path: Path, umask: int) -> None:
+    write_json(tmp_path / "cache" / "file", 1, private=False)
+    assert mode(tmp_path / "cache") == 0o777 & ~umask
+    assert mode(tmp_path / "cache" / "file") == 0o666 & ~umask
+
+
+def test_a_group_reads_and_writes_where_the_setting_says_so(
+    tmp_path: Path, umask: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MTA_SHARED", "group")
+    write_text(tmp_path / "a" / "b" / "file", "text")
+    with open(tmp_path / "a" / "lines", "a", opener=owner_only) as file:
+        file.write("1\n")
+    assert [mode(tmp_path / name) for name in ("a", "a/b", "a/b/file", "a/lines")] == [0o2770, 0o2770, 0o660, 0o660]
+
+
+def test_another_value_of_the_setting_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MTA_SHARED", "all")
+    with pytest.raises(ConfigError, match="MTA_SHARED is 'all', expected 'group'"):
+        write_text(tmp_path / "file", "text")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_link_at_the_files_place_is_replaced_and_not_followed(tmp_path: Path) -> None:
+    (tmp_path / "other").write_text("mine")
+    (tmp_path / "file").symlink_to(tmp_path / "other")
+    write_text(tmp_path / "file", "text")
+    assert not (tmp_path / "file").is_symlink()
+    assert (tmp_path / "other").read_text() == "mine"
+
+
+def test_lines_are_not_appended_through_a_link(tmp_path: Path) -> None:
+    (tmp_path / "other").write_text("mine")
+    (tmp_path / "file").symlink_to(tmp_path / "other")
+    with pytest.raises(OSError, match="symbolic link"):
+        open(tmp_path / "file", "a", opener=owner_only)  # noqa: SIM115
+    assert (tmp_path / "other").read_text() == "mine"
+
+
+def test_a_block_that_fails_leaves_nothing(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError), written_aside(tmp_path / "file"):
+        raise RuntimeError
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_is_flushed_before_it_has_its_name_and_its_folder_after(
+    synced: list[tuple[str, bool]], tmp_path
+) -> None:
+    write_text(tmp_path / "new" / "file", "text")
+    names = [(Path(path).name.partition(".file.")[0], there) for path, there in synced if str(tmp_path) in path]
+    assert names == [(tmp_path.name, False), ("", False), ("new", True)]
+
+
+@pytest.fixture
+def synced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, bool]]:
+    """What was flushed, in order, and whether the file had its name by then."""
+    seen, fsync = list[tuple[str, bool]](), os.fsync
+
+    def noted(fd: int) -> None:
+        seen.append((os.readlink(f"/proc/self/fd/{fd}"), (tmp_path / "new" / "file").exists()))
+        fsync(fd)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    return seen
+
+
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.EACCES, errno.ENOTSUP])
+def test_a_file_system_that_cannot_flush_folders_is_written_to_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    refuse_folders(monkeypatch, code)
+    write_text(tmp_path / "file", "text")
+    assert (tmp_path / "file").read_text() == "text"
+
+
+def test_a_folder_that_cannot_be_flushed_for_a_broken_disk_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refuse_folders(monkeypatch, errno.EIO)
+    with pytest.raises(OSError, match="error"):
+        sync_folder(tmp_path)
+
+
+def refuse_folders(monkeypatch: pytest.MonkeyPatch, code: int) -> None:
+    fsync = os.fsync
+
+    def refuse(fd: int) -> None:
+        if stat.S_ISDIR(os.fstat(fd).st_mode):
+            raise OSError(code, os.strerror(code))
+        fsync(fd)
+
+    monkeypatch.setattr(os, "fsync", refuse)
+
+
+def test_a_file_in_the_place_of_a_folder_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(FileExistsError):
+        make_folder(tmp_path / "file")

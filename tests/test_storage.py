@@ -1,0 +1,144 @@
+"""Local storage: removals that last, no way out of it by links, and who else can read it."""
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+from test_aside import mode
+from test_state import ANN, state
+
+from mta.errors import StoreError
+from mta.storage import Storage
+from mta.store import Store
+
+
+@pytest.fixture
+def synced(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, list[str]]]:
+    """Each folder that was flushed, and what was in it then."""
+    seen, fsync = list[tuple[str, list[str]]](), os.fsync
+
+    def noted(fd: int) -> None:
+        path = os.readlink(f"/proc/self/fd/{fd}")
+        if os.path.isdir(path):
+            seen.append((path, sorted(os.listdir(path))))
+        fsync(fd)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    return seen
+
+
+def test_a_created_file_has_its_name_when_its_folder_is_flushed(tmp_path: Path, synced: list) -> None:
+    Storage(tmp_path).create("ab/1", b"data")
+    assert synced[-1] == (str(tmp_path / "ab"), ["1"])
+
+
+def test_removed_files_are_gone_when_their_folders_are_flushed(tmp_path: Path, synced: list) -> None:
+    files = Storage(tmp_path)
+    for name in ("ab/1", "ab/2", "cd/1"):
+        files.create(name, b"data")
+    synced.clear()
+    for name in ("ab/1", "ab/2", "ab/3", "cd/1", "ef/1"):
+        files.remove(name)
+    assert synced == [(str(tmp_path / "ab"), ["2"]), (str(tmp_path / "ab"), []), (str(tmp_path / "cd"), [])]
+
+
+def test_a_removed_folder_is_gone_when_its_parent_is_flushed(tmp_path: Path, synced: list) -> None:
+    files = Storage(tmp_path)
+    files.create("work/1/plan", b"data")
+    synced.clear()
+    files.remove_folder("work")
+    files.remove_folder("work")
+    assert (str(tmp_path), []) in synced
+
+
+def test_forgetting_is_on_disk_when_it_returns(tmp_path: Path, synced: list) -> None:
+    store = Store(tmp_path)
+    store.save(ANN, state())
+    folder = Path(store.files.at(store._path(ANN)))
+    synced.clear()
+    assert store.forget(ANN)
+    assert synced[-1] == (str(folder.parent), [])
+
+
+def test_what_a_killed_writer_left_of_a_person_is_forgotten_with_them(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    store.save(ANN, state())
+    folder = Path(store.files.at(store._path(ANN)))
+    (folder / f".2.safetensors.{'0' * 32}").write_bytes(state().to_bytes())
+    assert store.forget(ANN)
+    assert not folder.exists()
+
+
+def test_a_folder_that_is_a_link_is_removed_without_what_it_leads_to(tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "file").write_text("mine")
+    (tmp_path / "store").mkdir()
+    (tmp_path / "store" / "work").symlink_to(tmp_path / "other")
+    Storage(tmp_path / "store").remove_folder("work")
+    assert not (tmp_path / "store" / "work").is_symlink()
+    assert (tmp_path / "other" / "file").read_text() == "mine"
+
+
+def test_nothing_is_written_or_removed_through_a_linked_folder(tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "file").write_text("mine")
+    (tmp_path / "store").mkdir()
+    (tmp_path / "store" / "ab").symlink_to(tmp_path / "other")
+    files = Storage(tmp_path / "store")
+    for change in (
+        lambda: files.create("ab/new", b"data"),
+        lambda: files.replace("ab/file", b"data"),
+        lambda: files.remove("ab/file"),
+        lambda: files.remove_folder("ab/inner"),
+    ):
+        with pytest.raises(StoreError, match=r"store/ab is a symbolic link"):
+            change()
+    assert [path.read_text() for path in (tmp_path / "other").iterdir()] == ["mine"]
+
+
+def test_a_root_may_be_reached_by_a_link(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "people").symlink_to(tmp_path / "disk")
+    files = Storage(tmp_path / "people")
+    files.create("ab/1", b"data")
+    files.replace("ab/1", b"more")
+    assert (tmp_path / "disk" / "ab" / "1").read_bytes() == b"more"
+    files.remove("ab/1")
+    files.remove_folder("ab")
+    assert list((tmp_path / "disk").iterdir()) == []
+
+
+def test_without_links_a_created_file_is_the_owners_alone_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EPERM, "no links here")
+
+    monkeypatch.setattr(os, "link", refuse)
+    Storage(tmp_path).create("ab/1", b"data")
+    assert mode(tmp_path / "ab" / "1") == 0o600
+    assert [path.name for path in (tmp_path / "ab").iterdir()] == ["1"]
+
+
+@pytest.mark.parametrize("shared", ["", "group"])
+def test_a_store_knows_whether_others_can_read_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shared: str) -> None:
+    monkeypatch.setenv("MTA_SHARED", shared)
+    (tmp_path / "people").mkdir()
+    (tmp_path / "people").chmod(0o755)
+    store = Store(tmp_path / "people")
+    store.save(ANN, state())
+    assert not store.files.exposed()
+    (tmp_path / "people" / "store.json").chmod(0o644)
+    assert store.files.exposed() == f"chmod -R {'o=' if shared else 'go='} {tmp_path}/people"
+    (tmp_path / "people").chmod(0o700)
+    assert not store.files.exposed()
+
+
+def test_a_store_of_a_group_is_open_to_others_where_no_group_is_meant(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setenv("MTA_SHARED", "group")
+        store = Store(tmp_path / "people")
+        store.save(ANN, state())
+        assert not store.files.exposed()
+    assert store.files.exposed().endswith("   (or, where its group shares it: export MTA_SHARED=group)")
