@@ -280,6 +280,32 @@ def test_a_run_goes_on_from_its_checkpoint(tiny, tmp_path, monkeypatch):
     assert all(personal.state(person.id) == whole.state(person.id) for person in PEOPLE)
 
 
+class FullDisk(Store):
+    """A store that saves the states of a few people and then fails, as a full disk does."""
+
+    room: int
+
+    def save(self, id, state, *more, **how):
+        if not self.room:
+            raise OSError("No space left on device")
+        self.room -= 1
+        return super().save(id, state, *more, **how)
+
+
+@pytest.mark.parametrize("saved", [0, 3])
+def test_a_run_stopped_before_all_states_are_saved_does_not_train_again(tiny, tmp_path, saved):
+    whole, full = personalizer(*tiny), FullDisk(tmp_path)
+    full.room = saved
+    whole.personalize(PEOPLE)
+    with pytest.raises(OSError, match="No space left"):
+        personalizer(*tiny, store=full).personalize(PEOPLE)
+    personal, seen = personalizer(*tiny, store=tmp_path), []
+    personal.personalize(PEOPLE, on_step=lambda stage, step: seen.append(stage))
+    assert seen.count("stack") == 0
+    assert all(personal.state(person.id) == whole.state(person.id) for person in PEOPLE)
+    assert not (tmp_path / "work").exists()
+
+
 def test_other_peoples_run_leaves_a_stopped_one_its_checkpoint(tiny, tmp_path):
     def stop(stage, step):
         if stage == "stack":

@@ -86,7 +86,7 @@ class Cluster:
     def _own(self) -> dict[str, str]:
         """A worker's environment, besides that of its node: no secret is sent, for Ray writes this to its logs."""
         hidden = {} if self.gpus else {"CUDA_VISIBLE_DEVICES": ""}
-        same = {name: os.environ[name] for name in ("MTA_KERNELS", SHARED) if name in os.environ}  # rounding, file modes
+        same = {name: os.environ[name] for name in ("MTA_KERNELS", SHARED) if name in os.environ}
         return hidden | {name: str(self.threads) for name in _THREADS} | {"OMP_WAIT_POLICY": "passive"} | same
 
     def close(self) -> None:

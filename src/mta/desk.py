@@ -119,10 +119,13 @@ def work_through(desk: Desk, cohort: Cohort) -> Sequence[State | Failed | None]:
     """
     states = desk.stages.states(cohort)
     if len(states) > 1 and all(isinstance(one, Diverged) for one in states):
+        desk.stages.remove_checkpoint(cohort)  # a checkpoint of diverged parameters must not be resumed
         raise next(one for one in states if isinstance(one, Diverged))
     if desk.store is None:
         return states
-    return [_saved(desk, wanted, state) for wanted, state in zip(cohort.wanted, states)]
+    outcomes = [_saved(desk, wanted, state) for wanted, state in zip(cohort.wanted, states)]
+    desk.stages.remove_checkpoint(cohort)  # only now: a run killed earlier resumes from the checkpoint
+    return outcomes
 
 
 def _saved(desk: Desk, wanted: Wanted, state: State | Failed | None) -> Failed | None:

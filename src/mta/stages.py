@@ -24,6 +24,7 @@ from mta.lora.batch import LoraBatch
 from mta.lora.layers import Adapters, PerPerson
 from mta.settings import Settings, dump_yaml
 from mta.state import Losses, State, work_key
+from mta.training.checkpoint import Checkpoint
 from mta.training.plan import Plan, plan_cohorts
 from mta.training.trainer import Job, OnStep
 from mta.work import Work
@@ -227,8 +228,7 @@ class Stages:
         settings = self.run.stack
         if not settings.enabled:
             return None
-        checkpoint = self.work.checkpoint(cohort.digest) if self.work else None
-        stacks = adapt(
+        return adapt(
             self.base,
             jobs,
             [*self.bank.pooled, merged(self.bank, merge, self.run.merge)],
@@ -237,12 +237,17 @@ class Stages:
             start=start,
             seed=self.run.seed,
             tokens_per_batch=cohort.tokens_per_batch,
-            checkpoint=checkpoint,
+            checkpoint=self._checkpoint(cohort),
             on_step=partial(self.on_step, "stack") if self.on_step else None,
         )
-        if checkpoint:
+
+    def remove_checkpoint(self, cohort: Cohort) -> None:
+        """Remove the checkpoint of a cohort. Call this after the cohort's states are saved."""
+        if checkpoint := self._checkpoint(cohort):
             checkpoint.remove()
-        return stacks
+
+    def _checkpoint(self, cohort: Cohort) -> Checkpoint | None:
+        return self.work.checkpoint(cohort.digest) if self.work else None
 
     def losses(
         self,

@@ -187,9 +187,9 @@ class Store:
     def remove(self, id: str) -> bool:
         """Remove a person's states, hint and history; False if there were none. Repeat it if it was interrupted.
 
-        The hint goes first, the most telling text next, states from the oldest on, each removal flushed before the next: whatever a crash leaves is still
-        found under the id, as the newest state, so it is seen and can be forgotten again. With the hint last, a crash
-        could leave files of somebody who seems unknown. The list of exports is ``Exports.forget``'s business, before.
+        The hint goes first, the most telling text next, then states from the oldest on; each removal is flushed before
+        the next one. What a crash leaves is still found under the id, as the newest state, and can be forgotten again.
+        With the hint last, a crash could leave files of a person who seems unknown. ``Exports.forget`` comes before.
         """
         path = self._path(id)
         names = [name for name in self.files.sizes(path) if name != "exports.json"]

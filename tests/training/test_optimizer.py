@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mta.config import Training
 from mta.training.optimizer import BatchedAdamW, learning_rate
@@ -45,3 +46,23 @@ def test_equals_torch_adamw_with_schedules_and_clipping(schedule):
 def test_schedules(schedule, reference):
     training = Training(lr=2.0, schedule=schedule, warmup=0.3)
     assert [learning_rate(training, s, 10) for s in range(10)] == pytest.approx([2 * reference(s) for s in range(10)])
+
+
+class Counted(TorchDispatchMode):
+    """Counts the operations that are dispatched: each is a kernel launch on a GPU."""
+
+    calls = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.calls += not func.is_view
+        return func(*args, **(kwargs or {}))
+
+
+def test_an_update_off_the_cpu_launches_the_same_number_of_kernels_for_any_number_of_parameters():
+    def launched(width: int) -> int:
+        optimizer = BatchedAdamW.of(torch.zeros(2, width, device="meta"))
+        with Counted() as counted:
+            optimizer.update(torch.ones(2, dtype=torch.float64), Training())
+        return counted.calls
+
+    assert launched(100) == launched(10_000_000) > 0

@@ -11,7 +11,7 @@ from torch import Tensor
 from mta.config import Training
 from mta.kernels import kernels
 
-_CHUNK = 2**14  # columns at a time: what an update touches stays in the cache
+_CHUNK = 2**14  # columns per operation on a CPU, so that the operands of an update stay in its cache
 
 
 @dataclass(slots=True)
@@ -52,8 +52,10 @@ class BatchedAdamW:
     def _plain_update(self, clip: Tensor, size: Tensor, correction: Tensor, decay: Tensor, training: Training) -> None:
         size, correction, decay = size[:, None], correction[:, None], decay[:, None]
         self.gradient.mul_(clip[:, None])
-        for start in range(0, self.values.shape[1], _CHUNK):
-            window = slice(start, start + _CHUNK)
+        columns = self.values.shape[1]
+        chunk = _CHUNK if self.values.device.type == "cpu" else max(columns, 1)  # a GPU pays for every kernel launch
+        for start in range(0, columns, chunk):
+            window = slice(start, start + chunk)
             values, gradient, mean, square = (
                 t[:, window] for t in (self.values, self.gradient, self.mean, self.square)
             )

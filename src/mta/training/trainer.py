@@ -84,7 +84,8 @@ def train(
     ``frozen`` adapters are indexed by job. ``dtype`` is what ``adapters`` gets parameters in, and their gradients come
     in; sums and steps are in the master dtype, its default.
     Rows of at most ``tokens_per_batch`` padded tokens go through the base together; this changes time and memory, not
-    the result. With a ``checkpoint`` a killed run goes on where it was saved last.
+    the result. With a ``checkpoint`` a killed run resumes from the last save. The checkpoint is also saved when the
+    last step is done: the caller removes the checkpoint after it has saved the result.
     Returns the parameters in the order of ``jobs``, in the base's master dtype.
     """
     cohort, dtype = _Cohort.begin(base, jobs, start, training), dtype or base.master_dtype
@@ -99,7 +100,7 @@ def train(
         cohort.advance(training, sum(len(batch) for batch in batches))
         if on_step:
             on_step(Step(cohort.step, len(batches), cohort.examples, total, float(losses.mean())))
-        if checkpoint and cohort.active and checkpoint.due():
+        if checkpoint and (checkpoint.due() or not cohort.active):
             checkpoint.save(*cohort.saved())
     result = cohort.result()
     del cohort
