@@ -23,6 +23,7 @@ from mta.cluster import Cluster
 from mta.config import override
 from mta.history import Person
 from mta.machine import cores, processor
+from mta.malloc import keep_freed_memory
 from mta.personalize import Personalizer
 from mta.provenance import commit, versions
 from mta.readers import read_people
@@ -98,4 +99,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    keep_freed_memory()  # as the command line does
     main()

@@ -28,6 +28,7 @@ from mta.evaluation.run import Interval, bootstrap
 from mta.growth import Action, Renewed, renewed
 from mta.history import Person
 from mta.machine import cores, processor
+from mta.malloc import keep_freed_memory
 from mta.personalize import Personalizer
 from mta.provenance import commit
 from mta.readers import read_people
@@ -115,4 +116,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    keep_freed_memory()  # as the command line does
     main()

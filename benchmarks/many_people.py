@@ -18,6 +18,7 @@ from mta.demo import Recipe, load_recipe
 from mta.evaluation.show import show
 from mta.evaluation.study import Study, study
 from mta.history import Person
+from mta.malloc import keep_freed_memory
 from mta.readers import read_people
 from mta.splits import Splits, draw
 
@@ -63,4 +64,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    keep_freed_memory()  # as the command line does
     main()

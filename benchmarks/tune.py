@@ -25,6 +25,7 @@ from mta.demo import Recipe, load_recipe
 from mta.evaluation.methods import Merged, MergeThenAdapt, Method, OneLora, TaskLora
 from mta.evaluation.protocol import Panel
 from mta.evaluation.run import Comparison, evaluate
+from mta.malloc import keep_freed_memory
 from mta.readers import read_people
 from mta.splits import draw
 
@@ -136,4 +137,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    keep_freed_memory()  # as the command line does
     main()

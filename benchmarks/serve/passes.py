@@ -16,6 +16,7 @@ import torch
 
 from benchmarks.serve.server import LENGTH, made_up, opened
 from mta.machine import cores, in_passing, processor
+from mta.malloc import keep_freed_memory
 from mta.serving.seats import Seats
 from mta.serving.slots import Slots
 
@@ -58,4 +59,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    keep_freed_memory()  # as the command line does
     main()

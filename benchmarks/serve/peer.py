@@ -16,6 +16,7 @@ from benchmarks.serve.load import prompt
 from benchmarks.serve.server import made_up, opened
 from mta.hub import local_folder
 from mta.lora.peft import write_peft
+from mta.malloc import keep_freed_memory
 from mta.serving.synthesis import Synthesis
 
 RANK = 16
@@ -55,5 +56,6 @@ def generated(folder: str, people: int, most: int, seconds: float, dtype: str) -
 
 
 if __name__ == "__main__":
+    keep_freed_memory()  # as the command line does
     bank, people, most, seconds, dtype = sys.argv[1:]
     print(json.dumps({"tokens/s": round(generated(bank, int(people), int(most), float(seconds), dtype), 1)}))

@@ -15,6 +15,7 @@ from mta.base import BaseModel
 from mta.config import Run
 from mta.lora.batch import Factors, fresh
 from mta.machine import in_passing
+from mta.malloc import keep_freed_memory
 from mta.serving.auth import Keys
 from mta.serving.serve import serve, service_of, vllm_of
 from mta.state import State
@@ -72,4 +73,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    keep_freed_memory()  # as the command line does
     main()

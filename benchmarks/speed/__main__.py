@@ -24,6 +24,7 @@ from benchmarks.speed.pictures import draw
 from benchmarks.speed.processor import processor
 from benchmarks.speed.settings import MODULES, Settings
 from benchmarks.speed.timing import Row
+from mta.malloc import keep_freed_memory
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -123,4 +124,5 @@ def _command(args: argparse.Namespace) -> str:
 
 
 if __name__ == "__main__":
+    keep_freed_memory()  # as the command line does
     sys.exit(main())

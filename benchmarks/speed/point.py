@@ -31,6 +31,7 @@ from mta.evidence import gather_evidence, shots_of
 from mta.lora.batch import Factors, LoraBatch
 from mta.lora.layers import Adapters, PerPerson, Shared
 from mta.lora.merge import merge_exact
+from mta.malloc import keep_freed_memory
 from mta.tasks.prompt import Example
 from mta.training.plan import plan_cohorts
 from mta.training.trainer import Job
@@ -183,4 +184,5 @@ def main(words: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    keep_freed_memory()  # as the command line does
     main()

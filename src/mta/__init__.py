@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from mta.evaluation.study import study as study
     from mta.history import Item as Item
     from mta.history import Person as Person
+    from mta.malloc import keep_freed_memory as keep_freed_memory
     from mta.personalize import Personalizer as Personalizer
     from mta.readers import read_people as read_people
     from mta.rows import BASE as BASE
@@ -36,6 +37,7 @@ _HOME = {
     "Person": "mta.history",
     "Personalizer": "mta.personalize",
     "Run": "mta.config",
+    "keep_freed_memory": "mta.malloc",
     "load_task": "mta.tasks",
     "override": "mta.config",
     "read_people": "mta.readers",

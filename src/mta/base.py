@@ -28,7 +28,7 @@ from mta.errors import UnsupportedModel
 from mta.fingerprint import fingerprint_of, folder_fingerprint
 from mta.hub import local_folder
 from mta.kernels import use_kernels
-from mta.machine import keep_freed_memory, pick_device, pick_dtype
+from mta.machine import pick_device, pick_dtype
 from mta.model_files import loading, refuse_unsafe_base
 from mta.tasks.prompt import PromptFormat
 
@@ -88,7 +88,6 @@ class BaseModel:
 
         place = pick_device(device)
         numbers = pick_dtype(dtype, place)
-        keep_freed_memory()
         folder = local_folder(name)
         refuse_unsafe_base(Path(folder), name)
         with loading(name, "a causal language model", _HINT):

@@ -18,6 +18,7 @@ from mta.errors import ClusterError
 from mta.executor import C, Outcome, P, R
 from mta.fleet import Fleet
 from mta.machine import cores
+from mta.malloc import keep_freed_memory
 from mta.provenance import versions
 
 _DIAL = 10.0  # seconds to wait for the head of a cluster
@@ -113,6 +114,7 @@ class Worker:
             raise ClusterError(
                 f"a worker has mta {_version()}, expected {version}", hint="Install one version on all machines."
             )
+        keep_freed_memory()  # an actor is a process of its own
         self.context = elsewhere()
 
     def run(self, function: Callable[[Any, P], R], piece: P) -> R:

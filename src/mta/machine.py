@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import hashlib
 import os
 import platform
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from filelock import FileLock
@@ -23,8 +21,6 @@ from mta.cpu import cpuinfo
 from mta.errors import ModelError
 
 T = TypeVar("T")
-_HUGE = 2 << 20  # bytes of a huge page
-_POINTER = ctypes.c_void_p
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 
@@ -116,57 +112,6 @@ def in_passing(work: Callable[[], T]) -> T:
     """
     with ThreadPoolExecutor(1) as thread:
         return thread.submit(work).result()
-
-
-@cache
-def keep_freed_memory() -> None:
-    """Let glibc keep what tensors free, in huge pages, instead of being handed it anew page by page.
-
-    Activations come and go with every pass; without this a training step spends a tenth of its time on page faults.
-    Done once for the whole process; elsewhere than on Linux with glibc nothing happens.
-    """
-    with contextlib.suppress(OSError, AttributeError, ValueError):
-        libc = ctypes.CDLL("libc.so.6")
-        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD: nothing is given back
-        libc.mallopt(-4, 0)  # M_MMAP_MAX: large tensors come from the heap as well
-        _reserve_in_huge_pages(libc)
-
-
-def give_back_memory(keep: int) -> None:
-    """Return what is free to the system if more than ``keep`` bytes are held.
-
-    After a cohort: the next one can use again what this one needed, but its sizes do not fit exactly into what was
-    freed, and without an end to it every cohort would peak a little higher.
-    """
-    with contextlib.suppress(OSError, AttributeError, ValueError):
-        libc = ctypes.CDLL("libc.so.6")
-        libc.mallinfo2.restype = _Mallinfo
-        if _resident() - libc.mallinfo2().used > keep:
-            libc.malloc_trim(0)
-            _reserve_in_huge_pages(libc)
-
-
-class _Mallinfo(ctypes.Structure):
-    """What glibc's mallinfo2 returns; of its ten sizes, the eighth is the bytes in use."""
-
-    _fields_ = [("before", ctypes.c_size_t * 7), ("used", ctypes.c_size_t), ("after", ctypes.c_size_t * 2)]
-
-
-def _resident() -> int:
-    """Bytes of memory this process holds that are no file's."""
-    fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines())
-    return int(fields["RssAnon"].split()[0]) << 10
-
-
-def _reserve_in_huge_pages(libc: Any) -> None:
-    """Half of the machine's memory as addresses of the heap: what is not touched takes none."""
-    libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = _POINTER, [ctypes.c_size_t], [_POINTER]
-    size = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
-    if heap := libc.malloc(size):
-        libc.free(heap)
-        start = -(-heap // _HUGE) * _HUGE
-        libc.madvise.argtypes = [_POINTER, ctypes.c_size_t, ctypes.c_int]
-        libc.madvise(start, (heap + size - start) // _HUGE * _HUGE, 14)  # MADV_HUGEPAGE
 
 
 def gemm_rate(dtype: torch.dtype, size: int = 768) -> float:

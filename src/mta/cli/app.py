@@ -26,6 +26,7 @@ from mta.cli import (
     store,
 )
 from mta.errors import MtaError
+from mta.malloc import keep_freed_memory
 
 app = typer.Typer(
     name="mta",
@@ -66,6 +67,7 @@ def main() -> None:
     log = logging.getLogger("mta")
     log.handlers[:], log.propagate = [logging.StreamHandler()], False
     log.setLevel(logging.INFO)
+    keep_freed_memory()  # the process is ours: a library must not do this
     try:
         app()
     except MtaError as error:

@@ -1,0 +1,76 @@
+"""How glibc's malloc treats freed memory in this process. ``mta`` changes it; the library changes it on request only.
+
+Loads no torch. Elsewhere than on Linux with glibc nothing happens.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+from pathlib import Path
+from typing import Any
+
+_HUGE = 2 << 20  # bytes of a huge page
+_POINTER = ctypes.c_void_p
+_TRIM_THRESHOLD, _MMAP_MAX, _MADV_HUGEPAGE = -1, -4, 14  # from malloc.h and mman.h
+
+_keeps = False  # whether keep_freed_memory was called in this process
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep the memory that tensors free, in huge pages. The setting holds for the whole process.
+
+    Activations are freed after every pass. By default glibc returns them to the system, and a training step spends a
+    tenth of its time on page faults. The command line and its workers call this function. A program that uses the
+    library keeps its own malloc settings, unless it calls this function before it loads a base.
+    """
+    global _keeps
+    if _keeps:
+        return
+    with contextlib.suppress(OSError, AttributeError, ValueError):
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallopt(_TRIM_THRESHOLD, -1)  # nothing is given back
+        libc.mallopt(_MMAP_MAX, 0)  # large tensors come from the heap as well
+        _reserve_in_huge_pages(libc)
+        _keeps = True
+
+
+def give_back_memory(keep: int) -> None:
+    """Return free memory to the system if more than ``keep`` bytes of it are held.
+
+    Does nothing unless ``keep_freed_memory`` was called in this process.
+    The trainer calls this after a cohort: the next cohort reuses most of the memory. Its sizes do not fit exactly into
+    what was freed, so without this call every cohort would peak a little higher.
+    """
+    if not _keeps:
+        return
+    with contextlib.suppress(OSError, AttributeError, ValueError):
+        libc = ctypes.CDLL("libc.so.6")
+        libc.mallinfo2.restype = _Mallinfo
+        if _resident() - libc.mallinfo2().used > keep:
+            libc.malloc_trim(0)
+            _reserve_in_huge_pages(libc)
+
+
+class _Mallinfo(ctypes.Structure):
+    """What glibc's mallinfo2 returns: ten sizes, of which the eighth is the bytes in use."""
+
+    _fields_ = [("before", ctypes.c_size_t * 7), ("used", ctypes.c_size_t), ("after", ctypes.c_size_t * 2)]
+
+
+def _resident() -> int:
+    """Resident bytes of this process that belong to no file."""
+    fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines())
+    return int(fields["RssAnon"].split()[0]) << 10
+
+
+def _reserve_in_huge_pages(libc: Any) -> None:
+    """Reserve half of the machine's memory as heap addresses in huge pages. Untouched pages take no memory."""
+    libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = _POINTER, [ctypes.c_size_t], [_POINTER]
+    size = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    if heap := libc.malloc(size):
+        libc.free(heap)
+        start = -(-heap // _HUGE) * _HUGE
+        libc.madvise.argtypes = [_POINTER, ctypes.c_size_t, ctypes.c_int]
+        libc.madvise(start, (heap + size - start) // _HUGE * _HUGE, _MADV_HUGEPAGE)
