@@ -7,6 +7,8 @@ import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
+from contextlib import suppress
+
 import hypothesis
 import pytest
 import torch
@@ -56,12 +58,17 @@ def people_of(count: int, items: int = 6, prefix: str = "p", seed: int = 0) -> l
     return made
 
 
-def memory_for(base, jobs, numbers: int, people: int) -> str:
-    """The smallest budget in which that many people are trained together, each with that many numbers."""
-    from mta.training.plan import _COPIES
+def memory_for(base, jobs, numbers: int, people: int, **how) -> str:
+    """The smallest budget, within 2%, in which that many people are trained together. Keywords: as in plan_cohorts."""
+    from mta.errors import MemoryBudgetError
+    from mta.training.plan import plan_cohorts
 
-    longest = max(len(example.tokens) - 1 for job in jobs for example in job.examples)
-    return f"{longest * base.bytes_per_token + people * _COPIES * numbers * base.master_dtype.itemsize}B"
+    memory = 2**10
+    while True:
+        memory += memory // 50
+        with suppress(MemoryBudgetError):
+            if len(plan_cohorts(base, jobs, numbers, memory, **how).cohorts[0]) == people:
+                return f"{memory}B"
 
 
 TINY_RUN = Run(

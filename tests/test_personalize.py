@@ -29,6 +29,7 @@ from mta.errors import (
     StoreError,
 )
 from mta.evidence import shots_of
+from mta.fuse import frozen_numbers
 from mta.history import Item, Person
 from mta.lora.peft import read_peft
 from mta.personalize import Forgotten, Personalized, Personalizer, forget_person
@@ -146,7 +147,8 @@ def test_any_order_gives_the_same_bits(tiny):
 def in_cohorts_of(base, bank, people: int, store=None) -> Personalizer:
     """A Personalizer with so little memory that only that many of PEOPLE are trained together."""
     jobs = [Job(p.id, [base.prompts.example(bank.task, item) for item in p.items]) for p in PEOPLE]
-    memory = memory_for(base, jobs, sum(d + o for d, o in base.targets.values()), people)
+    numbers, below = sum(d + o for d, o in base.targets.values()), frozen_numbers(bank, TINY_RUN.merge)
+    memory = memory_for(base, jobs, numbers, people, below=below)
     return personalizer(base, bank, store=store, memory=memory)
 
 

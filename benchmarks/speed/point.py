@@ -28,6 +28,7 @@ from mta.adapt import adapt
 from mta.base import BaseModel
 from mta.config import Lora, Training, parse_size
 from mta.evidence import gather_evidence, shots_of
+from mta.footprint import Numbers
 from mta.lora.batch import Factors, LoraBatch
 from mta.lora.layers import Adapters, PerPerson, Shared
 from mta.lora.merge import merge_exact
@@ -51,8 +52,8 @@ class Site:
     def adapt(self, jobs: Sequence[Job], bank: LoraBatch) -> None:
         """One step of stage 3 for everybody, cohort by cohort as ``mta personalize`` does it: merge, then adapt."""
         base, width = self.base, sum(d + o for d, o in self.base.targets.values())
-        frozen = 2 * base.dtype.itemsize * K * _RANK * width
-        plan = plan_cohorts(base, jobs, width, self.memory, frozen=frozen)
+        below = Numbers(frozen=K * _RANK * width, pooled=_RANK * width)
+        plan = plan_cohorts(base, jobs, width, self.memory, below=below)
         draw = torch.Generator().manual_seed(2)
         ids = torch.stack([torch.randperm(len(bank), generator=draw)[:K] for _ in jobs])
         for members in plan.cohorts:

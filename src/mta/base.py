@@ -26,8 +26,9 @@ from mta.attention import additive, blocks_of, can_block, install, small_tree, v
 from mta.config import Run
 from mta.errors import UnsupportedModel
 from mta.fingerprint import fingerprint_of, folder_fingerprint
+from mta.footprint import Footprint
 from mta.hub import local_folder
-from mta.kernels import use_kernels
+from mta.kernels import kernels, use_kernels
 from mta.machine import pick_device, pick_dtype
 from mta.model_files import loading, refuse_unsafe_base
 from mta.tasks.prompt import PromptFormat
@@ -181,13 +182,11 @@ class BaseModel:
         return 3.0 * 2.0 * config.hidden_size * config.num_hidden_layers / linear
 
     @cached_property
-    def bytes_per_token(self) -> int:
-        """Activations kept for the backward pass for one token, estimated from the layers' shapes."""
-        width = (1.4 if self.exchanged else 2.0) * sum(d + o for d, o in self.targets.values())
-        if self.gradient_checkpointing:
-            config = self.model.config
-            width = width / config.num_hidden_layers + config.hidden_size * config.num_hidden_layers
-        return int(width * self.dtype.itemsize)
+    def footprint(self) -> Footprint:
+        """Memory that passes through this base take."""
+        compiled = kernels(next(self.model.parameters())) is not None
+        how = {"itemsize": self.dtype.itemsize, "kernels": compiled, "checkpointed": self.gradient_checkpointing}
+        return Footprint.of(self.model, self.exchanged, **how)
 
     @property
     def packable(self) -> bool:
@@ -243,7 +242,7 @@ class BaseModel:
         # In front of the LM head, so that whatever a model does to its logits afterwards stays.
         handle = self.model.get_output_embeddings().register_forward_pre_hook(gather)
         try:
-            return self.model(**inputs).logits[0]
+            return self.model(**inputs).logits.squeeze(0)  # [0] would copy the logits' gradient
         finally:
             handle.remove()
 

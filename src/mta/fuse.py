@@ -15,6 +15,7 @@ from mta.base import BaseModel
 from mta.config import MergeSettings, Training
 from mta.errors import AnchorNotFound, ConfigError
 from mta.evidence import Evidence, gather_evidence
+from mta.footprint import Numbers
 from mta.lora.batch import LoraBatch, stack
 from mta.lora.layers import Adapters, Gated, PerPerson, Shared
 from mta.lora.merge import merge_exact, merge_factor, merge_svd
@@ -156,17 +157,17 @@ def _straight(k: int, anchors: int) -> bool:
     return 4 * k > anchors
 
 
-def merged_bytes(settings: MergeSettings, bank: Bank) -> int:
-    """Memory that ``merged`` takes for one person: none where it computes straight from the bank.
-
-    Counted twice: as it is kept, and as a pass joins it with what is trained over it.
-    """
-    k, anchors = settings.k or len(bank), bank.anchors if settings.mode == "svd" else bank.working
-    if settings.mode == "exact" and _straight(k, len(bank)):
-        return 0
-    rank = {"exact": k * anchors.rank, "svd": settings.rank or anchors.rank, "factor": anchors.rank}[settings.mode]
-    width = next(iter(anchors.factors.values())).a.itemsize
-    return 2 * width * rank * sum(d + o for d, o in anchors.shapes.values())
+def frozen_numbers(bank: Bank, settings: MergeSettings | None = None) -> Numbers:
+    """Return the sizes of the adapters under a stack: the task LoRA, and a merge by ``settings`` where it is given."""
+    width = sum(d + o for d, o in bank.anchors.shapes.values())
+    pooled = bank.task_lora.rank * width if bank.task_lora else 0
+    if settings is None:
+        return Numbers(pooled=pooled)
+    k, rank = settings.k or len(bank), bank.anchors.rank
+    straight = settings.mode == "exact" and _straight(k, len(bank))
+    own = {"exact": k * rank, "svd": settings.rank or rank, "factor": rank}[settings.mode]
+    gated = straight or settings.policy == "learned"  # coefficients are learned through gates
+    return Numbers(frozen=0 if straight else own * width, pooled=pooled, shared=gated * len(bank) * rank * width)
 
 
 def merged_factors(anchors: LoraBatch, merge: Merge, settings: MergeSettings) -> LoraBatch:

@@ -13,7 +13,7 @@ from mta.history import Item
 from mta.lora.layers import Adapters, applied
 from mta.tasks.prompt import Example
 from mta.tasks.task import Task
-from mta.training.packing import collate, pack
+from mta.training.packing import collate, fitting, pack
 
 
 @torch.inference_mode()
@@ -29,16 +29,20 @@ def log_likelihood(
     """Sum of log p over the target tokens of each example, job by job: a list of (examples,) tensors.
 
     Job i is computed with the adapters of owner ``owners[i]`` (default: i; -1 is nobody). Prefixes are shared within a
-    job, labels and queries alike. The result does not depend on which jobs share a batch, up to rounding.
+    job, labels and queries alike. Rows of at most ``tokens_per_batch`` tokens are computed together; a target token
+    counts more, for its logits (``Footprint.target_weight``). The result does not depend on which jobs share a batch,
+    up to rounding.
     """
     owners = range(len(jobs)) if owners is None else owners
-    how: dict[str, Any] = {"blocked": base.blocked, "longest": tokens_per_batch, "packed": packed and base.packable}
+    weight = base.footprint.target_weight
+    how: dict[str, Any] = {"blocked": base.blocked, "longest": tokens_per_batch, "weight": weight}
+    how["packed"] = packed and base.packable
     rows = [(job, row) for job, examples in enumerate(jobs) for row in pack(examples, base.attention_price, **how)]
     rows.sort(key=lambda entry: len(entry[1].tokens))
     sums = [torch.zeros(len(examples), dtype=base.master_dtype, device=base.device) for examples in jobs]
     while rows:
         # Taking from the long end keeps rows of similar length together and shows the largest memory need first.
-        fit = max(tokens_per_batch // len(rows[-1][1].tokens), 1)
+        fit = fitting((row for _, row in reversed(rows)), len(rows[-1][1].tokens), tokens_per_batch, weight)
         rows, chosen = rows[:-fit], rows[-fit:]
         chosen.sort(key=lambda entry: entry[0])
         batch = collate([row for _, row in chosen], base.pad_token, base.device)

@@ -18,7 +18,7 @@ from mta.config import MergeSettings, Run, StackSettings, parse_size
 from mta.encode import Encoder, encode_people
 from mta.errors import Diverged
 from mta.evidence import gather_evidence, shots_of, surprise, targets_of
-from mta.fuse import Merge, fuse, merged, merged_bytes, needs_evidence
+from mta.fuse import Merge, frozen_numbers, fuse, merged, needs_evidence
 from mta.history import Person
 from mta.lora.batch import LoraBatch
 from mta.lora.layers import Adapters, PerPerson
@@ -149,7 +149,7 @@ class Stages:
         chosen = [known[name] for name in names] if {w.name for w in missing} <= set(names) else list(missing)
         stack, targets = self.run.stack, self.base.targets.values()
         numbers = stack.lora.rank * sum(d + o for d, o in targets) if stack.enabled else 1
-        frozen = merged_bytes(self.run.merge, self.bank) if stack.enabled else 0
+        below = frozen_numbers(self.bank, self.run.merge)
         cut = 0
 
         def jobs() -> Iterator[Job]:
@@ -159,7 +159,7 @@ class Stages:
                 cut += sum(example.cut > 0 for example in job.examples)
 
         memory = parse_size(self.run.memory)
-        plan = plan_cohorts(self.base, jobs(), numbers, memory, frozen=frozen, most=most, threads=threads)
+        plan = plan_cohorts(self.base, jobs(), numbers, memory, below=below, most=most, threads=threads)
         if self.work:
             self.work.note([wanted.name for wanted in chosen])
         return Cohorts(chosen, plan, cut)

@@ -8,6 +8,7 @@ from tiny import base_of, random_examples, random_loras
 
 from mta.base import BaseModel
 from mta.config import Training
+from mta.footprint import Texts
 from mta.lora import Gated, LoraBatch, PerPerson, Shared
 from mta.lora.batch import fresh
 from mta.lora.layers import Renumbered
@@ -186,7 +187,7 @@ def test_gradient_checkpointing_computes_layers_again_and_changes_nothing(kind):
     found = train_loras(again, jobs, start_of(again, jobs), FIVE)
     assert len(calls) == 2 * FIVE.steps
     assert difference(found, train_loras(base, jobs, start_of(base, jobs), FIVE)) < 1e-10
-    assert again.bytes_per_token < base.bytes_per_token
+    assert again.footprint.token(Texts(100)) < base.footprint.token(Texts(100))
 
 
 @pytest.mark.parametrize("packed", [True, False])

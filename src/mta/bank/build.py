@@ -25,6 +25,7 @@ from mta.config import Run, parse_size
 from mta.encode import Encoder
 from mta.errors import BankError
 from mta.executor import Executor, LocalExecutor, Outcome
+from mta.footprint import Numbers
 from mta.history import Person
 from mta.lora.batch import LoraBatch, stack
 from mta.lora.peft import read_peft, write_peft
@@ -151,8 +152,9 @@ class _Site:
         # Numbered, so that nothing written says who an anchor is.
         jobs = [Job(f"anchor-{n}", theirs) for n, theirs in enumerate(examples)]
         one, most = anchor_start(self.base, self.run, jobs[:1]).tensors(), self.executor.most
-        memory, threads = parse_size(self.run.memory), self.executor.threads
-        plan = plan_cohorts(self.base, jobs, one, memory, most=most, threads=threads)
+        pooled = self.run.task_lora.enabled * self.run.task_lora.lora.rank * self.base.footprint.sums.width
+        how: dict[str, Any] = {"below": Numbers(pooled=pooled), "most": most, "threads": self.executor.threads}
+        plan = plan_cohorts(self.base, jobs, one, parse_size(self.run.memory), **how)
         self.kept.about["plan"] = plan.digest
         return jobs, plan
 

@@ -20,7 +20,7 @@ from mta.encode import Encoder, encode_people
 from mta.errors import InputError
 from mta.evaluation.kept import load_evidence, save_evidence
 from mta.evidence import Evidence, gather_evidence, shots_of
-from mta.fuse import Merge, fuse, merged_bytes, needs_evidence
+from mta.fuse import Merge, frozen_numbers, fuse, needs_evidence
 from mta.history import Item, Person
 from mta.retrieval import with_profiles
 from mta.tasks.task import Task
@@ -149,8 +149,8 @@ class Panel:
 
     def plan(self, numbers: int, merge: MergeSettings | None = None) -> Plan:
         """Cohorts that fit the memory, with ``numbers`` trained for each person over their merge, if there is one."""
-        frozen = merged_bytes(merge, self.bank) if merge else 0
-        return plan_cohorts(self.base, self.jobs, numbers, parse_size(self.run.memory), frozen=frozen)
+        below = frozen_numbers(self.bank, merge)
+        return plan_cohorts(self.base, self.jobs, numbers, parse_size(self.run.memory), below=below)
 
     # -- stage 2, shared by many methods -------------------------------------------------------------------------------
 
@@ -192,7 +192,7 @@ class Panel:
                 settings,
                 evidence,
                 seed=seed,
-                tokens_per_batch=self.plan(len(bank)).tokens_per_batch,
+                tokens_per_batch=self.plan(len(bank), settings).tokens_per_batch,
                 on_step=self.on_step,
             )
             self._merges[key] = merge, time.monotonic() - start + (self.evidence_seconds if evidence else 0.0)

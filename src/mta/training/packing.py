@@ -11,7 +11,7 @@ The last token of an example is only ever predicted, never fed.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -35,6 +35,11 @@ class Row:
     sources: tuple[int, ...]
     targets: tuple[int, ...]
     examples: tuple[int, ...]
+
+    @property
+    def places(self) -> int:
+        """How many tokens of the row need logits."""
+        return len(set(self.sources))
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,9 +102,12 @@ def pack(
     *,
     blocked: bool = False,
     longest: int = 2048,
+    weight: float = 0.0,
     packed: bool = True,
 ) -> list[Row]:
     """Rows for one person's examples, as few or as many as costs least; one of several has at most ``longest`` tokens.
+
+    A target token counts as ``weight`` tokens more, for the memory of its logits.
 
     A row of T tokens costs T + attention_price * T * S: a token is compared with the S tokens of the whole row, or
     where attention is ``blocked`` (``mta.attention``) with those of its longest example. Examples sorted by their
@@ -112,14 +120,16 @@ def pack(
     if not packed:
         return [tree([examples[e]], [e]) for e in order]
     lengths = [len(examples[e].tokens) - 1 for e in order]
+    heads = [weight * len(examples[e].target) for e in order]
     shared = [0] + [common_prefix(examples[a].tokens[:-1], examples[b].tokens[:-1]) for a, b in pairwise(order)]
     best, cut = [0.0], [0]
     for stop in range(1, len(order) + 1):
-        size, deepest, options = 0, 0, []
+        size, deepest, logits, options = 0, 0, 0.0, []
         for start in range(stop - 1, -1, -1):
             size += lengths[start] - (shared[start + 1] if start + 1 < stop else 0)
             deepest = max(deepest, lengths[start])
-            if start + 1 < stop and size > longest:
+            logits += heads[start]
+            if start + 1 < stop and size + logits > longest:
                 break
             options.append((best[start] + size + attention_price * size * (deepest if blocked else size), start))
         price, start = min(options)
@@ -131,6 +141,20 @@ def pack(
         rows.append(tree([examples[e] for e in chosen], chosen))
         stop = cut[stop]
     return rows[::-1]
+
+
+def fitting(rows: Iterable[Row], width: int, budget: int, weight: float) -> int:
+    """Return how many of the first ``rows``, padded to ``width``, go through the base together: at least one.
+
+    Their padded tokens plus ``weight`` for each place that needs logits are at most ``budget``.
+    """
+    count, size = 0, 0.0
+    for row in rows:
+        size += width + weight * row.places
+        if count and size > budget:
+            break
+        count += 1
+    return count
 
 
 def collate(rows: Sequence[Row], pad: int, device: torch.device) -> Rows:

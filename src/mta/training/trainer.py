@@ -19,13 +19,14 @@ from torch import Tensor
 
 from mta.base import BaseModel
 from mta.config import Training
+from mta.footprint import Texts
 from mta.lora.batch import LoraBatch
 from mta.lora.layers import Adapters, PerPerson, Renumbered, applied
 from mta.malloc import give_back_memory
 from mta.tasks.prompt import Example
 from mta.training.checkpoint import Checkpoint
 from mta.training.optimizer import BatchedAdamW, learning_rate
-from mta.training.packing import Row, collate, pack
+from mta.training.packing import Row, collate, fitting, pack
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,9 +84,10 @@ def train(
     ``adapters`` turns parameters into what is added to the base: factors into a LoRA, or coefficients into a merge.
     ``frozen`` adapters are indexed by job. ``dtype`` is what ``adapters`` gets parameters in, and their gradients come
     in; sums and steps are in the master dtype, its default.
-    Rows of at most ``tokens_per_batch`` padded tokens go through the base together; this changes time and memory, not
-    the result. With a ``checkpoint`` a killed run resumes from the last save. The checkpoint is also saved when the
-    last step is done: the caller removes the checkpoint after it has saved the result.
+    Rows of at most ``tokens_per_batch`` padded tokens go through the base together; a target token counts more, for its
+    logits (``Footprint.target_weight``). This changes time and memory, not the result.
+    With a ``checkpoint`` a killed run resumes from the last save. The checkpoint is also saved when the last step is
+    done: the caller removes the checkpoint after it has saved the result.
     Returns the parameters in the order of ``jobs``, in the base's master dtype.
     """
     cohort, dtype = _Cohort.begin(base, jobs, start, training), dtype or base.master_dtype
@@ -105,7 +107,8 @@ def train(
     result = cohort.result()
     del cohort
     buffers = 4 * sum(tensor.nbytes for tensor in result.values())  # values, gradient, two moments
-    give_back_memory(keep=int(1.5 * (buffers + tokens_per_batch * base.bytes_per_token)))
+    longest = Texts(max((len(example.tokens) for job in jobs for example in job.examples), default=1))
+    give_back_memory(keep=int(1.5 * (buffers + tokens_per_batch * base.footprint.token(longest))))
     return result
 
 
@@ -246,37 +249,44 @@ def _gradients(
     packed: bool,
 ) -> Tensor:
     """Add everyone's gradient of this step to the cohort's buffer; returns their losses, (U,)."""
-    how: dict[str, Any] = {"blocked": base.blocked, "longest": budget, "packed": packed and base.packable}
+    weight = base.footprint.target_weight
+    how: dict[str, Any] = {"blocked": base.blocked, "longest": budget, "weight": weight}
+    how["packed"] = packed and base.packable
     rows = [pack(examples, base.attention_price, **how) for examples in batches]
     shares = [1 / sum(len(e.target) for e in examples) for examples in batches]
     share = torch.tensor(shares, dtype=base.master_dtype, device=base.device)
     jobs = torch.tensor(cohort.active, device=base.device)
     losses = torch.zeros_like(share)
-    for part in _passes(rows, budget):
+    for part in _passes(rows, budget, weight):
         batch = collate(part.rows, base.pad_token, base.device)
         owner = torch.tensor(part.owners, device=base.device)
         leaves, theirs = cohort.leaves(part.people, dtype), jobs[part.people]
         layers = [*(Renumbered(one, theirs) for one in frozen), adapters(leaves, theirs)]
         with applied(base.model, layers, owner - part.people.start):
-            logits = base.logits(batch.tokens, batch.ends, batch.positions, batch.places)
-            weighted = -batch.log_probs(logits) * share[owner[batch.row]]
+            # No name for the logits: only what the backward pass needs of them is kept.
+            found = batch.log_probs(base.logits(batch.tokens, batch.ends, batch.positions, batch.places))
+            weighted = -found * share[owner[batch.row]]
             cohort.add_gradient(part.people, leaves, weighted.sum())
         losses.index_add_(0, owner[batch.row], weighted.detach())
     return losses
 
 
-def _passes(rows: Sequence[Sequence[Row]], budget: int) -> Iterator[_Pass]:
-    """Neighbouring people together up to ``budget`` padded tokens; a person with more than that in several passes."""
-    first, chosen, owners, width = 0, [], [], 0  # type: tuple[int, list[Row], list[int], int]
+def _passes(rows: Sequence[Sequence[Row]], budget: int, weight: float) -> Iterator[_Pass]:
+    """Neighbouring people together up to ``budget`` padded tokens; a person with more than that in several passes.
+
+    A place that needs logits counts as ``weight`` tokens more.
+    """
+    first, chosen, owners, width, heads = 0, [], [], 0, 0.0  # type: tuple[int, list[Row], list[int], int, float]
     for person, theirs in enumerate(rows):
-        wider = max(width, *(len(row.tokens) for row in theirs))
-        if chosen and wider * (len(chosen) + len(theirs)) > budget:
+        own, more = max(len(row.tokens) for row in theirs), weight * sum(row.places for row in theirs)
+        if chosen and max(width, own) * (len(chosen) + len(theirs)) + heads + more > budget:
             yield _Pass(slice(first, person), chosen, owners)
-            first, chosen, owners, wider = person, [], [], max(len(row.tokens) for row in theirs)
-        chosen, owners, width = chosen + list(theirs), owners + [person] * len(theirs), wider
-        while len(chosen) > 1 and width * len(chosen) > budget:  # one person alone exceeds the budget
-            fit = max(budget // width, 1)
+            first, chosen, owners, width, heads = person, [], [], 0, 0.0
+        width, heads = max(width, own), heads + more
+        chosen, owners = chosen + list(theirs), owners + [person] * len(theirs)
+        while (fit := fitting(chosen, width, budget, weight)) < len(chosen):  # one person alone exceeds the budget
             yield _Pass(slice(person, person + 1), chosen[:fit], owners[:fit])
             chosen, owners = chosen[fit:], owners[fit:]
+            heads = weight * sum(row.places for row in chosen)
     if chosen:
         yield _Pass(slice(first, len(rows)), chosen, owners)

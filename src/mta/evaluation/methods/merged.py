@@ -78,7 +78,7 @@ class MergedByLayer(Method):
             settings.learned,
             layer_groups(bank.working.names, self.groups),
             seed=seed,
-            tokens_per_batch=panel.plan(self.groups * len(bank)).tokens_per_batch,
+            tokens_per_batch=panel.plan(self.groups * len(bank), settings).tokens_per_batch,
         )
         return answered(panel, merge, settings, seconds + time.monotonic() - start)
 
