@@ -8,6 +8,7 @@ import threading
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 
 import torch
 
@@ -17,7 +18,7 @@ from mta.errors import InputError, MtaError
 from mta.machine import in_passing
 from mta.serving.activated import Activated
 from mta.serving.decoder import Decoder, Row, Told
-from mta.serving.engine import LATER, Ask, EngineGone, Piece, QueueFull, Version
+from mta.serving.engine import LATER, AnswerLost, Ask, EngineGone, Piece, QueueFull, Version
 from mta.serving.sampling import Sampler
 from mta.serving.seats import Seats
 from mta.store import Store
@@ -70,12 +71,12 @@ class EmbeddedEngine:
     @property
     def ready(self) -> bool:
         """Whether requests would be answered."""
-        return self._thread.is_alive() and not self._closing
+        return not self._closing and not self.decoder.stuck
 
     @property
     def alive(self) -> bool:
-        """Whether its thread works, or ended because it was told to."""
-        return self._thread.is_alive() or (self._closing and not self.died)
+        """Whether it works, or was closed; false once its thread died, and while every step fails."""
+        return not self.died and not self.decoder.stuck
 
     async def answer(self, ask: Ask) -> AsyncIterator[Piece]:
         """The tokens of an answer as they come; closing the iterator gives the slot to the next.
@@ -130,7 +131,7 @@ class EmbeddedEngine:
             try:
                 work()
             finally:
-                loop.call_soon_threadsafe(done.set_result, None)
+                _call_soon(loop, lambda: done.done() or done.set_result(None))
 
         with suppress(EngineGone):  # with the engine everything that was computed is gone
             self._put(now)
@@ -147,6 +148,8 @@ class EmbeddedEngine:
             "activated_hits": (self.activated.hits, "Times somebody was at hand, since the start"),
             "merges": (self.activated.misses, "Times a merge was computed because they were not, since the start"),
             "cache_bytes": (decoder.slots.cache.nbytes, "Memory of keys and values"),
+            "failed_steps": (decoder.failed, "Passes, admissions and merges that failed, since the start"),
+            "lost": (decoder.lost, "Answers that such failures ended, since the start"),
         }
 
     async def close(self) -> None:
@@ -160,14 +163,20 @@ class EmbeddedEngine:
     async def _entered(self, ask: Ask, tell: Told) -> Row:
         """A row that waits for a slot, its person at hand."""
         since = self.activated.forgotten
-        person = await asyncio.get_running_loop().run_in_executor(self._reading, self.activated.get, ask.who)
-        row = Row(ask, person, tell, Sampler(ask))
+        reading = asyncio.get_running_loop().run_in_executor(self._reading, self.activated.get, ask.who)
+        try:
+            row = Row(ask, await reading, tell, Sampler(ask))
+        except MtaError:
+            raise
+        except Exception as error:
+            self._put(partial(self.decoder.note, error, lost=1))
+            raise AnswerLost from None
         self._put(lambda: self._enter(row, since))
         return row
 
     def _check(self, ask: Ask) -> None:
         ask.check(self.length)
-        if not self.ready:
+        if self._closing:
             raise EngineGone("the engine has stopped", hint=LATER)
         if self._open >= len(self.decoder.slots) + self.waiting:
             raise QueueFull(f"{self.waiting} requests are waiting already", hint="Come again a little later.")
@@ -188,7 +197,7 @@ class EmbeddedEngine:
                 self._listen(wait=not self.decoder.busy)
                 self.decoder.turn()
         except BaseException:
-            self.died = True
+            self.died = True  # before its requests are answered: health must not say otherwise after that
             raise
         finally:
             self._closing = True
@@ -200,9 +209,10 @@ class EmbeddedEngine:
     def _listen(self, wait: bool) -> None:
         while True:
             try:
-                self._asked.get(block=wait)()
+                work = self._asked.get(block=wait)
             except queue.Empty:
                 return
+            work()
             wait = False
 
     def _enter(self, row: Row, since: int) -> None:
@@ -212,9 +222,16 @@ class EmbeddedEngine:
                 row.person = self.activated.get(row.ask.who)
             except MtaError as gone:
                 return row.tell(gone)
+            except Exception as error:
+                return self.decoder.fail([row], error)
         self.decoder.waiting.append(row)
 
 
 def _tell(loop: asyncio.AbstractEventLoop, told: asyncio.Queue[Piece | MtaError], piece: Piece | MtaError) -> None:
-    if not loop.is_closed():
-        loop.call_soon_threadsafe(told.put_nowait, piece)
+    _call_soon(loop, lambda: told.put_nowait(piece))
+
+
+def _call_soon(loop: asyncio.AbstractEventLoop, work: Callable[[], object]) -> None:
+    """Let the caller's event loop do something; nothing happens if that loop is closed."""
+    with suppress(RuntimeError):
+        loop.call_soon_threadsafe(work)

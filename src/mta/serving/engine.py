@@ -26,6 +26,9 @@ class QueueFull(MtaError):
 class AnswerLost(MtaError):
     """One answer could not be computed; all others go on."""
 
+    def __init__(self, message: str = "this answer could not be computed", hint: str = LATER) -> None:
+        super().__init__(message, hint)
+
 
 class EngineGone(MtaError):
     """The engine has stopped: what was asked of it gets no answer."""

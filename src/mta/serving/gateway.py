@@ -51,9 +51,9 @@ def create_app(service: Service) -> FastAPI:
 def _add_health(app: FastAPI, service: Service) -> None:
     @app.get("/healthz")
     async def alive() -> Response:
-        """The process answers, and its engine lives: without one it has to be started anew."""
+        """Whether the process and its engine work. If the engine died or fails at every step, start it again."""
         ok = service.engine.alive
-        return JSONResponse({"status": "ok" if ok else "the engine has died"}, 200 if ok else 503)
+        return JSONResponse({"status": "ok" if ok else "the engine died, or every step fails"}, 200 if ok else 503)
 
     @app.get("/readyz")
     async def ready() -> Response:

@@ -115,7 +115,7 @@ class Seats:
     def clear(self, place: int) -> None:
         """Zeros in the place of whoever sat there."""
         for kept in (self._gates, *(factor for factors in self._own.values() for factor in factors)):
-            kept[place] = 0
+            kept[place].zero_()
 
     def exchange(self, one: int, other: int) -> None:
         """Let two seats change places."""
@@ -160,14 +160,13 @@ class Seats:
 
     def _grow(self, rank: int) -> None:
         """Room for so many ranks in every seat; B is kept rank by rank, as the kernels read it."""
-        count, kept = len(self._gates), self._own
+        count, grown = len(self._gates), dict[str, tuple[Tensor, Tensor]]()
         for name, (d, o) in self.base.targets.items():
             a, b = (self._gates.new_zeros(count, rank, width) for width in (d, o))
-            if name in kept:
-                for new, old in zip((a, b), kept[name]):
-                    new[:, : old.shape[1]] = old
-            self._own[name] = a, b
-        self._forwards = {}
+            for new, old in zip((a, b), self._own.get(name, ())):
+                new[:, : old.shape[1]] = old
+            grown[name] = a, b
+        self._own, self._forwards = grown, {}  # at once: where memory ends before, seats stay as they are
 
 
 class _Adapted:

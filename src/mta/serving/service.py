@@ -23,7 +23,7 @@ from mta.base import BaseModel
 from mta.errors import MtaError, PersonForgotten, PersonNotFound
 from mta.rows import BASE, TASK
 from mta.serving.auth import LOCAL, Key, Keys
-from mta.serving.engine import Engine, EngineGone, QueueFull, Refused, Version, Who
+from mta.serving.engine import AnswerLost, Engine, EngineGone, LATER, QueueFull, Refused, Version, Who
 from mta.serving.histories import Histories
 from mta.serving.jobs import Jobs
 from mta.serving.limits import Limits, Rate
@@ -171,6 +171,8 @@ def error_of(error: MtaError) -> tuple[int, dict[str, object], dict[str, str]]:
         return 503, error_body(message, "server_error", "needs_rebuild"), {}
     if isinstance(error, EngineGone):
         return 503, error_body(message, "server_error", "engine_gone"), {"Retry-After": "5"}
+    if isinstance(error, AnswerLost):
+        return 500, error_body(f"this answer could not be computed. {LATER}", "server_error", "answer_lost"), {}
     if isinstance(error, Refused):
         return 400, error_body(message, "invalid_request_error"), {}
     log.error("a request failed: %s", type(error).__name__)  # its message may say where things lie

@@ -46,8 +46,9 @@ class SlotCache(Cache):  # type: ignore[misc]  # transformers brings no types
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any) -> Any:
         """Take in (B, H, T, E) of a layer and give back all that the rows may see of it, (B, H, seen, E)."""
         if layer_idx == len(self.keys):
-            for made, like in ((self.keys, key_states), (self.values, value_states)):
-                made.append(like.new_zeros(self.slots, like.shape[1], self.length, like.shape[3]))
+            made = [x.new_zeros(self.slots, x.shape[1], self.length, x.shape[3]) for x in (key_states, value_states)]
+            self.keys.append(made[0])  # both or none: memory may end in between
+            self.values.append(made[1])
         found = []
         for kept, new in ((self.keys[layer_idx], key_states), (self.values[layer_idx], value_states)):
             mine = kept[self.rows]
@@ -139,9 +140,13 @@ class Slots:
         owners = {n: self._slots[n].owner for n in range(self.used, len(self))}
         found = [n for n, owner in owners.items() if owner is not None and wanted(owner)]
         for n in found:
-            self._slots[n] = Slot()
-            self.cache.clear(n)
+            self.empty(n)
         return found
+
+    def empty(self, place: int) -> None:
+        """A slot that is not at work belongs to nobody from now on, and holds zeros."""
+        self._slots[place] = Slot()
+        self.cache.clear(place)
 
     def logits(self, rows: slice, tokens: Sequence[Sequence[int]]) -> Tensor:
         """Go on with some rows, each by its own new ``tokens``; next-token logits after the last of each, (B, V)."""

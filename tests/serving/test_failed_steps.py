@@ -1,0 +1,274 @@
+"""A step that fails: its rows get an error, all others their answers, and nothing half written is used again."""
+
+import asyncio
+import threading
+from functools import cache
+
+import httpx2
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from served import endless, served
+from test_embedded import ask_of, engine_of, one_by_one, prompts_of, tokens_of, world
+from test_faults import asked, state_of
+from tiny import base_of, random_loras
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from mta.bank.bank import Bank
+from mta.errors import MtaError
+from mta.lora.batch import Factors, LoraBatch
+from mta.serving.decoder import PATIENCE, Decoder, Row
+from mta.serving.engine import AnswerLost
+from mta.serving.sampling import Sampler
+from mta.serving.seats import Seats
+from mta.state import State
+
+NO_MEMORY = torch.OutOfMemoryError("CUDA out of memory")
+
+
+WITHOUT_MEMORY = (torch.ops.aten.select.int, torch.ops.aten.zero_.default)  # what emptying a slot consists of
+
+
+class FailsAt(TorchDispatchMode):
+    """The operations of these numbers raise, of those that torch does in this thread within the block."""
+
+    def __init__(self, *numbers):
+        super().__init__()
+        self.numbers, self.count = set(numbers), 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function not in WITHOUT_MEMORY
+        if function not in WITHOUT_MEMORY and self.count in self.numbers:
+            raise NO_MEMORY
+        return function(*args, **(kwargs or {}))
+
+
+def fail_in_layer(base, wanted):
+    """The last layer raises whenever ``wanted(tokens in the pass)``: keys and values of the first are written then."""
+
+    def hook(_, args, kwargs):
+        if wanted(args[0].shape[:2]):
+            raise NO_MEMORY
+
+    return base.model.model.layers[-1].register_forward_pre_hook(hook, with_kwargs=True)
+
+
+def decoder_of(base, bank, slots=3):
+    return Decoder(base, Seats(base, [bank], slots), slots, 64, 8)
+
+
+def answered(decoder, whose, asks, mode=None):
+    """The answers of all asks, decoded in this thread: tokens, or the error that ended them."""
+    found = [[] for _ in asks]
+    for ask, pieces in zip(asks, found):
+        who = whose[int(ask.who.person)] if hasattr(ask.who, "person") else ask.who
+        decoder.waiting.append(Row(ask, decoder.seats.person(who), pieces.append, Sampler(ask)))
+    with mode or torch.inference_mode():
+        turns = 0
+        while decoder.busy:
+            decoder.turn()
+            turns += 1
+            assert turns < 1000
+    ends = [pieces[-1] for pieces in found]
+    tokens = [
+        [piece.token.id for piece in pieces if not isinstance(piece, MtaError) and piece.token] for pieces in found
+    ]
+    return [end if isinstance(end, MtaError) else its for end, its in zip(ends, tokens)]
+
+
+@cache
+def asks_of(count):
+    """Requests of six different people and nobody, in a world of their own, and their answers."""
+    base, bank, whose = world()
+    asks = [ask_of(n % 6, prompt, 3 + n % 3) for n, prompt in enumerate(prompts_of(count, longest=14))]
+    right = [one_by_one(base, bank, whose[n % 6], ask.prompt, ask.max_tokens) for n, ask in enumerate(asks)]
+    return base, bank, whose, asks, right
+
+
+@settings(max_examples=12)
+@given(st.lists(st.integers(1, 4000), min_size=1, max_size=4))
+def test_whatever_operation_fails_rows_are_lost_or_right_and_later_answers_are_those_of_a_fresh_engine(numbers):
+    base, bank, whose, asks, right = asks_of(7)
+    decoder, failing = decoder_of(base, bank), FailsAt(*numbers)
+    found = answered(decoder, whose, asks, failing)
+    assert all(isinstance(one, AnswerLost) or one == expected for one, expected in zip(found, right))
+    assert decoder.failed == sum(number <= failing.count for number in failing.numbers)
+    assert decoder.lost == sum(isinstance(one, AnswerLost) for one in found)
+    assert answered(decoder, whose, asks) == right
+
+
+def test_nothing_of_a_lost_row_stays_in_its_slot_or_seat():
+    base, bank, whose, asks, _ = asks_of(7)
+    decoder = decoder_of(base, bank, slots=2)
+    handle = fail_in_layer(base, lambda _: True)
+    assert all(isinstance(one, AnswerLost) for one in answered(decoder, whose, asks))
+    handle.remove()
+    cache, seats = decoder.slots.cache, decoder.seats
+    kept = [seats._gates, *(part for own in seats._own.values() for part in own), *cache.keys, *cache.values]
+    assert not any(part.any() for part in kept)
+
+
+def test_a_prompt_that_cannot_be_read_fails_alone_while_others_run():
+    base, bank, whose = world()
+    handle = fail_in_layer(base, lambda shape: shape[1] == 7)
+
+    async def go():
+        engine = engine_of(base, bank, whose, slots=3)
+        asks = [ask_of(2, [9] * 5, 20), ask_of(3, [8] * 7, 4), ask_of(4, [7] * 4, 20)]
+        found = await asyncio.gather(*(tokens_of(engine, ask) for ask in asks), return_exceptions=True)
+        ready, facts = engine.ready and engine.alive, engine.facts()
+        await engine.close()
+        return asks, found, ready, facts
+
+    asks, found, ready, facts = asyncio.run(go())
+    handle.remove()
+    assert isinstance(found[1], AnswerLost)
+    assert [found[0], found[2]] == [one_by_one(base, bank, whose[n], asks[n - 2].prompt, 20) for n in (2, 4)]
+    assert ready
+    assert (facts["failed_steps"][0], facts["lost"][0]) == (1, 1)
+
+
+def test_a_person_whose_adapters_do_not_fit_fails_alone():
+    base, bank, whose = world()
+    wrong = random_loras(base, 1, rank=1, seed=9)
+    name = list(wrong.factors)[-1]
+    wrong = LoraBatch(wrong.factors | {name: Factors(wrong.factors[name].a[..., :-1], wrong.factors[name].b)})
+    whose.append(State("bank", (0,), (1.0,), "fixed", "", "w", 0, wrong))
+
+    async def go():
+        engine = engine_of(base, bank, whose, slots=2)
+        asks = [ask_of(n, [5, 6, 7], 6) for n in (2, 6, 3, 6, 4)]
+        found = await asyncio.gather(*(tokens_of(engine, ask) for ask in asks), return_exceptions=True)
+        await engine.close()
+        return found
+
+    found = asyncio.run(go())
+    assert [isinstance(one, AnswerLost) for one in found] == [False, True, False, True, False]
+    assert found[::2] == [one_by_one(base, bank, whose[n], [5, 6, 7], 6) for n in (2, 3, 4)]
+
+
+@pytest.mark.parametrize("number", range(1, 30, 3))
+def test_seats_that_could_not_grow_are_as_they_were(number):
+    base, bank, whose = world()
+    seats, big = Seats(base, [bank], 2), random_loras(base, 1, size=0.6, rank=3, seed=40)
+    large = State("bank", (0,), (0.4,), "fixed", "", "w", 0, big)
+    before = [seats.person(whose[2]), seats.person(large)]
+    seats.take(0, before[0])
+    tokens = torch.tensor([[5, 6, 7]])
+    with torch.no_grad(), seats.opened(slice(0, 1)):
+        expected = base.model(tokens, use_cache=False).logits
+    with FailsAt(number), pytest.raises(torch.OutOfMemoryError):
+        seats.take(1, before[1])
+    with torch.no_grad(), seats.opened(slice(0, 1)):
+        assert torch.equal(base.model(tokens, use_cache=False).logits, expected)
+    assert len({factor.shape[1] for factors in seats._own.values() for factor in factors}) == 1
+
+
+def test_whatever_goes_wrong_as_a_person_is_looked_up_ends_their_request_alone():
+    base, bank, whose = world()
+
+    class Broken:
+        def __getattr__(self, name):
+            raise NO_MEMORY
+
+    async def go():
+        engine = engine_of(base, bank, [*whose, Broken()])
+        found = await asyncio.gather(
+            *(tokens_of(engine, ask_of(n, [5, 6, 7], 3)) for n in (6, 2)), return_exceptions=True
+        )
+        failed = engine.facts()["failed_steps"][0]
+        await engine.close()
+        return found, failed
+
+    found, failed = asyncio.run(go())
+    assert isinstance(found[0], AnswerLost)
+    assert found[1] == one_by_one(base, bank, whose[2], [5, 6, 7], 3)
+    assert failed == 1
+
+
+def test_an_engine_that_fails_at_every_step_is_unhealthy_until_a_step_succeeds():
+    base, bank, whose = world()
+    handle = fail_in_layer(base, lambda _: True)
+
+    async def go():
+        engine = engine_of(base, bank, whose)
+        health = []
+        for _ in range(PATIENCE):
+            health.append((engine.ready, engine.alive))
+            with pytest.raises(AnswerLost):
+                await tokens_of(engine, ask_of(2, [5, 6, 7], 3))
+        sick = engine.ready, engine.alive
+        handle.remove()
+        tokens = await tokens_of(engine, ask_of(2, [5, 6, 7], 3))
+        well = engine.ready, engine.alive
+        await engine.close()
+        return health, sick, tokens, well
+
+    health, sick, tokens, well = asyncio.run(go())
+    assert set(health) == {(True, True)}
+    assert sick == (False, False)
+    assert tokens == one_by_one(base, bank, whose[2], [5, 6, 7], 3)
+    assert well == (True, True)
+
+
+@pytest.fixture
+def here(tiny_bank_folder, tmp_path):
+    base = endless(base_of())
+    bank = Bank.open(tiny_bank_folder, base)
+    with served(base, bank, tmp_path) as running:
+        running.service.store.save("ann", state_of(base, bank, 0))
+        running.headers = {"Authorization": f"Bearer {running.secrets['admin']}"}
+        running.base = base
+        yield running
+
+
+def test_a_lost_answer_is_a_500_that_says_so_and_is_counted(here):
+    before = asked(here, temperature=0).json()["choices"]
+    handle = fail_in_layer(here.base, lambda _: True)
+    found = asked(here)
+    handle.remove()
+    assert found.status_code == 500
+    assert found.json()["error"] | {"message": ""} == {
+        "message": "", "type": "server_error", "code": "answer_lost", "param": None
+    }  # fmt: skip
+    assert "could not be computed" in found.json()["error"]["message"]
+    assert "memory" not in found.text
+    assert asked(here, temperature=0).json()["choices"] == before
+    metrics = httpx2.get(f"{here.url}/metrics").text
+    assert "mta_engine_failed_steps 1.0" in metrics
+    assert "mta_engine_lost 1.0" in metrics
+    assert 'mta_requests_total{kind="completion",status="500"} 1.0' in metrics
+
+
+def test_health_says_that_every_step_fails_and_that_steps_succeed_again(here):
+    handle = fail_in_layer(here.base, lambda _: True)
+    assert [asked(here).status_code for _ in range(PATIENCE)] == [500] * PATIENCE
+    for path in ("healthz", "readyz"):
+        assert httpx2.get(f"{here.url}/{path}").status_code == 503
+    handle.remove()
+    assert asked(here).status_code == 200
+    for path in ("healthz", "readyz"):
+        assert httpx2.get(f"{here.url}/{path}").status_code == 200
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_dying_engine_is_unhealthy_before_its_requests_are_answered(here):
+    decoder, go_on = here.service.engine.decoder, threading.Event()
+    end = decoder.end
+
+    def broken():
+        raise MemoryError
+
+    def ends_slowly(*args):
+        end(*args)
+        assert go_on.wait(60)  # the requests are answered, the thread lives
+
+    decoder.turn, decoder.end = broken, ends_slowly
+    try:
+        assert asked(here).status_code == 503
+        assert here.service.engine._thread.is_alive()
+        for path in ("healthz", "readyz"):
+            assert httpx2.get(f"{here.url}/{path}").status_code == 503
+    finally:
+        go_on.set()
