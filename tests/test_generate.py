@@ -129,3 +129,25 @@ def test_generating_leaves_the_base_as_it_was():
     before = base.model(input_ids=tokens).logits
     generate(base, prompts_of(6), [0], people(base, 1), max_new_tokens=2)
     assert torch.equal(base.model(input_ids=tokens).logits, before)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 2.0])
+def test_generating_leaves_the_callers_random_numbers_as_they_were(temperature):
+    base = endless(base_of())
+    torch.manual_seed(3)
+    expected = torch.rand(4)
+    torch.manual_seed(3)
+    generate(base, prompts_of(6), [0], people(base, 1), max_new_tokens=4, temperature=temperature, seed=7)
+    assert torch.equal(torch.rand(4), expected)
+
+
+def test_a_seed_draws_what_torchs_global_generator_draws_with_it():
+    base = endless(base_of())
+    prompts, adapters = prompts_of(6), people(base, 1)
+    found = generate(base, prompts, [0], adapters, max_new_tokens=6, temperature=2.0, seed=7)
+    torch.manual_seed(7)
+    with applied(base.model, adapters, torch.tensor([0])):
+        tokens = base.model.generate(
+            torch.tensor(prompts), max_new_tokens=6, do_sample=True, temperature=2.0, eos_token_id=None
+        )
+    assert found == [tokens[0, 6:].tolist()]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
 
 from mta.base import BaseModel
 from mta.lora.layers import Adapters, applied
+from mta.machine import seeded
 
 
 @torch.inference_mode()
@@ -25,23 +27,23 @@ def generate(
 ) -> list[list[int]]:
     """Continue each prompt with the adapters of its owner; returns the new tokens, without the end token.
 
-    Greedy by default. Rows are padded on the left and sorted by length into batches; greedy answers do not depend on
-    which rows share a batch, up to rounding.
+    Greedy by default; else ``seed`` decides, and torch's global generators are left as they were.
+    Rows are padded on the left and sorted by length into batches; greedy answers do not depend on which rows share a
+    batch, up to rounding.
     """
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     answers: list[list[int]] = [[] for _ in prompts]
-    torch.manual_seed(seed)
-    while order:
-        fit = max(tokens_per_batch // (len(prompts[order[-1]]) + max_new_tokens), 1)
-        order, chosen = order[:-fit], sorted(order[-fit:])
-        tokens, mask = _left_padded([prompts[i] for i in chosen], base)
-        owner = torch.tensor([owners[i] for i in chosen], device=base.device)
-        with applied(base.model, adapters, owner):
-            whole = base.model.generate(
-                input_ids=tokens, attention_mask=mask, generation_config=_config(base, max_new_tokens, temperature)
-            )
-        for i, row in zip(chosen, whole[:, tokens.shape[1] :].tolist()):
-            answers[i] = _until_end(row, base.stop_tokens)
+    config = _config(base, max_new_tokens, temperature)
+    with seeded(seed, base.device) if temperature > 0 else nullcontext():  # transformers takes no generator
+        while order:
+            fit = max(tokens_per_batch // (len(prompts[order[-1]]) + max_new_tokens), 1)
+            order, chosen = order[:-fit], sorted(order[-fit:])
+            tokens, mask = _left_padded([prompts[i] for i in chosen], base)
+            owner = torch.tensor([owners[i] for i in chosen], device=base.device)
+            with applied(base.model, adapters, owner):
+                whole = base.model.generate(input_ids=tokens, attention_mask=mask, generation_config=config)
+            for i, row in zip(chosen, whole[:, tokens.shape[1] :].tolist()):
+                answers[i] = _until_end(row, base.stop_tokens)
     return answers
 
 

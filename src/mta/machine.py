@@ -6,9 +6,11 @@ import contextlib
 import hashlib
 import os
 import platform
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
@@ -21,6 +23,7 @@ from mta.cpu import cpuinfo
 from mta.errors import ModelError
 
 T = TypeVar("T")
+_SETTING = threading.Lock()  # of the number of threads: two at once would take each other's for the one from before
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 
@@ -112,6 +115,32 @@ def in_passing(work: Callable[[], T]) -> T:
     """
     with ThreadPoolExecutor(1) as thread:
         return thread.submit(work).result()
+
+
+def compute_with(threads: int) -> None:
+    """Set how many threads torch uses for work of this thread, which must be a new one.
+
+    ``torch.set_num_threads`` gives its number to every thread that begins later too: they get the one from before.
+    """
+    with _SETTING:
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        in_passing(lambda: torch.set_num_threads(before))
+
+
+@contextmanager
+def seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """Seed torch's global generators of the CPU and of ``device`` for the block, and restore their states after it.
+
+    For functions that take no generator. Other threads that draw from the same generators meanwhile are not kept apart.
+    """
+    gpus = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(gpus):
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed all GPUs as well
+        for gpu in gpus:
+            with torch.cuda.device(gpu):
+                torch.cuda.manual_seed(seed)
+        yield
 
 
 def gemm_rate(dtype: torch.dtype, size: int = 768) -> float:

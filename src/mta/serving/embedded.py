@@ -15,7 +15,7 @@ import torch
 from mta.bank.bank import Bank
 from mta.base import BaseModel
 from mta.errors import InputError, MtaError
-from mta.machine import in_passing
+from mta.machine import compute_with, in_passing
 from mta.serving.activated import Activated
 from mta.serving.decoder import Decoder, Row, Told
 from mta.serving.engine import LATER, AnswerLost, Ask, EngineGone, Piece, QueueFull, Version
@@ -62,7 +62,7 @@ class EmbeddedEngine:
         self.died = False
         self._door = threading.Lock()
         self._threads = torch.get_num_threads()
-        self._reading = ThreadPoolExecutor(2, "mta-activate", initializer=lambda: torch.set_num_threads(1))
+        self._reading = ThreadPoolExecutor(2, "mta-activate", initializer=lambda: compute_with(1))
         self._thread = threading.Thread(target=self._work, name="mta-engine", daemon=True)
         self._thread.start()
 
@@ -191,7 +191,7 @@ class EmbeddedEngine:
     # -- the engine's own thread ---------------------------------------------------------------------------------------
 
     def _work(self) -> None:
-        torch.set_num_threads(self._threads)  # this thread's own number: others settle for less
+        compute_with(self._threads)
         try:
             while self.decoder.busy or not self._closing or not self._asked.empty():
                 self._listen(wait=not self.decoder.busy)

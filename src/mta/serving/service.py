@@ -23,7 +23,7 @@ from mta.base import BaseModel
 from mta.errors import MtaError, PersonForgotten, PersonNotFound
 from mta.rows import BASE, TASK
 from mta.serving.auth import LOCAL, Key, Keys
-from mta.serving.engine import AnswerLost, Engine, EngineGone, LATER, QueueFull, Refused, Version, Who
+from mta.serving.engine import LATER, AnswerLost, Engine, EngineGone, QueueFull, Refused, Version, Who
 from mta.serving.histories import Histories
 from mta.serving.jobs import Jobs
 from mta.serving.limits import Limits, Rate

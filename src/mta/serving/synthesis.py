@@ -18,6 +18,7 @@ from mta.errors import InputError, OtherBank, StateCorrupt
 from mta.fuse import Merge, merged_factors
 from mta.lora.batch import Factors, LoraBatch, join, shared_ranks
 from mta.lora.merge import truncate
+from mta.machine import seeded
 from mta.rows import BASE, Nobody
 from mta.state import State
 
@@ -91,8 +92,7 @@ def _spans(a: Tensor, b: Tensor) -> _Spans:
 def _cut_cores(spans: dict[str, _Spans], gates: Tensor, rank: int) -> tuple[LoraBatch, float]:
     """The sum of the shared updates as ``gates`` weigh them, at ``rank``, and its relative error over all layers."""
     factors, lost, total = {}, 0.0, 0.0
-    with torch.random.fork_rng([]):
-        torch.manual_seed(0)  # the same person gives the same adapter again
+    with seeded(0, torch.device("cpu")):  # the same person gives the same adapter again
         for name, (q_a, r_a, q_b, r_b) in spans.items():
             core = (r_b * gates) @ r_a.mT
             u, s, v = _leading(core, rank)

@@ -25,7 +25,7 @@ class Resolver(LoRAResolver):  # type: ignore[misc]
     def __init__(self) -> None:
         self.adapters = Adapters.of_environment()
         _end_with(int(os.environ.get("MTA_VLLM_PARENT", "0")), self.adapters)
-        self._making = ThreadPoolExecutor(1, "mta-adapters", initializer=_alone)
+        self._making = ThreadPoolExecutor(1, "mta-adapters", initializer=_on_one_core)
 
     async def resolve_lora(self, base_model_name: str, lora_name: str) -> LoRARequest | None:
         """None where the name means nobody: vLLM answers 404."""
@@ -55,10 +55,10 @@ def _unload_wholly() -> None:
     OpenAIServingModels.unload_lora_adapter = unload
 
 
-def _alone() -> None:
-    import torch
+def _on_one_core() -> None:
+    from mta.machine import compute_with
 
-    torch.set_num_threads(1)  # the cores are vLLM's
+    compute_with(1)  # the cores are vLLM's
 
 
 def _end_with(parent: int, adapters: Adapters) -> None:
