@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 
 import torch
@@ -17,7 +17,7 @@ from mta.lora.batch import Factors, fresh
 from mta.machine import in_passing
 from mta.malloc import keep_freed_memory
 from mta.serving.auth import Keys
-from mta.serving.serve import serve, service_of, vllm_of
+from mta.serving.serve import serve, service_of, sigterm_exits, vllm_of
 from mta.state import State
 from mta.store import Store
 
@@ -57,19 +57,18 @@ def main() -> None:
     for person in map(str, range(args.people)):
         store.save(person, made_up(base, bank, person))
     vllm = None
-    if args.vllm:
-        lora = "--no-enable-lora" if args.alone else ""
-        vllm = vllm_of(args.vllm, base, args.bank, args.store, slots=args.slots, args=lora)
-    service = service_of(base, bank, Run(), args.store, Keys(()), slots=args.slots, vllm=vllm)
-    if vllm:
-        service.engine.stops = frozenset()  # type: ignore[union-attr]
-    elif args.alone:
-        service.engine.decoder.seats.opened = lambda rows: nullcontext()  # type: ignore[union-attr]
-    try:
-        serve(service, "127.0.0.1", 0, lambda url: print(json.dumps({"url": url}), flush=True))
-    finally:
+    with ExitStack() as ending:
+        if args.vllm:
+            ending.enter_context(sigterm_exits())
+            lora = "--no-enable-lora" if args.alone else ""
+            vllm = vllm_of(args.vllm, base, args.bank, args.store, slots=args.slots, args=lora)
+            ending.callback(vllm.stop)
+        service = service_of(base, bank, Run(), args.store, Keys(()), slots=args.slots, vllm=vllm)
         if vllm:
-            vllm.stop()
+            service.engine.stops = frozenset()  # type: ignore[union-attr]
+        elif args.alone:
+            service.engine.decoder.seats.opened = lambda rows: nullcontext()  # type: ignore[union-attr]
+        serve(service, "127.0.0.1", 0, lambda url: print(json.dumps({"url": url}), flush=True))
 
 
 if __name__ == "__main__":

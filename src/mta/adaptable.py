@@ -1,7 +1,8 @@
-"""What a transformers model must be like to be a base: which kinds are refused, and where LoRA can attach."""
+"""How a transformers model is read to be a base: its files, which kinds are refused, and where LoRA can attach."""
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -75,4 +76,16 @@ def load_weights(folder: str, config: Any, name: str, dtype: torch.dtype) -> Any
             f"{missing[0]} first",
             hint="Give the folder with all of its *.safetensors, or download it again.",
         )
+    return model
+
+
+def outline_model(folder: str, config: Any, dtype: torch.dtype) -> Any:
+    """Return the causal language model of a folder without weights, on the ``meta`` device: it computes nothing."""
+    from transformers import AutoModelForCausalLM, GenerationConfig
+
+    how: dict[str, Any] = {"dtype": dtype, "attn_implementation": "sdpa", "trust_remote_code": False}
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, **how)
+    with suppress(OSError):  # without that file the model's configuration says how answers end
+        model.generation_config = GenerationConfig.from_pretrained(folder)
     return model

@@ -17,6 +17,7 @@ from mta.adaptable import (
     feed_head_contiguously,
     is_linear,
     load_weights,
+    outline_model,
     refuse_quantized,
     refuse_unsupported,
     shape_of,
@@ -34,6 +35,7 @@ from mta.model_files import loading, refuse_unsafe_base
 from mta.tasks.prompt import PromptFormat
 
 Check = Callable[[str], None]  # of a fingerprint
+_WHAT = "a causal language model"
 _HINT = "Give an asset, or a folder or hub id that holds config.json, a tokenizer and *.safetensors."
 
 
@@ -63,7 +65,7 @@ class BaseModel:
         self.fingerprint = fingerprint or fingerprint_of(dict(model.named_parameters()), tokenizer)
         longest = int(getattr(model.config, "max_position_embeddings", None) or max_tokens)
         self.prompts = PromptFormat(tokenizer, min(max_tokens, longest))
-        self.blocked = can_block(model)
+        self.blocked = can_block(model) and self.has_weights
         if self.blocked:
             install(model)
             self.blocked = self._takes_blocks()
@@ -85,19 +87,10 @@ class BaseModel:
         ``gradient_checkpointing`` keeps one layer's activations and computes the others again in the backward pass: for
         big bases and long texts. ``check`` gets the fingerprint before the weights are loaded, and may raise MtaError.
         """
-        from transformers import AutoConfig, AutoTokenizer
-
         place = pick_device(device)
-        numbers = pick_dtype(dtype, place)
-        folder = local_folder(name)
-        refuse_unsafe_base(Path(folder), name)
-        with loading(name, "a causal language model", _HINT):
-            config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-            refuse_quantized(config)
-            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-            fingerprint = folder_fingerprint(folder, tokenizer)
-            if check:
-                check(fingerprint)
+        folder, numbers = local_folder(name), pick_dtype(dtype, place)
+        config, tokenizer, fingerprint = _described(folder, name, check)
+        with loading(name, _WHAT, _HINT):
             model = load_weights(folder, config, name, numbers)
         return cls(model.to(place), tokenizer, name, fingerprint, max_tokens, gradient_checkpointing)
 
@@ -105,6 +98,19 @@ class BaseModel:
     def of(cls, run: Run, check: Check | None = None) -> BaseModel:
         """The base that a run names, loaded as it says; ``check`` as for ``load``."""
         return cls.load(run.base, run.dtype, run.device, run.max_tokens, run.gradient_checkpointing, check)
+
+    @classmethod
+    def outline(cls, run: Run, check: Check | None = None) -> BaseModel:
+        """The base that a run names without its weights, which takes no memory: layers lie on the ``meta`` device.
+
+        It has tokenizer, prompts, fingerprint, shapes, and stop tokens, and computes nothing. ``check`` and errors are
+        those of ``load``.
+        """
+        folder, dtype = local_folder(run.base), pick_dtype(run.dtype, pick_device(run.device))
+        config, tokenizer, fingerprint = _described(folder, run.base, check)
+        with loading(run.base, _WHAT, _HINT):
+            model = outline_model(folder, config, dtype)
+        return cls(model, tokenizer, run.base, fingerprint, run.max_tokens)
 
     def as_loaded(self, run: Run) -> Run:
         """The run with this base as it was loaded, and folders by their full names: what another process loads too."""
@@ -119,6 +125,11 @@ class BaseModel:
         shared = {id(tensor): tensor for tensor in (*self.model.parameters(), *self.model.buffers())}
         made.model = copy.deepcopy(self.model, shared)
         return made
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether it can compute: an outline cannot."""
+        return self.device.type != "meta"
 
     @property
     def device(self) -> torch.device:
@@ -284,3 +295,18 @@ class BaseModel:
             return additive(seen, self.dtype)
         sliding = additive(seen & (far < window), self.dtype)
         return {"full_attention": additive(seen, self.dtype), "sliding_attention": sliding} if kinds else sliding
+
+
+def _described(folder: str, name: str, check: Check | None) -> tuple[Any, Any, str]:
+    """Return the configuration, tokenizer, and fingerprint of a folder that is safe to load, and pass ``check``."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    refuse_unsafe_base(Path(folder), name)
+    with loading(name, _WHAT, _HINT):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        refuse_quantized(config)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        fingerprint = folder_fingerprint(folder, tokenizer)
+        if check:
+            check(fingerprint)
+    return config, tokenizer, fingerprint

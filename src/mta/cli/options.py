@@ -84,9 +84,11 @@ def open_bank(
     device: str | None = None,
     config: Path | None = None,
     open_to: frozenset[str] = frozenset(),
+    weights: bool = True,
 ) -> tuple[BaseModel, Bank, Run]:
     """A bank with the base it was built for; ``config`` and ``words`` change the settings it carries.
 
+    Without ``weights`` the base is an outline, which computes nothing.
     What a verb is ``open_to`` can be changed, and how this machine computes. Raises ConfigError for all else, which
     would be ignored.
     """
@@ -102,14 +104,15 @@ def open_bank(
     built = info.run
     run = override(built, [*(words or []), *given], config)
     settled = set(type(run).model_fields) - OF_THE_MACHINE - open_to
-    if run.task != built.task and load_task(run.task) == task_of(folder):
+    if run.task != built.task and load_task(run.task).identity == task_of(folder).identity:
         settled -= {"task"}  # the same by another name
     if changed := sorted(name for name in settled if getattr(run, name) != getattr(built, name)):
         raise ConfigError(
             f"{changed[0]!r} cannot be changed here: it was settled when bank or states were made",
             hint=f"What can be changed: {', '.join(sorted(OF_THE_MACHINE | open_to))}.",
         )
-    base = BaseModel.of(run, partial(check_base, folder, info, run.base))
+    load = BaseModel.of if weights else BaseModel.outline
+    base = load(run, partial(check_base, folder, info, run.base))
     return base, Bank.open(folder, base), run
 
 

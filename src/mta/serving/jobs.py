@@ -6,16 +6,15 @@ import asyncio
 import contextlib
 import threading
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
-
 from mta.errors import InputError, MtaError
 from mta.forgetting import Forgotten
 from mta.history import Person
+from mta.machine import compute_with
 from mta.personalize import Personalizer
 from mta.serving.auth import LOCAL, Key
 from mta.serving.engine import QueueFull
@@ -38,10 +37,12 @@ class Jobs:
     """People waiting to be personalized, and those who are. At most ``most`` wait.
 
     The personalizer works on modules of its own (``BaseModel.twin``), on one core, so that answers go on meanwhile.
+    If ``personal`` is over an outline, ``load`` returns the one that trains; it is called for the first job.
     """
 
-    def __init__(self, personal: Personalizer, most: int = 256) -> None:
+    def __init__(self, personal: Personalizer, most: int = 256, load: Callable[[], Personalizer] | None = None) -> None:
         self.personal, self.most = personal, most
+        self._load, self._trains = load or (lambda: personal), None if load else personal
         self._waiting: dict[str, Person] = {}
         self._whose: dict[str, str] = {}  # by whose key they wait: "" is the operator's
         self._running: dict[str, Person] = {}
@@ -126,7 +127,7 @@ class Jobs:
         await asyncio.to_thread(self._forgetters.shutdown)
 
     def _work(self) -> None:
-        torch.set_num_threads(1)  # of this thread alone
+        compute_with(1)
         while True:
             with self._turn:
                 self._turn.wait_for(lambda: (self._waiting and not self._forgetting) or self._closed)
@@ -158,12 +159,13 @@ class Jobs:
     def _personalized(self, people: list[Person], since: frozenset[str]) -> dict[str, Status]:
         """The status of each, but of those who were forgotten after the tombstones ``since``."""
         try:
-            done = self.personal.personalize(people, since=since)
+            self._trains = self._trains or self._load()
+            done = self._trains.personalize(people, since=since)
         except Exception as error:
-            if len(people) > 1:  # one person's items must not be everybody's failure
+            if len(people) > 1 and self._trains:  # one person's items must not be everybody's failure
                 return {id: status for one in people for id, status in self._personalized([one], since).items()}
             told = error.message if isinstance(error, InputError) else type(error).__name__
-            return {people[0].id: Status("failed", message=told)}  # where states lie is nobody's business
+            return {one.id: Status("failed", message=told) for one in people}  # where states lie is nobody's business
         diverged = dict.fromkeys(done.failed, Status("failed", message="training led to numbers that are not finite"))
         here = [person.id for person in people if person.id not in done.forgotten]
         return {id: Status("done", self._latest(id)) for id in here} | diverged

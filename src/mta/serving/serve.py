@@ -10,7 +10,9 @@ import signal
 import socket
 import sys
 from argparse import ArgumentError, ArgumentParser
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -20,7 +22,7 @@ from mta.bank.bank import Bank
 from mta.bank.files import stale
 from mta.base import BaseModel
 from mta.config import Run
-from mta.errors import ConfigError
+from mta.errors import BankMismatch, ConfigError
 from mta.hub import local_folder
 from mta.personalize import Personalizer
 from mta.serving.auth import ENV, Keys
@@ -86,7 +88,7 @@ def check_port(host: str, port: int) -> None:
 def bank_before(folder: Path, base: BaseModel, bank: Bank) -> Bank:
     """The bank that people are moved from. Raises ConfigError where it cannot be served beside ``bank``."""
     before = Bank.open(folder, base)
-    if before.task != bank.task:
+    if before.task.identity != bank.task.identity:
         raise ConfigError(
             f"the bank at {folder} is for task {before.task.name!r}, expected {bank.task.name!r}",
             hint="Serve banks of different tasks from gateways of their own.",
@@ -109,7 +111,8 @@ def service_of(
 ) -> Service:
     """An engine over a bank and a store, embedded or vLLM's, and what personalizes beside it, always with ``bank``.
 
-    People of the bank in the folder ``before`` are served with that one until then.
+    People of the bank in the folder ``before`` are served with that one until then. If ``base`` is an outline (vLLM),
+    what personalizes loads the weights for its first job.
     """
     states, length = Store(store), base.prompts.max_tokens
     engine: EmbeddedEngine | VllmEngine
@@ -120,15 +123,34 @@ def service_of(
         engine = VllmEngine(
             vllm, states, bank=bank.hash, pooled=bank.task_lora is not None, length=length, stops=base.stop_tokens
         )
-    jobs = Jobs(Personalizer(base.twin(), bank, states, run=run, older=before))
+    personal = Personalizer(base.twin(), bank, states, run=run, older=before)
+    jobs = Jobs(personal, load=None if base.has_weights else partial(_with_weights, personal))
     what = engine, base, states, bank.task, keys, jobs, Limits(rate=rate), length
     return Service(*what, strict=[folder for folder in (bank.folder, before) if folder] if strict else ())
+
+
+def _with_weights(outline: Personalizer) -> Personalizer:
+    """The same personalizer over a base that can compute. Raises what ``BaseModel.load`` does."""
+    base = BaseModel.of(outline.run)
+    bank = Bank.open(outline.bank.folder, base)
+    if bank.hash != outline.bank.hash:
+        raise BankMismatch(f"another bank is at {bank.folder} since the server began", hint="Start mta serve again.")
+    return Personalizer(base, bank, outline.store, run=outline.run)
+
+
+@contextmanager
+def sigterm_exits() -> Iterator[None]:
+    """Within the block SIGTERM raises SystemExit, so that what was started is stopped too; then it is as before."""
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def vllm_of(python: str, base: BaseModel, bank: Path, store: str, *, slots: int, args: str) -> VllmServer:
     """A vLLM server for that base, started: that takes a minute. Raises ConfigError, VllmNotStarted."""
     started = VllmServer(vllm_settings(python, base, bank, store, slots=slots, args=args))
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # until the server has a say: vLLM must not be left behind
     with Console(stderr=True).status("Starting vLLM"):
         started.start()
     return started

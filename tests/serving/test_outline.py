@@ -1,0 +1,136 @@
+"""Before vLLM the gateway loads no weights; what personalizes loads them for the first person who asks for it."""
+
+import asyncio
+import json
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY_RUN, HashEncoder, people_of, personalizer
+from contract import World
+from safetensors.torch import save_file
+from typer.testing import CliRunner
+
+from mta.base import BaseModel
+from mta.cli.app import app
+from mta.cli.options import open_bank
+from mta.errors import ModelError, UnsupportedModel
+from mta.serving.auth import Keys
+from mta.serving.jobs import Jobs
+from mta.serving.serve import service_of, sigterm_exits, vllm_settings
+from mta.serving.vllm_server import Remote, VllmNotStarted
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return World(tmp_path_factory.mktemp("outline"))
+
+
+def materialized(base):
+    """Parameters and buffers of its model that take memory."""
+    tensors = (*base.model.named_parameters(), *base.model.named_buffers())
+    return [name for name, tensor in tensors if tensor.device.type != "meta"]
+
+
+def test_an_outline_says_what_the_loaded_base_says_and_holds_no_weight(world):
+    (Path(world.place) / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 7]}))
+    run = TINY_RUN.model_copy(update={"base": world.place, "dtype": "float32", "max_tokens": 200})
+    outline, loaded = BaseModel.outline(run), BaseModel.of(run)
+    assert materialized(outline) == []
+    assert not outline.has_weights
+    assert loaded.has_weights
+    for name in ("fingerprint", "name", "targets", "dtype", "stop_tokens", "pad_token", "packable", "note"):
+        assert getattr(outline, name) == getattr(loaded, name), name
+    assert outline.stop_tokens == [2, 7]
+    assert outline.prompts.max_tokens == 200
+    assert outline.prompts.chat([{"role": "user", "content": "a"}]) == loaded.prompts.chat(
+        [{"role": "user", "content": "a"}]
+    )
+
+
+def test_the_gateway_before_vllm_holds_no_weight_and_trains_with_those_it_loads_for_the_first_person(world, tmp_path):
+    base, bank, run = open_bank(world.folder / "bank", weights=False)
+    assert vllm_settings("python", base, bank.folder, "people", slots=2, args="").args == ("--dtype=float32",)
+    remote = Remote("http://127.0.0.1:9", tmp_path)
+    service = service_of(base, bank, run, str(tmp_path / "people"), Keys(()), vllm=remote)
+    (ann,) = people_of(1, prefix="ann")
+
+    async def go():
+        assert materialized(service.base) == materialized(service.jobs.personal.base) == []
+        await service.jobs.forget("nobody")  # needs none
+        assert service.jobs._trains is None
+        service.jobs._load = with_encoder(service.jobs._load)
+        service.jobs.put(ann)
+        until = time.monotonic() + 120
+        while service.jobs.status(ann.id).state in ("waiting", "running") and time.monotonic() < until:
+            await asyncio.sleep(0.01)
+        assert service.jobs.status(ann.id).state == "done", service.jobs.status(ann.id)
+        assert materialized(service.base) == []
+        await service.jobs.close()
+        await service.engine.close()
+
+    asyncio.run(go())
+    state = service.store.load(ann.id)
+    assert state.bank == bank.hash
+    assert all(part.device.type == "cpu" for pair in state.stack.factors.values() for part in pair)
+
+
+def with_encoder(load):
+    """The tiny bank was built with an encoder that has no name to be loaded by."""
+
+    def loaded():
+        personal = load()
+        personal._encoder = HashEncoder()
+        return personal
+
+    return loaded
+
+
+def test_weights_that_cannot_be_loaded_fail_a_job_at_once_and_are_tried_again_for_the_next(world, tmp_path):
+    tries = []
+
+    def load():
+        tries.append(None)
+        raise torch.OutOfMemoryError
+
+    jobs = Jobs(personalizer(world.base, world.bank, tmp_path / "people"), load=load)
+    for count in (1, 2):
+        found = jobs._personalized(people_of(3))
+        assert {(status.state, status.message) for status in found.values()} == {("failed", "OutOfMemoryError")}
+        assert len(found) == 3
+        assert len(tries) == count
+    asyncio.run(jobs.close())
+
+
+def test_mta_serve_before_vllm_loads_no_weights(world, tmp_path, monkeypatch):
+    """``false`` is no vLLM: what is said of it comes after the base was opened."""
+
+    def load(*_, **__):
+        raise AssertionError("weights were loaded")
+
+    world.renew("somebody", 1)
+    monkeypatch.setattr(BaseModel, "load", load)
+    words = ["serve", "--bank", world.folder / "bank", "--store", world.folder / "people", "--insecure-local"]
+    done = CliRunner().invoke(app, [str(word) for word in (*words, "--port", 0, "--vllm", "false")])
+    assert isinstance(done.exception, VllmNotStarted)
+
+
+def test_what_is_no_base_is_refused_as_an_outline_too(world, tmp_path):
+    run = TINY_RUN.model_copy(update={"base": str(tmp_path)})
+    with pytest.raises(ModelError, match="cannot be loaded as a causal language model"):
+        BaseModel.outline(run)
+    save_file({}, tmp_path / "model.safetensors")
+    config = json.loads((Path(world.place) / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "awq"}}))
+    with pytest.raises(UnsupportedModel, match="quantized"):
+        BaseModel.outline(run)
+
+
+def test_sigterm_ends_what_was_started_and_its_handler_is_put_back():
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as ended, sigterm_exits():
+        signal.raise_signal(signal.SIGTERM)
+    assert ended.value.code == 143
+    assert signal.getsignal(signal.SIGTERM) is before
