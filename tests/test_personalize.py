@@ -391,6 +391,14 @@ def test_rows_of_different_people_answer_as_each_alone(known):
     assert len({together[0], together[1], together[3], together[5]}) > 1  # four models, one question
 
 
+def test_without_a_number_answers_have_the_tokens_their_task_allows(known):
+    longest = known.base.prompts.answer_tokens(known.bank.task)
+    assert longest == 2  # a label, and the end
+    assert (
+        known.generate(ROWS) == known.generate(ROWS, max_new_tokens=longest) != known.generate(ROWS, max_new_tokens=12)
+    )
+
+
 def test_rows_of_different_people_score_as_each_alone(known):
     rows = [(who, question, answer) for who, question in ROWS for answer in ("1", "5")]
     together = known.score(rows)

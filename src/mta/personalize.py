@@ -121,17 +121,19 @@ class Personalizer:
         self,
         rows: Sequence[tuple[Who, Question]],
         *,
-        max_new_tokens: int = 64,
+        max_new_tokens: int | None = None,
         stacked: bool = True,
         temperature: float = 0.0,
     ) -> list[str]:
         """Answer questions of different people, and of nobody (``mta.TASK``, ``mta.BASE``), in one batch.
 
+        An answer has at most ``max_new_tokens``, else what ``PromptFormat.answer_tokens`` says of the task.
         ``stacked=False`` leaves the stacks out: merges alone. Raises what ``state`` does, and DataError.
         """
         owners, adapters = self._adapters([who for who, _ in rows], stacked)
         task = self.bank.task
-        prompts = [self.base.prompts.prompt(task, task.asked(question), max_new_tokens) for _, question in rows]
+        longest = max_new_tokens or self.base.prompts.answer_tokens(task)
+        prompts = [self.base.prompts.prompt(task, task.asked(question), longest) for _, question in rows]
         if shortened := sum(prompt.cut > 0 for prompt in prompts):
             log.warning("%d of %d questions were too long and lost the end of their text", shortened, len(prompts))
         tokens = generate(
@@ -139,7 +141,7 @@ class Personalizer:
             [prompt.tokens for prompt in prompts],
             owners,
             adapters,
-            max_new_tokens=max_new_tokens,
+            max_new_tokens=longest,
             temperature=temperature,
             seed=self.run.seed,
         )

@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -443,3 +444,15 @@ def test_anchors_begin_from_one_a_or_each_from_its_own(tmp_path):
         factors = [a for name, a in load_file(folder / files.ANCHORS).items() if a.shape[-2] == 2 and a.abs().sum() > 0]
         assert factors
         assert all(torch.equal(a[0], a[1]) == (start == "same") for a in factors)
+
+
+def test_a_finished_bank_takes_over_another_limit_of_answers_and_stays_the_same_bank(built, tmp_path):
+    shutil.copytree(built, tmp_path / "bank")
+    before, base = read_info(built), base_of()
+    limited = load_task("movielens-rating").model_copy(update={"answer_tokens": 40})
+    build_bank(base, limited, HashEncoder(), TASK_PEOPLE, CANDIDATES, TINY_RUN, tmp_path / "bank")
+    after = read_info(tmp_path / "bank")
+    assert (after.hash, after.work, after.files) == (before.hash, before.work, before.files)
+    assert Bank.open(tmp_path / "bank", base).task == limited
+    assert "answer_tokens" not in before.task
+    assert files.identity(after) == before.hash

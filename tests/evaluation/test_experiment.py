@@ -267,6 +267,26 @@ def test_parts_are_disjoint_and_small_sets_give_every_part_somebody(world, cache
     assert json.loads((tmp_path / "sizes.json").read_text())["test"] == len(lab.splits.test) == 4
 
 
+def test_results_of_written_answers_are_those_of_one_limit(world, cache, tmp_path):
+    """Records made with another limit are computed again; labels are scored, whatever the limit is."""
+
+    def keys(task, tokens):
+        lab = lab_of(world, tmp_path / "runs", f"run.task={task}")
+        lab.task = lab.task.model_copy(update={"answer_tokens": tokens})
+        method = METHODS["base"]()
+        return {lab.key(part.model_copy(update={"texts": True}), method, 0, 3) for part in lab.recipe.exhibits["main"]}
+
+    assert keys("movielens-rating", 9) == keys("movielens-rating", 10)
+    assert keys(str(written(tmp_path)), 9).isdisjoint(keys(str(written(tmp_path)), 10))
+
+
+def written(folder: Path) -> Path:
+    """The same people's items as free text."""
+    task = {"name": "stars", "item": {"prompt": "{title} {genres}", "target": "rating"}}
+    (folder / "stars.yaml").write_text(json.dumps({**task, "text": "{title}", "metric": "rouge"}))
+    return folder / "stars.yaml"
+
+
 def test_mistakes_are_told(world, cache, tmp_path):
     lab = lab_of(world, tmp_path / "one")
     with pytest.raises(InputError, match="no exhibit 'figure9'"):

@@ -95,6 +95,16 @@ def test_the_answer_is_what_the_library_generates(world):
     assert all(p <= 0 for p in found.choices[0].logprobs.token_logprobs)
 
 
+def test_without_a_number_people_answer_with_what_their_task_allows_and_the_base_with_what_there_is_room_for(world):
+    client, counts = world.client("serve"), {}
+    for model in ("person:ann", "task", world.service.base.name):
+        found = client.chat.completions.create(model=model, messages=ASKED, temperature=0, stop=["no such text"])
+        counts[model] = found.usage.completion_tokens
+    longest = world.service.base.prompts.answer_tokens(world.service.task)
+    assert counts["person:ann"] == counts["task"] == longest < 12
+    assert counts[world.service.base.name] > 12
+
+
 def test_n_stop_seed_and_logprobs(world):
     client = world.client("serve")
     how = {"model": "person:bob", "messages": ASKED, "max_tokens": 10, "temperature": 1.5, "seed": 5, "n": 3}

@@ -221,3 +221,13 @@ def test_whatever_is_cut_fits_and_instruction_and_target_stay_whole(a, b, kept, 
     shown = text.partition(HEAD)[2]
     assert any(shown.startswith(f"{a[:i].rstrip()} B: ") for i in range(len(a) + 1)) or shown.startswith(f"{a} B: ")
     assert made.cut == len(form(10_000, template).example(PAIR, pair(a, b, kept, score)).tokens) - len(made.tokens)
+
+
+def test_an_answer_has_the_tokens_its_task_allows_or_its_longest_labels_or_128():
+    free = Task(name="free", item={"prompt": "{a}", "target": "b"}, text="{a}", metric="rouge")
+    assert form().answer_tokens(PAIR) == 3  # "10" and the end: this tokenizer knows bytes alone
+    assert form().answer_tokens(PAIR.model_copy(update={"answer_tokens": 7})) == 7
+    assert form().answer_tokens(free) == 128
+    assert form().answer_tokens(free.model_copy(update={"answer_tokens": 300})) == 300
+    assert form(max_tokens=100).answer_tokens(free) == 50
+    assert form(max_tokens=1).answer_tokens(free) == 1

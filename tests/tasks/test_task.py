@@ -1,3 +1,4 @@
+import hashlib
 import json
 import pickle
 from pathlib import Path
@@ -8,6 +9,7 @@ import yaml
 from mta.errors import DataError, TaskError
 from mta.history import Item
 from mta.tasks import Task, load_task, task_names
+from mta.tasks.load import with_limit
 
 DATA = Path(__file__).parents[2].parent / "shared" / "data"
 LABELS = {"lamp1": 2, "lamp2": 15, "lamp2n": 15, "lamp3": 5, "movielens-rating": 5}
@@ -175,7 +177,7 @@ WRONG = [
     (
         {"colour": 1},
         "colour: no such key; expected one of name, version, description, source, lamp, item, query, text, "
-        "query_text, profile, labels, metric (got 1)",
+        "query_text, profile, labels, metric, answer_tokens (got 1)",
     ),
     ({"labels": []}, "labels: labels must not be empty, nor begin or end with a space (got [])"),
     ({"labels": ["1", 1]}, "labels: labels must be distinct (got ['1', 1])"),
@@ -240,3 +242,55 @@ def test_an_unknown_name_gets_a_suggestion() -> None:
         load_task("lampp3")
     assert caught.value.message.startswith("unknown task 'lampp3'; built in are: lamp1, lamp2, ")
     assert caught.value.hint == "Did you mean 'lamp3'? A task of your own is a file: give a path that ends in .yaml"
+
+
+def digest(values: object) -> str:
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()
+
+
+# Of built-in tasks as banks of version 0.1.0 hold them: a change that alters one of these makes other banks of theirs.
+HELD = {
+    "lamp1": "3dc707027c3bf5d41826132d8f3f63cbad303db7d40e26b0859e2e00bca6fb44",
+    "lamp2": "05e3e819eff96ea05877b1cda86cf0c7606f65829b1a8dfcbd5880f4eb79f43e",
+    "lamp2n": "569e45371cc435c322a50cb388838c64f540569e53d1329d35037fcb0bac8de2",
+    "lamp3": "28f1a97fb107f314a68d9ed9a625b9c72a9a0f0de58bf92e6fb4d4169622d2a8",
+    "lamp4": "6f296423d2aca0717ce0b6c1a5b13106dc5b281e6214b8d005db96906d0a8c11",
+    "lamp5": "3985bab1ffe1aca8854d1381d159b16fccb160934370e0e5d78630dc55fd6cf2",
+    "lamp7": "544ed505d51d6ea06754d77f262216f69c9ccd2c1deaf25bbe1e6da3c6df48a2",
+    "movielens-rating": "0ebf5715f3acaaa504ea3a9efb1f83aacf2b564bedd4d747e3a3525aaa3899c7",
+    "text": "6673d453488646a909aef43d7d83e2283f3a784962bc027aa373fb1af58faf62",
+}
+
+
+@pytest.mark.parametrize("name", HELD)
+def test_what_a_task_trains_has_the_digest_it_had_in_0_1_0(name: str) -> None:
+    task = load_task(name)
+    assert digest(task.identity) == HELD[name]
+    assert digest(task.model_copy(update={"answer_tokens": None}).model_dump(mode="json")) == HELD[name]
+
+
+def test_a_limit_of_answers_changes_no_tasks_identity_and_is_held_where_it_is_set(tmp_path: Path) -> None:
+    plain, limited = load_task(written(tmp_path)), load_task(written(tmp_path, answer_tokens=200))
+    assert plain.identity == limited.identity == plain.model_dump(mode="json")
+    assert limited.model_dump(mode="json") == plain.identity | {"answer_tokens": 200}
+    assert (plain.answer_tokens, Task.model_validate(limited.model_dump()).answer_tokens) == (None, 200)
+
+
+@pytest.mark.parametrize("tokens", [0, -1, "many"])
+def test_a_limit_that_is_no_number_of_tokens_names_the_key(tmp_path: Path, tokens: object) -> None:
+    with pytest.raises(TaskError, match="answer_tokens: "):
+        load_task(written(tmp_path, answer_tokens=tokens))
+
+
+def test_an_older_banks_built_in_task_gets_todays_limit_and_no_other_task_does(tmp_path: Path) -> None:
+    today = load_task("lamp7")
+    held = today.model_copy(update={"answer_tokens": None})
+    assert with_limit(held) == today
+    assert with_limit(held.model_copy(update={"text": "{text} "})).answer_tokens is None
+    assert with_limit(today.model_copy(update={"answer_tokens": 9})).answer_tokens == 9
+    assert with_limit(load_task(written(tmp_path))).answer_tokens is None
+
+
+@pytest.mark.parametrize("name", ["lamp4", "lamp5", "lamp7"])
+def test_free_text_has_room_for_more_than_32_tokens(name: str) -> None:
+    assert load_task(name).answer_tokens > 32

@@ -24,7 +24,7 @@ from mta.history import Person
 from mta.lora.batch import LoraBatch
 from mta.lora.layers import Shared
 from mta.splits import draw
-from mta.tasks.load import load_task
+from mta.tasks.load import load_task, with_limit
 from mta.tasks.task import Task
 
 log = logging.getLogger("mta")
@@ -105,7 +105,7 @@ class Bank:
         files.check_base(folder, info, base.name, base.fingerprint)
         try:
             files.verify(folder, info, full=full)
-            task = Task.model_validate(info.task)
+            task = with_limit(Task.model_validate(info.task))
             vectors = load_file(folder / files.INDEX)["vectors"]
         except (OSError, SafetensorError, ValueError, KeyError) as error:
             raise BankCorrupt(f"{folder} cannot be read: {error}", hint=files.REBUILD) from None

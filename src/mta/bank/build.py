@@ -66,7 +66,8 @@ def build_bank(
     """Train the task LoRA on ``task_people`` and a meta-LoRA per anchor among ``candidates``; write both to ``out``.
 
     ``task_lora`` is the folder of one that was trained before, by these settings on these people: it is copied.
-    A build that was killed goes on from its last checkpoint unless ``resume`` is off; a finished one is left as it is.
+    A build that was killed goes on from its last checkpoint unless ``resume`` is off; a finished one is left as it is,
+    but for the task's ``answer_tokens``, which decides nothing that is trained.
     How it went is kept beside it (``runs.RunFolder``): the ``command`` that asks for it again, every step; ``track``
     opens where steps are told besides.
     Source: arXiv:2511.20072, stage 1; clusters: its README, "most active": Per-Pcs. Raises InputError, BankError.
@@ -75,7 +76,7 @@ def build_bank(
     run = _as_built(run, base, task, encoder)
     work = _with_files(task_lora, work_key(base, task, encoder, task_people, candidates, run))
     if _finished(out, work):
-        return
+        return files.write_limit(out, task)
     _begin(out, resume)
     how: dict[str, Any] = {"work": work, "command": command, "track": track, "on_step": on_step}
     kept = RunFolder(
@@ -101,7 +102,7 @@ def work_key(
 ) -> str:
     """What decides the tensors of a bank, as one hash."""
     settings, people = run.model_dump(mode="json", exclude=_NO_WORK), _digests(task_people, candidates)
-    parts = [base.fingerprint, encoder.fingerprint, task.model_dump(mode="json"), settings, people]
+    parts = [base.fingerprint, encoder.fingerprint, task.identity, settings, people]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 

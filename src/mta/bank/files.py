@@ -22,6 +22,8 @@ from mta.config import Run
 from mta.errors import BankCorrupt, BankError, BankMismatch
 from mta.lora.batch import LoraBatch
 from mta.lora.peft import read_peft
+from mta.tasks.load import with_limit
+from mta.tasks.task import Task
 
 SCHEMA = 2
 INFO = "bank.json"
@@ -118,18 +120,30 @@ class BankInfo(BaseModel):
 def identity(info: BankInfo) -> str:
     """The hash a bank is called by, given once, when it is built: a later version of mta may know more settings.
 
-    It covers the description, which holds the hash of every file, but not how long it took.
+    It covers the description, which holds the hash of every file, but not how long it took, nor the task's
+    ``answer_tokens``, which can be changed afterwards.
     """
-    return seal(info.model_dump(mode="json", exclude={"hash", "seconds"}))
+    left_out: Any = {"hash": True, "seconds": True, "task": {"answer_tokens"}}
+    return seal(info.model_dump(mode="json", exclude=left_out))
 
 
-def write_info(folder: Path, info: BankInfo) -> None:
-    """Write the description of a bank, with its identity and sealed with a hash over itself; before it, its members."""
+def write_info(folder: Path, info: BankInfo, hash: str = "") -> None:
+    """Write the description of a bank, with its identity and sealed with a hash over itself; before it, its members.
+
+    ``hash`` is the identity of a bank that has one already.
+    """
     if info.members.hashed:
         with written_aside(folder / MEMBERS) as aside:
             aside.write_bytes(info.members.hashed.to_bytes())
-    values = info.model_dump(mode="json", exclude={"hash"}) | {"hash": identity(info)}
+    values = info.model_dump(mode="json", exclude={"hash"}) | {"hash": hash or identity(info)}
     write_json(folder / INFO, values | {"sha256": seal(values)})
+
+
+def write_limit(folder: Path, task: Task) -> None:
+    """Let a finished bank hold the task's ``answer_tokens`` as it is now; the bank's hash stays the same."""
+    info = read_info(folder)
+    if with_limit(Task.model_validate(info.task)).answer_tokens != task.answer_tokens:
+        write_info(folder, info.model_copy(update={"task": task.model_dump(mode="json")}), info.hash)
 
 
 def read_info(folder: Path) -> BankInfo:

@@ -27,7 +27,9 @@ def generate(
         bool,
         typer.Option("--write", help="Let the model write its answer even where a task has labels to choose from."),
     ] = False,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 64,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Longest answer, in tokens; else the task's answer_tokens.")
+    ] = None,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest answer.")] = 0.0,
     nobody: Annotated[bool, typer.Option("--nobody", help="Ask the pooled model and the bare base as well.")] = False,
     config: Config = None,

@@ -134,7 +134,8 @@ class Lab:
         protocol = [shots, self.recipe.queries, self.recipe.ask, part.texts or bool(self.task.labels)]
         parts: list[Any] = [method.digest, *protocol]
         parts += [self.base.fingerprint, str(self.base.dtype), run.max_tokens]
-        parts += [self.task_of(part).model_dump(mode="json")]
+        parts += [self.task_of(part).identity]
+        parts += [self.base.prompts.answer_tokens(self.task)] if part.texts and self.task.labels is None else []
         parts += [part.retrieve] if part.retrieve else []
         if method.of_bank:
             stages = [run.merge.model_dump(mode="json"), run.stack.model_dump(mode="json")]

@@ -136,7 +136,7 @@ def ask(found: Study, personal: Personalizer, fields: dict[str, str], whose: Seq
     ``whose`` are numbers into the panel's people, who must have been personalized.
     """
     people = [found.panel.people[i].id for i in whose]
-    answers = personal.generate([(TASK, fields), *((id, fields) for id in people)], max_new_tokens=16)
+    answers = personal.generate([(TASK, fields), *((id, fields) for id in people)])
     scores = _expected(personal, fields, people) if found.panel.bank.task.metric == "mae" else [None] * len(answers)
     told = [text if score is None else f"{text} (on average {score:.1f})" for text, score in zip(answers, scores)]
     question = found.panel.bank.task.prompt(found.panel.bank.task.asked(fields))

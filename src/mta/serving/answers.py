@@ -8,6 +8,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 
 from mta.base import BaseModel
+from mta.rows import BASE
 from mta.serving.engine import Ask, Engine, Finish, Refused, Token, Who
 from mta.serving.openai import ChatRequest, Request
 from mta.serving.text import Text
@@ -42,10 +43,11 @@ class Whole:
         self.finish, self.cached = part.finish or self.finish, part.cached
 
 
-def ask_of(request: Request, who: Who, base: BaseModel, asker: str, length: int, most: int) -> Ask:
+def ask_of(request: Request, who: Who, base: BaseModel, asker: str, length: int, most: int, usual: int) -> Ask:
     """A request as tokens: prompt and answer have ``length`` together, an answer ``most``.
 
-    Without a number of its own an answer may take all the room there is. Raises Refused.
+    Without a number of its own an answer has at most ``usual``; the base's, which is bound to no task, may take all the
+    room there is. Raises Refused.
     """
     if (letters := request.letters) > length * _LETTERS:
         raise Refused(
@@ -64,7 +66,7 @@ def ask_of(request: Request, who: Who, base: BaseModel, asker: str, length: int,
     return Ask(
         prompt,
         who,
-        max_tokens=request.most or max(min(length - len(prompt), most), 1),
+        max_tokens=request.most or max(min(length - len(prompt), most, most if who is BASE else usual), 1),
         temperature=1.0 if request.temperature is None else request.temperature,
         top_p=1.0 if request.top_p is None else request.top_p,
         seed=request.seed,

@@ -65,7 +65,8 @@ async def _unless_gone(http: HttpRequest, work: Coroutine[Any, Any, Response]) -
 
 async def _answered(service: Service, request: Request, key: Key) -> Response:
     who = await service.who(request.model, key, request.fallback)
-    ask = ask_of(request, who, service.base, key.name, service.length, service.limits.max_tokens)
+    usual = service.base.prompts.answer_tokens(service.task)
+    ask = ask_of(request, who, service.base, key.name, service.length, service.limits.max_tokens, usual)
     kind = "chatcmpl" if isinstance(request, ChatRequest) else "cmpl"
     called = {TASK: "task", BASE: service.base.name}  # whoever answers instead of a person says so
     model = called[who] if isinstance(who, Nobody) else request.model

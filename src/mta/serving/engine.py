@@ -61,7 +61,7 @@ class Ask:
 
     prompt: tuple[int, ...]
     who: Who
-    max_tokens: int = 64
+    max_tokens: int
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int | None = None

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from mta.tasks.task import Task
 
 PLAIN = "{prompt}\nAnswer: "  # for tokenizers without a chat template
+ANSWER_TOKENS = 128  # of an answer, where a task has neither ``answer_tokens`` nor labels: 280 characters fit
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +71,19 @@ class PromptFormat:
         """A prompt without a target; ``reserve`` tokens are kept free for what will be generated."""
         _, tokens, cut = self._fit(task, item, self.max_tokens - reserve)
         return Example(tokens, len(tokens), cut)
+
+    def answer_tokens(self, task: Task) -> int:
+        """The longest answer to generate, in tokens, the end token included.
+
+        That is the task's ``answer_tokens``, else its longest label, else ANSWER_TOKENS; at most half of
+        ``max_tokens``, so that prompts have room.
+        """
+        if task.answer_tokens is None and task.labels is not None:
+            labels = [self.tokenizer(self._as_text(label), add_special_tokens=False) for label in task.labels]
+            found = max(len(label["input_ids"]) for label in labels) + 1
+        else:
+            found = task.answer_tokens or ANSWER_TOKENS
+        return min(found, max(self.max_tokens // 2, 1))
 
     def render(self, prompt: str) -> str:
         """The text given to the model for an instruction: the chat template, or a plain form where there is none."""

@@ -8,27 +8,20 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from functools import cache
-from string import Formatter
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    BeforeValidator,
+    Field,
+    SerializerFunctionWrapHandler,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from mta.errors import DataError
 from mta.history import Item
-
-
-@cache
-def template_fields(template: str) -> tuple[str, ...]:
-    """Names of the fields in a template, in order and once each. Raises ValueError for anything but ``{name}``."""
-    try:
-        parsed = [part for part in Formatter().parse(template) if part[1] is not None]
-    except ValueError as error:
-        raise ValueError(f"{template!r}: {error}; literal braces are written {{{{ and }}}}") from None
-    for _, name, spec, conversion in parsed:
-        if not str(name).isidentifier() or spec or conversion:
-            raise ValueError(f"{{{name}}} is no field; write {{name}}, and literal braces as {{{{ and }}}}")
-    return tuple(dict.fromkeys(str(name) for _, name, _, _ in parsed))
+from mta.tasks.form import Form, Frozen, template_fields
 
 
 def as_text(value: str | int | float) -> str:
@@ -42,47 +35,6 @@ def _label(value: Any) -> Any:
     return as_text(value) if isinstance(value, int | float) else value
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Form(_Frozen):
-    """The wording of one kind of item: a prompt over fields, and the one field that is the target.
-
-    ``cut`` lists the prompt's fields that may be shortened when a prompt is too long.
-    ``pattern`` parses a benchmark's ready-made question back into the prompt's fields (fullmatch, DOTALL).
-    """
-
-    prompt: str = Field(min_length=1)
-    target: str = Field(min_length=1)
-    cut: tuple[str, ...] = ()
-    pattern: str | None = None
-
-    @model_validator(mode="after")
-    def _fits_together(self) -> Form:
-        fields = set(template_fields(self.prompt))
-        if self.target in fields:
-            raise ValueError(f"the prompt shows the target {{{self.target}}}: it would give the answer away")
-        for name in self.cut:
-            if name not in fields:
-                raise ValueError(f"cut names {name!r}, which is no field of the prompt")
-        if self.pattern is not None and (groups := _groups(self.pattern)) != fields:
-            raise ValueError(f"pattern has the groups {sorted(groups)}; the prompt has the fields {sorted(fields)}")
-        return self
-
-    @property
-    def inputs(self) -> tuple[str, ...]:
-        """The fields of the prompt."""
-        return template_fields(self.prompt)
-
-
-def _groups(pattern: str) -> set[str]:
-    try:
-        return set(re.compile(pattern, re.DOTALL).groupindex)
-    except re.error as error:
-        raise ValueError(f"pattern is no regular expression: {error}") from None
-
-
 def _check_text(key: str, template: str, form: Form) -> None:
     fields = set(template_fields(template))
     if form.target in fields:
@@ -93,12 +45,13 @@ def _check_text(key: str, template: str, form: Form) -> None:
         raise ValueError(f"{key} shows no field; the prompt has {sorted(form.inputs)}")
 
 
-class Task(_Frozen):
+class Task(Frozen):
     """What people's items are asked and how answers are judged.
 
     ``text`` is what encoders see of an item. It never shows the target, so an item held out as a query
     cannot leak its answer; ``text_of(item, with_target=True)`` adds the target where it is known. ``profile`` words an
-    earlier item, answer and all, for prompts that show some of them.
+    earlier item, answer and all, for prompts that show some of them. ``answer_tokens`` bounds what a model writes as an
+    answer, the end token included; ``PromptFormat.answer_tokens`` says what holds without it.
     """
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
@@ -113,6 +66,7 @@ class Task(_Frozen):
     profile: str | None = None
     labels: tuple[Annotated[str, BeforeValidator(_label)], ...] | None = None
     metric: Literal["accuracy", "mae", "rouge"]
+    answer_tokens: int | None = Field(default=None, ge=1)
 
     @field_validator("labels")
     @classmethod
@@ -140,6 +94,19 @@ class Task(_Frozen):
         if extra := set(template_fields(self.profile or "")) - {*self.item.inputs, self.item.target}:
             raise ValueError(f"profile has the fields {sorted(extra)}; items have {sorted(self.fields())}")
         return self
+
+    @model_serializer(mode="wrap")
+    def _without_what_is_not_set(self, values: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Leave out ``answer_tokens`` where it is not set: so hashes of tasks from before that field stay the same."""
+        return {name: value for name, value in values(self).items() if name != "answer_tokens" or value is not None}
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What decides how models are trained for the task, as JSON: all but ``answer_tokens``.
+
+        Tasks for which this is the same are one task: banks and states of one serve the other.
+        """
+        return self.model_dump(mode="json", exclude={"answer_tokens"})
 
     def _text(self, query: bool) -> str:
         return self.query_text if query and self.query_text is not None else self.text

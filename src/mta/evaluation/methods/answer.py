@@ -13,8 +13,6 @@ from mta.history import Item
 from mta.lora.layers import Adapters
 from mta.score import label_scores, log_likelihood
 
-NEW_TOKENS = 32  # the longest answer that is written
-
 
 def answer(panel: Panel, people: Sequence[int], adapters: Sequence[Adapters]) -> list[Answers]:
     """The queries of some of the panel's people, answered with ``adapters``, which are indexed as ``people`` are.
@@ -37,10 +35,10 @@ def _gold_nll(panel: Panel, queries: Sequence[Sequence[Item]], adapters: Sequenc
 
 
 def _texts(panel: Panel, queries: Sequence[Sequence[Item]], adapters: Sequence[Adapters]) -> list[list[str]]:
-    base = panel.base
+    base, longest = panel.base, panel.base.prompts.answer_tokens(panel.task)
     rows = [(person, item) for person, items in enumerate(queries) for item in items]
-    prompts = [base.prompts.prompt(panel.task, item, reserve=NEW_TOKENS).tokens for _, item in rows]
-    written = generate(base, prompts, [person for person, _ in rows], adapters, max_new_tokens=NEW_TOKENS)
+    prompts = [base.prompts.prompt(panel.task, item, reserve=longest).tokens for _, item in rows]
+    written = generate(base, prompts, [person for person, _ in rows], adapters, max_new_tokens=longest)
     texts: list[list[str]] = [[] for _ in queries]
     for (person, _), tokens in zip(rows, written):
         texts[person].append(base.prompts.decode(tokens))

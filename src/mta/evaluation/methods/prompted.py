@@ -12,7 +12,8 @@ from mta.evaluation.methods.plain import Base
 from mta.evaluation.protocol import Panel
 from mta.generate import generate
 from mta.history import Item
-from mta.tasks.task import Form, Task
+from mta.tasks.form import Form
+from mta.tasks.task import Task
 
 
 class _LaidOver:

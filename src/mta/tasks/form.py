@@ -1,0 +1,65 @@
+"""The wording of a task's items as data: a prompt over fields, and the field that is the target."""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+from string import Formatter
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+@cache
+def template_fields(template: str) -> tuple[str, ...]:
+    """Names of the fields in a template, in order and once each. Raises ValueError for anything but ``{name}``."""
+    try:
+        parsed = [part for part in Formatter().parse(template) if part[1] is not None]
+    except ValueError as error:
+        raise ValueError(f"{template!r}: {error}; literal braces are written {{{{ and }}}}") from None
+    for _, name, spec, conversion in parsed:
+        if not str(name).isidentifier() or spec or conversion:
+            raise ValueError(f"{{{name}}} is no field; write {{name}}, and literal braces as {{{{ and }}}}")
+    return tuple(dict.fromkeys(str(name) for _, name, _, _ in parsed))
+
+
+class Frozen(BaseModel):
+    """Data that cannot be changed and has no keys but its own."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Form(Frozen):
+    """The wording of one kind of item: a prompt over fields, and the one field that is the target.
+
+    ``cut`` lists the prompt's fields that may be shortened when a prompt is too long.
+    ``pattern`` parses a benchmark's ready-made question back into the prompt's fields (fullmatch, DOTALL).
+    """
+
+    prompt: str = Field(min_length=1)
+    target: str = Field(min_length=1)
+    cut: tuple[str, ...] = ()
+    pattern: str | None = None
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Form:
+        fields = set(template_fields(self.prompt))
+        if self.target in fields:
+            raise ValueError(f"the prompt shows the target {{{self.target}}}: it would give the answer away")
+        for name in self.cut:
+            if name not in fields:
+                raise ValueError(f"cut names {name!r}, which is no field of the prompt")
+        if self.pattern is not None and (groups := _groups(self.pattern)) != fields:
+            raise ValueError(f"pattern has the groups {sorted(groups)}; the prompt has the fields {sorted(fields)}")
+        return self
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """The fields of the prompt."""
+        return template_fields(self.prompt)
+
+
+def _groups(pattern: str) -> set[str]:
+    try:
+        return set(re.compile(pattern, re.DOTALL).groupindex)
+    except re.error as error:
+        raise ValueError(f"pattern is no regular expression: {error}") from None
