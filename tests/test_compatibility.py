@@ -53,7 +53,7 @@ def test_the_same_history_is_recognized_as_done(personal, folder):
 
 
 def test_a_noted_export_is_still_known(folder):
-    (export,) = Store(folder / "people").exports(PEOPLE[2])
+    (export,) = Store(folder / "people").exports.of(PEOPLE[2])
     assert export.folder == "/example/exports/new-02"
 
 

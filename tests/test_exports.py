@@ -86,11 +86,11 @@ def test_forgetting_reaches_an_export_that_the_first_release_noted(tmp_path: Pat
     noted = written_by_the_first_release([old], store._secret(ANN))
     Path(store.files.at(f"{store._path(ANN)}/exports.json")).write_bytes(noted)
     assert check(store).damaged == {}
-    assert store.exports(ANN) == [old]
-    with store.exporting(ANN, tmp_path / "new"):
+    assert store.exports.of(ANN) == [old]
+    with store.exports.writing(ANN, tmp_path / "new"):
         new = exported(tmp_path / "new")
-    assert store.exports(ANN) == [old, new]
-    assert store.remove_exports(ANN) == {}
+    assert store.exports.of(ANN) == [old, new]
+    assert store.exports.forget(ANN) == {}
     assert not folder.exists()
 
 

@@ -195,7 +195,7 @@ class BaseModel:
     @cached_property
     def footprint(self) -> Footprint:
         """Memory that passes through this base take."""
-        compiled = kernels(next(self.model.parameters())) is not None
+        compiled = kernels("attention", next(self.model.parameters())) is not None
         how = {"itemsize": self.dtype.itemsize, "kernels": compiled, "checkpointed": self.gradient_checkpointing}
         return Footprint.of(self.model, self.exchanged, **how)
 

@@ -110,7 +110,7 @@ class Sums:
         self.queries, self.keys = self.queries + d, self.keys + inner - d
         for name, norm in parent.named_children():
             if _norm(norm):  # of each head: the module itself was counted as one head
-                self.norms += (d if name.startswith("q") else (inner - d) // 2) - norm.weight.numel()
+                self.norms += (d if name.startswith("q") else (inner - d) // 2) - int(norm.weight.numel())  # type: ignore[operator]
 
 
 @dataclass(frozen=True, slots=True)

@@ -127,11 +127,15 @@ class EmbeddedEngine:
         loop = asyncio.get_running_loop()
         done = loop.create_future()
 
+        def end() -> None:
+            if not done.done():
+                done.set_result(None)
+
         def now() -> None:
             try:
                 work()
             finally:
-                _call_soon(loop, lambda: done.done() or done.set_result(None))
+                _call_soon(loop, end)
 
         with suppress(EngineGone):  # with the engine everything that was computed is gone
             self._put(now)
