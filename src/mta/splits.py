@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -140,15 +140,19 @@ def draw(
         )
     fit.sort(key=lambda person: _sha(seed, person.id))
     left = _grouped(fit) if together else [[person.id] for person in fit]
+    return Splits(**_placed(left, sizes, rest=candidates is None))
+
+
+def _placed(left: list[list[str]], sizes: Mapping[str, int], rest: bool) -> dict[str, tuple[str, ...]]:
+    """Place whole groups into the parts; the last part takes the ``rest``, if asked to."""
     most, parts = max(map(len, left), default=0), {}
     for name, size in sizes.items():
-        rest = name == "candidates" and candidates is None
-        taken = left if rest else _fill(left, size, tested=name in TESTED)
+        taken = left if rest and name == "candidates" else _fill(left, size, tested=name in TESTED)
         parts[name] = tuple(id for group in taken for id in group)
         gone = {group[0] for group in taken}
         left = [group for group in left if group[0] not in gone]
         _check_size(name, len(parts[name]), size, most)
-    return Splits(**parts)
+    return parts
 
 
 def _grouped(people: Sequence[Person]) -> list[list[str]]:

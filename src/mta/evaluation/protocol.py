@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -27,6 +28,7 @@ from mta.tasks.task import Task
 from mta.training.plan import Plan, plan_cohorts
 from mta.training.trainer import Job, OnStep
 
+log = logging.getLogger("mta")
 Ask = Literal["next", "last"]
 
 
@@ -68,7 +70,10 @@ def apart(bank: Bank, people: Sequence[Person]) -> tuple[list[Person], list[Pers
     """Return the people a bank was built from, and those who share no item with them and can be tested on it."""
     members = [person for person in people if bank.info.members.artefacts_of(person.id)]
     ids, groups = {person.id for person in members}, {person.group for person in members if person.group}
-    return members, [person for person in people if person.id not in ids and person.group not in groups]
+    strangers = [person for person in people if person.id not in ids and person.group not in groups]
+    if connected := len(people) - len(members) - len(strangers):
+        log.warning("%d people are left out, because they share items with people in the bank", connected)
+    return members, strangers
 
 
 @dataclass

@@ -111,23 +111,27 @@ def study(
             hint="Give people the bank was not built from, or lower shots= and queries=.",
         )
     left_out = len(people) - len(tested)
-    if connected := len(people) - len(members) - len(strangers):
-        log.warning("%d people are left out, because they share items with people in the bank", connected)
     if limit is not None and limit < len(tested):
         tested = draw(tested, run.seed, task=0, development=0, test=limit, together=False).select("test", tested)
     encoder = encoder or bank.encoder(base, run.encoder)
     how: dict[str, Any] = {"shots": evaluation.shots, "queries": evaluation.queries, "on_step": on_step}
     panel = Panel.of(base, bank, encoder, run, tested, **how)
-    found_in = Copies(people, task).in_histories(members, chain(*panel.queries)) if members else 0
-    if found_in:
-        log.warning("%d queries stand in the histories of people in the bank", found_in)
+    known = _in_bank(people, members, panel)
     methods = standard_methods(run, evaluation, task, len(bank))
     found = evaluate(panel, methods, evaluation.seeds or (run.seed,), on_method)
     return Study(
         found,
         panel,
-        _meta(base, bank, run, evaluation, len(tested)) | {"left_out": left_out, "queries_in_bank": found_in},
+        _meta(base, bank, run, evaluation, len(tested)) | {"left_out": left_out, "queries_in_bank": known},
     )
+
+
+def _in_bank(people: Sequence[Person], members: Sequence[Person], panel: Panel) -> int:
+    """Count the queries that stand in the histories of the bank's people, as far as these are among ``people``."""
+    found = Copies(people, panel.task).in_histories(members, chain(*panel.queries)) if members else 0
+    if found:
+        log.warning("%d queries stand in the histories of people in the bank", found)
+    return found
 
 
 def ask(found: Study, personal: Personalizer, fields: dict[str, str], whose: Sequence[int]) -> None:
