@@ -294,13 +294,13 @@ def test_a_state_that_is_saved_in_the_very_moment_of_forgetting_does_not_stay(ur
     store.save("bob", state())
     known = store.tombstones.of("bob")
 
-    def meanwhile(storage: Storage, name: str, data: bytes, mode: int = 0o666) -> None:
+    def meanwhile(storage: Storage, name: str, data: bytes) -> None:
         if when == "after":
-            create(storage, name, data, mode)
+            create(storage, name, data)
         monkeypatch.undo()
         Store(url).forget("bob")
         if when != "after":
-            create(storage, name, data, mode)
+            create(storage, name, data)
 
     monkeypatch.setattr(Storage, "create", meanwhile)
     with pytest.raises(PersonForgotten):

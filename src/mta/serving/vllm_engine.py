@@ -135,7 +135,7 @@ class VllmEngine:
         except httpx.HTTPError:
             told.put_nowait(EngineGone("vLLM does not answer", hint=LATER))
         except Exception:  # whatever it is, whoever waits is told, and nobody else is touched
-            told.put_nowait(AnswerLost())
+            told.put_nowait(AnswerLost(hint=LATER))
 
     async def _pieces(self, ask: Ask, name: str) -> AsyncIterator[Piece]:
         request = self.client.build_request("POST", "/v1/completions", json=self._body(ask, name), timeout=_UNTIL)
