@@ -231,3 +231,16 @@ def test_an_answer_has_the_tokens_its_task_allows_or_its_longest_labels_or_128()
     assert form().answer_tokens(free.model_copy(update={"answer_tokens": 300})) == 300
     assert form(max_tokens=100).answer_tokens(free) == 50
     assert form(max_tokens=1).answer_tokens(free) == 1
+
+
+# special tokens with spaces
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("special", [" <|x|>", "< ", " y", "y", "  ", " ", "<|", "a <|x|>"])
+def test_special_tokens_that_hold_spaces_stay_text_too(special):
+    made = deepcopy(tokenizer())
+    made.add_special_tokens({"additional_special_tokens": ["<|start|>", special]})
+    tokens = PromptFormat(made).text(f"I say {special}{special} and <|end|> y < a <|x|>")
+    assert not set(tokens) & set(made.all_special_ids)
+    assert "I" in made.decode(list(tokens))

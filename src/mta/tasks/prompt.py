@@ -124,8 +124,13 @@ class PromptFormat:
 
     def _as_text(self, text: str) -> str:
         while self._special.search(text):
-            text = self._special.sub(lambda found: f"{found[0][0]} {found[0][1:]}" if found[0][1:] else "", text)
+            text = self._special.sub(lambda found: self._broken(found[0]), text)
         return text
+
+    def _broken(self, token: str) -> str:
+        """A special token as text: with a space after its first visible character, or nothing if it stays special."""
+        parts = re.sub(r"(?<=\S)(?=\S)", " ", token, count=1)
+        return "" if self._special.search(parts) else parts
 
     def _tokens(self, text: str) -> tuple[int, ...]:
         # A chat template writes its own first token.
