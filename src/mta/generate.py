@@ -29,14 +29,17 @@ def generate(
 
     Greedy by default; else ``seed`` decides, and torch's global generators are left as they were.
     Rows are padded on the left and sorted by length into batches; greedy answers do not depend on which rows share a
-    batch, up to rounding.
+    batch, up to rounding. A base that is not ``packable`` may ignore padding: its batches hold prompts of one length.
     """
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     answers: list[list[int]] = [[] for _ in prompts]
     config = _config(base, max_new_tokens, temperature)
     with seeded(seed, base.device) if temperature > 0 else nullcontext():  # transformers takes no generator
         while order:
-            fit = max(tokens_per_batch // (len(prompts[order[-1]]) + max_new_tokens), 1)
+            longest = len(prompts[order[-1]])
+            fit = max(tokens_per_batch // (longest + max_new_tokens), 1)
+            if not base.packable:
+                fit = min(fit, sum(len(prompts[i]) == longest for i in order))
             order, chosen = order[:-fit], sorted(order[-fit:])
             tokens, mask = _left_padded([prompts[i] for i in chosen], base)
             owner = torch.tensor([owners[i] for i in chosen], device=base.device)
