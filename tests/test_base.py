@@ -243,12 +243,22 @@ def test_a_model_without_plain_linear_layers_is_refused():
     class Packed(nn.Linear):
         """A linear layer that stores its weights in a way of its own."""
 
-    base = base_of()
-    for module in base.model.modules():
+    model = KINDS["llama"]()
+    for module in model.modules():
         if type(module) is nn.Linear:
             module.__class__ = Packed
     with pytest.raises(UnsupportedModel, match=r"has no plain linear layers to adapt; its modules are .*Packed"):
-        _ = base.targets
+        BaseModel(model, tokenizer(), "tiny")
+
+
+def test_what_is_exchanged_on_a_model_is_part_of_the_check(monkeypatch):
+    def spoiled(model):
+        model.model.layers[0].mlp.act_fn = nn.ReLU()
+        return ["LlamaMLP"]
+
+    monkeypatch.setattr("mta.base.use_kernels", spoiled)
+    with pytest.raises(UnsupportedModel, match="'tiny-llama' gives a text other logits in a batch than alone"):
+        base_of()
 
 
 # whose weights they are

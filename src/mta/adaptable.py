@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from contextlib import suppress
 from typing import Any
 
@@ -16,6 +17,12 @@ def feed_head_contiguously(model: Any) -> None:
     model.get_output_embeddings().register_forward_pre_hook(lambda _, args: (args[0].contiguous(), *args[1:]))
 
 
+def text_config(model: Any) -> Any:
+    """The part of a model's configuration that describes its text decoder; most models have no other part."""
+    config = model.config
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
 def is_linear(module: nn.Module) -> bool:
     """Whether it is a plain linear layer, GPT-2's kind among them."""
     return type(module) is nn.Linear or type(module).__name__ == "Conv1D"
@@ -27,6 +34,19 @@ def shape_of(module: nn.Module) -> tuple[int, int]:
         return module.in_features, module.out_features
     rows, columns = module.weight.shape  # type: ignore[misc]  # GPT-2's Conv1D stores its weight transposed
     return int(rows), int(columns)
+
+
+def adapted_layers(model: Any, called: Collection[str], name: str) -> dict[str, tuple[int, int]]:
+    """The ``called`` linear layers but the LM head: name -> (inputs D, outputs O). Raises UnsupportedModel."""
+    head = model.get_output_embeddings()
+    layers = [(layer, module) for layer, module in model.named_modules() if layer in called and module is not head]
+    if not layers:
+        kinds = sorted({type(module).__name__ for module in model.modules()})
+        raise UnsupportedModel(
+            f"{name!r} has no plain linear layers to adapt; its modules are {', '.join(kinds)}",
+            hint="Give a base of nn.Linear or Conv1D layers, such as Llama, Mistral, Qwen, Gemma or GPT-2.",
+        )
+    return {layer: shape_of(module) for layer, module in layers}
 
 
 def enable_checkpointing(model: Any, name: str) -> None:

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from mta.adaptable import text_config
 from mta.errors import UnsupportedModel
 from mta.kernels import TreeAttention, kernels
 
@@ -110,22 +111,31 @@ def additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
     return mask.masked_fill_(~seen, torch.finfo(dtype).min).unsqueeze(1)
 
 
+def masks(model: Any, seen: Tensor, queries: Tensor, keys: Tensor) -> Tensor | dict[str, Tensor]:
+    """Additive masks as transformers wants them: one, or one per kind of layer where some kinds see only what is near.
+
+    Shapes: seen (n, Q, K) bool; positions of queries (n, Q) and keys (n, K).
+    """
+    config, queries, keys = text_config(model), queries[:, :, None], keys[:, None, :]
+    kinds = set(getattr(config, "layer_types", None) or ())
+    near = dict[str, Tensor]()
+    if window := getattr(config, "sliding_window", None):
+        near["sliding_attention"] = queries - keys < window
+    if chunk := getattr(config, "attention_chunk_size", None):
+        near["chunked_attention"] = queries // chunk == keys // chunk
+    if not kinds and window:
+        return additive(seen & near["sliding_attention"], model.dtype)
+    found = {kind: additive(seen & near[kind], model.dtype) for kind in sorted(kinds & near.keys())}
+    whole = additive(seen, model.dtype)
+    return {"full_attention": whole, **found} if found else whole
+
+
 def can_block(model: Any) -> bool:
     """Whether a model's attention is an exchangeable function of query, key and value alone."""
     special = ("attn_logit_softcapping", "attention_bias_type", "alibi")
-    plain = not any(getattr(model.config, name, None) for name in special)
-    return bool(getattr(model, "_supports_attention_backend", False)) and plain
-
-
-def small_tree(trunk: int = 8, branch: int = 24, branches: int = 3) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Tokens, ends and positions (1, T) of a tree that is cut into several blocks, and the places of its last path."""
-    count = trunk + branch * branches
-    starts = range(trunk, count, branch)
-    ends = [count] * trunk + [start + branch for start in starts for _ in range(branch)]
-    depths = [*range(trunk), *(trunk + i for _ in starts for i in range(branch))]
-    tokens = [5 + 7 * i % 11 for i in range(count)]
-    alone = torch.tensor([*range(trunk), *range(count - branch, count)])
-    return torch.tensor([tokens]), torch.tensor([ends]), torch.tensor([depths]), alone
+    plain = not any(getattr(text_config(model), name, None) for name in special)
+    exchangeable = getattr(model, "_supports_attention_backend", False) and getattr(model, "_supports_sdpa", False)
+    return bool(exchangeable) and plain
 
 
 def install(model: Any) -> None:

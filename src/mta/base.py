@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import inspect
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
@@ -13,17 +15,18 @@ import torch
 from torch import Tensor, nn
 
 from mta.adaptable import (
+    adapted_layers,
     enable_checkpointing,
     feed_head_contiguously,
-    is_linear,
     load_weights,
     outline_model,
     refuse_quantized,
     refuse_unsupported,
-    shape_of,
+    text_config,
 )
+from mta.agreement import CAUSAL, Reference, called_layers, short_windows
 from mta.assets import ASSETS
-from mta.attention import additive, blocks_of, can_block, install, small_tree, visible
+from mta.attention import blocks_of, can_block, install, masks, visible
 from mta.config import Run
 from mta.errors import UnsupportedModel
 from mta.fingerprint import fingerprint_of, folder_fingerprint
@@ -34,6 +37,7 @@ from mta.machine import pick_device, pick_dtype
 from mta.model_files import loading, refuse_unsafe_base
 from mta.tasks.prompt import PromptFormat
 
+log = logging.getLogger("mta")
 Check = Callable[[str], None]  # of a fingerprint
 _WHAT = "a causal language model"
 _HINT = "Give an asset, or a folder or hub id that holds config.json, a tokenizer and *.safetensors."
@@ -63,14 +67,26 @@ class BaseModel:
         self.tokenizer = tokenizer
         self.name = name
         self.fingerprint = fingerprint or fingerprint_of(dict(model.named_parameters()), tokenizer)
-        longest = int(getattr(model.config, "max_position_embeddings", None) or max_tokens)
+        longest = int(getattr(text_config(model), "max_position_embeddings", None) or max_tokens)
         self.prompts = PromptFormat(tokenizer, min(max_tokens, longest))
-        self.blocked = can_block(model) and self.has_weights
-        if self.blocked:
-            install(model)
-            self.blocked = self._takes_blocks()
-        feed_head_contiguously(model)
-        self.exchanged = use_kernels(model)  # classes of modules that compute with compiled kernels
+        if self.has_weights:
+            self._prepare(model)
+        else:
+            self.blocked, self._packable, self.exchanged = False, False, []
+            self._targets = adapted_layers(model, called_layers(model), name)
+
+    def _prepare(self, model: Any) -> None:
+        """Let the model compute in the fastest way that gives what it gives alone. Raises UnsupportedModel."""
+        with short_windows(model):
+            # Before anything is changed on the model.
+            reference = Reference.of(model, self.tokenizer, self.prompts.max_tokens)
+            self.blocked = can_block(model)
+            if self.blocked:
+                install(model)
+            feed_head_contiguously(model)
+            self.exchanged = use_kernels(model)  # classes of modules that compute with compiled kernels
+            self._targets = adapted_layers(model, reference.called, self.name)
+            self._choose_rows(reference)
 
     @classmethod
     def load(
@@ -164,18 +180,10 @@ class BaseModel:
         """What a reader of results must know about these weights."""
         return ASSETS[self.name].note if self.name in ASSETS else ""
 
-    @cached_property
+    @property
     def targets(self) -> dict[str, tuple[int, int]]:
         """Adapted linear layers in the order of the forward pass: name -> (inputs D, outputs O). No LM head."""
-        head = self.model.get_output_embeddings()
-        found = {name: shape_of(m) for name, m in self.model.named_modules() if is_linear(m) and m is not head}
-        if not found:
-            kinds = sorted({type(m).__name__ for m in self.model.modules()})
-            raise UnsupportedModel(
-                f"{self.name!r} has no plain linear layers to adapt; its modules are {', '.join(kinds)}",
-                hint="Give a base of nn.Linear or Conv1D layers, such as Llama, Mistral, Qwen, Gemma or GPT-2.",
-            )
-        return found
+        return self._targets
 
     @property
     def fan_in_fan_out(self) -> bool:
@@ -189,7 +197,7 @@ class BaseModel:
         Masks, softmax and what is moved for them make a pair about three times as dear as its operations.
         """
         linear = sum(d * o for d, o in self.targets.values())
-        config = self.model.config
+        config = text_config(self.model)
         return 3.0 * 2.0 * config.hidden_size * config.num_hidden_layers / linear
 
     @cached_property
@@ -201,10 +209,8 @@ class BaseModel:
 
     @property
     def packable(self) -> bool:
-        """Whether rows may hold branches: the model must take positions (ALiBi and the like do not)."""
-        import inspect
-
-        return "position_ids" in inspect.signature(self.model.forward).parameters
+        """Whether rows may hold branches: the model keeps to the positions and masks that it is given."""
+        return self._packable
 
     @contextmanager
     def in_training(self) -> Iterator[None]:
@@ -229,7 +235,7 @@ class BaseModel:
         where (n,) flat indices into B * T -> (n, V).
         """
         inputs: dict[str, Any] = {"input_ids": tokens, "use_cache": False}
-        if self.packable:
+        if self._packable:
             inputs |= {"position_ids": positions, **self._attention(ends, positions)}
         else:
             inputs["attention_mask"] = torch.ones_like(tokens)  # rows of one example each, filled up on the right
@@ -242,9 +248,10 @@ class BaseModel:
         Shapes: tokens, positions (B, T); ``cache`` takes their keys and values in and gives back (B, length) of them,
         of which token t sees those up to its own position; where (n,) flat indices into B * T -> (n, V).
         """
-        far = positions[:, :, None] - torch.arange(length, device=positions.device)
+        keys = torch.arange(length, device=positions.device)[None]
+        seen = keys[:, None] <= positions[:, :, None]
         inputs = {"input_ids": tokens, "position_ids": positions, "use_cache": True, self._cache_name: cache}
-        return self._logits_at(where, inputs | {"attention_mask": self._masks(far >= 0, far)})
+        return self._logits_at(where, inputs | {"attention_mask": masks(self.model, seen, positions, keys)})
 
     def _logits_at(self, where: Tensor, inputs: dict[str, Any]) -> Tensor:
         def gather(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -260,41 +267,37 @@ class BaseModel:
     @cached_property
     def _cache_name(self) -> str:
         """What this version of transformers calls the cache."""
-        import inspect
+        return "cache" if "cache" in self._keywords else "past_key_values"
 
-        return "cache" if "cache" in inspect.signature(self.model.forward).parameters else "past_key_values"
+    @cached_property
+    def _keywords(self) -> frozenset[str]:
+        """What the model's forward takes by name."""
+        return frozenset(inspect.signature(self.model.forward).parameters)
 
     def _attention(self, ends: Tensor, positions: Tensor) -> dict[str, Any]:
         """The keywords that tell a model who sees whom: blocks where its attention takes them, else dense masks."""
         if not self.blocked:
-            far = positions[:, :, None] - positions[:, None, :]
-            return {"attention_mask": self._masks(visible(ends), far)}
+            return {"attention_mask": masks(self.model, visible(ends), positions, positions)}
         blocks, flat = blocks_of(ends, positions), positions.flatten()
-        far = flat[blocks.queries][:, :, None] - flat[blocks.keys][:, None, :]
-        return {"attention_mask": self._masks(blocks.seen, far), "blocks": blocks}
+        mask = masks(self.model, blocks.seen, flat[blocks.queries], flat[blocks.keys])
+        return {"attention_mask": mask, "blocks": blocks}
 
-    @torch.inference_mode()
-    def _takes_blocks(self) -> bool:
-        """Whether a branch of a small tree gets the logits it has alone: some models drop keywords on the way."""
-        tokens, ends, depths, alone = (part.to(self.device) for part in small_tree())
-        expected = self.model(input_ids=tokens[:, alone]).logits[0, -1].float()
-        try:
-            found = self.logits(tokens, ends, depths, alone[-1:])[0].float()
-        except (RuntimeError, TypeError, ValueError, UnsupportedModel):
-            return False
-        # The tokens are nonsense, which amplifies bfloat16's rounding.
-        rough = 0.05 if self.dtype.itemsize >= 4 else 0.7
-        return float((found - expected).norm()) <= rough * float(expected.norm())
-
-    def _masks(self, seen: Tensor, far: Tensor) -> Tensor | dict[str, Tensor]:
-        """Additive masks as transformers wants them: one, or one per kind of layer where windows slide."""
-        config = self.model.config
-        window = getattr(config, "sliding_window", None)
-        kinds = set(getattr(config, "layer_types", None) or ())
-        if not window or (kinds and "sliding_attention" not in kinds):
-            return additive(seen, self.dtype)
-        sliding = additive(seen & (far < window), self.dtype)
-        return {"full_attention": additive(seen, self.dtype), "sliding_attention": sliding} if kinds else sliding
+    def _choose_rows(self, reference: Reference) -> None:
+        """Take the fastest way to compute rows that gives what the model gives. Raises UnsupportedModel."""
+        ways = [True, False] if self.blocked else [False]
+        self.blocked = self._packable = False
+        if not reference.agrees(self.model, self.logits, packed=False):
+            raise UnsupportedModel(
+                f"{self.name!r} gives a text other logits in a batch than alone: its tokens see the tokens after them, "
+                "or its rows depend on each other",
+                hint=CAUSAL,
+            )
+        for blocked in ways if "position_ids" in self._keywords else ():
+            self.blocked, self._packable = blocked, True
+            if reference.agrees(self.model, self.logits, packed=True):
+                return
+        self.blocked = self._packable = False
+        log.info("%s: each example is computed in a row of its own", self.name)
 
 
 def _described(folder: str, name: str, check: Check | None) -> tuple[Any, Any, str]:

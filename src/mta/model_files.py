@@ -144,6 +144,11 @@ def loading(name: str, what: str, hint: str) -> Iterator[None]:
                 f"{name!r} needs Python code from its own folder, which mta never runs", hint=_PLAIN
             ) from error
         first = next(iter(str(error).splitlines()), type(error).__name__)
+        if "scaled_dot_product_attention" in first:
+            raise UnsupportedModel(
+                f"{name!r} is a {first.split()[0]}, which does not use torch's scaled_dot_product_attention",
+                hint="Give a base of ordinary attention layers, such as Llama, Mistral, Qwen, Gemma 3 or GPT-2.",
+            ) from error
         raise ModelError(f"{name!r} cannot be loaded as {what}: {first}", hint) from error
 
 

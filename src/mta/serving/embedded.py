@@ -14,13 +14,14 @@ import torch
 
 from mta.bank.bank import Bank
 from mta.base import BaseModel
-from mta.errors import InputError, MtaError
+from mta.errors import MtaError
 from mta.machine import compute_with, in_passing
 from mta.serving.activated import Activated
 from mta.serving.decoder import Decoder, Row, Told
 from mta.serving.engine import LATER, AnswerLost, Ask, EngineGone, Piece, QueueFull, Version
 from mta.serving.sampling import Sampler
 from mta.serving.seats import Seats
+from mta.serving.slots import refuse_unservable
 from mta.store import Store
 
 
@@ -45,11 +46,7 @@ class EmbeddedEngine:
         waiting: int = 256,
         activated: int = 64,
     ) -> None:
-        if not base.packable:
-            raise InputError(
-                f"{base.name!r} takes no positions: its rows cannot go on from slots of one cache",
-                hint="Serve it by vLLM (docs/how-to/vllm.md), or give a base with position_ids, such as Llama.",
-            )
+        in_passing(lambda: refuse_unservable(base))
         self.base, self.bank = base, bank
         self.length, self.waiting = length or base.prompts.max_tokens, waiting
         banks = [bank, before] if before else [bank]

@@ -18,7 +18,10 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
+from mta.agreement import Reference, short_windows
 from mta.base import BaseModel
+from mta.errors import UnsupportedModel
+from mta.rows import TASK
 from mta.serving.engine import Who
 
 
@@ -183,3 +186,20 @@ class Slots:
         self.cache.exchange(one, other, tokens)
         self._slots[one], self._slots[other] = self._slots[other], self._slots[one]
         self._exchanged(one, other)
+
+
+def refuse_unservable(base: BaseModel) -> None:
+    """Raises UnsupportedModel for a base whose rows do not go on from keys and values alone."""
+    with short_windows(base.model):
+        reference = Reference.of(base.model, base.tokenizer, base.prompts.max_tokens)
+        tokens = len(reference.tokens)
+        slots = Slots(base, 2, tokens, tokens, lambda *_: None)
+        for asker in ("one", "other"):
+            slots.take((TASK, asker), ())
+        if base.packable and reference.continues(lambda new: slots.logits(slice(0, 2), new)):
+            return
+    raise UnsupportedModel(
+        f"{base.name!r} cannot be served by the embedded engine: its rows do not go on from cached keys and values, as "
+        "with recurrent states and convolutions",
+        hint="Serve it by vLLM (docs/how-to/vllm.md), or give a base of attention layers alone, such as Llama.",
+    )
