@@ -72,6 +72,19 @@ def test_a_group_reads_and_writes_where_the_setting_says_so(
     assert [mode(tmp_path / name) for name in ("a", "a/b", "a/b/file", "a/lines")] == [0o2770, 0o2770, 0o660, 0o660]
 
 
+def test_a_file_system_without_modes_is_written_to_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setenv("MTA_SHARED", "group")
+    monkeypatch.setattr(os, "fchmod", refuse)
+    monkeypatch.setattr(Path, "chmod", refuse)
+    write_text(tmp_path / "new" / "file", "text")
+    assert (tmp_path / "new" / "file").read_text() == "text"
+
+
 def test_another_value_of_the_setting_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MTA_SHARED", "all")
     with pytest.raises(ConfigError, match="MTA_SHARED is 'all', expected 'group'"):

@@ -11,6 +11,8 @@ from test_state import ANN, state
 from mta.errors import StoreError
 from mta.storage import Storage
 from mta.store import Store
+from mta.upkeep import collect
+from mta.work import Work
 
 
 @pytest.fixture
@@ -70,6 +72,18 @@ def test_what_a_killed_writer_left_of_a_person_is_forgotten_with_them(tmp_path: 
     assert not folder.exists()
 
 
+def test_what_a_killed_run_left_half_written_goes_before_what_it_goes_on_from(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    store.save(ANN, state())
+    half, whole = (tmp_path / "work" / "run" / name for name in (f".a.checkpoint.{'0' * 32}", "a.checkpoint"))
+    for path in (half, whole):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"stack")
+        os.utime(path, (0, path.stat().st_mtime - 7200))
+    assert list(collect(store)) == [f"work/run/{half.name}"]
+    assert whole.exists()
+
+
 def test_a_folder_that_is_a_link_is_removed_without_what_it_leads_to(tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "file").write_text("mine")
@@ -91,6 +105,7 @@ def test_nothing_is_written_or_removed_through_a_linked_folder(tmp_path: Path) -
         lambda: files.replace("ab/file", b"data"),
         lambda: files.remove("ab/file"),
         lambda: files.remove_folder("ab/inner"),
+        lambda: Work(files, "ab/run").checkpoint("digest"),
     ):
         with pytest.raises(StoreError, match=r"store/ab is a symbolic link"):
             change()

@@ -75,7 +75,7 @@ class Storage:
         with self._reported(self.at(name)), contextlib.suppress(FileNotFoundError):
             if not self.local:
                 return self.fs.rm_file(self.at(name))
-            path = self._inside(name)
+            path = self.inside(name)
             path.unlink()
             sync_folder(path.parent)
 
@@ -87,7 +87,7 @@ class Storage:
         with self._reported(self.at(name)), contextlib.suppress(FileNotFoundError):
             if not self.local:
                 return self.fs.rm(self.at(name), recursive=True)
-            path = self._inside(name)
+            path = self.inside(name)
             if path.is_symlink():
                 path.unlink()
             else:
@@ -99,7 +99,7 @@ class Storage:
         with self._reported(self.at(name)):
             if not self.local:
                 return self._put(name, data)
-            with written_aside(self._inside(name)) as aside:
+            with written_aside(self.inside(name)) as aside:
                 aside.write_bytes(data)
 
     def create(self, name: str, data: bytes) -> None:
@@ -113,7 +113,7 @@ class Storage:
                 if self.fs.exists(self.at(name)):
                     raise FileExistsError(self.at(name))
                 return self._put(name, data, mode="create")
-            with written_aside(self._inside(name), publish=_link) as aside:
+            with written_aside(self.inside(name), publish=_link) as aside:
                 aside.write_bytes(data)
 
     def exposed(self) -> str:
@@ -133,7 +133,7 @@ class Storage:
         of_group = f"   (or, where its group shares it: export {SHARED}=group)" if mode & stat.S_ISGID else ""
         return f"chmod -R {others} {shlex.quote(self.root)}{of_group}"
 
-    def _inside(self, name: str) -> Path:
+    def inside(self, name: str) -> Path:
         """The local path of a file or folder. Raises StoreError where a folder above it leads out of the storage."""
         path = Path(self.root)
         for part in name.split("/")[:-1]:

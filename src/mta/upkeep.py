@@ -153,10 +153,10 @@ def _together(work: Callable[[str], T], names: Sequence[str]) -> Iterator[T]:
 
 def _kind(name: str) -> Kind:
     file = _file(name)
-    if name.startswith("work/"):
-        return "work"  # a stopped run goes on from it
     if _ASIDE.fullmatch(file):
         return "leftover"
+    if name.startswith("work/"):
+        return "work"  # a stopped run goes on from it
     if name == "store.json":
         return "key"
     if name.startswith(f"{FOLDER}/"):

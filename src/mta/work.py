@@ -53,9 +53,10 @@ class Work:
 
     def checkpoint(self, digest: str) -> Checkpoint | None:
         """Of one cohort; None where files lie far away: there a cohort is computed again as a whole."""
-        if self.folder is None:
+        if not self.files.local:
             return None
-        return Checkpoint(self.folder / f"{digest[:24]}.checkpoint", digest, allowed=self.allowed)
+        path = self.files.inside(f"{self.name}/{digest[:24]}.checkpoint")
+        return Checkpoint(path, digest, allowed=self.allowed)
 
     def finish(self) -> None:
         """Everything is there: what the run left goes, and what other runs left long ago."""
