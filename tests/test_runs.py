@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import kill
 import pytest
 import yaml
 from conftest import TINY_RUN
@@ -155,6 +156,15 @@ def test_a_run_that_died_has_no_end(tmp_path):
     with kept(tmp_path) as run:
         steps(run)
     assert [bool(one["ended"]) for one in sittings(tmp_path)] == [False, True]
+
+
+@pytest.mark.parametrize("write", range(1, 5))
+def test_a_run_that_was_killed_as_it_began_goes_on(tmp_path, write):
+    assert kill._attempt(kept(tmp_path).begin, write=write) == -signal.SIGKILL
+    with kept(tmp_path) as run:
+        steps(run)
+    assert sittings(tmp_path)[-1]["ended"]
+    assert (tmp_path / "config.yaml").exists()
 
 
 def test_a_line_that_a_kill_has_torn_is_passed_over(tmp_path):
