@@ -12,12 +12,14 @@ from typer.testing import CliRunner
 from mta.cli.app import app
 from mta.config import Run, override
 from mta.errors import ConfigError
+from mta.footprint import Footprint, Numbers, Sums, Texts
 from mta.lora.batch import Factors, LoraBatch
 from mta.lora.peft import write_peft
 from mta.sizing import Load, Shape, costs, hardware, memory, passes
 from mta.state import Losses, State
 
 SMOL = "smollm2-135m-instruct"
+FOOTPRINT = Footprint(Sums(), 1, 1, 1, 1, 2)
 
 
 def off(found, expected):
@@ -94,9 +96,20 @@ def test_a_bank_and_a_row_take_what_is_told(tiny_bank_folder, tiny, tmp_path):
     assert told.bank == 2 * (shared + working)
 
 
+def test_training_takes_what_the_plan_of_a_loaded_base_counts(tmp_path):
+    base, run = base_of(dtype=torch.bfloat16), override(Run(), ["bank.lora.rank=4", "task_lora.lora.rank=3"])
+    base.model.config.save_pretrained(tmp_path)
+    shape = Shape.of(str(tmp_path))
+    planned = Footprint.of(base.model, itemsize=2)
+    told, numbers = memory(shape, run, Load(tokens=90, shared=40)), Numbers(4 * shape.width, pooled=3 * shape.width)
+    assert told.anchor == 6 * 4 * numbers.trained + planned.person(numbers)
+    assert told.token == planned.token(Texts(90, 40), 4)  # a stack of rank 1 and the task LoRA
+    assert told.target == planned.target
+
+
 @given(st.integers(1, 4), st.integers(1, 64), st.integers(1, 500))
 def test_costs_grow_with_what_they_are_of(rank, anchors, tokens):
-    shape = Shape("x", 10**8, 10**8, 10**5, 100, 10**7, 1000)
+    shape = Shape("x", 10**8, 10**8, 10**5, 100, 10**7, 1000, FOOTPRINT)
 
     def of(*words, load=None):
         run = override(Run(), [f"bank.anchors={anchors}", f"bank.lora.rank={rank}", *words])
@@ -140,4 +153,4 @@ def test_the_verb_tells_it_to_people_and_machines(tmp_path):
         with pytest.raises(ConfigError, match="targets"):
             Load(tokens, targets, shared=shared)
     with pytest.raises(ConfigError, match="4 anchors"):
-        costs(Shape("x", 1, 1, 1, 1, 1, 1), override(Run(), ["bank.anchors=4", "merge.k=9"]), Load())
+        costs(Shape("x", 1, 1, 1, 1, 1, 1, FOOTPRINT), override(Run(), ["bank.anchors=4", "merge.k=9"]), Load())

@@ -72,7 +72,8 @@ class BaseModel:
         if self.has_weights:
             self._prepare(model)
         else:
-            self.blocked, self._packable, self.exchanged = False, False, []
+            self.blocked = self._packable = False
+            self.exchanged = list[str]()
             self._targets = adapted_layers(model, called_layers(model), name)
 
     def _prepare(self, model: Any) -> None:

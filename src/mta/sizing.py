@@ -16,6 +16,7 @@ from mta.adaptable import is_linear, shape_of
 from mta.assets import ASSETS, resolve
 from mta.config import Run, Training
 from mta.errors import ConfigError
+from mta.footprint import COPIES, Footprint, Numbers, Texts
 from mta.fuse import needs_evidence
 from mta.machine import cores, gemm_rate, pick_dtype, processor
 
@@ -37,9 +38,8 @@ KNOWN: dict[str, dict[str, Any]] = {
     | {"vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30}
     | {"num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True},
 }
-STORED = 4  # bytes of a number in bank and states: float32
+STORED = 4  # bytes of a number in bank and states, and of a trained one: float32
 SERVED = 2  # of one being served: bfloat16
-TRAINED = 16  # bytes of a trained number: master, gradient and AdamW's two moments
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +57,7 @@ class Shape:
     layers: int
     head: int
     cached: int
+    footprint: Footprint  # of passes in bfloat16, without compiled kernels
 
     @classmethod
     def of(cls, name: str) -> Shape:
@@ -85,6 +86,7 @@ class Shape:
             len(shapes),
             text.hidden_size * text.vocab_size,
             2 * text.num_hidden_layers * heads * size,
+            Footprint.of(model, itemsize=SERVED),
         )
 
 
@@ -163,7 +165,8 @@ def hardware(name: str) -> Hardware:
 class Memory:
     """Bytes: base and bank in bfloat16, one person being answered, and one adapter in training (anchor, stack).
 
-    Of the bank twice: as it is merged, and as rows are answered from it.
+    Of the bank twice: as it is merged, and as rows are answered from it. ``token`` and ``target`` are what a training
+    pass keeps of one token, and of one target token besides, as ``memory=`` plans them.
     """
 
     base: float
@@ -171,6 +174,8 @@ class Memory:
     row: float
     anchor: float
     stack: float
+    token: float
+    target: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,11 +233,15 @@ def passes(run: Run, shots: float) -> tuple[float, float]:
 
 
 def memory(shape: Shape, run: Run, load: Load) -> Memory:
-    """Beside the activations, which ``memory=`` bounds."""
+    """Of the parts that a base, its bank, a row and a training take; ``memory=`` bounds those of training."""
     ranks = run.bank.anchors * run.bank.lora.rank + _pooled(run)
     row = SERVED * (shape.cached * load.context + ranks + run.stack.lora.rank * shape.width)
-    trained = (float(TRAINED * rank * shape.width) for rank in (run.bank.lora.rank, run.stack.lora.rank))
-    return Memory(float(SERVED * shape.parameters), 2.0 * SERVED * ranks * shape.width, float(row), *trained)
+    pooled, made = _pooled(run) * shape.width, shape.footprint
+    trained = [Numbers(rank * shape.width, pooled=pooled) for rank in (run.bank.lora.rank, run.stack.lora.rank)]
+    anchor, stack = (float(COPIES * STORED * numbers.trained + made.person(numbers)) for numbers in trained)
+    token = made.token(Texts(round(load.tokens), round(load.shared)), made.ranks(trained[1]))
+    base, bank = float(SERVED * shape.parameters), 2.0 * SERVED * ranks * shape.width
+    return Memory(base, bank, float(row), anchor, stack, float(token), float(made.target))
 
 
 def _pooled(run: Run) -> int:

@@ -19,8 +19,8 @@ from mta.bank import files
 from mta.bank.bank import Bank
 from mta.bank.build import build_bank
 from mta.bank.files import Members, read_info, write_info
-from mta.config import Run
-from mta.errors import BankError, InputError
+from mta.config import Run, Training
+from mta.errors import BankError, Diverged, InputError
 from mta.history import Person
 from mta.lora.batch import fresh
 from mta.lora.peft import read_peft
@@ -456,3 +456,13 @@ def test_a_finished_bank_takes_over_another_limit_of_answers_and_stays_the_same_
     assert Bank.open(tmp_path / "bank", base).task == limited
     assert "answer_tokens" not in before.task
     assert files.identity(after) == before.hash
+
+
+@pytest.mark.parametrize(("group", "stage"), [("task_lora", "task LoRA"), ("bank", "anchors")])
+def test_a_bank_whose_training_diverges_is_not_written_and_its_checkpoint_is_removed(tmp_path, group, stage):
+    steep = Training(lr=1e250, steps=4, batch_size=4)
+    with pytest.raises(Diverged, match=f"training of the {stage} diverged") as raised:
+        build(tmp_path / "bank", run=changed(group, training=steep))
+    assert raised.value.hint == f"Lower {group}.training.lr."
+    assert not (tmp_path / "bank" / "bank.json").exists()
+    assert not list((tmp_path / "bank").rglob("*.checkpoint"))

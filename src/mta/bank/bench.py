@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from mta.bank.task_lora import train_task_lora
 from mta.base import BaseModel
 from mta.config import Run, parse_size
-from mta.errors import BankMismatch
+from mta.errors import BankMismatch, Diverged
 from mta.history import Person
 from mta.lora.batch import LoraBatch, fresh
 from mta.lora.layers import Shared
 from mta.tasks.task import Task
 from mta.training.checkpoint import Checkpoint
-from mta.training.trainer import Job, OnStep, train_loras
+from mta.training.trainer import Job, OnStep, Step, train_loras
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,34 +92,74 @@ class Anchors:
 
 
 def train_pool(bench: Bench, piece: Pool) -> LoraBatch:
-    """Stage 0: the task LoRA, a batch of one."""
-    report, settings = bench.on_step, bench.run.task_lora
-    return train_task_lora(
-        bench.base,
-        piece.task,
-        piece.people,
-        settings,
-        seed=bench.run.seed,
-        memory=parse_size(bench.run.memory),
-        checkpoint=bench.checkpoint(piece.name) if bench.checkpoint else None,
-        on_step=(lambda step: report("task LoRA", step)) if report else None,
-    )
+    """Stage 0: the task LoRA, a batch of one. Raises Diverged."""
+    settings = bench.run.task_lora
+    with _checked(bench, piece.name) as checkpoint:
+        trained = train_task_lora(
+            bench.base,
+            piece.task,
+            piece.people,
+            settings,
+            seed=bench.run.seed,
+            memory=parse_size(bench.run.memory),
+            checkpoint=checkpoint,
+            on_step=_watched("task LoRA", bench.on_step),
+        )
+        return _finite("task LoRA", trained)
 
 
 def train_anchors(bench: Bench, piece: Anchors) -> LoraBatch:
-    """Stage 1 for some anchors: one meta-LoRA for each, over the frozen task LoRA."""
-    base, settings, report = bench.base, bench.run.bank, bench.on_step
-    return train_loras(
-        base,
-        piece.jobs,
-        anchor_start(base, bench.run, piece.jobs),
-        settings.training,
-        frozen=[Shared(bench.pooled.to(base.dtype))] if bench.pooled else [],
-        seed=bench.run.seed,
-        tokens_per_batch=piece.tokens_per_batch,
-        checkpoint=bench.checkpoint(piece.name) if bench.checkpoint else None,
-        on_step=(lambda step: report("anchors", step)) if report else None,
-    )
+    """Stage 1 for some anchors: one meta-LoRA for each, over the frozen task LoRA. Raises Diverged."""
+    base = bench.base
+    with _checked(bench, piece.name) as checkpoint:
+        trained = train_loras(
+            base,
+            piece.jobs,
+            anchor_start(base, bench.run, piece.jobs),
+            bench.run.bank.training,
+            frozen=[Shared(bench.pooled.to(base.dtype))] if bench.pooled else [],
+            seed=bench.run.seed,
+            tokens_per_batch=piece.tokens_per_batch,
+            checkpoint=checkpoint,
+            on_step=_watched("anchors", bench.on_step),
+        )
+        return _finite("anchors", trained)
+
+
+@contextmanager
+def _checked(bench: Bench, name: str) -> Iterator[Checkpoint | None]:
+    """Yield the checkpoint of a piece. Remove the checkpoint if training diverges: it may hold diverged parameters."""
+    checkpoint = bench.checkpoint(name) if bench.checkpoint else None
+    try:
+        yield checkpoint
+    except Diverged:
+        if checkpoint:
+            checkpoint.remove()
+        raise
+
+
+def _watched(stage: str, report: OnStep | None) -> Callable[[Step], None]:
+    """Return a callback that reports steps, and stops the training at the first loss that is not finite."""
+
+    def watch(step: Step) -> None:
+        if step.loss is not None and not math.isfinite(step.loss):
+            raise _diverged(stage, f"the mean loss of step {step.step} is {step.loss}")
+        if report:
+            report(stage, step)
+
+    return watch
+
+
+def _finite(stage: str, trained: LoraBatch) -> LoraBatch:
+    """Return the factors. Raises Diverged if one of their numbers is not finite."""
+    if not all(bool(factor.isfinite().all()) for pair in trained.factors.values() for factor in pair):
+        raise _diverged(stage, "trained factors are not finite")
+    return trained
+
+
+def _diverged(stage: str, what: str) -> Diverged:
+    lr = "task_lora.training.lr" if stage == "task LoRA" else "bank.training.lr"
+    return Diverged(f"training of the {stage} diverged: {what}, expected finite numbers", hint=f"Lower {lr}.")
 
 
 def anchor_start(base: BaseModel, run: Run, jobs: Sequence[Job]) -> LoraBatch:

@@ -69,6 +69,7 @@ def size(
     say(_table(costs, people, machine))
     named = {"base": memory.base, "bank": memory.bank, "each who is answered": memory.row}
     named |= {"an anchor in training": memory.anchor, "a stack in training": memory.stack}
+    named |= {"a token in training": memory.token, "a target token besides": memory.target}
     say("Memory: " + ", ".join(f"{name} {human_bytes(size)}" for name, size in named.items()))
     say(f"Hours on {machine.name}: {machine.rate / 1e12:.2f} Tflop/s ({machine.told}), {machine.share:.0%} of it")
 
