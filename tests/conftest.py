@@ -17,7 +17,8 @@ from mta.config import Lora, Run, Training
 from mta.history import Item, Person
 from mta.tasks import load_task
 
-hypothesis.settings.register_profile("mta", deadline=None)  # a busy machine is not a failure
+_SLOW = [hypothesis.HealthCheck.too_slow]
+hypothesis.settings.register_profile("mta", deadline=None, suppress_health_check=_SLOW)  # busy is not broken
 hypothesis.settings.load_profile("mta")
 torch.set_num_threads(1)  # tiny matrices: threads only wait for each other
 

@@ -26,7 +26,7 @@ def until_done(work: Callable[..., None], folders: Sequence[Path], *more: object
         env={**os.environ, "PYTHONPATH": search},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=800,
     )
     assert done.returncode == 0, done.stderr
     return [int(word) for word in done.stdout.split()]

@@ -11,12 +11,13 @@ A comment before a block says what is done with it; without one, bash and python
 
 import os
 import re
+import socket
 import subprocess
 import sys
 import time
 import urllib.request
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -55,17 +56,21 @@ def name_of(page: Path) -> str:
 
 
 def run(page: Path, folder: Path) -> None:
-    """Every block of a page in turn, in ``folder``; raises at the first that fails. Python blocks share their names."""
+    """Every block of a page in turn, in ``folder``; raises at the first that fails. Python blocks share their names.
+
+    Servers listen at a free port in the place of 8000, which another program may have taken.
+    """
     os.chdir(folder)
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    names = {"__name__": "page"}
+    names, port = {"__name__": "page"}, free_port()
     with ExitStack() as servers:
         for block in blocks(page):
+            block = replace(block, code=block.code.replace("127.0.0.1:8000", f"127.0.0.1:{port}"))
             sys.stderr.write(f"--- {page.name}:{block.line} {block.language} {block.mark}\n")
             if block.mark == "file":
                 Path(block.of).write_text(block.code, encoding="utf-8")
             elif block.mark == "serves":
-                servers.enter_context(_served(block.code))
+                servers.enter_context(_served(block.code, port))
             elif block.mark not in NOT_RUN and block.language == "bash":
                 subprocess.run(["bash", "-euxo", "pipefail", "-c", block.code], check=True)
             elif block.mark not in NOT_RUN and block.language == "python":
@@ -74,17 +79,23 @@ def run(page: Path, folder: Path) -> None:
                     names[name]()
 
 
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as found:
+        return found.getsockname()[1]
+
+
 class _served:
     """A server that is running while the block lasts."""
 
-    def __init__(self, code: str) -> None:
-        self._process = subprocess.Popen(["bash", "-c", f"exec {code.strip()}"])
+    def __init__(self, code: str, port: int) -> None:
+        command, self._url = code.strip().removesuffix(" --port 8000"), f"http://127.0.0.1:{port}/readyz"
+        self._process = subprocess.Popen(["bash", "-c", f"exec {command} --port {port}"])
 
     def __enter__(self) -> None:
         for _ in range(600):
             assert self._process.poll() is None, "the server has ended"
             with suppress(OSError):
-                urllib.request.urlopen("http://127.0.0.1:8000/readyz")
+                urllib.request.urlopen(self._url)
                 return
             time.sleep(0.2)
         raise TimeoutError("the server is not ready")

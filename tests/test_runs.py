@@ -267,7 +267,7 @@ def tracked(folder: Path, name: str, monkeypatch) -> subprocess.CompletedProcess
     monkeypatch.setenv("HOME", str(folder / "home"))
     monkeypatch.setenv("MTA_KERNELS", "off")  # a new home has none compiled yet
     code = OWN_PROCESS.format(here=str(Path(__file__).parent), folder=str(folder), name=name)
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     assert done.stdout == ""  # it is for results
     return done

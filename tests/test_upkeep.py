@@ -189,7 +189,7 @@ def test_an_object_store_without_credentials_is_told_in_words(tmp_path: Path) ->
     clean = {name: value for name, value in os.environ.items() if not name.startswith("AWS_")}
     clean |= {"HOME": str(tmp_path), "AWS_EC2_METADATA_DISABLED": "true", "AWS_ENDPOINT_URL": "http://127.0.0.1:9"}
     words = [sys.executable, "-m", "mta", "store", "stats", "s3://nowhere/people"]
-    found = subprocess.run(words, env=clean, capture_output=True, text=True, timeout=100)
+    found = subprocess.run(words, env=clean, capture_output=True, text=True, timeout=600)
     assert found.returncode == 1
     assert "StoreError: " in found.stderr
     assert "Traceback" not in found.stderr

@@ -51,3 +51,20 @@ def endless(base):
     base.prompts.end_token = 259
     base.model.generation_config.eos_token_id = None
     return base
+
+
+@contextmanager
+def stepped(decoder):
+    """Within the block a decoder makes one turn for each ``release`` of the semaphore that is yielded."""
+    steps, turn = threading.Semaphore(0), decoder.turn
+
+    def wait_and_turn():
+        assert steps.acquire(timeout=60)
+        turn()
+
+    decoder.turn = wait_and_turn
+    try:
+        yield steps
+    finally:
+        decoder.turn = turn
+        steps.release()  # of the turn that waits

@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+import threading
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -10,6 +11,7 @@ import torch
 from conftest import TINY_RUN
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from served import stepped
 from tiny import base_of, random_loras
 
 from mta.errors import InputError
@@ -231,18 +233,45 @@ def test_forgetting_ends_what_runs_for_that_person_alone():
     async def go():
         engine = engine_of(base, bank, whose, slots=4, length=400)
         prompt = prompts_of(1)[0]
-        theirs = asyncio.create_task(tokens_of(engine, ask_of(2, prompt, 300)))
-        other = asyncio.create_task(tokens_of(engine, ask_of(3, prompt, 60)))
-        await asyncio.sleep(0.05)
-        await engine.forget("2")
+        with stepped(engine.decoder) as steps:
+            steps.release(12)  # few of 300
+            theirs, other = (engine.answer(ask_of(n, prompt, count)) for n, count in ((2, 300), (3, 60)))
+            begun = await asyncio.gather(anext(theirs), anext(other))
+            forgetting = asyncio.create_task(engine.forget("2"))
+            await asyncio.sleep(0)  # it is the engine's turn now
+        await forgetting
         with pytest.raises(EngineGone, match="forgotten"):
-            await theirs
-        found = await other
+            _ = [piece async for piece in theirs]
+        found = [begun[1].token.id, *[piece.token.id async for piece in other if piece.token]]
         await engine.close()
         return prompt, found
 
     prompt, found = asyncio.run(go())
     assert found == one_by_one(base, bank, whose[3], prompt, 60)
+
+
+def test_a_request_whose_person_is_still_looked_up_is_answered_although_the_engine_closes():
+    base, bank, whose = world()
+    looking, go_on = threading.Event(), threading.Event()
+
+    class Slow(OneStore):
+        def load(self, person, version):
+            looking.set()
+            assert go_on.wait(60)
+            return super().load(person, version)
+
+    async def go():
+        engine = EmbeddedEngine(base, bank, Slow(whose), slots=2, length=64)
+        answer = asyncio.create_task(tokens_of(engine, ask_of(2, [5, 6, 7], 6)))
+        await asyncio.to_thread(looking.wait, 60)
+        closing = asyncio.create_task(engine.close())
+        await asyncio.sleep(0)
+        assert not engine.ready
+        go_on.set()
+        await closing
+        return await answer
+
+    assert asyncio.run(go()) == one_by_one(base, bank, whose[2], [5, 6, 7], 6)
 
 
 def test_what_does_not_fit_or_comes_too_late_is_refused():

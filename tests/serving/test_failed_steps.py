@@ -235,7 +235,7 @@ def test_a_lost_answer_is_a_500_that_says_so_and_is_counted(here):
     assert "could not be computed" in found.json()["error"]["message"]
     assert "memory" not in found.text
     assert asked(here, temperature=0).json()["choices"] == before
-    metrics = httpx2.get(f"{here.url}/metrics").text
+    metrics = httpx2.get(f"{here.url}/metrics", timeout=60).text
     assert "mta_engine_failed_steps 1.0" in metrics
     assert "mta_engine_lost 1.0" in metrics
     assert 'mta_requests_total{kind="completion",status="500"} 1.0' in metrics
@@ -245,11 +245,11 @@ def test_health_says_that_every_step_fails_and_that_steps_succeed_again(here):
     handle = fail_in_layer(here.base, lambda _: True)
     assert [asked(here).status_code for _ in range(PATIENCE)] == [500] * PATIENCE
     for path in ("healthz", "readyz"):
-        assert httpx2.get(f"{here.url}/{path}").status_code == 503
+        assert httpx2.get(f"{here.url}/{path}", timeout=60).status_code == 503
     handle.remove()
     assert asked(here).status_code == 200
     for path in ("healthz", "readyz"):
-        assert httpx2.get(f"{here.url}/{path}").status_code == 200
+        assert httpx2.get(f"{here.url}/{path}", timeout=60).status_code == 200
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
@@ -269,6 +269,6 @@ def test_a_dying_engine_is_unhealthy_before_its_requests_are_answered(here):
         assert asked(here).status_code == 503
         assert here.service.engine._thread.is_alive()
         for path in ("healthz", "readyz"):
-            assert httpx2.get(f"{here.url}/{path}").status_code == 503
+            assert httpx2.get(f"{here.url}/{path}", timeout=60).status_code == 503
     finally:
         go_on.set()

@@ -4,6 +4,7 @@ import json
 import random
 import re
 import shutil
+import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -12,7 +13,7 @@ import httpx2
 import openai
 import pytest
 from conftest import HashEncoder, people_of, personalizer
-from served import endless, served
+from served import endless, served, stepped
 from tiny import base_of, random_loras
 
 from mta import stages
@@ -43,7 +44,7 @@ def world(tiny_bank_folder, tmp_path_factory):
             here.service.store.save(id, state)
         here.client = lambda name: openai.OpenAI(base_url=f"{here.url}/v1", api_key=here.secrets[name], max_retries=0)
         here.http = lambda name: httpx2.Client(
-            base_url=here.url, headers={"Authorization": f"Bearer {here.secrets[name]}"} if name else {}
+            timeout=60, base_url=here.url, headers={"Authorization": f"Bearer {here.secrets[name]}"} if name else {}
         )
         yield here
 
@@ -165,7 +166,8 @@ def test_strict_serves_nothing_that_learnt_from_the_forgotten(tiny_bank_folder, 
         assert said(client, "person:ann")
         assert said(client, "task")
         anchor = next(p.id for p in people_of(12, prefix="c") if bank.info.members.artefacts_of(p.id))
-        with httpx2.Client(base_url=here.url, headers={"Authorization": f"Bearer {here.secrets['admin']}"}) as http:
+        admin = {"Authorization": f"Bearer {here.secrets['admin']}"}
+        with httpx2.Client(base_url=here.url, headers=admin, timeout=60) as http:
             assert http.delete(f"/v1/people/{anchor}").json()["needs_rebuild"]
             for model in ("person:ann", "task"):
                 with pytest.raises(openai.InternalServerError, match="rebuilt"):
@@ -185,7 +187,8 @@ def test_without_strict_everybody_is_served_as_before(tiny_bank_folder, tmp_path
         client = openai.OpenAI(base_url=f"{here.url}/v1", api_key=here.secrets["admin"], max_retries=0)
         before = said(client, "task")
         anchor = next(p.id for p in people_of(12, prefix="c") if bank.info.members.artefacts_of(p.id))
-        with httpx2.Client(base_url=here.url, headers={"Authorization": f"Bearer {here.secrets['admin']}"}) as http:
+        admin = {"Authorization": f"Bearer {here.secrets['admin']}"}
+        with httpx2.Client(base_url=here.url, headers=admin, timeout=60) as http:
             assert http.delete(f"/v1/people/{anchor}").json()["needs_rebuild"]
         assert said(client, "task") == before
 
@@ -231,10 +234,14 @@ def test_no_route_tells_one_persons_key_of_another(world, path, method):
 def test_without_a_key_there_is_no_service(world, shown):
     for method, path in (("GET", "/v1/models"), ("POST", "/v1/chat/completions"), ("GET", "/v1/people/ann")):
         body = {"model": "task", "messages": ASKED} if method == "POST" else None
-        found = httpx2.request(method, world.url + path, headers=shown, json=body)
+        found = httpx2.request(method, world.url + path, headers=shown, json=body, timeout=60)
         assert found.status_code == 401
         assert found.json()["error"]["code"] == "invalid_api_key"
-    assert httpx2.get(f"{world.url}/healthz").status_code == httpx2.get(f"{world.url}/readyz").status_code == 200
+    assert (
+        httpx2.get(f"{world.url}/healthz", timeout=60).status_code
+        == httpx2.get(f"{world.url}/readyz", timeout=60).status_code
+        == 200
+    )
 
 
 @pytest.mark.parametrize(
@@ -378,7 +385,7 @@ def test_forgetting_amid_everything_else_leaves_nothing(world):
 
 def test_metrics_count_and_name_nobody(world):
     said(world.client("serve"), "person:ann")
-    text = httpx2.get(f"{world.url}/metrics").text
+    text = httpx2.get(f"{world.url}/metrics", timeout=60).text
     for name in ("mta_requests_total", "mta_first_token_seconds_count", "mta_engine_merges", "mta_answer_tokens_total"):
         assert name in text
     for secret in ("ann", "bob", "team", "Film"):
@@ -445,7 +452,7 @@ def test_without_keys_only_this_machine_is_answered(tiny, tmp_path):
     with served(base, bank, tmp_path, open_door=True) as here:
         own = {"Host": here.url.removeprefix("http://")}
         shown = [{}, own | {"Origin": here.url}, own | {"Origin": "http://evil.example"}, {"Host": "evil.example"}]
-        codes = [httpx2.get(f"{here.url}/v1/models", headers=headers).status_code for headers in shown]
+        codes = [httpx2.get(f"{here.url}/v1/models", headers=headers, timeout=60).status_code for headers in shown]
         assert codes == [200, 200, 403, 403]
 
 
@@ -454,11 +461,23 @@ def test_a_caller_who_hangs_up_before_the_answer_leaves_their_slot(tiny, tmp_pat
     with served(endless(base), bank, tmp_path, slots=1, length=2000, limits=Limits(max_tokens=2000)) as here:
         headers = {"Authorization": f"Bearer {here.secrets['serve']}"}
         body = {"model": "task", "prompt": "x", "max_tokens": 1900, "temperature": 0}
-        with pytest.raises(httpx2.ReadTimeout):
-            httpx2.post(f"{here.url}/v1/completions", json=body, headers=headers, timeout=0.5)
-        _waited(lambda: {"status": "running" if here.service.engine.facts()["running"][0] else "done"}, 10)
-        found = httpx2.post(f"{here.url}/v1/completions", json=body | {"max_tokens": 3}, headers=headers)
+        decoder = here.service.engine.decoder
+        with stepped(decoder) as steps:
+            address = ("127.0.0.1", int(here.url.rpartition(":")[2]))
+            with socket.create_connection(address) as caller:
+                data = json.dumps(body)
+                head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nAuthorization: {headers['Authorization']}\r\n"
+                caller.sendall(
+                    f"{head}Content-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n{data}".encode()
+                )
+                steps.release(3)
+                _waited(lambda: {"status": "running" if decoder.running == 0 else "done"})
+            (row,) = decoder.rows  # the engine stands still: it is not done
+            _waited(lambda: {"status": "done" if row.cancelled else "running"})
+            assert row.count < 10
+        found = httpx2.post(f"{here.url}/v1/completions", json=body | {"max_tokens": 3}, headers=headers, timeout=60)
         assert found.status_code == 200
+        assert row.count < 10
 
 
 def test_too_many_at_once_are_told_to_come_again(tiny, tmp_path):
@@ -466,12 +485,12 @@ def test_too_many_at_once_are_told_to_come_again(tiny, tmp_path):
     with served(base, bank, tmp_path, slots=1, waiting=1) as here:
         headers = {"Authorization": f"Bearer {here.secrets['serve']}"}
         body = {"model": "task", "messages": ASKED, "max_tokens": 60, "n": 6}
-        found = httpx2.post(f"{here.url}/v1/chat/completions", json=body, headers=headers)
+        found = httpx2.post(f"{here.url}/v1/chat/completions", json=body, headers=headers, timeout=60)
         assert (found.status_code, found.json()["error"]["code"]) == (429, "queue_full")
         assert int(found.headers["Retry-After"]) >= 1
     with served(base, bank, tmp_path / "rate", limits=Limits(rate=2)) as here:
         headers = {"Authorization": f"Bearer {here.secrets['serve']}"}
-        codes = [httpx2.get(f"{here.url}/v1/models", headers=headers).status_code for _ in range(3)]
+        codes = [httpx2.get(f"{here.url}/v1/models", headers=headers, timeout=60).status_code for _ in range(3)]
         assert codes == [200, 200, 429]
 
 
@@ -480,11 +499,11 @@ def test_a_client_that_goes_away_leaves_its_slot(tiny, tmp_path):
     with served(endless(base), bank, tmp_path, slots=1, length=2000, limits=Limits(max_tokens=2000)) as here:
         headers = {"Authorization": f"Bearer {here.secrets['serve']}"}
         body = {"model": "task", "prompt": "x", "max_tokens": 1900, "stream": True, "temperature": 0}
-        with httpx2.stream("POST", f"{here.url}/v1/completions", json=body, headers=headers) as stream:
+        with httpx2.stream("POST", f"{here.url}/v1/completions", json=body, headers=headers, timeout=60) as stream:
             next(stream.iter_lines())
-        _waited(lambda: {"status": "done" if here.service.engine.facts()["running"][0] == 0 else "running"}, seconds=10)
+        _waited(lambda: {"status": "done" if here.service.engine.facts()["running"][0] == 0 else "running"}, seconds=60)
         found = httpx2.post(
-            f"{here.url}/v1/completions", json=body | {"stream": False, "max_tokens": 3}, headers=headers
+            f"{here.url}/v1/completions", json=body | {"stream": False, "max_tokens": 3}, headers=headers, timeout=60
         )
         assert found.json()["usage"]["completion_tokens"] <= 3
 
@@ -498,7 +517,7 @@ def test_ending_the_server_lets_running_answers_end(tiny, tmp_path):
         here.server.should_exit = True
         chunks = list(stream)
         assert chunks[-1].choices[0].finish_reason in ("length", "stop")
-        here.thread.join(10)
+        here.thread.join(60)
         assert not here.service.engine.ready
 
 

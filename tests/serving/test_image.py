@@ -82,11 +82,11 @@ def test_its_health_is_the_engines(tiny, tmp_path):
         running.service.engine.decoder.turn = broken
         bearer = {"Authorization": f"Bearer {running.secrets['admin']}"}
         body = {"model": "task", "prompt": "Film 7", "max_tokens": 8}
-        assert httpx2.post(f"{running.url}/v1/completions", json=body, headers=bearer).status_code == 503
+        assert httpx2.post(f"{running.url}/v1/completions", json=body, headers=bearer, timeout=60).status_code == 503
         assert health(port) == 1
-    with socket.create_server(("127.0.0.1", 0)) as taken:
-        free = taken.getsockname()[1]
-    assert health(free) == 1  # nobody listens
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # nobody listens there, and nobody can meanwhile
+        assert health(taken.getsockname()[1]) == 1
 
 
 @pytest.mark.slow

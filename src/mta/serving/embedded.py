@@ -55,7 +55,10 @@ class EmbeddedEngine:
         self.decoder = Decoder(base, seats, slots, self.length, chunk)
         self._asked: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._open = 0  # answers that somebody waits for
-        self._closing = self._gone = False
+        self._entering: set[asyncio.Event] = set()  # of requests whose person is looked up
+        self._closing = False  # no request is taken
+        self._complete = False  # and those that were taken before have been handed to the thread
+        self._gone = False  # the thread takes nothing
         self.died = False
         self._door = threading.Lock()
         self._threads = torch.get_num_threads()
@@ -121,22 +124,17 @@ class EmbeddedEngine:
 
     async def _in_turn(self, work: Callable[[], None]) -> None:
         """Let the engine's thread do something, and wait for it. Nothing is left to do where the engine has stopped."""
-        loop = asyncio.get_running_loop()
-        done = loop.create_future()
-
-        def end() -> None:
-            if not done.done():
-                done.set_result(None)
+        loop, done = asyncio.get_running_loop(), asyncio.Event()
 
         def now() -> None:
             try:
                 work()
             finally:
-                _call_soon(loop, end)
+                _call_soon(loop, done.set)
 
         with suppress(EngineGone):  # with the engine everything that was computed is gone
             self._put(now)
-            await done
+            await done.wait()
 
     def facts(self) -> dict[str, tuple[float, str]]:
         """Rows, people at hand, and what the cache holds."""
@@ -156,24 +154,31 @@ class EmbeddedEngine:
     async def close(self) -> None:
         """Answer what is running and waiting, take nothing new, and stop."""
         self._closing = True
+        for entered in list(self._entering):
+            await entered.wait()
+        self._complete = True
         with suppress(EngineGone):
             self._put(lambda: None)
         await asyncio.to_thread(self._thread.join)
         self._reading.shutdown()
 
     async def _entered(self, ask: Ask, tell: Told) -> Row:
-        """A row that waits for a slot, its person at hand."""
-        since = self.activated.forgotten
-        reading = asyncio.get_running_loop().run_in_executor(self._reading, self.activated.get, ask.who)
+        """A row that waits for a slot, its person at hand. Raises what looking them up does, and AnswerLost."""
+        since, entered = self.activated.forgotten, asyncio.Event()
+        self._entering.add(entered)
         try:
-            row = Row(ask, await reading, tell, Sampler(ask))
+            person = await asyncio.get_running_loop().run_in_executor(self._reading, self.activated.get, ask.who)
+            row = Row(ask, person, tell, Sampler(ask))
+            self._put(lambda: self._enter(row, since))
+            return row
         except MtaError:
             raise
         except Exception as error:
             self._put(partial(self.decoder.note, error, lost=1))
             raise AnswerLost from None
-        self._put(lambda: self._enter(row, since))
-        return row
+        finally:
+            self._entering.discard(entered)
+            entered.set()
 
     def _check(self, ask: Ask) -> None:
         ask.check(self.length)
@@ -194,7 +199,7 @@ class EmbeddedEngine:
     def _work(self) -> None:
         compute_with(self._threads)
         try:
-            while self.decoder.busy or not self._closing or not self._asked.empty():
+            while self.decoder.busy or not self._complete or not self._asked.empty():
                 self._listen(wait=not self.decoder.busy)
                 self.decoder.turn()
         except BaseException:
