@@ -16,7 +16,7 @@ from mta.cli.app import app
 SOURCE = Path(mta.__file__).parent
 FILES = sorted(SOURCE.rglob("*.py"))
 HEAVY = {"torch", "transformers", "numpy", "sklearn", "sentence_transformers", "matplotlib", "huggingface_hub"}
-LINES_OF_A_FILE, LINES_OF_A_FUNCTION = 300, 40
+LINES_OF_A_FILE, LINES_OF_A_FUNCTION = 400, 40
 
 
 def python(code: str) -> subprocess.CompletedProcess[str]:
@@ -107,7 +107,7 @@ def test_every_module_public_class_and_public_function_says_what_it_is(file):
     assert [getattr(node, "name", "the module") for node in [tree, *public] if not ast.get_docstring(node)] == []
 
 
-def test_no_file_is_longer_than_300_lines():
+def test_no_file_is_longer_than_400_lines():
     sizes = {str(file.relative_to(SOURCE)): len(file.read_text(encoding="utf-8").splitlines()) for file in FILES}
     assert {name: size for name, size in sizes.items() if size > LINES_OF_A_FILE} == {}
 
