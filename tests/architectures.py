@@ -8,8 +8,8 @@ import torch
 from tiny import tokenizer
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from mta.adaptable import not_loaded
 from mta.base import BaseModel
+from mta.model_files import loading
 
 SIZES: dict[str, Any] = {
     "vocab_size": 260,
@@ -159,10 +159,8 @@ OWN: dict[str, dict[str, Any]] = {
 def base_of(kind: str, dtype: torch.dtype = torch.float64) -> BaseModel:
     """A random base of that type, the same every time. Raises UnsupportedModel."""
     torch.manual_seed(0)
-    try:
+    with loading(kind, "a causal language model", "Take another kind."):
         model = AutoModelForCausalLM.from_config(_config(kind), attn_implementation="sdpa").to(dtype)
-    except ValueError as error:
-        raise not_loaded(kind, error) from error
     if dtype == torch.float64 and getattr(model.config, "_experts_implementation", None):
         model.set_experts_implementation("eager")  # grouped products take no float64
     with torch.no_grad():
