@@ -33,7 +33,14 @@ SOURCE = Path(mta.__file__).parent
 PARSED = {path: ast.parse(path.read_text(encoding="utf-8")) for path in sorted(SOURCE.rglob("*.py"))}
 ASTRAY = TINY_RUN.stack.model_copy(update={"training": TINY_RUN.stack.training.model_copy(update={"lr": 1e300})})
 VLLM = {"mta.serving.vllm_resolver"}  # imports vLLM, which lives in another environment
-TOLD = {"NobodyHere", "Refused", "QueueFull", "NeedsRebuild", "EngineGone"}  # to callers of the server, hint and all
+TOLD = {
+    "NobodyHere",
+    "Refused",
+    "QueueFull",
+    "NeedsRebuild",
+    "EngineGone",
+    "AnswerLost",
+}  # to callers of the server, hint and all
 
 
 def subclasses(cls):

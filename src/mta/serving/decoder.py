@@ -29,7 +29,7 @@ from torch import Tensor
 
 from mta.base import BaseModel
 from mta.errors import MtaError
-from mta.serving.engine import LATER, AnswerLost, Ask, Finish, Piece, Who
+from mta.serving.engine import LATER, LOST, AnswerLost, Ask, Finish, Piece, Who
 from mta.serving.sampling import Sampler
 from mta.serving.seats import Person, Seats
 from mta.serving.slots import Slots
@@ -121,7 +121,7 @@ class Decoder:
         lost = [row for row in rows if not row.cancelled]
         self.note(error, len(lost))
         for row in lost:
-            row.tell(AnswerLost(hint=LATER))
+            row.tell(AnswerLost(LOST, hint=LATER))
             row.cancelled = True
 
     def _lose(self, rows: Sequence[Row], error: Exception) -> None:

@@ -18,7 +18,7 @@ from mta.errors import MtaError
 from mta.machine import compute_with, in_passing
 from mta.serving.activated import Activated
 from mta.serving.decoder import Decoder, Row, Told
-from mta.serving.engine import LATER, AnswerLost, Ask, EngineGone, Piece, QueueFull, Version
+from mta.serving.engine import LATER, LOST, AnswerLost, Ask, EngineGone, Piece, QueueFull, Version
 from mta.serving.sampling import Sampler
 from mta.serving.seats import Seats
 from mta.serving.slots import refuse_unservable
@@ -175,7 +175,7 @@ class EmbeddedEngine:
             raise
         except Exception as error:
             self._put(partial(self.decoder.note, error, lost=1))
-            raise AnswerLost from None
+            raise AnswerLost(LOST, hint=LATER) from None
         finally:
             self._entering.discard(entered)
             entered.set()

@@ -10,6 +10,7 @@ from mta.errors import InputError, MtaError
 from mta.rows import Nobody
 
 Finish = Literal["stop", "length"]
+LOST = "this answer could not be computed"
 LATER = "Ask again in a few seconds; GET /readyz tells whether it would be answered."
 
 
@@ -25,9 +26,6 @@ class QueueFull(MtaError):
 
 class AnswerLost(MtaError):
     """One answer could not be computed; all others go on."""
-
-    def __init__(self, message: str = "this answer could not be computed", hint: str = LATER) -> None:
-        super().__init__(message, hint)
 
 
 class EngineGone(MtaError):

@@ -23,7 +23,7 @@ from mta.base import BaseModel
 from mta.errors import MtaError, PersonForgotten, PersonNotFound
 from mta.rows import BASE, TASK
 from mta.serving.auth import LOCAL, Key, Keys
-from mta.serving.engine import LATER, AnswerLost, Engine, EngineGone, QueueFull, Refused, Version, Who
+from mta.serving.engine import LATER, LOST, AnswerLost, Engine, EngineGone, QueueFull, Refused, Version, Who
 from mta.serving.histories import Histories
 from mta.serving.jobs import Jobs
 from mta.serving.limits import Limits, Rate
@@ -172,7 +172,7 @@ def error_of(error: MtaError) -> tuple[int, dict[str, object], dict[str, str]]:
     if isinstance(error, EngineGone):
         return 503, error_body(message, "server_error", "engine_gone"), {"Retry-After": "5"}
     if isinstance(error, AnswerLost):
-        return 500, error_body(f"this answer could not be computed. {LATER}", "server_error", "answer_lost"), {}
+        return 500, error_body(f"{LOST}. {LATER}", "server_error", "answer_lost"), {}
     if isinstance(error, Refused):
         return 400, error_body(message, "invalid_request_error"), {}
     log.error("a request failed: %s", type(error).__name__)  # its message may say where things lie

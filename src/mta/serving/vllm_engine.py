@@ -15,7 +15,7 @@ import httpx2 as httpx
 
 from mta.errors import MtaError, OtherBank
 from mta.rows import BASE, TASK, Nobody
-from mta.serving.engine import LATER, AnswerLost, Ask, EngineGone, Finish, Piece, QueueFull, Token, Version
+from mta.serving.engine import LATER, LOST, AnswerLost, Ask, EngineGone, Finish, Piece, QueueFull, Token, Version
 from mta.serving.sampling import COLDEST
 from mta.serving.vllm_names import Names
 from mta.serving.vllm_server import Remote, VllmServer
@@ -135,7 +135,7 @@ class VllmEngine:
         except httpx.HTTPError:
             told.put_nowait(EngineGone("vLLM does not answer", hint=LATER))
         except Exception:  # whatever it is, whoever waits is told, and nobody else is touched
-            told.put_nowait(AnswerLost(hint=LATER))
+            told.put_nowait(AnswerLost(LOST, hint=LATER))
 
     async def _pieces(self, ask: Ask, name: str) -> AsyncIterator[Piece]:
         request = self.client.build_request("POST", "/v1/completions", json=self._body(ask, name), timeout=_UNTIL)
