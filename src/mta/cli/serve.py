@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -74,11 +74,9 @@ def serve(
     known = serving.keys_for(keys, host, insecure_local, port)
     server: VllmServer | Remote | None = serving.remote_of(vllm_url, vllm_folder, vllm) if vllm_url else None
     serving.check(store, [folder for folder in (bank, bank_before) if folder], strict, bool(server or vllm))
-    here: dict[str, Any] = {"open_to": MERGE_AND_STACK, "weights": not (server or vllm)}  # vLLM loads weights itself
-    opened = in_passing(partial(open_bank, bank, words, seed, device, config, **here))
-    with ExitStack() as ending:
+    opened = in_passing(lambda: open_bank(bank, words, seed, device, config, MERGE_AND_STACK, not (server or vllm)))
+    with serving.sigterm_exits() if vllm else nullcontext(), ExitStack() as ending:
         if vllm:
-            ending.enter_context(serving.sigterm_exits())
             server = serving.vllm_of(vllm, opened[0], bank, store, slots=slots, args=vllm_args)
             ending.callback(server.stop)
         how: dict[str, Any] = {"rate": rate, "slots": slots, "vllm": server, "before": bank_before, "strict": strict}
