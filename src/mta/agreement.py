@@ -127,9 +127,17 @@ class Reference:
 
 @torch.inference_mode()
 def called_layers(model: Any) -> frozenset[str]:
-    """Return the names of the linear layers that the model calls; works on the ``meta`` device too."""
+    """Return the names of the linear layers that a model on the ``meta`` device calls.
+
+    A model whose forward pass reads values cannot run there: then the names of all linear layers.
+    """
+    tokens = torch.zeros(1, 2, dtype=torch.long, device=model.device)
+    mask = torch.zeros(1, 1, 2, 2, dtype=model.dtype, device=model.device)  # of this shape, it is taken as it is
     with _called(model) as called:
-        model(input_ids=torch.zeros(1, 2, dtype=torch.long, device=model.device), use_cache=False)
+        try:
+            model(input_ids=tokens, attention_mask=mask, use_cache=False)
+        except Exception:  # whatever a model's own code raises
+            called.update(name for name, module in model.named_modules() if is_linear(module))
     return frozenset(called)
 
 

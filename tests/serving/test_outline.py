@@ -21,6 +21,7 @@ from mta.serving.auth import Keys
 from mta.serving.jobs import Jobs
 from mta.serving.serve import service_of, sigterm_exits, vllm_settings
 from mta.serving.vllm_server import Remote, VllmNotStarted
+from mta.tombstones import NOTHING
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +98,7 @@ def test_weights_that_cannot_be_loaded_fail_a_job_at_once_and_are_tried_again_fo
 
     jobs = Jobs(personalizer(world.base, world.bank, tmp_path / "people"), load=load)
     for count in (1, 2):
-        found = jobs._personalized(people_of(3))
+        found = jobs._personalized(people_of(3), NOTHING)
         assert {(status.state, status.message) for status in found.values()} == {("failed", "OutOfMemoryError")}
         assert len(found) == 3
         assert len(tries) == count
