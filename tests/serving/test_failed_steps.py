@@ -189,10 +189,10 @@ def test_whatever_goes_wrong_as_a_person_is_looked_up_ends_their_request_alone()
 
 def test_an_engine_that_fails_at_every_step_is_unhealthy_until_a_step_succeeds():
     base, bank, whose = world()
-    handle = fail_in_layer(base, lambda _: True)
 
     async def go():
         engine = engine_of(base, bank, whose)
+        handle = fail_in_layer(base, lambda _: True)
         health = []
         for _ in range(PATIENCE):
             health.append((engine.ready, engine.alive))

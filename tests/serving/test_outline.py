@@ -42,7 +42,7 @@ def test_an_outline_says_what_the_loaded_base_says_and_holds_no_weight(world):
     assert materialized(outline) == []
     assert not outline.has_weights
     assert loaded.has_weights
-    for name in ("fingerprint", "name", "targets", "dtype", "stop_tokens", "pad_token", "packable", "note"):
+    for name in ("fingerprint", "name", "targets", "dtype", "stop_tokens", "pad_token", "note"):
         assert getattr(outline, name) == getattr(loaded, name), name
     assert outline.stop_tokens == [2, 7]
     assert outline.prompts.max_tokens == 200
