@@ -18,13 +18,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+from filelock import FileLock
 from pydantic import Field, model_validator
 
-from mta.aside import write_text
+from mta.aside import is_shared, make_folder, write_text
 from mta.errors import ConfigError
 from mta.settings import Settings, checked, dump_yaml, read_yaml
 
 ENV = "MTA_API_KEY"
+_WAIT = 10.0  # seconds for another process that adds a key
 Kind = Literal["admin", "serve", "person", "prefix"]
 
 
@@ -99,10 +101,10 @@ LOCAL = Key(name="local", sha256="0" * 64, rights="admin")  # whoever sits at th
 
 
 def add_key(path: Path, name: str, rights: str, of: str = "") -> str:
-    """A new key in a key file; returns the secret, which is written nowhere. Raises ConfigError."""
-    before = checked(_KeyFile, read_yaml(path), str(path)) if path.exists() else _KeyFile()
-    if name in {key.name for key in before.keys}:
-        raise ConfigError(f"{path} has a key called {name!r} already", hint="Choose another name, or remove its lines.")
+    """A new key in a key file; returns the secret, which is written nowhere. Raises ConfigError.
+
+    Threads and processes that add keys at the same time wait for each other.
+    """
     secret = f"mta-{secrets.token_urlsafe(32)}"
     new = checked(
         Key,
@@ -110,8 +112,25 @@ def add_key(path: Path, name: str, rights: str, of: str = "") -> str:
         "the new key",
         "For example:  --rights person --of ann",
     )
-    write_text(path, dump_yaml(_KeyFile(keys=(*before.keys, new))))
+    try:
+        make_folder(path.parent)
+        with FileLock(path.with_name(f".{path.name}.lock"), timeout=_WAIT, mode=0o660 if is_shared() else 0o600):
+            _add(path, new)
+    except OSError as error:  # a lock that is not given in time is one too
+        raise ConfigError(
+            f"{path} cannot be written: {error.strerror or error}",
+            hint="Give the right to write there, or wait for whatever adds a key now, and repeat the command.",
+        ) from None
     return secret
+
+
+def _add(path: Path, new: Key) -> None:
+    before = checked(_KeyFile, read_yaml(path), str(path)) if path.exists() else _KeyFile()
+    if new.name in {key.name for key in before.keys}:
+        raise ConfigError(
+            f"{path} has a key called {new.name!r} already", hint="Choose another name, or remove its lines."
+        )
+    write_text(path, dump_yaml(_KeyFile(keys=(*before.keys, new))))
 
 
 def _hash(secret: str) -> str:
