@@ -37,7 +37,7 @@ def world(tiny_bank_folder, tmp_path_factory):
     """A server with three people in its store: ann, bob, team/cy."""
     base = endless(base_of())
     bank, folder = Bank.open(tiny_bank_folder, base), tmp_path_factory.mktemp("served")
-    with served(base, bank, folder) as here:
+    with served(base, bank, folder, limits=Limits(forgets=0)) as here:
         for n, id in enumerate(("ann", "bob", "team/cy")):
             stack = random_loras(base, 1, rank=1, size=0.6, seed=n)
             state = State(bank.hash, (0, 1, 2), (30.0, -20.0, 5.0 * n), "fixed", "", f"work{n}", 0, stack)
@@ -492,6 +492,25 @@ def test_too_many_at_once_are_told_to_come_again(tiny, tmp_path):
         headers = {"Authorization": f"Bearer {here.secrets['serve']}"}
         codes = [httpx2.get(f"{here.url}/v1/models", headers=headers, timeout=60).status_code for _ in range(3)]
         assert codes == [200, 200, 429]
+
+
+def test_a_key_of_one_person_or_prefix_forgets_a_few_times_a_minute_and_the_operators_as_often_as_they_like(
+    tiny, tmp_path
+):
+    with served(*tiny, tmp_path, limits=Limits(forgets=2)) as here:
+        store = here.service.store
+        store.identity(write=True)
+
+        def forget(name, person):
+            headers = {"Authorization": f"Bearer {here.secrets[name]}"}
+            return httpx2.delete(f"{here.url}/v1/people/{person}", headers=headers, timeout=60)
+
+        assert [forget("ann", "ann").status_code for _ in range(3)] == [200, 200, 429]
+        assert int(forget("ann", "ann").headers["Retry-After"]) >= 1
+        assert forget("ann", "bob").status_code == 404  # not hers: that says nothing of how often she came
+        assert len(store.tombstones.of("ann")) == 2
+        assert [forget("team", f"team/{n}").status_code for n in range(3)] == [200, 200, 429]
+        assert [forget("admin", "ann").status_code for _ in range(3)] == [200] * 3
 
 
 def test_a_client_that_goes_away_leaves_its_slot(tiny, tmp_path):

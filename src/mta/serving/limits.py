@@ -30,6 +30,7 @@ class Limits(Settings):
     items: int = Field(512, ge=1, description="items of a person's history")
     item: int = Field(20_000, ge=1, description="characters of one field of an item")
     rate: int = Field(0, ge=0)
+    forgets: int = Field(10, ge=0, description="forgettings a minute for a key of one person or prefix; 0: any number")
     own: int = Field(8, ge=1, description="answers at once for a key of one person or prefix; others share the engine")
 
 

@@ -19,7 +19,7 @@ from mta.serving.auth import Key
 from mta.serving.engine import Refused
 from mta.serving.histories import Histories
 from mta.serving.jobs import Status
-from mta.serving.service import Caller, NobodyHere, Service
+from mta.serving.service import Caller, NobodyHere, Service, check_rate
 from mta.store import Store
 from mta.tasks.task import Task
 
@@ -97,6 +97,8 @@ def _add_state(app: FastAPI, service: Service, histories: Histories) -> None:
     async def forget(id: str, key: Caller) -> dict[str, Any]:
         """Remove all that is kept of a person; what was learnt from them in task LoRA and bank is named."""
         _own(key, id)
+        if key.share:  # each leaves a tombstone, whether anything is known of the person or not
+            check_rate(service.forgets, key)
         async with service.lock(id):
             held = histories.forget(id)
             try:

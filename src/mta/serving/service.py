@@ -65,12 +65,13 @@ class Service:
     is_stale: bool = False
     sweep: float = 10.0
     rate: Rate = field(init=False)
+    forgets: Rate = field(init=False)
     histories: Histories = field(init=False)
     _held: Counter[str] = field(default_factory=Counter, init=False)
     _locks: WeakValueDictionary[str, asyncio.Lock] = field(default_factory=WeakValueDictionary, init=False)
 
     def __post_init__(self) -> None:
-        self.rate = Rate(self.limits.rate)
+        self.rate, self.forgets = Rate(self.limits.rate), Rate(self.limits.forgets)
         self.histories = Histories(self.store, self.limits.items)
 
     async def who(self, model: str, key: Key, fallback: Literal["task", "base"] | None = None) -> Who:
@@ -136,9 +137,14 @@ async def key_of(
         key = _local(request)
     if key is None:
         raise HTTPException(401, "no API key, or one that is not known here: send 'Authorization: Bearer <key>'")
-    if wait := service.rate.wait(key.name):
-        raise HTTPException(429, "too many requests for this key", headers={"Retry-After": str(math.ceil(wait))})
+    check_rate(service.rate, key)
     return key
+
+
+def check_rate(rate: Rate, key: Key) -> None:
+    """Count one more request of a key. Raises 429 where it comes too often."""
+    if wait := rate.wait(key.name):
+        raise HTTPException(429, "too many requests for this key", headers={"Retry-After": str(math.ceil(wait))})
 
 
 def _local(request: Request) -> Key:
