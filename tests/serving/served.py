@@ -21,7 +21,7 @@ from mta.store import Store
 
 
 @contextmanager
-def served(base, bank, folder, *, limits=None, open_door=False, engine=None, store=None, strict=(), sweep=10.0, **how):
+def served(base, bank, folder, *, limits=None, open_door=False, engine=None, store=None, strict=(), sweep=600.0, **how):
     """Yields url, service, and secrets: admin, serve, ann (one person's), team (a prefix)."""
     store, keys = store or Store(folder / "people"), folder / "keys.yaml"
     given = {"admin": ("admin", ""), "serve": ("serve", ""), "ann": ("person", "ann"), "team": ("prefix", "team/")}

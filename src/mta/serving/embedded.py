@@ -111,13 +111,13 @@ class EmbeddedEngine:
 
         await self._in_turn(now)
 
-    async def people(self) -> set[str]:
-        """The ids of people of whom something is in memory."""
-        found = set[str]()
+    async def versions(self) -> set[Version]:
+        """The versions of people of which something is in memory."""
+        found = set[Version]()
 
         def now() -> None:
             known = (*self.activated.known(), *self.decoder.known())
-            found.update(who.person for who in known if isinstance(who, Version))
+            found.update(who for who in known if isinstance(who, Version))
 
         await self._in_turn(now)
         return found

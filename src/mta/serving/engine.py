@@ -104,8 +104,8 @@ class Engine(Protocol):
     async def forget(self, person: str) -> None:
         """End what runs for a person, and drop all that was computed for them."""
 
-    async def people(self) -> set[str]:
-        """The ids of people of whom something is in memory: answers that run, adapters, keys and values."""
+    async def versions(self) -> set[Version]:
+        """The versions of people of which something is in memory: answers that run, adapters, keys and values."""
 
     @property
     def ready(self) -> bool:

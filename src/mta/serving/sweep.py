@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Collection
 
 from starlette.concurrency import run_in_threadpool
 
+from mta.serving.engine import Version
 from mta.serving.service import Service
 from mta.tombstones import NOTHING
 
@@ -17,7 +19,8 @@ class Sweep:
     """Looks for new tombstones in the store, and drops what is held of their people.
 
     Requests look for themselves, so nothing is answered or personalized from what is older than a tombstone; this is
-    for what nobody asks for any more.
+    for what nobody asks for any more. Between the tombstone and the removal of the states a request can load the person
+    again, so each look also compares the versions in memory with those in the store.
     """
 
     def __init__(self, service: Service) -> None:
@@ -38,13 +41,28 @@ class Sweep:
             await asyncio.sleep(self.service.sweep)
 
     async def once(self) -> None:
-        """Drop what is held of people with new tombstones. Raises StoreError, EngineGone."""
+        """Drop what is held of people with new tombstones, or with versions that are not in the store any more.
+
+        Raises StoreError, EngineGone.
+        """
         service, tombstones = self.service, self.service.store.tombstones
         names = await run_in_threadpool(tombstones.names)
-        if names == self._seen:
-            return
-        await run_in_threadpool(service.histories.drop_forgotten, names)
-        await run_in_threadpool(service.jobs.drop_forgotten, names)
-        for person in await run_in_threadpool(tombstones.since, await service.engine.people(), self._seen):
+        if names != self._seen:
+            await run_in_threadpool(service.histories.drop_forgotten, names)
+            await run_in_threadpool(service.jobs.drop_forgotten, names)
+        versions = await service.engine.versions()
+        if names != self._seen:
+            people = {version.person for version in versions}
+            for person in await run_in_threadpool(tombstones.since, people, self._seen):
+                await service.engine.forget(person)
+            self._seen = names
+        for person in await run_in_threadpool(self._removed, versions):
             await service.engine.forget(person)
-        self._seen = names
+
+    def _removed(self, versions: Collection[Version]) -> set[str]:
+        """The people of those versions that are not in the store any more, or hold something else there."""
+        return {version.person for version in versions if not self._is_kept(version)}
+
+    def _is_kept(self, version: Version) -> bool:
+        seal = self.service.store.seal(version.person, version.number)
+        return seal is not None and seal[: len(version.seal) or None] == version.seal  # vLLM's names cut it short

@@ -92,9 +92,9 @@ class VllmEngine:
             task.cancel()
         await self.names.forget(person)
 
-    async def people(self) -> set[str]:
-        """The ids of people whose adapters vLLM may hold. Raises EngineGone."""
-        return await self.names.people()
+    async def versions(self) -> set[Version]:
+        """The versions of people whose adapters vLLM may hold. Raises EngineGone."""
+        return await self.names.versions()
 
     def facts(self) -> dict[str, tuple[float, str]]:
         """Answers, adapters, and what their cut to vLLM's slots loses."""

@@ -94,10 +94,10 @@ class Names:
         await asyncio.gather(*(asyncio.shield(self._leave(name)) for name in mine if name in self._loaded))
         remove_all(self.folder, person)
 
-    async def people(self) -> set[str]:
+    async def versions(self) -> set[Version]:
         """Whoever may be loaded, also from before this gateway began. Raises EngineGone."""
         known = [*(from_wire(name) for name in await self._listed()), *(one.who for one in self._loaded.values())]
-        return {who.person for who in known if isinstance(who, Version)}
+        return {who for who in known if isinstance(who, Version)}
 
     async def settled(self) -> None:
         """Wait until whoever is on their way out has left."""
