@@ -1,10 +1,12 @@
 """A person whom another process forgot, while a gateway still holds something of theirs."""
 
+import asyncio
 import shutil
 import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,7 +17,8 @@ from served import endless, served
 from tiny import base_of
 
 from mta.bank.bank import Bank
-from mta.personalize import forget_person
+from mta.personalize import Personalizer, forget_person
+from mta.serving.sweep import Sweep
 from mta.stages import Stages
 from mta.store import Store
 
@@ -109,6 +112,61 @@ def test_a_gateway_drops_all_it_holds_in_memory_of_who_was_forgotten_elsewhere(g
     until(lambda: not [who for who in service.engine.activated.known() if getattr(who, "person", "") == "eve"])
     until(lambda: not [who for who in service.engine.decoder.known() if getattr(who, "person", "") == "eve"])
     assert service.histories.held("bob") == len(ITEMS)
+
+
+def test_a_person_who_is_asked_for_between_the_tombstone_and_the_removal_leaves_memory_at_a_later_sweep(gateway):
+    http, service, store = gateway.http, gateway.service, gateway.store
+    http.post(f"{EVE}/history", json={"items": ITEMS})
+    assert personalized(http) == "done"
+    sweep = Sweep(service)
+    store.tombstones.add("eve")
+    asyncio.run(sweep.once())
+    assert http.post("/v1/completions", json={"model": "person:eve", "prompt": "x", "max_tokens": 2}).status_code == 200
+    asyncio.run(sweep.once())
+    assert _held(service) == {"eve"}  # her states are still there
+    store.remove("eve")
+    asyncio.run(sweep.once())
+    assert _held(service) == set()
+
+
+def test_a_sweep_drops_an_earlier_version_of_a_number_that_holds_something_else_now(gateway):
+    http, service, store = gateway.http, gateway.service, gateway.store
+    http.post(f"{EVE}/history", json={"items": ITEMS})
+    assert personalized(http) == "done"
+    assert http.post("/v1/completions", json={"model": "person:eve", "prompt": "x", "max_tokens": 2}).status_code == 200
+    sweep, state = Sweep(service), store.load("eve")
+    asyncio.run(sweep.once())
+    assert _held(service) == {"eve"}
+    store.remove("eve")
+    assert store.save("eve", replace(state, w=tuple(-w for w in state.w), work="other")) == 1
+    asyncio.run(sweep.once())
+    assert _held(service) == set()
+
+
+def _held(service):
+    known = (*service.engine.activated.known(), *service.engine.decoder.known())
+    return {who.person for who in known if hasattr(who, "person")}
+
+
+@pytest.mark.parametrize("swept", [False, True])
+def test_nothing_is_told_of_a_person_who_was_saved_and_then_forgotten_elsewhere_within_one_job(
+    gateway, monkeypatch, swept
+):
+    http, personalize = gateway.http, Personalizer.personalize
+
+    def forgotten_after(personal, *args, **how):
+        done = personalize(personal, *args, **how)
+        forget_person("eve", Store(gateway.store.files.url))
+        if swept:
+            gateway.service.jobs.drop_forgotten(gateway.store.tombstones.names())
+            assert gateway.service.jobs.status("eve") is None
+        return done
+
+    monkeypatch.setattr(Personalizer, "personalize", forgotten_after)
+    http.post(f"{EVE}/history", json={"items": ITEMS})
+    assert http.post(f"{EVE}/personalize").status_code == 202
+    until(lambda: not (gateway.service.jobs._running or gateway.service.jobs._waiting))
+    assert http.get(f"{EVE}/personalize").status_code == 404
 
 
 def test_an_answer_that_is_told_of_a_bank_that_cannot_be_marked_names_it_to_the_operator(tiny_bank_folder, tmp_path):

@@ -101,13 +101,13 @@ class Jobs:
                 self._turn.notify_all()
 
     def drop_forgotten(self, names: Collection[str]) -> None:
-        """Drop whoever waits, and the status of whoever was done, that tombstones of these ``names`` are newer than.
+        """Drop whoever waits, and anybody's status, that tombstones of these ``names`` are newer than.
 
-        Nothing is saved of those who are running (``Personalizer.personalize``).
+        Nothing is saved of those who are running (``Personalizer.personalize``), and no status is set of them.
         """
         store = self.personal.store
         with self._turn:
-            for id in set(self._status) - set(self._running) if store else ():
+            for id in list(self._status) if store else ():
                 if store and not store.tombstones.among(names, id) <= self._since.get(id, NOTHING):
                     self._drop(id)
 
@@ -140,9 +140,10 @@ class Jobs:
                 self._status |= dict.fromkeys(chosen, Status("running"))
                 since = NOTHING.union(*(self._since[id] for id in chosen))
             found = self._personalized(list(self._running.values()), since)
+            gone = self._forgotten(found, since)
             with self._turn:
                 for id in set(self._running) - set(self._waiting):
-                    if id in found:
+                    if id in found and id not in gone and id in self._status:
                         self._status[id] = found[id]
                     else:  # forgotten meanwhile
                         self._drop(id)
@@ -169,6 +170,13 @@ class Jobs:
         diverged = dict.fromkeys(done.failed, Status("failed", message="training led to numbers that are not finite"))
         here = [person.id for person in people if person.id not in done.forgotten]
         return {id: Status("done", self._latest(id)) for id in here} | diverged
+
+    def _forgotten(self, people: Collection[str], since: frozenset[str]) -> set[str]:
+        """Those who were forgotten after the tombstones ``since``, perhaps after their state was saved."""
+        store = self.personal.store
+        with contextlib.suppress(MtaError):  # a store that does not answer: ``drop_forgotten`` comes later
+            return store.tombstones.since(people, since) if store else set()
+        return set()
 
     def _latest(self, person: str) -> int | None:
         with contextlib.suppress(MtaError):
