@@ -94,6 +94,51 @@ def test_a_folder_that_is_a_link_is_removed_without_what_it_leads_to(tmp_path: P
     assert (tmp_path / "other" / "file").read_text() == "mine"
 
 
+def test_a_folder_is_removed_whole_although_another_process_removes_a_file_of_it_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files, unlink, vanished = Storage(tmp_path), os.unlink, list[str]()
+    for name in ("work/1/a", "work/1/b", "work/2/a", "work/2/b"):
+        files.create(name, b"data")
+
+    def another_is_first(path: str, *rest: object, dir_fd: int | None = None) -> None:
+        unlink(path, dir_fd=dir_fd)
+        if not vanished:
+            vanished.append(str(path))
+            unlink(path, dir_fd=dir_fd)  # raises FileNotFoundError
+
+    monkeypatch.setattr(os, "unlink", another_is_first)
+    files.remove_folder("work")
+    assert vanished
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_remote_folder_is_removed_whole_although_a_file_of_it_vanishes(monkeypatch: pytest.MonkeyPatch) -> None:
+    files = Storage("memory://vanishing")
+    files.create("work/a", b"data")
+    remove, refusals = files.fs.rm, [FileNotFoundError("work/b")]
+
+    def another_is_first(path: str, recursive: bool) -> None:
+        if refusals:
+            raise refusals.pop()
+        remove(path, recursive=recursive)
+
+    monkeypatch.setattr(files.fs, "rm", another_is_first)
+    files.remove_folder("work")
+    assert files.find() == {}
+
+
+def test_a_folder_that_cannot_be_removed_whole_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise FileNotFoundError
+
+    files = Storage(tmp_path)
+    files.create("work/1", b"data")
+    monkeypatch.setattr(os, "unlink", refuse)
+    with pytest.raises(StoreError, match="is still there"):
+        files.remove_folder("work")
+
+
 def test_nothing_is_written_or_removed_through_a_linked_folder(tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "file").write_text("mine")

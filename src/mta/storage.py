@@ -19,6 +19,7 @@ from fsspec.implementations.local import LocalFileSystem
 from mta.aside import SHARED, is_shared, owner_only, sync_folder, written_aside
 from mta.errors import StoreError
 
+_REMOVALS = 100  # of one folder, while others remove files of it too
 _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EXDEV}
 
 
@@ -82,17 +83,34 @@ class Storage:
     def remove_folder(self, name: str) -> None:
         """Remove a folder and whatever is left in it, if it is there; of a symbolic link only the link.
 
-        A local removal is on disk when the call returns.
+        A local removal is on disk when the call returns. Raises StoreError where something stays.
         """
-        with self._reported(self.at(name)), contextlib.suppress(FileNotFoundError):
-            if not self.local:
-                return self.fs.rm(self.at(name), recursive=True)
-            path = self.inside(name)
-            if path.is_symlink():
-                path.unlink()
-            else:
-                shutil.rmtree(path)
-            sync_folder(path.parent)
+        with self._reported(self.at(name)):
+            for _ in range(_REMOVALS):
+                try:
+                    return self._remove_tree(name)
+                except FileNotFoundError:  # the folder, or only a file that another process removed meanwhile
+                    there = os.path.lexists(self.at(name)) if self.local else self.fs.exists(self.at(name))
+                    if not there:
+                        return self._flush_above(name)
+            raise StoreError(
+                f"{self.at(name)} is still there after {_REMOVALS} removals, expected nothing: its files change",
+                hint="Stop what else writes or removes there, then repeat the command.",
+            )
+
+    def _remove_tree(self, name: str) -> None:
+        if not self.local:
+            return self.fs.rm(self.at(name), recursive=True)
+        path = self.inside(name)
+        if path.is_symlink():
+            path.unlink()
+        else:
+            shutil.rmtree(path)
+        self._flush_above(name)
+
+    def _flush_above(self, name: str) -> None:
+        if self.local:
+            sync_folder(self.inside(name).parent)
 
     def replace(self, name: str, data: bytes) -> None:
         """Write a file, locally by rename; object stores put whole files, others are overwritten in place."""
