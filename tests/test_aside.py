@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from mta.aside import make_folder, owner_only, sync_folder, write_json, write_text, written_aside
-from mta.errors import ConfigError
+from mta.errors import ConfigError, StoreError
 
 
 @pytest.fixture(params=[0o022, 0o077, 0o000])
@@ -26,8 +26,8 @@ def mode(path: Path) -> int:
 def test_a_file_and_its_new_folders_are_their_owners_alone_from_the_start(tmp_path: Path, umask: int) -> None:
     path = tmp_path / "a" / "b" / "file"
     with written_aside(path) as aside:
-        assert mode(aside) == 0o600
-        aside.write_text("text")
+        assert mode(Path(aside.name)) == 0o600
+        aside.write(b"text")
     assert [mode(p) for p in (tmp_path / "a", tmp_path / "a" / "b", path)] == [0o700, 0o700, 0o600]
     assert [p.name for p in path.parent.iterdir()] == ["file"]
 
@@ -106,6 +106,61 @@ def test_lines_are_not_appended_through_a_link(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="symbolic link"):
         open(tmp_path / "file", "a", opener=owner_only)  # noqa: SIM115
     assert (tmp_path / "other").read_text() == "mine"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root gives a file to another user")
+def test_lines_are_not_appended_to_a_file_of_another_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "file"
+    path.touch()
+    path.chmod(0o666)
+    os.chown(path, 12345, -1)
+    with pytest.raises(StoreError, match="a file of user 12345, expected your own"):
+        open(path, "a", opener=owner_only)  # noqa: SIM115
+    with pytest.raises(StoreError, match="a file of user 12345"):
+        open(path, "w", opener=owner_only)  # noqa: SIM115
+    monkeypatch.setenv("MTA_SHARED", "group")
+    with open(path, "a", opener=owner_only) as file:
+        file.write("1\n")
+    assert path.read_text() == "1\n"
+
+
+def test_a_file_with_a_second_name_is_neither_appended_to_nor_emptied(tmp_path: Path) -> None:
+    (tmp_path / "other").write_text("mine")
+    (tmp_path / "file").hardlink_to(tmp_path / "other")
+    for way in ("a", "w"):
+        with pytest.raises(StoreError, match="a file with 2 names"):
+            open(tmp_path / "file", way, opener=owner_only)  # noqa: SIM115
+    assert (tmp_path / "other").read_text() == "mine"
+
+
+@pytest.mark.parametrize("read", [False, True])
+def test_lines_are_not_appended_to_a_pipe(tmp_path: Path, read: bool) -> None:
+    os.mkfifo(tmp_path / "file")
+    reader = os.open(tmp_path / "file", os.O_RDONLY | os.O_NONBLOCK) if read else None
+    with pytest.raises(StoreError, match="not a regular file"):
+        open(tmp_path / "file", "a", opener=owner_only)  # noqa: SIM115
+    if reader is not None:
+        os.close(reader)
+
+
+def test_a_link_in_the_place_of_the_temporary_file_is_not_written_through(tmp_path: Path) -> None:
+    def swap_and_write() -> None:
+        with written_aside(tmp_path / "file") as aside:
+            Path(aside.name).unlink()
+            Path(aside.name).symlink_to(tmp_path / "other")
+            aside.write(b"text")
+
+    (tmp_path / "other").write_text("mine")
+    with pytest.raises(StoreError, match="was replaced"):
+        swap_and_write()
+    assert (tmp_path / "other").read_text() == "mine"
+    assert [path.name for path in tmp_path.iterdir()] == ["other"]
+
+
+def test_a_temporary_file_that_was_removed_is_not_published(tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match="was replaced"), written_aside(tmp_path / "file") as aside:
+        Path(aside.name).unlink()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_block_that_fails_leaves_nothing(tmp_path: Path) -> None:

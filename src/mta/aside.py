@@ -11,14 +11,15 @@ import contextlib
 import errno
 import json
 import os
+import shlex
 import shutil
 import stat
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING
 
-from mta.errors import ConfigError
+from mta.errors import ConfigError, StoreError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,22 +36,57 @@ def is_shared() -> bool:
     return value == "group"
 
 
+def file_mode() -> int:
+    """The mode of a file with something personal in it: its owner's alone, or also of the group that shares it."""
+    return 0o660 if is_shared() else 0o600
+
+
 def owner_only(path: str, flags: int) -> int:
     """Open a file that only its owner (or the group that shares it) can read: the ``opener`` of ``open()``.
 
-    Does not follow a symbolic link. Tightens the mode of a file that is already there.
+    Does not follow a symbolic link. Tightens the mode of a file that is already there. Raises StoreError, and changes
+    nothing, where that file can be another user's: see ``_check_own``.
     """
-    mode = 0o660 if is_shared() else 0o600
-    file = os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, mode)
+    mode = file_mode()
+    try:  # O_NONBLOCK: a pipe would wait for a reader; O_TRUNC only after the checks
+        file = os.open(path, flags & ~os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, mode)
+    except OSError as error:
+        if error.errno == errno.ENXIO:
+            raise _not_own(path, "not a regular file") from None
+        raise
     try:
         found = os.fstat(file)
+        if not flags & os.O_EXCL:
+            _check_own(path, found)
         if stat.S_IMODE(found.st_mode) != mode and found.st_uid == os.geteuid():
             with _where_supported():  # not every file system has modes
                 os.fchmod(file, mode)
+        if flags & os.O_TRUNC:
+            os.ftruncate(file, 0)
     except BaseException:
         os.close(file)
         raise
     return file
+
+
+def _check_own(path: str, found: os.stat_result) -> None:
+    """Raises StoreError for a file that another user can have put there to read what is written; a group may."""
+    if is_shared():
+        return
+    if not stat.S_ISREG(found.st_mode):
+        raise _not_own(path, "not a regular file")
+    if found.st_uid != os.geteuid():
+        raise _not_own(path, f"a file of user {found.st_uid}")
+    if found.st_nlink > 1:
+        raise _not_own(path, f"a file with {found.st_nlink} names")
+
+
+def _not_own(path: str, found: str) -> StoreError:
+    return StoreError(
+        f"{path} is not written: it is {found}, expected your own (user {os.geteuid()}), with one name",
+        hint=f"Move it away:  mv {shlex.quote(str(path))} {shlex.quote(f'{path}.old')}\n"
+        f"  Where a group shares the folder:  export {SHARED}=group",
+    )
 
 
 def make_folder(path: Path, private: bool = True) -> None:
@@ -80,22 +116,38 @@ def make_folder(path: Path, private: bool = True) -> None:
 @contextlib.contextmanager
 def written_aside(
     path: Path, private: bool = True, publish: Callable[[Path, Path], object] = os.replace
-) -> Iterator[Path]:
-    """An empty temporary file in the same folder. When the block ends well it is flushed and renamed to ``path``.
+) -> Iterator[IO[bytes]]:
+    """A new temporary file in the same folder. When the block ends well it is flushed and renamed to ``path``.
 
-    The new name is on disk when the block is left. ``publish(temporary, path)`` does something else than rename.
+    It is written through the file that is given, never by its name, which others who can write to the folder may
+    give to another file: then StoreError is raised. The new name is on disk when the block is left.
+    ``publish(temporary, path)`` does something else than rename.
     """
     make_folder(path.parent, private)
     aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
-        open(aside, "xb", opener=owner_only if private else None).close()
-        yield aside
-        with aside.open("rb") as file:
+        with open(aside, "xb", opener=owner_only if private else None) as file:
+            yield file
+            file.flush()
             os.fsync(file.fileno())
-        publish(aside, path)
+            _check_same(aside, file)
+            publish(aside, path)
     finally:
         aside.unlink(missing_ok=True)
     sync_folder(path.parent)
+
+
+def _check_same(path: Path, file: IO[bytes]) -> None:
+    """Raises StoreError where a name does not lead to the open file any more."""
+    try:
+        same = os.path.samestat(path.lstat(), os.fstat(file.fileno()))
+    except FileNotFoundError:
+        same = False
+    if not same:
+        raise StoreError(
+            f"{path} was replaced while it was written, expected the file that was made: nothing is published",
+            hint=f"See who can write to its folder, then repeat the command:  ls -ld {shlex.quote(str(path.parent))}",
+        )
 
 
 def sync_folder(path: Path) -> None:
@@ -111,13 +163,13 @@ def sync_folder(path: Path) -> None:
 def write_text(path: Path, text: str) -> None:
     """Write a text file in UTF-8, whole or not at all."""
     with written_aside(path) as aside:
-        aside.write_text(text, encoding="utf-8")
+        aside.write(text.encode())
 
 
 def write_json(path: Path, value: object, private: bool = True) -> None:
     """Write a JSON file, whole or not at all."""
     with written_aside(path, private) as aside:
-        aside.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        aside.write(json.dumps(value, indent=1, ensure_ascii=False).encode() + b"\n")
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str] | None = None) -> None:
@@ -125,13 +177,13 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str
     from safetensors.torch import save
 
     with written_aside(path) as aside:
-        aside.write_bytes(save(dict(tensors), dict(header or {})))
+        aside.write(save(dict(tensors), dict(header or {})))
 
 
 def copy_file(source: Path, target: Path) -> None:
     """Copy a file, but not its mode, whole or not at all."""
-    with written_aside(target) as aside:
-        shutil.copyfile(source, aside)
+    with source.open("rb") as original, written_aside(target) as aside:
+        shutil.copyfileobj(original, aside)
 
 
 def read_json(path: Path) -> object:

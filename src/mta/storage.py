@@ -118,7 +118,7 @@ class Storage:
             if not self.local:
                 return self._put(name, data)
             with written_aside(self.inside(name)) as aside:
-                aside.write_bytes(data)
+                aside.write(data)
 
     def create(self, name: str, data: bytes) -> None:
         """Write a file that must not exist yet, else FileExistsError.
@@ -132,7 +132,7 @@ class Storage:
                     raise FileExistsError(self.at(name))
                 return self._put(name, data, mode="create")
             with written_aside(self.inside(name), publish=_link) as aside:
-                aside.write_bytes(data)
+                aside.write(data)
 
     def exposed(self) -> str:
         """Return the command that keeps others out, where others than the owner can read what lies here; else nothing.

@@ -134,7 +134,7 @@ def write_info(folder: Path, info: BankInfo, hash: str = "") -> None:
     """
     if info.members.hashed:
         with written_aside(folder / MEMBERS) as aside:
-            aside.write_bytes(info.members.hashed.to_bytes())
+            aside.write(info.members.hashed.to_bytes())
     values = info.model_dump(mode="json", exclude={"hash"}) | {"hash": hash or identity(info)}
     write_json(folder / INFO, values | {"sha256": seal(values)})
 

@@ -87,7 +87,7 @@ def publish(records: Sequence[Record], path: Path) -> None:
     private = {"ids", "answers", "golds"}
     lines = sorted(row.model_dump_json(exclude=private, exclude_defaults=True) for row in records)
     with written_aside(path) as aside:
-        aside.write_bytes(gzip.compress("".join(f"{line}\n" for line in lines).encode(), mtime=0))
+        aside.write(gzip.compress("".join(f"{line}\n" for line in lines).encode(), mtime=0))
 
 
 def _whole(path: Path) -> Iterator[Record]:

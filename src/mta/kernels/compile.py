@@ -184,12 +184,12 @@ def _compiled(compiler: str, openmp: str) -> Path:
         with FileLock(path.with_suffix(".lock"), timeout=2 * _PATIENCE):
             if not path.is_file():
                 with written_aside(path, private=False) as aside:
-                    _compile(compiler, openmp, aside)
+                    aside.write(_compile(compiler, openmp))
     return path
 
 
-def _compile(compiler: str, openmp: str, out: Path) -> None:
-    """Compile the sources once for each dtype, all at the same time, and link the objects to ``out``."""
+def _compile(compiler: str, openmp: str) -> bytes:
+    """The library: the sources compiled once for each dtype, all at the same time, and their objects linked."""
     with tempfile.TemporaryDirectory(prefix="mta-kernels-") as folder, ThreadPoolExecutor(len(_NUMBERS)) as pool:
 
         def compile_for(number: str) -> str:
@@ -199,7 +199,9 @@ def _compile(compiler: str, openmp: str, out: Path) -> None:
 
         objects = list(pool.map(compile_for, _NUMBERS.values()))
         # Linked by hand: -fopenmp would bring a second runtime, whose threads fight with torch's.
-        _run(compiler, "-shared", *objects, openmp, "-o", str(out))
+        linked = Path(folder, "kernels.so")
+        _run(compiler, "-shared", *objects, openmp, "-o", str(linked))
+        return linked.read_bytes()
 
 
 def _run(*command: str) -> str:

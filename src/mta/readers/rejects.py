@@ -47,13 +47,12 @@ class Rejects:
     def __init__(self, path: Path | None = None) -> None:
         self.path = path
         self.count = 0
-        self._file: IO[str] | None = None
+        self._file: IO[bytes] | None = None
         self._open = ExitStack()
 
     def __enter__(self) -> Rejects:
         if self.path is not None:
-            aside = self._open.enter_context(written_aside(self.path))
-            self._file = self._open.enter_context(aside.open("w", encoding="utf-8"))
+            self._file = self._open.enter_context(written_aside(self.path))
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
@@ -65,4 +64,4 @@ class Rejects:
             raise data_error(place, field, reason, hint=HINT)
         self.count += 1
         record = {"file": str(place.file), "line": place.line, "field": field, "reason": reason}
-        self._file.write(json.dumps(record if row is None else {**record, "row": row}) + "\n")
+        self._file.write(json.dumps(record if row is None else {**record, "row": row}).encode() + b"\n")
