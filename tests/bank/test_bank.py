@@ -424,3 +424,10 @@ def test_the_device_a_bank_is_built_on_is_no_part_of_it(folder, tmp_path, task):
     here, there = files.read_info(folder), files.read_info(tmp_path / "cpu")
     assert (there.hash, there.work) == (here.hash, here.work)
     assert json.loads((tmp_path / "cpu" / "bank.json").read_text())["run"]["device"] == "auto"
+
+
+@pytest.mark.parametrize(("shared", "mode"), [("", 0o600), ("group", 0o660)])
+def test_the_lock_of_a_banks_notes_is_open_to_its_owner_or_group_alone(tmp_path, monkeypatch, shared, mode):
+    monkeypatch.setenv("MTA_SHARED", shared)
+    files.note_published(tmp_path, "https://hub/one")
+    assert (tmp_path / f".{files.PUBLISHED}.lock").stat().st_mode & 0o777 == mode

@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from mta import runs
-from mta.aside import read_json, write_json, written_aside
+from mta.aside import file_mode, read_json, write_json, written_aside
 from mta.assets import cache_dir
 from mta.config import Run
 from mta.errors import BankCorrupt, BankError, BankMismatch
@@ -287,7 +287,7 @@ def _note(folder: Path, name: str, entries: Iterable[str]) -> None:
     """
     key, listed = {STALE: ("needs_rebuild", stale), PUBLISHED: ("published", published)}[name]
     try:
-        with FileLock(folder / f".{name}.lock", timeout=_WAIT, mode=0o666):
+        with FileLock(folder / f".{name}.lock", timeout=_WAIT, mode=file_mode()):
             write_json(folder / name, {key: sorted({*listed(folder), *entries})})
     except OSError as error:  # a lock that is not given in time is one too
         raise BankError(
