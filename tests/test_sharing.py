@@ -10,7 +10,8 @@ import pytest
 from files import ASK, dumped, jsonl, lamp
 
 from mta.history import Item, Person
-from mta.readers import read_people
+from mta.readers import overlap, read_people
+from mta.readers.overlap import SAME_ITEMS
 from mta.readers.sharing import CROWD, Copies, connected, same_users
 from mta.tasks import load_task
 
@@ -28,7 +29,7 @@ def review(seed: int, score: str = "4") -> dict[str, str]:
     return {"text": prose(seed), "score": score}
 
 
-def user(first: int, reviews: int = 6) -> list[dict[str, object]]:
+def user(first: int, reviews: int = 8) -> list[dict[str, object]]:
     """LaMP's records of one user: each question asks about one review, and its profile holds all others."""
     written = [review(first + n) for n in range(reviews)]
     return [
@@ -64,13 +65,13 @@ def test_questions_of_one_user_without_user_id_are_one_person(tmp_path, caplog) 
 def test_a_merged_history_holds_each_item_once_and_no_answer_to_an_own_question(tmp_path) -> None:
     records = user(100)
     [one] = read_people(lamp(tmp_path, records, golds(records)), "lamp3")
-    assert [item.fields["text"] for item in one.items] == [prose(103), prose(104), prose(105)]
+    assert [item.fields["text"] for item in one.items] == [prose(n) for n in range(103, 108)]
     assert [query.fields["text"] for query in one.queries] == [prose(100), prose(101), prose(102)]
 
 
 def test_an_own_question_without_a_known_answer_is_taken_out_too(tmp_path) -> None:
     [one] = read_people(lamp(tmp_path, user(100), None), "lamp3")
-    assert len(one.items) == 3
+    assert len(one.items) == 5
 
 
 def test_a_merged_person_does_not_depend_on_the_order_of_the_file(tmp_path) -> None:
@@ -121,19 +122,41 @@ def test_profiles_that_grow_are_one_user_throughout() -> None:
 
 def test_same_users_are_found_as_by_comparing_every_pair() -> None:
     lots = random.Random(0)
-    for _ in range(60):
-        records = [[Item({"text": str(lots.randrange(12))}) for _ in range(lots.randint(1, 9))] for _ in range(8)]
+    for _ in range(300):
+        records = [[Item({"text": str(lots.randrange(14))}) for _ in range(lots.randint(1, 16))] for _ in range(8)]
         sets = [{item.fields["text"] for item in items} for items in records]
         near = {
             (a, b)
             for a in range(8)
             for b in range(8)
-            if len(sets[a] & sets[b]) >= 3 and 2 * len(sets[a] & sets[b]) >= len(sets[a] | sets[b])
+            if len(sets[a] & sets[b]) >= SAME_ITEMS and 2 * len(sets[a] & sets[b]) >= len(sets[a] | sets[b])
         }
         reached = [{n} for n in range(8)]
         for _ in range(8):
             reached = [one | {b for a, b in near if a in one} for one in reached]
         assert same_users(records) == [sorted(one) for n, one in enumerate(reached) if min(one) == n]
+
+
+@pytest.mark.parametrize(
+    ("records", "users"),
+    [
+        ([range(20)] * 2000, 1),
+        ([[n for n in range(401) if n != asked] for asked in range(400)], 1),
+        ([random.Random(n).sample(range(200), 10) for n in range(2000)], 2000),
+    ],
+    ids=["equal profiles", "one user with many questions", "popular films"],
+)
+def test_few_pairs_of_many_records_are_compared(monkeypatch, records, users) -> None:
+    compared, alike = [], overlap.alike
+    monkeypatch.setattr(overlap, "alike", lambda *pair: compared.append(1) or alike(*pair))
+    films = [Item({"text": str(n)}) for n in range(401)]
+    assert len(same_users([[films[n] for n in one] for one in records])) == users
+    assert len(compared) <= 2 * len(records)
+
+
+def test_users_who_tag_a_few_popular_films_alike_stay_different_people() -> None:
+    films = [Item(review(n)) for n in range(6)]
+    assert len(same_users([films[:3], films[:4], films[1:5], films[2:]])) == 4
 
 
 def test_a_limit_counts_people_rather_than_questions(tmp_path) -> None:
@@ -145,7 +168,7 @@ def test_a_limit_counts_people_rather_than_questions(tmp_path) -> None:
 def test_questions_with_one_user_id_do_not_repeat_items_under_new_ids(tmp_path) -> None:
     records = [{**record, "user_id": "u"} for record in user(100)]
     [one] = read_people(lamp(tmp_path, records, golds(records)), "lamp3")
-    assert [item.fields["text"] for item in one.items] == [prose(103), prose(104), prose(105)]
+    assert [item.fields["text"] for item in one.items] == [prose(n) for n in range(103, 108)]
 
 
 # -- several people, one item ------------------------------------------------------------------------------------------
@@ -189,6 +212,19 @@ def test_common_boilerplate_connects_nobody_and_is_counted() -> None:
     assert (shared.items, shared.crowded) == (0, 1)
     _, shared = connected(people(*([prose(1)] for _ in range(CROWD))), LAMP3)
     assert (shared.items, shared.crowded, shared.largest) == (1, 0, CROWD)
+
+
+def test_many_people_with_the_same_history_are_one_group_though_each_item_is_common() -> None:
+    everybody = people(*([prose(n) for n in range(50)] for _ in range(CROWD + 1)), [prose(0)])
+    found, shared = connected(everybody, LAMP3)
+    assert [person.group for person in found] == ["p0"] * (CROWD + 1) + [""]
+    assert (shared.items, shared.crowded, shared.largest) == (0, 50, CROWD + 1)
+
+
+def test_one_different_label_does_not_separate_the_people_who_copied_text_and_label() -> None:
+    scores = ["4", "4", "1"]
+    copied = [Person.of(f"p{n}", [Item({"text": prose(1), "score": score})]) for n, score in enumerate(scores)]
+    assert [person.group for person in connected(copied, LAMP3)[0]] == ["p0", "p0", ""]
 
 
 def test_films_that_many_people_rate_connect_nobody_even_where_ratings_agree() -> None:

@@ -6,15 +6,14 @@ Rules, limits, and measurements: docs/decisions/019-shared-items.md.
 from __future__ import annotations
 
 import hashlib
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from mta.history import Item, Person
+from mta.readers.overlap import SAME_ITEMS, nearly_equal
 from mta.tasks.task import Task
 
-SAME_USER = 0.5  # Jaccard index of two profiles from which on both belong to one user
-SAME_ITEMS = 3  # and the two profiles share at least this many items
 LONG = 64  # characters: two people write a shorter text by coincidence
 CROWD = 10  # people: an item that more of them hold is common text and connects no people
 Key = tuple[bytes, bytes]  # digests of an item's inputs and of its answer
@@ -24,8 +23,8 @@ Key = tuple[bytes, bytes]  # digests of an item's inputs and of its answer
 class Shared:
     """Counts of shared items: ``items`` connect ``people`` into ``groups``; ``largest`` is the largest group's size.
 
-    Not counted as shared: ``crowded`` items, which more than ``CROWD`` people hold, and ``judged`` inputs, which
-    several people answer independently of each other (a film that many people rate).
+    Not counted as shared: ``crowded`` items, which more than ``CROWD`` people hold, and ``judged`` inputs, to
+    which no answer is given by most of its holders, or which people answer independently of each other (films).
     """
 
     items: int = 0
@@ -40,30 +39,6 @@ class Shared:
         return f"{held} and connect {self.people} people in {self.groups} groups of at most {self.largest}"
 
 
-class _Sets:
-    """Disjoint sets of the numbers 0 to n - 1."""
-
-    def __init__(self, count: int) -> None:
-        self._above = list(range(count))
-
-    def root(self, n: int) -> int:
-        while self._above[n] != n:
-            self._above[n] = n = self._above[self._above[n]]
-        return n
-
-    def join(self, numbers: Iterable[int]) -> None:
-        roots = {self.root(n) for n in numbers}
-        for root in roots:
-            self._above[root] = min(roots)
-
-    def groups(self) -> list[list[int]]:
-        """All sets, each in ascending order, by their smallest number."""
-        found: dict[int, list[int]] = {}
-        for n in range(len(self._above)):
-            found.setdefault(self.root(n), []).append(n)
-        return list(found.values())
-
-
 # -- records of one user -----------------------------------------------------------------------------------------------
 
 
@@ -76,29 +51,8 @@ def sameness(item: Item) -> tuple[object, ...]:
 
 
 def same_users(records: Sequence[Sequence[Item]]) -> list[list[int]]:
-    """Group the numbers of records that belong to one user, because their profiles are nearly the same.
-
-    Two profiles are of one user if they share at least ``SAME_ITEMS`` items and half of the items in either. Only pairs
-    that share one of their rare items are compared (prefix filtering), so a large file takes no quadratic time.
-    """
-    profiles = [{sameness(item) for item in items} for items in records]
-    held = Counter(item for profile in profiles for item in profile)
-    numbers = {item: n for n, item in enumerate(sorted(held, key=held.__getitem__))}
-    ranked = [sorted(numbers[item] for item in profile if held[item] > 1) for profile in profiles]
-    sets, seen = _Sets(len(records)), defaultdict[int, list[int]](list)
-    for n, shared in enumerate(ranked):
-        size, mine = len(profiles[n]), set(shared)
-        # At least half of the items must be common, so one of them is among the rarest size // 2 + 1.
-        rare = shared[: max(size // 2 + 1 - (size - len(shared)), 0)]
-        for other in (other for item in rare for other in seen[item]):
-            if sets.root(other) == sets.root(n):
-                continue
-            common = len(mine.intersection(ranked[other]))
-            if common >= SAME_ITEMS and common >= SAME_USER * (size + len(profiles[other]) - common):
-                sets.join((n, other))
-        for item in rare:
-            seen[item].append(n)
-    return sets.groups()
+    """Group the numbers of records that belong to one user, because their profiles are nearly the same."""
+    return nearly_equal([frozenset(map(sameness, items)) for items in records]).groups()
 
 
 def missing_from(known: Sequence[Item], items: Sequence[Item]) -> list[Item]:
@@ -143,20 +97,22 @@ class Copies:
     def __init__(self, people: Sequence[Person], task: Task) -> None:
         self.task = task
         self.crowded = self.judged = 0
+        self.independent = False
         self.holders: dict[Key, set[int]] = {}
         by_inputs = self._several(people)
         if task.labelled and _independent(by_inputs.values(), _chance(people, task)):
+            self.independent = True
             self.judged = len(by_inputs)
             return
         for inputs, answers in by_inputs.items():
-            if task.labelled and len(answers) > 1:  # the answers differ, so the input is no copy
+            everybody = sum(map(len, answers.values()))
+            answer, holders = max(answers.items(), key=lambda one: len(one[1]))
+            if everybody > CROWD and (len(answers) == 1 or not task.labelled):
+                self.crowded += 1
+            elif everybody > CROWD or 2 * len(holders) <= everybody:  # no answer that most holders copied
                 self.judged += 1
-                continue
-            for answer, holders in answers.items():
-                if len(holders) > CROWD:
-                    self.crowded += 1
-                elif len(holders) > 1:
-                    self.holders[inputs, answer] = holders
+            else:
+                self.holders[inputs, answer] = holders
 
     def in_histories(self, people: Iterable[Person], queries: Iterable[Item]) -> int:
         """Count the queries of which a copy stands in the histories of ``people``."""
@@ -199,9 +155,11 @@ def connected(people: Sequence[Person], task: Task) -> tuple[list[Person], Share
     """Return the people with their groups, and what was found.
 
     People who hold a copy of one item are in one group, directly or through others; a group is called by its smallest
-    person id. People who share nothing are in no group.
+    person id. People whose histories are nearly equal are in one group too, however many hold their items. People who
+    share nothing are in no group.
     """
-    copies, sets = Copies(people, task), _Sets(len(people))
+    copies = Copies(people, task)
+    sets = nearly_equal([frozenset() if copies.independent else _contents(person) for person in people])
     for holders in copies.holders.values():
         sets.join(holders)
     groups = [group for group in sets.groups() if len(group) > 1]
@@ -212,9 +170,18 @@ def connected(people: Sequence[Person], task: Task) -> tuple[list[Person], Share
     return [replace(person, group=names[n]) if n in names else person for n, person in enumerate(people)], found
 
 
+def _contents(person: Person) -> frozenset[bytes]:
+    """What the items of a person's history say, without ids and times."""
+    fields = (sorted(item.fields.items()) for item in person.items)
+    return frozenset(_digest([_plain(text) for pair in one for text in pair]) for one in fields)
+
+
 def _independent(inputs: Collection[Mapping[bytes, set[int]]], chance: float) -> bool:
-    """Whether people answer common inputs on their own: two of them differ more than half as often as by chance."""
-    return bool(inputs) and sum(map(_differing, inputs)) / len(inputs) > chance / 2
+    """Whether people answer common inputs on their own: two of them differ more than half as often as by chance.
+
+    Fewer than ``SAME_ITEMS`` common inputs are too few to tell.
+    """
+    return len(inputs) >= SAME_ITEMS and sum(map(_differing, inputs)) / len(inputs) > chance / 2
 
 
 def _differing(answers: Mapping[bytes, set[int]]) -> float:
