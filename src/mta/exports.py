@@ -20,6 +20,7 @@ from mta.errors import InputError, PersonForgotten, StateCorrupt
 from mta.hub import Parcel
 from mta.lora.peft import CARD, CONFIG, WEIGHTS, has_own_card, read_peft, remove_asides
 from mta.storage import Storage
+from mta.store_lock import locked
 from mta.tombstones import Tombstones
 
 SCHEMA = 2
@@ -62,8 +63,9 @@ class Export:
             return f"{self.host}/{self.folder} (pushed there: delete it by hand)"
         if self.host != platform.node():
             return f"{self.folder} (on the host {self.host!r})"
+        if why := _remove_asides(folder):
+            return f"{self.folder} ({why})"
         try:
-            remove_asides(folder)
             if _sha256(folder / WEIGHTS) != self.sha256:
                 return f"{self.folder} ({'its adapter was changed since' if self.sha256 else 'it was interrupted'})"
             (folder / CONFIG).unlink(missing_ok=True)
@@ -72,10 +74,8 @@ class Export:
             (folder / WEIGHTS).unlink()
             sync_folder(folder)
         except (FileNotFoundError, NotADirectoryError):
-            if self.sha256 and not folder.parent.is_dir():
-                return f"{self.folder} (nor is the folder around it there: is a disk not mounted?)"
-            if self.sha256 and not folder.is_dir():
-                return f"{self.folder} (not there any more: it was removed before, or moved)"
+            if why := self._missing():
+                return f"{self.folder} ({why})"
         except OSError as error:
             return f"{self.folder} ({error.strerror})"
         with contextlib.suppress(OSError):  # other files are in it, or it is not there any more
@@ -83,11 +83,22 @@ class Export:
             sync_folder(folder.parent)
         return ""
 
+    def _missing(self) -> str:
+        """Where the weights may be that are not in their folder, in words; nothing where nothing was finished."""
+        folder = Path(self.folder)
+        if self.sha256 and not folder.parent.is_dir():
+            return "nor is the folder around it there: is a disk not mounted?"
+        if self.sha256 and not folder.is_dir():
+            return "not there any more: it was removed before, or moved"
+        if self.sha256 and any(folder.iterdir()):
+            return "its weights are not there any more: they were removed before, or renamed"
+        return ""
+
     def is_final(self) -> bool:
         """Whether ``remove`` will never remove what it left: it was pushed to a hub, changed since, or moved.
 
         What lies on another host, on a disk that is not mounted, or where this process may not write can be removed
-        later.
+        later. Moved means the folder or the weights in it.
         """
         folder = Path(self.folder)
         if "://" in self.host or self.host != platform.node():
@@ -95,7 +106,7 @@ class Export:
         try:
             return _sha256(folder / WEIGHTS) != self.sha256
         except FileNotFoundError:
-            return folder.parent.is_dir() and not folder.is_dir()
+            return folder.parent.is_dir()
         except OSError:
             return False
 
@@ -121,20 +132,20 @@ class Exports:
     def writing(self, id: str, folder: str | Path, since: Collection[str] | None = None) -> Iterator[None]:
         """Within the block an adapter of a person is written to a folder of this host, for ``remove`` to find.
 
-        It is noted before it is there, so that a killed export is found too. Of two exports of one person at one
-        instant the later alone may be noted. If the person was forgotten after the tombstones ``since`` were found, the
-        export is removed again. Raises StateCorrupt, PersonForgotten.
+        It is noted before it is there, so that a killed export is found too. Exports of one person may overlap. If the
+        person was forgotten after the tombstones ``since`` were found, the export is removed again. Raises
+        StateCorrupt, PersonForgotten.
         """
         self.tombstones.check(id, since)
-        before, export = self.of(id), Export.begun(folder)
-        others = [known for known in before if (known.host, known.folder) != (export.host, export.folder)]
-        self._write(id, [*before, export])  # what lies there until the new one takes its place is found too
+        export = Export.begun(folder)
+        self._change(id, lambda known: [*known, export])  # what lies there until the new one takes its place stays
         try:
             yield
         except Exception:  # refused, or no room for it: what lay there before lies there still
-            self._write(id, before)
+            self._change(id, lambda known: _without(known, export))
+            self._keep_out(id, since)
             raise
-        self._write(id, [*others, export.done()])
+        self._change(id, lambda known: [*_elsewhere(known, export), export.done()])
         self._keep_out(id, since)
 
     def note(self, id: str, export: Export, since: Collection[str] | None = None) -> None:
@@ -142,8 +153,7 @@ class Exports:
 
         ``since`` is as in ``writing``. Raises StateCorrupt, PersonForgotten.
         """
-        known = self.of(id)
-        self._write(id, [*(one for one in known if (one.host, one.folder) != (export.host, export.folder)), export])
+        self._change(id, lambda known: [*_elsewhere(known, export), export])
         self._keep_out(id, since)
 
     def remove(self, id: str) -> dict[Export | None, str]:
@@ -155,9 +165,16 @@ class Exports:
 
     def forget(self, id: str, keep: bool = False) -> dict[Export | None, str]:
         """``remove``, and keep on the list only what a later call may remove; with ``keep`` all that is left."""
-        left = self.remove(id)
-        self._write(id, [export for export in left if export and (keep or not export.is_final())])
+        with locked(self.files):
+            left = self.remove(id)
+            self._write(id, [export for export in left if export and (keep or not export.is_final())])
         return left
+
+    def _change(self, id: str, change: Callable[[list[Export]], list[Export]]) -> None:
+        """Replace the list by what ``change`` makes of it as it is now."""
+        self.path(id, True)  # begins the store, and with it the folder of the lock
+        with locked(self.files):
+            self._write(id, change(self.of(id)))
 
     def _keep_out(self, id: str, since: Collection[str] | None) -> None:
         """Remove exports and their list if the person was forgotten meanwhile, and raise PersonForgotten."""
@@ -177,9 +194,45 @@ class Exports:
 
 
 def remove_if_empty(files: Storage, folder: str) -> None:
-    """Remove a person's folder if nothing is in it: even that would tell that the person was here."""
-    if not files.sizes(folder):
-        files.remove_folder(folder)
+    """Remove a person's folder if nothing is in it: even that would tell that the person was here.
+
+    Never with what a writer puts there in this moment. Object stores have no folders: nothing is removed there.
+    """
+    if not files.local:
+        with contextlib.suppress(Exception):  # clients have errors of their own, and most have no folders
+            files.fs.rmdir(files.at(folder))
+        return
+    path = files.inside(folder)
+    with contextlib.suppress(OSError):  # something is in it, or it is not there any more
+        path.rmdir()
+        sync_folder(path.parent)
+
+
+def _remove_asides(folder: Path) -> str:
+    """``remove_asides``, once more where one vanished meanwhile. Why not all went, in words, or nothing."""
+    try:
+        try:
+            remove_asides(folder)
+        except FileNotFoundError:
+            remove_asides(folder)
+    except OSError as error:
+        return error.strerror or str(error)
+    return ""
+
+
+def _elsewhere(exports: Sequence[Export], export: Export) -> list[Export]:
+    """Those that lie in other places than ``export``."""
+    return [known for known in exports if (known.host, known.folder) != (export.host, export.folder)]
+
+
+def _without(exports: Sequence[Export], export: Export) -> list[Export]:
+    """All but the last that equals ``export``; an earlier one was killed."""
+    left = list(exports)
+    if export in left:
+        left.reverse()
+        left.remove(export)
+        left.reverse()
+    return left
 
 
 def adapter_parcel(folder: Path) -> Parcel:

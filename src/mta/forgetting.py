@@ -41,15 +41,19 @@ def forget_person(person: str, store: Store | None, *banks: Path, keep_exports: 
     Without a bank nobody asks what was learnt from the person. Raises StoreError if something of the person could not
     be removed, after everything else was done.
     """
-    left, removed = dict[Export | None, str](), [False]
+    lists, removed = list[dict[Export | None, str]](), [False]
     failed = list[StoreError]()
     if store:
-        failed = _failures(
+        failed = _failures_of_passes(
             lambda: store.tombstones.add(person),  # from here on no process saves anything of theirs
             lambda: store.files.remove_folder("work"),  # a stopped run's checkpoint may hold their stack
-            lambda: left.update(store.exports.forget(person, keep_exports)),
+            lambda: lists.append(store.exports.forget(person, keep=True)),
             lambda: removed.append(store.remove(person)),
         )
+        if not failed and not keep_exports:  # what is named now is not named again
+            failed = _failures(lambda: lists.append(store.exports.forget(person)))
+    damaged = {export: why for each in lists for export, why in each.items() if export is None}  # gone with its pass
+    left = damaged | (lists[-1] if lists else {})
     found = replace(_marked(person, banks), states_removed=any(removed), exports_left=list(left.values()))
     if failed:
         told = [error.message for error in failed]
@@ -62,11 +66,19 @@ def forget_person(person: str, store: Store | None, *banks: Path, keep_exports: 
     return replace(found, complete=not found.unmarked and not again)
 
 
-def _failures(*steps: Callable[[], object]) -> list[StoreError]:
-    """Take every step, whatever becomes of the others; those that failed are tried again at the end, and reported.
+def _failures_of_passes(*steps: Callable[[], object]) -> list[StoreError]:
+    """Take all steps twice, and return the errors of the last time.
 
-    On a full disk removing files makes room for the tombstone.
+    A process may find the first tombstone and then read what is not removed yet; the second tombstone is newer than
+    that. So it comes after a pass that removed everything: where the first one failed there is a third. On a full disk
+    removing files makes room for the tombstone.
     """
+    first, failed = _failures(*steps), _failures(*steps)
+    return _failures(*steps) if first or failed else failed
+
+
+def _failures(*steps: Callable[[], object]) -> list[StoreError]:
+    """Take every step, whatever becomes of the others; return the errors of those that failed."""
 
     def failure(step: Callable[[], object]) -> StoreError | None:
         try:
@@ -75,8 +87,7 @@ def _failures(*steps: Callable[[], object]) -> list[StoreError]:
             return error
         return None
 
-    again = [step for step in steps if failure(step)]
-    return [error for step in again if (error := failure(step))]
+    return [error for step in steps if (error := failure(step))]
 
 
 def _marked(person: str, banks: Sequence[Path]) -> Forgotten:

@@ -7,6 +7,7 @@
         history.json                      only what ``save_history`` was given
         exports.json                      where adapters were exported to, readable only with the id
     forgotten/                            that somebody was forgotten, for a week (``tombstones``)
+    .lock                                 locally, for one writer at a time (``store_lock``)
 
 Raw ids appear nowhere; whoever holds store.json can test a guessed id, so guard it as the data itself.
 """
@@ -81,6 +82,8 @@ class Store:
         version = last + 1
         try:
             self.files.create(f"{path}/{version}.safetensors", state.to_bytes())
+            pointer = {"version": version, "time": datetime.now(UTC).isoformat(timespec="seconds"), "work": state.work}
+            self.files.replace(f"{path}/latest.json", json.dumps(pointer).encode())
         except FileExistsError:
             if self._work(f"{path}/{version}.safetensors") == state.work:
                 return version
@@ -88,8 +91,9 @@ class Store:
                 f"version {version} of {id!r} was created by another writer meanwhile; this state was not saved",
                 hint=f"Save again: it becomes version {version + 1}.",
             ) from None
-        pointer = {"version": version, "time": datetime.now(UTC).isoformat(timespec="seconds"), "work": state.work}
-        self.files.replace(f"{path}/latest.json", json.dumps(pointer).encode())
+        except StoreError:  # the state may be there all the same
+            self._keep_out(id, since, f"{version}.safetensors", "latest.json")
+            raise
         self._keep_out(id, since, f"{version}.safetensors", "latest.json")
         return version
 
@@ -166,8 +170,10 @@ class Store:
         ``since`` is as in ``save``. Raises PersonForgotten.
         """
         self.tombstones.check(person.id, since)
-        self.files.replace(f"{self._path(person.id, write=True)}/history.json", history_to_bytes(person))
-        self._keep_out(person.id, since, "history.json")
+        try:
+            self.files.replace(f"{self._path(person.id, write=True)}/history.json", history_to_bytes(person))
+        finally:
+            self._keep_out(person.id, since, "history.json")
 
     def history(self, id: str) -> Person | None:
         """What ``save_history`` kept, or None. Raises StateCorrupt."""
@@ -177,11 +183,15 @@ class Store:
     def forget(self, id: str) -> bool:
         """Remove all that is kept of a person but exported adapters; False if there was nothing.
 
-        Processes that still hold something of the person do not save it any more (``tombstones``).
+        Processes that still hold something of the person do not save it any more (``tombstones``). Whoever finds the
+        first note and reads what is not removed yet finds the second one later.
         """
-        self.tombstones.add(id)
-        found = self.remove(id)
-        self.files.remove_folder(self._path(id))
+        found = False
+        for _ in range(2):
+            self.tombstones.add(id)
+            found |= self.remove(id)
+            self.files.remove(f"{self._path(id)}/exports.json")
+            remove_if_empty(self.files, self._path(id))
         return found
 
     def remove(self, id: str) -> bool:
@@ -202,11 +212,12 @@ class Store:
         """Remove files that were just written if the person was forgotten meanwhile, and raise PersonForgotten.
 
         Forgetting leaves its tombstone before it lists files. So either it finds these, or the tombstone is found here.
+        Where nothing can be looked up (StoreError), a new state goes too; a history, which replaced another, stays.
         """
         try:
             self.tombstones.check(id, since)
-        except PersonForgotten:
-            for name in names:
+        except StoreError as error:
+            for name in names if isinstance(error, PersonForgotten) else filter(version_of, names):
                 self.files.remove(f"{self._path(id)}/{name}")
             remove_if_empty(self.files, self._path(id))
             raise

@@ -4,7 +4,7 @@
 
 A process remembers the names it found when a person's items came in. A name that is new afterwards means that the
 person was forgotten since, so what the process holds or made of these items must not be saved. No clocks are compared:
-the time in a name only says when the note may be removed. The hash is keyed by a key of its own, so a note cannot be
+the times of a note only say when it may be removed. The hash is keyed by a key of its own, so a note cannot be
 matched with a person's folder; whoever has store.json and guesses an id can test the guess.
 """
 
@@ -36,8 +36,25 @@ class Tombstones:
         """Note that a person is being forgotten now, and remove notes that are too old to matter."""
         if keyed := self.keyed(id):
             self.files.create(f"{FOLDER}/{keyed}-{int(time.time())}-{secrets.token_hex(8)}", b"")
-            for name in filter(is_expired, self.names()):
-                self.files.remove(f"{FOLDER}/{name}")
+            for name in self.expired():
+                self.files.remove(name)
+
+    def expired(self, dry: bool = False) -> list[str]:
+        """The paths of the notes that are too old to matter.
+
+        This host's clock may be wrong. So a note's file, too, must be that much older than a file that is written now:
+        the store gives both their times. ``dry`` writes none and goes by the times in the names alone.
+        """
+        old = [f"{FOLDER}/{name}" for name in self.names() if _is_expired(name)]
+        if dry or not old:
+            return old
+        now = f"{FOLDER}/.now.{secrets.token_hex(16)}"
+        try:
+            self.files.replace(now, b"")
+            youngest = self.files.age(now)
+            return [name for name in old if self.files.age(name) - youngest > LIFETIME]
+        finally:
+            self.files.remove(now)
 
     def names(self) -> frozenset[str]:
         """The names of all notes: one listing."""
@@ -73,7 +90,7 @@ def forgotten_meanwhile() -> PersonForgotten:
     )
 
 
-def is_expired(name: str) -> bool:
-    """Whether a note is too old to matter, by the time in its name."""
+def _is_expired(name: str) -> bool:
+    """Whether a note is too old to matter, by this host's clock and the time in its name."""
     found = _NAME.fullmatch(name)
     return found is not None and time.time() - int(found[2]) > LIFETIME

@@ -18,11 +18,12 @@ from mta.errors import MtaError
 from mta.exports import check_exports
 from mta.state import State, history_from_bytes
 from mta.store import Store, version_of
-from mta.tombstones import FOLDER, is_expired
+from mta.store_lock import LOCK
+from mta.tombstones import FOLDER
 from mta.work import ABANDONED
 
 T = TypeVar("T")
-Kind = Literal["key", "state", "history", "exports", "hint", "work", "tombstone", "leftover", "stranger"]
+Kind = Literal["key", "state", "history", "exports", "hint", "work", "tombstone", "lock", "leftover", "stranger"]
 
 _PLACE = re.compile(r"([0-9a-f]{2}/[0-9a-f]{64})/([^/]+)")
 _BESIDE: dict[str, Kind] = {"latest.json": "hint", "history.json": "history", "exports.json": "exports"}
@@ -116,7 +117,7 @@ def collect(
     sizes, gone = store.files.find(), dict[str, int]()
     waits: dict[Kind, float] = {"leftover": older, "work": ABANDONED}
     left = {name: waits[kind] for name in sizes if (kind := _kind(name)) in waits}
-    old = [name for name in sizes if _kind(name) == "tombstone" and is_expired(_file(name))]
+    old = [name for name in store.tombstones.expired(dry) if name in sizes]
     for name in [*old, *(name for name, wait in left.items() if store.files.age(name) > wait)]:
         gone[name] = sizes[name]
         if not dry:
@@ -159,6 +160,8 @@ def _kind(name: str) -> Kind:
         return "work"  # a stopped run goes on from it
     if name == "store.json":
         return "key"
+    if name == LOCK:
+        return "lock"
     if name.startswith(f"{FOLDER}/"):
         return "tombstone"
     if not _PLACE.fullmatch(name):

@@ -10,6 +10,7 @@ from mta.history import Item, Person
 from mta.serving.auth import LOCAL, Key
 from mta.serving.engine import Refused
 from mta.store import Store
+from mta.store_lock import locked
 
 _BESIDE = 64  # what an object takes beside its text, about
 
@@ -34,17 +35,15 @@ class Histories:
 
     def append(self, id: str, new: Sequence[Item], keep: bool, key: Key = LOCAL) -> int:
         """Add items and return how many there are. Raises Refused where they are too many, PersonForgotten."""
-        since = self._store.tombstones.of(id)
-        before = self._store.history(id) if keep else self._of(id, since)
-        person = Person.of(id, (*(before.items if before else ()), *new))
-        if len(person.items) > self._most:
-            raise Refused(
-                f"a history has at most {self._most} items here, these would be {len(person.items)}",
-                hint="Send fewer, or forget the person and begin anew: DELETE /v1/people/…",
-            )
         if keep:
-            self._store.save_history(person, since)
-            return len(person.items)
+            self._store.identity(write=True)  # the lock lies in the store
+            with locked(self._store.files):
+                since = self._store.tombstones.of(id)
+                person = self._joined(self._store.history(id), id, new)
+                self._store.save_history(person, since)
+                return len(person.items)
+        since = self._store.tombstones.of(id)
+        person = self._joined(self._of(id, since), id, new)
         with self._door:
             self._drop(id)
             whose = self._whose[id] = key.share
@@ -53,6 +52,15 @@ class Histories:
             self._filled[whose] += _characters(person)
             self._make_room(whose)
         return len(person.items)
+
+    def _joined(self, before: Person | None, id: str, new: Sequence[Item]) -> Person:
+        person = Person.of(id, (*(before.items if before else ()), *new))
+        if len(person.items) > self._most:
+            raise Refused(
+                f"a history has at most {self._most} items here, these would be {len(person.items)}",
+                hint="Send fewer, or forget the person and begin anew: DELETE /v1/people/…",
+            )
+        return person
 
     def _make_room(self, whose: str) -> None:
         while whose and self._filled[whose] > self._room // 4 and self._drop_oldest(whose):
