@@ -113,10 +113,10 @@ def test_a_module_that_loads_others_by_name_is_refused(encoder, kind):
     assert f"names a module of type {kind!r}; expected one of Transformer, Pooling, " in refused(vectors, encoder)
 
 
-@pytest.mark.parametrize("path", ["../elsewhere", "/etc", "a/../../b"])
+@pytest.mark.parametrize("path", ["../elsewhere", "/etc", "a/../../b", "*"])
 def test_a_module_outside_the_folder_is_refused(encoder, path):
     save_modules(encoder, {"path": path, "type": f"{KIND}.Normalize"})
-    assert f"names a module at {path!r}, outside the folder" in refused(vectors, encoder)
+    assert f"names a module at {path!r}; expected a folder inside" in refused(vectors, encoder)
 
 
 @pytest.mark.parametrize("text", ["{", "{}", "[1]", '[{"path": ""}]'])
@@ -172,12 +172,61 @@ def test_settings_that_change_numbers_alone_are_taken(encoder):
 @pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation", "experts_implementation"])
 def test_attention_code_from_the_hub_is_refused(encoder, key):
     changed_json(encoder / "config.json", **{key: "owner/kernel"})
-    assert f"{key} 'owner/kernel', which is code from the hub" in refused(vectors, encoder)
+    assert f"config.json sets {key} 'owner/kernel'; expected" in refused(vectors, encoder)
 
 
 def test_attention_code_from_the_hub_is_refused_in_an_encoders_settings(encoder):
     changed_json(encoder / "sentence_bert_config.json", model_args={"attn_implementation": "owner/kernel"})
-    assert "which is code from the hub" in refused(vectors, encoder)
+    assert "sets attn_implementation 'owner/kernel'; expected eager or sdpa" in refused(vectors, encoder)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("attn_implementation", "flash_attention_2"),
+        ("_attn_implementation", "flash_attention_3"),
+        ("_attn_implementation_internal", "flash_attention_2"),
+        ("attn_implementation", {"": "flash_attention_2"}),
+        ("experts_implementation", "sonicmoe"),
+    ],
+)
+def test_an_implementation_that_transformers_would_fetch_is_refused(encoder, base, key, value):
+    for folder, call in ((encoder, vectors), (base, load)):
+        changed_json(folder / "config.json", text_config={key: value})
+        assert f"config.json sets {key} {value!r}; expected eager" in refused(call, folder)
+
+
+def test_implementations_of_torch_and_transformers_are_taken(encoder, base):
+    for folder in (encoder, base):
+        own = {"_attn_implementation": "eager", "_attn_implementation_autoset": True, "attn_implementation": None}
+        changed_json(folder / "config.json", experts_implementation="batched_mm", **own)
+    assert vectors(encoder).shape == (2, 8)
+    assert load(base).fingerprint
+
+
+@pytest.mark.parametrize("listed", [["config.4.0.0.json"], None])
+def test_a_configuration_that_points_to_another_one_is_refused(encoder, base, listed):
+    """transformers would load that file in place of config.json, which alone is checked."""
+    for folder, call in ((encoder, vectors), (base, load)):
+        shutil.copy(folder / "config.json", folder / "config.4.0.0.json")
+        changed_json(folder / "config.json", configuration_files=listed)
+        assert "config.json sets configuration_files" in refused(call, folder)
+
+
+@pytest.mark.parametrize("shard", ["w.bin", "../outside.safetensors", "*.safetensors", "[a].safetensors", 1])
+def test_shards_that_are_no_safetensors_of_the_folder_are_refused(encoder, base, marker, shard):
+    for folder, call in ((encoder, vectors), (base, load)):
+        (folder / "model.safetensors").unlink()
+        torch.save({"x": Payload(marker)}, folder / "w.bin")
+        index = {"metadata": {}, "weight_map": {"x": shard}}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+        assert f"names {shard!r} as its weights; expected safetensors of its own folder" in refused(call, folder)
+        assert not marker.exists()
+
+
+def test_a_quantized_encoder_is_refused(encoder):
+    changed_json(encoder / "config.json", quantization_config={"quant_method": "bitsandbytes", "load_in_8bit": True})
+    assert "is quantized; expected plain weights" in refused(vectors, encoder)
 
 
 def test_pickled_weights_of_an_encoder_are_not_opened(encoder, marker):

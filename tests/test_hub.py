@@ -120,6 +120,17 @@ def test_weights_outside_the_repository_are_not_asked_for(hub, whole, tmp_path, 
         fingerprint(NAME)
 
 
+@pytest.mark.parametrize("shard", ["*", "w.bin", "../w.safetensors"])
+def test_shards_outside_safetensors_of_the_repository_are_not_asked_for(hub, sharded, tmp_path, shard):
+    folder = duplicated(sharded, tmp_path / "more")
+    torch.save({}, folder / "w.bin")
+    changed_json(folder / "model.safetensors.index.json", weight_map={"x": shard})
+    publish(hub, folder)
+    with pytest.raises(ModelError, match="expected safetensors of its own folder"):
+        local_folder(NAME)
+    assert not [path for _, path in hub.requests if path.endswith((".bin", ".safetensors"))]
+
+
 def test_a_distributed_checkpoint_is_refused(whole, tmp_path):
     """transformers would load it in place of model.safetensors, which the fingerprint is of."""
     folder = Path(shutil.copytree(whole, tmp_path / "parts"))

@@ -50,7 +50,8 @@ def is_cached(name: str) -> bool:
 def local_folder(name: str) -> str:
     """Return the folder of an asset, a local folder, or a hub snapshot of the files that are loaded.
 
-    Of a hub repository only configuration, tokenizer, and weights in safetensors are downloaded. Raises AssetError.
+    Of a hub repository only configuration, tokenizer, and weights in safetensors are downloaded. Raises AssetError,
+    ModelError.
     """
     place = resolve(name)
     if Path(place).is_dir():
@@ -72,11 +73,11 @@ def local_folder(name: str) -> str:
 
 
 def _single_files(folder: Path, name: str) -> list[Path]:
-    return [folder / module.path / WEIGHTS for module in modules_of(folder, name) if module.weight_files(folder)]
+    return [folder / module.path / WEIGHTS for module in modules_of(folder, name) if module.weight_files(folder, name)]
 
 
 def _all_files(folder: Path, name: str) -> list[Path]:
-    return [file for module in modules_of(folder, name) for file in module.weight_files(folder)]
+    return [file for module in modules_of(folder, name) for file in module.weight_files(folder, name)]
 
 
 def snapshot(

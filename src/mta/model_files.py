@@ -8,6 +8,7 @@ covers only a part of these names.
 from __future__ import annotations
 
 import re
+import reprlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -33,6 +34,10 @@ _HARMLESS = {  # keywords that a Transformer module passes on; trust_remote_code
     *("attn_implementation", "dtype", "torch_dtype", "add_pooling_layer", "is_causal", "use_cache"),
     *("padding_side", "truncation_side", "model_max_length", "trust_remote_code"),
 }
+_IMPLEMENTATIONS = {  # that load nothing; transformers fetches code from the hub for others
+    "attn_implementation": ("eager", "sdpa"),
+    "experts_implementation": ("eager", "grouped_mm", "batched_mm"),
+}
 _PLAIN = "Give a model of safetensors, JSON and tokenizer files alone, of an architecture that transformers knows."
 
 
@@ -43,26 +48,30 @@ class Module:
     kind: str
     path: str
 
-    def weight_files(self, folder: Path) -> list[Path]:
-        """Return the weight files of the module of an encoder in ``folder``."""
+    def weight_files(self, folder: Path, name: str = "") -> list[Path]:
+        """Return the weight files of the module of an encoder in ``folder``. Raises ModelError."""
         if self.kind == "Transformer":
-            return weight_files(folder / self.path)
+            return weight_files(folder / self.path, name)
         return [folder / self.path / WEIGHTS] if self.kind in _WITH_WEIGHTS else []
 
 
-def weight_files(folder: Path) -> list[Path]:
+def weight_files(folder: Path, name: str = "") -> list[Path]:
     """Return the weight files that transformers loads, in its order of preference; they need not exist.
 
     These are the files that config.json names, or else model.safetensors, or else the shards of the index. Other
-    safetensors files (Mistral's consolidated.safetensors, adapters, other formats) are never loaded.
+    safetensors files (Mistral's consolidated.safetensors, adapters, other formats) are never loaded. Raises ModelError
+    for a file that is not safetensors, or lies outside the folder; ``name`` is what the message calls the folder.
     """
     named = _json(folder / _CONFIG).get("transformers_weights")
     if named is None and ((folder / WEIGHTS).exists() or not (folder / INDEX).exists()):
         return [folder / WEIGHTS]
+    source = name or str(folder)
     if named is not None and not str(named).endswith(".index.json"):
-        return [folder / str(named)]
-    shards = _json(folder / (named or INDEX)).get("weight_map")
-    return [folder / name for name in sorted(set(map(str, shards.values())))] if isinstance(shards, dict) else []
+        return [folder / _safetensors(named, source)]
+    index = INDEX if named is None else _safetensors(named, source, (".safetensors.index.json",))
+    shards = _json(folder / index).get("weight_map")
+    named_shards = {_safetensors(shard, source) for shard in shards.values()} if isinstance(shards, dict) else ()
+    return [folder / shard for shard in sorted(named_shards)]
 
 
 def modules_of(folder: Path, name: str) -> list[Module]:
@@ -84,11 +93,12 @@ def modules_of(folder: Path, name: str) -> list[Module]:
 def refuse_unsafe_base(folder: Path, name: str) -> None:
     """Raises ModelError where loading the folder with transformers would load more than safetensors of its own."""
     config = _json(folder / _CONFIG)
-    weights = config.get("transformers_weights")
-    if weights is not None and not _is_safetensors_inside(weights):
-        raise ModelError(
-            f"{name!r} names {weights!r} as its weights; expected safetensors of its own folder", hint=_PLAIN
+    if "configuration_files" in config:
+        raise UnsupportedModel(
+            f"{name!r}: {_CONFIG} sets configuration_files, so transformers would load another file in place of it",
+            hint=f"Give a copy of the folder with the wanted configuration as {_CONFIG}, without that key.",
         )
+    weight_files(folder, name)
     if (folder / ADAPTER).exists():
         raise UnsupportedModel(
             f"{name!r} holds {ADAPTER}: transformers would load that adapter too where PEFT is installed",
@@ -112,7 +122,7 @@ def refuse_unsafe_encoder(folder: Path, name: str) -> None:
         )
     for module in modules_of(folder, name):
         inner = folder / module.path
-        if lacking := [file.relative_to(folder) for file in module.weight_files(folder) if not file.exists()]:
+        if lacking := [file.relative_to(folder) for file in module.weight_files(folder, name) if not file.exists()]:
             raise ModelError(
                 f"{name!r} cannot be loaded as a sentence encoder: it has no {lacking[0]}, and weights of other kinds "
                 "are never read",
@@ -120,6 +130,7 @@ def refuse_unsafe_encoder(folder: Path, name: str) -> None:
             )
         if module.kind == "Transformer":
             refuse_unsafe_base(inner, name)
+            _refuse_quantized(_json(inner / _CONFIG), name)
             for file in _settings_of(inner):
                 _refuse_settings(_json(file), name, file.name)
         if module.kind == "Dense":
@@ -167,7 +178,9 @@ def _module(listed: dict[str, Any], name: str) -> Module:
             hint=_PLAIN,
         )
     if not _is_inside(path):
-        raise UnsupportedModel(f"{name!r}: {_MODULES} names a module at {path!r}, outside the folder", hint=_PLAIN)
+        raise UnsupportedModel(
+            f"{name!r}: {_MODULES} names a module at {path!r}; expected a folder inside", hint=_PLAIN
+        )
     return Module(last, path)
 
 
@@ -191,10 +204,23 @@ def _refuse_activation(config: dict[str, Any], name: str) -> None:
 
 
 def _refuse_kernels(config: dict[str, Any], name: str, file: str) -> None:
-    """Refuse ``owner/name`` as an implementation: transformers would run the code of that repository."""
+    """Refuse implementations for which transformers would run code from the hub, such as ``owner/name``."""
     for key, value in _items(config):
-        if key.endswith(("attn_implementation", "experts_implementation")) and "/" in str(value):
-            raise UnsupportedModel(f"{name!r}: {file} sets {key} {value!r}, which is code from the hub", hint=_PLAIN)
+        for kind, known in _IMPLEMENTATIONS.items():
+            if key.removesuffix("_internal").endswith(kind) and value is not None and value not in known:
+                raise UnsupportedModel(
+                    f"{name!r}: {file} sets {key} {reprlib.repr(value)}; expected {' or '.join(known)}, since others "
+                    "may be code from the hub",
+                    hint=f"Give a copy of the folder without {key} in {file}.",
+                )
+
+
+def _refuse_quantized(config: dict[str, Any], name: str) -> None:
+    if any(key == "quantization_config" and value is not None for key, value in _items(config)):
+        raise UnsupportedModel(
+            f"{name!r} is quantized; expected plain weights",
+            hint="Give the encoder that is not quantized, or let the base encode:  encoder=base",
+        )
 
 
 def _items(value: object) -> Iterator[tuple[str, object]]:
@@ -206,12 +232,19 @@ def _items(value: object) -> Iterator[tuple[str, object]]:
         yield from _items(one)
 
 
-def _is_safetensors_inside(name: object) -> bool:
-    return isinstance(name, str) and _is_inside(name) and name.endswith((".safetensors", ".safetensors.index.json"))
+def _safetensors(file: object, name: str, endings: tuple[str, ...] = (".safetensors",)) -> str:
+    """Return ``file`` if it is the path of a safetensors file inside the folder, else raise ModelError."""
+    if isinstance(file, str) and _is_inside(file) and file.endswith(endings):
+        return file
+    raise ModelError(
+        f"{name!r} names {reprlib.repr(file)} as its weights; expected safetensors of its own folder", hint=_PLAIN
+    )
 
 
 def _is_inside(path: str) -> bool:
-    return not PurePosixPath(path).is_absolute() and ".." not in PurePosixPath(path).parts and "\\" not in path
+    """Whether a path is relative, stays in its folder, and is no pattern: the hub's client downloads by patterns."""
+    parts = PurePosixPath(path)
+    return not parts.is_absolute() and ".." not in parts.parts and not set(path) & set("\\*?[")
 
 
 def _json(path: Path) -> dict[str, Any]:
