@@ -179,6 +179,7 @@ def edited(folder: Path, **changes: object) -> Path:
         ({"r": True}, "r is True"),
         ({"lora_alpha": None}, "lora_alpha None"),
         ({"lora_alpha": float("nan")}, "lora_alpha nan"),
+        ({"lora_alpha": 10**400}, "lora_alpha 10+, expected a positive integer and a finite number"),
         (
             {"r": 4},
             r"layer 'model.layers.0.\w+.\w+' has A \(3, \d+\) and B \(\d+, 3\), expected rank 4, the r of adapter_c",
@@ -189,6 +190,17 @@ def edited(folder: Path, **changes: object) -> Path:
 def test_a_wrong_setting_is_named(tmp_path: Path, changes: dict[str, object], message: str) -> None:
     with pytest.raises(InputError, match=message):
         read_peft(edited(tmp_path, **changes))
+
+
+@pytest.mark.parametrize("wrong", [torch.tensor(float("nan")), torch.tensor(float("inf")), torch.tensor(1)])
+def test_weights_that_are_no_finite_numbers_are_refused(tmp_path: Path, wrong: torch.Tensor) -> None:
+    write_peft(tmp_path / "a", adapter_of("llama"), "base")
+    tensors = load_file(tmp_path / "a" / WEIGHTS)
+    name = next(iter(tensors))
+    save_file(tensors | {name: wrong.expand(tensors[name].shape).contiguous()}, tmp_path / "a" / WEIGHTS)
+    with pytest.raises(InputError, match="expected finite floating point numbers") as caught:
+        read_peft(tmp_path / "a")
+    assert caught.value.hint
 
 
 def test_missing_files_are_named(tmp_path: Path) -> None:

@@ -90,7 +90,7 @@ def read_peft(folder: str | Path) -> LoraBatch:
     config = _read_config(Path(folder))
     _refuse_more_than_lora(folder, config)
     rank, alpha = config.get("r"), config.get("lora_alpha")
-    if type(rank) is not int or rank < 1 or not isinstance(alpha, int | float) or not math.isfinite(alpha):
+    if type(rank) is not int or rank < 1 or not isinstance(alpha, int | float) or not _is_finite(alpha):
         raise InputError(
             f"{folder}: r is {rank!r} and lora_alpha {alpha!r}, expected a positive integer and a finite number",
             hint=f"Correct {CONFIG}, or export the adapter again.",
@@ -103,7 +103,21 @@ def read_peft(folder: str | Path) -> LoraBatch:
                 f"expected rank {rank}, the r of {CONFIG}",
                 hint=f"Correct r in {CONFIG}, or export the adapter again.",
             )
+        if not all(part.is_floating_point() and part.double().isfinite().all() for part in (a, b)):
+            raise InputError(
+                f"{folder}: layer {name!r} has A of {a.dtype} and B of {b.dtype} with values that are not finite, "
+                "or of a type that is not floating point; expected finite floating point numbers",
+                hint="Export the adapter again, from a training that did not diverge.",
+            )
     return LoraBatch(factors, float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank))
+
+
+def _is_finite(number: float) -> bool:
+    """Whether a double holds it: JSON has integers beyond that."""
+    try:
+        return math.isfinite(number)
+    except OverflowError:
+        return False
 
 
 def _tensors(adapter: LoraBatch) -> dict[str, Tensor]:
