@@ -237,6 +237,23 @@ def test_files_that_are_no_task(tmp_path: Path) -> None:
             load_task(path)
 
 
+@pytest.mark.parametrize("text", ["[" * 5000, "a: " + "{a: " * 5000, "name: 2020-99-99"])
+def test_yaml_that_cannot_be_read_is_an_error_of_the_task(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "deep.yaml"
+    path.write_text(text)
+    with pytest.raises(TaskError, match="is not readable YAML"):
+        load_task(path)
+
+
+def test_a_message_does_not_repeat_what_aliases_multiply(tmp_path: Path) -> None:
+    lines = ["name:", "  - &a0 [x, x, x, x]", *(f"  - &a{n} [{', '.join([f'*a{n - 1}'] * 4)}]" for n in range(1, 10))]
+    path = tmp_path / "aliases.yaml"
+    path.write_text("\n".join(lines))
+    with pytest.raises(TaskError) as caught:
+        load_task(path)
+    assert len(str(caught.value)) < 2000
+
+
 def test_an_unknown_name_gets_a_suggestion() -> None:
     with pytest.raises(TaskError) as caught:
         load_task("lampp3")

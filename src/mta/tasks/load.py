@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import reprlib
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -77,7 +78,7 @@ def _read_task(path: Path) -> Task:
 def _parse_task(text: str, source: str) -> Task:
     try:
         values = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date such as 2020-99-99
         raise TaskError(f"{source} is not readable YAML: {error}", hint=_COMPARE) from None
     if not isinstance(values, dict):
         raise TaskError(
@@ -93,5 +94,13 @@ def _parse_task(text: str, source: str) -> Task:
             names = list((Form if len(first["loc"]) > 1 else Task).model_fields)
             near = difflib.get_close_matches(str(first["loc"][-1]), names, n=1)
             reason = f"no such key; expected {f'{near[0]}, or ' if near else ''}one of {', '.join(names)}"
-        got = "" if isinstance(first["input"], dict | Task | Form) else f" (got {first['input']!r})"
+        got = "" if isinstance(first["input"], dict | Task | Form) else f" (got {_brief(first['input'])})"
         raise TaskError(f"{source}: {key}: {reason}{got}", hint=_COMPARE) from None
+
+
+def _brief(value: object) -> str:
+    """A value in a message: aliases make a short file's values huge."""
+    brief = reprlib.Repr()
+    brief.maxlevel, brief.maxlist, brief.maxdict = 2, 20, 20
+    brief.maxstring = brief.maxother = 200
+    return brief.repr(value)
