@@ -312,6 +312,12 @@ def test_the_shape_of_a_tensor_is_part_of_the_fingerprint():
     assert fingerprint_of({"w": flat.view(2, 3)}, tokenizer()) != fingerprint_of({"w": flat.view(3, 2)}, tokenizer())
 
 
+def test_a_tensor_name_with_control_characters_has_no_fingerprint():
+    """A line break in a name would read as the next tensor's line."""
+    with pytest.raises(ModelError, match="control character"):
+        fingerprint_of({"a\nb": torch.ones(1)}, tokenizer())
+
+
 # computing
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from mta.errors import ModelError
 from mta.model_files import weight_files
 
 _PROBE = "The quick brown fox, aged 42, said: «Привет, 世界!»\n\tnaïve café — don't stop…"
@@ -26,7 +28,7 @@ def folder_fingerprint(folder: str | Path, tokenizer: Any, files: Sequence[Path]
     """The fingerprint of stored weights: independent of sharding and of the dtype they are loaded in.
 
     ``files`` are the weight files, by default those that transformers loads. A tensor in a folder below ``folder`` is
-    named with that folder. Raises OSError where a file is missing.
+    named with that folder. Raises ModelError, and OSError where a file is missing.
     """
     place: dict[str, tuple[Path, str]] = {}
     for file in weight_files(Path(folder)) if files is None else files:
@@ -43,6 +45,11 @@ def folder_fingerprint(folder: str | Path, tokenizer: Any, files: Sequence[Path]
 
 
 def _digest(names: list[str], read: Callable[[str], Tensor], tokenizer: Any) -> str:
+    if unsafe := [name for name in names if re.search(r"[\x00-\x1f\x7f]", name)]:  # would read as a line of its own
+        raise ModelError(
+            f"a tensor is named {unsafe[0]!r}, with a control character; expected a plain name",
+            hint="Give weights as transformers saves them (save_pretrained).",
+        )
     digest = hashlib.sha256()
     for name in names:
         tensor = read(name).detach().cpu().contiguous()
