@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection
 from contextlib import suppress
 from typing import Any
@@ -10,6 +11,8 @@ import torch
 from torch import nn
 
 from mta.errors import ModelError, UnsupportedModel
+
+log = logging.getLogger("mta")
 
 
 def feed_head_contiguously(model: Any) -> None:
@@ -21,6 +24,27 @@ def text_config(model: Any) -> Any:
     """The part of a model's configuration that describes its text decoder; most models have no other part."""
     config = model.config
     return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def longest_text(model: Any, asked: int) -> int:
+    """How many of the ``asked`` tokens a text may have: positions that the model has, with the same frequencies.
+
+    Longrope computes all rows of a pass with other frequencies once one of them is longer than the original length.
+    (The frequencies of dynamic RoPE change with the longest row beyond ``max_position_embeddings``.)
+    """
+    config = text_config(model)
+    rope = getattr(config, "rope_parameters", None) or {}
+    kinds = [rope, *(part for part in rope.values() if isinstance(part, dict))]  # of all layers, or by layer type
+    original = [k.get("original_max_position_embeddings") for k in kinds if k.get("rope_type") == "longrope"]
+    longest = min(asked, getattr(config, "max_position_embeddings", None) or asked)
+    if (capped := min([longest, *filter(None, original)])) < longest:
+        log.warning(
+            "texts are cut at %d tokens instead of %d: beyond that length, longrope RoPE computes short texts "
+            "differently beside a long one",
+            capped,
+            longest,
+        )
+    return int(capped)
 
 
 def is_linear(module: nn.Module) -> bool:

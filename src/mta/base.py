@@ -19,6 +19,7 @@ from mta.adaptable import (
     enable_checkpointing,
     feed_head_contiguously,
     load_weights,
+    longest_text,
     outline_model,
     refuse_quantized,
     refuse_unsupported,
@@ -67,8 +68,7 @@ class BaseModel:
         self.tokenizer = tokenizer
         self.name = name
         self.fingerprint = fingerprint or fingerprint_of(dict(model.named_parameters()), tokenizer)
-        longest = int(getattr(text_config(model), "max_position_embeddings", None) or max_tokens)
-        self.prompts = PromptFormat(tokenizer, min(max_tokens, longest))
+        self.prompts = PromptFormat(tokenizer, longest_text(model, max_tokens))
         if self.has_weights:
             self._prepare(model)
         else:

@@ -19,7 +19,7 @@ from mta.lora.batch import Factors, LoraBatch
 from mta.lora.layers import applied
 from mta.rows import BASE, TASK, row_adapters
 from mta.serving.embedded import EmbeddedEngine
-from mta.serving.engine import Ask, EngineGone, QueueFull, Version
+from mta.serving.engine import Ask, EngineGone, QueueFull, Refused, Version
 from mta.state import State
 
 KINDS = ["llama", "mistral", "qwen2", "qwen3", "gemma3", "gpt2"]
@@ -325,3 +325,19 @@ def test_seats_grow_for_a_person_whose_adapters_are_larger():
         return found
 
     assert asyncio.run(go()) == [one_by_one(base, bank, who, [5, 6, 7], 6) for who in (whose[2], large)]
+
+
+def test_a_prompt_and_its_answer_are_never_longer_than_the_base_takes():
+    base, bank, whose = world()
+    base.prompts.max_tokens = 32
+
+    async def go():
+        engine = engine_of(base, bank, whose, slots=1, length=64)
+        try:
+            assert len(await tokens_of(engine, ask_of(0, [5] * 30, 2))) == 2
+            with pytest.raises(Refused, match="more than 32"):
+                await tokens_of(engine, ask_of(0, [5] * 30, 3))
+        finally:
+            await engine.close()
+
+    asyncio.run(go())

@@ -28,7 +28,8 @@ from mta.store import Store
 class EmbeddedEngine:
     """Rows of different people from one base, in slots of one cache.
 
-    ``slots`` rows run at once, ``waiting`` more may queue; a prompt and its answer have ``length`` tokens together.
+    ``slots`` rows run at once, ``waiting`` more may queue. A prompt and its answer have ``length`` tokens together,
+    at most those that the base takes.
     ``activated`` people are kept at hand. The base's modules are the engine's alone while it lives. People whose state
     was made with the bank ``before`` this one are served with that until they are personalized anew.
     """
@@ -48,7 +49,8 @@ class EmbeddedEngine:
     ) -> None:
         in_passing(lambda: refuse_unservable(base))
         self.base, self.bank = base, bank
-        self.length, self.waiting = length or base.prompts.max_tokens, waiting
+        most = base.prompts.max_tokens
+        self.length, self.waiting = min(length or most, most), waiting
         banks = [bank, before] if before else [bank]
         seats = in_passing(lambda: Seats(base, banks, slots))
         self.activated = Activated(seats, store, activated)
