@@ -5,9 +5,12 @@ Rules, limits, and measurements: docs/decisions/019-shared-items.md.
 
 from __future__ import annotations
 
+from array import array
 from collections import Counter, defaultdict
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
+
+import numpy as np
 
 SAME_USER = 0.5  # Jaccard index of two profiles from which on both belong to one user
 SAME_ITEMS = 5  # and the two profiles share at least this many items
@@ -26,8 +29,9 @@ class Sets:
 
     def join(self, numbers: Iterable[int]) -> None:
         roots = {self.root(n) for n in numbers}
+        first = min(roots)
         for root in roots:
-            self._above[root] = min(roots)
+            self._above[root] = first
 
     def groups(self) -> list[list[int]]:
         """All sets, each in ascending order, by their smallest number."""
@@ -62,7 +66,7 @@ def nearly_equal(profiles: Sequence[frozenset[Hashable]]) -> Sets:
 class _Posting:
     """The profiles that hold an item, and whether all of them are in one set."""
 
-    numbers: list[int] = field(default_factory=list)
+    numbers: array[int] = field(default_factory=lambda: array("q"))
     joined: bool = True
 
 
@@ -80,17 +84,14 @@ class _Index:
         self._profiles[n] = profile
         # Two profiles have at least half of the larger and two thirds of the smaller one's items in common. So the
         # SAME_ITEMS rarest of the common items are among the rarest of either, as many as `_prefix` says.
-        mixed: list[_Posting] = []
+        found: list[_Posting] = []
         for item in ranked[alone : _prefix(size, -(-size // 2))]:
             posting = self._postings[item]
             if posting.numbers and posting.joined and root(posting.numbers[-1]) != root(n):
                 self._compare(n, posting.numbers[-1])
-            mixed.append(posting)
-        counts = Counter[int]()
-        for posting in mixed:
-            if posting.numbers and not (posting.joined and root(posting.numbers[0]) == root(n)):
-                counts.update(posting.numbers)
-        for other in [other for other, count in counts.items() if count >= SAME_ITEMS]:
+            found.append(posting)
+        apart = [one for one in found if one.numbers and not (one.joined and root(one.numbers[0]) == root(n))]
+        for other in _often([one.numbers for one in apart]):
             self._compare(n, other)
         for item in ranked[alone : _prefix(size, -(-2 * size // 3))]:
             posting = self._postings[item]
@@ -100,6 +101,15 @@ class _Index:
     def _compare(self, n: int, other: int) -> None:
         if self._sets.root(n) != self._sets.root(other) and alike(self._profiles[n], self._profiles[other]):
             self._sets.join((n, other))
+
+
+def _often(postings: Sequence[array[int]]) -> list[int]:
+    """The profiles that at least ``SAME_ITEMS`` of the postings name. Long postings make this the slowest step."""
+    if len(postings) < SAME_ITEMS:
+        return []
+    named = np.sort(np.concatenate([np.frombuffer(one, np.int64) for one in postings]))
+    last = named[SAME_ITEMS - 1 :]
+    return np.unique(last[last == named[: len(last)]]).tolist()
 
 
 def _prefix(size: int, common: int) -> int:
