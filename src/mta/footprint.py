@@ -7,6 +7,7 @@ their gradient. An adapter adds the copies that the layers make of its factors. 
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -66,7 +67,7 @@ class Sums:
     ``norms``: inputs of norms. ``cast``: those that norms in Python convert to float32. ``linear``: distinct inputs of
     linear layers. ``queries``, ``keys`` (and values). ``inner`` and ``outer``: inputs and outputs of activation
     functions. ``python``: what those keep besides where no kernel computes them. ``width``: D + O of ``adapted``
-    layers. ``outputs``: their O.
+    layers. ``outputs``: their O. ``routed``: inputs (and outputs) of experts, of a token once for each of its experts.
     """
 
     norms: int = 0
@@ -80,6 +81,7 @@ class Sums:
     width: int = 0
     outputs: int = 0
     adapted: int = 0
+    routed: int = 0
 
     @classmethod
     def of(cls, model: Any, exchanged: Collection[str] = ()) -> Sums:
@@ -92,6 +94,8 @@ class Sums:
             shapes = [shape_of(child) for child in parent.children() if is_linear(child) and child is not head]
             if shapes:
                 sums._add(parent, shapes, exchanged)
+            elif routed := _routed(parent, model.config.get_text_config()):
+                sums._add_experts(parent, *routed)
             elif kind := _norm(parent):
                 sums.norms += parent.weight.numel()
                 sums.cast += 0 if kind in exchanged or not kind.endswith("RMSNorm") else parent.weight.numel()
@@ -111,6 +115,13 @@ class Sums:
         for name, norm in parent.named_children():
             if _norm(norm):  # of each head: the module itself was counted as one head
                 self.norms += (d if name.startswith("q") else (inner - d) // 2) - int(norm.weight.numel())  # type: ignore[operator]
+
+    def _add_experts(self, parent: nn.Module, hidden: int, inner: int) -> None:
+        """Experts in Python: kept are the gate, its activation, what that is multiplied by, and the outputs."""
+        gated = hasattr(parent, "gate_up_proj")
+        self.routed += hidden
+        self.inner, self.outer = self.inner + (1 + gated) * inner, self.outer + (1 + gated) * inner
+        self.python += gated * inner
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,7 +175,8 @@ class Footprint:
     def token(self, texts: Texts, ranks: int = 0) -> int:
         """Bytes that a training pass keeps of one token. ``ranks``: of all adapters per person together."""
         s = self.sums
-        kept = self.itemsize * (s.norms + s.linear + s.inner + s.python + s.queries + int(s.keys * texts.repeats))
+        kept = self.itemsize * (s.norms + s.linear + s.inner + s.python + s.routed + s.queries)
+        kept += self.itemsize * int(s.keys * texts.repeats)
         kept += (self._wide - self.itemsize) * s.cast + self._wide * s.adapted * ranks
         kept += self._weight * self.heads * self.layers * texts.seen
         if self.checkpointed:
@@ -195,15 +207,15 @@ class Footprint:
     def training(self, tokens: int, targets: int, people: int, texts: Texts, numbers: Numbers) -> int:
         """Peak bytes of a training pass of so many padded tokens, beside the parameters and their moments."""
         kept = tokens * self.token(texts, self.ranks(numbers)) + people * self.person(numbers) + self.shared(numbers)
-        gradients = tokens * self.itemsize * (self.sums.inner // self.layers + 2 * self.hidden)  # of one layer
-        return kept + max(targets * self.target, gradients)
+        layer = (self.sums.inner + 2 * self.sums.routed) // self.layers + 2 * self.hidden
+        return kept + max(targets * self.target, tokens * self.itemsize * layer)  # gradients
 
     def scoring(self, tokens: int, targets: int, people: int, texts: Texts, numbers: Numbers) -> int:
         """Peak bytes of a pass without gradients: of the attention or the MLP of one layer, or of the logits."""
         s = self.sums
         gathered = (4 if self.kernels else 5) * s.queries + int(s.keys * (1 + texts.repeats))
         attention = 3 * self.hidden + gathered // self.layers
-        mlp = 4 * self.hidden + (s.inner + max(s.outer, s.python)) // self.layers
+        mlp = 4 * self.hidden + (s.inner + max(s.outer, s.python) + s.routed) // self.layers
         weights = self.heads * texts.seen * (self._weight + (not self.kernels) * self.itemsize)
         masks = texts.seen * (self.itemsize + 1)
         logits = self.itemsize if self.kernels else self.itemsize + self._wide + self._half * self._wide
@@ -216,3 +228,18 @@ def _norm(module: nn.Module) -> str:
     """The class of a norm with weights, else nothing."""
     kind = type(module).__name__
     return kind if kind.endswith("Norm") and getattr(module, "weight", None) is not None else ""
+
+
+def _routed(module: nn.Module, config: Any) -> tuple[int, int] | None:
+    """Numbers that enter all experts of a token together, and that their last layers take; None for other modules.
+
+    Experts are one parameter of three dimensions per layer, and no linear layers. A module that is not given the
+    experts of each token computes all of them.
+    """
+    last = getattr(module, "down_proj", None)
+    if not isinstance(last, nn.Parameter) or last.ndim != 3:
+        return None
+    given = any(name.startswith("top_k") for name in inspect.signature(type(module).forward).parameters)
+    count = getattr(config, "num_experts_per_tok", None) if given else None
+    experts, hidden = count or len(last), config.hidden_size
+    return experts * hidden, experts * (last[0].numel() // hidden)

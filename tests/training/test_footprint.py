@@ -6,7 +6,18 @@ import pytest
 import torch
 from memory import TensorMemory
 from tiny import random_loras, tokenizer
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 from mta.base import BaseModel
 from mta.config import Training
@@ -25,6 +36,8 @@ ONE_STEP = Training(steps=1, batch_size=64)
 LARGE = 2**16  # tokens of a vocabulary
 COMMON = {"num_hidden_layers": 3, "max_position_embeddings": 1024, "pad_token_id": 0, "bos_token_id": 1}
 COMMON |= {"eos_token_id": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+FINE = {"vocab_size": 300, "hidden_size": 128, "head_dim": 64, "moe_intermediate_size": 96}
+FINE |= {"num_experts": 16, "num_experts_per_tok": 4}
 SHAPES = {
     "llama": lambda: LlamaForCausalLM(
         LlamaConfig(vocab_size=300, hidden_size=192, intermediate_size=512, head_dim=48, **COMMON)
@@ -38,6 +51,10 @@ SHAPES = {
     "gpt2": lambda: GPT2LMHeadModel(
         GPT2Config(vocab_size=300, n_embd=192, n_layer=3, n_head=4, pad_token_id=0, bos_token_id=1, eos_token_id=2)
     ),
+    "mixtral": lambda: MixtralForCausalLM(
+        MixtralConfig(vocab_size=300, hidden_size=192, intermediate_size=512, num_local_experts=4, **COMMON)
+    ),
+    "qwen3 moe": lambda: Qwen3MoeForCausalLM(Qwen3MoeConfig(**FINE, **COMMON)),
 }
 
 
@@ -99,6 +116,22 @@ def test_a_training_pass_and_a_scoring_pass_take_what_was_planned(shape, below, 
     planned = base.footprint.training(*sizes(base, jobs), numbers) + 4 * 4 * width * len(jobs)  # AdamW's buffers
     assert training.peak == pytest.approx(planned, rel=0.15)
     assert scoring.peak == pytest.approx(base.footprint.scoring(*sizes(base, jobs), numbers), rel=0.15)
+
+
+@pytest.mark.parametrize("compiled", [True, False], ids=["kernels", "torch"])
+@pytest.mark.parametrize("shape", ["mixtral", "qwen3 moe"])
+def test_passes_through_a_mixture_of_experts_take_what_was_planned(shape, compiled):
+    with nullcontext() if compiled else without_kernels():
+        base, jobs = base_of(shape), jobs_of(3)
+        width, stacks = sum(d + o for d, o in base.targets.values()), random_loras(base, len(jobs), 1)
+        start = fresh(base.targets, 1, 1.0, 0, [job.key for job in jobs])
+        with TensorMemory(held(base, stacks)) as training:
+            train_loras(base, jobs, start, ONE_STEP, tokens_per_batch=2**20)
+        with TensorMemory(held(base, stacks)) as scoring:
+            log_likelihood(base, [job.examples for job in jobs], [PerPerson(stacks)], tokens_per_batch=2**20)
+    planned = base.footprint.training(*sizes(base, jobs), Numbers(width)) + 4 * 4 * width * len(jobs)
+    assert training.peak == pytest.approx(planned, rel=0.15)
+    assert scoring.peak == pytest.approx(base.footprint.scoring(*sizes(base, jobs), Numbers(width)), rel=0.15)
 
 
 def test_gradient_checkpointing_takes_what_was_planned():
