@@ -21,7 +21,7 @@ from typing import Annotated, Any, Literal
 from filelock import FileLock
 from pydantic import Field, model_validator
 
-from mta.aside import is_shared, make_folder, write_text
+from mta.aside import file_mode, make_folder, write_text
 from mta.errors import ConfigError
 from mta.settings import Settings, checked, dump_yaml, read_yaml
 
@@ -114,7 +114,7 @@ def add_key(path: Path, name: str, rights: str, of: str = "") -> str:
     )
     try:
         make_folder(path.parent)
-        with FileLock(path.with_name(f".{path.name}.lock"), timeout=_WAIT, mode=0o660 if is_shared() else 0o600):
+        with FileLock(path.with_name(f".{path.name}.lock"), timeout=_WAIT, mode=file_mode()):
             _add(path, new)
     except OSError as error:  # a lock that is not given in time is one too
         raise ConfigError(

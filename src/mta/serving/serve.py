@@ -18,6 +18,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 from rich.console import Console
 
+from mta.aside import file_mode
 from mta.bank.bank import Bank
 from mta.bank.files import stale
 from mta.base import BaseModel
@@ -181,7 +182,7 @@ def remote_of(url: str, folder: Path | None, started: str | None = None) -> Remo
         raise ConfigError(
             "where does that vLLM's plugin write adapters?", hint="Give its MTA_VLLM_FOLDER: --vllm-folder"
         )
-    lock = FileLock(folder / "gateway.lock", timeout=0)
+    lock = FileLock(folder / "gateway.lock", timeout=0, mode=file_mode())
     try:
         lock.acquire()
     except Timeout:
