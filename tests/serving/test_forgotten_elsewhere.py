@@ -184,11 +184,16 @@ def test_what_is_appended_and_kept_while_the_person_is_forgotten_is_not_kept(gat
     http, save = gateway.http, Store.save_history
     assert http.post(f"{EVE}/history", json={"items": ITEMS[:2], "keep": True}).status_code == 200
 
+    forgetting = threading.Thread(target=lambda: forget_person("eve", Store(gateway.store.files.url)))
+
     def late(store, person, since=None):
-        forget_person("eve", Store(store.files.url))
+        forgetting.start()  # it waits for the lock that is held here, after it has written its tombstone
+        while not store.tombstones.of("eve"):
+            time.sleep(0.01)
         save(store, person, since)
 
     monkeypatch.setattr(Store, "save_history", late)
     answer = http.post(f"{EVE}/history", json={"items": ITEMS[2:], "keep": True})
+    forgetting.join()
     assert (answer.status_code, answer.json()["error"]["code"]) == (409, "person_forgotten")
     assert gateway.store.history("eve") is None
