@@ -60,16 +60,24 @@ def people_of(count: int, items: int = 6, prefix: str = "p", seed: int = 0) -> l
 
 
 def memory_for(base, jobs, numbers: int, people: int, **how) -> str:
-    """The smallest budget, within 2%, in which that many people are trained together. Keywords: as in plan_cohorts."""
+    """The smallest budget, within a KiB, in which that many people are trained together. Keywords: as in plan_cohorts.
+
+    In it fewer people are trained together than in any larger one, so it is found by halving.
+    """
     from mta.errors import MemoryBudgetError
     from mta.training.plan import plan_cohorts
 
-    memory = 2**10
-    while True:
-        memory += memory // 50
+    def together(memory: int) -> int:
         with suppress(MemoryBudgetError):
-            if len(plan_cohorts(base, jobs, numbers, memory, **how).cohorts[0]) == people:
-                return f"{memory}B"
+            return len(plan_cohorts(base, jobs, numbers, memory, **how).cohorts[0])
+        return 0
+
+    low, high = 0, 2**30
+    while high - low > 2**10:
+        middle = (low + high) // 2
+        low, high = (low, middle) if together(middle) >= people else (middle, high)
+    assert together(high) == people
+    return f"{high}B"
 
 
 TINY_RUN = Run(
