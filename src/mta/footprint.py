@@ -101,7 +101,7 @@ class Sums:
                 sums.cast += 0 if kind in exchanged or not kind.endswith("RMSNorm") else parent.weight.numel()
         return sums
 
-    def _add(self, parent: nn.Module, shapes: list[tuple[int, int]], exchanged: Collection[str]) -> None:
+    def _add(self, parent: Any, shapes: list[tuple[int, int]], exchanged: Collection[str]) -> None:
         inner, (d, _) = sum(o for _, o in shapes[:-1]), shapes[-1]
         self.linear += d + (shapes[0][0] if len(shapes) > 1 else 0)
         self.width += sum(map(sum, shapes))

@@ -85,6 +85,7 @@ def plan_cohorts(
     numbers, footprint = replace(below or Numbers(), trained=trained), base.footprint
     lengths = _Lengths.of(jobs, footprint.target_weight)
     token = footprint.token(lengths.texts, footprint.ranks(numbers))
+    token = max(token, footprint.scoring(1, 0, 0, lengths.texts, Numbers()))  # more only with gradient checkpointing
     person = (COPIES * trained + numbers.frozen) * base.master_dtype.itemsize
     copies, shared = footprint.person(numbers), footprint.shared(numbers)
     needed = lengths.largest * token + person + copies + shared
