@@ -70,7 +70,7 @@ def weight_files(folder: Path, name: str = "") -> list[Path]:
         return [folder / _safetensors(named, source)]
     index = INDEX if named is None else _safetensors(named, source, (".safetensors.index.json",))
     shards = _json(folder / index).get("weight_map")
-    named_shards = {_safetensors(shard, source) for shard in shards.values()} if isinstance(shards, dict) else ()
+    named_shards = {_safetensors(shard, source) for shard in shards.values()} if isinstance(shards, dict) else set()
     return [folder / shard for shard in sorted(named_shards)]
 
 

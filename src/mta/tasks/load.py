@@ -101,6 +101,5 @@ def _parse_task(text: str, source: str) -> Task:
 def _brief(value: object) -> str:
     """A value in a message: aliases make a short file's values huge."""
     brief = reprlib.Repr()
-    brief.maxlevel, brief.maxlist, brief.maxdict = 2, 20, 20
-    brief.maxstring = brief.maxother = 200
+    vars(brief).update(maxlevel=2, maxlist=20, maxdict=20, maxstring=200, maxother=200)
     return brief.repr(value)
