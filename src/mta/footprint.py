@@ -114,7 +114,7 @@ class Sums:
         self.queries, self.keys = self.queries + d, self.keys + inner - d
         for name, norm in parent.named_children():
             if _norm(norm):  # of each head: the module itself was counted as one head
-                self.norms += (d if name.startswith("q") else (inner - d) // 2) - int(norm.weight.numel())  # type: ignore[operator]
+                self.norms += (d if name.startswith("q") else (inner - d) // 2) - int(norm.weight.numel())
 
     def _add_experts(self, parent: nn.Module, hidden: int, inner: int) -> None:
         """Experts in Python: kept are the gate, its activation, what that is multiplied by, and the outputs."""
