@@ -70,10 +70,12 @@ def mta(*words) -> Said:
 
 
 def ratings(prefix, surname, people, items=6):
+    """Rows of people who rate other films than those of another prefix: equal histories would connect people."""
+    first = 0 if prefix == "new" else 1000
     return [
         {
             "person": f"{prefix}-{n:02}-{surname}",
-            "title": f"Zorblax {31 * n + 7 * i}",
+            "title": f"Zorblax {first + 31 * n + 7 * i}",
             "genres": "Drama",
             "rating": str(1 + (n + i) % 5),
             "time": i,
