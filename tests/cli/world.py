@@ -18,6 +18,7 @@ import torch
 from tiny import base_of, tokenizer
 
 from mta.cli import main
+from mta.store_lock import LOCK
 
 TASK = ["--task", "movielens-rating"]
 FAST = [
@@ -98,7 +99,9 @@ def saved_base(folder: Path) -> Path:
 
 
 def tree(folder: Path) -> dict[str, bytes | None]:
-    return {str(path): path.read_bytes() if path.is_file() else None for path in sorted(folder.rglob("*"))}
+    """Every path with its content, but for a store's lock, which is always empty."""
+    paths = [path for path in sorted(folder.rglob("*")) if path.name != LOCK]
+    return {str(path): path.read_bytes() if path.is_file() else None for path in paths}
 
 
 def modes(root: Path) -> dict[str, str]:
