@@ -190,7 +190,7 @@ def test_verdict_says_how_little_it_rests_on(task):
 
 
 def test_one_person_decides_nothing():
-    assert judge("NLL", Interval(-0.1, -0.1, -0.1), people=1) == "unclear"
+    assert judge("NLL", Interval(-0.1, -0.1, -0.1), units=1) == "unclear"
     assert judge("NLL", Interval(-0.1, -0.2, -0.01), units=9) == "better"
     assert judge("accuracy", Interval(-0.1, -0.2, -0.01), units=9) == "worse"
 
