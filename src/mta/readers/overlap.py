@@ -10,8 +10,6 @@ from collections import Counter, defaultdict
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
-
 SAME_USER = 0.5  # Jaccard index of two profiles from which on both belong to one user
 SAME_ITEMS = 5  # and the two profiles share at least this many items
 
@@ -107,6 +105,8 @@ def _often(postings: Sequence[array[int]]) -> list[int]:
     """The profiles that at least ``SAME_ITEMS`` of the postings name. Long postings make this the slowest step."""
     if len(postings) < SAME_ITEMS:
         return []
+    import numpy as np  # not before it is needed: `import mta` stays light
+
     named = np.sort(np.concatenate([np.frombuffer(one, np.int64) for one in postings]))
     last = named[SAME_ITEMS - 1 :]
     return np.unique(last[last == named[: len(last)]]).tolist()
