@@ -129,7 +129,7 @@ class Reference:
 def called_layers(model: Any) -> frozenset[str]:
     """Return the names of the linear layers that a model on the ``meta`` device calls.
 
-    A model whose forward pass reads values cannot run there: then the names of all linear layers.
+    A forward pass that reads values cannot run there: then the names of all linear layers are returned.
     """
     tokens = torch.zeros(1, 2, dtype=torch.long, device=model.device)
     mask = torch.zeros(1, 1, 2, 2, dtype=model.dtype, device=model.device)  # of this shape, it is taken as it is

@@ -23,7 +23,7 @@ Failed = Diverged | PersonForgotten
 
 @dataclass(frozen=True, slots=True)
 class Desk:
-    """The stages, and the store that states go to: None where whoever asked keeps them.
+    """The stages, and the store that states go to: None where the caller keeps them.
 
     ``since`` are the tombstones that were there when the people's items came in (``mta.tombstones``).
     """

@@ -160,7 +160,7 @@ class Exports:
         """Remove what was exported of a person; return what is left, and why."""
         try:
             return {export: left for export in self.of(id) if (left := export.remove())}
-        except StateCorrupt as error:  # it must not keep anybody from being forgotten
+        except StateCorrupt as error:  # a damaged list must not stop forgetting
             return {None: f"whatever was exported of them ({error.message})"}
 
     def forget(self, id: str, keep: bool = False) -> dict[Export | None, str]:

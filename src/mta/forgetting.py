@@ -56,10 +56,10 @@ def forget_person(person: str, store: Store | None, *banks: Path, keep_exports: 
     left = damaged | (lists[-1] if lists else {})
     found = replace(_marked(person, banks), states_removed=any(removed), exports_left=list(left.values()))
     if failed:
-        told = [error.message for error in failed]
-        told += [f"{bank} could not be marked as needing a rebuild ({why})" for bank, why in found.unmarked.items()]
+        reasons = [error.message for error in failed]
+        reasons += [f"{bank} could not be marked as needing a rebuild ({why})" for bank, why in found.unmarked.items()]
         raise StoreError(
-            f"not everything of the person could be removed: {'; '.join(told)}",
+            f"not everything of the person could be removed: {'; '.join(reasons)}",
             hint="Correct that, and forget the person again: what was removed stays removed.",
         )
     again = any(export and not export.is_final() for export in left)

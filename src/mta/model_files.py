@@ -1,6 +1,6 @@
 """Which files of a model folder are loaded; folders that would run code or open pickles are refused before that.
 
-A bank from somebody else names its base and its encoder, so their folders are not trusted. transformers and
+A bank that others built names its base and its encoder, so their folders are not trusted. transformers and
 sentence-transformers read the names of classes, kernels, and other models from JSON files. ``trust_remote_code=False``
 covers only a part of these names.
 """
@@ -248,6 +248,6 @@ def _is_inside(path: str) -> bool:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; empty where there is none, which whoever loads the file reports."""
+    """The JSON object in a file; empty where there is none, which loading the file reports."""
     found = read_json(path)
     return found if isinstance(found, dict) else {}

@@ -6,7 +6,7 @@
         latest.json                       a hint for readers: version, time, work
         history.json                      only what ``save_history`` was given
         exports.json                      where adapters were exported to, readable only with the id
-    forgotten/                            that somebody was forgotten, for a week (``tombstones``)
+    forgotten/                            that a person was forgotten, for a week (``tombstones``)
     .lock                                 locally, for one writer at a time (``store_lock``)
 
 Raw ids appear nowhere; whoever holds store.json can test a guessed id, so guard it as the data itself.
@@ -236,7 +236,7 @@ class Store:
         return hmac.new(own, id.encode("utf-8", "surrogatepass"), hashlib.sha256).digest()
 
     def _buried(self, id: str) -> str:
-        """What a person's tombstones are called; empty where nobody has written yet."""
+        """The names of a person's tombstones; empty for a store without writes."""
         hashed = self._secret(id, b"forgotten/").hex()
         return hashed if self._key else ""
 

@@ -1,6 +1,6 @@
 """One writer at a time for the files of a local store that are read, changed, and written again.
 
-    .lock        an empty file in the store's folder, which names nobody
+    .lock        an empty file in the store's folder; its name reveals no person
 
 Storage that is not local has no such lock: of two changes of one file at one instant the later alone may stay.
 """

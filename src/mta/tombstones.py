@@ -5,7 +5,7 @@
 A process remembers the names it found when a person's items came in. A name that is new afterwards means that the
 person was forgotten since, so what the process holds or made of these items must not be saved. No clocks are compared:
 the times of a note only say when it may be removed. The hash is keyed by a key of its own, so a note cannot be
-matched with a person's folder; whoever has store.json and guesses an id can test the guess.
+matched with a person's folder; a reader of store.json can test a guessed id.
 """
 
 from __future__ import annotations

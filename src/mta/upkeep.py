@@ -108,7 +108,7 @@ def collect(
 ) -> dict[str, int]:
     """Remove what killed writers left ``older`` seconds ago, and with ``keep`` all but everybody's newest versions.
 
-    What a stopped run left goes when nobody has touched it for a week, and so do notes that somebody was forgotten.
+    What a stopped run left is removed after a week without changes, and so are expired tombstones.
 
     Somebody whose newest version does not read keeps all of them. Returns the files that went (with ``dry``: that would
     go) and their bytes. Repeat it if it was interrupted. Raises StoreError where there is no store.

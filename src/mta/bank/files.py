@@ -113,7 +113,7 @@ class BankInfo(BaseModel):
     @field_validator("run")
     @classmethod
     def _of_any_machine(cls, run: Run) -> Run:
-        """A bank built on a GPU opens on a CPU: whoever opens a bank chooses the device."""
+        """A bank built on a GPU opens on a CPU: the process that opens a bank chooses the device."""
         return run.model_copy(update={"device": "auto"})
 
 

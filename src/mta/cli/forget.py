@@ -41,7 +41,7 @@ def forget(
     from mta.store import Store
 
     people, folder = Store(store), bank
-    with suppress(MtaError):  # a bank that cannot be had keeps nobody from being forgotten: it is named as not marked
+    with suppress(MtaError):  # a bank that cannot be fetched does not stop forgetting: it is reported as not marked
         folder = bank_at(bank)
     done = forget_person(person, people, *([] if no_bank else [folder]))
     if not (done.states_removed or done.needs_rebuild):

@@ -42,7 +42,7 @@ class Activated:
         return made
 
     def known(self) -> list[Who]:
-        """Whoever is at hand."""
+        """The people with adapters in the cache."""
         with self._lock:
             return list(self._people)
 

@@ -52,7 +52,7 @@ class Row:
     last: int = -1
     count: int = 0
     cached: int = 0
-    cancelled: bool = False  # nobody waits for more of it
+    cancelled: bool = False  # the request does not wait for more of it
 
 
 class Decoder:
@@ -75,7 +75,7 @@ class Decoder:
         return bool(self.rows or self.waiting)
 
     def known(self) -> list[Who]:
-        """Whoever has a row, waits for one, or left a slot warm."""
+        """The owners of rows, of waiting rows, and of warm slots."""
         return [row.ask.who for row in (*self.rows, *self.waiting)] + [who for who, _ in self.slots.owners()]
 
     @property

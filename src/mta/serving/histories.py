@@ -86,7 +86,7 @@ class Histories:
         return True
 
     def _of(self, id: str, known: frozenset[str]) -> Person | None:
-        """What is held of a person whose tombstones are ``known``; held items that are older than one are dropped."""
+        """The held items of a person with the tombstones ``known``; items older than a tombstone are dropped."""
         with self._door:
             if not known <= self._since.get(id, known):
                 self._drop(id)
@@ -94,7 +94,7 @@ class Histories:
             return None if whose is None else self._held[whose][id]
 
     def of(self, id: str, known: frozenset[str]) -> Person | None:
-        """All items of a person whose tombstones are ``known``, kept and held, or None."""
+        """All items of a person with the tombstones ``known``, kept and held, or None."""
         kept, held = self._store.history(id), self._of(id, known)
         items = (*(kept.items if kept else ()), *(held.items if held else ()))
         return Person.of(id, items) if items else None

@@ -47,7 +47,7 @@ class Jobs:
         self._whose: dict[str, str] = {}  # by whose key they wait: "" is the operator's
         self._running: dict[str, Person] = {}
         self._status: dict[str, Status] = {}
-        self._since: dict[str, frozenset[str]] = {}  # of whom a status is told: their tombstones when they were put
+        self._since: dict[str, frozenset[str]] = {}  # a person's tombstones when the person was put
         self._turn = threading.Condition()
         self._forgetting = 0
         self._closed = False
@@ -112,7 +112,7 @@ class Jobs:
                     self._drop(id)
 
     def _drop(self, person: str) -> None:
-        """Nothing waits for a person, and nothing is told of them."""
+        """Remove a person from the queue, and their status."""
         self._waiting.pop(person, None)
         self._whose.pop(person, None)
         self._status.pop(person, None)

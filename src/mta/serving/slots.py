@@ -115,7 +115,7 @@ class Slots:
         return self.used == len(self)
 
     def owners(self) -> list[Owner]:
-        """Whose slots are at work or warm."""
+        """The owners of slots that are at work or warm."""
         return [slot.owner for slot in self._slots if slot.owner]
 
     def take(self, owner: Owner, prompt: Sequence[int]) -> tuple[int, int]:
@@ -147,7 +147,7 @@ class Slots:
         return found
 
     def empty(self, place: int) -> None:
-        """A slot that is not at work belongs to nobody from now on, and holds zeros."""
+        """Take a slot that is not at work from its owner, and fill it with zeros."""
         self._slots[place] = Slot()
         self.cache.clear(place)
 

@@ -36,7 +36,7 @@ class Sweep:
                 failed = False
             except Exception as error:  # whatever it is, it must not be the last look
                 if not failed:
-                    log.warning("whether anybody was forgotten elsewhere is not known: %s", type(error).__name__)
+                    log.warning("cannot read which people were forgotten elsewhere: %s", type(error).__name__)
                 failed = True
             await asyncio.sleep(self.service.sweep)
 

@@ -95,7 +95,7 @@ class Names:
         remove_all(self.folder, person)
 
     async def versions(self) -> set[Version]:
-        """Whoever may be loaded, also from before this gateway began. Raises EngineGone."""
+        """The people who may be loaded, also from before this gateway began. Raises EngineGone."""
         known = [*(from_wire(name) for name in await self._listed()), *(one.who for one in self._loaded.values())]
         return {who for who in known if isinstance(who, Version)}
 
