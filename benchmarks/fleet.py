@@ -14,20 +14,20 @@ import tempfile
 import time
 from pathlib import Path
 
-from mta.aside import write_json
-from mta.assets import resolve
 from mta.bank.bank import Bank
 from mta.bank.files import read_info
 from mta.base import BaseModel
 from mta.cluster import Cluster
 from mta.config import override
 from mta.history import Person
-from mta.machine import cores, processor
-from mta.malloc import keep_freed_memory
 from mta.personalize import Personalizer
-from mta.provenance import commit, versions
 from mta.readers import read_people
 from mta.store import Store
+from mta.system.assets import resolve
+from mta.system.atomic import write_json
+from mta.system.device import cores, processor
+from mta.system.malloc import keep_freed_memory
+from mta.system.provenance import commit, versions
 from mta.upkeep import stats
 
 WORDS = ["merge.policy=similarity", "merge.k=2", "stack.training.steps=4"]

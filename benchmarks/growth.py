@@ -18,8 +18,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mta.aside import write_json
-from mta.assets import resolve
 from mta.bank.bank import Bank
 from mta.bank.files import read_info
 from mta.base import BaseModel
@@ -27,15 +25,17 @@ from mta.config import Run, override
 from mta.evaluation.run import Interval, bootstrap
 from mta.growth import Action, Renewed, renewed
 from mta.history import Person
-from mta.machine import cores, processor
-from mta.malloc import keep_freed_memory
 from mta.personalize import Personalizer
-from mta.provenance import commit
 from mta.readers import read_people
 from mta.rows import row_adapters
 from mta.score import label_scores
 from mta.stages import Stages, Wanted, settings_of
 from mta.state import State
+from mta.system.assets import resolve
+from mta.system.atomic import write_json
+from mta.system.device import cores, processor
+from mta.system.malloc import keep_freed_memory
+from mta.system.provenance import commit
 
 SHOTS, MORE, ASKED = 8, 8, 12
 

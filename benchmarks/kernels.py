@@ -25,7 +25,6 @@ import torch
 from benchmarks.speed import data
 from benchmarks.speed.data import Absent
 from benchmarks.speed.training import ANCHORS, K, base_of, oppu, small, stack, task_lora
-from mta.aside import read_json, write_json
 from mta.base import BaseModel
 from mta.config import Training, parse_size
 from mta.kernels import obstacle, without_kernels
@@ -33,9 +32,10 @@ from mta.kernels.compile import Family
 from mta.kernels.products import _onednn_is_faster
 from mta.lora.batch import LoraBatch, fresh
 from mta.lora.merge import merge_exact
-from mta.machine import cores, processor
 from mta.serving.seats import Person, Seats
 from mta.serving.slots import Slots
+from mta.system.atomic import read_json, write_json
+from mta.system.device import cores, processor
 
 ROWS, PROMPT, MERGED = 16, 80, 32  # rows that decode, tokens before them, people who are merged
 ALL = "all"  # every family switched off

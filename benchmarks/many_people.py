@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from mta import assets
 from mta.bank.bank import Bank
 from mta.base import BaseModel
 from mta.cli.screen import Screen, console
@@ -18,9 +17,10 @@ from mta.demo import Recipe, load_recipe
 from mta.evaluation.show import show
 from mta.evaluation.study import Study, study
 from mta.history import Person
-from mta.malloc import keep_freed_memory
 from mta.readers import read_people
 from mta.splits import Splits, draw
+from mta.system import assets
+from mta.system.malloc import keep_freed_memory
 
 RECIPE = (
     "people.test=300",

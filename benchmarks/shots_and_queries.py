@@ -11,10 +11,10 @@ import statistics
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 
-from mta.assets import fetch
 from mta.history import Item, Person
 from mta.readers import read_people
 from mta.splits import draw
+from mta.system.assets import fetch
 
 SHRINK = 8.0
 WAYS: dict[str, tuple[Callable[[Person], Sequence[Item]], Callable[[Person], Sequence[Item]]]] = {

@@ -16,10 +16,10 @@ import torch
 
 from mta.lora.batch import Factors, LoraBatch
 from mta.lora.peft import write_peft
-from mta.machine import cores, processor
-from mta.provenance import commit
 from mta.state import State
 from mta.store import Store
+from mta.system.device import cores, processor
+from mta.system.provenance import commit
 from mta.upkeep import check, collect
 
 TINY = {f"layers.{n}.{name}": (16, 16) for n in range(2) for name in ("q", "v")}

@@ -16,7 +16,6 @@ from typing import Literal
 
 from rich.console import Console
 
-from mta import assets
 from mta.bank.bank import Bank
 from mta.base import BaseModel
 from mta.cli.screen import Screen
@@ -25,9 +24,10 @@ from mta.demo import Recipe, load_recipe
 from mta.evaluation.methods import Merged, MergeThenAdapt, Method, OneLora, TaskLora
 from mta.evaluation.protocol import Panel
 from mta.evaluation.run import Comparison, evaluate
-from mta.malloc import keep_freed_memory
 from mta.readers import read_people
 from mta.splits import draw
+from mta.system import assets
+from mta.system.malloc import keep_freed_memory
 
 METRICS = ("NLL", "MAE", "MAE (median)")
 

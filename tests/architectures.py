@@ -9,7 +9,7 @@ from tiny import tokenizer
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from mta.base import BaseModel
-from mta.model_files import loading
+from mta.system.model_files import loading
 
 SIZES: dict[str, Any] = {
     "vocab_size": 260,

@@ -137,8 +137,8 @@ def bucket():
 @pytest.fixture(scope="session")
 def fetched():
     """The folder of a real asset by its name; the test is skipped where it cannot be had."""
-    from mta.assets import fetch
     from mta.errors import AssetError
+    from mta.system.assets import fetch
 
     def folder(name):
         try:

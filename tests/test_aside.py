@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from mta.aside import make_folder, owner_only, sync_folder, write_json, write_text, written_aside
 from mta.errors import ConfigError, StoreError
+from mta.system.atomic import make_folder, owner_only, sync_folder, write_json, write_text, written_aside
 
 
 @pytest.fixture(params=[0o022, 0o077, 0o000])

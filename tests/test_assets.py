@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
-from mta import assets
-from mta.assets import MARKER, Asset, cache_dir, fetch, is_asset, resolve
 from mta.errors import AssetError
+from mta.system import assets
+from mta.system.assets import MARKER, Asset, cache_dir, fetch, is_asset, resolve
 
 MEMBERS = {"tiny_words/words.txt": b"one two three", "tiny_words/deep/more.txt": b"four"}
 
@@ -224,7 +224,7 @@ def test_unknown_asset_lists_the_known_ones():
 
 WORKER = """
 import json, os, sys
-from mta import assets
+from mta.system import assets
 
 asset = assets.Asset(**json.loads(sys.argv[1]))
 assets.ASSETS = {asset.name: asset}
@@ -240,7 +240,7 @@ print(assets.fetch(asset.name, say))
 
 def worker(asset, die_at="never"):
     spec = {field: getattr(asset, field) for field in Asset.__dataclass_fields__}
-    env = {**os.environ, "PYTHONPATH": str(Path(assets.__file__).parents[1]), "PYTHONIOENCODING": "utf-8"}
+    env = {**os.environ, "PYTHONPATH": str(Path(assets.__file__).parents[2]), "PYTHONIOENCODING": "utf-8"}
     command = [sys.executable, "-c", WORKER, json.dumps(spec), die_at]
     return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, encoding="utf-8")
 
@@ -277,8 +277,8 @@ def test_clearing_up_spares_an_asset_with_a_longer_name(tiny):
 
 
 def test_import_is_light():
-    code = "import sys, mta.assets; sys.exit(bool({'torch', 'transformers', 'numpy'} & set(sys.modules)))"
-    env = {**os.environ, "PYTHONPATH": str(Path(assets.__file__).parents[1])}
+    code = "import sys, mta.system.assets; sys.exit(bool({'torch', 'transformers', 'numpy'} & set(sys.modules)))"
+    env = {**os.environ, "PYTHONPATH": str(Path(assets.__file__).parents[2])}
     assert subprocess.run([sys.executable, "-c", code], env=env).returncode == 0
 
 

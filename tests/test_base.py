@@ -13,14 +13,14 @@ from tiny import KINDS, base_of, tokenizer
 from torch import nn
 from transformers import MambaConfig, MambaForCausalLM
 
-from mta import machine
 from mta.base import BaseModel
 from mta.config import Run
 from mta.errors import AssetError, ModelError, UnsupportedModel
 from mta.fingerprint import fingerprint_of
 from mta.generate import generate
 from mta.history import Item
-from mta.machine import pick_device, pick_dtype
+from mta.system import device as machine
+from mta.system.device import pick_device, pick_dtype
 from mta.tasks import load_task
 
 SMOLLM2 = "631823ecce74fbc7b4ddb672183c5585efbf77b71e0824146af73e341dd72b6c"  # of the converted asset
@@ -125,7 +125,7 @@ def test_auto_takes_one_of_the_two_fast_dtypes():
 
 def test_what_auto_took_once_it_takes_again_however_busy_the_machine_is(cache, monkeypatch):
     rates = iter([3.0, 1.0, 1.0, 3.0])
-    monkeypatch.setattr("mta.machine.gemm_rate", lambda dtype: next(rates))
+    monkeypatch.setattr("mta.system.device.gemm_rate", lambda dtype: next(rates))
     assert pick_dtype("auto", torch.device("cpu")) == torch.bfloat16
     assert pick_dtype("auto", torch.device("cpu")) == torch.bfloat16
     (cache / "dtype.json").write_text("{broken")
@@ -135,7 +135,7 @@ def test_what_auto_took_once_it_takes_again_however_busy_the_machine_is(cache, m
 def test_processes_that_start_together_take_the_dtype_that_the_first_one_measured(cache, monkeypatch):
     cache.mkdir()
     note = cache / "dtype.json"
-    monkeypatch.setattr("mta.machine.gemm_rate", lambda dtype: 1.0)  # float32, if it was measured again
+    monkeypatch.setattr("mta.system.device.gemm_rate", lambda dtype: 1.0)  # float32, if it was measured again
     with ThreadPoolExecutor(1) as other:
         with FileLock(cache / "dtype.lock"):
             later = other.submit(pick_dtype, "auto", torch.device("cpu"))
@@ -147,10 +147,10 @@ def test_processes_that_start_together_take_the_dtype_that_the_first_one_measure
 
 def test_virtual_processors_of_one_name_do_not_share_a_dtype(cache, monkeypatch):
     rates = iter([3.0, 1.0, 1.0, 3.0])
-    monkeypatch.setattr("mta.machine.gemm_rate", lambda dtype: next(rates))
-    monkeypatch.setattr("mta.machine.cpuinfo", lambda *fields: "one" if "flags" in fields else "Virtual CPU")
+    monkeypatch.setattr("mta.system.device.gemm_rate", lambda dtype: next(rates))
+    monkeypatch.setattr("mta.system.device.cpuinfo", lambda *fields: "one" if "flags" in fields else "Virtual CPU")
     assert pick_dtype("auto", torch.device("cpu")) == torch.bfloat16
-    monkeypatch.setattr("mta.machine.cpuinfo", lambda *fields: "other" if "flags" in fields else "Virtual CPU")
+    monkeypatch.setattr("mta.system.device.cpuinfo", lambda *fields: "other" if "flags" in fields else "Virtual CPU")
     assert pick_dtype("auto", torch.device("cpu")) == torch.float32
 
 

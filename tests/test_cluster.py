@@ -16,7 +16,6 @@ import torch
 from conftest import TINY_RUN, people_of
 from tiny import base_of, tokenizer
 
-from mta.assets import resolve
 from mta.bank.bank import Bank
 from mta.base import BaseModel
 from mta.cluster import Cluster
@@ -32,6 +31,7 @@ from mta.personalize import Personalizer
 from mta.readers import read_people
 from mta.state import State
 from mta.store import Store
+from mta.system.assets import resolve
 
 ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'merge-then-adapt[ray]'")
 PEOPLE = 12

@@ -21,7 +21,7 @@ PEOPLE = people_of(3, items=6, prefix="x", seed=5)
 @pytest.fixture(scope="session")
 def device(pytestconfig):
     """The device asked for; what cannot be had is skipped, with the reason."""
-    from mta.machine import pick_device
+    from mta.system.device import pick_device
 
     try:
         return pick_device(pytestconfig.getoption("--device"))

@@ -11,9 +11,10 @@ import pytest
 import torch
 from conftest import people_of
 
-from mta import assets, doctor
+from mta import doctor
 from mta.doctor import BASE, examine
 from mta.store import Store
+from mta.system import assets
 
 GIB = 1 << 30
 
@@ -138,7 +139,7 @@ def test_threads_that_spin_beside_others_are_warned_of(monkeypatch):
 def test_the_dtype_is_the_one_a_run_takes_and_its_rates_are_told(cache, monkeypatch):
     rates = {torch.bfloat16: 800e9, torch.float32: 200e9}
     monkeypatch.setattr(doctor, "gemm_rate", rates.get)
-    monkeypatch.setattr("mta.machine.gemm_rate", rates.get)
+    monkeypatch.setattr("mta.system.device.gemm_rate", rates.get)
     dtype = doctor._dtype(torch.device("cpu"))
     assert (dtype.verdict, dtype.found) == (
         "ok",

@@ -20,8 +20,8 @@ from mta.bank.bank import Bank
 from mta.errors import PersonForgotten, StoreError
 from mta.lora.peft import write_peft
 from mta.personalize import forget_person
-from mta.storage import Storage
 from mta.store import Store
+from mta.system.storage import Storage
 from mta.training.checkpoint import Checkpoint
 from mta.upkeep import check, collect
 

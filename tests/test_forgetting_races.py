@@ -19,8 +19,8 @@ from mta.exports import Export
 from mta.forgetting import forget_person
 from mta.lora.peft import WEIGHTS
 from mta.serving.histories import Histories
-from mta.storage import Storage
 from mta.store import Store
+from mta.system.storage import Storage
 from mta.tombstones import Tombstones
 from mta.upkeep import check, collect
 

@@ -15,7 +15,7 @@ from tiny import KINDS, changed_json, counted, save_encoder, tokenizer
 from mta.base import BaseModel
 from mta.encode import SentenceEncoder
 from mta.errors import ModelError
-from mta.hub import local_folder
+from mta.system.hub import local_folder
 
 NAME = "somebody/model"
 FINGERPRINT = "a5090a900c7bd4252652036000b2256b9d9dd36a94683a2c3569b20df6cf066a"  # of the tiny base, since 0.1.0

@@ -6,10 +6,10 @@ import pytest
 import torch
 from conftest import personalizer
 
-from mta.machine import compute_with, seeded
 from mta.serving.embedded import EmbeddedEngine
 from mta.serving.jobs import Jobs
 from mta.store import Store
+from mta.system.device import compute_with, seeded
 
 
 def threads_of_a_new_thread():

@@ -62,7 +62,7 @@ def test_only_the_command_line_or_an_explicit_call_makes_a_process_keep_freed_me
 
 
 def test_memory_is_not_given_back_in_a_process_that_does_not_keep_it(monkeypatch):
-    from mta import malloc
+    from mta.system import malloc
 
     monkeypatch.setattr(malloc, "_keeps", False)  # an earlier test may have run the command line in this process
     monkeypatch.setattr(malloc, "_resident", lambda: pytest.fail("memory was looked at"))

@@ -3,10 +3,10 @@ from pathlib import Path
 import pytest
 from files import TIME, fails
 
-from mta import assets
 from mta.errors import DataError
 from mta.history import Item
 from mta.readers import describe, read_people
+from mta.system import assets
 from mta.tasks import load_task
 
 
@@ -90,6 +90,6 @@ def test_a_recbole_folder_without_movies(tmp_path: Path) -> None:
 
 def test_real_movielens() -> None:
     if not (assets.cache_dir() / "assets" / "movielens-100k").exists():
-        pytest.skip("movielens-100k is not cached: mta.assets.fetch('movielens-100k') fetches it")
+        pytest.skip("movielens-100k is not cached: mta.system.assets.fetch('movielens-100k') fetches it")
     people = read_people(assets.fetch("movielens-100k"), "movielens-rating")
     assert describe(people) == {"people": 943, "items": 100_000, "min": 20, "median": 65, "max": 737, "queries": 0}

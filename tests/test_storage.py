@@ -9,8 +9,8 @@ from test_aside import mode
 from test_state import ANN, state
 
 from mta.errors import StoreError
-from mta.storage import Storage
 from mta.store import Store
+from mta.system.storage import Storage
 from mta.upkeep import collect
 from mta.work import Work
 

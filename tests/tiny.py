@@ -26,9 +26,9 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from mta.aside import write_json
 from mta.base import BaseModel
 from mta.lora.batch import Factors, LoraBatch
+from mta.system.atomic import write_json
 from mta.tasks.prompt import Example
 
 TEMPLATE = (

@@ -28,7 +28,7 @@ import torch
 
 from benchmarks.serve.load import cold, delay, load
 from mta.bank.files import read_info
-from mta.machine import cores, processor
+from mta.system.device import cores, processor
 
 UNASKED = 24  # people who are asked for the first time when that is timed
 

@@ -15,10 +15,10 @@ from pathlib import Path
 import torch
 
 from benchmarks.serve.server import LENGTH, made_up, opened
-from mta.machine import cores, in_passing, processor
-from mta.malloc import keep_freed_memory
 from mta.serving.seats import Seats
 from mta.serving.slots import Slots
+from mta.system.device import cores, in_passing, processor
+from mta.system.malloc import keep_freed_memory
 
 PROMPT = [10] * 80  # tokens that lie in every slot already
 TIMES = 20

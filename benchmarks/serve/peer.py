@@ -14,10 +14,10 @@ import torch
 
 from benchmarks.serve.load import prompt
 from benchmarks.serve.server import made_up, opened
-from mta.hub import local_folder
 from mta.lora.peft import write_peft
-from mta.malloc import keep_freed_memory
 from mta.serving.synthesis import Synthesis
+from mta.system.hub import local_folder
+from mta.system.malloc import keep_freed_memory
 
 RANK = 16
 

@@ -14,12 +14,12 @@ from mta.bank.files import read_info
 from mta.base import BaseModel
 from mta.config import Run
 from mta.lora.batch import Factors, fresh
-from mta.machine import in_passing
-from mta.malloc import keep_freed_memory
 from mta.serving.auth import Keys
 from mta.serving.serve import serve, service_of, sigterm_exits, vllm_of
 from mta.state import State
 from mta.store import Store
+from mta.system.device import in_passing
+from mta.system.malloc import keep_freed_memory
 
 LENGTH = 512  # tokens of a prompt and its answer
 

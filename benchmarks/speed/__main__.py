@@ -24,7 +24,7 @@ from benchmarks.speed.pictures import draw
 from benchmarks.speed.processor import processor
 from benchmarks.speed.settings import MODULES, Settings
 from benchmarks.speed.timing import Row
-from mta.malloc import keep_freed_memory
+from mta.system.malloc import keep_freed_memory
 
 
 def main(words: Sequence[str] | None = None) -> int:

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from benchmarks.speed.data import BASE
-from mta.hub import local_folder
 from mta.lora.batch import Factors, LoraBatch
+from mta.system.hub import local_folder
 
 
 class ManyPeft:

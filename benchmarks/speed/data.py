@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from mta import assets
 from mta.base import BaseModel
 from mta.history import Person
 from mta.readers import read_people
+from mta.system import assets
 from mta.tasks import load_task
 from mta.tasks.task import Task
 from mta.training.trainer import Job

@@ -32,7 +32,7 @@ from mta.footprint import Numbers
 from mta.lora.batch import Factors, LoraBatch
 from mta.lora.layers import Adapters, PerPerson, Shared
 from mta.lora.merge import merge_exact
-from mta.malloc import keep_freed_memory
+from mta.system.malloc import keep_freed_memory
 from mta.tasks.prompt import Example
 from mta.training.plan import plan_cohorts
 from mta.training.trainer import Job

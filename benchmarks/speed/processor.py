@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import Path
 
 from benchmarks.speed.data import Absent
-from mta import machine
+from mta.system import device as machine
 
 _TOLD = ("avx2", "fma", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16", "bf16", "sve")
 _BF16 = ("avx512_bf16", "amx_bf16", "bf16")

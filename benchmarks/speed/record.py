@@ -15,8 +15,8 @@ from typing import Any
 from benchmarks.speed.processor import processor
 from benchmarks.speed.settings import MODULES, Settings
 from benchmarks.speed.timing import Row
-from mta.aside import write_json
-from mta.provenance import commit
+from mta.system.atomic import write_json
+from mta.system.provenance import commit
 
 _ROOT = Path(__file__).resolve().parents[2]
 _SHOWS = ("__main__", "report", "pictures", "record")  # what only shows rows does not make them old

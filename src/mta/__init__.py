@@ -19,11 +19,11 @@ if TYPE_CHECKING:
     from mta.evaluation.study import study as study
     from mta.history import Item as Item
     from mta.history import Person as Person
-    from mta.malloc import keep_freed_memory as keep_freed_memory
     from mta.personalize import Personalizer as Personalizer
     from mta.readers import read_people as read_people
     from mta.rows import BASE as BASE
     from mta.rows import TASK as TASK
+    from mta.system.malloc import keep_freed_memory as keep_freed_memory
     from mta.tasks import load_task as load_task
 
 _HOME = {
@@ -37,7 +37,7 @@ _HOME = {
     "Person": "mta.history",
     "Personalizer": "mta.personalize",
     "Run": "mta.config",
-    "keep_freed_memory": "mta.malloc",
+    "keep_freed_memory": "mta.system.malloc",
     "load_task": "mta.tasks",
     "override": "mta.config",
     "read_people": "mta.readers",

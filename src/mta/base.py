@@ -26,16 +26,16 @@ from mta.adaptable import (
     text_config,
 )
 from mta.agreement import CAUSAL, Reference, called_layers, short_windows
-from mta.assets import ASSETS
 from mta.attention import blocks_of, can_block, install, masks, visible
 from mta.config import Run
 from mta.errors import UnsupportedModel
 from mta.fingerprint import fingerprint_of, folder_fingerprint
 from mta.footprint import Footprint
-from mta.hub import local_folder
 from mta.kernels import kernels, use_kernels
-from mta.machine import pick_device, pick_dtype
-from mta.model_files import loading, refuse_unsafe_base
+from mta.system.assets import ASSETS
+from mta.system.device import pick_device, pick_dtype
+from mta.system.hub import local_folder
+from mta.system.model_files import loading, refuse_unsafe_base
 from mta.tasks.prompt import PromptFormat
 
 log = logging.getLogger("mta")

@@ -13,13 +13,13 @@ import socket
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from mta.aside import SHARED
 from mta.errors import ClusterError
 from mta.executor import C, Outcome, P, R
 from mta.fleet import Fleet
-from mta.machine import cores
-from mta.malloc import keep_freed_memory
-from mta.provenance import versions
+from mta.system.atomic import SHARED
+from mta.system.device import cores
+from mta.system.malloc import keep_freed_memory
+from mta.system.provenance import versions
 
 _DIAL = 10.0  # seconds to wait for the head of a cluster
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")

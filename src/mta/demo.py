@@ -11,21 +11,21 @@ from typing import Any
 import torch
 import yaml
 
-from mta import assets
-from mta.aside import write_text
 from mta.bank.bank import Bank
 from mta.base import BaseModel
 from mta.config import Evaluation, Run, override
 from mta.errors import ConfigError
 from mta.evaluation.study import Study, ask, study
 from mta.history import Person
-from mta.machine import gemm_rate
 from mta.personalize import Personalizer
 from mta.readers import read_people
 from mta.runs import RunFolder
 from mta.settings import Settings, checked, dump_yaml
 from mta.sinks import Track
 from mta.splits import Splits, draw
+from mta.system import assets
+from mta.system.atomic import write_text
+from mta.system.device import gemm_rate
 from mta.training.trainer import OnStep
 
 SLOW = 400e9  # bfloat16 operations per second below which the short version is run

@@ -19,15 +19,15 @@ from typing import Literal
 
 import torch
 
-from mta.assets import ASSETS, cache_dir, is_present
 from mta.bank.files import read_info, stale, verify
 from mta.config import Run, parse_size
 from mta.errors import MtaError
-from mta.hub import is_cached
 from mta.kernels import FAMILIES, failure, obstacle, switched_off
-from mta.machine import cores, faster, gemm_rate, pick_device, pick_dtype, processor
-from mta.provenance import version_of
 from mta.store import Store
+from mta.system.assets import ASSETS, cache_dir, is_present
+from mta.system.device import cores, faster, gemm_rate, pick_device, pick_dtype, processor
+from mta.system.hub import is_cached
+from mta.system.provenance import version_of
 
 Verdict = Literal["ok", "warning", "problem"]
 EXTRAS = {  # what each extra brings, by the names of packages

@@ -13,8 +13,8 @@ from torch import Tensor
 from mta.base import BaseModel
 from mta.fingerprint import folder_fingerprint
 from mta.history import Person
-from mta.hub import local_folder
-from mta.model_files import loading, lowers_case, modules_of, refuse_unsafe_encoder
+from mta.system.hub import local_folder
+from mta.system.model_files import loading, lowers_case, modules_of, refuse_unsafe_encoder
 from mta.tasks.task import Task
 
 _KIND = "a sentence encoder"

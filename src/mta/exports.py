@@ -15,12 +15,12 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from mta.aside import sync_folder
 from mta.errors import InputError, PersonForgotten, StateCorrupt
-from mta.hub import Parcel
 from mta.lora.peft import CARD, CONFIG, WEIGHTS, has_own_card, read_peft, remove_asides
-from mta.storage import Storage
 from mta.store_lock import locked
+from mta.system.atomic import sync_folder
+from mta.system.hub import Parcel
+from mta.system.storage import Storage
 from mta.tombstones import Tombstones
 
 SCHEMA = 2

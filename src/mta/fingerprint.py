@@ -14,7 +14,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from mta.errors import ModelError
-from mta.model_files import weight_files
+from mta.system.model_files import weight_files
 
 _PROBE = "The quick brown fox, aged 42, said: «Привет, 世界!»\n\tnaïve café — don't stop…"
 

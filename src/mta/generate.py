@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mta.base import BaseModel
 from mta.lora.layers import Adapters, applied
-from mta.machine import seeded
+from mta.system.device import seeded
 
 
 @torch.inference_mode()

@@ -24,7 +24,6 @@ from mta.forgetting import Forgotten, forget_person
 from mta.fuse import Merge, merged_factors
 from mta.generate import generate
 from mta.history import Item, Person
-from mta.hub import Repository
 from mta.lora.batch import join
 from mta.lora.layers import Adapters, applied
 from mta.lora.merge import truncate
@@ -34,6 +33,7 @@ from mta.rows import Nobody, Who, row_adapters
 from mta.score import label_scores, log_likelihood
 from mta.state import State
 from mta.store import Store
+from mta.system.hub import Repository
 from mta.training.trainer import OnStep
 
 Question = str | Mapping[str, str]

@@ -25,12 +25,12 @@ from typing import TYPE_CHECKING, Any, Self
 
 import torch
 
-from mta.aside import owner_only, write_json, write_text
 from mta.errors import DataError
-from mta.machine import cores, processor
-from mta.provenance import commit, versions
 from mta.settings import to_yaml
 from mta.sinks import SINKS, Sink, Track
+from mta.system.atomic import owner_only, write_json, write_text
+from mta.system.device import cores, processor
+from mta.system.provenance import commit, versions
 
 if TYPE_CHECKING:
     from mta.base import BaseModel

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 
 from mta.adaptable import is_linear, shape_of
-from mta.assets import ASSETS, resolve
 from mta.config import Run, Training
 from mta.errors import ConfigError
 from mta.footprint import COPIES, Footprint, Numbers, Texts
 from mta.fuse import needs_evidence
-from mta.machine import cores, gemm_rate, pick_dtype, processor
+from mta.system.assets import ASSETS, resolve
+from mta.system.device import cores, gemm_rate, pick_dtype, processor
 
 _LLAMA = {"model_type": "llama", "tie_word_embeddings": False}
 KNOWN: dict[str, dict[str, Any]] = {

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mta.aside import write_json
 from mta.errors import DataError, InputError
 from mta.history import Person
+from mta.system.atomic import write_json
 
 PARTS = ("task", "development", "candidates", "test")
 TESTED = ("test", "development")

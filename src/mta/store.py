@@ -29,7 +29,7 @@ from mta.errors import InputError, PersonForgotten, PersonNotFound, StateCorrupt
 from mta.exports import Exports, remove_if_empty
 from mta.history import Person
 from mta.state import SCHEMA, SEALED, State, history_from_bytes, history_to_bytes, seal_of
-from mta.storage import Storage
+from mta.system.storage import Storage
 from mta.tombstones import Tombstones
 
 _VERSION = re.compile(r"([1-9][0-9]*)\.safetensors")

@@ -13,9 +13,9 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from mta.aside import owner_only
 from mta.errors import StoreError
-from mta.storage import Storage
+from mta.system.atomic import owner_only
+from mta.system.storage import Storage
 
 LOCK = ".lock"
 _WAIT = 60.0  # seconds: each holder reads and writes one small file

@@ -17,7 +17,7 @@ from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 
 from mta.errors import PersonForgotten
-from mta.storage import Storage
+from mta.system.storage import Storage
 
 FOLDER = "forgotten"
 LIFETIME = 7 * 24 * 3600.0  # seconds: longer than any process holds items without looking here

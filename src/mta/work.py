@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mta.storage import Storage
+from mta.system.storage import Storage
 from mta.training.checkpoint import Checkpoint
 
 ABANDONED = 7 * 24 * 3600.0  # seconds after which nobody will go on with a stopped run

@@ -14,7 +14,6 @@ from conftest import TINY_RUN, HashEncoder, memory_for, people_of
 from safetensors.torch import load_file
 from tiny import base_of
 
-from mta.aside import write_json
 from mta.bank import files
 from mta.bank.bank import Bank
 from mta.bank.build import build_bank
@@ -25,6 +24,7 @@ from mta.history import Person
 from mta.lora.batch import fresh
 from mta.lora.peft import read_peft
 from mta.runs import sittings
+from mta.system.atomic import write_json
 from mta.tasks import load_task
 from mta.training.checkpoint import Checkpoint
 from mta.training.trainer import Job

@@ -24,9 +24,9 @@ from mta.bank.bank import Bank
 from mta.bank.publish import bank_folder, bank_parcel
 from mta.config import Run
 from mta.errors import AssetError, BankCorrupt, BankError, BankMismatch, HubError, InputError
-from mta.hub import local_folder
 from mta.personalize import forget_person
 from mta.store import Store
+from mta.system.hub import local_folder
 
 __all__ = ["hub"]  # a fixture
 

@@ -7,11 +7,11 @@ import pytest
 from conftest import TINY_RUN
 from tiny import base_of
 
-from mta.aside import write_json
 from mta.errors import DataError
 from mta.evaluation.compared import compared, read_runs
 from mta.evaluation.publish import report
 from mta.runs import RunFolder
+from mta.system.atomic import write_json
 from mta.training.trainer import Step
 
 

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from mta import runs
-from mta.aside import copy_file, make_folder, write_tensors, write_text
 from mta.bank import files
 from mta.bank.anchors import choose_anchors
 from mta.bank.bench import Anchors, Bench, BenchCopies, Pool, anchor_start, train_anchors, train_pool
@@ -31,6 +30,7 @@ from mta.lora.batch import LoraBatch, stack
 from mta.lora.peft import read_peft, write_peft
 from mta.runs import RunFolder
 from mta.sinks import Track
+from mta.system.atomic import copy_file, make_folder, write_tensors, write_text
 from mta.tasks.task import Task
 from mta.training.checkpoint import Checkpoint
 from mta.training.plan import Plan, plan_cohorts

@@ -9,10 +9,10 @@ from typing import Any
 
 import yaml
 
-from mta.assets import ASSETS
 from mta.bank.files import BankInfo
 from mta.lora.peft import MARK
 from mta.settings import dump_yaml
+from mta.system.assets import ASSETS
 
 _PAPER = "arxiv:2511.20072"
 _LIMITS = """- It works with the very base it was trained on (its fingerprint is checked), and for its task.

@@ -16,12 +16,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from mta import runs
-from mta.aside import file_mode, read_json, write_json, written_aside
-from mta.assets import cache_dir
 from mta.config import Run
 from mta.errors import BankCorrupt, BankError, BankMismatch
 from mta.lora.batch import LoraBatch
 from mta.lora.peft import read_peft
+from mta.system.assets import cache_dir
+from mta.system.atomic import file_mode, read_json, write_json, written_aside
 from mta.tasks.load import with_limit
 from mta.tasks.task import Task
 

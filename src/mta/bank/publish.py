@@ -11,12 +11,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-from mta.assets import ASSETS
 from mta.bank import files
 from mta.bank.card import card, table_of
 from mta.errors import BankCorrupt, BankError, HubError, InputError
-from mta.hub import Parcel, Repository, is_hub_id, snapshot
 from mta.lora.peft import CONFIG, WEIGHTS
+from mta.system.assets import ASSETS
+from mta.system.hub import Parcel, Repository, is_hub_id, snapshot
 
 CARD = "README.md"
 _ADAPTER = f"{files.TASK_LORA}/{CONFIG}"

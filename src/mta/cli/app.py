@@ -26,7 +26,7 @@ from mta.cli import (
     store,
 )
 from mta.errors import MtaError
-from mta.malloc import keep_freed_memory
+from mta.system.malloc import keep_freed_memory
 
 app = typer.Typer(
     name="mta",

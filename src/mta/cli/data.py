@@ -94,7 +94,7 @@ def show(
 
 def people_in(source: str, task: str | TaskType, skip_bad: Path | None = None) -> list[Person]:
     """Everybody in a file, a folder or a data asset."""
-    from mta.assets import resolve
     from mta.readers import read_people
+    from mta.system.assets import resolve
 
     return read_people(resolve(source), task, skip_bad=skip_bad)

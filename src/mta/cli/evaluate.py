@@ -228,10 +228,10 @@ def _experiment(
 
 
 def _score(source: str, predictions: Path, task: str | None, words: list[str] | None, json: bool) -> None:
-    from mta.assets import resolve
     from mta.errors import InputError
     from mta.evaluation.lamp import score
     from mta.readers import read_answers
+    from mta.system.assets import resolve
     from mta.tasks import load_task
 
     if words or not task:

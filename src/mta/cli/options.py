@@ -20,9 +20,9 @@ if TYPE_CHECKING:
     from mta.base import BaseModel
     from mta.config import Run
     from mta.executor import Executor
-    from mta.hub import Parcel
     from mta.runs import RunFolder
     from mta.sinks import Track as Opener
+    from mta.system.hub import Parcel
     from mta.tasks import Task as TaskType
 
 Words = Annotated[list[str] | None, typer.Argument(help="Settings as key=value, for example memory=8GiB.")]

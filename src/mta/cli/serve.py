@@ -66,8 +66,8 @@ def serve(
     Example:  mta serve --bank bank/ --store people/ --keys keys.yaml
     """
     _need_extra()
-    from mta.machine import in_passing
     from mta.serving import serve as serving
+    from mta.system.device import in_passing
 
     if new_key is not None:
         return _add_key(keys, new_key, rights, of, json)

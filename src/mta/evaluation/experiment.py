@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mta.aside import write_json
 from mta.errors import ClusterError
 from mta.evaluation.facts import bank_facts, case_study
 from mta.evaluation.lab import Lab, LabCopies
@@ -17,6 +16,7 @@ from mta.evaluation.recipe import Experiment, Part, wanted
 from mta.evaluation.records import Record, Records
 from mta.runs import RunFolder, work_of
 from mta.sinks import Track
+from mta.system.atomic import write_json
 
 CASE, FACTS, KIND = "case.json", "banks.json", "experiment"
 

@@ -9,13 +9,13 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from mta.aside import write_json
 from mta.evaluation import plots
 from mta.evaluation.attack import FPR, Attack
 from mta.evaluation.cast import AT_LEAST
 from mta.evaluation.exam import Row
 from mta.evaluation.privacy import Findings
 from mta.evaluation.run import Interval
+from mta.system.atomic import write_json
 
 GUESSING = 0.5
 

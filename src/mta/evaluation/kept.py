@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-from mta.aside import write_tensors
 from mta.evidence import Evidence, Labels
+from mta.system.atomic import write_tensors
 
 
 def save_evidence(path: Path, evidence: Evidence, seconds: float) -> None:

@@ -9,8 +9,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from mta.aside import write_json, write_text
-from mta.assets import is_asset, resolve
 from mta.bank.bank import Bank
 from mta.bank.files import INFO, TASK_LORA
 from mta.base import BaseModel
@@ -25,6 +23,8 @@ from mta.readers import read_people
 from mta.retrieval import with_profiles
 from mta.settings import dump_yaml
 from mta.splits import Splits
+from mta.system.assets import is_asset, resolve
+from mta.system.atomic import write_json, write_text
 from mta.tasks.load import load_task
 from mta.tasks.task import Task
 from mta.training.trainer import OnStep

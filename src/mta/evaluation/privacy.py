@@ -23,7 +23,7 @@ from mta.evaluation.protocol import Panel
 from mta.evaluation.run import Interval
 from mta.fuse import check_merge
 from mta.history import Person
-from mta.provenance import versions
+from mta.system.provenance import versions
 from mta.training.trainer import OnStep
 
 KS = (1, 2, 4)

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mta.aside import copy_file, make_folder, write_json, write_text
 from mta.evaluation.compared import compared, is_experiment, read_runs
 from mta.evaluation.exhibits import Section, sections
 from mta.evaluation.experiment import CASE, FACTS
@@ -17,6 +16,7 @@ from mta.evaluation.records import FILE, Record, publish
 from mta.evaluation.results import BEFORE, Results
 from mta.evaluation.tables import overview
 from mta.runs import RUN
+from mta.system.atomic import copy_file, make_folder, write_json, write_text
 
 
 def report(folders: Sequence[Path], out: Path, *, texts: bool = False) -> list[str]:

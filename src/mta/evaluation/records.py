@@ -10,8 +10,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from mta.aside import make_folder, owner_only, written_aside
 from mta.errors import DataError
+from mta.system.atomic import make_folder, owner_only, written_aside
 
 FILE = "scores.jsonl"
 

@@ -16,7 +16,6 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from mta.aside import write_text
 from mta.bank.bank import Bank
 from mta.evaluation import figures
 from mta.evaluation.figures import human_bytes, human_seconds
@@ -34,6 +33,7 @@ from mta.evaluation.verdict import (
     worse_off,
     yardstick,
 )
+from mta.system.atomic import write_text
 
 __all__ = ["Cell", "Column", "findings", "grid", "table", "to_json", "verdict", "write_html"]
 

@@ -24,10 +24,10 @@ from mta.fuse import check_merge
 from mta.history import Person
 from mta.personalize import Personalizer
 from mta.policies import POLICIES
-from mta.provenance import versions
 from mta.readers.sharing import Copies
 from mta.rows import TASK, Who
 from mta.splits import draw
+from mta.system.provenance import versions
 from mta.tasks.task import Task
 from mta.training.trainer import OnStep
 
@@ -51,8 +51,8 @@ class Study:
 
     def write(self, out: str | Path, command: str = "") -> None:
         """``report.html`` and ``results.json`` under ``out``; ``command`` says how to get them again."""
-        from mta.aside import write_json
         from mta.evaluation.report import to_json, write_html
+        from mta.system.atomic import write_json
 
         out, meta = Path(out), self.meta | {"command": command}
         write_json(out / "results.json", to_json(self.comparison, **meta))

@@ -27,10 +27,10 @@ from typing import Any, Literal, NamedTuple
 import torch
 from filelock import FileLock
 
-from mta.aside import written_aside
-from mta.assets import cache_dir
-from mta.cpu import cpuinfo
 from mta.errors import ConfigError
+from mta.system.assets import cache_dir
+from mta.system.atomic import written_aside
+from mta.system.cpu import cpuinfo
 
 log = logging.getLogger("mta")
 

@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from mta.cpu import cpuinfo
 from mta.kernels.compile import kernels
+from mta.system.cpu import cpuinfo
 
 _FEW = 24  # rows
 

@@ -19,9 +19,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from mta.aside import make_folder, sync_folder, write_tensors, write_text
 from mta.errors import InputError
 from mta.lora.batch import Factors, LoraBatch
+from mta.system.atomic import make_folder, sync_folder, write_tensors, write_text
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"

@@ -8,8 +8,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, NamedTuple
 
-from mta.aside import written_aside
 from mta.errors import DataError
+from mta.system.atomic import written_aside
 
 HINT = "Correct it, or set bad rows aside with --skip-bad FILE (in Python: skip_bad=FILE)."
 

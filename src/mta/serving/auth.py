@@ -21,9 +21,9 @@ from typing import Annotated, Any, Literal
 from filelock import FileLock
 from pydantic import Field, model_validator
 
-from mta.aside import file_mode, make_folder, write_text
 from mta.errors import ConfigError
 from mta.settings import Settings, checked, dump_yaml, read_yaml
+from mta.system.atomic import file_mode, make_folder, write_text
 
 ENV = "MTA_API_KEY"
 _WAIT = 10.0  # seconds for another process that adds a key

@@ -15,7 +15,6 @@ import torch
 from mta.bank.bank import Bank
 from mta.base import BaseModel
 from mta.errors import MtaError
-from mta.machine import compute_with, in_passing
 from mta.serving.activated import Activated
 from mta.serving.decoder import Decoder, Row, Told
 from mta.serving.engine import LATER, LOST, AnswerLost, Ask, EngineGone, Piece, QueueFull, Version
@@ -23,6 +22,7 @@ from mta.serving.sampling import Sampler
 from mta.serving.seats import Seats
 from mta.serving.slots import refuse_unservable
 from mta.store import Store
+from mta.system.device import compute_with, in_passing
 
 
 class EmbeddedEngine:

@@ -14,10 +14,10 @@ from typing import Literal
 from mta.errors import InputError, MtaError
 from mta.forgetting import Forgotten
 from mta.history import Person
-from mta.machine import compute_with
 from mta.personalize import Personalizer
 from mta.serving.auth import LOCAL, Key
 from mta.serving.engine import QueueFull
+from mta.system.device import compute_with
 from mta.tombstones import NOTHING
 
 TOGETHER = 32  # people of one job

@@ -18,13 +18,11 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 from rich.console import Console
 
-from mta.aside import file_mode
 from mta.bank.bank import Bank
 from mta.bank.files import stale
 from mta.base import BaseModel
 from mta.config import Run
 from mta.errors import BankMismatch, ConfigError
-from mta.hub import local_folder
 from mta.personalize import Personalizer
 from mta.serving.auth import ENV, Keys
 from mta.serving.embedded import EmbeddedEngine
@@ -34,6 +32,8 @@ from mta.serving.service import Service
 from mta.serving.vllm_engine import VllmEngine
 from mta.serving.vllm_server import SLOT_RANK, Remote, VllmServer, VllmSettings
 from mta.store import Store
+from mta.system.atomic import file_mode
+from mta.system.hub import local_folder
 
 log = logging.getLogger("mta")
 

@@ -18,9 +18,9 @@ from mta.errors import InputError, OtherBank, StateCorrupt
 from mta.fuse import Merge, merged_factors
 from mta.lora.batch import Factors, LoraBatch, join, shared_ranks
 from mta.lora.merge import truncate
-from mta.machine import seeded
 from mta.rows import BASE, Nobody
 from mta.state import State
+from mta.system.device import seeded
 
 _MORE = 8  # directions beyond the wanted ones that the svd looks at, so that the last of these come out right
 _ROUNDS = 4  # of its power iteration

@@ -69,10 +69,10 @@ class Adapters:
             self._begun = True
 
     def _path(self, name: str) -> Path | None:
-        from mta.aside import write_json
         from mta.lora.peft import read_peft, write_peft
         from mta.rows import BASE, Nobody
         from mta.serving.names import from_wire
+        from mta.system.atomic import write_json
 
         who = from_wire(name)
         if who is None or who is BASE:

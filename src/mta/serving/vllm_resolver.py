@@ -56,7 +56,7 @@ def _unload_wholly() -> None:
 
 
 def _on_one_core() -> None:
-    from mta.machine import compute_with
+    from mta.system.device import compute_with
 
     compute_with(1)  # the cores are vLLM's
 

@@ -21,9 +21,9 @@ from pathlib import Path
 
 import httpx2 as httpx
 
-from mta.aside import owner_only
 from mta.errors import ConfigError, MtaError
 from mta.serving.auth import ENV
+from mta.system.atomic import owner_only
 
 SLOT_RANK = 16  # of vLLM's slots where nothing else is said (decision 012)
 _START = 600.0  # seconds: large models on slow disks

@@ -11,7 +11,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from mta.aside import write_tensors
+from mta.system.atomic import write_tensors
 
 
 @dataclass(slots=True)

@@ -22,7 +22,7 @@ from mta.config import Training
 from mta.footprint import Texts
 from mta.lora.batch import LoraBatch
 from mta.lora.layers import Adapters, PerPerson, Renumbered, applied
-from mta.malloc import give_back_memory
+from mta.system.malloc import give_back_memory
 from mta.tasks.prompt import Example
 from mta.training.checkpoint import Checkpoint
 from mta.training.optimizer import BatchedAdamW, learning_rate

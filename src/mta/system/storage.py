@@ -16,8 +16,8 @@ from typing import Any
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
-from mta.aside import SHARED, is_shared, owner_only, sync_folder, written_aside
 from mta.errors import StoreError
+from mta.system.atomic import SHARED, is_shared, owner_only, sync_folder, written_aside
 
 _REMOVALS = 100  # of one folder, while others remove files of it too
 _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EXDEV}

@@ -17,10 +17,10 @@ from typing import TypeVar
 import torch
 from filelock import FileLock
 
-from mta.aside import read_json, write_json
-from mta.assets import cache_dir
-from mta.cpu import cpuinfo
 from mta.errors import ModelError
+from mta.system.assets import cache_dir
+from mta.system.atomic import read_json, write_json
+from mta.system.cpu import cpuinfo
 
 T = TypeVar("T")
 _SETTING = threading.Lock()  # of the number of threads: two at once would take each other's for the one from before

@@ -39,5 +39,5 @@ def version_of(package: str) -> str | None:
 
 
 def _git(*words: str) -> str:
-    folder = Path(__file__).parent
+    folder = Path(__file__).parent.parent
     return subprocess.run(["git", *words], cwd=folder, capture_output=True, text=True, check=True).stdout.strip()

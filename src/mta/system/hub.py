@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mta.assets import ASSETS, resolve
 from mta.errors import AssetError, HubError
-from mta.model_files import ADAPTER, WEIGHTS, modules_of
+from mta.system.assets import ASSETS, resolve
+from mta.system.model_files import ADAPTER, WEIGHTS, modules_of
 
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _SMALL = ("*.json", "*.jinja", "tokenizer.model", "*.txt")  # configuration and tokenizer

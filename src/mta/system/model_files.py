@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from mta.aside import read_json
 from mta.errors import ModelError, MtaError, UnsupportedModel
+from mta.system.atomic import read_json
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 ADAPTER = "adapter_config.json"

@@ -1,0 +1,1 @@
+"""Files, hub, assets, and what the machine can do; knows nothing of models."""
