@@ -4,9 +4,9 @@ import pytest
 import yaml
 
 from mta.config import Evaluation, Lora, Run, load_settings, override, parse_size
+from mta.config.loader import checked, dump_yaml
 from mta.demo import load_recipe
 from mta.errors import ConfigError
-from mta.settings import checked, dump_yaml
 
 
 def written(tmp_path, text):

@@ -14,13 +14,13 @@ import yaml
 from mta.bank.bank import Bank
 from mta.base import BaseModel
 from mta.config import Evaluation, Run, override
+from mta.config.loader import Settings, checked, dump_yaml
 from mta.errors import ConfigError
 from mta.evaluation.study import Study, ask, study
 from mta.history import Person
 from mta.personalize import Personalizer
 from mta.readers import read_people
 from mta.runs import RunFolder
-from mta.settings import Settings, checked, dump_yaml
 from mta.sinks import Track
 from mta.splits import Splits, draw
 from mta.system import assets

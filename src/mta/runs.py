@@ -25,8 +25,8 @@ from typing import TYPE_CHECKING, Any, Self
 
 import torch
 
+from mta.config.loader import to_yaml
 from mta.errors import DataError
-from mta.settings import to_yaml
 from mta.sinks import SINKS, Sink, Track
 from mta.system.atomic import owner_only, write_json, write_text
 from mta.system.device import cores, processor

@@ -10,8 +10,8 @@ from typing import Any
 import yaml
 
 from mta.bank.files import BankInfo
+from mta.config.loader import dump_yaml
 from mta.lora.peft import MARK
-from mta.settings import dump_yaml
 from mta.system.assets import ASSETS
 
 _PAPER = "arxiv:2511.20072"

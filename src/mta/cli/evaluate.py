@@ -36,10 +36,10 @@ if TYPE_CHECKING:
     from mta.bank.bank import Bank
     from mta.base import BaseModel
     from mta.config import Run
+    from mta.config.loader import Settings
     from mta.executor import Executor
     from mta.history import Person
     from mta.runs import RunFolder
-    from mta.settings import Settings
     from mta.sinks import Track as Opener
     from mta.training.trainer import OnStep
 
@@ -133,7 +133,7 @@ class Asked:
     def opened(self, kind: type[S]) -> tuple[BaseModel, Bank, Run, S]:
         """Base and bank, and what was asked, parted: settings of the run over the bank's, and those of ``kind``."""
         from mta.config import load_settings
-        from mta.settings import read_yaml
+        from mta.config.loader import read_yaml
 
         of_file = (read_yaml(self.config) if self.config else {}).items()
         of_run = [f"{key}={dumps(value)}" for key, value in of_file if key in OF_RUN]

@@ -13,6 +13,7 @@ from mta.bank.bank import Bank
 from mta.bank.files import INFO, TASK_LORA
 from mta.base import BaseModel
 from mta.config import Run, override
+from mta.config.loader import dump_yaml
 from mta.errors import ConfigError, InputError
 from mta.evaluation.methods import Method
 from mta.evaluation.protocol import Panel, able
@@ -21,7 +22,6 @@ from mta.executor import Executor, LocalExecutor
 from mta.history import Item, Person
 from mta.readers import read_people
 from mta.retrieval import with_profiles
-from mta.settings import dump_yaml
 from mta.splits import Splits
 from mta.system.assets import is_asset, resolve
 from mta.system.atomic import write_json, write_text

@@ -11,12 +11,12 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from mta.config import Run
+from mta.config.loader import Settings, checked, merged_over, read_yaml
 from mta.errors import ConfigError, InputError
 from mta.evaluation.methods import AnyMethod
 from mta.evaluation.protocol import Ask, able, shots_and_queries
 from mta.history import Person
 from mta.readers.sharing import Copies
-from mta.settings import Settings, checked, merged_over, read_yaml
 from mta.splits import Splits, draw
 from mta.tasks.task import Task
 

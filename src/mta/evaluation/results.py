@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import yaml
 
+from mta.config.loader import checked
 from mta.errors import DataError, InputError
 from mta.evaluation.experiment import CASE, FACTS
 from mta.evaluation.lab import RECIPE, SIZES
@@ -21,7 +22,6 @@ from mta.evaluation.recipe import Experiment, Part
 from mta.evaluation.records import Record, read_records
 from mta.evaluation.run import Comparison, Row
 from mta.runs import sittings
-from mta.settings import checked
 from mta.tasks.load import load_task
 from mta.tasks.task import Task
 

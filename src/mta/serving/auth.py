@@ -21,8 +21,8 @@ from typing import Annotated, Any, Literal
 from filelock import FileLock
 from pydantic import Field, model_validator
 
+from mta.config.loader import Settings, checked, dump_yaml, read_yaml
 from mta.errors import ConfigError
-from mta.settings import Settings, checked, dump_yaml, read_yaml
 from mta.system.atomic import file_mode, make_folder, write_text
 
 ENV = "MTA_API_KEY"

@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import Field
 
-from mta.settings import Settings
+from mta.config.loader import Settings
 
 log = logging.getLogger("mta")
 

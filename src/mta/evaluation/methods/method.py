@@ -11,11 +11,11 @@ from typing import Annotated, Any, ClassVar, TypeVar
 
 from pydantic import BeforeValidator, Field, SerializeAsAny
 
+from mta.config.loader import Settings
 from mta.errors import ConfigError
 from mta.evaluation.metrics import Answers
 from mta.evaluation.protocol import Panel
 from mta.fuse import Merge
-from mta.settings import Settings
 from mta.tasks.task import Task
 
 

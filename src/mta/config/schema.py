@@ -13,8 +13,8 @@ from typing import Any, Literal
 import yaml
 from pydantic import Field, field_validator
 
+from mta.config.loader import S, Settings, checked, merged_over, read_yaml
 from mta.errors import ConfigError
-from mta.settings import S, Settings, checked, merged_over, read_yaml
 
 Policy = Literal["uniform", "top1", "similarity", "loss", "posterior", "ridge", "learned", "fixed"]
 MergeMode = Literal["exact", "svd", "factor"]

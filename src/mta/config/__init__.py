@@ -1,0 +1,39 @@
+"""Settings: what can be set, checked and read from YAML files and the command line."""
+
+from mta.config.loader import Settings
+from mta.config.schema import (
+    BankSettings,
+    Evaluation,
+    Lora,
+    MergeMode,
+    MergeSettings,
+    OneLoraSettings,
+    Policy,
+    Privacy,
+    Run,
+    StackSettings,
+    TaskLoraSettings,
+    Training,
+    load_settings,
+    override,
+    parse_size,
+)
+
+__all__ = [
+    "BankSettings",
+    "Evaluation",
+    "Lora",
+    "MergeMode",
+    "MergeSettings",
+    "OneLoraSettings",
+    "Policy",
+    "Privacy",
+    "Run",
+    "Settings",
+    "StackSettings",
+    "TaskLoraSettings",
+    "Training",
+    "load_settings",
+    "override",
+    "parse_size",
+]
