@@ -19,9 +19,9 @@ from mta.bank.files import read_info
 from mta.base import BaseModel
 from mta.cluster import Cluster
 from mta.config import override
-from mta.history import Person
+from mta.data.history import Person
+from mta.data.readers import read_people
 from mta.personalize import Personalizer
-from mta.readers import read_people
 from mta.store import Store
 from mta.system.assets import resolve
 from mta.system.atomic import write_json

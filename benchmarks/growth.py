@@ -22,11 +22,11 @@ from mta.bank.bank import Bank
 from mta.bank.files import read_info
 from mta.base import BaseModel
 from mta.config import Run, override
+from mta.data.history import Person
+from mta.data.readers import read_people
 from mta.evaluation.run import Interval, bootstrap
 from mta.growth import Action, Renewed, renewed
-from mta.history import Person
 from mta.personalize import Personalizer
-from mta.readers import read_people
 from mta.rows import row_adapters
 from mta.score import label_scores
 from mta.stages import Stages, Wanted, settings_of

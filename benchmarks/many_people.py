@@ -13,12 +13,12 @@ from mta.bank.bank import Bank
 from mta.base import BaseModel
 from mta.cli.screen import Screen, console
 from mta.config import override
+from mta.data.history import Person
+from mta.data.readers import read_people
+from mta.data.splits import Splits, draw
 from mta.demo import Recipe, load_recipe
 from mta.evaluation.show import show
 from mta.evaluation.study import Study, study
-from mta.history import Person
-from mta.readers import read_people
-from mta.splits import Splits, draw
 from mta.system import assets
 from mta.system.malloc import keep_freed_memory
 

@@ -11,9 +11,9 @@ import statistics
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 
-from mta.history import Item, Person
-from mta.readers import read_people
-from mta.splits import draw
+from mta.data.history import Item, Person
+from mta.data.readers import read_people
+from mta.data.splits import draw
 from mta.system.assets import fetch
 
 SHRINK = 8.0

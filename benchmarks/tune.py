@@ -20,12 +20,12 @@ from mta.bank.bank import Bank
 from mta.base import BaseModel
 from mta.cli.screen import Screen
 from mta.config import Lora, MergeSettings, StackSettings, Training, override
+from mta.data.readers import read_people
+from mta.data.splits import draw
 from mta.demo import Recipe, load_recipe
 from mta.evaluation.methods import Merged, MergeThenAdapt, Method, OneLora, TaskLora
 from mta.evaluation.protocol import Panel
 from mta.evaluation.run import Comparison, evaluate
-from mta.readers import read_people
-from mta.splits import draw
 from mta.system import assets
 from mta.system.malloc import keep_freed_memory
 

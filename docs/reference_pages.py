@@ -15,7 +15,7 @@ from typer.cli import get_docs_for_click
 from mta import errors as tree
 from mta.cli.app import app
 from mta.config import Evaluation, Privacy, Run, Settings
-from mta.tasks import load_task, task_names
+from mta.data.tasks import load_task, task_names
 
 
 def write_all(folder: Path) -> None:

@@ -14,8 +14,8 @@ import pytest
 import torch
 
 from mta.config import Lora, Run, Training
-from mta.history import Item, Person
-from mta.tasks import load_task
+from mta.data.history import Item, Person
+from mta.data.tasks import load_task
 
 _SLOW = [hypothesis.HealthCheck.too_slow]
 hypothesis.settings.register_profile("mta", deadline=None, suppress_health_check=_SLOW)  # busy is not broken

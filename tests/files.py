@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
+from mta.data.readers import read_people
 from mta.errors import DataError
-from mta.readers import read_people
 
 ASK = (
     "What is the score of the following review on a scale of 1 to 5? "

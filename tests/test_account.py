@@ -9,8 +9,8 @@ from conftest import TINY_RUN, people_of, personalizer
 
 from mta.account import Rebuild, Version, account_of, gains, versions_of
 from mta.config import MergeSettings
+from mta.data.history import Item, Person
 from mta.errors import BankCorrupt, PersonNotFound
-from mta.history import Item, Person
 from mta.state import Losses
 
 PEOPLE = people_of(3, items=4, prefix="x", seed=5)

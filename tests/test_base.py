@@ -15,13 +15,13 @@ from transformers import MambaConfig, MambaForCausalLM
 
 from mta.base import BaseModel
 from mta.config import Run
+from mta.data.history import Item
+from mta.data.tasks import load_task
 from mta.errors import AssetError, ModelError, UnsupportedModel
 from mta.fingerprint import fingerprint_of
 from mta.generate import generate
-from mta.history import Item
 from mta.system import device as machine
 from mta.system.device import pick_device, pick_dtype
-from mta.tasks import load_task
 
 SMOLLM2 = "631823ecce74fbc7b4ddb672183c5585efbf77b71e0824146af73e341dd72b6c"  # of the converted asset
 ATTENTION = {f"self_attn.{name}_proj" for name in "qkvo"}

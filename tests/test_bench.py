@@ -22,10 +22,10 @@ from benchmarks.speed.processor import Processor
 from benchmarks.speed.settings import Settings
 from benchmarks.speed.timing import Row
 from mta.config import MergeSettings
+from mta.data.tasks.prompt import Example
 from mta.kernels import obstacle
 from mta.lora.batch import Factors, LoraBatch
 from mta.lora.merge import merge_exact
-from mta.tasks.prompt import Example
 from mta.training.packing import pack
 
 ROOT = Path(__file__).resolve().parents[1]

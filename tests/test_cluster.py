@@ -20,6 +20,7 @@ from mta.bank.bank import Bank
 from mta.base import BaseModel
 from mta.cluster import Cluster
 from mta.config import override
+from mta.data.readers import read_people
 from mta.desk import Copies
 from mta.errors import BankMismatch, ClusterError, StoreError
 from mta.evaluation.experiment import run_experiment
@@ -28,7 +29,6 @@ from mta.evaluation.recipe import load_experiment
 from mta.evaluation.records import read_records
 from mta.executor import LocalExecutor
 from mta.personalize import Personalizer
-from mta.readers import read_people
 from mta.state import State
 from mta.store import Store
 from mta.system.assets import resolve

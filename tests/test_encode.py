@@ -5,9 +5,9 @@ import torch
 from conftest import HashEncoder, people_of
 from tiny import base_of
 
+from mta.data.history import Item, Person
 from mta.encode import BaseEncoder, SentenceEncoder, encode_people, load_encoder
 from mta.errors import ModelError
-from mta.history import Item, Person
 
 TEXTS = ["short", "a text that is a good deal longer than the others are", "", "naïve café", "x"]
 

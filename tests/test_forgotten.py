@@ -17,9 +17,9 @@ from mta.bank.bank import Bank
 from mta.bank.build import build_bank
 from mta.bank.files import stale
 from mta.config import Evaluation
+from mta.data.history import Item, Person
 from mta.errors import PersonNotFound
 from mta.evaluation.study import ask, study
-from mta.history import Item, Person
 from mta.personalize import Personalizer, forget_person
 from mta.store import Store
 from mta.training.checkpoint import Checkpoint

@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 
 from mta.adapt import adapt
 from mta.config import MergeSettings, override
+from mta.data.history import Person
 from mta.errors import DataError, StoreConflict
 from mta.evidence import Evidence, Labels, shots_of
 from mta.fuse import Merge, merged
 from mta.growth import MARGIN, carried_on, decide
-from mta.history import Person
 from mta.policies import POLICIES, Retrieved
 from mta.rows import merge_of
 from mta.state import Losses

@@ -18,6 +18,7 @@ from tiny import base_of
 from mta import BASE, TASK, stages
 from mta.bank.bank import Bank
 from mta.config import Lora, MergeSettings, StackSettings, Training
+from mta.data.history import Item, Person
 from mta.errors import (
     AnchorNotFound,
     ConfigError,
@@ -30,7 +31,6 @@ from mta.errors import (
 )
 from mta.evidence import shots_of
 from mta.fuse import frozen_numbers
-from mta.history import Item, Person
 from mta.lora.peft import read_peft
 from mta.personalize import Forgotten, Personalized, Personalizer, forget_person
 from mta.state import State

@@ -9,11 +9,11 @@ from files import GOOD, TIME, fails, jsonl, lamp, question
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from mta.data.history import Item, Person
+from mta.data.readers import describe, read_people, stream
+from mta.data.readers.rejects import HINT
+from mta.data.tasks import load_task
 from mta.errors import DataError, InputError, TaskError
-from mta.history import Item, Person
-from mta.readers import describe, read_people, stream
-from mta.readers.rejects import HINT
-from mta.tasks import load_task
 
 
 def test_items_come_in_time_order_under_either_name(tmp_path: Path) -> None:

@@ -4,10 +4,10 @@ from typing import Any
 import pytest
 from files import ASK, TIME, dumped, fails, jsonl, lamp, question
 
+from mta.data.history import Item
+from mta.data.readers import describe, read_people
+from mta.data.tasks import load_task
 from mta.errors import DataError
-from mta.history import Item
-from mta.readers import describe, read_people
-from mta.tasks import load_task
 
 DATA = Path(__file__).parents[1].parent / "shared" / "data"
 

@@ -3,11 +3,11 @@ from pathlib import Path
 import pytest
 from files import TIME, fails
 
+from mta.data.history import Item
+from mta.data.readers import describe, read_people
+from mta.data.tasks import load_task
 from mta.errors import DataError
-from mta.history import Item
-from mta.readers import describe, read_people
 from mta.system import assets
-from mta.tasks import load_task
 
 
 def recbole(tmp_path: Path, inter: str, item: str) -> Path:

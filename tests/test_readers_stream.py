@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 from files import GOOD
 
+from mta.data.readers import Rejects, iter_parts, stream
+from mta.data.tasks import load_task
 from mta.errors import DataError
-from mta.readers import Rejects, iter_parts, stream
-from mta.tasks import load_task
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 1 << 20])

@@ -11,12 +11,12 @@ from transformers import AutoModelForCausalLM
 from mta.bank.bank import Bank
 from mta.base import BaseModel
 from mta.config import Lora, Run, Training
-from mta.history import Person
+from mta.data.history import Person
+from mta.data.readers import read_people
+from mta.data.splits import draw
 from mta.personalize import Personalizer
-from mta.readers import read_people
 from mta.rows import BASE, TASK
 from mta.sizing import Load, Shape, memory
-from mta.splits import draw
 
 pytestmark = [pytest.mark.real, pytest.mark.network]
 

@@ -4,10 +4,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mta.data.bm25 import retrieve, with_profile
+from mta.data.history import Item
+from mta.data.tasks import load_task
 from mta.errors import TaskError
-from mta.history import Item
-from mta.retrieval import retrieve, with_profile
-from mta.tasks import load_task
 
 LAMP4 = load_task("lamp4")
 

@@ -8,8 +8,8 @@ from tiny import COMMON, random_examples, tokenizer
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM, Phi3Config, Phi3ForCausalLM
 
 from mta.base import BaseModel
+from mta.data.tasks.prompt import Example
 from mta.score import log_likelihood
-from mta.tasks.prompt import Example
 
 ORIGINAL = 64  # tokens
 LONG = {"rope_type": "longrope", "short_factor": [1.0, 1.0], "long_factor": [4.0, 9.0], "rope_theta": 10000.0}

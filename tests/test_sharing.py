@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 from files import ASK, dumped, jsonl, lamp
 
-from mta.history import Item, Person
-from mta.readers import overlap, read_people
-from mta.readers.overlap import SAME_ITEMS
-from mta.readers.sharing import CROWD, Copies, connected, same_users
-from mta.tasks import load_task
+from mta.data.history import Item, Person
+from mta.data.readers import overlap, read_people
+from mta.data.readers.overlap import SAME_ITEMS
+from mta.data.readers.sharing import CROWD, Copies, connected, same_users
+from mta.data.tasks import load_task
 
 DATA = Path(__file__).parents[1].parent / "shared" / "data"
 LAMP3 = load_task("lamp3")

@@ -5,9 +5,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mta.data.history import Item, Person
+from mta.data.splits import PARTS, Splits, draw
 from mta.errors import DataError, InputError
-from mta.history import Item, Person
-from mta.splits import PARTS, Splits, draw
 
 
 def crowd(n: int, items: int = 3) -> list[Person]:

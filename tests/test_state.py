@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mta import state as module
+from mta.data.history import Item, Person
 from mta.errors import Diverged, InputError, StateCorrupt
-from mta.history import Item, Person
 from mta.lora.batch import Factors, LoraBatch
 from mta.state import Losses, State, history_from_bytes, history_to_bytes, work_key
 

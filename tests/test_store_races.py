@@ -16,8 +16,8 @@ from files import folder_of
 from test_state import ANN, person, state
 from test_store import everything, url
 
+from mta.data.history import Person
 from mta.errors import StoreConflict, StoreError
-from mta.history import Person
 from mta.store import Store
 from mta.upkeep import check, collect
 

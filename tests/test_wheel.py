@@ -103,7 +103,7 @@ def test_it_works_in_an_environment_of_its_own(borrowing, tmp_path):
     assert "demo" in run(borrowing, "-m", "mta", "--help", cwd=tmp_path)
     told = run(borrowing, "-c", "from mta.demo import load_recipe; print(load_recipe('movielens').data)", cwd=tmp_path)
     assert told.strip() == "movielens-100k"
-    assert "lamp3" in run(borrowing, "-c", "from mta.tasks import task_names; print(task_names())", cwd=tmp_path)
+    assert "lamp3" in run(borrowing, "-c", "from mta.data.tasks import task_names; print(task_names())", cwd=tmp_path)
     walked = run(borrowing, "-P", str(ROOT / "tests" / "smoke.py"), cwd=tmp_path, MTA_KERNELS="off")  # saves 10 s
     assert walked.splitlines()[-1] == "ok"
 

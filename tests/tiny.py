@@ -27,9 +27,9 @@ from transformers import (
 )
 
 from mta.base import BaseModel
+from mta.data.tasks.prompt import Example
 from mta.lora.batch import Factors, LoraBatch
 from mta.system.atomic import write_json
-from mta.tasks.prompt import Example
 
 TEMPLATE = (
     "{% for m in messages %}<|start|>{{ m['role'] }}\n{{ m['content'] }}<|end|>\n{% endfor %}"

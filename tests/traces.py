@@ -13,7 +13,7 @@ from urllib.parse import quote
 
 from files import folder_of
 
-from mta.history import Person
+from mta.data.history import Person
 from mta.store import Store
 
 

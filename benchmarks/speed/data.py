@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mta.base import BaseModel
-from mta.history import Person
-from mta.readers import read_people
+from mta.data.history import Person
+from mta.data.readers import read_people
+from mta.data.tasks import load_task
+from mta.data.tasks.task import Task
 from mta.system import assets
-from mta.tasks import load_task
-from mta.tasks.task import Task
 from mta.training.trainer import Job
 
 BASE = "smollm2-135m-instruct"

@@ -19,8 +19,8 @@ from benchmarks.speed.settings import Settings
 from benchmarks.speed.timing import Row, turns
 from benchmarks.speed.training import Unequal, agreed, base_of, small
 from mta.base import BaseModel
+from mta.data.history import Person
 from mta.generate import generate
-from mta.history import Person
 from mta.lora.batch import LoraBatch, fresh
 from mta.lora.layers import PerPerson, applied
 

@@ -17,8 +17,8 @@ from torch import Tensor
 from benchmarks.speed.adapters import lora_config, plain_model
 from benchmarks.speed.apart import apart
 from mta.config import Training
+from mta.data.tasks.prompt import Example
 from mta.lora.batch import Factors, LoraBatch
-from mta.tasks.prompt import Example
 from mta.training.trainer import Job, batch_of
 
 FREE = "the peer's frozen adapters are folded into its weights beforehand, for free"

@@ -39,7 +39,7 @@ def architecture() -> Sheet:
     sheet = Sheet(960, 806, "The way of a person's text", about)
     band(sheet, 88, 132, "In memory: people's texts", TEXTS.fill, TEXTS.text)
     room(sheet, 0, 124, "Read", ["readers/"], TEXTS)
-    room(sheet, 1, 124, "History", ["history.py", "splits.py"], TEXTS)
+    room(sheet, 1, 124, "History", ["data/history.py", "data/splits.py"], TEXTS)
     room(sheet, 2, 124, "Word and cut", ["tasks/task.py", "tasks/prompt.py"], TEXTS)
     between(sheet, 0, 124, "items")
     between(sheet, 1, 124, "shots")

@@ -15,16 +15,16 @@ if TYPE_CHECKING:
     from mta.config import Evaluation as Evaluation
     from mta.config import Run as Run
     from mta.config import override as override
+    from mta.data.history import Item as Item
+    from mta.data.history import Person as Person
+    from mta.data.readers import read_people as read_people
+    from mta.data.tasks import load_task as load_task
     from mta.errors import MtaError as MtaError
     from mta.evaluation.study import study as study
-    from mta.history import Item as Item
-    from mta.history import Person as Person
     from mta.personalize import Personalizer as Personalizer
-    from mta.readers import read_people as read_people
     from mta.rows import BASE as BASE
     from mta.rows import TASK as TASK
     from mta.system.malloc import keep_freed_memory as keep_freed_memory
-    from mta.tasks import load_task as load_task
 
 _HOME = {
     "BASE": "mta.rows",
@@ -32,15 +32,15 @@ _HOME = {
     "Bank": "mta.bank.bank",
     "BaseModel": "mta.base",
     "Evaluation": "mta.config",
-    "Item": "mta.history",
+    "Item": "mta.data.history",
     "MtaError": "mta.errors",
-    "Person": "mta.history",
+    "Person": "mta.data.history",
     "Personalizer": "mta.personalize",
     "Run": "mta.config",
     "keep_freed_memory": "mta.system.malloc",
-    "load_task": "mta.tasks",
+    "load_task": "mta.data.tasks",
     "override": "mta.config",
-    "read_people": "mta.readers",
+    "read_people": "mta.data.readers",
     "study": "mta.evaluation.study",
 }
 __all__ = [*_HOME, "__version__"]

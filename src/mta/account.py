@@ -12,13 +12,13 @@ from pathlib import Path
 
 from mta.bank.files import BankInfo, read_info
 from mta.config import MergeSettings, Run
+from mta.data.history import Person
+from mta.data.tasks.task import Task
 from mta.errors import ConfigError, DataError, PersonNotFound, StateCorrupt
 from mta.exports import Export
-from mta.history import Person
 from mta.sizing import KNOWN, Load, Shape, costs, hardware, passes
 from mta.state import Losses, State
 from mta.store import Store
-from mta.tasks.task import Task
 
 _CHARACTERS = 4.0  # of a token, about: tokenizers of English text
 

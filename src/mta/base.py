@@ -28,6 +28,7 @@ from mta.adaptable import (
 from mta.agreement import CAUSAL, Reference, called_layers, short_windows
 from mta.attention import blocks_of, can_block, install, masks, visible
 from mta.config import Run
+from mta.data.tasks.prompt import PromptFormat
 from mta.errors import UnsupportedModel
 from mta.fingerprint import fingerprint_of, folder_fingerprint
 from mta.footprint import Footprint
@@ -36,7 +37,6 @@ from mta.system.assets import ASSETS
 from mta.system.device import pick_device, pick_dtype
 from mta.system.hub import local_folder
 from mta.system.model_files import loading, refuse_unsafe_base
-from mta.tasks.prompt import PromptFormat
 
 log = logging.getLogger("mta")
 Check = Callable[[str], None]  # of a fingerprint

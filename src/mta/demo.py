@@ -15,14 +15,14 @@ from mta.bank.bank import Bank
 from mta.base import BaseModel
 from mta.config import Evaluation, Run, override
 from mta.config.loader import Settings, checked, dump_yaml
+from mta.data.history import Person
+from mta.data.readers import read_people
+from mta.data.splits import Splits, draw
 from mta.errors import ConfigError
 from mta.evaluation.study import Study, ask, study
-from mta.history import Person
 from mta.personalize import Personalizer
-from mta.readers import read_people
 from mta.runs import RunFolder
 from mta.sinks import Track
-from mta.splits import Splits, draw
 from mta.system import assets
 from mta.system.atomic import write_text
 from mta.system.device import gemm_rate

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from mta.base import BaseModel
+from mta.data.history import Person
+from mta.data.tasks.task import Task
 from mta.fingerprint import folder_fingerprint
-from mta.history import Person
 from mta.system.hub import local_folder
 from mta.system.model_files import loading, lowers_case, modules_of, refuse_unsafe_encoder
-from mta.tasks.task import Task
 
 _KIND = "a sentence encoder"
 _HINT = "Give a folder or hub id of sentence-transformers, or let the base encode:  encoder=base"

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from mta.base import BaseModel
-from mta.history import Person
+from mta.data.history import Person
+from mta.data.tasks.task import Task
 from mta.lora.batch import LoraBatch, join
 from mta.lora.layers import Adapters, Shared
 from mta.score import log_likelihood
-from mta.tasks.task import Task
 from mta.training.trainer import Job, OnStep, Step
 
 

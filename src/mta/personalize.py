@@ -16,6 +16,7 @@ from mta.bank.bank import Bank
 from mta.bank.card import adapter_card
 from mta.base import BaseModel
 from mta.config import MergeSettings, Run
+from mta.data.history import Item, Person
 from mta.encode import Encoder
 from mta.errors import ConfigError, InputError, OtherBank, PersonNotFound
 from mta.executor import Executor, LocalExecutor
@@ -23,7 +24,6 @@ from mta.exports import Export, adapter_parcel
 from mta.forgetting import Forgotten, forget_person
 from mta.fuse import Merge, merged_factors
 from mta.generate import generate
-from mta.history import Item, Person
 from mta.lora.batch import join
 from mta.lora.layers import Adapters, applied
 from mta.lora.merge import truncate

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from mta.base import BaseModel
-from mta.history import Item
+from mta.data.history import Item
+from mta.data.tasks.prompt import Example
+from mta.data.tasks.task import Task
 from mta.lora.layers import Adapters, applied
-from mta.tasks.prompt import Example
-from mta.tasks.task import Task
 from mta.training.packing import collate, fitting, pack
 
 

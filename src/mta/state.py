@@ -14,8 +14,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from mta.config import MergeMode
+from mta.data.history import Item, Person
 from mta.errors import Diverged, InputError, StateCorrupt
-from mta.history import Item, Person
 from mta.lora.batch import LoraBatch
 
 SCHEMA = 1

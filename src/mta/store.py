@@ -25,9 +25,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from mta.data.history import Person
 from mta.errors import InputError, PersonForgotten, PersonNotFound, StateCorrupt, StoreConflict, StoreError
 from mta.exports import Exports, remove_if_empty
-from mta.history import Person
 from mta.state import SCHEMA, SEALED, State, history_from_bytes, history_to_bytes, seal_of
 from mta.system.storage import Storage
 from mta.tombstones import Tombstones

@@ -7,9 +7,9 @@ import torch
 from conftest import HashEncoder, people_of
 
 from mta.bank.anchors import select_anchors
+from mta.data.history import Item, Person
 from mta.encode import encode_people
 from mta.errors import InputError
-from mta.history import Item, Person
 
 
 def person(id: str, items: int) -> Person:

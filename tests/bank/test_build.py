@@ -19,13 +19,13 @@ from mta.bank.bank import Bank
 from mta.bank.build import build_bank
 from mta.bank.files import Members, read_info, write_info
 from mta.config import Run, Training
+from mta.data.history import Person
+from mta.data.tasks import load_task
 from mta.errors import BankError, Diverged, InputError
-from mta.history import Person
 from mta.lora.batch import fresh
 from mta.lora.peft import read_peft
 from mta.runs import sittings
 from mta.system.atomic import write_json
-from mta.tasks import load_task
 from mta.training.checkpoint import Checkpoint
 from mta.training.trainer import Job
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from mta.bank.task_lora import pooled_items
 from mta.config import TaskLoraSettings
-from mta.history import Item, Person
+from mta.data.history import Item, Person
 
 
 def people(*sizes: int) -> list[Person]:

@@ -6,9 +6,9 @@ import pytest
 import torch
 from tiny import base_of
 
+from mta.data.history import Item
+from mta.data.tasks import Task
 from mta.evaluation.methods.answer import answer
-from mta.history import Item
-from mta.tasks import Task
 
 FREE = Task(name="free", item={"prompt": "{a}", "target": "b", "cut": ["a"]}, text="{a}", metric="rouge")
 

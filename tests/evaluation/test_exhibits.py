@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import TINY_RUN
 
+from mta.data.tasks import load_task
 from mta.evaluation import plots
 from mta.evaluation.exhibits import sections
 from mta.evaluation.methods import Base, MergeThenAdapt, OneLora, TaskLora
@@ -14,7 +15,6 @@ from mta.evaluation.records import Record
 from mta.evaluation.results import Results, latest
 from mta.evaluation.run import Interval
 from mta.evaluation.tables import markdown, overview, rows_of
-from mta.tasks import load_task
 
 METHODS = (Base(), TaskLora(), OneLora(), MergeThenAdapt())
 PEOPLE = [f"{n:012x}" for n in range(24)]

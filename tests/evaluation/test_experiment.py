@@ -12,6 +12,11 @@ from conftest import people_of
 from tiny import base_of, tokenizer
 
 from mta.config import override
+from mta.data.history import Item, Person
+from mta.data.readers import read_answers
+from mta.data.readers.sharing import connected
+from mta.data.splits import PARTS
+from mta.data.tasks import load_task
 from mta.errors import ConfigError, DataError, InputError
 from mta.evaluation import experiment as module
 from mta.evaluation import lab as lab_module
@@ -23,11 +28,6 @@ from mta.evaluation.publish import report
 from mta.evaluation.recipe import Experiment, drawn, load_experiment, names
 from mta.evaluation.records import Record, Records, read_records
 from mta.evaluation.results import Results
-from mta.history import Item, Person
-from mta.readers import read_answers
-from mta.readers.sharing import connected
-from mta.splits import PARTS
-from mta.tasks import load_task
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,8 @@ import torch
 from conftest import TINY_RUN, HashEncoder, people_of
 
 from mta.config import MergeSettings, Training
+from mta.data.history import Item, Person
+from mta.data.tasks import load_task
 from mta.errors import ConfigError, InputError
 from mta.evaluation.facts import fidelity, relative_error
 from mta.evaluation.methods import (
@@ -32,9 +34,7 @@ from mta.evaluation.metrics import Answers
 from mta.evaluation.protocol import Panel, able, shots_and_queries
 from mta.evidence import gather_evidence
 from mta.fuse import Merge, learn, merged_factors
-from mta.history import Item, Person
 from mta.lora.batch import LoraBatch
-from mta.tasks import load_task
 
 SHOTS, QUERIES, PEOPLE = 4, 2, 3
 POSTERIOR = MergeSettings(policy="posterior", k=0)

@@ -18,6 +18,7 @@ from mta.bank.bank import Bank
 from mta.bank.build import build_bank
 from mta.bank.task_lora import pooled_items
 from mta.config import Lora, MergeSettings, Privacy, StackSettings, Training
+from mta.data.history import Item, Person
 from mta.errors import AnchorNotFound, InputError
 from mta.evaluation import exposure
 from mta.evaluation.attack import Trials, attack, auc, rank_correlation, resampled_auc, resampled_tpr, tpr_at
@@ -25,7 +26,6 @@ from mta.evaluation.cast import cast
 from mta.evaluation.exam import ANCHORS, ANOTHER, OWN, PERSONAL, POOL, SHOTS, Exam, spread
 from mta.evaluation.privacy import Findings, merges, privacy
 from mta.evaluation.protocol import Panel
-from mta.history import Item, Person
 from mta.lora.batch import join
 from mta.lora.layers import Shared
 from mta.lora.peft import read_peft
@@ -181,7 +181,7 @@ def world(tmp_path_factory):
     base, task = base_of(), "movielens-rating"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MTA_CACHE", str(root / "cache"))
-        from mta.tasks import load_task
+        from mta.data.tasks import load_task
 
         build_bank(base, load_task(task), HashEncoder(), TASK_PEOPLE, CANDIDATES, BY_HEART, root / "bank")
         yield base, Bank.open(root / "bank", base)
@@ -374,7 +374,7 @@ def test_without_task_lora_and_stack_their_rows_are_missing(tmp_path, cache, tas
 
 
 def test_free_text_is_attacked_by_its_loss_per_token(tmp_path, cache):
-    from mta.tasks import load_task
+    from mta.data.tasks import load_task
 
     base, task = base_of(), load_task("text")
 

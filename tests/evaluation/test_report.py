@@ -7,13 +7,13 @@ import pytest
 import torch
 from rich.console import Console
 
+from mta.data.tasks import load_task
 from mta.evaluation import figures
 from mta.evaluation.metrics import Answers, measure, query_nll
 from mta.evaluation.report import grid, table, to_json, verdict, write_html
 from mta.evaluation.run import Comparison, Interval, Row
 from mta.evaluation.verdict import headline, judge
 from mta.fuse import Merge
-from mta.tasks import load_task
 
 HOSTILE = "<script>alert('x')</script><img src=https://evil.example/x.png onerror=\"go()\"> & {{ 7 * 7 }}"
 SECTIONS = [

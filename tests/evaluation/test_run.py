@@ -5,6 +5,8 @@ import torch
 from conftest import TINY_RUN, HashEncoder, people_of
 
 from mta.config import Evaluation, Lora, MergeSettings, Training
+from mta.data.history import Item, Person
+from mta.data.tasks import load_task
 from mta.errors import InputError
 from mta.evaluation import protocol
 from mta.evaluation.methods import (
@@ -23,8 +25,6 @@ from mta.evaluation.protocol import Panel
 from mta.evaluation.run import Comparison, Row, bootstrap, evaluate
 from mta.evaluation.study import standard_methods, study
 from mta.evaluation.verdict import headline, verdict
-from mta.history import Item, Person
-from mta.tasks import load_task
 
 SHOTS, QUERIES, PEOPLE = 3, 3, 4
 ADAPT = OneLora(name="adapt only", lora=Lora(rank=1, alpha=4.0), training=Training(lr=1e-2, steps=2, batch_size=8))

@@ -15,6 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from mta.bank.bank import Bank
 from mta.bank.build import build_bank
 from mta.base import BaseModel
+from mta.data.tasks import load_task
 from mta.generate import generate
 from mta.rows import Nobody, row_adapters
 from mta.serving.embedded import EmbeddedEngine
@@ -23,7 +24,6 @@ from mta.serving.vllm_engine import VllmEngine
 from mta.serving.vllm_server import VllmServer, VllmSettings
 from mta.state import State
 from mta.store import Store
-from mta.tasks import load_task
 
 LENGTH = 256
 PYTHON = os.environ.get("MTA_VLLM_PYTHON", "")

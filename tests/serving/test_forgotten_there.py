@@ -9,7 +9,7 @@ from tiny import base_of
 from traces import spellings, traces
 
 from mta.bank.bank import Bank
-from mta.history import Item, Person
+from mta.data.history import Item, Person
 
 EVE = Person.of(
     'Quispe-Hoxha "zq" ann+7@exämple.org',

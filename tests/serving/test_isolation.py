@@ -11,6 +11,7 @@ import pytest
 from conftest import people_of, personalizer
 from tiny import random_loras
 
+from mta.data.tasks.prompt import PromptFormat
 from mta.errors import MtaError
 from mta.generate import generate
 from mta.rows import row_adapters
@@ -18,7 +19,6 @@ from mta.serving.embedded import EmbeddedEngine
 from mta.serving.engine import Ask, Version
 from mta.state import State
 from mta.store import Store
-from mta.tasks.prompt import PromptFormat
 
 LENGTH = 4
 

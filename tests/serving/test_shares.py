@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mta.history import Item, Person
+from mta.data.history import Item, Person
 from mta.serving.auth import LOCAL, Key
 from mta.serving.engine import QueueFull
 from mta.serving.histories import Histories

@@ -7,9 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import TEMPLATE, tokenizer
 
+from mta.data.history import Item
+from mta.data.tasks import PromptFormat, Task, load_task
 from mta.errors import DataError
-from mta.history import Item
-from mta.tasks import PromptFormat, Task, load_task
 
 RATING = Item({"title": "Heat", "genres": "Crime", "rating": "4"})
 HEAD, TAIL = "Rate this. A: ", ". Answer with the number only."

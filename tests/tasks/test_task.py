@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import yaml
 
+from mta.data.history import Item
+from mta.data.tasks import Task, load_task, task_names
+from mta.data.tasks.load import with_limit
 from mta.errors import DataError, TaskError
-from mta.history import Item
-from mta.tasks import Task, load_task, task_names
-from mta.tasks.load import with_limit
 
 DATA = Path(__file__).parents[2].parent / "shared" / "data"
 LABELS = {"lamp1": 2, "lamp2": 15, "lamp2n": 15, "lamp3": 5, "movielens-rating": 5}

@@ -21,13 +21,13 @@ from transformers import (
 
 from mta.base import BaseModel
 from mta.config import Training
+from mta.data.tasks.prompt import Example
 from mta.errors import MemoryBudgetError
 from mta.footprint import Numbers, Texts
 from mta.kernels import without_kernels
 from mta.lora import Gated, PerPerson, Shared
 from mta.lora.batch import fresh
 from mta.score import log_likelihood
-from mta.tasks.prompt import Example
 from mta.training.packing import pack
 from mta.training.plan import plan_cohorts
 from mta.training.trainer import Job, train_loras

@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 from tiny import base_of, random_examples, random_loras
 
 from mta.attention import visible
+from mta.data.tasks.prompt import Example
 from mta.lora import PerPerson
 from mta.score import log_likelihood
-from mta.tasks.prompt import Example
 from mta.training.packing import collate, pack, tree
 
 tokens = st.lists(st.integers(3, 6), min_size=2, max_size=9).map(tuple)

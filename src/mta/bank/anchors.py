@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from mta.config import BankSettings
+from mta.data.history import Person
+from mta.data.tasks.task import Task
 from mta.encode import Encoder, encode_people
 from mta.errors import InputError
-from mta.history import Person
-from mta.tasks.task import Task
 
 
 def choose_anchors(

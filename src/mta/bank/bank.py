@@ -18,14 +18,14 @@ from mta.bank.build import build_bank
 from mta.bank.publish import bank_folder, bank_parcel, publish_bank
 from mta.base import BaseModel
 from mta.config import Run
+from mta.data.history import Person
+from mta.data.splits import draw
+from mta.data.tasks.load import load_task, with_limit
+from mta.data.tasks.task import Task
 from mta.encode import Encoder, load_encoder
 from mta.errors import BankCorrupt, BankMismatch, InputError
-from mta.history import Person
 from mta.lora.batch import LoraBatch
 from mta.lora.layers import Shared
-from mta.splits import draw
-from mta.tasks.load import load_task, with_limit
-from mta.tasks.task import Task
 
 log = logging.getLogger("mta")
 

@@ -21,17 +21,17 @@ from mta.bank.bench import Anchors, Bench, BenchCopies, Pool, anchor_start, trai
 from mta.bank.card import card
 from mta.base import BaseModel
 from mta.config import Run, parse_size
+from mta.data.history import Person
+from mta.data.tasks.task import Task
 from mta.encode import Encoder
 from mta.errors import BankError
 from mta.executor import Executor, LocalExecutor, Outcome
 from mta.footprint import Numbers
-from mta.history import Person
 from mta.lora.batch import LoraBatch, stack
 from mta.lora.peft import read_peft, write_peft
 from mta.runs import RunFolder
 from mta.sinks import Track
 from mta.system.atomic import copy_file, make_folder, write_tensors, write_text
-from mta.tasks.task import Task
 from mta.training.checkpoint import Checkpoint
 from mta.training.plan import Plan, plan_cohorts
 from mta.training.trainer import Job, OnStep, Step

@@ -17,13 +17,13 @@ from safetensors.torch import load_file
 
 from mta import runs
 from mta.config import Run
+from mta.data.tasks.load import with_limit
+from mta.data.tasks.task import Task
 from mta.errors import BankCorrupt, BankError, BankMismatch
 from mta.lora.batch import LoraBatch
 from mta.lora.peft import read_peft
 from mta.system.assets import cache_dir
 from mta.system.atomic import file_mode, read_json, write_json, written_aside
-from mta.tasks.load import with_limit
-from mta.tasks.task import Task
 
 SCHEMA = 2
 INFO = "bank.json"

@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 
 from mta.base import BaseModel
 from mta.config import TaskLoraSettings
-from mta.history import Item, Person
+from mta.data.history import Item, Person
+from mta.data.tasks.task import Task
 from mta.lora.batch import LoraBatch, fresh
-from mta.tasks.task import Task
 from mta.training.checkpoint import Checkpoint
 from mta.training.plan import plan_cohorts
 from mta.training.trainer import Job, Step, train_loras

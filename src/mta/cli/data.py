@@ -11,8 +11,8 @@ import typer
 from mta.cli.options import Config, Json, SkipBad, Task, Words, settings, show_json
 
 if TYPE_CHECKING:
-    from mta.history import Person
-    from mta.tasks import Task as TaskType
+    from mta.data.history import Person
+    from mta.data.tasks import Task as TaskType
 
 app = typer.Typer(help="Look at people's items and at the prompts made of them.", no_args_is_help=True)
 Source = Annotated[str, typer.Argument(help="A JSONL, LaMP or Per-Pcs file, a RecBole folder, or movielens-100k.")]
@@ -30,10 +30,10 @@ def describe(
 
     Example:  mta data describe history.jsonl --task lamp3 --queries 4
     """
-    from mta.readers import describe as count
-    from mta.readers import describe_splits
-    from mta.readers.sharing import CROWD, connected
-    from mta.tasks import load_task
+    from mta.data.readers import describe as count
+    from mta.data.readers import describe_splits
+    from mta.data.readers.sharing import CROWD, connected
+    from mta.data.tasks import load_task
 
     asked = load_task(task or "text")
     people = people_in(source, asked, skip_bad)
@@ -70,8 +70,8 @@ def show(
     Example:  mta data show history.jsonl --task lamp3 --person ann
     """
     from mta.base import BaseModel
+    from mta.data.tasks import load_task
     from mta.errors import PersonNotFound
-    from mta.tasks import load_task
 
     run = settings(config, words, task=task)
     everybody = people_in(source, run.task, skip_bad)
@@ -94,7 +94,7 @@ def show(
 
 def people_in(source: str, task: str | TaskType, skip_bad: Path | None = None) -> list[Person]:
     """Everybody in a file, a folder or a data asset."""
-    from mta.readers import read_people
+    from mta.data.readers import read_people
     from mta.system.assets import resolve
 
     return read_people(resolve(source), task, skip_bad=skip_bad)

@@ -37,8 +37,8 @@ if TYPE_CHECKING:
     from mta.base import BaseModel
     from mta.config import Run
     from mta.config.loader import Settings
+    from mta.data.history import Person
     from mta.executor import Executor
-    from mta.history import Person
     from mta.runs import RunFolder
     from mta.sinks import Track as Opener
     from mta.training.trainer import OnStep
@@ -228,11 +228,11 @@ def _experiment(
 
 
 def _score(source: str, predictions: Path, task: str | None, words: list[str] | None, json: bool) -> None:
+    from mta.data.readers import read_answers
+    from mta.data.tasks import load_task
     from mta.errors import InputError
     from mta.evaluation.lamp import score
-    from mta.readers import read_answers
     from mta.system.assets import resolve
-    from mta.tasks import load_task
 
     if words or not task:
         raise InputError(

@@ -71,9 +71,9 @@ def _show_shares(names: list[str], shares: list[dict[str, float]], json: bool) -
 
 
 def _fields(question: str) -> Question:
+    from mta.data.readers.rejects import Bad
+    from mta.data.readers.rows import text_in
     from mta.errors import DataError
-    from mta.readers.rejects import Bad
-    from mta.readers.rows import text_in
 
     if question.lstrip().startswith("{"):
         try:

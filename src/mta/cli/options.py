@@ -19,11 +19,11 @@ if TYPE_CHECKING:
     from mta.bank.bank import Bank
     from mta.base import BaseModel
     from mta.config import Run
+    from mta.data.tasks import Task as TaskType
     from mta.executor import Executor
     from mta.runs import RunFolder
     from mta.sinks import Track as Opener
     from mta.system.hub import Parcel
-    from mta.tasks import Task as TaskType
 
 Words = Annotated[list[str] | None, typer.Argument(help="Settings as key=value, for example memory=8GiB.")]
 Config = Annotated[Path | None, typer.Option("--config", help="Settings in YAML.", dir_okay=False)]
@@ -96,8 +96,8 @@ def open_bank(
     from mta.bank.files import check_base, read_info
     from mta.base import BaseModel
     from mta.config import override
+    from mta.data.tasks import load_task
     from mta.errors import ConfigError
-    from mta.tasks import load_task
 
     given = [f"{key}={value}" for key, value in {"seed": seed, "device": device}.items() if value is not None]
     info = read_info(folder)
@@ -135,7 +135,7 @@ def executor_at(cluster: str | None, workers: int | None, together: int | None =
 def task_of(folder: Path) -> TaskType:
     """The task a bank was built for: people can be read, and found wrong, before a model is loaded."""
     from mta.bank.files import read_info
-    from mta.tasks import Task
+    from mta.data.tasks import Task
 
     return Task.model_validate(read_info(folder).task)
 

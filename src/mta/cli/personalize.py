@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from mta.bank.bank import Bank
-    from mta.history import Person
+    from mta.data.history import Person
     from mta.making import Personalized, Updated
 
 Latest = Annotated[int | None, typer.Option(min=1, help="Use only the most recent so many items of each person.")]

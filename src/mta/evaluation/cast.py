@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from mta.bank.bank import Bank
 from mta.bank.task_lora import pooled_items
 from mta.config import Privacy
+from mta.data.history import Person
+from mta.data.splits import draw
 from mta.errors import InputError
 from mta.evaluation.protocol import apart
-from mta.history import Person
-from mta.splits import draw
 
 AT_LEAST = 1000  # items of people who are in nothing of the bank, where there are so many
 LATER = 1  # times the shots: how many later items of a target are held against their shots

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from mta.config import MergeSettings
+from mta.data.history import Item, Person
 from mta.evaluation.attack import Attack, Trials, attack
 from mta.evaluation.cast import Cast
 from mta.evaluation.methods import Base, Merged, MergeThenAdapt, Outcome, TaskLora
@@ -18,7 +19,6 @@ from mta.evaluation.methods.merged import answered
 from mta.evaluation.metrics import query_nll
 from mta.evaluation.protocol import Panel
 from mta.fuse import Merge
-from mta.history import Item, Person
 
 ANCHORS, POOL, SHOTS = "the anchors' items", "the task LoRA's items", "a person's own shots"
 OWN, ANOTHER, PERSONAL = "the anchor's own", "another anchor's", "merge and stack"

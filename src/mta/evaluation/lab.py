@@ -14,19 +14,19 @@ from mta.bank.files import INFO, TASK_LORA
 from mta.base import BaseModel
 from mta.config import Run, override
 from mta.config.loader import dump_yaml
+from mta.data.bm25 import with_profiles
+from mta.data.history import Item, Person
+from mta.data.readers import read_people
+from mta.data.splits import Splits
+from mta.data.tasks.load import load_task
+from mta.data.tasks.task import Task
 from mta.errors import ConfigError, InputError
 from mta.evaluation.methods import Method
 from mta.evaluation.protocol import Panel, able
 from mta.evaluation.recipe import Experiment, Part, Which, drawn
 from mta.executor import Executor, LocalExecutor
-from mta.history import Item, Person
-from mta.readers import read_people
-from mta.retrieval import with_profiles
-from mta.splits import Splits
 from mta.system.assets import is_asset, resolve
 from mta.system.atomic import write_json, write_text
-from mta.tasks.load import load_task
-from mta.tasks.task import Task
 from mta.training.trainer import OnStep
 
 TOGETHER = 16  # people whose results are written at once

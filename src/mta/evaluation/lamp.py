@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from mta.data.tasks.task import Task
 from mta.errors import InputError
 from mta.evaluation.metrics import Answers, measure
-from mta.tasks.task import Task
 
 METRICS = {"mae": ("MAE", "RMSE"), "accuracy": ("accuracy", "F1"), "rouge": ("ROUGE-1", "ROUGE-L")}
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mta.tasks.task import Task
+from mta.data.tasks.task import Task
 
 BETTER_LOW = frozenset({"MAE", "MAE (median)", "RMSE", "NLL"})
 

@@ -17,14 +17,14 @@ from torch import Tensor
 from mta.bank.bank import Bank
 from mta.base import BaseModel
 from mta.config import MergeSettings, Run, parse_size
+from mta.data.bm25 import with_profiles
+from mta.data.history import Item, Person
+from mta.data.tasks.task import Task
 from mta.encode import Encoder, encode_people
 from mta.errors import InputError
 from mta.evaluation.kept import load_evidence, save_evidence
 from mta.evidence import Evidence, gather_evidence, shots_of
 from mta.fuse import Merge, frozen_numbers, fuse, needs_evidence
-from mta.history import Item, Person
-from mta.retrieval import with_profiles
-from mta.tasks.task import Task
 from mta.training.plan import Plan, plan_cohorts
 from mta.training.trainer import Job, OnStep
 

@@ -12,13 +12,13 @@ from pydantic import Field, field_validator, model_validator
 
 from mta.config import Run
 from mta.config.loader import Settings, checked, merged_over, read_yaml
+from mta.data.history import Person
+from mta.data.readers.sharing import Copies
+from mta.data.splits import Splits, draw
+from mta.data.tasks.task import Task
 from mta.errors import ConfigError, InputError
 from mta.evaluation.methods import AnyMethod
 from mta.evaluation.protocol import Ask, able, shots_and_queries
-from mta.history import Person
-from mta.readers.sharing import Copies
-from mta.splits import Splits, draw
-from mta.tasks.task import Task
 
 log = logging.getLogger("mta")
 FOLDER = "recipes/evaluation"

@@ -13,6 +13,8 @@ import torch
 import yaml
 
 from mta.config.loader import checked
+from mta.data.tasks.load import load_task
+from mta.data.tasks.task import Task
 from mta.errors import DataError, InputError
 from mta.evaluation.experiment import CASE, FACTS
 from mta.evaluation.lab import RECIPE, SIZES
@@ -22,8 +24,6 @@ from mta.evaluation.recipe import Experiment, Part
 from mta.evaluation.records import Record, read_records
 from mta.evaluation.run import Comparison, Row
 from mta.runs import sittings
-from mta.tasks.load import load_task
-from mta.tasks.task import Task
 
 BEFORE = "meta.json"  # where experiments told of their runs before run.json
 

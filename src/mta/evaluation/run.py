@@ -8,12 +8,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from mta.data.tasks.task import Task
 from mta.errors import InputError
 from mta.evaluation.methods import Method
 from mta.evaluation.metrics import BETTER_LOW, Answers, measure, primary, query_nll
 from mta.evaluation.protocol import Panel
 from mta.fuse import Merge
-from mta.tasks.task import Task
 
 WORSE = 0.02  # nats: less than this is not called a difference
 

@@ -6,7 +6,7 @@ import threading
 from collections import Counter, OrderedDict
 from collections.abc import Collection, Sequence
 
-from mta.history import Item, Person
+from mta.data.history import Item, Person
 from mta.serving.auth import LOCAL, Key
 from mta.serving.engine import Refused
 from mta.store import Store

@@ -11,9 +11,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Literal
 
+from mta.data.history import Person
 from mta.errors import InputError, MtaError
 from mta.forgetting import Forgotten
-from mta.history import Person
 from mta.personalize import Personalizer
 from mta.serving.auth import LOCAL, Key
 from mta.serving.engine import QueueFull

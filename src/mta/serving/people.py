@@ -12,16 +12,16 @@ from fastapi import FastAPI
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.concurrency import run_in_threadpool
 
-from mta.history import Item
-from mta.readers.rejects import Bad
-from mta.readers.rows import item_in
+from mta.data.history import Item
+from mta.data.readers.rejects import Bad
+from mta.data.readers.rows import item_in
+from mta.data.tasks.task import Task
 from mta.serving.auth import Key
 from mta.serving.engine import Refused
 from mta.serving.histories import Histories
 from mta.serving.jobs import Status
 from mta.serving.service import Caller, NobodyHere, Service, check_rate
 from mta.store import Store
-from mta.tasks.task import Task
 
 
 class _Body(BaseModel):

@@ -20,6 +20,7 @@ from starlette.exceptions import HTTPException
 
 from mta.bank.files import INFO, stale
 from mta.base import BaseModel
+from mta.data.tasks.task import Task
 from mta.errors import MtaError, PersonForgotten, PersonNotFound
 from mta.rows import BASE, TASK
 from mta.serving.auth import LOCAL, Key, Keys
@@ -31,7 +32,6 @@ from mta.serving.metrics import Metrics
 from mta.serving.names import Named, named
 from mta.serving.openai import error_body
 from mta.store import Store
-from mta.tasks.task import Task
 
 log = logging.getLogger("mta")
 

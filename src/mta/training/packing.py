@@ -18,8 +18,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from mta.data.tasks.prompt import Example
 from mta.kernels import LogProbs, kernels
-from mta.tasks.prompt import Example
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,11 +19,11 @@ from torch import Tensor
 
 from mta.base import BaseModel
 from mta.config import Training
+from mta.data.tasks.prompt import Example
 from mta.footprint import Texts
 from mta.lora.batch import LoraBatch
 from mta.lora.layers import Adapters, PerPerson, Renumbered, applied
 from mta.system.malloc import give_back_memory
-from mta.tasks.prompt import Example
 from mta.training.checkpoint import Checkpoint
 from mta.training.optimizer import BatchedAdamW, learning_rate
 from mta.training.packing import Row, collate, fitting, pack

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from mta.data.history import Item
 from mta.evaluation.metrics import Answers, from_scores
 from mta.evaluation.protocol import Panel
 from mta.generate import generate
-from mta.history import Item
 from mta.lora.layers import Adapters
 from mta.score import label_scores, log_likelihood
 

@@ -13,14 +13,14 @@ import torch
 
 from mta.bank.anchors import select_anchors
 from mta.config import MergeSettings, StackSettings
+from mta.data.history import Item, Person
+from mta.data.tasks.task import Task
 from mta.evaluation.methods.answer import answer
 from mta.evaluation.methods.method import Method, Outcome, register
 from mta.evaluation.methods.trained import adapted
 from mta.evaluation.metrics import Answers
 from mta.evaluation.protocol import Panel
 from mta.fuse import Merge, coefficients, learn, merged
-from mta.history import Item, Person
-from mta.tasks.task import Task
 
 MTA = "https://arxiv.org/abs/2511.20072"
 

@@ -12,11 +12,11 @@ from typing import Annotated, Any, ClassVar, TypeVar
 from pydantic import BeforeValidator, Field, SerializeAsAny
 
 from mta.config.loader import Settings
+from mta.data.tasks.task import Task
 from mta.errors import ConfigError
 from mta.evaluation.metrics import Answers
 from mta.evaluation.protocol import Panel
 from mta.fuse import Merge
-from mta.tasks.task import Task
 
 
 @dataclass(frozen=True, slots=True)

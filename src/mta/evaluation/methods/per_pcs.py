@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mta.base import BaseModel
 from mta.config import MergeSettings
+from mta.data.tasks.prompt import Example
 from mta.errors import InputError
 from mta.evaluation.methods.merged import answered
 from mta.evaluation.methods.method import Method, Outcome, register
@@ -19,7 +20,6 @@ from mta.evaluation.protocol import Panel
 from mta.evidence import shots_of
 from mta.fuse import Merge
 from mta.lora.layers import Adapters, applied
-from mta.tasks.prompt import Example
 
 EACH = 32  # items of an anchor that its gates are made from
 

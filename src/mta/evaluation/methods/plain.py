@@ -8,12 +8,12 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import ClassVar, Literal
 
+from mta.data.history import Person
+from mta.data.tasks.task import Task
 from mta.evaluation.methods.answer import answer
 from mta.evaluation.methods.method import Method, Outcome, register
 from mta.evaluation.metrics import Answers
 from mta.evaluation.protocol import Panel
-from mta.history import Person
-from mta.tasks.task import Task
 
 
 class _Constant(Method, ABC):

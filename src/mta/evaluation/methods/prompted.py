@@ -7,13 +7,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+from mta.data.history import Item
+from mta.data.tasks.form import Form
+from mta.data.tasks.task import Task
 from mta.evaluation.methods.method import AnyMethod, Method, Outcome, register
 from mta.evaluation.methods.plain import Base
 from mta.evaluation.protocol import Panel
 from mta.generate import generate
-from mta.history import Item
-from mta.tasks.form import Form
-from mta.tasks.task import Task
 
 
 class _LaidOver:

@@ -6,8 +6,8 @@ import logging
 from collections.abc import Sequence
 from dataclasses import replace
 
-from mta.history import Item, Person
-from mta.tasks.task import Task
+from mta.data.history import Item, Person
+from mta.data.tasks.task import Task
 
 
 def retrieve(task: Task, item: Item, earlier: Sequence[Item], k: int) -> list[Item]:

@@ -12,9 +12,9 @@ from pathlib import Path
 import yaml
 from pydantic import ValidationError
 
+from mta.data.tasks.form import Form
+from mta.data.tasks.task import Task
 from mta.errors import TaskError
-from mta.tasks.form import Form
-from mta.tasks.task import Task
 
 _COMPARE = f"See docs/how-to/add-a-task.md, or a task that works: {Path(__file__).parent / 'builtin' / 'lamp3.yaml'}"
 ALIASES = {"lamp2m": "lamp2", "movielens": "movielens-rating"}  # LaMP-2M is what papers call the newer LaMP-2
@@ -27,7 +27,7 @@ def _key(name: str) -> str:
 
 def task_names() -> tuple[str, ...]:
     """Names of the built-in tasks."""
-    folder = resources.files("mta.tasks").joinpath("builtin")
+    folder = resources.files("mta.data.tasks").joinpath("builtin")
     return tuple(sorted(file.name.removesuffix(".yaml") for file in folder.iterdir() if file.name.endswith(".yaml")))
 
 
@@ -60,7 +60,7 @@ def with_limit(task: Task) -> Task:
 
 @cache
 def _builtin(name: str) -> Task:
-    text = resources.files("mta.tasks").joinpath("builtin", f"{name}.yaml").read_text(encoding="utf-8")
+    text = resources.files("mta.data.tasks").joinpath("builtin", f"{name}.yaml").read_text(encoding="utf-8")
     return _parse_task(text, f"built-in task {name}")
 
 

@@ -7,11 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from mta.data.history import Item
 from mta.errors import DataError
-from mta.history import Item
 
 if TYPE_CHECKING:
-    from mta.tasks.task import Task
+    from mta.data.tasks.task import Task
 
 PLAIN = "{prompt}\nAnswer: "  # for tokenizers without a chat template
 ANSWER_TOKENS = 128  # of an answer, where a task has neither ``answer_tokens`` nor labels: 280 characters fit

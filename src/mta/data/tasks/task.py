@@ -1,6 +1,6 @@
 """A task as data: wording, target, labels, metric and the text that encoders see.
 
-Nothing here knows a model or a tokenizer; ``mta.tasks.prompt`` turns what a task says into tokens.
+Nothing here knows a model or a tokenizer; ``mta.data.tasks.prompt`` turns what a task says into tokens.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from pydantic import (
     model_validator,
 )
 
+from mta.data.history import Item
+from mta.data.tasks.form import Form, Frozen, template_fields
 from mta.errors import DataError
-from mta.history import Item
-from mta.tasks.form import Form, Frozen, template_fields
 
 
 def as_text(value: str | int | float) -> str:

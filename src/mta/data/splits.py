@@ -10,15 +10,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mta.data.history import Person
 from mta.errors import DataError, InputError
-from mta.history import Person
 from mta.system.atomic import write_json
 
 PARTS = ("task", "development", "candidates", "test")
 TESTED = ("test", "development")
 SCHEMA = 1
 log = logging.getLogger("mta")
-_ANEW = "Restore the file, or draw the splits anew:  mta.splits.draw(…).save(path)"
+_ANEW = "Restore the file, or draw the splits anew:  mta.data.splits.draw(…).save(path)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,7 +202,7 @@ def _read(path: Path) -> dict[str, Any]:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise DataError(
-            f"no such file of splits: {path}", hint="Draw them, and save them:  mta.splits.draw(…).save(path)"
+            f"no such file of splits: {path}", hint="Draw them, and save them:  mta.data.splits.draw(…).save(path)"
         ) from None
     except (OSError, ValueError) as error:
         raise DataError(f"{path} is not a readable file of splits: {error}", hint=_ANEW) from None
@@ -210,7 +210,7 @@ def _read(path: Path) -> dict[str, Any]:
         got = values.get("schema") if isinstance(values, dict) else type(values).__name__
         raise DataError(
             f"{path} is no file of splits of schema {SCHEMA}; got {got!r}",
-            hint="Draw them anew, and save them:  mta.splits.draw(…).save(path)",
+            hint="Draw them anew, and save them:  mta.data.splits.draw(…).save(path)",
         )
     fits = isinstance(values.get("digest"), str) and all(_are_texts(values.get(part)) for part in PARTS)
     if not fits or set(values) != {"schema", "digest", *PARTS}:

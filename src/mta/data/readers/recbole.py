@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+from mta.data.readers.rejects import Bad, Place, Rejects, data_error
+from mta.data.readers.rows import Part, item_in, text_in
+from mta.data.readers.stream import text_lines
+from mta.data.tasks.task import Task
 from mta.errors import DataError
-from mta.readers.rejects import Bad, Place, Rejects, data_error
-from mta.readers.rows import Part, item_in, text_in
-from mta.readers.stream import text_lines
-from mta.tasks.task import Task
 
 FIELDS = ("title", "genres", "rating")
 NO_GENRES = "(no genres listed)"  # MovieLens' own words

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
+from mta.data.readers.rejects import Place, Rejects, data_error
 from mta.errors import DataError
-from mta.readers.rejects import Place, Rejects, data_error
 
 CHUNK = 1 << 20
 LINE = '{"person": "ann", "input": "Broke in a week.", "output": "1"}'

@@ -8,12 +8,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from mta.data.history import Item
+from mta.data.readers.rejects import Bad, Place, Rejects, data_error
+from mta.data.readers.rows import Part, item_in, list_in, text_in
+from mta.data.readers.stream import array_elements, kind_of, opened
+from mta.data.tasks.task import Task
 from mta.errors import DataError
-from mta.history import Item
-from mta.readers.rejects import Bad, Place, Rejects, data_error
-from mta.readers.rows import Part, item_in, list_in, text_in
-from mta.readers.stream import array_elements, kind_of, opened
-from mta.tasks.task import Task
 
 GOLDS = r'"golds"\s*:\s*\['
 log = logging.getLogger("mta")

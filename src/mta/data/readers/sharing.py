@@ -10,9 +10,9 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from mta.history import Item, Person
-from mta.readers.overlap import SAME_ITEMS, nearly_equal
-from mta.tasks.task import Task
+from mta.data.history import Item, Person
+from mta.data.readers.overlap import SAME_ITEMS, nearly_equal
+from mta.data.tasks.task import Task
 
 LONG = 64  # characters: two people write a shorter text by coincidence
 CROWD = 10  # people: an item that more of them hold is common text and connects no people

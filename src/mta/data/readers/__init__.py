@@ -4,9 +4,9 @@
 that names file, line and field, or goes into a file of rejects while reading goes on.
 """
 
-from mta.readers.lamp import read_answers
-from mta.readers.people import describe, describe_splits, iter_parts, read_people
-from mta.readers.rejects import Rejects
-from mta.readers.rows import Part
+from mta.data.readers.lamp import read_answers
+from mta.data.readers.people import describe, describe_splits, iter_parts, read_people
+from mta.data.readers.rejects import Rejects
+from mta.data.readers.rows import Part
 
 __all__ = ["Part", "Rejects", "describe", "describe_splits", "iter_parts", "read_answers", "read_people"]

@@ -3,9 +3,9 @@
 Built-in and custom tasks are the same YAML; ``load_task`` takes a name or a file.
 """
 
-from mta.tasks.form import Form
-from mta.tasks.load import load_task, task_names
-from mta.tasks.prompt import Example, PromptFormat
-from mta.tasks.task import Task
+from mta.data.tasks.form import Form
+from mta.data.tasks.load import load_task, task_names
+from mta.data.tasks.prompt import Example, PromptFormat
+from mta.data.tasks.task import Task
 
 __all__ = ["Example", "Form", "PromptFormat", "Task", "load_task", "task_names"]

@@ -1,7 +1,7 @@
 """People and what they wrote, rated or tagged: frozen values in time order.
 
 An ``Item`` holds the fields of its task ({"text": ..., "score": ...}); what of them becomes the prompt
-and what the target is the task's business (``mta.tasks``).
+and what the target is the task's business (``mta.data.tasks``).
 """
 
 from __future__ import annotations

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from mta.history import Item
-from mta.readers.rejects import Bad, Place, Rejects
-from mta.readers.stream import kind_of
-from mta.tasks.task import Task, as_text, short
+from mta.data.history import Item
+from mta.data.readers.rejects import Bad, Place, Rejects
+from mta.data.readers.stream import kind_of
+from mta.data.tasks.task import Task, as_text, short
 
 log = logging.getLogger("mta")
 

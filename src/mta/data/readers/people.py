@@ -9,16 +9,16 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from mta.data.history import Item, People, Person
+from mta.data.readers.lamp import golds_for, lamp_parts, outputs_beside, perpcs_parts, questions_in
+from mta.data.readers.recbole import recbole_parts
+from mta.data.readers.rejects import Place, Rejects, data_error
+from mta.data.readers.rows import Part, item_parts
+from mta.data.readers.sharing import connected, missing_from, same_users, without_answers
+from mta.data.readers.stream import LINE, objects
+from mta.data.tasks.load import load_task
+from mta.data.tasks.task import Task
 from mta.errors import DataError, InputError
-from mta.history import Item, People, Person
-from mta.readers.lamp import golds_for, lamp_parts, outputs_beside, perpcs_parts, questions_in
-from mta.readers.recbole import recbole_parts
-from mta.readers.rejects import Place, Rejects, data_error
-from mta.readers.rows import Part, item_parts
-from mta.readers.sharing import connected, missing_from, same_users, without_answers
-from mta.readers.stream import LINE, objects
-from mta.tasks.load import load_task
-from mta.tasks.task import Task
 
 FORMATS = (
     "Known are JSONL with person, input and output (or the task's own fields) on each line; LaMP (id, input, profile); "

@@ -1,0 +1,1 @@
+"""People, their histories, tasks, and the files they are read from."""
