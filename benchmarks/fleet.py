@@ -16,11 +16,11 @@ from pathlib import Path
 
 from mta.bank.bank import Bank
 from mta.bank.files import read_info
-from mta.base import BaseModel
 from mta.cluster import Cluster
 from mta.config import override
 from mta.data.history import Person
 from mta.data.readers import read_people
+from mta.model.base import BaseModel
 from mta.personalize import Personalizer
 from mta.store import Store
 from mta.system.assets import resolve

@@ -20,12 +20,12 @@ from torch import Tensor
 
 from mta.bank.bank import Bank
 from mta.bank.files import read_info
-from mta.base import BaseModel
 from mta.config import Run, override
 from mta.data.history import Person
 from mta.data.readers import read_people
 from mta.evaluation.run import Interval, bootstrap
 from mta.growth import Action, Renewed, renewed
+from mta.model.base import BaseModel
 from mta.personalize import Personalizer
 from mta.rows import row_adapters
 from mta.score import label_scores

@@ -25,13 +25,13 @@ import torch
 from benchmarks.speed import data
 from benchmarks.speed.data import Absent
 from benchmarks.speed.training import ANCHORS, K, base_of, oppu, small, stack, task_lora
-from mta.base import BaseModel
 from mta.config import Training, parse_size
 from mta.kernels import obstacle, without_kernels
 from mta.kernels.compile import Family
 from mta.kernels.products import _onednn_is_faster
 from mta.lora.batch import LoraBatch, fresh
 from mta.lora.merge import merge_exact
+from mta.model.base import BaseModel
 from mta.serving.seats import Person, Seats
 from mta.serving.slots import Slots
 from mta.system.atomic import read_json, write_json

@@ -10,7 +10,6 @@ import argparse
 from pathlib import Path
 
 from mta.bank.bank import Bank
-from mta.base import BaseModel
 from mta.cli.screen import Screen, console
 from mta.config import override
 from mta.data.history import Person
@@ -19,6 +18,7 @@ from mta.data.splits import Splits, draw
 from mta.demo import Recipe, load_recipe
 from mta.evaluation.show import show
 from mta.evaluation.study import Study, study
+from mta.model.base import BaseModel
 from mta.system import assets
 from mta.system.malloc import keep_freed_memory
 

@@ -17,7 +17,6 @@ from typing import Literal
 from rich.console import Console
 
 from mta.bank.bank import Bank
-from mta.base import BaseModel
 from mta.cli.screen import Screen
 from mta.config import Lora, MergeSettings, StackSettings, Training, override
 from mta.data.readers import read_people
@@ -26,6 +25,7 @@ from mta.demo import Recipe, load_recipe
 from mta.evaluation.methods import Merged, MergeThenAdapt, Method, OneLora, TaskLora
 from mta.evaluation.protocol import Panel
 from mta.evaluation.run import Comparison, evaluate
+from mta.model.base import BaseModel
 from mta.system import assets
 from mta.system.malloc import keep_freed_memory
 

@@ -8,7 +8,7 @@ import torch
 from tiny import tokenizer
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
-from mta.base import BaseModel
+from mta.model.base import BaseModel
 from mta.system.model_files import loading
 
 SIZES: dict[str, Any] = {

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from mta.base import BaseModel
 from mta.data.tasks.prompt import Example
 from mta.lora.batch import LoraBatch
+from mta.model.base import BaseModel
 
 
 def weights(base: BaseModel, *updates: Mapping[str, Tensor]) -> dict[str, Tensor]:

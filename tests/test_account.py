@@ -44,7 +44,7 @@ def test_no_text_is_told_and_no_model_is_loaded(known, monkeypatch):
     def refuse(*_, **__):
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr("mta.base.BaseModel.__init__", refuse)
+    monkeypatch.setattr("mta.model.base.BaseModel.__init__", refuse)
     monkeypatch.setattr("mta.bank.files.read_adapters", refuse)
     told = json.dumps([asdict(account_of("x0", known.store, known.bank.folder))])
     told += json.dumps([asdict(one) for one in versions_of("x0", known.store)])

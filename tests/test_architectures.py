@@ -9,9 +9,9 @@ from tiny import random_examples, random_loras
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as ALL
 
 from mta.errors import UnsupportedModel
-from mta.generate import generate
 from mta.lora import PerPerson, applied
 from mta.lora.batch import Factors, LoraBatch
+from mta.model.generate import generate
 from mta.rows import TASK
 from mta.score import log_likelihood
 from mta.serving.embedded import EmbeddedEngine

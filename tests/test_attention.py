@@ -6,9 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import base_of, random_examples, random_loras
 
-from mta.attention import additive, blocks_of, can_block, tree_attention, visible
 from mta.errors import UnsupportedModel
 from mta.lora import PerPerson
+from mta.model.tree_attention import additive, blocks_of, can_block, tree_attention, visible
 from mta.score import log_likelihood
 from mta.training.packing import collate, tree
 
@@ -72,7 +72,7 @@ def test_low_precision_stays_near_the_dense_way(dtype):
 
 
 def test_a_model_that_drops_keywords_on_the_way_keeps_dense_masks(monkeypatch):
-    import mta.attention as module
+    import mta.model.tree_attention as module
 
     taken = module.tree_attention
     monkeypatch.setattr(module, "tree_attention", lambda *args, blocks=None, **how: taken(*args, **how))

@@ -13,13 +13,13 @@ from tiny import KINDS, base_of, tokenizer
 from torch import nn
 from transformers import MambaConfig, MambaForCausalLM
 
-from mta.base import BaseModel
 from mta.config import Run
 from mta.data.history import Item
 from mta.data.tasks import load_task
 from mta.errors import AssetError, ModelError, UnsupportedModel
-from mta.fingerprint import fingerprint_of
-from mta.generate import generate
+from mta.model.base import BaseModel
+from mta.model.fingerprint import fingerprint_of
+from mta.model.generate import generate
 from mta.system import device as machine
 from mta.system.device import pick_device, pick_dtype
 
@@ -256,7 +256,7 @@ def test_what_is_exchanged_on_a_model_is_part_of_the_check(monkeypatch):
         model.model.layers[0].mlp.act_fn = nn.ReLU()
         return ["LlamaMLP"]
 
-    monkeypatch.setattr("mta.base.use_kernels", spoiled)
+    monkeypatch.setattr("mta.model.base.use_kernels", spoiled)
     with pytest.raises(UnsupportedModel, match="'tiny-llama' gives a text other logits in a batch than alone"):
         base_of()
 

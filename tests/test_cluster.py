@@ -17,7 +17,6 @@ from conftest import TINY_RUN, people_of
 from tiny import base_of, tokenizer
 
 from mta.bank.bank import Bank
-from mta.base import BaseModel
 from mta.cluster import Cluster
 from mta.config import override
 from mta.data.readers import read_people
@@ -28,6 +27,7 @@ from mta.evaluation.lab import Lab
 from mta.evaluation.recipe import load_experiment
 from mta.evaluation.records import read_records
 from mta.executor import LocalExecutor
+from mta.model.base import BaseModel
 from mta.personalize import Personalizer
 from mta.state import State
 from mta.store import Store

@@ -6,8 +6,8 @@ from conftest import HashEncoder, people_of
 from tiny import base_of
 
 from mta.data.history import Item, Person
-from mta.encode import BaseEncoder, SentenceEncoder, encode_people, load_encoder
 from mta.errors import ModelError
+from mta.model.encoders import BaseEncoder, SentenceEncoder, encode_people, load_encoder
 
 TEXTS = ["short", "a text that is a good deal longer than the others are", "", "naïve café", "x"]
 

@@ -17,9 +17,9 @@ from transformers import MambaConfig, MambaForCausalLM
 import mta
 from mta import errors
 from mta.bank.bank import Bank
-from mta.base import BaseModel
 from mta.config import Run, override
 from mta.errors import MtaError
+from mta.model.base import BaseModel
 from mta.rows import TASK
 from mta.serving.auth import LOCAL, Keys
 from mta.serving.embedded import EmbeddedEngine

@@ -11,10 +11,10 @@ from tiny import base_of, changed_json, save_encoder, tokenizer
 
 from mta.bank import files
 from mta.bank.bank import Bank
-from mta.base import BaseModel
-from mta.encode import SentenceEncoder
 from mta.errors import BankMismatch, DataError, ModelError
-from mta.fingerprint import folder_fingerprint
+from mta.model.base import BaseModel
+from mta.model.encoders import SentenceEncoder
+from mta.model.fingerprint import folder_fingerprint
 from mta.sizing import Shape
 
 FINGERPRINT = "2b4a053134dd76dffeaa3f429a8db89ec3bc1d940a5574f3fe95c916d24347ee"  # of the tiny encoder, since 0.1.0

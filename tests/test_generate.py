@@ -4,8 +4,8 @@ import pytest
 import torch
 from tiny import base_of, random_loras
 
-from mta.generate import generate
 from mta.lora.layers import PerPerson, applied
+from mta.model.generate import generate
 
 KINDS = ["llama", "mistral", "qwen2", "qwen3", "gemma3", "gpt2"]
 

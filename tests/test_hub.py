@@ -12,9 +12,9 @@ from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 from tiny import KINDS, changed_json, counted, save_encoder, tokenizer
 
-from mta.base import BaseModel
-from mta.encode import SentenceEncoder
 from mta.errors import ModelError
+from mta.model.base import BaseModel
+from mta.model.encoders import SentenceEncoder
 from mta.system.hub import local_folder
 
 NAME = "somebody/model"

@@ -7,7 +7,6 @@ from hypothesis import strategies as st
 from test_attention import rows_of
 from tiny import KINDS, base_of, random_examples, random_loras
 
-from mta.attention import additive, blocks_of, tree_attention
 from mta.kernels import (
     AdaptedRows,
     LogProbs,
@@ -26,6 +25,7 @@ from mta.kernels.products import FrozenLinear
 from mta.lora import PerPerson
 from mta.lora.layers import Shared, applied
 from mta.lora.terms import RowTerm, with_terms
+from mta.model.tree_attention import additive, blocks_of, tree_attention
 from mta.score import log_likelihood
 
 DOUBLE = torch.float64

@@ -9,11 +9,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from mta.bank.bank import Bank
-from mta.base import BaseModel
 from mta.config import Lora, Run, Training
 from mta.data.history import Person
 from mta.data.readers import read_people
 from mta.data.splits import draw
+from mta.model.base import BaseModel
 from mta.personalize import Personalizer
 from mta.rows import BASE, TASK
 from mta.sizing import Load, Shape, memory

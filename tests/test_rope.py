@@ -7,8 +7,8 @@ import torch
 from tiny import COMMON, random_examples, tokenizer
 from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, LlamaForCausalLM, Phi3Config, Phi3ForCausalLM
 
-from mta.base import BaseModel
 from mta.data.tasks.prompt import Example
+from mta.model.base import BaseModel
 from mta.score import log_likelihood
 
 ORIGINAL = 64  # tokens

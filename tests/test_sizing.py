@@ -12,9 +12,9 @@ from typer.testing import CliRunner
 from mta.cli.app import app
 from mta.config import Run, override
 from mta.errors import ConfigError
-from mta.footprint import Footprint, Numbers, Sums, Texts
 from mta.lora.batch import Factors, LoraBatch
 from mta.lora.peft import write_peft
+from mta.model.footprint import Footprint, Numbers, Sums, Texts
 from mta.sizing import Load, Shape, costs, hardware, memory, passes
 from mta.state import Losses, State
 

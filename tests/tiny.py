@@ -26,9 +26,9 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from mta.base import BaseModel
 from mta.data.tasks.prompt import Example
 from mta.lora.batch import Factors, LoraBatch
+from mta.model.base import BaseModel
 from mta.system.atomic import write_json
 
 TEMPLATE = (

@@ -11,9 +11,9 @@ import torch
 
 from mta.bank.bank import Bank
 from mta.bank.files import read_info
-from mta.base import BaseModel
 from mta.config import Run
 from mta.lora.batch import Factors, fresh
+from mta.model.base import BaseModel
 from mta.serving.auth import Keys
 from mta.serving.serve import serve, service_of, sigterm_exits, vllm_of
 from mta.state import State

@@ -17,10 +17,10 @@ from benchmarks.speed.peers import FREE, PlainPeft, peer
 from benchmarks.speed.settings import Settings
 from benchmarks.speed.timing import Row, turns
 from benchmarks.speed.training import Cohort, agreed, apart, base_of, joined, oppu, small, stack
-from mta.base import BaseModel
 from mta.config import Training, parse_size
 from mta.kernels import without_kernels
 from mta.lora.batch import LoraBatch
+from mta.model.base import BaseModel
 
 _MINUTE = 60  # people times this, per second, is people per minute
 _SHORT = {"float32": "fp32", "bfloat16": "bf16"}

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from mta.base import BaseModel
 from mta.data.history import Person
 from mta.data.readers import read_people
 from mta.data.tasks import load_task
 from mta.data.tasks.task import Task
+from mta.model.base import BaseModel
 from mta.system import assets
 from mta.training.trainer import Job
 

@@ -18,11 +18,11 @@ from benchmarks.speed.data import Absent
 from benchmarks.speed.settings import Settings
 from benchmarks.speed.timing import Row, turns
 from benchmarks.speed.training import Unequal, agreed, base_of, small
-from mta.base import BaseModel
 from mta.data.history import Person
-from mta.generate import generate
 from mta.lora.batch import LoraBatch, fresh
 from mta.lora.layers import PerPerson, applied
+from mta.model.base import BaseModel
+from mta.model.generate import generate
 
 PEOPLE, PROMPT, NEW = 16, 100, 48
 _SHORT = {"float32": "fp32", "bfloat16": "bf16"}
@@ -118,7 +118,7 @@ class Work:
         return int(self.base.model.config.vocab_size)
 
     def config(self) -> Any:
-        """How the peers generate: as ``mta.generate`` does."""
+        """How the peers generate: as ``mta.model.generate`` does."""
         from transformers import GenerationConfig
 
         ends = {"eos_token_id": [self.never], "pad_token_id": self.base.pad_token}

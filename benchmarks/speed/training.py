@@ -12,12 +12,12 @@ from torch import Tensor
 
 from benchmarks.speed.data import BASE
 from benchmarks.speed.processor import need
-from mta.base import BaseModel
 from mta.config import Lora, Training
 from mta.lora.batch import Factors, LoraBatch, fresh
 from mta.lora.batch import stack as stack_of
 from mta.lora.layers import Adapters, PerPerson, Renumbered, Shared
 from mta.lora.merge import merge_exact
+from mta.model.base import BaseModel
 from mta.training.plan import plan_cohorts
 from mta.training.trainer import Job, Step, train_loras
 

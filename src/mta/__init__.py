@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mta.bank.bank import Bank as Bank
-    from mta.base import BaseModel as BaseModel
     from mta.config import Evaluation as Evaluation
     from mta.config import Run as Run
     from mta.config import override as override
@@ -21,6 +20,7 @@ if TYPE_CHECKING:
     from mta.data.tasks import load_task as load_task
     from mta.errors import MtaError as MtaError
     from mta.evaluation.study import study as study
+    from mta.model.base import BaseModel as BaseModel
     from mta.personalize import Personalizer as Personalizer
     from mta.rows import BASE as BASE
     from mta.rows import TASK as TASK
@@ -30,7 +30,7 @@ _HOME = {
     "BASE": "mta.rows",
     "TASK": "mta.rows",
     "Bank": "mta.bank.bank",
-    "BaseModel": "mta.base",
+    "BaseModel": "mta.model.base",
     "Evaluation": "mta.config",
     "Item": "mta.data.history",
     "MtaError": "mta.errors",

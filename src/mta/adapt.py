@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from mta.base import BaseModel
 from mta.config import Lora, Training
 from mta.lora.batch import LoraBatch, fresh
 from mta.lora.layers import Adapters
+from mta.model.base import BaseModel
 from mta.training.trainer import Job, train_loras
 
 

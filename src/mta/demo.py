@@ -12,7 +12,6 @@ import torch
 import yaml
 
 from mta.bank.bank import Bank
-from mta.base import BaseModel
 from mta.config import Evaluation, Run, override
 from mta.config.loader import Settings, checked, dump_yaml
 from mta.data.history import Person
@@ -20,6 +19,7 @@ from mta.data.readers import read_people
 from mta.data.splits import Splits, draw
 from mta.errors import ConfigError
 from mta.evaluation.study import Study, ask, study
+from mta.model.base import BaseModel
 from mta.personalize import Personalizer
 from mta.runs import RunFolder
 from mta.sinks import Track

@@ -9,10 +9,10 @@ from pathlib import Path
 
 from mta.bank.bank import Bank
 from mta.bank.files import check_base, read_info
-from mta.base import BaseModel
 from mta.config import Run
 from mta.errors import BankMismatch, Diverged, PersonForgotten, StoreConflict, StoreError
 from mta.growth import Renewed, renewed
+from mta.model.base import BaseModel
 from mta.stages import Cohort, Stages, Wanted
 from mta.state import State
 from mta.store import Store

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mta.base import BaseModel
 from mta.data.history import Person
 from mta.data.tasks.task import Task
 from mta.lora.batch import LoraBatch, join
 from mta.lora.layers import Adapters, Shared
+from mta.model.base import BaseModel
 from mta.score import log_likelihood
 from mta.training.trainer import Job, OnStep, Step
 

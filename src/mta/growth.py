@@ -20,11 +20,11 @@ import torch
 from torch import Tensor
 
 from mta.config import MergeSettings
-from mta.encode import encode_people
 from mta.errors import Diverged, PersonForgotten
 from mta.evidence import Evidence, gather_evidence
 from mta.fuse import Merge, coefficients, learn, needs_evidence
 from mta.lora.batch import LoraBatch, stack
+from mta.model.encoders import encode_people
 from mta.policies import POLICIES, Retrieved
 from mta.rows import merge_of
 from mta.stages import Cohort, Stages

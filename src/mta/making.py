@@ -8,14 +8,14 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 
 from mta.bank.bank import Bank
-from mta.base import BaseModel
 from mta.config import Run
 from mta.data.history import Person
 from mta.desk import Copies, Desk, Failed, renew, work_through
-from mta.encode import Encoder
 from mta.errors import DataError, InputError, OtherBank, PersonForgotten, PersonNotFound, StateCorrupt
 from mta.executor import Executor, Outcome, R
 from mta.fuse import check_merge
+from mta.model.base import BaseModel
+from mta.model.encoders import Encoder
 from mta.stages import Cohort, Stages, Wanted, digest_of, settings_of
 from mta.state import State
 from mta.store import Store

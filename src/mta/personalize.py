@@ -14,21 +14,21 @@ from torch import Tensor
 
 from mta.bank.bank import Bank
 from mta.bank.card import adapter_card
-from mta.base import BaseModel
 from mta.config import MergeSettings, Run
 from mta.data.history import Item, Person
-from mta.encode import Encoder
 from mta.errors import ConfigError, InputError, OtherBank, PersonNotFound
 from mta.executor import Executor, LocalExecutor
 from mta.exports import Export, adapter_parcel
 from mta.forgetting import Forgotten, forget_person
 from mta.fuse import Merge, merged_factors
-from mta.generate import generate
 from mta.lora.batch import join
 from mta.lora.layers import Adapters, applied
 from mta.lora.merge import truncate
 from mta.lora.peft import write_peft
 from mta.making import Maker, Personalized, Updated
+from mta.model.base import BaseModel
+from mta.model.encoders import Encoder
+from mta.model.generate import generate
 from mta.rows import Nobody, Who, row_adapters
 from mta.score import label_scores, log_likelihood
 from mta.state import State

@@ -8,11 +8,11 @@ from enum import Enum
 import torch
 
 from mta.bank.bank import Bank
-from mta.base import BaseModel
 from mta.config import MergeSettings
 from mta.fuse import Merge, merged
 from mta.lora.batch import stack
 from mta.lora.layers import Adapters, Gated, PerPerson
+from mta.model.base import BaseModel
 from mta.state import State
 
 

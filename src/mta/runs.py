@@ -33,7 +33,7 @@ from mta.system.device import cores, processor
 from mta.system.provenance import commit, versions
 
 if TYPE_CHECKING:
-    from mta.base import BaseModel
+    from mta.model.base import BaseModel
     from mta.training.trainer import OnStep, Step
 
 RUN, CONFIG, METRICS = "run.json", "config.yaml", "metrics.jsonl"

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mta.base import BaseModel
 from mta.data.history import Item
 from mta.data.tasks.prompt import Example
 from mta.data.tasks.task import Task
 from mta.lora.layers import Adapters, applied
+from mta.model.base import BaseModel
 from mta.training.packing import collate, fitting, pack
 
 

@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 
-from mta.adaptable import is_linear, shape_of
 from mta.config import Run, Training
 from mta.errors import ConfigError
-from mta.footprint import COPIES, Footprint, Numbers, Texts
 from mta.fuse import needs_evidence
+from mta.model.adaptable import is_linear, shape_of
+from mta.model.footprint import COPIES, Footprint, Numbers, Texts
 from mta.system.assets import ASSETS, resolve
 from mta.system.device import cores, gemm_rate, pick_dtype, processor
 

@@ -8,8 +8,8 @@ from conftest import HashEncoder, people_of
 
 from mta.bank.anchors import select_anchors
 from mta.data.history import Item, Person
-from mta.encode import encode_people
 from mta.errors import InputError
+from mta.model.encoders import encode_people
 
 
 def person(id: str, items: int) -> Person:

@@ -18,8 +18,8 @@ from mta.bank import files
 from mta.bank.bank import Bank
 from mta.bank.build import build_bank
 from mta.config import Lora
-from mta.encode import encode_people
 from mta.errors import BankCorrupt, BankError, BankMismatch
+from mta.model.encoders import encode_people
 
 HASHED = (
     "anchors.safetensors",

@@ -37,7 +37,7 @@ def test_a_recipe_runs_and_says_what_to_type_next(smoke):
 def test_a_report_is_drawn_without_a_model(smoke, tmp_path, monkeypatch):
     command, out = smoke
     mta(*command)
-    monkeypatch.setattr("mta.base.BaseModel.load", None)
+    monkeypatch.setattr("mta.model.base.BaseModel.load", None)
     drawn = mta("report", out, "--out", tmp_path / "report", "--json").json["drawn"]
     assert drawn == ["members.jsonl: Ablation"]
     closed(tmp_path / "report")

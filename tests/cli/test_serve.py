@@ -26,7 +26,7 @@ def made(tmp_path_factory):
     import torch
 
     from mta.bank.bank import Bank
-    from mta.base import BaseModel
+    from mta.model.base import BaseModel
 
     root = tmp_path_factory.mktemp("serve")
     base_of("llama", torch.float32).model.save_pretrained(root / "base")

@@ -14,9 +14,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from mta.bank.bank import Bank
 from mta.bank.build import build_bank
-from mta.base import BaseModel
 from mta.data.tasks import load_task
-from mta.generate import generate
+from mta.model.base import BaseModel
+from mta.model.generate import generate
 from mta.rows import Nobody, row_adapters
 from mta.serving.embedded import EmbeddedEngine
 from mta.serving.engine import Ask, Version

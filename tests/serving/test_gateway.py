@@ -20,7 +20,7 @@ from mta import stages
 from mta.bank.bank import Bank
 from mta.errors import PersonNotFound
 from mta.evidence import shots_of
-from mta.generate import generate
+from mta.model.generate import generate
 from mta.personalize import forget_person
 from mta.rows import row_adapters
 from mta.serving.embedded import EmbeddedEngine

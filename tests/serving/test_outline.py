@@ -13,10 +13,10 @@ from contract import World
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
-from mta.base import BaseModel
 from mta.cli.app import app
 from mta.cli.options import open_bank
 from mta.errors import ModelError, UnsupportedModel
+from mta.model.base import BaseModel
 from mta.serving.auth import Keys
 from mta.serving.jobs import Jobs
 from mta.serving.serve import service_of, sigterm_exits, vllm_settings

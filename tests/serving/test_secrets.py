@@ -12,9 +12,9 @@ import torch
 from test_isolation import World, storm
 
 from mta.bank.bank import Bank
-from mta.base import BaseModel
 from mta.config import Lora, Run, Training
 from mta.data.history import Item, Person
+from mta.model.base import BaseModel
 from mta.personalize import Personalizer
 from mta.serving.embedded import EmbeddedEngine
 from mta.store import Store

@@ -19,14 +19,14 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
-from mta.base import BaseModel
 from mta.config import Training
 from mta.data.tasks.prompt import Example
 from mta.errors import MemoryBudgetError
-from mta.footprint import Numbers, Texts
 from mta.kernels import without_kernels
 from mta.lora import Gated, PerPerson, Shared
 from mta.lora.batch import fresh
+from mta.model.base import BaseModel
+from mta.model.footprint import Numbers, Texts
 from mta.score import log_likelihood
 from mta.training.packing import pack
 from mta.training.plan import plan_cohorts

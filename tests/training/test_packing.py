@@ -6,9 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import base_of, random_examples, random_loras
 
-from mta.attention import visible
 from mta.data.tasks.prompt import Example
 from mta.lora import PerPerson
+from mta.model.tree_attention import visible
 from mta.score import log_likelihood
 from mta.training.packing import collate, pack, tree
 

@@ -6,12 +6,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import base_of, random_examples, random_loras
 
-from mta.base import BaseModel
 from mta.config import Training
-from mta.footprint import Texts
 from mta.lora import Gated, LoraBatch, PerPerson, Shared
 from mta.lora.batch import fresh
 from mta.lora.layers import Renumbered
+from mta.model.base import BaseModel
+from mta.model.footprint import Texts
 from mta.training.checkpoint import Checkpoint
 from mta.training.trainer import Job, batch_of, steps_of, train_loras
 

@@ -12,8 +12,8 @@ from torch import Tensor
 from mta.config import BankSettings
 from mta.data.history import Person
 from mta.data.tasks.task import Task
-from mta.encode import Encoder, encode_people
 from mta.errors import InputError
+from mta.model.encoders import Encoder, encode_people
 
 
 def choose_anchors(

@@ -16,16 +16,16 @@ from torch import Tensor
 from mta.bank import files
 from mta.bank.build import build_bank
 from mta.bank.publish import bank_folder, bank_parcel, publish_bank
-from mta.base import BaseModel
 from mta.config import Run
 from mta.data.history import Person
 from mta.data.splits import draw
 from mta.data.tasks.load import load_task, with_limit
 from mta.data.tasks.task import Task
-from mta.encode import Encoder, load_encoder
 from mta.errors import BankCorrupt, BankMismatch, InputError
 from mta.lora.batch import LoraBatch
 from mta.lora.layers import Shared
+from mta.model.base import BaseModel
+from mta.model.encoders import Encoder, load_encoder
 
 log = logging.getLogger("mta")
 

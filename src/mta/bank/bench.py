@@ -8,13 +8,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from mta.bank.task_lora import train_task_lora
-from mta.base import BaseModel
 from mta.config import Run, parse_size
 from mta.data.history import Person
 from mta.data.tasks.task import Task
 from mta.errors import BankMismatch, Diverged
 from mta.lora.batch import LoraBatch, fresh
 from mta.lora.layers import Shared
+from mta.model.base import BaseModel
 from mta.training.checkpoint import Checkpoint
 from mta.training.trainer import Job, OnStep, Step, train_loras
 

@@ -19,16 +19,16 @@ from mta.bank import files
 from mta.bank.anchors import choose_anchors
 from mta.bank.bench import Anchors, Bench, BenchCopies, Pool, anchor_start, train_anchors, train_pool
 from mta.bank.card import card
-from mta.base import BaseModel
 from mta.config import Run, parse_size
 from mta.data.history import Person
 from mta.data.tasks.task import Task
-from mta.encode import Encoder
 from mta.errors import BankError
 from mta.executor import Executor, LocalExecutor, Outcome
-from mta.footprint import Numbers
 from mta.lora.batch import LoraBatch, stack
 from mta.lora.peft import read_peft, write_peft
+from mta.model.base import BaseModel
+from mta.model.encoders import Encoder
+from mta.model.footprint import Numbers
 from mta.runs import RunFolder
 from mta.sinks import Track
 from mta.system.atomic import copy_file, make_folder, write_tensors, write_text

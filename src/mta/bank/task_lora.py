@@ -5,11 +5,11 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 
-from mta.base import BaseModel
 from mta.config import TaskLoraSettings
 from mta.data.history import Item, Person
 from mta.data.tasks.task import Task
 from mta.lora.batch import LoraBatch, fresh
+from mta.model.base import BaseModel
 from mta.training.checkpoint import Checkpoint
 from mta.training.plan import plan_cohorts
 from mta.training.trainer import Job, Step, train_loras

@@ -63,8 +63,8 @@ def build(
     Example:  mta bank build history.jsonl --task lamp3 --out bank/ bank.anchors=20
     """
     from mta.bank.bank import Bank
-    from mta.base import BaseModel
     from mta.cli.screen import Screen
+    from mta.model.base import BaseModel
 
     opened = tracked(track, out)
     run = settings(config, words, task=task, base=base, seed=seed, device=device)

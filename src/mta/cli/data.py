@@ -69,9 +69,9 @@ def show(
 
     Example:  mta data show history.jsonl --task lamp3 --person ann
     """
-    from mta.base import BaseModel
     from mta.data.tasks import load_task
     from mta.errors import PersonNotFound
+    from mta.model.base import BaseModel
 
     run = settings(config, words, task=task)
     everybody = people_in(source, run.task, skip_bad)

@@ -34,11 +34,11 @@ from mta.cli.options import (
 
 if TYPE_CHECKING:
     from mta.bank.bank import Bank
-    from mta.base import BaseModel
     from mta.config import Run
     from mta.config.loader import Settings
     from mta.data.history import Person
     from mta.executor import Executor
+    from mta.model.base import BaseModel
     from mta.runs import RunFolder
     from mta.sinks import Track as Opener
     from mta.training.trainer import OnStep

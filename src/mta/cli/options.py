@@ -17,10 +17,10 @@ import typer
 
 if TYPE_CHECKING:
     from mta.bank.bank import Bank
-    from mta.base import BaseModel
     from mta.config import Run
     from mta.data.tasks import Task as TaskType
     from mta.executor import Executor
+    from mta.model.base import BaseModel
     from mta.runs import RunFolder
     from mta.sinks import Track as Opener
     from mta.system.hub import Parcel
@@ -94,10 +94,10 @@ def open_bank(
     """
     from mta.bank.bank import Bank
     from mta.bank.files import check_base, read_info
-    from mta.base import BaseModel
     from mta.config import override
     from mta.data.tasks import load_task
     from mta.errors import ConfigError
+    from mta.model.base import BaseModel
 
     given = [f"{key}={value}" for key, value in {"seed": seed, "device": device}.items() if value is not None]
     info = read_info(folder)

@@ -11,7 +11,6 @@ from typing import Any, Literal
 
 from mta.bank.bank import Bank
 from mta.bank.files import INFO, TASK_LORA
-from mta.base import BaseModel
 from mta.config import Run, override
 from mta.config.loader import dump_yaml
 from mta.data.bm25 import with_profiles
@@ -25,6 +24,7 @@ from mta.evaluation.methods import Method
 from mta.evaluation.protocol import Panel, able
 from mta.evaluation.recipe import Experiment, Part, Which, drawn
 from mta.executor import Executor, LocalExecutor
+from mta.model.base import BaseModel
 from mta.system.assets import is_asset, resolve
 from mta.system.atomic import write_json, write_text
 from mta.training.trainer import OnStep

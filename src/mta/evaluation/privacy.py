@@ -13,16 +13,16 @@ from typing import Any
 import numpy as np
 
 from mta.bank.bank import Bank
-from mta.base import BaseModel
 from mta.config import MergeSettings, Privacy, Run
 from mta.data.history import Person
-from mta.encode import Encoder
 from mta.evaluation.attack import rank_correlation
 from mta.evaluation.cast import Cast, cast
 from mta.evaluation.exam import ANCHORS, POOL, SHOTS, Exam, Row
 from mta.evaluation.protocol import Panel
 from mta.evaluation.run import Interval
 from mta.fuse import check_merge
+from mta.model.base import BaseModel
+from mta.model.encoders import Encoder
 from mta.system.provenance import versions
 from mta.training.trainer import OnStep
 

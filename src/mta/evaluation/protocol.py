@@ -15,16 +15,16 @@ from typing import Any, Literal
 from torch import Tensor
 
 from mta.bank.bank import Bank
-from mta.base import BaseModel
 from mta.config import MergeSettings, Run, parse_size
 from mta.data.bm25 import with_profiles
 from mta.data.history import Item, Person
 from mta.data.tasks.task import Task
-from mta.encode import Encoder, encode_people
 from mta.errors import InputError
 from mta.evaluation.kept import load_evidence, save_evidence
 from mta.evidence import Evidence, gather_evidence, shots_of
 from mta.fuse import Merge, frozen_numbers, fuse, needs_evidence
+from mta.model.base import BaseModel
+from mta.model.encoders import Encoder, encode_people
 from mta.training.plan import Plan, plan_cohorts
 from mta.training.trainer import Job, OnStep
 

@@ -12,19 +12,19 @@ from typing import Any
 import torch
 
 from mta.bank.bank import Bank
-from mta.base import BaseModel
 from mta.config import Evaluation, MergeSettings, Run
 from mta.data.history import Person
 from mta.data.readers.sharing import Copies
 from mta.data.splits import draw
 from mta.data.tasks.task import Task
-from mta.encode import Encoder
 from mta.errors import InputError
 from mta.evaluation.methods import Base, GlobalConstant, Merged, MergeThenAdapt, Method, OneLora, OwnConstant, TaskLora
 from mta.evaluation.protocol import Panel, able, apart
 from mta.evaluation.run import Comparison, evaluate
 from mta.evaluation.verdict import yardstick
 from mta.fuse import check_merge
+from mta.model.base import BaseModel
+from mta.model.encoders import Encoder
 from mta.personalize import Personalizer
 from mta.policies import POLICIES
 from mta.rows import TASK, Who

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 
-from mta.base import BaseModel
+from mta.model.base import BaseModel
 from mta.rows import BASE
 from mta.serving.engine import Ask, Engine, Finish, Refused, Token, Who
 from mta.serving.openai import ChatRequest, Request

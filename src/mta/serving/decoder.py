@@ -27,8 +27,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mta.base import BaseModel
 from mta.errors import MtaError
+from mta.model.base import BaseModel
 from mta.serving.engine import LATER, LOST, AnswerLost, Ask, Finish, Piece, Who
 from mta.serving.sampling import Sampler
 from mta.serving.seats import Person, Seats

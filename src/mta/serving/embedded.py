@@ -13,8 +13,8 @@ from functools import partial
 import torch
 
 from mta.bank.bank import Bank
-from mta.base import BaseModel
 from mta.errors import MtaError
+from mta.model.base import BaseModel
 from mta.serving.activated import Activated
 from mta.serving.decoder import Decoder, Row, Told
 from mta.serving.engine import LATER, LOST, AnswerLost, Ask, EngineGone, Piece, QueueFull, Version

@@ -19,13 +19,13 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from mta.bank.bank import Bank
-from mta.base import BaseModel
 from mta.config import MergeSettings
 from mta.errors import OtherBank, StateCorrupt
 from mta.fuse import Merge, merged_factors
 from mta.kernels import AdaptedRows, product
 from mta.lora.batch import LoraBatch, join, shared_ranks
 from mta.lora.terms import RowTerm
+from mta.model.base import BaseModel
 from mta.rows import BASE, Nobody
 from mta.state import State
 

@@ -20,9 +20,9 @@ from rich.console import Console
 
 from mta.bank.bank import Bank
 from mta.bank.files import stale
-from mta.base import BaseModel
 from mta.config import Run
 from mta.errors import BankMismatch, ConfigError
+from mta.model.base import BaseModel
 from mta.personalize import Personalizer
 from mta.serving.auth import ENV, Keys
 from mta.serving.embedded import EmbeddedEngine

@@ -19,9 +19,9 @@ from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 
 from mta.bank.files import INFO, stale
-from mta.base import BaseModel
 from mta.data.tasks.task import Task
 from mta.errors import MtaError, PersonForgotten, PersonNotFound
+from mta.model.base import BaseModel
 from mta.rows import BASE, TASK
 from mta.serving.auth import LOCAL, Key, Keys
 from mta.serving.engine import LATER, LOST, AnswerLost, Engine, EngineGone, QueueFull, Refused, Version, Who

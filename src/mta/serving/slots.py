@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from mta.agreement import Reference, short_windows
-from mta.base import BaseModel
 from mta.errors import UnsupportedModel
+from mta.model.agreement import Reference, short_windows
+from mta.model.base import BaseModel
 from mta.rows import TASK
 from mta.serving.engine import Who
 

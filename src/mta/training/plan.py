@@ -11,9 +11,9 @@ from dataclasses import asdict, dataclass, replace
 import torch
 from torch import Tensor
 
-from mta.base import BaseModel
 from mta.errors import MemoryBudgetError
-from mta.footprint import COPIES, Numbers, Texts
+from mta.model.base import BaseModel
+from mta.model.footprint import COPIES, Numbers, Texts
 from mta.training.packing import common_prefix
 from mta.training.trainer import Job
 

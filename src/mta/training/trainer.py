@@ -17,12 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mta.base import BaseModel
 from mta.config import Training
 from mta.data.tasks.prompt import Example
-from mta.footprint import Texts
 from mta.lora.batch import LoraBatch
 from mta.lora.layers import Adapters, PerPerson, Renumbered, applied
+from mta.model.base import BaseModel
+from mta.model.footprint import Texts
 from mta.system.malloc import give_back_memory
 from mta.training.checkpoint import Checkpoint
 from mta.training.optimizer import BatchedAdamW, learning_rate

@@ -9,8 +9,8 @@ from torch import Tensor
 from mta.data.history import Item
 from mta.evaluation.metrics import Answers, from_scores
 from mta.evaluation.protocol import Panel
-from mta.generate import generate
 from mta.lora.layers import Adapters
+from mta.model.generate import generate
 from mta.score import label_scores, log_likelihood
 
 

@@ -10,7 +10,6 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from mta.base import BaseModel
 from mta.config import MergeSettings
 from mta.data.tasks.prompt import Example
 from mta.errors import InputError
@@ -20,6 +19,7 @@ from mta.evaluation.protocol import Panel
 from mta.evidence import shots_of
 from mta.fuse import Merge
 from mta.lora.layers import Adapters, applied
+from mta.model.base import BaseModel
 
 EACH = 32  # items of an anchor that its gates are made from
 

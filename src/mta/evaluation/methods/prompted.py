@@ -13,7 +13,7 @@ from mta.data.tasks.task import Task
 from mta.evaluation.methods.method import AnyMethod, Method, Outcome, register
 from mta.evaluation.methods.plain import Base
 from mta.evaluation.protocol import Panel
-from mta.generate import generate
+from mta.model.generate import generate
 
 
 class _LaidOver:

@@ -8,8 +8,8 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
-from mta.base import BaseModel
 from mta.lora.layers import Adapters, applied
+from mta.model.base import BaseModel
 from mta.system.device import seeded
 
 

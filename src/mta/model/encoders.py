@@ -10,10 +10,10 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
-from mta.base import BaseModel
 from mta.data.history import Person
 from mta.data.tasks.task import Task
-from mta.fingerprint import folder_fingerprint
+from mta.model.base import BaseModel
+from mta.model.fingerprint import folder_fingerprint
 from mta.system.hub import local_folder
 from mta.system.model_files import loading, lowers_case, modules_of, refuse_unsafe_encoder
 

@@ -14,7 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mta.adaptable import (
+from mta.config import Run
+from mta.data.tasks.prompt import PromptFormat
+from mta.errors import UnsupportedModel
+from mta.kernels import kernels, use_kernels
+from mta.model.adaptable import (
     adapted_layers,
     enable_checkpointing,
     feed_head_contiguously,
@@ -25,14 +29,10 @@ from mta.adaptable import (
     refuse_unsupported,
     text_config,
 )
-from mta.agreement import CAUSAL, Reference, called_layers, short_windows
-from mta.attention import blocks_of, can_block, install, masks, visible
-from mta.config import Run
-from mta.data.tasks.prompt import PromptFormat
-from mta.errors import UnsupportedModel
-from mta.fingerprint import fingerprint_of, folder_fingerprint
-from mta.footprint import Footprint
-from mta.kernels import kernels, use_kernels
+from mta.model.agreement import CAUSAL, Reference, called_layers, short_windows
+from mta.model.fingerprint import fingerprint_of, folder_fingerprint
+from mta.model.footprint import Footprint
+from mta.model.tree_attention import blocks_of, can_block, install, masks, visible
 from mta.system.assets import ASSETS
 from mta.system.device import pick_device, pick_dtype
 from mta.system.hub import local_folder

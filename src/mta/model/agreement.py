@@ -25,8 +25,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mta.adaptable import is_linear, text_config
 from mta.errors import UnsupportedModel
+from mta.model.adaptable import is_linear, text_config
 
 CAUSAL = "Give a base that reads text from left to right, such as Llama, Mistral, Qwen, Gemma or GPT-2."  # a hint
 _TRUNK, _BRANCH, _PADDING = 8, 24, 4  # tokens; a branch is longer than the kernels of convolutions

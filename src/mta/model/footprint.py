@@ -15,10 +15,10 @@ from typing import Any
 
 from torch import nn
 
-from mta.adaptable import is_linear, shape_of
+from mta.model.adaptable import is_linear, shape_of
 
 COPIES = 6  # of a trained number: value, gradient, two moments, a checkpoint being written, the result
-_BLOCK = 4  # a block of attention has about 4 * sqrt(prefix) tokens, or one branch (mta.attention)
+_BLOCK = 4  # a block of attention has about 4 * sqrt(prefix) tokens, or one branch (mta.model.tree_attention)
 _PYTHON_GELU = 3  # intermediate results of the size of its input that a GELU written in Python keeps
 
 
@@ -46,7 +46,7 @@ class Texts:
 
     @property
     def block(self) -> int:
-        """Tokens of a block of attention (``mta.attention``): a branch, or more of them under a long prefix."""
+        """Tokens of a block of attention (``mta.model.tree_attention``): a branch, or more of them under a long prefix."""
         return min(self.longest, max(self.longest - self.prefix, int(_BLOCK * math.sqrt(self.prefix))))
 
     @property

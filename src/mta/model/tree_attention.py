@@ -19,9 +19,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mta.adaptable import text_config
 from mta.errors import UnsupportedModel
 from mta.kernels import TreeAttention, kernels
+from mta.model.adaptable import text_config
 
 NAME = "mta_tree"
 _SIZES = (16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 1024)  # of a block, in tokens

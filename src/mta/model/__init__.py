@@ -1,0 +1,1 @@
+"""The frozen base model: loading, attention over token trees, encoding, generation, identity."""
