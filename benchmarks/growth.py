@@ -28,7 +28,6 @@ from mta.growth import Action, Renewed, renewed
 from mta.model.base import BaseModel
 from mta.personalize import Personalizer
 from mta.rows import row_adapters
-from mta.score import label_scores
 from mta.stages import Stages, Wanted, settings_of
 from mta.state import State
 from mta.system.assets import resolve
@@ -36,6 +35,7 @@ from mta.system.atomic import write_json
 from mta.system.device import cores, processor
 from mta.system.malloc import keep_freed_memory
 from mta.system.provenance import commit
+from mta.training.scoring import label_scores
 
 SHOTS, MORE, ASKED = 8, 8, 12
 

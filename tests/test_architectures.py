@@ -13,10 +13,10 @@ from mta.lora import PerPerson, applied
 from mta.lora.batch import Factors, LoraBatch
 from mta.model.generate import generate
 from mta.rows import TASK
-from mta.score import log_likelihood
 from mta.serving.embedded import EmbeddedEngine
 from mta.serving.slots import Slots, refuse_unservable
 from mta.training.packing import collate, pack
+from mta.training.scoring import log_likelihood
 
 FAST = {
     "llama": "blocks",

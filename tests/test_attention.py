@@ -9,8 +9,8 @@ from tiny import base_of, random_examples, random_loras
 from mta.errors import UnsupportedModel
 from mta.lora import PerPerson
 from mta.model.tree_attention import additive, blocks_of, can_block, tree_attention, visible
-from mta.score import log_likelihood
 from mta.training.packing import collate, tree
+from mta.training.scoring import log_likelihood
 
 CPU = torch.device("cpu")
 

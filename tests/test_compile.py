@@ -16,7 +16,7 @@ import mta.kernels.compile as module
 from mta.errors import ConfigError
 from mta.kernels import FAMILIES, failure, kernels, obstacle, without_kernels
 from mta.lora import PerPerson
-from mta.score import log_likelihood
+from mta.training.scoring import log_likelihood
 
 needs_kernels = pytest.mark.skipif(bool(obstacle()), reason=f"no kernels here: {obstacle()}")
 TOO_OLD = """#!/bin/sh

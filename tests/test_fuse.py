@@ -16,7 +16,7 @@ from mta.evidence import Evidence, Labels, gather_evidence, shots_of
 from mta.fuse import Merge, coefficients, fuse, learn, merged
 from mta.lora import Gated, PerPerson, Shared
 from mta.policies import POLICIES, Retrieved, fit_labels
-from mta.score import log_likelihood
+from mta.training.scoring import log_likelihood
 from mta.training.trainer import Job
 
 U, N = 3, 5

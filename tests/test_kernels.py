@@ -26,7 +26,7 @@ from mta.lora import PerPerson
 from mta.lora.layers import Shared, applied
 from mta.lora.terms import RowTerm, with_terms
 from mta.model.tree_attention import additive, blocks_of, tree_attention
-from mta.score import log_likelihood
+from mta.training.scoring import log_likelihood
 
 DOUBLE = torch.float64
 pytestmark = pytest.mark.skipif(bool(obstacle()), reason=f"no kernels here: {obstacle()}")

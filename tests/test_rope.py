@@ -9,7 +9,7 @@ from transformers import Gemma3ForCausalLM, Gemma3TextConfig, LlamaConfig, Llama
 
 from mta.data.tasks.prompt import Example
 from mta.model.base import BaseModel
-from mta.score import log_likelihood
+from mta.training.scoring import log_likelihood
 
 ORIGINAL = 64  # tokens
 LONG = {"rope_type": "longrope", "short_factor": [1.0, 1.0], "long_factor": [4.0, 9.0], "rope_theta": 10000.0}

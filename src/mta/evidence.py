@@ -13,7 +13,7 @@ from mta.data.tasks.task import Task
 from mta.lora.batch import LoraBatch, join
 from mta.lora.layers import Adapters, Shared
 from mta.model.base import BaseModel
-from mta.score import log_likelihood
+from mta.training.scoring import log_likelihood
 from mta.training.trainer import Job, OnStep, Step
 
 

@@ -30,10 +30,10 @@ from mta.model.base import BaseModel
 from mta.model.encoders import Encoder
 from mta.model.generate import generate
 from mta.rows import Nobody, Who, row_adapters
-from mta.score import label_scores, log_likelihood
 from mta.state import State
 from mta.store import Store
 from mta.system.hub import Repository
+from mta.training.scoring import label_scores, log_likelihood
 from mta.training.trainer import OnStep
 
 Question = str | Mapping[str, str]

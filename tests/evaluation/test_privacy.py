@@ -29,7 +29,7 @@ from mta.evaluation.protocol import Panel
 from mta.lora.batch import join
 from mta.lora.layers import Shared
 from mta.lora.peft import read_peft
-from mta.score import label_scores
+from mta.training.scoring import label_scores
 
 ANCHORS_KEPT, EACH = 6, 6
 SETTINGS = Privacy(shots=2, targets=4, items=EACH)

@@ -9,7 +9,7 @@ from tiny import base_of, random_examples, random_loras
 from mta.lora import Gated, LoraBatch, PerPerson, Shared, applied, merge_exact
 from mta.lora.batch import join, stack
 from mta.lora.layers import Renumbered
-from mta.score import log_likelihood
+from mta.training.scoring import log_likelihood
 
 KINDS = ["llama", "mistral", "qwen2", "qwen3", "gemma3", "gpt2"]
 

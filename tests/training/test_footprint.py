@@ -27,9 +27,9 @@ from mta.lora import Gated, PerPerson, Shared
 from mta.lora.batch import fresh
 from mta.model.base import BaseModel
 from mta.model.footprint import Numbers, Texts
-from mta.score import log_likelihood
 from mta.training.packing import pack
 from mta.training.plan import plan_cohorts
+from mta.training.scoring import log_likelihood
 from mta.training.trainer import Job, train_loras
 
 ONE_STEP = Training(steps=1, batch_size=64)

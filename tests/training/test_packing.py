@@ -9,8 +9,8 @@ from tiny import base_of, random_examples, random_loras
 from mta.data.tasks.prompt import Example
 from mta.lora import PerPerson
 from mta.model.tree_attention import visible
-from mta.score import log_likelihood
 from mta.training.packing import collate, pack, tree
+from mta.training.scoring import log_likelihood
 
 tokens = st.lists(st.integers(3, 6), min_size=2, max_size=9).map(tuple)
 examples = st.lists(

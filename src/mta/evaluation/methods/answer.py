@@ -11,7 +11,7 @@ from mta.evaluation.metrics import Answers, from_scores
 from mta.evaluation.protocol import Panel
 from mta.lora.layers import Adapters
 from mta.model.generate import generate
-from mta.score import label_scores, log_likelihood
+from mta.training.scoring import label_scores, log_likelihood
 
 
 def answer(panel: Panel, people: Sequence[int], adapters: Sequence[Adapters]) -> list[Answers]:

@@ -16,7 +16,7 @@ from mta.evaluation.methods.merged import answered
 from mta.evaluation.methods.method import Method, Outcome, register
 from mta.evaluation.protocol import Panel
 from mta.fuse import Merge, merged
-from mta.score import log_likelihood
+from mta.training.scoring import log_likelihood
 
 
 @register
