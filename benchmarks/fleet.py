@@ -16,10 +16,10 @@ from pathlib import Path
 
 from mta.bank.bank import Bank
 from mta.bank.files import read_info
-from mta.cluster import Cluster
 from mta.config import override
 from mta.data.history import Person
 from mta.data.readers import read_people
+from mta.distributed.ray import Cluster
 from mta.model.base import BaseModel
 from mta.personalize import Personalizer
 from mta.store import Store

@@ -17,16 +17,16 @@ from conftest import TINY_RUN, people_of
 from tiny import base_of, tokenizer
 
 from mta.bank.bank import Bank
-from mta.cluster import Cluster
 from mta.config import override
 from mta.data.readers import read_people
 from mta.desk import Copies
+from mta.distributed.executor import LocalExecutor
+from mta.distributed.ray import Cluster
 from mta.errors import BankMismatch, ClusterError, StoreError
 from mta.evaluation.experiment import run_experiment
 from mta.evaluation.lab import Lab
 from mta.evaluation.recipe import load_experiment
 from mta.evaluation.records import read_records
-from mta.executor import LocalExecutor
 from mta.model.base import BaseModel
 from mta.personalize import Personalizer
 from mta.state import State

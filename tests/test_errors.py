@@ -347,7 +347,7 @@ PROVOKED = {
         "Write it as owner/name",
     ),
     "ClusterError": (
-        lambda w: importlib.import_module("mta.cluster").Cluster("127.0.0.1:1"),
+        lambda w: importlib.import_module("mta.distributed.ray").Cluster("127.0.0.1:1"),
         ("no Ray cluster at", r"'127\.0\.0\.1:1'", "refused"),
         r"local, host:6379 or ray://host:10001",
     ),

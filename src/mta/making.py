@@ -11,8 +11,8 @@ from mta.bank.bank import Bank
 from mta.config import Run
 from mta.data.history import Person
 from mta.desk import Copies, Desk, Failed, renew, work_through
+from mta.distributed.executor import Executor, Outcome, R
 from mta.errors import DataError, InputError, OtherBank, PersonForgotten, PersonNotFound, StateCorrupt
-from mta.executor import Executor, Outcome, R
 from mta.fuse import check_merge
 from mta.model.base import BaseModel
 from mta.model.encoders import Encoder

@@ -16,8 +16,8 @@ from mta.bank.bank import Bank
 from mta.bank.card import adapter_card
 from mta.config import MergeSettings, Run
 from mta.data.history import Item, Person
+from mta.distributed.executor import Executor, LocalExecutor
 from mta.errors import ConfigError, InputError, OtherBank, PersonNotFound
-from mta.executor import Executor, LocalExecutor
 from mta.exports import Export, adapter_parcel
 from mta.forgetting import Forgotten, forget_person
 from mta.fuse import Merge, merged_factors
@@ -43,7 +43,7 @@ log = logging.getLogger("mta")
 class Personalizer:
     """The stages as one object over a base, a bank and (optionally) a store of people's states.
 
-    ``executor`` works through cohorts elsewhere (``mta.cluster``). Where people are moved from a bank in the folder
+    ``executor`` works through cohorts elsewhere (``mta.distributed.ray``). Where people are moved from a bank in the folder
     ``older``, forgetting names what was learnt from them there too.
 
     >>> personal = Personalizer(base, bank, store="people/")

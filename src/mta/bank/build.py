@@ -22,8 +22,8 @@ from mta.bank.card import card
 from mta.config import Run, parse_size
 from mta.data.history import Person
 from mta.data.tasks.task import Task
+from mta.distributed.executor import Executor, LocalExecutor, Outcome
 from mta.errors import BankError
-from mta.executor import Executor, LocalExecutor, Outcome
 from mta.lora.batch import LoraBatch, stack
 from mta.lora.peft import read_peft, write_peft
 from mta.model.base import BaseModel

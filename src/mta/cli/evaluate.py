@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from mta.config import Run
     from mta.config.loader import Settings
     from mta.data.history import Person
-    from mta.executor import Executor
+    from mta.distributed.executor import Executor
     from mta.model.base import BaseModel
     from mta.runs import RunFolder
     from mta.sinks import Track as Opener

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from mta.bank.bank import Bank
     from mta.config import Run
     from mta.data.tasks import Task as TaskType
-    from mta.executor import Executor
+    from mta.distributed.executor import Executor
     from mta.model.base import BaseModel
     from mta.runs import RunFolder
     from mta.sinks import Track as Opener
@@ -119,9 +119,9 @@ def open_bank(
 @contextmanager
 def executor_at(cluster: str | None, workers: int | None, together: int | None = None) -> Iterator[Executor]:
     """What works through the work: this process, or a cluster's workers until the block ends."""
-    from mta.cluster import Cluster
+    from mta.distributed.executor import LocalExecutor
+    from mta.distributed.ray import Cluster
     from mta.errors import InputError
-    from mta.executor import LocalExecutor
 
     if cluster is None:
         if workers is not None or together is not None:

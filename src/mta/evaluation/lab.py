@@ -19,11 +19,11 @@ from mta.data.readers import read_people
 from mta.data.splits import Splits
 from mta.data.tasks.load import load_task
 from mta.data.tasks.task import Task
+from mta.distributed.executor import Executor, LocalExecutor
 from mta.errors import ConfigError, InputError
 from mta.evaluation.methods import Method
 from mta.evaluation.protocol import Panel, able
 from mta.evaluation.recipe import Experiment, Part, Which, drawn
-from mta.executor import Executor, LocalExecutor
 from mta.model.base import BaseModel
 from mta.system.assets import is_asset, resolve
 from mta.system.atomic import write_json, write_text

@@ -13,9 +13,9 @@ import socket
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+from mta.distributed.executor import C, Outcome, P, R
+from mta.distributed.scheduler import Fleet
 from mta.errors import ClusterError
-from mta.executor import C, Outcome, P, R
-from mta.fleet import Fleet
 from mta.system.atomic import SHARED
 from mta.system.device import cores
 from mta.system.malloc import keep_freed_memory

@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Generic
 
+from mta.distributed.executor import Outcome, P, R
 from mta.errors import ClusterError, MtaError, StoreError
-from mta.executor import Outcome, P, R
 
 log = logging.getLogger("mta")
 _LISTEN = 1.0  # seconds between two looks at stragglers and at workers that are still missing

@@ -1,0 +1,1 @@
+"""Where pieces of work run: in this process or on a Ray cluster."""
