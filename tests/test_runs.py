@@ -13,10 +13,10 @@ import yaml
 from conftest import TINY_RUN
 from tiny import base_of
 
-from mta import sinks
 from mta.config import Run
 from mta.errors import DataError, InputError
-from mta.runs import RunFolder, lines, seconds_of, sittings, work_of
+from mta.tracking import trackers as sinks
+from mta.tracking.run_folder import RunFolder, lines, seconds_of, sittings, work_of
 from mta.training.trainer import Step
 
 SETTINGS = TINY_RUN.model_dump(mode="json")
@@ -254,7 +254,7 @@ sys.path[:0] = [{here!r}]
 sys.argv = ["mta", "personalize", "quispe.jsonl"]
 from pathlib import Path
 import test_runs as t
-from mta import sinks
+from mta.tracking import trackers as sinks
 with t.kept(Path({folder!r}), command="mta personalize quispe.jsonl", track=sinks.tracker({name!r})) as run:
     t.steps(run)
     t.steps(run, "anchors", 2)

@@ -21,11 +21,11 @@ from mta.errors import ConfigError
 from mta.evaluation.study import Study, ask, study
 from mta.model.base import BaseModel
 from mta.personalize import Personalizer
-from mta.runs import RunFolder
-from mta.sinks import Track
 from mta.system import assets
 from mta.system.atomic import write_text
 from mta.system.device import gemm_rate
+from mta.tracking.run_folder import RunFolder
+from mta.tracking.trackers import Track
 from mta.training.trainer import OnStep
 
 SLOW = 400e9  # bfloat16 operations per second below which the short version is run

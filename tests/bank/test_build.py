@@ -24,8 +24,8 @@ from mta.data.tasks import load_task
 from mta.errors import BankError, Diverged, InputError
 from mta.lora.batch import fresh
 from mta.lora.peft import read_peft
-from mta.runs import sittings
 from mta.system.atomic import write_json
+from mta.tracking.run_folder import sittings
 from mta.training.checkpoint import Checkpoint
 from mta.training.trainer import Job
 

@@ -10,8 +10,8 @@ from tiny import base_of
 from mta.errors import DataError
 from mta.evaluation.compared import compared, read_runs
 from mta.evaluation.publish import report
-from mta.runs import RunFolder
 from mta.system.atomic import write_json
+from mta.tracking.run_folder import RunFolder
 from mta.training.trainer import Step
 
 

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mta import runs
 from mta.bank import files
 from mta.bank.anchors import choose_anchors
 from mta.bank.bench import Anchors, Bench, BenchCopies, Pool, anchor_start, train_anchors, train_pool
@@ -29,9 +28,10 @@ from mta.lora.peft import read_peft, write_peft
 from mta.model.base import BaseModel
 from mta.model.encoders import Encoder
 from mta.model.footprint import Numbers
-from mta.runs import RunFolder
-from mta.sinks import Track
 from mta.system.atomic import copy_file, make_folder, write_tensors, write_text
+from mta.tracking import run_folder as runs
+from mta.tracking.run_folder import RunFolder
+from mta.tracking.trackers import Track
 from mta.training.checkpoint import Checkpoint
 from mta.training.plan import Plan, plan_cohorts
 from mta.training.trainer import Job, OnStep, Step

@@ -15,7 +15,6 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from mta import runs
 from mta.config import Run
 from mta.data.tasks.load import with_limit
 from mta.data.tasks.task import Task
@@ -24,6 +23,7 @@ from mta.lora.batch import LoraBatch
 from mta.lora.peft import read_peft
 from mta.system.assets import cache_dir
 from mta.system.atomic import file_mode, read_json, write_json, written_aside
+from mta.tracking import run_folder as runs
 
 SCHEMA = 2
 INFO = "bank.json"

@@ -39,8 +39,8 @@ if TYPE_CHECKING:
     from mta.data.history import Person
     from mta.distributed.executor import Executor
     from mta.model.base import BaseModel
-    from mta.runs import RunFolder
-    from mta.sinks import Track as Opener
+    from mta.tracking.run_folder import RunFolder
+    from mta.tracking.trackers import Track as Opener
     from mta.training.trainer import OnStep
 
 S = TypeVar("S", bound="Settings")

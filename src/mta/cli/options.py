@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     from mta.data.tasks import Task as TaskType
     from mta.distributed.executor import Executor
     from mta.model.base import BaseModel
-    from mta.runs import RunFolder
-    from mta.sinks import Track as Opener
     from mta.system.hub import Parcel
+    from mta.tracking.run_folder import RunFolder
+    from mta.tracking.trackers import Track as Opener
 
 Words = Annotated[list[str] | None, typer.Argument(help="Settings as key=value, for example memory=8GiB.")]
 Config = Annotated[Path | None, typer.Option("--config", help="Settings in YAML.", dir_okay=False)]
@@ -159,7 +159,7 @@ def tracked(name: str | None, folder: Path | None) -> Opener | None:
     Raises InputError; also where the folder cannot be written.
     """
     from mta.errors import InputError
-    from mta.sinks import tracker
+    from mta.tracking.trackers import tracker
 
     check_out(folder)
     if name and not folder:
@@ -171,7 +171,7 @@ def tracked(name: str | None, folder: Path | None) -> Opener | None:
 
 def kept_over(bank: Bank, kind: str, **how: Any) -> RunFolder:
     """The folder of a run over a bank: see ``RunFolder`` for what else it takes."""
-    from mta.runs import RunFolder
+    from mta.tracking.run_folder import RunFolder
 
     about = {"bank": bank.hash[:12], "seeds": [how["settings"]["seed"]]}
     return RunFolder(kind=kind, command=typed(), about=about, **how)

@@ -81,8 +81,8 @@ def personalize(
     from mta.cli.screen import Screen
     from mta.making import counts
     from mta.personalize import Personalizer
-    from mta.runs import work_of
     from mta.store import Store
+    from mta.tracking.run_folder import work_of
 
     opener, since = tracked(track, run), Store(store).tombstones.names()  # before the source is read
     people = [p.latest(latest) if latest else p for p in people_in(source, task_of(bank), skip_bad)]

@@ -18,7 +18,7 @@ from mta.evaluation.metrics import BETTER_LOW
 from mta.evaluation.records import FILE
 from mta.evaluation.run import Interval
 from mta.evaluation.tables import POOLED, markdown
-from mta.runs import RUN, lines, sittings
+from mta.tracking.run_folder import RUN, lines, sittings
 
 FACTS = ("machine", "threads", "device", "commit", "bank")  # beside settings and versions
 RECIPES = ("run.", "evaluation.")  # groups of a recipe that are settings of their own elsewhere

@@ -14,9 +14,9 @@ from mta.evaluation.methods import Method, Outcome
 from mta.evaluation.metrics import measure, query_nll
 from mta.evaluation.recipe import Experiment, Part, wanted
 from mta.evaluation.records import Record, Records
-from mta.runs import RunFolder, work_of
-from mta.sinks import Track
 from mta.system.atomic import write_json
+from mta.tracking.run_folder import RunFolder, work_of
+from mta.tracking.trackers import Track
 
 CASE, FACTS, KIND = "case.json", "banks.json", "experiment"
 

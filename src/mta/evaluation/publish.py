@@ -15,8 +15,8 @@ from mta.evaluation.lab import RECIPE, SIZES
 from mta.evaluation.records import FILE, Record, publish
 from mta.evaluation.results import BEFORE, Results
 from mta.evaluation.tables import overview
-from mta.runs import RUN
 from mta.system.atomic import copy_file, make_folder, write_json, write_text
+from mta.tracking.run_folder import RUN
 
 
 def report(folders: Sequence[Path], out: Path, *, texts: bool = False) -> list[str]:

@@ -23,7 +23,7 @@ from mta.evaluation.metrics import Answers
 from mta.evaluation.recipe import Experiment, Part
 from mta.evaluation.records import Record, read_records
 from mta.evaluation.run import Comparison, Row
-from mta.runs import sittings
+from mta.tracking.run_folder import sittings
 
 BEFORE = "meta.json"  # where experiments told of their runs before run.json
 

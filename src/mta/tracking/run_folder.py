@@ -27,10 +27,10 @@ import torch
 
 from mta.config.loader import to_yaml
 from mta.errors import DataError
-from mta.sinks import SINKS, Sink, Track
 from mta.system.atomic import owner_only, write_json, write_text
 from mta.system.device import cores, processor
 from mta.system.provenance import commit, versions
+from mta.tracking.trackers import SINKS, Sink, Track
 
 if TYPE_CHECKING:
     from mta.model.base import BaseModel
