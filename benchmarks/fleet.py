@@ -23,12 +23,12 @@ from mta.distributed.ray import Cluster
 from mta.model.base import BaseModel
 from mta.personalize import Personalizer
 from mta.store import Store
+from mta.store.maintenance import stats
 from mta.system.assets import resolve
 from mta.system.atomic import write_json
 from mta.system.device import cores, processor
 from mta.system.malloc import keep_freed_memory
 from mta.system.provenance import commit, versions
-from mta.upkeep import stats
 
 WORDS = ["merge.policy=similarity", "merge.k=2", "stack.training.steps=4"]
 

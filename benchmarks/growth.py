@@ -29,7 +29,7 @@ from mta.model.base import BaseModel
 from mta.personalize import Personalizer
 from mta.rows import row_adapters
 from mta.stages import Stages, Wanted, settings_of
-from mta.state import State
+from mta.store.state import State
 from mta.system.assets import resolve
 from mta.system.atomic import write_json
 from mta.system.device import cores, processor

@@ -16,11 +16,11 @@ import torch
 
 from mta.lora.batch import Factors, LoraBatch
 from mta.lora.peft import write_peft
-from mta.state import State
 from mta.store import Store
+from mta.store.maintenance import check, collect
+from mta.store.state import State
 from mta.system.device import cores, processor
 from mta.system.provenance import commit
-from mta.upkeep import check, collect
 
 TINY = {f"layers.{n}.{name}": (16, 16) for n in range(2) for name in ("q", "v")}
 SMOL = {"q": (576, 576), "k": (576, 192), "v": (576, 192), "o": (576, 576)}

@@ -11,7 +11,7 @@ from mta.account import Rebuild, Version, account_of, gains, versions_of
 from mta.config import MergeSettings
 from mta.data.history import Item, Person
 from mta.errors import BankCorrupt, PersonNotFound
-from mta.state import Losses
+from mta.store.state import Losses
 
 PEOPLE = people_of(3, items=4, prefix="x", seed=5)
 

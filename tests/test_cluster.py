@@ -29,8 +29,8 @@ from mta.evaluation.recipe import load_experiment
 from mta.evaluation.records import read_records
 from mta.model.base import BaseModel
 from mta.personalize import Personalizer
-from mta.state import State
 from mta.store import Store
+from mta.store.state import State
 from mta.system.assets import resolve
 
 ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'merge-then-adapt[ray]'")

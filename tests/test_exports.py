@@ -15,12 +15,12 @@ from hypothesis import strategies as st
 from test_state import ANN, adapter, state
 from test_store import everything, url
 
-from mta import exports as module
 from mta.errors import InputError, StateCorrupt
-from mta.exports import Export, exports_from_bytes, exports_to_bytes
 from mta.lora.peft import CONFIG, WEIGHTS, write_peft
 from mta.store import Store
-from mta.upkeep import check
+from mta.store import exports as module
+from mta.store.exports import Export, exports_from_bytes, exports_to_bytes
+from mta.store.maintenance import check
 
 __all__ = ["url"]  # a fixture
 

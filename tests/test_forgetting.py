@@ -14,16 +14,15 @@ from conftest import people_of, personalizer
 from test_state import state
 from test_store import url
 
-from mta import exports, tombstones
 from mta.bank import files
 from mta.bank.bank import Bank
 from mta.errors import PersonForgotten, StoreError
 from mta.lora.peft import write_peft
 from mta.personalize import forget_person
-from mta.store import Store
+from mta.store import Store, exports, tombstones
+from mta.store.maintenance import check, collect
 from mta.system.storage import Storage
 from mta.training.checkpoint import Checkpoint
-from mta.upkeep import check, collect
 
 __all__ = ["url"]  # a fixture
 

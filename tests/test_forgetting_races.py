@@ -12,17 +12,16 @@ from conftest import people_of
 from test_exports import export_from, exported
 from test_state import ANN, state
 
-from mta import exports as module
-from mta import tombstones
 from mta.errors import PersonForgotten, StoreError
-from mta.exports import Export
 from mta.forgetting import forget_person
 from mta.lora.peft import WEIGHTS
 from mta.serving.histories import Histories
-from mta.store import Store
+from mta.store import Store, tombstones
+from mta.store import exports as module
+from mta.store.exports import Export
+from mta.store.maintenance import check, collect
+from mta.store.tombstones import Tombstones
 from mta.system.storage import Storage
-from mta.tombstones import Tombstones
-from mta.upkeep import check, collect
 
 
 @pytest.mark.parametrize("forget", [Store.forget, lambda store, id: forget_person(id, store)])

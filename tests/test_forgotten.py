@@ -22,8 +22,8 @@ from mta.errors import PersonNotFound
 from mta.evaluation.study import ask, study
 from mta.personalize import Personalizer, forget_person
 from mta.store import Store
+from mta.store.maintenance import check
 from mta.training.checkpoint import Checkpoint
-from mta.upkeep import check
 
 
 def somebody(items: int = 6) -> Person:

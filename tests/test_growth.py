@@ -19,8 +19,8 @@ from mta.fuse import Merge, merged
 from mta.growth import MARGIN, carried_on, decide
 from mta.policies import POLICIES, Retrieved
 from mta.rows import merge_of
-from mta.state import Losses
 from mta.store import Store
+from mta.store.state import Losses
 
 U, N, C = 2, 4, 3
 

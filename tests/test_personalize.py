@@ -33,8 +33,8 @@ from mta.evidence import shots_of
 from mta.fuse import frozen_numbers
 from mta.lora.peft import read_peft
 from mta.personalize import Forgotten, Personalized, Personalizer, forget_person
-from mta.state import State
 from mta.store import Store
+from mta.store.state import State
 from mta.training.checkpoint import Checkpoint
 from mta.training.trainer import Job
 

@@ -9,11 +9,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mta import state as module
 from mta.data.history import Item, Person
 from mta.errors import Diverged, InputError, StateCorrupt
 from mta.lora.batch import Factors, LoraBatch
-from mta.state import Losses, State, history_from_bytes, history_to_bytes, work_key
+from mta.store import state as module
+from mta.store.state import Losses, State, history_from_bytes, history_to_bytes, work_key
 
 ANN = "ann.müller@example.org"
 
@@ -183,7 +183,7 @@ def test_what_a_damaged_state_says() -> None:
 
 
 def test_another_schema_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mta.state.SCHEMA", 2)
+    monkeypatch.setattr("mta.store.state.SCHEMA", 2)
     newer = state().to_bytes()
     monkeypatch.undo()
     with pytest.raises(StateCorrupt, match=r"got ValueError\('schema 2'\), expected schema 1\n  Update mta"):

@@ -10,9 +10,9 @@ from test_state import ANN, state
 
 from mta.errors import StoreError
 from mta.store import Store
+from mta.store.maintenance import collect
+from mta.store.workspace import Work
 from mta.system.storage import Storage
-from mta.upkeep import collect
-from mta.work import Work
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from test_store import everything, url
 from mta.data.history import Person
 from mta.errors import StoreConflict, StoreError
 from mta.store import Store
-from mta.upkeep import check, collect
+from mta.store.maintenance import check, collect
 
 __all__ = ["url"]  # a fixture
 

@@ -16,9 +16,9 @@ from typer.testing import CliRunner
 
 from mta.cli.app import app
 from mta.errors import StoreError
-from mta.exports import Export
 from mta.store import Store
-from mta.upkeep import check, collect, stats
+from mta.store.exports import Export
+from mta.store.maintenance import check, collect, stats
 
 __all__ = ["url"]  # a fixture
 

@@ -16,8 +16,8 @@ from mta.lora.batch import Factors, fresh
 from mta.model.base import BaseModel
 from mta.serving.auth import Keys
 from mta.serving.serve import serve, service_of, sigterm_exits, vllm_of
-from mta.state import State
 from mta.store import Store
+from mta.store.state import State
 from mta.system.device import in_passing
 from mta.system.malloc import keep_freed_memory
 

@@ -14,9 +14,9 @@ from mta.errors import BankMismatch, Diverged, PersonForgotten, StoreConflict, S
 from mta.growth import Renewed, renewed
 from mta.model.base import BaseModel
 from mta.stages import Cohort, Stages, Wanted
-from mta.state import State
 from mta.store import Store
-from mta.tombstones import NOTHING, forgotten_meanwhile
+from mta.store.state import State
+from mta.store.tombstones import NOTHING, forgotten_meanwhile
 
 Failed = Diverged | PersonForgotten
 
@@ -25,7 +25,7 @@ Failed = Diverged | PersonForgotten
 class Desk:
     """The stages, and the store that states go to: None where the caller keeps them.
 
-    ``since`` are the tombstones that were there when the people's items came in (``mta.tombstones``).
+    ``since`` are the tombstones that were there when the people's items came in (``mta.store.tombstones``).
     """
 
     stages: Stages

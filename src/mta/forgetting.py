@@ -11,8 +11,8 @@ from pathlib import Path
 
 from mta.bank.files import mark_stale, published, read_info
 from mta.errors import BankError, StoreError
-from mta.exports import Export
 from mta.store import Store
+from mta.store.exports import Export
 
 
 @dataclass(frozen=True, slots=True)

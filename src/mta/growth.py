@@ -28,7 +28,7 @@ from mta.model.encoders import encode_people
 from mta.policies import POLICIES, Retrieved
 from mta.rows import merge_of
 from mta.stages import Cohort, Stages
-from mta.state import Losses, State
+from mta.store.state import Losses, State
 from mta.training.trainer import Job
 
 Action = Literal["keep", "retrain", "refresh"]

@@ -17,11 +17,11 @@ from mta.fuse import check_merge
 from mta.model.base import BaseModel
 from mta.model.encoders import Encoder
 from mta.stages import Cohort, Stages, Wanted, digest_of, settings_of
-from mta.state import State
 from mta.store import Store
-from mta.tombstones import NOTHING
+from mta.store.state import State
+from mta.store.tombstones import NOTHING
+from mta.store.workspace import Work
 from mta.training.trainer import OnStep, Step
-from mta.work import Work
 
 
 @dataclass(frozen=True, slots=True)

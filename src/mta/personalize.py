@@ -18,7 +18,6 @@ from mta.config import MergeSettings, Run
 from mta.data.history import Item, Person
 from mta.distributed.executor import Executor, LocalExecutor
 from mta.errors import ConfigError, InputError, OtherBank, PersonNotFound
-from mta.exports import Export, adapter_parcel
 from mta.forgetting import Forgotten, forget_person
 from mta.fuse import Merge, merged_factors
 from mta.lora.batch import join
@@ -30,8 +29,9 @@ from mta.model.base import BaseModel
 from mta.model.encoders import Encoder
 from mta.model.generate import generate
 from mta.rows import Nobody, Who, row_adapters
-from mta.state import State
 from mta.store import Store
+from mta.store.exports import Export, adapter_parcel
+from mta.store.state import State
 from mta.system.hub import Repository
 from mta.training.scoring import label_scores, log_likelihood
 from mta.training.trainer import OnStep

@@ -13,7 +13,7 @@ from mta.fuse import Merge, merged
 from mta.lora.batch import stack
 from mta.lora.layers import Adapters, Gated, PerPerson
 from mta.model.base import BaseModel
-from mta.state import State
+from mta.store.state import State
 
 
 class Nobody(Enum):

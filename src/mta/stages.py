@@ -23,11 +23,11 @@ from mta.lora.batch import LoraBatch
 from mta.lora.layers import Adapters, PerPerson
 from mta.model.base import BaseModel
 from mta.model.encoders import Encoder, encode_people
-from mta.state import Losses, State, work_key
+from mta.store.state import Losses, State, work_key
+from mta.store.workspace import Work
 from mta.training.checkpoint import Checkpoint
 from mta.training.plan import Plan, plan_cohorts
 from mta.training.trainer import Job, OnStep
-from mta.work import Work
 
 
 @dataclass(frozen=True, slots=True)

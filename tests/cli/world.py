@@ -18,7 +18,7 @@ import torch
 from tiny import base_of, tokenizer
 
 from mta.cli import main
-from mta.store_lock import LOCK
+from mta.store.lock import LOCK
 
 TASK = ["--task", "movielens-rating"]
 FAST = [

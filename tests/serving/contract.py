@@ -22,8 +22,8 @@ from mta.serving.embedded import EmbeddedEngine
 from mta.serving.engine import Ask, Version
 from mta.serving.vllm_engine import VllmEngine
 from mta.serving.vllm_server import VllmServer, VllmSettings
-from mta.state import State
 from mta.store import Store
+from mta.store.state import State
 
 LENGTH = 256
 PYTHON = os.environ.get("MTA_VLLM_PYTHON", "")

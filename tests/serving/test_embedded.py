@@ -20,7 +20,7 @@ from mta.lora.layers import applied
 from mta.rows import BASE, TASK, row_adapters
 from mta.serving.embedded import EmbeddedEngine
 from mta.serving.engine import Ask, EngineGone, QueueFull, Refused, Version
-from mta.state import State
+from mta.store.state import State
 
 KINDS = ["llama", "mistral", "qwen2", "qwen3", "gemma3", "gpt2"]
 

@@ -22,7 +22,7 @@ from mta.serving.decoder import PATIENCE, Decoder, Row
 from mta.serving.engine import AnswerLost
 from mta.serving.sampling import Sampler
 from mta.serving.seats import Seats
-from mta.state import State
+from mta.store.state import State
 
 NO_MEMORY = torch.OutOfMemoryError("CUDA out of memory")
 

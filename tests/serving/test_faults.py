@@ -20,8 +20,8 @@ from mta.serving.embedded import EmbeddedEngine
 from mta.serving.engine import Ask, Version
 from mta.serving.names import wire_name
 from mta.serving.vllm_adapters import Adapters
-from mta.state import State
 from mta.store import Store
+from mta.store.state import State
 
 PROMPT = (40, 50, 60, 70, 80)
 

@@ -26,8 +26,8 @@ from mta.rows import row_adapters
 from mta.serving.embedded import EmbeddedEngine
 from mta.serving.limits import Limits
 from mta.serving.text import Text
-from mta.state import State
 from mta.store import Store
+from mta.store.state import State
 
 ASKED = [{"role": "user", "content": "Film 7"}]
 

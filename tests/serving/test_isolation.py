@@ -17,8 +17,8 @@ from mta.model.generate import generate
 from mta.rows import row_adapters
 from mta.serving.embedded import EmbeddedEngine
 from mta.serving.engine import Ask, Version
-from mta.state import State
 from mta.store import Store
+from mta.store.state import State
 
 LENGTH = 4
 

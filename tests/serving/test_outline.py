@@ -21,7 +21,7 @@ from mta.serving.auth import Keys
 from mta.serving.jobs import Jobs
 from mta.serving.serve import service_of, sigterm_exits, vllm_settings
 from mta.serving.vllm_server import Remote, VllmNotStarted
-from mta.tombstones import NOTHING
+from mta.store.tombstones import NOTHING
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from served import served
 from tiny import base_of, random_loras
 
 from mta.bank.bank import Bank
-from mta.state import State
+from mta.store.state import State
 
 webdriver = pytest.importorskip("selenium.webdriver")
 CHROMIUM, DRIVER = (shutil.which(name) for name in ("chromium", "chromedriver"))

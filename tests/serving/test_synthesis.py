@@ -20,8 +20,8 @@ from mta.serving.names import from_wire, named, wire_name
 from mta.serving.serve import vllm_settings
 from mta.serving.synthesis import Synthesis
 from mta.serving.vllm_adapters import Adapters, folder_of, note_of, remove
-from mta.state import State
 from mta.store import Store
+from mta.store.state import State
 
 BASE_MODEL = base_of(dtype=torch.float32)
 ANCHORS = random_loras(BASE_MODEL, 5, rank=2, seed=1, scale=0.7)

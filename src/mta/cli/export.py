@@ -44,8 +44,8 @@ def export(
 
     Example:  mta export ann --out ann-adapter/ --rank 16
     """
-    from mta.exports import adapter_parcel
     from mta.personalize import Personalizer
+    from mta.store.exports import adapter_parcel
 
     base, opened, run = open_bank(bank, words, device=device)
     personal = Personalizer(base, opened, store, run=run)

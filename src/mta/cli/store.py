@@ -19,9 +19,9 @@ def check(store: Url = "people", json: Json = False) -> None:
 
     Example:  mta store check people/
     """
-    from mta import upkeep
     from mta.cli.screen import counted
     from mta.store import Store
+    from mta.store import maintenance as upkeep
 
     with counted("files") as on_file:
         found = upkeep.check(Store(store), on_file)
@@ -48,9 +48,9 @@ def stats(store: Url = "people", json: Json = False) -> None:
 
     Example:  mta store stats s3://bucket/people --json
     """
-    from mta import upkeep
     from mta.evaluation.figures import human_bytes
     from mta.store import Store
+    from mta.store import maintenance as upkeep
 
     found = upkeep.stats(Store(store))
     if json:
@@ -72,10 +72,10 @@ def gc(
 
     Example:  mta store gc people/ --keep 2 --dry-run
     """
-    from mta import upkeep
     from mta.cli.screen import counted
     from mta.evaluation.figures import human_bytes
     from mta.store import Store
+    from mta.store import maintenance as upkeep
 
     with counted("people") as on_person:
         gone = upkeep.collect(Store(store), keep, older * 3600, dry_run, on_person)

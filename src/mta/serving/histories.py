@@ -10,7 +10,7 @@ from mta.data.history import Item, Person
 from mta.serving.auth import LOCAL, Key
 from mta.serving.engine import Refused
 from mta.store import Store
-from mta.store_lock import locked
+from mta.store.lock import locked
 
 _BESIDE = 64  # what an object takes beside its text, about
 

@@ -17,8 +17,8 @@ from mta.forgetting import Forgotten
 from mta.personalize import Personalizer
 from mta.serving.auth import LOCAL, Key
 from mta.serving.engine import QueueFull
+from mta.store.tombstones import NOTHING
 from mta.system.device import compute_with
-from mta.tombstones import NOTHING
 
 TOGETHER = 32  # people of one job
 REMEMBERED = 4096  # people whose status is told after they are done

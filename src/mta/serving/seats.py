@@ -27,7 +27,7 @@ from mta.lora.batch import LoraBatch, join, shared_ranks
 from mta.lora.terms import RowTerm
 from mta.model.base import BaseModel
 from mta.rows import BASE, Nobody
-from mta.state import State
+from mta.store.state import State
 
 _STRETCHES = 128  # that are remembered
 _EVEN = 32  # shared ranks are a multiple of it: whole vectors for the kernels

@@ -10,7 +10,7 @@ from starlette.concurrency import run_in_threadpool
 
 from mta.serving.engine import Version
 from mta.serving.service import Service
-from mta.tombstones import NOTHING
+from mta.store.tombstones import NOTHING
 
 log = logging.getLogger("mta")
 

@@ -19,7 +19,7 @@ from mta.fuse import Merge, merged_factors
 from mta.lora.batch import Factors, LoraBatch, join, shared_ranks
 from mta.lora.merge import truncate
 from mta.rows import BASE, Nobody
-from mta.state import State
+from mta.store.state import State
 from mta.system.device import seeded
 
 _MORE = 8  # directions beyond the wanted ones that the svd looks at, so that the last of these come out right

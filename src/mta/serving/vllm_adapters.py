@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from mta.serving.engine import Version
     from mta.serving.synthesis import Synthesis
-    from mta.state import State
+    from mta.store.state import State
 
 log = logging.getLogger("mta")
 _OURS = re.compile(r"\.?[0-9a-f]{32}-[0-9a-f]{32}(\.json)?(\.[0-9a-f]{32})?")

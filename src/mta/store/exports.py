@@ -17,11 +17,11 @@ from pathlib import Path
 
 from mta.errors import InputError, PersonForgotten, StateCorrupt
 from mta.lora.peft import CARD, CONFIG, WEIGHTS, has_own_card, read_peft, remove_asides
-from mta.store_lock import locked
+from mta.store.lock import locked
+from mta.store.tombstones import Tombstones
 from mta.system.atomic import sync_folder
 from mta.system.hub import Parcel
 from mta.system.storage import Storage
-from mta.tombstones import Tombstones
 
 SCHEMA = 2
 

@@ -15,12 +15,12 @@ from functools import partial
 from typing import Literal, TypeVar
 
 from mta.errors import MtaError
-from mta.exports import check_exports
-from mta.state import State, history_from_bytes
-from mta.store import Store, version_of
-from mta.store_lock import LOCK
-from mta.tombstones import FOLDER
-from mta.work import ABANDONED
+from mta.store.store import Store, version_of
+from mta.store.exports import check_exports
+from mta.store.lock import LOCK
+from mta.store.state import State, history_from_bytes
+from mta.store.tombstones import FOLDER
+from mta.store.workspace import ABANDONED
 
 T = TypeVar("T")
 Kind = Literal["key", "state", "history", "exports", "hint", "work", "tombstone", "lock", "leftover", "stranger"]

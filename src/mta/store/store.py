@@ -27,10 +27,10 @@ from typing import Any
 
 from mta.data.history import Person
 from mta.errors import InputError, PersonForgotten, PersonNotFound, StateCorrupt, StoreConflict, StoreError
-from mta.exports import Exports, remove_if_empty
-from mta.state import SCHEMA, SEALED, State, history_from_bytes, history_to_bytes, seal_of
+from mta.store.exports import Exports, remove_if_empty
+from mta.store.state import SCHEMA, SEALED, State, history_from_bytes, history_to_bytes, seal_of
+from mta.store.tombstones import Tombstones
 from mta.system.storage import Storage
-from mta.tombstones import Tombstones
 
 _VERSION = re.compile(r"([1-9][0-9]*)\.safetensors")
 _PERSON = re.compile(r"([0-9a-f]{2}/[0-9a-f]{64})/")

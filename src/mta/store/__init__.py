@@ -1,0 +1,7 @@
+"""The store: the states and histories of people, on a disk or in an object store."""
+
+from mta.store.store import Store
+
+__all__ = [
+    "Store",
+]
