@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 from mta.bank.bank import Bank
-from mta.bank.files import read_info
+from mta.bank.format import read_info
 from mta.config import override
 from mta.data.history import Person
 from mta.data.readers import read_people

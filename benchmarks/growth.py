@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from mta.bank.bank import Bank
-from mta.bank.files import read_info
+from mta.bank.format import read_info
 from mta.config import Run, override
 from mta.data.history import Person
 from mta.data.readers import read_people

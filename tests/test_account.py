@@ -45,7 +45,7 @@ def test_no_text_is_told_and_no_model_is_loaded(known, monkeypatch):
         raise AssertionError("a model was loaded")
 
     monkeypatch.setattr("mta.model.base.BaseModel.__init__", refuse)
-    monkeypatch.setattr("mta.bank.files.read_adapters", refuse)
+    monkeypatch.setattr("mta.bank.format.read_adapters", refuse)
     told = json.dumps([asdict(account_of("x0", known.store, known.bank.folder))])
     told += json.dumps([asdict(one) for one in versions_of("x0", known.store)])
     for item in PEOPLE[0].items:

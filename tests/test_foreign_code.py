@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import base_of, changed_json, save_encoder, tokenizer
 
-from mta.bank import files
+from mta.bank import format as files
 from mta.bank.bank import Bank
 from mta.errors import BankMismatch, DataError, ModelError
 from mta.model.base import BaseModel

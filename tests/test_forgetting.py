@@ -14,7 +14,7 @@ from conftest import people_of, personalizer
 from test_state import state
 from test_store import url
 
-from mta.bank import files
+from mta.bank import format as files
 from mta.bank.bank import Bank
 from mta.errors import PersonForgotten, StoreError
 from mta.lora.peft import write_peft

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 
 from benchmarks.serve.load import cold, delay, load
-from mta.bank.files import read_info
+from mta.bank.format import read_info
 from mta.system.device import cores, processor
 
 UNASKED = 24  # people who are asked for the first time when that is timed

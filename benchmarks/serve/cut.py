@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from mta.bank import files
+from mta.bank import format as files
 from mta.lora.batch import join
 from mta.lora.merge import merge_exact, truncate
 from mta.serving.synthesis import Synthesis

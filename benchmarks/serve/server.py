@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from mta.bank.bank import Bank
-from mta.bank.files import read_info
+from mta.bank.format import read_info
 from mta.config import Run
 from mta.lora.batch import Factors, fresh
 from mta.model.base import BaseModel

@@ -83,7 +83,7 @@ def _border(sheet: Sheet, y: float) -> None:
 def _disk(sheet: Sheet) -> None:
     """What is kept, of a person and of the anchors."""
     band(sheet, 444, 136, "On disk: numbers, digests and keyed hashes")
-    room(sheet, 1, 482, "The bank's folder", ["bank/build.py wrote it", "bank/files.py checks it"], ANCHOR)
+    room(sheet, 1, 482, "The bank's folder", ["bank/build.py wrote it", "bank/format.py checks it"], ANCHOR)
     room(sheet, 2, 482, "Store", ["store/store.py", "system/storage.py"], PERSON)
     room(sheet, 3, 482, "State", ["store/state.py"], PERSON)
     between(sheet, 2, 482, "bytes", back=True)

@@ -10,7 +10,7 @@ import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from mta.bank.files import BankInfo, read_info
+from mta.bank.format import BankInfo, read_info
 from mta.config import MergeSettings, Run
 from mta.data.history import Person
 from mta.data.tasks.task import Task

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 
 from mta.bank.bank import Bank
-from mta.bank.files import check_base, read_info
+from mta.bank.format import check_base, read_info
 from mta.config import Run
 from mta.errors import BankMismatch, Diverged, PersonForgotten, StoreConflict, StoreError
 from mta.growth import Renewed, renewed

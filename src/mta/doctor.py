@@ -19,7 +19,7 @@ from typing import Literal
 
 import torch
 
-from mta.bank.files import read_info, stale, verify
+from mta.bank.format import read_info, stale, verify
 from mta.config import Run, parse_size
 from mta.errors import MtaError
 from mta.kernels import FAMILIES, failure, obstacle, switched_off

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from mta.bank.files import mark_stale, published, read_info
+from mta.bank.format import mark_stale, published, read_info
 from mta.errors import BankError, StoreError
 from mta.store import Store
 from mta.store.exports import Export

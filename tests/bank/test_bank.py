@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from tiny import base_of
 
-from mta.bank import files
+from mta.bank import format as files
 from mta.bank.bank import Bank
 from mta.bank.build import build_bank
 from mta.config import Lora

@@ -14,10 +14,10 @@ from conftest import TINY_RUN, HashEncoder, memory_for, people_of
 from safetensors.torch import load_file
 from tiny import base_of
 
-from mta.bank import files
+from mta.bank import format as files
 from mta.bank.bank import Bank
 from mta.bank.build import build_bank
-from mta.bank.files import Members, read_info, write_info
+from mta.bank.format import Members, read_info, write_info
 from mta.config import Run, Training
 from mta.data.history import Person
 from mta.data.tasks import load_task

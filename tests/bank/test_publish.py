@@ -19,7 +19,7 @@ from test_bank import BASE, HASHED, as_schema_1, people_of, rewritten
 from tiny import base_of
 from transformers import AutoModelForCausalLM
 
-from mta.bank import files
+from mta.bank import format as files
 from mta.bank.bank import Bank
 from mta.bank.publish import bank_folder, bank_parcel
 from mta.config import Run

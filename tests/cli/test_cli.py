@@ -9,7 +9,7 @@ import pytest
 from safetensors.torch import load_file
 from world import ANN, BOB, MEMBER, QUESTION, TASK, built, mta, ratings, run, tree, written
 
-from mta.bank.files import seal
+from mta.bank.format import seal
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from mta.bank import files
+from mta.bank import format as files
 from mta.bank.build import build_bank
 from mta.bank.publish import bank_folder, bank_parcel, publish_bank
 from mta.config import Run

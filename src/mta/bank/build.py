@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mta.bank import files
+from mta.bank import format as files
 from mta.bank.anchors import choose_anchors
-from mta.bank.bench import Anchors, Bench, BenchCopies, Pool, anchor_start, train_anchors, train_pool
 from mta.bank.card import card
+from mta.bank.worker import Anchors, Bench, BenchCopies, Pool, anchor_start, train_anchors, train_pool
 from mta.config import Run, parse_size
 from mta.data.history import Person
 from mta.data.tasks.task import Task

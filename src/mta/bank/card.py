@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from mta.bank.files import BankInfo
+from mta.bank.format import BankInfo
 from mta.config.loader import dump_yaml
 from mta.lora.peft import MARK
 from mta.system.assets import ASSETS

@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from mta.bank import files
+from mta.bank import format as files
 from mta.bank.card import card, table_of
 from mta.errors import BankCorrupt, BankError, HubError, InputError
 from mta.lora.peft import CONFIG, WEIGHTS

@@ -91,7 +91,7 @@ def show(
     Example:  mta bank show bank/
     """
     from mta.bank.card import body
-    from mta.bank.files import read_info, stale, verify
+    from mta.bank.format import read_info, stale, verify
 
     info = read_info(folder)
     verify(folder, info, full=True)

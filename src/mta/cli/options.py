@@ -93,7 +93,7 @@ def open_bank(
     would be ignored.
     """
     from mta.bank.bank import Bank
-    from mta.bank.files import check_base, read_info
+    from mta.bank.format import check_base, read_info
     from mta.config import override
     from mta.data.tasks import load_task
     from mta.errors import ConfigError
@@ -134,7 +134,7 @@ def executor_at(cluster: str | None, workers: int | None, together: int | None =
 
 def task_of(folder: Path) -> TaskType:
     """The task a bank was built for: people can be read, and found wrong, before a model is loaded."""
-    from mta.bank.files import read_info
+    from mta.bank.format import read_info
     from mta.data.tasks import Task
 
     return Task.model_validate(read_info(folder).task)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mta.bank.bank import Bank
-from mta.bank.files import INFO, TASK_LORA
+from mta.bank.format import INFO, TASK_LORA
 from mta.config import Run, override
 from mta.config.loader import dump_yaml
 from mta.data.bm25 import with_profiles

@@ -19,7 +19,7 @@ from filelock import FileLock, Timeout
 from rich.console import Console
 
 from mta.bank.bank import Bank
-from mta.bank.files import stale
+from mta.bank.format import stale
 from mta.config import Run
 from mta.errors import BankMismatch, ConfigError
 from mta.model.base import BaseModel

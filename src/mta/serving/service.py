@@ -18,7 +18,7 @@ from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 
-from mta.bank.files import INFO, stale
+from mta.bank.format import INFO, stale
 from mta.data.tasks.task import Task
 from mta.errors import MtaError, PersonForgotten, PersonNotFound
 from mta.model.base import BaseModel

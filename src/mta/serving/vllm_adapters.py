@@ -92,7 +92,7 @@ class Adapters:
         return None
 
     def _synthesis(self) -> Synthesis:
-        from mta.bank import files
+        from mta.bank import format as files
         from mta.serving.synthesis import Synthesis
 
         if self._made is None:

@@ -15,10 +15,10 @@ from functools import partial
 from typing import Literal, TypeVar
 
 from mta.errors import MtaError
-from mta.store.store import Store, version_of
 from mta.store.exports import check_exports
 from mta.store.lock import LOCK
 from mta.store.state import State, history_from_bytes
+from mta.store.store import Store, version_of
 from mta.store.tombstones import FOLDER
 from mta.store.workspace import ABANDONED
 
