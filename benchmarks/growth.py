@@ -24,11 +24,11 @@ from mta.config import Run, override
 from mta.data.history import Person
 from mta.data.readers import read_people
 from mta.evaluation.run import Interval, bootstrap
-from mta.growth import Action, Renewed, renewed
 from mta.model.base import BaseModel
 from mta.personalize import Personalizer
-from mta.rows import row_adapters
-from mta.stages import Stages, Wanted, settings_of
+from mta.personalize.adapters import row_adapters
+from mta.personalize.pipeline import Stages, Wanted, settings_of
+from mta.personalize.update import Action, Renewed, renewed
 from mta.store.state import State
 from mta.system.assets import resolve
 from mta.system.atomic import write_json

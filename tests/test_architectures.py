@@ -12,7 +12,7 @@ from mta.errors import UnsupportedModel
 from mta.lora import PerPerson, applied
 from mta.lora.batch import Factors, LoraBatch
 from mta.model.generate import generate
-from mta.rows import TASK
+from mta.personalize.adapters import TASK
 from mta.serving.embedded import EmbeddedEngine
 from mta.serving.slots import Slots, refuse_unservable
 from mta.training.packing import collate, pack

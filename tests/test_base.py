@@ -20,7 +20,7 @@ from mta.errors import AssetError, ModelError, UnsupportedModel
 from mta.model.base import BaseModel
 from mta.model.fingerprint import fingerprint_of
 from mta.model.generate import generate
-from mta.system import device as machine
+from mta.system import device
 from mta.system.device import pick_device, pick_dtype
 
 SMOLLM2 = "631823ecce74fbc7b4ddb672183c5585efbf77b71e0824146af73e341dd72b6c"  # of the converted asset
@@ -141,7 +141,7 @@ def test_processes_that_start_together_take_the_dtype_that_the_first_one_measure
             later = other.submit(pick_dtype, "auto", torch.device("cpu"))
             with pytest.raises(TimeoutError):
                 later.result(0.2)
-            note.write_text(json.dumps({machine._here(): "bfloat16"}))
+            note.write_text(json.dumps({device._here(): "bfloat16"}))
         assert later.result(60) == torch.bfloat16
 
 

@@ -19,7 +19,6 @@ from tiny import base_of, tokenizer
 from mta.bank.bank import Bank
 from mta.config import override
 from mta.data.readers import read_people
-from mta.desk import Copies
 from mta.distributed.executor import LocalExecutor
 from mta.distributed.ray import Cluster
 from mta.errors import BankMismatch, ClusterError, StoreError
@@ -29,6 +28,7 @@ from mta.evaluation.recipe import load_experiment
 from mta.evaluation.records import read_records
 from mta.model.base import BaseModel
 from mta.personalize import Personalizer
+from mta.personalize.worker import Copies
 from mta.store import Store
 from mta.store.state import State
 from mta.system.assets import resolve
@@ -313,7 +313,7 @@ def test_a_driver_that_died_is_followed_by_one_that_goes_on_in_the_same_cohorts(
 
 
 def poisoned(desk, cohort):
-    from mta.desk import work_through
+    from mta.personalize.worker import work_through
 
     if any(wanted.person.id == "p7" for wanted in cohort.wanted):
         os.kill(os.getpid(), signal.SIGKILL)
@@ -322,7 +322,7 @@ def poisoned(desk, cohort):
 
 def test_somebody_who_makes_workers_die_is_reported_and_the_others_are_personalized(here, site, tmp_path, monkeypatch):
     base, bank, alone = site
-    monkeypatch.setattr("mta.making.work_through", poisoned)
+    monkeypatch.setattr("mta.personalize.making.work_through", poisoned)
     with Cluster(here, workers=2, most=4, attempts=2) as cluster:
         done = personalized(base, bank, tmp_path, cluster)
     assert done.trained == PEOPLE - 1

@@ -20,7 +20,7 @@ from mta.bank.bank import Bank
 from mta.config import Run, override
 from mta.errors import MtaError
 from mta.model.base import BaseModel
-from mta.rows import TASK
+from mta.personalize.adapters import TASK
 from mta.serving.auth import LOCAL, Keys
 from mta.serving.embedded import EmbeddedEngine
 from mta.serving.engine import Ask

@@ -13,8 +13,8 @@ from test_exports import export_from, exported
 from test_state import ANN, state
 
 from mta.errors import PersonForgotten, StoreError
-from mta.forgetting import forget_person
 from mta.lora.peft import WEIGHTS
+from mta.personalize.forgetting import forget_person
 from mta.serving.histories import Histories
 from mta.store import Store, tombstones
 from mta.store import exports as module

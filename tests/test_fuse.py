@@ -12,10 +12,10 @@ from tiny import base_of, random_examples, random_loras
 
 from mta.config import MergeSettings, Policy, Training
 from mta.errors import AnchorNotFound, ConfigError
-from mta.evidence import Evidence, Labels, gather_evidence, shots_of
-from mta.fuse import Merge, coefficients, fuse, learn, merged
 from mta.lora import Gated, PerPerson, Shared
-from mta.policies import POLICIES, Retrieved, fit_labels
+from mta.personalize.likelihoods import Evidence, Labels, gather_evidence, shots_of
+from mta.personalize.merge import Merge, coefficients, fuse, learn, merged
+from mta.personalize.policies import POLICIES, Retrieved, fit_labels
 from mta.training.scoring import log_likelihood
 from mta.training.trainer import Job
 

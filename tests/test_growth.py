@@ -10,15 +10,15 @@ from conftest import TINY_RUN, people_of, personalizer
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mta.adapt import adapt
 from mta.config import MergeSettings, override
 from mta.data.history import Person
 from mta.errors import DataError, StoreConflict
-from mta.evidence import Evidence, Labels, shots_of
-from mta.fuse import Merge, merged
-from mta.growth import MARGIN, carried_on, decide
-from mta.policies import POLICIES, Retrieved
-from mta.rows import merge_of
+from mta.personalize.adapt import adapt
+from mta.personalize.adapters import merge_of
+from mta.personalize.likelihoods import Evidence, Labels, shots_of
+from mta.personalize.merge import Merge, merged
+from mta.personalize.policies import POLICIES, Retrieved
+from mta.personalize.update import MARGIN, carried_on, decide
 from mta.store import Store
 from mta.store.state import Losses
 
@@ -113,7 +113,7 @@ def test_whoever_has_no_new_items_is_left_alone_and_whoever_is_new_is_begun(tiny
 
 @pytest.mark.parametrize("action", ["keep", "retrain", "refresh"])
 def test_the_new_items_alone_are_worked_on(tiny, tmp_path, monkeypatch, action):
-    monkeypatch.setattr("mta.growth.decide", lambda before, new: action)
+    monkeypatch.setattr("mta.personalize.update.decide", lambda before, new: action)
     personal = started(tiny, tmp_path)
     before, steps = {p.id: personal.state(p.id) for p in GROWN}, []
     done = personal.update(GROWN, on_step=lambda stage, step: steps.append((stage, step.examples_total)))
@@ -135,7 +135,7 @@ def test_the_new_items_alone_are_worked_on(tiny, tmp_path, monkeypatch, action):
 
 
 def test_a_stack_is_trained_on_from_where_it_was(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr("mta.growth.decide", lambda before, new: "retrain")
+    monkeypatch.setattr("mta.personalize.update.decide", lambda before, new: "retrain")
     base, bank = tiny
     personal = started(tiny, tmp_path)
     before = [personal.state(person.id) for person in GROWN]
@@ -150,7 +150,7 @@ def test_a_stack_is_trained_on_from_where_it_was(tiny, tmp_path, monkeypatch):
 
 
 def test_a_refreshed_posterior_is_the_posterior_of_the_whole_history(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr("mta.growth.decide", lambda before, new: "refresh")
+    monkeypatch.setattr("mta.personalize.update.decide", lambda before, new: "refresh")
     personal = started(tiny, tmp_path / "grown")
     personal.update(GROWN)
     whole = started(tiny, tmp_path / "whole", GROWN)
@@ -201,7 +201,7 @@ def test_nobody_without_items(tiny, tmp_path):
 
 @pytest.mark.parametrize("action", ["retrain", "refresh"])
 def test_mates_do_not_count(tiny, tmp_path, monkeypatch, action):
-    monkeypatch.setattr("mta.growth.decide", lambda before, new: action)
+    monkeypatch.setattr("mta.personalize.update.decide", lambda before, new: action)
     together, alone = started(tiny, tmp_path / "together"), started(tiny, tmp_path / "alone")
     together.update(GROWN)
     for person in GROWN:
@@ -221,7 +221,7 @@ def test_an_update_that_was_overtaken_says_so(tiny, tmp_path, monkeypatch):
         other.personalize(GROWN[:1])
         return "retrain"
 
-    monkeypatch.setattr("mta.growth.decide", meanwhile)
+    monkeypatch.setattr("mta.personalize.update.decide", meanwhile)
     with pytest.raises(StoreConflict, match="a newer version of 'p0' was saved meanwhile"):
         personal.update(GROWN[:1])
     assert personal.store.versions("p0") == [1, 2]

@@ -15,7 +15,7 @@ from conftest import TINY_RUN, HashEncoder, memory_for, people_of, personalizer
 from files import folder_of
 from tiny import base_of
 
-from mta import BASE, TASK, stages
+from mta import BASE, TASK
 from mta.bank.bank import Bank
 from mta.config import Lora, MergeSettings, StackSettings, Training
 from mta.data.history import Item, Person
@@ -29,10 +29,11 @@ from mta.errors import (
     PersonNotFound,
     StoreError,
 )
-from mta.evidence import shots_of
-from mta.fuse import frozen_numbers
 from mta.lora.peft import read_peft
-from mta.personalize import Forgotten, Personalized, Personalizer, forget_person
+from mta.personalize import Forgotten, Personalizer, forget_person, pipeline
+from mta.personalize.likelihoods import shots_of
+from mta.personalize.making import Personalized
+from mta.personalize.merge import frozen_numbers
 from mta.store import Store
 from mta.store.state import State
 from mta.training.checkpoint import Checkpoint
@@ -109,7 +110,7 @@ def test_a_state_says_what_merge_and_stack_made_of_the_shots(tiny, stack):
 
 
 def test_a_loss_that_is_no_number_is_an_error_and_no_state(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr("mta.stages.surprise", lambda base, jobs, *_, **__: [float("nan")] * len(jobs))
+    monkeypatch.setattr("mta.personalize.pipeline.surprise", lambda base, jobs, *_, **__: [float("nan")] * len(jobs))
     personal = personalizer(*tiny, store=tmp_path)
     with pytest.raises(Diverged, match=r"losses on shots are finite numbers .*\n  Training went astray: lower stack\."):
         personal.personalize(PEOPLE)
@@ -121,12 +122,12 @@ def test_one_person_who_diverges_is_told_and_the_others_are_as_ever(tiny, tmp_pa
     whole = personalizer(*tiny)
     whole.personalize(PEOPLE)
     astray, others = PEOPLE[1], [person for person in PEOPLE if person is not PEOPLE[1]]
-    key, measured = shots_of(base, bank.task, astray).key, stages.surprise
+    key, measured = shots_of(base, bank.task, astray).key, pipeline.surprise
 
     def one_is_no_number(base, jobs, *more, **how):
         return [float("nan") if job.key == key else loss for job, loss in zip(jobs, measured(base, jobs, *more, **how))]
 
-    monkeypatch.setattr(stages, "surprise", one_is_no_number)
+    monkeypatch.setattr(pipeline, "surprise", one_is_no_number)
     personal = personalizer(*tiny, store=tmp_path)
     done = personal.personalize(PEOPLE)
     assert (done.trained, list(done.failed)) == (len(others), [astray.id])

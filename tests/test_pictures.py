@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from mta.config import MergeSettings
-from mta.evidence import Evidence
-from mta.policies import Retrieved, posterior
+from mta.personalize.likelihoods import Evidence
+from mta.personalize.policies import Retrieved, posterior
 
 ROOT = Path(__file__).parent.parent
 DOCS, CODE = ROOT / "docs", ROOT / "src" / "mta"

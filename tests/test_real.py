@@ -15,7 +15,7 @@ from mta.data.readers import read_people
 from mta.data.splits import draw
 from mta.model.base import BaseModel
 from mta.personalize import Personalizer
-from mta.rows import BASE, TASK
+from mta.personalize.adapters import BASE, TASK
 from mta.sizing import Load, Shape, memory
 
 pytestmark = [pytest.mark.real, pytest.mark.network]

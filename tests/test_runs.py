@@ -15,7 +15,7 @@ from tiny import base_of
 
 from mta.config import Run
 from mta.errors import DataError, InputError
-from mta.tracking import trackers as sinks
+from mta.tracking import trackers
 from mta.tracking.run_folder import RunFolder, lines, seconds_of, sittings, work_of
 from mta.training.trainer import Step
 
@@ -239,7 +239,7 @@ def test_tensorboard_reads_the_losses_back(tmp_path):
     pytest.importorskip("tensorboard", reason="TensorBoard is not installed: pip install tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    with kept(tmp_path, command="mta personalize quispe.jsonl", track=sinks.tracker("tensorboard")) as run:
+    with kept(tmp_path, command="mta personalize quispe.jsonl", track=trackers.tracker("tensorboard")) as run:
         steps(run)
     read = EventAccumulator(str(tmp_path / "tensorboard"))
     read.Reload()
@@ -254,8 +254,8 @@ sys.path[:0] = [{here!r}]
 sys.argv = ["mta", "personalize", "quispe.jsonl"]
 from pathlib import Path
 import test_runs as t
-from mta.tracking import trackers as sinks
-with t.kept(Path({folder!r}), command="mta personalize quispe.jsonl", track=sinks.tracker({name!r})) as run:
+from mta.tracking import trackers
+with t.kept(Path({folder!r}), command="mta personalize quispe.jsonl", track=trackers.tracker({name!r})) as run:
     t.steps(run)
     t.steps(run, "anchors", 2)
 """
@@ -298,12 +298,12 @@ def test_trackio_keeps_a_run_in_its_folder(tmp_path, monkeypatch):
 
 
 def test_a_package_that_is_missing_is_told_with_what_to_type(monkeypatch):
-    monkeypatch.setattr(sinks, "find_spec", lambda name: None)
+    monkeypatch.setattr(trackers, "find_spec", lambda name: None)
     with pytest.raises(InputError) as caught:
-        sinks.tracker("tensorboard")
+        trackers.tracker("tensorboard")
     assert str(caught.value) == "tracking needs tensorboard, which is not installed\n  pip install tensorboard"
 
 
 def test_an_unknown_sink_is_told():
     with pytest.raises(InputError, match=r"^nothing is called 'mlflow' .*\n  Give --track tensorboard, wandb or"):
-        sinks.tracker("mlflow")
+        trackers.tracker("mlflow")

@@ -14,8 +14,8 @@ from benchmarks.speed.settings import Settings
 from benchmarks.speed.timing import Row, rate, turns
 from benchmarks.speed.training import ANCHORS, K, agreed, base_of, small
 from mta.config import MergeSettings
-from mta.fuse import Merge, merged_factors
 from mta.lora.batch import LoraBatch, Shapes, fresh
+from mta.personalize.merge import Merge, merged_factors
 
 PEOPLE = 256
 _CHUNK = 16  # people whose merges are made at once, used, and let go, as those of a cohort are

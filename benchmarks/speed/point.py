@@ -24,15 +24,15 @@ from torch import Tensor
 
 from benchmarks.speed import data
 from benchmarks.speed.training import ANCHORS, K, base_of, task_lora
-from mta.adapt import adapt
 from mta.config import Lora, Training, parse_size
 from mta.data.tasks.prompt import Example
-from mta.evidence import gather_evidence, shots_of
 from mta.lora.batch import Factors, LoraBatch
 from mta.lora.layers import Adapters, PerPerson, Shared
 from mta.lora.merge import merge_exact
 from mta.model.base import BaseModel
 from mta.model.footprint import Numbers
+from mta.personalize.adapt import adapt
+from mta.personalize.likelihoods import gather_evidence, shots_of
 from mta.system.malloc import keep_freed_memory
 from mta.training.plan import plan_cohorts
 from mta.training.trainer import Job

@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import Path
 
 from benchmarks.speed.data import Absent
-from mta.system import device as machine
+from mta.system import device
 
 _TOLD = ("avx2", "fma", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16", "bf16", "sve")
 _BF16 = ("avx512_bf16", "amx_bf16", "bf16")
@@ -43,7 +43,7 @@ def processor() -> Processor:
         key, _, value = (part.strip() for part in line.partition(":"))
         if key in ("flags", "Features"):
             flags |= set(value.split())
-    return Processor(machine.processor(), machine.cores(), tuple(flag for flag in _TOLD if flag in flags))
+    return Processor(device.processor(), device.cores(), tuple(flag for flag in _TOLD if flag in flags))
 
 
 def need(dtype: str) -> None:

@@ -59,11 +59,18 @@ def _come_in(sheet: Sheet) -> None:
 
 def _stages(sheet: Sheet) -> None:
     """Stages 2 and 3: from texts and tokens to numbers."""
-    band(sheet, 248, 140, "In memory: vectors, tokens, tensors; cohort by cohort (stages.py)", x=84)
+    band(sheet, 248, 140, "In memory: vectors, tokens, tensors; cohort by cohort (personalize/pipeline.py)", x=84)
     room(sheet, 0, 288, "Encode", ["model/encoders.py"])
     room(sheet, 1, 288, "Retrieve", ["bank/bank.py"], ANCHOR)
-    room(sheet, 2, 288, "Merge (stage 2)", ["evidence.py, training/scoring.py", "fuse.py, lora/"], ANCHOR)
-    room(sheet, 3, 288, "Adapt (stage 3)", ["adapt.py", "training/, lora/"], PERSON)
+    room(
+        sheet,
+        2,
+        288,
+        "Merge (stage 2)",
+        ["personalize/likelihoods.py, training/scoring.py", "personalize/merge.py, lora/"],
+        ANCHOR,
+    )
+    room(sheet, 3, 288, "Adapt (stage 3)", ["personalize/adapt.py", "training/, lora/"], PERSON)
     between(sheet, 0, 288, "vector")
     between(sheet, 1, 288, "cosines")
     between(sheet, 2, 288, "ids, w")
@@ -103,7 +110,7 @@ def _disk(sheet: Sheet) -> None:
 def _answers(sheet: Sheet) -> None:
     """From what is kept to answers."""
     band(sheet, 616, 168, "In memory: questions in, answers out", TEXTS.fill, TEXTS.text, x=84)
-    room(sheet, 0, 656, "Whose row it is", ["rows.py"], PERSON)
+    room(sheet, 0, 656, "Whose row it is", ["personalize/adapters.py"], PERSON)
     room(sheet, 1, 656, "Answer, score", ["model/generate.py", "training/scoring.py"], TEXTS)
     room(sheet, 2, 656, "Evaluate", ["evaluation/"], TEXTS)
     room(sheet, 3, 656, "Serve", ["serving/"], TEXTS)

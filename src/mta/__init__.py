@@ -22,13 +22,13 @@ if TYPE_CHECKING:
     from mta.evaluation.study import study as study
     from mta.model.base import BaseModel as BaseModel
     from mta.personalize import Personalizer as Personalizer
-    from mta.rows import BASE as BASE
-    from mta.rows import TASK as TASK
+    from mta.personalize.adapters import BASE as BASE
+    from mta.personalize.adapters import TASK as TASK
     from mta.system.malloc import keep_freed_memory as keep_freed_memory
 
 _HOME = {
-    "BASE": "mta.rows",
-    "TASK": "mta.rows",
+    "BASE": "mta.personalize.adapters",
+    "TASK": "mta.personalize.adapters",
     "Bank": "mta.bank.bank",
     "BaseModel": "mta.model.base",
     "Evaluation": "mta.config",

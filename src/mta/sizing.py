@@ -14,9 +14,9 @@ import torch
 
 from mta.config import Run, Training
 from mta.errors import ConfigError
-from mta.fuse import needs_evidence
 from mta.model.adaptable import is_linear, shape_of
 from mta.model.footprint import COPIES, Footprint, Numbers, Texts
+from mta.personalize.merge import needs_evidence
 from mta.system.assets import ASSETS, resolve
 from mta.system.device import cores, gemm_rate, pick_dtype, processor
 

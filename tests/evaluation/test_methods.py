@@ -32,9 +32,9 @@ from mta.evaluation.methods.merged import layer_groups
 from mta.evaluation.methods.per_pcs import mean_inputs
 from mta.evaluation.metrics import Answers
 from mta.evaluation.protocol import Panel, able, shots_and_queries
-from mta.evidence import gather_evidence
-from mta.fuse import Merge, learn, merged_factors
 from mta.lora.batch import LoraBatch
+from mta.personalize.likelihoods import gather_evidence
+from mta.personalize.merge import Merge, learn, merged_factors
 
 SHOTS, QUERIES, PEOPLE = 4, 2, 3
 POSTERIOR = MergeSettings(policy="posterior", k=0)

@@ -13,7 +13,7 @@ from mta.evaluation.metrics import Answers, measure, query_nll
 from mta.evaluation.report import grid, table, to_json, verdict, write_html
 from mta.evaluation.run import Comparison, Interval, Row
 from mta.evaluation.verdict import headline, judge
-from mta.fuse import Merge
+from mta.personalize.merge import Merge
 
 HOSTILE = "<script>alert('x')</script><img src=https://evil.example/x.png onerror=\"go()\"> & {{ 7 * 7 }}"
 SECTIONS = [

@@ -17,7 +17,7 @@ from mta.bank.build import build_bank
 from mta.data.tasks import load_task
 from mta.model.base import BaseModel
 from mta.model.generate import generate
-from mta.rows import Nobody, row_adapters
+from mta.personalize.adapters import Nobody, row_adapters
 from mta.serving.embedded import EmbeddedEngine
 from mta.serving.engine import Ask, Version
 from mta.serving.vllm_engine import VllmEngine

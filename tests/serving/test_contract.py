@@ -11,7 +11,7 @@ from contract import WITH_VLLM, Lent, World, prompt_of, told, vllm_server
 from files import folder_of
 
 from mta.errors import InputError, MtaError, OtherBank, PersonNotFound, StateCorrupt
-from mta.rows import BASE, TASK
+from mta.personalize.adapters import BASE, TASK
 from mta.serving.engine import Ask, EngineGone, QueueFull, Version
 
 COUNT = 12

@@ -17,7 +17,7 @@ from tiny import base_of, random_loras
 from mta.errors import InputError
 from mta.lora.batch import Factors, LoraBatch
 from mta.lora.layers import applied
-from mta.rows import BASE, TASK, row_adapters
+from mta.personalize.adapters import BASE, TASK, row_adapters
 from mta.serving.embedded import EmbeddedEngine
 from mta.serving.engine import Ask, EngineGone, QueueFull, Refused, Version
 from mta.store.state import State

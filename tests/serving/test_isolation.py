@@ -14,7 +14,7 @@ from tiny import random_loras
 from mta.data.tasks.prompt import PromptFormat
 from mta.errors import MtaError
 from mta.model.generate import generate
-from mta.rows import row_adapters
+from mta.personalize.adapters import row_adapters
 from mta.serving.embedded import EmbeddedEngine
 from mta.serving.engine import Ask, Version
 from mta.store import Store

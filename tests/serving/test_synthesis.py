@@ -10,11 +10,11 @@ from tiny import base_of, random_loras
 
 from mta.config import MergeSettings
 from mta.errors import ConfigError, InputError, OtherBank, StateCorrupt
-from mta.fuse import Merge, merged_factors
 from mta.lora.batch import Factors, LoraBatch, join
 from mta.lora.merge import truncate
 from mta.lora.peft import read_peft
-from mta.rows import BASE, TASK
+from mta.personalize.adapters import BASE, TASK
+from mta.personalize.merge import Merge, merged_factors
 from mta.serving.engine import Version
 from mta.serving.names import from_wire, named, wire_name
 from mta.serving.serve import vllm_settings

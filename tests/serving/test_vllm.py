@@ -20,7 +20,7 @@ from contract import PYTHON, WITH_VLLM, Lent, World, prompt_of, told, vllm_serve
 from served import served
 
 from mta.errors import ConfigError
-from mta.rows import TASK
+from mta.personalize.adapters import TASK
 from mta.serving.engine import Ask, EngineGone
 from mta.serving.names import wire_name
 from mta.serving.serve import remote_of

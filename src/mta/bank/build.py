@@ -29,7 +29,7 @@ from mta.model.base import BaseModel
 from mta.model.encoders import Encoder
 from mta.model.footprint import Numbers
 from mta.system.atomic import copy_file, make_folder, write_tensors, write_text
-from mta.tracking import run_folder as runs
+from mta.tracking import run_folder
 from mta.tracking.run_folder import RunFolder
 from mta.tracking.trackers import Track
 from mta.training.checkpoint import Checkpoint
@@ -68,7 +68,7 @@ def build_bank(
     ``task_lora`` is the folder of one that was trained before, by these settings on these people: it is copied.
     A build that was killed goes on from its last checkpoint unless ``resume`` is off; a finished one is left as it is,
     but for the task's ``answer_tokens``, which decides nothing that is trained.
-    How it went is kept beside it (``runs.RunFolder``): the ``command`` that asks for it again, every step; ``track``
+    How it went is kept beside it (``run_folder.RunFolder``): the ``command`` that asks for it again, every step; ``track``
     opens where steps are told besides.
     Source: arXiv:2511.20072, stage 1; clusters: its README, "most active": Per-Pcs. Raises InputError, BankError.
     """
@@ -215,7 +215,7 @@ class _Site:
             plan=plan.digest,
             items=tuple(items),
             cut=self.cut,
-            seconds=runs.seconds_of(self.out, self.work),
+            seconds=run_folder.seconds_of(self.out, self.work),
             members=members,
             files=files.file_hashes(self.out, names),
             hash="",  # of all the rest
@@ -253,7 +253,7 @@ def _begin(out: Path, resume: bool) -> None:
     """A folder for what is finished; unless it is to ``resume``, what a stopped build has left there is not used."""
     if not resume:
         shutil.rmtree(out / "work", ignore_errors=True)
-        (out / runs.METRICS).unlink(missing_ok=True)
+        (out / run_folder.METRICS).unlink(missing_ok=True)
 
 
 def _asked(run: Run, task: str) -> dict[str, Any]:
@@ -278,7 +278,7 @@ def _by_id(people: Sequence[Person]) -> list[Person]:
 
 def _tidy(out: Path) -> None:
     """Remove the work folder, and what killed runs had written aside and never renamed."""
-    names = (files.INFO, files.MEMBERS, files.ANCHORS, files.INDEX, files.TASK_LORA, "README.md", runs.RUN, runs.CONFIG)
+    names = (files.INFO, files.MEMBERS, files.ANCHORS, files.INDEX, files.TASK_LORA, "README.md", run_folder.RUN, run_folder.CONFIG)
     for left in (out / "work", *(path for name in names for path in out.glob(f".{name}.{'[0-9a-f]' * 32}"))):
         if left.is_dir():
             shutil.rmtree(left, ignore_errors=True)

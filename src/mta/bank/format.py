@@ -23,7 +23,7 @@ from mta.lora.batch import LoraBatch
 from mta.lora.peft import read_peft
 from mta.system.assets import cache_dir
 from mta.system.atomic import file_mode, read_json, write_json, written_aside
-from mta.tracking import run_folder as runs
+from mta.tracking import run_folder
 
 SCHEMA = 2
 INFO = "bank.json"
@@ -33,7 +33,7 @@ INDEX = "index.safetensors"
 TASK_LORA = "task_lora"
 STALE = "needs-rebuild.json"
 PUBLISHED = "published.json"
-OURS = {INFO, MEMBERS, ANCHORS, INDEX, TASK_LORA, STALE, PUBLISHED, "README.md", "work"} | runs.NAMES
+OURS = {INFO, MEMBERS, ANCHORS, INDEX, TASK_LORA, STALE, PUBLISHED, "README.md", "work"} | run_folder.NAMES
 
 
 class Hashed(BaseModel):

@@ -14,7 +14,7 @@ from mta.cli.options import Json, StoreUrl, bank_at, show_json
 from mta.errors import MtaError
 
 if TYPE_CHECKING:
-    from mta.forgetting import Forgotten
+    from mta.personalize.forgetting import Forgotten
 
 INCOMPLETE = 3  # exit code: 1 is an error, 2 a word that the command line does not know
 
@@ -37,7 +37,7 @@ def forget(
 
     Example:  mta forget ann --bank bank/ --store people/
     """
-    from mta.forgetting import forget_person
+    from mta.personalize.forgetting import forget_person
     from mta.store import Store
 
     people, folder = Store(store), bank

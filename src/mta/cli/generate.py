@@ -11,8 +11,8 @@ import typer
 from mta.cli.options import BankDir, Config, Device, Json, Seed, StoreUrl, Words, open_bank, show_json
 
 if TYPE_CHECKING:
-    from mta.personalize import Question
-    from mta.rows import Who
+    from mta.personalize.adapters import Who
+    from mta.personalize.personalizer import Question
 
 
 def generate(
@@ -45,7 +45,7 @@ def generate(
     Example:  mta generate "Great sound, weak battery." --person ann --person bob --nobody
     """
     from mta.personalize import Personalizer
-    from mta.rows import BASE, TASK
+    from mta.personalize.adapters import BASE, TASK
 
     asked = _fields(question)
     base, opened, run = open_bank(bank, words, seed, device, config)

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
     from mta.bank.bank import Bank
     from mta.data.history import Person
-    from mta.making import Personalized, Updated
+    from mta.personalize.making import Personalized, Updated
 
 Latest = Annotated[int | None, typer.Option(min=1, help="Use only the most recent so many items of each person.")]
 KeepHistories = Annotated[
@@ -79,8 +79,8 @@ def personalize(
     Example:  mta personalize everybody.jsonl --bank bank/ --store s3://bucket/people --cluster ray://head:10001
     """
     from mta.cli.screen import Screen
-    from mta.making import counts
     from mta.personalize import Personalizer
+    from mta.personalize.making import counts
     from mta.store import Store
     from mta.tracking.run_folder import work_of
 

@@ -20,11 +20,10 @@ def check(store: Url = "people", json: Json = False) -> None:
     Example:  mta store check people/
     """
     from mta.cli.screen import counted
-    from mta.store import Store
-    from mta.store import maintenance as upkeep
+    from mta.store import Store, maintenance
 
     with counted("files") as on_file:
-        found = upkeep.check(Store(store), on_file)
+        found = maintenance.check(Store(store), on_file)
     if json:
         show_json(asdict(found))
     else:
@@ -49,10 +48,9 @@ def stats(store: Url = "people", json: Json = False) -> None:
     Example:  mta store stats s3://bucket/people --json
     """
     from mta.evaluation.figures import human_bytes
-    from mta.store import Store
-    from mta.store import maintenance as upkeep
+    from mta.store import Store, maintenance
 
-    found = upkeep.stats(Store(store))
+    found = maintenance.stats(Store(store))
     if json:
         return show_json(asdict(found))
     typer.echo(f"{found.people} people, {found.versions} versions, {found.histories} histories kept by opt-in")
@@ -74,11 +72,10 @@ def gc(
     """
     from mta.cli.screen import counted
     from mta.evaluation.figures import human_bytes
-    from mta.store import Store
-    from mta.store import maintenance as upkeep
+    from mta.store import Store, maintenance
 
     with counted("people") as on_person:
-        gone = upkeep.collect(Store(store), keep, older * 3600, dry_run, on_person)
+        gone = maintenance.collect(Store(store), keep, older * 3600, dry_run, on_person)
     if json:
         return show_json({"removed": not dry_run, "files": gone})
     for name in gone if dry_run else ():

@@ -18,7 +18,7 @@ from mta.evaluation.methods import Base, Merged, MergeThenAdapt, Outcome, TaskLo
 from mta.evaluation.methods.merged import answered
 from mta.evaluation.metrics import query_nll
 from mta.evaluation.protocol import Panel
-from mta.fuse import Merge
+from mta.personalize.merge import Merge
 
 ANCHORS, POOL, SHOTS = "the anchors' items", "the task LoRA's items", "a person's own shots"
 OWN, ANOTHER, PERSONAL = "the anchor's own", "another anchor's", "merge and stack"

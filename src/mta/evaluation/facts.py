@@ -13,8 +13,8 @@ from mta.config import MergeSettings
 from mta.evaluation.methods import Base, Merged, MergeThenAdapt, OneLora, TaskLora
 from mta.evaluation.metrics import query_nll
 from mta.evaluation.protocol import Panel
-from mta.fuse import Merge, merged_factors
 from mta.lora.batch import LoraBatch
+from mta.personalize.merge import Merge, merged_factors
 
 PAPER = MergeSettings(policy="similarity", k=2)
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from mta.evaluation.run import Interval
-from mta.fuse import Merge
+from mta.personalize.merge import Merge
 
 # Stand-ins that become CSS variables. Blue, vermillion and green are told apart by colour-blind readers as well.
 INK, MUTED, LINE, PAPER = "#010101", "#020202", "#030303", "#040404"

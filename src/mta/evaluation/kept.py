@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-from mta.evidence import Evidence, Labels
+from mta.personalize.likelihoods import Evidence, Labels
 from mta.system.atomic import write_tensors
 
 

@@ -20,9 +20,9 @@ from mta.evaluation.cast import Cast, cast
 from mta.evaluation.exam import ANCHORS, POOL, SHOTS, Exam, Row
 from mta.evaluation.protocol import Panel
 from mta.evaluation.run import Interval
-from mta.fuse import check_merge
 from mta.model.base import BaseModel
 from mta.model.encoders import Encoder
+from mta.personalize.merge import check_merge
 from mta.system.provenance import versions
 from mta.training.trainer import OnStep
 

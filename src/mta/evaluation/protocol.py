@@ -21,10 +21,10 @@ from mta.data.history import Item, Person
 from mta.data.tasks.task import Task
 from mta.errors import InputError
 from mta.evaluation.kept import load_evidence, save_evidence
-from mta.evidence import Evidence, gather_evidence, shots_of
-from mta.fuse import Merge, frozen_numbers, fuse, needs_evidence
 from mta.model.base import BaseModel
 from mta.model.encoders import Encoder, encode_people
+from mta.personalize.likelihoods import Evidence, gather_evidence, shots_of
+from mta.personalize.merge import Merge, frozen_numbers, fuse, needs_evidence
 from mta.training.plan import Plan, plan_cohorts
 from mta.training.trainer import Job, OnStep
 

@@ -13,7 +13,7 @@ from mta.errors import InputError
 from mta.evaluation.methods import Method
 from mta.evaluation.metrics import BETTER_LOW, Answers, measure, primary, query_nll
 from mta.evaluation.protocol import Panel
-from mta.fuse import Merge
+from mta.personalize.merge import Merge
 
 WORSE = 0.02  # nats: less than this is not called a difference
 

@@ -22,12 +22,12 @@ from mta.evaluation.methods import Base, GlobalConstant, Merged, MergeThenAdapt,
 from mta.evaluation.protocol import Panel, able, apart
 from mta.evaluation.run import Comparison, evaluate
 from mta.evaluation.verdict import yardstick
-from mta.fuse import check_merge
 from mta.model.base import BaseModel
 from mta.model.encoders import Encoder
 from mta.personalize import Personalizer
-from mta.policies import POLICIES
-from mta.rows import TASK, Who
+from mta.personalize.adapters import TASK, Who
+from mta.personalize.merge import check_merge
+from mta.personalize.policies import POLICIES
 from mta.system.provenance import versions
 from mta.training.trainer import OnStep
 

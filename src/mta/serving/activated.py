@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 
-from mta.rows import Nobody
+from mta.personalize.adapters import Nobody
 from mta.serving.engine import Version, Who
 from mta.serving.seats import Person, Seats
 from mta.store import Store

@@ -8,7 +8,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 
 from mta.model.base import BaseModel
-from mta.rows import BASE
+from mta.personalize.adapters import BASE
 from mta.serving.engine import Ask, Engine, Finish, Refused, Token, Who
 from mta.serving.openai import ChatRequest, Request
 from mta.serving.text import Text

@@ -16,7 +16,7 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.concurrency import run_in_threadpool
 
 from mta.errors import MtaError
-from mta.rows import BASE, TASK, Nobody
+from mta.personalize.adapters import BASE, TASK, Nobody
 from mta.serving.answers import Part, Whole, answers, ask_of
 from mta.serving.auth import Key
 from mta.serving.engine import Ask

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from mta.errors import InputError, MtaError
-from mta.rows import Nobody
+from mta.personalize.adapters import Nobody
 
 Finish = Literal["stop", "length"]
 LOST = "this answer could not be computed"

@@ -13,8 +13,8 @@ from typing import Literal
 
 from mta.data.history import Person
 from mta.errors import InputError, MtaError
-from mta.forgetting import Forgotten
 from mta.personalize import Personalizer
+from mta.personalize.forgetting import Forgotten
 from mta.serving.auth import LOCAL, Key
 from mta.serving.engine import QueueFull
 from mta.store.tombstones import NOTHING

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from urllib.parse import quote, unquote
 
-from mta.rows import BASE, TASK, Nobody
+from mta.personalize.adapters import BASE, TASK, Nobody
 from mta.serving.engine import Version
 
 _PERSON = re.compile(r"person:(?P<id>.+?)(?:@v(?P<version>[1-9][0-9]{0,8}))?(?P<merged>#merged)?", re.DOTALL)

@@ -21,12 +21,12 @@ from torch.nn.functional import pad
 from mta.bank.bank import Bank
 from mta.config import MergeSettings
 from mta.errors import OtherBank, StateCorrupt
-from mta.fuse import Merge, merged_factors
 from mta.kernels import AdaptedRows, product
 from mta.lora.batch import LoraBatch, join, shared_ranks
 from mta.lora.terms import RowTerm
 from mta.model.base import BaseModel
-from mta.rows import BASE, Nobody
+from mta.personalize.adapters import BASE, Nobody
+from mta.personalize.merge import Merge, merged_factors
 from mta.store.state import State
 
 _STRETCHES = 128  # that are remembered

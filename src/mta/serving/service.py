@@ -22,7 +22,7 @@ from mta.bank.format import INFO, stale
 from mta.data.tasks.task import Task
 from mta.errors import MtaError, PersonForgotten, PersonNotFound
 from mta.model.base import BaseModel
-from mta.rows import BASE, TASK
+from mta.personalize.adapters import BASE, TASK
 from mta.serving.auth import LOCAL, Key, Keys
 from mta.serving.engine import LATER, LOST, AnswerLost, Engine, EngineGone, QueueFull, Refused, Version, Who
 from mta.serving.histories import Histories

@@ -21,7 +21,7 @@ from transformers.cache_utils import Cache
 from mta.errors import UnsupportedModel
 from mta.model.agreement import Reference, short_windows
 from mta.model.base import BaseModel
-from mta.rows import TASK
+from mta.personalize.adapters import TASK
 from mta.serving.engine import Who
 
 

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from mta.config import MergeSettings
 from mta.errors import InputError, OtherBank, StateCorrupt
-from mta.fuse import Merge, merged_factors
 from mta.lora.batch import Factors, LoraBatch, join, shared_ranks
 from mta.lora.merge import truncate
-from mta.rows import BASE, Nobody
+from mta.personalize.adapters import BASE, Nobody
+from mta.personalize.merge import Merge, merged_factors
 from mta.store.state import State
 from mta.system.device import seeded
 

@@ -70,7 +70,7 @@ class Adapters:
 
     def _path(self, name: str) -> Path | None:
         from mta.lora.peft import read_peft, write_peft
-        from mta.rows import BASE, Nobody
+        from mta.personalize.adapters import BASE, Nobody
         from mta.serving.names import from_wire
         from mta.system.atomic import write_json
 

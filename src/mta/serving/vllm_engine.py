@@ -14,7 +14,7 @@ from typing import Any
 import httpx2 as httpx
 
 from mta.errors import MtaError, OtherBank
-from mta.rows import BASE, TASK, Nobody
+from mta.personalize.adapters import BASE, TASK, Nobody
 from mta.serving.engine import LATER, LOST, AnswerLost, Ask, EngineGone, Finish, Piece, QueueFull, Token, Version
 from mta.serving.sampling import COLDEST
 from mta.serving.vllm_names import Names

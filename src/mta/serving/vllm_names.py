@@ -16,7 +16,7 @@ from pathlib import Path
 
 import httpx2 as httpx
 
-from mta.rows import Nobody
+from mta.personalize.adapters import Nobody
 from mta.serving.engine import EngineGone, Version
 from mta.serving.names import from_wire, wire_name
 from mta.serving.vllm_adapters import note_of, remove, remove_all

@@ -20,7 +20,7 @@ from mta.evaluation.methods.method import Method, Outcome, register
 from mta.evaluation.methods.trained import adapted
 from mta.evaluation.metrics import Answers
 from mta.evaluation.protocol import Panel
-from mta.fuse import Merge, coefficients, learn, merged
+from mta.personalize.merge import Merge, coefficients, learn, merged
 
 MTA = "https://arxiv.org/abs/2511.20072"
 

@@ -16,7 +16,7 @@ from mta.data.tasks.task import Task
 from mta.errors import ConfigError
 from mta.evaluation.metrics import Answers
 from mta.evaluation.protocol import Panel
-from mta.fuse import Merge
+from mta.personalize.merge import Merge
 
 
 @dataclass(frozen=True, slots=True)

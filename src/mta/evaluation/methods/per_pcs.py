@@ -16,10 +16,10 @@ from mta.errors import InputError
 from mta.evaluation.methods.merged import answered
 from mta.evaluation.methods.method import Method, Outcome, register
 from mta.evaluation.protocol import Panel
-from mta.evidence import shots_of
-from mta.fuse import Merge
 from mta.lora.layers import Adapters, applied
 from mta.model.base import BaseModel
+from mta.personalize.likelihoods import shots_of
+from mta.personalize.merge import Merge
 
 EACH = 32  # items of an anchor that its gates are made from
 

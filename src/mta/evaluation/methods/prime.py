@@ -15,7 +15,7 @@ from mta.config import MergeSettings
 from mta.evaluation.methods.merged import answered
 from mta.evaluation.methods.method import Method, Outcome, register
 from mta.evaluation.protocol import Panel
-from mta.fuse import Merge, merged
+from mta.personalize.merge import Merge, merged
 from mta.training.scoring import log_likelihood
 
 

@@ -6,14 +6,14 @@ import time
 from functools import partial
 from typing import ClassVar, Literal
 
-from mta.adapt import adapt
 from mta.config import Lora, MergeSettings, Training
 from mta.evaluation.methods.answer import answer
 from mta.evaluation.methods.method import Method, Outcome, register
 from mta.evaluation.metrics import Answers
 from mta.evaluation.protocol import Panel
-from mta.fuse import Merge, merged
 from mta.lora.layers import Adapters, PerPerson
+from mta.personalize.adapt import adapt
+from mta.personalize.merge import Merge, merged
 
 
 @register

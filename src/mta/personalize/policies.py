@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mta.config import MergeSettings
 from mta.errors import ConfigError
-from mta.evidence import Evidence, Labels
+from mta.personalize.likelihoods import Evidence, Labels
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +40,7 @@ class Retrieved:
         if self.evidence is None:
             raise ConfigError(
                 "this policy needs the anchors' likelihood of the shots",
-                hint="Gather it with mta.evidence.gather_evidence, or use merge.policy=similarity.",
+                hint="Gather it with mta.personalize.likelihoods.gather_evidence, or use merge.policy=similarity.",
             )
         return self.evidence
 

@@ -13,13 +13,13 @@ from torch import Tensor
 from mta.bank.bank import Bank
 from mta.config import MergeSettings, Training
 from mta.errors import AnchorNotFound, ConfigError
-from mta.evidence import Evidence, gather_evidence
 from mta.lora.batch import LoraBatch, stack
 from mta.lora.layers import Adapters, Gated, PerPerson, Shared
 from mta.lora.merge import merge_exact, merge_factor, merge_svd
 from mta.model.base import BaseModel
 from mta.model.footprint import Numbers
-from mta.policies import POLICIES, Retrieved
+from mta.personalize.likelihoods import Evidence, gather_evidence
+from mta.personalize.policies import POLICIES, Retrieved
 from mta.training.trainer import Job, OnStep, train
 
 

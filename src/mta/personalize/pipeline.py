@@ -11,18 +11,18 @@ from typing import Any
 
 import torch
 
-from mta.adapt import adapt
 from mta.bank.bank import Bank
 from mta.config import MergeSettings, Run, StackSettings, parse_size
 from mta.config.loader import Settings, dump_yaml
 from mta.data.history import Person
 from mta.errors import Diverged
-from mta.evidence import gather_evidence, shots_of, surprise, targets_of
-from mta.fuse import Merge, frozen_numbers, fuse, merged, needs_evidence
 from mta.lora.batch import LoraBatch
 from mta.lora.layers import Adapters, PerPerson
 from mta.model.base import BaseModel
 from mta.model.encoders import Encoder, encode_people
+from mta.personalize.adapt import adapt
+from mta.personalize.likelihoods import gather_evidence, shots_of, surprise, targets_of
+from mta.personalize.merge import Merge, frozen_numbers, fuse, merged, needs_evidence
 from mta.store.state import Losses, State, work_key
 from mta.store.workspace import Work
 from mta.training.checkpoint import Checkpoint

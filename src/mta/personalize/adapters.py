@@ -9,10 +9,10 @@ import torch
 
 from mta.bank.bank import Bank
 from mta.config import MergeSettings
-from mta.fuse import Merge, merged
 from mta.lora.batch import stack
 from mta.lora.layers import Adapters, Gated, PerPerson
 from mta.model.base import BaseModel
+from mta.personalize.merge import Merge, merged
 from mta.store.state import State
 
 

@@ -18,17 +18,17 @@ from mta.config import MergeSettings, Run
 from mta.data.history import Item, Person
 from mta.distributed.executor import Executor, LocalExecutor
 from mta.errors import ConfigError, InputError, OtherBank, PersonNotFound
-from mta.forgetting import Forgotten, forget_person
-from mta.fuse import Merge, merged_factors
 from mta.lora.batch import join
 from mta.lora.layers import Adapters, applied
 from mta.lora.merge import truncate
 from mta.lora.peft import write_peft
-from mta.making import Maker, Personalized, Updated
 from mta.model.base import BaseModel
 from mta.model.encoders import Encoder
 from mta.model.generate import generate
-from mta.rows import Nobody, Who, row_adapters
+from mta.personalize.adapters import Nobody, Who, row_adapters
+from mta.personalize.forgetting import Forgotten, forget_person
+from mta.personalize.making import Maker, Personalized, Updated
+from mta.personalize.merge import Merge, merged_factors
 from mta.store import Store
 from mta.store.exports import Export, adapter_parcel
 from mta.store.state import State

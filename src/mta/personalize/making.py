@@ -10,13 +10,13 @@ from dataclasses import asdict, dataclass, field, replace
 from mta.bank.bank import Bank
 from mta.config import Run
 from mta.data.history import Person
-from mta.desk import Copies, Desk, Failed, renew, work_through
 from mta.distributed.executor import Executor, Outcome, R
 from mta.errors import DataError, InputError, OtherBank, PersonForgotten, PersonNotFound, StateCorrupt
-from mta.fuse import check_merge
 from mta.model.base import BaseModel
 from mta.model.encoders import Encoder
-from mta.stages import Cohort, Stages, Wanted, digest_of, settings_of
+from mta.personalize.merge import check_merge
+from mta.personalize.pipeline import Cohort, Stages, Wanted, digest_of, settings_of
+from mta.personalize.worker import Copies, Desk, Failed, renew, work_through
 from mta.store import Store
 from mta.store.state import State
 from mta.store.tombstones import NOTHING

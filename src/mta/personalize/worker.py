@@ -11,9 +11,9 @@ from mta.bank.bank import Bank
 from mta.bank.format import check_base, read_info
 from mta.config import Run
 from mta.errors import BankMismatch, Diverged, PersonForgotten, StoreConflict, StoreError
-from mta.growth import Renewed, renewed
 from mta.model.base import BaseModel
-from mta.stages import Cohort, Stages, Wanted
+from mta.personalize.pipeline import Cohort, Stages, Wanted
+from mta.personalize.update import Renewed, renewed
 from mta.store import Store
 from mta.store.state import State
 from mta.store.tombstones import NOTHING, forgotten_meanwhile

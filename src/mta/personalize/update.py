@@ -21,13 +21,13 @@ from torch import Tensor
 
 from mta.config import MergeSettings
 from mta.errors import Diverged, PersonForgotten
-from mta.evidence import Evidence, gather_evidence
-from mta.fuse import Merge, coefficients, learn, needs_evidence
 from mta.lora.batch import LoraBatch, stack
 from mta.model.encoders import encode_people
-from mta.policies import POLICIES, Retrieved
-from mta.rows import merge_of
-from mta.stages import Cohort, Stages
+from mta.personalize.adapters import merge_of
+from mta.personalize.likelihoods import Evidence, gather_evidence
+from mta.personalize.merge import Merge, coefficients, learn, needs_evidence
+from mta.personalize.pipeline import Cohort, Stages
+from mta.personalize.policies import POLICIES, Retrieved
 from mta.store.state import Losses, State
 from mta.training.trainer import Job
 
