@@ -15,12 +15,12 @@ from mta.config import override
 from mta.data.history import Person
 from mta.data.readers import read_people
 from mta.data.splits import Splits, draw
-from mta.demo import Recipe, load_recipe
 from mta.evaluation.show import show
 from mta.evaluation.study import Study, study
 from mta.model.base import BaseModel
 from mta.system import assets
 from mta.system.malloc import keep_freed_memory
+from mta.tools.demo import Recipe, load_recipe
 
 RECIPE = (
     "people.test=300",

@@ -21,13 +21,13 @@ from mta.cli.screen import Screen
 from mta.config import Lora, MergeSettings, StackSettings, Training, override
 from mta.data.readers import read_people
 from mta.data.splits import draw
-from mta.demo import Recipe, load_recipe
 from mta.evaluation.methods import Merged, MergeThenAdapt, Method, OneLora, TaskLora
 from mta.evaluation.protocol import Panel
 from mta.evaluation.run import Comparison, evaluate
 from mta.model.base import BaseModel
 from mta.system import assets
 from mta.system.malloc import keep_freed_memory
+from mta.tools.demo import Recipe, load_recipe
 
 METRICS = ("NLL", "MAE", "MAE (median)")
 

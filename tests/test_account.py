@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 from conftest import TINY_RUN, people_of, personalizer
 
-from mta.account import Rebuild, Version, account_of, gains, versions_of
 from mta.config import MergeSettings
 from mta.data.history import Item, Person
 from mta.errors import BankCorrupt, PersonNotFound
 from mta.store.state import Losses
+from mta.tools.inspect import Rebuild, Version, account_of, gains, versions_of
 
 PEOPLE = people_of(3, items=4, prefix="x", seed=5)
 
@@ -99,7 +99,7 @@ def test_operations_and_seconds_need_the_shape_of_the_base_alone(known, tmp_path
     info = known.bank.info.model_copy(
         update={"run": known.bank.info.run.model_copy(update={"base": f"{tmp_path}/base"})}
     )
-    monkeypatch.setattr("mta.account.read_info", lambda _: info)
+    monkeypatch.setattr("mta.tools.inspect.read_info", lambda _: info)
     found = account_of("x0", known.store, known.bank.folder).rebuild
     linear = 2 * sum(d * o for d, o in known.base.targets.values()) * found.tokens
     assert found.operations > linear * (found.forward + 2 * found.trained)

@@ -5,8 +5,8 @@ import yaml
 
 from mta.config import Evaluation, Lora, Run, load_settings, override, parse_size
 from mta.config.loader import checked, dump_yaml
-from mta.demo import load_recipe
 from mta.errors import ConfigError
+from mta.tools.demo import load_recipe
 
 
 def written(tmp_path, text):

@@ -19,9 +19,9 @@ from typer.main import get_command
 
 from mta.cli.app import app
 from mta.config import Evaluation, Privacy, Run
-from mta.demo import Recipe
 from mta.errors import HubError
 from mta.evaluation.recipe import Experiment
+from mta.tools.demo import Recipe
 
 OPERATORS = ("&&", "||", "|", ";", ">", "<", "&", ")", "(", "do", "done", "until")
 TUTORIAL = ROOT / "docs" / "tutorial" / "your-people.md"

@@ -11,10 +11,10 @@ import pytest
 import torch
 from conftest import people_of
 
-from mta import doctor
-from mta.doctor import BASE, examine
 from mta.store import Store
 from mta.system import assets
+from mta.tools import doctor
+from mta.tools.doctor import BASE, examine
 
 GIB = 1 << 30
 

@@ -15,7 +15,7 @@ from mta.errors import BankMismatch, DataError, ModelError
 from mta.model.base import BaseModel
 from mta.model.encoders import SentenceEncoder
 from mta.model.fingerprint import folder_fingerprint
-from mta.sizing import Shape
+from mta.tools.cost import Shape
 
 FINGERPRINT = "2b4a053134dd76dffeaa3f429a8db89ec3bc1d940a5574f3fe95c916d24347ee"  # of the tiny encoder, since 0.1.0
 KIND = "sentence_transformers.models"

@@ -16,7 +16,7 @@ from mta.data.splits import draw
 from mta.model.base import BaseModel
 from mta.personalize import Personalizer
 from mta.personalize.adapters import BASE, TASK
-from mta.sizing import Load, Shape, memory
+from mta.tools.cost import Load, Shape, memory
 
 pytestmark = [pytest.mark.real, pytest.mark.network]
 

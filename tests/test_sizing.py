@@ -15,8 +15,8 @@ from mta.errors import ConfigError
 from mta.lora.batch import Factors, LoraBatch
 from mta.lora.peft import write_peft
 from mta.model.footprint import Footprint, Numbers, Sums, Texts
-from mta.sizing import Load, Shape, costs, hardware, memory, passes
 from mta.store.state import Losses, State
+from mta.tools.cost import Load, Shape, costs, hardware, memory, passes
 
 SMOL = "smollm2-135m-instruct"
 FOOTPRINT = Footprint(Sums(), 1, 1, 1, 1, 2)

@@ -278,7 +278,16 @@ def _by_id(people: Sequence[Person]) -> list[Person]:
 
 def _tidy(out: Path) -> None:
     """Remove the work folder, and what killed runs had written aside and never renamed."""
-    names = (files.INFO, files.MEMBERS, files.ANCHORS, files.INDEX, files.TASK_LORA, "README.md", run_folder.RUN, run_folder.CONFIG)
+    names = (
+        files.INFO,
+        files.MEMBERS,
+        files.ANCHORS,
+        files.INDEX,
+        files.TASK_LORA,
+        "README.md",
+        run_folder.RUN,
+        run_folder.CONFIG,
+    )
     for left in (out / "work", *(path for name in names for path in out.glob(f".{name}.{'[0-9a-f]' * 32}"))):
         if left.is_dir():
             shutil.rmtree(left, ignore_errors=True)

@@ -25,10 +25,10 @@ def demo(
     Example:  mta demo --out demo/
     """
     from mta.cli.screen import Screen, console
-    from mta.demo import demo as run_demo
-    from mta.demo import load_recipe
     from mta.evaluation.report import to_json
     from mta.evaluation.show import show
+    from mta.tools.demo import demo as run_demo
+    from mta.tools.demo import load_recipe
 
     given = [*(words or []), *([] if seed is None else [f"run.seed={seed}"])]
     chosen, opened = load_recipe(recipe), tracked(track, out)

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from rich.table import Table
 
-    from mta.doctor import Finding
+    from mta.tools.doctor import Finding
 
 MARKS = {"ok": "[green]ok[/]", "warning": "[yellow]warning[/]", "problem": "[bold red]problem[/]"}
 
@@ -32,7 +32,7 @@ def doctor(
 
     Example:  mta doctor --bank bank/ --store people/
     """
-    from mta.doctor import examine
+    from mta.tools.doctor import examine
 
     found = examine(bank, store)
     problems, warnings = (sum(one.verdict == verdict for one in found) for verdict in ("problem", "warning"))

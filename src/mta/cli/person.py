@@ -14,7 +14,7 @@ from mta.cli.options import BankDir, Json, StoreUrl, show_json
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from mta.account import Account, Rebuild
+    from mta.tools.inspect import Account, Rebuild
 
 app = typer.Typer(help="Look at what is kept of one person, and go back to an earlier version.", no_args_is_help=True)
 Who = Annotated[str, typer.Argument(help="Who.")]
@@ -30,8 +30,8 @@ def show(person: Who, bank: BankDir = Path("bank"), store: StoreUrl = "people", 
 
     Example:  mta person show ann --bank bank/ --store people/
     """
-    from mta.account import account_of
     from mta.store import Store
+    from mta.tools.inspect import account_of
 
     found = account_of(person, Store(store), bank)
     if json:
@@ -64,8 +64,8 @@ def _chart(found: Account) -> Table:
 
 
 def _facts(found: Account) -> list[str]:
-    from mta.account import gains
     from mta.evaluation.figures import human_bytes
+    from mta.tools.inspect import gains
 
     stack, losses = found.stack, found.losses
     lines = [f"stack: rank {stack.rank}, {human_bytes(stack.bytes)}" if stack else "stack: none, the merge alone"]
@@ -106,9 +106,9 @@ def versions(person: Who, store: StoreUrl = "people", json: Json = False) -> Non
 
     Example:  mta person versions ann --store people/
     """
-    from mta.account import versions_of
     from mta.evaluation.figures import human_bytes
     from mta.store import Store
+    from mta.tools.inspect import versions_of
 
     found = versions_of(person, Store(store))
     if json:

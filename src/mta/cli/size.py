@@ -14,7 +14,7 @@ from mta.cli.options import Config, Json, Words, settings, show_json
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from mta.sizing import Cost, Hardware
+    from mta.tools.cost import Cost, Hardware
 
 People = Annotated[float, typer.Option(min=1, help="How many people, for example 1e6.")]
 Base = Annotated[str, typer.Option(help="A well-known shape (llama-3-8b), an asset, a folder or a hub id.")]
@@ -49,8 +49,8 @@ def size(
 
     Example:  mta size --people 1e6 --base llama-3-8b --anchors 50 --rank 8 --on h100 --picture size
     """
-    from mta import sizing
     from mta.evaluation.figures import human_bytes
+    from mta.tools import cost as sizing
 
     given = {"bank.anchors": anchors, "bank.lora.rank": rank, "task_lora.lora.rank": rank}
     run = settings(config, [*(f"{key}={value}" for key, value in given.items() if value), *(words or [])])

@@ -15,10 +15,10 @@ from mta.config import MergeSettings, Run
 from mta.data.history import Person
 from mta.data.tasks.task import Task
 from mta.errors import ConfigError, DataError, PersonNotFound, StateCorrupt
-from mta.sizing import KNOWN, Load, Shape, costs, hardware, passes
 from mta.store import Store
 from mta.store.exports import Export
 from mta.store.state import Losses, State
+from mta.tools.cost import KNOWN, Load, Shape, costs, hardware, passes
 
 _CHARACTERS = 4.0  # of a token, about: tokenizers of English text
 

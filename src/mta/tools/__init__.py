@@ -1,0 +1,1 @@
+"""Tools around the method: cost estimates, checks of the machine, inspection of a person, the demo."""
