@@ -23,7 +23,7 @@ from mta.bank.format import read_info
 from mta.config import Run, override
 from mta.data.history import Person
 from mta.data.readers import read_people
-from mta.evaluation.run import Interval, bootstrap
+from mta.evaluation.statistics import Interval, bootstrap
 from mta.model.base import BaseModel
 from mta.personalize import Personalizer
 from mta.personalize.adapters import row_adapters

@@ -15,8 +15,8 @@ from mta.config import override
 from mta.data.history import Person
 from mta.data.readers import read_people
 from mta.data.splits import Splits, draw
-from mta.evaluation.show import show
-from mta.evaluation.study import Study, study
+from mta.evaluation.compare import Study, study
+from mta.evaluation.reports.console import show
 from mta.model.base import BaseModel
 from mta.system import assets
 from mta.system.malloc import keep_freed_memory
@@ -60,7 +60,7 @@ def main() -> None:
         found = run(override(load_recipe("movielens"), [*RECIPE, *given.settings]), given.out, screen)
     found.meta |= {"data": "movielens-100k", "terms": assets.ASSETS["movielens-100k"].note}
     found.write(given.out, " ".join(["python benchmarks/many_people.py", *given.settings]))
-    show(found, console)
+    show(found.comparison, found.meta, found.questions, console)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from mta.data.readers import read_people
 from mta.data.splits import draw
 from mta.evaluation.methods import Merged, MergeThenAdapt, Method, OneLora, TaskLora
 from mta.evaluation.protocol import Panel
-from mta.evaluation.run import Comparison, evaluate
+from mta.evaluation.statistics import Comparison, evaluate
 from mta.model.base import BaseModel
 from mta.system import assets
 from mta.system.malloc import keep_freed_memory

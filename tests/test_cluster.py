@@ -22,10 +22,10 @@ from mta.data.readers import read_people
 from mta.distributed.executor import LocalExecutor
 from mta.distributed.ray import Cluster
 from mta.errors import BankMismatch, ClusterError, StoreError
-from mta.evaluation.experiment import run_experiment
-from mta.evaluation.lab import Lab
-from mta.evaluation.recipe import load_experiment
-from mta.evaluation.records import read_records
+from mta.evaluation.experiments.recipe import load_experiment
+from mta.evaluation.experiments.records import read_records
+from mta.evaluation.experiments.runner import run_experiment
+from mta.evaluation.experiments.workspace import Lab
 from mta.model.base import BaseModel
 from mta.personalize import Personalizer
 from mta.personalize.worker import Copies

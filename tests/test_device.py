@@ -11,7 +11,7 @@ from mta.config import MergeSettings, Training
 from mta.errors import ModelError
 from mta.evaluation.methods import Merged, MergeThenAdapt, TaskLora
 from mta.evaluation.protocol import Panel
-from mta.evaluation.run import evaluate
+from mta.evaluation.statistics import evaluate
 from mta.personalize import Personalizer
 
 QUESTION = {"title": "Film 7", "genres": "Drama"}

@@ -20,7 +20,7 @@ from typer.main import get_command
 from mta.cli.app import app
 from mta.config import Evaluation, Privacy, Run
 from mta.errors import HubError
-from mta.evaluation.recipe import Experiment
+from mta.evaluation.experiments.recipe import Experiment
 from mta.tools.demo import Recipe
 
 OPERATORS = ("&&", "||", "|", ";", ">", "<", "&", ")", "(", "do", "done", "until")

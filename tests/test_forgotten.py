@@ -19,7 +19,7 @@ from mta.bank.format import stale
 from mta.config import Evaluation
 from mta.data.history import Item, Person
 from mta.errors import PersonNotFound
-from mta.evaluation.study import ask, study
+from mta.evaluation.compare import ask, study
 from mta.personalize import Personalizer, forget_person
 from mta.store import Store
 from mta.store.maintenance import check

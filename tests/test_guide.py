@@ -10,11 +10,11 @@ import yaml
 from conftest import TINY_RUN, HashEncoder, people_of
 
 from mta.config import MergeSettings
+from mta.evaluation.experiments.recipe import load_experiment
 from mta.evaluation.methods import METHODS
 from mta.evaluation.methods.merged import answered
 from mta.evaluation.methods.method import Method, Outcome, register
 from mta.evaluation.protocol import Panel
-from mta.evaluation.recipe import load_experiment
 
 GUIDE = (Path(__file__).parent.parent / "docs" / "how-to" / "add-a-method.md").read_text()
 

@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mta.evaluation import plots
+from mta.evaluation.reports import plots
 
 
 def draw(more: Mapping[str, Any], folder: Path) -> list[Path]:

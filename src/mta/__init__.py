@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from mta.data.readers import read_people as read_people
     from mta.data.tasks import load_task as load_task
     from mta.errors import MtaError as MtaError
-    from mta.evaluation.study import study as study
+    from mta.evaluation.compare import study as study
     from mta.model.base import BaseModel as BaseModel
     from mta.personalize import Personalizer as Personalizer
     from mta.personalize.adapters import BASE as BASE
@@ -41,7 +41,7 @@ _HOME = {
     "load_task": "mta.data.tasks",
     "override": "mta.config",
     "read_people": "mta.data.readers",
-    "study": "mta.evaluation.study",
+    "study": "mta.evaluation.compare",
 }
 __all__ = [*_HOME, "__version__"]
 __version__ = "0.1.0"

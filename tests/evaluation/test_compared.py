@@ -8,8 +8,8 @@ from conftest import TINY_RUN
 from tiny import base_of
 
 from mta.errors import DataError
-from mta.evaluation.compared import compared, read_runs
-from mta.evaluation.publish import report
+from mta.evaluation.reports.publish import report
+from mta.evaluation.reports.runs import compared, read_runs
 from mta.system.atomic import write_json
 from mta.tracking.run_folder import RunFolder
 from mta.training.trainer import Step

@@ -7,14 +7,14 @@ import torch
 from conftest import TINY_RUN
 
 from mta.data.tasks import load_task
-from mta.evaluation import plots
-from mta.evaluation.exhibits import sections
+from mta.evaluation.experiments.recipe import Experiment, Part
+from mta.evaluation.experiments.records import Record
+from mta.evaluation.experiments.results import Results, latest
 from mta.evaluation.methods import Base, MergeThenAdapt, OneLora, TaskLora
-from mta.evaluation.recipe import Experiment, Part
-from mta.evaluation.records import Record
-from mta.evaluation.results import Results, latest
-from mta.evaluation.run import Interval
-from mta.evaluation.tables import markdown, overview, rows_of
+from mta.evaluation.reports import plots
+from mta.evaluation.reports.exhibits import sections
+from mta.evaluation.reports.tables import markdown, overview, rows_of
+from mta.evaluation.statistics import Interval
 
 METHODS = (Base(), TaskLora(), OneLora(), MergeThenAdapt())
 PEOPLE = [f"{n:012x}" for n in range(24)]

@@ -18,16 +18,16 @@ from mta.data.readers.sharing import connected
 from mta.data.splits import PARTS
 from mta.data.tasks import load_task
 from mta.errors import ConfigError, DataError, InputError
-from mta.evaluation import experiment as module
-from mta.evaluation import lab as lab_module
-from mta.evaluation.experiment import run_experiment
-from mta.evaluation.lab import Lab
-from mta.evaluation.lamp import score
+from mta.evaluation.experiments import runner as module
+from mta.evaluation.experiments import workspace as lab_module
+from mta.evaluation.experiments.recipe import Experiment, drawn, load_experiment, names
+from mta.evaluation.experiments.records import Record, Records, read_records
+from mta.evaluation.experiments.results import Results
+from mta.evaluation.experiments.runner import run_experiment
+from mta.evaluation.experiments.workspace import Lab
+from mta.evaluation.lamp_scores import score
 from mta.evaluation.methods import METHODS
-from mta.evaluation.publish import report
-from mta.evaluation.recipe import Experiment, drawn, load_experiment, names
-from mta.evaluation.records import Record, Records, read_records
-from mta.evaluation.results import Results
+from mta.evaluation.reports.publish import report
 
 
 @pytest.fixture(scope="module")
@@ -206,7 +206,7 @@ def test_people_asked_together_or_apart_get_the_same_answers(world, cache, tmp_p
     together, apart = tmp_path / "together", tmp_path / "apart"
     words = ["run.dtype=float64"]  # in float32 rounding decides what a search takes where all is nearly the same
     run_experiment(lab_of(world, together, *words), ["main", "ablation"])
-    monkeypatch.setattr("mta.evaluation.lab.TOGETHER", 1)
+    monkeypatch.setattr("mta.evaluation.experiments.workspace.TOGETHER", 1)
     run_experiment(lab_of(world, apart, *words), ["main", "ablation"])
     one, other = ({(r.settings, r.bank, r.person): r for r in read_records(folder)} for folder in (together, apart))
     assert one.keys() == other.keys()

@@ -8,7 +8,7 @@ from mta.config import MergeSettings, Training
 from mta.data.history import Item, Person
 from mta.data.tasks import load_task
 from mta.errors import ConfigError, InputError
-from mta.evaluation.facts import fidelity, relative_error
+from mta.evaluation.experiments.bank_stats import fidelity, relative_error
 from mta.evaluation.methods import (
     METHODS,
     Base,

@@ -7,7 +7,7 @@ from sklearn.metrics import accuracy_score, log_loss, mean_absolute_error, mean_
 
 from mta.data.tasks import load_task
 from mta.evaluation.metrics import Answers, from_scores, measure, median_labels, primary, query_nll
-from mta.evaluation.run import Interval, better, bootstrap, student_t
+from mta.evaluation.statistics import Interval, better, bootstrap, student_t
 
 RATING, TAG, HEADLINE = load_task("movielens-rating"), load_task("lamp2"), load_task("lamp4")
 

@@ -20,11 +20,19 @@ from mta.bank.task_lora import pooled_items
 from mta.config import Lora, MergeSettings, Privacy, StackSettings, Training
 from mta.data.history import Item, Person
 from mta.errors import AnchorNotFound, InputError
-from mta.evaluation import exposure
-from mta.evaluation.attack import Trials, attack, auc, rank_correlation, resampled_auc, resampled_tpr, tpr_at
-from mta.evaluation.cast import cast
-from mta.evaluation.exam import ANCHORS, ANOTHER, OWN, PERSONAL, POOL, SHOTS, Exam, spread
-from mta.evaluation.privacy import Findings, merges, privacy
+from mta.evaluation.privacy import report as exposure
+from mta.evaluation.privacy.evaluator import ANCHORS, ANOTHER, OWN, PERSONAL, POOL, SHOTS, Exam, spread
+from mta.evaluation.privacy.membership import (
+    Trials,
+    attack,
+    auc,
+    rank_correlation,
+    resampled_auc,
+    resampled_tpr,
+    tpr_at,
+)
+from mta.evaluation.privacy.runner import Findings, merges, privacy
+from mta.evaluation.privacy.sampling import cast
 from mta.evaluation.protocol import Panel
 from mta.lora.batch import join
 from mta.lora.layers import Shared

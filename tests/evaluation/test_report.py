@@ -8,11 +8,11 @@ import torch
 from rich.console import Console
 
 from mta.data.tasks import load_task
-from mta.evaluation import figures
 from mta.evaluation.metrics import Answers, measure, query_nll
-from mta.evaluation.report import grid, table, to_json, verdict, write_html
-from mta.evaluation.run import Comparison, Interval, Row
-from mta.evaluation.verdict import headline, judge
+from mta.evaluation.reports import figures
+from mta.evaluation.reports.html import grid, table, to_json, verdict, write_html
+from mta.evaluation.reports.summary import headline, judge
+from mta.evaluation.statistics import Comparison, Interval, Row
 from mta.personalize.merge import Merge
 
 HOSTILE = "<script>alert('x')</script><img src=https://evil.example/x.png onerror=\"go()\"> & {{ 7 * 7 }}"

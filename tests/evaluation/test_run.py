@@ -9,6 +9,7 @@ from mta.data.history import Item, Person
 from mta.data.tasks import load_task
 from mta.errors import InputError
 from mta.evaluation import protocol
+from mta.evaluation.compare import standard_methods, study
 from mta.evaluation.methods import (
     Base,
     GlobalConstant,
@@ -22,9 +23,8 @@ from mta.evaluation.methods import (
 )
 from mta.evaluation.metrics import Answers, measure
 from mta.evaluation.protocol import Panel
-from mta.evaluation.run import Comparison, Row, bootstrap, evaluate
-from mta.evaluation.study import standard_methods, study
-from mta.evaluation.verdict import headline, verdict
+from mta.evaluation.reports.summary import headline, verdict
+from mta.evaluation.statistics import Comparison, Row, bootstrap, evaluate
 
 SHOTS, QUERIES, PEOPLE = 3, 3, 4
 ADAPT = OneLora(name="adapt only", lora=Lora(rank=1, alpha=4.0), training=Training(lr=1e-2, steps=2, batch_size=8))

@@ -25,8 +25,8 @@ def demo(
     Example:  mta demo --out demo/
     """
     from mta.cli.screen import Screen, console
-    from mta.evaluation.report import to_json
-    from mta.evaluation.show import show
+    from mta.evaluation.reports.console import show
+    from mta.evaluation.reports.html import to_json
     from mta.tools.demo import demo as run_demo
     from mta.tools.demo import load_recipe
 
@@ -36,4 +36,4 @@ def demo(
         found = run_demo(out, chosen, typed(), given, on_step=screen.step, say=screen.say, track=opened)
     if json:
         return show_json(to_json(found.comparison, **found.meta, command=typed()))
-    show(found, console)
+    show(found.comparison, found.meta, found.questions, console)

@@ -150,9 +150,9 @@ class Asked:
 def _compare(asked: Asked, people: int | None) -> None:
     from mta.cli.screen import Screen, console
     from mta.config import Evaluation
-    from mta.evaluation.report import to_json
-    from mta.evaluation.show import show
-    from mta.evaluation.study import study
+    from mta.evaluation.compare import study
+    from mta.evaluation.reports.console import show
+    from mta.evaluation.reports.html import to_json
 
     everybody = asked.everybody()
     base, bank, run, chosen = asked.opened(Evaluation)
@@ -161,15 +161,18 @@ def _compare(asked: Asked, people: int | None) -> None:
         kept.outcome = found.outcome()
         if asked.out:
             found.write(asked.out, typed())
-    show_json(to_json(found.comparison, **found.meta, command=typed())) if asked.json else show(found, console)
+    if asked.json:
+        show_json(to_json(found.comparison, **found.meta, command=typed()))
+    else:
+        show(found.comparison, found.meta, found.questions, console)
 
 
 def _attack(asked: Asked, people: int | None) -> None:
     from mta.cli.screen import Screen, console
     from mta.config import Privacy
     from mta.errors import InputError
-    from mta.evaluation.exposure import show, to_json, write
-    from mta.evaluation.privacy import privacy
+    from mta.evaluation.privacy.report import show, to_json, write
+    from mta.evaluation.privacy.runner import privacy
 
     if people or _is_recipe(asked.source):
         raise InputError(
@@ -186,7 +189,7 @@ def _attack(asked: Asked, people: int | None) -> None:
 
 
 def _is_recipe(source: str) -> bool:
-    from mta.evaluation.recipe import names
+    from mta.evaluation.experiments.recipe import names
 
     return Path(source).suffix in (".yaml", ".yml") or (source in names() and not Path(source).exists())
 
@@ -205,9 +208,9 @@ def _experiment(
     from mta.cli.screen import Screen
     from mta.config import override
     from mta.errors import InputError
-    from mta.evaluation.experiment import run_experiment
-    from mta.evaluation.lab import Lab
-    from mta.evaluation.recipe import Which, load_experiment, wanted
+    from mta.evaluation.experiments.recipe import Which, load_experiment, wanted
+    from mta.evaluation.experiments.runner import run_experiment
+    from mta.evaluation.experiments.workspace import Lab
 
     if on not in ("test", "development"):
         raise InputError(
@@ -231,7 +234,7 @@ def _score(source: str, predictions: Path, task: str | None, words: list[str] | 
     from mta.data.readers import read_answers
     from mta.data.tasks import load_task
     from mta.errors import InputError
-    from mta.evaluation.lamp import score
+    from mta.evaluation.lamp_scores import score
     from mta.system.assets import resolve
 
     if words or not task:

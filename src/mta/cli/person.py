@@ -64,7 +64,7 @@ def _chart(found: Account) -> Table:
 
 
 def _facts(found: Account) -> list[str]:
-    from mta.evaluation.figures import human_bytes
+    from mta.evaluation.reports.figures import human_bytes
     from mta.tools.inspect import gains
 
     stack, losses = found.stack, found.losses
@@ -90,7 +90,7 @@ def _facts(found: Account) -> list[str]:
 
 
 def _price(rebuild: Rebuild) -> str:
-    from mta.evaluation.figures import human_seconds
+    from mta.evaluation.reports.figures import human_seconds
 
     over = f"about {rebuild.tokens:.0f} tokens" if rebuild.tokens else f"shots of {rebuild.targets} target tokens"
     said = f"to make it again: {rebuild.forward:.0f} passes forward and {rebuild.trained:.0f} forward and back"
@@ -106,7 +106,7 @@ def versions(person: Who, store: StoreUrl = "people", json: Json = False) -> Non
 
     Example:  mta person versions ann --store people/
     """
-    from mta.evaluation.figures import human_bytes
+    from mta.evaluation.reports.figures import human_bytes
     from mta.store import Store
     from mta.tools.inspect import versions_of
 

@@ -30,7 +30,7 @@ def report(
     Example:  mta report runs/lamp3 runs/movielens --out results/
     Example:  mta report bank-8/ bank-16/ --out compared/
     """
-    from mta.evaluation.publish import report as draw
+    from mta.evaluation.reports.publish import report as draw
 
     check_out(out)
     drawn = draw(folders, out, texts=texts)

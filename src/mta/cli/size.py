@@ -49,7 +49,7 @@ def size(
 
     Example:  mta size --people 1e6 --base llama-3-8b --anchors 50 --rank 8 --on h100 --picture size
     """
-    from mta.evaluation.figures import human_bytes
+    from mta.evaluation.reports.figures import human_bytes
     from mta.tools import cost as sizing
 
     given = {"bank.anchors": anchors, "bank.lora.rank": rank, "task_lora.lora.rank": rank}
@@ -78,7 +78,7 @@ def _table(costs: dict[str, Cost], people: float, machine: Hardware) -> Table:
     from rich import box
     from rich.table import Table
 
-    from mta.evaluation.figures import human_bytes, human_seconds
+    from mta.evaluation.reports.figures import human_bytes, human_seconds
 
     made = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for head in ("", "kept once", "each", "all", "trained once", "each", "all"):
@@ -91,9 +91,9 @@ def _table(costs: dict[str, Cost], people: float, machine: Hardware) -> Table:
 
 def _draw(path: Path, costs: dict[str, Cost], machine: Hardware) -> None:
     """Bytes and training time of each way against people."""
-    from mta.evaluation.exhibits import BYTES, FITTED, SECONDS
-    from mta.evaluation.figures import human_bytes, human_seconds
-    from mta.evaluation.plots import Points, growth
+    from mta.evaluation.reports.exhibits import BYTES, FITTED, SECONDS
+    from mta.evaluation.reports.figures import human_bytes, human_seconds
+    from mta.evaluation.reports.plots import Points, growth
 
     kept, took = dict[str, tuple[Points, Points]](), dict[str, tuple[Points, Points]]()
     for name, cost in costs.items():

@@ -47,7 +47,7 @@ def stats(store: Url = "people", json: Json = False) -> None:
 
     Example:  mta store stats s3://bucket/people --json
     """
-    from mta.evaluation.figures import human_bytes
+    from mta.evaluation.reports.figures import human_bytes
     from mta.store import Store, maintenance
 
     found = maintenance.stats(Store(store))
@@ -71,7 +71,7 @@ def gc(
     Example:  mta store gc people/ --keep 2 --dry-run
     """
     from mta.cli.screen import counted
-    from mta.evaluation.figures import human_bytes
+    from mta.evaluation.reports.figures import human_bytes
     from mta.store import Store, maintenance
 
     with counted("people") as on_person:

@@ -18,7 +18,7 @@ from mta.data.history import Person
 from mta.data.readers import read_people
 from mta.data.splits import Splits, draw
 from mta.errors import ConfigError
-from mta.evaluation.study import Study, ask, study
+from mta.evaluation.compare import Study, ask, study
 from mta.model.base import BaseModel
 from mta.personalize import Personalizer
 from mta.system import assets

@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from mta.errors import DataError
-from mta.evaluation import plots
-from mta.evaluation.exhibits import Section
-from mta.evaluation.experiment import KIND
-from mta.evaluation.figures import human_seconds
+from mta.evaluation.experiments.records import FILE
+from mta.evaluation.experiments.runner import KIND
 from mta.evaluation.metrics import BETTER_LOW
-from mta.evaluation.records import FILE
-from mta.evaluation.run import Interval
-from mta.evaluation.tables import POOLED, markdown
+from mta.evaluation.reports import plots
+from mta.evaluation.reports.exhibits import Section
+from mta.evaluation.reports.figures import human_seconds
+from mta.evaluation.reports.tables import POOLED, markdown
+from mta.evaluation.statistics import Interval
 from mta.tracking.run_folder import RUN, lines, sittings
 
 FACTS = ("machine", "threads", "device", "commit", "bank")  # beside settings and versions

@@ -17,11 +17,10 @@ from rich.text import Text
 from torch import Tensor
 
 from mta.bank.bank import Bank
-from mta.evaluation import figures
-from mta.evaluation.figures import human_bytes, human_seconds
 from mta.evaluation.metrics import BETTER_LOW
-from mta.evaluation.run import WORSE, Comparison, Interval
-from mta.evaluation.verdict import (
+from mta.evaluation.reports import figures
+from mta.evaluation.reports.figures import human_bytes, human_seconds
+from mta.evaluation.reports.summary import (
     findings,
     headline,
     judge,
@@ -33,6 +32,7 @@ from mta.evaluation.verdict import (
     worse_off,
     yardstick,
 )
+from mta.evaluation.statistics import WORSE, Comparison, Interval
 from mta.system.atomic import write_text
 
 __all__ = ["Cell", "Column", "findings", "grid", "table", "to_json", "verdict", "write_html"]
@@ -159,7 +159,7 @@ def write_html(
     """
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
-    loader = PackageLoader("mta.evaluation", ".")
+    loader = PackageLoader("mta.evaluation.reports", ".")
     pages = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     text = pages.get_template("report.html.jinja").render(
         title=_title(comparison),

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from mta.evaluation.figures import human_bytes
-from mta.evaluation.results import Results
-from mta.evaluation.run import Comparison, Interval
-from mta.evaluation.verdict import judge, people_in, units_in, worse_off, yardstick
+from mta.evaluation.experiments.results import Results
+from mta.evaluation.reports.figures import human_bytes
+from mta.evaluation.reports.summary import judge, people_in, units_in, worse_off, yardstick
+from mta.evaluation.statistics import Comparison, Interval
 
 POOLED, RIVAL = "task LoRA", "OPPU"
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Literal
 
-from mta.evaluation.figures import human_bytes
 from mta.evaluation.metrics import BETTER_LOW
-from mta.evaluation.run import WORSE, Comparison, Interval, better, units
+from mta.evaluation.reports.figures import human_bytes
+from mta.evaluation.statistics import WORSE, Comparison, Interval, better, units
 
 Judgement = Literal["better", "worse", "unclear"]
 

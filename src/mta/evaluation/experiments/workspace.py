@@ -21,9 +21,9 @@ from mta.data.tasks.load import load_task
 from mta.data.tasks.task import Task
 from mta.distributed.executor import Executor, LocalExecutor
 from mta.errors import ConfigError, InputError
+from mta.evaluation.experiments.recipe import Experiment, Part, Which, drawn
 from mta.evaluation.methods import Method
 from mta.evaluation.protocol import Panel, able
-from mta.evaluation.recipe import Experiment, Part, Which, drawn
 from mta.model.base import BaseModel
 from mta.system.assets import is_asset, resolve
 from mta.system.atomic import write_json, write_text

@@ -9,12 +9,12 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from mta.evaluation import plots
-from mta.evaluation.attack import FPR, Attack
-from mta.evaluation.cast import AT_LEAST
-from mta.evaluation.exam import Row
-from mta.evaluation.privacy import Findings
-from mta.evaluation.run import Interval
+from mta.evaluation.privacy.evaluator import Row
+from mta.evaluation.privacy.membership import FPR, Attack
+from mta.evaluation.privacy.runner import Findings
+from mta.evaluation.privacy.sampling import AT_LEAST
+from mta.evaluation.reports import plots
+from mta.evaluation.statistics import Interval
 from mta.system.atomic import write_json
 
 GUESSING = 0.5

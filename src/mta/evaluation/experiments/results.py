@@ -16,13 +16,13 @@ from mta.config.loader import checked
 from mta.data.tasks.load import load_task
 from mta.data.tasks.task import Task
 from mta.errors import DataError, InputError
-from mta.evaluation.experiment import CASE, FACTS
-from mta.evaluation.lab import RECIPE, SIZES
+from mta.evaluation.experiments.recipe import Experiment, Part
+from mta.evaluation.experiments.records import Record, read_records
+from mta.evaluation.experiments.runner import CASE, FACTS
+from mta.evaluation.experiments.workspace import RECIPE, SIZES
 from mta.evaluation.methods import Method
 from mta.evaluation.metrics import Answers
-from mta.evaluation.recipe import Experiment, Part
-from mta.evaluation.records import Record, read_records
-from mta.evaluation.run import Comparison, Row
+from mta.evaluation.statistics import Comparison, Row
 from mta.tracking.run_folder import sittings
 
 BEFORE = "meta.json"  # where experiments told of their runs before run.json

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from mta.config import MergeSettings
 from mta.data.history import Item, Person
-from mta.evaluation.attack import Attack, Trials, attack
-from mta.evaluation.cast import Cast
 from mta.evaluation.methods import Base, Merged, MergeThenAdapt, Outcome, TaskLora
 from mta.evaluation.methods.merged import answered
 from mta.evaluation.metrics import query_nll
+from mta.evaluation.privacy.membership import Attack, Trials, attack
+from mta.evaluation.privacy.sampling import Cast
 from mta.evaluation.protocol import Panel
 from mta.personalize.merge import Merge
 

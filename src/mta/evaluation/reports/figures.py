@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mta.evaluation.run import Interval
+from mta.evaluation.statistics import Interval
 from mta.personalize.merge import Merge
 
 # Stand-ins that become CSS variables. Blue, vermillion and green are told apart by colour-blind readers as well.

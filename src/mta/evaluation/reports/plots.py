@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mta.evaluation.figures import human_bytes, write_labels
-from mta.evaluation.run import Interval
+from mta.evaluation.reports.figures import human_bytes, write_labels
+from mta.evaluation.statistics import Interval
 from mta.system.atomic import written_aside
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#333333")  # told apart by everybody

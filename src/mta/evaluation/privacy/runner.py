@@ -15,11 +15,11 @@ import numpy as np
 from mta.bank.bank import Bank
 from mta.config import MergeSettings, Privacy, Run
 from mta.data.history import Person
-from mta.evaluation.attack import rank_correlation
-from mta.evaluation.cast import Cast, cast
-from mta.evaluation.exam import ANCHORS, POOL, SHOTS, Exam, Row
+from mta.evaluation.privacy.evaluator import ANCHORS, POOL, SHOTS, Exam, Row
+from mta.evaluation.privacy.membership import rank_correlation
+from mta.evaluation.privacy.sampling import Cast, cast
 from mta.evaluation.protocol import Panel
-from mta.evaluation.run import Interval
+from mta.evaluation.statistics import Interval
 from mta.model.base import BaseModel
 from mta.model.encoders import Encoder
 from mta.personalize.merge import check_merge

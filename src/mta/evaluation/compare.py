@@ -20,8 +20,8 @@ from mta.data.tasks.task import Task
 from mta.errors import InputError
 from mta.evaluation.methods import Base, GlobalConstant, Merged, MergeThenAdapt, Method, OneLora, OwnConstant, TaskLora
 from mta.evaluation.protocol import Panel, able, apart
-from mta.evaluation.run import Comparison, evaluate
-from mta.evaluation.verdict import yardstick
+from mta.evaluation.reports.summary import yardstick
+from mta.evaluation.statistics import Comparison, evaluate
 from mta.model.base import BaseModel
 from mta.model.encoders import Encoder
 from mta.personalize import Personalizer
@@ -51,7 +51,7 @@ class Study:
 
     def write(self, out: str | Path, command: str = "") -> None:
         """``report.html`` and ``results.json`` under ``out``; ``command`` says how to get them again."""
-        from mta.evaluation.report import to_json, write_html
+        from mta.evaluation.reports.html import to_json, write_html
         from mta.system.atomic import write_json
 
         out, meta = Path(out), self.meta | {"command": command}

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from mta.evaluation.run import Interval
+from mta.evaluation.statistics import Interval
 
 Numbers = npt.NDArray[np.float64]
 Places = npt.NDArray[np.intp]

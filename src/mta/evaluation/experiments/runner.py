@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from mta.errors import ClusterError
-from mta.evaluation.facts import bank_facts, case_study
-from mta.evaluation.lab import Lab, LabCopies
+from mta.evaluation.experiments.bank_stats import bank_facts, case_study
+from mta.evaluation.experiments.recipe import Experiment, Part, wanted
+from mta.evaluation.experiments.records import Record, Records
+from mta.evaluation.experiments.workspace import Lab, LabCopies
 from mta.evaluation.methods import Method, Outcome
 from mta.evaluation.metrics import measure, query_nll
-from mta.evaluation.recipe import Experiment, Part, wanted
-from mta.evaluation.records import Record, Records
 from mta.system.atomic import write_json
 from mta.tracking.run_folder import RunFolder, work_of
 from mta.tracking.trackers import Track

@@ -8,13 +8,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mta.evaluation.compared import compared, is_experiment, read_runs
-from mta.evaluation.exhibits import Section, sections
-from mta.evaluation.experiment import CASE, FACTS
-from mta.evaluation.lab import RECIPE, SIZES
-from mta.evaluation.records import FILE, Record, publish
-from mta.evaluation.results import BEFORE, Results
-from mta.evaluation.tables import overview
+from mta.evaluation.experiments.records import FILE, Record, publish
+from mta.evaluation.experiments.results import BEFORE, Results
+from mta.evaluation.experiments.runner import CASE, FACTS
+from mta.evaluation.experiments.workspace import RECIPE, SIZES
+from mta.evaluation.reports.exhibits import Section, sections
+from mta.evaluation.reports.runs import compared, is_experiment, read_runs
+from mta.evaluation.reports.tables import overview
 from mta.system.atomic import copy_file, make_folder, write_json, write_text
 from mta.tracking.run_folder import RUN
 

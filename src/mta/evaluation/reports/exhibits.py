@@ -7,14 +7,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from mta.evaluation import plots
-from mta.evaluation.figures import human_bytes, human_seconds
+from mta.evaluation.experiments.results import Results
 from mta.evaluation.metrics import BETTER_LOW
-from mta.evaluation.plots import Line
-from mta.evaluation.results import Results
-from mta.evaluation.run import Comparison, Interval
-from mta.evaluation.tables import POOLED, RIVAL, against, markdown, marked, rows_of
-from mta.evaluation.verdict import people_in, units_in, yardstick
+from mta.evaluation.reports import plots
+from mta.evaluation.reports.figures import human_bytes, human_seconds
+from mta.evaluation.reports.plots import Line
+from mta.evaluation.reports.summary import people_in, units_in, yardstick
+from mta.evaluation.reports.tables import POOLED, RIVAL, against, markdown, marked, rows_of
+from mta.evaluation.statistics import Comparison, Interval
 
 FITTED = [10 ** (n / 4) for n in range(25)]  # people at which the lines of Figure 2 are drawn, to a million
 SECONDS = (1, 60, 600, 3600, 36_000, 360_000, 3_600_000, 36_000_000)  # and the seconds that are marked

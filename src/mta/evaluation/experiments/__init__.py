@@ -1,0 +1,1 @@
+"""Experiments: recipes, the runner, and the records and results on disk."""

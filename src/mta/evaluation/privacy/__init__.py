@@ -1,0 +1,1 @@
+"""Membership inference against a bank and against people's models."""
