@@ -32,8 +32,8 @@ from mta.kernels.products import _onednn_is_faster
 from mta.lora.batch import LoraBatch, fresh
 from mta.lora.merge import merge_exact
 from mta.model.base import BaseModel
-from mta.serving.seats import Person, Seats
-from mta.serving.slots import Slots
+from mta.serving.embedded.adapter_slots import Person, Seats
+from mta.serving.embedded.kv_cache import Slots
 from mta.system.atomic import read_json, write_json
 from mta.system.device import cores, processor
 

@@ -13,8 +13,8 @@ from mta.lora import PerPerson, applied
 from mta.lora.batch import Factors, LoraBatch
 from mta.model.generate import generate
 from mta.personalize.adapters import TASK
-from mta.serving.embedded import EmbeddedEngine
-from mta.serving.slots import Slots, refuse_unservable
+from mta.serving.embedded.engine import EmbeddedEngine
+from mta.serving.embedded.kv_cache import Slots, refuse_unservable
 from mta.training.packing import collate, pack
 from mta.training.scoring import log_likelihood
 

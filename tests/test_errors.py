@@ -21,18 +21,18 @@ from mta.config import Run, override
 from mta.errors import MtaError
 from mta.model.base import BaseModel
 from mta.personalize.adapters import TASK
-from mta.serving.auth import LOCAL, Keys
-from mta.serving.embedded import EmbeddedEngine
+from mta.serving.api.auth import LOCAL, Keys
+from mta.serving.api.jobs import Jobs
+from mta.serving.api.service import Service, error_of
+from mta.serving.embedded.engine import EmbeddedEngine
 from mta.serving.engine import Ask
-from mta.serving.jobs import Jobs
-from mta.serving.service import Service, error_of
-from mta.serving.vllm_server import VllmServer, VllmSettings
+from mta.serving.vllm.server import VllmServer, VllmSettings
 from mta.store import Store
 
 SOURCE = Path(mta.__file__).parent
 PARSED = {path: ast.parse(path.read_text(encoding="utf-8")) for path in sorted(SOURCE.rglob("*.py"))}
 ASTRAY = TINY_RUN.stack.model_copy(update={"training": TINY_RUN.stack.training.model_copy(update={"lr": 1e300})})
-VLLM = {"mta.serving.vllm_resolver"}  # imports vLLM, which lives in another environment
+VLLM = {"mta.serving.vllm.resolver"}  # imports vLLM, which lives in another environment
 TOLD = {
     "NobodyHere",
     "Refused",

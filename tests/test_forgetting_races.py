@@ -15,7 +15,7 @@ from test_state import ANN, state
 from mta.errors import PersonForgotten, StoreError
 from mta.lora.peft import WEIGHTS
 from mta.personalize.forgetting import forget_person
-from mta.serving.histories import Histories
+from mta.serving.api.histories import Histories
 from mta.store import Store, tombstones
 from mta.store import exports as module
 from mta.store.exports import Export

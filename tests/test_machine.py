@@ -6,8 +6,8 @@ import pytest
 import torch
 from conftest import personalizer
 
-from mta.serving.embedded import EmbeddedEngine
-from mta.serving.jobs import Jobs
+from mta.serving.api.jobs import Jobs
+from mta.serving.embedded.engine import EmbeddedEngine
 from mta.store import Store
 from mta.system.device import compute_with, seeded
 

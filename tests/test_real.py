@@ -92,8 +92,8 @@ import os, sys
 from pathlib import Path
 import torch
 from mta import TASK, Bank, BaseModel
-from mta.serving.seats import Seats
-from mta.serving.slots import Slots
+from mta.serving.embedded.adapter_slots import Seats
+from mta.serving.embedded.kv_cache import Slots
 
 def resident():
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")

@@ -69,8 +69,8 @@ def test_what_is_kept_of_a_person_is_what_their_files_take(tmp_path):
 
 
 def test_a_bank_and_a_row_take_what_is_told(tiny_bank_folder, tiny, tmp_path):
-    from mta.serving.seats import Seats
-    from mta.serving.slots import Slots
+    from mta.serving.embedded.adapter_slots import Seats
+    from mta.serving.embedded.kv_cache import Slots
 
     base, bank = tiny
     base.model.config.save_pretrained(tmp_path)

@@ -15,7 +15,7 @@ import torch
 from mta.bank import format as files
 from mta.lora.batch import join
 from mta.lora.merge import merge_exact, truncate
-from mta.serving.synthesis import Synthesis
+from mta.serving.vllm.lora_export import Synthesis
 from mta.store import Store
 
 

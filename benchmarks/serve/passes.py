@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 
 from benchmarks.serve.server import LENGTH, made_up, opened
-from mta.serving.seats import Seats
-from mta.serving.slots import Slots
+from mta.serving.embedded.adapter_slots import Seats
+from mta.serving.embedded.kv_cache import Slots
 from mta.system.device import cores, in_passing, processor
 from mta.system.malloc import keep_freed_memory
 

@@ -14,8 +14,8 @@ from mta.bank.format import read_info
 from mta.config import Run
 from mta.lora.batch import Factors, fresh
 from mta.model.base import BaseModel
-from mta.serving.auth import Keys
-from mta.serving.serve import serve, service_of, sigterm_exits, vllm_of
+from mta.serving.api.auth import Keys
+from mta.serving.launch import serve, service_of, sigterm_exits, vllm_of
 from mta.store import Store
 from mta.store.state import State
 from mta.system.device import in_passing

@@ -219,7 +219,7 @@ def _vllm(sheet: Sheet) -> None:
     sheet.arrow((474, 430), (514, 430))
     sheet.text(536, 378, "vLLM with our plugin", size=16, bold=True)
     sheet.text(916, 378, "vllm_engine.py", size=12.5, colour=SOFT, at="end")
-    steps = (("a name", "vllm_names.py"), ("resolver", "vllm_resolver.py"), ("adapter", "vllm_adapters.py"))
+    steps = (("a name", "registry.py"), ("resolver", "resolver.py"), ("adapter", "adapters.py"))
     for n, (name, file) in enumerate(steps):
         x = 532 + 134 * n
         sheet.rect(x, 394, 120, 54, PAPER, SOFT, r=8, width=1.2)

@@ -18,10 +18,10 @@ from mta.data.tasks import load_task
 from mta.model.base import BaseModel
 from mta.model.generate import generate
 from mta.personalize.adapters import Nobody, row_adapters
-from mta.serving.embedded import EmbeddedEngine
+from mta.serving.embedded.engine import EmbeddedEngine
 from mta.serving.engine import Ask, Version
-from mta.serving.vllm_engine import VllmEngine
-from mta.serving.vllm_server import VllmServer, VllmSettings
+from mta.serving.vllm.engine import VllmEngine
+from mta.serving.vllm.server import VllmServer, VllmSettings
 from mta.store import Store
 from mta.store.state import State
 

@@ -11,12 +11,12 @@ from types import SimpleNamespace
 import uvicorn
 from conftest import personalizer
 
-from mta.serving.auth import Keys, add_key
-from mta.serving.embedded import EmbeddedEngine
-from mta.serving.gateway import create_app
-from mta.serving.jobs import Jobs
-from mta.serving.limits import Limits
-from mta.serving.service import Service
+from mta.serving.api.app import create_app
+from mta.serving.api.auth import Keys, add_key
+from mta.serving.api.jobs import Jobs
+from mta.serving.api.limits import Limits
+from mta.serving.api.service import Service
+from mta.serving.embedded.engine import EmbeddedEngine
 from mta.store import Store
 
 

@@ -18,7 +18,7 @@ from mta.errors import InputError
 from mta.lora.batch import Factors, LoraBatch
 from mta.lora.layers import applied
 from mta.personalize.adapters import BASE, TASK, row_adapters
-from mta.serving.embedded import EmbeddedEngine
+from mta.serving.embedded.engine import EmbeddedEngine
 from mta.serving.engine import Ask, EngineGone, QueueFull, Refused, Version
 from mta.store.state import State
 

@@ -18,10 +18,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from mta.bank.bank import Bank
 from mta.errors import MtaError
 from mta.lora.batch import Factors, LoraBatch
-from mta.serving.decoder import PATIENCE, Decoder, Row
+from mta.serving.embedded.adapter_slots import Seats
+from mta.serving.embedded.scheduler import PATIENCE, Decoder, Row
 from mta.serving.engine import AnswerLost
 from mta.serving.sampling import Sampler
-from mta.serving.seats import Seats
 from mta.store.state import State
 
 NO_MEMORY = torch.OutOfMemoryError("CUDA out of memory")

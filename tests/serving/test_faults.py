@@ -16,10 +16,10 @@ from tiny import base_of, random_loras
 
 from mta.bank.bank import Bank
 from mta.bank.build import build_bank
-from mta.serving.embedded import EmbeddedEngine
+from mta.serving.embedded.engine import EmbeddedEngine
 from mta.serving.engine import Ask, Version
-from mta.serving.names import wire_name
-from mta.serving.vllm_adapters import Adapters
+from mta.serving.model_names import wire_name
+from mta.serving.vllm.adapters import Adapters
 from mta.store import Store
 from mta.store.state import State
 

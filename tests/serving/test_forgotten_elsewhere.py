@@ -19,7 +19,7 @@ from tiny import base_of
 from mta.bank.bank import Bank
 from mta.personalize import Personalizer, forget_person
 from mta.personalize.pipeline import Stages
-from mta.serving.sweep import Sweep
+from mta.serving.api.sweep import Sweep
 from mta.store import Store
 
 ITEMS = [{"fields": dict(item.fields), "time": item.time} for item in people_of(1, items=4, seed=9)[0].items]

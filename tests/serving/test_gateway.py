@@ -22,9 +22,9 @@ from mta.model.generate import generate
 from mta.personalize import forget_person, pipeline
 from mta.personalize.adapters import row_adapters
 from mta.personalize.likelihoods import shots_of
-from mta.serving.embedded import EmbeddedEngine
-from mta.serving.limits import Limits
-from mta.serving.text import Text
+from mta.serving.api.limits import Limits
+from mta.serving.api.streaming import Text
+from mta.serving.embedded.engine import EmbeddedEngine
 from mta.store import Store
 from mta.store.state import State
 
@@ -346,7 +346,7 @@ def test_who_diverges_has_failed_and_the_others_are_done(world, monkeypatch):
 
 
 def test_of_those_who_are_done_only_the_last_are_remembered(world, monkeypatch):
-    monkeypatch.setattr("mta.serving.jobs.REMEMBERED", 1)
+    monkeypatch.setattr("mta.serving.api.jobs.REMEMBERED", 1)
     jobs, people = world.service.jobs, people_of(3, items=2, prefix="many")
     for person in people:
         jobs.put(person)

@@ -15,7 +15,7 @@ from mta.data.tasks.prompt import PromptFormat
 from mta.errors import MtaError
 from mta.model.generate import generate
 from mta.personalize.adapters import row_adapters
-from mta.serving.embedded import EmbeddedEngine
+from mta.serving.embedded.engine import EmbeddedEngine
 from mta.serving.engine import Ask, Version
 from mta.store import Store
 from mta.store.state import State

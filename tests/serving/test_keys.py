@@ -5,8 +5,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from mta.errors import ConfigError
-from mta.serving import auth
-from mta.serving.auth import Keys, add_key
+from mta.serving.api import auth
+from mta.serving.api.auth import Keys, add_key
 
 
 def test_keys_that_are_added_at_the_same_time_are_all_in_the_file(tmp_path):

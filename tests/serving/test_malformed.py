@@ -7,7 +7,7 @@ from served import served
 from tiny import base_of
 
 from mta.bank.bank import Bank
-from mta.serving.limits import Limits
+from mta.serving.api.limits import Limits
 
 schemathesis = pytest.importorskip("schemathesis")
 MODES = list(schemathesis.GenerationMode)

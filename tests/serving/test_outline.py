@@ -17,10 +17,10 @@ from mta.cli.app import app
 from mta.cli.options import open_bank
 from mta.errors import ModelError, UnsupportedModel
 from mta.model.base import BaseModel
-from mta.serving.auth import Keys
-from mta.serving.jobs import Jobs
-from mta.serving.serve import service_of, sigterm_exits, vllm_settings
-from mta.serving.vllm_server import Remote, VllmNotStarted
+from mta.serving.api.auth import Keys
+from mta.serving.api.jobs import Jobs
+from mta.serving.launch import service_of, sigterm_exits, vllm_settings
+from mta.serving.vllm.server import Remote, VllmNotStarted
 from mta.store.tombstones import NOTHING
 
 

@@ -100,7 +100,7 @@ def test_the_page_brings_all_it_needs_and_keeps_no_key(page, world):
     assert all(address.startswith(world.url) for address in loaded)
     assert page.execute_script("return localStorage.length + sessionStorage.length + document.cookie.length") == 0
     assert page.execute_script("return document.documentElement.scrollWidth <= innerWidth")
-    source = (Path(__file__).parents[2] / "src/mta/serving/playground.html").read_text()
+    source = (Path(__file__).parents[2] / "src/mta/serving/api/playground.html").read_text()
     assert "http://" not in source
     assert "https://" not in source
 

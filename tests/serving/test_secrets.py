@@ -16,7 +16,7 @@ from mta.config import Lora, Run, Training
 from mta.data.history import Item, Person
 from mta.model.base import BaseModel
 from mta.personalize import Personalizer
-from mta.serving.embedded import EmbeddedEngine
+from mta.serving.embedded.engine import EmbeddedEngine
 from mta.store import Store
 
 pytestmark = [pytest.mark.real, pytest.mark.network, pytest.mark.slow, pytest.mark.timeout(3000)]

@@ -11,10 +11,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mta.data.history import Item, Person
-from mta.serving.auth import LOCAL, Key
+from mta.serving.api.auth import LOCAL, Key
+from mta.serving.api.histories import Histories
+from mta.serving.api.jobs import Jobs
 from mta.serving.engine import QueueFull
-from mta.serving.histories import Histories
-from mta.serving.jobs import Jobs
 from mta.store import Store
 
 ROOM = 40_000

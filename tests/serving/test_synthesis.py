@@ -16,10 +16,10 @@ from mta.lora.peft import read_peft
 from mta.personalize.adapters import BASE, TASK
 from mta.personalize.merge import Merge, merged_factors
 from mta.serving.engine import Version
-from mta.serving.names import from_wire, named, wire_name
-from mta.serving.serve import vllm_settings
-from mta.serving.synthesis import Synthesis
-from mta.serving.vllm_adapters import Adapters, folder_of, note_of, remove
+from mta.serving.launch import vllm_settings
+from mta.serving.model_names import from_wire, named, wire_name
+from mta.serving.vllm.adapters import Adapters, folder_of, note_of, remove
+from mta.serving.vllm.lora_export import Synthesis
 from mta.store import Store
 from mta.store.state import State
 

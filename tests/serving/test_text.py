@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny import tokenizer
 
-from mta.serving.names import Named, named
-from mta.serving.text import Text
+from mta.serving.api.streaming import Text
+from mta.serving.model_names import Named, named
 
 
 def pieces_of(text, stops=()):

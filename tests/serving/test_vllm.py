@@ -22,10 +22,10 @@ from served import served
 from mta.errors import ConfigError
 from mta.personalize.adapters import TASK
 from mta.serving.engine import Ask, EngineGone
-from mta.serving.names import wire_name
-from mta.serving.serve import remote_of
-from mta.serving.vllm_adapters import folder_of
-from mta.serving.vllm_server import VllmNotStarted, VllmServer
+from mta.serving.launch import remote_of
+from mta.serving.model_names import wire_name
+from mta.serving.vllm.adapters import folder_of
+from mta.serving.vllm.server import VllmNotStarted, VllmServer
 
 pytestmark = WITH_VLLM
 COUNT = 8
@@ -138,7 +138,7 @@ def test_one_that_cannot_start_says_why_and_leaves_nothing(world):
 def test_one_whose_gateway_is_killed_ends_too_and_leaves_nothing(world):
     code = f"""if True:
         import os
-        from mta.serving.vllm_server import VllmServer, VllmSettings
+        from mta.serving.vllm.server import VllmServer, VllmSettings
         server = VllmServer(VllmSettings(**{asdict(world.settings())!r}))
         server.start()
         print(server._process.pid, server.folder, flush=True)
@@ -158,7 +158,7 @@ def test_the_plugin_imports_nothing_heavy_when_it_is_registered(world, tmp_path)
         import json, sys
         import vllm.lora.resolver
         before = set(sys.modules)
-        from mta.serving.vllm_plugin import register
+        from mta.serving.vllm.plugin import register
         register()
         register()
         new = sorted(name for name in set(sys.modules) - before if not name.startswith("mta"))

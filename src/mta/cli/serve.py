@@ -12,7 +12,7 @@ import typer
 from mta.cli.options import MERGE_AND_STACK, BankDir, Config, Device, Json, Seed, StoreUrl, Words, open_bank, show_json
 
 if TYPE_CHECKING:
-    from mta.serving.vllm_server import Remote, VllmServer
+    from mta.serving.vllm.server import Remote, VllmServer
 
 KeysFile = Annotated[Path | None, typer.Option(help="File of API keys.", dir_okay=False)]
 Host = Annotated[str, typer.Option(help="Address to listen at.")]
@@ -66,7 +66,7 @@ def serve(
     Example:  mta serve --bank bank/ --store people/ --keys keys.yaml
     """
     _need_extra()
-    from mta.serving import serve as serving
+    from mta.serving import launch as serving
     from mta.system.device import in_passing
 
     if new_key is not None:
@@ -89,7 +89,7 @@ def _show(json: bool, url: str) -> None:
 
 def _add_key(keys: Path | None, name: str, rights: str, of: str, json: bool) -> None:
     from mta.errors import ConfigError
-    from mta.serving.auth import add_key
+    from mta.serving.api.auth import add_key
 
     if keys is None:
         raise ConfigError("a new key needs a file to go into", hint="Name one:  --keys keys.yaml")

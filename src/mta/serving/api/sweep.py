@@ -8,8 +8,8 @@ from collections.abc import Collection
 
 from starlette.concurrency import run_in_threadpool
 
+from mta.serving.api.service import Service
 from mta.serving.engine import Version
-from mta.serving.service import Service
 from mta.store.tombstones import NOTHING
 
 log = logging.getLogger("mta")

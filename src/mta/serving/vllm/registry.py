@@ -18,8 +18,8 @@ import httpx2 as httpx
 
 from mta.personalize.adapters import Nobody
 from mta.serving.engine import EngineGone, Version
-from mta.serving.names import from_wire, wire_name
-from mta.serving.vllm_adapters import note_of, remove, remove_all
+from mta.serving.model_names import from_wire, wire_name
+from mta.serving.vllm.adapters import note_of, remove, remove_all
 
 _AGAIN = "Forget the person again in a few seconds: it is done once vLLM agrees."
 

@@ -17,11 +17,11 @@ from starlette.concurrency import run_in_threadpool
 
 from mta.errors import MtaError
 from mta.personalize.adapters import BASE, TASK, Nobody
-from mta.serving.answers import Part, Whole, answers, ask_of
-from mta.serving.auth import Key
+from mta.serving.api.auth import Key
+from mta.serving.api.schemas import ChatRequest, CompletionRequest, Request, Shape, usage_of
+from mta.serving.api.service import Caller, Service, error_of
+from mta.serving.api.streaming import Part, Whole, answers, ask_of
 from mta.serving.engine import Ask
-from mta.serving.openai import ChatRequest, CompletionRequest, Request, Shape, usage_of
-from mta.serving.service import Caller, Service, error_of
 
 
 def add_completions(app: FastAPI, service: Service) -> None:

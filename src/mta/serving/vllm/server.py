@@ -22,7 +22,7 @@ from pathlib import Path
 import httpx2 as httpx
 
 from mta.errors import ConfigError, MtaError
-from mta.serving.auth import ENV
+from mta.serving.api.auth import ENV
 from mta.system.atomic import owner_only
 
 SLOT_RANK = 16  # of vLLM's slots where nothing else is said (decision 012)

@@ -22,7 +22,7 @@ def register() -> None:
         return
     from vllm.lora.resolver import LoRAResolverRegistry
 
-    from mta.serving.vllm_resolver import Resolver
+    from mta.serving.vllm.resolver import Resolver
 
     if "mta" not in LoRAResolverRegistry.get_supported_resolvers():
         LoRAResolverRegistry.register_resolver("mta", Resolver())

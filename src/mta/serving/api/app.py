@@ -13,13 +13,13 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from mta.errors import MtaError
-from mta.serving.completions import add_completions
-from mta.serving.limits import BodyLimit, Unexpected
-from mta.serving.openai import error_body
-from mta.serving.page import add_page
-from mta.serving.people import add_people
-from mta.serving.service import Service, error_of
-from mta.serving.sweep import Sweep
+from mta.serving.api.completions import add_completions
+from mta.serving.api.limits import BodyLimit, Unexpected
+from mta.serving.api.people import add_people
+from mta.serving.api.playground import add_page
+from mta.serving.api.schemas import error_body
+from mta.serving.api.service import Service, error_of
+from mta.serving.api.sweep import Sweep
 
 
 def create_app(service: Service) -> FastAPI:

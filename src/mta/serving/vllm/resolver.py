@@ -16,7 +16,7 @@ from typing import Any
 from vllm.lora.request import LoRARequest
 from vllm.lora.resolver import LoRAResolver
 
-from mta.serving.vllm_adapters import Adapters
+from mta.serving.vllm.adapters import Adapters
 
 
 class Resolver(LoRAResolver):  # type: ignore[misc]

@@ -11,12 +11,12 @@ from typing import Any
 from fastapi import FastAPI
 from fastapi.responses import HTMLResponse
 
-from mta.serving.service import Caller, Service
+from mta.serving.api.service import Caller, Service
 
 
 def add_page(app: FastAPI, service: Service) -> None:
     """The page, and what it has to know of the task to draw its fields."""
-    page = (resources.files("mta.serving") / "playground.html").read_text(encoding="utf-8")
+    page = (resources.files("mta.serving.api") / "playground.html").read_text(encoding="utf-8")
     headers = {
         "Content-Security-Policy": _policy(page),
         "X-Content-Type-Options": "nosniff",

@@ -15,12 +15,12 @@ import torch
 from mta.bank.bank import Bank
 from mta.errors import MtaError
 from mta.model.base import BaseModel
-from mta.serving.activated import Activated
-from mta.serving.decoder import Decoder, Row, Told
+from mta.serving.embedded.adapter_cache import Activated
+from mta.serving.embedded.adapter_slots import Seats
+from mta.serving.embedded.kv_cache import refuse_unservable
+from mta.serving.embedded.scheduler import Decoder, Row, Told
 from mta.serving.engine import LATER, LOST, AnswerLost, Ask, EngineGone, Piece, QueueFull, Version
 from mta.serving.sampling import Sampler
-from mta.serving.seats import Seats
-from mta.serving.slots import refuse_unservable
 from mta.store import Store
 from mta.system.device import compute_with, in_passing
 

@@ -16,11 +16,11 @@ from mta.data.history import Item
 from mta.data.readers.rejects import Bad
 from mta.data.readers.rows import item_in
 from mta.data.tasks.task import Task
-from mta.serving.auth import Key
+from mta.serving.api.auth import Key
+from mta.serving.api.histories import Histories
+from mta.serving.api.jobs import Status
+from mta.serving.api.service import Caller, NobodyHere, Service, check_rate
 from mta.serving.engine import Refused
-from mta.serving.histories import Histories
-from mta.serving.jobs import Status
-from mta.serving.service import Caller, NobodyHere, Service, check_rate
 from mta.store import Store
 
 

@@ -6,8 +6,8 @@ import threading
 from collections import OrderedDict
 
 from mta.personalize.adapters import Nobody
+from mta.serving.embedded.adapter_slots import Person, Seats
 from mta.serving.engine import Version, Who
-from mta.serving.seats import Person, Seats
 from mta.store import Store
 
 

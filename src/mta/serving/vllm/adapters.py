@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from mta.serving.engine import Version
-    from mta.serving.synthesis import Synthesis
+    from mta.serving.vllm.lora_export import Synthesis
     from mta.store.state import State
 
 log = logging.getLogger("mta")
@@ -23,7 +23,7 @@ _OURS = re.compile(r"\.?[0-9a-f]{32}-[0-9a-f]{32}(\.json)?(\.[0-9a-f]{32})?")
 def folder_of(name: str) -> str:
     """What the adapter's folder is called: whose it is and which, as hashes, so that no id stands in it."""
     from mta.serving.engine import Version
-    from mta.serving.names import from_wire
+    from mta.serving.model_names import from_wire
 
     who = from_wire(name)
     return f"{_hash(who.person if isinstance(who, Version) else '')}-{_hash(name)}"
@@ -71,7 +71,7 @@ class Adapters:
     def _path(self, name: str) -> Path | None:
         from mta.lora.peft import read_peft, write_peft
         from mta.personalize.adapters import BASE, Nobody
-        from mta.serving.names import from_wire
+        from mta.serving.model_names import from_wire
         from mta.system.atomic import write_json
 
         who = from_wire(name)
@@ -93,7 +93,7 @@ class Adapters:
 
     def _synthesis(self) -> Synthesis:
         from mta.bank import format as files
-        from mta.serving.synthesis import Synthesis
+        from mta.serving.vllm.lora_export import Synthesis
 
         if self._made is None:
             info = files.read_info(self.bank)

@@ -29,10 +29,10 @@ from torch import Tensor
 
 from mta.errors import MtaError
 from mta.model.base import BaseModel
+from mta.serving.embedded.adapter_slots import Person, Seats
+from mta.serving.embedded.kv_cache import Slots
 from mta.serving.engine import LATER, LOST, AnswerLost, Ask, Finish, Piece, Who
 from mta.serving.sampling import Sampler
-from mta.serving.seats import Person, Seats
-from mta.serving.slots import Slots
 
 Told = Callable[[Piece | MtaError], None]
 PATIENCE = 8  # steps that fail one after another before the engine counts as unhealthy

@@ -7,7 +7,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Collection, Sequence
 
 from mta.data.history import Item, Person
-from mta.serving.auth import LOCAL, Key
+from mta.serving.api.auth import LOCAL, Key
 from mta.serving.engine import Refused
 from mta.store import Store
 from mta.store.lock import locked

@@ -24,13 +24,13 @@ from mta.config import Run
 from mta.errors import BankMismatch, ConfigError
 from mta.model.base import BaseModel
 from mta.personalize import Personalizer
-from mta.serving.auth import ENV, Keys
-from mta.serving.embedded import EmbeddedEngine
-from mta.serving.jobs import Jobs
-from mta.serving.limits import Limits
-from mta.serving.service import Service
-from mta.serving.vllm_engine import VllmEngine
-from mta.serving.vllm_server import SLOT_RANK, Remote, VllmServer, VllmSettings
+from mta.serving.api.auth import ENV, Keys
+from mta.serving.api.jobs import Jobs
+from mta.serving.api.limits import Limits
+from mta.serving.api.service import Service
+from mta.serving.embedded.engine import EmbeddedEngine
+from mta.serving.vllm.engine import VllmEngine
+from mta.serving.vllm.server import SLOT_RANK, Remote, VllmServer, VllmSettings
 from mta.store import Store
 from mta.system.atomic import file_mode
 from mta.system.hub import local_folder
@@ -200,7 +200,7 @@ def serve(service: Service, host: str, port: int, ready: Callable[[str], None]) 
     """
     import uvicorn
 
-    from mta.serving.gateway import create_app
+    from mta.serving.api.app import create_app
 
     with socket.create_server((host, port)) as listening:
         config = uvicorn.Config(create_app(service), log_level="warning", access_log=False, server_header=False)

@@ -23,14 +23,14 @@ from mta.data.tasks.task import Task
 from mta.errors import MtaError, PersonForgotten, PersonNotFound
 from mta.model.base import BaseModel
 from mta.personalize.adapters import BASE, TASK
-from mta.serving.auth import LOCAL, Key, Keys
+from mta.serving.api.auth import LOCAL, Key, Keys
+from mta.serving.api.histories import Histories
+from mta.serving.api.jobs import Jobs
+from mta.serving.api.limits import Limits, Rate
+from mta.serving.api.metrics import Metrics
+from mta.serving.api.schemas import error_body
 from mta.serving.engine import LATER, LOST, AnswerLost, Engine, EngineGone, QueueFull, Refused, Version, Who
-from mta.serving.histories import Histories
-from mta.serving.jobs import Jobs
-from mta.serving.limits import Limits, Rate
-from mta.serving.metrics import Metrics
-from mta.serving.names import Named, named
-from mta.serving.openai import error_body
+from mta.serving.model_names import Named, named
 from mta.store import Store
 
 log = logging.getLogger("mta")

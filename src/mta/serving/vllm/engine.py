@@ -17,8 +17,8 @@ from mta.errors import MtaError, OtherBank
 from mta.personalize.adapters import BASE, TASK, Nobody
 from mta.serving.engine import LATER, LOST, AnswerLost, Ask, EngineGone, Finish, Piece, QueueFull, Token, Version
 from mta.serving.sampling import COLDEST
-from mta.serving.vllm_names import Names
-from mta.serving.vllm_server import Remote, VllmServer
+from mta.serving.vllm.registry import Names
+from mta.serving.vllm.server import Remote, VllmServer
 from mta.store import Store
 
 _UNTIL = httpx.Timeout(30, read=600)  # a row may wait long for its first token

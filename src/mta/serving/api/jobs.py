@@ -15,7 +15,7 @@ from mta.data.history import Person
 from mta.errors import InputError, MtaError
 from mta.personalize import Personalizer
 from mta.personalize.forgetting import Forgotten
-from mta.serving.auth import LOCAL, Key
+from mta.serving.api.auth import LOCAL, Key
 from mta.serving.engine import QueueFull
 from mta.store.tombstones import NOTHING
 from mta.system.device import compute_with

@@ -1,0 +1,1 @@
+"""The HTTP gateway: routes, keys, limits, jobs, and streaming."""

@@ -1,0 +1,1 @@
+"""The embedded engine: one batch for many people, in this process."""

@@ -1,0 +1,1 @@
+"""The vLLM engine: adapters made on demand, one server process."""
