@@ -13,7 +13,7 @@ PRIOR, TEMPERATURE = 0.5, 4.0  # of the null anchor, and T: the defaults
 
 
 def posterior(gains: Sequence[float], null: float, temperature: float) -> list[float]:
-    """Coefficients of the anchors as ``mta.personalize.policies.posterior`` has them; what they lack to 1 is the null anchor's."""
+    """The anchors' coefficients, as in ``mta.personalize.policies.posterior``. The null anchor has the rest up to 1."""
     masses = [(1 - null) / len(gains) * math.exp(gain / temperature) for gain in gains]
     return [mass / (sum(masses) + null) for mass in masses]
 

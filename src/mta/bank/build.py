@@ -68,8 +68,8 @@ def build_bank(
     ``task_lora`` is the folder of one that was trained before, by these settings on these people: it is copied.
     A build that was killed goes on from its last checkpoint unless ``resume`` is off; a finished one is left as it is,
     but for the task's ``answer_tokens``, which decides nothing that is trained.
-    How it went is kept beside it (``run_folder.RunFolder``): the ``command`` that asks for it again, every step; ``track``
-    opens where steps are told besides.
+    The run's settings, steps, and ``command`` are kept beside it (``mta.tracking.run_folder``); ``track`` opens a
+    tracker for the steps as well.
     Source: arXiv:2511.20072, stage 1; clusters: its README, "most active": Per-Pcs. Raises InputError, BankError.
     """
     task_people, candidates, asked = _by_id(task_people), _by_id(candidates), run.task

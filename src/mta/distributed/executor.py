@@ -1,4 +1,4 @@
-"""How pieces of work are worked through: one after the other in this process, or by workers (``mta.distributed.ray``)."""
+"""Where pieces of work run: one after the other in this process, or on workers (``mta.distributed.ray``)."""
 
 from __future__ import annotations
 

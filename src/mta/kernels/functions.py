@@ -160,7 +160,7 @@ class LogProbs(Function):
 
 
 class TreeAttention(Function):
-    """Attention of G blocks of Q queries to K keys each; see ``mta.model.tree_attention``, whose ``Blocks`` bring the indices.
+    """Attention of G blocks of Q queries to K keys each; ``mta.model.tree_attention`` makes the indices.
 
     Shapes: q (B, H, T, E), k and v (B, H / share, T, E), mask (G, 1, Q, K) -> (B, T, H, E).
     """

@@ -46,7 +46,7 @@ class Texts:
 
     @property
     def block(self) -> int:
-        """Tokens of a block of attention (``mta.model.tree_attention``): a branch, or more of them under a long prefix."""
+        """Tokens of a block in ``mta.model.tree_attention``: a branch, or more of them under a long prefix."""
         return min(self.longest, max(self.longest - self.prefix, int(_BLOCK * math.sqrt(self.prefix))))
 
     @property

@@ -43,7 +43,7 @@ log = logging.getLogger("mta")
 class Personalizer:
     """The stages as one object over a base, a bank and (optionally) a store of people's states.
 
-    ``executor`` works through cohorts elsewhere (``mta.distributed.ray``). Where people are moved from a bank in the folder
+    ``executor`` says where cohorts run (``mta.distributed.ray``). Where people are moved from a bank in the folder
     ``older``, forgetting names what was learnt from them there too.
 
     >>> personal = Personalizer(base, bank, store="people/")

@@ -110,9 +110,9 @@ def pack(
     A target token counts as ``weight`` tokens more, for the memory of its logits.
 
     A row of T tokens costs T + attention_price * T * S: a token is compared with the S tokens of the whole row, or
-    where attention is ``blocked`` (``mta.model.tree_attention``) with those of its longest example. Examples sorted by their
-    tokens are cut into runs; the cheapest cut is found exactly, so packing is never dearer than one row per example.
-    ``packed=False`` is that plain way.
+    where attention is ``blocked`` (``mta.model.tree_attention``) with those of its longest example. Examples sorted by
+    their tokens are cut into runs. The cheapest cut is found exactly, so packing never costs more than one row per
+    example. ``packed=False`` is that plain way.
     """
     if not examples:
         return []
