@@ -23,12 +23,16 @@ from mta.bank.format import read_info
 from mta.config import Run, override
 from mta.data.history import Person
 from mta.data.readers import read_people
+from mta.distributed.executor import LocalExecutor
 from mta.evaluation.statistics import Interval, bootstrap
 from mta.model.base import BaseModel
 from mta.personalize import Personalizer
 from mta.personalize.adapters import row_adapters
-from mta.personalize.pipeline import Stages, Wanted, settings_of
-from mta.personalize.update import Action, Renewed, renewed
+from mta.personalize.cohort import WorkItem, settings_of
+from mta.personalize.pipeline import Pipeline
+from mta.personalize.stages import Stages
+from mta.personalize.states import States
+from mta.personalize.update import Action, StateUpdate, update_states
 from mta.store.state import State
 from mta.system.assets import resolve
 from mta.system.atomic import write_json
@@ -58,14 +62,15 @@ def made(base: BaseModel, bank: Bank, run: Run, people: list[Person]) -> tuple[l
 
 def gone_on(
     stages: Stages, people: list[Person], befores: list[State], always: Action | None
-) -> tuple[list[Renewed], float]:
+) -> tuple[list[StateUpdate], float]:
     """What became of the states, and the seconds that took."""
     settings = settings_of(stages.base, stages.run)
     start, how = time.perf_counter(), (stages.bank, settings, stages.run.seed)
-    wanted = [Wanted.of(person, *how, before, SHOTS) for person, before in zip(people, befores)]
-    found = [
-        one for cohort in stages.cohorts(wanted, wanted).lacking(wanted) for one in renewed(stages, cohort, always)
-    ]
+    items = [WorkItem.of(person, *how, before, SHOTS) for person, before in zip(people, befores)]
+    states = States(stages.bank, None)
+    pipeline = Pipeline(stages.base, stages.bank, stages.run, lambda: stages.encoder, states, LocalExecutor())
+    cohorts, _, _ = pipeline.plan(items, items)
+    found = [update for cohort in cohorts for update in update_states(stages, cohort, always)]
     return found, time.perf_counter() - start
 
 

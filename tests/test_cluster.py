@@ -28,7 +28,7 @@ from mta.evaluation.experiments.runner import run_experiment
 from mta.evaluation.experiments.workspace import Lab
 from mta.model.base import BaseModel
 from mta.personalize import Personalizer
-from mta.personalize.worker import Copies
+from mta.personalize.worker import WorkerSpec
 from mta.store import Store
 from mta.store.state import State
 from mta.system.assets import resolve
@@ -257,13 +257,13 @@ def test_any_number_of_workers_makes_the_same_states(here, site, tmp_path, worke
 
 def test_workers_refuse_another_store_or_bank_than_the_drivers(site, tmp_path):
     base, bank, _ = site
-    copies = Copies.of(base, bank, bank.info.run, Store(tmp_path / "people"))
-    assert copies().store.identity() == copies.identity
+    spec = WorkerSpec.of(base, bank, bank.info.run, Store(tmp_path / "people"), ())
+    assert spec.open().store.identity() == spec.identity
     with pytest.raises(StoreError, match="another store, or none"):
-        replace(copies, store=str(tmp_path / "elsewhere"))()
+        replace(spec, store=str(tmp_path / "elsewhere")).open()
     assert not (tmp_path / "elsewhere").exists()
     with pytest.raises(BankMismatch, match="a worker found bank"):
-        replace(copies, hash="0" * 64)()
+        replace(spec, hash="0" * 64).open()
 
 
 def killed_midway(site, folder):
@@ -312,17 +312,17 @@ def test_a_driver_that_died_is_followed_by_one_that_goes_on_in_the_same_cohorts(
     assert states(tmp_path) == alone
 
 
-def poisoned(desk, cohort):
-    from mta.personalize.worker import work_through
+def poisoned(worker, cohort):
+    from mta.personalize.worker import personalize_cohort
 
-    if any(wanted.person.id == "p7" for wanted in cohort.wanted):
+    if any(item.person.id == "p7" for item in cohort.items):
         os.kill(os.getpid(), signal.SIGKILL)
-    return work_through(desk, cohort)
+    return personalize_cohort(worker, cohort)
 
 
 def test_somebody_who_makes_workers_die_is_reported_and_the_others_are_personalized(here, site, tmp_path, monkeypatch):
     base, bank, alone = site
-    monkeypatch.setattr("mta.personalize.making.work_through", poisoned)
+    monkeypatch.setattr("mta.personalize.pipeline.personalize_cohort", poisoned)
     with Cluster(here, workers=2, most=4, attempts=2) as cluster:
         done = personalized(base, bank, tmp_path, cluster)
     assert done.trained == PEOPLE - 1

@@ -14,7 +14,7 @@ from mta.config import MergeSettings, Policy, Training
 from mta.errors import AnchorNotFound, ConfigError
 from mta.lora import Gated, PerPerson, Shared
 from mta.personalize.likelihoods import Evidence, Labels, gather_evidence, shots_of
-from mta.personalize.merge import Merge, coefficients, fuse, learn, merged
+from mta.personalize.merge import Merge, coefficients, fit_merge, learn, merged
 from mta.personalize.policies import POLICIES, Retrieved, fit_labels
 from mta.training.scoring import log_likelihood
 from mta.training.trainer import Job
@@ -275,7 +275,8 @@ def test_evidence_is_gathered_only_where_the_policy_reads_it(scene):
         stages.clear()
         similarity = normal(3, 4)
         how = {"on_step": lambda stage, _: stages.append(stage)}
-        fuse(base, jobs, bank, [Shared(task)], similarity, MergeSettings(policy=policy), evidence, **how)
+        given = {"similarity": similarity, "evidence": evidence}
+        fit_merge(base, jobs, bank, [Shared(task)], MergeSettings(policy=policy), **given, **how)
         return set(stages)
 
     assert run("similarity") == set()
@@ -346,7 +347,8 @@ def test_the_learned_policy_may_start_from_zero_and_then_gathers_nothing(scene):
     base, task, bank, jobs = scene
     stages = set()
     settings = MergeSettings(policy="learned", start="zero", learned=DESCENT)
-    found = fuse(base, jobs, bank, [Shared(task)], normal(3, 4), settings, on_step=lambda stage, _: stages.add(stage))
+    how = {"similarity": normal(3, 4), "on_step": lambda stage, _: stages.add(stage)}
+    found = fit_merge(base, jobs, bank, [Shared(task)], settings, **how)
     nothing = Merge(found.ids, torch.zeros_like(found.w))
     near(found.w, learn(base, jobs, bank, [Shared(task)], nothing, DESCENT).w)
     assert stages == {"coefficients"}
@@ -356,8 +358,8 @@ def test_the_learned_policy_starts_from_the_posterior(scene):
     base, task, bank, jobs = scene
     pooled, similarity = [Shared(task)], normal(3, 4)
     settings = MergeSettings(policy="learned", learned=DESCENT)
-    posterior = fuse(base, jobs, bank, pooled, similarity, MergeSettings(policy="posterior"))
-    found = fuse(base, jobs, bank, pooled, similarity, settings)
+    posterior = fit_merge(base, jobs, bank, pooled, MergeSettings(policy="posterior"), similarity=similarity)
+    found = fit_merge(base, jobs, bank, pooled, settings, similarity=similarity)
     near(found.w, learn(base, jobs, bank, pooled, posterior, DESCENT).w)
 
 

@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 from mta.config import MergeSettings, override
 from mta.data.history import Person
 from mta.errors import DataError, StoreConflict
-from mta.personalize.adapt import adapt
 from mta.personalize.adapters import merge_of
 from mta.personalize.likelihoods import Evidence, Labels, shots_of
-from mta.personalize.merge import Merge, merged
+from mta.personalize.merge import Merge, carried_on, merged
 from mta.personalize.policies import POLICIES, Retrieved
-from mta.personalize.update import MARGIN, carried_on, decide
+from mta.personalize.stages import adapt
+from mta.personalize.update import MARGIN, decide
 from mta.store import Store
 from mta.store.state import Losses
 

@@ -30,10 +30,10 @@ from mta.errors import (
     StoreError,
 )
 from mta.lora.peft import read_peft
-from mta.personalize import Forgotten, Personalizer, forget_person, pipeline
+from mta.personalize import Forgotten, Personalizer, forget_person, stages
 from mta.personalize.likelihoods import shots_of
-from mta.personalize.making import Personalized
 from mta.personalize.merge import frozen_numbers
+from mta.personalize.pipeline import Personalized
 from mta.store import Store
 from mta.store.state import State
 from mta.training.checkpoint import Checkpoint
@@ -110,7 +110,7 @@ def test_a_state_says_what_merge_and_stack_made_of_the_shots(tiny, stack):
 
 
 def test_a_loss_that_is_no_number_is_an_error_and_no_state(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr("mta.personalize.pipeline.surprise", lambda base, jobs, *_, **__: [float("nan")] * len(jobs))
+    monkeypatch.setattr("mta.personalize.stages.surprise", lambda base, jobs, *_, **__: [float("nan")] * len(jobs))
     personal = personalizer(*tiny, store=tmp_path)
     with pytest.raises(Diverged, match=r"losses on shots are finite numbers .*\n  Training went astray: lower stack\."):
         personal.personalize(PEOPLE)
@@ -122,12 +122,12 @@ def test_one_person_who_diverges_is_told_and_the_others_are_as_ever(tiny, tmp_pa
     whole = personalizer(*tiny)
     whole.personalize(PEOPLE)
     astray, others = PEOPLE[1], [person for person in PEOPLE if person is not PEOPLE[1]]
-    key, measured = shots_of(base, bank.task, astray).key, pipeline.surprise
+    key, measured = shots_of(base, bank.task, astray).key, stages.surprise
 
     def one_is_no_number(base, jobs, *more, **how):
         return [float("nan") if job.key == key else loss for job, loss in zip(jobs, measured(base, jobs, *more, **how))]
 
-    monkeypatch.setattr(pipeline, "surprise", one_is_no_number)
+    monkeypatch.setattr(stages, "surprise", one_is_no_number)
     personal = personalizer(*tiny, store=tmp_path)
     done = personal.personalize(PEOPLE)
     assert (done.trained, list(done.failed)) == (len(others), [astray.id])

@@ -18,7 +18,7 @@ from tiny import base_of
 
 from mta.bank.bank import Bank
 from mta.personalize import Personalizer, forget_person
-from mta.personalize.pipeline import Stages
+from mta.personalize.stages import Stages
 from mta.serving.api.sweep import Sweep
 from mta.store import Store
 

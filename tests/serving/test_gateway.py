@@ -19,7 +19,7 @@ from tiny import base_of, random_loras
 from mta.bank.bank import Bank
 from mta.errors import PersonNotFound
 from mta.model.generate import generate
-from mta.personalize import forget_person, pipeline
+from mta.personalize import forget_person, stages
 from mta.personalize.adapters import row_adapters
 from mta.personalize.likelihoods import shots_of
 from mta.serving.api.limits import Limits
@@ -330,10 +330,10 @@ def test_a_persons_own_key_lists_their_model_while_there_is_one(world):
 def test_who_diverges_has_failed_and_the_others_are_done(world, monkeypatch):
     jobs, people = world.service.jobs, people_of(2, items=3, prefix="astray")
     key = shots_of(world.service.jobs.personal.base, world.service.task, people[0]).key
-    measured = pipeline.surprise
+    measured = stages.surprise
     nan = float("nan")
     monkeypatch.setattr(
-        "mta.personalize.pipeline.surprise",
+        "mta.personalize.stages.surprise",
         lambda base, jobs, *more, **how: [
             nan if job.key == key else loss for job, loss in zip(jobs, measured(base, jobs, *more, **how))
         ],

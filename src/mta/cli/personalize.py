@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
     from mta.bank.bank import Bank
     from mta.data.history import Person
-    from mta.personalize.making import Personalized, Updated
+    from mta.personalize.pipeline import Personalized, Updated
 
 Latest = Annotated[int | None, typer.Option(min=1, help="Use only the most recent so many items of each person.")]
 KeepHistories = Annotated[
@@ -80,7 +80,7 @@ def personalize(
     """
     from mta.cli.screen import Screen
     from mta.personalize import Personalizer
-    from mta.personalize.making import counts
+    from mta.personalize.pipeline import counts
     from mta.store import Store
     from mta.tracking.run_folder import work_of
 

@@ -24,7 +24,7 @@ from mta.evaluation.kept import load_evidence, save_evidence
 from mta.model.base import BaseModel
 from mta.model.encoders import Encoder, encode_people
 from mta.personalize.likelihoods import Evidence, gather_evidence, shots_of
-from mta.personalize.merge import Merge, frozen_numbers, fuse, needs_evidence
+from mta.personalize.merge import Merge, fit_merge, frozen_numbers, needs_evidence
 from mta.training.plan import Plan, plan_cohorts
 from mta.training.trainer import Job, OnStep
 
@@ -188,14 +188,14 @@ class Panel:
         if key not in self._merges:
             evidence = self.evidence if needs_evidence(settings) else None
             start, bank = time.monotonic(), self.bank
-            merge = fuse(
+            merge = fit_merge(
                 self.base,
                 self.jobs,
                 bank.working,
                 bank.pooled,
-                self.similarity,
                 settings,
-                evidence,
+                similarity=self.similarity,
+                evidence=evidence,
                 seed=seed,
                 tokens_per_batch=self.plan(len(bank), settings).tokens_per_batch,
                 on_step=self.on_step,

@@ -1,11 +1,10 @@
-"""Stage 2: which anchors a person's merge is made of, and with which coefficients. All from the few shots alone."""
+"""Stage 2: retrieve anchors for each person and fit the coefficients of their merge, from their shots alone."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +19,7 @@ from mta.model.base import BaseModel
 from mta.model.footprint import Numbers
 from mta.personalize.likelihoods import Evidence, gather_evidence
 from mta.personalize.policies import POLICIES, Retrieved
-from mta.training.trainer import Job, OnStep, train
+from mta.training.trainer import Job, OnStep, Step, train
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,30 +84,74 @@ def coefficients(settings: MergeSettings, similarity: Tensor, evidence: Evidence
     return Merge(ids, settings.scale * POLICIES[settings.policy].weigh(settings, of))
 
 
-def fuse(
+@dataclass(frozen=True, slots=True)
+class Earlier:
+    """Merges of the same people's earlier items, and the number of target ``tokens`` (U,) that those items had."""
+
+    merge: Merge
+    tokens: Tensor
+
+
+def fit_merge(
     base: BaseModel,
     jobs: Sequence[Job],
-    bank: LoraBatch,
+    anchors: LoraBatch,
     pooled: Sequence[Shared],
-    similarity: Tensor,
     settings: MergeSettings,
-    evidence: Evidence | None = None,
     *,
+    similarity: Tensor | None = None,
+    evidence: Evidence | None = None,
+    earlier: Earlier | None = None,
     seed: int = 0,
     tokens_per_batch: int = 2048,
     on_step: OnStep | None = None,
 ) -> Merge:
-    """All of stage 2 for U people: gather evidence if the policy reads it, retrieve, weigh, and learn if it learns."""
-    if evidence is None and needs_evidence(settings):
-        evidence = gather_evidence(base, jobs, bank, pooled, tokens_per_batch=tokens_per_batch, on_step=on_step)
-    found = coefficients(settings, similarity, evidence)
+    """Stage 2 for U people: gather the evidence that the policy reads, retrieve, weigh, and learn if the policy learns.
+
+    ``similarity`` (U, N) is the cosine of person and anchor; policies that continue from evidence do not read it.
+    With ``earlier``, ``jobs`` and ``evidence`` are of the new items only. The posterior and loss policies then return
+    exactly what all items at once give; ridge and learned start from the earlier coefficients and are pulled to them;
+    policies of encodings ignore ``earlier``. Raises what ``check_merge`` does.
+    """
+    learns = settings.policy == "learned"
+    if evidence is None and needs_evidence(settings) and not (earlier and learns):
+        evidence = gather_evidence(base, jobs, anchors, pooled, tokens_per_batch=tokens_per_batch, on_step=on_step)
+    if earlier and learns:
+        found = earlier.merge
+    elif earlier and evidence:
+        found = Merge(earlier.merge.ids, carried_on(settings, earlier.merge, evidence, earlier.tokens))
+    else:
+        if similarity is None:
+            raise ConfigError(f"policy {settings.policy!r} needs the people's encodings", hint="Give similarity=….")
+        found = coefficients(settings, similarity, evidence)
     found = Merge(found.ids, found.w.to(base.master_dtype))
-    if settings.policy != "learned":
+    if not learns:
         return found
-    report = partial(on_step, "coefficients") if on_step else None
     return learn(
-        base, jobs, bank, pooled, found, settings.learned, seed=seed, tokens_per_batch=tokens_per_batch, on_step=report
+        base,
+        jobs,
+        anchors,
+        pooled,
+        found,
+        settings.learned,
+        seed=seed,
+        tokens_per_batch=tokens_per_batch,
+        on_step=partial(on_step, "coefficients") if on_step else None,
     )
+
+
+def carried_on(settings: MergeSettings, before: Merge, evidence: Evidence, tokens: Tensor) -> Tensor:
+    """Return the coefficients of all items, from those of earlier items (``tokens`` targets) and evidence of the new.
+
+    Shapes: w of before (U, K), tokens (U,) -> (U, K).
+    """
+    policy = POLICIES[settings.policy]
+    if not policy.evidence(settings):  # only the retrieval read evidence: the weights stay
+        return before.w.double()
+    near = torch.zeros_like(before.w, dtype=torch.float64)  # policies of evidence read no encodings
+    earlier, rounding = before.w.double() / settings.scale, torch.finfo(before.w.dtype).eps
+    retrieved = Retrieved(before.ids, near, evidence, earlier, tokens, rounding)
+    return settings.scale * policy.weigh(settings, retrieved)
 
 
 def learn(
@@ -119,12 +162,15 @@ def learn(
     start: Merge,
     training: Training,
     groups: Sequence[int] = (),
-    **how: Any,
+    *,
+    seed: int = 0,
+    tokens_per_batch: int = 2048,
+    on_step: Callable[[Step], None] | None = None,
 ) -> Merge:
-    """The ``learned`` policy: descend the loss of the shots in the K coefficients, from ``start`` on.
+    """The ``learned`` policy: gradient descent on the loss of the shots in the K coefficients, from ``start`` on.
 
-    What is trained is the difference to ``start``, so weight decay pulls towards it. With ``groups``, a number for each
-    adapted layer, layers of different groups get coefficients of their own: w is (U, L, K). Keywords as in ``train``.
+    The difference to ``start`` is trained, so weight decay pulls towards ``start``. With ``groups``, a number for each
+    adapted layer, layers of different groups get coefficients of their own: w is (U, L, K).
     """
     ids = start.ids.to(base.device)
     before = start.w.to(base.device, base.master_dtype)
@@ -137,7 +183,17 @@ def learn(
     def adapters(parameters: Mapping[str, Tensor], people: Tensor) -> Gated:
         return Gated(bank, Merge(ids[people], weights(parameters["shift"], people)).gates(len(bank)))
 
-    found = train(base, jobs, {"shift": shift}, adapters, training, frozen=pooled, **how)
+    found = train(
+        base,
+        jobs,
+        {"shift": shift},
+        adapters,
+        training,
+        frozen=pooled,
+        seed=seed,
+        tokens_per_batch=tokens_per_batch,
+        on_step=on_step,
+    )
     return Merge(start.ids, weights(found["shift"], torch.arange(len(ids), device=base.device)).cpu())
 
 

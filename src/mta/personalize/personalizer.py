@@ -17,7 +17,7 @@ from mta.bank.card import adapter_card
 from mta.config import MergeSettings, Run
 from mta.data.history import Item, Person
 from mta.distributed.executor import Executor, LocalExecutor
-from mta.errors import ConfigError, InputError, OtherBank, PersonNotFound
+from mta.errors import ConfigError, InputError
 from mta.lora.batch import join
 from mta.lora.layers import Adapters, applied
 from mta.lora.merge import truncate
@@ -27,8 +27,9 @@ from mta.model.encoders import Encoder
 from mta.model.generate import generate
 from mta.personalize.adapters import Nobody, Who, row_adapters
 from mta.personalize.forgetting import Forgotten, forget_person
-from mta.personalize.making import Maker, Personalized, Updated
 from mta.personalize.merge import Merge, merged_factors
+from mta.personalize.pipeline import Personalized, Pipeline, Updated
+from mta.personalize.states import States
 from mta.store import Store
 from mta.store.exports import Export, adapter_parcel
 from mta.store.state import State
@@ -68,7 +69,7 @@ class Personalizer:
         self.executor = executor or LocalExecutor()
         self._banks = [folder for folder in (bank.folder, older) if folder]
         self._encoder = encoder
-        self._unsaved: dict[str, State] = {}
+        self._states = States(bank, self.store)
 
     @cached_property
     def encoder(self) -> Encoder:
@@ -97,7 +98,7 @@ class Personalizer:
         Raises DataError for a person without items, MemoryBudgetError, ConfigError, StoreError; ClusterError where
         workers of a cluster cannot work.
         """
-        return self._maker(on_step).personalize(people, keep_histories, resume, since)
+        return self._pipeline(on_step).personalize(people, keep_histories, resume, since)
 
     def update(
         self,
@@ -113,7 +114,7 @@ class Personalizer:
         state yet, or one of another bank, of other settings or of another past, is personalized as a whole.
         ``since`` is as in ``personalize``. Raises what ``personalize`` does.
         """
-        return self._maker(on_step).update(people, keep_histories, since)
+        return self._pipeline(on_step).update(people, keep_histories, since)
 
     # -- using what was made -------------------------------------------------------------------------------------------
 
@@ -225,36 +226,25 @@ class Personalizer:
         whoever is to be told of them later. Forgetting can be repeated. Raises StoreError if something of the person
         could not be removed, after all else was done.
         """
-        removed = self._unsaved.pop(person, None) is not None
+        removed = self._states.unsaved.pop(person, None) is not None
         found = forget_person(person, self.store, *self._banks, keep_exports=keep_exports)
         for bank, reason in found.unmarked.items():
             log.warning("a person was forgotten, but %s could not be marked as needing a rebuild: %s", bank, reason)
         return replace(found, states_removed=removed or found.states_removed)
 
     def state(self, person: str) -> State:
-        """What is kept of a person. Raises PersonNotFound, StateCorrupt, OtherBank."""
-        if person in self._unsaved:
-            return self._unsaved[person]
-        if not self.store:
-            raise PersonNotFound("no state is known for that person", hint="Call personalize for them first.")
-        state = self.store.load(person)
-        if state.bank != self.bank.hash:
-            raise OtherBank(
-                f"the person's state was made with bank {state.bank[:8]}…, "
-                f"the bank at {self.bank.folder} is {self.bank.hash[:8]}…",
-                hint="Open that bank, or personalize again: mta personalize",
-            )
-        return state
+        """Return a person's state. Raises PersonNotFound, StateCorrupt, OtherBank."""
+        return self._states.get(person)
 
-    # -- within --------------------------------------------------------------------------------------------------------
+    # -- internals -----------------------------------------------------------------------------------------------------
 
-    def _adapters(self, whose: Sequence[Who], stacked: bool) -> tuple[list[int], list[Adapters]]:
-        """Row owners and adapters for a batch of different people: everybody a row of coefficients and a stack."""
-        known = list(dict.fromkeys(whose))
+    def _adapters(self, owners: Sequence[Who], stacked: bool) -> tuple[list[int], list[Adapters]]:
+        """Return, for a batch of rows, the number of each row's owner and the adapters of all owners."""
+        known = list(dict.fromkeys(owners))
         states = [who if isinstance(who, Nobody) else self.state(who) for who in known]
         place = {who: i for i, who in enumerate(known)}
-        return [place[who] for who in whose], row_adapters(self.base, self.bank, states, stacked)
+        return [place[who] for who in owners], row_adapters(self.base, self.bank, states, stacked)
 
-    def _maker(self, on_step: OnStep | None) -> Maker:
-        mine = self.base, self.bank, self.run, lambda: self.encoder, self.store, self.executor
-        return Maker(*mine, self._unsaved, self.state, on_step)
+    def _pipeline(self, on_step: OnStep | None) -> Pipeline:
+        states = self._states
+        return Pipeline(self.base, self.bank, self.run, lambda: self.encoder, states, self.executor, on_step)

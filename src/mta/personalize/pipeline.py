@@ -1,267 +1,285 @@
-"""Stages 2 and 3, cohort by cohort: from people's shots to what is kept of them."""
+"""Personalize or update many people: plan cohorts, compute them on an executor, and collect the outcomes."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
-from typing import Any
-
-import torch
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, replace
 
 from mta.bank.bank import Bank
-from mta.config import MergeSettings, Run, StackSettings, parse_size
-from mta.config.loader import Settings, dump_yaml
+from mta.config import Run, parse_size
 from mta.data.history import Person
-from mta.errors import Diverged
-from mta.lora.batch import LoraBatch
-from mta.lora.layers import Adapters, PerPerson
+from mta.distributed.executor import Executor, Outcome, R
+from mta.errors import DataError, InputError, PersonForgotten
 from mta.model.base import BaseModel
-from mta.model.encoders import Encoder, encode_people
-from mta.personalize.adapt import adapt
-from mta.personalize.likelihoods import gather_evidence, shots_of, surprise, targets_of
-from mta.personalize.merge import Merge, frozen_numbers, fuse, merged, needs_evidence
-from mta.store.state import Losses, State, work_key
+from mta.model.encoders import Encoder
+from mta.personalize.cohort import Cohort, WorkItem, digest_of, settings_of
+from mta.personalize.likelihoods import shots_of
+from mta.personalize.merge import check_merge, frozen_numbers
+from mta.personalize.stages import Stages
+from mta.personalize.states import UNUSABLE, States
+from mta.personalize.worker import Failed, Worker, WorkerSpec, personalize_cohort, update_cohort
+from mta.store.state import State
+from mta.store.tombstones import NOTHING
 from mta.store.workspace import Work
-from mta.training.checkpoint import Checkpoint
-from mta.training.plan import Plan, plan_cohorts
-from mta.training.trainer import Job, OnStep
+from mta.training.plan import plan_cohorts
+from mta.training.trainer import Job, OnStep, Step
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
-    """A person, and the work key of the state they should have.
+class Personalized:
+    """Counts of ``personalize``: people trained, people up to date, and texts that were shortened.
 
-    Where it is made from a state ``before``, that one holds what the first ``known`` items say; it may lack its stack
-    where a store has it, as ``version``.
+    ``failed`` maps ids to errors: their data made workers fail, or their training diverged. ``plan`` is a digest of the
+    cohorts. ``forgotten`` are ids of people who were forgotten after their items were read: they have no new state.
     """
 
-    person: Person
-    work: str
-    before: State | None = None
-    known: int = 0
-    version: int = 0
+    trained: int
+    unchanged: int
+    shortened: int
+    failed: dict[str, str] = field(default_factory=dict)
+    plan: str = field(default="", compare=False)
+    forgotten: tuple[str, ...] = ()
 
-    @classmethod
-    def of(
-        cls, person: Person, bank: Bank, settings: str, seed: int, before: State | None = None, known: int = 0
-    ) -> Wanted:
-        """The state that this bank and ``settings_of`` a run make of a person's items, anew or from ``before``."""
-        how = settings + (f"after: {before.work}\n" if before else "")
-        return cls(person, work_key(bank.hash, person.digest(), how, seed), before, known)
-
-    @property
-    def shots(self) -> Person:
-        """The person with those items alone that are yet to be learnt from."""
-        return Person(self.person.id, self.person.items[self.known :])
-
-    @property
-    def name(self) -> str:
-        """Names person and work in a file; it confirms a guessed id only to who has the texts as well."""
-        return hashlib.sha256(f"{self.work}/{self.person.id}".encode()).hexdigest()
-
-
-def settings_of(base: BaseModel, run: Run) -> str:
-    """All settings that decide a state, as text."""
-    kept = _Kept(merge=run.merge, stack=run.stack, dtype=str(base.dtype), max_tokens=base.prompts.max_tokens)
-    return dump_yaml(kept)
-
-
-def digest_of(settings: str, seed: int) -> str:
-    """Of all settings that decide a state: one of others is not gone on from."""
-    return hashlib.sha256(f"{seed}\n{settings}".encode()).hexdigest()
-
-
-class _Kept(Settings):
-    """The settings a state depends on."""
-
-    merge: MergeSettings
-    stack: StackSettings
-    dtype: str
-    max_tokens: int
+    def __str__(self) -> str:
+        up = f"{self.trained} people personalized, {self.unchanged} were up to date"
+        return f"{up}; {self.shortened} texts were shortened"
 
 
 @dataclass(frozen=True, slots=True)
-class Cohort:
-    """People who are computed together, in rows of at most ``tokens_per_batch``."""
+class Updated:
+    """Counts of ``update``: actions for people with new items (``mta.personalize.update``), people begun, unchanged."""
 
-    wanted: tuple[Wanted, ...]
-    tokens_per_batch: int
-    threads: int
+    kept: int
+    retrained: int
+    refreshed: int
+    begun: int
+    unchanged: int
+    failed: dict[str, str] = field(default_factory=dict)
+    plan: str = field(default="", compare=False)
+    forgotten: tuple[str, ...] = ()
 
-    def __len__(self) -> int:
-        return len(self.wanted)
-
-    @property
-    def digest(self) -> str:
-        """Names the work: a checkpoint of another cohort is not used."""
-        works = [wanted.work for wanted in self.wanted]
-        return hashlib.sha256(json.dumps([works, self.tokens_per_batch, self.threads]).encode()).hexdigest()
-
-    def halves(self) -> tuple[Cohort, ...]:
-        """The first and the second half of the people; nothing where there is one."""
-        middle = len(self) // 2
-        return tuple(replace(self, wanted=part) for part in (self.wanted[:middle], self.wanted[middle:]) if middle)
+    def __str__(self) -> str:
+        new = f"{self.kept} kept, {self.retrained} retrained, {self.refreshed} refreshed"
+        return f"of people with new items {new}; {self.begun} personalized anew, {self.unchanged} had no new items"
 
 
-@dataclass(frozen=True, slots=True)
-class Cohorts:
-    """Who is computed in this run and who of them together; how many of their texts were cut."""
-
-    wanted: list[Wanted]
-    plan: Plan
-    cut: int
-
-    def lacking(self, missing: Sequence[Wanted]) -> list[Cohort]:
-        """The cohorts that somebody's state is missing from."""
-        names, plan = {wanted.name for wanted in missing}, self.plan
-        all_of_them = (tuple(self.wanted[n] for n in numbers) for numbers in plan.cohorts)
-        return [
-            Cohort(wanted, plan.tokens_per_batch, plan.threads)
-            for wanted in all_of_them
-            if any(one.name in names for one in wanted)
-        ]
+def counts(done: Personalized | Updated) -> dict[str, int]:
+    """Return the counts, without ids."""
+    values = {name: value for name, value in asdict(done).items() if name != "plan"}
+    return values | {"failed": len(done.failed), "forgotten": len(done.forgotten)}
 
 
 @dataclass(frozen=True, slots=True)
-class Stages:
-    """How cohorts are computed: over what, how they report, and where stopped ones leave their ``work``."""
+class Pipeline:
+    """Stages 2 and 3 for many people. ``encoder`` is called only if people have to be computed."""
 
     base: BaseModel
     bank: Bank
     run: Run
-    encoder: Encoder
+    encoder: Callable[[], Encoder]
+    states: States
+    executor: Executor
     on_step: OnStep | None = None
-    work: Work | None = None
 
-    def cohorts(
-        self, everybody: Sequence[Wanted], missing: Sequence[Wanted], most: int = 256, threads: int | None = None
-    ) -> Cohorts:
-        """Those who are missing, in cohorts; where a run over all of them was stopped, in the cohorts of that run.
+    def personalize(
+        self, people: Sequence[Person], keep_histories: bool, resume: bool, since: Collection[str] | None
+    ) -> Personalized:
+        """See ``Personalizer.personalize``."""
+        call = self._begin(people, since, keep_histories)
+        settings = self._settings
+        everybody = [WorkItem.of(person, self.bank, *settings) for person in call.people]
+        missing = [item for item in everybody if not self.states.has(item.person.id, item.work)]
+        work = self._work(everybody, call.since)
+        if work and not resume:
+            work.drop()
+        if not missing:
+            if work:
+                work.finish()  # a run that was killed after its last state may have left files
+            return Personalized(0, len(everybody), 0, forgotten=call.forgotten)
+        stages = self._stages(work)
+        cohorts, plan, cut = self.plan(everybody, missing, work)
+        found = _Failures()
+        for outcome in self._outcomes(personalize_cohort, stages, cohorts, found, call.since):
+            self._keep(outcome.piece, outcome.result or (), found)
+        if work and not found.workers:  # diverged training would diverge again: no cohort is kept for it
+            work.finish()
+        asked = {item.person.id for item in missing}  # a resumed cohort has people who are up to date
+        failed = {id: error for id, error in (found.workers | found.diverged).items() if id in asked}
+        gone = found.forgotten & asked
+        done = len(missing) - len(failed) - len(gone), len(everybody) - len(missing), cut
+        return Personalized(*done, failed, plan, tuple(sorted({*call.forgotten, *gone})))
 
-        So a newcomer costs what one person costs, and what was killed and resumed equals what was not.
+    def update(self, people: Sequence[Person], keep_histories: bool, since: Collection[str] | None) -> Updated:
+        """See ``Personalizer.update``."""
+        call = self._begin(people, since, keep_histories)
+        grown, begin, unchanged, settings = list[WorkItem](), list[Person](), 0, self._settings
+        digest = digest_of(*settings)
+        for person in call.people:
+            before, known = self._known(person, digest)
+            if before is None:
+                begin.append(person)
+            elif known < len(person.items):
+                grown.append(self._light(WorkItem.of(person, self.bank, *settings, before, known)))
+            else:
+                unchanged += 1
+        actions, found, plan = Counter[str](), _Failures(), ""
+        if grown:
+            cohorts, plan, _ = self.plan(grown, grown)
+            for outcome in self._outcomes(update_cohort, self._stages(), cohorts, found, call.since):
+                made = outcome.result or ()
+                actions.update(one.action for one in made if not isinstance(one.state, Failed))
+                self._keep(outcome.piece, [one.state for one in made], found)
+        first = self.personalize(begin, False, True, call.since) if begin else Personalized(0, 0, 0)
+        done = actions["keep"], actions["retrain"], actions["refresh"], first.trained, unchanged + first.unchanged
+        gone = tuple(sorted({*call.forgotten, *found.forgotten, *first.forgotten}))
+        return Updated(*done, found.workers | found.diverged | first.failed, plan or first.plan, gone)
+
+    def plan(
+        self, everybody: Sequence[WorkItem], missing: Sequence[WorkItem], work: Work | None = None
+    ) -> tuple[list[Cohort], str, int]:
+        """Return the cohorts that hold ``missing`` people, the digest of the plan, and the number of shortened texts.
+
+        If a run over ``everybody`` was interrupted (``work``), its cohorts are used again: then a resumed run equals an
+        uninterrupted one. Otherwise only the missing people are planned.
         """
-        known = {wanted.name: wanted for wanted in everybody}
-        begun = self.work.plan() if self.work else None
+        known = {item.name: item for item in everybody}
+        begun = work.plan() if work else None
         names = begun if begun and set(begun) <= set(known) else []
-        chosen = [known[name] for name in names] if {w.name for w in missing} <= set(names) else list(missing)
+        chosen = [known[name] for name in names] if {item.name for item in missing} <= set(names) else list(missing)
         stack, targets = self.run.stack, self.base.targets.values()
         numbers = stack.lora.rank * sum(d + o for d, o in targets) if stack.enabled else 1
-        below = frozen_numbers(self.bank, self.run.merge)
         cut = 0
 
         def jobs() -> Iterator[Job]:
             nonlocal cut
-            for wanted in chosen:
-                yield (job := shots_of(self.base, self.bank.task, wanted.shots))
+            for item in chosen:
+                yield (job := shots_of(self.base, self.bank.task, item.shots))
                 cut += sum(example.cut > 0 for example in job.examples)
 
-        memory = parse_size(self.run.memory)
-        plan = plan_cohorts(self.base, jobs(), numbers, memory, below=below, most=most, threads=threads)
-        if self.work:
-            self.work.note([wanted.name for wanted in chosen])
-        return Cohorts(chosen, plan, cut)
-
-    def jobs(self, cohort: Cohort) -> list[Job]:
-        """What each of a cohort is trained on."""
-        return [shots_of(self.base, self.bank.task, wanted.shots) for wanted in cohort.wanted]
-
-    def states(self, cohort: Cohort) -> list[State | Diverged]:
-        """One cohort through stages 2 and 3; whoever diverged is none of the others' business."""
-        jobs = self.jobs(cohort)
-        merge, pooled = self._merge(cohort, jobs)
-        return self.as_states(cohort, jobs, merge, self.stacks(cohort, jobs, merge), pooled)
-
-    def as_states(
-        self,
-        cohort: Cohort,
-        jobs: Sequence[Job],
-        merge: Merge,
-        stacks: LoraBatch | None,
-        pooled: Sequence[float] | None = None,
-    ) -> list[State | Diverged]:
-        """What is kept of each of a cohort, and what it makes of the ``jobs`` it was learnt from.
-
-        ``pooled`` are the jobs' losses under the pooled model, where they are known.
-        """
-        losses = self.losses(jobs, merge, stacks, cohort.tokens_per_batch, pooled)
-        settings = digest_of(settings_of(self.base, self.run), self.run.seed)
-
-        def made(i: int, wanted: Wanted) -> State | Diverged:
-            try:
-                return State(
-                    bank=self.bank.hash,
-                    anchors=tuple(merge.ids[i].tolist()),
-                    w=tuple(merge.w[i].tolist()),
-                    policy=self.run.merge.policy,
-                    history=wanted.person.digest(),
-                    work=wanted.work,
-                    seed=self.run.seed,
-                    stack=stacks.select([i]).to(torch.device("cpu")) if stacks else None,
-                    mode=self.run.merge.mode,
-                    rank=self.run.merge.rank,
-                    losses=Losses(*losses[i]).after(wanted.before.losses if wanted.before else None),
-                    settings=settings,
-                )
-            except Diverged as error:
-                return error
-
-        return [made(i, wanted) for i, wanted in enumerate(cohort.wanted)]
-
-    def _merge(self, cohort: Cohort, jobs: Sequence[Job]) -> tuple[Merge, list[float] | None]:
-        """Stage 2: people's anchors and coefficients, from their shots alone; and what evidence says of the pooled."""
-        people = [wanted.person for wanted in cohort.wanted]
-        vectors = encode_people(self.encoder, self.bank.task, people, self.bank.info.run.bank.encode)
-        settings, bank = self.run.merge, (self.bank.working, self.bank.pooled)
-        how: dict[str, Any] = {"tokens_per_batch": cohort.tokens_per_batch, "on_step": self.on_step}
-        evidence = gather_evidence(self.base, jobs, *bank, **how) if needs_evidence(settings) else None
-        near = self.bank.similarity(vectors)
-        merge = fuse(self.base, jobs, *bank, near, settings, evidence, seed=self.run.seed, **how)
-        return merge, (-evidence.task / evidence.tokens).tolist() if evidence else None
-
-    def stacks(
-        self, cohort: Cohort, jobs: Sequence[Job], merge: Merge, start: LoraBatch | None = None
-    ) -> LoraBatch | None:
-        """Stage 3, from nothing or from ``start``; None where it is switched off."""
-        settings = self.run.stack
-        if not settings.enabled:
-            return None
-        return adapt(
+        plan = plan_cohorts(
             self.base,
-            jobs,
-            [*self.bank.pooled, merged(self.bank, merge, self.run.merge)],
-            settings.lora,
-            settings.training,
-            start=start,
-            seed=self.run.seed,
-            tokens_per_batch=cohort.tokens_per_batch,
-            checkpoint=self._checkpoint(cohort),
-            on_step=partial(self.on_step, "stack") if self.on_step else None,
+            jobs(),
+            numbers,
+            parse_size(self.run.memory),
+            below=frozen_numbers(self.bank, self.run.merge),
+            most=self.executor.most,
+            threads=self.executor.threads,
         )
+        if work:
+            work.note([item.name for item in chosen])
+        wanted = {item.name for item in missing}
+        planned = [tuple(chosen[n] for n in numbers) for numbers in plan.cohorts]
+        cohorts = [
+            Cohort(items, plan.tokens_per_batch, plan.threads)
+            for items in planned
+            if any(item.name in wanted for item in items)
+        ]
+        return cohorts, plan.digest, cut
 
-    def remove_checkpoint(self, cohort: Cohort) -> None:
-        """Remove the checkpoint of a cohort. Call this after the cohort's states are saved."""
-        if checkpoint := self._checkpoint(cohort):
-            checkpoint.remove()
+    # -- internals -----------------------------------------------------------------------------------------------------
 
-    def _checkpoint(self, cohort: Cohort) -> Checkpoint | None:
-        return self.work.checkpoint(cohort.digest) if self.work else None
+    @property
+    def _settings(self) -> tuple[str, int]:
+        return settings_of(self.base, self.run), self.run.seed
 
-    def losses(
+    def _stages(self, work: Work | None = None) -> Stages:
+        return Stages(self.base, self.bank, self.run, self.encoder(), self.on_step, work)
+
+    def _begin(self, people: Sequence[Person], since: Collection[str] | None, keep_histories: bool) -> _Call:
+        """Check the people and sort them by id; leave out people who were forgotten since their items were read."""
+        _check(people)
+        check_merge(self.run.merge, len(self.bank), self.bank.task.labelled)
+        ordered, store = sorted(people, key=lambda person: person.id), self.states.store
+        if store is None:
+            if keep_histories:
+                raise InputError("histories are kept in a store, and there is none", hint='Give one: store="people/"')
+            return _Call(ordered, NOTHING, ())
+        known = store.tombstones.names() if since is None else since
+        gone = store.tombstones.since([person.id for person in ordered], known)
+        call = _Call([person for person in ordered if person.id not in gone], known, tuple(sorted(gone)))
+        for person in call.people if keep_histories else ():
+            with suppress(PersonForgotten):  # no state will be saved either, and that is reported
+                store.save_history(person, known)
+        return call
+
+    def _work(self, everybody: Sequence[WorkItem], since: Collection[str]) -> Work | None:
+        """Return the folder of a run over these people. Once one of them is forgotten, no checkpoint is written."""
+        if (store := self.states.store) is None:
+            return None
+        ids = [item.person.id for item in everybody]
+        return Work.of(store.files, [item.name for item in everybody], lambda: not store.tombstones.since(ids, since))
+
+    def _outcomes(
         self,
-        jobs: Sequence[Job],
-        merge: Merge,
-        stacks: LoraBatch | None,
-        tokens_per_batch: int,
-        pooled: Sequence[float] | None = None,
-    ) -> list[tuple[float, float, float | None, int]]:
-        """What everybody's shots cost, as ``Losses`` has it, finite or not: a pass each."""
+        function: Callable[[Worker, Cohort], R],
+        stages: Stages,
+        cohorts: Sequence[Cohort],
+        found: _Failures,
+        since: Collection[str],
+    ) -> Iterator[Outcome[Cohort, R]]:
+        """Run ``function`` for all cohorts on the executor; note in ``found`` the people whose cohorts failed."""
+        here = Worker(stages, self.states.store, since)
+        spec = WorkerSpec.of(self.base, self.bank, self.run, self.states.store, since)
+        done, total = 0, sum(map(len, cohorts))
+        for n, outcome in enumerate(self.executor.run(function, cohorts, here, spec.open), 1):
+            done += len(outcome.piece)
+            if outcome.error:
+                found.workers |= {item.person.id: outcome.error for item in outcome.piece.items}
+            if self.on_step and not self.executor.in_process:
+                self.on_step("fleet", Step(n, len(outcome.piece), done, total))
+            yield outcome
 
-        def under(*added: Adapters) -> list[float]:
-            return surprise(self.base, jobs, [*self.bank.pooled, *added], tokens_per_batch=tokens_per_batch)
+    def _keep(self, cohort: Cohort, made: Sequence[State | Failed | None], found: _Failures) -> None:
+        """Keep the states that are in no store; note the people without a state in ``found``."""
+        for item, state in zip(cohort.items, made):
+            if isinstance(state, PersonForgotten):
+                found.forgotten.add(item.person.id)
+            elif isinstance(state, State):
+                self.states.unsaved[item.person.id] = state
+            elif state:
+                found.diverged[item.person.id] = str(state)
 
-        over = merged(self.bank, merge, self.run.merge)
-        stacked: Sequence[float | None] = under(over, PerPerson(stacks)) if stacks else [None] * len(jobs)
-        return list(zip(pooled or under(), under(over), stacked, map(targets_of, jobs)))
+    def _known(self, person: Person, settings: str) -> tuple[State | None, int]:
+        """Return the state to update and the number of items it holds; None if the person has to be begun anew."""
+        try:
+            state = self.states.get(person.id)
+        except UNUSABLE:
+            return None, 0
+        known = person.grown_from(state.history) if state.settings == settings and state.losses else 0
+        return (state, known) if known else (None, 0)
+
+    def _light(self, item: WorkItem) -> WorkItem:
+        """Drop the stack if a worker can load it from the store: all stacks together would fill a driver's memory."""
+        if not (self.states.store and item.before):
+            return item
+        version = self.states.store.latest(item.person.id) or 0
+        return replace(item, before=replace(item.before, stack=None), version=version)
+
+
+@dataclass(frozen=True, slots=True)
+class _Call:
+    """The people of a call, the tombstones when their items were read, and the people forgotten since then."""
+
+    people: list[Person]
+    since: Collection[str]
+    forgotten: tuple[str, ...]
+
+
+@dataclass(slots=True)
+class _Failures:
+    """People without a new state: a worker failed (with its error), training diverged, the person was forgotten."""
+
+    workers: dict[str, str] = field(default_factory=dict)
+    diverged: dict[str, str] = field(default_factory=dict)
+    forgotten: set[str] = field(default_factory=set)
+
+
+def _check(people: Sequence[Person]) -> None:
+    if empty := sum(not person.items for person in people):
+        raise DataError(
+            f"{empty} of {len(people)} people have no item", hint="Leave them out, or give each of them an item."
+        )
+    if len({person.id for person in people}) < len(people):
+        raise DataError("a person is given twice", hint="Put all items of a person into one history.")

@@ -1,4 +1,4 @@
-"""Where a cohort is worked through: what stages 2 and 3 need, at hand here or made again by a worker elsewhere."""
+"""Run stages 2 and 3 for a cohort and save the states, in this process or in a worker of a cluster."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from mta.bank.format import check_base, read_info
 from mta.config import Run
 from mta.errors import BankMismatch, Diverged, PersonForgotten, StoreConflict, StoreError
 from mta.model.base import BaseModel
-from mta.personalize.pipeline import Cohort, Stages, Wanted
-from mta.personalize.update import Renewed, renewed
+from mta.personalize.cohort import Cohort, WorkItem
+from mta.personalize.stages import Stages
+from mta.personalize.update import StateUpdate, update_states
 from mta.store import Store
 from mta.store.state import State
 from mta.store.tombstones import NOTHING, forgotten_meanwhile
@@ -22,10 +23,10 @@ Failed = Diverged | PersonForgotten
 
 
 @dataclass(frozen=True, slots=True)
-class Desk:
-    """The stages, and the store that states go to: None where the caller keeps them.
+class Worker:
+    """The stages, and the store for their states: None if the caller keeps the states.
 
-    ``since`` are the tombstones that were there when the people's items came in (``mta.store.tombstones``).
+    ``since`` are the tombstones that existed when the people's items were read (``mta.store.tombstones``).
     """
 
     stages: Stages
@@ -34,11 +35,8 @@ class Desk:
 
 
 @dataclass(frozen=True, slots=True)
-class Copies:
-    """Makes the same desk in another process, perhaps on another machine: called there, it loads base and bank.
-
-    ``bank`` is a folder, and ``store`` an address, that mean the same there. ``run`` names the base as it was loaded.
-    """
+class WorkerSpec:
+    """What a process on any machine needs to make the same worker. ``bank`` and ``store`` must mean the same there."""
 
     run: Run
     bank: Path
@@ -48,13 +46,13 @@ class Copies:
     since: Collection[str] = NOTHING
 
     @classmethod
-    def of(cls, base: BaseModel, bank: Bank, run: Run, store: Store | None, since: Collection[str] = NOTHING) -> Copies:
-        """Copies of a desk in this process."""
+    def of(cls, base: BaseModel, bank: Bank, run: Run, store: Store | None, since: Collection[str]) -> WorkerSpec:
+        """Describe a worker of this process. ``run`` then names the base as it was loaded."""
         url, identity = (store.files.url, store.identity(write=True)) if store else (None, "")
         return cls(base.as_loaded(run), bank.folder.resolve(), bank.hash, url, identity, since)
 
-    def __call__(self) -> Desk:
-        """Raises BankMismatch, StoreError if what lies there is another, and what opening base and bank raises."""
+    def open(self) -> Worker:
+        """Load base and bank. Raises BankMismatch or StoreError if another bank or store is found, and load errors."""
         store = Store(self.store) if self.store is not None else None
         if store and store.identity() != self.identity:
             raise StoreError(
@@ -69,75 +67,74 @@ class Copies:
                 f"a worker found bank {bank.hash[:8]}… at {self.bank}, expected {self.hash[:8]}…",
                 hint="Give workers the same folder: a shared disk, or a copy in their image.",
             )
-        stages = Stages(base, bank, self.run, bank.encoder(base, self.run.encoder))
-        return Desk(stages, store, self.since)
+        return Worker(Stages(base, bank, self.run, bank.encoder(base, self.run.encoder)), store, self.since)
 
 
-def renew(desk: Desk, cohort: Cohort) -> Sequence[Renewed]:
-    """What is to be done for people whose histories have grown, done; where there is a store, new states go there.
+def personalize_cohort(worker: Worker, cohort: Cohort) -> Sequence[State | Failed | None]:
+    """Make the states of a cohort and save them. Returns states only if the worker has no store.
 
-    Who diverged is given back as that, and so is a person who was forgotten meanwhile.
+    Returns a ``Failed`` for each person whose training diverged or who was forgotten meanwhile. Raises Diverged if the
+    training of several people diverged and of all of them: then the cause is not one person's data.
     """
-    store = desk.store
+    states = worker.stages.states(cohort)
+    if len(states) > 1 and all(isinstance(state, Diverged) for state in states):
+        worker.stages.remove_checkpoint(cohort)  # a checkpoint of diverged parameters must not be resumed
+        raise next(state for state in states if isinstance(state, Diverged))
+    if worker.store is None:
+        return states
+    outcomes = [_saved(worker, item, state) for item, state in zip(cohort.items, states)]
+    worker.stages.remove_checkpoint(cohort)  # only now: a run killed earlier resumes from the checkpoint
+    return outcomes
+
+
+def update_cohort(worker: Worker, cohort: Cohort) -> Sequence[StateUpdate]:
+    """Update the states of people whose histories have grown, and save the new states if there is a store.
+
+    ``StateUpdate.state`` is a ``Failed`` for people whose training diverged or who were forgotten meanwhile.
+    """
+    store = worker.store
     if store is None:
-        return renewed(desk.stages, cohort)
-    gone = store.tombstones.since([wanted.person.id for wanted in cohort.wanted], desk.since)
-    here = [wanted for wanted in cohort.wanted if wanted.person.id not in gone]
-    whole = tuple(replace(wanted, before=_before(store, wanted)) for wanted in here)
-    made = renewed(desk.stages, replace(cohort, wanted=whole)) if whole else []
-    found = {w.person.id: replace(one, state=_saved(desk, w, one.state)) for w, one in zip(here, made)}
-    return [found.get(wanted.person.id) or _not_renewed(wanted) for wanted in cohort.wanted]
+        return update_states(worker.stages, cohort)
+    gone = store.tombstones.since([item.person.id for item in cohort.items], worker.since)
+    here = [item for item in cohort.items if item.person.id not in gone]
+    whole = tuple(replace(item, before=_before(store, item)) for item in here)
+    made = update_states(worker.stages, replace(cohort, items=whole)) if whole else []
+    found = {item.person.id: replace(one, state=_saved(worker, item, one.state)) for item, one in zip(here, made)}
+    return [found.get(item.person.id) or _not_updated(item) for item in cohort.items]
 
 
-def _before(store: Store, wanted: Wanted) -> State:
-    """The whole state somebody is gone on from, and no other of that number."""
-    state = store.load(wanted.person.id, wanted.version)
-    if wanted.before is None or state.work != wanted.before.work:
-        raise _overtaken(wanted)
+def _before(store: Store, item: WorkItem) -> State:
+    """Load the whole state that an update starts from. Raises StoreConflict if that version holds another state."""
+    state = store.load(item.person.id, item.version)
+    if item.before is None or state.work != item.before.work:
+        raise _overtaken(item)
     return state
 
 
-def _not_renewed(wanted: Wanted) -> Renewed:
-    """Of a person who was forgotten before anything was done."""
-    assert wanted.before is not None
-    assert wanted.before.losses is not None
-    return Renewed("keep", wanted.before.losses, forgotten_meanwhile())
+def _not_updated(item: WorkItem) -> StateUpdate:
+    """Return the outcome for a person who was forgotten before the update began."""
+    assert item.before is not None
+    assert item.before.losses is not None
+    return StateUpdate("keep", item.before.losses, forgotten_meanwhile())
 
 
-def _overtaken(wanted: Wanted) -> StoreConflict:
+def _overtaken(item: WorkItem) -> StoreConflict:
     return StoreConflict(
-        f"a newer version of {wanted.person.id!r} was saved meanwhile; what was made from the one before was not",
+        f"a newer version of {item.person.id!r} was saved meanwhile; what was made from the one before was not",
         hint="Update again: it goes on from the newer one.",
     )
 
 
-def work_through(desk: Desk, cohort: Cohort) -> Sequence[State | Failed | None]:
-    """Stages 2 and 3 for a cohort. States go to the desk's store; where there is none they are given back.
-
-    Who diverged is given back as that, and so is a person who was forgotten meanwhile; raises Diverged if everybody of
-    several did, for then it is nobody's data.
-    """
-    states = desk.stages.states(cohort)
-    if len(states) > 1 and all(isinstance(one, Diverged) for one in states):
-        desk.stages.remove_checkpoint(cohort)  # a checkpoint of diverged parameters must not be resumed
-        raise next(one for one in states if isinstance(one, Diverged))
-    if desk.store is None:
-        return states
-    outcomes = [_saved(desk, wanted, state) for wanted, state in zip(cohort.wanted, states)]
-    desk.stages.remove_checkpoint(cohort)  # only now: a run killed earlier resumes from the checkpoint
-    return outcomes
-
-
-def _saved(desk: Desk, wanted: Wanted, state: State | Failed | None) -> Failed | None:
-    """Save a state that was made; return why there is none. Raises StoreConflict if a newer version is there."""
-    if desk.store is None or not isinstance(state, State):
+def _saved(worker: Worker, item: WorkItem, state: State | Failed | None) -> Failed | None:
+    """Save a state; return why there is none. Raises StoreConflict if the store has a newer version."""
+    if worker.store is None or not isinstance(state, State):
         return None if isinstance(state, State) else state
-    store, id = desk.store, wanted.person.id
+    store, id = worker.store, item.person.id
     try:
-        store.tombstones.check(id, desk.since)
-        if wanted.before and store.latest(id) != wanted.version and store.load(id).work != wanted.work:
-            raise _overtaken(wanted)
-        store.save(id, state, desk.since)
+        store.tombstones.check(id, worker.since)
+        if item.before and store.latest(id) != item.version and store.load(id).work != item.work:
+            raise _overtaken(item)
+        store.save(id, state, worker.since)
     except PersonForgotten as gone:
         return gone
     return None

@@ -12,8 +12,8 @@ from mta.evaluation.methods.method import Method, Outcome, register
 from mta.evaluation.metrics import Answers
 from mta.evaluation.protocol import Panel
 from mta.lora.layers import Adapters, PerPerson
-from mta.personalize.adapt import adapt
 from mta.personalize.merge import Merge, merged
+from mta.personalize.stages import adapt
 
 
 @register

@@ -1,0 +1,203 @@
+"""Stages 2 and 3 for one cohort: from the people's shots to their states."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from mta.bank.bank import Bank
+from mta.config import Lora, Run, Training
+from mta.errors import Diverged
+from mta.lora.batch import LoraBatch, fresh
+from mta.lora.layers import Adapters, PerPerson
+from mta.model.base import BaseModel
+from mta.model.encoders import Encoder, encode_people
+from mta.personalize.adapters import merge_of
+from mta.personalize.cohort import Cohort, WorkItem, digest_of, settings_of
+from mta.personalize.likelihoods import gather_evidence, shots_of, surprise, targets_of
+from mta.personalize.merge import Earlier, Merge, fit_merge, merged, needs_evidence
+from mta.store.state import Losses, State
+from mta.store.workspace import Work
+from mta.training.checkpoint import Checkpoint
+from mta.training.trainer import Job, OnStep, Step, train_loras
+
+
+def adapt(
+    base: BaseModel,
+    jobs: Sequence[Job],
+    frozen: Sequence[Adapters],
+    lora: Lora,
+    training: Training,
+    *,
+    start: LoraBatch | None = None,
+    seed: int = 0,
+    tokens_per_batch: int = 2048,
+    checkpoint: Checkpoint | None = None,
+    on_step: Callable[[Step], None] | None = None,
+) -> LoraBatch:
+    """Train one LoRA per person on their shots: U jobs -> a batch of U.
+
+    ``frozen`` are the adapters that each person already has, indexed by job: the task LoRA and their merge. With rank 1
+    the result is MTA's stack; over the task LoRA alone it is OPPU, at any rank. Training starts from ``start``, or from
+    a hash of (seed, the job's key, layer).
+    Source: arXiv:2511.20072, stage 3.
+    """
+    keys = [job.key for job in jobs]
+    start = start or fresh(base.targets, lora.rank, lora.scale, seed, keys, base.master_dtype)
+    return train_loras(
+        base,
+        jobs,
+        start,
+        training,
+        frozen=frozen,
+        seed=seed,
+        tokens_per_batch=tokens_per_batch,
+        checkpoint=checkpoint,
+        on_step=on_step,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Stages:
+    """What stages 2 and 3 need. Cohorts that are interrupted leave checkpoints in ``work``."""
+
+    base: BaseModel
+    bank: Bank
+    run: Run
+    encoder: Encoder
+    on_step: OnStep | None = None
+    work: Work | None = None
+
+    def states(self, cohort: Cohort) -> list[State | Diverged]:
+        """Compute the states of a cohort; ``Diverged`` for each person whose training diverged."""
+        jobs = self.jobs(cohort)
+        merge, pooled = self.merge(cohort, jobs)
+        return self.as_states(cohort, jobs, merge, self.stacks(cohort, jobs, merge), pooled)
+
+    def jobs(self, cohort: Cohort) -> list[Job]:
+        """Return the training examples of each person: the items that their state does not hold yet."""
+        return [shots_of(self.base, self.bank.task, item.shots) for item in cohort.items]
+
+    def merge(
+        self, cohort: Cohort, jobs: Sequence[Job], earlier: Earlier | None = None
+    ) -> tuple[Merge, list[float] | None]:
+        """Stage 2: fit merges to ``jobs``, from ``earlier`` merges on where there are any.
+
+        Also returns the shots' losses under the pooled model, if the policy had to compute them.
+        """
+        settings, bank = self.run.merge, self.bank
+        evidence = similarity = None
+        if needs_evidence(settings) and not (earlier and settings.policy == "learned"):
+            evidence = gather_evidence(
+                self.base,
+                jobs,
+                bank.working,
+                bank.pooled,
+                tokens_per_batch=cohort.tokens_per_batch,
+                on_step=self.on_step,
+            )
+        if earlier is None or not (evidence or settings.policy == "learned"):
+            vectors = encode_people(self.encoder, bank.task, cohort.people, bank.info.run.bank.encode)
+            similarity = bank.similarity(vectors)
+        merge = fit_merge(
+            self.base,
+            jobs,
+            bank.working,
+            bank.pooled,
+            settings,
+            similarity=similarity,
+            evidence=evidence,
+            earlier=earlier,
+            seed=self.run.seed,
+            tokens_per_batch=cohort.tokens_per_batch,
+            on_step=self.on_step,
+        )
+        return merge, (-evidence.task / evidence.tokens).tolist() if evidence else None
+
+    def stacks(
+        self, cohort: Cohort, jobs: Sequence[Job], merge: Merge, start: LoraBatch | None = None
+    ) -> LoraBatch | None:
+        """Stage 3: train the stacks over the merges, from zero or from ``start``. None if stacks are switched off."""
+        settings = self.run.stack
+        if not settings.enabled:
+            return None
+        return adapt(
+            self.base,
+            jobs,
+            [*self.bank.pooled, merged(self.bank, merge, self.run.merge)],
+            settings.lora,
+            settings.training,
+            start=start,
+            seed=self.run.seed,
+            tokens_per_batch=cohort.tokens_per_batch,
+            checkpoint=self._checkpoint(cohort),
+            on_step=partial(self.on_step, "stack") if self.on_step else None,
+        )
+
+    def as_states(
+        self,
+        cohort: Cohort,
+        jobs: Sequence[Job],
+        merge: Merge,
+        stacks: LoraBatch | None,
+        pooled: Sequence[float] | None = None,
+    ) -> list[State | Diverged]:
+        """Assemble the states of a cohort, with the losses of ``jobs``.
+
+        ``pooled`` are the jobs' losses under the pooled model, if they are known.
+        """
+        losses = self.losses(jobs, merge, stacks, cohort.tokens_per_batch, pooled)
+        settings = digest_of(settings_of(self.base, self.run), self.run.seed)
+
+        def made(i: int, item: WorkItem) -> State | Diverged:
+            try:
+                return State(
+                    bank=self.bank.hash,
+                    anchors=tuple(merge.ids[i].tolist()),
+                    w=tuple(merge.w[i].tolist()),
+                    policy=self.run.merge.policy,
+                    history=item.person.digest(),
+                    work=item.work,
+                    seed=self.run.seed,
+                    stack=stacks.select([i]).to(torch.device("cpu")) if stacks else None,
+                    mode=self.run.merge.mode,
+                    rank=self.run.merge.rank,
+                    losses=Losses(*losses[i]).after(item.before.losses if item.before else None),
+                    settings=settings,
+                )
+            except Diverged as error:
+                return error
+
+        return [made(i, item) for i, item in enumerate(cohort.items)]
+
+    def losses(
+        self,
+        jobs: Sequence[Job],
+        merge: Merge,
+        stacks: LoraBatch | None,
+        tokens_per_batch: int,
+        pooled: Sequence[float] | None = None,
+    ) -> list[tuple[float, float, float | None, int]]:
+        """Return the fields of ``Losses`` for each job; they may be infinite or NaN. One pass for each field."""
+
+        def under(*added: Adapters) -> list[float]:
+            return surprise(self.base, jobs, [*self.bank.pooled, *added], tokens_per_batch=tokens_per_batch)
+
+        over = merged(self.bank, merge, self.run.merge)
+        stacked: Sequence[float | None] = under(over, PerPerson(stacks)) if stacks else [None] * len(jobs)
+        return list(zip(pooled or under(), under(over), stacked, map(targets_of, jobs)))
+
+    def merge_before(self, cohort: Cohort) -> Merge:
+        """Return the merges that an update starts from."""
+        return merge_of(self.base, cohort.befores)
+
+    def remove_checkpoint(self, cohort: Cohort) -> None:
+        """Remove the checkpoint of a cohort. Call this after the cohort's states are saved."""
+        if checkpoint := self._checkpoint(cohort):
+            checkpoint.remove()
+
+    def _checkpoint(self, cohort: Cohort) -> Checkpoint | None:
+        return self.work.checkpoint(cohort.digest) if self.work else None
