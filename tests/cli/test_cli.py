@@ -247,7 +247,7 @@ def test_forget_removes_a_person(world, tmp_path):
     told |= {"unmarked": {}, "complete": True}
     assert mta("forget", ANN, *at, "--json").json == told
     assert run("generate", QUESTION, "--person", ANN, *at).err.splitlines()[-2].startswith("PersonNotFound: ")
-    assert mta("forget", ANN, *at).out == "nothing was kept of that person\n"
+    assert mta("forget", ANN, *at).out == "nothing is stored for this person\n"
 
 
 def test_forget_removes_exports_and_names_those_it_cannot(world, tmp_path):
@@ -279,8 +279,10 @@ def test_person_show_explains_a_state(world, tmp_path):
     assert "  the merge explains their own shots " in said
     assert "history: 6 items kept\n" in said
     assert f"exported to {tmp_path}/out on " in said
-    assert "learnt from them in the bank: nothing\n" in said
-    assert re.search(r"to make it again: 5 passes forward and 2 forward and back over about \d+ tokens: \d\.\de", said)
+    assert "parts of the bank that were trained on them: none\n" in said
+    assert re.search(
+        r"cost of making it again: 5 forward and 2 forward-backward passes over about \d+ tokens: \d\.\de", said
+    )
     for text in ("Zorblax", "Drama"):
         assert text not in said
         assert text not in json.dumps(told)
@@ -294,7 +296,7 @@ def test_person_show_says_what_is_not_there(world, tmp_path):
     assert "stack: none, the merge alone\n" in said
     assert "history: not kept\n" in said
     assert "pooled model  " not in said
-    assert re.search(r"2 passes forward and 0 forward and back over shots of 12 target tokens\n", said)
+    assert re.search(r"2 forward and 0 forward-backward passes over shots of 12 target tokens\n", said)
 
 
 def test_versions_are_listed_and_gone_back_to(world, tmp_path):
@@ -307,7 +309,7 @@ def test_versions_are_listed_and_gone_back_to(world, tmp_path):
         False,
         True,
     )
-    assert mta("person", "rollback", ANN, 1, *store).out == "the newest version is 3, of the content of version 1\n"
+    assert mta("person", "rollback", ANN, 1, *store).out == "the newest version is 3, with the content of version 1\n"
     assert mta("person", "rollback", ANN, 1, *store, "--json").json == {"content_of": 1, "version": 3}
     lines = mta("person", "versions", ANN, *store).out.splitlines()
     assert [line.split()[0] for line in lines] == ["1", "2", "3"]
@@ -318,7 +320,7 @@ def test_versions_are_listed_and_gone_back_to(world, tmp_path):
 def test_forget_names_what_was_learnt_from_a_person(world, tmp_path):
     said = mta("forget", MEMBER, *world.copy(tmp_path)).out
     assert re.search(
-        "^still learnt from them, until the bank is rebuilt without them: (task LoRA|clusters)", said, re.MULTILINE
+        "^trained on the person, until you rebuild the bank without them: (task LoRA|clusters)", said, re.MULTILINE
     )
 
 

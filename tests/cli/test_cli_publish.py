@@ -55,7 +55,9 @@ def test_where_nobody_can_be_asked_nothing_is_sent_without_yes(world, hub):
     said = run("bank", "publish", world.bank, "--to", NAME)
     assert said.code == 1
     assert f"To {NAME}, private: 6 files, " in said.err
-    assert said.err.endswith("for it is no terminal\n  Read the list above, then repeat the command with --yes.\n")
+    assert said.err.endswith(
+        "so mta cannot ask for confirmation\n  Read the list above, then repeat the command with --yes.\n"
+    )
     assert hub.requests == []
 
 
@@ -81,8 +83,8 @@ def test_a_published_bank_is_used_by_its_name(world, hub, tmp_path):
     assert mta("generate", QUESTION, base, "--person", ANN, *named, "--json").json == ours
     new = tmp_path / "new"
     said = mta("personalize", world.new, base, "--bank", NAME, "--store", new)
-    assert "This bank came without its members: whether these people helped to train it is not known." in said.err
-    assert "learnt from them in the bank: not known" in mta("person", "show", ANN, "--bank", NAME, "--store", new).out
+    assert "This bank came without its members: these people may have helped to train it." in said.err
+    assert "that were trained on them: not known" in mta("person", "show", ANN, "--bank", NAME, "--store", new).out
     assert "came without its members" in mta("forget", ANN, "--bank", NAME, "--store", new).out
     said = run("evaluate", world.members, base, "--bank", NAME, "--privacy")
     assert "InputError: this bank came without its members: whom it was trained on cannot be told\n" in said.err
@@ -114,7 +116,7 @@ def test_forgetting_somebody_names_where_the_bank_was_published(world, hub, tmp_
     at = world.copy(tmp_path)
     mta("bank", "publish", at[1], "--to", NAME, "--yes")
     said = mta("forget", "member-03-hoxha", *at).out
-    assert f"published with it, and to be deleted there by hand: {hub.endpoint}/{NAME}\n" in said
+    assert f"the bank was published; delete it there by hand: {hub.endpoint}/{NAME}\n" in said
     again = run("bank", "publish", at[1], "--to", NAME, "--dry-run")
     assert again.err.startswith("BankError: somebody who asked to be forgotten is in the ")
 

@@ -104,9 +104,9 @@ def test_runs_of_every_kind_are_compared(world, compared, tmp_path):
     [
         (
             ["evaluate", "{new}", "--bank", "{bank}", "--track", "wandb"],
-            "--track goes with a folder that keeps the run",
+            "--track needs a folder for the run",
         ),
-        (["personalize", "{new}", "--bank", "{bank}", "--track", "tensorboard"], "--track goes with a folder"),
+        (["personalize", "{new}", "--bank", "{bank}", "--track", "tensorboard"], "--track needs a folder"),
         (["bank", "build", "{new}", "--out", "{out}", "--track", "mlflow"], "nothing is called 'mlflow'"),
         (["personalize", "{new}", "--bank", "{bank}", "--run", "{new}"], "cannot be written"),
     ],

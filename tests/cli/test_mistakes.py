@@ -24,14 +24,14 @@ MISTAKES = {
     "a folder that holds no people": ("data describe {base}", "DataError: "),
     "workers without a cluster": (
         "personalize {new} --bank {bank} --store {root}/s --workers 2",
-        "InputError: --workers and --together are a cluster's",
+        "InputError: --workers and --together need --cluster",
     ),
     "a cluster that is not there": (
         "personalize {new} --bank {bank} --store {root}/s --cluster 127.0.0.1:1",
         "ClusterError: ",
     ),
     "an unknown task": ("data describe {new} --task lampe3", "TaskError: unknown task 'lampe3'"),
-    "an unknown person to show": ("data show {new} {settings} --person eve", "PersonNotFound: nobody in "),
+    "an unknown person to show": ("data show {new} {settings} --person eve", "PersonNotFound: no person 'eve' in "),
     "a build of an unknown base": (
         "bank build {members} {settings} --base ./no --out {root}/b",
         "AssetError: no such file or folder: ./no",
@@ -167,7 +167,7 @@ MISTAKES = {
     ),
     "people and a setting of the bank": (
         "personalize {new} --bank {bank} --store {root}/s bank.anchors=9",
-        "ConfigError: 'bank' cannot be changed here: it was settled when bank or states were made",
+        "ConfigError: 'bank' cannot be changed here: the bank or the states were made with it",
     ),
     "a question and a setting of the merge": (
         "generate {question} --bank {bank} --store {store} merge.policy=uniform",
@@ -183,7 +183,7 @@ MISTAKES = {
     ),
     "an evaluation into a file": (
         "evaluate {new} --bank {bank} --out {new} shots=2 queries=2",
-        "InputError: {new} cannot be written: {new} is no folder that can",
+        "InputError: {new} cannot be written: {new} is not a writable folder",
     ),
     "forgetting in a store that is not there": (
         "forget ann --bank {bank} --store {root}/s",
