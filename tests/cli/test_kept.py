@@ -107,7 +107,7 @@ def test_runs_of_every_kind_are_compared(world, compared, tmp_path):
             "--track needs a folder for the run",
         ),
         (["personalize", "{new}", "--bank", "{bank}", "--track", "tensorboard"], "--track needs a folder"),
-        (["bank", "build", "{new}", "--out", "{out}", "--track", "mlflow"], "nothing is called 'mlflow'"),
+        (["bank", "build", "{new}", "--out", "{out}", "--track", "mlflow"], "unknown tracker 'mlflow'"),
         (["personalize", "{new}", "--bank", "{bank}", "--run", "{new}"], "cannot be written"),
     ],
 )
