@@ -1,4 +1,4 @@
-"""``mta bank publish``, ``mta export --push`` and a hub id as ``--bank``: what is shown, asked and sent."""
+"""``mta bank publish``, ``mta export --push`` and a hub id as ``--bank``: what is printed, confirmed and sent."""
 
 import io
 import json
@@ -24,7 +24,7 @@ def world(tmp_path_factory):
 
 @pytest.fixture
 def answers(monkeypatch):
-    """Somebody at a terminal who answers what they are given."""
+    """Return a function that sets the answer of a user at a terminal."""
 
     class Terminal(io.StringIO):
         def isatty(self) -> bool:
@@ -51,7 +51,7 @@ def test_a_dry_run_shows_everything_and_sends_nothing(world, hub):
     assert tree(world.root) == before
 
 
-def test_where_nobody_can_be_asked_nothing_is_sent_without_yes(world, hub):
+def test_without_a_terminal_nothing_is_sent_without_yes(world, hub):
     said = run("bank", "publish", world.bank, "--to", NAME)
     assert said.code == 1
     assert f"To {NAME}, private: 6 files, " in said.err
@@ -71,13 +71,13 @@ def test_a_no_sends_nothing_and_a_yes_sends(world, hub, tmp_path, answers):
     assert set(hub.repos[NAME].files) == SENT
 
 
-def test_a_published_bank_is_used_by_its_name(world, hub, tmp_path):
+def test_a_published_bank_is_used_by_its_hub_id(world, hub, tmp_path):
     at = world.copy(tmp_path)
     told = mta("bank", "publish", at[1], "--to", NAME, "--yes", "--json").json
     assert (told["url"], set(told["files"])) == (f"{hub.endpoint}/{NAME}", SENT)
     assert str(world.root).encode() not in hub.arrived()
     named = ["--bank", NAME, "--store", at[3]]
-    base = f"base={world.base}"  # which had a place of its own here
+    base = f"base={world.base}"  # the published bank does not name the local path
     assert mta("bank", "show", NAME).out.startswith("# A bank of 2 anchors")
     ours = mta("generate", QUESTION, "--person", ANN, *at, "--json").json
     assert mta("generate", QUESTION, base, "--person", ANN, *named, "--json").json == ours
@@ -90,7 +90,7 @@ def test_a_published_bank_is_used_by_its_name(world, hub, tmp_path):
     assert "InputError: this bank came without its members: whom it was trained on cannot be told\n" in said.err
 
 
-def test_a_name_that_is_neither_here_nor_there_is_an_error(world, hub):
+def test_a_bank_that_is_neither_a_folder_nor_on_the_hub_is_an_error(world, hub):
     said = run("generate", QUESTION, "--bank", "nobody/nothing")
     assert said.err.startswith("HubError: there is no 'nobody/nothing' on the hub, or it is private\n")
 
@@ -112,7 +112,7 @@ def test_an_export_is_pushed_private_after_asking(world, hub, tmp_path):
     assert f"{told['url']} (pushed there: delete it by hand)" in mta("forget", ANN, *at).out
 
 
-def test_forgetting_somebody_names_where_the_bank_was_published(world, hub, tmp_path):
+def test_forget_names_where_the_bank_was_published(world, hub, tmp_path):
     at = world.copy(tmp_path)
     mta("bank", "publish", at[1], "--to", NAME, "--yes")
     said = mta("forget", "member-03-hoxha", *at).out
@@ -121,7 +121,7 @@ def test_forgetting_somebody_names_where_the_bank_was_published(world, hub, tmp_
     assert again.err.startswith("BankError: somebody who asked to be forgotten is in the ")
 
 
-def test_a_folder_wins_over_a_name(world, hub, tmp_path, monkeypatch):
+def test_a_local_folder_takes_precedence_over_a_hub_id(world, hub, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(world.bank, NAME)
     mta("bank", "show", NAME)

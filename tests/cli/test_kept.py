@@ -1,4 +1,4 @@
-"""What the long verbs keep of a run, and that it can be given back: same settings, same result."""
+"""Run folders of the long verbs: their config.yaml gives the same result again."""
 
 import json
 from pathlib import Path
@@ -24,7 +24,7 @@ def compared(world, tmp_path_factory):
     return mta("evaluate", world.new, "--bank", world.bank, *words, "--out", out, "--json").json, out
 
 
-def test_a_bank_is_a_run_and_its_settings_build_it_again(world, tmp_path):
+def test_a_bank_is_a_run_folder_and_its_settings_build_the_same_bank(world, tmp_path):
     told = sitting(world.bank)
     assert (told["kind"], told["seeds"], told["outcome"]["anchors"]) == ("bank", [0], 2)
     assert told["command"].startswith("mta bank build ")
@@ -36,7 +36,7 @@ def test_a_bank_is_a_run_and_its_settings_build_it_again(world, tmp_path):
     assert mta(*words, tmp_path / "again", "--json").json["hash"] == world.built.json["hash"]
 
 
-def test_a_task_of_ones_own_is_named_by_its_file(world, tmp_path):
+def test_a_custom_task_is_recorded_by_its_file(world, tmp_path):
     task = tmp_path / "mine.yaml"
     task.write_text((Path(__file__).parents[2] / "src/mta/tasks/builtin/movielens-rating.yaml").read_text())
     words = [word for word in world.settings if word not in ("--task", "movielens-rating")]
@@ -44,7 +44,7 @@ def test_a_task_of_ones_own_is_named_by_its_file(world, tmp_path):
     assert sitting(tmp_path / "bank")["settings"]["task"] == str(task)
 
 
-def test_a_comparison_is_a_run_and_its_settings_give_the_same_numbers(world, compared, tmp_path):
+def test_a_comparison_is_a_run_folder_and_its_settings_give_the_same_numbers(world, compared, tmp_path):
     found, out = compared
     told = sitting(out)
     assert (told["kind"], told["bank"]) == ("comparison", world.built.json["hash"][:12])
@@ -58,14 +58,14 @@ def test_a_comparison_is_a_run_and_its_settings_give_the_same_numbers(world, com
     assert [{n: v for n, v in method.items() if n != "seconds"} for method in again["methods"]] == strip
 
 
-def test_an_unknown_key_of_the_file_is_told(world, tmp_path):
+def test_an_unknown_key_of_the_file_is_reported(world, tmp_path):
     (tmp_path / "config.yaml").write_text("shotz: 2\nmerge: {policy: uniform}\n")
     said = run("evaluate", world.new, "--bank", world.bank, "--config", tmp_path / "config.yaml")
     assert said.code == 1
     assert f"ConfigError: {tmp_path}/config.yaml: shotz: " in said.err
 
 
-def test_personalizing_is_kept_where_asked_for(world, tmp_path):
+def test_personalize_with_run_writes_a_run_folder(world, tmp_path):
     words = ["personalize", world.new, "--bank", world.bank, "--store", tmp_path / "people"]
     mta(*words, "--run", tmp_path / "run", "--track", "tensorboard")
     told = sitting(tmp_path / "run")
@@ -79,7 +79,7 @@ def test_personalizing_is_kept_where_asked_for(world, tmp_path):
         assert path.is_dir() or not any(word in path.read_bytes() for word in (b"quispe", b"Zorblax")), path
 
 
-def test_an_attack_is_a_run(world, tmp_path):
+def test_an_attack_writes_a_run_folder(world, tmp_path):
     everybody = tmp_path / "everybody.jsonl"
     everybody.write_text(world.members.read_text() + world.new.read_text())
     words = ["--bank", world.bank, "--privacy", "shots=2", "targets=2", "items=2", "--out", tmp_path / "out"]
@@ -111,7 +111,7 @@ def test_runs_of_every_kind_are_compared(world, compared, tmp_path):
         (["personalize", "{new}", "--bank", "{bank}", "--run", "{new}"], "cannot be written"),
     ],
 )
-def test_mistakes_are_told_before_anything_is_written(world, tmp_path, words, expected):
+def test_mistakes_are_reported_before_anything_is_written(world, tmp_path, words, expected):
     names = {"new": world.new, "bank": world.bank, "out": tmp_path / "out"}
     said = run(*(word.format(**names) for word in words))
     assert said.code == 1
@@ -120,7 +120,7 @@ def test_mistakes_are_told_before_anything_is_written(world, tmp_path, words, ex
     assert not (tmp_path / "out").exists()
 
 
-def test_a_password_in_an_address_is_not_kept(monkeypatch):
+def test_a_password_in_a_url_is_not_recorded(monkeypatch):
     from mta.cli.options import typed
 
     monkeypatch.setattr("sys.argv", ["mta", "personalize", "x.jsonl", "--store", "s3://key:secret@host/people"])
