@@ -175,9 +175,9 @@ def test_workers_of_a_cluster_make_the_states(world, tmp_path):
 
 
 def test_personalize_counts_the_trained_people(world):
-    told = world.personalized.json
-    assert len(told.pop("plan")) == 64
-    assert told == {"trained": 4, "unchanged": 0, "shortened": 0, "failed": {}, "forgotten": []}
+    result = world.personalized.json
+    assert len(result.pop("plan")) == 64
+    assert result == {"trained": 4, "unchanged": 0, "shortened": 0, "failed": {}, "forgotten": []}
 
 
 def test_personalizing_again_changes_nothing(world):
@@ -243,9 +243,9 @@ def test_export_reports_the_error_of_compression(world, tmp_path):
 
 def test_forget_removes_a_person(world, tmp_path):
     at = world.copy(tmp_path)
-    told = {"states_removed": True, "needs_rebuild": [], "exports_left": [], "published": [], "unknown": []}
-    told |= {"unmarked": {}, "complete": True}
-    assert mta("forget", ANN, *at, "--json").json == told
+    result = {"states_removed": True, "needs_rebuild": [], "exports_left": [], "published": [], "unknown": []}
+    result |= {"unmarked": {}, "complete": True}
+    assert mta("forget", ANN, *at, "--json").json == result
     assert run("generate", QUESTION, "--person", ANN, *at).err.splitlines()[-2].startswith("PersonNotFound: ")
     assert mta("forget", ANN, *at).out == "nothing is stored for this person\n"
 
@@ -267,12 +267,12 @@ def test_person_show_explains_a_state(world, tmp_path):
     at = world.copy(tmp_path)
     mta("personalize", world.new, *at, "--keep-histories")
     mta("export", ANN, "--out", tmp_path / "out", *at)
-    told, said = mta("person", "show", ANN, *at, "--json").json, mta("person", "show", ANN, *at).out
+    result, said = mta("person", "show", ANN, *at, "--json").json, mta("person", "show", ANN, *at).out
     assert said.startswith("version 1, of 1 kept; saved 20")
-    assert f"bank {told['bank'][:12]}, the one at {tmp_path}/bank\nmerge: posterior, 2 anchors, exact\n" in said
+    assert f"bank {result['bank'][:12]}, the one at {tmp_path}/bank\nmerge: posterior, 2 anchors, exact\n" in said
     shown = re.findall(r"anchor (\d+) +(\d\.\d{3})", said)
-    assert shown == [(str(one["anchor"]), f"{one['w']:.3f}") for one in told["weights"]]
-    assert re.search(rf"the pooled model +{told['null']:.3f} +[━█▏▎▍▌▋▊▉]", said)
+    assert shown == [(str(one["anchor"]), f"{one['w']:.3f}") for one in result["weights"]]
+    assert re.search(rf"the pooled model +{result['null']:.3f} +[━█▏▎▍▌▋▊▉]", said)
     assert re.search(
         r"nats per token on their shots \(12 target tokens\): pooled model \d\.\d{3}, with the merge \d\.", said
     )
@@ -285,7 +285,7 @@ def test_person_show_explains_a_state(world, tmp_path):
     )
     for text in ("Zorblax", "Drama"):
         assert text not in said
-        assert text not in json.dumps(told)
+        assert text not in json.dumps(result)
 
 
 def test_person_show_reports_a_missing_stack_and_history(world, tmp_path):

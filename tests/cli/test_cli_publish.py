@@ -44,9 +44,9 @@ def test_a_dry_run_shows_everything_and_sends_nothing(world, hub):
     assert "\nmembers: stay here (members.json): " in said.out
     assert str(world.root) not in said.out
     assert "PUBLIC" in mta("bank", "publish", world.bank, "--to", NAME, "--dry-run", "--public").out
-    told = mta("bank", "publish", world.bank, "--to", NAME, "--dry-run", "--with-members", "--json").json
-    assert set(told["files"]) == {*SENT, "members.json"}
-    assert (told["to"], told["private"]) == (NAME, True)
+    result = mta("bank", "publish", world.bank, "--to", NAME, "--dry-run", "--with-members", "--json").json
+    assert set(result["files"]) == {*SENT, "members.json"}
+    assert (result["to"], result["private"]) == (NAME, True)
     assert hub.requests == []
     assert tree(world.root) == before
 
@@ -73,8 +73,8 @@ def test_a_no_sends_nothing_and_a_yes_sends(world, hub, tmp_path, answers):
 
 def test_a_published_bank_is_used_by_its_hub_id(world, hub, tmp_path):
     at = world.copy(tmp_path)
-    told = mta("bank", "publish", at[1], "--to", NAME, "--yes", "--json").json
-    assert (told["url"], set(told["files"])) == (f"{hub.endpoint}/{NAME}", SENT)
+    result = mta("bank", "publish", at[1], "--to", NAME, "--yes", "--json").json
+    assert (result["url"], set(result["files"])) == (f"{hub.endpoint}/{NAME}", SENT)
     assert str(world.root).encode() not in hub.arrived()
     named = ["--bank", NAME, "--store", at[3]]
     base = f"base={world.base}"  # the published bank does not name the local path
@@ -102,14 +102,14 @@ def test_an_export_is_pushed_private_after_asking(world, hub, tmp_path):
     assert (said.code, hub.requests) == (1, [])
     assert "To somebody/one, private: 3 files, " in said.err
     assert "this is one person's model" in said.err
-    told = mta("export", ANN, *where, "--yes", "--json", *at).json
-    assert told["url"] == f"{hub.endpoint}/somebody/one"
+    result = mta("export", ANN, *where, "--yes", "--json", *at).json
+    assert result["url"] == f"{hub.endpoint}/somebody/one"
     assert hub.repos["somebody/one"].private
     assert ANN.encode() not in hub.arrived()
     assert str(world.root).encode() not in hub.arrived()
     config = json.loads(hub.repos["somebody/one"].files["adapter_config.json"])
     assert config["base_model_name_or_path"] == "base"
-    assert f"{told['url']} (pushed there: delete it by hand)" in mta("forget", ANN, *at).out
+    assert f"{result['url']} (pushed there: delete it by hand)" in mta("forget", ANN, *at).out
 
 
 def test_forget_names_where_the_bank_was_published(world, hub, tmp_path):

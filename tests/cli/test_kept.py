@@ -25,10 +25,10 @@ def compared(world, tmp_path_factory):
 
 
 def test_a_bank_is_a_run_folder_and_its_settings_build_the_same_bank(world, tmp_path):
-    told = sitting(world.bank)
-    assert (told["kind"], told["seeds"], told["outcome"]["anchors"]) == ("bank", [0], 2)
-    assert told["command"].startswith("mta bank build ")
-    assert len(told["plan"]) == 64
+    entry = sitting(world.bank)
+    assert (entry["kind"], entry["seeds"], entry["outcome"]["anchors"]) == ("bank", [0], 2)
+    assert entry["command"].startswith("mta bank build ")
+    assert len(entry["plan"]) == 64
     before = (world.bank / "run.json").read_bytes()
     words = ["bank", "build", world.members, "--config", world.bank / "config.yaml", "--out"]
     assert world.built.json["hash"][:12] in mta(*words, world.bank).out  # it is finished: nothing is written
@@ -46,13 +46,13 @@ def test_a_custom_task_is_recorded_by_its_file(world, tmp_path):
 
 def test_a_comparison_is_a_run_folder_and_its_settings_give_the_same_numbers(world, compared, tmp_path):
     found, out = compared
-    told = sitting(out)
-    assert (told["kind"], told["bank"]) == ("comparison", world.built.json["hash"][:12])
-    assert told["settings"]["shots"] == 2
-    assert told["settings"]["merge"]["policy"] == "uniform"
-    assert told["outcome"]["people"] == 4
+    entry = sitting(out)
+    assert (entry["kind"], entry["bank"]) == ("comparison", world.built.json["hash"][:12])
+    assert entry["settings"]["shots"] == 2
+    assert entry["settings"]["merge"]["policy"] == "uniform"
+    assert entry["outcome"]["people"] == 4
     nll = {method["name"]: method["metrics"]["NLL"] for method in found["methods"] if "NLL" in method["metrics"]}
-    assert told["outcome"]["NLL"] == {name: round(one["mean"], 4) for name, one in nll.items()}
+    assert entry["outcome"]["NLL"] == {name: round(one["mean"], 4) for name, one in nll.items()}
     again = mta("evaluate", world.new, "--bank", world.bank, "--config", out / "config.yaml", "--json").json
     strip = [{name: value for name, value in method.items() if name != "seconds"} for method in found["methods"]]
     assert [{n: v for n, v in method.items() if n != "seconds"} for method in again["methods"]] == strip
@@ -68,10 +68,10 @@ def test_an_unknown_key_of_the_file_is_reported(world, tmp_path):
 def test_personalize_with_run_writes_a_run_folder(world, tmp_path):
     words = ["personalize", world.new, "--bank", world.bank, "--store", tmp_path / "people"]
     mta(*words, "--run", tmp_path / "run", "--track", "tensorboard")
-    told = sitting(tmp_path / "run")
-    assert told["kind"] == "personalize"
-    assert told["outcome"] == {"trained": 4, "unchanged": 0, "shortened": 0, "failed": 0, "forgotten": 0}
-    assert len(told["plan"]) == 64
+    entry = sitting(tmp_path / "run")
+    assert entry["kind"] == "personalize"
+    assert entry["outcome"] == {"trained": 4, "unchanged": 0, "shortened": 0, "failed": 0, "forgotten": 0}
+    assert len(entry["plan"]) == 64
     assert list((tmp_path / "run" / "tensorboard").iterdir())
     mta(*words, "--run", tmp_path / "run", "--config", tmp_path / "run" / "config.yaml")
     assert sitting(tmp_path / "run")["outcome"]["unchanged"] == 4  # the same settings: the same states
@@ -84,9 +84,9 @@ def test_an_attack_writes_a_run_folder(world, tmp_path):
     everybody.write_text(world.members.read_text() + world.new.read_text())
     words = ["--bank", world.bank, "--privacy", "shots=2", "targets=2", "items=2", "--out", tmp_path / "out"]
     mta("evaluate", everybody, *words)
-    told = sitting(tmp_path / "out")
-    assert told["kind"] == "privacy"
-    assert all(0 <= auc <= 1 for auc in told["outcome"]["AUC"].values())
+    entry = sitting(tmp_path / "out")
+    assert entry["kind"] == "privacy"
+    assert all(0 <= auc <= 1 for auc in entry["outcome"]["AUC"].values())
 
 
 def test_runs_of_every_kind_are_compared(world, compared, tmp_path):

@@ -54,12 +54,12 @@ def test_create_a_key_then_start_ask_and_stop_a_server(made):
         [sys.executable, "-m", "mta", *words, "--json"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     try:
-        told = ""
-        while not told.rstrip().endswith("}"):
-            told += server.stdout.readline()
+        output = ""
+        while not output.rstrip().endswith("}"):
+            output += server.stdout.readline()
             assert server.poll() is None, server.stderr.read()
-        client = openai.OpenAI(base_url=f"{json.loads(told)['url']}/v1", api_key=secret, max_retries=3)
-        run_the_readmes_snippets(json.loads(told)["url"], secret, made)
+        client = openai.OpenAI(base_url=f"{json.loads(output)['url']}/v1", api_key=secret, max_retries=3)
+        run_the_readmes_snippets(json.loads(output)["url"], secret, made)
         asked = {"messages": [{"role": "user", "content": "Film 3"}], "max_tokens": 5, "temperature": 0}
         assert client.chat.completions.create(model="person:ann0", **asked).usage.completion_tokens <= 5
         with pytest.raises(openai.NotFoundError):
@@ -78,11 +78,11 @@ def test_a_running_server_does_not_bring_back_a_forgotten_person(made):
     words = ["serve", *at, "--insecure-local", "--port", "0", "--json"]
     server = subprocess.Popen([sys.executable, "-m", "mta", *words], stdout=subprocess.PIPE, text=True)
     try:
-        told = ""
-        while not told.rstrip().endswith("}"):
-            told += server.stdout.readline()
+        output = ""
+        while not output.rstrip().endswith("}"):
+            output += server.stdout.readline()
             assert server.poll() is None
-        with httpx2.Client(base_url=f"{json.loads(told)['url']}/v1/people", timeout=60) as http:
+        with httpx2.Client(base_url=f"{json.loads(output)['url']}/v1/people", timeout=60) as http:
             for keep in (False, True):
                 assert http.post("/eve/history", json={"items": items, "keep": keep}).status_code == 200
             assert mta("forget", "eve", *at).returncode == 0

@@ -73,7 +73,7 @@ def personalize(
     """Compute the merge and train the stack of all people in a file, in cohorts.
 
     People whose states are up to date are skipped, so the command can be repeated. With --update, states of people
-    whose histories have grown are updated: kept, or trained on the new items only.
+    with new items are updated: kept, or trained on the new items only.
 
     Example:  mta personalize newcomers.jsonl --bank bank/ --store people/
     Example:  mta personalize everybody.jsonl --bank bank/ --store s3://bucket/people --cluster ray://head:10001
