@@ -163,15 +163,15 @@ def test_wheel_with_wrong_hash_is_refused(tiny, offer):
     with pytest.raises(AssetError) as caught:
         fetch("tiny")
     assert caught.value.message == (
-        f"the wheel of 'tiny' (tiny-words==1.0) is not what was pinned: sha256 {tiny.wheel_sha256}, expected {'0' * 64}"
+        f"the wheel of 'tiny' (tiny-words==1.0) has a wrong checksum: sha256 {tiny.wheel_sha256}, expected {'0' * 64}"
     )
-    assert caught.value.hint.startswith("The package index gave another file than the pinned one; nothing was kept.")
+    assert caught.value.hint.startswith("The package index served another file than the pinned one; nothing was saved.")
     assert kept() == []
 
 
 def test_member_with_wrong_hash_is_refused(tiny, offer):
     offer(replace(tiny, members={**tiny.members, "tiny_words/deep/more.txt": ("deep/more.txt", "0" * 64)}))
-    with pytest.raises(AssetError, match=r"^tiny_words/deep/more\.txt in the wheel of 'tiny' is not what was pinned"):
+    with pytest.raises(AssetError, match=r"^tiny_words/deep/more\.txt in the wheel of 'tiny' has a wrong checksum"):
         fetch("tiny")
     assert kept() == []
 
@@ -190,9 +190,9 @@ def test_no_network_says_what_to_do(tiny, wheels):
     assert str(caught.value) == (
         "cannot fetch 'tiny': pip download tiny-words==1.0 failed "
         "(No matching distribution found for tiny-words==1.0)\n"
-        "  It needs a network once. Where there is one, run:\n"
+        "  The first fetch needs a network. On a machine with a network, run:\n"
         "    pip download --no-deps --dest wheels tiny-words==1.0\n"
-        "  bring wheels/ here and set PIP_NO_INDEX=1 PIP_FIND_LINKS=wheels; or point MTA_CACHE at a filled cache."
+        "  copy wheels/ here and set PIP_NO_INDEX=1 PIP_FIND_LINKS=wheels; or set MTA_CACHE to a filled cache."
     )
     assert kept() == []
 
@@ -207,7 +207,7 @@ def test_python_without_pip(tiny, monkeypatch):
 def test_cache_that_cannot_be_written(tiny, tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     monkeypatch.setenv("MTA_CACHE", str(tmp_path / "file"))
-    with pytest.raises(AssetError, match=r"^cannot keep 'tiny' in ") as caught:
+    with pytest.raises(AssetError, match=r"^cannot save 'tiny' in ") as caught:
         fetch("tiny")
     assert "set MTA_CACHE" in caught.value.hint
 

@@ -141,7 +141,7 @@ def test_processes_that_start_together_take_the_dtype_that_the_first_one_measure
             later = other.submit(pick_dtype, "auto", torch.device("cpu"))
             with pytest.raises(TimeoutError):
                 later.result(0.2)
-            note.write_text(json.dumps({device._here(): "bfloat16"}))
+            note.write_text(json.dumps({device._machine_key(): "bfloat16"}))
         assert later.result(60) == torch.bfloat16
 
 

@@ -115,7 +115,7 @@ def test_an_unknown_key_in_a_file_is_named_with_the_file(tmp_path):
         ("merge.k=-1", "merge.k", "-1", "k: anchors retrieved, 0 = all; the paper takes 2. The default:  merge.k=0"),
         ("seed=1.5", "seed", "1.5", "The default:  seed=0"),
         ("merge.policy=best", "merge.policy", "'best'", "The default:  merge.policy=posterior"),
-        ("bank=3", "bank", "3", "Set what is in it, for example:  bank.anchors=…"),
+        ("bank=3", "bank", "3", "Set a key of the group, for example:  bank.anchors=…"),
         ("memory=lots", "memory", "'lots'", "For example:  memory=4GiB"),
     ],
 )

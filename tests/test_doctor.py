@@ -221,4 +221,4 @@ def test_the_command_ends_with_1_and_names_the_problem(cache, tmp_path):
     assert f"there is no store at {tmp_path}/none" in done.stdout
     assert "Give its address, or begin one:" in done.stdout
     assert "1 problem, " in done.stdout
-    assert "Mend the problems first." in done.stdout
+    assert "Fix the problems first." in done.stdout

@@ -343,7 +343,7 @@ PROVOKED = {
     ),
     "HubError": (
         lambda w: w.bank.push_to_hub("no name"),
-        ("is no name of a repository", "'no name'", "."),
+        ("is not a repository name", "'no name'", "."),
         "Write it as owner/name",
     ),
     "ClusterError": (

@@ -122,7 +122,7 @@ def test_a_module_outside_the_folder_is_refused(encoder, path):
 @pytest.mark.parametrize("text", ["{", "{}", "[1]", '[{"path": ""}]'])
 def test_a_module_list_that_is_none_is_refused(encoder, text):
     (encoder / "modules.json").write_text(text)
-    assert "modules.json is no list of modules" in refused(vectors, encoder)
+    assert "modules.json is not a list of modules" in refused(vectors, encoder)
 
 
 def test_an_encoder_with_a_model_class_of_its_own_is_refused(encoder, marker):

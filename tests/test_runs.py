@@ -180,7 +180,9 @@ def test_a_line_that_a_kill_has_torn_is_passed_over(tmp_path):
 @pytest.mark.parametrize("text", ["[", "[]", '{"sittings": [1]}', '{"sittings": [{"kind": 1, "settings": {}}]}'])
 def test_a_description_that_is_not_ours_is_told(tmp_path, text):
     (tmp_path / "run.json").write_text(text)
-    with pytest.raises(DataError, match=f"^{re.escape(str(tmp_path))}/run.json is no description of a run: .*\n  Move"):
+    with pytest.raises(
+        DataError, match=f"^{re.escape(str(tmp_path))}/run.json is not a description of a run: .*\n  Move"
+    ):
         sittings(tmp_path)
 
 
@@ -305,5 +307,5 @@ def test_a_package_that_is_missing_is_told_with_what_to_type(monkeypatch):
 
 
 def test_an_unknown_sink_is_told():
-    with pytest.raises(InputError, match=r"^nothing is called 'mlflow' .*\n  Give --track tensorboard, wandb or"):
+    with pytest.raises(InputError, match=r"^unknown tracker 'mlflow'; .*\n  Give --track tensorboard, wandb or"):
         trackers.tracker("mlflow")

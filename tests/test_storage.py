@@ -201,4 +201,4 @@ def test_a_store_of_a_group_is_open_to_others_where_no_group_is_meant(
         store = Store(tmp_path / "people")
         store.save(ANN, state())
         assert not store.files.exposed()
-    assert store.files.exposed().endswith("   (or, where its group shares it: export MTA_SHARED=group)")
+    assert store.files.exposed().endswith("   (or, if its group shares it: export MTA_SHARED=group)")

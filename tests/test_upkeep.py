@@ -213,7 +213,7 @@ def test_the_verbs_say_what_they_found(tmp_path: Path) -> None:
     assert "2 people, 3 versions" in run(app, ["store", "stats", str(tmp_path)]).stdout
     would = run(app, ["store", "gc", str(tmp_path), "--keep", "1", "--dry-run"]).stdout
     assert "1.safetensors" in would
-    assert "would go" in would
+    assert "would be removed" in would
     assert store.versions(ANN) == [1, 2]
     assert json.loads(run(app, ["store", "gc", str(tmp_path), "--keep", "1", "--json"]).stdout)["removed"]
     assert store.versions(ANN) == [2]

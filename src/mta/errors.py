@@ -1,37 +1,37 @@
-"""Everything mta raises for a user's mistake or a broken file.
+"""Errors that mta raises for a user's mistake, a broken file, or a failed service.
 
 MtaError
-├── InputError            what the user gave does not fit
-│   ├── DataError         a file of people's items: names file, line and field
-│   ├── TaskError         a task that is unknown or wrongly written
-│   ├── ConfigError       a configuration key or value
-│   ├── PersonNotFound    no state, history or anchor under that id
-│   │   └── NobodyHere    somebody unknown to the server, or whom that key may not know
+├── InputError            invalid input
+│   ├── DataError         a wrong file of people's items: names file, line and field
+│   ├── TaskError         an unknown or invalid task
+│   ├── ConfigError       an unknown configuration key or an invalid value
+│   ├── PersonNotFound    no state, history or anchor under the id
+│   │   └── NobodyHere    the server does not know the person, or the key has no access
 │   ├── AnchorNotFound    an anchor number outside the bank
-│   └── Refused           what a caller of the server asks for
+│   └── Refused           an invalid request to the server
 ├── ModelError
-│   ├── UnsupportedModel  a base this method cannot adapt
-│   ├── MemoryBudgetError  one person alone needs more than the memory budget
-│   └── Diverged          training led to numbers that are not finite
-├── AssetError            an asset that cannot be fetched or is not what was pinned
-├── HubError              the hub refuses, or cannot be reached
-├── ClusterError          Ray, or workers that cannot begin
+│   ├── UnsupportedModel  a model that mta cannot adapt, or must not load
+│   ├── MemoryBudgetError  one person needs more than the memory budget
+│   └── Diverged          training produced non-finite numbers
+├── AssetError            an asset that cannot be fetched, or has a wrong checksum
+├── HubError              the hub refuses a request, or cannot be reached
+├── ClusterError          Ray is not available, or its workers cannot start
 ├── BankError
 │   ├── BankMismatch      a bank built for another base
-│   └── BankCorrupt       files missing, cut short or changed
+│   └── BankCorrupt       files of a bank are missing, truncated or changed
 ├── StoreError
 │   ├── StateCorrupt      a person's file that fails its checks
-│   ├── OtherBank         a person's state that was made with another bank
-│   ├── PersonForgotten   a person who was forgotten while something was made of their items
-│   └── StoreConflict     somebody else wrote that version first
-├── QueueFull             the server has as much to do as it takes
-├── AnswerLost            one answer that could not be computed
+│   ├── OtherBank         a person's state made with another bank
+│   ├── PersonForgotten   a person was forgotten while their items were in use
+│   └── StoreConflict     another writer created the version first
+├── QueueFull             the server's queue is full
+├── AnswerLost            one answer could not be computed
 ├── EngineGone            the server's engine has stopped
-├── NeedsRebuild          a bank that is not served (``--strict``)
-└── VllmNotStarted        a vLLM server that does not come up
+├── NeedsRebuild          a bank that ``--strict`` does not serve
+└── VllmNotStarted        a vLLM server that does not start
 
-A message says what happened, what was found and what was expected; ``hint`` says what to type next. Those of the
-server are defined in ``mta.serving``.
+A message says what happened, what was found and what was expected; ``hint`` says what to type next. The errors of
+the server are defined in ``mta.serving``.
 To add one: subclass the nearest branch, draw it above, and provoke it in tests/test_errors.py.
 """
 
@@ -39,10 +39,10 @@ from __future__ import annotations
 
 
 class MtaError(Exception):
-    """Root of all errors that are not bugs; the command line prints it and exits with 1."""
+    """Root of all errors that are not bugs. The command line prints the error and exits with 1."""
 
     def __init__(self, message: str, hint: str) -> None:
-        super().__init__(message, hint)  # both in args: errors cross process borders pickled
+        super().__init__(message, hint)  # both in args, so that the error can be pickled between processes
         self.message = message
         self.hint = hint
 
@@ -51,15 +51,15 @@ class MtaError(Exception):
 
 
 class InputError(MtaError, ValueError):
-    """What the user gave does not fit."""
+    """The input is invalid."""
 
 
 class DataError(InputError):
-    """A file of people's items is wrong somewhere; the message names file, line and field."""
+    """A file of people's items is wrong. The message names file, line and field."""
 
 
 class TaskError(InputError):
-    """A task is unknown or wrongly written."""
+    """A task is unknown or invalid."""
 
 
 class ConfigError(InputError):
@@ -67,39 +67,39 @@ class ConfigError(InputError):
 
 
 class PersonNotFound(InputError):
-    """No state, history or anchor is known under that id."""
+    """No state, history or anchor exists under the id."""
 
 
 class AnchorNotFound(InputError):
-    """An anchor number lies outside the bank."""
+    """An anchor number is outside the bank."""
 
 
 class ModelError(MtaError):
-    """The base model cannot do what was asked."""
+    """The base model cannot be used as requested."""
 
 
 class UnsupportedModel(ModelError):
-    """A base this method cannot adapt."""
+    """The model cannot be adapted by mta, or loading it would be unsafe."""
 
 
 class MemoryBudgetError(ModelError):
-    """One person alone needs more memory than the budget allows."""
+    """One person needs more memory than the budget allows."""
 
 
 class Diverged(ModelError):
-    """What was trained for somebody led to numbers that are not finite."""
+    """Training for a person produced non-finite numbers."""
 
 
 class AssetError(MtaError):
-    """An asset cannot be fetched or is not what was pinned."""
+    """An asset cannot be fetched, or its checksum differs from the pinned one."""
 
 
 class HubError(MtaError):
-    """The hub refuses what was asked, knows no such repository, or cannot be reached."""
+    """The hub refuses the request, has no such repository, or cannot be reached."""
 
 
 class ClusterError(MtaError):
-    """A cluster cannot be reached, or its workers cannot work."""
+    """A cluster cannot be reached, or its workers fail."""
 
 
 class BankError(MtaError):
@@ -111,7 +111,7 @@ class BankMismatch(BankError):
 
 
 class BankCorrupt(BankError):
-    """Files of a bank are missing, cut short or changed."""
+    """Files of a bank are missing, truncated or changed."""
 
 
 class StoreError(MtaError):
@@ -127,8 +127,8 @@ class OtherBank(StoreError):
 
 
 class PersonForgotten(StoreError):
-    """A person was forgotten while something was made of their items: it is not saved."""
+    """A person was forgotten while their items were in use. The result is not saved."""
 
 
 class StoreConflict(StoreError):
-    """Another writer created that version first."""
+    """Another writer created the version first."""

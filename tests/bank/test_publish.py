@@ -191,7 +191,9 @@ def test_a_sealed_file_that_is_no_banks_is_not_published(hub, folder):
 def test_a_public_repository_is_not_taken_for_a_private_one(hub, bank):
     hub.repos[NAME] = stand_in.Repo(private=False)
     said = refused(HubError, bank.push_to_hub, NAME)
-    assert said.startswith(f"{NAME} is there already, and public; nothing was sent\n  Say --public (private=False)")
+    assert said.startswith(
+        f"{NAME} exists and is public, expected a private repository; nothing was sent\n  Give --public"
+    )
     assert hub.repos[NAME].files == {}
     assert files.published(bank.folder) == []
     bank.push_to_hub(NAME, private=False)
@@ -200,15 +202,15 @@ def test_a_public_repository_is_not_taken_for_a_private_one(hub, bank):
 
 def test_without_a_login_nothing_is_sent(hub, bank, logged_out):
     said = refused(HubError, bank.push_to_hub, NAME)
-    assert said.startswith(f"the hub does not let you at {NAME!r}: ")
-    assert said.endswith("\n  Log in:  hf auth login   (or set HF_TOKEN), as somebody with rights to it.")
+    assert said.startswith(f"the hub denies access to {NAME!r}: ")
+    assert said.endswith("\n  Log in:  hf auth login   (or set HF_TOKEN), with an account that has access.")
     assert hub.repos == {}
 
 
 @pytest.mark.parametrize("name", ["a/b/c", "--", "x" * 100])
 def test_a_name_no_repository_can_have_is_refused(hub, bank, name):
     said = refused(HubError, bank.push_to_hub, name)
-    assert said.startswith(f"{name!r} is no name of a repository: ")
+    assert said.startswith(f"{name!r} is not a repository name: ")
     assert hub.requests == []
 
 
@@ -220,7 +222,7 @@ def test_a_bank_that_comes_damaged_is_refused(hub, bank, bend):
     if "came damaged" in said:  # else the client has seen itself that it is too short
         assert f"hf cache rm model/{NAME}" in said
     else:
-        assert f"{NAME!r} cannot be had from the hub" in said
+        assert f"{NAME!r} cannot be downloaded from the hub" in said
 
 
 def test_a_torn_bank_on_the_hub_is_refused(hub, bank):
@@ -259,10 +261,10 @@ def test_who_is_not_let_in_is_told_what_to_do(hub, bank, monkeypatch):
         f"{NAME!r} has no such revision\n  Give a branch, a tag or a commit it has."
     )
     hub.repos[NAME].gated = True
-    assert refused(HubError, bank_folder, NAME).startswith(f"{NAME!r} is gated, and you are not among those let in\n")
+    assert refused(HubError, bank_folder, NAME).startswith(f"{NAME!r} is gated, and you have no access\n")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     offline = refused(HubError, bank_folder, "nobody/other")
-    assert offline.startswith("'nobody/other' cannot be had from the hub, or sent there: ")
+    assert offline.startswith("'nobody/other' cannot be downloaded from the hub, or sent to it: ")
     assert "give the folder" in offline
 
 
@@ -416,7 +418,7 @@ def test_forgetting_names_a_pushed_adapter_and_removes_the_one_here(hub, adapter
 
 def test_a_push_that_is_refused_notes_nothing_and_sends_nothing(hub, adapter, logged_out):
     personal, out = adapter
-    assert "the hub does not let you at" in refused(HubError, personal.push_to_hub, "x0", out, "somebody/one")
+    assert "the hub denies access to" in refused(HubError, personal.push_to_hub, "x0", out, "somebody/one")
     assert personal.forget("x0").exports_left == []
 
 

@@ -34,7 +34,7 @@ def test_data_describe_counts_in_json(world):
     assert sum(splits["labels"].values()) == pytest.approx(1, abs=1e-3)
 
 
-def test_data_describe_says_who_has_enough_items(world):
+def test_data_describe_counts_people_with_enough_items(world):
     said = mta("data", "describe", world.new, *TASK, "--queries", 2).out
     assert "last 2 items as queries, the 4 before them as shots: 4 people" in said
     assert "last 2 items as queries, the 8 before them as shots: 0 people" in said
@@ -56,11 +56,11 @@ def test_data_describe_counts_shared_items_and_prints_no_text(tmp_path):
     assert found == {"items": 1, "people": 2, "groups": 1, "largest": 2, "crowded": 0, "judged": 0}
 
 
-def test_data_describe_says_where_nothing_is_shared(world):
+def test_data_describe_reports_that_no_items_are_shared(world):
     assert "shared items: none" in mta("data", "describe", world.new, *TASK).out
 
 
-def test_data_show_prints_the_prompt_and_marks_what_the_loss_sees(world):
+def test_data_show_prints_the_prompt_and_marks_the_target(world):
     said = mta("data", "show", world.new, *world.settings, "--person", BOB, "--items", 1).out
     assert said.startswith("<|start|>user\nHow many stars")
     assert '"Zorblax 31" (Drama)' in said
@@ -68,7 +68,7 @@ def test_data_show_prints_the_prompt_and_marks_what_the_loss_sees(world):
     assert re.search(r"-- \d+ tokens, 2 in the target, 0 cut", said)
 
 
-def test_data_show_tells_what_was_cut(world):
+def test_data_show_counts_the_cut_tokens(world):
     said = mta("data", "show", world.new, *world.settings, "--items", 1, "max_tokens=125").out
     assert "-- 125 tokens, 2 in the target, 4 cut" in said
 
@@ -80,7 +80,7 @@ def test_data_show_gives_tokens_and_mask_in_json(world):
     assert len(shown[0]["tokens"]) == len(shown[0]["target_mask"])
 
 
-def test_bad_rows_can_be_set_aside(tmp_path):
+def test_bad_rows_can_be_skipped(tmp_path):
     rows = ratings("a", "b", 1)
     path = written(tmp_path / "h.jsonl", [*rows, {**rows[0], "rating": "9"}])
     said = mta("data", "describe", path, *TASK, "--skip-bad", tmp_path / "bad.jsonl", "--json")
@@ -88,7 +88,7 @@ def test_bad_rows_can_be_set_aside(tmp_path):
     assert json.loads((tmp_path / "bad.jsonl").read_text())["line"] == 7
 
 
-def test_predictions_made_elsewhere_are_scored_as_the_benchmark_does(tmp_path):
+def test_predictions_are_scored_with_the_metrics_of_the_benchmark(tmp_path):
     golds = [{"id": "1", "output": "4"}, {"id": "2", "output": "2"}]
     said = [{"id": "2", "output": "nothing"}, {"id": "1", "output": "3"}]
     paths = [tmp_path / name for name in ("dev_outputs.json", "mine.json")]
@@ -102,13 +102,13 @@ def test_predictions_made_elsewhere_are_scored_as_the_benchmark_does(tmp_path):
 # bank
 
 
-def test_bank_build_tells_what_it_made(world):
+def test_bank_build_reports_the_bank(world):
     assert world.built.json["anchors"] == 2
     assert "task LoRA: 8/8 examples" in world.built.err
     assert set(world.built.json["seconds"]) == {"task LoRA", "anchors"}
 
 
-def test_a_finished_build_is_left_as_it_is(world):
+def test_a_finished_build_is_not_changed(world):
     before = tree(world.bank)
     said = mta(*world.build)
     assert world.built.json["hash"][:12] in said.out
@@ -124,7 +124,7 @@ def test_settings_come_from_a_file_then_words(world, tmp_path):
     assert (run["seed"], run["bank"]["anchors"], run["bank"]["max_items"]) == (4, 2, 4)
 
 
-def test_options_stand_over_words(world, tmp_path):
+def test_options_override_words(world, tmp_path):
     shutil.copytree(world.base, tmp_path / "2024")
     with contextlib.chdir(tmp_path):
         mta("bank", "build", world.members, *world.settings, "--base", "2024", "--seed", 5, "--out", "bank", "seed=4")
@@ -138,13 +138,13 @@ def test_bank_show_prints_the_card(world):
     assert (world.bank / "README.md").read_text().strip().endswith(f"---\n\n{said.strip()}")
 
 
-def test_bank_show_json_says_nothing_of_its_members(world):
+def test_bank_show_json_omits_the_members(world):
     shown = mta("bank", "show", world.bank, "--json").json
     assert shown["task"]["name"] == "movielens-rating"
     assert "members" not in shown
 
 
-def test_nobodys_name_or_text_is_in_a_bank_or_a_store(world):
+def test_a_bank_and_a_store_contain_no_names_and_no_texts(world):
     for path in [*world.bank.rglob("*"), *world.store.rglob("*")]:
         for word in ("hoxha", "quispe", "Zorblax"):
             assert word not in path.name
@@ -154,7 +154,7 @@ def test_nobodys_name_or_text_is_in_a_bank_or_a_store(world):
 # people
 
 
-def test_update_goes_on_from_the_states_there_are(world, tmp_path):
+def test_update_starts_from_existing_states(world, tmp_path):
     at = world.copy(tmp_path)
     grown = written(tmp_path / "grown.jsonl", ratings("new", "quispe", 4, items=8) + ratings("later", "quispe", 1))
     found = mta("personalize", grown, *at, "--update", "--json").json
@@ -174,24 +174,24 @@ def test_workers_of_a_cluster_make_the_states(world, tmp_path):
     assert mta("store", "check", tmp_path / "people", "--json").json["states"] == 4
 
 
-def test_personalize_counts_who_was_trained(world):
-    told = world.personalized.json
-    assert len(told.pop("plan")) == 64
-    assert told == {"trained": 4, "unchanged": 0, "shortened": 0, "failed": {}, "forgotten": []}
+def test_personalize_counts_the_trained_people(world):
+    result = world.personalized.json
+    assert len(result.pop("plan")) == 64
+    assert result == {"trained": 4, "unchanged": 0, "shortened": 0, "failed": {}, "forgotten": []}
 
 
-def test_personalizing_again_trains_nobody(world):
+def test_personalizing_again_changes_nothing(world):
     before = tree(world.store)
     assert mta("personalize", world.new, *world.at).out.startswith("0 people personalized, 4 were up to date")
     assert tree(world.store) == before
 
 
-def test_other_shots_are_other_work(world, tmp_path):
+def test_people_with_other_shots_are_trained_again(world, tmp_path):
     at = world.copy(tmp_path)
     assert mta("personalize", world.new, *at, "--latest", 3, "--json").json["trained"] == 4
 
 
-def test_a_bank_that_was_built_on_a_gpu_is_used_on_a_machine_without_that_gpu(world, tmp_path):
+def test_a_bank_built_on_a_gpu_works_on_a_machine_without_that_gpu(world, tmp_path):
     at = world.copy(tmp_path)
     path = tmp_path / "bank" / "bank.json"
     described = json.loads(path.read_text())
@@ -201,7 +201,7 @@ def test_a_bank_that_was_built_on_a_gpu_is_used_on_a_machine_without_that_gpu(wo
     assert mta("personalize", world.new, *at, "--json").json["unchanged"] == 4
 
 
-def test_generate_answers_for_each_person_and_for_nobody(world):
+def test_generate_answers_for_each_person_and_without_a_person(world):
     asked = [QUESTION, "--person", BOB, "--person", ANN, "--nobody", "--max-new-tokens", 3]
     answers = mta("generate", *asked, *world.at, "--json").json
     assert [answer["person"] for answer in answers] == [BOB, ANN, "(task)", "(base)"]
@@ -210,7 +210,7 @@ def test_generate_answers_for_each_person_and_for_nobody(world):
     assert answers[0]["shares"] != answers[1]["shares"]
 
 
-def test_generate_lets_the_model_write_if_asked_to(world):
+def test_generate_write_generates_text(world):
     asked = [QUESTION, "--person", BOB, "--person", ANN, "--nobody", "--max-new-tokens", 3, "--write"]
     answers = mta("generate", *asked, *world.at, "--json").json
     assert len({answer["answer"] for answer in answers}) > 1
@@ -221,7 +221,7 @@ def test_generate_prints_a_line_for_each(world):
     assert re.match(rf"{ANN}: [1-5]   ([1-5] \d+%  ){{4}}[1-5] \d+%\n", said)
 
 
-def test_generate_without_a_person_asks_nobody(world):
+def test_generate_without_a_person_asks_the_task_lora_and_the_base(world):
     answers = mta("generate", QUESTION, *world.at, "--max-new-tokens", 1, "--json").json
     assert [answer["person"] for answer in answers] == ["(task)", "(base)"]
 
@@ -235,7 +235,7 @@ def test_export_writes_a_peft_folder(world, tmp_path):
     assert {tensor.shape[0] for name, tensor in tensors.items() if "lora_A" in name} == {config["r"]}
 
 
-def test_export_reports_what_compressing_costs(world, tmp_path):
+def test_export_reports_the_error_of_compression(world, tmp_path):
     said = mta("export", ANN, "--out", tmp_path / "ann", *world.at, "--rank", 1, "--json").json
     assert 0 < said["relative_error"] < 1
     assert json.loads((tmp_path / "ann" / "adapter_config.json").read_text())["r"] == 1
@@ -243,14 +243,14 @@ def test_export_reports_what_compressing_costs(world, tmp_path):
 
 def test_forget_removes_a_person(world, tmp_path):
     at = world.copy(tmp_path)
-    told = {"states_removed": True, "needs_rebuild": [], "exports_left": [], "published": [], "unknown": []}
-    told |= {"unmarked": {}, "complete": True}
-    assert mta("forget", ANN, *at, "--json").json == told
+    result = {"states_removed": True, "needs_rebuild": [], "exports_left": [], "published": [], "unknown": []}
+    result |= {"unmarked": {}, "complete": True}
+    assert mta("forget", ANN, *at, "--json").json == result
     assert run("generate", QUESTION, "--person", ANN, *at).err.splitlines()[-2].startswith("PersonNotFound: ")
-    assert mta("forget", ANN, *at).out == "nothing was kept of that person\n"
+    assert mta("forget", ANN, *at).out == "nothing is stored for this person\n"
 
 
-def test_forget_removes_exports_and_names_those_it_cannot(world, tmp_path):
+def test_forget_removes_exports_and_names_those_it_cannot_remove(world, tmp_path):
     at = world.copy(tmp_path)
     for name in ("one", "two"):
         mta("export", ANN, "--out", tmp_path / name, *at)
@@ -267,26 +267,28 @@ def test_person_show_explains_a_state(world, tmp_path):
     at = world.copy(tmp_path)
     mta("personalize", world.new, *at, "--keep-histories")
     mta("export", ANN, "--out", tmp_path / "out", *at)
-    told, said = mta("person", "show", ANN, *at, "--json").json, mta("person", "show", ANN, *at).out
+    result, said = mta("person", "show", ANN, *at, "--json").json, mta("person", "show", ANN, *at).out
     assert said.startswith("version 1, of 1 kept; saved 20")
-    assert f"bank {told['bank'][:12]}, the one at {tmp_path}/bank\nmerge: posterior, 2 anchors, exact\n" in said
+    assert f"bank {result['bank'][:12]}, the one at {tmp_path}/bank\nmerge: posterior, 2 anchors, exact\n" in said
     shown = re.findall(r"anchor (\d+) +(\d\.\d{3})", said)
-    assert shown == [(str(one["anchor"]), f"{one['w']:.3f}") for one in told["weights"]]
-    assert re.search(rf"the pooled model +{told['null']:.3f} +[━█▏▎▍▌▋▊▉]", said)
+    assert shown == [(str(one["anchor"]), f"{one['w']:.3f}") for one in result["weights"]]
+    assert re.search(rf"the pooled model +{result['null']:.3f} +[━█▏▎▍▌▋▊▉]", said)
     assert re.search(
         r"nats per token on their shots \(12 target tokens\): pooled model \d\.\d{3}, with the merge \d\.", said
     )
     assert "  the merge explains their own shots " in said
     assert "history: 6 items kept\n" in said
     assert f"exported to {tmp_path}/out on " in said
-    assert "learnt from them in the bank: nothing\n" in said
-    assert re.search(r"to make it again: 5 passes forward and 2 forward and back over about \d+ tokens: \d\.\de", said)
+    assert "parts of the bank that were trained on them: none\n" in said
+    assert re.search(
+        r"cost of making it again: 5 forward and 2 forward-backward passes over about \d+ tokens: \d\.\de", said
+    )
     for text in ("Zorblax", "Drama"):
         assert text not in said
-        assert text not in json.dumps(told)
+        assert text not in json.dumps(result)
 
 
-def test_person_show_says_what_is_not_there(world, tmp_path):
+def test_person_show_reports_a_missing_stack_and_history(world, tmp_path):
     at = world.copy(tmp_path)
     mta("personalize", world.new, *at, "stack.enabled=false", "merge.policy=uniform")
     said = mta("person", "show", BOB, *at).out
@@ -294,10 +296,10 @@ def test_person_show_says_what_is_not_there(world, tmp_path):
     assert "stack: none, the merge alone\n" in said
     assert "history: not kept\n" in said
     assert "pooled model  " not in said
-    assert re.search(r"2 passes forward and 0 forward and back over shots of 12 target tokens\n", said)
+    assert re.search(r"2 forward and 0 forward-backward passes over shots of 12 target tokens\n", said)
 
 
-def test_versions_are_listed_and_gone_back_to(world, tmp_path):
+def test_versions_are_listed_and_restored(world, tmp_path):
     at, store = world.copy(tmp_path), ["--store", tmp_path / "people"]
     mta("personalize", world.new, *at, "merge.policy=uniform")
     first, second = mta("person", "versions", ANN, *store, "--json").json
@@ -307,7 +309,7 @@ def test_versions_are_listed_and_gone_back_to(world, tmp_path):
         False,
         True,
     )
-    assert mta("person", "rollback", ANN, 1, *store).out == "the newest version is 3, of the content of version 1\n"
+    assert mta("person", "rollback", ANN, 1, *store).out == "the newest version is 3, with the content of version 1\n"
     assert mta("person", "rollback", ANN, 1, *store, "--json").json == {"content_of": 1, "version": 3}
     lines = mta("person", "versions", ANN, *store).out.splitlines()
     assert [line.split()[0] for line in lines] == ["1", "2", "3"]
@@ -315,10 +317,10 @@ def test_versions_are_listed_and_gone_back_to(world, tmp_path):
     assert mta("person", "show", ANN, *at, "--json").json["version"] == 3
 
 
-def test_forget_names_what_was_learnt_from_a_person(world, tmp_path):
+def test_forget_names_the_parts_trained_on_a_person(world, tmp_path):
     said = mta("forget", MEMBER, *world.copy(tmp_path)).out
     assert re.search(
-        "^still learnt from them, until the bank is rebuilt without them: (task LoRA|clusters)", said, re.MULTILINE
+        "^trained on the person, until you rebuild the bank without them: (task LoRA|clusters)", said, re.MULTILINE
     )
 
 
@@ -338,7 +340,7 @@ def test_forget_without_the_bank_removes_the_person_and_exits_with_3_until_the_b
     assert mta("forget", MEMBER, *at, "--json").json["needs_rebuild"]
 
 
-def test_forget_by_a_name_the_hub_does_not_know_forgets_all_the_same(world, tmp_path):
+def test_forget_with_an_unknown_hub_id_still_removes_the_person(world, tmp_path):
     at = world.copy(tmp_path)
     said = run("forget", ANN, "--store", at[3], "--bank", "nobody/nothing", "--json")
     assert (said.code, said.json["states_removed"], list(said.json["unmarked"])) == (3, True, ["nobody/nothing"])
@@ -361,7 +363,7 @@ def test_evaluate_compares_every_method_on_people_who_are_not_in_the_bank(evalua
     assert {"base", "task LoRA", "OPPU", "merge only, uniform", "merge only, posterior", "MTA"} <= set(methods)
 
 
-def test_evaluate_says_with_its_numbers_how_they_were_made(evaluated):
+def test_evaluate_json_records_settings_and_command(evaluated):
     meta = evaluated[0].json["meta"]
     assert (meta["shots"], meta["task"], meta["dtype"]) == (2, "movielens-rating", "float32")
     assert meta["command"].startswith("mta evaluate ")
@@ -376,7 +378,7 @@ def test_evaluate_writes_a_report_and_its_numbers(evaluated):
     assert "quispe" not in page
 
 
-def test_evaluate_prints_a_table_for_people_on_stderr(world):
+def test_evaluate_prints_a_table_on_stderr(world):
     said = mta("evaluate", world.new, "--bank", world.bank, "shots=2", "queries=1", "policies=[uniform]", "--people", 2)
     assert said.out == ""
     assert "2 people, 2 shots and 1 later queries each" in said.err
@@ -398,7 +400,7 @@ def test_evaluate_privacy_attacks_the_bank(world, tmp_path):
     assert not any(word in said.out for word in ("quispe", "hoxha", "Zorblax"))
 
 
-def test_evaluate_privacy_prints_a_table_for_people_on_stderr(world, tmp_path):
+def test_evaluate_privacy_prints_a_table_on_stderr(world, tmp_path):
     everybody = tmp_path / "everybody.jsonl"
     everybody.write_text(world.members.read_text() + world.new.read_text())
     said = mta("evaluate", everybody, "--bank", world.bank, "--privacy", "shots=2", "stack.enabled=no")

@@ -1,4 +1,4 @@
-"""``mta bank publish``, ``mta export --push`` and a hub id as ``--bank``: what is shown, asked and sent."""
+"""``mta bank publish``, ``mta export --push`` and a hub id as ``--bank``: what is printed, confirmed and sent."""
 
 import io
 import json
@@ -24,7 +24,7 @@ def world(tmp_path_factory):
 
 @pytest.fixture
 def answers(monkeypatch):
-    """Somebody at a terminal who answers what they are given."""
+    """Return a function that sets the answer of a user at a terminal."""
 
     class Terminal(io.StringIO):
         def isatty(self) -> bool:
@@ -44,18 +44,20 @@ def test_a_dry_run_shows_everything_and_sends_nothing(world, hub):
     assert "\nmembers: stay here (members.json): " in said.out
     assert str(world.root) not in said.out
     assert "PUBLIC" in mta("bank", "publish", world.bank, "--to", NAME, "--dry-run", "--public").out
-    told = mta("bank", "publish", world.bank, "--to", NAME, "--dry-run", "--with-members", "--json").json
-    assert set(told["files"]) == {*SENT, "members.json"}
-    assert (told["to"], told["private"]) == (NAME, True)
+    result = mta("bank", "publish", world.bank, "--to", NAME, "--dry-run", "--with-members", "--json").json
+    assert set(result["files"]) == {*SENT, "members.json"}
+    assert (result["to"], result["private"]) == (NAME, True)
     assert hub.requests == []
     assert tree(world.root) == before
 
 
-def test_where_nobody_can_be_asked_nothing_is_sent_without_yes(world, hub):
+def test_without_a_terminal_nothing_is_sent_without_yes(world, hub):
     said = run("bank", "publish", world.bank, "--to", NAME)
     assert said.code == 1
     assert f"To {NAME}, private: 6 files, " in said.err
-    assert said.err.endswith("for it is no terminal\n  Read the list above, then repeat the command with --yes.\n")
+    assert said.err.endswith(
+        "so mta cannot ask for confirmation\n  Read the list above, then repeat the command with --yes.\n"
+    )
     assert hub.requests == []
 
 
@@ -69,26 +71,26 @@ def test_a_no_sends_nothing_and_a_yes_sends(world, hub, tmp_path, answers):
     assert set(hub.repos[NAME].files) == SENT
 
 
-def test_a_published_bank_is_used_by_its_name(world, hub, tmp_path):
+def test_a_published_bank_is_used_by_its_hub_id(world, hub, tmp_path):
     at = world.copy(tmp_path)
-    told = mta("bank", "publish", at[1], "--to", NAME, "--yes", "--json").json
-    assert (told["url"], set(told["files"])) == (f"{hub.endpoint}/{NAME}", SENT)
+    result = mta("bank", "publish", at[1], "--to", NAME, "--yes", "--json").json
+    assert (result["url"], set(result["files"])) == (f"{hub.endpoint}/{NAME}", SENT)
     assert str(world.root).encode() not in hub.arrived()
     named = ["--bank", NAME, "--store", at[3]]
-    base = f"base={world.base}"  # which had a place of its own here
+    base = f"base={world.base}"  # the published bank does not name the local path
     assert mta("bank", "show", NAME).out.startswith("# A bank of 2 anchors")
     ours = mta("generate", QUESTION, "--person", ANN, *at, "--json").json
     assert mta("generate", QUESTION, base, "--person", ANN, *named, "--json").json == ours
     new = tmp_path / "new"
     said = mta("personalize", world.new, base, "--bank", NAME, "--store", new)
-    assert "This bank came without its members: whether these people helped to train it is not known." in said.err
-    assert "learnt from them in the bank: not known" in mta("person", "show", ANN, "--bank", NAME, "--store", new).out
+    assert "This bank came without its members: these people may have helped to train it." in said.err
+    assert "that were trained on them: not known" in mta("person", "show", ANN, "--bank", NAME, "--store", new).out
     assert "came without its members" in mta("forget", ANN, "--bank", NAME, "--store", new).out
     said = run("evaluate", world.members, base, "--bank", NAME, "--privacy")
     assert "InputError: this bank came without its members: whom it was trained on cannot be told\n" in said.err
 
 
-def test_a_name_that_is_neither_here_nor_there_is_an_error(world, hub):
+def test_a_bank_that_is_neither_a_folder_nor_on_the_hub_is_an_error(world, hub):
     said = run("generate", QUESTION, "--bank", "nobody/nothing")
     assert said.err.startswith("HubError: there is no 'nobody/nothing' on the hub, or it is private\n")
 
@@ -100,26 +102,26 @@ def test_an_export_is_pushed_private_after_asking(world, hub, tmp_path):
     assert (said.code, hub.requests) == (1, [])
     assert "To somebody/one, private: 3 files, " in said.err
     assert "this is one person's model" in said.err
-    told = mta("export", ANN, *where, "--yes", "--json", *at).json
-    assert told["url"] == f"{hub.endpoint}/somebody/one"
+    result = mta("export", ANN, *where, "--yes", "--json", *at).json
+    assert result["url"] == f"{hub.endpoint}/somebody/one"
     assert hub.repos["somebody/one"].private
     assert ANN.encode() not in hub.arrived()
     assert str(world.root).encode() not in hub.arrived()
     config = json.loads(hub.repos["somebody/one"].files["adapter_config.json"])
     assert config["base_model_name_or_path"] == "base"
-    assert f"{told['url']} (pushed there: delete it by hand)" in mta("forget", ANN, *at).out
+    assert f"{result['url']} (pushed there: delete it by hand)" in mta("forget", ANN, *at).out
 
 
-def test_forgetting_somebody_names_where_the_bank_was_published(world, hub, tmp_path):
+def test_forget_names_where_the_bank_was_published(world, hub, tmp_path):
     at = world.copy(tmp_path)
     mta("bank", "publish", at[1], "--to", NAME, "--yes")
     said = mta("forget", "member-03-hoxha", *at).out
-    assert f"published with it, and to be deleted there by hand: {hub.endpoint}/{NAME}\n" in said
+    assert f"the bank was published; delete it there by hand: {hub.endpoint}/{NAME}\n" in said
     again = run("bank", "publish", at[1], "--to", NAME, "--dry-run")
     assert again.err.startswith("BankError: somebody who asked to be forgotten is in the ")
 
 
-def test_a_folder_wins_over_a_name(world, hub, tmp_path, monkeypatch):
+def test_a_local_folder_takes_precedence_over_a_hub_id(world, hub, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(world.bank, NAME)
     mta("bank", "show", NAME)

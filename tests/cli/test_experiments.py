@@ -1,4 +1,4 @@
-"""``mta evaluate`` on a recipe and ``mta report``, on a small world and on real people's files where they are."""
+"""``mta evaluate`` on a recipe, and ``mta report``: on a small world, and on real data if available."""
 
 from pathlib import Path
 
@@ -66,7 +66,7 @@ def test_an_experiment_and_a_bank_are_drawn_and_compared(smoke, world, tmp_path)
         (["report", "{out}"], "is no folder of a run: it holds no run.json"),
     ],
 )
-def test_mistakes_are_told_without_a_traceback(world, tmp_path, words, expected):
+def test_mistakes_are_reported_without_a_traceback(world, tmp_path, words, expected):
     said = run(*(word.format(out=tmp_path / "out") for word in words))
     assert said.code == 1
     assert expected in said.err
@@ -74,7 +74,7 @@ def test_mistakes_are_told_without_a_traceback(world, tmp_path, words, expected)
     assert not (tmp_path / "out").exists()
 
 
-def test_what_is_tried_on_development_people_is_never_tried_on_others(smoke):
+def test_exhibits_for_development_people_do_not_run_on_test_people(smoke):
     command, _ = smoke
     said = run(*command[:-1], "tune")
     assert said.code == 1
@@ -83,9 +83,9 @@ def test_what_is_tried_on_development_people_is_never_tried_on_others(smoke):
 
 @pytest.mark.parametrize("name", ["lamp3_amazon", "lamp4_huffpost", "lamp5_papers"])
 def test_lamp_files_run_by_their_recipe(world, tmp_path, name):
-    """Real people's files through the whole path, on a tiny base: that it works, not how well."""
+    """Real data through the whole pipeline, on a tiny base. Checks that it runs, not the scores."""
     if not (SHARED / name).is_dir():
-        pytest.skip(f"no {name}: real people's data lie beside the repository, and are not part of it")
+        pytest.skip(f"no {name}: real data are beside the repository, not in it")
     recipe, out = name.split("_")[0], tmp_path / "runs"
     small = ["run.task_lora.items=8", "run.bank.max_items=4", "queries=2", "run.max_tokens=300"]
     words = [f"run.base={world.base}", *TINY, *FEW, *small]

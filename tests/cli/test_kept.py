@@ -1,4 +1,4 @@
-"""What the long verbs keep of a run, and that it can be given back: same settings, same result."""
+"""Run folders of the long verbs: their config.yaml gives the same result again."""
 
 import json
 from pathlib import Path
@@ -24,11 +24,11 @@ def compared(world, tmp_path_factory):
     return mta("evaluate", world.new, "--bank", world.bank, *words, "--out", out, "--json").json, out
 
 
-def test_a_bank_is_a_run_and_its_settings_build_it_again(world, tmp_path):
-    told = sitting(world.bank)
-    assert (told["kind"], told["seeds"], told["outcome"]["anchors"]) == ("bank", [0], 2)
-    assert told["command"].startswith("mta bank build ")
-    assert len(told["plan"]) == 64
+def test_a_bank_is_a_run_folder_and_its_settings_build_the_same_bank(world, tmp_path):
+    entry = sitting(world.bank)
+    assert (entry["kind"], entry["seeds"], entry["outcome"]["anchors"]) == ("bank", [0], 2)
+    assert entry["command"].startswith("mta bank build ")
+    assert len(entry["plan"]) == 64
     before = (world.bank / "run.json").read_bytes()
     words = ["bank", "build", world.members, "--config", world.bank / "config.yaml", "--out"]
     assert world.built.json["hash"][:12] in mta(*words, world.bank).out  # it is finished: nothing is written
@@ -36,7 +36,7 @@ def test_a_bank_is_a_run_and_its_settings_build_it_again(world, tmp_path):
     assert mta(*words, tmp_path / "again", "--json").json["hash"] == world.built.json["hash"]
 
 
-def test_a_task_of_ones_own_is_named_by_its_file(world, tmp_path):
+def test_a_custom_task_is_recorded_by_its_file(world, tmp_path):
     task = tmp_path / "mine.yaml"
     task.write_text((Path(__file__).parents[2] / "src/mta/tasks/builtin/movielens-rating.yaml").read_text())
     words = [word for word in world.settings if word not in ("--task", "movielens-rating")]
@@ -44,34 +44,34 @@ def test_a_task_of_ones_own_is_named_by_its_file(world, tmp_path):
     assert sitting(tmp_path / "bank")["settings"]["task"] == str(task)
 
 
-def test_a_comparison_is_a_run_and_its_settings_give_the_same_numbers(world, compared, tmp_path):
+def test_a_comparison_is_a_run_folder_and_its_settings_give_the_same_numbers(world, compared, tmp_path):
     found, out = compared
-    told = sitting(out)
-    assert (told["kind"], told["bank"]) == ("comparison", world.built.json["hash"][:12])
-    assert told["settings"]["shots"] == 2
-    assert told["settings"]["merge"]["policy"] == "uniform"
-    assert told["outcome"]["people"] == 4
+    entry = sitting(out)
+    assert (entry["kind"], entry["bank"]) == ("comparison", world.built.json["hash"][:12])
+    assert entry["settings"]["shots"] == 2
+    assert entry["settings"]["merge"]["policy"] == "uniform"
+    assert entry["outcome"]["people"] == 4
     nll = {method["name"]: method["metrics"]["NLL"] for method in found["methods"] if "NLL" in method["metrics"]}
-    assert told["outcome"]["NLL"] == {name: round(one["mean"], 4) for name, one in nll.items()}
+    assert entry["outcome"]["NLL"] == {name: round(one["mean"], 4) for name, one in nll.items()}
     again = mta("evaluate", world.new, "--bank", world.bank, "--config", out / "config.yaml", "--json").json
     strip = [{name: value for name, value in method.items() if name != "seconds"} for method in found["methods"]]
     assert [{n: v for n, v in method.items() if n != "seconds"} for method in again["methods"]] == strip
 
 
-def test_an_unknown_key_of_the_file_is_told(world, tmp_path):
+def test_an_unknown_key_of_the_file_is_reported(world, tmp_path):
     (tmp_path / "config.yaml").write_text("shotz: 2\nmerge: {policy: uniform}\n")
     said = run("evaluate", world.new, "--bank", world.bank, "--config", tmp_path / "config.yaml")
     assert said.code == 1
     assert f"ConfigError: {tmp_path}/config.yaml: shotz: " in said.err
 
 
-def test_personalizing_is_kept_where_asked_for(world, tmp_path):
+def test_personalize_with_run_writes_a_run_folder(world, tmp_path):
     words = ["personalize", world.new, "--bank", world.bank, "--store", tmp_path / "people"]
     mta(*words, "--run", tmp_path / "run", "--track", "tensorboard")
-    told = sitting(tmp_path / "run")
-    assert told["kind"] == "personalize"
-    assert told["outcome"] == {"trained": 4, "unchanged": 0, "shortened": 0, "failed": 0, "forgotten": 0}
-    assert len(told["plan"]) == 64
+    entry = sitting(tmp_path / "run")
+    assert entry["kind"] == "personalize"
+    assert entry["outcome"] == {"trained": 4, "unchanged": 0, "shortened": 0, "failed": 0, "forgotten": 0}
+    assert len(entry["plan"]) == 64
     assert list((tmp_path / "run" / "tensorboard").iterdir())
     mta(*words, "--run", tmp_path / "run", "--config", tmp_path / "run" / "config.yaml")
     assert sitting(tmp_path / "run")["outcome"]["unchanged"] == 4  # the same settings: the same states
@@ -79,14 +79,14 @@ def test_personalizing_is_kept_where_asked_for(world, tmp_path):
         assert path.is_dir() or not any(word in path.read_bytes() for word in (b"quispe", b"Zorblax")), path
 
 
-def test_an_attack_is_a_run(world, tmp_path):
+def test_an_attack_writes_a_run_folder(world, tmp_path):
     everybody = tmp_path / "everybody.jsonl"
     everybody.write_text(world.members.read_text() + world.new.read_text())
     words = ["--bank", world.bank, "--privacy", "shots=2", "targets=2", "items=2", "--out", tmp_path / "out"]
     mta("evaluate", everybody, *words)
-    told = sitting(tmp_path / "out")
-    assert told["kind"] == "privacy"
-    assert all(0 <= auc <= 1 for auc in told["outcome"]["AUC"].values())
+    entry = sitting(tmp_path / "out")
+    assert entry["kind"] == "privacy"
+    assert all(0 <= auc <= 1 for auc in entry["outcome"]["AUC"].values())
 
 
 def test_runs_of_every_kind_are_compared(world, compared, tmp_path):
@@ -104,14 +104,14 @@ def test_runs_of_every_kind_are_compared(world, compared, tmp_path):
     [
         (
             ["evaluate", "{new}", "--bank", "{bank}", "--track", "wandb"],
-            "--track goes with a folder that keeps the run",
+            "--track needs a folder for the run",
         ),
-        (["personalize", "{new}", "--bank", "{bank}", "--track", "tensorboard"], "--track goes with a folder"),
-        (["bank", "build", "{new}", "--out", "{out}", "--track", "mlflow"], "nothing is called 'mlflow'"),
+        (["personalize", "{new}", "--bank", "{bank}", "--track", "tensorboard"], "--track needs a folder"),
+        (["bank", "build", "{new}", "--out", "{out}", "--track", "mlflow"], "unknown tracker 'mlflow'"),
         (["personalize", "{new}", "--bank", "{bank}", "--run", "{new}"], "cannot be written"),
     ],
 )
-def test_mistakes_are_told_before_anything_is_written(world, tmp_path, words, expected):
+def test_mistakes_are_reported_before_anything_is_written(world, tmp_path, words, expected):
     names = {"new": world.new, "bank": world.bank, "out": tmp_path / "out"}
     said = run(*(word.format(**names) for word in words))
     assert said.code == 1
@@ -120,7 +120,7 @@ def test_mistakes_are_told_before_anything_is_written(world, tmp_path, words, ex
     assert not (tmp_path / "out").exists()
 
 
-def test_a_password_in_an_address_is_not_kept(monkeypatch):
+def test_a_password_in_a_url_is_not_recorded(monkeypatch):
     from mta.cli.options import typed
 
     monkeypatch.setattr("sys.argv", ["mta", "personalize", "x.jsonl", "--store", "s3://key:secret@host/people"])

@@ -1,4 +1,4 @@
-"""What people are told about their mistakes: in words, with exit code 1, and nothing is written."""
+"""User mistakes: mta prints a message, exits with 1, and writes nothing."""
 
 import os
 import re
@@ -20,18 +20,21 @@ def world(tmp_path_factory):
 
 MISTAKES = {
     "a file that is not there": ("data describe {root}/no.jsonl", "AssetError: no such file or folder: "),
-    "a name that is nothing": ("data describe nothing --task lamp3", "DataError: no such file: nothing"),
-    "a folder that holds no people": ("data describe {base}", "DataError: "),
-    "workers without a cluster": (
-        "personalize {new} --bank {bank} --store {root}/s --workers 2",
-        "InputError: --workers and --together are a cluster's",
+    "a name that is neither a file nor an asset": (
+        "data describe nothing --task lamp3",
+        "DataError: no such file: nothing",
     ),
-    "a cluster that is not there": (
+    "a folder that holds no people": ("data describe {base}", "DataError: "),
+    "workers without --cluster": (
+        "personalize {new} --bank {bank} --store {root}/s --workers 2",
+        "InputError: --workers and --together need --cluster",
+    ),
+    "a cluster that does not answer": (
         "personalize {new} --bank {bank} --store {root}/s --cluster 127.0.0.1:1",
         "ClusterError: ",
     ),
     "an unknown task": ("data describe {new} --task lampe3", "TaskError: unknown task 'lampe3'"),
-    "an unknown person to show": ("data show {new} {settings} --person eve", "PersonNotFound: nobody in "),
+    "an unknown person to show": ("data show {new} {settings} --person eve", "PersonNotFound: no person 'eve' in "),
     "a build of an unknown base": (
         "bank build {members} {settings} --base ./no --out {root}/b",
         "AssetError: no such file or folder: ./no",
@@ -73,19 +76,19 @@ MISTAKES = {
         "BankError: {bank} holds a bank built from other people",
     ),
     "a bank that is not there": ("bank show {root}/no", "BankCorrupt: no bank at {root}/no: bank.json is missing"),
-    "people for a bank that is not there": (
+    "personalize with a bank that is not there": (
         "personalize {new} --bank {root}/no --store {root}/s",
         "BankCorrupt: no bank at {root}/no",
     ),
-    "people who are not there": (
+    "a file of people that is not there": (
         "personalize {root}/no.jsonl --bank {bank} --store {root}/s",
         "AssetError: no such file or folder: ",
     ),
-    "people and an unknown key": (
+    "personalize with an unknown key": (
         "personalize {new} --bank {bank} --store {root}/s stak.enabled=no",
         "ConfigError: the command line: stak: ",
     ),
-    "people for whom the memory is too small": (
+    "personalize with too little memory": (
         "personalize {new} --bank {bank} --store {root}/s memory=1KiB",
         "MemoryBudgetError: one person needs about ",
     ),
@@ -113,19 +116,19 @@ MISTAKES = {
         "export new-00-quispe --out {new} --bank {bank} --store {store}",
         "InputError: {new} is a file, expected a folder",
     ),
-    "an account of an unknown person": (
+    "person show of an unknown person": (
         "person show eve --bank {bank} --store {store}",
         "PersonNotFound: no state of 'eve'",
     ),
-    "an account by a bank that is not there": (
+    "person show with a bank that is not there": (
         "person show new-00-quispe --bank {root}/no --store {store}",
         "BankCorrupt: no bank at {root}/no",
     ),
-    "the versions of an unknown person": (
+    "person versions of an unknown person": (
         "person versions eve --store {root}/s",
         "PersonNotFound: no state of 'eve' in the store {root}/s",
     ),
-    "going back to a version that is not there": (
+    "person rollback to a version that is not there": (
         "person rollback new-00-quispe 7 --store {store}",
         "PersonNotFound: 'new-00-quispe' has no version 7; there are 1",
     ),
@@ -137,11 +140,11 @@ MISTAKES = {
         "evaluate {new} --bank {bank} --out {root}/r shot=2",
         "ConfigError: the command line: shot: ",
     ),
-    "an attack without the bank's own people": (
+    "an attack without people of the bank": (
         "evaluate {new} --bank {bank} --privacy --out {root}/r shots=2",
         "InputError: 0 of the bank's 2 anchors are among the 4 people given",
     ),
-    "an attack without others": (
+    "an attack without people outside the bank": (
         "evaluate {members} --bank {bank} --privacy --out {root}/r",
         "InputError: 0 of 18 people are in nothing of the bank",
     ),
@@ -153,11 +156,11 @@ MISTAKES = {
         "evaluate movielens --bank {bank} --privacy",
         "InputError: --privacy takes people and a bank, no recipe and no --people",
     ),
-    "predictions of an unnamed task": (
+    "predictions without --task": (
         "evaluate {new} --predictions {new}",
         "InputError: --predictions needs the task, and takes no settings",
     ),
-    "a task of its own for a comparison": (
+    "a comparison with --task": (
         "evaluate {new} --bank {bank} --task lamp3",
         "InputError: --task belongs to --predictions",
     ),
@@ -165,15 +168,15 @@ MISTAKES = {
         "evaluate {new} --predictions {new} --task lamp3",
         "DataError: ",
     ),
-    "people and a setting of the bank": (
+    "personalize with a setting of the bank": (
         "personalize {new} --bank {bank} --store {root}/s bank.anchors=9",
-        "ConfigError: 'bank' cannot be changed here: it was settled when bank or states were made",
+        "ConfigError: 'bank' cannot be changed here: the bank or the states were made with it",
     ),
     "a question and a setting of the merge": (
         "generate {question} --bank {bank} --store {store} merge.policy=uniform",
         "ConfigError: 'merge' cannot be changed here",
     ),
-    "a question with a field that is nothing": (
+    "a question with a null field": (
         'generate {{"title":null,"genres":"Drama"}} --bank {bank} --store {store}',
         "DataError: the question's field 'title': missing",
     ),
@@ -183,7 +186,7 @@ MISTAKES = {
     ),
     "an evaluation into a file": (
         "evaluate {new} --bank {bank} --out {new} shots=2 queries=2",
-        "InputError: {new} cannot be written: {new} is no folder that can",
+        "InputError: {new} cannot be written: {new} is not a writable folder",
     ),
     "forgetting in a store that is not there": (
         "forget ann --bank {bank} --store {root}/s",
@@ -194,7 +197,7 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_is_told_in_words_and_nothing_is_written(world, mistake):
+def test_a_mistake_is_reported_and_nothing_is_written(world, mistake):
     text, message = MISTAKES[mistake]
     names = {name: getattr(world, name) for name in ("root", "base", "members", "new", "bank", "store")}
     names |= {"settings": " ".join(map(str, world.settings)), "question": QUESTION.replace(" ", "")}
@@ -217,7 +220,7 @@ def test_a_mistake_is_told_in_words_and_nothing_is_written(world, mistake):
         ('{"person": "ann", ', "wrong JSON: "),
     ],
 )
-def test_a_bad_line_is_told_with_file_line_and_field(world, tmp_path, row, message):
+def test_a_bad_line_is_reported_with_file_line_and_field(world, tmp_path, row, message):
     rows = ratings("a", "b", 1)
     path = written(tmp_path / "h.jsonl", [*rows[:3], row if isinstance(row, str) else {**rows[3], **row}])
     said = run("bank", "build", path, *world.settings, "--out", tmp_path / "bank")
@@ -247,7 +250,7 @@ def test_another_base_is_refused(world, tmp_path):
     assert not (tmp_path / "s").exists()
 
 
-def test_a_mistake_in_an_own_process_exits_with_1_and_without_a_traceback(tmp_path):
+def test_a_mistake_in_a_real_process_exits_with_1_and_without_a_traceback(tmp_path):
     words = ["data", "describe", str(tmp_path / "no.jsonl")]
     done = subprocess.run([sys.executable, "-m", "mta", *words], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (1, "")
@@ -256,7 +259,7 @@ def test_a_mistake_in_an_own_process_exits_with_1_and_without_a_traceback(tmp_pa
 
 @pytest.mark.timeout(120)
 def test_ctrl_c_says_that_nothing_is_lost(tmp_path):
-    os.mkfifo(tmp_path / "slow.jsonl")  # reading it waits for somebody who writes
+    os.mkfifo(tmp_path / "slow.jsonl")  # reading waits for a writer
     words = [sys.executable, "-m", "mta", "data", "describe", str(tmp_path / "slow.jsonl")]
     process = subprocess.Popen(
         words,

@@ -1,4 +1,4 @@
-"""Under an ordinary umask only the owner can read what the verbs write of people, or a group that is meant."""
+"""With an ordinary umask, only the owner (or the sharing group) can read what the verbs write about people."""
 
 import os
 
@@ -19,14 +19,14 @@ def world(umask, tmp_path_factory):
         yield made
 
 
-def test_a_bank_and_a_store_are_their_owners_alone(world):
+def test_only_the_owner_can_read_a_bank_and_a_store(world):
     mta("personalize", world.new, *world.at, "--keep-histories", "--run", world.root / "runs" / "one")
     closed(world.bank)
     closed(world.store)
     closed(world.root / "runs")
 
 
-def test_an_export_is_its_owners_alone(world):
+def test_only_the_owner_can_read_an_export(world):
     out = world.root / "exports" / "adapter"
     mta("export", ANN, *world.at, "--out", out)
     closed(out.parent)
@@ -39,7 +39,7 @@ def test_an_export_is_its_owners_alone(world):
     assert set(found.values()) == {"0o600"}
 
 
-def test_an_evaluation_and_its_report_are_their_owners_alone(world):
+def test_only_the_owner_can_read_an_evaluation_and_its_report(world):
     out = world.root / "evaluation"
     mta("evaluate", world.new, "--bank", world.bank, "--out", out / "new", "shots=2", "queries=1", "policies=[uniform]")
     closed(out)
@@ -47,18 +47,18 @@ def test_an_evaluation_and_its_report_are_their_owners_alone(world):
     closed(world.root / "report")
 
 
-def test_rejected_rows_are_their_owners_alone(world):
+def test_only_the_owner_can_read_rejected_rows(world):
     source = written(world.root / "some.jsonl", [*ratings("new", "quispe", 2), "no row"])
     mta("data", "describe", source, "--task", "movielens-rating", "--skip-bad", world.root / "rejects" / "rows.jsonl")
     closed(world.root / "rejects")
 
 
-def test_keys_are_their_owners_alone(world):
+def test_only_the_owner_can_read_keys(world):
     mta("serve", "--keys", world.root / "keys" / "keys.yaml", "--new-key", "ops")
     closed(world.root / "keys")
 
 
-def test_forgetting_leaves_nothing_that_others_read(world):
+def test_forget_writes_no_file_that_others_can_read(world):
     at = world.copy(world.root / "copy")
     for path in (world.root / "copy").rglob("*"):
         path.chmod(0o700 if path.is_dir() else 0o600)
@@ -67,7 +67,7 @@ def test_forgetting_leaves_nothing_that_others_read(world):
     closed(world.root / "copy")
 
 
-def test_a_group_reads_and_writes_what_it_is_to_share(world, monkeypatch):
+def test_with_mta_shared_the_group_can_read_and_write(world, monkeypatch):
     monkeypatch.setenv("MTA_SHARED", "group")
     store = world.root / "shared"
     mta("personalize", world.new, "--bank", world.bank, "--store", store, "--keep-histories")

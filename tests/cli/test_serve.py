@@ -1,4 +1,4 @@
-"""``mta serve`` as it is typed: a real process, OpenAI's client, and mistakes."""
+"""``mta serve`` in a real process: OpenAI's client, and user mistakes."""
 
 import json
 import os
@@ -22,7 +22,7 @@ from mta.personalize import Personalizer
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """A bank over a saved tiny base, and a store with one person, as other verbs leave them."""
+    """A folder with a tiny base, a bank, and a store with one person."""
     import torch
 
     from mta.bank.bank import Bank
@@ -43,7 +43,7 @@ def mta(*words, **how):
     return subprocess.run([sys.executable, "-m", "mta", *words], capture_output=True, text=True, timeout=600, **how)
 
 
-def test_a_key_is_made_a_server_started_asked_and_ended(made):
+def test_create_a_key_then_start_ask_and_stop_a_server(made):
     keys = made / "keys.yaml"
     found = mta("serve", "--keys", str(keys), "--new-key", "app", "--rights", "serve", "--json")
     secret = json.loads(found.stdout)["key"]
@@ -54,12 +54,12 @@ def test_a_key_is_made_a_server_started_asked_and_ended(made):
         [sys.executable, "-m", "mta", *words, "--json"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
     try:
-        told = ""
-        while not told.rstrip().endswith("}"):
-            told += server.stdout.readline()
+        output = ""
+        while not output.rstrip().endswith("}"):
+            output += server.stdout.readline()
             assert server.poll() is None, server.stderr.read()
-        client = openai.OpenAI(base_url=f"{json.loads(told)['url']}/v1", api_key=secret, max_retries=3)
-        run_the_readmes_snippets(json.loads(told)["url"], secret, made)
+        client = openai.OpenAI(base_url=f"{json.loads(output)['url']}/v1", api_key=secret, max_retries=3)
+        run_the_readmes_snippets(json.loads(output)["url"], secret, made)
         asked = {"messages": [{"role": "user", "content": "Film 3"}], "max_tokens": 5, "temperature": 0}
         assert client.chat.completions.create(model="person:ann0", **asked).usage.completion_tokens <= 5
         with pytest.raises(openai.NotFoundError):
@@ -72,17 +72,17 @@ def test_a_key_is_made_a_server_started_asked_and_ended(made):
     assert "ann0" not in errors
 
 
-def test_a_person_who_is_forgotten_by_the_command_line_is_not_brought_back_by_a_server_that_runs(made):
+def test_a_running_server_does_not_bring_back_a_forgotten_person(made):
     at = ["--bank", str(made / "bank"), "--store", str(made / "people")]
     items = [{"fields": dict(item.fields), "time": item.time} for item in people_of(1, items=4)[0].items]
     words = ["serve", *at, "--insecure-local", "--port", "0", "--json"]
     server = subprocess.Popen([sys.executable, "-m", "mta", *words], stdout=subprocess.PIPE, text=True)
     try:
-        told = ""
-        while not told.rstrip().endswith("}"):
-            told += server.stdout.readline()
+        output = ""
+        while not output.rstrip().endswith("}"):
+            output += server.stdout.readline()
             assert server.poll() is None
-        with httpx2.Client(base_url=f"{json.loads(told)['url']}/v1/people", timeout=60) as http:
+        with httpx2.Client(base_url=f"{json.loads(output)['url']}/v1/people", timeout=60) as http:
             for keep in (False, True):
                 assert http.post("/eve/history", json={"items": items, "keep": keep}).status_code == 200
             assert mta("forget", "eve", *at).returncode == 0
@@ -100,7 +100,7 @@ def test_a_person_who_is_forgotten_by_the_command_line_is_not_brought_back_by_a_
 
 
 def run_the_readmes_snippets(url, secret, folder):
-    """As they stand there, but for the address and for who is asked."""
+    """Run the README's snippets with another address and another person."""
     text = (Path(__file__).parents[2] / "README.md").read_text()
     python, curl = (
         re.search(rf"<!-- {name} -->\n```\w+\n(.*?)```", text, re.DOTALL)[1]
@@ -115,7 +115,7 @@ def run_the_readmes_snippets(url, secret, folder):
         assert "person:ann0" in done.stdout
 
 
-def test_strict_refuses_a_bank_that_learnt_from_somebody_forgotten(made, tmp_path):
+def test_strict_refuses_a_bank_trained_on_a_forgotten_person(made, tmp_path):
     bank = shutil.copytree(made / "bank", tmp_path / "bank")
     (bank / "needs-rebuild.json").write_text('{"needs_rebuild": ["anchor"]}')
     words = ["serve", "--bank", str(bank), "--store", str(made / "people"), "--insecure-local", "--strict"]
@@ -135,7 +135,7 @@ def test_strict_refuses_a_bank_that_learnt_from_somebody_forgotten(made, tmp_pat
         (["--insecure-local", "--store", "nowhere"], "no store"),
     ],
 )
-def test_mistakes_are_told_and_nothing_is_served(made, tmp_path, words, said):
+def test_mistakes_are_reported_and_nothing_is_served(made, tmp_path, words, said):
     words = [str(tmp_path / "keys.yaml") if word == "KEYS" else word for word in words]
     environment = {name: value for name, value in os.environ.items() if name != "MTA_API_KEY"}
     found = mta("serve", "--bank", str(made / "bank"), *words, cwd=tmp_path, env=environment)

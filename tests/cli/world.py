@@ -1,4 +1,4 @@
-"""``mta`` as people call it, and a small world it has built: base, ratings, bank and store."""
+"""Run ``mta`` in this process, and build a small world with it: base, ratings, bank and store."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Said:
 
 
 def run(*words) -> Said:
-    """``mta`` with these words, in this process."""
+    """Run ``mta`` with these words in this process."""
     out, err, code = io.StringIO(), io.StringIO(), 0
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         patch.setattr(sys, "argv", ["mta", *map(str, words)])
@@ -64,14 +64,14 @@ def run(*words) -> Said:
 
 
 def mta(*words) -> Said:
-    """The same, for what should go well."""
+    """Run ``mta`` and require exit code 0."""
     said = run(*words)
     assert said.code == 0, said.err
     return said
 
 
 def ratings(prefix, surname, people, items=6):
-    """Rows of people who rate other films than those of another prefix: equal histories would connect people."""
+    """Return rows of people. Each prefix has its own films, because equal histories would connect people."""
     first = 0 if prefix == "new" else 1000
     return [
         {
@@ -99,19 +99,19 @@ def saved_base(folder: Path) -> Path:
 
 
 def tree(folder: Path) -> dict[str, bytes | None]:
-    """Every path with its content, but for a store's lock, which is always empty."""
+    """Return all paths with their content, except a store's lock, which is always empty."""
     paths = [path for path in sorted(folder.rglob("*")) if path.name != LOCK]
     return {str(path): path.read_bytes() if path.is_file() else None for path in paths}
 
 
 def modes(root: Path) -> dict[str, str]:
-    """Of everything below a folder and of itself, by name."""
+    """Return the modes of a folder and of everything in it, by name."""
     found = [root, *(Path(folder, name) for folder, folders, names in os.walk(root) for name in (*folders, *names))]
     return {str(path.relative_to(root.parent)): oct(stat.S_IMODE(path.lstat().st_mode)) for path in found}
 
 
 def closed(root: Path) -> None:
-    """Nothing of it can be read by others than its owner."""
+    """Assert that only the owner can read a folder and its content."""
     found = modes(root)
     assert {name: mode for name, mode in found.items() if int(mode, 8) & 0o077} == {}
     assert len(found) > 1
@@ -119,7 +119,7 @@ def closed(root: Path) -> None:
 
 @contextlib.contextmanager
 def built(root: Path) -> Iterator[World]:
-    """A world under ``root``, with a cache of its own."""
+    """Yield a world under ``root``, with its own cache."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MTA_CACHE", str(root.with_name(f"{root.name}-cache")))
         yield World(root)
@@ -141,7 +141,7 @@ class World:
         self.personalized = mta("personalize", self.new, *self.at, "--json")
 
     def copy(self, folder: Path) -> list:
-        """A bank and a store that a test may change."""
+        """Copy bank and store for a test that changes them. Returns the options for the copies."""
         shutil.copytree(self.bank, folder / "bank")
         shutil.copytree(self.store, folder / "people")
         return ["--bank", folder / "bank", "--store", folder / "people"]

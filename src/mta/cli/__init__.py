@@ -1,4 +1,4 @@
-"""The command line: ``mta <verb>``. One file per verb, no logic; nothing heavy is imported before a verb runs."""
+"""Command line ``mta <verb>``: one file per verb, without logic. Heavy imports happen only when a verb runs."""
 
 from mta.cli.app import main
 

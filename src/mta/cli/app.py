@@ -1,4 +1,4 @@
-"""All verbs in one application, and how errors reach people."""
+"""Register all verbs in one application, and print errors without a traceback."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from mta.system.malloc import keep_freed_memory
 
 app = typer.Typer(
     name="mta",
-    help="Every person their own language model, without keeping a model per person.\n\nStart with:  mta demo",
+    help="Give every person their own language model, without keeping one model per person.\n\nStart with:  mta demo",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -54,28 +54,28 @@ app.command("doctor")(doctor.doctor)
 
 @app.callback(invoke_without_command=True)
 def root(version: bool = typer.Option(False, "--version", help="Print the version and exit.")) -> None:
-    """Every person their own language model, without keeping a model per person."""
+    """Give every person their own language model, without keeping one model per person."""
     if version:
         typer.echo(__version__)
         raise typer.Exit
 
 
 def main() -> None:
-    """Run a verb; a user's mistake is printed as what it is and exits with 1, without a traceback."""
+    """Run a verb. Print a user's mistake without a traceback, and exit with 1."""
     if not sys.stderr.isatty():
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # bars of other packages fill log files
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # progress bars would fill log files
     log = logging.getLogger("mta")
     log.handlers[:], log.propagate = [logging.StreamHandler()], False
     log.setLevel(logging.INFO)
-    keep_freed_memory()  # the process is ours: a library must not do this
+    keep_freed_memory()  # allowed because this process is ours; a library must not do this
     try:
         app()
     except MtaError as error:
         sys.exit(_say(f"{type(error).__name__}: {error}"))
-    except OSError as error:  # a disk that is full, a folder that may not be written
+    except OSError as error:  # for example a full disk or a read-only folder
         sys.exit(_say(f"{type(error).__name__}: {error}"))
     except SystemExit as end:
-        if end.code == 130:  # what typer makes of Ctrl-C
+        if end.code == 130:  # typer's exit code for Ctrl-C
             _say("Interrupted. Nothing is half written; repeat the command.")
         raise
 

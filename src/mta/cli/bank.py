@@ -1,4 +1,4 @@
-"""``mta bank``: build a bank of anchors, look at one, and publish one."""
+"""``mta bank``: build, show, and publish a bank of anchors."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from mta.cli.options import (
 if TYPE_CHECKING:
     from mta.bank.bank import Bank
 
-app = typer.Typer(help="Build a bank of anchors, look at one, and publish one.", no_args_is_help=True)
+app = typer.Typer(help="Build, show, and publish a bank of anchors.", no_args_is_help=True)
 
 
 @app.command("build")
@@ -49,7 +49,9 @@ def build(
     seed: Seed = None,
     device: Device = None,
     skip_bad: SkipBad = None,
-    resume: Annotated[bool, typer.Option("--resume/--restart", help="Go on with a build that was stopped.")] = True,
+    resume: Annotated[
+        bool, typer.Option("--resume/--restart", help="Resume an interrupted build, or start over.")
+    ] = True,
     cluster: ClusterAt = None,
     workers: Workers = None,
     together: Together = None,
@@ -58,7 +60,7 @@ def build(
 ) -> None:
     """Train the task LoRA and one meta-LoRA per anchor (stages 0 and 1).
 
-    A build that was stopped goes on where it was; a finished one is left as it is.
+    An interrupted build resumes where it stopped. A finished build is not changed.
 
     Example:  mta bank build history.jsonl --task lamp3 --out bank/ bank.anchors=20
     """
@@ -77,16 +79,16 @@ def build(
         return show_json(_summary(bank))
     typer.echo(f"{out}: {len(bank)} anchors, task LoRA {'yes' if bank.task_lora else 'no'}, hash {bank.hash[:12]}")
     if len(bank) < run.bank.anchors:
-        few = f"{run.bank.anchors} anchors were asked for; {bank.info.members.candidates} candidates have"
-        at_most = f"{run.bank.min_items} items or more, and at most a quarter of them become one: {len(bank)}."
-        typer.echo(f"{few} {at_most}", err=True)
+        candidates = f"{bank.info.members.candidates} candidates have at least {run.bank.min_items} items"
+        built = f"Built {len(bank)} of {run.bank.anchors} anchors"
+        typer.echo(f"{built}: {candidates}, and at most a quarter of the candidates become anchors.", err=True)
 
 
 @app.command("show")
 def show(
     folder: Annotated[Path, typer.Argument(help="Folder or hub id of a bank.", callback=bank_at)], json: Json = False
 ) -> None:
-    """Check every hash of a bank and print its card.
+    """Verify all hashes of a bank, and print its card.
 
     Example:  mta bank show bank/
     """
@@ -98,7 +100,7 @@ def show(
     if json:
         return show_json(info.model_dump(mode="json", exclude={"members"}) | {"needs_rebuild": stale(folder)})
     if parts := stale(folder):
-        typer.echo(f"Needs a rebuild: somebody who asked to be forgotten is in the {' and the '.join(parts)}.\n")
+        typer.echo(f"Needs a rebuild: a forgotten person is in the {' and the '.join(parts)}.\n")
     typer.echo(body(info))
 
 
@@ -106,22 +108,24 @@ def show(
 def publish(
     folder: Annotated[Path, typer.Argument(help="Folder of a bank.")],
     to: Annotated[str, typer.Option(help="Repository on the hub: owner/name.")],
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would leave, and send nothing.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the files to send, and send nothing.")] = False,
     private: Private = True,
     results: Annotated[
-        Path | None, typer.Option(help="results.json of mta evaluate, for the card.", dir_okay=False)
+        Path | None, typer.Option(help="results.json of mta evaluate, to show on the card.", dir_okay=False)
     ] = None,
-    license: Annotated[str, typer.Option(help="License of the bank, as the hub spells it: apache-2.0 …")] = "",
+    license: Annotated[str, typer.Option(help="License id of the bank on the hub, for example apache-2.0.")] = "",
     with_members: Annotated[
         bool,
-        typer.Option("--with-members", help="Send members.json too: it tells whether a guessed id is in the bank."),
+        typer.Option(
+            "--with-members", help="Send members.json too: readers can then test if a guessed id is in the bank."
+        ),
     ] = False,
     yes: Yes = False,
     json: Json = False,
 ) -> None:
-    """Publish a bank on the hub with its card, after showing every file that would leave this machine.
+    """List all files to send, then publish the bank and its card on the hub.
 
-    Who its people are stays here, and so do places of this machine; the bank's hash stays what people's states name.
+    The member list and local paths are not sent. The bank keeps its hash, so people's states stay valid.
 
     Example:  mta bank publish bank/ --to owner/name --dry-run
     """

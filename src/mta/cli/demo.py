@@ -1,4 +1,4 @@
-"""``mta demo``: the whole method on real people's ratings."""
+"""``mta demo``: run the whole method on MovieLens ratings."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from mta.cli.options import Json, Seed, Track, Words, show_json, tracked, typed
 
 def demo(
     words: Words = None,
-    out: Annotated[Path, typer.Option(help="Folder for bank, people and report.")] = Path("demo"),
-    recipe: Annotated[str, typer.Option(help="A recipe of the package, or a YAML file like it.")] = "movielens",
+    out: Annotated[Path, typer.Option(help="Folder for bank, store and report.")] = Path("demo"),
+    recipe: Annotated[str, typer.Option(help="Name of a built-in recipe, or a YAML file.")] = "movielens",
     seed: Seed = None,
     track: Track = None,
     json: Json = False,
 ) -> None:
-    """Build a bank from MovieLens, personalize people who are not in it, and compare with everything else.
+    """Build a bank from MovieLens, personalize people outside it, and compare MTA with the baselines.
 
-    Settings over the recipe's as key=value: run.bank.anchors=8 people.test=48.
+    Override settings of the recipe as key=value: run.bank.anchors=8 people.test=48.
 
     Example:  mta demo --out demo/
     """

@@ -1,4 +1,4 @@
-"""``mta doctor``: whether this machine can do what mta does, and what to type where it cannot."""
+"""``mta doctor``: check whether mta can run on this machine, and print the commands that fix problems."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ MARKS = {"ok": "[green]ok[/]", "warning": "[yellow]warning[/]", "problem": "[bol
 
 
 def doctor(
-    bank: Annotated[Path | None, typer.Option("--bank", help="Look at this bank too.")] = None,
-    store: Annotated[str | None, typer.Option("--store", help="Look at this store too.")] = None,
+    bank: Annotated[Path | None, typer.Option("--bank", help="Check this bank too.")] = None,
+    store: Annotated[str | None, typer.Option("--store", help="Check this store too.")] = None,
     json: Json = False,
 ) -> None:
-    """Look at versions, processor, memory, kernels, cache and extras; exits with 1 where a demo could not run.
+    """Check versions, processor, memory, kernels, cache and extras. Exits with 1 if mta demo cannot run here.
 
-    Nothing is downloaded and no model is loaded. Kernels that are not compiled yet are compiled, which takes seconds.
+    Downloads nothing and loads no model. Compiles kernels that are not compiled yet, which takes seconds.
 
     Example:  mta doctor --bank bank/ --store people/
     """
@@ -43,7 +43,7 @@ def doctor(
         say(_table(found))
         start = "Ready." if bank or store else "Ready. Start with:  mta demo"
         counted = f"{problems} problem{'s' * (problems != 1)}, {warnings} warning{'s' * (warnings != 1)}"
-        say(f"{counted}. " + ("Mend the problems first." if problems else start))
+        say(f"{counted}. " + ("Fix the problems first." if problems else start))
     if problems:
         raise typer.Exit(1)
 
@@ -53,15 +53,15 @@ def _table(found: Sequence[Finding]) -> Table:
     from rich.markup import escape
     from rich.table import Table
 
-    made = Table(box=box.SIMPLE_HEAD, show_header=False, show_edge=False, pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD, show_header=False, show_edge=False, pad_edge=False)
     for _ in range(3):
-        made.add_column(no_wrap=True)
-    made.add_column(overflow="fold")
+        table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
     about = ""
     for one in found:
         if one.about != about:
-            made.add_section()
+            table.add_section()
         shown, about = one.about if one.about != about else "", one.about
         hint = f"\n[dim]{escape(one.hint)}[/]" if one.hint else ""
-        made.add_row(f"[bold]{shown}[/]", escape(one.name), MARKS[one.verdict], escape(one.found) + hint)
-    return made
+        table.add_row(f"[bold]{shown}[/]", escape(one.name), MARKS[one.verdict], escape(one.found) + hint)
+    return table

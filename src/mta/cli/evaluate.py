@@ -1,4 +1,4 @@
-"""``mta evaluate``: are people better off? Every method on the same shots and the same later queries."""
+"""``mta evaluate``: compare methods on a bank, run a recipe, score predictions, or attack a bank."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import typer
 
 from mta.cli.data import Source, people_in
 from mta.cli.options import (
+    MACHINE_SETTINGS,
     MERGE_AND_STACK,
-    OF_THE_MACHINE,
     BankDir,
     ClusterAt,
     Device,
@@ -44,13 +44,13 @@ if TYPE_CHECKING:
     from mta.training.trainer import OnStep
 
 S = TypeVar("S", bound="Settings")
-OF_RUN = MERGE_AND_STACK | OF_THE_MACHINE
+RUN_SETTINGS = MERGE_AND_STACK | MACHINE_SETTINGS
 ConfigFile = Annotated[
     Path | None,
-    typer.Option("--config", help="Settings in YAML: of the evaluation, and of merge and stack.", dir_okay=False),
+    typer.Option("--config", help="YAML file with settings of evaluation, merge and stack.", dir_okay=False),
 ]
 Predictions = Annotated[
-    Path | None, typer.Option(help="Score this file of answers instead, made elsewhere.", dir_okay=False)
+    Path | None, typer.Option(help="Score this file of answers, and compute nothing else.", dir_okay=False)
 ]
 
 
@@ -58,15 +58,23 @@ def evaluate(
     source: Source,
     words: Words = None,
     bank: BankDir = Path("bank"),
-    out: Annotated[Path | None, typer.Option(help="Folder for report.html, results.json and what the run was.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for report.html, results.json and the run's settings.")
+    ] = None,
     config: ConfigFile = None,
     predictions: Predictions = None,
-    data: Annotated[str | None, typer.Option(help="The people a recipe is run on: LaMP files, or any others.")] = None,
-    exhibit: Annotated[list[str] | None, typer.Option(help="Only this exhibit of a recipe; may be repeated.")] = None,
-    on: Annotated[str, typer.Option(help="Whom a recipe is run on: test, or development people.")] = "test",
-    privacy: Annotated[bool, typer.Option("--privacy", help="Attack the bank: who was it trained on?")] = False,
-    task: Annotated[str | None, typer.Option(help="The task of --predictions; else it is the bank's.")] = None,
-    people: Annotated[int | None, typer.Option(min=1, help="Only so many people, drawn by the seed.")] = None,
+    data: Annotated[str | None, typer.Option(help="People of a recipe: LaMP files, or any other source.")] = None,
+    exhibit: Annotated[
+        list[str] | None, typer.Option(help="Run only this exhibit of a recipe; can be repeated.")
+    ] = None,
+    on: Annotated[str, typer.Option(help="People to run a recipe on: test or development.")] = "test",
+    privacy: Annotated[
+        bool, typer.Option("--privacy", help="Attack the bank: do losses reveal its training items?")
+    ] = False,
+    task: Annotated[str | None, typer.Option(help="Task of --predictions; otherwise the bank's task is used.")] = None,
+    people: Annotated[
+        int | None, typer.Option(min=1, help="Evaluate at most this many people, drawn with the seed.")
+    ] = None,
     seed: Seed = None,
     device: Device = None,
     skip_bad: SkipBad = None,
@@ -77,14 +85,14 @@ def evaluate(
 ) -> None:
     """Compare MTA with constants, the base, the task LoRA, OPPU, merge only and adapt only.
 
-    SOURCE is people to be tested on a bank, from their shots anew; who is in the bank, or has fewer than shots +
-    queries items, is left out. Settings as key=value are those of the evaluation (shots=4 queries=10), and merge.…,
-    stack.…, memory and dtype over the bank's.
-    Or SOURCE is a recipe (lamp1 … lamp7, movielens, or a .yaml): an experiment with banks of its own, every method, and
-    the paper's exhibits, which goes on where it was stopped; mta report draws it.
-    With --predictions nothing is computed: a file of answers in LaMP's format is scored as the benchmark does it.
-    With --privacy the bank, merges of it and personal models are attacked: are items they were trained on told from
-    others' by their loss? SOURCE then holds the people the bank was built from and others; shots=8 targets=16 items=16.
+    SOURCE holds people to test on a bank; each is personalized anew from their shots. People in the bank, and people
+    with fewer than shots + queries items, are left out. key=value sets the evaluation (shots=4 queries=10) and
+    overrides merge.…, stack.…, memory and dtype of the bank.
+    Or SOURCE is a recipe (lamp1 … lamp7, movielens, or a .yaml file): an experiment that builds its own banks and runs
+    all methods and the paper's exhibits. An interrupted experiment resumes. Draw its exhibits with mta report.
+    With --predictions, a file of answers in LaMP's format is scored as in the benchmark, and nothing is computed.
+    With --privacy, the bank, its merges and personal models are attacked: does the loss separate their training items
+    from other items? SOURCE then holds the people of the bank and other people; shots=8 targets=16 items=16.
 
     Example:  mta evaluate lamp3 --data LaMP_3/dev_questions.json --out runs/lamp3 --exhibit main
     Example:  mta evaluate newcomers.jsonl --bank bank/ --out results/ shots=8 queries=12 merge.policy=ridge
@@ -101,11 +109,11 @@ def evaluate(
 
     if cluster or workers:
         raise InputError(
-            "--cluster and --workers are for recipes", hint="Leave it out: one comparison runs in one process."
+            "--cluster and --workers are for recipes", hint="Leave them out: a comparison runs in one process."
         )
     if task:
         raise InputError(
-            "--task belongs to --predictions; a comparison is about the task of its bank", hint="Leave --task out."
+            "--task belongs to --predictions; a comparison uses the task of its bank", hint="Leave --task out."
         )
     asked = Asked(source, words or [], bank, out, config, seed, device, skip_bad, tracked(track, out), json)
     _attack(asked, people) if privacy else _compare(asked, people)
@@ -113,7 +121,7 @@ def evaluate(
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """What was asked of a bank, be it to compare methods on it or to attack it."""
+    """Arguments of a comparison on a bank, or of an attack on it."""
 
     source: str
     words: list[str]
@@ -126,24 +134,28 @@ class Asked:
     track: Opener | None
     json: bool
 
-    def everybody(self) -> list[Person]:
-        """People can be read, and found wrong, before a model is loaded."""
+    def people(self) -> list[Person]:
+        """Read the people. Call this before a model is loaded, so that a bad file fails early."""
         return people_in(self.source, task_of(self.bank), self.skip_bad)
 
     def opened(self, kind: type[S]) -> tuple[BaseModel, Bank, Run, S]:
-        """Base and bank, and what was asked, parted: settings of the run over the bank's, and those of ``kind``."""
+        """Return base, bank, the settings of the run (over the bank's), and the settings of class ``kind``."""
         from mta.config import load_settings
         from mta.config.loader import read_yaml
 
-        of_file = (read_yaml(self.config) if self.config else {}).items()
-        of_run = [f"{key}={dumps(value)}" for key, value in of_file if key in OF_RUN]
-        of_run += [word for word in self.words if re.split("[.=]", word)[0] in OF_RUN]
-        chosen = load_settings(kind, self.config, [word for word in self.words if word not in of_run], beside=OF_RUN)
-        return *open_bank(self.bank, of_run, self.seed, self.device, open_to=MERGE_AND_STACK), chosen
+        in_file = (read_yaml(self.config) if self.config else {}).items()
+        run_words = [f"{key}={dumps(value)}" for key, value in in_file if key in RUN_SETTINGS]
+        run_words += [word for word in self.words if re.split("[.=]", word)[0] in RUN_SETTINGS]
+        chosen = load_settings(
+            kind, self.config, [word for word in self.words if word not in run_words], beside=RUN_SETTINGS
+        )
+        return *open_bank(self.bank, run_words, self.seed, self.device, open_to=MERGE_AND_STACK), chosen
 
     def kept(self, kind: str, base: BaseModel, bank: Bank, run: Run, chosen: Settings, on_step: OnStep) -> RunFolder:
-        """The folder of this run, which can be asked for again with the settings in it."""
-        settings = chosen.model_dump(mode="json") | base.as_loaded(run).model_dump(mode="json", include=set(OF_RUN))
+        """Return the folder of this run. Its config.yaml can be given back with --config."""
+        settings = chosen.model_dump(mode="json") | base.as_loaded(run).model_dump(
+            mode="json", include=set(RUN_SETTINGS)
+        )
         return kept_over(bank, kind, folder=self.out, base=base, settings=settings, track=self.track, on_step=on_step)
 
 
@@ -154,10 +166,10 @@ def _compare(asked: Asked, people: int | None) -> None:
     from mta.evaluation.reports.console import show
     from mta.evaluation.reports.html import to_json
 
-    everybody = asked.everybody()
+    people_given = asked.people()
     base, bank, run, chosen = asked.opened(Evaluation)
     with Screen() as screen, asked.kept("comparison", base, bank, run, chosen, screen.step) as kept:
-        found = study(base, bank, run, everybody, chosen, limit=people, on_step=kept.step, on_method=screen.say)
+        found = study(base, bank, run, people_given, chosen, limit=people, on_step=kept.step, on_method=screen.say)
         kept.outcome = found.outcome()
         if asked.out:
             found.write(asked.out, typed())
@@ -178,10 +190,10 @@ def _attack(asked: Asked, people: int | None) -> None:
         raise InputError(
             "--privacy takes people and a bank, no recipe and no --people", hint="For fewer people: targets=8."
         )
-    everybody = asked.everybody()
+    people_given = asked.people()
     base, bank, run, chosen = asked.opened(Privacy)
     with Screen() as screen, asked.kept("privacy", base, bank, run, chosen, screen.step) as kept:
-        found = privacy(base, bank, run, everybody, chosen, on_step=kept.step, say=screen.say)
+        found = privacy(base, bank, run, people_given, chosen, on_step=kept.step, say=screen.say)
         kept.outcome = found.outcome()
         if asked.out:
             write(found, asked.out, typed())
@@ -215,7 +227,7 @@ def _experiment(
     if on not in ("test", "development"):
         raise InputError(
             f"--on is {on!r}; expected test or development",
-            hint="Leave it out for test people, or give  --on development",
+            hint="Leave --on out for test people, or give  --on development",
         )
     opened = tracked(track, out)
     recipe = override(load_experiment(name), words or [])
@@ -227,7 +239,7 @@ def _experiment(
         run_experiment(lab, exhibits or (), typed(), opened)
     if json:
         return show_json({"out": str(lab.folder), "sizes": lab.sizes})
-    typer.echo(f"Draw it with:  mta report {lab.folder}", err=True)
+    typer.echo(f"Draw the exhibits with:  mta report {lab.folder}", err=True)
 
 
 def _score(source: str, predictions: Path, task: str | None, words: list[str] | None, json: bool) -> None:

@@ -1,4 +1,4 @@
-"""``mta export``: one person as an ordinary PEFT folder."""
+"""``mta export``: write one person's model as a PEFT adapter."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from mta.cli.options import (
 
 
 def export(
-    person: Annotated[str, typer.Argument(help="Whose model.")],
+    person: Annotated[str, typer.Argument(help="Person id.")],
     out: Annotated[Path, typer.Option(help="Folder to write.")],
     words: Words = None,
     rank: Annotated[
-        int | None, typer.Option(min=1, help="Compress to this rank by svd; the error is reported.")
+        int | None, typer.Option(min=1, help="Compress to this rank with SVD, and print the error.")
     ] = None,
-    push: Annotated[str | None, typer.Option(help="Push it to this repository on the hub too: owner/name.")] = None,
+    push: Annotated[str | None, typer.Option(help="Also push the adapter to this hub repository: owner/name.")] = None,
     private: Private = True,
     yes: Yes = False,
     bank: BankDir = Path("bank"),
@@ -37,10 +37,10 @@ def export(
     device: Device = None,
     json: Json = False,
 ) -> None:
-    """Write task LoRA, merge and stack of a person as one PEFT adapter for the untouched base.
+    """Write a person's task LoRA, merge and stack as one PEFT adapter for the unchanged base.
 
-    The store notes where, readable only with the person's id: mta forget removes the adapter too. What is pushed
-    to a hub is shown first; mta forget can only name it.
+    The store records the folder, readable only with the person's id, so that mta forget removes the adapter too.
+    A push lists its files first. mta forget can only name pushed copies.
 
     Example:  mta export ann --out ann-adapter/ --rank 16
     """
@@ -49,15 +49,15 @@ def export(
 
     base, opened, run = open_bank(bank, words, device=device)
     personal = Personalizer(base, opened, store, run=run)
-    told: dict[str, object] = {"folder": str(out), "relative_error": personal.export(person, out, rank=rank)}
+    result: dict[str, object] = {"folder": str(out), "relative_error": personal.export(person, out, rank=rank)}
     if not json:
-        causes = f"; rank {rank} causes a relative error of {told['relative_error']:.2%}" if rank else ""
+        causes = f"; rank {rank} causes a relative error of {result['relative_error']:.2%}" if rank else ""
         typer.echo(f"{out}: written{causes}")
     if push:
         show_parcel(adapter_parcel(out), push, private, err=True)
         agreed(yes)
-        told["url"] = personal.push_to_hub(person, out, push, private=private)
+        result["url"] = personal.push_to_hub(person, out, push, private=private)
     if json:
-        show_json(told)
+        show_json(result)
     elif push:
-        typer.echo(told["url"])
+        typer.echo(result["url"])

@@ -1,4 +1,4 @@
-"""``mta forget``: remove what is kept of a person."""
+"""``mta forget``: remove all stored data of a person."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ from mta.errors import MtaError
 if TYPE_CHECKING:
     from mta.personalize.forgetting import Forgotten
 
-INCOMPLETE = 3  # exit code: 1 is an error, 2 a word that the command line does not know
+INCOMPLETE = 3  # exit code; 1 is an error, 2 is wrong usage of the command line
 
 
 def forget(
-    person: Annotated[str, typer.Argument(help="Who.")],
+    person: Annotated[str, typer.Argument(help="Person id.")],
     bank: Annotated[Path, typer.Option("--bank", help="Folder or hub id of a bank.")] = Path("bank"),
     no_bank: Annotated[
-        bool, typer.Option("--no-bank", help="The bank is not there: forget, and list nothing learnt from them.")
+        bool, typer.Option("--no-bank", help="Forget without a bank, and list no parts trained on the person.")
     ] = False,
     store: StoreUrl = "people",
     json: Json = False,
 ) -> None:
-    """Remove a person's states, history and exports, and name the trained parts that still hold something of them.
+    """Remove a person's states, history and exports, and name the parts of the bank that were trained on the person.
 
-    An exported adapter goes where mta export wrote it, if it is on this machine and unchanged; the others are named.
-    Exits with 1 if something of the person could not be removed, and with 3 if the person is forgotten, but a bank
-    could not be marked as needing a rebuild or an export was out of reach: repeat the command. A running mta serve
-    drops what it holds of the person within seconds.
+    Removes adapters that mta export wrote on this machine if they are unchanged, and names the others. Exits with 1
+    if some data of the person could not be removed. Exits with 3 if the person is forgotten, but a bank could not be
+    marked as needing a rebuild or an export was out of reach: repeat the command. A running mta serve drops the
+    person's data within seconds.
 
     Example:  mta forget ann --bank bank/ --store people/
     """
@@ -41,7 +41,7 @@ def forget(
     from mta.store import Store
 
     people, folder = Store(store), bank
-    with suppress(MtaError):  # a bank that cannot be fetched does not stop forgetting: it is reported as not marked
+    with suppress(MtaError):  # an unreachable bank does not stop forgetting: it is reported as not marked
         folder = bank_at(bank)
     done = forget_person(person, people, *([] if no_bank else [folder]))
     if not (done.states_removed or done.needs_rebuild):
@@ -54,21 +54,21 @@ def forget(
         return
     words = ["mta", "forget", person, "--store", store, *(["--no-bank"] if no_bank else ["--bank", str(bank)])]
     typer.echo(
-        f"The person is forgotten, but not all is done. Correct that, and repeat:  {shlex.join(words)}", err=True
+        f"The person is forgotten, but some steps failed. Correct them, and repeat:  {shlex.join(words)}", err=True
     )
     raise typer.Exit(INCOMPLETE)
 
 
 def _tell(done: Forgotten) -> None:
-    typer.echo("removed" if done.states_removed else "nothing was kept of that person")
-    typer.echo("Take them out of your own files too: mta personalize makes whoever is in its source.", err=True)
+    typer.echo("removed" if done.states_removed else "nothing is stored for this person")
+    typer.echo("Remove the person from your own files too: mta personalize recreates everyone in its source.", err=True)
     for export in done.exports_left:
         typer.echo(f"exported and not removed: {export}")
     if done.needs_rebuild:
-        typer.echo(f"still learnt from them, until the bank is rebuilt without them: {', '.join(done.needs_rebuild)}")
+        typer.echo(f"trained on the person, until you rebuild the bank without them: {', '.join(done.needs_rebuild)}")
     for folder, reason in done.unmarked.items():
         typer.echo(f"not marked as needing a rebuild: {folder} ({reason})")
     for place in done.published:
-        typer.echo(f"published with it, and to be deleted there by hand: {place}")
+        typer.echo(f"the bank was published; delete it there by hand: {place}")
     for folder in done.unknown:
-        typer.echo(f"not known: {folder} came without its members; who published it knows whether it learnt from them")
+        typer.echo(f"not known: {folder} came without its members; only its publisher can tell if the person is in it")

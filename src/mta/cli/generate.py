@@ -1,4 +1,4 @@
-"""``mta generate``: answers for different people in one batch."""
+"""``mta generate``: answer one question for several people in one batch."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ def generate(
         str, typer.Argument(help='The question: a text, or fields as JSON: {"title": …, "genres": …}.')
     ],
     words: Words = None,
-    person: Annotated[list[str] | None, typer.Option(help="Whose model answers; repeat it for several people.")] = None,
+    person: Annotated[list[str] | None, typer.Option(help="Person id; repeat the option for several people.")] = None,
     bank: BankDir = Path("bank"),
     store: StoreUrl = "people",
     write: Annotated[
         bool,
-        typer.Option("--write", help="Let the model write its answer even where a task has labels to choose from."),
+        typer.Option("--write", help="Generate text even if the task has labels."),
     ] = False,
     max_new_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Longest answer, in tokens; else the task's answer_tokens.")
+        int | None, typer.Option(min=1, help="Longest answer in tokens; default: the task's answer_tokens.")
     ] = None,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest answer.")] = 0.0,
-    nobody: Annotated[bool, typer.Option("--nobody", help="Ask the pooled model and the bare base as well.")] = False,
+    temperature: Annotated[float, typer.Option(min=0.0, help="Sampling temperature; 0 decodes greedily.")] = 0.0,
+    nobody: Annotated[bool, typer.Option("--nobody", help="Also ask the pooled model and the base.")] = False,
     config: Config = None,
     seed: Seed = None,
     device: Device = None,
@@ -39,8 +39,8 @@ def generate(
 ) -> None:
     """Ask several people's models the same question, in one batch.
 
-    Where the task has labels each of them is scored, as evaluation does: the likeliest is the answer, and shares are
-    shown. Other answers are written token by token.
+    If the task has labels, every label is scored, as in mta evaluate: the answer is the most likely label, and the
+    shares of all labels are shown. Otherwise the answer is generated token by token.
 
     Example:  mta generate "Great sound, weak battery." --person ann --person bob --nobody
     """
@@ -50,9 +50,9 @@ def generate(
     asked = _fields(question)
     base, opened, run = open_bank(bank, words, seed, device, config)
     personal = Personalizer(base, opened, store, run=run)
-    whose: list[Who] = [*(person or []), *([TASK, BASE] if nobody or not person else [])]
-    rows = [(who, asked) for who in whose]
-    names = [who if isinstance(who, str) else f"({who.value})" for who in whose]
+    people: list[Who] = [*(person or []), *([TASK, BASE] if nobody or not person else [])]
+    rows = [(who, asked) for who in people]
+    names = [who if isinstance(who, str) else f"({who.value})" for who in people]
     if opened.task.labelled and not write:
         return _show_shares(names, personal.shares(rows), json)
     answers = personal.generate(rows, max_new_tokens=max_new_tokens, temperature=temperature)
@@ -64,10 +64,11 @@ def generate(
 
 def _show_shares(names: list[str], shares: list[dict[str, float]], json: bool) -> None:
     if json:
-        told = [{"person": name, "answer": next(iter(its)), "shares": its} for name, its in zip(names, shares)]
-        return show_json(told)
-    for name, its in zip(names, shares):
-        typer.echo(f"{name}: {next(iter(its))}   " + "  ".join(f"{label} {share:.0%}" for label, share in its.items()))
+        return show_json(
+            [{"person": name, "answer": next(iter(own)), "shares": own} for name, own in zip(names, shares)]
+        )
+    for name, own in zip(names, shares):
+        typer.echo(f"{name}: {next(iter(own))}   " + "  ".join(f"{label} {share:.0%}" for label, share in own.items()))
 
 
 def _fields(question: str) -> Question:
@@ -85,6 +86,6 @@ def _fields(question: str) -> Question:
         except Bad as bad:
             raise DataError(
                 f"the question's field {bad.field!r}: {bad.reason}",
-                hint='Give every field a text, for example \'{"title": "Heat", "genres": "Crime"}\'.',
+                hint='Give each field a text, for example \'{"title": "Heat", "genres": "Crime"}\'.',
             ) from None
     return question

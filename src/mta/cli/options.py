@@ -1,4 +1,4 @@
-"""Options that several verbs share."""
+"""Options and helpers that several verbs share."""
 
 from __future__ import annotations
 
@@ -26,53 +26,53 @@ if TYPE_CHECKING:
     from mta.tracking.trackers import Track as Opener
 
 Words = Annotated[list[str] | None, typer.Argument(help="Settings as key=value, for example memory=8GiB.")]
-Config = Annotated[Path | None, typer.Option("--config", help="Settings in YAML.", dir_okay=False)]
-Seed = Annotated[int | None, typer.Option(help="Seed of everything that is drawn.")]
+Config = Annotated[Path | None, typer.Option("--config", help="YAML file with settings.", dir_okay=False)]
+Seed = Annotated[int | None, typer.Option(help="Seed of all random draws.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
 Task = Annotated[
     str | None,
     typer.Option(help="A built-in task (lamp1 … lamp7, movielens-rating, text) or a YAML file; default: text."),
 ]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, or auto.")]
-SkipBad = Annotated[Path | None, typer.Option(help="Write bad rows to this file and read on.", dir_okay=False)]
+SkipBad = Annotated[Path | None, typer.Option(help="Write bad rows to this file, and continue.", dir_okay=False)]
 
 
 def bank_at(name: Path) -> Path:
-    """The folder of a bank: as given, or downloaded by its hub id where no such folder exists."""
+    """Return the folder of a bank; download the bank by its hub id if no such folder exists."""
     from mta.bank.publish import bank_folder
 
     return name if name.exists() else bank_folder(name)
 
 
 BankDir = Annotated[Path, typer.Option("--bank", help="Folder or hub id of a bank.", callback=bank_at)]
-StoreUrl = Annotated[str, typer.Option("--store", help="Where people's states are kept: a folder or any fsspec URL.")]
-Yes = Annotated[bool, typer.Option("--yes", help="Send without asking, for scripts.")]
-Private = Annotated[bool, typer.Option("--private/--public", help="Who may see a repository that is created.")]
+StoreUrl = Annotated[str, typer.Option("--store", help="Store of people's states: a folder or an fsspec URL.")]
+Yes = Annotated[bool, typer.Option("--yes", help="Send without asking for confirmation.")]
+Private = Annotated[bool, typer.Option("--private/--public", help="Visibility of a new repository.")]
 ClusterAt = Annotated[
     str | None,
-    typer.Option("--cluster", help="Work on Ray (extra 'ray'): local, host:6379 or ray://host:10001."),
+    typer.Option("--cluster", help="Run on a Ray cluster (extra 'ray'): local, host:6379 or ray://host:10001."),
 ]
-Workers = Annotated[int | None, typer.Option(min=1, help="Workers on the cluster; default: all its CPUs, or GPUs.")]
+Workers = Annotated[int | None, typer.Option(min=1, help="Workers on the cluster; default: one per GPU, or per CPU.")]
 Together = Annotated[
     int | None,
-    typer.Option(min=1, help="People a worker trains together (32): how results are rounded depends on it."),
+    typer.Option(min=1, help="People trained together on a worker (default 32); affects rounding."),
 ]
 Track = Annotated[
-    str | None, typer.Option("--track", help="Tell losses and rates to tensorboard, wandb or trackio as well.")
+    str | None, typer.Option("--track", help="Also log losses and rates to tensorboard, wandb or trackio.")
 ]
 
 
 MERGE_AND_STACK = frozenset({"merge", "stack"})
-OF_THE_MACHINE = frozenset(
+MACHINE_SETTINGS = frozenset(
     {"base", "encoder", "dtype", "device", "memory", "gradient_checkpointing", "max_tokens", "seed"}
 )
 
 
 def settings(config: Path | None, words: list[str] | None, **over: Any) -> Run:
-    """The run's settings: file, then words, then options that were given."""
+    """Return the run's settings: the file, overridden by words, overridden by options."""
     from mta.config import Run, load_settings
 
-    # As JSON, which YAML reads back as it was: a folder may be called 2024 or yes.
+    # JSON keeps strings: plain YAML would read a folder named 2024 or yes as a number or a boolean.
     given = [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in over.items() if value is not None]
     return load_settings(Run, config, [*(words or []), *given])
 
@@ -86,11 +86,10 @@ def open_bank(
     open_to: frozenset[str] = frozenset(),
     weights: bool = True,
 ) -> tuple[BaseModel, Bank, Run]:
-    """A bank with the base it was built for; ``config`` and ``words`` change the settings it carries.
+    """Return the base of a bank, the bank, and its settings, changed by ``config``, ``words``, ``seed`` and ``device``.
 
-    Without ``weights`` the base is an outline, which computes nothing.
-    What a verb is ``open_to`` can be changed, and how this machine computes. Raises ConfigError for all else, which
-    would be ignored.
+    Without ``weights`` the base is an outline, which computes nothing. Only the settings in ``open_to`` and
+    ``MACHINE_SETTINGS`` may change. Raises ConfigError for all other settings, which would have no effect.
     """
     from mta.bank.bank import Bank
     from mta.bank.format import check_base, read_info
@@ -103,13 +102,13 @@ def open_bank(
     info = read_info(folder)
     built = info.run
     run = override(built, [*(words or []), *given], config)
-    settled = set(type(run).model_fields) - OF_THE_MACHINE - open_to
+    settled = set(type(run).model_fields) - MACHINE_SETTINGS - open_to
     if run.task != built.task and load_task(run.task).identity == task_of(folder).identity:
-        settled -= {"task"}  # the same by another name
+        settled -= {"task"}  # the same task under another name
     if changed := sorted(name for name in settled if getattr(run, name) != getattr(built, name)):
         raise ConfigError(
-            f"{changed[0]!r} cannot be changed here: it was settled when bank or states were made",
-            hint=f"What can be changed: {', '.join(sorted(OF_THE_MACHINE | open_to))}.",
+            f"{changed[0]!r} cannot be changed here: the bank or the states were made with it",
+            hint=f"Settings that can be changed here: {', '.join(sorted(MACHINE_SETTINGS | open_to))}.",
         )
     load = BaseModel.of if weights else BaseModel.outline
     base = load(run, partial(check_base, folder, info, run.base))
@@ -118,14 +117,16 @@ def open_bank(
 
 @contextmanager
 def executor_at(cluster: str | None, workers: int | None, together: int | None = None) -> Iterator[Executor]:
-    """What works through the work: this process, or a cluster's workers until the block ends."""
+    """Yield the executor: this process, or the workers of a cluster until the block ends."""
     from mta.distributed.executor import LocalExecutor
     from mta.distributed.ray import Cluster
     from mta.errors import InputError
 
     if cluster is None:
         if workers is not None or together is not None:
-            raise InputError("--workers and --together are a cluster's", hint="Say which:  --cluster local --workers 4")
+            raise InputError(
+                "--workers and --together need --cluster", hint="For example:  --cluster local --workers 4"
+            )
         yield LocalExecutor()
         return
     with Cluster(cluster, workers=workers, most=together or 32) as found:
@@ -133,7 +134,7 @@ def executor_at(cluster: str | None, workers: int | None, together: int | None =
 
 
 def task_of(folder: Path) -> TaskType:
-    """The task a bank was built for: people can be read, and found wrong, before a model is loaded."""
+    """Return the task of a bank without loading a model, so that people can be read and checked first."""
     from mta.bank.format import read_info
     from mta.data.tasks import Task
 
@@ -141,7 +142,7 @@ def task_of(folder: Path) -> TaskType:
 
 
 def check_out(out: Path | None) -> None:
-    """Raises InputError where a folder cannot be written: an hour later would be too late to hear of it."""
+    """Raise InputError if a folder cannot be written, before hours of work are lost."""
     from mta.errors import InputError
 
     if out is None:
@@ -149,14 +150,14 @@ def check_out(out: Path | None) -> None:
     there = next(place for place in (out, *out.absolute().parents) if place.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):
         raise InputError(
-            f"{out} cannot be written: {there} is no folder that can", hint="Choose another folder with --out."
+            f"{out} cannot be written: {there} is not a writable folder", hint="Choose another folder with --out."
         )
 
 
 def tracked(name: str | None, folder: Path | None) -> Opener | None:
-    """What opens the sink of that name for a run kept in ``folder``; None without a name.
+    """Return the function that opens the tracker ``name`` for a run in ``folder``; None without a name.
 
-    Raises InputError; also where the folder cannot be written.
+    Raises InputError for an unknown tracker, a missing folder, or a folder that cannot be written.
     """
     from mta.errors import InputError
     from mta.tracking.trackers import tracker
@@ -164,13 +165,13 @@ def tracked(name: str | None, folder: Path | None) -> Opener | None:
     check_out(folder)
     if name and not folder:
         raise InputError(
-            "--track goes with a folder that keeps the run", hint="Give one: --out (mta personalize: --run)."
+            "--track needs a folder for the run", hint="Give --out FOLDER (mta personalize: --run FOLDER)."
         )
     return tracker(name) if name else None
 
 
 def kept_over(bank: Bank, kind: str, **how: Any) -> RunFolder:
-    """The folder of a run over a bank: see ``RunFolder`` for what else it takes."""
+    """Return the folder of a run that uses a bank; ``how`` are more arguments of ``RunFolder``."""
     from mta.tracking.run_folder import RunFolder
 
     about = {"bank": bank.hash[:12], "seeds": [how["settings"]["seed"]]}
@@ -178,12 +179,12 @@ def kept_over(bank: Bank, kind: str, **how: Any) -> RunFolder:
 
 
 def typed() -> str:
-    """The command as it was typed, for whoever wants the same again; a password in an address is left out."""
+    """Return the command as it was typed, with passwords in URLs replaced by ``***``."""
     return re.sub(r"(?<=://)[^/@\s]+@", "***@", shlex.join(["mta", *sys.argv[1:]]))
 
 
 def show_parcel(parcel: Parcel, to: str, private: bool, err: bool) -> None:
-    """What would leave this machine, for whoever has to decide."""
+    """Print the files and facts that would be sent, so that the user can decide."""
     sizes = parcel.sizes()
     lines = [f"To {to}, {'private' if private else 'PUBLIC'}: {len(sizes)} files, {sum(sizes.values()):,} bytes"]
     lines += [f"  {size:>14,}  {name}" for name, size in sizes.items()]
@@ -192,14 +193,14 @@ def show_parcel(parcel: Parcel, to: str, private: bool, err: bool) -> None:
 
 
 def agreed(yes: bool) -> None:
-    """Ask whether what was shown may leave. Raises InputError where nobody can be asked, Abort for a no."""
+    """Ask for confirmation to send. Raises InputError without a terminal, Abort if the user declines."""
     from mta.errors import InputError
 
     if yes:
         return
     if not sys.stdin.isatty():
         raise InputError(
-            "nothing was sent: whether this may leave the machine cannot be asked here, for it is no terminal",
+            "nothing was sent: stdin is not a terminal, so mta cannot ask for confirmation",
             hint="Read the list above, then repeat the command with --yes.",
         )
     typer.echo("Send this? [y/N] ", nl=False, err=True)  # typer.confirm would write to stdout too
@@ -208,5 +209,5 @@ def agreed(yes: bool) -> None:
 
 
 def show_json(value: object) -> None:
-    """Machine-readable result on stdout."""
+    """Print a result as JSON on stdout."""
     typer.echo(json.dumps(value, indent=1, ensure_ascii=False))

@@ -1,4 +1,4 @@
-"""``mta person``: what is kept of one person and what it means, their versions, and going back to one."""
+"""``mta person``: explain what is stored for one person, list versions, and restore one."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ if TYPE_CHECKING:
 
     from mta.tools.inspect import Account, Rebuild
 
-app = typer.Typer(help="Look at what is kept of one person, and go back to an earlier version.", no_args_is_help=True)
-Who = Annotated[str, typer.Argument(help="Who.")]
-SHOWN = 12  # anchors of a chart; --json has all of them
+app = typer.Typer(help="Show what is stored for one person, and restore earlier versions.", no_args_is_help=True)
+Who = Annotated[str, typer.Argument(help="Person id.")]
+SHOWN = 12  # anchors in a chart; --json has all
 WIDTH = 30  # characters of the longest bar
 
 
 @app.command("show")
 def show(person: Who, bank: BankDir = Path("bank"), store: StoreUrl = "people", json: Json = False) -> None:
-    """Explain a person's state: anchors and their coefficients, what was learnt of the shots, what is kept and where.
+    """Explain a person's state: coefficients of the anchors, losses on the shots, and what is stored where.
 
-    No model is loaded, and none of the person's texts is printed.
+    Loads no model, and prints none of the person's texts.
 
     Example:  mta person show ann --bank bank/ --store people/
     """
@@ -37,7 +37,7 @@ def show(person: Who, bank: BankDir = Path("bank"), store: StoreUrl = "people", 
     if json:
         return show_json(asdict(found))
     say = Console(highlight=False, soft_wrap=True, markup=False).print
-    say(f"version {found.version}, of {found.versions} kept; saved {found.time or 'at a time not noted'}")
+    say(f"version {found.version}, of {found.versions} kept; saved {found.time or 'at an unknown time'}")
     other = f"not the one at {bank} ({found.bank_here[:12]}): personalize again before asking"
     say(f"bank {found.bank[:12]}, " + (f"the one at {bank}" if found.bank == found.bank_here else other))
     say(f"merge: {found.policy}, {len(found.weights)} anchors, {found.mode}")
@@ -47,7 +47,7 @@ def show(person: Who, bank: BankDir = Path("bank"), store: StoreUrl = "people", 
 
 
 def _chart(found: Account) -> Table:
-    """Anchors by weight, as bars."""
+    """Return a bar chart of the anchors, largest coefficient first."""
     from rich.bar import Bar
     from rich.table import Table
 
@@ -56,11 +56,11 @@ def _chart(found: Account) -> Table:
         rows.append((f"{len(rest)} others", sum(one.w for one in rest)))
     if found.null is not None:
         rows.append(("the pooled model", found.null))
-    made = Table(box=None, show_header=False)
+    table = Table(box=None, show_header=False)
     most = max(abs(w) for _, w in rows)
     for name, w in rows:
-        made.add_row(name, f"{w:.3f}", Bar(size=most, begin=0, end=abs(w), width=WIDTH))
-    return made
+        table.add_row(name, f"{w:.3f}", Bar(size=most, begin=0, end=abs(w), width=WIDTH))
+    return table
 
 
 def _facts(found: Account) -> list[str]:
@@ -70,22 +70,24 @@ def _facts(found: Account) -> list[str]:
     stack, losses = found.stack, found.losses
     lines = [f"stack: rank {stack.rank}, {human_bytes(stack.bytes)}" if stack else "stack: none, the merge alone"]
     if losses:
-        told = {"pooled model": losses.pooled, "with the merge": losses.merged, "with merge and stack": losses.stacked}
-        each = ", ".join(f"{name} {loss:.3f}" for name, loss in told.items() if loss is not None)
+        by_model = {
+            "pooled model": losses.pooled,
+            "with the merge": losses.merged,
+            "with merge and stack": losses.stacked,
+        }
+        each = ", ".join(f"{name} {loss:.3f}" for name, loss in by_model.items() if loss is not None)
         lines += [
             f"nats per token on their shots ({losses.tokens} target tokens): {each}",
             *map("  {}".format, gains(losses)),
         ]
     else:
-        lines.append("losses on their shots: not noted (personalize again to have them)")
+        lines.append("losses on their shots: not recorded (personalize again to record them)")
     lines.append("history: not kept" if found.history is None else f"history: {found.history} items kept")
     broken = " (interrupted)"
     lines += [f"exported to {one.folder} on {one.host}{'' if one.sha256 else broken}" for one in found.exports]
-    learnt = (
-        "not known, it came without its members" if found.trained is None else ", ".join(found.trained) or "nothing"
-    )
-    lines.append(f"learnt from them in the bank: {learnt}")
-    lines.append(f"kept in all: {human_bytes(found.bytes)}")
+    parts = "not known, it came without its members" if found.trained is None else ", ".join(found.trained) or "none"
+    lines.append(f"parts of the bank that were trained on them: {parts}")
+    lines.append(f"stored in total: {human_bytes(found.bytes)}")
     return [*lines, _price(found.rebuild)] if found.rebuild else lines
 
 
@@ -93,7 +95,7 @@ def _price(rebuild: Rebuild) -> str:
     from mta.evaluation.reports.figures import human_seconds
 
     over = f"about {rebuild.tokens:.0f} tokens" if rebuild.tokens else f"shots of {rebuild.targets} target tokens"
-    said = f"to make it again: {rebuild.forward:.0f} passes forward and {rebuild.trained:.0f} forward and back"
+    said = f"cost of making it again: {rebuild.forward:.0f} forward and {rebuild.trained:.0f} forward-backward passes"
     said += f" over {over}"
     if rebuild.operations is None or rebuild.seconds is None:
         return said
@@ -102,7 +104,7 @@ def _price(rebuild: Rebuild) -> str:
 
 @app.command("versions")
 def versions(person: Who, store: StoreUrl = "people", json: Json = False) -> None:
-    """List a person's versions, oldest first: bytes, work (of the same work: the same content), policy.
+    """List a person's versions, oldest first: bytes, work id (equal ids mean equal content), policy.
 
     Example:  mta person versions ann --store people/
     """
@@ -125,9 +127,9 @@ def rollback(
     store: StoreUrl = "people",
     json: Json = False,
 ) -> None:
-    """Make an earlier version the newest again: its content is saved as one more, and no version is lost.
+    """Restore an earlier version: save its content as a new version, and keep all versions.
 
-    Personalizing again with other shots or settings than made it makes a newer one.
+    Personalizing again with other shots or settings makes a newer version.
 
     Example:  mta person rollback ann 2 --store people/
     """
@@ -136,4 +138,4 @@ def rollback(
     newest = Store(store).rollback(person, version)
     if json:
         return show_json({"content_of": version, "version": newest})
-    typer.echo(f"the newest version is {newest}, of the content of version {version}")
+    typer.echo(f"the newest version is {newest}, with the content of version {version}")

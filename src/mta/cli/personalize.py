@@ -1,4 +1,4 @@
-"""``mta personalize``: stages 2 and 3 for everybody in a file."""
+"""``mta personalize``: run stages 2 and 3 for all people in a file."""
 
 from __future__ import annotations
 
@@ -37,17 +37,17 @@ if TYPE_CHECKING:
     from mta.data.history import Person
     from mta.personalize.pipeline import Personalized, Updated
 
-Latest = Annotated[int | None, typer.Option(min=1, help="Use only the most recent so many items of each person.")]
+Latest = Annotated[int | None, typer.Option(min=1, help="Use only this many most recent items of each person.")]
 KeepHistories = Annotated[
-    bool, typer.Option("--keep-histories", help="Keep people's items in the store, until they are forgotten.")
+    bool, typer.Option("--keep-histories", help="Keep people's items in the store until they are forgotten.")
 ]
 Update = Annotated[
-    bool, typer.Option("--update", help="Go on from the states there are, at the cost of each person's new items.")
+    bool, typer.Option("--update", help="Update existing states, at the cost of each person's new items.")
 ]
 RunDir = Annotated[
-    Path | None, typer.Option("--run", help="Keep how it went in this folder; mta report compares such folders.")
+    Path | None, typer.Option("--run", help="Folder for this run's settings and metrics, for mta report.")
 ]
-Resume = Annotated[bool, typer.Option("--resume/--restart", help="Go on with cohorts that were stopped.")]
+Resume = Annotated[bool, typer.Option("--resume/--restart", help="Resume interrupted cohorts, or start over.")]
 
 
 def personalize(
@@ -70,10 +70,10 @@ def personalize(
     track: Track = None,
     json: Json = False,
 ) -> None:
-    """Give everybody in a file their merge and their stack, all of them together.
+    """Compute the merge and train the stack of all people in a file, in cohorts.
 
-    People whose state is up to date are left alone: repeat the command at will. With --update people whose histories
-    have grown are gone on with from their states: kept, or trained on the new items alone.
+    People whose states are up to date are skipped, so the command can be repeated. With --update, states of people
+    with new items are updated: kept, or trained on the new items only.
 
     Example:  mta personalize newcomers.jsonl --bank bank/ --store people/
     Example:  mta personalize everybody.jsonl --bank bank/ --store s3://bucket/people --cluster ray://head:10001
@@ -84,14 +84,14 @@ def personalize(
     from mta.store import Store
     from mta.tracking.run_folder import work_of
 
-    opener, since = tracked(track, run), Store(store).tombstones.names()  # before the source is read
+    opener, since = tracked(track, run), Store(store).tombstones.names()  # read before the source
     people = [p.latest(latest) if latest else p for p in people_in(source, task_of(bank), skip_bad)]
     base, opened, settings = open_bank(bank, words, seed, device, config, open_to=MERGE_AND_STACK)
     _warn_of_members(opened, people)
     with executor_at(cluster, workers, together) as executor, Screen() as screen:
         personal = Personalizer(base, opened, store, run=settings, executor=executor)
         asked = base.as_loaded(settings).model_dump(mode="json")
-        work = work_of(asked, opened.hash, sorted(p.digest() for p in people))  # a run that is stopped goes on
+        work = work_of(asked, opened.hash, sorted(p.digest() for p in people))  # so that a stopped run can resume
         how: dict[str, Any] = {"settings": asked, "work": work, "track": opener, "on_step": screen.step}
         with kept_over(opened, "personalize", folder=run, base=base, **how) as kept:
             keep: dict[str, Any] = {"keep_histories": keep_histories, "since": since, "on_step": kept.step}
@@ -102,11 +102,9 @@ def personalize(
 
 def _warn_of_members(bank: Bank, people: Sequence[Person]) -> None:
     if bank.info.members.hashed is None:
-        typer.echo(
-            "This bank came without its members: whether these people helped to train it is not known.", err=True
-        )
+        typer.echo("This bank came without its members: these people may have helped to train it.", err=True)
     if seen := sum(bool(bank.info.members.artefacts_of(person.id)) for person in people):
-        typer.echo(f"{seen} of {len(people)} people helped to train this bank: it knows their items already.", err=True)
+        typer.echo(f"{seen} of {len(people)} people helped to train this bank, so it has seen their items.", err=True)
 
 
 def _tell(done: Personalized | Updated, json: bool) -> None:

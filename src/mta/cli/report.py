@@ -1,4 +1,4 @@
-"""``mta report``: tables and pictures from result files alone."""
+"""``mta report``: draw tables and figures from result files."""
 
 from __future__ import annotations
 
@@ -11,21 +11,19 @@ from mta.cli.options import Json, check_out, show_json
 
 
 def report(
-    folders: Annotated[
-        list[Path], typer.Argument(help="The --out folders of mta evaluate, bank build or demo; --run folders.")
-    ],
-    out: Annotated[Path, typer.Option(help="Folder for tables, pictures and pages.")] = Path("report"),
+    folders: Annotated[list[Path], typer.Argument(help="Folders of --out (mta evaluate, bank build, demo) or --run.")],
+    out: Annotated[Path, typer.Option(help="Folder for tables, figures and pages.")] = Path("report"),
     texts: Annotated[
         bool,
-        typer.Option("--texts", help="Also what people wrote: in the case study, and all answers in LaMP's format."),
+        typer.Option("--texts", help="Include people's texts: the case study, and answers in LaMP's format."),
     ] = False,
     json: Json = False,
 ) -> None:
-    """Draw every exhibit that has been run, and runs beside each other: Markdown, HTML, SVG, PNG. No model is loaded.
+    """Draw finished exhibits and compare runs, as Markdown, HTML, SVG and PNG. Loads no model.
 
-    Of a recipe's folder every exhibit; of banks, comparisons, personalizations and demos what differs between them
-    (runs.html): settings, losses, what came out. What is written can be published: scores without texts, people as
-    salted hashes. With --texts it cannot.
+    For a recipe's folder, draws all exhibits that have been run. For banks, comparisons, personalizations and demos,
+    shows how their settings, losses and results differ (runs.html). The report can be published: it holds scores
+    without texts, and people as salted hashes. A report with --texts must not be published.
 
     Example:  mta report runs/lamp3 runs/movielens --out results/
     Example:  mta report bank-8/ bank-16/ --out compared/

@@ -1,4 +1,4 @@
-"""What people see while something runs: one bar per stage on a terminal, plain lines elsewhere. All of it on stderr."""
+"""Progress on stderr: one bar per stage on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ EVERY = 15.0  # seconds between plain lines
 
 @contextmanager
 def counted(what: str) -> Iterator[Callable[[int, int], None]]:
-    """Progress of one thing that is counted: tell the function inside how many are done, of how many."""
+    """Show progress of a single count. Yields a function to call with (done, total)."""
     columns = TextColumn("{task.completed:.0f}/{task.total:.0f} {task.description}"), BarColumn(), TimeRemainingColumn()
     began = said = time.monotonic()
     with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
         bar = progress.add_task(what, total=None)
 
-        def tell(done: int, total: int) -> None:
+        def update(done: int, total: int) -> None:
             nonlocal said
             progress.update(bar, completed=done, total=total)
             now = time.monotonic()
@@ -33,11 +33,11 @@ def counted(what: str) -> Iterator[Callable[[int, int], None]]:
                 said, left = now, (now - began) / done * (total - done)
                 console.print(f"{done}/{total} {what}, about {left:.0f} s left", highlight=False, soft_wrap=True)
 
-        yield tell
+        yield update
 
 
 class Screen:
-    """Progress of several stages, told by ``step``.
+    """Progress of several stages; call ``step`` after each training step.
 
     >>> with Screen() as screen: personal.personalize(people, on_step=screen.step)
     """
@@ -67,7 +67,7 @@ class Screen:
             self._progress.stop()
 
     def step(self, stage: str, step: Step) -> None:
-        """One step of a stage is done."""
+        """Update the progress of ``stage`` after one step."""
         now = time.monotonic()
         if step.examples <= self._last.get(stage, 0) or stage not in self._began:  # the next cohort begins
             self._began[stage] = (now, step.examples)
@@ -91,7 +91,7 @@ class Screen:
             )
 
     def say(self, text: str) -> None:
-        """A line for people."""
+        """Print one line."""
         console.print(text, highlight=False, soft_wrap=True)
 
     def _bar(self, stage: str, step: Step, note: str) -> None:

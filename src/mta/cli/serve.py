@@ -1,4 +1,4 @@
-"""``mta serve``: everybody's models behind OpenAI's API."""
+"""``mta serve``: serve all people's models with OpenAI's API."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ from mta.cli.options import MERGE_AND_STACK, BankDir, Config, Device, Json, Seed
 if TYPE_CHECKING:
     from mta.serving.vllm.server import Remote, VllmServer
 
-KeysFile = Annotated[Path | None, typer.Option(help="File of API keys.", dir_okay=False)]
-Host = Annotated[str, typer.Option(help="Address to listen at.")]
-Port = Annotated[int, typer.Option(min=0, max=65535, help="Port to listen at.")]
-InsecureLocal = Annotated[bool, typer.Option("--insecure-local", help="Ask nobody for a key; on this machine alone.")]
-NewKey = Annotated[str | None, typer.Option(help="Add a key of this name to the file of keys, show it once, and end.")]
-Rights = Annotated[str, typer.Option(help="Of the new key: admin, serve, person or prefix.")]
-Of = Annotated[str, typer.Option(help="Of the new key: the person's id, or the prefix of ids.")]
-Slots = Annotated[int, typer.Option(min=1, help="Answers at once.")]
-Vllm = Annotated[str | None, typer.Option(help="Answer by vLLM, started here: the Python of its environment.")]
-VllmArgs = Annotated[str, typer.Option(help="Further arguments for vLLM, as one text.")]
-VllmUrl = Annotated[str | None, typer.Option(help="Answer by a vLLM server that runs here already: http://… or unix:…")]
+KeysFile = Annotated[Path | None, typer.Option(help="File with API keys.", dir_okay=False)]
+Host = Annotated[str, typer.Option(help="Address to listen on.")]
+Port = Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on.")]
+InsecureLocal = Annotated[bool, typer.Option("--insecure-local", help="Require no API key; only for this machine.")]
+NewKey = Annotated[str | None, typer.Option(help="Add a key of this name to the key file, print it once, and exit.")]
+Rights = Annotated[str, typer.Option(help="Rights of the new key: admin, serve, person or prefix.")]
+Of = Annotated[str, typer.Option(help="Person id, or prefix of ids, of the new key.")]
+Slots = Annotated[int, typer.Option(min=1, help="Maximum number of simultaneous answers.")]
+Vllm = Annotated[str | None, typer.Option(help="Start vLLM and answer with it: the Python of its environment.")]
+VllmArgs = Annotated[str, typer.Option(help="More arguments for vLLM, as one string.")]
+VllmUrl = Annotated[str | None, typer.Option(help="Answer with a vLLM server that runs here: http://… or unix:…")]
 VllmFolder = Annotated[
-    Path | None, typer.Option(help="Of that server: its MTA_VLLM_FOLDER.", file_okay=False, exists=True)
+    Path | None, typer.Option(help="MTA_VLLM_FOLDER of the --vllm-url server.", file_okay=False, exists=True)
 ]
 BankBefore = Annotated[
-    Path | None, typer.Option(help="Serve people of this bank with it, until they are personalized with --bank.")
+    Path | None, typer.Option(help="Old bank: serves its people until they are personalized with --bank.")
 ]
 Strict = Annotated[
-    bool, typer.Option("--strict", help="Answer from nothing that learnt from somebody who was forgotten since.")
+    bool, typer.Option("--strict", help="Do not answer with a bank that was trained on a forgotten person.")
 ]
-Rate = Annotated[int, typer.Option(min=0, help="Requests a minute for each key; 0 for any number.")]
+Rate = Annotated[int, typer.Option(min=0, help="Requests per minute and key; 0 = no limit.")]
 
 
 def serve(
@@ -61,7 +61,7 @@ def serve(
     device: Device = None,
     json: Json = False,
 ) -> None:
-    """Serve everybody in a store from one base: OpenAI's API, model="person:<id>".
+    """Serve all people in a store from one base, with OpenAI's API: model="person:<id>".
 
     Example:  mta serve --bank bank/ --store people/ --keys keys.yaml
     """
@@ -84,7 +84,7 @@ def serve(
 
 
 def _show(json: bool, url: str) -> None:
-    show_json({"url": url}) if json else typer.echo(f"Serving at {url}/v1 (Ctrl-C ends it)", err=True)
+    show_json({"url": url}) if json else typer.echo(f"Serving at {url}/v1 (Ctrl-C stops it)", err=True)
 
 
 def _add_key(keys: Path | None, name: str, rights: str, of: str, json: bool) -> None:
@@ -92,12 +92,12 @@ def _add_key(keys: Path | None, name: str, rights: str, of: str, json: bool) -> 
     from mta.serving.api.auth import add_key
 
     if keys is None:
-        raise ConfigError("a new key needs a file to go into", hint="Name one:  --keys keys.yaml")
+        raise ConfigError("--new-key needs a file for the key", hint="Name a file:  --keys keys.yaml")
     secret = add_key(keys, name, rights, of)
     if json:
         return show_json({"name": name, "key": secret})
     typer.echo(secret)
-    typer.echo("It is shown this once. A server that is running knows it from its next start on.", err=True)
+    typer.echo("The key is shown only once. A running server accepts it after a restart.", err=True)
 
 
 def _need_extra() -> None:

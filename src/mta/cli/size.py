@@ -1,4 +1,4 @@
-"""``mta size``: what a fleet costs, before anything is loaded."""
+"""``mta size``: estimate storage, memory and training time for many people."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ if TYPE_CHECKING:
 
     from mta.tools.cost import Cost, Hardware
 
-People = Annotated[float, typer.Option(min=1, help="How many people, for example 1e6.")]
-Base = Annotated[str, typer.Option(help="A well-known shape (llama-3-8b), an asset, a folder or a hub id.")]
-Anchors = Annotated[int | None, typer.Option(min=1, help="Anchors of the bank.")]
+People = Annotated[float, typer.Option(min=1, help="Number of people, for example 1e6.")]
+Base = Annotated[str, typer.Option(help="Base: a built-in shape (llama-3-8b), an asset, a folder or a hub id.")]
+Anchors = Annotated[int | None, typer.Option(min=1, help="Number of anchors in the bank.")]
 Rank = Annotated[int | None, typer.Option(min=1, help="Rank of anchors, task LoRA and OPPU's adapters.")]
-Tokens = Annotated[float, typer.Option(min=1, help="Tokens of an item as it is put to the model.")]
-Shared = Annotated[float, typer.Option(min=0, help="Tokens among them that all items begin with.")]
-Targets = Annotated[float, typer.Option(min=1, help="Tokens among them that are to be learnt.")]
-Shots = Annotated[int, typer.Option(min=1, help="Items of a person.")]
-Context = Annotated[int, typer.Option(min=1, help="Tokens of a conversation being served.")]
-Picture = Annotated[Path | None, typer.Option(help="Draw it too: <this>-bytes and <this>-time, as SVG and PNG.")]
-On = Annotated[str, typer.Option(help="this (measured now), l4, a100 or h100.")]
+Tokens = Annotated[float, typer.Option(min=1, help="Tokens per item, with its prompt.")]
+Shared = Annotated[float, typer.Option(min=0, help="How many of --tokens are a prefix that all items share.")]
+Targets = Annotated[float, typer.Option(min=1, help="How many of --tokens are targets, that is, count in the loss.")]
+Shots = Annotated[int, typer.Option(min=1, help="Items per person.")]
+Context = Annotated[int, typer.Option(min=1, help="Tokens per served conversation.")]
+Picture = Annotated[Path | None, typer.Option(help="Also draw figures: <this>-bytes and <this>-time, as SVG and PNG.")]
+On = Annotated[str, typer.Option(help="Hardware: this (measured now), l4, a100 or h100.")]
 
 
 def size(
@@ -45,7 +45,7 @@ def size(
     config: Config = None,
     json: Json = False,
 ) -> None:
-    """Tell bytes, memory and hours for a base and so many people, against OPPU and Per-Pcs. Loads no weights.
+    """Estimate bytes, memory and hours for a base and a number of people, against OPPU and Per-Pcs. Loads no weights.
 
     Example:  mta size --people 1e6 --base llama-3-8b --anchors 50 --rank 8 --on h100 --picture size
     """
@@ -67,9 +67,9 @@ def size(
     what = f"{run.bank.anchors} anchors of rank {run.bank.lora.rank}, {run.merge.policy}"
     say(f"{base}: {shape.parameters / 1e9:.2f} billion parameters. {people:,.0f} people, {shots} items each; {what}")
     say(_table(costs, people, machine))
-    named = {"base": memory.base, "bank": memory.bank, "each who is answered": memory.row}
+    named = {"base": memory.base, "bank": memory.bank, "each served row": memory.row}
     named |= {"an anchor in training": memory.anchor, "a stack in training": memory.stack}
-    named |= {"a token in training": memory.token, "a target token besides": memory.target}
+    named |= {"each token in training": memory.token, "each target token, in addition": memory.target}
     say("Memory: " + ", ".join(f"{name} {human_bytes(size)}" for name, size in named.items()))
     say(f"Hours on {machine.name}: {machine.rate / 1e12:.2f} Tflop/s ({machine.told}), {machine.share:.0%} of it")
 
@@ -80,17 +80,17 @@ def _table(costs: dict[str, Cost], people: float, machine: Hardware) -> Table:
 
     from mta.evaluation.reports.figures import human_bytes, human_seconds
 
-    made = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for head in ("", "kept once", "each", "all", "trained once", "each", "all"):
-        made.add_column(head, justify="right" if head else "left")
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for head in ("", "stored once", "per person", "total", "trained once", "per person", "total"):
+        table.add_column(head, justify="right" if head else "left")
     for name, cost in costs.items():
         kept = cost.fixed_bytes, cost.person_bytes, cost.fixed_bytes + people * cost.person_bytes
-        made.add_row(name, *map(human_bytes, kept), *map(human_seconds, _seconds(cost, people, machine).values()))
-    return made
+        table.add_row(name, *map(human_bytes, kept), *map(human_seconds, _seconds(cost, people, machine).values()))
+    return table
 
 
 def _draw(path: Path, costs: dict[str, Cost], machine: Hardware) -> None:
-    """Bytes and training time of each way against people."""
+    """Draw bytes and training time of each method against the number of people."""
     from mta.evaluation.reports.exhibits import BYTES, FITTED, SECONDS
     from mta.evaluation.reports.figures import human_bytes, human_seconds
     from mta.evaluation.reports.plots import Points, growth

@@ -1,4 +1,4 @@
-"""``mta store``: whether all that is kept reads, how much it is, and what may go."""
+"""``mta store``: check, measure, and clean up a store."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import typer
 
 from mta.cli.options import Json, show_json
 
-app = typer.Typer(help="Look after what is kept of people.", no_args_is_help=True)
-Url = Annotated[str, typer.Argument(help="The store: a folder or any fsspec URL.")]
+app = typer.Typer(help="Check, measure, and clean up a store of people's states.", no_args_is_help=True)
+Url = Annotated[str, typer.Argument(help="The store: a folder or an fsspec URL.")]
 
 
 @app.command("check")
@@ -32,9 +32,9 @@ def check(store: Url = "people", json: Json = False) -> None:
         for name, wrong in found.damaged.items():
             typer.echo(f"damaged: {name}: {wrong}")
         for name in found.strangers:
-            typer.echo(f"no file of a store: {name}")
+            typer.echo(f"not a file of a store: {name}")
         if found.leftovers:
-            typer.echo(f"left by writers that were killed: {len(found.leftovers)} files (mta store gc {store})")
+            typer.echo(f"left by killed writers: {len(found.leftovers)} files (mta store gc {store})")
         if found.exposed:
             typer.echo(f"others can read this store: {found.exposed}")
     if found.damaged:
@@ -43,7 +43,7 @@ def check(store: Url = "people", json: Json = False) -> None:
 
 @app.command("stats")
 def stats(store: Url = "people", json: Json = False) -> None:
-    """Count people, versions, histories and bytes; nothing is read.
+    """Count people, versions, histories and bytes, without reading any file.
 
     Example:  mta store stats s3://bucket/people --json
     """
@@ -61,12 +61,12 @@ def stats(store: Url = "people", json: Json = False) -> None:
 @app.command("gc")
 def gc(
     store: Url = "people",
-    keep: Annotated[int | None, typer.Option(min=1, help="Of everybody, only so many of the newest versions.")] = None,
-    older: Annotated[float, typer.Option(min=0, help="Hours since a writer left a file half written.")] = 1.0,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Name what would go, and remove nothing.")] = False,
+    keep: Annotated[int | None, typer.Option(min=1, help="Keep only this many newest versions of each person.")] = None,
+    older: Annotated[float, typer.Option(min=0, help="Remove half-written files only after this many hours.")] = 1.0,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the files to remove, and remove nothing.")] = False,
     json: Json = False,
 ) -> None:
-    """Remove what killed writers left; with --keep also old versions, which cannot be gone back to any more.
+    """Remove half-written files of killed writers; with --keep also old versions, which cannot be restored.
 
     Example:  mta store gc people/ --keep 2 --dry-run
     """
@@ -80,4 +80,4 @@ def gc(
         return show_json({"removed": not dry_run, "files": gone})
     for name in gone if dry_run else ():
         typer.echo(name)
-    typer.echo(f"{len(gone)} files, {human_bytes(sum(gone.values()))}{' would go' if dry_run else ' removed'}")
+    typer.echo(f"{len(gone)} files, {human_bytes(sum(gone.values()))}{' would be removed' if dry_run else ' removed'}")

@@ -1,4 +1,4 @@
-"""Settings: what can be set, checked and read from YAML files and the command line."""
+"""Settings: schema, validation, and reading from YAML files and the command line."""
 
 from mta.config.loader import Settings
 from mta.config.schema import (

@@ -1,4 +1,4 @@
-"""What all settings have in common, those of a run and others: YAML in and out, and errors that name key and value."""
+"""Base class of all settings, YAML input and output, and errors that name key and value."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mta.errors import ConfigError
 
 
 class Settings(BaseModel):
-    """Common behaviour: frozen, an unknown key is an error, and a group given in part keeps its other defaults."""
+    """Base class: frozen, unknown keys are errors, and a partly given group keeps its other defaults."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -23,7 +23,7 @@ class Settings(BaseModel):
     def _over_defaults(cls, values: Any) -> Any:
         if not isinstance(values, dict):
             return values
-        # Only where the field is of the default's own class: of several classes, one's defaults are not another's.
+        # Only if the field's type is the default's class: in a union, the defaults of one class do not fit another.
         fields = {name: field for name, field in cls.model_fields.items() if isinstance(field.default, Settings)}
         groups = {name: field.default for name, field in fields.items() if field.annotation is type(field.default)}
         return {
@@ -36,7 +36,7 @@ S = TypeVar("S", bound=Settings)
 
 
 def merged_over(values: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
-    """``values`` with ``more`` over them, group by group; epochs given alone replace steps."""
+    """Merge ``more`` over ``values``, group by group. ``epochs`` given without ``steps`` resets ``steps``."""
     if "epochs" in more and "steps" not in more and "steps" in values:
         values = values | {"steps": None}
     groups = [key for key, new in more.items() if isinstance(new, dict) and isinstance(values.get(key), dict)]
@@ -44,16 +44,16 @@ def merged_over(values: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
 
 
 def checked(kind: type[S], values: dict[str, Any], source: str, hint: str = "") -> S:
-    """Settings from plain values; a pydantic error becomes a ConfigError that names key, value and source.
+    """Validate plain values. Raises ConfigError that names key, value and ``source``.
 
-    Without a ``hint`` of the caller's it says which settings there are, or the default.
+    Without ``hint``, the error's hint lists the known keys or gives the default.
     """
     try:
         return kind.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
         key, got = ".".join(str(part) for part in first["loc"]), repr(first["input"])
-        own = first.get("ctx", {}).get("error")  # raised by a validator of ours, which may know what to type
+        own = first.get("ctx", {}).get("error")  # raised by one of our validators, which may carry a hint
         reason = own.message if isinstance(own, ConfigError) else first["msg"].removeprefix("Value error, ")
         advice = own.hint if isinstance(own, ConfigError) else _advice(kind, first["loc"], first["type"])
         raise ConfigError(
@@ -63,27 +63,27 @@ def checked(kind: type[S], values: dict[str, Any], source: str, hint: str = "") 
 
 
 def _advice(kind: type[BaseModel], loc: tuple[int | str, ...], fault: str) -> str:
-    """What to write instead: the names there are, where the key is none of them, else the key's default."""
+    """Return the hint: the known keys if the key is unknown, otherwise the key's default."""
     *parents, name = loc or ("",)
     key = ".".join(map(str, loc))
     for parent in parents:
         field = kind.model_fields.get(str(parent))
         inner = field.annotation if field else None
-        if not (isinstance(inner, type) and issubclass(inner, Settings)):  # within a list, or one of several kinds
-            return f"Correct {name}, or leave it out for its default."
+        if not (isinstance(inner, type) and issubclass(inner, Settings)):  # in a list or a union
+            return f"Correct {name}, or leave it out to use the default."
         kind = inner
     if (field := kind.model_fields.get(str(name))) is None or fault == "missing":
         near = difflib.get_close_matches(str(name), kind.model_fields, n=1)
         meant = f"Did you mean {near[0]}? " if near and field is None else ""
         return f"{meant}Settings here are: {', '.join(kind.model_fields)}."
     if isinstance(field.default, Settings):
-        return f"Set what is in it, for example:  {key}.{next(iter(type(field.default).model_fields))}=…"
+        return f"Set a key of the group, for example:  {key}.{next(iter(type(field.default).model_fields))}=…"
     about = f"{name}: {field.description}. " if field.description else ""
     return about + (f"Give {name} another value." if field.is_required() else f"The default:  {key}={field.default}")
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """A mapping of settings from a YAML file; an empty file has none. Raises ConfigError."""
+    """Read a mapping of settings from a YAML file; empty for an empty file. Raises ConfigError."""
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -92,13 +92,11 @@ def read_yaml(path: Path) -> dict[str, Any]:
             hint="Give the path of a YAML file, or settings as words:  bank.anchors=20",
         ) from None
     except OSError as error:
-        raise ConfigError(
-            f"{path} cannot be read: {error.strerror}", hint="Give a file, and one that you may read."
-        ) from None
+        raise ConfigError(f"{path} cannot be read: {error.strerror}", hint="Give a file that you can read.") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(
             f"{path} is not readable YAML: {error}",
-            hint="Mend that line; a text with a colon or a bracket in it wants quotes.",
+            hint="Correct that line. Quote a text that contains a colon or a bracket.",
         ) from None
     if values is None:
         return {}
@@ -110,10 +108,10 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def dump_yaml(settings: Settings) -> str:
-    """The resolved settings as YAML, ready to be given back with --config."""
+    """Return the resolved settings as YAML, for --config."""
     return to_yaml(settings.model_dump(mode="json"))
 
 
 def to_yaml(values: Mapping[str, Any]) -> str:
-    """Plain values as YAML, in their order."""
+    """Return plain values as YAML, in their order."""
     return yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True)

@@ -1,4 +1,4 @@
-"""Where pieces of work run: one after the other in this process, or on workers (``mta.distributed.ray``)."""
+"""Executors that run pieces of work: sequentially in this process, or on workers (``mta.distributed.ray``)."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from typing import Generic, Protocol, Self, TypeVar
 
 C = TypeVar("C")
 R = TypeVar("R")
-_MOST = 256  # so that something is finished now and then, however little a person needs
+_MOST = 256  # people per cohort at most, so that results are saved regularly
 
 
 class Piece(Protocol):
-    """Some of the work. What cannot be done can be tried in ``halves``, until it is known what it is that fails."""
+    """A piece of work. A failing piece is retried in ``halves``, until the failing person or anchor is found."""
 
     def __len__(self) -> int:
-        """How many people, or anchors, are in it."""
+        """Return the number of people or anchors in the piece."""
 
     def halves(self) -> Sequence[Self]:
-        """The same work in two pieces; empty where it cannot be parted."""
+        """Return the same work as two pieces; empty if the piece cannot be split."""
 
 
 P = TypeVar("P", bound=Piece)
@@ -26,7 +26,7 @@ P = TypeVar("P", bound=Piece)
 
 @dataclass(frozen=True, slots=True)
 class Outcome(Generic[P, R]):
-    """What became of a piece: its result, or what went wrong with it (``error``), however it was tried."""
+    """Result of a piece, or the ``error`` that remained after all attempts."""
 
     piece: P
     result: R | None
@@ -34,10 +34,10 @@ class Outcome(Generic[P, R]):
 
 
 class Executor(Protocol):
-    """Applies one function to many pieces of work.
+    """Apply one function to many pieces of work.
 
-    ``most`` people at most are computed together, with ``threads`` threads (None: as the process has it): both decide
-    how a result is rounded, so the number of workers never does. ``in_process`` says whether functions run right here.
+    At most ``most`` people are computed together, with ``threads`` threads (None: the setting of the process). Only
+    these two affect the rounding of results, never the number of workers. ``in_process``: functions run right here.
     """
 
     @property
@@ -52,15 +52,15 @@ class Executor(Protocol):
     def run(
         self, function: Callable[[C, P], R], pieces: Iterable[P], here: C, elsewhere: Callable[[], C]
     ) -> Iterator[Outcome[P, R]]:
-        """``function(context, piece)`` for each piece, in any order.
+        """Yield the outcome of ``function(context, piece)`` for each piece, in any order.
 
-        The context is ``here`` in this process; a worker makes its own with ``elsewhere``, once. Function, pieces and
-        ``elsewhere`` can be pickled.
+        The context is ``here`` in this process. A worker creates its own context once, with ``elsewhere``. Function,
+        pieces and ``elsewhere`` must be picklable.
         """
 
 
 class LocalExecutor:
-    """One piece after the other in this process; torch uses all cores for each. Errors are raised as they come."""
+    """Run pieces sequentially in this process; torch uses all cores for each piece. Errors are raised at once."""
 
     threads = None
     in_process = True
@@ -71,6 +71,6 @@ class LocalExecutor:
     def run(
         self, function: Callable[[C, P], R], pieces: Iterable[P], here: C, elsewhere: Callable[[], C]
     ) -> Iterator[Outcome[P, R]]:
-        """``function(here, piece)`` for each piece, in their order, and as they come."""
+        """Yield the outcome of ``function(here, piece)`` for each piece, in order; pieces are consumed lazily."""
         for piece in pieces:
             yield Outcome(piece, function(here, piece))

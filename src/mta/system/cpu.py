@@ -1,4 +1,4 @@
-"""What Linux says about the processor; nothing elsewhere."""
+"""Processor information from Linux; empty on other systems."""
 
 from __future__ import annotations
 

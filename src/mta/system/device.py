@@ -1,4 +1,4 @@
-"""What this machine computes on, and in which numbers it is fast."""
+"""Devices, dtypes, threads and random seeds of this machine."""
 
 from __future__ import annotations
 
@@ -23,23 +23,23 @@ from mta.system.atomic import read_json, write_json
 from mta.system.cpu import cpuinfo
 
 T = TypeVar("T")
-_SETTING = threading.Lock()  # of the number of threads: two at once would take each other's for the one from before
+_SETTING = threading.Lock()  # guards the number of threads, which compute_with reads, sets and restores
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 
 def processor() -> str:
-    """The processor's name as it gives it, and the GPU's where there is one."""
+    """Return the processor's name, followed by the GPU's name if there is a GPU."""
     name = cpuinfo("model name") or platform.processor() or platform.machine()
     return f"{name}, {torch.cuda.get_device_name()}" if torch.cuda.is_available() else name
 
 
 def cores() -> int:
-    """The cores this process may use."""
+    """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def pick_device(device: str) -> torch.device:
-    """'auto' takes the GPU where there is one."""
+    """Return the torch device; 'auto' is the GPU if there is one. Raises ModelError."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -51,7 +51,7 @@ def pick_device(device: str) -> torch.device:
 
 
 def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """'auto' takes bfloat16 where this machine multiplies it faster than float32 (measured in milliseconds)."""
+    """Return the dtype; 'auto' is bfloat16 if it is faster than float32 on this machine. Raises ModelError."""
     if dtype != "auto":
         if dtype not in _DTYPES:
             raise ModelError(
@@ -65,26 +65,26 @@ def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
 
 
 def faster(bfloat16: float, float32: float) -> str:
-    """Which of the two to compute in, by their rates: bfloat16 has to be worth its rounding."""
+    """Return the dtype to compute in, from both rates. bfloat16 must be 1.2 times faster to outweigh its rounding."""
     return "bfloat16" if bfloat16 > 1.2 * float32 else "float32"
 
 
 def _faster() -> str:
-    """The faster dtype, measured once for each processor and torch, and saved in the cache folder.
+    """Return the faster dtype, measured once per processor and torch version, and saved in the cache folder.
 
-    A busy moment must not make another base of the same weights. The first of several processes that start together
-    measures, and the others wait for its choice.
+    The choice is saved because a measurement on a busy machine must not change the dtype of a base. If several
+    processes start together, the first one measures and the others wait.
     """
     note = cache_dir() / "dtype.json"
-    if known := _noted(note).get(_here()):
+    if known := _saved_choices(note).get(_machine_key()):
         return known
     with contextlib.suppress(OSError):  # a cache folder that cannot be written to
         note.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(note.with_suffix(".lock")):
-            if known := _noted(note).get(_here()):
+            if known := _saved_choices(note).get(_machine_key()):
                 return known
             found = _measured()
-            write_json(note, _noted(note) | {_here(): found}, private=False)
+            write_json(note, _saved_choices(note) | {_machine_key(): found}, private=False)
             return found
     return _measured()
 
@@ -93,34 +93,34 @@ def _measured() -> str:
     return faster(gemm_rate(torch.bfloat16), gemm_rate(torch.float32))
 
 
-def _noted(note: Path) -> dict[str, str]:
-    """The choices saved in a note, by processor and torch."""
+def _saved_choices(note: Path) -> dict[str, str]:
+    """Return the saved dtypes by machine key."""
     found = read_json(note)
     return {key: value for key, value in found.items() if value in _DTYPES} if isinstance(found, dict) else {}
 
 
-def _here() -> str:
-    """The key of a choice: processor and torch version."""
-    # Virtual machines give different processors one name; their instruction sets tell them apart.
+def _machine_key() -> str:
+    """Return the key of a saved dtype: processor and torch version."""
+    # Virtual machines report the same name for different processors, but different instruction sets.
     features = hashlib.sha256(cpuinfo("flags", "Features").encode()).hexdigest()[:8]
     return f"{processor()} ({features}), torch {torch.__version__}"
 
 
 def in_passing(work: Callable[[], T]) -> T:
-    """What ``work`` returns, computed in a thread that ends with it.
+    """Return the result of ``work``, computed in a thread that ends with it.
 
-    OpenMP keeps helpers for every thread that ever computed. When they are more than the cores, GNU's runtime lets none
-    of them wait actively, and a pass of few tokens takes 1.7 times as long. So whoever loads what another thread will
-    compute with should leave no helpers behind.
+    OpenMP keeps helper threads for every thread that has computed. If there are more helpers than cores, GNU's runtime
+    lets no helper wait actively, and a pass of few tokens takes 1.7 times as long. So load models in a thread that
+    ends, if another thread will compute with them.
     """
     with ThreadPoolExecutor(1) as thread:
         return thread.submit(work).result()
 
 
 def compute_with(threads: int) -> None:
-    """Set how many threads torch uses for work of this thread, which must be a new one.
+    """Set the number of torch threads for this thread only. Call this in a new thread.
 
-    ``torch.set_num_threads`` gives its number to every thread that begins later too: they get the one from before.
+    ``torch.set_num_threads`` also sets the number for threads that start later, so it is restored for them.
     """
     with _SETTING:
         before = torch.get_num_threads()
@@ -132,7 +132,7 @@ def compute_with(threads: int) -> None:
 def seeded(seed: int, device: torch.device) -> Iterator[None]:
     """Seed torch's global generators of the CPU and of ``device`` for the block, and restore their states after it.
 
-    For functions that take no generator. Other threads that draw from the same generators meanwhile are not kept apart.
+    For functions that take no generator. Not isolated from other threads that draw from the same generators.
     """
     gpus = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(gpus):
@@ -144,7 +144,7 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
 
 
 def gemm_rate(dtype: torch.dtype, size: int = 768) -> float:
-    """Operations per second of a square matrix product on the CPU (best of twenty)."""
+    """Return operations per second of a square matrix product on the CPU (best of twenty)."""
     a = torch.ones(size, size, dtype=dtype)
     best = float("inf")
     for _ in range(20):

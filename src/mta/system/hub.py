@@ -1,4 +1,4 @@
-"""Names of weights: an asset, a local folder, or a hub id; and repositories on the hub, read and written to."""
+"""Resolve names of weights (asset, local folder, hub id), and read and write repositories on the hub."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ _LOGIN = "Log in:  hf auth login   (or set HF_TOKEN)"
 
 @dataclass(frozen=True, slots=True)
 class Parcel:
-    """What would leave this machine: files (or their bytes) by their names there, and what to know before they do."""
+    """Files to send to the hub, by their names there, and facts to show to the user before sending."""
 
     files: Mapping[str, Path | bytes]
     facts: Mapping[str, str] = field(default_factory=dict)
 
     def sizes(self) -> dict[str, int]:
-        """Bytes of each file."""
-        return {name: len(it) if isinstance(it, bytes) else it.stat().st_size for name, it in self.files.items()}
+        """Return the bytes of each file."""
+        return {name: len(f) if isinstance(f, bytes) else f.stat().st_size for name, f in self.files.items()}
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether a name reads ``owner/name`` and is no folder here."""
+    """Return whether a name has the form ``owner/name`` and is not a local path."""
     return bool(_ID.fullmatch(name)) and not Path(name).exists()
 
 
 def is_cached(name: str) -> bool:
-    """Whether weights of that hub id were downloaded before."""
+    """Return whether the model of a hub id was downloaded before."""
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
@@ -50,7 +50,7 @@ def is_cached(name: str) -> bool:
 def local_folder(name: str) -> str:
     """Return the folder of an asset, a local folder, or a hub snapshot of the files that are loaded.
 
-    Of a hub repository only configuration, tokenizer, and weights in safetensors are downloaded. Raises AssetError,
+    From a hub repository, only configuration, tokenizer and safetensors weights are downloaded. Raises AssetError,
     ModelError.
     """
     place = resolve(name)
@@ -58,14 +58,14 @@ def local_folder(name: str) -> str:
         return place
     try:
         folder = snapshot(place, _SMALL, ignore=[ADAPTER])
-        # One file first: where a repository has both, transformers loads it and not the shards.
+        # Single files first: if a repository has both, transformers loads the single file, not the shards.
         for wanted in (_single_files, _all_files):
             lacking = [file for file in wanted(folder, name) if not file.exists()]
             if lacking:
                 snapshot(place, [os.path.relpath(file, folder) for file in lacking], folder.name)
     except HubError as error:
         raise AssetError(
-            f"{name!r} is neither an asset ({', '.join(ASSETS)}) nor a folder, and the hub did not give it: "
+            f"{name!r} is neither an asset ({', '.join(ASSETS)}) nor a folder, and not available on the hub: "
             f"{error.message}",
             hint=error.hint,
         ) from None
@@ -87,17 +87,17 @@ def snapshot(
     token: str | None = None,
     ignore: Sequence[str] = (),
 ) -> Path:
-    """Files of a repository in the hub's cache, in a folder named by its commit. Raises HubError."""
+    """Download files of a repository to the hub's cache. Returns a folder named by the commit. Raises HubError."""
     from huggingface_hub import snapshot_download
 
     which: dict[str, Any] = {"allow_patterns": list(patterns), "ignore_patterns": list(ignore)}
-    with _told(repo):
+    with _hub_errors(repo):
         return Path(snapshot_download(repo, revision=revision, token=token, **which))
 
 
 @dataclass(frozen=True, slots=True)
 class Repository:
-    """A model repository on the hub that can be written to."""
+    """A writable model repository on the hub."""
 
     name: str
     host: str
@@ -106,74 +106,72 @@ class Repository:
 
     @classmethod
     def begin(cls, name: str, *, private: bool = True, token: str | None = None) -> Repository:
-        """Create it where it is not there yet. Raises HubError; also where it is public and not meant to be."""
+        """Open or create a repository. Raises HubError, also if ``private`` is set and the repository is public."""
         from huggingface_hub import HfApi
 
         api = HfApi(token=token)
-        with _told(name):
+        with _hub_errors(name):
             api.create_repo(name, private=private, exist_ok=True)
             found = api.repo_info(name)
         if private and not found.private:
             raise HubError(
-                f"{name} is there already, and public; nothing was sent",
-                hint="Say --public (private=False), or make it private in its settings on the hub first.",
+                f"{name} exists and is public, expected a private repository; nothing was sent",
+                hint="Give --public (private=False), or make it private in its settings on the hub first.",
             )
         return cls(name, api.endpoint, bool(found.private), api)
 
     @property
     def url(self) -> str:
-        """Where people look at it."""
+        """Web address of the repository."""
         return f"{self.host}/{self.name}"
 
     def send(self, parcel: Parcel, message: str, ours: Sequence[str] = ()) -> str:
-        """One commit of these files and no others, which takes away those of ``ours`` that are not among them.
+        """Commit the files of ``parcel``, and delete other files whose names are in ``ours``. Returns the commit id.
 
-        Returns the commit. Raises HubError; nothing has changed there then.
+        Raises HubError; then nothing has changed on the hub.
         """
         from huggingface_hub import CommitOperationAdd, CommitOperationDelete
 
-        with _told(self.name):
+        with _hub_errors(self.name):
             there = self._api.list_repo_files(self.name)
             gone = [name for name in there if name in ours and name not in parcel.files]
             added = [
-                CommitOperationAdd(name, it if isinstance(it, bytes) else str(it)) for name, it in parcel.files.items()
+                CommitOperationAdd(name, f if isinstance(f, bytes) else str(f)) for name, f in parcel.files.items()
             ]
             removed = [CommitOperationDelete(name) for name in gone]
             return str(self._api.create_commit(self.name, [*added, *removed], commit_message=message).oid)
 
 
 @contextlib.contextmanager
-def _told(repo: str) -> Iterator[None]:
-    """Whatever the hub's client raises within the block as a HubError: it has many kinds, of its own and of others."""
+def _hub_errors(repo: str) -> Iterator[None]:
+    """Raise errors of the hub's client in the block as HubError. The client raises many types of errors."""
     try:
         yield
     except HubError:
         raise
     except Exception as error:
-        raise _as_ours(repo, error) from None
+        raise _hub_error(repo, error) from None
 
 
-def _as_ours(repo: str, error: Exception) -> HubError:
-    """What happened and what to do about it."""
+def _hub_error(repo: str, error: Exception) -> HubError:
+    """Return the HubError for an error of the hub's client, with a hint."""
     from huggingface_hub import errors
 
     status = getattr(getattr(error, "response", None), "status_code", None)
     first = (str(error).splitlines() or [type(error).__name__])[0]
     if isinstance(error, errors.GatedRepoError):
-        return HubError(
-            f"{repo!r} is gated, and you are not among those let in", f"Ask for access on its page. {_LOGIN}"
-        )
+        return HubError(f"{repo!r} is gated, and you have no access", f"Request access on its page. {_LOGIN}")
     if isinstance(error, errors.RepositoryNotFoundError):
         return HubError(f"there is no {repo!r} on the hub, or it is private", f"Check the name. {_LOGIN}")
     if isinstance(error, errors.RevisionNotFoundError):
         return HubError(f"{repo!r} has no such revision", "Give a branch, a tag or a commit it has.")
     if isinstance(error, errors.LocalTokenNotFoundError) or status in (401, 403):
-        return HubError(f"the hub does not let you at {repo!r}: {first}", f"{_LOGIN}, as somebody with rights to it.")
+        return HubError(f"the hub denies access to {repo!r}: {first}", f"{_LOGIN}, with an account that has access.")
     if isinstance(error, errors.HFValidationError):
-        return HubError(f"{repo!r} is no name of a repository: {first}", "Write it as owner/name.")
+        return HubError(f"{repo!r} is not a repository name: {first}", "Write it as owner/name.")
     if status is not None:
-        return HubError(f"the hub refused {repo!r}: {first}", "Try again later, or look at its page.")
+        return HubError(f"the hub refused {repo!r}: {first}", "Try again later, or check its page.")
     return HubError(
-        f"{repo!r} cannot be had from the hub, or sent there: {first}",
-        "Check the name and the network, or download it where there is one and give the folder.",
+        f"{repo!r} cannot be downloaded from the hub, or sent to it: {first}",
+        "Check the name and the network, or download it on another machine and give the folder.",
     )

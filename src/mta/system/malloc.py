@@ -1,6 +1,6 @@
 """How glibc's malloc treats freed memory in this process. ``mta`` changes it; the library changes it on request only.
 
-Loads no torch. Elsewhere than on Linux with glibc nothing happens.
+Does not import torch. Does nothing on systems other than Linux with glibc.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ _HUGE = 2 << 20  # bytes of a huge page
 _POINTER = ctypes.c_void_p
 _TRIM_THRESHOLD, _MMAP_MAX, _MADV_HUGEPAGE = -1, -4, 14  # from malloc.h and mman.h
 
-_keeps = False  # whether keep_freed_memory was called in this process
+_keeps = False  # keep_freed_memory was called in this process
 
 
 def keep_freed_memory() -> None:
@@ -54,13 +54,13 @@ def give_back_memory(keep: int) -> None:
 
 
 class _Mallinfo(ctypes.Structure):
-    """What glibc's mallinfo2 returns: ten sizes, of which the eighth is the bytes in use."""
+    """Result of glibc's mallinfo2: ten sizes; the eighth is the bytes in use."""
 
     _fields_ = [("before", ctypes.c_size_t * 7), ("used", ctypes.c_size_t), ("after", ctypes.c_size_t * 2)]
 
 
 def _resident() -> int:
-    """Resident bytes of this process that belong to no file."""
+    """Return the resident bytes of this process that belong to no file."""
     fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines())
     return int(fields["RssAnon"].split()[0]) << 10
 

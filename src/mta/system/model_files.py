@@ -1,6 +1,6 @@
-"""Which files of a model folder are loaded; folders that would run code or open pickles are refused before that.
+"""Find the files of a model folder that are loaded, and refuse folders that would run code or open pickles.
 
-A bank that others built names its base and its encoder, so their folders are not trusted. transformers and
+A bank built by others names its base and its encoder, so their folders are not trusted. transformers and
 sentence-transformers read the names of classes, kernels, and other models from JSON files. ``trust_remote_code=False``
 covers only a part of these names.
 """
@@ -25,20 +25,20 @@ _DISTRIBUTED = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
 _WITH_WEIGHTS = ("Dense", "LayerNorm", "CNN", "LSTM", "WeightedLayerPooling")
 _MODULE_KINDS = ("Transformer", "Pooling", "Normalize", "Dropout", *_WITH_WEIGHTS)
 _ENCODER_SETTINGS = re.compile(r"sentence_[\w-]+_config\.json")
-_SETTINGS = {  # of a Transformer module, which load nothing
+_SETTINGS = {  # settings of a Transformer module that load nothing
     *("max_seq_length", "do_lower_case", "transformer_task", "modality_config", "module_output_name"),
     *("processing_kwargs", "unpad_inputs", "query_length", "document_length", "query_expansion"),
 }
-_KEYWORDS = {f"{of}_{kind}" for of in ("model", "tokenizer", "processor", "config") for kind in ("args", "kwargs")}
+_KEYWORDS = {f"{part}_{kind}" for part in ("model", "tokenizer", "processor", "config") for kind in ("args", "kwargs")}
 _HARMLESS = {  # keywords that a Transformer module passes on; trust_remote_code is overridden
     *("attn_implementation", "dtype", "torch_dtype", "add_pooling_layer", "is_causal", "use_cache"),
     *("padding_side", "truncation_side", "model_max_length", "trust_remote_code"),
 }
-_IMPLEMENTATIONS = {  # that load nothing; transformers fetches code from the hub for others
+_IMPLEMENTATIONS = {  # values that load nothing; for others transformers fetches code from the hub
     "attn_implementation": ("eager", "sdpa"),
     "experts_implementation": ("eager", "grouped_mm", "batched_mm"),
 }
-_PLAIN = "Give a model of safetensors, JSON and tokenizer files alone, of an architecture that transformers knows."
+_PLAIN = "Give a model of safetensors, JSON and tokenizer files only, of an architecture in transformers."
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,22 +86,22 @@ def modules_of(folder: Path, name: str) -> list[Module]:
     if not isinstance(listed, list) or not all(
         isinstance(one, dict) and {"type", "path"} <= one.keys() for one in listed
     ):
-        raise UnsupportedModel(f"{name!r}: {_MODULES} is no list of modules with type and path", hint=_PLAIN)
+        raise UnsupportedModel(f"{name!r}: {_MODULES} is not a list of modules with type and path", hint=_PLAIN)
     return [_module(one, name) for one in listed]
 
 
 def refuse_unsafe_base(folder: Path, name: str) -> None:
-    """Raises ModelError where loading the folder with transformers would load more than safetensors of its own."""
+    """Raise ModelError if loading the folder with transformers would load more than its own safetensors."""
     config = _json(folder / _CONFIG)
     if "configuration_files" in config:
         raise UnsupportedModel(
-            f"{name!r}: {_CONFIG} sets configuration_files, so transformers would load another file in place of it",
+            f"{name!r}: {_CONFIG} sets configuration_files, so transformers would load another file instead",
             hint=f"Give a copy of the folder with the wanted configuration as {_CONFIG}, without that key.",
         )
     weight_files(folder, name)
     if (folder / ADAPTER).exists():
         raise UnsupportedModel(
-            f"{name!r} holds {ADAPTER}: transformers would load that adapter too where PEFT is installed",
+            f"{name!r} holds {ADAPTER}: transformers would load that adapter too if PEFT is installed",
             hint=f"Merge the adapter into the weights (PEFT's merge_and_unload), or remove {ADAPTER}.",
         )
     if any(_DISTRIBUTED.fullmatch(file.name) for file in folder.glob("shard-*")):
@@ -113,7 +113,7 @@ def refuse_unsafe_base(folder: Path, name: str) -> None:
 
 
 def refuse_unsafe_encoder(folder: Path, name: str) -> None:
-    """Raises ModelError where loading the folder with sentence-transformers would run code or open a pickle."""
+    """Raise ModelError if loading the folder with sentence-transformers would run code or open a pickle."""
     kind = _json(folder / "config_sentence_transformers.json").get("model_type", "SentenceTransformer")
     if kind != "SentenceTransformer":
         raise UnsupportedModel(
@@ -124,8 +124,8 @@ def refuse_unsafe_encoder(folder: Path, name: str) -> None:
         inner = folder / module.path
         if lacking := [file.relative_to(folder) for file in module.weight_files(folder, name) if not file.exists()]:
             raise ModelError(
-                f"{name!r} cannot be loaded as a sentence encoder: it has no {lacking[0]}, and weights of other kinds "
-                "are never read",
+                f"{name!r} cannot be loaded as a sentence encoder: it has no {lacking[0]}, and mta reads no "
+                "weights of other formats",
                 hint="Save it again with SentenceTransformer.save, or let the base encode:  encoder=base",
             )
         if module.kind == "Transformer":
@@ -138,13 +138,13 @@ def refuse_unsafe_encoder(folder: Path, name: str) -> None:
 
 
 def lowers_case(folder: Path) -> bool:
-    """Whether a Transformer module in ``folder`` adds lowercasing to its tokenizer."""
+    """Return whether a Transformer module in ``folder`` adds lowercasing to its tokenizer."""
     return any(_json(file).get("do_lower_case") for file in _settings_of(folder))
 
 
 @contextmanager
 def loading(name: str, what: str, hint: str) -> Iterator[None]:
-    """Raise as ModelError what a library raises within the block; transformers raises errors of many kinds."""
+    """Raise errors of libraries in the block as ModelError. transformers raises many types of errors."""
     try:
         yield
     except MtaError:
@@ -164,7 +164,7 @@ def loading(name: str, what: str, hint: str) -> Iterator[None]:
 
 
 def _settings_of(folder: Path) -> list[Path]:
-    """The files that a Transformer module may read its settings from."""
+    """Return the files from which a Transformer module may read its settings."""
     return [file for file in folder.glob("*.json") if _ENCODER_SETTINGS.fullmatch(file.name)]
 
 
@@ -189,8 +189,8 @@ def _refuse_settings(settings: dict[str, Any], name: str, file: str) -> None:
         inner = value if isinstance(value, dict) else {}
         strange = sorted(set(inner) - _HARMLESS) if key in _KEYWORDS else []
         if strange or (key in _KEYWORDS and not isinstance(value, dict)) or key not in _SETTINGS | _KEYWORDS:
-            said = f"{key}.{strange[0]}" if strange else key
-            raise UnsupportedModel(f"{name!r}: {file} sets {said}, which may load more than this folder", hint=_PLAIN)
+            named = f"{key}.{strange[0]}" if strange else key
+            raise UnsupportedModel(f"{name!r}: {file} sets {named}, which may load more than this folder", hint=_PLAIN)
     _refuse_kernels(settings, name, file)
 
 
@@ -209,8 +209,8 @@ def _refuse_kernels(config: dict[str, Any], name: str, file: str) -> None:
         for kind, known in _IMPLEMENTATIONS.items():
             if key.removesuffix("_internal").endswith(kind) and value is not None and value not in known:
                 raise UnsupportedModel(
-                    f"{name!r}: {file} sets {key} {reprlib.repr(value)}; expected {' or '.join(known)}, since others "
-                    "may be code from the hub",
+                    f"{name!r}: {file} sets {key} {reprlib.repr(value)}; expected {' or '.join(known)}, because "
+                    "other values may load code from the hub",
                     hint=f"Give a copy of the folder without {key} in {file}.",
                 )
 
@@ -219,17 +219,17 @@ def _refuse_quantized(config: dict[str, Any], name: str) -> None:
     if any(key == "quantization_config" and value is not None for key, value in _items(config)):
         raise UnsupportedModel(
             f"{name!r} is quantized; expected plain weights",
-            hint="Give the encoder that is not quantized, or let the base encode:  encoder=base",
+            hint="Give an encoder that is not quantized, or let the base encode:  encoder=base",
         )
 
 
 def _items(value: object) -> Iterator[tuple[str, object]]:
-    """All keys and values in a JSON value, nested ones too."""
+    """Yield all keys and values in a JSON value, including nested ones."""
     if isinstance(value, dict):
         yield from value.items()
     inside = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    for one in inside:
-        yield from _items(one)
+    for nested in inside:
+        yield from _items(nested)
 
 
 def _safetensors(file: object, name: str, endings: tuple[str, ...] = (".safetensors",)) -> str:
@@ -242,12 +242,12 @@ def _safetensors(file: object, name: str, endings: tuple[str, ...] = (".safetens
 
 
 def _is_inside(path: str) -> bool:
-    """Whether a path is relative, stays in its folder, and is no pattern: the hub's client downloads by patterns."""
+    """Return whether a path is relative, stays in its folder, and is no pattern (the hub's client takes patterns)."""
     parts = PurePosixPath(path)
     return not parts.is_absolute() and ".." not in parts.parts and not set(path) & set("\\*?[")
 
 
 def _json(path: Path) -> dict[str, Any]:
-    """The JSON object in a file; empty where there is none, which loading the file reports."""
+    """Return the JSON object in a file; empty if there is none, which is reported when the model is loaded."""
     found = read_json(path)
     return found if isinstance(found, dict) else {}

@@ -1,4 +1,4 @@
-"""Where a published figure comes from: the code and the versions."""
+"""Commit and package versions that produced a result."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 
 @cache
 def commit(*beside: Path) -> str:
-    """The commit that is checked out, with "+" behind it where sources, or what is ``beside`` them, were changed.
+    """Return the checked-out commit, with a "+" if the sources or the paths in ``beside`` were changed.
 
     Empty for an installed package.
     """
@@ -25,13 +25,13 @@ def commit(*beside: Path) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Of what computes."""
+    """Return the versions of mta, torch, transformers and Python."""
     found = {name: version_of(name) or "unknown" for name in ("merge-then-adapt", "torch", "transformers")}
     return found | {"python": platform.python_version()}
 
 
 def version_of(package: str) -> str | None:
-    """Of an installed package; None for one that is not."""
+    """Return the version of a package; None if it is not installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

@@ -1,4 +1,4 @@
-"""Files under a folder or any fsspec URL: whole or not at all, and created by one writer only."""
+"""Files under a folder or an fsspec URL: atomic writes, and exclusive creation."""
 
 from __future__ import annotations
 
@@ -19,29 +19,31 @@ from fsspec.implementations.local import LocalFileSystem
 from mta.errors import StoreError
 from mta.system.atomic import SHARED, is_shared, owner_only, sync_folder, written_aside
 
-_REMOVALS = 100  # of one folder, while others remove files of it too
+_REMOVALS = 100  # attempts to remove a folder while other processes remove files in it
 _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EXDEV}
 
 
 class Storage:
-    """The few things a store does with files, by names below its root; failures become StoreError."""
+    """File operations of a store, by names relative to its root. Failures become StoreError."""
 
     def __init__(self, url: str | Path) -> None:
         try:
-            self.fs, root = url_to_fs(str(url), use_listings_cache=False)  # others write too
+            self.fs, root = url_to_fs(str(url), use_listings_cache=False)  # other processes write too
         except (ImportError, ValueError) as error:
             hint = "Give a folder, or a URL that fsspec knows (s3://bucket/people)."
             raise StoreError(f"the store cannot be opened: {error}", hint=hint) from error
         self.root = str(root).rstrip("/")
         self.local = isinstance(self.fs, LocalFileSystem)
-        self.url = str(Path(self.root).resolve()) if self.local else str(url)  # means the same in any folder
+        self.url = (
+            str(Path(self.root).resolve()) if self.local else str(url)
+        )  # absolute: the working directory may change
 
     def at(self, name: str) -> str:
-        """The full path."""
+        """Return the full path."""
         return f"{self.root}/{name}"
 
     def read(self, name: str, first: int | None = None) -> bytes | None:
-        """A whole file, or its ``first`` bytes; None where there is none."""
+        """Return a file's content, or its ``first`` bytes; None if the file does not exist."""
         with self._reported(self.at(name)), contextlib.suppress(FileNotFoundError):
             return bytes(self.fs.cat_file(self.at(name), end=first))
         return None
@@ -51,14 +53,14 @@ class Storage:
             return bool(self.fs.exists(self.at(name)))
 
     def sizes(self, folder: str) -> dict[str, int]:
-        """Names and sizes of the files in a folder; empty without one."""
+        """Return names and sizes (bytes) of the files in a folder; empty if the folder does not exist."""
         with self._reported(self.at(folder)), contextlib.suppress(FileNotFoundError):
             infos = self.fs.ls(self.at(folder), detail=True)
             return {str(i["name"]).rsplit("/", 1)[-1]: int(i["size"] or 0) for i in infos if i["type"] == "file"}
         return {}
 
     def find(self, depth: int | None = None) -> dict[str, int]:
-        """Names and sizes of all files, ``depth`` levels down."""
+        """Return names and sizes (bytes) of all files, down to ``depth`` levels."""
         with self._reported(self.root):
             if self.local:
                 return dict(_find_local(Path(self.root), depth))
@@ -66,13 +68,13 @@ class Storage:
             return {str(path).removeprefix(self.root).lstrip("/"): int(i["size"] or 0) for path, i in found.items()}
 
     def age(self, name: str) -> float:
-        """Seconds since a file was written; 0 for one that is not there."""
+        """Return the seconds since a file was written; 0 if it does not exist."""
         with self._reported(self.at(name)), contextlib.suppress(FileNotFoundError):
             return (datetime.now(UTC) - self.fs.modified(self.at(name)).astimezone(UTC)).total_seconds()
         return 0.0
 
     def remove(self, name: str) -> None:
-        """Remove a file, if it is there: one request. A local removal is on disk when the call returns."""
+        """Remove a file if it exists, with one request. A local removal is on disk when the call returns."""
         with self._reported(self.at(name)), contextlib.suppress(FileNotFoundError):
             if not self.local:
                 return self.fs.rm_file(self.at(name))
@@ -81,21 +83,21 @@ class Storage:
             sync_folder(path.parent)
 
     def remove_folder(self, name: str) -> None:
-        """Remove a folder and whatever is left in it, if it is there; of a symbolic link only the link.
+        """Remove a folder with its content if it exists; for a symbolic link, remove only the link.
 
-        A local removal is on disk when the call returns. Raises StoreError where something stays.
+        A local removal is on disk when the call returns. Raises StoreError if the folder remains.
         """
         with self._reported(self.at(name)):
             for _ in range(_REMOVALS):
                 try:
                     return self._remove_tree(name)
-                except FileNotFoundError:  # the folder, or only a file that another process removed meanwhile
+                except FileNotFoundError:  # another process removed the folder, or a file in it
                     there = os.path.lexists(self.at(name)) if self.local else self.fs.exists(self.at(name))
                     if not there:
                         return self._flush_above(name)
             raise StoreError(
-                f"{self.at(name)} is still there after {_REMOVALS} removals, expected nothing: its files change",
-                hint="Stop what else writes or removes there, then repeat the command.",
+                f"{self.at(name)} is still there after {_REMOVALS} removals, expected none: another process writes it",
+                hint="Stop the other process, then repeat the command.",
             )
 
     def _remove_tree(self, name: str) -> None:
@@ -113,7 +115,7 @@ class Storage:
             sync_folder(self.inside(name).parent)
 
     def replace(self, name: str, data: bytes) -> None:
-        """Write a file, locally by rename; object stores put whole files, others are overwritten in place."""
+        """Write a file: local by rename, in object stores by one put, elsewhere in place."""
         with self._reported(self.at(name)):
             if not self.local:
                 return self._put(name, data)
@@ -121,10 +123,11 @@ class Storage:
                 aside.write(data)
 
     def create(self, name: str, data: bytes) -> None:
-        """Write a file that must not exist yet, else FileExistsError.
+        """Write a new file. Raises FileExistsError if it exists.
 
-        Locally a link publishes it whole and to one writer only. Elsewhere it is fsspec's exclusive mode (in memory,
-        S3, Google Cloud); without one it checks, then writes, and of two writers at one instant the last wins.
+        A local file is published with a hard link, so it is complete and exactly one writer succeeds. Other storage
+        uses fsspec's exclusive mode (in memory, S3, Google Cloud). Without that mode, existence is checked before the
+        write, and of two simultaneous writers the last one wins.
         """
         with self._reported(self.at(name)):
             if not self.local:
@@ -135,10 +138,10 @@ class Storage:
                 aside.write(data)
 
     def exposed(self) -> str:
-        """Return the command that keeps others out, where others than the owner can read what lies here; else nothing.
+        """Return the command that removes other users' access to the storage; empty if they have none.
 
-        With ``MTA_SHARED=group`` the group may read. Looks at the root and at what lies directly in it: a closed folder
-        protects what is below it. Storage that is not local has rights of its own.
+        With ``MTA_SHARED=group`` the group may read. Checks the root and its direct entries, because a closed folder
+        protects everything below it. Storage that is not local has its own permissions.
         """
         if not self.local:
             return ""
@@ -148,18 +151,18 @@ class Storage:
             mode = path.stat().st_mode
             if not mode & mask or not any(entry.stat(follow_symlinks=False).st_mode & mask for entry in entries):
                 return ""
-        of_group = f"   (or, where its group shares it: export {SHARED}=group)" if mode & stat.S_ISGID else ""
+        of_group = f"   (or, if its group shares it: export {SHARED}=group)" if mode & stat.S_ISGID else ""
         return f"chmod -R {others} {shlex.quote(self.root)}{of_group}"
 
     def inside(self, name: str) -> Path:
-        """The local path of a file or folder. Raises StoreError where a folder above it leads out of the storage."""
+        """Return the local path of a file or folder. Raises StoreError if a folder above it is a symbolic link."""
         path = Path(self.root)
         for part in name.split("/")[:-1]:
             path /= part
             if path.is_symlink():
                 raise StoreError(
                     f"{path} is a symbolic link, expected a folder: nothing is written or removed through it",
-                    hint=f"See where it leads, and remove it:  ls -l {path}; rm {path}",
+                    hint=f"Check where it leads, and remove it:  ls -l {path}; rm {path}",
                 )
         return Path(self.at(name))
 
@@ -172,37 +175,37 @@ class Storage:
         except Exception as error:
             if self.local and not isinstance(error, OSError):
                 raise
-            raise StoreError(  # clients of object stores have errors of their own: no credentials, nobody there
+            raise StoreError(  # clients of object stores raise their own errors: no credentials, no connection
                 f"{path} cannot be read or written: {getattr(error, 'strerror', None) or error}",
-                hint="Check the store's address, permissions and free space, then repeat: nothing is half written.",
+                hint="Check the store's address, permissions and free space, then repeat. No file is half written.",
             ) from error
 
     def _put(self, name: str, data: bytes, **how: Any) -> None:
         try:
             self.fs.pipe_file(self.at(name), data, **how)
-        except FileNotFoundError:  # only file systems with real folders ask for them
+        except FileNotFoundError:  # only file systems with real folders need them
             self.fs.makedirs(self.at(name).rsplit("/", 1)[0], exist_ok=True)
             self.fs.pipe_file(self.at(name), data, **how)
 
 
 def _link(aside: Path, path: Path) -> None:
-    """Give a whole file its name, unless the name is taken. Raises FileExistsError."""
+    """Link a complete file to its name. Raises FileExistsError if the name exists."""
     try:
         os.link(aside, path)
     except OSError as error:
         if error.errno not in _NO_LINKS:
             raise
-        with open(path, "xb", opener=owner_only) as file:  # one winner too; a kill in here leaves a corrupt file
+        with open(path, "xb", opener=owner_only) as file:  # also exclusive, but a kill here leaves a corrupt file
             file.write(aside.read_bytes())
             file.flush()
             os.fsync(file.fileno())
 
 
 def _find_local(root: Path, depth: int | None) -> Iterator[tuple[str, int]]:
-    """All files below a folder; one that cannot be listed is an error, where fsspec would pass over it in silence."""
+    """Yield all files below a folder. Raises OSError for an unreadable folder, which fsspec would skip silently."""
 
     def refuse(error: OSError) -> None:
-        if not isinstance(error, FileNotFoundError):  # it was removed meanwhile
+        if not isinstance(error, FileNotFoundError):  # removed meanwhile
             raise error
 
     for folder, folders, names in os.walk(root, onerror=refuse):

@@ -1,1 +1,1 @@
-"""What a run leaves behind: its folder, its metrics, trackers."""
+"""Run folders, metrics, and trackers."""

@@ -1,10 +1,10 @@
-"""A run's folder: what was asked, what it was computed with, how it went step by step, and what came out.
+"""Folder of a run: settings, environment, metrics of every step, and results.
 
-    run.json       an entry for each sitting: a run that was stopped and goes on has several; one that died has no end
-    config.yaml    the resolved settings, ready to be given back with --config
-    metrics.jsonl  a line for each step: stage, step, people, examples, loss, seconds
+    run.json       one entry per sitting (one start of the run); a resumed run has several, a killed one has no end
+    config.yaml    the resolved settings, for --config
+    metrics.jsonl  one line per step: stage, step, people, examples, loss, seconds
 
-Banks, comparisons, experiments and demos are kept in such folders. Nobody's id or text is in any of these files.
+Banks, comparisons, experiments and demos have such folders. None of these files contains ids or texts of people.
 """
 
 from __future__ import annotations
@@ -37,18 +37,18 @@ if TYPE_CHECKING:
     from mta.training.trainer import OnStep, Step
 
 RUN, CONFIG, METRICS = "run.json", "config.yaml", "metrics.jsonl"
-NAMES = frozenset({RUN, CONFIG, METRICS, *SINKS})  # a sink's files lie in a folder of its name
+NAMES = frozenset({RUN, CONFIG, METRICS, *SINKS})  # each sink writes to a folder of its name
 SCHEMA = 1
 
 
 @dataclass(slots=True, kw_only=True)
 class RunFolder:
-    """One sitting of a run, kept in ``folder`` from its first step on: a mistake found before that leaves nothing.
+    """One sitting of a run, recorded in ``folder`` from the first step on. An error before that step writes nothing.
 
-    ``work`` names what is computed, where a later sitting goes on with it; else every sitting is a run of its own, and
-    lines of other work in the same folder are another run's. ``about`` are further
-    facts (seeds, plan, bank), ``outcome`` a few numbers once they are known; both go into ``run.json``. Without a
-    ``folder`` nothing is kept; ``on_step`` is told of every step all the same.
+    ``work`` identifies the computation, so that a later sitting can resume it. Without ``work`` every sitting is its
+    own run. Lines with another ``work`` in the same folder belong to other runs. ``about`` holds more facts (seeds,
+    plan, bank) and ``outcome`` a few results; both go into ``run.json``. Without a ``folder`` nothing is written, but
+    ``on_step`` is still called for every step.
 
     >>> with RunFolder(folder=out, kind="personalize", base=base, settings=settings) as kept:
     ...     kept.outcome = asdict(personal.personalize(people, on_step=kept.step))
@@ -58,7 +58,7 @@ class RunFolder:
     kind: str
     base: BaseModel
     settings: Mapping[str, Any]
-    config: bool = True  # recipes are written by who reads them
+    config: bool = True  # False for recipes, which write their own file
     command: str = ""
     work: str = ""
     about: dict[str, Any] = field(default_factory=dict)
@@ -82,8 +82,8 @@ class RunFolder:
             self._before = sittings(self.folder)
             if self.config and not self._before and (self.folder / CONFIG).exists():
                 raise DataError(
-                    f"{self.folder / CONFIG} is no run's, and would be written over",
-                    hint="Name it otherwise, or choose another folder.",
+                    f"{self.folder / CONFIG} belongs to no run, since {RUN} is missing; it is not overwritten",
+                    hint="Rename it, or choose another folder.",
                 )
         self.stage_begins()
         return self
@@ -93,54 +93,54 @@ class RunFolder:
     ) -> None:
         if kind is None or self._begun:
             self.begin()
-            self._write(datetime.now(UTC), kind.__name__ if kind else "")  # an error's text may name somebody
+            self._write(datetime.now(UTC), kind.__name__ if kind else "")  # the error's text may name a person
         if self._sink:
             self._sink.close()
 
     def begin(self) -> None:
-        """Write down that it has begun; the first step does, where nobody did before."""
+        """Record the start of the run. The first step calls this if no caller did."""
         if self._begun:
             return
         self._begun = True
         if self.folder:
             self._steps.update(line["stage"] for line in lines(self.folder, self.work))
-            self._write()  # before the settings: a kill in between must not leave a config.yaml that seems another's
+            self._write()  # before config.yaml: after a kill in between, config.yaml must not look like a foreign file
             if self.config:
                 write_text(self.folder / CONFIG, to_yaml(self.settings))
             self._sink = self.track(self.folder) if self.track else None
 
     def stage_begins(self) -> None:
-        """What was done until now is not counted as time of the next step."""
+        """Start the clock of the next step now."""
         self._last = time.monotonic()
 
     def step(self, stage: str, step: Step) -> None:
-        """One step of a stage is done."""
+        """Record one finished step of a stage."""
         self.begin()
         before, self._last = self._last, time.monotonic()
         seconds = self._last - before
         self._steps[stage] += 1
         if self.folder:
             with open(self.folder / METRICS, "a", encoding="utf-8", opener=owner_only) as log:
-                told = {"stage": stage, **asdict(step), "seconds": round(seconds, 3), "work": self.work}
-                log.write(json.dumps(told) + "\n")
+                line = {"stage": stage, **asdict(step), "seconds": round(seconds, 3), "work": self.work}
+                log.write(json.dumps(line) + "\n")
         if self._sink:
             self._sink.log(self._values(stage, step, seconds), self._steps[stage])
         if self.on_step:
             self.on_step(stage, step)
 
     def _values(self, stage: str, step: Step, seconds: float) -> dict[str, float]:
-        """What a sink is told: losses, rates, counts."""
+        """Return the values for a sink: losses, rates, counts."""
         more, self._examples[stage] = step.examples - self._examples.get(stage, 0), step.examples
-        told: dict[str, float] = {"people": step.people, "examples": step.examples}
-        if more > 0 and seconds > 0:  # else the next cohort begins
-            told["examples_per_second"] = more / seconds
+        values: dict[str, float] = {"people": step.people, "examples": step.examples}
+        if more > 0 and seconds > 0:  # otherwise a new cohort begins
+            values["examples_per_second"] = more / seconds
         if step.loss is not None:
-            told["loss"] = step.loss
+            values["loss"] = step.loss
         name = re.sub(r"[^\w.-]+", "_", stage)
-        return {f"{name}/{key}": value for key, value in told.items()}
+        return {f"{name}/{key}": value for key, value in values.items()}
 
     def _write(self, ended: datetime | None = None, stopped: str = "") -> None:
-        """Raises DataError where what is there is no list of sittings."""
+        """Write ``run.json``: the earlier sittings and this one."""
         if not self.folder or not self._begun:
             return
         this = {
@@ -167,27 +167,27 @@ class RunFolder:
 
 
 def work_of(*parts: object) -> str:
-    """A name for work that all of this decides."""
+    """Return a hash of everything that determines the work."""
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 def sittings(folder: Path) -> list[dict[str, Any]]:
-    """What ``run.json`` says, oldest first; nothing where there is none. Raises DataError for one that is not ours."""
+    """Return the sittings in ``run.json``, oldest first; empty without the file. Raises DataError for a wrong file."""
     path = folder / RUN
     try:
-        told = json.loads(path.read_text(encoding="utf-8"))["sittings"]
-        if all(isinstance(one["settings"], dict) and isinstance(one["kind"], str) for one in told):
-            return list(told)
-        raise ValueError("its sittings have no settings")
+        found = json.loads(path.read_text(encoding="utf-8"))["sittings"]
+        if all(isinstance(one["settings"], dict) and isinstance(one["kind"], str) for one in found):
+            return list(found)
+        raise ValueError("a sitting lacks settings or kind")
     except FileNotFoundError:
         return []
     except (OSError, ValueError, TypeError, KeyError) as error:
-        hint = "Move it away: what was computed is not in it, and the run goes on without it."
-        raise DataError(f"{path} is no description of a run: {error}", hint=hint) from None
+        hint = "Move it away: it holds no results, and the run resumes without it."
+        raise DataError(f"{path} is not a description of a run: {error}", hint=hint) from None
 
 
 def lines(folder: Path, work: str) -> Iterator[dict[str, Any]]:
-    """The steps of ``metrics.jsonl`` that belong to ``work``; lines that a kill has torn are passed over."""
+    """Yield the steps of ``work`` in ``metrics.jsonl``; skip lines that a kill truncated."""
     with contextlib.suppress(FileNotFoundError):  # nothing was trained
         for line in (folder / METRICS).read_text(encoding="utf-8").splitlines():
             with contextlib.suppress(ValueError, KeyError, TypeError):
@@ -197,7 +197,7 @@ def lines(folder: Path, work: str) -> Iterator[dict[str, Any]]:
 
 
 def seconds_of(folder: Path, work: str) -> dict[str, float]:
-    """Time spent on each stage of ``work``, in all sittings, also those that were killed."""
+    """Return the seconds spent on each stage of ``work`` in all sittings, including killed ones."""
     spent = Counter[str]()
     for step in lines(folder, work):
         with contextlib.suppress(KeyError, TypeError):

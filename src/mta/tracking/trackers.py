@@ -1,6 +1,6 @@
-"""Where a run's losses and rates can go beside its own ``metrics.jsonl``: TensorBoard, Weights & Biases, Trackio.
+"""Trackers for losses and rates, besides ``metrics.jsonl``: TensorBoard, Weights & Biases, Trackio.
 
-A backend is imported when it is asked for, and is given numbers alone: no settings, no command, nobody's id or text.
+A backend is imported only when requested. It receives only numbers: no settings, no command, no ids or texts of people.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ PROJECT = "mta"
 
 
 class Sink(Protocol):
-    """What takes numbers as they come."""
+    """Receiver of metrics."""
 
     def log(self, values: Mapping[str, float], step: int) -> None:
-        """Named values at a step; each name counts its own steps."""
+        """Log named values at a step; each name counts its own steps."""
 
     def close(self) -> None:
-        """Nothing more will come."""
+        """Finish; no more values follow."""
 
 
 Track = Callable[[Path], Sink]
-"""Opens a sink for a run's folder."""
+"""Function that opens a sink for a run's folder."""
 
 
 class TensorBoard:
@@ -51,9 +51,9 @@ class TensorBoard:
 
 
 class Wandb:
-    """A run of Weights & Biases, its files under ``<run>/wandb``; WANDB_MODE=offline needs no network and no account.
+    """A Weights & Biases run under ``<run>/wandb``. WANDB_MODE=offline needs no network and no account.
 
-    What the package would collect by itself (command, machine, code, console) is switched off.
+    The package's own collection of command, machine, code and console is switched off.
     """
 
     def __init__(self, run: Path) -> None:
@@ -64,9 +64,10 @@ class Wandb:
             self._run = wandb.init(project=PROJECT, dir=str(run), settings=wandb.Settings(**collects, **quiet))
         except wandb.Error as error:
             raise InputError(
-                f"wandb did not begin a run: {str(error).splitlines()[0]}", hint="wandb login, or WANDB_MODE=offline"
+                f"wandb could not start a run: {str(error).splitlines()[0]}",
+                hint="wandb login   (or set WANDB_MODE=offline)",
             ) from None
-        self._run.define_metric("*", step_metric="step")  # its own steps cannot go back to 1 for the next stage
+        self._run.define_metric("*", step_metric="step")  # wandb's own step cannot restart at 1 for the next stage
 
     def log(self, values: Mapping[str, float], step: int) -> None:
         self._run.log({**values, "step": step})
@@ -79,8 +80,8 @@ class Trackio:
     """A local Trackio project under ``<run>/trackio`` (or TRACKIO_DIR)."""
 
     def __init__(self, run: Path) -> None:
-        os.environ.setdefault("TRACKIO_DIR", str(run / "trackio"))  # read when it is imported
-        with contextlib.redirect_stdout(sys.stderr):  # stdout is for results
+        os.environ.setdefault("TRACKIO_DIR", str(run / "trackio"))  # trackio reads it at import
+        with contextlib.redirect_stdout(sys.stderr):  # stdout is only for results
             self._trackio = importlib.import_module("trackio")
             self._trackio.init(project=PROJECT, auto_log_cpu=False, auto_log_gpu=False)
 
@@ -96,9 +97,9 @@ SINKS: Mapping[str, Track] = {"tensorboard": TensorBoard, "wandb": Wandb, "track
 
 
 def tracker(name: str) -> Track:
-    """What opens the sink of that name. Raises InputError for an unknown one, or where its package is missing."""
+    """Return the function that opens a sink. Raises InputError for an unknown name or a missing package."""
     if name not in SINKS:
-        raise InputError(f"nothing is called {name!r} that a run can be tracked with", hint=f"Give {_LISTED}.")
+        raise InputError(f"unknown tracker {name!r}; expected one of {', '.join(SINKS)}", hint=f"Give {_LISTED}.")
     if find_spec(name) is None:
         raise InputError(f"tracking needs {name}, which is not installed", hint=f"pip install {name}")
     return SINKS[name]
