@@ -54,17 +54,17 @@ def endless(base):
 
 
 @contextmanager
-def stepped(decoder):
-    """Within the block a decoder makes one turn for each ``release`` of the semaphore that is yielded."""
-    steps, turn = threading.Semaphore(0), decoder.turn
+def stepped(scheduler):
+    """Within the block a scheduler makes one step for each ``release`` of the semaphore that is yielded."""
+    steps, step = threading.Semaphore(0), scheduler.step
 
-    def wait_and_turn():
+    def wait_and_step():
         assert steps.acquire(timeout=60)
-        turn()
+        step()
 
-    decoder.turn = wait_and_turn
+    scheduler.step = wait_and_step
     try:
         yield steps
     finally:
-        decoder.turn = turn
-        steps.release()  # of the turn that waits
+        scheduler.step = step
+        steps.release()  # for the step that waits

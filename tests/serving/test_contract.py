@@ -73,8 +73,8 @@ def test_an_answer_ends_before_the_token_that_ends_it(engines, world):
 
     async def ended(engine):
         engine.stops = frozenset({stop})
-        if hasattr(engine, "decoder"):
-            engine.decoder._stops = engine.stops
+        if hasattr(engine, "scheduler"):
+            engine.scheduler._stops = engine.stops
         return await told(engine, Ask(tuple(prompt_of(0)), who, COUNT))
 
     assert run(engines, ended) == (tokens[: tokens.index(stop)], "stop")

@@ -209,11 +209,11 @@ def test_what_was_computed_for_somebody_is_zeros_once_they_are_forgotten():
         engine = engine_of(base, bank, whose, slots=3)
         await tokens_of(engine, ask_of(2, [7] * 20, 4))
         await tokens_of(engine, ask_of(3, [8] * 20, 4))
-        seats, cache = engine.decoder.seats, engine.decoder.slots.cache
+        adapters, cache = engine.scheduler.adapters, engine.scheduler.slots.cache
 
         def taken():
             """Places where anything lies: adapters, keys and values."""
-            kept = [seats._gates, *(f for own in seats._own.values() for f in own), *cache.keys, *cache.values]
+            kept = [adapters._gates, *(f for own in adapters._own.values() for f in own), *cache.keys, *cache.values]
             return [len({n for n, place in enumerate(one) if place.any()}) for one in kept]
 
         before = taken()
@@ -233,7 +233,7 @@ def test_forgetting_ends_what_runs_for_that_person_alone():
     async def go():
         engine = engine_of(base, bank, whose, slots=4, length=400)
         prompt = prompts_of(1)[0]
-        with stepped(engine.decoder) as steps:
+        with stepped(engine.scheduler) as steps:
             steps.release(12)  # few of 300
             theirs, other = (engine.answer(ask_of(n, prompt, count)) for n, count in ((2, 300), (3, 60)))
             begun = await asyncio.gather(anext(theirs), anext(other))

@@ -55,7 +55,7 @@ def test_an_engine_that_dies_says_so_and_what_ran_is_answered_with_it(here):
 
     assert asked(here).status_code == 200
     assert httpx2.get(f"{here.url}/healthz", timeout=60).status_code == 200
-    here.service.engine.decoder.turn = broken
+    here.service.engine.scheduler.step = broken
     found = [asked(here), asked(here)]
     assert [answer.status_code for answer in found] == [503, 503]
     assert all(answer.json()["error"]["code"] == "engine_gone" for answer in found)

@@ -110,7 +110,7 @@ def test_a_gateway_drops_all_it_holds_in_memory_of_who_was_forgotten_elsewhere(g
     until(lambda: "eve" not in service.histories._whose)
     until(lambda: service.jobs.status("eve") is None)
     until(lambda: not [who for who in service.engine.activated.known() if getattr(who, "person", "") == "eve"])
-    until(lambda: not [who for who in service.engine.decoder.known() if getattr(who, "person", "") == "eve"])
+    until(lambda: not [who for who in service.engine.scheduler.known() if getattr(who, "person", "") == "eve"])
     assert service.histories.held("bob") == len(ITEMS)
 
 
@@ -144,7 +144,7 @@ def test_a_sweep_drops_an_earlier_version_of_a_number_that_holds_something_else_
 
 
 def _held(service):
-    known = (*service.engine.activated.known(), *service.engine.decoder.known())
+    known = (*service.engine.activated.known(), *service.engine.scheduler.known())
     return {who.person for who in known if hasattr(who, "person")}
 
 

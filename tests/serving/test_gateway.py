@@ -379,7 +379,7 @@ def test_forgetting_amid_everything_else_leaves_nothing(world):
         time.sleep(0.5)  # whatever was begun in spite of it would show by now
         assert http.get(where).status_code == http.get(f"{where}/personalize").status_code == 404
     assert (store.latest("team/eve"), store.history("team/eve")) == (None, None)
-    assert not any(getattr(who, "person", "") == "team/eve" for who in world.service.engine.activated._people)
+    assert not any(getattr(who, "person", "") == "team/eve" for who in world.service.engine.activated._adapters)
 
 
 def test_metrics_count_and_name_nobody(world):
@@ -460,8 +460,8 @@ def test_a_caller_who_hangs_up_before_the_answer_leaves_their_slot(tiny, tmp_pat
     with served(endless(base), bank, tmp_path, slots=1, length=2000, limits=Limits(max_tokens=2000)) as here:
         headers = {"Authorization": f"Bearer {here.secrets['serve']}"}
         body = {"model": "task", "prompt": "x", "max_tokens": 1900, "temperature": 0}
-        decoder = here.service.engine.decoder
-        with stepped(decoder) as steps:
+        scheduler = here.service.engine.scheduler
+        with stepped(scheduler) as steps:
             address = ("127.0.0.1", int(here.url.rpartition(":")[2]))
             with socket.create_connection(address) as caller:
                 data = json.dumps(body)
@@ -470,8 +470,8 @@ def test_a_caller_who_hangs_up_before_the_answer_leaves_their_slot(tiny, tmp_pat
                     f"{head}Content-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n{data}".encode()
                 )
                 steps.release(3)
-                _waited(lambda: {"status": "running" if decoder.running == 0 else "done"})
-            (row,) = decoder.rows  # the engine stands still: it is not done
+                _waited(lambda: {"status": "running" if scheduler.running == 0 else "done"})
+            (row,) = scheduler.rows  # the engine stands still: it is not done
             _waited(lambda: {"status": "done" if row.cancelled else "running"})
             assert row.count < 10
         found = httpx2.post(f"{here.url}/v1/completions", json=body | {"max_tokens": 3}, headers=headers, timeout=60)

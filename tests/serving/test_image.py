@@ -79,7 +79,7 @@ def test_its_health_is_the_engines(tiny, tmp_path):
     with served(*tiny, tmp_path) as running:
         port = int(running.url.rpartition(":")[2])
         assert health(port) == 0
-        running.service.engine.decoder.turn = broken
+        running.service.engine.scheduler.step = broken
         bearer = {"Authorization": f"Bearer {running.secrets['admin']}"}
         body = {"model": "task", "prompt": "Film 7", "max_tokens": 8}
         assert httpx2.post(f"{running.url}/v1/completions", json=body, headers=bearer, timeout=60).status_code == 503
