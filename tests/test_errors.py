@@ -393,7 +393,7 @@ PROVOKED = {
     ),
     "Refused": (
         lambda w: w.asked(LONG),
-        ("the prompt has 70 tokens", "8 are to come", "together more than 64"),
+        ("the prompt has 70 tokens", "max_tokens is 8", "together more than 64"),
         r"lower max_tokens",
     ),
     "QueueFull": (
@@ -413,12 +413,12 @@ PROVOKED = {
     ),
     "NobodyHere": (
         lambda w: w.who("person:eve"),
-        ("does not exist, or this key may not ask it", "'person:eve'", "may not ask it"),
+        ("does not exist, or this key may not use it", "'person:eve'", "may not use it"),
         "GET /v1/models",
     ),
     "NeedsRebuild": (
         lambda w: w.who("task", strict=[w.tmp]),
-        ("the bank has to be rebuilt", "somebody who was forgotten", "without"),
+        ("the bank must be rebuilt", "a forgotten person", "without"),
         "Ask the base",
     ),
     "VllmNotStarted": (

@@ -82,13 +82,13 @@ def test_a_job_that_runs_while_its_person_is_forgotten_elsewhere_saves_nothing_o
     monkeypatch.setattr(Stages, "states", slow)
     for id in ("eve", "bob"):
         http.post(f"/v1/people/{id}/history", json={"items": ITEMS})
-    with gateway.service.jobs._turn:  # both in one job
+    with gateway.service.jobs._changed:  # both in one job
         gateway.service.jobs._forgetting += 1
     for id in ("eve", "bob"):
         assert http.post(f"/v1/people/{id}/personalize").status_code == 202
-    with gateway.service.jobs._turn:
+    with gateway.service.jobs._changed:
         gateway.service.jobs._forgetting -= 1
-        gateway.service.jobs._turn.notify_all()
+        gateway.service.jobs._changed.notify_all()
     assert begun.wait(60)
     gateway.forget()
     going_on.set()
@@ -107,7 +107,7 @@ def test_a_gateway_drops_all_it_holds_in_memory_of_who_was_forgotten_elsewhere(g
     http.post("/v1/people/bob/history", json={"items": ITEMS})
     assert "eve" in service.jobs._status
     gateway.forget()
-    until(lambda: "eve" not in service.histories._whose)
+    until(lambda: "eve" not in service.histories._share)
     until(lambda: service.jobs.status("eve") is None)
     until(lambda: not [who for who in service.engine.activated.known() if getattr(who, "person", "") == "eve"])
     until(lambda: not [who for who in service.engine.scheduler.known() if getattr(who, "person", "") == "eve"])

@@ -134,8 +134,8 @@ def test_forbidden_and_unknown_people_are_answered_alike(world, model):
     assert error.value.code == "model_not_found"
     told = error.value.body["message"].replace(model, "X")
     assert told == (
-        "the model 'X' does not exist, or this key may not ask it. "
-        "GET /v1/models lists some that it may; fallback: task asks the pooled model then."
+        "the model 'X' does not exist, or this key may not use it. "
+        "GET /v1/models lists available models; with fallback: task the pooled model answers instead."
     )
 
 

@@ -61,7 +61,7 @@ def test_the_gateway_before_vllm_holds_no_weight_and_trains_with_those_it_loads_
     async def go():
         assert materialized(service.base) == materialized(service.jobs.personal.base) == []
         await service.jobs.forget("nobody")  # needs none
-        assert service.jobs._trains is None
+        assert service.jobs._trainer is None
         service.jobs._load = with_encoder(service.jobs._load)
         service.jobs.put(ann)
         until = time.monotonic() + 120
@@ -98,7 +98,7 @@ def test_weights_that_cannot_be_loaded_fail_a_job_at_once_and_are_tried_again_fo
 
     jobs = Jobs(personalizer(world.base, world.bank, tmp_path / "people"), load=load)
     for count in (1, 2):
-        found = jobs._personalized(people_of(3), NOTHING)
+        found = jobs._personalize(people_of(3), NOTHING)
         assert {(status.state, status.message) for status in found.values()} == {("failed", "OutOfMemoryError")}
         assert len(found) == 3
         assert len(tries) == count
