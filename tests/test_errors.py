@@ -399,7 +399,7 @@ PROVOKED = {
     "QueueFull": (
         lambda w: w.asked(SHORT, SHORT, waiting=0),
         ("requests are waiting already", "0 requests", "already"),
-        "Come again a little later",
+        "Retry a little later",
     ),
     "AnswerLost": (
         lambda w: w.asked(ODD),
@@ -423,7 +423,7 @@ PROVOKED = {
     ),
     "VllmNotStarted": (
         lambda w: w.vllm(),
-        ("vLLM did not come up", r"exit status 1", "it said nothing"),
+        ("vLLM did not start", r"exit status 1", "the log is empty"),
         r"false -m vllm\.entrypoints",
     ),
 }  # fmt: skip

@@ -194,7 +194,7 @@ def test_more_people_than_are_kept_at_hand_are_answered_rightly(engines, world):
     async def in_turn(engine):
         found = [await told(engine, ask) for ask in asks]
         with suppress(AttributeError):
-            await engine.names.settled()
+            await engine.adapters.settled()
         return found, engine.facts()["activated"][0]
 
     found, held = run(engines, in_turn, activated=2)

@@ -19,7 +19,7 @@ from mta.serving.engine import Version
 from mta.serving.launch import vllm_settings
 from mta.serving.model_names import from_wire, named, wire_name
 from mta.serving.vllm.adapters import Adapters, folder_of, note_of, remove
-from mta.serving.vllm.lora_export import Synthesis
+from mta.serving.vllm.lora_export import LoraExporter
 from mta.store import Store
 from mta.store.state import State
 
@@ -50,7 +50,7 @@ def differ(one, other):
 @pytest.mark.parametrize("stacked", [True, False])
 def test_in_a_slot_with_room_nothing_is_lost(mode, rank, stacked):
     state = state_of(mode, rank)
-    found, error = Synthesis(ANCHORS, POOLED, "bank", 16).adapter(state, stacked)
+    found, error = LoraExporter(ANCHORS, POOLED, "bank", 16).adapter(state, stacked)
     whole = merge_of(state)
     assert found.rank <= 16
     assert error < 1e-5
@@ -61,7 +61,7 @@ def test_in_a_slot_with_room_nothing_is_lost(mode, rank, stacked):
 @pytest.mark.parametrize("mode", ["exact", "factor"])
 def test_the_cut_is_the_best_of_its_rank_and_its_error_the_true_one(slot, mode):
     state = state_of(mode)
-    found, error = Synthesis(ANCHORS, POOLED, "bank", slot).adapter(state)
+    found, error = LoraExporter(ANCHORS, POOLED, "bank", slot).adapter(state)
     merge = merge_of(state)
     best, least = truncate(merge, slot - 1)
     assert error == pytest.approx(float(least), rel=1e-3, abs=1e-6)
@@ -76,7 +76,7 @@ def test_many_anchors_take_the_quick_way_and_lose_no_more():
     near = Factors(*(part + 0.1 * torch.randn(40, *part.shape[1:], generator=draw) for part in start))
     anchors, w = LoraBatch({"layer": near}), tuple(torch.linspace(-1, 1.5, 40).tolist())
     state = State("bank", tuple(range(40)), w, "fixed", "", "work", 0)
-    made = Synthesis(anchors, None, "bank", 2)
+    made = LoraExporter(anchors, None, "bank", 2)
     found, error = made.adapter(state)
     again, _ = made.adapter(state)
     whole = merged_factors(anchors, Merge(torch.tensor([state.anchors]), torch.tensor([w])), MergeSettings())
@@ -87,23 +87,23 @@ def test_many_anchors_take_the_quick_way_and_lose_no_more():
 
 
 def test_the_pooled_model_is_its_task_lora_and_the_base_has_none():
-    made = Synthesis(ANCHORS, POOLED, "bank", 8)
+    made = LoraExporter(ANCHORS, POOLED, "bank", 8)
     assert differ(made.adapter(TASK)[0], POOLED) < 1e-6
     with pytest.raises(InputError):
         made.adapter(BASE)
     with pytest.raises(InputError):
-        Synthesis(ANCHORS, None, "bank", 8).adapter(TASK)
+        LoraExporter(ANCHORS, None, "bank", 8).adapter(TASK)
 
 
 def test_what_cannot_be_made_is_refused():
     with pytest.raises(OtherBank):
-        Synthesis(ANCHORS, POOLED, "another", 8).adapter(state_of())
+        LoraExporter(ANCHORS, POOLED, "another", 8).adapter(state_of())
     with pytest.raises(InputError, match="no room"):
-        Synthesis(ANCHORS, POOLED, "bank", 1).adapter(state_of())
+        LoraExporter(ANCHORS, POOLED, "bank", 1).adapter(state_of())
     broken = state_of()
     next(iter(broken.stack.factors.values())).a[0, 0, 0] = torch.nan
     with pytest.raises(StateCorrupt):
-        Synthesis(ANCHORS, POOLED, "bank", 8).adapter(broken)
+        LoraExporter(ANCHORS, POOLED, "bank", 8).adapter(broken)
 
 
 @given(st.text(min_size=1), st.integers(1, 10**8), st.booleans(), st.text("0123456789abcdef", min_size=64, max_size=64))
@@ -203,12 +203,12 @@ def test_nobody_else_gets_one(adapters, caplog):
 def test_who_is_forgotten_while_their_adapter_is_made_gets_none(adapters, monkeypatch):
     made, store = adapters
     name = name_of(store, "../ann")
-    plain = Synthesis.adapter
+    plain = LoraExporter.adapter
 
     def forgotten_meanwhile(self, *how):
         store.forget("../ann")
         return plain(self, *how)
 
-    monkeypatch.setattr(Synthesis, "adapter", forgotten_meanwhile)
+    monkeypatch.setattr(LoraExporter, "adapter", forgotten_meanwhile)
     assert made.path(name) is None
     assert list(made.folder.iterdir()) == []

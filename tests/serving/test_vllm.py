@@ -63,7 +63,7 @@ def test_adapters_are_unloaded_before_their_files_go_so_that_nobodys_answer_ends
             ask = ask_of(world, n)
             tokens, _ = await told(engine, ask)
             wrong += [n] if tokens != expected(world, ask) else []
-        await engine.names.settled()
+        await engine.adapters.settled()
         listed = (await engine.client.get("/v1/models")).json()["data"]
         facts = engine.facts()
         await engine.close()
