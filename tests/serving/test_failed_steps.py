@@ -1,4 +1,4 @@
-"""A step that fails: its rows get an error, all others their answers, and nothing half written is used again."""
+"""Failed steps: rows of the step get an error, others get their answers, and no half-written data is reused."""
 
 import asyncio
 import threading
@@ -31,7 +31,7 @@ WITHOUT_MEMORY = (torch.ops.aten.select.int, torch.ops.aten.zero_.default)  # wh
 
 
 class FailsAt(TorchDispatchMode):
-    """The operations of these numbers raise, of those that torch does in this thread within the block."""
+    """Within the block, torch operations with these numbers raise in this thread."""
 
     def __init__(self, *numbers):
         super().__init__()
@@ -45,7 +45,7 @@ class FailsAt(TorchDispatchMode):
 
 
 def fail_in_layer(base, wanted):
-    """The last layer raises whenever ``wanted(tokens in the pass)``: keys and values of the first are written then."""
+    """The last layer raises if ``wanted(shape of the pass)``; the first layer's keys and values are written by then."""
 
     def hook(_, args, kwargs):
         if wanted(args[0].shape[:2]):
@@ -59,7 +59,7 @@ def scheduler_of(base, bank, slots=3):
 
 
 def answered(scheduler, whose, asks, mode=None):
-    """The answers of all asks, decoded in this thread: tokens, or the error that ended them."""
+    """Decode all requests in this thread; return tokens or the error of each."""
     found = [[] for _ in asks]
     for ask, pieces in zip(asks, found):
         who = whose[int(ask.who.person)] if hasattr(ask.who, "person") else ask.who
@@ -79,7 +79,7 @@ def answered(scheduler, whose, asks, mode=None):
 
 @cache
 def asks_of(count):
-    """Requests of six different people and nobody, in a world of their own, and their answers."""
+    """Requests for six owners (people, base, pooled model) in a new world, and the expected answers."""
     base, bank, whose = world()
     asks = [ask_of(n % 6, prompt, 3 + n % 3) for n, prompt in enumerate(prompts_of(count, longest=14))]
     right = [one_by_one(base, bank, whose[n % 6], ask.prompt, ask.max_tokens) for n, ask in enumerate(asks)]
@@ -88,7 +88,7 @@ def asks_of(count):
 
 @settings(max_examples=12)
 @given(st.lists(st.integers(1, 4000), min_size=1, max_size=4))
-def test_whatever_operation_fails_rows_are_lost_or_right_and_later_answers_are_those_of_a_fresh_engine(numbers):
+def test_after_any_failed_operation_answers_are_lost_or_right_and_later_ones_equal_a_fresh_engines(numbers):
     base, bank, whose, asks, right = asks_of(7)
     scheduler, failing = scheduler_of(base, bank), FailsAt(*numbers)
     found = answered(scheduler, whose, asks, failing)
@@ -98,7 +98,7 @@ def test_whatever_operation_fails_rows_are_lost_or_right_and_later_answers_are_t
     assert answered(scheduler, whose, asks) == right
 
 
-def test_nothing_of_a_lost_row_stays_in_its_slot_or_seat():
+def test_a_lost_row_leaves_its_slots_zeroed():
     base, bank, whose, asks, _ = asks_of(7)
     scheduler = scheduler_of(base, bank, slots=2)
     handle = fail_in_layer(base, lambda _: True)
@@ -109,7 +109,7 @@ def test_nothing_of_a_lost_row_stays_in_its_slot_or_seat():
     assert not any(part.any() for part in kept)
 
 
-def test_a_prompt_that_cannot_be_read_fails_alone_while_others_run():
+def test_a_failed_prefill_ends_only_its_own_row():
     base, bank, whose = world()
     handle = fail_in_layer(base, lambda shape: shape[1] == 7)
 
@@ -129,7 +129,7 @@ def test_a_prompt_that_cannot_be_read_fails_alone_while_others_run():
     assert (facts["failed_steps"][0], facts["lost"][0]) == (1, 1)
 
 
-def test_a_person_whose_adapters_do_not_fit_fails_alone():
+def test_an_adapter_that_does_not_fit_fails_only_its_request():
     base, bank, whose = world()
     wrong = random_loras(base, 1, rank=1, seed=9)
     name = list(wrong.factors)[-1]
@@ -149,7 +149,7 @@ def test_a_person_whose_adapters_do_not_fit_fails_alone():
 
 
 @pytest.mark.parametrize("number", range(1, 30, 3))
-def test_seats_that_could_not_grow_are_as_they_were(number):
+def test_adapter_slots_are_unchanged_after_a_failed_growth(number):
     base, bank, whose = world()
     adapters, big = AdapterSlots(base, [bank], 2), random_loras(base, 1, size=0.6, rank=3, seed=40)
     large = State("bank", (0,), (0.4,), "fixed", "", "w", 0, big)
@@ -165,7 +165,7 @@ def test_seats_that_could_not_grow_are_as_they_were(number):
     assert len({factor.shape[1] for factors in adapters._own.values() for factor in factors}) == 1
 
 
-def test_whatever_goes_wrong_as_a_person_is_looked_up_ends_their_request_alone():
+def test_a_failed_adapter_load_ends_only_its_request():
     base, bank, whose = world()
 
     class Broken:
@@ -223,7 +223,7 @@ def here(tiny_bank_folder, tmp_path):
         yield running
 
 
-def test_a_lost_answer_is_a_500_that_says_so_and_is_counted(here):
+def test_a_lost_answer_is_a_500_with_an_explanation_and_is_counted(here):
     before = asked(here, temperature=0).json()["choices"]
     handle = fail_in_layer(here.base, lambda _: True)
     found = asked(here)
@@ -241,7 +241,7 @@ def test_a_lost_answer_is_a_500_that_says_so_and_is_counted(here):
     assert 'mta_requests_total{kind="completion",status="500"} 1.0' in metrics
 
 
-def test_health_says_that_every_step_fails_and_that_steps_succeed_again(here):
+def test_health_reports_failing_steps_and_recovery(here):
     handle = fail_in_layer(here.base, lambda _: True)
     assert [asked(here).status_code for _ in range(PATIENCE)] == [500] * PATIENCE
     for path in ("healthz", "readyz"):
@@ -253,7 +253,7 @@ def test_health_says_that_every_step_fails_and_that_steps_succeed_again(here):
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_a_dying_engine_is_unhealthy_before_its_requests_are_answered(here):
+def test_a_dying_engine_is_unhealthy_before_its_requests_get_their_errors(here):
     scheduler, go_on = here.service.engine.scheduler, threading.Event()
     end = scheduler.end
 
