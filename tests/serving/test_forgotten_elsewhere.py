@@ -173,8 +173,8 @@ def test_forgetting_names_a_bank_that_could_not_be_marked_to_the_operator(tiny_b
     with served(base, Bank.open(folder, base), tmp_path, strict=[folder]) as here:
         key = {"Authorization": f"Bearer {here.secrets['admin']}"}
         (folder / "needs-rebuild.json" / "in the way").mkdir(parents=True)
-        found = httpx2.delete(f"{here.url}/v1/people/t0", headers=key, timeout=60).json()
-        assert (found["needs_rebuild"], found["banks_unmarked"], list(found["banks"])) == (["task LoRA"], 1, [str(folder)])
+        done = httpx2.delete(f"{here.url}/v1/people/t0", headers=key, timeout=60).json()
+        assert (done["needs_rebuild"], done["banks_unmarked"], list(done["banks"])) == (["task LoRA"], 1, [str(folder)])
         assert here.service.is_stale
 
 

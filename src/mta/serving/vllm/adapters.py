@@ -57,7 +57,7 @@ class Adapters:
                 self._clean()
                 return self._path(name)
         except MtaError as error:
-            log.warning("cannot build an adapter: %s", type(error).__name__)  # the message may hold an id
+            log.warning("an adapter could not be built: %s", type(error).__name__)  # the message may hold an id
             return None
 
     def _clean(self) -> None:
