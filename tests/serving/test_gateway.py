@@ -251,7 +251,7 @@ def test_requests_without_a_valid_key_are_refused(world, shown):
         ({"tools": []}, "tools"),
         ({"messages": []}, "messages"),
         ({"messages": [{"role": "user", "content": "x" * 400}]}, "more than 256"),
-        ({"max_tokens": 100_000}, "may have 1024 tokens"),
+        ({"max_tokens": 100_000}, "at most 1024 tokens"),
         ({"n": 99}, "n"),
     ],
 )
@@ -441,7 +441,7 @@ def test_token_offsets_continue_from_piece_to_piece(world):
 
 def test_a_person_key_cannot_take_all_slots(world):
     for _ in range(2):  # what was refused holds nothing
-        with pytest.raises(openai.RateLimitError, match="8 answers at once"):
+        with pytest.raises(openai.RateLimitError, match="at most 8 answers at once"):
             world.client("ann").completions.create(model="task", prompt="x", max_tokens=2, n=9)
         assert len(world.client("ann").completions.create(model="task", prompt="x", max_tokens=2, n=8).choices) == 8
 

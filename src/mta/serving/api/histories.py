@@ -57,7 +57,7 @@ class Histories:
         person = Person.of(id, (*(before.items if before else ()), *new))
         if len(person.items) > self._limit:
             raise Refused(
-                f"a history may have {self._limit} items, this one would have {len(person.items)}",
+                f"a history may have at most {self._limit} items, this one would have {len(person.items)}",
                 hint="Send fewer items, or forget the person and start again: DELETE /v1/people/…",
             )
         return person

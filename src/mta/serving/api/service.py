@@ -118,7 +118,7 @@ class Service:
     def held(self, key: Key, count: int) -> Iterator[None]:
         """Reserve ``count`` answers for a key, so that no person key can take all slots. Raises QueueFull."""
         if key.share and self._held[key.name] + count > self.limits.own:
-            raise QueueFull(f"this key may have {self.limits.own} answers at once", hint="Wait for one to end.")
+            raise QueueFull(f"this key may have at most {self.limits.own} answers at once", hint="Wait for one to end.")
         self._held[key.name] += count
         try:
             yield

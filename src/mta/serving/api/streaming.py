@@ -108,7 +108,7 @@ def ask_of(request: Request, who: Who, base: BaseModel, asker: str, length: int,
     """
     if (letters := request.letters) > length * _LETTERS:
         raise Refused(
-            f"the prompt has {letters} characters; prompt and answer may have {length} tokens together",
+            f"the prompt has {letters} characters; prompt and answer may have at most {length} tokens together",
             hint=f"Send at most {length * _LETTERS} characters.",
         )
     if isinstance(request, ChatRequest):
@@ -118,7 +118,7 @@ def ask_of(request: Request, who: Who, base: BaseModel, asker: str, length: int,
         prompt = base.prompts.text(request.prompt)
     if (request.most or 0) > most:
         raise Refused(
-            f"max_tokens is {request.most}; an answer may have {most} tokens", hint=f"Send max_tokens: {most}"
+            f"max_tokens is {request.most}; an answer may have at most {most} tokens", hint=f"Send max_tokens: {most}"
         )
     return Ask(
         prompt,
