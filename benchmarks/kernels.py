@@ -32,7 +32,7 @@ from mta.kernels.products import _onednn_is_faster
 from mta.lora.batch import LoraBatch, fresh
 from mta.lora.merge import merge_exact
 from mta.model.base import BaseModel
-from mta.serving.embedded.adapter_slots import Person, Seats
+from mta.serving.embedded.adapter_slots import AdapterSlots, RowAdapter
 from mta.serving.embedded.kv_cache import Slots
 from mta.system.atomic import read_json, write_json
 from mta.system.device import cores, processor
@@ -63,12 +63,12 @@ def trained(base: BaseModel, work: str, sizes: Sizes) -> Callable[[], None]:
 
 def decoded(base: BaseModel, sizes: Sizes) -> Callable[[], None]:
     """``tokens`` decoding steps of 16 rows: a task LoRA and 16 anchors that all share, and a stack for each."""
-    seats = Seats(base, [_bank(base, 16)], ROWS)  # type: ignore[list-item]  # a bank is what it is made of
+    seats = AdapterSlots(base, [_bank(base, 16)], ROWS)  # type: ignore[list-item]  # a bank is what it is made of
     slots = Slots(base, ROWS, 256, 128, seats.exchange)
     stacks = small(fresh(base.targets, 1, 1.0, 4, [str(n) for n in range(ROWS)], base.master_dtype), 4).to(base.dtype)
     for n in range(ROWS):
         gates = torch.full_like(seats._gates[n], 1 / 16)
-        seats.take(n, Person(gates, stacks.select([n])))
+        seats.take(n, RowAdapter(gates, stacks.select([n])))
         slots.take((n, ""), [10] * PROMPT)  # type: ignore[arg-type]
 
     def work() -> None:
@@ -91,7 +91,7 @@ def merged(base: BaseModel) -> Callable[[], None]:
 
 
 def _bank(base: BaseModel, anchors: int) -> Any:
-    """What seats need of a bank, with made-up weights: times do not depend on values."""
+    """What adapter slots need of a bank, with made-up weights: times do not depend on values."""
     made: LoraBatch = small(fresh(base.targets, 8, 2.0, 1, ["bank"] * anchors), 1).to(base.dtype)
     info = SimpleNamespace(run=SimpleNamespace(stack=SimpleNamespace(lora=SimpleNamespace(rank=1))))
     kept = {"task_lora": task_lora(base), "working": made, "anchors": made, "hash": "made up", "info": info}

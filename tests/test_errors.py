@@ -393,13 +393,13 @@ PROVOKED = {
     ),
     "Refused": (
         lambda w: w.asked(LONG),
-        ("the prompt has 70 tokens", "8 are to come", "together more than 64"),
+        ("the prompt has 70 tokens", "max_tokens is 8", "together more than 64"),
         r"lower max_tokens",
     ),
     "QueueFull": (
         lambda w: w.asked(SHORT, SHORT, waiting=0),
         ("requests are waiting already", "0 requests", "already"),
-        "Come again a little later",
+        "Retry a little later",
     ),
     "AnswerLost": (
         lambda w: w.asked(ODD),
@@ -413,17 +413,17 @@ PROVOKED = {
     ),
     "NobodyHere": (
         lambda w: w.who("person:eve"),
-        ("does not exist, or this key may not ask it", "'person:eve'", "may not ask it"),
+        ("does not exist, or this key may not use it", "'person:eve'", "may not use it"),
         "GET /v1/models",
     ),
     "NeedsRebuild": (
         lambda w: w.who("task", strict=[w.tmp]),
-        ("the bank has to be rebuilt", "somebody who was forgotten", "without"),
+        ("the bank must be rebuilt", "a forgotten person", "without"),
         "Ask the base",
     ),
     "VllmNotStarted": (
         lambda w: w.vllm(),
-        ("vLLM did not come up", r"exit status 1", "it said nothing"),
+        ("vLLM did not start", r"exit status 1", "the log is empty"),
         r"false -m vllm\.entrypoints",
     ),
 }  # fmt: skip

@@ -92,7 +92,7 @@ import os, sys
 from pathlib import Path
 import torch
 from mta import TASK, Bank, BaseModel
-from mta.serving.embedded.adapter_slots import Seats
+from mta.serving.embedded.adapter_slots import AdapterSlots
 from mta.serving.embedded.kv_cache import Slots
 
 def resident():
@@ -103,11 +103,11 @@ bank, count, length = Bank.open(sys.argv[2], base), int(sys.argv[3]), int(sys.ar
 found = []
 for rows in (2, count):  # what grows with rows is theirs, all else is there once
     seats = slots = None
-    seats = Seats(base, [bank], rows)
+    seats = AdapterSlots(base, [bank], rows)
     slots = Slots(base, rows, length - 8, 8, seats.exchange)
     for n in range(rows):
         slots.take((n, ""), [5, 6])
-        seats.take(n, seats.person(TASK))
+        seats.take(n, seats.adapter_of(TASK))
     with torch.inference_mode(), seats.opened(slice(0, rows)):
         slots.logits(slice(0, rows), [[5, 6]] * rows)
         for kept in (*slots.cache.keys, *slots.cache.values):

@@ -69,7 +69,7 @@ def test_what_is_kept_of_a_person_is_what_their_files_take(tmp_path):
 
 
 def test_a_bank_and_a_row_take_what_is_told(tiny_bank_folder, tiny, tmp_path):
-    from mta.serving.embedded.adapter_slots import Seats
+    from mta.serving.embedded.adapter_slots import AdapterSlots
     from mta.serving.embedded.kv_cache import Slots
 
     base, bank = tiny
@@ -79,7 +79,7 @@ def test_a_bank_and_a_row_take_what_is_told(tiny_bank_folder, tiny, tmp_path):
     files = [tiny_bank_folder / "anchors.safetensors", *(tiny_bank_folder / "task_lora").glob("*.safetensors")]
     tensors = sum(f.stat().st_size - 8 - int.from_bytes(f.read_bytes()[:8], "little") for f in files)
     assert told["MTA"].fixed_bytes * torch.finfo(base.master_dtype).bits / 32 == tensors
-    seats = Seats(base, [bank], 3)
+    seats = AdapterSlots(base, [bank], 3)
     slots = Slots(base, 3, 40, 8, seats.exchange)
     for n in range(3):
         slots.take((n, ""), [5, 6])

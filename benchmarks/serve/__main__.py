@@ -6,7 +6,7 @@
 
 A real server for each way, in a process of its own, asked over loopback by one process of clients. Every client is
 another person: made up, with coefficients over all anchors and a rank-1 stack. "Base alone" is served without adapters:
-the embedded engine without seats, vLLM without --enable-lora. PEFT generates whole batches of the same people in
+the embedded engine without adapters, vLLM without --enable-lora. PEFT generates whole batches of the same people in
 its own process, without a server.
 """
 

@@ -15,7 +15,7 @@ import torch
 from mta.bank import format as files
 from mta.lora.batch import join
 from mta.lora.merge import merge_exact, truncate
-from mta.serving.vllm.lora_export import Synthesis
+from mta.serving.vllm.lora_export import LoraExporter
 from mta.store import Store
 
 
@@ -32,7 +32,7 @@ def main() -> None:
     merged = merge_exact(anchors, torch.tensor([state.anchors]), torch.tensor([state.w]))
     whole = join([pooled, merged]) if pooled else merged
     for rank in args.ranks:
-        made = Synthesis(anchors, pooled, info.hash, rank)
+        made = LoraExporter(anchors, pooled, info.hash, rank)
         start = time.perf_counter()
         _, error = made.adapter(state)
         middle = time.perf_counter()

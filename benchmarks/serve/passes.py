@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.serve.server import LENGTH, made_up, opened
-from mta.serving.embedded.adapter_slots import Seats
+from mta.serving.embedded.adapter_slots import AdapterSlots
 from mta.serving.embedded.kv_cache import Slots
 from mta.system.device import cores, in_passing, processor
 from mta.system.malloc import keep_freed_memory
@@ -24,7 +24,7 @@ PROMPT = [10] * 80  # tokens that lie in every slot already
 TIMES = 20
 
 
-def milliseconds(slots: Slots, seats: Seats, rows: slice, tokens: int, alone: bool) -> float:
+def milliseconds(slots: Slots, seats: AdapterSlots, rows: slice, tokens: int, alone: bool) -> float:
     """The median of some passes over as many new tokens of each row."""
     found = []
     for _ in range(TIMES):
@@ -44,10 +44,10 @@ def main() -> None:
     words.add_argument("--dtype", default="bfloat16")
     args = words.parse_args()
     base, bank = in_passing(lambda: opened(args.bank, args.dtype))
-    seats = in_passing(lambda: Seats(base, [bank], args.rows))
+    seats = in_passing(lambda: AdapterSlots(base, [bank], args.rows))
     slots = Slots(base, args.rows, LENGTH, 128, seats.exchange)
     for n in range(args.rows):
-        seats.take(n, seats.person(made_up(base, bank, str(n))))
+        seats.take(n, seats.adapter_of(made_up(base, bank, str(n))))
         slots.take((n, ""), PROMPT)  # type: ignore[arg-type]
     told: dict[str, object] = {"machine": f"{processor()}, {cores()} cores", "anchors": len(bank)}
     ways = {f"a token of {args.rows} rows": (slice(0, args.rows), 1)}

@@ -15,7 +15,7 @@ import torch
 from benchmarks.serve.load import prompt
 from benchmarks.serve.server import made_up, opened
 from mta.lora.peft import write_peft
-from mta.serving.vllm.lora_export import Synthesis
+from mta.serving.vllm.lora_export import LoraExporter
 from mta.system.hub import local_folder
 from mta.system.malloc import keep_freed_memory
 
@@ -28,7 +28,7 @@ def generated(folder: str, people: int, most: int, seconds: float, dtype: str) -
     from transformers import AutoModelForCausalLM
 
     base, bank = opened(Path(folder), dtype)
-    made = Synthesis(bank.anchors, bank.task_lora, bank.hash, RANK)
+    made = LoraExporter(bank.anchors, bank.task_lora, bank.hash, RANK)
     plain = AutoModelForCausalLM.from_pretrained(local_folder(base.name), dtype=base.dtype, trust_remote_code=False)
     model: Any = None
     with tempfile.TemporaryDirectory() as place:

@@ -67,7 +67,7 @@ def main() -> None:
         if vllm:
             service.engine.stops = frozenset()  # type: ignore[union-attr]
         elif args.alone:
-            service.engine.decoder.seats.opened = lambda rows: nullcontext()  # type: ignore[union-attr]
+            service.engine.scheduler.adapters.opened = lambda rows: nullcontext()  # type: ignore[union-attr]
         serve(service, "127.0.0.1", 0, lambda url: print(json.dumps({"url": url}), flush=True))
 
 

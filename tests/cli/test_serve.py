@@ -121,17 +121,17 @@ def test_strict_refuses_a_bank_trained_on_a_forgotten_person(made, tmp_path):
     words = ["serve", "--bank", str(bank), "--store", str(made / "people"), "--insecure-local", "--strict"]
     found = mta(*words)
     assert found.returncode == 1
-    assert "forgotten is in the anchor" in found.stderr
+    assert "remains in the anchor" in found.stderr
 
 
 @pytest.mark.parametrize(
     ("words", "said"),
     [
         ([], "no API key"),
-        (["--insecure-local", "--host", "0.0.0.0"], "this machine alone"),
+        (["--insecure-local", "--host", "0.0.0.0"], "this machine only"),
         (["--new-key", "x"], "needs a file"),
         (["--keys", "KEYS", "--new-key", "x", "--rights", "king"], "rights"),
-        (["--keys", "KEYS", "--new-key", "x", "--rights", "person"], "'of' names"),
+        (["--keys", "KEYS", "--new-key", "x", "--rights", "person"], "'of' is required"),
         (["--insecure-local", "--store", "nowhere"], "no store"),
     ],
 )

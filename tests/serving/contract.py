@@ -1,4 +1,4 @@
-"""A world both engines can answer in: a saved base in float32, a bank, and people whose answers are all different."""
+"""Setup for tests of both engines: a saved float32 base, a bank, and people with different answers."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ WITH_VLLM = [
 
 
 class World:
-    """Base, bank and store in a folder, and engines over them."""
+    """Base, bank, and store in a folder, and factories of engines over them."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.place = folder, str(folder / "base")
@@ -55,42 +55,42 @@ class World:
         self.stops = set(self.base.stop_tokens)
 
     def renew(self, person: str, seed: int, bank: str | None = None) -> Version:
-        """A new version of a person, unlike all others."""
+        """Save a new version of a person that differs from all others."""
         stack = random_loras(self.base, 1, rank=1, size=0.5, seed=seed)
         w = (3.0, -2.0, float(seed % 7))
         state = State(bank or self.bank.hash, (0, 1, 2), w, "fixed", "", f"{person}/{seed}", 0, stack)
         return self.version(person, self.store.save(person, state))
 
     def version(self, person: str, number: int, stacked: bool = True) -> Version:
-        """As the gateway names it to an engine."""
+        """The version as the gateway passes it to an engine."""
         return Version(person, number, stacked, self.store.seal(person, number) or "")
 
     def alone(self, who: Version | Nobody, prompt: list[int], count: int) -> list[int]:
-        """The answer of one row alone, by nothing an engine uses."""
+        """The answer of one row, computed without any engine code."""
         whose = who if isinstance(who, Nobody) else self.store.load(who.person, who.number)
         adapters = row_adapters(self.base, self.bank, [whose], isinstance(who, Nobody) or who.stacked)
         return generate(self.base, [prompt], [0], adapters, max_new_tokens=count)[0]
 
     def embedded(self, **how: int) -> EmbeddedEngine:
-        """Over modules of its own, so that ``alone`` can be asked meanwhile."""
+        """An embedded engine with its own modules, so that ``alone`` can run meanwhile."""
         sizes = {name: value for name, value in how.items() if name == "activated"}
         sizes |= {"waiting": how["most"] - 4} if "most" in how else {}
         return EmbeddedEngine(self.base.twin(), self.bank, self.store, slots=4, length=LENGTH, **sizes)
 
     def vllm(self, server: object, **how: int) -> VllmEngine:
-        """Over a server that goes on."""
+        """An engine over a server that keeps running."""
         stops = sorted(self.stops)
         return VllmEngine(server, self.store, bank=self.bank.hash, length=LENGTH, stops=stops, **how)
 
     def settings(self, **how: object) -> VllmSettings:
-        """Of a vLLM server for this base."""
+        """Settings of a vLLM server for this base."""
         more = ("--dtype=float32", "--block-size=32", "--enforce-eager")
         paths = {"bank": str(self.folder / "bank"), "store": str(self.folder / "people")}
         return VllmSettings(PYTHON, self.place, length=LENGTH, rows=4, args=more, **paths, **how)
 
 
 class Lent:
-    """A server that engines of several tests use one after the other: they do not end it."""
+    """A server shared by the engines of several tests; ``stop`` does nothing."""
 
     def __init__(self, server: VllmServer) -> None:
         self._server = server
@@ -99,12 +99,12 @@ class Lent:
         return getattr(self._server, name)
 
     def stop(self) -> None:
-        """It goes on."""
+        """Do nothing: the server keeps running."""
 
 
 @contextmanager
 def vllm_server(settings: VllmSettings):
-    """A real one, for as long as the block lasts."""
+    """A real vLLM server within the block."""
     server = VllmServer(settings)
     server.start()
     try:
@@ -114,13 +114,13 @@ def vllm_server(settings: VllmSettings):
 
 
 def prompt_of(n: int, length: int = 12) -> list[int]:
-    """Tokens that are no end."""
+    """Prompt tokens without an end token."""
     draw = torch.Generator().manual_seed(n)
     return torch.randint(10, 250, (length,), generator=draw).tolist()
 
 
-async def told(engine: object, ask: Ask) -> tuple[list[int], str]:
-    """Tokens of an answer, and how it ended."""
+async def collect(engine: object, ask: Ask) -> tuple[list[int], str]:
+    """The tokens of an answer, and its finish reason."""
     tokens, finish = [], ""
     async for piece in engine.answer(ask):
         tokens += [piece.token.id] if piece.token else []

@@ -1,4 +1,4 @@
-"""A real server over the tiny bank, on a port of its own, for tests that talk to it as clients do."""
+"""A real server over the tiny bank on its own port, for tests that act as clients."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from mta.store import Store
 
 
 @contextmanager
-def served(base, bank, folder, *, limits=None, open_door=False, engine=None, store=None, strict=(), sweep=600.0, **how):
-    """Yields url, service, and secrets: admin, serve, ann (one person's), team (a prefix)."""
+def served(base, bank, folder, *, limits=None, keyless=False, engine=None, store=None, strict=(), sweep=600.0, **how):
+    """Yields url, service, and secrets of four keys: admin, serve, ann (a person), team (a prefix)."""
     store, keys = store or Store(folder / "people"), folder / "keys.yaml"
     given = {"admin": ("admin", ""), "serve": ("serve", ""), "ann": ("person", "ann"), "team": ("prefix", "team/")}
     secrets = {name: add_key(keys, name, rights, of) for name, (rights, of) in given.items()}
     engine = engine or EmbeddedEngine(base, bank, store, **{"slots": 4, "chunk": 32, "length": 256} | how)
     jobs = Jobs(personalizer(base.twin(), bank, store))
-    known = Keys(()) if open_door else Keys.load(keys)
+    known = Keys(()) if keyless else Keys.load(keys)
     more = {"strict": strict, "sweep": sweep}
     service = Service(engine, base, store, bank.task, known, jobs, limits or Limits(), engine.length, **more)
     server = uvicorn.Server(uvicorn.Config(create_app(service), log_level="error", access_log=False))
@@ -47,24 +47,24 @@ def served(base, bank, folder, *, limits=None, open_door=False, engine=None, sto
 
 
 def endless(base):
-    """Hardly a token of the tiny model ends an answer: it would mostly be empty."""
+    """Remove end tokens: answers of the tiny model would mostly be empty otherwise."""
     base.prompts.end_token = 259
     base.model.generation_config.eos_token_id = None
     return base
 
 
 @contextmanager
-def stepped(decoder):
-    """Within the block a decoder makes one turn for each ``release`` of the semaphore that is yielded."""
-    steps, turn = threading.Semaphore(0), decoder.turn
+def stepped(scheduler):
+    """Within the block the scheduler makes one step per ``release`` of the yielded semaphore."""
+    steps, step = threading.Semaphore(0), scheduler.step
 
-    def wait_and_turn():
+    def wait_and_step():
         assert steps.acquire(timeout=60)
-        turn()
+        step()
 
-    decoder.turn = wait_and_turn
+    scheduler.step = wait_and_step
     try:
         yield steps
     finally:
-        decoder.turn = turn
-        steps.release()  # of the turn that waits
+        scheduler.step = step
+        steps.release()  # for the step that waits

@@ -1,13 +1,13 @@
-"""What the gateway may expect of an engine, whichever it is: one suite for the embedded one and for real vLLM.
+"""The engine contract: one suite for the embedded engine and for real vLLM.
 
-vLLM lives in an environment of its own: ``make test-vllm`` makes it and sets MTA_VLLM_PYTHON.
+vLLM has its own environment: ``make test-vllm`` creates it and sets MTA_VLLM_PYTHON.
 """
 
 import asyncio
 from contextlib import suppress
 
 import pytest
-from contract import WITH_VLLM, Lent, World, prompt_of, told, vllm_server
+from contract import WITH_VLLM, Lent, World, collect, prompt_of, vllm_server
 from files import folder_of
 
 from mta.errors import InputError, MtaError, OtherBank, PersonNotFound, StateCorrupt
@@ -28,7 +28,7 @@ def world(tmp_path_factory):
 
 @pytest.fixture(scope="module", params=BOTH)
 def engines(request, world):
-    """Makes engines of one kind."""
+    """A factory of engines of one kind."""
     if request.param == "embedded":
         yield world.embedded
     else:
@@ -37,7 +37,7 @@ def engines(request, world):
 
 
 def run(engines, use, **how):
-    """What ``use`` makes of an engine, which is closed afterwards."""
+    """Return the result of ``use`` with a new engine, and close the engine."""
 
     async def go():
         engine = engines(**how)
@@ -54,33 +54,33 @@ def expected(world, ask):
     return tokens, "length" if len(tokens) == ask.max_tokens else "stop"
 
 
-def test_everybody_in_a_batch_is_answered_as_if_they_were_alone(engines, world):
+def test_batched_answers_equal_single_answers(engines, world):
     people = [world.version(str(n), 1, stacked) for n in range(5) for stacked in (True, False)]
     asks = [Ask(tuple(prompt_of(n)), who, COUNT) for n, who in enumerate([BASE, TASK, *people])]
 
     async def all_at_once(engine):
-        return await asyncio.gather(*(told(engine, ask) for ask in asks))
+        return await asyncio.gather(*(collect(engine, ask) for ask in asks))
 
     found = run(engines, all_at_once)
     assert found == [expected(world, ask) for ask in asks]
     assert len({tuple(tokens) for tokens, _ in found}) > 8
 
 
-def test_an_answer_ends_before_the_token_that_ends_it(engines, world):
+def test_an_answer_excludes_its_stop_token(engines, world):
     who = world.version("0", 1)
     tokens = world.alone(who, prompt_of(0), COUNT)
     stop = next(token for token in tokens if token != tokens[0])
 
     async def ended(engine):
         engine.stops = frozenset({stop})
-        if hasattr(engine, "decoder"):
-            engine.decoder._stops = engine.stops
-        return await told(engine, Ask(tuple(prompt_of(0)), who, COUNT))
+        if hasattr(engine, "scheduler"):
+            engine.scheduler._stops = engine.stops
+        return await collect(engine, Ask(tuple(prompt_of(0)), who, COUNT))
 
     assert run(engines, ended) == (tokens[: tokens.index(stop)], "stop")
 
 
-def test_log_probabilities_are_the_models_own(engines, world):
+def test_log_probabilities_equal_the_models(engines, world):
     who, prompt = world.version("1", 1), prompt_of(1)
 
     async def pieces(engine):
@@ -95,19 +95,19 @@ def test_log_probabilities_are_the_models_own(engines, world):
         assert [value for _, value in token.top] == pytest.approx([value for _, value in other.top], abs=1e-3)
 
 
-def test_sampling_with_a_seed_gives_the_same_again(engines, world):
+def test_sampling_with_a_seed_is_reproducible(engines, world):
     ask = Ask(tuple(prompt_of(2)), world.version("2", 1), COUNT, temperature=2.0, seed=7)
 
     async def twice(engine):
-        return [await told(engine, ask), await told(engine, ask)]
+        return [await collect(engine, ask), await collect(engine, ask)]
 
     first, second = run(engines, twice)
     assert first == second != expected(world, ask)
 
 
-def test_who_leaves_makes_room_and_others_go_on(engines, world):
+def test_a_cancelled_answer_frees_its_slot_and_others_continue(engines, world):
     async def left(engine):
-        stays = asyncio.create_task(told(engine, Ask(tuple(prompt_of(0)), world.version("0", 1), 40)))
+        stays = asyncio.create_task(collect(engine, Ask(tuple(prompt_of(0)), world.version("0", 1), 40)))
         async for piece in (leaving := engine.answer(Ask(tuple(prompt_of(1)), world.version("1", 1), 200))):
             if piece.token:
                 break
@@ -124,7 +124,7 @@ def test_who_leaves_makes_room_and_others_go_on(engines, world):
     assert running == 0
 
 
-def test_what_is_wrong_with_one_person_is_told_and_nobody_else_notices(engines, world):
+def test_an_error_of_one_person_reaches_only_that_request(engines, world):
     other = world.renew("other-bank", 3, bank="another")
     broken = world.renew("broken", 4)
     path = next(
@@ -138,25 +138,25 @@ def test_what_is_wrong_with_one_person_is_told_and_nobody_else_notices(engines, 
 
     async def failing(engine, who):
         with pytest.raises(MtaError) as caught:
-            await told(engine, Ask(tuple(prompt_of(3)), who, 3))
+            await collect(engine, Ask(tuple(prompt_of(3)), who, 3))
         return type(caught.value)
 
     async def all_at_once(engine):
-        return await asyncio.gather(told(engine, fine), *(failing(engine, who) for who in (other, broken, unknown)))
+        return await asyncio.gather(collect(engine, fine), *(failing(engine, who) for who in (other, broken, unknown)))
 
     answer, *errors = run(engines, all_at_once)
     assert answer == expected(world, fine)
     assert errors == [OtherBank, StateCorrupt, PersonNotFound]
 
 
-def test_who_is_updated_while_being_answered_ends_on_the_old_version(engines, world):
+def test_a_running_answer_keeps_its_version_after_an_update(engines, world):
     old = world.renew("ann", 20)
 
     async def updated(engine):
-        running = asyncio.create_task(told(engine, Ask(tuple(prompt_of(4)), old, 60)))
+        running = asyncio.create_task(collect(engine, Ask(tuple(prompt_of(4)), old, 60)))
         await asyncio.sleep(0.05)
         new = world.renew("ann", 21)
-        return new, await told(engine, Ask(tuple(prompt_of(4)), new, COUNT)), await running
+        return new, await collect(engine, Ask(tuple(prompt_of(4)), new, COUNT)), await running
 
     new, after, before = run(engines, updated)
     assert new.number == old.number + 1
@@ -165,11 +165,11 @@ def test_who_is_updated_while_being_answered_ends_on_the_old_version(engines, wo
     assert before[0][:COUNT] != after[0]
 
 
-def test_the_forgotten_are_gone_and_who_comes_again_is_somebody_new(engines, world):
+def test_a_forgotten_person_is_gone_and_the_same_id_starts_fresh(engines, world):
     first = world.renew("gone", 30)
 
     async def forgotten(engine):
-        running = asyncio.create_task(told(engine, Ask(tuple(prompt_of(5)), first, 200)))
+        running = asyncio.create_task(collect(engine, Ask(tuple(prompt_of(5)), first, 200)))
         while not engine.facts()["running"][0]:
             await asyncio.sleep(0.01)
         assert first in await engine.versions()
@@ -179,22 +179,22 @@ def test_the_forgotten_are_gone_and_who_comes_again_is_somebody_new(engines, wor
         with pytest.raises((EngineGone, PersonNotFound)):
             await running
         with pytest.raises(PersonNotFound):
-            await told(engine, Ask(tuple(prompt_of(5)), first, 3))
+            await collect(engine, Ask(tuple(prompt_of(5)), first, 3))
         again = world.renew("gone", 31)
         assert again.number == first.number
-        return again, await told(engine, Ask(tuple(prompt_of(5)), again, COUNT))
+        return again, await collect(engine, Ask(tuple(prompt_of(5)), again, COUNT))
 
     again, found = run(engines, forgotten)
     assert found == expected(world, Ask(tuple(prompt_of(5)), again, COUNT))
 
 
-def test_more_people_than_are_kept_at_hand_are_answered_rightly(engines, world):
+def test_more_people_than_the_adapter_cache_holds_are_answered_correctly(engines, world):
     asks = [Ask(tuple(prompt_of(n)), world.version(str(n % 5), 1), 4) for n in range(15)]
 
     async def in_turn(engine):
-        found = [await told(engine, ask) for ask in asks]
+        found = [await collect(engine, ask) for ask in asks]
         with suppress(AttributeError):
-            await engine.names.settled()
+            await engine.adapters.settled()
         return found, engine.facts()["activated"][0]
 
     found, held = run(engines, in_turn, activated=2)
@@ -202,7 +202,7 @@ def test_more_people_than_are_kept_at_hand_are_answered_rightly(engines, world):
     assert held <= 2
 
 
-def test_what_one_caller_asked_is_known_to_them_alone(engines, world):
+def test_cached_prefixes_are_not_shared_between_callers(engines, world):
     prompt = tuple(prompt_of(6, 64))
 
     async def cached(engine, asker):
@@ -217,31 +217,31 @@ def test_what_one_caller_asked_is_known_to_them_alone(engines, world):
     assert again > 0
 
 
-def test_too_much_is_refused_before_it_is_begun(engines, world):
+def test_requests_over_a_limit_are_refused_before_they_start(engines, world):
     who = world.version("0", 1)
 
     async def refused(engine):
         with pytest.raises(InputError):
-            await told(engine, Ask((), who, 3))
+            await collect(engine, Ask((), who, 3))
         with pytest.raises(InputError):
-            await told(engine, Ask(tuple(prompt_of(0, 250)), who, 20))
-        running = [asyncio.create_task(told(engine, Ask(tuple(prompt_of(n)), who, 100))) for n in range(6)]
+            await collect(engine, Ask(tuple(prompt_of(0, 250)), who, 20))
+        running = [asyncio.create_task(collect(engine, Ask(tuple(prompt_of(n)), who, 100))) for n in range(6)]
         await asyncio.sleep(0)
         await asyncio.sleep(0)
         with pytest.raises(QueueFull):
-            await told(engine, Ask(tuple(prompt_of(9)), who, 3))
+            await collect(engine, Ask(tuple(prompt_of(9)), who, 3))
         return await asyncio.gather(*running)
 
     assert all(len(tokens) <= 100 for tokens, _ in run(engines, refused, most=6))
 
 
-def test_a_closed_engine_ends_what_runs_and_takes_nothing_new(engines, world):
+def test_a_closing_engine_finishes_running_answers_and_accepts_no_new_ones(engines, world):
     async def closed(engine):
-        running = asyncio.create_task(told(engine, Ask(tuple(prompt_of(7)), TASK, 30)))
+        running = asyncio.create_task(collect(engine, Ask(tuple(prompt_of(7)), TASK, 30)))
         await asyncio.sleep(0.05)
         await engine.close()
         with pytest.raises(EngineGone):
-            await told(engine, Ask(tuple(prompt_of(7)), TASK, 3))
+            await collect(engine, Ask(tuple(prompt_of(7)), TASK, 3))
         assert not engine.ready
         return await running
 

@@ -1,4 +1,4 @@
-"""The embedded engine: whoever shares a pass, a slot or a seat, everybody is answered as if they were alone."""
+"""The embedded engine: batching and reuse of slots do not change any answer."""
 
 import asyncio
 import random
@@ -26,7 +26,7 @@ KINDS = ["llama", "mistral", "qwen2", "qwen3", "gemma3", "gpt2"]
 
 
 class OneBank:
-    """What an engine needs of a bank, over random adapters."""
+    """The parts of a bank that an engine needs, with random adapters."""
 
     def __init__(self, base, anchors=3, name="bank", seed=0, pooled=True):
         self.working = self.anchors = random_loras(base, anchors, size=0.5, seed=seed)
@@ -53,7 +53,7 @@ def world(kind="llama", mode="exact", people=4):
 
 @torch.no_grad()
 def one_by_one(base, bank, who, prompt, count, stacked=True):
-    """The most likely token again and again, over the whole text each time: no batch, no cache, no slot."""
+    """Greedy decoding over the whole text at each step: no batch, no cache, no slot."""
     tokens, adapters = list(prompt), row_adapters(base, bank, [who], stacked)
     with applied(base.model, adapters, torch.tensor([0])):
         for _ in range(count):
@@ -66,7 +66,7 @@ async def tokens_of(engine, ask):
 
 
 class OneStore:
-    """States by the number of the person."""
+    """A store of states by the person's number."""
 
     def __init__(self, whose):
         self.whose = whose
@@ -80,7 +80,7 @@ def engine_of(base, bank, whose, **how):
 
 
 def ask_of(n, prompt, count, **how):
-    """Of one of ``whose``: base and task are 0 and 1."""
+    """A request for person ``n`` of ``whose``; 0 is the base and 1 the pooled model."""
     return Ask(tuple(prompt), (BASE, TASK)[n] if n < 2 else Version(str(n), 1), max_tokens=count, **how)
 
 
@@ -92,7 +92,7 @@ def prompts_of(count, longest=40, seed=0):
 @pytest.mark.parametrize(
     ("kind", "mode"), [*((kind, "exact") for kind in KINDS), ("llama", "svd"), ("llama", "factor")]
 )
-def test_everybody_is_answered_as_if_they_were_alone(kind, mode):
+def test_batched_answers_equal_single_answers(kind, mode):
     base, bank, whose = world(kind, mode)
 
     async def go():
@@ -111,8 +111,8 @@ def test_everybody_is_answered_as_if_they_were_alone(kind, mode):
 
 @pytest.mark.parametrize("pooled", [True, False])
 @pytest.mark.parametrize("mode", ["exact", "svd"])
-def test_people_of_two_banks_share_a_batch_while_they_are_moved(mode, pooled):
-    """Each by the bank of their state, with its own task LoRA or none; the pooled model is the new bank's."""
+def test_people_of_two_banks_share_a_batch(mode, pooled):
+    """Each person uses the bank of their state, with or without a task LoRA; the pooled model uses the new bank."""
     base, bank, whose = world(mode=mode)
     old = OneBank(base, anchors=5, name="old", seed=40, pooled=pooled)
     banks = [bank, bank, *([bank, old] * 2)]
@@ -130,8 +130,8 @@ def test_people_of_two_banks_share_a_batch_while_they_are_moved(mode, pooled):
         assert tokens == one_by_one(base, banks[n % 6], whose[n % 6], ask.prompt, ask.max_tokens), n
 
 
-def test_a_row_at_the_models_last_places_shares_a_pass_with_a_wider_one():
-    """What fills such a row up lies beyond the last place a model with learned positions has."""
+def test_a_row_at_the_last_positions_shares_a_pass_with_a_longer_one():
+    """The padding of such a row lies beyond the last learned position of the model."""
     base, bank, whose = world("gpt2")
     places = base.model.config.n_positions
     near, short = ([5 + n % 250 for n in range(count)] for count in (places - 10, 40))
@@ -149,7 +149,7 @@ def test_a_row_at_the_models_last_places_shares_a_pass_with_a_wider_one():
 
 @settings(max_examples=15)
 @given(st.data())
-def test_no_order_of_coming_and_going_changes_an_answer(data):
+def test_answers_do_not_depend_on_the_order_of_arrivals_and_cancellations(data):
     base, bank, whose = world()
     prompts = prompts_of(4, longest=20, seed=data.draw(st.integers(0, 3)))
     rows = data.draw(
@@ -180,7 +180,7 @@ def test_no_order_of_coming_and_going_changes_an_answer(data):
         assert tokens == expected[: 2 if n in gone else count]
 
 
-def test_a_warm_slot_serves_its_owner_and_nobody_else():
+def test_a_warm_slot_is_reused_only_by_its_owner():
     base, bank, whose = world()
     text = prompts_of(1, longest=30, seed=3)[0] * 2
 
@@ -202,18 +202,18 @@ def test_a_warm_slot_serves_its_owner_and_nobody_else():
     assert other == (one_by_one(base, bank, whose[3], text, 4), 0)
 
 
-def test_what_was_computed_for_somebody_is_zeros_once_they_are_forgotten():
+def test_forgetting_zeroes_slots_and_adapters_of_the_person():
     base, bank, whose = world()
 
     async def go():
         engine = engine_of(base, bank, whose, slots=3)
         await tokens_of(engine, ask_of(2, [7] * 20, 4))
         await tokens_of(engine, ask_of(3, [8] * 20, 4))
-        seats, cache = engine.decoder.seats, engine.decoder.slots.cache
+        adapters, cache = engine.scheduler.adapters, engine.scheduler.slots.cache
 
         def taken():
-            """Places where anything lies: adapters, keys and values."""
-            kept = [seats._gates, *(f for own in seats._own.values() for f in own), *cache.keys, *cache.values]
+            """Slots with any nonzero value in adapters, keys, or values."""
+            kept = [adapters._gates, *(f for own in adapters._own.values() for f in own), *cache.keys, *cache.values]
             return [len({n for n, place in enumerate(one) if place.any()}) for one in kept]
 
         before = taken()
@@ -227,13 +227,13 @@ def test_what_was_computed_for_somebody_is_zeros_once_they_are_forgotten():
     assert set(after) == {1}
 
 
-def test_forgetting_ends_what_runs_for_that_person_alone():
+def test_forgetting_ends_only_the_persons_running_answers():
     base, bank, whose = world()
 
     async def go():
         engine = engine_of(base, bank, whose, slots=4, length=400)
         prompt = prompts_of(1)[0]
-        with stepped(engine.decoder) as steps:
+        with stepped(engine.scheduler) as steps:
             steps.release(12)  # few of 300
             theirs, other = (engine.answer(ask_of(n, prompt, count)) for n, count in ((2, 300), (3, 60)))
             begun = await asyncio.gather(anext(theirs), anext(other))
@@ -250,7 +250,7 @@ def test_forgetting_ends_what_runs_for_that_person_alone():
     assert found == one_by_one(base, bank, whose[3], prompt, 60)
 
 
-def test_a_request_whose_person_is_still_looked_up_is_answered_although_the_engine_closes():
+def test_a_request_that_still_loads_its_adapter_is_answered_while_the_engine_closes():
     base, bank, whose = world()
     looking, go_on = threading.Event(), threading.Event()
 
@@ -274,7 +274,7 @@ def test_a_request_whose_person_is_still_looked_up_is_answered_although_the_engi
     assert asyncio.run(go()) == one_by_one(base, bank, whose[2], [5, 6, 7], 6)
 
 
-def test_what_does_not_fit_or_comes_too_late_is_refused():
+def test_oversized_and_late_requests_are_refused():
     base, bank, whose = world()
 
     async def go():
@@ -295,7 +295,7 @@ def test_what_does_not_fit_or_comes_too_late_is_refused():
     asyncio.run(go())
 
 
-def test_sampling_depends_on_the_seed_and_on_nobody_else():
+def test_sampling_depends_only_on_the_seed():
     base, bank, whose = world()
 
     async def go(slots, mates):
@@ -311,7 +311,7 @@ def test_sampling_depends_on_the_seed_and_on_nobody_else():
     assert alone == among != one_by_one(base, bank, whose[2], [9, 8, 7], 12)
 
 
-def test_seats_grow_for_a_person_whose_adapters_are_larger():
+def test_adapter_slots_grow_for_an_adapter_of_higher_rank():
     base, bank, whose = world()
     big = random_loras(base, 1, size=0.6, rank=3, seed=40)
     large = State(
@@ -327,7 +327,7 @@ def test_seats_grow_for_a_person_whose_adapters_are_larger():
     assert asyncio.run(go()) == [one_by_one(base, bank, who, [5, 6, 7], 6) for who in (whose[2], large)]
 
 
-def test_a_prompt_and_its_answer_are_never_longer_than_the_base_takes():
+def test_prompt_and_answer_never_exceed_the_length_of_the_base():
     base, bank, whose = world()
     base.prompts.max_tokens = 32
 

@@ -1,4 +1,4 @@
-"""A step that fails: its rows get an error, all others their answers, and nothing half written is used again."""
+"""Failed steps: rows of the step get an error, others get their answers, and no half-written data is reused."""
 
 import asyncio
 import threading
@@ -18,8 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from mta.bank.bank import Bank
 from mta.errors import MtaError
 from mta.lora.batch import Factors, LoraBatch
-from mta.serving.embedded.adapter_slots import Seats
-from mta.serving.embedded.scheduler import PATIENCE, Decoder, Row
+from mta.serving.embedded.adapter_slots import AdapterSlots
+from mta.serving.embedded.scheduler import PATIENCE, Row, Scheduler
 from mta.serving.engine import AnswerLost
 from mta.serving.sampling import Sampler
 from mta.store.state import State
@@ -31,7 +31,7 @@ WITHOUT_MEMORY = (torch.ops.aten.select.int, torch.ops.aten.zero_.default)  # wh
 
 
 class FailsAt(TorchDispatchMode):
-    """The operations of these numbers raise, of those that torch does in this thread within the block."""
+    """Within the block, torch operations with these numbers raise in this thread."""
 
     def __init__(self, *numbers):
         super().__init__()
@@ -45,7 +45,7 @@ class FailsAt(TorchDispatchMode):
 
 
 def fail_in_layer(base, wanted):
-    """The last layer raises whenever ``wanted(tokens in the pass)``: keys and values of the first are written then."""
+    """The last layer raises if ``wanted(shape of the pass)``; the first layer's keys and values are written by then."""
 
     def hook(_, args, kwargs):
         if wanted(args[0].shape[:2]):
@@ -54,20 +54,20 @@ def fail_in_layer(base, wanted):
     return base.model.model.layers[-1].register_forward_pre_hook(hook, with_kwargs=True)
 
 
-def decoder_of(base, bank, slots=3):
-    return Decoder(base, Seats(base, [bank], slots), slots, 64, 8)
+def scheduler_of(base, bank, slots=3):
+    return Scheduler(base, AdapterSlots(base, [bank], slots), slots, 64, 8)
 
 
-def answered(decoder, whose, asks, mode=None):
-    """The answers of all asks, decoded in this thread: tokens, or the error that ended them."""
+def answered(scheduler, whose, asks, mode=None):
+    """Decode all requests in this thread; return tokens or the error of each."""
     found = [[] for _ in asks]
     for ask, pieces in zip(asks, found):
         who = whose[int(ask.who.person)] if hasattr(ask.who, "person") else ask.who
-        decoder.waiting.append(Row(ask, decoder.seats.person(who), pieces.append, Sampler(ask)))
+        scheduler.waiting.append(Row(ask, scheduler.adapters.adapter_of(who), pieces.append, Sampler(ask)))
     with mode or torch.inference_mode():
         turns = 0
-        while decoder.busy:
-            decoder.turn()
+        while scheduler.busy:
+            scheduler.step()
             turns += 1
             assert turns < 1000
     ends = [pieces[-1] for pieces in found]
@@ -79,7 +79,7 @@ def answered(decoder, whose, asks, mode=None):
 
 @cache
 def asks_of(count):
-    """Requests of six different people and nobody, in a world of their own, and their answers."""
+    """Requests for six owners (people, base, pooled model) in a new world, and the expected answers."""
     base, bank, whose = world()
     asks = [ask_of(n % 6, prompt, 3 + n % 3) for n, prompt in enumerate(prompts_of(count, longest=14))]
     right = [one_by_one(base, bank, whose[n % 6], ask.prompt, ask.max_tokens) for n, ask in enumerate(asks)]
@@ -88,28 +88,28 @@ def asks_of(count):
 
 @settings(max_examples=12)
 @given(st.lists(st.integers(1, 4000), min_size=1, max_size=4))
-def test_whatever_operation_fails_rows_are_lost_or_right_and_later_answers_are_those_of_a_fresh_engine(numbers):
+def test_after_any_failed_operation_answers_are_lost_or_right_and_later_ones_equal_a_fresh_engines(numbers):
     base, bank, whose, asks, right = asks_of(7)
-    decoder, failing = decoder_of(base, bank), FailsAt(*numbers)
-    found = answered(decoder, whose, asks, failing)
+    scheduler, failing = scheduler_of(base, bank), FailsAt(*numbers)
+    found = answered(scheduler, whose, asks, failing)
     assert all(isinstance(one, AnswerLost) or one == expected for one, expected in zip(found, right))
-    assert decoder.failed == sum(number <= failing.count for number in failing.numbers)
-    assert decoder.lost == sum(isinstance(one, AnswerLost) for one in found)
-    assert answered(decoder, whose, asks) == right
+    assert scheduler.failed == sum(number <= failing.count for number in failing.numbers)
+    assert scheduler.lost == sum(isinstance(one, AnswerLost) for one in found)
+    assert answered(scheduler, whose, asks) == right
 
 
-def test_nothing_of_a_lost_row_stays_in_its_slot_or_seat():
+def test_a_lost_row_leaves_its_slots_zeroed():
     base, bank, whose, asks, _ = asks_of(7)
-    decoder = decoder_of(base, bank, slots=2)
+    scheduler = scheduler_of(base, bank, slots=2)
     handle = fail_in_layer(base, lambda _: True)
-    assert all(isinstance(one, AnswerLost) for one in answered(decoder, whose, asks))
+    assert all(isinstance(one, AnswerLost) for one in answered(scheduler, whose, asks))
     handle.remove()
-    cache, seats = decoder.slots.cache, decoder.seats
-    kept = [seats._gates, *(part for own in seats._own.values() for part in own), *cache.keys, *cache.values]
+    cache, adapters = scheduler.slots.cache, scheduler.adapters
+    kept = [adapters._gates, *(part for own in adapters._own.values() for part in own), *cache.keys, *cache.values]
     assert not any(part.any() for part in kept)
 
 
-def test_a_prompt_that_cannot_be_read_fails_alone_while_others_run():
+def test_a_failed_prefill_ends_only_its_own_row():
     base, bank, whose = world()
     handle = fail_in_layer(base, lambda shape: shape[1] == 7)
 
@@ -129,7 +129,7 @@ def test_a_prompt_that_cannot_be_read_fails_alone_while_others_run():
     assert (facts["failed_steps"][0], facts["lost"][0]) == (1, 1)
 
 
-def test_a_person_whose_adapters_do_not_fit_fails_alone():
+def test_an_adapter_that_does_not_fit_fails_only_its_request():
     base, bank, whose = world()
     wrong = random_loras(base, 1, rank=1, seed=9)
     name = list(wrong.factors)[-1]
@@ -149,23 +149,23 @@ def test_a_person_whose_adapters_do_not_fit_fails_alone():
 
 
 @pytest.mark.parametrize("number", range(1, 30, 3))
-def test_seats_that_could_not_grow_are_as_they_were(number):
+def test_adapter_slots_are_unchanged_after_a_failed_growth(number):
     base, bank, whose = world()
-    seats, big = Seats(base, [bank], 2), random_loras(base, 1, size=0.6, rank=3, seed=40)
+    adapters, big = AdapterSlots(base, [bank], 2), random_loras(base, 1, size=0.6, rank=3, seed=40)
     large = State("bank", (0,), (0.4,), "fixed", "", "w", 0, big)
-    before = [seats.person(whose[2]), seats.person(large)]
-    seats.take(0, before[0])
+    before = [adapters.adapter_of(whose[2]), adapters.adapter_of(large)]
+    adapters.take(0, before[0])
     tokens = torch.tensor([[5, 6, 7]])
-    with torch.no_grad(), seats.opened(slice(0, 1)):
+    with torch.no_grad(), adapters.opened(slice(0, 1)):
         expected = base.model(tokens, use_cache=False).logits
     with FailsAt(number), pytest.raises(torch.OutOfMemoryError):
-        seats.take(1, before[1])
-    with torch.no_grad(), seats.opened(slice(0, 1)):
+        adapters.take(1, before[1])
+    with torch.no_grad(), adapters.opened(slice(0, 1)):
         assert torch.equal(base.model(tokens, use_cache=False).logits, expected)
-    assert len({factor.shape[1] for factors in seats._own.values() for factor in factors}) == 1
+    assert len({factor.shape[1] for factors in adapters._own.values() for factor in factors}) == 1
 
 
-def test_whatever_goes_wrong_as_a_person_is_looked_up_ends_their_request_alone():
+def test_a_failed_adapter_load_ends_only_its_request():
     base, bank, whose = world()
 
     class Broken:
@@ -223,7 +223,7 @@ def here(tiny_bank_folder, tmp_path):
         yield running
 
 
-def test_a_lost_answer_is_a_500_that_says_so_and_is_counted(here):
+def test_a_lost_answer_is_a_500_with_an_explanation_and_is_counted(here):
     before = asked(here, temperature=0).json()["choices"]
     handle = fail_in_layer(here.base, lambda _: True)
     found = asked(here)
@@ -241,7 +241,7 @@ def test_a_lost_answer_is_a_500_that_says_so_and_is_counted(here):
     assert 'mta_requests_total{kind="completion",status="500"} 1.0' in metrics
 
 
-def test_health_says_that_every_step_fails_and_that_steps_succeed_again(here):
+def test_health_reports_failing_steps_and_recovery(here):
     handle = fail_in_layer(here.base, lambda _: True)
     assert [asked(here).status_code for _ in range(PATIENCE)] == [500] * PATIENCE
     for path in ("healthz", "readyz"):
@@ -253,9 +253,9 @@ def test_health_says_that_every_step_fails_and_that_steps_succeed_again(here):
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_a_dying_engine_is_unhealthy_before_its_requests_are_answered(here):
-    decoder, go_on = here.service.engine.decoder, threading.Event()
-    end = decoder.end
+def test_a_dying_engine_is_unhealthy_before_its_requests_get_their_errors(here):
+    scheduler, go_on = here.service.engine.scheduler, threading.Event()
+    end = scheduler.end
 
     def broken():
         raise MemoryError
@@ -264,7 +264,7 @@ def test_a_dying_engine_is_unhealthy_before_its_requests_are_answered(here):
         end(*args)
         assert go_on.wait(60)  # the requests are answered, the thread lives
 
-    decoder.turn, decoder.end = broken, ends_slowly
+    scheduler.step, scheduler.end = broken, ends_slowly
     try:
         assert asked(here).status_code == 503
         assert here.service.engine._thread.is_alive()

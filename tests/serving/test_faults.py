@@ -1,4 +1,4 @@
-"""What goes wrong in the world: an engine that dies, clients that do not read, a bank exchanged, people without end."""
+"""External faults: a dead engine, clients that do not read, a replaced bank, and very many people."""
 
 import asyncio
 import gc
@@ -27,7 +27,7 @@ PROMPT = (40, 50, 60, 70, 80)
 
 
 def state_of(base, bank, n):
-    """Unlike everybody else's."""
+    """A state that differs from all others."""
     stack = random_loras(base, 1, rank=1, seed=n)
     return State(bank.hash, (0, 1, 2), (1.0, -2.0, float(n % 7)), "fixed", "", f"work{n}", 0, stack)
 
@@ -49,13 +49,13 @@ def asked(here, **how):
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_an_engine_that_dies_says_so_and_what_ran_is_answered_with_it(here):
+def test_a_dead_engine_is_unhealthy_and_running_requests_get_an_error(here):
     def broken():
         raise MemoryError("no more")
 
     assert asked(here).status_code == 200
     assert httpx2.get(f"{here.url}/healthz", timeout=60).status_code == 200
-    here.service.engine.decoder.turn = broken
+    here.service.engine.scheduler.step = broken
     found = [asked(here), asked(here)]
     assert [answer.status_code for answer in found] == [503, 503]
     assert all(answer.json()["error"]["code"] == "engine_gone" for answer in found)
@@ -64,7 +64,7 @@ def test_an_engine_that_dies_says_so_and_what_ran_is_answered_with_it(here):
         assert httpx2.get(f"{here.url}/{path}", timeout=60).status_code == 503
 
 
-def test_a_client_that_does_not_read_keeps_nobody_waiting(here):
+def test_a_client_that_does_not_read_does_not_block_others(here):
     body = json.dumps({"model": "person:ann", "prompt": "Film 7", "max_tokens": 200, "stream": True}).encode()
     head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nAuthorization: {here.headers['Authorization']}\r\n"
     head += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
@@ -86,8 +86,8 @@ def test_a_client_that_does_not_read_keeps_nobody_waiting(here):
     assert asked(here).status_code == 200
 
 
-def test_a_bank_exchanged_on_disk_changes_nobodys_answer(tiny_bank_folder, tmp_path, task, cache):
-    """What is open stays open; an adapter for vLLM is made of the bank a person's state names, or not at all."""
+def test_a_bank_replaced_on_disk_changes_no_answer(tiny_bank_folder, tmp_path, task, cache):
+    """Opened files stay open; an adapter for vLLM is built from the bank of the person's state, or not at all."""
     base = endless(base_of())
     shutil.copytree(tiny_bank_folder, tmp_path / "bank")
     bank = Bank.open(tmp_path / "bank", base)
@@ -119,7 +119,7 @@ def resident():
 
 
 def many_people(tiny, folder, count, activated):
-    """Everybody is asked once, and made only then; returns memory along the way, and how many are held."""
+    """Create and ask each person once; return memory along the way, and the number of cached adapters."""
     base, bank = tiny
     base.prompts.end_token = 260
     store, memory = Store(folder), []
@@ -147,13 +147,13 @@ def many_people(tiny, folder, count, activated):
     return memory, asyncio.run(go())
 
 
-def test_only_so_many_people_are_held(tiny, tmp_path):
+def test_the_adapter_cache_is_bounded(tiny, tmp_path):
     _, held = many_people(tiny, tmp_path / "people", 200, activated=16)
     assert held == 16
 
 
 @pytest.mark.slow
-def test_ten_thousand_people_in_turn_take_no_more_memory_than_the_first_thousand(tiny, tmp_path):
+def test_ten_thousand_people_use_no_more_memory_than_the_first_thousand(tiny, tmp_path):
     memory, held = many_people(tiny, tmp_path / "people", 10_000, activated=64)
     assert held == 64
     assert memory[-1] - memory[20] < 20, memory[::20]

@@ -1,4 +1,4 @@
-"""A person whom another process forgot, while a gateway still holds something of theirs."""
+"""Another process forgets a person while a gateway still holds the person's data."""
 
 import asyncio
 import shutil
@@ -36,7 +36,7 @@ def until(check):
 
 @pytest.fixture
 def gateway(tiny_bank_folder, tmp_path, cache, request):
-    """A gateway over a store, spoken to with an admin's key; ``forget`` forgets by the command line, elsewhere."""
+    """A gateway with an admin client; ``forget`` runs the command line in another process."""
     base = endless(base_of())
     with served(base, Bank.open(tiny_bank_folder, base), tmp_path, sweep=getattr(request, "param", 600.0)) as here:
         key = {"Authorization": f"Bearer {here.secrets['admin']}"}
@@ -57,7 +57,7 @@ def personalized(http):
     return http.get(f"{EVE}/personalize").json()["status"]
 
 
-def test_items_in_memory_do_not_bring_back_who_was_forgotten_by_the_command_line_and_new_ones_do(gateway):
+def test_items_from_before_a_tombstone_are_dropped_and_new_items_are_used(gateway):
     http = gateway.http
     assert http.post(f"{EVE}/history", json={"items": ITEMS[:3]}).json()["items"] == 3
     gateway.forget()
@@ -70,7 +70,7 @@ def test_items_in_memory_do_not_bring_back_who_was_forgotten_by_the_command_line
     assert gateway.store.load("eve").history == people_of(1, items=4, seed=9)[0].latest(1).digest()
 
 
-def test_a_job_that_runs_while_its_person_is_forgotten_elsewhere_saves_nothing_of_theirs(gateway, monkeypatch):
+def test_a_running_job_saves_nothing_of_a_person_forgotten_elsewhere(gateway, monkeypatch):
     http, states, begun, going_on = gateway.http, Stages.states, threading.Event(), threading.Event()
 
     def slow(stages, cohort):
@@ -82,13 +82,13 @@ def test_a_job_that_runs_while_its_person_is_forgotten_elsewhere_saves_nothing_o
     monkeypatch.setattr(Stages, "states", slow)
     for id in ("eve", "bob"):
         http.post(f"/v1/people/{id}/history", json={"items": ITEMS})
-    with gateway.service.jobs._turn:  # both in one job
+    with gateway.service.jobs._changed:  # both in one job
         gateway.service.jobs._forgetting += 1
     for id in ("eve", "bob"):
         assert http.post(f"/v1/people/{id}/personalize").status_code == 202
-    with gateway.service.jobs._turn:
+    with gateway.service.jobs._changed:
         gateway.service.jobs._forgetting -= 1
-        gateway.service.jobs._turn.notify_all()
+        gateway.service.jobs._changed.notify_all()
     assert begun.wait(60)
     gateway.forget()
     going_on.set()
@@ -99,7 +99,7 @@ def test_a_job_that_runs_while_its_person_is_forgotten_elsewhere_saves_nothing_o
 
 
 @pytest.mark.parametrize("gateway", [0.02], indirect=True)
-def test_a_gateway_drops_all_it_holds_in_memory_of_who_was_forgotten_elsewhere(gateway):
+def test_a_gateway_drops_all_memory_of_a_person_forgotten_elsewhere(gateway):
     http, service = gateway.http, gateway.service
     http.post(f"{EVE}/history", json={"items": ITEMS})
     assert personalized(http) == "done"
@@ -107,14 +107,14 @@ def test_a_gateway_drops_all_it_holds_in_memory_of_who_was_forgotten_elsewhere(g
     http.post("/v1/people/bob/history", json={"items": ITEMS})
     assert "eve" in service.jobs._status
     gateway.forget()
-    until(lambda: "eve" not in service.histories._whose)
+    until(lambda: "eve" not in service.histories._share)
     until(lambda: service.jobs.status("eve") is None)
     until(lambda: not [who for who in service.engine.activated.known() if getattr(who, "person", "") == "eve"])
-    until(lambda: not [who for who in service.engine.decoder.known() if getattr(who, "person", "") == "eve"])
+    until(lambda: not [who for who in service.engine.scheduler.known() if getattr(who, "person", "") == "eve"])
     assert service.histories.held("bob") == len(ITEMS)
 
 
-def test_a_person_who_is_asked_for_between_the_tombstone_and_the_removal_leaves_memory_at_a_later_sweep(gateway):
+def test_a_person_loaded_between_tombstone_and_removal_is_dropped_by_a_later_sweep(gateway):
     http, service, store = gateway.http, gateway.service, gateway.store
     http.post(f"{EVE}/history", json={"items": ITEMS})
     assert personalized(http) == "done"
@@ -129,7 +129,7 @@ def test_a_person_who_is_asked_for_between_the_tombstone_and_the_removal_leaves_
     assert _held(service) == set()
 
 
-def test_a_sweep_drops_an_earlier_version_of_a_number_that_holds_something_else_now(gateway):
+def test_a_sweep_drops_a_version_whose_number_now_has_other_content(gateway):
     http, service, store = gateway.http, gateway.service, gateway.store
     http.post(f"{EVE}/history", json={"items": ITEMS})
     assert personalized(http) == "done"
@@ -144,14 +144,12 @@ def test_a_sweep_drops_an_earlier_version_of_a_number_that_holds_something_else_
 
 
 def _held(service):
-    known = (*service.engine.activated.known(), *service.engine.decoder.known())
+    known = (*service.engine.activated.known(), *service.engine.scheduler.known())
     return {who.person for who in known if hasattr(who, "person")}
 
 
 @pytest.mark.parametrize("swept", [False, True])
-def test_nothing_is_told_of_a_person_who_was_saved_and_then_forgotten_elsewhere_within_one_job(
-    gateway, monkeypatch, swept
-):
+def test_a_person_saved_and_then_forgotten_elsewhere_within_one_job_has_no_status(gateway, monkeypatch, swept):
     http, personalize = gateway.http, Personalizer.personalize
 
     def forgotten_after(personal, *args, **how):
@@ -169,18 +167,18 @@ def test_nothing_is_told_of_a_person_who_was_saved_and_then_forgotten_elsewhere_
     assert http.get(f"{EVE}/personalize").status_code == 404
 
 
-def test_an_answer_that_is_told_of_a_bank_that_cannot_be_marked_names_it_to_the_operator(tiny_bank_folder, tmp_path):
+def test_forgetting_names_a_bank_that_could_not_be_marked_to_the_operator(tiny_bank_folder, tmp_path):
     base = endless(base_of())
     folder = shutil.copytree(tiny_bank_folder, tmp_path / "bank")
     with served(base, Bank.open(folder, base), tmp_path, strict=[folder]) as here:
         key = {"Authorization": f"Bearer {here.secrets['admin']}"}
         (folder / "needs-rebuild.json" / "in the way").mkdir(parents=True)
-        told = httpx2.delete(f"{here.url}/v1/people/t0", headers=key, timeout=60).json()
-        assert (told["needs_rebuild"], told["banks_unmarked"], list(told["banks"])) == (["task LoRA"], 1, [str(folder)])
+        done = httpx2.delete(f"{here.url}/v1/people/t0", headers=key, timeout=60).json()
+        assert (done["needs_rebuild"], done["banks_unmarked"], list(done["banks"])) == (["task LoRA"], 1, [str(folder)])
         assert here.service.is_stale
 
 
-def test_what_is_appended_and_kept_while_the_person_is_forgotten_is_not_kept(gateway, monkeypatch):
+def test_items_appended_while_the_person_is_forgotten_are_not_stored(gateway, monkeypatch):
     http, save = gateway.http, Store.save_history
     assert http.post(f"{EVE}/history", json={"items": ITEMS[:2], "keep": True}).status_code == 200
 

@@ -1,4 +1,4 @@
-"""Who is forgotten by HTTP is in no file of the server's, and in nothing it said on its way."""
+"""A person forgotten by HTTP is in no file and no log of the server."""
 
 import time
 from urllib.parse import quote
@@ -17,7 +17,7 @@ EVE = Person.of(
 )
 
 
-def test_who_is_forgotten_by_http_is_in_no_file(tiny_bank_folder, tmp_path, cache, capfd, caplog):
+def test_a_person_forgotten_by_http_is_in_no_file(tiny_bank_folder, tmp_path, cache, capfd, caplog):
     base = endless(base_of())
     bank, where = Bank.open(tiny_bank_folder, base), f"/v1/people/{quote(EVE.id, safe='')}"
     items = [{"fields": dict(item.fields), "time": item.time} for item in EVE.items]
@@ -35,8 +35,8 @@ def test_who_is_forgotten_by_http_is_in_no_file(tiny_bank_folder, tmp_path, cach
             before = {what for _, what in traces([tmp_path], EVE, store)}
             assert before >= {"texts", "keyed hash"}
             assert "id" not in before
-            told = http.delete(where).json()
-        assert told == {"removed": True, "needs_rebuild": [], "exports_left": 0, "banks_unmarked": 0}
+            report = http.delete(where).json()
+        assert report == {"removed": True, "needs_rebuild": [], "exports_left": 0, "banks_unmarked": 0}
         assert traces([tmp_path], EVE, store) == []
     assert traces([tmp_path, tiny_bank_folder], EVE, store) == []
     out, err = capfd.readouterr()

@@ -1,4 +1,4 @@
-"""The Dockerfile, where no container engine runs: linted, its copies and commands tried outside an image."""
+"""The Dockerfile without a container engine: linted, and its copies and commands run outside an image."""
 
 import fnmatch
 import json
@@ -17,21 +17,21 @@ ROOT = Path(__file__).parents[2]
 
 
 def instructions() -> list[tuple[str, str]]:
-    """(word, rest) of each, comments gone and lines joined as Docker joins them."""
+    """(word, rest) of each instruction, without comments, with continued lines joined."""
     lines = [line for line in (ROOT / "Dockerfile").read_text().splitlines() if not line.startswith("#")]
     joined = re.sub(r"\\\n", "", "\n".join(lines))
     return [(word, rest) for word, _, rest in (line.partition(" ") for line in joined.splitlines() if line)]
 
 
 def copied() -> list[str]:
-    """What comes from the checkout."""
+    """Paths copied from the checkout."""
     return [
         path for word, rest in instructions() if word == "COPY" and "--from" not in rest for path in rest.split()[:-1]
     ]
 
 
 def health(port: int, python: str = sys.executable) -> int:
-    """The exit status of the image's health command, asked of another port."""
+    """Exit status of the image's health command on another port."""
     (check,) = [rest for word, rest in instructions() if word == "HEALTHCHECK"]
     command = json.loads(check.partition(" CMD ")[2])
     assert command[0] == "python"
@@ -50,7 +50,7 @@ def test_hadolint_finds_nothing():
     assert (done.returncode, done.stdout) == (0, "")
 
 
-def test_everything_copied_is_sent_to_the_engine_and_nothing_else():
+def test_dockerignore_sends_exactly_what_is_copied():
     rules = (ROOT / ".dockerignore").read_text().splitlines()
     assert rules[0] == "*"  # no history, no data, no keys
     sent = {rule[1:] for rule in rules if rule.startswith("!")}
@@ -59,7 +59,7 @@ def test_everything_copied_is_sent_to_the_engine_and_nothing_else():
     assert [rule for rule in rules[1:] if not rule.startswith("!")] == ["**/__pycache__"]
 
 
-def test_it_runs_as_nobody_special_and_keeps_everything_in_the_volume():
+def test_the_image_runs_without_root_and_writes_only_to_the_volume():
     said = dict(instructions())  # of words that come twice, the last: that of the final image
     assert int(said["USER"]) > 0
     assert json.loads(said["ENTRYPOINT"]) == ["mta"]
@@ -72,14 +72,14 @@ def test_it_runs_as_nobody_special_and_keeps_everything_in_the_volume():
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_its_health_is_the_engines(tiny, tmp_path):
+def test_the_health_command_reports_the_engines_health(tiny, tmp_path):
     def broken():
         raise MemoryError("no more")
 
     with served(*tiny, tmp_path) as running:
         port = int(running.url.rpartition(":")[2])
         assert health(port) == 0
-        running.service.engine.decoder.turn = broken
+        running.service.engine.scheduler.step = broken
         bearer = {"Authorization": f"Bearer {running.secrets['admin']}"}
         body = {"model": "task", "prompt": "Film 7", "max_tokens": 8}
         assert httpx2.post(f"{running.url}/v1/completions", json=body, headers=bearer, timeout=60).status_code == 503
@@ -91,8 +91,8 @@ def test_its_health_is_the_engines(tiny, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.network
-def test_its_build_installs_an_mta_that_works(tmp_path):
-    """The build stage's commands on what it copies alone, with another place for /opt/mta."""
+def test_the_build_stage_installs_a_working_mta(tmp_path):
+    """Run the build stage's commands on only the copied files, with another path for /opt/mta."""
     context, home = tmp_path / "src", tmp_path / "opt"
     context.mkdir()
     for path in copied():

@@ -1,6 +1,6 @@
-"""Nobody is ever answered by somebody else's adapter: under load, cancelling, eviction, updates and forgetting.
+"""No answer uses another person's adapter, under load, cancellation, eviction, updates, and forgetting.
 
-Every version of everybody has an answer of its own, which is its secret word: what comes back must be one of theirs.
+Each version of each person has a unique secret word; an answer must be a word of the requested person.
 """
 
 import asyncio
@@ -25,7 +25,7 @@ LENGTH = 4
 
 @dataclass
 class World:
-    """People whose secret words are known, in a store that changes while they are asked."""
+    """People with known secret words, in a store that changes during the test."""
 
     base: object
     bank: object
@@ -34,7 +34,7 @@ class World:
     gone: set = field(default_factory=set)
 
     def renew(self, person, seed):
-        """A new version of a person, unlike all others."""
+        """Save a new version of a person that differs from all others."""
         state = State(
             self.bank.hash,
             (0, 1, 2),
@@ -50,11 +50,11 @@ class World:
         return version
 
     def prompt(self, person):
-        """What a person is asked."""
+        """The prompt for a person."""
         return [40 + int(person), 50, 60, 70, 80]
 
     def said(self, state, person=""):
-        """The answer of one row alone, by nothing the engine uses."""
+        """The answer of one row, computed without any engine code."""
         adapters = row_adapters(self.base, self.bank, [state])
         return generate(self.base, [self.prompt(person)], [0], adapters, max_new_tokens=LENGTH)[0]
 
@@ -71,14 +71,14 @@ def world_of(tiny, folder, people):
 
 
 def learner(base):
-    """Modules of its own over the same weights, with an end token that can be learnt."""
+    """A copy of the modules over the same weights, with a learnable end token."""
     twin = base.twin()
     twin.prompts = PromptFormat(base.tokenizer, 512)
     return twin
 
 
 async def asked(engine, world, person, lot):
-    """One answer, or half of one; returns what was wrong with it."""
+    """Request an answer, sometimes cancelled early; return what was wrong with it, or None."""
     version = world.store.latest(person)
     if version is None:
         return None
@@ -99,7 +99,7 @@ async def asked(engine, world, person, lot):
 
 
 async def storm(engine, world, rounds, at_once, people, seed=0):
-    """Ask, leave, renew and forget, all at random; returns how many answers came, and those that were wrong."""
+    """Ask, cancel, update, and forget at random; return the number of answers and the wrong ones."""
     draw, wrong, count = random.Random(seed), [], 0
     for turn in range(rounds):
         chosen = [str(draw.randrange(people)) for _ in range(at_once)]
@@ -130,20 +130,20 @@ def run(tiny, folder, **how):
     return asyncio.run(go())
 
 
-def test_no_answer_is_somebody_elses(tiny, tmp_path):
+def test_no_answer_comes_from_another_persons_adapter(tiny, tmp_path):
     count, wrong = run(tiny, tmp_path / "people", rounds=40, at_once=12, people=9)
     assert count == 480
     assert not wrong
 
 
 @pytest.mark.slow
-def test_no_answer_in_a_hundred_thousand_is_somebody_elses(tiny, tmp_path):
+def test_no_answer_in_a_hundred_thousand_comes_from_another_persons_adapter(tiny, tmp_path):
     count, wrong = run(tiny, tmp_path / "people", rounds=2500, at_once=40, people=30)
     assert count == 100_000
     assert not wrong
 
 
-def test_answers_stay_right_while_others_are_being_trained(tiny, tmp_path):
+def test_answers_stay_correct_while_others_are_trained(tiny, tmp_path):
     base, world = world_of(tiny, tmp_path / "people", 4)
     training = personalizer(learner(base), world.bank, world.store)
 

@@ -9,7 +9,7 @@ from mta.serving.api import auth
 from mta.serving.api.auth import Keys, add_key
 
 
-def test_keys_that_are_added_at_the_same_time_are_all_in_the_file(tmp_path):
+def test_concurrently_added_keys_are_all_in_the_file(tmp_path):
     path = tmp_path / "keys" / "keys.yaml"
     with ThreadPoolExecutor(8) as pool:
         shown = list(pool.map(lambda n: add_key(path, f"key{n}", "serve"), range(24)))
@@ -18,7 +18,7 @@ def test_keys_that_are_added_at_the_same_time_are_all_in_the_file(tmp_path):
     assert {file.stat().st_mode & 0o777 for file in path.parent.iterdir()} == {0o600}
 
 
-def test_a_key_file_that_is_locked_for_too_long_is_told(tmp_path, monkeypatch):
+def test_a_key_file_locked_for_too_long_is_an_error(tmp_path, monkeypatch):
     monkeypatch.setattr(auth, "_WAIT", 0.0)
     with auth.FileLock(tmp_path / ".keys.yaml.lock"), pytest.raises(ConfigError, match=r"keys\.yaml"):
         add_key(tmp_path / "keys.yaml", "ops", "admin")

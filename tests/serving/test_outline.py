@@ -1,4 +1,4 @@
-"""Before vLLM the gateway loads no weights; what personalizes loads them for the first person who asks for it."""
+"""With vLLM the gateway loads no weights; the personalizer loads them for its first job."""
 
 import asyncio
 import json
@@ -30,12 +30,12 @@ def world(tmp_path_factory):
 
 
 def materialized(base):
-    """Parameters and buffers of its model that take memory."""
+    """Parameters and buffers of the model that use memory."""
     tensors = (*base.model.named_parameters(), *base.model.named_buffers())
     return [name for name, tensor in tensors if tensor.device.type != "meta"]
 
 
-def test_an_outline_says_what_the_loaded_base_says_and_holds_no_weight(world):
+def test_an_outline_describes_the_base_and_holds_no_weights(world):
     (Path(world.place) / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 7]}))
     run = TINY_RUN.model_copy(update={"base": world.place, "dtype": "float32", "max_tokens": 200})
     outline, loaded = BaseModel.outline(run), BaseModel.of(run)
@@ -51,7 +51,7 @@ def test_an_outline_says_what_the_loaded_base_says_and_holds_no_weight(world):
     )
 
 
-def test_the_gateway_before_vllm_holds_no_weight_and_trains_with_those_it_loads_for_the_first_person(world, tmp_path):
+def test_the_gateway_with_vllm_loads_weights_only_for_the_first_training_job(world, tmp_path):
     base, bank, run = open_bank(world.folder / "bank", weights=False)
     assert vllm_settings("python", base, bank.folder, "people", slots=2, args="").args == ("--dtype=float32",)
     remote = Remote("http://127.0.0.1:9", tmp_path)
@@ -61,7 +61,7 @@ def test_the_gateway_before_vllm_holds_no_weight_and_trains_with_those_it_loads_
     async def go():
         assert materialized(service.base) == materialized(service.jobs.personal.base) == []
         await service.jobs.forget("nobody")  # needs none
-        assert service.jobs._trains is None
+        assert service.jobs._trainer is None
         service.jobs._load = with_encoder(service.jobs._load)
         service.jobs.put(ann)
         until = time.monotonic() + 120
@@ -79,7 +79,7 @@ def test_the_gateway_before_vllm_holds_no_weight_and_trains_with_those_it_loads_
 
 
 def with_encoder(load):
-    """The tiny bank was built with an encoder that has no name to be loaded by."""
+    """Supply the tiny bank's encoder, which cannot be loaded by name."""
 
     def loaded():
         personal = load()
@@ -89,7 +89,7 @@ def with_encoder(load):
     return loaded
 
 
-def test_weights_that_cannot_be_loaded_fail_a_job_at_once_and_are_tried_again_for_the_next(world, tmp_path):
+def test_unloadable_weights_fail_a_job_and_are_tried_again_for_the_next(world, tmp_path):
     tries = []
 
     def load():
@@ -98,15 +98,15 @@ def test_weights_that_cannot_be_loaded_fail_a_job_at_once_and_are_tried_again_fo
 
     jobs = Jobs(personalizer(world.base, world.bank, tmp_path / "people"), load=load)
     for count in (1, 2):
-        found = jobs._personalized(people_of(3), NOTHING)
+        found = jobs._personalize(people_of(3), NOTHING)
         assert {(status.state, status.message) for status in found.values()} == {("failed", "OutOfMemoryError")}
         assert len(found) == 3
         assert len(tries) == count
     asyncio.run(jobs.close())
 
 
-def test_mta_serve_before_vllm_loads_no_weights(world, tmp_path, monkeypatch):
-    """``false`` is no vLLM: what is said of it comes after the base was opened."""
+def test_mta_serve_with_vllm_loads_no_weights(world, tmp_path, monkeypatch):
+    """``false`` is not vLLM, so the error comes after the base was opened."""
 
     def load(*_, **__):
         raise AssertionError("weights were loaded")
@@ -118,7 +118,7 @@ def test_mta_serve_before_vllm_loads_no_weights(world, tmp_path, monkeypatch):
     assert isinstance(done.exception, VllmNotStarted)
 
 
-def test_what_is_no_base_is_refused_as_an_outline_too(world, tmp_path):
+def test_an_outline_of_an_invalid_base_is_refused(world, tmp_path):
     run = TINY_RUN.model_copy(update={"base": str(tmp_path)})
     with pytest.raises(ModelError, match="cannot be loaded as a causal language model"):
         BaseModel.outline(run)
@@ -129,7 +129,7 @@ def test_what_is_no_base_is_refused_as_an_outline_too(world, tmp_path):
         BaseModel.outline(run)
 
 
-def test_sigterm_ends_what_was_started_and_its_handler_is_put_back():
+def test_sigterm_stops_started_processes_and_restores_the_handler():
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(SystemExit) as ended, sigterm_exits():
         signal.raise_signal(signal.SIGTERM)

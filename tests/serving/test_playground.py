@@ -1,4 +1,4 @@
-"""The playground in a real browser: headless Chromium, driven as a person would."""
+"""The playground in a real browser: headless Chromium, used like a person would."""
 
 import shutil
 from pathlib import Path
@@ -31,7 +31,7 @@ def world(tiny_bank_folder, tmp_path_factory):
 
 @pytest.fixture
 def page(world):
-    """The page in a browser window of a phone's size, and how to wait for what it shows."""
+    """The page in a browser window of phone size."""
     options = webdriver.ChromeOptions()
     options.binary_location = CHROMIUM
     for word in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--window-size=420,1400"):
@@ -93,7 +93,7 @@ def test_ask_add_personalize_and_forget(page, world):
     assert world.service.store.latest("ann") is None
 
 
-def test_the_page_brings_all_it_needs_and_keeps_no_key(page, world):
+def test_the_page_loads_nothing_external_and_stores_no_key(page, world):
     type_in(page, "key", world.secrets["serve"])
     until(page, lambda: page.find_elements("css selector", "#question textarea"))
     loaded = page.execute_script("return performance.getEntriesByType('resource').map(one => one.name)")
@@ -106,7 +106,7 @@ def test_the_page_brings_all_it_needs_and_keeps_no_key(page, world):
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_letters_stand_out_from_paper(page, scheme):
+def test_text_has_sufficient_contrast(page, scheme):
     page.execute_cdp_cmd(
         "Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
     )
@@ -120,6 +120,6 @@ def test_letters_stand_out_from_paper(page, scheme):
 
 
 def luminance(colour):
-    """As WCAG has it."""
+    """Relative luminance (WCAG)."""
     parts = [c / 255 / 12.92 if c / 255 <= 0.03928 else ((c / 255 + 0.055) / 1.055) ** 2.4 for c in colour]
     return 0.2126 * parts[0] + 0.7152 * parts[1] + 0.0722 * parts[2]

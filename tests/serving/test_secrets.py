@@ -1,6 +1,6 @@
-"""Real weights, trained secrets: everybody's model says a word that was taught to them alone, and never another's.
+"""Real weights, trained secrets: each person's model says its own word and never another person's.
 
-``MTA_STORM_SECONDS`` says how long they are asked (default 600).
+``MTA_STORM_SECONDS`` is the duration in seconds (default 600).
 """
 
 import asyncio
@@ -37,12 +37,12 @@ RUN = Run(
 
 
 def taught(id, word):
-    """Somebody who says the same word whenever they are asked."""
+    """A person with the same answer to every prompt."""
     return Person(id, tuple(Item({"input": QUESTION, "output": word}, time=float(n)) for n in range(2)))
 
 
 class Secrets(World):
-    """Two words for everybody, taught beforehand; a new version is the other one of them."""
+    """Two words per person, trained beforehand; each new version switches to the other word."""
 
     def __init__(self, base, bank, store, personal):
         super().__init__(base, bank, store)
@@ -79,7 +79,7 @@ def secrets(fetched, tmp_path):
     torch.set_num_threads(threads)
 
 
-def test_nobody_ever_says_somebody_elses_word(secrets):
+def test_no_model_says_another_persons_word(secrets):
     base, world = secrets
     for n in range(PEOPLE):
         world.renew(str(n), 0)

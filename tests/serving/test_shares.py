@@ -1,4 +1,4 @@
-"""What one key can take of what all share: whoever fills most gives way, and never the operator's own quarter."""
+"""Shares of memory and queue per key: the largest share gives way, and the operator's quarter stays."""
 
 import asyncio
 import threading
@@ -34,7 +34,7 @@ def taken(histories, people):
 
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.tuples(st.integers(0, 6), st.integers(0, 30)), max_size=400))
-def test_nobody_fills_more_than_their_share_and_what_was_just_appended_is_held(tmp_path, appended):
+def test_no_key_exceeds_its_share_and_new_items_are_always_held(tmp_path, appended):
     histories, people = Histories(Store(tmp_path), 50, ROOM), {n: set() for n in range(7)}
     for whose, n in appended:
         id = f"team{whose}/{n}" if whose else f"{n}"
@@ -50,7 +50,7 @@ def test_nobody_fills_more_than_their_share_and_what_was_just_appended_is_held(t
         assert sum(each[n] for n in range(1, 7)) <= ROOM * 3 // 4
 
 
-def test_the_operators_quarter_is_held_whatever_prefixes_append(tmp_path):
+def test_prefix_keys_never_displace_the_operators_quarter(tmp_path):
     histories = Histories(Store(tmp_path), 50, ROOM)
     for n in range(ROOM // 4 // 164):
         histories.append(f"{n}", [item()], False)
@@ -60,7 +60,7 @@ def test_the_operators_quarter_is_held_whatever_prefixes_append(tmp_path):
     assert all(histories.held(f"{n}") for n in range(ROOM // 4 // 164))
 
 
-def test_the_oldest_people_are_dropped_and_forgetting_gives_their_room_back(tmp_path):
+def test_the_oldest_people_are_dropped_and_forgetting_frees_room(tmp_path):
     histories = Histories(Store(tmp_path), 50, room=1000)
     for id in "abac":  # a is not the oldest any more
         histories.append(id, [item(200)], False)
@@ -87,7 +87,7 @@ def test_appending_from_many_threads_loses_nothing(tmp_path):
     assert sum(histories._filled.values()) == 8 * 200 * (9 + 64)
 
 
-def test_prefixes_fill_a_quarter_of_the_queue_each_and_three_together():
+def test_each_prefix_fills_a_quarter_of_the_queue_and_all_prefixes_three_quarters():
     going_on = threading.Event()
     jobs = Jobs(
         SimpleNamespace(

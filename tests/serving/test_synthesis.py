@@ -1,4 +1,4 @@
-"""One adapter of bounded rank from task LoRA, merge and stack: the best there is, and honest about what it loses."""
+"""One adapter of bounded rank from task LoRA, merge, and stack: optimal, with a correct error."""
 
 import logging
 
@@ -19,7 +19,7 @@ from mta.serving.engine import Version
 from mta.serving.launch import vllm_settings
 from mta.serving.model_names import from_wire, named, wire_name
 from mta.serving.vllm.adapters import Adapters, folder_of, note_of, remove
-from mta.serving.vllm.lora_export import Synthesis
+from mta.serving.vllm.lora_export import LoraExporter
 from mta.store import Store
 from mta.store.state import State
 
@@ -34,7 +34,7 @@ def state_of(mode="exact", rank=None, stacked=True, w=(0.4, -1.0, 2.0), bank="ba
 
 
 def merge_of(state):
-    """Task LoRA and merge without any cut."""
+    """Task LoRA and merge without truncation."""
     merge = Merge(torch.tensor([state.anchors]), torch.tensor([state.w]))
     return join([POOLED, merged_factors(ANCHORS, merge, MergeSettings(mode=state.mode, rank=state.rank))])
 
@@ -48,9 +48,9 @@ def differ(one, other):
 
 @pytest.mark.parametrize(("mode", "rank"), [("exact", None), ("svd", 3), ("factor", None)])
 @pytest.mark.parametrize("stacked", [True, False])
-def test_in_a_slot_with_room_nothing_is_lost(mode, rank, stacked):
+def test_an_adapter_that_fits_its_slot_is_exact(mode, rank, stacked):
     state = state_of(mode, rank)
-    found, error = Synthesis(ANCHORS, POOLED, "bank", 16).adapter(state, stacked)
+    found, error = LoraExporter(ANCHORS, POOLED, "bank", 16).adapter(state, stacked)
     whole = merge_of(state)
     assert found.rank <= 16
     assert error < 1e-5
@@ -59,9 +59,9 @@ def test_in_a_slot_with_room_nothing_is_lost(mode, rank, stacked):
 
 @pytest.mark.parametrize("slot", [2, 4, 8])
 @pytest.mark.parametrize("mode", ["exact", "factor"])
-def test_the_cut_is_the_best_of_its_rank_and_its_error_the_true_one(slot, mode):
+def test_truncation_is_optimal_and_reports_its_true_error(slot, mode):
     state = state_of(mode)
-    found, error = Synthesis(ANCHORS, POOLED, "bank", slot).adapter(state)
+    found, error = LoraExporter(ANCHORS, POOLED, "bank", slot).adapter(state)
     merge = merge_of(state)
     best, least = truncate(merge, slot - 1)
     assert error == pytest.approx(float(least), rel=1e-3, abs=1e-6)
@@ -69,14 +69,14 @@ def test_the_cut_is_the_best_of_its_rank_and_its_error_the_true_one(slot, mode):
     assert differ(found, join([best, state.stack])) < 1e-4
 
 
-def test_many_anchors_take_the_quick_way_and_lose_no_more():
-    """Where layers are wide an svd of a few directions does: what it finds is the best all the same, every time."""
+def test_the_randomized_svd_for_many_anchors_is_as_accurate():
+    """For wide layers an svd of a few directions finds the optimum too, reproducibly."""
     draw = torch.Generator().manual_seed(0)
     start = Factors(torch.randn(1, 2, 64, generator=draw), torch.randn(1, 96, 2, generator=draw))
     near = Factors(*(part + 0.1 * torch.randn(40, *part.shape[1:], generator=draw) for part in start))
     anchors, w = LoraBatch({"layer": near}), tuple(torch.linspace(-1, 1.5, 40).tolist())
     state = State("bank", tuple(range(40)), w, "fixed", "", "work", 0)
-    made = Synthesis(anchors, None, "bank", 2)
+    made = LoraExporter(anchors, None, "bank", 2)
     found, error = made.adapter(state)
     again, _ = made.adapter(state)
     whole = merged_factors(anchors, Merge(torch.tensor([state.anchors]), torch.tensor([w])), MergeSettings())
@@ -86,28 +86,28 @@ def test_many_anchors_take_the_quick_way_and_lose_no_more():
     assert all(torch.equal(tensor, again.tensors()[name]) for name, tensor in found.tensors().items())
 
 
-def test_the_pooled_model_is_its_task_lora_and_the_base_has_none():
-    made = Synthesis(ANCHORS, POOLED, "bank", 8)
+def test_the_pooled_model_is_the_task_lora_and_the_base_has_no_adapter():
+    made = LoraExporter(ANCHORS, POOLED, "bank", 8)
     assert differ(made.adapter(TASK)[0], POOLED) < 1e-6
     with pytest.raises(InputError):
         made.adapter(BASE)
     with pytest.raises(InputError):
-        Synthesis(ANCHORS, None, "bank", 8).adapter(TASK)
+        LoraExporter(ANCHORS, None, "bank", 8).adapter(TASK)
 
 
-def test_what_cannot_be_made_is_refused():
+def test_unbuildable_adapters_are_refused():
     with pytest.raises(OtherBank):
-        Synthesis(ANCHORS, POOLED, "another", 8).adapter(state_of())
+        LoraExporter(ANCHORS, POOLED, "another", 8).adapter(state_of())
     with pytest.raises(InputError, match="no room"):
-        Synthesis(ANCHORS, POOLED, "bank", 1).adapter(state_of())
+        LoraExporter(ANCHORS, POOLED, "bank", 1).adapter(state_of())
     broken = state_of()
     next(iter(broken.stack.factors.values())).a[0, 0, 0] = torch.nan
     with pytest.raises(StateCorrupt):
-        Synthesis(ANCHORS, POOLED, "bank", 8).adapter(broken)
+        LoraExporter(ANCHORS, POOLED, "bank", 8).adapter(broken)
 
 
 @given(st.text(min_size=1), st.integers(1, 10**8), st.booleans(), st.text("0123456789abcdef", min_size=64, max_size=64))
-def test_a_name_on_the_wire_means_one_version_and_no_other_door_opens_by_it(person, number, stacked, seal):
+def test_a_wire_name_identifies_one_version_and_differs_from_the_model_name(person, number, stacked, seal):
     try:
         person.encode()
     except UnicodeEncodeError:
@@ -119,7 +119,7 @@ def test_a_name_on_the_wire_means_one_version_and_no_other_door_opens_by_it(pers
     assert named(name, "base") != named(name.rpartition("~")[0], "base")
 
 
-def test_names_without_a_version_and_its_seal_mean_nobody():
+def test_wire_names_without_version_and_seal_are_unknown():
     assert from_wire("task") is TASK
     assert from_wire("base") is BASE
     for name in ("person:ann", "person:ann@v1", "person:ann~0123456789abcdef", "ann", "", "task~0123456789abcdef"):
@@ -128,7 +128,7 @@ def test_names_without_a_version_and_its_seal_mean_nobody():
 
 @pytest.fixture
 def adapters(tiny, tmp_path):
-    """As a vLLM server has them, over the tiny bank and a store with somebody in it."""
+    """Adapters as in a vLLM server, over the tiny bank and a store with one person."""
     base, bank = tiny
     store = Store(tmp_path / "people")
     stack = random_loras(base, 1, rank=1, seed=3)
@@ -140,7 +140,7 @@ def adapters(tiny, tmp_path):
 @pytest.mark.parametrize(
     ("args", "rank"), [("", 16), ("--max-lora-rank 8", 8), ("--enforce-eager --max_lora_rank=32", 32)]
 )
-def test_adapters_are_cut_to_the_rank_vllm_is_started_with(args, rank, tmp_path, monkeypatch):
+def test_adapters_are_truncated_to_vllms_rank(args, rank, tmp_path, monkeypatch):
     monkeypatch.setattr(BASE_MODEL, "name", str(tmp_path))
     settings = vllm_settings("python", BASE_MODEL, tmp_path, "people", slots=4, args=args)
     assert settings.environment(tmp_path)["MTA_VLLM_RANK"] == str(rank)
@@ -148,7 +148,7 @@ def test_adapters_are_cut_to_the_rank_vllm_is_started_with(args, rank, tmp_path,
 
 
 @pytest.mark.parametrize("args", ["--max-lora-rank many", "--max-lora-rank", "'--max-lora-rank 8"])
-def test_arguments_for_vllm_that_cannot_be_read_are_refused(args, tmp_path, monkeypatch):
+def test_unparsable_vllm_arguments_are_refused(args, tmp_path, monkeypatch):
     monkeypatch.setattr(BASE_MODEL, "name", str(tmp_path))
     with pytest.raises(ConfigError, match="--vllm-args"):
         vllm_settings("python", BASE_MODEL, tmp_path, "people", slots=4, args=args)
@@ -158,7 +158,7 @@ def name_of(store, person, **how):
     return wire_name(Version(person, 1, seal=store.seal(person, 1) or "0" * 64, **how))
 
 
-def test_an_adapter_is_made_once_and_where_it_belongs(adapters):
+def test_an_adapter_is_built_once_in_its_folder(adapters):
     made, store = adapters
     name = name_of(store, "../ann")
     path = made.path(name)
@@ -175,7 +175,7 @@ def test_an_adapter_is_made_once_and_where_it_belongs(adapters):
     assert not note_of(made.folder, name).exists()
 
 
-def test_what_a_server_before_left_is_deleted_and_nothing_else(adapters):
+def test_only_files_of_an_earlier_server_are_deleted(adapters):
     made, store = adapters
     name = name_of(store, "../ann")
     (made.folder / folder_of("old")).mkdir()
@@ -185,7 +185,7 @@ def test_what_a_server_before_left_is_deleted_and_nothing_else(adapters):
     assert {path.name for path in made.folder.iterdir()} == {folder_of(name), note_of(made.folder, name).name, "socket"}
 
 
-def test_nobody_else_gets_one(adapters, caplog):
+def test_unknown_or_corrupt_people_get_no_adapter(adapters, caplog):
     made, store = adapters
     for name in ("base", "person:ann@v1", name_of(store, "bob"), name_of(store, "../ann").replace("@v1", "@v2")):
         assert made.path(name) is None
@@ -200,15 +200,15 @@ def test_nobody_else_gets_one(adapters, caplog):
     assert not (made.folder / folder_of(name)).exists()
 
 
-def test_who_is_forgotten_while_their_adapter_is_made_gets_none(adapters, monkeypatch):
+def test_a_person_forgotten_during_the_build_gets_no_adapter(adapters, monkeypatch):
     made, store = adapters
     name = name_of(store, "../ann")
-    plain = Synthesis.adapter
+    plain = LoraExporter.adapter
 
     def forgotten_meanwhile(self, *how):
         store.forget("../ann")
         return plain(self, *how)
 
-    monkeypatch.setattr(Synthesis, "adapter", forgotten_meanwhile)
+    monkeypatch.setattr(LoraExporter, "adapter", forgotten_meanwhile)
     assert made.path(name) is None
     assert list(made.folder.iterdir()) == []

@@ -1,4 +1,4 @@
-"""Text as it is shown while tokens come: whole characters, and nothing of a stop text."""
+"""Detokenized text while tokens arrive: whole characters, and nothing of a stop text."""
 
 from urllib.parse import quote
 
@@ -21,7 +21,7 @@ def pieces_of(text, stops=()):
 
 
 @given(st.text(max_size=30))
-def test_pieces_are_whole_characters_and_make_up_the_text(text):
+def test_pieces_are_whole_characters_and_add_up_to_the_text(text):
     pieces = pieces_of(text)
     assert "".join(pieces) == text
     assert "\N{REPLACEMENT CHARACTER}" not in "".join(pieces).replace(text, "")
@@ -29,12 +29,12 @@ def test_pieces_are_whole_characters_and_make_up_the_text(text):
 
 @given(st.text(alphabet="abé€ ", max_size=20), st.lists(st.text(alphabet="abé€ ", min_size=1, max_size=4), max_size=3))
 def test_an_answer_ends_before_the_first_stop_text(text, stops):
-    """Whichever is whole first, as if characters came one by one."""
+    """The stop text completed first counts, as if characters came one by one."""
     ends = [(text.find(stop) + len(stop), text.find(stop)) for stop in stops if stop in text]
     assert "".join(pieces_of(text, stops)) == (text[: min(ends)[1]] if ends else text)
 
 
-def test_bytes_that_are_no_text_do_not_hold_a_stream_up():
+def test_invalid_bytes_do_not_block_a_stream():
     shown = Text(tokenizer())
     (byte,) = tokenizer()("\u00e9")["input_ids"][:1]
     assert any(shown.add(byte) for _ in range(5))
@@ -56,7 +56,7 @@ def test_bytes_that_are_no_text_do_not_hold_a_stream_up():
         ("ann", None),
     ],
 )
-def test_names_of_models(model, expected):
+def test_model_names_are_parsed(model, expected):
     assert named(model, "base") == expected
 
 

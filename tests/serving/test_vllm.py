@@ -1,6 +1,6 @@
-"""A real vLLM with our plugin: the traps of serving/vllm_names.py, each of which once ended a server, and its end.
+"""Real vLLM with our plugin: failures that once stopped a server (serving/vllm/registry.py), and its shutdown.
 
-``make test-vllm`` makes its environment and sets MTA_VLLM_PYTHON; without it these tests are skipped.
+``make test-vllm`` creates its environment and sets MTA_VLLM_PYTHON; otherwise these tests are skipped.
 """
 
 import asyncio
@@ -16,7 +16,7 @@ from pathlib import Path
 import httpx2
 import openai
 import pytest
-from contract import PYTHON, WITH_VLLM, Lent, World, prompt_of, told, vllm_server
+from contract import PYTHON, WITH_VLLM, Lent, World, collect, prompt_of, vllm_server
 from served import served
 
 from mta.errors import ConfigError
@@ -53,17 +53,17 @@ def expected(world, ask):
     return world.alone(ask.who, list(ask.prompt), ask.max_tokens)
 
 
-def test_adapters_are_unloaded_before_their_files_go_so_that_nobodys_answer_ends(world, server):
-    """More people than vLLM keeps itself: it reads an adapter again whenever it dropped it."""
+def test_adapters_are_unloaded_before_their_files_are_deleted(world, server):
+    """More people than vLLM keeps loaded: it reads an adapter again after dropping it."""
 
     async def go():
         engine = world.vllm(Lent(server), activated=3)
         wrong = []
         for n in [*range(24), *range(24), 0, 5, 0]:
             ask = ask_of(world, n)
-            tokens, _ = await told(engine, ask)
+            tokens, _ = await collect(engine, ask)
             wrong += [n] if tokens != expected(world, ask) else []
-        await engine.names.settled()
+        await engine.adapters.settled()
         listed = (await engine.client.get("/v1/models")).json()["data"]
         facts = engine.facts()
         await engine.close()
@@ -80,12 +80,12 @@ def test_adapters_are_unloaded_before_their_files_go_so_that_nobodys_answer_ends
     assert server.starts == 1
 
 
-def test_its_folder_is_this_users_alone_and_tells_no_id(world, server):
+def test_the_server_folder_is_private_and_reveals_no_id(world, server):
     world.renew("somebody", 50)
 
     async def go():
         engine = world.vllm(Lent(server))
-        await told(engine, Ask(tuple(prompt_of(1)), world.version("somebody", 1), COUNT))
+        await collect(engine, Ask(tuple(prompt_of(1)), world.version("somebody", 1), COUNT))
         await engine.close()
 
     asyncio.run(go())
@@ -93,14 +93,14 @@ def test_its_folder_is_this_users_alone_and_tells_no_id(world, server):
     assert not any("somebody" in str(path) for path in server.folder.rglob("*"))
 
 
-def test_one_that_ends_is_started_again_and_answers(world):
+def test_a_server_that_ends_is_restarted_and_answers(world):
     with vllm_server(world.settings()) as server:
 
         async def go():
             engine = world.vllm(Lent(server))
-            before = await told(engine, ask_of(world, 0))
+            before = await collect(engine, ask_of(world, 0))
             stops, engine.stops = engine.stops, frozenset()  # so that answers are long
-            rows = [asyncio.create_task(told(engine, ask_of(world, n, 230))) for n in range(1, 5)]
+            rows = [asyncio.create_task(collect(engine, ask_of(world, n, 230))) for n in range(1, 5)]
             async for piece in engine.answer(ask_of(world, 5, 230)):
                 if piece.token:
                     break
@@ -109,14 +109,14 @@ def test_one_that_ends_is_started_again_and_answers(world):
             assert any(isinstance(end, EngineGone) for end in ended)
             assert all(isinstance(end, EngineGone) or len(end[0]) == 230 for end in ended)
             with pytest.raises(EngineGone):
-                await told(engine, ask_of(world, 2))
+                await collect(engine, ask_of(world, 2))
             engine.stops = stops
             while engine.ready:
                 await asyncio.sleep(0.05)
             until = time.monotonic() + 300
             while not engine.ready and time.monotonic() < until:
                 await asyncio.sleep(0.2)
-            after = [await told(engine, ask_of(world, n)) for n in (0, 3)]
+            after = [await collect(engine, ask_of(world, n)) for n in (0, 3)]
             await engine.close()
             return before, after
 
@@ -128,14 +128,14 @@ def test_one_that_ends_is_started_again_and_answers(world):
     assert not folder.exists()
 
 
-def test_one_that_cannot_start_says_why_and_leaves_nothing(world):
+def test_a_server_that_cannot_start_reports_why_and_leaves_nothing(world):
     broken = VllmServer(replace(world.settings(), base="no"))
     with pytest.raises(VllmNotStarted, match="no"):
         broken.start()
     assert not broken.folder.exists()
 
 
-def test_one_whose_gateway_is_killed_ends_too_and_leaves_nothing(world):
+def test_a_server_stops_and_leaves_nothing_when_its_gateway_is_killed(world):
     code = f"""if True:
         import os
         from mta.serving.vllm.server import VllmServer, VllmSettings
@@ -153,7 +153,7 @@ def test_one_whose_gateway_is_killed_ends_too_and_leaves_nothing(world):
     assert not Path(folder).exists()
 
 
-def test_the_plugin_imports_nothing_heavy_when_it_is_registered(world, tmp_path):
+def test_registering_the_plugin_imports_nothing_heavy(world, tmp_path):
     code = """if True:
         import json, sys
         import vllm.lora.resolver
@@ -172,7 +172,7 @@ def test_the_plugin_imports_nothing_heavy_when_it_is_registered(world, tmp_path)
     assert not {name.partition(".")[0] for name in new} & {"torch", "transformers", "safetensors", "pydantic", "fsspec"}
 
 
-def test_openais_client_speaks_to_it_through_the_gateway_and_to_nothing_else(world, server, tmp_path):
+def test_openais_client_reaches_vllm_only_through_the_gateway(world, server, tmp_path):
     engine = world.vllm(Lent(server))
     with served(world.base, world.bank, tmp_path, engine=engine, store=world.store) as here:
         client = openai.OpenAI(base_url=f"{here.url}/v1", api_key=here.secrets["serve"], max_retries=0)
@@ -195,12 +195,12 @@ def test_openais_client_speaks_to_it_through_the_gateway_and_to_nothing_else(wor
         assert "person" not in httpx2.get(f"{here.url}/metrics").text.partition("mta_engine")[2]
 
 
-def test_a_gateway_can_be_pointed_at_one_that_runs(world, server):
+def test_a_gateway_can_use_a_running_server(world, server):
     remote = remote_of(f"unix:{server.socket}", server.folder)
 
     async def go():
         engine = world.vllm(remote)
-        found = await told(engine, ask_of(world, 7))
+        found = await collect(engine, ask_of(world, 7))
         await engine.close()
         return found[0]
 
@@ -210,12 +210,12 @@ def test_a_gateway_can_be_pointed_at_one_that_runs(world, server):
         remote_of("http://127.0.0.1:1", None)
 
 
-def test_who_was_loaded_before_this_gateway_began_is_forgotten_all_the_same(world, server):
+def test_a_person_loaded_before_this_gateway_started_is_forgotten_too(world, server):
     who = world.renew("before", 70)
 
     async def go():
         earlier = world.vllm(Lent(server))
-        await told(earlier, Ask(tuple(prompt_of(1)), who, COUNT))
+        await collect(earlier, Ask(tuple(prompt_of(1)), who, COUNT))
         await earlier.close()
         engine = world.vllm(Lent(server))
         world.store.forget("before")
@@ -229,13 +229,13 @@ def test_who_was_loaded_before_this_gateway_began_is_forgotten_all_the_same(worl
     assert not made.exists()
 
 
-def test_first_requests_at_once_make_one_adapter(world, server):
+def test_concurrent_first_requests_build_one_adapter(world, server):
     who = world.renew("crowd", 60)
 
     async def go():
         engine = world.vllm(Lent(server))
         asks = [Ask(tuple(prompt_of(n)), who, COUNT) for n in range(8)]
-        found = await asyncio.gather(*(told(engine, ask) for ask in asks))
+        found = await asyncio.gather(*(collect(engine, ask) for ask in asks))
         await engine.close()
         return [tokens for tokens, _ in found] == [expected(world, ask) for ask in asks]
 
@@ -245,25 +245,25 @@ def test_first_requests_at_once_make_one_adapter(world, server):
 def test_the_pooled_model_is_an_adapter_like_any_other(world, server):
     async def go():
         engine = world.vllm(Lent(server))
-        found = await told(engine, Ask(tuple(prompt_of(3)), TASK, COUNT))
+        found = await collect(engine, Ask(tuple(prompt_of(3)), TASK, COUNT))
         await engine.close()
         return found[0]
 
     assert asyncio.run(go()) == expected(world, Ask(tuple(prompt_of(3)), TASK, COUNT))
 
 
-def test_the_command_line_starts_it_and_ends_it(world):
-    """As docs/how-to/serve.md has it; SIGTERM ends gateway and vLLM."""
+def test_the_command_line_starts_and_stops_vllm(world):
+    """As in docs/how-to/serve.md; SIGTERM stops gateway and vLLM."""
     words = ["serve", "--bank", str(world.folder / "bank"), "--store", str(world.folder / "people"), "--port", "0"]
     words += ["--insecure-local", "--json", "--vllm", PYTHON, "--vllm-args", "--block-size=32 --enforce-eager"]
     gateway = subprocess.Popen([sys.executable, "-m", "mta", *words], stdout=subprocess.PIPE, text=True)
-    told = ""
-    while not told.rstrip().endswith("}"):
+    output = ""
+    while not output.rstrip().endswith("}"):
         line = gateway.stdout.readline()
         assert line, "it ended"
-        told += line
+        output += line
     body = {"model": "person:4", "prompt": "Film 7", "max_tokens": COUNT, "temperature": 0}
-    answer = httpx2.post(f"{json.loads(told)['url']}/v1/completions", json=body, timeout=120).json()
+    answer = httpx2.post(f"{json.loads(output)['url']}/v1/completions", json=body, timeout=120).json()
     tokens = world.alone(world.version("4", 1), list(world.base.prompts.text("Film 7")), COUNT)
     assert answer["choices"][0]["text"] == world.base.tokenizer.decode(tokens, skip_special_tokens=True)
     servers = subprocess.run(["pgrep", "-P", str(gateway.pid)], capture_output=True, text=True).stdout.split()

@@ -1,1 +1,1 @@
-"""One base for everybody: engines that answer rows of different people together, and the gateway in front of them."""
+"""Serving: engines that batch requests of different people over one base, and the HTTP gateway."""

@@ -1,4 +1,4 @@
-"""What the gateway asks of an engine, whichever it is: an ``Ask`` in, ``Piece`` after ``Piece`` out."""
+"""The engine protocol: the gateway passes an ``Ask`` and receives the answer as a stream of ``Piece``."""
 
 from __future__ import annotations
 
@@ -11,32 +11,32 @@ from mta.personalize.adapters import Nobody
 
 Finish = Literal["stop", "length"]
 LOST = "this answer could not be computed"
-LATER = "Ask again in a few seconds; GET /readyz tells whether it would be answered."
+LATER = "Ask again in a few seconds; GET /readyz shows when the engine is ready."
 
 
 class Refused(InputError):
-    """What a caller asks for cannot be: the one kind that is told to them in full, so its hint is for them."""
+    """The request cannot be answered as sent. Callers see the full message and hint."""
 
 
 class QueueFull(MtaError):
-    """So many requests wait that another would wait too long; ``retry_after`` says when to come again, in seconds."""
+    """The queue is full. ``retry_after`` is the number of seconds after which to retry."""
 
     retry_after = 1
 
 
 class AnswerLost(MtaError):
-    """One answer could not be computed; all others go on."""
+    """One answer could not be computed; other answers are not affected."""
 
 
 class EngineGone(MtaError):
-    """The engine has stopped: what was asked of it gets no answer."""
+    """The engine has stopped and answers no requests."""
 
 
 @dataclass(frozen=True, slots=True)
 class Version:
-    """One version of a person; without its stack where ``stacked`` is off: the merge alone.
+    """One version of a person: merge and stack, or the merge alone if ``stacked`` is false.
 
-    ``seal`` tells its content from what another version of that number may once have held (``Store.seal``).
+    ``seal`` identifies the content: after forgetting, the same number may name other content (``Store.seal``).
     """
 
     person: str
@@ -50,11 +50,11 @@ Who = Version | Nobody
 
 @dataclass(frozen=True, slots=True)
 class Ask:
-    """One answer that is wanted, of a person, of the pooled model or of the base.
+    """One request to an engine: an answer from a person's model, the pooled model, or the base.
 
-    ``asker`` is whoever asked: what was computed for one is not used for another, even of the same person.
-    ``top_logprobs`` alternatives are told for each token, none where it is None. With a ``seed`` sampling gives the
-    same tokens again, as far as rounding goes.
+    ``asker`` identifies the caller: cached keys and values are never shared between callers, even for the same person.
+    ``top_logprobs`` is the number of alternatives per token; None turns log probabilities off. With a ``seed``,
+    sampling is reproducible up to rounding.
     """
 
     prompt: tuple[int, ...]
@@ -67,19 +67,19 @@ class Ask:
     asker: str = ""
 
     def check(self, length: int) -> None:
-        """Raises Refused where there is no prompt, or prompt and answer have more than ``length`` tokens."""
+        """Raises Refused if the prompt is empty, or prompt and answer exceed ``length`` tokens together."""
         if not self.prompt:
             raise Refused("the prompt is empty; expected at least one token", hint="Send some text.")
         if (size := len(self.prompt)) + self.max_tokens > length:
             raise Refused(
-                f"the prompt has {size} tokens and {self.max_tokens} are to come, together more than {length}",
-                hint="Shorten it, or lower max_tokens.",
+                f"the prompt has {size} tokens and max_tokens is {self.max_tokens}, together more than {length}",
+                hint="Shorten the prompt, or lower max_tokens.",
             )
 
 
 @dataclass(frozen=True, slots=True)
 class Token:
-    """One token of an answer, its log probability, and the likeliest ones beside it, where they were asked for."""
+    """One token of an answer, its log probability, and the most likely alternatives, if requested."""
 
     id: int
     logprob: float | None = None
@@ -88,7 +88,7 @@ class Token:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A token, or with ``finish`` the end of the answer, which tells how many prompt tokens were known already."""
+    """One token, or with ``finish`` the end of the answer. ``cached`` counts prompt tokens reused from the cache."""
 
     token: Token | None = None
     finish: Finish | None = None
@@ -96,27 +96,27 @@ class Piece:
 
 
 class Engine(Protocol):
-    """Answers rows of different people from one base. An answer whose iterator is closed is cancelled."""
+    """Answers requests for different people from one base. Closing an answer's iterator cancels the answer."""
 
     def answer(self, ask: Ask) -> AsyncIterator[Piece]:
-        """The tokens of an answer as they come. Raises PersonNotFound, Refused, QueueFull, EngineGone."""
+        """Stream the tokens of an answer. Raises PersonNotFound, Refused, QueueFull, EngineGone."""
 
     async def forget(self, person: str) -> None:
-        """End what runs for a person, and drop all that was computed for them."""
+        """End the person's running answers, and drop everything computed for the person."""
 
     async def versions(self) -> set[Version]:
-        """The versions of people of which something is in memory: answers that run, adapters, keys and values."""
+        """Return the person versions in memory: running answers, adapters, keys and values."""
 
     @property
     def ready(self) -> bool:
-        """Whether requests would be answered."""
+        """Whether requests would be answered now."""
 
     @property
     def alive(self) -> bool:
-        """Whether it will ever be ready again; if not, the process has to be started anew."""
+        """Whether the engine can become ready again; if not, the process must be restarted."""
 
     def facts(self) -> Mapping[str, tuple[float, str]]:
-        """What an operator wants to know of it: name -> (value, what it is). Nothing that tells of one person."""
+        """Return the engine's metrics: name -> (value, description). None describes a single person."""
 
     async def close(self) -> None:
-        """Answer what is running, take nothing new, and stop."""
+        """Finish accepted requests, accept no new ones, and stop."""

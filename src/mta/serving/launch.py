@@ -1,4 +1,4 @@
-"""A gateway put together and run: base, bank, store and keys in, a server out."""
+"""Builds and runs a gateway from a base, a bank, a store, and API keys."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ log = logging.getLogger("mta")
 
 
 def keys_for(path: Path | None, host: str, insecure_local: bool, port: int = 0) -> Keys:
-    """The keys of a file and of the environment, for a door at ``host`` and ``port``.
+    """Return the API keys from a key file and from the environment, for a gateway at ``host`` and ``port``.
 
-    Raises ConfigError where there are none and it would be open, and where it cannot be had.
+    Raises ConfigError if the address is unavailable, or if there are no keys and the gateway would be open to others.
     """
     check_port(host, port)
     keys = Keys.load(path, os.environ.get(ENV))
@@ -49,50 +49,50 @@ def keys_for(path: Path | None, host: str, insecure_local: bool, port: int = 0) 
         return keys
     if not insecure_local:
         raise ConfigError(
-            f"no API key: neither --keys nor {ENV} names one",
-            hint="Make one:  mta serve --keys keys.yaml --new-key admin   or, on this machine alone: --insecure-local",
+            f"no API key: neither --keys nor {ENV} provides one",
+            hint="Create one:  mta serve --keys keys.yaml --new-key admin   or stay local:  --insecure-local",
         )
     if not _loopback(host):
         raise ConfigError(
-            f"--insecure-local serves this machine alone, but the host is {host!r}", hint="Use --host 127.0.0.1."
+            f"--insecure-local serves this machine only, but the host is {host!r}", hint="Use --host 127.0.0.1."
         )
     return keys
 
 
 def check(store: str, banks: Sequence[Path], strict: bool, vllm: bool) -> None:
-    """Before anything is loaded. Raises StoreError without a store, ConfigError for banks that are not to be served."""
+    """Check store and banks before loading. Raises StoreError without a store, ConfigError for an unusable bank."""
     Store(store).check()
     if vllm and len(banks) > 1:
         raise ConfigError(
             f"vLLM serves one bank, got {len(banks)}",
-            hint="Serve during the move without it, or move everybody first: mta personalize",
+            hint="Serve both banks without --vllm, or first personalize everyone with the new bank: mta personalize",
         )
     for bank in banks:
         if parts := stale(bank):
-            found = f"somebody who was forgotten is in the {' and the '.join(parts)} of {bank}"
+            found = f"data of a forgotten person remains in the {' and the '.join(parts)} of {bank}"
             if strict:
                 raise ConfigError(found, hint="Rebuild it:  mta bank build   or serve it without --strict.")
-            log.warning("%s; --strict would not serve it", found)
+            log.warning("%s; --strict would refuse this bank", found)
 
 
 def check_port(host: str, port: int) -> None:
-    """Before anything is loaded. Raises ConfigError for an address that cannot be listened at."""
+    """Check the address before loading. Raises ConfigError if nothing can listen there."""
     try:
         socket.create_server((host, port)).close()
     except OSError as error:
         raise ConfigError(
-            f"{host}:{port} cannot be listened at: {error.strerror or error}",
-            hint="Choose another:  --port 8001   (0 takes any that is free)",
+            f"cannot listen at {host}:{port}: {error.strerror or error}",
+            hint="Choose another port:  --port 8001   (0 picks a free one)",
         ) from None
 
 
 def bank_before(folder: Path, base: BaseModel, bank: Bank) -> Bank:
-    """The bank that people are moved from. Raises ConfigError where it cannot be served beside ``bank``."""
+    """Open the bank that people are moved from. Raises ConfigError if its task differs from the task of ``bank``."""
     before = Bank.open(folder, base)
     if before.task.identity != bank.task.identity:
         raise ConfigError(
             f"the bank at {folder} is for task {before.task.name!r}, expected {bank.task.name!r}",
-            hint="Serve banks of different tasks from gateways of their own.",
+            hint="Run one gateway per task.",
         )
     return before
 
@@ -110,10 +110,10 @@ def service_of(
     before: Path | None = None,
     strict: bool = False,
 ) -> Service:
-    """An engine over a bank and a store, embedded or vLLM's, and what personalizes beside it, always with ``bank``.
+    """Build the service: an engine, embedded or vLLM, and a personalizer that always uses ``bank``.
 
-    People of the bank in the folder ``before`` are served with that one until then. If ``base`` is an outline (vLLM),
-    what personalizes loads the weights for its first job.
+    People whose state was made with the bank in folder ``before`` are served with that bank until they are personalized
+    again. If ``base`` has no weights (vLLM), the personalizer loads them for its first job.
     """
     states, length = Store(store), base.prompts.max_tokens
     engine: EmbeddedEngine | VllmEngine
@@ -126,22 +126,22 @@ def service_of(
         )
     personal = Personalizer(base.twin(), bank, states, run=run, older=before)
     jobs = Jobs(personal, load=None if base.has_weights else partial(_with_weights, personal))
-    what = engine, base, states, bank.task, keys, jobs, Limits(rate=rate), length
-    return Service(*what, strict=[folder for folder in (bank.folder, before) if folder] if strict else ())
+    parts = engine, base, states, bank.task, keys, jobs, Limits(rate=rate), length
+    return Service(*parts, strict=[folder for folder in (bank.folder, before) if folder] if strict else ())
 
 
 def _with_weights(outline: Personalizer) -> Personalizer:
-    """The same personalizer over a base that can compute. Raises what ``BaseModel.load`` does."""
+    """Return the same personalizer over a base with weights. Raises BankMismatch and what ``BaseModel.load`` does."""
     base = BaseModel.of(outline.run)
     bank = Bank.open(outline.bank.folder, base)
     if bank.hash != outline.bank.hash:
-        raise BankMismatch(f"another bank is at {bank.folder} since the server began", hint="Start mta serve again.")
+        raise BankMismatch(f"the bank at {bank.folder} changed since the server started", hint="Restart mta serve.")
     return Personalizer(base, bank, outline.store, run=outline.run)
 
 
 @contextmanager
 def sigterm_exits() -> Iterator[None]:
-    """Within the block SIGTERM raises SystemExit, so that what was started is stopped too; then it is as before."""
+    """Turn SIGTERM into SystemExit within the block, so that started processes are stopped too."""
     before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         yield
@@ -150,7 +150,7 @@ def sigterm_exits() -> Iterator[None]:
 
 
 def vllm_of(python: str, base: BaseModel, bank: Path, store: str, *, slots: int, args: str) -> VllmServer:
-    """A vLLM server for that base, started: that takes a minute. Raises ConfigError, VllmNotStarted."""
+    """Start a vLLM server for the base, which takes about a minute. Raises ConfigError, VllmNotStarted."""
     started = VllmServer(vllm_settings(python, base, bank, store, slots=slots, args=args))
     with Console(stderr=True).status("Starting vLLM"):
         started.start()
@@ -158,45 +158,45 @@ def vllm_of(python: str, base: BaseModel, bank: Path, store: str, *, slots: int,
 
 
 def vllm_settings(python: str, base: BaseModel, bank: Path, store: str, *, slots: int, args: str) -> VllmSettings:
-    """What that server is started with; adapters are cut to the rank its slots get. Raises ConfigError."""
-    read = ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    read.add_argument("--max-lora-rank", "--max_lora_rank", dest="rank", type=int, default=SLOT_RANK)
+    """Return the server's settings; adapters are truncated to its slot rank. Raises ConfigError."""
+    parser = ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--max-lora-rank", "--max_lora_rank", dest="rank", type=int, default=SLOT_RANK)
     try:
         words = shlex.split(args)
-        rank = read.parse_known_args(words)[0].rank
+        rank = parser.parse_known_args(words)[0].rank
     except (ValueError, ArgumentError) as error:
-        raise ConfigError(f"--vllm-args {args!r} cannot be read: {error}", hint="Give them as to vllm serve.") from None
+        raise ConfigError(f"cannot parse --vllm-args {args!r}: {error}", hint="Write them as for vllm serve.") from None
     length, dtype = base.prompts.max_tokens, str(base.dtype).removeprefix("torch.")
     paths = local_folder(base.name), str(bank), store
     return VllmSettings(python, *paths, length, rank, slots, args=(f"--dtype={dtype}", *words))
 
 
 def remote_of(url: str, folder: Path | None, started: str | None = None) -> Remote:
-    """A vLLM server that runs already, on this machine, for this gateway alone. Its key comes by VLLM_API_KEY.
+    """Return a vLLM server that already runs on this machine and serves only this gateway.
 
-    Raises ConfigError.
+    VLLM_API_KEY holds its key. Raises ConfigError.
     """
     if started:
-        raise ConfigError("--vllm starts a server, --vllm-url names one that runs", hint="Give one of the two.")
+        raise ConfigError("--vllm starts a server, --vllm-url names a running one", hint="Give only one of the two.")
     if folder is None:
         raise ConfigError(
-            "where does that vLLM's plugin write adapters?", hint="Give its MTA_VLLM_FOLDER: --vllm-folder"
+            "--vllm-url also needs the folder of the vLLM plugin", hint="Pass its MTA_VLLM_FOLDER:  --vllm-folder DIR"
         )
     lock = FileLock(folder / "gateway.lock", timeout=0, mode=file_mode())
     try:
         lock.acquire()
     except Timeout:
         raise ConfigError(
-            f"another gateway works with the vLLM server of {folder}",
-            hint="End it first: two would unload what one needs.",
+            f"another gateway uses the vLLM server of {folder}",
+            hint="Stop the other gateway first: each would unload adapters that the other one uses.",
         ) from None
     return Remote(url.rstrip("/"), folder, os.environ.get("VLLM_API_KEY", ""), lock=lock)
 
 
 def serve(service: Service, host: str, port: int, ready: Callable[[str], None]) -> None:
-    """Until it is told to end: what runs then is answered, nothing new is taken.
+    """Serve until SIGINT or SIGTERM, then finish running answers and accept no new requests.
 
-    ``ready`` is told the address; port 0 takes any that is free. Raises OSError where it cannot listen.
+    Calls ``ready`` with the address; port 0 picks a free port. Raises OSError if it cannot listen.
     """
     import uvicorn
 

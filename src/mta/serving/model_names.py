@@ -1,4 +1,4 @@
-"""Whom a request's ``model`` names: ``person:ann``, ``person:ann@v3``, ``person:ann#merged``, ``task``, or the base."""
+"""Model names of requests: ``person:ann``, ``person:ann@v3``, ``person:ann#merged``, ``task``, or the base's name."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _PERSON = re.compile(r"person:(?P<id>.+?)(?:@v(?P<version>[1-9][0-9]{0,8}))?(?P<
 
 @dataclass(frozen=True, slots=True)
 class Named:
-    """A person as a request names them: the latest version where none is given."""
+    """A person as named in a request; ``version`` None means the latest."""
 
     person: str
     version: int | None = None
@@ -22,10 +22,10 @@ class Named:
 
 
 def named(model: str, base: str) -> Named | Nobody | None:
-    """Whom a model's name means; None where it means nobody we could know.
+    """Parse a model name; return None if it is neither a person, the pooled model, nor the base.
 
-    Ids are percent-decoded. Whoever builds names from ids that others chose has to encode them
-    (``urllib.parse.quote(id, safe="")``): an id may itself end like a version.
+    Ids are percent-decoded. Callers that build names from arbitrary ids must encode the ids
+    (``urllib.parse.quote(id, safe="")``), because an id may end like a version.
     """
     if model == base:
         return BASE
@@ -37,19 +37,19 @@ def named(model: str, base: str) -> Named | Nobody | None:
     return None
 
 
-_SEAL = 16  # digits of one that tell two versions of one number apart
+_SEAL = 16  # hex digits of the seal, enough to distinguish contents of the same version number
 _WIRE = re.compile(r"(?P<model>.+)~(?P<seal>[0-9a-f]{16})", re.DOTALL)
 
 
 def wire_name(who: Version | Nobody) -> str:
-    """What vLLM calls a person's version, ``person:ann@v3#merged~<seal>``: one name, one content, for ever."""
+    """Return the name of a version in vLLM, ``person:ann@v3#merged~<seal>``. A name always means the same content."""
     if isinstance(who, Nobody):
         return who.value
     return f"person:{quote(who.person, safe='')}@v{who.number}" + "#merged" * (not who.stacked) + f"~{who.seal[:_SEAL]}"
 
 
 def from_wire(name: str) -> Version | Nobody | None:
-    """The inverse of ``wire_name``; None for whatever is no such name."""
+    """Inverse of ``wire_name``; None if ``name`` is not such a name."""
     found = _WIRE.fullmatch(name)
     who = named(found["model"] if found else name, BASE.value)
     if found and isinstance(who, Named) and who.version:

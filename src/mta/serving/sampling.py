@@ -1,4 +1,4 @@
-"""From next-token logits to tokens, row by row as each was asked."""
+"""Samples a token from next-token logits, with each request's own settings."""
 
 from __future__ import annotations
 
@@ -7,22 +7,22 @@ from torch import Tensor
 
 from mta.serving.engine import Ask, Token
 
-COLDEST = 1e-3  # temperatures below are greedy; dividing by less would leave the numbers' range
+COLDEST = 1e-3  # lower temperatures are greedy: dividing by less could overflow
 
 
 class Sampler:
-    """Draws the tokens of one answer from a source of its own: nobody else's rows decide what it draws."""
+    """Samples the tokens of one answer with its own random generator, so that other rows have no influence."""
 
     def __init__(self, ask: Ask) -> None:
         self.ask = ask
-        self._draw = torch.Generator()
+        self._generator = torch.Generator()
         if ask.seed is None:
-            self._draw.seed()
+            self._generator.seed()
         else:
-            self._draw.manual_seed(ask.seed)
+            self._generator.manual_seed(ask.seed)
 
     def token(self, logits: Tensor, likeliest: int) -> Token:
-        """The next token after ``logits`` (V,), whose largest is at ``likeliest``."""
+        """Return the token that follows ``logits`` (V,); ``likeliest`` is the index of the largest logit."""
         ask = self.ask
         id = likeliest if ask.temperature < COLDEST else self._drawn(logits)
         if ask.top_logprobs is None:
@@ -32,9 +32,9 @@ class Sampler:
         return Token(id, float(logprobs[id]), tuple(zip(top.indices.tolist(), top.values.tolist())))
 
     def _drawn(self, logits: Tensor) -> int:
-        shares = (logits.float() / self.ask.temperature).softmax(-1).cpu()
+        probabilities = (logits.float() / self.ask.temperature).softmax(-1).cpu()
         if self.ask.top_p < 1:
-            ordered, places = shares.sort(descending=True)
-            ordered[1:][(ordered.cumsum(-1) - ordered)[1:] >= self.ask.top_p] = 0  # the likeliest stays, whatever top_p
-            return int(places[torch.multinomial(ordered, 1, generator=self._draw)])
-        return int(torch.multinomial(shares, 1, generator=self._draw))
+            ordered, ids = probabilities.sort(descending=True)
+            ordered[1:][(ordered.cumsum(-1) - ordered)[1:] >= self.ask.top_p] = 0  # the likeliest token always stays
+            return int(ids[torch.multinomial(ordered, 1, generator=self._generator)])
+        return int(torch.multinomial(probabilities, 1, generator=self._generator))

@@ -1,4 +1,4 @@
-"""The gateway: OpenAI's API in front of an engine, and what a person's own key may do with what is kept of them."""
+"""The gateway: an OpenAI-compatible API over an engine, and per-person routes to read, change, and forget data."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from mta.serving.api.sweep import Sweep
 
 
 def create_app(service: Service) -> FastAPI:
-    """The gateway as an ASGI application."""
+    """Build the gateway as an ASGI application."""
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -38,7 +38,7 @@ def create_app(service: Service) -> FastAPI:
     app.state.service = service
     refusal = error_body(f"the request is longer than {service.limits.body} bytes", "invalid_request_error")
     app.add_middleware(BodyLimit, most=service.limits.body, refusal=json.dumps(refusal).encode())
-    broken = error_body("something went wrong in the server", "server_error")
+    broken = error_body("internal server error", "server_error")
     app.add_middleware(Unexpected, refusal=json.dumps(broken).encode())
     _add_errors(app)
     _add_health(app, service)
@@ -51,37 +51,37 @@ def create_app(service: Service) -> FastAPI:
 def _add_health(app: FastAPI, service: Service) -> None:
     @app.get("/healthz")
     async def alive() -> Response:
-        """Whether the process and its engine work. If the engine died or fails at every step, start it again."""
+        """Return whether the process and its engine work. On 503, restart the process."""
         ok = service.engine.alive
         return JSONResponse({"status": "ok" if ok else "the engine died, or every step fails"}, 200 if ok else 503)
 
     @app.get("/readyz")
     async def ready() -> Response:
-        """Requests would be answered."""
+        """Return whether requests would be answered now."""
         return JSONResponse({"ready": service.engine.ready}, 200 if service.engine.ready else 503)
 
     @app.get("/metrics")
     async def metrics() -> Response:
-        """For Prometheus."""
+        """Return metrics for Prometheus."""
         service.metrics.engine(service.engine.facts())
         return Response(service.metrics.text(), media_type="text/plain; version=0.0.4")
 
 
 def _add_errors(app: FastAPI) -> None:
     @app.exception_handler(MtaError)
-    async def ours(_: Request, error: MtaError) -> Response:
+    async def mta_error(_: Request, error: MtaError) -> Response:
         status, body, headers = error_of(error)
         return JSONResponse(body, status, headers)
 
     @app.exception_handler(RequestValidationError)
-    async def misshapen(_: Request, error: RequestValidationError) -> Response:
+    async def invalid_body(_: Request, error: RequestValidationError) -> Response:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"] if part != "body")
         message = f"{where}: {first['msg']}" if where else first["msg"]
         return JSONResponse(error_body(message, "invalid_request_error", param=where or None), 400)
 
     @app.exception_handler(HTTPException)
-    async def plain(_: Request, error: HTTPException) -> Response:
+    async def http_error(_: Request, error: HTTPException) -> Response:
         kind = {401: "authentication_error", 429: "rate_limit_error"}.get(error.status_code, "invalid_request_error")
         code = {401: "invalid_api_key", 429: "rate_limit_exceeded"}.get(error.status_code)
         headers = dict(error.headers or {}) | ({"WWW-Authenticate": "Bearer"} if error.status_code == 401 else {})

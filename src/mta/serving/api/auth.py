@@ -1,9 +1,9 @@
-"""Who may do what: API keys, stored as hashes, each bound to rights. Without a key there is no service.
+"""API keys with rights, stored as hashes. Without a valid key no request is answered.
 
-    admin       everything, for everybody
-    serve       ask any person's model; see and change nothing of them
-    person      one person's model, history and state
-    prefix      the same for everybody whose id begins so
+    admin       everything, for all people
+    serve       use any person's model; neither see nor change any person's data
+    person      one person's model, history, and state
+    prefix      the same for all people whose id starts with the prefix
 
 A key file is YAML, a list of ``{name, sha256, rights, of}``; ``mta serve --new-key ann --rights person --of ann`` adds
 one and shows the key once.
@@ -26,12 +26,12 @@ from mta.errors import ConfigError
 from mta.system.atomic import file_mode, make_folder, write_text
 
 ENV = "MTA_API_KEY"
-_WAIT = 10.0  # seconds for another process that adds a key
+_WAIT = 10.0  # seconds to wait for another process that adds a key
 Kind = Literal["admin", "serve", "person", "prefix"]
 
 
 class Key(Settings):
-    """One key: its hash, and what it may do. ``of`` is the person's id, or the prefix of ids."""
+    """One key: its hash and rights. ``of`` is a person's id or an id prefix."""
 
     name: str
     sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
@@ -39,25 +39,25 @@ class Key(Settings):
     of: str = ""
 
     @model_validator(mode="after")
-    def _of_somebody(self) -> Key:
+    def _of_matches_rights(self) -> Key:
         if bool(self.of) != (self.rights in ("person", "prefix")):
-            raise ValueError("'of' names whom rights 'person' and 'prefix' are for, and goes with them alone")
+            raise ValueError("'of' is required with rights 'person' and 'prefix', and not allowed with other rights")
         return self
 
     @property
     def share(self) -> str:
-        """Under which name what it takes is counted and bounded; empty for the operator's own keys."""
+        """Name under which usage is counted and limited; empty for the operator's keys."""
         return self.name if self.rights in ("person", "prefix") else ""
 
     def owns(self, person: str) -> bool:
-        """Whether it may see and change what is kept of a person, and ask for them."""
+        """Whether the key may see and change a person's data, and use the person's model."""
         own = (self.rights == "person" and person == self.of) or (
             self.rights == "prefix" and person.startswith(self.of)
         )
         return own or self.rights == "admin"
 
     def may_ask(self, person: str) -> bool:
-        """Whether it may be answered by a person's model."""
+        """Whether the key may use a person's model."""
         return self.rights == "serve" or self.owns(person)
 
 
@@ -67,19 +67,19 @@ class _KeyFile(Settings):
 
 @dataclass(frozen=True, slots=True)
 class Keys:
-    """All keys; none of them means that nobody is asked for one (loopback only)."""
+    """All keys; without any key, no caller needs one (loopback only)."""
 
     keys: tuple[Key, ...]
 
     @classmethod
     def load(cls, path: Path | None, secret: str | None = None) -> Keys:
-        """Keys of a file, and an admin key given in the environment. Raises ConfigError."""
+        """Load the keys of a file, and an admin key from the environment. Raises ConfigError."""
         found = checked(_KeyFile, _read(path), str(path), hint=_MAKE).keys if path else ()
-        own = (Key(name=ENV, sha256=_hash(secret), rights="admin"),) if secret else ()
-        return cls((*found, *own))
+        from_env = (Key(name=ENV, sha256=_hash(secret), rights="admin"),) if secret else ()
+        return cls((*found, *from_env))
 
     def of(self, secret: str) -> Key | None:
-        """The key a caller shows; every comparison is made, and takes the same time, whatever it finds."""
+        """Return the key that matches a secret, or None. Compares with every key, so the time reveals nothing."""
         shown, found = _hash(secret), None
         for key in self.keys:
             if hmac.compare_digest(key.sha256, shown):
@@ -87,7 +87,7 @@ class Keys:
         return found
 
 
-_MAKE = "Keys stand in a file that this makes:  mta serve --keys keys.yaml --new-key ops"
+_MAKE = "This command creates a key file:  mta serve --keys keys.yaml --new-key ops"
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -97,13 +97,13 @@ def _read(path: Path) -> dict[str, Any]:
         raise ConfigError(error.message, hint=_MAKE) from None
 
 
-LOCAL = Key(name="local", sha256="0" * 64, rights="admin")  # whoever sits at the machine itself
+LOCAL = Key(name="local", sha256="0" * 64, rights="admin")  # any program on this machine
 
 
 def add_key(path: Path, name: str, rights: str, of: str = "") -> str:
-    """A new key in a key file; returns the secret, which is written nowhere. Raises ConfigError.
+    """Add a new key to a key file; return the secret, which is stored nowhere. Raises ConfigError.
 
-    Threads and processes that add keys at the same time wait for each other.
+    Concurrent calls from threads and processes wait for each other.
     """
     secret = f"mta-{secrets.token_urlsafe(32)}"
     new = checked(
@@ -116,10 +116,10 @@ def add_key(path: Path, name: str, rights: str, of: str = "") -> str:
         make_folder(path.parent)
         with FileLock(path.with_name(f".{path.name}.lock"), timeout=_WAIT, mode=file_mode()):
             _add(path, new)
-    except OSError as error:  # a lock that is not given in time is one too
+    except OSError as error:  # a lock timeout is an OSError too
         raise ConfigError(
-            f"{path} cannot be written: {error.strerror or error}",
-            hint="Give the right to write there, or wait for whatever adds a key now, and repeat the command.",
+            f"cannot write {path}: {error.strerror or error}",
+            hint="Check the permissions, or wait until another process has added its key, and repeat the command.",
         ) from None
     return secret
 
@@ -128,11 +128,11 @@ def _add(path: Path, new: Key) -> None:
     before = checked(_KeyFile, read_yaml(path), str(path)) if path.exists() else _KeyFile()
     if new.name in {key.name for key in before.keys}:
         raise ConfigError(
-            f"{path} has a key called {new.name!r} already", hint="Choose another name, or remove its lines."
+            f"{path} already has a key named {new.name!r}", hint="Choose another name, or remove that key."
         )
     write_text(path, dump_yaml(_KeyFile(keys=(*before.keys, new))))
 
 
 def _hash(secret: str) -> str:
-    # Keys are 256 random bits, which nobody can guess: a slow hash would protect nothing.
+    # Keys are 256 random bits and cannot be guessed, so a slow hash would protect nothing.
     return hashlib.sha256(secret.encode("utf-8", "surrogatepass")).hexdigest()

@@ -1,4 +1,4 @@
-"""``/v1/models``, ``/v1/chat/completions`` and ``/v1/completions``: whole answers, or piece by piece."""
+"""``/v1/models``, ``/v1/chat/completions``, and ``/v1/completions``, whole or streamed."""
 
 from __future__ import annotations
 
@@ -25,35 +25,35 @@ from mta.serving.engine import Ask
 
 
 def add_completions(app: FastAPI, service: Service) -> None:
-    """The routes of OpenAI's clients."""
+    """Add the routes that OpenAI clients use."""
 
     @app.get("/v1/models")
     async def models(key: Caller) -> dict[str, Any]:
-        """Base and pooled model; a person's own key sees their model too."""
-        mine = key.rights == "person" and await run_in_threadpool(service.store.latest, key.of) is not None
-        names = [service.base.name, "task", *([f"person:{quote(key.of, safe='')}"] if mine else [])]
+        """List the base and the pooled model; a person key also sees its own model."""
+        has_model = key.rights == "person" and await run_in_threadpool(service.store.latest, key.of) is not None
+        names = [service.base.name, "task", *([f"person:{quote(key.of, safe='')}"] if has_model else [])]
         rows = [{"id": name, "object": "model", "created": 0, "owned_by": "mta"} for name in names]
         return {"object": "list", "data": rows}
 
     @app.post("/v1/chat/completions")
     async def chat(request: ChatRequest, key: Caller, http: HttpRequest) -> Response:
-        """The next turn of a conversation."""
-        return await _unless_gone(http, _answered(service, request, key))
+        """Generate the next turn of a conversation."""
+        return await _until_disconnect(http, _respond(service, request, key))
 
     @app.post("/v1/completions")
     async def completions(request: CompletionRequest, key: Caller, http: HttpRequest) -> Response:
-        """How a text goes on."""
-        return await _unless_gone(http, _answered(service, request, key))
+        """Continue a text."""
+        return await _until_disconnect(http, _respond(service, request, key))
 
 
-async def _unless_gone(http: HttpRequest, work: Coroutine[Any, Any, Response]) -> Response:
-    """What ``work`` makes; it is cancelled when the caller goes away, so that nobody's slot is held for nobody."""
+async def _until_disconnect(http: HttpRequest, work: Coroutine[Any, Any, Response]) -> Response:
+    """Return the response of ``work``; cancel ``work`` when the caller disconnects, so that its slot is freed."""
 
-    async def gone() -> None:
+    async def disconnected() -> None:
         while (await http.receive())["type"] != "http.disconnect":
             pass
 
-    answering, leaving = asyncio.create_task(work), asyncio.create_task(gone())
+    answering, leaving = asyncio.create_task(work), asyncio.create_task(disconnected())
     try:
         await asyncio.wait((answering, leaving), return_when=asyncio.FIRST_COMPLETED)
         return answering.result() if answering.done() else Response(status_code=499)
@@ -63,37 +63,37 @@ async def _unless_gone(http: HttpRequest, work: Coroutine[Any, Any, Response]) -
         await asyncio.gather(answering, leaving, return_exceptions=True)
 
 
-async def _answered(service: Service, request: Request, key: Key) -> Response:
+async def _respond(service: Service, request: Request, key: Key) -> Response:
     who = await service.who(request.model, key, request.fallback)
     usual = service.base.prompts.answer_tokens(service.task)
     ask = ask_of(request, who, service.base, key.name, service.length, service.limits.max_tokens, usual)
     kind = "chatcmpl" if isinstance(request, ChatRequest) else "cmpl"
-    called = {TASK: "task", BASE: service.base.name}  # whoever answers instead of a person says so
-    model = called[who] if isinstance(who, Nobody) else request.model
+    names = {TASK: "task", BASE: service.base.name}  # a fallback answer names the model that answered
+    model = names[who] if isinstance(who, Nobody) else request.model
     shape = Shape(request, model, f"{kind}-{uuid.uuid4().hex}", service.base.tokenizer)
-    parts = _counted(service, ask, request, key)
+    parts = _measured(service, ask, request, key)
     if request.stream:
-        first = await anext(parts)  # what is refused is refused with a status, before the stream begins
+        first = await anext(parts)  # a refusal needs a status code, so it must come before the stream starts
         return StreamingResponse(_events(shape, ask, request, first, parts), media_type="text/event-stream")
-    wholes = [Whole() for _ in range(request.n)]
+    complete = [Whole() for _ in range(request.n)]
     async for part in parts:
-        wholes[part.index].add(part)
-    choices = [shape.choice(n, one.text, one.tokens, one.finish) for n, one in enumerate(wholes)]
-    tokens = sum(len(one.tokens) for one in wholes)
-    return JSONResponse(shape.whole(choices, usage_of(len(ask.prompt), tokens, wholes[0].cached)))
+        complete[part.index].add(part)
+    choices = [shape.choice(n, one.text, one.tokens, one.finish) for n, one in enumerate(complete)]
+    tokens = sum(len(one.tokens) for one in complete)
+    return JSONResponse(shape.whole(choices, usage_of(len(ask.prompt), tokens, complete[0].cached)))
 
 
 async def _events(
     shape: Shape, ask: Ask, request: Request, first: Part, parts: AsyncIterator[Part]
 ) -> AsyncIterator[str]:
-    """Server-sent events, as OpenAI sends them."""
-    begun: set[int] = set()
+    """Yield server-sent events in OpenAI's format."""
+    started: set[int] = set()
     tokens = cached = 0
     try:
         async for part in _after(first, parts):
             tokens, cached = tokens + len(part.tokens), part.cached
-            piece = shape.delta(part.index, part.text, part.tokens, None, part.index not in begun)
-            begun.add(part.index)
+            piece = shape.delta(part.index, part.text, part.tokens, None, part.index not in started)
+            started.add(part.index)
             yield _event(shape.part([piece]))
             if part.finish:
                 yield _event(shape.part([shape.delta(part.index, "", (), part.finish)]))
@@ -114,8 +114,8 @@ def _event(value: dict[str, Any]) -> str:
     return f"data: {json.dumps(value, ensure_ascii=False)}\n\n"
 
 
-async def _counted(service: Service, ask: Ask, request: Request, key: Key) -> AsyncIterator[Part]:
-    """The pieces of all answers, and what they say of the service's speed."""
+async def _measured(service: Service, ask: Ask, request: Request, key: Key) -> AsyncIterator[Part]:
+    """Yield the pieces of all answers, and record metrics."""
     count, start, last = service.metrics, time.monotonic(), dict[int, float]()
     status, kind = "cancelled", "chat" if isinstance(request, ChatRequest) else "completion"
     try:

@@ -1,4 +1,4 @@
-"""What is known of people before they are personalized: kept in the store by opt-in, else held in memory alone."""
+"""Items of people before personalization: stored if the caller opted in, otherwise held in memory only."""
 
 from __future__ import annotations
 
@@ -12,31 +12,31 @@ from mta.serving.engine import Refused
 from mta.store import Store
 from mta.store.lock import locked
 
-_BESIDE = 64  # what an object takes beside its text, about
+_OVERHEAD = 64  # approximate size of a text object besides its characters
 
 
 class Histories:
-    """People's items. Of those who did not opt in at most ``room`` characters are held: the oldest people are dropped.
+    """People's items. Items without opt-in take at most ``room`` characters of memory; the oldest people go first.
 
-    A person's or prefix's key fills a quarter of it at most, all of these together three quarters; beyond that whoever
-    fills most gives way. What is left is the operator's.
+    A person or prefix key fills at most a quarter of ``room``, all such keys together three quarters; beyond that the
+    key that uses most gives way. The rest is reserved for the operator.
 
-    Another process may forget a person. So with held items the person's tombstones are remembered that were there when
-    the items came in; items that are older than a tombstone are dropped, never used.
+    Another process may forget a person. So items are held together with the tombstones that existed when they arrived;
+    items older than a tombstone are dropped and never used.
     """
 
-    def __init__(self, store: Store, most: int, room: int = 1 << 28) -> None:
-        self._store, self._most, self._room = store, most, room
-        self._held: dict[str, OrderedDict[str, Person]] = {}  # by whose key: "" is the operator's
-        self._filled: Counter[str] = Counter()
-        self._whose: dict[str, str] = {}
+    def __init__(self, store: Store, limit: int, room: int = 1 << 28) -> None:
+        self._store, self._limit, self._room = store, limit, room
+        self._held: dict[str, OrderedDict[str, Person]] = {}  # by share; "" is the operator
+        self._used: Counter[str] = Counter()
+        self._share: dict[str, str] = {}
         self._since: dict[str, frozenset[str]] = {}
-        self._door = threading.Lock()
+        self._lock = threading.Lock()
 
     def append(self, id: str, new: Sequence[Item], keep: bool, key: Key = LOCAL) -> int:
-        """Add items and return how many there are. Raises Refused where they are too many, PersonForgotten."""
+        """Add items; return the person's number of items. Raises Refused for too many items, PersonForgotten."""
         if keep:
-            self._store.identity(write=True)  # the lock lies in the store
+            self._store.identity(write=True)  # the lock is a file in the store
             with locked(self._store.files):
                 since = self._store.tombstones.of(id)
                 person = self._joined(self._store.history(id), id, new)
@@ -44,76 +44,76 @@ class Histories:
                 return len(person.items)
         since = self._store.tombstones.of(id)
         person = self._joined(self._of(id, since), id, new)
-        with self._door:
+        with self._lock:
             self._drop(id)
-            whose = self._whose[id] = key.share
-            self._held.setdefault(whose, OrderedDict())[id] = person
+            share = self._share[id] = key.share
+            self._held.setdefault(share, OrderedDict())[id] = person
             self._since[id] = since
-            self._filled[whose] += _characters(person)
-            self._make_room(whose)
+            self._used[share] += _characters(person)
+            self._make_room(share)
         return len(person.items)
 
     def _joined(self, before: Person | None, id: str, new: Sequence[Item]) -> Person:
         person = Person.of(id, (*(before.items if before else ()), *new))
-        if len(person.items) > self._most:
+        if len(person.items) > self._limit:
             raise Refused(
-                f"a history has at most {self._most} items here, these would be {len(person.items)}",
-                hint="Send fewer, or forget the person and begin anew: DELETE /v1/people/…",
+                f"a history may have at most {self._limit} items, this one would have {len(person.items)}",
+                hint="Send fewer items, or forget the person and start again: DELETE /v1/people/…",
             )
         return person
 
-    def _make_room(self, whose: str) -> None:
-        while whose and self._filled[whose] > self._room // 4 and self._drop_oldest(whose):
+    def _make_room(self, share: str) -> None:
+        while share and self._used[share] > self._room // 4 and self._drop_oldest(share):
             pass
-        while (others := self._filled.total() - self._filled[""]) > self._room * 3 // 4:
-            most = max((name for name in self._filled if name), key=self._filled.__getitem__)
-            if not self._drop_oldest(most):
+        while (others := self._used.total() - self._used[""]) > self._room * 3 // 4:
+            largest = max((name for name in self._used if name), key=self._used.__getitem__)
+            if not self._drop_oldest(largest):
                 break
-        while others + self._filled[""] > self._room and self._drop_oldest(""):
+        while others + self._used[""] > self._room and self._drop_oldest(""):
             pass
 
-    def _drop_oldest(self, whose: str) -> bool:
-        """Of this key's people; the last of them stays."""
-        held = self._held.get(whose, OrderedDict())
+    def _drop_oldest(self, share: str) -> bool:
+        """Drop the oldest person of a share, but never the last one."""
+        held = self._held.get(share, OrderedDict())
         return len(held) > 1 and self._drop(next(iter(held)))
 
     def _drop(self, id: str) -> bool:
-        whose = self._whose.pop(id, None)
-        if whose is None:
+        share = self._share.pop(id, None)
+        if share is None:
             return False
         del self._since[id]
-        self._filled[whose] -= _characters(self._held[whose].pop(id))
+        self._used[share] -= _characters(self._held[share].pop(id))
         return True
 
     def _of(self, id: str, known: frozenset[str]) -> Person | None:
-        """The held items of a person with the tombstones ``known``; items older than a tombstone are dropped."""
-        with self._door:
+        """Return the person's items in memory; drop them if older than one of the tombstones ``known``."""
+        with self._lock:
             if not known <= self._since.get(id, known):
                 self._drop(id)
-            whose = self._whose.get(id)
-            return None if whose is None else self._held[whose][id]
+            share = self._share.get(id)
+            return None if share is None else self._held[share][id]
 
     def of(self, id: str, known: frozenset[str]) -> Person | None:
-        """All items of a person with the tombstones ``known``, kept and held, or None."""
+        """Return all items of a person, stored and in memory, or None. ``known`` are the person's tombstones."""
         kept, held = self._store.history(id), self._of(id, known)
         items = (*(kept.items if kept else ()), *(held.items if held else ()))
         return Person.of(id, items) if items else None
 
     def held(self, id: str) -> int:
-        """How many items are in memory alone."""
+        """Return the number of items that are only in memory."""
         found = self._of(id, self._store.tombstones.of(id))
         return len(found.items) if found else 0
 
     def drop_forgotten(self, names: Collection[str]) -> None:
-        """Drop the items held of people that tombstones of these ``names`` are newer than."""
+        """Drop items in memory that are older than tombstones of these ``names``."""
         for id in list(self._since):
             self._of(id, self._store.tombstones.among(names, id))
 
     def forget(self, id: str) -> bool:
-        """Drop what is held; whether there was anything."""
-        with self._door:
+        """Drop a person's items from memory; return whether there were any."""
+        with self._lock:
             return self._drop(id)
 
 
 def _characters(person: Person) -> int:
-    return sum(len(text) + _BESIDE for item in person.items for text in item.fields.values())
+    return sum(len(text) + _OVERHEAD for item in person.items for text in item.fields.values())

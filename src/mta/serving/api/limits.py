@@ -1,4 +1,4 @@
-"""Bounds on what a caller may send: the size of a body, and how often."""
+"""Limits per caller: body size, answer length, history size, and request rate; plus the catch-all for errors."""
 
 from __future__ import annotations
 
@@ -15,34 +15,34 @@ from mta.config.loader import Settings
 
 log = logging.getLogger("mta")
 
-_PATIENCE = 30.0  # seconds for a body to come
-_LINGER = 2.0  # seconds for the rest of one that is refused
+_PATIENCE = 30.0  # seconds to receive a body
+_LINGER = 2.0  # seconds to read the rest of a refused body
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 
 class Limits(Settings):
-    """What one caller may take. ``rate`` requests a minute for each key, 0 for as many as they like."""
+    """Limits per caller. ``rate`` is requests per minute and key; 0 means no limit."""
 
-    body: int = Field(1 << 20, ge=1, description="bytes of a request")
-    max_tokens: int = Field(1024, ge=1, description="tokens of one answer")
-    items: int = Field(512, ge=1, description="items of a person's history")
-    item: int = Field(20_000, ge=1, description="characters of one field of an item")
+    body: int = Field(1 << 20, ge=1, description="bytes per request")
+    max_tokens: int = Field(1024, ge=1, description="tokens per answer")
+    items: int = Field(512, ge=1, description="items per history")
+    item: int = Field(20_000, ge=1, description="characters per field of an item")
     rate: int = Field(0, ge=0)
-    forgets: int = Field(10, ge=0, description="forgettings a minute for a key of one person or prefix; 0: any number")
-    own: int = Field(8, ge=1, description="answers at once for a key of one person or prefix; others share the engine")
+    forgets: int = Field(10, ge=0, description="forget requests per minute for a person or prefix key; 0: no limit")
+    own: int = Field(8, ge=1, description="concurrent answers for a person or prefix key")
 
 
 class Rate:
-    """A bucket of tokens for each caller, which fills up within a minute."""
+    """Token bucket per caller, with ``each`` requests per minute; 0 means no limit."""
 
     def __init__(self, each: int, clock: Callable[[], float] = time.monotonic) -> None:
         self.each, self._clock = each, clock
         self._buckets: dict[str, tuple[float, float]] = {}
 
     def wait(self, caller: str) -> float:
-        """0 and one request fewer, or the seconds until the next is allowed."""
+        """Count a request and return 0, or return the seconds until the next request is allowed."""
         if not self.each:
             return 0.0
         now = self._clock()
@@ -53,7 +53,7 @@ class Rate:
 
 
 class BodyLimit:
-    """Refuses a body that is too long, told beforehand or not, before it is read to its end; waits for none forever."""
+    """Refuses a body of more than ``most`` bytes without reading it all, and drops callers that send too slowly."""
 
     def __init__(self, app: Any, most: int, refusal: bytes) -> None:
         self.app, self.most, self.refusal = app, most, refusal
@@ -61,27 +61,27 @@ class BodyLimit:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        told = dict(scope["headers"]).get(b"content-length", b"0")
-        if not told.isdigit() or int(told) > self.most:
+        declared = dict(scope["headers"]).get(b"content-length", b"0")
+        if not declared.isdigit() or int(declared) > self.most:
             return await self._refuse(receive, send)
         try:
             async with asyncio.timeout(_PATIENCE):
                 body = await self._body(receive)
         except TimeoutError:
-            return None  # the server ends the connection
+            return None  # the server closes the connection
         if body is None:
             return None
         if len(body) > self.most:
             return await self._refuse(receive, send)
         whole = [{"type": "http.request", "body": body, "more_body": False}]
 
-        async def again() -> MutableMapping[str, Any]:
+        async def replay() -> MutableMapping[str, Any]:
             return whole.pop() if whole else await receive()
 
-        return await self.app(scope, again, send)
+        return await self.app(scope, replay, send)
 
     async def _body(self, receive: Receive) -> bytes | None:
-        """The body, or a little more than is allowed of it; None where the caller has gone."""
+        """Return the body, cut off soon after the limit, or None if the caller disconnected."""
         body, more = b"", True
         while more and len(body) <= self.most:
             message = await receive()
@@ -91,9 +91,9 @@ class BodyLimit:
         return body
 
     async def _refuse(self, receive: Receive, send: Send) -> None:
-        """The refusal, and for a while what is still coming is read and dropped.
+        """Send the refusal, then read and drop the rest of the body for a while.
 
-        A connection that is closed upon unread bytes is reset, and the caller would lose the refusal with it.
+        Closing a connection with unread bytes resets it, and the caller would lose the refusal.
         """
         await _answer(send, 413, self.refusal, ended=False)
         with suppress(TimeoutError):
@@ -104,24 +104,24 @@ class BodyLimit:
 
 
 class Unexpected:
-    """What went wrong that nobody foresaw: 500 without a word of it to the caller, and its kind alone to the log."""
+    """Turns an unexpected exception into a 500 without details; logs only the exception's type."""
 
     def __init__(self, app: Any, refusal: bytes) -> None:
         self.app, self.refusal = app, refusal
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        begun = False
+        started = False
 
         async def watched(message: MutableMapping[str, Any]) -> None:
-            nonlocal begun
-            begun = begun or message["type"] == "http.response.start"
+            nonlocal started
+            started = started or message["type"] == "http.response.start"
             await send(message)
 
         try:
             await self.app(scope, receive, watched)
-        except Exception as error:  # its message may hold what somebody wrote
+        except Exception as error:  # the message may hold user data
             log.error("a request failed: %s", type(error).__name__)
-            if scope["type"] == "http" and not begun:
+            if scope["type"] == "http" and not started:
                 await _answer(send, 500, self.refusal)
 
 

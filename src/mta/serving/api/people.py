@@ -1,6 +1,6 @@
-"""``/v1/people``: what is kept of a person, their history, stages 2 and 3 in the background, and forgetting.
+"""``/v1/people``: stored data of a person, history, background personalization, and forgetting.
 
-Only who owns a person may use these routes; anybody else, and anybody who asks for somebody unknown, gets the same 404.
+Only a key that owns a person may use these routes; unauthorized and unknown person ids get the same 404.
 """
 
 from __future__ import annotations
@@ -29,27 +29,27 @@ class _Body(BaseModel):
 
 
 class NewItem(_Body):
-    """One thing a person did: the task's fields, and when."""
+    """One item: the task's fields and a time."""
 
     fields: dict[str, str]
     time: Annotated[float | None, Field(allow_inf_nan=False)] = None
 
 
 class History(_Body):
-    """Items to be appended; they outlive the server only where ``keep`` says so."""
+    """Items to append; ``keep`` stores them, otherwise they are lost when the server stops."""
 
     items: Annotated[list[NewItem], Field(min_length=1)]
     keep: bool = False
 
 
 class Personalize(_Body):
-    """Personalize from what is known of the person, or from their most recent items alone."""
+    """Personalize from all known items, or from the ``latest`` most recent ones."""
 
     latest: Annotated[int | None, Field(ge=1)] = None
 
 
 def add_people(app: FastAPI, service: Service) -> None:
-    """The routes for what is kept of people."""
+    """Add the routes for people's data."""
     _add_history(app, service, service.histories)
     _add_state(app, service, service.histories)
 
@@ -57,7 +57,7 @@ def add_people(app: FastAPI, service: Service) -> None:
 def _add_history(app: FastAPI, service: Service, histories: Histories) -> None:
     @app.post("/v1/people/{id:path}/history")
     async def history(id: str, body: History, key: Caller) -> dict[str, Any]:
-        """Append items to what is known of a person."""
+        """Append items to a person's history."""
         _own(key, id)
         new = [_item(service.task, item, service.limits.item) for item in body.items]
         async with service.lock(id):
@@ -65,7 +65,7 @@ def _add_history(app: FastAPI, service: Service, histories: Histories) -> None:
 
     @app.post("/v1/people/{id:path}/personalize", status_code=202)
     async def personalize(id: str, key: Caller, body: Personalize | None = None) -> dict[str, Any]:
-        """Stages 2 and 3, in the background."""
+        """Start stages 2 and 3 in the background."""
         _own(key, id)
         await service.check_fresh()
         latest = body.latest if body else None
@@ -73,31 +73,31 @@ def _add_history(app: FastAPI, service: Service, histories: Histories) -> None:
             since = await run_in_threadpool(service.store.tombstones.of, id)
             person = await run_in_threadpool(histories.of, id, since)
             if person is None:
-                raise Refused("no item is known of this person", hint="Append some first: POST …/history")
-            return _told(service.jobs.put(person.latest(latest) if latest else person, key, since))
+                raise Refused("this person has no items", hint="Append some first: POST …/history")
+            return _status_body(service.jobs.put(person.latest(latest) if latest else person, key, since))
 
     @app.get("/v1/people/{id:path}/personalize")
     async def status(id: str, key: Caller) -> dict[str, Any]:
-        """How far stages 2 and 3 are."""
+        """Return the progress of stages 2 and 3."""
         _own(key, id)
         found = service.jobs.status(id)
         if found is None:
             raise _unknown()
-        return _told(found)
+        return _status_body(found)
 
 
 def _add_state(app: FastAPI, service: Service, histories: Histories) -> None:
     @app.get("/v1/people/{id:path}")
     async def kept(id: str, key: Caller) -> dict[str, Any]:
-        """What is kept of a person: opaque anchor numbers, coefficients, versions, bytes."""
+        """Return the stored data of a person: opaque anchor numbers, coefficients, versions, bytes."""
         _own(key, id)
         return await run_in_threadpool(_kept, service.store, id, histories)
 
     @app.delete("/v1/people/{id:path}")
     async def forget(id: str, key: Caller) -> dict[str, Any]:
-        """Remove all that is kept of a person; what was learnt from them in task LoRA and bank is named."""
+        """Delete all stored data of a person; name the task LoRA and banks that must be rebuilt without the person."""
         _own(key, id)
-        if key.share:  # each leaves a tombstone, whether anything is known of the person or not
+        if key.share:  # each request leaves a tombstone, even for an unknown person
             check_rate(service.forgets, key)
         async with service.lock(id):
             held = histories.forget(id)
@@ -106,12 +106,12 @@ def _add_state(app: FastAPI, service: Service, histories: Histories) -> None:
                 service.is_stale |= bool(found.needs_rebuild)
             finally:
                 await service.engine.forget(id)
-            if found.exports_left and key.rights == "admin":  # told now; others leave it to mta forget
+            if found.exports_left and key.rights == "admin":  # reported below; for other keys, mta forget reports them
                 await run_in_threadpool(service.store.exports.forget, id)
-        told = {"removed": found.states_removed or held, "needs_rebuild": found.needs_rebuild}
-        told |= {"exports_left": len(found.exports_left), "banks_unmarked": len(found.unmarked)}
+        report = {"removed": found.states_removed or held, "needs_rebuild": found.needs_rebuild}
+        report |= {"exports_left": len(found.exports_left), "banks_unmarked": len(found.unmarked)}
         named = {"exports": found.exports_left, "banks": found.unmarked} if key.rights == "admin" else {}
-        return told | {name: left for name, left in named.items() if left}
+        return report | {name: left for name, left in named.items() if left}
 
 
 def _own(key: Key, id: str) -> None:
@@ -122,7 +122,7 @@ def _own(key: Key, id: str) -> None:
 def _unknown() -> NobodyHere:
     return NobodyHere(
         "this person does not exist, or this key may not see them",
-        hint="Where the key may, items make them known: POST …/history",
+        hint="If the key owns the person, append items first: POST …/history",
     )
 
 
@@ -130,25 +130,25 @@ def _item(task: Task, item: NewItem, longest: int) -> Item:
     needed = task.fields()
     if missing := [name for name in needed if name not in item.fields]:
         raise Refused(
-            f"an item lacks the field {missing[0]!r}; this task's items have {', '.join(needed)}",
-            hint=f"Send  {missing[0]}  too.",
+            f"an item has no field {missing[0]!r}; items of this task have {', '.join(needed)}",
+            hint=f"Add the field  {missing[0]}.",
         )
     if extra := sorted(set(item.fields) - set(needed)):
         raise Refused(
-            f"an item has a field {extra[0]!r} too many; this task's items have {', '.join(needed)}",
-            hint=f"Leave  {extra[0]}  out.",
+            f"an item has an unknown field {extra[0]!r}; items of this task have {', '.join(needed)}",
+            hint=f"Remove the field  {extra[0]}.",
         )
     if max(map(len, item.fields.values())) > longest:
         raise Refused(
-            f"a field of an item has more than {longest} characters", hint=f"Send the first {longest} of them."
+            f"a field of an item has more than {longest} characters", hint=f"Send at most {longest} characters."
         )
     try:
         return replace(item_in(item.fields, task), time=item.time)
     except Bad as bad:
-        raise Refused(f"an item's field {bad.field!r}: {bad.reason}", hint="Send it as the task has it.") from None
+        raise Refused(f"an item's field {bad.field!r}: {bad.reason}", hint="See GET /v1/task for the fields.") from None
 
 
-def _told(status: Status) -> dict[str, Any]:
+def _status_body(status: Status) -> dict[str, Any]:
     return {"status": status.state, "version": status.version, "message": status.message}
 
 
@@ -156,10 +156,10 @@ def _kept(store: Store, id: str, histories: Histories) -> dict[str, Any]:
     versions, kept, held = store.versions(id), store.history(id), histories.held(id)
     if not versions and not kept and not held:
         raise _unknown()
-    told: dict[str, Any] = {"versions": versions, "bytes": store.nbytes(id)}
-    told |= {"items_kept": len(kept.items) if kept else 0, "items_held": held}
+    report: dict[str, Any] = {"versions": versions, "bytes": store.nbytes(id)}
+    report |= {"items_kept": len(kept.items) if kept else 0, "items_held": held}
     if versions:
         state = store.load(id)
-        told |= {"version": versions[-1], "anchors": state.anchors, "w": state.w, "policy": state.policy}
-        told |= {"stack": state.stack is not None, "merge": state.mode}
-    return told
+        report |= {"version": versions[-1], "anchors": state.anchors, "w": state.w, "policy": state.policy}
+        report |= {"stack": state.stack is not None, "merge": state.mode}
+    return report

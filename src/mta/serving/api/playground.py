@@ -1,4 +1,4 @@
-"""The playground at ``/``: one static page, which may run its own script and talk to this server, and nothing else."""
+"""The playground at ``/``: one static page. Its policy allows only its own script and calls to this server."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mta.serving.api.service import Caller, Service
 
 
 def add_page(app: FastAPI, service: Service) -> None:
-    """The page, and what it has to know of the task to draw its fields."""
+    """Add the page, and the route that describes the task's fields."""
     page = (resources.files("mta.serving.api") / "playground.html").read_text(encoding="utf-8")
     headers = {
         "Content-Security-Policy": _policy(page),
@@ -29,7 +29,7 @@ def add_page(app: FastAPI, service: Service) -> None:
 
     @app.get("/v1/task")
     async def task(key: Caller) -> dict[str, Any]:
-        """The wording of prompts, the fields of an item, and its labels if it has a closed set."""
+        """Return the prompt template, the fields of an item, and the labels of a closed set."""
         form = service.task.item
         return {
             "name": service.task.name,

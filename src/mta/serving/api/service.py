@@ -1,4 +1,4 @@
-"""What the gateway's routes share: the service, who is calling, and how errors are told."""
+"""Shared by the gateway's routes: the service, the caller's key, and the mapping of errors to responses."""
 
 from __future__ import annotations
 
@@ -37,19 +37,19 @@ log = logging.getLogger("mta")
 
 
 class NeedsRebuild(MtaError):
-    """Somebody forgotten is in what would answer, and that is not served (``--strict``)."""
+    """The task LoRA or bank still contains a forgotten person, and ``--strict`` refuses to serve it."""
 
 
 class NobodyHere(PersonNotFound):
-    """Somebody unknown, or whom this key may not know: the same to whoever asks."""
+    """The person is unknown, or the key may not see the person; both give the same answer."""
 
 
 @dataclass
 class Service:
-    """What the routes work with. ``length`` is how many tokens prompt and answer may have together.
+    """Everything the routes use. ``length`` is the maximum number of tokens of prompt and answer together.
 
-    ``strict`` are the folders of banks that are not to be served once somebody they learnt from was forgotten.
-    ``sweep`` is the number of seconds between two looks for people whom other processes forgot.
+    ``strict`` lists bank folders that must not be served once they contain a forgotten person.
+    ``sweep`` is the number of seconds between two checks for people that other processes forgot.
     """
 
     engine: Engine
@@ -75,10 +75,10 @@ class Service:
         self.histories = Histories(self.store, self.limits.items)
 
     async def who(self, model: str, key: Key, fallback: Literal["task", "base"] | None = None) -> Who:
-        """Whom a request means. Unknown and forbidden people are answered alike, so nobody learns who exists.
+        """Resolve a model name. Unknown and forbidden people get the same answer, to hide which people exist.
 
-        The store is asked each time: who was forgotten elsewhere is not served from what is at hand here. Instead of
-        a person who is not here ``fallback`` answers, if it is named. Raises NobodyHere, NeedsRebuild.
+        The store is read each time, so a person forgotten by another process is not served from memory. If the person
+        does not exist, ``fallback`` answers, if given. Raises NobodyHere, NeedsRebuild.
         """
         found = named(model, self.base.name)
         if isinstance(found, Named):
@@ -90,20 +90,20 @@ class Service:
             await self.check_fresh(who)
             return who
         raise NobodyHere(
-            f"the model {model!r} does not exist, or this key may not ask it",
-            hint="GET /v1/models lists some that it may; fallback: task asks the pooled model then.",
+            f"the model {model!r} does not exist, or this key may not use it",
+            hint="GET /v1/models lists available models; with fallback: task the pooled model answers instead.",
         )
 
     async def check_fresh(self, who: Who | None = None) -> None:
-        """Raises NeedsRebuild for all but the base, where somebody forgotten is in task LoRA or bank."""
+        """Raises NeedsRebuild if task LoRA or bank contain a forgotten person, except for the base."""
         if who is BASE or not self.strict:
             return
-        # Once and for all: what is in memory stays what it was, whatever becomes of the folder.
+        # Permanent: the weights in memory stay stale even if the folder is rebuilt.
         for bank in self.strict:
-            gone = not (bank / INFO).exists()
-            self.is_stale = self.is_stale or gone or bool(await run_in_threadpool(stale, bank))
+            missing = not (bank / INFO).exists()
+            self.is_stale = self.is_stale or missing or bool(await run_in_threadpool(stale, bank))
         if self.is_stale:
-            raise NeedsRebuild("the bank has to be rebuilt without somebody who was forgotten", hint="Ask the base.")
+            raise NeedsRebuild("the bank must be rebuilt without a forgotten person", hint="Ask the base meanwhile.")
 
     def _version(self, found: Named) -> Version | None:
         number = found.version or self.store.latest(found.person)
@@ -111,14 +111,14 @@ class Service:
         return None if seal is None or not number else Version(found.person, number, found.stacked, seal)
 
     def lock(self, person: str) -> asyncio.Lock:
-        """Held by whatever changes what is kept of a person, so that forgetting comes before or after it, not amid."""
+        """Return the lock for changes to a person's data, so that forgetting never interleaves with another change."""
         return self._locks.setdefault(person, asyncio.Lock())
 
     @contextmanager
     def held(self, key: Key, count: int) -> Iterator[None]:
-        """So many answers for a key, for a block: no person's own key can take all slots. Raises QueueFull."""
+        """Reserve ``count`` answers for a key, so that no person key can take all slots. Raises QueueFull."""
         if key.share and self._held[key.name] + count > self.limits.own:
-            raise QueueFull(f"this key has at most {self.limits.own} answers at once", hint="Wait for one to end.")
+            raise QueueFull(f"this key may have at most {self.limits.own} answers at once", hint="Wait for one to end.")
         self._held[key.name] += count
         try:
             yield
@@ -130,46 +130,46 @@ async def key_of(
     request: Request,
     shown: Annotated[HTTPAuthorizationCredentials | None, Depends(HTTPBearer(auto_error=False))] = None,
 ) -> Key:
-    """The caller's key. Raises 401 where none is shown or it is not known, 429 where it comes too often."""
+    """Return the caller's key. Raises 401 without a valid key, 429 if the key exceeds its rate."""
     service: Service = request.app.state.service
     key = service.keys.of(shown.credentials) if shown else None
     if not service.keys.keys:
         key = _local(request)
     if key is None:
-        raise HTTPException(401, "no API key, or one that is not known here: send 'Authorization: Bearer <key>'")
+        raise HTTPException(401, "no valid API key: send 'Authorization: Bearer <key>'")
     check_rate(service.rate, key)
     return key
 
 
 def check_rate(rate: Rate, key: Key) -> None:
-    """Count one more request of a key. Raises 429 where it comes too often."""
+    """Count one request of a key. Raises 429 if the key exceeds its rate."""
     if wait := rate.wait(key.name):
         raise HTTPException(429, "too many requests for this key", headers={"Retry-After": str(math.ceil(wait))})
 
 
 def _local(request: Request) -> Key:
-    """Whoever sits at this machine; not a page of somebody else's that their browser has open. Raises 403."""
+    """Accept programs on this machine, but not a foreign page open in a local browser. Raises 403."""
     origin = request.headers.get("origin")
-    if request.url.hostname not in _HERE or origin not in (None, f"{request.url.scheme}://{request.url.netloc}"):
-        raise HTTPException(403, "without keys only this machine's own pages and programs are answered")
+    if request.url.hostname not in _LOOPBACK or origin not in (None, f"{request.url.scheme}://{request.url.netloc}"):
+        raise HTTPException(403, "without keys, only pages and programs of this machine are answered")
     return LOCAL
 
 
-_HERE = ("127.0.0.1", "localhost", "::1")
+_LOOPBACK = ("127.0.0.1", "localhost", "::1")
 Caller = Annotated[Key, Depends(key_of)]
 
 
 def error_of(error: MtaError) -> tuple[int, dict[str, object], dict[str, str]]:
-    """Status, body and headers for what went wrong.
+    """Return status, body, and headers for an error.
 
-    Callers are told what was raised for them, hint and all; hints of all else are the operator's, and stay here.
+    Callers get messages and hints written for callers; hints for the operator are not sent.
     """
     message = f"{error.message}. {error.hint}"
-    if isinstance(error, PersonNotFound):  # the store's own words tell where it lies, and which versions there are
-        message = message if isinstance(error, NobodyHere) else "the person is not here any more"
+    if isinstance(error, PersonNotFound):  # the store's message reveals paths and versions
+        message = message if isinstance(error, NobodyHere) else "the person no longer exists"
         return 404, error_body(message, "invalid_request_error", "model_not_found", "model"), {}
     if isinstance(error, PersonForgotten):
-        message = "the person was forgotten while this was done: nothing was kept. Send it again if they are back"
+        message = "the person was forgotten during this request: nothing was saved. Send the request again if wanted"
         return 409, error_body(message, "invalid_request_error", "person_forgotten"), {}
     if isinstance(error, QueueFull):
         return 429, error_body(message, "rate_limit_error", "queue_full"), {"Retry-After": str(error.retry_after)}
@@ -181,5 +181,5 @@ def error_of(error: MtaError) -> tuple[int, dict[str, object], dict[str, str]]:
         return 500, error_body(f"{LOST}. {LATER}", "server_error", "answer_lost"), {}
     if isinstance(error, Refused):
         return 400, error_body(message, "invalid_request_error"), {}
-    log.error("a request failed: %s", type(error).__name__)  # its message may say where things lie
-    return 500, error_body("this cannot be done at the moment", "server_error", type(error).__name__), {}
+    log.error("a request failed: %s", type(error).__name__)  # the message may hold paths
+    return 500, error_body("the request failed in the server", "server_error", type(error).__name__), {}

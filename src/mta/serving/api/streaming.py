@@ -1,6 +1,6 @@
-"""One request's answers: its prompt as tokens, n asks to the engine, and their text as it comes.
+"""Turns a request into n engine requests and streams the text of the answers.
 
-No half characters are shown, and nothing of a stop text.
+Half characters and stop texts are never sent.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from mta.personalize.adapters import BASE
 from mta.serving.api.schemas import ChatRequest, Request
 from mta.serving.engine import Ask, Engine, Finish, Refused, Token, Who
 
-_LETTERS = 32  # of one token, at the very most that is read
+_LETTERS = 32  # upper bound of characters per token: longer prompts are refused without tokenizing
 _HALF = "\N{REPLACEMENT CHARACTER}"
-_BYTES = 4  # of the longest character: what is no character by then will never be one
+_BYTES = 4  # of the longest character: a character incomplete after as many tokens stays incomplete
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A piece of answer ``index``: text that can be shown, the tokens behind it, and how it ended if it did."""
+    """A piece of answer ``index``: text that is final, its tokens, and the reason if the answer ended."""
 
     index: int
     text: str
@@ -34,7 +34,7 @@ class Part:
 
 @dataclass(slots=True)
 class Whole:
-    """An answer put together."""
+    """An answer collected from its parts."""
 
     text: str = ""
     tokens: list[Token] = field(default_factory=list)
@@ -42,30 +42,30 @@ class Whole:
     cached: int = 0
 
     def add(self, part: Part) -> None:
-        """The next piece of it."""
+        """Append the next part."""
         self.text += part.text
         self.tokens.extend(part.tokens)
         self.finish, self.cached = part.finish or self.finish, part.cached
 
 
 class Text:
-    """The text of one answer, given out piece by piece.
+    """Detokenizes one answer piece by piece.
 
-    A piece is held back while it may still be the beginning of a stop text, or half of a character.
+    Text is held back while it may be the beginning of a stop text, or part of a character.
     """
 
     def __init__(self, tokenizer: Any, stops: Sequence[str] = ()) -> None:
         self.tokenizer, self.stops = tokenizer, [stop for stop in stops if stop]
         self.stopped = False
         self._tokens: list[int] = []
-        self._from = 0  # tokens before are given out whole; decoding goes on a little before the new ones
-        self._known = ""  # the text of the tokens from there on that is in ``_text`` already
+        self._from = 0  # decoding starts at this token, one before the new ones
+        self._known = ""  # text of the tokens from ``_from`` on that ``_text`` already contains
         self._text = ""
-        self._waited = 0
-        self._given = 0
+        self._waited = 0  # tokens since the last complete character
+        self._given = 0  # characters already returned
 
     def add(self, token: int) -> str:
-        """What can be shown after one more token."""
+        """Add one token; return the text that is final now."""
         self._tokens.append(token)
         text = self._decoded(self._from)
         self._waited += 1
@@ -73,13 +73,13 @@ class Text:
             return ""
         self._waited = 0
         self._text += text[len(self._known) :]
-        # The next tokens are decoded behind this one, for some tokenizers write a word differently at a beginning.
+        # The next tokens are decoded behind this one: some tokenizers write a word differently at the start of a text.
         self._from = len(self._tokens) - 1
         self._known = self._decoded(self._from)
         return self._give(held=max((len(stop) - 1 for stop in self.stops), default=0))
 
     def end(self) -> str:
-        """What is left when the answer is over."""
+        """Return the remaining text at the end of the answer."""
         rest = self._decoded(self._from)[len(self._known) :]
         self._text += rest
         self._known += rest
@@ -89,7 +89,7 @@ class Text:
         if self.stopped:
             return ""
         places = [(self._text.find(stop, max(self._given - len(stop), 0)), len(stop)) for stop in self.stops]
-        found = [(at + length, at) for at, length in places if at >= 0]  # whichever is whole first ends the answer
+        found = [(at + length, at) for at, length in places if at >= 0]  # the stop text completed first ends the answer
         if found:
             self.stopped = True
         until = min(found)[1] if found else max(self._given, len(self._text) - held)
@@ -101,14 +101,14 @@ class Text:
 
 
 def ask_of(request: Request, who: Who, base: BaseModel, asker: str, length: int, most: int, usual: int) -> Ask:
-    """A request as tokens: prompt and answer have ``length`` together, an answer ``most``.
+    """Tokenize a request. Prompt and answer have at most ``length`` tokens together, an answer at most ``most``.
 
-    Without a number of its own an answer has at most ``usual``; the base's, which is bound to no task, may take all the
-    room there is. Raises Refused.
+    Without max_tokens an answer has at most ``usual`` tokens; an answer of the base, which has no task, may fill the
+    remaining length. Raises Refused.
     """
     if (letters := request.letters) > length * _LETTERS:
         raise Refused(
-            f"the prompt has {letters} characters; prompt and answer have at most {length} tokens here",
+            f"the prompt has {letters} characters; prompt and answer may have at most {length} tokens together",
             hint=f"Send at most {length * _LETTERS} characters.",
         )
     if isinstance(request, ChatRequest):
@@ -118,7 +118,7 @@ def ask_of(request: Request, who: Who, base: BaseModel, asker: str, length: int,
         prompt = base.prompts.text(request.prompt)
     if (request.most or 0) > most:
         raise Refused(
-            f"max_tokens is {request.most}; an answer has at most {most} here", hint=f"Send max_tokens: {most}"
+            f"max_tokens is {request.most}; an answer may have at most {most} tokens", hint=f"Send max_tokens: {most}"
         )
     return Ask(
         prompt,
@@ -135,9 +135,9 @@ def ask_of(request: Request, who: Who, base: BaseModel, asker: str, length: int,
 async def answer(
     engine: Engine, ask: Ask, base: BaseModel, stops: Sequence[str], index: int = 0
 ) -> AsyncIterator[Part]:
-    """The text of one answer as it comes; it ends before the first stop text."""
+    """Stream the text of one answer, which ends before the first stop text."""
     text = Text(base.tokenizer, stops)
-    held: list[Token] = []  # tokens whose text is still held back
+    held: list[Token] = []  # tokens with text that is still held back
     async with aclosing(engine.answer(ask)) as pieces:  # type: ignore[type-var]
         async for piece in pieces:
             shown = text.add(piece.token.id) if piece.token else text.end()
@@ -151,25 +151,25 @@ async def answer(
 
 
 async def answers(engine: Engine, ask: Ask, base: BaseModel, request: Request) -> AsyncIterator[Part]:
-    """The pieces of all n answers in the order they come. Whoever stops listening cancels them all."""
-    told: asyncio.Queue[Part | BaseException | None] = asyncio.Queue()
+    """Stream the parts of all n answers as they come; closing the iterator cancels all answers."""
+    parts: asyncio.Queue[Part | BaseException | None] = asyncio.Queue()
 
     async def one(index: int) -> None:
-        mine = ask if ask.seed is None else replace(ask, seed=ask.seed + index)
+        seeded = ask if ask.seed is None else replace(ask, seed=ask.seed + index)
         try:
-            async with aclosing(answer(engine, mine, base, request.stops, index)) as parts:  # type: ignore[type-var]
-                async for part in parts:
-                    told.put_nowait(part)
+            async with aclosing(answer(engine, seeded, base, request.stops, index)) as stream:  # type: ignore[type-var]
+                async for part in stream:
+                    parts.put_nowait(part)
         except BaseException as error:
-            told.put_nowait(error)
+            parts.put_nowait(error)
             raise
-        told.put_nowait(None)
+        parts.put_nowait(None)
 
     tasks = [asyncio.create_task(one(index)) for index in range(request.n)]
     try:
         left = len(tasks)
         while left:
-            part = await told.get()
+            part = await parts.get()
             if isinstance(part, BaseException):
                 raise part
             if part is None:

@@ -1,4 +1,4 @@
-"""People whom another process forgot (``mta forget``, another gateway) leave this gateway's memory as well."""
+"""Removes people from this gateway's memory when another process forgets them (``mta forget``, another gateway)."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ log = logging.getLogger("mta")
 
 
 class Sweep:
-    """Looks for new tombstones in the store, and drops what is held of their people.
+    """Looks for new tombstones in the store, and drops the people concerned from memory.
 
-    Requests look for themselves, so nothing is answered or personalized from what is older than a tombstone; this is
-    for what nobody asks for any more. Between the tombstone and the removal of the states a request can load the person
-    again, so each look also compares the versions in memory with those in the store.
+    Each request checks the tombstones too, so no answer uses older data; the sweep drops data that no request asks for.
+    A request can load a person again between the tombstone and the removal of the states, so each sweep also compares
+    the versions in memory with the store.
     """
 
     def __init__(self, service: Service) -> None:
@@ -28,20 +28,20 @@ class Sweep:
         self._seen = NOTHING
 
     async def run(self) -> None:
-        """Look every ``service.sweep`` seconds, until it is cancelled. A store that does not answer is asked again."""
+        """Sweep every ``service.sweep`` seconds until cancelled; retry if the store does not answer."""
         failed = False
         while True:
             try:
                 await self.once()
                 failed = False
-            except Exception as error:  # whatever it is, it must not be the last look
+            except Exception as error:  # no error may end the loop
                 if not failed:
                     log.warning("cannot read which people were forgotten elsewhere: %s", type(error).__name__)
                 failed = True
             await asyncio.sleep(self.service.sweep)
 
     async def once(self) -> None:
-        """Drop what is held of people with new tombstones, or with versions that are not in the store any more.
+        """Drop people with new tombstones, and people with versions in memory that the store no longer has.
 
         Raises StoreError, EngineGone.
         """
@@ -60,9 +60,9 @@ class Sweep:
             await service.engine.forget(person)
 
     def _removed(self, versions: Collection[Version]) -> set[str]:
-        """The people of those versions that are not in the store any more, or hold something else there."""
+        """Return the people with a version that the store no longer has, or has with other content."""
         return {version.person for version in versions if not self._is_kept(version)}
 
     def _is_kept(self, version: Version) -> bool:
         seal = self.service.store.seal(version.person, version.number)
-        return seal is not None and seal[: len(version.seal) or None] == version.seal  # vLLM's names cut it short
+        return seal is not None and seal[: len(version.seal) or None] == version.seal  # vLLM names shorten seals

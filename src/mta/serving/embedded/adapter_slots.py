@@ -1,8 +1,8 @@
-"""Adapters of the rows being decoded, kept in place: whoever takes a slot takes the seat beside it.
+"""Adapters of the rows being decoded, kept in place: the row in cache slot n has adapter slot n.
 
-What all rows share, the task LoRA and the bank's anchors, is weighed by each row's gates; what is a person's own, the
-stack (and a merge made by svd or by factor), has a place of fixed rank in each seat. A row that comes or goes writes
-one seat; a pass reads a stretch of seats and copies nothing.
+Task LoRA and anchors are shared by all rows; each row weighs them by its gates. The stack, and a merge made by svd or
+factor, belong to one row and have room of a fixed rank in its slot. A row that joins or leaves writes one slot; a
+forward pass reads a contiguous slice of slots and copies nothing.
 
     y[b] = W x[b] + sum over ranks of gate[b] * (shared update) + own[b]
 """
@@ -29,103 +29,103 @@ from mta.personalize.adapters import BASE, Nobody
 from mta.personalize.merge import Merge, merged_factors
 from mta.store.state import State
 
-_STRETCHES = 128  # that are remembered
-_EVEN = 32  # shared ranks are a multiple of it: whole vectors for the kernels
+_SLICES = 128  # slices of slots with cached forwards, at most
+_ALIGNMENT = 32  # the number of shared ranks is padded to a multiple, so that kernels read whole vectors
 
 
 @dataclass(frozen=True, slots=True)
-class Person:
-    """One person's part of a row: gates (P,) of the shared updates, and adapters of their own, or none."""
+class RowAdapter:
+    """The adapter of one row: gates (P,) of the shared updates, and the row's own LoRA or None."""
 
     gates: Tensor
     own: LoraBatch | None
 
 
 @dataclass(frozen=True, slots=True)
-class _Place:
-    """Where a bank's task LoRA and anchors lie among the shared ranks."""
+class _RankRange:
+    """The ranges of a bank's task LoRA and anchors among the shared ranks."""
 
     bank: Bank
     task: slice
     anchors: slice
 
 
-class Seats:
-    """Seats for a number of rows over one base; ``opened`` puts a stretch of them on the model.
+class AdapterSlots:
+    """Adapter slots for ``count`` rows over one base; ``opened`` applies a slice of the slots to the model.
 
-    Of several ``banks``, the first is the one that nobody's rows (the pooled model) belong to; people's rows belong to
-    the bank their state was made with. Their ranks lie side by side, so a second one costs as much as the first.
+    Rows without a person (the pooled model) use the first of several ``banks``. A person's row uses the bank that the
+    person's state was made with. The banks' ranks are concatenated, so a second bank costs as much as the first.
     """
 
     def __init__(self, base: BaseModel, banks: Sequence[Bank], count: int) -> None:
         self.base = base
         shared = [batch for bank in banks for batch in (bank.task_lora, bank.working) if batch is not None]
-        self._places, self._ranks = _laid_out(banks)
-        width = -(-self._ranks // _EVEN) * _EVEN
+        self._ranges, self._ranks = _rank_ranges(banks)
+        width = -(-self._ranks // _ALIGNMENT) * _ALIGNMENT
         self._layers: dict[str, Any] = {name: base.model.get_submodule(name) for name in base.targets}
-        self._shared = {name: _side_by_side(shared, name, width, base.dtype) for name in base.targets}
+        self._shared = {name: _concatenated(shared, name, width, base.dtype) for name in base.targets}
         self._gates = torch.zeros(count, width, dtype=base.dtype, device=base.device)
         self._own: dict[str, tuple[Tensor, Tensor]] = {}
-        self._forwards: dict[tuple[int, int], dict[str, Any]] = {}  # of stretches of seats that were opened before
+        self._forwards: dict[tuple[int, int], dict[str, Any]] = {}  # by slice of slots
         self._grow(banks[0].info.run.stack.lora.rank)
 
     @property
     def rank(self) -> int:
-        """Room for adapters of a row's own."""
+        """Rank that a row's own LoRA may have without growing the slots."""
         return next(iter(self._own.values()))[0].shape[1]
 
-    def person(self, whose: State | Nobody, stacked: bool = True) -> Person:
-        """What a row of theirs needs, computed anew from bank and state. Raises StateCorrupt, OtherBank."""
-        place = self._place_of(whose)
+    def adapter_of(self, owner: State | Nobody, stacked: bool = True) -> RowAdapter:
+        """Compute the adapter of a row from bank and state. Raises StateCorrupt, OtherBank."""
+        ranks = self._ranks_of(owner)
         gates = torch.zeros(self._gates.shape[1], dtype=self.base.master_dtype)
-        if whose is not BASE:
-            gates[place.task] = 1
-        if isinstance(whose, Nobody):
-            return Person(gates.to(self._gates), None)
-        own = [whose.stack] if stacked and whose.stack else []
+        if owner is not BASE:
+            gates[ranks.task] = 1
+        if isinstance(owner, Nobody):
+            return RowAdapter(gates.to(self._gates), None)
+        own = [owner.stack] if stacked and owner.stack else []
         if any(not part.isfinite().all() for batch in own for pair in batch.factors.values() for part in pair):
-            raise StateCorrupt("a person's stack holds numbers that are not finite", hint="Personalize again.")
-        merge = Merge(torch.tensor([whose.anchors]), torch.tensor([whose.w], dtype=self.base.master_dtype))
-        anchors = place.bank.anchors
-        if whose.mode == "exact":
-            gates[place.anchors] = merge.gates(len(anchors))[0].repeat_interleave(anchors.rank)
+            raise StateCorrupt("a person's stack contains NaN or infinity", hint="Personalize again.")
+        merge = Merge(torch.tensor([owner.anchors]), torch.tensor([owner.w], dtype=self.base.master_dtype))
+        anchors = ranks.bank.anchors
+        if owner.mode == "exact":
+            gates[ranks.anchors] = merge.gates(len(anchors))[0].repeat_interleave(anchors.rank)
         else:
-            settings = MergeSettings(mode=whose.mode, rank=whose.rank)
+            settings = MergeSettings(mode=owner.mode, rank=owner.rank)
             own.append(merged_factors(anchors, merge, settings))
-        return Person(gates.to(self._gates), join(own).to(self.base.device, self.base.dtype) if own else None)
+        return RowAdapter(gates.to(self._gates), join(own).to(self.base.device, self.base.dtype) if own else None)
 
-    def _place_of(self, whose: State | Nobody) -> _Place:
-        if isinstance(whose, Nobody):
-            return next(iter(self._places.values()))
-        if whose.bank not in self._places:
+    def _ranks_of(self, owner: State | Nobody) -> _RankRange:
+        if isinstance(owner, Nobody):
+            return next(iter(self._ranges.values()))
+        if owner.bank not in self._ranges:
             raise OtherBank("the person's state was made with another bank", hint="Personalize again: mta personalize")
-        return self._places[whose.bank]
+        return self._ranges[owner.bank]
 
-    def take(self, place: int, person: Person) -> None:
-        """Write one seat."""
-        self._gates[place] = person.gates
-        if person.own and person.own.rank > self.rank:
-            self._grow(person.own.rank)
+    def take(self, place: int, adapter: RowAdapter) -> None:
+        """Write an adapter into slot ``place``; grow all slots if its rank does not fit."""
+        self._gates[place] = adapter.gates
+        if adapter.own and adapter.own.rank > self.rank:
+            self._grow(adapter.own.rank)
         for name, (a, b) in self._own.items():
             a[place], b[place] = 0, 0
-            if person.own:
-                mine = person.own.factors[name]
-                a[place, : person.own.rank], b[place, : person.own.rank] = mine.a[0], mine.b[0].mT
+            if adapter.own:
+                own = adapter.own.factors[name]
+                a[place, : adapter.own.rank], b[place, : adapter.own.rank] = own.a[0], own.b[0].mT
 
     def clear(self, place: int) -> None:
-        """Zeros in the place of whoever sat there."""
+        """Fill slot ``place`` with zeros."""
         for kept in (self._gates, *(factor for factors in self._own.values() for factor in factors)):
             kept[place].zero_()
 
     def exchange(self, one: int, other: int) -> None:
-        """Let two seats change places."""
+        """Swap two slots."""
         pair, crossed = [one, other], [other, one]
         for kept in (self._gates, *(factor for factors in self._own.values() for factor in factors)):
             kept[pair] = kept[crossed]
 
     @contextmanager
     def opened(self, rows: slice) -> Iterator[None]:
-        """Within the block, row i of a batch through ``base.model`` sits in seat ``rows.start + i``."""
+        """Within the block, row i of a batch through ``base.model`` uses slot ``rows.start + i``."""
         before = {name: vars(layer).get("forward") for name, layer in self._layers.items()}
         forwards = self._forwards_of(rows)
         try:
@@ -140,16 +140,16 @@ class Seats:
                     layer.forward = before[name]
 
     def _forwards_of(self, rows: slice) -> dict[str, Any]:
-        """What the layers compute for these seats; it reads the seats as they are when it is called."""
+        """Return each layer's forward for these slots; it reads the slots' values when called."""
         key = rows.start, rows.stop
-        if len(self._forwards) > _STRETCHES:
+        if len(self._forwards) > _SLICES:
             self._forwards.clear()
         if key not in self._forwards:
             own = {name: self._own_of(name, rows) for name in self._layers}
-            how = self._ranks, self._gates[rows]
-            room = AdaptedRows.room_for(how[1], next(iter(own.values())))
+            gates = self._gates[rows]
+            room = AdaptedRows.room_for(gates, next(iter(own.values())))
             self._forwards[key] = {
-                name: _Adapted(layer, layer.forward, self._shared[name], *how, own[name], room)
+                name: _Adapted(layer, layer.forward, self._shared[name], self._ranks, gates, own[name], room)
                 for name, layer in self._layers.items()
             }
         return self._forwards[key]
@@ -159,20 +159,20 @@ class Seats:
         return a[rows], b[rows]
 
     def _grow(self, rank: int) -> None:
-        """Room for so many ranks in every seat; B is kept rank by rank, as the kernels read it."""
+        """Make room for ``rank`` ranks in every slot; B is stored rank by rank, as the kernels read it."""
         count, grown = len(self._gates), dict[str, tuple[Tensor, Tensor]]()
         for name, (d, o) in self.base.targets.items():
             a, b = (self._gates.new_zeros(count, rank, width) for width in (d, o))
             for new, old in zip((a, b), self._own.get(name, ())):
                 new[:, : old.shape[1]] = old
             grown[name] = a, b
-        self._own, self._forwards = grown, {}  # at once: where memory ends before, seats stay as they are
+        self._own, self._forwards = grown, {}  # only now: out of memory above leaves the slots as they were
 
 
 class _Adapted:
-    """What a layer computes for a stretch of seats: what it gives, the shared updates as each row weighs them, its own.
+    """Forward of a layer for a slice of slots: its output, shared updates times the row's gates, the row's own LoRA.
 
-    Of the shared ranks the first ``ranks`` count: beyond them lie the zeros that make whole vectors of them.
+    Only the first ``ranks`` shared ranks count; the rest is zero padding.
     """
 
     def __init__(
@@ -186,18 +186,18 @@ class _Adapted:
         room: tuple[Tensor, Tensor],
     ) -> None:
         linear = type(layer) is nn.Linear
-        self._few = AdaptedRows(layer.weight, layer.bias, shared, gates, own, room) if linear else None
+        self._kernel = AdaptedRows(layer.weight, layer.bias, shared, gates, own, room) if linear else None
         self._plain, self._shared, self._ranks = plain, shared, ranks
         self._gates, self._own = gates, own
 
     def __call__(self, x: Tensor) -> Tensor:
         """Shapes: x (B, T, D) -> (B, T, O), or both flat as (B * T, ...)."""
-        if self._few and (found := self._few(x)) is not None:
+        if self._kernel and (found := self._kernel(x)) is not None:
             return found.view(*x.shape[:-1], found.shape[-1])
         y: Tensor = self._plain(x)
         a, b = self._shared[0][: self._ranks], self._shared[1][:, : self._ranks]
         h = product(x, a).view(len(self._gates), -1, self._ranks).mul_(self._gates[:, None, : self._ranks])
-        if y.dtype == torch.bfloat16:  # in place, and rounded once
+        if y.dtype == torch.bfloat16:  # in place: rounds once
             y.view(-1, y.shape[-1]).addmm_(h.view(-1, self._ranks), b.T)
         else:
             y = y.view(*h.shape[:2], -1) + product(h, b)
@@ -205,18 +205,18 @@ class _Adapted:
         return y.view(*x.shape[:-1], y.shape[-1])
 
 
-def _laid_out(banks: Sequence[Bank]) -> tuple[dict[str, _Place], int]:
-    """Each bank's place by its hash, and how many shared ranks there are: task LoRA and anchors, bank after bank."""
-    places, end = dict[str, _Place](), 0
+def _rank_ranges(banks: Sequence[Bank]) -> tuple[dict[str, _RankRange], int]:
+    """Return each bank's ranges by its hash, and the number of shared ranks. Each bank: task LoRA, then anchors."""
+    ranges, end = dict[str, _RankRange](), 0
     for bank in banks:
         pooled = bank.task_lora.rank if bank.task_lora else 0
         anchors = slice(end + pooled, end + pooled + len(bank) * bank.anchors.rank)
-        places[bank.hash], end = _Place(bank, slice(end, end + pooled), anchors), anchors.stop
-    return places, end
+        ranges[bank.hash], end = _RankRange(bank, slice(end, end + pooled), anchors), anchors.stop
+    return ranges, end
 
 
-def _side_by_side(batches: list[LoraBatch], name: str, width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """All ranks of all adapters of a layer, and zeros up to ``width``: A (P, D) and B (O, P)."""
+def _concatenated(batches: list[LoraBatch], name: str, width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Concatenate all ranks of a layer and pad with zeros to ``width``: A (P, D) and B (O, P)."""
     a, b = shared_ranks(batches, name)
-    more = width - len(a)
-    return (pad(a, (0, 0, 0, more)).to(dtype).contiguous(), pad(b, (0, more)).to(dtype).contiguous())
+    padding = width - len(a)
+    return (pad(a, (0, 0, 0, padding)).to(dtype).contiguous(), pad(b, (0, padding)).to(dtype).contiguous())

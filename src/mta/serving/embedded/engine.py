@@ -1,4 +1,4 @@
-"""The embedded engine: a decoder in a thread of its own, and the door through which everybody else speaks to it."""
+"""The embedded engine: a scheduler in its own thread, and the asynchronous interface to it."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ import torch
 from mta.bank.bank import Bank
 from mta.errors import MtaError
 from mta.model.base import BaseModel
-from mta.serving.embedded.adapter_cache import Activated
-from mta.serving.embedded.adapter_slots import Seats
+from mta.serving.embedded.adapter_cache import AdapterCache
+from mta.serving.embedded.adapter_slots import AdapterSlots
 from mta.serving.embedded.kv_cache import refuse_unservable
-from mta.serving.embedded.scheduler import Decoder, Row, Told
+from mta.serving.embedded.scheduler import Row, Scheduler, Send
 from mta.serving.engine import LATER, LOST, AnswerLost, Ask, EngineGone, Piece, QueueFull, Version
 from mta.serving.sampling import Sampler
 from mta.store import Store
@@ -26,12 +26,12 @@ from mta.system.device import compute_with, in_passing
 
 
 class EmbeddedEngine:
-    """Rows of different people from one base, in slots of one cache.
+    """Serves rows of different people from one base, with one batch and one KV cache.
 
-    ``slots`` rows run at once, ``waiting`` more may queue. A prompt and its answer have ``length`` tokens together,
-    at most those that the base takes.
-    ``activated`` people are kept at hand. The base's modules are the engine's alone while it lives. People whose state
-    was made with the bank ``before`` this one are served with that until they are personalized anew.
+    At most ``slots`` rows run at once and ``waiting`` more are queued. A prompt and its answer have at most ``length``
+    tokens together, never more than the base accepts. ``activated`` is the size of the adapter cache. While the engine
+    lives, only the engine may use the base's modules. People whose state was made with the bank ``before`` are served
+    with that bank until they are personalized again.
     """
 
     def __init__(
@@ -49,50 +49,50 @@ class EmbeddedEngine:
     ) -> None:
         in_passing(lambda: refuse_unservable(base))
         self.base, self.bank = base, bank
-        most = base.prompts.max_tokens
-        self.length, self.waiting = min(length or most, most), waiting
+        limit = base.prompts.max_tokens
+        self.length, self.waiting = min(length or limit, limit), waiting
         banks = [bank, before] if before else [bank]
-        seats = in_passing(lambda: Seats(base, banks, slots))
-        self.activated = Activated(seats, store, activated)
-        self.decoder = Decoder(base, seats, slots, self.length, chunk)
-        self._asked: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._open = 0  # answers that somebody waits for
-        self._entering: set[asyncio.Event] = set()  # of requests whose person is looked up
-        self._closing = False  # no request is taken
-        self._complete = False  # and those that were taken before have been handed to the thread
-        self._gone = False  # the thread takes nothing
+        adapters = in_passing(lambda: AdapterSlots(base, banks, slots))
+        self.activated = AdapterCache(adapters, store, activated)
+        self.scheduler = Scheduler(base, adapters, slots, self.length, chunk)
+        self._calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._open = 0  # answers with a waiting caller
+        self._entering: set[asyncio.Event] = set()  # requests that load their adapter
+        self._closing = False  # no new request is accepted
+        self._complete = False  # and all accepted requests were passed to the thread
+        self._gone = False  # the thread accepts no calls
         self.died = False
-        self._door = threading.Lock()
+        self._lock = threading.Lock()
         self._threads = torch.get_num_threads()
-        self._reading = ThreadPoolExecutor(2, "mta-activate", initializer=lambda: compute_with(1))
-        self._thread = threading.Thread(target=self._work, name="mta-engine", daemon=True)
+        self._loaders = ThreadPoolExecutor(2, "mta-activate", initializer=lambda: compute_with(1))
+        self._thread = threading.Thread(target=self._run, name="mta-engine", daemon=True)
         self._thread.start()
 
     # -- from any thread -----------------------------------------------------------------------------------------------
 
     @property
     def ready(self) -> bool:
-        """Whether requests would be answered."""
-        return not self._closing and not self.decoder.stuck
+        """Whether requests would be answered now."""
+        return not self._closing and not self.scheduler.stuck
 
     @property
     def alive(self) -> bool:
-        """Whether it works, or was closed; false once its thread died, and while every step fails."""
-        return not self.died and not self.decoder.stuck
+        """False if the thread died, and while every step fails; true after ``close``."""
+        return not self.died and not self.scheduler.stuck
 
     async def answer(self, ask: Ask) -> AsyncIterator[Piece]:
-        """The tokens of an answer as they come; closing the iterator gives the slot to the next.
+        """Stream the tokens of an answer; closing the iterator frees the slot.
 
         Raises Refused for a prompt that does not fit, PersonNotFound, QueueFull, EngineGone.
         """
         self._check(ask)
-        loop, told = asyncio.get_running_loop(), asyncio.Queue[Piece | MtaError]()
+        loop, pieces = asyncio.get_running_loop(), asyncio.Queue[Piece | MtaError]()
         row: Row | None = None
         self._open += 1
         try:
-            row = await self._entered(ask, lambda piece: _tell(loop, told, piece))
+            row = await self._enqueue(ask, lambda piece: _call_soon(loop, partial(pieces.put_nowait, piece)))
             while True:
-                piece = await told.get()
+                piece = await pieces.get()
                 if isinstance(piece, MtaError):
                     raise piece
                 yield piece
@@ -104,57 +104,57 @@ class EmbeddedEngine:
                 row.cancelled = True
 
     async def forget(self, person: str) -> None:
-        """End what runs for a person, and drop all that was computed for them."""
+        """End the person's running answers, and drop everything computed for the person."""
 
-        def now() -> None:
+        def work() -> None:
             self.activated.forget(person)
-            gone = EngineGone("the person was forgotten", hint="Ask the pooled model: task")
-            self.decoder.end(gone, lambda who: isinstance(who, Version) and who.person == person)
+            error = EngineGone("the person was forgotten", hint="Ask the pooled model: task")
+            self.scheduler.end(error, lambda who: isinstance(who, Version) and who.person == person)
 
-        await self._in_turn(now)
+        await self._in_thread(work)
 
     async def versions(self) -> set[Version]:
-        """The versions of people of which something is in memory."""
+        """Return the person versions in memory: rows, warm slots, and cached adapters."""
         found = set[Version]()
 
-        def now() -> None:
-            known = (*self.activated.known(), *self.decoder.known())
+        def work() -> None:
+            known = (*self.activated.known(), *self.scheduler.known())
             found.update(who for who in known if isinstance(who, Version))
 
-        await self._in_turn(now)
+        await self._in_thread(work)
         return found
 
-    async def _in_turn(self, work: Callable[[], None]) -> None:
-        """Let the engine's thread do something, and wait for it. Nothing is left to do where the engine has stopped."""
+    async def _in_thread(self, call: Callable[[], None]) -> None:
+        """Run a call in the engine's thread and wait for it; do nothing if the engine has stopped."""
         loop, done = asyncio.get_running_loop(), asyncio.Event()
 
-        def now() -> None:
+        def work() -> None:
             try:
-                work()
+                call()
             finally:
                 _call_soon(loop, done.set)
 
-        with suppress(EngineGone):  # with the engine everything that was computed is gone
-            self._put(now)
+        with suppress(EngineGone):  # a stopped engine holds nothing in memory
+            self._put(work)
             await done.wait()
 
     def facts(self) -> dict[str, tuple[float, str]]:
-        """Rows, people at hand, and what the cache holds."""
-        decoder = self.decoder
+        """Return metrics of rows, adapter cache, and KV cache."""
+        scheduler = self.scheduler
         return {
-            "running": (decoder.running, "Rows that get a token in each pass"),
-            "filling": (len(decoder.rows) - decoder.running, "Rows whose prompt is being read"),
-            "waiting": (len(decoder.waiting), "Rows that wait for a slot"),
-            "activated": (len(self.activated), "People whose adapters are at hand"),
-            "activated_hits": (self.activated.hits, "Times somebody was at hand, since the start"),
-            "merges": (self.activated.misses, "Times a merge was computed because they were not, since the start"),
-            "cache_bytes": (decoder.slots.cache.nbytes, "Memory of keys and values"),
-            "failed_steps": (decoder.failed, "Passes, admissions and merges that failed, since the start"),
-            "lost": (decoder.lost, "Answers that such failures ended, since the start"),
+            "running": (scheduler.running, "Rows that are generating tokens"),
+            "filling": (len(scheduler.rows) - scheduler.running, "Rows in prefill"),
+            "waiting": (len(scheduler.waiting), "Rows waiting for a slot"),
+            "activated": (len(self.activated), "Adapters in the adapter cache"),
+            "activated_hits": (self.activated.hits, "Adapter cache hits since the start"),
+            "merges": (self.activated.misses, "Adapter cache misses since the start; each computes a merge"),
+            "cache_bytes": (scheduler.slots.cache.nbytes, "Bytes of the KV cache"),
+            "failed_steps": (scheduler.failed, "Failed passes, admissions, and merges since the start"),
+            "lost": (scheduler.lost, "Answers ended by such failures since the start"),
         }
 
     async def close(self) -> None:
-        """Answer what is running and waiting, take nothing new, and stop."""
+        """Finish running and waiting requests, accept no new ones, and stop."""
         self._closing = True
         for entered in list(self._entering):
             await entered.wait()
@@ -162,21 +162,21 @@ class EmbeddedEngine:
         with suppress(EngineGone):
             self._put(lambda: None)
         await asyncio.to_thread(self._thread.join)
-        self._reading.shutdown()
+        self._loaders.shutdown()
 
-    async def _entered(self, ask: Ask, tell: Told) -> Row:
-        """A row that waits for a slot, its person at hand. Raises what looking them up does, and AnswerLost."""
+    async def _enqueue(self, ask: Ask, send: Send) -> Row:
+        """Load the adapter and queue a row. Raises AnswerLost and what loading the adapter raises."""
         since, entered = self.activated.forgotten, asyncio.Event()
         self._entering.add(entered)
         try:
-            person = await asyncio.get_running_loop().run_in_executor(self._reading, self.activated.get, ask.who)
-            row = Row(ask, person, tell, Sampler(ask))
+            adapter = await asyncio.get_running_loop().run_in_executor(self._loaders, self.activated.get, ask.who)
+            row = Row(ask, adapter, send, Sampler(ask))
             self._put(lambda: self._enter(row, since))
             return row
         except MtaError:
             raise
         except Exception as error:
-            self._put(partial(self.decoder.note, error, lost=1))
+            self._put(partial(self.scheduler.note, error, lost=1))
             raise AnswerLost(LOST, hint=LATER) from None
         finally:
             self._entering.discard(entered)
@@ -186,60 +186,56 @@ class EmbeddedEngine:
         ask.check(self.length)
         if self._closing:
             raise EngineGone("the engine has stopped", hint=LATER)
-        if self._open >= len(self.decoder.slots) + self.waiting:
-            raise QueueFull(f"{self.waiting} requests are waiting already", hint="Come again a little later.")
+        if self._open >= len(self.scheduler.slots) + self.waiting:
+            raise QueueFull(f"{self.waiting} requests are waiting already", hint="Retry a little later.")
 
-    def _put(self, work: Callable[[], None]) -> None:
-        """Let the engine's thread do something between two turns. Raises EngineGone."""
-        with self._door:
+    def _put(self, call: Callable[[], None]) -> None:
+        """Queue a call for the engine's thread, which runs it between two steps. Raises EngineGone."""
+        with self._lock:
             if self._gone:
                 raise EngineGone("the engine has stopped", hint=LATER)
-            self._asked.put(work)
+            self._calls.put(call)
 
     # -- the engine's own thread ---------------------------------------------------------------------------------------
 
-    def _work(self) -> None:
+    def _run(self) -> None:
         compute_with(self._threads)
         try:
-            while self.decoder.busy or not self._complete or not self._asked.empty():
-                self._listen(wait=not self.decoder.busy)
-                self.decoder.turn()
+            while self.scheduler.busy or not self._complete or not self._calls.empty():
+                self._run_calls(wait=not self.scheduler.busy)
+                self.scheduler.step()
         except BaseException:
-            self.died = True  # before its requests are answered: health must not say otherwise after that
+            self.died = True  # before requests get their errors: a health check after an error must see it
             raise
         finally:
             self._closing = True
-            with self._door:
+            with self._lock:
                 self._gone = True
-            self._listen(wait=False)  # whoever came in before the door was shut
-            self.decoder.end(EngineGone("the engine has stopped", hint=LATER))
+            self._run_calls(wait=False)  # calls queued before the engine was marked gone
+            self.scheduler.end(EngineGone("the engine has stopped", hint=LATER))
 
-    def _listen(self, wait: bool) -> None:
+    def _run_calls(self, wait: bool) -> None:
         while True:
             try:
-                work = self._asked.get(block=wait)
+                call = self._calls.get(block=wait)
             except queue.Empty:
                 return
-            work()
+            call()
             wait = False
 
     def _enter(self, row: Row, since: int) -> None:
-        """A row joins those who wait; if anybody was forgotten while its person was looked up, that is done again."""
+        """Queue a row. If anyone was forgotten while its adapter was loaded, load the adapter again first."""
         if since != self.activated.forgotten:
             try:
-                row.person = self.activated.get(row.ask.who)
-            except MtaError as gone:
-                return row.tell(gone)
+                row.adapter = self.activated.get(row.ask.who)
+            except MtaError as error:
+                return row.send(error)
             except Exception as error:
-                return self.decoder.fail([row], error)
-        self.decoder.waiting.append(row)
+                return self.scheduler.fail([row], error)
+        self.scheduler.waiting.append(row)
 
 
-def _tell(loop: asyncio.AbstractEventLoop, told: asyncio.Queue[Piece | MtaError], piece: Piece | MtaError) -> None:
-    _call_soon(loop, lambda: told.put_nowait(piece))
-
-
-def _call_soon(loop: asyncio.AbstractEventLoop, work: Callable[[], object]) -> None:
-    """Let the caller's event loop do something; nothing happens if that loop is closed."""
+def _call_soon(loop: asyncio.AbstractEventLoop, call: Callable[[], object]) -> None:
+    """Run a call in the caller's event loop; do nothing if the loop is closed."""
     with suppress(RuntimeError):
-        loop.call_soon_threadsafe(work)
+        loop.call_soon_threadsafe(call)

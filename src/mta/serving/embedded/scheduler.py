@@ -1,18 +1,17 @@
-"""Rows on their way through one base, turn by turn: who waits, who is filling, who is running.
+"""Continuous batching: moves rows through one base, step by step.
 
-    waiting ──> filling ──> running ──> done            the two in the middle have a slot and a seat
+    waiting ──> filling ──> running ──> done            filling and running rows have a KV slot and an adapter slot
 
-One turn takes in who waits, pushes at most ``chunk`` prompt tokens of those who are filling through the model, then one
-token of everybody who is running. So who runs is delayed by at most one chunk for each token, however long a newcomer's
-prompt is.
+One step admits waiting rows, runs one prefill pass of at most ``chunk`` prompt tokens, then one decoding pass with one
+token per running row. So a new prompt of any length delays each token of a running row by at most one chunk.
 
-A failure (out of memory, or any other exception) ends only the rows it concerns, with AnswerLost:
+A failure (out of memory, or any other exception) ends only the rows concerned, with AnswerLost:
 
     in a pass             the rows of that pass
-    while admitting       the request that was admitted
+    during admission      the admitted request
     anywhere else         all rows that have a slot
 
-Slots and seats that the failure may have left half written are emptied, so later answers do not depend on it.
+Slots that the failure may have left half written are emptied, so later answers do not depend on the failure.
 """
 
 from __future__ import annotations
@@ -29,110 +28,110 @@ from torch import Tensor
 
 from mta.errors import MtaError
 from mta.model.base import BaseModel
-from mta.serving.embedded.adapter_slots import Person, Seats
+from mta.serving.embedded.adapter_slots import AdapterSlots, RowAdapter
 from mta.serving.embedded.kv_cache import Slots
 from mta.serving.engine import LATER, LOST, AnswerLost, Ask, Finish, Piece, Who
 from mta.serving.sampling import Sampler
 
-Told = Callable[[Piece | MtaError], None]
-PATIENCE = 8  # steps that fail one after another before the engine counts as unhealthy
+Send = Callable[[Piece | MtaError], None]
+PATIENCE = 8  # consecutive failed steps after which the engine counts as unhealthy
 log = logging.getLogger("mta")
 
 
 @dataclass(slots=True, eq=False)
 class Row:
-    """An answer on its way: the prompt tokens still to be pushed through, and what has been told of it."""
+    """One answer in progress: ``left`` holds unprocessed prompt tokens, ``count`` counts generated tokens."""
 
     ask: Ask
-    person: Person
-    tell: Told
+    adapter: RowAdapter
+    send: Send
     sampler: Sampler
     number: int = 0
     left: list[int] = field(default_factory=list)
     last: int = -1
     count: int = 0
     cached: int = 0
-    cancelled: bool = False  # the request does not wait for more of it
+    cancelled: bool = False  # the caller no longer waits
 
 
-class Decoder:
-    """Rows of different people in slots of one cache; everything happens in ``turn``, in the caller's thread."""
+class Scheduler:
+    """Schedules rows of different people; all work happens in ``step``, in the caller's thread."""
 
-    def __init__(self, base: BaseModel, seats: Seats, slots: int, length: int, chunk: int) -> None:
-        self.seats, self.chunk = seats, chunk
-        self.slots = Slots(base, slots, length, chunk, seats.exchange)
+    def __init__(self, base: BaseModel, adapters: AdapterSlots, slots: int, length: int, chunk: int) -> None:
+        self.adapters, self.chunk = adapters, chunk
+        self.slots = Slots(base, slots, length, chunk, adapters.exchange)
         self.waiting: deque[Row] = deque()
-        self.rows: list[Row] = []  # row n has slot n and seat n; those who run come first, then those who fill
+        self.rows: list[Row] = []  # row n has slot n in both caches; running rows first, then filling rows
         self.running = 0
-        self.failed = self.lost = 0  # steps that failed and answers that were lost with them, since the start
-        self._failed_in_a_row = 0
+        self.failed = self.lost = 0  # failed steps and lost answers since the start
+        self._failures_in_a_row = 0
         self._admitted = 0
         self._stops = frozenset(base.stop_tokens)
 
     @property
     def busy(self) -> bool:
-        """Whether a turn would do anything."""
+        """Whether a step would do anything."""
         return bool(self.rows or self.waiting)
 
     def known(self) -> list[Who]:
-        """The owners of rows, of waiting rows, and of warm slots."""
+        """Return the owners of rows, waiting rows, and warm slots."""
         return [row.ask.who for row in (*self.rows, *self.waiting)] + [who for who, _ in self.slots.owners()]
 
     @property
     def stuck(self) -> bool:
-        """Whether the last ``PATIENCE`` steps all failed. New requests are still tried: one that works ends this."""
-        return self._failed_in_a_row >= PATIENCE
+        """Whether the last ``PATIENCE`` steps all failed. New requests are still tried; one success ends this state."""
+        return self._failures_in_a_row >= PATIENCE
 
     @torch.inference_mode()
-    def turn(self) -> None:
-        """One step for everybody; who was cancelled leaves first."""
+    def step(self) -> None:
+        """Drop cancelled rows, admit waiting rows, prefill, decode."""
         try:
             self._drop_cancelled()
             self._admit()
             if len(self.rows) > self.running:
-                self._fill()
+                self._prefill()
             if self.running:
                 self._decode()
         except Exception as error:
             self._restart(error)
 
     @torch.inference_mode()
-    def end(self, why: MtaError, wanted: Callable[[Who], bool] = lambda _: True) -> None:
-        """End the answers of those who are ``wanted``, and empty the slots they left warm."""
-        for row in [row for row in (*self.rows, *self.waiting) if wanted(row.ask.who)]:
-            row.tell(why)
+    def end(self, error: MtaError, matches: Callable[[Who], bool] = lambda _: True) -> None:
+        """End the rows whose owner ``matches``, and empty their warm slots."""
+        for row in [row for row in (*self.rows, *self.waiting) if matches(row.ask.who)]:
+            row.send(error)
             row.cancelled = True
         try:
             self._drop_cancelled()
-            for place in self.slots.forget(lambda owner: wanted(owner[0])):
-                self.seats.clear(place)
-        except Exception as error:
-            self._restart(error)
+            for place in self.slots.forget(lambda owner: matches(owner[0])):
+                self.adapters.clear(place)
+        except Exception as failure:
+            self._restart(failure)
 
     def note(self, error: Exception, lost: int) -> None:
-        """Count a failure and the answers it ended, and log its type and place; its message may hold user data."""
+        """Count a failure and its lost answers. Log only type and place: the message may hold user data."""
         self.failed, self.lost = self.failed + 1, self.lost + lost
-        self._failed_in_a_row += 1
+        self._failures_in_a_row += 1
         frame = traceback.extract_tb(error.__traceback__)[-1]
         log.error("a decoding step failed: %s at %s:%s", type(error).__name__, Path(frame.filename).name, frame.lineno)
 
     def fail(self, rows: Sequence[Row], error: Exception) -> None:
-        """End answers because of ``error``; slots and seats stay as they are."""
+        """End the answers of ``rows`` because of ``error``; leave the slots as they are."""
         lost = [row for row in rows if not row.cancelled]
         self.note(error, len(lost))
         for row in lost:
-            row.tell(AnswerLost(LOST, hint=LATER))
+            row.send(AnswerLost(LOST, hint=LATER))
             row.cancelled = True
 
     def _lose(self, rows: Sequence[Row], error: Exception) -> None:
-        """End these rows because of ``error``, and empty their slots and seats."""
+        """End ``rows`` because of ``error``, and empty their slots."""
         self.fail(rows, error)
         for row in rows:
             self._leave(row)
-            self._empty(len(self.rows))  # where its slot is now
+            self._empty(len(self.rows))  # _leave moved the row's slot there
 
     def _restart(self, error: Exception) -> None:
-        """End all rows that have a slot because of ``error``, and empty all slots and seats: any may be half moved."""
+        """End all rows that have a slot because of ``error``, and empty all slots: a swap may be half done."""
         self.fail(self.rows, error)
         self.rows, self.running, self.slots.used = [], 0, 0
         self._empty_idle()
@@ -143,7 +142,7 @@ class Decoder:
 
     def _empty(self, place: int) -> None:
         self.slots.empty(place)
-        self.seats.clear(place)
+        self.adapters.clear(place)
 
     def _drop_cancelled(self) -> None:
         self.waiting = deque(row for row in self.waiting if not row.cancelled)
@@ -155,19 +154,19 @@ class Decoder:
             row = self.waiting.popleft()
             try:
                 place, row.cached = self.slots.take((row.ask.who, row.ask.asker), row.ask.prompt)
-                self.seats.take(place, row.person)
+                self.adapters.take(place, row.adapter)
             except Exception as error:
                 self.fail([row], error)
                 self.slots.used = len(self.rows)
-                self._empty_idle()  # slots that are at work were not touched
+                self._empty_idle()  # slots in use were not touched
                 continue
             row.left = list(row.ask.prompt[row.cached :])
             self._admitted += 1
             row.number = self._admitted
             self.rows.append(row)
 
-    def _fill(self) -> None:
-        """Push prompt tokens of those who are filling: as many rows as share a chunk, first come, first served."""
+    def _prefill(self) -> None:
+        """Run one prefill pass over the oldest filling row and as many others as fit into a chunk."""
         first = self.running
         oldest = min(range(first, len(self.rows)), key=lambda n: self.rows[n].number)
         self._exchange(first, oldest)
@@ -177,10 +176,10 @@ class Decoder:
             if wider * (len(rows) + 1) > self.chunk:
                 break
             rows, width = [*rows, row], wider
-        found = self._pass(slice(first, first + len(rows)), [row.left[:width] for row in rows])
-        if found is None:
+        result = self._pass(slice(first, first + len(rows)), [row.left[:width] for row in rows])
+        if result is None:
             return
-        logits, likeliest = found
+        logits, likeliest = result
         for row in rows:
             del row.left[:width]
         ready = [n for n, row in enumerate(rows) if not row.left]
@@ -191,49 +190,49 @@ class Decoder:
 
     def _decode(self) -> None:
         rows = self.rows[: self.running]
-        if found := self._pass(slice(0, len(rows)), [[row.last] for row in rows]):
-            for row, logits, likeliest in zip(rows, *found):
+        if result := self._pass(slice(0, len(rows)), [[row.last] for row in rows]):
+            for row, logits, likeliest in zip(rows, *result):
                 self._next(row, logits, likeliest)
 
     def _pass(self, rows: slice, tokens: list[list[int]]) -> tuple[Tensor, list[int]] | None:
-        """Next-token logits of rows and the likeliest tokens; None if the pass failed, which ended its rows."""
+        """Return next-token logits and likeliest tokens; if the pass fails, end its rows and return None."""
         try:
-            with self.seats.opened(rows):
+            with self.adapters.opened(rows):
                 logits = self.slots.logits(rows, tokens)
-            likeliest = logits.argmax(-1).tolist()  # waits for the device: what failed there is raised here
+            likeliest = logits.argmax(-1).tolist()  # waits for the device, so device errors are raised here
         except Exception as error:
             self._lose(self.rows[rows], error)
             return None
-        self._failed_in_a_row = 0
+        self._failures_in_a_row = 0
         return logits, likeliest
 
     def _next(self, row: Row, logits: Tensor, likeliest: int) -> None:
-        """One more token of an answer; who is done leaves."""
+        """Sample one more token of an answer; remove the row when the answer ends."""
         finish: Finish | None = None
         try:
             token = row.sampler.token(logits, likeliest)
-        except Exception as error:  # whatever is odd about one row must not be everybody's end
+        except Exception as error:  # an odd request must end only its own row
             return self._lose([row], error)
         if token.id in self._stops:
             finish = "stop"
         else:
             row.last, row.count = token.id, row.count + 1
-            row.tell(Piece(token, cached=row.cached))
+            row.send(Piece(token, cached=row.cached))
             if row.count >= row.ask.max_tokens:
                 finish = "length"
         if finish:
-            row.tell(Piece(finish=finish, cached=row.cached))
+            row.send(Piece(finish=finish, cached=row.cached))
             row.cancelled = True
             self._leave(row)
 
     def _start(self, row: Row) -> None:
-        """A row whose prompt is through goes over to those who run."""
+        """Move a row from filling to running."""
         self._exchange(self.rows.index(row), self.running)
         self.running += 1
 
     def _leave(self, row: Row) -> None:
         place = self.rows.index(row)
-        if place < self.running:  # the last one that runs takes its place, so that those who run stay together
+        if place < self.running:  # swap with the last running row: running rows stay contiguous
             self.running -= 1
             self._exchange(place, self.running)
             place = self.running

@@ -1,4 +1,4 @@
-"""People's adapters as PEFT folders for vLLM, each made from bank and store when its name is first asked for."""
+"""People's adapters as PEFT folders for vLLM, built from bank and store when a name is first requested."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from mta.serving.engine import Version
-    from mta.serving.vllm.lora_export import Synthesis
+    from mta.serving.vllm.lora_export import LoraExporter
     from mta.store.state import State
 
 log = logging.getLogger("mta")
@@ -21,7 +21,7 @@ _OURS = re.compile(r"\.?[0-9a-f]{32}-[0-9a-f]{32}(\.json)?(\.[0-9a-f]{32})?")
 
 
 def folder_of(name: str) -> str:
-    """What the adapter's folder is called: whose it is and which, as hashes, so that no id stands in it."""
+    """Return the folder name of an adapter: hashes of person and name, so that the path reveals no id."""
     from mta.serving.engine import Version
     from mta.serving.model_names import from_wire
 
@@ -34,39 +34,39 @@ def _hash(text: str) -> str:
 
 
 class Adapters:
-    """Adapters of people as PEFT folders, each made when first asked for, by its name on the wire."""
+    """Builds adapters as PEFT folders on first request, by their name in vLLM."""
 
     def __init__(self, bank: Path, store: str, folder: Path, rank: int) -> None:
         self.bank, self.url, self.folder, self.rank = bank, store, folder, rank
-        self._made: Synthesis | None = None
-        self._begun = False
+        self._exporter: LoraExporter | None = None
+        self._cleaned = False
         self._lock = threading.Lock()
 
     @classmethod
     def of_environment(cls) -> Adapters:
-        """As the server was started."""
-        given = {name: os.environ[f"MTA_VLLM_{name}"] for name in ("BANK", "STORE", "FOLDER", "RANK")}
-        return cls(Path(given["BANK"]), given["STORE"], Path(given["FOLDER"]), int(given["RANK"]))
+        """Read bank, store, folder, and rank from the environment of the vLLM server."""
+        values = {name: os.environ[f"MTA_VLLM_{name}"] for name in ("BANK", "STORE", "FOLDER", "RANK")}
+        return cls(Path(values["BANK"]), values["STORE"], Path(values["FOLDER"]), int(values["RANK"]))
 
     def path(self, name: str) -> Path | None:
-        """The folder of an adapter; None for somebody unknown, or whose adapter cannot be made."""
+        """Return the folder of an adapter; None if the name is unknown or the adapter cannot be built."""
         from mta.errors import MtaError
 
         try:
             with self._lock:
-                self._begin()
+                self._clean()
                 return self._path(name)
         except MtaError as error:
-            log.warning("an adapter could not be made: %s", type(error).__name__)  # its message may name somebody
+            log.warning("an adapter could not be built: %s", type(error).__name__)  # the message may hold an id
             return None
 
-    def _begin(self) -> None:
-        """What a server before this one left is deleted: nobody would forget it."""
-        if not self._begun:
+    def _clean(self) -> None:
+        """Delete what an earlier server left, once; forgetting would not find those files."""
+        if not self._cleaned:
             for left in self.folder.iterdir():
                 if _OURS.fullmatch(left.name):
                     shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
-            self._begun = True
+            self._cleaned = True
 
     def _path(self, name: str) -> Path | None:
         from mta.lora.peft import read_peft, write_peft
@@ -77,37 +77,37 @@ class Adapters:
         who = from_wire(name)
         if who is None or who is BASE:
             return None
-        made = self.folder / folder_of(name)
-        if not made.exists():
+        folder = self.folder / folder_of(name)
+        if not folder.exists():
             state = who if isinstance(who, Nobody) else self._state(who)
             if state is None:
                 return None
-            adapter, error = self._synthesis().adapter(state, isinstance(who, Nobody) or who.stacked)
+            adapter, error = self._lora_exporter().adapter(state, isinstance(who, Nobody) or who.stacked)
             write_json(note_of(self.folder, name), {"error": error})
-            write_peft(made, adapter, "")
-        read_peft(made)  # vLLM is offered nothing that does not read
-        if isinstance(who, Nobody) or self._is_there(who):
-            return made
-        remove(self.folder, name)  # forgotten while it was made
+            write_peft(folder, adapter, "")
+        read_peft(folder)  # never give vLLM an unreadable adapter
+        if isinstance(who, Nobody) or self._is_stored(who):
+            return folder
+        remove(self.folder, name)  # forgotten meanwhile
         return None
 
-    def _synthesis(self) -> Synthesis:
+    def _lora_exporter(self) -> LoraExporter:
         from mta.bank import format as files
-        from mta.serving.vllm.lora_export import Synthesis
+        from mta.serving.vllm.lora_export import LoraExporter
 
-        if self._made is None:
+        if self._exporter is None:
             info = files.read_info(self.bank)
             files.verify(self.bank, info)
-            self._made = Synthesis(*files.read_adapters(self.bank, info), info.hash, self.rank)
-        return self._made
+            self._exporter = LoraExporter(*files.read_adapters(self.bank, info), info.hash, self.rank)
+        return self._exporter
 
     def _state(self, who: Version) -> State | None:
         from mta.store import Store
 
-        return Store(self.url).load(who.person, who.number) if self._is_there(who) else None
+        return Store(self.url).load(who.person, who.number) if self._is_stored(who) else None
 
-    def _is_there(self, who: Version) -> bool:
-        """Whether the store holds that version, of that content."""
+    def _is_stored(self, who: Version) -> bool:
+        """Whether the store holds that version with the same content."""
         from mta.store import Store
 
         seal = Store(self.url).seal(who.person, who.number)
@@ -115,17 +115,17 @@ class Adapters:
 
 
 def note_of(folder: Path, name: str) -> Path:
-    """The file beside an adapter that says what its cut loses."""
+    """Return the path of the file that holds an adapter's truncation error."""
     return folder / f"{folder_of(name)}.json"
 
 
 def remove(folder: Path, name: str) -> None:
-    """Delete an adapter's files; only once vLLM has unloaded it, or it would end with all who are being answered."""
+    """Delete an adapter's files. Call this only after vLLM unloaded the adapter: missing files crash vLLM."""
     shutil.rmtree(folder / folder_of(name), ignore_errors=True)
     note_of(folder, name).unlink(missing_ok=True)
 
 
 def remove_all(folder: Path, person: str) -> None:
-    """Delete whatever is left of a person's adapters: what was being made as a server ended, say."""
+    """Delete all remaining files of a person's adapters, such as partial files from a server that stopped."""
     for left in (*folder.glob(f"{_hash(person)}-*"), *folder.glob(f".{_hash(person)}-*")):
         shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""The vLLM engine: a real vLLM server behind the gateway, which knows each version of a person by a name of its own."""
+"""The vLLM engine: a vLLM server behind the gateway, with one adapter name per version of a person."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from mta.errors import MtaError, OtherBank
 from mta.personalize.adapters import BASE, TASK, Nobody
 from mta.serving.engine import LATER, LOST, AnswerLost, Ask, EngineGone, Finish, Piece, QueueFull, Token, Version
 from mta.serving.sampling import COLDEST
-from mta.serving.vllm.registry import Names
+from mta.serving.vllm.registry import AdapterRegistry
 from mta.serving.vllm.server import Remote, VllmServer
 from mta.store import Store
 
-_UNTIL = httpx.Timeout(30, read=600)  # a row may wait long for its first token
-_ID = "token_id:"  # how vLLM names tokens where ids were asked for
-Told = asyncio.Queue[Piece | MtaError]
+_TIMEOUT = httpx.Timeout(30, read=600)  # a queued request may wait long for its first token
+_ID = "token_id:"  # prefix of tokens that vLLM returns as ids
+Pieces = asyncio.Queue[Piece | MtaError]
 
 
 class VllmEngine:
-    """Answers by a vLLM server, which ends with the engine if it is our own.
+    """Answers with a vLLM server; ``close`` also stops a server that we started.
 
-    A prompt and its answer have ``length`` tokens together; more than ``most`` answers at once are refused.
-    ``activated`` adapters that nobody needs stay loaded. ``pooled`` tells whether the bank has a task LoRA; without one
+    A prompt and its answer have at most ``length`` tokens together; more than ``most`` answers at once are refused.
+    At most ``activated`` idle adapters stay loaded. ``pooled`` is whether the bank has a task LoRA; without a task LoRA
     the pooled model is the base.
     """
 
@@ -48,35 +48,35 @@ class VllmEngine:
     ) -> None:
         self.server, self.client, self.store, self.bank, self.pooled = server, server.client(), store, bank, pooled
         self.length, self.stops, self.most = length, frozenset(stops), most
-        self.names = Names(self.client, server.folder, activated)
+        self.adapters = AdapterRegistry(self.client, server.folder, activated)
         self._salt = secrets.token_bytes(32)
-        self._told: dict[asyncio.Task[None], Told] = {}
+        self._running: dict[asyncio.Task[None], Pieces] = {}
         self._closing = False
 
     @property
     def ready(self) -> bool:
-        """Whether requests would be answered, as far as is known here."""
+        """Whether requests would be answered now, as far as the gateway knows."""
         return not self._closing and self.server.up
 
     @property
     def alive(self) -> bool:
-        """Always: a server that ends is started again."""
+        """Always true: a server that ends is started again."""
         return True
 
     async def answer(self, ask: Ask) -> AsyncIterator[Piece]:
-        """The tokens of an answer as they come; closing the iterator ends it in vLLM too.
+        """Stream the tokens of an answer; closing the iterator cancels it in vLLM too.
 
         Raises Refused for a prompt that does not fit, PersonNotFound, StateCorrupt, OtherBank, QueueFull,
         EngineGone.
         """
         self._check(ask)
-        told: Told = asyncio.Queue()
-        task = asyncio.create_task(self._answered(ask, told))
-        self._told[task] = told
-        task.add_done_callback(self._told.pop)
+        pieces: Pieces = asyncio.Queue()
+        task = asyncio.create_task(self._forward(ask, pieces))
+        self._running[task] = pieces
+        task.add_done_callback(self._running.pop)
         try:
             while True:
-                piece = await told.get()
+                piece = await pieces.get()
                 if isinstance(piece, MtaError):
                     raise piece
                 yield piece
@@ -86,33 +86,33 @@ class VllmEngine:
             task.cancel()
 
     async def forget(self, person: str) -> None:
-        """End what runs for a person, unload their adapters and delete their files. Raises EngineGone."""
-        for task in self.names.answers(person):
-            self._told[task].put_nowait(EngineGone("the person was forgotten", hint="Ask the pooled model: task"))
+        """End the person's running answers, unload their adapters, and delete the files. Raises EngineGone."""
+        for task in self.adapters.answers(person):
+            self._running[task].put_nowait(EngineGone("the person was forgotten", hint="Ask the pooled model: task"))
             task.cancel()
-        await self.names.forget(person)
+        await self.adapters.forget(person)
 
     async def versions(self) -> set[Version]:
-        """The versions of people whose adapters vLLM may hold. Raises EngineGone."""
-        return await self.names.versions()
+        """Return the person versions that vLLM may have loaded. Raises EngineGone."""
+        return await self.adapters.versions()
 
     def facts(self) -> dict[str, tuple[float, str]]:
-        """Answers, adapters, and what their cut to vLLM's slots loses."""
-        errors = self.names.errors
+        """Return metrics of answers, adapters, and truncation errors."""
+        errors = self.adapters.errors
         return {
-            "running": (len(self._told), "Answers that run or wait in vLLM"),
-            "activated": (len(self.names), "Adapters vLLM may hold"),
-            "unloaded": (self.names.unloaded, "Adapters that were unloaded, since the start"),
-            "starts": (self.server.starts, "Times vLLM was started here"),
-            "cut_error_mean": (sum(errors) / max(len(errors), 1), "Relative error of merges cut to a slot's rank"),
-            "cut_error_max": (max(errors, default=0.0), "The largest of them"),
+            "running": (len(self._running), "Answers running or waiting in vLLM"),
+            "activated": (len(self.adapters), "Adapters that vLLM may have loaded"),
+            "unloaded": (self.adapters.unloaded, "Adapters unloaded since the start"),
+            "starts": (self.server.starts, "Starts of the vLLM server"),
+            "cut_error_mean": (sum(errors) / max(len(errors), 1), "Mean relative error of truncated merges"),
+            "cut_error_max": (max(errors, default=0.0), "Largest relative error of truncated merges"),
         }
 
     async def close(self) -> None:
-        """Answer what is running, take nothing new, and stop."""
+        """Finish running answers, accept no new ones, and stop."""
         self._closing = True
-        await asyncio.gather(*self._told, return_exceptions=True)
-        await self.names.settled()
+        await asyncio.gather(*self._running, return_exceptions=True)
+        await self.adapters.settled()
         await self.client.aclose()
         await asyncio.to_thread(self.server.stop)
 
@@ -120,40 +120,40 @@ class VllmEngine:
         ask.check(self.length)
         if self._closing:
             raise EngineGone("the engine has stopped", hint=LATER)
-        if len(self._told) >= self.most:
-            raise QueueFull(f"{self.most} requests are running or waiting already", hint="Come again a little later.")
+        if len(self._running) >= self.most:
+            raise QueueFull(f"{self.most} requests are running or waiting already", hint="Retry a little later.")
 
-    async def _answered(self, ask: Ask, told: Told) -> None:
-        """Whatever happens to an answer, told to who waits for it."""
+    async def _forward(self, ask: Ask, queue: Pieces) -> None:
+        """Put the pieces of an answer, or its error, into the queue."""
         try:
             who = BASE if ask.who is TASK and not self.pooled else ask.who
-            async with self.names.held(who) as name, aclosing(self._pieces(ask, name)) as pieces:  # type: ignore[type-var]
+            async with self.adapters.held(who) as name, aclosing(self._pieces(ask, name)) as pieces:  # type: ignore[type-var]
                 async for piece in pieces:
-                    told.put_nowait(piece)
+                    queue.put_nowait(piece)
         except MtaError as error:
-            told.put_nowait(error)
+            queue.put_nowait(error)
         except httpx.HTTPError:
-            told.put_nowait(EngineGone("vLLM does not answer", hint=LATER))
-        except Exception:  # whatever it is, whoever waits is told, and nobody else is touched
-            told.put_nowait(AnswerLost(LOST, hint=LATER))
+            queue.put_nowait(EngineGone("vLLM does not answer", hint=LATER))
+        except Exception:  # any failure must reach the caller and end only this answer
+            queue.put_nowait(AnswerLost(LOST, hint=LATER))
 
     async def _pieces(self, ask: Ask, name: str) -> AsyncIterator[Piece]:
-        request = self.client.build_request("POST", "/v1/completions", json=self._body(ask, name), timeout=_UNTIL)
-        response = await _whole(asyncio.create_task(self.client.send(request, stream=True)))
+        request = self.client.build_request("POST", "/v1/completions", json=self._body(ask, name), timeout=_TIMEOUT)
+        response = await _opened(asyncio.create_task(self.client.send(request, stream=True)))
         try:
             if response.status_code != 200:
-                raise await asyncio.to_thread(self._refused, ask.who, response.status_code)
-            self.names.used(name)
+                raise await asyncio.to_thread(self._error_of, ask.who, response.status_code)
+            self.adapters.used(name)
             async for piece in _read(response, self.stops):
                 yield piece
         finally:
             await response.aclose()
 
     def _body(self, ask: Ask, name: str) -> dict[str, Any]:
-        """VLLM keeps prefixes apart by adapter and by ``cache_salt``: what one caller asked serves no other."""
+        """Return the request body. VLLM separates cached prefixes by adapter and by ``cache_salt``, here the caller."""
         body: dict[str, Any] = {"model": name, "prompt": list(ask.prompt)}
         body |= {"max_tokens": ask.max_tokens, "stream": True}
-        body |= {"ignore_eos": True, "stop_token_ids": sorted(self.stops)}  # what ends an answer is said here alone
+        body |= {"ignore_eos": True, "stop_token_ids": sorted(self.stops)}  # only our stop tokens end an answer
         body |= {"temperature": ask.temperature if ask.temperature >= COLDEST else 0.0, "top_p": ask.top_p}
         body |= {"return_token_ids": True, "stream_options": {"include_usage": True}}
         body["cache_salt"] = hmac.new(self._salt, ask.asker.encode(), hashlib.sha256).hexdigest()
@@ -163,8 +163,8 @@ class VllmEngine:
             body |= {"logprobs": ask.top_logprobs, "return_tokens_as_token_ids": True}
         return body
 
-    def _refused(self, who: Version | Nobody, status: int) -> MtaError:
-        """Why vLLM gave no answer: what is wrong with a person's state it does not say, so that is looked up here."""
+    def _error_of(self, who: Version | Nobody, status: int) -> MtaError:
+        """Return the error for a vLLM status; read the state here, because vLLM does not say what is wrong with it."""
         if isinstance(who, Version) and status in (400, 404):
             try:
                 state = self.store.load(who.person, who.number)
@@ -175,15 +175,15 @@ class VllmEngine:
         return (AnswerLost if status < 500 else EngineGone)(f"vLLM answered {status}, expected 200", hint=LATER)
 
 
-async def _whole(opening: asyncio.Task[httpx.Response]) -> httpx.Response:
-    """The response, once vLLM has begun to answer: who leaves before that still waits for it.
+async def _opened(opening: asyncio.Task[httpx.Response]) -> httpx.Response:
+    """Return the response once vLLM starts to answer; when cancelled before, still wait for that.
 
-    Until then vLLM may be loading the adapter, and whoever unloads it meanwhile would leave it half there.
+    Until then vLLM may be loading the adapter, and unloading it meanwhile would leave it half loaded.
     """
     try:
         return await asyncio.shield(opening)
     except asyncio.CancelledError:
-        while not opening.done():  # whoever is cancelled may be so again
+        while not opening.done():  # a second cancellation may arrive
             with suppress(asyncio.CancelledError):
                 await asyncio.wait((opening,))
         if not opening.cancelled() and opening.exception() is None:
@@ -192,9 +192,9 @@ async def _whole(opening: asyncio.Task[httpx.Response]) -> httpx.Response:
 
 
 async def _read(response: httpx.Response, stops: Collection[int]) -> AsyncIterator[Piece]:
-    """Server-sent events of a completion as pieces; how much of the prompt was known is told last of all.
+    """Convert server-sent events to pieces; the last piece has the number of cached prompt tokens.
 
-    Raises EngineGone where they end too early.
+    Raises EngineGone if the events end too early.
     """
     cached, finish = 0, None
     async for line in response.aiter_lines():
@@ -203,8 +203,8 @@ async def _read(response: httpx.Response, stops: Collection[int]) -> AsyncIterat
         event = json.loads(line[6:])
         if "error" in event:
             refused = event["error"].get("code", 500) < 500
-            kind, did = (AnswerLost, "refused") if refused else (EngineGone, "ended")
-            raise kind(f"vLLM {did} the answer", hint=LATER)
+            kind, verb = (AnswerLost, "refused") if refused else (EngineGone, "ended")
+            raise kind(f"vLLM {verb} the answer", hint=LATER)
         details = (event.get("usage") or {}).get("prompt_tokens_details") or {}
         cached = details.get("cached_tokens") or cached
         for choice in event["choices"]:
@@ -221,10 +221,10 @@ _FINISH: dict[str, Finish] = {"stop": "stop", "length": "length"}
 
 
 def _tokens(choice: dict[str, Any]) -> list[Token]:
-    ids, said = choice.get("token_ids") or [], choice.get("logprobs")
-    if not said:
+    ids, scores = choice.get("token_ids") or [], choice.get("logprobs")
+    if not scores:
         return [Token(id) for id in ids]
-    rows = zip(ids, said["token_logprobs"], said["top_logprobs"])
+    rows = zip(ids, scores["token_logprobs"], scores["top_logprobs"])
     return [Token(id, logprob, _top(top)) for id, logprob, top in rows]
 
 

@@ -1,10 +1,10 @@
-"""The plugin as vLLM sees it, in each of its processes.
+"""The vLLM plugin, loaded in each of vLLM's processes.
 
-Where these are set, its server answers the names of ``wire_name``:
+If these variables are set, the vLLM server resolves the names of ``wire_name``:
 
 MTA_VLLM_BANK     folder of the bank
 MTA_VLLM_STORE    folder or URL of the store
-MTA_VLLM_FOLDER   folder in memory for the adapters, one that only this user may read
+MTA_VLLM_FOLDER   in-memory folder for the adapters, readable by this user only
 MTA_VLLM_RANK     vLLM's --max-lora-rank
 """
 
@@ -14,9 +14,9 @@ import os
 
 
 def register() -> None:
-    """Offer our resolver to vLLM (entry point ``vllm.general_plugins``). Without the variables nothing happens.
+    """Register our resolver with vLLM (entry point ``vllm.general_plugins``); do nothing without the variables.
 
-    Every process passes here, workers too, and any of them twice: what is heavy is imported when somebody is asked for.
+    Every vLLM process calls this, workers too, some of them twice. So heavy imports wait for the first adapter request.
     """
     if "MTA_VLLM_BANK" not in os.environ:
         return

@@ -1,7 +1,7 @@
-"""Adapters a vLLM server knows: who needs each, and how they leave. Unloaded first, deleted after.
+"""Tracks the adapters that a vLLM server has loaded: which answers use them, and when they are unloaded.
 
-vLLM reads an adapter's files again whenever its own caches drop it, and ends with everybody it answers if they are
-gone; and its table of names never shrinks by itself.
+An adapter is always unloaded before its files are deleted: vLLM reads the files again whenever its own caches drop the
+adapter, and crashes if the files are missing. VLLM's table of names never shrinks by itself.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ from mta.serving.engine import EngineGone, Version
 from mta.serving.model_names import from_wire, wire_name
 from mta.serving.vllm.adapters import note_of, remove, remove_all
 
-_AGAIN = "Forget the person again in a few seconds: it is done once vLLM agrees."
+_RETRY = "Forget the person again in a few seconds; forgetting is complete once vLLM confirms it."
 
 
 @dataclass(slots=True, eq=False)
 class Loaded:
-    """An adapter vLLM may know, the answers that need it, and the error of its cut to a slot's rank once it is told."""
+    """An adapter that vLLM may have loaded, the answers that use it, and its truncation error once known."""
 
     who: Version | Nobody
     answers: set[asyncio.Task[None]] = field(default_factory=set)
     idle: asyncio.Event = field(default_factory=asyncio.Event)
-    leaving: asyncio.Task[None] | None = None
+    unloading: asyncio.Task[None] | None = None
     error: float | None = None
 
 
-class Names:
-    """The table of a server's adapters; at most ``count`` that nobody needs stay loaded."""
+class AdapterRegistry:
+    """The adapters of one server; at most ``count`` idle ones stay loaded."""
 
     def __init__(self, client: httpx.AsyncClient, folder: Path, count: int) -> None:
         self.client, self.folder, self.count = client, folder, count
@@ -48,78 +48,78 @@ class Names:
 
     @property
     def errors(self) -> list[float]:
-        """What the cut loses, for each adapter that was used."""
+        """Truncation errors of the adapters that were used."""
         return [one.error for one in self._loaded.values() if one.error is not None]
 
     @asynccontextmanager
     async def held(self, who: Version | Nobody) -> AsyncIterator[str]:
-        """For a block in a task of its own, the adapter of that name stays; it is loaded when vLLM is first asked."""
+        """Keep an adapter loaded within the block, which needs its own task; vLLM loads it at the first request."""
         name, task = wire_name(who), asyncio.current_task()
         assert task is not None
-        while (found := self._loaded.get(name)) and found.leaving:
-            await asyncio.shield(found.leaving)
-        mine = self._loaded.setdefault(name, Loaded(who))
+        while (found := self._loaded.get(name)) and found.unloading:
+            await asyncio.shield(found.unloading)
+        entry = self._loaded.setdefault(name, Loaded(who))
         self._loaded.move_to_end(name)
-        mine.answers.add(task)
-        mine.idle.clear()
+        entry.answers.add(task)
+        entry.idle.clear()
         try:
             yield name
         finally:
-            mine.answers.discard(task)
-            if not mine.answers:
-                mine.idle.set()
+            entry.answers.discard(task)
+            if not entry.answers:
+                entry.idle.set()
             self._trim()
 
     def used(self, name: str) -> None:
-        """Told when vLLM answers by an adapter: what its cut loses is known then."""
-        mine = self._loaded[name]
-        if mine.error is None and isinstance(mine.who, Version):
+        """Record that vLLM answered with an adapter: its truncation error can be read now."""
+        entry = self._loaded[name]
+        if entry.error is None and isinstance(entry.who, Version):
             try:
-                mine.error = float(json.loads(note_of(self.folder, name).read_text(encoding="utf-8"))["error"])
+                entry.error = float(json.loads(note_of(self.folder, name).read_text(encoding="utf-8"))["error"])
             except (OSError, ValueError, KeyError):
-                mine.error = None
+                entry.error = None
 
     async def forget(self, person: str) -> None:
-        """Wait until nobody needs any adapter of a person, unload them and delete their files. Raises EngineGone.
+        """Wait until no answer uses the person's adapters, unload them, and delete their files. Raises EngineGone.
 
-        vLLM is asked as well: it may know some from before this gateway began.
+        Also covers adapters that vLLM loaded before this gateway started.
         """
         for name in await self._listed():
             who = from_wire(name)
             if isinstance(who, Version) and who.person == person:
                 self._loaded.setdefault(name, Loaded(who, idle=_set()))
-        mine = {n: one for n, one in self._loaded.items() if isinstance(one.who, Version) and one.who.person == person}
-        for one in mine.values():
-            await one.idle.wait()
-        await asyncio.gather(*(asyncio.shield(self._leave(name)) for name in mine if name in self._loaded))
+        entries = {n: e for n, e in self._loaded.items() if isinstance(e.who, Version) and e.who.person == person}
+        for entry in entries.values():
+            await entry.idle.wait()
+        await asyncio.gather(*(asyncio.shield(self._start_unloading(name)) for name in entries if name in self._loaded))
         remove_all(self.folder, person)
 
     async def versions(self) -> set[Version]:
-        """The people who may be loaded, also from before this gateway began. Raises EngineGone."""
+        """Return the person versions that may be loaded, also from before this gateway started. Raises EngineGone."""
         known = [*(from_wire(name) for name in await self._listed()), *(one.who for one in self._loaded.values())]
         return {who for who in known if isinstance(who, Version)}
 
     async def settled(self) -> None:
-        """Wait until whoever is on their way out has left."""
-        await asyncio.gather(*(one.leaving for one in self._loaded.values() if one.leaving), return_exceptions=True)
+        """Wait until all running unloads are done."""
+        await asyncio.gather(*(one.unloading for one in self._loaded.values() if one.unloading), return_exceptions=True)
 
     def answers(self, person: str) -> list[asyncio.Task[None]]:
-        """The running answers of a person."""
-        mine = [one for one in self._loaded.values() if isinstance(one.who, Version) and one.who.person == person]
-        return [task for one in mine for task in one.answers]
+        """Return the running answers of a person."""
+        entries = [e for e in self._loaded.values() if isinstance(e.who, Version) and e.who.person == person]
+        return [task for entry in entries for task in entry.answers]
 
     def _trim(self) -> None:
         loaded = self._loaded.items()
-        idle = [name for name, one in loaded if isinstance(one.who, Version) and not one.answers and not one.leaving]
+        idle = [name for name, one in loaded if isinstance(one.who, Version) and not one.answers and not one.unloading]
         for name in idle[: max(len(idle) - self.count, 0)]:
-            self._leave(name)
+            self._start_unloading(name)
 
-    def _leave(self, name: str) -> asyncio.Task[None]:
-        mine = self._loaded[name]
-        mine.leaving = mine.leaving or asyncio.create_task(self._left(name))
-        return mine.leaving
+    def _start_unloading(self, name: str) -> asyncio.Task[None]:
+        entry = self._loaded[name]
+        entry.unloading = entry.unloading or asyncio.create_task(self._remove(name))
+        return entry.unloading
 
-    async def _left(self, name: str) -> None:
+    async def _remove(self, name: str) -> None:
         try:
             await self._unload(name)
             remove(self.folder, name)
@@ -127,36 +127,36 @@ class Names:
             self.unloaded += 1
         finally:
             if name in self._loaded:
-                self._loaded[name].leaving = None
+                self._loaded[name].unloading = None
 
     async def _listed(self) -> list[str]:
-        """The names vLLM knows; none where it cannot be reached, for then it knows nobody any more."""
+        """Return the names that vLLM knows; none if the server is gone, because a stopped server holds nothing."""
         try:
             answer = await self.client.get("/v1/models", timeout=30)
             return [str(model["id"]) for model in answer.raise_for_status().json()["data"]]
         except (httpx.HTTPError, ValueError, KeyError, TypeError) as error:
-            if _nobody_listens(error):
+            if _is_server_gone(error):
                 return []
             raise EngineGone(
-                "vLLM does not say whom it knows: somebody's adapter may still be loaded", hint=_AGAIN
+                "vLLM did not list its models: an adapter of the person may still be loaded", hint=_RETRY
             ) from error
 
     async def _unload(self, name: str) -> None:
-        """404 is as good: vLLM did not know it. A server that cannot be reached knows nobody any more."""
+        """Unload an adapter. 404 counts as success, and so does a stopped server. Raises EngineGone."""
         try:
             answer = await self.client.post("/v1/unload_lora_adapter", json={"lora_name": name}, timeout=30)
         except httpx.HTTPError as error:
-            if _nobody_listens(error):
+            if _is_server_gone(error):
                 return
-            raise EngineGone("vLLM does not answer: the adapter may still be loaded", hint=_AGAIN) from error
+            raise EngineGone("vLLM does not answer: the adapter may still be loaded", hint=_RETRY) from error
         if answer.status_code not in (200, 404):
             raise EngineGone(
-                f"vLLM answered {answer.status_code} when it was asked to unload an adapter, expected 200", hint=_AGAIN
+                f"vLLM answered {answer.status_code} to an unload request, expected 200 or 404", hint=_RETRY
             )
 
 
-def _nobody_listens(error: BaseException | None) -> bool:
-    """Whether the server is not there; a connection may fail for other reasons too, and then it may be."""
+def _is_server_gone(error: BaseException | None) -> bool:
+    """Whether the server has stopped; after other connection errors it may still run."""
     while error is not None:
         if isinstance(error, ConnectionRefusedError | FileNotFoundError):
             return True

@@ -1,7 +1,7 @@
-"""A vLLM server of the gateway's own: started, watched, started again when it ends, and stopped.
+"""Runs a vLLM server for the gateway: starts it, restarts it when it ends, and stops it.
 
-It listens at a socket in a folder that only this user may enter, so nobody else reaches its administration, its list of
-models or its metrics; and it lives in an environment of its own, for it needs an older transformers than ours.
+The server listens on a socket in a folder that only this user can enter, so other users cannot reach its
+administration, model list, or metrics. It has its own environment, because vLLM needs an older transformers.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ from mta.errors import ConfigError, MtaError
 from mta.serving.api.auth import ENV
 from mta.system.atomic import owner_only
 
-SLOT_RANK = 16  # of vLLM's slots where nothing else is said (decision 012)
-_START = 600.0  # seconds: large models on slow disks
-_ANY = httpx.Limits(max_connections=None)
+SLOT_RANK = 16  # default rank of vLLM's adapter slots (decision 012)
+_STARTUP_TIMEOUT = 600.0  # seconds: large models on slow disks
+_UNLIMITED = httpx.Limits(max_connections=None)
 _ERROR = re.compile(r"\b\w+(?:Error|Exception): .+|error: .+")
 
 
 class VllmNotStarted(MtaError):
-    """The vLLM server ended before it could answer."""
+    """The vLLM server ended or timed out before it was ready."""
 
 
 @dataclass(frozen=True, slots=True)
 class VllmSettings:
-    """What a server is started with: the Python of vLLM's environment first, further arguments of vLLM's own last."""
+    """How a server is started: ``python`` belongs to vLLM's environment, ``args`` are appended to the command."""
 
     python: str
     base: str
@@ -49,21 +49,21 @@ class VllmSettings:
     args: tuple[str, ...] = ()
 
     def command(self, socket: Path) -> list[str]:
-        """What is run."""
+        """Return the command line of the server."""
         sizes = {"max-model-len": self.length, "max-lora-rank": self.rank, "max-loras": self.rows}
         sizes |= {"max-cpu-loras": 2 * self.rows, "max-num-seqs": self.rows}
-        said = [f"--{name}={value}" for name, value in sizes.items()]
+        limits = [f"--{name}={value}" for name, value in sizes.items()]
         quiet = ["--disable-log-stats", "--disable-uvicorn-access-log", "--disable-fastapi-docs"]
         start = [self.python, "-m", "vllm.entrypoints.openai.api_server", "--model", self.base, f"--uds={socket}"]
-        shown = ["--served-model-name=base", "--enable-prompt-tokens-details", "--enable-lora"]
-        shown.append("--generation-config=vllm")  # what the model's own says of sampling holds for neither engine
-        return [*start, *shown, *said, *quiet, *self.args]
+        options = ["--served-model-name=base", "--enable-prompt-tokens-details", "--enable-lora"]
+        options.append("--generation-config=vllm")  # both engines ignore the model's sampling defaults
+        return [*start, *options, *limits, *quiet, *self.args]
 
     def environment(self, folder: Path) -> dict[str, str]:
-        """With our plugin switched on, and nothing told to anybody outside."""
-        ours = {"BANK": self.bank, "STORE": self.store, "FOLDER": str(folder), "RANK": str(self.rank)}
-        ours["PARENT"] = str(os.getpid())  # with whom it ends
-        own = {f"MTA_VLLM_{name}": value for name, value in ours.items()}
+        """Return the server's environment: our plugin enabled, usage reports and hub access disabled."""
+        plugin = {"BANK": self.bank, "STORE": self.store, "FOLDER": str(folder), "RANK": str(self.rank)}
+        plugin["PARENT"] = str(os.getpid())  # the server stops when this process dies
+        own = {f"MTA_VLLM_{name}": value for name, value in plugin.items()}
         own |= {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "true", "VLLM_PLUGINS": "mta", "VLLM_LOGGING_LEVEL": "WARNING"}
         own |= {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1"}
         inherited = {name: value for name, value in os.environ.items() if name not in ("VLLM_API_KEY", ENV)}
@@ -72,9 +72,9 @@ class VllmSettings:
 
 @dataclass(frozen=True, slots=True)
 class Remote:
-    """A server somebody else started, on this machine: its address, its key, and the folder its plugin writes to.
+    """A server on this machine that we did not start: its address, its key, and its plugin's adapter folder.
 
-    ``url`` is one of http, or ``unix:`` and the path of a socket.
+    ``url`` is an http URL, or ``unix:`` followed by a socket path.
     """
 
     url: str
@@ -82,27 +82,27 @@ class Remote:
     key: str = ""
     starts: int = 0
     up: bool = True
-    lock: object = None  # held as long as this is
+    lock: object = None  # held for the lifetime of this object
 
     def client(self) -> httpx.AsyncClient:
-        """One that reaches it."""
-        shown = {"Authorization": f"Bearer {self.key}"} if self.key else {}
+        """Return a client of the server."""
+        headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
         if self.url.startswith("unix:"):
-            return _over(self.url.removeprefix("unix:"), shown)
-        return httpx.AsyncClient(base_url=self.url, headers=shown, limits=_ANY, timeout=30)
+            return _over(self.url.removeprefix("unix:"), headers)
+        return httpx.AsyncClient(base_url=self.url, headers=headers, limits=_UNLIMITED, timeout=30)
 
     def stop(self) -> None:
-        """It goes on."""
+        """Do nothing: the server keeps running."""
 
 
 class VllmServer:
-    """One server and its folder, in memory where the machine has one; a thread starts it again whenever it ends."""
+    """A server with its folder, in memory if possible; a thread restarts the server whenever it ends."""
 
     def __init__(self, settings: VllmSettings) -> None:
         if not shutil.which(settings.python):
             raise ConfigError(
                 f"no Python at {settings.python!r} to run vLLM with",
-                hint="Make an environment for it (docs/how-to/vllm.md):  make vllm   and give  --vllm .vllm/bin/python",
+                hint="Create one (docs/how-to/vllm.md):  make vllm   and pass  --vllm .vllm/bin/python",
             )
         self.settings = settings
         memory = Path("/dev/shm")
@@ -115,11 +115,11 @@ class VllmServer:
         self._watch = threading.Thread(target=self._keep_up, name="mta-vllm", daemon=True)
 
     def client(self) -> httpx.AsyncClient:
-        """One that reaches it."""
+        """Return a client of the server."""
         return _over(str(self.socket), {})
 
     def start(self) -> None:
-        """Returns when it answers. Raises VllmNotStarted, with the end of what it said."""
+        """Start the server and wait until it is ready. Raises VllmNotStarted with the first error of its log."""
         try:
             self._run()
         except BaseException:
@@ -128,7 +128,7 @@ class VllmServer:
         self._watch.start()
 
     def stop(self) -> None:
-        """End it, and delete its folder."""
+        """Stop the server and delete its folder."""
         self._ending.set()
         self._end()
         if self._watch.ident:
@@ -144,14 +144,14 @@ class VllmServer:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                start_new_session=True,  # it has children, which must end with it
+                start_new_session=True,  # a process group, so that child processes are stopped too
             )
         self.starts += 1
         self._wait(self._process)
         self.up = True
 
     def _wait(self, process: subprocess.Popen[bytes]) -> None:
-        end = time.monotonic() + _START
+        end = time.monotonic() + _STARTUP_TIMEOUT
         with httpx.Client(transport=httpx.HTTPTransport(uds=str(self.socket)), base_url="http://vllm") as client:
             while process.poll() is None and time.monotonic() < end and not self._ending.is_set():
                 with suppress(httpx.HTTPError):
@@ -159,8 +159,8 @@ class VllmServer:
                         return
                 time.sleep(0.25)
         raise VllmNotStarted(
-            f"vLLM did not come up (exit status {process.poll()}): {_reason(self.log)}",
-            hint="Start it by hand to see all it says:  " + shlex.join(self.settings.command(Path("vllm.sock"))),
+            f"vLLM did not start (exit status {process.poll()}): {_reason(self.log)}",
+            hint="Run this command to see the full log:  " + shlex.join(self.settings.command(Path("vllm.sock"))),
         )
 
     def _keep_up(self) -> None:
@@ -172,28 +172,28 @@ class VllmServer:
                 self._end()
                 if not self._ending.wait(1):
                     self._run()
-            except (VllmNotStarted, OSError):  # whatever is left of it ends, and it is tried again
+            except (VllmNotStarted, OSError):  # stop what is left, then try again
                 self._end()
         self._end()
 
     def _end(self) -> None:
-        """SIGTERM to it and its children, SIGKILL to whoever stays."""
+        """Send SIGTERM to the server and its children, then SIGKILL to those still running."""
         if self._process is None:
             return
-        for sign, patience in ((signal.SIGTERM, 15), (signal.SIGKILL, 5)):
+        for sign, seconds in ((signal.SIGTERM, 15), (signal.SIGKILL, 5)):
             with suppress(ProcessLookupError):
                 os.killpg(self._process.pid, sign)
             with suppress(subprocess.TimeoutExpired):
-                self._process.wait(patience)
+                self._process.wait(seconds)
 
 
 def _over(socket: str, headers: dict[str, str]) -> httpx.AsyncClient:
-    transport = httpx.AsyncHTTPTransport(uds=socket, limits=_ANY)
+    transport = httpx.AsyncHTTPTransport(uds=socket, limits=_UNLIMITED)
     return httpx.AsyncClient(transport=transport, base_url="http://vllm", headers=headers, timeout=30)
 
 
 def _reason(log: Path) -> str:
-    """The first error it told of, which the others follow from; or its last words."""
-    said = log.read_text(encoding="utf-8", errors="replace")
-    found = _ERROR.search(said)
-    return found[0] if found else said[-500:].strip() or "it said nothing"
+    """Return the first error in the log, which usually causes the later ones, or the end of the log."""
+    text = log.read_text(encoding="utf-8", errors="replace")
+    found = _ERROR.search(text)
+    return found[0] if found else text[-500:].strip() or "the log is empty"
