@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -21,11 +20,14 @@ from mta.data.history import Person
 from mta.data.splits import draw
 from mta.data.tasks.load import load_task, with_limit
 from mta.data.tasks.task import Task
+from mta.distributed.executor import Executor
 from mta.errors import BankCorrupt, BankMismatch, InputError
 from mta.lora.batch import LoraBatch
 from mta.lora.layers import Shared
 from mta.model.base import BaseModel
 from mta.model.encoders import Encoder, load_encoder
+from mta.tracking.trackers import Track
+from mta.training.trainer import OnStep
 
 log = logging.getLogger("mta")
 
@@ -59,15 +61,19 @@ class Bank:
         run: Run | None = None,
         encoder: Encoder | None = None,
         task_people: Sequence[Person] | None = None,
-        **how: Any,
+        task_lora: Path | None = None,
+        executor: Executor | None = None,
+        on_step: OnStep | None = None,
+        resume: bool = True,
+        command: str = "",
+        track: Track | None = None,
     ) -> Bank:
         """Stages 0 and 1: train the task LoRA and the anchors among ``people``, and open the result.
 
         Without ``task_people`` half of ``people``, drawn by hash, train the task LoRA; the others are the candidates.
         People who share items are in the same half, unless they are more than half of all people.
-        ``task`` defaults to the one ``people`` were read for. For further keywords (``task_lora``, ``executor``,
-        ``on_step``) see ``build_bank``. Raises InputError when there are fewer people than anchors need, BankError if
-        ``out`` holds another bank.
+        ``task`` defaults to the one ``people`` were read for. The other keywords are those of ``build_bank``.
+        Raises InputError when there are fewer people than anchors need, BankError if ``out`` holds another bank.
         """
         run = run or Run()
         if anchors is not None:
@@ -91,7 +97,21 @@ class Bank:
                 f"{len(shared)} people are both in the task LoRA's part and candidates for anchors",
                 hint="Take them out of one of the two:  people, or task_people=…",
             )
-        build_bank(base, chosen, encoder or load_encoder(run.encoder, base), task_people, people, run, Path(out), **how)
+        build_bank(
+            base,
+            chosen,
+            encoder or load_encoder(run.encoder, base),
+            task_people,
+            people,
+            run,
+            Path(out),
+            task_lora=task_lora,
+            executor=executor,
+            on_step=on_step,
+            resume=resume,
+            command=command,
+            track=track,
+        )
         return cls.open(out, base)
 
     @classmethod

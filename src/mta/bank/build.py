@@ -17,7 +17,7 @@ from torch import Tensor
 from mta.bank import format as files
 from mta.bank.anchors import choose_anchors
 from mta.bank.card import card
-from mta.bank.worker import Anchors, Bench, BenchCopies, Pool, anchor_start, train_anchors, train_pool
+from mta.bank.worker import Anchors, BankWorker, Pool, anchor_start, open_worker, train_anchors, train_pool
 from mta.config import Run, parse_size
 from mta.data.history import Person
 from mta.data.tasks.task import Task
@@ -78,11 +78,18 @@ def build_bank(
     if _finished(out, work):
         return files.write_limit(out, task)
     _begin(out, resume)
-    how: dict[str, Any] = {"work": work, "command": command, "track": track, "on_step": on_step}
     kept = RunFolder(
-        folder=out, kind="bank", base=base, settings=_asked(run, asked), about={"seeds": [run.seed]}, **how
+        folder=out,
+        kind="bank",
+        base=base,
+        settings=_asked(run, asked),
+        about={"seeds": [run.seed]},
+        work=work,
+        command=command,
+        track=track,
+        on_step=on_step,
     )
-    site = _Site(base, task, run, out, work, executor or LocalExecutor(), kept, task_lora)
+    site = _Build(base, task, run, out, work, executor or LocalExecutor(), kept, task_lora)
     # Anchors first: that takes seconds, and if they are too few, stage 0 would be hours for nothing.
     able, vectors, chosen = choose_anchors(task, encoder, candidates, run.bank, run.seed)
     anchors = [able[i].latest(run.bank.max_items) for i in chosen]
@@ -107,7 +114,7 @@ def work_key(
 
 
 @dataclass(slots=True)
-class _Site:
+class _Build:
     """A bank under construction: what is finished lies in ``out/work`` until the whole is."""
 
     base: BaseModel
@@ -136,7 +143,7 @@ class _Site:
             pool = Pool(self.task, tuple(people))
             report = self._reporter("task LoRA")
             stopped = partial(self._checkpoint, "")
-            here = Bench(self.base, self.run, None, stopped, lambda _, step: report(step))
+            here = BankWorker(self.base, self.run, None, stopped, lambda _, step: report(step))
             (found,) = self.executor.run(train_pool, [pool], here, self._elsewhere(None))
             write_peft(folder, _trained(found), self.base.name, fan_in_fan_out=self.base.fan_in_fan_out)
             if not self.executor.in_process:
@@ -154,8 +161,15 @@ class _Site:
         jobs = [Job(f"anchor-{n}", theirs) for n, theirs in enumerate(examples)]
         one, most = anchor_start(self.base, self.run, jobs[:1]).tensors(), self.executor.most
         pooled = self.run.task_lora.enabled * self.run.task_lora.lora.rank * self.base.footprint.sums.width
-        how: dict[str, Any] = {"below": Numbers(pooled=pooled), "most": most, "threads": self.executor.threads}
-        plan = plan_cohorts(self.base, jobs, one, parse_size(self.run.memory), **how)
+        plan = plan_cohorts(
+            self.base,
+            jobs,
+            one,
+            parse_size(self.run.memory),
+            below=Numbers(pooled=pooled),
+            most=most,
+            threads=self.executor.threads,
+        )
         self.kept.about["plan"] = plan.digest
         return jobs, plan
 
@@ -169,7 +183,7 @@ class _Site:
         kept = {piece.name: self._checkpoint(plan.digest, piece.name, "safetensors") for piece in pieces}
         trained = {name: saved[0] for name, file in kept.items() if (saved := file.load())}
         report, done = self._reporter("anchors"), sum(len(piece) for piece in pieces if piece.name in trained)
-        here = Bench(self.base, self.run, pooled, stopped, lambda _, step: report(step))
+        here = BankWorker(self.base, self.run, pooled, stopped, lambda _, step: report(step))
         lacking = [piece for piece in pieces if piece.name not in trained]
         for found in self.executor.run(train_anchors, lacking, here, self._elsewhere(pooled)):
             name = found.piece.name
@@ -186,9 +200,9 @@ class _Site:
         write_tensors(self.out / files.ANCHORS, bank.tensors(), {"scale": repr(bank.scale)})
         write_tensors(self.out / files.INDEX, {"vectors": vectors.contiguous()})
 
-    def _elsewhere(self, pooled: LoraBatch | None) -> BenchCopies:
+    def _elsewhere(self, pooled: LoraBatch | None) -> Callable[[], BankWorker]:
         on_cpu = pooled and pooled.to(torch.device("cpu"))
-        return BenchCopies(self.base.as_loaded(self.run), self.base.fingerprint, on_cpu)
+        return partial(open_worker, self.base.as_loaded(self.run), self.base.fingerprint, on_cpu)
 
     def _checkpoint(self, plan: str, name: str, kind: str = "checkpoint") -> Checkpoint:
         """Of a piece of work: one in training, or (``safetensors``) one that is done."""

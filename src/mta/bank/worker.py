@@ -1,4 +1,4 @@
-"""Where the factors of a bank are trained: over a base at hand here, or made again by a worker elsewhere."""
+"""Train the adapters of a bank, in this process or in a worker of a cluster."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from mta.training.trainer import Job, OnStep, Step, train_loras
 
 
 @dataclass(frozen=True, slots=True)
-class Bench:
-    """A base, the settings, and the task LoRA to train over, where there is one yet.
+class BankWorker:
+    """A base, the settings, and the task LoRA to train over, if there is one.
 
-    ``checkpoint`` gives the checkpoint of a piece by its name; without, a stopped piece is trained again as a whole.
+    ``checkpoint`` returns the checkpoint of a piece by its name. Without it, an interrupted piece starts anew.
     """
 
     base: BaseModel
@@ -33,30 +33,23 @@ class Bench:
     on_step: OnStep | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class BenchCopies:
-    """Makes the same bench in another process: called there, it loads the base. ``run`` names it as it was loaded."""
+def open_worker(run: Run, fingerprint: str, pooled: LoraBatch | None) -> BankWorker:
+    """Load the base that ``run`` names and return a worker. Raises BankMismatch for another base, and load errors."""
 
-    run: Run
-    fingerprint: str
-    pooled: LoraBatch | None = None
-
-    def __call__(self) -> Bench:
-        """Raises BankMismatch if another base lies there, and what loading one raises."""
-        base = BaseModel.of(self.run, self._check)
-        return Bench(base, self.run, self.pooled and self.pooled.to(base.device))
-
-    def _check(self, found: str) -> None:
-        if found != self.fingerprint:
+    def check(found: str) -> None:
+        if found != fingerprint:
             raise BankMismatch(
-                f"a worker found base {self.run.base!r} with sha256 {found[:8]}…, expected {self.fingerprint[:8]}…",
+                f"a worker found base {run.base!r} with sha256 {found[:8]}…, expected {fingerprint[:8]}…",
                 hint="Give workers the same base: a hub id, an asset, or a folder on a shared disk.",
             )
+
+    base = BaseModel.of(run, check)
+    return BankWorker(base, run, pooled and pooled.to(base.device))
 
 
 @dataclass(frozen=True, slots=True)
 class Pool:
-    """Stage 0 as one piece of work."""
+    """Stage 0: the task LoRA, as one piece of work."""
 
     task: Task
     people: tuple[Person, ...]
@@ -66,7 +59,7 @@ class Pool:
         return 1
 
     def halves(self) -> Sequence[Pool]:
-        """One LoRA cannot be parted."""
+        """Return nothing: one LoRA cannot be split."""
         return ()
 
 
@@ -80,56 +73,56 @@ class Anchors:
 
     @property
     def name(self) -> str:
-        """What its files are called."""
+        """Name of the files of this piece."""
         return f"anchors-{self.number:03}"
 
     def __len__(self) -> int:
         return len(self.jobs)
 
     def halves(self) -> Sequence[Anchors]:
-        """Every anchor is needed: one that fails is no reason to go on without it."""
+        """Return nothing: a bank needs all its anchors, so a failing one is not isolated."""
         return ()
 
 
-def train_pool(bench: Bench, piece: Pool) -> LoraBatch:
+def train_pool(worker: BankWorker, piece: Pool) -> LoraBatch:
     """Stage 0: the task LoRA, a batch of one. Raises Diverged."""
-    settings = bench.run.task_lora
-    with _checked(bench, piece.name) as checkpoint:
+    settings = worker.run.task_lora
+    with _checked(worker, piece.name) as checkpoint:
         trained = train_task_lora(
-            bench.base,
+            worker.base,
             piece.task,
             piece.people,
             settings,
-            seed=bench.run.seed,
-            memory=parse_size(bench.run.memory),
+            seed=worker.run.seed,
+            memory=parse_size(worker.run.memory),
             checkpoint=checkpoint,
-            on_step=_watched("task LoRA", bench.on_step),
+            on_step=_watched("task LoRA", worker.on_step),
         )
         return _finite("task LoRA", trained)
 
 
-def train_anchors(bench: Bench, piece: Anchors) -> LoraBatch:
+def train_anchors(worker: BankWorker, piece: Anchors) -> LoraBatch:
     """Stage 1 for some anchors: one meta-LoRA for each, over the frozen task LoRA. Raises Diverged."""
-    base = bench.base
-    with _checked(bench, piece.name) as checkpoint:
+    base = worker.base
+    with _checked(worker, piece.name) as checkpoint:
         trained = train_loras(
             base,
             piece.jobs,
-            anchor_start(base, bench.run, piece.jobs),
-            bench.run.bank.training,
-            frozen=[Shared(bench.pooled.to(base.dtype))] if bench.pooled else [],
-            seed=bench.run.seed,
+            anchor_start(base, worker.run, piece.jobs),
+            worker.run.bank.training,
+            frozen=[Shared(worker.pooled.to(base.dtype))] if worker.pooled else [],
+            seed=worker.run.seed,
             tokens_per_batch=piece.tokens_per_batch,
             checkpoint=checkpoint,
-            on_step=_watched("anchors", bench.on_step),
+            on_step=_watched("anchors", worker.on_step),
         )
         return _finite("anchors", trained)
 
 
 @contextmanager
-def _checked(bench: Bench, name: str) -> Iterator[Checkpoint | None]:
+def _checked(worker: BankWorker, name: str) -> Iterator[Checkpoint | None]:
     """Yield the checkpoint of a piece. Remove the checkpoint if training diverges: it may hold diverged parameters."""
-    checkpoint = bench.checkpoint(name) if bench.checkpoint else None
+    checkpoint = worker.checkpoint(name) if worker.checkpoint else None
     try:
         yield checkpoint
     except Diverged:
@@ -163,7 +156,7 @@ def _diverged(stage: str, what: str) -> Diverged:
 
 
 def anchor_start(base: BaseModel, run: Run, jobs: Sequence[Job]) -> LoraBatch:
-    """What anchors are trained from: one A for all of them, or each its own; B is zero."""
+    """Return the adapters that the anchors' training starts from: one A for all, or one for each; B is zero."""
     lora, same = run.bank.lora, run.bank.start == "same"
     keys = ["bank"] if same else [job.key for job in jobs]
     start = fresh(base.targets, lora.rank, lora.scale, run.seed, keys, base.master_dtype)

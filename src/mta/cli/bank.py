@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -72,9 +72,18 @@ def build(
     run = settings(config, words, task=task, base=base, seed=seed, device=device)
     people = people_in(source, run.task, skip_bad)
     with executor_at(cluster, workers, together) as executor, Screen() as screen:
-        how: dict[str, Any] = {"executor": executor, "on_step": screen.step, "resume": resume}
-        how |= {"command": typed(), "track": opened}
-        bank = Bank.build(BaseModel.of(run), people, out, task=run.task, run=run, **how)
+        bank = Bank.build(
+            BaseModel.of(run),
+            people,
+            out,
+            task=run.task,
+            run=run,
+            executor=executor,
+            on_step=screen.step,
+            resume=resume,
+            command=typed(),
+            track=opened,
+        )
     if json:
         return show_json(_summary(bank))
     typer.echo(f"{out}: {len(bank)} anchors, task LoRA {'yes' if bank.task_lora else 'no'}, hash {bank.hash[:12]}")

@@ -1,4 +1,7 @@
-"""Whose a row is: a person, the pooled model, or the untouched base; and what is added to the base for it."""
+"""From states to adapters: for a batch of rows, and for one person as one LoRA.
+
+A row of a batch belongs to a person, to the pooled model, or to the base.
+"""
 
 from __future__ import annotations
 
@@ -9,15 +12,15 @@ import torch
 
 from mta.bank.bank import Bank
 from mta.config import MergeSettings
-from mta.lora.batch import stack
+from mta.lora.batch import LoraBatch, join, stack
 from mta.lora.layers import Adapters, Gated, PerPerson
 from mta.model.base import BaseModel
-from mta.personalize.merge import Merge, merged
+from mta.personalize.merge import Merge, merged, merged_factors
 from mta.store.state import State
 
 
 class Nobody(Enum):
-    """Rows that belong to no person: the untouched base, or the pooled model (base and task LoRA)."""
+    """Rows without a person: the base, or the pooled model (base and task LoRA)."""
 
     BASE = "base"
     TASK = "task"
@@ -27,20 +30,21 @@ BASE, TASK = Nobody.BASE, Nobody.TASK
 Who = str | Nobody
 
 
-def row_adapters(base: BaseModel, bank: Bank, whose: Sequence[State | Nobody], stacked: bool = True) -> list[Adapters]:
-    """Task LoRA, merges and stacks for rows whose owners are numbers into ``whose``.
+def row_adapters(base: BaseModel, bank: Bank, owners: Sequence[State | Nobody], stacked: bool = True) -> list[Adapters]:
+    """Return task LoRA, merges, and stacks for rows that are numbered by ``owners``.
 
-    A merge is computed the way its stack was trained over. ``stacked=False`` leaves the stacks out. Nobody gets no
-    merge and no stack; the base gets no task LoRA either.
+    Each merge is computed in the mode that its stack was trained over. ``stacked=False`` leaves the stacks out. Rows
+    without a person get no merge and no stack; the base gets no task LoRA either.
     """
     adapters: list[Adapters] = []
-    for mode, rank in sorted({(who.mode, who.rank) for who in whose if isinstance(who, State)}, key=str):
-        alike = [who if isinstance(who, State) and (who.mode, who.rank) == (mode, rank) else TASK for who in whose]
-        adapters.append(merged(bank, merge_of(base, alike), MergeSettings(mode=mode, rank=rank)))
+    for mode, rank in sorted({(one.mode, one.rank) for one in owners if isinstance(one, State)}, key=str):
+        alike = [one if isinstance(one, State) and (one.mode, one.rank) == (mode, rank) else TASK for one in owners]
+        merge = merge_of(alike, base.master_dtype)
+        adapters.append(merged(bank, merge, MergeSettings(mode=mode, rank=rank)))
     if bank.task_lora:
-        pooled = torch.tensor([[0.0 if who is BASE else 1.0] for who in whose], device=base.device)
+        pooled = torch.tensor([[0.0 if one is BASE else 1.0] for one in owners], device=base.device)
         adapters.append(Gated(bank.task_lora, pooled))
-    stacks = [who.stack if isinstance(who, State) else None for who in whose]
+    stacks = [one.stack if isinstance(one, State) else None for one in owners]
     first = next((one for one in stacks if one), None)
     if stacked and first:
         none = first.map(torch.zeros_like)
@@ -48,13 +52,28 @@ def row_adapters(base: BaseModel, bank: Bank, whose: Sequence[State | Nobody], s
     return adapters
 
 
-def merge_of(base: BaseModel, whose: Sequence[State | Nobody]) -> Merge:
-    """Coefficients side by side: nobody's are 0, and shorter merges are filled up with 0."""
-    states = [who if isinstance(who, State) else None for who in whose]
+def merge_of(owners: Sequence[State | Nobody], dtype: torch.dtype) -> Merge:
+    """Return the merges of all owners. Coefficients of rows without a person, and beyond a shorter merge, are 0."""
+    states = [one if isinstance(one, State) else None for one in owners]
     k = max((len(state.anchors) for state in states if state), default=1)
-    ids, w = torch.zeros(len(states), k, dtype=torch.long), torch.zeros(len(states), k, dtype=base.master_dtype)
+    ids, w = torch.zeros(len(states), k, dtype=torch.long), torch.zeros(len(states), k, dtype=dtype)
     for i, state in enumerate(states):
         if state:
             ids[i, : len(state.anchors)] = torch.tensor(state.anchors)
             w[i, : len(state.w)] = w.new_tensor(state.w)
     return Merge(ids, w)
+
+
+def merge_factors(anchors: LoraBatch, state: State, dtype: torch.dtype) -> LoraBatch:
+    """Return one person's merge as one LoRA, in the state's mode. The rank of an exact merge is R per anchor used."""
+    used = [n for n, w in enumerate(state.w) if w] or [0]  # an anchor with coefficient 0 needs no rank
+    merge = merge_of([state], dtype)
+    settings = MergeSettings(mode=state.mode, rank=state.rank)
+    return merged_factors(anchors, Merge(merge.ids[:, used], merge.w[:, used]), settings)
+
+
+def whole_adapter(bank: Bank, state: State, dtype: torch.dtype) -> LoraBatch:
+    """Return task LoRA, merge, and stack of one person as one LoRA in float32 on the CPU. Nothing is lost."""
+    parts = [part for part in (bank.task_lora, state.stack) if part]
+    parts = [merge_factors(bank.anchors, state, dtype), *parts]
+    return join([part.to(torch.device("cpu"), torch.float32) for part in parts])

@@ -14,20 +14,18 @@ from torch import Tensor
 
 from mta.bank.bank import Bank
 from mta.bank.card import adapter_card
-from mta.config import MergeSettings, Run
+from mta.config import Run
 from mta.data.history import Item, Person
 from mta.distributed.executor import Executor, LocalExecutor
 from mta.errors import ConfigError, InputError
-from mta.lora.batch import join
 from mta.lora.layers import Adapters, applied
 from mta.lora.merge import truncate
 from mta.lora.peft import write_peft
 from mta.model.base import BaseModel
 from mta.model.encoders import Encoder
 from mta.model.generate import generate
-from mta.personalize.adapters import Nobody, Who, row_adapters
+from mta.personalize.adapters import Nobody, Who, row_adapters, whole_adapter
 from mta.personalize.forgetting import Forgotten, forget_person
-from mta.personalize.merge import Merge, merged_factors
 from mta.personalize.pipeline import Personalized, Pipeline, Updated
 from mta.personalize.states import States
 from mta.store import Store
@@ -186,16 +184,11 @@ class Personalizer:
         """
         since = self.store.tombstones.of(person) if self.store else ()
         state = self.state(person)
-        used = [n for n, w in enumerate(state.w) if w] or [0]  # an anchor that weighs nothing needs no rank
-        ids, w = torch.tensor([state.anchors])[:, used], torch.tensor([state.w], dtype=self.base.master_dtype)[:, used]
-        settings = MergeSettings(mode=state.mode, rank=state.rank)
-        parts = [merged_factors(self.bank.anchors, Merge(ids, w), settings)]
-        parts += [part for part in (self.bank.task_lora, state.stack) if part]
-        whole, error = join([part.to(torch.device("cpu"), torch.float32) for part in parts]), torch.zeros(1)
+        whole, error = whole_adapter(self.bank, state, self.base.master_dtype), torch.zeros(1)
         if rank is not None and rank < whole.rank:
             whole, error = truncate(whole, rank)
-        stack = state.stack.rank if state.stack else 0
-        card = adapter_card(self.bank.info, whole.rank, float(error), anchors=len(used), stack=stack)
+        stack, anchors = state.stack.rank if state.stack else 0, max(sum(map(bool, state.w)), 1)
+        card = adapter_card(self.bank.info, whole.rank, float(error), anchors=anchors, stack=stack)
         with self.store.exports.writing(person, out, since) if self.store else nullcontext():
             write_peft(out, whole, self.base.name, fan_in_fan_out=self.base.fan_in_fan_out, card=card)
         return float(error)

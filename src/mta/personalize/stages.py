@@ -192,7 +192,7 @@ class Stages:
 
     def merge_before(self, cohort: Cohort) -> Merge:
         """Return the merges that an update starts from."""
-        return merge_of(self.base, cohort.befores)
+        return merge_of(cohort.befores, self.base.master_dtype)
 
     def remove_checkpoint(self, cohort: Cohort) -> None:
         """Remove the checkpoint of a cohort. Call this after the cohort's states are saved."""

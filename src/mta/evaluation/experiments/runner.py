@@ -11,7 +11,7 @@ from mta.errors import ClusterError
 from mta.evaluation.experiments.bank_stats import bank_facts, case_study
 from mta.evaluation.experiments.recipe import Experiment, Part, wanted
 from mta.evaluation.experiments.records import Record, Records
-from mta.evaluation.experiments.workspace import Lab, LabCopies
+from mta.evaluation.experiments.workspace import Lab
 from mta.evaluation.methods import Method, Outcome
 from mta.evaluation.metrics import measure, query_nll
 from mta.system.atomic import write_json
@@ -72,7 +72,7 @@ def _run_seed(lab: Lab, records: Records, planned: Sequence[tuple[int, str, Part
                 known.add((one.key, one.start))
                 yield one
 
-    for number, found in enumerate(lab.executor.run(measured, lacking(), lab, LabCopies.of(lab)), 1):
+    for number, found in enumerate(lab.executor.run(measured, lacking(), lab, lab.elsewhere()), 1):
         if found.result is None:
             raise ClusterError(f"{found.piece.where}: {found.error}", hint="What is done is kept; repeat it.")
         records.add(found.result)

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -82,6 +83,12 @@ class Lab:
         splits, sizes = drawn(recipe, task, people)
         sizes = {"data": source if is_asset(source) else Path(source).name, **sizes}
         return cls(recipe, task, people, splits, BaseModel.of(recipe.run), out, source, sizes, which, **how)
+
+    def elsewhere(self) -> Callable[[], Lab]:
+        """Return a function that opens the same lab in another process, over the same folder (on a shared disk)."""
+        recipe = self.recipe.model_copy(update={"run": self.base.as_loaded(self.recipe.run)})
+        data = self.source if is_asset(self.source) else str(Path(self.source).resolve())
+        return partial(Lab.read, recipe, self.out.resolve(), data, self.which)
 
     def bank(self, part: Part, seed: int) -> Bank:
         """The part's bank for a seed: clustering and training start from it. Built once, kept in ``banks/``."""
@@ -203,27 +210,6 @@ class Lab:
     def question(self, person: Person, item: Item, number: int) -> str:
         """A question's id in LaMP's files: the benchmark's own, or one made of the person's name here."""
         return item.id if item.is_query and item.id is not None else f"{self.person(person.id)}-{number}"
-
-
-@dataclass(frozen=True, slots=True)
-class LabCopies:
-    """Opens the same lab in another process, over the same folder: a shared disk, if on another machine."""
-
-    recipe: Experiment
-    out: Path
-    data: str | None
-    which: Which
-
-    @classmethod
-    def of(cls, lab: Lab) -> LabCopies:
-        """Copies of a lab in this process."""
-        run = lab.base.as_loaded(lab.recipe.run)
-        data = lab.source if is_asset(lab.source) else str(Path(lab.source).resolve())
-        return cls(lab.recipe.model_copy(update={"run": run}), lab.out.resolve(), data, lab.which)
-
-    def __call__(self) -> Lab:
-        """Raises what ``Lab.read`` does."""
-        return Lab.read(self.recipe, self.out, self.data, self.which)
 
 
 def _is_anchor(bank: Bank, person: Person) -> bool:

@@ -19,14 +19,12 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from mta.bank.bank import Bank
-from mta.config import MergeSettings
 from mta.errors import OtherBank, StateCorrupt
 from mta.kernels import AdaptedRows, product
 from mta.lora.batch import LoraBatch, join, shared_ranks
 from mta.lora.terms import RowTerm
 from mta.model.base import BaseModel
-from mta.personalize.adapters import BASE, Nobody
-from mta.personalize.merge import Merge, merged_factors
+from mta.personalize.adapters import BASE, Nobody, merge_factors, merge_of
 from mta.store.state import State
 
 _SLICES = 128  # slices of slots with cached forwards, at most
@@ -85,13 +83,11 @@ class AdapterSlots:
         own = [owner.stack] if stacked and owner.stack else []
         if any(not part.isfinite().all() for batch in own for pair in batch.factors.values() for part in pair):
             raise StateCorrupt("a person's stack contains NaN or infinity", hint="Personalize again.")
-        merge = Merge(torch.tensor([owner.anchors]), torch.tensor([owner.w], dtype=self.base.master_dtype))
-        anchors = ranks.bank.anchors
+        anchors, dtype = ranks.bank.anchors, self.base.master_dtype
         if owner.mode == "exact":
-            gates[ranks.anchors] = merge.gates(len(anchors))[0].repeat_interleave(anchors.rank)
+            gates[ranks.anchors] = merge_of([owner], dtype).gates(len(anchors))[0].repeat_interleave(anchors.rank)
         else:
-            settings = MergeSettings(mode=owner.mode, rank=owner.rank)
-            own.append(merged_factors(anchors, merge, settings))
+            own.append(merge_factors(anchors, owner, dtype))
         return RowAdapter(gates.to(self._gates), join(own).to(self.base.device, self.base.dtype) if own else None)
 
     def _ranks_of(self, owner: State | Nobody) -> _RankRange:

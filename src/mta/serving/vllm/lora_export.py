@@ -13,12 +13,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mta.config import MergeSettings
 from mta.errors import InputError, OtherBank, StateCorrupt
 from mta.lora.batch import Factors, LoraBatch, join, shared_ranks
 from mta.lora.merge import truncate
-from mta.personalize.adapters import BASE, Nobody
-from mta.personalize.merge import Merge, merged_factors
+from mta.personalize.adapters import BASE, Nobody, merge_factors, merge_of
 from mta.store.state import State
 from mta.system.device import seeded
 
@@ -69,11 +67,11 @@ class LoraExporter:
 
     def _merged(self, state: State, room: int) -> tuple[LoraBatch, float]:
         """Return task LoRA and merge truncated to rank ``room``, and the relative error."""
-        merge = Merge(torch.tensor([state.anchors]), torch.tensor([state.w]))
         if state.mode != "exact":
-            own = merged_factors(self.anchors, merge, MergeSettings(mode=state.mode, rank=state.rank))
+            own = merge_factors(self.anchors, state, torch.float32)
             return self._truncated(join([self.task_lora, own]) if self.task_lora else own, room)
-        shares = merge.gates(len(self.anchors))[0].repeat_interleave(self.anchors.rank).to(torch.float32)
+        gates = merge_of([state], torch.float32).gates(len(self.anchors))[0]
+        shares = gates.repeat_interleave(self.anchors.rank)
         pooled = [shares.new_ones(self.task_lora.rank)] if self.task_lora else []
         return _truncate_cores(self._spans, torch.cat([*pooled, shares]), room)
 
