@@ -289,7 +289,7 @@ PROVOKED = {
     "InputError": (
         lambda w: mta.read_people(w.written(BAD), "movielens-rating", limit=0),
         ("limit is 0", "0", "expected at least 1"),
-        "Leave it out to read everybody",
+        "Leave limit out to read all people",
     ),
     "DataError": (
         lambda w: mta.read_people(w.written(BAD), "movielens-rating"),
