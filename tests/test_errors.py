@@ -298,7 +298,7 @@ PROVOKED = {
     ),
     "TaskError": (
         lambda w: mta.load_task("lampe3"),
-        ("unknown task", "'lampe3'", "built in are: lamp1, "),
+        ("unknown task", "'lampe3'", "built-in tasks: lamp1, "),
         r"Did you mean 'lamp3'\?",
     ),
     "ConfigError": (

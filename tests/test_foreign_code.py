@@ -335,7 +335,7 @@ def test_a_chat_template_cannot_reach_python(base, marker):
         "{{ ''.__class__.__mro__[1].__subclasses__() }}"
         f"{{{{ cycler.__init__.__globals__.os.open({str(marker)!r}, 65) }}}}"
     )
-    with pytest.raises(DataError, match="the base's chat template does not take these messages: access to"):
+    with pytest.raises(DataError, match="the base's chat template rejects these messages: access to"):
         load(base)
     assert not marker.exists()
 

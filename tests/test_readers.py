@@ -56,9 +56,9 @@ def test_times(tmp_path: Path, time: object, seconds: float | None) -> None:
 
 
 BAD_LINES: list[tuple[Any, str]] = [
-    ('{"person": "ann", ', "wrong JSON: Expecting property name enclosed in double quotes"),
-    ('{"person": NaN}', "wrong JSON: NaN is no JSON"),
-    ('{"a":' + "[" * 100_000, "wrong JSON: nested too deeply"),
+    ('{"person": "ann", ', "invalid JSON: Expecting property name enclosed in double quotes"),
+    ('{"person": NaN}', "invalid JSON: NaN is not JSON"),
+    ('{"a":' + "[" * 100_000, "invalid JSON: nested too deeply"),
     ('"text"', "expected a JSON object, got text"),
     ("[1]", "expected a JSON object, got a list"),
     ("12", "expected a JSON object, got a number"),
@@ -143,7 +143,7 @@ def test_nothing_to_read(tmp_path: Path) -> None:
     fails(path, "text", f"no such file: {path}")
     for content in ("", " \n\n", "\ufeff"):
         path.write_text(content, encoding="utf-8")
-        fails(path, "text", f"{path} is empty; expected JSONL with one item a line, or a JSON array")
+        fails(path, "text", f"{path} is empty; expected JSONL with one item per line, or a JSON array")
     path.write_text("[]", encoding="utf-8")
     fails(path, "text", f"{path} holds no people: no row could be used, 0 were bad")
     jsonl(tmp_path, {"person": "ann"})
@@ -158,9 +158,7 @@ def test_unknown_formats_name_what_was_found(tmp_path: Path) -> None:
     path = jsonl(tmp_path, {"user": "ann", "review": "Fine."})
     fails(path, "lamp3", f"{path}:1: unknown format: the first record has user, review")
     path = jsonl(tmp_path, {})
-    with pytest.raises(
-        DataError, match="the first record has nothing\n  Give JSONL with person, input and output"
-    ):
+    with pytest.raises(DataError, match="the first record has nothing\n  Give JSONL with person, input and output"):
         read_people(path, "lamp3")
 
 

@@ -214,7 +214,7 @@ def test_a_mistake_is_told_in_words_and_nothing_is_written(world, mistake):
         ({"title": " "}, "field 'title': empty; expected some text"),
         ({"time": "yesterday"}, "field 'time': bad time 'yesterday'"),
         ({"genres": None}, "field 'genres': missing"),
-        ('{"person": "ann", ', "wrong JSON: "),
+        ('{"person": "ann", ', "invalid JSON: "),
     ],
 )
 def test_a_bad_line_is_told_with_file_line_and_field(world, tmp_path, row, message):
