@@ -219,6 +219,6 @@ def test_the_command_ends_with_1_and_names_the_problem(cache, tmp_path):
     done = mta_doctor("--store", str(tmp_path / "none"), MTA_KERNELS="off", COLUMNS="200")
     assert done.returncode == 1
     assert f"there is no store at {tmp_path}/none" in done.stdout
-    assert "Give its address, or begin one:" in done.stdout
+    assert "Give the store's address, or create a store:" in done.stdout
     assert "1 problem, " in done.stdout
     assert "Mend the problems first." in done.stdout

@@ -333,7 +333,7 @@ PROVOKED = {
     ),
     "Diverged": (
         lambda w: w.personal(stack=ASTRAY).personalize(people_of(2)),
-        ("losses on shots", "nan|inf", "are finite numbers"),
+        ("losses on shots are invalid", "nan|inf", "expected finite numbers"),
         r"lower stack\.training\.lr",
     ),
     "AssetError": (
@@ -369,7 +369,7 @@ PROVOKED = {
     "StoreError": (
         damaged_store,
         ("is damaged or missing", r"store\.json", "expected schema 1 and a 64-digit key"),
-        "Restore it from a backup",
+        "Restore the file from a backup",
     ),
     "StateCorrupt": (
         damaged_state,
@@ -383,8 +383,8 @@ PROVOKED = {
     ),
     "PersonForgotten": (
         forgotten,
-        ("the person was forgotten meanwhile", "nothing that was made of their earlier items", "is saved"),
-        "Personalize again from items that came in after that",
+        ("the person was forgotten meanwhile", "nothing made from their earlier items", "is saved"),
+        "To add the person again, personalize from items",
     ),
     "StoreConflict": (
         overtaken,

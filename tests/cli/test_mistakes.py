@@ -127,7 +127,7 @@ MISTAKES = {
     ),
     "going back to a version that is not there": (
         "person rollback new-00-quispe 7 --store {store}",
-        "PersonNotFound: 'new-00-quispe' has no version 7; there are 1",
+        "PersonNotFound: 'new-00-quispe' has no version 7; expected one of: 1",
     ),
     "an evaluation of the bank's own people": (
         "evaluate {members} --bank {bank} --out {root}/r shots=2 queries=2",
