@@ -305,7 +305,7 @@ def test_a_base_with_a_model_class_of_its_own_is_refused(base, marker):
     own = {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}
     changed_json(base / "config.json", model_type="evil", auto_map=own)
     assert "needs Python code from its own folder, which mta never runs" in refused(load, base)
-    with pytest.raises(ValueError, match="no shape of"):
+    with pytest.raises(ValueError, match="cannot read the shapes of"):
         Shape.of(str(base))
     assert not marker.exists()
 
