@@ -64,7 +64,7 @@ class Person:
         """Return the ``n`` items after the first ``shots`` items, to be used as queries. Raises InputError."""
         if len(self.items) < shots + n:
             raise InputError(
-                f"a person has {len(self.items)} items; {shots} shots and {n} later queries were asked for",
+                f"a person has {len(self.items)} items; {shots} shots and {n} later queries need {shots + n}",
                 hint="Ask for fewer shots or queries, or leave this person out.",
             )
         return self.items[shots : shots + n]

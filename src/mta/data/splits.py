@@ -149,8 +149,8 @@ def _placed(left: list[list[str]], sizes: Mapping[str, int], rest: bool) -> dict
     for name, size in sizes.items():
         taken = left if rest and name == "candidates" else _fill(left, size, tested=name in TESTED)
         parts[name] = tuple(id for group in taken for id in group)
-        gone = {group[0] for group in taken}
-        left = [group for group in left if group[0] not in gone]
+        placed = {group[0] for group in taken}
+        left = [group for group in left if group[0] not in placed]
         _check_size(name, len(parts[name]), size, most)
     return parts
 
@@ -173,11 +173,11 @@ def _fill(groups: Sequence[list[str]], size: int, *, tested: bool) -> list[list[
     order = groups if tested else sorted(groups, key=len, reverse=True)  # stable: single people keep their order
     most = max(size // 4, 2) if tested else size + size // 4
     taken: list[list[str]] = []
-    room = size
+    free = size
     for group in order:
-        if room > 0 and len(group) <= (min(room, most) if tested else room + size // 4):
+        if free > 0 and len(group) <= (min(free, most) if tested else free + size // 4):
             taken.append(group)
-            room -= len(group)
+            free -= len(group)
     return taken
 
 

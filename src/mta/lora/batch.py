@@ -56,11 +56,9 @@ class LoraBatch:
         return replace(self, factors={name: Factors(change(f.a), change(f.b)) for name, f in self.factors.items()})  # type: ignore[operator]
 
     def select(self, index: Tensor | Sequence[int] | slice) -> LoraBatch:
-        """Return the adapters at ``index``, in that order."""
         return self.map(lambda t: t[index])
 
     def to(self, *place: torch.device | torch.dtype) -> LoraBatch:
-        """Return the batch on another device or in another dtype."""
         return self.map(lambda t: t.to(*place))
 
     def scaled_into_b(self) -> LoraBatch:

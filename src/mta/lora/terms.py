@@ -63,11 +63,9 @@ class RowTerm:
 
     @property
     def trained(self) -> bool:
-        """Whether a gradient flows into this term."""
         return torch.is_grad_enabled() and (self.a.requires_grad or self.b.requires_grad)
 
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
-        """Return ``y`` plus the update of ``x``; shapes as in ``SharedTerm``."""
         h = torch.bmm(_row_blocks(x, self.a), self.a.mT)
         return torch.baddbmm(_row_blocks(y, self.a), h, self.b.mT).view_as(y)
 
@@ -81,7 +79,6 @@ class RowTerm:
         return h
 
     def pull_(self, dy: Tensor, dx: Tensor) -> None:
-        """Add the gradient with respect to x to ``dx``."""
         RowTerm(self.b.mT, self.a.mT).add_(dy, dx)
 
     def gradients(self, dx: Tensor | None, dy: Tensor, x: Tensor, h: Tensor, trained: int) -> tuple[Tensor, Tensor]:

@@ -55,7 +55,6 @@ class SentenceEncoder:
             return folder_fingerprint(self._folder, self._tokenizer(), files)
 
     def encode(self, texts: Sequence[str]) -> Tensor:
-        """Encode n texts as (n, E) float32 on the CPU."""
         vectors: Any = self._model.encode(list(texts), batch_size=64, show_progress_bar=False, convert_to_tensor=True)
         return vectors.float().cpu()
 
@@ -92,12 +91,10 @@ class BaseEncoder:
 
     @property
     def fingerprint(self) -> str:
-        """Fingerprint of the base."""
         return self._base.fingerprint
 
     @torch.inference_mode()
     def encode(self, texts: Sequence[str]) -> Tensor:
-        """Encode n texts as (n, E) float32 on the CPU."""
         rows = [self._base.tokenizer(text)["input_ids"][: self._base.prompts.max_tokens] or [0] for text in texts]
         order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
         vectors = torch.empty(0)

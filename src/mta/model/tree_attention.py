@@ -106,7 +106,7 @@ def _cost(cuts: Sequence[tuple[int, int, int]], depths: Any) -> float:
 
 
 def additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return an additive mask (n, 1, Q, K) from (n, Q, K) bool: 0 for seen tokens, else the type's lowest number."""
+    """Return an additive mask (n, 1, Q, K) from (n, Q, K) bool."""
     mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
     return mask.masked_fill_(~seen, torch.finfo(dtype).min).unsqueeze(1)
 
@@ -139,7 +139,7 @@ def can_block(model: Any) -> bool:
 
 
 def install(model: Any) -> None:
-    """Let ``model`` use ``tree_attention``. Weights and results do not change."""
+    """Let ``model`` use ``tree_attention``."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
@@ -170,7 +170,7 @@ def tree_attention(
     if odd := [name for name in _REFUSED if how.get(name) is not None]:
         raise UnsupportedModel(
             f"this model's attention uses {odd[0]}, which token trees do not support",
-            hint="Give a base whose scores are only scaled and masked, such as Llama, Mistral, Qwen or Gemma 3.",
+            hint="Give a base that only scales and masks scores, such as Llama, Mistral, Qwen or Gemma 3.",
         )
     batch, heads, tokens, width = query.shape
     groups = key.shape[1]

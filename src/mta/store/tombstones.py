@@ -61,7 +61,6 @@ class Tombstones:
         return frozenset(filter(_NAME.fullmatch, self.files.sizes(FOLDER)))
 
     def of(self, id: str) -> frozenset[str]:
-        """Return the names of one person's tombstones."""
         return self.among(self.names(), id)
 
     def among(self, names: Iterable[str], id: str) -> frozenset[str]:

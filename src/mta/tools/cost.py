@@ -144,7 +144,6 @@ class Hardware:
     told: str
 
     def seconds(self, operations: float) -> float:
-        """Return the seconds that ``operations`` take."""
         return operations / (self.rate * self.share)
 
 
@@ -249,7 +248,6 @@ def memory(shape: Shape, run: Run, load: Load) -> Memory:
 
 
 def _pooled(run: Run) -> int:
-    """Return the rank of the task LoRA, or 0 without one."""
     return run.task_lora.lora.rank if run.task_lora.enabled else 0
 
 
@@ -264,7 +262,6 @@ def _trained(shape: Shape, load: Load, frozen: float, trained: float) -> float:
 
 
 def _examples(training: Training, items: float) -> float:
-    """Return the number of examples that training processes."""
     if training.steps is not None:
         return training.steps * min(training.batch_size, items)
     return training.epochs * items

@@ -33,7 +33,6 @@ class Checkpoint:
         return time.monotonic() - self._last >= self.every
 
     def save(self, tensors: Mapping[str, Tensor], progress: Mapping[str, object]) -> None:
-        """Write tensors and progress as one file."""
         write_tensors(self.path, tensors, {"work": self.work, "progress": json.dumps(progress)})
         if not self.allowed():  # checked after writing: `forget` may have looked for checkpoints just before
             self.remove()
@@ -51,5 +50,4 @@ class Checkpoint:
             return None
 
     def remove(self) -> None:
-        """Remove the file."""
         self.path.unlink(missing_ok=True)

@@ -29,7 +29,6 @@ class BatchedAdamW:
 
     @classmethod
     def of(cls, values: Tensor) -> BatchedAdamW:
-        """Return an optimizer of ``values`` with zero moments."""
         zeros = [torch.zeros_like(values) for _ in range(3)]
         return cls(values.contiguous(), zeros[0], zeros[1], zeros[2], torch.zeros(len(values), dtype=torch.long))
 

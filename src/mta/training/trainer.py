@@ -202,7 +202,6 @@ class _Cohort:
         self.active = [self.active[i] for i in unfinished]
 
     def result(self) -> dict[str, Tensor]:
-        """Return all parameters, in the order of the jobs."""
         values = torch.stack([self.finished[j] for j in range(len(self.steps))])
         return {name: view.contiguous() for name, view in self._views(values).items()}
 

@@ -94,7 +94,7 @@ def _table(path: Path, needed: tuple[str, ...], rejects: Rejects) -> Iterator[tu
                     place,
                     missing[0],
                     f"no such column; got {got}",
-                    hint=f"Its first line names the columns, such as  {_header(needed)}",
+                    hint=f"Name the columns in the first line, such as  {_header(needed)}",
                 )
         elif len(cells) != len(names):
             rejects.add(place, None, f"expected {len(names)} columns, got {len(cells)}", text)
@@ -103,7 +103,7 @@ def _table(path: Path, needed: tuple[str, ...], rejects: Rejects) -> Iterator[tu
     if names is None:
         raise DataError(
             f"{path} is empty; expected a RecBole header, such as {_header(needed)}",
-            hint="Write its first line, or download the data set again.",
+            hint="Write the header line, or download the data set again.",
         )
 
 

@@ -104,11 +104,11 @@ class Copies:
             self.judged = len(by_inputs)
             return
         for inputs, answers in by_inputs.items():
-            everybody = sum(map(len, answers.values()))
+            total = sum(map(len, answers.values()))
             answer, holders = max(answers.items(), key=lambda one: len(one[1]))
-            if everybody > CROWD and (len(answers) == 1 or not task.labelled):
+            if total > CROWD and (len(answers) == 1 or not task.labelled):
                 self.crowded += 1
-            elif everybody > CROWD or 2 * len(holders) <= everybody:  # no answer that most holders copied
+            elif total > CROWD or 2 * len(holders) <= total:  # no answer that most holders copied
                 self.judged += 1
             else:
                 self.holders[inputs, answer] = holders

@@ -134,7 +134,6 @@ class _Window:
         self.text, self.at = self.text[self.at :] + more, 0
 
     def advance(self, to: int) -> None:
-        """Move ``to`` characters forward."""
         self.line += self.text.count("\n", self.at, self.at + to)
         self.at += to
 
@@ -159,7 +158,6 @@ class _Window:
             self.grow()
 
     def value(self) -> Any:
-        """Decode and return the next value."""
         while True:
             try:
                 value, end = DECODER.raw_decode(self.text, self.at)

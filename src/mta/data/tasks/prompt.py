@@ -63,8 +63,8 @@ class PromptFormat:
     def examples(self, task: Task, item: Item, targets: Sequence[str]) -> list[Example]:
         """Return one prompt with several targets (the labels of a query), cut to the same length for all targets."""
         text = self.render(task.prompt(item))
-        room = self.max_tokens - max(len(self._target(text, self._tokens(text), target)) for target in targets)
-        text, tokens, cut = self._fit(task, item, room)
+        limit = self.max_tokens - max(len(self._target(text, self._tokens(text), target)) for target in targets)
+        text, tokens, cut = self._fit(task, item, limit)
         return [Example(tokens + self._target(text, tokens, target), len(tokens), cut) for target in targets]
 
     def prompt(self, task: Task, item: Item, reserve: int = 0) -> Example:
@@ -144,18 +144,18 @@ class PromptFormat:
             return (*whole[len(prompt) :], self.end_token)
         return (*self.tokenizer(target, add_special_tokens=False)["input_ids"], self.end_token)
 
-    def _fit(self, task: Task, item: Item, room: int) -> tuple[str, tuple[int, ...], int]:
+    def _fit(self, task: Task, item: Item, limit: int) -> tuple[str, tuple[int, ...], int]:
         fields, cut = dict(item.fields), 0
         while True:
             text = self.render(task.prompt(Item(fields, is_query=item.is_query)))
             tokens = self._tokens(text)
-            excess = len(tokens) - room
+            excess = len(tokens) - limit
             if excess <= 0:
                 return text, tokens, cut
             name = max(task.form(item).cut, key=lambda field: len(fields[field]), default=None)
             if name is None or not fields[name]:
                 raise DataError(
-                    f"task {task.name!r}: instruction and target take {len(tokens) + self.max_tokens - room} tokens, "
+                    f"task {task.name!r}: instruction and target take {len(tokens) + self.max_tokens - limit} tokens, "
                     f"max_tokens is {self.max_tokens}",
                     hint="Raise max_tokens, or list the long field under 'cut' in the task's YAML.",
                 )

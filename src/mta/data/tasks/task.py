@@ -112,7 +112,6 @@ class Task(Frozen):
         return self.query_text if query and self.query_text is not None else self.text
 
     def form(self, item: Item) -> Form:
-        """Return the wording of an item: ``query`` for the task's queries, else ``item``."""
         return self.query if item.is_query and self.query else self.item
 
     @property
