@@ -143,9 +143,9 @@ def test_versions_are_listed_and_a_damaged_one_is_named(known):
 
 
 def test_gains_are_told_in_plain_words():
-    better, worse = "explains their own shots better by", "explains their own shots worse by"
+    better, worse = "predicts their shots better by", "predicts their shots worse by"
     assert gains(Losses(1.0, 0.88, 0.9, 3)) == [
         f"the merge {better} 0.120 nats per token than the pooled model",
-        f"the stack on top of it {worse} 0.020 nats per token than the merge alone",
+        f"merge and stack {worse} 0.020 nats per token than the merge alone",
     ]
     assert gains(Losses(1.0, 1.0, None, 3)) == [f"the merge {better} 0.000 nats per token than the pooled model"]

@@ -216,7 +216,7 @@ def test_a_quantized_folder_is_refused_before_its_weights_are_read(copy, method)
     (copy / "model.safetensors").unlink()
     configured(copy, quantization_config={"quant_method": method, "bits": 4})
     message = refused(copy, UnsupportedModel)
-    assert "'llama' is quantized; adapters are trained over plain weights only" in message
+    assert "'llama' is quantized; adapters are trained over unquantized weights only" in message
 
 
 def test_a_quantized_model_is_refused():

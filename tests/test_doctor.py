@@ -83,7 +83,7 @@ def test_assets_that_are_there_need_no_network(cache, no_network, without_kernel
         marker = json.dumps(assets._pins(asset) | {"sizes": {}})
         (cache / "assets" / name / "asset.json").write_text(marker)
     findings = examine()
-    assert found("default encoder", findings).found == "all-minilm-l6-v2: here, no network is needed"
+    assert found("default encoder", findings).found == "all-minilm-l6-v2: in the cache, no network is needed"
     assert not [one for one in findings if one.about == "network" and one.verdict != "ok"]
 
 
@@ -97,7 +97,7 @@ def test_a_cache_that_cannot_be_written_is_a_problem(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("MTA_CACHE", str(tmp_path / "file" / "cache"))
     folder = found("folder", doctor._cache())
-    assert (folder.verdict, folder.hint) == ("problem", "Set MTA_CACHE to a folder that is.")
+    assert (folder.verdict, folder.hint) == ("problem", "Set MTA_CACHE to a writable folder.")
 
 
 def test_a_full_disk_is_a_problem(cache, monkeypatch):
@@ -113,7 +113,7 @@ def test_a_full_disk_is_a_problem(cache, monkeypatch):
     [
         (8 * GIB, "ok", ""),
         (4 * GIB, "warning", "Give memory=3GiB."),
-        (BASE, "problem", "Free some: a demo needs about 2 GiB."),
+        (BASE, "problem", "Free memory: a demo needs about 2 GiB."),
         (None, "warning", ""),
     ],
 )
@@ -143,12 +143,12 @@ def test_the_dtype_is_the_one_a_run_takes_and_its_rates_are_told(cache, monkeypa
     dtype = doctor._dtype(torch.device("cpu"))
     assert (dtype.verdict, dtype.found) == (
         "ok",
-        "bfloat16: plain products at 800 GFLOP/s in bfloat16, 200 in float32",
+        "bfloat16: matrix products at 800 GFLOP/s in bfloat16, 200 in float32",
     )
     rates[torch.bfloat16] = 100e9  # what was chosen once stays chosen
     dtype = doctor._dtype(torch.device("cpu"))
     assert dtype.verdict == "warning"
-    assert dtype.found.startswith("bfloat16: plain products at 100 GFLOP/s")
+    assert dtype.found.startswith("bfloat16: matrix products at 100 GFLOP/s")
     assert str(cache / "dtype.json") in dtype.hint
 
 
@@ -172,7 +172,7 @@ def test_extras_that_are_missing_are_no_fault(monkeypatch):
     monkeypatch.setattr(doctor, "version_of", lambda name: None if name == "uvicorn" else "1.0")
     serve = found("serve", doctor._extras())
     assert (serve.verdict, serve.found) == ("ok", "not installed")
-    assert serve.hint == "Only if you want it: pip install uvicorn"
+    assert serve.hint == "Optional: pip install uvicorn"
 
 
 def test_a_store_that_is_not_there_is_a_problem_and_stays_so(tmp_path):
@@ -189,7 +189,7 @@ def test_a_bank_is_opened_and_its_base_looked_for(tiny):
     findings = doctor._bank(bank.folder)
     assert (findings[0].verdict, findings[0].found) == ("ok", "3 anchors for movielens-rating, over tiny-llama")
     assert [one.verdict for one in findings[1:]] == ["warning", "warning"]  # neither base nor encoder is anywhere
-    assert findings[1].found == "tiny-llama: not here yet"
+    assert findings[1].found == "tiny-llama: not present yet"
 
 
 def test_a_bank_that_is_not_there_is_a_problem(tmp_path):
@@ -219,6 +219,6 @@ def test_the_command_ends_with_1_and_names_the_problem(cache, tmp_path):
     done = mta_doctor("--store", str(tmp_path / "none"), MTA_KERNELS="off", COLUMNS="200")
     assert done.returncode == 1
     assert f"there is no store at {tmp_path}/none" in done.stdout
-    assert "Give its address, or begin one:" in done.stdout
+    assert "Give the store's address, or create a store:" in done.stdout
     assert "1 problem, " in done.stdout
     assert "Fix the problems first." in done.stdout

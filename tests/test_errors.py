@@ -289,7 +289,7 @@ PROVOKED = {
     "InputError": (
         lambda w: mta.read_people(w.written(BAD), "movielens-rating", limit=0),
         ("limit is 0", "0", "expected at least 1"),
-        "Leave it out to read everybody",
+        "Leave limit out to read all people",
     ),
     "DataError": (
         lambda w: mta.read_people(w.written(BAD), "movielens-rating"),
@@ -298,7 +298,7 @@ PROVOKED = {
     ),
     "TaskError": (
         lambda w: mta.load_task("lampe3"),
-        ("unknown task", "'lampe3'", "built in are: lamp1, "),
+        ("unknown task", "'lampe3'", "built-in tasks: lamp1, "),
         r"Did you mean 'lamp3'\?",
     ),
     "ConfigError": (
@@ -333,7 +333,7 @@ PROVOKED = {
     ),
     "Diverged": (
         lambda w: w.personal(stack=ASTRAY).personalize(people_of(2)),
-        ("losses on shots", "nan|inf", "are finite numbers"),
+        ("losses on shots are invalid", "nan|inf", "expected finite numbers"),
         r"lower stack\.training\.lr",
     ),
     "AssetError": (
@@ -369,7 +369,7 @@ PROVOKED = {
     "StoreError": (
         damaged_store,
         ("is damaged or missing", r"store\.json", "expected schema 1 and a 64-digit key"),
-        "Restore it from a backup",
+        "Restore the file from a backup",
     ),
     "StateCorrupt": (
         damaged_state,
@@ -383,8 +383,8 @@ PROVOKED = {
     ),
     "PersonForgotten": (
         forgotten,
-        ("the person was forgotten meanwhile", "nothing that was made of their earlier items", "is saved"),
-        "Personalize again from items that came in after that",
+        ("the person was forgotten meanwhile", "nothing made from their earlier items", "is saved"),
+        "To add the person again, personalize from items",
     ),
     "StoreConflict": (
         overtaken,

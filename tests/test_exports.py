@@ -104,7 +104,7 @@ def test_a_damaged_list_is_refused_or_the_same(place: int, byte: int, cut: bool)
         assert exports_from_bytes(damaged, KEY, "x") == LIST
     except StateCorrupt as error:
         assert str(error).startswith("x was changed or cut short: got ")  # noqa: PT017
-        assert "must then be found and removed by hand" in str(error)  # noqa: PT017
+        assert "then find and remove adapters" in str(error)  # noqa: PT017
 
 
 def test_a_store_notes_exports_without_naming_anybody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,7 +136,7 @@ def test_exports_leave_with_their_person(url: str, tmp_path: Path) -> None:
     assert store.nbytes(ANN) > state().nbytes + 200
     assert store.exports.remove(ANN) == {}
     assert list((tmp_path / "out").iterdir()) == []
-    gone = f"{folder} (not there any more: it was removed before, or moved)"
+    gone = f"{folder} (missing: it was removed before, or moved)"
     assert list(store.exports.remove(ANN).values()) == [gone]  # a crash may come before the store has forgotten
     assert store.forget(ANN)
     assert store.exports.of(ANN) == []
@@ -219,7 +219,7 @@ def test_an_interrupted_removal_can_be_repeated(tmp_path: Path, gone: tuple[str,
     export = exported(tmp_path / "out")
     for name in gone:
         (tmp_path / "out" / name).unlink()
-    told = f"{tmp_path}/out (its weights are not there any more: they were removed before, or renamed)"
+    told = f"{tmp_path}/out (its weights are missing: they were removed before, or renamed)"
     assert export.remove() == (told if gone == (WEIGHTS,) else "")
     assert not (tmp_path / "out" / WEIGHTS).exists()
     assert (tmp_path / "out").exists() is (
@@ -234,6 +234,6 @@ def test_a_damaged_list_keeps_nobody_from_being_forgotten(tmp_path: Path) -> Non
     with pytest.raises(StateCorrupt, match=r"exports\.json was changed or cut short"):
         store.exports.of(ANN)
     (told,) = store.exports.remove(ANN).values()
-    assert told.startswith("whatever was exported of them (")
+    assert told.startswith("all exports, if there are any (")
     assert store.forget(ANN)
     assert [path.name for path, content in everything(tmp_path) if content] == ["store.json"]

@@ -160,7 +160,7 @@ def test_an_export_that_was_out_of_reach_is_removed_by_the_next_forgetting(own_b
     assert first.exports_left == [
         f"{tmp_path}/other host (on the host 'elsewhere')",
         f"{tmp_path}/refused (Permission denied)",
-        f"{tmp_path}/disk/not mounted (nor is the folder around it there: is a disk not mounted?)",
+        f"{tmp_path}/disk/not mounted (its parent folder is missing too: is a disk not mounted?)",
     ]
     assert personal.store.exports.of("p0") == kept
     monkeypatch.setattr(exports.platform, "node", lambda: "elsewhere")

@@ -146,7 +146,7 @@ def test_a_damaged_list_of_exports_is_named_once(tmp_path):
     store = Store(tmp_path)
     store.save(ANN, state())
     Path(store.files.at(f"{store._path(ANN)}/exports.json")).write_bytes(b"{")
-    assert forget_person(ANN, store).exports_left[0].startswith("whatever was exported of them")
+    assert forget_person(ANN, store).exports_left[0].startswith("all exports, if there are any")
     assert forget_person(ANN, store).exports_left == []
 
 
@@ -233,5 +233,5 @@ def test_weights_that_were_renamed_in_their_folder_are_named(tmp_path):
     export_from(store, tmp_path / "out")
     (tmp_path / "out" / WEIGHTS).rename(tmp_path / "out" / "mine.safetensors")
     (left,) = forget_person(ANN, store).exports_left
-    assert left.startswith(f"{tmp_path}/out (its weights are not there any more")
+    assert left.startswith(f"{tmp_path}/out (its weights are missing")
     assert forget_person(ANN, store).exports_left == []

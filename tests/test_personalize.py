@@ -112,7 +112,7 @@ def test_a_state_says_what_merge_and_stack_made_of_the_shots(tiny, stack):
 def test_a_loss_that_is_no_number_is_an_error_and_no_state(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr("mta.personalize.stages.surprise", lambda base, jobs, *_, **__: [float("nan")] * len(jobs))
     personal = personalizer(*tiny, store=tmp_path)
-    with pytest.raises(Diverged, match=r"losses on shots are finite numbers .*\n  Training went astray: lower stack\."):
+    with pytest.raises(Diverged, match=r"losses on shots are invalid: .*\n  Training diverged: lower stack\."):
         personal.personalize(PEOPLE)
     assert states_in(tmp_path) == {}
 
@@ -593,7 +593,7 @@ def test_a_forgetting_that_is_killed_still_knows_the_exports(own_bank, tmp_path,
         with pytest.raises(KeyboardInterrupt):
             personal.forget("x0")
     assert "x0" in personal.store
-    gone = [f"{tmp_path / 'one'} (not there any more: it was removed before, or moved)"] if done == 3 else []
+    gone = [f"{tmp_path / 'one'} (missing: it was removed before, or moved)"] if done == 3 else []
     assert personal.forget("x0") == Forgotten(True, [], gone)
     assert not any((tmp_path / name).exists() for name in ("one", "two"))
 

@@ -56,9 +56,9 @@ def test_times(tmp_path: Path, time: object, seconds: float | None) -> None:
 
 
 BAD_LINES: list[tuple[Any, str]] = [
-    ('{"person": "ann", ', "wrong JSON: Expecting property name enclosed in double quotes"),
-    ('{"person": NaN}', "wrong JSON: NaN is no JSON"),
-    ('{"a":' + "[" * 100_000, "wrong JSON: nested too deeply"),
+    ('{"person": "ann", ', "invalid JSON: Expecting property name enclosed in double quotes"),
+    ('{"person": NaN}', "invalid JSON: NaN is not JSON"),
+    ('{"a":' + "[" * 100_000, "invalid JSON: nested too deeply"),
     ('"text"', "expected a JSON object, got text"),
     ("[1]", "expected a JSON object, got a list"),
     ("12", "expected a JSON object, got a number"),
@@ -109,7 +109,7 @@ def test_a_field_that_nothing_reads_is_named(tmp_path: Path, caplog: pytest.LogC
     path = jsonl(tmp_path, {**GOOD, "date": "2024-05-31"}, {**GOOD, "date": "2024-06-01", "shop": "x"})
     with caplog.at_level(logging.WARNING, "mta"):
         assert len(read_people(path, "lamp3")) == 1
-    assert caplog.messages == ["nothing reads 'date' (2 lines), 'shop' (1 lines); times are read from 'time'"]
+    assert caplog.messages == ["ignored fields: 'date' (2 lines), 'shop' (1 lines); times are read from 'time'"]
 
 
 @pytest.mark.parametrize("score", [4, 4.0, "4", "4.0", " 4 "])
@@ -143,12 +143,12 @@ def test_nothing_to_read(tmp_path: Path) -> None:
     fails(path, "text", f"no such file: {path}")
     for content in ("", " \n\n", "\ufeff"):
         path.write_text(content, encoding="utf-8")
-        fails(path, "text", f"{path} is empty; expected JSONL with one item a line, or a JSON array")
+        fails(path, "text", f"{path} is empty; expected JSONL with one item per line, or a JSON array")
     path.write_text("[]", encoding="utf-8")
-    fails(path, "text", f"{path} holds nobody: no row could be used, 0 were bad")
+    fails(path, "text", f"{path} holds no people: no row could be used, 0 were bad")
     jsonl(tmp_path, {"person": "ann"})
     aside = tmp_path / "bad.jsonl"
-    with pytest.raises(DataError, match=r"holds nobody: no row could be used, 1 were bad\n  See .*bad.jsonl"):
+    with pytest.raises(DataError, match=r"holds no people: no row could be used, 1 were bad\n  See .*bad.jsonl"):
         read_people(path, "text", skip_bad=aside)
     assert aside.exists()
     fails(tmp_path, "text", f"{tmp_path} holds neither *_questions.json (LaMP) nor *.inter (RecBole)")
@@ -158,9 +158,7 @@ def test_unknown_formats_name_what_was_found(tmp_path: Path) -> None:
     path = jsonl(tmp_path, {"user": "ann", "review": "Fine."})
     fails(path, "lamp3", f"{path}:1: unknown format: the first record has user, review")
     path = jsonl(tmp_path, {})
-    with pytest.raises(
-        DataError, match="the first record has nothing\n  Known are JSONL with person, input and output"
-    ):
+    with pytest.raises(DataError, match="the first record has nothing\n  Give JSONL with person, input and output"):
         read_people(path, "lamp3")
 
 
@@ -170,14 +168,14 @@ def test_what_is_asked_for_has_to_make_sense(tmp_path: Path) -> None:
         read_people(path, "lamp3", limit=0)
     with pytest.raises(TaskError, match="unknown task 'nope'"):
         read_people(path, "nope")
-    with pytest.raises(InputError, match=r"bad rows cannot be set aside in .*data\.jsonl: it is a file that is read"):
+    with pytest.raises(InputError, match=r"bad rows cannot be written to .*data\.jsonl: it is an input file"):
         read_people(path, "lamp3", skip_bad=path)
     with pytest.raises(InputError, match="it is a folder; expected the name of a file"):
         read_people(path, "lamp3", skip_bad=tmp_path)
     lamp(tmp_path, [question("1")], {"1": "4"})
     for file in ("dev_questions.json", "dev_outputs.json"):
         for source in (tmp_path, tmp_path / "dev_questions.json"):
-            with pytest.raises(InputError, match="it is a file that is read"):
+            with pytest.raises(InputError, match="it is an input file"):
                 read_people(source, "lamp3", skip_bad=tmp_path / file)
 
 

@@ -95,7 +95,7 @@ def test_a_bad_question_is_named_or_set_aside(tmp_path: Path, changes: dict[str,
 
 def test_outputs_have_to_fit_their_questions(tmp_path: Path) -> None:
     path, outputs = lamp(tmp_path, [question("1")], {"2": "5"}), tmp_path / "dev_outputs.json"
-    fails(path, "lamp3", f"{path}:2: field 'id': the file of outputs has no answer for question '1'")
+    fails(path, "lamp3", f"{path}:2: field 'id': the outputs file has no answer for question '1'")
     people = read_people(path, "lamp3", skip_bad=tmp_path / "bad.jsonl")
     assert (len(people[0].items), people[0].queries) == (3, ())
     lamp(tmp_path, [question("1")], {"1": "4", "2": "5"})
@@ -120,7 +120,7 @@ def test_a_folder_with_several_files_of_questions(tmp_path: Path) -> None:
     lamp(tmp_path, [question("1")], None)
     dumped(tmp_path / "train_questions.json", [question("1")])
     names = "dev_questions.json, train_questions.json"
-    fails(tmp_path, "lamp3", f"{tmp_path} holds several files of questions: {names}", "Give the path of one of them.")
+    fails(tmp_path, "lamp3", f"{tmp_path} holds several questions files: {names}", "Give the path of one of them.")
 
 
 @pytest.mark.parametrize(

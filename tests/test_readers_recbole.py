@@ -73,9 +73,9 @@ MOVIE = f"{MOVIES}1\tToy Story\t1995\tComedy\n"
         (
             "",
             MOVIE,
-            "/ml.inter is empty; expected a header of RecBole, such as user_id:token item_id:token rating:token",
+            "/ml.inter is empty; expected a RecBole header, such as user_id:token item_id:token rating:token",
         ),
-        (INTER, MOVIE, " holds nobody: no row could be used, 0 were bad"),
+        (INTER, MOVIE, " holds no people: no row could be used, 0 were bad"),
     ],
 )
 def test_bad_ratings(tmp_path: Path, inter: str, item: str, message: str) -> None:
@@ -85,7 +85,7 @@ def test_bad_ratings(tmp_path: Path, inter: str, item: str, message: str) -> Non
 def test_a_recbole_folder_without_movies(tmp_path: Path) -> None:
     recbole(tmp_path, INTER, MOVIE)
     (tmp_path / "ml.item").unlink()
-    fails(tmp_path, "movielens-rating", f"{tmp_path}: expected one *.item file of RecBole, got none")
+    fails(tmp_path, "movielens-rating", f"{tmp_path}: expected one RecBole *.item file, got none")
 
 
 def test_real_movielens() -> None:

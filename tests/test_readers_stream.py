@@ -14,14 +14,14 @@ from mta.errors import DataError
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('[{"a": 1},\n {"b": x}]', "2: wrong JSON: Expecting value"),
+        ('[{"a": 1},\n {"b": x}]', "2: invalid JSON: Expecting value"),
         ('[{"a": 1}\n {"b": 2}]', "2: expected ',' or ']' after an element of the array"),
         ('[{"a": 1},\n]', "2: a comma before the end of the array"),
-        ('[{"a": 1},\n{"b": [', "2: wrong JSON: Expecting value"),
-        ('[{"a": 1},\n{"b": "c', "2: wrong JSON: Unterminated string starting at"),
-        ('[{"a": 1},\n\n', "3: the file ends inside an array: it was cut short"),
-        ('[{"a": "\n"}]', "1: wrong JSON: Invalid control character at"),
-        ('[{"a": 1},\n{"b": Infinity}]', "2: wrong JSON: Infinity is no JSON"),
+        ('[{"a": 1},\n{"b": [', "2: invalid JSON: Expecting value"),
+        ('[{"a": 1},\n{"b": "c', "2: invalid JSON: Unterminated string starting at"),
+        ('[{"a": 1},\n\n', "3: the file ends inside an array: the file is incomplete"),
+        ('[{"a": "\n"}]', "1: invalid JSON: Invalid control character at"),
+        ('[{"a": 1},\n{"b": Infinity}]', "2: invalid JSON: Infinity is not JSON"),
     ],
 )
 def test_a_fault_in_an_array_names_its_line(
@@ -33,7 +33,7 @@ def test_a_fault_in_an_array_names_its_line(
     with pytest.raises(DataError) as caught:
         list(stream.array_elements(path))
     assert caught.value.message == f"{path}:{message}"
-    assert caught.value.hint == "The rest of the array cannot be read: correct it there, or write an item a line."
+    assert caught.value.hint == "The rest of the array cannot be read: correct that line, or write one item per line."
 
 
 def test_elements_know_their_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -141,13 +141,13 @@ def test_the_verb_tells_it_to_people_and_machines(tmp_path):
     assert found["MTA, seconds"]["all"] > found["OPPU, seconds"]["all"] > 0
     said = run(app, ["size", "--base", SMOL, "--on", "l4"]).stdout
     assert "OPPU" in said
-    assert "its maker's" in said
+    assert "the manufacturer's" in said
     with pytest.raises(ConfigError, match="no such hardware"):
         hardware("abacus")
-    with pytest.raises(ConfigError, match="no shape of"):
+    with pytest.raises(ConfigError, match="cannot read the shapes of"):
         Shape.of(str(tmp_path))
     (tmp_path / "config.json").write_text('{"model_type": "t5"}')
-    with pytest.raises(ConfigError, match="no causal language model"):
+    with pytest.raises(ConfigError, match="not a causal language model"):
         Shape.of(str(tmp_path))
     for tokens, targets, shared in ((16, 16, 100), (4, 16, 0), (16, 0, 0)):
         with pytest.raises(ConfigError, match="targets"):

@@ -52,14 +52,14 @@ def test_too_few_people_are_counted() -> None:
     with pytest.raises(InputError) as caught:
         draw([*crowd(9), Person.of("quiet", [])], 0, task=4, development=3, test=5)
     assert caught.value.message == (
-        "12 people were asked for (test 5, development 3, task 4), but only 9 of the 10 given qualify (min_items=1)"
+        "12 people were requested (test 5, development 3, task 4), but only 9 of the 10 given qualify (min_items=1)"
     )
     assert caught.value.hint == "Ask for fewer people, or lower min_items."
     with pytest.raises(InputError, match="test is -1; expected 0 or more people"):
         draw(crowd(3), 0, task=0, development=0, test=-1)
     with pytest.raises(InputError, match="candidates is -2; expected 0 or more people"):
         draw(crowd(3), 0, task=0, development=0, test=1, candidates=-2)
-    with pytest.raises(InputError, match="two people have the same id; ids must be distinct"):
+    with pytest.raises(InputError, match="two people have the same id; expected distinct ids"):
         draw(crowd(3) * 2, 0, task=0, development=0, test=1)
     with pytest.raises(InputError, match="splits must be disjoint: a person is in them twice"):
         Splits(("a",), (), ("a",), ())
@@ -105,26 +105,26 @@ def test_changed_files_are_refused(tmp_path: Path) -> None:
     refused(changed, task=saved["test"], test=saved["task"])
     refused(changed, test=saved["test"][::-1])
     refused("a person is in the splits twice: the file was changed", task=saved["task"] + saved["test"][:1])
-    refused("1 of 12 people are not in the data given", task=[*saved["task"][:-1], "0" * 64])
-    refused("12 of 12 people are not in the data given\n  Give the data the splits were drawn from", digest="0" * 64)
-    refused("is no file of splits of schema 1; got 2", schema=2)
+    refused("1 of 12 people are not in the given data", task=[*saved["task"][:-1], "0" * 64])
+    refused("12 of 12 people are not in the given data, or the file was changed\n  Give the data", digest="0" * 64)
+    refused("is not a splits file of schema 1; got 2", schema=2)
     refused("expected schema, digest and the lists task, development, candidates, test; got schema", task="abc")
     refused("expected schema, digest and the lists .*; got schema, .*, extra", extra=1)
 
 
 def test_files_that_are_no_splits(tmp_path: Path) -> None:
     path = tmp_path / "splits.json"
-    with pytest.raises(DataError, match=r"no such file of splits: .*splits\.json"):
+    with pytest.raises(DataError, match=r"no such splits file: .*splits\.json"):
         Splits.load(path, [])
     for content, message in [
-        (b"{", "is not a readable file of splits"),
-        (b"\xff", "is not a readable file of splits"),
-        (b"[]", "is no file of splits of schema 1; got 'list'"),
+        (b"{", "is not a readable splits file"),
+        (b"\xff", "is not a readable splits file"),
+        (b"[]", "is not a splits file of schema 1; got 'list'"),
     ]:
         path.write_bytes(content)
         with pytest.raises(DataError, match=message):
             Splits.load(path, [])
-    with pytest.raises(DataError, match="is not a readable file of splits"):
+    with pytest.raises(DataError, match="is not a readable splits file"):
         Splits.load(tmp_path, [])
 
 

@@ -73,7 +73,7 @@ def test_going_back_to_what_is_not_there_says_what_is(url: str, version: int) ->
     store = Store(url)
     store.save(ANN, state(0))
     store.save(ANN, state(1))
-    with pytest.raises(PersonNotFound, match=rf"'{ANN}' has no version {version}; there are 1, 2\n"):
+    with pytest.raises(PersonNotFound, match=rf"'{ANN}' has no version {version}; expected one of: 1, 2\n"):
         store.rollback(ANN, version)
     with pytest.raises(PersonNotFound, match="no state of 'bob'"):
         store.rollback("bob", 1)
@@ -108,7 +108,7 @@ def test_who_is_not_there(url: str) -> None:
         store.load("bob")
     store.save(ANN, state(0))
     store.save(ANN, state(1))
-    with pytest.raises(PersonNotFound, match=rf"'{ANN}' has no version 7; there are 1, 2\n  .*version=2\."):
+    with pytest.raises(PersonNotFound, match=rf"'{ANN}' has no version 7; expected one of: 1, 2\n  .*version=2\."):
         store.load(ANN, 7)
     with pytest.raises(InputError, match="id is '', expected a non-empty text\n  Give every person an id"):
         store.save("", state())
@@ -251,7 +251,7 @@ def test_a_lost_store_json_is_not_made_anew(tmp_path: Path) -> None:
     Store(tmp_path).save(ANN, state())
     (tmp_path / "store.json").unlink()
     for act in (lambda: Store(tmp_path).save("bob", state()), lambda: ANN in Store(tmp_path)):
-        with pytest.raises(StoreError, match=r"missing: .*\n  Restore it from a backup"):
+        with pytest.raises(StoreError, match=r"missing: .*\n  Restore the file from a backup"):
             act()
     assert not (tmp_path / "store.json").exists()
 

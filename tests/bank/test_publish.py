@@ -428,7 +428,7 @@ def test_a_card_that_is_not_ours_is_neither_replaced_nor_pushed_nor_removed(hub,
     personal.export("x0", out)
     assert (out / "README.md").read_text() == "about my friend"
     said = refused(InputError, personal.push_to_hub, "x0", out, "somebody/one")
-    assert said.startswith(f"{out} has no card that mta export wrote")
+    assert said.startswith(f"{out} has no card from mta export")
     assert hub.requests == []
     personal.forget("x0")
     assert [path.name for path in out.iterdir()] == ["README.md"]

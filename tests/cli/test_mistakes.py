@@ -130,7 +130,7 @@ MISTAKES = {
     ),
     "person rollback to a version that is not there": (
         "person rollback new-00-quispe 7 --store {store}",
-        "PersonNotFound: 'new-00-quispe' has no version 7; there are 1",
+        "PersonNotFound: 'new-00-quispe' has no version 7; expected one of: 1",
     ),
     "an evaluation of the bank's own people": (
         "evaluate {members} --bank {bank} --out {root}/r shots=2 queries=2",
@@ -217,7 +217,7 @@ def test_a_mistake_is_reported_and_nothing_is_written(world, mistake):
         ({"title": " "}, "field 'title': empty; expected some text"),
         ({"time": "yesterday"}, "field 'time': bad time 'yesterday'"),
         ({"genres": None}, "field 'genres': missing"),
-        ('{"person": "ann", ', "wrong JSON: "),
+        ('{"person": "ann", ', "invalid JSON: "),
     ],
 )
 def test_a_bad_line_is_reported_with_file_line_and_field(world, tmp_path, row, message):

@@ -71,7 +71,7 @@ def test_a_model_may_answer_nothing_a_gold_may_not(tmp_path):
 
 def test_golds_are_found_beside_their_questions(tmp_path):
     (tmp_path / "dev_questions.json").write_text("[]")
-    with pytest.raises(DataError, match="no file of outputs beside"):
+    with pytest.raises(DataError, match="no outputs file beside"):
         read_answers(tmp_path, RATING)
     written(tmp_path / "dev_outputs.json", {"1": "4"})
     for path in (tmp_path, tmp_path / "dev_questions.json", tmp_path / "dev_outputs.json"):

@@ -234,7 +234,7 @@ def test_weights_cut_short_are_refused(tmp_path: Path, keep: int) -> None:
     path = edited(tmp_path) / WEIGHTS
     path.write_bytes(path.read_bytes()[:keep])
     with pytest.raises(
-        InputError, match=r"adapter_model.safetensors is not a whole safetensors file: .*\n  Copy or export"
+        InputError, match=r"adapter_model.safetensors is not a complete safetensors file: .*\n  Copy or export"
     ):
         read_peft(tmp_path)
 

@@ -126,7 +126,7 @@ def test_a_template_that_closes_with_plain_text_leaves_the_tokenizers_end_token(
 def test_a_tokenizer_without_any_end_token_is_refused():
     made = tokenizer_of(None)
     made.eos_token = None
-    with pytest.raises(DataError, match="names no end token"):
+    with pytest.raises(DataError, match="has no end token"):
         PromptFormat(made)
 
 

@@ -179,33 +179,33 @@ WRONG = [
         "colour: no such key; expected one of name, version, description, source, lamp, item, query, text, "
         "query_text, profile, labels, metric, answer_tokens (got 1)",
     ),
-    ({"labels": []}, "labels: labels must not be empty, nor begin or end with a space (got [])"),
+    ({"labels": []}, "labels: labels must not be empty, or begin or end with a space (got [])"),
     ({"labels": ["1", 1]}, "labels: labels must be distinct (got ['1', 1])"),
     ({"labels": [True]}, "labels.0: a label that YAML reads as true or false must be written in quotes (got True)"),
     ({"labels": ["1", "b"]}, "task: metric mae needs labels that are all numbers"),
     ({"labels": None}, "task: metric mae needs labels"),
-    ({"text": "{score}"}, "task: text shows the target {score}; leave it out, it is added where it is known"),
+    ({"text": "{score}"}, "task: text contains the target {score}; leave it out, mta adds the target where known"),
     ({"text": "{title}"}, "task: text has the fields ['title']; the prompt has ['text']"),
-    ({"text": "all"}, "task: text shows no field; the prompt has ['text']"),
-    ({"text": "{text!r}"}, "task: {text} is no field; write {name}, and literal braces as {{ and }}"),
-    ({"query_text": "{text}"}, "task: query_text is for a query worded unlike the items; there is no query"),
+    ({"text": "all"}, "task: text contains no field; the prompt has ['text']"),
+    ({"text": "{text!r}"}, "task: {text} is not a field; write {name}, and literal braces as {{ and }}"),
+    ({"query_text": "{text}"}, "task: query_text needs a query, and the task has no query"),
     (
         {"query": {"prompt": "{tweet}", "target": "score"}},
         "task: text (there is no query_text) has the fields ['text']; the prompt has ['tweet']",
     ),
     (
         {"item": {**FORM, "prompt": "{text} {score}"}},
-        "item: the prompt shows the target {score}: it would give the answer away",
+        "item: the prompt contains the target {score}, which would reveal the answer",
     ),
-    ({"item": {**FORM, "prompt": "{0}"}}, "item: {0} is no field; write {name}, and literal braces as {{ and }}"),
+    ({"item": {**FORM, "prompt": "{0}"}}, "item: {0} is not a field; write {name}, and literal braces as {{ and }}"),
     (
         {"item": {**FORM, "prompt": "{text"}},
         "item: '{text': expected '}' before end of string; literal braces are written {{ and }}",
     ),
-    ({"item": {**FORM, "cut": ["score"]}}, "item: cut names 'score', which is no field of the prompt"),
+    ({"item": {**FORM, "cut": ["score"]}}, "item: cut names 'score', which is not a field of the prompt"),
     (
         {"item": {**FORM, "pattern": "("}},
-        "item: pattern is no regular expression: missing ), unterminated subpattern at position 0",
+        "item: pattern is not a regular expression: missing ), unterminated subpattern at position 0",
     ),
     (
         {"item": {**FORM, "pattern": "(?P<a>.)"}},
@@ -223,7 +223,7 @@ def test_a_wrongly_written_task_names_the_key(tmp_path: Path, changes: dict[str,
 
 
 def test_files_that_are_no_task(tmp_path: Path) -> None:
-    with pytest.raises(TaskError, match=r"no such task file: .*none\.yaml\n  Built in are: lamp1, "):
+    with pytest.raises(TaskError, match=r"no such task file: .*none\.yaml\n  Built-in tasks: lamp1, "):
         load_task(tmp_path / "none.yaml")
     path = tmp_path / "bad.yaml"
     for content, message in [
@@ -257,8 +257,8 @@ def test_a_message_does_not_repeat_what_aliases_multiply(tmp_path: Path) -> None
 def test_an_unknown_name_gets_a_suggestion() -> None:
     with pytest.raises(TaskError) as caught:
         load_task("lampp3")
-    assert caught.value.message.startswith("unknown task 'lampp3'; built in are: lamp1, lamp2, ")
-    assert caught.value.hint == "Did you mean 'lamp3'? A task of your own is a file: give a path that ends in .yaml"
+    assert caught.value.message.startswith("unknown task 'lampp3'; built-in tasks: lamp1, lamp2, ")
+    assert caught.value.hint == "Did you mean 'lamp3'? For a task of your own, give the path of a .yaml file."
 
 
 def digest(values: object) -> str:

@@ -1,1 +1,1 @@
-"""People, their histories, tasks, and the files they are read from."""
+"""People, their histories, tasks, and readers of their files."""

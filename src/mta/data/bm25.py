@@ -1,4 +1,4 @@
-"""A person's own earlier items that fit a question: BM25, as the prompts of LaMP and of the paper have them."""
+"""BM25 retrieval of a person's own earlier items for a prompt, as in LaMP and in the paper."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from mta.data.tasks.task import Task
 
 
 def retrieve(task: Task, item: Item, earlier: Sequence[Item], k: int) -> list[Item]:
-    """The ``k`` of a person's ``earlier`` items whose texts are nearest to the text of ``item``, nearest first.
+    """Return the ``k`` of a person's ``earlier`` items with the texts nearest to the text of ``item``, nearest first.
 
-    Texts are those that encoders see: no target, so an answer cannot find itself.
-    Source: BM25 with the library's defaults; LaMP (arXiv:2304.11406) retrieves so, and the paper's README with k = 1.
+    Texts are those that encoders see: without targets, so an answer does not influence retrieval.
+    Source: BM25 with the library's defaults, as in LaMP (arXiv:2304.11406) and, with k = 1, in the paper's README.
     """
     import bm25s
 
     if k < 1 or not earlier:
         return []
     corpus, query = (_words([task.text_of(one) for one in items]) for items in (earlier, [item]))
-    if not any(corpus):  # bm25s cannot index nothing
+    if not any(corpus):  # bm25s cannot index an empty corpus
         return list(earlier[-k:])
-    logging.getLogger("bm25s").setLevel(logging.WARNING)  # on import it begins to tell of every index
+    logging.getLogger("bm25s").setLevel(logging.WARNING)  # after its import, bm25s logs every index
     index = bm25s.BM25()
     index.index(corpus, show_progress=False)
     found, _ = index.retrieve(query, k=min(k, len(earlier)), show_progress=False)
@@ -31,18 +31,21 @@ def retrieve(task: Task, item: Item, earlier: Sequence[Item], k: int) -> list[It
 
 
 def with_profile(task: Task, item: Item, earlier: Sequence[Item], k: int, before: str = "") -> Item:
-    """The item with a field ``profile``, for ``task.profiled()``: ``before`` and the ``k`` nearest earlier items."""
-    told = ", and ".join(task.told(one) for one in retrieve(task, item, earlier, k))
-    profile = f"{before}{told}. " if told else before
+    """Return the item with the field ``profile`` of ``task.profiled()``: ``before``, then the ``k`` nearest items."""
+    nearest = ", and ".join(task.told(one) for one in retrieve(task, item, earlier, k))
+    profile = f"{before}{nearest}. " if nearest else before
     return Item({**item.fields, "profile": profile}, item.time, item.id, item.is_query)
 
 
 def with_profiles(task: Task, person: Person, k: int, before: str = "") -> Person:
-    """The person with a field ``profile`` in every item: each sees the items before it, a query all of them."""
-    items, queries = person.items, person.queries
-    seen = [with_profile(task, item, items[:n], k, before) for n, item in enumerate(items)]
-    asked = tuple(with_profile(task, item, items, k, before) for item in queries)
-    return replace(person, items=tuple(seen), queries=asked)
+    """Return the person with a field ``profile`` in every item and query.
+
+    The profile of an item is made of the items before it, the profile of a query of all items.
+    """
+    items = person.items
+    with_earlier = tuple(with_profile(task, item, items[:n], k, before) for n, item in enumerate(items))
+    queries = tuple(with_profile(task, query, items, k, before) for query in person.queries)
+    return replace(person, items=with_earlier, queries=queries)
 
 
 def _words(texts: Sequence[str]) -> list[list[str]]:

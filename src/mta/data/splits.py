@@ -1,4 +1,4 @@
-"""Who takes part in which stage: people drawn into disjoint parts, saved without their ids."""
+"""Split people into disjoint parts, one per stage, and save the splits without raw ids."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ PARTS = ("task", "development", "candidates", "test")
 TESTED = ("test", "development")
 SCHEMA = 1
 log = logging.getLogger("mta")
-_ANEW = "Restore the file, or draw the splits anew:  mta.data.splits.draw(…).save(path)"
+_ANEW = "Restore the file, or draw the splits again:  mta.data.splits.draw(…).save(path)"
 
 
 @dataclass(frozen=True, slots=True)
 class Splits:
-    """Ids of the people who train the task LoRA, who choices are made on, who may become anchors, who are tested."""
+    """Ids of four sets of people: task LoRA training, development, anchor candidates, and test."""
 
     task: tuple[str, ...]
     development: tuple[str, ...]
@@ -35,16 +35,16 @@ class Splits:
         if len(set(every)) < len(every):
             raise InputError(
                 "splits must be disjoint: a person is in them twice",
-                hint="Name everybody once:  Splits(task, development, candidates, test)",
+                hint="Give every person once:  Splits(task, development, candidates, test)",
             )
 
     @property
     def digest(self) -> str:
-        """Sha256 over everybody in every part: the same splits give the same digest in any process."""
+        """Sha256 over the ids of every part; the same splits give the same digest in any process."""
         return _sha(SCHEMA, *(list(getattr(self, part)) for part in PARTS))
 
     def select(self, part: str, people: Iterable[Person]) -> list[Person]:
-        """The people of one part, in its order. Raises InputError if one is missing or there is no such part."""
+        """Return the people of one part in its order. Raises InputError if a person is missing or the part unknown."""
         if part not in PARTS:
             raise InputError(
                 f"no part {part!r} of the splits; expected one of: {', '.join(PARTS)}",
@@ -54,21 +54,21 @@ class Splits:
         if missing := [id for id in ids if id not in by_id]:
             raise InputError(
                 f"{len(missing)} of {len(ids)} people of part {part!r} are not among those given",
-                hint="Give the people the splits were drawn from, all of them.",
+                hint="Give all the people the splits were drawn from.",
             )
         return [by_id[id] for id in ids]
 
     def save(self, path: str | Path) -> None:
-        """Write the splits as JSON; ids are hashed with the digest as salt, so the same splits give the same bytes."""
+        """Write the splits as JSON. Ids are hashed with the digest as salt, so the same splits give the same bytes."""
         path, salt = Path(path), self.digest
         parts = {part: [_sha(salt, id) for id in getattr(self, part)] for part in PARTS}
         write_json(path, {"schema": SCHEMA, "digest": salt, **parts})
 
     @classmethod
     def load(cls, path: str | Path, people: Iterable[Person]) -> Splits:
-        """Read splits and find their people among ``people``; parts that share items are logged.
+        """Read splits and find their people among ``people``. Log a warning if parts share items.
 
-        Raises DataError if somebody is not among them, or if the file was changed.
+        Raises DataError if a person is missing or the file was changed.
         """
         path, people = Path(path), list(people)
         values = _read(path)
@@ -77,8 +77,8 @@ class Splits:
         hashes = [hash for part in PARTS for hash in values[part]]
         if unknown := sum(hash not in known for hash in hashes):
             raise DataError(
-                f"{path}: {unknown} of {len(hashes)} people are not in the data given",
-                hint="Give the data the splits were drawn from, or draw them anew; or the file was changed.",
+                f"{path}: {unknown} of {len(hashes)} people are not in the given data, or the file was changed",
+                hint="Give the data the splits were drawn from, or draw them again.",
             )
         if len(set(hashes)) < len(hashes):
             raise DataError(f"{path}: a person is in the splits twice: the file was changed", hint=_ANEW)
@@ -92,7 +92,7 @@ class Splits:
         return splits
 
     def _parted(self, people: Iterable[Person]) -> int:
-        """How many of ``people`` are in another part than someone of their group."""
+        """Count the ``people`` of groups that are in more than one part."""
         part = {id: name for name in PARTS for id in getattr(self, name)}
         groups: dict[str, list[str]] = {}
         for person in people:
@@ -112,11 +112,11 @@ def draw(
     min_items: int = 1,
     together: bool = True,
 ) -> Splits:
-    """Disjoint parts of the given sizes among people with at least ``min_items`` items; candidates default to the rest.
+    """Draw disjoint parts of the given sizes from people with at least ``min_items`` items.
 
-    Who lands where depends on seed and ids alone, not on the order of ``people``; the test part comes first, so it
-    stays the same when the others change their sizes. People of one ``group`` land in one part, so parts may differ
-    from the sizes asked for, which is logged; ``together=False`` ignores groups. Without groups nothing changes.
+    ``candidates`` defaults to the rest. The parts depend only on seed and ids, not on the order of ``people``. The test
+    part is drawn first, so it does not depend on the sizes of the others. People of one ``group`` stay in one part, so
+    sizes may differ from those requested, which is logged; ``together=False`` ignores groups.
     Raises InputError if there are too few people, or if the groups leave a part empty.
     """
     sizes = {"test": test, "development": development, "task": task, "candidates": candidates or 0}
@@ -129,12 +129,12 @@ def draw(
     ids = [person.id for person in fit]
     if len(set(ids)) < len(ids):
         raise InputError(
-            "two people have the same id; ids must be distinct", hint="Put all items of a person into one history."
+            "two people have the same id; expected distinct ids", hint="Put all items of a person into one history."
         )
     if len(ids) < (asked := sum(sizes.values())):
         parts_asked = ", ".join(f"{name} {size}" for name, size in sizes.items() if size)
         raise InputError(
-            f"{asked} people were asked for ({parts_asked}), "
+            f"{asked} people were requested ({parts_asked}), "
             f"but only {len(ids)} of the {len(people)} given qualify (min_items={min_items})",
             hint="Ask for fewer people, or lower min_items.",
         )
@@ -144,19 +144,19 @@ def draw(
 
 
 def _placed(left: list[list[str]], sizes: Mapping[str, int], rest: bool) -> dict[str, tuple[str, ...]]:
-    """Place whole groups into the parts; the last part takes the ``rest``, if asked to."""
+    """Place whole groups into the parts; with ``rest``, the candidates are all remaining groups."""
     most, parts = max(map(len, left), default=0), {}
     for name, size in sizes.items():
         taken = left if rest and name == "candidates" else _fill(left, size, tested=name in TESTED)
         parts[name] = tuple(id for group in taken for id in group)
-        gone = {group[0] for group in taken}
-        left = [group for group in left if group[0] not in gone]
+        placed = {group[0] for group in taken}
+        left = [group for group in left if group[0] not in placed]
         _check_size(name, len(parts[name]), size, most)
     return parts
 
 
 def _grouped(people: Sequence[Person]) -> list[list[str]]:
-    """Ids by group, in order of each group's first person; a person who shares no item is alone."""
+    """Return ids by group, in the order of each group's first person; a person without a group is alone."""
     groups: dict[tuple[bool, str], list[str]] = {}
     for person in people:
         groups.setdefault((bool(person.group), person.group or person.id), []).append(person.id)
@@ -166,26 +166,26 @@ def _grouped(people: Sequence[Person]) -> list[list[str]]:
 def _fill(groups: Sequence[list[str]], size: int, *, tested: bool) -> list[list[str]]:
     """Choose whole groups for a part.
 
-    Parts people are tested on take groups in their order, none larger than a quarter of the part (or two people),
+    Test and development parts take groups in their order, none larger than a quarter of the part (or two people),
     because a group counts as one observation. Training parts take the largest groups first and may exceed their size by
     a quarter.
     """
     order = groups if tested else sorted(groups, key=len, reverse=True)  # stable: single people keep their order
     most = max(size // 4, 2) if tested else size + size // 4
     taken: list[list[str]] = []
-    room = size
+    free = size
     for group in order:
-        if room > 0 and len(group) <= (min(room, most) if tested else room + size // 4):
+        if free > 0 and len(group) <= (min(free, most) if tested else free + size // 4):
             taken.append(group)
-            room -= len(group)
+            free -= len(group)
     return taken
 
 
 def _check_size(name: str, got: int, asked: int, most: int) -> None:
-    """Report a part that groups have made smaller or larger. Raises InputError if it is empty."""
+    """Log a part that has another size than requested because of groups. Raises InputError if the part is empty."""
     if asked and not got:
         raise InputError(
-            f"{asked} people were asked for ({name}), but those left are connected by shared items "
+            f"{asked} people were requested ({name}), but the remaining people are connected by shared items "
             f"in groups of up to {most} people that do not fit",
             hint="Ask for more people, or let parts share items: together=False (in a recipe: people.together=false).",
         )
@@ -202,15 +202,15 @@ def _read(path: Path) -> dict[str, Any]:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise DataError(
-            f"no such file of splits: {path}", hint="Draw them, and save them:  mta.data.splits.draw(…).save(path)"
+            f"no such splits file: {path}", hint="Draw and save splits:  mta.data.splits.draw(…).save(path)"
         ) from None
     except (OSError, ValueError) as error:
-        raise DataError(f"{path} is not a readable file of splits: {error}", hint=_ANEW) from None
+        raise DataError(f"{path} is not a readable splits file: {error}", hint=_ANEW) from None
     if not isinstance(values, dict) or values.get("schema") != SCHEMA:
         got = values.get("schema") if isinstance(values, dict) else type(values).__name__
         raise DataError(
-            f"{path} is no file of splits of schema {SCHEMA}; got {got!r}",
-            hint="Draw them anew, and save them:  mta.data.splits.draw(…).save(path)",
+            f"{path} is not a splits file of schema {SCHEMA}; got {got!r}",
+            hint="Draw and save the splits again:  mta.data.splits.draw(…).save(path)",
         )
     fits = isinstance(values.get("digest"), str) and all(_are_texts(values.get(part)) for part in PARTS)
     if not fits or set(values) != {"schema", "digest", *PARTS}:

@@ -1,4 +1,4 @@
-"""Many LoRAs at once: stacked factors, their algebra, and the layer that adds them to a frozen model."""
+"""Batches of LoRAs: stacked factors, their algebra, and the layer that adds them to a frozen model."""
 
 from mta.lora.batch import Factors, LoraBatch
 from mta.lora.layers import Adapters, Gated, PerPerson, Shared, applied

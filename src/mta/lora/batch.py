@@ -1,4 +1,4 @@
-"""``LoraBatch``: many adapters of one shape as stacked tensors.
+"""``LoraBatch``: adapters of one shape as stacked tensors.
 
 The update of adapter u on one layer is ``scale * B[u] @ A[u]``.
 Shapes: A (U, R, D), B (U, O, R) with U adapters, R rank, D inputs, O outputs.
@@ -28,7 +28,7 @@ class Factors(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class LoraBatch:
-    """U adapters over the same layers: layer name -> Factors, and the common scale."""
+    """U adapters of the same layers: layer name -> Factors, and the common scale."""
 
     factors: dict[str, Factors]
     scale: float = 1.0
@@ -38,12 +38,12 @@ class LoraBatch:
 
     @property
     def rank(self) -> int:
-        """R."""
+        """Rank R."""
         return next(iter(self.factors.values())).a.shape[1]
 
     @property
     def names(self) -> list[str]:
-        """Adapted layers; their order is the L of per-layer coefficients."""
+        """Adapted layers, in the order of the axis L of per-layer coefficients."""
         return list(self.factors)
 
     @property
@@ -52,25 +52,23 @@ class LoraBatch:
         return {name: (f.a.shape[2], f.b.shape[1]) for name, f in self.factors.items()}
 
     def map(self, change: object) -> LoraBatch:
-        """The batch with ``change`` applied to every A and B."""
+        """Return the batch with ``change`` applied to every A and B."""
         return replace(self, factors={name: Factors(change(f.a), change(f.b)) for name, f in self.factors.items()})  # type: ignore[operator]
 
     def select(self, index: Tensor | Sequence[int] | slice) -> LoraBatch:
-        """The adapters at ``index``, in that order."""
         return self.map(lambda t: t[index])
 
     def to(self, *place: torch.device | torch.dtype) -> LoraBatch:
-        """The batch on another device or in another dtype."""
         return self.map(lambda t: t.to(*place))
 
     def scaled_into_b(self) -> LoraBatch:
-        """The same updates with scale 1."""
+        """Return the same updates with scale 1."""
         if self.scale == 1.0:
             return self
         return LoraBatch({name: Factors(f.a, f.b * self.scale) for name, f in self.factors.items()})
 
     def padded(self, rank: int) -> LoraBatch:
-        """The same updates at a higher rank, zero-padded."""
+        """Return the same updates at a higher rank, zero-padded."""
         more = rank - self.rank
         pad = torch.nn.functional.pad
         return replace(
@@ -78,11 +76,11 @@ class LoraBatch:
         )
 
     def delta(self, name: str) -> Tensor:
-        """The dense updates of one layer, (U, O, D): for tests and for folding into weights."""
+        """Return the dense updates of one layer, (U, O, D), for tests and for folding into weights."""
         return self.scale * self.factors[name].b @ self.factors[name].a
 
     def tensors(self) -> dict[str, Tensor]:
-        """Flat names for a safetensors file: ``<layer>.a`` and ``<layer>.b``, contiguous and on the CPU."""
+        """Return contiguous CPU tensors ``<layer>.a`` and ``<layer>.b`` for a safetensors file."""
         flat = {}
         for name, f in self.factors.items():
             flat[f"{name}.a"], flat[f"{name}.b"] = f.a.detach().cpu().contiguous(), f.b.detach().cpu().contiguous()
@@ -90,12 +88,12 @@ class LoraBatch:
 
     @classmethod
     def of_tensors(cls, flat: Mapping[str, Tensor], scale: float) -> LoraBatch:
-        """The inverse of ``tensors``. Raises InputError if an A has no B, or shapes do not fit."""
+        """Invert ``tensors``. Raises InputError if an A has no B, or shapes do not fit."""
         names = [key.removesuffix(".a") for key in flat if key.endswith(".a")]
         if not names or set(flat) != {f"{n}.a" for n in names} | {f"{n}.b" for n in names}:
             raise InputError(
                 f"expected tensors '<layer>.a' and '<layer>.b' in pairs, got {', '.join(flat) or 'none'}",
-                hint="Give the tensors that LoraBatch.tensors() wrote, all of them.",
+                hint="Give all tensors that LoraBatch.tensors() returned.",
             )
         batch = cls({name: Factors(flat[f"{name}.a"], flat[f"{name}.b"]) for name in names}, scale)
         for name, (a, b) in batch.factors.items():
@@ -108,7 +106,7 @@ class LoraBatch:
 
 
 def join(batches: Sequence[LoraBatch]) -> LoraBatch:
-    """Sum of updates, adapter by adapter: factors concatenated on the rank axis, scales folded into B."""
+    """Return the sum of updates, adapter by adapter: factors concatenated on the rank axis, scales folded into B."""
     parts = [batch.scaled_into_b() for batch in batches]
     names = parts[0].factors
     return LoraBatch(
@@ -120,14 +118,14 @@ def join(batches: Sequence[LoraBatch]) -> LoraBatch:
 
 
 def shared_ranks(batches: Sequence[LoraBatch], name: str) -> tuple[Tensor, Tensor]:
-    """All ranks of all adapters of a layer side by side: A (P, D), and B (O, P) with its scale."""
+    """Return the concatenated ranks of all adapters of a layer: A (P, D), and B (O, P) times its scale."""
     a = torch.cat([batch.factors[name].a.flatten(0, 1) for batch in batches])
     b = torch.cat([(batch.factors[name].b * batch.scale).transpose(0, 1).flatten(1) for batch in batches], 1)
     return a, b
 
 
 def stack(batches: Iterable[LoraBatch]) -> LoraBatch:
-    """All adapters of several batches in one, zero-padded to the largest rank."""
+    """Return all adapters of several batches as one batch, zero-padded to the largest rank."""
     parts = list(batches)
     rank = max(part.rank for part in parts)
     if len({part.scale for part in parts}) > 1:
@@ -146,10 +144,10 @@ def stack(batches: Iterable[LoraBatch]) -> LoraBatch:
 def fresh(
     shapes: Shapes, rank: int, scale: float, seed: int, keys: Sequence[str], dtype: torch.dtype = torch.float32
 ) -> LoraBatch:
-    """Untrained adapters, one per key: A from a hash of (seed, key, layer), B zero.
+    """Return untrained adapters, one per key: A from a hash of (seed, key, layer), B zero.
 
-    Equal keys start from the same A: that is what makes the anchors of a bank mergeable (stage 1).
-    A is uniform in +-1/sqrt(D), as in PEFT. A start depends on nothing else, so no cohort or worker can change it.
+    A is uniform in +-1/sqrt(D), as in PEFT. Equal keys start from the same A, so the anchors of a bank can be merged
+    (stage 1). The initial values do not depend on the cohort or worker.
     """
     factors = {}
     for name, (d, o) in shapes.items():

@@ -1,11 +1,11 @@
 """The batched layer: adds the updates of different people to the rows of one batch.
 
-No weight of the model is written. ``applied`` gives each adapted linear layer another ``forward`` for the length of a
-``with`` block: the layer's own output plus every adapter's update is what the next layer sees.
+No weight of the model is written. Within a ``with`` block, ``applied`` replaces the ``forward`` of each adapted linear
+layer, so that the next layer gets the layer's own output plus the updates of all adapters.
 
     y[b] = W x[b] + sum over adapters of update(owner[b]) @ x[b]
 
-``owner`` (B,) says whose row b is; -1 is nobody, whose row stays with the adapters that ``Shared`` gives everyone.
+``owner`` (B,) is the person's number for row b, or -1 for a row without a person, which gets only ``Shared`` adapters.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from mta.lora.terms import RowTerm, SharedTerm, Term, with_terms
 
 
 class Adapters(Protocol):
-    """Adapters that can be put on any batch of rows."""
+    """Adapters that can be applied to any batch of rows."""
 
     @property
     def names(self) -> Sequence[str]:
-        """The layers that get a term."""
+        """The adapted layers."""
 
     def term(self, name: str, owner: Tensor, dtype: torch.dtype) -> Term:
-        """The term of layer ``name`` for rows that belong to ``owner`` (B,)."""
+        """Return the term of layer ``name`` for rows that belong to ``owner`` (B,)."""
 
 
 @dataclass(frozen=True, slots=True)
 class Shared:
-    """One adapter for every row: the task LoRA, or an anchor's. ``batch`` holds exactly one adapter."""
+    """One adapter for every row: the task LoRA or an anchor. ``batch`` holds exactly one adapter."""
 
     batch: LoraBatch
 
@@ -50,10 +50,10 @@ class Shared:
 
 @dataclass(frozen=True, slots=True)
 class Gated:
-    """N adapters shared by all rows, each row weighing them by its own coefficients: a merge straight from the bank.
+    """N adapters shared by all rows, weighted by coefficients of each row: a merge computed from the bank.
 
-    ((x @ A_bank.T) * w[u]) @ B_bank.T equals the exact merge; a person is N numbers and nothing is gathered.
-    Shapes: batch of N adapters; w (U, N), or (U, L, N) with coefficients per adapted layer. Nobody's gate is 0.
+    ((x @ A_bank.T) * w[u]) @ B_bank.T equals the exact merge; a person is N numbers, and no factors are gathered.
+    Shapes: batch of N adapters; w (U, N), or (U, L, N) with coefficients per adapted layer. Gates of owner -1 are 0.
     """
 
     batch: LoraBatch
@@ -73,7 +73,7 @@ class Gated:
 
 @dataclass(frozen=True, slots=True)
 class PerPerson:
-    """Adapter u for the rows of person u: a merge, a stack, or an OPPU LoRA. Nobody's update is 0."""
+    """Adapter u for the rows of person u: a merge, a stack, or an OPPU LoRA. Rows of owner -1 get no update."""
 
     batch: LoraBatch
 
@@ -85,16 +85,16 @@ class PerPerson:
         a, b = self.batch.factors[name]
         scale: float | Tensor = self.batch.scale
         if not _blocks(owner, a.shape[0]):
-            whose, rows = torch.unique_consecutive(owner, return_counts=True)
-            if not bool((rows == rows[0]).all()):  # else once for all rows of a person
-                whose = owner
-            a, b, scale = a[whose], b[whose], scale * (whose >= 0)[:, None, None].to(b)
-        return RowTerm(a.to(dtype), (b * scale).to(dtype))  # scaled here, where it is small, not on activations
+            people, rows = torch.unique_consecutive(owner, return_counts=True)
+            if not bool((rows == rows[0]).all()):  # unequal counts: gather once per row instead of once per person
+                people = owner
+            a, b, scale = a[people], b[people], scale * (people >= 0)[:, None, None].to(b)
+        return RowTerm(a.to(dtype), (b * scale).to(dtype))  # scale B: it is smaller than the activations
 
 
 @dataclass(frozen=True, slots=True)
 class Renumbered:
-    """Adapters for rows whose owners go by other numbers: owner i here is ``numbers[i]`` there; nobody stays nobody."""
+    """Adapters with renumbered owners: owner i is owner ``numbers[i]`` of ``adapters``; -1 stays -1."""
 
     adapters: Adapters
     numbers: Tensor
@@ -108,7 +108,7 @@ class Renumbered:
 
 
 def _blocks(owner: Tensor, people: int) -> bool:
-    """Whether every person has the same number of rows, in order: then no factor needs to be copied."""
+    """Return whether every person has the same number of rows, in order, so that no factor needs to be copied."""
     rows = owner.shape[0]
     return rows % people == 0 and torch.equal(
         owner, torch.arange(people, device=owner.device).repeat_interleave(rows // people)
@@ -117,9 +117,9 @@ def _blocks(owner: Tensor, people: int) -> bool:
 
 @contextmanager
 def applied(model: nn.Module, adapters: Sequence[Adapters], owner: Tensor) -> Iterator[None]:
-    """Within the block, ``model`` computes with these adapters on rows of ``owner`` (B,).
+    """Apply these adapters to ``model`` within the block, for rows of ``owner`` (B,).
 
-    With gradient checkpointing the backward pass belongs inside the block too: it runs the layers again.
+    With gradient checkpointing, run the backward pass inside the block too, because it runs the layers again.
     """
     by_layer: dict[str, list[Adapters]] = {}
     for adapter in adapters:
@@ -129,7 +129,7 @@ def applied(model: nn.Module, adapters: Sequence[Adapters], owner: Tensor) -> It
     try:
         for name, parts in by_layer.items():
             layer: Any = model.get_submodule(name)
-            # Made here, not in the layer's call: decoding calls it once per token, and a checkpointed layer runs twice.
+            # Made before the layer's call: decoding calls a layer once per token, and a checkpointed layer runs twice.
             forward = with_terms(layer, [part.term(name, owner, layer.weight.dtype) for part in parts])
             changed.append((layer, vars(layer).get("forward")))
             layer.forward = forward

@@ -1,7 +1,7 @@
-"""Stage 2's algebra: weighted sums of anchors' updates, for many people at once. Tensors in, tensors out.
+"""Stage 2's algebra on tensors: weighted sums of anchors' updates for many people at once.
 
-Three modes. ``exact`` concatenates factors (rank K * R, no loss). ``svd`` truncates the exact merge to a lower rank.
-``factor`` averages A and B apart, with cross terms between anchors: the likely original, kept for the ablation.
+Modes: ``exact`` concatenates factors (rank K * R, no loss). ``svd`` truncates the exact merge to a lower rank.
+``factor`` averages A and B separately, with cross terms between anchors: the likely original, kept for the ablation.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from mta.lora.batch import Factors, LoraBatch
 
 
 def merge_exact(bank: LoraBatch, ids: Tensor, w: Tensor) -> LoraBatch:
-    """Weighted sum of anchors' updates for many people, without loss (stage 2).
+    """Return the weighted sum of anchors' updates for many people, without loss (stage 2).
 
     Per layer:  delta[u] = sum_k w[u, k] * scale * B[ids[u, k]] @ A[ids[u, k]]
     The factors are concatenated, so no O x D matrix is formed.
@@ -33,19 +33,19 @@ def merge_exact(bank: LoraBatch, ids: Tensor, w: Tensor) -> LoraBatch:
 
 
 def merge_svd(bank: LoraBatch, ids: Tensor, w: Tensor, rank: int) -> tuple[LoraBatch, Tensor]:
-    """The exact merge cut to ``rank``, and the relative error that causes per person, (U,).
+    """Return the exact merge truncated to ``rank``, and its relative error per person, (U,).
 
-    Shapes as in ``merge_exact``, with ``rank`` in place of K*R. At rank >= K*R nothing is lost.
+    Shapes as in ``merge_exact``, with ``rank`` in place of K*R. At rank >= K*R the error is 0.
     Source: our choice; for servers with fixed rank slots.
     """
     return truncate(merge_exact(bank, ids, w), rank)
 
 
 def merge_factor(bank: LoraBatch, ids: Tensor, w: Tensor) -> LoraBatch:
-    """A and B averaged apart: delta[u] = scale * (sum_k w B_k) @ (sum_k w A_k), which has cross terms.
+    """Average A and B separately: delta[u] = scale * (sum_k w B_k) @ (sum_k w A_k), which has cross terms.
 
-    Shapes: as in ``merge_exact``, at rank R and with the bank's scale. Coefficients are used as they are; they sum to 1
-    in the policies this mode was made for.
+    Shapes: as in ``merge_exact``, at rank R and with the bank's scale. Coefficients are not normalized; they sum to 1
+    in the policies that this mode is meant for.
     Source: our reading of the likely original; an ablation.
     """
     weights = _per_layer(bank, ids, w)
@@ -57,7 +57,7 @@ def merge_factor(bank: LoraBatch, ids: Tensor, w: Tensor) -> LoraBatch:
 
 
 def truncate(batch: LoraBatch, rank: int) -> tuple[LoraBatch, Tensor]:
-    """The best approximation at ``rank``: QR of both factors, SVD of the small core.
+    """Return the best approximation at ``rank``: QR of both factors, SVD of the small core.
 
     Returns the batch with scale 1 and the relative Frobenius error over all layers, (U,).
     """
@@ -77,11 +77,11 @@ def truncate(batch: LoraBatch, rank: int) -> tuple[LoraBatch, Tensor]:
 
 
 def _per_layer(bank: LoraBatch, ids: Tensor, w: Tensor) -> Tensor:
-    """Coefficients as (U, L, K), after checking that ids and shapes fit the bank."""
+    """Return coefficients as (U, L, K). Raises AnchorNotFound or InputError if ids or shapes do not fit the bank."""
     if ids.numel() and (int(ids.max()) >= len(bank) or int(ids.min()) < 0):
         raise AnchorNotFound(
             f"anchors are numbered 0 to {len(bank) - 1}, got {int(ids.min())} to {int(ids.max())}",
-            hint="Open the bank that these numbers were made with, or retrieve them anew.",
+            hint="Open the bank that these numbers are from, or retrieve anchors again.",
         )
     layers = len(bank.factors)
     wanted = (ids.shape[0], layers, ids.shape[1])

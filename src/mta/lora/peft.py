@@ -1,7 +1,7 @@
-"""Adapters as ordinary PEFT folders: adapter_config.json and adapter_model.safetensors, one adapter each.
+"""Read and write adapters as PEFT folders: adapter_config.json and adapter_model.safetensors, one adapter each.
 
 Tensors are named ``base_model.model.<layer>.lora_A.weight`` (R, D) and ``...lora_B.weight`` (O, R). Only JSON and
-safetensors are read, and only what means ``scale * B @ A`` over unchanged base weights: anything else is refused.
+safetensors are read. Adapters that are not ``scale * B @ A`` over unchanged base weights are refused.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ WEIGHTS = "adapter_model.safetensors"
 CARD = "README.md"
 MARK = "<!-- A card that mta export wrote: mta forget removes it with the adapter. -->"
 _PREFIX, _A, _B = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
-_NOT_PLAIN = (  # whatever is set among these changes the update, or more than the linear layers' updates
+_NOT_PLAIN = (  # settings that change the update, or change more than the linear layers
     *("use_dora", "use_qalora", "use_bdlora", "lora_bias", "modules_to_save", "rank_pattern", "alpha_pattern"),
     *("target_parameters", "trainable_token_indices", "layer_replication", "alora_invocation_tokens"),
     *("arrow_config", "kasa_config", "monteclora_config"),
 )
-_REWRITES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # initialisations that subtract from W0
+_REWRITES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # initializations that subtract from W0
 _HINT = "mta reads plain LoRA: bias 'none', one rank and alpha for all layers, linear layers only."
 
 
@@ -42,9 +42,9 @@ def write_peft(
 ) -> None:
     """Write a batch of exactly one adapter as a PEFT folder; ``fan_in_fan_out`` is for GPT-2's Conv1D layers.
 
-    A new folder appears whole, by rename. In a folder that has files already only these two are replaced, the
-    configuration last: a killed export leaves a folder without one, never new weights under an old alpha. ``card``
-    becomes its README.md, unless one that is not ours is there. Raises InputError.
+    A new folder appears complete, by rename. In an existing folder only the two files are replaced, the configuration
+    last: a killed export leaves no configuration, never new weights with an old alpha. ``card`` becomes the README.md,
+    unless there is one that mta did not write. Raises InputError.
     """
     if len(adapter) != 1:
         raise InputError(
@@ -68,14 +68,14 @@ def write_peft(
 
 
 def remove_asides(folder: Path) -> None:
-    """Remove what killed exports to a folder left beside it. Raises OSError."""
+    """Remove the temporary folders that killed exports left beside a folder. Raises OSError."""
     for left in folder.parent.glob(f".{glob.escape(folder.name)}.{'[0-9a-f]' * 32}"):
         shutil.rmtree(left)
         sync_folder(folder.parent)
 
 
 def has_own_card(folder: Path) -> bool:
-    """Whether the README.md of a folder is one that ``write_peft`` was given, not somebody else's."""
+    """Return whether ``write_peft`` wrote the README.md of a folder."""
     try:
         return MARK in (folder / CARD).read_text(encoding="utf-8")
     except (OSError, ValueError):
@@ -83,9 +83,9 @@ def has_own_card(folder: Path) -> bool:
 
 
 def read_peft(folder: str | Path) -> LoraBatch:
-    """The adapter of a PEFT folder as a batch of one; rsLoRA's scale is honoured.
+    """Return the adapter of a PEFT folder as a batch of one, with rsLoRA's scale if it is set.
 
-    Raises InputError for files missing or damaged and for all that is not plain LoRA.
+    Raises InputError for missing or damaged files and for adapters that are not plain LoRA.
     """
     config = _read_config(Path(folder))
     _refuse_more_than_lora(folder, config)
@@ -107,13 +107,13 @@ def read_peft(folder: str | Path) -> LoraBatch:
             raise InputError(
                 f"{folder}: layer {name!r} has A of {a.dtype} and B of {b.dtype} with values that are not finite, "
                 "or of a type that is not floating point; expected finite floating point numbers",
-                hint="Export the adapter again, from a training that did not diverge.",
+                hint="Export the adapter again from training that did not diverge.",
             )
     return LoraBatch(factors, float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank))
 
 
 def _is_finite(number: float) -> bool:
-    """Whether a double holds it: JSON has integers beyond that."""
+    """Return whether a number is finite as a double: JSON integers can be larger."""
     try:
         return math.isfinite(number)
     except OverflowError:
@@ -139,7 +139,7 @@ def _config(adapter: LoraBatch, base_name: str, fan_in_fan_out: bool) -> dict[st
         "lora_dropout": 0.0,
         "bias": "none",
         "fan_in_fan_out": fan_in_fan_out,
-        # Full names in a list, not a pattern: PEFT then adapts these layers only, and vLLM wants a list.
+        # Full names in a list, not a pattern: PEFT then adapts only these layers, and vLLM requires a list.
         "target_modules": adapter.names,
         "modules_to_save": None,
         "use_rslora": False,
@@ -148,7 +148,7 @@ def _config(adapter: LoraBatch, base_name: str, fan_in_fan_out: bool) -> dict[st
 
 
 def _alpha(scale: float, rank: int) -> int | float:
-    """The alpha for which alpha / rank is ``scale`` exactly, where a double can say it (else within one bit)."""
+    """Return the alpha for which alpha / rank equals ``scale``, exactly if a double allows it, else within one bit."""
     near = scale * rank
     around = (near, math.nextafter(near, math.inf), math.nextafter(near, -math.inf))
     alpha = next((value for value in around if value / rank == scale), near)
@@ -174,7 +174,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         raise InputError(
-            f"{folder} is not a PEFT folder: {CONFIG} is missing", hint="Give the folder that holds it."
+            f"{folder} is not a PEFT folder: {CONFIG} is missing", hint=f"Give the folder that holds {CONFIG}."
         ) from None
     except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path} cannot be read as JSON: {error}", hint="Export the adapter again.") from error
@@ -215,7 +215,7 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
         return dict(load_file(path))
     except (OSError, SafetensorError, ValueError, KeyError, RuntimeError) as error:
         raise InputError(
-            f"{path} is not a whole safetensors file: {error}", hint="Copy or export the adapter again."
+            f"{path} is not a complete safetensors file: {error}", hint="Copy or export the adapter again."
         ) from error
 
 

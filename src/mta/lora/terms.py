@@ -1,7 +1,7 @@
-"""What adapters add at one layer, with the rows of one batch already chosen: terms, joined and computed in place.
+"""Terms that adapters add to the output of one layer, for the rows of one batch: joined, and computed in place.
 
-y = W x + b + sum of terms. Terms of one kind are joined on the rank axis, for each is a pass over x and y whatever its
-rank; nothing is computed for the gradient of a frozen factor.
+y = W x + b + sum of terms. Terms of one kind are joined on the rank axis, because each term costs one pass over x and
+y at any rank. No gradient of a frozen factor is computed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from mta.kernels import add_low_rank, kernels, low_rank_gradients, product, wide
 
 @dataclass(frozen=True, slots=True)
 class SharedTerm:
-    """One update for every row, or one whose ranks each row weighs by its own gate.
+    """One update for all rows; ``gate`` weights its ranks for each row.
 
     Shapes: a (P, D), b (O, P), gate (B, P) or None.
     """
@@ -37,15 +37,15 @@ class SharedTerm:
         return torch.is_grad_enabled() and any(part.requires_grad for part in parts)
 
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
-        """``y`` (B, T, O) plus the update applied to ``x`` (B, T, D); some models give both as (B * T, ...)."""
+        """Return ``y`` (B, T, O) plus the update of ``x`` (B, T, D); some models give both as (B * T, ...)."""
         return torch.addmm(_flat(y), self._gated(_flat(x) @ self.a.T), self.b.T).view_as(y)
 
     def add_(self, x: Tensor, y: Tensor) -> None:
-        """The same into ``y``."""
+        """Add the update of ``x`` to ``y`` in place."""
         _flat(y).addmm_(self._gated(_flat(x) @ self.a.T), self.b.T)
 
     def pull_(self, dy: Tensor, dx: Tensor) -> None:
-        """Add to ``dx`` what ``dy`` says of x."""
+        """Add the gradient with respect to x to ``dx``."""
         _flat(dx).addmm_(self._gated(_flat(dy) @ self.b), self.a)
 
     def _gated(self, h: Tensor) -> Tensor:
@@ -56,24 +56,22 @@ class SharedTerm:
 
 @dataclass(frozen=True, slots=True)
 class RowTerm:
-    """Update u for the u-th of U equal stretches of rows. Shapes: a (U, R, D), b (U, O, R)."""
+    """Update u for the u-th of U equal blocks of rows. Shapes: a (U, R, D), b (U, O, R)."""
 
     a: Tensor
     b: Tensor
 
     @property
     def trained(self) -> bool:
-        """Whether a gradient flows into this term."""
         return torch.is_grad_enabled() and (self.a.requires_grad or self.b.requires_grad)
 
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
-        """As in ``SharedTerm``."""
-        h = torch.bmm(_stretches(x, self.a), self.a.mT)
-        return torch.baddbmm(_stretches(y, self.a), h, self.b.mT).view_as(y)
+        h = torch.bmm(_row_blocks(x, self.a), self.a.mT)
+        return torch.baddbmm(_row_blocks(y, self.a), h, self.b.mT).view_as(y)
 
     def add_(self, x: Tensor, y: Tensor) -> Tensor:
-        """The same into ``y``; returns x @ a.mT."""
-        x, y = _stretches(x, self.a), _stretches(y, self.a)
+        """Add the update of ``x`` to ``y`` in place; return x @ a.mT."""
+        x, y = _row_blocks(x, self.a), _row_blocks(y, self.a)
         h = add_low_rank(y, x, self.a, self.b.mT)
         if h is None:
             h = torch.bmm(x, self.a.mT)
@@ -81,13 +79,15 @@ class RowTerm:
         return h
 
     def pull_(self, dy: Tensor, dx: Tensor) -> None:
-        """Add to ``dx`` what ``dy`` says of x."""
         RowTerm(self.b.mT, self.a.mT).add_(dy, dx)
 
     def gradients(self, dx: Tensor | None, dy: Tensor, x: Tensor, h: Tensor, trained: int) -> tuple[Tensor, Tensor]:
-        """Of the first ``trained`` ranks, after ``add_`` returned ``h``; adds to ``dx`` what this term has to."""
-        x, dy = _stretches(x, self.a), _stretches(dy, self.a)
-        dx = None if dx is None else _stretches(dx, self.a)
+        """Return the gradients of the first ``trained`` ranks of A and B, and add that of x to ``dx``.
+
+        ``h`` is what ``add_`` returned.
+        """
+        x, dy = _row_blocks(x, self.a), _row_blocks(dy, self.a)
+        dx = None if dx is None else _row_blocks(dx, self.a)
         if h.dtype == wide(x.dtype) and kernels("low_rank", x):
             da, db = low_rank_gradients(dx, dy, x, h, self.a, self.b.mT, trained)
             return da, db.mT
@@ -97,7 +97,7 @@ class RowTerm:
         return torch.bmm(dh[:, :, :trained].mT, x), torch.bmm(dy.mT, h[:, :, :trained])
 
     def laid_out(self) -> RowTerm:
-        """The same, with B as the kernels read it: rank by rank."""
+        """Return the term with B in the memory layout of the kernels: rank by rank."""
         return RowTerm(self.a.contiguous(), self.b.mT.contiguous().mT)
 
 
@@ -108,16 +108,16 @@ def _flat(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])
 
 
-def _stretches(x: Tensor, a: Tensor) -> Tensor:
+def _row_blocks(x: Tensor, a: Tensor) -> Tensor:
     return x.reshape(a.shape[0], -1, x.shape[-1])
 
 
 class _AdaptedLinear(Function):
-    """A frozen linear layer with one trained row term (a, b) and frozen terms, nothing of it computed twice."""
+    """A frozen linear layer with one trained row term (a, b) and frozen terms; the backward pass recomputes nothing."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: nn.Linear, a: Tensor, b: Tensor, frozen: Sequence[Term]) -> Tensor:
-        x = x.contiguous()  # the kernels of the backward pass take it as it is
+        x = x.contiguous()  # the kernels of the backward pass need contiguous rows
         alike = [term for term in frozen if isinstance(term, RowTerm) and len(term.a) == len(a)]
         others = [term for term in frozen if not (isinstance(term, RowTerm) and len(term.a) == len(a))]
         rows = _side_by_side([RowTerm(a, b), *alike]).laid_out()
@@ -143,7 +143,7 @@ class _AdaptedLinear(Function):
 
 
 def joined(terms: Sequence[Term]) -> list[Term]:
-    """The same sum in as few terms as can be; what is trained is not joined with what is frozen."""
+    """Return the same sum in as few terms as possible; trained terms are not joined with frozen ones."""
     parts: list[Term] = []
     for trained in (False, True):
         alike = [term for term in terms if term.trained == trained]
@@ -157,7 +157,7 @@ def joined(terms: Sequence[Term]) -> list[Term]:
 
 
 def _joined_rows(rows: Sequence[RowTerm]) -> list[RowTerm]:
-    """One term for each number of stretches."""
+    """Return one term for each number of row blocks."""
     counts = dict.fromkeys(len(term.a) for term in rows)
     return [_side_by_side([term for term in rows if len(term.a) == count]) for count in counts]
 
@@ -169,7 +169,7 @@ def _side_by_side(rows: Sequence[RowTerm]) -> RowTerm:
 
 
 def _ungated_into_rows(parts: Sequence[Term]) -> list[Term]:
-    """A frozen update that is the same for every row costs least as part of the row term."""
+    """Move frozen updates without gates into the row term, where they cost least."""
     rows = [term for term in parts if isinstance(term, RowTerm)]
     frozen = [term for term in rows if not term.trained]
     rest = [term for term in parts if isinstance(term, SharedTerm)]
@@ -183,7 +183,7 @@ def _ungated_into_rows(parts: Sequence[Term]) -> list[Term]:
 
 
 def _gates(terms: Sequence[SharedTerm]) -> Tensor | None:
-    """Gates of joined terms, (B, P) side by side; who has none is always open."""
+    """Return the gates of joined terms, concatenated to (B, P); a term without a gate gets ones."""
     first = next((term.gate for term in terms if term.gate is not None), None)
     if first is None:
         return None
@@ -191,7 +191,7 @@ def _gates(terms: Sequence[SharedTerm]) -> Tensor | None:
 
 
 def with_terms(layer: nn.Module, terms: Sequence[Term]) -> Callable[[Tensor], Tensor]:
-    """The forward function of ``layer`` plus ``terms``."""
+    """Return the forward function of ``layer`` plus ``terms``."""
     parts = joined(terms)
     trained = [term for term in parts if term.trained]
     frozen = [term for term in parts if not term.trained]
@@ -210,7 +210,7 @@ def _summed(plain: Callable[[Tensor], Tensor], parts: Sequence[Term], x: Tensor,
     y = plain(x)
     for term in parts:
         if in_place and y.is_contiguous():
-            term.add_(x, y)  # y is the layer's own new output: nobody else holds it
+            term.add_(x, y)  # safe: y is the layer's new output, and nothing else refers to it
         else:
             y = term(x, y)
     return y

@@ -1,4 +1,4 @@
-"""How a transformers model is read to be a base: its files, which kinds are refused, and where LoRA can attach."""
+"""Load a transformers model as a base: read its files, refuse unsupported kinds, and find the layers for LoRA."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ log = logging.getLogger("mta")
 
 
 def feed_head_contiguously(model: Any) -> None:
-    """The last tokens of rows are strided, and torch.matmul would copy the LM head once per row for them."""
+    """Make the LM head's input contiguous: for the strided last tokens, torch.matmul copies the head once per row."""
     model.get_output_embeddings().register_forward_pre_hook(lambda _, args: (args[0].contiguous(), *args[1:]))
 
 
 def text_config(model: Any) -> Any:
-    """The part of a model's configuration that describes its text decoder; most models have no other part."""
+    """Return the part of a model's configuration that describes its text decoder, for most models all of it."""
     config = model.config
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
 def longest_text(model: Any, asked: int) -> int:
-    """How many of the ``asked`` tokens a text may have: positions that the model has, with the same frequencies.
+    """Return how many of the ``asked`` tokens a text may have: at most ``max_position_embeddings``; for longrope, less.
 
-    Longrope computes all rows of a pass with other frequencies once one of them is longer than the original length.
-    (The frequencies of dynamic RoPE change with the longest row beyond ``max_position_embeddings``.)
+    If one row is longer than the original length, longrope changes the frequencies of all rows of a pass. (Dynamic RoPE
+    changes them only beyond ``max_position_embeddings``.)
     """
     config = text_config(model)
     rope = getattr(config, "rope_parameters", None) or {}
@@ -39,8 +39,8 @@ def longest_text(model: Any, asked: int) -> int:
     longest = min(asked, getattr(config, "max_position_embeddings", None) or asked)
     if (capped := min([longest, *filter(None, original)])) < longest:
         log.warning(
-            "texts are cut at %d tokens instead of %d: beyond that length, longrope RoPE computes short texts "
-            "differently beside a long one",
+            "texts are cut at %d tokens instead of %d: beyond that length, longrope RoPE would change "
+            "the results of short texts in the same batch",
             capped,
             longest,
         )
@@ -48,12 +48,12 @@ def longest_text(model: Any, asked: int) -> int:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether it is a plain linear layer, GPT-2's kind among them."""
+    """Return whether a module is a plain linear layer: nn.Linear or GPT-2's Conv1D."""
     return type(module) is nn.Linear or type(module).__name__ == "Conv1D"
 
 
 def shape_of(module: nn.Module) -> tuple[int, int]:
-    """(inputs D, outputs O) of a linear layer."""
+    """Return (inputs D, outputs O) of a linear layer."""
     if type(module) is nn.Linear:
         return module.in_features, module.out_features
     rows, columns = module.weight.shape  # type: ignore[misc]  # GPT-2's Conv1D stores its weight transposed
@@ -61,20 +61,20 @@ def shape_of(module: nn.Module) -> tuple[int, int]:
 
 
 def adapted_layers(model: Any, called: Collection[str], name: str) -> dict[str, tuple[int, int]]:
-    """The ``called`` linear layers but the LM head: name -> (inputs D, outputs O). Raises UnsupportedModel."""
+    """Return the ``called`` linear layers except the LM head: name -> (D, O). Raises UnsupportedModel."""
     head = model.get_output_embeddings()
     layers = [(layer, module) for layer, module in model.named_modules() if layer in called and module is not head]
     if not layers:
         kinds = sorted({type(module).__name__ for module in model.modules()})
         raise UnsupportedModel(
             f"{name!r} has no plain linear layers to adapt; its modules are {', '.join(kinds)}",
-            hint="Give a base of nn.Linear or Conv1D layers, such as Llama, Mistral, Qwen, Gemma or GPT-2.",
+            hint="Give a base with nn.Linear or Conv1D layers, such as Llama, Mistral, Qwen, Gemma or GPT-2.",
         )
     return {layer: shape_of(module) for layer, module in layers}
 
 
 def enable_checkpointing(model: Any, name: str) -> None:
-    """Let layers be computed again in the backward pass. Raises UnsupportedModel."""
+    """Enable gradient checkpointing without dropout. Raises UnsupportedModel."""
     if not getattr(model, "supports_gradient_checkpointing", False):
         raise UnsupportedModel(
             f"{name!r} has no gradient checkpointing", hint="Set gradient_checkpointing=false, and raise memory=…."
@@ -84,52 +84,52 @@ def enable_checkpointing(model: Any, name: str) -> None:
     for layer in model.modules():
         for attribute, value in list(vars(layer).items()):
             if hasattr(layer, "gradient_checkpointing") and "drop" in attribute and isinstance(value, float):
-                setattr(layer, attribute, 0.0)  # some layers drop out by themselves once they are in training mode
+                setattr(layer, attribute, 0.0)  # some layers apply dropout themselves in training mode
 
 
 def refuse_quantized(config: Any) -> None:
-    """Raises UnsupportedModel for weights that are packed."""
+    """Raise UnsupportedModel for quantized weights."""
     if getattr(config, "quantization_config", None) is not None:
         raise UnsupportedModel(
-            f"{getattr(config, 'model_type', '')!r} is quantized; adapters are trained over plain weights only",
-            hint="Load the unquantized model, or dequantize it first.",
+            f"{getattr(config, 'model_type', '')!r} is quantized; adapters are trained over unquantized weights only",
+            hint="Load the unquantized model, or dequantize the model first.",
         )
 
 
 def refuse_unsupported(model: Any) -> None:
-    """Raises UnsupportedModel for what the method cannot work on."""
+    """Raise UnsupportedModel for quantized and for recurrent models."""
     refuse_quantized(model.config)
     kind = getattr(model.config, "model_type", type(model).__name__)
     if getattr(model, "_is_stateful", False):
         raise UnsupportedModel(
             f"{kind!r} carries a recurrent state from token to token; shared prefixes need attention",
-            hint="Give a base of attention layers alone, such as Llama, Mistral, Qwen or Gemma.",
+            hint="Give a base with attention layers only, such as Llama, Mistral, Qwen or Gemma.",
         )
 
 
 def load_weights(folder: str, config: Any, name: str, dtype: torch.dtype) -> Any:
-    """Return the causal language model in a folder, with its weights. Raises ModelError where some are missing."""
+    """Return the causal language model of a folder. Raises ModelError if weights are missing."""
     from transformers import AutoModelForCausalLM
 
     how: dict[str, Any] = {"use_safetensors": True, "trust_remote_code": False, "attn_implementation": "sdpa"}
     how |= {"dtype": dtype, "output_loading_info": True}
     model, found = AutoModelForCausalLM.from_pretrained(folder, config=config, **how)
-    if missing := sorted(found["missing_keys"]):  # transformers would go on with random ones
+    if missing := sorted(found["missing_keys"]):  # transformers would use random weights
         raise ModelError(
-            f"{name!r} is no whole causal language model: {len(missing)} weights are not in its files, "
+            f"{name!r} is not a complete causal language model: {len(missing)} weights are not in its files, "
             f"{missing[0]} first",
-            hint="Give the folder with all of its *.safetensors, or download it again.",
+            hint="Give the folder with all of its *.safetensors, or download the model again.",
         )
     return model
 
 
 def outline_model(folder: str, config: Any, dtype: torch.dtype) -> Any:
-    """Return the causal language model of a folder without weights, on the ``meta`` device: it computes nothing."""
+    """Return the causal language model of a folder without weights, on the ``meta`` device; it cannot compute."""
     from transformers import AutoModelForCausalLM, GenerationConfig
 
     how: dict[str, Any] = {"dtype": dtype, "attn_implementation": "sdpa", "trust_remote_code": False}
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, **how)
-    with suppress(OSError):  # without that file the model's configuration says how answers end
+    with suppress(OSError):  # without that file, the model's configuration gives the end tokens
         model.generation_config = GenerationConfig.from_pretrained(folder)
     return model

@@ -1,4 +1,4 @@
-"""The frozen language model everybody shares: weights, tokenizer, prompts, fingerprint, and what LoRA can attach to."""
+"""The shared frozen language model: weights, tokenizer, prompts, fingerprint, and layers for LoRA."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ from mta.system.hub import local_folder
 from mta.system.model_files import loading, refuse_unsafe_base
 
 log = logging.getLogger("mta")
-Check = Callable[[str], None]  # of a fingerprint
+Check = Callable[[str], None]  # called with a fingerprint; raises MtaError to refuse the base
 _WHAT = "a causal language model"
 _HINT = "Give an asset, or a folder or hub id that holds config.json, a tokenizer and *.safetensors."
 
 
 class BaseModel:
-    """A causal language model whose weights are never written to.
+    """A frozen causal language model; its weights are never written to.
 
     >>> base = BaseModel.load("smollm2-135m-instruct")        # asset name, folder or hub id
     """
@@ -77,9 +77,9 @@ class BaseModel:
             self._targets = adapted_layers(model, called_layers(model), name)
 
     def _prepare(self, model: Any) -> None:
-        """Let the model compute in the fastest way that gives what it gives alone. Raises UnsupportedModel."""
+        """Choose the fastest computation that gives the results of the unchanged model. Raises UnsupportedModel."""
         with short_windows(model):
-            # Before anything is changed on the model.
+            # Before the model is changed.
             reference = Reference.of(model, self.tokenizer, self.prompts.max_tokens)
             self.blocked = can_block(model)
             if self.blocked:
@@ -99,10 +99,10 @@ class BaseModel:
         gradient_checkpointing: bool = False,
         check: Check | None = None,
     ) -> BaseModel:
-        """Load by asset name, local folder or hub id. Raises AssetError, ModelError, UnsupportedModel.
+        """Load by asset name, local folder, or hub id. Raises AssetError, ModelError, UnsupportedModel.
 
-        ``gradient_checkpointing`` keeps one layer's activations and computes the others again in the backward pass: for
-        big bases and long texts. ``check`` gets the fingerprint before the weights are loaded, and may raise MtaError.
+        ``gradient_checkpointing`` keeps one layer's activations and recomputes the others in the backward pass, for big
+        bases and long texts. ``check`` is called with the fingerprint before the weights are loaded.
         """
         place = pick_device(device)
         folder, numbers = local_folder(name), pick_dtype(dtype, place)
@@ -113,15 +113,15 @@ class BaseModel:
 
     @classmethod
     def of(cls, run: Run, check: Check | None = None) -> BaseModel:
-        """The base that a run names, loaded as it says; ``check`` as for ``load``."""
+        """Load the base of a run with the run's settings; ``check`` as for ``load``."""
         return cls.load(run.base, run.dtype, run.device, run.max_tokens, run.gradient_checkpointing, check)
 
     @classmethod
     def outline(cls, run: Run, check: Check | None = None) -> BaseModel:
-        """The base that a run names without its weights, which takes no memory: layers lie on the ``meta`` device.
+        """Return the base of a run without weights: its layers are on the ``meta`` device and take no memory.
 
-        It has tokenizer, prompts, fingerprint, shapes, and stop tokens, and computes nothing. ``check`` and errors are
-        those of ``load``.
+        The outline has tokenizer, prompts, fingerprint, shapes, and stop tokens, but cannot compute. ``check`` and
+        errors are those of ``load``.
         """
         folder, dtype = local_folder(run.base), pick_dtype(run.dtype, pick_device(run.device))
         config, tokenizer, fingerprint = _described(folder, run.base, check)
@@ -130,14 +130,14 @@ class BaseModel:
         return cls(model, tokenizer, run.base, fingerprint, run.max_tokens)
 
     def as_loaded(self, run: Run) -> Run:
-        """The run with this base as it was loaded, and folders by their full names: what another process loads too."""
-        named = {"base": self.name} | ({} if run.encoder == "base" else {"encoder": run.encoder})  # "base" is no folder
+        """Return the run with this base as loaded and with absolute folders, so that other processes load the same."""
+        named = {"base": self.name} | ({} if run.encoder == "base" else {"encoder": run.encoder})  # "base": no folder
         full = {key: str(Path(name).resolve()) if Path(name).is_dir() else name for key, name in named.items()}
         dtype = str(self.dtype).removeprefix("torch.")
         return run.model_copy(update={**full, "dtype": dtype, "max_tokens": self.prompts.max_tokens})
 
     def twin(self) -> BaseModel:
-        """The same weights under modules of their own: another thread can put other adapters on them meanwhile."""
+        """Return a base with new modules and the same weights, so that another thread can apply other adapters."""
         made = copy.copy(self)
         shared = {id(tensor): tensor for tensor in (*self.model.parameters(), *self.model.buffers())}
         made.model = copy.deepcopy(self.model, shared)
@@ -145,40 +145,40 @@ class BaseModel:
 
     @property
     def has_weights(self) -> bool:
-        """Whether it can compute: an outline cannot."""
+        """Whether the base can compute; an outline cannot."""
         return self.device.type != "meta"
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """Device of the weights."""
         return next(self.model.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
-        """Type of the frozen weights; adapters keep float32 masters unless the base is float64."""
+        """Type of the frozen weights."""
         return next(self.model.parameters()).dtype
 
     @property
     def master_dtype(self) -> torch.dtype:
-        """Type adapters are kept and trained in."""
+        """Type in which adapters are trained and kept: float32, or float64 for a base in float64."""
         return torch.float64 if self.dtype == torch.float64 else torch.float32
 
     @property
     def pad_token(self) -> int:
-        """What fills rows up; nobody attends to it."""
+        """Token that pads rows; no other token attends to it."""
         pad = self.tokenizer.pad_token_id
         return int(self.prompts.end_token if pad is None else pad)
 
     @property
     def stop_tokens(self) -> list[int]:
-        """What ends an answer: the template's end token, and whatever the model's own configuration names."""
+        """Tokens that end an answer: the template's end token, and those in the model's generation configuration."""
         named = getattr(self.model.generation_config, "eos_token_id", None)
         named = named if isinstance(named, list) else [named]
         return sorted({self.prompts.end_token, *(token for token in named if token is not None)})
 
     @property
     def note(self) -> str:
-        """What a reader of results must know about these weights."""
+        """A note on these weights for readers of results; empty for bases that are not assets."""
         return ASSETS[self.name].note if self.name in ASSETS else ""
 
     @property
@@ -193,9 +193,9 @@ class BaseModel:
 
     @cached_property
     def attention_price(self) -> float:
-        """Cost of one query-key pair over the cost of pushing one token through the linear layers (for packing).
+        """Cost of one query-key pair divided by the cost of one token in the linear layers (for packing).
 
-        Masks, softmax and what is moved for them make a pair about three times as dear as its operations.
+        Masks, softmax, and their memory traffic make a pair about three times as expensive as its operations.
         """
         linear = sum(d * o for d, o in self.targets.values())
         config = text_config(self.model)
@@ -203,21 +203,22 @@ class BaseModel:
 
     @cached_property
     def footprint(self) -> Footprint:
-        """Memory that passes through this base take."""
+        """Memory model of passes through this base."""
         compiled = kernels("attention", next(self.model.parameters())) is not None
         how = {"itemsize": self.dtype.itemsize, "kernels": compiled, "checkpointed": self.gradient_checkpointing}
         return Footprint.of(self.model, self.exchanged, **how)
 
     @property
     def packable(self) -> bool:
-        """Whether rows may hold branches: the model keeps to the positions and masks that it is given."""
+        """Whether rows may hold branches, because the model follows the positions and masks it is given."""
         return self._packable
 
     @contextmanager
     def in_training(self) -> Iterator[None]:
-        """Within the block, layers are checkpointed where that was asked for.
+        """Checkpoint layers within the block if ``gradient_checkpointing`` is on.
 
-        transformers asks a layer whether it is in training mode; what is inside it stays out, so dropout stays off.
+        transformers requires training mode for that. Only the checkpointed layers get it, not the modules inside, so
+        dropout stays off.
         """
         every = self.model.modules() if self.gradient_checkpointing else ()
         layers = [module for module in every if hasattr(module, "gradient_checkpointing")]
@@ -230,7 +231,7 @@ class BaseModel:
                 layer.training = False
 
     def logits(self, tokens: Tensor, ends: Tensor, positions: Tensor, where: Tensor) -> Tensor:
-        """Next-token logits at chosen places of token trees; the LM head sees no other token.
+        """Return next-token logits at chosen places of token trees; the LM head computes no other token.
 
         Shapes: tokens, ends, positions (B, T), where token i sees token j exactly when j <= i < ends[j];
         where (n,) flat indices into B * T -> (n, V).
@@ -239,15 +240,15 @@ class BaseModel:
         if self._packable:
             inputs |= {"position_ids": positions, **self._attention(ends, positions)}
         else:
-            inputs["attention_mask"] = torch.ones_like(tokens)  # rows of one example each, filled up on the right
+            inputs["attention_mask"] = torch.ones_like(tokens)  # rows of one example each, padded on the right
 
         return self._logits_at(where, inputs)
 
     def next_logits(self, tokens: Tensor, positions: Tensor, cache: Any, length: int, where: Tensor) -> Tensor:
-        """Next-token logits at chosen places of rows that go on from what is cached of them.
+        """Return next-token logits at chosen places of rows that continue from a KV cache.
 
-        Shapes: tokens, positions (B, T); ``cache`` takes their keys and values in and gives back (B, length) of them,
-        of which token t sees those up to its own position; where (n,) flat indices into B * T -> (n, V).
+        Shapes: tokens, positions (B, T). ``cache`` stores their keys and values and returns (B, length) of them; a
+        token sees those up to its own position. where (n,) flat indices into B * T -> (n, V).
         """
         keys = torch.arange(length, device=positions.device)[None]
         seen = keys[:, None] <= positions[:, :, None]
@@ -258,7 +259,7 @@ class BaseModel:
         def gather(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
             return (args[0].flatten(0, 1)[where].unsqueeze(0), *args[1:])
 
-        # In front of the LM head, so that whatever a model does to its logits afterwards stays.
+        # Select before the LM head, so that the model's own processing of logits still applies.
         handle = self.model.get_output_embeddings().register_forward_pre_hook(gather)
         try:
             return self.model(**inputs).logits.squeeze(0)  # [0] would copy the logits' gradient
@@ -267,16 +268,16 @@ class BaseModel:
 
     @cached_property
     def _cache_name(self) -> str:
-        """What this version of transformers calls the cache."""
+        """Keyword of the KV cache in this version of transformers."""
         return "cache" if "cache" in self._keywords else "past_key_values"
 
     @cached_property
     def _keywords(self) -> frozenset[str]:
-        """What the model's forward takes by name."""
+        """Keywords of the model's forward."""
         return frozenset(inspect.signature(self.model.forward).parameters)
 
     def _attention(self, ends: Tensor, positions: Tensor) -> dict[str, Any]:
-        """The keywords that tell a model who sees whom: blocks where its attention takes them, else dense masks."""
+        """Return the attention keywords: blocks if the model's attention supports them, else dense masks."""
         if not self.blocked:
             return {"attention_mask": masks(self.model, visible(ends), positions, positions)}
         blocks, flat = blocks_of(ends, positions), positions.flatten()
@@ -284,12 +285,12 @@ class BaseModel:
         return {"attention_mask": mask, "blocks": blocks}
 
     def _choose_rows(self, reference: Reference) -> None:
-        """Take the fastest way to compute rows that gives what the model gives. Raises UnsupportedModel."""
+        """Choose the fastest row format with the model's own results. Raises UnsupportedModel."""
         ways = [True, False] if self.blocked else [False]
         self.blocked = self._packable = False
         if not reference.agrees(self.model, self.logits, packed=False):
             raise UnsupportedModel(
-                f"{self.name!r} gives a text other logits in a batch than alone: its tokens see the tokens after them, "
+                f"{self.name!r} gives a text other logits in a batch than alone: its tokens see later tokens, "
                 "or its rows depend on each other",
                 hint=CAUSAL,
             )
@@ -298,11 +299,11 @@ class BaseModel:
             if reference.agrees(self.model, self.logits, packed=True):
                 return
         self.blocked = self._packable = False
-        log.info("%s: each example is computed in a row of its own", self.name)
+        log.info("%s: each example is computed in its own row", self.name)
 
 
 def _described(folder: str, name: str, check: Check | None) -> tuple[Any, Any, str]:
-    """Return the configuration, tokenizer, and fingerprint of a folder that is safe to load, and pass ``check``."""
+    """Return configuration, tokenizer, and fingerprint of a folder, after safety checks and ``check``."""
     from transformers import AutoConfig, AutoTokenizer
 
     refuse_unsafe_base(Path(folder), name)

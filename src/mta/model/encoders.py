@@ -1,4 +1,4 @@
-"""From a history to one vector, in which people can be compared."""
+"""Encode histories as vectors, so that people can be compared."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from mta.system.hub import local_folder
 from mta.system.model_files import loading, lowers_case, modules_of, refuse_unsafe_encoder
 
 _KIND = "a sentence encoder"
-_HINT = "Give a folder or hub id of sentence-transformers, or let the base encode:  encoder=base"
+_HINT = "Give a folder or hub id of sentence-transformers, or encode with the base:  encoder=base"
 
 
 class Encoder(Protocol):
-    """Texts to vectors. ``name`` can be given to ``load_encoder`` again; ``fingerprint`` says which weights."""
+    """Encoder of texts as vectors. ``name`` is an argument of ``load_encoder``."""
 
     name: str
 
@@ -31,13 +31,13 @@ class Encoder(Protocol):
         """Identity of the weights: vectors of different fingerprints are not comparable."""
 
     def encode(self, texts: Sequence[str]) -> Tensor:
-        """(n,) texts -> (n, E) float32 on the CPU."""
+        """Encode n texts as (n, E) float32 on the CPU."""
 
 
 class SentenceEncoder:
-    """A sentence-transformers model by asset name, folder or hub id.
+    """A sentence-transformers model by asset name, folder, or hub id.
 
-    Weights are loaded with the first texts; ``fingerprint`` can be compared before. Raises AssetError, ModelError.
+    Weights are loaded at the first ``encode``; ``fingerprint`` does not need them. Raises AssetError, ModelError.
     """
 
     def __init__(self, name: str, device: str | None = None) -> None:
@@ -49,13 +49,12 @@ class SentenceEncoder:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Over the stored weights of all modules; of the model, only the tokenizer is loaded."""
+        """Identity of the stored weights of all modules; loads only the tokenizer."""
         files = [file for module in self._modules for file in module.weight_files(self._folder)]
         with loading(self.name, _KIND, _HINT):
             return folder_fingerprint(self._folder, self._tokenizer(), files)
 
     def encode(self, texts: Sequence[str]) -> Tensor:
-        """(n,) texts -> (n, E)."""
         vectors: Any = self._model.encode(list(texts), batch_size=64, show_progress_bar=False, convert_to_tensor=True)
         return vectors.float().cpu()
 
@@ -76,13 +75,13 @@ class SentenceEncoder:
         from transformers import AutoTokenizer
 
         inner = self._folder / self._modules[0].path
-        if lowers_case(inner):  # sentence-transformers changes the tokenizer after loading
+        if lowers_case(inner):  # then sentence-transformers changes the tokenizer after loading
             return self._model.tokenizer
         return AutoTokenizer.from_pretrained(inner, trust_remote_code=False)
 
 
 class BaseEncoder:
-    """The base model itself as an encoder: mean of the last hidden states over a text's tokens."""
+    """The base model as an encoder: mean of the last hidden states over a text's tokens."""
 
     name = "base"
 
@@ -92,12 +91,10 @@ class BaseEncoder:
 
     @property
     def fingerprint(self) -> str:
-        """The base's."""
         return self._base.fingerprint
 
     @torch.inference_mode()
     def encode(self, texts: Sequence[str]) -> Tensor:
-        """(n,) texts -> (n, E)."""
         rows = [self._base.tokenizer(text)["input_ids"][: self._base.prompts.max_tokens] or [0] for text in texts]
         order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
         vectors = torch.empty(0)
@@ -115,18 +112,18 @@ class BaseEncoder:
 
 
 def load_encoder(name: str, base: BaseModel) -> Encoder:
-    """``base`` for the base model's own states, else a sentence encoder by asset name, folder or hub id."""
+    """Return the base model as an encoder for the name "base", else a sentence encoder (asset, folder, or hub id)."""
     return BaseEncoder(base) if name == "base" else SentenceEncoder(name, str(base.device))
 
 
 def encode_people(encoder: Encoder, task: Task, people: Sequence[Person], what: Literal["input", "both"]) -> Tensor:
-    """One unit vector per person, (U, E): the mean over their items, each distinct text encoded once.
+    """Return one unit vector per person, (U, E): the mean over their items. Each distinct text is encoded once.
 
-    ``both`` encodes an item with its target: inputs alone say what was watched, not how it was liked.
+    ``both`` encodes an item with its target: inputs alone say which film was watched, but not the rating.
     """
     texts = [[task.text_of(item, with_target=what == "both") for item in person.items] for person in people]
-    distinct = sorted({text for theirs in texts for text in theirs})
+    distinct = sorted({text for each in texts for text in each})
     place = {text: i for i, text in enumerate(distinct)}
     vectors = torch.nn.functional.normalize(encoder.encode(distinct), dim=1)
-    means = torch.stack([vectors[[place[text] for text in theirs]].mean(0) for theirs in texts])
+    means = torch.stack([vectors[[place[text] for text in each]].mean(0) for each in texts])
     return torch.nn.functional.normalize(means, dim=1)

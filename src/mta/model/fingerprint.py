@@ -1,4 +1,4 @@
-"""Which weights these are: one sha256 over stored tensors and tokenizer, whatever they are loaded as."""
+"""Identity of weights: one sha256 over stored tensors and tokenizer, independent of the loaded dtype."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ _PROBE = "The quick brown fox, aged 42, said: «Привет, 世界!»\n\tnaïv
 
 
 def fingerprint_of(tensors: Mapping[str, Tensor], tokenizer: Any) -> str:
-    """Sha256 over names, dtypes, shapes and bytes of tensors, then tokenizer and chat template."""
+    """Return the sha256 over names, dtypes, shapes, and bytes of tensors, then tokenizer and chat template."""
     return _digest(sorted(tensors), lambda name: tensors[name], tokenizer)
 
 
 def folder_fingerprint(folder: str | Path, tokenizer: Any, files: Sequence[Path] | None = None) -> str:
-    """The fingerprint of stored weights: independent of sharding and of the dtype they are loaded in.
+    """Return the fingerprint of stored weights, independent of sharding and of the dtype they are loaded in.
 
-    ``files`` are the weight files, by default those that transformers loads. A tensor in a folder below ``folder`` is
-    named with that folder. Raises ModelError, and OSError where a file is missing.
+    ``files`` are the weight files, by default those that transformers loads. Names of tensors in a folder below
+    ``folder`` include that folder. Raises ModelError, and OSError if a file is missing.
     """
     place: dict[str, tuple[Path, str]] = {}
     for file in weight_files(Path(folder)) if files is None else files:
@@ -45,7 +45,7 @@ def folder_fingerprint(folder: str | Path, tokenizer: Any, files: Sequence[Path]
 
 
 def _digest(names: list[str], read: Callable[[str], Tensor], tokenizer: Any) -> str:
-    if unsafe := [name for name in names if re.search(r"[\x00-\x1f\x7f]", name)]:  # would read as a line of its own
+    if unsafe := [name for name in names if re.search(r"[\x00-\x1f\x7f]", name)]:  # could look like a separate line
         raise ModelError(
             f"a tensor is named {unsafe[0]!r}, with a control character; expected a plain name",
             hint="Give weights as transformers saves them (save_pretrained).",
@@ -55,7 +55,7 @@ def _digest(names: list[str], read: Callable[[str], Tensor], tokenizer: Any) -> 
         tensor = read(name).detach().cpu().contiguous()
         digest.update(f"{name} {str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}\n".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    # The vocabulary and how it splits a probe text, rather than tokenizer files, whose layout changes between versions.
+    # Hash the vocabulary and the tokens of a probe text, because the layout of tokenizer files changes with versions.
     words = sorted(tokenizer.get_vocab().items())
     probe = list(tokenizer(_PROBE)["input_ids"])
     digest.update(json.dumps([words, probe, getattr(tokenizer, "chat_template", None)]).encode())

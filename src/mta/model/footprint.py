@@ -1,8 +1,8 @@
-"""Tensor memory of a pass through a base, from the shapes of its modules alone: nothing is measured.
+"""Estimate the tensor memory of a pass through a base from the shapes of its modules, without measurements.
 
-A training pass keeps for the backward pass, of every token: the inputs of norms and of linear layers, the queries,
-keys, values and attention weights, and the inputs of activation functions. A target token adds a row of logits and
-their gradient. An adapter adds the copies that the layers make of its factors. A scoring pass holds one layer only.
+For every token, a training pass keeps the inputs of norms and of linear layers, the queries, keys, values, and
+attention weights, and the inputs of activation functions for the backward pass. A target token adds a row of logits and
+their gradient. An adapter adds the copies that the layers make of its factors. A scoring pass holds only one layer.
 """
 
 from __future__ import annotations
@@ -19,16 +19,15 @@ from mta.model.adaptable import is_linear, shape_of
 
 COPIES = 6  # of a trained number: value, gradient, two moments, a checkpoint being written, the result
 _BLOCK = 4  # a block of attention has about 4 * sqrt(prefix) tokens, or one branch (mta.model.tree_attention)
-_PYTHON_GELU = 3  # intermediate results of the size of its input that a GELU written in Python keeps
+_PYTHON_GELU = 3  # intermediate results, each of the size of the input, that a GELU written in Python keeps
 
 
 @dataclass(frozen=True, slots=True)
 class Numbers:
-    """How many numbers the adapters of a pass have.
+    """Number of parameters in the adapters of a pass.
 
-    ``trained`` and ``frozen`` (a merge of the person's own) are per person. ``pooled`` (the task LoRA) is stored once,
-    but layers with adapters per person copy it for each of them. ``shared`` (a bank that gates merge) is copied once
-    per pass.
+    ``trained`` and ``frozen`` (the person's merge) are per person. ``pooled`` (the task LoRA) is stored once, but
+    layers with adapters per person copy it for each person. ``shared`` (a gated bank) is copied once per pass.
     """
 
     trained: int = 0
@@ -39,14 +38,14 @@ class Numbers:
 
 @dataclass(frozen=True, slots=True)
 class Texts:
-    """Lengths that decide what attention takes: tokens of the longest text, and of the prefix its branches share."""
+    """Lengths that determine the memory of attention: tokens of the longest text and of the shared prefix."""
 
     longest: int = 0
     prefix: int = 0
 
     @property
     def block(self) -> int:
-        """Tokens of a block in ``mta.model.tree_attention``: a branch, or more of them under a long prefix."""
+        """Tokens of a block in ``mta.model.tree_attention``: one branch, or several with a long prefix."""
         return min(self.longest, max(self.longest - self.prefix, int(_BLOCK * math.sqrt(self.prefix))))
 
     @property
@@ -56,7 +55,7 @@ class Texts:
 
     @property
     def repeats(self) -> float:
-        """How often a token's key and value are gathered."""
+        """Number of times that a token's key and value are gathered."""
         return self.seen / self.block if self.block else 1.0
 
 
@@ -66,8 +65,8 @@ class Sums:
 
     ``norms``: inputs of norms. ``cast``: those that norms in Python convert to float32. ``linear``: distinct inputs of
     linear layers. ``queries``, ``keys`` (and values). ``inner`` and ``outer``: inputs and outputs of activation
-    functions. ``python``: what those keep besides where no kernel computes them. ``width``: D + O of ``adapted``
-    layers. ``outputs``: their O. ``routed``: inputs (and outputs) of experts, of a token once for each of its experts.
+    functions. ``python``: intermediate results of activation functions without a kernel. ``width``: D + O of
+    ``adapted`` layers. ``outputs``: their O. ``routed``: inputs (and outputs) of the experts of a token.
     """
 
     norms: int = 0
@@ -85,9 +84,9 @@ class Sums:
 
     @classmethod
     def of(cls, model: Any, exchanged: Collection[str] = ()) -> Sums:
-        """Read the modules of a model. ``exchanged``: classes that compute with kernels (``use_kernels``).
+        """Return the sums of a model's modules. ``exchanged``: classes that compute with kernels (``use_kernels``).
 
-        In a module that holds linear layers, the last one has an input of its own and the others share theirs.
+        Assumes that all linear layers of one module except the last share their input.
         """
         sums, head = cls(), model.get_output_embeddings()
         for parent in model.modules():
@@ -113,11 +112,11 @@ class Sums:
             return
         self.queries, self.keys = self.queries + d, self.keys + inner - d
         for name, norm in parent.named_children():
-            if _norm(norm):  # of each head: the module itself was counted as one head
+            if _norm(norm):  # applied per head, but `of` counts the norm as one head
                 self.norms += (d if name.startswith("q") else (inner - d) // 2) - int(norm.weight.numel())
 
     def _add_experts(self, parent: nn.Module, hidden: int, inner: int) -> None:
-        """Experts in Python: kept are the gate, its activation, what that is multiplied by, and the outputs."""
+        """Add experts computed in Python, which keep the gate, its activation, the other factor, and the outputs."""
         gated = hasattr(parent, "gate_up_proj")
         self.routed += hidden
         self.inner, self.outer = self.inner + (1 + gated) * inner, self.outer + (1 + gated) * inner
@@ -126,7 +125,7 @@ class Sums:
 
 @dataclass(frozen=True, slots=True)
 class Footprint:
-    """Bytes that passes through one base take. ``kernels``: whether there are compiled kernels for its numbers."""
+    """Memory of passes through one base, in bytes. ``kernels``: whether compiled kernels support its dtype."""
 
     sums: Sums
     layers: int
@@ -139,41 +138,41 @@ class Footprint:
 
     @classmethod
     def of(cls, model: Any, exchanged: Collection[str] = (), **how: Any) -> Footprint:
-        """Read the shapes of a transformers model, which may be on the meta device. Keywords are further fields."""
+        """Return the footprint of a transformers model, which may be on the meta device. ``how`` sets other fields."""
         config = model.config.get_text_config()
         shape = config.num_hidden_layers, config.num_attention_heads, config.hidden_size, config.vocab_size
         return cls(Sums.of(model, exchanged), *shape, **how)
 
     @property
     def _wide(self) -> int:
-        """Bytes of a number that is summed: float32, or float64 for a base in float64."""
+        """Bytes of an accumulated number: float32, or float64 for a base in float64."""
         return max(self.itemsize, 4)
 
     @property
     def _half(self) -> bool:
-        """Whether torch's own operations convert numbers of the base to float32 and back."""
+        """Whether torch's operations convert the base's numbers to float32 and back."""
         return self.itemsize < self._wide
 
     @property
     def _weight(self) -> int:
-        """Bytes kept of one attention weight."""
+        """Bytes kept for one attention weight."""
         return self.itemsize if self.kernels else self._wide + self._half * self.itemsize
 
     @property
     def target(self) -> int:
-        """Bytes that a training pass takes for one target token: logits, log-probabilities and their gradient."""
+        """Bytes of a training pass for one target token: logits, log-probabilities, and their gradient."""
         return self.vocabulary * (2 * self.itemsize if self.kernels else 3 * self._wide)
 
     @property
     def target_weight(self) -> float:
-        """Cost of a target token in tokens. Tokens count without attention here, which makes it an upper bound.
+        """Memory of a target token divided by that of a token without attention, an upper bound.
 
-        A multiple of 1/256: sums of such numbers are exact in any order.
+        A multiple of 1/256, so that sums are exact in any order.
         """
         return math.ceil(256 * self.target / self.token(Texts())) / 256
 
     def token(self, texts: Texts, ranks: int = 0) -> int:
-        """Bytes that a training pass keeps of one token. ``ranks``: of all adapters per person together."""
+        """Return the bytes that a training pass keeps for one token. ``ranks``: total rank of a person's adapters."""
         s = self.sums
         kept = self.itemsize * (s.norms + s.linear + s.inner + s.python + s.routed + s.queries)
         kept += self.itemsize * int(s.keys * texts.repeats)
@@ -184,7 +183,7 @@ class Footprint:
         return kept
 
     def person(self, numbers: Numbers) -> int:
-        """Bytes of the copies that a training pass makes of the adapters of one person."""
+        """Return the bytes of the copies that a training pass makes of one person's adapters."""
         outputs, joined = numbers.trained * self.sums.outputs // self.sums.width, self._joined(numbers)
         saved = numbers.trained + joined if joined else outputs
         copies = saved // self.layers if self.checkpointed else saved
@@ -192,26 +191,26 @@ class Footprint:
         return self.itemsize * copies
 
     def ranks(self, numbers: Numbers) -> int:
-        """Sum of the ranks that layers compute for each person."""
+        """Return the total rank that layers compute for each person."""
         return (numbers.trained + self._joined(numbers)) // self.sums.width
 
     @staticmethod
     def _joined(numbers: Numbers) -> int:
-        """Frozen numbers that layers copy for each person; gates join the task LoRA with the bank instead."""
+        """Return the frozen numbers that layers copy for each person; with gates, the task LoRA joins the bank."""
         return numbers.frozen + (numbers.pooled if numbers.frozen or not numbers.shared else 0)
 
     def shared(self, numbers: Numbers) -> int:
-        """Bytes of the copies that a pass makes of adapters for all people."""
+        """Return the bytes of the copies that a pass makes of adapters shared by all people."""
         return self.itemsize * (numbers.shared + numbers.pooled)
 
     def training(self, tokens: int, targets: int, people: int, texts: Texts, numbers: Numbers) -> int:
-        """Peak bytes of a training pass of so many padded tokens, beside the parameters and their moments."""
+        """Return the peak bytes of a training pass of padded ``tokens``, without the parameters and their moments."""
         kept = tokens * self.token(texts, self.ranks(numbers)) + people * self.person(numbers) + self.shared(numbers)
         layer = (self.sums.inner + 2 * self.sums.routed) // self.layers + 2 * self.hidden
         return kept + max(targets * self.target, tokens * self.itemsize * layer)  # gradients
 
     def scoring(self, tokens: int, targets: int, people: int, texts: Texts, numbers: Numbers) -> int:
-        """Peak bytes of a pass without gradients: of the attention or the MLP of one layer, or of the logits."""
+        """Return the peak bytes of a pass without gradients: in the attention or MLP of one layer, or in the logits."""
         s = self.sums
         gathered = (4 if self.kernels else 5) * s.queries + int(s.keys * (1 + texts.repeats))
         attention = 3 * self.hidden + gathered // self.layers
@@ -225,16 +224,16 @@ class Footprint:
 
 
 def _norm(module: nn.Module) -> str:
-    """The class of a norm with weights, else nothing."""
+    """Return the class name of a norm with weights, else ""."""
     kind = type(module).__name__
     return kind if kind.endswith("Norm") and getattr(module, "weight", None) is not None else ""
 
 
 def _routed(module: nn.Module, config: Any) -> tuple[int, int] | None:
-    """Numbers that enter all experts of a token together, and that their last layers take; None for other modules.
+    """Return how many inputs all experts of a token have, and their last layers; None for modules without experts.
 
-    Experts are one parameter of three dimensions per layer, and no linear layers. A module that is not given the
-    experts of each token computes all of them.
+    Experts are stored as one parameter of three dimensions per layer, not as linear layers. A module whose forward has
+    no argument for the chosen experts computes all of them.
     """
     last = getattr(module, "down_proj", None)
     if not isinstance(last, nn.Parameter) or last.ndim != 3:

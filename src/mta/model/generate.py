@@ -1,4 +1,4 @@
-"""Decoding rows of different people together: one batch, everybody with their own adapters."""
+"""Decode rows of different people in one batch, each with the adapters of its person."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ def generate(
     seed: int = 0,
     tokens_per_batch: int = 8192,
 ) -> list[list[int]]:
-    """Continue each prompt with the adapters of its owner; returns the new tokens, without the end token.
+    """Continue each prompt with the adapters of its owner; return the new tokens, without the end token.
 
-    Greedy by default; else ``seed`` decides, and torch's global generators are left as they were.
-    Rows are padded on the left and sorted by length into batches; greedy answers do not depend on which rows share a
-    batch, up to rounding. A base that is not ``packable`` may ignore padding: its batches hold prompts of one length.
+    Greedy by default. Sampling depends only on ``seed`` and restores torch's global generators afterwards.
+    Rows are padded on the left and sorted by length into batches. Up to rounding, greedy answers do not depend on which
+    rows share a batch. A base that is not ``packable`` may ignore padding, so its batches hold prompts of one length.
     """
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     answers: list[list[int]] = [[] for _ in prompts]
     config = _config(base, max_new_tokens, temperature)
-    with seeded(seed, base.device) if temperature > 0 else nullcontext():  # transformers takes no generator
+    with seeded(seed, base.device) if temperature > 0 else nullcontext():  # transformers accepts no generator
         while order:
             longest = len(prompts[order[-1]])
             fit = max(tokens_per_batch // (longest + max_new_tokens), 1)

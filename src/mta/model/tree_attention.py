@@ -1,12 +1,12 @@
-"""Attention over token trees: a block of neighbouring tokens and all the tokens they may see, instead of whole rows.
+"""Attention over token trees: each block of neighboring tokens attends only to the tokens it may see.
 
 A row is a tree of tokens in depth-first order (``mta.training.packing``). Token i sees token j exactly when
 
     j <= i < end[j]        end[j] is one past the last token of j's subtree
 
-Most pairs of a row are of different branches and see nothing of each other. Any stretch of a row sees only its first
-token's ancestors and itself, so the row is cut into stretches of similar size, and each attends to those tokens alone.
-``install`` gives a transformers model this attention for calls that bring ``blocks``; all others go through SDPA.
+Most pairs of tokens of a row are in different branches and do not see each other. A block of consecutive tokens sees
+only its first token's ancestors and itself. So rows are cut into blocks of similar size, which attend to these tokens.
+``install`` gives a transformers model this attention for calls with ``blocks``; other calls use SDPA.
 """
 
 from __future__ import annotations
@@ -25,23 +25,23 @@ from mta.model.adaptable import text_config
 
 NAME = "mta_tree"
 _SIZES = (16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 1024)  # of a block, in tokens
-_GATHER = 16  # what fetching a token costs, in query-key pairs
-_EVEN = 8  # K is a multiple of it: products with odd rows of bfloat16 take twice as long
-_REFUSED = ("softcap", "s_aux", "position_bias")  # what SDPA cannot do either, or what would need dense rows
+_GATHER = 16  # cost of fetching a token, in query-key pairs
+_EVEN = 8  # K is a multiple of this: products with odd rows of bfloat16 take twice as long
+_REFUSED = ("softcap", "s_aux", "position_bias")  # not supported by SDPA either, or need dense rows
 
 
 def visible(ends: Tensor) -> Tensor:
-    """(B, T) ends of subtrees -> (B, T, T) bool: [b, i, j] = token i sees token j."""
+    """Return (B, T, T) bool from ends of subtrees (B, T): [b, i, j] = token i sees token j."""
     i = torch.arange(ends.shape[1], device=ends.device)
     return (i[None, None, :] <= i[None, :, None]) & (i[None, :, None] < ends[:, None, :])
 
 
 @dataclass(frozen=True, slots=True)
 class Blocks:
-    """G stretches of Q tokens and the K tokens each may see, padded.
+    """G blocks of Q tokens and the K tokens each block may see, padded.
 
-    Shapes: queries (G, Q) and keys (G, K), flat places in B * T; seen (G, Q, K) bool; place (B * T,), where each token
-    stands in G * Q. Token t stands among the keys, G * K, at ``slots[starts[t] : starts[t + 1]]``; ``each`` counts
+    Shapes: queries (G, Q) and keys (G, K), flat places in B * T; seen (G, Q, K) bool; place (B * T,), the place of each
+    token in G * Q. The places of token t among the keys, G * K, are ``slots[starts[t] : starts[t + 1]]``; ``each`` is
     0 ... B * T.
     """
 
@@ -55,7 +55,7 @@ class Blocks:
 
 
 def blocks_of(ends: Tensor, positions: Tensor) -> Blocks:
-    """Cut rows (B, T) into stretches of the size at which attention costs least."""
+    """Cut rows (B, T) into blocks of the size with the lowest cost of attention."""
     rows, depths = ends.cpu().numpy(), positions.cpu().numpy()
     tokens = rows.shape[1]
     best = min((_cuts(rows, depths, min(size, tokens)) for size in _SIZES), key=lambda cuts: _cost(cuts, depths))
@@ -66,22 +66,22 @@ def blocks_of(ends: Tensor, positions: Tensor) -> Blocks:
         seen = np.append(np.flatnonzero(rows[row, :start] > start), np.arange(start, stop))
         queries[g, : stop - start], keys[g, : len(seen)] = np.arange(start, stop), seen
         place[row * tokens + start : row * tokens + stop] = g * wide + np.arange(stop - start)
-    whose = np.array([row for row, _, _ in best])[:, None]
+    row_of = np.array([row for row, _, _ in best])[:, None]
     q, k = queries[:, :, None], keys[:, None, :]
-    sees = (k >= 0) & (k <= q) & (q < rows[whose, keys.clip(0)][:, None, :])
-    flat = np.where(keys >= 0, keys + whose * tokens, rows.size).ravel()
+    sees = (k >= 0) & (k <= q) & (q < rows[row_of, keys.clip(0)][:, None, :])
+    flat = np.where(keys >= 0, keys + row_of * tokens, rows.size).ravel()
     slots = np.argsort(flat, kind="stable")[: np.count_nonzero(keys >= 0)]
     each = np.arange(rows.size + 1)
     starts = np.searchsorted(flat[slots], each)
-    made = (queries.clip(0) + whose * tokens, keys.clip(0) + whose * tokens, sees, place, slots, starts, each)
-    return Blocks(*(torch.from_numpy(part).to(ends.device) for part in made))
+    parts = (queries.clip(0) + row_of * tokens, keys.clip(0) + row_of * tokens, sees, place, slots, starts, each)
+    return Blocks(*(torch.from_numpy(part).to(ends.device) for part in parts))
 
 
 def _cuts(rows: Any, depths: Any, size: int) -> list[tuple[int, int, int]]:
-    """(row, start, stop) of stretches of at most ``size`` tokens, cut where the least lies above: between branches."""
+    """Return (row, start, stop) of blocks of at most ``size`` tokens, cut between branches at the lowest depth."""
     cuts = []
     for row, (ends, depth) in enumerate(zip(rows, depths)):
-        # Where a branch begins: after a token that has several children, or after another branch.
+        # A branch begins after a token that has several children, or after another branch.
         begins = np.flatnonzero((depth[1:] <= depth[:-1]) | (ends[1:] < ends[:-1])) + 1
         start = 0
         while start < len(ends):
@@ -94,7 +94,7 @@ def _cuts(rows: Any, depths: Any, size: int) -> list[tuple[int, int, int]]:
 
 
 def _sizes(cuts: Sequence[tuple[int, int, int]], depths: Any) -> tuple[int, int]:
-    """Q and K: the most tokens of a stretch, and the most that one sees, made up to whole vectors."""
+    """Return Q and K: the most tokens of a block, and the most that a block sees, rounded up to whole vectors."""
     wide = max(stop - start for _, start, stop in cuts)
     deep = max(int(depths[row, start]) + stop - start for row, start, stop in cuts)
     return wide, -(-deep // _EVEN) * _EVEN
@@ -106,13 +106,13 @@ def _cost(cuts: Sequence[tuple[int, int, int]], depths: Any) -> float:
 
 
 def additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
-    """(n, Q, K) bool -> (n, 1, Q, K): 0 where a token is seen, the least number where it is not."""
+    """Return an additive mask (n, 1, Q, K) from (n, Q, K) bool."""
     mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
     return mask.masked_fill_(~seen, torch.finfo(dtype).min).unsqueeze(1)
 
 
 def masks(model: Any, seen: Tensor, queries: Tensor, keys: Tensor) -> Tensor | dict[str, Tensor]:
-    """Additive masks as transformers wants them: one, or one per kind of layer where some kinds see only what is near.
+    """Return additive masks for transformers: one, or one per kind of layer if some kinds attend only to near tokens.
 
     Shapes: seen (n, Q, K) bool; positions of queries (n, Q) and keys (n, K).
     """
@@ -131,7 +131,7 @@ def masks(model: Any, seen: Tensor, queries: Tensor, keys: Tensor) -> Tensor | d
 
 
 def can_block(model: Any) -> bool:
-    """Whether a model's attention is an exchangeable function of query, key and value alone."""
+    """Return whether a model's attention is an exchangeable function of query, key, and value only."""
     special = ("attn_logit_softcapping", "attention_bias_type", "alibi")
     plain = not any(getattr(text_config(model), name, None) for name in special)
     exchangeable = getattr(model, "_supports_attention_backend", False) and getattr(model, "_supports_sdpa", False)
@@ -139,7 +139,7 @@ def can_block(model: Any) -> bool:
 
 
 def install(model: Any) -> None:
-    """Let ``model`` use ``tree_attention``. Weights and results stay as they are."""
+    """Let ``model`` use ``tree_attention``."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
@@ -158,10 +158,10 @@ def tree_attention(
     blocks: Blocks | None = None,
     **how: Any,
 ) -> tuple[Tensor, None]:
-    """Attention of each block's queries to its keys, softmax in at least float32; without ``blocks`` it is SDPA.
+    """Compute attention of each block's queries to its keys, softmax in at least float32; SDPA without ``blocks``.
 
     Shapes: query (B, H, T, E), key and value (B, H / share, T, E), attention_mask (G, 1, Q, K) -> (B, T, H, E).
-    Raises UnsupportedModel for models that do more to their scores than to scale and mask them.
+    Raises UnsupportedModel for models that do not only scale and mask their scores.
     """
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -170,7 +170,7 @@ def tree_attention(
     if odd := [name for name in _REFUSED if how.get(name) is not None]:
         raise UnsupportedModel(
             f"this model's attention uses {odd[0]}, which token trees do not support",
-            hint="Give a base whose scores are only scaled and masked, such as Llama, Mistral, Qwen or Gemma 3.",
+            hint="Give a base that only scales and masks scores, such as Llama, Mistral, Qwen or Gemma 3.",
         )
     batch, heads, tokens, width = query.shape
     groups = key.shape[1]
@@ -189,6 +189,6 @@ def tree_attention(
 
 
 def _fetch(x: Tensor, places: Tensor) -> Tensor:
-    """(B, H, T, E) at flat places (G, n) -> (G, n, H, E)."""
+    """Return tokens of x (B, H, T, E) at flat places (G, n), as (G, n, H, E)."""
     flat = x.transpose(1, 2).reshape(-1, x.shape[1] * x.shape[3])
     return flat.index_select(0, places.flatten()).view(*places.shape, x.shape[1], x.shape[3])

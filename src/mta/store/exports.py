@@ -1,7 +1,7 @@
-"""Where a person's adapter was exported to, so that forgetting finds it: the file beside their states.
+"""Records of where a person's adapters were exported to, so that ``forget`` finds them: exports.json beside the states.
 
-A folder's name may say who its person is, and raw ids stand in no file of a store. So the list is encrypted (Fernet:
-AES-128-CBC and HMAC-SHA256, of the ``cryptography`` package) with a key that is made of the store's key and of the id.
+A folder's name may identify its person, and no file of a store may contain raw ids. So the list is encrypted (Fernet:
+AES-128-CBC and HMAC-SHA256, from the ``cryptography`` package) with a key derived from the store's key and the id.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ SCHEMA = 2
 
 @dataclass(frozen=True, slots=True)
 class Export:
-    """A folder an adapter was written to: on which host, its absolute path, the sha256 of the adapter's weights.
+    """A folder with an exported adapter: its host, its absolute path, and the sha256 of the adapter's weights.
 
-    The sha256 is empty while it is being written, and stays so where that was interrupted. One that was pushed to a
-    hub has the hub's address as its host, and the repository as its folder.
+    The sha256 is empty while the adapter is being written, and stays empty if writing is interrupted. For an adapter
+    pushed to a hub, ``host`` is the hub's address and ``folder`` the repository.
     """
 
     host: str
@@ -40,23 +40,23 @@ class Export:
 
     @classmethod
     def begun(cls, folder: str | Path) -> Export:
-        """One that is about to be written on this host."""
+        """Return the record of an export that is about to be written on this host."""
         return cls(platform.node(), str(Path(folder).resolve()))
 
     @classmethod
     def pushed(cls, folder: str | Path, host: str, repository: str) -> Export:
-        """The adapter of a folder, in a repository of a hub."""
+        """Return the record of a folder's adapter in a repository of a hub."""
         return cls(host, repository, _sha256(Path(folder) / WEIGHTS))
 
     def done(self) -> Export:
-        """The same, now that the adapter lies in its folder."""
+        """Return the record with the sha256 of the weights that are now in the folder."""
         return replace(self, sha256=_sha256(Path(self.folder) / WEIGHTS))
 
     def remove(self) -> str:
-        """Remove the adapter's files, and the folder where nothing else is in it. Why not, in words, or nothing.
+        """Remove the adapter's files, and the folder if it is then empty. Return "" or the reason of a failure.
 
-        Only on the host it was written on, and only while the weights are the very ones: whatever lies there now may be
-        somebody else's. The weights go last, so that an interrupted removal can be repeated.
+        Removes only on the host that wrote the adapter, and only if the weights are unchanged: other files may belong
+        to another person. The weights are removed last, so that an interrupted removal can be repeated.
         """
         folder = Path(self.folder)
         if "://" in self.host:
@@ -78,27 +78,26 @@ class Export:
                 return f"{self.folder} ({why})"
         except OSError as error:
             return f"{self.folder} ({error.strerror})"
-        with contextlib.suppress(OSError):  # other files are in it, or it is not there any more
+        with contextlib.suppress(OSError):  # the folder holds other files, or was removed already
             folder.rmdir()
             sync_folder(folder.parent)
         return ""
 
     def _missing(self) -> str:
-        """Where the weights may be that are not in their folder, in words; nothing where nothing was finished."""
+        """Return why the weights are not in their folder; "" if the export was never finished."""
         folder = Path(self.folder)
         if self.sha256 and not folder.parent.is_dir():
-            return "nor is the folder around it there: is a disk not mounted?"
+            return "its parent folder is missing too: is a disk not mounted?"
         if self.sha256 and not folder.is_dir():
-            return "not there any more: it was removed before, or moved"
+            return "missing: it was removed before, or moved"
         if self.sha256 and any(folder.iterdir()):
-            return "its weights are not there any more: they were removed before, or renamed"
+            return "its weights are missing: they were removed before, or renamed"
         return ""
 
     def is_final(self) -> bool:
-        """Whether ``remove`` will never remove what it left: it was pushed to a hub, changed since, or moved.
+        """Return whether ``remove`` can never succeed: the export was pushed to a hub, changed, or moved.
 
-        What lies on another host, on a disk that is not mounted, or where this process may not write can be removed
-        later. Moved means the folder or the weights in it.
+        Exports on another host, on a disk that is not mounted, or without write permission can be removed later.
         """
         folder = Path(self.folder)
         if "://" in self.host or self.host != platform.node():
@@ -113,9 +112,10 @@ class Export:
 
 @dataclass(frozen=True, slots=True)
 class Exports:
-    """The lists of exports of a store's people, each beside its person's states: ``path`` and ``secret`` take an id.
+    """The lists of exports of a store's people, each beside its person's states.
 
-    ``path`` begins a store that is not there yet if its second argument says so.
+    ``path`` returns a person's folder from an id; its second argument is whether to create a missing store.
+    ``secret`` returns the key of a person's list from an id.
     """
 
     files: Storage
@@ -124,24 +124,24 @@ class Exports:
     tombstones: Tombstones
 
     def of(self, id: str) -> list[Export]:
-        """Where a person's adapters were exported to. Raises StateCorrupt."""
+        """Return the records of a person's exports. Raises StateCorrupt."""
         data = self.files.read(name := f"{self.path(id, False)}/exports.json")
         return [] if data is None else exports_from_bytes(data, self.secret(id), self.files.at(name))
 
     @contextlib.contextmanager
     def writing(self, id: str, folder: str | Path, since: Collection[str] | None = None) -> Iterator[None]:
-        """Within the block an adapter of a person is written to a folder of this host, for ``remove`` to find.
+        """Record that a person's adapter is written to a folder of this host within the block.
 
-        It is noted before it is there, so that a killed export is found too. Exports of one person may overlap. If the
-        person was forgotten after the tombstones ``since`` were found, the export is removed again. Raises
-        StateCorrupt, PersonForgotten.
+        The export is recorded before the block, so that ``remove`` finds killed exports too. Exports of one person may
+        overlap. If the person was forgotten after the tombstones ``since`` were listed, the export is removed again.
+        Raises StateCorrupt, PersonForgotten.
         """
         self.tombstones.check(id, since)
         export = Export.begun(folder)
-        self._change(id, lambda known: [*known, export])  # what lies there until the new one takes its place stays
+        self._change(id, lambda known: [*known, export])  # keep the record of an earlier export until it is replaced
         try:
             yield
-        except Exception:  # refused, or no room for it: what lay there before lies there still
+        except Exception:  # for example a full disk: the earlier export is still in the folder
             self._change(id, lambda known: _without(known, export))
             self._keep_out(id, since)
             raise
@@ -149,7 +149,7 @@ class Exports:
         self._keep_out(id, since)
 
     def note(self, id: str, export: Export, since: Collection[str] | None = None) -> None:
-        """Note an adapter that is about to be pushed elsewhere: forgetting can only name it.
+        """Record an adapter that is about to be pushed to a hub; ``forget`` can report it, but not remove it.
 
         ``since`` is as in ``writing``. Raises StateCorrupt, PersonForgotten.
         """
@@ -157,22 +157,25 @@ class Exports:
         self._keep_out(id, since)
 
     def remove(self, id: str) -> dict[Export | None, str]:
-        """Remove what was exported of a person; return what is left, and why."""
+        """Remove a person's exports; return those that are left, with the reasons."""
         try:
             return {export: left for export in self.of(id) if (left := export.remove())}
-        except StateCorrupt as error:  # a damaged list must not stop forgetting
-            return {None: f"whatever was exported of them ({error.message})"}
+        except StateCorrupt as error:  # a damaged list must not stop `forget`
+            return {None: f"all exports, if there are any ({error.message})"}
 
     def forget(self, id: str, keep: bool = False) -> dict[Export | None, str]:
-        """``remove``, and keep on the list only what a later call may remove; with ``keep`` all that is left."""
+        """Remove a person's exports; return those that are left, with the reasons.
+
+        Of their records, keep only those that a later call can remove; with ``keep``, keep all.
+        """
         with locked(self.files):
             left = self.remove(id)
             self._write(id, [export for export in left if export and (keep or not export.is_final())])
         return left
 
     def _change(self, id: str, change: Callable[[list[Export]], list[Export]]) -> None:
-        """Replace the list by what ``change`` makes of it as it is now."""
-        self.path(id, True)  # begins the store, and with it the folder of the lock
+        """Replace a person's list by the result of ``change``, under the store's lock."""
+        self.path(id, True)  # creates the store, and so the folder of the lock
         with locked(self.files):
             self._write(id, change(self.of(id)))
 
@@ -194,22 +197,22 @@ class Exports:
 
 
 def remove_if_empty(files: Storage, folder: str) -> None:
-    """Remove a person's folder if nothing is in it: even that would tell that the person was here.
+    """Remove a person's folder if it is empty: even an empty folder would reveal that the person was in the store.
 
-    Never with what a writer puts there in this moment. Object stores have no folders: nothing is removed there.
+    Files that another writer creates at the same time are not removed. Most object stores have no folders.
     """
     if not files.local:
-        with contextlib.suppress(Exception):  # clients have errors of their own, and most have no folders
+        with contextlib.suppress(Exception):  # clients raise different errors, and most have no folders
             files.fs.rmdir(files.at(folder))
         return
     path = files.inside(folder)
-    with contextlib.suppress(OSError):  # something is in it, or it is not there any more
+    with contextlib.suppress(OSError):  # the folder is not empty, or was removed already
         path.rmdir()
         sync_folder(path.parent)
 
 
 def _remove_asides(folder: Path) -> str:
-    """``remove_asides``, once more where one vanished meanwhile. Why not all went, in words, or nothing."""
+    """Call ``remove_asides``, and once more if a folder vanished meanwhile. Return "" or the reason of a failure."""
     try:
         try:
             remove_asides(folder)
@@ -221,12 +224,12 @@ def _remove_asides(folder: Path) -> str:
 
 
 def _elsewhere(exports: Sequence[Export], export: Export) -> list[Export]:
-    """Those that lie in other places than ``export``."""
+    """Return the exports in other places than ``export``."""
     return [known for known in exports if (known.host, known.folder) != (export.host, export.folder)]
 
 
 def _without(exports: Sequence[Export], export: Export) -> list[Export]:
-    """All but the last that equals ``export``; an earlier one was killed."""
+    """Return the exports without the last one that equals ``export``; an earlier equal one was killed."""
     left = list(exports)
     if export in left:
         left.reverse()
@@ -236,31 +239,31 @@ def _without(exports: Sequence[Export], export: Export) -> list[Export]:
 
 
 def adapter_parcel(folder: Path) -> Parcel:
-    """What would leave this machine if the adapter that was exported to a folder were pushed; nothing is sent.
+    """Return the files and facts that a push of an exported adapter would send; nothing is sent.
 
-    A base that lies in a folder here is called by the folder's name alone. Raises InputError.
+    A local base is named by its folder's name only, without the path. Raises InputError.
     """
-    read_peft(folder)  # whole, and plain
+    read_peft(folder)  # raises if the adapter is incomplete or not plain LoRA
     config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     base = str(config.get("base_model_name_or_path") or "")
     base = Path(base).name if Path(base).is_absolute() or Path(base).is_dir() else base
     if not has_own_card(folder):
         raise InputError(
-            f"{folder} has no card that mta export wrote: what its {CARD} says would be published unread",
-            hint="Export to a new folder, and push that.",
+            f"{folder} has no card from mta export; its {CARD} would be published unchecked",
+            hint="Export to a new folder, and push that folder.",
         )
     data = json.dumps(config | {"base_model_name_or_path": base}, indent=2).encode() + b"\n"
     facts = {
-        "people": "this is one person's model: it was trained on their texts and tells something of them. "
-        "Push it only where they agree, and under a name that does not say who they are",
+        "people": "this is one person's model: it was trained on their texts and reveals something about them. "
+        "Push it only if they agree, and under a name that does not identify them",
         "base": base,
-        "forgetting": "mta forget names the repository; deleting it, and copies others made, is by hand",
+        "forgetting": "mta forget names the repository; delete the repository and copies by hand",
     }
     return Parcel({CARD: folder / CARD, CONFIG: data, WEIGHTS: folder / WEIGHTS}, facts)
 
 
 def exports_to_bytes(exports: Sequence[Export], key: bytes) -> bytes:
-    """Encrypt a list of exports as JSON under ``key``, with a sha256 by which damage is found without the key."""
+    """Encrypt a list of exports as JSON under ``key``, with a sha256 that detects damage without the key."""
     from cryptography.fernet import Fernet
 
     rows = json.dumps([asdict(export) for export in exports]).encode()
@@ -269,7 +272,7 @@ def exports_to_bytes(exports: Sequence[Export], key: bytes) -> bytes:
 
 
 def exports_from_bytes(data: bytes, key: bytes, source: str = "the file") -> list[Export]:
-    """The inverse of ``exports_to_bytes``; reads schema 1 too. Raises StateCorrupt, under another key too."""
+    """Invert ``exports_to_bytes``; read schema 1 too. Raises StateCorrupt for damaged data or another key."""
     from cryptography.fernet import Fernet, InvalidToken
 
     hidden = check_exports(data, source)
@@ -281,7 +284,7 @@ def exports_from_bytes(data: bytes, key: bytes, source: str = "the file") -> lis
 
 
 def check_exports(data: bytes, source: str = "the file") -> str | list[str]:
-    """Check without the key that the file is whole; returns what it holds, still encrypted. Raises StateCorrupt."""
+    """Check without the key that the data are intact; return the encrypted list. Raises StateCorrupt."""
     try:
         value = json.loads(data)
         hidden, schema = value["exports"], value["schema"]
@@ -297,7 +300,7 @@ def check_exports(data: bytes, source: str = "the file") -> str | list[str]:
 def _corrupt(source: str, got: str) -> StateCorrupt:
     return StateCorrupt(
         f"{source} was changed or cut short: got {got}, expected schema 1 or {SCHEMA} and a list that fits the sha256",
-        hint="Remove it; adapters that were exported before must then be found and removed by hand.",
+        hint="Remove the file; then find and remove adapters that were exported before by hand.",
     )
 
 
@@ -306,7 +309,7 @@ def _fernet_key(key: bytes) -> bytes:
 
 
 def _of_schema_1(hidden: list[str], key: bytes) -> bytes:
-    """Decrypt a list of mta 0.1.0, which wrote a nonce and the list under a keystream of SHAKE-256. Never written."""
+    """Decrypt a list written by mta 0.1.0: a nonce, and the list XORed with a SHAKE-256 keystream."""
     nonce, veiled = map(bytes.fromhex, hidden)
     stream = hashlib.shake_256(key + nonce).digest(len(veiled))
     return bytes(a ^ b for a, b in zip(veiled, stream))

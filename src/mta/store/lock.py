@@ -1,8 +1,8 @@
-"""One writer at a time for the files of a local store that are read, changed, and written again.
+"""A lock for files of a local store that are read, changed, and written again.
 
     .lock        an empty file in the store's folder; its name reveals no person
 
-Storage that is not local has no such lock: of two changes of one file at one instant the later alone may stay.
+Other storage has no such lock: of two simultaneous changes of one file, only the later may be kept.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _WAIT = 60.0  # seconds: each holder reads and writes one small file
 
 @contextlib.contextmanager
 def locked(files: Storage) -> Iterator[None]:
-    """Hold the lock of a local store within the block; nothing where there is no store yet. It does not nest.
+    """Hold the lock of a local store within the block; do nothing if there is no store yet. The lock does not nest.
 
     Raises StoreError.
     """
@@ -35,10 +35,10 @@ def locked(files: Storage) -> Iterator[None]:
         open(path, "ab", opener=owner_only).close()
         held = FileLock(path, timeout=_WAIT)
         held.acquire()
-    except OSError as error:  # a lock that is not given in time is one too
+    except OSError as error:  # includes filelock's Timeout
         raise StoreError(
             f"{path} cannot be locked: {error.strerror or error}",
-            hint="Check the store's permissions and free space, and that no stopped process holds it; then repeat.",
+            hint="Check the store's permissions and free space, and that no stopped process holds the lock.",
         ) from error
     try:
         yield

@@ -1,6 +1,6 @@
-"""Looking after a store: whether all of it reads, how much there is, and what may go.
+"""Maintenance of a store: check all files, count them, and remove old ones.
 
-Files are called by their names below the store's root, in which no id stands.
+Files are named relative to the store's root; the names contain no ids.
 """
 
 from __future__ import annotations
@@ -27,32 +27,32 @@ Kind = Literal["key", "state", "history", "exports", "hint", "work", "tombstone"
 
 _PLACE = re.compile(r"([0-9a-f]{2}/[0-9a-f]{64})/([^/]+)")
 _BESIDE: dict[str, Kind] = {"latest.json": "hint", "history.json": "history", "exports.json": "exports"}
-_ASIDE = re.compile(r"\..+\.[0-9a-f]{32}")  # what a writer renames or links when it is whole
+_ASIDE = re.compile(r"\..+\.[0-9a-f]{32}")  # temporary files, which a writer renames or links when complete
 _READERS: dict[Kind, Callable[[bytes, str], object]] = {
     "state": State.from_bytes,
     "history": partial(history_from_bytes, "-"),
     "exports": check_exports,
 }
-_TOGETHER = 16  # files read at once: an address far away answers each of them slowly
+_TOGETHER = 16  # files read at once, because remote storage answers slowly
 
 
 @dataclass(frozen=True, slots=True)
 class Health:
-    """What ``check`` found. ``damaged``: files and what is wrong with them; the others are looked at by no reader."""
+    """The result of ``check``. ``damaged``: file -> error. mta never reads ``leftovers`` and ``strangers``."""
 
     people: int
     states: int
     histories: int
-    exports: int  # lists of where adapters were exported to
+    exports: int  # lists of exported adapters
     damaged: dict[str, str]
     leftovers: list[str]
     strangers: list[str]
-    exposed: str  # the command that keeps others out, where others can read the files
+    exposed: str  # if others can read the files, the command that prevents it
 
 
 @dataclass(frozen=True, slots=True)
 class Stats:
-    """How much a store holds. Bytes of a person: all versions, history, hint, exports."""
+    """Counts and sizes of a store. Bytes of a person: all versions, history, hint, exports."""
 
     people: int
     versions: int
@@ -64,9 +64,9 @@ class Stats:
 
 
 def check(store: Store, on_file: Callable[[int, int], None] = lambda done, total: None) -> Health:
-    """Read every state, history and list of exports of a store; ``on_file`` is told how many are done, of how many.
+    """Read every state, history, and list of exports of a store; call ``on_file`` with the numbers done and in total.
 
-    Raises StoreError where there is no store.
+    Raises StoreError if there is no store.
     """
     store.check()
     kinds = {name: _kind(name) for name in store.files.find()}
@@ -78,7 +78,7 @@ def check(store: Store, on_file: Callable[[int, int], None] = lambda done, total
         on_file(n, len(read))
 
     def of(kind: Kind) -> list[str]:
-        return sorted(name for name, its in kinds.items() if its == kind and name not in damaged)
+        return sorted(name for name, found in kinds.items() if found == kind and name not in damaged)
 
     people = {_person(name) for name in of("state")}
     states, histories, exports = len(of("state")), len(of("history")), len(of("exports"))
@@ -87,7 +87,7 @@ def check(store: Store, on_file: Callable[[int, int], None] = lambda done, total
 
 
 def stats(store: Store) -> Stats:
-    """Count and weigh by one listing; nothing is read. Raises StoreError where there is no store."""
+    """Return counts and sizes from one listing, without reading files. Raises StoreError if there is no store."""
     store.check()
     sizes, kinds = dict[str, int](), list[Kind]()
     for name, size in store.files.find().items():
@@ -106,47 +106,47 @@ def collect(
     dry: bool = False,
     on_person: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, int]:
-    """Remove what killed writers left ``older`` seconds ago, and with ``keep`` all but everybody's newest versions.
+    """Remove temporary files older than ``older`` seconds and, with ``keep``, all but each person's newest versions.
 
-    What a stopped run left is removed after a week without changes, and so are expired tombstones.
-
-    Somebody whose newest version does not read keeps all of them. Returns the files that went (with ``dry``: that would
-    go) and their bytes. Repeat it if it was interrupted. Raises StoreError where there is no store.
+    Files of stopped runs are removed after a week without changes, and so are expired tombstones. If a person's newest
+    version is damaged, all of that person's versions are kept.
+    Returns the removed files (with ``dry``: the files to remove) and their bytes. An interrupted call can be repeated.
+    Raises StoreError if there is no store.
     """
     store.check()
-    sizes, gone = store.files.find(), dict[str, int]()
-    waits: dict[Kind, float] = {"leftover": older, "work": ABANDONED}
-    left = {name: waits[kind] for name in sizes if (kind := _kind(name)) in waits}
+    sizes, removed = store.files.find(), dict[str, int]()
+    ages: dict[Kind, float] = {"leftover": older, "work": ABANDONED}
+    temporary = {name: ages[kind] for name in sizes if (kind := _kind(name)) in ages}
     old = [name for name in store.tombstones.expired(dry) if name in sizes]
-    for name in [*old, *(name for name, wait in left.items() if store.files.age(name) > wait)]:
-        gone[name] = sizes[name]
+    for name in [*old, *(name for name, age in temporary.items() if store.files.age(name) > age)]:
+        removed[name] = sizes[name]
         if not dry:
             store.files.remove(name)
     numbers = Counter(_person(name) for name in sizes if _kind(name) == "state")
     many = [person for person, count in numbers.items() if keep and count > keep]
-    for n, went in enumerate(_together(lambda person: _trimmed(store, person, keep or 0, dry), many), 1):
-        gone |= went
+    for n, trimmed in enumerate(_together(lambda person: _trimmed(store, person, keep or 0, dry), many), 1):
+        removed |= trimmed
         on_person(n, len(many))
-    return gone
+    return removed
 
 
 def _trimmed(store: Store, person: str, keep: int, dry: bool) -> dict[str, int]:
-    """Remove one person's older versions, oldest first: what an interruption leaves has no gaps.
+    """Remove one person's older versions, oldest first, so that an interruption leaves no gaps.
 
-    Their folder is listed again: since the whole was, they may have been forgotten and have begun with 1 once more.
+    The folder is listed again, because the person may have been forgotten and started again at version 1 meanwhile.
     """
     versions = {version: size for name, size in store.files.sizes(person).items() if (version := version_of(name))}
     names = {f"{person}/{version}.safetensors": versions[version] for version in sorted(versions)}
     if not names or _wrong(store, list(names)[-1]):
         return {}
-    going = dict(list(names.items())[:-keep])
-    for name in [] if dry else going:
+    older = dict(list(names.items())[:-keep])
+    for name in [] if dry else older:
         store.files.remove(name)
-    return going
+    return older
 
 
 def _together(work: Callable[[str], T], names: Sequence[str]) -> Iterator[T]:
-    """What ``work`` gives for each name, in their order, a few at once."""
+    """Yield the result of ``work`` for each name, in order, computed in threads."""
     with ThreadPoolExecutor(_TOGETHER, "mta-upkeep") as pool:
         for start in range(0, len(names), 16 * _TOGETHER):
             yield from pool.map(work, names[start : start + 16 * _TOGETHER])
@@ -157,7 +157,7 @@ def _kind(name: str) -> Kind:
     if _ASIDE.fullmatch(file):
         return "leftover"
     if name.startswith("work/"):
-        return "work"  # a stopped run goes on from it
+        return "work"  # a stopped run resumes from it
     if name == "store.json":
         return "key"
     if name == LOCK:
@@ -170,7 +170,7 @@ def _kind(name: str) -> Kind:
 
 
 def _wrong(store: Store, name: str) -> str:
-    """What keeps a file from being read; nothing for one that was removed meanwhile."""
+    """Return the error of reading a file; "" if it is intact or was removed meanwhile."""
     try:
         data = store.files.read(name)
         if data is not None:

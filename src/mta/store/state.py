@@ -1,6 +1,6 @@
-"""The two files kept of a person: a state (safetensors), and by opt-in the history (JSON).
+"""The formats of a person's two files: a state (safetensors) and, by opt-in, the history (JSON).
 
-Identical for identical content, refused when a single bit differs.
+Equal content gives equal bytes, and a file with one changed bit is refused.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from mta.lora.batch import LoraBatch
 SCHEMA = 1
 _FIELDS = ("bank", "anchors", "w", "policy", "history", "work", "seed", "mode", "rank")
 _NO_DIGEST = "0" * 64
-_HEAD = b'{"__metadata__":{"state":"{\\"sha256\\": \\"'  # how every file of ours goes on after its 8 bytes of length
+_HEAD = b'{"__metadata__":{"state":"{\\"sha256\\": \\"'  # the bytes after the 8 bytes of length, in every state file
 _DIGEST = slice(8 + len(_HEAD), 8 + len(_HEAD) + 64)
-SEALED = 8 + len(_HEAD) + 64  # bytes at a file's beginning that hold its seal
-_ASTRAY = "Training went astray: lower stack.training.lr, or merge.learned.lr, and personalize again."
-_AGAIN = "Load an earlier version, or make it again:  mta personalize"
+SEALED = 8 + len(_HEAD) + 64  # number of first bytes of a file that contain its sha256
+_ASTRAY = "Training diverged: lower stack.training.lr or merge.learned.lr, and personalize again."
+_AGAIN = "Load an earlier version, or make the state again:  mta personalize"
 
 
 @dataclass(frozen=True, slots=True)
 class Losses:
-    """What a person's own shots cost: mean NLL per target token in nats, over ``tokens`` targets (our choice).
+    """Losses on a person's own shots: mean NLL per target token in nats, over ``tokens`` targets (our choice).
 
     Under the pooled model (base and task LoRA), with the merge, and with merge and stack (None without a stack). Merge
-    and stack come from these very shots: the numbers say what was learnt of them, not how the next query will go.
-    Raises Diverged for a number that is not finite, which JSON could not say either.
+    and stack were fitted to these shots, so the losses do not estimate those of new queries.
+    Raises Diverged for a number that is not finite.
     """
 
     pooled: float
@@ -43,7 +43,7 @@ class Losses:
     tokens: int
 
     def after(self, before: Losses | None) -> Losses:
-        """Of these items and those learnt from ``before``, each as it was when it was learnt from."""
+        """Return the mean losses over these items and those of ``before``, each measured when it was learned."""
         if before is None:
             return self
         tokens = self.tokens + before.tokens
@@ -57,19 +57,20 @@ class Losses:
         return Losses(mean(self.pooled, before.pooled), mean(self.merged, before.merged), stacked, tokens)
 
     def __post_init__(self) -> None:
-        told = [self.pooled, self.merged] + ([] if self.stacked is None else [self.stacked])
-        if not all(map(math.isfinite, told)) or self.tokens < 1:
-            raise Diverged(f"losses on shots are finite numbers over at least one token, got {self}", hint=_ASTRAY)
+        losses = [self.pooled, self.merged] + ([] if self.stacked is None else [self.stacked])
+        if not all(map(math.isfinite, losses)) or self.tokens < 1:
+            expected = "expected finite numbers over at least one token"
+            raise Diverged(f"losses on shots are invalid: got {self}, {expected}", hint=_ASTRAY)
 
 
 @dataclass(frozen=True, eq=False)
 class State:
-    """What is kept of one person: anchors and coefficients of the merge, and the stack (None = merge only).
+    """What is stored per person: anchors and coefficients of the merge, and the stack (None = merge only).
 
-    ``bank`` is the bank's hash, ``history`` the digest of the shots, ``work`` the key of the work that made it
-    (``work_key``); ``mode`` and ``rank`` say how the merge is computed; ``losses`` what was learnt of the shots, and
-    ``settings`` is the digest of all settings that decided it: None and "" in states of before they were noted. Nothing
-    in it depends on the clock, so the same work gives the same bytes.
+    ``bank`` is the bank's hash, ``history`` the digest of the shots, ``work`` the hash of all inputs (``work_key``).
+    ``mode`` and ``rank`` say how the merge is computed. ``losses`` are those on the shots, and ``settings`` is the hash
+    of the settings that affect a state; both are unset (None, "") in states of older versions. Nothing depends on the
+    clock, so the same work gives the same bytes.
     """
 
     bank: str
@@ -92,10 +93,10 @@ class State:
                 hint="Give as many coefficients as anchors.",
             )
         if not all(map(math.isfinite, self.w)):
-            raise Diverged(f"coefficients are finite numbers, got w {self.w}", hint=_ASTRAY)
+            raise Diverged(f"coefficients are invalid: got w {self.w}, expected finite numbers", hint=_ASTRAY)
         if self.stack is not None and len(self.stack) != 1:
             raise InputError(
-                f"a state's stack is exactly one adapter, got a batch of {len(self.stack)}",
+                f"a state's stack must be exactly one adapter, got a batch of {len(self.stack)}",
                 hint="Choose one:  stack.select([0])",
             )
 
@@ -107,17 +108,17 @@ class State:
 
     @property
     def nbytes(self) -> int:
-        """Size of its file."""
+        """Size of the state's file in bytes."""
         return len(self.to_bytes())
 
     def to_bytes(self) -> bytes:
-        """One safetensors file: the stack's tensors, and all else as JSON under the one metadata key ``state``.
+        """Return one safetensors file: the stack's tensors, and all else as JSON under the metadata key ``state``.
 
-        One key, because safetensors writes several in random order. Its ``sha256`` covers every other byte of the file.
+        One key, because safetensors writes several keys in random order. ``sha256`` covers all other bytes of the file.
         """
         fields = {"sha256": _NO_DIGEST, "schema": SCHEMA} | {name: getattr(self, name) for name in _FIELDS}
         fields["scale"] = None if self.stack is None else self.stack.scale
-        if self.losses is not None:  # a state without them keeps the bytes it always had
+        if self.losses is not None:  # states without losses keep the bytes of older versions
             fields["losses"] = asdict(self.losses)
         if self.settings:
             fields["settings"] = self.settings
@@ -126,12 +127,12 @@ class State:
 
     @classmethod
     def from_bytes(cls, data: bytes, source: str = "the file") -> State:
-        """The inverse of ``to_bytes``; ``source`` names the data in errors.
+        """Invert ``to_bytes``; ``source`` names the data in errors.
 
-        Raises StateCorrupt for whatever is not, bit for bit, what ``to_bytes`` wrote.
+        Raises StateCorrupt for data that ``to_bytes`` did not write, bit for bit.
         """
         if data[8 : _DIGEST.start] != _HEAD:
-            got = f"got {len(data)} bytes that begin with {data[:16]!r}, expected a safetensors file with a state in it"
+            got = f"got {len(data)} bytes that begin with {data[:16]!r}, expected a safetensors file with a state"
             raise StateCorrupt(f"{source} is not a person's state: {got}", hint=_AGAIN)
         found = _digest(data)
         if data[_DIGEST] != found.encode():
@@ -143,8 +144,8 @@ class State:
             return cls._parsed(data)
         except (SafetensorError, ValueError, KeyError, TypeError, ArithmeticError, RuntimeError, Diverged) as error:
             raise StateCorrupt(
-                f"{source} is whole, but not a state this version reads: got {error!r}, expected schema {SCHEMA}",
-                hint="Update mta if a newer version wrote it. " + _AGAIN,
+                f"{source} is intact, but not a state this version reads: got {error!r}, expected schema {SCHEMA}",
+                hint="Update mta if a newer version wrote the file. " + _AGAIN,
             ) from error
 
     @classmethod
@@ -161,12 +162,12 @@ class State:
 
 
 def seal_of(beginning: bytes) -> str | None:
-    """The sha256 that a state's file bears, from its first ``SEALED`` bytes: two files of one seal are the same."""
+    """Return the sha256 in a state's file, read from its first ``SEALED`` bytes; equal sha256 means equal files."""
     return beginning[_DIGEST].decode() if beginning[8 : _DIGEST.start] == _HEAD and len(beginning) >= SEALED else None
 
 
 def work_key(bank: str, history_digest: str, config_yaml: str, seed: int) -> str:
-    """Sha256 that names a piece of work: everything a state depends on."""
+    """Return the sha256 over everything that a state depends on."""
     return hashlib.sha256(json.dumps([bank, history_digest, config_yaml, seed]).encode()).hexdigest()
 
 
@@ -177,14 +178,14 @@ def _digest(data: bytes) -> str:
 
 
 def history_to_bytes(person: Person) -> bytes:
-    """A person's items and queries as JSON, sealed with a sha256; the id is not in it."""
+    """Return a person's items and queries as JSON with a sha256, without the id."""
     names = ("fields", "time", "id", "is_query")
     rows = [[dict(zip(names, item.__reduce__()[1])) for item in part] for part in (person.items, person.queries)]
     return json.dumps({"schema": SCHEMA, "sha256": _sealed(rows), "history": rows}).encode()
 
 
 def history_from_bytes(id: str, data: bytes, source: str = "the file") -> Person:
-    """The inverse of ``history_to_bytes``. Raises StateCorrupt."""
+    """Invert ``history_to_bytes``. Raises StateCorrupt."""
     try:
         value = json.loads(data)
         if value["schema"] != SCHEMA or value["sha256"] != _sealed(value["history"]):

@@ -1,15 +1,15 @@
-"""What is kept of people: their states and, by opt-in only, their histories, under any fsspec URL.
+"""The store: people's states and, only by opt-in, their histories, under any fsspec URL.
 
     store.json                            schema version and the key of the hash
     <2 hex>/<keyed hash of the id>/
         1.safetensors, 2.safetensors ...  states, each created once and never changed
         latest.json                       a hint for readers: version, time, work
-        history.json                      only what ``save_history`` was given
+        history.json                      only if ``save_history`` was called
         exports.json                      where adapters were exported to, readable only with the id
-    forgotten/                            that a person was forgotten, for a week (``tombstones``)
-    .lock                                 locally, for one writer at a time (``store_lock``)
+    forgotten/                            records that a person was forgotten, for a week (``tombstones``)
+    .lock                                 only in local stores: one writer at a time (``lock``)
 
-Raw ids appear nowhere; whoever holds store.json can test a guessed id, so guard it as the data itself.
+No file contains raw ids. Readers of store.json can test a guessed id, so protect this file like the data.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _KEY = re.compile("[0-9a-f]{64}")
 
 
 class Store:
-    """States and opted-in histories of people under a folder or any fsspec URL.
+    """States and opt-in histories of people under a folder or any fsspec URL.
 
     >>> store = Store("people/")
     >>> store.save("ann", state)        # 1; the same work again is still 1
@@ -52,28 +52,27 @@ class Store:
         self._key = b""
 
     def identity(self, write: bool = False) -> str:
-        """Names this very store, by a digest of its key: elsewhere the same address may mean another.
+        """Return a digest of the store's key, because on other hosts the same address may be another store.
 
-        ``write`` begins it where nobody has written yet; else it has no name there.
+        Returns "" for a missing store; ``write`` creates it.
         """
         self._key = self._key or self._open(write)
         return hashlib.sha256(b"identity/" + self._key).hexdigest()[:16] if self._key else ""
 
     def check(self) -> None:
-        """Raises StoreError where there is no store, or its key is damaged: neither may look like an unknown person."""
+        """Raise StoreError if the store is missing or its key damaged, which could look like an unknown person."""
         if self.files.read("store.json") is None:
             raise StoreError(
                 f"there is no store at {self.files.root}",
-                hint="Give its address, or begin one:  mta personalize",
+                hint="Give the store's address, or create a store:  mta personalize",
             )
         self._open(write=False)
 
     def save(self, id: str, state: State, since: Collection[str] | None = None) -> int:
-        """Store a state as the next version and return its number; if the latest is of the same work, nothing happens.
+        """Save a state as the next version and return its number; if the latest has the same work, do nothing.
 
-        ``since`` are the tombstones that were there when the items came in which the state was made of. Raises
-        PersonForgotten if the person was forgotten after that, and StoreConflict if another writer created that version
-        first, with other work in it.
+        ``since`` are the tombstones that existed when the person's items were received. Raises PersonForgotten if the
+        person was forgotten after that, and StoreConflict if another writer created that version with other work.
         """
         self.tombstones.check(id, since)
         path, last = self._path(id, write=True), self.latest(id) or 0
@@ -91,45 +90,45 @@ class Store:
                 f"version {version} of {id!r} was created by another writer meanwhile; this state was not saved",
                 hint=f"Save again: it becomes version {version + 1}.",
             ) from None
-        except StoreError:  # the state may be there all the same
+        except StoreError:  # the state may have been written nevertheless
             self._keep_out(id, since, f"{version}.safetensors", "latest.json")
             raise
         self._keep_out(id, since, f"{version}.safetensors", "latest.json")
         return version
 
     def load(self, id: str, version: int | None = None) -> State:
-        """The latest state of a person, or an earlier version. Raises PersonNotFound, StateCorrupt."""
+        """Return the latest state of a person, or an earlier version. Raises PersonNotFound, StateCorrupt."""
         chosen = self.latest(id) if version is None else version
         data = None if chosen is None else self.files.read(name := f"{self._path(id)}/{chosen}.safetensors")
         if data is not None:
             return State.from_bytes(data, self.files.at(name))
         if there := self.versions(id):
             raise PersonNotFound(
-                f"{id!r} has no version {chosen}; there are {', '.join(map(str, there))}",
-                hint=f"Ask for the latest (version=None), or for one of these, for example version={there[-1]}.",
+                f"{id!r} has no version {chosen}; expected one of: {', '.join(map(str, there))}",
+                hint=f"Load the latest (version=None) or one of these versions, for example version={there[-1]}.",
             )
         where = f"in the store {self.files.root}"
         raise PersonNotFound(f"no state of {id!r} {where}", hint="Personalize first:  mta personalize")
 
     def rollback(self, id: str, version: int) -> int:
-        """Make an earlier version's content the newest again and return its number.
+        """Save an earlier version's content as the newest version and return its number.
 
-        Versions never change, so it is saved as one more; where the latest is that version, or of the same work,
-        nothing happens. Raises PersonNotFound (naming the versions there are), StateCorrupt, StoreConflict.
+        If the latest is that version or has the same work, do nothing. Raises PersonNotFound (which lists the
+        versions), StateCorrupt, StoreConflict.
         """
         since = self.tombstones.of(id)
         return self.save(id, self.load(id, version), since)
 
     def seal(self, id: str, version: int) -> str | None:
-        """What tells a version's content from any other's, read from its file's beginning; None where it is not there.
+        """Return the sha256 of a version's content, read from the start of its file; None if there is no such version.
 
-        A number alone does not: who was forgotten and comes again begins with 1 once more.
+        The number does not identify the content: after ``forget``, a person's versions start at 1 again.
         """
         beginning = self.files.read(f"{self._path(id)}/{version}.safetensors", SEALED)
         return None if beginning is None else seal_of(beginning) or ""
 
     def latest(self, id: str) -> int | None:
-        """Number of the newest version, or None: from the hint upwards, from a listing where the hint does not hold."""
+        """Return the number of the newest version, or None; found from the hint upwards, or from a listing."""
         path = self._path(id)
         version = self._hinted(path)
         if version is None:
@@ -139,16 +138,16 @@ class Store:
         return version
 
     def versions(self, id: str) -> list[int]:
-        """Numbers of all versions there are, oldest first."""
+        """Return the numbers of all versions, oldest first."""
         return list(self.sizes(id))
 
     def sizes(self, id: str) -> dict[int, int]:
-        """Bytes of each version there is, oldest first."""
+        """Return version -> bytes, oldest first."""
         found = self.files.sizes(self._path(id)).items()
         return dict(sorted((version_of(name), size) for name, size in found if version_of(name)))
 
     def time_of(self, id: str, version: int) -> str | None:
-        """When a version was saved, as ISO 8601; None where the hint, which knows the newest alone, says nothing."""
+        """Return when a version was saved, as ISO 8601; None for all but the newest version or without a hint."""
         hint = self._hint(self._path(id))
         return str(hint["time"]) if hint.get("version") == version and "time" in hint else None
 
@@ -156,16 +155,16 @@ class Store:
         return self.latest(id) is not None
 
     def count(self) -> int:
-        """Number of people with a state; lists the whole store."""
+        """Return the number of people with a state; lists the whole store."""
         found = (name.rpartition("/") for name in self.files.find() if _PERSON.match(name))
         return len({folder for folder, _, file in found if version_of(file)})
 
     def nbytes(self, id: str) -> int:
-        """Bytes kept of a person: all versions, history, hint, exports."""
+        """Return the bytes stored for a person: all versions, history, hint, exports."""
         return sum(self.files.sizes(self._path(id)).values())
 
     def save_history(self, person: Person, since: Collection[str] | None = None) -> None:
-        """Keep a person's items and queries, in place of those kept before: opt-in, and forgotten with the person.
+        """Save a person's items and queries (opt-in), replacing those saved before; ``forget`` removes them.
 
         ``since`` is as in ``save``. Raises PersonForgotten.
         """
@@ -176,15 +175,15 @@ class Store:
             self._keep_out(person.id, since, "history.json")
 
     def history(self, id: str) -> Person | None:
-        """What ``save_history`` kept, or None. Raises StateCorrupt."""
+        """Return what ``save_history`` saved, or None. Raises StateCorrupt."""
         data = self.files.read(name := f"{self._path(id)}/history.json")
         return None if data is None else history_from_bytes(id, data, self.files.at(name))
 
     def forget(self, id: str) -> bool:
-        """Remove all that is kept of a person but exported adapters; False if there was nothing.
+        """Remove a person's files, but not exported adapters; return False if there were none.
 
-        Processes that still hold something of the person do not save it any more (``tombstones``). Whoever finds the
-        first note and reads what is not removed yet finds the second one later.
+        Tombstones keep other processes from saving the person's earlier data (``tombstones``). The second tombstone is
+        for processes that found the first one and then read files that were not removed yet.
         """
         found = False
         for _ in range(2):
@@ -195,11 +194,11 @@ class Store:
         return found
 
     def remove(self, id: str) -> bool:
-        """Remove a person's states, hint and history; False if there were none. Repeat it if it was interrupted.
+        """Remove a person's states, hint, and history; return False if there were none.
 
-        The hint goes first, the most telling text next, then states from the oldest on; each removal is flushed before
-        the next one. What a crash leaves is still found under the id, as the newest state, and can be forgotten again.
-        With the hint last, a crash could leave files of a person who seems unknown. ``Exports.forget`` comes before.
+        The order is: hint, history, then states from the oldest on; each removal is flushed before the next one. After
+        a crash the newest state is still found under the id, and the call can be repeated. If the hint were removed
+        last, a crash could leave files of a person who seems unknown. Call ``Exports.forget`` before.
         """
         path = self._path(id)
         names = [name for name in self.files.sizes(path) if name != "exports.json"]
@@ -211,8 +210,8 @@ class Store:
     def _keep_out(self, id: str, since: Collection[str] | None, *names: str) -> None:
         """Remove files that were just written if the person was forgotten meanwhile, and raise PersonForgotten.
 
-        Forgetting leaves its tombstone before it lists files. So either it finds these, or the tombstone is found here.
-        Where nothing can be looked up (StoreError), a new state goes too; a history, which replaced another, stays.
+        ``forget`` writes its tombstone before it lists files, so either it finds these files, or the tombstone is found
+        here. If tombstones cannot be listed (StoreError), a new state is removed too, but a replaced history is kept.
         """
         try:
             self.tombstones.check(id, since)
@@ -230,26 +229,26 @@ class Store:
         return f"{keyed[:2]}/{keyed}"
 
     def _secret(self, id: str, purpose: bytes = b"exports/") -> bytes:
-        """The key of a person's exports; made of another key than their path, which everybody sees."""
-        self._path(id)  # whoever comes first opens the store
+        """Return the key of a person's exports; it is derived from another key than their path, which is not secret."""
+        self._path(id)  # reads the store's key on first use
         own = hashlib.sha256(purpose + self._key).digest()
         return hmac.new(own, id.encode("utf-8", "surrogatepass"), hashlib.sha256).digest()
 
     def _buried(self, id: str) -> str:
-        """The names of a person's tombstones; empty for a store without writes."""
+        """Return the hash that names a person's tombstones; "" for a missing store."""
         hashed = self._secret(id, b"forgotten/").hex()
         return hashed if self._key else ""
 
     def _open(self, write: bool) -> bytes:
-        """The key; where nobody has written yet, a new one, or for readers none: any finds nobody."""
+        """Return the store's HMAC key. For a missing store, ``write`` creates a key; otherwise the key is empty."""
         data = self.files.read("store.json")
         if data is None and any(map(_PERSON.match, self.files.find(depth=3))):
-            data = self.files.read("store.json") or b"nothing"  # again: a first writer may be at work right now
+            data = self.files.read("store.json") or b"nothing"  # read again: another writer may just have created it
         if data is None and write:
             made = {"schema": SCHEMA, "key": secrets.token_hex(32)}
             with contextlib.suppress(FileExistsError):
                 self.files.create("store.json", json.dumps(made).encode())
-            data = self.files.read("store.json")  # whichever writer won
+            data = self.files.read("store.json")  # the key of the first writer
         if data is None:
             return b""
         try:
@@ -260,11 +259,11 @@ class Store:
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise StoreError(
                 f"{self.files.at('store.json')} is damaged or missing: expected schema {SCHEMA} and a 64-digit key",
-                hint="Restore it from a backup: without its key nobody in the store can be found.",
+                hint="Restore the file from a backup: without its key, no person in the store can be found.",
             ) from error
 
     def _hint(self, path: str) -> dict[str, Any]:
-        """What the hint says; nothing where it is lost or damaged."""
+        """Return the hint; empty if it is missing or damaged."""
         try:
             hint = json.loads(self.files.read(f"{path}/latest.json") or b"{}")
         except (ValueError, RecursionError):
@@ -276,7 +275,7 @@ class Store:
         return version if type(version) is int and self.files.exists(f"{path}/{version}.safetensors") else None
 
     def _work(self, name: str) -> str | None:
-        """The work key of a state; None if it cannot be read, so that a damaged one is made anew."""
+        """Return the work key of a state; None if it cannot be read, so that damaged states are replaced."""
         try:
             return State.from_bytes(self.files.read(name) or b"").work
         except StateCorrupt:
@@ -284,5 +283,5 @@ class Store:
 
 
 def version_of(name: str) -> int:
-    """The version that a file's name stands for; 0 for other files."""
+    """Return the version in a state file's name; 0 for other files."""
     return int(match[1]) if (match := _VERSION.fullmatch(name)) else 0

@@ -1,4 +1,4 @@
-"""What a run over a store leaves until it is done: its plan, and checkpoints of cohorts that were stopped."""
+"""Temporary files of a run over a store: its plan, and checkpoints of cohorts."""
 
 from __future__ import annotations
 
@@ -14,15 +14,14 @@ from pathlib import Path
 from mta.system.storage import Storage
 from mta.training.checkpoint import Checkpoint
 
-ABANDONED = 7 * 24 * 3600.0  # seconds after which nobody will go on with a stopped run
+ABANDONED = 7 * 24 * 3600.0  # seconds after which a stopped run is not resumed
 
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """A run's own folder below a store: other runs over the same store keep theirs.
+    """The folder of one run below a store. The same run, started again, finds the same folder.
 
-    ``names`` are those of everybody it is about; the same run, begun again, finds what it left. ``allowed`` tells
-    whether checkpoints may be kept.
+    ``allowed`` returns whether checkpoints may be kept.
     """
 
     files: Storage
@@ -31,16 +30,16 @@ class Work:
 
     @classmethod
     def of(cls, files: Storage, names: Sequence[str], allowed: Callable[[], bool] = lambda: True) -> Work:
-        """The work of a run over ``names``, which tell people and what is wanted of them."""
+        """Return the folder of a run over ``names``, which identify people and the work on them."""
         return cls(files, f"work/{hashlib.sha256('/'.join(names).encode()).hexdigest()[:24]}", allowed)
 
     @property
     def folder(self) -> Path | None:
-        """Where it lies on this machine; None elsewhere."""
+        """Path of the folder; None if the store is not local."""
         return Path(self.files.at(self.name)) if self.files.local else None
 
     def plan(self) -> list[str] | None:
-        """The names a stopped run was computing, in its order; None where none was stopped."""
+        """Return the names of a stopped run, in its order; None if there is no stopped run."""
         try:
             found = json.loads(self.files.read(f"{self.name}/plan.json") or b"null")
         except (ValueError, RecursionError):
@@ -48,27 +47,27 @@ class Work:
         return found if isinstance(found, list) else None
 
     def note(self, names: Sequence[str]) -> None:
-        """Begin: this is what will be computed."""
+        """Save the names that the run will compute."""
         self.files.replace(f"{self.name}/plan.json", json.dumps(list(names)).encode())
 
     def checkpoint(self, digest: str) -> Checkpoint | None:
-        """Of one cohort; None where files lie far away: there a cohort is computed again as a whole."""
+        """Return the checkpoint of one cohort; None if the store is not local: then stopped cohorts start again."""
         if not self.files.local:
             return None
         path = self.files.inside(f"{self.name}/{digest[:24]}.checkpoint")
         return Checkpoint(path, digest, allowed=self.allowed)
 
     def finish(self) -> None:
-        """Everything is there: what the run left goes, and what other runs left long ago."""
+        """Remove the folder of the finished run, and abandoned folders of other runs."""
         self.files.remove_folder(self.name)
         if self.folder and self.folder.parent.is_dir():
             for folder in self.folder.parent.iterdir():
-                with contextlib.suppress(FileNotFoundError):  # another run may remove its own right now
+                with contextlib.suppress(FileNotFoundError):  # another run may remove its folder at the same time
                     if time.time() - folder.stat().st_mtime > ABANDONED:
                         shutil.rmtree(folder, ignore_errors=True)
-            with contextlib.suppress(OSError):  # other runs' folders may be there
+            with contextlib.suppress(OSError):  # other runs' folders may be in it
                 self.folder.parent.rmdir()
 
     def drop(self) -> None:
-        """Begin anew: nothing of it is used."""
+        """Remove the folder, so that the run starts from the beginning."""
         self.files.remove_folder(self.name)

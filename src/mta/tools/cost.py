@@ -1,7 +1,7 @@
-"""What a fleet costs before it is built: bytes, memory and hours, from a base's shapes alone. Nothing is loaded.
+"""Estimate bytes, memory, and hours of a fleet before it is built, from a base's shapes. No weights are loaded.
 
-Operations are multiplications and additions of the linear layers, the LM head and the adapters; attention, norms and
-the optimizer are in the share of its peak that a processor is taken to reach.
+Operations are multiplications and additions of the linear layers, the LM head, and the adapters. Attention, norms, and
+the optimizer are included in the assumed share of the processor's peak rate.
 """
 
 from __future__ import annotations
@@ -38,16 +38,16 @@ KNOWN: dict[str, dict[str, Any]] = {
     | {"vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30}
     | {"num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True},
 }
-STORED = 4  # bytes of a number in bank and states, and of a trained one: float32
-SERVED = 2  # of one being served: bfloat16
+STORED = 4  # bytes of a number in bank, states, and training: float32
+SERVED = 2  # bytes of a number in serving: bfloat16
 
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """What matters of a base: its parameters; multiplications for a token; inputs and outputs; keys and values.
+    """Sizes of a base.
 
-    ``linear`` is the sum of D * O over adapted layers, ``width`` of D + O, ``head`` the LM head's D * V, ``cached`` the
-    numbers kept of each token for attention.
+    ``linear`` is the sum of D * O over adapted layers, ``width`` the sum of D + O, ``head`` the LM head's D * V,
+    ``cached`` the numbers in the KV cache per token.
     """
 
     name: str
@@ -61,7 +61,10 @@ class Shape:
 
     @classmethod
     def of(cls, name: str) -> Shape:
-        """Of a name in ``KNOWN``, an asset, a local folder or a hub id; only its config is read. Raises ConfigError."""
+        """Return the sizes of a base in ``KNOWN``, an asset, a local folder, or a hub id. Reads only its config.
+
+        Raises ConfigError.
+        """
         from transformers import AutoModelForCausalLM
 
         config = _config(name)
@@ -70,7 +73,7 @@ class Shape:
                 model = AutoModelForCausalLM.from_config(config, trust_remote_code=False, attn_implementation="eager")
         except ValueError:
             raise ConfigError(
-                f"{name!r} is no causal language model: {config.model_type}",
+                f"{name!r} is not a causal language model: {config.model_type}",
                 hint=f"Give another --base, such as {next(iter(KNOWN))}.",
             ) from None
         head = model.get_output_embeddings()
@@ -98,42 +101,42 @@ def _config(name: str) -> Any:
     try:
         place = resolve(name) if name in ASSETS or Path(name).exists() else name
         return AutoConfig.from_pretrained(place, trust_remote_code=False)
-    except Exception as error:  # transformers raises many kinds: offline, unknown, gated, no config
+    except Exception as error:  # transformers raises different errors: offline, unknown, gated, no config
         raise ConfigError(
-            f"no shape of {name!r}: {str(error).splitlines()[0]}",
+            f"cannot read the shapes of {name!r}: {str(error).splitlines()[0]}",
             hint=f"Give one of {', '.join(KNOWN)}, a folder with a config.json, or a hub id.",
         ) from None
 
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """What people bring: tokens of an item as it is put to the model, targets among them, items of a person.
+    """Sizes of the data: tokens of an item (prompt and target), target tokens among them, and items per person.
 
-    The first ``shared`` tokens (a chat template, what is asked) are the same for all items and computed once a person.
+    The first ``shared`` tokens (chat template, instruction) are equal for all items and computed once per person.
     """
 
     tokens: float = 128
     targets: float = 16
     shots: int = 8
-    context: int = 1024  # tokens of a conversation being served
+    context: int = 1024  # tokens of a served conversation
     shared: float = 0
 
     def __post_init__(self) -> None:
         if not 0 < self.targets <= self.tokens - self.shared:
             raise ConfigError(
                 f"an item of {self.tokens:g} tokens, {self.shared:g} of them shared, has no {self.targets:g} targets",
-                hint=f"Targets are tokens that are not shared: give --tokens above {self.shared + self.targets:g}.",
+                hint=f"Target tokens are not shared: give --tokens above {self.shared + self.targets:g}.",
             )
 
     @property
     def computed(self) -> float:
-        """Tokens that are computed for an item."""
+        """Tokens computed per item."""
         return self.tokens - self.shared + self.shared / self.shots
 
 
 @dataclass(frozen=True, slots=True)
 class Hardware:
-    """Operations a second of plain products, and the share of it that our passes reach. ``told``: where from."""
+    """Operations per second of matrix products, and the share that mta's passes reach. ``told``: source of both."""
 
     name: str
     rate: float
@@ -141,32 +144,32 @@ class Hardware:
     told: str
 
     def seconds(self, operations: float) -> float:
-        """How long it takes."""
         return operations / (self.rate * self.share)
 
 
 _GPUS = {"l4": 121e12, "a100": 312e12, "h100": 989e12}
-_REACHED = 0.6  # of plain products in bfloat16: docs/explanation/performance.md, "operations against torch.mm"
+_REACHED = 0.6  # of matrix products in bfloat16: docs/explanation/performance.md, "operations against torch.mm"
 
 
 def hardware(name: str) -> Hardware:
-    """Of ``this`` machine, measured now, or a GPU by its maker's figures. Raises ConfigError."""
+    """Return ``this`` machine, measured now, or a GPU by the manufacturer's figures. Raises ConfigError."""
     if name in _GPUS:
-        return Hardware(name, _GPUS[name], 0.35, "its maker's dense bfloat16 rate; the share is assumed, not measured")
+        source = "the manufacturer's dense bfloat16 rate; the share is assumed, not measured"
+        return Hardware(name, _GPUS[name], 0.35, source)
     if name != "this":
-        raise ConfigError(f"no such hardware: {name!r}", hint=f"Give this, {', '.join(_GPUS)}.")
+        raise ConfigError(f"no such hardware: {name!r}", hint=f"Give one of: this, {', '.join(_GPUS)}.")
     dtype = pick_dtype("auto", torch.device("cpu"))
     name = str(dtype).removeprefix("torch.")
-    said = f"plain products in {name}, measured now; the share from docs/explanation/performance.md"
-    return Hardware(f"{processor()}, {cores()} cores", gemm_rate(dtype), _REACHED, said)
+    source = f"matrix products in {name}, measured now; the share from docs/explanation/performance.md"
+    return Hardware(f"{processor()}, {cores()} cores", gemm_rate(dtype), _REACHED, source)
 
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """Bytes: base and bank in bfloat16, one person being answered, and one adapter in training (anchor, stack).
+    """Memory in bytes: base and bank in bfloat16, one served row, and one adapter in training (anchor, stack).
 
-    Of the bank twice: as it is merged, and as rows are answered from it. ``token`` and ``target`` are what a training
-    pass keeps of one token, and of one target token besides, as ``memory=`` plans them.
+    The bank counts twice: for merging and for serving. ``token`` is what a training pass keeps per token, ``target``
+    what it adds per target token, as ``memory=`` plans them.
     """
 
     base: float
@@ -180,7 +183,7 @@ class Memory:
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """Of one way to personalize: before anybody comes, and for each person."""
+    """Cost of one method: fixed, and for each person."""
 
     fixed_bytes: float
     person_bytes: float
@@ -189,9 +192,9 @@ class Cost:
 
 
 def costs(shape: Shape, run: Run, load: Load) -> dict[str, Cost]:
-    """MTA as the settings say, its merge alone, OPPU (a LoRA of the anchors' rank each) and Per-Pcs' assembly.
+    """Return the costs of MTA, the merge alone, OPPU (one LoRA per person, of the anchors' rank), and Per-Pcs.
 
-    Raises ConfigError where more anchors are to be merged than there are.
+    Raises ConfigError if ``merge.k`` is larger than the number of anchors.
     """
     anchors, rank = run.bank.anchors, run.bank.lora.rank
     if run.merge.k > anchors:
@@ -200,18 +203,18 @@ def costs(shape: Shape, run: Run, load: Load) -> dict[str, Cost]:
     bank_bytes = (anchors * rank + pooled) * shape.width * STORED
     bank = _bank_operations(shape, run, load)
     k = run.merge.k or anchors
-    merge_bytes = 24.0 * k + 640  # number and coefficient as text, and all else the file says
+    merge_bytes = 24.0 * k + 640  # anchor and coefficient as text, and the other fields of the file
     stack = run.stack.lora.rank * shape.width * STORED if run.stack.enabled else 0
     seen = load.shots * load.computed
     under = _forward(shape, load, pooled), _forward(shape, load, pooled + k * rank)
-    told = under[1:] if needs_evidence(run.merge) else under  # of the pooled model the evidence tells
-    merged = _evidence(shape, run, load) + _coefficients(shape, run, load) + seen * sum(told)
-    taught = _examples(run.stack.training, load.shots) * load.computed if run.stack.enabled else 0.0
-    stacked = taught * _trained(shape, load, pooled + k * rank, run.stack.lora.rank)
+    scored = under[1:] if needs_evidence(run.merge) else under  # the evidence includes the pooled model's losses
+    merged = _evidence(shape, run, load) + _coefficients(shape, run, load) + seen * sum(scored)
+    learned = _examples(run.stack.training, load.shots) * load.computed if run.stack.enabled else 0.0
+    stacked = learned * _trained(shape, load, pooled + k * rank, run.stack.lora.rank)
     stacked += run.stack.enabled * seen * _forward(shape, load, pooled + k * rank + run.stack.lora.rank)
     alone = _examples(run.stack.training, load.shots) * load.computed * _trained(shape, load, pooled, rank)
     task = _task_operations(shape, run, load)
-    assembly = shape.layers * (5.0 * anchors + 48)  # a weight an anchor, as text
+    assembly = shape.layers * (5.0 * anchors + 48)  # one weight per anchor, as text
     return {
         "MTA": Cost(bank_bytes, merge_bytes + stack, bank, merged + stacked),
         "merge alone": Cost(bank_bytes, merge_bytes, bank, merged),
@@ -221,46 +224,44 @@ def costs(shape: Shape, run: Run, load: Load) -> dict[str, Cost]:
 
 
 def passes(run: Run, shots: float) -> tuple[float, float]:
-    """What stages 2 and 3 take, as passes over a person's shots: forward alone, and forward and backward.
+    """Return the passes of stages 2 and 3 over a person's shots: forward only, and forward and backward.
 
-    Forward: the evidence where the policy asks for it, else one of the pooled model; then what the state says of merge
-    and stack.
+    Forward passes: one per anchor if the policy needs the evidence, then those for the losses of the pooled model,
+    merge, and stack.
     """
     forward = (run.bank.anchors if needs_evidence(run.merge) else 0) + 2 + run.stack.enabled
-    taught = _examples(run.merge.learned, shots) if run.merge.policy == "learned" else 0.0
-    taught += _examples(run.stack.training, shots) if run.stack.enabled else 0.0
-    return float(forward), taught / shots
+    trained = _examples(run.merge.learned, shots) if run.merge.policy == "learned" else 0.0
+    trained += _examples(run.stack.training, shots) if run.stack.enabled else 0.0
+    return float(forward), trained / shots
 
 
 def memory(shape: Shape, run: Run, load: Load) -> Memory:
-    """Of the parts that a base, its bank, a row and a training take; ``memory=`` bounds those of training."""
+    """Return the memory of base, bank, a served row, and training; ``memory=`` bounds the parts of training."""
     ranks = run.bank.anchors * run.bank.lora.rank + _pooled(run)
     row = SERVED * (shape.cached * load.context + ranks + run.stack.lora.rank * shape.width)
-    pooled, made = _pooled(run) * shape.width, shape.footprint
+    pooled, footprint = _pooled(run) * shape.width, shape.footprint
     trained = [Numbers(rank * shape.width, pooled=pooled) for rank in (run.bank.lora.rank, run.stack.lora.rank)]
-    anchor, stack = (float(COPIES * STORED * numbers.trained + made.person(numbers)) for numbers in trained)
-    token = made.token(Texts(round(load.tokens), round(load.shared)), made.ranks(trained[1]))
+    anchor, stack = (float(COPIES * STORED * numbers.trained + footprint.person(numbers)) for numbers in trained)
+    token = footprint.token(Texts(round(load.tokens), round(load.shared)), footprint.ranks(trained[1]))
     base, bank = float(SERVED * shape.parameters), 2.0 * SERVED * ranks * shape.width
-    return Memory(base, bank, float(row), anchor, stack, float(token), float(made.target))
+    return Memory(base, bank, float(row), anchor, stack, float(token), float(footprint.target))
 
 
 def _pooled(run: Run) -> int:
-    """Rank of the task LoRA, 0 without one."""
     return run.task_lora.lora.rank if run.task_lora.enabled else 0
 
 
 def _forward(shape: Shape, load: Load, ranks: float) -> float:
-    """Operations for a token: the layers, adapters of so many ranks, the LM head at targets alone."""
+    """Return the forward operations per token: layers, adapters of total rank ``ranks``, and LM head at targets."""
     return 2 * (shape.linear + ranks * shape.width + shape.head * load.targets / load.computed)
 
 
 def _trained(shape: Shape, load: Load, frozen: float, trained: float) -> float:
-    """Forward, and backward to the inputs of every layer; trained factors want one product more."""
+    """Return the training operations per token: forward, backward to all inputs, and gradients of trained factors."""
     return 2 * _forward(shape, load, frozen + trained) + 2 * trained * shape.width
 
 
 def _examples(training: Training, items: float) -> float:
-    """Examples that a training goes through."""
     if training.steps is not None:
         return training.steps * min(training.batch_size, items)
     return training.epochs * items
@@ -279,7 +280,7 @@ def _bank_operations(shape: Shape, run: Run, load: Load) -> float:
 
 
 def _evidence(shape: Shape, run: Run, load: Load) -> float:
-    """The shots under every anchor and under the pooled model alone, where the policy asks for that."""
+    """Return the operations of scoring shots under every anchor and the pooled model, if the policy needs that."""
     pooled = _pooled(run)
     anchors, rank = run.bank.anchors, run.bank.lora.rank
     under = anchors * _forward(shape, load, pooled + rank) + _forward(shape, load, pooled)

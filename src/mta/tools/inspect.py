@@ -1,7 +1,7 @@
-"""What is kept of a person, told in numbers that people understand: ``mta person`` prints it.
+"""Summaries of what is stored for a person, for ``mta person``.
 
-Only files of the store and the description of the bank are read: no weights but the person's own stack, and no text of
-theirs is told.
+Reads only files of the store and the description of the bank: no weights except the person's stack. A summary contains
+no text of the person.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from mta.store.exports import Export
 from mta.store.state import Losses, State
 from mta.tools.cost import KNOWN, Load, Shape, costs, hardware, passes
 
-_CHARACTERS = 4.0  # of a token, about: tokenizers of English text
+_CHARACTERS = 4.0  # per token, approximately, for English text
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +33,7 @@ class Weight:
 
 @dataclass(frozen=True, slots=True)
 class Stack:
-    """The size of a stack."""
+    """The rank of a stack, and its size in bytes."""
 
     rank: int
     bytes: int
@@ -41,12 +41,12 @@ class Stack:
 
 @dataclass(frozen=True, slots=True)
 class Rebuild:
-    """What stages 2 and 3 would take again, by the bank's settings: passes over the shots, and what they are worth.
+    """The cost of repeating stages 2 and 3 with the bank's settings.
 
-    ``forward`` passes are without, ``trained`` ones with a way back; ``targets`` are the shots' target tokens, where a
-    state's losses tell them. ``tokens`` of all shots and ``operations`` are estimates (our choice: four characters a
-    token), None where the history is not kept, or where the base's shape cannot be told from what is on this machine;
-    ``seconds`` are those of ``machine``, this one.
+    ``forward`` counts passes over the shots without a backward pass, ``trained`` those with one. ``targets`` are the
+    target tokens of the shots, from the state's losses. ``tokens`` of all shots and ``operations`` are estimates (our
+    choice: four characters per token), None if the history is not stored or the base's shapes are not available
+    locally. ``seconds`` are for ``machine``, which is this machine.
     """
 
     forward: float
@@ -60,11 +60,11 @@ class Rebuild:
 
 @dataclass(frozen=True, slots=True)
 class Account:
-    """What is kept of a person, and what it means.
+    """A summary of what is stored for a person.
 
-    ``weights`` are sorted, the largest first; ``null`` is what the posterior left to the pooled model, None for other
-    policies. ``history`` counts the items kept by opt-in. ``trained`` names what of this bank was learnt from them,
-    None where the bank came without its members.
+    ``weights`` are sorted, the largest first. ``null`` is the posterior's weight of the pooled model, None for other
+    policies. ``history`` counts the items stored by opt-in. ``trained`` names the parts of the bank that were trained
+    on this person, None if the bank has no list of members.
     """
 
     version: int
@@ -87,7 +87,7 @@ class Account:
 
 @dataclass(frozen=True, slots=True)
 class Version:
-    """One version of a person: its size, the key of its work and its policy (None for one that does not read)."""
+    """One version of a person: its size, work key, and policy (None for a damaged version)."""
 
     version: int
     bytes: int
@@ -97,7 +97,7 @@ class Version:
 
 
 def account_of(id: str, store: Store, bank: Path) -> Account:
-    """What ``store`` keeps of a person, seen from the bank in a folder.
+    """Return the summary of a person in ``store``, with respect to the bank in a folder.
 
     Raises PersonNotFound, StateCorrupt, BankCorrupt.
     """
@@ -125,30 +125,30 @@ def account_of(id: str, store: Store, bank: Path) -> Account:
 
 
 def versions_of(id: str, store: Store) -> list[Version]:
-    """Every version of a person, oldest first. Raises PersonNotFound where there is none."""
+    """Return all versions of a person, oldest first. Raises PersonNotFound if there are none."""
     sizes = store.sizes(id)
     if not sizes:
-        store.load(id)  # says who is not there
+        store.load(id)  # raises PersonNotFound
     found = []
     for number, size in sizes.items():
-        told: tuple[str | None, str | None] = None, None
+        content: tuple[str | None, str | None] = None, None
         with contextlib.suppress(StateCorrupt, PersonNotFound):  # damaged, or removed meanwhile
             state = store.load(id, number)
-            told = state.work, state.policy
-        found.append(Version(number, size, *told, latest=number == max(sizes)))
+            content = state.work, state.policy
+        found.append(Version(number, size, *content, latest=number == max(sizes)))
     return found
 
 
 def gains(losses: Losses) -> list[str]:
-    """What merge and stack made of the person's own shots, in plain words."""
-    told = [f"the merge {_compared(losses.pooled - losses.merged)} than the pooled model"]
+    """Return sentences on how much merge and stack change the losses on the person's own shots."""
+    sentences = [f"the merge {_compared(losses.pooled - losses.merged)} than the pooled model"]
     if losses.stacked is not None:
-        told.append(f"the stack on top of it {_compared(losses.merged - losses.stacked)} than the merge alone")
-    return told
+        sentences.append(f"merge and stack {_compared(losses.merged - losses.stacked)} than the merge alone")
+    return sentences
 
 
 def _compared(gain: float) -> str:
-    return f"explains their own shots {'better' if gain >= 0 else 'worse'} by {abs(gain):.3f} nats per token"
+    return f"predicts their shots {'better' if gain >= 0 else 'worse'} by {abs(gain):.3f} nats per token"
 
 
 def _stack(state: State) -> Stack | None:
@@ -158,7 +158,7 @@ def _stack(state: State) -> Stack | None:
 
 
 def _rebuild(state: State, info: BankInfo, kept: Person | None) -> Rebuild | None:
-    """Of the history that is kept, else of the shots whose losses are known; None where nothing is known of either."""
+    """Return the cost for the stored history, or for the shots with known losses; None without either."""
     same = kept is None or kept.digest() == state.history
     targets = state.losses.tokens if state.losses and same else None
     run = _as_made(state, info)
@@ -175,9 +175,9 @@ def _rebuild(state: State, info: BankInfo, kept: Person | None) -> Rebuild | Non
 
 
 def _as_made(state: State, info: BankInfo) -> Run:
-    """The bank's settings, with what the state says of its own: policy, anchors, mode, stack."""
+    """Return the bank's settings with the state's policy, anchors, mode, and stack."""
     run, anchors = info.run, len(info.items)
-    k = len(state.anchors) if len(state.anchors) < anchors else 0  # 0 takes all of them
+    k = len(state.anchors) if len(state.anchors) < anchors else 0  # 0 means all anchors
     merge = {**run.merge.model_dump(), "policy": state.policy, "k": k, "mode": state.mode, "rank": state.rank}
     stack = run.stack.model_copy(update={"enabled": state.stack is not None})
     if state.stack is not None:
@@ -187,21 +187,21 @@ def _as_made(state: State, info: BankInfo) -> Run:
 
 
 def _tokens(person: Person, task: Task) -> tuple[float, float] | None:
-    """Tokens of what is asked and of the answers, with the token that ends each: about, from characters.
+    """Return the approximate tokens of prompts and of answers (with end tokens), estimated from characters.
 
-    None where there are no items, or items of another task than this bank's.
+    None if there are no items, or items of another task than the bank's.
     """
     with contextlib.suppress(DataError):
-        asked = sum(len(task.prompt(item)) for item in person.items)
+        prompts = sum(len(task.prompt(item)) for item in person.items)
         answers = sum(len(task.target(item)) for item in person.items)
-        return (asked / _CHARACTERS, answers / _CHARACTERS + len(person.items)) if person.items else None
+        return (prompts / _CHARACTERS, answers / _CHARACTERS + len(person.items)) if person.items else None
     return None
 
 
 def _operations(run: Run, load: Load) -> float | None:
-    """Of one person; None where the shape of the base cannot be told from what is on this machine."""
+    """Return the operations for one person; None if the base's shapes are not available locally."""
     if run.base not in KNOWN and not Path(run.base).is_dir():
-        return None  # an asset or a hub's model might have to be fetched for it
+        return None  # an asset or a hub model might need a download
     with contextlib.suppress(ConfigError):
         return costs(Shape.of(run.base), run, load)["MTA"].person_operations
     return None

@@ -1,1 +1,1 @@
-"""Training many adapters in lock step: packed rows, one optimizer for all, checkpoints, a plan."""
+"""Train many adapters in lock step: packed rows, one batched optimizer, checkpoints, and cohort plans."""

@@ -1,4 +1,4 @@
-"""The half-finished cohort that a killed run leaves behind."""
+"""Checkpoints of cohorts in training, from which killed runs resume."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from mta.system.atomic import write_tensors
 
 @dataclass(slots=True)
 class Checkpoint:
-    """The state of one cohort in training, kept under ``path`` every ``every`` seconds.
+    """The state of one cohort in training, saved to ``path`` every ``every`` seconds.
 
-    ``work`` names the work (a hash of plan, data and settings): a checkpoint of other work is ignored. Nothing is kept
-    where ``allowed`` returns False: a person of the cohort was forgotten.
+    ``work`` is a hash of plan, data, and settings: a checkpoint with another hash is ignored. A checkpoint is removed
+    when ``allowed`` returns False, because a person of the cohort was forgotten.
     """
 
     path: Path
@@ -29,18 +29,17 @@ class Checkpoint:
     allowed: Callable[[], bool] = lambda: True
 
     def due(self) -> bool:
-        """Whether ``every`` seconds have passed since the last save."""
+        """Return whether ``every`` seconds have passed since the last save."""
         return time.monotonic() - self._last >= self.every
 
     def save(self, tensors: Mapping[str, Tensor], progress: Mapping[str, object]) -> None:
-        """Write tensors and progress as one file."""
         write_tensors(self.path, tensors, {"work": self.work, "progress": json.dumps(progress)})
-        if not self.allowed():  # asked after writing: forgetting may have looked for checkpoints just before
+        if not self.allowed():  # checked after writing: `forget` may have looked for checkpoints just before
             self.remove()
         self._last = time.monotonic()
 
     def load(self) -> tuple[dict[str, Tensor], dict[str, object]] | None:
-        """What was saved for this very work, or None; a file cut short or of other work counts as none."""
+        """Return what was saved for the same ``work``; None if the file is missing, damaged, or of other work."""
         try:
             with safe_open(self.path, framework="pt") as stored:
                 header = stored.metadata() or {}
@@ -51,5 +50,4 @@ class Checkpoint:
             return None
 
     def remove(self) -> None:
-        """Forget the checkpoint: the cohort is finished and stored elsewhere."""
         self.path.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""AdamW for U adapters in one buffer, each with its own step count, learning rate and gradient norm."""
+"""AdamW for U adapters in one buffer, each with its own step count, learning rate, and gradient norm."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from torch import Tensor
 from mta.config import Training
 from mta.kernels import kernels
 
-_CHUNK = 2**14  # columns per operation on a CPU, so that the operands of an update stay in its cache
+_CHUNK = 2**14  # columns per operation on a CPU, so that the operands of an update stay in the CPU cache
 
 
 @dataclass(slots=True)
 class BatchedAdamW:
-    """AdamW over the rows of ``values`` (U, P): row u equals a ``torch.optim.AdamW`` of its own.
+    """AdamW over the rows of ``values`` (U, P); each row is updated as by a separate ``torch.optim.AdamW``.
 
     Shapes: values, gradient, mean, square (U, P); step (U,).
     """
@@ -29,7 +29,6 @@ class BatchedAdamW:
 
     @classmethod
     def of(cls, values: Tensor) -> BatchedAdamW:
-        """Zero moments for ``values``."""
         zeros = [torch.zeros_like(values) for _ in range(3)]
         return cls(values.contiguous(), zeros[0], zeros[1], zeros[2], torch.zeros(len(values), dtype=torch.long))
 
@@ -66,13 +65,13 @@ class BatchedAdamW:
         self.gradient.zero_()
 
     def keep(self, rows: Tensor) -> BatchedAdamW:
-        """The optimizer of the rows that stay; the others have finished."""
+        """Return the optimizer of ``rows`` only."""
         values, gradient, mean, square = (t[rows].clone() for t in (self.values, self.gradient, self.mean, self.square))
         return BatchedAdamW(values, gradient, mean, square, self.step[rows.cpu()])
 
 
 def learning_rate(training: Training, step: int, steps: int) -> float:
-    """The rate of 0-based ``step`` out of ``steps``: linear warmup, then constant, linear or cosine decay to 0."""
+    """Return the rate of 0-based ``step`` of ``steps``: linear warmup, then constant, linear, or cosine decay to 0."""
     warmup = math.ceil(training.warmup * steps)
     if step < warmup:
         return training.lr * (step + 1) / warmup

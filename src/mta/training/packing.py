@@ -1,12 +1,12 @@
-"""Shared prefixes: the examples of one person as one tree of tokens per row.
+"""Pack the examples of one person into token trees, so that shared prefixes are computed once.
 
 Examples that begin with the same tokens (chat template, instruction, the same text before two labels) share them.
-A row is the tree in depth-first order. Token i sees token j exactly when j is i itself or an ancestor of i:
+A row is a tree in depth-first order. Token i sees token j exactly when j is i itself or an ancestor of i:
 
     visible[i, j]  =  j <= i < end[j]        end[j] is one past the last token of j's subtree
 
-Positions are depths. A causal prefix does not see what follows, so losses and gradients equal those of separate rows.
-The last token of an example is only ever predicted, never fed.
+Positions are depths. A causal prefix does not see later tokens, so losses and gradients equal those of separate rows.
+The last token of an example is predicted, but never an input.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from mta.kernels import LogProbs, kernels
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A token tree, depth first, and what is predicted where.
+    """A token tree in depth-first order, and its targets.
 
-    ``sources[i]`` is the place in the row whose logits predict token ``targets[i]`` of example ``examples[i]``.
+    The logits at place ``sources[i]`` of the row predict token ``targets[i]`` of example ``examples[i]``.
     """
 
     tokens: tuple[int, ...]
@@ -38,16 +38,16 @@ class Row:
 
     @property
     def places(self) -> int:
-        """How many tokens of the row need logits."""
+        """Number of tokens of the row that need logits."""
         return len(set(self.sources))
 
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """Rows of one batch as tensors, padded to the longest.
+    """Rows of one batch as tensors, padded to the longest row.
 
     Shapes: tokens, positions, ends (B, T); places (m,) distinct flat indices into B * T that need logits;
-    of the n predicted tokens: source (n,) into places, target (n,) token ids, row (n,) and example (n,).
+    for the n predicted tokens: source (n,) into places, target (n,) token ids, row (n,), and example (n,).
     """
 
     tokens: Tensor
@@ -60,7 +60,7 @@ class Rows:
     example: Tensor
 
     def log_probs(self, logits: Tensor) -> Tensor:
-        """Log probability of each predicted token, (n,), in at least float32; logits (m, V) of ``places``."""
+        """Return the log probabilities of predicted tokens, (n,), in at least float32; logits (m, V) of ``places``."""
         if kernels("log_probs", logits):
             return LogProbs.apply(logits, self.source, self.target)  # type: ignore[no-untyped-call]
         table = torch.log_softmax(logits if logits.dtype == torch.float64 else logits.float(), dim=-1)
@@ -68,7 +68,7 @@ class Rows:
 
 
 def tree(examples: Sequence[Example], numbers: Sequence[int]) -> Row:
-    """One row that holds ``examples``; ``numbers`` are what the caller knows them by."""
+    """Return one row that holds ``examples``; ``numbers`` are the caller's numbers of the examples."""
     order = sorted(range(len(examples)), key=lambda e: examples[e].tokens)
     tokens: list[int] = []
     positions: list[int] = []
@@ -105,14 +105,14 @@ def pack(
     weight: float = 0.0,
     packed: bool = True,
 ) -> list[Row]:
-    """Rows for one person's examples, as few or as many as costs least; one of several has at most ``longest`` tokens.
+    """Return the cheapest rows for one person's examples.
 
-    A target token counts as ``weight`` tokens more, for the memory of its logits.
-
-    A row of T tokens costs T + attention_price * T * S: a token is compared with the S tokens of the whole row, or
-    where attention is ``blocked`` (``mta.model.tree_attention``) with those of its longest example. Examples sorted by
-    their tokens are cut into runs. The cheapest cut is found exactly, so packing never costs more than one row per
-    example. ``packed=False`` is that plain way.
+    A row of several examples has at most ``longest`` tokens; each target token counts as ``weight`` tokens more, for
+    the memory of its logits.
+    A row of T tokens costs T + attention_price * T * S. S is the length of the row or, with ``blocked`` attention
+    (``mta.model.tree_attention``), of its longest example. Examples sorted by their tokens are cut into runs; dynamic
+    programming finds the cheapest cut, which never costs more than one row per example. ``packed=False`` returns one
+    row per example.
     """
     if not examples:
         return []
@@ -144,7 +144,7 @@ def pack(
 
 
 def fitting(rows: Iterable[Row], width: int, budget: int, weight: float) -> int:
-    """Return how many of the first ``rows``, padded to ``width``, go through the base together: at least one.
+    """Return how many of the first ``rows``, padded to ``width``, fit into one pass: at least one.
 
     Their padded tokens plus ``weight`` for each place that needs logits are at most ``budget``.
     """
@@ -158,7 +158,7 @@ def fitting(rows: Iterable[Row], width: int, budget: int, weight: float) -> int:
 
 
 def collate(rows: Sequence[Row], pad: int, device: torch.device) -> Rows:
-    """Rows as padded tensors. A padding token's subtree is itself, so it sees itself and nobody sees it."""
+    """Return rows as padded tensors. The subtree of a padding token is itself, so no other token sees it."""
     width = max(len(row.tokens) for row in rows)
     tokens, positions, ends = [], [], []
     for row in rows:
@@ -178,7 +178,7 @@ def collate(rows: Sequence[Row], pad: int, device: torch.device) -> Rows:
 
 
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many tokens two sequences begin with alike."""
+    """Return the length of the common prefix of two sequences."""
     for i, (x, y) in enumerate(zip(a, b)):
         if x != y:
             return i

@@ -1,4 +1,4 @@
-"""Who is trained together: fixed by sorted keys and the memory budget, blind to workers and to input order."""
+"""Plan cohorts from sorted keys and the memory budget, independent of workers and of input order."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from mta.model.footprint import COPIES, Numbers, Texts
 from mta.training.packing import common_prefix
 from mta.training.trainer import Job
 
-_MOST_TOKENS = 4096  # more per pass gains nothing on the processors measured
+_MOST_TOKENS = 4096  # per pass; more were not faster on the processors measured
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Cohorts of job numbers (into the sorted keys), and the rows and threads everything is computed with."""
+    """Cohorts of job numbers (indices into the sorted keys), and the batch size and threads of all passes."""
 
     cohorts: tuple[tuple[int, ...], ...]
     tokens_per_batch: int
@@ -30,13 +30,13 @@ class Plan:
 
     @property
     def digest(self) -> str:
-        """Names the plan: a checkpoint made under another plan is not used."""
+        """Sha256 of the plan; a checkpoint of another plan is not used."""
         return hashlib.sha256(json.dumps(asdict(self)).encode()).hexdigest()
 
 
 @dataclass(frozen=True, slots=True)
 class _Lengths:
-    """Of the examples of all jobs: how many jobs, the largest and the smallest example with its targets' weight.
+    """Number of jobs, and lengths of their examples: ``largest`` and ``smallest`` include the weight of targets.
 
     ``share`` is the share of target tokens among all tokens.
     """
@@ -49,7 +49,7 @@ class _Lengths:
 
     @classmethod
     def of(cls, jobs: Iterable[Job], weight: float) -> _Lengths:
-        """Walk through the jobs once and keep none of them."""
+        """Read the jobs once, without keeping them."""
         count, longest, largest, smallest, tokens, targets, prefixes = 0, 1, 1, _MOST_TOKENS, 1, 0, list[int]()
         for job in jobs:
             count += 1
@@ -76,16 +76,16 @@ def plan_cohorts(
 ) -> Plan:
     """Split jobs (already sorted by key) into cohorts that fit into ``memory`` bytes beside the base.
 
-    ``start`` is one person's parameters, or their number; ``below`` are the adapters that are not trained. Half of the
-    memory is for activations and logits, the rest for adapters, gradients and moments. A cohort has ``most`` people at
-    most. ``jobs`` are walked through once and not kept.
-    Raises MemoryBudgetError, saying what one person needs.
+    ``start`` is the parameters of one person, or their number; ``below`` are the frozen adapters. Half of the memory is
+    for activations and logits, the rest for adapters, gradients, and moments. A cohort has at most ``most`` people.
+    ``jobs`` are read once and not kept.
+    Raises MemoryBudgetError, which says how much one person needs.
     """
     trained = start if isinstance(start, int) else sum(tensor[0].numel() for tensor in start.values())
     numbers, footprint = replace(below or Numbers(), trained=trained), base.footprint
     lengths = _Lengths.of(jobs, footprint.target_weight)
     token = footprint.token(lengths.texts, footprint.ranks(numbers))
-    token = max(token, footprint.scoring(1, 0, 0, lengths.texts, Numbers()))  # more only with gradient checkpointing
+    token = max(token, footprint.scoring(1, 0, 0, lengths.texts, Numbers()))  # larger only with checkpointing
     person = (COPIES * trained + numbers.frozen) * base.master_dtype.itemsize
     copies, shared = footprint.person(numbers), footprint.shared(numbers)
     needed = lengths.largest * token + person + copies + shared
@@ -99,8 +99,8 @@ def plan_cohorts(
     enough = int(_MOST_TOKENS * (1 + footprint.target_weight * lengths.share))
     tokens = min(memory // 2 // token, enough, (memory - person - copies - shared) // token)
     tokens = max(tokens, lengths.largest)
-    room, together = memory - tokens * token - shared, tokens // lengths.smallest  # people in one pass, at most
-    fit = max(room // (person + copies), (room - together * copies) // person)
+    rest, together = memory - tokens * token - shared, tokens // lengths.smallest  # together: most people in one pass
+    fit = max(rest // (person + copies), (rest - together * copies) // person)
     size = min(max(fit, 1), most)
     cohorts = tuple(tuple(range(i, min(i + size, lengths.jobs))) for i in range(0, lengths.jobs, size))
     return Plan(cohorts, tokens, threads or torch.get_num_threads())

@@ -1,4 +1,4 @@
-"""How likely a model finds given answers, for rows of different people in one batch."""
+"""Score given answers under a model, for rows of different people in one batch."""
 
 from __future__ import annotations
 
@@ -26,12 +26,11 @@ def log_likelihood(
     tokens_per_batch: int = 2048,
     packed: bool = True,
 ) -> list[Tensor]:
-    """Sum of log p over the target tokens of each example, job by job: a list of (examples,) tensors.
+    """Return the sum of log p over the target tokens of each example: a list with an (examples,) tensor for each job.
 
-    Job i is computed with the adapters of owner ``owners[i]`` (default: i; -1 is nobody). Prefixes are shared within a
-    job, labels and queries alike. Rows of at most ``tokens_per_batch`` tokens are computed together; a target token
-    counts more, for its logits (``Footprint.target_weight``). The result does not depend on which jobs share a batch,
-    up to rounding.
+    Job i is computed with the adapters of owner ``owners[i]`` (default: i; -1: no person). Examples of a job share
+    prefixes. Rows of at most ``tokens_per_batch`` tokens are computed together; a target token counts more, for its
+    logits (``Footprint.target_weight``). Up to rounding, results do not depend on which jobs share a batch.
     """
     owners = range(len(jobs)) if owners is None else owners
     weight = base.footprint.target_weight
@@ -41,7 +40,7 @@ def log_likelihood(
     rows.sort(key=lambda entry: len(entry[1].tokens))
     sums = [torch.zeros(len(examples), dtype=base.master_dtype, device=base.device) for examples in jobs]
     while rows:
-        # Taking from the long end keeps rows of similar length together and shows the largest memory need first.
+        # Longest rows first: rows of similar length share a pass, and the pass with the largest memory comes first.
         fit = fitting((row for _, row in reversed(rows)), len(rows[-1][1].tokens), tokens_per_batch, weight)
         rows, chosen = rows[:-fit], rows[-fit:]
         chosen.sort(key=lambda entry: entry[0])
@@ -50,17 +49,17 @@ def log_likelihood(
         with applied(base.model, adapters, owner):
             found = batch.log_probs(base.logits(batch.tokens, batch.ends, batch.positions, batch.places))
         for i, (job, _) in enumerate(chosen):
-            mine = batch.row == i
-            sums[job].index_add_(0, batch.example[mine], found[mine].to(base.master_dtype))
+            in_row = batch.row == i
+            sums[job].index_add_(0, batch.example[in_row], found[in_row].to(base.master_dtype))
     return [s.cpu() for s in sums]
 
 
 def label_scores(
     base: BaseModel, task: Task, queries: Sequence[Sequence[Item]], adapters: Sequence[Adapters] = (), **how: object
 ) -> list[Tensor]:
-    """Log probability of every label for every query of every person: a list of (queries, labels) tensors.
+    """Return the log probability of every label for each person's queries: a list of (queries, labels) tensors.
 
-    A label's score is the sum of log p over its tokens and the end token, so longer labels pay for their length.
+    A label's score is the sum of log p over its tokens and the end token, without length normalization.
     """
     labels = task.labels or ()
     jobs = [[e for item in items for e in base.prompts.examples(task, item, labels)] for items in queries]

@@ -1,8 +1,8 @@
-"""The lock-step trainer: a cohort of adapters over one frozen base, one forward pass for many people.
+"""The lock-step trainer: train a cohort of adapters over one frozen base, with forward passes for many people.
 
-Each step takes every person's own batch, packs it into rows, runs the rows of as many people as fit in one pass, and
-updates all adapters at once. A person's loss is the mean over their target tokens in that step, whatever rows these
-were split into; losses of people are summed, so gradients never mix. Whoever has done their steps leaves the cohort.
+Each step takes a batch of each person, packs it into rows, runs the rows of as many people as fit into one pass, and
+updates all adapters at once. A person's loss is the mean over their target tokens of the step, in any number of rows.
+Losses of people are summed, so gradients never mix. People leave the cohort after their last step.
 Source: arXiv:2511.20072 stages 0, 1 and 3 train LoRAs one by one; training them together is our choice.
 """
 
@@ -31,10 +31,10 @@ from mta.training.packing import Row, collate, fitting, pack
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One adapter to be trained: whose it is, and the examples it learns from.
+    """One adapter to train: ``key`` identifies the adapter, ``examples`` are its training data.
 
-    ``alternatives`` holds, for each example, the same prompt with every label of its task: never trained on, but
-    scored as evidence. Empty where answers are free text.
+    ``alternatives`` holds, for each example, the same prompt with every label of the task, to be scored as evidence but
+    not trained on. It is empty if answers are free text.
     """
 
     key: str
@@ -43,14 +43,14 @@ class Job:
 
 
 Build = Callable[[Mapping[str, Tensor], Tensor], Adapters]
-"""From the parameters of some neighbouring jobs and these jobs' numbers to what is added to the base."""
+"""Maps the parameters of a range of jobs, and the numbers of these jobs, to adapters."""
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """What one optimizer step did, for progress bars and metrics files.
+    """The progress after one optimizer step, for progress bars and metrics files.
 
-    ``loss`` is the mean over people; None where nothing is trained.
+    ``loss`` is the mean over people; None if the stage trains nothing.
     """
 
     step: int
@@ -61,7 +61,7 @@ class Step:
 
 
 OnStep = Callable[[str, Step], None]
-"""Told of every step of a named stage."""
+"""Called with the name of the stage and each of its steps."""
 
 
 def train(
@@ -81,13 +81,13 @@ def train(
 ) -> dict[str, Tensor]:
     """Train parameters ``start`` (each (U, ...), one row per job) over the frozen base and ``frozen`` adapters.
 
-    ``adapters`` turns parameters into what is added to the base: factors into a LoRA, or coefficients into a merge.
-    ``frozen`` adapters are indexed by job. ``dtype`` is what ``adapters`` gets parameters in, and their gradients come
-    in; sums and steps are in the master dtype, its default.
-    Rows of at most ``tokens_per_batch`` padded tokens go through the base together; a target token counts more, for its
-    logits (``Footprint.target_weight``). This changes time and memory, not the result.
-    With a ``checkpoint`` a killed run resumes from the last save. The checkpoint is also saved when the last step is
-    done: the caller removes the checkpoint after it has saved the result.
+    ``adapters`` maps parameters to adapters of the base: factors to a LoRA, or coefficients to a merge.
+    ``frozen`` adapters are indexed by job. ``dtype`` is the type of the parameters that ``adapters`` gets and of their
+    gradients (default: the master dtype). Gradient sums and optimizer steps use the master dtype.
+    One pass computes rows of at most ``tokens_per_batch`` padded tokens; a target token counts more, for its logits
+    (``Footprint.target_weight``). This changes time and memory, not the result.
+    With a ``checkpoint`` a killed run resumes from the last save. The checkpoint is also saved after the last step;
+    the caller removes it after saving the result.
     Returns the parameters in the order of ``jobs``, in the base's master dtype.
     """
     cohort, dtype = _Cohort.begin(base, jobs, start, training), dtype or base.master_dtype
@@ -113,7 +113,7 @@ def train(
 
 
 def train_loras(base: BaseModel, jobs: Sequence[Job], start: LoraBatch, training: Training, **how: Any) -> LoraBatch:
-    """``train`` for the common case: adapter u of ``start`` on the examples of job u. Keywords as in ``train``."""
+    """Train adapter u of ``start`` on the examples of job u. Keywords as in ``train``."""
 
     def per_person(parameters: Mapping[str, Tensor], _: Tensor) -> PerPerson:
         return PerPerson(LoraBatch.of_tensors(parameters, start.scale))
@@ -123,7 +123,7 @@ def train_loras(base: BaseModel, jobs: Sequence[Job], start: LoraBatch, training
 
 
 def steps_of(training: Training, examples: int) -> int:
-    """Optimizer steps for a job of that many examples."""
+    """Return the number of optimizer steps for a job with that many examples."""
     if not examples:
         return 0
     if training.steps is not None:
@@ -132,7 +132,7 @@ def steps_of(training: Training, examples: int) -> int:
 
 
 def batch_of(job: Job, step: int, size: int, seed: int) -> list[Example]:
-    """What a job sees at ``step``: everything if it fits, else the next stretch of hash-seeded shuffles."""
+    """Return a job's batch at ``step``: all examples if they fit, else the next ``size`` of hash-seeded shuffles."""
     n = len(job.examples)
     if size >= n:
         return list(job.examples)
@@ -149,7 +149,7 @@ def _shuffled(n: int, key: str) -> list[int]:
 
 @dataclass(slots=True)
 class _Cohort:
-    """Parameters in training as one buffer (U, P); what the layers see are views of it."""
+    """Parameters in training as one buffer (U, P); layers get views of the buffer."""
 
     layout: dict[str, tuple[slice, torch.Size]]  # parameter -> its columns and the shape of one row
     steps: list[int]
@@ -165,14 +165,14 @@ class _Cohort:
         for name, tensor in start.items():
             layout[name] = (slice(width, width + tensor[0].numel()), tensor.shape[1:])
             width += tensor[0].numel()
-        # Jobs of similar length side by side, so that little is padded.
+        # Jobs of similar length are neighbors, so that there is little padding.
         order = sorted(range(len(jobs)), key=lambda j: (sum(len(e.tokens) for e in jobs[j].examples), jobs[j].key))
         values = torch.cat([tensor.flatten(1) for tensor in start.values()], dim=1)[order]
         steps = [steps_of(training, len(job.examples)) for job in jobs]
         return cls(layout, steps, BatchedAdamW.of(values.to(base.device, base.master_dtype)), order)
 
     def leaves(self, people: slice, dtype: torch.dtype) -> dict[str, Tensor]:
-        """Trainable views of the buffer, or of its copy in a lower precision, for neighbouring people."""
+        """Return trainable views of the buffer, or of a copy of it in ``dtype``, for a slice of people."""
         values = self.optimizer.values[people].to(dtype)
         return {name: view.detach().requires_grad_() for name, view in self._views(values).items()}
 
@@ -182,7 +182,7 @@ class _Cohort:
         torch._foreach_add_(list(views.values()), list(torch.autograd.grad(loss, list(leaves.values()))))
 
     def advance(self, training: Training, examples: int) -> None:
-        """One optimizer step for everyone still here; then those who are done leave."""
+        """Take one optimizer step for all active jobs, then release the finished ones."""
         rates = [learning_rate(training, self.step, self.steps[j]) for j in self.active]
         self.optimizer.update(torch.tensor(rates, dtype=torch.float64), training)
         self.step += 1
@@ -190,18 +190,18 @@ class _Cohort:
         self.release()
 
     def release(self) -> None:
-        """Move finished jobs out: AdamW would go on moving a parameter whose gradient is zero."""
-        stays = [i for i, j in enumerate(self.active) if self.steps[j] > self.step]
-        if len(stays) == len(self.active):
+        """Move finished jobs out of the buffer: AdamW would also update parameters with zero gradients."""
+        unfinished = [i for i, j in enumerate(self.active) if self.steps[j] > self.step]
+        if len(unfinished) == len(self.active):
             return
         for i, j in enumerate(self.active):
             if self.steps[j] <= self.step:
                 self.finished[j] = self.optimizer.values[i].clone()
-        self.optimizer = self.optimizer.keep(torch.tensor(stays, dtype=torch.long, device=self.optimizer.values.device))
-        self.active = [self.active[i] for i in stays]
+        rows = torch.tensor(unfinished, dtype=torch.long, device=self.optimizer.values.device)
+        self.optimizer = self.optimizer.keep(rows)
+        self.active = [self.active[i] for i in unfinished]
 
     def result(self) -> dict[str, Tensor]:
-        """All parameters, in the order of the jobs."""
         values = torch.stack([self.finished[j] for j in range(len(self.steps))])
         return {name: view.contiguous() for name, view in self._views(values).items()}
 
@@ -231,7 +231,7 @@ class _Cohort:
 
 @dataclass(frozen=True, slots=True)
 class _Pass:
-    """Rows that go through the base together: neighbours ``people`` of the cohort, or a part of one person's rows."""
+    """Rows of one pass: those of a slice ``people`` of the cohort, or a part of one person's rows."""
 
     people: slice
     rows: list[Row]
@@ -248,7 +248,7 @@ def _gradients(
     budget: int,
     packed: bool,
 ) -> Tensor:
-    """Add everyone's gradient of this step to the cohort's buffer; returns their losses, (U,)."""
+    """Add the gradients of this step to the cohort's buffer; return the losses of its people, (U,)."""
     weight = base.footprint.target_weight
     how: dict[str, Any] = {"blocked": base.blocked, "longest": budget, "weight": weight}
     how["packed"] = packed and base.packable
@@ -260,10 +260,10 @@ def _gradients(
     for part in _passes(rows, budget, weight):
         batch = collate(part.rows, base.pad_token, base.device)
         owner = torch.tensor(part.owners, device=base.device)
-        leaves, theirs = cohort.leaves(part.people, dtype), jobs[part.people]
-        layers = [*(Renumbered(one, theirs) for one in frozen), adapters(leaves, theirs)]
+        leaves, numbers = cohort.leaves(part.people, dtype), jobs[part.people]
+        layers = [*(Renumbered(one, numbers) for one in frozen), adapters(leaves, numbers)]
         with applied(base.model, layers, owner - part.people.start):
-            # No name for the logits: only what the backward pass needs of them is kept.
+            # No variable holds the logits, so that only what the backward pass needs stays in memory.
             found = batch.log_probs(base.logits(batch.tokens, batch.ends, batch.positions, batch.places))
             weighted = -found * share[owner[batch.row]]
             cohort.add_gradient(part.people, leaves, weighted.sum())
@@ -272,18 +272,18 @@ def _gradients(
 
 
 def _passes(rows: Sequence[Sequence[Row]], budget: int, weight: float) -> Iterator[_Pass]:
-    """Neighbouring people together up to ``budget`` padded tokens; a person with more than that in several passes.
+    """Yield passes of neighboring people with up to ``budget`` padded tokens; a person with more gets several passes.
 
     A place that needs logits counts as ``weight`` tokens more.
     """
     first, chosen, owners, width, heads = 0, [], [], 0, 0.0  # type: tuple[int, list[Row], list[int], int, float]
-    for person, theirs in enumerate(rows):
-        own, more = max(len(row.tokens) for row in theirs), weight * sum(row.places for row in theirs)
-        if chosen and max(width, own) * (len(chosen) + len(theirs)) + heads + more > budget:
+    for person, added in enumerate(rows):
+        longest, more = max(len(row.tokens) for row in added), weight * sum(row.places for row in added)
+        if chosen and max(width, longest) * (len(chosen) + len(added)) + heads + more > budget:
             yield _Pass(slice(first, person), chosen, owners)
             first, chosen, owners, width, heads = person, [], [], 0, 0.0
-        width, heads = max(width, own), heads + more
-        chosen, owners = chosen + list(theirs), owners + [person] * len(theirs)
+        width, heads = max(width, longest), heads + more
+        chosen, owners = chosen + list(added), owners + [person] * len(added)
         while (fit := fitting(chosen, width, budget, weight)) < len(chosen):  # one person alone exceeds the budget
             yield _Pass(slice(person, person + 1), chosen[:fit], owners[:fit])
             chosen, owners = chosen[fit:], owners[fit:]

@@ -1,7 +1,7 @@
-"""Files of people's items: JSONL, LaMP, Per-Pcs and RecBole, told apart by what is in them.
+"""Readers of people's items from JSONL, LaMP, Per-Pcs, and RecBole files; the content decides the format.
 
-``read_people`` gathers everybody; ``iter_parts`` streams and never holds a whole file. A bad row raises a DataError
-that names file, line and field, or goes into a file of rejects while reading goes on.
+``read_people`` returns all people; ``iter_parts`` streams and never holds a whole file. A bad row raises a DataError
+that names file, line, and field, or is written to a file of rejects while reading continues.
 """
 
 from mta.data.readers.lamp import read_answers

@@ -1,4 +1,4 @@
-"""LaMP's questions and outputs, and Per-Pcs' person files: profiles with ready-made questions."""
+"""Readers of LaMP's questions and outputs, and of Per-Pcs' person files."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ log = logging.getLogger("mta")
 
 
 class Gold(NamedTuple):
-    """The answer to a question, and where it stands."""
+    """The gold answer to a question, and its place in a file."""
 
     output: str
     place: Place
 
 
 def questions_in(folder: Path) -> Path:
-    """The one file of questions in a folder. Raises DataError if there are several or none."""
+    """Return the questions file of a folder. Raises DataError if there are several or none."""
     found = sorted(folder.glob("*questions.json"))
     if not found:
         raise DataError(
@@ -36,12 +36,12 @@ def questions_in(folder: Path) -> Path:
         )
     if len(found) > 1:
         names = ", ".join(path.name for path in found)
-        raise DataError(f"{folder} holds several files of questions: {names}", hint="Give the path of one of them.")
+        raise DataError(f"{folder} holds several questions files: {names}", hint="Give the path of one of them.")
     return found[0]
 
 
 def outputs_beside(questions: Path) -> Path | None:
-    """The file of gold answers that belongs to a file of questions, if there is one."""
+    """Return the outputs file, which holds the gold answers, beside a questions file; None if there is none."""
     path = questions.with_name(questions.name.replace("questions", "outputs"))
     return path if path != questions and path.exists() else None
 
@@ -49,9 +49,9 @@ def outputs_beside(questions: Path) -> Path | None:
 def lamp_parts(
     records: Iterator[tuple[Place, dict[str, Any]]], golds: dict[str, Gold] | None, task: Task, rejects: Rejects
 ) -> Iterator[Part]:
-    """One part per question. A user's questions merge; without ``user_id`` the part has the question's id as person.
+    """Yield one part per question. Without ``user_id``, the question's id is the person's id.
 
-    Queries without an outputs file keep no target, as test questions have none: they can be answered, not judged.
+    Without an outputs file, queries have no target: they can be answered, but the answers cannot be scored.
     """
     seen: set[str] = set()
     for place, record in records:
@@ -73,7 +73,7 @@ def lamp_parts(
 
 
 def perpcs_parts(records: Iterator[tuple[Place, dict[str, Any]]], task: Task, rejects: Rejects) -> Iterator[Part]:
-    """One person a record, with any number of questions, each with its gold answer where known."""
+    """Yield one person per record, with any number of questions and their gold answers where known."""
     seen: set[str] = set()
     for place, record in records:
         try:
@@ -116,7 +116,7 @@ def _queries(
                 raise Bad("id", f"duplicate question id {query.id!r}")
             queries[str(query.id)] = query
         except Bad as bad:
-            # A LaMP record carries its whole profile: only the question is set aside.
+            # A LaMP record holds a whole profile: write only the question to the rejects.
             kept = {key: value for key, value in row.items() if key != "profile"} if isinstance(row, dict) else row
             rejects.add(bad.place or place, bad.field, bad.reason, kept)
     return tuple(queries.values())
@@ -137,25 +137,25 @@ def _query(row: dict[str, Any], golds: dict[str, Gold] | None, task: Task) -> It
 
 
 def _answer(row: dict[str, Any], id: str, golds: dict[str, Gold] | None) -> tuple[str | None, Place | None]:
-    """The gold answer to a question, and its place if that is a file of outputs."""
+    """Return the gold answer to a question, and its place if it comes from an outputs file."""
     if golds is None:
         return (text_in(row, "gold").strip() if row.get("gold") is not None else None), None
     if id not in golds:
-        raise Bad("id", f"the file of outputs has no answer for question {id!r}")
+        raise Bad("id", f"the outputs file has no answer for question {id!r}")
     return golds[id]
 
 
 def golds_for(questions: Path, task: Task, rejects: Rejects) -> dict[str, Gold] | None:
-    """The gold answers to a file of questions, by question; None if there is no file of outputs beside it."""
+    """Return question id -> gold answer for a questions file; None if there is no outputs file beside it."""
     outputs = outputs_beside(questions)
     if outputs is None:
-        log.info("no outputs beside %s: its questions have no gold answers", questions)
+        log.info("no outputs file beside %s: its questions have no gold answers", questions)
         return None
     return outputs_in(outputs, task, rejects)
 
 
 def outputs_in(outputs: Path, task: Task, rejects: Rejects, *, empty: bool = False) -> dict[str, Gold]:
-    """The answers of a file of outputs, by question. ``empty`` ones are a model's to give, never golds."""
+    """Return question id -> answer for an outputs file. ``empty`` accepts empty answers, which only models give."""
     _check_task(outputs, task)
     answers: dict[str, Gold] = {}
     for line, row in array_elements(outputs, GOLDS):
@@ -175,20 +175,20 @@ def outputs_in(outputs: Path, task: Task, rejects: Rejects, *, empty: bool = Fal
 
 
 def read_answers(path: Path, task: Task, *, empty: bool = False) -> dict[str, str]:
-    """Question id -> answer, from a file of LaMP's outputs, or the one beside its questions or in their folder.
+    """Return question id -> answer. ``path`` is LaMP's outputs file, the questions file beside it, or their folder.
 
-    Raises DataError, which names file, line and field.
+    Raises DataError, which names file, line, and field.
     """
     questions = questions_in(path) if path.is_dir() else path
     outputs = outputs_beside(questions) or questions
     if outputs == questions and "questions" in outputs.name:
-        raise DataError(f"no file of outputs beside {questions}", hint="Give the path of a file of outputs.")
+        raise DataError(f"no outputs file beside {questions}", hint="Give the path of an outputs file.")
     with Rejects() as rejects:
         return {id: gold.output for id, gold in outputs_in(outputs, task, rejects, empty=empty).items()}
 
 
 def _check_task(outputs: Path, task: Task) -> None:
-    """Refuse answers to another task's questions: only numbers are compared, LaMP-2 goes by several names."""
+    """Raise DataError for answers of another task. Only numbers are compared, because LaMP-2 has several names."""
     with opened(outputs) as file:
         match = re.search(rb'"task"\s*:\s*"([^"]*)"', file.read(4096))
     if match is None or task.lamp is None:
@@ -199,5 +199,5 @@ def _check_task(outputs: Path, task: Task) -> None:
             Place(outputs, 1),
             "task",
             f"holds answers for {name!r}; task {task.name!r} is {task.lamp!r}",
-            hint=f"Give that task's questions and outputs, or another --task than {task.name}.",
+            hint=f"Give the questions and outputs of {task.name}, or another --task.",
         )

@@ -1,4 +1,4 @@
-"""Find sets of items that are nearly equal, in a time that grows little faster than the number of sets.
+"""Find sets of items that are nearly equal, in almost linear time.
 
 Rules, limits, and measurements: docs/decisions/019-shared-items.md.
 """
@@ -10,12 +10,12 @@ from collections import Counter, defaultdict
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 
-SAME_USER = 0.5  # Jaccard index of two profiles from which on both belong to one user
-SAME_ITEMS = 5  # and the two profiles share at least this many items
+SAME_USER = 0.5  # least Jaccard index of two profiles of one user
+SAME_ITEMS = 5  # least number of items that two profiles of one user share
 
 
 class Sets:
-    """Disjoint sets of the numbers 0 to n - 1."""
+    """Disjoint sets of the numbers 0 to n - 1 (union-find)."""
 
     def __init__(self, count: int) -> None:
         self._above = list(range(count))
@@ -32,7 +32,7 @@ class Sets:
             self._above[root] = first
 
     def groups(self) -> list[list[int]]:
-        """All sets, each in ascending order, by their smallest number."""
+        """Return all sets, each in ascending order, sorted by their smallest number."""
         found: dict[int, list[int]] = {}
         for n in range(len(self._above)):
             found.setdefault(self.root(n), []).append(n)
@@ -40,7 +40,7 @@ class Sets:
 
 
 def nearly_equal(profiles: Sequence[frozenset[Hashable]]) -> Sets:
-    """Join the numbers of profiles that share at least ``SAME_ITEMS`` items and half of the items in either.
+    """Join the numbers of profiles that share at least ``SAME_ITEMS`` items and half of their union.
 
     Equal profiles are joined first, and only one of them is compared with others. Profiles are compared only if they
     share ``SAME_ITEMS`` of their rarest items (prefix filtering) and are not joined yet.
@@ -55,21 +55,21 @@ def nearly_equal(profiles: Sequence[frozenset[Hashable]]) -> Sets:
     ranks = {item: rank for rank, item in enumerate(sorted(held, key=held.__getitem__))}
     index = _Index(sets)
     for profile, numbers in sorted(equal.items(), key=lambda one: len(one[0])):
-        # Items of one profile alone are the rarest, and find nothing.
+        # Items that occur in only one profile are the rarest and match no other profile.
         index.add(numbers[0], frozenset(ranks[item] for item in profile), sum(held[item] == 1 for item in profile))
     return sets
 
 
 @dataclass(slots=True)
 class _Posting:
-    """The profiles that hold an item, and whether all of them are in one set."""
+    """The profiles that contain an item, and whether all of them are in one set."""
 
     numbers: array[int] = field(default_factory=lambda: array("q"))
     joined: bool = True
 
 
 class _Index:
-    """Profiles by their rarest items; they come in ascending order of size."""
+    """Inverted index from rare items to profiles, which are added in ascending order of size."""
 
     def __init__(self, sets: Sets) -> None:
         self._sets = sets
@@ -77,11 +77,11 @@ class _Index:
         self._postings = defaultdict[int, _Posting](_Posting)
 
     def add(self, n: int, profile: frozenset[int], alone: int) -> None:
-        """Join a profile with those before it that are nearly equal; its ``alone`` rarest items are in no other."""
+        """Join a profile with nearly equal earlier profiles. Its ``alone`` rarest items are in no other profile."""
         ranked, size, root = sorted(profile), len(profile), self._sets.root
         self._profiles[n] = profile
-        # Two profiles have at least half of the larger and two thirds of the smaller one's items in common. So the
-        # SAME_ITEMS rarest of the common items are among the rarest of either, as many as `_prefix` says.
+        # Nearly equal profiles share at least half of the larger profile and two thirds of the smaller one. So their
+        # SAME_ITEMS rarest common items are among the `_prefix` rarest items of each profile.
         found: list[_Posting] = []
         for item in ranked[alone : _prefix(size, -(-size // 2))]:
             posting = self._postings[item]
@@ -102,10 +102,10 @@ class _Index:
 
 
 def _often(postings: Sequence[array[int]]) -> list[int]:
-    """The profiles that at least ``SAME_ITEMS`` of the postings name. Long postings make this the slowest step."""
+    """Return the profiles in at least ``SAME_ITEMS`` of the postings. With long postings this is the slowest step."""
     if len(postings) < SAME_ITEMS:
         return []
-    import numpy as np  # not before it is needed: `import mta` stays light
+    import numpy as np  # imported late: `import mta` stays light
 
     named = np.sort(np.concatenate([np.frombuffer(one, np.int64) for one in postings]))
     last = named[SAME_ITEMS - 1 :]
@@ -117,6 +117,6 @@ def _prefix(size: int, common: int) -> int:
 
 
 def alike(one: frozenset[int], other: frozenset[int]) -> bool:
-    """Whether two profiles are nearly equal."""
+    """Return whether two profiles are nearly equal."""
     common = len(one & other)
     return common >= SAME_ITEMS and common >= SAME_USER * (len(one) + len(other) - common)

@@ -1,4 +1,4 @@
-"""Everybody in a file or a folder, whatever its format."""
+"""Read all people of a file or folder in any supported format."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from mta.data.tasks.task import Task
 from mta.errors import DataError, InputError
 
 FORMATS = (
-    "Known are JSONL with person, input and output (or the task's own fields) on each line; LaMP (id, input, profile); "
-    "Per-Pcs (user_id, profile, query); and a RecBole folder (*.inter, *.item)."
+    "Give JSONL with person, input and output (or the task's own fields) on each line; LaMP (id, input, profile); "
+    "Per-Pcs (user_id, profile, query); or a RecBole folder (*.inter, *.item)."
 )
 SHOTS = (1, 4, 8, 16)  # numbers of shots that evaluations compare
 log = logging.getLogger("mta")
@@ -31,17 +31,17 @@ log = logging.getLogger("mta")
 def read_people(
     path: str | Path, task: str | Path | Task, *, skip_bad: str | Path | None = None, limit: int | None = None
 ) -> People:
-    """Everybody in a file or folder, in order of appearance, each with their items in time order.
+    """Return the people of a file or folder in order of appearance, each with their items in time order.
 
-    LaMP records without ``user_id`` are merged where their profiles show that they belong to one user; that person's
-    id is the smallest question id. People who hold copies of the same items get the same ``group``.
-    ``limit`` keeps the first so many people. Bad rows raise; with ``skip_bad`` they are written to that file as
-    JSONL ({file, line, field, reason, row}) and reading goes on.
-    Raises DataError, which names file, line and field; TaskError.
+    LaMP records without ``user_id`` are merged if their profiles show that they belong to one user; the smallest
+    question id becomes the person's id. People who hold copies of the same items get the same ``group``.
+    ``limit`` keeps only the first people. A bad row raises an error; with ``skip_bad``, bad rows are written to that
+    file as JSONL ({file, line, field, reason, row}) and reading continues.
+    Raises DataError, which names file, line, and field; TaskError; InputError.
     """
     source, task = Path(path), load_task(task)
     if limit is not None and limit < 1:
-        raise InputError(f"limit is {limit}; expected at least 1", hint="Leave it out to read everybody.")
+        raise InputError(f"limit is {limit}; expected at least 1", hint="Leave limit out to read all people.")
     gathered: dict[str, _Gathered] = {}
     named = 0
     with Rejects(_aside(skip_bad, source)) as rejects:
@@ -57,7 +57,7 @@ def read_people(
     people = [one.person(id, task) for id, one in _by_user(gathered, source).items()][:limit]
     if not people:
         see = f"See {rejects.path}." if rejects.count else f"Write lines such as  {LINE}"
-        raise DataError(f"{source} holds nobody: no row could be used, {rejects.count} were bad", hint=see)
+        raise DataError(f"{source} holds no people: no row could be used, {rejects.count} were bad", hint=see)
     people, shared = connected(people, task)
     if shared.items:
         log.warning("%s: %s; splits keep a group together", source, shared)
@@ -65,7 +65,7 @@ def read_people(
 
 
 def iter_parts(path: Path, task: Task, rejects: Rejects) -> Iterator[Part]:
-    """Stream people's items as the file has them: a person may come in many parts. Raises DataError."""
+    """Yield people's items in the order of the file; a person may come in many parts. Raises DataError."""
     if path.is_dir() and any(path.glob("*.inter")):
         yield from recbole_parts(path, task, rejects)
         return
@@ -88,7 +88,7 @@ def iter_parts(path: Path, task: Task, rejects: Rejects) -> Iterator[Part]:
 
 
 class _Gathered:
-    """What was read of one person so far; ``records`` counts the parts whose items may repeat."""
+    """The items and queries of one person read so far; ``records`` counts the parts with items that may repeat."""
 
     def __init__(self, named: bool) -> None:
         self.named = named
@@ -98,7 +98,7 @@ class _Gathered:
         self.by_id: dict[str, Item] = {}
 
     def take(self, part: Part, rejects: Rejects) -> None:
-        """Add a part; an item id may come again only where parts repeat items, and then with the same content."""
+        """Add a part. An item id may occur again only if parts repeat items, and then with the same content."""
         here: set[str] = set()
         new: list[Item] = []
         for item in part.items:
@@ -114,19 +114,19 @@ class _Gathered:
         self.add(new, part.queries, repeats=part.repeats)
 
     def add(self, items: Sequence[Item], queries: Sequence[Item], *, repeats: bool) -> None:
-        """Add items and queries; items that ``repeats`` says may come again are added once, whatever their ids."""
+        """Add items and queries. With ``repeats``, an item that is already known is not added again."""
         self.items += missing_from(self.items, items) if repeats and self.items else items
         self.queries += queries
         self.records += repeats
 
     def person(self, id: str, task: Task) -> Person:
-        """The person. Items that answer the person's own queries, known from other records, are left out."""
+        """Return the person, without items from other records that answer the person's own queries."""
         items = without_answers(task, self.items, self.queries) if self.records > 1 else self.items
         return Person.of(id, items, self.queries)
 
 
 def _by_user(gathered: dict[str, _Gathered], source: Path) -> dict[str, _Gathered]:
-    """Merge records without ``user_id`` that belong to one user, in the order of their question ids."""
+    """Merge the records without ``user_id`` that belong to one user, in the order of their question ids."""
     ids = [id for id, one in gathered.items() if not one.named]
     users = same_users([gathered[id].items for id in ids])
     merged: dict[str, str] = {}
@@ -141,29 +141,29 @@ def _by_user(gathered: dict[str, _Gathered], source: Path) -> dict[str, _Gathere
 
 
 def _aside(skip_bad: str | Path | None, source: Path) -> Path | None:
-    """Where bad rows go. Raises InputError if that would overwrite what is read."""
+    """Return the file for bad rows. Raises InputError if it is a folder or one of the input files."""
     if skip_bad is None:
         return None
     path = Path(skip_bad)
     if path.is_dir():
         raise InputError(
-            f"bad rows cannot be set aside in {path}: it is a folder; expected the name of a file",
+            f"bad rows cannot be written to {path}: it is a folder; expected the name of a file",
             hint=f"For example:  {path / 'rejects.jsonl'}",
         )
     if source.is_dir():
-        read = [file for file in source.iterdir() if file.suffix != ".jsonl"]  # what is read of a folder is never JSONL
+        read = [file for file in source.iterdir() if file.suffix != ".jsonl"]  # no input file in a folder is JSONL
     else:
         read = [source, outputs_beside(source) or source]
     if any(path.resolve() == file.resolve() for file in read):
         raise InputError(
-            f"bad rows cannot be set aside in {path}: it is a file that is read",
-            hint="Name a file that is not there yet, for example rejects.jsonl.",
+            f"bad rows cannot be written to {path}: it is an input file",
+            hint="Name a file that does not exist yet, for example rejects.jsonl.",
         )
     return path
 
 
 def describe(people: Sequence[Person]) -> dict[str, float]:
-    """Counts for a summary: people, their items (fewest, median, most) and queries."""
+    """Return counts for a summary: people, items per person (min, median, max), and queries."""
     counts = [len(person.items) for person in people] or [0]
     return {
         "people": len(people),
@@ -176,20 +176,20 @@ def describe(people: Sequence[Person]) -> dict[str, float]:
 
 
 def describe_splits(people: Sequence[Person], task: Task, queries: int) -> dict[str, Any]:
-    """What an evaluation finds in a set: who has enough items for m shots and ``queries`` later ones, times, labels.
+    """Return what a set offers an evaluation: people with enough items, the range of times, and label shares.
 
-    ``shots``: number of shots -> people who have so many items before the last ``queries``, which are asked. A
-    benchmark's own query is the last item where it is answered like the history.
+    ``shots``: m -> number of people with at least m + ``queries`` items. A benchmark's own answered queries count as
+    items if they are answered like the history.
     """
     answered = [sum(task.has_target(query) for query in person.queries) for person in people]
     lengths = [len(p.items) + (own if task.asks_as_items else 0) for p, own in zip(people, answered)]
     times = [[item.time for item in person.items] for person in people]
-    known = [time for theirs in times for time in theirs if time is not None]
+    known = [time for each in times for time in each if time is not None]
     targets = [task.target(item) for person in people for item in person.items] if task.labelled else []
     return {
         "asked": queries,
         "shots": {m: sum(length >= m + queries for length in lengths) for m in SHOTS},
-        "people with times": sum(None not in theirs for theirs in times),
+        "people with times": sum(None not in each for each in times),
         "oldest": min(known, default=None),
         "newest": max(known, default=None),
         "labels": {label: round(targets.count(label) / len(targets), 4) for label in task.labels or () if targets},

@@ -1,4 +1,4 @@
-"""RecBole's atomic files of movie ratings: NAME.inter and NAME.item, tab separated, with typed headers."""
+"""Reader of RecBole's atomic files of movie ratings: NAME.inter and NAME.item, tab separated, with typed headers."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from mta.data.tasks.task import Task
 from mta.errors import DataError
 
 FIELDS = ("title", "genres", "rating")
-NO_GENRES = "(no genres listed)"  # MovieLens' own words
-COLUMNS = {  # what data sets call a column
+NO_GENRES = "(no genres listed)"  # as in MovieLens
+COLUMNS = {  # field -> names of its column in different data sets
     "title": ("movie_title", "title", "item_name", "name"),
     "year": ("release_year", "year"),
     "genres": ("class", "genre", "genres"),
@@ -21,7 +21,7 @@ COLUMNS = {  # what data sets call a column
 
 
 def recbole_parts(folder: Path, task: Task, rejects: Rejects) -> Iterator[Part]:
-    """One rating a part. Fields: title with its year, genres with commas, rating; time is the timestamp."""
+    """Yield one part per rating. Fields: title with its year, genres with commas, rating; time is the timestamp."""
     if set(task.fields()) != set(FIELDS):
         raise DataError(
             f"{folder} is a RecBole folder of ratings: it has {', '.join(FIELDS)}; "
@@ -50,7 +50,7 @@ def _one(folder: Path, suffix: str) -> Path:
     if len(found) != 1:
         names = ", ".join(path.name for path in found) or "none"
         raise DataError(
-            f"{folder}: expected one *.{suffix} file of RecBole, got {names}",
+            f"{folder}: expected one RecBole *.{suffix} file, got {names}",
             hint="Give a folder with NAME.inter and NAME.item of one data set.",
         )
     return found[0]
@@ -75,7 +75,7 @@ def _column(row: dict[str, str], name: str) -> str:
 
 
 def _number(text: str) -> float | str:
-    """'4.0' and '4' are one label; whatever is no number stays for later checks to name."""
+    """Return a number, so that '4.0' and '4' are one label; other text is returned as it is, for later checks."""
     try:
         return float(text)
     except ValueError:
@@ -94,7 +94,7 @@ def _table(path: Path, needed: tuple[str, ...], rejects: Rejects) -> Iterator[tu
                     place,
                     missing[0],
                     f"no such column; got {got}",
-                    hint=f"Its first line names the columns, such as  {_header(needed)}",
+                    hint=f"Name the columns in the first line, such as  {_header(needed)}",
                 )
         elif len(cells) != len(names):
             rejects.add(place, None, f"expected {len(names)} columns, got {len(cells)}", text)
@@ -102,8 +102,8 @@ def _table(path: Path, needed: tuple[str, ...], rejects: Rejects) -> Iterator[tu
             yield place, dict(zip(names, cells))
     if names is None:
         raise DataError(
-            f"{path} is empty; expected a header of RecBole, such as {_header(needed)}",
-            hint="Write its first line, or download the data set again.",
+            f"{path} is empty; expected a RecBole header, such as {_header(needed)}",
+            hint="Write the header line, or download the data set again.",
         )
 
 

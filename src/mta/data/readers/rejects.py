@@ -1,4 +1,4 @@
-"""Where bad rows go: an error, or a file of rejects."""
+"""Handling of bad rows: raise an error, or write them to a file of rejects."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import IO, Any, NamedTuple
 from mta.errors import DataError
 from mta.system.atomic import written_aside
 
-HINT = "Correct it, or set bad rows aside with --skip-bad FILE (in Python: skip_bad=FILE)."
+HINT = "Correct the row, or write bad rows to a file with --skip-bad FILE (in Python: skip_bad=FILE)."
 
 
 class Place(NamedTuple):
@@ -22,26 +22,25 @@ class Place(NamedTuple):
 
 
 class Bad(Exception):
-    """One row that does not fit. Readers catch it and hand it to ``Rejects``; it never leaves this package."""
+    """A row that does not fit. Readers catch this error and pass it to ``Rejects``; it never leaves this package."""
 
     def __init__(self, field: str | None, reason: str, place: Place | None = None) -> None:
         super().__init__(field, reason, place)
         self.field = field
         self.reason = reason
-        self.place = place  # where the fault is, if not in the row itself
+        self.place = place  # of the fault, if it is not in the row itself
 
 
 def data_error(place: Place, field: str | None, reason: str, hint: str) -> DataError:
-    """The error for a place in a file; files say nothing of a field where the whole line is wrong."""
-    what = f"field {field!r}: " if field else ""
-    return DataError(f"{place.file}:{place.line}: {what}{reason}", hint=hint)
+    """Return the error for a place in a file; ``field`` is None if the whole line is wrong."""
+    where = f"field {field!r}: " if field else ""
+    return DataError(f"{place.file}:{place.line}: {where}{reason}", hint=hint)
 
 
 class Rejects:
-    """Raises at the first bad row; with a path, counts it and writes it there as JSONL instead.
+    """Raise an error at the first bad row or, given a path, count bad rows and write them there as JSONL.
 
-    The file appears under its name only when reading came to its end, and is then complete, even if empty.
-    Only its owner may read it: it holds people's text.
+    The file appears under its name when all input was read. Only its owner may read it, because it holds people's text.
     """
 
     def __init__(self, path: Path | None = None) -> None:
@@ -59,7 +58,7 @@ class Rejects:
         self._open.__exit__(kind, error, at)
 
     def add(self, place: Place, field: str | None, reason: str, row: Any = None) -> None:
-        """Take one bad row. Raises DataError if bad rows are not set aside."""
+        """Record one bad row. Raises DataError if there is no file of rejects."""
         if self._file is None:
             raise data_error(place, field, reason, hint=HINT)
         self.count += 1

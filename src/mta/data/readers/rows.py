@@ -1,4 +1,4 @@
-"""From rows to items: texts, times and the fields of a task."""
+"""Convert rows to items: texts, times, and the fields of a task."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ log = logging.getLogger("mta")
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """Some of one person's items and queries, as one record of a file holds them.
+    """The items and queries of one person in one record of a file.
 
-    ``repeats``: another record may hold the same items again, as the questions of one LaMP user do.
-    ``named`` is off where the record names no user: ``person`` is then the id of its question.
+    ``repeats``: another record may hold the same items again, as the records of one LaMP user do.
+    ``named`` is False if the record names no user: then ``person`` is the id of its question.
     """
 
     person: str
@@ -37,7 +37,7 @@ class Part:
 
 
 def text_in(row: Mapping[str, Any], field: str) -> str:
-    """A field that has to be there and be text or a number."""
+    """Return a required field, which must be text or a number, as text. Raises Bad."""
     value = row.get(field)
     if value is None:
         raise Bad(field, "missing")
@@ -46,13 +46,13 @@ def text_in(row: Mapping[str, Any], field: str) -> str:
     text = as_text(value)
     if not text.strip():
         raise Bad(field, "empty; expected some text")
-    if re.search("[\ud800-\udfff]", text):  # JSON may escape one; no tokenizer and no file can take it
+    if re.search("[\ud800-\udfff]", text):  # JSON can escape a lone surrogate; tokenizers and files cannot hold one
         raise Bad(field, "holds half of a surrogate pair; expected text that UTF-8 can hold")
     return text
 
 
 def list_in(row: Mapping[str, Any], field: str) -> list[Any]:
-    """A field that has to be a list."""
+    """Return a required field that must be a list. Raises Bad."""
     if field not in row:
         raise Bad(field, "missing")
     if not isinstance(row[field], list):
@@ -61,7 +61,7 @@ def list_in(row: Mapping[str, Any], field: str) -> list[Any]:
 
 
 def time_in(row: Mapping[str, Any], field: str) -> float | None:
-    """Seconds, or any number that grows with time; an ISO date counts as UTC. None where there is no time."""
+    """Return seconds, or any number that grows with time; None without a time. An ISO date without a zone is UTC."""
     value = row.get(field)
     if value is None:
         return None
@@ -91,7 +91,7 @@ def _iso(text: str) -> float:
 
 
 def item_in(row: Mapping[str, Any], task: Task, time: str = "time") -> Item:
-    """An item under the task's own field names, or under ``input`` and ``output``. Raises Bad."""
+    """Return the item of a row with the task's own field names, or ``input`` and ``output``. Raises Bad."""
     form = task.item
     other = {form.target: "output"}
     if len(form.inputs) == 1:
@@ -112,7 +112,7 @@ def item_in(row: Mapping[str, Any], task: Task, time: str = "time") -> Item:
 
 
 def _label(text: str, labels: Sequence[str]) -> str:
-    """A rating is often written 4.0 where the label is 4."""
+    """Return the label for a text: ratings are often written 4.0 when the label is 4."""
     with contextlib.suppress(ValueError):
         if text not in labels and (plain := as_text(float(text))) in labels:
             return plain
@@ -125,13 +125,13 @@ def _missing(row: Mapping[str, Any], task: Task, other: Mapping[str, str]) -> st
     if "input" in row and len(task.item.inputs) > 1:
         fields = ", ".join(task.item.inputs)
         return f"missing; 'input' stands for one field, but task {task.name!r} has {fields}: give each under its name"
-    there = ", ".join(sorted(row.keys() - {"person", "time", "id"})) or "none of them"
-    told = "" if also else "; is this the task? Another is named with --task"
-    return f"missing; task {task.name!r} needs {names}; got {there}{told}"
+    got = ", ".join(sorted(row.keys() - {"person", "time", "id"})) or "none of them"
+    hint = "" if also else "; if this is the wrong task, give another --task"
+    return f"missing; task {task.name!r} needs {names}; got {got}{hint}"
 
 
 def item_parts(records: Iterator[tuple[Place, dict[str, Any]]], task: Task, rejects: Rejects) -> Iterator[Part]:
-    """One item a record: ``person``, the task's fields, and where known ``time`` and ``id``."""
+    """Yield one item per record: ``person``, the task's fields, and where known ``time`` and ``id``."""
     known, unread = {"person", "time", "id", "input", "output", *task.fields()}, Counter[str]()
     for place, row in records:
         unread.update(row.keys() - known)
@@ -142,5 +142,5 @@ def item_parts(records: Iterator[tuple[Place, dict[str, Any]]], task: Task, reje
             continue
         yield part
     if unread:
-        told = ", ".join(f"{short(name)} ({count} lines)" for name, count in unread.most_common(3))
-        log.warning("nothing reads %s%s; times are read from 'time'", told, ", …" * (len(unread) > 3))
+        names = ", ".join(f"{short(name)} ({count} lines)" for name, count in unread.most_common(3))
+        log.warning("ignored fields: %s%s; times are read from 'time'", names, ", …" * (len(unread) > 3))

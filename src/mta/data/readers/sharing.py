@@ -14,8 +14,8 @@ from mta.data.history import Item, Person
 from mta.data.readers.overlap import SAME_ITEMS, nearly_equal
 from mta.data.tasks.task import Task
 
-LONG = 64  # characters: two people write a shorter text by coincidence
-CROWD = 10  # people: an item that more of them hold is common text and connects no people
+LONG = 64  # characters: two people can write a shorter text by coincidence
+CROWD = 10  # people: an item held by more people is common text and connects no people
 Key = tuple[bytes, bytes]  # digests of an item's inputs and of its answer
 
 
@@ -23,8 +23,8 @@ Key = tuple[bytes, bytes]  # digests of an item's inputs and of its answer
 class Shared:
     """Counts of shared items: ``items`` connect ``people`` into ``groups``; ``largest`` is the largest group's size.
 
-    Not counted as shared: ``crowded`` items, which more than ``CROWD`` people hold, and ``judged`` inputs, to
-    which no answer is given by most of its holders, or which people answer independently of each other (films).
+    Not counted as shared: ``crowded`` items, which more than ``CROWD`` people hold; and ``judged`` inputs, to which
+    holders have no majority answer, or which people answer independently of each other (films).
     """
 
     items: int = 0
@@ -43,15 +43,15 @@ class Shared:
 
 
 def sameness(item: Item) -> tuple[object, ...]:
-    """Return what two copies of an item have in common: all fields and the time, but not the id.
+    """Return a key that copies of an item share: all fields and the time, but not the id.
 
-    LaMP numbers the items of each record anew, so ids neither identify an item nor are they unique.
+    LaMP numbers the items of each record separately, so ids neither identify an item nor are unique.
     """
     return (item.time, *sorted(item.fields.items()))
 
 
 def same_users(records: Sequence[Sequence[Item]]) -> list[list[int]]:
-    """Group the numbers of records that belong to one user, because their profiles are nearly the same."""
+    """Group the numbers of records that belong to one user: those with nearly equal profiles."""
     return nearly_equal([frozenset(map(sameness, items)) for items in records]).groups()
 
 
@@ -70,14 +70,14 @@ def missing_from(known: Sequence[Item], items: Sequence[Item]) -> list[Item]:
 def without_answers(task: Task, items: Sequence[Item], queries: Sequence[Item]) -> list[Item]:
     """Return the items that are not one of the queries.
 
-    A user's questions were taken out of their own profile, but each one stands in the profiles of the others.
+    LaMP removes a question's own item from the profile of that record, but not from the user's other records.
     """
     asked = {question for query in queries if (question := _question(task, query))}
     return [item for item in items if _question(task, item) not in asked]
 
 
 def _question(task: Task, item: Item) -> tuple[str, ...]:
-    """What an item and a query about the same text have in common: the inputs, or the target of a task without any."""
+    """Return a key that an item and a query about the same text share: the inputs or, without inputs, the target."""
     names = task.item.inputs
     if names:
         return tuple(item.fields[name] for name in names) if task.asks_as_items or not item.is_query else ()
@@ -90,8 +90,7 @@ def _question(task: Task, item: Item) -> tuple[str, ...]:
 class Copies:
     """Copies of items that several of ``people`` hold, in their histories or as queries with a known answer.
 
-    ``holders`` are the numbers of the people who hold a copy, by the item's key; items that do not count as shared
-    are missing in it.
+    ``holders``: key of a shared item -> numbers of the people who hold a copy.
     """
 
     def __init__(self, people: Sequence[Person], task: Task) -> None:
@@ -105,22 +104,22 @@ class Copies:
             self.judged = len(by_inputs)
             return
         for inputs, answers in by_inputs.items():
-            everybody = sum(map(len, answers.values()))
+            total = sum(map(len, answers.values()))
             answer, holders = max(answers.items(), key=lambda one: len(one[1]))
-            if everybody > CROWD and (len(answers) == 1 or not task.labelled):
+            if total > CROWD and (len(answers) == 1 or not task.labelled):
                 self.crowded += 1
-            elif everybody > CROWD or 2 * len(holders) <= everybody:  # no answer that most holders copied
+            elif total > CROWD or 2 * len(holders) <= total:  # no answer that most holders copied
                 self.judged += 1
             else:
                 self.holders[inputs, answer] = holders
 
     def in_histories(self, people: Iterable[Person], queries: Iterable[Item]) -> int:
-        """Count the queries of which a copy stands in the histories of ``people``."""
+        """Count the queries that have a copy in the histories of ``people``."""
         known = {key for person in people for item in person.items if (key := self._key(item)) in self.holders}
         return sum(self._key(query) in known for query in queries)
 
     def _several(self, people: Sequence[Person]) -> dict[bytes, dict[bytes, set[int]]]:
-        """Inputs that several people hold -> answers -> numbers of the people who give them."""
+        """Return inputs that several people hold -> answers -> numbers of the people who give them."""
         first: dict[bytes, int] = {}
         several: set[bytes] = set()
         for number, (inputs, _) in self._keys(people):
@@ -139,24 +138,24 @@ class Copies:
                     yield number, key
 
     def _key(self, item: Item) -> Key | None:
-        """Digests of an item's inputs and answer; None if the item is too short to tell people apart."""
+        """Return digests of an item's inputs and answer; None if the item is too short to identify a person."""
         task, like_items = self.task, self.task.asks_as_items or not item.is_query
         if not task.has_target(item):
             return None
         target = _plain(task.target(item))
         inputs = [_plain(item.fields[name]) for name in task.item.inputs] if like_items else []
-        # Labels, of which there are few, say nothing about who gave them.
+        # Labels are few: an equal label does not indicate a copy.
         if sum(map(len, inputs)) + (0 if task.labelled else len(target)) < LONG:
             return None
         return (_digest(inputs), _digest([target])) if task.labelled else (_digest([*inputs, target]), b"")
 
 
 def connected(people: Sequence[Person], task: Task) -> tuple[list[Person], Shared]:
-    """Return the people with their groups, and what was found.
+    """Return the people with their groups, and counts of what they share.
 
-    People who hold a copy of one item are in one group, directly or through others; a group is called by its smallest
-    person id. People whose histories are nearly equal are in one group too, however many hold their items. People who
-    share nothing are in no group.
+    People who hold a copy of one item, directly or through others, are in one group, named by its smallest person id.
+    So are people with nearly equal histories, even if many people hold their items. People who share nothing have no
+    group.
     """
     copies = Copies(people, task)
     sets = nearly_equal([frozenset() if copies.independent else _contents(person) for person in people])
@@ -171,28 +170,28 @@ def connected(people: Sequence[Person], task: Task) -> tuple[list[Person], Share
 
 
 def _contents(person: Person) -> frozenset[bytes]:
-    """What the items of a person's history say, without ids and times."""
+    """Return digests of the items of a person's history, without ids and times."""
     fields = (sorted(item.fields.items()) for item in person.items)
     return frozenset(_digest([_plain(text) for pair in one for text in pair]) for one in fields)
 
 
 def _independent(inputs: Collection[Mapping[bytes, set[int]]], chance: float) -> bool:
-    """Whether people answer common inputs on their own: two of them differ more than half as often as by chance.
+    """Return whether people answer common inputs independently, so that answers differ over half as often as by chance.
 
-    Fewer than ``SAME_ITEMS`` common inputs are too few to tell.
+    Returns False for fewer than ``SAME_ITEMS`` common inputs.
     """
     return len(inputs) >= SAME_ITEMS and sum(map(_differing, inputs)) / len(inputs) > chance / 2
 
 
 def _differing(answers: Mapping[bytes, set[int]]) -> float:
-    """How often two answers to one input differ."""
+    """Return the share of pairs of answers to one input that differ."""
     counts = [len(holders) for holders in answers.values()]
     total = sum(counts)
     return 1 - sum(count * (count - 1) for count in counts) / (total * (total - 1))
 
 
 def _chance(people: Sequence[Person], task: Task) -> float:
-    """How often two answers differ that are drawn from all answers."""
+    """Return the probability that two answers drawn from all answers differ."""
     counts = Counter(task.target(item) for person in people for item in person.items)
     return 1 - sum((count / counts.total()) ** 2 for count in counts.values())
 

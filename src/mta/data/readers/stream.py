@@ -1,4 +1,4 @@
-"""JSON values of a file one by one, each with its line: JSONL, or the elements of one array."""
+"""Stream the JSON values of a file with their line numbers: JSONL, or the elements of one array."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ SPACE = re.compile(r"[ \t\r\n]*")
 
 
 def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no JSON")
+    raise ValueError(f"{name} is not JSON")
 
 
 DECODER = json.JSONDecoder(parse_constant=_no_constant)
 
 
 def kind_of(value: Any) -> str:
-    """What JSON calls a value, for messages."""
+    """Return JSON's name for the type of a value, for messages."""
     names = {dict: "an object", list: "a list", str: "text", bool: "true or false", type(None): "null"}
     return names.get(type(value), "a number")
 
 
 def opened(path: Path) -> BinaryIO:
-    """A file to read from; an error of the system becomes a DataError."""
+    """Open a file for reading. Raises DataError instead of OSError."""
     try:
         return path.open("rb")
     except FileNotFoundError:
@@ -45,7 +45,7 @@ def opened(path: Path) -> BinaryIO:
 
 
 def text_lines(path: Path, rejects: Rejects) -> Iterator[tuple[int, str]]:
-    """Numbered lines without their ends; a line that is not UTF-8 is bad."""
+    """Yield numbered lines without line ends; a line that is not UTF-8 is a bad row."""
     with opened(path) as file:
         for number, raw in enumerate(file, 1):
             try:
@@ -57,11 +57,11 @@ def text_lines(path: Path, rejects: Rejects) -> Iterator[tuple[int, str]]:
 
 
 def objects(path: Path, rejects: Rejects) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The JSON objects of a file, be it JSONL or one array. Raises DataError if the file is empty."""
+    """Yield the JSON objects of a JSONL file or of one array. Raises DataError if the file is empty."""
     start = _first_byte(path)
     if not start:
         raise DataError(
-            f"{path} is empty; expected JSONL with one item a line, or a JSON array",
+            f"{path} is empty; expected JSONL with one item per line, or a JSON array",
             hint=f"Write lines such as  {LINE}",
         )
     for line, value in array_elements(path) if start == b"[" else json_lines(path, rejects):
@@ -80,7 +80,7 @@ def _first_byte(path: Path) -> bytes:
 
 
 def json_lines(path: Path, rejects: Rejects) -> Iterator[tuple[int, Any]]:
-    """The values of a JSONL file; blank lines are passed over."""
+    """Yield the values of a JSONL file; blank lines are skipped."""
     for number, text in text_lines(path, rejects):
         if not text.strip():
             continue
@@ -93,9 +93,9 @@ def json_lines(path: Path, rejects: Rejects) -> Iterator[tuple[int, Any]]:
 
 
 def array_elements(path: Path, opening: str = r"\s*\[") -> Iterator[tuple[int, Any]]:
-    """The elements of the array that begins where ``opening`` matches, decoded one by one.
+    """Yield the elements of the array that begins where ``opening`` matches, decoded one by one.
 
-    A fault inside an array ends it: there is no telling where the next element begins. Raises DataError.
+    Raises DataError at the first fault: the start of the next element is then unknown.
     """
     with opened(path) as file:
         window = _Window(path, file)
@@ -113,7 +113,7 @@ def array_elements(path: Path, opening: str = r"\s*\[") -> Iterator[tuple[int, A
 
 
 class _Window:
-    """The stretch of a file that is being decoded; it grows only while one element is longer than it."""
+    """The part of a file that is being decoded; it grows only while one element is longer than the window."""
 
     def __init__(self, path: Path, file: BinaryIO) -> None:
         self.path, self.file = path, file
@@ -121,7 +121,7 @@ class _Window:
         self.decoder = codecs.getincrementaldecoder("utf-8-sig")()
 
     def grow(self) -> None:
-        """Read on: as much again as is waiting, so that decoding anew stays linear."""
+        """Read at least as many bytes as there are undecoded characters, so that repeated decoding stays linear."""
         raw = self.file.read(max(CHUNK, len(self.text) - self.at))
         self.ended = not raw
         try:
@@ -134,12 +134,11 @@ class _Window:
         self.text, self.at = self.text[self.at :] + more, 0
 
     def advance(self, to: int) -> None:
-        """Leave ``to`` characters behind."""
         self.line += self.text.count("\n", self.at, self.at + to)
         self.at += to
 
     def enter(self, opening: str) -> None:
-        """Go behind what ``opening`` matches."""
+        """Move behind the match of ``opening``."""
         pattern = re.compile(opening)
         while (match := pattern.search(self.text, self.at)) is None:
             if self.ended:
@@ -148,18 +147,17 @@ class _Window:
         self.advance(match.end() - self.at)
 
     def peek(self) -> str:
-        """The next character that is no space."""
+        """Return the next character that is not a space."""
         while True:
             match = SPACE.match(self.text, self.at)
             self.advance(match.end() - self.at if match else 0)
             if self.at < len(self.text):
                 return self.text[self.at]
             if self.ended:
-                self.fail("the file ends inside an array: it was cut short")
+                self.fail("the file ends inside an array: the file is incomplete")
             self.grow()
 
     def value(self) -> Any:
-        """The next value."""
         while True:
             try:
                 value, end = DECODER.raw_decode(self.text, self.at)
@@ -173,7 +171,7 @@ class _Window:
             self.grow()
 
     def _may_be_cut(self, error: Exception) -> bool:
-        """Whether the fault may be the window's edge: it lies there, or in a text that does not end."""
+        """Return whether the edge of the window may cause the fault: it is near the edge or in an open string."""
         if not isinstance(error, json.JSONDecodeError):
             return False
         return error.pos >= len(self.text) - 16 or error.msg.startswith("Unterminated string")
@@ -185,14 +183,14 @@ class _Window:
             Place(self.path, line),
             None,
             reason,
-            hint="The rest of the array cannot be read: correct it there, or write an item a line.",
+            hint="The rest of the array cannot be read: correct that line, or write one item per line.",
         )
 
 
 def _not_json(error: Exception) -> str:
     if isinstance(error, json.JSONDecodeError):
-        return f"wrong JSON: {error.msg}"
-    return "wrong JSON: nested too deeply" if isinstance(error, RecursionError) else f"wrong JSON: {error}"
+        return f"invalid JSON: {error.msg}"
+    return "invalid JSON: nested too deeply" if isinstance(error, RecursionError) else f"invalid JSON: {error}"
 
 
 def _not_utf8(error: UnicodeDecodeError) -> str:

@@ -1,6 +1,6 @@
-"""Tasks: what of an item becomes the prompt, what the target, and how an answer is judged.
+"""Tasks: the prompt and target of an item, and how answers are scored.
 
-Built-in and custom tasks are the same YAML; ``load_task`` takes a name or a file.
+Built-in and custom tasks use the same YAML; ``load_task`` takes a name or a file.
 """
 
 from mta.data.tasks.form import Form

@@ -1,4 +1,4 @@
-"""The wording of a task's items as data: a prompt over fields, and the field that is the target."""
+"""The wording of a task's items as data: a prompt template and the name of the target field."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 @cache
 def template_fields(template: str) -> tuple[str, ...]:
-    """Names of the fields in a template, in order and once each. Raises ValueError for anything but ``{name}``."""
+    """Return the distinct field names of a template, in order. Raises ValueError for anything but ``{name}``."""
     try:
         parsed = [part for part in Formatter().parse(template) if part[1] is not None]
     except ValueError as error:
         raise ValueError(f"{template!r}: {error}; literal braces are written {{{{ and }}}}") from None
     for _, name, spec, conversion in parsed:
         if not str(name).isidentifier() or spec or conversion:
-            raise ValueError(f"{{{name}}} is no field; write {{name}}, and literal braces as {{{{ and }}}}")
+            raise ValueError(f"{{{name}}} is not a field; write {{name}}, and literal braces as {{{{ and }}}}")
     return tuple(dict.fromkeys(str(name) for _, name, _, _ in parsed))
 
 
 class Frozen(BaseModel):
-    """Data that cannot be changed and has no keys but its own."""
+    """Immutable data that refuses unknown keys."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class Form(Frozen):
-    """The wording of one kind of item: a prompt over fields, and the one field that is the target.
+    """The wording of one kind of item: ``prompt`` is a template, ``target`` the name of the target field.
 
     ``cut`` lists the prompt's fields that may be shortened when a prompt is too long.
     ``pattern`` parses a benchmark's ready-made question back into the prompt's fields (fullmatch, DOTALL).
@@ -44,10 +44,10 @@ class Form(Frozen):
     def _fits_together(self) -> Form:
         fields = set(template_fields(self.prompt))
         if self.target in fields:
-            raise ValueError(f"the prompt shows the target {{{self.target}}}: it would give the answer away")
+            raise ValueError(f"the prompt contains the target {{{self.target}}}, which would reveal the answer")
         for name in self.cut:
             if name not in fields:
-                raise ValueError(f"cut names {name!r}, which is no field of the prompt")
+                raise ValueError(f"cut names {name!r}, which is not a field of the prompt")
         if self.pattern is not None and (groups := _groups(self.pattern)) != fields:
             raise ValueError(f"pattern has the groups {sorted(groups)}; the prompt has the fields {sorted(fields)}")
         return self
@@ -62,4 +62,4 @@ def _groups(pattern: str) -> set[str]:
     try:
         return set(re.compile(pattern, re.DOTALL).groupindex)
     except re.error as error:
-        raise ValueError(f"pattern is no regular expression: {error}") from None
+        raise ValueError(f"pattern is not a regular expression: {error}") from None

@@ -1,4 +1,4 @@
-"""Finding tasks: the built-in ones by name, one's own by file."""
+"""Load tasks: built-in ones by name, custom ones from a file."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from mta.data.tasks.form import Form
 from mta.data.tasks.task import Task
 from mta.errors import TaskError
 
-_COMPARE = f"See docs/how-to/add-a-task.md, or a task that works: {Path(__file__).parent / 'builtin' / 'lamp3.yaml'}"
-ALIASES = {"lamp2m": "lamp2", "movielens": "movielens-rating"}  # LaMP-2M is what papers call the newer LaMP-2
+_COMPARE = f"See docs/how-to/add-a-task.md, or a valid task: {Path(__file__).parent / 'builtin' / 'lamp3.yaml'}"
+ALIASES = {"lamp2m": "lamp2", "movielens": "movielens-rating"}  # papers call the newer LaMP-2 LaMP-2M
 
 
 def _key(name: str) -> str:
@@ -26,13 +26,13 @@ def _key(name: str) -> str:
 
 
 def task_names() -> tuple[str, ...]:
-    """Names of the built-in tasks."""
+    """Return the names of the built-in tasks."""
     folder = resources.files("mta.data.tasks").joinpath("builtin")
     return tuple(sorted(file.name.removesuffix(".yaml") for file in folder.iterdir() if file.name.endswith(".yaml")))
 
 
 def load_task(name: str | Path | Task) -> Task:
-    """A built-in task by name ('lamp3', 'LaMP-3', 'LaMP_3' alike), or the task in a YAML file.
+    """Return a built-in task by name ('lamp3', 'LaMP-3', and 'LaMP_3' are equal) or the task of a YAML file.
 
     Raises TaskError.
     """
@@ -46,13 +46,13 @@ def load_task(name: str | Path | Task) -> Task:
     near = difflib.get_close_matches(_key(name), known, n=1)
     hint = f"Did you mean {known[near[0]]!r}? " if near else ""
     raise TaskError(
-        f"unknown task {name!r}; built in are: {', '.join(task_names())}",
-        hint=hint + "A task of your own is a file: give a path that ends in .yaml",
+        f"unknown task {name!r}; built-in tasks: {', '.join(task_names())}",
+        hint=hint + "For a task of your own, give the path of a .yaml file.",
     )
 
 
 def with_limit(task: Task) -> Task:
-    """The built-in task in the place of the same one without ``answer_tokens``, which older banks hold."""
+    """Return the built-in task instead of its older version without ``answer_tokens``, as older banks hold it."""
     if task.answer_tokens is None and task.name in task_names() and _builtin(task.name).identity == task.identity:
         return _builtin(task.name)
     return task
@@ -68,10 +68,10 @@ def _read_task(path: Path) -> Task:
     try:
         return _parse_task(path.read_text(encoding="utf-8"), str(path))
     except FileNotFoundError:
-        raise TaskError(f"no such task file: {path}", hint=f"Built in are: {', '.join(task_names())}") from None
+        raise TaskError(f"no such task file: {path}", hint=f"Built-in tasks: {', '.join(task_names())}") from None
     except (OSError, UnicodeDecodeError) as error:
         raise TaskError(
-            f"{path} cannot be read as text: {error}", hint="Save it as UTF-8, or give another path."
+            f"{path} cannot be read as text: {error}", hint="Save the file as UTF-8, or give another path."
         ) from None
 
 
@@ -99,7 +99,7 @@ def _parse_task(text: str, source: str) -> Task:
 
 
 def _brief(value: object) -> str:
-    """A value in a message: aliases make a short file's values huge."""
+    """Return a shortened value for a message: YAML aliases can make the values of a short file huge."""
     brief = reprlib.Repr()
     vars(brief).update(maxlevel=2, maxlist=20, maxdict=20, maxstring=200, maxother=200)
     return brief.repr(value)

@@ -1,4 +1,4 @@
-"""From an item of a task to tokens: chat template, target, and the cutting of what is too long."""
+"""Convert an item of a task to tokens: chat template, target, and truncation."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ if TYPE_CHECKING:
     from mta.data.tasks.task import Task
 
 PLAIN = "{prompt}\nAnswer: "  # for tokenizers without a chat template
-ANSWER_TOKENS = 128  # of an answer, where a task has neither ``answer_tokens`` nor labels: 280 characters fit
+ANSWER_TOKENS = 128  # default answer length of tasks without ``answer_tokens`` and labels; 280 characters fit
 
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """Tokens of a prompt and its target: ``tokens[target_start:]`` is what the loss sees. ``cut`` were left out."""
+    """Tokens of a prompt and its target, ``tokens[target_start:]``. ``cut`` counts the tokens that were cut off."""
 
     tokens: tuple[int, ...]
     target_start: int
@@ -27,7 +27,7 @@ class Example:
 
     @property
     def prompt(self) -> tuple[int, ...]:
-        """The tokens a model is given before it answers."""
+        """The tokens before the answer."""
         return self.tokens[: self.target_start]
 
     @property
@@ -37,12 +37,12 @@ class Example:
 
 
 class PromptFormat:
-    """How one tokenizer words prompts and ends answers.
+    """Formats prompts and answers for one tokenizer.
 
-    ``max_tokens`` bounds prompt and target together. Text is cut inside the fields a task allows, from their end,
-    the longest first; instruction and target are never touched.
-    A special token written out in somebody's text (``<|im_end|>``) is broken by a space: it stays text, and nobody can
-    end their turn and speak as another role.
+    ``max_tokens`` bounds prompt and target together. Only fields in the task's ``cut`` are shortened, from their end,
+    the longest field first; instruction and target are never changed.
+    A special token in a person's text (``<|im_end|>``) is broken by a space, so that text cannot end a turn and
+    continue in another role.
     """
 
     def __init__(self, tokenizer: Any, max_tokens: int = 1024) -> None:
@@ -54,29 +54,29 @@ class PromptFormat:
         self._special = re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))) or "(?!)")
 
     def example(self, task: Task, item: Item, target: str | None = None) -> Example:
-        """An item as a training example; ``target`` replaces the item's own (a label to be scored).
+        """Return an item as a training example; ``target`` replaces the item's own (for a label to be scored).
 
         Raises DataError if instruction and target alone exceed ``max_tokens``.
         """
         return self.examples(task, item, [task.target(item) if target is None else target])[0]
 
     def examples(self, task: Task, item: Item, targets: Sequence[str]) -> list[Example]:
-        """One prompt with several targets (the labels of a query), cut alike for all of them."""
+        """Return one prompt with several targets (the labels of a query), cut to the same length for all targets."""
         text = self.render(task.prompt(item))
-        room = self.max_tokens - max(len(self._target(text, self._tokens(text), target)) for target in targets)
-        text, tokens, cut = self._fit(task, item, room)
+        limit = self.max_tokens - max(len(self._target(text, self._tokens(text), target)) for target in targets)
+        text, tokens, cut = self._fit(task, item, limit)
         return [Example(tokens + self._target(text, tokens, target), len(tokens), cut) for target in targets]
 
     def prompt(self, task: Task, item: Item, reserve: int = 0) -> Example:
-        """A prompt without a target; ``reserve`` tokens are kept free for what will be generated."""
+        """Return a prompt without a target; ``reserve`` tokens stay free for the generated answer."""
         _, tokens, cut = self._fit(task, item, self.max_tokens - reserve)
         return Example(tokens, len(tokens), cut)
 
     def answer_tokens(self, task: Task) -> int:
-        """The longest answer to generate, in tokens, the end token included.
+        """Return the length limit of an answer in tokens, including the end token.
 
         That is the task's ``answer_tokens``, else its longest label, else ANSWER_TOKENS; at most half of
-        ``max_tokens``, so that prompts have room.
+        ``max_tokens``, so that prompts fit.
         """
         if task.answer_tokens is None and task.labels is not None:
             labels = [self.tokenizer(self._as_text(label), add_special_tokens=False) for label in task.labels]
@@ -86,7 +86,7 @@ class PromptFormat:
         return min(found, max(self.max_tokens // 2, 1))
 
     def render(self, prompt: str) -> str:
-        """The text given to the model for an instruction: the chat template, or a plain form where there is none."""
+        """Return the model input for an instruction: the chat template, or PLAIN without a template."""
         prompt = self._as_text(prompt)
         if not self.has_template:
             return PLAIN.format(prompt=prompt)
@@ -94,21 +94,21 @@ class PromptFormat:
         return self._templated(chat, add_generation_prompt=True)
 
     def chat(self, turns: Sequence[Mapping[str, str]]) -> tuple[int, ...]:
-        """The tokens of a conversation up to where its next answer begins; nothing is cut.
+        """Return the tokens of a conversation up to the start of the next answer; nothing is cut.
 
-        Without a chat template the last turn is the instruction, and what was said before stands above it.
+        Without a chat template the last turn is the instruction, and the earlier turns precede it.
         """
-        said = [{**turn, "content": self._as_text(turn["content"])} for turn in turns]
+        messages = [{**turn, "content": self._as_text(turn["content"])} for turn in turns]
         if not self.has_template:
-            return self._tokens(PLAIN.format(prompt="\n".join(turn["content"] for turn in said)))
-        return self._tokens(self._templated(said, add_generation_prompt=True))
+            return self._tokens(PLAIN.format(prompt="\n".join(turn["content"] for turn in messages)))
+        return self._tokens(self._templated(messages, add_generation_prompt=True))
 
     def text(self, text: str) -> tuple[int, ...]:
-        """The tokens of a text that is to be continued, no template around it."""
+        """Return the tokens of a text to be continued, without a template."""
         return tuple(self.tokenizer(self._as_text(text))["input_ids"])
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """The text of an answer, without its end token."""
+        """Return the text of an answer, without its end token."""
         return str(self.tokenizer.decode(list(tokens), skip_special_tokens=True)).strip()
 
     def _templated(self, turns: Sequence[Mapping[str, str]], **how: bool) -> str:
@@ -118,7 +118,7 @@ class PromptFormat:
             return str(self.tokenizer.apply_chat_template(list(turns), tokenize=False, **how))
         except TemplateError as error:
             raise DataError(
-                f"the base's chat template does not take these messages: {str(error).splitlines()[0]}",
+                f"the base's chat template rejects these messages: {str(error).splitlines()[0]}",
                 hint="Give other messages, or a base with another template (chat_template.jinja).",
             ) from None
 
@@ -128,34 +128,34 @@ class PromptFormat:
         return text
 
     def _broken(self, token: str) -> str:
-        """A special token as text: with a space after its first visible character, or nothing if it stays special."""
+        """Return a special token with a space after its first visible character, or "" if it would stay special."""
         parts = re.sub(r"(?<=\S)(?=\S)", " ", token, count=1)
         return "" if self._special.search(parts) else parts
 
     def _tokens(self, text: str) -> tuple[int, ...]:
-        # A chat template writes its own first token.
+        # A chat template adds its own first token.
         return tuple(self.tokenizer(text, add_special_tokens=not self.has_template)["input_ids"])
 
     def _target(self, text: str, prompt: tuple[int, ...], target: str) -> tuple[int, ...]:
-        """Tokens that continue ``prompt``: of the whole text where that keeps the prompt's, else of the target."""
+        """Return the target's tokens, cut from those of the whole text if these begin with ``prompt``."""
         target = self._as_text(target)
         whole = self._tokens(text + target)
         if whole[: len(prompt)] == prompt:
             return (*whole[len(prompt) :], self.end_token)
         return (*self.tokenizer(target, add_special_tokens=False)["input_ids"], self.end_token)
 
-    def _fit(self, task: Task, item: Item, room: int) -> tuple[str, tuple[int, ...], int]:
+    def _fit(self, task: Task, item: Item, limit: int) -> tuple[str, tuple[int, ...], int]:
         fields, cut = dict(item.fields), 0
         while True:
             text = self.render(task.prompt(Item(fields, is_query=item.is_query)))
             tokens = self._tokens(text)
-            excess = len(tokens) - room
+            excess = len(tokens) - limit
             if excess <= 0:
                 return text, tokens, cut
             name = max(task.form(item).cut, key=lambda field: len(fields[field]), default=None)
             if name is None or not fields[name]:
                 raise DataError(
-                    f"task {task.name!r}: instruction and target take {len(tokens) + self.max_tokens - room} tokens, "
+                    f"task {task.name!r}: instruction and target take {len(tokens) + self.max_tokens - limit} tokens, "
                     f"max_tokens is {self.max_tokens}",
                     hint="Raise max_tokens, or list the long field under 'cut' in the task's YAML.",
                 )
@@ -163,7 +163,7 @@ class PromptFormat:
             cut += removed
 
     def _shorten(self, text: str, excess: int) -> tuple[str, int]:
-        """Text without its last ``excess`` tokens (at least one character goes), and how many tokens went."""
+        """Return the text without its last ``excess`` tokens (at least one character less), and how many were cut."""
         offsets = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
         keep = max(len(offsets) - excess, 0)
         end = offsets[keep][0] if keep < len(offsets) else len(text) - 1
@@ -171,7 +171,7 @@ class PromptFormat:
         return kept, sum(start >= len(kept) for start, _ in offsets)
 
     def _end_token(self) -> int:
-        """What closes an answer: the first token of the template after it, else the tokenizer's end token."""
+        """Return the token that ends an answer: the template's token after it, else the tokenizer's end token."""
         if self.has_template:
             chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "§answer§"}]
             text = self._templated(chat)
@@ -180,7 +180,7 @@ class PromptFormat:
                 return int(after[0])
         if self.tokenizer.eos_token_id is None:
             raise DataError(
-                "the tokenizer names no end token; answers could not end",
+                "the tokenizer has no end token, so answers could not end",
                 hint="Give the tokenizer a chat template or an eos_token (tokenizer_config.json).",
             )
         return int(self.tokenizer.eos_token_id)

@@ -1,6 +1,6 @@
-"""A task as data: wording, target, labels, metric and the text that encoders see.
+"""A task as data: wording, target, labels, metric, and the text that encoders see.
 
-Nothing here knows a model or a tokenizer; ``mta.data.tasks.prompt`` turns what a task says into tokens.
+Tasks do not depend on a model or a tokenizer; ``mta.data.tasks.prompt`` converts items to tokens.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from mta.errors import DataError
 
 
 def as_text(value: str | int | float) -> str:
-    """A number as people write it: 4 and 4.0 are both '4'."""
+    """Return a value as text; 4 and 4.0 both give '4'."""
     return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
 
 
 def _label(value: Any) -> Any:
-    if isinstance(value, bool):  # YAML reads a bare yes, no, on or off as a truth value
+    if isinstance(value, bool):  # YAML reads a bare yes, no, on, or off as a boolean
         raise ValueError("a label that YAML reads as true or false must be written in quotes")
     return as_text(value) if isinstance(value, int | float) else value
 
@@ -38,20 +38,20 @@ def _label(value: Any) -> Any:
 def _check_text(key: str, template: str, form: Form) -> None:
     fields = set(template_fields(template))
     if form.target in fields:
-        raise ValueError(f"{key} shows the target {{{form.target}}}; leave it out, it is added where it is known")
+        raise ValueError(f"{key} contains the target {{{form.target}}}; leave it out, mta adds the target where known")
     if extra := fields - set(form.inputs):
         raise ValueError(f"{key} has the fields {sorted(extra)}; the prompt has {sorted(form.inputs)}")
     if form.inputs and not fields:
-        raise ValueError(f"{key} shows no field; the prompt has {sorted(form.inputs)}")
+        raise ValueError(f"{key} contains no field; the prompt has {sorted(form.inputs)}")
 
 
 class Task(Frozen):
-    """What people's items are asked and how answers are judged.
+    """Prompts, targets, and scoring of one kind of item.
 
-    ``text`` is what encoders see of an item. It never shows the target, so an item held out as a query
-    cannot leak its answer; ``text_of(item, with_target=True)`` adds the target where it is known. ``profile`` words an
-    earlier item, answer and all, for prompts that show some of them. ``answer_tokens`` bounds what a model writes as an
-    answer, the end token included; ``PromptFormat.answer_tokens`` says what holds without it.
+    ``text`` is what encoders see of an item. It never contains the target, so an item held out as a query cannot leak
+    its answer; ``text_of(item, with_target=True)`` adds the target where it is known. ``profile`` formats an earlier
+    item with its answer, for prompts that show earlier items. ``answer_tokens`` bounds a generated answer, including
+    the end token; ``PromptFormat.answer_tokens`` gives the default.
     """
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
@@ -74,7 +74,7 @@ class Task(Frozen):
         if labels is None:
             return None
         if not labels or any(label != label.strip() or not label for label in labels):
-            raise ValueError("labels must not be empty, nor begin or end with a space")
+            raise ValueError("labels must not be empty, or begin or end with a space")
         if len(set(labels)) < len(labels):
             raise ValueError("labels must be distinct")
         return labels
@@ -86,7 +86,7 @@ class Task(Frozen):
         if self.metric == "mae" and not all(_is_number(label) for label in self.labels or ()):
             raise ValueError("metric mae needs labels that are all numbers")
         if self.query_text is not None and self.query is None:
-            raise ValueError("query_text is for a query worded unlike the items; there is no query")
+            raise ValueError("query_text needs a query, and the task has no query")
         _check_text("text", self.text, self.item)
         if self.query:
             key = "text (there is no query_text)" if self.query_text is None else "query_text"
@@ -97,14 +97,14 @@ class Task(Frozen):
 
     @model_serializer(mode="wrap")
     def _without_what_is_not_set(self, values: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Leave out ``answer_tokens`` where it is not set: so hashes of tasks from before that field stay the same."""
+        """Omit ``answer_tokens`` if it is not set, so that hashes of tasks older than that field stay the same."""
         return {name: value for name, value in values(self).items() if name != "answer_tokens" or value is not None}
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What decides how models are trained for the task, as JSON: all but ``answer_tokens``.
+        """The fields that affect training, as JSON: all but ``answer_tokens``.
 
-        Tasks for which this is the same are one task: banks and states of one serve the other.
+        Banks and states of tasks with equal ``identity`` are interchangeable.
         """
         return self.model_dump(mode="json", exclude={"answer_tokens"})
 
@@ -112,50 +112,49 @@ class Task(Frozen):
         return self.query_text if query and self.query_text is not None else self.text
 
     def form(self, item: Item) -> Form:
-        """The wording that an item calls for."""
         return self.query if item.is_query and self.query else self.item
 
     @property
     def asks_as_items(self) -> bool:
-        """Whether a query is answered like an item of the history; LaMP-1's and LaMP-7's are not."""
+        """Whether a query has the same target field as an item of the history; in LaMP-1 and LaMP-7 it has not."""
         return self.query is None or self.query.target == self.item.target
 
     @property
     def labelled(self) -> bool:
-        """Whether items of the history are answered by labels."""
+        """Whether the targets of history items are labels."""
         return self.labels is not None and self.asks_as_items
 
     def labels_of(self, item: Item) -> tuple[str, ...] | None:
-        """The closed set of answers of this item; None where it is free text (LaMP-1's history has no labels)."""
+        """Return the closed set of answers of an item; None for free text (LaMP-1's history has no labels)."""
         return self.labels if self.labelled or (item.is_query and self.query) else None
 
     def prompt(self, item: Item) -> str:
-        """The instruction for an item, its target left out."""
+        """Return the instruction for an item, without its target."""
         return self._fill(self.form(item).prompt, item)
 
     def has_target(self, item: Item) -> bool:
-        """Whether the answer is known: a benchmark's test questions come without."""
+        """Return whether the answer is known; a benchmark's test questions have none."""
         return self.form(item).target in item.fields
 
     def target(self, item: Item) -> str:
-        """The answer of an item. Raises DataError if it is unknown."""
+        """Return the answer of an item. Raises DataError if the answer is unknown."""
         name = self.form(item).target
         return self._fill(f"{{{name}}}", item)
 
     def text_of(self, item: Item, with_target: bool = False) -> str:
-        """What encoders see of an item; the target stands on a line of its own."""
+        """Return what encoders see of an item; a target is added as a line of its own."""
         text = self._fill(self._text(item.is_query), item)
         return f"{text}\n{self.target(item)}".strip() if with_target else text
 
     def told(self, item: Item) -> str:
-        """An earlier item in one sentence, with its answer: what a prompt shows of a person's history."""
+        """Return an earlier item with its answer in one sentence, for prompts that show a person's history."""
         form = self.item
         return self._fill(self.profile or f"{form.prompt} {{{form.target}}}", item)
 
     def profiled(self) -> Task:
-        """The same task with a field ``profile`` in front of every prompt; it may be cut like the longest text.
+        """Return the task with a field ``profile`` in front of every prompt, which may be cut.
 
-        A task that has one stays as it is.
+        A task that already has the field is returned as it is.
         """
         if "profile" in self.item.inputs:
             return self
@@ -169,12 +168,12 @@ class Task(Frozen):
         return self.model_copy(update=forms)
 
     def fields(self, query: bool = False) -> tuple[str, ...]:
-        """All fields an item (or a query) needs: those of the prompt, then the target."""
+        """Return all fields that an item (or a query) needs: those of the prompt, then the target."""
         form = self.query if query and self.query else self.item
         return (*form.inputs, form.target)
 
     def wrong(self, item: Item) -> tuple[str, str] | None:
-        """The first field that does not fit and why, or None. A query's unknown target is not wrong."""
+        """Return the first invalid field and the reason, or None. A query may lack its target."""
         labels, form = self.labels_of(item), self.form(item)
         for name in self.fields(item.is_query):
             value = item.fields.get(name)
@@ -189,9 +188,9 @@ class Task(Frozen):
         return None
 
     def parse_query(self, input: str, output: str | None = None, id: str | None = None) -> Item:
-        """A benchmark's ready-made question, and its gold answer where known, as a query.
+        """Return a benchmark's ready-made question, and its gold answer where known, as a query.
 
-        Raises DataError if the question is not worded as this task's.
+        Raises DataError if the question does not match the task's wording.
         """
         form = self.query or self.item
         if form.pattern is not None:
@@ -199,7 +198,7 @@ class Task(Frozen):
             if match is None:
                 raise DataError(
                     f"not a question of task {self.name!r}: {short(input)}; expected {short(form.prompt)}",
-                    hint="Give the task these questions are of, or items with fields of their own.",
+                    hint="Give the task of these questions, or items with the task's fields.",
                 )
             fields = {name: text for name, text in match.groupdict().items() if text is not None}
         elif len(form.inputs) == 1:
@@ -207,16 +206,16 @@ class Task(Frozen):
         else:
             raise DataError(
                 f"task {self.name!r} has no pattern to parse a question into {', '.join(form.inputs)}",
-                hint="Add a pattern to its YAML, as lamp3.yaml has one, or give the fields themselves.",
+                hint="Add a pattern to the task's YAML, as in lamp3.yaml, or give the fields themselves.",
             )
         if output is not None:
             fields[form.target] = output
         return Item(fields, id=id, is_query=True)
 
     def asked(self, question: str | Mapping[str, str]) -> Item:
-        """A question put by a caller: the fields of an item, the one field a prompt has, or a benchmark's wording.
+        """Return a caller's question as an item. It is a mapping of fields, the only field, or a benchmark's text.
 
-        Raises DataError naming the fields that are needed.
+        Raises DataError, which names the required fields.
         """
         form = self.query or self.item
         if isinstance(question, Mapping):
@@ -245,13 +244,13 @@ class Task(Frozen):
             kind = "query" if item.is_query else "item"
             raise DataError(
                 f"{kind} {item.id!r} has no field {error}; task {self.name!r} needs it",
-                hint=f"Add it to the item: {short(template)} is filled from it.",
+                hint=f"Add the field to the item: {short(template)} needs it.",
             ) from None
 
 
 def _as_fields(form: Form) -> str:
-    """What to ask with instead, for messages."""
-    return "Ask with all of its fields:  '" + json.dumps(dict.fromkeys(form.inputs, "…"), ensure_ascii=False) + "'"
+    """Return a hint that shows a question with all fields."""
+    return "Ask with all fields:  '" + json.dumps(dict.fromkeys(form.inputs, "…"), ensure_ascii=False) + "'"
 
 
 def _is_number(text: str) -> bool:
@@ -262,5 +261,5 @@ def _is_number(text: str) -> bool:
 
 
 def short(text: str, limit: int = 60) -> str:
-    """The beginning of a text in quotes, for messages."""
+    """Return the beginning of a text in quotes, for messages."""
     return repr(text if len(text) <= limit else text[:limit] + "…")
