@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from drawing import computing, house, merging, overview, stage
+from drawing import computing, merging, overview, packages, stage
 
 DRAWINGS = {
     "stages": overview.stages,
@@ -14,8 +14,8 @@ DRAWINGS = {
     "stage-2": merging.stage_2,
     "stage-3": stage.stage_3,
     "batch": computing.batch,
-    "architecture": house.architecture,
-    "serving": house.serving,
+    "architecture": packages.architecture,
+    "serving": packages.serving,
 }
 
 

@@ -13,7 +13,7 @@ OWN = "#d9a3c6"  # a darker purple, for what examples do not share
 
 def batch() -> Sheet:
     """One pass for rows of different people."""
-    about = "The base's weights are read once for all rows; each row gets its own person's update, and nobody else's."
+    about = "The base's weights are read once for all rows; each row gets only its own person's update."
     sheet = Sheet(960, 676, "Many people in one forward pass", about)
     card(sheet, 24, 90, 912, 316)
     sheet.text(44, 118, "A layer", size=15, bold=True)
@@ -73,7 +73,7 @@ def _apart(sheet: Sheet, x: float, y: float) -> None:
             _token(sheet, x + 19 * i, y + 34 * n + 6, i < SHARED)
     total = sum(BRANCHES) + SHARED * len(BRANCHES)
     sheet.text(x, y + 124, f"{total} tokens", bold=True)
-    sheet.text(x, y + 146, "instruction and template again and again", size=12, colour=SOFT)
+    sheet.text(x, y + 146, "instruction and template repeated", size=12, colour=SOFT)
 
 
 def _together(sheet: Sheet, x: float, y: float) -> None:
@@ -87,7 +87,7 @@ def _together(sheet: Sheet, x: float, y: float) -> None:
         for i in range(own):
             _token(sheet, fork + 22 + 19 * i, level - 8, False)
     sheet.text(x, y + 124, f"{SHARED + sum(BRANCHES)} tokens", bold=True)
-    sheet.text(x, y + 146, "what is shared is computed once", size=12, colour=SOFT)
+    sheet.text(x, y + 146, "shared tokens are computed once", size=12, colour=SOFT)
 
 
 def ends() -> list[int]:

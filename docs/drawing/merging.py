@@ -20,9 +20,7 @@ def posterior(gains: Sequence[float], null: float, temperature: float) -> list[f
 
 def stage_2() -> Sheet:
     """Retrieve and merge."""
-    about = (
-        "Each anchor is asked how well it explains the person's shots; who does well weighs more. No anchor is trained."
-    )
+    about = "Anchors that explain the person's shots better get more weight. No anchor is trained."
     sheet = Sheet(960, 548, "Stage 2: retrieve and merge", about)
     card(sheet, 24, 90, 556, 346)
     card(sheet, 604, 90, 332, 346)
@@ -78,7 +76,7 @@ def _rows(sheet: Sheet, x: float, y: float) -> None:
     sheet.text(zero - 8, foot, "worse", size=12, colour=SOFT, at="end")
     sheet.text(zero + 8, foot, "better", size=12, colour=SOFT)
     sheet.text(zero, foot + 17, "than the task LoRA alone", size=12, colour=SOFT, at="middle")
-    sheet.text(x + 270, foot, "null: what lacks to 1", size=12, colour=SOFT)
+    sheet.text(x + 270, foot, "null: the rest up to 1", size=12, colour=SOFT)
 
 
 def _concatenated(sheet: Sheet, x: float, y: float) -> None:
@@ -99,6 +97,6 @@ def _concatenated(sheet: Sheet, x: float, y: float) -> None:
     words = [
         "Factors are concatenated on the rank axis:",
         "no cross terms, no dense update. It is never",
-        "stored: bank and w give it back at any time.",
+        "stored: bank and w reproduce it at any time.",
     ]
     sheet.lines(x + 6, y + 236, words, size=12.5, colour=SOFT, leading=18)

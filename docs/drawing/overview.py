@@ -29,9 +29,11 @@ def plane(sheet: Sheet, x: float, y: float, scale: float = 1.0) -> None:
 
 def stages() -> Sheet:
     """All four stages, and what is kept of a person."""
-    about = "A bank is made once. After that a person costs a few examples, some numbers and one tiny LoRA."
+    about = (
+        "The bank is built once. Each person needs a few examples, and is stored as some numbers and one small LoRA."
+    )
     sheet = Sheet(960, 640, "Merge, then adapt", about)
-    group(sheet, 24, 88, 444, 430, "Once, for everybody")
+    group(sheet, 24, 88, 444, 430, "Once, for all people")
     group(sheet, 492, 88, 444, 430, "For each new person")
     _task_lora(sheet, 40, 126)
     _bank(sheet, 40, 316)
@@ -56,7 +58,7 @@ def _task_lora(sheet: Sheet, x: float, y: float) -> None:
     weight(sheet, x + 276, y + 56, 56)
     sheet.text(x + 343, y + 90, "+", size=18, at="middle")
     lora(sheet, x + 354, y + 56, 34, 9, TASK)
-    sheet.text(x + 20, y + 156, "One LoRA on everybody's pooled items", size=13, colour=SOFT)
+    sheet.text(x + 20, y + 156, "One LoRA on the pooled items of all people", size=13, colour=SOFT)
 
 
 def _bank(sheet: Sheet, x: float, y: float) -> None:
@@ -107,10 +109,10 @@ def _stack(sheet: Sheet, x: float, y: float) -> None:
 def _kept(sheet: Sheet, x: float, y: float) -> None:
     sheet.rect(x, y, 912, 82, PERSON.fill, PERSON.line, r=12)
     person(sheet, x + 38, y + 20, PERSON, size=42)
-    sheet.text(x + 76, y + 34, "Kept of a person", size=15, bold=True)
-    sheet.text(x + 76, y + 58, "anchor numbers and w: some hundred bytes")
+    sheet.text(x + 76, y + 34, "Stored per person", size=15, bold=True)
+    sheet.text(x + 76, y + 58, "anchor numbers and w: a few hundred bytes")
     sheet.text(x + 408, y + 58, "+", size=16, bold=True, at="middle")
     sheet.text(x + 428, y + 58, "one rank-1 stack")
     lora(sheet, x + 566, y + 24, 38, 4, PERSON)
     sheet.line([(x + 630, y + 14), (x + 630, y + 68)], PERSON.line, 1.2)
-    sheet.lines(x + 652, y + 36, ["Not kept: the merge itself and,", "unless asked for, their texts"], leading=22)
+    sheet.lines(x + 652, y + 36, ["Not stored: the merge and,", "by default, the texts"], leading=22)

@@ -40,7 +40,7 @@ def branches(sheet: Sheet, x: float, y: float, rows: list[Branch], step: float =
 
 def stage_0() -> Sheet:
     """One LoRA on everybody's pooled items."""
-    about = "One LoRA learns what people have in common. What follows is trained over it, and measured against it."
+    about = "One LoRA learns what people have in common. Later stages train on top of it and are compared with it."
     sheet = Sheet(960, 420, "Stage 0: the task LoRA", about)
     for n, (name, count) in enumerate((("a", 4), ("b", 2), ("c", 3))):
         top = 118 + 58 * n
@@ -50,7 +50,7 @@ def stage_0() -> Sheet:
     sheet.arrow((236, 190), (262, 190))
     for n, name in enumerate(("a3", "b1", "c2", "a1", "b2", "c1", "c3", "a2", "a4")):
         _item(sheet, 276 + 36 * (n % 3), 118 + 58 * (n // 3), name)
-    sheet.text(40, 318, "everybody's items", bold=True)
+    sheet.text(40, 318, "items of all people", bold=True)
     sheet.text(276, 318, "one pool", bold=True)
     sheet.text(276, 338, "drawn evenly", size=13, colour=SOFT)
     branch: Branch = ("task LoRA", "s B A x", TASK, 14, ("A", "B"), True)
@@ -63,7 +63,7 @@ def stage_0() -> Sheet:
         leading=22,
     )
     sheet.line([(32, 362), (928, 362)], LINE)
-    words = "Base + task LoRA is the pooled model: what answers for whoever is not known, and the baseline to beat."
+    words = "Base + task LoRA is the pooled model: it answers for unknown people, and is the baseline to beat."
     sheet.text(32, 390, words)
     return sheet
 
@@ -75,7 +75,7 @@ def _item(sheet: Sheet, x: float, y: float, name: str) -> None:
 
 def stage_1() -> Sheet:
     """From histories to a bank."""
-    about = "Few people stand for many: histories are clustered, and the most active person of each trains a meta-LoRA."
+    about = "Histories are clustered. The most active person of each cluster is its anchor and trains a meta-LoRA."
     sheet = Sheet(960, 486, "Stage 1: anchors and their bank", about)
     steps = (("1", "Vectors"), ("2", "Clusters"), ("3", "Anchors"), ("4", "Meta-LoRAs"))
     for n, (number, name) in enumerate(steps):
@@ -102,7 +102,7 @@ def stage_1() -> Sheet:
     sheet.text(
         132,
         446,
-        "No text and no id: anchors are numbers there, and who took part is kept as keyed hashes.",
+        "No text and no id: anchors are numbers, and the people behind the bank are keyed hashes.",
         colour=SOFT,
     )
     return sheet
@@ -148,15 +148,13 @@ def _meta_loras(sheet: Sheet, x: float, y: float) -> None:
         sheet.rect(left + 13, top, 46, 9, ANCHOR.fill, ANCHOR.line)
         sheet.text(left + 4, top + 54, f"B_{{{n + 1}}}", size=12, colour=ANCHOR.text, at="middle", italic=True)
         sheet.text(left + 38, top + 25, f"A_{{{n + 1}}}", size=12, colour=ANCHOR.text, at="middle", italic=True)
-    words = ("one for each anchor, over the", "frozen task LoRA; all at once")
+    words = ("one per anchor, on top of the", "frozen task LoRA; all at once")
     sheet.lines(x + 14, y + 250, words, size=12.5, colour=SOFT, leading=18)
 
 
 def stage_3() -> Sheet:
     """The stack over everything that is frozen."""
-    about = (
-        "What no anchor knows of a person goes into a LoRA of rank 1, trained on their shots over all that is frozen."
-    )
+    about = "A LoRA of rank 1, trained on the person's shots on top of the frozen parts, learns what no anchor knows."
     sheet = Sheet(960, 520, "Stage 3: adapt, by a stack", about)
     rows: list[Branch] = [
         ("task LoRA", "s B_{0} A_{0} x", TASK, 14, ("A_{0}", "B_{0}"), False),
@@ -171,14 +169,14 @@ def stage_3() -> Sheet:
     sheet.text(x + 154, y + 46, "of the person's shots", at="middle")
     foot = 134 + 74 * 3 + 46
     sheet.arrow((x + 154, y + 64), (x + 154, foot), (171, foot), (171, foot - 22), colour=PERSON.line, dash="6 4")
-    sheet.text(x - 60, foot - 8, "gradient: to a and b alone", size=13, colour=PERSON.text, at="middle")
+    sheet.text(x - 60, foot - 8, "gradient: only to a and b", size=13, colour=PERSON.text, at="middle")
     sheet.line([(32, 426), (928, 426)], LINE)
     note(sheet, 32, 454, "Where", ["in every linear layer", "below the LM head"])
     note(
         sheet,
         232,
         454,
-        "What is kept",
+        "What is stored",
         ["a and b: an eighth of a LoRA of rank 8", "(1.2 MB for a base of 135M); and w"],
     )
     note(

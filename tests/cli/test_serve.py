@@ -59,7 +59,7 @@ def test_create_a_key_then_start_ask_and_stop_a_server(made):
             output += server.stdout.readline()
             assert server.poll() is None, server.stderr.read()
         client = openai.OpenAI(base_url=f"{json.loads(output)['url']}/v1", api_key=secret, max_retries=3)
-        run_the_readmes_snippets(json.loads(output)["url"], secret, made)
+        run_the_documented_snippets(json.loads(output)["url"], secret, made)
         asked = {"messages": [{"role": "user", "content": "Film 3"}], "max_tokens": 5, "temperature": 0}
         assert client.chat.completions.create(model="person:ann0", **asked).usage.completion_tokens <= 5
         with pytest.raises(openai.NotFoundError):
@@ -99,14 +99,14 @@ def test_a_running_server_does_not_bring_back_a_forgotten_person(made):
     assert mta("forget", "eve", *at).returncode == 0
 
 
-def run_the_readmes_snippets(url, secret, folder):
-    """Run the README's snippets with another address and another person."""
-    text = (Path(__file__).parents[2] / "README.md").read_text()
+def run_the_documented_snippets(url, secret, folder):
+    """Run the client snippets of the docs; only the address and the person differ."""
+    root = Path(__file__).parents[2]
     python, curl = (
-        re.search(rf"<!-- {name} -->\n```\w+\n(.*?)```", text, re.DOTALL)[1]
+        re.search(rf"<!-- {name} -->\n```\w+\n(.*?)```", (root / page).read_text(), re.DOTALL)[1]
         .replace("http://127.0.0.1:8000", url)
         .replace("person:ann", "person:ann0")
-        for name in ("openai", "curl")
+        for name, page in (("openai", "docs/how-to/serve.md"), ("curl", "README.md"))
     )
     (folder / "app.key").write_text(secret + "\n")
     for words in ([sys.executable, "-c", python], ["bash", "-euc", curl]):

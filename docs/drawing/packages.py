@@ -1,4 +1,4 @@
-"""How the package is built: the way of a person's text through its rooms, and the server."""
+"""Drawings of the package: the path of a person's text through the modules, and the server."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ COLUMNS = (44, 272, 500, 728)
 WIDE, HIGH = 172, 84
 
 
-def room(sheet: Sheet, column: int, y: float, name: str, files: Sequence[str], tone: Tone = BASE) -> None:
-    """A room: what it does, and where it is in src/mta."""
+def box(sheet: Sheet, column: int, y: float, name: str, files: Sequence[str], tone: Tone = BASE) -> None:
+    """Draw a box: a step and its files in src/mta."""
     x = COLUMNS[column]
     sheet.rect(x, y, WIDE, HIGH, PAPER, tone.line, r=8)
     sheet.text(x + 14, y + 26, name, size=14, bold=True)
@@ -20,7 +20,7 @@ def room(sheet: Sheet, column: int, y: float, name: str, files: Sequence[str], t
 
 
 def between(sheet: Sheet, column: int, y: float, words: str, *, back: bool = False) -> None:
-    """An arrow from a column's room to the next one's, or back, and what crosses the border."""
+    """Draw a labeled arrow from the box of a column to the next box, or back."""
     x = COLUMNS[column] + WIDE
     ends = (x + 2, y + HIGH / 2 + 12), (x + 54, y + HIGH / 2 + 12)
     sheet.arrow(*(reversed(ends) if back else ends))
@@ -28,19 +28,19 @@ def between(sheet: Sheet, column: int, y: float, words: str, *, back: bool = Fal
 
 
 def band(sheet: Sheet, y: float, h: float, name: str, fill: str = GROUND, colour: str = SOFT, x: float = 44) -> None:
-    """A strip of rooms, and what may be in it."""
+    """Draw the labeled background of a row of boxes."""
     sheet.rect(24, y, 912, h, fill, r=12)
     sheet.text(x, y + 24, name, size=13, colour=colour, bold=True)
 
 
 def architecture() -> Sheet:
-    """The way of a person's text."""
-    about = "Rooms are modules of src/mta; on the arrows stands what crosses a border. Data walks one way."
-    sheet = Sheet(960, 806, "The way of a person's text", about)
+    """Draw the path of a person's text."""
+    about = "Boxes are modules of src/mta. Labels on arrows name the data. Data moves in one direction."
+    sheet = Sheet(960, 806, "The path of a person's text", about)
     band(sheet, 88, 132, "In memory: people's texts", TEXTS.fill, TEXTS.text)
-    room(sheet, 0, 124, "Read", ["readers/"], TEXTS)
-    room(sheet, 1, 124, "History", ["data/history.py", "data/splits.py"], TEXTS)
-    room(sheet, 2, 124, "Word and cut", ["tasks/task.py", "tasks/prompt.py"], TEXTS)
+    box(sheet, 0, 124, "Read", ["data/readers/"], TEXTS)
+    box(sheet, 1, 124, "History", ["data/history.py", "data/splits.py"], TEXTS)
+    box(sheet, 2, 124, "Tokenize", ["data/tasks/task.py", "data/tasks/prompt.py"], TEXTS)
     between(sheet, 0, 124, "items")
     between(sheet, 1, 124, "shots")
     _come_in(sheet)
@@ -58,19 +58,19 @@ def _come_in(sheet: Sheet) -> None:
 
 
 def _stages(sheet: Sheet) -> None:
-    """Stages 2 and 3: from texts and tokens to numbers."""
-    band(sheet, 248, 140, "In memory: vectors, tokens, tensors; cohort by cohort (personalize/pipeline.py)", x=84)
-    room(sheet, 0, 288, "Encode", ["model/encoders.py"])
-    room(sheet, 1, 288, "Retrieve", ["bank/bank.py"], ANCHOR)
-    room(
+    """Draw stages 2 and 3: from texts and tokens to numbers."""
+    band(sheet, 248, 140, "In memory: vectors, tokens, tensors of one cohort (personalize/pipeline.py)", x=84)
+    box(sheet, 0, 288, "Encode", ["model/encoders.py"])
+    box(sheet, 1, 288, "Retrieve", ["bank/bank.py"], ANCHOR)
+    box(
         sheet,
         2,
         288,
         "Merge (stage 2)",
-        ["personalize/likelihoods.py, training/scoring.py", "personalize/merge.py, lora/"],
+        ["personalize/policies.py", "personalize/merge.py"],
         ANCHOR,
     )
-    room(sheet, 3, 288, "Adapt (stage 3)", ["personalize/adapt.py", "training/, lora/"], PERSON)
+    box(sheet, 3, 288, "Adapt (stage 3)", ["personalize/adapt.py", "training/, lora/"], PERSON)
     between(sheet, 0, 288, "vector")
     between(sheet, 1, 288, "cosines")
     between(sheet, 2, 288, "ids, w")
@@ -84,15 +84,15 @@ def _stages(sheet: Sheet) -> None:
 def _border(sheet: Sheet, y: float) -> None:
     sheet.line([(24, y), (936, y)], TEXTS.line, 2.5, "9 6")
     sheet.rect(444, y - 15, 346, 30, PAPER, TEXTS.line, r=15)
-    sheet.text(617, y + 5, "Here texts stop: what is kept holds none", colour=TEXTS.text, at="middle", bold=True)
+    sheet.text(617, y + 5, "No texts below: stored files hold none", colour=TEXTS.text, at="middle", bold=True)
 
 
 def _disk(sheet: Sheet) -> None:
-    """What is kept, of a person and of the anchors."""
-    band(sheet, 444, 136, "On disk: numbers, digests and keyed hashes")
-    room(sheet, 1, 482, "The bank's folder", ["bank/build.py wrote it", "bank/format.py checks it"], ANCHOR)
-    room(sheet, 2, 482, "Store", ["store/store.py", "system/storage.py"], PERSON)
-    room(sheet, 3, 482, "State", ["store/state.py"], PERSON)
+    """Draw the files of a person and of the bank."""
+    band(sheet, 444, 136, "On disk: numbers, digests, and keyed hashes")
+    box(sheet, 1, 482, "The bank's folder", ["bank/build.py writes it", "bank/format.py checks it"], ANCHOR)
+    box(sheet, 2, 482, "Store", ["store/store.py", "system/storage.py"], PERSON)
+    box(sheet, 3, 482, "State", ["store/state.py"], PERSON)
     between(sheet, 2, 482, "bytes", back=True)
     sheet.arrow((814, 374), (814, 480), colour=PERSON.line)
     sheet.lines(822, 398, ["ids, w,"], size=12, colour=PERSON.text)
@@ -101,19 +101,19 @@ def _disk(sheet: Sheet) -> None:
     sheet.lines(
         44,
         506,
-        ["Unless asked for:", "histories are kept in the", "store by opt-in alone, and", "leave with the person."],
+        ["Exception:", "the store keeps histories", "on request, until the", "person is forgotten."],
         size=12.5,
         colour=SOFT,
     )
 
 
 def _answers(sheet: Sheet) -> None:
-    """From what is kept to answers."""
+    """Draw how stored files become answers."""
     band(sheet, 616, 168, "In memory: questions in, answers out", TEXTS.fill, TEXTS.text, x=84)
-    room(sheet, 0, 656, "Whose row it is", ["personalize/adapters.py"], PERSON)
-    room(sheet, 1, 656, "Answer, score", ["model/generate.py", "training/scoring.py"], TEXTS)
-    room(sheet, 2, 656, "Evaluate", ["evaluation/"], TEXTS)
-    room(sheet, 3, 656, "Serve", ["serving/"], TEXTS)
+    box(sheet, 0, 656, "Adapters per row", ["personalize/adapters.py"], PERSON)
+    box(sheet, 1, 656, "Generate, score", ["model/generate.py", "training/scoring.py"], TEXTS)
+    box(sheet, 2, 656, "Evaluate", ["evaluation/"], TEXTS)
+    box(sheet, 3, 656, "Serve", ["serving/"], TEXTS)
     between(sheet, 0, 656, "adapters")
     between(sheet, 1, 656, "answers")
     sheet.line([(358, 566), (358, 600)], ANCHOR.line, 1.8)
@@ -121,24 +121,20 @@ def _answers(sheet: Sheet) -> None:
     sheet.arrow((586, 600), (64, 600), (64, 654), colour=SOFT)
     sheet.arrow((586, 600), (814, 600), (814, 654), colour=SOFT)
     sheet.text(472, 593, "bank, ids, w, stack", size=12, colour=INK, at="middle")
-    words = (
-        "Yours to guard: experiments' folders hold answers, --skip-bad rejected rows. No log, no metric holds a text."
-    )
+    words = "To protect: answers in experiment folders, rows in --skip-bad files. Logs and metrics hold no text."
     sheet.text(44, 766, words, size=12.5, colour=TEXTS.text)
 
 
 def serving() -> Sheet:
-    """The gateway and its two engines."""
-    about = (
-        "One gateway asks who is calling and whom they may ask; behind it either engine answers people side by side."
-    )
-    sheet = Sheet(960, 640, "Serving everybody from one base", about)
+    """Draw the gateway and its two engines."""
+    about = "The gateway checks keys and rights. Either engine behind it answers different people in one batch."
+    sheet = Sheet(960, 640, "Serving all people from one base", about)
     _callers(sheet)
     _gateway(sheet)
     _embedded(sheet)
     _vllm(sheet)
     for x, w, name, words, tone in (
-        (212, 348, "Store", "states of people; histories by opt-in", PERSON),
+        (212, 348, "Store", "states of people; histories on request", PERSON),
         (580, 356, "Bank", "meta-LoRAs of the anchors, task LoRA", ANCHOR),
     ):
         sheet.rect(x, 544, w, 72, tone.fill, tone.line, r=12)
@@ -169,9 +165,9 @@ def _gateway(sheet: Sheet) -> None:
     sheet.text(452, 118, "FastAPI", size=13, colour=SOFT, at="end")
     rows = (
         ("Keys and rights", "auth.py"),
-        ("Bounds on what is sent", "limits.py"),
-        ("Whose model a name is", "names.py, service.py"),
-        ("Chat, completions", "completions.py, answers.py"),
+        ("Limits on requests", "limits.py"),
+        ("Model names", "model_names.py, service.py"),
+        ("Chat, completions", "completions.py, streaming.py"),
         ("People: items, state, forget", "people.py, histories.py"),
         ("Background: stages 2 and 3", "jobs.py"),
     )
@@ -186,9 +182,9 @@ def _embedded(sheet: Sheet) -> None:
     card(sheet, 516, 90, 420, 236, GROUND)
     sheet.arrow((474, 200), (514, 200))
     sheet.text(536, 118, "Embedded engine", size=16, bold=True)
-    sheet.text(916, 118, "embedded.py, decoder.py", size=12.5, colour=SOFT, at="end")
-    sheet.text(655, 146, "slot: keys, values", size=12, colour=SOFT, at="middle")
-    sheet.text(775, 146, "seat: gates, stack", size=12, colour=SOFT, at="middle")
+    sheet.text(916, 118, "engine.py, scheduler.py", size=12.5, colour=SOFT, at="end")
+    sheet.text(655, 146, "KV slot", size=12, colour=SOFT, at="middle")
+    sheet.text(775, 146, "adapter slot", size=12, colour=SOFT, at="middle")
     rows = (
         ("ann", 60, (8, 22, 4, 14), True),
         ("bob", 34, (18, 3, 9, 6), True),
@@ -210,7 +206,7 @@ def _embedded(sheet: Sheet) -> None:
     sheet.arrow((832, 223), (850, 223))
     sheet.rect(854, 176, 68, 94, BASE.fill, BASE.line, r=6)
     sheet.lines(888, 206, ["one pass", "of one", "base"], size=12.5, at="middle", leading=20, colour=BASE.text)
-    sheet.text(536, 314, "A slot goes on only for the same person, version and caller.", size=12.5, colour=SOFT)
+    sheet.text(536, 314, "A KV slot is reused only by the same person, version, and caller.", size=12.5, colour=SOFT)
 
 
 def _vllm(sheet: Sheet) -> None:
@@ -218,7 +214,7 @@ def _vllm(sheet: Sheet) -> None:
     sheet.text(726, 342, "or", size=13, bold=True, at="middle", colour=SOFT)
     sheet.arrow((474, 430), (514, 430))
     sheet.text(536, 378, "vLLM with our plugin", size=16, bold=True)
-    sheet.text(916, 378, "vllm_engine.py", size=12.5, colour=SOFT, at="end")
+    sheet.text(916, 378, "engine.py", size=12.5, colour=SOFT, at="end")
     steps = (("a name", "registry.py"), ("resolver", "resolver.py"), ("adapter", "adapters.py"))
     for n, (name, file) in enumerate(steps):
         x = 532 + 134 * n
@@ -227,5 +223,5 @@ def _vllm(sheet: Sheet) -> None:
         sheet.text(x + 60, 436, file, size=11.5, colour=SOFT, at="middle")
         if n:
             sheet.arrow((x - 13, 421), (x - 1, 421))
-    sheet.text(536, 474, "A process of its own. Task LoRA, merge and stack become one", size=12.5, colour=SOFT)
-    sheet.text(536, 492, "adapter of its slots' rank, in memory, when first asked for.", size=12.5, colour=SOFT)
+    sheet.text(536, 474, "A separate process. Task LoRA, merge, and stack become one", size=12.5, colour=SOFT)
+    sheet.text(536, 492, "adapter of the slots' rank, in memory, on the first request.", size=12.5, colour=SOFT)
