@@ -59,7 +59,7 @@ def _come_in(sheet: Sheet) -> None:
 
 def _stages(sheet: Sheet) -> None:
     """Draw stages 2 and 3: from texts and tokens to numbers."""
-    band(sheet, 248, 140, "In memory: vectors, tokens, tensors of one cohort (personalize/pipeline.py)", x=84)
+    band(sheet, 248, 140, "In memory: vectors, tokens, tensors of one cohort (personalize/stages.py)", x=84)
     box(sheet, 0, 288, "Encode", ["model/encoders.py"])
     box(sheet, 1, 288, "Retrieve", ["bank/bank.py"], ANCHOR)
     box(
@@ -70,7 +70,7 @@ def _stages(sheet: Sheet) -> None:
         ["personalize/policies.py", "personalize/merge.py"],
         ANCHOR,
     )
-    box(sheet, 3, 288, "Adapt (stage 3)", ["personalize/adapt.py", "training/, lora/"], PERSON)
+    box(sheet, 3, 288, "Adapt (stage 3)", ["personalize/stages.py", "training/, lora/"], PERSON)
     between(sheet, 0, 288, "vector")
     between(sheet, 1, 288, "cosines")
     between(sheet, 2, 288, "ids, w")
