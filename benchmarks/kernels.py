@@ -2,8 +2,8 @@
 
     python -m benchmarks.kernels --out results/kernels.json
 
-Works: a training step of rank 8 (OPPU), a training step of stage 3 (rank 1 over a task LoRA and a merge), a decoding
-step of 16 rows of different people, and the merge of 32 people. Each in bfloat16 and float32, in turn: A B A B.
+Works: a training step of rank 8 (OPPU), a training step of stage 3 (rank 1 over a task LoRA and a merge), and a
+decoding step of 16 rows of different people. Each in bfloat16 and float32, in turn: A B A B.
 About a quarter of an hour on two quiet cores. A stopped run continues: what the file holds is not measured again.
 """
 
@@ -24,24 +24,23 @@ import torch
 
 from benchmarks.speed import data
 from benchmarks.speed.data import Absent
-from benchmarks.speed.training import ANCHORS, K, base_of, oppu, small, stack, task_lora
+from benchmarks.speed.training import base_of, oppu, small, stack, task_lora
 from mta.config import Training, parse_size
 from mta.kernels import obstacle, without_kernels
 from mta.kernels.compile import Family
 from mta.kernels.products import _onednn_is_faster
 from mta.lora.batch import LoraBatch, fresh
-from mta.lora.merge import merge_exact
 from mta.model.base import BaseModel
 from mta.serving.embedded.adapter_slots import AdapterSlots, RowAdapter
 from mta.serving.embedded.kv_cache import Slots
 from mta.system.atomic import read_json, write_json
 from mta.system.device import cores, processor
 
-ROWS, PROMPT, MERGED = 16, 80, 32  # rows that decode, tokens before them, people who are merged
+ROWS, PROMPT = 16, 80  # rows that decode, and tokens before them
 ALL = "all"  # every family switched off
-TRAINING = ("norm", "swiglu", "rotate", "attention", "log_probs", "low_rank", "adamw", "linear", "onednn", ALL)
-DECODING = ("norm", "swiglu", "rotate", "few_rows", "adapted_rows", "linear", ALL)
-WORKS = {"rank 8": TRAINING, "stage 3": TRAINING, "decoding": DECODING, "merging": ("side_by_side",)}
+TRAINING = ("norm", "rotate", "attention", "low_rank", "adamw", "linear", "onednn", ALL)
+DECODING = ("norm", "rotate", "adapted_rows", "linear", ALL)
+WORKS = {"rank 8": TRAINING, "stage 3": TRAINING, "decoding": DECODING}
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,14 +79,6 @@ def decoded(base: BaseModel, sizes: Sizes) -> Callable[[], None]:
                 slots.logits(slice(0, ROWS), [[20]] * ROWS)
 
     return work
-
-
-def merged(base: BaseModel) -> Callable[[], None]:
-    """The exact merges of 32 people, each of 4 of 50 anchors."""
-    bank = small(fresh(base.targets, 8, 2.0, 1, ["bank"] * ANCHORS), 1).to(base.dtype)
-    draw = torch.Generator().manual_seed(2)
-    ids = torch.stack([torch.randperm(ANCHORS, generator=draw)[:K] for _ in range(MERGED)])
-    return lambda: (merge_exact(bank, ids, torch.full(ids.shape, 1 / K)), None)[1]
 
 
 def _bank(base: BaseModel, anchors: int) -> Any:
@@ -130,8 +121,7 @@ def rows(wanted: Sequence[str], done: Sequence[str], sizes: Sizes) -> Iterator[t
             missing = [(name, one) for name, one in missing if name not in done and _matters(one, dtype)]
             if missing:
                 base = base_of(dtype)
-                made = {"decoding": lambda: decoded(base, sizes), "merging": lambda: merged(base)}  # noqa: B023
-                run = made[work]() if work in made else trained(base, work, sizes)
+                run = decoded(base, sizes) if work == "decoding" else trained(base, work, sizes)
                 run(), run()  # warm up
                 for name, family in missing:
                     yield name, measured(run, family, sizes.repeats)

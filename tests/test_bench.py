@@ -334,16 +334,12 @@ class TestGrowth:
 def test_families_of_kernels_are_measured_alone_and_kept(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(each, "base_of", cache(lambda dtype: base_of()))
     words = ["--out", str(tmp_path / "kernels.json"), "--repeats", "2", "--tokens", "1"]
-    words += ["--only", "adapted_rows", "side_by_side"]
+    words += ["--only", "adapted_rows"]
     each.main(words)
     kept = json.loads((tmp_path / "kernels.json").read_text())["rows"]
-    assert set(kept) == {
-        f"{what}, {dtype}, {family}"
-        for what, family in (("decoding", "adapted_rows"), ("merging", "side_by_side"))
-        for dtype in ("bfloat16", "float32")
-    }
+    assert set(kept) == {f"decoding, {dtype}, adapted_rows" for dtype in ("bfloat16", "float32")}
     assert all(row["on_s"] > 0 and row["off_s"] > 0 for row in kept.values())
-    assert len(capsys.readouterr().out.splitlines()) == 4
+    assert len(capsys.readouterr().out.splitlines()) == 2
     each.main(words)  # nothing is measured again
     assert capsys.readouterr().out == ""
 

@@ -4,14 +4,13 @@
 """
 
 from mta.kernels.compile import FAMILIES, failure, kernels, obstacle, switched_off, without_kernels
-from mta.kernels.functions import LogProbs, TreeAttention, add_low_rank, low_rank_gradients, side_by_side, wide
+from mta.kernels.functions import TreeAttention, add_low_rank, low_rank_gradients, wide
 from mta.kernels.products import AdaptedRows, product
 from mta.kernels.swap import use_kernels
 
 __all__ = [
     "FAMILIES",
     "AdaptedRows",
-    "LogProbs",
     "TreeAttention",
     "add_low_rank",
     "failure",
@@ -19,7 +18,6 @@ __all__ = [
     "low_rank_gradients",
     "obstacle",
     "product",
-    "side_by_side",
     "switched_off",
     "use_kernels",
     "wide",

@@ -35,19 +35,14 @@ from mta.system.cpu import cpuinfo
 log = logging.getLogger("mta")
 
 Family = Literal[
-    "norm", "swiglu", "rotate", "attention", "log_probs", "low_rank", "side_by_side", "adamw",
-    "few_rows", "adapted_rows", "linear", "onednn",
+    "norm", "rotate", "attention", "low_rank", "adamw", "adapted_rows", "linear", "onednn",
 ]  # fmt: skip
 FAMILIES: dict[Family, tuple[str, ...]] = {  # what can be switched off alone, and the kernels each needs
     "norm": ("rms_norm", "rms_norm_backward"),
-    "swiglu": ("swiglu", "swiglu_backward"),
     "rotate": ("rotate",),
     "attention": ("gather", "spread", "scatter", "softmax", "softmax_backward"),
-    "log_probs": ("log_sum_exp", "weighted_softmax"),
     "low_rank": ("low_rank", "low_rank_backward"),
-    "side_by_side": ("side_by_side",),
     "adamw": ("adamw",),
-    "few_rows": ("few_rows",),
     "adapted_rows": ("adapted_rows",),
     "linear": (),  # the exchange of a base's linear layers for ``products``
     "onednn": (),  # oneDNN instead of MKL for float32 products

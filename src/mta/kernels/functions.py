@@ -47,27 +47,6 @@ class RmsNorm(Function):
         return dx, None, None
 
 
-class Swiglu(Function):
-    """silu(gate) * up."""
-
-    @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
-        gate, up = gate.contiguous(), up.contiguous()
-        y = torch.empty_like(gate)
-        compiled("swiglu", gate.dtype)["swiglu"](y.data_ptr(), gate.data_ptr(), up.data_ptr(), y.numel())
-        ctx.save_for_backward(gate, up)
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
-        gate, up = ctx.saved_tensors
-        dy, dgate, dup = dy.contiguous(), torch.empty_like(gate), torch.empty_like(up)
-        places = (t.data_ptr() for t in (dgate, dup, dy, gate, up))
-        compiled("swiglu", gate.dtype)["swiglu_backward"](*places, dy.numel())
-        return dgate, dup
-
-
 class Rotate(Function):
     """Rotary positions: x (B, H, T, E) * cos + (-second half, first half) * sin, with cos, sin (B or 1, T, E)."""
 
@@ -121,42 +100,6 @@ def low_rank_gradients(
     places = (None if t is None else t.data_ptr() for t in (dx, da, db, dh, dy, x, h, a, b))
     compiled("low_rank", x.dtype)["low_rank_backward"](*places, people, rows, ranks, a.shape[2], b.shape[2], trained)
     return da, db
-
-
-def side_by_side(b: Tensor, ids: Tensor, w: Tensor) -> Tensor:
-    """Factors B (N, O, R) of anchors ``ids`` (U, K) weighed by ``w`` (U, K), on the rank axis: (U, O, K * R)."""
-    people, k = ids.shape
-    frozen = not (torch.is_grad_enabled() and (b.requires_grad or w.requires_grad))
-    found = kernels("side_by_side", b, w) if frozen and b.is_contiguous() else None
-    if found is None:
-        return (b[ids] * w[:, :, None, None]).transpose(1, 2).reshape(people, b.shape[1], k * b.shape[2])
-    out = b.new_empty(people, b.shape[1], k * b.shape[2])
-    ids, w = ids.contiguous(), w.contiguous()  # kept alive until the call is over
-    places = (t.data_ptr() for t in (out, b, ids, w))
-    found["side_by_side"](*places, people, k, *b.shape[1:])
-    return out
-
-
-class LogProbs(Function):
-    """Log probability (n,) of tokens ``target`` under rows ``source`` of logits (m, V), in at least float32."""
-
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor, source: Tensor, target: Tensor) -> Tensor:
-        logits = logits.contiguous()
-        total = logits.new_empty(len(logits), dtype=wide(logits.dtype))
-        compiled("log_probs", logits.dtype)["log_sum_exp"](total.data_ptr(), logits.data_ptr(), *logits.shape)
-        ctx.save_for_backward(logits, source, target, total)
-        return logits[source, target].to(total.dtype) - total[source]
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
-        logits, source, target, total = ctx.saved_tensors
-        weight = torch.zeros_like(total).index_add_(0, source, -dy)
-        out = torch.empty_like(logits)
-        places = (t.data_ptr() for t in (out, logits, total, weight))
-        compiled("log_probs", logits.dtype)["weighted_softmax"](*places, *logits.shape)
-        return out.index_put_((source, target), dy.to(out.dtype), accumulate=True), None, None
 
 
 class TreeAttention(Function):

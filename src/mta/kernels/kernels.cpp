@@ -45,24 +45,6 @@ void rms_norm_backward(
   }
 }
 
-template <class T> void swiglu(T* y, const T* gate, const T* up, int64_t n) {
-#pragma omp parallel for simd if (large(n))
-  for (int64_t i = 0; i < n; i++) {
-    const wide<T> g = load(gate[i]);
-    y[i] = store<T>(g / (1 + exponential(-g)) * load(up[i]));
-  }
-}
-
-template <class T>
-void swiglu_backward(T* dgate, T* dup, const T* dy, const T* gate, const T* up, int64_t n) {
-#pragma omp parallel for simd if (large(n))
-  for (int64_t i = 0; i < n; i++) {
-    const wide<T> g = load(gate[i]), d = load(dy[i]), s = 1 / (1 + exponential(-g));
-    dup[i] = store<T>(d * g * s);
-    dgate[i] = store<T>(d * load(up[i]) * s * (1 + g * (1 - s)));
-  }
-}
-
 // x, y (B, T, H, E); cos, sin (B or 1, T, E). The inverse rotation is the gradient.
 template <class T>
 void rotate(T* y, const T* x, const T* cos, const T* sin, int64_t batch, int64_t tokens, int64_t heads, int64_t e,
@@ -175,46 +157,6 @@ template <class T> void softmax_backward(T* gradient, const T* shares, int64_t r
   }
 }
 
-// log of the sum of exp over each row of logits (m, V)
-template <class T> void log_sum_exp(wide<T>* out, const T* logits, int64_t rows, int64_t v) {
-#pragma omp parallel for if (large(rows * v))
-  for (int64_t i = 0; i < rows; i++) {
-    const T* row = logits + i * v;
-    wide<T> most = -INFINITY, sum = 0;
-#pragma omp simd reduction(max : most)
-    for (int64_t j = 0; j < v; j++) most = std::max(most, load(row[j]));
-#pragma omp simd reduction(+ : sum)
-    for (int64_t j = 0; j < v; j++) sum += exponential(load(row[j]) - most);
-    out[i] = most + std::log(sum);
-  }
-}
-
-// out = weight * softmax(logits), row by row
-template <class T>
-void weighted_softmax(T* out, const T* logits, const wide<T>* total, const wide<T>* weight, int64_t rows, int64_t v) {
-#pragma omp parallel for if (large(rows * v))
-  for (int64_t i = 0; i < rows; i++)
-#pragma omp simd
-    for (int64_t j = 0; j < v; j++)
-      out[i * v + j] = store<T>(weight[i] * exponential(load(logits[i * v + j]) - total[i]));
-}
-
-// out (U, O, K * R) = b (N, O, R) of the anchors ids (U, K), weighed by w (U, K), side by side
-template <class T>
-void side_by_side(T* out, const T* b, const int64_t* ids, const T* w, int64_t people, int64_t k, int64_t o, int64_t r) {
-#pragma omp parallel for if (large(people * o * k * r))
-  for (int64_t row = 0; row < people * o; row++) {
-    const int64_t u = row / o, j = row % o;
-    for (int64_t i = 0; i < k; i++) {
-      const T* from = b + (ids[u * k + i] * o + j) * r;
-      const wide<T> weight = load(w[u * k + i]);
-      T* to = out + (row * k + i) * r;
-#pragma omp simd
-      for (int64_t x = 0; x < r; x++) to[x] = store<T>(weight * load(from[x]));
-    }
-  }
-}
-
 // AdamW of rows (U, P), each with its own numbers; gradients are scaled by ``clip`` first and zeroed after.
 template <class T>
 void adamw(T* values, T* gradient, T* mean, T* square, const T* clip, const T* size, const T* correction,
@@ -261,20 +203,14 @@ extern "C" {
 Kernel NAMED(NUMBER, )[] = {
     KERNEL(rms_norm),
     KERNEL(rms_norm_backward),
-    KERNEL(swiglu),
-    KERNEL(swiglu_backward),
     KERNEL(rotate),
     KERNEL(gather),
     KERNEL(spread),
     KERNEL(scatter),
     KERNEL(softmax),
     KERNEL(softmax_backward),
-    KERNEL(log_sum_exp),
-    KERNEL(weighted_softmax),
     KERNEL(low_rank),
     KERNEL(low_rank_backward),
-    KERNEL(few_rows),
-    KERNEL(side_by_side),
     described("adamw", adamw<wide<NUMBER>>),
     KERNEL(adapted_rows),
 };

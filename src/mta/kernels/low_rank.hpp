@@ -213,18 +213,6 @@ inline void each_dot(const T* x, const T* w, int64_t rows, int64_t d, F f) {
   }
 }
 
-// y (M, O) = x (M, D) w^T + bias (if there is one) for few rows, w (O, D): each number of w is read from memory once.
-template <class T>
-void few_rows(T* y, const T* x, const T* w, const T* bias, int64_t rows, int64_t d, int64_t o) {
-#pragma omp parallel for if (large(d * o))
-  for (int64_t first = 0; first < o; first += RANKS)
-    unrolled(std::min(RANKS, o - first), [&](auto n) {
-      each_dot<n>(x, w + first * d, rows, d, [&](int64_t m, int64_t r, wide<T> sum) {
-        y[m * o + first + r] = store<T>(sum + (bias ? load(bias[first + r]) : 0));
-      });
-    });
-}
-
 // y (M, R) = x (M, D) w^T + h (M, P) b^T + bias + own updates for M rows, at R outputs of O: what is summed up over the
 // lanes is summed once, for both products together.
 template <int64_t M, int64_t R, class T>

@@ -2,8 +2,7 @@
 
 torch multiplies float32 with MKL, which uses half of the vector width on processors that are not Intel's. oneDNN, which
 torch also contains, uses all of it. The processor decides, and nothing is timed: both libraries round differently, and
-all workers on one kind of processor must compute the same bytes. For a few rows, as in decoding, reading the weights
-takes all the time: a kernel reads them up to twice as fast as either library.
+all workers on one kind of processor must compute the same bytes.
 """
 
 from __future__ import annotations
@@ -25,12 +24,6 @@ _FEW = 24  # rows
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """As ``torch.nn.functional.linear``, x (..., D) and weight (O, D) of any strides, but without a gradient."""
     parts = (x, weight) if bias is None else (x, weight, bias)
-    few = x.numel() <= _FEW * x.shape[-1] and weight.is_contiguous()
-    if few and (found := kernels("few_rows", *parts)):
-        x, y = x.contiguous(), x.new_empty(*x.shape[:-1], len(weight))
-        places = (None if t is None else t.data_ptr() for t in (y, x, weight, bias))
-        found["few_rows"](*places, x.numel() // x.shape[-1], *weight.shape[::-1])
-        return y
     if x.dtype == torch.float32 and _onednn_is_faster() and kernels("onednn", *parts) is not None:
         return _onednn(x, weight, bias)
     return torch.nn.functional.linear(x, weight, bias)

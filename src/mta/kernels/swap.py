@@ -1,4 +1,4 @@
-"""Kernels in the place of a transformers model's norms, gated MLPs and rotary positions.
+"""Kernels in the place of a transformers model's norms and rotary positions.
 
 A module is exchanged only if its class is of a known shape and both ways give the same on random numbers; all others
 stay as they are. Modules keep their weights and hooks: only what ``forward`` computes with is another.
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from mta.kernels.compile import kernels
-from mta.kernels.functions import RmsNorm, Rotate, Swiglu
+from mta.kernels.functions import RmsNorm, Rotate
 from mta.kernels.products import FrozenLinear, product
 
 _ROTARY = "apply_rotary_pos_emb"
@@ -31,7 +31,7 @@ def use_kernels(model: nn.Module) -> list[str]:
     with torch.no_grad():
         for module in model.modules():
             kind = type(module)
-            for make in (_norm, _mlp, _attention):
+            for make in (_norm, _attention):
                 faster = make(module) if found.get(kind, True) else None
                 if faster and kind not in found:
                     found[kind] = make is _attention or _agree(module, faster)
@@ -66,22 +66,8 @@ def _linear_forward(module: Any, plain: Callable[..., Tensor], x: Tensor) -> Ten
     return product(x, module.weight, module.bias)
 
 
-def _mlp(module: nn.Module) -> Callable[..., Tensor] | None:
-    parts = [getattr(module, name, None) for name in ("gate_proj", "up_proj", "down_proj")]
-    silu = type(getattr(module, "act_fn", None)).__name__ in ("SiLU", "SiLUActivation")
-    if not silu or not all(isinstance(part, nn.Linear) and kernels("swiglu", part.weight) for part in parts):
-        return None
-    return partial(_mlp_forward, module, module.forward)
-
-
-def _mlp_forward(module: Any, plain: Callable[..., Tensor], x: Tensor) -> Tensor:
-    if kernels("swiglu", x) is None:
-        return plain(x)
-    return module.down_proj(Swiglu.apply(module.gate_proj(x), module.up_proj(x)))  # type: ignore[no-untyped-call]
-
-
 def _agree(module: Any, faster: Callable[..., Tensor]) -> bool:
-    weight = module.weight if hasattr(module, "weight") else module.gate_proj.weight
+    weight = module.weight
     x = torch.linspace(-2, 3, 4 * weight.shape[-1], dtype=weight.dtype, device=weight.device).view(1, 4, -1)
     expected, found = module.forward(x), faster(x)
     return expected.dtype == found.dtype and _near(found, expected)

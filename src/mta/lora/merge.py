@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from mta.errors import AnchorNotFound, InputError
-from mta.kernels import side_by_side
 from mta.lora.batch import Factors, LoraBatch
 
 
@@ -28,7 +27,8 @@ def merge_exact(bank: LoraBatch, ids: Tensor, w: Tensor) -> LoraBatch:
     factors = {}
     for layer, (name, (a, b)) in enumerate(bank.factors.items()):
         share = (bank.scale * weights[:, layer]).to(b)
-        factors[name] = Factors(a[ids].flatten(1, 2), side_by_side(b, ids, share))
+        weighed = (b[ids] * share[:, :, None, None]).transpose(1, 2)  # (U, O, K, R)
+        factors[name] = Factors(a[ids].flatten(1, 2), weighed.flatten(2))
     return LoraBatch(factors)
 
 

@@ -161,7 +161,7 @@ class Footprint:
     @property
     def target(self) -> int:
         """Bytes of a training pass for one target token: logits, log-probabilities, and their gradient."""
-        return self.vocabulary * (2 * self.itemsize if self.kernels else 3 * self._wide)
+        return self.vocabulary * 3 * self._wide
 
     @property
     def target_weight(self) -> float:
@@ -217,7 +217,7 @@ class Footprint:
         mlp = 4 * self.hidden + (s.inner + max(s.outer, s.python) + s.routed) // self.layers
         weights = self.heads * texts.seen * (self._weight + (not self.kernels) * self.itemsize)
         masks = texts.seen * (self.itemsize + 1)
-        logits = self.itemsize if self.kernels else self.itemsize + self._wide + self._half * self._wide
+        logits = self.itemsize + self._wide + self._half * self._wide
         held = tokens * (max(self.itemsize * attention + weights, self.itemsize * mlp) + masks)
         factors = self.itemsize * (numbers.trained + self._joined(numbers))
         return max(held, targets * self.vocabulary * logits) + people * factors + self.shared(numbers)

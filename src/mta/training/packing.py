@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from mta.data.tasks.prompt import Example
-from mta.kernels import LogProbs, kernels
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,8 +60,6 @@ class Rows:
 
     def log_probs(self, logits: Tensor) -> Tensor:
         """Return the log probabilities of predicted tokens, (n,), in at least float32; logits (m, V) of ``places``."""
-        if kernels("log_probs", logits):
-            return LogProbs.apply(logits, self.source, self.target)  # type: ignore[no-untyped-call]
         table = torch.log_softmax(logits if logits.dtype == torch.float64 else logits.float(), dim=-1)
         return table[self.source, self.target]
 
