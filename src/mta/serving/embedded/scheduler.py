@@ -66,7 +66,7 @@ class Scheduler:
         self.failed = self.lost = 0  # failed steps and lost answers since the start
         self._failures_in_a_row = 0
         self._admitted = 0
-        self._stops = frozenset(base.stop_tokens)
+        self.stops = frozenset(base.stop_tokens)
 
     @property
     def busy(self) -> bool:
@@ -213,7 +213,7 @@ class Scheduler:
             token = row.sampler.token(logits, likeliest)
         except Exception as error:  # an odd request must end only its own row
             return self._lose([row], error)
-        if token.id in self._stops:
+        if token.id in self.stops:
             finish = "stop"
         else:
             row.last, row.count = token.id, row.count + 1
