@@ -1,4 +1,4 @@
-"""How the documentation is built: `make docs` writes it to docs/_build/html."""
+"""Sphinx configuration: `make docs` writes the documentation to docs/_build/html."""
 
 import shutil
 import sys
@@ -33,13 +33,11 @@ for name in ("CHANGELOG", "CONTRIBUTING"):
     text = (HERE.parent / f"{name}.md").read_text(encoding="utf-8")
     (HERE / f"{name.lower()}.md").write_text(text.replace("](docs/", "]("), encoding="utf-8")
 if (HERE.parent / "results").is_dir():  # a source distribution has none
-    shutil.copytree(
-        HERE.parent / "results", HERE / "results", dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.html")
-    )
+    shutil.copytree(HERE.parent / "results", HERE / "results", dirs_exist_ok=True)
 
 
 def as_on_the_site(app: Sphinx, name: str, source: list[str]) -> None:
-    """Some pages lie beside docs/ in the repository, and below it on the site."""
+    """Change links to pages that are beside docs/ in the repository, but below it on the site."""
     moved = {
         "../../results)": "../results/README.md)",
         "../../results/": "../results/",
@@ -50,5 +48,5 @@ def as_on_the_site(app: Sphinx, name: str, source: list[str]) -> None:
 
 
 def setup(app: Sphinx) -> None:
-    """Called by Sphinx."""
+    """Register the change of links. Sphinx calls this function."""
     app.connect("source-read", as_on_the_site)

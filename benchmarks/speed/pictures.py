@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mta.evaluation.reports import plots
+from mta.evaluation.reports import figures
 
 
 def draw(more: Mapping[str, Any], folder: Path) -> list[Path]:
@@ -18,20 +18,21 @@ def draw(more: Mapping[str, Any], folder: Path) -> list[Path]:
     """
     if "curve" not in more:
         return []
-    return plots.save(folder / f"growth-{more['curve']}", partial(_curves, more=more))
+    picture = figures.Picture(f"growth with {more['x_label']}", partial(_curves, more=more))
+    return picture.save(folder / f"growth-{more['curve']}")
 
 
 def _curves(ax: Any, more: Mapping[str, Any]) -> None:
     x, slopes = more["x"], more.get("slopes", {})
     ends = []
-    for colour, (label, y) in zip(plots.COLOURS * len(more["series"]), more["series"].items()):
+    for colour, (label, y) in zip(figures.COLOURS * len(more["series"]), more["series"].items()):
         ax.plot(x[: len(y)], y, "o-", color=colour, markersize=4, linewidth=1.4)
         text = f"{label}, slope {slopes[label]:.2f}" if label in slopes else label
         ends.append((x[len(y) - 1], y[-1], text, colour))
     ax.set(xscale="log", yscale="log", xlabel=more["x_label"], ylabel=more.get("y_label", ""))
     ax.set_xticks(x, [f"{value:g}" for value in x])
     _plain_ticks(ax)
-    ax.grid(color=plots.LINE, alpha=0.35, linewidth=0.6)
+    ax.grid(color=figures.LINE, alpha=0.35, linewidth=0.6)
     _name(ax, ends)
 
 

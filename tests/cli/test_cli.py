@@ -406,4 +406,4 @@ def test_evaluate_privacy_prints_a_table_on_stderr(world, tmp_path):
     said = mta("evaluate", everybody, "--bank", world.bank, "--privacy", "shots=2", "stack.enabled=no")
     assert said.out == ""
     assert "Membership inference by loss" in said.err
-    assert "Careful: only 12 items of others" in said.err
+    assert "Warning: only 12 items of others" in said.err

@@ -44,14 +44,12 @@ def test_a_report_is_drawn_without_a_model(smoke, tmp_path, monkeypatch):
     assert "| no task LoRA |" in (tmp_path / "report" / "members.jsonl" / "README.md").read_text()
 
 
-def test_an_experiment_and_a_bank_are_drawn_and_compared(smoke, world, tmp_path):
+def test_an_experiment_and_a_bank_are_drawn(smoke, world, tmp_path):
     command, out = smoke
     mta(*command)
     drawn = mta("report", out, world.bank, "--out", tmp_path / "report", "--json").json["drawn"]
-    assert drawn[:2] == ["members.jsonl: Ablation", "runs: Runs"]
-    text = (tmp_path / "report" / "runs.md").read_text()
-    assert "| runs | experiment | " in text
-    assert "| bank | bank | " in text
+    assert drawn[:2] == ["members.jsonl: Ablation", "bank: Outcome"]
+    assert (tmp_path / "report" / "bank" / "README.md").read_text().startswith("# bank: bank\n")
     assert (tmp_path / "report" / "members.jsonl" / "run.json").exists()
 
 
@@ -63,7 +61,7 @@ def test_an_experiment_and_a_bank_are_drawn_and_compared(smoke, world, tmp_path)
         (["evaluate", "movielens", "--out", "{out}", "--on", "training"], "expected test or development"),
         (["evaluate", "movielens", "--out", "{out}", "people.tests=3"], "people.tests"),
         (["evaluate", "movielens", "--out", "{out}", "--exhibit", "figure9"], "no exhibit 'figure9'"),
-        (["report", "{out}"], "is no folder of a run: it holds no run.json"),
+        (["report", "{out}"], "is not a run's folder: it contains no run.json"),
     ],
 )
 def test_mistakes_are_reported_without_a_traceback(world, tmp_path, words, expected):

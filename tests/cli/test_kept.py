@@ -38,7 +38,7 @@ def test_a_bank_is_a_run_folder_and_its_settings_build_the_same_bank(world, tmp_
 
 def test_a_custom_task_is_recorded_by_its_file(world, tmp_path):
     task = tmp_path / "mine.yaml"
-    task.write_text((Path(__file__).parents[2] / "src/mta/tasks/builtin/movielens-rating.yaml").read_text())
+    task.write_text((Path(__file__).parents[2] / "src/mta/data/tasks/builtin/movielens-rating.yaml").read_text())
     words = [word for word in world.settings if word not in ("--task", "movielens-rating")]
     mta("bank", "build", world.members, *words, "--task", task, "--out", tmp_path / "bank")
     assert sitting(tmp_path / "bank")["settings"]["task"] == str(task)
@@ -89,14 +89,13 @@ def test_an_attack_writes_a_run_folder(world, tmp_path):
     assert all(0 <= auc <= 1 for auc in entry["outcome"]["AUC"].values())
 
 
-def test_runs_of_every_kind_are_compared(world, compared, tmp_path):
+def test_runs_of_every_kind_have_reports(world, compared, tmp_path):
     mta("personalize", world.new, "--bank", world.bank, "--store", tmp_path / "people", "--run", tmp_path / "run")
     said = mta("report", world.bank, compared[1], tmp_path / "run", "--out", tmp_path / "report", "--json").json
-    assert "runs: What differs" in said["drawn"]
-    text = (tmp_path / "report" / "runs.md").read_text()
-    assert "| MTA | " in text
-    assert "| bank | bank | " in text
-    assert not any(word in text for word in ("quispe", "hoxha", "Zorblax"))
+    assert {f"{compared[1].name}: Methods", "bank: Losses", "run: Outcome"} <= set(said["drawn"])
+    assert "| MTA | " in (tmp_path / "report" / compared[1].name / "README.md").read_text()
+    for path in (tmp_path / "report").rglob("README.md"):
+        assert not any(word in path.read_text() for word in ("quispe", "hoxha", "Zorblax")), path
 
 
 @pytest.mark.parametrize(

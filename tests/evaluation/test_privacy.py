@@ -378,7 +378,7 @@ def test_without_task_lora_and_stack_their_rows_are_missing(tmp_path, cache, tas
     assert {row.about for row in found.rows} == {ANCHORS, SHOTS}
     assert not {"task LoRA", PERSONAL} & {row.name for row in found.rows}
     assert {name for row in found.rows for name in row.attacks} == {"loss", "over base"}
-    assert "not asked about" in " ".join(exposure.sentences(found))
+    assert "not attacked" in " ".join(exposure.sentences(found))
 
 
 def test_free_text_is_attacked_by_its_loss_per_token(tmp_path, cache):
@@ -421,8 +421,8 @@ def test_the_table_fits_eighty_columns_and_says_how_many_were_asked(found):
     for words in (ANCHORS, POOL, SHOTS, OWN, "uniform, K = 1", "over task LoRA", "TPR at"):
         assert words in text
     assert "36 items of 6 anchors" in text
-    assert "against 120 items of 20 people who are in nothing of the bank; 4 targets with 2 shots each" in text
-    assert "Careful: only 120 items of others, fewer than 1000" in text
+    assert "against 120 items of 20 people outside the bank; 4 targets with 2 shots each" in text
+    assert "Warning: only 120 items of others, fewer than 1000" in text
     assert "Spearman" in text
 
 

@@ -1,3 +1,4 @@
+import base64
 import io
 import json
 import re
@@ -10,8 +11,10 @@ from rich.console import Console
 from mta.data.tasks import load_task
 from mta.evaluation.metrics import Answers, measure, query_nll
 from mta.evaluation.reports import figures
-from mta.evaluation.reports.html import grid, table, to_json, verdict, write_html
-from mta.evaluation.reports.summary import headline, judge
+from mta.evaluation.reports.console import columns_of, table
+from mta.evaluation.reports.html import to_json, write_html
+from mta.evaluation.reports.page import Section, page, plain
+from mta.evaluation.reports.summary import headline, judge, verdict
 from mta.evaluation.statistics import Comparison, Interval, Row
 from mta.personalize.merge import Merge
 
@@ -104,7 +107,7 @@ def test_table_fits_into_eighty_columns_without_breaking_numbers(comparison):
 
 
 def test_best_of_a_column_follows_the_metrics_direction(comparison):
-    columns = {column.title: column.cells for column in grid(comparison, "task LoRA")}
+    columns = columns_of(comparison)
     assert list(columns) == [
         "MAE",
         "accuracy",
@@ -121,7 +124,8 @@ def test_best_of_a_column_follows_the_metrics_direction(comparison):
 
 
 def test_without_the_reference_nothing_is_compared(comparison):
-    titles = [column.title for column in grid(comparison, "another")]
+    rows = [row for row in comparison.rows if row.name != "task LoRA"]
+    titles = list(columns_of(Comparison(comparison.task, rows)))
     assert titles == ["MAE", "accuracy", "median\nMAE", "NLL", "training", "kept\neach"]
 
 
@@ -134,8 +138,7 @@ def test_texts_are_compared_in_their_primary_metric():
         for name, values, kept in (("task LoRA", low, 0.0), ("OPPU", low, 2e3), ("MTA", low + 0.1, 1e3))
     ]
     found = Comparison(task, rows)
-    titles = [column.title for column in grid(found, "task LoRA")]
-    assert titles == ["ROUGE-L", "ROUGE-1", "ROUGE-L against\ntask LoRA", "training", "kept\neach"]
+    assert list(columns_of(found)) == ["ROUGE-L", "ROUGE-1", "ROUGE-L against\ntask LoRA", "training", "kept\neach"]
     assert "+0.100 better" in shown(table(found)).export_text()
     said = verdict(found)
     assert said[0].startswith("ROUGE-L: MTA is better than the pooled model (task LoRA) by 0.100")
@@ -181,7 +184,7 @@ def test_verdict_when_worse(task):
 def test_verdict_says_how_little_it_rests_on(task):
     few = comparison_of(task, people=3, queries=1)
     said = verdict(few)
-    assert "Only 3 people were tested: take every interval with a grain of salt." in said
+    assert "Only 3 people were tested: the intervals are too narrow to be trusted." in said
     assert not any("clearly" in sentence for sentence in said)  # one question each cannot tell
     assert to_json(few)["methods"][3]["worse_off"]["task LoRA"]["clearly"] is None
     one = comparison_of(task, people=1)
@@ -215,13 +218,13 @@ def test_json_comes_back_whole(comparison):
 
 
 class Page(HTMLParser):
-    """Checks nesting and collects what a browser would load, ids, headings and text."""
+    """Checks nesting and collects what a browser would load, headings, descriptions of pictures, and text."""
 
     VOID = frozenset({"meta", "link", "br", "img", "hr", "input"})
 
     def __init__(self, text):
         super().__init__()
-        self.open, self.loads, self.ids, self.headings, self.text, self.tags = [], [], [], [], [], set()
+        self.open, self.loads, self.headings, self.alts, self.text, self.tags = [], [], [], [], [], set()
         self.feed(text)
         self.close()
         assert not self.open
@@ -237,8 +240,8 @@ class Page(HTMLParser):
             assert not key.startswith("on"), key
             if key in {"src", "href", "xlink:href", "srcset", "data", "action"}:
                 self.loads.append(value)
-            if key == "id":
-                self.ids.append(value)
+            if key == "alt":
+                self.alts.append(value)
 
     def handle_endtag(self, tag):
         assert self.open.pop() == tag
@@ -250,7 +253,7 @@ class Page(HTMLParser):
 
 
 @pytest.fixture
-def page(tiny, comparison, tmp_path):
+def written(tiny, comparison, tmp_path):
     """Write the page into a file and read it."""
 
     def write(name="report.html", people=True, **changes):
@@ -284,26 +287,23 @@ def page(tiny, comparison, tmp_path):
     return write
 
 
-def test_page_is_whole_and_loads_nothing(page):
-    text = page()
+def test_page_is_whole_and_loads_nothing(written):
+    text = written()
     found = Page(text)
     assert [heading for heading in found.headings if heading in SECTIONS] == SECTIONS
     assert "MTA against the pooled model: better in MAE and NLL" in found.headings
     assert "script" not in found.tags
-    assert all(value.startswith(("#", "data:")) for value in found.loads)
+    assert all(value.startswith("data:") for value in found.loads)
     assert "default-src 'none'" in text
-    assert len(set(found.ids)) == len(found.ids)
-    links = {value.removeprefix("#") for value in found.loads if value.startswith("#")}
-    assert links <= set(found.ids)
-    assert set(re.findall(r"url\(#([^)]*)\)", text)) <= set(found.ids)
     assert "prefers-color-scheme: dark" in text
-    assert not re.search(r"url\((?!#)|@import", text)
+    assert not re.search(r"url\(|@import", text)
 
 
-def test_page_says_what_there_is_to_say(page, comparison):
-    told = " ".join("".join(Page(page()).text).split())
+def test_page_contains_findings_answers_and_settings(written, comparison):
+    found = Page(written())
+    text = " ".join("".join(found.text).split())
     for sentence in verdict(comparison):
-        assert sentence in told
+        assert sentence in text
     for part in (
         "mta evaluate x.jsonl --bank bank/",
         "dequantized from Q4_1",
@@ -312,24 +312,23 @@ def test_page_says_what_there_is_to_say(page, comparison):
         "first 3 items, then 8",
         "2026-11-25",
         "mta 0.1, torch 2.13",
-        '"rank": 8',
+        "shots 3, oppu (rank 8)",
         "after, person B",
-        "after, a person whose 3 shots say 2, 2, 1",
+        "after, a person whose 3 shots say 2, 2, 1: 3",
         "see https://example.org/terms",
-        "pooled model alone",
-        "+0.",
+        "made up <b>here</b>",
     ):
-        assert part in told
-    assert "0.50" in told  # person A's first coefficient
+        assert part in text
+    pictures = " ".join(found.alts)
+    assert "MAE, lower is better, over bytes kept per person: global constant 1.250 with 0" in pictures
+    assert "Map of" in pictures
+    assert "Coefficients of person A: anchor 0 (6 items) 0.50" in pictures
 
 
-def test_hostile_strings_stay_text(page):
-    text = page(meta={"command": HOSTILE, HOSTILE: HOSTILE}, comparison=hostile_names())
-    found = Page(text)
-    assert not {"script", "img"} & found.tags
-    assert "<script" not in text
-    assert "evil.example" in "".join(found.text)
-    assert "{{ 7 * 7 }}" in "".join(found.text)
+def test_hostile_strings_stay_text(written):
+    found = Page(written(meta={"command": HOSTILE, HOSTILE: HOSTILE}, comparison=hostile_names()))
+    assert not {"script", "a"} & found.tags
+    assert HOSTILE in "".join(found.text)
     assert not any("evil" in value for value in found.loads)
 
 
@@ -339,22 +338,41 @@ def hostile_names():
     return made
 
 
-def test_pages_are_the_same_to_the_byte(page):
-    assert page("one.html") == page("two.html")
+@pytest.mark.parametrize(
+    "text",
+    [
+        HOSTILE,
+        "![x](https://evil.example/x.png) [y](javascript:go()) <https://evil.example>",
+        "- a | b",
+        "# title",
+        "1. one",
+        "12) two",
+        "*a* __b__ `c` ~~d~~ &lt; \\ |",
+        "--- = ***",
+    ],
+)
+def test_escaped_texts_are_shown_as_they_are(text):
+    found = Page(page("title", f"- {plain(text)}\n", [Section("table", f"| a |\n| --- |\n| {plain(text)} |\n")]))
+    assert "".join(found.text).count(text) == 2
+    assert not {"em", "strong", "code", "a", "img", "s", "ol"} & found.tags
 
 
-def test_page_without_vectors_merge_or_questions(page, task):
-    plain = Comparison(task, [row for row in comparison_of(task).rows if row.name != "MTA"])
-    found = Page(page(people=False, comparison=plain, questions=[]))
+def test_pages_are_the_same_to_the_byte(written):
+    assert written("one.html") == written("two.html")
+
+
+def test_page_without_vectors_merge_or_questions(written, task):
+    without = Comparison(task, [row for row in comparison_of(task).rows if row.name != "MTA"])
+    found = Page(written(people=False, comparison=without, questions=[]))
     assert "Map of anchors and people" not in found.headings
     assert "Chosen anchors and coefficients" not in found.headings
     assert "The same question, before and after" not in found.headings
-    assert "MTA is not among the methods compared." in found.text
+    assert "MTA is not among the methods compared." in "".join(found.text)
 
 
-def test_no_person_and_no_stray_file_is_left(page, tmp_path):
-    told = page()
-    assert not re.search(r"\b[ctx]\d\b", "".join(Page(told).text))  # the tiny bank's people are t0.. and c0..
+def test_page_contains_no_person_and_no_other_file_is_written(written, tmp_path):
+    text = written()
+    assert not re.search(r"\b[ctx]\d\b", "".join(Page(text).text))  # the tiny bank's people are t0.. and c0..
     assert [path.name for path in tmp_path.glob("*.html")] == ["report.html"]
     assert not list(tmp_path.glob(".*report*"))
 
@@ -374,19 +392,22 @@ def test_durations_as_people_read_them(seconds, text):
     assert figures.human_seconds(seconds) == text
 
 
-def test_scatter_takes_what_keeps_nothing_and_what_is_far_off():
-    near = [figures.Point(f"m{i}", Interval(0.7 + i / 100, 0.6, 0.9), i * 1e3) for i in range(4)]
-    far = figures.Point("base", Interval(2.5, 2.4, 2.6), 0.0)
-    drawn = figures.score_against_bytes([*near, far], "MAE", True, "m3", "m0")
-    assert "base (2.50)" in drawn
-    assert 'role="img" aria-label="MAE against bytes kept per person: m0 0.700 with 0, m1 0.710 with 1 kB' in drawn
-    alone = figures.score_against_bytes([near[0]], "MAE", True, "m0", "m0")
-    assert ">m0<" in alone
+def svg(picture):
+    return base64.b64decode(picture.data_uri().partition(",")[2]).decode()
+
+
+def test_scatter_shows_methods_that_store_nothing_and_outliers():
+    near = [(f"m{i}", i * 1e3, Interval(0.7 + i / 100, 0.6, 0.9)) for i in range(4)]
+    far = ("base", 0.0, Interval(2.5, 2.4, 2.6))
+    drawn = figures.scatter([*near, far], "MAE")
+    assert "base (2.50)" in svg(drawn)
+    assert drawn.alt.startswith("MAE, over bytes kept per person: m0 0.700 with 0, m1 0.710 with 1 kB")
+    assert ">m0<" in svg(figures.scatter([near[0]], "MAE"))
 
 
 def test_bars_show_the_rest_and_coefficients_below_zero():
     merge = Merge(torch.tensor([[4, 1, 2], [0, 1, 2]]), torch.tensor([[0.5, -0.2, 0.1], [0.7, 0.2, 0.1]]))
-    one, other = figures.coefficient_bars(merge, items=[10, 11, 12, 13, 14], most=2)
+    one, other = map(svg, figures.coefficient_bars(merge, items=[10, 11, 12, 13, 14], most=2))
     for part in (
         "anchor 4 (14 items)",
         "anchor 1 (11 items)",
@@ -399,13 +420,13 @@ def test_bars_show_the_rest_and_coefficients_below_zero():
     assert "pooled model alone" not in other
 
 
-def test_map_lies_the_same_way_every_time_and_survives_equal_vectors():
+def test_map_is_the_same_every_time():
     generator = torch.Generator().manual_seed(0)
     anchors, people = torch.randn(6, 5, generator=generator), torch.randn(9, 5, generator=generator)
     drawn = figures.anchor_map(anchors, people)
-    assert drawn == figures.anchor_map(anchors, people)
-    assert drawn.count(">person ") == 3
-    assert "Map of 6 numbered anchors and 9 people" in drawn
-    assert "leans on" not in drawn
+    assert svg(drawn) == svg(figures.anchor_map(anchors, people))
+    assert svg(drawn).count(">person ") == 3
+    assert "Map of 6 numbered anchors and 9 people" in drawn.alt
+    assert "Strongest" not in drawn.alt
     merge = Merge(torch.tensor([[5, 2]]).repeat(9, 1), torch.tensor([[0.6, 0.4]]).repeat(9, 1))
-    assert "person A leans on anchor 5, anchor 2." in figures.anchor_map(anchors, people, merge)
+    assert "Strongest of person A: anchor 5, anchor 2." in figures.anchor_map(anchors, people, merge).alt

@@ -19,14 +19,14 @@ def report(
     ] = False,
     json: Json = False,
 ) -> None:
-    """Draw finished exhibits and compare runs, as Markdown, HTML, SVG and PNG. Loads no model.
+    """Draw finished exhibits and runs as Markdown, HTML, SVG and PNG. Loads no model.
 
-    For a recipe's folder, draws all exhibits that have been run. For banks, comparisons, personalizations and demos,
-    shows how their settings, losses and results differ (runs.html). The report can be published: it holds scores
-    without texts, and people as salted hashes. A report with --texts must not be published.
+    For a recipe's folder, draws all exhibits that have been run. For a bank, comparison, personalization or demo, draws
+    its results and losses. Each gets a folder in --out. The report can be published: it contains scores without texts,
+    and people as salted hashes. A report with --texts must not be published.
 
     Example:  mta report runs/lamp3 runs/movielens --out results/
-    Example:  mta report bank-8/ bank-16/ --out compared/
+    Example:  mta report bank/ --out report/
     """
     from mta.evaluation.reports.publish import report as draw
 

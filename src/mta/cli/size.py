@@ -92,15 +92,15 @@ def _table(costs: dict[str, Cost], people: float, machine: Hardware) -> Table:
 def _draw(path: Path, costs: dict[str, Cost], machine: Hardware) -> None:
     """Draw bytes and training time of each method against the number of people."""
     from mta.evaluation.reports.exhibits import BYTES, FITTED, SECONDS
-    from mta.evaluation.reports.figures import human_bytes, human_seconds
-    from mta.evaluation.reports.plots import Points, growth
+    from mta.evaluation.reports.figures import Points, growth, human_bytes, human_seconds
 
     kept, took = dict[str, tuple[Points, Points]](), dict[str, tuple[Points, Points]]()
     for name, cost in costs.items():
         kept[name] = [], [(n, cost.fixed_bytes + n * cost.person_bytes) for n in FITTED]
         took[name] = [], [(n, machine.seconds(cost.fixed_operations + n * cost.person_operations)) for n in FITTED]
-    growth(path.with_name(f"{path.name}-bytes"), kept, "stored, all people", human_bytes, BYTES)
-    growth(path.with_name(f"{path.name}-time"), took, f"training, all people, {machine.name}", human_seconds, SECONDS)
+    time = growth(took, f"training, all people, {machine.name}", human_seconds, SECONDS)
+    growth(kept, "stored, all people", human_bytes, BYTES).save(path.with_name(f"{path.name}-bytes"))
+    time.save(path.with_name(f"{path.name}-time"))
 
 
 def _seconds(cost: Cost, people: float, machine: Hardware) -> dict[str, float]:

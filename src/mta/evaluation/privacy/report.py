@@ -1,4 +1,4 @@
-"""What an attack found: a table, a picture, JSON. Numbers alone: nobody's id or text is in any of them."""
+"""Results of a privacy attack as a table, a picture, and JSON. They contain numbers, no ids and no texts."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mta.evaluation.privacy.evaluator import Row
 from mta.evaluation.privacy.membership import FPR, Attack
 from mta.evaluation.privacy.runner import Findings
 from mta.evaluation.privacy.sampling import AT_LEAST
-from mta.evaluation.reports import plots
+from mta.evaluation.reports.figures import forest
 from mta.evaluation.statistics import Interval
 from mta.system.atomic import write_json
 
@@ -21,14 +21,14 @@ GUESSING = 0.5
 
 
 def show(found: Findings, console: Console) -> None:
-    """The table, who was asked about, and what to be careful about."""
+    """Print the table, the attacked people, and warnings."""
     console.print(table(found))
     for sentence in sentences(found):
         console.print(sentence, highlight=False)
 
 
 def table(found: Findings) -> Table:
-    """A row for each kind of model, by whose items it was asked about; the TPR is that of the row's last attack."""
+    """Return one row per kind of model, grouped by the attacked items. The TPR is that of the row's last attack."""
     names = list(dict.fromkeys(name for row in found.rows for name in row.attacks))
     made = Table(title="Membership inference by loss", box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
     made.add_column("model")
@@ -46,31 +46,29 @@ def table(found: Findings) -> Table:
 
 
 def sentences(found: Findings) -> list[str]:
-    """Who was asked about, how the numbers are to be read, and what an anchor's coefficient tells."""
+    """Return sentences: the attacked people, how to read the numbers, and what an anchor's coefficient reveals."""
     meta, items = found.meta, found.meta["items"]
-    others = f"{items['others']} items of {meta['others']} people who are in nothing of the bank"
+    others = f"{items['others']} items of {meta['others']} people outside the bank"
     said = [
         f"{items['anchors']} items of {meta['anchors']} anchors, {items['pool']} of {meta['pool']} people behind the "
         f"task LoRA, against {others}; {meta['targets']} targets with {meta['privacy']['shots']} shots each.",
-        f"The score is minus the loss ({meta['loss']}), alone or less that of a model below; AUC .5 and TPR "
-        f"{FPR:.2f} are guessing. 95% intervals over people. Base and task LoRA never saw an anchor's item.",
+        f"The score is minus the loss ({meta['loss']}), alone or relative to a model below; guessing has AUC 0.5 and "
+        f"TPR {FPR:.2f}. 95% intervals over people. Base and task LoRA were not trained on any anchor's item.",
     ]
     if items["others"] < AT_LEAST:
-        said.append(f"Careful: only {items['others']} items of others, fewer than {AT_LEAST}: the TPR means little.")
+        said.append(f"Warning: only {items['others']} items of others, fewer than {AT_LEAST}: the TPR is not reliable.")
     if not meta["pool"]:
-        said.append(
-            "The task LoRA's own items were not asked about: not everybody behind it is among the people given."
-        )
+        said.append("The task LoRA's own items were not attacked: the given people do not include all of its people.")
     if found.weights:
         said.append(
-            f"An anchor's |w| and how often its items are ranked above others': Spearman {found.weights} "
+            f"Spearman correlation of an anchor's |w| and how often its items rank above others': {found.weights} "
             f"over {found.pairs} pairs of a target's merge and an anchor."
         )
     return said
 
 
 def to_json(found: Findings, **meta: Any) -> dict[str, Any]:
-    """Everything that was measured as JSON values."""
+    """Return all measurements as JSON values."""
     rows = [
         {
             "about": row.about,
@@ -87,14 +85,14 @@ def to_json(found: Findings, **meta: Any) -> dict[str, Any]:
 
 
 def write(found: Findings, out: Path, command: str = "") -> None:
-    """``results.json``, ``privacy.svg`` and ``privacy.png`` under ``out``; ``command`` says how to get them again."""
+    """Write ``results.json``, ``privacy.svg``, and ``privacy.png`` to ``out``. ``command`` reproduces them."""
     write_json(out / "results.json", to_json(found, command=command))
     rows = [(f"{row.about}: {row.name}", _less(last(row)[1].auc)) for row in found.rows]
-    plots.forest(out / "privacy", rows, "AUC - 0.5: 0 is guessing (95% intervals)")
+    forest(rows, "AUC - 0.5: 0 is guessing (95% intervals)").save(out / "privacy")
 
 
 def last(row: Row) -> tuple[str, Attack]:
-    """The attack that knows most: over the highest model below."""
+    """Return the strongest attack: relative to the highest model below."""
     return list(row.attacks.items())[-1]
 
 

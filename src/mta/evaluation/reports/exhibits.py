@@ -1,67 +1,57 @@
-"""The paper's exhibits and ours, drawn from result files alone: a Markdown section and a picture each."""
+"""The paper's exhibits and ours, from result files alone: a section with Markdown and pictures for each exhibit."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import replace
 
 from mta.evaluation.experiments.results import Results
 from mta.evaluation.metrics import BETTER_LOW
-from mta.evaluation.reports import plots
-from mta.evaluation.reports.figures import human_bytes, human_seconds
-from mta.evaluation.reports.plots import Line
-from mta.evaluation.reports.summary import people_in, units_in, yardstick
+from mta.evaluation.reports import figures
+from mta.evaluation.reports.figures import Line, Picture, human_bytes, human_seconds
+from mta.evaluation.reports.page import Section, plain
+from mta.evaluation.reports.summary import names_of, people_in, units_in, yardstick
 from mta.evaluation.reports.tables import POOLED, RIVAL, against, markdown, marked, rows_of
-from mta.evaluation.statistics import Comparison, Interval
+from mta.evaluation.statistics import WORSE, Comparison, Interval
 
-FITTED = [10 ** (n / 4) for n in range(25)]  # people at which the lines of Figure 2 are drawn, to a million
-SECONDS = (1, 60, 600, 3600, 36_000, 360_000, 3_600_000, 36_000_000)  # and the seconds that are marked
+FITTED = [10 ** (n / 4) for n in range(25)]  # numbers of people for the lines of Figure 2, up to a million
+SECONDS = (1, 60, 600, 3600, 36_000, 360_000, 3_600_000, 36_000_000)  # ticks of the time axis
 BYTES = tuple(10**n for n in range(3, 16, 2))
 
 
-@dataclass(slots=True)
-class Section:
-    """What is said of one exhibit: a title, Markdown, and the names of its pictures (without an ending)."""
-
-    title: str
-    text: str
-    pictures: list[str] = field(default_factory=list)
+def sections(found: Results) -> list[Section]:
+    """Return every exhibit that has been run."""
+    names = [name for name in found.recipe.exhibits if name in found.meta["exhibits"]]
+    return [section for name in names if (section := EXHIBITS.get(name, _compared)(found, name))]
 
 
-def sections(found: Results, folder: Path) -> list[Section]:
-    """Every exhibit that has been run, its pictures drawn into ``folder``."""
-    made = []
-    for name in [name for name in found.recipe.exhibits if name in found.meta["exhibits"]]:
-        draw = EXHIBITS.get(name, _compared)
-        if section := draw(found, folder, name):
-            made.append(section)
-    return made
-
-
-def _compared(found: Results, folder: Path, name: str) -> Section | None:
-    """Any list of methods: the table, and everybody's difference to the pooled model."""
+def _compared(found: Results, name: str) -> Section | None:
+    """Any list of methods: the table, and the difference of each method to the pooled model."""
     comparison = found.comparison(name)
     if comparison is None or len(comparison.rows) < 2:
         return None
     text = _setting(found, comparison, name) + "\n" + markdown(*rows_of(comparison))
-    names, measure = [row.name for row in comparison.rows], yardstick(comparison)
-    rows = [(n, d) for n in names if n != POOLED and (d := against(comparison, n, measure))]
-    pictures = []
+    measure, pictures = yardstick(comparison), dict[str, Picture]()
+    rows = _to_pooled(comparison, measure)
     if rows:
-        plots.forest(folder / name, rows, f"{measure} against {POOLED} (95% intervals; left is better)")
-        pictures.append(name)
+        pictures[name] = figures.forest(rows, f"{measure} against {POOLED} (95% intervals; left is better)")
     metric = comparison.primary
     points = [(r.name, r.bytes_per_person, s) for r in comparison.rows if (s := comparison.score(r.name, metric))]
     if name == "main" and points:
-        plots.scatter(folder / "bytes", points, f"{metric}, {'lower' if metric in BETTER_LOW else 'higher'} is better")
-        pictures.append("bytes")
+        label = f"{metric}, {'lower' if metric in BETTER_LOW else 'higher'} is better"
+        pictures["bytes"] = figures.scatter(points, label)
     return Section(_TITLES.get(name, name), text, pictures)
 
 
-def _shots(found: Results, folder: Path, name: str) -> Section | None:
-    """Score against the number of shots: everybody against the pooled model on the same questions."""
+def _to_pooled(comparison: Comparison, measure: str) -> list[tuple[str, Interval]]:
+    """Each other method with its difference to the pooled model."""
+    names = [name for name in names_of(comparison) if name != POOLED]
+    return [(name, difference) for name in names if (difference := against(comparison, name, measure))]
+
+
+def _shots(found: Results, name: str) -> Section | None:
+    """Score against the number of shots: differences to the pooled model on the same questions."""
     many = {m: c for part in found.exhibit(name) for m in part.shots if (c := found.comparison(name, m))}
     if not many:
         return None
@@ -71,21 +61,21 @@ def _shots(found: Results, folder: Path, name: str) -> Section | None:
     for method in methods:
         points = [(m, d) for m, c in many.items() if (d := against(c, method, measure))]
         series.append(Line(method, [m for m, _ in points], [d for _, d in points]))
-    plots.lines(folder / name, series, "shots", f"{measure} against {POOLED}", log=True, level={POOLED: 0.0})
+    picture = figures.lines(series, "shots", f"{measure} against {POOLED}", log=True, level={POOLED: 0.0})
     heads = ["method", *(f"{m} shots ({people_in(c)} people)" for m, c in many.items())]
     rows = [[method, *(marked(c, measure, against(c, method, measure)) for c in many.values())] for method in methods]
-    text = f"{measure} against the {POOLED}, the same last {found.recipe.queries} items as questions throughout.\n\n"
-    return Section(_TITLES[name], text + markdown(heads, rows), [name])
+    text = f"{measure} against the {POOLED}. The questions are always the same last {found.recipe.queries} items.\n\n"
+    return Section(_TITLES[name], text + markdown(heads, rows), {name: picture})
 
 
-def _seeds(found: Results, folder: Path, name: str) -> Section | None:
-    """How much of a difference is the draw of clusters and training: seed by seed, and all of them together."""
+def _seeds(found: Results, name: str) -> Section | None:
+    """Differences per seed, and averaged over the seeds: how much depends on the clusters and the training order."""
     together, seeds = found.comparison(name), found.seeds(name)
     if together is None or len(seeds) < 2:
         return None
     alone = [c for seed in seeds if (c := found.comparison(name, seed=seed))]
     measure, text = yardstick(together), _setting(found, together, name)
-    names = [row.name for row in together.rows]
+    names = names_of(together)
     for other in [one for one in (POOLED, RIVAL) if one in names]:
         one = (f"seed {seed} ({people_in(c)} people)" for seed, c in zip(seeds, alone))
         heads = [f"{measure} against {other}", *one, f"all, averaged for each person ({people_in(together)} people)"]
@@ -95,16 +85,15 @@ def _seeds(found: Results, folder: Path, name: str) -> Section | None:
             if one != other
         ]
         text += "\n" + markdown(heads, rows)
-    differences = [(one, d) for one in names if one != POOLED and (d := against(together, one, measure))]
-    plots.forest(folder / name, differences, f"{measure} against {POOLED}, {len(seeds)} seeds (left is better)")
-    return Section(_TITLES[name], text, [name])
+    label = f"{measure} against {POOLED}, {len(seeds)} seeds (left is better)"
+    return Section(_TITLES[name], text, {name: figures.forest(_to_pooled(together, measure), label)})
 
 
-def _over(pattern: str, x_label: str) -> Callable[[Results, Path, str], Section | None]:
-    """An exhibit whose methods are called by a series and a number: ``by loss, K = 4``."""
+def _over(pattern: str, x_label: str) -> Callable[[Results, str], Section | None]:
+    """An exhibit with methods named by a series and a number: ``by loss, K = 4``."""
 
-    def draw(found: Results, folder: Path, name: str) -> Section | None:
-        section = _compared(found, folder, name)
+    def draw(found: Results, name: str) -> Section | None:
+        section = _compared(found, name)
         comparison = found.comparison(name)
         if section is None or comparison is None:
             return None
@@ -117,15 +106,16 @@ def _over(pattern: str, x_label: str) -> Callable[[Results, Path, str], Section 
             elif difference and row.name != POOLED:
                 level[row.name] = difference.mean
         drawn = [Line(label, [x for x, _ in points], [d for _, d in points]) for label, points in series.items()]
-        if drawn:
-            plots.lines(folder / name, drawn, x_label, f"{measure} against {POOLED}", level=level)
-        return section
+        if not drawn:
+            return section
+        picture = figures.lines(drawn, x_label, f"{measure} against {POOLED}", level=level)
+        return replace(section, pictures={**section.pictures, name: picture})
 
     return draw
 
 
-def _efficiency(found: Results, folder: Path, name: str) -> Section | None:
-    """Figure 2: total training time and stored bytes against people, measured and then continued as a line."""
+def _efficiency(found: Results, name: str) -> Section | None:
+    """Figure 2: total training time and stored bytes against people, measured, and fitted up to a million."""
     methods = [method for part in found.exhibit(name) for method in part.methods]
     if not found.facts:
         return None
@@ -151,16 +141,18 @@ def _efficiency(found: Results, folder: Path, name: str) -> Section | None:
         rows.append([method.name, str(len(records)), *cost, *size])
     if not rows:
         return None
-    plots.growth(folder / f"{name}-time", seconds, "training, all people", human_seconds, SECONDS)
-    plots.growth(folder / f"{name}-bytes", stored, "stored, all people", human_bytes, BYTES)
+    pictures = {
+        f"{name}-time": figures.growth(seconds, "training, all people", human_seconds, SECONDS),
+        f"{name}-bytes": figures.growth(stored, "stored, all people", human_bytes, BYTES),
+    }
     heads = ["method", "people measured", "bank", "s per person", "all", "a million (fitted)"]
     heads += ["bank kept", "kept each", "a million (fitted)"]
-    text = "Dots are measured; dashes continue the line through them to a million people, which nobody has run.\n\n"
-    return Section(_TITLES[name], text + markdown(heads, rows), [f"{name}-time", f"{name}-bytes"])
+    text = "Points are measured. Dashed lines extend them to a million people, which has not been run.\n\n"
+    return Section(_TITLES[name], text + markdown(heads, rows), pictures)
 
 
-def _banks(found: Results, folder: Path, name: str) -> Section | None:
-    """What each bank does for others, and what cheaper merges lose."""
+def _banks(found: Results, name: str) -> Section | None:
+    """How useful each bank is to other people, and the error of cheaper merges."""
     if not found.facts:
         return None
     rows = []
@@ -171,42 +163,42 @@ def _banks(found: Results, folder: Path, name: str) -> Section | None:
     kinds = [f"{merge}, {kind}" for merge in next(iter(found.facts.values()))["fidelity"] for kind in ("svd", "factor")]
     heads = ["bank", "anchors", "mean anchor", "best anchor", *kinds]
     text = (
-        f"Nats per target token against the {POOLED} on shots of people who are not in the bank: of an anchor "
-        "taken at random, and of the best one in hindsight. Then the relative error of merges, cut by svd to the "
-        "bank's rank, or with factors averaged apart.\n\n"
+        f"Nats per target token against the {POOLED}, on shots of people who are not in the bank: the mean over all "
+        "anchors, and the best anchor in hindsight. Then the relative error of merges that are cut to the bank's rank "
+        "by svd, or average the factors A and B separately.\n\n"
     )
     return Section(_TITLES[name], text + markdown(heads, rows))
 
 
-def _case(found: Results, folder: Path, name: str) -> Section | None:
+def _case(found: Results, name: str) -> Section | None:
     """Figure 5: one person's question from shots to answers."""
     case = found.case
     if not case:
         return None
-    pictures = []
-    shots = "".join(f"- {_line(shot)}\n" for shot in case["shots"])
-    why = [
+    anchors = [
         [str(a["anchor"]), str(a["items"]), f"{a['cosine']:.2f}", f"{a['gain']:+.2f}", f"{a['w']:+.3f}"]
         for a in case["anchors"][:6]
     ]
     answers = [
-        [method, _line(a["text"]), "" if a["nll"] is None else f"{a['nll']:.3f}"]
+        [method, plain(a["text"]), "" if a["nll"] is None else f"{a['nll']:.3f}"]
         for method, a in case["answers"].items()
     ]
+    pictures = {}
     if all(a["labels"] for a in case["answers"].values()):
         groups = {method: a["labels"] for method, a in case["answers"].items()}
-        plots.bars(folder / name, groups, "answer", "probability", case["gold"])
-        pictures.append(name)
-    asked = f"Their shots:\n\n{shots}\nThe question: {_line(case['query'])}\n\n" if shots else _UNTOLD
-    gold = f"The true answer: {_line(case['gold'])}\n\n" if case["gold"] else ""
-    text = (
-        asked
-        + gold
-        + markdown(["method", "answer", "NLL of the true one"], answers)
-        + "\nWhy this merge: the strongest anchors, how near they are by content, and how much likelier the shots are "
-        "under them than under the pooled model (nats).\n\n"
-        + markdown(["anchor", "items", "cosine", "gain on the shots", "coefficient"], why)
+        pictures[name] = figures.shares(groups, "answer", "probability", case["gold"])
+    text = "The first of the tested people; the shots and the question are not published.\n\n"
+    if case["shots"]:
+        shots = "".join(f"- {plain(shot)}\n" for shot in case["shots"])
+        text = f"The person's shots:\n\n{shots}\nThe question: {plain(case['query'])}\n\n"
+    if case["gold"]:
+        text += f"The true answer: {plain(case['gold'])}\n\n"
+    text += markdown(["method", "answer", "NLL of the true one"], answers)
+    text += (
+        "\nThe strongest anchors: their similarity by content, and the shots' gain in log-likelihood over the pooled "
+        "model (nats).\n\n"
     )
+    text += markdown(["anchor", "items", "cosine", "gain on the shots", "coefficient"], anchors)
     return Section(_TITLES[name], text, pictures)
 
 
@@ -216,34 +208,28 @@ def _setting(found: Results, comparison: Comparison, name: str) -> str:
     people, independent = people_in(comparison), units_in(comparison)
     groups = f" in {independent} groups that share no items" if independent < people else ""
     return (
-        f"{found.name}: {people} people{groups}, their last {found.recipe.queries} items as questions, the "
-        f"{found.recipe.shots} before them as shots, {said}. Means over people, 95% intervals by bootstrap over "
-        f"{'groups' if groups else 'them'}, differences paired. "
-        "Worse off: NLL more than .02 above the pooled model's.\n"
+        f"{found.name}: {people} people{groups}, {said}. The questions are each person's last {found.recipe.queries} "
+        f"items, the shots are the {found.recipe.shots} items before them. Means over people; 95% intervals by "
+        f"bootstrap over {'groups' if groups else 'people'}; differences are paired. "
+        f"Worse off: people with an NLL more than {WORSE:g} above the pooled model's.\n"
     )
 
 
-def _line(text: str) -> str:
-    """A text that cannot break a table or begin a list."""
-    return re.sub(r"\s+", " ", text).replace("|", "\\|").strip()
-
-
-_UNTOLD = "The first of the people who are tested; their shots and the question are not published.\n\n"
 _TITLES = {
     "main": "Every method",
     "ablation": "Ablation",
     "shots": "Score against shots",
-    "seeds": "Seeds: clusters and training drawn anew",
+    "seeds": "Seeds: new clusters and training order",
     "k": "Figure 4: number of merged anchors",
-    "alpha": "Figure 3: fixed coefficients against fitted ones",
+    "alpha": "Figure 3: fixed and fitted coefficients",
     "anchors": "Size of the bank",
     "efficiency": "Figure 2: time and storage against people",
-    "banks": "What a bank is good for, and what merges lose",
+    "banks": "Use of a bank to other people, and error of merges",
     "case": "Figure 5: one person's question",
     "tune": "Settings, tried on development people",
     "bank-study": "What makes a bank useful to others",
 }
-EXHIBITS: dict[str, Callable[[Results, Path, str], Section | None]] = {
+EXHIBITS: dict[str, Callable[[Results, str], Section | None]] = {
     "shots": _shots,
     "seeds": _seeds,
     "k": _over(r"K = (\d+)", "merged anchors K"),

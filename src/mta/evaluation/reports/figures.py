@@ -1,65 +1,98 @@
-"""The report's figures: inline SVG that takes its colours from the page, so that they follow light and dark.
+"""All figures of reports, drawn with matplotlib from plain numbers. The same numbers give the same bytes.
 
-Drawn by matplotlib's SVG backend through its objects, never through pyplot; the same numbers give the same bytes.
+Each function returns a ``Picture``, which is saved as SVG and PNG or embedded in a page.
 """
 
 from __future__ import annotations
 
-import html
+import base64
 import io
 import math
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from mta.evaluation.statistics import Interval
 from mta.personalize.merge import Merge
+from mta.system.atomic import written_aside
 
-# Stand-ins that become CSS variables. Blue, vermillion and green are told apart by colour-blind readers as well.
-INK, MUTED, LINE, PAPER = "#010101", "#020202", "#030303", "#040404"
-ACCENTS = ("#050505", "#060606", "#070707")
-_VARIABLES = dict(zip((INK, MUTED, LINE, PAPER, *ACCENTS), ("ink", "muted", "line", "paper", "blue", "red", "green")))
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#333333")  # for color-blind readers too
+INK, MUTED, LINE = "#333333", "#777777", "#bbbbbb"
 _STYLE: dict[str, Any] = {
-    "svg.fonttype": "none",  # text stays text: it can be read out, searched, and set in the page's own font
     "svg.hashsalt": "mta",
+    "svg.fonttype": "none",
     "text.parse_math": False,
     "font.family": ["DejaVu Sans"],
-    "font.size": 12,
+    "font.size": 10,
     "axes.edgecolor": LINE,
-    "axes.labelcolor": MUTED,
+    "axes.labelcolor": INK,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "text.color": INK,
     "xtick.color": LINE,
     "ytick.color": LINE,
-    "xtick.labelcolor": MUTED,
-    "ytick.labelcolor": MUTED,
+    "xtick.labelcolor": INK,
+    "ytick.labelcolor": INK,
 }
-_Box = tuple[float, float, float, float]  # left, bottom, right, top
-_WIDTH = 400.0  # points: narrow, so that letters can still be read on a phone
+_LEGEND: dict[str, Any] = {"frameon": False, "fontsize": 8.5}
+Points = Sequence[tuple[float, float]]
 
 
 @dataclass(frozen=True, slots=True)
-class Point:
-    """A method in the scatter: its score and what it keeps of one person."""
+class Picture:
+    """A figure: its description for screen readers, how to draw it on matplotlib axes, and its size in inches."""
 
-    name: str
-    score: Interval
-    bytes: float
+    alt: str
+    draw: Callable[[Any], None]
+    size: tuple[float, float] = (6.4, 4.0)
+
+    def save(self, path: Path) -> list[Path]:
+        """Write ``path``.svg and ``path``.png. Returns their paths."""
+        paths = [path.with_suffix(f".{ending}") for ending in ("svg", "png")]
+        with self._drawn() as figure:
+            for one, undated in zip(paths, ({"Date": None}, {"Software": None})):
+                with written_aside(one) as aside:
+                    figure.savefig(aside, format=one.suffix[1:], dpi=160, metadata=undated)
+        return paths
+
+    def data_uri(self) -> str:
+        """Return the SVG as a ``data:`` address, so that a page needs no file beside it."""
+        out = io.BytesIO()
+        with self._drawn() as figure:
+            figure.savefig(out, format="svg", metadata={"Date": None})
+        return "data:image/svg+xml;base64," + base64.b64encode(out.getvalue()).decode()
+
+    @contextmanager
+    def _drawn(self) -> Iterator[Figure]:
+        import matplotlib
+        from matplotlib.figure import Figure
+
+        with matplotlib.rc_context(_STYLE):
+            figure = Figure(figsize=self.size, layout="constrained", facecolor="white")
+            self.draw(figure.add_subplot())
+            yield figure
 
 
-def letter(person: int) -> str:
-    """How an example person is called: person A, person B, ..."""
-    return f"person {chr(ord('A') + person)}"
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One series: a value with its interval at each x."""
+
+    label: str
+    x: Sequence[float]
+    y: Sequence[Interval]
 
 
 def human_bytes(count: float) -> str:
-    """A size as people read it: 0, 61 B, 4.6 kB, 10 MB."""
+    """Return a size with its unit: 0, 61 B, 4.6 kB, 10 MB."""
     for unit in ("B", "kB", "MB", "GB", "TB"):
         if count < 999.5 or unit == "TB":
             break
@@ -69,130 +102,250 @@ def human_bytes(count: float) -> str:
 
 
 def human_seconds(seconds: float) -> str:
-    """A duration as people read it: 0, 0.4 s, 12 s, 3.5 min, 2.1 h."""
+    """Return a duration with its unit: 0, 0.4 s, 12 s, 3.5 min, 2.1 h."""
     if seconds < 99.5:
         return "0" if seconds == 0 else f"{seconds:.{0 if seconds >= 9.95 else 1}f} s"
     return f"{seconds / 60:.1f} min" if seconds < 5970 else f"{seconds / 3600:.1f} h"
 
 
-def anchor_map(anchors: Tensor, people: Tensor, merge: Merge | None = None, examples: int = 3, lines: int = 3) -> str:
-    """Anchors (N, E) and people (U, E) on the two directions they differ most in, with a few people's top anchors.
+def forest(rows: Sequence[tuple[str, Interval]], label: str) -> Picture:
+    """Forest plot: one line per method with its 95% interval, and zero. Outliers are numbers at the edge."""
+    left, right = _inside([one for _, one in rows])
 
-    ``merge`` belongs to the same people in the same order; lines are as thick as its coefficients.
+    def draw(ax: Any) -> None:
+        for place, (_, one) in enumerate(rows):
+            colour = COLOURS[0] if one.high < 0 else COLOURS[1] if one.low > 0 else MUTED
+            if left <= one.mean <= right:
+                ax.plot([one.low, one.high], [place, place], color=colour, linewidth=1.6)
+                ax.plot(one.mean, place, "o", color=colour, markersize=5)
+            elif one.mean > right:
+                ax.text(right, place, f"{one.mean:+.2f} →", ha="right", va="center", color=colour, size=9)
+            else:
+                ax.text(left, place, f"← {one.mean:+.2f}", ha="left", va="center", color=colour, size=9)
+        ax.axvline(0, color=LINE, linewidth=1)
+        ax.set_yticks(range(len(rows)), [name for name, _ in rows])
+        ax.set(xlim=(left, right), ylim=(len(rows) - 0.5, -0.5), xlabel=label)
+        ax.tick_params(left=False)
+
+    alt = f"{label}: {_list(f'{name} {one.mean:+.3f}' for name, one in rows)}."
+    return Picture(alt, draw, (6.4, 0.6 + 0.27 * len(rows)))
+
+
+def lines(
+    series: Sequence[Line], x_label: str, y_label: str, *, log: bool = False, level: Mapping[str, float] = {}
+) -> Picture:
+    """Values over x with their intervals. ``level`` are named horizontal lines."""
+
+    def draw(ax: Any) -> None:
+        shift = 0.012 if log else 0.06  # so that intervals do not hide each other
+        for n, line in enumerate(series):
+            x = [v * (1 + shift * n) if log else v + shift * n for v in line.x]
+            colour = COLOURS[n % len(COLOURS)]
+            for at, one in zip(x, line.y):
+                ax.plot([at, at], [one.low, one.high], color=colour, linewidth=1, alpha=0.5)
+            ax.plot(x, [one.mean for one in line.y], "o-", color=colour, markersize=4, linewidth=1.5, label=line.label)
+        for value in level.values():
+            ax.axhline(value, color=INK, linewidth=1, dashes=(4, 3))
+        places = sorted({v for line in series for v in line.x})
+        if log:
+            ax.set_xscale("log")
+        ax.set_xticks(places, [f"{v:g}" for v in places])
+        ax.minorticks_off()
+        ax.set(xlabel=x_label, ylabel=y_label)
+        ax.legend(loc="best", **_LEGEND)
+        _name_levels(ax, level)
+
+    return Picture(f"{y_label} over {x_label}: {_list(line.label for line in series)}.", draw)
+
+
+def _name_levels(ax: Any, level: Mapping[str, float]) -> None:
+    """Write names beside their lines, moved apart where lines are close together."""
+    low, high = ax.get_ylim()
+    room, last = 0.045 * (high - low), -math.inf
+    for name, value in sorted(level.items(), key=lambda item: item[1]):
+        last = max(value, last + room)
+        ax.text(1.01, last, f"{name}  {value:+.3f}", transform=ax.get_yaxis_transform(), va="center", fontsize=8.5)
+
+
+def curves(losses: Mapping[str, Sequence[float]]) -> Picture:
+    """Loss curves of a run's stages: each step faint, and the mean over the last tenth of the steps."""
+
+    def draw(ax: Any) -> None:
+        for n, (name, values) in enumerate(losses.items()):
+            colour, wide = COLOURS[n % len(COLOURS)], max(len(values) // 10, 1)
+            means = [sum(values[max(i - wide + 1, 0) : i + 1]) / min(wide, i + 1) for i in range(len(values))]
+            steps = range(1, len(values) + 1)
+            if wide > 1:
+                ax.plot(steps, values, color=colour, linewidth=0.8, alpha=0.25)
+            ax.plot(steps, means, color=colour, linewidth=1.6, label=f"{name}, {means[-1]:.3f} at the end")
+        ax.set(xlabel="step", ylabel="loss (nats per target token)")
+        ax.legend(loc="best", **_LEGEND)
+
+    return Picture(f"Loss over steps: {_list(losses)}.", draw)
+
+
+def growth(
+    curves: Mapping[str, tuple[Points, Points]], label: str, unit: Callable[[float], str], ticks: Sequence[float]
+) -> Picture:
+    """Totals over the number of people, both axes logarithmic: measured points solid, fitted points dashed.
+
+    ``ticks`` are the totals that may be named at the axis, in words of ``unit``.
+    """
+
+    def draw(ax: Any) -> None:
+        for n, (name, (points, fitted)) in enumerate(curves.items()):
+            colour = COLOURS[n % len(COLOURS)]
+            if points:
+                ax.plot(*zip(*points), "o-", color=colour, markersize=4, linewidth=1.5, label=f"{name}, measured")
+            called = f"{name}, fitted line" if points else name
+            ax.plot(*zip(*fitted), color=colour, linewidth=1.2, dashes=(4, 3), label=called)
+        ax.set(xscale="log", yscale="log", xlabel="people", ylabel=label)
+        low, high = ax.get_ylim()
+        shown = [tick for tick in ticks if low <= tick <= high]
+        ax.set_yticks(shown, [unit(tick) for tick in shown])
+        people = [10**n for n in range(7)]
+        ax.set_xticks(people, [f"{count:,}" for count in people])
+        ax.minorticks_off()
+        ax.legend(loc="upper left", **_LEGEND)
+
+    return Picture(f"{label} over the number of people: {_list(curves)}.", draw)
+
+
+def scatter(points: Sequence[tuple[str, float, Interval]], y_label: str) -> Picture:
+    """Score with its interval over bytes stored per person. Methods that store nothing are at the left edge.
+
+    A score far from the others is drawn at the edge, with its value in the label.
+    """
+    wide, high = 480.0, 300.0  # approximate points of the axes: enough to keep labels apart
+    xs = [max(stored, 1.0) for _, stored, _ in points]
+    bottom, top = _inside([one for _, _, one in points])
+    ys = [min(max(one.mean, bottom), top) for _, _, one in points]
+    names = [name if y == one.mean else f"{name} ({one.mean:.2f})" for y, (name, _, one) in zip(ys, points)]
+    right = max(8.7, *(math.log10(x) + 1.7 for x in xs))
+
+    def draw(ax: Any) -> None:
+        colours = [COLOURS[0] if name.startswith("MTA") else MUTED for name in names]
+        for x, y, colour, (_, _, one) in zip(xs, ys, colours, points):
+            ax.plot([x, x], [one.low, one.high], color=colour, linewidth=1, alpha=0.5)
+            ax.plot(x, y, "o", color=colour, markersize=5)
+        ticks = [10.0**power for power in range(2, int(right), 2)]
+        ax.set(xscale="log", xlim=(10**-0.5, 10**right), ylim=(bottom, top), xlabel="kept per person", ylabel=y_label)
+        ax.set_xticks([1, *ticks], ["0", *(human_bytes(tick) for tick in ticks)])
+        ax.minorticks_off()
+        spots = [
+            ((math.log10(x) + 0.5) / (right + 0.5) * wide, (y - bottom) / (top - bottom) * high) for x, y in zip(xs, ys)
+        ]
+        inks = [INK if colour == MUTED else colour for colour in colours]
+        _write_labels(ax, list(zip(xs, ys)), spots, list(zip(names, inks, (name == "MTA" for name in names))), wide)
+
+    told = _list(f"{name} {one.mean:.3f} with {human_bytes(stored)}" for name, stored, one in points)
+    return Picture(f"{y_label}, over bytes kept per person: {told}.", draw, (7.6, 4.8))
+
+
+def shares(groups: Mapping[str, Mapping[str, float]], x_label: str, y_label: str, gold: str) -> Picture:
+    """Bars of each method's share of every label, side by side. ``gold`` is the true label."""
+
+    def draw(ax: Any) -> None:
+        labels = list(next(iter(groups.values())))
+        width = 0.8 / len(groups)
+        for n, (name, found) in enumerate(groups.items()):
+            x = [place + (n - (len(groups) - 1) / 2) * width for place in range(len(labels))]
+            ax.bar(x, [found[one] for one in labels], width, color=COLOURS[n % len(COLOURS)], label=name)
+        ax.set_xticks(range(len(labels)), [f"{one} (true)" if one == gold else one for one in labels])
+        ax.set(xlabel=x_label, ylabel=y_label)
+        ax.legend(**_LEGEND)
+
+    return Picture(f"{y_label} of each {x_label}: {_list(groups)}.", draw, (6.4, 3.6))
+
+
+def anchor_map(anchors: Tensor, people: Tensor, merge: Merge | None = None, examples: int = 3) -> Picture:
+    """Map of anchors (N, E) and people (U, E) on their two principal components.
+
+    Lines connect the first few people with their three strongest anchors, as thick as the coefficients of ``merge``,
+    which has the same people in the same order.
     """
     from sklearn.decomposition import PCA
 
     pca = PCA(2, svd_solver="full")
     places = pca.fit_transform(torch.cat([anchors.double().cpu(), people.double().cpu()]).numpy())
     ours, theirs = places[: len(anchors)], places[len(anchors) :]
-    shown = range(min(examples, len(people)))
+    tops = [_top(merge, person, 3) if merge else [] for person in range(min(examples, len(people)))]
     wide, high = (float(side) or 1.0 for side in places.max(0) - places.min(0))
-    height = min(max(_WIDTH * high / wide, 0.65 * _WIDTH), _WIDTH)
-    tops = [_top(merge, person, lines) for person in shown]
+    width = 5.6  # inches
 
-    def draw(figure: Any) -> None:
-        ax = figure.add_subplot()
+    def draw(ax: Any) -> None:
         ax.set_aspect("equal", adjustable="datalim")
         ax.margins(0.06)
         ax.axis("off")
         ax.scatter(*theirs.T, s=10, color=MUTED, alpha=0.5, linewidths=0)
-        ax.scatter(*ours.T, s=190, facecolor=PAPER, edgecolor=MUTED, linewidths=0.9, zorder=3)
+        ax.scatter(*ours.T, s=190, facecolor="white", edgecolor=MUTED, linewidths=0.9, zorder=3)
         for n, (x, y) in enumerate(ours):
             ax.text(x, y, str(n), size=8.5, ha="center", va="center_baseline", zorder=4)
-        for person, top in zip(shown, tops):
+        for person, top in enumerate(tops):
             for anchor, w in top:
                 path = zip(theirs[person], ours[anchor])
-                ax.plot(*path, color=ACCENTS[person % 3], linewidth=1 + 4 * min(abs(w), 1), alpha=0.75, zorder=2)
-            ax.scatter(*theirs[person], s=70, color=ACCENTS[person % 3], edgecolor=PAPER, zorder=5)
-        spots = [tuple((theirs[p] - places.min(0)) / wide * _WIDTH) for p in shown]
-        write_labels(ax, theirs, spots, [(letter(p), ACCENTS[p % 3], True) for p in shown], _WIDTH)
+                ax.plot(*path, color=COLOURS[person], linewidth=1 + 4 * min(abs(w), 1), alpha=0.75, zorder=2)
+            ax.scatter(*theirs[person], s=70, color=COLOURS[person], edgecolor="white", zorder=5)
+        spots = [tuple((place - places.min(0)) / wide * 72 * width) for place in theirs[: len(tops)]]
+        _write_labels(ax, theirs, spots, [(_letter(p), COLOURS[p], True) for p in range(len(tops))], 72 * width)
 
-    told = [f" {letter(p)} leans on {_list(f'anchor {n}' for n, _ in top)}." for p, top in zip(shown, tops) if merge]
-    share = f"{pca.explained_variance_ratio_.sum():.0%} of the spread is visible"
+    share = f"{pca.explained_variance_ratio_.sum():.0%} of the variance is visible"
     alt = f"Map of {len(anchors)} numbered anchors and {len(people)} people in two dimensions; {share}."
-    return _drawn("map", alt + "".join(told), _WIDTH, height, draw)
+    strongest = [f" Strongest of {_letter(p)}: {_list(f'anchor {n}' for n, _ in top)}." for p, top in enumerate(tops)]
+    return Picture(alt + "".join(strongest) * bool(merge), draw, (width, width * min(max(high / wide, 0.65), 1)))
 
 
-def coefficient_bars(merge: Merge, items: Sequence[int] = (), examples: int = 3, most: int = 5) -> list[str]:
-    """The strongest coefficients of the first few people, a drawing each, all to the same scale.
+def coefficient_bars(merge: Merge, items: Sequence[int] = (), examples: int = 3, most: int = 5) -> list[Picture]:
+    """Bars of the strongest coefficients of the first few people, one picture per person, all to the same scale.
 
-    What is left to the pooled model gets a bar too. ``items`` are the history lengths of the anchors, for their labels.
+    The pooled model's remaining weight is a bar too. ``items`` are the history lengths of the anchors, for labels.
     """
     groups = [_bars(merge, person, items, most) for person in range(min(examples, len(merge.ids)))]
     top = max([1e-9, *(abs(w) for bars in groups for _, w, _ in bars)])
     least = min([-1.15 * top, *(1.25 * w for bars in groups for _, w, _ in bars)])
     rows = max(len(bars) for bars in groups)
 
-    def draw(figure: Any, person: int) -> None:
-        ax = figure.add_subplot()
+    def draw(ax: Any, person: int) -> None:
         for y, (label, w, ours) in enumerate(groups[person]):
             left, pad = w < 0, 0.03 * top
-            ax.barh(y, w, 0.62, color=ACCENTS[person % 3] if ours else MUTED, alpha=1.0 if ours else 0.45)
+            ax.barh(y, w, 0.62, color=COLOURS[person] if ours else MUTED, alpha=1.0 if ours else 0.45)
             ax.text(pad if left else -pad, y, label, ha="left" if left else "right", va="center_baseline")
             ax.text(w + math.copysign(pad, w), y, f"{w:.2f}", ha="right" if left else "left", va="center_baseline")
         ax.axvline(0, color=LINE, linewidth=1)
-        ax.set(xlim=(least, 1.25 * top), ylim=(rows - 0.4, -0.6))
+        ax.set(xlim=(least, 1.25 * top), ylim=(rows - 0.4, -0.6), title=_letter(person))
         ax.axis("off")
 
-    made = []
-    for person, bars in enumerate(groups):
-        alt = f"Coefficients of {letter(person)}: {_list(f'{label} {w:.2f}' for label, w, _ in bars)}."
-        made.append(_drawn(f"bars{person}", alt, 320, 20 * rows + 8, partial(draw, person=person)))
-    return made
+    alts = [f"Coefficients of {_letter(p)}: {_list(f'{n} {w:.2f}' for n, w, _ in b)}." for p, b in enumerate(groups)]
+    return [Picture(alt, partial(draw, person=p), (4.4, 0.28 * rows + 0.45)) for p, alt in enumerate(alts)]
 
 
-def score_against_bytes(points: Sequence[Point], metric: str, low: bool, name: str, reference: str) -> str:
-    """Every method's score with its interval over the bytes it keeps per person; nothing kept has a place of its own.
-
-    A score far off the others is drawn at the edge with its value, so that the others can be told apart.
-    """
-    powers = [math.log10(p.bytes) for p in points if p.bytes > 0]
-    left, right = (math.floor(min(powers)), math.ceil(max(powers))) if powers else (0, 1)
-    zero = left - 1.0
-    xs = [math.log10(p.bytes) if p.bytes > 0 else zero for p in points]
-    bottom, top = _range([p.score for p in points], low)
-    ys = [min(max(p.score.mean, bottom), top) for p in points]
-    colours = [ACCENTS[0] if p.name == name else INK if p.name == reference else MUTED for p in points]
-    height = 320.0
-
-    def draw(figure: Any) -> None:
-        ax = figure.add_subplot()
-        ax.axvspan(zero - 0.4, zero + 0.4, color=LINE, alpha=0.35, linewidth=0)
-        for p, x, y, colour in zip(points, xs, ys, colours):
-            if p.name == reference:
-                ax.axhline(y, color=MUTED, linewidth=0.8, dashes=(4, 4), zorder=1)
-            if y == p.score.mean:
-                ax.plot([x, x], [max(p.score.low, bottom), min(p.score.high, top)], color=colour, linewidth=1.3)
-            marker = "o" if y == p.score.mean else "^" if y == top else "v"
-            ax.plot(x, y, marker, color=colour, markersize=9 if p.name == name else 6)
-        pad, start, end = 0.06 * (top - bottom), zero - 0.5, max(*xs, right) + 0.13 * (right - zero)
-        ax.set(xlim=(start, end), ylim=(bottom - pad, top + pad))
-        ticks = range(left, right + 1, 1 if right - left < 6 else 2)
-        ax.set_xticks([zero, *ticks], ["0", *(human_bytes(10**n) for n in ticks)])
-        ax.set(xlabel="kept per person", ylabel=f"{metric}, {'lower' if low else 'higher'} is better")
-        edge, tall = _WIDTH - 60, (height - 65) / (top - bottom)
-        flat = [(x - start) / (end - start) * edge for x in xs]
-        spots = [(x, (y - bottom) * tall) for x, y in zip(flat, ys)]
-        bars = [(x, (p.score.low - bottom) * tall, x, (p.score.high - bottom) * tall) for x, p in zip(flat, points)]
-        texts = [p.name if y == p.score.mean else f"{p.name} ({p.score.mean:.2f})" for p, y in zip(points, ys)]
-        inks = [INK if colour == MUTED else colour for colour in colours]
-        write_labels(ax, list(zip(xs, ys)), spots, list(zip(texts, inks, (p.name == name for p in points))), edge, bars)
-
-    told = _list(f"{p.name} {p.score.mean:.3f} with {human_bytes(p.bytes)}" for p in points)
-    return _drawn("scatter", f"{metric} against bytes kept per person: {told}.", _WIDTH, height, draw)
+def _top(merge: Merge, person: int, most: int) -> list[tuple[int, float]]:
+    w = merge.w[person].double()
+    strongest = w.abs().argsort(descending=True, stable=True)[:most].tolist()
+    return [(int(merge.ids[person, k]), float(w[k])) for k in strongest if abs(w[k]) >= 0.005]
 
 
-def write_labels(
+def _bars(merge: Merge, person: int, items: Sequence[int], most: int) -> list[tuple[str, float, bool]]:
+    """Label, coefficient, and whether the coefficient is an anchor's."""
+    top = _top(merge, person, most)
+    named = [(f"anchor {n}" + (f" ({items[n]} items)" if items else ""), w, True) for n, w in top]
+    total = float(merge.w[person].double().sum())
+    if merge.w.shape[1] > len(top) and abs(rest := total - sum(w for _, w in top)) >= 0.005:
+        named.append((f"{merge.w.shape[1] - len(top)} other anchors", rest, True))
+    # Coefficients with a sum below 1 come from a policy with a null anchor: the rest goes to the pooled model.
+    return [*named, ("pooled model alone", 1 - total, False)] if 0.005 <= 1 - total <= 1 else named
+
+
+def _write_labels(
     ax: Any,
     at: Sequence[Sequence[float]],
     spots: Sequence[tuple[float, float]],
     labels: Sequence[tuple[str, str, bool]],
     edge: float,
-    bars: Sequence[_Box] = (),
 ) -> None:
-    """Labels (text, colour, bold) beside their points, where they cover little: first come, first served.
+    """Write labels (text, colour, bold) beside their points, each at the free place that covers least.
 
-    ``at`` is in the data's units; ``spots`` and ``bars`` are in points from the left edge, ``edge`` is the right one.
+    ``at`` is in the data's units. ``spots`` are the same points in typographic points; ``edge`` is the right end.
     """
     taken = [(x - 5, y - 5, x + 5, y + 5) for x, y in spots]
     for place, (x, y), (text, colour, bold) in zip(at, spots, labels):
@@ -200,79 +353,46 @@ def write_labels(
         wide = 6.4 * len(text)
         tries = [(dx, dy) for dy in (0, 14, -14, 28, -28, 42, -42) for dx in (9, -9 - wide)]
         boxes = [(x + dx, y + dy - 6.5, x + dx + wide, y + dy + 6.5) for dx, dy in tries]
-        costs = [
-            8 * sum(_overlap(box, other) for other in taken)
-            + 2 * sum(_overlap(box, bar) for bar in bars)
-            + 40 * (box[0] < 0 or box[2] > edge)
-            + abs(dy) / 14
-            for box, (_, dy) in zip(boxes, tries)
-        ]
+        costs = []
+        for (left, low, right, high), (_, dy) in zip(boxes, tries):
+            covered = sum(left < x1 and x0 < right and low < y1 and y0 < high for x0, y0, x1, y1 in taken)
+            costs.append(8 * covered + 40 * (left < 0 or right > edge) + abs(dy) / 14)
         best = costs.index(min(costs))
         taken.append(boxes[best])
         dx, dy = tries[best]
-        how: dict[str, Any] = {"textcoords": "offset points", "va": "center_baseline", "zorder": 6}
-        if abs(dy) > 14:
-            how["arrowprops"] = {"arrowstyle": "-", "color": MUTED, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 4}
-        side = {"ha": "left" if dx > 0 else "right", "weight": "bold" if bold else "normal", "color": colour}
-        ax.annotate(text, place, (9 if dx > 0 else -9, dy), **how, **side).set_in_layout(False)
+        line = {"arrowstyle": "-", "color": MUTED, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 4}
+        ax.annotate(
+            text,
+            place,
+            (9 if dx > 0 else -9, dy),
+            textcoords="offset points",
+            ha="left" if dx > 0 else "right",
+            va="center_baseline",
+            color=colour,
+            weight="bold" if bold else "normal",
+            arrowprops=line if abs(dy) > 14 else None,
+            zorder=6,
+        ).set_in_layout(False)
 
 
-def _overlap(one: _Box, other: _Box) -> bool:
-    return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]
+def _inside(values: Sequence[Interval]) -> tuple[float, float]:
+    """Return the ends of an axis on which most values can be told apart. Outliers are cut."""
+    means = sorted(one.mean for one in values)
+    middle = means[len(means) // 2]
+    spread = sorted(abs(mean - middle) for mean in means)
+    reach = max(
+        4 * spread[int(len(spread) * 0.6)],
+        *(one.high - one.low for one in values if abs(one.mean - middle) <= spread[len(spread) // 2]),
+    )
+    low = max(min(one.low for one in values), middle - reach)
+    high = min(max(one.high for one in values), middle + reach)
+    pad = 0.05 * (high - low) or 1.0
+    return low - pad, high + pad
 
 
-def _range(scores: Sequence[Interval], low: bool) -> tuple[float, float]:
-    best = min(s.mean for s in scores) if low else max(s.mean for s in scores)
-    far = [abs(s.mean - best) for s in scores]
-    reach = 4 * sorted(far)[len(far) // 2] or max(far)
-    inside = [s for s, distance in zip(scores, far) if distance <= reach]
-    bottom, top = min(s.low for s in inside), max(s.high for s in inside)
-    return (bottom, top) if top > bottom else (bottom - 0.5, top + 0.5)
+def _letter(person: int) -> str:
+    return f"person {chr(ord('A') + person)}"
 
 
-def _top(merge: Merge | None, person: int, most: int) -> list[tuple[int, float]]:
-    if merge is None:
-        return []
-    w = merge.w[person].double()
-    strongest = w.abs().argsort(descending=True, stable=True)[:most].tolist()
-    return [(int(merge.ids[person, k]), float(w[k])) for k in strongest if abs(w[k]) >= 0.005]
-
-
-def _bars(merge: Merge, person: int, items: Sequence[int], most: int) -> list[tuple[str, float, bool]]:
-    """Label, coefficient, and whether it is an anchor's."""
-    top = _top(merge, person, most)
-    named = [(f"anchor {n}" + (f" ({items[n]} items)" if items else ""), w, True) for n, w in top]
-    total = float(merge.w[person].double().sum())
-    if merge.w.shape[1] > len(top) and abs(rest := total - sum(w for _, w in top)) >= 0.005:
-        named.append((f"{merge.w.shape[1] - len(top)} other anchors", rest, True))
-    # Coefficients that leave something are those of a policy with a null anchor: it goes to the pooled model.
-    return [*named, ("pooled model alone", 1 - total, False)] if 0.005 <= 1 - total <= 1 else named
-
-
-def _list(words: Any) -> str:
+def _list(words: Iterable[str]) -> str:
     return ", ".join(words) or "none"
-
-
-def _drawn(name: str, alt: str, width: float, height: float, draw: Callable[[Any], None]) -> str:
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    with matplotlib.rc_context(_STYLE):
-        figure = Figure(figsize=(width / 72, height / 72), layout="constrained")
-        draw(figure)
-        out = io.StringIO()
-        figure.savefig(out, format="svg", transparent=True, metadata={"Date": None})
-    return _inline(out.getvalue(), name, alt)
-
-
-def _inline(svg: str, name: str, alt: str) -> str:
-    """A figure as part of a page: no XML head, ids of its own, colours of the page, a text for those who cannot see."""
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
-    box = re.search(r'viewBox="([^"]*)"', svg)
-    head = f'<svg class="figure" role="img" aria-label="{html.escape(alt)}" viewBox="{box and box[1]}">'
-    svg = head + svg[svg.index(">") + 1 :]
-    for old, new in (('id="', f'id="{name}-'), ('xlink:href="#', f'href="#{name}-'), ("url(#", f"url(#{name}-")):
-        svg = svg.replace(old, new)
-    for stand_in, variable in _VARIABLES.items():
-        svg = svg.replace(stand_in, f"var(--{variable})")
-    return svg

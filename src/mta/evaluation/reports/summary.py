@@ -1,4 +1,4 @@
-"""A comparison in plain sentences: what is clearly better or worse, what is not clear, and who pays for it."""
+"""A comparison in sentences: which differences are clear, which are not, and how many people are worse off."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from mta.evaluation.statistics import WORSE, Comparison, Interval, better, units
 
 Judgement = Literal["better", "worse", "unclear"]
 
-FEW = 20  # fewer people than this, and a bootstrap interval is too narrow to be trusted
+FEW = 20  # bootstrap intervals over fewer people are too narrow
 MEANING = {
     "MAE": "the mean distance from the true rating",
     "accuracy": "the share of right answers",
@@ -20,12 +20,12 @@ MEANING = {
 
 
 def verdict(comparison: Comparison, name: str = "MTA", reference: str = "task LoRA", rival: str = "OPPU") -> list[str]:
-    """What the comparison says about ``name``, in sentences for a newcomer; honest where nothing is clear."""
+    """Return what the comparison shows about ``name``, in sentences that need no knowledge of the method."""
     return [sentence for _, sentence in findings(comparison, name, reference, rival)]
 
 
 def findings(comparison: Comparison, name: str, reference: str, rival: str) -> list[tuple[str, str]]:
-    """The sentences of ``verdict``, each with its judgement, or a word for what it is about."""
+    """Return the sentences of ``verdict``, each with its judgement or subject: ``better``, ``storage``, ..."""
     names = names_of(comparison)
     if name not in names:
         return [("", f"{name} is not among the methods compared.")]
@@ -42,12 +42,12 @@ def findings(comparison: Comparison, name: str, reference: str, rival: str) -> l
     explained = "; ".join(f"{m} is {MEANING[m]} ({_direction(m)} is better)" for m in metrics if m in MEANING)
     if (count := units_in(comparison)) < FEW:
         what = "people" if count == people_in(comparison) else "independent groups of people"
-        said.append(("caution", f"Only {count} {what} were tested: take every interval with a grain of salt."))
+        said.append(("caution", f"Only {count} {what} were tested: the intervals are too narrow to be trusted."))
     return [*said, ("words", f"{explained}.")]
 
 
 def headline(comparison: Comparison, name: str, reference: str) -> str:
-    """The shortest true sentence about ``name`` and the pooled model."""
+    """Return one sentence about ``name`` and the pooled model."""
     if not {name, reference} <= set(names_of(comparison)):
         return "Methods compared"
     words = {"better": "better in", "worse": "worse in", "unclear": "no clear difference in"}
@@ -59,12 +59,12 @@ def headline(comparison: Comparison, name: str, reference: str) -> str:
 
 
 def yardstick(comparison: Comparison) -> str:
-    """The metric differences are judged in: NLL, the most sensitive, or the primary one where there is none."""
+    """Return the metric for differences: NLL, the most sensitive, or the primary metric if no method has an NLL."""
     return "NLL" if any("NLL" in row.people for row in comparison.rows) else comparison.primary
 
 
 def judge(metric: str, difference: Interval, units: int) -> Judgement:
-    """Whether a paired difference excludes zero, and in which direction. One person, or one group, decides nothing."""
+    """Return whether a paired difference excludes zero, and its direction. One person or group is never enough."""
     turned = Interval(-difference.mean, -difference.high, -difference.low)
     if units < 2 or not (better(metric, difference) or better(metric, turned)):
         return "unclear"
@@ -72,32 +72,41 @@ def judge(metric: str, difference: Interval, units: int) -> Judgement:
 
 
 def worse_off(comparison: Comparison, name: str, reference: str) -> tuple[float, float | None] | None:
-    """As ``Comparison.worse_off``; from one question each, nobody can be called *clearly* worse off."""
+    """As ``Comparison.worse_off``. With one question per person, the *clearly* worse-off share is None."""
     shares = comparison.worse_off(name, reference)
     return (shares[0], None) if shares and queries_each(comparison) == 1 else shares
 
 
 def names_of(comparison: Comparison) -> list[str]:
-    """The methods, in the order of the rows."""
+    """Return the methods in the order of the rows."""
     return [row.name for row in comparison.rows]
 
 
 def people_in(comparison: Comparison) -> int:
-    """How many people were tested."""
+    """Return the number of tested people."""
     return len(next(iter(comparison.rows[0].people.values())))
 
 
 def units_in(comparison: Comparison) -> int:
-    """How many independent units were tested: people who share no items, and groups of those who do."""
+    """Return the number of independent units: people who share no items, and groups of people who do."""
     return len(set(units(comparison.groups, people_in(comparison))))
 
 
 def queries_each(comparison: Comparison) -> int | None:
-    """How many questions everybody was asked, where it is known."""
+    """Return the number of questions per person; None if it differs or is unknown."""
     for row in comparison.rows:
         if row.nll is not None:
             return len(row.nll[0]) if len({len(theirs) for theirs in row.nll}) == 1 else None
     return next((len(row.answers[0].texts) for row in comparison.rows if row.answers), None)
+
+
+def title_of(comparison: Comparison) -> str:
+    """Return the task and the numbers of people, groups, and questions."""
+    queries = queries_each(comparison)
+    each = f", {queries} questions each" if queries else ""
+    people, independent = people_in(comparison), units_in(comparison)
+    groups = f" in {independent} independent groups" if independent < people else ""
+    return f"{comparison.task.name}: {people} people{groups}{each}"
 
 
 def _compared(comparison: Comparison, name: str, other: str, called: str, metric: str) -> tuple[str, str] | None:

@@ -1,4 +1,4 @@
-"""Comparisons as Markdown tables: every number with its interval, paired differences, and who is worse off."""
+"""Comparisons as Markdown tables: scores, paired differences with intervals, and numbers of worse-off people."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from collections.abc import Sequence
 
 from mta.evaluation.experiments.results import Results
 from mta.evaluation.reports.figures import human_bytes
-from mta.evaluation.reports.summary import judge, people_in, units_in, worse_off, yardstick
+from mta.evaluation.reports.summary import judge, names_of, people_in, units_in, worse_off, yardstick
 from mta.evaluation.statistics import Comparison, Interval
 
 POOLED, RIVAL = "task LoRA", "OPPU"
 
 
 def rows_of(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
-    """A comparison as a table of texts: heads, and a row for each method."""
+    """Return the heads and rows of a comparison, one row per method. Empty columns are left out."""
     first, measure = comparison.primary, yardstick(comparison)
     beside = ("MAE (median)", "accuracy", "ROUGE-1")
     extra = [m for m in beside if m != first and any(m in row.people for row in comparison.rows)]
@@ -32,7 +32,7 @@ def _texts(comparison: Comparison, name: str, first: str, measure: str, extra: S
     texts = [name, *(_mean(comparison.score(name, metric)) for metric in (first, *extra))]
     if measure != first:
         texts.append(_mean(comparison.score(name, measure)))
-    names = [one.name for one in comparison.rows]
+    names = names_of(comparison)
     for metric in dict.fromkeys((measure, first)):
         for other in (POOLED, RIVAL):
             known = other in names and other != name
@@ -44,13 +44,13 @@ def _texts(comparison: Comparison, name: str, first: str, measure: str, extra: S
 
 
 def markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table; the first column holds names, the others numbers."""
+    """Return a Markdown table. The first column contains names, the others numbers."""
     lines = [heads, ["---", *["--:"] * (len(heads) - 1)], *rows]
     return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 
 
 def overview(many: Sequence[Results]) -> str:
-    """The main table over sets: each method's primary metric, and its difference to the pooled model."""
+    """Return the main table over data sets: each method's primary metric and its difference to the pooled model."""
     found = [(one, c) for one in many if (c := one.comparison("main"))]
     if not found:
         return ""
@@ -62,7 +62,7 @@ def overview(many: Sequence[Results]) -> str:
     for name in names:
         cells = [name]
         for _, comparison in found:
-            if name not in {row.name for row in comparison.rows}:
+            if name not in names_of(comparison):
                 cells += ["", "", ""]
                 continue
             score = comparison.score(name, comparison.primary)
@@ -75,13 +75,13 @@ def overview(many: Sequence[Results]) -> str:
 
 
 def against(comparison: Comparison, name: str, metric: str) -> Interval | None:
-    """Paired difference to the pooled model, where there is one."""
-    known = {row.name for row in comparison.rows}
-    return comparison.difference(name, POOLED, metric) if {name, POOLED} <= known else None
+    """Return the paired difference to the pooled model; None if one of the two was not run."""
+    known = {name, POOLED} <= set(names_of(comparison))
+    return comparison.difference(name, POOLED, metric) if known else None
 
 
 def marked(comparison: Comparison, metric: str, difference: Interval | None) -> str:
-    """A difference in words a table has room for; bold where the interval excludes zero."""
+    """Return a difference with its interval, in bold if the interval excludes zero."""
     if difference is None:
         return ""
     text = f"{difference.mean:+.3f} [{difference.low:+.3f}, {difference.high:+.3f}]"
