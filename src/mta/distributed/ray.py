@@ -1,8 +1,8 @@
 """Executor on Ray: each actor holds one base and computes pieces; failures of machines are tolerated.
 
 Results are states in a store, keyed by their work, so computing a piece twice is harmless. Another worker recomputes
-the piece of a dead worker, and at the end idle workers recompute the pieces of slow workers. A failing piece is
-retried in halves until the person whose data fails is found; all other people finish.
+the piece of a dead worker. A failing piece is retried in halves until the person whose data fails is found; all other
+people finish.
 Needs the extra ``ray``; the rest of mta works without Ray.
 """
 
@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from mta.distributed.executor import C, Outcome, P, R
-from mta.distributed.scheduler import Fleet
+from mta.distributed.scheduler import Scheduler
 from mta.errors import ClusterError
 from mta.system.atomic import SHARED
 from mta.system.device import cores
@@ -78,11 +78,11 @@ class Cluster:
                 ray.remote(Worker).options(max_restarts=0, runtime_env={"env_vars": self._own()}, **resources).remote()
             )
 
-        fleet = Fleet[P, R](ray, hire, made, function, self.workers, self.attempts)
+        scheduler = Scheduler[P, R](ray, hire, made, function, self.workers, self.attempts)
         try:
-            yield from fleet.work_through(pieces)
+            yield from scheduler.work_through(pieces)
         finally:
-            fleet.dismiss()
+            scheduler.dismiss()
 
     def _own(self) -> dict[str, str]:
         """Return environment variables added to a worker's. They contain no secret, because Ray logs them."""
