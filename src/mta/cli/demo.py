@@ -27,9 +27,11 @@ def demo(
     from mta.cli.screen import Screen, console
     from mta.evaluation.reports.console import show
     from mta.evaluation.reports.html import to_json
+    from mta.system.extras import require
     from mta.tools.demo import demo as run_demo
     from mta.tools.demo import load_recipe
 
+    require("eval")  # before a bank is built
     given = [*(words or []), *([] if seed is None else [f"run.seed={seed}"])]
     chosen, opened = load_recipe(recipe), tracked(track, out)
     with Screen() as screen:

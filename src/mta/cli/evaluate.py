@@ -99,6 +99,9 @@ def evaluate(
     Example:  mta evaluate everybody.jsonl --bank bank/ --privacy --out privacy/
     Example:  mta evaluate dev_outputs.json --predictions mine.json --task lamp3
     """
+    from mta.system.extras import require
+
+    require("eval")  # before a model is loaded
     if predictions:
         return _score(source, predictions, task, words, json)
     if _is_recipe(source) and not privacy:

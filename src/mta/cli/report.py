@@ -29,7 +29,9 @@ def report(
     Example:  mta report bank-8/ bank-16/ --out compared/
     """
     from mta.evaluation.reports.publish import report as draw
+    from mta.system.extras import require
 
+    require("eval")
     check_out(out)
     drawn = draw(folders, out, texts=texts)
     if json:

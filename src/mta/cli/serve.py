@@ -65,7 +65,9 @@ def serve(
 
     Example:  mta serve --bank bank/ --store people/ --keys keys.yaml
     """
-    _need_extra()
+    from mta.system.extras import require
+
+    require("serve")
     from mta.serving import launch as serving
     from mta.system.device import in_passing
 
@@ -98,14 +100,3 @@ def _add_key(keys: Path | None, name: str, rights: str, of: str, json: bool) -> 
         return show_json({"name": name, "key": secret})
     typer.echo(secret)
     typer.echo("The key is shown only once. A running server accepts it after a restart.", err=True)
-
-
-def _need_extra() -> None:
-    from importlib.util import find_spec
-
-    from mta.errors import ConfigError
-
-    if missing := [name for name in ("fastapi", "uvicorn", "prometheus_client", "httpx2") if find_spec(name) is None]:
-        raise ConfigError(
-            f"serving needs {missing[0]}, which is not installed", hint="pip install 'merge-then-adapt[serve]'"
-        )

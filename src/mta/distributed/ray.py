@@ -18,6 +18,7 @@ from mta.distributed.scheduler import Scheduler
 from mta.errors import ClusterError
 from mta.system.atomic import SHARED
 from mta.system.device import cores
+from mta.system.extras import require
 from mta.system.malloc import keep_freed_memory
 from mta.system.provenance import versions
 
@@ -34,7 +35,7 @@ class Cluster:
     At most ``most`` people are computed together, with ``threads`` threads: of these arguments, only these two affect
     results. A worker takes ``threads`` CPUs, and a GPU if the cluster has any and ``gpu`` is not False. A piece counts
     as failing after ``attempts`` workers have died of it.
-    Raises ClusterError if Ray is not installed or the cluster cannot be reached.
+    Raises MissingExtra without Ray, and ClusterError if the cluster cannot be reached.
     """
 
     in_process = False
@@ -129,10 +130,9 @@ def _version() -> str:
 def _connected(address: str, workers: int | None) -> Any:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # send no usage statistics
     os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")  # printed errors might contain people's texts
-    try:
-        import ray
-    except ImportError:
-        raise ClusterError("Ray is not installed", hint="pip install 'merge-then-adapt[ray]'") from None
+    require("ray")
+    import ray
+
     how: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "configure_logging": False}
     try:
         if address == "local":

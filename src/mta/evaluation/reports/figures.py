@@ -19,6 +19,7 @@ from torch import Tensor
 
 from mta.evaluation.statistics import Interval
 from mta.personalize.merge import Merge
+from mta.system.extras import require
 
 # Stand-ins that become CSS variables. Blue, vermillion and green are told apart by colour-blind readers as well.
 INK, MUTED, LINE, PAPER = "#010101", "#020202", "#030303", "#040404"
@@ -254,6 +255,7 @@ def _list(words: Any) -> str:
 
 
 def _drawn(name: str, alt: str, width: float, height: float, draw: Callable[[Any], None]) -> str:
+    require("eval", "matplotlib")
     import matplotlib
     from matplotlib.figure import Figure
 

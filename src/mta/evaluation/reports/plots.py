@@ -11,6 +11,7 @@ from typing import Any
 from mta.evaluation.reports.figures import human_bytes, write_labels
 from mta.evaluation.statistics import Interval
 from mta.system.atomic import written_aside
+from mta.system.extras import require
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#333333")  # told apart by everybody
 INK, LINE = "#333333", "#bbbbbb"
@@ -246,6 +247,7 @@ def _inside(values: Sequence[Interval]) -> tuple[float, float]:
 
 def save(path: Path, draw: Callable[[Any], None], size: tuple[float, float] = (6.4, 4.0)) -> list[Path]:
     """What ``draw`` puts on axes, as ``path``.svg and ``path``.png."""
+    require("eval", "matplotlib")
     import matplotlib
     from matplotlib.figure import Figure
 
