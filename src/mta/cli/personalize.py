@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -92,10 +92,22 @@ def personalize(
         personal = Personalizer(base, opened, store, run=settings, executor=executor)
         asked = base.as_loaded(settings).model_dump(mode="json")
         work = work_of(asked, opened.hash, sorted(p.digest() for p in people))  # so that a stopped run can resume
-        how: dict[str, Any] = {"settings": asked, "work": work, "track": opener, "on_step": screen.step}
-        with kept_over(opened, "personalize", folder=run, base=base, **how) as kept:
-            keep: dict[str, Any] = {"keep_histories": keep_histories, "since": since, "on_step": kept.step}
-            done = personal.update(people, **keep) if update else personal.personalize(people, resume=resume, **keep)
+        with kept_over(
+            opened,
+            "personalize",
+            folder=run,
+            base=base,
+            settings=asked,
+            track=opener,
+            on_step=screen.step,
+            work=work,
+        ) as kept:
+            keep, step = keep_histories, kept.step
+            done: Personalized | Updated
+            if update:
+                done = personal.update(people, keep_histories=keep, since=since, on_step=step)
+            else:
+                done = personal.personalize(people, keep_histories=keep, since=since, on_step=step, resume=resume)
             kept.outcome, kept.about["plan"] = counts(done), done.plan
     _tell(done, json)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import ExitStack, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -81,8 +81,10 @@ def serve(
         if vllm:
             server = serving.vllm_of(vllm, opened[0], bank, store, slots=slots, args=vllm_args)
             ending.callback(server.stop)
-        how: dict[str, Any] = {"rate": rate, "slots": slots, "vllm": server, "before": bank_before, "strict": strict}
-        serving.serve(serving.service_of(*opened, store, known, **how), host, port, partial(_show, json))
+        service = serving.service_of(
+            *opened, store, known, rate=rate, slots=slots, vllm=server, before=bank_before, strict=strict
+        )
+        serving.serve(service, host, port, partial(_show, json))
 
 
 def _show(json: bool, url: str) -> None:
