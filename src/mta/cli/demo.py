@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from mta.cli.options import Json, Seed, Track, Words, show_json, tracked, typed
+from mta.system.extras import require
 
 
 def demo(
@@ -27,7 +28,6 @@ def demo(
     from mta.cli.screen import Screen, console
     from mta.evaluation.reports.console import show
     from mta.evaluation.reports.html import to_json
-    from mta.system.extras import require
     from mta.tools.demo import demo as run_demo
     from mta.tools.demo import load_recipe
 

@@ -181,17 +181,17 @@ def tracked(name: str | None, folder: Path | None) -> Opener | None:
 
 
 def kept_over(
-    bank: Bank,
     kind: str,
-    *,
-    folder: Path | None,
     base: BaseModel,
+    bank: Bank,
     settings: Mapping[str, Any],
+    folder: Path | None,
+    *,
     track: Opener | None,
     on_step: OnStep,
     work: str = "",
 ) -> RunFolder:
-    """Return the folder of a run that uses a bank. Keywords as in ``RunFolder``."""
+    """Return the folder of a run that uses a bank. Other arguments as in ``RunFolder``."""
     from mta.tracking.run_folder import RunFolder
 
     return RunFolder(

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from mta.cli.options import Json, check_out, show_json
+from mta.system.extras import require
 
 
 def report(
@@ -29,7 +30,6 @@ def report(
     Example:  mta report bank-8/ bank-16/ --out compared/
     """
     from mta.evaluation.reports.publish import report as draw
-    from mta.system.extras import require
 
     require("eval")
     check_out(out)

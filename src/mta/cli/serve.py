@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from mta.cli.options import MERGE_AND_STACK, BankDir, Config, Device, Json, Seed, StoreUrl, Words, open_bank, show_json
-
-if TYPE_CHECKING:
-    from mta.serving.vllm.server import Remote, VllmServer
+from mta.system.extras import require
 
 KeysFile = Annotated[Path | None, typer.Option(help="File with API keys.", dir_okay=False)]
 Host = Annotated[str, typer.Option(help="Address to listen on.")]
@@ -65,8 +62,6 @@ def serve(
 
     Example:  mta serve --bank bank/ --store people/ --keys keys.yaml
     """
-    from mta.system.extras import require
-
     require("serve")
     from mta.serving import launch as serving
     from mta.system.device import in_passing
@@ -74,13 +69,10 @@ def serve(
     if new_key is not None:
         return _add_key(keys, new_key, rights, of, json)
     known = serving.keys_for(keys, host, insecure_local, port)
-    server: VllmServer | Remote | None = serving.remote_of(vllm_url, vllm_folder, vllm) if vllm_url else None
-    serving.check(store, [folder for folder in (bank, bank_before) if folder], strict, bool(server or vllm))
-    opened = in_passing(lambda: open_bank(bank, words, seed, device, config, MERGE_AND_STACK, not (server or vllm)))
-    with serving.sigterm_exits() if vllm else nullcontext(), ExitStack() as ending:
-        if vllm:
-            server = serving.vllm_of(vllm, opened[0], bank, store, slots=slots, args=vllm_args)
-            ending.callback(server.stop)
+    remote = serving.remote_of(vllm_url, vllm_folder, vllm) if vllm_url else None
+    serving.check(store, [folder for folder in (bank, bank_before) if folder], strict, bool(remote or vllm))
+    opened = in_passing(lambda: open_bank(bank, words, seed, device, config, MERGE_AND_STACK, not (remote or vllm)))
+    with serving.vllm_of(vllm, remote, opened[0], bank, store, slots=slots, args=vllm_args) as server:
         service = serving.service_of(
             *opened, store, known, rate=rate, slots=slots, vllm=server, before=bank_before, strict=strict
         )
