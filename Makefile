@@ -72,7 +72,7 @@ $(VLLM)/installed: pyproject.toml
 
 $(VENV)/installed: pyproject.toml constraints.txt | $(VENV)/bin/python
 	@echo "Setting up $(VENV): torch and what else mta needs, a few minutes ..."
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[serve]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[assets,eval,serve]"
 	touch $@
 
 $(VENV)/installed-dev: $(VENV)/installed

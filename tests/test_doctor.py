@@ -168,11 +168,18 @@ def test_versions_are_compared_as_numbers(less, more):
     assert doctor._numbers(less) < doctor._numbers(more)
 
 
-def test_extras_that_are_missing_are_no_fault(monkeypatch):
-    monkeypatch.setattr(doctor, "version_of", lambda name: None if name == "uvicorn" else "1.0")
-    serve = found("serve", doctor._extras())
-    assert (serve.verdict, serve.found) == ("ok", "not installed")
-    assert serve.hint == "Optional: pip install uvicorn"
+def test_extras_that_are_missing_are_a_problem_only_if_a_demo_needs_them(cache, monkeypatch):
+    monkeypatch.setattr(doctor, "version_of", lambda name: None if name in ("uvicorn", "cma", "gguf") else "1.0")
+    findings = list(doctor._extras())
+    serve = found("serve", findings)
+    assert (serve.verdict, serve.found) == ("ok", "not installed: uvicorn")
+    assert serve.hint == "Optional: pip install 'merge-then-adapt[serve]'"
+    needed = found("eval", findings)
+    assert (needed.verdict, needed.found) == ("problem", "not installed: cma")
+    assert needed.hint == "A demo needs it: pip install 'merge-then-adapt[eval]'"
+    assert found("assets", findings).verdict == "problem"
+    monkeypatch.setattr(doctor, "is_present", lambda name: True)
+    assert found("assets", doctor._extras()).verdict == "ok"
 
 
 def test_a_store_that_is_not_there_is_a_problem_and_stays_so(tmp_path):

@@ -28,6 +28,7 @@ from mta.serving.embedded.engine import EmbeddedEngine
 from mta.serving.engine import Ask
 from mta.serving.vllm.server import VllmServer, VllmSettings
 from mta.store import Store
+from mta.system.extras import require
 
 SOURCE = Path(mta.__file__).parent
 PARSED = {path: ast.parse(path.read_text(encoding="utf-8")) for path in sorted(SOURCE.rglob("*.py"))}
@@ -335,6 +336,11 @@ PROVOKED = {
         lambda w: w.personal(stack=ASTRAY).personalize(people_of(2)),
         ("losses on shots are invalid", "nan|inf", "expected finite numbers"),
         r"lower stack\.training\.lr",
+    ),
+    "MissingExtra": (
+        lambda w: require("eval", "no-such-package"),
+        ("no-such-package is not installed", "no-such-package", "belongs to the extra 'eval'"),
+        r"pip install 'merge-then-adapt\[eval\]'",
     ),
     "AssetError": (
         lambda w: BaseModel.load("./no"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from contextlib import ExitStack, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -15,7 +15,7 @@ from mta.config import Run
 from mta.lora.batch import Factors, fresh
 from mta.model.base import BaseModel
 from mta.serving.api.auth import Keys
-from mta.serving.launch import serve, service_of, sigterm_exits, vllm_of
+from mta.serving.launch import serve, service_of, vllm_of
 from mta.store import Store
 from mta.store.state import State
 from mta.system.device import in_passing
@@ -56,13 +56,8 @@ def main() -> None:
     store = Store(args.store)
     for person in map(str, range(args.people)):
         store.save(person, made_up(base, bank, person))
-    vllm = None
-    with ExitStack() as ending:
-        if args.vllm:
-            ending.enter_context(sigterm_exits())
-            lora = "--no-enable-lora" if args.alone else ""
-            vllm = vllm_of(args.vllm, base, args.bank, args.store, slots=args.slots, args=lora)
-            ending.callback(vllm.stop)
+    lora = "--no-enable-lora" if args.alone else ""
+    with vllm_of(args.vllm or None, None, base, args.bank, args.store, slots=args.slots, args=lora) as vllm:
         service = service_of(base, bank, Run(), args.store, Keys(()), slots=args.slots, vllm=vllm)
         if vllm:
             service.engine.stops = frozenset()  # type: ignore[union-attr]

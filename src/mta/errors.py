@@ -13,9 +13,10 @@ MtaError
 │   ├── UnsupportedModel  a model that mta cannot adapt, or must not load
 │   ├── MemoryBudgetError  one person needs more than the memory budget
 │   └── Diverged          training produced non-finite numbers
+├── MissingExtra          an optional package is not installed
 ├── AssetError            an asset that cannot be fetched, or has a wrong checksum
 ├── HubError              the hub refuses a request, or cannot be reached
-├── ClusterError          Ray is not available, or its workers cannot start
+├── ClusterError          a Ray cluster cannot be reached, or its workers cannot start
 ├── BankError
 │   ├── BankMismatch      a bank built for another base
 │   └── BankCorrupt       files of a bank are missing, truncated or changed
@@ -88,6 +89,10 @@ class MemoryBudgetError(ModelError):
 
 class Diverged(ModelError):
     """Training for a person produced non-finite numbers."""
+
+
+class MissingExtra(MtaError):
+    """An optional package is not installed. The message names the extra that installs it."""
 
 
 class AssetError(MtaError):

@@ -77,7 +77,6 @@ def test_adapters_are_unloaded_before_their_files_are_deleted(world, server):
     assert facts["cut_error_max"][0] < 1e-5
     assert sum(path.is_dir() for path in server.folder.iterdir()) <= 3
     assert server.up
-    assert server.starts == 1
 
 
 def test_the_server_folder_is_private_and_reveals_no_id(world, server):
@@ -93,13 +92,12 @@ def test_the_server_folder_is_private_and_reveals_no_id(world, server):
     assert not any("somebody" in str(path) for path in server.folder.rglob("*"))
 
 
-def test_a_server_that_ends_is_restarted_and_answers(world):
+def test_a_server_that_ends_ends_its_answers_and_the_gateway_says_so(world):
     with vllm_server(world.settings()) as server:
 
         async def go():
             engine = world.vllm(Lent(server))
-            before = await collect(engine, ask_of(world, 0))
-            stops, engine.stops = engine.stops, frozenset()  # so that answers are long
+            engine.stops = frozenset()  # so that answers are long
             rows = [asyncio.create_task(collect(engine, ask_of(world, n, 230))) for n in range(1, 5)]
             async for piece in engine.answer(ask_of(world, 5, 230)):
                 if piece.token:
@@ -108,22 +106,13 @@ def test_a_server_that_ends_is_restarted_and_answers(world):
             ended = await asyncio.gather(*rows, return_exceptions=True)
             assert any(isinstance(end, EngineGone) for end in ended)
             assert all(isinstance(end, EngineGone) or len(end[0]) == 230 for end in ended)
-            with pytest.raises(EngineGone):
+            with pytest.raises(EngineGone, match=r"the vLLM server ended \(exit status -9\)"):
                 await collect(engine, ask_of(world, 2))
-            engine.stops = stops
-            while engine.ready:
-                await asyncio.sleep(0.05)
-            until = time.monotonic() + 300
-            while not engine.ready and time.monotonic() < until:
-                await asyncio.sleep(0.2)
-            after = [await collect(engine, ask_of(world, n)) for n in (0, 3)]
+            assert not engine.ready
+            assert not engine.alive
             await engine.close()
-            return before, after
 
-        before, after = asyncio.run(go())
-        assert [tokens for tokens, _ in after] == [expected(world, ask_of(world, n)) for n in (0, 3)]
-        assert before == after[0]
-        assert server.starts == 2
+        asyncio.run(go())
         folder = server.folder
     assert not folder.exists()
 

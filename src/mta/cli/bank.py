@@ -34,7 +34,9 @@ from mta.cli.options import (
 
 if TYPE_CHECKING:
     from mta.bank.bank import Bank
+    from mta.config import Run
 
+Resume = Annotated[bool, typer.Option("--resume/--restart", help="Resume an interrupted build, or start over.")]
 app = typer.Typer(help="Build, show, and publish a bank of anchors.", no_args_is_help=True)
 
 
@@ -49,9 +51,7 @@ def build(
     seed: Seed = None,
     device: Device = None,
     skip_bad: SkipBad = None,
-    resume: Annotated[
-        bool, typer.Option("--resume/--restart", help="Resume an interrupted build, or start over.")
-    ] = True,
+    resume: Resume = True,
     cluster: ClusterAt = None,
     workers: Workers = None,
     together: Together = None,
@@ -84,8 +84,10 @@ def build(
             command=typed(),
             track=opened,
         )
-    if json:
-        return show_json(_summary(bank))
+    show_json(_summary(bank)) if json else _tell(bank, out, run)
+
+
+def _tell(bank: Bank, out: Path, run: Run) -> None:
     typer.echo(f"{out}: {len(bank)} anchors, task LoRA {'yes' if bank.task_lora else 'no'}, hash {bank.hash[:12]}")
     if len(bank) < run.bank.anchors:
         candidates = f"{bank.info.members.candidates} candidates have at least {run.bank.min_items} items"

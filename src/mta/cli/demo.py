@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from mta.cli.options import Json, Seed, Track, Words, show_json, tracked, typed
+from mta.system.extras import require
 
 
 def demo(
@@ -30,6 +31,7 @@ def demo(
     from mta.tools.demo import demo as run_demo
     from mta.tools.demo import load_recipe
 
+    require("eval")  # before a bank is built
     given = [*(words or []), *([] if seed is None else [f"run.seed={seed}"])]
     chosen, opened = load_recipe(recipe), tracked(track, out)
     with Screen() as screen:

@@ -31,6 +31,7 @@ from mta.cli.options import (
     tracked,
     typed,
 )
+from mta.system.extras import require
 
 if TYPE_CHECKING:
     from mta.bank.bank import Bank
@@ -53,28 +54,28 @@ Predictions = Annotated[
     Path | None, typer.Option(help="Score this file of answers, and compute nothing else.", dir_okay=False)
 ]
 
+Out = Annotated[Path | None, typer.Option(help="Folder for report.html, results.json and the run's settings.")]
+Data = Annotated[str | None, typer.Option(help="People of a recipe: LaMP files, or any other source.")]
+Exhibit = Annotated[list[str] | None, typer.Option(help="Run only this exhibit of a recipe; can be repeated.")]
+On = Annotated[str, typer.Option(help="People to run a recipe on: test or development.")]
+Attack = Annotated[bool, typer.Option("--privacy", help="Attack the bank: do losses reveal its training items?")]
+Task = Annotated[str | None, typer.Option(help="Task of --predictions; otherwise the bank's task is used.")]
+People = Annotated[int | None, typer.Option(min=1, help="Evaluate at most this many people, drawn with the seed.")]
+
 
 def evaluate(
     source: Source,
     words: Words = None,
     bank: BankDir = Path("bank"),
-    out: Annotated[
-        Path | None, typer.Option(help="Folder for report.html, results.json and the run's settings.")
-    ] = None,
+    out: Out = None,
     config: ConfigFile = None,
     predictions: Predictions = None,
-    data: Annotated[str | None, typer.Option(help="People of a recipe: LaMP files, or any other source.")] = None,
-    exhibit: Annotated[
-        list[str] | None, typer.Option(help="Run only this exhibit of a recipe; can be repeated.")
-    ] = None,
-    on: Annotated[str, typer.Option(help="People to run a recipe on: test or development.")] = "test",
-    privacy: Annotated[
-        bool, typer.Option("--privacy", help="Attack the bank: do losses reveal its training items?")
-    ] = False,
-    task: Annotated[str | None, typer.Option(help="Task of --predictions; otherwise the bank's task is used.")] = None,
-    people: Annotated[
-        int | None, typer.Option(min=1, help="Evaluate at most this many people, drawn with the seed.")
-    ] = None,
+    data: Data = None,
+    exhibit: Exhibit = None,
+    on: On = "test",
+    privacy: Attack = False,
+    task: Task = None,
+    people: People = None,
     seed: Seed = None,
     device: Device = None,
     skip_bad: SkipBad = None,
@@ -99,6 +100,7 @@ def evaluate(
     Example:  mta evaluate everybody.jsonl --bank bank/ --privacy --out privacy/
     Example:  mta evaluate dev_outputs.json --predictions mine.json --task lamp3
     """
+    require("eval")  # before a model is loaded
     if predictions:
         return _score(source, predictions, task, words, json)
     if _is_recipe(source) and not privacy:
@@ -156,7 +158,7 @@ class Asked:
         settings = chosen.model_dump(mode="json") | base.as_loaded(run).model_dump(
             mode="json", include=set(RUN_SETTINGS)
         )
-        return kept_over(bank, kind, folder=self.out, base=base, settings=settings, track=self.track, on_step=on_step)
+        return kept_over(kind, base, bank, settings, self.out, track=self.track, on_step=on_step)
 
 
 def _compare(asked: Asked, people: int | None) -> None:

@@ -7,7 +7,7 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from mta.system.hub import Parcel
     from mta.tracking.run_folder import RunFolder
     from mta.tracking.trackers import Track as Opener
+    from mta.training.trainer import OnStep
 
 Words = Annotated[list[str] | None, typer.Argument(help="Settings as key=value, for example memory=8GiB.")]
 Config = Annotated[Path | None, typer.Option("--config", help="YAML file with settings.", dir_okay=False)]
@@ -68,11 +69,20 @@ MACHINE_SETTINGS = frozenset(
 )
 
 
-def settings(config: Path | None, words: list[str] | None, **over: Any) -> Run:
+def settings(
+    config: Path | None,
+    words: list[str] | None,
+    *,
+    task: str | None = None,
+    base: str | None = None,
+    seed: int | None = None,
+    device: str | None = None,
+) -> Run:
     """Return the run's settings: the file, overridden by words, overridden by options."""
     from mta.config import Run, load_settings
 
     # JSON keeps strings: plain YAML would read a folder named 2024 or yes as a number or a boolean.
+    over = {"task": task, "base": base, "seed": seed, "device": device}
     given = [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in over.items() if value is not None]
     return load_settings(Run, config, [*(words or []), *given])
 
@@ -170,12 +180,31 @@ def tracked(name: str | None, folder: Path | None) -> Opener | None:
     return tracker(name) if name else None
 
 
-def kept_over(bank: Bank, kind: str, **how: Any) -> RunFolder:
-    """Return the folder of a run that uses a bank; ``how`` are more arguments of ``RunFolder``."""
+def kept_over(
+    kind: str,
+    base: BaseModel,
+    bank: Bank,
+    settings: Mapping[str, Any],
+    folder: Path | None,
+    *,
+    track: Opener | None,
+    on_step: OnStep,
+    work: str = "",
+) -> RunFolder:
+    """Return the folder of a run that uses a bank. Other arguments as in ``RunFolder``."""
     from mta.tracking.run_folder import RunFolder
 
-    about = {"bank": bank.hash[:12], "seeds": [how["settings"]["seed"]]}
-    return RunFolder(kind=kind, command=typed(), about=about, **how)
+    return RunFolder(
+        folder=folder,
+        kind=kind,
+        base=base,
+        settings=settings,
+        command=typed(),
+        work=work,
+        about={"bank": bank.hash[:12], "seeds": [settings["seed"]]},
+        track=track,
+        on_step=on_step,
+    )
 
 
 def typed() -> str:

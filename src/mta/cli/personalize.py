@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -31,11 +32,13 @@ from mta.cli.options import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from mta.bank.bank import Bank
     from mta.data.history import Person
     from mta.personalize.pipeline import Personalized, Updated
+
+    Compute = Callable[..., Personalized | Updated]
 
 Latest = Annotated[int | None, typer.Option(min=1, help="Use only this many most recent items of each person.")]
 KeepHistories = Annotated[
@@ -92,10 +95,9 @@ def personalize(
         personal = Personalizer(base, opened, store, run=settings, executor=executor)
         asked = base.as_loaded(settings).model_dump(mode="json")
         work = work_of(asked, opened.hash, sorted(p.digest() for p in people))  # so that a stopped run can resume
-        how: dict[str, Any] = {"settings": asked, "work": work, "track": opener, "on_step": screen.step}
-        with kept_over(opened, "personalize", folder=run, base=base, **how) as kept:
-            keep: dict[str, Any] = {"keep_histories": keep_histories, "since": since, "on_step": kept.step}
-            done = personal.update(people, **keep) if update else personal.personalize(people, resume=resume, **keep)
+        with kept_over("personalize", base, opened, asked, run, track=opener, on_step=screen.step, work=work) as kept:
+            compute: Compute = personal.update if update else partial(personal.personalize, resume=resume)
+            done = compute(people, keep_histories=keep_histories, since=since, on_step=kept.step)
             kept.outcome, kept.about["plan"] = counts(done), done.plan
     _tell(done, json)
 

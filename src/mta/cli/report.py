@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from mta.cli.options import Json, check_out, show_json
+from mta.system.extras import require
 
 
 def report(
@@ -30,6 +31,7 @@ def report(
     """
     from mta.evaluation.reports.publish import report as draw
 
+    require("eval")
     check_out(out)
     drawn = draw(folders, out, texts=texts)
     if json:

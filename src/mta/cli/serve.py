@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
 from mta.cli.options import MERGE_AND_STACK, BankDir, Config, Device, Json, Seed, StoreUrl, Words, open_bank, show_json
-
-if TYPE_CHECKING:
-    from mta.serving.vllm.server import Remote, VllmServer
+from mta.system.extras import require
 
 KeysFile = Annotated[Path | None, typer.Option(help="File with API keys.", dir_okay=False)]
 Host = Annotated[str, typer.Option(help="Address to listen on.")]
@@ -65,22 +62,21 @@ def serve(
 
     Example:  mta serve --bank bank/ --store people/ --keys keys.yaml
     """
-    _need_extra()
+    require("serve")
     from mta.serving import launch as serving
     from mta.system.device import in_passing
 
     if new_key is not None:
         return _add_key(keys, new_key, rights, of, json)
     known = serving.keys_for(keys, host, insecure_local, port)
-    server: VllmServer | Remote | None = serving.remote_of(vllm_url, vllm_folder, vllm) if vllm_url else None
-    serving.check(store, [folder for folder in (bank, bank_before) if folder], strict, bool(server or vllm))
-    opened = in_passing(lambda: open_bank(bank, words, seed, device, config, MERGE_AND_STACK, not (server or vllm)))
-    with serving.sigterm_exits() if vllm else nullcontext(), ExitStack() as ending:
-        if vllm:
-            server = serving.vllm_of(vllm, opened[0], bank, store, slots=slots, args=vllm_args)
-            ending.callback(server.stop)
-        how: dict[str, Any] = {"rate": rate, "slots": slots, "vllm": server, "before": bank_before, "strict": strict}
-        serving.serve(serving.service_of(*opened, store, known, **how), host, port, partial(_show, json))
+    remote = serving.remote_of(vllm_url, vllm_folder, vllm) if vllm_url else None
+    serving.check(store, [folder for folder in (bank, bank_before) if folder], strict, bool(remote or vllm))
+    opened = in_passing(lambda: open_bank(bank, words, seed, device, config, MERGE_AND_STACK, not (remote or vllm)))
+    with serving.vllm_of(vllm, remote, opened[0], bank, store, slots=slots, args=vllm_args) as server:
+        service = serving.service_of(
+            *opened, store, known, rate=rate, slots=slots, vllm=server, before=bank_before, strict=strict
+        )
+        serving.serve(service, host, port, partial(_show, json))
 
 
 def _show(json: bool, url: str) -> None:
@@ -98,14 +94,3 @@ def _add_key(keys: Path | None, name: str, rights: str, of: str, json: bool) -> 
         return show_json({"name": name, "key": secret})
     typer.echo(secret)
     typer.echo("The key is shown only once. A running server accepts it after a restart.", err=True)
-
-
-def _need_extra() -> None:
-    from importlib.util import find_spec
-
-    from mta.errors import ConfigError
-
-    if missing := [name for name in ("fastapi", "uvicorn", "prometheus_client", "httpx2") if find_spec(name) is None]:
-        raise ConfigError(
-            f"serving needs {missing[0]}, which is not installed", hint="pip install 'merge-then-adapt[serve]'"
-        )

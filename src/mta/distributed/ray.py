@@ -1,8 +1,8 @@
 """Executor on Ray: each actor holds one base and computes pieces; failures of machines are tolerated.
 
 Results are states in a store, keyed by their work, so computing a piece twice is harmless. Another worker recomputes
-the piece of a dead worker, and at the end idle workers recompute the pieces of slow workers. A failing piece is
-retried in halves until the person whose data fails is found; all other people finish.
+the piece of a dead worker. A failing piece is retried in halves until the person whose data fails is found; all other
+people finish.
 Needs the extra ``ray``; the rest of mta works without Ray.
 """
 
@@ -14,10 +14,11 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from mta.distributed.executor import C, Outcome, P, R
-from mta.distributed.scheduler import Fleet
+from mta.distributed.scheduler import Scheduler
 from mta.errors import ClusterError
 from mta.system.atomic import SHARED
 from mta.system.device import cores
+from mta.system.extras import require
 from mta.system.malloc import keep_freed_memory
 from mta.system.provenance import versions
 
@@ -34,7 +35,7 @@ class Cluster:
     At most ``most`` people are computed together, with ``threads`` threads: of these arguments, only these two affect
     results. A worker takes ``threads`` CPUs, and a GPU if the cluster has any and ``gpu`` is not False. A piece counts
     as failing after ``attempts`` workers have died of it.
-    Raises ClusterError if Ray is not installed or the cluster cannot be reached.
+    Raises MissingExtra without Ray, and ClusterError if the cluster cannot be reached.
     """
 
     in_process = False
@@ -78,11 +79,11 @@ class Cluster:
                 ray.remote(Worker).options(max_restarts=0, runtime_env={"env_vars": self._own()}, **resources).remote()
             )
 
-        fleet = Fleet[P, R](ray, hire, made, function, self.workers, self.attempts)
+        scheduler = Scheduler[P, R](ray, hire, made, function, self.workers, self.attempts)
         try:
-            yield from fleet.work_through(pieces)
+            yield from scheduler.work_through(pieces)
         finally:
-            fleet.dismiss()
+            scheduler.dismiss()
 
     def _own(self) -> dict[str, str]:
         """Return environment variables added to a worker's. They contain no secret, because Ray logs them."""
@@ -129,10 +130,9 @@ def _version() -> str:
 def _connected(address: str, workers: int | None) -> Any:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # send no usage statistics
     os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")  # printed errors might contain people's texts
-    try:
-        import ray
-    except ImportError:
-        raise ClusterError("Ray is not installed", hint="pip install 'merge-then-adapt[ray]'") from None
+    require("ray")
+    import ray
+
     how: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "configure_logging": False}
     try:
         if address == "local":

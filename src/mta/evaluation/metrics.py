@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mta.data.tasks.task import Task
+from mta.system.extras import require
 
 BETTER_LOW = frozenset({"MAE", "MAE (median)", "RMSE", "NLL"})
 
@@ -89,6 +90,7 @@ def _distance(task: Task, text: str, gold: str) -> float:
 
 
 def _rouge(texts: Sequence[str], golds: Sequence[str]) -> dict[str, float]:
+    require("eval", "rouge-score")
     from rouge_score.rouge_scorer import RougeScorer
 
     scorer = RougeScorer(["rouge1", "rougeL"], use_stemmer=False)

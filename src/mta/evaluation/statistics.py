@@ -14,6 +14,7 @@ from mta.evaluation.methods import Method
 from mta.evaluation.metrics import BETTER_LOW, Answers, measure, primary, query_nll
 from mta.evaluation.protocol import Panel
 from mta.personalize.merge import Merge
+from mta.system.extras import require
 
 WORSE = 0.02  # nats: less than this is not called a difference
 
@@ -151,6 +152,7 @@ def units(groups: Sequence[str], people: int) -> list[int]:
 
 def student_t(n: int) -> float:
     """Two-sided 95% quantile of Student's t for the mean of n values."""
+    require("eval", "scipy")
     from scipy.stats import t
 
     return float(t.ppf(0.975, n - 1))

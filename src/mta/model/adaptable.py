@@ -111,9 +111,15 @@ def load_weights(folder: str, config: Any, name: str, dtype: torch.dtype) -> Any
     """Return the causal language model of a folder. Raises ModelError if weights are missing."""
     from transformers import AutoModelForCausalLM
 
-    how: dict[str, Any] = {"use_safetensors": True, "trust_remote_code": False, "attn_implementation": "sdpa"}
-    how |= {"dtype": dtype, "output_loading_info": True}
-    model, found = AutoModelForCausalLM.from_pretrained(folder, config=config, **how)
+    model, found = AutoModelForCausalLM.from_pretrained(
+        folder,
+        config=config,
+        dtype=dtype,
+        attn_implementation="sdpa",
+        use_safetensors=True,
+        trust_remote_code=False,
+        output_loading_info=True,
+    )
     if missing := sorted(found["missing_keys"]):  # transformers would use random weights
         raise ModelError(
             f"{name!r} is not a complete causal language model: {len(missing)} weights are not in its files, "
@@ -127,9 +133,10 @@ def outline_model(folder: str, config: Any, dtype: torch.dtype) -> Any:
     """Return the causal language model of a folder without weights, on the ``meta`` device; it cannot compute."""
     from transformers import AutoModelForCausalLM, GenerationConfig
 
-    how: dict[str, Any] = {"dtype": dtype, "attn_implementation": "sdpa", "trust_remote_code": False}
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, **how)
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=dtype, attn_implementation="sdpa", trust_remote_code=False
+        )
     with suppress(OSError):  # without that file, the model's configuration gives the end tokens
         model.generation_config = GenerationConfig.from_pretrained(folder)
     return model

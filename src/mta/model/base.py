@@ -205,8 +205,13 @@ class BaseModel:
     def footprint(self) -> Footprint:
         """Memory model of passes through this base."""
         compiled = kernels("attention", next(self.model.parameters())) is not None
-        how = {"itemsize": self.dtype.itemsize, "kernels": compiled, "checkpointed": self.gradient_checkpointing}
-        return Footprint.of(self.model, self.exchanged, **how)
+        return Footprint.of(
+            self.model,
+            self.exchanged,
+            itemsize=self.dtype.itemsize,
+            kernels=compiled,
+            checkpointed=self.gradient_checkpointing,
+        )
 
     @property
     def packable(self) -> bool:

@@ -137,11 +137,19 @@ class Footprint:
     checkpointed: bool = False
 
     @classmethod
-    def of(cls, model: Any, exchanged: Collection[str] = (), **how: Any) -> Footprint:
-        """Return the footprint of a transformers model, which may be on the meta device. ``how`` sets other fields."""
+    def of(
+        cls,
+        model: Any,
+        exchanged: Collection[str] = (),
+        *,
+        itemsize: int,
+        kernels: bool = False,
+        checkpointed: bool = False,
+    ) -> Footprint:
+        """Return the footprint of a transformers model, which may be on the meta device."""
         config = model.config.get_text_config()
         shape = config.num_hidden_layers, config.num_attention_heads, config.hidden_size, config.vocab_size
-        return cls(Sums.of(model, exchanged), *shape, **how)
+        return cls(Sums.of(model, exchanged), *shape, itemsize, kernels, checkpointed)
 
     @property
     def _wide(self) -> int:

@@ -149,12 +149,25 @@ def sigterm_exits() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def vllm_of(python: str, base: BaseModel, bank: Path, store: str, *, slots: int, args: str) -> VllmServer:
-    """Start a vLLM server for the base, which takes about a minute. Raises ConfigError, VllmNotStarted."""
-    started = VllmServer(vllm_settings(python, base, bank, store, slots=slots, args=args))
-    with Console(stderr=True).status("Starting vLLM"):
-        started.start()
-    return started
+@contextmanager
+def vllm_of(
+    python: str | None, remote: Remote | None, base: BaseModel, bank: Path, store: str, *, slots: int, args: str
+) -> Iterator[VllmServer | Remote | None]:
+    """Yield ``remote``, or with ``python`` a vLLM server that runs within the block; its start takes about a minute.
+
+    SIGTERM ends the block too, so that a started server is stopped. Raises ConfigError, VllmNotStarted.
+    """
+    if python is None:
+        yield remote
+        return
+    server = VllmServer(vllm_settings(python, base, bank, store, slots=slots, args=args))
+    with sigterm_exits():
+        try:
+            with Console(stderr=True).status("Starting vLLM"):
+                server.start()
+            yield server
+        finally:
+            server.stop()
 
 
 def vllm_settings(python: str, base: BaseModel, bank: Path, store: str, *, slots: int, args: str) -> VllmSettings:

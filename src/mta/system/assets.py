@@ -34,6 +34,7 @@ import platformdirs
 from filelock import FileLock, Timeout
 
 from mta.errors import AssetError
+from mta.system.extras import require
 
 Progress = Callable[[str], None]
 log = logging.getLogger("mta")
@@ -163,7 +164,7 @@ def fetch(name: str, progress: Progress | None = None) -> Path:
     Several processes may call this function at the same time: one fetches, the others wait. ``progress`` receives
     short lines, which otherwise go to the log.
 
-    Raises: AssetError if the name is unknown, a checksum is wrong, or network or disk space is missing.
+    Raises: AssetError if the name is unknown, a checksum is wrong, or network or disk space is missing; MissingExtra.
     """
     if name not in ASSETS:
         hint = "Give folders and hub ids directly to BaseModel.load."
@@ -172,6 +173,8 @@ def fetch(name: str, progress: Progress | None = None) -> Path:
     folder = cache_dir() / "assets" / name
     if is_present(name):  # checked before locking, because the cache may be read-only
         return folder
+    if asset.gguf:
+        require("assets")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with _lock(folder, say):

@@ -11,7 +11,6 @@ import stat
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
@@ -133,7 +132,7 @@ class Storage:
             if not self.local:
                 if self.fs.exists(self.at(name)):
                     raise FileExistsError(self.at(name))
-                return self._put(name, data, mode="create")
+                return self._put(name, data, create=True)
             with written_aside(self.inside(name), publish=_link) as aside:
                 aside.write(data)
 
@@ -180,12 +179,13 @@ class Storage:
                 hint="Check the store's address, permissions and free space, then repeat. No file is half written.",
             ) from error
 
-    def _put(self, name: str, data: bytes, **how: Any) -> None:
+    def _put(self, name: str, data: bytes, create: bool = False) -> None:
+        mode = {"mode": "create"} if create else {}  # not every file system takes the argument
         try:
-            self.fs.pipe_file(self.at(name), data, **how)
+            self.fs.pipe_file(self.at(name), data, **mode)
         except FileNotFoundError:  # only file systems with real folders need them
             self.fs.makedirs(self.at(name).rsplit("/", 1)[0], exist_ok=True)
-            self.fs.pipe_file(self.at(name), data, **how)
+            self.fs.pipe_file(self.at(name), data, **mode)
 
 
 def _link(aside: Path, path: Path) -> None:

@@ -6,7 +6,6 @@ import shlex
 from collections.abc import Callable, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any
 
 import torch
 import yaml
@@ -92,9 +91,17 @@ def demo(
     people = read_people(assets.resolve(recipe.data), run.task)
     splits = _splits(out, people, recipe)
     base = BaseModel.of(run)
-    how: dict[str, Any] = {"command": command, "track": track, "on_step": on_step, "about": {"seeds": [run.seed]}}
-    settings = recipe.model_dump(mode="json")
-    with RunFolder(folder=out, kind="demo", base=base, settings=settings, config=False, **how) as kept:
+    with RunFolder(
+        folder=out,
+        kind="demo",
+        base=base,
+        settings=recipe.model_dump(mode="json"),
+        config=False,
+        command=command,
+        about={"seeds": [run.seed]},
+        track=track,
+        on_step=on_step,
+    ) as kept:
         found = _compared(out, recipe, people, splits, base, kept.step, say)
         kept.outcome = found.outcome()
         found.write(out, command)

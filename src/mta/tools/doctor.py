@@ -26,17 +26,11 @@ from mta.kernels import FAMILIES, failure, obstacle, switched_off
 from mta.store import Store
 from mta.system.assets import ASSETS, cache_dir, is_present
 from mta.system.device import cores, faster, gemm_rate, pick_device, pick_dtype, processor
+from mta.system.extras import EXTRAS
 from mta.system.hub import is_cached
 from mta.system.provenance import version_of
 
 Verdict = Literal["ok", "warning", "problem"]
-EXTRAS = {  # extra -> its packages
-    "serve": ("fastapi", "uvicorn", "prometheus-client", "httpx2"),
-    "ray": ("ray",),
-    "tensorboard": ("tensorboard",),
-    "wandb": ("wandb",),
-    "trackio": ("trackio",),
-}
 UNPACKED = 8  # bytes on disk per byte of an asset's wheel, while it is unpacked and converted to float32
 BASE = 600 << 20  # bytes of the default base in memory
 
@@ -212,11 +206,17 @@ def _sources() -> Iterator[Finding]:
 
 
 def _extras() -> Iterator[Finding]:
+    """Yield the installed extras. Only extras that a demo needs here are problems if they are missing."""
+    converts = any(asset.gguf and not is_present(name) for name, asset in ASSETS.items())
+    needed = {"eval", "assets"} if converts else {"eval"}
     for extra, packages in EXTRAS.items():
-        missing = [name for name in packages if version_of(name) is None]
-        found = "not installed" if missing else ", ".join(f"{name} {version_of(name)}" for name in packages)
-        hint = f"Optional: pip install {' '.join(missing)}" if missing else ""
-        yield Finding("extras", extra, "ok", found, hint)
+        if missing := [name for name in packages if version_of(name) is None]:
+            install = f"pip install 'merge-then-adapt[{extra}]'"
+            verdict: Verdict = "problem" if extra in needed else "ok"
+            hint = f"A demo needs it: {install}" if extra in needed else f"Optional: {install}"
+            yield Finding("extras", extra, verdict, f"not installed: {', '.join(missing)}", hint)
+        else:
+            yield Finding("extras", extra, "ok", ", ".join(f"{name} {version_of(name)}" for name in packages))
     python = os.environ.get("MTA_VLLM_PYTHON") or ".vllm/bin/python"
     exists = Path(python).is_file()
     found = f"{python}: {'found' if exists else 'not found'}"

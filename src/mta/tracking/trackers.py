@@ -10,11 +10,11 @@ import importlib
 import os
 import sys
 from collections.abc import Callable, Mapping
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
 from mta.errors import InputError
+from mta.system.extras import require
 
 PROJECT = "mta"
 
@@ -97,11 +97,10 @@ SINKS: Mapping[str, Track] = {"tensorboard": TensorBoard, "wandb": Wandb, "track
 
 
 def tracker(name: str) -> Track:
-    """Return the function that opens a sink. Raises InputError for an unknown name or a missing package."""
+    """Return the function that opens a sink. Raises InputError for an unknown name, MissingExtra."""
     if name not in SINKS:
         raise InputError(f"unknown tracker {name!r}; expected one of {', '.join(SINKS)}", hint=f"Give {_LISTED}.")
-    if find_spec(name) is None:
-        raise InputError(f"tracking needs {name}, which is not installed", hint=f"pip install {name}")
+    require(name)
     return SINKS[name]
 
 

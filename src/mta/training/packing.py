@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from mta.data.tasks.prompt import Example
+from mta.model.base import BaseModel
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +139,18 @@ def pack(
         rows.append(tree([examples[e] for e in chosen], chosen))
         stop = cut[stop]
     return rows[::-1]
+
+
+def pack_for(base: BaseModel, examples: Sequence[Example], longest: int, packed: bool) -> list[Row]:
+    """Return the cheapest rows of one person's examples for a base; one row per example if it cannot take trees."""
+    return pack(
+        examples,
+        base.attention_price,
+        blocked=base.blocked,
+        longest=longest,
+        weight=base.footprint.target_weight,
+        packed=packed and base.packable,
+    )
 
 
 def fitting(rows: Iterable[Row], width: int, budget: int, weight: float) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +12,7 @@ from mta.data.tasks.prompt import Example
 from mta.data.tasks.task import Task
 from mta.lora.layers import Adapters, applied
 from mta.model.base import BaseModel
-from mta.training.packing import collate, fitting, pack
+from mta.training.packing import collate, fitting, pack_for
 
 
 @torch.inference_mode()
@@ -34,9 +33,7 @@ def log_likelihood(
     """
     owners = range(len(jobs)) if owners is None else owners
     weight = base.footprint.target_weight
-    how: dict[str, Any] = {"blocked": base.blocked, "longest": tokens_per_batch, "weight": weight}
-    how["packed"] = packed and base.packable
-    rows = [(job, row) for job, examples in enumerate(jobs) for row in pack(examples, base.attention_price, **how)]
+    rows = [(j, row) for j, examples in enumerate(jobs) for row in pack_for(base, examples, tokens_per_batch, packed)]
     rows.sort(key=lambda entry: len(entry[1].tokens))
     sums = [torch.zeros(len(examples), dtype=base.master_dtype, device=base.device) for examples in jobs]
     while rows:
@@ -55,12 +52,20 @@ def log_likelihood(
 
 
 def label_scores(
-    base: BaseModel, task: Task, queries: Sequence[Sequence[Item]], adapters: Sequence[Adapters] = (), **how: object
+    base: BaseModel,
+    task: Task,
+    queries: Sequence[Sequence[Item]],
+    adapters: Sequence[Adapters] = (),
+    *,
+    owners: Sequence[int] | None = None,
+    packed: bool = True,
 ) -> list[Tensor]:
     """Return the log probability of every label for each person's queries: a list of (queries, labels) tensors.
 
-    A label's score is the sum of log p over its tokens and the end token, without length normalization.
+    A label's score is the sum of log p over its tokens and the end token, without length normalization. Keywords as in
+    ``log_likelihood``.
     """
     labels = task.labels or ()
     jobs = [[e for item in items for e in base.prompts.examples(task, item, labels)] for items in queries]
-    return [scores.view(-1, len(labels)) for scores in log_likelihood(base, jobs, adapters, **how)]  # type: ignore[arg-type]
+    found = log_likelihood(base, jobs, adapters, owners=owners, packed=packed)
+    return [scores.view(-1, len(labels)) for scores in found]

@@ -12,7 +12,6 @@ import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,7 +25,7 @@ from mta.model.footprint import Texts
 from mta.system.malloc import give_back_memory
 from mta.training.checkpoint import Checkpoint
 from mta.training.optimizer import BatchedAdamW, learning_rate
-from mta.training.packing import Row, collate, fitting, pack
+from mta.training.packing import Row, collate, fitting, pack_for
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,13 +111,38 @@ def train(
     return result
 
 
-def train_loras(base: BaseModel, jobs: Sequence[Job], start: LoraBatch, training: Training, **how: Any) -> LoraBatch:
+def train_loras(
+    base: BaseModel,
+    jobs: Sequence[Job],
+    start: LoraBatch,
+    training: Training,
+    *,
+    frozen: Sequence[Adapters] = (),
+    seed: int = 0,
+    tokens_per_batch: int = 2048,
+    packed: bool = True,
+    checkpoint: Checkpoint | None = None,
+    on_step: Callable[[Step], None] | None = None,
+) -> LoraBatch:
     """Train adapter u of ``start`` on the examples of job u. Keywords as in ``train``."""
 
     def per_person(parameters: Mapping[str, Tensor], _: Tensor) -> PerPerson:
         return PerPerson(LoraBatch.of_tensors(parameters, start.scale))
 
-    trained = train(base, jobs, start.tensors(), per_person, training, dtype=base.dtype, **how)
+    trained = train(
+        base,
+        jobs,
+        start.tensors(),
+        per_person,
+        training,
+        frozen=frozen,
+        seed=seed,
+        dtype=base.dtype,
+        tokens_per_batch=tokens_per_batch,
+        packed=packed,
+        checkpoint=checkpoint,
+        on_step=on_step,
+    )
     return LoraBatch.of_tensors(trained, start.scale)
 
 
@@ -250,9 +274,7 @@ def _gradients(
 ) -> Tensor:
     """Add the gradients of this step to the cohort's buffer; return the losses of its people, (U,)."""
     weight = base.footprint.target_weight
-    how: dict[str, Any] = {"blocked": base.blocked, "longest": budget, "weight": weight}
-    how["packed"] = packed and base.packable
-    rows = [pack(examples, base.attention_price, **how) for examples in batches]
+    rows = [pack_for(base, examples, budget, packed) for examples in batches]
     shares = [1 / sum(len(e.target) for e in examples) for examples in batches]
     share = torch.tensor(shares, dtype=base.master_dtype, device=base.device)
     jobs = torch.tensor(cohort.active, device=base.device)

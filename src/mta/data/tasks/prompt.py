@@ -111,11 +111,15 @@ class PromptFormat:
         """Return the text of an answer, without its end token."""
         return str(self.tokenizer.decode(list(tokens), skip_special_tokens=True)).strip()
 
-    def _templated(self, turns: Sequence[Mapping[str, str]], **how: bool) -> str:
+    def _templated(self, turns: Sequence[Mapping[str, str]], add_generation_prompt: bool = False) -> str:
         from jinja2 import TemplateError
 
         try:
-            return str(self.tokenizer.apply_chat_template(list(turns), tokenize=False, **how))
+            return str(
+                self.tokenizer.apply_chat_template(
+                    list(turns), tokenize=False, add_generation_prompt=add_generation_prompt
+                )
+            )
         except TemplateError as error:
             raise DataError(
                 f"the base's chat template rejects these messages: {str(error).splitlines()[0]}",

@@ -16,6 +16,7 @@ from mta.evaluation.methods.merged import answered
 from mta.evaluation.methods.method import Method, Outcome, register
 from mta.evaluation.protocol import Panel
 from mta.personalize.merge import Merge, merged
+from mta.system.extras import require
 from mta.training.scoring import log_likelihood
 
 
@@ -39,6 +40,7 @@ class Prime(Method):
         return True
 
     def run(self, panel: Panel, seed: int) -> Outcome:
+        require("eval", "cma")
         import cma
 
         k = min(self.k, len(panel.bank))

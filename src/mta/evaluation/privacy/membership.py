@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from mta.evaluation.statistics import Interval
+from mta.system.extras import require
 
 Numbers = npt.NDArray[np.float64]
 Places = npt.NDArray[np.intp]
@@ -116,6 +117,7 @@ def rank_correlation(unit: Places, x: Numbers, y: Numbers, seed: int = 0, times:
 
     None where x or y is the same everywhere.
     """
+    require("eval", "scipy")
     from scipy.stats import rankdata
 
     def spearman(places: Places) -> float:

@@ -60,8 +60,8 @@ class VllmEngine:
 
     @property
     def alive(self) -> bool:
-        """Always true: a server that ends is started again."""
-        return True
+        """False once a server that this gateway started has ended: the gateway does not restart it."""
+        return self.server.up
 
     async def answer(self, ask: Ask) -> AsyncIterator[Piece]:
         """Stream the tokens of an answer; closing the iterator cancels it in vLLM too.
@@ -103,7 +103,6 @@ class VllmEngine:
             "running": (len(self._running), "Answers running or waiting in vLLM"),
             "activated": (len(self.adapters), "Adapters that vLLM may have loaded"),
             "unloaded": (self.adapters.unloaded, "Adapters unloaded since the start"),
-            "starts": (self.server.starts, "Starts of the vLLM server"),
             "cut_error_mean": (sum(errors) / max(len(errors), 1), "Mean relative error of truncated merges"),
             "cut_error_max": (max(errors, default=0.0), "Largest relative error of truncated merges"),
         }
@@ -133,7 +132,7 @@ class VllmEngine:
         except MtaError as error:
             queue.put_nowait(error)
         except httpx.HTTPError:
-            queue.put_nowait(EngineGone("vLLM does not answer", hint=LATER))
+            queue.put_nowait(self.server.gone())
         except Exception:  # any failure must reach the caller and end only this answer
             queue.put_nowait(AnswerLost(LOST, hint=LATER))
 

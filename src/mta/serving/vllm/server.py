@@ -1,4 +1,4 @@
-"""Runs a vLLM server for the gateway: starts it, restarts it when it ends, and stops it.
+"""Runs a vLLM server for the gateway: starts and stops it, or connects to one that already runs.
 
 The server listens on a socket in a folder that only this user can enter, so other users cannot reach its
 administration, model list, or metrics. It has its own environment, because vLLM needs an older transformers.
@@ -6,6 +6,7 @@ administration, model list, or metrics. It has its own environment, because vLLM
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import shlex
@@ -13,7 +14,6 @@ import shutil
 import signal
 import subprocess
 import tempfile
-import threading
 import time
 from contextlib import suppress
 from dataclasses import dataclass
@@ -23,8 +23,10 @@ import httpx2 as httpx
 
 from mta.errors import ConfigError, MtaError
 from mta.serving.api.auth import ENV
+from mta.serving.engine import LATER, EngineGone
 from mta.system.atomic import owner_only
 
+log = logging.getLogger("mta")
 SLOT_RANK = 16  # default rank of vLLM's adapter slots (decision 012)
 _STARTUP_TIMEOUT = 600.0  # seconds: large models on slow disks
 _UNLIMITED = httpx.Limits(max_connections=None)
@@ -80,7 +82,6 @@ class Remote:
     url: str
     folder: Path
     key: str = ""
-    starts: int = 0
     up: bool = True
     lock: object = None  # held for the lifetime of this object
 
@@ -91,12 +92,16 @@ class Remote:
             return _over(self.url.removeprefix("unix:"), headers)
         return httpx.AsyncClient(base_url=self.url, headers=headers, limits=_UNLIMITED, timeout=30)
 
+    def gone(self) -> EngineGone:
+        """Return the error of a request that the server did not answer."""
+        return EngineGone("vLLM does not answer", hint=LATER)
+
     def stop(self) -> None:
         """Do nothing: the server keeps running."""
 
 
 class VllmServer:
-    """A server with its folder, in memory if possible; a thread restarts the server whenever it ends."""
+    """A server that this process starts once, with its folder, which is in memory if possible."""
 
     def __init__(self, settings: VllmSettings) -> None:
         if not shutil.which(settings.python):
@@ -108,15 +113,24 @@ class VllmServer:
         memory = Path("/dev/shm")
         self.folder = Path(tempfile.mkdtemp(prefix="mta-vllm-", dir=memory if memory.is_dir() else None))
         self.socket, self.log = self.folder / "socket", self.folder / "log"
-        self.starts = 0
-        self.up = False
-        self._ending = threading.Event()
         self._process: subprocess.Popen[bytes] | None = None
-        self._watch = threading.Thread(target=self._keep_up, name="mta-vllm", daemon=True)
+
+    @property
+    def up(self) -> bool:
+        """Whether the server was started and has not ended."""
+        return self._process is not None and self._process.poll() is None
 
     def client(self) -> httpx.AsyncClient:
         """Return a client of the server."""
         return _over(str(self.socket), {})
+
+    def gone(self) -> EngineGone:
+        """Return the error of a request that the server did not answer; log the exit status if the server ended."""
+        if self.up or self._process is None:
+            return EngineGone("vLLM does not answer", hint=LATER)
+        status = self._process.returncode
+        log.error("the vLLM server ended (exit status %s); its log, until the gateway stops: %s", status, self.log)
+        return EngineGone(f"the vLLM server ended (exit status {status})", hint="Restart the gateway:  mta serve")
 
     def start(self) -> None:
         """Start the server and wait until it is ready. Raises VllmNotStarted with the first error of its log."""
@@ -125,18 +139,13 @@ class VllmServer:
         except BaseException:
             self.stop()
             raise
-        self._watch.start()
 
     def stop(self) -> None:
         """Stop the server and delete its folder."""
-        self._ending.set()
         self._end()
-        if self._watch.ident:
-            self._watch.join()
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _run(self) -> None:
-        self.socket.unlink(missing_ok=True)
         with open(self.log, "wb", opener=owner_only) as log:
             self._process = subprocess.Popen(
                 self.settings.command(self.socket),
@@ -146,14 +155,12 @@ class VllmServer:
                 stderr=log,
                 start_new_session=True,  # a process group, so that child processes are stopped too
             )
-        self.starts += 1
         self._wait(self._process)
-        self.up = True
 
     def _wait(self, process: subprocess.Popen[bytes]) -> None:
         end = time.monotonic() + _STARTUP_TIMEOUT
         with httpx.Client(transport=httpx.HTTPTransport(uds=str(self.socket)), base_url="http://vllm") as client:
-            while process.poll() is None and time.monotonic() < end and not self._ending.is_set():
+            while process.poll() is None and time.monotonic() < end:
                 with suppress(httpx.HTTPError):
                     if self.socket.exists() and client.get("/health").status_code == 200:
                         return
@@ -162,19 +169,6 @@ class VllmServer:
             f"vLLM did not start (exit status {process.poll()}): {_reason(self.log)}",
             hint="Run this command to see the full log:  " + shlex.join(self.settings.command(Path("vllm.sock"))),
         )
-
-    def _keep_up(self) -> None:
-        while not self._ending.is_set():
-            assert self._process
-            self._process.wait()
-            self.up = False
-            try:
-                self._end()
-                if not self._ending.wait(1):
-                    self._run()
-            except (VllmNotStarted, OSError):  # stop what is left, then try again
-                self._end()
-        self._end()
 
     def _end(self) -> None:
         """Send SIGTERM to the server and its children, then SIGKILL to those still running."""

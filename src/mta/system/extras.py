@@ -1,0 +1,31 @@
+"""Optional packages: the extra of the distribution that installs each, and the error if a package is missing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from importlib.util import find_spec
+from types import MappingProxyType
+
+from mta.errors import MissingExtra
+
+EXTRAS: Mapping[str, tuple[str, ...]] = MappingProxyType(  # extra -> its packages, as in pyproject.toml
+    {
+        "assets": ("accelerate", "gguf"),
+        "eval": ("bm25s", "cma", "markdown-it-py", "matplotlib", "rouge-score", "scipy"),
+        "serve": ("fastapi", "httpx2", "prometheus-client", "uvicorn"),
+        "ray": ("ray",),
+        "tensorboard": ("tensorboard",),
+        "wandb": ("wandb",),
+        "trackio": ("trackio",),
+    }
+)
+
+
+def require(extra: str, *packages: str) -> None:
+    """Check that ``packages`` can be imported, or without names all packages of the extra. Raises MissingExtra."""
+    for package in packages or EXTRAS[extra]:
+        if find_spec(package.replace("-", "_")) is None:
+            raise MissingExtra(
+                f"{package} is not installed; it belongs to the extra {extra!r}",
+                hint=f"pip install 'merge-then-adapt[{extra}]'",
+            )
