@@ -19,7 +19,7 @@ from mta.errors import MissingExtra
 from mta.evaluation.methods.prime import Prime
 from mta.evaluation.metrics import Answers, measure
 from mta.evaluation.privacy.membership import rank_correlation
-from mta.evaluation.reports import figures, plots
+from mta.evaluation.reports import figures
 from mta.evaluation.statistics import student_t
 from mta.system.assets import fetch
 from mta.system.extras import EXTRAS
@@ -64,8 +64,7 @@ FEATURES = {
     "CMA-ES": ("eval", "cma", lambda: Prime().run(None, 0)),
     "Student's t": ("eval", "scipy", lambda: student_t(3)),
     "Spearman's correlation": ("eval", "scipy", lambda: rank_correlation(None, None, None)),
-    "a picture": ("eval", "matplotlib", lambda: plots.save(Path("picture"), lambda axes: None)),
-    "a figure": ("eval", "matplotlib", lambda: figures._drawn("name", "alt", 1, 1, lambda figure: None)),
+    "a picture": ("eval", "matplotlib", lambda: figures.Picture("alt", lambda axes: None).data_uri()),
     "an asset that is converted": ("assets", "gguf", lambda: fetch("smollm2-135m-instruct")),
     "a cluster": ("ray", "ray", lambda: Cluster("local")),
     **{f"--track {name}": (name, name, lambda name=name: tracker(name)) for name in SINKS},

@@ -21,7 +21,6 @@ from torch import Tensor
 from mta.evaluation.statistics import Interval
 from mta.personalize.merge import Merge
 from mta.system.atomic import written_aside
-from mta.system.extras import require
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
