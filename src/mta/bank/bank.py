@@ -26,8 +26,8 @@ from mta.lora.batch import LoraBatch
 from mta.lora.layers import Shared
 from mta.model.base import BaseModel
 from mta.model.encoders import Encoder, load_encoder
+from mta.system.progress import OnStep
 from mta.tracking.trackers import Track
-from mta.training.trainer import OnStep
 
 log = logging.getLogger("mta")
 

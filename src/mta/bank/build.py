@@ -29,12 +29,13 @@ from mta.model.base import BaseModel
 from mta.model.encoders import Encoder
 from mta.model.footprint import Numbers
 from mta.system.atomic import copy_file, make_folder, write_tensors, write_text
+from mta.system.progress import OnStep, Step
 from mta.tracking import run_folder
 from mta.tracking.run_folder import RunFolder
 from mta.tracking.trackers import Track
 from mta.training.checkpoint import Checkpoint
 from mta.training.plan import Plan, plan_cohorts
-from mta.training.trainer import Job, OnStep, Step
+from mta.training.trainer import Job
 
 _NO_WORK = {
     "merge",

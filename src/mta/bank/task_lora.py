@@ -10,9 +10,10 @@ from mta.data.history import Item, Person
 from mta.data.tasks.task import Task
 from mta.lora.batch import LoraBatch, fresh
 from mta.model.base import BaseModel
+from mta.system.progress import Step
 from mta.training.checkpoint import Checkpoint
 from mta.training.plan import plan_cohorts
-from mta.training.trainer import Job, Step, train_loras
+from mta.training.trainer import Job, train_loras
 
 
 def pooled_items(people: Sequence[Person], settings: TaskLoraSettings, seed: int) -> list[Item]:

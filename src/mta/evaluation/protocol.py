@@ -25,8 +25,9 @@ from mta.model.base import BaseModel
 from mta.model.encoders import Encoder, encode_people
 from mta.personalize.likelihoods import Evidence, gather_evidence, shots_of
 from mta.personalize.merge import Merge, fit_merge, frozen_numbers, needs_evidence
+from mta.system.progress import OnStep
 from mta.training.plan import Plan, plan_cohorts
-from mta.training.trainer import Job, OnStep
+from mta.training.trainer import Job
 
 log = logging.getLogger("mta")
 Ask = Literal["next", "last"]

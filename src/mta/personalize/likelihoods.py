@@ -13,8 +13,9 @@ from mta.data.tasks.task import Task
 from mta.lora.batch import LoraBatch, join
 from mta.lora.layers import Adapters, Shared
 from mta.model.base import BaseModel
+from mta.system.progress import OnStep, Step
 from mta.training.scoring import log_likelihood
-from mta.training.trainer import Job, OnStep, Step
+from mta.training.trainer import Job
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,8 @@ from mta.model.base import BaseModel
 from mta.model.footprint import Numbers
 from mta.personalize.likelihoods import Evidence, gather_evidence
 from mta.personalize.policies import POLICIES, Retrieved
-from mta.training.trainer import Job, OnStep, Step, train
+from mta.system.progress import OnStep, Step
+from mta.training.trainer import Job, train
 
 
 @dataclass(frozen=True, slots=True)

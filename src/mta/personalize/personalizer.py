@@ -32,8 +32,8 @@ from mta.store import Store
 from mta.store.exports import Export, adapter_parcel
 from mta.store.state import State
 from mta.system.hub import Repository
+from mta.system.progress import OnStep
 from mta.training.scoring import label_scores, log_likelihood
-from mta.training.trainer import OnStep
 
 Question = str | Mapping[str, str]
 log = logging.getLogger("mta")

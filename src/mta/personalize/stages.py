@@ -21,8 +21,9 @@ from mta.personalize.likelihoods import gather_evidence, shots_of, surprise, tar
 from mta.personalize.merge import Earlier, Merge, fit_merge, merged, needs_evidence
 from mta.store.state import Losses, State
 from mta.store.workspace import Work
+from mta.system.progress import OnStep, Step
 from mta.training.checkpoint import Checkpoint
-from mta.training.trainer import Job, OnStep, Step, train_loras
+from mta.training.trainer import Job, train_loras
 
 
 def adapt(
