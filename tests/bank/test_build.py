@@ -14,10 +14,9 @@ from conftest import TINY_RUN, HashEncoder, memory_for, people_of
 from safetensors.torch import load_file
 from tiny import base_of
 
-from mta.bank import format as files
 from mta.bank.bank import Bank
 from mta.bank.build import build_bank
-from mta.bank.format import Members, read_info, write_info
+from mta.bank.format import ANCHORS, Members, identity, read_info, seal, write_info
 from mta.config import Run, Training
 from mta.data.history import Person
 from mta.data.tasks import load_task
@@ -105,7 +104,7 @@ def test_how_long_it_took_is_no_part_of_a_banks_identity(built, tmp_path):
 def test_a_setting_that_is_new_in_mta_makes_no_other_bank_of_one_that_is_there(built, tmp_path):
     values = json.loads((built / "bank.json").read_text())
     del values["sha256"], values["run"]["gradient_checkpointing"]
-    write_json(tmp_path / "bank.json", values | {"sha256": files.seal(values)})
+    write_json(tmp_path / "bank.json", values | {"sha256": seal(values)})
     assert read_info(tmp_path).hash == read_info(built).hash
 
 
@@ -441,7 +440,7 @@ def test_anchors_begin_from_one_a_or_each_from_its_own(tmp_path):
     still = {"training": TINY_RUN.bank.training.model_copy(update={"steps": 0})}
     for start in ("same", "own"):
         folder = build(tmp_path / start, run=changed("bank", start=start, **still))
-        factors = [a for name, a in load_file(folder / files.ANCHORS).items() if a.shape[-2] == 2 and a.abs().sum() > 0]
+        factors = [a for name, a in load_file(folder / ANCHORS).items() if a.shape[-2] == 2 and a.abs().sum() > 0]
         assert factors
         assert all(torch.equal(a[0], a[1]) == (start == "same") for a in factors)
 
@@ -455,7 +454,7 @@ def test_a_finished_bank_takes_over_another_limit_of_answers_and_stays_the_same_
     assert (after.hash, after.work, after.files) == (before.hash, before.work, before.files)
     assert Bank.open(tmp_path / "bank", base).task == limited
     assert "answer_tokens" not in before.task
-    assert files.identity(after) == before.hash
+    assert identity(after) == before.hash
 
 
 @pytest.mark.parametrize(("group", "stage"), [("task_lora", "task LoRA"), ("bank", "anchors")])

@@ -19,8 +19,8 @@ from test_bank import BASE, HASHED, as_schema_1, people_of, rewritten
 from tiny import base_of
 from transformers import AutoModelForCausalLM
 
-from mta.bank import format as files
 from mta.bank.bank import Bank
+from mta.bank.format import file_hashes, mark_stale, published, read_info
 from mta.bank.publish import bank_folder, bank_parcel
 from mta.config import Run
 from mta.errors import AssetError, BankCorrupt, BankError, BankMismatch, HubError, InputError
@@ -117,7 +117,7 @@ def test_members_leave_when_they_are_asked_to_and_go_when_they_are_not(hub, bank
 
 
 def test_a_bank_of_schema_1_is_published_without_what_stood_in_its_description(hub, folder):
-    hashed = files.read_info(folder).members.hashed
+    hashed = read_info(folder).members.hashed
     as_schema_1(folder)
     bank = Bank.open(folder, BASE)
     bank.push_to_hub(NAME)
@@ -135,9 +135,7 @@ def test_a_place_of_this_machine_stays_here(hub, folder, tmp_path):
     run = json.loads((folder / "bank.json").read_text())["run"] | {"base": place, "encoder": place}
     adapter = folder / "task_lora" / "adapter_config.json"
     adapter.write_text(json.dumps(json.loads(adapter.read_text()) | {"base_model_name_or_path": place}))
-    rewritten(
-        folder, base=place, encoder=place, run=run, files=files.file_hashes(folder, files.read_info(folder).files)
-    )
+    rewritten(folder, base=place, encoder=place, run=run, files=file_hashes(folder, read_info(folder).files))
     bank = Bank.open(folder, BASE)
     bank.push_to_hub(NAME)
     assert str(tmp_path).encode() not in hub.arrived()
@@ -167,7 +165,7 @@ def test_only_the_files_of_a_bank_are_fetched(hub, bank):
 
 
 def test_a_bank_that_somebody_wants_to_be_forgotten_by_is_not_published(hub, bank):
-    files.mark_stale(bank.folder, "t2")
+    mark_stale(bank.folder, "t2")
     said = refused(BankError, bank.push_to_hub, NAME)
     assert said.startswith("somebody who asked to be forgotten is in the task LoRA of ")
     assert said.endswith("\n  Rebuild it without them:  mta bank build")
@@ -182,7 +180,7 @@ def test_a_damaged_bank_is_not_published(hub, bank):
 
 def test_a_sealed_file_that_is_no_banks_is_not_published(hub, folder):
     (folder / "task_lora" / "training_args.json").write_text("{}")
-    sealed = files.file_hashes(folder, [*files.read_info(folder).files, "task_lora/training_args.json"])
+    sealed = file_hashes(folder, [*read_info(folder).files, "task_lora/training_args.json"])
     rewritten(folder, files=sealed)
     said = refused(BankError, Bank.open(folder, BASE).push_to_hub, NAME)
     assert "holds task_lora/training_args.json, which is no bank's file: it is not published\n  Rebuild" in said
@@ -195,7 +193,7 @@ def test_a_public_repository_is_not_taken_for_a_private_one(hub, bank):
         f"{NAME} exists and is public, expected a private repository; nothing was sent\n  Give --public"
     )
     assert hub.repos[NAME].files == {}
-    assert files.published(bank.folder) == []
+    assert published(bank.folder) == []
     bank.push_to_hub(NAME, private=False)
     assert sorted(hub.repos[NAME].files) == SENT
 

@@ -12,8 +12,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from mta.bank import format as files
 from mta.bank.build import build_bank
+from mta.bank.format import INDEX, REBUILD, BankInfo, check_base, read_adapters, read_info, verify
 from mta.bank.publish import bank_folder, bank_parcel, publish_bank
 from mta.config import Run
 from mta.data.history import Person
@@ -41,7 +41,7 @@ class Bank:
     """
 
     folder: Path
-    info: files.BankInfo
+    info: BankInfo
     hash: str  # identity of the bank; states of people name it
     task: Task
     anchors: LoraBatch  # as stored, float32
@@ -121,17 +121,17 @@ class Bank:
         Raises BankMismatch when it was built for another base, BankCorrupt when files are missing or changed.
         """
         folder = Path(folder)
-        info = files.read_info(folder)
-        files.check_base(folder, info, base.name, base.fingerprint)
+        info = read_info(folder)
+        check_base(folder, info, base.name, base.fingerprint)
         try:
-            files.verify(folder, info, full=full)
+            verify(folder, info, full=full)
             task = with_limit(Task.model_validate(info.task))
-            vectors = load_file(folder / files.INDEX)["vectors"]
+            vectors = load_file(folder / INDEX)["vectors"]
         except (OSError, SafetensorError, ValueError, KeyError) as error:
-            raise BankCorrupt(f"{folder} cannot be read: {error}", hint=files.REBUILD) from None
-        anchors, pooled = files.read_adapters(folder, info)
+            raise BankCorrupt(f"{folder} cannot be read: {error}", hint=REBUILD) from None
+        anchors, pooled = read_adapters(folder, info)
         if len(vectors) != len(anchors) or anchors.shapes != base.targets:
-            raise BankCorrupt(f"{folder}: anchors, index and base do not fit together", hint=files.REBUILD)
+            raise BankCorrupt(f"{folder}: anchors, index and base do not fit together", hint=REBUILD)
         working = anchors.to(base.device, base.dtype)
         return cls(folder, info, info.hash, task, anchors, working, vectors, pooled and pooled.to(base.device))
 

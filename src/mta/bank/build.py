@@ -14,9 +14,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mta.bank import format as files
 from mta.bank.anchors import choose_anchors
 from mta.bank.card import card
+from mta.bank.format import (
+    ANCHORS,
+    INDEX,
+    INFO,
+    MEMBERS,
+    OURS,
+    SCHEMA,
+    TASK_LORA,
+    BankInfo,
+    Members,
+    file_hashes,
+    identity,
+    read_info,
+    write_info,
+    write_limit,
+)
 from mta.bank.worker import Anchors, BankWorker, Pool, anchor_start, open_worker, train_anchors, train_pool
 from mta.config import Run, parse_size
 from mta.data.history import Person
@@ -77,7 +92,7 @@ def build_bank(
     run = _as_built(run, base, task, encoder)
     work = _with_files(task_lora, work_key(base, task, encoder, task_people, candidates, run))
     if _finished(out, work):
-        return files.write_limit(out, task)
+        return write_limit(out, task)
     _begin(out, resume)
     kept = RunFolder(
         folder=out,
@@ -101,7 +116,7 @@ def build_bank(
         site.write(bank, vectors[chosen])
         secret = json.dumps([work, _digests(task_people, candidates)])  # work alone, which bank.json tells, is none
         ids = ([person.id for person in group] for group in (task_people, able, anchors))
-        site.finish(encoder, plan, [len(able[i].items) for i in chosen], files.Members.of(secret, *ids))
+        site.finish(encoder, plan, [len(able[i].items) for i in chosen], Members.of(secret, *ids))
     _tidy(out)  # what a build has that ends before this, the next one removes
 
 
@@ -133,7 +148,7 @@ class _Build:
         settings = self.run.task_lora
         if not settings.enabled:
             return None
-        folder = self.out / files.TASK_LORA
+        folder = self.out / TASK_LORA
         if self.given and not self._done("task"):
             for left in folder.glob(f".*.{'[0-9a-f]' * 32}"):  # of a copy that was killed
                 left.unlink()
@@ -198,8 +213,8 @@ class _Build:
 
     def write(self, bank: LoraBatch, vectors: Tensor) -> None:
         """The anchors and their index."""
-        write_tensors(self.out / files.ANCHORS, bank.tensors(), {"scale": repr(bank.scale)})
-        write_tensors(self.out / files.INDEX, {"vectors": vectors.contiguous()})
+        write_tensors(self.out / ANCHORS, bank.tensors(), {"scale": repr(bank.scale)})
+        write_tensors(self.out / INDEX, {"vectors": vectors.contiguous()})
 
     def _elsewhere(self, pooled: LoraBatch | None) -> Callable[[], BankWorker]:
         on_cpu = pooled and pooled.to(torch.device("cpu"))
@@ -210,15 +225,15 @@ class _Build:
         work = hashlib.sha256(f"{self.work}/{plan}/{name}".encode()).hexdigest()
         return Checkpoint(self.out / "work" / f"{name}.{kind}", work)
 
-    def finish(self, encoder: Encoder, plan: Plan, items: Sequence[int], members: files.Members) -> None:
+    def finish(self, encoder: Encoder, plan: Plan, items: Sequence[int], members: Members) -> None:
         """Write the description last: a folder with ``bank.json`` is whole."""
         self.cut["items left out"] = sum(max(n - self.run.bank.max_items, 0) for n in items)
         self.kept.outcome = {"anchors": len(items), "items": sum(items), **self.cut}
-        names = [files.ANCHORS, files.INDEX]
+        names = [ANCHORS, INDEX]
         if self.run.task_lora.enabled:
-            names += [f"{files.TASK_LORA}/{file.name}" for file in sorted((self.out / files.TASK_LORA).iterdir())]
-        info = files.BankInfo(
-            version=files.SCHEMA,
+            names += [f"{TASK_LORA}/{file.name}" for file in sorted((self.out / TASK_LORA).iterdir())]
+        info = BankInfo(
+            version=SCHEMA,
             base=self.base.name,
             base_fingerprint=self.base.fingerprint,
             base_note=self.base.note,
@@ -232,12 +247,12 @@ class _Build:
             cut=self.cut,
             seconds=run_folder.seconds_of(self.out, self.work),
             members=members,
-            files=files.file_hashes(self.out, names),
+            files=file_hashes(self.out, names),
             hash="",  # of all the rest
         )
-        info = info.model_copy(update={"hash": files.identity(info)})
+        info = info.model_copy(update={"hash": identity(info)})
         write_text(self.out / "README.md", card(info))
-        files.write_info(self.out, info)
+        write_info(self.out, info)
 
     def _reporter(self, stage: str) -> Callable[[Step], None]:
         self.kept.stage_begins()
@@ -260,7 +275,7 @@ def _with_files(folder: Path | None, work: str) -> str:
     """The key of work that begins from the files of a folder."""
     if folder is None:
         return work
-    hashes = files.file_hashes(folder, sorted(file.name for file in folder.iterdir()))
+    hashes = file_hashes(folder, sorted(file.name for file in folder.iterdir()))
     return hashlib.sha256(json.dumps([work, hashes]).encode()).hexdigest()
 
 
@@ -294,11 +309,11 @@ def _by_id(people: Sequence[Person]) -> list[Person]:
 def _tidy(out: Path) -> None:
     """Remove the work folder, and what killed runs had written aside and never renamed."""
     names = (
-        files.INFO,
-        files.MEMBERS,
-        files.ANCHORS,
-        files.INDEX,
-        files.TASK_LORA,
+        INFO,
+        MEMBERS,
+        ANCHORS,
+        INDEX,
+        TASK_LORA,
         "README.md",
         run_folder.RUN,
         run_folder.CONFIG,
@@ -312,15 +327,15 @@ def _tidy(out: Path) -> None:
 
 def _finished(out: Path, work: str) -> bool:
     """Whether this very bank is there. Raises BankError if another one is, or what is no bank at all."""
-    if (out / files.INFO).exists():
-        if files.read_info(out).work == work:
+    if (out / INFO).exists():
+        if read_info(out).work == work:
             _tidy(out)
             return True
         raise BankError(
             f"{out} holds a bank built from other people, another base or other settings",
             hint=f"Choose another folder with --out, or remove it first: rm -r {out}",
         )
-    if other := sorted(path.name for path in out.glob("[!.]*") if path.name not in files.OURS):
+    if other := sorted(path.name for path in out.glob("[!.]*") if path.name not in OURS):
         raise BankError(
             f"{out} holds something that is no bank's: {other[0]}", hint="Choose an empty or a new folder with --out."
         )

@@ -11,17 +11,30 @@ import json
 from pathlib import Path
 from typing import Any
 
-from mta.bank import format as files
 from mta.bank.card import card, table_of
+from mta.bank.format import (
+    ANCHORS,
+    INDEX,
+    INFO,
+    MEMBERS,
+    TASK_LORA,
+    BankInfo,
+    note_published,
+    read_description,
+    read_info,
+    seal,
+    stale,
+    verify,
+)
 from mta.errors import BankCorrupt, BankError, HubError, InputError
 from mta.lora.peft import CONFIG, WEIGHTS
 from mta.system.assets import ASSETS
 from mta.system.hub import Parcel, Repository, is_hub_id, snapshot
 
 CARD = "README.md"
-_ADAPTER = f"{files.TASK_LORA}/{CONFIG}"
-_SEALED = (files.ANCHORS, files.INDEX, _ADAPTER, f"{files.TASK_LORA}/{WEIGHTS}")
-_ALL = (*_SEALED, files.INFO, files.MEMBERS, CARD)
+_ADAPTER = f"{TASK_LORA}/{CONFIG}"
+_SEALED = (ANCHORS, INDEX, _ADAPTER, f"{TASK_LORA}/{WEIGHTS}")
+_ALL = (*_SEALED, INFO, MEMBERS, CARD)
 
 
 def bank_parcel(
@@ -32,8 +45,8 @@ def bank_parcel(
     ``results`` is the results.json of ``mta evaluate --out``, for the card. Raises BankError where somebody asked to be
     forgotten or the bank holds what is no bank's; BankCorrupt, InputError.
     """
-    info = files.read_info(folder)
-    if parts := files.stale(folder):
+    info = read_info(folder)
+    if parts := stale(folder):
         raise BankError(
             f"somebody who asked to be forgotten is in the {' and the '.join(parts)} of {folder}: it is not published",
             hint="Rebuild it without them:  mta bank build",
@@ -44,17 +57,15 @@ def bank_parcel(
             hint="Rebuild the bank with this mta:  mta bank build",
         )
     if with_members and info.members.hashed is None:
-        raise BankError(f"{folder} has no {files.MEMBERS} to publish", hint="Publish it without them.")
-    files.verify(folder, info, full=True)
+        raise BankError(f"{folder} has no {MEMBERS} to publish", hint="Publish it without them.")
+    verify(folder, info, full=True)
     quoted = _quoted(results, info) if results else ""
     sent: dict[str, Path | bytes] = {name: folder / name for name in info.files}
     if with_members and info.members.hashed:
-        sent[files.MEMBERS] = info.members.hashed.to_bytes()
+        sent[MEMBERS] = info.members.hashed.to_bytes()
     values = _portable(folder, sent)
-    sent[files.INFO] = (
-        json.dumps(values | {"sha256": files.seal(values)}, indent=1, ensure_ascii=False) + "\n"
-    ).encode()
-    told = files.BankInfo.model_validate(values)
+    sent[INFO] = (json.dumps(values | {"sha256": seal(values)}, indent=1, ensure_ascii=False) + "\n").encode()
+    told = BankInfo.model_validate(values)
     sent[CARD] = card(told, place, quoted, license).encode()
     return Parcel(dict(sorted(sent.items())), _facts(told, license, with_members))
 
@@ -65,7 +76,7 @@ def publish_bank(folder: Path, place: str, parcel: Parcel, *, private: bool = Tr
     The folder notes where, so that ``mta forget`` can name the copy there.
     """
     repository = Repository.begin(place, private=private, token=token)
-    files.note_published(folder, repository.url)  # before it is there: one too many can be looked for
+    note_published(folder, repository.url)  # before it is there: one too many can be looked for
     repository.send(parcel, "Publish a bank of mta", ours=_ALL)
     return repository.url
 
@@ -79,19 +90,19 @@ def bank_folder(name: str | Path, revision: str | None = None, token: str | None
         return Path(name)
     repo = str(name)
     try:  # the description first: else a repository of whole models would be fetched to see
-        first = snapshot(repo, [files.INFO], revision, token)
+        first = snapshot(repo, [INFO], revision, token)
     except HubError as error:
         beside = "" if revision else f" There is no folder {repo} here either; to build one: mta bank build --help"
         raise HubError(error.message, hint=error.hint + beside) from None
-    if not (first / files.INFO).exists():
+    if not (first / INFO).exists():
         raise BankCorrupt(
-            f"there is no folder {repo}, and {repo!r} on the hub is no bank: it has no {files.INFO}",
+            f"there is no folder {repo}, and {repo!r} on the hub is no bank: it has no {INFO}",
             hint="Check the name.",
         )
     try:
-        info = files.read_info(first)
+        info = read_info(first)
         folder = snapshot(repo, [name for name in _ALL if name not in _SEALED or name in info.files], first.name, token)
-        files.verify(folder, files.read_info(folder))
+        verify(folder, read_info(folder))
     except BankCorrupt as error:
         again = f"Remove it from the hub's cache and try again:  hf cache rm model/{repo}"
         raise BankCorrupt(f"{repo!r} came damaged from the hub: {error.message}", hint=again) from None
@@ -103,8 +114,8 @@ def _portable(folder: Path, sent: dict[str, Path | bytes]) -> dict[str, Any]:
 
     A base or an encoder that lies in a folder here is called by the folder's name alone.
     """
-    values, inside = files.read_description(folder)
-    if inside and files.MEMBERS not in sent:  # of schema 1, whose key is made of what the description tells
+    values, inside = read_description(folder)
+    if inside and MEMBERS not in sent:  # of schema 1, whose key is made of what the description tells
         values["members"] = values["members"] | {"sha256": ""}
     run = values["run"] = dict(values["run"]) | {"device": "auto"}
     if Path(run["base"]).is_absolute():
@@ -119,7 +130,7 @@ def _portable(folder: Path, sent: dict[str, Path | bytes]) -> dict[str, Any]:
     return values
 
 
-def _facts(info: files.BankInfo, license: str, with_members: bool) -> dict[str, str]:
+def _facts(info: BankInfo, license: str, with_members: bool) -> dict[str, str]:
     """What to know before it leaves."""
     members = info.members
     asset = ASSETS.get(info.base)
@@ -133,12 +144,12 @@ def _facts(info: files.BankInfo, license: str, with_members: bool) -> dict[str, 
         "people": "no id and no text is in these files, but weights tell: every anchor's meta-LoRA is there at full "
         "strength, and whether an item was among its texts can be told better than by guessing "
         "(docs/explanation/privacy.md)",
-        "counts": f"{files.INFO} tells how many items each anchor had, the wording of the task and all settings",
-        "members": f"{files.MEMBERS} leaves too: {guess}" if with_members else f"stay here ({files.MEMBERS}): {guess}",
+        "counts": f"{INFO} tells how many items each anchor had, the wording of the task and all settings",
+        "members": f"{MEMBERS} leaves too: {guess}" if with_members else f"stay here ({MEMBERS}): {guess}",
     }
 
 
-def _quoted(path: Path, info: files.BankInfo) -> str:
+def _quoted(path: Path, info: BankInfo) -> str:
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
         table, seconds = table_of(results), results.get("meta", {}).get("bank_seconds")

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from mta.bank.bank import Bank
-from mta.bank.card import adapter_card
 from mta.config import Run
 from mta.data.history import Item, Person
 from mta.distributed.executor import Executor, LocalExecutor
@@ -25,6 +24,7 @@ from mta.model.base import BaseModel
 from mta.model.encoders import Encoder
 from mta.model.generate import generate
 from mta.personalize.adapters import Nobody, Who, row_adapters, whole_adapter
+from mta.personalize.card import adapter_card
 from mta.personalize.forgetting import Forgotten, forget_person
 from mta.personalize.pipeline import Personalized, Pipeline, Updated
 from mta.personalize.states import States

@@ -32,15 +32,10 @@ from mta.training.packing import Row, collate, fitting, pack
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One adapter to train: ``key`` identifies the adapter, ``examples`` are its training data.
-
-    ``alternatives`` holds, for each example, the same prompt with every label of the task, to be scored as evidence but
-    not trained on. It is empty if answers are free text.
-    """
+    """One adapter to train: ``key`` identifies the adapter, ``examples`` are its training data."""
 
     key: str
     examples: Sequence[Example]
-    alternatives: Sequence[Sequence[Example]] = ()
 
 
 Build = Callable[[Mapping[str, Tensor], Tensor], Adapters]
