@@ -109,7 +109,7 @@ def test_the_encoder_must_have_the_weights_the_anchors_were_placed_with(folder):
         other.encoder(BASE)
     assert str(caught.value) == (
         f"encoder 'base' has other weights (sha256 {BASE.fingerprint[:8]}…) than when the bank was built (ffffffff…)\n"
-        "  Load the encoder the bank was built with, or rebuild the bank."
+        "  Load the encoder that the bank was built with, or rebuild the bank."
     )
 
 
@@ -122,8 +122,8 @@ def test_another_base_is_refused(folder):
         Bank.open(folder, other)
     assert str(caught.value) == (
         f"{folder} was built for base 'tiny-llama' (sha256 {BASE.fingerprint[:8]}…), "
-        f"but the base here is 'tiny-qwen3' (sha256 {other.fingerprint[:8]}…)\n"
-        "  A bank works only with the base it was trained on. Load that base, or rebuild:  "
+        f"but the loaded base is 'tiny-qwen3' (sha256 {other.fingerprint[:8]}…)\n"
+        "  A bank works only with the base that it was trained on. Load that base, or rebuild:  "
         "mta bank build --base tiny-qwen3"
     )
 
@@ -146,13 +146,13 @@ def test_a_missing_file_is_named(folder, name):
 def test_a_folder_that_is_not_there_is_no_bank(tmp_path):
     assert corrupt(tmp_path / "no") == (
         f"no bank at {tmp_path / 'no'}: bank.json is missing\n"
-        "  Give its folder (--bank FOLDER), or build one: mta bank build --help"
+        "  Give the folder of a bank (--bank FOLDER), or build a bank: mta bank build --help"
     )
 
 
 def test_a_file_is_no_bank(tmp_path):
     (tmp_path / "bank").write_text("")
-    assert corrupt(tmp_path / "bank").startswith(f"{tmp_path / 'bank' / 'bank.json'} is not a bank's description: ")
+    assert corrupt(tmp_path / "bank").startswith(f"{tmp_path / 'bank' / 'bank.json'} does not describe a bank: ")
 
 
 @pytest.mark.parametrize("name", HASHED)
@@ -162,14 +162,14 @@ def test_a_changed_file_is_named_with_both_hashes(folder, name):
     assert corrupt(folder) == (
         f"{folder / name} was changed or cut short: its sha256 is {found[:12]}…, "
         f"bank.json says {read_info(folder).files[name][:12]}…\n"
-        "  Copy the bank anew from where it came from, or rebuild it: mta bank build"
+        "  Copy the bank again from its source, or rebuild it: mta bank build"
     )
 
 
 def test_a_changed_description_is_noticed(folder):
     path = folder / "bank.json"
     path.write_text(path.read_text().replace('"policy": "posterior"', '"policy": "uniform"'))
-    assert corrupt(folder).startswith(f"{path} was changed: its own sha256 does not fit what it says\n")
+    assert corrupt(folder).startswith(f"{path} was changed: its sha256 does not match its content\n")
 
 
 @settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -219,13 +219,13 @@ def test_a_bank_of_another_schema_version_is_refused(folder):
     rewritten(folder, version=3)
     assert corrupt(folder) == (
         f"{folder / 'bank.json'} has schema version 3; this mta reads versions 1 and 2\n"
-        "  Rebuild the bank, or use the mta that wrote it."
+        "  Rebuild the bank, or use the version of mta that wrote it."
     )
 
 
 def test_a_description_with_a_word_nobody_knows_is_refused(folder):
     rewritten(folder, colour="red")
-    assert corrupt(folder).startswith(f"{folder / 'bank.json'} is not a bank's description: 1 validation error")
+    assert corrupt(folder).startswith(f"{folder / 'bank.json'} does not describe a bank: 1 validation error")
 
 
 def test_a_description_of_a_task_nobody_can_read_is_refused(folder):
@@ -245,7 +245,7 @@ def test_files_that_do_not_fit_together_are_refused(folder):
     """Every hash is right, but the index is of two people."""
     save_file({"vectors": torch.zeros(2, 8)}, folder / "index.safetensors")
     rewritten(folder, files=file_hashes(folder, HASHED))
-    assert corrupt(folder).startswith(f"{folder}: anchors, index and base do not fit together\n")
+    assert corrupt(folder).startswith(f"{folder}: anchors, index, and base do not match\n")
 
 
 @pytest.mark.parametrize(
@@ -302,7 +302,7 @@ def test_a_bank_of_schema_1_is_read_as_it_is(folder):
     assert mark_stale(folder, "t2") == ["task LoRA"]
     assert (folder / "bank.json").read_bytes() == written
     rewritten(folder, members={"key": "00"})
-    assert "is not a bank's description: 3 validation errors for Hashed" in corrupt(folder)
+    assert "does not describe a bank: 3 validation errors for Hashed" in corrupt(folder)
 
 
 # -- checked once ------------------------------------------------------------------------------------------------------

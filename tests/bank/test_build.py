@@ -269,7 +269,7 @@ def test_a_build_that_is_to_start_anew_does(built, tmp_path, monkeypatch):
 
 def test_a_folder_with_other_things_in_it_is_refused(tmp_path):
     (tmp_path / "thesis.txt").write_text("years of work")
-    with pytest.raises(BankError, match=r"holds something that is no bank's: thesis.txt\n  Choose an empty"):
+    with pytest.raises(BankError, match=r"holds thesis.txt, which does not belong to a bank\n  Choose an empty"):
         build(tmp_path, resume=False)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 

@@ -167,7 +167,7 @@ def test_only_the_files_of_a_bank_are_fetched(hub, bank):
 def test_a_bank_that_somebody_wants_to_be_forgotten_by_is_not_published(hub, bank):
     mark_stale(bank.folder, "t2")
     said = refused(BankError, bank.push_to_hub, NAME)
-    assert said.startswith("somebody who asked to be forgotten is in the task LoRA of ")
+    assert said.startswith("a forgotten person is in the task LoRA of ")
     assert said.endswith("\n  Rebuild it without them:  mta bank build")
     assert hub.requests == []
 
@@ -183,7 +183,10 @@ def test_a_sealed_file_that_is_no_banks_is_not_published(hub, folder):
     sealed = file_hashes(folder, [*read_info(folder).files, "task_lora/training_args.json"])
     rewritten(folder, files=sealed)
     said = refused(BankError, Bank.open(folder, BASE).push_to_hub, NAME)
-    assert "holds task_lora/training_args.json, which is no bank's file: it is not published\n  Rebuild" in said
+    assert (
+        "holds task_lora/training_args.json, which does not belong to a bank: the bank is not published\n  Rebuild"
+        in said
+    )
 
 
 def test_a_public_repository_is_not_taken_for_a_private_one(hub, bank):
@@ -217,7 +220,7 @@ def test_a_bank_that_comes_damaged_is_refused(hub, bank, bend):
     bank.push_to_hub(NAME)
     hub.bent["index.safetensors"] = bend(hub.repos[NAME].files["index.safetensors"])
     said = refused((BankCorrupt, HubError), Bank.from_pretrained, NAME, BASE)
-    if "came damaged" in said:  # else the client has seen itself that it is too short
+    if "is damaged" in said:  # otherwise the hub's client noticed that the file is too short
         assert f"hf cache rm model/{NAME}" in said
     else:
         assert f"{NAME!r} cannot be downloaded from the hub" in said
@@ -226,7 +229,9 @@ def test_a_bank_that_comes_damaged_is_refused(hub, bank, bend):
 def test_a_torn_bank_on_the_hub_is_refused(hub, bank):
     bank.push_to_hub(NAME)
     hub.repos[NAME].commit({name: data[:99] for name, data in hub.repos[NAME].files.items()})
-    assert refused(BankCorrupt, Bank.from_pretrained, NAME, BASE).startswith(f"{NAME!r} came damaged from the hub: ")
+    assert refused(BankCorrupt, Bank.from_pretrained, NAME, BASE).startswith(
+        f"the download of {NAME!r} from the hub is damaged: "
+    )
     hub.repos[NAME].commit({"bank.json": (bank.folder / "bank.json").read_bytes()})
     assert "is missing" in refused(BankCorrupt, Bank.from_pretrained, NAME, BASE)
 
@@ -241,7 +246,8 @@ def test_what_is_no_bank_is_told_before_its_weights_are_fetched(hub):
     hub.repos[NAME].commit({"model.safetensors": b"0" * 1000})
     said = refused(BankCorrupt, bank_folder, NAME)
     assert (
-        said == f"there is no folder {NAME}, and {NAME!r} on the hub is no bank: it has no bank.json\n  Check the name."
+        said
+        == f"there is no folder {NAME}, and {NAME!r} on the hub is not a bank: it has no bank.json\n  Check the name."
     )
     assert not any("model.safetensors" in path for _, path in hub.requests)
 
@@ -282,11 +288,11 @@ def test_the_parcel_says_what_would_leave_and_sends_nothing(hub, bank):
     parcel = bank_parcel(bank.folder, NAME)
     assert sorted(parcel.sizes()) == SENT
     assert parcel.sizes()["anchors.safetensors"] == (bank.folder / "anchors.safetensors").stat().st_size
-    assert parcel.facts["license"].startswith("none said")
-    assert parcel.facts["members"].startswith("stay here (members.json): whoever has them and their key can test")
+    assert parcel.facts["license"].startswith("none (--license)")
+    assert parcel.facts["members"].startswith("not sent (members.json): readers of this file can test")
     assert "4 people behind the task LoRA, 12 candidates and 3 anchors" in parcel.facts["data"]
     assert hub.requests == []
-    assert bank_parcel(bank.folder, NAME, with_members=True).facts["members"].startswith("members.json leaves too: ")
+    assert bank_parcel(bank.folder, NAME, with_members=True).facts["members"].startswith("members.json is sent too: ")
 
 
 def results_of(bank, **meta) -> dict:
@@ -338,7 +344,7 @@ def test_the_base_of_a_card_is_its_id_on_the_hub(folder):
 def test_results_that_are_none_are_refused(bank, tmp_path, written):
     (tmp_path / "r.json").write_text(written)
     said = refused(InputError, bank_parcel, bank.folder, NAME, results=tmp_path / "r.json")
-    assert said.startswith(f"{tmp_path / 'r.json'} cannot be quoted on the card: ")
+    assert said.startswith(f"{tmp_path / 'r.json'} cannot be shown on the card: ")
     assert said.endswith("\n  Give the results.json of:  mta evaluate people.jsonl --bank bank/ --out results/")
 
 
