@@ -216,7 +216,7 @@ def test_rows_with_updates_of_their_own_equal_plain_products(rows, d, o, ranks, 
     x, w, c, a, b, gates, p, q = (torch.randn(shape, generator=draw, dtype=torch.float64) for shape in shapes)
 
     def adapted_rows(x, w, c, a, b, gates, p, q):
-        return AdaptedRows(w, c, (a, b), gates, (p, q), AdaptedRows.room_for(gates, (p, q)))(x)
+        return AdaptedRows(w, c, (a, b), gates, (p, q), AdaptedRows.buffers_for(gates, (p, q)))(x)
 
     found = adapted_rows(x, w, c if bias else None, a, b, gates, p, q)
     expected = x @ w.T + (c if bias else 0) + (gates[:, None] * (x @ a.T)) @ b.T + (x @ p.mT) @ q

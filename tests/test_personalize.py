@@ -371,7 +371,7 @@ def test_histories_are_kept_only_when_asked_for(tiny, tmp_path):
 
 def test_a_question_that_was_shortened_is_told(known, caplog):
     known.generate([("x0", {"title": "long " * 400, "genres": "Drama"})], max_new_tokens=2)
-    assert caplog.messages == ["1 of 1 questions were too long and lost the end of their text"]
+    assert caplog.messages == ["1 of 1 questions were too long: the end of their text was cut off"]
 
 
 # -- using it ----------------------------------------------------------------------------------------------------------
