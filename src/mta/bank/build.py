@@ -43,7 +43,7 @@ from mta.data.tasks.task import Task
 from mta.distributed.executor import Executor, LocalExecutor, Outcome
 from mta.errors import BankError
 from mta.lora.batch import LoraBatch, stack
-from mta.lora.peft import read_peft, write_peft
+from mta.lora.peft import CARD, read_peft, write_peft
 from mta.model.base import BaseModel
 from mta.model.encoders import Encoder
 from mta.model.footprint import Numbers
@@ -156,13 +156,13 @@ class _Build:
             self._mark("task")
         if not self._done("task"):
             pool = Pool(self.task, tuple(people))
-            report = self._reporter("task LoRA")
+            self.record.stage_begins()
             checkpoint = partial(self._checkpoint, "")
-            local = BankWorker(self.base, self.run, None, checkpoint, lambda _, step: report(step))
+            local = BankWorker(self.base, self.run, None, checkpoint, self.record.step)
             (found,) = self.executor.run(train_pool, [pool], local, self._remote_worker(None))
             write_peft(folder, _trained(found), self.base.name, fan_in_fan_out=self.base.fan_in_fan_out)
             if not self.executor.in_process:
-                report(Step(1, 1, 1, 1))
+                self.record.step("task LoRA", Step(1, 1, 1, 1))
             self._mark("task")
             checkpoint(pool.name).remove()
         return read_peft(folder).to(self.base.device)
@@ -197,8 +197,9 @@ class _Build:
         checkpoint = partial(self._checkpoint, plan.digest)
         results = {piece.name: checkpoint(piece.name, "safetensors") for piece in pieces}
         trained = {name: saved[0] for name, result in results.items() if (saved := result.load())}
-        report, done = self._reporter("anchors"), sum(len(piece) for piece in pieces if piece.name in trained)
-        local = BankWorker(self.base, self.run, pooled, checkpoint, lambda _, step: report(step))
+        done = sum(len(piece) for piece in pieces if piece.name in trained)
+        self.record.stage_begins()
+        local = BankWorker(self.base, self.run, pooled, checkpoint, self.record.step)
         missing = [piece for piece in pieces if piece.name not in trained]
         for found in self.executor.run(train_anchors, missing, local, self._remote_worker(pooled)):
             name = found.piece.name
@@ -207,7 +208,7 @@ class _Build:
             checkpoint(name).remove()
             done += len(found.piece)
             if not self.executor.in_process:
-                report(Step(len(trained), len(found.piece), done, len(jobs)))
+                self.record.step("anchors", Step(len(trained), len(found.piece), done, len(jobs)))
         return stack(LoraBatch.of_tensors(trained[piece.name], self.run.bank.lora.scale) for piece in pieces)
 
     def write(self, bank: LoraBatch, vectors: Tensor) -> None:
@@ -251,12 +252,8 @@ class _Build:
             hash="",  # set below: a hash of the other fields
         )
         info = info.model_copy(update={"hash": identity(info)})
-        write_text(self.out / "README.md", card(info))
+        write_text(self.out / CARD, card(info))
         write_info(self.out, info)
-
-    def _reporter(self, stage: str) -> Callable[[Step], None]:
-        self.record.stage_begins()
-        return partial(self.record.step, stage)
 
     def _done(self, stage: str) -> bool:
         marker = self.out / "work" / f"{stage}.done"

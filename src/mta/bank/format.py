@@ -20,7 +20,7 @@ from mta.data.tasks.load import with_limit
 from mta.data.tasks.task import Task
 from mta.errors import BankCorrupt, BankError, BankMismatch
 from mta.lora.batch import LoraBatch
-from mta.lora.peft import read_peft
+from mta.lora.peft import CARD, CONFIG, WEIGHTS, read_peft
 from mta.system.assets import cache_dir
 from mta.system.atomic import file_mode, file_sha256, read_json, write_json, written_aside
 from mta.tracking import run_folder
@@ -33,7 +33,11 @@ INDEX = "index.safetensors"
 TASK_LORA = "task_lora"
 STALE = "needs-rebuild.json"
 PUBLISHED = "published.json"
-OURS = {INFO, MEMBERS, ANCHORS, INDEX, TASK_LORA, STALE, PUBLISHED, "README.md", "work"} | run_folder.NAMES
+ADAPTER = f"{TASK_LORA}/{CONFIG}"
+SEALED = (ANCHORS, INDEX, ADAPTER, f"{TASK_LORA}/{WEIGHTS}")  # the files whose hashes bank.json holds
+OURS = {INFO, MEMBERS, ANCHORS, INDEX, TASK_LORA, STALE, PUBLISHED, CARD, "work"} | run_folder.NAMES
+REBUILD = "Copy the bank again from its source, or rebuild it: mta bank build"
+_WAIT = 60.0  # seconds for another process to write one small file
 
 
 class Hashed(BaseModel):
@@ -207,10 +211,6 @@ def _read_members(path: Path, sha256: str) -> Hashed | None:
     except (OSError, ValueError) as error:
         raise BankCorrupt(f"{path} cannot be read: {str(error).splitlines()[0]}", hint=REBUILD) from None
     raise BankCorrupt(_changed(path, found, sha256), hint=REBUILD)
-
-
-_WAIT = 60.0  # seconds for another process to write one small file
-REBUILD = "Copy the bank again from its source, or rebuild it: mta bank build"
 
 
 def file_hashes(folder: Path, names: Sequence[str]) -> dict[str, str]:

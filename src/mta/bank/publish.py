@@ -13,11 +13,10 @@ from typing import Any
 
 from mta.bank.card import card, table_of
 from mta.bank.format import (
-    ANCHORS,
-    INDEX,
+    ADAPTER,
     INFO,
     MEMBERS,
-    TASK_LORA,
+    SEALED,
     BankInfo,
     note_published,
     read_description,
@@ -27,14 +26,11 @@ from mta.bank.format import (
     verify,
 )
 from mta.errors import BankCorrupt, BankError, HubError, InputError
-from mta.lora.peft import CONFIG, WEIGHTS
+from mta.lora.peft import CARD
 from mta.system.assets import ASSETS
 from mta.system.hub import Parcel, Repository, is_hub_id, snapshot
 
-CARD = "README.md"
-_ADAPTER = f"{TASK_LORA}/{CONFIG}"
-_SEALED = (ANCHORS, INDEX, _ADAPTER, f"{TASK_LORA}/{WEIGHTS}")
-_ALL = (*_SEALED, INFO, MEMBERS, CARD)
+_ALL = (*SEALED, INFO, MEMBERS, CARD)
 
 
 def bank_parcel(
@@ -51,7 +47,7 @@ def bank_parcel(
             f"a forgotten person is in the {' and the '.join(parts)} of {folder}: the bank is not published",
             hint="Rebuild the bank without that person:  mta bank build",
         )
-    if foreign := sorted(set(info.files) - set(_SEALED)):
+    if foreign := sorted(set(info.files) - set(SEALED)):
         raise BankError(
             f"{folder} holds {foreign[0]}, which does not belong to a bank: the bank is not published",
             hint="Rebuild the bank with this version of mta:  mta bank build",
@@ -101,7 +97,7 @@ def bank_folder(name: str | Path, revision: str | None = None, token: str | None
         )
     try:
         info = read_info(first)
-        folder = snapshot(repo, [name for name in _ALL if name not in _SEALED or name in info.files], first.name, token)
+        folder = snapshot(repo, [name for name in _ALL if name not in SEALED or name in info.files], first.name, token)
         verify(folder, read_info(folder))
     except BankCorrupt as error:
         hint = f"Remove the download from the hub's cache and try again:  hf cache rm model/{repo}"
@@ -120,11 +116,11 @@ def _portable(folder: Path, sent: dict[str, Path | bytes]) -> dict[str, Any]:
     run = values["run"] = dict(values["run"]) | {"device": "auto"}
     if Path(run["base"]).is_absolute():
         values["base"] = run["base"] = Path(run["base"]).name
-        if _ADAPTER in sent:
-            adapter = json.loads((folder / _ADAPTER).read_text(encoding="utf-8"))
+        if ADAPTER in sent:
+            adapter = json.loads((folder / ADAPTER).read_text(encoding="utf-8"))
             data = json.dumps(adapter | {"base_model_name_or_path": run["base"]}, indent=2).encode() + b"\n"
-            sent[_ADAPTER], digest = data, hashlib.sha256(data).hexdigest()
-            values["files"] = values["files"] | {_ADAPTER: digest}
+            sent[ADAPTER], digest = data, hashlib.sha256(data).hexdigest()
+            values["files"] = values["files"] | {ADAPTER: digest}
     if Path(run["encoder"]).is_absolute():
         values["encoder"] = run["encoder"] = Path(run["encoder"]).name
     return values

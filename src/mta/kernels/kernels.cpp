@@ -1,4 +1,4 @@
-// The operations of a transformer between its matrix products, each in one pass over memory, for float, double, bfloat16.
+// A transformer's operations between its matrix products, each in one pass over memory, for float, double, bfloat16.
 //
 // Plain C functions over contiguous arrays; sums are in float (in double for double). ``mta.kernels.functions`` calls
 // them and documents each. ``mta.kernels.compile`` compiles this file on first use.
@@ -109,7 +109,7 @@ void spread(T* out, const T* x, const int64_t* slots, int64_t tokens, int64_t gr
 
 constexpr int64_t COLUMNS = 1024;  // numbers of a token that are summed at a time, on the stack
 
-// The gradient of gather and of spread: out[t] = sum of x at the slots of token t, slots[starts[t] : starts[t + 1]] of G * n
+// Gradient of gather and spread: out[t] = sum of x at the slots of token t, slots[starts[t] : starts[t + 1]] of G * n
 template <class T>
 void scatter(T* out, const T* x, const int64_t* slots, const int64_t* starts, int64_t tokens, int64_t n, int64_t heads,
              int64_t e) {

@@ -1,7 +1,7 @@
 // Low-rank updates of many people: y += x a^T b and its gradients, with a (R, D) and b (R, O) of each person.
 //
-// Three products with a small R: rows times factors to R numbers (narrow), back from R numbers (widen), and the factors'
-// gradient (outer). General matrix products of these shapes reach a third of the processor's speed.
+// Three products with a small R: rows times factors to R numbers (narrow), back from R numbers (widen), and gradients of
+// the factors (outer). General matrix products of these shapes reach a third of the processor's speed.
 
 #pragma once
 
@@ -248,8 +248,8 @@ inline void adapted_tile(T* y, const T* x, const T* w, const T* h, const T* b, c
   }
 }
 
-// few_rows with updates: y += (gate * (x a^T)) b^T + (x p^T) q. The shared w (O, D), a (P, D), and b (O, P) are read from
-// memory once; gate (M, P), p (M, S, D), and q (M, S, O) are each row's own. h (M, P) and g (M, S) are buffers.
+// few_rows with updates: y += (gate * (x a^T)) b^T + (x p^T) q. The shared w (O, D), a (P, D), and b (O, P) are read
+// from memory once; gate (M, P), p (M, S, D), and q (M, S, O) are each row's own. h (M, P) and g (M, S) are buffers.
 template <class T>
 void adapted_rows(T* y, T* h, wide<T>* g, const T* x, const T* w, const T* bias, const T* a, const T* b, const T* gate,
                   const T* p, const T* q, int64_t rows, int64_t ranks, int64_t own, int64_t d, int64_t o) {
