@@ -290,7 +290,7 @@ def test_the_parcel_says_what_would_leave_and_sends_nothing(hub, bank):
     assert parcel.sizes()["anchors.safetensors"] == (bank.folder / "anchors.safetensors").stat().st_size
     assert parcel.facts["license"].startswith("none (--license)")
     assert parcel.facts["members"].startswith("not sent (members.json): readers of this file can test")
-    assert "4 people behind the task LoRA, 12 candidates and 3 anchors" in parcel.facts["data"]
+    assert "4 people behind the task LoRA, 12 candidates, and 3 anchors" in parcel.facts["data"]
     assert hub.requests == []
     assert bank_parcel(bank.folder, NAME, with_members=True).facts["members"].startswith("members.json is sent too: ")
 

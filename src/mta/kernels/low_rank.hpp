@@ -1,7 +1,7 @@
 // Low-rank updates of many people: y += x a^T b and its gradients, with a (R, D) and b (R, O) of each person.
 //
-// Three products with a small R: rows times factors to R numbers (narrow), back from R numbers (widen), and gradients of
-// the factors (outer). General matrix products of these shapes reach a third of the processor's speed.
+// Three products with a small R: rows times factors to R numbers (narrow), back from R numbers (widen), and gradients
+// of factors (outer). General matrix products of these shapes reach a third of the processor's speed.
 
 #pragma once
 
