@@ -1,4 +1,4 @@
-"""Stage 2: every policy against its formula, evidence and learning against plain loops, the ways to compute a merge."""
+"""Stage 2: policies against their formulas, evidence and learning against plain loops, and the modes of a merge."""
 
 import math
 from dataclasses import replace
@@ -246,7 +246,7 @@ def test_evidence_does_not_depend_on_mates_or_batches(scene, budget):
 
 
 def test_labels_share_the_likelihood_of_their_golds(tiny):
-    """Scoring all labels of a shot gives the same sums as scoring the right ones, and tells which was right."""
+    """Scoring all labels of a shot gives the same sums as scoring the right labels, and finds the right labels."""
     base, bank = tiny
     jobs = [shots_of(base, bank.task, person) for person in people_of(2, items=3)]
     plainly = [replace(job, alternatives=()) for job in jobs]

@@ -1,4 +1,4 @@
-"""Histories grow: what is decided from the loss on new items, and that going on equals having known all of it."""
+"""Updates for grown histories: the action chosen from the loss on new items, and equality with all items at once."""
 
 from __future__ import annotations
 
@@ -142,11 +142,11 @@ def test_a_stack_is_trained_on_from_where_it_was(tiny, tmp_path, monkeypatch):
     personal = started(tiny, tmp_path)
     before = [personal.state(person.id) for person in GROWN]
     personal.update(GROWN)
-    for person, its in zip(GROWN, before):
+    for person, state in zip(GROWN, before):
         job = shots_of(base, bank.task, Person(person.id, person.items[3:]))
-        over = [*bank.pooled, merged(bank, merge_of([its], base.master_dtype), personal.run.merge)]
+        over = [*bank.pooled, merged(bank, merge_of([state], base.master_dtype), personal.run.merge)]
         stack = personal.run.stack
-        alone = adapt(base, [job], over, stack.lora, stack.training, start=its.stack, seed=0).tensors()
+        alone = adapt(base, [job], over, stack.lora, stack.training, start=state.stack, seed=0).tensors()
         for name, tensor in personal.state(person.id).stack.tensors().items():
             assert (tensor - alone[name]).abs().max() < 1e-10
 
@@ -215,7 +215,7 @@ def test_mates_do_not_count(tiny, tmp_path, monkeypatch, action):
 
 
 def test_an_update_that_was_overtaken_says_so(tiny, tmp_path, monkeypatch):
-    """Whoever saved first is not built over by what was made from the version before."""
+    """An update from an older version does not replace a newer version that was saved meanwhile."""
     personal = started(tiny, tmp_path, YOUNG[:1])
     other = personalizer(*tiny, tmp_path, seed=1)
 

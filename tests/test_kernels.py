@@ -280,7 +280,7 @@ def test_models_compute_the_same_with_kernels_and_without(kind):
 def test_what_is_exchanged_is_what_has_a_known_shape():
     expected = {
         "llama": ["LlamaAttention", "LlamaMLP", "LlamaRMSNorm"],
-        "gemma3": ["Gemma3Attention"],  # its norms multiply by 1 + weight, its gates are no SiLU
+        "gemma3": ["Gemma3Attention"],  # norms multiply by 1 + weight, and gates are not SiLU
         "gpt2": [],
     }
     for kind, classes in expected.items():

@@ -1,4 +1,4 @@
-"""Opening a bank: whole and for this base, or refused; and forgetting somebody it learnt from."""
+"""Open a bank: complete and for this base, or refused; and mark a bank after a person in it was forgotten."""
 
 import json
 import os

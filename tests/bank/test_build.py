@@ -1,4 +1,4 @@
-"""A build: the same work gives the same bank, once, whoever is killed meanwhile, and says nothing of anybody."""
+"""Build a bank: equal inputs give equal banks, also after kills, and no file identifies a person."""
 
 import json
 import random
@@ -46,7 +46,7 @@ def files_in(folder: Path) -> dict[str, bytes]:
 
 
 def trained(folder: Path) -> dict[str, bytes]:
-    """What the bank's hash is over, apart from its description."""
+    """The files that the bank's hash covers, apart from the description."""
     return {name: data for name, data in files_in(folder).items() if name in read_info(folder).files}
 
 
@@ -109,11 +109,11 @@ def test_a_setting_that_is_new_in_mta_makes_no_other_bank_of_one_that_is_there(b
 
 
 def test_who_asked_and_where_it_was_told_are_no_part_of_a_banks_identity(built, tmp_path):
-    told = []
+    logged = []
 
     class Sink:
         def log(self, values, step):
-            told.append(values)
+            logged.append(values)
 
         def close(self):
             pass
@@ -121,7 +121,7 @@ def test_who_asked_and_where_it_was_told_are_no_part_of_a_banks_identity(built, 
     again = build(tmp_path / "bank", command="mta bank build", track=lambda _: Sink())
     assert without_seconds(again) == without_seconds(built)
     assert trained(again) == trained(built)
-    assert {name for values in told for name in values} >= {"task_LoRA/loss", "anchors/loss"}
+    assert {name for values in logged for name in values} >= {"task_LoRA/loss", "anchors/loss"}
     ((asked,), (plain,)) = sittings(again), sittings(built)
     assert (asked["command"], plain["command"]) == ("mta bank build", "")
     assert asked["work"] == plain["work"] == read_info(built).work[:12]
@@ -436,7 +436,7 @@ def test_a_person_who_comes_with_queries_is_trained_on_items_alone(built, tmp_pa
 
 
 def test_anchors_begin_from_one_a_or_each_from_its_own(tmp_path):
-    """Without a step of training every A is what it began as."""
+    """Without a training step, every A keeps its initial value."""
     still = {"training": TINY_RUN.bank.training.model_copy(update={"steps": 0})}
     for start in ("same", "own"):
         folder = build(tmp_path / start, run=changed("bank", start=start, **still))

@@ -1,4 +1,4 @@
-"""Banks and adapters to a hub and back, by the hub's real client: what leaves, what stays here, what comes back."""
+"""Publish and download banks and adapters with the hub's real client: files sent, kept local, and downloaded."""
 
 import json
 import os
@@ -306,8 +306,8 @@ def results_of(bank, **meta) -> dict:
         {"name": "task LoRA", "metrics": {"NLL": interval, "MAE": interval}, "differences": {}},
         {"name": "constant", "metrics": {"MAE": interval}, "differences": {}},
     ]
-    told = {"command": "mta evaluate Xylograd.jsonl", "bank_seconds": bank.info.seconds, **meta}
-    return {"meta": told, "people": 16, "queries_per_person": 8, "methods": methods}
+    about = {"command": "mta evaluate Xylograd.jsonl", "bank_seconds": bank.info.seconds, **meta}
+    return {"meta": about, "people": 16, "queries_per_person": 8, "methods": methods}
 
 
 def test_the_card_is_one_the_hub_reads_and_quotes_the_results(hub, bank, tmp_path):
@@ -329,7 +329,7 @@ def test_the_card_is_one_the_hub_reads_and_quotes_the_results(hub, bank, tmp_pat
 
 
 def test_the_base_of_a_card_is_its_id_on_the_hub(folder):
-    for base, told in {
+    for base, expected in {
         "smollm2-135m-instruct": "HuggingFaceTB/SmolLM2-135M-Instruct",
         "meta-llama/Llama-3.1-8B": "meta-llama/Llama-3.1-8B",
         "tiny-llama": None,
@@ -337,7 +337,7 @@ def test_the_base_of_a_card_is_its_id_on_the_hub(folder):
         run = json.loads((folder / "bank.json").read_text())["run"] | {"base": base}
         rewritten(folder, base=base, run=run)
         card = ModelCard(bank_parcel(folder, NAME).files["README.md"].decode())
-        assert card.data.to_dict().get("base_model") == told
+        assert card.data.to_dict().get("base_model") == expected
 
 
 @pytest.mark.parametrize("written", ["[]", "{}", "no", '{"methods": [], "people": 1, "queries_per_person": 1}'])
@@ -360,16 +360,16 @@ def test_results_of_another_bank_are_refused(bank, tmp_path):
 
 def test_forgetting_names_where_the_bank_was_published(hub, bank, tmp_path):
     bank.push_to_hub(NAME)
-    told = forget_person("t2", Store(tmp_path / "people"), bank.folder)
-    assert (told.needs_rebuild, told.published, told.unknown) == (["task LoRA"], [f"{hub.endpoint}/{NAME}"], [])
+    found = forget_person("t2", Store(tmp_path / "people"), bank.folder)
+    assert (found.needs_rebuild, found.published, found.unknown) == (["task LoRA"], [f"{hub.endpoint}/{NAME}"], [])
     assert forget_person("stranger", Store(tmp_path / "people"), bank.folder).published == []
 
 
 def test_forgetting_says_what_a_published_bank_does_not_let_us_know(hub, bank, tmp_path):
     bank.push_to_hub(NAME)
     there = Bank.from_pretrained(NAME, BASE).folder
-    told = forget_person("t2", Store(tmp_path / "people"), there)
-    assert (told.needs_rebuild, told.unknown) == ([], [str(there)])
+    found = forget_person("t2", Store(tmp_path / "people"), there)
+    assert (found.needs_rebuild, found.unknown) == ([], [str(there)])
 
 
 # -- an adapter --------------------------------------------------------------------------------------------------------
@@ -415,8 +415,8 @@ def test_forgetting_names_a_pushed_adapter_and_removes_the_one_here(hub, adapter
     personal, out = adapter
     personal.push_to_hub("x0", out, "somebody/one")
     personal.push_to_hub("x0", out, "somebody/one")
-    told = personal.forget("x0")
-    assert told.exports_left == [f"{hub.endpoint}/somebody/one (pushed there: delete it by hand)"]
+    found = personal.forget("x0")
+    assert found.exports_left == [f"{hub.endpoint}/somebody/one (pushed there: delete it by hand)"]
     assert not out.exists()
 
 
@@ -449,7 +449,7 @@ def test_a_base_in_a_folder_here_is_pushed_by_its_name(hub, adapter, tmp_path):
 
 @pytest.mark.slow
 def test_in_a_process_of_its_own_as_people_have_it(hub, bank, tmp_path, cache):
-    """With the client set up by its own variables."""
+    """A new process with the hub client configured by environment variables."""
     code = (
         "import sys; sys.path[:0] = sys.argv[2:]; from tiny import base_of; from mta.bank.bank import Bank; "
         f"base = base_of(); bank = Bank.open(sys.argv[1], base); bank.push_to_hub({NAME!r}); "

@@ -87,9 +87,9 @@ def uniform(settings: MergeSettings, retrieved: Retrieved) -> Tensor:
 @policy()
 def top1(settings: MergeSettings, retrieved: Retrieved) -> Tensor:
     """Return 1 for the nearest anchor, 0 for the others."""
-    return (
-        torch.eye(1, retrieved.ids.shape[1], dtype=retrieved.similarity.dtype).expand_as(retrieved.similarity).clone()
-    )
+    w = torch.zeros_like(retrieved.similarity)
+    w[:, 0] = 1
+    return w
 
 
 @policy()
