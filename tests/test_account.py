@@ -11,7 +11,7 @@ from mta.config import MergeSettings
 from mta.data.history import Item, Person
 from mta.errors import BankCorrupt, PersonNotFound
 from mta.store.state import Losses
-from mta.tools.inspect import Rebuild, Version, account_of, gains, versions_of
+from mta.tools.inspect import Rebuild, Version, gains, summarize, versions_of
 
 PEOPLE = people_of(3, items=4, prefix="x", seed=5)
 
@@ -26,7 +26,7 @@ def known(tiny, tmp_path):
 def test_an_account_says_what_the_state_says(known, tmp_path):
     store, bank, state = known.store, known.bank, known.state("x0")
     known.export("x0", tmp_path / "out")
-    found = account_of("x0", store, bank.folder)
+    found = summarize("x0", store, bank.folder)
     assert (found.version, found.versions, found.time) == (1, 1, store.time_of("x0", 1))
     assert (found.bank, found.bank_here, found.policy, found.mode) == (bank.hash, bank.hash, "posterior", "exact")
     assert {one.anchor: one.w for one in found.weights} == dict(zip(state.anchors, state.w))
@@ -46,7 +46,7 @@ def test_no_text_is_told_and_no_model_is_loaded(known, monkeypatch):
 
     monkeypatch.setattr("mta.model.base.BaseModel.__init__", refuse)
     monkeypatch.setattr("mta.bank.format.read_adapters", refuse)
-    told = json.dumps([asdict(account_of("x0", known.store, known.bank.folder))])
+    told = json.dumps([asdict(summarize("x0", known.store, known.bank.folder))])
     told += json.dumps([asdict(one) for one in versions_of("x0", known.store)])
     for item in PEOPLE[0].items:
         assert item.fields["title"] not in told
@@ -56,28 +56,28 @@ def test_no_text_is_told_and_no_model_is_loaded(known, monkeypatch):
 def test_only_the_posterior_leaves_something_to_the_pooled_model(known):
     other = personalizer(known.base, known.bank, known.store, merge=MergeSettings(policy="uniform", k=2))
     other.personalize(PEOPLE)
-    found = account_of("x0", known.store, known.bank.folder)
+    found = summarize("x0", known.store, known.bank.folder)
     assert (found.policy, found.null, found.version, found.versions) == ("uniform", None, 2, 2)
     assert len(found.weights) == 2
 
 
 def test_what_a_bank_learnt_from_a_person_is_named(known):
     known.personalize(people_of(1, prefix="t"))
-    assert account_of("t0", known.store, known.bank.folder).trained == ["task LoRA"]
+    assert summarize("t0", known.store, known.bank.folder).trained == ["task LoRA"]
 
 
 def test_a_state_of_another_bank_can_be_told_apart(known):
     known.store.save("x0", replace(known.state("x0"), bank="f" * 64, work="0" * 64))
-    found = account_of("x0", known.store, known.bank.folder)
+    found = summarize("x0", known.store, known.bank.folder)
     assert (found.bank, found.bank_here) == ("f" * 64, known.bank.hash)
 
 
 def test_who_is_not_there(known, tmp_path):
-    for look in (lambda: account_of("eve", known.store, known.bank.folder), lambda: versions_of("eve", known.store)):
+    for look in (lambda: summarize("eve", known.store, known.bank.folder), lambda: versions_of("eve", known.store)):
         with pytest.raises(PersonNotFound, match="no state of 'eve'"):
             look()
     with pytest.raises(BankCorrupt, match="no bank at"):
-        account_of("x0", known.store, tmp_path / "nowhere")
+        summarize("x0", known.store, tmp_path / "nowhere")
 
 
 # -- what it would cost again ------------------------------------------------------------------------------------------
@@ -85,7 +85,7 @@ def test_who_is_not_there(known, tmp_path):
 
 def test_a_rebuild_is_told_in_passes_over_the_history_that_is_kept(known):
     base, bank = known.base, known.bank
-    found = account_of("x0", known.store, bank.folder).rebuild
+    found = summarize("x0", known.store, bank.folder).rebuild
     examples = [base.prompts.example(bank.task, item) for item in PEOPLE[0].items]
     assert (found.forward, found.trained) == (3 + 1 + 2, TINY_RUN.stack.training.steps)
     assert found.targets == sum(len(example.target) for example in examples)
@@ -100,30 +100,30 @@ def test_operations_and_seconds_need_the_shape_of_the_base_alone(known, tmp_path
         update={"run": known.bank.info.run.model_copy(update={"base": f"{tmp_path}/base"})}
     )
     monkeypatch.setattr("mta.tools.inspect.read_info", lambda _: info)
-    found = account_of("x0", known.store, known.bank.folder).rebuild
+    found = summarize("x0", known.store, known.bank.folder).rebuild
     linear = 2 * sum(d * o for d, o in known.base.targets.values()) * found.tokens
     assert found.operations > linear * (found.forward + 2 * found.trained)
     assert 0 < found.seconds < 60
     assert found.machine
     (tmp_path / "base" / "config.json").write_text("{}")
-    assert account_of("x0", known.store, known.bank.folder).rebuild.operations is None
+    assert summarize("x0", known.store, known.bank.folder).rebuild.operations is None
 
 
 def test_without_a_history_the_targets_are_known_and_without_losses_nothing(tiny, tmp_path):
     personal = personalizer(*tiny, store=tmp_path / "people")
     personal.personalize(PEOPLE)
     state, (_, bank) = personal.state("x0"), tiny
-    found = account_of("x0", personal.store, bank.folder)
+    found = summarize("x0", personal.store, bank.folder)
     assert found.history is None
     assert found.rebuild == Rebuild(6, 2, state.losses.tokens, None, None, None, "")
     personal.store.save("x0", replace(state, losses=None, work="0" * 64))
-    assert account_of("x0", personal.store, bank.folder).rebuild is None
+    assert summarize("x0", personal.store, bank.folder).rebuild is None
 
 
 @pytest.mark.parametrize("items", [(), (Item({"text": "of another task"}),)])
 def test_a_history_nothing_can_be_made_of_costs_nothing(known, items):
     known.store.save_history(Person("x0", items))
-    assert account_of("x0", known.store, known.bank.folder).rebuild is None
+    assert summarize("x0", known.store, known.bank.folder).rebuild is None
 
 
 # -- versions and words ------------------------------------------------------------------------------------------------

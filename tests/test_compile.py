@@ -100,7 +100,7 @@ def test_a_compiler_that_fails_leaves_the_work_to_torch_and_is_logged_once(too_o
 
 def test_a_compiler_that_says_nothing_is_named_with_its_status(too_old):
     too_old.write_text("#!/bin/sh\nexit 3\n")
-    assert failure() == "g++ ended with status 3 and said nothing"
+    assert failure() == "g++ ended with status 3 and no message"
 
 
 def test_a_cache_that_cannot_be_written_to_is_a_failure_that_is_named(too_old, monkeypatch, tmp_path):

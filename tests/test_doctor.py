@@ -203,7 +203,7 @@ def test_a_bank_that_is_not_there_is_a_problem(tmp_path):
     (missing,) = doctor._bank(tmp_path / "bank")
     assert (missing.verdict, missing.hint) == (
         "problem",
-        "Give its folder (--bank FOLDER), or build one: mta bank build --help",
+        "Give the folder of a bank (--bank FOLDER), or build a bank: mta bank build --help",
     )
 
 

@@ -315,7 +315,7 @@ PROVOKED = {
     "AnchorNotFound": (
         lambda w: w.personal(merge=TINY_RUN.merge.model_copy(update={"k": 9})).personalize([w.ann]),
         (r"merge\.k is 9", "9", "the bank has 3 anchors"),
-        r"Lower merge\.k, or 0 for all",
+        r"Lower merge\.k, or use 0 for all",
     ),
     "ModelError": (
         lambda w: BaseModel.load("smollm2-135m-instruct", dtype="float8"),

@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import base_of, changed_json, save_encoder, tokenizer
 
-from mta.bank import format as files
 from mta.bank.bank import Bank
+from mta.bank.format import check_base, read_info
 from mta.errors import BankMismatch, DataError, ModelError
 from mta.model.base import BaseModel
 from mta.model.encoders import SentenceEncoder
@@ -369,11 +369,11 @@ def test_an_encoder_with_other_weights_is_refused_before_it_is_loaded(bank, enco
 
 
 def test_a_base_with_other_weights_is_refused_before_it_is_loaded(bank, base):
-    info = files.read_info(bank)
+    info = read_info(bank)
     changed_json(base / "config.json", vocab_size=7)  # loading the weights would fail
     run = info.run.model_copy(update={"base": str(base), "device": "cpu"})
     with pytest.raises(BankMismatch, match="was built for base 'tiny-llama'"):
-        BaseModel.of(run, lambda fingerprint: files.check_base(bank, info, run.base, fingerprint))
+        BaseModel.of(run, lambda fingerprint: check_base(bank, info, run.base, fingerprint))
     assert "cannot be loaded as a causal language model" in refused(load, base)
 
 

@@ -14,8 +14,8 @@ from conftest import people_of, personalizer
 from test_state import state
 from test_store import url
 
-from mta.bank import format as files
 from mta.bank.bank import Bank
+from mta.bank.format import INFO, STALE, mark_stale, note_published, published, read_info, stale
 from mta.errors import PersonForgotten, StoreError
 from mta.lora.peft import write_peft
 from mta.personalize import forget_person
@@ -43,7 +43,7 @@ def unwritable(own_bank, request, tmp_path):
     personal = personalizer(base, bank, store=tmp_path / "people")
     personal.personalize([MEMBER], keep_histories=True)
     personal.export(MEMBER.id, tmp_path / "out")
-    mark, info = bank.folder / files.STALE, bank.folder / files.INFO
+    mark, info = bank.folder / STALE, bank.folder / INFO
     if request.param == "read-only":
         with read_only(bank.folder):
             yield (
@@ -91,12 +91,12 @@ def test_a_person_is_forgotten_though_the_bank_cannot_be_marked_and_the_bank_is_
     mend()
     again = personal.forget(MEMBER.id)
     assert (again.states_removed, again.unmarked, again.complete) == (False, {}, True)
-    assert files.stale(bank) == ["task LoRA"]
+    assert stale(bank) == ["task LoRA"]
 
 
 def test_a_read_only_bank_that_is_marked_already_is_no_failure(own_bank):
     _, bank = own_bank
-    files.mark_stale(bank.folder, MEMBER.id)
+    mark_stale(bank.folder, MEMBER.id)
     with read_only(bank.folder):
         assert forget_person(MEMBER.id, None, bank.folder).complete
 
@@ -109,7 +109,7 @@ def test_whatever_step_fails_the_others_are_done_and_all_failures_are_reported_t
     personal.personalize([MEMBER], keep_histories=True)
     personal.export(MEMBER.id, tmp_path / "out")
     (tmp_path / "people" / "work" / "run").mkdir(parents=True)
-    (bank.folder / files.STALE / "in the way").mkdir(parents=True)
+    (bank.folder / STALE / "in the way").mkdir(parents=True)
     remove = Storage.remove_folder
 
     def refuse(storage: Storage, name: str) -> None:
@@ -128,7 +128,7 @@ def test_whatever_step_fails_the_others_are_done_and_all_failures_are_reported_t
     assert (MEMBER.id in personal.store, personal.store.history(MEMBER.id)) == (False, None)
     assert not (tmp_path / "out").exists()
     assert (tmp_path / "people" / "work").exists()
-    shutil.rmtree(bank.folder / files.STALE)
+    shutil.rmtree(bank.folder / STALE)
     assert personal.forget(MEMBER.id).needs_rebuild == ["task LoRA"]
     assert not (tmp_path / "people" / "work").exists()
 
@@ -178,7 +178,7 @@ def test_an_export_that_was_out_of_reach_is_removed_by_the_next_forgetting(own_b
 
 def publishing(folder: Path, process: int, barrier: object) -> None:
     def note(n: int) -> None:
-        files.note_published(folder, f"https://hub/{process}/{n}")
+        note_published(folder, f"https://hub/{process}/{n}")
 
     barrier.wait(60)
     with ThreadPoolExecutor(8) as pool:
@@ -203,25 +203,25 @@ def at_once(work: object, *each: tuple[object, ...]) -> None:
 
 def test_32_notes_by_threads_of_processes_at_once_are_32_notes(tmp_path):
     at_once(publishing, *((tmp_path, n) for n in range(4)))
-    assert len(files.published(tmp_path)) == 32
+    assert len(published(tmp_path)) == 32
 
 
 def test_people_who_are_forgotten_at_once_by_several_processes_are_all_in_the_marks(own_bank):
     folder = own_bank[1].folder
-    members = files.read_info(folder).members
+    members = read_info(folder).members
     people = [*people_of(4, prefix="t"), *people_of(12, prefix="c")]
     parts = sorted({part for person in people for part in members.artefacts_of(person.id)})
     for _ in range(2):
         at_once(marking, *((folder, person.id) for person in people))
-        assert files.stale(folder) == parts
-        (folder / files.STALE).unlink()
+        assert stale(folder) == parts
+        (folder / STALE).unlink()
 
 
 def test_marks_that_an_earlier_version_wrote_are_added_to(own_bank):
     folder = own_bank[1].folder
-    (folder / files.STALE).write_text('{"needs_rebuild": ["anchor"]}')
-    files.mark_stale(folder, MEMBER.id)
-    assert files.stale(folder) == ["anchor", "task LoRA"]
+    (folder / STALE).write_text('{"needs_rebuild": ["anchor"]}')
+    mark_stale(folder, MEMBER.id)
+    assert stale(folder) == ["anchor", "task LoRA"]
 
 
 # -- processes at work -------------------------------------------------------------------------------------------------

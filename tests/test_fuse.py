@@ -1,4 +1,4 @@
-"""Stage 2: every policy against its formula, evidence and learning against plain loops, the ways to compute a merge."""
+"""Stage 2: policies against their formulas, evidence and learning against plain loops, and the modes of a merge."""
 
 import math
 from dataclasses import replace
@@ -13,11 +13,10 @@ from tiny import base_of, random_examples, random_loras
 from mta.config import MergeSettings, Policy, Training
 from mta.errors import AnchorNotFound, ConfigError
 from mta.lora import Gated, PerPerson, Shared
-from mta.personalize.likelihoods import Evidence, Labels, gather_evidence, shots_of
-from mta.personalize.merge import Merge, coefficients, fit_merge, learn, merged
+from mta.personalize.likelihoods import Evidence, Labels, Shots, gather_evidence, shots_of
+from mta.personalize.merge import Merge, coefficients, fit_merge, learn, merged, needs_evidence
 from mta.personalize.policies import POLICIES, Retrieved, fit_labels
 from mta.training.scoring import log_likelihood
-from mta.training.trainer import Job
 
 U, N = 3, 5
 
@@ -143,7 +142,7 @@ def test_zero_means_all_anchors(policy):
 def test_more_anchors_than_there_are_is_an_error():
     with pytest.raises(AnchorNotFound) as caught:
         weighed("uniform", k=6)
-    assert str(caught.value) == "merge.k is 6, but the bank has 5 anchors\n  Lower merge.k, or 0 for all."
+    assert str(caught.value) == "merge.k is 6, but the bank has 5 anchors\n  Lower merge.k, or use 0 for all."
 
 
 @pytest.mark.parametrize("settings", [{"policy": "loss"}, {"policy": "posterior"}, {"policy": "learned"}])
@@ -220,7 +219,7 @@ def test_ridge_needs_labels():
 def scene():
     """A base, a task LoRA, a bank of four anchors, and three people with shots."""
     base = base_of()
-    jobs = [Job(f"p{n}", random_examples(n, seed=n)) for n in (3, 1, 5)]
+    jobs = [Shots(f"p{n}", random_examples(n, seed=n)) for n in (3, 1, 5)]
     return base, random_loras(base, 1, seed=1, size=0.2), random_loras(base, 4, seed=2, size=0.2), jobs
 
 
@@ -247,7 +246,7 @@ def test_evidence_does_not_depend_on_mates_or_batches(scene, budget):
 
 
 def test_labels_share_the_likelihood_of_their_golds(tiny):
-    """Scoring all labels of a shot gives the same sums as scoring the right ones, and tells which was right."""
+    """Scoring all labels of a shot gives the same sums as scoring the right labels, and finds the right labels."""
     base, bank = tiny
     jobs = [shots_of(base, bank.task, person) for person in people_of(2, items=3)]
     plainly = [replace(job, alternatives=()) for job in jobs]
@@ -267,22 +266,24 @@ def test_evidence_reports_a_pass_per_anchor_and_one_for_the_task_lora(scene):
     assert steps[-1][1].examples == steps[-1][1].examples_total == 5 * 9
 
 
-def test_evidence_is_gathered_only_where_the_policy_reads_it(scene):
+def test_evidence_is_needed_only_if_the_policy_reads_it(scene):
     base, task, bank, jobs = scene
-    stages = []
+    evidence = gather_evidence(base, jobs, bank, [Shared(task)])
 
-    def run(policy, evidence=None):
-        stages.clear()
-        similarity = normal(3, 4)
-        how = {"on_step": lambda stage, _: stages.append(stage)}
-        given = {"similarity": similarity, "evidence": evidence}
-        fit_merge(base, jobs, bank, [Shared(task)], MergeSettings(policy=policy), **given, **how)
-        return set(stages)
+    def stages_of(policy, evidence=None):
+        stages, settings = set(), MergeSettings(policy=policy)
+        how = {"similarity": normal(3, 4), "evidence": evidence, "on_step": lambda stage, _: stages.add(stage)}
+        fit_merge(base, jobs, bank, [Shared(task)], settings, **how)
+        return stages
 
-    assert run("similarity") == set()
-    assert run("posterior") == {"evidence"}
-    assert run("posterior", gather_evidence(base, jobs, bank, [Shared(task)])) == set()
-    assert run("learned") == {"evidence", "coefficients"}
+    assert stages_of("similarity") == set()
+    assert stages_of("posterior", evidence) == set()
+    assert stages_of("learned", evidence) == {"coefficients"}
+    with pytest.raises(ConfigError, match="policy 'posterior' needs the anchors' likelihood of the shots"):
+        stages_of("posterior")
+    needy = [policy for policy in POLICIES if needs_evidence(MergeSettings(policy=policy))]
+    assert needy == ["loss", "posterior", "ridge", "learned"]
+    assert not needs_evidence(MergeSettings(policy="learned", retrieve="loss"), grown=True)
 
 
 # -- learned coefficients ----------------------------------------------------------------------------------------------
@@ -357,9 +358,10 @@ def test_the_learned_policy_may_start_from_zero_and_then_gathers_nothing(scene):
 def test_the_learned_policy_starts_from_the_posterior(scene):
     base, task, bank, jobs = scene
     pooled, similarity = [Shared(task)], normal(3, 4)
+    given = {"similarity": similarity, "evidence": gather_evidence(base, jobs, bank, pooled)}
     settings = MergeSettings(policy="learned", learned=DESCENT)
-    posterior = fit_merge(base, jobs, bank, pooled, MergeSettings(policy="posterior"), similarity=similarity)
-    found = fit_merge(base, jobs, bank, pooled, settings, similarity=similarity)
+    posterior = fit_merge(base, jobs, bank, pooled, MergeSettings(policy="posterior"), **given)
+    found = fit_merge(base, jobs, bank, pooled, settings, **given)
     near(found.w, learn(base, jobs, bank, pooled, posterior, DESCENT).w)
 
 

@@ -1,4 +1,4 @@
-"""Histories grow: what is decided from the loss on new items, and that going on equals having known all of it."""
+"""Updates for grown histories: the action chosen from the loss on new items, and equality with all items at once."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mta.data.history import Person
 from mta.errors import DataError, StoreConflict
 from mta.personalize.adapters import merge_of
 from mta.personalize.likelihoods import Evidence, Labels, shots_of
-from mta.personalize.merge import Merge, carried_on, merged
+from mta.personalize.merge import Merge, merged, updated_coefficients
 from mta.personalize.policies import POLICIES, Retrieved
 from mta.personalize.stages import adapt
 from mta.personalize.update import MARGIN, decide
@@ -58,16 +58,18 @@ def test_two_helpings_of_shots_say_what_all_at_once_say(seed, first, more, polic
     weigh = POLICIES[policy].weigh
     before = scale * weigh(settings, Retrieved(ids, near, one))
     whole = scale * weigh(settings, Retrieved(ids, near, both(one, other)))
-    found = carried_on(settings, Merge(ids, before), other, one.tokens)
+    found = updated_coefficients(settings, Merge(ids, before), other, one.tokens)
     torch.testing.assert_close(found, whole, rtol=1e-9, atol=1e-12)
 
 
 def test_ridge_stays_where_it_was_unless_the_new_items_say_otherwise():
     settings, ids = MergeSettings(policy="ridge", ridge=1e9), torch.arange(N).expand(U, N)
     before = torch.tensor([[0.3, -0.2, 0.0, 0.1]] * U, dtype=torch.float64)
-    stiff = carried_on(settings, Merge(ids, before), evidence(3, 0), torch.ones(U))
+    stiff = updated_coefficients(settings, Merge(ids, before), evidence(3, 0), torch.ones(U))
     torch.testing.assert_close(stiff, before, rtol=0, atol=1e-6)
-    free = carried_on(settings.model_copy(update={"ridge": 1.0}), Merge(ids, before), evidence(3, 0), torch.ones(U))
+    free = updated_coefficients(
+        settings.model_copy(update={"ridge": 1.0}), Merge(ids, before), evidence(3, 0), torch.ones(U)
+    )
     assert (free - before).abs().min() > 1e-4
 
 
@@ -140,11 +142,11 @@ def test_a_stack_is_trained_on_from_where_it_was(tiny, tmp_path, monkeypatch):
     personal = started(tiny, tmp_path)
     before = [personal.state(person.id) for person in GROWN]
     personal.update(GROWN)
-    for person, its in zip(GROWN, before):
+    for person, state in zip(GROWN, before):
         job = shots_of(base, bank.task, Person(person.id, person.items[3:]))
-        over = [*bank.pooled, merged(bank, merge_of([its], base.master_dtype), personal.run.merge)]
+        over = [*bank.pooled, merged(bank, merge_of([state], base.master_dtype), personal.run.merge)]
         stack = personal.run.stack
-        alone = adapt(base, [job], over, stack.lora, stack.training, start=its.stack, seed=0).tensors()
+        alone = adapt(base, [job], over, stack.lora, stack.training, start=state.stack, seed=0).tensors()
         for name, tensor in personal.state(person.id).stack.tensors().items():
             assert (tensor - alone[name]).abs().max() < 1e-10
 
@@ -213,7 +215,7 @@ def test_mates_do_not_count(tiny, tmp_path, monkeypatch, action):
 
 
 def test_an_update_that_was_overtaken_says_so(tiny, tmp_path, monkeypatch):
-    """Whoever saved first is not built over by what was made from the version before."""
+    """An update from an older version does not replace a newer version that was saved meanwhile."""
     personal = started(tiny, tmp_path, YOUNG[:1])
     other = personalizer(*tiny, tmp_path, seed=1)
 
@@ -233,4 +235,4 @@ def test_a_null_that_is_as_good_as_gone_comes_back():
     sure[:, 0] = 1.0
     against = evidence(4, 0)
     against.shots[:, :, 1:] -= 30.0
-    assert float(carried_on(settings, Merge(ids, sure), against, torch.ones(U)).sum(1).max()) < 0.01
+    assert float(updated_coefficients(settings, Merge(ids, sure), against, torch.ones(U)).sum(1).max()) < 0.01

@@ -197,7 +197,7 @@ def test_rows_with_updates_of_their_own_equal_plain_products(rows, d, o, ranks, 
     x, w, c, a, b, gates, p, q = (torch.randn(shape, generator=draw, dtype=torch.float64) for shape in shapes)
 
     def adapted_rows(x, w, c, a, b, gates, p, q):
-        return AdaptedRows(w, c, (a, b), gates, (p, q), AdaptedRows.room_for(gates, (p, q)))(x)
+        return AdaptedRows(w, c, (a, b), gates, (p, q), AdaptedRows.buffers_for(gates, (p, q)))(x)
 
     found = adapted_rows(x, w, c if bias else None, a, b, gates, p, q)
     expected = x @ w.T + (c if bias else 0) + (gates[:, None] * (x @ a.T)) @ b.T + (x @ p.mT) @ q
@@ -247,7 +247,7 @@ def test_models_compute_the_same_with_kernels_and_without(kind):
 def test_what_is_exchanged_is_what_has_a_known_shape():
     expected = {
         "llama": ["LlamaAttention", "LlamaRMSNorm"],
-        "gemma3": ["Gemma3Attention"],  # its norms multiply by 1 + weight, its gates are no SiLU
+        "gemma3": ["Gemma3Attention"],  # norms multiply by 1 + weight, and gates are not SiLU
         "gpt2": [],
     }
     for kind, classes in expected.items():

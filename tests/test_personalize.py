@@ -1,4 +1,4 @@
-"""Personalizing many people at once: as if one at a time, as if never killed; and what can be done with the result."""
+"""Personalize many people at once: equal to one at a time and to an uninterrupted run; generate, export, forget."""
 
 import dataclasses
 import json
@@ -133,7 +133,7 @@ def test_one_person_who_diverges_is_told_and_the_others_are_as_ever(tiny, tmp_pa
     assert (done.trained, list(done.failed)) == (len(others), [astray.id])
     assert "finite numbers" in done.failed[astray.id]
     assert all(personal.state(person.id) == whole.state(person.id) for person in others)
-    assert not (tmp_path / "work").exists()  # the next run computes nobody else's cohort anew
+    assert not (tmp_path / "work").exists()  # the next run computes no other cohort again
     assert personal.personalize(PEOPLE).unchanged == len(others)
 
 
@@ -243,7 +243,7 @@ def test_texts_that_were_cut_are_counted(tiny):
 
 
 def personalize_in(folder: Path, bank: str) -> None:
-    """What is killed below: five people in cohorts of two, in a store whose key is known."""
+    """Personalize five people in cohorts of two, in a store with a fixed key; the test kills this process."""
     (folder / "people").mkdir(parents=True, exist_ok=True)
     (folder / "people" / "store.json").write_text(json.dumps({"schema": 1, "key": "ab" * 32}))
     base = base_of()
@@ -371,7 +371,7 @@ def test_histories_are_kept_only_when_asked_for(tiny, tmp_path):
 
 def test_a_question_that_was_shortened_is_told(known, caplog):
     known.generate([("x0", {"title": "long " * 400, "genres": "Drama"})], max_new_tokens=2)
-    assert caplog.messages == ["1 of 1 questions were too long and lost the end of their text"]
+    assert caplog.messages == ["1 of 1 questions were too long: the end of their text was cut off"]
 
 
 # -- using it ----------------------------------------------------------------------------------------------------------
@@ -478,7 +478,7 @@ def test_an_export_means_the_same_to_peft(known, tiny, tmp_path):
 
 
 def test_an_export_is_task_lora_merge_and_stack(known, tiny, tmp_path):
-    """Up to float32, in which exports are written: every factor is off by up to 6e-8 of its size."""
+    """Exports are in float32, so every factor has a relative error of up to 6e-8."""
     base, bank = tiny
     known.export("x2", tmp_path / "out")
     adapter, state = read_peft(tmp_path / "out"), known.state("x2")
@@ -565,7 +565,7 @@ def test_forgetting_removes_what_was_exported_and_names_what_it_could_not(own_ba
     personal.personalize(PEOPLE)
     for name in ("one", "two", "three"):
         personal.export("x0", tmp_path / name)
-    personal.export("x1", tmp_path / "three")  # somebody else's now
+    personal.export("x1", tmp_path / "three")  # now the folder holds another person's adapter
     assert [Path(export.folder).name for export in personal.store.exports.of("x0")] == ["one", "two", "three"]
     assert personal.forget("x0") == Forgotten(True, [], [f"{tmp_path}/three (its adapter was changed since)"])
     assert [(tmp_path / name).exists() for name in ("one", "two", "three")] == [False, False, True]

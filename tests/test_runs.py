@@ -15,9 +15,9 @@ from tiny import base_of
 
 from mta.config import Run
 from mta.errors import DataError, InputError
+from mta.system.progress import Step
 from mta.tracking import trackers
 from mta.tracking.run_folder import RunFolder, lines, seconds_of, sittings, work_of
-from mta.training.trainer import Step
 
 SETTINGS = TINY_RUN.model_dump(mode="json")
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from mta.bank import format as files
+from mta.bank.format import read_adapters, read_info
 from mta.lora.batch import join
 from mta.lora.merge import merge_exact, truncate
 from mta.serving.vllm.lora_export import LoraExporter
@@ -27,8 +27,8 @@ def main() -> None:
     words.add_argument("--ranks", type=int, nargs="+", default=[8, 16, 32])
     args = words.parse_args()
     torch.set_num_threads(1)  # as in vLLM's process
-    info, state = files.read_info(args.bank), Store(args.store).load(args.person)
-    anchors, pooled = files.read_adapters(args.bank, info)
+    info, state = read_info(args.bank), Store(args.store).load(args.person)
+    anchors, pooled = read_adapters(args.bank, info)
     merged = merge_exact(anchors, torch.tensor([state.anchors]), torch.tensor([state.w]))
     whole = join([pooled, merged]) if pooled else merged
     for rank in args.ranks:

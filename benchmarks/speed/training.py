@@ -18,8 +18,9 @@ from mta.lora.batch import stack as stack_of
 from mta.lora.layers import Adapters, PerPerson, Renumbered, Shared
 from mta.lora.merge import merge_exact
 from mta.model.base import BaseModel
+from mta.system.progress import Step
 from mta.training.plan import plan_cohorts
-from mta.training.trainer import Job, Step, train_loras
+from mta.training.trainer import Job, train_loras
 
 ANCHORS, K = 50, 4  # of the bank below a stack
 _STEEP = 1e6  # AdamW with so large an eps, and as large a rate, subtracts the gradient itself

@@ -1,7 +1,7 @@
-"""mta: every person their own language model, without keeping a model per person.
+"""mta: a language model for every person, without storing a model per person.
 
-Implements MTA, "Merge-then-Adapt" (arXiv:2511.20072). The names below load what they need when they are first used;
-``import mta`` itself loads no torch.
+Implements MTA, "Merge-then-Adapt" (arXiv:2511.20072). ``import mta`` does not import torch: each name below imports its
+module on first use.
 """
 
 from __future__ import annotations
@@ -47,10 +47,10 @@ __all__ = [*_HOME, "__version__"]
 __version__ = "0.1.0"
 
 
-if not TYPE_CHECKING:  # else every misspelt name would be Any to a checker
+if not TYPE_CHECKING:  # otherwise a type checker would accept every misspelled name as Any
 
     def __getattr__(name: str) -> Any:
-        """Load a public name from where it lives."""
+        """Import a public name from its module."""
         if name in _HOME:
             return getattr(import_module(_HOME[name]), name)
         raise AttributeError(f"module 'mta' has no attribute {name!r}")

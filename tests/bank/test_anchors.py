@@ -1,4 +1,4 @@
-"""Who becomes an anchor: the most active person of each cluster of candidates."""
+"""Choose the anchors: the most active person of each cluster of candidates."""
 
 import random
 
@@ -17,7 +17,7 @@ def person(id: str, items: int) -> Person:
 
 
 def corners(clusters: int, each: int) -> torch.Tensor:
-    """Vectors in ``clusters`` tight heaps, far from each other: (clusters * each, clusters)."""
+    """Vectors in ``clusters`` dense clusters, far from each other: (clusters * each, clusters)."""
     noise = torch.randn(clusters * each, clusters, generator=torch.Generator().manual_seed(0))
     return torch.eye(clusters).repeat_interleave(each, 0) + 0.01 * noise
 
@@ -48,7 +48,7 @@ def test_there_are_never_more_anchors_than_a_quarter_of_the_candidates(candidate
 
 
 def test_the_same_people_are_chosen_whatever_order_they_come_in(task):
-    """As a build does it: candidates are sorted by id before anything is computed."""
+    """As in a build, candidates are sorted by id first."""
 
     def chosen(people):
         people = sorted(people, key=lambda person: person.id)
@@ -79,7 +79,7 @@ def test_too_few_candidates_are_an_error_that_says_how_many_are_needed():
 
 def test_the_central_one_of_a_cluster_can_be_its_anchor():
     vectors = corners(3, 4)
-    vectors[[1, 4, 11]] = torch.eye(3)  # exactly in the middle of their heaps, near enough
+    vectors[[1, 4, 11]] = torch.eye(3)  # nearest to the centers of their clusters
     middle = torch.stack([vectors[4 * c : 4 * c + 4].mean(0) for c in range(3)])
     nearest = [4 * c + int((vectors[4 * c : 4 * c + 4] - middle[c]).norm(dim=1).argmin()) for c in range(3)]
     people = [person(f"p{n:02}", 1 + n) for n in range(12)]

@@ -1,4 +1,4 @@
-"""Opening a bank: whole and for this base, or refused; and forgetting somebody it learnt from."""
+"""Open a bank: complete and for this base, or refused; and mark a bank after a person in it was forgotten."""
 
 import json
 import os
@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from tiny import base_of
 
-from mta.bank import format as files
 from mta.bank.bank import Bank
 from mta.bank.build import build_bank
+from mta.bank.format import PUBLISHED, Members, file_hashes, mark_stale, note_published, read_info, seal, stale
 from mta.config import Lora
 from mta.errors import BankCorrupt, BankError, BankMismatch
 from mta.model.encoders import encode_people
@@ -64,7 +64,7 @@ def rewritten(folder: Path, **values) -> None:
     path = folder / "bank.json"
     described = json.loads(path.read_text()) | values
     del described["sha256"]
-    path.write_text(json.dumps(described | {"sha256": files.seal(described)}))
+    path.write_text(json.dumps(described | {"sha256": seal(described)}))
 
 
 # -- whole -------------------------------------------------------------------------------------------------------------
@@ -74,7 +74,7 @@ def test_a_whole_bank_opens(folder, task):
     bank = Bank.open(folder, BASE)
     assert len(bank) == 3
     assert bank.task == task
-    assert bank.hash == files.read_info(folder).hash
+    assert bank.hash == read_info(folder).hash
     assert bank.anchors.scale == 8.0
     torch.testing.assert_close(bank.vectors.norm(dim=1), torch.ones(3))
     assert set(bank.info.files) == set(HASHED)
@@ -109,7 +109,7 @@ def test_the_encoder_must_have_the_weights_the_anchors_were_placed_with(folder):
         other.encoder(BASE)
     assert str(caught.value) == (
         f"encoder 'base' has other weights (sha256 {BASE.fingerprint[:8]}…) than when the bank was built (ffffffff…)\n"
-        "  Load the encoder the bank was built with, or rebuild the bank."
+        "  Load the encoder that the bank was built with, or rebuild the bank."
     )
 
 
@@ -122,8 +122,8 @@ def test_another_base_is_refused(folder):
         Bank.open(folder, other)
     assert str(caught.value) == (
         f"{folder} was built for base 'tiny-llama' (sha256 {BASE.fingerprint[:8]}…), "
-        f"but the base here is 'tiny-qwen3' (sha256 {other.fingerprint[:8]}…)\n"
-        "  A bank works only with the base it was trained on. Load that base, or rebuild:  "
+        f"but the loaded base is 'tiny-qwen3' (sha256 {other.fingerprint[:8]}…)\n"
+        "  A bank works only with the base that it was trained on. Load that base, or rebuild:  "
         "mta bank build --base tiny-qwen3"
     )
 
@@ -146,36 +146,36 @@ def test_a_missing_file_is_named(folder, name):
 def test_a_folder_that_is_not_there_is_no_bank(tmp_path):
     assert corrupt(tmp_path / "no") == (
         f"no bank at {tmp_path / 'no'}: bank.json is missing\n"
-        "  Give its folder (--bank FOLDER), or build one: mta bank build --help"
+        "  Give the folder of a bank (--bank FOLDER), or build a bank: mta bank build --help"
     )
 
 
 def test_a_file_is_no_bank(tmp_path):
     (tmp_path / "bank").write_text("")
-    assert corrupt(tmp_path / "bank").startswith(f"{tmp_path / 'bank' / 'bank.json'} is not a bank's description: ")
+    assert corrupt(tmp_path / "bank").startswith(f"{tmp_path / 'bank' / 'bank.json'} does not describe a bank: ")
 
 
 @pytest.mark.parametrize("name", HASHED)
 def test_a_changed_file_is_named_with_both_hashes(folder, name):
     flipped(folder / name, -1)
-    (found,) = files.file_hashes(folder, [name]).values()
+    (found,) = file_hashes(folder, [name]).values()
     assert corrupt(folder) == (
         f"{folder / name} was changed or cut short: its sha256 is {found[:12]}…, "
-        f"bank.json says {files.read_info(folder).files[name][:12]}…\n"
-        "  Copy the bank anew from where it came from, or rebuild it: mta bank build"
+        f"bank.json says {read_info(folder).files[name][:12]}…\n"
+        "  Copy the bank again from its source, or rebuild it: mta bank build"
     )
 
 
 def test_a_changed_description_is_noticed(folder):
     path = folder / "bank.json"
     path.write_text(path.read_text().replace('"policy": "posterior"', '"policy": "uniform"'))
-    assert corrupt(folder).startswith(f"{path} was changed: its own sha256 does not fit what it says\n")
+    assert corrupt(folder).startswith(f"{path} was changed: its sha256 does not match its content\n")
 
 
 @settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(name=st.sampled_from(ALL), part=st.floats(0, 1, exclude_max=True), bits=st.integers(1, 255))
 def test_no_changed_byte_goes_unnoticed(folder, name, part, bits):
-    path, info = folder / name, files.read_info(folder)
+    path, info = folder / name, read_info(folder)
     whole = path.read_bytes()
     flipped(path, int(part * len(whole)), bits)
     try:
@@ -219,13 +219,13 @@ def test_a_bank_of_another_schema_version_is_refused(folder):
     rewritten(folder, version=3)
     assert corrupt(folder) == (
         f"{folder / 'bank.json'} has schema version 3; this mta reads versions 1 and 2\n"
-        "  Rebuild the bank, or use the mta that wrote it."
+        "  Rebuild the bank, or use the version of mta that wrote it."
     )
 
 
 def test_a_description_with_a_word_nobody_knows_is_refused(folder):
     rewritten(folder, colour="red")
-    assert corrupt(folder).startswith(f"{folder / 'bank.json'} is not a bank's description: 1 validation error")
+    assert corrupt(folder).startswith(f"{folder / 'bank.json'} does not describe a bank: 1 validation error")
 
 
 def test_a_description_of_a_task_nobody_can_read_is_refused(folder):
@@ -244,8 +244,8 @@ def test_nonsense_is_no_description(folder, described):
 def test_files_that_do_not_fit_together_are_refused(folder):
     """Every hash is right, but the index is of two people."""
     save_file({"vectors": torch.zeros(2, 8)}, folder / "index.safetensors")
-    rewritten(folder, files=files.file_hashes(folder, HASHED))
-    assert corrupt(folder).startswith(f"{folder}: anchors, index and base do not fit together\n")
+    rewritten(folder, files=file_hashes(folder, HASHED))
+    assert corrupt(folder).startswith(f"{folder}: anchors, index, and base do not match\n")
 
 
 @pytest.mark.parametrize(
@@ -260,7 +260,7 @@ def test_files_that_do_not_fit_together_are_refused(folder):
 )
 def test_files_that_are_something_else_are_refused_though_their_hashes_fit(folder, break_it):
     break_it(folder)
-    rewritten(folder, files=files.file_hashes(folder, HASHED))
+    rewritten(folder, files=file_hashes(folder, HASHED))
     assert corrupt(folder).startswith(f"{folder} cannot be read: ")
 
 
@@ -279,11 +279,11 @@ def test_a_bank_without_its_members_is_the_same_bank_and_knows_nobody(folder):
 
 def test_the_description_alone_does_not_give_the_members_key_away(folder):
     """Not even to who knows all ids and all settings: without everybody's histories no key can be made."""
-    hashed, described = files.read_info(folder).members.hashed, (folder / "bank.json").read_text()
+    hashed, described = read_info(folder).members.hashed, (folder / "bank.json").read_text()
     assert hashed.key not in described
     assert not any(one in described for one in (*hashed.task, *hashed.candidates))
     ids = [[f"t{n}" for n in range(4)], [f"c{n}" for n in range(12)], []]
-    assert files.Members.of(json.loads(described)["work"], *ids).hashed.key != hashed.key
+    assert Members.of(json.loads(described)["work"], *ids).hashed.key != hashed.key
 
 
 def as_schema_1(folder: Path) -> None:
@@ -299,10 +299,10 @@ def test_a_bank_of_schema_1_is_read_as_it_is(folder):
     written = (folder / "bank.json").read_bytes()
     after = Bank.open(folder, BASE)
     assert (after.hash, after.info) == (before.hash, before.info)
-    assert files.mark_stale(folder, "t2") == ["task LoRA"]
+    assert mark_stale(folder, "t2") == ["task LoRA"]
     assert (folder / "bank.json").read_bytes() == written
     rewritten(folder, members={"key": "00"})
-    assert "is not a bank's description: 3 validation errors for Hashed" in corrupt(folder)
+    assert "does not describe a bank: 3 validation errors for Hashed" in corrupt(folder)
 
 
 # -- checked once ------------------------------------------------------------------------------------------------------
@@ -310,8 +310,8 @@ def test_a_bank_of_schema_1_is_read_as_it_is(folder):
 
 def hashes_taken(monkeypatch) -> list:
     """A list that grows whenever files are read for their hashes."""
-    taken, plain = [], files.file_hashes
-    monkeypatch.setattr(files, "file_hashes", lambda *given: taken.append(given) or plain(*given))
+    taken, plain = [], file_hashes
+    monkeypatch.setattr("mta.bank.format.file_hashes", lambda *given: taken.append(given) or plain(*given))
     return taken
 
 
@@ -377,34 +377,34 @@ def test_a_moved_bank_is_the_same_bank(folder):
 
 
 def test_forgetting_lists_what_was_learnt_from_a_person(folder):
-    members = files.read_info(folder).members
+    members = read_info(folder).members
     anchor = next(p.id for p in people_of(12, prefix="c") if "anchor" in members.artefacts_of(p.id))
     other = next(p.id for p in people_of(12, prefix="c") if "anchor" not in members.artefacts_of(p.id))
-    assert files.stale(folder) == []
-    assert files.mark_stale(folder, other) == ["clusters"]
-    assert files.stale(folder) == ["clusters"]
-    assert files.mark_stale(folder, anchor) == ["clusters", "anchor"]
-    assert files.mark_stale(folder, "t2") == ["task LoRA"]
+    assert stale(folder) == []
+    assert mark_stale(folder, other) == ["clusters"]
+    assert stale(folder) == ["clusters"]
+    assert mark_stale(folder, anchor) == ["clusters", "anchor"]
+    assert mark_stale(folder, "t2") == ["task LoRA"]
     assert json.loads((folder / "needs-rebuild.json").read_text()) == {
         "needs_rebuild": ["anchor", "clusters", "task LoRA"]
     }
 
 
 def test_forgetting_somebody_the_bank_never_saw_marks_nothing(folder):
-    assert files.mark_stale(folder, "stranger") == []
+    assert mark_stale(folder, "stranger") == []
     assert not (folder / "needs-rebuild.json").exists()
 
 
 def test_a_bank_that_needs_a_rebuild_is_still_the_same_bank(folder):
     before = Bank.open(folder, BASE).hash
-    files.mark_stale(folder, "t2")
+    mark_stale(folder, "t2")
     assert Bank.open(folder, BASE).hash == before
     assert "t2" not in (folder / "needs-rebuild.json").read_text()
 
 
 def test_forgetting_needs_a_bank(tmp_path):
     with pytest.raises(BankError, match=r"^no bank at "):
-        files.mark_stale(tmp_path, "ann")
+        mark_stale(tmp_path, "ann")
 
 
 # -- on another machine ------------------------------------------------------------------------------------------------
@@ -421,7 +421,7 @@ def test_a_bank_that_was_built_on_a_gpu_opens_on_the_device_of_this_machine(fold
 def test_the_device_a_bank_is_built_on_is_no_part_of_it(folder, tmp_path, task):
     people = people_of(4, prefix="t"), people_of(12, prefix="c")
     build_bank(BASE, task, HashEncoder(), *people, TINY_RUN.model_copy(update={"device": "cpu"}), tmp_path / "cpu")
-    here, there = files.read_info(folder), files.read_info(tmp_path / "cpu")
+    here, there = read_info(folder), read_info(tmp_path / "cpu")
     assert (there.hash, there.work) == (here.hash, here.work)
     assert json.loads((tmp_path / "cpu" / "bank.json").read_text())["run"]["device"] == "auto"
 
@@ -429,5 +429,5 @@ def test_the_device_a_bank_is_built_on_is_no_part_of_it(folder, tmp_path, task):
 @pytest.mark.parametrize(("shared", "mode"), [("", 0o600), ("group", 0o660)])
 def test_the_lock_of_a_banks_notes_is_open_to_its_owner_or_group_alone(tmp_path, monkeypatch, shared, mode):
     monkeypatch.setenv("MTA_SHARED", shared)
-    files.note_published(tmp_path, "https://hub/one")
-    assert (tmp_path / f".{files.PUBLISHED}.lock").stat().st_mode & 0o777 == mode
+    note_published(tmp_path, "https://hub/one")
+    assert (tmp_path / f".{PUBLISHED}.lock").stat().st_mode & 0o777 == mode

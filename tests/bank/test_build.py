@@ -1,4 +1,4 @@
-"""A build: the same work gives the same bank, once, whoever is killed meanwhile, and says nothing of anybody."""
+"""Build a bank: equal inputs give equal banks, also after kills, and no file identifies a person."""
 
 import json
 import random
@@ -14,10 +14,9 @@ from conftest import TINY_RUN, HashEncoder, memory_for, people_of
 from safetensors.torch import load_file
 from tiny import base_of
 
-from mta.bank import format as files
 from mta.bank.bank import Bank
 from mta.bank.build import build_bank
-from mta.bank.format import Members, read_info, write_info
+from mta.bank.format import ANCHORS, Members, identity, read_info, seal, write_info
 from mta.config import Run, Training
 from mta.data.history import Person
 from mta.data.tasks import load_task
@@ -47,7 +46,7 @@ def files_in(folder: Path) -> dict[str, bytes]:
 
 
 def trained(folder: Path) -> dict[str, bytes]:
-    """What the bank's hash is over, apart from its description."""
+    """The files that the bank's hash covers, apart from the description."""
     return {name: data for name, data in files_in(folder).items() if name in read_info(folder).files}
 
 
@@ -105,16 +104,16 @@ def test_how_long_it_took_is_no_part_of_a_banks_identity(built, tmp_path):
 def test_a_setting_that_is_new_in_mta_makes_no_other_bank_of_one_that_is_there(built, tmp_path):
     values = json.loads((built / "bank.json").read_text())
     del values["sha256"], values["run"]["gradient_checkpointing"]
-    write_json(tmp_path / "bank.json", values | {"sha256": files.seal(values)})
+    write_json(tmp_path / "bank.json", values | {"sha256": seal(values)})
     assert read_info(tmp_path).hash == read_info(built).hash
 
 
 def test_who_asked_and_where_it_was_told_are_no_part_of_a_banks_identity(built, tmp_path):
-    told = []
+    logged = []
 
     class Sink:
         def log(self, values, step):
-            told.append(values)
+            logged.append(values)
 
         def close(self):
             pass
@@ -122,7 +121,7 @@ def test_who_asked_and_where_it_was_told_are_no_part_of_a_banks_identity(built, 
     again = build(tmp_path / "bank", command="mta bank build", track=lambda _: Sink())
     assert without_seconds(again) == without_seconds(built)
     assert trained(again) == trained(built)
-    assert {name for values in told for name in values} >= {"task_LoRA/loss", "anchors/loss"}
+    assert {name for values in logged for name in values} >= {"task_LoRA/loss", "anchors/loss"}
     ((asked,), (plain,)) = sittings(again), sittings(built)
     assert (asked["command"], plain["command"]) == ("mta bank build", "")
     assert asked["work"] == plain["work"] == read_info(built).work[:12]
@@ -270,7 +269,7 @@ def test_a_build_that_is_to_start_anew_does(built, tmp_path, monkeypatch):
 
 def test_a_folder_with_other_things_in_it_is_refused(tmp_path):
     (tmp_path / "thesis.txt").write_text("years of work")
-    with pytest.raises(BankError, match=r"holds something that is no bank's: thesis.txt\n  Choose an empty"):
+    with pytest.raises(BankError, match=r"holds thesis.txt, which does not belong to a bank\n  Choose an empty"):
         build(tmp_path, resume=False)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
@@ -437,11 +436,11 @@ def test_a_person_who_comes_with_queries_is_trained_on_items_alone(built, tmp_pa
 
 
 def test_anchors_begin_from_one_a_or_each_from_its_own(tmp_path):
-    """Without a step of training every A is what it began as."""
+    """Without a training step, every A keeps its initial value."""
     still = {"training": TINY_RUN.bank.training.model_copy(update={"steps": 0})}
     for start in ("same", "own"):
         folder = build(tmp_path / start, run=changed("bank", start=start, **still))
-        factors = [a for name, a in load_file(folder / files.ANCHORS).items() if a.shape[-2] == 2 and a.abs().sum() > 0]
+        factors = [a for name, a in load_file(folder / ANCHORS).items() if a.shape[-2] == 2 and a.abs().sum() > 0]
         assert factors
         assert all(torch.equal(a[0], a[1]) == (start == "same") for a in factors)
 
@@ -455,7 +454,7 @@ def test_a_finished_bank_takes_over_another_limit_of_answers_and_stays_the_same_
     assert (after.hash, after.work, after.files) == (before.hash, before.work, before.files)
     assert Bank.open(tmp_path / "bank", base).task == limited
     assert "answer_tokens" not in before.task
-    assert files.identity(after) == before.hash
+    assert identity(after) == before.hash
 
 
 @pytest.mark.parametrize(("group", "stage"), [("task_lora", "task LoRA"), ("bank", "anchors")])

@@ -1,4 +1,4 @@
-"""Banks and adapters to a hub and back, by the hub's real client: what leaves, what stays here, what comes back."""
+"""Publish and download banks and adapters with the hub's real client: files sent, kept local, and downloaded."""
 
 import json
 import os
@@ -19,8 +19,8 @@ from test_bank import BASE, HASHED, as_schema_1, people_of, rewritten
 from tiny import base_of
 from transformers import AutoModelForCausalLM
 
-from mta.bank import format as files
 from mta.bank.bank import Bank
+from mta.bank.format import file_hashes, mark_stale, published, read_info
 from mta.bank.publish import bank_folder, bank_parcel
 from mta.config import Run
 from mta.errors import AssetError, BankCorrupt, BankError, BankMismatch, HubError, InputError
@@ -117,7 +117,7 @@ def test_members_leave_when_they_are_asked_to_and_go_when_they_are_not(hub, bank
 
 
 def test_a_bank_of_schema_1_is_published_without_what_stood_in_its_description(hub, folder):
-    hashed = files.read_info(folder).members.hashed
+    hashed = read_info(folder).members.hashed
     as_schema_1(folder)
     bank = Bank.open(folder, BASE)
     bank.push_to_hub(NAME)
@@ -135,9 +135,7 @@ def test_a_place_of_this_machine_stays_here(hub, folder, tmp_path):
     run = json.loads((folder / "bank.json").read_text())["run"] | {"base": place, "encoder": place}
     adapter = folder / "task_lora" / "adapter_config.json"
     adapter.write_text(json.dumps(json.loads(adapter.read_text()) | {"base_model_name_or_path": place}))
-    rewritten(
-        folder, base=place, encoder=place, run=run, files=files.file_hashes(folder, files.read_info(folder).files)
-    )
+    rewritten(folder, base=place, encoder=place, run=run, files=file_hashes(folder, read_info(folder).files))
     bank = Bank.open(folder, BASE)
     bank.push_to_hub(NAME)
     assert str(tmp_path).encode() not in hub.arrived()
@@ -167,10 +165,10 @@ def test_only_the_files_of_a_bank_are_fetched(hub, bank):
 
 
 def test_a_bank_that_somebody_wants_to_be_forgotten_by_is_not_published(hub, bank):
-    files.mark_stale(bank.folder, "t2")
+    mark_stale(bank.folder, "t2")
     said = refused(BankError, bank.push_to_hub, NAME)
-    assert said.startswith("somebody who asked to be forgotten is in the task LoRA of ")
-    assert said.endswith("\n  Rebuild it without them:  mta bank build")
+    assert said.startswith("a forgotten person is in the task LoRA of ")
+    assert said.endswith("\n  Rebuild the bank without that person:  mta bank build")
     assert hub.requests == []
 
 
@@ -182,10 +180,13 @@ def test_a_damaged_bank_is_not_published(hub, bank):
 
 def test_a_sealed_file_that_is_no_banks_is_not_published(hub, folder):
     (folder / "task_lora" / "training_args.json").write_text("{}")
-    sealed = files.file_hashes(folder, [*files.read_info(folder).files, "task_lora/training_args.json"])
+    sealed = file_hashes(folder, [*read_info(folder).files, "task_lora/training_args.json"])
     rewritten(folder, files=sealed)
     said = refused(BankError, Bank.open(folder, BASE).push_to_hub, NAME)
-    assert "holds task_lora/training_args.json, which is no bank's file: it is not published\n  Rebuild" in said
+    assert (
+        "holds task_lora/training_args.json, which does not belong to a bank: the bank is not published\n  Rebuild"
+        in said
+    )
 
 
 def test_a_public_repository_is_not_taken_for_a_private_one(hub, bank):
@@ -195,7 +196,7 @@ def test_a_public_repository_is_not_taken_for_a_private_one(hub, bank):
         f"{NAME} exists and is public, expected a private repository; nothing was sent\n  Give --public"
     )
     assert hub.repos[NAME].files == {}
-    assert files.published(bank.folder) == []
+    assert published(bank.folder) == []
     bank.push_to_hub(NAME, private=False)
     assert sorted(hub.repos[NAME].files) == SENT
 
@@ -219,7 +220,7 @@ def test_a_bank_that_comes_damaged_is_refused(hub, bank, bend):
     bank.push_to_hub(NAME)
     hub.bent["index.safetensors"] = bend(hub.repos[NAME].files["index.safetensors"])
     said = refused((BankCorrupt, HubError), Bank.from_pretrained, NAME, BASE)
-    if "came damaged" in said:  # else the client has seen itself that it is too short
+    if "is damaged" in said:  # otherwise the hub's client noticed that the file is too short
         assert f"hf cache rm model/{NAME}" in said
     else:
         assert f"{NAME!r} cannot be downloaded from the hub" in said
@@ -228,7 +229,9 @@ def test_a_bank_that_comes_damaged_is_refused(hub, bank, bend):
 def test_a_torn_bank_on_the_hub_is_refused(hub, bank):
     bank.push_to_hub(NAME)
     hub.repos[NAME].commit({name: data[:99] for name, data in hub.repos[NAME].files.items()})
-    assert refused(BankCorrupt, Bank.from_pretrained, NAME, BASE).startswith(f"{NAME!r} came damaged from the hub: ")
+    assert refused(BankCorrupt, Bank.from_pretrained, NAME, BASE).startswith(
+        f"the download of {NAME!r} from the hub is damaged: "
+    )
     hub.repos[NAME].commit({"bank.json": (bank.folder / "bank.json").read_bytes()})
     assert "is missing" in refused(BankCorrupt, Bank.from_pretrained, NAME, BASE)
 
@@ -243,7 +246,8 @@ def test_what_is_no_bank_is_told_before_its_weights_are_fetched(hub):
     hub.repos[NAME].commit({"model.safetensors": b"0" * 1000})
     said = refused(BankCorrupt, bank_folder, NAME)
     assert (
-        said == f"there is no folder {NAME}, and {NAME!r} on the hub is no bank: it has no bank.json\n  Check the name."
+        said
+        == f"there is no folder {NAME}, and {NAME!r} on the hub is not a bank: it has no bank.json\n  Check the name."
     )
     assert not any("model.safetensors" in path for _, path in hub.requests)
 
@@ -284,11 +288,11 @@ def test_the_parcel_says_what_would_leave_and_sends_nothing(hub, bank):
     parcel = bank_parcel(bank.folder, NAME)
     assert sorted(parcel.sizes()) == SENT
     assert parcel.sizes()["anchors.safetensors"] == (bank.folder / "anchors.safetensors").stat().st_size
-    assert parcel.facts["license"].startswith("none said")
-    assert parcel.facts["members"].startswith("stay here (members.json): whoever has them and their key can test")
-    assert "4 people behind the task LoRA, 12 candidates and 3 anchors" in parcel.facts["data"]
+    assert parcel.facts["license"].startswith("none (--license)")
+    assert parcel.facts["members"].startswith("not sent (members.json): readers of this file can test")
+    assert "4 people behind the task LoRA, 12 candidates, and 3 anchors" in parcel.facts["data"]
     assert hub.requests == []
-    assert bank_parcel(bank.folder, NAME, with_members=True).facts["members"].startswith("members.json leaves too: ")
+    assert bank_parcel(bank.folder, NAME, with_members=True).facts["members"].startswith("members.json is sent too: ")
 
 
 def results_of(bank, **meta) -> dict:
@@ -302,8 +306,8 @@ def results_of(bank, **meta) -> dict:
         {"name": "task LoRA", "metrics": {"NLL": interval, "MAE": interval}, "differences": {}},
         {"name": "constant", "metrics": {"MAE": interval}, "differences": {}},
     ]
-    told = {"command": "mta evaluate Xylograd.jsonl", "bank_seconds": bank.info.seconds, **meta}
-    return {"meta": told, "people": 16, "queries_per_person": 8, "methods": methods}
+    about = {"command": "mta evaluate Xylograd.jsonl", "bank_seconds": bank.info.seconds, **meta}
+    return {"meta": about, "people": 16, "queries_per_person": 8, "methods": methods}
 
 
 def test_the_card_is_one_the_hub_reads_and_quotes_the_results(hub, bank, tmp_path):
@@ -325,7 +329,7 @@ def test_the_card_is_one_the_hub_reads_and_quotes_the_results(hub, bank, tmp_pat
 
 
 def test_the_base_of_a_card_is_its_id_on_the_hub(folder):
-    for base, told in {
+    for base, expected in {
         "smollm2-135m-instruct": "HuggingFaceTB/SmolLM2-135M-Instruct",
         "meta-llama/Llama-3.1-8B": "meta-llama/Llama-3.1-8B",
         "tiny-llama": None,
@@ -333,14 +337,14 @@ def test_the_base_of_a_card_is_its_id_on_the_hub(folder):
         run = json.loads((folder / "bank.json").read_text())["run"] | {"base": base}
         rewritten(folder, base=base, run=run)
         card = ModelCard(bank_parcel(folder, NAME).files["README.md"].decode())
-        assert card.data.to_dict().get("base_model") == told
+        assert card.data.to_dict().get("base_model") == expected
 
 
 @pytest.mark.parametrize("written", ["[]", "{}", "no", '{"methods": [], "people": 1, "queries_per_person": 1}'])
 def test_results_that_are_none_are_refused(bank, tmp_path, written):
     (tmp_path / "r.json").write_text(written)
     said = refused(InputError, bank_parcel, bank.folder, NAME, results=tmp_path / "r.json")
-    assert said.startswith(f"{tmp_path / 'r.json'} cannot be quoted on the card: ")
+    assert said.startswith(f"{tmp_path / 'r.json'} cannot be shown on the card: ")
     assert said.endswith("\n  Give the results.json of:  mta evaluate people.jsonl --bank bank/ --out results/")
 
 
@@ -356,16 +360,16 @@ def test_results_of_another_bank_are_refused(bank, tmp_path):
 
 def test_forgetting_names_where_the_bank_was_published(hub, bank, tmp_path):
     bank.push_to_hub(NAME)
-    told = forget_person("t2", Store(tmp_path / "people"), bank.folder)
-    assert (told.needs_rebuild, told.published, told.unknown) == (["task LoRA"], [f"{hub.endpoint}/{NAME}"], [])
+    found = forget_person("t2", Store(tmp_path / "people"), bank.folder)
+    assert (found.needs_rebuild, found.published, found.unknown) == (["task LoRA"], [f"{hub.endpoint}/{NAME}"], [])
     assert forget_person("stranger", Store(tmp_path / "people"), bank.folder).published == []
 
 
 def test_forgetting_says_what_a_published_bank_does_not_let_us_know(hub, bank, tmp_path):
     bank.push_to_hub(NAME)
     there = Bank.from_pretrained(NAME, BASE).folder
-    told = forget_person("t2", Store(tmp_path / "people"), there)
-    assert (told.needs_rebuild, told.unknown) == ([], [str(there)])
+    found = forget_person("t2", Store(tmp_path / "people"), there)
+    assert (found.needs_rebuild, found.unknown) == ([], [str(there)])
 
 
 # -- an adapter --------------------------------------------------------------------------------------------------------
@@ -411,8 +415,8 @@ def test_forgetting_names_a_pushed_adapter_and_removes_the_one_here(hub, adapter
     personal, out = adapter
     personal.push_to_hub("x0", out, "somebody/one")
     personal.push_to_hub("x0", out, "somebody/one")
-    told = personal.forget("x0")
-    assert told.exports_left == [f"{hub.endpoint}/somebody/one (pushed there: delete it by hand)"]
+    found = personal.forget("x0")
+    assert found.exports_left == [f"{hub.endpoint}/somebody/one (pushed there: delete it by hand)"]
     assert not out.exists()
 
 
@@ -445,7 +449,7 @@ def test_a_base_in_a_folder_here_is_pushed_by_its_name(hub, adapter, tmp_path):
 
 @pytest.mark.slow
 def test_in_a_process_of_its_own_as_people_have_it(hub, bank, tmp_path, cache):
-    """With the client set up by its own variables."""
+    """A new process with the hub client configured by environment variables."""
     code = (
         "import sys; sys.path[:0] = sys.argv[2:]; from tiny import base_of; from mta.bank.bank import Bank; "
         f"base = base_of(); bank = Bank.open(sys.argv[1], base); bank.push_to_hub({NAME!r}); "

@@ -1,4 +1,4 @@
-"""Which items the task LoRA is trained on: few of each person, the same whatever order people come in."""
+"""The items of the task LoRA: a few of each person, independent of the order of people."""
 
 import random
 from collections import Counter

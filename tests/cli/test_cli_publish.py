@@ -41,7 +41,7 @@ def test_a_dry_run_shows_everything_and_sends_nothing(world, hub):
     said = mta("bank", "publish", world.bank, "--to", NAME, "--dry-run")
     assert said.out.startswith(f"To {NAME}, private: 6 files, ")
     assert all(f"  {name}\n" in said.out for name in SENT)
-    assert "\nmembers: stay here (members.json): " in said.out
+    assert "\nmembers: not sent (members.json): " in said.out
     assert str(world.root) not in said.out
     assert "PUBLIC" in mta("bank", "publish", world.bank, "--to", NAME, "--dry-run", "--public").out
     result = mta("bank", "publish", world.bank, "--to", NAME, "--dry-run", "--with-members", "--json").json
@@ -118,7 +118,7 @@ def test_forget_names_where_the_bank_was_published(world, hub, tmp_path):
     said = mta("forget", "member-03-hoxha", *at).out
     assert f"the bank was published; delete it there by hand: {hub.endpoint}/{NAME}\n" in said
     again = run("bank", "publish", at[1], "--to", NAME, "--dry-run")
-    assert again.err.startswith("BankError: somebody who asked to be forgotten is in the ")
+    assert again.err.startswith("BankError: a forgotten person is in the ")
 
 
 def test_a_local_folder_takes_precedence_over_a_hub_id(world, hub, tmp_path, monkeypatch):

@@ -6,7 +6,7 @@ import pytest
 
 from mta.cli import screen
 from mta.cli.screen import Screen
-from mta.training.trainer import Step
+from mta.system.progress import Step
 
 
 @pytest.fixture

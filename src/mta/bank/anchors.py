@@ -1,4 +1,4 @@
-"""Who the anchors are: candidates clustered by their vectors, the most active of each cluster."""
+"""Choose the anchors: cluster the candidates by their vectors, and take one person from each cluster."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from mta.model.encoders import Encoder, encode_people
 def choose_anchors(
     task: Task, encoder: Encoder, candidates: Sequence[Person], settings: BankSettings, seed: int
 ) -> tuple[list[Person], Tensor, list[int]]:
-    """Who can become an anchor, their vectors (U, E), and the numbers of those who do."""
+    """Return the candidates with enough items, their vectors (U, E), and the indices of the anchors among them."""
     able = [person for person in candidates if len(person.items) >= settings.min_items]
     vectors = encode_people(encoder, task, able, settings.encode)
     return able, vectors, select_anchors(able, vectors, settings.anchors, seed, choose=settings.choose)
@@ -34,12 +34,12 @@ def select_anchors(
     share: int = 4,
     choose: Literal["active", "central", "random"] = "active",
 ) -> list[int]:
-    """Indices of the anchors among the candidates, ascending.
+    """Return the indices of the anchors among the candidates, ascending.
 
-    k-means over ``vectors`` (U, E); from each cluster the person with most items (``active``), the one nearest to its
-    centre (``central``), or one drawn by the seed (``random``); ties: the smaller id.
-    There are never more anchors than one in ``share`` candidates.
-    Source: arXiv:2511.20072, stage 1 (``active``); a quarter is our choice. Raises InputError if that leaves no anchor.
+    Clusters ``vectors`` (U, E) by k-means, and takes from each cluster the person with the most items (``active``),
+    nearest to the center (``central``), or drawn by the seed (``random``); on ties, the smaller id.
+    There is at most one anchor per ``share`` candidates; raises InputError if that leaves no anchor.
+    Source: arXiv:2511.20072, stage 1 (``active``); a quarter is our choice.
     """
     from sklearn.cluster import KMeans
 
@@ -52,13 +52,13 @@ def select_anchors(
         )
     means = KMeans(clusters, n_init=4, random_state=seed)
     labels = torch.from_numpy(means.fit_predict(vectors.double().numpy()))
-    away = (vectors.double() - torch.from_numpy(means.cluster_centers_)[labels]).norm(dim=1)
+    distances = (vectors.double() - torch.from_numpy(means.cluster_centers_)[labels]).norm(dim=1)
 
     def rank(i: int) -> float:
         if choose == "active":
             return -len(candidates[i].items)
         draw = hashlib.sha256(f"{seed}/{candidates[i].id}".encode()).digest()
-        return float(away[i]) if choose == "central" else int.from_bytes(draw[:6], "big")
+        return float(distances[i]) if choose == "central" else int.from_bytes(draw[:6], "big")
 
     return sorted(
         min((int(i) for i in (labels == c).nonzero()), key=lambda i: (rank(i), candidates[i].id))

@@ -1,4 +1,4 @@
-"""``Bank``: the anchors' meta-LoRAs, their vectors and the task LoRA, opened from disk."""
+"""``Bank``: the anchors' meta-LoRAs, their vectors, and the task LoRA, opened from disk."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from mta.bank import format as files
 from mta.bank.build import build_bank
+from mta.bank.format import INDEX, REBUILD, BankInfo, check_base, read_adapters, read_info, verify
 from mta.bank.publish import bank_folder, bank_parcel, publish_bank
 from mta.config import Run
 from mta.data.history import Person
@@ -26,8 +26,8 @@ from mta.lora.batch import LoraBatch
 from mta.lora.layers import Shared
 from mta.model.base import BaseModel
 from mta.model.encoders import Encoder, load_encoder
+from mta.system.progress import OnStep
 from mta.tracking.trackers import Track
-from mta.training.trainer import OnStep
 
 log = logging.getLogger("mta")
 
@@ -41,11 +41,11 @@ class Bank:
     """
 
     folder: Path
-    info: files.BankInfo
-    hash: str  # identity of the bank; states of people name it
+    info: BankInfo
+    hash: str  # identity of the bank, stored in people's states
     task: Task
     anchors: LoraBatch  # as stored, float32
-    working: LoraBatch  # where and as the base computes
+    working: LoraBatch  # on the base's device and in its dtype
     vectors: Tensor  # (N, E), unit length
     task_lora: LoraBatch | None
 
@@ -68,12 +68,12 @@ class Bank:
         command: str = "",
         track: Track | None = None,
     ) -> Bank:
-        """Stages 0 and 1: train the task LoRA and the anchors among ``people``, and open the result.
+        """Run stages 0 and 1: train the task LoRA and the anchors among ``people``, and open the bank.
 
-        Without ``task_people`` half of ``people``, drawn by hash, train the task LoRA; the others are the candidates.
-        People who share items are in the same half, unless they are more than half of all people.
-        ``task`` defaults to the one ``people`` were read for. The other keywords are those of ``build_bank``.
-        Raises InputError when there are fewer people than anchors need, BankError if ``out`` holds another bank.
+        Without ``task_people``, the task LoRA is trained on half of ``people``, drawn by hash; the other half are the
+        candidates for anchors. People who share items are in the same half, unless more than half of all people do.
+        ``task`` defaults to the task that ``people`` were read for. The other keywords are those of ``build_bank``.
+        Raises InputError for too few people, BankError if ``out`` holds another bank.
         """
         run = run or Run()
         if anchors is not None:
@@ -81,7 +81,7 @@ class Bank:
         task = task or getattr(people, "task", None)
         if task is None:
             raise InputError(
-                "no task: these people do not say what they were read for",
+                "no task: these people were not read for a task",
                 hint="Give task=..., for example task='lamp3'.",
             )
         chosen = load_task(task)
@@ -89,13 +89,13 @@ class Bank:
             half = len(people) // 2
             together = max(Counter(p.group for p in people if p.group).values(), default=0) <= half
             if not together:
-                log.warning("more than half of the people share items with each other: the two halves share items too")
+                log.warning("more than half of the people share items with each other, so the two halves share items")
             halves = draw(people, run.seed, task=half, development=0, test=0, together=together)
             task_people, people = halves.select("task", people), halves.select("candidates", people)
         if shared := {person.id for person in task_people} & {person.id for person in people}:
             raise InputError(
                 f"{len(shared)} people are both in the task LoRA's part and candidates for anchors",
-                hint="Take them out of one of the two:  people, or task_people=…",
+                hint="Remove them from people or from task_people.",
             )
         build_bank(
             base,
@@ -116,22 +116,22 @@ class Bank:
 
     @classmethod
     def open(cls, folder: str | Path, base: BaseModel, *, full: bool = False) -> Bank:
-        """Open a bank and check it: every hash the first time (or with ``full``), sizes and times afterwards.
+        """Open a bank and check its files: all hashes the first time (or with ``full``), sizes and times afterwards.
 
-        Raises BankMismatch when it was built for another base, BankCorrupt when files are missing or changed.
+        Raises BankMismatch if the bank was built for another base, BankCorrupt for missing or changed files.
         """
         folder = Path(folder)
-        info = files.read_info(folder)
-        files.check_base(folder, info, base.name, base.fingerprint)
+        info = read_info(folder)
+        check_base(folder, info, base.name, base.fingerprint)
         try:
-            files.verify(folder, info, full=full)
+            verify(folder, info, full=full)
             task = with_limit(Task.model_validate(info.task))
-            vectors = load_file(folder / files.INDEX)["vectors"]
+            vectors = load_file(folder / INDEX)["vectors"]
         except (OSError, SafetensorError, ValueError, KeyError) as error:
-            raise BankCorrupt(f"{folder} cannot be read: {error}", hint=files.REBUILD) from None
-        anchors, pooled = files.read_adapters(folder, info)
+            raise BankCorrupt(f"{folder} cannot be read: {error}", hint=REBUILD) from None
+        anchors, pooled = read_adapters(folder, info)
         if len(vectors) != len(anchors) or anchors.shapes != base.targets:
-            raise BankCorrupt(f"{folder}: anchors, index and base do not fit together", hint=files.REBUILD)
+            raise BankCorrupt(f"{folder}: anchors, index, and base do not match", hint=REBUILD)
         working = anchors.to(base.device, base.dtype)
         return cls(folder, info, info.hash, task, anchors, working, vectors, pooled and pooled.to(base.device))
 
@@ -139,7 +139,7 @@ class Bank:
     def from_pretrained(
         cls, name_or_folder: str | Path, base: BaseModel, revision: str | None = None, *, token: str | None = None
     ) -> Bank:
-        """Open a folder, or else what was published under that hub id, downloaded and checked as ``open`` checks.
+        """Open a bank from a folder, or from the hub if there is no such folder.
 
         Raises HubError, BankMismatch, BankCorrupt.
         """
@@ -155,14 +155,14 @@ class Bank:
         license: str = "",
         with_members: bool = False,
     ) -> str:
-        """Publish the bank with its card, and return its address; ``from_pretrained`` opens it elsewhere.
+        """Publish the bank with its card on the hub, and return its address; ``from_pretrained`` opens it.
 
-        A bank was made of people's texts: see what leaves first (``mta bank publish --dry-run``). The list that tells
-        whether somebody is among its people leaves only ``with_members``. ``results`` is the results.json of
-        ``mta evaluate --out``. Raises BankError where somebody asked to be forgotten, HubError, InputError.
+        A bank was trained on people's texts: list the files to send first (``mta bank publish --dry-run``). The list of
+        members is sent only ``with_members``. ``results`` is the results.json of ``mta evaluate --out``.
+        Raises BankError if a person in the bank asked to be forgotten, HubError, InputError.
         """
-        quoted = Path(results) if results else None
-        parcel = bank_parcel(self.folder, repo_id, results=quoted, license=license, with_members=with_members)
+        path = Path(results) if results else None
+        parcel = bank_parcel(self.folder, repo_id, results=path, license=license, with_members=with_members)
         return publish_bank(self.folder, repo_id, parcel, private=private, token=token)
 
     def __len__(self) -> int:
@@ -170,23 +170,23 @@ class Bank:
 
     @property
     def pooled(self) -> list[Shared]:
-        """The task LoRA for all rows, or nothing where stage 0 was switched off."""
+        """The task LoRA for all rows; empty if stage 0 was switched off."""
         return [Shared(self.task_lora)] if self.task_lora else []
 
     def similarity(self, vectors: Tensor) -> Tensor:
-        """Cosine of people's vectors (U, E) and the anchors' -> (U, N)."""
+        """Return the cosines of people's vectors (U, E) and the anchors' vectors, (U, N)."""
         return vectors @ self.vectors.T
 
     def encoder(self, base: BaseModel, name: str | None = None) -> Encoder:
-        """The encoder the anchors were placed with, by the name it has here and now.
+        """Return the encoder of the anchors' vectors; ``name`` overrides the encoder's name in the bank.
 
-        Raises BankMismatch if its weights are others, before they are loaded; ModelError if it is no encoder.
+        Raises BankMismatch for other weights, before they are loaded; ModelError if the model is not an encoder.
         """
         encoder = load_encoder(name or self.info.encoder, base)
         if encoder.fingerprint != self.info.encoder_fingerprint:
             raise BankMismatch(
                 f"encoder {encoder.name!r} has other weights (sha256 {encoder.fingerprint[:8]}…) "
                 f"than when the bank was built ({self.info.encoder_fingerprint[:8]}…)",
-                hint="Load the encoder the bank was built with, or rebuild the bank.",
+                hint="Load the encoder that the bank was built with, or rebuild the bank.",
             )
         return encoder

@@ -1,4 +1,7 @@
-"""Stages 0 and 1, from people to a bank on disk; resumable, and the same work gives the same tensors."""
+"""Stages 0 and 1: from people to a bank on disk.
+
+A killed build resumes. The same people, base, and settings give the same tensors.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +17,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mta.bank import format as files
 from mta.bank.anchors import choose_anchors
 from mta.bank.card import card
+from mta.bank.format import (
+    ANCHORS,
+    INDEX,
+    INFO,
+    OURS,
+    PUBLISHED,
+    SCHEMA,
+    STALE,
+    TASK_LORA,
+    BankInfo,
+    Members,
+    file_hashes,
+    identity,
+    read_info,
+    write_info,
+    write_limit,
+)
 from mta.bank.worker import Anchors, BankWorker, Pool, anchor_start, open_worker, train_anchors, train_pool
 from mta.config import Run, parse_size
 from mta.data.history import Person
@@ -24,27 +43,21 @@ from mta.data.tasks.task import Task
 from mta.distributed.executor import Executor, LocalExecutor, Outcome
 from mta.errors import BankError
 from mta.lora.batch import LoraBatch, stack
-from mta.lora.peft import read_peft, write_peft
+from mta.lora.peft import CARD, read_peft, write_peft
 from mta.model.base import BaseModel
 from mta.model.encoders import Encoder
 from mta.model.footprint import Numbers
-from mta.system.atomic import copy_file, make_folder, write_tensors, write_text
+from mta.system.atomic import asides_in, copy_file, make_folder, write_tensors, write_text
+from mta.system.progress import OnStep, Step
 from mta.tracking import run_folder
 from mta.tracking.run_folder import RunFolder
 from mta.tracking.trackers import Track
 from mta.training.checkpoint import Checkpoint
 from mta.training.plan import Plan, plan_cohorts
-from mta.training.trainer import Job, OnStep, Step
+from mta.training.trainer import Job
 
-_NO_WORK = {
-    "merge",
-    "stack",
-    "base",
-    "encoder",
-    "task",
-    "device",
-    "gradient_checkpointing",
-}  # identified otherwise, or free
+# Settings that the work key leaves out: they do not affect a bank, or the key holds a fingerprint instead.
+_NOT_IN_KEY = {"merge", "stack", "base", "encoder", "task", "device", "gradient_checkpointing"}
 
 
 def build_bank(
@@ -63,59 +76,61 @@ def build_bank(
     command: str = "",
     track: Track | None = None,
 ) -> None:
-    """Train the task LoRA on ``task_people`` and a meta-LoRA per anchor among ``candidates``; write both to ``out``.
+    """Train the task LoRA on ``task_people`` and one meta-LoRA per anchor among ``candidates``; write them to ``out``.
 
-    ``task_lora`` is the folder of one that was trained before, by these settings on these people: it is copied.
-    A build that was killed goes on from its last checkpoint unless ``resume`` is off; a finished one is left as it is,
-    but for the task's ``answer_tokens``, which decides nothing that is trained.
-    The run's settings, steps, and ``command`` are kept beside it (``mta.tracking.run_folder``); ``track`` opens a
-    tracker for the steps as well.
+    ``task_lora`` is the folder of a task LoRA that was trained earlier with the same settings and people; it is copied.
+    A killed build resumes from its last checkpoint, unless ``resume`` is False. A finished bank is not changed, except
+    for the task's ``answer_tokens``, which does not affect training.
+    Settings, steps, and ``command`` are recorded in the folder (``mta.tracking.run_folder``); ``track`` opens a tracker
+    for the steps.
     Source: arXiv:2511.20072, stage 1; clusters: its README, "most active": Per-Pcs. Raises InputError, BankError.
     """
-    task_people, candidates, asked = _by_id(task_people), _by_id(candidates), run.task
-    run = _as_built(run, base, task, encoder)
+    task_people, candidates, task_name = _by_id(task_people), _by_id(candidates), run.task
+    run = base.as_loaded(run.model_copy(update={"task": task.name, "encoder": encoder.name}))
     work = _with_files(task_lora, work_key(base, task, encoder, task_people, candidates, run))
-    if _finished(out, work):
-        return files.write_limit(out, task)
-    _begin(out, resume)
-    kept = RunFolder(
+    if _is_finished(out, work):
+        return write_limit(out, task)
+    if not resume:
+        shutil.rmtree(out / "work", ignore_errors=True)
+        (out / run_folder.METRICS).unlink(missing_ok=True)
+    record = RunFolder(
         folder=out,
         kind="bank",
         base=base,
-        settings=_asked(run, asked),
+        settings=_settings(run, task_name),
         about={"seeds": [run.seed]},
         work=work,
         command=command,
         track=track,
         on_step=on_step,
     )
-    site = _Build(base, task, run, out, work, executor or LocalExecutor(), kept, task_lora)
-    # Anchors first: that takes seconds, and if they are too few, stage 0 would be hours for nothing.
+    build = _Build(base, task, run, out, work, executor or LocalExecutor(), record, task_lora)
+    # Choose anchors and plan before stage 0, which takes hours: too few people or too little memory fails at once.
     able, vectors, chosen = choose_anchors(task, encoder, candidates, run.bank, run.seed)
     anchors = [able[i].latest(run.bank.max_items) for i in chosen]
-    jobs, plan = site.planned(anchors)  # before stage 0 too: too little memory is said at once
-    with kept:
-        pooled = site.task_lora(task_people)
-        bank = site.meta_loras(jobs, plan, pooled)
-        site.write(bank, vectors[chosen])
-        secret = json.dumps([work, _digests(task_people, candidates)])  # work alone, which bank.json tells, is none
+    jobs, plan = build.planned(anchors)
+    with record:
+        pooled = build.task_lora(task_people)
+        bank = build.meta_loras(jobs, plan, pooled)
+        build.write(bank, vectors[chosen])
+        secret = json.dumps([work, _digests(task_people, candidates)])  # the work key is not secret: it is in bank.json
         ids = ([person.id for person in group] for group in (task_people, able, anchors))
-        site.finish(encoder, plan, [len(able[i].items) for i in chosen], files.Members.of(secret, *ids))
-    _tidy(out)  # what a build has that ends before this, the next one removes
+        build.finish(encoder, plan, [len(able[i].items) for i in chosen], Members.of(secret, *ids))
+    _remove_work(out)  # if the build is killed before this, the next call removes the files
 
 
 def work_key(
     base: BaseModel, task: Task, encoder: Encoder, task_people: Sequence[Person], candidates: Sequence[Person], run: Run
 ) -> str:
-    """What decides the tensors of a bank, as one hash."""
-    settings, people = run.model_dump(mode="json", exclude=_NO_WORK), _digests(task_people, candidates)
+    """Return a hash of all inputs that affect the tensors of a bank."""
+    settings, people = run.model_dump(mode="json", exclude=_NOT_IN_KEY), _digests(task_people, candidates)
     parts = [base.fingerprint, encoder.fingerprint, task.identity, settings, people]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 @dataclass(slots=True)
 class _Build:
-    """A bank under construction: what is finished lies in ``out/work`` until the whole is."""
+    """A bank under construction; ``out/work`` holds markers, checkpoints, and finished anchors until it is complete."""
 
     base: BaseModel
     task: Task
@@ -123,42 +138,42 @@ class _Build:
     out: Path
     work: str
     executor: Executor
-    kept: RunFolder
+    record: RunFolder
     given: Path | None = None
     cut: dict[str, int] = field(default_factory=lambda: {"items left out": 0, "texts shortened": 0})
 
     def task_lora(self, people: Sequence[Person]) -> LoraBatch | None:
-        """Stage 0, or None where it is switched off."""
+        """Run stage 0 and return the task LoRA; None if it is switched off."""
         settings = self.run.task_lora
         if not settings.enabled:
             return None
-        folder = self.out / files.TASK_LORA
+        folder = self.out / TASK_LORA
         if self.given and not self._done("task"):
-            for left in folder.glob(f".*.{'[0-9a-f]' * 32}"):  # of a copy that was killed
-                left.unlink()
+            for aside in asides_in(folder, "*"):  # of a killed copy
+                aside.unlink()
             for file in sorted(self.given.iterdir()):
                 copy_file(file, folder / file.name)
             self._mark("task")
         if not self._done("task"):
             pool = Pool(self.task, tuple(people))
-            report = self._reporter("task LoRA")
-            stopped = partial(self._checkpoint, "")
-            here = BankWorker(self.base, self.run, None, stopped, lambda _, step: report(step))
-            (found,) = self.executor.run(train_pool, [pool], here, self._elsewhere(None))
+            self.record.stage_begins()
+            checkpoint = partial(self._checkpoint, "")
+            local = BankWorker(self.base, self.run, None, checkpoint, self.record.step)
+            (found,) = self.executor.run(train_pool, [pool], local, self._remote_worker(None))
             write_peft(folder, _trained(found), self.base.name, fan_in_fan_out=self.base.fan_in_fan_out)
             if not self.executor.in_process:
-                report(Step(1, 1, 1, 1))
+                self.record.step("task LoRA", Step(1, 1, 1, 1))
             self._mark("task")
-            stopped(pool.name).remove()
+            checkpoint(pool.name).remove()
         return read_peft(folder).to(self.base.device)
 
     def planned(self, anchors: Sequence[Person]) -> tuple[list[Job], Plan]:
-        """What stage 1 trains: the anchors' examples, and who is trained together."""
+        """Return the jobs of stage 1, one per anchor, and the plan of their cohorts."""
         make_folder(self.out / "work")
         examples = [[self.base.prompts.example(self.task, item) for item in person.items] for person in anchors]
-        self.cut["texts shortened"] = sum(e.cut > 0 for theirs in examples for e in theirs)
-        # Numbered, so that nothing written says who an anchor is.
-        jobs = [Job(f"anchor-{n}", theirs) for n, theirs in enumerate(examples)]
+        self.cut["texts shortened"] = sum(example.cut > 0 for anchor in examples for example in anchor)
+        # Jobs are numbered, so that no written file identifies an anchor.
+        jobs = [Job(f"anchor-{n}", anchor) for n, anchor in enumerate(examples)]
         one, most = anchor_start(self.base, self.run, jobs[:1]).tensors(), self.executor.most
         pooled = self.run.task_lora.enabled * self.run.task_lora.lora.rank * self.base.footprint.sums.width
         plan = plan_cohorts(
@@ -170,54 +185,56 @@ class _Build:
             most=most,
             threads=self.executor.threads,
         )
-        self.kept.about["plan"] = plan.digest
+        self.record.about["plan"] = plan.digest
         return jobs, plan
 
     def meta_loras(self, jobs: Sequence[Job], plan: Plan, pooled: LoraBatch | None) -> LoraBatch:
-        """Stage 1, cohort by cohort: what is trained is kept, so a build that is stopped does not train it again."""
+        """Run stage 1 and return the meta-LoRAs; trained cohorts are saved, so a resumed build does not repeat them."""
         pieces = [
             Anchors(number, tuple(jobs[n] for n in cohort), plan.tokens_per_batch)
             for number, cohort in enumerate(plan.cohorts)
         ]
-        stopped = partial(self._checkpoint, plan.digest)
-        kept = {piece.name: self._checkpoint(plan.digest, piece.name, "safetensors") for piece in pieces}
-        trained = {name: saved[0] for name, file in kept.items() if (saved := file.load())}
-        report, done = self._reporter("anchors"), sum(len(piece) for piece in pieces if piece.name in trained)
-        here = BankWorker(self.base, self.run, pooled, stopped, lambda _, step: report(step))
-        lacking = [piece for piece in pieces if piece.name not in trained]
-        for found in self.executor.run(train_anchors, lacking, here, self._elsewhere(pooled)):
+        checkpoint = partial(self._checkpoint, plan.digest)
+        results = {piece.name: checkpoint(piece.name, "safetensors") for piece in pieces}
+        trained = {name: saved[0] for name, result in results.items() if (saved := result.load())}
+        done = sum(len(piece) for piece in pieces if piece.name in trained)
+        self.record.stage_begins()
+        local = BankWorker(self.base, self.run, pooled, checkpoint, self.record.step)
+        missing = [piece for piece in pieces if piece.name not in trained]
+        for found in self.executor.run(train_anchors, missing, local, self._remote_worker(pooled)):
             name = found.piece.name
             trained[name] = _trained(found).tensors()
-            kept[name].save(trained[name], {})
-            stopped(name).remove()
+            results[name].save(trained[name], {})
+            checkpoint(name).remove()
             done += len(found.piece)
             if not self.executor.in_process:
-                report(Step(len(trained), len(found.piece), done, len(jobs)))
+                self.record.step("anchors", Step(len(trained), len(found.piece), done, len(jobs)))
         return stack(LoraBatch.of_tensors(trained[piece.name], self.run.bank.lora.scale) for piece in pieces)
 
     def write(self, bank: LoraBatch, vectors: Tensor) -> None:
-        """The anchors and their index."""
-        write_tensors(self.out / files.ANCHORS, bank.tensors(), {"scale": repr(bank.scale)})
-        write_tensors(self.out / files.INDEX, {"vectors": vectors.contiguous()})
+        """Write the anchors and their vectors."""
+        write_tensors(self.out / ANCHORS, bank.tensors(), {"scale": repr(bank.scale)})
+        write_tensors(self.out / INDEX, {"vectors": vectors.contiguous()})
 
-    def _elsewhere(self, pooled: LoraBatch | None) -> Callable[[], BankWorker]:
+    def _remote_worker(self, pooled: LoraBatch | None) -> Callable[[], BankWorker]:
+        """Return a function that opens a worker in another process."""
         on_cpu = pooled and pooled.to(torch.device("cpu"))
         return partial(open_worker, self.base.as_loaded(self.run), self.base.fingerprint, on_cpu)
 
     def _checkpoint(self, plan: str, name: str, kind: str = "checkpoint") -> Checkpoint:
-        """Of a piece of work: one in training, or (``safetensors``) one that is done."""
+        """Return the checkpoint of a piece in training, or the result of a finished piece (kind ``safetensors``)."""
         work = hashlib.sha256(f"{self.work}/{plan}/{name}".encode()).hexdigest()
         return Checkpoint(self.out / "work" / f"{name}.{kind}", work)
 
-    def finish(self, encoder: Encoder, plan: Plan, items: Sequence[int], members: files.Members) -> None:
-        """Write the description last: a folder with ``bank.json`` is whole."""
+    def finish(self, encoder: Encoder, plan: Plan, items: Sequence[int], members: Members) -> None:
+        """Write the description last: a folder with ``bank.json`` is complete."""
         self.cut["items left out"] = sum(max(n - self.run.bank.max_items, 0) for n in items)
-        self.kept.outcome = {"anchors": len(items), "items": sum(items), **self.cut}
-        names = [files.ANCHORS, files.INDEX]
+        self.record.outcome = {"anchors": len(items), "items": sum(items), **self.cut}
+        names = [ANCHORS, INDEX]
         if self.run.task_lora.enabled:
-            names += [f"{files.TASK_LORA}/{file.name}" for file in sorted((self.out / files.TASK_LORA).iterdir())]
-        info = files.BankInfo(
-            version=files.SCHEMA,
+            names += [f"{TASK_LORA}/{file.name}" for file in sorted((self.out / TASK_LORA).iterdir())]
+        info = BankInfo(
+            version=SCHEMA,
             base=self.base.name,
             base_fingerprint=self.base.fingerprint,
             base_note=self.base.note,
@@ -231,16 +248,12 @@ class _Build:
             cut=self.cut,
             seconds=run_folder.seconds_of(self.out, self.work),
             members=members,
-            files=files.file_hashes(self.out, names),
-            hash="",  # of all the rest
+            files=file_hashes(self.out, names),
+            hash="",  # set below: a hash of the other fields
         )
-        info = info.model_copy(update={"hash": files.identity(info)})
-        write_text(self.out / "README.md", card(info))
-        files.write_info(self.out, info)
-
-    def _reporter(self, stage: str) -> Callable[[Step], None]:
-        self.kept.stage_begins()
-        return partial(self.kept.step, stage)
+        info = info.model_copy(update={"hash": identity(info)})
+        write_text(self.out / CARD, card(info))
+        write_info(self.out, info)
 
     def _done(self, stage: str) -> bool:
         marker = self.out / "work" / f"{stage}.done"
@@ -250,35 +263,23 @@ class _Build:
         write_text(self.out / "work" / f"{stage}.done", self.work)
 
 
-def _as_built(run: Run, base: BaseModel, task: Task, encoder: Encoder) -> Run:
-    """The run with what was really used, so that whoever opens the bank loads the same."""
-    return base.as_loaded(run.model_copy(update={"task": task.name, "encoder": encoder.name}))
-
-
 def _with_files(folder: Path | None, work: str) -> str:
-    """The key of work that begins from the files of a folder."""
+    """Return the work key of a build that copies the files of a folder, if one is given."""
     if folder is None:
         return work
-    hashes = files.file_hashes(folder, sorted(file.name for file in folder.iterdir()))
+    hashes = file_hashes(folder, sorted(file.name for file in folder.iterdir()))
     return hashlib.sha256(json.dumps([work, hashes]).encode()).hexdigest()
 
 
-def _begin(out: Path, resume: bool) -> None:
-    """A folder for what is finished; unless it is to ``resume``, what a stopped build has left there is not used."""
-    if not resume:
-        shutil.rmtree(out / "work", ignore_errors=True)
-        (out / run_folder.METRICS).unlink(missing_ok=True)
-
-
-def _asked(run: Run, task: str) -> dict[str, Any]:
-    """The settings as somebody gives them again: a task of one's own is found by its file alone."""
+def _settings(run: Run, task: str) -> dict[str, Any]:
+    """Return the settings for config.yaml; a user's own task is named by its file."""
     own = {"task": str(Path(task).resolve())} if Path(task).is_file() else {}
     return run.model_dump(mode="json") | own
 
 
 def _trained(found: Outcome[Any, LoraBatch]) -> LoraBatch:
     if found.result is None:
-        raise BankError(f"the bank cannot be trained: {found.error}", hint="Mend that, and build again: it goes on.")
+        raise BankError(f"the bank cannot be trained: {found.error}", hint="Fix this, and build again: it resumes.")
     return found.result
 
 
@@ -290,37 +291,30 @@ def _by_id(people: Sequence[Person]) -> list[Person]:
     return sorted(people, key=lambda person: person.id)
 
 
-def _tidy(out: Path) -> None:
-    """Remove the work folder, and what killed runs had written aside and never renamed."""
-    names = (
-        files.INFO,
-        files.MEMBERS,
-        files.ANCHORS,
-        files.INDEX,
-        files.TASK_LORA,
-        "README.md",
-        run_folder.RUN,
-        run_folder.CONFIG,
-    )
-    for left in (out / "work", *(path for name in names for path in out.glob(f".{name}.{'[0-9a-f]' * 32}"))):
-        if left.is_dir():
-            shutil.rmtree(left, ignore_errors=True)
-        else:
-            left.unlink(missing_ok=True)
+def _remove_work(out: Path) -> None:
+    """Remove the work folder, and temporary files of killed builds."""
+    shutil.rmtree(out / "work", ignore_errors=True)
+    for name in OURS - {STALE, PUBLISHED}:  # other processes may be writing these two
+        for aside in asides_in(out, name):
+            if aside.is_dir():
+                shutil.rmtree(aside, ignore_errors=True)
+            else:
+                aside.unlink(missing_ok=True)
 
 
-def _finished(out: Path, work: str) -> bool:
-    """Whether this very bank is there. Raises BankError if another one is, or what is no bank at all."""
-    if (out / files.INFO).exists():
-        if files.read_info(out).work == work:
-            _tidy(out)
+def _is_finished(out: Path, work: str) -> bool:
+    """Return whether the bank with this work key is complete. Raises BankError for another bank, or foreign files."""
+    if (out / INFO).exists():
+        if read_info(out).work == work:
+            _remove_work(out)
             return True
         raise BankError(
             f"{out} holds a bank built from other people, another base or other settings",
             hint=f"Choose another folder with --out, or remove it first: rm -r {out}",
         )
-    if other := sorted(path.name for path in out.glob("[!.]*") if path.name not in files.OURS):
+    if other := sorted(path.name for path in out.glob("[!.]*") if path.name not in OURS):
         raise BankError(
-            f"{out} holds something that is no bank's: {other[0]}", hint="Choose an empty or a new folder with --out."
+            f"{out} holds {other[0]}, which does not belong to a bank",
+            hint="Choose an empty or a new folder with --out.",
         )
     return False

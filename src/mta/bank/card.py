@@ -1,4 +1,4 @@
-"""The README.md of a bank, and of an exported adapter: what it is, what it was made from, how to use it, its limits."""
+"""The card of a bank (README.md): its training, its use, and its limits; and the parts shared with adapters' cards."""
 
 from __future__ import annotations
 
@@ -11,38 +11,29 @@ import yaml
 
 from mta.bank.format import BankInfo
 from mta.config.loader import dump_yaml
-from mta.lora.peft import MARK
 from mta.system.assets import ASSETS
 
 _PAPER = "arxiv:2511.20072"
-_LIMITS = """- It works with the very base it was trained on (its fingerprint is checked), and for its task.
-- The method is reconstructed from what is public of the paper: results are not the paper's.
-- It was trained on people's texts. No id and no text is in it, but it is not anonymous: whether an item was among
-  those an anchor was trained on can be told from the losses better than by guessing, and there is no differential
-  privacy in the training. Whoever holds these files has every anchor's meta-LoRA at full strength.
-- What was learnt from a person stays in it until it is rebuilt, also when they asked to be forgotten.
-- What it says may be wrong, and may repeat what those people wrote."""
-_LIMITS_OF_ONE = """\
-- This is the model of one person: it was trained on what they wrote and tells something of it. Share it as you
-  would share their texts.
-- It works with the very base it was made for, and for its task.
-- The anchors it was merged from were people too. Without compression their factors stand in it side by side.
-- When the person asks to be forgotten, every copy must be deleted: forgetting reaches only those on the machine where
-  it was exported.
-- The method is reconstructed from what is public of the paper; what the model says may be wrong."""
+_LIMITS = """- The bank works only with the base that it was trained on (the fingerprint is checked), and for its task.
+- The method is reconstructed from the public parts of the paper: results are not the paper's results.
+- The bank was trained on people's texts. It contains no id and no text, but it is not anonymous: from losses, one can
+  tell better than by guessing whether an item was among an anchor's texts. Training has no differential privacy. These
+  files contain every anchor's meta-LoRA at full strength.
+- The bank keeps what it learned from a person until it is rebuilt, also after the person asked to be forgotten.
+- Generated text may be wrong, and may repeat texts of the people in the bank."""
 
 
 def card(info: BankInfo, place: str = "path/to/this/folder", results: str = "", license: str = "") -> str:
-    """The card of a bank as Markdown, with the hub's metadata in front; ``results`` is Markdown too."""
-    return _front(info, "merge-then-adapt", license) + body(info, place, results)
+    """Return the card of a bank as Markdown, after the hub's metadata; ``results`` is Markdown too."""
+    return front_matter(info, "merge-then-adapt", license) + body(info, place, results)
 
 
 def body(info: BankInfo, place: str = "path/to/this/folder", results: str = "") -> str:
-    """The card without the metadata."""
+    """Return the card without the metadata."""
     return f"""# A bank of {len(info.items)} anchors for `{info.task["name"]}`
 
-Meta-LoRAs of {len(info.items)} anchor people over **{info.base}**{_note(info)}, made by merge-then-adapt
-(method: arXiv:2511.20072, protocol reconstructed). Of it, and of a newcomer's few texts, their own model is made.
+Meta-LoRAs of {len(info.items)} anchor people over **{info.base}**{base_note(info)}, made by merge-then-adapt
+(method: arXiv:2511.20072, protocol reconstructed). The bank and a new person's few texts give the person's own model.
 
 {_facts(info)}
 ## How to use it
@@ -59,7 +50,7 @@ personal.generate([("ann", "...")])
 
 ## Results
 
-{results or "None were given with this card: measure with `mta evaluate` on people the bank was not built from."}
+{results or "No results were given. To measure: `mta evaluate` on people who are not in the bank."}
 
 ## Limits
 
@@ -73,7 +64,7 @@ personal.generate([("ann", "...")])
 
 
 def _facts(info: BankInfo) -> str:
-    """What it was made of, as a table."""
+    """Return a table of the bank's hash, base, settings, and people."""
     cuts = ", ".join(f"{count} {what}" for what, count in info.cut.items())
     seconds = ", ".join(f"{stage} {value:.0f} s" for stage, value in info.seconds.items())
     return f"""| | |
@@ -89,45 +80,13 @@ def _facts(info: BankInfo) -> str:
 """
 
 
-def adapter_card(info: BankInfo, rank: int, error: float, *, anchors: int, stack: int) -> str:
-    """The card of one person's exported adapter, in which nothing says whose it is.
-
-    ``error`` is what svd to ``rank`` cost, 0 for none; ``stack`` the stack's rank, 0 for none.
-    """
-    parts = [
-        *(["the task LoRA everybody shares"] if info.run.task_lora.enabled else []),
-        f"a merge of {anchors} anchors",
-    ]
-    parts += [f"a stack of rank {stack}"] if stack else []
-    made = ", ".join(parts) + (f", compressed by svd at a relative error of {error:.2%}" if error else ", exactly")
-    return f"""{_front(info, "peft")}{MARK}
-
-# One person's adapter for `{info.task["name"]}`
-
-A LoRA of rank {rank} over **{_base(info)}**{_note(info)}: {made}. Made by merge-then-adapt
-(method: arXiv:2511.20072, protocol reconstructed) from bank `{info.hash[:12]}`.
-
-```python
-import mta
-import peft  # pip install peft
-
-base = mta.BaseModel.load("{_base(info)}")  # or transformers' AutoModelForCausalLM, of these very weights
-model = peft.PeftModel.from_pretrained(base.model, "path/to/this/folder")
-```
-
-## Limits
-
-{_LIMITS_OF_ONE}
-"""
-
-
 def table_of(results: Mapping[str, Any]) -> str:
-    """The likelihood table of what ``mta evaluate --out`` wrote to results.json.
+    """Return a table of each method's NLL from the results.json of ``mta evaluate --out``.
 
-    Nothing else is quoted of it: settings and commands may name people and places. Raises KeyError, TypeError,
+    Settings and commands are not quoted, because they may name people and folders. Raises KeyError, TypeError,
     ValueError.
     """
-    rows = ["| | NLL (95% interval) | against the task LoRA |", "|---|---|---|"]
+    rows = ["| | NLL (95% interval) | difference to the task LoRA |", "|---|---|---|"]
     for method in results["methods"]:
         nll, against = method["metrics"].get("NLL"), method["differences"].get("task LoRA", {}).get("NLL")
         if nll:
@@ -137,16 +96,15 @@ def table_of(results: Mapping[str, Any]) -> str:
     if len(rows) == 2:
         raise ValueError("no method with an NLL")
     people, queries = int(results["people"]), int(results["queries_per_person"] or 0)
-    about = f"NLL of the true answer on {people} people who are not in the bank" + (
-        f", {queries} questions each" if queries else ""
-    )
+    each = f", {queries} questions each" if queries else ""
+    about = f"NLL of the true answer on {people} people who are not in the bank{each}"
     return f"{about}; means over people, lower is better, differences are paired.\n\n" + "\n".join(rows)
 
 
-def _front(info: BankInfo, library: str, license: str = "") -> str:
-    """What the hub reads of a card."""
+def front_matter(info: BankInfo, library: str, license: str = "") -> str:
+    """Return the metadata that the hub reads from a card, as YAML."""
     values: dict[str, Any] = {"library_name": library, "pipeline_tag": "text-generation"}
-    if base := _on_hub(info):
+    if base := _hub_id(base_name(info)):
         values |= {"base_model": base, "base_model_relation": "adapter"}
     if license:
         values["license"] = license
@@ -154,19 +112,19 @@ def _front(info: BankInfo, library: str, license: str = "") -> str:
     return f"---\n{yaml.safe_dump(values, sort_keys=False, allow_unicode=True)}---\n\n"
 
 
-def _on_hub(info: BankInfo) -> str:
-    """The base's id on the hub, where it has one."""
-    base = _base(info)
-    return ASSETS[base].hub if base in ASSETS else base if base.count("/") == 1 else ""
-
-
-def _base(info: BankInfo) -> str:
-    """What the base is called elsewhere: of one that lies in a folder here, the folder's name."""
+def base_name(info: BankInfo) -> str:
+    """Return the base's name; for a local base, only the folder's name without the path."""
     return Path(info.run.base).name if Path(info.run.base).is_absolute() else info.base
 
 
-def _note(info: BankInfo) -> str:
+def base_note(info: BankInfo) -> str:
+    """Return the note on the base in parentheses, or ""."""
     return f" ({info.base_note})" if info.base_note else ""
+
+
+def _hub_id(base: str) -> str:
+    """Return the hub id of a base, or "" if it has none."""
+    return ASSETS[base].hub if base in ASSETS else base if base.count("/") == 1 else ""
 
 
 def _plain(name: object) -> str:

@@ -1,4 +1,4 @@
-"""What a bank's folder holds, how it is described and how it is checked."""
+"""The files of a bank's folder: names, schema of ``bank.json``, reading, writing, and checks."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from mta.data.tasks.load import with_limit
 from mta.data.tasks.task import Task
 from mta.errors import BankCorrupt, BankError, BankMismatch
 from mta.lora.batch import LoraBatch
-from mta.lora.peft import read_peft
+from mta.lora.peft import CARD, CONFIG, WEIGHTS, read_peft
 from mta.system.assets import cache_dir
-from mta.system.atomic import file_mode, read_json, write_json, written_aside
+from mta.system.atomic import file_mode, file_sha256, read_json, write_json, written_aside
 from mta.tracking import run_folder
 
 SCHEMA = 2
@@ -33,11 +33,15 @@ INDEX = "index.safetensors"
 TASK_LORA = "task_lora"
 STALE = "needs-rebuild.json"
 PUBLISHED = "published.json"
-OURS = {INFO, MEMBERS, ANCHORS, INDEX, TASK_LORA, STALE, PUBLISHED, "README.md", "work"} | run_folder.NAMES
+ADAPTER = f"{TASK_LORA}/{CONFIG}"
+SEALED = (ANCHORS, INDEX, ADAPTER, f"{TASK_LORA}/{WEIGHTS}")  # the files whose hashes bank.json holds
+OURS = {INFO, MEMBERS, ANCHORS, INDEX, TASK_LORA, STALE, PUBLISHED, CARD, "work"} | run_folder.NAMES
+REBUILD = "Copy the bank again from its source, or rebuild it: mta bank build"
+_WAIT = 60.0  # seconds for another process to write one small file
 
 
 class Hashed(BaseModel):
-    """Members as keyed hashes, and their key: whoever holds both can test a guessed id, and nobody can list them."""
+    """Members as keyed hashes, and the key. Readers can test a guessed id, but cannot list the ids."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     key: str
@@ -46,15 +50,15 @@ class Hashed(BaseModel):
     anchors: tuple[str, ...]
 
     def to_bytes(self) -> bytes:
-        """The contents of ``members.json``; the same for the same members."""
+        """Return the contents of ``members.json``; equal members give equal bytes."""
         return self.model_dump_json(indent=1).encode() + b"\n"
 
 
 class Members(BaseModel):
-    """Whom a bank was trained on: how many; and, where ``members.json`` lies in its folder, whether somebody is one.
+    """The people whom a bank was trained on: their numbers and, if the folder has ``members.json``, their hashes.
 
-    ``bank.json`` seals that file by its sha256, so a bank that was published without it is the same bank. Nobody learns
-    from the sha256 who the members are: their key is made of everybody's histories.
+    ``bank.json`` holds the sha256 of ``members.json``, so a bank that was published without this file has the same
+    hash. The sha256 does not reveal members, because their key is derived from all histories.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -66,21 +70,21 @@ class Members(BaseModel):
 
     @classmethod
     def of(cls, secret: str, task: Sequence[str], candidates: Sequence[str], anchors: Sequence[str]) -> Members:
-        """Hash ids under a key of this bank's own, made of ``secret``: the same work gives the same description."""
+        """Hash ids with a key of this bank, derived from ``secret``; equal builds give equal members."""
         key = hashlib.sha256(f"members/{secret}".encode()).hexdigest()[:32]
         hashed = (tuple(sorted(_keyed(key, id) for id in ids)) for ids in (task, candidates, anchors))
         return cls.known_by(Hashed(key=key, **dict(zip(("task", "candidates", "anchors"), hashed))))
 
     @classmethod
     def known_by(cls, hashed: Hashed) -> Members:
-        """With what ``bank.json`` says of them."""
+        """Return the members with the counts and the sha256 that ``bank.json`` holds."""
         counts = {"task": len(hashed.task), "candidates": len(hashed.candidates), "anchors": len(hashed.anchors)}
         return cls(**counts, sha256=hashlib.sha256(hashed.to_bytes()).hexdigest(), hashed=hashed)
 
     def artefacts_of(self, person: str) -> list[str]:
-        """What was learnt from this person's data: among 'task LoRA', 'clusters', 'anchor'.
+        """Return the parts that were trained on this person: of 'task LoRA', 'clusters', 'anchor'.
 
-        Nothing is known of anybody where ``hashed`` is None.
+        Empty if ``hashed`` is None: then the members are unknown.
         """
         if self.hashed is None:
             return []
@@ -90,7 +94,7 @@ class Members(BaseModel):
 
 
 class BankInfo(BaseModel):
-    """The contents of ``bank.json``. Anchors are numbers; no id stands anywhere in a bank."""
+    """The contents of ``bank.json``. Anchors are numbered; no file of a bank contains ids."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     version: int
@@ -113,24 +117,24 @@ class BankInfo(BaseModel):
     @field_validator("run")
     @classmethod
     def _of_any_machine(cls, run: Run) -> Run:
-        """A bank built on a GPU opens on a CPU: the process that opens a bank chooses the device."""
+        """Reset the device: the process that opens a bank chooses it, so a bank built on a GPU opens on a CPU."""
         return run.model_copy(update={"device": "auto"})
 
 
 def identity(info: BankInfo) -> str:
-    """The hash a bank is called by, given once, when it is built: a later version of mta may know more settings.
+    """Return the hash that identifies a bank; computed once, at build time, since later versions may add settings.
 
-    It covers the description, which holds the hash of every file, but not how long it took, nor the task's
-    ``answer_tokens``, which can be changed afterwards.
+    The hash covers the description with the hashes of all files, but not the seconds and the task's ``answer_tokens``,
+    which may change later.
     """
     left_out: Any = {"hash": True, "seconds": True, "task": {"answer_tokens"}}
     return seal(info.model_dump(mode="json", exclude=left_out))
 
 
 def write_info(folder: Path, info: BankInfo, hash: str = "") -> None:
-    """Write the description of a bank, with its identity and sealed with a hash over itself; before it, its members.
+    """Write ``members.json``, then ``bank.json`` with the bank's identity and a sha256 over its own content.
 
-    ``hash`` is the identity of a bank that has one already.
+    ``hash`` is the identity of an existing bank.
     """
     if info.members.hashed:
         with written_aside(folder / MEMBERS) as aside:
@@ -140,14 +144,14 @@ def write_info(folder: Path, info: BankInfo, hash: str = "") -> None:
 
 
 def write_limit(folder: Path, task: Task) -> None:
-    """Let a finished bank hold the task's ``answer_tokens`` as it is now; the bank's hash stays the same."""
+    """Replace the ``answer_tokens`` of a finished bank's task; the bank's hash does not change."""
     info = read_info(folder)
     if with_limit(Task.model_validate(info.task)).answer_tokens != task.answer_tokens:
         write_info(folder, info.model_copy(update={"task": task.model_dump(mode="json")}), info.hash)
 
 
 def read_info(folder: Path) -> BankInfo:
-    """The description of a bank. Raises BankCorrupt."""
+    """Return the description of a bank. Raises BankCorrupt."""
     path = folder / INFO
     try:
         values, hashed = read_description(folder)
@@ -155,27 +159,27 @@ def read_info(folder: Path) -> BankInfo:
     except FileNotFoundError:
         raise BankCorrupt(
             f"no bank at {folder}: {INFO} is missing",
-            hint="Give its folder (--bank FOLDER), or build one: mta bank build --help",
+            hint="Give the folder of a bank (--bank FOLDER), or build a bank: mta bank build --help",
         ) from None
     except (OSError, ValueError, RecursionError) as error:
-        raise BankCorrupt(f"{path} is not a bank's description: {str(error).splitlines()[0]}", hint=REBUILD) from None
+        raise BankCorrupt(f"{path} does not describe a bank: {str(error).splitlines()[0]}", hint=REBUILD) from None
     hashed = hashed or _read_members(folder / MEMBERS, info.members.sha256)
     return info.model_copy(update={"members": info.members.model_copy(update={"hashed": hashed})})
 
 
 def check_base(folder: Path, info: BankInfo, name: str, fingerprint: str) -> None:
-    """Raises BankMismatch where the base of that name and fingerprint is not the one the bank was built for."""
+    """Raise BankMismatch if the bank was built for a base with another fingerprint."""
     if info.base_fingerprint != fingerprint:
         raise BankMismatch(
             f"{folder} was built for base {info.base!r} (sha256 {info.base_fingerprint[:8]}…), "
-            f"but the base here is {name!r} (sha256 {fingerprint[:8]}…)",
-            hint="A bank works only with the base it was trained on. Load that base, or rebuild:  "
+            f"but the loaded base is {name!r} (sha256 {fingerprint[:8]}…)",
+            hint="A bank works only with the base that it was trained on. Load that base, or rebuild:  "
             f"mta bank build --base {name}",
         )
 
 
 def read_description(folder: Path) -> tuple[dict[str, Any], Hashed | None]:
-    """``bank.json`` as it stands there, without its seal; of schema 1, in which members stood, with them taken out.
+    """Return ``bank.json`` without its sha256, and the members if the file is of schema 1, which contained them.
 
     Raises BankCorrupt, OSError, ValueError, RecursionError.
     """
@@ -186,10 +190,10 @@ def read_description(folder: Path) -> tuple[dict[str, Any], Hashed | None]:
     if values.get("version") not in (1, SCHEMA):
         raise BankCorrupt(
             f"{path} has schema version {values.get('version')!r}; this mta reads versions 1 and {SCHEMA}",
-            hint="Rebuild the bank, or use the mta that wrote it.",
+            hint="Rebuild the bank, or use the version of mta that wrote it.",
         )
     if "sha256" in values and values.pop("sha256") != seal(values):
-        raise BankCorrupt(f"{path} was changed: its own sha256 does not fit what it says", hint=REBUILD)
+        raise BankCorrupt(f"{path} was changed: its sha256 does not match its content", hint=REBUILD)
     if values["version"] == SCHEMA:
         return values, None
     members = Members.known_by(hashed := Hashed.model_validate(values.get("members")))
@@ -197,7 +201,7 @@ def read_description(folder: Path) -> tuple[dict[str, Any], Hashed | None]:
 
 
 def _read_members(path: Path, sha256: str) -> Hashed | None:
-    """The members as ``bank.json`` sealed them; None where they are not there. Raises BankCorrupt."""
+    """Return the members; None if the file is missing. Raises BankCorrupt if its sha256 is not ``sha256``."""
     try:
         data = path.read_bytes()
         if (found := hashlib.sha256(data).hexdigest()) == sha256:
@@ -209,19 +213,15 @@ def _read_members(path: Path, sha256: str) -> Hashed | None:
     raise BankCorrupt(_changed(path, found, sha256), hint=REBUILD)
 
 
-_WAIT = 60.0  # seconds for another process to write one small file
-REBUILD = "Copy the bank anew from where it came from, or rebuild it: mta bank build"
-
-
 def file_hashes(folder: Path, names: Sequence[str]) -> dict[str, str]:
-    """Sha256 of each file."""
-    return {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in names}
+    """Return the sha256 of each file."""
+    return {name: file_sha256(folder / name) for name in names}
 
 
 def verify(folder: Path, info: BankInfo, *, full: bool = False) -> None:
-    """Check every file against its hash, once; afterwards sizes and times are enough unless ``full``.
+    """Check the hashes of all files the first time; later calls check sizes and times, unless ``full``.
 
-    Raises BankCorrupt naming the file.
+    Raises BankCorrupt.
     """
     for name in info.files:
         if not (folder / name).is_file():
@@ -234,26 +234,26 @@ def verify(folder: Path, info: BankInfo, *, full: bool = False) -> None:
     for name, found in file_hashes(folder, list(info.files)).items():
         if found != info.files[name]:
             raise BankCorrupt(_changed(folder / name, found, info.files[name]), hint=REBUILD)
-    with contextlib.suppress(OSError):  # a cache that cannot be written to only means to check again
+    with contextlib.suppress(OSError):  # with a read-only cache, the next call checks the hashes again
         write_json(note, state, private=False)
 
 
 def read_adapters(folder: Path, info: BankInfo) -> tuple[LoraBatch, LoraBatch | None]:
-    """The anchors as stored, and the task LoRA where there is one. Raises BankCorrupt."""
+    """Return the anchors as stored, and the task LoRA if there is one. Raises BankCorrupt."""
     try:
         anchors = LoraBatch.of_tensors(load_file(folder / ANCHORS), info.run.bank.lora.scale)
         pooled = read_peft(folder / TASK_LORA) if info.run.task_lora.enabled else None
     except (OSError, SafetensorError, ValueError, KeyError) as error:
         raise BankCorrupt(f"{folder} cannot be read: {error}", hint=REBUILD) from None
     if len(anchors) != len(info.items) or (pooled and pooled.shapes != anchors.shapes):
-        raise BankCorrupt(f"{folder}: anchors, task LoRA and description do not fit together", hint=REBUILD)
+        raise BankCorrupt(f"{folder}: anchors, task LoRA, and description do not match", hint=REBUILD)
     return anchors, pooled
 
 
 def mark_stale(folder: Path, person: str) -> list[str]:
-    """Which trained parts hold something learnt from this person; they are listed as needing a rebuild.
+    """Note that the parts trained on this person need a rebuild, and return these parts.
 
-    Raises BankCorrupt, and BankError where the list cannot be written.
+    Raises BankCorrupt, and BankError if the note cannot be written.
     """
     parts = read_info(folder).members.artefacts_of(person)
     if not set(parts) <= set(stale(folder)):
@@ -262,42 +262,39 @@ def mark_stale(folder: Path, person: str) -> list[str]:
 
 
 def stale(folder: Path) -> list[str]:
-    """Parts that include people who asked to be forgotten."""
+    """Return the parts that were trained on people who asked to be forgotten."""
     noted = read_json(folder / STALE)
     if isinstance(noted, dict):
         return list(noted.get("needs_rebuild", []))
-    return ["bank"] if (folder / STALE).exists() else []  # who wrote a note that cannot be read had a reason
+    return ["bank"] if (folder / STALE).exists() else []  # a damaged note may name any part
 
 
 def note_published(folder: Path, where: str) -> None:
-    """Note where a bank was published to: what it learnt from somebody lies there too."""
+    """Note the address that a bank was published to, so that ``forget`` can report the copy."""
     _note(folder, PUBLISHED, [where])
 
 
 def published(folder: Path) -> list[str]:
-    """Where a bank was published to from this folder."""
+    """Return the addresses that a bank was published to from this folder."""
     noted = read_json(folder / PUBLISHED)
     return list(noted.get("published", [])) if isinstance(noted, dict) else []
 
 
 def _note(folder: Path, name: str, entries: Iterable[str]) -> None:
-    """Add entries to one of a bank's lists; threads and processes that do so at once wait for each other.
-
-    Raises BankError.
-    """
+    """Add entries to a list of a bank; concurrent threads and processes wait for each other. Raises BankError."""
     key, listed = {STALE: ("needs_rebuild", stale), PUBLISHED: ("published", published)}[name]
     try:
         with FileLock(folder / f".{name}.lock", timeout=_WAIT, mode=file_mode()):
             write_json(folder / name, {key: sorted({*listed(folder), *entries})})
-    except OSError as error:  # a lock that is not given in time is one too
+    except OSError as error:  # also if the lock is not free in time
         raise BankError(
             f"{folder / name} cannot be written: {error.strerror or error}",
-            hint="Give the right to write there, or do it where there is one, and repeat the command.",
+            hint="Make the folder writable, or use a host where it is, and repeat the command.",
         ) from None
 
 
 def seal(values: dict[str, Any]) -> str:
-    """A sha256 over values, in whatever order they stand."""
+    """Return the sha256 of values as JSON with sorted keys."""
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 

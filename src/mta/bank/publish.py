@@ -1,7 +1,7 @@
-"""A bank to the hub and back: what may leave, what must not, and what to know before it does.
+"""Publish a bank on the hub, and download published banks.
 
-Only files named here leave: those the description seals, the description and the card. Members stay, unless they are
-asked for; so do the places of this machine. The bank's hash stays what it was, for people's states name it.
+Only these files are sent: the description, the card, and the files whose hashes the description holds. The list of
+members is sent only on request, and local paths never. The bank keeps its hash, because people's states refer to it.
 """
 
 from __future__ import annotations
@@ -11,142 +11,149 @@ import json
 from pathlib import Path
 from typing import Any
 
-from mta.bank import format as files
 from mta.bank.card import card, table_of
+from mta.bank.format import (
+    ADAPTER,
+    INFO,
+    MEMBERS,
+    SEALED,
+    BankInfo,
+    note_published,
+    read_description,
+    read_info,
+    seal,
+    stale,
+    verify,
+)
 from mta.errors import BankCorrupt, BankError, HubError, InputError
-from mta.lora.peft import CONFIG, WEIGHTS
+from mta.lora.peft import CARD
 from mta.system.assets import ASSETS
 from mta.system.hub import Parcel, Repository, is_hub_id, snapshot
 
-CARD = "README.md"
-_ADAPTER = f"{files.TASK_LORA}/{CONFIG}"
-_SEALED = (files.ANCHORS, files.INDEX, _ADAPTER, f"{files.TASK_LORA}/{WEIGHTS}")
-_ALL = (*_SEALED, files.INFO, files.MEMBERS, CARD)
+_ALL = (*SEALED, INFO, MEMBERS, CARD)
 
 
 def bank_parcel(
     folder: Path, place: str, *, results: Path | None = None, license: str = "", with_members: bool = False
 ) -> Parcel:
-    """What would leave this machine if the bank in a folder were published as ``place``; nothing is sent.
+    """Return the files and facts that publishing the bank in a folder as ``place`` would send; nothing is sent.
 
-    ``results`` is the results.json of ``mta evaluate --out``, for the card. Raises BankError where somebody asked to be
-    forgotten or the bank holds what is no bank's; BankCorrupt, InputError.
+    ``results`` is the results.json of ``mta evaluate --out``, for the card. Raises BankError if a person in the bank
+    asked to be forgotten or for foreign files, BankCorrupt, InputError.
     """
-    info = files.read_info(folder)
-    if parts := files.stale(folder):
+    info = read_info(folder)
+    if parts := stale(folder):
         raise BankError(
-            f"somebody who asked to be forgotten is in the {' and the '.join(parts)} of {folder}: it is not published",
-            hint="Rebuild it without them:  mta bank build",
+            f"a forgotten person is in the {' and the '.join(parts)} of {folder}: the bank is not published",
+            hint="Rebuild the bank without that person:  mta bank build",
         )
-    if strange := sorted(set(info.files) - set(_SEALED)):
+    if foreign := sorted(set(info.files) - set(SEALED)):
         raise BankError(
-            f"{folder} holds {strange[0]}, which is no bank's file: it is not published",
-            hint="Rebuild the bank with this mta:  mta bank build",
+            f"{folder} holds {foreign[0]}, which does not belong to a bank: the bank is not published",
+            hint="Rebuild the bank with this version of mta:  mta bank build",
         )
     if with_members and info.members.hashed is None:
-        raise BankError(f"{folder} has no {files.MEMBERS} to publish", hint="Publish it without them.")
-    files.verify(folder, info, full=True)
-    quoted = _quoted(results, info) if results else ""
+        raise BankError(f"{folder} has no {MEMBERS} to publish", hint="Publish the bank without members.")
+    verify(folder, info, full=True)
+    table = _results_table(results, info) if results else ""
     sent: dict[str, Path | bytes] = {name: folder / name for name in info.files}
     if with_members and info.members.hashed:
-        sent[files.MEMBERS] = info.members.hashed.to_bytes()
+        sent[MEMBERS] = info.members.hashed.to_bytes()
     values = _portable(folder, sent)
-    sent[files.INFO] = (
-        json.dumps(values | {"sha256": files.seal(values)}, indent=1, ensure_ascii=False) + "\n"
-    ).encode()
-    told = files.BankInfo.model_validate(values)
-    sent[CARD] = card(told, place, quoted, license).encode()
-    return Parcel(dict(sorted(sent.items())), _facts(told, license, with_members))
+    sent[INFO] = (json.dumps(values | {"sha256": seal(values)}, indent=1, ensure_ascii=False) + "\n").encode()
+    public = BankInfo.model_validate(values)
+    sent[CARD] = card(public, place, table, license).encode()
+    return Parcel(dict(sorted(sent.items())), _facts(public, license, with_members))
 
 
 def publish_bank(folder: Path, place: str, parcel: Parcel, *, private: bool = True, token: str | None = None) -> str:
-    """Send a parcel of ``bank_parcel`` as one commit and return the repository's address. Raises HubError.
+    """Send a parcel of ``bank_parcel`` as one commit, and return the repository's address. Raises HubError.
 
-    The folder notes where, so that ``mta forget`` can name the copy there.
+    The address is noted in the bank's folder, so that ``mta forget`` can report the copy.
     """
     repository = Repository.begin(place, private=private, token=token)
-    files.note_published(folder, repository.url)  # before it is there: one too many can be looked for
+    note_published(folder, repository.url)  # before sending: an interrupted upload must be noted too
     repository.send(parcel, "Publish a bank of mta", ours=_ALL)
     return repository.url
 
 
 def bank_folder(name: str | Path, revision: str | None = None, token: str | None = None) -> Path:
-    """A folder as it is; a hub id's bank in the hub's cache, whole. A folder that exists wins.
+    """Return the folder of a bank; the bank of a hub id is downloaded to the hub's cache. An existing folder wins.
 
     Raises HubError, BankCorrupt.
     """
     if not is_hub_id(str(name)):
         return Path(name)
     repo = str(name)
-    try:  # the description first: else a repository of whole models would be fetched to see
-        first = snapshot(repo, [files.INFO], revision, token)
+    try:  # the description first, so that nothing else is downloaded from a repository without a bank
+        first = snapshot(repo, [INFO], revision, token)
     except HubError as error:
-        beside = "" if revision else f" There is no folder {repo} here either; to build one: mta bank build --help"
-        raise HubError(error.message, hint=error.hint + beside) from None
-    if not (first / files.INFO).exists():
+        local = "" if revision else f" There is no folder {repo} either; to build a bank: mta bank build --help"
+        raise HubError(error.message, hint=error.hint + local) from None
+    if not (first / INFO).exists():
         raise BankCorrupt(
-            f"there is no folder {repo}, and {repo!r} on the hub is no bank: it has no {files.INFO}",
+            f"there is no folder {repo}, and {repo!r} on the hub is not a bank: it has no {INFO}",
             hint="Check the name.",
         )
     try:
-        info = files.read_info(first)
-        folder = snapshot(repo, [name for name in _ALL if name not in _SEALED or name in info.files], first.name, token)
-        files.verify(folder, files.read_info(folder))
+        info = read_info(first)
+        folder = snapshot(repo, [name for name in _ALL if name not in SEALED or name in info.files], first.name, token)
+        verify(folder, read_info(folder))
     except BankCorrupt as error:
-        again = f"Remove it from the hub's cache and try again:  hf cache rm model/{repo}"
-        raise BankCorrupt(f"{repo!r} came damaged from the hub: {error.message}", hint=again) from None
+        hint = f"Remove the download from the hub's cache and try again:  hf cache rm model/{repo}"
+        raise BankCorrupt(f"the download of {repo!r} from the hub is damaged: {error.message}", hint=hint) from None
     return folder
 
 
 def _portable(folder: Path, sent: dict[str, Path | bytes]) -> dict[str, Any]:
-    """The description without members and without places of this machine; what else names them is put into ``sent``.
+    """Return the description without members and local paths; add other files without paths to ``sent``.
 
-    A base or an encoder that lies in a folder here is called by the folder's name alone.
+    A local base or encoder is named by its folder's name only, without the path.
     """
-    values, inside = files.read_description(folder)
-    if inside and files.MEMBERS not in sent:  # of schema 1, whose key is made of what the description tells
+    values, members = read_description(folder)
+    if members and MEMBERS not in sent:  # in schema 1, the members' key can be derived from the description
         values["members"] = values["members"] | {"sha256": ""}
     run = values["run"] = dict(values["run"]) | {"device": "auto"}
     if Path(run["base"]).is_absolute():
         values["base"] = run["base"] = Path(run["base"]).name
-        if _ADAPTER in sent:
-            adapter = json.loads((folder / _ADAPTER).read_text(encoding="utf-8"))
+        if ADAPTER in sent:
+            adapter = json.loads((folder / ADAPTER).read_text(encoding="utf-8"))
             data = json.dumps(adapter | {"base_model_name_or_path": run["base"]}, indent=2).encode() + b"\n"
-            sent[_ADAPTER], digest = data, hashlib.sha256(data).hexdigest()
-            values["files"] = values["files"] | {_ADAPTER: digest}
+            sent[ADAPTER], digest = data, hashlib.sha256(data).hexdigest()
+            values["files"] = values["files"] | {ADAPTER: digest}
     if Path(run["encoder"]).is_absolute():
         values["encoder"] = run["encoder"] = Path(run["encoder"]).name
     return values
 
 
-def _facts(info: files.BankInfo, license: str, with_members: bool) -> dict[str, str]:
-    """What to know before it leaves."""
+def _facts(info: BankInfo, license: str, with_members: bool) -> dict[str, str]:
+    """Return the facts to show before a bank is sent."""
     members = info.members
     asset = ASSETS.get(info.base)
-    guess = "whoever has them and their key can test whether somebody they guess is among them"
+    guess = "readers of this file can test whether a guessed id is in the bank"
+    terms = f" ({asset.licence})" if asset else ": check the base's license, which may also cover adapters"
     return {
-        "license": license or "none said (--license): on the hub that means that nobody may use it",
-        "base": info.base
-        + (f" ({asset.licence})" if asset else ": see its own license, which may bind what is made of it"),
-        "data": f"histories of {members.task} people behind the task LoRA, {members.candidates} candidates and "
-        f"{members.anchors} anchors, for the task {info.task['name']!r}: their terms must allow this",
-        "people": "no id and no text is in these files, but weights tell: every anchor's meta-LoRA is there at full "
-        "strength, and whether an item was among its texts can be told better than by guessing "
-        "(docs/explanation/privacy.md)",
-        "counts": f"{files.INFO} tells how many items each anchor had, the wording of the task and all settings",
-        "members": f"{files.MEMBERS} leaves too: {guess}" if with_members else f"stay here ({files.MEMBERS}): {guess}",
+        "license": license or "none (--license): without a license, users of the hub may not use the bank",
+        "base": info.base + terms,
+        "data": f"histories of {members.task} people behind the task LoRA, {members.candidates} candidates, and "
+        f"{members.anchors} anchors, for the task {info.task['name']!r}: the terms of these data must allow publishing",
+        "people": "these files contain no id and no text, but every anchor's meta-LoRA at full strength: from it, one "
+        "can tell better than by guessing whether an item was among the anchor's texts (docs/explanation/privacy.md)",
+        "counts": f"{INFO} contains the number of items of each anchor, the task's wording, and all settings",
+        "members": f"{MEMBERS} is sent too: {guess}" if with_members else f"not sent ({MEMBERS}): {guess}",
     }
 
 
-def _quoted(path: Path, info: files.BankInfo) -> str:
+def _results_table(path: Path, info: BankInfo) -> str:
+    """Return the results.json of an evaluation as a table for the card. Raises InputError."""
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
         table, seconds = table_of(results), results.get("meta", {}).get("bank_seconds")
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(
-            f"{path} cannot be quoted on the card: {type(error).__name__}: {str(error) or 'nothing in it'}",
+            f"{path} cannot be shown on the card: {type(error).__name__}: {str(error) or 'the file is empty'}",
             hint="Give the results.json of:  mta evaluate people.jsonl --bank bank/ --out results/",
         ) from None
     if seconds is not None and seconds != info.seconds:
-        raise InputError(f"{path} holds the results of another bank", hint="Evaluate this bank, and give those.")
+        raise InputError(f"{path} holds the results of another bank", hint="Evaluate this bank, and give its results.")
     return table

@@ -1,4 +1,4 @@
-"""Stage 0: one LoRA on many people's pooled items. Later stages train over it, and it is the baseline to beat."""
+"""Stage 0: one LoRA on many people's pooled items. Later stages train over it; it is also a baseline."""
 
 from __future__ import annotations
 
@@ -10,25 +10,26 @@ from mta.data.history import Item, Person
 from mta.data.tasks.task import Task
 from mta.lora.batch import LoraBatch, fresh
 from mta.model.base import BaseModel
+from mta.system.progress import Step
 from mta.training.checkpoint import Checkpoint
 from mta.training.plan import plan_cohorts
-from mta.training.trainer import Job, Step, train_loras
+from mta.training.trainer import Job, train_loras
 
 
 def pooled_items(people: Sequence[Person], settings: TaskLoraSettings, seed: int) -> list[Item]:
-    """Which items are pooled: at most ``per_person`` of each, at most ``items`` in all, chosen by hash.
+    """Return the pooled items, chosen by hash: at most ``per_person`` of each person, and at most ``items`` in total.
 
-    The choice does not depend on the order people come in.
+    The choice does not depend on the order of people.
     """
 
-    def lot(person: Person, place: int) -> bytes:
+    def draw(person: Person, place: int) -> bytes:
         return hashlib.sha256(f"{seed}/{person.id}/{place}".encode()).digest()
 
     ranked: list[tuple[int, bytes, Item]] = []
     for person in people:
-        lots = sorted((lot(person, place), place) for place in range(len(person.items)))
-        ranked += [(turn, chance, person.items[i]) for turn, (chance, i) in enumerate(lots[: settings.per_person])]
-    # Everybody's first item before anybody's second: the pool is as even as it can be.
+        draws = sorted((draw(person, place), place) for place in range(len(person.items)))
+        ranked += [(turn, drawn, person.items[i]) for turn, (drawn, i) in enumerate(draws[: settings.per_person])]
+    # Each person's first item comes before any second item, so that people have similar numbers of items.
     ranked.sort(key=lambda entry: entry[:2])
     return [item for _, _, item in ranked[: settings.items]]
 
@@ -46,7 +47,7 @@ def train_task_lora(
 ) -> LoraBatch:
     """Train the task LoRA on the pooled items of ``people``: a batch of one.
 
-    Source: arXiv:2511.20072 trains over a task-adapted model; how the pool is drawn is our choice.
+    Source: arXiv:2511.20072 trains over a task-adapted model; the selection of items is our choice.
     """
     items = pooled_items(people, settings, seed)
     job = Job("task", [base.prompts.example(task, item) for item in items])

@@ -15,8 +15,9 @@ from mta.errors import BankMismatch, Diverged
 from mta.lora.batch import LoraBatch, fresh
 from mta.lora.layers import Shared
 from mta.model.base import BaseModel
+from mta.system.progress import OnStep, Step
 from mta.training.checkpoint import Checkpoint
-from mta.training.trainer import Job, OnStep, Step, train_loras
+from mta.training.trainer import Job, train_loras
 
 
 @dataclass(frozen=True, slots=True)

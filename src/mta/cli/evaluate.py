@@ -40,9 +40,9 @@ if TYPE_CHECKING:
     from mta.data.history import Person
     from mta.distributed.executor import Executor
     from mta.model.base import BaseModel
+    from mta.system.progress import OnStep
     from mta.tracking.run_folder import RunFolder
     from mta.tracking.trackers import Track as Opener
-    from mta.training.trainer import OnStep
 
 S = TypeVar("S", bound="Settings")
 RUN_SETTINGS = MERGE_AND_STACK | MACHINE_SETTINGS

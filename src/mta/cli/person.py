@@ -14,7 +14,7 @@ from mta.cli.options import BankDir, Json, StoreUrl, show_json
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from mta.tools.inspect import Account, Rebuild
+    from mta.tools.inspect import Rebuild, Summary
 
 app = typer.Typer(help="Show what is stored for one person, and restore earlier versions.", no_args_is_help=True)
 Who = Annotated[str, typer.Argument(help="Person id.")]
@@ -31,9 +31,9 @@ def show(person: Who, bank: BankDir = Path("bank"), store: StoreUrl = "people", 
     Example:  mta person show ann --bank bank/ --store people/
     """
     from mta.store import Store
-    from mta.tools.inspect import account_of
+    from mta.tools.inspect import summarize
 
-    found = account_of(person, Store(store), bank)
+    found = summarize(person, Store(store), bank)
     if json:
         return show_json(asdict(found))
     say = Console(highlight=False, soft_wrap=True, markup=False).print
@@ -46,7 +46,7 @@ def show(person: Who, bank: BankDir = Path("bank"), store: StoreUrl = "people", 
         say(line)
 
 
-def _chart(found: Account) -> Table:
+def _chart(found: Summary) -> Table:
     """Return a bar chart of the anchors, largest coefficient first."""
     from rich.bar import Bar
     from rich.table import Table
@@ -63,7 +63,7 @@ def _chart(found: Account) -> Table:
     return table
 
 
-def _facts(found: Account) -> list[str]:
+def _facts(found: Summary) -> list[str]:
     from mta.evaluation.reports.figures import human_bytes
     from mta.tools.inspect import gains
 

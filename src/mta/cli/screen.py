@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 if TYPE_CHECKING:
-    from mta.training.trainer import Step
+    from mta.system.progress import Step
 
 console = Console(stderr=True)
 EVERY = 15.0  # seconds between plain lines

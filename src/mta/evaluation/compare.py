@@ -28,8 +28,8 @@ from mta.personalize import Personalizer
 from mta.personalize.adapters import TASK, Who
 from mta.personalize.merge import check_merge
 from mta.personalize.policies import POLICIES
+from mta.system.progress import OnStep
 from mta.system.provenance import versions
-from mta.training.trainer import OnStep
 
 log = logging.getLogger("mta")
 

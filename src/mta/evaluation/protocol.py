@@ -23,10 +23,10 @@ from mta.errors import InputError
 from mta.evaluation.kept import load_evidence, save_evidence
 from mta.model.base import BaseModel
 from mta.model.encoders import Encoder, encode_people
-from mta.personalize.likelihoods import Evidence, gather_evidence, shots_of
+from mta.personalize.likelihoods import Evidence, Shots, gather_evidence, shots_of
 from mta.personalize.merge import Merge, fit_merge, frozen_numbers, needs_evidence
+from mta.system.progress import OnStep
 from mta.training.plan import Plan, plan_cohorts
-from mta.training.trainer import Job, OnStep
 
 log = logging.getLogger("mta")
 Ask = Literal["next", "last"]
@@ -143,7 +143,7 @@ class Panel:
         return self.wording or self.bank.task
 
     @cached_property
-    def jobs(self) -> list[Job]:
+    def jobs(self) -> list[Shots]:
         """Everybody's shots as training examples."""
         return [shots_of(self.base, self.task, person) for person in self.people]
 

@@ -1,6 +1,6 @@
-"""Compiled kernels for what lies between the matrix products, on processors; an option that is taken where it can be.
+"""Compiled CPU kernels for the operations between the matrix products; used where they can be compiled.
 
-``compile`` builds and loads them, ``functions`` gives them gradients, ``swap`` puts them into a model.
+``compile`` builds and loads the kernels, ``functions`` adds gradients, ``swap`` puts the kernels into a model.
 """
 
 from mta.kernels.compile import FAMILIES, failure, kernels, obstacle, switched_off, without_kernels

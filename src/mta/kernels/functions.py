@@ -1,7 +1,7 @@
-"""What the kernels compute, with gradients: drop-in replacements for a few torch expressions.
+"""The kernels as functions with gradients: drop-in replacements for a few torch expressions.
 
-Weights of norms, angles and masks are frozen and get no gradient. Every function expects its kernels to be there
-(``mta.kernels.compile.kernels``); sums are in float32, in float64 for float64.
+Weights of norms, angles, and masks are frozen and get no gradient. Callers check first that the kernels exist
+(``mta.kernels.compile.kernels``). Sums are in float32, or in float64 for float64.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from torch.autograd.function import once_differentiable
 
 from mta.kernels.compile import compiled, kernels
 
-_FEW, _LOW = 4, 16  # tokens of a person, and ranks, beyond which oneDNN's products are faster in bfloat16
+_FEW, _LOW = 4, 16  # with more tokens of a person and more ranks than this, oneDNN's products are faster in bfloat16
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
-    """What sums are kept in."""
+    """Return the dtype of sums."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -71,10 +71,10 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
 
 
 def add_low_rank(y: Tensor, x: Tensor, a: Tensor, b: Tensor) -> Tensor | None:
-    """Y (U, M, O) += x (U, M, D) @ a.mT @ b in place, with a (U, R, D), b (U, R, O); returns h = x @ a.mT.
+    """Add x (U, M, D) @ a.mT @ b to y (U, M, O) in place, with a (U, R, D), b (U, R, O); return h = x @ a.mT.
 
-    h (U, M, R) has the type of sums. None, and nothing done, where there is no kernel for these. Without a gradient:
-    ``low_rank_gradients`` is the other half.
+    h (U, M, R) has the dtype of sums. Returns None and changes nothing if there is no kernel for these tensors.
+    ``low_rank_gradients`` computes the gradients.
     """
     few = x.dtype != torch.bfloat16 or x.shape[1] <= _FEW or a.shape[1] <= _LOW
     found = kernels("low_rank", y, x, a, b) if few else None
@@ -90,9 +90,9 @@ def add_low_rank(y: Tensor, x: Tensor, a: Tensor, b: Tensor) -> Tensor | None:
 def low_rank_gradients(
     dx: Tensor | None, dy: Tensor, x: Tensor, h: Tensor, a: Tensor, b: Tensor, trained: int
 ) -> tuple[Tensor, Tensor]:
-    """The gradients of the first ``trained`` ranks of a and b, and what has to be added to ``dx`` added.
+    """Return the gradients of the first ``trained`` ranks of a and b, and add the gradient of x to ``dx`` in place.
 
-    All contiguous; shapes as in ``add_low_rank``, which returned ``h``; dx as x and dy as y.
+    All tensors are contiguous. Shapes as in ``add_low_rank``, which returned ``h``; dx as x, and dy as y.
     """
     people, rows, ranks = h.shape
     da, db = a.new_empty(people, trained, a.shape[2]), b.new_empty(people, trained, b.shape[2])
@@ -103,7 +103,7 @@ def low_rank_gradients(
 
 
 class TreeAttention(Function):
-    """Attention of G blocks of Q queries to K keys each; ``mta.model.tree_attention`` makes the indices.
+    """Attention in G blocks of Q queries and K keys; ``mta.model.tree_attention`` computes the indices.
 
     Shapes: q (B, H, T, E), k and v (B, H / share, T, E), mask (G, 1, Q, K) -> (B, T, H, E).
     """
@@ -112,10 +112,10 @@ class TreeAttention(Function):
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, blocks: Any, scale: float) -> Tensor:
         batch, heads, tokens, width = q.shape
         groups, count = k.shape[1], len(blocks.queries)
-        q, k, v = (x.transpose(1, 2).contiguous() for x in (q, k, v))  # (B, T, H, E), mostly as they were written
+        q, k, v = (x.transpose(1, 2).contiguous() for x in (q, k, v))  # (B, T, H, E), mostly without a copy
         spread = _spread(q, blocks)  # (G, H, Q, E)
         near, values = _gathered(k, blocks), _gathered(v, blocks)
-        shares = torch.bmm(_grouped(spread, groups), near.flatten(0, 1).mT)  # scores, until softmax is done in place
+        shares = torch.bmm(_grouped(spread, groups), near.flatten(0, 1).mT)  # scores; softmax replaces them in place
         compiled("attention", q.dtype)["softmax"](
             shares.data_ptr(), mask.data_ptr(), count, heads, spread.shape[2], near.shape[2], scale
         )
@@ -148,12 +148,12 @@ class TreeAttention(Function):
 
 
 def _grouped(x: Tensor, groups: int) -> Tensor:
-    """(G, H, Q, E) -> (G * groups, share * Q, E): the heads that share keys lie side by side."""
+    """(G, H, Q, E) -> (G * groups, share * Q, E); heads that share keys are adjacent."""
     return x.view(x.shape[0] * groups, -1, x.shape[3])
 
 
 def _spread(x: Tensor, blocks: Any) -> Tensor:
-    """(B, T, H, E) -> (G, H, Q, E), zero where a block has no token."""
+    """(B, T, H, E) -> (G, H, Q, E), 0 for places of a block without a token."""
     count, wide_ = blocks.queries.shape
     heads, width = x.shape[2:]
     out = x.new_empty(count, heads, wide_, width)
@@ -173,7 +173,7 @@ def _gathered(x: Tensor, blocks: Any) -> Tensor:
 
 
 def _summed(x: Tensor, slots: Tensor, starts: Tensor) -> Tensor:
-    """(G, H, n, E) -> (B * T, H, E): the sum over each token's slots."""
+    """(G, H, n, E) -> (B * T, H, E), summed over each token's slots."""
     heads, n, width = x.shape[1:]
     out = x.new_empty(len(starts) - 1, heads, width)
     places = (t.data_ptr() for t in (out, x, slots, starts))

@@ -1,7 +1,7 @@
-// What a transformer does between its matrix products, one pass over memory each, for float, double and bfloat16.
+// A transformer's operations between its matrix products, each in one pass over memory, for float, double, bfloat16.
 //
-// Plain C functions over contiguous arrays; sums in float (in double for double). ``mta.kernels.functions`` calls them
-// and says what each computes. Compiled on first use by ``mta.kernels.compile``.
+// Plain C functions over contiguous arrays; sums are in float (in double for double). ``mta.kernels.functions`` calls
+// them and documents each. ``mta.kernels.compile`` compiles this file on first use.
 
 #include "low_rank.hpp"
 #include "numbers.hpp"
@@ -79,7 +79,7 @@ void gather(T* out, const T* x, const int64_t* places, int64_t groups, int64_t n
         std::copy_n(x + (places[g * n + i] * heads + h) * e, e, out + ((g * heads + h) * n + i) * e);
 }
 
-// x (tokens, H, E) -> out (G, H, n, E): token t at slots[t] of G * n, zero where no token is
+// x (tokens, H, E) -> out (G, H, n, E): token t at slots[t] of G * n, 0 in slots without a token
 template <class T>
 void spread(T* out, const T* x, const int64_t* slots, int64_t tokens, int64_t groups, int64_t n, int64_t heads, int64_t e) {
   std::fill(out, out + groups * n * heads * e, T{});
@@ -89,9 +89,9 @@ void spread(T* out, const T* x, const int64_t* slots, int64_t tokens, int64_t gr
       std::copy_n(x + (t * heads + h) * e, e, out + ((slots[t] / n * heads + h) * n + slots[t] % n) * e);
 }
 
-constexpr int64_t COLUMNS = 1024;  // of a token's numbers that are summed up at a time: what has room on the stack
+constexpr int64_t COLUMNS = 1024;  // numbers of a token that are summed at a time, on the stack
 
-// The gradient of both: out[t] = sum of x at the slots of token t, slots[starts[t] : starts[t + 1]] of G * n
+// Gradient of gather and spread: out[t] = sum of x at the slots of token t, slots[starts[t] : starts[t + 1]] of G * n
 template <class T>
 void scatter(T* out, const T* x, const int64_t* slots, const int64_t* starts, int64_t tokens, int64_t n, int64_t heads,
              int64_t e) {
@@ -142,7 +142,7 @@ void softmax(T* scores, const T* mask, int64_t groups, int64_t heads, int64_t q,
   }
 }
 
-// In place: gradient (rows, K) of the shares becomes that of the unscaled scores.
+// In place: the gradient (rows, K) of the shares becomes the gradient of the unscaled scores.
 template <class T> void softmax_backward(T* gradient, const T* shares, int64_t rows, int64_t k, double factor) {
   const wide<T> scale = factor;
 #pragma omp parallel for if (large(rows * k))
@@ -157,7 +157,7 @@ template <class T> void softmax_backward(T* gradient, const T* shares, int64_t r
   }
 }
 
-// AdamW of rows (U, P), each with its own numbers; gradients are scaled by ``clip`` first and zeroed after.
+// AdamW for rows (U, P), each with its own rates; gradients are scaled by ``clip`` before and set to 0 after.
 template <class T>
 void adamw(T* values, T* gradient, T* mean, T* square, const T* clip, const T* size, const T* correction,
            const T* decay, int64_t people, int64_t p, double beta1, double beta2, double epsilon) {
@@ -176,7 +176,7 @@ void adamw(T* values, T* gradient, T* mean, T* square, const T* clip, const T* s
   }
 }
 
-// A kernel as ``mta.kernels.compile`` reads it: ``arguments`` has a p for a pointer, an i for an int64_t, a d for a double.
+// An entry of the table for ``mta.kernels.compile``; ``arguments``: p is a pointer, i an int64_t, d a double.
 struct Kernel {
   const char* name;
   const char* arguments;
@@ -194,7 +194,7 @@ template <class... A> Kernel described(const char* name, void (*function)(A...))
 
 }  // namespace
 
-// Compiled once for each NUMBER, which is float, double or bf16: table_float, table_double, table_bf16.
+// Compiled once for each NUMBER (float, double, bf16), to table_float, table_double, and table_bf16.
 #define JOINED(a, b, c) a##b##c
 #define NAMED(number, after) JOINED(table_, number, after)
 #define KERNEL(name) described(#name, name<NUMBER>)

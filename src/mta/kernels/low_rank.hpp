@@ -1,7 +1,7 @@
 // Low-rank updates of many people: y += x a^T b and its gradients, with a (R, D) and b (R, O) of each person.
 //
-// Three products, all with R small: rows times factors (narrow), its inverse (widen), and the factors' gradient
-// (outer). A general matrix product of such a shape reaches a third of what the processor can do.
+// Three products with a small R: rows times factors to R numbers (narrow), back from R numbers (widen), and gradients
+// of factors (outer). General matrix products of these shapes reach a third of the processor's speed.
 
 #pragma once
 
@@ -12,24 +12,24 @@
 
 namespace {
 
-constexpr int64_t RANKS = 8;  // at a time, all held in registers
-constexpr int64_t CHUNK = 32;  // rows that one thread takes at a time
+constexpr int64_t RANKS = 8;  // ranks that are computed at a time, in registers
+constexpr int64_t CHUNK = 32;  // rows that a thread computes at a time
 
-// f(constant) for the constant that equals n, 1 to 8: loops of a known length are unrolled into registers.
+// Calls f(constant) with n, 1 to 8, as a constant: loops of a known length are unrolled into registers.
 template <class F> inline void unrolled(int64_t n, F f) {
   [&]<int64_t... I>(std::integer_sequence<int64_t, I...>) {
     ((n == I + 1 ? f(std::integral_constant<int64_t, I + 1>{}) : void()), ...);
   }(std::make_integer_sequence<int64_t, RANKS>{});
 }
 
-// Sum over the lanes, half to half, as ``sums_of`` adds them up.
+// Sum over the lanes, in the same order as ``sums_of``.
 template <class T> inline wide<T> sum_of(vec<T> x) {
   for (int64_t half = LANES<T> / 2; half; half /= 2)
     for (int64_t i = 0; i < half; i++) x[i] += x[i + half];
   return x[0];
 }
 
-// Blocks of S lanes of a and b in turn: the even ones of each plus the odd ones.
+// Blocks of S lanes, alternately from a and b: sums of each vector's even and odd blocks.
 template <int S, class V, int... I> inline V folded(V a, V b, std::integer_sequence<int, I...>) {
   constexpr int lanes = sizeof...(I);
   return __builtin_shufflevector(a, b, (I / (2 * S) * 2 * S + I % S + I / S % 2 * lanes)...) +
@@ -43,7 +43,7 @@ template <class T, int S = 1> inline vec<T> sums_of(const vec<T>* x, int64_t ste
   else return folded<S>(sums_of<T, 2 * S>(x, 2 * step), sums_of<T, 2 * S>(x + step, 2 * step), all);
 }
 
-// sum[m * R + r] += x[m] . w[r], lane by lane, over as many of d numbers as are whole steps; returns how many they are
+// sum[m * R + r] += x[m] . w[r], lane by lane, over the whole steps in d numbers; returns the number of summed numbers
 template <int64_t M, int64_t R, class T>
 inline int64_t add_dots(vec<T>* sum, const T* x, const T* w, int64_t d) {
   const int64_t whole = d / Dot<T>::STEP * Dot<T>::STEP;
@@ -66,7 +66,7 @@ template <int64_t M, int64_t R, class T> inline void add_lanes(wide<T>* found, c
     for (int64_t i = 0; i < M * R; i++) found[i] = sum_of<T>(sum[i]);
 }
 
-// h (M, R) = x (M, D) w^T for M rows of x and R rows of w; h has rows of ``stride``
+// h (M, R) = x (M, D) w^T for M rows of x and R rows of w; rows of h have length ``stride``
 template <int64_t M, int64_t R, class T>
 inline void narrow_tile(wide<T>* h, const T* x, const T* w, int64_t stride, int64_t d) {
   vec<T> sum[M * R] = {};
@@ -116,7 +116,7 @@ template <class T> void widen(T* y, const wide<T>* h, const T* w, int64_t rows, 
     unrolled(std::min(RANKS, rows - m), [&](auto n) { widen_tile<n>(y + m * o, h + m * ranks, w, ranks, o); });
 }
 
-// g (ranks, D) at columns j to j + N vectors = h^T x over all rows; h has rows of ``stride``
+// N vectors of columns of g (ranks, D) = h^T x over all rows; rows of h have length ``stride``
 template <int64_t R, int64_t N, class T>
 inline void outer_tile(T* g, const wide<T>* h, const T* x, int64_t rows, int64_t stride, int64_t d) {
   vec<T> sum[R][N] = {};
@@ -162,7 +162,7 @@ void low_rank(T* y, wide<T>* h, const T* x, const T* a, const T* b, int64_t peop
   }
 }
 
-// From dy, x and h: dh (U, M, R), what is to be added to dx (if there is one), and da, db of the first ``trained`` ranks.
+// From dy, x, and h: dh (U, M, R), the gradient added to dx (if not null), and da, db of the first ``trained`` ranks.
 template <class T>
 void low_rank_backward(T* dx, T* da, T* db, wide<T>* dh, const T* dy, const T* x, const wide<T>* h, const T* a,
                        const T* b, int64_t people, int64_t rows, int64_t ranks, int64_t d, int64_t o,
@@ -191,14 +191,14 @@ void low_rank_backward(T* dx, T* da, T* db, wide<T>* dh, const T* dy, const T* x
   }
 }
 
-// Ask for part ``part`` of ``parts`` of the ``count`` numbers at ``next``: what is read after this, while this is computed.
+// Prefetch part ``part`` of ``parts`` of the ``count`` numbers at ``next``, which are read after the current ones.
 template <class T> inline void fetch(const T* next, int64_t count, int64_t part, int64_t parts) {
   constexpr int64_t line = 64 / sizeof(T);
   const int64_t share = (count / line + parts) / parts * line;
   for (int64_t i = part * share; i < std::min((part + 1) * share, count); i += line) __builtin_prefetch(next + i, 0, 2);
 }
 
-// f(m, r, sum) for every row m and the N rows of w from ``first`` on: sum = x[m] . w[first + r]
+// Calls f(m, r, x[m] . w[r]) for every row m of x and N rows of w.
 template <int64_t N, class T, class F>
 inline void each_dot(const T* x, const T* w, int64_t rows, int64_t d, F f) {
   wide<T> tile[2 * RANKS];
@@ -213,8 +213,8 @@ inline void each_dot(const T* x, const T* w, int64_t rows, int64_t d, F f) {
   }
 }
 
-// y (M, R) = x (M, D) w^T + h (M, P) b^T + bias + own updates for M rows, at R outputs of O: what is summed up over the
-// lanes is summed once, for both products together.
+// y (M, R) = x (M, D) w^T + h (M, P) b^T + bias + own updates for M rows and R of the O outputs. Lanes are summed once
+// for both products.
 template <int64_t M, int64_t R, class T>
 inline void adapted_tile(T* y, const T* x, const T* w, const T* h, const T* b, const T* bias, const wide<T>* g,
                          const T* q, int64_t ranks, int64_t own, int64_t d, int64_t o) {
@@ -236,9 +236,8 @@ inline void adapted_tile(T* y, const T* x, const T* w, const T* h, const T* b, c
   }
 }
 
-// The same with updates: y += (gate * (x a^T)) b^T + (x p^T) q, for few rows. What all rows share, w (O, D), a (P, D)
-// and b (O, P), is read from memory once; gate (M, P), and p (M, S, D) and q (M, S, O), are each row's own. h (M, P) and
-// g (M, S) are room for what lies between.
+// few_rows with updates: y += (gate * (x a^T)) b^T + (x p^T) q. The shared w (O, D), a (P, D), and b (O, P) are read
+// from memory once; gate (M, P), p (M, S, D), and q (M, S, O) are each row's own. h (M, P) and g (M, S) are buffers.
 template <class T>
 void adapted_rows(T* y, T* h, wide<T>* g, const T* x, const T* w, const T* bias, const T* a, const T* b, const T* gate,
                   const T* p, const T* q, int64_t rows, int64_t ranks, int64_t own, int64_t d, int64_t o) {

@@ -1,4 +1,4 @@
-// The types kernels compute with: float, double, and bfloat16 by way of float; alone and in vectors.
+// The types of the kernels, as scalars and vectors: float, double, and bfloat16, which is computed in float.
 
 #pragma once
 
@@ -30,7 +30,7 @@ template <> inline bf16 store<bf16>(float x) {  // to nearest, ties to even; NaN
   return {uint16_t(x == x ? rounded : 0x7fc0)};
 }
 
-// exp as a polynomial that compilers turn into vector instructions; within 2 units in the last place of float.
+// exp as a polynomial that compilers vectorize; the error is at most 2 units in the last place of float.
 inline float exponential(float x) {
   const bool none = x < -87.f;
   x = none ? 0.f : (x > 88.f ? 88.f : x);
@@ -47,10 +47,10 @@ inline float exponential(float x) {
 }
 inline double exponential(double x) { return std::exp(x); }
 
-// Rows worth waking other threads for.
+// Whether an array is large enough for several threads.
 inline bool large(int64_t numbers) { return numbers > (1 << 14); }
 
-// As many numbers as 64 bytes hold in the type of sums.
+// Number of values of the type of sums in 64 bytes.
 template <class T> constexpr int64_t LANES = 64 / sizeof(wide<T>);
 template <class T> struct Vector { typedef wide<T> type __attribute__((vector_size(64))); };
 template <class T> using vec = typename Vector<T>::type;
@@ -80,7 +80,7 @@ template <> inline void store_vector<bf16>(bf16* p, vec<bf16> x) {
   std::memcpy(p, &halves, sizeof halves);
 }
 
-// Sums of products: STEP numbers of each side at a time. Instructions for bfloat16 take twice as many as the sums have.
+// Sums of products of STEP numbers at a time. Instructions for bfloat16 read twice as many numbers as the sums have.
 template <class T> struct Dot {
   using side = vec<T>;
   static constexpr int64_t STEP = LANES<T>;

@@ -1,8 +1,8 @@
-"""Products with frozen weights, in whichever way is fastest on this processor.
+"""Products with frozen weights, by the method that is fastest on this processor.
 
-torch multiplies float32 with MKL, which uses half of the vector width on processors that are not Intel's. oneDNN, which
-torch also contains, uses all of it. The processor decides, and nothing is timed: both libraries round differently, and
-all workers on one kind of processor must compute the same bytes.
+torch multiplies float32 with MKL, which uses half of the vector width on processors of other makers than Intel. oneDNN,
+which torch also contains, uses the full width. The processor's type decides, not a measurement: the libraries round
+differently, and all workers on one type of processor must compute the same bytes.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _FEW = 24  # rows
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """As ``torch.nn.functional.linear``, x (..., D) and weight (O, D) of any strides, but without a gradient."""
+    """Compute ``torch.nn.functional.linear`` without a gradient, for x (..., D) and weight (O, D) of any strides."""
     parts = (x, weight) if bias is None else (x, weight, bias)
     if x.dtype == torch.float32 and _onednn_is_faster() and kernels("onednn", *parts) is not None:
         return _onednn(x, weight, bias)
@@ -30,11 +30,11 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 class AdaptedRows:
-    """One token of each of a few rows through a linear layer and its rows' updates, everything read from memory once.
+    """A linear layer with updates for one token of each of a few rows; reads all weights from memory once.
 
     y = x W^T + bias + (gate * (x A^T)) B^T + (x p^T) q. Shapes: x (M, 1, D), shared A (P, D) and B (O, P),
-    gates (M, P), own p (M, S, D) and q (M, S, O) -> (M, 1, O). Called at every layer of every token with x alone: where
-    all else lies is looked up once, and read as it is then. ``room`` is ``room_for`` these rows: layers may share it.
+    gates (M, P), own p (M, S, D) and q (M, S, O) -> (M, 1, O). Called with x only, at every layer of every token: the
+    addresses of all other tensors are looked up once. ``buffers`` come from ``buffers_for``; layers may share them.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class AdaptedRows:
         shared: tuple[Tensor, Tensor],
         gates: Tensor,
         own: tuple[Tensor, Tensor],
-        room: tuple[Tensor, Tensor],
+        buffers: tuple[Tensor, Tensor],
     ) -> None:
         rows, (a, b), (p, q) = len(gates), shared, own
         parts = [weight, a, b, gates, p, q, *([] if bias is None else [bias])]
@@ -52,20 +52,20 @@ class AdaptedRows:
             kernels("adapted_rows", *parts) if rows <= _FEW and all(part.is_contiguous() for part in parts) else None
         )
         self._run = found["adapted_rows"] if found else None
-        self._kept = [part.detach() for part in (*parts, *room)]  # or their places would be somebody else's
-        self._between = tuple(part.data_ptr() for part in room)
+        self._kept = [part.detach() for part in (*parts, *buffers)]  # keeps the memory behind the addresses alive
+        self._between = tuple(part.data_ptr() for part in buffers)
         self._after = *(None if t is None else t.data_ptr() for t in (weight, bias, a, b, gates, p, q)), rows
         self._after += len(a), p.shape[1], *weight.shape[::-1]
         self._dtype, self._numbers, self._shape = weight.dtype, rows * weight.shape[1], (rows, 1, len(weight))
 
     @staticmethod
-    def room_for(gates: Tensor, own: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """Where x A^T and x p^T lie between two products."""
+    def buffers_for(gates: Tensor, own: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Return buffers for x A^T and x p^T between two products."""
         wide = torch.float64 if gates.dtype == torch.float64 else torch.float32
         return torch.empty_like(gates), gates.new_empty(own[0].shape[:2], dtype=wide)
 
     def __call__(self, x: Tensor) -> Tensor | None:
-        """None, and nothing done, where no kernel is for these, or x holds more than a token of each row."""
+        """Return y; None if there is no kernel for these tensors, or x has more than one token per row."""
         if self._run is None or x.dtype != self._dtype or x.numel() != self._numbers:
             return None
         x, y = x.contiguous(), x.new_empty(self._shape)
@@ -74,7 +74,7 @@ class AdaptedRows:
 
 
 class FrozenLinear(Function):
-    """``product`` with the gradient of x alone."""
+    """``product`` with a gradient of x only."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -95,13 +95,13 @@ def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 @cache
 def _onednn_is_faster() -> bool:
-    """Whether MKL uses half of this processor's vectors, and torch's oneDNN computes the same."""
+    """Return whether MKL uses half of this processor's vector width, and oneDNN computes the same results."""
     half = "avx512f" in cpuinfo("flags").split() and cpuinfo("vendor_id") != "GenuineIntel"
     return half and torch.backends.mkl.is_available() and _agrees()  # type: ignore[no-untyped-call]
 
 
 def _agrees() -> bool:
-    """Whether torch has the operator, and it computes the same as torch's own product."""
+    """Return whether torch has the oneDNN operator, and its results equal torch's own product."""
     if not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
         return False
     draw = torch.Generator().manual_seed(0)

@@ -1,7 +1,7 @@
-"""Kernels in the place of a transformers model's norms and rotary positions.
+"""Replace norms and rotary positions of a transformers model by kernels.
 
-A module is exchanged only if its class is of a known shape and both ways give the same on random numbers; all others
-stay as they are. Modules keep their weights and hooks: only what ``forward`` computes with is another.
+A module is changed only if its class has a known form and both computations agree on test numbers. Modules keep their
+weights and hooks; only ``forward`` changes.
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ _ROTARY = "apply_rotary_pos_emb"
 
 
 def use_kernels(model: nn.Module) -> list[str]:
-    """Exchange what can be exchanged, and say which classes were; nothing where there are no kernels.
+    """Replace all modules that have kernels, and return the names of their classes; empty without kernels.
 
-    Linear layers go through ``products`` besides, which is no change of what they keep for the backward pass.
+    Linear layers use ``products``; they keep the same tensors for the backward pass as before.
     """
-    found: dict[type, bool] = {}
+    agrees: dict[type, bool] = {}
     with torch.no_grad():
         for module in model.modules():
             kind = type(module)
             for make in (_norm, _attention):
-                faster = make(module) if found.get(kind, True) else None
-                if faster and kind not in found:
-                    found[kind] = make is _attention or _agree(module, faster)
-                if faster and found[kind]:
+                faster = make(module) if agrees.get(kind, True) else None
+                if faster and kind not in agrees:
+                    agrees[kind] = make is _attention or _agree(module, faster)
+                if faster and agrees[kind]:
                     module.forward = faster
             if type(module) is nn.Linear and kernels("linear", module.weight) is not None:
                 vars(module)["forward"] = partial(_linear_forward, module, module.forward)
-    return sorted(kind.__name__ for kind, agree in found.items() if agree)
+    return sorted(kind.__name__ for kind, agree in agrees.items() if agree)
 
 
 def _norm(module: nn.Module) -> Callable[..., Tensor] | None:
@@ -74,12 +74,13 @@ def _agree(module: Any, faster: Callable[..., Tensor]) -> bool:
 
 
 def _near(found: Tensor, expected: Tensor) -> bool:
-    rough = 1e-6 if expected.dtype == torch.float64 else 4 * torch.finfo(expected.dtype).eps  # norms go through float32
-    return float((found - expected).double().norm()) <= rough * float(expected.double().norm())
+    double = expected.dtype == torch.float64  # norms are computed in float32
+    tolerance = 1e-6 if double else 4 * torch.finfo(expected.dtype).eps
+    return float((found - expected).double().norm()) <= tolerance * float(expected.double().norm())
 
 
 def _attention(module: nn.Module) -> Callable[..., Any] | None:
-    """The module's own forward, with another function under the name its source gives rotary positions."""
+    """Return the module's own forward with another function for rotary positions."""
     forward: Any = inspect.unwrap(type(module).forward)
     names = getattr(forward, "__globals__", {})
     plain = names.get(_ROTARY)
@@ -102,7 +103,7 @@ def _rotary(
 
 
 def _rotates(plain: Callable[..., Any]) -> bool:
-    """Whether a model's function is the rotation by halves that the kernel computes."""
+    """Return whether a model's function computes the same rotation by halves as the kernel."""
     draw = torch.Generator().manual_seed(0)
     q, k, cos, sin = (
         torch.randn(shape, generator=draw) for shape in ((1, 2, 3, 8), (1, 1, 3, 8), (1, 3, 8), (1, 3, 8))

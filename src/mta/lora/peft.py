@@ -21,7 +21,7 @@ from torch import Tensor
 
 from mta.errors import InputError
 from mta.lora.batch import Factors, LoraBatch
-from mta.system.atomic import make_folder, sync_folder, write_tensors, write_text
+from mta.system.atomic import asides_in, make_folder, sync_folder, write_tensors, write_text
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -69,7 +69,7 @@ def write_peft(
 
 def remove_asides(folder: Path) -> None:
     """Remove the temporary folders that killed exports left beside a folder. Raises OSError."""
-    for left in folder.parent.glob(f".{glob.escape(folder.name)}.{'[0-9a-f]' * 32}"):
+    for left in asides_in(folder.parent, glob.escape(folder.name)):
         shutil.rmtree(left)
         sync_folder(folder.parent)
 

@@ -1,6 +1,6 @@
-"""Forgetting a person: what is personal goes first, then banks that learnt from the person are marked.
+"""Forget a person: remove the person's files, then mark the banks that were trained on the person.
 
-Every step is taken, whatever becomes of the others, and forgetting again finishes what could not be done.
+If a step fails, the other steps still run. Forgetting the person again repeats the failed steps.
 """
 
 from __future__ import annotations
@@ -17,13 +17,12 @@ from mta.store.exports import Export
 
 @dataclass(frozen=True, slots=True)
 class Forgotten:
-    """What ``forget`` did: whether states were there, and which trained parts of the bank still hold something.
+    """The result of ``forget``: whether there were states, and the parts of banks that were trained on the person.
 
-    ``exports_left``: exported adapters it could not remove, each with the reason. ``published``: where those trained
-    parts were published to. ``unknown``: banks that came without their members: nobody here knows whether they learnt
-    from the person. ``unmarked``: banks that could not be marked as needing a rebuild, each with the reason.
-    ``complete`` is False where forgetting the person again can finish something: mark a bank, remove an export that was
-    out of reach.
+    ``exports_left``: exported adapters that could not be removed, with reasons. ``published``: addresses where these
+    banks were published. ``unknown``: banks without a list of members, which may have been trained on the person.
+    ``unmarked``: banks that could not be marked as needing a rebuild, with reasons. ``complete`` is False if forgetting
+    the person again can mark such a bank, or remove an export that was out of reach.
     """
 
     states_removed: bool
@@ -36,62 +35,60 @@ class Forgotten:
 
 
 def forget_person(person: str, store: Store | None, *banks: Path, keep_exports: bool = False) -> Forgotten:
-    """``Personalizer.forget`` without loading a model.
+    """Do the same as ``Personalizer.forget``, without loading a model. Without ``banks``, no bank is marked.
 
-    Without a bank nobody asks what was learnt from the person. Raises StoreError if something of the person could not
-    be removed, after everything else was done.
+    Raises StoreError if files of the person could not be removed, after all other steps.
     """
-    lists, removed = list[dict[Export | None, str]](), [False]
+    exports, removed = list[dict[Export | None, str]](), [False]
     failed = list[StoreError]()
     if store:
-        failed = _failures_of_passes(
-            lambda: store.tombstones.add(person),  # from here on no process saves anything of theirs
-            lambda: store.files.remove_folder("work"),  # a stopped run's checkpoint may hold their stack
-            lambda: lists.append(store.exports.forget(person, keep=True)),
+        failed = _run_twice(
+            lambda: store.tombstones.add(person),  # from now on, no process saves data of the person
+            lambda: store.files.remove_folder("work"),  # a killed run's checkpoint may hold the person's stack
+            lambda: exports.append(store.exports.forget(person, keep=True)),
             lambda: removed.append(store.remove(person)),
         )
-        if not failed and not keep_exports:  # what is named now is not named again
-            failed = _failures(lambda: lists.append(store.exports.forget(person)))
-    damaged = {export: why for each in lists for export, why in each.items() if export is None}  # gone with its pass
-    left = damaged | (lists[-1] if lists else {})
+        if not failed and not keep_exports:  # exports that can never be removed are reported only once
+            failed = _run(lambda: exports.append(store.exports.forget(person)))
+    # A damaged list of exports is reported by the pass that removes the list, and not by later passes.
+    damaged = {export: why for each in exports for export, why in each.items() if export is None}
+    left = damaged | (exports[-1] if exports else {})
     found = replace(_marked(person, banks), states_removed=any(removed), exports_left=list(left.values()))
     if failed:
         reasons = [error.message for error in failed]
         reasons += [f"{bank} could not be marked as needing a rebuild ({why})" for bank, why in found.unmarked.items()]
         raise StoreError(
-            f"not everything of the person could be removed: {'; '.join(reasons)}",
-            hint="Correct that, and forget the person again: what was removed stays removed.",
+            f"not all files of the person could be removed: {'; '.join(reasons)}",
+            hint="Fix the cause, then forget the person again.",
         )
     again = any(export and not export.is_final() for export in left)
     return replace(found, complete=not found.unmarked and not again)
 
 
-def _failures_of_passes(*steps: Callable[[], object]) -> list[StoreError]:
-    """Take all steps twice, and return the errors of the last time.
+def _run_twice(*steps: Callable[[], object]) -> list[StoreError]:
+    """Run all steps twice, and a third time after an error; return the errors of the last run.
 
-    A process may find the first tombstone and then read what is not removed yet; the second tombstone is newer than
-    that. So it comes after a pass that removed everything: where the first one failed there is a third. On a full disk
-    removing files makes room for the tombstone.
+    A process may list the first tombstone and then read files that are not removed yet; the second tombstone tells this
+    process that the person was forgotten. So the last tombstone must follow a run that removed everything. On a full
+    disk, the first run makes room for the tombstone.
     """
-    first, failed = _failures(*steps), _failures(*steps)
-    return _failures(*steps) if first or failed else failed
+    first, second = _run(*steps), _run(*steps)
+    return _run(*steps) if first or second else []
 
 
-def _failures(*steps: Callable[[], object]) -> list[StoreError]:
-    """Take every step, whatever becomes of the others; return the errors of those that failed."""
-
-    def failure(step: Callable[[], object]) -> StoreError | None:
+def _run(*steps: Callable[[], object]) -> list[StoreError]:
+    """Run every step, also after an error, and return the errors."""
+    failed = list[StoreError]()
+    for step in steps:
         try:
             step()
         except StoreError as error:
-            return error
-        return None
-
-    return [error for step in steps if (error := failure(step))]
+            failed.append(error)
+    return failed
 
 
 def _marked(person: str, banks: Sequence[Path]) -> Forgotten:
-    """Mark the banks that learnt from a person as needing a rebuild; what they are, and which could not be marked."""
+    """Mark the banks that were trained on a person as needing a rebuild, and return them in a ``Forgotten``."""
     found = Forgotten(False, [])
     for bank in banks:
         try:

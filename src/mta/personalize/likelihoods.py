@@ -1,4 +1,4 @@
-"""What a person's few shots say about the anchors: the likelihood of their answers under each."""
+"""Evidence: the likelihood of people's shots under the task LoRA and under each anchor."""
 
 from __future__ import annotations
 
@@ -9,19 +9,32 @@ import torch
 from torch import Tensor
 
 from mta.data.history import Person
+from mta.data.tasks.prompt import Example
 from mta.data.tasks.task import Task
 from mta.lora.batch import LoraBatch, join
 from mta.lora.layers import Adapters, Shared
 from mta.model.base import BaseModel
+from mta.system.progress import OnStep, Step
 from mta.training.scoring import log_likelihood
-from mta.training.trainer import Job, OnStep, Step
+from mta.training.trainer import Job
+
+
+@dataclass(frozen=True, slots=True)
+class Shots(Job):
+    """A person's shots as a job to train an adapter on.
+
+    ``alternatives`` holds, for each example, the same prompt with every label of the task, to be scored as evidence but
+    not trained on. It is empty if answers are free text.
+    """
+
+    alternatives: Sequence[Sequence[Example]] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Labels:
     """Log probability of every label of every shot, under the pooled model and under each anchor.
 
-    Shapes: scores (U, M, C, 1 + N), pooled model first; gold (U, M) label numbers, -1 where a person has fewer shots.
+    Shapes: scores (U, M, C, 1 + N), pooled model first; gold (U, M) label numbers, -1 for missing shots.
     """
 
     scores: Tensor
@@ -30,11 +43,10 @@ class Labels:
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
-    """What the shots say about the anchors, shot by shot.
+    """The likelihood of each shot under each anchor.
 
     Shapes: shots (U, M, 1 + N), log-likelihood of a shot's target under the task LoRA alone and under each anchor;
-    counts (U, M), target tokens it is summed over. Both are 0 where a person has fewer shots. ``labels`` only where
-    answers are a closed set.
+    counts (U, M), number of target tokens. Both are 0 for missing shots. ``labels`` is None for free-text answers.
     """
 
     shots: Tensor
@@ -43,21 +55,21 @@ class Evidence:
 
     @property
     def anchors(self) -> Tensor:
-        """(U, N): log-likelihood of all shots of a person under each anchor."""
+        """Log-likelihood of all shots of a person under each anchor, (U, N)."""
         return self.shots[:, :, 1:].sum(1)
 
     @property
     def task(self) -> Tensor:
-        """(U,): the same under the task LoRA alone."""
+        """Log-likelihood of all shots of a person under the task LoRA alone, (U,)."""
         return self.shots[:, :, 0].sum(1)
 
     @property
     def tokens(self) -> Tensor:
-        """(U,): target tokens of all shots of a person."""
+        """Target tokens of all shots of a person, (U,)."""
         return self.counts.sum(1)
 
     def kept(self, people: Sequence[int], shots: Sequence[Sequence[int]]) -> Evidence:
-        """Row i is what only ``shots[i]`` of person ``people[i]`` say: as if they had no others."""
+        """Return evidence whose row i is of person ``people[i]``, as if they had only ``shots[i]``."""
         mask = torch.zeros(len(people), self.counts.shape[1], dtype=torch.bool)
         for row, numbers in enumerate(shots):
             mask[row, list(numbers)] = True
@@ -68,51 +80,51 @@ class Evidence:
         return Evidence(self.shots[rows] * mask[..., None], self.counts[rows] * mask, labels)
 
     def among(self, anchors: Sequence[int]) -> Evidence:
-        """The same for a bank that holds only these ``anchors``."""
+        """Return the evidence for a bank that holds only these ``anchors``."""
         columns = [0, *(n + 1 for n in anchors)]
         labels = self.labels and Labels(self.labels.scores[..., columns], self.labels.gold)
         return Evidence(self.shots[..., columns], self.counts, labels)
 
 
-def shots_of(base: BaseModel, task: Task, person: Person) -> Job:
-    """A person's items as training examples, each with its alternatives where the task has labels.
+def shots_of(base: BaseModel, task: Task, person: Person) -> Shots:
+    """Return a person's items as training examples, with alternatives if the task has labels.
 
-    The job's key is the digest of the items, not the id: what starts from a hash of it cannot confirm a guessed id.
+    The job's key is the digest of the items, not the id: a hash of the key must not confirm a guessed id.
     """
     examples = [base.prompts.example(task, item) for item in person.items]
     labels = [task.labels_of(item) for item in person.items]
     if not all(labels):
-        return Job(person.digest(), examples)
-    pairs = zip(person.items, labels)
-    return Job(person.digest(), examples, [base.prompts.examples(task, item, theirs or ()) for item, theirs in pairs])
+        return Shots(person.digest(), examples)
+    alternatives = [base.prompts.examples(task, item, known or ()) for item, known in zip(person.items, labels)]
+    return Shots(person.digest(), examples, alternatives)
 
 
 def gather_evidence(
     base: BaseModel,
-    jobs: Sequence[Job],
+    jobs: Sequence[Shots],
     bank: LoraBatch,
     pooled: Sequence[Shared],
     *,
     tokens_per_batch: int = 2048,
     on_step: OnStep | None = None,
 ) -> Evidence:
-    """Score everybody's shots under ``pooled`` (the task LoRA) alone and under every anchor: N + 1 passes.
+    """Score all shots under ``pooled`` (the task LoRA) alone and under every anchor: N + 1 passes.
 
-    Anchors never saw a target's shots, so their likelihood is honest evidence. Labels share their shot's prompt, so all
-    of them cost little more than the right one.
+    The anchors were not trained on these shots, so the likelihoods are unbiased. Labels of a shot share their prompt,
+    so scoring all labels costs little more than scoring the right one.
     """
-    labelled = all(job.alternatives for job in jobs)
-    asked = [[e for labels in job.alternatives for e in labels] if labelled else job.examples for job in jobs]
+    labeled = all(job.alternatives for job in jobs)
+    scored = [[e for labels in job.alternatives for e in labels] if labeled else job.examples for job in jobs]
     passes, total = len(bank) + 1, sum(len(job.examples) for job in jobs)
     found: list[list[Tensor]] = []
     for number in range(passes):
         parts = [shared.batch for shared in pooled] + ([bank.select([number - 1])] if number else [])
-        adapters = [Shared(join(parts))] if parts else []  # one term a layer: fewer passes over the activations
-        found.append(log_likelihood(base, asked, adapters, tokens_per_batch=tokens_per_batch))
+        adapters = [Shared(join(parts))] if parts else []  # one term per layer: fewer passes over the activations
+        found.append(log_likelihood(base, scored, adapters, tokens_per_batch=tokens_per_batch))
         if on_step:
             on_step("evidence", Step(number + 1, len(jobs), (number + 1) * total, passes * total))
-    scores = [torch.stack(columns, -1).double() for columns in zip(*found)]  # person by person (examples, 1 + N)
-    labels = _labels(jobs, scores) if labelled else None
+    scores = [torch.stack(columns, -1).double() for columns in zip(*found)]  # one (examples, 1 + N) for each person
+    labels = _labels(jobs, scores) if labeled else None
     counts = _padded([torch.tensor([len(e.target) for e in job.examples], dtype=torch.float64) for job in jobs])
     return Evidence(_golds(labels) if labels else _padded(scores), counts, labels)
 
@@ -120,35 +132,35 @@ def gather_evidence(
 def surprise(
     base: BaseModel, jobs: Sequence[Job], adapters: Sequence[Adapters], *, tokens_per_batch: int = 2048
 ) -> list[float]:
-    """Mean NLL per target token of everybody's shots, in nats: one pass, over the right answers alone (our choice)."""
-    asked = [job.examples for job in jobs]
-    found = log_likelihood(base, asked, adapters, tokens_per_batch=tokens_per_batch)
+    """Return the mean NLL per target token of each job's examples, in nats: one pass over the right answers only."""
+    examples = [job.examples for job in jobs]
+    found = log_likelihood(base, examples, adapters, tokens_per_batch=tokens_per_batch)
     return [-float(scores.double().sum()) / targets_of(job) for job, scores in zip(jobs, found)]
 
 
 def targets_of(job: Job) -> int:
-    """Target tokens of all of a person's shots."""
+    """Return the number of target tokens of all examples of a job."""
     return sum(len(example.target) for example in job.examples)
 
 
 def _padded(rows: Sequence[Tensor]) -> Tensor:
-    """Rows of different lengths (M, ...) as one table (U, M, ...), zeros at their ends."""
+    """Return rows of different lengths (M, ...) as one tensor (U, M, ...), padded with zeros."""
     return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
 
 
-def _labels(jobs: Sequence[Job], scores: Sequence[Tensor]) -> Labels:
+def _labels(jobs: Sequence[Shots], scores: Sequence[Tensor]) -> Labels:
     most, kinds = max(len(job.examples) for job in jobs), len(jobs[0].alternatives[0])
     table = torch.zeros(len(jobs), most, kinds, scores[0].shape[-1], dtype=torch.float64)
     gold = torch.full((len(jobs), most), -1)
-    for u, (job, theirs) in enumerate(zip(jobs, scores)):
-        table[u, : len(job.examples)] = theirs.view(len(job.examples), kinds, -1)
+    for u, (job, found) in enumerate(zip(jobs, scores)):
+        table[u, : len(job.examples)] = found.view(len(job.examples), kinds, -1)
         for m, (example, labels) in enumerate(zip(job.examples, job.alternatives)):
             gold[u, m] = [label.target for label in labels].index(example.target)
     return Labels(table, gold)
 
 
 def _golds(labels: Labels) -> Tensor:
-    """(U, M, 1 + N): log probability of the right label of each shot."""
-    there = (labels.gold >= 0)[..., None]
+    """Return the log probability of each shot's right label, (U, M, 1 + N)."""
+    real = (labels.gold >= 0)[..., None]  # False for missing shots
     index = labels.gold.clamp_min(0)[..., None, None].expand(*labels.gold.shape, 1, labels.scores.shape[-1])
-    return labels.scores.gather(2, index)[:, :, 0] * there
+    return labels.scores.gather(2, index)[:, :, 0] * real

@@ -1,4 +1,4 @@
-"""Stage 2: retrieve anchors for each person and fit the coefficients of their merge, from their shots alone."""
+"""Stage 2: retrieve anchors for each person and fit the coefficients of their merge, from shots only."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ from mta.lora.layers import Adapters, Gated, PerPerson, Shared
 from mta.lora.merge import merge_exact, merge_factor, merge_svd
 from mta.model.base import BaseModel
 from mta.model.footprint import Numbers
-from mta.personalize.likelihoods import Evidence, gather_evidence
+from mta.personalize.likelihoods import Evidence
 from mta.personalize.policies import POLICIES, Retrieved
-from mta.training.trainer import Job, OnStep, Step, train
+from mta.system.progress import OnStep, Step
+from mta.training.trainer import Job, train
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,33 +31,39 @@ class Merge:
     w: Tensor
 
     def select(self, people: Sequence[int]) -> Merge:
-        """The merges of some of the people."""
+        """Return the merges of some of the people."""
         return Merge(self.ids[list(people)], self.w[list(people)])
 
     def gates(self, anchors: int) -> Tensor:
-        """The same coefficients over all anchors, (U, N) or (U, L, N)."""
+        """Return the coefficients over all anchors, (U, N) or (U, L, N)."""
         ids = self.ids if self.w.ndim == 2 else self.ids[:, None].expand_as(self.w)
         return self.w.new_zeros(*self.w.shape[:-1], anchors).scatter_add(-1, ids, self.w)
 
     def adapters(self, bank: LoraBatch) -> Gated:
-        """The merge as a layer computes it, straight from the bank."""
+        """Return the merge as adapters that are computed directly from the bank."""
         factors = next(iter(bank.factors.values())).a
         return Gated(bank, self.gates(len(bank)).to(factors.device))
 
 
-def needs_evidence(settings: MergeSettings) -> bool:
-    """Whether stage 2 reads the anchors' losses (``gather_evidence``) or only the encodings."""
+def needs_evidence(settings: MergeSettings, grown: bool = False) -> bool:
+    """Return whether stage 2 reads the anchors' losses (``gather_evidence``), or only encodings.
+
+    ``grown`` says that earlier merges are known: the learned policy then starts from these.
+    """
+    if grown and settings.policy == "learned":
+        return False
     return settings.retrieve == "loss" or POLICIES[settings.policy].evidence(settings)
 
 
 def check_merge(settings: MergeSettings, anchors: int, labelled: bool) -> None:
-    """Refuse settings that a bank of that size, or a task without labels, cannot follow: before anything is scored.
+    """Check settings before anything is scored.
 
-    Raises AnchorNotFound, ConfigError.
+    Raises AnchorNotFound if ``merge.k`` exceeds the number of anchors, ConfigError if the policy needs labels and the
+    task has none.
     """
     if settings.k > anchors:
         raise AnchorNotFound(
-            f"merge.k is {settings.k}, but the bank has {anchors} anchors", hint="Lower merge.k, or 0 for all."
+            f"merge.k is {settings.k}, but the bank has {anchors} anchors", hint="Lower merge.k, or use 0 for all."
         )
     if POLICIES[settings.policy].labels and not labelled:
         raise ConfigError(
@@ -65,28 +72,28 @@ def check_merge(settings: MergeSettings, anchors: int, labelled: bool) -> None:
 
 
 def coefficients(settings: MergeSettings, similarity: Tensor, evidence: Evidence | None = None) -> Merge:
-    """Retrieve K anchors per person and weigh them by ``settings.policy``.
+    """Retrieve K anchors per person and compute their coefficients by ``settings.policy``.
 
     Shapes: similarity (U, N), cosine of person and anchor -> Merge of (U, K).
-    Source: arXiv:2511.20072, stage 2 (nearest anchors, linear merge); the policies stand in policies.py.
-    Raises what ``check_merge`` does.
+    Source: arXiv:2511.20072, stage 2 (nearest anchors, linear merge); the policies are in policies.py.
+    Raises AnchorNotFound, ConfigError.
     """
     anchors = similarity.shape[1]
     check_merge(settings, anchors, labelled=evidence is None or evidence.labels is not None)
     if evidence is None and needs_evidence(settings):
         raise ConfigError(
             f"policy {settings.policy!r} needs the anchors' likelihood of the shots",
-            hint="Give evidence=gather_evidence(…), or take a policy that needs none, such as merge.policy=similarity.",
+            hint="Give evidence=gather_evidence(…), or use a policy that needs none, such as merge.policy=similarity.",
         )
     rank_by = evidence.anchors if settings.retrieve == "loss" and evidence else similarity.double()
     ids = rank_by.topk(settings.k or anchors, dim=1, sorted=True).indices
-    of = Retrieved(ids, similarity.double().gather(1, ids), evidence)
-    return Merge(ids, settings.scale * POLICIES[settings.policy].weigh(settings, of))
+    retrieved = Retrieved(ids, similarity.double().gather(1, ids), evidence)
+    return Merge(ids, settings.scale * POLICIES[settings.policy].weigh(settings, retrieved))
 
 
 @dataclass(frozen=True, slots=True)
 class Earlier:
-    """Merges of the same people's earlier items, and the number of target ``tokens`` (U,) that those items had."""
+    """Merges of the same people's earlier items, and the number of target ``tokens`` (U,) of those items."""
 
     merge: Merge
     tokens: Tensor
@@ -106,20 +113,19 @@ def fit_merge(
     tokens_per_batch: int = 2048,
     on_step: OnStep | None = None,
 ) -> Merge:
-    """Stage 2 for U people: gather the evidence that the policy reads, retrieve, weigh, and learn if the policy learns.
+    """Stage 2 for U people: retrieve anchors, compute coefficients, and train them if the policy is ``learned``.
 
-    ``similarity`` (U, N) is the cosine of person and anchor; policies that continue from evidence do not read it.
-    With ``earlier``, ``jobs`` and ``evidence`` are of the new items only. The posterior and loss policies then return
-    exactly what all items at once give; ridge and learned start from the earlier coefficients and are pulled to them;
-    policies of encodings ignore ``earlier``. Raises what ``check_merge`` does.
+    ``similarity`` (U, N) is the cosine of person and anchor; it is not read if ``earlier`` and ``evidence`` are given.
+    ``evidence`` is required if ``needs_evidence``. With ``earlier``, ``jobs`` and ``evidence`` are of the new items
+    only. The posterior and loss policies then return exactly the result of all items; ridge and learned start from the
+    earlier coefficients and are pulled to them; policies that read only encodings ignore ``earlier``.
+    Raises AnchorNotFound, ConfigError.
     """
     learns = settings.policy == "learned"
-    if evidence is None and needs_evidence(settings) and not (earlier and learns):
-        evidence = gather_evidence(base, jobs, anchors, pooled, tokens_per_batch=tokens_per_batch, on_step=on_step)
     if earlier and learns:
         found = earlier.merge
     elif earlier and evidence:
-        found = Merge(earlier.merge.ids, carried_on(settings, earlier.merge, evidence, earlier.tokens))
+        found = Merge(earlier.merge.ids, updated_coefficients(settings, earlier.merge, evidence, earlier.tokens))
     else:
         if similarity is None:
             raise ConfigError(f"policy {settings.policy!r} needs the people's encodings", hint="Give similarity=….")
@@ -140,17 +146,17 @@ def fit_merge(
     )
 
 
-def carried_on(settings: MergeSettings, before: Merge, evidence: Evidence, tokens: Tensor) -> Tensor:
-    """Return the coefficients of all items, from those of earlier items (``tokens`` targets) and evidence of the new.
+def updated_coefficients(settings: MergeSettings, before: Merge, evidence: Evidence, tokens: Tensor) -> Tensor:
+    """Return the coefficients of all items, from those of earlier items (``before``) and evidence of new items.
 
-    Shapes: w of before (U, K), tokens (U,) -> (U, K).
+    Shapes: w of before (U, K); tokens (U,), number of target tokens of the earlier items -> (U, K).
     """
     policy = POLICIES[settings.policy]
-    if not policy.evidence(settings):  # only the retrieval read evidence: the weights stay
+    if not policy.evidence(settings):  # only the retrieval reads evidence, and the anchors stay
         return before.w.double()
-    near = torch.zeros_like(before.w, dtype=torch.float64)  # policies of evidence read no encodings
+    similarity = torch.zeros_like(before.w, dtype=torch.float64)  # not read by policies that read evidence
     earlier, rounding = before.w.double() / settings.scale, torch.finfo(before.w.dtype).eps
-    retrieved = Retrieved(before.ids, near, evidence, earlier, tokens, rounding)
+    retrieved = Retrieved(before.ids, similarity, evidence, earlier, tokens, rounding)
     return settings.scale * policy.weigh(settings, retrieved)
 
 
@@ -167,10 +173,10 @@ def learn(
     tokens_per_batch: int = 2048,
     on_step: Callable[[Step], None] | None = None,
 ) -> Merge:
-    """The ``learned`` policy: gradient descent on the loss of the shots in the K coefficients, from ``start`` on.
+    """Fit the K coefficients to the shots by gradient descent from ``start`` (the ``learned`` policy).
 
-    The difference to ``start`` is trained, so weight decay pulls towards ``start``. With ``groups``, a number for each
-    adapted layer, layers of different groups get coefficients of their own: w is (U, L, K).
+    The difference to ``start`` is trained, so weight decay pulls towards ``start``. ``groups`` gives the number of each
+    adapted layer's group; each group has its own coefficients, and w is (U, L, K).
     """
     ids = start.ids.to(base.device)
     before = start.w.to(base.device, base.master_dtype)
@@ -198,41 +204,42 @@ def learn(
 
 
 def merged(bank: Bank, merge: Merge, settings: MergeSettings) -> Adapters:
-    """A merge as the layers compute it, by ``settings.mode``.
+    """Return a merge as adapters, in the mode of ``settings``.
 
-    The exact merge of a few anchors is gathered for each person; of many, it is computed straight from the bank.
+    An exact merge of few anchors is gathered for each person; of many anchors, it is computed directly from the bank.
     """
-    if settings.mode == "exact" and _straight(merge.ids.shape[1], len(bank)):
+    if settings.mode == "exact" and _is_direct(merge.ids.shape[1], len(bank)):
         return merge.adapters(bank.working)
     device = next(iter(bank.working.factors.values())).a.device
     anchors = bank.anchors.to(device) if settings.mode == "svd" else bank.working
     return PerPerson(merged_factors(anchors, merge, settings))
 
 
-def _straight(k: int, anchors: int) -> bool:
+def _is_direct(k: int, anchors: int) -> bool:
+    """Return whether an exact merge of k anchors is computed directly from the bank."""
     return 4 * k > anchors
 
 
 def frozen_numbers(bank: Bank, settings: MergeSettings | None = None) -> Numbers:
-    """Return the sizes of the adapters under a stack: the task LoRA, and a merge by ``settings`` where it is given."""
+    """Return the sizes of the adapters under a stack: the task LoRA and, if ``settings`` are given, a merge."""
     width = sum(d + o for d, o in bank.anchors.shapes.values())
     pooled = bank.task_lora.rank * width if bank.task_lora else 0
     if settings is None:
         return Numbers(pooled=pooled)
     k, rank = settings.k or len(bank), bank.anchors.rank
-    straight = settings.mode == "exact" and _straight(k, len(bank))
+    direct = settings.mode == "exact" and _is_direct(k, len(bank))
     own = {"exact": k * rank, "svd": settings.rank or rank, "factor": rank}[settings.mode]
-    gated = straight or settings.policy == "learned"  # coefficients are learned through gates
-    return Numbers(frozen=0 if straight else own * width, pooled=pooled, shared=gated * len(bank) * rank * width)
+    gated = direct or settings.policy == "learned"  # coefficients are learned through gates
+    return Numbers(frozen=0 if direct else own * width, pooled=pooled, shared=gated * len(bank) * rank * width)
 
 
 def merged_factors(anchors: LoraBatch, merge: Merge, settings: MergeSettings) -> LoraBatch:
-    """A merge as factors of its own, by ``settings.mode``; exact ones have rank K * R."""
+    """Return each person's merge as factors, in the mode of ``settings``; factors of an exact merge have rank K * R."""
     device = next(iter(anchors.factors.values())).a.device
     ids, w = merge.ids.to(device), merge.w.to(device)
     if settings.mode == "factor":
         return merge_factor(anchors, ids, w)
-    if settings.mode == "svd":  # one by one: before it is cut, a merge of all anchors is as large as the bank
+    if settings.mode == "svd":  # person by person: before truncation, one merge of all anchors is as large as the bank
         rank = settings.rank or anchors.rank
-        return stack(merge_svd(anchors, one[None], its[None], rank)[0] for one, its in zip(ids, w))
+        return stack(merge_svd(anchors, ids[u : u + 1], w[u : u + 1], rank)[0] for u in range(len(ids)))
     return merge_exact(anchors, ids, w)

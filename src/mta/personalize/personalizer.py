@@ -1,4 +1,4 @@
-"""``Personalizer``: stages 2 and 3 for many people at once, and what can be done with the result."""
+"""``Personalizer``: stages 2 and 3 for many people at once; generate, score, export, and forget."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from mta.bank.bank import Bank
-from mta.bank.card import adapter_card
 from mta.config import Run
 from mta.data.history import Item, Person
 from mta.distributed.executor import Executor, LocalExecutor
@@ -25,6 +24,7 @@ from mta.model.base import BaseModel
 from mta.model.encoders import Encoder
 from mta.model.generate import generate
 from mta.personalize.adapters import Nobody, Who, row_adapters, whole_adapter
+from mta.personalize.card import adapter_card
 from mta.personalize.forgetting import Forgotten, forget_person
 from mta.personalize.pipeline import Personalized, Pipeline, Updated
 from mta.personalize.states import States
@@ -32,18 +32,18 @@ from mta.store import Store
 from mta.store.exports import Export, adapter_parcel
 from mta.store.state import State
 from mta.system.hub import Repository
+from mta.system.progress import OnStep
 from mta.training.scoring import label_scores, log_likelihood
-from mta.training.trainer import OnStep
 
 Question = str | Mapping[str, str]
 log = logging.getLogger("mta")
 
 
 class Personalizer:
-    """The stages as one object over a base, a bank and (optionally) a store of people's states.
+    """Stages 2 and 3 over a base, a bank, and optionally a store of people's states.
 
-    ``executor`` says where cohorts run (``mta.distributed.ray``). Where people are moved from a bank in the folder
-    ``older``, forgetting names what was learnt from them there too.
+    ``executor`` runs the cohorts, for example on a cluster (``mta.distributed.ray``). ``older`` is the folder of an
+    earlier bank of the same people; ``forget`` marks this bank too.
 
     >>> personal = Personalizer(base, bank, store="people/")
     >>> personal.personalize(people)                              # all of them together
@@ -71,7 +71,7 @@ class Personalizer:
 
     @cached_property
     def encoder(self) -> Encoder:
-        """The encoder the bank's anchors were placed with."""
+        """The encoder of the anchors' vectors."""
         return self._encoder or self.bank.encoder(self.base, self.run.encoder)
 
     # -- stages 2 and 3 ------------------------------------------------------------------------------------------------
@@ -85,16 +85,15 @@ class Personalizer:
         since: Collection[str] | None = None,
         on_step: OnStep | None = None,
     ) -> Personalized:
-        """Merge and adapt for everybody in ``people``; their histories are the shots.
+        """Run stages 2 and 3 for all ``people``; their histories are the shots.
 
-        States already made of the same shots, bank and settings are left as they are; the others are computed together,
-        in cohorts that fit the memory. Over a store a killed run goes on where it was, in the same cohorts,
-        unless ``resume`` is off. ``keep_histories`` keeps people's items too, in the store, until they are forgotten.
-        Whose training diverges is told in ``failed``, and has no state of it; if everybody's does, Diverged is raised.
-        Nothing is saved for people who are forgotten meanwhile, by whatever process. ``since`` is what
-        ``store.tombstones.names()`` returned before their items were read: it tells who was forgotten before the call.
-        Raises DataError for a person without items, MemoryBudgetError, ConfigError, StoreError; ClusterError where
-        workers of a cluster cannot work.
+        States of the same shots, bank, and settings are kept; the others are computed together, in cohorts that fit the
+        memory. With a store, a killed run resumes with the same cohorts, unless ``resume`` is False.
+        ``keep_histories`` also stores people's items, until the people are forgotten. People whose training diverged
+        are in ``failed`` and get no state; Diverged is raised if a whole cohort of several people diverges.
+        Nothing is saved for people who are forgotten meanwhile, by any process. ``since`` are the
+        ``store.tombstones.names()`` from before the items were read: people forgotten since then are left out.
+        Raises DataError for a person without items, MemoryBudgetError, ConfigError, StoreError, ClusterError.
         """
         return self._pipeline(on_step).personalize(people, keep_histories, resume, since)
 
@@ -106,15 +105,14 @@ class Personalizer:
         since: Collection[str] | None = None,
         on_step: OnStep | None = None,
     ) -> Updated:
-        """Go on from the states there are, for everybody whose history begins with what theirs was made of.
+        """Update the states of people whose histories have grown, at the cost of their new items.
 
-        New items are scored first; what follows costs what they cost, not what the whole history does. Whoever has no
-        state yet, or one of another bank, of other settings or of another past, is personalized as a whole.
-        ``since`` is as in ``personalize``. Raises what ``personalize`` does.
+        See ``mta.personalize.update`` for the actions. People without a state, or whose state is of another bank, other
+        settings, or other earlier items, are personalized anew. ``since`` and errors are as in ``personalize``.
         """
         return self._pipeline(on_step).update(people, keep_histories, since)
 
-    # -- using what was made -------------------------------------------------------------------------------------------
+    # -- using the states ----------------------------------------------------------------------------------------------
 
     def generate(
         self,
@@ -124,17 +122,17 @@ class Personalizer:
         stacked: bool = True,
         temperature: float = 0.0,
     ) -> list[str]:
-        """Answer questions of different people, and of nobody (``mta.TASK``, ``mta.BASE``), in one batch.
+        """Answer questions of different people, and without a person (``mta.TASK``, ``mta.BASE``), in one batch.
 
-        An answer has at most ``max_new_tokens``, else what ``PromptFormat.answer_tokens`` says of the task.
-        ``stacked=False`` leaves the stacks out: merges alone. Raises what ``state`` does, and DataError.
+        ``max_new_tokens`` defaults to ``PromptFormat.answer_tokens`` of the task. ``stacked=False`` leaves the stacks
+        out. Raises PersonNotFound, StateCorrupt, OtherBank, DataError.
         """
         owners, adapters = self._adapters([who for who, _ in rows], stacked)
         task = self.bank.task
         longest = max_new_tokens or self.base.prompts.answer_tokens(task)
         prompts = [self.base.prompts.prompt(task, task.asked(question), longest) for _, question in rows]
         if shortened := sum(prompt.cut > 0 for prompt in prompts):
-            log.warning("%d of %d questions were too long and lost the end of their text", shortened, len(prompts))
+            log.warning("%d of %d questions were too long: the end of their text was cut off", shortened, len(prompts))
         tokens = generate(
             self.base,
             [prompt.tokens for prompt in prompts],
@@ -147,40 +145,40 @@ class Personalizer:
         return [self.base.prompts.decode(answer) for answer in tokens]
 
     def score(self, rows: Sequence[tuple[Who, Question, str]], *, stacked: bool = True) -> list[float]:
-        """Log probability of a given answer for each row, its end token included. Raises PersonNotFound, DataError."""
+        """Return the log probability of each row's answer with its end token. Raises PersonNotFound, DataError."""
         owners, adapters = self._adapters([who for who, _, _ in rows], stacked)
         task = self.bank.task
         jobs = [[self.base.prompts.example(task, task.asked(question), answer)] for _, question, answer in rows]
         return [float(found[0]) for found in log_likelihood(self.base, jobs, adapters, owners=owners)]
 
     def label_scores(self, rows: Sequence[tuple[Who, Sequence[Item]]], *, stacked: bool = True) -> list[Tensor]:
-        """Log probability of every label for every item of every row: a list of (items, labels) tensors."""
+        """Return the log probability of every label for each item of each row: tensors (items, labels)."""
         owners, adapters = self._adapters([who for who, _ in rows], stacked)
         return label_scores(self.base, self.bank.task, [items for _, items in rows], adapters, owners=owners)
 
     def shares(self, rows: Sequence[tuple[Who, Question]], *, stacked: bool = True) -> list[dict[str, float]]:
-        """Of a task with labels: the probability of every label as an answer to each row's question, likeliest first.
+        """Return the probability of every label for each row's question, the most likely label first.
 
-        Raises ConfigError for a task of free text, and what ``generate`` does.
+        Raises ConfigError for a task without labels, and the errors of ``generate``.
         """
         task = self.bank.task
         if task.labels is None:
-            raise ConfigError(f"task {task.name!r} has no labels to choose from", hint="Let people write: generate.")
+            raise ConfigError(f"task {task.name!r} has no labels to choose from", hint="Use generate for free text.")
         scores = self.label_scores([(who, [task.asked(question)]) for who, question in rows], stacked=stacked)
-        found = [dict(zip(task.labels, one[0].softmax(0).tolist())) for one in scores]
-        return [dict(sorted(one.items(), key=lambda pair: -pair[1])) for one in found]
+        shares = [dict(zip(task.labels, row[0].softmax(0).tolist())) for row in scores]
+        return [dict(sorted(row.items(), key=lambda pair: -pair[1])) for row in shares]
 
     def applied(self, whose: Sequence[Who], *, stacked: bool = True) -> AbstractContextManager[None]:
-        """Within the block, row i of a batch through ``base.model`` is computed for ``whose[i]``."""
+        """Apply adapters in a block: row i of a batch through ``base.model`` is computed for ``whose[i]``."""
         owners, adapters = self._adapters(whose, stacked)
         return applied(self.base.model, adapters, torch.tensor(owners, device=self.base.device))
 
     def export(self, person: str, out: str | Path, *, rank: int | None = None) -> float:
-        """Write task LoRA, merge and stack as one PEFT folder for the untouched base.
+        """Write task LoRA, merge, and stack of a person as one PEFT folder for the unchanged base.
 
-        Without ``rank`` nothing is lost and the rank is the sum of the parts', K * R for an exact merge of K anchors;
-        ``rank`` compresses by svd. Returns the relative error that causes (0 without). The store notes the folder, for
-        ``forget`` to remove it. Raises PersonNotFound, PersonForgotten.
+        Without ``rank`` the adapter is exact, and its rank is the sum of the parts' ranks: K * R for an exact merge of
+        K anchors. ``rank`` compresses by svd; returns the relative error of compression (0 without). The store records
+        the folder, so that ``forget`` removes it. Raises PersonNotFound, PersonForgotten.
         """
         since = self.store.tombstones.of(person) if self.store else ()
         state = self.state(person)
@@ -196,28 +194,27 @@ class Personalizer:
     def push_to_hub(
         self, person: str, folder: str | Path, repo_id: str, *, private: bool = True, token: str | None = None
     ) -> str:
-        """Push a person's adapter from the folder it was exported to; returns the repository's address.
+        """Push a person's adapter from its export folder to the hub; return the repository's address.
 
-        It is one person's model: know what you do. The store notes the repository, for ``forget`` to name it: deleting
-        it there is by hand. Raises HubError, InputError, PersonForgotten.
+        The adapter reveals something about the person. The store records the repository, so that ``forget`` reports it;
+        delete the repository by hand. Raises HubError, InputError, PersonForgotten.
         """
         since = self.store.tombstones.of(person) if self.store else ()
-        parcel, mine = adapter_parcel(Path(folder)), Export.begun(folder).folder
-        if self.store and mine not in [export.folder for export in self.store.exports.of(person)]:
-            raise InputError(f"nothing of that person was exported to {folder}", hint="Export to it first.")
+        parcel, path = adapter_parcel(Path(folder)), Export.begun(folder).folder
+        if self.store and path not in [export.folder for export in self.store.exports.of(person)]:
+            raise InputError(f"no adapter of that person was exported to {folder}", hint="Export to that folder first.")
         repository = Repository.begin(repo_id, private=private, token=token)
-        if self.store:  # before it is there, so that a killed push is named too
+        if self.store:  # before the push, so that a killed push is reported too
             self.store.exports.note(person, Export.pushed(folder, repository.host, repository.name), since)
         repository.send(parcel, "Push an adapter of mta")
         return repository.url
 
     def forget(self, person: str, *, keep_exports: bool = False) -> Forgotten:
-        """Remove a person's states, history and exports; name the trained parts that still hold something of them.
+        """Remove a person's states, history, and exports; then mark banks trained on the person as needing a rebuild.
 
-        Everything of the person goes first; then banks that learnt from them are marked as needing a rebuild. One that
-        cannot be marked is named in ``unmarked``. ``keep_exports`` goes on knowing of all exports that are left, for
-        whoever is to be told of them later. Forgetting can be repeated. Raises StoreError if something of the person
-        could not be removed, after all else was done.
+        ``keep_exports`` keeps the records of all exports that are left, so that an operator can delete them later.
+        Forgetting can be repeated. Raises StoreError if files of the person could not be removed, after all other
+        steps.
         """
         removed = self._states.unsaved.pop(person, None) is not None
         found = forget_person(person, self.store, *self._banks, keep_exports=keep_exports)

@@ -23,8 +23,9 @@ from mta.personalize.worker import Failed, Worker, WorkerSpec, personalize_cohor
 from mta.store.state import State
 from mta.store.tombstones import NOTHING
 from mta.store.workspace import Work
+from mta.system.progress import OnStep, Step
 from mta.training.plan import plan_cohorts
-from mta.training.trainer import Job, OnStep, Step
+from mta.training.trainer import Job
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,8 +1,7 @@
-"""Coefficient policies: how much of each retrieved anchor goes into a person's merge. A function for each.
+"""Coefficient policies: one function per policy computes the coefficients of a person's retrieved anchors.
 
-To add one: write it below under ``@policy``, name it in ``config.Policy`` (its settings go into ``MergeSettings``), and
-test it against its formula. docs/how-to/add-a-policy.md walks through one. All of them are our choice but ``uniform``
-and ``similarity``, which a linear merge of the nearest anchors suggests.
+To add a policy, see docs/how-to/add-a-policy.md. ``uniform`` and ``similarity`` follow from a linear merge of the
+nearest anchors; all other policies are our choice.
 """
 
 from __future__ import annotations
@@ -20,11 +19,11 @@ from mta.personalize.likelihoods import Evidence, Labels
 
 @dataclass(frozen=True, slots=True)
 class Retrieved:
-    """What a policy may look at, of U people and the K anchors retrieved for each, nearest first: their shots alone.
+    """The input of a policy: U people and the K anchors retrieved for each, nearest first. Everything is from shots.
 
-    Shapes: ids (U, K), anchor numbers; similarity (U, K), cosine of person and anchor, float64. ``before`` (U, K) are
-    the coefficients of a person whose history has grown, exact to ``rounding``, ``seen`` (U,) the target tokens these
-    were made of; the evidence is then that of the new items alone.
+    Shapes: ids (U, K), anchor numbers; similarity (U, K), cosine of person and anchor, float64. For people whose
+    histories have grown, ``before`` (U, K) are the coefficients of their earlier items, exact to ``rounding``, and
+    ``seen`` (U,) is the number of target tokens of those items; ``evidence`` then covers only the new items.
     """
 
     ids: Tensor
@@ -36,7 +35,7 @@ class Retrieved:
 
     @property
     def scored(self) -> Evidence:
-        """The evidence, for policies that say they read it. Raises ConfigError where none was gathered."""
+        """The evidence, for policies that read it. Raises ConfigError if none was gathered."""
         if self.evidence is None:
             raise ConfigError(
                 "this policy needs the anchors' likelihood of the shots",
@@ -55,12 +54,12 @@ Weigh = Callable[[MergeSettings, Retrieved], Tensor]
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """A policy and what it needs to be told before anything is scored."""
+    """A policy and its needs, which are checked before anything is scored."""
 
     weigh: Weigh  # -> w (U, K), float64
-    evidence: Callable[[MergeSettings], bool]  # whether it reads the anchors' losses, or the encodings alone
-    labels: bool  # whether it needs the scores of a closed set of labels
-    wide: bool  # whether it is made for all anchors, rather than for a few nearest
+    evidence: Callable[[MergeSettings], bool]  # whether the policy reads the anchors' losses or only encodings
+    labels: bool  # whether the policy needs the scores of a closed set of labels
+    wide: bool  # whether the policy is meant for all anchors, or only for the nearest
 
 
 POLICIES: dict[str, Policy] = {}
@@ -69,7 +68,7 @@ POLICIES: dict[str, Policy] = {}
 def policy(
     *, evidence: bool | Callable[[MergeSettings], bool] = False, labels: bool = False, wide: bool = False
 ) -> Callable[[Weigh], Weigh]:
-    """Register a function under its own name. See ``Policy`` for what is said of it."""
+    """Register a function as a policy under the function's name; arguments as in ``Policy``."""
 
     def register(weigh: Weigh) -> Weigh:
         reads = evidence if callable(evidence) else lambda _: evidence
@@ -80,97 +79,103 @@ def policy(
 
 
 @policy(wide=True)
-def uniform(settings: MergeSettings, of: Retrieved) -> Tensor:
-    """The same for all."""
-    return torch.full_like(of.similarity, 1 / of.ids.shape[1])
+def uniform(settings: MergeSettings, retrieved: Retrieved) -> Tensor:
+    """Return equal coefficients, 1 / K."""
+    return torch.full_like(retrieved.similarity, 1 / retrieved.ids.shape[1])
 
 
 @policy()
-def top1(settings: MergeSettings, of: Retrieved) -> Tensor:
-    """All of the nearest."""
-    return torch.eye(1, of.ids.shape[1], dtype=of.similarity.dtype).expand_as(of.similarity).clone()
+def top1(settings: MergeSettings, retrieved: Retrieved) -> Tensor:
+    """Return 1 for the nearest anchor, 0 for the others."""
+    w = torch.zeros_like(retrieved.similarity)
+    w[:, 0] = 1
+    return w
 
 
 @policy()
-def fixed(settings: MergeSettings, of: Retrieved) -> Tensor:
-    """A fixed share of the nearest, the others share the rest: for Figure 3."""
-    k = of.ids.shape[1]
-    w = torch.full_like(of.similarity, (1 - settings.fixed) / (k - 1) if k > 1 else 0.0)
+def fixed(settings: MergeSettings, retrieved: Retrieved) -> Tensor:
+    """Return a fixed share for the nearest anchor; the other anchors share the rest equally. For Figure 3."""
+    k = retrieved.ids.shape[1]
+    w = torch.full_like(retrieved.similarity, (1 - settings.fixed) / (k - 1) if k > 1 else 0.0)
     w[:, 0] = settings.fixed
     return w
 
 
 @policy()
-def similarity(settings: MergeSettings, of: Retrieved) -> Tensor:
-    """Softmax of the cosines."""
-    return torch.softmax(of.similarity / settings.tau, dim=1)
+def similarity(settings: MergeSettings, retrieved: Retrieved) -> Tensor:
+    """Return the softmax of the cosines."""
+    return torch.softmax(retrieved.similarity / settings.tau, dim=1)
 
 
 @policy(evidence=True)
-def loss(settings: MergeSettings, of: Retrieved) -> Tensor:
-    """Softmax of minus each anchor's loss per token. What earlier items said counts by their tokens, exactly."""
-    logits, tokens = of.loglik / settings.tau, of.scored.tokens[:, None]
-    if of.before is not None and of.seen is not None:
-        logits, tokens = logits + of.seen[:, None] * of.before.log(), tokens + of.seen[:, None]
+def loss(settings: MergeSettings, retrieved: Retrieved) -> Tensor:
+    """Return the softmax of each anchor's log-likelihood per token.
+
+    With ``before``, the result is exactly that of all items: earlier items are weighted by their tokens.
+    """
+    logits, tokens = retrieved.loglik / settings.tau, retrieved.scored.tokens[:, None]
+    if retrieved.before is not None and retrieved.seen is not None:
+        seen = retrieved.seen[:, None]
+        logits, tokens = logits + seen * retrieved.before.log(), tokens + seen
     return torch.softmax(logits / tokens, dim=1)
 
 
 @policy(evidence=True, wide=True)
-def posterior(settings: MergeSettings, of: Retrieved) -> Tensor:
-    """Probability of each anchor given the shots, with the task LoRA alone as the null anchor.
+def posterior(settings: MergeSettings, retrieved: Retrieved) -> Tensor:
+    """Return the probability of each anchor given the shots; the null anchor is the task LoRA alone.
 
-    w[u, k] in proportion to (1 - null_prior) / K * exp((loglik[u, k] - task[u]) / T), the null taking the rest: w sums
-    to less than 1, and to nearly nothing when no anchor explains the shots better than the pooled model. ``loglik``
-    sums over all shots, which is the design's m * mean. One posterior is the prior of the next: shots in two helpings
-    say what all at once say.
+    w[u, k] is proportional to (1 - null_prior) / K * exp((loglik[u, k] - task[u]) / T), and the null anchor takes the
+    rest. So w sums to less than 1, and to almost 0 if no anchor explains the shots better than the pooled model.
+    ``loglik`` sums over all shots. With ``before``, the earlier posterior is the prior, so the result is exactly that
+    of all items.
     """
-    if of.before is None:
-        prior = torch.full_like(of.loglik, (1 - settings.null_prior) / of.ids.shape[1])
-        null = torch.full_like(of.scored.task, settings.null_prior)
-    else:  # what rounding leaves of a null that is as good as gone: it can come back
-        prior = of.before
-        null = (1 - prior.sum(1)).clamp_min(of.rounding)
-    gain = (of.loglik - of.scored.task[:, None]) / settings.temperature
+    if retrieved.before is None:
+        prior = torch.full_like(retrieved.loglik, (1 - settings.null_prior) / retrieved.ids.shape[1])
+        null = torch.full_like(retrieved.scored.task, settings.null_prior)
+    else:  # the null is never exactly 0 after rounding, so that new items can raise it again
+        prior = retrieved.before
+        null = (1 - prior.sum(1)).clamp_min(retrieved.rounding)
+    gain = (retrieved.loglik - retrieved.scored.task[:, None]) / settings.temperature
     return torch.softmax(torch.cat([gain + prior.log(), null[:, None].log()], dim=1), dim=1)[:, :-1]
 
 
 @policy(evidence=True, labels=True, wide=True)
-def ridge(settings: MergeSettings, of: Retrieved) -> Tensor:
-    """The coefficients that best explain the labels of the shots, pulled to zero, or to those of ``before``."""
-    if of.scored.labels is None:
+def ridge(settings: MergeSettings, retrieved: Retrieved) -> Tensor:
+    """Return the coefficients that best explain the shots' labels, pulled to 0 or to ``before``."""
+    if retrieved.scored.labels is None:
         raise ConfigError("policy 'ridge' needs a task with labels", hint="Use merge.policy=posterior for free text.")
-    return fit_labels(of.scored.labels, of.ids, settings.ridge, before=of.before)
+    return fit_labels(retrieved.scored.labels, retrieved.ids, settings.ridge, before=retrieved.before)
 
 
 @policy(evidence=lambda settings: settings.start == "posterior", wide=True)
-def learned(settings: MergeSettings, of: Retrieved) -> Tensor:
-    """Where the descent in the coefficients begins (``fuse.learn`` does it): the posterior, or zero."""
-    return torch.zeros_like(of.similarity) if settings.start == "zero" else posterior(settings, of)
+def learned(settings: MergeSettings, retrieved: Retrieved) -> Tensor:
+    """Return the start of the gradient descent in the coefficients (``merge.learn``): the posterior, or 0."""
+    return torch.zeros_like(retrieved.similarity) if settings.start == "zero" else posterior(settings, retrieved)
 
 
 def fit_labels(
     labels: Labels, ids: Tensor, strength: float, iterations: int = 50, before: Tensor | None = None
 ) -> Tensor:
-    """Ridge on the scores of labels: nothing is trained or run again.
+    """Fit coefficients to the labels' scores by ridge regression; needs no training and no forward pass.
 
-    A merge's label scores are taken as linear in w, score(w) = task + sum_k w_k (anchor_k - task), which holds for
-    small w. Minimises the shots' NLL over the labels + ``strength / 2 * |w|^2`` by Newton's method, in float64.
-    Coefficients may be negative, and are 0 where the shots say nothing. With ``before`` (U, K) they are pulled there.
-    Shapes: ids (U, K) -> (U, K).
+    Label scores of a merge are taken as linear in w, score(w) = task + sum_k w_k (anchor_k - task), which holds for
+    small w. Minimizes the shots' NLL over the labels + ``strength / 2 * |w - before|^2`` by Newton's method in float64;
+    ``before`` (U, K) is 0 if it is not given. Coefficients may be negative; w stays at ``before`` if the shots say
+    nothing about an anchor. Shapes: ids (U, K) -> (U, K).
     """
-    there = (labels.gold >= 0).double()
+    real = (labels.gold >= 0).double()  # 0 for missing shots
     pooled, anchors = labels.scores[..., 0], labels.scores[..., 1:]
     index = ids[:, None, None, :].expand(*anchors.shape[:3], ids.shape[1])
     slopes = (anchors - pooled[..., None]).gather(3, index)  # (U, M, C, K)
     gold = torch.nn.functional.one_hot(labels.gold.clamp_min(0), pooled.shape[2]).double()
     pull = strength * torch.eye(ids.shape[1], dtype=torch.float64)
-    centre = torch.zeros(ids.shape, dtype=torch.float64) if before is None else before
-    w = centre
+    center = torch.zeros(ids.shape, dtype=torch.float64) if before is None else before
+    w = center
     for _ in range(iterations):
         p = torch.softmax(pooled + torch.einsum("umck,uk->umc", slopes, w), dim=2)
-        gradient = torch.einsum("umck,umc,um->uk", slopes, p - gold, there) + strength * (w - centre)
-        centred = slopes - torch.einsum("umck,umc->umk", slopes, p)[:, :, None]
-        curvature = torch.einsum("umck,umc,um,umcl->ukl", centred, p, there, centred) + pull
+        gradient = torch.einsum("umck,umc,um->uk", slopes, p - gold, real) + strength * (w - center)
+        centered = slopes - torch.einsum("umck,umc->umk", slopes, p)[:, :, None]
+        curvature = torch.einsum("umck,umc,um,umcl->ukl", centered, p, real, centered) + pull
         step = torch.linalg.solve(curvature, gradient)
         w = w - step
         if float(step.abs().max()) < 1e-12:

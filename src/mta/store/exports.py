@@ -18,8 +18,9 @@ from pathlib import Path
 from mta.errors import InputError, PersonForgotten, StateCorrupt
 from mta.lora.peft import CARD, CONFIG, WEIGHTS, has_own_card, read_peft, remove_asides
 from mta.store.lock import locked
+from mta.store.state import json_sha256
 from mta.store.tombstones import Tombstones
-from mta.system.atomic import sync_folder
+from mta.system.atomic import file_sha256, sync_folder
 from mta.system.hub import Parcel
 from mta.system.storage import Storage
 
@@ -46,11 +47,11 @@ class Export:
     @classmethod
     def pushed(cls, folder: str | Path, host: str, repository: str) -> Export:
         """Return the record of a folder's adapter in a repository of a hub."""
-        return cls(host, repository, _sha256(Path(folder) / WEIGHTS))
+        return cls(host, repository, file_sha256(Path(folder) / WEIGHTS))
 
     def done(self) -> Export:
         """Return the record with the sha256 of the weights that are now in the folder."""
-        return replace(self, sha256=_sha256(Path(self.folder) / WEIGHTS))
+        return replace(self, sha256=file_sha256(Path(self.folder) / WEIGHTS))
 
     def remove(self) -> str:
         """Remove the adapter's files, and the folder if it is then empty. Return "" or the reason of a failure.
@@ -66,7 +67,7 @@ class Export:
         if why := _remove_asides(folder):
             return f"{self.folder} ({why})"
         try:
-            if _sha256(folder / WEIGHTS) != self.sha256:
+            if file_sha256(folder / WEIGHTS) != self.sha256:
                 return f"{self.folder} ({'its adapter was changed since' if self.sha256 else 'it was interrupted'})"
             (folder / CONFIG).unlink(missing_ok=True)
             if has_own_card(folder):
@@ -103,7 +104,7 @@ class Export:
         if "://" in self.host or self.host != platform.node():
             return "://" in self.host
         try:
-            return _sha256(folder / WEIGHTS) != self.sha256
+            return file_sha256(folder / WEIGHTS) != self.sha256
         except FileNotFoundError:
             return folder.parent.is_dir()
         except OSError:
@@ -268,7 +269,7 @@ def exports_to_bytes(exports: Sequence[Export], key: bytes) -> bytes:
 
     rows = json.dumps([asdict(export) for export in exports]).encode()
     token = Fernet(_fernet_key(key)).encrypt(rows).decode()
-    return json.dumps({"schema": SCHEMA, "sha256": _sealed(token), "exports": token}).encode()
+    return json.dumps({"schema": SCHEMA, "sha256": json_sha256(token), "exports": token}).encode()
 
 
 def exports_from_bytes(data: bytes, key: bytes, source: str = "the file") -> list[Export]:
@@ -288,7 +289,7 @@ def check_exports(data: bytes, source: str = "the file") -> str | list[str]:
     try:
         value = json.loads(data)
         hidden, schema = value["exports"], value["schema"]
-        if schema not in (1, SCHEMA) or value["sha256"] != _sealed(hidden):
+        if schema not in (1, SCHEMA) or value["sha256"] != json_sha256(hidden):
             raise ValueError("another schema or sha256")
         if not isinstance(hidden, str if schema == SCHEMA else list):
             raise TypeError(type(hidden).__name__)
@@ -313,12 +314,3 @@ def _of_schema_1(hidden: list[str], key: bytes) -> bytes:
     nonce, veiled = map(bytes.fromhex, hidden)
     stream = hashlib.shake_256(key + nonce).digest(len(veiled))
     return bytes(a ^ b for a, b in zip(veiled, stream))
-
-
-def _sealed(rows: object) -> str:
-    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

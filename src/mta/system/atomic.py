@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import json
 import os
 import shlex
@@ -137,6 +138,11 @@ def written_aside(
     sync_folder(path.parent)
 
 
+def asides_in(folder: Path, name: str) -> Iterator[Path]:
+    """Return the temporary files and folders that killed writers of ``name``, a glob pattern, left in a folder."""
+    return folder.glob(f".{name}.{'[0-9a-f]' * 32}")
+
+
 def _check_same(path: Path, file: IO[bytes]) -> None:
     """Raise StoreError if ``path`` no longer leads to the open file."""
     try:
@@ -184,6 +190,12 @@ def copy_file(source: Path, target: Path) -> None:
     """Copy a file, but not its mode, atomically."""
     with source.open("rb") as original, written_aside(target) as aside:
         shutil.copyfileobj(original, aside)
+
+
+def file_sha256(path: Path) -> str:
+    """Return the sha256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_json(path: Path) -> object:

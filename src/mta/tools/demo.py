@@ -23,9 +23,9 @@ from mta.personalize import Personalizer
 from mta.system import assets
 from mta.system.atomic import write_text
 from mta.system.device import gemm_rate
+from mta.system.progress import OnStep
 from mta.tracking.run_folder import RunFolder
 from mta.tracking.trackers import Track
-from mta.training.trainer import OnStep
 
 SLOW = 400e9  # operations per second; slower machines run the short version
 

@@ -59,7 +59,7 @@ class Rebuild:
 
 
 @dataclass(frozen=True, slots=True)
-class Account:
+class Summary:
     """A summary of what is stored for a person.
 
     ``weights`` are sorted, the largest first. ``null`` is the posterior's weight of the pooled model, None for other
@@ -96,7 +96,7 @@ class Version:
     latest: bool
 
 
-def account_of(id: str, store: Store, bank: Path) -> Account:
+def summarize(id: str, store: Store, bank: Path) -> Summary:
     """Return the summary of a person in ``store``, with respect to the bank in a folder.
 
     Raises PersonNotFound, StateCorrupt, BankCorrupt.
@@ -104,7 +104,7 @@ def account_of(id: str, store: Store, bank: Path) -> Account:
     info = read_info(bank)
     version = store.latest(id)
     state, kept = store.load(id, version), store.history(id)
-    return Account(
+    return Summary(
         version=version or 0,
         versions=len(store.versions(id)),
         time=store.time_of(id, version or 0),

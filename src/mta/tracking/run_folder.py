@@ -34,7 +34,7 @@ from mta.tracking.trackers import SINKS, Sink, Track
 
 if TYPE_CHECKING:
     from mta.model.base import BaseModel
-    from mta.training.trainer import OnStep, Step
+    from mta.system.progress import OnStep, Step
 
 RUN, CONFIG, METRICS = "run.json", "config.yaml", "metrics.jsonl"
 NAMES = frozenset({RUN, CONFIG, METRICS, *SINKS})  # each sink writes to a folder of its name

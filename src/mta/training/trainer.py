@@ -23,6 +23,7 @@ from mta.lora.layers import Adapters, PerPerson, Renumbered, applied
 from mta.model.base import BaseModel
 from mta.model.footprint import Texts
 from mta.system.malloc import give_back_memory
+from mta.system.progress import Step
 from mta.training.checkpoint import Checkpoint
 from mta.training.optimizer import BatchedAdamW, learning_rate
 from mta.training.packing import Row, collate, fitting, pack_for
@@ -30,37 +31,14 @@ from mta.training.packing import Row, collate, fitting, pack_for
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One adapter to train: ``key`` identifies the adapter, ``examples`` are its training data.
-
-    ``alternatives`` holds, for each example, the same prompt with every label of the task, to be scored as evidence but
-    not trained on. It is empty if answers are free text.
-    """
+    """One adapter to train: ``key`` identifies the adapter, ``examples`` are its training data."""
 
     key: str
     examples: Sequence[Example]
-    alternatives: Sequence[Sequence[Example]] = ()
 
 
 Build = Callable[[Mapping[str, Tensor], Tensor], Adapters]
 """Maps the parameters of a range of jobs, and the numbers of these jobs, to adapters."""
-
-
-@dataclass(frozen=True, slots=True)
-class Step:
-    """The progress after one optimizer step, for progress bars and metrics files.
-
-    ``loss`` is the mean over people; None if the stage trains nothing.
-    """
-
-    step: int
-    people: int
-    examples: int
-    examples_total: int
-    loss: float | None = None
-
-
-OnStep = Callable[[str, Step], None]
-"""Called with the name of the stage and each of its steps."""
 
 
 def train(

@@ -28,7 +28,7 @@ from mta.evaluation.protocol import Panel, able
 from mta.model.base import BaseModel
 from mta.system.assets import is_asset, resolve
 from mta.system.atomic import write_json, write_text
-from mta.training.trainer import OnStep
+from mta.system.progress import OnStep
 
 TOGETHER = 16  # people whose results are written at once
 RECIPE, SIZES = "recipe.yaml", "sizes.json"

@@ -23,8 +23,8 @@ from mta.evaluation.statistics import Interval
 from mta.model.base import BaseModel
 from mta.model.encoders import Encoder
 from mta.personalize.merge import check_merge
+from mta.system.progress import OnStep
 from mta.system.provenance import versions
-from mta.training.trainer import OnStep
 
 KS = (1, 2, 4)
 

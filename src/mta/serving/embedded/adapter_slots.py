@@ -143,7 +143,7 @@ class AdapterSlots:
         if key not in self._forwards:
             own = {name: self._own_of(name, rows) for name in self._layers}
             gates = self._gates[rows]
-            room = AdaptedRows.room_for(gates, next(iter(own.values())))
+            room = AdaptedRows.buffers_for(gates, next(iter(own.values())))
             self._forwards[key] = {
                 name: _Adapted(layer, layer.forward, self._shared[name], self._ranks, gates, own[name], room)
                 for name, layer in self._layers.items()

@@ -92,13 +92,13 @@ class Adapters:
         return None
 
     def _lora_exporter(self) -> LoraExporter:
-        from mta.bank import format as files
+        from mta.bank.format import read_adapters, read_info, verify
         from mta.serving.vllm.lora_export import LoraExporter
 
         if self._exporter is None:
-            info = files.read_info(self.bank)
-            files.verify(self.bank, info)
-            self._exporter = LoraExporter(*files.read_adapters(self.bank, info), info.hash, self.rank)
+            info = read_info(self.bank)
+            verify(self.bank, info)
+            self._exporter = LoraExporter(*read_adapters(self.bank, info), info.hash, self.rank)
         return self._exporter
 
     def _state(self, who: Version) -> State | None:
