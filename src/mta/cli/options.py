@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     from mta.distributed.executor import Executor
     from mta.model.base import BaseModel
     from mta.system.hub import Parcel
+    from mta.system.progress import OnStep
     from mta.tracking.run_folder import RunFolder
     from mta.tracking.trackers import Track as Opener
-    from mta.training.trainer import OnStep
 
 Words = Annotated[list[str] | None, typer.Argument(help="Settings as key=value, for example memory=8GiB.")]
 Config = Annotated[Path | None, typer.Option("--config", help="YAML file with settings.", dir_okay=False)]

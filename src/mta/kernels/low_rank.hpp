@@ -236,7 +236,7 @@ inline void adapted_tile(T* y, const T* x, const T* w, const T* h, const T* b, c
   }
 }
 
-// few_rows with updates: y += (gate * (x a^T)) b^T + (x p^T) q. The shared w (O, D), a (P, D), and b (O, P) are read
+// y += (gate * (x a^T)) b^T + (x p^T) q. The shared w (O, D), a (P, D), and b (O, P) are read
 // from memory once; gate (M, P), p (M, S, D), and q (M, S, O) are each row's own. h (M, P) and g (M, S) are buffers.
 template <class T>
 void adapted_rows(T* y, T* h, wide<T>* g, const T* x, const T* w, const T* bias, const T* a, const T* b, const T* gate,
