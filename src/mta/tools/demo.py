@@ -6,7 +6,6 @@ import shlex
 from collections.abc import Callable, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any
 
 import torch
 import yaml
@@ -92,11 +91,19 @@ def demo(
     people = read_people(assets.resolve(recipe.data), run.task)
     splits = _splits(out, people, recipe)
     base = BaseModel.of(run)
-    how: dict[str, Any] = {"command": command, "track": track, "on_step": on_step, "about": {"seeds": [run.seed]}}
-    settings = recipe.model_dump(mode="json")
-    with RunFolder(folder=out, kind="demo", base=base, settings=settings, config=False, **how) as kept:
-        found = _compared(out, recipe, people, splits, base, kept.step, say)
-        kept.outcome = found.outcome()
+    with RunFolder(
+        folder=out,
+        kind="demo",
+        base=base,
+        settings=recipe.model_dump(mode="json"),
+        config=False,
+        command=command,
+        track=track,
+        on_step=on_step,
+        about={"seeds": [run.seed]},
+    ) as folder:
+        found = _compared(out, recipe, people, splits, base, folder.step, say)
+        folder.outcome = found.outcome()
         found.write(out, command)
     say(f"5/5  {out / 'report.html'}\n{_next(out, [found.panel.people[i].id for i in _three(found)])}")
     return found

@@ -1,4 +1,4 @@
-"""What an attack found: a table, a picture, JSON. Numbers alone: nobody's id or text is in any of them."""
+"""Findings of an attack as a table, a figure and JSON, without ids or texts of people."""
 
 from __future__ import annotations
 
@@ -21,56 +21,56 @@ GUESSING = 0.5
 
 
 def show(found: Findings, console: Console) -> None:
-    """The table, who was asked about, and what to be careful about."""
+    """Print the table, the people and items behind it, and warnings."""
     console.print(table(found))
     for sentence in sentences(found):
         console.print(sentence, highlight=False)
 
 
 def table(found: Findings) -> Table:
-    """A row for each kind of model, by whose items it was asked about; the TPR is that of the row's last attack."""
+    """Return a row for each kind of model, grouped by the items asked about; the TPR is that of the last attack."""
     names = list(dict.fromkeys(name for row in found.rows for name in row.attacks))
-    made = Table(title="Membership inference by loss", box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
-    made.add_column("model")
+    built = Table(title="Membership inference by loss", box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
+    built.add_column("model")
     for name in [f"AUC\n{name}" for name in names] + [f"TPR at\n{FPR:.0%} FPR"]:
-        made.add_column(name, justify="right")
+        built.add_column(name, justify="right")
     about = ""
     for row in found.rows:
         if row.about != about:
             about = row.about
-            made.add_section()
-            made.add_row(f"[bold]{about}[/]")
+            built.add_section()
+            built.add_row(f"[bold]{about}[/]")
         aucs = [_cell(row.attacks[name].auc) if name in row.attacks else "-" for name in names]
-        made.add_row(f"  {row.name}", *aucs, _cell(last(row)[1].tpr))
-    return made
+        built.add_row(f"  {row.name}", *aucs, _cell(last(row)[1].tpr))
+    return built
 
 
 def sentences(found: Findings) -> list[str]:
-    """Who was asked about, how the numbers are to be read, and what an anchor's coefficient tells."""
+    """Return sentences: the people and items, how to read the numbers, and the effect of an anchor's coefficient."""
     meta, items = found.meta, found.meta["items"]
-    others = f"{items['others']} items of {meta['others']} people who are in nothing of the bank"
-    said = [
+    others = f"{items['others']} items of {meta['others']} people outside the bank"
+    lines = [
         f"{items['anchors']} items of {meta['anchors']} anchors, {items['pool']} of {meta['pool']} people behind the "
         f"task LoRA, against {others}; {meta['targets']} targets with {meta['privacy']['shots']} shots each.",
-        f"The score is minus the loss ({meta['loss']}), alone or less that of a model below; AUC .5 and TPR "
+        f"The score is minus the loss ({meta['loss']}), alone or minus that of a reference model; AUC 0.5 and TPR "
         f"{FPR:.2f} are guessing. 95% intervals over people. Base and task LoRA never saw an anchor's item.",
     ]
     if items["others"] < AT_LEAST:
-        said.append(f"Careful: only {items['others']} items of others, fewer than {AT_LEAST}: the TPR means little.")
+        lines.append(f"Careful: only {items['others']} items of others, fewer than {AT_LEAST}: the TPR means little.")
     if not meta["pool"]:
-        said.append(
-            "The task LoRA's own items were not asked about: not everybody behind it is among the people given."
+        lines.append(
+            "The task LoRA's own items were not asked about: some people behind it are not among the people given."
         )
     if found.weights:
-        said.append(
-            f"An anchor's |w| and how often its items are ranked above others': Spearman {found.weights} "
+        lines.append(
+            f"An anchor's |w| and how often its items rank above others' items: Spearman {found.weights} "
             f"over {found.pairs} pairs of a target's merge and an anchor."
         )
-    return said
+    return lines
 
 
 def to_json(found: Findings, **meta: Any) -> dict[str, Any]:
-    """Everything that was measured as JSON values."""
+    """Return all findings as JSON values."""
     rows = [
         {
             "about": row.about,
@@ -87,14 +87,14 @@ def to_json(found: Findings, **meta: Any) -> dict[str, Any]:
 
 
 def write(found: Findings, out: Path, command: str = "") -> None:
-    """``results.json``, ``privacy.svg`` and ``privacy.png`` under ``out``; ``command`` says how to get them again."""
+    """Write ``results.json``, ``privacy.svg`` and ``privacy.png`` to ``out``; ``command`` repeats the attack."""
     write_json(out / "results.json", to_json(found, command=command))
     rows = [(f"{row.about}: {row.name}", _less(last(row)[1].auc)) for row in found.rows]
     plots.forest(out / "privacy", rows, "AUC - 0.5: 0 is guessing (95% intervals)")
 
 
 def last(row: Row) -> tuple[str, Attack]:
-    """The attack that knows most: over the highest model below."""
+    """Return the last attack, which uses the strongest reference model."""
     return list(row.attacks.items())[-1]
 
 
