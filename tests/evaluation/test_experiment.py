@@ -66,7 +66,7 @@ def finished(world, tmp_path_factory):
 
 
 def authors(pairs: int, items: int = 12) -> list[Person]:
-    """Pairs of people who hold copies of one long text, and every fifth of them has few items."""
+    """Pairs of people with copies of one long text; every fifth person has few items."""
     made = []
     for n in range(2 * pairs):
         texts = [f"{'written with somebody ' * 5}{n // 2}", *(f"{'alone ' * 20}{n}/{k}" for k in range(items))]
@@ -96,8 +96,8 @@ def test_separated_groups_are_counted_as_queries_trained_on(caplog):
     people, recipe = authors(40), recipe_of("people.together=false")
     _, sizes = draw_parts(recipe_of("people.together=false"), load_task("lamp5"), people)
     assert sizes["test queries trained on"] == 0  # the copy is the oldest item: a shot, and no query
-    turned = [Person(p.id, p.items[::-1], group=p.group) for p in people]
-    _, sizes = draw_parts(recipe, load_task("lamp5"), turned)
+    reversed_people = [Person(p.id, p.items[::-1], group=p.group) for p in people]
+    _, sizes = draw_parts(recipe, load_task("lamp5"), reversed_people)
     assert sizes["test queries trained on"] > 0
     assert "test queries also occur in the histories of training people" in caplog.text
 
@@ -155,9 +155,9 @@ def test_retrieved_prompts_show_earlier_shots_and_never_what_is_asked(world, fin
     plain = load_task("movielens-rating")
     assert panel.task == panel.bank.task == plain.profiled() == panel.bank.task.profiled()
     for person, queries in zip(panel.people, panel.queries):
-        told = [f"{plain.told(item)}. " for item in person.items]
-        assert [item.fields["profile"] for item in person.items[:2]] == ["", told[0]]
-        assert {item.fields["profile"] for item in queries} <= set(told)
+        texts = [f"{plain.told(item)}. " for item in person.items]
+        assert [item.fields["profile"] for item in person.items[:2]] == ["", texts[0]]
+        assert {item.fields["profile"] for item in queries} <= set(texts)
     folds, _ = panel.folds(2)
     for person, held in zip(folds.people, folds.queries):
         shown = {item.fields["profile"] for item in (*person.items, *held)}
@@ -283,7 +283,7 @@ def test_the_answer_limit_is_part_of_the_key_of_generated_answers(world, cache, 
 
 
 def written(folder: Path) -> Path:
-    """The same people's items as free text."""
+    """Write a task with the same items as free text, and return its path."""
     task = {"name": "stars", "item": {"prompt": "{title} {genres}", "target": "rating"}}
     (folder / "stars.yaml").write_text(json.dumps({**task, "text": "{title}", "metric": "rouge"}))
     return folder / "stars.yaml"
@@ -360,12 +360,12 @@ def lamp_files(folder: Path, name: str, people: int = 30, items: int = 8) -> Pat
     question, profile, output = words[name]
     rows, golds = [], []
     for n in range(people):
-        told = [{k: v.format(n=10 * n + i) for k, v in profile.items()} for i in range(items)]
+        fields = [{k: v.format(n=10 * n + i) for k, v in profile.items()} for i in range(items)]
         rows.append(
             {
                 "id": f"{n}",
                 "input": question.format(n=n),
-                "profile": [{"id": f"{n}-{i}", **one} for i, one in enumerate(told)],
+                "profile": [{"id": f"{n}-{i}", **one} for i, one in enumerate(fields)],
             }
         )
         golds.append({"id": f"{n}", "output": output.format(n=n, odd=1 + n % 2)})

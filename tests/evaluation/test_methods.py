@@ -75,8 +75,8 @@ def test_an_unknown_method_is_refused():
 
 
 def test_what_is_not_the_papers_own_says_whose_it_is():
-    theirs = {"rag", "pag", "one-lora", "per-pcs", "prime", "merge", "mta", "task-lora"}
-    assert {name for name, kind in METHODS.items() if kind.paper.startswith("https://")} == theirs
+    published = {"rag", "pag", "one-lora", "per-pcs", "prime", "merge", "mta", "task-lora"}
+    assert {name for name, kind in METHODS.items() if kind.paper.startswith("https://")} == published
 
 
 def test_a_new_method_can_be_registered(panel):
@@ -99,8 +99,8 @@ def test_a_new_method_can_be_registered(panel):
 
 def test_the_queries_are_the_last_items_for_every_number_of_shots(task):
     person = people_of(1, items=10)[0]
-    asked = {shots_and_queries(task, person, m, 3, "last")[1] for m in (1, 4, 7)}
-    assert asked == {person.items[-3:]}
+    queries = {shots_and_queries(task, person, m, 3, "last")[1] for m in (1, 4, 7)}
+    assert queries == {person.items[-3:]}
     assert shots_and_queries(task, person, 2, 3, "last")[0] == person.items[5:7]
     assert shots_and_queries(task, person, 7, 3, "last")[0] == person.items[:7]
     assert not has_enough_items(task, person, 8, 3, "last")
@@ -125,10 +125,10 @@ def test_evidence_of_a_fold_equals_evidence_gathered_from_its_shots(panel):
     folds, owners = panel.folds(2)
     assert owners == [0, 0, 1, 1, 2, 2]
     anew = gather_evidence(panel.base, folds.jobs, panel.bank.working, panel.bank.pooled)
-    kept = folds.evidence
-    torch.testing.assert_close(kept.anchors, anew.anchors)
-    torch.testing.assert_close(kept.task, anew.task)
-    assert kept.tokens.tolist() == anew.tokens.tolist()
+    found = folds.evidence
+    torch.testing.assert_close(found.anchors, anew.anchors)
+    torch.testing.assert_close(found.task, anew.task)
+    assert found.tokens.tolist() == anew.tokens.tolist()
     settings = MergeSettings(policy="ridge", k=0, ridge=1.0)
     anew_panel = Panel.asking(panel.shots.context, folds.people, folds.queries)
     torch.testing.assert_close(folds.merge(settings, 0)[0].w, anew_panel.merge(settings, 0)[0].w)
@@ -158,16 +158,16 @@ def test_evidence_is_read_again_by_another_run(tiny, tmp_path, monkeypatch):
 
 
 def test_a_shot_sees_earlier_shots_and_a_query_sees_all_shots(panel):
-    asked = panel.profiled(9)
+    profiled = panel.profiled(9)
 
     def shown(item):
         return sorted(item.fields["profile"].removesuffix(". ").split(", and "))
 
-    for person, asked_person, queries in zip(panel.people, asked.people, asked.queries):
-        told = [panel.task.told(item) for item in person.items]
-        for n, item in enumerate(asked_person.items):
-            assert shown(item) == (sorted(told[:n]) if n else [""])
-        assert all(shown(query) == sorted(told) for query in queries)
+    for person, with_profile, queries in zip(panel.people, profiled.people, profiled.queries):
+        texts = [panel.task.told(item) for item in person.items]
+        for n, item in enumerate(with_profile.items):
+            assert shown(item) == (sorted(texts[:n]) if n else [""])
+        assert all(shown(query) == sorted(texts) for query in queries)
 
 
 def test_rag_with_zero_items_equals_the_method_below(panel):

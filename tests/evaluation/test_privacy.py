@@ -62,7 +62,7 @@ EVERYBODY = [*STRANGERS, *CANDIDATES, *TASK_PEOPLE]
 
 
 def kinds(members, others):
-    """Which are members, and everybody's scores."""
+    """Return membership and scores of members and others."""
     return np.array([True] * len(members) + [False] * len(others)), np.array([*members, *others], dtype=float)
 
 
@@ -77,7 +77,7 @@ def test_a_tpr_by_hand():
     # One of a hundred may pass, 99; a threshold that lets 98 pass lets two of the others pass.
     assert tpr_at(*kinds([99.5, 98.5, 98, 50], others)) == 0.5
     assert tpr_at(*kinds([99.5, 98.5, 98, 50], others), fpr=0.02) == 0.75
-    assert tpr_at(*kinds([50, 20], [60, 10])) == 0.0  # 1% of two is nobody
+    assert tpr_at(*kinds([50, 20], [60, 10])) == 0.0  # 1% of two is less than one
     assert tpr_at(*kinds([70, 20], [60, 10])) == 0.5
 
 
@@ -95,7 +95,7 @@ def test_an_auc_ignores_monotone_transforms_and_flips_with_the_sign(members, oth
 
 @st.composite
 def weighted(draw):
-    """Trials under a few models with whole weights: as if each had come so many times."""
+    """Trials under a few models, with integer weights that equal repetitions."""
     n = draw(st.integers(4, 16))
     member = np.array([True, False, *draw(st.lists(st.booleans(), min_size=n - 2, max_size=n - 2))])
     model = np.array(draw(st.lists(st.integers(0, 2), min_size=n, max_size=n)))
@@ -126,7 +126,7 @@ def test_resamples_are_scikit_learns_with_weights(drawn):
 
 
 def crowd(per_person, alike, seed=0):
-    """40 members and 40 others with ``per_person`` items each; a person's items score ``alike`` or each its own."""
+    """40 members and 40 others with ``per_person`` items each; ``alike``: all items of a person have one score."""
     chance, people = np.random.default_rng(seed), np.arange(80).repeat(per_person)
     member = people < 40
     scores = member * 0.8 + (chance.normal(size=80)[people] if alike else chance.normal(size=len(people)))
@@ -134,7 +134,7 @@ def crowd(per_person, alike, seed=0):
 
 
 def test_an_attack_is_the_auc_within_each_model():
-    """Between models nothing is compared: one that finds everything likelier does not hide what each tells."""
+    """Scores of different models are not compared, so that a model with higher scores for all items changes nothing."""
     trials = Trials(np.array([0, 0, 0, 1, 1]), np.arange(5), np.array([True, False, False, True, False]))
     found = attack(trials, np.array([2.0, 1.0, 3.0, 20.0, 30.0]))
     assert found.auc.mean == pytest.approx((2 * 0.5 + 1 * 0.0) / 3)  # weighed by their pairs
@@ -154,7 +154,7 @@ def test_items_of_a_models_own_person_are_drawn_with_the_model():
     own = Trials(trials.person % 40, np.full(len(scores), -1), trials.member)
     assert attack(own, scores).auc.high > attack(own, scores).auc.low
     alone = Trials(np.zeros(len(scores), dtype=int), own.person, trials.member)
-    assert attack(alone, scores).auc.high == pytest.approx(attack(alone, scores).auc.low)  # nobody to draw
+    assert attack(alone, scores).auc.high == pytest.approx(attack(alone, scores).auc.low)  # only one model to draw
 
 
 def test_a_rank_correlation_by_hand():
@@ -195,7 +195,7 @@ MEMORIZING = TINY_RUN.model_copy(
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """Base and a bank whose anchors know their few items by heart."""
+    """Base and a bank whose anchors memorized their few items."""
     root = tmp_path_factory.mktemp("privacy")
     base, task = base_of(), "movielens-rating"
     with pytest.MonkeyPatch.context() as patch:
@@ -252,8 +252,8 @@ def test_people_who_share_items_with_the_bank_or_a_target_are_not_among_the_othe
     parts = sample_people(world[1], [member, anchor_s_kin, *CANDIDATES[1:], *pairs, STRANGERS[1]], SETTINGS, seed=0)
     assert anchor_s_kin.id not in {person.id for person in (*parts.targets, *parts.others)}
     targets = {person.group for person in parts.targets}
-    kept = [person.id for person in pairs if person.group not in targets]
-    assert {person.id for person in parts.others} - {STRANGERS[1].id} == set(kept)
+    expected = [person.id for person in pairs if person.group not in targets]
+    assert {person.id for person in parts.others} - {STRANGERS[1].id} == set(expected)
 
 
 def test_the_sample_does_not_depend_on_the_order_of_people(world):
@@ -358,7 +358,7 @@ def evaluator_of(base, bank) -> MembershipEvaluator:
 
 
 def test_the_row_of_an_anchor_equals_a_plain_computation(world):
-    """One meta-LoRA at a time over the task LoRA, each item's loss by itself, the AUC of scikit-learn."""
+    """Plain: one meta-LoRA at a time over the task LoRA, one item at a time, and scikit-learn's AUC."""
     base, bank = world
     evaluator = evaluator_of(base, bank)
     items = evaluator.items
@@ -443,15 +443,15 @@ def test_the_table_fits_eighty_columns_and_shows_counts(found):
 def test_files_hold_no_ids_or_texts(found, tmp_path):
     privacy_report.write(found, tmp_path, "mta evaluate everybody.jsonl --privacy")
     assert {path.name for path in tmp_path.iterdir()} == {"results.json", "privacy.svg", "privacy.png"}
-    told = (tmp_path / "results.json").read_text()
-    assert json.loads(told)["meta"]["command"].startswith("mta evaluate")
-    assert len(json.loads(told)["rows"]) == len(found.rows)
-    everything = told + (tmp_path / "privacy.svg").read_text()
+    text = (tmp_path / "results.json").read_text()
+    assert json.loads(text)["meta"]["command"].startswith("mta evaluate")
+    assert len(json.loads(text)["rows"]) == len(found.rows)
+    everything = text + (tmp_path / "privacy.svg").read_text()
     assert not any(word in everything for word in ("stranger-", "candidate-", "task-", "Film"))
 
 
 def test_merged_items_come_from_the_anchors_of_each_merge(world):
-    """A merge of one anchor is asked about that anchor alone, one of all about all."""
+    """A merge of one anchor uses items of that anchor only; a merge of all anchors uses items of all."""
     base, bank = world
     items = evaluator_of(base, bank).items
     one, everyone = torch.eye(6)[[1] * 4], torch.full((4, 6), 1 / 6)
@@ -460,13 +460,13 @@ def test_merged_items_come_from_the_anchors_of_each_merge(world):
 
 
 def test_an_exact_export_contains_the_factors_of_anchors_and_a_truncated_export_mixes_them(tiny, tmp_path):
-    """What docs/explanation/privacy.md warns of: factors stand side by side, an anchor's B times its coefficient."""
+    """As docs/explanation/privacy.md warns: an exact export holds each anchor's B times its coefficient."""
     bank, personal = tiny[1], personalizer(*tiny, merge=MergeSettings(policy="similarity", k=2))
     personal.personalize([STRANGERS[0].first(3)])
     state, rank = personal.state(STRANGERS[0].id), bank.anchors.rank
     for cut, same in ((None, True), (2 * rank, False)):
         personal.export(STRANGERS[0].id, tmp_path / str(cut), rank=cut)
-        told = read_peft(tmp_path / str(cut)).scaled_into_b()
+        exported = read_peft(tmp_path / str(cut)).scaled_into_b()
         for name, (_, b) in bank.anchors.scaled_into_b().factors.items():
-            found = told.factors[name].b[0, :, :rank].double()
+            found = exported.factors[name].b[0, :, :rank].double()
             assert torch.allclose(found, state.w[0] * b[state.anchors[0]].double(), atol=1e-6) == same

@@ -79,7 +79,7 @@ def test_all_methods_answer_the_same_queries(panel, monkeypatch):
         assert all(len(values) == PEOPLE for values in row.people.values())
         assert (row.nll is None) == (row.name in {"global constant", "own constant"})
         assert row.nll is None or torch.stack(row.nll).shape == (PEOPLE, QUERIES)
-        by_hand = [measure(panel.bank.task, a, golds)["MAE"] for a, golds in zip(row.answers, panel.golds)]
+        by_hand = [measure(panel.bank.task, a, golds).metrics["MAE"] for a, golds in zip(row.answers, panel.golds)]
         assert row.people["MAE"].tolist() == pytest.approx(by_hand)
 
 
@@ -90,10 +90,12 @@ def test_rows_have_the_order_names_and_costs_of_the_methods(panel):
     assert names == started == [method.name for method in ALL]
     assert len(set(names)) == len(names)
     assert found.primary == "MAE"
-    kept = {row.name: row.bytes_per_person for row in found.rows}
-    assert kept["base"] == kept["task LoRA"] == 0
-    assert 0 < kept["merge only, posterior"] < kept["adapt only"] < kept["OPPU"]
-    assert kept["MTA"] == kept["merge only, posterior"] + kept["adapt only"]  # the numbers of the merge, and the stack
+    stored = {row.name: row.bytes_per_person for row in found.rows}
+    assert stored["base"] == stored["task LoRA"] == 0
+    assert 0 < stored["merge only, posterior"] < stored["adapt only"] < stored["OPPU"]
+    assert (
+        stored["MTA"] == stored["merge only, posterior"] + stored["adapt only"]
+    )  # the numbers of the merge, and the stack
     assert all(row.seconds > 0 for row in found.rows if row.name in {"MTA", "OPPU", "adapt only"})
     assert found.row("MTA").merge.ids.shape == (PEOPLE, 3)
 
@@ -162,7 +164,7 @@ def test_seeds_are_averaged_person_by_person(panel):
     assert torch.allclose(torch.stack(both.nll), (torch.stack(first.nll) + torch.stack(second.nll)) / 2)
     for metric, values in both.people.items():
         assert torch.allclose(values, (first.people[metric] + second.people[metric]) / 2)
-    assert torch.equal(both.answers[0].scores, second.answers[0].scores)  # the last seed's are kept
+    assert torch.equal(both.answers[0].scores, second.answers[0].scores)  # the last seed's answers
 
 
 def test_the_same_seed_gives_the_same_numbers(panel, tiny):

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from mta.errors import InputError
 from mta.evaluation.methods import Method
-from mta.evaluation.metrics import PersonScore, score_person
+from mta.evaluation.metrics import PersonScore, measure
 from mta.evaluation.protocol import Outcome, Panel
 from mta.evaluation.statistics import Comparison, Row
 
@@ -14,11 +14,8 @@ from mta.evaluation.statistics import Comparison, Row
 def run_method(panel: Panel, method: Method, seed: int) -> tuple[Outcome, list[PersonScore]]:
     """Return a method's outcome and each person's score. The same method and seed is computed once per panel."""
     outcome = method.outcome(panel, seed)
-    scores = [
-        score_person(panel.task, answers, golds, written=panel.write_texts)
-        for answers, golds in zip(outcome.answers, panel.golds)
-    ]
-    return outcome, scores
+    pairs = zip(outcome.answers, panel.golds)
+    return outcome, [measure(panel.task, answers, golds, panel.write_texts) for answers, golds in pairs]
 
 
 def evaluate(

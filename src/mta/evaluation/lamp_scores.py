@@ -23,7 +23,7 @@ def score(task: Task, answers: Mapping[str, str], golds: Mapping[str, str]) -> d
     """
     _check_ids(answers, golds)
     predicted, expected = [answers[id].strip() for id in golds], [golds[id].strip() for id in golds]
-    found = measure(task, Answers(predicted), expected)
+    found = dict(measure(task, Answers(predicted), expected).metrics)
     if task.metric == "accuracy":
         found["F1"] = macro_f1(task.labels or (), predicted, expected)
     return {metric: found[metric] for metric in METRICS[task.metric]}

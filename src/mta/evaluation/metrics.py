@@ -46,13 +46,8 @@ def from_scores(task: Task, scores: Tensor) -> Answers:
     return Answers([labels[i] for i in scores.argmax(1).tolist()], scores)
 
 
-def measure(task: Task, answers: Answers, golds: Sequence[str]) -> dict[str, float]:
-    """Return all metrics of a task for one person, primary first: means over the queries."""
-    return dict(score_person(task, answers, golds).metrics)
-
-
-def score_person(task: Task, answers: Answers, golds: Sequence[str], written: bool = True) -> PersonScore:
-    """Return the metrics and the NLL of one person. Without ``written`` free text has only its NLL as a metric."""
+def measure(task: Task, answers: Answers, golds: Sequence[str], written: bool = True) -> PersonScore:
+    """Return all metrics of a task for one person; without ``written`` only the NLL of free text."""
     nll = query_nll(task, answers, golds)
     surprise = {} if nll is None else {"NLL": float(nll.mean())}
     if answers.nll is not None and not written:

@@ -22,8 +22,7 @@ from mta.evaluation.protocol import has_enough_items, shots_and_queries
 from mta.system.assets import is_asset, resolve
 
 log = logging.getLogger("mta")
-# Largest share of the qualified people in each part.
-SHARES = {"test": 0.35, "development": 0.1, "candidates": 0.35}
+SHARES = (0.35, 0.1, 0.35)  # largest share of the qualified people in test, development, candidates
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,30 +84,20 @@ def draw_parts(recipe: Experiment, task: Task, people: list[Person]) -> tuple[Sp
     needed = recipe.shots + recipe.queries if task.asks_as_items else recipe.shots
     lengths = [len(p.items) + (task.asks_as_items and any(map(task.has_target, p.queries))) for p in people]
     qualified = [p for n, p in zip(lengths, people) if n >= max(least, needed) and len(p.items) >= least]
-    most = {name: int(share * len(qualified)) for name, share in SHARES.items()}
+    test, development, candidates = (
+        min(size, int(share * len(qualified)))
+        for size, share in zip((sizes.test, sizes.development, sizes.candidates), SHARES)
+    )
     first = draw(
-        qualified,
-        0,
-        task=0,
-        development=min(sizes.development, most["development"]),
-        test=min(sizes.test, most["test"]),
-        candidates=min(sizes.candidates, most["candidates"]),
-        together=sizes.together,
+        qualified, 0, task=0, development=development, test=test, candidates=candidates, together=sizes.together
     )
     taken = {*first.test, *first.development, *first.candidates}
     groups = {p.group for p in people if p.id in taken and p.group and sizes.together}
     rest = [p for p in people if p.id not in taken and p.group not in groups]
-    pooled = draw(
-        rest,
-        0,
-        task=min(sizes.task, len(rest)),
-        development=0,
-        test=0,
-        candidates=0,
-        together=sizes.together,
-    )
-    splits, tested = Splits(pooled.task, first.development, first.candidates, first.test), set(first.test)
-    test_lengths = [n for n, p in zip(lengths, people) if p.id in tested]
+    task_size = min(sizes.task, len(rest))
+    pooled = draw(rest, 0, task=task_size, development=0, test=0, candidates=0, together=sizes.together)
+    splits = Splits(pooled.task, first.development, first.candidates, first.test)
+    test_lengths = [n for n, p in zip(lengths, people) if p.id in first.test]
     return splits, {
         "people": len(people),
         "qualified": len(qualified),

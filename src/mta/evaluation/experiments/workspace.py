@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 from mta.bank.bank import Bank
 from mta.bank.format import INFO, TASK_LORA
@@ -31,26 +31,13 @@ BATCH = 16  # people whose results are written together
 RECIPE, SIZES = "recipe.yaml", "sizes.json"
 
 
-class PanelKey(NamedTuple):
-    """Everything that distinguishes the panels of one experiment."""
-
-    bank: str
-    words: tuple[str, ...]
-    retrieve: int
-    people: int | None
-    texts: bool
-    seed: int
-    shots: int
-    start: int
-
-
 @dataclass(slots=True)
 class Loaded:
-    """Cache of a workspace: banks by name, contexts by bank and settings, and the last panel."""
+    """Cache of a workspace: banks by name, contexts by bank and settings, and the last panel with its arguments."""
 
     banks: dict[str, Bank] = field(default_factory=dict)
     contexts: dict[tuple[str, tuple[str, ...]], Context] = field(default_factory=dict)
-    panel: tuple[PanelKey, Panel] | None = None
+    panel: tuple[tuple[Part, int, int, int], Panel] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,7 +160,7 @@ class Workspace:
 
     def panel(self, part: Part, seed: int, shots: int, start: int) -> Panel:
         """Return the batch of tested people that begins with number ``start``. The last panel is cached."""
-        key = PanelKey(part.bank, part.words, part.retrieve, part.people, part.texts, seed, shots, start)
+        key = (part, seed, shots, start)
         if self.loaded.panel is None or self.loaded.panel[0] != key:
             panel = Panel.of(
                 self.context(part, seed),

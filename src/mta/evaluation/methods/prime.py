@@ -46,17 +46,9 @@ class Prime(Method):
         settings = MergeSettings(policy="uniform", k=k)
         start_merge, seconds = panel.merge(settings, seed)
         start = time.monotonic()
+        options = {"bounds": [-self.bound, self.bound], "verbose": -9, "seed": np.nan}
         searches = [
-            cma.CMAEvolutionStrategy(
-                w,
-                self.sigma,
-                {
-                    "bounds": [-self.bound, self.bound],
-                    "verbose": -9,
-                    "seed": np.nan,
-                    "randn": _normal_draws(seed, job.key),
-                },
-            )
+            cma.CMAEvolutionStrategy(w, self.sigma, options | {"randn": _normal_draws(seed, job.key)})
             for w, job in zip(start_merge.w.tolist(), panel.jobs)
         ]
         best, least = start_merge.w.clone(), self._losses(panel, start_merge, settings)

@@ -69,8 +69,8 @@ def sentences(found: Findings) -> list[str]:
     return lines
 
 
-def to_json(found: Findings, **meta: Any) -> dict[str, Any]:
-    """Return all findings as JSON values."""
+def to_json(found: Findings, command: str | None = None) -> dict[str, Any]:
+    """Return all findings as JSON values, with the ``command`` that repeats the attack if given."""
     rows = [
         {
             "about": row.about,
@@ -83,7 +83,12 @@ def to_json(found: Findings, **meta: Any) -> dict[str, Any]:
         for row in found.rows
     ]
     weights = found.weights and {"spearman": _values(found.weights), "pairs": found.pairs}
-    return {"meta": found.meta | meta, "fpr": FPR, "rows": rows, "weights": weights}
+    return {
+        "meta": found.meta | ({} if command is None else {"command": command}),
+        "fpr": FPR,
+        "rows": rows,
+        "weights": weights,
+    }
 
 
 def write(found: Findings, out: Path, command: str = "") -> None:

@@ -81,8 +81,7 @@ def privacy(
     if run.stack.enabled:
         rows += evaluator.personal_rows(references)
     rows.sort(key=lambda row: (ANCHORS, POOL, SHOTS).index(row.about))
-    targets = np.array([pair.target for pair in pairs])
-    w, beaten = np.array([pair.w for pair in pairs]), np.array([pair.beaten for pair in pairs])
+    targets, w, beaten = (np.array(column) for column in zip(*pairs))
     return Findings(rows, rank_correlation(targets, w, beaten), len(pairs), _meta(panel, sample, settings))
 
 
