@@ -362,7 +362,8 @@ def test_the_row_of_an_anchor_equals_a_plain_computation(world):
     base, bank = world
     evaluator = evaluator_of(base, bank)
     items = evaluator.items
-    row = next(row for row in evaluator.meta_lora_rows(evaluator.references()) if row.name == OWN)
+    references, _ = evaluator.references()
+    row = next(row for row in evaluator.meta_lora_rows(references) if row.name == OWN)
     won, pairs = 0.0, 0
     for anchor, own in enumerate(items.anchors):
         others = items.others[anchor :: len(bank)]

@@ -129,7 +129,7 @@ class Panel:
             )
         parts = [shots_and_queries(bank.task, person, shots, queries, ask) for person in people]
         few = [replace(person, items=items, queries=()) for person, (items, _) in zip(people, parts)]
-        asked = [theirs for _, theirs in parts]
+        asked = [later for _, later in parts]
         return cls.asking(context, few, asked, retrieve=retrieve, write_texts=write_texts)
 
     @classmethod

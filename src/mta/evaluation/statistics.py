@@ -107,8 +107,8 @@ class Comparison:
         if one is None or other is None:
             return None
         worse, clearly = 0, 0
-        for mine, theirs in zip(one, other):
-            difference = mine - theirs
+        for ours, reference_nll in zip(one, other):
+            difference = ours - reference_nll
             mean, n = float(difference.mean()), len(difference)
             # A single query gives no interval.
             error = float(difference.std()) / n**0.5 * student_t(n) if n > 1 else float("inf")

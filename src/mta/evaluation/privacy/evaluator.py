@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mta.config import MergeSettings
 from mta.data.history import Item, Person
-from mta.evaluation.methods import Base, Merged, MergeThenAdapt, TaskLora
+from mta.evaluation.methods import Base, Method, TaskLora
 from mta.evaluation.methods.merged import answered
 from mta.evaluation.metrics import query_nll
 from mta.evaluation.privacy.membership import Attack, Trials, attack
@@ -120,29 +120,21 @@ class MembershipEvaluator:
 
     # -- the models ----------------------------------------------------------------------------------------------------
 
-    def references(self) -> References:
-        """Return the losses of base and task LoRA. Neither was trained on an anchor's item."""
-        # One person asks about all items, so that equal prompts and prompt beginnings are computed once.
-        panel, everything = self._panel_of(self.panel.people[:1]), [range(len(self.items.items))]
-        methods = [Base(), TaskLora()] if self.panel.bank.task_lora else [Base()]
-        found = {}
-        for method in methods:
-            self.say(method.name)
-            found[method.name] = self._losses(panel, everything, partial(method.run, seed=0))[0]
-        return found
-
-    def reference_rows(self, references: References) -> list[Row]:
-        """Return the rows of base and task LoRA: their attacks show how the items of anchors differ from others'."""
+    def references(self) -> tuple[References, list[Row]]:
+        """Return the losses and rows of base and task LoRA, which were not trained on the items of anchors."""
         items, rows = self.items, []
-        below: dict[str, Losses] = {}
-        for name, losses in references.items():
-            row = partial(self._rows, name=name, references=below.copy())
+        # One person asks about all items, so that equal prompts and prompt beginnings are computed once.
+        panel, everything = self._panel_of(self.panel.people[:1]), [range(len(items.items))]
+        found: dict[str, Losses] = {}
+        for method in [Base(), TaskLora()] if self.panel.bank.task_lora else [Base()]:
+            self.say(method.name)
+            losses = self._losses(panel, everything, partial(method.run, seed=0))[0]
+            row, same = partial(self._rows, name=method.name, references=found.copy()), [losses] * len(items.shots)
             rows += row(ANCHORS, losses=[losses], members=[_flat(items.anchors)], others=[items.others])
             rows += row(POOL, losses=[losses], members=[_flat(items.pool)], others=[items.others])
-            same = [losses] * len(items.shots)
             rows += row(SHOTS, losses=same, members=items.shots, others=items.later, owners=items.targets)
-            below[name] = losses
-        return rows
+            found[method.name] = losses
+        return found, rows
 
     def meta_lora_rows(self, references: References) -> list[Row]:
         """Return the rows of each meta-LoRA alone, w = 1: about its own anchor, the upper bound, and about another."""
@@ -156,26 +148,28 @@ class MembershipEvaluator:
         row = partial(self._rows, ANCHORS, losses=losses, others=others, owners=range(count), references=references)
         return [*row(name=OWN, members=anchors), *row(name=ANOTHER, members=following)]
 
-    def merge_rows(self, name: str, settings: MergeSettings, references: References) -> tuple[list[Row], list[Pair]]:
-        """Return the rows of the targets' merges: about their anchors, and about the shots for the run's own merge."""
-        self.say(name)
-        gates = self._gates(settings)
-        run = partial(Merged(merge=settings).run, seed=self.panel.run.seed)
-        return self._target_rows(name, gates, run, references, shots=settings == self.panel.run.merge)
+    def target_rows(
+        self, name: str, method: Method, settings: MergeSettings, references: References
+    ) -> tuple[list[Row], list[Pair]]:
+        """Return the rows of the targets' models: about the anchors in their merges, by ``settings``, and about shots.
 
-    def personal_rows(self, references: References) -> list[Row]:
-        """Return the rows of personal models: the run's merge with the stack over it."""
-        self.say(PERSONAL)
-        run = self.panel.run
-        method = MergeThenAdapt(merge=run.merge, stack=run.stack)
-        gates = self._gates(run.merge)
-        return self._target_rows(PERSONAL, gates, partial(method.run, seed=run.seed), references, shots=True)[0]
+        Rows about shots exist for the run's own merge only.
+        """
+        self.say(name)
+        items, run = self.items, self.panel.run
+        merge, _ = self.panel.merge(settings, run.seed)
+        gates = merge.gates(len(items.anchors)).double().abs()
+        others, members = items.others_of(len(items.shots)), items.merged_items(gates, self.items_each)
+        with_shots = settings == run.merge
+        asked = _joined(members, others, items.shots, items.later) if with_shots else _joined(members, others)
+        losses = self._losses(self.panel, asked, partial(method.run, seed=run.seed))
+        row = partial(self._rows, name=name, losses=losses, owners=items.targets, references=references)
+        rows = row(ANCHORS, members=members, others=others)
+        if with_shots:
+            rows += row(SHOTS, members=items.shots, others=items.later)
+        return rows, self._pairs(losses, members, others, gates, references)
 
     # -- their answers -------------------------------------------------------------------------------------------------
-
-    def _gates(self, settings: MergeSettings) -> Tensor:
-        merge, _ = self.panel.merge(settings, self.panel.run.seed)
-        return merge.gates(len(self.items.anchors)).double().abs()
 
     def _panel_of(self, people: Sequence[Person]) -> Panel:
         return replace(self.panel, shots=replace(self.panel.shots, people=people))
@@ -188,19 +182,6 @@ class MembershipEvaluator:
             assert nll is not None  # every attacked model gives probabilities
             losses.append(dict(zip(numbers, nll.tolist())))
         return losses
-
-    def _target_rows(
-        self, name: str, gates: Tensor, run: Callable[[Panel], Outcome], references: References, shots: bool
-    ) -> tuple[list[Row], list[Pair]]:
-        items = self.items
-        others, members = items.others_of(len(items.shots)), items.merged_items(gates, self.items_each)
-        asked = _joined(members, others, items.shots, items.later) if shots else _joined(members, others)
-        losses = self._losses(self.panel, asked, run)
-        row = partial(self._rows, name=name, losses=losses, owners=items.targets, references=references)
-        rows = row(ANCHORS, members=members, others=others)
-        if shots:
-            rows += row(SHOTS, members=items.shots, others=items.later)
-        return rows, self._pairs(losses, members, others, gates, references)
 
     # -- the attacks ---------------------------------------------------------------------------------------------------
 

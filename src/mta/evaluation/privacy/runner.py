@@ -16,7 +16,17 @@ from mta.bank.bank import Bank
 from mta.config import MergeSettings, Privacy, Run
 from mta.data.history import Person
 from mta.evaluation.context import Context
-from mta.evaluation.privacy.evaluator import ANCHORS, POOL, SHOTS, MembershipEvaluator, NumberedItems, Pair, Row
+from mta.evaluation.methods import Merged, MergeThenAdapt
+from mta.evaluation.privacy.evaluator import (
+    ANCHORS,
+    PERSONAL,
+    POOL,
+    SHOTS,
+    MembershipEvaluator,
+    NumberedItems,
+    Pair,
+    Row,
+)
 from mta.evaluation.privacy.membership import rank_correlation
 from mta.evaluation.privacy.sampling import AttackSample, sample_people
 from mta.evaluation.protocol import Panel
@@ -72,14 +82,15 @@ def privacy(
     panel = Panel.asking(context, shots, [()] * len(shots), write_texts=False)
     items = NumberedItems.of(sample, [len(person.items) for person in shots])
     evaluator = MembershipEvaluator(panel, items, sample.trained, settings.items, say)
-    references = evaluator.references()
-    rows = [*evaluator.reference_rows(references), *evaluator.meta_lora_rows(references)]
+    references, rows = evaluator.references()
+    rows += evaluator.meta_lora_rows(references)
     pairs: list[Pair] = []
     for name, merge in merges(run, len(bank)).items():
-        found = evaluator.merge_rows(name, merge, references)
+        found = evaluator.target_rows(name, Merged(merge=merge), merge, references)
         rows, pairs = [*rows, *found[0]], [*pairs, *found[1]]
     if run.stack.enabled:
-        rows += evaluator.personal_rows(references)
+        personal = MergeThenAdapt(merge=run.merge, stack=run.stack)
+        rows += evaluator.target_rows(PERSONAL, personal, run.merge, references)[0]
     rows.sort(key=lambda row: (ANCHORS, POOL, SHOTS).index(row.about))
     targets, w, beaten = (np.array(column) for column in zip(*pairs))
     return Findings(rows, rank_correlation(targets, w, beaten), len(pairs), _meta(panel, sample, settings))
