@@ -21,9 +21,10 @@ from mta.cli.screen import Screen
 from mta.config import Lora, MergeSettings, StackSettings, Training, override
 from mta.data.readers import read_people
 from mta.data.splits import draw
+from mta.evaluation import Context, evaluate
 from mta.evaluation.methods import Merged, MergeThenAdapt, Method, OneLora, TaskLora
 from mta.evaluation.protocol import Panel
-from mta.evaluation.statistics import Comparison, evaluate
+from mta.evaluation.statistics import Comparison
 from mta.model.base import BaseModel
 from mta.system import assets
 from mta.system.malloc import keep_freed_memory
@@ -86,8 +87,9 @@ def panel_of(recipe: Recipe, out: Path, screen: Screen) -> Panel:
         task_people=parts["task"],
         on_step=screen.step,
     )
-    how = {"shots": recipe.evaluation.shots, "queries": recipe.evaluation.queries}
-    return Panel.of(base, bank, bank.encoder(base), run, parts["development"], on_step=screen.step, **how)
+    context = Context(base, bank, bank.encoder(base), run, on_step=screen.step)
+    evaluation = recipe.evaluation
+    return Panel.of(context, parts["development"], shots=evaluation.shots, queries=evaluation.queries)
 
 
 def line(comparison: Comparison, name: str) -> dict[str, object]:

@@ -23,7 +23,7 @@ from mta.errors import BankMismatch, ClusterError, StoreError
 from mta.evaluation.experiments.recipe import load_experiment
 from mta.evaluation.experiments.records import read_records
 from mta.evaluation.experiments.runner import run_experiment
-from mta.evaluation.experiments.workspace import Lab
+from mta.evaluation.experiments.workspace import Workspace
 from mta.model.base import BaseModel
 from mta.personalize import Personalizer
 from mta.personalize.worker import WorkerSpec
@@ -349,8 +349,8 @@ def test_an_experiment_on_workers_writes_the_same_records(here, tmp_path, monkey
     recipe = override(load_experiment("smoke"), given)
 
     def records(name, executor):
-        lab = Lab.open(recipe, tmp_path / name, str(tmp_path / "people.jsonl"), executor=executor)
-        run_experiment(lab, ["ablation"])
+        workspace = Workspace.open(recipe, tmp_path / name, str(tmp_path / "people.jsonl"), executor=executor)
+        run_experiment(workspace, ["ablation"])
         return {(r.key, r.person): r for r in read_records(tmp_path / name)}
 
     alone = records("alone", LocalExecutor(most=16))

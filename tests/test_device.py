@@ -9,9 +9,8 @@ from mta import BASE, TASK
 from mta.bank.bank import Bank
 from mta.config import MergeSettings, Training
 from mta.errors import ModelError
+from mta.evaluation import Context, Panel, evaluate
 from mta.evaluation.methods import Merged, MergeThenAdapt, TaskLora
-from mta.evaluation.protocol import Panel
-from mta.evaluation.statistics import evaluate
 from mta.personalize import Personalizer
 
 QUESTION = {"title": "Film 7", "genres": "Drama"}
@@ -94,7 +93,8 @@ def test_methods_measure_the_same(walked, reference, policy, mode):
     settings = MergeSettings(policy=policy, k=2 if mode == "factor" else 0, mode=mode, learned=few)
     scores = []
     for personal in (walked, reference):
-        panel = Panel.of(personal.base, personal.bank, HashEncoder(), TINY_RUN, PEOPLE, shots=3, queries=3)
+        context = Context(personal.base, personal.bank, HashEncoder(), TINY_RUN)
+        panel = Panel.of(context, PEOPLE, shots=3, queries=3)
         methods = [
             TaskLora(),
             Merged(name="merge", merge=settings),

@@ -13,7 +13,7 @@ from tiny import base_of, random_examples, random_loras
 from mta.config import MergeSettings, Policy, Training
 from mta.errors import AnchorNotFound, ConfigError
 from mta.lora import Gated, PerPerson, Shared
-from mta.personalize.likelihoods import Evidence, Labels, Shots, gather_evidence, shots_of
+from mta.personalize.likelihoods import Evidence, Labels, ShotsJob, gather_evidence, shots_of
 from mta.personalize.merge import Merge, coefficients, fit_merge, learn, merged, needs_evidence
 from mta.personalize.policies import POLICIES, Retrieved, fit_labels
 from mta.training.scoring import log_likelihood
@@ -219,7 +219,7 @@ def test_ridge_needs_labels():
 def scene():
     """A base, a task LoRA, a bank of four anchors, and three people with shots."""
     base = base_of()
-    jobs = [Shots(f"p{n}", random_examples(n, seed=n)) for n in (3, 1, 5)]
+    jobs = [ShotsJob(f"p{n}", random_examples(n, seed=n)) for n in (3, 1, 5)]
     return base, random_loras(base, 1, seed=1, size=0.2), random_loras(base, 4, seed=2, size=0.2), jobs
 
 

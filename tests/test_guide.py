@@ -10,6 +10,7 @@ import yaml
 from conftest import TINY_RUN, HashEncoder, people_of
 
 from mta.config import MergeSettings
+from mta.evaluation.context import Context
 from mta.evaluation.experiments.recipe import load_experiment
 from mta.evaluation.methods import METHODS
 from mta.evaluation.methods.merged import answered
@@ -36,9 +37,10 @@ def test_the_methods_of_the_guide_do_what_it_says(methods, tiny):
     assert set(methods) == {"smoothed", "shrunk"}
     base, bank = tiny
     people, pool = people_of(3, prefix="x", seed=7), people_of(4, prefix="t")
-    panel = Panel.of(base, bank, HashEncoder(), TINY_RUN, people, shots=3, queries=3, pool=pool)
+    context = Context(base, bank, HashEncoder(), TINY_RUN, pool=pool)
+    panel = Panel.of(context, people, shots=3, queries=3)
     smoothed = methods["smoothed"]().run(panel, 0)
-    alone = Panel.of(base, bank, HashEncoder(), TINY_RUN, people[:1], shots=3, queries=3, pool=pool)
+    alone = Panel.of(context, people[:1], shots=3, queries=3)
     assert torch.equal(methods["smoothed"]().run(alone, 0).answers[0].scores, smoothed.answers[0].scores)
     shares = smoothed.answers[0].scores.exp().sum(1)
     torch.testing.assert_close(shares, torch.ones_like(shares))
@@ -48,7 +50,8 @@ def test_the_methods_of_the_guide_do_what_it_says(methods, tiny):
 
 def test_the_test_of_the_guide_passes(methods, tiny):
     base, bank = tiny
-    panel = Panel.of(base, bank, HashEncoder(), TINY_RUN, people_of(3, prefix="x", seed=7), shots=3, queries=3)
+    people = people_of(3, prefix="x", seed=7)
+    panel = Panel.of(Context(base, bank, HashEncoder(), TINY_RUN), people, shots=3, queries=3)
     names = {"Smoothed": methods["smoothed"], "pytest": pytest}
     exec(re.search(r"```python\n(def test_smoothed.*?)```", GUIDE, re.DOTALL)[1], names)
     names["test_smoothed_shares_without_a_pull_are_the_persons_own"](panel)

@@ -146,7 +146,7 @@ MISTAKES = {
     ),
     "an attack without people outside the bank": (
         "evaluate {members} --bank {bank} --privacy --out {root}/r",
-        "InputError: 0 of 18 people are in nothing of the bank",
+        "InputError: 0 of 18 people are outside the bank",
     ),
     "an attack with an unknown key": (
         "evaluate {members} --bank {bank} --privacy queries=2",

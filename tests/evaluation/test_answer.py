@@ -1,4 +1,4 @@
-"""How a panel's queries are answered, the same way for every method."""
+"""Answering a panel's queries, in the same way for every method."""
 
 from types import SimpleNamespace
 
@@ -14,7 +14,7 @@ FREE = Task(name="free", item={"prompt": "{a}", "target": "b", "cut": ["a"]}, te
 
 
 @pytest.mark.parametrize(("limit", "expected"), [(5, 5), (70, 70), (None, 128)])
-def test_a_written_answer_ends_where_its_task_says(limit, expected):
+def test_a_generated_answer_has_the_length_limit_of_its_task(limit, expected):
     base, letter = base_of(), base_of().tokenizer.convert_tokens_to_ids("a")
 
     def only_one_letter(_, __, logits):
@@ -22,6 +22,6 @@ def test_a_written_answer_ends_where_its_task_says(limit, expected):
 
     base.model.get_output_embeddings().register_forward_hook(only_one_letter)
     task = FREE.model_copy(update={"answer_tokens": limit})
-    panel = SimpleNamespace(task=task, base=base, queries=[[Item({"a": "x", "b": "y"})]], texts=True)
+    panel = SimpleNamespace(task=task, base=base, queries=[[Item({"a": "x", "b": "y"})]], write_texts=True)
     (found,) = answer(panel, [0], [])
     assert found.texts == ["a" * expected]

@@ -1,4 +1,4 @@
-"""An experiment on a tiny model: every method, every exhibit, resumed, redrawn, and nobody's text in it."""
+"""An experiment on a tiny model: every method and exhibit, resuming, reports, and no texts of people in reports."""
 
 import gzip
 import json
@@ -18,13 +18,14 @@ from mta.data.readers.sharing import connected
 from mta.data.splits import PARTS
 from mta.data.tasks import load_task
 from mta.errors import ConfigError, DataError, InputError
-from mta.evaluation.experiments import runner as module
-from mta.evaluation.experiments import workspace as lab_module
-from mta.evaluation.experiments.recipe import Experiment, drawn, load_experiment, names
+from mta.evaluation.experiments import participants as participants_module
+from mta.evaluation.experiments import runner
+from mta.evaluation.experiments.participants import draw_parts
+from mta.evaluation.experiments.recipe import Experiment, load_experiment, names, wanted
 from mta.evaluation.experiments.records import Record, Records, read_records
 from mta.evaluation.experiments.results import Results
 from mta.evaluation.experiments.runner import run_experiment
-from mta.evaluation.experiments.workspace import Lab
+from mta.evaluation.experiments.workspace import Workspace
 from mta.evaluation.lamp_scores import score
 from mta.evaluation.methods import METHODS
 from mta.evaluation.reports.publish import report
@@ -45,10 +46,10 @@ def world(tmp_path_factory):
     return root
 
 
-def lab_of(world: Path, out: Path, *words: str, **how) -> Lab:
+def workspace_of(world: Path, out: Path, *words: str, **how) -> Workspace:
     given = [f"run.base={world / 'base'}", "run.task=movielens-rating", "run.dtype=float32", *words]
     recipe = override(load_experiment("smoke"), given)
-    return Lab.open(recipe, out, str(world / "people.jsonl"), **how)
+    return Workspace.open(recipe, out, str(world / "people.jsonl"), **how)
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +58,7 @@ def finished(world, tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / "smoke"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MTA_CACHE", str(world / "cache"))
-        run_experiment(lab_of(world, out))
+        run_experiment(workspace_of(world, out))
     return out
 
 
@@ -65,7 +66,7 @@ def finished(world, tmp_path_factory):
 
 
 def authors(pairs: int, items: int = 12) -> list[Person]:
-    """Pairs of people who hold copies of one long text, and every fifth of them has few items."""
+    """Pairs of people with copies of one long text; every fifth person has few items."""
     made = []
     for n in range(2 * pairs):
         texts = [f"{'written with somebody ' * 5}{n // 2}", *(f"{'alone ' * 20}{n}/{k}" for k in range(items))]
@@ -81,9 +82,9 @@ def recipe_of(*words: str) -> Experiment:
     return override(load_experiment("lamp5"), ["queries=12", "shots=1", "run.bank.min_items=3", *people, *words])
 
 
-def test_a_recipe_keeps_people_who_share_items_in_one_part():
+def test_people_who_share_items_are_in_one_part():
     people = authors(40)
-    splits, sizes = drawn(recipe_of(), load_task("lamp5"), people)
+    splits, sizes = draw_parts(recipe_of(), load_task("lamp5"), people)
     part = {id: name for name in PARTS for id in getattr(splits, name)}
     for one, other in zip(people[::2], people[1::2]):
         assert len({part[p.id] for p in (one, other) if p.id in part}) <= 1
@@ -91,31 +92,31 @@ def test_a_recipe_keeps_people_who_share_items_in_one_part():
     assert (sizes["people who share items"], sizes["groups"], sizes["test queries trained on"]) == (80, 40, 0)
 
 
-def test_a_recipe_that_separates_them_counts_the_queries_that_are_trained_on(caplog):
+def test_separated_groups_are_counted_as_queries_trained_on(caplog):
     people, recipe = authors(40), recipe_of("people.together=false")
-    _, sizes = drawn(recipe_of("people.together=false"), load_task("lamp5"), people)
+    _, sizes = draw_parts(recipe_of("people.together=false"), load_task("lamp5"), people)
     assert sizes["test queries trained on"] == 0  # the copy is the oldest item: a shot, and no query
-    turned = [Person(p.id, p.items[::-1], group=p.group) for p in people]
-    _, sizes = drawn(recipe, load_task("lamp5"), turned)
+    reversed_people = [Person(p.id, p.items[::-1], group=p.group) for p in people]
+    _, sizes = draw_parts(recipe, load_task("lamp5"), reversed_people)
     assert sizes["test queries trained on"] > 0
-    assert "test queries stand in the histories of people who are trained on" in caplog.text
+    assert "test queries also occur in the histories of training people" in caplog.text
 
 
-def test_a_recipe_draws_people_who_share_nothing_as_ever():
+def test_together_changes_nothing_without_shared_items():
     people = [Person(p.id, p.items) for p in authors(40)]
-    both = [drawn(recipe_of(*words), load_task("lamp5"), people) for words in ((), ("people.together=false",))]
+    both = [draw_parts(recipe_of(*words), load_task("lamp5"), people) for words in ((), ("people.together=false",))]
     assert both[0] == both[1]
     assert "groups" not in both[0][1]
 
 
-def test_results_know_who_shares_items(world, cache, tmp_path, monkeypatch):
-    people, connect = people_of(30, items=8), lab_module.read_people
+def test_results_hold_hashed_groups(world, cache, tmp_path, monkeypatch):
+    people, connect = people_of(30, items=8), participants_module.read_people
 
     def paired(*args, **how):
         return [replace(p, group=f"pair-{n // 2}") for n, p in enumerate(connect(*args, **how))]
 
-    monkeypatch.setattr(lab_module, "read_people", paired)
-    run_experiment(lab_of(world, tmp_path / "run"), ["ablation"])
+    monkeypatch.setattr(participants_module, "read_people", paired)
+    run_experiment(workspace_of(world, tmp_path / "run"), ["ablation"])
     found = Results.read(tmp_path / "run")
     groups = found.comparison("ablation").groups
     assert len(groups) == 4
@@ -149,14 +150,14 @@ def test_smoke_runs_every_registered_method(finished):
 
 
 def test_retrieved_prompts_show_earlier_shots_and_never_what_is_asked(world, finished, cache):
-    lab = lab_of(world, finished)
-    panel = next(lab.panels(lab.recipe.exhibits["retrieved"][1], 0, 3))
+    workspace = workspace_of(world, finished)
+    panel = next(workspace.panels(workspace.recipe.exhibits["retrieved"][1], 0, 3))
     plain = load_task("movielens-rating")
     assert panel.task == panel.bank.task == plain.profiled() == panel.bank.task.profiled()
     for person, queries in zip(panel.people, panel.queries):
-        told = [f"{plain.told(item)}. " for item in person.items]
-        assert [item.fields["profile"] for item in person.items[:2]] == ["", told[0]]
-        assert {item.fields["profile"] for item in queries} <= set(told)
+        texts = [f"{plain.told(item)}. " for item in person.items]
+        assert [item.fields["profile"] for item in person.items[:2]] == ["", texts[0]]
+        assert {item.fields["profile"] for item in queries} <= set(texts)
     folds, _ = panel.folds(2)
     for person, held in zip(folds.people, folds.queries):
         shown = {item.fields["profile"] for item in (*person.items, *held)}
@@ -166,48 +167,46 @@ def test_retrieved_prompts_show_earlier_shots_and_never_what_is_asked(world, fin
     assert by_bank["retrieved"] != by_bank["main"]
 
 
-def test_what_is_finished_is_not_computed_again(world, finished, cache, monkeypatch):
+def test_existing_results_are_not_computed_again(world, finished, cache, monkeypatch):
     before = (finished / "scores.jsonl").read_bytes()
-    monkeypatch.setattr(module, "measured", None)  # would be called for whatever is missing
-    lab = lab_of(world, finished)
-    lab.recipe = lab.recipe.model_copy(
-        update={"exhibits": {k: v for k, v in lab.recipe.exhibits.items() if k not in ("banks", "case")}}
-    )
-    run_experiment(lab)
+    monkeypatch.setattr(runner, "compute_records", None)  # fails if a result is missing
+    workspace = workspace_of(world, finished)
+    run_experiment(workspace, [name for name in wanted(workspace.recipe, "test", ()) if name not in ("banks", "case")])
     assert (finished / "scores.jsonl").read_bytes() == before
 
 
-def test_stopped_and_resumed_equals_undisturbed(world, cache, tmp_path, monkeypatch):
+def test_a_resumed_experiment_equals_an_uninterrupted_one(world, cache, tmp_path, monkeypatch):
     whole, torn = tmp_path / "whole", tmp_path / "torn"
-    run_experiment(lab_of(world, whole), ["ablation"])
-    measured, calls = module.measured, []
+    run_experiment(workspace_of(world, whole), ["ablation"])
+    compute, calls = runner.compute_records, []
 
     def killed(*args):
         calls.append(1)
         if len(calls) == 3:
             (run,) = json.loads((torn / "run.json").read_text())["sittings"]
-            assert run["hours"] is None  # what a kill without warning would leave
+            assert run["hours"] is None  # as a killed process leaves it
             raise KeyboardInterrupt
-        return measured(*args)
+        return compute(*args)
 
-    monkeypatch.setattr(module, "measured", killed)
+    monkeypatch.setattr(runner, "compute_records", killed)
     with pytest.raises(KeyboardInterrupt):
-        run_experiment(lab_of(world, torn), ["ablation"])
+        run_experiment(workspace_of(world, torn), ["ablation"])
     (run,) = json.loads((torn / "run.json").read_text())["sittings"]
     assert (run["exhibits"], run["stopped"]) == (["ablation"], "KeyboardInterrupt")
     with (torn / "scores.jsonl").open("a") as file:
-        file.write('{"key": "torn')  # a line that a kill has cut
-    run_experiment(lab_of(world, torn), ["ablation"])
+        file.write('{"key": "torn')  # an incomplete line of a killed run
+    run_experiment(workspace_of(world, torn), ["ablation"])
     plain = [sorted(r.model_dump_json(exclude={"seconds"}) for r in read_records(f)) for f in (whole, torn)]
     assert plain[0] == plain[1]
 
 
-def test_people_asked_together_or_apart_get_the_same_answers(world, cache, tmp_path, monkeypatch):
+def test_the_batch_size_does_not_change_answers(world, cache, tmp_path, monkeypatch):
     together, apart = tmp_path / "together", tmp_path / "apart"
-    words = ["run.dtype=float64"]  # in float32 rounding decides what a search takes where all is nearly the same
-    run_experiment(lab_of(world, together, *words), ["main", "ablation"])
-    monkeypatch.setattr("mta.evaluation.experiments.workspace.TOGETHER", 1)
-    run_experiment(lab_of(world, apart, *words), ["main", "ablation"])
+    words = ["run.dtype=float64"]  # in float32, rounding decides between candidates with almost equal losses
+    run_experiment(workspace_of(world, together, *words), ["main", "ablation"])
+    monkeypatch.setattr("mta.evaluation.experiments.workspace.BATCH", 1)
+    monkeypatch.setattr("mta.evaluation.experiments.runner.BATCH", 1)
+    run_experiment(workspace_of(world, apart, *words), ["main", "ablation"])
     one, other = ({(r.settings, r.bank, r.person): r for r in read_records(folder)} for folder in (together, apart))
     assert one.keys() == other.keys()
     for key, record in one.items():
@@ -215,7 +214,7 @@ def test_people_asked_together_or_apart_get_the_same_answers(world, cache, tmp_p
         assert record.nll is None or record.nll == pytest.approx(other[key].nll, abs=1.1e-5), key
 
 
-def test_the_report_needs_nothing_but_the_files_and_tells_no_text(finished, tmp_path):
+def test_the_report_needs_only_the_files_and_contains_no_texts(finished, tmp_path):
     out = tmp_path / "results"
     drawn = report([finished], out)
     titles = {line.split(": ", 1)[1] for line in drawn}
@@ -235,7 +234,7 @@ def test_the_report_needs_nothing_but_the_files_and_tells_no_text(finished, tmp_
     assert (again / "people.jsonl" / "README.md").read_text() == (folder / "README.md").read_text()
 
 
-def test_texts_come_only_when_asked_for_and_in_lamps_format(finished, tmp_path):
+def test_texts_are_reported_only_on_request_in_the_lamp_format(finished, tmp_path):
     report([finished], tmp_path, texts=True)
     folder = tmp_path / "people.jsonl"
     assert "Film" in (folder / "README.md").read_text()
@@ -246,8 +245,8 @@ def test_texts_come_only_when_asked_for_and_in_lamps_format(finished, tmp_path):
     assert {row["output"] for row in found["golds"]} <= {"1", "2", "3", "4", "5"}
 
 
-def test_development_people_are_others_and_have_a_folder_of_their_own(world, finished, cache):
-    run_experiment(lab_of(world, finished, which="development"), ["ablation"])
+def test_development_people_are_not_test_people_and_have_their_own_folder(world, finished, cache):
+    run_experiment(workspace_of(world, finished, which="development"), ["ablation"])
     test, development = ({r.person for r in read_records(f)} for f in (finished, finished / "development"))
     assert len(development) == 2
     assert not test & development
@@ -259,42 +258,45 @@ def test_two_sets_give_one_table(finished, tmp_path):
     assert "| MTA |" in (tmp_path / "README.md").read_text()
 
 
-def test_parts_are_disjoint_and_small_sets_give_every_part_somebody(world, cache, tmp_path):
-    lab = lab_of(world, tmp_path)
-    parts = [set(getattr(lab.splits, name)) for name in ("task", "candidates", "development", "test")]
+def test_parts_are_disjoint_and_not_empty(world, cache, tmp_path):
+    workspace = workspace_of(world, tmp_path)
+    parts = [
+        set(getattr(workspace.participants.splits, name)) for name in ("task", "candidates", "development", "test")
+    ]
     assert all(parts)
     assert sum(map(len, parts)) == len(set.union(*parts))
-    assert json.loads((tmp_path / "sizes.json").read_text())["test"] == len(lab.splits.test) == 4
+    assert json.loads((tmp_path / "sizes.json").read_text())["test"] == len(workspace.participants.splits.test) == 4
 
 
-def test_results_of_written_answers_are_those_of_one_limit(world, cache, tmp_path):
-    """Records made with another limit are computed again; labels are scored, whatever the limit is."""
+def test_the_answer_limit_is_part_of_the_key_of_generated_answers(world, cache, tmp_path):
+    """The key of label scores does not depend on the limit."""
 
     def keys(task, tokens):
-        lab = lab_of(world, tmp_path / "runs", f"run.task={task}")
-        lab.task = lab.task.model_copy(update={"answer_tokens": tokens})
-        method = METHODS["base"]()
-        return {lab.key(part.model_copy(update={"texts": True}), method, 0, 3) for part in lab.recipe.exhibits["main"]}
+        opened = workspace_of(world, tmp_path / "runs", f"run.task={task}")
+        limited = opened.participants.task.model_copy(update={"answer_tokens": tokens})
+        workspace = replace(opened, participants=replace(opened.participants, task=limited))
+        parts = [part.model_copy(update={"texts": True}) for part in workspace.recipe.exhibits["main"]]
+        return {workspace.key(part, METHODS["base"](), 0, 3) for part in parts}
 
     assert keys("movielens-rating", 9) == keys("movielens-rating", 10)
     assert keys(str(written(tmp_path)), 9).isdisjoint(keys(str(written(tmp_path)), 10))
 
 
 def written(folder: Path) -> Path:
-    """The same people's items as free text."""
+    """Write a task with the same items as free text, and return its path."""
     task = {"name": "stars", "item": {"prompt": "{title} {genres}", "target": "rating"}}
     (folder / "stars.yaml").write_text(json.dumps({**task, "text": "{title}", "metric": "rouge"}))
     return folder / "stars.yaml"
 
 
-def test_mistakes_are_told(world, cache, tmp_path):
-    lab = lab_of(world, tmp_path / "one")
+def test_mistakes_are_refused(world, cache, tmp_path):
+    workspace = workspace_of(world, tmp_path / "one")
     with pytest.raises(InputError, match="no exhibit 'figure9'"):
-        run_experiment(lab, ["figure9"])
+        run_experiment(workspace, ["figure9"])
     with pytest.raises(ConfigError, match="begun with other sizes"):
-        lab_of(world, tmp_path / "one", "people.test=3")
+        workspace_of(world, tmp_path / "one", "people.test=3")
     with pytest.raises(InputError, match="brings no data"):
-        Lab.open(load_experiment("lamp3"), tmp_path)
+        Workspace.open(load_experiment("lamp3"), tmp_path)
     with pytest.raises(ConfigError, match="no such method: 'oppo'"):
         override(load_experiment("smoke"), ["exhibits.main=[{methods: [oppo]}]"])
     two = "[{methods: [{method: merge, name: twice}, {method: mta, name: twice}]}]"
@@ -306,7 +308,7 @@ def test_mistakes_are_told(world, cache, tmp_path):
         read_records(tmp_path / "one")
 
 
-def test_a_recipe_lies_over_one_beside_it(tmp_path):
+def test_a_recipe_extends_a_recipe_in_the_same_folder(tmp_path):
     (tmp_path / "below.yaml").write_text("over: smoke\nqueries: 1\n")
     (tmp_path / "above.yaml").write_text("over: below.yaml\nshots: 2\ntuned: {OPPU: {training: {steps: 1}}}\n")
     found = load_experiment(tmp_path / "above.yaml")
@@ -317,7 +319,7 @@ def test_a_recipe_lies_over_one_beside_it(tmp_path):
         load_experiment(tmp_path / "missing.yaml")
 
 
-def test_records_know_what_is_there(tmp_path):
+def test_records_find_missing_results(tmp_path):
     where = {"key": "k", "settings": "s", "method": "m", "bank": "main", "seed": 0, "shots": 8, "person": "p"}
     row = Record(**where, metrics={"MAE": 1.0}, nll=None, seconds=0, bytes=0)
     records = Records(tmp_path)
@@ -331,7 +333,7 @@ def test_records_know_what_is_there(tmp_path):
 
 
 def lamp_files(folder: Path, name: str, people: int = 30, items: int = 8) -> Path:
-    """Questions and outputs as LaMP lays them out, made up."""
+    """Write invented questions and outputs in the LaMP format."""
     words = {
         "lamp1": (
             'For an author who has written the paper with the title "Study {n}", which reference is related? Just '
@@ -358,12 +360,12 @@ def lamp_files(folder: Path, name: str, people: int = 30, items: int = 8) -> Pat
     question, profile, output = words[name]
     rows, golds = [], []
     for n in range(people):
-        told = [{k: v.format(n=10 * n + i) for k, v in profile.items()} for i in range(items)]
+        fields = [{k: v.format(n=10 * n + i) for k, v in profile.items()} for i in range(items)]
         rows.append(
             {
                 "id": f"{n}",
                 "input": question.format(n=n),
-                "profile": [{"id": f"{n}-{i}", **one} for i, one in enumerate(told)],
+                "profile": [{"id": f"{n}-{i}", **one} for i, one in enumerate(fields)],
             }
         )
         golds.append({"id": f"{n}", "output": output.format(n=n, odd=1 + n % 2)})
@@ -373,15 +375,15 @@ def lamp_files(folder: Path, name: str, people: int = 30, items: int = 8) -> Pat
 
 
 @pytest.mark.parametrize("name", ["lamp1", "lamp2", "lamp5", "lamp7"])
-def test_every_kind_of_lamp_task_goes_through_every_method(world, cache, tmp_path, name):
+def test_every_method_runs_on_every_kind_of_lamp_task(world, cache, tmp_path, name):
     """Queries unlike the history, closed and open answers, items without an input."""
     data = lamp_files(tmp_path, name)
     tiny = load_experiment("smoke").model_dump(mode="json", include={"people", "few", "shots", "seeds", "run"})
     recipe = load_experiment(name)
     given = {**recipe.model_dump(mode="json"), **tiny, "queries": 1}
     given["run"] = {**tiny["run"], "task": name, "base": str(world / "base"), "dtype": "float32"}
-    lab = Lab.open(Experiment.model_validate(given), tmp_path / "runs", str(data))
-    run_experiment(lab, ["main", "case"])
+    workspace = Workspace.open(Experiment.model_validate(given), tmp_path / "runs", str(data))
+    run_experiment(workspace, ["main", "case"])
     main = Results.read(tmp_path / "runs").comparison("main")
     names_of = {row.name for row in main.rows}
     assert {"MTA", "MTA + RAG", "PAG", "Per-Pcs", "PriME-style", "MTA, chosen"} <= names_of
@@ -389,8 +391,8 @@ def test_every_kind_of_lamp_task_goes_through_every_method(world, cache, tmp_pat
     assert main.primary in main.row("MTA").people
     report([tmp_path / "runs"], tmp_path / "report", texts=True)
     answers = next((tmp_path / "report").rglob("answers"))
-    golds = read_answers(answers / "golds-3.json", lab.task)
+    golds = read_answers(answers / "golds-3.json", workspace.participants.task)
     assert golds.keys() < {str(n) for n in range(30)}  # the benchmark's own ids
     for path in answers.glob("*-main-3-0.json"):
-        scored = score(lab.task, read_answers(path, lab.task, empty=True), golds)
+        scored = score(workspace.participants.task, read_answers(path, workspace.participants.task, empty=True), golds)
         assert all(0 <= value <= 5 for value in scored.values())

@@ -1,4 +1,4 @@
-"""The benchmark's scores, worked out by hand."""
+"""The benchmark's scores against examples computed by hand."""
 
 import json
 
@@ -16,25 +16,25 @@ def numbered(*texts):
     return {str(number): text for number, text in enumerate(texts)}
 
 
-def test_tags_are_matched_as_they_are_written_and_f1_is_over_all_labels():
+def test_tags_match_exactly_and_f1_averages_all_labels():
     # comedy: 1 right, 1 missed, none wrong; action the same: F1 2/3 each. Nothing is of the other 13 labels: 0.
     found = score(TAG, numbered("comedy", "Comedy", "", " action\n"), numbered("comedy", "comedy", "action", "action"))
     assert found == {"accuracy": 0.5, "F1": pytest.approx(2 * (2 / 3) / 15)}
 
 
-def test_a_label_that_was_said_in_vain_counts_against_itself():
+def test_a_wrong_label_lowers_its_own_f1():
     # comedy: 1 right, 1 wrong: precision 1/2, recall 1, F1 2/3. action: missed once: 0.
     found = score(TAG, numbered("comedy", "comedy"), numbered("comedy", "action"))
     assert found == {"accuracy": 0.5, "F1": pytest.approx((2 / 3) / 15)}
 
 
-def test_ratings_that_are_no_numbers_are_as_wrong_as_can_be_and_errors_are_pooled():
+def test_ratings_that_are_not_numbers_get_the_largest_error():
     # |4-5| = 1; of 1 and 5 the farther from 2 is 5: 3; 0.5; an empty answer to 3: 2.
     found = score(RATING, numbered("4", "bad", "2.5", ""), numbered("5", "2", "3", "3"))
     assert found == {"MAE": pytest.approx(6.5 / 4), "RMSE": pytest.approx((14.25 / 4) ** 0.5)}
 
 
-def test_headlines_are_compared_word_by_word_without_stems_or_case():
+def test_headlines_are_compared_without_stemming_or_case():
     # Two of three words each way, in order; "runs" is not "run"; nothing has no word.
     said, true = numbered("The cat sat.", "dog run", ""), numbered("the cat ran", "Dog runs", "a b")
     found = score(HEADLINE, said, true)
@@ -49,7 +49,7 @@ def test_headlines_are_compared_word_by_word_without_stems_or_case():
         ({}, {}, "no question to score"),
     ],
 )
-def test_every_question_is_answered_and_no_other(said, true, message):
+def test_answers_must_match_the_questions(said, true, message):
     with pytest.raises(InputError, match=message):
         score(RATING, said, true)
 
@@ -60,7 +60,7 @@ def written(path, answers):
     return path
 
 
-def test_a_model_may_answer_nothing_a_gold_may_not(tmp_path):
+def test_an_answer_may_be_empty_but_a_gold_may_not(tmp_path):
     path = written(tmp_path / "predictions.json", {"10": "4", "20": ""})
     assert read_answers(path, RATING, empty=True) == {"10": "4", "20": ""}
     with pytest.raises(DataError, match=r"predictions\.json:\d+: field 'output': empty"):
@@ -69,7 +69,7 @@ def test_a_model_may_answer_nothing_a_gold_may_not(tmp_path):
         read_answers(path, HEADLINE)
 
 
-def test_golds_are_found_beside_their_questions(tmp_path):
+def test_golds_are_found_in_the_folder_of_their_questions(tmp_path):
     (tmp_path / "dev_questions.json").write_text("[]")
     with pytest.raises(DataError, match="no outputs file beside"):
         read_answers(tmp_path, RATING)

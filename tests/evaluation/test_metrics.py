@@ -23,7 +23,7 @@ def drawn(task, queries=40, seed=0):
 def test_ratings_are_measured_as_sklearn_does():
     scores, golds = drawn(RATING)
     answers = from_scores(RATING, scores)
-    found = measure(RATING, answers, golds)
+    found = measure(RATING, answers, golds).metrics
     true, said = [float(g) for g in golds], [float(t) for t in answers.texts]
     medians = [float(m) for m in median_labels(RATING, scores)]
     assert next(iter(found)) == primary(RATING) == "MAE"
@@ -36,7 +36,7 @@ def test_ratings_are_measured_as_sklearn_does():
 
 def test_tags_are_measured_as_sklearn_does():
     scores, golds = drawn(TAG)
-    found = measure(TAG, from_scores(TAG, scores), golds)
+    found = measure(TAG, from_scores(TAG, scores), golds).metrics
     order = sorted(range(len(TAG.labels)), key=lambda i: TAG.labels[i])  # log_loss wants its labels sorted
     shares = scores.softmax(1)[:, order].numpy()
     assert list(found) == ["accuracy", "NLL"]
@@ -46,16 +46,16 @@ def test_tags_are_measured_as_sklearn_does():
 
 
 def test_without_scores_there_is_no_likelihood():
-    assert list(measure(RATING, Answers(["3", "3"]), ["3", "5"])) == ["MAE", "RMSE", "accuracy"]
+    assert list(measure(RATING, Answers(["3", "3"]), ["3", "5"]).metrics) == ["MAE", "RMSE", "accuracy"]
 
 
 @pytest.mark.parametrize(("gold", "distance"), [("1", 4), ("2", 3), ("3", 2), ("4", 3), ("5", 4)])
-def test_what_is_no_number_counts_as_the_farther_extreme(gold, distance):
-    assert measure(RATING, Answers(["four stars"]), [gold])["MAE"] == distance
+def test_text_that_is_not_a_number_counts_as_the_farther_extreme(gold, distance):
+    assert measure(RATING, Answers(["four stars"]), [gold]).metrics["MAE"] == distance
 
 
 def test_a_number_outside_the_labels_counts_as_it_is():
-    assert measure(RATING, Answers(["7", " 4 "]), ["4", "4"])["MAE"] == 1.5
+    assert measure(RATING, Answers(["7", " 4 "]), ["4", "4"]).metrics["MAE"] == 1.5
 
 
 @pytest.mark.parametrize(
@@ -70,8 +70,8 @@ def test_a_number_outside_the_labels_counts_as_it_is():
 def test_median_label_by_hand(shares, median):
     scores = (torch.tensor([shares], dtype=torch.float64) + 1e-12).log()
     assert median_labels(RATING, scores) == [median]
-    turned = RATING.model_copy(update={"labels": ("5", "4", "3", "2", "1")})
-    assert median_labels(turned, scores.flip(1)) == [median]
+    reversed_task = RATING.model_copy(update={"labels": ("5", "4", "3", "2", "1")})
+    assert median_labels(reversed_task, scores.flip(1)) == [median]
 
 
 def test_median_label_has_the_least_expected_error():
@@ -90,7 +90,7 @@ def test_likelihood_by_hand():
 
 def test_texts_are_measured_as_rouge_does():
     texts, golds = ["the cat sat", "a dog", "nothing alike"], ["the cat", "A dog!", "other words"]
-    found = measure(HEADLINE, Answers(texts), golds)
+    found = measure(HEADLINE, Answers(texts), golds).metrics
     scorer = RougeScorer(["rouge1", "rougeL"], use_stemmer=False)
     for name, key in (("ROUGE-1", "rouge1"), ("ROUGE-L", "rougeL")):
         assert found[name] == pytest.approx(sum(scorer.score(g, t)[key].fmeasure for g, t in zip(golds, texts)) / 3)
@@ -98,7 +98,7 @@ def test_texts_are_measured_as_rouge_does():
     assert next(iter(found)) == primary(HEADLINE)
 
 
-def test_bootstrap_covers_the_mean_as_often_as_it_says():
+def test_bootstrap_intervals_cover_the_mean_at_their_rate():
     generator = torch.Generator().manual_seed(3)
     samples = torch.randn(300, 40, generator=generator, dtype=torch.float64)
     found = [bootstrap(sample, seed, times=800) for seed, sample in enumerate(samples)]
@@ -117,7 +117,7 @@ def test_bootstrap_is_fixed_by_its_seed_and_shrinks_with_people():
     assert bootstrap(torch.full((9,), 0.5)) == Interval(0.5, 0.5, 0.5)
 
 
-def test_bootstrap_of_people_who_share_nothing_draws_what_it_always_drew():
+def test_bootstrap_without_groups_equals_plain_resampling():
     values = torch.randn(30, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
     draws = torch.randint(30, (10_000, 30), generator=torch.Generator().manual_seed(0))
     low, high = torch.quantile(values[draws].mean(1), torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
@@ -133,7 +133,7 @@ def test_bootstrap_draws_people_of_one_group_together():
     assert bootstrap(values, groups=["g"] * 4) == Interval(1.5, 1.5, 1.5)
 
 
-def test_bootstrap_covers_the_mean_of_people_who_come_in_pairs():
+def test_bootstrap_intervals_cover_the_mean_of_pairs():
     samples = torch.randn(300, 30, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
     pairs, groups = samples.repeat_interleave(2, 1), [f"pair-{n // 2}" for n in range(60)]
     found = [bootstrap(sample, seed, times=800, groups=groups) for seed, sample in enumerate(pairs)]
@@ -144,7 +144,7 @@ def test_bootstrap_covers_the_mean_of_people_who_come_in_pairs():
     assert wider == pytest.approx(2**0.5, rel=0.05)
 
 
-def test_student_t_as_in_the_books():
+def test_student_t_equals_published_values():
     assert student_t(10) == pytest.approx(2.262, abs=1e-3)
     assert student_t(2) == pytest.approx(12.706, abs=1e-3)
 

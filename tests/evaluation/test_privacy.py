@@ -1,4 +1,4 @@
-"""Attacks on a bank: the arithmetic by hand and against scikit-learn's, the protocol on a bank that learnt by heart."""
+"""Attacks on a bank: the arithmetic against scikit-learn, and the protocol on a bank that memorized its items."""
 
 import io
 import json
@@ -20,8 +20,19 @@ from mta.bank.task_lora import pooled_items
 from mta.config import Lora, MergeSettings, Privacy, StackSettings, Training
 from mta.data.history import Item, Person
 from mta.errors import AnchorNotFound, InputError
-from mta.evaluation.privacy import report as exposure
-from mta.evaluation.privacy.evaluator import ANCHORS, ANOTHER, OWN, PERSONAL, POOL, SHOTS, Exam, spread
+from mta.evaluation.context import Context
+from mta.evaluation.privacy import report as privacy_report
+from mta.evaluation.privacy.evaluator import (
+    ANCHORS,
+    ANOTHER,
+    OWN,
+    PERSONAL,
+    POOL,
+    SHOTS,
+    MembershipEvaluator,
+    NumberedItems,
+    spread,
+)
 from mta.evaluation.privacy.membership import (
     Trials,
     attack,
@@ -32,7 +43,7 @@ from mta.evaluation.privacy.membership import (
     tpr_at,
 )
 from mta.evaluation.privacy.runner import Findings, merges, privacy
-from mta.evaluation.privacy.sampling import cast
+from mta.evaluation.privacy.sampling import sample_people
 from mta.evaluation.protocol import Panel
 from mta.lora.batch import join
 from mta.lora.layers import Shared
@@ -51,7 +62,7 @@ EVERYBODY = [*STRANGERS, *CANDIDATES, *TASK_PEOPLE]
 
 
 def kinds(members, others):
-    """Which are members, and everybody's scores."""
+    """Return membership and scores of members and others."""
     return np.array([True] * len(members) + [False] * len(others)), np.array([*members, *others], dtype=float)
 
 
@@ -66,7 +77,7 @@ def test_a_tpr_by_hand():
     # One of a hundred may pass, 99; a threshold that lets 98 pass lets two of the others pass.
     assert tpr_at(*kinds([99.5, 98.5, 98, 50], others)) == 0.5
     assert tpr_at(*kinds([99.5, 98.5, 98, 50], others), fpr=0.02) == 0.75
-    assert tpr_at(*kinds([50, 20], [60, 10])) == 0.0  # 1% of two is nobody
+    assert tpr_at(*kinds([50, 20], [60, 10])) == 0.0  # 1% of two is less than one
     assert tpr_at(*kinds([70, 20], [60, 10])) == 0.5
 
 
@@ -74,7 +85,7 @@ small = st.lists(st.integers(-5, 5), min_size=1, max_size=12)
 
 
 @given(small, small)
-def test_an_auc_is_blind_to_monotone_transforms_and_turns_with_the_sign(members, others):
+def test_an_auc_ignores_monotone_transforms_and_flips_with_the_sign(members, others):
     member, scores = kinds(members, others)
     assert auc(member, scores**3 + 2 * scores) == pytest.approx(auc(member, scores))
     assert auc(member, -scores) == pytest.approx(1 - auc(member, scores))
@@ -84,7 +95,7 @@ def test_an_auc_is_blind_to_monotone_transforms_and_turns_with_the_sign(members,
 
 @st.composite
 def weighted(draw):
-    """Trials under a few models with whole weights: as if each had come so many times."""
+    """Trials under a few models, with integer weights that equal repetitions."""
     n = draw(st.integers(4, 16))
     member = np.array([True, False, *draw(st.lists(st.booleans(), min_size=n - 2, max_size=n - 2))])
     model = np.array(draw(st.lists(st.integers(0, 2), min_size=n, max_size=n)))
@@ -115,7 +126,7 @@ def test_resamples_are_scikit_learns_with_weights(drawn):
 
 
 def crowd(per_person, alike, seed=0):
-    """40 members and 40 others with ``per_person`` items each; a person's items score ``alike`` or each its own."""
+    """40 members and 40 others with ``per_person`` items each; ``alike``: all items of a person have one score."""
     chance, people = np.random.default_rng(seed), np.arange(80).repeat(per_person)
     member = people < 40
     scores = member * 0.8 + (chance.normal(size=80)[people] if alike else chance.normal(size=len(people)))
@@ -123,7 +134,7 @@ def crowd(per_person, alike, seed=0):
 
 
 def test_an_attack_is_the_auc_within_each_model():
-    """Between models nothing is compared: one that finds everything likelier does not hide what each tells."""
+    """Scores of different models are not compared, so that a model with higher scores for all items changes nothing."""
     trials = Trials(np.array([0, 0, 0, 1, 1]), np.arange(5), np.array([True, False, False, True, False]))
     found = attack(trials, np.array([2.0, 1.0, 3.0, 20.0, 30.0]))
     assert found.auc.mean == pytest.approx((2 * 0.5 + 1 * 0.0) / 3)  # weighed by their pairs
@@ -138,12 +149,12 @@ def test_people_are_resampled_and_not_items():
     assert few.low <= few.mean <= few.high
 
 
-def test_the_items_of_a_models_own_person_come_with_the_model():
+def test_items_of_a_models_own_person_are_drawn_with_the_model():
     trials, scores = crowd(5, True)
     own = Trials(trials.person % 40, np.full(len(scores), -1), trials.member)
     assert attack(own, scores).auc.high > attack(own, scores).auc.low
     alone = Trials(np.zeros(len(scores), dtype=int), own.person, trials.member)
-    assert attack(alone, scores).auc.high == pytest.approx(attack(alone, scores).auc.low)  # nobody to draw
+    assert attack(alone, scores).auc.high == pytest.approx(attack(alone, scores).auc.low)  # only one model to draw
 
 
 def test_a_rank_correlation_by_hand():
@@ -155,7 +166,7 @@ def test_a_rank_correlation_by_hand():
 
 
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=7), st.integers(1, 20), st.integers(0, 50))
-def test_items_are_taken_evenly_and_once(sizes, count, turn):
+def test_spread_takes_items_evenly_and_once(sizes, count, turn):
     sets = [[100 * n + i for i in range(size)] for n, size in enumerate(sizes)]
     found = spread(sets, count, turn)
     assert len(found) == len(set(found)) <= count
@@ -165,9 +176,9 @@ def test_items_are_taken_evenly_and_once(sizes, count, turn):
     assert spread([], count, turn) == []
 
 
-# -- who takes which part ----------------------------------------------------------------------------------------------
+# -- selection of people ----------------------------------------------------------------------------------------------
 
-BY_HEART = TINY_RUN.model_copy(
+MEMORIZING = TINY_RUN.model_copy(
     update={
         "bank": TINY_RUN.bank.model_copy(
             update={
@@ -184,26 +195,26 @@ BY_HEART = TINY_RUN.model_copy(
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """Base and a bank whose anchors know their few items by heart."""
+    """Base and a bank whose anchors memorized their few items."""
     root = tmp_path_factory.mktemp("privacy")
     base, task = base_of(), "movielens-rating"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("MTA_CACHE", str(root / "cache"))
         from mta.data.tasks import load_task
 
-        build_bank(base, load_task(task), HashEncoder(), TASK_PEOPLE, CANDIDATES, BY_HEART, root / "bank")
+        build_bank(base, load_task(task), HashEncoder(), TASK_PEOPLE, CANDIDATES, MEMORIZING, root / "bank")
         yield base, Bank.open(root / "bank", base)
 
 
 @pytest.fixture(scope="module")
 def found(world) -> Findings:
     base, bank = world
-    return privacy(base, bank, BY_HEART, EVERYBODY, SETTINGS, encoder=HashEncoder())
+    return privacy(base, bank, MEMORIZING, EVERYBODY, SETTINGS, encoder=HashEncoder())
 
 
-def test_everybody_takes_the_part_the_bank_knows_them_by(world):
+def test_people_have_the_part_that_the_bank_records(world):
     bank = world[1]
-    parts = cast(bank, EVERYBODY, SETTINGS, seed=0)
+    parts = sample_people(bank, EVERYBODY, SETTINGS, seed=0)
     kind = {person.id: bank.info.members.artefacts_of(person.id) for person in EVERYBODY}
     assert [kind[person.id] for person in parts.anchors] == [["clusters", "anchor"]] * len(bank)
     assert [person.id for person in parts.anchors] == sorted(person.id for person in parts.anchors)
@@ -220,15 +231,17 @@ def test_everybody_takes_the_part_the_bank_knows_them_by(world):
 def test_the_task_loras_items_are_those_it_was_trained_on(world):
     bank = world[1]
     pooled = set(map(id, pooled_items(TASK_PEOPLE, bank.info.run.task_lora, bank.info.run.seed)))
-    parts = cast(bank, EVERYBODY, SETTINGS, seed=0)
+    parts = sample_people(bank, EVERYBODY, SETTINGS, seed=0)
     assert {person.id for person in parts.pool} == {person.id for person in TASK_PEOPLE}
     assert set(map(id, (item for person in parts.pool for item in person.items))) <= pooled
-    assert cast(bank, EVERYBODY[:-1], SETTINGS, seed=0).pool == []  # one is missing: who knows which items were pooled
+    assert (
+        sample_people(bank, EVERYBODY[:-1], SETTINGS, seed=0).pool == []
+    )  # one is missing: who knows which items were pooled
 
 
-def test_of_many_others_a_thousand_items_are_enough(world):
+def test_at_most_about_a_thousand_items_of_others_are_sampled(world):
     many = people_of(300, prefix="crowd-", seed=9)
-    parts = cast(world[1], [*many, *CANDIDATES], SETTINGS, seed=0)
+    parts = sample_people(world[1], [*many, *CANDIDATES], SETTINGS, seed=0)
     assert len(parts.others) == 296
     assert {len(person.items) for person in parts.others} == {4}
 
@@ -236,19 +249,19 @@ def test_of_many_others_a_thousand_items_are_enough(world):
 def test_people_who_share_items_with_the_bank_or_a_target_are_not_among_the_others(world):
     member, anchor_s_kin = (replace(one, group="m") for one in (CANDIDATES[0], STRANGERS[0]))
     pairs = [replace(one, group=f"pair-{n // 2}") for n, one in enumerate(STRANGERS[2:])]
-    parts = cast(world[1], [member, anchor_s_kin, *CANDIDATES[1:], *pairs, STRANGERS[1]], SETTINGS, seed=0)
+    parts = sample_people(world[1], [member, anchor_s_kin, *CANDIDATES[1:], *pairs, STRANGERS[1]], SETTINGS, seed=0)
     assert anchor_s_kin.id not in {person.id for person in (*parts.targets, *parts.others)}
     targets = {person.group for person in parts.targets}
-    kept = [person.id for person in pairs if person.group not in targets]
-    assert {person.id for person in parts.others} - {STRANGERS[1].id} == set(kept)
+    expected = [person.id for person in pairs if person.group not in targets]
+    assert {person.id for person in parts.others} - {STRANGERS[1].id} == set(expected)
 
 
-def test_the_same_seed_draws_the_same_whatever_the_order(world):
-    one, again = (cast(world[1], people, SETTINGS, seed=3) for people in (EVERYBODY, EVERYBODY[::-1]))
+def test_the_sample_does_not_depend_on_the_order_of_people(world):
+    one, again = (sample_people(world[1], people, SETTINGS, seed=3) for people in (EVERYBODY, EVERYBODY[::-1]))
     assert one.targets == again.targets
     assert sorted(one.others, key=lambda p: p.id) == sorted(again.others, key=lambda p: p.id)
     assert one.anchors == again.anchors
-    assert one.targets != cast(world[1], EVERYBODY, SETTINGS, seed=4).targets
+    assert one.targets != sample_people(world[1], EVERYBODY, SETTINGS, seed=4).targets
 
 
 @pytest.mark.parametrize(
@@ -259,11 +272,11 @@ def test_the_same_seed_draws_the_same_whatever_the_order(world):
             "0 of the bank's 6 anchors are among the 24 people given; all are needed",
             "built from, and others",
         ),
-        (CANDIDATES, "0 of 24 people are in nothing of the bank", "was not built from beside its own"),
-        ([*CANDIDATES, STRANGERS[0]], "1 of 25 people are in nothing of the bank, 1 of them", "lower shots="),
+        (CANDIDATES, "0 of 24 people are outside the bank", "was not built from, in addition to its own"),
+        ([*CANDIDATES, STRANGERS[0]], "1 of 25 people are outside the bank, 1 of them", "lower shots="),
         (
             [*CANDIDATES, *(person.first(2) for person in STRANGERS)],
-            "24 of 48 people are in nothing of the bank, 0 of them with more than 2 items",
+            "24 of 48 people are outside the bank, 0 of them with more than 2 items",
             "lower shots=",
         ),
         (
@@ -273,27 +286,27 @@ def test_the_same_seed_draws_the_same_whatever_the_order(world):
         ),
     ],
 )
-def test_whoever_is_missing_is_said(world, people, message, hint):
+def test_missing_people_are_refused(world, people, message, hint):
     with pytest.raises(InputError) as refused:
-        cast(world[1], people, SETTINGS, seed=0)
+        sample_people(world[1], people, SETTINGS, seed=0)
     assert message in refused.value.message
     assert hint in refused.value.hint
 
 
-def test_a_merge_that_cannot_be_made_is_refused_first(world):
-    run = BY_HEART.model_copy(update={"merge": MergeSettings(k=9)})
+def test_an_impossible_merge_is_refused_first(world):
+    run = MEMORIZING.model_copy(update={"merge": MergeSettings(k=9)})
     with pytest.raises(AnchorNotFound, match=r"merge\.k is 9, but the bank has 6 anchors"):
         privacy(*world, run, STRANGERS, SETTINGS, encoder=HashEncoder())
 
 
-# -- what is found -----------------------------------------------------------------------------------------------------
+# -- findings -----------------------------------------------------------------------------------------------------
 
 
 def strongest(row):
     return list(row.attacks.values())[-1]
 
 
-def test_what_was_learnt_by_heart_is_found_and_the_base_knows_nothing(found):
+def test_memorized_items_are_found_and_the_base_shows_nothing(found):
     own, base = found.row(ANCHORS, OWN), found.row(ANCHORS, "base")
     assert own.attacks["loss"].auc.mean > 0.9
     assert own.attacks["over task LoRA"].auc.low > 0.75
@@ -302,13 +315,13 @@ def test_what_was_learnt_by_heart_is_found_and_the_base_knows_nothing(found):
     assert strongest(another).auc.mean < strongest(own).auc.mean - 0.2
 
 
-def test_fewer_and_heavier_anchors_tell_more(found):
+def test_fewer_anchors_with_larger_weights_reveal_more(found):
     alone, everyone = (strongest(found.row(ANCHORS, f"uniform, K = {k}")).auc.mean for k in (1, 6))
     assert alone > everyone > 0.5
     assert found.weights.mean > 0
 
 
-def test_a_stack_trained_hard_tells_of_a_persons_shots(found):
+def test_a_heavily_trained_stack_reveals_shots(found):
     merged, personal = found.row(SHOTS, "posterior, K = 6"), found.row(SHOTS, PERSONAL)
     assert personal.attacks["loss"].auc.mean > 0.8
     assert strongest(personal).auc.mean > strongest(merged).auc.mean
@@ -327,45 +340,47 @@ def test_every_kind_of_model_has_its_row(found):
         assert list(row.attacks) == ["loss", "over base", "over task LoRA"][: 1 + below]
 
 
-def test_others_are_never_targets_and_each_is_asked_once(world):
+def test_others_are_never_targets_and_each_item_is_asked_once(world):
     base, bank = world
-    exam = examined(base, bank)
-    targets = {exam.whose[n] for sets in (exam.shots, exam.later) for numbers in sets for n in numbers}
-    assert not targets & {exam.whose[n] for n in exam.others}
-    assert sorted(n for theirs in exam._dealt(4) for n in theirs) == exam.others
+    items = evaluator_of(base, bank).items
+    targets = {items.owners[n] for sets in (items.shots, items.later) for numbers in sets for n in numbers}
+    assert not targets & {items.owners[n] for n in items.others}
+    assert sorted(n for numbers in items.others_of(4) for n in numbers) == items.others
 
 
-def examined(base, bank) -> Exam:
-    parts = cast(bank, EVERYBODY, SETTINGS, seed=0)
-    shots = [person.first(2) for person in parts.targets]
-    panel = Panel(base, bank, HashEncoder(), BY_HEART, shots, [()] * len(shots), texts=False)
-    return Exam(panel, parts, SETTINGS.items)
+def evaluator_of(base, bank) -> MembershipEvaluator:
+    sample = sample_people(bank, EVERYBODY, SETTINGS, seed=0)
+    shots = [person.first(2) for person in sample.targets]
+    context = Context(base, bank, HashEncoder(), MEMORIZING)
+    panel = Panel.asking(context, shots, [()] * len(shots), write_texts=False)
+    items = NumberedItems.of(sample, [len(person.items) for person in shots])
+    return MembershipEvaluator(panel, items, sample.trained, SETTINGS.items)
 
 
-def test_an_anchors_row_is_that_of_the_plain_way(world):
-    """One meta-LoRA at a time over the task LoRA, each item's loss by itself, the AUC of scikit-learn."""
+def test_the_row_of_an_anchor_equals_a_plain_computation(world):
+    """Plain: one meta-LoRA at a time over the task LoRA, one item at a time, and scikit-learn's AUC."""
     base, bank = world
-    exam = examined(base, bank)
-    exam.references()
-    exam.meta_loras()
+    evaluator = evaluator_of(base, bank)
+    items = evaluator.items
+    references, _ = evaluator.references()
+    row = next(row for row in evaluator.meta_lora_rows(references) if row.name == OWN)
     won, pairs = 0.0, 0
-    for anchor, own in enumerate(exam.anchors):
-        others = exam.others[anchor :: len(bank)]
+    for anchor, own in enumerate(items.anchors):
+        others = items.others[anchor :: len(bank)]
         adapters = [Shared(join([bank.task_lora, bank.anchors.select([anchor])]))]
-        items = [exam.items[n] for n in (*own, *others)]
-        scores = label_scores(base, bank.task, [[item] for item in items], adapters, packed=False)
-        gold = [bank.task.labels.index(bank.task.target(item)) for item in items]
+        asked = [items.items[n] for n in (*own, *others)]
+        scores = label_scores(base, bank.task, [[item] for item in asked], adapters, packed=False)
+        gold = [bank.task.labels.index(bank.task.target(item)) for item in asked]
         loss = [-float(one.log_softmax(1)[0, label]) for one, label in zip(scores, gold)]
-        member = np.arange(len(items)) < len(own)
+        member = np.arange(len(asked)) < len(own)
         won += auc(member, -np.array(loss)) * len(own) * len(others)
         pairs += len(own) * len(others)
-    row = next(row for row in exam.rows if row.name == OWN)
     assert row.attacks["loss"].auc.mean == pytest.approx(won / pairs, abs=1e-9)
 
 
 def test_the_same_seed_gives_the_same_numbers(world, found):
-    again = privacy(*world, BY_HEART, EVERYBODY, SETTINGS, encoder=HashEncoder())
-    assert exposure.to_json(again) == exposure.to_json(found)
+    again = privacy(*world, MEMORIZING, EVERYBODY, SETTINGS, encoder=HashEncoder())
+    assert privacy_report.to_json(again) == privacy_report.to_json(found)
 
 
 def test_without_task_lora_and_stack_their_rows_are_missing(tmp_path, cache, task):
@@ -378,7 +393,7 @@ def test_without_task_lora_and_stack_their_rows_are_missing(tmp_path, cache, tas
     assert {row.about for row in found.rows} == {ANCHORS, SHOTS}
     assert not {"task LoRA", PERSONAL} & {row.name for row in found.rows}
     assert {name for row in found.rows for name in row.attacks} == {"loss", "over base"}
-    assert "not attacked" in " ".join(exposure.sentences(found))
+    assert "not attacked" in " ".join(privacy_report.sentences(found))
 
 
 def test_free_text_is_attacked_by_its_loss_per_token(tmp_path, cache):
@@ -399,7 +414,7 @@ def test_free_text_is_attacked_by_its_loss_per_token(tmp_path, cache):
     assert all(0 <= row.attacks["loss"].auc.mean <= 1 for row in found.rows)
 
 
-def test_the_runs_own_merge_is_asked_once_and_last():
+def test_the_runs_own_merge_is_last_and_unique():
     for run in (TINY_RUN, TINY_RUN.model_copy(update={"merge": MergeSettings(policy="learned", k=2)})):
         made = merges(run, anchors=5)
         assert list(made)[:4] == [f"uniform, K = {k}" for k in (1, 2, 4, 5)]
@@ -410,12 +425,12 @@ def test_the_runs_own_merge_is_asked_once_and_last():
     assert list(again) == ["uniform, K = 1", "uniform, K = 4", "uniform, K = 5", "uniform, K = 2"]
 
 
-# -- what is told ------------------------------------------------------------------------------------------------------
+# -- reports ------------------------------------------------------------------------------------------------------
 
 
-def test_the_table_fits_eighty_columns_and_says_how_many_were_asked(found):
+def test_the_table_fits_eighty_columns_and_shows_counts(found):
     file = io.StringIO()
-    exposure.show(found, Console(width=80, file=file))
+    privacy_report.show(found, Console(width=80, file=file))
     assert max(map(len, file.getvalue().splitlines())) <= 80
     text = " ".join(file.getvalue().split())
     for words in (ANCHORS, POOL, SHOTS, OWN, "uniform, K = 1", "over task LoRA", "TPR at"):
@@ -426,33 +441,33 @@ def test_the_table_fits_eighty_columns_and_says_how_many_were_asked(found):
     assert "Spearman" in text
 
 
-def test_files_hold_numbers_and_nobodys_name_or_text(found, tmp_path):
-    exposure.write(found, tmp_path, "mta evaluate everybody.jsonl --privacy")
+def test_files_hold_no_ids_or_texts(found, tmp_path):
+    privacy_report.write(found, tmp_path, "mta evaluate everybody.jsonl --privacy")
     assert {path.name for path in tmp_path.iterdir()} == {"results.json", "privacy.svg", "privacy.png"}
-    told = (tmp_path / "results.json").read_text()
-    assert json.loads(told)["meta"]["command"].startswith("mta evaluate")
-    assert len(json.loads(told)["rows"]) == len(found.rows)
-    everything = told + (tmp_path / "privacy.svg").read_text()
+    text = (tmp_path / "results.json").read_text()
+    assert json.loads(text)["meta"]["command"].startswith("mta evaluate")
+    assert len(json.loads(text)["rows"]) == len(found.rows)
+    everything = text + (tmp_path / "privacy.svg").read_text()
     assert not any(word in everything for word in ("stranger-", "candidate-", "task-", "Film"))
 
 
-def test_gates_of_every_target_are_asked_about(world):
-    """A merge of one anchor is asked about that anchor alone, one of all about all."""
+def test_merged_items_come_from_the_anchors_of_each_merge(world):
+    """A merge of one anchor uses items of that anchor only; a merge of all anchors uses items of all."""
     base, bank = world
-    exam = examined(base, bank)
+    items = evaluator_of(base, bank).items
     one, everyone = torch.eye(6)[[1] * 4], torch.full((4, 6), 1 / 6)
-    assert {exam.whose[n] for numbers in exam._of_merges(one) for n in numbers} == {1}
-    assert all({exam.whose[n] for n in numbers} == set(range(6)) for numbers in exam._of_merges(everyone))
+    assert {items.owners[n] for numbers in items.merged_items(one, EACH) for n in numbers} == {1}
+    assert all({items.owners[n] for n in numbers} == set(range(6)) for numbers in items.merged_items(everyone, EACH))
 
 
-def test_an_exact_export_gives_its_anchors_away_and_a_cut_one_mixes_them(tiny, tmp_path):
-    """What docs/explanation/privacy.md warns of: factors stand side by side, an anchor's B times its coefficient."""
+def test_an_exact_export_contains_the_factors_of_anchors_and_a_truncated_export_mixes_them(tiny, tmp_path):
+    """As docs/explanation/privacy.md warns: an exact export holds each anchor's B times its coefficient."""
     bank, personal = tiny[1], personalizer(*tiny, merge=MergeSettings(policy="similarity", k=2))
     personal.personalize([STRANGERS[0].first(3)])
     state, rank = personal.state(STRANGERS[0].id), bank.anchors.rank
     for cut, same in ((None, True), (2 * rank, False)):
         personal.export(STRANGERS[0].id, tmp_path / str(cut), rank=cut)
-        told = read_peft(tmp_path / str(cut)).scaled_into_b()
+        exported = read_peft(tmp_path / str(cut)).scaled_into_b()
         for name, (_, b) in bank.anchors.scaled_into_b().factors.items():
-            found = told.factors[name].b[0, :, :rank].double()
+            found = exported.factors[name].b[0, :, :rank].double()
             assert torch.allclose(found, state.w[0] * b[state.anchors[0]].double(), atol=1e-6) == same

@@ -39,7 +39,7 @@ def rated(task, name, people=40, queries=8, gain=0.0, seconds=0.0, kept=0.0, mer
     scores.scatter_add_(2, golds[..., None], torch.full((people, queries, 1), gain))
     texts = [[task.labels[i] for i in row] for row in golds.tolist()]
     answers = [Answers([task.labels[i] for i in s.argmax(1).tolist()], s) for s in scores]
-    measured = [measure(task, a, g) for a, g in zip(answers, texts)]
+    measured = [measure(task, a, g).metrics for a, g in zip(answers, texts)]
     values = {metric: torch.tensor([m[metric] for m in measured], dtype=torch.float64) for metric in measured[0]}
     nll = torch.stack([query_nll(task, Answers([], s), g) for s, g in zip(scores, texts)])
     return Row(name, values, nll, seconds, kept, merge, answers)

@@ -8,13 +8,14 @@ from mta.config import Evaluation, Lora, MergeSettings, Training
 from mta.data.history import Item, Person
 from mta.data.tasks import load_task
 from mta.errors import InputError
-from mta.evaluation import protocol
+from mta.evaluation import Context, Panel, evaluate, shots
 from mta.evaluation.compare import standard_methods, study
 from mta.evaluation.methods import (
     Base,
     GlobalConstant,
     Merged,
     MergeThenAdapt,
+    Method,
     OneLora,
     Outcome,
     OwnConstant,
@@ -22,9 +23,8 @@ from mta.evaluation.methods import (
     answer,
 )
 from mta.evaluation.metrics import Answers, measure
-from mta.evaluation.protocol import Panel
 from mta.evaluation.reports.summary import headline, verdict
-from mta.evaluation.statistics import Comparison, Row, bootstrap, evaluate
+from mta.evaluation.statistics import Comparison, Row, bootstrap
 
 SHOTS, QUERIES, PEOPLE = 3, 3, 4
 ADAPT = OneLora(name="adapt only", lora=Lora(rank=1, alpha=4.0), training=Training(lr=1e-2, steps=2, batch_size=8))
@@ -45,11 +45,11 @@ ALL = [
 def panel_of(tiny, people=None, shots=SHOTS, queries=QUERIES):
     base, bank = tiny
     people = people_of(PEOPLE, prefix="x", seed=7) if people is None else people
-    return Panel.of(base, bank, HashEncoder(), TINY_RUN, people, shots=shots, queries=queries)
+    return Panel.of(Context(base, bank, HashEncoder(), TINY_RUN), people, shots=shots, queries=queries)
 
 
-def turned(person):
-    """The same person with other answers to everything after the shots."""
+def with_other_answers(person):
+    """The same person with other answers to all items after the shots."""
     items = [
         item if n < SHOTS else Item({**item.fields, "rating": str(6 - int(item.fields["rating"]))}, time=item.time)
         for n, item in enumerate(person.items)
@@ -72,45 +72,47 @@ def test_all_methods_answer_the_same_queries(panel, monkeypatch):
     label_scores = answer.label_scores
     monkeypatch.setattr(answer, "label_scores", watched)
     found = evaluate(panel, ALL)
-    assert len(asked) == len(ALL) - 2  # constants ask no model
+    assert len(asked) == len(ALL) - 2  # constants need no model
     assert all(queries == panel.queries for queries in asked)
     for row in found.rows:
         assert [len(answers.texts) for answers in row.answers] == [QUERIES] * PEOPLE
         assert all(len(values) == PEOPLE for values in row.people.values())
         assert (row.nll is None) == (row.name in {"global constant", "own constant"})
         assert row.nll is None or torch.stack(row.nll).shape == (PEOPLE, QUERIES)
-        by_hand = [measure(panel.bank.task, a, golds)["MAE"] for a, golds in zip(row.answers, panel.golds)]
+        by_hand = [measure(panel.bank.task, a, golds).metrics["MAE"] for a, golds in zip(row.answers, panel.golds)]
         assert row.people["MAE"].tolist() == pytest.approx(by_hand)
 
 
-def test_rows_keep_the_order_names_and_costs_of_the_methods(panel):
+def test_rows_have_the_order_names_and_costs_of_the_methods(panel):
     started = []
     found = evaluate(panel, ALL, on_method=started.append)
     names = [row.name for row in found.rows]
     assert names == started == [method.name for method in ALL]
     assert len(set(names)) == len(names)
     assert found.primary == "MAE"
-    kept = {row.name: row.bytes_per_person for row in found.rows}
-    assert kept["base"] == kept["task LoRA"] == 0
-    assert 0 < kept["merge only, posterior"] < kept["adapt only"] < kept["OPPU"]
-    assert kept["MTA"] == kept["merge only, posterior"] + kept["adapt only"]  # the numbers of the merge, and the stack
+    stored = {row.name: row.bytes_per_person for row in found.rows}
+    assert stored["base"] == stored["task LoRA"] == 0
+    assert 0 < stored["merge only, posterior"] < stored["adapt only"] < stored["OPPU"]
+    assert (
+        stored["MTA"] == stored["merge only, posterior"] + stored["adapt only"]
+    )  # the numbers of the merge, and the stack
     assert all(row.seconds > 0 for row in found.rows if row.name in {"MTA", "OPPU", "adapt only"})
     assert found.row("MTA").merge.ids.shape == (PEOPLE, 3)
 
 
-def test_the_standard_methods_have_names_of_their_own(task):
+def test_the_standard_methods_have_different_names(task):
     names = [method.name for method in standard_methods(TINY_RUN, Evaluation(), task, 5)]
     assert len(set(names)) == len(names)
     assert {"task LoRA", "OPPU", "MTA"} <= set(names)
 
 
-def test_ridge_is_left_out_where_answers_are_free_text():
+def test_ridge_is_left_out_for_free_text():
     names = [method.name for method in standard_methods(TINY_RUN, Evaluation(), load_task("lamp4"), 5)]
     assert "merge only, posterior" in names
     assert "merge only, ridge" not in names
 
 
-def test_retrieving_two_anchors_is_no_mistake_where_there_is_one(task):
+def test_standard_methods_retrieve_one_anchor_from_a_bank_of_one(task):
     methods = standard_methods(TINY_RUN, Evaluation(), task, 1)
     assert all(method.merge.k <= 1 for method in methods if method.name.startswith("merge only"))
 
@@ -123,10 +125,12 @@ def test_shots_never_include_queries(panel):
     assert [len(job.examples) for job in panel.jobs] == [SHOTS] * PEOPLE
 
 
-def test_nothing_is_learnt_from_the_answers_to_queries(tiny):
+def test_no_method_learns_from_the_answers_to_queries(tiny):
     people = people_of(PEOPLE, prefix="x", seed=7)
     methods = [method for method in ALL if method.name not in {"base", "task LoRA"}]
-    one, other = (evaluate(panel_of(tiny, group), methods) for group in (people, [turned(p) for p in people]))
+    one, other = (
+        evaluate(panel_of(tiny, group), methods) for group in (people, [with_other_answers(p) for p in people])
+    )
     assert not torch.equal(one.row("MTA").people["MAE"], other.row("MTA").people["MAE"])  # the answers did change
     for row, again in zip(one.rows, other.rows):
         assert [a.texts for a in row.answers] == [a.texts for a in again.answers]
@@ -134,7 +138,7 @@ def test_nothing_is_learnt_from_the_answers_to_queries(tiny):
         assert row.merge is None or torch.equal(row.merge.w, again.merge.w)
 
 
-def test_a_benchmarks_own_queries_come_first(tiny):
+def test_queries_of_the_benchmark_replace_later_items(tiny):
     own = tuple(Item({"title": f"Asked {n}", "genres": "Drama", "rating": "2"}, is_query=True) for n in range(4))
     people = [dataclasses.replace(person, queries=own) for person in people_of(2, prefix="x")]
     panel = panel_of(tiny, people)
@@ -148,7 +152,7 @@ def test_people_in_the_bank_are_refused(tiny, prefix):
         panel_of(tiny, [*people_of(2, prefix="x"), *people_of(1, prefix=prefix)])
 
 
-def test_too_short_a_history_is_refused(tiny):
+def test_a_short_history_is_refused(tiny):
     with pytest.raises(InputError, match="6 items; 4 shots and 3 later queries"):
         panel_of(tiny, shots=4)
 
@@ -160,7 +164,7 @@ def test_seeds_are_averaged_person_by_person(panel):
     assert torch.allclose(torch.stack(both.nll), (torch.stack(first.nll) + torch.stack(second.nll)) / 2)
     for metric, values in both.people.items():
         assert torch.allclose(values, (first.people[metric] + second.people[metric]) / 2)
-    assert torch.equal(both.answers[0].scores, second.answers[0].scores)  # the last seed's are kept
+    assert torch.equal(both.answers[0].scores, second.answers[0].scores)  # the last seed's answers
 
 
 def test_the_same_seed_gives_the_same_numbers(panel, tiny):
@@ -169,31 +173,29 @@ def test_the_same_seed_gives_the_same_numbers(panel, tiny):
     assert torch.equal(one.merge.w, again.merge.w)
 
 
-def test_what_has_no_chance_in_it_runs_once(panel):
-    @dataclasses.dataclass
-    class Fixed:
+def test_a_method_without_seed_runs_once(panel):
+    seeds = []
+
+    class Fixed(Method):
         name: str = "fixed"
-        seeded: bool = False
-        runs: int = 0
 
         def run(self, panel, seed):
-            self.runs += 1
+            seeds.append(seed)
             return Outcome([Answers(["3"] * QUERIES)] * PEOPLE, 0.0, 0.0)
 
-    method = Fixed()
-    evaluate(panel, [method], seeds=(0, 1, 2))
-    assert method.runs == 1
+    evaluate(panel, [Fixed()], seeds=(0, 1, 2))
+    assert seeds == [0]
 
 
-def test_evidence_is_gathered_once_and_charged_to_everyone_who_reads_it(panel, monkeypatch):
+def test_evidence_is_gathered_once_and_counted_for_every_method_that_reads_it(panel, monkeypatch):
     gathered = []
 
     def watched(*args, **how):
         gathered.append(1)
         return gather(*args, **how)
 
-    gather = protocol.gather_evidence
-    monkeypatch.setattr(protocol, "gather_evidence", watched)
+    gather = shots.gather_evidence
+    monkeypatch.setattr(shots, "gather_evidence", watched)
     rows = evaluate(panel, [Merged(name="one", merge=MTA.merge), Merged(name="two", merge=MTA.merge)]).rows
     assert len(gathered) == 1
     assert all(row.seconds >= panel.evidence_seconds > 0 for row in rows)
@@ -208,8 +210,8 @@ def test_paired_differences_and_who_is_worse_off(task):
     reference = [[1.0, 1.2, 0.8, 1.0], [2.0, 2.1, 1.9, 2.0], [1.0, 1.0, 1.0, 1.0], [0.5, 0.5, 0.5, 0.5]]
     shift = [
         [0.10, 0.11, 0.09, 0.10],  # clearly worse
-        [0.90, -0.80, 0.70, -0.50],  # worse on average, but who knows
-        [0.01, 0.01, 0.01, 0.01],  # certain, and too little to be called a difference
+        [0.90, -0.80, 0.70, -0.50],  # worse on average, but uncertain
+        [0.01, 0.01, 0.01, 0.01],  # certain, but below the threshold
         [-0.30, -0.30, -0.30, -0.30],
     ]
     ours = [[a + b for a, b in zip(*rows)] for rows in zip(reference, shift)]
@@ -233,7 +235,7 @@ def test_paired_differences_and_who_is_worse_off(task):
 # -- people who share items --------------------------------------------------------------------------------------------
 
 
-def test_a_comparison_resamples_people_who_share_items_together(tiny, task):
+def test_a_comparison_resamples_groups_of_people(tiny, task):
     people = [dataclasses.replace(p, group="g" if n < 2 else "") for n, p in enumerate(people_of(PEOPLE, prefix="x"))]
     found = evaluate(panel_of(tiny, people), [TaskLora(), Base()])
     values = found.row("base").people["NLL"] - found.row("task LoRA").people["NLL"]
@@ -241,7 +243,7 @@ def test_a_comparison_resamples_people_who_share_items_together(tiny, task):
     assert found.difference("base", "task LoRA", "NLL") == bootstrap(values, groups=found.groups) != bootstrap(values)
 
 
-def test_one_group_of_people_decides_nothing(task):
+def test_one_group_of_people_gives_no_clear_difference(task):
     rows = [row_of("task LoRA", [[2.0]] * 3), row_of("MTA", [[1.0]] * 3)]
     assert "better in NLL" in headline(Comparison(task, rows), "MTA", "task LoRA")
     alone = Comparison(task, rows, ("g", "g", "g"))
@@ -249,7 +251,7 @@ def test_one_group_of_people_decides_nothing(task):
     assert "Only 1 independent groups of people were tested" in " ".join(verdict(alone))
 
 
-def test_people_who_share_items_with_the_bank_s_people_are_not_tested(tiny, caplog):
+def test_people_who_share_items_with_bank_members_are_not_tested(tiny, caplog):
     base, bank = tiny
     member, *others = [*people_of(1, prefix="c"), *people_of(5, prefix="x", seed=7)]
     kin = [dataclasses.replace(one, group="c0") for one in (member, others[0])]

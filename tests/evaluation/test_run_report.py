@@ -10,8 +10,8 @@ from mta.errors import DataError
 from mta.evaluation.reports.publish import report
 from mta.evaluation.reports.runs import history, run_sections
 from mta.system.atomic import write_json
+from mta.system.progress import Step
 from mta.tracking.run_folder import RunFolder, sittings
-from mta.training.trainer import Step
 
 
 def made(folder, kind="bank", losses=(3.0, 2.0, 1.5, 1.2, 1.0), outcome=None, run=TINY_RUN, results=None, **about):

@@ -224,7 +224,7 @@ def _experiment(
     from mta.errors import InputError
     from mta.evaluation.experiments.recipe import Which, load_experiment, wanted
     from mta.evaluation.experiments.runner import run_experiment
-    from mta.evaluation.experiments.workspace import Lab
+    from mta.evaluation.experiments.workspace import Workspace
 
     if on not in ("test", "development"):
         raise InputError(
@@ -236,12 +236,11 @@ def _experiment(
     which: Which = "test" if on == "test" else "development"
     wanted(recipe, which, exhibits or ())  # before anything is written or loaded
     with Screen() as screen:
-        lab = Lab.open(recipe, out, data, which, say=screen.say, executor=executor)
-        lab.on_step = screen.step
-        run_experiment(lab, exhibits or (), typed(), opened)
+        workspace = Workspace.open(recipe, out, data, which, say=screen.say, executor=executor, on_step=screen.step)
+        run_experiment(workspace, exhibits or (), typed(), opened)
     if json:
-        return show_json({"out": str(lab.folder), "sizes": lab.sizes})
-    typer.echo(f"Draw the exhibits with:  mta report {lab.folder}", err=True)
+        return show_json({"out": str(workspace.folder), "sizes": workspace.participants.sizes})
+    typer.echo(f"Draw the exhibits with:  mta report {workspace.folder}", err=True)
 
 
 def _score(source: str, predictions: Path, task: str | None, words: list[str] | None, json: bool) -> None:

@@ -1,6 +1,8 @@
-"""Are people better off? Methods on the same shots and the same later queries, compared person by person."""
+"""Compare methods person by person: the same shots and the same later queries for all methods."""
 
+from mta.evaluation.context import Context
+from mta.evaluation.engine import evaluate
 from mta.evaluation.protocol import Panel
-from mta.evaluation.statistics import Comparison, evaluate
+from mta.evaluation.statistics import Comparison
 
-__all__ = ["Comparison", "Panel", "evaluate"]
+__all__ = ["Comparison", "Context", "Panel", "evaluate"]

@@ -1,4 +1,4 @@
-"""A whole comparison on one bank: who is tested, which methods, and what is written about it."""
+"""Compare the standard methods on one bank, and write the report."""
 
 from __future__ import annotations
 
@@ -18,10 +18,12 @@ from mta.data.readers.sharing import Copies
 from mta.data.splits import draw
 from mta.data.tasks.task import Task
 from mta.errors import InputError
+from mta.evaluation.context import Context
+from mta.evaluation.engine import evaluate
 from mta.evaluation.methods import Base, GlobalConstant, Merged, MergeThenAdapt, Method, OneLora, OwnConstant, TaskLora
-from mta.evaluation.protocol import Panel, able, apart
+from mta.evaluation.protocol import Panel, has_enough_items, members_and_others
 from mta.evaluation.reports.summary import yardstick
-from mta.evaluation.statistics import Comparison, evaluate
+from mta.evaluation.statistics import Comparison
 from mta.model.base import BaseModel
 from mta.model.encoders import Encoder
 from mta.personalize import Personalizer
@@ -36,7 +38,7 @@ log = logging.getLogger("mta")
 
 @dataclass(slots=True)
 class Study:
-    """A comparison, the panel it was made on, and questions that were asked before and after."""
+    """A comparison, its panel, and the questions that ``ask`` put to people's models."""
 
     comparison: Comparison
     panel: Panel
@@ -44,26 +46,29 @@ class Study:
     questions: list[dict[str, Any]] = field(default_factory=list)
 
     def outcome(self) -> dict[str, Any]:
-        """A few numbers: how many people, and every method's mean of the metric differences are judged in."""
+        """Return the number of people, and every method's mean of the metric that differences are judged by."""
         metric, rows = yardstick(self.comparison), self.comparison.rows
-        means = {row.name: round(one.mean, 4) for row in rows if (one := self.comparison.score(row.name, metric))}
+        scores = {row.name: self.comparison.score(row.name, metric) for row in rows}
+        means = {name: round(score.mean, 4) for name, score in scores.items() if score}
         return {"people": self.meta["people"], metric: means}
 
     def write(self, out: str | Path, command: str = "") -> None:
-        """``report.html`` and ``results.json`` under ``out``; ``command`` says how to get them again."""
+        """Write ``report.html`` and ``results.json`` to ``out``; both record ``command``, which repeats the study."""
         from mta.evaluation.reports.html import to_json, write_html
         from mta.system.atomic import write_json
 
         out, meta = Path(out), self.meta | {"command": command}
         write_json(out / "results.json", to_json(self.comparison, **meta))
-        write_html(out / "report.html", self.comparison, self.panel.bank, self.panel.vectors, self.questions, meta)
+        write_html(
+            out / "report.html", self.comparison, self.panel.bank, self.panel.stage2.vectors, self.questions, meta
+        )
 
 
 def standard_methods(run: Run, evaluation: Evaluation, task: Task, anchors: int) -> list[Method]:
-    """The rows of the table: constants, base, task LoRA, OPPU, merge only by every policy, adapt only, MTA."""
+    """Return the rows of the table: constants, base, task LoRA, OPPU, merge only (each policy), adapt only, MTA."""
 
     def policy(name: str) -> MergeSettings:
-        # A run's settings belong to its policy; the others take the paper's K = 2 where they retrieve by encoding.
+        # Settings of the run are for its policy. Other policies that retrieve by encoding use the paper's K = 2.
         if name == run.merge.policy:
             return run.merge
         k = 0 if POLICIES[name].wide else min(2, anchors)
@@ -93,66 +98,63 @@ def study(
     on_step: OnStep | None = None,
     on_method: Callable[[str], None] | None = None,
 ) -> Study:
-    """Compare the standard methods on those of ``people`` who are not in the bank and have enough items.
+    """Compare the standard methods on the ``people`` who are not in the bank and have enough items.
 
-    ``limit`` draws so many of them by the run's seed. Raises InputError when nobody is left.
+    ``limit`` draws at most this many of them with the run's seed. Raises InputError if no people are left.
     """
-    needed = evaluation.shots + evaluation.queries
-    task = bank.task
+    task, shots, queries = bank.task, evaluation.shots, evaluation.queries
     check_merge(run.merge, len(bank), task.labelled)
     if bank.info.members.hashed is None:
-        log.warning("this bank came without its members: nobody here knows whether these people helped to train it")
-    members, strangers = apart(bank, people)
-    tested = [p for p in strangers if able(task, p, evaluation.shots, evaluation.queries, "next")]
+        log.warning("this bank came without its members: these people may have been used to train it")
+    members, others = members_and_others(bank, people)
+    tested = [p for p in others if has_enough_items(task, p, shots, queries, "next")]
     if not tested:
         raise InputError(
             f"none of {len(people)} people can be tested: they are in the bank, share items with people in the bank, "
-            f"or have fewer than {needed} items",
+            f"or have fewer than {shots + queries} items",
             hint="Give people the bank was not built from, or lower shots= and queries=.",
         )
     left_out = len(people) - len(tested)
     if limit is not None and limit < len(tested):
         tested = draw(tested, run.seed, task=0, development=0, test=limit, together=False).select("test", tested)
-    encoder = encoder or bank.encoder(base, run.encoder)
-    how: dict[str, Any] = {"shots": evaluation.shots, "queries": evaluation.queries, "on_step": on_step}
-    panel = Panel.of(base, bank, encoder, run, tested, **how)
-    known = _in_bank(people, members, panel)
+    context = Context(base, bank, encoder or bank.encoder(base, run.encoder), run, on_step=on_step)
+    panel = Panel.of(context, tested, shots=shots, queries=queries)
+    known = _queries_in_bank(people, members, panel)
     methods = standard_methods(run, evaluation, task, len(bank))
-    found = evaluate(panel, methods, evaluation.seeds or (run.seed,), on_method)
-    return Study(
-        found,
-        panel,
-        _meta(base, bank, run, evaluation, len(tested)) | {"left_out": left_out, "queries_in_bank": known},
-    )
+    comparison = evaluate(panel, methods, evaluation.seeds or (run.seed,), on_method)
+    meta = _meta(context, evaluation, len(tested)) | {"left_out": left_out, "queries_in_bank": known}
+    return Study(comparison, panel, meta)
 
 
-def _in_bank(people: Sequence[Person], members: Sequence[Person], panel: Panel) -> int:
-    """Count the queries that stand in the histories of the bank's people, as far as these are among ``people``."""
+def _queries_in_bank(people: Sequence[Person], members: Sequence[Person], panel: Panel) -> int:
+    """Count the queries that also occur in the histories of the bank's members, if these are among ``people``."""
     found = Copies(people, panel.task).in_histories(members, chain(*panel.queries)) if members else 0
     if found:
-        log.warning("%d queries stand in the histories of people in the bank", found)
+        log.warning("%d queries also occur in the histories of people in the bank", found)
     return found
 
 
-def ask(found: Study, personal: Personalizer, fields: dict[str, str], whose: Sequence[int]) -> None:
-    """Put one question to the pooled model and to three people's, and note the answers in the study.
+def ask(found: Study, personal: Personalizer, fields: dict[str, str], numbers: Sequence[int]) -> None:
+    """Put one question to the pooled model and to some people's models, and add the answers to the study.
 
-    ``whose`` are numbers into the panel's people, who must have been personalized.
+    ``numbers`` are positions in the panel's people, who must have been personalized.
     """
-    people = [found.panel.people[i].id for i in whose]
-    answers = personal.generate([(TASK, fields), *((id, fields) for id in people)])
-    scores = _expected(personal, fields, people) if found.panel.bank.task.metric == "mae" else [None] * len(answers)
-    told = [text if score is None else f"{text} (on average {score:.1f})" for text, score in zip(answers, scores)]
+    ids = [found.panel.people[i].id for i in numbers]
+    texts = personal.generate([(TASK, fields), *((id, fields) for id in ids)])
+    if found.panel.bank.task.metric == "mae":
+        means = _mean_labels(personal, fields, ids)
+        texts = [f"{text} (on average {mean:.1f})" for text, mean in zip(texts, means)]
     question = found.panel.bank.task.prompt(found.panel.bank.task.asked(fields))
-    after = [(_shots_in_words(found, i), answer) for i, answer in zip(whose, told[1:])]
-    found.questions.append({"question": question, "before": told[0], "after": after})
+    after = [(_shots_in_words(found, i), answer) for i, answer in zip(numbers, texts[1:])]
+    found.questions.append({"question": question, "before": texts[0], "after": after})
 
 
-def _expected(personal: Personalizer, fields: dict[str, str], people: Sequence[str]) -> list[float]:
+def _mean_labels(personal: Personalizer, fields: dict[str, str], ids: Sequence[str]) -> list[float]:
+    """Return the expected label under the pooled model and under each person's model."""
     task = personal.bank.task
     values = torch.tensor([float(label) for label in task.labels or ()], dtype=torch.float64)
-    whose: list[Who] = [TASK, *people]
-    rows = personal.label_scores([(who, [task.asked(fields)]) for who in whose])
+    askers: list[Who] = [TASK, *ids]
+    rows = personal.label_scores([(asker, [task.asked(fields)]) for asker in askers])
     return [float(scores[0].double().softmax(0) @ values) for scores in rows]
 
 
@@ -164,7 +166,8 @@ def _shots_in_words(found: Study, person: int) -> str:
     return f"whose {len(items)} shots are {mean:.1f} on average"
 
 
-def _meta(base: BaseModel, bank: Bank, run: Run, evaluation: Evaluation, people: int) -> dict[str, Any]:
+def _meta(context: Context, evaluation: Evaluation, people: int) -> dict[str, Any]:
+    base, bank, run = context.base, context.bank, context.run
     return {
         "base": base.name,
         "note": base.note,

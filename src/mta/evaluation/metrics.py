@@ -1,9 +1,9 @@
-"""What is measured on one person's queries. Every metric is a mean over queries; people are weighed alike later."""
+"""Metrics of one person's queries. Every metric is a mean over queries; statistics.py averages over people."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,8 +19,8 @@ BETTER_LOW = frozenset({"MAE", "MAE (median)", "RMSE", "NLL"})
 class Answers:
     """A method's answers to one person's queries.
 
-    Texts; label scores (queries, labels) where there are labels; else ``nll`` (queries,), minus the log probability of
-    the gold text, per token.
+    ``scores`` (queries, labels) are label scores. For free text ``nll`` (queries,) is minus the log probability of the
+    gold text, per token. A method without probabilities gives neither.
     """
 
     texts: Sequence[str]
@@ -28,34 +28,44 @@ class Answers:
     nll: Tensor | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class PersonScore:
+    """Metrics of one person, primary first, and the NLL of each query (queries,) if there are probabilities."""
+
+    metrics: Mapping[str, float]
+    nll: Tensor | None
+
+
 def primary(task: Task) -> str:
-    """The metric named beforehand for a task."""
+    """Return the primary metric of a task."""
     return {"mae": "MAE", "accuracy": "accuracy", "rouge": "ROUGE-L"}[task.metric]
 
 
 def from_scores(task: Task, scores: Tensor) -> Answers:
-    """Answers by argmax over label scores."""
+    """Return answers by argmax over label scores."""
     labels = task.labels or ()
     return Answers([labels[i] for i in scores.argmax(1).tolist()], scores)
 
 
-def measure(task: Task, answers: Answers, golds: Sequence[str]) -> dict[str, float]:
-    """All metrics of a task for one person: primary first. Values are means over the queries."""
+def measure(task: Task, answers: Answers, golds: Sequence[str], written: bool = True) -> PersonScore:
+    """Return all metrics of a task for one person; without ``written`` only the NLL of free text."""
     nll = query_nll(task, answers, golds)
-    told = {} if nll is None else {"NLL": float(nll.mean())}
+    surprise = {} if nll is None else {"NLL": float(nll.mean())}
+    if answers.nll is not None and not written:
+        return PersonScore(surprise, nll)
     if task.metric == "rouge":
-        return _rouge(answers.texts, golds) | told
+        return PersonScore(_rouge(answers.texts, golds) | surprise, nll)
     right = [float(text == gold) for text, gold in zip(answers.texts, golds)]
     found = {"accuracy": sum(right) / len(right)}
     if task.metric == "mae":
         found = _rating(task, answers, golds) | found
-    return found | told
+    return PersonScore(found | surprise, nll)
 
 
 def query_nll(task: Task, answers: Answers, golds: Sequence[str]) -> Tensor | None:
-    """Surprise at the gold, query by query: (queries,); among the labels, or per token of free text.
+    """Return the NLL of the gold answer of each query, (queries,): among the labels, or per token of free text.
 
-    None where a method tells no probabilities.
+    None if the answers hold no probabilities.
     """
     if answers.scores is None:
         return answers.nll
@@ -64,7 +74,7 @@ def query_nll(task: Task, answers: Answers, golds: Sequence[str]) -> Tensor | No
 
 
 def median_labels(task: Task, scores: Tensor) -> list[str]:
-    """The median of the label distribution, which minimises the expected absolute error."""
+    """Return the median of each label distribution, which minimizes the expected absolute error."""
     labels = sorted(range(len(task.labels or ())), key=lambda i: float((task.labels or ())[i]))
     shares = scores.double().softmax(1)[:, labels].cumsum(1)
     return [(task.labels or ())[labels[i]] for i in (shares < 0.5).sum(1).clamp_max(len(labels) - 1).tolist()]
@@ -80,7 +90,7 @@ def _rating(task: Task, answers: Answers, golds: Sequence[str]) -> dict[str, flo
 
 
 def _distance(task: Task, text: str, gold: str) -> float:
-    """|prediction - gold|; what is no number counts as the extreme farther from the gold, as in LaMP."""
+    """Return |prediction - gold|; text that is not a number counts as the farther end of the scale, as in LaMP."""
     values = [float(label) for label in task.labels or ()]
     try:
         distance = abs(float(text) - float(gold))

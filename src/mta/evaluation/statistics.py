@@ -1,8 +1,8 @@
-"""Running the methods and comparing them: means over people, bootstrap intervals, paired differences."""
+"""Compare methods over people: means, bootstrap intervals, and paired differences."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -10,13 +10,11 @@ from torch import Tensor
 
 from mta.data.tasks.task import Task
 from mta.errors import InputError
-from mta.evaluation.methods import Method
-from mta.evaluation.metrics import BETTER_LOW, Answers, measure, primary, query_nll
-from mta.evaluation.protocol import Panel
+from mta.evaluation.metrics import BETTER_LOW, Answers, PersonScore, primary
 from mta.personalize.merge import Merge
 from mta.system.extras import require
 
-WORSE = 0.02  # nats: less than this is not called a difference
+WORSE = 0.02  # nats; smaller differences do not count
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +31,7 @@ class Interval:
 
 @dataclass(slots=True)
 class Row:
-    """One method: its metrics for every person (averaged over seeds), its cost, and the last seed's merge."""
+    """One method: every person's metrics (averaged over seeds), the cost, and the last seed's merge and answers."""
 
     name: str
     people: dict[str, Tensor]  # metric -> (U,)
@@ -43,13 +41,33 @@ class Row:
     merge: Merge | None
     answers: list[Answers] = field(repr=False, default_factory=list)
 
+    @classmethod
+    def of(
+        cls,
+        name: str,
+        seeds: Sequence[Sequence[PersonScore]],
+        seconds: float,
+        bytes_per_person: float,
+        merge: Merge | None,
+        answers: list[Answers],
+    ) -> Row:
+        """Average the scores of each person over ``seeds``, which hold the same people in the same order."""
+        people = {
+            metric: torch.tensor([[p.metrics[metric] for p in scores] for scores in seeds], dtype=torch.float64).mean(0)
+            for metric in seeds[0][0].metrics
+        }
+        known = [[person.nll for person in scores if person.nll is not None] for scores in seeds]
+        complete = all(len(scores) == len(seeds[0]) for scores in known)
+        nll = [torch.stack(scores).mean(0) for scores in zip(*known)] if complete else None
+        return cls(name, people, nll, seconds, bytes_per_person, merge, answers)
+
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
     """All rows over the same people.
 
-    ``groups`` names each person's group of people who share items, in the order of the rows' people. A group is
-    resampled as a whole; without ``groups`` all people are independent.
+    ``groups`` names for each person the group of people who share items with them. A group is resampled as a whole.
+    Without ``groups`` all people are independent.
     """
 
     task: Task
@@ -58,75 +76,52 @@ class Comparison:
 
     @property
     def primary(self) -> str:
-        """The metric named beforehand."""
+        """The primary metric of the task."""
         return primary(self.task)
 
     def row(self, name: str) -> Row:
-        """A method's row. Raises InputError if there is none."""
+        """Return the row of a method. Raises InputError if there is none."""
         for row in self.rows:
             if row.name == name:
                 return row
         raise InputError(
             f"no method {name!r} in the comparison; there are {', '.join(row.name for row in self.rows)}",
-            hint="Ask for one of them; comparison.rows holds all.",
+            hint="Give one of these names; comparison.rows holds all rows.",
         )
 
     def score(self, name: str, metric: str) -> Interval | None:
-        """A method's mean over people, or None where the metric does not exist for it."""
+        """Return a method's mean over people, or None if the method has no such metric."""
         values = self.row(name).people.get(metric)
         return None if values is None else bootstrap(values, groups=self.groups)
 
     def difference(self, name: str, reference: str, metric: str) -> Interval | None:
-        """Paired difference over people, ``name`` minus ``reference``."""
+        """Return the paired difference over people, ``name`` minus ``reference``."""
         one, other = self.row(name).people.get(metric), self.row(reference).people.get(metric)
         return None if one is None or other is None else bootstrap(one - other, groups=self.groups)
 
     def worse_off(self, name: str, reference: str) -> tuple[float, float] | None:
-        """Share of people whose NLL is higher by more than 0.02, and of those *clearly* worse off.
+        """Return the share of people whose NLL is higher by more than 0.02 nats, and the share of clearly worse ones.
 
-        Clearly: the 95% interval of a person's own paired difference over their queries lies above zero too.
+        Clearly: the 95% interval of the person's paired difference over their queries also lies above zero.
         """
         one, other = self.row(name).nll, self.row(reference).nll
         if one is None or other is None:
             return None
         worse, clearly = 0, 0
-        for mine, theirs in zip(one, other):
-            difference = mine - theirs
+        for ours, reference_nll in zip(one, other):
+            difference = ours - reference_nll
             mean, n = float(difference.mean()), len(difference)
-            # With a single query nothing can be said about a person.
+            # A single query gives no interval.
             error = float(difference.std()) / n**0.5 * student_t(n) if n > 1 else float("inf")
             worse += mean > WORSE
             clearly += mean > WORSE and mean > error
         return worse / len(one), clearly / len(one)
 
 
-def evaluate(
-    panel: Panel, methods: Sequence[Method], seeds: Sequence[int] = (0,), on_method: Callable[[str], None] | None = None
-) -> Comparison:
-    """Run every method with every seed on the panel; a person's metrics are averaged over seeds first."""
-    if len({method.name for method in methods}) < len(methods):
-        raise InputError(
-            f"methods must have different names, got {', '.join(method.name for method in methods)}",
-            hint="Give one of them another:  name=…",
-        )
-    _ = panel.jobs  # tokenizing is nobody's training time
-    rows = []
-    for method in methods:
-        if on_method:
-            on_method(method.name)
-        outcomes = [method.run(panel, seed) for seed in (seeds if method.seeded else seeds[:1])]
-        measured = [_measured(panel, outcome.answers) for outcome in outcomes]
-        people = {metric: torch.stack([m[metric] for m in measured]).mean(0) for metric in measured[0]}
-        seconds, last = sum(outcome.seconds for outcome in outcomes) / len(outcomes), outcomes[-1]
-        nll = _nll(panel, [outcome.answers for outcome in outcomes])
-        rows.append(Row(method.name, people, nll, seconds, last.bytes_per_person, last.merge, last.answers))
-    return Comparison(panel.task, rows, tuple(person.group for person in panel.people))
-
-
 def bootstrap(values: Tensor, seed: int = 0, times: int = 10_000, groups: Sequence[str] = ()) -> Interval:
-    """Mean of (U,) values and its 95% interval by resampling people.
+    """Return the mean of (U,) values and its 95% interval by resampling people.
 
-    People of one group are drawn together, because they are no independent observations; "" is a person alone.
+    People of one group are drawn together, because they are not independent. The group "" is a person alone.
     """
     values, unit = values.double(), units(groups, len(values))
     count = len(set(unit))
@@ -144,14 +139,14 @@ def bootstrap(values: Tensor, seed: int = 0, times: int = 10_000, groups: Sequen
 
 
 def units(groups: Sequence[str], people: int) -> list[int]:
-    """Number each person's independent unit, a group or a person alone, in order of appearance."""
+    """Return the number of each person's independent unit, a group or a single person, in order of appearance."""
     numbers: dict[str | int, int] = {}
     names = groups or [""] * people
     return [numbers.setdefault(name or person, len(numbers)) for person, name in enumerate(names)]
 
 
 def student_t(n: int) -> float:
-    """Two-sided 95% quantile of Student's t for the mean of n values."""
+    """Return the two-sided 95% quantile of Student's t for the mean of n values."""
     require("eval", "scipy")
     from scipy.stats import t
 
@@ -159,20 +154,5 @@ def student_t(n: int) -> float:
 
 
 def better(metric: str, difference: Interval) -> bool:
-    """Whether a paired difference is an improvement whose interval excludes zero."""
+    """Return whether a paired difference is an improvement whose interval excludes zero."""
     return difference.high < 0 if metric in BETTER_LOW else difference.low > 0
-
-
-def _measured(panel: Panel, answers: Sequence[Answers]) -> dict[str, Tensor]:
-    task = panel.task
-    found = [measure(task, theirs, golds) for theirs, golds in zip(answers, panel.golds)]
-    return {metric: torch.tensor([one[metric] for one in found], dtype=torch.float64) for metric in found[0]}
-
-
-def _nll(panel: Panel, seeds: Sequence[Sequence[Answers]]) -> list[Tensor] | None:
-    """Everybody's NLL query by query, averaged over seeds; None for methods without label scores."""
-    people = [
-        [query_nll(panel.task, answers, golds) for answers in theirs] for theirs, golds in zip(zip(*seeds), panel.golds)
-    ]
-    told = [[nll for nll in theirs if nll is not None] for theirs in people]
-    return [torch.stack(theirs).mean(0) for theirs in told] if all(told) else None

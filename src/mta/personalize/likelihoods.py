@@ -20,7 +20,7 @@ from mta.training.trainer import Job
 
 
 @dataclass(frozen=True, slots=True)
-class Shots(Job):
+class ShotsJob(Job):
     """A person's shots as a job to train an adapter on.
 
     ``alternatives`` holds, for each example, the same prompt with every label of the task, to be scored as evidence but
@@ -86,7 +86,7 @@ class Evidence:
         return Evidence(self.shots[..., columns], self.counts, labels)
 
 
-def shots_of(base: BaseModel, task: Task, person: Person) -> Shots:
+def shots_of(base: BaseModel, task: Task, person: Person) -> ShotsJob:
     """Return a person's items as training examples, with alternatives if the task has labels.
 
     The job's key is the digest of the items, not the id: a hash of the key must not confirm a guessed id.
@@ -94,14 +94,14 @@ def shots_of(base: BaseModel, task: Task, person: Person) -> Shots:
     examples = [base.prompts.example(task, item) for item in person.items]
     labels = [task.labels_of(item) for item in person.items]
     if not all(labels):
-        return Shots(person.digest(), examples)
+        return ShotsJob(person.digest(), examples)
     alternatives = [base.prompts.examples(task, item, known or ()) for item, known in zip(person.items, labels)]
-    return Shots(person.digest(), examples, alternatives)
+    return ShotsJob(person.digest(), examples, alternatives)
 
 
 def gather_evidence(
     base: BaseModel,
-    jobs: Sequence[Shots],
+    jobs: Sequence[ShotsJob],
     bank: LoraBatch,
     pooled: Sequence[Shared],
     *,
@@ -148,7 +148,7 @@ def _padded(rows: Sequence[Tensor]) -> Tensor:
     return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
 
 
-def _labels(jobs: Sequence[Shots], scores: Sequence[Tensor]) -> Labels:
+def _labels(jobs: Sequence[ShotsJob], scores: Sequence[Tensor]) -> Labels:
     most, kinds = max(len(job.examples) for job in jobs), len(jobs[0].alternatives[0])
     table = torch.zeros(len(jobs), most, kinds, scores[0].shape[-1], dtype=torch.float64)
     gold = torch.full((len(jobs), most), -1)

@@ -17,7 +17,7 @@ from mta.model.base import BaseModel
 from mta.model.encoders import Encoder, encode_people
 from mta.personalize.adapters import merge_of
 from mta.personalize.cohort import Cohort, WorkItem, digest_of, settings_of
-from mta.personalize.likelihoods import Shots, gather_evidence, shots_of, surprise, targets_of
+from mta.personalize.likelihoods import ShotsJob, gather_evidence, shots_of, surprise, targets_of
 from mta.personalize.merge import Earlier, Merge, fit_merge, merged, needs_evidence
 from mta.store.state import Losses, State
 from mta.store.workspace import Work
@@ -78,12 +78,12 @@ class Stages:
         merge, pooled = self.merge(cohort, jobs)
         return self.as_states(cohort, jobs, merge, self.stacks(cohort, jobs, merge), pooled)
 
-    def jobs(self, cohort: Cohort) -> list[Shots]:
+    def jobs(self, cohort: Cohort) -> list[ShotsJob]:
         """Return the training examples of each person: the items that their state does not hold yet."""
         return [shots_of(self.base, self.bank.task, item.shots) for item in cohort.items]
 
     def merge(
-        self, cohort: Cohort, jobs: Sequence[Shots], earlier: Earlier | None = None
+        self, cohort: Cohort, jobs: Sequence[ShotsJob], earlier: Earlier | None = None
     ) -> tuple[Merge, list[float] | None]:
         """Stage 2: fit merges to ``jobs``, from ``earlier`` merges on where there are any.
 

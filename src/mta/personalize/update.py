@@ -20,7 +20,7 @@ import torch
 from mta.errors import Diverged, PersonForgotten
 from mta.lora.batch import LoraBatch, stack
 from mta.personalize.cohort import Cohort
-from mta.personalize.likelihoods import Shots
+from mta.personalize.likelihoods import ShotsJob
 from mta.personalize.merge import Earlier
 from mta.personalize.stages import Stages
 from mta.store.state import Losses, State
@@ -72,7 +72,7 @@ def update_states(stages: Stages, cohort: Cohort, always: Action | None = None) 
 
 
 def _new_states(
-    stages: Stages, cohort: Cohort, jobs: Sequence[Shots], action: Action, pooled: Sequence[float]
+    stages: Stages, cohort: Cohort, jobs: Sequence[ShotsJob], action: Action, pooled: Sequence[float]
 ) -> list[State | Diverged]:
     """Make new states from the earlier ones and ``jobs``, which hold the new items only."""
     befores, merge = cohort.befores, stages.merge_before(cohort)

@@ -98,12 +98,12 @@ def demo(
         settings=recipe.model_dump(mode="json"),
         config=False,
         command=command,
-        about={"seeds": [run.seed]},
         track=track,
         on_step=on_step,
-    ) as kept:
-        found = _compared(out, recipe, people, splits, base, kept.step, say)
-        kept.outcome = found.outcome()
+        about={"seeds": [run.seed]},
+    ) as folder:
+        found = _compared(out, recipe, people, splits, base, folder.step, say)
+        folder.outcome = found.outcome()
         found.write(out, command)
     say(f"5/5  {out / 'report.html'}\n{_next(out, [found.panel.people[i].id for i in _three(found)])}")
     return found

@@ -1,4 +1,4 @@
-"""What an experiment tells beside scores: what a bank is good for, and one person's case from question to answer."""
+"""Facts of an experiment beside its scores: the usefulness of a bank, and the case of one person."""
 
 from __future__ import annotations
 
@@ -20,23 +20,23 @@ PAPER = MergeSettings(policy="similarity", k=2)
 
 
 def bank_facts(panels: Sequence[Panel], bank: Bank, seed: int) -> dict[str, Any]:
-    """What the bank does for people who are not in it, and what cheaper merges lose.
+    """Return what the bank does for people outside the bank, and what cheaper merges lose.
 
-    Nats per target token: of an anchor taken at random, and of the best one in hindsight, against the task LoRA on the
-    shots. ``fidelity``: relative error of a merge of the two nearest, and of the run's own merge, cut by svd to the
-    bank's rank, or with factors averaged apart.
+    ``others``: NLL of the shots minus that of the task LoRA, in nats per target token, for a random anchor and for the
+    best anchor in hindsight. ``fidelity``: relative errors of two merges (the two nearest anchors, and the run's own)
+    when they are computed by svd at the bank's rank, or by averaging A and B separately.
     """
-    gains = []
+    losses = []
     for panel in panels:
         evidence = panel.evidence
-        gains.append((evidence.task[:, None] - evidence.anchors) / evidence.tokens[:, None])
-    loss = torch.cat(gains)  # (U, N)
+        losses.append((evidence.task[:, None] - evidence.anchors) / evidence.tokens[:, None])
+    loss = torch.cat(losses)  # (U, N)
     vectors = bank.vectors - bank.vectors.mean(0)
     return {
         "anchors": len(bank),
         "others": {"mean": float(loss.mean()), "best": float(loss.min(1).values.mean())},
         "alike": float(torch.nn.functional.normalize(vectors, dim=1).double().matmul(vectors.double().T).mean()),
-        "norms": [round(float(one), 5) for one in _norms(bank.anchors)],
+        "norms": [round(norm, 5) for norm in _norms(bank.anchors).tolist()],
         "seconds": bank.info.seconds,
         "bytes": sum(file.stat().st_size for file in bank.folder.rglob("*") if file.is_file()),
         "fidelity": {
@@ -47,7 +47,7 @@ def bank_facts(panels: Sequence[Panel], bank: Bank, seed: int) -> dict[str, Any]
 
 
 def fidelity(bank: Bank, merge: Merge) -> dict[str, float]:
-    """Mean relative error of a merge by svd to the bank's rank, and by averaged factors, against the exact one."""
+    """Return the mean relative error of two cheap merges: svd at the bank's rank, and averaged factors."""
     merge = Merge(merge.ids, merge.w.float())
     exact = merged_factors(bank.anchors, merge, MergeSettings())
     cheap = {"svd": MergeSettings(mode="svd"), "factor": MergeSettings(mode="factor")}
@@ -57,18 +57,21 @@ def fidelity(bank: Bank, merge: Merge) -> dict[str, float]:
     }
 
 
-def relative_error(one: LoraBatch, exact: LoraBatch) -> Tensor:
-    """Frobenius norm of the difference over that of ``exact``, all layers together: (U,). No O x D matrix is formed."""
-    lost, whole = torch.zeros(len(exact), dtype=torch.float64), torch.zeros(len(exact), dtype=torch.float64)
+def relative_error(cheap: LoraBatch, exact: LoraBatch) -> Tensor:
+    """Return the Frobenius norm of the difference over that of ``exact``, all layers together: (U,).
+
+    No O x D matrix is formed.
+    """
+    error, whole = torch.zeros(len(exact), dtype=torch.float64), torch.zeros(len(exact), dtype=torch.float64)
     for name, (a, b) in exact.factors.items():
-        other_a, other_b = one.factors[name]
+        other_a, other_b = cheap.factors[name]
         whole += _square(a, b * exact.scale)
-        lost += _square(torch.cat([a, other_a], 1), torch.cat([b * exact.scale, -other_b * one.scale], 2))
-    return (lost.clamp_min(0) / whole).sqrt()
+        error += _square(torch.cat([a, other_a], 1), torch.cat([b * exact.scale, -other_b * cheap.scale], 2))
+    return (error.clamp_min(0) / whole).sqrt()
 
 
 def _square(a: Tensor, b: Tensor) -> Tensor:
-    """Squared Frobenius norm of b @ a: (U,)."""
+    """Return the squared Frobenius norm of b @ a: (U,)."""
     a, b = a.double(), b.double()
     return ((b.mT @ b) * (a @ a.mT)).sum((1, 2))
 
@@ -79,9 +82,9 @@ def _norms(batch: LoraBatch) -> Tensor:
 
 
 def case_study(panel: Panel, settings: MergeSettings, seed: int) -> dict[str, Any]:
-    """One person's last query under base, task LoRA, merge, adapt and MTA, and why their merge is what it is.
+    """Return the last query of one person under base, task LoRA, merge, adapt and MTA, and the reasons for the merge.
 
-    The panel's first person: nobody has looked at how well it went. Holds this person's texts.
+    The person is the panel's first, so that no result is picked. The case contains this person's texts.
     """
     task, person = panel.task, panel.people[0]
     merge, _ = panel.merge(settings, seed)
@@ -114,6 +117,6 @@ def case_study(panel: Panel, settings: MergeSettings, seed: int) -> dict[str, An
         "shots": [task.told(item) for item in person.items],
         "query": task.prompt(query),
         "gold": task.target(query),
-        "anchors": sorted(why, key=lambda one: -abs(float(one["w"]))),
+        "anchors": sorted(why, key=lambda anchor: -abs(float(anchor["w"]))),
         "answers": answers,
     }

@@ -1,4 +1,4 @@
-"""What an experiment found, person by person, as lines of JSON: written as it goes on, read to draw every exhibit."""
+"""Results of an experiment, one JSON line per method, seed and person: appended during the run, read for exhibits."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ FILE = "scores.jsonl"
 class Record(BaseModel):
     """One method on one person with one seed.
 
-    ``key`` names everything that decides the result but the person, who is a salted hash, as is the ``group`` of people
-    who share items; ``settings`` is the method's part of it, the same whatever an exhibit calls the method. ``nll`` is
-    the surprise at each query's gold, None for a method that tells none. ``seconds`` are this person's share of the
-    preparing. ``ids``, ``answers`` and ``golds`` are texts of people: they stay where they were made, and are never
-    published.
+    ``key`` is a hash of everything but the person that determines the result. ``person`` and ``group`` (people who
+    share items) are salted hashes. ``settings`` is the hash of the method, whatever its name in an exhibit. ``nll`` is
+    the NLL of each query's gold answer, None without probabilities. ``seconds`` is this person's share of the
+    preparation.
+    ``ids``, ``answers`` and ``golds`` are texts of people: they stay in this folder and are never published.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -49,22 +49,22 @@ class Record(BaseModel):
 
 
 class Records:
-    """The records of one folder: what is there is not computed again.
+    """The records of one folder; existing records are not computed again.
 
-    A line that a kill has torn is dropped; what it held is computed again.
+    An incomplete line of a killed run is dropped, and its result is computed again.
     """
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / FILE
-        self.rows = list(_whole(self.path)) if self.path.exists() else []
+        self.rows = list(_read(self.path)) if self.path.exists() else []
         self._known = {(row.key, row.person) for row in self.rows}
 
     def lacks(self, key: str, people: Sequence[str]) -> bool:
-        """Whether somebody's result is missing."""
+        """Return whether a person's result is missing."""
         return any((key, person) not in self._known for person in people)
 
     def add(self, rows: Iterable[Record]) -> None:
-        """Append results; those that are there already stay as they are."""
+        """Append new results; existing results do not change."""
         new = [row for row in rows if (row.key, row.person) not in self._known]
         make_folder(self.path.parent)
         torn = self.path.exists() and self.path.stat().st_size > 0 and not self.path.read_bytes().endswith(b"\n")
@@ -75,22 +75,22 @@ class Records:
 
 
 def read_records(folder: Path) -> list[Record]:
-    """All records of a folder, published or not. Raises DataError where there are none or a line is no record."""
+    """Return all records of a folder, published or not. Raises DataError without a file or for a wrong line."""
     for path in (folder / FILE, folder / f"{FILE}.gz"):
         if path.exists():
-            return list(_whole(path))
+            return list(_read(path))
     raise DataError(f"{folder} holds no {FILE}", hint="Give the --out folder of mta evaluate, or one of results/.")
 
 
 def publish(records: Sequence[Record], path: Path) -> None:
-    """Write records without anybody's texts, compressed; the same records give the same bytes."""
+    """Write compressed records without texts of people; the same records give the same bytes."""
     private = {"ids", "answers", "golds"}
     lines = sorted(row.model_dump_json(exclude=private, exclude_defaults=True) for row in records)
     with written_aside(path) as aside:
         aside.write(gzip.compress("".join(f"{line}\n" for line in lines).encode(), mtime=0))
 
 
-def _whole(path: Path) -> Iterator[Record]:
+def _read(path: Path) -> Iterator[Record]:
     opened: Any = gzip.open if path.suffix == ".gz" else open
     with opened(path, "rt", encoding="utf-8") as file:
         lines = file.read().split("\n")
@@ -101,8 +101,8 @@ def _whole(path: Path) -> Iterator[Record]:
             yield Record.model_validate(json.loads(line))
         except (ValueError, ValidationError) as error:
             if isinstance(error, json.JSONDecodeError):
-                continue  # torn
+                continue  # incomplete line of a killed run
             raise DataError(
-                f"{path}, line {number}: no record of an experiment",
-                hint="Remove that line, and repeat the command: what it held is measured again.",
+                f"{path}, line {number}: not a record of an experiment",
+                hint="Remove that line and repeat the command: its result is computed again.",
             ) from None

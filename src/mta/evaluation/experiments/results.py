@@ -1,4 +1,4 @@
-"""Result files back as comparisons: everything a report draws comes from here, nothing is computed by a model."""
+"""Read result files as comparisons: everything in a report comes from these files, without a model."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import yaml
+from torch import Tensor
 
 from mta.config.loader import checked
 from mta.data.tasks.load import load_task
@@ -21,16 +22,16 @@ from mta.evaluation.experiments.records import Record, read_records
 from mta.evaluation.experiments.runner import CASE, FACTS
 from mta.evaluation.experiments.workspace import RECIPE, SIZES
 from mta.evaluation.methods import Method
-from mta.evaluation.metrics import Answers
+from mta.evaluation.metrics import Answers, PersonScore
 from mta.evaluation.statistics import Comparison, Row
 from mta.tracking.run_folder import sittings
 
-BEFORE = "meta.json"  # where experiments told of their runs before run.json
+BEFORE = "meta.json"  # file of the runs in versions without run.json
 
 
 @dataclass(frozen=True)
 class Results:
-    """One experiment's folder."""
+    """The files of one experiment's folder."""
 
     folder: Path
     recipe: Experiment
@@ -43,13 +44,13 @@ class Results:
 
     @classmethod
     def read(cls, folder: Path) -> Results:
-        """Raises DataError where a file is missing or is none of ours."""
-        above = folder if (folder / RECIPE).exists() else folder.parent  # development/ lies in its experiment's folder
+        """Read a folder. Raises DataError if a file is missing or invalid."""
+        above = folder if (folder / RECIPE).exists() else folder.parent  # development/ is inside the folder
         try:
             recipe = checked(Experiment, yaml.safe_load((above / RECIPE).read_text(encoding="utf-8")), RECIPE)
         except (OSError, yaml.YAMLError) as error:
             raise DataError(
-                f"{folder} is no folder of an experiment: {error}",
+                f"{folder} is not a folder of an experiment: {error}",
                 hint="Give the --out folder of mta evaluate, or one of results/.",
             ) from None
         sizes, meta, facts, case = (
@@ -63,7 +64,7 @@ class Results:
 
     @property
     def name(self) -> str:
-        """What the set is called: where its data lay, or its recipe."""
+        """Name of the data set: its file, or the folder of the experiment."""
         return str(self.sizes.get("data", self.folder.name))
 
     @cached_property
@@ -75,7 +76,7 @@ class Results:
         return found
 
     def exhibit(self, name: str) -> tuple[Part, ...]:
-        """An exhibit's parts. Raises InputError if the recipe has none of that name."""
+        """Return the parts of an exhibit. Raises InputError if the recipe has no such exhibit."""
         if name not in self.recipe.exhibits:
             raise InputError(
                 f"no exhibit {name!r} in {self.folder}; there are {', '.join(self.recipe.exhibits)}",
@@ -84,10 +85,10 @@ class Results:
         return self.recipe.exhibits[name]
 
     def comparison(self, name: str, shots: int | None = None, seed: int | None = None) -> Comparison | None:
-        """An exhibit's methods over the people and seeds that all of them have; None where nothing has been run.
+        """Return an exhibit's methods over the people and seeds that all methods have; None without results.
 
-        A person's metrics are averaged over seeds first, or are of the one ``seed`` asked for. What knows nothing of
-        the bank has one seed's answers only.
+        A person's metrics are averaged over seeds first, or are those of ``seed``. Methods that do not use the bank
+        have results of one seed only.
         """
         groups = [
             (method, part.bank, seeds)
@@ -106,17 +107,17 @@ class Results:
             for method, bank, seeds in groups
         ]
         if not all(seeds for _, seeds in rows):
-            return None  # no seed that all of them were run with
+            return None  # no seed that all methods have
         people = sorted(set.intersection(*(set(records) for _, seeds in rows for records in seeds)))
         if not people:
             return None
-        called = _names([key for key, _ in rows])
-        made = [_row(name, [[s[p] for p in people] for s in seeds]) for name, (_, seeds) in zip(called, rows)]
+        titles = _names([key for key, _ in rows])
+        averaged = [_row(name, [[s[p] for p in people] for s in seeds]) for name, (_, seeds) in zip(titles, rows)]
         first = rows[0][1][0]
-        return Comparison(self.task, made, tuple(first[person].group for person in people))
+        return Comparison(self.task, averaged, tuple(first[person].group for person in people))
 
     def seeds(self, name: str, shots: int | None = None) -> list[int]:
-        """The seeds that every method of an exhibit was run with."""
+        """Return the seeds that every method of an exhibit was run with."""
         found = [
             set(self._seeds(method, part.bank, shots))
             for part in self.exhibit(name)
@@ -130,45 +131,45 @@ class Results:
         return {seed: people for (*one, seed), people in self._rows.items() if tuple(one) == key}
 
     def of(self, method: Method, bank: str = "main", shots: int | None = None) -> list[Record]:
-        """All records of one method, seed by seed."""
+        """Return all records of one method, seed by seed."""
         return [r for people in self._seeds(method, bank, shots).values() for r in people.values()]
 
 
 def _names(rows: Sequence[tuple[str, str]]) -> list[str]:
-    """What rows are called: by their method, and by their bank too where another bank has the same method."""
+    """Return the names of rows: the method, with its bank if several banks have the method."""
     methods = [method for method, _ in rows]
     return [m if methods.count(m) == 1 or bank == "main" else f"{m} ({bank})" for m, bank in rows]
 
 
 def latest(records: Sequence[Record]) -> list[Record]:
-    """Where the run's own settings have changed since, or the bank, only what was found with the last ones."""
+    """Return only the records of the last settings and bank, if these were changed between runs."""
     keys = {(r.settings, r.bank, r.shots, r.seed): r.key for r in records}
     return [r for r in records if keys[r.settings, r.bank, r.shots, r.seed] == r.key]
 
 
 def _row(name: str, seeds: Sequence[Sequence[Record]]) -> Row:
-    """One method; ``seeds`` hold the same people in the same order."""
-    every = [record for people in seeds for record in people]
-    metrics = {
-        metric: torch.tensor([[r.metrics[metric] for r in people] for people in seeds], dtype=torch.float64).mean(0)
-        for metric in every[0].metrics
-    }
-    told = [[torch.tensor(r.nll, dtype=torch.float64) for r in people if r.nll is not None] for people in seeds]
-    nll = [torch.stack(one).mean(0) for one in zip(*told)] if all(len(t) == len(seeds[0]) for t in told) else None
-    answers = [Answers([""] * (len(r.nll) if r.nll else 1)) for r in seeds[0]]
-    seconds = sum(r.seconds for r in every) / len(seeds)
-    return Row(name, metrics, nll, seconds, sum(r.bytes for r in every) / len(every), None, answers)
+    """Return the row of one method; ``seeds`` hold the same people in the same order."""
+    records = [record for people in seeds for record in people]
+    scores = [[PersonScore(record.metrics, _tensor(record.nll)) for record in people] for people in seeds]
+    answers = [Answers([""] * (len(record.nll) if record.nll else 1)) for record in seeds[0]]
+    seconds = sum(record.seconds for record in records) / len(seeds)
+    stored = sum(record.bytes for record in records) / len(records)
+    return Row.of(name, scores, seconds, stored, None, answers)
+
+
+def _tensor(nll: Sequence[float] | None) -> Tensor | None:
+    return None if nll is None else torch.tensor(nll, dtype=torch.float64)
 
 
 def _meta(folder: Path) -> dict[str, Any]:
-    """What a reader must know beside the scores: base, precision, which people, what was run when and where."""
-    before = _json(folder / BEFORE)  # of versions that wrote no run.json
-    told = [one for one in sittings(folder) if one["kind"] == "experiment"]
-    if not told:
+    """Return the facts beside the scores: base, precision, which people, and the runs with their times and machines."""
+    before = _json(folder / BEFORE)
+    runs = [run for run in sittings(folder) if run["kind"] == "experiment"]
+    if not runs:
         return before
-    facts = {name: told[-1][name] for name in ("base", "note", "dtype", "which")}
-    exhibits = {name for one in (before, *told) for name in one.get("exhibits", ())}
-    return facts | {"exhibits": sorted(exhibits), "runs": [*before.get("runs", ()), *told]}
+    facts = {name: runs[-1][name] for name in ("base", "note", "dtype", "which")}
+    exhibits = {name for run in (before, *runs) for name in run.get("exhibits", ())}
+    return facts | {"exhibits": sorted(exhibits), "runs": [*before.get("runs", ()), *runs]}
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -179,5 +180,5 @@ def _json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise DataError(
             f"{path} is not readable JSON: {error}",
-            hint="Remove it, and repeat  mta evaluate … --out  with that folder: it is written again.",
+            hint="Remove the file and repeat  mta evaluate … --out  with that folder: the file is written again.",
         ) from None

@@ -1,19 +1,20 @@
-"""Running an experiment: every method on every person, a few people at a time; resumable after any."""
+"""Run an experiment: every method on every person, a few people at a time; resumable after every batch."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 from mta.errors import ClusterError
+from mta.evaluation.engine import run_method
 from mta.evaluation.experiments.bank_stats import bank_facts, case_study
 from mta.evaluation.experiments.recipe import Experiment, Part, wanted
 from mta.evaluation.experiments.records import Record, Records
-from mta.evaluation.experiments.workspace import Lab
-from mta.evaluation.methods import Method, Outcome
-from mta.evaluation.metrics import measure, query_nll
+from mta.evaluation.experiments.workspace import BATCH, Workspace
+from mta.evaluation.methods import Method
+from mta.evaluation.metrics import PersonScore
+from mta.evaluation.protocol import Outcome, Panel
 from mta.system.atomic import write_json
 from mta.tracking.run_folder import RunFolder, work_of
 from mta.tracking.trackers import Track
@@ -21,73 +22,21 @@ from mta.tracking.trackers import Track
 CASE, FACTS, KIND = "case.json", "banks.json", "experiment"
 
 
-def run_experiment(lab: Lab, exhibits: Sequence[str] = (), command: str = "", track: Track | None = None) -> None:
-    """Compute whatever the exhibits lack, seed by seed, and write it to ``scores.jsonl`` in the lab's folder.
+@dataclass(frozen=True, slots=True)
+class PlannedPart:
+    """One part of an exhibit with one seed and one number of shots."""
 
-    ``command`` says how to get it again; ``track`` opens where steps are told.
-    """
-    recipe = lab.recipe
-    exhibits = wanted(recipe, lab.which, exhibits)
-    records = Records(lab.folder)
-    about = {"which": lab.which, "exhibits": [*exhibits], "seeds": [*recipe.seeds]}
-    settings = recipe.model_dump(mode="json")
-    how: dict[str, Any] = {
-        "work": work_of(settings, lab.splits.digest),
-        "command": command,
-        "track": track,
-        "on_step": lab.on_step,
-        "about": about,
-    }
-    with RunFolder(folder=lab.folder, kind=KIND, base=lab.base, settings=settings, config=False, **how) as kept:
-        kept.begin()
-        lab.on_step = kept.step
-        for seed in recipe.seeds:  # what is stopped leaves whole seeds behind
-            _run_seed(lab, records, [planned for planned in _planned(recipe, exhibits) if planned[0] == seed])
-        if {"banks", "efficiency"} & {*exhibits}:
-            _write_facts(lab)
-        if "case" in exhibits:
-            panel = next(lab.panels(Part(methods=()), recipe.seeds[0], recipe.shots))
-            write_json(lab.folder / CASE, case_study(panel, recipe.run.merge, recipe.seeds[0]))
-        kept.outcome = {"results": len(records.rows), "people": len({row.person for row in records.rows})}
-
-
-def _planned(recipe: Experiment, exhibits: Sequence[str]) -> list[tuple[int, str, Part, int]]:
-    """(seed, exhibit, part, shots), seed by seed: what is stopped leaves whole seeds behind."""
-    return [
-        (seed, name, part, shots)
-        for seed in recipe.seeds
-        for name in exhibits
-        for part in recipe.exhibits[name]
-        for shots in part.shots or (recipe.shots,)
-        if seed in (part.seeds or recipe.seeds)
-    ]
-
-
-def _run_seed(lab: Lab, records: Records, planned: Sequence[tuple[int, str, Part, int]]) -> None:
-    known: set[tuple[str, int]] = set()  # exhibits share what they have in common
-
-    def lacking() -> Iterator[Sitting]:
-        for one in (one for part in planned for one in _lacking(lab, records, *part)):
-            if (one.key, one.start) not in known:
-                known.add((one.key, one.start))
-                yield one
-
-    for number, found in enumerate(lab.executor.run(measured, lacking(), lab, lab.elsewhere()), 1):
-        if found.result is None:
-            raise ClusterError(f"{found.piece.where}: {found.error}", hint="What is done is kept; repeat it.")
-        records.add(found.result)
-        if not lab.executor.in_process:
-            lab.say(f"{number} done, now {found.piece.where}")
+    seed: int
+    exhibit: str
+    part: Part
+    shots: int
 
 
 @dataclass(frozen=True, slots=True)
-class Sitting:
-    """One method on some people of an exhibit, from number ``start`` on: what is computed, and written, at once."""
+class MethodRun:
+    """One method on one batch of people, from number ``start`` on: computed and written together."""
 
-    exhibit: str
-    part: Part
-    seed: int
-    shots: int
+    planned: PlannedPart
     start: int
     people: int
     method: Method
@@ -96,88 +45,152 @@ class Sitting:
     def __len__(self) -> int:
         return self.people
 
-    def halves(self) -> Sequence[Sitting]:
-        """People are always compared together with the same ones."""
+    def halves(self) -> Sequence[MethodRun]:
+        """Return nothing: a batch always holds the same people."""
         return ()
 
     @property
-    def where(self) -> str:
-        """For a reader."""
-        return f"{self.exhibit}, seed {self.seed}, {self.shots} shots: {self.method.name}"
+    def description(self) -> str:
+        """Exhibit, seed, shots and method, for progress messages."""
+        planned = self.planned
+        return f"{planned.exhibit}, seed {planned.seed}, {planned.shots} shots: {self.method.name}"
 
 
-def _lacking(lab: Lab, records: Records, seed: int, exhibit: str, part: Part, shots: int) -> Iterator[Sitting]:
-    """What is not in the records yet: all methods on some people, then on the next."""
-    tested = lab.tested(part, shots)
+def run_experiment(
+    workspace: Workspace, exhibits: Sequence[str] = (), command: str = "", track: Track | None = None
+) -> None:
+    """Compute the missing results of the exhibits, seed by seed, and append them to ``scores.jsonl``.
+
+    ``command`` is recorded so that users can repeat it; ``track`` opens an additional tracker of steps.
+    """
+    recipe, which = workspace.recipe, workspace.participants.which
+    exhibits = wanted(recipe, which, exhibits)
+    records = Records(workspace.folder)
+    settings = recipe.model_dump(mode="json")
+    with RunFolder(
+        folder=workspace.folder,
+        kind=KIND,
+        base=workspace.base,
+        settings=settings,
+        config=False,
+        work=work_of(settings, workspace.participants.splits.digest),
+        command=command,
+        track=track,
+        on_step=workspace.on_step,
+        about={"which": which, "exhibits": [*exhibits], "seeds": [*recipe.seeds]},
+    ) as folder:
+        folder.begin()
+        workspace = replace(workspace, on_step=folder.step)
+        planned = _planned(recipe, exhibits)
+        for seed in recipe.seeds:  # an interrupted experiment leaves complete seeds
+            _run_seed(workspace, records, [one for one in planned if one.seed == seed])
+        if {"banks", "efficiency"} & {*exhibits}:
+            _write_facts(workspace)
+        if "case" in exhibits:
+            panel = next(workspace.panels(Part(methods=()), recipe.seeds[0], recipe.shots))
+            write_json(workspace.folder / CASE, case_study(panel, recipe.run.merge, recipe.seeds[0]))
+        folder.outcome = {"results": len(records.rows), "people": len({row.person for row in records.rows})}
+
+
+def _planned(recipe: Experiment, exhibits: Sequence[str]) -> list[PlannedPart]:
+    return [
+        PlannedPart(seed, name, part, shots)
+        for seed in recipe.seeds
+        for name in exhibits
+        for part in recipe.exhibits[name]
+        for shots in part.shots or (recipe.shots,)
+        if seed in (part.seeds or recipe.seeds)
+    ]
+
+
+def _run_seed(workspace: Workspace, records: Records, planned: Sequence[PlannedPart]) -> None:
+    known: set[tuple[str, int]] = set()  # exhibits share results
+
+    def missing() -> Iterator[MethodRun]:
+        for run in (run for part in planned for run in _missing(workspace, records, part)):
+            if (run.key, run.start) not in known:
+                known.add((run.key, run.start))
+                yield run
+
+    found = workspace.executor.run(compute_records, missing(), workspace, workspace.elsewhere())
+    for number, outcome in enumerate(found, 1):
+        if outcome.result is None:
+            raise ClusterError(
+                f"{outcome.piece.description}: {outcome.error}",
+                hint="Finished results are kept; repeat the command to resume.",
+            )
+        records.add(outcome.result)
+        if not workspace.executor.in_process:
+            workspace.say(f"{number} done, now {outcome.piece.description}")
+
+
+def _missing(workspace: Workspace, records: Records, planned: PlannedPart) -> Iterator[MethodRun]:
+    """Yield the runs that have no records yet: all methods on the first batch of people, then on the next."""
+    part, seed, shots, say = planned.part, planned.seed, planned.shots, workspace.say
+    people = workspace.participants
+    tested = [people.hashed(person.id) for person in people.tested(part, shots)]
     if not tested:
+        say(f"{planned.exhibit}: {shots} shots are left out, too few people have enough items")
         return
-    fit = [method for method in part.methods if method.fits(lab.task, len(lab.bank(part, seed)))]
+    anchors = len(workspace.bank(part, seed))
+    fit = [method for method in part.methods if method.fits(people.task, anchors)]
     for method in part.methods:
         if method not in fit:
-            lab.say(f"{exhibit}: {method.name} is left out, it does not fit this task or bank")
-    names = [lab.person(person.id) for person in tested]
-    keyed = [(method, lab.key(part, method, seed, shots)) for method in fit]
-    lacking = [(method, key) for method, key in keyed if records.lacks(key, names)]
+            say(f"{planned.exhibit}: {method.name} is left out, it does not fit this task or bank")
+    keyed = [(method, workspace.key(part, method, seed, shots)) for method in fit]
+    lacking = [(method, key) for method, key in keyed if records.lacks(key, tested)]
     done, total, began = 0, len(tested) * len(lacking), time.monotonic()
-    for start, people in lab.sittings(part, shots):
-        here = names[start : start + len(people)]
+    for start in range(0, len(tested), BATCH):
+        batch = tested[start : start + BATCH]
         for method, key in lacking:
-            if records.lacks(key, here):
-                sitting = Sitting(exhibit, part, seed, shots, start, len(here), method, key)
-                if lab.executor.in_process:
-                    left = (time.monotonic() - began) / done * (total - done) / 60 if done else 0.0
-                    told = f", about {left:.0f} min left" if done else ""
-                    lab.say(f"{sitting.where} ({done / total:.0%}{told})")
-                yield sitting
-            done += len(here)
+            if records.lacks(key, batch):
+                run = MethodRun(planned, start, len(batch), method, key)
+                if workspace.executor.in_process:
+                    minutes = (time.monotonic() - began) / done * (total - done) / 60 if done else 0.0
+                    left = f", about {minutes:.0f} min left" if done else ""
+                    say(f"{run.description} ({done / total:.0%}{left})")
+                yield run
+            done += len(batch)
 
 
-def measured(lab: Lab, sitting: Sitting) -> list[Record]:
-    """A record for each of the people."""
-    part, seed, shots = sitting.part, sitting.seed, sitting.shots
-    panel = lab.panel(part, seed, shots, sitting.start)
-    found = sitting.method.outcome(panel, seed)
-    rows = []
-    for u, person in enumerate(panel.people):
-        answers, golds = found.answers[u], panel.golds[u]
-        nll, metrics = query_nll(panel.task, answers, golds), measure(panel.task, answers, golds)
-        if answers.nll is not None and not panel.texts:
-            metrics = {"NLL": metrics["NLL"]}
-        rows.append(
-            Record(
-                key=sitting.key,
-                settings=sitting.method.digest,
-                method=sitting.method.name,
-                bank=part.bank,
-                seed=seed,
-                shots=shots,
-                person=lab.person(person.id),
-                group=lab.person(person.group) if person.group else "",
-                metrics={name: round(value, 6) for name, value in metrics.items()},
-                nll=None if nll is None else tuple(round(float(one), 5) for one in nll),
-                seconds=round(found.seconds / len(panel.people), 4),
-                bytes=round(found.bytes_per_person, 1),
-                ids=tuple(lab.question(person, item, n) for n, item in enumerate(panel.queries[u])),
-                answers=tuple(answers.texts),
-                golds=tuple(golds),
-                chosen=found.chosen[u] if found.chosen else "",
-                **_coefficients(found, u),
-            )
-        )
-    return rows
+def compute_records(workspace: Workspace, run: MethodRun) -> list[Record]:
+    """Return a record for each person of the batch."""
+    planned = run.planned
+    panel = workspace.panel(planned.part, planned.seed, planned.shots, run.start)
+    outcome, scores = run_method(panel, run.method, planned.seed)
+    return [_record(workspace, run, panel, outcome, u, score) for u, score in enumerate(scores)]
 
 
-def _coefficients(found: Outcome, person: int) -> dict[str, Any]:
-    if found.merge is None or found.merge.w.ndim > 2:
-        return {}
-    w = tuple(round(float(one), 5) for one in found.merge.w[person])
-    return {"anchors": tuple(found.merge.ids[person].tolist()), "w": w}
+def _record(workspace: Workspace, run: MethodRun, panel: Panel, outcome: Outcome, u: int, score: PersonScore) -> Record:
+    people, person, merge = workspace.participants, panel.people[u], outcome.merge
+    if merge is not None and merge.w.ndim > 2:
+        merge = None  # coefficients by layer are not recorded
+    return Record(
+        key=run.key,
+        settings=run.method.digest,
+        method=run.method.name,
+        bank=run.planned.part.bank,
+        seed=run.planned.seed,
+        shots=run.planned.shots,
+        person=people.hashed(person.id),
+        group=people.hashed(person.group) if person.group else "",
+        metrics={name: round(value, 6) for name, value in score.metrics.items()},
+        nll=None if score.nll is None else tuple(round(float(value), 5) for value in score.nll),
+        seconds=round(outcome.seconds / len(panel.people), 4),
+        bytes=round(outcome.bytes_per_person, 1),
+        anchors=tuple(merge.ids[u].tolist()) if merge else (),
+        w=tuple(round(float(value), 5) for value in merge.w[u]) if merge else (),
+        chosen=outcome.chosen[u] if outcome.chosen else "",
+        ids=tuple(people.question_id(person, item, n) for n, item in enumerate(panel.queries[u])),
+        answers=tuple(outcome.answers[u].texts),
+        golds=tuple(panel.golds[u]),
+    )
 
 
-def _write_facts(lab: Lab) -> None:
-    """What each seed's bank costs and does for others."""
+def _write_facts(workspace: Workspace) -> None:
+    """Write what each seed's bank costs, and what it does for people outside the bank."""
     part, found = Part(methods=()), {}
-    for seed in lab.recipe.seeds:
-        panels = list(lab.panels(part, seed, lab.recipe.shots))
-        found[f"{part.bank}-{seed}"] = bank_facts(panels, lab.bank(part, seed), seed)
-    write_json(lab.folder / FACTS, found)
+    for seed in workspace.recipe.seeds:
+        panels = list(workspace.panels(part, seed, workspace.recipe.shots))
+        found[f"{part.bank}-{seed}"] = bank_facts(panels, workspace.bank(part, seed), seed)
+    write_json(workspace.folder / FACTS, found)

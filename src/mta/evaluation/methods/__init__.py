@@ -1,7 +1,7 @@
-"""The methods that are compared. Each gets the panel's shots and answers the panel's queries.
+"""The methods that are compared. Each learns from the panel's shots and answers the panel's queries.
 
-A method is one small class in one of these files: its settings are its fields, ``paper`` says where it comes from, and
-``run`` does it. ``docs/how-to/add-a-method.md`` walks through one.
+A method is one small class: its fields are its settings, ``paper`` links its source, and ``run`` computes the outcome.
+``docs/how-to/add-a-method.md`` shows how to write one.
 """
 
 from mta.evaluation.methods.choice import Chosen

@@ -1,4 +1,4 @@
-"""Asking a model the panel's queries, the same way for every method that has one."""
+"""Ask a model the panel's queries, in the same way for every method that uses a model."""
 
 from __future__ import annotations
 
@@ -15,23 +15,25 @@ from mta.training.scoring import label_scores, log_likelihood
 
 
 def answer(panel: Panel, people: Sequence[int], adapters: Sequence[Adapters]) -> list[Answers]:
-    """The queries of some of the panel's people, answered with ``adapters``, which are indexed as ``people`` are.
+    """Answer the queries of some of the panel's people with ``adapters``, which have the order of ``people``.
 
-    Labels are scored where there are labels; else the text is decoded greedily, and the gold's likelihood told.
+    Labels are scored if the task has labels. Otherwise the text is decoded greedily, and the likelihood of the gold
+    text is returned too.
     """
     task, base, queries = panel.task, panel.base, [panel.queries[i] for i in people]
     if all(task.labels_of(item) for items in queries for item in items):
         return [from_scores(task, scores) for scores in label_scores(base, task, queries, adapters)]
     nll = _gold_nll(panel, queries, adapters)
-    texts = _texts(panel, queries, adapters) if panel.texts else [[""] * len(items) for items in queries]
-    return [Answers(theirs, nll=one) for theirs, one in zip(texts, nll)]
+    texts = _texts(panel, queries, adapters) if panel.write_texts else [[""] * len(items) for items in queries]
+    return [Answers(written, nll=surprise) for written, surprise in zip(texts, nll)]
 
 
 def _gold_nll(panel: Panel, queries: Sequence[Sequence[Item]], adapters: Sequence[Adapters]) -> list[Tensor]:
-    """Minus log probability of the gold text per token, query by query."""
+    """Return minus the log probability of the gold text per token, for each query of each person."""
     jobs = [[panel.base.prompts.example(panel.task, item) for item in items] for items in queries]
     found = log_likelihood(panel.base, jobs, adapters)
-    return [-one.double() / one.new_tensor([len(e.target) for e in job]).double() for one, job in zip(found, jobs)]
+    lengths = [scores.new_tensor([len(e.target) for e in job]).double() for scores, job in zip(found, jobs)]
+    return [-scores.double() / tokens for scores, tokens in zip(found, lengths)]
 
 
 def _texts(panel: Panel, queries: Sequence[Sequence[Item]], adapters: Sequence[Adapters]) -> list[list[str]]:

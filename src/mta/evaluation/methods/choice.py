@@ -1,8 +1,7 @@
-"""Never worse than not personalizing: for each person, what did best on their own held-out shots."""
+"""Choose a method for each person: the one that did best on the person's held-out shots."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -17,11 +16,11 @@ from mta.evaluation.protocol import Panel
 
 @register
 class Chosen(Method):
-    """A choice among ``candidates``, the first of which is what nobody needs a reason for: the pooled model.
+    """Choose among ``candidates``; the first is the default, which does not personalize.
 
-    Shots are held out in ``folds`` turns; another candidate is taken only if its mean loss on them is lower by
-    ``margin`` standard errors, and then the one that is lowest. With one shot nothing can be held out: the first stays.
-    Its seconds are those of all candidates, with what they share (a merge) in each: an upper bound.
+    Shots are held out in ``folds`` turns. Another candidate is chosen only if its mean loss on them is lower than that
+    of the default by ``margin`` standard errors; among several, the lowest. With one shot, the default stays.
+    The seconds are the sum over candidates, which counts a shared merge several times: an upper bound.
     Source: our choice.
     """
 
@@ -38,33 +37,33 @@ class Chosen(Method):
     def run(self, panel: Panel, seed: int) -> Outcome:
         picks, seconds = self._picks(panel, seed)
         outcomes = [candidate.outcome(panel, seed) for candidate in self.candidates]
-        kept = [outcomes[pick].bytes_per_person for pick in picks]
+        stored = [outcomes[pick].bytes_per_person for pick in picks]
         return Outcome(
             [outcomes[pick].answers[u] for u, pick in enumerate(picks)],
             seconds + sum(outcome.seconds for outcome in outcomes),
-            sum(kept) / len(kept),
+            sum(stored) / len(stored),
             chosen=tuple(self.candidates[pick].name for pick in picks),
         )
 
     def _picks(self, panel: Panel, seed: int) -> tuple[list[int], float]:
-        """Everybody's candidate, and the seconds of asking their history."""
-        asked, whose = panel.folds(self.folds)
-        if not whose:
+        """Return the number of each person's candidate, and the seconds of trying the candidates on held-out shots."""
+        folds, owners = panel.folds(self.folds)
+        if not owners:
             return [0] * len(panel.people), 0.0
-        outcomes = [candidate.run(asked, seed) for candidate in self.candidates]
+        outcomes = [candidate.run(folds, seed) for candidate in self.candidates]
         losses: list[list[Tensor]] = [[] for _ in panel.people]
-        for row, u in enumerate(whose):
-            theirs = [query_nll(asked.task, outcome.answers[row], asked.golds[row]) for outcome in outcomes]
-            losses[u].append(torch.stack([nll for nll in theirs if nll is not None]))
-        found = [pick(torch.cat(theirs, 1), self.margin) if theirs else 0 for theirs in losses]
-        return found, sum(outcome.seconds for outcome in outcomes)
+        for row, u in enumerate(owners):
+            held_out = [query_nll(folds.task, outcome.answers[row], folds.golds[row]) for outcome in outcomes]
+            losses[u].append(torch.stack([nll for nll in held_out if nll is not None]))
+        picks = [pick(torch.cat(rows, 1), self.margin) if rows else 0 for rows in losses]
+        return picks, sum(outcome.seconds for outcome in outcomes)
 
 
 def pick(losses: Tensor, margin: float) -> int:
-    """Which of the candidates to take. Shapes: losses (candidates, shots), the first row is what needs no reason."""
+    """Return the number of the candidate to use. Shapes: losses (candidates, shots); the first row is the default."""
     gains = losses[0] - losses[1:]
     shots = gains.shape[1]
     error = gains.std(1) / shots**0.5 if shots > 1 else torch.zeros(len(gains))
     sure = gains.mean(1) - margin * error
-    means: Sequence[float] = [0.0, *torch.where(sure > 0, gains.mean(1), -1.0).tolist()]
+    means = [0.0, *torch.where(sure > 0, gains.mean(1), -1.0).tolist()]
     return max(range(len(means)), key=lambda i: means[i])

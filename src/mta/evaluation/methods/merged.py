@@ -27,13 +27,13 @@ MTA = "https://arxiv.org/abs/2511.20072"
 
 @register
 class Merged(Method):
-    """Stage 2 alone: a merge of the bank, nothing kept but anchor numbers and coefficients."""
+    """Stage 2 alone: a merge of the bank. Only anchor numbers and coefficients are stored."""
 
     paper: ClassVar[str] = MTA
     method: Literal["merge"] = "merge"
     name: str = "merge only"
     merge: MergeSettings | None = None
-    anchors: int | None = None  # as if the bank held only so many
+    anchors: int | None = None  # merge as if the bank held only this many anchors
 
     def fits(self, task: Task, anchors: int) -> bool:
         return _fits(self.merge, task, anchors) and (self.anchors or 0) <= anchors
@@ -53,7 +53,7 @@ class Merged(Method):
 
 @register
 class MergedByLayer(Method):
-    """The learned policy with coefficients for each of ``groups`` equal stretches of the model's layers."""
+    """The learned policy with separate coefficients for each of ``groups`` equally deep groups of layers."""
 
     method: Literal["merge-by-layer"] = "merge-by-layer"
     name: str = "merge only, by layer"
@@ -68,13 +68,12 @@ class MergedByLayer(Method):
         settings = self.merge or panel.run.merge
         first, seconds = panel.merge(settings.model_copy(update={"policy": "posterior"}), seed)
         start, bank = time.monotonic(), panel.bank
-        begun = replace(first, w=first.w.to(panel.base.master_dtype))
         merge = learn(
             panel.base,
             panel.jobs,
             bank.working,
             bank.pooled,
-            begun,
+            replace(first, w=first.w.to(panel.base.master_dtype)),
             settings.learned,
             layer_groups(bank.working.names, self.groups),
             seed=seed,
@@ -104,27 +103,27 @@ class MergeThenAdapt(Method):
         settings, stack = self.merge or panel.run.merge, self.stack or panel.run.stack
         merge, seconds = panel.merge(settings, seed)
         found = adapted(panel, merge, settings, stack.lora, stack.training, seed, self.name)
-        kept = found.bytes_per_person + bytes_of(merge)
-        return replace(found, seconds=seconds + found.seconds, bytes_per_person=kept)
+        stored = found.bytes_per_person + bytes_of(merge)
+        return replace(found, seconds=seconds + found.seconds, bytes_per_person=stored)
 
 
 def answered(panel: Panel, merge: Merge, settings: MergeSettings, seconds: float) -> Outcome:
-    """The panel's queries, answered with everybody's merge over the task LoRA, computed as ``settings`` say."""
+    """Answer the panel's queries with everybody's merge over the task LoRA, in the mode of ``settings``."""
     answers: list[Answers] = []
-    settings = settings.model_copy(update={"k": merge.ids.shape[1]})  # memory is planned for what is merged
+    settings = settings.model_copy(update={"k": merge.ids.shape[1]})  # the memory plan must count the merged anchors
     for cohort in panel.plan(1, settings).cohorts:
         answers += answer(panel, cohort, [*panel.bank.pooled, merged(panel.bank, merge.select(cohort), settings)])
     return Outcome(answers, seconds, bytes_of(merge), merge)
 
 
 def bytes_of(merge: Merge) -> float:
-    """What has to be kept of one person's merge: anchor numbers and coefficients, once for layers that share them."""
+    """Return the bytes of one person's merge as JSON: anchor numbers, and coefficients once per group of layers."""
     w = merge.w[0] if merge.w.ndim == 2 else torch.unique_consecutive(merge.w[0], dim=0)
     return len(json.dumps([merge.ids[0].tolist(), w.tolist()]))
 
 
 def layer_groups(names: Sequence[str], groups: int) -> list[int]:
-    """A group for each adapted layer: equal stretches of the model's depth, from the input on."""
+    """Return the group of each adapted layer: ranges of equal depth, numbered from the input on."""
     blocks = [int(found[0]) if (found := re.findall(r"\d+", name)) else 0 for name in names]
     depth = max(blocks) + 1
     return [block * min(groups, depth) // depth for block in blocks]
@@ -135,14 +134,14 @@ def _fits(settings: MergeSettings | None, task: Task, anchors: int) -> bool:
 
 
 def _among(panel: Panel, settings: MergeSettings, count: int) -> tuple[Merge, float]:
-    """A merge of ``count`` of the bank's anchors, chosen among them as the bank was among its candidates.
+    """Merge only ``count`` of the bank's anchors, selected as the bank's anchors were selected from candidates.
 
-    Policies that read evidence or encodings alone; one that learns would need the smaller bank itself.
+    Works for policies that read evidence or encodings; a policy that learns needs a smaller bank.
     """
     bank = panel.bank
     if count >= len(bank):
         return panel.merge(settings, 0)
-    # The most active of each of ``count`` clusters: histories enter by their lengths alone.
+    # Selects the most active anchor of each cluster: only the lengths of histories matter.
     actives = [Person(f"{n:04}", (Item({}),) * items) for n, items in enumerate(bank.info.items)]
     chosen = select_anchors(actives, bank.vectors, count, 0, share=1)
     start = time.monotonic()

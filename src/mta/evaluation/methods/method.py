@@ -1,4 +1,4 @@
-"""What a method is, and the registry that recipes name them by."""
+"""The base class of methods, and the registry that maps names in recipes to classes."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, TypeVar
 
 from pydantic import BeforeValidator, Field, SerializeAsAny
@@ -14,54 +13,40 @@ from pydantic import BeforeValidator, Field, SerializeAsAny
 from mta.config.loader import Settings
 from mta.data.tasks.task import Task
 from mta.errors import ConfigError
-from mta.evaluation.metrics import Answers
-from mta.evaluation.protocol import Panel
-from mta.personalize.merge import Merge
+from mta.evaluation.protocol import Outcome, Panel
 
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """Answers for everybody, the seconds of preparing them (without answering), and bytes kept per person.
-
-    ``chosen`` says for each person which candidate was taken, where a method chooses.
-    """
-
-    answers: list[Answers]
-    seconds: float
-    bytes_per_person: float
-    merge: Merge | None = None
-    chosen: tuple[str, ...] = ()
+__all__ = ["METHODS", "AnyMethod", "Method", "Outcome", "parse_method", "register"]
 
 
 class Method(Settings, ABC):
-    """One row of the table. ``method`` names the class in a recipe, ``name`` the row."""
+    """One row of the table. ``method`` is the name of the class in recipes, ``name`` the name of the row."""
 
     paper: ClassVar[str] = ""
 
-    method: str = Field(default="", description="which class; set by each of them")
+    method: str = Field(default="", description="name of the class; each class sets it")
     name: str
 
     @property
     def digest(self) -> str:
-        """Names the method and all of its settings, whatever it is called."""
+        """Hash of the method and its settings, without its name."""
         return hashlib.sha256(json.dumps(_unnamed(self.model_dump(mode="json"))).encode()).hexdigest()[:12]
 
     @property
     def seeded(self) -> bool:
-        """Whether the seed can change anything: stacks start from it, and learned coefficients draw their batches."""
+        """Whether the seed affects the result: stacks start from the seed, and learned coefficients draw batches."""
         return False
 
     def fits(self, task: Task, anchors: int) -> bool:
-        """Whether it can do this task with so many anchors: where it cannot, an experiment leaves it out."""
+        """Return whether the method works for this task and number of anchors; if not, experiments leave it out."""
         return True
 
     @property
     def of_bank(self) -> bool:
-        """Whether it uses anything of the bank, its task LoRA included."""
+        """Whether the method uses the bank or its task LoRA."""
         return True
 
     def outcome(self, panel: Panel, seed: int) -> Outcome:
-        """What ``run`` gives, computed once for a panel: a choice among methods asks them again."""
+        """Return the outcome of ``run``, computed once per panel: ``Chosen`` reads outcomes of other methods again."""
         key = (self.digest, seed)
         if key not in panel.outcomes:
             panel.outcomes[key] = self.run(panel, seed)
@@ -69,11 +54,11 @@ class Method(Settings, ABC):
 
     @abstractmethod
     def run(self, panel: Panel, seed: int) -> Outcome:
-        """Learn from the shots and answer the queries."""
+        """Learn from the panel's shots and answer the panel's queries."""
 
 
 def _unnamed(settings: Any) -> Any:
-    """Settings without the names of the method and of those it stands over."""
+    """Return the settings without the row names of the method and of the methods inside it."""
     if isinstance(settings, dict):
         return {key: _unnamed(value) for key, value in settings.items() if key != "name"}
     return [_unnamed(value) for value in settings] if isinstance(settings, list) else settings
@@ -84,19 +69,19 @@ M = TypeVar("M", bound=Method)
 
 
 def register(kind: type[M]) -> type[M]:
-    """Class decorator: recipes can name the method from now on, by the default of its field ``method``."""
+    """Class decorator: make the method available in recipes, under the default of its field ``method``."""
     METHODS[kind.model_fields["method"].default] = kind
     return kind
 
 
 def parse_method(value: Any) -> Method:
-    """A method from a recipe: its class's name alone, or a mapping with ``method`` and settings. Raises ConfigError."""
+    """Return the method of a recipe entry: a name, or a mapping with ``method`` and settings. Raises ConfigError."""
     if isinstance(value, Method):
         return value
     values = {"method": value} if isinstance(value, str) else value
     kind = METHODS.get(values.get("method", "")) if isinstance(values, Mapping) else None
     if kind is None:
-        raise ConfigError(f"no such method: {value!r}", hint=f"There are: {', '.join(sorted(METHODS))}.")
+        raise ConfigError(f"no such method: {value!r}", hint=f"Use one of: {', '.join(sorted(METHODS))}.")
     return kind.model_validate(values)
 
 

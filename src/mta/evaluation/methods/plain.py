@@ -1,4 +1,4 @@
-"""Methods that know nobody, or nothing but a person's usual answer."""
+"""Baselines that ignore the person, or use only the person's most common answer."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mta.evaluation.protocol import Panel
 
 
 class _Constant(Method, ABC):
-    """An answer that needs no model, for tasks with labels."""
+    """A constant answer without a model, for tasks with labels."""
 
     def fits(self, task: Task, anchors: int) -> bool:
         return task.labelled
@@ -29,35 +29,35 @@ class _Constant(Method, ABC):
 
 @register
 class GlobalConstant(_Constant):
-    """The same answer for everybody: the most frequent label (median for ratings) of the people behind the task LoRA.
+    """The same answer for everybody: the most frequent label, or the median rating, of the people behind the task LoRA.
 
-    Where the panel does not know them, of everybody's shots.
+    If the panel does not know these people, the labels of all shots are used.
     """
 
     method: Literal["global-constant"] = "global-constant"
     name: str = "global constant"
 
     def run(self, panel: Panel, seed: int) -> Outcome:
-        known = [target for theirs in _targets(panel.task, panel.pool or panel.people) for target in theirs]
-        usual = _constant(panel.task, known)
-        return Outcome([Answers([usual] * len(items)) for items in panel.queries], 0.0, 0.0)
+        known = [target for targets in _targets(panel.task, panel.pool or panel.people) for target in targets]
+        label = _constant(panel.task, known)
+        return Outcome([Answers([label] * len(items)) for items in panel.queries], 0.0, 0.0)
 
 
 @register
 class OwnConstant(_Constant):
-    """A person's own median (ratings) or majority of the shots."""
+    """The median rating or the most frequent label of the person's shots."""
 
     method: Literal["own-constant"] = "own-constant"
     name: str = "own constant"
 
     def run(self, panel: Panel, seed: int) -> Outcome:
-        own = [_constant(panel.task, theirs) for theirs in _targets(panel.task, panel.people)]
-        return Outcome([Answers([a] * len(items)) for a, items in zip(own, panel.queries)], 0.0, 1.0)
+        own = [_constant(panel.task, targets) for targets in _targets(panel.task, panel.people)]
+        return Outcome([Answers([label] * len(items)) for label, items in zip(own, panel.queries)], 0.0, 1.0)
 
 
 @register
 class Base(Method):
-    """The untouched base model."""
+    """The base model without adapters."""
 
     method: Literal["base"] = "base"
     name: str = "base"
@@ -72,7 +72,7 @@ class Base(Method):
 
 @register
 class TaskLora(Method):
-    """The pooled model: the strongest method that knows nobody."""
+    """The pooled model: the strongest method that does not personalize."""
 
     paper: ClassVar[str] = "https://github.com/TamSiuhin/OPPU/issues/4"
     method: Literal["task-lora"] = "task-lora"

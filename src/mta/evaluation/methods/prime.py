@@ -1,13 +1,14 @@
-"""PriME-style: an evolution strategy looks for a few coefficients, nothing is differentiated."""
+"""PriME-style: search a few coefficients with an evolution strategy, without gradients."""
 
 from __future__ import annotations
 
 import hashlib
 import time
 from collections.abc import Callable
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -22,9 +23,9 @@ from mta.training.scoring import log_likelihood
 
 @register
 class Prime(Method):
-    """CMA-ES over the coefficients of the ``k`` nearest anchors, ``budget`` looks at the loss of the shots each.
+    """CMA-ES over the coefficients of the ``k`` nearest anchors; each person has ``budget`` evaluations of the shots.
 
-    Everybody's strategy takes its steps together, so a look is one pass for all. Coefficients stay in [-1.5, 1.5].
+    All people take their steps together, so an evaluation is one pass for all. Coefficients stay in [-1.5, 1.5].
     """
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2503.18008"
@@ -45,40 +46,40 @@ class Prime(Method):
 
         k = min(self.k, len(panel.bank))
         settings = MergeSettings(policy="uniform", k=k)
-        begun, seconds = panel.merge(settings, seed)
+        start_merge, seconds = panel.merge(settings, seed)
         start = time.monotonic()
-        how = {"bounds": [-self.bound, self.bound], "verbose": -9, "seed": np.nan}
+        options = {"bounds": [-self.bound, self.bound], "verbose": -9, "seed": np.nan}
         searches = [
-            cma.CMAEvolutionStrategy(w, self.sigma, how | {"randn": _draws(seed, job.key)})
-            for w, job in zip(begun.w.tolist(), panel.jobs)
+            cma.CMAEvolutionStrategy(w, self.sigma, options | {"randn": _normal_draws(seed, job.key)})
+            for w, job in zip(start_merge.w.tolist(), panel.jobs)
         ]
-        best, least = begun.w.clone(), self._losses(panel, begun, settings)
-        looks = 1
-        while looks < self.budget:
-            asked = [search.ask() for search in searches]
+        best, least = start_merge.w.clone(), self._losses(panel, start_merge, settings)
+        evaluations = 1
+        while evaluations < self.budget:
+            candidates = [search.ask() for search in searches]
             losses = []
-            for turn in range(min(len(asked[0]), self.budget - looks)):
-                tried = torch.tensor(np.stack([theirs[turn] for theirs in asked])).to(begun.w)
-                found = self._losses(panel, Merge(begun.ids, tried), settings)
+            for turn in range(min(len(candidates[0]), self.budget - evaluations)):
+                w = torch.tensor(np.stack([own[turn] for own in candidates])).to(start_merge.w)
+                found = self._losses(panel, Merge(start_merge.ids, w), settings)
                 better = found < least
-                best[better], least[better] = tried[better], found[better]
+                best[better], least[better] = w[better], found[better]
                 losses.append(found)
-            looks += len(losses)
-            if len(losses) == len(asked[0]):  # else the budget is spent, and nothing more would be asked
+            evaluations += len(losses)
+            if len(losses) == len(candidates[0]):  # otherwise the budget is spent
                 for u, search in enumerate(searches):
-                    search.tell(asked[u], [float(loss[u]) for loss in losses])
-        return answered(panel, Merge(begun.ids, best), settings, seconds + time.monotonic() - start)
+                    search.tell(candidates[u], [float(loss[u]) for loss in losses])
+        return answered(panel, Merge(start_merge.ids, best), settings, seconds + time.monotonic() - start)
 
     @staticmethod
     def _losses(panel: Panel, merge: Merge, settings: MergeSettings) -> Tensor:
-        """(U,): loss of everybody's shots under their merge."""
+        """Return the loss of each person's shots under their merge, (U,)."""
         adapters = [*panel.bank.pooled, merged(panel.bank, merge, settings)]
         found = log_likelihood(panel.base, [job.examples for job in panel.jobs], adapters)
-        return torch.stack([-one.sum() for one in found])
+        return torch.stack([-scores.sum() for scores in found])
 
 
-def _draws(seed: int, person: str) -> Callable[..., Any]:
-    """Normal draws from a source of one's own, whoever else is in the panel; the library's is one for all searches."""
+def _normal_draws(seed: int, person: str) -> Callable[..., npt.NDArray[np.float64]]:
+    """Return normal draws that depend on the seed and the person only; the library shares one source by default."""
     digest = hashlib.sha256(f"{seed}/{person}".encode()).digest()
     source = np.random.default_rng(int.from_bytes(digest[:8], "big"))
     return lambda *shape: source.standard_normal(shape)

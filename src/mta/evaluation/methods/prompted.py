@@ -1,4 +1,4 @@
-"""Methods that put a person's history into the prompt; both can be laid over any other method."""
+"""Methods that put a person's history into the prompt; both can be combined with any other method."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from mta.evaluation.protocol import Panel
 from mta.model.generate import generate
 
 
-class _LaidOver:
-    """What a method has from the one it stands ``over``."""
+class _Combined:
+    """Properties that come from the method ``over`` which the prompts are given to."""
 
-    if TYPE_CHECKING:  # each of them has it as a field, among its own
+    if TYPE_CHECKING:  # a field of each subclass
         over: Method
 
     @property
@@ -32,10 +32,10 @@ class _LaidOver:
 
 
 @register
-class Retrieved(_LaidOver, Method):
-    """RAG: the ``k`` earlier items nearest by BM25 stand in front of every prompt, of shots and of queries.
+class Retrieved(_Combined, Method):
+    """RAG: every prompt, of shots and of queries, starts with the ``k`` earlier items nearest by BM25.
 
-    A shot sees only the shots before it. ``over`` is who is asked: the base, the task LoRA, MTA.
+    A shot sees only the shots before it. ``over`` is the method that gets the prompts: the base, the task LoRA, MTA.
     """
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2304.11406"
@@ -45,12 +45,12 @@ class Retrieved(_LaidOver, Method):
     over: AnyMethod = Base()
 
     def run(self, panel: Panel, seed: int) -> Outcome:
-        return _asked(self.over, panel, seed, self.k, [], _text(panel), time.monotonic())
+        return _with_history(self.over, panel, seed, self.k, [], _history_bytes(panel), time.monotonic())
 
 
 @register
-class Profile(_LaidOver, Method):
-    """PAG: the base model describes a person from their shots; the description, and ``k`` retrieved items, is shown."""
+class Profile(_Combined, Method):
+    """PAG: every prompt starts with the base model's description of the person, and ``k`` retrieved items."""
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2310.20081"
     method: Literal["pag"] = "pag"
@@ -61,15 +61,17 @@ class Profile(_LaidOver, Method):
 
     def run(self, panel: Panel, seed: int) -> Outcome:
         start = time.monotonic()
-        profiles = self._written(panel)
-        told = [f"About this person: {text}\n" for text in profiles]
-        kept = sum(len(text.encode()) for text in profiles) / len(profiles) + (_text(panel) if self.k else 0.0)
-        return _asked(self.over, panel, seed, self.k, told, kept, start)
+        descriptions = self._descriptions(panel)
+        before = [f"About this person: {text}\n" for text in descriptions]
+        stored = sum(len(text.encode()) for text in descriptions) / len(descriptions)
+        if self.k:
+            stored += _history_bytes(panel)
+        return _with_history(self.over, panel, seed, self.k, before, stored, start)
 
-    def _written(self, panel: Panel) -> list[str]:
+    def _descriptions(self, panel: Panel) -> list[str]:
         base, task = panel.base, panel.bank.task
-        asked = [Item({"history": "\n".join(task.told(item) for item in p.items)}) for p in panel.people]
-        prompts = [base.prompts.prompt(_DESCRIBE, item, reserve=self.tokens).tokens for item in asked]
+        items = [Item({"history": "\n".join(task.told(item) for item in p.items)}) for p in panel.people]
+        prompts = [base.prompts.prompt(_DESCRIBE, item, reserve=self.tokens).tokens for item in items]
         written = generate(base, prompts, [-1] * len(prompts), [], max_new_tokens=self.tokens)
         return [base.prompts.decode(tokens) for tokens in written]
 
@@ -86,16 +88,18 @@ _DESCRIBE = Task(
 )
 
 
-def _text(panel: Panel) -> float:
-    """Bytes of a person's shots, which have to be kept to be retrieved."""
-    told = [panel.bank.task.told(item) for person in panel.people for item in person.items]
-    return sum(len(text.encode()) for text in told) / len(panel.people)
+def _history_bytes(panel: Panel) -> float:
+    """Return the mean bytes of a person's shots, which must be stored for retrieval."""
+    texts = [panel.bank.task.told(item) for person in panel.people for item in person.items]
+    return sum(len(text.encode()) for text in texts) / len(panel.people)
 
 
-def _asked(over: Method, panel: Panel, seed: int, k: int, before: Sequence[str], kept: float, start: float) -> Outcome:
-    """The answers of ``over`` to prompts with a history in them; ``start`` is when their making began."""
-    asked = panel.profiled(k, before)
-    _ = asked.jobs
+def _with_history(
+    over: Method, panel: Panel, seed: int, k: int, before: Sequence[str], stored: float, start: float
+) -> Outcome:
+    """Return the outcome of ``over`` on prompts with a history; ``start`` is when the preparation began."""
+    profiled = panel.profiled(k, before)
+    _ = profiled.jobs
     seconds = time.monotonic() - start
-    found = over.run(asked, seed)
-    return replace(found, seconds=found.seconds + seconds, bytes_per_person=found.bytes_per_person + kept)
+    found = over.run(profiled, seed)
+    return replace(found, seconds=found.seconds + seconds, bytes_per_person=found.bytes_per_person + stored)

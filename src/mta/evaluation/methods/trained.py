@@ -1,4 +1,4 @@
-"""Methods that train a LoRA of a person's own."""
+"""Methods that train one LoRA per person."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from mta.personalize.stages import adapt
 
 @register
 class OneLora(Method):
-    """One LoRA per person from the shots, over the task LoRA: OPPU at rank 8, "adapt only" with the stack's rank.
+    """One LoRA per person, trained on the shots over the task LoRA: OPPU at rank 8, "adapt only" at the stack's rank.
 
-    Without ``training`` it is trained as the run's stack.
-    OPPU's published code trains person i on everybody up to i; here a person is trained on their own shots.
+    Without ``training``, the training settings of the run's stack are used.
+    OPPU's published code trains person i on people 0 to i; here each person is trained on their own shots only.
     """
 
     paper: ClassVar[str] = "https://arxiv.org/abs/2402.04401"
@@ -48,11 +48,11 @@ def adapted(
     seed: int,
     stage: str,
 ) -> Outcome:
-    """One LoRA per person over the task LoRA and, where there is one, their merge.
+    """Train one LoRA per person over the task LoRA and, if given, their merge, and answer the queries.
 
-    In cohorts that fit the memory: each is trained, answers, and goes.
+    Cohorts that fit the memory are trained and asked one after another.
     """
-    base, jobs = panel.base, panel.jobs
+    base, jobs, on_step = panel.base, panel.jobs, panel.shots.context.on_step
     numbers = lora.rank * sum(d + o for d, o in base.targets.values())
     plan = panel.plan(numbers, settings)
     answers: list[Answers] = []
@@ -70,7 +70,7 @@ def adapted(
             training,
             seed=seed,
             tokens_per_batch=plan.tokens_per_batch,
-            on_step=partial(panel.on_step, stage) if panel.on_step else None,
+            on_step=partial(on_step, stage) if on_step else None,
         )
         seconds += time.monotonic() - start
         answers += answer(panel, cohort, [*frozen, PerPerson(found)])

@@ -1,10 +1,11 @@
-"""An attack under way: items that were trained on and items that were not, put to the bank's models and people's."""
+"""Ask the models of a bank and of people about items they were trained on and other items, and attack the losses."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -12,25 +13,26 @@ from torch import Tensor
 
 from mta.config import MergeSettings
 from mta.data.history import Item, Person
-from mta.evaluation.methods import Base, Merged, MergeThenAdapt, Outcome, TaskLora
+from mta.evaluation.methods import Base, Method, TaskLora
 from mta.evaluation.methods.merged import answered
 from mta.evaluation.metrics import query_nll
 from mta.evaluation.privacy.membership import Attack, Trials, attack
-from mta.evaluation.privacy.sampling import Cast
-from mta.evaluation.protocol import Panel
+from mta.evaluation.privacy.sampling import AttackSample
+from mta.evaluation.protocol import Outcome, Panel
 from mta.personalize.merge import Merge
 
 ANCHORS, POOL, SHOTS = "the anchors' items", "the task LoRA's items", "a person's own shots"
 OWN, ANOTHER, PERSONAL = "the anchor's own", "another anchor's", "merge and stack"
-Told = Mapping[int, float]  # an item's number -> its loss under one model
-Sets = Sequence[Sequence[int]]  # numbers of items, one list for each model
+Losses = Mapping[int, float]  # number of an item -> its loss under one model
+References = Mapping[str, Losses]  # name of a model without the attacked LoRA -> its losses
+Sets = Sequence[Sequence[int]]  # numbers of items, one list per model
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One kind of model attacked: about whose items, how many models and trials, and each attack by its name.
+    """One kind of attacked model, asked about one kind of items: numbers of models and items, and each attack by name.
 
-    Attacks are ``loss``, and ``over base`` and ``over task LoRA``: the loss less that of those models.
+    Attacks are ``loss``, and ``over base`` and ``over task LoRA``: the loss minus that of the reference model.
     """
 
     about: str
@@ -41,155 +43,194 @@ class Row:
     attacks: Mapping[str, Attack]
 
 
-@dataclass(slots=True)
-class Exam:
-    """All items asked about have numbers, and so have people: anchor a of the bank is person a.
+class Pair(NamedTuple):
+    """A target's merge and one anchor: the anchor's |w|, and the share of other items ranked below the anchor's."""
 
-    ``panel`` holds the targets with their shots. ``pairs`` are (target, anchor's |w|, share of others beaten).
+    target: int
+    w: float
+    beaten: float
+
+
+@dataclass(frozen=True, slots=True)
+class NumberedItems:
+    """All items that models are asked about; their positions are their numbers.
+
+    ``owners`` numbers each item's person: anchor a of the bank is person a. ``anchors`` and ``pool`` are numbers per
+    person, ``shots`` and ``later`` per target, and ``others`` numbers of all other people.
     """
 
+    items: list[Item]
+    owners: list[int]
+    anchors: Sets
+    pool: Sets
+    others: list[int]
+    shots: Sets
+    later: Sets
+
+    @classmethod
+    def of(cls, sample: AttackSample, shots: Sequence[int]) -> NumberedItems:
+        """Number the items of a sample; ``shots`` is the number of shots of each target."""
+        items: list[Item] = []
+        owners: list[int] = []
+
+        def numbered(people: Sequence[Person]) -> list[list[int]]:
+            numbers = []
+            for person in people:
+                owner, first = owners[-1] + 1 if owners else 0, len(items)
+                items.extend(person.items)
+                owners.extend([owner] * len(person.items))
+                numbers.append(list(range(first, len(items))))
+            return numbers
+
+        anchors, pool, others, targets = map(numbered, (sample.anchors, sample.pool, sample.others, sample.targets))
+        return cls(
+            items,
+            owners,
+            anchors,
+            pool,
+            _flat(others),
+            [numbers[:count] for numbers, count in zip(targets, shots)],
+            [numbers[count:] for numbers, count in zip(targets, shots)],
+        )
+
+    @property
+    def targets(self) -> list[int]:
+        """The person number of each target."""
+        return [self.owners[numbers[0]] for numbers in self.shots]
+
+    def others_of(self, models: int) -> Sets:
+        """Deal the others' items to models, each item to one model: asking every model about all costs too much."""
+        return [self.others[model::models] for model in range(models)]
+
+    def merged_items(self, gates: Tensor, count: int) -> Sets:
+        """Return ``count`` items of the anchors with a coefficient, as many of each anchor; gates (U, N) -> U lists."""
+        sets = [[self.anchors[int(a)] for a in w.nonzero().flatten()] for w in gates]
+        return [spread(numbers, count, turn) for turn, numbers in enumerate(sets)]
+
+
+@dataclass(frozen=True, slots=True)
+class MembershipEvaluator:
+    """Membership inference on one bank; ``panel`` holds the targets with their shots, ``trained`` the anchors."""
+
     panel: Panel
-    cast: Cast
+    items: NumberedItems
+    trained: Sequence[Person]
     items_each: int
     say: Callable[[str], None] = lambda _: None
-    rows: list[Row] = field(default_factory=list)
-    pairs: list[tuple[int, float, float]] = field(default_factory=list)
-    items: list[Item] = field(default_factory=list)
-    whose: list[int] = field(default_factory=list)
-    known: dict[str, Told] = field(default_factory=dict)
-    anchors: Sets = field(init=False)
-    pool: Sets = field(init=False)
-    others: list[int] = field(init=False)
-    shots: Sets = field(init=False)
-    later: Sets = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.anchors, self.pool = self._numbered(self.cast.anchors), self._numbered(self.cast.pool)
-        self.others = [n for theirs in self._numbered(self.cast.others) for n in theirs]
-        whole, kept = self._numbered(self.cast.targets), [len(person.items) for person in self.panel.people]
-        self.shots = [numbers[:shots] for numbers, shots in zip(whole, kept)]
-        self.later = [numbers[shots:] for numbers, shots in zip(whole, kept)]
-
-    def _numbered(self, people: Sequence[Person]) -> list[list[int]]:
-        numbers = []
-        for person in people:
-            who, first = self.whose[-1] + 1 if self.whose else 0, len(self.items)
-            numbers.append(list(range(first, first + len(person.items))))
-            self.items += person.items
-            self.whose += [who] * len(person.items)
-        return numbers
 
     # -- the models ----------------------------------------------------------------------------------------------------
 
-    def references(self) -> None:
-        """Base and task LoRA. Neither saw an anchor's item: what is told apart under them is how anchors differ."""
-        # As if one person had them all: what prompts begin with alike, and whole prompts, are then computed once.
-        panel, everything = replace(self.panel, people=self.panel.people[:1]), [list(range(len(self.items)))]
-        methods = [Base(), TaskLora()] if self.panel.bank.task_lora else [Base()]
-        for method in methods:
+    def references(self) -> tuple[References, list[Row]]:
+        """Return the losses and rows of base and task LoRA, which were not trained on the items of anchors."""
+        items, rows = self.items, []
+        # One person asks about all items, so that equal prompts and prompt beginnings are computed once.
+        panel, everything = self._panel_of(self.panel.people[:1]), [range(len(items.items))]
+        found: dict[str, Losses] = {}
+        for method in [Base(), TaskLora()] if self.panel.bank.task_lora else [Base()]:
             self.say(method.name)
-            told = self._ask(panel, everything, partial(method.run, seed=0))[0]
-            self._judge(ANCHORS, method.name, [told], [_flat(self.anchors)], [self.others])
-            self._judge(POOL, method.name, [told], [_flat(self.pool)], [self.others])
-            self._judge(SHOTS, method.name, [told] * len(self.shots), self.shots, self.later, self._targets)
-            self.known[method.name] = told
+            losses = self._losses(panel, everything, partial(method.run, seed=0))[0]
+            row, same = partial(self._rows, name=method.name, references=found.copy()), [losses] * len(items.shots)
+            rows += row(ANCHORS, losses=[losses], members=[_flat(items.anchors)], others=[items.others])
+            rows += row(POOL, losses=[losses], members=[_flat(items.pool)], others=[items.others])
+            rows += row(SHOTS, losses=same, members=items.shots, others=items.later, owners=items.targets)
+            found[method.name] = losses
+        return found, rows
 
-    def meta_loras(self) -> None:
-        """Each anchor's meta-LoRA alone, w = 1: asked about that anchor, the most there is to find, and another."""
+    def meta_lora_rows(self, references: References) -> list[Row]:
+        """Return the rows of each meta-LoRA alone, w = 1: about its own anchor, the upper bound, and about another."""
         self.say("meta-LoRAs, one by one")
-        count, others = len(self.anchors), self._dealt(len(self.anchors))
+        anchors = self.items.anchors
+        count, others = len(anchors), self.items.others_of(len(anchors))
         w = torch.ones(count, 1, dtype=self.panel.base.master_dtype)
         alone = partial(answered, merge=Merge(torch.arange(count)[:, None], w), settings=MergeSettings(k=1), seconds=0)
-        following = [*self.anchors[1:], self.anchors[0]] if count > 1 else [[]]
-        told = self._ask(replace(self.panel, people=self.cast.trained), _joined(self.anchors, following, others), alone)
-        self._judge(ANCHORS, OWN, told, self.anchors, others, range(count))
-        self._judge(ANCHORS, ANOTHER, told, following, others, range(count))
+        following = [*anchors[1:], anchors[0]] if count > 1 else [[]]
+        losses = self._losses(self._panel_of(self.trained), _joined(anchors, following, others), alone)
+        row = partial(self._rows, ANCHORS, losses=losses, others=others, owners=range(count), references=references)
+        return [*row(name=OWN, members=anchors), *row(name=ANOTHER, members=following)]
 
-    def merge(self, name: str, settings: MergeSettings) -> None:
-        """The targets' merges by one policy: about anchors they are made of, and where it is the run's, about shots."""
+    def target_rows(
+        self, name: str, method: Method, settings: MergeSettings, references: References
+    ) -> tuple[list[Row], list[Pair]]:
+        """Return the rows of the targets' models: about the anchors in their merges, by ``settings``, and about shots.
+
+        Rows about shots exist for the run's own merge only.
+        """
         self.say(name)
-        seed, others = self.panel.run.seed, self._dealt(len(self.shots))
-        gates = self._gates(settings)
-        members = self._of_merges(gates)
-        asked = _joined(members, others, *(self._own if settings == self.panel.run.merge else ()))
-        told = self._ask(self.panel, asked, partial(Merged(merge=settings).run, seed=seed))
-        self._judge(ANCHORS, name, told, members, others, self._targets)
-        if settings == self.panel.run.merge:
-            self._judge(SHOTS, name, told, *self._own, self._targets)
-        self._pair(told, members, others, gates)
+        items, run = self.items, self.panel.run
+        merge, _ = self.panel.merge(settings, run.seed)
+        gates = merge.gates(len(items.anchors)).double().abs()
+        others, members = items.others_of(len(items.shots)), items.merged_items(gates, self.items_each)
+        with_shots = settings == run.merge
+        asked = _joined(members, others, items.shots, items.later) if with_shots else _joined(members, others)
+        losses = self._losses(self.panel, asked, partial(method.run, seed=run.seed))
+        row = partial(self._rows, name=name, losses=losses, owners=items.targets, references=references)
+        rows = row(ANCHORS, members=members, others=others)
+        if with_shots:
+            rows += row(SHOTS, members=items.shots, others=items.later)
+        return rows, self._pairs(losses, members, others, gates, references)
 
-    def personal(self) -> None:
-        """What people have: the run's merge, and the stack over it."""
-        self.say(PERSONAL)
-        run, others = self.panel.run, self._dealt(len(self.shots))
-        members = self._of_merges(self._gates(run.merge))
-        whole = partial(MergeThenAdapt(merge=run.merge, stack=run.stack).run, seed=run.seed)
-        told = self._ask(self.panel, _joined(members, others, *self._own), whole)
-        self._judge(ANCHORS, PERSONAL, told, members, others, self._targets)
-        self._judge(SHOTS, PERSONAL, told, *self._own, self._targets)
+    # -- their answers -------------------------------------------------------------------------------------------------
 
-    # -- what they are asked -------------------------------------------------------------------------------------------
+    def _panel_of(self, people: Sequence[Person]) -> Panel:
+        return replace(self.panel, shots=replace(self.panel.shots, people=people))
 
-    @property
-    def _targets(self) -> list[int]:
-        return [self.whose[numbers[0]] for numbers in self.shots]
-
-    @property
-    def _own(self) -> tuple[Sets, Sets]:
-        return self.shots, self.later
-
-    def _dealt(self, models: int) -> Sets:
-        """Others' items, each to one of the models: to ask all models about all would take as many times as long."""
-        return [self.others[model::models] for model in range(models)]
-
-    def _gates(self, settings: MergeSettings) -> Tensor:
-        return self.panel.merge(settings, self.panel.run.seed)[0].gates(len(self.anchors)).double().abs()
-
-    def _of_merges(self, gates: Tensor) -> Sets:
-        """For each target, items of the anchors with a coefficient, as many of each; (U, N) -> U lists."""
-        sets = [[self.anchors[int(a)] for a in w.nonzero().flatten()] for w in gates]
-        return [spread(theirs, self.items_each, turn) for turn, theirs in enumerate(sets)]
-
-    def _ask(self, panel: Panel, asked: Sets, run: Callable[[Panel], Outcome]) -> list[Told]:
-        panel = replace(panel, queries=[tuple(self.items[n] for n in numbers) for numbers in asked], outcomes={})
-        told: list[Told] = []
+    def _losses(self, panel: Panel, asked: Sets, run: Callable[[Panel], Outcome]) -> list[Losses]:
+        panel = replace(panel, queries=[tuple(self.items.items[n] for n in numbers) for numbers in asked])
+        losses: list[Losses] = []
         for numbers, answers, golds in zip(asked, run(panel).answers, panel.golds):
             nll = query_nll(panel.task, answers, golds)
-            assert nll is not None  # every model asked here tells probabilities
-            told.append(dict(zip(numbers, nll.tolist())))
-        return told
+            assert nll is not None  # every attacked model gives probabilities
+            losses.append(dict(zip(numbers, nll.tolist())))
+        return losses
 
-    # -- what came out -------------------------------------------------------------------------------------------------
+    # -- the attacks ---------------------------------------------------------------------------------------------------
 
-    def _judge(
-        self, about: str, name: str, told: Sequence[Told], members: Sets, others: Sets, of: Sequence[int] = ()
-    ) -> None:
-        """One row; ``of`` says whose each model is: their own items come and go with it when people are resampled."""
+    def _rows(
+        self,
+        about: str,
+        *,
+        name: str,
+        losses: Sequence[Losses],
+        members: Sets,
+        others: Sets,
+        references: References,
+        owners: Sequence[int] = (),
+    ) -> list[Row]:
+        """Return one row, or none without members or others.
+
+        ``owners`` numbers the person of each model: their items are resampled together with the model.
+        """
         entries = [(m, n, kind) for kind, sets in ((1, members), (0, others)) for m, ns in enumerate(sets) for n in ns]
         table = np.array(entries, dtype=np.intp).reshape(-1, 3)
         counts = int(table[:, 2].sum()), int((1 - table[:, 2]).sum())
         if not all(counts):
-            return
-        people = [-1 if of and of[m] == self.whose[n] else self.whose[n] for m, n, _ in entries]
+            return []
+        owner_of = self.items.owners
+        people = [-1 if owners and owners[m] == owner_of[n] else owner_of[n] for m, n, _ in entries]
         trials = Trials(table[:, 0], np.array(people, dtype=np.intp), table[:, 2] == 1)
-        loss = np.array([told[m][n] for m, n, _ in entries])
-        below = {f"over {one}": np.array([known[n] for _, n, _ in entries]) for one, known in self.known.items()}
-        scores = {"loss": -loss, **{attacked: reference - loss for attacked, reference in below.items()}}
-        attacks = {attacked: attack(trials, one) for attacked, one in scores.items()}
-        self.rows.append(Row(about, name, len(told), *counts, attacks))
+        loss = np.array([losses[m][n] for m, n, _ in entries])
+        scores = {"loss": -loss}
+        for reference, known in references.items():
+            scores[f"over {reference}"] = np.array([known[n] for _, n, _ in entries]) - loss
+        attacks = {attacked: attack(trials, values) for attacked, values in scores.items()}
+        return [Row(about, name, len(losses), *counts, attacks)]
 
-    def _pair(self, told: Sequence[Told], members: Sets, others: Sets, gates: Tensor) -> None:
-        below = list(self.known.values())[-1]
-        for target, (one, theirs, rest) in enumerate(zip(told, members, others)):
-            beaten = np.array([below[n] - one[n] for n in rest])
-            for anchor in sorted({self.whose[n] for n in theirs}):
-                scores = [below[n] - one[n] for n in theirs if self.whose[n] == anchor]
+    def _pairs(
+        self, losses: Sequence[Losses], members: Sets, others: Sets, gates: Tensor, references: References
+    ) -> list[Pair]:
+        """Return how often the items of each anchor in a merge rank above the other items, over the last reference."""
+        below, owner_of, pairs = list(references.values())[-1], self.items.owners, []
+        for target, (loss, numbers, rest) in enumerate(zip(losses, members, others)):
+            beaten = np.array([below[n] - loss[n] for n in rest])
+            for anchor in sorted({owner_of[n] for n in numbers}):
+                scores = [below[n] - loss[n] for n in numbers if owner_of[n] == anchor]
                 shares = [float((beaten < s).mean() + (beaten <= s).mean()) / 2 for s in scores]
-                self.pairs.append((target, float(gates[target, anchor]), sum(shares) / len(shares)))
+                pairs.append(Pair(target, float(gates[target, anchor]), sum(shares) / len(shares)))
+        return pairs
 
 
 def spread(sets: Sets, count: int, turn: int) -> list[int]:
-    """At most ``count`` numbers, evenly from all sets; each ``turn`` begins with other sets, and elsewhere in them."""
+    """Return at most ``count`` numbers, evenly from all sets; each ``turn`` starts with another set and position."""
     share = -(-count // max(len(sets), 1))
     picked: list[int] = []
     for i in range(len(sets)):
@@ -203,4 +244,4 @@ def _flat(sets: Sets) -> list[int]:
 
 
 def _joined(*parts: Sets) -> Sets:
-    return [_flat(theirs) for theirs in zip(*parts)]
+    return [_flat(sets) for sets in zip(*parts)]

@@ -1,7 +1,7 @@
-"""Telling members from others by a score: AUC, TPR at 1% FPR, and their intervals by resampling people.
+"""Separate members from others by a score: AUC, TPR at 1% FPR, and their intervals by resampling people.
 
-Plain arrays in, numbers out; nothing here knows a model. An item is one trial under one model. Two trials are compared
-only where both are under the same model: whoever attacks has one model before them.
+Input and output are plain arrays, without a model. An item is one trial under one model. Two trials are compared only
+if both are under the same model, because an attacker has one model.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ Places = npt.NDArray[np.intp]
 Truths = npt.NDArray[np.bool_]
 FPR = 0.01
 TIMES = 1000  # resamples
-_EXACT = 1e-9  # shares of counts are compared up to rounding
+_ROUNDING = 1e-9  # tolerance in comparisons of shares
 
 
 @dataclass(frozen=True, slots=True)
 class Trials:
-    """Items put to models. Shapes: all (n,).
+    """Items under models. Shapes: all (n,).
 
-    ``model`` numbers the model, ``person`` whose item it is (-1: of the person that the model itself is of), ``member``
-    whether the model, or what it was made of, was trained on it.
+    ``model`` is the number of the model. ``person`` is the number of the item's person, -1 if the model belongs to the
+    same person. ``member`` says whether the model, or one of its anchors, was trained on the item.
     """
 
     model: Places
@@ -37,37 +37,37 @@ class Trials:
 
 @dataclass(frozen=True, slots=True)
 class Attack:
-    """How well members are told from others; .5 is guessing for the AUC, .01 for the TPR at 1% FPR."""
+    """How well members are separated from others; guessing gives AUC 0.5, and TPR 0.01 at 1% FPR."""
 
     auc: Interval
     tpr: Interval
 
 
 def auc(member: Truths, scores: Numbers) -> float:
-    """The chance that a member scores higher than somebody else, ties counted half. Shapes: (n,)."""
+    """Return the probability that a member scores higher than a non-member; ties count half. Shapes: (n,)."""
     from sklearn.metrics import roc_auc_score
 
     return float(roc_auc_score(member, scores))
 
 
 def tpr_at(member: Truths, scores: Numbers, fpr: float = FPR) -> float:
-    """The largest share of members above a threshold that at most a share ``fpr`` of the others is above.
+    """Return the largest share of members above a threshold that at most a share ``fpr`` of the others exceeds.
 
-    Shapes: (n,). Source: Carlini et al., arXiv:2112.03570, who ask for low false positive rates beside the AUC.
+    Shapes: (n,). Source: Carlini et al., arXiv:2112.03570, who report low false positive rates beside the AUC.
     """
     from sklearn.metrics import roc_curve
 
     false, true, _ = roc_curve(member, scores, drop_intermediate=False)
-    return float(true[false <= fpr + _EXACT].max())
+    return float(true[false <= fpr + _ROUNDING].max())
 
 
 def attack(trials: Trials, scores: Numbers, seed: int = 0, times: int = TIMES) -> Attack:
-    """AUC and TPR with 95% intervals; ``scores`` (n,), higher for what is taken for a member.
+    """Return AUC and TPR with 95% intervals; ``scores`` (n,) are higher for likely members.
 
-    The AUC is the mean over models, each weighed by its pairs of a member and another; a model with only one of the two
-    counts for nothing there. The TPR is that of one threshold for all models: 1% of one model's few dozen others would
-    be no item. For the intervals members' people, others' people and models are drawn with replacement,
-    apart from each other; an item of the model's own person comes and goes with the model. Source: our choice.
+    The AUC is the mean over models, weighted by the pairs of a member and a non-member. The TPR uses one threshold for
+    all models, because 1% of the few dozen others of one model is less than one item. For the intervals, members'
+    people, others' people and models are drawn with replacement, independently. An item of the model's own person is
+    drawn with the model. Source: our choice.
     """
     models = np.unique(trials.model)
     kinds = [(mine & trials.member, mine & ~trials.member) for mine in (trials.model == model for model in models)]
@@ -82,9 +82,9 @@ def attack(trials: Trials, scores: Numbers, seed: int = 0, times: int = TIMES) -
 
 
 def resampled_auc(trials: Trials, scores: Numbers, models: Numbers, people: Numbers) -> Numbers:
-    """The AUC of ``attack``, with weights. Shapes: models, people (times, n) -> (times,).
+    """Return the AUC of ``attack`` with weights. Shapes: models, people (times, n) -> (times,).
 
-    ``models`` weighs a trial's model and ``people`` its person: a pair counts the one model it is under once.
+    ``models`` are weights of each trial's model, ``people`` of its person. A pair has the weight of its model once.
     """
     above, pairs = np.zeros(len(models)), np.zeros(len(models))
     for model in np.unique(trials.model):
@@ -100,22 +100,22 @@ def resampled_auc(trials: Trials, scores: Numbers, models: Numbers, people: Numb
 
 
 def resampled_tpr(trials: Trials, scores: Numbers, models: Numbers, people: Numbers, fpr: float = FPR) -> Numbers:
-    """``tpr_at`` with weights. Shapes: models, people (times, n) -> (times,)."""
+    """Return ``tpr_at`` with weights. Shapes: models, people (times, n) -> (times,)."""
     weights = models * people
     a, b = np.flatnonzero(trials.member), np.flatnonzero(~trials.member)
     a, b = a[np.argsort(-scores[a], kind="stable")], b[np.argsort(-scores[b], kind="stable")]
     passed = weights[:, b].cumsum(1)
-    # The first of the others who would be one too many: a threshold must lie above their score.
-    barrier = scores[b][(passed > (fpr + _EXACT) * passed[:, -1:]).argmax(1)]
+    # A threshold must be above the score of the first non-member that exceeds the allowed share.
+    barrier = scores[b][(passed > (fpr + _ROUNDING) * passed[:, -1:]).argmax(1)]
     caught = np.searchsorted(-scores[a], -barrier, side="left")  # members strictly above it
     whole = np.concatenate([np.zeros((len(weights), 1)), weights[:, a].cumsum(1)], 1)
     return _ratio(whole[np.arange(len(whole)), caught], whole[:, -1] * (passed[:, -1] > 0))
 
 
 def rank_correlation(unit: Places, x: Numbers, y: Numbers, seed: int = 0, times: int = TIMES) -> Interval | None:
-    """Spearman's correlation of x and y with its 95% interval, whole units drawn with replacement. Shapes: (n,).
+    """Return Spearman's correlation of x and y with its 95% interval, drawing units with replacement. Shapes: (n,).
 
-    None where x or y is the same everywhere.
+    None if x or y is constant.
     """
     require("eval", "scipy")
     from scipy.stats import rankdata
@@ -133,7 +133,7 @@ def rank_correlation(unit: Places, x: Numbers, y: Numbers, seed: int = 0, times:
 
 
 def _weights(trials: Trials, chance: np.random.Generator, times: int) -> tuple[Numbers, Numbers]:
-    """How often each trial's model, and its person, is drawn: two of (times, n)."""
+    """Return how often each trial's model and person are drawn: two arrays (times, n)."""
     people = np.ones((times, len(trials.model)))
     for member in (True, False):
         mine = (trials.member == member) & (trials.person >= 0)
@@ -142,7 +142,7 @@ def _weights(trials: Trials, chance: np.random.Generator, times: int) -> tuple[N
 
 
 def _drawn(units: Places, chance: np.random.Generator, times: int) -> Numbers:
-    """As many units drawn with replacement as there are: how often each entry's unit came, (times, n)."""
+    """Draw units with replacement, as many as there are; return how often each entry's unit is drawn, (times, n)."""
     known, place = np.unique(units, return_inverse=True)
     if not len(known):
         return np.ones((times, 0))
@@ -150,7 +150,7 @@ def _drawn(units: Places, chance: np.random.Generator, times: int) -> Numbers:
 
 
 def _ratio(part: Numbers, whole: Numbers) -> Numbers:
-    """Resamples in which nothing is left to compare are no numbers, and left out of intervals."""
+    """Divide; resamples without pairs give NaN, which intervals ignore."""
     return np.divide(part, whole, out=np.full(len(part), np.nan), where=whole > 0)
 
 

@@ -30,45 +30,47 @@ def show(found: Findings, console: Console) -> None:
 def table(found: Findings) -> Table:
     """Return one row per kind of model, grouped by the attacked items. The TPR is that of the row's last attack."""
     names = list(dict.fromkeys(name for row in found.rows for name in row.attacks))
-    made = Table(title="Membership inference by loss", box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
-    made.add_column("model")
+    built = Table(title="Membership inference by loss", box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
+    built.add_column("model")
     for name in [f"AUC\n{name}" for name in names] + [f"TPR at\n{FPR:.0%} FPR"]:
-        made.add_column(name, justify="right")
+        built.add_column(name, justify="right")
     about = ""
     for row in found.rows:
         if row.about != about:
             about = row.about
-            made.add_section()
-            made.add_row(f"[bold]{about}[/]")
+            built.add_section()
+            built.add_row(f"[bold]{about}[/]")
         aucs = [_cell(row.attacks[name].auc) if name in row.attacks else "-" for name in names]
-        made.add_row(f"  {row.name}", *aucs, _cell(last(row)[1].tpr))
-    return made
+        built.add_row(f"  {row.name}", *aucs, _cell(last(row)[1].tpr))
+    return built
 
 
 def sentences(found: Findings) -> list[str]:
     """Return sentences: the attacked people, how to read the numbers, and what an anchor's coefficient reveals."""
     meta, items = found.meta, found.meta["items"]
     others = f"{items['others']} items of {meta['others']} people outside the bank"
-    said = [
+    lines = [
         f"{items['anchors']} items of {meta['anchors']} anchors, {items['pool']} of {meta['pool']} people behind the "
         f"task LoRA, against {others}; {meta['targets']} targets with {meta['privacy']['shots']} shots each.",
         f"The score is minus the loss ({meta['loss']}), alone or relative to a model below; guessing has AUC 0.5 and "
         f"TPR {FPR:.2f}. 95% intervals over people. Base and task LoRA were not trained on any anchor's item.",
     ]
     if items["others"] < AT_LEAST:
-        said.append(f"Warning: only {items['others']} items of others, fewer than {AT_LEAST}: the TPR is not reliable.")
+        lines.append(
+            f"Warning: only {items['others']} items of others, fewer than {AT_LEAST}: the TPR is not reliable."
+        )
     if not meta["pool"]:
-        said.append("The task LoRA's own items were not attacked: the given people do not include all of its people.")
+        lines.append("The task LoRA's own items were not attacked: the given people do not include all of its people.")
     if found.weights:
-        said.append(
+        lines.append(
             f"Spearman correlation of an anchor's |w| and how often its items rank above others': {found.weights} "
             f"over {found.pairs} pairs of a target's merge and an anchor."
         )
-    return said
+    return lines
 
 
-def to_json(found: Findings, **meta: Any) -> dict[str, Any]:
-    """Return all measurements as JSON values."""
+def to_json(found: Findings, command: str | None = None) -> dict[str, Any]:
+    """Return all findings as JSON values, with the ``command`` that repeats the attack if given."""
     rows = [
         {
             "about": row.about,
@@ -81,7 +83,12 @@ def to_json(found: Findings, **meta: Any) -> dict[str, Any]:
         for row in found.rows
     ]
     weights = found.weights and {"spearman": _values(found.weights), "pairs": found.pairs}
-    return {"meta": found.meta | meta, "fpr": FPR, "rows": rows, "weights": weights}
+    return {
+        "meta": found.meta | ({} if command is None else {"command": command}),
+        "fpr": FPR,
+        "rows": rows,
+        "weights": weights,
+    }
 
 
 def write(found: Findings, out: Path, command: str = "") -> None:

@@ -1,7 +1,7 @@
-"""Membership inference on a bank: whether items it was trained on are told apart from others' by their loss.
+"""Membership inference on a bank: measure how well the loss separates training items from other items.
 
-PriME (arXiv:2503.18008) tests merged models by attacks of this kind; the protocol here is our choice,
-docs/explanation/privacy.md says what it leaves out.
+PriME (arXiv:2503.18008) tests merged models by attacks of this kind. The protocol here is our choice;
+docs/explanation/privacy.md lists what it does not cover.
 """
 
 from __future__ import annotations
@@ -15,9 +15,20 @@ import numpy as np
 from mta.bank.bank import Bank
 from mta.config import MergeSettings, Privacy, Run
 from mta.data.history import Person
-from mta.evaluation.privacy.evaluator import ANCHORS, POOL, SHOTS, Exam, Row
+from mta.evaluation.context import Context
+from mta.evaluation.methods import Merged, MergeThenAdapt
+from mta.evaluation.privacy.evaluator import (
+    ANCHORS,
+    PERSONAL,
+    POOL,
+    SHOTS,
+    MembershipEvaluator,
+    NumberedItems,
+    Pair,
+    Row,
+)
 from mta.evaluation.privacy.membership import rank_correlation
-from mta.evaluation.privacy.sampling import Cast, cast
+from mta.evaluation.privacy.sampling import AttackSample, sample_people
 from mta.evaluation.protocol import Panel
 from mta.evaluation.statistics import Interval
 from mta.model.base import BaseModel
@@ -31,7 +42,7 @@ KS = (1, 2, 4)
 
 @dataclass(frozen=True, slots=True)
 class Findings:
-    """All rows, and how far an anchor's coefficient goes with being found: Spearman's correlation over ``pairs``."""
+    """All rows, and Spearman's correlation of an anchor's coefficient with the attack's success over ``pairs``."""
 
     rows: list[Row]
     weights: Interval | None
@@ -39,12 +50,12 @@ class Findings:
     meta: dict[str, Any]
 
     def outcome(self) -> dict[str, Any]:
-        """A few numbers: the AUC of the strongest attack on every kind of model."""
-        best = {f"{row.about}: {row.name}": max(one.auc.mean for one in row.attacks.values()) for row in self.rows}
+        """Return the AUC of the strongest attack on each kind of model."""
+        best = {f"{row.about}: {row.name}": max(a.auc.mean for a in row.attacks.values()) for row in self.rows}
         return {"AUC": {name: round(auc, 4) for name, auc in best.items()}}
 
     def row(self, about: str, name: str) -> Row:
-        """A row by whose items it is about and its name."""
+        """Return a row by the items that it is about and its name."""
         return next(row for row in self.rows if (row.about, row.name) == (about, name))
 
 
@@ -59,38 +70,42 @@ def privacy(
     on_step: OnStep | None = None,
     say: Callable[[str], None] = lambda _: None,
 ) -> Findings:
-    """Attack a bank, merges of it and personal models; ``people`` are the bank's own and others, with whole histories.
+    """Attack a bank, its merges and personal models. ``people`` are the bank's own and others, with whole histories.
 
-    The score of an item is minus its loss, the NLL of the true answer: among the labels where there are labels, else
-    per token. Raises InputError where people are missing, ConfigError and AnchorNotFound for a merge that cannot be.
+    The score of an item is minus its loss. The loss is the NLL of the true answer: among the labels if the task has
+    labels, else per token. Raises InputError if people are missing, ConfigError or AnchorNotFound for a wrong merge.
     """
     check_merge(run.merge, len(bank), bank.task.labelled)
-    parts = cast(bank, people, settings, run.seed)
-    shots = [person.first(settings.shots) for person in parts.targets]
-    encoder = encoder or bank.encoder(base, run.encoder)
-    panel = Panel(base, bank, encoder, run, shots, [()] * len(shots), on_step, texts=False)
-    exam = Exam(panel, parts, settings.items, say)
-    exam.references()
-    exam.meta_loras()
+    sample = sample_people(bank, people, settings, run.seed)
+    shots = [person.first(settings.shots) for person in sample.targets]
+    context = Context(base, bank, encoder or bank.encoder(base, run.encoder), run, on_step=on_step)
+    panel = Panel.asking(context, shots, [()] * len(shots), write_texts=False)
+    items = NumberedItems.of(sample, [len(person.items) for person in shots])
+    evaluator = MembershipEvaluator(panel, items, sample.trained, settings.items, say)
+    references, rows = evaluator.references()
+    rows += evaluator.meta_lora_rows(references)
+    pairs: list[Pair] = []
     for name, merge in merges(run, len(bank)).items():
-        exam.merge(name, merge)
+        found = evaluator.target_rows(name, Merged(merge=merge), merge, references)
+        rows, pairs = [*rows, *found[0]], [*pairs, *found[1]]
     if run.stack.enabled:
-        exam.personal()
-    rows = sorted(exam.rows, key=lambda row: (ANCHORS, POOL, SHOTS).index(row.about))
-    target, w, found = (np.array(column) for column in zip(*exam.pairs))
-    return Findings(rows, rank_correlation(target, w, found), len(exam.pairs), _meta(panel, parts, settings))
+        personal = MergeThenAdapt(merge=run.merge, stack=run.stack)
+        rows += evaluator.target_rows(PERSONAL, personal, run.merge, references)[0]
+    rows.sort(key=lambda row: (ANCHORS, POOL, SHOTS).index(row.about))
+    targets, w, beaten = (np.array(column) for column in zip(*pairs))
+    return Findings(rows, rank_correlation(targets, w, beaten), len(pairs), _meta(panel, sample, settings))
 
 
 def merges(run: Run, anchors: int) -> dict[str, MergeSettings]:
-    """What targets are merged by: K of the nearest weighed alike, and last the run's own."""
-    alike = {"policy": "uniform", "retrieve": "cosine", "scale": 1.0}
+    """Return the merges of the targets: equal weights of the K nearest anchors, and last the run's own merge."""
+    uniform = {"policy": "uniform", "retrieve": "cosine", "scale": 1.0}
     numbers = [*(k for k in KS if k < anchors), anchors]
-    made = {f"uniform, K = {k}": run.merge.model_copy(update=alike | {"k": k}) for k in numbers}
+    found = {f"uniform, K = {k}": run.merge.model_copy(update=uniform | {"k": k}) for k in numbers}
     own = f"{run.merge.policy}, K = {run.merge.k or anchors}"
-    return {name: one for name, one in made.items() if name != own} | {own: run.merge}
+    return {name: settings for name, settings in found.items() if name != own} | {own: run.merge}
 
 
-def _meta(panel: Panel, parts: Cast, settings: Privacy) -> dict[str, Any]:
+def _meta(panel: Panel, sample: AttackSample, settings: Privacy) -> dict[str, Any]:
     base, run = panel.base, panel.run
     return {
         "base": base.name,
@@ -98,14 +113,14 @@ def _meta(panel: Panel, parts: Cast, settings: Privacy) -> dict[str, Any]:
         "dtype": str(base.dtype).removeprefix("torch."),
         "task": panel.task.name,
         "loss": "NLL of the true answer, " + ("among the labels" if panel.task.labelled else "per token"),
-        "anchors": len(parts.anchors),
-        "pool": len(parts.pool),
-        "targets": len(parts.targets),
-        "others": len(parts.others),
+        "anchors": len(sample.anchors),
+        "pool": len(sample.pool),
+        "targets": len(sample.targets),
+        "others": len(sample.others),
         "items": {
-            "anchors": sum(len(person.items) for person in parts.anchors),
-            "pool": sum(len(person.items) for person in parts.pool),
-            "others": sum(len(person.items) for person in parts.others),
+            "anchors": sum(len(person.items) for person in sample.anchors),
+            "pool": sum(len(person.items) for person in sample.pool),
+            "others": sum(len(person.items) for person in sample.others),
         },
         "seed": run.seed,
         "privacy": settings.model_dump(mode="json"),
