@@ -56,9 +56,8 @@ def sentences(found: Findings) -> list[str]:
         f"TPR {FPR:.2f}. 95% intervals over people. Base and task LoRA were not trained on any anchor's item.",
     ]
     if items["others"] < AT_LEAST:
-        lines.append(
-            f"Warning: only {items['others']} items of others, fewer than {AT_LEAST}: the TPR is not reliable."
-        )
+        few = f"only {items['others']} items of others, fewer than {AT_LEAST}"
+        lines.append(f"Warning: {few}: the TPR is not reliable.")
     if not meta["pool"]:
         lines.append("The task LoRA's own items were not attacked: the given people do not include all of its people.")
     if found.weights:
