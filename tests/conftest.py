@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Iterator
+from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 from contextlib import suppress
 
+import fsspec
 import hypothesis
 import pytest
 import torch
@@ -132,6 +135,18 @@ def bucket():
         boto3.client("s3").create_bucket(Bucket="mta")
         yield "s3://mta"
     server.stop()
+
+
+@pytest.fixture(params=["folder", "file", "memory", pytest.param("s3", marks=pytest.mark.integration)])
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """Where a new store may be created: in a folder, in memory, or in a bucket."""
+    if request.param == "s3":
+        yield f"{request.getfixturevalue('bucket')}/{tmp_path.name}/people"
+    elif request.param == "memory":
+        yield f"memory://{tmp_path.name}/people"
+        fsspec.filesystem("memory").rm(f"/{tmp_path.name}", recursive=True)
+    else:
+        yield f"file://{tmp_path}/people" if request.param == "file" else str(tmp_path / "people")
 
 
 @pytest.fixture(scope="session")

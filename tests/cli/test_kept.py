@@ -38,7 +38,7 @@ def test_a_bank_is_a_run_folder_and_its_settings_build_the_same_bank(world, tmp_
 
 def test_a_custom_task_is_recorded_by_its_file(world, tmp_path):
     task = tmp_path / "mine.yaml"
-    task.write_text((Path(__file__).parents[2] / "src/mta/tasks/builtin/movielens-rating.yaml").read_text())
+    task.write_text((Path(__file__).parents[2] / "src/mta/data/tasks/builtin/movielens-rating.yaml").read_text())
     words = [word for word in world.settings if word not in ("--task", "movielens-rating")]
     mta("bank", "build", world.members, *words, "--task", task, "--out", tmp_path / "bank")
     assert sitting(tmp_path / "bank")["settings"]["task"] == str(task)

@@ -9,7 +9,7 @@ from mta.data.readers import describe, read_people
 from mta.data.tasks import load_task
 from mta.errors import DataError
 
-DATA = Path(__file__).parents[1].parent / "shared" / "data"
+DATA = Path(__file__).parents[3] / "shared" / "data"
 
 
 def test_lamp_questions_and_outputs(tmp_path: Path) -> None:

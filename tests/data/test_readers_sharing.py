@@ -15,7 +15,7 @@ from mta.data.readers.overlap import SAME_ITEMS
 from mta.data.readers.sharing import CROWD, Copies, connected, same_users
 from mta.data.tasks import load_task
 
-DATA = Path(__file__).parents[1].parent / "shared" / "data"
+DATA = Path(__file__).parents[3] / "shared" / "data"
 LAMP3 = load_task("lamp3")
 
 

@@ -11,7 +11,7 @@ from mta.data.tasks import Task, load_task, task_names
 from mta.data.tasks.load import with_limit
 from mta.errors import DataError, TaskError
 
-DATA = Path(__file__).parents[2].parent / "shared" / "data"
+DATA = Path(__file__).parents[3] / "shared" / "data"
 LABELS = {"lamp1": 2, "lamp2": 15, "lamp2n": 15, "lamp3": 5, "movielens-rating": 5}
 QUESTIONS = {
     "lamp1": (

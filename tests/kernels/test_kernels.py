@@ -4,8 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_attention import rows_of
-from tiny import KINDS, base_of, random_examples, random_loras
+from tiny import KINDS, base_of, random_examples, random_loras, rows_of
 
 from mta.kernels import (
     AdaptedRows,

@@ -4,20 +4,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import base_of, random_examples, random_loras
+from tiny import base_of, random_examples, random_loras, rows_of
 
 from mta.errors import UnsupportedModel
 from mta.lora import PerPerson
 from mta.model.tree_attention import additive, blocks_of, can_block, tree_attention, visible
-from mta.training.packing import collate, tree
 from mta.training.scoring import log_likelihood
 
 CPU = torch.device("cpu")
-
-
-def rows_of(sizes, longest=12):
-    made = [random_examples(size, seed, longest=longest) for seed, size in enumerate(sizes)]
-    return collate([tree(examples, range(len(examples))) for examples in made], 0, CPU)
 
 
 @settings(max_examples=40)

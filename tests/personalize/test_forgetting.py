@@ -11,8 +11,7 @@ from pathlib import Path
 
 import pytest
 from conftest import people_of, personalizer
-from test_state import state
-from test_store import url
+from stores import state
 
 from mta.bank import format as files
 from mta.bank.bank import Bank
@@ -23,8 +22,6 @@ from mta.store import Store, exports, tombstones
 from mta.store.maintenance import check, collect
 from mta.system.storage import Storage
 from mta.training.checkpoint import Checkpoint
-
-__all__ = ["url"]  # a fixture
 
 MEMBER = people_of(1, prefix="t")[0]  # the task LoRA learnt from this person
 

@@ -9,8 +9,7 @@ from pathlib import Path
 
 import pytest
 from conftest import people_of
-from test_exports import export_from, exported
-from test_state import ANN, state
+from stores import ANN, export_from, exported, state
 
 from mta.errors import PersonForgotten, StoreError
 from mta.lora.peft import WEIGHTS

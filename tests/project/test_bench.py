@@ -28,7 +28,7 @@ from mta.lora.batch import Factors, LoraBatch
 from mta.lora.merge import merge_exact
 from mta.training.packing import pack
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = Settings(repeats=1, people=2, quick=True)
 
 

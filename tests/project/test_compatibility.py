@@ -9,7 +9,7 @@ import pytest
 import mta
 from mta.store import Store
 
-WRITTEN = Path(__file__).parent / "fixtures" / "release_0_1"
+WRITTEN = Path(__file__).parents[1] / "fixtures" / "release_0_1"
 EXPECTED = json.loads((WRITTEN / "expected.json").read_text(encoding="utf-8"))
 PEOPLE = sorted(EXPECTED["people"])
 

@@ -206,7 +206,7 @@ def tutorial(tmp_path_factory, fetched):
 
 def walk(page: Path, folder: Path) -> str:
     done = subprocess.run(
-        [sys.executable, Path(__file__).parent / "pages.py", page, folder],
+        [sys.executable, ROOT / "tests" / "pages.py", page, folder],
         capture_output=True,
         text=True,
         env=os.environ | {"PYTHONPATH": str(ROOT / "src")},

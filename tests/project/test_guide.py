@@ -16,7 +16,7 @@ from mta.evaluation.methods.merged import answered
 from mta.evaluation.methods.method import Method, Outcome, register
 from mta.evaluation.protocol import Panel
 
-GUIDE = (Path(__file__).parent.parent / "docs" / "how-to" / "add-a-method.md").read_text()
+GUIDE = (Path(__file__).parents[2] / "docs" / "how-to" / "add-a-method.md").read_text()
 
 
 @pytest.fixture

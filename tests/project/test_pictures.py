@@ -14,7 +14,7 @@ from mta.config import MergeSettings
 from mta.personalize.likelihoods import Evidence
 from mta.personalize.policies import Retrieved, posterior
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 DOCS, CODE = ROOT / "docs", ROOT / "src" / "mta"
 PAGE = (DOCS / "architecture.md").read_text(encoding="utf-8")
 SVG = "{http://www.w3.org/2000/svg}"

@@ -17,7 +17,7 @@ from typing import Any, Literal, get_origin
 import mta
 from mta.config import Settings
 
-FILE = Path(__file__).with_name("public_api.txt")
+FILE = Path(__file__).parents[1] / "public_api.txt"
 
 
 def public_api() -> list[str]:

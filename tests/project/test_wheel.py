@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def built(kind: str, out: Path, source: Path = ROOT) -> Path:
@@ -63,7 +63,7 @@ def run(python: Path, *words: str, cwd: Path, **own: str) -> str:
 def test_it_holds_recipes_tasks_report_and_type_marker(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
     assert {"mta/py.typed", "mta/recipes/movielens.yaml", "mta/evaluation/reports/report.html.jinja"} <= names
-    assert "mta/tasks/builtin/lamp3.yaml" in names
+    assert "mta/data/tasks/builtin/lamp3.yaml" in names
     assert any(name.endswith("licenses/LICENSE") for name in names)
     assert not [name for name in names if not name.startswith(("mta/", "merge_then_adapt-"))]
 

@@ -12,30 +12,17 @@ import pytest
 from files import folder_of
 from hypothesis import given
 from hypothesis import strategies as st
-from test_state import ANN, adapter, state
-from test_store import everything, url
+from stores import ANN, everything, export_from, exported, state
 
 from mta.errors import InputError, StateCorrupt
-from mta.lora.peft import CONFIG, WEIGHTS, write_peft
+from mta.lora.peft import CONFIG, WEIGHTS
 from mta.store import Store
 from mta.store import exports as module
 from mta.store.exports import Export, exports_from_bytes, exports_to_bytes
 from mta.store.maintenance import check
 
-__all__ = ["url"]  # a fixture
-
 KEY = b"k" * 32
 LIST = [Export("here", "/data/ann/adapter", "ab" * 32), Export("there", "/Grüße/\udcff", "cd" * 32)]
-
-
-def exported(folder: Path, seed: int = 0) -> Export:
-    write_peft(folder, adapter(seed), "base")
-    return Export.begun(folder).done()
-
-
-def export_from(store: Store, folder: Path, seed: int = 0) -> Export:
-    with store.exports.writing(ANN, folder):
-        return exported(folder, seed)
 
 
 @given(st.lists(st.builds(Export, st.text(), st.text(), st.text()), max_size=4), st.binary(min_size=1, max_size=40))

@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_state import ANN, person, state
-from test_store import everything, url
+from stores import ANN, everything, person, state
 from typer.testing import CliRunner
 
 from mta.cli.app import app
@@ -19,8 +18,6 @@ from mta.errors import StoreError
 from mta.store import Store
 from mta.store.exports import Export
 from mta.store.maintenance import check, collect, stats
-
-__all__ = ["url"]  # a fixture
 
 
 def filled(url: str | Path, versions: int = 2) -> Store:

@@ -2,41 +2,18 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from stores import ANN, adapter, person, state
 
-from mta.data.history import Item, Person
+from mta.data.history import Person
 from mta.errors import Diverged, InputError, StateCorrupt
-from mta.lora.batch import Factors, LoraBatch
+from mta.lora.batch import LoraBatch
 from mta.store import state as module
 from mta.store.state import Losses, State, history_from_bytes, history_to_bytes, work_key
-
-ANN = "ann.müller@example.org"
-
-
-def adapter(seed: int = 0, dtype: torch.dtype = torch.float32, adapters: int = 1) -> LoraBatch:
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, generator=generator).to(dtype)
-
-    sizes = {"layers.10.up": (4, 6), "layers.2.up": (4, 6), "layers.2.down": (6, 4)}
-    return LoraBatch({n: Factors(normal(adapters, 1, d), normal(adapters, o, 1)) for n, (d, o) in sizes.items()}, 0.1)
-
-
-def state(seed: int = 0, stack: LoraBatch | None = None, **changes: object) -> State:
-    work = work_key("b" * 64, "h" * 64, "rank: 1\n", seed)
-    made = State("b" * 64, (7, 3), (0.1 + 0.2, -1e-17), "posterior", "h" * 64, work, seed, stack or adapter(seed))
-    return replace(made, **changes)
-
-
-def person(id: str = ANN) -> Person:
-    item = Item({"text": "Grüße 😀 \ud800", "score": "4"}, 3.25, "i1")
-    return Person(id, (Item({"text": "old"}), item), (Item({"text": "q"}, 1e300, None, True),))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
@@ -98,8 +75,8 @@ def test_the_same_work_gives_the_same_bytes_in_any_process_and_in_any_order_of_l
     made = state()
     turned = LoraBatch(dict(reversed(made.stack.factors.items())), made.stack.scale)
     assert replace(made, stack=turned).to_bytes() == made.to_bytes()
-    code = "import hashlib, test_state; print(hashlib.sha256(test_state.state().to_bytes()).hexdigest())"
-    search = os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])
+    code = "import hashlib, stores; print(hashlib.sha256(stores.state().to_bytes()).hexdigest())"
+    search = os.pathsep.join(filter(None, sys.path))
     digests = {
         subprocess.run(
             [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": search}, capture_output=True, check=True

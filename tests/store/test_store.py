@@ -1,32 +1,16 @@
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 
-import fsspec
 import pytest
 from files import folder_of
-from test_state import ANN, FILE, person, state
+from stores import ANN, everything, person, state
+from test_state import FILE
 
 from mta.errors import InputError, PersonNotFound, StateCorrupt, StoreError
 from mta.store import Store
-
-
-def everything(root: Path) -> Iterator[tuple[Path, bytes]]:
-    for path in root.rglob("*"):
-        yield path, path.read_bytes() if path.is_file() else b""
-
-
-@pytest.fixture(params=["folder", "file", "memory", "s3"])
-def url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
-    if request.param == "s3":
-        yield f"{request.getfixturevalue('bucket')}/{tmp_path.name}/people"
-    elif request.param == "memory":
-        yield f"memory://{tmp_path.name}/people"
-        fsspec.filesystem("memory").rm(f"/{tmp_path.name}", recursive=True)
-    else:
-        yield f"file://{tmp_path}/people" if request.param == "file" else str(tmp_path / "people")
 
 
 def test_a_store_keeps_versions(url: str) -> None:

@@ -13,15 +13,12 @@ from pathlib import Path
 
 import pytest
 from files import folder_of
-from test_state import ANN, person, state
-from test_store import everything, url
+from stores import ANN, everything, person, state
 
 from mta.data.history import Person
 from mta.errors import StoreConflict, StoreError
 from mta.store import Store
 from mta.store.maintenance import check, collect
-
-__all__ = ["url"]  # a fixture
 
 
 class Slow(Store):
@@ -104,17 +101,17 @@ def test_first_writers_agree_on_one_key(tmp_path: Path) -> None:
 
 
 KILLED = """
-import os, signal, sys, test_state
+import os, signal, sys, stores
 from mta.store import Store
 os.link = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
-Store(sys.argv[1]).save(test_state.ANN, test_state.state(1))
+Store(sys.argv[1]).save(stores.ANN, stores.state(1))
 """
 
 
 def test_a_killed_writer_leaves_nothing_that_matters(tmp_path: Path) -> None:
     store = Store(tmp_path)
     store.save(ANN, state(0))
-    search = os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])
+    search = os.pathsep.join(filter(None, sys.path))
     done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], env={**os.environ, "PYTHONPATH": search})
     assert done.returncode == -signal.SIGKILL
     assert [path for path, _ in everything(tmp_path) if path.name.startswith(".1") or path.name.startswith(".2")]
@@ -125,21 +122,21 @@ def test_a_killed_writer_leaves_nothing_that_matters(tmp_path: Path) -> None:
 
 
 WRITING = """
-import itertools, sys, test_state
+import itertools, sys, stores
 from mta.store import Store
 store = Store(sys.argv[1])
 print("begun", flush=True)
 for n in itertools.count(int(sys.argv[2])):
-    store.save(test_state.ANN, test_state.state(n))
-    store.save_history(test_state.person())
+    store.save(stores.ANN, stores.state(n))
+    store.save_history(stores.person())
     if n % 5 == 4:
-        store.forget(test_state.ANN)
+        store.forget(stores.ANN)
 """
 
 
 @pytest.mark.parametrize("kills", [4, pytest.param(30, marks=pytest.mark.slow)])
 def test_whenever_a_writer_is_killed_whatever_is_there_reads(tmp_path: Path, kills: int) -> None:
-    search = os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])
+    search = os.pathsep.join(filter(None, sys.path))
     draw = random.Random(0)
     for n in range(kills):
         words = [sys.executable, "-c", WRITING, str(tmp_path), str(1000 * n)]

@@ -5,8 +5,8 @@ import os
 from pathlib import Path
 
 import pytest
-from test_aside import mode
-from test_state import ANN, state
+from stores import ANN, state
+from test_atomic import mode
 
 from mta.errors import StoreError
 from mta.store import Store

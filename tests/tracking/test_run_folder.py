@@ -146,8 +146,8 @@ def test_what_is_not_ours_is_not_written_over(tmp_path, name, text):
 
 
 def test_a_run_that_died_has_no_end(tmp_path):
-    here = str(Path(__file__).parent)
-    code = f"import sys, os, signal; sys.path.insert(0, {here!r}); from pathlib import Path; import test_runs as t\n"
+    code = f"import os, signal, sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+    code += "from pathlib import Path; import test_run_folder as t\n"
     code += f"with t.kept(Path({str(tmp_path)!r})) as run: t.steps(run); os.kill(os.getpid(), signal.SIGKILL)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True)
     assert done.returncode == -signal.SIGKILL
@@ -255,7 +255,7 @@ import sys
 sys.path[:0] = [{here!r}]
 sys.argv = ["mta", "personalize", "quispe.jsonl"]
 from pathlib import Path
-import test_runs as t
+import test_run_folder as t
 from mta.tracking import trackers
 with t.kept(Path({folder!r}), command="mta personalize quispe.jsonl", track=trackers.tracker({name!r})) as run:
     t.steps(run)
