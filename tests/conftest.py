@@ -27,8 +27,8 @@ torch.set_num_threads(1)  # tiny matrices: threads only wait for each other
 
 
 def pytest_addoption(parser):
-    """``--device cuda`` walks the whole way on a GPU (tests/test_device.py)."""
-    parser.addoption("--device", default="cpu", help="device of tests/test_device.py: cpu, cuda, auto")
+    """``--device cuda`` walks the whole way on a GPU (tests/project/test_on_device.py)."""
+    parser.addoption("--device", default="cpu", help="device of tests/project/test_on_device.py: cpu, cuda, auto")
 
 
 class HashEncoder:

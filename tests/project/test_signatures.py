@@ -1,6 +1,6 @@
 """What people may import keeps its signatures, or is changed on purpose: public_api.txt holds them, one a line.
 
-After a change that is meant, ``python tests/test_signatures.py --write`` writes it anew: the diff shows what users meet
+After a change that is meant, ``python tests/project/test_signatures.py --write`` writes it anew: the diff shows what users meet
 """
 
 from __future__ import annotations
@@ -132,7 +132,7 @@ def default(value: Any) -> str:
 def test_public_signatures_are_those_written_down():
     found, written = public_api(), FILE.read_text().splitlines()
     gone, new = [line for line in written if line not in found], [line for line in found if line not in written]
-    assert (gone, new) == ([], []), "meant?  python tests/test_signatures.py --write"
+    assert (gone, new) == ([], []), "meant?  python tests/project/test_signatures.py --write"
     assert found == written
 
 
