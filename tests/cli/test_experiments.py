@@ -81,6 +81,7 @@ def test_exhibits_for_development_people_do_not_run_on_test_people(smoke):
     assert "--on development" in said.err
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("name", ["lamp3_amazon", "lamp4_huffpost", "lamp5_papers"])
 def test_lamp_files_run_by_their_recipe(world, tmp_path, name):
     """Real data through the whole pipeline, on a tiny base. Checks that it runs, not the scores."""

@@ -35,6 +35,7 @@ from mta.system.assets import resolve
 
 ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'merge-then-adapt[ray]'")
 PEOPLE = 12
+pytestmark = pytest.mark.integration
 
 
 @contextlib.contextmanager

@@ -250,6 +250,7 @@ def test_every_page_with_code_is_run_by_one_of_these():
     assert elsewhere == ["README.md", name_of(TUTORIAL)]
 
 
+@pytest.mark.integration
 @pytest.mark.timeout(300)
 def test_the_site_is_built_without_a_warning(tmp_path):
     words = ["-W", "--keep-going", "-q", "-b", "html", "-d", tmp_path / "doctrees", ROOT / "docs", tmp_path / "html"]

@@ -18,7 +18,7 @@ from mta.personalize import Personalizer
 from mta.personalize.adapters import BASE, TASK
 from mta.tools.cost import Load, Shape, memory
 
-pytestmark = [pytest.mark.real, pytest.mark.network]
+pytestmark = [pytest.mark.integration, pytest.mark.real, pytest.mark.network]
 
 RUN = Run(
     task="movielens-rating",

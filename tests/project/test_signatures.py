@@ -1,6 +1,7 @@
-"""What people may import keeps its signatures, or is changed on purpose: public_api.txt holds them, one a line.
+"""Public names keep the signatures in public_api.txt (one per line) unless they are changed on purpose.
 
-After a change that is meant, ``python tests/project/test_signatures.py --write`` writes it anew: the diff shows what users meet
+After an intended change, ``python tests/project/test_signatures.py --write`` writes the file: its diff shows what users
+meet.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.integration
 
 
 def built(kind: str, out: Path, source: Path = ROOT) -> Path:

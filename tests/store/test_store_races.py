@@ -43,7 +43,7 @@ def race(url: str, barrier: threading.Barrier, seed: int, results: object) -> No
             results.put((round, seed, str(error)))
 
 
-@pytest.mark.parametrize("kind", ["threads", "processes", "s3"])
+@pytest.mark.parametrize("kind", ["threads", "processes", pytest.param("s3", marks=pytest.mark.integration)])
 def test_of_racing_writers_one_wins(tmp_path: Path, kind: str, request: pytest.FixtureRequest) -> None:
     context = multiprocessing.get_context("spawn")
     url = f"{request.getfixturevalue('bucket')}/{tmp_path.name}" if kind == "s3" else str(tmp_path)
