@@ -184,7 +184,7 @@ def test_rejects_appear_whole_or_not_at_all(tmp_path: Path) -> None:
     aside.write_text("earlier", encoding="utf-8")
     path = tmp_path / "data.json"
     path.write_text(f'[{json.dumps(GOOD)}, 3, {{"person": ]', encoding="utf-8")
-    with pytest.raises(DataError, match="wrong JSON"):  # nothing in an array can be read behind a fault
+    with pytest.raises(DataError, match="invalid JSON"):  # nothing in an array can be read behind a fault
         read_people(path, "lamp3", skip_bad=aside)
     assert aside.read_text(encoding="utf-8") == "earlier"
     assert sorted(os.listdir(tmp_path)) == ["bad.jsonl", "data.json"]

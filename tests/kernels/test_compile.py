@@ -1,7 +1,6 @@
 """How kernels are compiled, loaded and switched off, on machines as they are."""
 
 import ctypes
-import logging
 import os
 import shutil
 import subprocess
@@ -14,7 +13,7 @@ from tiny import base_of, random_examples, random_loras
 
 import mta.kernels.compile as module
 from mta.errors import ConfigError
-from mta.kernels import FAMILIES, failure, kernels, obstacle, without_kernels
+from mta.kernels import FAMILIES, kernels, obstacle, without_kernels
 from mta.lora import PerPerson
 from mta.training.scoring import log_likelihood
 
@@ -36,25 +35,20 @@ def compiler(folder: Path, script: str) -> Path:
     return path
 
 
-@pytest.fixture
-def too_old(cache, monkeypatch, tmp_path):
-    """A compiler that does not know what the sources use."""
-    made = compiler(tmp_path / "bin", TOO_OLD.format(folder=Path(module.__file__).parent))
-    monkeypatch.delenv("MTA_KERNELS", raising=False)
-    monkeypatch.setattr(module.shutil, "which", lambda _: str(made))
-    monkeypatch.setattr(module, "_library", module.cache(module._library.__wrapped__))
-    return made
-
-
-def found_in_a_new_process(code: str = "k.kernels('norm', torch.zeros(1))", **change: str) -> str:
-    done = subprocess.run(
+def new_process(code: str = "k.kernels('norm', torch.zeros(1))", **change: str) -> subprocess.CompletedProcess[str]:
+    """Print the value of an expression in a process with this environment."""
+    return subprocess.run(
         [sys.executable, "-c", f"import torch, mta.kernels as k; print({code})"],
         env={"PYTHONPATH": os.environ.get("PYTHONPATH", "")} | change,
         capture_output=True,
         text=True,
         check=True,
     )
-    return done.stdout.strip()
+
+
+def with_compiler(tmp_path: Path, script: str, cache: Path) -> dict[str, str]:
+    """The environment of a process whose only g++ is this script."""
+    return {"PATH": f"{compiler(tmp_path / 'bin', script).parent}:{os.environ['PATH']}", "MTA_CACHE": str(cache)}
 
 
 @needs_kernels
@@ -88,31 +82,32 @@ def test_processes_that_start_at_once_all_get_kernels_that_one_of_them_compiled(
     assert kept in ([".lock", ".so"], [".so"])
 
 
-def test_a_compiler_that_fails_leaves_the_work_to_torch_and_is_logged_once(too_old, cache, caplog):
-    with caplog.at_level(logging.WARNING, "mta"):
-        assert kernels("norm", torch.zeros(1)) is None
-        assert kernels("rotate", torch.zeros(1)) is None
-    (record,) = caplog.records
-    assert "low_rank.hpp:41:10: error: '__builtin_shufflevector' was not declared" in record.getMessage()
-    assert failure() == "low_rank.hpp:41:10: error: '__builtin_shufflevector' was not declared in this scope"
-    assert not list((cache / "kernels").glob("*.so*"))
+@needs_kernels
+def test_a_failing_compiler_is_logged_once_and_no_kernel_is_used(tmp_path):
+    where = with_compiler(tmp_path, TOO_OLD.format(folder=Path(module.__file__).parent), tmp_path / "cache")
+    error = "low_rank.hpp:41:10: error: '__builtin_shufflevector' was not declared in this scope"
+    done = new_process("[k.kernels(name, torch.zeros(1)) for name in ('norm', 'rotate')], k.failure()", **where)
+    assert done.stdout == f"[None, None] {error}\n"
+    assert done.stderr.count(error) == 1
+    assert not list((tmp_path / "cache" / "kernels").glob("*.so*"))
 
 
-def test_a_compiler_that_says_nothing_is_named_with_its_status(too_old):
-    too_old.write_text("#!/bin/sh\nexit 3\n")
-    assert failure() == "g++ ended with status 3 and said nothing"
+@needs_kernels
+def test_the_status_of_a_silent_compiler_is_reported(tmp_path):
+    where = with_compiler(tmp_path, "#!/bin/sh\nexit 3\n", tmp_path / "cache")
+    assert new_process("k.failure()", **where).stdout == "g++ ended with status 3 and said nothing\n"
 
 
-def test_a_cache_that_cannot_be_written_to_is_a_failure_that_is_named(too_old, monkeypatch, tmp_path):
+@needs_kernels
+def test_an_unwritable_cache_is_reported_as_a_failure(tmp_path):
     (tmp_path / "file").write_text("")
-    too_old.write_text("#!/bin/sh\nexit 0\n")
-    monkeypatch.setenv("MTA_CACHE", str(tmp_path / "file"))
-    assert "Not a directory" in failure()
+    where = with_compiler(tmp_path, "#!/bin/sh\nexit 0\n", tmp_path / "file")
+    assert "Not a directory" in new_process("k.failure()", **where).stdout
 
 
-def test_a_machine_without_a_compiler_does_without():
+def test_without_a_compiler_no_kernel_is_used():
     for change in ({"MTA_KERNELS": "off"}, {"PATH": "/nowhere"}):
-        assert found_in_a_new_process(**change) == "None"
+        assert new_process(**change).stdout == "None\n"
 
 
 @pytest.mark.parametrize(("machine", "vectors"), [("x86_64", True), ("aarch64", False)])
@@ -175,7 +170,7 @@ def test_blocks_without_kernels_can_be_nested():
 @needs_kernels
 def test_the_environment_switches_off_single_families():
     code = "[k.kernels(name, torch.zeros(1)) is None for name in ('norm', 'rotate', 'adamw')]"
-    assert found_in_a_new_process(code, **os.environ | {"MTA_KERNELS": "off:rotate,adamw"}) == "[False, True, True]"
+    assert new_process(code, **os.environ | {"MTA_KERNELS": "off:rotate,adamw"}).stdout == "[False, True, True]\n"
 
 
 @pytest.mark.parametrize("value", ["of", "off:rotat", "on:rotate", "off:rotate,"])

@@ -1,13 +1,16 @@
-"""What mta changes in the process it runs in, and what it leaves as it was."""
+"""Threads and random generators of the process keep their state around the library's work."""
 
+import asyncio
 import threading
 
 import pytest
 import torch
 from conftest import personalizer
 
+from mta.personalize.adapters import TASK
 from mta.serving.api.jobs import Jobs
 from mta.serving.embedded.engine import EmbeddedEngine
+from mta.serving.engine import Ask
 from mta.store import Store
 from mta.system.device import compute_with, seeded
 
@@ -28,7 +31,7 @@ def _three_threads():
 
 
 @pytest.mark.usefixtures("_three_threads")
-def test_a_thread_that_computes_with_fewer_threads_leaves_those_that_begin_later_alone():
+def test_compute_with_changes_only_its_own_thread():
     own = []
     thread = threading.Thread(target=lambda: (compute_with(1), own.append(torch.get_num_threads())))
     thread.start()
@@ -38,16 +41,14 @@ def test_a_thread_that_computes_with_fewer_threads_leaves_those_that_begin_later
 
 
 @pytest.mark.usefixtures("_three_threads")
-def test_a_server_leaves_the_number_of_threads_of_others_as_it_was(tiny, tmp_path):
-    import asyncio
-
+def test_an_engine_does_not_change_the_number_of_threads_of_other_threads(tiny, tmp_path):
     base, bank = tiny
     store = Store(tmp_path / "people")
 
     async def go():
         engine = EmbeddedEngine(base, bank, store, slots=2, length=64)
         jobs = Jobs(personalizer(base.twin(), bank, store))
-        await asyncio.get_running_loop().run_in_executor(engine._reading, lambda: None)
+        assert [piece async for piece in engine.answer(Ask((5, 6, 7), TASK, max_tokens=2))]
         await jobs.close()
         await engine.close()
 
@@ -55,7 +56,7 @@ def test_a_server_leaves_the_number_of_threads_of_others_as_it_was(tiny, tmp_pat
     assert (torch.get_num_threads(), threads_of_a_new_thread()) == (3, 3)
 
 
-def test_what_is_drawn_with_a_seed_leaves_the_global_generator_as_it_was():
+def test_seeded_restores_the_global_generator():
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
@@ -67,7 +68,7 @@ def test_what_is_drawn_with_a_seed_leaves_the_global_generator_as_it_was():
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
-def test_what_is_drawn_with_a_seed_leaves_a_gpus_generator_as_it_was():
+def test_seeded_restores_the_generator_of_a_gpu():
     torch.cuda.manual_seed(5)
     expected = torch.rand(3, device="cuda")
     torch.cuda.manual_seed(5)

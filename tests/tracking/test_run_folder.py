@@ -146,8 +146,9 @@ def test_what_is_not_ours_is_not_written_over(tmp_path, name, text):
 
 
 def test_a_run_that_died_has_no_end(tmp_path):
-    code = f"import os, signal, sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
-    code += "from pathlib import Path; import test_run_folder as t\n"
+    code = (
+        f"import os, signal, sys; sys.path[:] = {sys.path!r}; from pathlib import Path; import test_run_folder as t\n"
+    )
     code += f"with t.kept(Path({str(tmp_path)!r})) as run: t.steps(run); os.kill(os.getpid(), signal.SIGKILL)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True)
     assert done.returncode == -signal.SIGKILL
@@ -252,7 +253,7 @@ def test_tensorboard_reads_the_losses_back(tmp_path):
 
 OWN_PROCESS = """
 import sys
-sys.path[:0] = [{here!r}]
+sys.path[:] = {path!r}
 sys.argv = ["mta", "personalize", "quispe.jsonl"]
 from pathlib import Path
 import test_run_folder as t
@@ -268,7 +269,7 @@ def tracked(folder: Path, name: str, monkeypatch) -> subprocess.CompletedProcess
     pytest.importorskip(name, reason=f"{name} is not installed: pip install {name}")
     monkeypatch.setenv("HOME", str(folder / "home"))
     monkeypatch.setenv("MTA_KERNELS", "off")  # a new home has none compiled yet
-    code = OWN_PROCESS.format(here=str(Path(__file__).parent), folder=str(folder), name=name)
+    code = OWN_PROCESS.format(path=sys.path, folder=str(folder), name=name)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     assert done.stdout == ""  # it is for results
