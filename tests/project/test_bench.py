@@ -1,6 +1,5 @@
-"""The benchmark's own arithmetic and bookkeeping; no time is asserted here."""
+"""Arithmetic and records of the benchmark. No test asserts a time."""
 
-import dataclasses
 import json
 import os
 import subprocess
@@ -16,8 +15,7 @@ from benchmarks import kernels as each
 from benchmarks.speed import __main__ as command
 from benchmarks.speed import decoding, growth, limit, merging, pictures, point, record, report, timing
 from benchmarks.speed.apart import Broken, apart
-from benchmarks.speed.data import Absent
-from benchmarks.speed.peers import _parts, padded
+from benchmarks.speed.peers import padded
 from benchmarks.speed.processor import Processor
 from benchmarks.speed.settings import Settings
 from benchmarks.speed.timing import Row
@@ -37,13 +35,13 @@ def row(ratio=2.0, **more):
 
 
 class TestTiming:
-    def test_two_things_are_measured_in_turn_after_each_was_warmed_up(self):
+    def test_turns_warms_both_up_and_then_alternates(self):
         order = []
         rates = timing.turns(lambda: order.append("A") or 1.0, lambda: order.append("B") or 1.0, 3)
         assert "".join(order) == "AB" + "ABABAB"
         assert [len(each) for each in rates] == [3, 3]
 
-    def test_what_is_warm_is_not_warmed_up(self):
+    def test_turns_without_warming_up(self):
         order = []
         timing.turns(lambda: order.append("A") or 1.0, lambda: order.append("B") or 1.0, 1, warm=False)
         assert order == ["A", "B"]
@@ -85,7 +83,7 @@ class TestOperations:
         by_hand = 5 * (4 * frozen + 6 * factors) + 3 * 4 * 10 * 100
         assert limit.operations(rows, shapes, rank=2, hidden=10, vocabulary=100) == by_hand == 26200
 
-    def test_what_is_not_shared_counts_for_each(self):
+    def test_unshared_tokens_are_counted_per_example(self):
         examples = [Example((1, 2, 3, 4, 9), 3), Example((1, 2, 3, 5, 9), 3)]
         rows = pack(examples, attention_price=0.0, packed=False)
         assert limit.operations(rows, {"q": (1, 1)}, rank=0, hidden=1, vocabulary=1) == 8 * 4 + 4 * 4
@@ -98,11 +96,7 @@ class TestPeer:
         assert batch["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
         assert batch["labels"].tolist() == [[-100, -100, 7, 8], [-100, 9, -100, -100]]
 
-    def test_long_texts_go_through_in_parts_of_bounded_size(self):
-        examples = [Example(tuple(range(length)), 1) for length in (1000, 900, 900, 3000, 10)]
-        assert [[len(one.tokens) for one in part] for part in _parts(examples)] == [[1000, 900], [900], [3000], [10]]
-
-    def test_a_process_of_its_own_answers_as_the_thing_itself_and_says_what_broke(self):
+    def test_an_object_in_its_own_process_returns_results_and_raises_errors(self):
         with apart(Counted, torch.arange(3)) as there:
             assert there.times(2).tolist() == [0, 2, 4]
             assert there.process() != os.getpid()
@@ -125,7 +119,7 @@ class Counted:
 
 
 class TestRecords:
-    def test_a_row_survives_the_file(self, tmp_path):
+    def test_a_written_row_is_read_back(self, tmp_path):
         path = tmp_path / "bench-x.json"
         kept = row(target=1.5, difference=1e-6, more={"curve": "people", "x": [1, 2]})
         record.write(path, [record.record(kept, "growth", SETTINGS)], "python -m benchmarks.speed")
@@ -133,7 +127,7 @@ class TestRecords:
         assert record.row_of(found) == kept
         assert (found["verdict"], found["ratio"]) == ("met", 2.0)
 
-    def test_the_file_says_what_computed_and_names_no_place(self, tmp_path):
+    def test_the_file_names_processor_and_versions_but_no_path_or_host(self, tmp_path):
         path = tmp_path / "bench-x.json"
         record.write(path, [record.record(row(), "bank", SETTINGS)], "python -m benchmarks.speed")
         whole = json.loads(path.read_text())
@@ -142,7 +136,7 @@ class TestRecords:
         assert str(ROOT) not in path.read_text()
         assert os.uname().nodename not in path.read_text()
 
-    def test_a_row_measured_again_takes_the_place_of_the_old_one(self):
+    def test_a_new_measurement_replaces_the_row_of_its_name(self):
         old = [record.record(Row(name, "", ""), module, SETTINGS) for name, module in (("1", "bank"), ("2", "growth"))]
         new = record.record(Row("1", "other", ""), "bank", SETTINGS)
         more = record.record(Row("3", "", ""), "limit", SETTINGS)
@@ -150,7 +144,7 @@ class TestRecords:
         assert [one["name"] for one in found] == ["1", "3", "2"]
         assert found[0]["ours"] == "other"
 
-    def test_a_row_is_current_for_a_day_while_code_and_settings_are_and_it_did_not_fail(self):
+    def test_a_row_is_current_for_a_day_with_the_same_code_and_settings(self):
         told = record.record(row(), "bank", SETTINGS)
         assert record.current(told, SETTINGS)
         assert not record.current(told, Settings(repeats=2))
@@ -158,7 +152,7 @@ class TestRecords:
         assert not record.current({**told, "date": "2020-01-01T00:00:00+00:00"}, SETTINGS)
         assert not record.current({**told, "skipped": f"{record.FAILED}Unequal"}, SETTINGS)
 
-    def test_no_file_is_no_rows(self, tmp_path):
+    def test_a_missing_file_has_no_rows(self, tmp_path):
         assert record.kept(tmp_path / "missing.json") == []
 
 
@@ -168,7 +162,7 @@ class TestReport:
             assert len(report.cells(one)) == 7
         assert report.table([row(target=1.0)]).row_count == 1
 
-    def test_markdown_leaves_out_what_was_skipped(self):
+    def test_markdown_omits_skipped_rows(self):
         text = report.markdown([row(target=1.5), Row("gone", "mta", "peer", skipped="no data")], "A processor", 2)
         assert "| a row | mta: 6 people/min | peer: 3 people/min | **2.00x** | 1.5x met |" in text
         assert "gone" not in text
@@ -188,52 +182,7 @@ class TestReport:
 
 
 class TestCommand:
-    def modules(self, monkeypatch, **rows):
-        made = {
-            f"benchmarks.speed.{name}": type("Module", (), {"rows": staticmethod(how)}) for name, how in rows.items()
-        }
-        monkeypatch.setattr(command.importlib, "import_module", made.__getitem__)
-        monkeypatch.setattr(command, "quiet", lambda: None)
-
-    def test_rows_are_kept_and_not_measured_again_unless_asked_for(self, tmp_path, monkeypatch, capsys):
-        measured = []
-
-        def rows(settings):
-            if settings.wanted("a row"):
-                measured.append(settings.repeats)
-                yield row(target=1.0)
-
-        self.modules(monkeypatch, bank=rows)
-        words = ["--only", "bank", "--out", str(tmp_path)]
-        assert [command.main(words + more) for more in ([], [], ["--again"], ["--repeats", "7"])] == [0] * 4
-        assert measured == [2, 2, 7]
-        assert "met" in capsys.readouterr().out
-
-    def test_what_is_absent_is_skipped_and_what_breaks_fails_but_stops_nothing(self, tmp_path, monkeypatch, capsys):
-        def absent(settings):
-            raise Absent("no reviews")
-            yield
-
-        def broken(settings):
-            raise RuntimeError("secret")
-            yield
-
-        self.modules(monkeypatch, bank=absent, limit=broken, merging=lambda settings: iter([row()]))
-        assert command.main(["--only", "bank,limit,merging", "--out", str(tmp_path)]) == 1
-        (path,) = tmp_path.glob("bench-*.json")
-        kept = {one["module"]: one["skipped"] for one in record.kept(path)}
-        assert kept == {"bank": "no reviews", "limit": "failed: RuntimeError", "merging": ""}
-        assert command.main(["--markdown", "--out", str(tmp_path)]) == 0
-        assert "| a row |" in capsys.readouterr().out
-
-    def test_rows_that_a_module_no_longer_has_are_dropped(self, tmp_path, monkeypatch):
-        for names in (["old", "kept"], ["kept", "new"]):
-            self.modules(monkeypatch, bank=lambda settings, names=names: (Row(name, "", "") for name in names))
-            command.main(["--only", "bank", "--again", "--out", str(tmp_path)])
-        (path,) = tmp_path.glob("bench-*.json")
-        assert [one["name"] for one in record.kept(path)] == ["kept", "new"]
-
-    def test_a_module_that_is_not_there_is_refused(self, capsys):
+    def test_an_unknown_module_is_refused(self, capsys):
         with pytest.raises(SystemExit):
             command.parsed(["--only", "bank,cooking"])
         assert "'cooking' is none of" in capsys.readouterr().err
@@ -245,7 +194,7 @@ class TestCommand:
 
 
 class TestMerging:
-    def test_chunks_together_are_everybodys_merges(self, monkeypatch):
+    def test_merging_in_chunks_equals_merging_everybody(self, monkeypatch):
         monkeypatch.setattr(merging, "_CHUNK", 2)
         bank = random_loras(base_of(), 6)
         work = merging.Work.of(bank, 5, MergeSettings(mode="exact"))
@@ -257,7 +206,7 @@ class TestMerging:
         )
         assert work.run() == 5
 
-    def test_updates_are_compared_not_factors(self):
+    def test_the_difference_compares_updates_rather_than_factors(self):
         one = random_loras(base_of(), 1)
         other = LoraBatch({name: Factors(2 * a, b / 2) for name, (a, b) in one.factors.items()}, one.scale)
         assert merging.apart_by_update(other, one) < 1e-15
@@ -268,55 +217,21 @@ class TestMerging:
 
 
 class TestDecoding:
-    def test_people_that_both_have_are_compared(self):
+    def test_only_people_of_both_results_are_compared(self):
         found, expected = torch.tensor([[3.0, 4.0], [9.0, 9.0]]), torch.tensor([[3.0, 5.0]])
         assert decoding.apart(found, expected) == pytest.approx(1 / 34**0.5)
         assert decoding.share_of_equal([[1, 2, 3, 4], [5, 5]], [[1, 2, 0, 0]]) == 0.5
 
-    def test_nothing_ends_an_answer_within_the_block(self):
-        base = base_of()
-        before = base.stop_tokens
-        with decoding._never_ending(base, 260):
-            assert base.stop_tokens == [260]
-        assert base.stop_tokens == before
-
 
 class TestGrowth:
-    def measure(self, monkeypatch, asked):
-        def measure(kind, x, settings, people=2):
-            asked.append((kind, *x))
-            if kind == "in-turn":
-                return {"before": 2**30, "peak": 3 * 2**30, "few": [1.5, 2.5], "many": [4.0]}
-            return {"before": 2**30, "peak": 2**30 * (1 + x[0]), "seconds": 2.0 * x[0]}
+    def test_slopes_of_a_curve_are_exponents_of_time_per_person_and_of_memory(self):
+        points = {x: {"before": 2**30, "peak": 2**30 * (1 + x), "seconds": 2.0 * x**0.5} for x in (1, 4, 16)}
+        curve = growth.Curve("growth with people", "people", [1, 4, 16], 1, "a note", "people", "seconds per person")
+        more = growth.curve_row(curve, points).more
+        assert more["series"]["seconds per person"] == [2.0, 1.0, 0.5]
+        assert more["slopes"] == pytest.approx({"seconds per person": -0.5, "GiB above base and bank": 1.0})
 
-        monkeypatch.setattr(growth, "measure", measure)
-
-    def test_rows_and_slopes_by_hand(self, monkeypatch):
-        asked = []
-        self.measure(monkeypatch, asked)
-        people, ratio, memory, anchors, prompts = growth.rows(dataclasses.replace(SETTINGS, memory="3GiB"))
-        assert asked == [
-            ("people", 1),
-            ("in-turn", 2, 4, 1),
-            *(("anchors", x) for x in (2, 4)),
-            *(("tokens", x) for x in (64, 128)),
-        ]
-        assert people.more["series"]["seconds per person"] == [2.0, 1.0]  # of 4 people in 4 seconds
-        assert people.more["slopes"]["seconds per person"] == pytest.approx(-0.5)
-        assert ratio.ratio == (4 / 4.0) / (2 / 2.0)  # 2 people took 1.5 seconds before, 2.5 after
-        assert (memory.ratio, memory.verdict) == (3 / 2, "met")
-        assert anchors.more["slopes"] == pytest.approx({"seconds": 1.0, "GiB above the base": 1.0})
-        assert prompts.more["x"] == [64, 128]
-
-    def test_what_is_done_is_not_measured_again(self, monkeypatch):
-        asked = []
-        self.measure(monkeypatch, asked)
-        done = {"growth with people", "4 people against 2", "memory of 4 people", "growth with prompts"}
-        rows = list(growth.rows(Settings(repeats=1, quick=True, done=frozenset(done))))
-        assert [row.name for row in rows] == ["growth with anchors"]
-        assert {kind for kind, _ in asked} == {"anchors"}
-
-    def test_a_point_is_measured_until_it_is_known_well_enough(self, monkeypatch):
+    def test_a_point_is_measured_until_its_time_is_stable(self, monkeypatch):
         clock = iter(range(100))
         monkeypatch.setattr(point.time, "perf_counter", lambda: next(clock))
         found = point.measured(lambda: None)
@@ -324,14 +239,14 @@ class TestGrowth:
         assert found["before"] > 0
         assert found["peak"] > 0
 
-    def test_made_up_anchors_have_the_shapes_of_the_base(self):
+    def test_random_anchors_have_the_shapes_of_the_base(self):
         base = base_of()
         bank = point.bank_of(base, 3)
         assert (len(bank), bank.rank, bank.shapes) == (3, 8, base.targets)
 
 
 @pytest.mark.skipif(bool(obstacle()), reason=f"no kernels here: {obstacle()}")
-def test_families_of_kernels_are_measured_alone_and_kept(tmp_path, monkeypatch, capsys):
+def test_kernel_families_are_measured_once_and_recorded(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(each, "base_of", cache(lambda dtype: base_of()))
     words = ["--out", str(tmp_path / "kernels.json"), "--repeats", "2", "--tokens", "1"]
     words += ["--only", "adapted_rows", "side_by_side"]
@@ -351,7 +266,7 @@ def test_families_of_kernels_are_measured_alone_and_kept(tmp_path, monkeypatch, 
 @pytest.mark.slow
 @pytest.mark.real
 @pytest.mark.network
-def test_merging_is_measured_from_end_to_end(tmp_path, fetched):
+def test_the_merging_benchmark_runs(tmp_path, fetched):
     fetched("smollm2-135m-instruct"), fetched("movielens-100k")
     words = ["--only", "merging", "--quick", "--out", str(tmp_path)]
     done = subprocess.run([sys.executable, "-m", "benchmarks.speed", *words], cwd=ROOT, capture_output=True, text=True)
