@@ -24,19 +24,19 @@ def refused(path=None, *words, kind=Run):
 # values
 
 
-def test_without_a_file_the_defaults_are_the_papers():
+def test_defaults_are_those_of_the_paper():
     run = load_settings(Run)
     assert (run.bank.anchors, run.bank.min_items, run.bank.lora) == (50, 11, Lora(rank=8, alpha=16))
     assert run.bank.lora.scale == 2.0
 
 
-def test_a_file_sets_what_it_names_and_leaves_the_rest(tmp_path):
+def test_a_file_changes_only_the_keys_it_names(tmp_path):
     run = load_settings(Run, written(tmp_path, "task: lamp3\nbank:\n  anchors: 20\n"))
     assert (run.task, run.bank.anchors) == ("lamp3", 20)
     assert run.bank.max_items == Run().bank.max_items
 
 
-def test_a_group_given_in_part_keeps_the_rest_of_its_own_defaults(tmp_path):
+def test_a_partial_group_keeps_its_other_defaults(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text("stack: {training: {lr: 0.5}}\n")
     given, default = load_settings(Run, path).stack.training, Run().stack.training
@@ -44,24 +44,24 @@ def test_a_group_given_in_part_keeps_the_rest_of_its_own_defaults(tmp_path):
 
 
 @pytest.mark.parametrize("words", [["stack.training.epochs=3"], ["stack={training: {epochs: 3}}"]])
-def test_epochs_given_alone_take_the_place_of_default_steps(words):
+def test_epochs_replace_the_default_steps(words):
     for settings in (load_settings(Run, None, words), override(Run(), words)):
         assert (settings.stack.training.epochs, settings.stack.training.steps) == (3, None)
 
 
-def test_steps_and_epochs_given_together_both_stay_in_whatever_order():
+def test_steps_and_epochs_can_both_be_set_in_any_order():
     for words in (["stack.training.steps=2", "stack.training.epochs=3"], ["stack={training: {epochs: 3, steps: 2}}"]):
         assert override(Run(), words).stack.training.steps == 2
 
 
-def test_words_stand_over_the_file(tmp_path):
+def test_words_override_the_file(tmp_path):
     path = written(tmp_path, "seed: 3\nbank: {anchors: 20, min_items: 5}\n")
     run = load_settings(Run, path, ["bank.anchors=7", "stack.training.lr=1e-3"])
     assert (run.seed, run.bank.anchors, run.bank.min_items) == (3, 7, 5)
     assert run.stack.training.lr == 1e-3
 
 
-def test_the_last_word_counts():
+def test_the_last_of_two_equal_words_wins():
     assert load_settings(Run, None, ["seed=1", "seed=2"]).seed == 2
 
 
@@ -75,7 +75,7 @@ def test_an_empty_file_changes_nothing(tmp_path):
     assert load_settings(Run, written(tmp_path, "# nothing\n")) == Run()
 
 
-def test_override_changes_what_is_named_and_nothing_else():
+def test_override_changes_only_the_named_keys():
     before = Run(seed=5, task="lamp3")
     after = override(before, ["merge.policy=uniform"])
     assert after.merge.policy == "uniform"
@@ -84,7 +84,7 @@ def test_override_changes_what_is_named_and_nothing_else():
 
 
 @pytest.mark.parametrize("settings", [Run(), Run(seed=4, merge={"rank": 3}), Evaluation(seeds=(0, 1))])
-def test_what_is_dumped_as_yaml_reads_back_the_same(tmp_path, settings):
+def test_settings_survive_yaml(tmp_path, settings):
     assert load_settings(type(settings), written(tmp_path, dump_yaml(settings))) == settings
 
 
@@ -119,7 +119,7 @@ def test_an_unknown_key_in_a_file_is_named_with_the_file(tmp_path):
         ("memory=lots", "memory", "'lots'", "For example:  memory=4GiB"),
     ],
 )
-def test_a_bad_value_is_named_with_its_key_and_what_to_write(word, key, got, hint):
+def test_a_bad_value_is_reported_with_its_key_and_the_expected_form(word, key, got, hint):
     error = refused(None, word)
     assert error.message.startswith(f"the command line: {key}: ")
     assert error.message.endswith(f"(got {got})")
@@ -127,17 +127,17 @@ def test_a_bad_value_is_named_with_its_key_and_what_to_write(word, key, got, hin
 
 
 @pytest.mark.parametrize("word", ["bank.anchors", "=3", ""])
-def test_what_is_not_key_equals_value_is_shown_how_to_write_it(word):
+def test_a_word_without_an_equals_sign_is_refused_with_the_form(word):
     assert str(refused(None, word)) == f"not a setting: {word!r}; expected key=value\n  For example:  bank.anchors=20"
 
 
-def test_a_value_that_is_no_yaml_is_named():
+def test_a_value_that_is_not_yaml_is_reported():
     error = refused(None, "bank.anchors=[1")
     assert error.message == "'bank.anchors=[1': the value is not readable YAML"
     assert error.hint == "If it is text, quote it:  'bank.anchors=\"…\"'"
 
 
-def test_a_single_value_has_nothing_under_it(tmp_path):
+def test_a_key_below_a_single_value_is_refused(tmp_path):
     error = refused(written(tmp_path, "seed: 3\n"), "seed.deep.x=1")
     assert error.message == "'seed.deep.x=1': 'seed' is a single value, not a group of settings"
 
@@ -151,12 +151,12 @@ def test_a_folder_is_no_configuration_file(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["a: [1", "\t- x: :"])
-def test_a_file_that_is_no_yaml_is_named(tmp_path, text):
+def test_a_file_that_is_not_yaml_is_reported(tmp_path, text):
     path = written(tmp_path, text)
     assert refused(path).message.startswith(f"{path} is not readable YAML: ")
 
 
-def test_a_file_that_is_no_text_is_named(tmp_path):
+def test_a_binary_file_is_reported(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_bytes(b"\xff\xfe\x00")
     assert refused(path).message.startswith(f"{path} is not readable YAML: ")
@@ -167,7 +167,7 @@ def test_a_file_that_is_a_list_is_refused(tmp_path):
     assert refused(path).message == f"{path}: expected a mapping of settings, got list"
 
 
-def test_checked_names_the_source_it_was_told():
+def test_checked_names_the_given_source():
     with pytest.raises(ConfigError, match=r"^recipe x: lora"):
         checked(Lora, {"lora": 1}, "recipe x")
 
@@ -184,7 +184,7 @@ def test_a_size_is_a_number_with_a_unit(text, size):
 
 
 @pytest.mark.parametrize("text", ["", "lots", "GiB", "4 XB", "4 GiB GiB", "-1GiB", "0", "inf", "nan"])
-def test_what_is_no_size_is_refused(text):
+def test_an_invalid_size_is_refused(text):
     with pytest.raises(ConfigError, match="not a size"):
         parse_size(text)
 
@@ -198,7 +198,7 @@ def test_the_movielens_recipe_of_the_package_loads():
     assert set(recipe.question) == {"title", "genres"}
 
 
-def test_a_recipes_short_version_is_a_valid_one_too():
+def test_the_short_version_of_a_recipe_is_valid():
     recipe = load_recipe("movielens")
     short = override(recipe, recipe.short)
     assert short != recipe
@@ -213,7 +213,7 @@ def test_a_copy_of_a_recipe_loads_by_its_path(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["nothing", "nothing.yaml"])
-def test_a_recipe_that_is_not_there_is_named_with_one_that_is(name):
+def test_an_unknown_recipe_is_reported_with_the_known_ones(name):
     with pytest.raises(ConfigError, match=f"no recipe '{name}'") as caught:
         load_recipe(name)
     assert "movielens" in caught.value.hint

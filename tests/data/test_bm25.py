@@ -32,7 +32,7 @@ def test_an_answer_does_not_find_itself():
 
 
 @given(st.lists(st.text(max_size=20), max_size=5), st.integers(0, 7))
-def test_never_more_than_there_are_and_never_a_stranger(texts, k):
+def test_at_most_k_earlier_items_are_retrieved(texts, k):
     earlier = [article(text) for text in texts]
     found = retrieve(LAMP4, article("some text"), earlier, k)
     assert len(found) == min(k, len(earlier))
@@ -49,7 +49,7 @@ def test_a_prompt_with_a_profile_shows_items_answers_and_all_before_the_question
     assert LAMP4.profiled().target(item) == "x"
 
 
-def test_without_anything_earlier_the_prompt_is_the_plain_one():
+def test_without_earlier_items_the_prompt_has_no_profile():
     item = with_profile(LAMP4, EARLIER[0], [], 3)
     assert LAMP4.profiled().prompt(item) == LAMP4.prompt(EARLIER[0])
 
@@ -66,7 +66,7 @@ def test_a_query_keeps_its_own_wording():
 
 
 @pytest.mark.parametrize("name", ["lamp1", "lamp2", "lamp2n", "lamp3", "lamp4", "lamp5", "lamp7", "text"])
-def test_every_built_in_task_says_how_an_earlier_item_is_told(name):
+def test_every_built_in_task_has_a_profile_template(name):
     task = load_task(name)
     item = Item({field: f"<{field}>" for field in task.fields()})
     assert task.target(item) in task.told(item)

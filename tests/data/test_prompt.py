@@ -51,7 +51,7 @@ def test_a_prompt_goes_through_the_chat_template(task):
     assert words(form(), made.prompt) == f"<|start|>user\n{task.prompt(RATING)}<|end|>\n<|start|>assistant\n"
 
 
-def test_without_a_chat_template_the_form_is_plain(task):
+def test_without_a_chat_template_the_prompt_is_plain_text(task):
     plain = form(template=False)
     assert words(plain, plain.example(task, RATING).prompt) == f"{task.prompt(RATING)}\nAnswer: "
 
@@ -83,7 +83,7 @@ def test_the_target_is_the_answer_and_the_end_token_and_nothing_else(task, templ
 
 
 @pytest.mark.parametrize("template", [True, False])
-def test_an_example_begins_with_what_generation_is_given(task, template):
+def test_an_example_starts_with_the_prompt_of_generation(task, template):
     wording = form(template=template)
     given = wording.prompt(task, RATING)
     assert given.target == ()
@@ -100,7 +100,7 @@ def test_labels_share_the_prompt(task):
     assert [words(form(), example.target) for example in made] == [f"{label}<|end|>" for label in task.labels]
 
 
-def test_labels_are_cut_alike_though_one_is_longer():
+def test_the_prompt_is_cut_equally_for_labels_of_different_length():
     made = form(150).examples(PAIR, pair(a="x" * 200), PAIR.labels)
     assert made[0].prompt == made[1].prompt
     assert [len(example.tokens) for example in made] == [149, 150]
@@ -133,13 +133,13 @@ def test_a_tokenizer_without_any_end_token_is_refused():
 # cutting
 
 
-def test_what_fits_exactly_is_not_cut(task):
+def test_an_example_of_the_maximum_length_is_not_cut(task):
     whole = form().example(task, RATING)
     assert whole.cut == 0
     assert form(len(whole.tokens)).example(task, RATING) == whole
 
 
-def test_what_is_one_too_long_loses_one_token_of_its_field(task):
+def test_an_example_that_is_one_token_too_long_loses_one_token(task):
     whole = form().example(task, RATING)
     made = form(len(whole.tokens) - 1).example(task, RATING)
     assert made.cut == 1
@@ -157,7 +157,7 @@ def test_the_longest_field_is_cut_first():
     assert "A: " + "a" * 30 + " B: " + "b" * 35 + " C:" in made
 
 
-def test_the_other_field_is_cut_when_the_longest_is_used_up():
+def test_the_next_field_is_cut_when_the_longest_is_empty():
     made = form(120).example(PAIR, pair(a="a" * 300, b="b" * 299))
     assert len(made.tokens) == 120
     assert made.cut == len(form().example(PAIR, pair(a="a" * 300, b="b" * 299)).tokens) - 120
@@ -171,7 +171,7 @@ def test_all_tokens_of_a_cut_character_are_counted(task):
     assert len(made.tokens) == len(whole.tokens) - 6
 
 
-def test_spaces_that_a_cut_leaves_at_the_end_go_and_are_counted(task):
+def test_trailing_spaces_after_a_cut_are_removed_and_counted(task):
     item = Item({"title": "ab   cd", "genres": "Crime", "rating": "4"})
     whole = form().example(task, item)
     made = form(len(whole.tokens) - 2).example(task, item)
@@ -179,7 +179,7 @@ def test_spaces_that_a_cut_leaves_at_the_end_go_and_are_counted(task):
     assert '"ab"' in words(form(), made.tokens)
 
 
-def test_a_prompt_that_cannot_fit_says_what_it_takes_and_what_to_do():
+def test_a_prompt_that_cannot_fit_is_refused_with_the_needed_length():
     needed = len(form().example(PAIR, pair(a="", b="")).tokens)
     with pytest.raises(DataError) as caught:
         form(needed - 1).example(PAIR, pair(a="a" * 90))
@@ -206,7 +206,7 @@ texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=60).filter(la
 
 @settings(deadline=None, max_examples=150)
 @given(texts, texts, texts, st.sampled_from(["1", "10"]), st.integers(1, 300), st.booleans())
-def test_whatever_is_cut_fits_and_instruction_and_target_stay_whole(a, b, kept, score, max_tokens, template):
+def test_cutting_keeps_the_instruction_and_the_target(a, b, kept, score, max_tokens, template):
     wording = form(max_tokens, template)
     try:
         made = wording.example(PAIR, pair(a, b, kept, score))
@@ -223,7 +223,7 @@ def test_whatever_is_cut_fits_and_instruction_and_target_stay_whole(a, b, kept, 
     assert made.cut == len(form(10_000, template).example(PAIR, pair(a, b, kept, score)).tokens) - len(made.tokens)
 
 
-def test_an_answer_has_the_tokens_its_task_allows_or_its_longest_labels_or_128():
+def test_answer_length_is_the_tasks_limit_or_the_longest_label_or_128():
     free = Task(name="free", item={"prompt": "{a}", "target": "b"}, text="{a}", metric="rouge")
     assert form().answer_tokens(PAIR) == 3  # "10" and the end: this tokenizer knows bytes alone
     assert form().answer_tokens(PAIR.model_copy(update={"answer_tokens": 7})) == 7
@@ -238,7 +238,7 @@ def test_an_answer_has_the_tokens_its_task_allows_or_its_longest_labels_or_128()
 
 @pytest.mark.timeout(20)
 @pytest.mark.parametrize("special", [" <|x|>", "< ", " y", "y", "  ", " ", "<|", "a <|x|>"])
-def test_special_tokens_that_hold_spaces_stay_text_too(special):
+def test_special_tokens_with_spaces_in_a_text_stay_text(special):
     made = deepcopy(tokenizer())
     made.add_special_tokens({"additional_special_tokens": ["<|start|>", special]})
     tokens = PromptFormat(made).text(f"I say {special}{special} and <|end|> y < a <|x|>")

@@ -16,7 +16,7 @@ from mta.data.tasks import load_task
 from mta.errors import DataError, InputError, TaskError
 
 
-def test_items_come_in_time_order_under_either_name(tmp_path: Path) -> None:
+def test_items_are_in_time_order(tmp_path: Path) -> None:
     path = jsonl(
         tmp_path,
         {"person": "ann", "input": "Second.", "output": 5, "time": "2024-05-31", "id": 7},
@@ -87,7 +87,7 @@ BAD_LINES: list[tuple[Any, str]] = [
 
 
 @pytest.mark.parametrize(("row", "message"), BAD_LINES)
-def test_a_bad_line_is_named_or_set_aside(
+def test_a_bad_line_is_reported_or_written_to_the_rejects(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, row: Any, message: str
 ) -> None:
     path = jsonl(tmp_path, {**GOOD, "id": "x"}, row, {**GOOD, "person": "bob"})
@@ -105,7 +105,7 @@ def test_a_bad_line_is_named_or_set_aside(
     assert "row" in reject
 
 
-def test_a_field_that_nothing_reads_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_an_unread_field_is_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = jsonl(tmp_path, {**GOOD, "date": "2024-05-31"}, {**GOOD, "date": "2024-06-01", "shop": "x"})
     with caplog.at_level(logging.WARNING, "mta"):
         assert len(read_people(path, "lamp3")) == 1
@@ -162,7 +162,7 @@ def test_unknown_formats_name_what_was_found(tmp_path: Path) -> None:
         read_people(path, "lamp3")
 
 
-def test_what_is_asked_for_has_to_make_sense(tmp_path: Path) -> None:
+def test_invalid_arguments_are_refused(tmp_path: Path) -> None:
     path = jsonl(tmp_path, GOOD)
     with pytest.raises(InputError, match="limit is 0; expected at least 1"):
         read_people(path, "lamp3", limit=0)
@@ -179,7 +179,7 @@ def test_what_is_asked_for_has_to_make_sense(tmp_path: Path) -> None:
                 read_people(source, "lamp3", skip_bad=tmp_path / file)
 
 
-def test_rejects_appear_whole_or_not_at_all(tmp_path: Path) -> None:
+def test_rejects_are_written_only_when_all_input_was_read(tmp_path: Path) -> None:
     aside = tmp_path / "bad.jsonl"
     aside.write_text("earlier", encoding="utf-8")
     path = tmp_path / "data.json"
@@ -200,7 +200,7 @@ ROWS = st.lists(
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(rows=ROWS, ascii=st.booleans(), array=st.booleans(), chunk=st.integers(1, 50))
-def test_what_is_written_is_read(
+def test_written_records_are_read_back(
     tmp_path: Path, rows: list[tuple[str, str, str, float | None]], ascii: bool, array: bool, chunk: int
 ) -> None:
     records = [{"person": p, "input": i, "output": o, "time": t} for p, i, o, t in rows]

@@ -26,7 +26,7 @@ def test_lamp_questions_and_outputs(tmp_path: Path) -> None:
     )
 
 
-def test_items_that_questions_share_count_once(tmp_path: Path) -> None:
+def test_items_shared_by_questions_are_counted_once(tmp_path: Path) -> None:
     first = question("1")
     second = question("2", profile=[*first["profile"], {"id": "new", "text": "t", "score": "1"}])
     [u] = read_people(lamp(tmp_path, [first, second], None), "lamp3")
@@ -83,7 +83,9 @@ BAD_LAMP: list[tuple[dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("changes", "message"), BAD_LAMP)
-def test_a_bad_question_is_named_or_set_aside(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+def test_a_bad_question_is_reported_or_written_to_the_rejects(
+    tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
     path = lamp(tmp_path, [question("0", "v"), question("1", **changes)], None)
     with pytest.raises(DataError) as caught:
         read_people(path, "lamp3")
@@ -93,7 +95,7 @@ def test_a_bad_question_is_named_or_set_aside(tmp_path: Path, changes: dict[str,
     assert len((tmp_path / "bad.jsonl").read_text(encoding="utf-8").splitlines()) == 1
 
 
-def test_outputs_have_to_fit_their_questions(tmp_path: Path) -> None:
+def test_outputs_that_do_not_match_their_questions_are_refused(tmp_path: Path) -> None:
     path, outputs = lamp(tmp_path, [question("1")], {"2": "5"}), tmp_path / "dev_outputs.json"
     fails(path, "lamp3", f"{path}:2: field 'id': the outputs file has no answer for question '1'")
     people = read_people(path, "lamp3", skip_bad=tmp_path / "bad.jsonl")

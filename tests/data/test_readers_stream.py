@@ -36,7 +36,7 @@ def test_a_fault_in_an_array_names_its_line(
     assert caught.value.hint == "The rest of the array cannot be read: correct that line, or write one item per line."
 
 
-def test_elements_know_their_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_elements_have_line_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(stream, "CHUNK", 3)
     path = tmp_path / "data.json"
     path.write_text('\n[ 12345,\n{"a":\n "\u00e9\u20ac"},\n\n[]]', encoding="utf-8")
@@ -44,7 +44,7 @@ def test_elements_know_their_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize("array", [False, True])
-def test_a_file_is_never_held_whole(tmp_path: Path, array: bool) -> None:
+def test_a_file_is_read_in_parts(tmp_path: Path, array: bool) -> None:
     path = tmp_path / "data"
     row = json.dumps({**GOOD, "text": "x" * 10_000})
     path.write_text("[" + ",\n".join([row] * 2000) + "]" if array else f"{row}\n" * 2000, encoding="utf-8")

@@ -18,7 +18,7 @@ IDS = st.lists(st.text(st.characters(codec="utf-8"), min_size=1), unique=True, m
 
 
 @given(ids=IDS, seed=st.integers(), sizes=st.tuples(*[st.integers(0, 2)] * 3), shuffled=st.randoms())
-def test_parts_are_disjoint_and_blind_to_order(ids, seed, sizes, shuffled) -> None:
+def test_parts_are_disjoint_and_independent_of_order(ids, seed, sizes, shuffled) -> None:
     people = [Person.of(id, [Item({})]) for id in ids]
     task, development, test = sizes
     splits = draw(people, seed, task=task, development=development, test=test)
@@ -159,14 +159,14 @@ def test_people_of_a_group_are_in_one_part_whatever_the_order(sizes, seed, test,
 
 
 @given(ids=IDS, seed=st.integers(), sizes=st.tuples(*[st.integers(0, 2)] * 4))
-def test_groups_of_one_are_drawn_as_people_alone(ids, seed, sizes) -> None:
+def test_groups_of_one_person_are_drawn_like_single_people(ids, seed, sizes) -> None:
     people = [Person(id, (Item({}),)) for id in ids]
     asked = dict(zip(("task", "development", "test", "candidates"), sizes))
     named = [Person(person.id, person.items, group=person.id) for person in people]
     assert draw(named, seed, **asked) == draw(people, seed, **asked, together=False) == draw(people, seed, **asked)
 
 
-def test_a_large_group_is_not_tested_on_but_may_train(caplog) -> None:
+def test_a_large_group_is_drawn_only_among_the_candidates(caplog) -> None:
     people = grouped(40, alone=60)
     splits = draw(people, 0, task=20, development=10, test=30)
     assert all(id.startswith("alone") for id in (*splits.test, *splits.development, *splits.task))
@@ -176,7 +176,7 @@ def test_a_large_group_is_not_tested_on_but_may_train(caplog) -> None:
     assert "candidates: 40 people instead of 35, because people who share items stay together" in caplog.text
 
 
-def test_a_part_that_groups_make_smaller_is_reported(caplog) -> None:
+def test_a_part_that_is_smaller_because_of_groups_is_reported(caplog) -> None:
     splits = draw(grouped(*[2] * 10), 0, task=4, development=0, test=5)
     assert len(splits.test) == 4
     assert "test: 4 people instead of 5, because people who share items stay together" in caplog.text

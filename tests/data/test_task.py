@@ -75,7 +75,7 @@ def test_every_built_in_loads_and_is_named_as_its_file() -> None:
 
 
 @pytest.mark.parametrize("name", ["lamp3", "LaMP-3", "LaMP_3", "lamp 3"])
-def test_names_are_read_generously(name: str) -> None:
+def test_task_names_ignore_case_and_separators(name: str) -> None:
     assert load_task(name).lamp == "LaMP_3"
 
 
@@ -110,7 +110,7 @@ def test_wording_equals_real_questions(name: str, folder: str) -> None:
         assert task.prompt(task.parse_query(question["input"])) == question["input"]
 
 
-def test_no_text_gives_a_target_away() -> None:
+def test_prompts_do_not_contain_the_target() -> None:
     for name in task_names():
         task = load_task(name)
         for query in (False, True):
@@ -149,7 +149,7 @@ def test_a_queries_text_is_its_own() -> None:
         ({"text": "a", "score": "5"}, None),
     ],
 )
-def test_what_is_wrong_is_named_with_its_field(fields: dict[str, str], wrong: tuple[str, str] | None) -> None:
+def test_an_invalid_item_is_reported_with_its_field(fields: dict[str, str], wrong: tuple[str, str] | None) -> None:
     assert load_task("lamp3").wrong(Item(fields)) == wrong
 
 
@@ -165,7 +165,7 @@ def test_unknown_targets_and_foreign_questions_are_errors() -> None:
     assert load_task("text").parse_query("hi", "ho").fields == {"input": "hi", "output": "ho"}
 
 
-def test_a_task_of_ones_own(tmp_path: Path) -> None:
+def test_a_custom_task_is_loaded_from_a_file(tmp_path: Path) -> None:
     task = load_task(written(tmp_path, labels=[1, 2.0, 2.5]))
     assert task.labels == ("1", "2", "2.5")
     assert load_task(str(tmp_path / "mine.yaml")) == task == Task.model_validate(task.model_dump())
@@ -215,7 +215,7 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("changes", "message"), WRONG)
-def test_a_wrongly_written_task_names_the_key(tmp_path: Path, changes: dict[str, object], message: str) -> None:
+def test_a_misspelled_key_of_a_task_is_reported(tmp_path: Path, changes: dict[str, object], message: str) -> None:
     path = written(tmp_path, **changes)
     with pytest.raises(TaskError) as caught:
         load_task(path)
@@ -245,7 +245,7 @@ def test_yaml_that_cannot_be_read_is_an_error_of_the_task(tmp_path: Path, text: 
         load_task(path)
 
 
-def test_a_message_does_not_repeat_what_aliases_multiply(tmp_path: Path) -> None:
+def test_an_error_message_stays_short_with_yaml_aliases(tmp_path: Path) -> None:
     lines = ["name:", "  - &a0 [x, x, x, x]", *(f"  - &a{n} [{', '.join([f'*a{n - 1}'] * 4)}]" for n in range(1, 10))]
     path = tmp_path / "aliases.yaml"
     path.write_text("\n".join(lines))
@@ -280,13 +280,13 @@ HELD = {
 
 
 @pytest.mark.parametrize("name", HELD)
-def test_what_a_task_trains_has_the_digest_it_had_in_0_1_0(name: str) -> None:
+def test_task_digests_equal_those_of_release_0_1_0(name: str) -> None:
     task = load_task(name)
     assert digest(task.identity) == HELD[name]
     assert digest(task.model_copy(update={"answer_tokens": None}).model_dump(mode="json")) == HELD[name]
 
 
-def test_a_limit_of_answers_changes_no_tasks_identity_and_is_held_where_it_is_set(tmp_path: Path) -> None:
+def test_the_answer_limit_is_not_part_of_a_tasks_identity(tmp_path: Path) -> None:
     plain, limited = load_task(written(tmp_path)), load_task(written(tmp_path, answer_tokens=200))
     assert plain.identity == limited.identity == plain.model_dump(mode="json")
     assert limited.model_dump(mode="json") == plain.identity | {"answer_tokens": 200}
@@ -294,12 +294,12 @@ def test_a_limit_of_answers_changes_no_tasks_identity_and_is_held_where_it_is_se
 
 
 @pytest.mark.parametrize("tokens", [0, -1, "many"])
-def test_a_limit_that_is_no_number_of_tokens_names_the_key(tmp_path: Path, tokens: object) -> None:
+def test_an_invalid_answer_limit_is_reported_with_its_key(tmp_path: Path, tokens: object) -> None:
     with pytest.raises(TaskError, match="answer_tokens: "):
         load_task(written(tmp_path, answer_tokens=tokens))
 
 
-def test_an_older_banks_built_in_task_gets_todays_limit_and_no_other_task_does(tmp_path: Path) -> None:
+def test_only_built_in_tasks_of_older_banks_get_the_current_answer_limit(tmp_path: Path) -> None:
     today = load_task("lamp7")
     held = today.model_copy(update={"answer_tokens": None})
     assert with_limit(held) == today

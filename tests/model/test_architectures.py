@@ -113,7 +113,7 @@ def built(kind):
 
 
 @pytest.mark.parametrize("kind", [*FAST, *REST])
-def test_rows_give_what_the_model_gives_alone_or_it_is_refused(kind):
+def test_packed_rows_equal_single_texts_or_the_architecture_is_refused(kind):
     base = built(kind)
     assert way_of(base) == FAST.get(kind, way_of(base))
     if base is None:
@@ -136,7 +136,7 @@ def test_rows_give_what_the_model_gives_alone_or_it_is_refused(kind):
 
 
 @pytest.mark.parametrize("kind", ["lfm2", "minimax", "bart"])
-def test_a_base_that_does_not_go_on_from_keys_and_values_is_not_served(kind):
+def test_a_base_without_a_reusable_cache_is_not_served(kind):
     with pytest.raises(UnsupportedModel, match=f"embedded engine cannot serve 'tiny-{kind}'") as caught:
         EmbeddedEngine(base_of(kind), None, None)
     assert "vLLM" in caught.value.hint
@@ -144,7 +144,7 @@ def test_a_base_that_does_not_go_on_from_keys_and_values_is_not_served(kind):
 
 @pytest.mark.parametrize("window", [5, 64])
 @pytest.mark.parametrize("kind", ["mistral", "gemma3_text", "cohere2", "llama4_text"])
-def test_windows_longer_than_the_check_are_packed_and_stay_as_they_are(kind, window, monkeypatch):
+def test_long_attention_windows_are_packed_unchanged(kind, window, monkeypatch):
     for name in ("sliding_window", "attention_chunk_size"):
         monkeypatch.setitem(architectures.SIZES, name, window)
     base = base_of(kind)
@@ -159,6 +159,6 @@ def test_low_precision_chooses_the_same_way_as_float64(kind, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_a_model_that_sees_what_follows_is_refused_in_low_precision_too(dtype):
+def test_a_bidirectional_model_is_refused_in_low_precision(dtype):
     with pytest.raises(UnsupportedModel, match="gives a text other logits in a batch than alone"):
         base_of("bert", dtype)

@@ -81,7 +81,7 @@ def test_only_gpt2_stores_weights_transposed():
     assert [kind for kind in KINDS if base_of(kind).fan_in_fan_out] == ["gpt2"]
 
 
-def test_nothing_of_a_base_takes_a_gradient():
+def test_a_base_has_no_trainable_parameters():
     base = base_of()
     assert not base.model.training
     assert not any(parameter.requires_grad for parameter in base.model.parameters())
@@ -96,12 +96,12 @@ def test_a_local_folder_loads_and_computes_as_before(saved):
     torch.testing.assert_close(after(input_ids=tokens).logits, before(input_ids=tokens).logits)
 
 
-def test_a_base_is_named_as_it_was_asked_for_and_needs_no_note(saved):
+def test_a_base_keeps_the_name_it_was_loaded_by(saved):
     base = load(saved)
     assert (base.name, base.note) == (str(saved), "")
 
 
-def test_prompts_are_never_longer_than_the_model_can_see(saved):
+def test_prompts_are_at_most_as_long_as_the_models_context(saved):
     assert load(saved).prompts.max_tokens == 512
     assert BaseModel.load(str(saved), "float32", "cpu", max_tokens=100).prompts.max_tokens == 100
 
@@ -119,11 +119,11 @@ def test_weights_load_in_the_dtype_asked_for(saved, name):
     assert base.master_dtype == (torch.float64 if name == "float64" else torch.float32)
 
 
-def test_auto_takes_one_of_the_two_fast_dtypes():
+def test_auto_chooses_bfloat16_or_float32():
     assert pick_dtype("auto", torch.device("cpu")) in (torch.bfloat16, torch.float32)
 
 
-def test_what_auto_took_once_it_takes_again_however_busy_the_machine_is(cache, monkeypatch):
+def test_auto_repeats_its_first_choice_of_dtype(cache, monkeypatch):
     rates = iter([3.0, 1.0, 1.0, 3.0])
     monkeypatch.setattr("mta.system.device.gemm_rate", lambda dtype: next(rates))
     assert pick_dtype("auto", torch.device("cpu")) == torch.bfloat16
@@ -132,7 +132,7 @@ def test_what_auto_took_once_it_takes_again_however_busy_the_machine_is(cache, m
     assert pick_dtype("auto", torch.device("cpu")) == torch.float32
 
 
-def test_processes_that_start_together_take_the_dtype_that_the_first_one_measured(cache, monkeypatch):
+def test_concurrent_processes_choose_the_dtype_measured_first(cache, monkeypatch):
     cache.mkdir()
     note = cache / "dtype.json"
     monkeypatch.setattr("mta.system.device.gemm_rate", lambda dtype: 1.0)  # float32, if it was measured again
@@ -145,7 +145,7 @@ def test_processes_that_start_together_take_the_dtype_that_the_first_one_measure
         assert later.result(60) == torch.bfloat16
 
 
-def test_virtual_processors_of_one_name_do_not_share_a_dtype(cache, monkeypatch):
+def test_virtual_processors_with_different_flags_do_not_share_a_dtype(cache, monkeypatch):
     rates = iter([3.0, 1.0, 1.0, 3.0])
     monkeypatch.setattr("mta.system.device.gemm_rate", lambda dtype: next(rates))
     monkeypatch.setattr("mta.system.device.cpuinfo", lambda *fields: "one" if "flags" in fields else "Virtual CPU")
@@ -154,11 +154,11 @@ def test_virtual_processors_of_one_name_do_not_share_a_dtype(cache, monkeypatch)
     assert pick_dtype("auto", torch.device("cpu")) == torch.float32
 
 
-def test_auto_takes_a_device_that_computes():
+def test_auto_chooses_a_usable_device():
     assert torch.ones(2, device=pick_device("auto")).sum() == 2
 
 
-def test_a_device_that_is_not_there_is_named():
+def test_a_missing_device_is_reported():
     with pytest.raises(ModelError, match="device 'toaster' cannot be used") as caught:
         pick_device("toaster")
     assert caught.value.hint == "Use --device cpu."
@@ -182,7 +182,7 @@ def test_a_path_that_is_not_there_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["nobody/nothing", "smollm2"])
-def test_an_unknown_name_without_a_network_says_what_it_is_not(name, monkeypatch):
+def test_an_unknown_name_without_a_network_is_reported_as_neither_folder_nor_asset(name, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(AssetError) as caught:
         load(name)
@@ -196,7 +196,7 @@ def test_weights_that_were_cut_short_are_refused(copy):
     assert "cannot be loaded as a causal language model" in refused(copy)
 
 
-def test_weights_that_are_missing_are_not_made_up(copy):
+def test_missing_weights_are_refused(copy):
     message = refused(configured(copy, num_hidden_layers=3))
     assert "9 weights are not in its files, model.layers.2.input_layernorm.weight first" in message
 
@@ -232,7 +232,7 @@ def test_a_recurrent_model_is_refused():
         BaseModel(model, tokenizer(), "tiny")
 
 
-def test_a_model_that_cannot_checkpoint_its_layers_says_so():
+def test_a_model_without_gradient_checkpointing_is_refused_when_it_is_needed():
     model = base_of("llama").model
     model.supports_gradient_checkpointing = False
     with pytest.raises(UnsupportedModel, match="'tiny' has no gradient checkpointing"):
@@ -322,7 +322,7 @@ def test_a_tensor_name_with_control_characters_has_no_fingerprint():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_logits_at_chosen_places_are_the_models_own(kind):
+def test_logits_at_chosen_positions_equal_the_models(kind):
     base = base_of(kind)
     tokens = torch.randint(3, 259, (2, 12), generator=torch.Generator().manual_seed(1))
     ends, places = torch.full((2, 12), 12), torch.tensor([0, 11, 15, 23])
@@ -331,7 +331,7 @@ def test_logits_at_chosen_places_are_the_models_own(kind):
     torch.testing.assert_close(found, whole[places], rtol=1e-9, atol=1e-9)
 
 
-def test_asking_for_logits_leaves_the_model_as_it_was():
+def test_computing_logits_does_not_change_the_model():
     base = base_of()
     tokens, ends = torch.tensor([[4, 5, 6]]), torch.full((1, 3), 3)
     before = base.model(input_ids=tokens).logits
@@ -357,7 +357,7 @@ def smollm2(fetched) -> BaseModel:
 
 @pytest.mark.real
 @pytest.mark.network
-def test_the_real_base_is_the_pinned_one_and_says_what_it_is(smollm2):
+def test_the_real_base_has_the_pinned_fingerprint(smollm2):
     assert smollm2.fingerprint == SMOLLM2
     assert smollm2.note == "dequantized from Q4_1"
 

@@ -34,7 +34,7 @@ def unit(vectors):
 # people
 
 
-def test_each_distinct_text_is_encoded_once_for_everybody(task):
+def test_each_distinct_text_is_encoded_once(task):
     encoder = Recorder()
     people = [Person.of("ann", rated(4, 2)), Person.of("bob", [*rated(4), *rated(1, title="Alien")])]
     encode_people(encoder, task, people, "input")
@@ -72,7 +72,7 @@ def test_inputs_and_outputs_tell_two_tastes_apart(task):
     assert not torch.allclose(ann, bob)
 
 
-def test_nobodys_vector_depends_on_the_others(task):
+def test_a_persons_vector_is_independent_of_other_people(task):
     people = people_of(4)
     together = encode_people(HashEncoder(), task, people, "both")
     for person, vector in zip(people, together):
@@ -103,7 +103,7 @@ def test_a_bases_vector_is_the_mean_of_its_last_hidden_states():
     torch.testing.assert_close(BaseEncoder(base).encode(["café"])[0], states.mean(0))
 
 
-def test_the_base_as_an_encoder_is_known_by_its_own_fingerprint():
+def test_the_base_as_encoder_has_the_fingerprint_of_the_base():
     base = base_of("llama", torch.float32)
     encoder = load_encoder("base", base)
     assert (encoder.name, encoder.fingerprint) == ("base", base.fingerprint)

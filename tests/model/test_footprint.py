@@ -95,7 +95,7 @@ def held(base: BaseModel, *batches: object) -> list[torch.Tensor]:
     ("shape", "below"),
     [("llama", "merge"), ("llama", "gates"), ("large vocabulary", "task"), ("qwen3", "merge"), ("gpt2", "none")],
 )
-def test_a_training_pass_and_a_scoring_pass_take_what_was_planned(shape, below, dtype, compiled):
+def test_training_and_scoring_passes_take_the_planned_memory(shape, below, dtype, compiled):
     with nullcontext() if compiled else without_kernels():
         base, jobs = base_of(shape, dtype), jobs_of(3)
         width = sum(d + o for d, o in base.targets.values())
@@ -120,7 +120,7 @@ def test_a_training_pass_and_a_scoring_pass_take_what_was_planned(shape, below, 
 
 @pytest.mark.parametrize("compiled", [True, False], ids=["kernels", "torch"])
 @pytest.mark.parametrize("shape", ["mixtral", "qwen3 moe"])
-def test_passes_through_a_mixture_of_experts_take_what_was_planned(shape, compiled):
+def test_passes_through_a_mixture_of_experts_take_the_planned_memory(shape, compiled):
     with nullcontext() if compiled else without_kernels():
         base, jobs = base_of(shape), jobs_of(3)
         width, stacks = sum(d + o for d, o in base.targets.values()), random_loras(base, len(jobs), 1)
@@ -134,7 +134,7 @@ def test_passes_through_a_mixture_of_experts_take_what_was_planned(shape, compil
     assert scoring.peak == pytest.approx(base.footprint.scoring(*sizes(base, jobs), Numbers(width)), rel=0.15)
 
 
-def test_gradient_checkpointing_takes_what_was_planned():
+def test_gradient_checkpointing_takes_the_planned_memory():
     base, jobs = base_of("llama", checkpointing=True), jobs_of(3)
     width = sum(d + o for d, o in base.targets.values())
     with TensorMemory(held(base)) as training:
@@ -166,7 +166,7 @@ def test_logits_of_one_text_that_do_not_fit_are_an_error():
         plan_cohorts(base, jobs, 10, 10 * 2**20)
 
 
-def test_how_many_targets_go_through_together_does_not_change_results():
+def test_the_number_of_targets_per_block_does_not_change_results():
     base, jobs = base_of("large vocabulary", torch.float64), jobs_of(2, targets=8)
     start = fresh(base.targets, 1, 1.0, 0, ["a", "b"], torch.float64)
     found, expected = (train_loras(base, jobs, start, ONE_STEP, tokens_per_batch=tokens) for tokens in (10, 1_000_000))

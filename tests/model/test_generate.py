@@ -60,7 +60,7 @@ def test_answers_come_in_the_order_of_the_questions():
 
 
 @pytest.mark.parametrize("budget", [1, 30, 10_000])
-def test_the_size_of_batches_does_not_matter(budget):
+def test_the_batch_size_does_not_change_answers(budget):
     base = endless(base_of())
     prompts, owners, adapters = prompts_of(5, 11, 2, 8), [0, 1, 2, 0], people(base)
     how = {"max_new_tokens": 5}
@@ -92,7 +92,7 @@ def test_the_templates_end_token_ends_an_answer_too():
     assert generate(base, prompts_of(6), [-1], [], max_new_tokens=8)[0] == whole[: whole.index(whole[3])]
 
 
-def test_an_end_token_in_the_prompt_ends_nothing():
+def test_an_end_token_in_the_prompt_does_not_end_the_answer():
     base = endless(base_of())
     base.model.generation_config.eos_token_id = 2
     prompt = [5, 2, 7, 2]
@@ -123,7 +123,7 @@ def test_sampling_is_decided_by_the_seed():
     assert sampled(1) != sampled(2)
 
 
-def test_generating_leaves_the_base_as_it_was():
+def test_generating_does_not_change_the_base():
     base = endless(base_of())
     tokens = torch.tensor([[5, 6, 7]])
     before = base.model(input_ids=tokens).logits
@@ -132,7 +132,7 @@ def test_generating_leaves_the_base_as_it_was():
 
 
 @pytest.mark.parametrize("temperature", [0.0, 2.0])
-def test_generating_leaves_the_callers_random_numbers_as_they_were(temperature):
+def test_generating_does_not_change_the_callers_random_state(temperature):
     base = endless(base_of())
     torch.manual_seed(3)
     expected = torch.rand(4)

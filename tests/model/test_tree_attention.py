@@ -16,7 +16,7 @@ CPU = torch.device("cpu")
 
 @settings(max_examples=40)
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=4), st.sampled_from([3, 12, 60]), st.sampled_from([1, 2]))
-def test_blocks_attend_as_dense_masks_do(sizes, longest, share):
+def test_blocked_attention_equals_attention_with_dense_masks(sizes, longest, share):
     rows = rows_of(sizes, longest)
     batch, tokens = rows.tokens.shape
     draw = torch.Generator().manual_seed(7)
@@ -37,7 +37,7 @@ def test_blocks_attend_as_dense_masks_do(sizes, longest, share):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
 
 
-def test_every_token_stands_in_one_block_and_sees_what_it_should():
+def test_every_token_is_in_one_block_and_sees_its_ancestors():
     rows = rows_of([5, 2], longest=40)
     blocks, tokens = blocks_of(rows.ends, rows.positions), rows.tokens.shape[1]
     assert torch.equal(blocks.queries.flatten()[blocks.place], torch.arange(2 * tokens))
@@ -57,7 +57,7 @@ def test_branches_make_fewer_pairs_than_whole_rows():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_low_precision_stays_near_the_dense_way(dtype):
+def test_blocked_attention_in_low_precision_is_close_to_dense_masks(dtype):
     base, dense = base_of(dtype=dtype), base_of(dtype=dtype)
     dense.blocked = False
     people, jobs = [PerPerson(random_loras(base, 2))], [random_examples(5, 1), random_examples(3, 2)]
@@ -78,7 +78,7 @@ def test_a_model_that_drops_keywords_on_the_way_keeps_dense_masks(monkeypatch):
     torch.testing.assert_close(found[0], whole[0], rtol=0, atol=1e-9)
 
 
-def test_models_that_do_more_to_their_scores_are_left_alone_or_refused():
+def test_models_that_modify_attention_scores_keep_dense_masks_or_are_refused():
     model = base_of().model
     model.config.attn_logit_softcapping = 30.0
     assert not can_block(model)

@@ -24,7 +24,7 @@ from mta.system.storage import Storage
 
 
 @pytest.mark.parametrize("forget", [Store.forget, lambda store, id: forget_person(id, store)])
-def test_what_was_read_between_the_note_and_the_removal_is_not_saved(tmp_path, monkeypatch, forget):
+def test_a_state_read_between_tombstone_and_removal_is_not_saved(tmp_path, monkeypatch, forget):
     store, remove, seen = Store(tmp_path), Store.remove, []
     store.save(ANN, state())
 
@@ -83,7 +83,7 @@ def test_notes_of_several_processes_at_once_are_all_kept(tmp_path):
     assert len(Store(tmp_path).exports.of(ANN)) == 24
 
 
-def test_items_that_two_gateways_append_at_once_are_all_kept_and_leave_no_trace(tmp_path):
+def test_items_appended_by_two_gateways_at_once_are_all_kept(tmp_path):
     at_once(appending, tmp_path)
     store = Store(tmp_path)
     assert len(store.history(ANN).items) == 24
@@ -109,7 +109,7 @@ def test_an_export_that_fails_does_not_bring_the_list_of_a_forgotten_person_back
     assert not any((tmp_path / "people").glob("??/*"))
 
 
-def test_an_aside_that_vanishes_while_it_is_removed_does_not_keep_the_weights(tmp_path, monkeypatch):
+def test_weights_are_removed_although_a_temporary_file_vanishes(tmp_path, monkeypatch):
     export, remove, calls = exported(tmp_path / "out"), module.remove_asides, []
 
     def vanished(folder):
@@ -123,7 +123,7 @@ def test_an_aside_that_vanishes_while_it_is_removed_does_not_keep_the_weights(tm
     assert not (tmp_path / "out").exists()
 
 
-def test_what_is_left_is_named_by_the_forgetting_that_succeeds_after_one_that_failed(tmp_path, monkeypatch):
+def test_remaining_copies_are_reported_after_a_failed_attempt(tmp_path, monkeypatch):
     store = Store(tmp_path / "people")
     store.save(ANN, state())
     store.exports.note(ANN, Export("https://hub", "ann/adapter", "ab" * 32))
@@ -149,7 +149,7 @@ def test_a_damaged_list_of_exports_is_named_once(tmp_path):
     assert forget_person(ANN, store).exports_left == []
 
 
-def test_what_was_saved_before_a_note_that_was_written_late_goes_too(tmp_path, monkeypatch):
+def test_a_state_saved_before_a_late_tombstone_is_removed(tmp_path, monkeypatch):
     store, add, failed = Store(tmp_path), Tombstones.add, []
     store.save(ANN, state())
     known = store.tombstones.of(ANN)
@@ -214,7 +214,7 @@ def test_a_state_that_is_saved_while_an_empty_folder_is_removed_stays(tmp_path, 
     assert store.load(ANN) == state(1)
 
 
-def test_a_clock_that_is_wrong_removes_no_note_that_is_new(tmp_path, monkeypatch):
+def test_a_wrong_clock_does_not_remove_a_new_tombstone(tmp_path, monkeypatch):
     store = Store(tmp_path)
     store.save("bob", state())
     store.forget("bob")

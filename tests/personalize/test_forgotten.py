@@ -101,7 +101,7 @@ def test_a_person_who_is_forgotten_is_in_no_file(own_bank, tmp_path, cache, monk
     assert (whole.people, whole.histories, whole.damaged, whole.strangers) == (3, 3, {}, [])
 
 
-def test_while_they_are_here_only_the_history_they_opted_into_and_their_export_say_who_they_are(own_bank, tmp_path):
+def test_only_the_stored_history_and_the_export_identify_a_person(own_bank, tmp_path):
     personal = personalizer(*own_bank, store=tmp_path / "people")
     personal.personalize([EVE, *OTHERS])
     personal.export(EVE.id, tmp_path / "exports" / EVE.id)
@@ -120,7 +120,7 @@ def in_bank(as_task: bool) -> dict[str, list[Person]]:
 
 @pytest.mark.parametrize("as_task", [True, False], ids=["task LoRA", "anchor"])
 @pytest.mark.parametrize("killed", [False, True])
-def test_a_bank_holds_no_name_and_no_text_of_whom_it_learnt_from(task, tmp_path, cache, as_task, killed):
+def test_a_bank_holds_no_id_and_no_text_of_its_members(task, tmp_path, cache, as_task, killed):
     """Not even one whose building was killed. Their keyed membership stays: how else would it be known?"""
 
     def stop(stage: str, step: object) -> None:
@@ -143,7 +143,7 @@ def test_a_bank_holds_no_name_and_no_text_of_whom_it_learnt_from(task, tmp_path,
     assert traces([bank, cache], person, store) == []
 
 
-def test_the_search_sees_a_text_however_it_is_written(tmp_path):
+def test_the_search_finds_every_encoding_of_a_text(tmp_path):
     store, text = Store(tmp_path / "people"), EVE.items[0].fields["title"]
     header = json.dumps({"state": json.dumps({"title": text})})
     written = [text.encode(), json.dumps(text).encode(), header.encode(), text.encode("utf-16")]

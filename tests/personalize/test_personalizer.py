@@ -87,7 +87,7 @@ def test_stacks_are_trained(known):
 
 
 @pytest.mark.parametrize("stack", [True, False])
-def test_a_state_says_what_merge_and_stack_made_of_the_shots(tiny, stack):
+def test_a_state_records_the_losses_of_merge_and_stack(tiny, stack):
     base, bank = tiny
     personal = personalizer(*tiny, stack=TINY_RUN.stack.model_copy(update={"enabled": stack}))
     personal.personalize(PEOPLE)
@@ -109,7 +109,7 @@ def test_a_state_says_what_merge_and_stack_made_of_the_shots(tiny, stack):
         assert len(set(expected)) == len(expected)
 
 
-def test_a_loss_that_is_no_number_is_an_error_and_no_state(tiny, tmp_path, monkeypatch):
+def test_a_loss_that_is_not_finite_is_an_error_without_a_state(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr("mta.personalize.stages.surprise", lambda base, jobs, *_, **__: [float("nan")] * len(jobs))
     personal = personalizer(*tiny, store=tmp_path)
     with pytest.raises(Diverged, match=r"losses on shots are invalid: .*\n  Training diverged: lower stack\."):
@@ -117,7 +117,7 @@ def test_a_loss_that_is_no_number_is_an_error_and_no_state(tiny, tmp_path, monke
     assert states_in(tmp_path) == {}
 
 
-def test_one_person_who_diverges_is_told_and_the_others_are_as_ever(tiny, tmp_path, monkeypatch):
+def test_a_diverged_person_is_reported_and_the_others_are_unchanged(tiny, tmp_path, monkeypatch):
     base, bank = tiny
     whole = personalizer(*tiny)
     whole.personalize(PEOPLE)
@@ -137,7 +137,7 @@ def test_one_person_who_diverges_is_told_and_the_others_are_as_ever(tiny, tmp_pa
     assert personal.personalize(PEOPLE).unchanged == len(others)
 
 
-def test_any_order_gives_the_same_bits(tiny):
+def test_the_order_of_people_does_not_change_a_bit(tiny):
     first = personalizer(*tiny)
     first.personalize(PEOPLE)
     mixed = personalizer(*tiny)
@@ -154,7 +154,7 @@ def in_cohorts_of(base, bank, people: int, store=None) -> Personalizer:
 
 
 @pytest.mark.parametrize(("people", "sizes"), [(1, [1, 1, 1, 1, 1]), (2, [2, 2, 1]), (3, [3, 2])])
-def test_the_size_of_cohorts_does_not_matter(tiny, people, sizes):
+def test_the_cohort_size_does_not_change_states(tiny, people, sizes):
     large, small, seen = personalizer(*tiny), in_cohorts_of(*tiny, people), []
     large.personalize(PEOPLE)
     small.personalize(PEOPLE, on_step=lambda stage, step: seen.append((stage, step.step, step.people)))
@@ -168,14 +168,14 @@ def test_less_memory_than_one_person_needs_is_an_error(tiny):
         personalizer(*tiny, memory="1KiB").personalize(PEOPLE)
 
 
-def test_queries_are_never_looked_at(tiny):
+def test_queries_do_not_change_a_state(tiny):
     first, other = personalizer(*tiny), personalizer(*tiny)
     first.personalize(PEOPLE)
     other.personalize([Person(p.id, p.items, PEOPLE[0].items) for p in PEOPLE])
     assert all(other.state(person.id) == first.state(person.id) for person in PEOPLE)
 
 
-def test_another_seed_starts_other_stacks(tiny):
+def test_the_seed_changes_the_stacks(tiny):
     first, other = personalizer(*tiny), personalizer(*tiny, seed=1)
     for personal in (first, other):
         personal.personalize(PEOPLE[:1])
@@ -197,7 +197,7 @@ def states_in(store: Path) -> dict[str, bytes]:
     return {str(path.relative_to(store)): path.read_bytes() for path in store.glob("*/*/[0-9]*.safetensors")}
 
 
-def test_a_second_call_does_nothing(known, tmp_path):
+def test_a_second_call_trains_nobody(known, tmp_path):
     stamps = {path: path.stat().st_mtime_ns for path in (tmp_path / "people").rglob("*")}
     steps = []
     assert known.personalize(PEOPLE, on_step=lambda *_: steps.append(1)) == Personalized(0, 5, 0)
@@ -205,7 +205,7 @@ def test_a_second_call_does_nothing(known, tmp_path):
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "people").rglob("*")} == stamps
 
 
-def test_only_who_is_new_is_trained(known):
+def test_only_new_people_are_trained(known):
     seen = []
     newcomer = people_of(1, prefix="new")
     done = known.personalize([*PEOPLE, *newcomer], on_step=lambda stage, step: seen.append(step.people))
@@ -229,7 +229,7 @@ def test_changed_settings_make_a_new_version(known, tiny):
     assert known.store.versions("x0") == [1, 2]
 
 
-def test_a_damaged_state_is_made_anew(known, tmp_path):
+def test_a_damaged_state_is_trained_again(known, tmp_path):
     before = known.state("x0")
     (path,) = (tmp_path / "people").glob(f"*/{folder_of(known.store, 'x0')}/1.safetensors")
     path.write_bytes(path.read_bytes()[:-1])
@@ -309,7 +309,7 @@ def test_a_run_stopped_before_all_states_are_saved_does_not_train_again(tiny, tm
     assert not (tmp_path / "work").exists()
 
 
-def test_other_peoples_run_leaves_a_stopped_one_its_checkpoint(tiny, tmp_path):
+def test_a_run_of_other_people_keeps_the_checkpoint_of_a_stopped_run(tiny, tmp_path):
     def stop(stage, step):
         if stage == "stack":
             raise KeyboardInterrupt
@@ -325,7 +325,7 @@ def test_other_peoples_run_leaves_a_stopped_one_its_checkpoint(tiny, tmp_path):
     assert not (tmp_path / "work").exists()
 
 
-def test_a_stopped_plan_leaves_nobody_out(tiny, tmp_path):
+def test_a_resumed_plan_covers_everybody(tiny, tmp_path):
     def stop(stage, step):
         raise KeyboardInterrupt
 
@@ -349,7 +349,7 @@ def test_a_store_that_is_damaged_is_an_error_before_anything_is_trained(known, t
 @pytest.mark.parametrize(
     ("merge", "error"), [({"policy": "uniform", "k": 9}, AnchorNotFound), ({"policy": "ridge"}, ConfigError)]
 )
-def test_settings_that_cannot_be_followed_are_refused_before_anything_runs(tiny, merge, error):
+def test_impossible_settings_are_refused_before_training(tiny, merge, error):
     base, bank = tiny
     text = bank.task.model_copy(update={"labels": None, "metric": "rouge"})
     personal = personalizer(base, dataclasses.replace(bank, task=text), merge=MergeSettings(**merge))
@@ -369,7 +369,7 @@ def test_histories_are_kept_only_when_asked_for(tiny, tmp_path):
         personalizer(*tiny).personalize(PEOPLE, keep_histories=True)
 
 
-def test_a_question_that_was_shortened_is_told(known, caplog):
+def test_a_shortened_question_is_reported(known, caplog):
     known.generate([("x0", {"title": "long " * 400, "genres": "Drama"})], max_new_tokens=2)
     assert caplog.messages == ["1 of 1 questions were too long and lost the end of their text"]
 
@@ -386,13 +386,13 @@ ROWS = [
 ROWS += [("x0", {"title": "B", "genres": "Drama"}), ("x4", QUESTION), (BASE, {"title": "B", "genres": "Drama"})]
 
 
-def test_rows_of_different_people_answer_as_each_alone(known):
+def test_a_batch_of_people_answers_like_each_person_alone(known):
     together = known.generate(ROWS, max_new_tokens=12)
     assert together == [known.generate([row], max_new_tokens=12)[0] for row in ROWS]
     assert len({together[0], together[1], together[3], together[5]}) > 1  # four models, one question
 
 
-def test_without_a_number_answers_have_the_tokens_their_task_allows(known):
+def test_answers_have_the_length_of_the_task_by_default(known):
     longest = known.base.prompts.answer_tokens(known.bank.task)
     assert longest == 2  # a label, and the end
     assert (
@@ -400,7 +400,7 @@ def test_without_a_number_answers_have_the_tokens_their_task_allows(known):
     )
 
 
-def test_rows_of_different_people_score_as_each_alone(known):
+def test_a_batch_of_people_scores_like_each_person_alone(known):
     rows = [(who, question, answer) for who, question in ROWS for answer in ("1", "5")]
     together = known.score(rows)
     alone = [known.score([row])[0] for row in rows]
@@ -408,7 +408,7 @@ def test_rows_of_different_people_score_as_each_alone(known):
     assert len({round(score, 6) for score in together}) == len(rows)
 
 
-def test_nobodys_rows_are_the_plain_model_and_the_task_lora(known, tiny):
+def test_base_and_task_rows_equal_the_plain_model_and_the_task_lora(known, tiny):
     base, bank = tiny
     example = base.prompts.example(bank.task, bank.task.asked(QUESTION), "4")
     pooled = plain.weights(base, plain.update(bank.task_lora))
@@ -416,7 +416,7 @@ def test_nobodys_rows_are_the_plain_model_and_the_task_lora(known, tiny):
     assert known.score([(BASE, QUESTION, "4"), (TASK, QUESTION, "4")]) == pytest.approx(expected, rel=0, abs=1e-10)
 
 
-def test_a_persons_row_is_task_lora_merge_and_stack(known, tiny):
+def test_a_persons_row_adds_task_lora_merge_and_stack(known, tiny):
     base, bank = tiny
     example = base.prompts.example(bank.task, bank.task.asked(QUESTION), "4")
     state = known.state("x2")
@@ -447,11 +447,11 @@ def test_a_label_scores_the_same_among_labels_and_alone(known, tiny):
         assert found[0][i].tolist() == pytest.approx(alone, rel=0, abs=1e-10)
 
 
-def test_no_rows_are_no_answers(known):
+def test_an_empty_batch_gives_no_answers(known):
     assert known.generate([]) == known.score([]) == known.label_scores([]) == []
 
 
-def test_a_state_is_used_from_the_store_by_anybody_who_opens_it(known, tiny):
+def test_another_personalizer_uses_the_states_of_the_store(known, tiny):
     other = personalizer(*tiny, store=known.store)
     assert other.generate(ROWS, max_new_tokens=6) == known.generate(ROWS, max_new_tokens=6)
 
@@ -467,7 +467,7 @@ def loaded_by_peft(folder: Path):
     return peft.PeftModel.from_pretrained(base_of().model, folder).double()
 
 
-def test_an_export_means_the_same_to_peft(known, tiny, tmp_path):
+def test_an_export_computes_the_same_in_peft(known, tiny, tmp_path):
     """What stands in the files, computed by PEFT and by us: to the last digits of float64."""
     base, bank = tiny
     assert known.export("x2", tmp_path / "out") == 0.0
@@ -509,7 +509,7 @@ def test_an_export_merges_the_way_the_stack_was_trained_over(tiny, tmp_path, mod
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
-def test_an_anchor_that_weighs_nothing_takes_no_rank_of_an_export(tiny, tmp_path):
+def test_an_anchor_with_weight_zero_adds_no_rank_to_an_export(tiny, tmp_path):
     personal = personalizer(*tiny, merge=MergeSettings(policy="top1", k=2))
     personal.personalize(PEOPLE[:1])
     assert personal.state("x0").w == (1.0, 0.0)
@@ -518,7 +518,7 @@ def test_an_anchor_that_weighs_nothing_takes_no_rank_of_an_export(tiny, tmp_path
 
 
 @pytest.mark.parametrize("rank", [1, 4])
-def test_a_compressed_export_reports_what_is_lost(known, tmp_path, rank):
+def test_a_compressed_export_reports_its_error(known, tmp_path, rank):
     known.export("x2", tmp_path / "whole")
     error = known.export("x2", tmp_path / "small", rank=rank)
     whole, small = (read_peft(tmp_path / name).to(torch.float64) for name in ("whole", "small"))
@@ -546,7 +546,7 @@ def own_bank(tiny, tmp_path):
     return base, Bank.open(shutil.copytree(bank.folder, tmp_path / "bank"), base)
 
 
-def test_forgetting_removes_a_person_and_nobody_else(own_bank, tmp_path):
+def test_forgetting_removes_only_the_person(own_bank, tmp_path):
     _, bank = own_bank
     personal = personalizer(*own_bank, store=tmp_path / "people")
     personal.personalize(PEOPLE)
@@ -598,7 +598,7 @@ def test_a_forgetting_that_is_killed_still_knows_the_exports(own_bank, tmp_path,
     assert not any((tmp_path / name).exists() for name in ("one", "two"))
 
 
-def test_an_export_without_a_store_is_nobodys_to_note(tiny, tmp_path):
+def test_an_export_without_a_store_is_not_recorded(tiny, tmp_path):
     personal = personalizer(*tiny)
     personal.personalize(PEOPLE[:1])
     assert personal.export("x0", tmp_path / "out") == 0.0
@@ -632,7 +632,7 @@ def test_forgetting_works_without_a_store(own_bank):
 # -- mistakes ----------------------------------------------------------------------------------------------------------
 
 
-def test_somebody_unknown_is_an_error(known, tiny):
+def test_an_unknown_person_is_an_error(known, tiny):
     with pytest.raises(PersonNotFound, match=r"^no state of 'nobody' in the store .*people\n  Personalize first:  mta"):
         known.generate([("x0", QUESTION), ("nobody", QUESTION)])
     with pytest.raises(PersonNotFound) as caught:
@@ -686,7 +686,7 @@ def test_people_with_stacks_of_different_ranks_answer_in_one_batch(known, tiny, 
     assert known.score(rows) == pytest.approx([known.score([row])[0] for row in rows], rel=0, abs=1e-10)
 
 
-def test_a_merge_is_computed_as_its_stack_was_trained_whatever_the_settings_are_later(tiny, tmp_path):
+def test_a_merge_is_computed_in_the_mode_its_stack_was_trained_over(tiny, tmp_path):
     """Two people's states by different modes, answered together by a third run's settings."""
     base, bank = tiny
     modes = {PEOPLE[0].id: "factor", PEOPLE[1].id: "exact"}

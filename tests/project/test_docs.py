@@ -105,7 +105,7 @@ def test_the_command_line_reads_every_command(page):
 
 
 @EVERYWHERE
-def test_every_module_and_target_of_a_command_is_there(page):
+def test_every_module_and_target_of_a_command_exists(page):
     targets = set(re.findall(r"(?m)^([a-z-]+):", (ROOT / "Makefile").read_text()))
     for block in blocks(page):
         for words in commands(block.code) if block.language == "bash" else ():
@@ -117,7 +117,7 @@ def test_every_module_and_target_of_a_command_is_there(page):
                 assert [w for w in words if w.startswith("--") and f'"{w}"' not in source] == []
 
 
-def test_a_command_that_is_none_is_found():
+def test_an_invalid_command_is_found():
     assert commands("mta bank build x.jsonl --out bank/  # why\nA=1 echo 'two words' | cat") == [
         ["mta", "bank", "build", "x.jsonl", "--out", "bank/"],
         ["A=1", "echo", "two words"],
@@ -132,7 +132,7 @@ def test_a_command_that_is_none_is_found():
 
 
 @EVERYWHERE
-def test_every_block_says_what_language_it_is_in_and_can_be_read(page):
+def test_every_block_has_a_language_and_is_valid(page):
     text, found = page.read_text(encoding="utf-8"), blocks(page)
     assert len(re.findall(r"(?m)^```", text)) == 2 * len(found), "a block without a language, or one that is indented"
     for block in found:
@@ -160,7 +160,7 @@ def prose(page: Path) -> str:
 
 
 @EVERYWHERE
-def test_every_link_leads_somewhere(page):
+def test_every_link_has_a_target(page):
     lost = []
     for target, fragment in re.findall(r"\]\(([^)#\s]*)(?:#([^)\s]*))?\)", prose(page)):
         if "://" in target:
@@ -176,13 +176,13 @@ def test_every_link_leads_somewhere(page):
 
 
 @EVERYWHERE
-def test_every_file_that_is_named_is_there(page):
+def test_every_named_file_exists(page):
     named = re.findall(r"`((?:src|tests|benchmarks|docs|results)/[\w./-]+)`", prose(page))
     made = ("results/report.html", "results/results.json")  # what a command of the page writes
     assert [name for name in named if not (ROOT / name).exists() and name not in made] == []
 
 
-def test_the_reference_in_the_repository_is_what_the_code_says(tmp_path, monkeypatch):
+def test_the_committed_reference_is_current(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "docs")
     from reference_pages import write_all
 
@@ -218,7 +218,7 @@ def walk(page: Path, folder: Path) -> str:
 @pytest.mark.slow
 @pytest.mark.real
 @pytest.mark.network
-def test_the_tutorial_does_what_it_says(tutorial):
+def test_the_tutorial_runs(tutorial):
     made = {path.name for path in tutorial.iterdir()}
     assert {"bank", "people", "results", "ann-adapter"} <= made
     assert (tutorial / "results" / "report.html").stat().st_size > 10_000
@@ -228,7 +228,7 @@ def test_the_tutorial_does_what_it_says(tutorial):
 @pytest.mark.real
 @pytest.mark.network
 @pytest.mark.parametrize("page", [page for page in RUN if page.parent.name == "how-to"], ids=name_of)
-def test_every_how_to_runs_as_it_stands(page, tutorial, tmp_path):
+def test_every_how_to_runs(page, tutorial, tmp_path):
     shutil.copytree(tutorial, tmp_path, dirs_exist_ok=True)
     walk(page, tmp_path)
 
@@ -236,7 +236,7 @@ def test_every_how_to_runs_as_it_stands(page, tutorial, tmp_path):
 @pytest.mark.slow
 @pytest.mark.real
 @pytest.mark.network
-def test_the_readme_runs_as_it_stands(tutorial, tmp_path):
+def test_the_readme_runs(tutorial, tmp_path):
     for name in ("history.jsonl", "newcomers.jsonl"):
         shutil.copy(tutorial / name, tmp_path)
     walk(ROOT / "README.md", tmp_path)
@@ -244,7 +244,7 @@ def test_the_readme_runs_as_it_stands(tutorial, tmp_path):
     assert not (tmp_path / "bob-adapter").exists()  # it left with bob
 
 
-def test_every_page_with_code_is_run_by_one_of_these():
+def test_every_page_with_code_is_run():
     """Whatever is neither a how-to nor named here has its blocks marked."""
     elsewhere = [name_of(page) for page in RUN if page.parent.name != "how-to"]
     assert elsewhere == ["README.md", name_of(TUTORIAL)]

@@ -47,7 +47,7 @@ VERBS = verbs(typer.main.get_command(app))
         "import sys; from mta.cli import main; sys.argv = ['mta', '--version']; main()",
     ],
 )
-def test_nothing_heavy_is_imported_before_it_is_needed(code):
+def test_light_imports_load_no_heavy_package(code):
     done = python(
         f"import atexit, sys\natexit.register(lambda: print('\\n' + ' '.join(set(sys.modules) & {HEAVY})))\n{code}"
     )
@@ -60,7 +60,7 @@ def test_every_public_name_resolves(name):
     assert getattr(mta, name) is not None
 
 
-def test_a_name_that_is_not_there_is_an_attribute_error():
+def test_an_unknown_name_is_an_attribute_error():
     with pytest.raises(AttributeError, match="module 'mta' has no attribute 'Nothing'"):
         _ = mta.Nothing
 
@@ -81,12 +81,12 @@ def test_the_installed_command_is_the_same_function():
 
 
 @pytest.mark.parametrize("verb", VERBS)
-def test_every_verb_shows_an_example_that_begins_with_its_name(verb):
+def test_every_command_has_an_example_in_its_help(verb):
     assert f"Example:  mta {verb} " in VERBS[verb].help
 
 
 @pytest.mark.parametrize("verb", VERBS)
-def test_every_verb_can_answer_in_json(verb):
+def test_every_command_has_a_json_option(verb):
     assert "--json" in [option for parameter in VERBS[verb].params for option in parameter.opts]
 
 
@@ -94,13 +94,13 @@ def test_every_verb_can_answer_in_json(verb):
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(SOURCE)))
-def test_every_module_public_class_and_public_function_says_what_it_is(file):
+def test_every_module_public_class_and_public_function_has_a_docstring(file):
     tree = ast.parse(file.read_text(encoding="utf-8"))
     public = [node for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name[0] != "_"]
     assert [getattr(node, "name", "the module") for node in [tree, *public] if not ast.get_docstring(node)] == []
 
 
-def test_no_source_file_names_a_place_of_one_machine():
+def test_no_source_file_contains_a_local_path():
     suspects = ("/home/", "/root/", "/tmp/", "localhost:")
     texts = {file: file.read_text(encoding="utf-8") for file in FILES}
     assert [(str(file), word) for file, text in texts.items() for word in suspects if word in text] == []

@@ -130,19 +130,19 @@ def default(value: Any) -> str:
     return f" = {type(value).__name__}({', '.join(changed)})"
 
 
-def test_public_signatures_are_those_written_down():
+def test_public_signatures_equal_the_recorded_ones():
     found, written = public_api(), FILE.read_text().splitlines()
     gone, new = [line for line in written if line not in found], [line for line in found if line not in written]
     assert (gone, new) == ([], []), "meant?  python tests/project/test_signatures.py --write"
     assert found == written
 
 
-def test_every_public_name_is_told():
+def test_every_public_name_is_recorded():
     text = FILE.read_text()
     assert [name for name in mta.__all__ if name != "__version__" and f"mta.{name}" not in text] == []
 
 
-def test_a_changed_default_a_new_parameter_and_a_lost_method_show(monkeypatch):
+def test_changes_of_signatures_are_found(monkeypatch):
     before = public_api()
     monkeypatch.setattr(mta.Personalizer.state, "__defaults__", ("ann",))
     monkeypatch.setattr(mta.Bank, "extra", lambda self, n: n, raising=False)

@@ -61,7 +61,7 @@ def run(python: Path, *words: str, cwd: Path, **own: str) -> str:
     return done.stdout
 
 
-def test_it_holds_recipes_tasks_report_and_type_marker(wheel):
+def test_the_wheel_holds_recipes_tasks_report_and_type_marker(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
     assert {"mta/py.typed", "mta/recipes/movielens.yaml", "mta/evaluation/reports/report.html.jinja"} <= names
     assert "mta/data/tasks/builtin/lamp3.yaml" in names
@@ -69,7 +69,7 @@ def test_it_holds_recipes_tasks_report_and_type_marker(wheel):
     assert not [name for name in names if not name.startswith(("mta/", "merge_then_adapt-"))]
 
 
-def test_the_sdist_holds_what_whoever_packages_it_again_needs(unpacked):
+def test_the_sdist_holds_everything_needed_to_build(unpacked):
     files = {path.relative_to(unpacked).as_posix() for path in unpacked.rglob("*") if path.is_file()}
     texts = {"README.md", "CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md", "LICENSE", "SECURITY.md", "PKG-INFO"}
     settings = {
@@ -99,7 +99,7 @@ def test_a_wheel_made_from_the_sdist_is_the_same_wheel(wheel, unpacked, tmp_path
         assert [name for name in one.namelist() if one.read(name) != other.read(name)] == []
 
 
-def test_it_works_in_an_environment_of_its_own(borrowing, tmp_path):
+def test_the_wheel_works_in_its_own_environment(borrowing, tmp_path):
     """Only the dependencies are borrowed from this environment; mta itself must come from the wheel."""
     assert "demo" in run(borrowing, "-m", "mta", "--help", cwd=tmp_path)
     told = run(
@@ -150,7 +150,7 @@ def test_a_program_that_uses_it_is_checked_by_mypy(borrowing, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.network
-def test_its_own_requirements_are_enough(wheel, tmp_path):
+def test_the_declared_requirements_are_enough(wheel, tmp_path):
     python = environment(tmp_path / "env")
     run(python, "-m", "pip", "install", "--quiet", "-c", str(ROOT / "constraints.txt"), str(wheel), cwd=tmp_path)
     assert run(python, "-P", str(ROOT / "tests" / "smoke.py"), cwd=tmp_path).splitlines()[-1] == "ok"

@@ -26,11 +26,11 @@ LIST = [Export("here", "/data/ann/adapter", "ab" * 32), Export("there", "/Grüß
 
 
 @given(st.lists(st.builds(Export, st.text(), st.text(), st.text()), max_size=4), st.binary(min_size=1, max_size=40))
-def test_a_list_comes_back_under_its_key(exports: list[Export], key: bytes) -> None:
+def test_a_list_is_read_back_with_its_key(exports: list[Export], key: bytes) -> None:
     assert exports_from_bytes(exports_to_bytes(exports, key), key) == exports
 
 
-def test_a_list_says_nothing_without_its_key_and_never_looks_alike() -> None:
+def test_an_encrypted_list_is_unreadable_and_always_different() -> None:
     data = exports_to_bytes(LIST, KEY)
     assert data != exports_to_bytes(LIST, KEY)
     for word in ("/data/ann", "adapter", "ab" * 8):
@@ -111,7 +111,7 @@ def test_a_store_notes_exports_without_naming_anybody(tmp_path: Path, monkeypatc
             assert word.encode() not in content
 
 
-def test_nobodys_path_is_the_key_of_anybodys_exports(tmp_path: Path) -> None:
+def test_the_key_of_exports_is_not_a_path_of_the_store(tmp_path: Path) -> None:
     store = Store(tmp_path)
     assert store._secret("ann").hex() not in {folder_of(store, id) for id in ("ann", "exports/ann", "exportsann")}
 
@@ -142,7 +142,7 @@ def test_an_export_that_is_refused_is_not_noted(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("there", [False, True])
-def test_an_export_that_was_killed_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, there: bool) -> None:
+def test_a_killed_export_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, there: bool) -> None:
     store, folder = Store(tmp_path / "people"), tmp_path / "out [1]" / "ann"
     if there:
         exported(folder, 3)
@@ -170,14 +170,14 @@ def test_an_export_over_another_that_fails_leaves_that_one_findable(tmp_path: Pa
     assert not folder.exists()
 
 
-def test_what_is_not_ours_stays(tmp_path: Path) -> None:
+def test_files_of_others_stay(tmp_path: Path) -> None:
     export = exported(tmp_path / "out")
     (tmp_path / "out" / "notes.md").write_text("mine")
     assert export.remove() == ""
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["notes.md"]
 
 
-def test_an_adapter_that_was_changed_since_stays(tmp_path: Path) -> None:
+def test_an_adapter_that_was_changed_later_stays(tmp_path: Path) -> None:
     export = exported(tmp_path / "out")
     exported(tmp_path / "out", 1)
     assert export.remove() == f"{tmp_path}/out (its adapter was changed since)"
@@ -191,7 +191,9 @@ def test_another_hosts_export_is_not_looked_for(tmp_path: Path, monkeypatch: pyt
     assert (tmp_path / "out" / WEIGHTS).exists()
 
 
-def test_what_cannot_be_removed_is_told_with_the_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_export_that_cannot_be_removed_is_reported_with_the_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     export = exported(tmp_path / "out")
 
     def refuse(*_: object, **__: object) -> None:
@@ -214,7 +216,7 @@ def test_an_interrupted_removal_can_be_repeated(tmp_path: Path, gone: tuple[str,
     )  # no weights of ours: what else lies there is not touched
 
 
-def test_a_damaged_list_keeps_nobody_from_being_forgotten(tmp_path: Path) -> None:
+def test_a_person_with_a_damaged_list_can_be_forgotten(tmp_path: Path) -> None:
     store = Store(tmp_path)
     store.save(ANN, state())
     Path(store.files.at(f"{store._path(ANN)}/exports.json")).write_bytes(FILE[:-1])

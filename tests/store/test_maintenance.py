@@ -30,7 +30,7 @@ def filled(url: str | Path, versions: int = 2) -> Store:
     return store
 
 
-def test_a_whole_store_is_found_whole_and_weighed(url: str) -> None:
+def test_check_finds_no_damage_in_an_intact_store(url: str) -> None:
     store, told = filled(url), []
     found = check(store, lambda done, total: told.append((done, total)))
     assert (found.people, found.states, found.histories, found.exports) == (2, 3, 1, 1)
@@ -50,7 +50,7 @@ def kept(tmp_path_factory: pytest.TempPathFactory) -> Store:
 
 @settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.integers(0, 4), st.integers(0), st.integers(0, 7))
-def test_one_changed_bit_anywhere_is_found_in_its_file(kept: Store, which: int, byte: int, bit: int) -> None:
+def test_check_finds_a_changed_bit_and_names_the_file(kept: Store, which: int, byte: int, bit: int) -> None:
     names = sorted(name for name in kept.files.find() if name.endswith(("safetensors", "history.json", "exports.json")))
     path = Path(kept.files.at(names[which]))
     whole = path.read_bytes()
@@ -63,7 +63,7 @@ def test_one_changed_bit_anywhere_is_found_in_its_file(kept: Store, which: int, 
     assert ANN not in str(found)
 
 
-def test_leftovers_and_strangers_are_told_apart_from_what_is_kept(tmp_path: Path) -> None:
+def test_check_lists_leftovers_and_unknown_files(tmp_path: Path) -> None:
     store = filled(tmp_path)
     folder = Path(store.files.at(store._path(ANN)))
     (folder / f".3.safetensors.{'0' * 32}").write_bytes(b"half")
@@ -76,7 +76,7 @@ def test_leftovers_and_strangers_are_told_apart_from_what_is_kept(tmp_path: Path
     assert (found.states, found.damaged) == (3, {})
 
 
-def test_only_what_killed_writers_left_long_ago_goes(tmp_path: Path) -> None:
+def test_collect_removes_only_old_leftovers(tmp_path: Path) -> None:
     store = filled(tmp_path)
     folder = Path(store.files.at(store._path(ANN)))
     young, old = (folder / f".3.safetensors.{digit * 32}" for digit in "01")
@@ -90,7 +90,7 @@ def test_only_what_killed_writers_left_long_ago_goes(tmp_path: Path) -> None:
     assert {*before} - {path for path, _ in everything(tmp_path)} == {old}
 
 
-def test_what_a_stopped_run_left_goes_after_a_week(tmp_path: Path) -> None:
+def test_collect_removes_a_stopped_run_after_a_week(tmp_path: Path) -> None:
     store = filled(tmp_path)
     for days, run in ((8, "old"), (6, "young")):
         plan = tmp_path / "work" / run / "plan.json"
@@ -102,7 +102,7 @@ def test_what_a_stopped_run_left_goes_after_a_week(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("keep", [1, 2, 5])
-def test_the_newest_versions_stay_and_the_next_number_goes_on(url: str, keep: int) -> None:
+def test_collect_keeps_the_newest_versions_and_the_numbering(url: str, keep: int) -> None:
     store = filled(url, versions=4)
     collect(store, keep)
     assert store.versions(ANN) == [1, 2, 3, 4][-keep:]
@@ -127,16 +127,14 @@ def test_an_interrupted_removal_leaves_no_gaps(tmp_path: Path, monkeypatch: pyte
     assert Store(tmp_path).versions(ANN) == [3, 4, 5]
 
 
-def test_somebody_whose_newest_version_does_not_read_keeps_the_others(tmp_path: Path) -> None:
+def test_a_damaged_newest_version_protects_the_older_ones(tmp_path: Path) -> None:
     store = filled(tmp_path, versions=3)
     Path(store.files.at(f"{store._path(ANN)}/3.safetensors")).write_bytes(b"half")
     assert collect(store, 1) == {}
     assert store.load(ANN, 2) == state(1)
 
 
-def test_who_begins_anew_while_others_are_looked_after_keeps_their_new_first_version(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_collect_keeps_a_first_version_written_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = filled(tmp_path, versions=3)
     find = store.files.find
 
@@ -151,7 +149,7 @@ def test_who_begins_anew_while_others_are_looked_after_keeps_their_new_first_ver
     assert Store(tmp_path).load(ANN) == state(7)
 
 
-def test_a_damaged_key_is_no_healthy_store(tmp_path: Path) -> None:
+def test_a_store_with_a_damaged_key_is_reported(tmp_path: Path) -> None:
     store = filled(tmp_path)
     (tmp_path / "store.json").write_text("garbage")
     for look in (check, stats, collect):
@@ -159,7 +157,7 @@ def test_a_damaged_key_is_no_healthy_store(tmp_path: Path) -> None:
             look(Store(store.files.root))
 
 
-def test_a_folder_that_cannot_be_listed_is_not_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_that_cannot_be_listed_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store, scandir = filled(tmp_path), os.scandir
     closed = store.files.at(store._path(ANN))
 
@@ -174,7 +172,7 @@ def test_a_folder_that_cannot_be_listed_is_not_passed_over(tmp_path: Path, monke
             look(store)
 
 
-def test_people_are_counted_alike_whatever_is_left_of_them(tmp_path: Path) -> None:
+def test_stats_check_and_count_agree_on_the_number_of_people(tmp_path: Path) -> None:
     store = filled(tmp_path)
     left = tmp_path / "00" / ("0" * 64)
     left.mkdir(parents=True)
@@ -182,7 +180,7 @@ def test_people_are_counted_alike_whatever_is_left_of_them(tmp_path: Path) -> No
     assert stats(store).people == check(store).people == store.count() == 2
 
 
-def test_an_object_store_without_credentials_is_told_in_words(tmp_path: Path) -> None:
+def test_an_object_store_without_credentials_is_an_error_without_a_traceback(tmp_path: Path) -> None:
     clean = {name: value for name, value in os.environ.items() if not name.startswith("AWS_")}
     clean |= {"HOME": str(tmp_path), "AWS_EC2_METADATA_DISABLED": "true", "AWS_ENDPOINT_URL": "http://127.0.0.1:9"}
     words = [sys.executable, "-m", "mta", "store", "stats", "s3://nowhere/people"]
@@ -192,14 +190,14 @@ def test_an_object_store_without_credentials_is_told_in_words(tmp_path: Path) ->
     assert "Traceback" not in found.stderr
 
 
-def test_a_mistyped_address_is_no_empty_store(tmp_path: Path) -> None:
+def test_a_mistyped_address_is_an_error(tmp_path: Path) -> None:
     for look in (check, stats, collect):
         with pytest.raises(StoreError, match="no store"):
             look(Store(tmp_path / "nowhere"))
     assert not (tmp_path / "nowhere").exists()
 
 
-def test_the_verbs_say_what_they_found(tmp_path: Path) -> None:
+def test_the_store_commands_print_their_findings(tmp_path: Path) -> None:
     store = filled(tmp_path)
     run = CliRunner().invoke
     assert (

@@ -17,7 +17,7 @@ from mta.store.state import Losses, State, history_from_bytes, history_to_bytes,
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_a_state_comes_back_bit_for_bit(dtype: torch.dtype) -> None:
+def test_a_state_survives_its_file_bit_for_bit(dtype: torch.dtype) -> None:
     made = state(stack=adapter(1, dtype))
     back = State.from_bytes(made.to_bytes())
     assert back == made
@@ -36,7 +36,7 @@ FINITE = st.floats(allow_nan=False, allow_infinity=False)
 
 
 @given(FINITE, FINITE, st.none() | FINITE, st.integers(1))
-def test_losses_come_back_to_the_last_bit(pooled: float, merged: float, stacked: float | None, tokens: int) -> None:
+def test_losses_survive_the_file_bit_for_bit(pooled: float, merged: float, stacked: float | None, tokens: int) -> None:
     made = state(losses=Losses(pooled, merged, stacked, tokens))
     back = State.from_bytes(made.to_bytes())
     assert back == made
@@ -45,7 +45,7 @@ def test_losses_come_back_to_the_last_bit(pooled: float, merged: float, stacked:
     assert back.work == state().work
 
 
-def test_a_state_of_before_losses_were_noted_reads_and_keeps_its_bytes() -> None:
+def test_a_state_without_losses_is_read_and_keeps_its_bytes() -> None:
     assert b"losses" not in FILE
     assert State.from_bytes(FILE).losses is None
     assert State.from_bytes(FILE).to_bytes() == FILE
@@ -53,7 +53,7 @@ def test_a_state_of_before_losses_were_noted_reads_and_keeps_its_bytes() -> None
 
 @pytest.mark.parametrize("wrong", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("which", ["pooled", "merged", "stacked"])
-def test_losses_that_are_no_numbers_are_neither_written_nor_read(wrong: float, which: str) -> None:
+def test_losses_that_are_not_finite_are_neither_written_nor_read(wrong: float, which: str) -> None:
     good = Losses(1.5, 1.25, 1.0, 7)
     with pytest.raises(Diverged, match=r"finite numbers over at least one token\n  Training diverged"):
         replace(good, **{which: wrong})
@@ -95,7 +95,7 @@ def test_a_work_key_names_everything_a_state_depends_on() -> None:
     assert work_key("ab", "c", "", 0) != work_key("a", "bc", "", 0)
 
 
-def test_a_state_that_makes_no_sense_is_refused() -> None:
+def test_an_inconsistent_state_is_refused() -> None:
     with pytest.raises(InputError, match=r"one coefficient per anchor, got anchors \(7, 3\), w \(1.0,\)"):
         state(w=(1.0,))
     with pytest.raises(Diverged, match="finite"):
@@ -146,7 +146,7 @@ def test_forged_contents_under_a_right_sha256_are_refused_or_sound(data: st.Data
         assert "intact, but not a state" in str(error)  # noqa: PT017
 
 
-def test_what_a_damaged_state_says() -> None:
+def test_a_damaged_state_is_reported_with_its_file() -> None:
     with pytest.raises(StateCorrupt) as caught:
         State.from_bytes(b"PK\x03\x04" + bytes(50), "people/ab/1.safetensors")
     assert str(caught.value) == (
@@ -159,7 +159,7 @@ def test_what_a_damaged_state_says() -> None:
         State.from_bytes(FILE[:-1], "x")
 
 
-def test_another_schema_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_schema_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mta.store.state.SCHEMA", 2)
     newer = state().to_bytes()
     monkeypatch.undo()

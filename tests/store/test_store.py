@@ -37,7 +37,7 @@ def test_the_same_work_again_is_a_no_op(url: str) -> None:
     assert store.save(ANN, state(0)) == 3  # an earlier one is not the latest
 
 
-def test_going_back_makes_an_earlier_version_the_newest(url: str) -> None:
+def test_rollback_makes_an_earlier_version_the_newest(url: str) -> None:
     store = Store(url)
     for n in range(3):
         store.save(ANN, state(n))
@@ -53,7 +53,7 @@ def test_going_back_makes_an_earlier_version_the_newest(url: str) -> None:
 
 
 @pytest.mark.parametrize("version", [0, 3, -1])
-def test_going_back_to_what_is_not_there_says_what_is(url: str, version: int) -> None:
+def test_rollback_to_a_missing_version_lists_the_versions(url: str, version: int) -> None:
     store = Store(url)
     store.save(ANN, state(0))
     store.save(ANN, state(1))
@@ -64,7 +64,7 @@ def test_going_back_to_what_is_not_there_says_what_is(url: str, version: int) ->
     assert store.versions(ANN) == [1, 2]
 
 
-def test_going_back_mends_a_damaged_latest_version(tmp_path: Path) -> None:
+def test_rollback_replaces_a_damaged_latest_version(tmp_path: Path) -> None:
     store = Store(tmp_path)
     store.save(ANN, state(0))
     store.save(ANN, state(1))
@@ -75,7 +75,7 @@ def test_going_back_mends_a_damaged_latest_version(tmp_path: Path) -> None:
     assert store.load(ANN) == state(0)
 
 
-def test_the_time_is_known_of_the_newest_version_alone(tmp_path: Path) -> None:
+def test_only_the_newest_version_has_a_time(tmp_path: Path) -> None:
     store = Store(tmp_path)
     assert store.time_of(ANN, 1) is None
     store.save(ANN, state(0))
@@ -86,7 +86,7 @@ def test_the_time_is_known_of_the_newest_version_alone(tmp_path: Path) -> None:
     assert store.time_of(ANN, 2) is None
 
 
-def test_who_is_not_there(url: str) -> None:
+def test_a_missing_person_is_reported(url: str) -> None:
     store = Store(url)
     with pytest.raises(PersonNotFound, match=r"^no state of 'bob' in the store .*people\n  Personalize first:  mta"):
         store.load("bob")
@@ -107,7 +107,7 @@ def test_reading_creates_nothing(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_ids_are_told_apart_and_never_written(tmp_path: Path) -> None:
+def test_ids_are_distinguished_and_never_written(tmp_path: Path) -> None:
     store = Store(tmp_path)
     ids = [ANN, "../../etc/passwd", "имя ✓", "a/b", "é", "e\u0301", "\ud800", "x" * 500]
     for n, id in enumerate(ids):
@@ -131,7 +131,7 @@ HINTS = [b"", b"{", b"[]", b"7", b"\xff", *(b'{"version": %s}' % n for n in (b"0
 
 
 @pytest.mark.parametrize("hint", [None, *HINTS])
-def test_the_hint_may_be_lost_damaged_or_stale(url: str, hint: bytes | None) -> None:
+def test_latest_json_may_be_missing_damaged_or_stale(url: str, hint: bytes | None) -> None:
     store = Store(url)
     for n in range(3):
         store.save(ANN, state(n))
@@ -149,7 +149,7 @@ def test_the_hint_may_be_lost_damaged_or_stale(url: str, hint: bytes | None) -> 
     assert store.latest(ANN) == 4
 
 
-def test_a_damaged_state_is_refused_and_can_be_made_again(url: str) -> None:
+def test_a_damaged_state_is_refused_and_can_be_replaced(url: str) -> None:
     store = Store(url)
     store.save(ANN, state(0))
     key = folder_of(store, ANN)
@@ -160,7 +160,7 @@ def test_a_damaged_state_is_refused_and_can_be_made_again(url: str) -> None:
     assert store.load(ANN) == state(0)
 
 
-def test_a_history_comes_back(url: str) -> None:
+def test_a_stored_history_is_read_back(url: str) -> None:
     store = Store(url)
     assert store.history(ANN) is None
     store.save_history(person())
@@ -226,12 +226,12 @@ BAD = [b"", b"[]", b'{"schema": 2, "key": "00"}', b'{"schema": 1, "key": "zz"}',
 def test_a_bad_store_json_is_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "store.json").write_bytes(content)
     with pytest.raises(
-        StoreError, match=r"json is damaged or missing: expected schema 1 and a 64-digit key\n  Restore it"
+        StoreError, match=r"json is damaged or missing: expected schema 1 and a 64-digit key\n  Restore the file"
     ):
         Store(tmp_path).load(ANN)
 
 
-def test_a_lost_store_json_is_not_made_anew(tmp_path: Path) -> None:
+def test_a_lost_store_json_is_not_recreated(tmp_path: Path) -> None:
     Store(tmp_path).save(ANN, state())
     (tmp_path / "store.json").unlink()
     for act in (lambda: Store(tmp_path).save("bob", state()), lambda: ANN in Store(tmp_path)):
@@ -240,7 +240,7 @@ def test_a_lost_store_json_is_not_made_anew(tmp_path: Path) -> None:
     assert not (tmp_path / "store.json").exists()
 
 
-def test_an_address_that_cannot_be_used(tmp_path: Path) -> None:
+def test_an_unusable_address_is_refused(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match=r"cannot be opened: .*nosuch.*\n  Give a folder, or a URL"):
         Store("nosuch://people")
     (tmp_path / "people").write_text("a file")

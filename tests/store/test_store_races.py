@@ -44,7 +44,7 @@ def race(url: str, barrier: threading.Barrier, seed: int, results: object) -> No
 
 
 @pytest.mark.parametrize("kind", ["threads", "processes", pytest.param("s3", marks=pytest.mark.integration)])
-def test_of_racing_writers_one_wins(tmp_path: Path, kind: str, request: pytest.FixtureRequest) -> None:
+def test_exactly_one_of_racing_writers_wins(tmp_path: Path, kind: str, request: pytest.FixtureRequest) -> None:
     context = multiprocessing.get_context("spawn")
     url = f"{request.getfixturevalue('bucket')}/{tmp_path.name}" if kind == "s3" else str(tmp_path)
     if kind != "processes":
@@ -108,7 +108,7 @@ Store(sys.argv[1]).save(stores.ANN, stores.state(1))
 """
 
 
-def test_a_killed_writer_leaves_nothing_that_matters(tmp_path: Path) -> None:
+def test_a_killed_writer_leaves_only_a_temporary_file(tmp_path: Path) -> None:
     store = Store(tmp_path)
     store.save(ANN, state(0))
     search = os.pathsep.join(filter(None, sys.path))
@@ -135,7 +135,7 @@ for n in itertools.count(int(sys.argv[2])):
 
 
 @pytest.mark.parametrize("kills", [4, pytest.param(30, marks=pytest.mark.slow)])
-def test_whenever_a_writer_is_killed_whatever_is_there_reads(tmp_path: Path, kills: int) -> None:
+def test_every_file_is_readable_whenever_a_writer_is_killed(tmp_path: Path, kills: int) -> None:
     search = os.pathsep.join(filter(None, sys.path))
     draw = random.Random(0)
     for n in range(kills):
@@ -165,7 +165,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", place], check=True)
 
 
-def test_a_disk_that_fills_up_holds_whole_states_alone_and_goes_on_when_there_is_room(small_disk: Path) -> None:
+def test_a_full_disk_holds_only_whole_states(small_disk: Path) -> None:
     store, saved = Store(small_disk), []
     store.save_history(person())
 
@@ -189,7 +189,7 @@ def test_a_disk_that_fills_up_holds_whole_states_alone_and_goes_on_when_there_is
     assert store.save("late", state()) == 1
 
 
-def test_a_file_system_without_links_still_has_one_winner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_racing_writers_have_one_winner_without_hard_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise PermissionError(1, "Operation not permitted")
 

@@ -23,7 +23,7 @@ def mode(path: Path) -> int:
     return stat.S_IMODE(path.lstat().st_mode)
 
 
-def test_a_file_and_its_new_folders_are_their_owners_alone_from_the_start(tmp_path: Path, umask: int) -> None:
+def test_new_files_and_folders_are_readable_by_their_owner_only(tmp_path: Path, umask: int) -> None:
     path = tmp_path / "a" / "b" / "file"
     with written_aside(path) as aside:
         assert mode(Path(aside.name)) == 0o600
@@ -32,14 +32,14 @@ def test_a_file_and_its_new_folders_are_their_owners_alone_from_the_start(tmp_pa
     assert [p.name for p in path.parent.iterdir()] == ["file"]
 
 
-def test_a_file_that_replaces_a_readable_one_is_the_owners_alone(tmp_path: Path, umask: int) -> None:
+def test_a_replaced_file_is_readable_by_its_owner_only(tmp_path: Path, umask: int) -> None:
     (tmp_path / "file").write_text("old")
     (tmp_path / "file").chmod(0o644)
     write_json(tmp_path / "file", "new")
     assert mode(tmp_path / "file") == 0o600
 
 
-def test_lines_are_appended_to_a_file_of_the_owners_alone(tmp_path: Path, umask: int) -> None:
+def test_a_file_of_appended_lines_is_readable_by_its_owner_only(tmp_path: Path, umask: int) -> None:
     (tmp_path / "old").write_text("1\n")
     (tmp_path / "old").chmod(0o644)
     for name in ("old", "new"):
@@ -56,13 +56,13 @@ def test_folders_that_exist_keep_their_mode(tmp_path: Path, umask: int) -> None:
     assert (mode(tmp_path / "mine"), mode(tmp_path / "mine" / "inner")) == (0o755, 0o700)
 
 
-def test_what_is_not_personal_follows_the_umask(tmp_path: Path, umask: int) -> None:
+def test_files_that_are_not_personal_follow_the_umask(tmp_path: Path, umask: int) -> None:
     write_json(tmp_path / "cache" / "file", 1, private=False)
     assert mode(tmp_path / "cache") == 0o777 & ~umask
     assert mode(tmp_path / "cache" / "file") == 0o666 & ~umask
 
 
-def test_a_group_reads_and_writes_where_the_setting_says_so(
+def test_a_group_can_read_and_write_with_the_setting(
     tmp_path: Path, umask: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MTA_SHARED", "group")
@@ -72,9 +72,7 @@ def test_a_group_reads_and_writes_where_the_setting_says_so(
     assert [mode(tmp_path / name) for name in ("a", "a/b", "a/b/file", "a/lines")] == [0o2770, 0o2770, 0o660, 0o660]
 
 
-def test_a_file_system_without_modes_is_written_to_all_the_same(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_files_are_written_on_a_file_system_without_modes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise OSError(errno.EPERM, os.strerror(errno.EPERM))
 
@@ -92,7 +90,7 @@ def test_another_value_of_the_setting_is_refused(tmp_path: Path, monkeypatch: py
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_link_at_the_files_place_is_replaced_and_not_followed(tmp_path: Path) -> None:
+def test_a_link_at_the_target_is_replaced(tmp_path: Path) -> None:
     (tmp_path / "other").write_text("mine")
     (tmp_path / "file").symlink_to(tmp_path / "other")
     write_text(tmp_path / "file", "text")
@@ -191,7 +189,7 @@ def synced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, b
 
 
 @pytest.mark.parametrize("code", [errno.EINVAL, errno.EACCES, errno.ENOTSUP])
-def test_a_file_system_that_cannot_flush_folders_is_written_to_all_the_same(
+def test_files_are_written_on_a_file_system_that_cannot_flush_folders(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
 ) -> None:
     refuse_folders(monkeypatch, code)

@@ -72,7 +72,7 @@ def fingerprint(folder: Path | str) -> str:
     return BaseModel.load(str(folder), "float32", "cpu").fingerprint
 
 
-def test_fingerprints_of_banks_that_exist_stay_as_they_were(whole, sharded):
+def test_fingerprints_equal_those_of_existing_banks(whole, sharded):
     assert fingerprint(whole) == fingerprint(sharded) == FINGERPRINT
 
 
@@ -112,7 +112,7 @@ def test_weights_that_a_configuration_names_are_downloaded_and_hashed(hub, whole
 
 
 @pytest.mark.parametrize("name", ["/elsewhere/model.safetensors", "../model.safetensors"])
-def test_weights_outside_the_repository_are_not_asked_for(hub, whole, tmp_path, name):
+def test_weights_outside_the_repository_are_not_requested(hub, whole, tmp_path, name):
     folder = Path(shutil.copytree(whole, tmp_path / "named"))
     changed_json(folder / "config.json", transformers_weights=name)
     publish(hub, folder)
@@ -121,7 +121,7 @@ def test_weights_outside_the_repository_are_not_asked_for(hub, whole, tmp_path, 
 
 
 @pytest.mark.parametrize("shard", ["*", "w.bin", "../w.safetensors"])
-def test_shards_outside_safetensors_of_the_repository_are_not_asked_for(hub, sharded, tmp_path, shard):
+def test_shards_outside_the_repository_are_not_requested(hub, sharded, tmp_path, shard):
     folder = duplicated(sharded, tmp_path / "more")
     torch.save({}, folder / "w.bin")
     changed_json(folder / "model.safetensors.index.json", weight_map={"x": shard})

@@ -63,7 +63,7 @@ def test_forgetting_is_on_disk_when_it_returns(tmp_path: Path, synced: list) -> 
     assert (str(folder.parent), []) in synced
 
 
-def test_what_a_killed_writer_left_of_a_person_is_forgotten_with_them(tmp_path: Path) -> None:
+def test_forgetting_removes_the_temporary_files_of_a_killed_writer(tmp_path: Path) -> None:
     store = Store(tmp_path)
     store.save(ANN, state())
     folder = Path(store.files.at(store._path(ANN)))
@@ -72,7 +72,7 @@ def test_what_a_killed_writer_left_of_a_person_is_forgotten_with_them(tmp_path: 
     assert not folder.exists()
 
 
-def test_what_a_killed_run_left_half_written_goes_before_what_it_goes_on_from(tmp_path: Path) -> None:
+def test_half_written_files_of_a_killed_run_are_removed_before_its_checkpoint(tmp_path: Path) -> None:
     store = Store(tmp_path)
     store.save(ANN, state())
     half, whole = (tmp_path / "work" / "run" / name for name in (f".a.checkpoint.{'0' * 32}", "a.checkpoint"))
@@ -84,7 +84,7 @@ def test_what_a_killed_run_left_half_written_goes_before_what_it_goes_on_from(tm
     assert whole.exists()
 
 
-def test_a_folder_that_is_a_link_is_removed_without_what_it_leads_to(tmp_path: Path) -> None:
+def test_removing_a_linked_folder_keeps_its_target(tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "file").write_text("mine")
     (tmp_path / "store").mkdir()
@@ -94,7 +94,7 @@ def test_a_folder_that_is_a_link_is_removed_without_what_it_leads_to(tmp_path: P
     assert (tmp_path / "other" / "file").read_text() == "mine"
 
 
-def test_a_folder_is_removed_whole_although_another_process_removes_a_file_of_it_meanwhile(
+def test_a_folder_is_removed_while_another_process_removes_its_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     files, unlink, vanished = Storage(tmp_path), os.unlink, list[str]()
@@ -113,7 +113,7 @@ def test_a_folder_is_removed_whole_although_another_process_removes_a_file_of_it
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_remote_folder_is_removed_whole_although_a_file_of_it_vanishes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_remote_folder_is_removed_although_one_of_its_files_vanishes(monkeypatch: pytest.MonkeyPatch) -> None:
     files = Storage("memory://vanishing")
     files.create("work/a", b"data")
     remove, refusals = files.fs.rm, [FileNotFoundError("work/b")]
@@ -128,7 +128,7 @@ def test_a_remote_folder_is_removed_whole_although_a_file_of_it_vanishes(monkeyp
     assert files.find() == {}
 
 
-def test_a_folder_that_cannot_be_removed_whole_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_that_is_only_partly_removed_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object, **__: object) -> None:
         raise FileNotFoundError
 
@@ -157,7 +157,7 @@ def test_nothing_is_written_or_removed_through_a_linked_folder(tmp_path: Path) -
     assert [path.read_text() for path in (tmp_path / "other").iterdir()] == ["mine"]
 
 
-def test_a_root_may_be_reached_by_a_link(tmp_path: Path) -> None:
+def test_the_root_may_be_a_link(tmp_path: Path) -> None:
     (tmp_path / "disk").mkdir()
     (tmp_path / "people").symlink_to(tmp_path / "disk")
     files = Storage(tmp_path / "people")
@@ -169,7 +169,9 @@ def test_a_root_may_be_reached_by_a_link(tmp_path: Path) -> None:
     assert list((tmp_path / "disk").iterdir()) == []
 
 
-def test_without_links_a_created_file_is_the_owners_alone_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_hard_links_a_created_file_is_readable_by_its_owner_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def refuse(*_: object) -> None:
         raise OSError(errno.EPERM, "no links here")
 
@@ -193,7 +195,7 @@ def test_a_store_knows_whether_others_can_read_it(tmp_path: Path, monkeypatch: p
     assert not store.files.exposed()
 
 
-def test_a_store_of_a_group_is_open_to_others_where_no_group_is_meant(
+def test_a_store_of_a_group_is_reported_as_open_without_the_setting(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
