@@ -88,6 +88,7 @@ def test_a_recbole_folder_without_movies(tmp_path: Path) -> None:
     fails(tmp_path, "movielens-rating", f"{tmp_path}: expected one RecBole *.item file, got none")
 
 
+@pytest.mark.integration
 def test_real_movielens() -> None:
     if not (assets.cache_dir() / "assets" / "movielens-100k").exists():
         pytest.skip("movielens-100k is not cached: mta.system.assets.fetch('movielens-100k') fetches it")

@@ -52,6 +52,7 @@ def with_compiler(tmp_path: Path, script: str, cache: Path) -> dict[str, str]:
 
 
 @needs_kernels
+@pytest.mark.integration
 def test_processes_that_start_at_once_all_get_kernels_that_one_of_them_compiled(tmp_path):
     log = tmp_path / "log"
     real = shutil.which("g++")

@@ -355,6 +355,7 @@ def smollm2(fetched) -> BaseModel:
     return BaseModel.load("smollm2-135m-instruct", "float32")  # in bfloat16 its first answers are near ties
 
 
+@pytest.mark.integration
 @pytest.mark.real
 @pytest.mark.network
 def test_the_real_base_has_the_pinned_fingerprint(smollm2):
@@ -362,6 +363,7 @@ def test_the_real_base_has_the_pinned_fingerprint(smollm2):
     assert smollm2.note == "dequantized from Q4_1"
 
 
+@pytest.mark.integration
 @pytest.mark.real
 @pytest.mark.network
 def test_the_real_base_has_seven_targets_in_each_of_thirty_layers(smollm2):
@@ -369,6 +371,7 @@ def test_the_real_base_has_seven_targets_in_each_of_thirty_layers(smollm2):
     assert smollm2.targets["model.layers.0.mlp.down_proj"] == (1536, 576)
 
 
+@pytest.mark.integration
 @pytest.mark.real
 @pytest.mark.network
 def test_the_real_base_answers_sensibly(smollm2):

@@ -96,6 +96,7 @@ class TestPeer:
         assert batch["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
         assert batch["labels"].tolist() == [[-100, -100, 7, 8], [-100, 9, -100, -100]]
 
+    @pytest.mark.integration
     def test_an_object_in_its_own_process_returns_results_and_raises_errors(self):
         with apart(Counted, torch.arange(3)) as there:
             assert there.times(2).tolist() == [0, 2, 4]

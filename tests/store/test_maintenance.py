@@ -180,6 +180,7 @@ def test_stats_check_and_count_agree_on_the_number_of_people(tmp_path: Path) -> 
     assert stats(store).people == check(store).people == store.count() == 2
 
 
+@pytest.mark.integration
 def test_an_object_store_without_credentials_is_an_error_without_a_traceback(tmp_path: Path) -> None:
     clean = {name: value for name, value in os.environ.items() if not name.startswith("AWS_")}
     clean |= {"HOME": str(tmp_path), "AWS_EC2_METADATA_DISABLED": "true", "AWS_ENDPOINT_URL": "http://127.0.0.1:9"}

@@ -71,6 +71,7 @@ def test_a_state_without_a_stack_is_small() -> None:
     assert made.nbytes < 1000
 
 
+@pytest.mark.integration
 def test_the_same_work_gives_the_same_bytes_in_any_process_and_in_any_order_of_layers() -> None:
     made = state()
     turned = LoraBatch(dict(reversed(made.stack.factors.items())), made.stack.scale)

@@ -43,7 +43,9 @@ def race(url: str, barrier: threading.Barrier, seed: int, results: object) -> No
             results.put((round, seed, str(error)))
 
 
-@pytest.mark.parametrize("kind", ["threads", "processes", pytest.param("s3", marks=pytest.mark.integration)])
+@pytest.mark.parametrize(
+    "kind", ["threads", *(pytest.param(kind, marks=pytest.mark.integration) for kind in ("processes", "s3"))]
+)
 def test_exactly_one_of_racing_writers_wins(tmp_path: Path, kind: str, request: pytest.FixtureRequest) -> None:
     context = multiprocessing.get_context("spawn")
     url = f"{request.getfixturevalue('bucket')}/{tmp_path.name}" if kind == "s3" else str(tmp_path)
@@ -134,6 +136,7 @@ for n in itertools.count(int(sys.argv[2])):
 """
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("kills", [4, pytest.param(30, marks=pytest.mark.slow)])
 def test_every_file_is_readable_whenever_a_writer_is_killed(tmp_path: Path, kills: int) -> None:
     search = os.pathsep.join(filter(None, sys.path))

@@ -115,6 +115,7 @@ def test_second_fetch_needs_no_network_and_no_writing(tiny, wheels, monkeypatch)
     assert fetch("tiny", pytest.fail) == folder
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(
     "spoil",
     [
@@ -132,6 +133,7 @@ def test_incomplete_folder_is_fetched_again(tiny, spoil):
     assert (fetch("tiny") / "words.txt").read_bytes() == b"one two three"
 
 
+@pytest.mark.integration
 def test_new_pin_replaces_the_folder_of_an_old_one(tiny, wheels, offer):
     fetch("tiny")
     newer = {"tiny_words/words.txt": b"new"}
@@ -245,6 +247,7 @@ def worker(asset, die_at="never"):
     return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, encoding="utf-8")
 
 
+@pytest.mark.integration
 def test_two_processes_at_once_fetch_once(tiny):
     (cache_dir() / "assets").mkdir(parents=True)
     with FileLock(cache_dir() / "assets" / "tiny.lock"):
@@ -257,6 +260,7 @@ def test_two_processes_at_once_fetch_once(tiny):
     assert not list(cache_dir().rglob("*.partial-*"))
 
 
+@pytest.mark.integration
 def test_killed_half_way_starts_again_clean(tiny):
     killed = worker(tiny, die_at="fetching")
     killed.communicate()
@@ -419,6 +423,7 @@ def test_real_files_are_the_pinned_ones(name, fetched):
         assert sha256((folder / file).read_bytes()) == pin, file
 
 
+@pytest.mark.integration
 @pytest.mark.network
 def test_real_smollm2_is_ready_to_use(fetched):
     folder = fetched("smollm2-135m-instruct")

@@ -53,7 +53,10 @@ print("returned" if full - resident() > size // 2 else "kept")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="observes glibc's malloc through /proc")
-@pytest.mark.parametrize(("program", "freed"), [(LIBRARY, "returned"), (ASKED, "kept"), (COMMAND, "kept")])
+@pytest.mark.parametrize(
+    ("program", "freed"),
+    [pytest.param(LIBRARY, "returned", marks=pytest.mark.integration), (ASKED, "kept"), (COMMAND, "kept")],
+)
 def test_only_the_command_line_or_an_explicit_call_makes_a_process_keep_freed_memory(program, freed, tmp_path):
     code = f"FOLDER = {str(tmp_path)!r}\n{program}\n{OBSERVED}"
     done = subprocess.run([sys.executable, "-c", code], cwd=TESTS, capture_output=True, text=True)
