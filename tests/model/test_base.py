@@ -2,12 +2,10 @@
 
 import json
 import shutil
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
-from filelock import FileLock
 from huggingface_hub import constants
 from tiny import KINDS, base_of, tokenizer
 from torch import nn
@@ -20,8 +18,6 @@ from mta.errors import AssetError, ModelError, UnsupportedModel
 from mta.model.base import BaseModel
 from mta.model.fingerprint import fingerprint_of
 from mta.model.generate import generate
-from mta.system import device
-from mta.system.device import pick_device, pick_dtype
 
 SMOLLM2 = "631823ecce74fbc7b4ddb672183c5585efbf77b71e0824146af73e341dd72b6c"  # of the converted asset
 ATTENTION = {f"self_attn.{name}_proj" for name in "qkvo"}
@@ -117,56 +113,6 @@ def test_weights_load_in_the_dtype_asked_for(saved, name):
     base = BaseModel.load(str(saved), name, "cpu")
     assert base.dtype == getattr(torch, name)
     assert base.master_dtype == (torch.float64 if name == "float64" else torch.float32)
-
-
-def test_auto_chooses_bfloat16_or_float32():
-    assert pick_dtype("auto", torch.device("cpu")) in (torch.bfloat16, torch.float32)
-
-
-def test_auto_repeats_its_first_choice_of_dtype(cache, monkeypatch):
-    rates = iter([3.0, 1.0, 1.0, 3.0])
-    monkeypatch.setattr("mta.system.device.gemm_rate", lambda dtype: next(rates))
-    assert pick_dtype("auto", torch.device("cpu")) == torch.bfloat16
-    assert pick_dtype("auto", torch.device("cpu")) == torch.bfloat16
-    (cache / "dtype.json").write_text("{broken")
-    assert pick_dtype("auto", torch.device("cpu")) == torch.float32
-
-
-def test_concurrent_processes_choose_the_dtype_measured_first(cache, monkeypatch):
-    cache.mkdir()
-    note = cache / "dtype.json"
-    monkeypatch.setattr("mta.system.device.gemm_rate", lambda dtype: 1.0)  # float32, if it was measured again
-    with ThreadPoolExecutor(1) as other:
-        with FileLock(cache / "dtype.lock"):
-            later = other.submit(pick_dtype, "auto", torch.device("cpu"))
-            with pytest.raises(TimeoutError):
-                later.result(0.2)
-            note.write_text(json.dumps({device._machine_key(): "bfloat16"}))
-        assert later.result(60) == torch.bfloat16
-
-
-def test_virtual_processors_with_different_flags_do_not_share_a_dtype(cache, monkeypatch):
-    rates = iter([3.0, 1.0, 1.0, 3.0])
-    monkeypatch.setattr("mta.system.device.gemm_rate", lambda dtype: next(rates))
-    monkeypatch.setattr("mta.system.device.cpuinfo", lambda *fields: "one" if "flags" in fields else "Virtual CPU")
-    assert pick_dtype("auto", torch.device("cpu")) == torch.bfloat16
-    monkeypatch.setattr("mta.system.device.cpuinfo", lambda *fields: "other" if "flags" in fields else "Virtual CPU")
-    assert pick_dtype("auto", torch.device("cpu")) == torch.float32
-
-
-def test_auto_chooses_a_usable_device():
-    assert torch.ones(2, device=pick_device("auto")).sum() == 2
-
-
-def test_a_missing_device_is_reported():
-    with pytest.raises(ModelError, match="device 'toaster' cannot be used") as caught:
-        pick_device("toaster")
-    assert caught.value.hint == "Use --device cpu."
-
-
-def test_an_unknown_dtype_is_named_with_the_known_ones():
-    with pytest.raises(ModelError, match=r"'float8'.*expected auto, float32, bfloat16, float64"):
-        pick_dtype("float8", torch.device("cpu"))
 
 
 # what cannot be loaded
