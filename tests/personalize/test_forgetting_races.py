@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from conftest import people_of
+from files import path_of
 from stores import ANN, export_from, exported, state
 
 from mta.errors import PersonForgotten, StoreError
@@ -144,7 +145,7 @@ def test_remaining_copies_are_reported_after_a_failed_attempt(tmp_path, monkeypa
 def test_a_damaged_list_of_exports_is_named_once(tmp_path):
     store = Store(tmp_path)
     store.save(ANN, state())
-    Path(store.files.at(f"{store._path(ANN)}/exports.json")).write_bytes(b"{")
+    (path_of(store, ANN) / "exports.json").write_bytes(b"{")
     assert forget_person(ANN, store).exports_left[0].startswith("all exports, if there are any")
     assert forget_person(ANN, store).exports_left == []
 
@@ -192,7 +193,7 @@ def test_a_state_whose_saving_fails_after_its_person_was_forgotten_does_not_stay
 def test_a_state_that_is_saved_while_an_empty_folder_is_removed_stays(tmp_path, monkeypatch):
     store, sizes, rmdir = Store(tmp_path), Storage.sizes, Path.rmdir
     store.save(ANN, state())
-    folder = Path(store.files.at(store._path(ANN)))
+    folder = path_of(store, ANN)
 
     def come_back():
         if folder.is_dir() and not any(folder.iterdir()):

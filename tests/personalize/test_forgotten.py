@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from conftest import TINY_RUN, HashEncoder, people_of, personalizer
-from files import folder_of
+from files import folder_of, path_of
 from tiny import base_of
 from traces import traces
 
@@ -55,7 +55,7 @@ def stopped(personal: Personalizer, people: list[Person], monkeypatch: pytest.Mo
 
 def leftovers(store: Store, id: str) -> None:
     """What writers that were killed leave beside a person's files."""
-    folder = Path(store.files.at(store._path(id)))
+    folder = path_of(store, id)
     for name in ("history.json", "exports.json", "9.safetensors"):
         (folder / f".{name}.{'0' * 32}").write_bytes((folder / "history.json").read_bytes())
 

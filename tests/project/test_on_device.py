@@ -17,6 +17,8 @@ from mta.personalize import Personalizer
 QUESTION = {"title": "Film 7", "genres": "Drama"}
 PEOPLE = people_of(3, items=6, prefix="x", seed=5)
 
+pytestmark = pytest.mark.integration
+
 
 @pytest.fixture(scope="session")
 def device(pytestconfig):

@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
-from files import folder_of
+from files import folder_of, path_of
 from hypothesis import given
 from hypothesis import strategies as st
 from stores import ANN, everything, export_from, exported, state
@@ -71,7 +71,7 @@ def test_forgetting_reaches_an_export_that_the_first_release_noted(tmp_path: Pat
     store.save(ANN, state())
     old = exported(folder)
     noted = written_by_the_first_release([old], store._secret(ANN))
-    Path(store.files.at(f"{store._path(ANN)}/exports.json")).write_bytes(noted)
+    (path_of(store, ANN) / "exports.json").write_bytes(noted)
     assert check(store).damaged == {}
     assert store.exports.of(ANN) == [old]
     with store.exports.writing(ANN, tmp_path / "new"):
@@ -219,7 +219,7 @@ def test_an_interrupted_removal_can_be_repeated(tmp_path: Path, gone: tuple[str,
 def test_a_person_with_a_damaged_list_can_be_forgotten(tmp_path: Path) -> None:
     store = Store(tmp_path)
     store.save(ANN, state())
-    Path(store.files.at(f"{store._path(ANN)}/exports.json")).write_bytes(FILE[:-1])
+    (path_of(store, ANN) / "exports.json").write_bytes(FILE[:-1])
     with pytest.raises(StateCorrupt, match=r"exports\.json was changed or cut short"):
         store.exports.of(ANN)
     (told,) = store.exports.remove(ANN).values()

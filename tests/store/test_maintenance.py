@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+from files import path_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from stores import ANN, everything, person, state
@@ -65,7 +66,7 @@ def test_check_finds_a_changed_bit_and_names_the_file(kept: Store, which: int, b
 
 def test_check_lists_leftovers_and_unknown_files(tmp_path: Path) -> None:
     store = filled(tmp_path)
-    folder = Path(store.files.at(store._path(ANN)))
+    folder = path_of(store, ANN)
     (folder / f".3.safetensors.{'0' * 32}").write_bytes(b"half")
     (folder / "notes.txt").write_text("mine")
     (tmp_path / "work" / "run").mkdir(parents=True)
@@ -78,7 +79,7 @@ def test_check_lists_leftovers_and_unknown_files(tmp_path: Path) -> None:
 
 def test_collect_removes_only_old_leftovers(tmp_path: Path) -> None:
     store = filled(tmp_path)
-    folder = Path(store.files.at(store._path(ANN)))
+    folder = path_of(store, ANN)
     young, old = (folder / f".3.safetensors.{digit * 32}" for digit in "01")
     for path in (young, old):
         path.write_bytes(b"half")
@@ -129,7 +130,7 @@ def test_an_interrupted_removal_leaves_no_gaps(tmp_path: Path, monkeypatch: pyte
 
 def test_a_damaged_newest_version_protects_the_older_ones(tmp_path: Path) -> None:
     store = filled(tmp_path, versions=3)
-    Path(store.files.at(f"{store._path(ANN)}/3.safetensors")).write_bytes(b"half")
+    (path_of(store, ANN) / "3.safetensors").write_bytes(b"half")
     assert collect(store, 1) == {}
     assert store.load(ANN, 2) == state(1)
 
@@ -159,7 +160,7 @@ def test_a_store_with_a_damaged_key_is_reported(tmp_path: Path) -> None:
 
 def test_a_folder_that_cannot_be_listed_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store, scandir = filled(tmp_path), os.scandir
-    closed = store.files.at(store._path(ANN))
+    closed = str(path_of(store, ANN))
 
     def refuse(path: str) -> object:
         if str(path) == closed:
@@ -213,7 +214,7 @@ def test_the_store_commands_print_their_findings(tmp_path: Path) -> None:
     assert store.versions(ANN) == [1, 2]
     assert json.loads(run(app, ["store", "gc", str(tmp_path), "--keep", "1", "--json"]).stdout)["removed"]
     assert store.versions(ANN) == [2]
-    Path(store.files.at(f"{store._path(ANN)}/2.safetensors")).write_bytes(b"no state")
+    (path_of(store, ANN) / "2.safetensors").write_bytes(b"no state")
     broken = run(app, ["store", "check", str(tmp_path)])
     assert broken.exit_code == 1
     assert "damaged: " in broken.stdout

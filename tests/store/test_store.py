@@ -5,7 +5,7 @@ from datetime import datetime
 from pathlib import Path
 
 import pytest
-from files import folder_of
+from files import folder_of, path_of
 from stores import ANN, everything, person, state
 from test_state import FILE
 
@@ -68,7 +68,7 @@ def test_rollback_replaces_a_damaged_latest_version(tmp_path: Path) -> None:
     store = Store(tmp_path)
     store.save(ANN, state(0))
     store.save(ANN, state(1))
-    Path(store.files.at(f"{store._path(ANN)}/2.safetensors")).write_bytes(b"half")
+    (path_of(store, ANN) / "2.safetensors").write_bytes(b"half")
     with pytest.raises(StateCorrupt):
         store.rollback(ANN, 2)
     assert store.rollback(ANN, 1) == 3
@@ -82,7 +82,7 @@ def test_only_the_newest_version_has_a_time(tmp_path: Path) -> None:
     store.save(ANN, state(1))
     assert store.time_of(ANN, 1) is None
     assert datetime.fromisoformat(store.time_of(ANN, 2)).tzinfo
-    Path(store.files.at(f"{store._path(ANN)}/latest.json")).write_bytes(b"[]")
+    (path_of(store, ANN) / "latest.json").write_bytes(b"[]")
     assert store.time_of(ANN, 2) is None
 
 

@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 import pytest
+from files import path_of
 from stores import ANN, state
 from test_atomic import mode
 
@@ -57,7 +58,7 @@ def test_a_removed_folder_is_gone_when_its_parent_is_flushed(tmp_path: Path, syn
 def test_forgetting_is_on_disk_when_it_returns(tmp_path: Path, synced: list) -> None:
     store = Store(tmp_path)
     store.save(ANN, state())
-    folder = Path(store.files.at(store._path(ANN)))
+    folder = path_of(store, ANN)
     synced.clear()
     assert store.forget(ANN)
     assert (str(folder.parent), []) in synced
@@ -66,7 +67,7 @@ def test_forgetting_is_on_disk_when_it_returns(tmp_path: Path, synced: list) -> 
 def test_forgetting_removes_the_temporary_files_of_a_killed_writer(tmp_path: Path) -> None:
     store = Store(tmp_path)
     store.save(ANN, state())
-    folder = Path(store.files.at(store._path(ANN)))
+    folder = path_of(store, ANN)
     (folder / f".2.safetensors.{'0' * 32}").write_bytes(state().to_bytes())
     assert store.forget(ANN)
     assert not folder.exists()
