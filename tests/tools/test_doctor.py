@@ -55,6 +55,7 @@ def test_kernels_that_work_are_compiled(monkeypatch):
     assert told.found == "yes, for this processor; MTA_KERNELS switches off adamw, rotate"
 
 
+@pytest.mark.integration
 def test_kernels_that_fail_to_compile_are_told_with_the_compilers_first_error(cache, monkeypatch, tmp_path):
     broken = tmp_path / "g++"
     broken.write_text("#!/bin/sh\necho \"kernels.cpp:1:1: error: no 'requires' here\" >&2\nexit 1\n")
@@ -206,6 +207,7 @@ def mta_doctor(*words, **environment) -> subprocess.CompletedProcess:
     )
 
 
+@pytest.mark.integration
 def test_the_command_ends_with_0_where_a_demo_could_run(cache):
     done = mta_doctor("--json", MTA_KERNELS="off")
     told = json.loads(done.stdout)
@@ -215,6 +217,7 @@ def test_the_command_ends_with_0_where_a_demo_could_run(cache):
     assert {one["verdict"] for one in told["findings"]} <= {"ok", "warning", "problem"}
 
 
+@pytest.mark.integration
 def test_the_command_ends_with_1_and_names_the_problem(cache, tmp_path):
     done = mta_doctor("--store", str(tmp_path / "none"), MTA_KERNELS="off", COLUMNS="200")
     assert done.returncode == 1
