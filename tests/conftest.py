@@ -19,6 +19,7 @@ import torch
 from mta.config import Lora, Run, Training
 from mta.data.history import Item, Person
 from mta.data.tasks import load_task
+from mta.kernels import failure, obstacle
 
 _SLOW = [hypothesis.HealthCheck.too_slow]
 hypothesis.settings.register_profile("mta", deadline=None, suppress_health_check=_SLOW)  # busy is not broken
@@ -101,6 +102,13 @@ TINY_RUN = Run(
     merge={"policy": "posterior", "k": 0},
     stack={"lora": Lora(rank=1, alpha=4.0), "training": Training(lr=1e-2, steps=2, batch_size=8)},
 )
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _kernels():
+    """Load the kernels from the user's cache: tests with their own cache would compile them again."""
+    if not obstacle():
+        failure()
 
 
 @pytest.fixture(scope="session")

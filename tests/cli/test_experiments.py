@@ -5,6 +5,8 @@ from pathlib import Path
 import pytest
 from world import built, closed, mta, run
 
+pytestmark = pytest.mark.integration
+
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 TINY = ["run.encoder=base", "run.dtype=float32", "run.memory=64MiB", "run.max_tokens=400", "run.bank.training.epochs=1"]
 FEW = ["people.test=3", "people.development=2", "people.candidates=8", "people.task=6", "few=2", "seeds=[0]"]
@@ -81,7 +83,6 @@ def test_exhibits_for_development_people_do_not_run_on_test_people(smoke):
     assert "--on development" in said.err
 
 
-@pytest.mark.integration
 @pytest.mark.parametrize("name", ["lamp3_amazon", "lamp4_huffpost", "lamp5_papers"])
 def test_lamp_files_run_by_their_recipe(world, tmp_path, name):
     """Real data through the whole pipeline, on a tiny base. Checks that it runs, not the scores."""
