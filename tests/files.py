@@ -21,8 +21,14 @@ GOOD = {"person": "ann", "text": "Fine.", "score": "4"}
 
 
 def folder_of(store: Any, id: str) -> str:
-    """What a person's folder is called in a store: the keyed hash of their id."""
+    """Return the name of a person's folder in a store: the keyed hash of their id."""
     return store._path(id, write=True).rpartition("/")[2]
+
+
+def path_of(store: Any, id: str) -> Path:
+    """Return a person's folder in a local store."""
+    name = folder_of(store, id)
+    return Path(store.files.at(f"{name[:2]}/{name}"))
 
 
 def jsonl(tmp_path: Path, *rows: Any) -> Path:

@@ -30,6 +30,7 @@ from mta.data.tasks.prompt import Example
 from mta.lora.batch import Factors, LoraBatch
 from mta.model.base import BaseModel
 from mta.system.atomic import write_json
+from mta.training.packing import Rows, collate, tree
 
 TEMPLATE = (
     "{% for m in messages %}<|start|>{{ m['role'] }}\n{{ m['content'] }}<|end|>\n{% endfor %}"
@@ -145,6 +146,12 @@ def random_examples(count: int, seed: int, prefix: int = 6, longest: int = 12) -
         target = draw(int(torch.randint(1, 4, (1,), generator=generator)))
         made.append(Example(head + middle + target, len(head + middle)))
     return made
+
+
+def rows_of(sizes: Sequence[int], longest: int = 12) -> Rows:
+    """One packed row for each size: that many examples with a common prefix."""
+    made = [random_examples(size, seed, longest=longest) for seed, size in enumerate(sizes)]
+    return collate([tree(examples, range(len(examples))) for examples in made], 0, torch.device("cpu"))
 
 
 def save_encoder(folder: Path, modules: Sequence[Mapping[str, str]] = ()) -> Path:

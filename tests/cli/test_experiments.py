@@ -5,6 +5,8 @@ from pathlib import Path
 import pytest
 from world import built, closed, mta, run
 
+pytestmark = pytest.mark.integration
+
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 TINY = ["run.encoder=base", "run.dtype=float32", "run.memory=64MiB", "run.max_tokens=400", "run.bank.training.epochs=1"]
 FEW = ["people.test=3", "people.development=2", "people.candidates=8", "people.task=6", "few=2", "seeds=[0]"]

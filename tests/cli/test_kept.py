@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 from world import built, mta, run
 
+pytestmark = pytest.mark.integration
+
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):

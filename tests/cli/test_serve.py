@@ -19,6 +19,8 @@ from tiny import base_of, tokenizer
 from mta.config import Run
 from mta.personalize import Personalizer
 
+pytestmark = pytest.mark.integration
+
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):

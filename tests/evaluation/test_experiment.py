@@ -30,6 +30,8 @@ from mta.evaluation.lamp_scores import score
 from mta.evaluation.methods import METHODS
 from mta.evaluation.reports.publish import report
 
+pytestmark = pytest.mark.integration
+
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):

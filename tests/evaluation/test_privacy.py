@@ -50,6 +50,8 @@ from mta.lora.layers import Shared
 from mta.lora.peft import read_peft
 from mta.training.scoring import label_scores
 
+pytestmark = pytest.mark.integration
+
 ANCHORS_KEPT, EACH = 6, 6
 SETTINGS = Privacy(shots=2, targets=4, items=EACH)
 TASK_PEOPLE = people_of(4, prefix="task-", seed=1)

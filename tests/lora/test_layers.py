@@ -33,7 +33,7 @@ def test_rows_of_different_people_equal_one_at_a_time(kind, tokens):
         torch.testing.assert_close(together[row], alone[0], rtol=0, atol=1e-10)
 
 
-def test_nobody_gets_the_base_and_the_model_is_left_as_it_was(tokens):
+def test_a_row_without_an_adapter_gets_the_base_and_the_model_is_restored(tokens):
     base = base_of()
     people = random_loras(base, 2)
     bare = base.model(input_ids=tokens).logits

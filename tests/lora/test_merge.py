@@ -34,7 +34,7 @@ def test_exact_merge_is_the_dense_sum(n, k, rank, per_layer, seed):
 
 @settings(deadline=None, max_examples=30)
 @given(st.integers(0, 99), st.floats(-2, 2), st.floats(-2, 2))
-def test_merging_is_linear_and_blind_to_order(seed, x, y):
+def test_merging_is_linear_and_independent_of_order(seed, x, y):
     bank = bank_of(4, 2, seed)
     w = torch.tensor([[x, y]], dtype=torch.float64)
     one = merge_exact(bank, torch.tensor([[1, 3]]), w)
@@ -47,7 +47,7 @@ def test_merging_is_linear_and_blind_to_order(seed, x, y):
         )
 
 
-def test_svd_at_full_rank_is_exact_and_below_it_is_the_best_and_says_its_error():
+def test_svd_is_exact_at_full_rank_and_optimal_below():
     bank, ids = bank_of(3, 2, 0), torch.tensor([[0, 1], [2, 1]])
     w = torch.tensor([[0.3, 0.7], [1.0, -0.5]], dtype=torch.float64)
     exact = merge_exact(bank, ids, w)
@@ -64,7 +64,7 @@ def test_svd_at_full_rank_is_exact_and_below_it_is_the_best_and_says_its_error()
         torch.testing.assert_close((exact.delta(name) - cut.delta(name)).flatten(1).norm(dim=1), best)
 
 
-def test_equal_adapters_at_half_each_stay_themselves():
+def test_merging_two_equal_adapters_by_halves_changes_nothing():
     """PEFT's linear mode doubles them; ours must not, in any mode whose coefficients sum to 1."""
     one = bank_of(1, 2, 0)
     twins = one.select([0, 0])

@@ -56,7 +56,7 @@ def same(left: LoraBatch, right: LoraBatch) -> bool:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("scale", [2.0, 0.3])
-def test_peft_computes_what_we_do(tmp_path: Path, kind: str, scale: float) -> None:
+def test_peft_computes_the_same_for_a_written_adapter(tmp_path: Path, kind: str, scale: float) -> None:
     adapter = adapter_of(kind, scale=scale)
     write_peft(tmp_path / "out", adapter, f"tiny-{kind}", fan_in_fan_out=kind == "gpt2")
     theirs, model = with_peft(kind, tmp_path / "out")
@@ -76,7 +76,7 @@ def test_peft_adapts_exactly_these_layers(tmp_path: Path, kind: str) -> None:
     assert (theirs - ours(kind, part)).abs().max() < 1e-9
 
 
-def test_the_folder_is_plain(tmp_path: Path) -> None:
+def test_a_written_folder_has_only_the_files_of_peft(tmp_path: Path) -> None:
     adapter = adapter_of("llama", rank=4, scale=2.0)
     write_peft(tmp_path / "a" / "out", adapter, "tiny-llama")
     assert sorted(path.name for path in (tmp_path / "a").rglob("*")) == [CONFIG, WEIGHTS, "out"]
@@ -94,21 +94,21 @@ def test_the_folder_is_plain(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rank", [1, 3])
-def test_an_adapter_comes_back(tmp_path: Path, dtype: torch.dtype, rank: int) -> None:
+def test_a_written_adapter_is_read_back(tmp_path: Path, dtype: torch.dtype, rank: int) -> None:
     adapter = adapter_of("llama", rank=rank, scale=1.4 / rank).to(dtype)
     write_peft(tmp_path, adapter, "base")
     assert same(read_peft(tmp_path), adapter)
     assert len(read_peft(str(tmp_path))) == 1
 
 
-def test_a_selected_view_and_a_padded_rank_come_back(tmp_path: Path) -> None:
+def test_a_selected_view_and_a_padded_rank_are_read_back(tmp_path: Path) -> None:
     view = random_loras(base_of(), 3).select(slice(1, 2)).padded(5)
     write_peft(tmp_path, view, "base")
     assert same(read_peft(tmp_path), view)
 
 
 @given(st.floats(1e-6, 1e6), st.integers(1, 512))
-def test_alpha_says_the_scale(scale: float, rank: int) -> None:
+def test_alpha_encodes_the_scale(scale: float, rank: int) -> None:
     assert _alpha(scale, rank) / rank == pytest.approx(scale, rel=2.3e-16, abs=0)
 
 
@@ -134,7 +134,7 @@ def made_by_peft(kind: str, folder: Path, **settings: object) -> torch.Tensor:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("rslora", [False, True])
-def test_we_compute_what_peft_does(tmp_path: Path, kind: str, rslora: bool) -> None:
+def test_an_adapter_of_peft_computes_the_same_here(tmp_path: Path, kind: str, rslora: bool) -> None:
     theirs = made_by_peft(kind, tmp_path, use_rslora=rslora)
     adapter = read_peft(tmp_path)
     assert adapter.scale == 5 / (3**0.5 if rslora else 3)
@@ -154,7 +154,7 @@ def test_we_compute_what_peft_does(tmp_path: Path, kind: str, rslora: bool) -> N
         ({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa', which changes the base weights"),
     ],
 )
-def test_more_than_plain_lora_is_refused(tmp_path: Path, settings: dict[str, object], message: str) -> None:
+def test_variants_of_lora_are_refused(tmp_path: Path, settings: dict[str, object], message: str) -> None:
     start = settings.get("init_lora_weights", True)  # PEFT computes PiSSA in single precision only
     made_by_peft("llama", tmp_path, **settings | {"init_lora_weights": True})
     config = json.loads((tmp_path / CONFIG).read_text())
@@ -193,7 +193,7 @@ def test_a_wrong_setting_is_named(tmp_path: Path, changes: dict[str, object], me
 
 
 @pytest.mark.parametrize("wrong", [torch.tensor(float("nan")), torch.tensor(float("inf")), torch.tensor(1)])
-def test_weights_that_are_no_finite_numbers_are_refused(tmp_path: Path, wrong: torch.Tensor) -> None:
+def test_weights_that_are_not_finite_are_refused(tmp_path: Path, wrong: torch.Tensor) -> None:
     write_peft(tmp_path / "a", adapter_of("llama"), "base")
     tensors = load_file(tmp_path / "a" / WEIGHTS)
     name = next(iter(tensors))

@@ -22,6 +22,8 @@ from mta.personalize.stages import Stages
 from mta.serving.api.sweep import Sweep
 from mta.store import Store
 
+pytestmark = pytest.mark.integration
+
 ITEMS = [{"fields": dict(item.fields), "time": item.time} for item in people_of(1, items=4, seed=9)[0].items]
 EVE = "/v1/people/eve"
 

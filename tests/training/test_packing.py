@@ -35,7 +35,7 @@ def test_a_tree_holds_every_example_once(made):
 
 @settings(deadline=None)
 @given(examples, st.floats(0, 2), st.booleans())
-def test_packing_is_never_dearer_than_one_row_each(made, price, blocked):
+def test_packing_never_costs_more_than_one_row_per_example(made, price, blocked):
     def cost(rows):
         deepest = [max(r.positions) + 1 if blocked else len(r.tokens) for r in rows]
         return sum(len(r.tokens) * (1 + price * seen) for r, seen in zip(rows, deepest))
@@ -45,7 +45,7 @@ def test_packing_is_never_dearer_than_one_row_each(made, price, blocked):
     assert sorted({e for r in rows for e in r.examples}) == list(range(len(made)))
 
 
-def test_a_row_becomes_several_when_attention_is_dear():
+def test_a_row_is_split_when_attention_is_expensive():
     made = random_examples(6, 0)
     assert len(pack(made, 0.0)) == 1
     assert len(pack(made, 10.0)) == 6

@@ -42,7 +42,7 @@ def test_batched_equals_one_by_one(kind):
 
 @settings(deadline=None, max_examples=12)
 @given(st.permutations([3, 5, 1, 4, 7]), st.integers(1, 5), st.sampled_from([1, 40, 150, 4096]), st.booleans())
-def test_mates_order_rows_and_passes_do_not_matter(sizes, mates, budget, packed):
+def test_results_are_independent_of_cohort_order_rows_and_passes(sizes, mates, budget, packed):
     base = base_of()
     jobs = jobs_of(*sizes[:mates])
     reference = train_loras(base, jobs[:1], start_of(base, jobs[:1]), FIVE)
@@ -52,7 +52,7 @@ def test_mates_order_rows_and_passes_do_not_matter(sizes, mates, budget, packed)
 
 @settings(deadline=None, max_examples=20)
 @given(st.lists(st.integers(1, 5), min_size=1, max_size=4), st.sampled_from([1, 60, 100, 4096]), st.booleans())
-def test_rows_and_passes_do_not_matter_over_frozen_merges(sizes, budget, packed):
+def test_results_over_frozen_merges_are_independent_of_rows_and_passes(sizes, budget, packed):
     """Stage 3: several rows of one person, or of several, and only some of the people in a pass."""
     base = base_of()
     jobs = [Job(f"person-{n}", random_examples(size, seed=n)) for n, size in enumerate(sizes)]
@@ -65,7 +65,7 @@ def test_rows_and_passes_do_not_matter_over_frozen_merges(sizes, budget, packed)
         assert difference(found.select([n]), train_loras(base, [job], start.select([n]), FIVE, frozen=below)) < 1e-10
 
 
-def test_people_may_share_what_is_frozen_below_them():
+def test_people_can_share_a_frozen_adapter():
     base, jobs = base_of(), jobs_of(3, 5, 1, 4)
     two, whose = random_loras(base, 2, rank=3), torch.tensor([0, 0, 1, 1])
     found = train_loras(base, jobs, start_of(base, jobs), FIVE, frozen=[Renumbered(PerPerson(two), whose)])
@@ -116,7 +116,7 @@ def test_frozen_adapters_are_part_of_the_model_and_stay():
     assert all(torch.equal(before[n], t) for n, t in bank.tensors().items())
 
 
-def test_who_is_done_leaves_and_is_not_moved_any_more():
+def test_a_finished_person_is_not_trained_further():
     base, jobs = base_of(), jobs_of(2, 9)
     training = Training(lr=1e-2, epochs=1, batch_size=2)
     assert [steps_of(training, 2), steps_of(training, 9)] == [1, 5]
@@ -125,7 +125,7 @@ def test_who_is_done_leaves_and_is_not_moved_any_more():
     assert difference(together.select([0]), alone) < 1e-10
 
 
-def test_batches_walk_through_everything_before_repeating():
+def test_batches_use_every_example_before_repeating():
     job = jobs_of(7)[0]
     seen = [example for step in range(7) for example in batch_of(job, step, 3, seed=0)]
     assert len(seen) == 21
@@ -163,7 +163,7 @@ def test_a_checkpoint_of_other_work_or_cut_short_is_not_used(tmp_path):
     assert Checkpoint(path, "one").load() is None
 
 
-def test_float32_first_step_gradients_do_not_depend_on_mates():
+def test_float32_gradients_of_the_first_step_are_independent_of_the_cohort():
     """What float32 can promise: after one plain step the same within 1e-3."""
     base = base_of(dtype=torch.float32)
     jobs = jobs_of(3, 5, 1, 4)
@@ -179,7 +179,7 @@ def test_float32_first_step_gradients_do_not_depend_on_mates():
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma3", "gpt2"])
-def test_gradient_checkpointing_computes_layers_again_and_changes_nothing(kind):
+def test_gradient_checkpointing_recomputes_layers_with_equal_results(kind):
     base, jobs = base_of(kind), jobs_of(3, 2)
     again = BaseModel(base_of(kind).model, base.tokenizer, kind, gradient_checkpointing=True)
     calls = []

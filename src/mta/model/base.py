@@ -105,7 +105,7 @@ class BaseModel:
         bases and long texts. ``check`` is called with the fingerprint before the weights are loaded.
         """
         place = pick_device(device)
-        folder, numbers = local_folder(name), pick_dtype(dtype, place)
+        numbers, folder = pick_dtype(dtype, place), local_folder(name)  # a wrong dtype is refused before a download
         config, tokenizer, fingerprint = _described(folder, name, check)
         with loading(name, _WHAT, _HINT):
             model = load_weights(folder, config, name, numbers)

@@ -1,0 +1,234 @@
+"""Settings: YAML, key=value over it, and errors that name key, value and source."""
+
+import pytest
+import yaml
+
+from mta.config import Evaluation, Lora, Run, load_settings, override, parse_size
+from mta.config.loader import checked, dump_yaml
+from mta.errors import ConfigError
+from mta.tools.demo import load_recipe
+
+
+def written(tmp_path, text):
+    path = tmp_path / "run.yaml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def refused(path=None, *words, kind=Run):
+    with pytest.raises(ConfigError) as caught:
+        load_settings(kind, path, words)
+    return caught.value
+
+
+# values
+
+
+def test_defaults_are_those_of_the_paper():
+    run = load_settings(Run)
+    assert (run.bank.anchors, run.bank.min_items, run.bank.lora) == (50, 11, Lora(rank=8, alpha=16))
+    assert run.bank.lora.scale == 2.0
+
+
+def test_a_file_changes_only_the_keys_it_names(tmp_path):
+    run = load_settings(Run, written(tmp_path, "task: lamp3\nbank:\n  anchors: 20\n"))
+    assert (run.task, run.bank.anchors) == ("lamp3", 20)
+    assert run.bank.max_items == Run().bank.max_items
+
+
+def test_a_partial_group_keeps_its_other_defaults(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("stack: {training: {lr: 0.5}}\n")
+    given, default = load_settings(Run, path).stack.training, Run().stack.training
+    assert given == default.model_copy(update={"lr": 0.5})
+
+
+@pytest.mark.parametrize("words", [["stack.training.epochs=3"], ["stack={training: {epochs: 3}}"]])
+def test_epochs_replace_the_default_steps(words):
+    for settings in (load_settings(Run, None, words), override(Run(), words)):
+        assert (settings.stack.training.epochs, settings.stack.training.steps) == (3, None)
+
+
+def test_steps_and_epochs_can_both_be_set_in_any_order():
+    for words in (["stack.training.steps=2", "stack.training.epochs=3"], ["stack={training: {epochs: 3, steps: 2}}"]):
+        assert override(Run(), words).stack.training.steps == 2
+
+
+def test_words_override_the_file(tmp_path):
+    path = written(tmp_path, "seed: 3\nbank: {anchors: 20, min_items: 5}\n")
+    run = load_settings(Run, path, ["bank.anchors=7", "stack.training.lr=1e-3"])
+    assert (run.seed, run.bank.anchors, run.bank.min_items) == (3, 7, 5)
+    assert run.stack.training.lr == 1e-3
+
+
+def test_the_last_of_two_equal_words_wins():
+    assert load_settings(Run, None, ["seed=1", "seed=2"]).seed == 2
+
+
+def test_a_value_may_hold_an_equals_sign_a_list_or_nothing():
+    assert load_settings(Run, None, ["base=a=b"]).base == "a=b"
+    assert load_settings(Evaluation, None, ["seeds=[1, 2]"]).seeds == (1, 2)
+    assert load_settings(Run, None, ["merge.rank=null"]).merge.rank is None
+
+
+def test_an_empty_file_changes_nothing(tmp_path):
+    assert load_settings(Run, written(tmp_path, "# nothing\n")) == Run()
+
+
+def test_override_changes_only_the_named_keys():
+    before = Run(seed=5, task="lamp3")
+    after = override(before, ["merge.policy=uniform"])
+    assert after.merge.policy == "uniform"
+    assert after == before.model_copy(update={"merge": before.merge.model_copy(update={"policy": "uniform"})})
+    assert before.merge.policy == "posterior"
+
+
+@pytest.mark.parametrize("settings", [Run(), Run(seed=4, merge={"rank": 3}), Evaluation(seeds=(0, 1))])
+def test_settings_survive_yaml(tmp_path, settings):
+    assert load_settings(type(settings), written(tmp_path, dump_yaml(settings))) == settings
+
+
+def test_settings_cannot_be_changed_in_place():
+    with pytest.raises(ValueError, match="frozen"):
+        Run().seed = 1
+
+
+# mistakes
+
+
+def test_an_unknown_key_is_named_with_its_value():
+    error = refused(None, "bank.ankers=3")
+    assert error.message == "the command line: bank.ankers: Extra inputs are not permitted (got 3)"
+    assert error.hint.startswith("Did you mean anchors? Settings here are: anchors, min_items, ")
+
+
+def test_an_unknown_key_in_a_file_is_named_with_the_file(tmp_path):
+    path = written(tmp_path, "bonk: 3\n")
+    assert refused(path).message.startswith(f"{path}: bonk: ")
+
+
+@pytest.mark.parametrize(
+    ("word", "key", "got", "hint"),
+    [
+        ("bank.anchors=many", "bank.anchors", "'many'", "The default:  bank.anchors=50"),
+        ("bank.anchors=0", "bank.anchors", "0", "The default:  bank.anchors=50"),
+        ("merge.k=-1", "merge.k", "-1", "k: anchors retrieved, 0 = all; the paper takes 2. The default:  merge.k=0"),
+        ("seed=1.5", "seed", "1.5", "The default:  seed=0"),
+        ("merge.policy=best", "merge.policy", "'best'", "The default:  merge.policy=posterior"),
+        ("bank=3", "bank", "3", "Set a key of the group, for example:  bank.anchors=…"),
+        ("memory=lots", "memory", "'lots'", "For example:  memory=4GiB"),
+    ],
+)
+def test_a_bad_value_is_reported_with_its_key_and_the_expected_form(word, key, got, hint):
+    error = refused(None, word)
+    assert error.message.startswith(f"the command line: {key}: ")
+    assert error.message.endswith(f"(got {got})")
+    assert error.hint.endswith(hint)
+
+
+@pytest.mark.parametrize("word", ["bank.anchors", "=3", ""])
+def test_a_word_without_an_equals_sign_is_refused_with_the_form(word):
+    assert str(refused(None, word)) == f"not a setting: {word!r}; expected key=value\n  For example:  bank.anchors=20"
+
+
+def test_a_value_that_is_not_yaml_is_reported():
+    error = refused(None, "bank.anchors=[1")
+    assert error.message == "'bank.anchors=[1': the value is not readable YAML"
+    assert error.hint == "If it is text, quote it:  'bank.anchors=\"…\"'"
+
+
+def test_a_key_below_a_single_value_is_refused(tmp_path):
+    error = refused(written(tmp_path, "seed: 3\n"), "seed.deep.x=1")
+    assert error.message == "'seed.deep.x=1': 'seed' is a single value, not a group of settings"
+
+
+def test_a_missing_file_is_named(tmp_path):
+    assert refused(tmp_path / "no.yaml").message == f"no such configuration file: {tmp_path / 'no.yaml'}"
+
+
+def test_a_folder_is_no_configuration_file(tmp_path):
+    assert refused(tmp_path).message == f"{tmp_path} cannot be read: Is a directory"
+
+
+@pytest.mark.parametrize("text", ["a: [1", "\t- x: :"])
+def test_a_file_that_is_not_yaml_is_reported(tmp_path, text):
+    path = written(tmp_path, text)
+    assert refused(path).message.startswith(f"{path} is not readable YAML: ")
+
+
+def test_a_binary_file_is_reported(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_bytes(b"\xff\xfe\x00")
+    assert refused(path).message.startswith(f"{path} is not readable YAML: ")
+
+
+def test_a_file_that_is_a_list_is_refused(tmp_path):
+    path = written(tmp_path, "- 1\n")
+    assert refused(path).message == f"{path}: expected a mapping of settings, got list"
+
+
+def test_checked_names_the_given_source():
+    with pytest.raises(ConfigError, match=r"^recipe x: lora"):
+        checked(Lora, {"lora": 1}, "recipe x")
+
+
+# sizes
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("1024", 1024), ("4GiB", 4 * 2**30), ("500 MB", 500 * 10**6), ("1.5KiB", 1536), (" 2 kb ", 2000), ("7B", 7)],
+)
+def test_a_size_is_a_number_with_a_unit(text, size):
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "lots", "GiB", "4 XB", "4 GiB GiB", "-1GiB", "0", "inf", "nan"])
+def test_an_invalid_size_is_refused(text):
+    with pytest.raises(ConfigError, match="not a size"):
+        parse_size(text)
+
+
+# recipes
+
+
+def test_the_movielens_recipe_of_the_package_loads():
+    recipe = load_recipe("movielens")
+    assert (recipe.data, recipe.run.task) == ("movielens-100k", "movielens-rating")
+    assert set(recipe.question) == {"title", "genres"}
+
+
+def test_the_short_version_of_a_recipe_is_valid():
+    recipe = load_recipe("movielens")
+    short = override(recipe, recipe.short)
+    assert short != recipe
+    assert short.run.task_lora.items < recipe.run.task_lora.items
+
+
+def test_a_copy_of_a_recipe_loads_by_its_path(tmp_path):
+    recipe = load_recipe("movielens")
+    path = tmp_path / "mine.yaml"
+    path.write_text(yaml.safe_dump(recipe.model_dump(mode="json")), encoding="utf-8")
+    assert load_recipe(path) == recipe
+
+
+@pytest.mark.parametrize("name", ["nothing", "nothing.yaml"])
+def test_an_unknown_recipe_is_reported_with_the_known_ones(name):
+    with pytest.raises(ConfigError, match=f"no recipe '{name}'") as caught:
+        load_recipe(name)
+    assert "movielens" in caught.value.hint
+
+
+def test_a_recipe_with_a_wrong_key_names_it(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text(dump_yaml(load_recipe("movielens")) + "typo: 1\n", encoding="utf-8")
+    with pytest.raises(ConfigError, match="typo: Extra inputs are not permitted"):
+        load_recipe(path)
+
+
+@pytest.mark.parametrize("text", ["- 1\n", "", "a: [1"])
+def test_a_file_that_is_no_recipe_is_refused(tmp_path, text):
+    path = tmp_path / "mine.yaml"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(ConfigError, match="recipe"):
+        load_recipe(path)

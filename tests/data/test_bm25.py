@@ -1,0 +1,79 @@
+"""BM25 over a person's own earlier items, and prompts that show them."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mta.data.bm25 import retrieve, with_profile
+from mta.data.history import Item
+from mta.data.tasks import load_task
+from mta.errors import TaskError
+
+LAMP4 = load_task("lamp4")
+
+
+def article(text: str, title: str = "a title") -> Item:
+    return Item({"text": text, "title": title})
+
+
+EARLIER = [article("the senate votes on taxes"), article("a cake with lemon and sugar"), article("rain over the bay")]
+
+
+def test_the_nearest_text_comes_first():
+    found = retrieve(LAMP4, article("lemon cake for sunday"), EARLIER, 2)
+    assert found[0] is EARLIER[1]
+    assert len(found) == 2
+
+
+def test_an_answer_does_not_find_itself():
+    """The title is the target: that it fits the question must not matter."""
+    told = [article("one thing", title="lemon cake"), article("a cake", title="another thing")]
+    assert retrieve(LAMP4, article("lemon cake"), told, 1) == [told[1]]
+
+
+@given(st.lists(st.text(max_size=20), max_size=5), st.integers(0, 7))
+def test_at_most_k_earlier_items_are_retrieved(texts, k):
+    earlier = [article(text) for text in texts]
+    found = retrieve(LAMP4, article("some text"), earlier, k)
+    assert len(found) == min(k, len(earlier))
+    assert all(any(one is item for item in earlier) for one in found)
+
+
+def test_a_prompt_with_a_profile_shows_items_answers_and_all_before_the_question():
+    item = with_profile(LAMP4, article("lemon cake for sunday", "x"), EARLIER, 1, before="About them. ")
+    prompt = LAMP4.profiled().prompt(item)
+    assert prompt == (
+        'About them. "a title" is the title for "a cake with lemon and sugar". '
+        "Generate a headline for the following article: lemon cake for sunday"
+    )
+    assert LAMP4.profiled().target(item) == "x"
+
+
+def test_without_earlier_items_the_prompt_has_no_profile():
+    item = with_profile(LAMP4, EARLIER[0], [], 3)
+    assert LAMP4.profiled().prompt(item) == LAMP4.prompt(EARLIER[0])
+
+
+def test_a_query_keeps_its_own_wording():
+    task = load_task("lamp1")
+    query = Item({"title": "T", "ref1": "A", "ref2": "B", "reference": "[1]"}, id="7", is_query=True)
+    paper = Item({"title": "Old", "abstract": "about A"})
+    found = with_profile(task, query, [paper], 1)
+    assert found.is_query
+    assert found.id == "7"
+    assert task.profiled().prompt(found).startswith('"Old" is the title for "about A". For an author who')
+    assert task.profiled().labels_of(found) == ("[1]", "[2]")
+
+
+@pytest.mark.parametrize("name", ["lamp1", "lamp2", "lamp2n", "lamp3", "lamp4", "lamp5", "lamp7", "text"])
+def test_every_built_in_task_has_a_profile_template(name):
+    task = load_task(name)
+    item = Item({field: f"<{field}>" for field in task.fields()})
+    assert task.target(item) in task.told(item)
+
+
+def test_a_profile_names_fields_of_items_only(tmp_path):
+    path = tmp_path / "t.yaml"
+    path.write_text('name: t\nitem: {prompt: "{a}", target: b}\ntext: "{a}"\nprofile: "{c}"\nmetric: rouge\n')
+    with pytest.raises(TaskError, match=r"profile has the fields \['c'\]"):
+        load_task(path)

@@ -1,0 +1,246 @@
+"""From an item to tokens: what the model is given, what the loss sees, and what is cut."""
+
+from copy import deepcopy
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import TEMPLATE, tokenizer
+
+from mta.data.history import Item
+from mta.data.tasks import PromptFormat, Task, load_task
+from mta.errors import DataError
+
+RATING = Item({"title": "Heat", "genres": "Crime", "rating": "4"})
+HEAD, TAIL = "Rate this. A: ", ". Answer with the number only."
+PAIR = Task(
+    name="pair",
+    version=1,
+    description="d",
+    source="s",
+    item={"prompt": HEAD + "{a} B: {b} C: {kept}" + TAIL, "target": "score", "cut": ["a", "b"]},
+    text="{a}",
+    labels=("1", "10"),
+    metric="mae",
+)
+
+
+def form(max_tokens=1000, template=True) -> PromptFormat:
+    return PromptFormat(tokenizer(template), max_tokens)
+
+
+def pair(a="x", b="y", kept="k", score="1") -> Item:
+    return Item({"a": a, "b": b, "kept": kept, "score": score})
+
+
+def words(form, tokens) -> str:
+    return form.tokenizer.decode(list(tokens))
+
+
+def tokenizer_of(template):
+    made = deepcopy(tokenizer())
+    made.chat_template = template
+    return made
+
+
+# wording
+
+
+def test_a_prompt_goes_through_the_chat_template(task):
+    made = form().example(task, RATING)
+    assert words(form(), made.prompt) == f"<|start|>user\n{task.prompt(RATING)}<|end|>\n<|start|>assistant\n"
+
+
+def test_without_a_chat_template_the_prompt_is_plain_text(task):
+    plain = form(template=False)
+    assert words(plain, plain.example(task, RATING).prompt) == f"{task.prompt(RATING)}\nAnswer: "
+
+
+PIECES = st.lists(
+    st.sampled_from(["<|end|>", "<|start|>", "<|", "end|>", "|>", "start", "<", " ", "a", "\n"]), max_size=8
+)
+
+
+@settings(max_examples=60)
+@given(title=PIECES.map("".join), answer=PIECES.map("".join), template=st.booleans())
+def test_special_tokens_written_in_a_text_stay_text(task, title, answer, template):
+    there = form(template=template)
+    special = set(there.tokenizer.all_special_ids)
+    item = Item({"title": f"x{title}x", "genres": "Crime", "rating": "4"})
+    count = [
+        sum(token in special for token in example.tokens)
+        for example in (there.example(task, item, f"x{answer}x"), there.example(task, RATING, "4"))
+    ]
+    assert count[0] == count[1]
+
+
+@pytest.mark.parametrize("template", [True, False])
+def test_the_target_is_the_answer_and_the_end_token_and_nothing_else(task, template):
+    made = form(template=template).example(task, RATING)
+    assert words(form(), made.target) == "4<|end|>"
+    assert made.tokens == made.prompt + made.target
+    assert made.target_start == len(made.prompt)
+
+
+@pytest.mark.parametrize("template", [True, False])
+def test_an_example_starts_with_the_prompt_of_generation(task, template):
+    wording = form(template=template)
+    given = wording.prompt(task, RATING)
+    assert given.target == ()
+    assert wording.example(task, RATING).prompt == given.tokens
+
+
+def test_a_given_target_replaces_the_items_own(task):
+    assert words(form(), form().example(task, RATING, "2").target) == "2<|end|>"
+
+
+def test_labels_share_the_prompt(task):
+    made = form().examples(task, RATING, task.labels)
+    assert {example.prompt for example in made} == {form().prompt(task, RATING).tokens}
+    assert [words(form(), example.target) for example in made] == [f"{label}<|end|>" for label in task.labels]
+
+
+def test_the_prompt_is_cut_equally_for_labels_of_different_length():
+    made = form(150).examples(PAIR, pair(a="x" * 200), PAIR.labels)
+    assert made[0].prompt == made[1].prompt
+    assert [len(example.tokens) for example in made] == [149, 150]
+
+
+def test_an_answer_is_read_back_without_its_end_token(task):
+    assert form().decode(form().example(task, RATING).target) == "4"
+
+
+# the end token
+
+
+def test_the_end_token_is_what_the_template_puts_after_an_answer():
+    made = tokenizer_of(TEMPLATE.replace("<|end|>", "<|start|>"))
+    assert PromptFormat(made).end_token == made.convert_tokens_to_ids("<|start|>")
+
+
+def test_a_template_that_closes_with_plain_text_leaves_the_tokenizers_end_token():
+    made = tokenizer_of(TEMPLATE.replace("<|end|>", "bye"))
+    assert PromptFormat(made).end_token == made.eos_token_id
+
+
+def test_a_tokenizer_without_any_end_token_is_refused():
+    made = tokenizer_of(None)
+    made.eos_token = None
+    with pytest.raises(DataError, match="has no end token"):
+        PromptFormat(made)
+
+
+# cutting
+
+
+def test_an_example_of_the_maximum_length_is_not_cut(task):
+    whole = form().example(task, RATING)
+    assert whole.cut == 0
+    assert form(len(whole.tokens)).example(task, RATING) == whole
+
+
+def test_an_example_that_is_one_token_too_long_loses_one_token(task):
+    whole = form().example(task, RATING)
+    made = form(len(whole.tokens) - 1).example(task, RATING)
+    assert made.cut == 1
+    assert words(form(), made.tokens) == words(form(), whole.tokens).replace("Heat", "Hea")
+
+
+def test_a_reserve_is_kept_free_for_the_answer(task):
+    whole = form().prompt(task, RATING)
+    assert form(len(whole.tokens) + 1).prompt(task, RATING, reserve=3).cut == 2
+
+
+def test_the_longest_field_is_cut_first():
+    whole = form().example(PAIR, pair(a="a" * 30, b="b" * 40))
+    made = words(form(), form(len(whole.tokens) - 5).example(PAIR, pair(a="a" * 30, b="b" * 40)).tokens)
+    assert "A: " + "a" * 30 + " B: " + "b" * 35 + " C:" in made
+
+
+def test_the_next_field_is_cut_when_the_longest_is_empty():
+    made = form(120).example(PAIR, pair(a="a" * 300, b="b" * 299))
+    assert len(made.tokens) == 120
+    assert made.cut == len(form().example(PAIR, pair(a="a" * 300, b="b" * 299)).tokens) - 120
+
+
+def test_all_tokens_of_a_cut_character_are_counted(task):
+    item = Item({"title": "é" * 40, "genres": "Crime", "rating": "4"})
+    whole = form().example(task, item)
+    made = form(len(whole.tokens) - 5).example(task, item)  # two tokens a character
+    assert made.cut == 6
+    assert len(made.tokens) == len(whole.tokens) - 6
+
+
+def test_trailing_spaces_after_a_cut_are_removed_and_counted(task):
+    item = Item({"title": "ab   cd", "genres": "Crime", "rating": "4"})
+    whole = form().example(task, item)
+    made = form(len(whole.tokens) - 2).example(task, item)
+    assert made.cut == 5
+    assert '"ab"' in words(form(), made.tokens)
+
+
+def test_a_prompt_that_cannot_fit_is_refused_with_the_needed_length():
+    needed = len(form().example(PAIR, pair(a="", b="")).tokens)
+    with pytest.raises(DataError) as caught:
+        form(needed - 1).example(PAIR, pair(a="a" * 90))
+    assert caught.value.message == (
+        f"task 'pair': instruction and target take {needed} tokens, max_tokens is {needed - 1}"
+    )
+    assert caught.value.hint == "Raise max_tokens, or list the long field under 'cut' in the task's YAML."
+
+
+def test_a_field_that_is_not_listed_is_never_cut():
+    with pytest.raises(DataError, match="instruction and target take"):
+        form(150).example(PAIR, pair(kept="k" * 200))
+
+
+def test_a_query_is_cut_in_its_own_fields():
+    query = Item({"title": "T", "ref1": "r" * 500, "ref2": "s", "reference": "[1]"}, is_query=True)
+    made = form(300).example(load_task("lamp1"), query)
+    assert len(made.tokens) == 300
+    assert '[2]: "s"' in words(form(), made.tokens)
+
+
+texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=60).filter(lambda text: "<|" not in text)
+
+
+@settings(deadline=None, max_examples=150)
+@given(texts, texts, texts, st.sampled_from(["1", "10"]), st.integers(1, 300), st.booleans())
+def test_cutting_keeps_the_instruction_and_the_target(a, b, kept, score, max_tokens, template):
+    wording = form(max_tokens, template)
+    try:
+        made = wording.example(PAIR, pair(a, b, kept, score))
+    except DataError:
+        assert len(form(10_000, template).example(PAIR, pair("", "", kept, score)).tokens) > max_tokens
+        return
+    text = words(wording, made.prompt)
+    assert len(made.tokens) <= max_tokens
+    assert words(wording, made.target) == f"{score}<|end|>"
+    assert HEAD in text
+    assert f" C: {kept}{TAIL}" in text
+    shown = text.partition(HEAD)[2]
+    assert any(shown.startswith(f"{a[:i].rstrip()} B: ") for i in range(len(a) + 1)) or shown.startswith(f"{a} B: ")
+    assert made.cut == len(form(10_000, template).example(PAIR, pair(a, b, kept, score)).tokens) - len(made.tokens)
+
+
+def test_answer_length_is_the_tasks_limit_or_the_longest_label_or_128():
+    free = Task(name="free", item={"prompt": "{a}", "target": "b"}, text="{a}", metric="rouge")
+    assert form().answer_tokens(PAIR) == 3  # "10" and the end: this tokenizer knows bytes alone
+    assert form().answer_tokens(PAIR.model_copy(update={"answer_tokens": 7})) == 7
+    assert form().answer_tokens(free) == 128
+    assert form().answer_tokens(free.model_copy(update={"answer_tokens": 300})) == 300
+    assert form(max_tokens=100).answer_tokens(free) == 50
+    assert form(max_tokens=1).answer_tokens(free) == 1
+
+
+# special tokens with spaces
+
+
+@pytest.mark.timeout(20)
+@pytest.mark.parametrize("special", [" <|x|>", "< ", " y", "y", "  ", " ", "<|", "a <|x|>"])
+def test_special_tokens_with_spaces_in_a_text_stay_text(special):
+    made = deepcopy(tokenizer())
+    made.add_special_tokens({"additional_special_tokens": ["<|start|>", special]})
+    tokens = PromptFormat(made).text(f"I say {special}{special} and <|end|> y < a <|x|>")
+    assert not set(tokens) & set(made.all_special_ids)
+    assert "I" in made.decode(list(tokens))

@@ -1,0 +1,216 @@
+import json
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from files import GOOD, TIME, fails, jsonl, lamp, question
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from mta.data.history import Item, Person
+from mta.data.readers import describe, read_people, stream
+from mta.data.readers.rejects import HINT
+from mta.data.tasks import load_task
+from mta.errors import DataError, InputError, TaskError
+
+
+def test_items_are_in_time_order(tmp_path: Path) -> None:
+    path = jsonl(
+        tmp_path,
+        {"person": "ann", "input": "Second.", "output": 5, "time": "2024-05-31", "id": 7},
+        {"person": 12, "text": "Bob's.", "score": "1 "},
+        "",
+        {"person": "ann", "text": "First.", "output": 4.0, "time": 1000, "colour": "red"},
+    )
+    ann, bob = read_people(path, "lamp3")
+    assert ann == Person(
+        "ann",
+        (Item({"text": "First.", "score": "4"}, 1000.0), Item({"text": "Second.", "score": "5"}, 1717113600.0, "7")),
+    )
+    assert bob == Person("12", (Item({"text": "Bob's.", "score": "1"}),))
+    assert read_people(path, load_task("lamp3"), limit=1) == [ann]
+    assert describe([ann, bob]) == {"people": 2, "items": 3, "min": 1, "median": 1.5, "max": 2, "queries": 0}
+    assert describe([])["items"] == 0
+
+
+@pytest.mark.parametrize(
+    ("time", "seconds"),
+    [
+        (0, 0.0),
+        ("1970-01-02", 86400.0),
+        ("1970-01-01T01:00:00+01:00", 0.0),
+        ("1970", 0.0),
+        ("1970-02", 31 * 86400.0),
+        ("19700102", 86400.0),
+        ("881250949", 881250949.0),
+        ("1381010111213", 1381010111213.0),
+        ("-3.5", -3.5),
+        (None, None),
+    ],
+)
+def test_times(tmp_path: Path, time: object, seconds: float | None) -> None:
+    [ann] = read_people(jsonl(tmp_path, {**GOOD, "time": time}), "lamp3")
+    assert ann.items[0].time == seconds
+
+
+BAD_LINES: list[tuple[Any, str]] = [
+    ('{"person": "ann", ', "invalid JSON: Expecting property name enclosed in double quotes"),
+    ('{"person": NaN}', "invalid JSON: NaN is not JSON"),
+    ('{"a":' + "[" * 100_000, "invalid JSON: nested too deeply"),
+    ('"text"', "expected a JSON object, got text"),
+    ("[1]", "expected a JSON object, got a list"),
+    ("12", "expected a JSON object, got a number"),
+    ({"text": "a", "score": "1"}, "field 'person': missing"),
+    ({**GOOD, "person": None}, "field 'person': missing"),
+    ({**GOOD, "person": " "}, "field 'person': empty; expected some text"),
+    ({**GOOD, "person": ["ann"]}, "field 'person': expected text or a number, got a list"),
+    (
+        {"person": "ann", "text": "a"},
+        "field 'score': missing; task 'lamp3' needs text (or input), score (or output); got text",
+    ),
+    ({**GOOD, "text": ""}, "field 'text': empty; expected some text"),
+    ({"person": "ann", "input": "\t", "score": 1}, "field 'input': empty; expected some text"),
+    ({**GOOD, "text": True}, "field 'text': expected text or a number, got true or false"),
+    ({**GOOD, "text": {}}, "field 'text': expected text or a number, got an object"),
+    ({**GOOD, "text": "\ud800"}, "field 'text': holds half of a surrogate pair; expected text that UTF-8 can hold"),
+    ({**GOOD, "score": 6}, "field 'score': unknown label '6'; expected one of: 1, 2, 3, 4, 5"),
+    ({**GOOD, "score": 4.5}, "field 'score': unknown label '4.5'; expected one of: 1, 2, 3, 4, 5"),
+    ({**GOOD, "time": "May"}, f"field 'time': bad time 'May'; {TIME}"),
+    ({**GOOD, "time": "2024-13-01"}, f"field 'time': bad time '2024-13-01'; {TIME}"),
+    ({**GOOD, "time": True}, f"field 'time': bad time true or false; {TIME}"),
+    ({**GOOD, "time": "inf"}, f"field 'time': bad time 'inf'; {TIME}"),
+    ('{"person": "ann", "text": "a", "score": "1", "time": 1e999}', f"field 'time': bad time a number; {TIME}"),
+    ({**GOOD, "id": "x"}, "field 'id': duplicate item id 'x' of person 'ann'"),
+]
+
+
+@pytest.mark.parametrize(("row", "message"), BAD_LINES)
+def test_a_bad_line_is_reported_or_written_to_the_rejects(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, row: Any, message: str
+) -> None:
+    path = jsonl(tmp_path, {**GOOD, "id": "x"}, row, {**GOOD, "person": "bob"})
+    fails(path, "lamp3", f"{path}:2: {message}", HINT)
+
+    aside = tmp_path / "new" / "bad.jsonl"
+    with caplog.at_level(logging.WARNING, "mta"):
+        people = read_people(path, "lamp3", skip_bad=aside)
+    assert [(person.id, len(person.items)) for person in people] == [("ann", 1), ("bob", 1)]
+    assert caplog.messages == [f"1 bad rows of {path} were skipped; they are in {aside}"]
+    [reject] = map(json.loads, aside.read_text(encoding="utf-8").splitlines())
+    assert (reject["file"], reject["line"]) == (str(path), 2)
+    said = f"field '{reject['field']}': {reject['reason']}" if reject["field"] else reject["reason"]
+    assert said == message
+    assert "row" in reject
+
+
+def test_an_unread_field_is_reported(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = jsonl(tmp_path, {**GOOD, "date": "2024-05-31"}, {**GOOD, "date": "2024-06-01", "shop": "x"})
+    with caplog.at_level(logging.WARNING, "mta"):
+        assert len(read_people(path, "lamp3")) == 1
+    assert caplog.messages == ["ignored fields: 'date' (2 lines), 'shop' (1 lines); times are read from 'time'"]
+
+
+@pytest.mark.parametrize("score", [4, 4.0, "4", "4.0", " 4 "])
+def test_a_label_is_the_same_however_its_number_is_written(tmp_path: Path, score: Any) -> None:
+    [person] = read_people(jsonl(tmp_path, {**GOOD, "score": score}), "lamp3")
+    assert person.items[0].fields["score"] == "4"
+
+
+def test_bytes_that_are_no_utf8(tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    line = json.dumps(GOOD).encode()
+    path.write_bytes(b"\xef\xbb\xbf" + line + b"\r\n" + line[:-2] + b'\xe9"}\n')
+    fails(path, "lamp3", f"{path}:2: not UTF-8: byte 0xe9; save the file as UTF-8")
+    assert len(read_people(path, "lamp3", skip_bad=tmp_path / "bad.jsonl")[0].items) == 1
+    path.write_bytes(b"[" + line + b",\n" + line[:-2] + b'\xe9"}]')
+    fails(path, "lamp3", f"{path}:2: not UTF-8: byte 0xe9; save the file as UTF-8")
+
+
+def test_several_inputs_have_to_be_named(tmp_path: Path) -> None:
+    path = jsonl(tmp_path, {"person": "ann", "input": "Toy Story", "output": "4"})
+    message = (
+        "missing; 'input' stands for one field, but task 'movielens-rating' has title, genres: give each under its name"
+    )
+    fails(path, "movielens-rating", f"{path}:1: field 'title': {message}")
+    named = jsonl(tmp_path, {"person": "ann", "title": "Toy Story", "genres": "Comedy", "output": 4})
+    assert read_people(named, "movielens-rating")[0].items[0].fields["rating"] == "4"
+
+
+def test_nothing_to_read(tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    fails(path, "text", f"no such file: {path}")
+    for content in ("", " \n\n", "\ufeff"):
+        path.write_text(content, encoding="utf-8")
+        fails(path, "text", f"{path} is empty; expected JSONL with one item per line, or a JSON array")
+    path.write_text("[]", encoding="utf-8")
+    fails(path, "text", f"{path} holds no people: no row could be used, 0 were bad")
+    jsonl(tmp_path, {"person": "ann"})
+    aside = tmp_path / "bad.jsonl"
+    with pytest.raises(DataError, match=r"holds no people: no row could be used, 1 were bad\n  See .*bad.jsonl"):
+        read_people(path, "text", skip_bad=aside)
+    assert aside.exists()
+    fails(tmp_path, "text", f"{tmp_path} holds neither *_questions.json (LaMP) nor *.inter (RecBole)")
+
+
+def test_unknown_formats_name_what_was_found(tmp_path: Path) -> None:
+    path = jsonl(tmp_path, {"user": "ann", "review": "Fine."})
+    fails(path, "lamp3", f"{path}:1: unknown format: the first record has user, review")
+    path = jsonl(tmp_path, {})
+    with pytest.raises(DataError, match="the first record has nothing\n  Give JSONL with person, input and output"):
+        read_people(path, "lamp3")
+
+
+def test_invalid_arguments_are_refused(tmp_path: Path) -> None:
+    path = jsonl(tmp_path, GOOD)
+    with pytest.raises(InputError, match="limit is 0; expected at least 1"):
+        read_people(path, "lamp3", limit=0)
+    with pytest.raises(TaskError, match="unknown task 'nope'"):
+        read_people(path, "nope")
+    with pytest.raises(InputError, match=r"bad rows cannot be written to .*data\.jsonl: it is an input file"):
+        read_people(path, "lamp3", skip_bad=path)
+    with pytest.raises(InputError, match="it is a folder; expected the name of a file"):
+        read_people(path, "lamp3", skip_bad=tmp_path)
+    lamp(tmp_path, [question("1")], {"1": "4"})
+    for file in ("dev_questions.json", "dev_outputs.json"):
+        for source in (tmp_path, tmp_path / "dev_questions.json"):
+            with pytest.raises(InputError, match="it is an input file"):
+                read_people(source, "lamp3", skip_bad=tmp_path / file)
+
+
+def test_rejects_are_written_only_when_all_input_was_read(tmp_path: Path) -> None:
+    aside = tmp_path / "bad.jsonl"
+    aside.write_text("earlier", encoding="utf-8")
+    path = tmp_path / "data.json"
+    path.write_text(f'[{json.dumps(GOOD)}, 3, {{"person": ]', encoding="utf-8")
+    with pytest.raises(DataError, match="invalid JSON"):  # nothing in an array can be read behind a fault
+        read_people(path, "lamp3", skip_bad=aside)
+    assert aside.read_text(encoding="utf-8") == "earlier"
+    assert sorted(os.listdir(tmp_path)) == ["bad.jsonl", "data.json"]
+    read_people(jsonl(tmp_path, GOOD), "lamp3", skip_bad=aside)
+    assert aside.read_text(encoding="utf-8") == ""
+
+
+TEXT = st.text(st.characters(codec="utf-8"), min_size=1).filter(str.strip)
+ROWS = st.lists(
+    st.tuples(st.sampled_from(["ann", "Bob ", "çiğdem"]), TEXT, TEXT, st.none() | st.floats(-1e9, 1e9)), min_size=1
+)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(rows=ROWS, ascii=st.booleans(), array=st.booleans(), chunk=st.integers(1, 50))
+def test_written_records_are_read_back(
+    tmp_path: Path, rows: list[tuple[str, str, str, float | None]], ascii: bool, array: bool, chunk: int
+) -> None:
+    records = [{"person": p, "input": i, "output": o, "time": t} for p, i, o, t in rows]
+    texts = [json.dumps(record, ensure_ascii=ascii) for record in records]
+    path = tmp_path / "data"
+    path.write_text("[" + " ,\n".join(texts) + "]\n" if array else "\n".join(texts), encoding="utf-8")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stream, "CHUNK", chunk)  # every edge of a chunk falls somewhere inside a value
+        people = read_people(path, "text")
+    expected: dict[str, list[Item]] = {}
+    for p, i, o, t in rows:
+        expected.setdefault(p, []).append(Item({"input": i, "output": o}, t))
+    assert people == [Person.of(id, items) for id, items in expected.items()]

@@ -1,0 +1,313 @@
+import hashlib
+import json
+import pickle
+from pathlib import Path
+
+import pytest
+import yaml
+
+from mta.data.history import Item
+from mta.data.tasks import Task, load_task, task_names
+from mta.data.tasks.load import with_limit
+from mta.errors import DataError, TaskError
+
+DATA = Path(__file__).parents[3] / "shared" / "data"
+LABELS = {"lamp1": 2, "lamp2": 15, "lamp2n": 15, "lamp3": 5, "movielens-rating": 5}
+QUESTIONS = {
+    "lamp1": (
+        'For an author who has written the paper with the title "On "Deep" Nets", which reference is related? '
+        'Just answer with [1] or [2] without explanation. [1]: "A {brace}" [2]: "B"',
+        {"title": 'On "Deep" Nets', "ref1": "A {brace}", "ref2": "B"},
+    ),
+    "lamp2": (
+        "Which tag does this movie relate to among the following tags? Just answer with the tag name without further "
+        "explanation. tags: [sci-fi, based on a book, comedy, action, twist ending, dystopia, dark comedy, classic, "
+        "psychology, fantasy, romance, thought-provoking, social commentary, violence, true story] description: A war.",
+        {"description": "A war."},
+    ),
+    "lamp2n": (
+        "Which category does this article relate to among the following categories? Just answer with the category name "
+        "without further explanation. categories: [women, religion, politics, style & beauty, entertainment, "
+        "culture & arts, sports, science & technology, travel, business, crime, education, healthy living, parents, "
+        "food & drink] article: A vote.",
+        {"text": "A vote."},
+    ),
+    "lamp3": (
+        "What is the score of the following review on a scale of 1 to 5? just answer with 1, 2, 3, 4, or 5 without "
+        "further explanation. review: Good.\nVery.",
+        {"text": "Good.\nVery."},
+    ),
+    "lamp4": ("Generate a headline for the following article: A vote.", {"text": "A vote."}),
+    "lamp5": ("Generate a title for the following abstract of a paper: We prove.", {"abstract": "We prove."}),
+    "lamp7": ("Paraphrase the following tweet without any explanation before or after it: hi", {"tweet": "hi"}),
+}
+PLAIN = {
+    "name": "mine",
+    "version": 1,
+    "description": "d",
+    "source": "s",
+    "item": {"prompt": "Rate {text}", "target": "score", "cut": ["text"]},
+    "text": "{text}",
+    "labels": ["1", "2"],
+    "metric": "mae",
+}
+
+
+def written(tmp_path: Path, **changes: object) -> Path:
+    path = tmp_path / "mine.yaml"
+    path.write_text(yaml.safe_dump({**PLAIN, **changes}), encoding="utf-8")
+    return path
+
+
+def test_every_built_in_loads_and_is_named_as_its_file() -> None:
+    assert set(task_names()) == {"text", *QUESTIONS, "movielens-rating"}
+    for name in task_names():
+        task = load_task(name)
+        assert task.name == name
+        assert len(task.labels or ()) == LABELS.get(name, 0)
+        assert hash(task) == hash(pickle.loads(pickle.dumps(task)))
+        for item in (
+            Item(dict.fromkeys(task.fields(), "x")),
+            Item(dict.fromkeys(task.fields(True), "x"), is_query=True),
+        ):
+            assert "x" in task.prompt(item) or not task.form(item).inputs
+            assert task.target(item) == "x"
+
+
+@pytest.mark.parametrize("name", ["lamp3", "LaMP-3", "LaMP_3", "lamp 3"])
+def test_task_names_ignore_case_and_separators(name: str) -> None:
+    assert load_task(name).lamp == "LaMP_3"
+
+
+def test_other_names_of_tasks() -> None:
+    assert load_task("LaMP-2M").name == "lamp2"
+    assert load_task("LaMP-2N").name == "lamp2n"
+    assert load_task("MovieLens").name == "movielens-rating"
+    task = load_task("text")
+    assert load_task(task) is task
+
+
+@pytest.mark.parametrize("name", QUESTIONS)
+def test_questions_of_the_benchmark_are_parsed_and_worded_alike(name: str) -> None:
+    question, fields = QUESTIONS[name]
+    task = load_task(name)
+    query = task.parse_query(question, id="7")
+    assert (dict(query.fields), query.id, query.is_query) == (fields, "7", True)
+    assert task.prompt(query) == question
+    assert task.wrong(query) is None
+    assert not task.has_target(query)
+
+
+@pytest.mark.parametrize(
+    ("name", "folder"), [("lamp3", "lamp3_amazon"), ("lamp4", "lamp4_huffpost"), ("lamp5", "lamp5_papers")]
+)
+def test_wording_equals_real_questions(name: str, folder: str) -> None:
+    path = DATA / folder / "dev_questions.json"
+    if not path.exists():
+        pytest.skip(f"no data at {path}")
+    task = load_task(name)
+    for question in json.loads(path.read_text(encoding="utf-8")):
+        assert task.prompt(task.parse_query(question["input"])) == question["input"]
+
+
+def test_prompts_do_not_contain_the_target() -> None:
+    for name in task_names():
+        task = load_task(name)
+        for query in (False, True):
+            fields = {field: f"<{field}>" for field in task.fields(query)}
+            item = Item(fields, is_query=query)
+            for text in (task.prompt(item), task.text_of(item)):
+                assert task.target(item) not in text
+            assert task.target(item) in task.text_of(item, with_target=True)
+
+
+def test_labels_belong_to_the_benchmarks_question() -> None:
+    task = load_task("lamp1")
+    paper = Item({"abstract": "We prove.", "title": "A proof"})
+    assert task.labels_of(paper) is None
+    assert task.wrong(paper) is None
+    query = Item({"title": "t", "ref1": "a", "ref2": "b", "reference": "[3]"}, is_query=True)
+    assert task.labels_of(query) == ("[1]", "[2]")
+    assert task.wrong(query) == ("reference", "unknown label '[3]'; expected one of: [1], [2]")
+
+
+def test_a_queries_text_is_its_own() -> None:
+    task = load_task("lamp1")
+    assert task.text_of(task.parse_query(QUESTIONS["lamp1"][0])) == "A {brace} B"
+    lamp3 = load_task("lamp3")
+    assert lamp3.text_of(Item({"text": "Good.", "score": "5"}), with_target=True) == "Good.\n5"
+    tweet = Item({"text": "hi"})
+    assert (load_task("lamp7").text_of(tweet), load_task("lamp7").text_of(tweet, with_target=True)) == ("", "hi")
+
+
+@pytest.mark.parametrize(
+    ("fields", "wrong"),
+    [
+        ({"text": "a"}, ("score", "missing; task 'lamp3' needs text, score")),
+        ({"text": " \n", "score": "1"}, ("text", "empty; expected some text")),
+        ({"text": "a", "score": "6"}, ("score", "unknown label '6'; expected one of: 1, 2, 3, 4, 5")),
+        ({"text": "a", "score": "5"}, None),
+    ],
+)
+def test_an_invalid_item_is_reported_with_its_field(fields: dict[str, str], wrong: tuple[str, str] | None) -> None:
+    assert load_task("lamp3").wrong(Item(fields)) == wrong
+
+
+def test_unknown_targets_and_foreign_questions_are_errors() -> None:
+    task = load_task("lamp3")
+    query = task.parse_query(QUESTIONS["lamp3"][0], id="q")
+    with pytest.raises(DataError, match=r"query 'q' has no field 'score'; task 'lamp3' needs it"):
+        task.target(query)
+    with pytest.raises(DataError, match=r"not a question of task 'lamp3': 'Generate .*'; expected 'What is the score"):
+        task.parse_query(QUESTIONS["lamp4"][0])
+    with pytest.raises(DataError, match="'movielens-rating' has no pattern to parse a question into title, genres"):
+        load_task("movielens-rating").parse_query("Toy Story")
+    assert load_task("text").parse_query("hi", "ho").fields == {"input": "hi", "output": "ho"}
+
+
+def test_a_custom_task_is_loaded_from_a_file(tmp_path: Path) -> None:
+    task = load_task(written(tmp_path, labels=[1, 2.0, 2.5]))
+    assert task.labels == ("1", "2", "2.5")
+    assert load_task(str(tmp_path / "mine.yaml")) == task == Task.model_validate(task.model_dump())
+
+
+FORM = PLAIN["item"]
+WRONG = [
+    ({"metric": "f1"}, "metric: Input should be 'accuracy', 'mae' or 'rouge' (got 'f1')"),
+    (
+        {"colour": 1},
+        "colour: no such key; expected one of name, version, description, source, lamp, item, query, text, "
+        "query_text, profile, labels, metric, answer_tokens (got 1)",
+    ),
+    ({"labels": []}, "labels: labels must not be empty, or begin or end with a space (got [])"),
+    ({"labels": ["1", 1]}, "labels: labels must be distinct (got ['1', 1])"),
+    ({"labels": [True]}, "labels.0: a label that YAML reads as true or false must be written in quotes (got True)"),
+    ({"labels": ["1", "b"]}, "task: metric mae needs labels that are all numbers"),
+    ({"labels": None}, "task: metric mae needs labels"),
+    ({"text": "{score}"}, "task: text contains the target {score}; leave it out, mta adds the target where known"),
+    ({"text": "{title}"}, "task: text has the fields ['title']; the prompt has ['text']"),
+    ({"text": "all"}, "task: text contains no field; the prompt has ['text']"),
+    ({"text": "{text!r}"}, "task: {text} is not a field; write {name}, and literal braces as {{ and }}"),
+    ({"query_text": "{text}"}, "task: query_text needs a query, and the task has no query"),
+    (
+        {"query": {"prompt": "{tweet}", "target": "score"}},
+        "task: text (there is no query_text) has the fields ['text']; the prompt has ['tweet']",
+    ),
+    (
+        {"item": {**FORM, "prompt": "{text} {score}"}},
+        "item: the prompt contains the target {score}, which would reveal the answer",
+    ),
+    ({"item": {**FORM, "prompt": "{0}"}}, "item: {0} is not a field; write {name}, and literal braces as {{ and }}"),
+    (
+        {"item": {**FORM, "prompt": "{text"}},
+        "item: '{text': expected '}' before end of string; literal braces are written {{ and }}",
+    ),
+    ({"item": {**FORM, "cut": ["score"]}}, "item: cut names 'score', which is not a field of the prompt"),
+    (
+        {"item": {**FORM, "pattern": "("}},
+        "item: pattern is not a regular expression: missing ), unterminated subpattern at position 0",
+    ),
+    (
+        {"item": {**FORM, "pattern": "(?P<a>.)"}},
+        "item: pattern has the groups ['a']; the prompt has the fields ['text']",
+    ),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), WRONG)
+def test_a_misspelled_key_of_a_task_is_reported(tmp_path: Path, changes: dict[str, object], message: str) -> None:
+    path = written(tmp_path, **changes)
+    with pytest.raises(TaskError) as caught:
+        load_task(path)
+    assert caught.value.message == f"{path}: {message}"
+
+
+def test_files_that_are_no_task(tmp_path: Path) -> None:
+    with pytest.raises(TaskError, match=r"no such task file: .*none\.yaml\n  Built-in tasks: lamp1, "):
+        load_task(tmp_path / "none.yaml")
+    path = tmp_path / "bad.yaml"
+    for content, message in [
+        (b"a: [", "is not readable YAML: while parsing"),
+        (b"- a", "expected a mapping with name, item, text, metric; got list"),
+        (b"\xff\xfe\xff", "cannot be read as text"),
+        (b"a: !!python/object/apply:os.getcwd []", "is not readable YAML: could not determine a constructor"),
+    ]:
+        path.write_bytes(content)
+        with pytest.raises(TaskError, match=message):
+            load_task(path)
+
+
+@pytest.mark.parametrize("text", ["[" * 5000, "a: " + "{a: " * 5000, "name: 2020-99-99"])
+def test_yaml_that_cannot_be_read_is_an_error_of_the_task(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "deep.yaml"
+    path.write_text(text)
+    with pytest.raises(TaskError, match="is not readable YAML"):
+        load_task(path)
+
+
+def test_an_error_message_stays_short_with_yaml_aliases(tmp_path: Path) -> None:
+    lines = ["name:", "  - &a0 [x, x, x, x]", *(f"  - &a{n} [{', '.join([f'*a{n - 1}'] * 4)}]" for n in range(1, 10))]
+    path = tmp_path / "aliases.yaml"
+    path.write_text("\n".join(lines))
+    with pytest.raises(TaskError) as caught:
+        load_task(path)
+    assert len(str(caught.value)) < 2000
+
+
+def test_an_unknown_name_gets_a_suggestion() -> None:
+    with pytest.raises(TaskError) as caught:
+        load_task("lampp3")
+    assert caught.value.message.startswith("unknown task 'lampp3'; built-in tasks: lamp1, lamp2, ")
+    assert caught.value.hint == "Did you mean 'lamp3'? For a task of your own, give the path of a .yaml file."
+
+
+def digest(values: object) -> str:
+    return hashlib.sha256(json.dumps(values).encode()).hexdigest()
+
+
+# Of built-in tasks as banks of version 0.1.0 hold them: a change that alters one of these makes other banks of theirs.
+HELD = {
+    "lamp1": "3dc707027c3bf5d41826132d8f3f63cbad303db7d40e26b0859e2e00bca6fb44",
+    "lamp2": "05e3e819eff96ea05877b1cda86cf0c7606f65829b1a8dfcbd5880f4eb79f43e",
+    "lamp2n": "569e45371cc435c322a50cb388838c64f540569e53d1329d35037fcb0bac8de2",
+    "lamp3": "28f1a97fb107f314a68d9ed9a625b9c72a9a0f0de58bf92e6fb4d4169622d2a8",
+    "lamp4": "6f296423d2aca0717ce0b6c1a5b13106dc5b281e6214b8d005db96906d0a8c11",
+    "lamp5": "3985bab1ffe1aca8854d1381d159b16fccb160934370e0e5d78630dc55fd6cf2",
+    "lamp7": "544ed505d51d6ea06754d77f262216f69c9ccd2c1deaf25bbe1e6da3c6df48a2",
+    "movielens-rating": "0ebf5715f3acaaa504ea3a9efb1f83aacf2b564bedd4d747e3a3525aaa3899c7",
+    "text": "6673d453488646a909aef43d7d83e2283f3a784962bc027aa373fb1af58faf62",
+}
+
+
+@pytest.mark.parametrize("name", HELD)
+def test_task_digests_equal_those_of_release_0_1_0(name: str) -> None:
+    task = load_task(name)
+    assert digest(task.identity) == HELD[name]
+    assert digest(task.model_copy(update={"answer_tokens": None}).model_dump(mode="json")) == HELD[name]
+
+
+def test_the_answer_limit_is_not_part_of_a_tasks_identity(tmp_path: Path) -> None:
+    plain, limited = load_task(written(tmp_path)), load_task(written(tmp_path, answer_tokens=200))
+    assert plain.identity == limited.identity == plain.model_dump(mode="json")
+    assert limited.model_dump(mode="json") == plain.identity | {"answer_tokens": 200}
+    assert (plain.answer_tokens, Task.model_validate(limited.model_dump()).answer_tokens) == (None, 200)
+
+
+@pytest.mark.parametrize("tokens", [0, -1, "many"])
+def test_an_invalid_answer_limit_is_reported_with_its_key(tmp_path: Path, tokens: object) -> None:
+    with pytest.raises(TaskError, match="answer_tokens: "):
+        load_task(written(tmp_path, answer_tokens=tokens))
+
+
+def test_only_built_in_tasks_of_older_banks_get_the_current_answer_limit(tmp_path: Path) -> None:
+    today = load_task("lamp7")
+    held = today.model_copy(update={"answer_tokens": None})
+    assert with_limit(held) == today
+    assert with_limit(held.model_copy(update={"text": "{text} "})).answer_tokens is None
+    assert with_limit(today.model_copy(update={"answer_tokens": 9})).answer_tokens == 9
+    assert with_limit(load_task(written(tmp_path))).answer_tokens is None
+
+
+@pytest.mark.parametrize("name", ["lamp4", "lamp5", "lamp7"])
+def test_free_text_has_room_for_more_than_32_tokens(name: str) -> None:
+    assert load_task(name).answer_tokens > 32

@@ -1,0 +1,383 @@
+"""A fleet on a real Ray cluster of two nodes: the same tensors whoever works and whoever dies; the bad are found."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import sys
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from conftest import TINY_RUN, people_of
+from tiny import base_of, tokenizer
+
+from mta.bank.bank import Bank
+from mta.config import override
+from mta.data.readers import read_people
+from mta.distributed.executor import LocalExecutor
+from mta.distributed.ray import Cluster
+from mta.errors import BankMismatch, ClusterError, StoreError
+from mta.evaluation.experiments.recipe import load_experiment
+from mta.evaluation.experiments.records import read_records
+from mta.evaluation.experiments.runner import run_experiment
+from mta.evaluation.experiments.workspace import Workspace
+from mta.model.base import BaseModel
+from mta.personalize import Personalizer
+from mta.personalize.worker import WorkerSpec
+from mta.store import Store
+from mta.store.state import State
+from mta.system.assets import resolve
+
+ray = pytest.importorskip("ray", reason="Ray is not installed: pip install 'merge-then-adapt[ray]'")
+PEOPLE = 12
+pytestmark = pytest.mark.integration
+
+
+@contextlib.contextmanager
+def nodes():
+    """A cluster of two nodes with two CPUs each, and the second of them."""
+    from ray.cluster_utils import Cluster as Nodes
+
+    try:
+        started = Nodes(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
+    except Exception as error:  # no shared memory, no free port: Ray has many words for it
+        pytest.skip(f"Ray cannot start here: {type(error).__name__}: {error}")
+    try:
+        yield started, started.add_node(num_cpus=2)
+    finally:
+        ray.shutdown()
+        started.shutdown()
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory):
+    """The address of two nodes that nobody kills."""
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import tests
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MTA_CACHE", str(tmp_path_factory.mktemp("cache")))  # nodes have the environment of now
+        with nodes() as (started, _):
+            yield started.address
+
+
+@pytest.mark.parametrize("given", [None, "off", "off:rotate"])
+def test_kernels_that_are_switched_off_here_are_off_in_workers(monkeypatch, given):
+    monkeypatch.delenv("MTA_KERNELS", raising=False)
+    if given:
+        monkeypatch.setenv("MTA_KERNELS", given)
+    cluster = object.__new__(Cluster)
+    cluster.gpus, cluster.threads = 0, 2
+    assert cluster._own().get("MTA_KERNELS") == given
+    assert cluster._own()["OMP_NUM_THREADS"] == "2"
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """A piece of work without people in it."""
+
+    numbers: tuple[int, ...]
+
+    def __len__(self):
+        return len(self.numbers)
+
+    def halves(self):
+        middle = len(self) // 2
+        return tuple(Numbers(part) for part in (self.numbers[:middle], self.numbers[middle:]) if middle)
+
+
+def context():
+    return "made in a worker"
+
+
+def run(cluster, function, pieces, elsewhere=context):
+    """Outcomes by their pieces."""
+    return {out.piece.numbers: out for out in cluster.run(function, pieces, None, elsewhere)}
+
+
+def doubled(made, piece):
+    assert made == "made in a worker"
+    return [2 * n for n in piece.numbers]
+
+
+def test_every_piece_is_done_once_by_workers_that_made_their_own_context(here):
+    with Cluster(here, workers=3) as cluster:
+        found = run(cluster, doubled, [Numbers((n,)) for n in range(7)])
+    assert {numbers: out.result for numbers, out in found.items()} == {(n,): [2 * n] for n in range(7)}
+    assert not any(out.error for out in found.values())
+
+
+def shared(_, piece):
+    return os.environ.get("MTA_SHARED")
+
+
+def test_workers_write_for_the_group_that_the_driver_writes_for(here, monkeypatch):
+    for value in ("group", None):
+        monkeypatch.setenv("MTA_SHARED", value) if value else monkeypatch.delenv("MTA_SHARED")
+        with Cluster(here, workers=1) as cluster:
+            assert run(cluster, shared, [Numbers((1,))])[1,].result == value
+
+
+def spoilt(_, piece):
+    """3 raises, 11 takes the worker with it."""
+    if 3 in piece.numbers:
+        raise ValueError("a text of somebody's\nand its second line")
+    if 11 in piece.numbers:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return sum(piece.numbers)
+
+
+def test_who_makes_workers_fail_is_found_and_the_others_finish(here):
+    with Cluster(here, workers=3, attempts=2) as cluster:
+        found = run(cluster, spoilt, [Numbers(tuple(range(6))), Numbers(tuple(range(6, 13))), Numbers((20, 21))])
+    failed = {numbers: out.error for numbers, out in found.items() if out.error}
+    assert set(failed) == {(3,), (11,)}
+    assert failed[3,].splitlines()[0] == "ClusterError: a worker failed: ValueError"
+    assert failed[11,].startswith("workers died of it, ")
+    assert sorted(n for numbers in found for n in numbers) == [*range(13), 20, 21]
+
+
+def full(_, piece):
+    raise StoreError("no space left", hint="Make room.")
+
+
+def hopeless(_, piece):
+    raise ValueError("the card is broken")
+
+
+def test_what_is_nobodys_fault_stops_the_run(here):
+    with Cluster(here, workers=1) as cluster:
+        with pytest.raises(StoreError, match="no space left"):
+            run(cluster, full, [Numbers((1, 2))])
+        with pytest.raises(ClusterError, match=r"nobody of a cohort of 4 could be computed.*ValueError"):
+            run(cluster, hopeless, [Numbers((1, 2, 3, 4))])
+
+
+def no_context():
+    raise BankMismatch("another bank lies here", hint="Give the same folder.")
+
+
+def dead_context():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_workers_that_cannot_begin_stop_the_run(here):
+    with Cluster(here, workers=1, attempts=1) as cluster:
+        with pytest.raises(BankMismatch, match="another bank lies here"):
+            run(cluster, doubled, [Numbers((1,))], no_context)
+        with pytest.raises(ClusterError, match="2 workers in a row could not start"):
+            run(cluster, doubled, [Numbers((1,))], dead_context)
+
+
+def test_without_a_cluster_it_is_said_what_to_type():
+    with pytest.raises(ClusterError, match=r"no Ray cluster at '127.0.0.1:1': .*\n  Give local"):
+        Cluster("127.0.0.1:1")
+
+
+# -- people ------------------------------------------------------------------------------------------------------------
+
+RUN = TINY_RUN.model_copy(
+    update={
+        "encoder": "base",
+        "stack": TINY_RUN.stack.model_copy(
+            update={"training": TINY_RUN.stack.training.model_copy(update={"steps": 12})}
+        ),
+    }
+)
+BUILD = {"task": "movielens-rating", "task_people": people_of(4, prefix="t")}
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """A base in a folder, as workers load it; a bank over it; and the states that one process makes, in one thread."""
+    folder = tmp_path_factory.mktemp("site")
+    made = base_of()
+    made.model.save_pretrained(folder / "base")
+    made.tokenizer.save_pretrained(folder / "base")
+    run = RUN.model_copy(update={"base": str(folder / "base")})
+    base = BaseModel.of(run)
+    alone = LocalExecutor(most=2)
+    bank = Bank.build(base, people_of(12, prefix="c"), folder / "bank", run=run, executor=alone, **BUILD)
+    Personalizer(base, bank, folder / "alone", executor=alone).personalize(people_of(PEOPLE))
+    return base, bank, states(folder / "alone")
+
+
+def states(folder):
+    store = Store(folder)
+    return {person.id: store.load(person.id).to_bytes() for person in people_of(PEOPLE)}
+
+
+def personalized(base, bank, store, cluster, on_step=None):
+    return Personalizer(base, bank, store, executor=cluster).personalize(people_of(PEOPLE), on_step=on_step)
+
+
+@pytest.mark.parametrize("workers", [1, 4])
+def test_any_number_of_workers_makes_the_same_states(here, site, tmp_path, workers):
+    base, bank, alone = site
+    told = []
+    with Cluster(here, workers=workers, most=2) as cluster:
+        done = personalized(base, bank, tmp_path, cluster, lambda stage, step: told.append((stage, step.examples)))
+    assert (done.trained, done.failed) == (PEOPLE, {})
+    assert states(tmp_path) == alone
+    assert told == [("fleet", n) for n in range(2, PEOPLE + 1, 2)]
+    assert not (tmp_path / "work").exists()
+
+
+def test_workers_refuse_another_store_or_bank_than_the_drivers(site, tmp_path):
+    base, bank, _ = site
+    spec = WorkerSpec.of(base, bank, bank.info.run, Store(tmp_path / "people"), ())
+    assert spec.open().store.identity() == spec.identity
+    with pytest.raises(StoreError, match="another store, or none"):
+        replace(spec, store=str(tmp_path / "elsewhere")).open()
+    assert not (tmp_path / "elsewhere").exists()
+    with pytest.raises(BankMismatch, match="a worker found bank"):
+        replace(spec, hash="0" * 64).open()
+
+
+def killed_midway(site, folder):
+    """Four workers on two nodes; when the first cohort is done, a whole node is lost with the two workers on it."""
+    base, bank, alone = site
+    lost = []
+    with nodes() as (started, second):
+
+        def lose(stage, step):
+            if not lost:
+                lost.append(second)
+                started.remove_node(second, allow_graceful=False)
+
+        with Cluster(started.address, workers=4, most=2) as cluster:
+            done = personalized(base, bank, folder, cluster, lose)
+    assert lost
+    assert (done.trained, done.failed) == (PEOPLE, {})
+    assert states(folder) == alone
+
+
+@pytest.mark.slow
+def test_a_node_that_is_lost_with_its_workers_changes_nothing(site, tmp_path):
+    killed_midway(site, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_twenty_times_in_a_row(site, tmp_path):
+    for turn in range(20):
+        killed_midway(site, tmp_path / str(turn))
+
+
+@pytest.mark.slow
+def test_a_driver_that_died_is_followed_by_one_that_goes_on_in_the_same_cohorts(here, site, tmp_path):
+    base, bank, alone = site
+
+    def die(stage, step):
+        raise KeyboardInterrupt
+
+    with Cluster(here, workers=2, most=2) as cluster:
+        with pytest.raises(KeyboardInterrupt):
+            personalized(base, bank, tmp_path, cluster, die)
+        assert (tmp_path / "work").exists()
+        done = personalized(base, bank, tmp_path, cluster)
+    assert 0 < done.trained < PEOPLE
+    assert states(tmp_path) == alone
+
+
+def poisoned(worker, cohort):
+    from mta.personalize.worker import personalize_cohort
+
+    if any(item.person.id == "p7" for item in cohort.items):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return personalize_cohort(worker, cohort)
+
+
+def test_somebody_who_makes_workers_die_is_reported_and_the_others_are_personalized(here, site, tmp_path, monkeypatch):
+    base, bank, alone = site
+    monkeypatch.setattr("mta.personalize.pipeline.personalize_cohort", poisoned)
+    with Cluster(here, workers=2, most=4, attempts=2) as cluster:
+        done = personalized(base, bank, tmp_path, cluster)
+    assert done.trained == PEOPLE - 1
+    assert set(done.failed) == {"p7"}
+    assert "died" in done.failed["p7"]
+    store = Store(tmp_path)
+    assert "p7" not in store
+    for person in people_of(PEOPLE):
+        if person.id != "p7":  # in other cohorts than alone, so equal as far as mates do not count
+            theirs = State.from_bytes(alone[person.id]).stack.tensors()
+            for name, tensor in store.load(person.id).stack.tensors().items():
+                assert (tensor - theirs[name]).abs().max() < 1e-10
+
+
+def test_without_a_store_states_come_back(here, site):
+    base, bank, alone = site
+    with Cluster(here, workers=2, most=2) as cluster:
+        personal = Personalizer(base, bank, executor=cluster)
+        personal.personalize(people_of(PEOPLE))
+    assert {person.id: personal.state(person.id).to_bytes() for person in people_of(PEOPLE)} == alone
+
+
+def test_a_bank_built_by_workers_is_the_same_bank(here, site, tmp_path):
+    base, bank, _ = site
+    steps = []
+    with Cluster(here, workers=3, most=2) as cluster:
+        built = Bank.build(
+            base,
+            people_of(12, prefix="c"),
+            tmp_path / "bank",
+            run=bank.info.run,
+            executor=cluster,
+            on_step=lambda stage, step: steps.append((stage, step.examples)),
+            **BUILD,
+        )
+    assert built.hash == bank.hash
+    assert steps == [("task LoRA", 1), ("anchors", 2), ("anchors", 3)] or steps == [
+        ("task LoRA", 1),
+        ("anchors", 1),
+        ("anchors", 3),
+    ]
+
+
+@pytest.mark.slow
+def test_an_experiment_on_workers_writes_the_same_records(here, tmp_path, monkeypatch):
+    monkeypatch.setenv("MTA_CACHE", str(tmp_path / "cache"))
+    base_of("llama", torch.float32).model.save_pretrained(tmp_path / "base")
+    tokenizer().save_pretrained(tmp_path / "base")
+    rows = [
+        {"person": person.id, **item.fields, "time": item.time}
+        for person in people_of(30, items=8)
+        for item in person.items
+    ]
+    (tmp_path / "people.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = [f"run.base={tmp_path / 'base'}", "run.task=movielens-rating", "run.dtype=float32", "run.encoder=base"]
+    recipe = override(load_experiment("smoke"), given)
+
+    def records(name, executor):
+        workspace = Workspace.open(recipe, tmp_path / name, str(tmp_path / "people.jsonl"), executor=executor)
+        run_experiment(workspace, ["ablation"])
+        return {(r.key, r.person): r for r in read_records(tmp_path / name)}
+
+    alone = records("alone", LocalExecutor(most=16))
+    with Cluster(here, workers=3, most=16) as cluster:
+        fleet = records("fleet", cluster)
+    assert alone.keys() == fleet.keys() != set()
+    for key, one in alone.items():  # products this small are rounded differently by each process in float32
+        assert fleet[key].metrics == pytest.approx(one.metrics, abs=1e-4)
+        assert fleet[key].answers == one.answers
+
+
+@pytest.mark.slow
+@pytest.mark.real
+@pytest.mark.network
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_workers_with_real_weights_make_the_same_bytes(here, fetched, tmp_path, dtype):
+    for asset in ("smollm2-135m-instruct", "movielens-100k"):
+        fetched(asset)
+    run = RUN.model_copy(update={"base": "smollm2-135m-instruct", "dtype": dtype, "memory": "1GiB"})
+    everybody = sorted(read_people(resolve("movielens-100k"), "movielens-rating"), key=lambda person: person.id)
+    base, people = BaseModel.of(run), [person.first(4) for person in everybody[40:44]]
+    build = {"task": "movielens-rating", "task_people": everybody[20:24]}
+    bank = Bank.build(base, everybody[:16], tmp_path / "bank", run=run, **build)
+    Personalizer(base, bank, tmp_path / "alone", executor=LocalExecutor(most=2)).personalize(people)
+    with Cluster(here, workers=2, most=2) as cluster:
+        Personalizer(base, bank, tmp_path / "fleet", executor=cluster).personalize(people)
+    alone, fleet = Store(tmp_path / "alone"), Store(tmp_path / "fleet")
+    for person in people:
+        assert fleet.load(person.id).to_bytes() == alone.load(person.id).to_bytes()

@@ -1,0 +1,182 @@
+"""How kernels are compiled, loaded and switched off, on machines as they are."""
+
+import ctypes
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import base_of, random_examples, random_loras
+
+import mta.kernels.compile as module
+from mta.errors import ConfigError
+from mta.kernels import FAMILIES, kernels, obstacle, without_kernels
+from mta.lora import PerPerson
+from mta.training.scoring import log_likelihood
+
+needs_kernels = pytest.mark.skipif(bool(obstacle()), reason=f"no kernels here: {obstacle()}")
+TOO_OLD = """#!/bin/sh
+echo "In file included from kernels.cpp:6:" >&2
+echo "{folder}/low_rank.hpp:41:10: error: '__builtin_shufflevector' was not declared in this scope" >&2
+echo "low_rank.hpp:42:10: error: something else" >&2
+exit 1
+"""
+
+
+def compiler(folder: Path, script: str) -> Path:
+    """A g++ in ``folder`` that is this shell script."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "g++"
+    path.write_text(script)
+    path.chmod(0o755)
+    return path
+
+
+def new_process(code: str = "k.kernels('norm', torch.zeros(1))", **change: str) -> subprocess.CompletedProcess[str]:
+    """Print the value of an expression in a process with this environment."""
+    return subprocess.run(
+        [sys.executable, "-c", f"import torch, mta.kernels as k; print({code})"],
+        env={"PYTHONPATH": os.environ.get("PYTHONPATH", "")} | change,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+
+
+def with_compiler(tmp_path: Path, script: str, cache: Path) -> dict[str, str]:
+    """The environment of a process whose only g++ is this script."""
+    return {"PATH": f"{compiler(tmp_path / 'bin', script).parent}:{os.environ['PATH']}", "MTA_CACHE": str(cache)}
+
+
+@needs_kernels
+@pytest.mark.integration
+def test_processes_that_start_at_once_all_get_kernels_that_one_of_them_compiled(tmp_path):
+    log = tmp_path / "log"
+    real = shutil.which("g++")
+    compiler(tmp_path / "bin", f'#!/bin/sh\necho "$@" >> {log}\nexec {real} "$@" -O0\n')  # fast to compile
+    code = (
+        "import sys, torch, mta.kernels as k; print('ready', flush=True); sys.stdin.readline(); x = torch.ones(1, 2)\n"
+        "print(k.product(x, x), k.kernels('norm', x) is not None, len(k.kernels('attention', x.bfloat16())))"
+    )
+    env = os.environ | {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "MTA_CACHE": str(tmp_path / "cache")}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    workers = [subprocess.Popen([sys.executable, "-c", code], env=env, **pipes) for _ in range(3)]
+    for worker in workers:
+        assert worker.stdout.readline() == "ready\n"
+    for worker in workers:
+        worker.stdin.write("go\n")
+        worker.stdin.flush()
+    for worker in workers:
+        said, wrong = worker.communicate(timeout=300)
+        assert (said, wrong) == ("tensor([[2.]]) True 5\n", "")
+    steps = [line for line in log.read_text().splitlines() if "--version" not in line]
+    assert sum("-shared" in line for line in steps) == 1
+    assert sorted(part for line in steps for part in line.split() if part.startswith("-DNUMBER")) == [
+        "-DNUMBER=bf16",
+        "-DNUMBER=double",
+        "-DNUMBER=float",
+    ]
+    kept = sorted(path.suffix for path in (tmp_path / "cache" / "kernels").iterdir())
+    assert kept in ([".lock", ".so"], [".so"])
+
+
+@needs_kernels
+def test_a_failing_compiler_is_logged_once_and_no_kernel_is_used(tmp_path):
+    where = with_compiler(tmp_path, TOO_OLD.format(folder=Path(module.__file__).parent), tmp_path / "cache")
+    error = "low_rank.hpp:41:10: error: '__builtin_shufflevector' was not declared in this scope"
+    done = new_process("[k.kernels(name, torch.zeros(1)) for name in ('norm', 'rotate')], k.failure()", **where)
+    assert done.stdout == f"[None, None] {error}\n"
+    assert done.stderr.count(error) == 1
+    assert not list((tmp_path / "cache" / "kernels").glob("*.so*"))
+
+
+@needs_kernels
+def test_the_status_of_a_silent_compiler_is_reported(tmp_path):
+    where = with_compiler(tmp_path, "#!/bin/sh\nexit 3\n", tmp_path / "cache")
+    assert new_process("k.failure()", **where).stdout == "g++ ended with status 3 and no message\n"
+
+
+@needs_kernels
+def test_an_unwritable_cache_is_reported_as_a_failure(tmp_path):
+    (tmp_path / "file").write_text("")
+    where = with_compiler(tmp_path, "#!/bin/sh\nexit 0\n", tmp_path / "file")
+    assert "Not a directory" in new_process("k.failure()", **where).stdout
+
+
+def test_without_a_compiler_no_kernel_is_used():
+    for change in ({"MTA_KERNELS": "off"}, {"PATH": "/nowhere"}):
+        assert new_process(**change).stdout == "None\n"
+
+
+@pytest.mark.parametrize(("machine", "vectors"), [("x86_64", True), ("aarch64", False)])
+def test_the_compiler_is_given_only_flags_of_the_machine(monkeypatch, machine, vectors):
+    monkeypatch.setattr(module.platform, "machine", lambda: machine)
+    assert any(flag.startswith("-mprefer-vector-width") for flag in module._flags()) == vectors
+    assert "x86" not in obstacle()
+
+
+def test_other_machines_are_not_tried(monkeypatch):
+    monkeypatch.delenv("MTA_KERNELS", raising=False)
+    monkeypatch.setattr(module.sys, "platform", "linux")
+    monkeypatch.setattr(module.platform, "machine", lambda: "riscv64")
+    assert obstacle() == "they are for x86-64 and ARM64, this is riscv64"
+
+
+@needs_kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_every_kernel_of_the_library_belongs_to_one_family(dtype):
+    library = ctypes.CDLL(str(module._compiled(shutil.which("g++"), module._openmp())))
+    named = [name for names in FAMILIES.values() for name in names]
+    assert sorted(module._table(library, dtype)) == sorted(named)
+    assert len(set(named)) == len(named)
+
+
+@needs_kernels
+def test_the_library_says_what_its_kernels_take():
+    with pytest.raises(TypeError, match="at least 10 arguments"):
+        kernels("rotate", torch.zeros(1))["rotate"](None, None)
+    with pytest.raises(ctypes.ArgumentError):
+        kernels("rotate", torch.zeros(1))["rotate"](None, None, None, None, *(["many"] * 6))
+
+
+@needs_kernels
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_family_that_is_switched_off_changes_no_result(family):
+    base = base_of("llama")
+    jobs, adapters = [random_examples(5, 1), random_examples(3, 2)], [PerPerson(random_loras(base, 2))]
+    expected = log_likelihood(base, jobs, adapters)
+    with without_kernels(family):
+        assert kernels(family, torch.zeros(1)) is None
+        assert all(kernels(other, torch.zeros(1)) is not None for other in FAMILIES if other != family)
+        found = log_likelihood(base, jobs, adapters)
+    assert kernels(family, torch.zeros(1)) is not None
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)  # transformers' own norms go through float32
+
+
+@needs_kernels
+def test_blocks_without_kernels_can_be_nested():
+    x = torch.zeros(1)
+    with without_kernels("rotate"), without_kernels("adamw"):
+        assert kernels("rotate", x) is None
+        assert kernels("adamw", x) is None
+        with without_kernels():
+            assert not any(kernels(family, x) is not None for family in FAMILIES)
+        assert kernels("norm", x)
+    assert kernels("rotate", x)
+
+
+@needs_kernels
+def test_the_environment_switches_off_single_families():
+    code = "[k.kernels(name, torch.zeros(1)) is None for name in ('norm', 'rotate', 'adamw')]"
+    assert new_process(code, **os.environ | {"MTA_KERNELS": "off:rotate,adamw"}).stdout == "[False, True, True]\n"
+
+
+@pytest.mark.parametrize("value", ["of", "off:rotat", "on:rotate", "off:rotate,"])
+def test_words_that_mean_nothing_are_refused(monkeypatch, value):
+    monkeypatch.setenv("MTA_KERNELS", value)
+    with pytest.raises(ConfigError, match=f"MTA_KERNELS is '{value}'; expected off, or off:NAME,NAME") as caught:
+        obstacle()
+    assert caught.value.hint == "Use all kernels:  unset MTA_KERNELS"

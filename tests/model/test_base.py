@@ -1,0 +1,326 @@
+"""The frozen base: what LoRA attaches to, whose weights they are, and what is refused."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from huggingface_hub import constants
+from tiny import KINDS, base_of, tokenizer
+from torch import nn
+from transformers import MambaConfig, MambaForCausalLM
+
+from mta.config import Run
+from mta.data.history import Item
+from mta.data.tasks import load_task
+from mta.errors import AssetError, ModelError, UnsupportedModel
+from mta.model.base import BaseModel
+from mta.model.fingerprint import fingerprint_of
+from mta.model.generate import generate
+
+SMOLLM2 = "631823ecce74fbc7b4ddb672183c5585efbf77b71e0824146af73e341dd72b6c"  # of the converted asset
+ATTENTION = {f"self_attn.{name}_proj" for name in "qkvo"}
+MLP = {"mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"}
+GPT2 = {"attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"}
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory) -> Path:
+    """A tiny Llama as a folder that loads like any other."""
+    folder = tmp_path_factory.mktemp("tiny-llama")
+    base_of("llama", torch.float32).model.save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def copy(saved, tmp_path) -> Path:
+    """A copy of that folder which a test may change."""
+    return Path(shutil.copytree(saved, tmp_path / "copy"))
+
+
+def load(folder) -> BaseModel:
+    return BaseModel.load(str(folder), "float32", "cpu")
+
+
+def configured(folder: Path, **changes) -> Path:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    return folder
+
+
+def refused(folder, kind=ModelError) -> str:
+    with pytest.raises(kind) as caught:
+        load(folder)
+    return str(caught.value)
+
+
+# what LoRA attaches to
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_all_linear_layers_but_the_head_are_targets(kind):
+    base = base_of(kind)
+    wanted, stem = (GPT2, "transformer.h") if kind == "gpt2" else (ATTENTION | MLP, "model.layers")
+    assert set(base.targets) == {f"{stem}.{layer}.{name}" for layer in range(2) for name in wanted}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_targets_tell_inputs_and_outputs(kind):
+    base = base_of(kind)
+    for name, (inputs, outputs) in base.targets.items():
+        assert base.model.get_submodule(name)(torch.zeros(1, inputs, dtype=base.dtype)).shape == (1, outputs)
+
+
+def test_only_gpt2_stores_weights_transposed():
+    assert [kind for kind in KINDS if base_of(kind).fan_in_fan_out] == ["gpt2"]
+
+
+def test_a_base_has_no_trainable_parameters():
+    base = base_of()
+    assert not base.model.training
+    assert not any(parameter.requires_grad for parameter in base.model.parameters())
+
+
+# loading
+
+
+def test_a_local_folder_loads_and_computes_as_before(saved):
+    tokens = torch.tensor([[5, 6, 7]])
+    before, after = base_of("llama", torch.float32).model, load(saved).model
+    torch.testing.assert_close(after(input_ids=tokens).logits, before(input_ids=tokens).logits)
+
+
+def test_a_base_keeps_the_name_it_was_loaded_by(saved):
+    base = load(saved)
+    assert (base.name, base.note) == (str(saved), "")
+
+
+def test_prompts_are_at_most_as_long_as_the_models_context(saved):
+    assert load(saved).prompts.max_tokens == 512
+    assert BaseModel.load(str(saved), "float32", "cpu", max_tokens=100).prompts.max_tokens == 100
+
+
+def test_the_encoder_named_base_stays_the_base_beside_a_folder_of_that_name(tmp_path, monkeypatch):
+    (tmp_path / "base").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert base_of().as_loaded(Run(encoder="base")).encoder == "base"
+
+
+@pytest.mark.parametrize("name", ["float32", "bfloat16", "float64"])
+def test_weights_load_in_the_dtype_asked_for(saved, name):
+    base = BaseModel.load(str(saved), name, "cpu")
+    assert base.dtype == getattr(torch, name)
+    assert base.master_dtype == (torch.float64 if name == "float64" else torch.float32)
+
+
+# what cannot be loaded
+
+
+def test_a_folder_without_a_model_is_refused(tmp_path):
+    assert "cannot be loaded as a causal language model" in refused(tmp_path)
+
+
+def test_a_path_that_is_not_there_is_refused(tmp_path):
+    with pytest.raises(AssetError, match="no such file or folder"):
+        load(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize("name", ["nobody/nothing", "smollm2"])
+def test_an_unknown_name_without_a_network_is_reported_as_neither_folder_nor_asset(name, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(AssetError) as caught:
+        load(name)
+    assert f"{name!r} is neither an asset (smollm2-135m-instruct, " in caught.value.message
+    assert "give the folder" in caught.value.hint
+
+
+def test_weights_that_were_cut_short_are_refused(copy):
+    weights = copy / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    assert "cannot be loaded as a causal language model" in refused(copy)
+
+
+def test_missing_weights_are_refused(copy):
+    message = refused(configured(copy, num_hidden_layers=3))
+    assert "9 weights are not in its files, model.layers.2.input_layernorm.weight first" in message
+
+
+def test_weights_of_another_shape_are_refused(copy):
+    assert "cannot be loaded as a causal language model" in refused(configured(copy, vocab_size=300))
+
+
+def test_pickled_weights_are_not_read(copy):
+    torch.save(base_of().model.state_dict(), copy / "pytorch_model.bin")
+    (copy / "model.safetensors").unlink()
+    assert "cannot be loaded as a causal language model" in refused(copy)
+
+
+@pytest.mark.parametrize("method", ["gptq", "bitsandbytes", "fp8"])
+def test_a_quantized_folder_is_refused_before_its_weights_are_read(copy, method):
+    (copy / "model.safetensors").unlink()
+    configured(copy, quantization_config={"quant_method": method, "bits": 4})
+    message = refused(copy, UnsupportedModel)
+    assert "'llama' is quantized; adapters are trained over unquantized weights only" in message
+
+
+def test_a_quantized_model_is_refused():
+    model = KINDS["llama"]()
+    model.config.quantization_config = {"quant_method": "gptq"}
+    with pytest.raises(UnsupportedModel, match="is quantized"):
+        BaseModel(model, tokenizer(), "tiny")
+
+
+def test_a_recurrent_model_is_refused():
+    model = MambaForCausalLM(MambaConfig(vocab_size=260, hidden_size=8, state_size=4, num_hidden_layers=1))
+    with pytest.raises(UnsupportedModel, match="'mamba' carries a recurrent state"):
+        BaseModel(model, tokenizer(), "tiny")
+
+
+def test_a_model_without_gradient_checkpointing_is_refused_when_it_is_needed():
+    model = base_of("llama").model
+    model.supports_gradient_checkpointing = False
+    with pytest.raises(UnsupportedModel, match="'tiny' has no gradient checkpointing"):
+        BaseModel(model, tokenizer(), "tiny", gradient_checkpointing=True)
+
+
+def test_a_model_without_plain_linear_layers_is_refused():
+    class Packed(nn.Linear):
+        """A linear layer that stores its weights in a way of its own."""
+
+    model = KINDS["llama"]()
+    for module in model.modules():
+        if type(module) is nn.Linear:
+            module.__class__ = Packed
+    with pytest.raises(UnsupportedModel, match=r"has no plain linear layers to adapt; its modules are .*Packed"):
+        BaseModel(model, tokenizer(), "tiny")
+
+
+def test_what_is_exchanged_on_a_model_is_part_of_the_check(monkeypatch):
+    def spoiled(model):
+        model.model.layers[0].mlp.act_fn = nn.ReLU()
+        return ["LlamaMLP"]
+
+    monkeypatch.setattr("mta.model.base.use_kernels", spoiled)
+    with pytest.raises(UnsupportedModel, match="'tiny-llama' gives a text other logits in a batch than alone"):
+        base_of()
+
+
+# whose weights they are
+
+
+def test_the_fingerprint_does_not_depend_on_the_dtype_weights_load_in(saved):
+    assert BaseModel.load(str(saved), "bfloat16", "cpu").fingerprint == load(saved).fingerprint
+
+
+def test_the_fingerprint_does_not_depend_on_sharding(saved, tmp_path):
+    base_of("llama", torch.float32).model.save_pretrained(tmp_path, max_shard_size="5KB")
+    tokenizer().save_pretrained(tmp_path)
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1
+    assert load(tmp_path).fingerprint == load(saved).fingerprint
+
+
+def test_the_fingerprint_does_not_depend_on_the_configuration(saved, copy):
+    assert load(configured(copy, bos_token_id=7)).fingerprint == load(saved).fingerprint
+
+
+def test_one_changed_byte_of_the_weights_changes_the_fingerprint(saved, copy):
+    weights = copy / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    assert load(copy).fingerprint != load(saved).fingerprint
+
+
+def test_another_chat_template_changes_the_fingerprint(saved, copy):
+    template = copy / "chat_template.jinja"
+    template.write_text(template.read_text() + " ")
+    assert load(copy).fingerprint != load(saved).fingerprint
+
+
+def test_another_vocabulary_changes_the_fingerprint(saved, copy):
+    other = tokenizer().from_pretrained(saved)
+    other.add_tokens(["<|more|>"])
+    other.save_pretrained(copy)
+    assert load(copy).fingerprint != load(saved).fingerprint
+
+
+def test_another_way_to_split_text_changes_the_fingerprint(saved, copy):
+    rules = json.loads((copy / "tokenizer.json").read_text())
+    rules["normalizer"] = {"type": "Lowercase"}
+    (copy / "tokenizer.json").write_text(json.dumps(rules))
+    assert load(copy).fingerprint != load(saved).fingerprint
+
+
+def test_the_shape_of_a_tensor_is_part_of_the_fingerprint():
+    flat = torch.arange(6.0)
+    assert fingerprint_of({"w": flat.view(2, 3)}, tokenizer()) != fingerprint_of({"w": flat.view(3, 2)}, tokenizer())
+
+
+def test_a_tensor_name_with_control_characters_has_no_fingerprint():
+    """A line break in a name would read as the next tensor's line."""
+    with pytest.raises(ModelError, match="control character"):
+        fingerprint_of({"a\nb": torch.ones(1)}, tokenizer())
+
+
+# computing
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_logits_at_chosen_positions_equal_the_models(kind):
+    base = base_of(kind)
+    tokens = torch.randint(3, 259, (2, 12), generator=torch.Generator().manual_seed(1))
+    ends, places = torch.full((2, 12), 12), torch.tensor([0, 11, 15, 23])
+    found = base.logits(tokens, ends, torch.arange(12).expand(2, 12), places)
+    whole = base.model(input_ids=tokens).logits.flatten(0, 1)
+    torch.testing.assert_close(found, whole[places], rtol=1e-9, atol=1e-9)
+
+
+def test_computing_logits_does_not_change_the_model():
+    base = base_of()
+    tokens, ends = torch.tensor([[4, 5, 6]]), torch.full((1, 3), 3)
+    before = base.model(input_ids=tokens).logits
+    base.logits(tokens, ends, torch.arange(3)[None], torch.tensor([2]))
+    assert torch.equal(base.model(input_ids=tokens).logits, before)
+
+
+@pytest.mark.parametrize(("named", "stops"), [(None, [2]), (7, [2, 7]), ([9, 2, 7], [2, 7, 9])])
+def test_an_answer_stops_at_the_templates_end_and_at_what_the_model_names(named, stops):
+    base = base_of()
+    base.model.generation_config.eos_token_id = named
+    assert base.stop_tokens == stops
+
+
+# the real one
+
+
+@pytest.fixture(scope="module")
+def smollm2(fetched) -> BaseModel:
+    fetched("smollm2-135m-instruct")
+    return BaseModel.load("smollm2-135m-instruct", "float32")  # in bfloat16 its first answers are near ties
+
+
+@pytest.mark.integration
+@pytest.mark.real
+@pytest.mark.network
+def test_the_real_base_has_the_pinned_fingerprint(smollm2):
+    assert smollm2.fingerprint == SMOLLM2
+    assert smollm2.note == "dequantized from Q4_1"
+
+
+@pytest.mark.integration
+@pytest.mark.real
+@pytest.mark.network
+def test_the_real_base_has_seven_targets_in_each_of_thirty_layers(smollm2):
+    assert len(smollm2.targets) == 7 * 30
+    assert smollm2.targets["model.layers.0.mlp.down_proj"] == (1536, 576)
+
+
+@pytest.mark.integration
+@pytest.mark.real
+@pytest.mark.network
+def test_the_real_base_answers_sensibly(smollm2):
+    prompt = smollm2.prompts.prompt(load_task("text"), Item({"input": "What is the capital of France?"}))
+    answers = generate(smollm2, [prompt.tokens], [-1], [], max_new_tokens=16)
+    assert "Paris" in smollm2.prompts.decode(answers[0])

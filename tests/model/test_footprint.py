@@ -1,0 +1,174 @@
+"""What passes are planned to take against the tensors that they really hold."""
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+from memory import TensorMemory
+from tiny import random_loras, tokenizer
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
+
+from mta.config import Training
+from mta.data.tasks.prompt import Example
+from mta.errors import MemoryBudgetError
+from mta.kernels import without_kernels
+from mta.lora import Gated, PerPerson, Shared
+from mta.lora.batch import fresh
+from mta.model.base import BaseModel
+from mta.model.footprint import Numbers, Texts
+from mta.training.packing import pack
+from mta.training.plan import plan_cohorts
+from mta.training.scoring import log_likelihood
+from mta.training.trainer import Job, train_loras
+
+ONE_STEP = Training(steps=1, batch_size=64)
+LARGE = 2**16  # tokens of a vocabulary
+COMMON = {"num_hidden_layers": 3, "max_position_embeddings": 1024, "pad_token_id": 0, "bos_token_id": 1}
+COMMON |= {"eos_token_id": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+FINE = {"vocab_size": 300, "hidden_size": 128, "head_dim": 64, "moe_intermediate_size": 96}
+FINE |= {"num_experts": 16, "num_experts_per_tok": 4}
+SHAPES = {
+    "llama": lambda: LlamaForCausalLM(
+        LlamaConfig(vocab_size=300, hidden_size=192, intermediate_size=512, head_dim=48, **COMMON)
+    ),
+    "large vocabulary": lambda: LlamaForCausalLM(
+        LlamaConfig(vocab_size=LARGE, hidden_size=64, intermediate_size=160, **COMMON)
+    ),
+    "qwen3": lambda: Qwen3ForCausalLM(
+        Qwen3Config(vocab_size=5000, hidden_size=128, intermediate_size=256, head_dim=64, **COMMON)
+    ),
+    "gpt2": lambda: GPT2LMHeadModel(
+        GPT2Config(vocab_size=300, n_embd=192, n_layer=3, n_head=4, pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    ),
+    "mixtral": lambda: MixtralForCausalLM(
+        MixtralConfig(vocab_size=300, hidden_size=192, intermediate_size=512, num_local_experts=4, **COMMON)
+    ),
+    "qwen3 moe": lambda: Qwen3MoeForCausalLM(Qwen3MoeConfig(**FINE, **COMMON)),
+}
+
+
+def base_of(shape: str, dtype: torch.dtype = torch.float32, checkpointing: bool = False) -> BaseModel:
+    torch.manual_seed(0)
+    return BaseModel(SHAPES[shape]().to(dtype), tokenizer(), shape, gradient_checkpointing=checkpointing)
+
+
+def jobs_of(people: int, examples: int = 5, prefix: int = 60, own: int = 24, targets: int = 6) -> list[Job]:
+    draw = torch.Generator().manual_seed(0)
+
+    def tokens(count: int) -> tuple[int, ...]:
+        return tuple(torch.randint(3, 259, (count,), generator=draw).tolist())
+
+    def job(name: str) -> Job:
+        head = tokens(prefix)
+        return Job(name, [Example(head + tokens(own + targets), prefix + own) for _ in range(examples)])
+
+    return [job(f"person-{n}") for n in range(people)]
+
+
+def sizes(base: BaseModel, jobs: list[Job]) -> tuple[int, int, int, Texts]:
+    """Padded tokens, places that need logits, people, and lengths, where all jobs go through the base together."""
+    rows = [row for job in jobs for row in pack(job.examples, base.attention_price, blocked=base.blocked)]
+    texts = Texts(len(jobs[0].examples[0].tokens) - 1, jobs[0].examples[0].target_start - 24)
+    return len(rows) * max(len(row.tokens) for row in rows), sum(row.places for row in rows), len(jobs), texts
+
+
+def held(base: BaseModel, *batches: object) -> list[torch.Tensor]:
+    """Tensors that were there before: weights and adapters."""
+    factors = [factor for batch in batches for pair in batch.factors.values() for factor in pair]
+    return [*base.model.parameters(), *base.model.buffers(), *factors]
+
+
+@pytest.mark.parametrize("compiled", [True, False], ids=["kernels", "torch"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("shape", "below"),
+    [("llama", "merge"), ("llama", "gates"), ("large vocabulary", "task"), ("qwen3", "merge"), ("gpt2", "none")],
+)
+def test_training_and_scoring_passes_take_the_planned_memory(shape, below, dtype, compiled):
+    with nullcontext() if compiled else without_kernels():
+        base, jobs = base_of(shape, dtype), jobs_of(3)
+        width = sum(d + o for d, o in base.targets.values())
+        task, merges, bank = (random_loras(base, n, r).to(dtype) for n, r in ((1, 8), (len(jobs), 6), (5, 4)))
+        gates = torch.rand(len(jobs), len(bank)).to(dtype)
+        frozen, numbers = {
+            "none": ([], Numbers(width)),
+            "task": ([Shared(task)], Numbers(width, pooled=8 * width)),
+            "merge": ([Shared(task), PerPerson(merges)], Numbers(width, pooled=8 * width, frozen=6 * width)),
+            "gates": ([Shared(task), Gated(bank, gates)], Numbers(width, pooled=8 * width, shared=20 * width)),
+        }[below]
+        start, stacks = fresh(base.targets, 1, 1.0, 0, [job.key for job in jobs]), random_loras(base, len(jobs), 1)
+        known = held(base, task, merges, bank, stacks := stacks.to(dtype))
+        with TensorMemory(known) as training:
+            train_loras(base, jobs, start, ONE_STEP, frozen=frozen, tokens_per_batch=2**20)
+        with TensorMemory(known) as scoring:
+            log_likelihood(base, [job.examples for job in jobs], [*frozen, PerPerson(stacks)], tokens_per_batch=2**20)
+    planned = base.footprint.training(*sizes(base, jobs), numbers) + 4 * 4 * width * len(jobs)  # AdamW's buffers
+    assert training.peak == pytest.approx(planned, rel=0.15)
+    assert scoring.peak == pytest.approx(base.footprint.scoring(*sizes(base, jobs), numbers), rel=0.15)
+
+
+@pytest.mark.parametrize("compiled", [True, False], ids=["kernels", "torch"])
+@pytest.mark.parametrize("shape", ["mixtral", "qwen3 moe"])
+def test_passes_through_a_mixture_of_experts_take_the_planned_memory(shape, compiled):
+    with nullcontext() if compiled else without_kernels():
+        base, jobs = base_of(shape), jobs_of(3)
+        width, stacks = sum(d + o for d, o in base.targets.values()), random_loras(base, len(jobs), 1)
+        start = fresh(base.targets, 1, 1.0, 0, [job.key for job in jobs])
+        with TensorMemory(held(base, stacks)) as training:
+            train_loras(base, jobs, start, ONE_STEP, tokens_per_batch=2**20)
+        with TensorMemory(held(base, stacks)) as scoring:
+            log_likelihood(base, [job.examples for job in jobs], [PerPerson(stacks)], tokens_per_batch=2**20)
+    planned = base.footprint.training(*sizes(base, jobs), Numbers(width)) + 4 * 4 * width * len(jobs)
+    assert training.peak == pytest.approx(planned, rel=0.15)
+    assert scoring.peak == pytest.approx(base.footprint.scoring(*sizes(base, jobs), Numbers(width)), rel=0.15)
+
+
+def test_gradient_checkpointing_takes_the_planned_memory():
+    base, jobs = base_of("llama", checkpointing=True), jobs_of(3)
+    width = sum(d + o for d, o in base.targets.values())
+    with TensorMemory(held(base)) as training:
+        train_loras(base, jobs, fresh(base.targets, 1, 1.0, 0, ["a"] * 3), ONE_STEP, tokens_per_batch=2**20)
+    planned = base.footprint.training(*sizes(base, jobs), Numbers(width)) + 4 * 4 * width * len(jobs)
+    assert training.peak == pytest.approx(planned, rel=0.15)
+
+
+@pytest.mark.parametrize("memory", [40, 60])
+def test_training_and_scoring_over_a_large_vocabulary_stay_within_the_memory(memory):
+    """Most of what these passes take is logits."""
+    base, jobs = base_of("large vocabulary"), jobs_of(4, targets=16)
+    width, budget = sum(d + o for d, o in base.targets.values()), memory * 2**20
+    task = random_loras(base, 1, 8)
+    plan = plan_cohorts(base, jobs, width, budget, below=Numbers(pooled=8 * width))
+    with TensorMemory(held(base, task)) as used:
+        for cohort in plan.cohorts:
+            some = [jobs[n] for n in cohort]
+            start = fresh(base.targets, 1, 1.0, 0, [job.key for job in some])
+            how = {"frozen": [Shared(task)], "tokens_per_batch": plan.tokens_per_batch}
+            train_loras(base, some, start, ONE_STEP, **how)
+        log_likelihood(base, [job.examples for job in jobs], [Shared(task)], tokens_per_batch=plan.tokens_per_batch)
+    assert used.peak <= budget
+
+
+def test_logits_of_one_text_that_do_not_fit_are_an_error():
+    base, jobs = base_of("large vocabulary"), jobs_of(1, examples=1, targets=40)
+    with pytest.raises(MemoryBudgetError, match="one person needs about"):
+        plan_cohorts(base, jobs, 10, 10 * 2**20)
+
+
+def test_the_number_of_targets_per_block_does_not_change_results():
+    base, jobs = base_of("large vocabulary", torch.float64), jobs_of(2, targets=8)
+    start = fresh(base.targets, 1, 1.0, 0, ["a", "b"], torch.float64)
+    found, expected = (train_loras(base, jobs, start, ONE_STEP, tokens_per_batch=tokens) for tokens in (10, 1_000_000))
+    for name, tensor in found.tensors().items():
+        torch.testing.assert_close(tensor, expected.tensors()[name], rtol=0, atol=1e-10)

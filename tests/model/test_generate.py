@@ -1,0 +1,153 @@
+"""Decoding rows of different people together: everybody answers as if they were alone."""
+
+import pytest
+import torch
+from tiny import base_of, random_loras
+
+from mta.lora.layers import PerPerson, applied
+from mta.model.generate import generate
+
+KINDS = ["llama", "mistral", "qwen2", "qwen3", "gemma3", "gpt2"]
+
+
+def prompts_of(*lengths):
+    draw = torch.Generator().manual_seed(1)
+    return [torch.randint(3, 259, (length,), generator=draw).tolist() for length in lengths]
+
+
+def people(base, count=3):
+    return [PerPerson(random_loras(base, count, size=0.6))]
+
+
+def endless(base):
+    """The base without a token that ends an answer early, so that tests see what they ask for."""
+    base.prompts.end_token = 259
+    base.model.generation_config.eos_token_id = None
+    return base
+
+
+@torch.no_grad()
+def one_by_one(base, prompt, owner, adapters, count):
+    """The most likely token again and again, over the whole text each time: no batch, no padding, no cache."""
+    tokens = list(prompt)
+    with applied(base.model, adapters, torch.tensor([owner])):
+        for _ in range(count):
+            tokens.append(int(base.model(input_ids=torch.tensor([tokens]), use_cache=False).logits[0, -1].argmax()))
+    return tokens[len(prompt) :]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_batch_of_different_people_answers_like_each_alone_without_padding(kind):
+    """Long enough for the sliding windows of 5 tokens to matter; -1 is nobody."""
+    base = endless(base_of(kind))
+    prompts, owners, adapters = prompts_of(9, 3, 14, 7), [2, 0, -1, 1], people(base)
+    found = generate(base, prompts, owners, adapters, max_new_tokens=6)
+    assert found == [one_by_one(base, prompt, owner, adapters, 6) for prompt, owner in zip(prompts, owners)]
+
+
+def test_people_answer_one_question_differently():
+    base = endless(base_of())
+    answers = generate(base, prompts_of(8) * 4, [0, 1, 2, -1], people(base), max_new_tokens=6)
+    assert len({tuple(answer) for answer in answers}) == 4
+
+
+def test_answers_come_in_the_order_of_the_questions():
+    base = endless(base_of())
+    prompts, owners, adapters = prompts_of(5, 11, 2, 8, 11), [0, 1, 2, 0, 1], people(base)
+    forwards = generate(base, prompts, owners, adapters, max_new_tokens=5)
+    backwards = generate(base, prompts[::-1], owners[::-1], adapters, max_new_tokens=5)
+    assert forwards == backwards[::-1]
+
+
+@pytest.mark.parametrize("budget", [1, 30, 10_000])
+def test_the_batch_size_does_not_change_answers(budget):
+    base = endless(base_of())
+    prompts, owners, adapters = prompts_of(5, 11, 2, 8), [0, 1, 2, 0], people(base)
+    how = {"max_new_tokens": 5}
+    assert generate(base, prompts, owners, adapters, tokens_per_batch=budget, **how) == generate(
+        base, prompts, owners, adapters, **how
+    )
+
+
+@pytest.mark.parametrize("most", [1, 4, 9])
+def test_an_answer_has_at_most_the_tokens_asked_for(most):
+    base = endless(base_of())
+    answers = generate(base, prompts_of(5, 9), [0, 1], people(base), max_new_tokens=most)
+    assert [len(answer) for answer in answers] == [most, most]
+
+
+def test_an_answer_ends_before_its_end_token_while_others_go_on():
+    base = endless(base_of())
+    prompts, owners, adapters = prompts_of(6, 9), [0, 1], people(base)
+    first, second = generate(base, prompts, owners, adapters, max_new_tokens=8)
+    end = next(token for token in first[1:] if token not in second)
+    base.model.generation_config.eos_token_id = end
+    assert generate(base, prompts, owners, adapters, max_new_tokens=8) == [first[: first.index(end)], second]
+
+
+def test_the_templates_end_token_ends_an_answer_too():
+    base = endless(base_of())
+    whole = generate(base, prompts_of(6), [-1], [], max_new_tokens=8)[0]
+    base.prompts.end_token = whole[3]
+    assert generate(base, prompts_of(6), [-1], [], max_new_tokens=8)[0] == whole[: whole.index(whole[3])]
+
+
+def test_an_end_token_in_the_prompt_does_not_end_the_answer():
+    base = endless(base_of())
+    base.model.generation_config.eos_token_id = 2
+    prompt = [5, 2, 7, 2]
+    assert generate(base, [prompt], [-1], [], max_new_tokens=1) == [one_by_one(base, prompt, -1, [], 1)]
+
+
+def test_the_padding_token_in_a_prompt_is_text_like_any_other():
+    base = endless(base_of())
+    prompts = [[base.pad_token, 5, base.pad_token, 7], [8, 9, 10, 11, 12, 13]]
+    assert generate(base, prompts, [-1, -1], [], max_new_tokens=4) == [
+        one_by_one(base, prompt, -1, [], 4) for prompt in prompts
+    ]
+
+
+def test_no_questions_get_no_answers():
+    base = base_of()
+    assert generate(base, [], [], []) == []
+
+
+def test_sampling_is_decided_by_the_seed():
+    base = endless(base_of())
+    prompts, owners, adapters = prompts_of(6, 4), [0, 1], people(base)
+
+    def sampled(seed):
+        return generate(base, prompts, owners, adapters, max_new_tokens=8, temperature=2.0, seed=seed)
+
+    assert sampled(1) == sampled(1)
+    assert sampled(1) != sampled(2)
+
+
+def test_generating_does_not_change_the_base():
+    base = endless(base_of())
+    tokens = torch.tensor([[5, 6, 7]])
+    before = base.model(input_ids=tokens).logits
+    generate(base, prompts_of(6), [0], people(base, 1), max_new_tokens=2)
+    assert torch.equal(base.model(input_ids=tokens).logits, before)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 2.0])
+def test_generating_does_not_change_the_callers_random_state(temperature):
+    base = endless(base_of())
+    torch.manual_seed(3)
+    expected = torch.rand(4)
+    torch.manual_seed(3)
+    generate(base, prompts_of(6), [0], people(base, 1), max_new_tokens=4, temperature=temperature, seed=7)
+    assert torch.equal(torch.rand(4), expected)
+
+
+def test_a_seed_draws_what_torchs_global_generator_draws_with_it():
+    base = endless(base_of())
+    prompts, adapters = prompts_of(6), people(base, 1)
+    found = generate(base, prompts, [0], adapters, max_new_tokens=6, temperature=2.0, seed=7)
+    torch.manual_seed(7)
+    with applied(base.model, adapters, torch.tensor([0])):
+        tokens = base.model.generate(
+            torch.tensor(prompts), max_new_tokens=6, do_sample=True, temperature=2.0, eos_token_id=None
+        )
+    assert found == [tokens[0, 6:].tolist()]

@@ -1,0 +1,398 @@
+"""Forgetting goes on where a step fails, can be repeated, and holds against processes that are still at work."""
+
+import errno
+import multiprocessing
+import os
+import shutil
+import subprocess
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from conftest import people_of, personalizer
+from stores import state
+
+from mta.bank.bank import Bank
+from mta.bank.format import INFO, STALE, mark_stale, note_published, published, read_info, stale
+from mta.errors import PersonForgotten, StoreError
+from mta.lora.peft import write_peft
+from mta.personalize import forget_person
+from mta.store import Store, exports, tombstones
+from mta.store.maintenance import check, collect
+from mta.system.storage import Storage
+from mta.training.checkpoint import Checkpoint
+
+MEMBER = people_of(1, prefix="t")[0]  # the task LoRA learnt from this person
+
+
+@pytest.fixture
+def own_bank(tiny, tmp_path):
+    """A bank that a test may mark as needing a rebuild."""
+    base, bank = tiny
+    return base, Bank.open(shutil.copytree(bank.folder, tmp_path / "bank"), base)
+
+
+@pytest.fixture(params=["read-only", "something in the way", "missing", "damaged"])
+def unwritable(own_bank, request, tmp_path):
+    """A person in a store, and a bank that cannot be marked; what makes it writable again."""
+    base, bank = own_bank
+    personal = personalizer(base, bank, store=tmp_path / "people")
+    personal.personalize([MEMBER], keep_histories=True)
+    personal.export(MEMBER.id, tmp_path / "out")
+    mark, info = bank.folder / STALE, bank.folder / INFO
+    if request.param == "read-only":
+        with read_only(bank.folder):
+            yield (
+                personal,
+                request.param,
+                lambda: subprocess.run(["mount", "-o", "remount,rw", bank.folder], check=True),
+            )
+    elif request.param == "something in the way":
+        (mark / "in the way").mkdir(parents=True)
+        yield personal, request.param, lambda: shutil.rmtree(mark)
+    else:
+        whole = info.read_bytes()
+        info.unlink() if request.param == "missing" else info.write_bytes(whole[:-9])
+        yield personal, request.param, lambda: info.write_bytes(whole)
+
+
+class read_only:
+    """A folder's content on a file system that nobody may write to, not even root."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __enter__(self) -> None:
+        aside = self.folder.with_name("aside")
+        shutil.copytree(self.folder, aside)
+        made = subprocess.run(["mount", "-t", "tmpfs", "tmpfs", self.folder], capture_output=True, text=True)
+        if made.returncode:
+            pytest.skip(f"a read-only file system needs the right to mount one: {made.stderr.strip()}")
+        shutil.copytree(aside, self.folder, dirs_exist_ok=True)
+        subprocess.run(["mount", "-o", "remount,ro", self.folder], check=True)
+
+    def __exit__(self, *_: object) -> None:
+        subprocess.run(["umount", self.folder], check=True)
+
+
+def test_a_person_is_forgotten_though_the_bank_cannot_be_marked_and_the_bank_is_marked_the_next_time(unwritable):
+    personal, why, mend = unwritable
+    bank, store = personal.bank.folder, personal.store
+    found = personal.forget(MEMBER.id)
+    assert found.states_removed
+    assert list(found.unmarked) == [str(bank)]
+    assert not found.complete
+    assert found.needs_rebuild == ([] if why in ("missing", "damaged") else ["task LoRA"])
+    assert (MEMBER.id in store, store.history(MEMBER.id), (bank.parent / "out").exists()) == (False, None, False)
+    mend()
+    again = personal.forget(MEMBER.id)
+    assert (again.states_removed, again.unmarked, again.complete) == (False, {}, True)
+    assert stale(bank) == ["task LoRA"]
+
+
+def test_a_read_only_bank_that_is_marked_already_is_no_failure(own_bank):
+    _, bank = own_bank
+    mark_stale(bank.folder, MEMBER.id)
+    with read_only(bank.folder):
+        assert forget_person(MEMBER.id, None, bank.folder).complete
+
+
+def test_whatever_step_fails_the_others_are_done_and_all_failures_are_reported_together(
+    own_bank, tmp_path, monkeypatch
+):
+    base, bank = own_bank
+    personal = personalizer(base, bank, store=tmp_path / "people")
+    personal.personalize([MEMBER], keep_histories=True)
+    personal.export(MEMBER.id, tmp_path / "out")
+    (tmp_path / "people" / "work" / "run").mkdir(parents=True)
+    (bank.folder / STALE / "in the way").mkdir(parents=True)
+    remove = Storage.remove_folder
+
+    def refuse(storage: Storage, name: str) -> None:
+        if name == "work":
+            raise StoreError("work/ cannot be removed", hint="-")
+        remove(storage, name)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Storage, "remove_folder", refuse)
+        with pytest.raises(StoreError) as caught:
+            personal.forget(MEMBER.id)
+    assert "work/ cannot be removed" in caught.value.message
+    assert f"{bank.folder} could not be marked" in caught.value.message
+    assert "orget" in caught.value.hint
+    assert MEMBER.id not in caught.value.message
+    assert (MEMBER.id in personal.store, personal.store.history(MEMBER.id)) == (False, None)
+    assert not (tmp_path / "out").exists()
+    assert (tmp_path / "people" / "work").exists()
+    shutil.rmtree(bank.folder / STALE)
+    assert personal.forget(MEMBER.id).needs_rebuild == ["task LoRA"]
+    assert not (tmp_path / "people" / "work").exists()
+
+
+# -- exports that were out of reach ------------------------------------------------------------------------------------
+
+
+def test_an_export_that_was_out_of_reach_is_removed_by_the_next_forgetting(own_bank, tmp_path, monkeypatch):
+    personal = personalizer(*own_bank, store=tmp_path / "people")
+    personal.personalize(people_of(1))
+    for name in ("other host", "refused", "disk/not mounted"):
+        with monkeypatch.context() as patch:
+            if name == "other host":
+                patch.setattr(exports.platform, "node", lambda: "elsewhere")
+            personal.export("p0", tmp_path / name)
+    (tmp_path / "disk").rename(tmp_path / "unmounted")
+    kept = personal.store.exports.of("p0")
+    unlink = Path.unlink
+
+    def refuse(path: Path, **how: object) -> None:
+        if path.parent.name == "refused":
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        unlink(path, **how)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", refuse)
+        first = personal.forget("p0")
+    assert (first.states_removed, first.complete) == (True, False)
+    assert first.exports_left == [
+        f"{tmp_path}/other host (on the host 'elsewhere')",
+        f"{tmp_path}/refused (Permission denied)",
+        f"{tmp_path}/disk/not mounted (its parent folder is missing too: is a disk not mounted?)",
+    ]
+    assert personal.store.exports.of("p0") == kept
+    monkeypatch.setattr(exports.platform, "node", lambda: "elsewhere")
+    assert len(personal.forget("p0").exports_left) == 2  # those of the first host
+    monkeypatch.undo()
+    (tmp_path / "unmounted").rename(tmp_path / "disk")
+    again = personal.forget("p0")
+    assert (again.states_removed, again.exports_left, again.complete) == (False, [], True)
+    assert not any((tmp_path / name).exists() for name in ("other host", "refused", "disk/not mounted"))
+    assert not any((tmp_path / "people").glob("??/*"))
+
+
+# -- marks of a bank, from many processes at once ----------------------------------------------------------------------
+
+
+def publishing(folder: Path, process: int, barrier: object) -> None:
+    def note(n: int) -> None:
+        note_published(folder, f"https://hub/{process}/{n}")
+
+    barrier.wait(60)
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(note, range(8)))
+
+
+def marking(folder: Path, person: str, barrier: object) -> None:
+    barrier.wait(60)
+    forget_person(person, None, folder)
+
+
+def at_once(work: object, *each: tuple[object, ...]) -> None:
+    context = multiprocessing.get_context("fork")
+    barrier = context.Barrier(len(each))
+    processes = [context.Process(target=work, args=(*words, barrier)) for words in each]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0] * len(each)
+
+
+def test_32_notes_by_threads_of_processes_at_once_are_32_notes(tmp_path):
+    at_once(publishing, *((tmp_path, n) for n in range(4)))
+    assert len(published(tmp_path)) == 32
+
+
+def test_people_who_are_forgotten_at_once_by_several_processes_are_all_in_the_marks(own_bank):
+    folder = own_bank[1].folder
+    members = read_info(folder).members
+    people = [*people_of(4, prefix="t"), *people_of(12, prefix="c")]
+    parts = sorted({part for person in people for part in members.artefacts_of(person.id)})
+    for _ in range(2):
+        at_once(marking, *((folder, person.id) for person in people))
+        assert stale(folder) == parts
+        (folder / STALE).unlink()
+
+
+def test_marks_that_an_earlier_version_wrote_are_added_to(own_bank):
+    folder = own_bank[1].folder
+    (folder / STALE).write_text('{"needs_rebuild": ["anchor"]}')
+    mark_stale(folder, MEMBER.id)
+    assert stale(folder) == ["anchor", "task LoRA"]
+
+
+# -- processes at work -------------------------------------------------------------------------------------------------
+
+
+PEOPLE = people_of(3, items=4, prefix="x", seed=5)
+
+
+def nothing_of(id: str, store: Store) -> bool:
+    """Whether a person has no state, no history, no exports, and not even an empty folder."""
+    empty = (store.latest(id), store.history(id), store.exports.of(id)) == (None, None, [])
+    return empty and not Path(store.files.at(store._path(id))).exists()
+
+
+def elsewhere(store: Store, id: str) -> Store:
+    """Forget a person as another process does."""
+    other = Store(store.files.url)
+    forget_person(id, other)
+    return other
+
+
+@pytest.mark.parametrize("stage", ["evidence", "stack"])
+def test_a_person_who_is_forgotten_while_a_run_is_under_way_is_not_saved_by_it(tiny, tmp_path, stage):
+    personal = personalizer(*tiny, store=tmp_path / "people")
+
+    def forget(at: str, step: object) -> None:
+        if at == stage and "x0" not in gone:
+            gone.append("x0")
+            elsewhere(personal.store, "x0")
+
+    gone = []
+    done = personal.personalize(PEOPLE, keep_histories=True, on_step=forget)
+    assert (done.trained, done.failed, done.forgotten) == (2, {}, ("x0",))
+    assert nothing_of("x0", personal.store)
+    assert all(id in personal.store for id in ("x1", "x2"))
+    assert not (tmp_path / "people" / "work").exists()
+    assert personal.personalize(PEOPLE).trained == 1  # a call that begins later takes the items for new ones
+    assert "x0" in personal.store
+
+
+def test_a_person_who_is_forgotten_after_their_items_were_read_is_not_begun(tiny, tmp_path):
+    personal = personalizer(*tiny, store=tmp_path / "people")
+    personal.store.identity(write=True)
+    known = personal.store.tombstones.names()
+    elsewhere(personal.store, "x0")
+    for make in (personal.personalize, personal.update):
+        done = make(PEOPLE, since=known, keep_histories=True)
+        assert done.forgotten == ("x0",)
+        assert nothing_of("x0", personal.store)
+    assert all(id in personal.store for id in ("x1", "x2"))
+
+
+def test_an_update_goes_on_for_the_others_when_a_person_is_forgotten(tiny, tmp_path):
+    personal = personalizer(*tiny, store=tmp_path / "people")
+    personal.personalize([person.first(2) for person in PEOPLE])
+
+    def forget(at: str, step: object) -> None:
+        if "x0" in personal.store:
+            elsewhere(personal.store, "x0")
+
+    done = personal.update(PEOPLE, on_step=forget)
+    assert (done.forgotten, done.failed, done.kept + done.retrained + done.refreshed) == (("x0",), {}, 2)
+    assert nothing_of("x0", personal.store)
+
+
+@pytest.mark.parametrize("when", ["before the state is created", "after"])
+def test_a_state_that_is_saved_in_the_very_moment_of_forgetting_does_not_stay(url, monkeypatch, when):
+    store, create = Store(url), Storage.create
+    store.save("bob", state())
+    known = store.tombstones.of("bob")
+
+    def meanwhile(storage: Storage, name: str, data: bytes) -> None:
+        if when == "after":
+            create(storage, name, data)
+        monkeypatch.undo()
+        Store(url).forget("bob")
+        if when != "after":
+            create(storage, name, data)
+
+    monkeypatch.setattr(Storage, "create", meanwhile)
+    with pytest.raises(PersonForgotten):
+        store.save("bob", state(1), known)
+    assert (store.versions("bob"), store.count(), store.files.sizes(store._path("bob"))) == ([], 0, {})
+    assert store.save("bob", state(1), store.tombstones.of("bob")) == 1  # of items that came in afterwards
+
+
+def test_an_export_that_is_written_while_its_person_is_forgotten_is_removed(tiny, tmp_path, monkeypatch):
+    personal = personalizer(*tiny, store=tmp_path / "people")
+    personal.personalize(PEOPLE)
+
+    def late(*words: object, **how: object) -> None:
+        elsewhere(personal.store, "x0")
+        write_peft(*words, **how)
+
+    monkeypatch.setattr("mta.personalize.write_peft", late)
+    with pytest.raises(PersonForgotten):
+        personal.export("x0", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    assert nothing_of("x0", personal.store)
+
+
+def test_a_rollback_does_not_bring_back_a_person_who_is_forgotten_meanwhile(tmp_path, monkeypatch):
+    store, load = Store(tmp_path), Store.load
+    for seed in range(2):
+        store.save("bob", state(seed))
+
+    def slow(self: Store, id: str, version: int | None = None) -> object:
+        found = load(self, id, version)
+        elsewhere(store, id)
+        return found
+
+    monkeypatch.setattr(Store, "load", slow)
+    with pytest.raises(PersonForgotten):
+        store.rollback("bob", 1)
+    assert nothing_of("bob", store)
+
+
+def test_a_checkpoint_that_a_run_writes_after_one_of_its_people_was_forgotten_does_not_stay(
+    tiny, tmp_path, monkeypatch
+):
+    personal, written = personalizer(*tiny, store=tmp_path / "people"), []
+    save = Checkpoint.save
+
+    def killed_afterwards(self: Checkpoint, *what: object) -> None:
+        elsewhere(personal.store, "x0")
+        save(self, *what)
+        written.append(self.path)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Checkpoint, "due", lambda _: True)
+    monkeypatch.setattr(Checkpoint, "save", killed_afterwards)
+    with pytest.raises(KeyboardInterrupt):
+        personal.personalize(PEOPLE)
+    assert written
+    assert not written[0].exists()
+
+
+# -- tombstones --------------------------------------------------------------------------------------------------------
+
+
+def test_a_tombstone_holds_no_id_and_no_name_that_a_person_had_in_the_store(tmp_path):
+    store = Store(tmp_path)
+    store.save("bob", state())
+    folder = store._path("bob").partition("/")[2]
+    store.forget("bob")
+    notes = list((tmp_path / "forgotten").iterdir())
+    assert [note.read_bytes() for note in notes] == [b"", b""]
+    assert not [note for note in notes if "bob" in note.name or folder in note.name]
+    assert store.tombstones.of("bob") == {note.name for note in notes}
+    assert store.tombstones.of("ann") == frozenset()
+    found = check(store)
+    assert (found.people, found.strangers, found.leftovers) == (0, [], [])
+
+
+def test_tombstones_go_after_a_week_with_the_next_forgetting_or_by_gc(tmp_path, monkeypatch):
+    store = Store(tmp_path)
+    store.save("bob", state())
+    for id in ("bob", "ann"):
+        store.forget(id)
+    assert collect(store) == {}
+    now, wait = time.time(), tombstones.LIFETIME + 60
+    for note in (tmp_path / "forgotten").iterdir():
+        os.utime(note, (now - wait, now - wait))
+    monkeypatch.setattr(tombstones.time, "time", lambda: now + wait)
+    assert len(collect(store, dry=True)) == 4
+    store.forget("cem")
+    assert [store.tombstones.among(store.tombstones.names(), id) != frozenset() for id in ("bob", "ann", "cem")] == [
+        False,
+        False,
+        True,
+    ]
+    assert collect(store) == {}
+
+
+def test_forgetting_in_a_store_that_is_not_there_begins_none(tmp_path):
+    assert not Store(tmp_path / "people").forget("ann")
+    assert not (tmp_path / "people").exists()

@@ -1,0 +1,237 @@
+"""Forgetting against readers and writers that are at work in the same moment."""
+
+import contextlib
+import errno
+import multiprocessing
+import os
+import time
+from pathlib import Path
+
+import pytest
+from conftest import people_of
+from files import path_of
+from stores import ANN, export_from, exported, state
+
+from mta.errors import PersonForgotten, StoreError
+from mta.lora.peft import WEIGHTS
+from mta.personalize.forgetting import forget_person
+from mta.serving.api.histories import Histories
+from mta.store import Store, tombstones
+from mta.store import exports as module
+from mta.store.exports import Export
+from mta.store.maintenance import check, collect
+from mta.store.tombstones import Tombstones
+from mta.system.storage import Storage
+
+
+@pytest.mark.parametrize("forget", [Store.forget, lambda store, id: forget_person(id, store)])
+def test_a_state_read_between_tombstone_and_removal_is_not_saved(tmp_path, monkeypatch, forget):
+    store, remove, seen = Store(tmp_path), Store.remove, []
+    store.save(ANN, state())
+
+    def read_first(self, id):
+        if not seen:
+            seen.append((store.tombstones.of(id), store.load(id)))
+        return remove(self, id)
+
+    monkeypatch.setattr(Store, "remove", read_first)
+    forget(Store(tmp_path), ANN)
+    known, old = seen[0]
+    with pytest.raises(PersonForgotten):
+        store.save(ANN, old, known)
+    assert ANN not in store
+
+
+def test_exports_of_one_person_that_overlap_are_both_noted(tmp_path):
+    store = Store(tmp_path / "people")
+    with store.exports.writing(ANN, tmp_path / "a"):
+        exported(tmp_path / "a")
+        export_from(store, tmp_path / "b", 1)
+    assert {Path(export.folder).name for export in store.exports.of(ANN)} == {"a", "b"}
+    with contextlib.suppress(OSError), store.exports.writing(ANN, tmp_path / "c"):
+        export_from(store, tmp_path / "d", 2)
+        raise OSError("full")
+    assert {Path(export.folder).name for export in store.exports.of(ANN)} == {"a", "b", "d"}
+
+
+def noting(url, process, barrier):
+    store = Store(url)
+    barrier.wait(60)
+    for n in range(8):
+        store.exports.note(ANN, Export("https://hub", f"{process}/{n}", "ab" * 32))
+
+
+def appending(url, process, barrier):
+    histories = Histories(Store(url), 1000)
+    barrier.wait(60)
+    for item in people_of(1, items=8, seed=process)[0].items:
+        histories.append(ANN, [item], keep=True)
+
+
+def at_once(work, url):
+    context = multiprocessing.get_context("fork")
+    barrier = context.Barrier(3)
+    processes = [context.Process(target=work, args=(url, n, barrier)) for n in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0] * 3
+
+
+def test_notes_of_several_processes_at_once_are_all_kept(tmp_path):
+    at_once(noting, tmp_path)
+    assert len(Store(tmp_path).exports.of(ANN)) == 24
+
+
+def test_items_appended_by_two_gateways_at_once_are_all_kept(tmp_path):
+    at_once(appending, tmp_path)
+    store = Store(tmp_path)
+    assert len(store.history(ANN).items) == 24
+    assert (check(store).strangers, check(store).leftovers, check(store).exposed) == ([], [], "")
+    store.forget(ANN)
+    assert not any(tmp_path.glob("??/*"))
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file() and path.read_bytes()] == ["store.json"]
+
+
+def test_an_export_that_fails_does_not_bring_the_list_of_a_forgotten_person_back(tmp_path):
+    store = Store(tmp_path / "people")
+    export_from(store, tmp_path / "a")
+    known = store.tombstones.of(ANN)
+
+    def fail():
+        with store.exports.writing(ANN, tmp_path / "b", known):
+            forget_person(ANN, Store(tmp_path / "people"))
+            raise OSError("the disk is full")
+
+    with pytest.raises(PersonForgotten):
+        fail()
+    assert store.exports.of(ANN) == []
+    assert not any((tmp_path / "people").glob("??/*"))
+
+
+def test_weights_are_removed_although_a_temporary_file_vanishes(tmp_path, monkeypatch):
+    export, remove, calls = exported(tmp_path / "out"), module.remove_asides, []
+
+    def vanished(folder):
+        calls.append(folder)
+        if len(calls) == 1:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
+        remove(folder)
+
+    monkeypatch.setattr(module, "remove_asides", vanished)
+    assert export.remove() == ""
+    assert not (tmp_path / "out").exists()
+
+
+def test_remaining_copies_are_reported_after_a_failed_attempt(tmp_path, monkeypatch):
+    store = Store(tmp_path / "people")
+    store.save(ANN, state())
+    store.exports.note(ANN, Export("https://hub", "ann/adapter", "ab" * 32))
+    export_from(store, tmp_path / "changed")
+    (tmp_path / "changed" / WEIGHTS).write_bytes(b"changed")
+
+    def refuse(self, id):
+        raise StoreError("the states cannot be removed", hint="-")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "remove", refuse)
+        with pytest.raises(StoreError, match="states cannot be removed"):
+            forget_person(ANN, store)
+    assert len(forget_person(ANN, store).exports_left) == 2
+    assert forget_person(ANN, store).exports_left == []
+
+
+def test_a_damaged_list_of_exports_is_named_once(tmp_path):
+    store = Store(tmp_path)
+    store.save(ANN, state())
+    (path_of(store, ANN) / "exports.json").write_bytes(b"{")
+    assert forget_person(ANN, store).exports_left[0].startswith("all exports, if there are any")
+    assert forget_person(ANN, store).exports_left == []
+
+
+def test_a_state_saved_before_a_late_tombstone_is_removed(tmp_path, monkeypatch):
+    store, add, failed = Store(tmp_path), Tombstones.add, []
+    store.save(ANN, state())
+    known = store.tombstones.of(ANN)
+
+    def late(self, id):
+        if not failed:
+            failed.append(id)
+            raise StoreError("No space left on device", hint="-")
+        store.save(ANN, state(1), known)  # no note yet
+        monkeypatch.undo()
+        add(self, id)
+
+    monkeypatch.setattr(Tombstones, "add", late)
+    forget_person(ANN, Store(tmp_path))
+    assert ANN not in store
+
+
+@pytest.mark.parametrize("broken", ["hint", "look"])
+def test_a_state_whose_saving_fails_after_its_person_was_forgotten_does_not_stay(tmp_path, monkeypatch, broken):
+    store, create, names = Store(tmp_path), Storage.create, Tombstones.names
+    store.save("bob", state())
+    known = store.tombstones.of(ANN)
+
+    def fail(*_):
+        raise StoreError("an I/O error", hint="-")
+
+    def created(storage, name, data):
+        monkeypatch.undo()
+        Store(tmp_path).forget(ANN)
+        create(storage, name, data)
+        monkeypatch.setattr(*((Storage, "replace", fail) if broken == "hint" else (Tombstones, "names", fail)))
+
+    monkeypatch.setattr(Storage, "create", created)
+    with pytest.raises(PersonForgotten if broken == "hint" else StoreError):
+        store.save(ANN, state(), known)
+    monkeypatch.undo()
+    assert (ANN in store, names(store.tombstones) != known) == (False, True)
+
+
+def test_a_state_that_is_saved_while_an_empty_folder_is_removed_stays(tmp_path, monkeypatch):
+    store, sizes, rmdir = Store(tmp_path), Storage.sizes, Path.rmdir
+    store.save(ANN, state())
+    folder = path_of(store, ANN)
+
+    def come_back():
+        if folder.is_dir() and not any(folder.iterdir()):
+            (folder / "1.safetensors").write_bytes(state(1).to_bytes())
+
+    def looked(storage, name):
+        found = sizes(storage, name)
+        come_back()
+        return found
+
+    def about_to_remove(path):
+        come_back()
+        rmdir(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Storage, "sizes", looked)
+        patch.setattr(Path, "rmdir", about_to_remove)
+        assert store.remove(ANN)
+    assert store.load(ANN) == state(1)
+
+
+def test_a_wrong_clock_does_not_remove_a_new_tombstone(tmp_path, monkeypatch):
+    store = Store(tmp_path)
+    store.save("bob", state())
+    store.forget("bob")
+    notes = store.tombstones.of("bob")
+    later = time.time() + tombstones.LIFETIME + 60
+    monkeypatch.setattr(tombstones.time, "time", lambda: later)
+    monkeypatch.setattr(Storage, "age", lambda self, name: later - os.stat(self.at(name)).st_mtime)
+    assert collect(store) == {}
+    store.forget("ann")
+    assert store.tombstones.of("bob") == notes
+
+
+def test_weights_that_were_renamed_in_their_folder_are_named(tmp_path):
+    store = Store(tmp_path / "people")
+    export_from(store, tmp_path / "out")
+    (tmp_path / "out" / WEIGHTS).rename(tmp_path / "out" / "mine.safetensors")
+    (left,) = forget_person(ANN, store).exports_left
+    assert left.startswith(f"{tmp_path}/out (its weights are missing")
+    assert forget_person(ANN, store).exports_left == []

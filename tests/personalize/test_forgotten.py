@@ -1,0 +1,159 @@
+"""Who is forgotten is in no file any more: every file that was written while they were here is searched."""
+
+import base64
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from conftest import TINY_RUN, HashEncoder, people_of, personalizer
+from files import folder_of, path_of
+from tiny import base_of
+from traces import traces
+
+from mta import TASK
+from mta.bank.bank import Bank
+from mta.bank.build import build_bank
+from mta.bank.format import stale
+from mta.config import Evaluation
+from mta.data.history import Item, Person
+from mta.errors import PersonNotFound
+from mta.evaluation.compare import ask, study
+from mta.personalize import Personalizer, forget_person
+from mta.store import Store
+from mta.store.maintenance import check
+from mta.training.checkpoint import Checkpoint
+
+
+def somebody(items: int = 6) -> Person:
+    """A person whose id and texts are like nothing else, with everything in them that is escaped somewhere."""
+    rows = [
+        Item({"title": f'Xylogräd "{n}" <&> \\Æther\\ %41', "genres": "Drama", "rating": str(1 + n % 5)}, time=float(n))
+        for n in range(items)
+    ]
+    return Person.of('Quispe-Hoxha "zq" <ann+7@exämple.org> %2F\\', rows)
+
+
+EVE = somebody()
+OTHERS = people_of(3, items=6, prefix="x", seed=5)
+
+
+def stopped(personal: Personalizer, people: list[Person], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run over these people that was stopped amid stage 3, and left its plan and checkpoint."""
+
+    def stop(stage: str, step: object) -> None:
+        if stage == "stack" and step.step == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoint, "due", lambda _: True)
+        with pytest.raises(KeyboardInterrupt):
+            personal.personalize(people, on_step=stop)
+    assert {path.suffix for path in Path(personal.store.files.at("work")).glob("*/*")} == {".json", ".checkpoint"}
+
+
+def leftovers(store: Store, id: str) -> None:
+    """What writers that were killed leave beside a person's files."""
+    folder = path_of(store, id)
+    for name in ("history.json", "exports.json", "9.safetensors"):
+        (folder / f".{name}.{'0' * 32}").write_bytes((folder / "history.json").read_bytes())
+
+
+@pytest.fixture
+def own_bank(tiny, tmp_path):
+    base, bank = tiny
+    return base, Bank.open(shutil.copytree(bank.folder, tmp_path / "bank"), base)
+
+
+def test_a_person_who_is_forgotten_is_in_no_file(own_bank, tmp_path, cache, monkeypatch):
+    base, bank = own_bank
+    places = [tmp_path / name for name in ("people", "cache", "bank", "exports", "results")]
+    personal = personalizer(base, bank, store=tmp_path / "people")
+    everybody = [EVE, *OTHERS]
+    personal.personalize(everybody, keep_histories=True)
+    personal.personalize([EVE.first(4)], keep_histories=True)
+    personal.store.rollback(EVE.id, 1)
+    for name in ("plain", EVE.id):
+        personal.export(EVE.id, tmp_path / "exports" / name, rank=3)
+    personal.generate(
+        [(EVE.id, {"title": "Film 7", "genres": "Drama"}), (TASK, {"title": "Film 7", "genres": "Drama"})]
+    )
+    evaluation = Evaluation(shots=2, queries=2, policies=("posterior",))
+    found = study(base, bank, TINY_RUN, everybody, evaluation, encoder=HashEncoder())
+    ask(found, personal, {"title": "Film 7", "genres": "Drama"}, [0, 1, 2])
+    found.write(tmp_path / "results", "mta evaluate people.jsonl")
+    stopped(personalizer(base, bank, store=tmp_path / "people", seed=1), everybody, monkeypatch)
+    leftovers(personal.store, EVE.id)
+    before = {what for _, what in traces(places, EVE, personal.store)}
+    assert before >= {"id", "texts", "keyed hash", "hash of the texts"}  # the search finds what is there
+
+    assert personal.forget(EVE.id).exports_left == []
+    assert traces(places, EVE, personal.store) == []
+    assert traces([tmp_path], EVE, personal.store) == []
+    assert not Path(
+        personal.store.files.at("work")
+    ).exists()  # weights trained on their texts: no search would know them
+    assert not any((tmp_path / "exports").iterdir())
+    with pytest.raises(PersonNotFound):
+        personal.state(EVE.id)
+    whole = check(personal.store)
+    assert (whole.people, whole.histories, whole.damaged, whole.strangers) == (3, 3, {}, [])
+
+
+def test_only_the_stored_history_and_the_export_identify_a_person(own_bank, tmp_path):
+    personal = personalizer(*own_bank, store=tmp_path / "people")
+    personal.personalize([EVE, *OTHERS])
+    personal.export(EVE.id, tmp_path / "exports" / EVE.id)
+    telling = {what for _, what in traces([tmp_path / "people", tmp_path / "bank"], EVE, personal.store)}
+    assert telling == {"keyed hash", "hash of the texts"}
+
+
+# -- somebody the bank learnt from -------------------------------------------------------------------------------------
+
+
+def in_bank(as_task: bool) -> dict[str, list[Person]]:
+    parts = {"task_people": people_of(4, prefix="t"), "candidates": people_of(12, prefix="c")}
+    parts["task_people" if as_task else "candidates"].append(EVE if as_task else somebody(40))  # the most active
+    return parts
+
+
+@pytest.mark.parametrize("as_task", [True, False], ids=["task LoRA", "anchor"])
+@pytest.mark.parametrize("killed", [False, True])
+def test_a_bank_holds_no_id_and_no_text_of_its_members(task, tmp_path, cache, as_task, killed):
+    """Not even one whose building was killed. Their keyed membership stays: how else would it be known?"""
+
+    def stop(stage: str, step: object) -> None:
+        if killed and stage == "anchors":
+            raise KeyboardInterrupt
+
+    person, store = (EVE if as_task else somebody(40)), Store(tmp_path / "people")
+    parts, bank = in_bank(as_task), tmp_path / "bank"
+    how = (base_of(), task, HashEncoder(), *parts.values(), TINY_RUN, bank)
+    if killed:
+        with pytest.raises(KeyboardInterrupt):
+            build_bank(*how, on_step=stop)
+        assert (bank / "work").exists()
+    else:
+        build_bank(*how)
+        learnt = ["task LoRA"] if as_task else ["clusters", "anchor"]
+        assert forget_person(person.id, store, bank).needs_rebuild == learnt
+        assert stale(bank) == sorted(learnt)
+        assert json.loads((bank / "needs-rebuild.json").read_text()) == {"needs_rebuild": sorted(learnt)}
+    assert traces([bank, cache], person, store) == []
+
+
+def test_the_search_finds_every_encoding_of_a_text(tmp_path):
+    store, text = Store(tmp_path / "people"), EVE.items[0].fields["title"]
+    header = json.dumps({"state": json.dumps({"title": text})})
+    written = [text.encode(), json.dumps(text).encode(), header.encode(), text.encode("utf-16")]
+    written += [
+        json.dumps(text).encode().hex().encode(),
+        *(base64.b64encode(b"?" * n + text.encode()) for n in range(3)),
+    ]
+    for n, content in enumerate(written):
+        (tmp_path / f"{n}.bin").write_bytes(b"\0" * n + content)
+    (tmp_path / folder_of(store, EVE.id)).mkdir()
+    found = traces([tmp_path], EVE, store)
+    assert sorted(what for _, what in found) == ["keyed hash"] + ["texts"] * len(written)
+    assert traces([tmp_path], dataclasses.replace(EVE, id="somebody else", items=()), store) == []

@@ -1,0 +1,272 @@
+"""Arithmetic and records of the benchmark. No test asserts a time."""
+
+import json
+import os
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import base_of, random_loras
+
+from benchmarks import kernels as each
+from benchmarks.speed import __main__ as command
+from benchmarks.speed import decoding, growth, limit, merging, pictures, point, record, report, timing
+from benchmarks.speed.apart import Broken, apart
+from benchmarks.speed.peers import padded
+from benchmarks.speed.processor import Processor
+from benchmarks.speed.settings import Settings
+from benchmarks.speed.timing import Row
+from mta.config import MergeSettings
+from mta.data.tasks.prompt import Example
+from mta.kernels import obstacle
+from mta.lora.batch import Factors, LoraBatch
+from mta.lora.merge import merge_exact
+from mta.training.packing import pack
+
+ROOT = Path(__file__).resolve().parents[2]
+SETTINGS = Settings(repeats=1, people=2, quick=True)
+
+
+def row(ratio=2.0, **more):
+    return Row("a row", "mta", "peer", "people/min", (2 * ratio, 3 * ratio, 9 * ratio), (2.0, 3.0, 9.0), **more)
+
+
+class TestTiming:
+    def test_turns_warms_both_up_and_then_alternates(self):
+        order = []
+        rates = timing.turns(lambda: order.append("A") or 1.0, lambda: order.append("B") or 1.0, 3)
+        assert "".join(order) == "AB" + "ABABAB"
+        assert [len(each) for each in rates] == [3, 3]
+
+    def test_turns_without_warming_up(self):
+        order = []
+        timing.turns(lambda: order.append("A") or 1.0, lambda: order.append("B") or 1.0, 1, warm=False)
+        assert order == ["A", "B"]
+
+    def test_a_rate_is_work_per_second(self, monkeypatch):
+        clock = iter((10.0, 14.0))
+        monkeypatch.setattr(timing.time, "perf_counter", lambda: next(clock))
+        assert timing.rate(lambda: 12.0) == 3.0
+
+    def test_ratios_are_taken_turn_by_turn(self):
+        measured = Row("a row", "mta", "peer", "x/s", (4.0, 30.0, 5.0), (2.0, 10.0, 1.0))
+        assert measured.ratios == (2.0, 3.0, 5.0)
+        assert measured.ratio == 3.0
+        assert measured.spread == (2.0, 5.0)
+
+    def test_a_slope_is_an_exponent(self):
+        x = [1, 4, 16, 64]
+        assert timing.slope(x, [3 * value**1.5 for value in x]) == pytest.approx(1.5)
+
+    @pytest.mark.parametrize(
+        ("measured", "verdict"),
+        [
+            (row(5.0, target=5.0), "met"),
+            (row(4.99, target=5.0), "missed"),
+            (row(5.0), ""),
+            (Row("a row", "mta", "peer", target=5.0, skipped="no data"), "skipped: no data"),
+        ],
+    )
+    def test_a_verdict_needs_a_target_and_a_measurement(self, measured, verdict):
+        assert measured.verdict == verdict
+
+
+class TestOperations:
+    def test_two_examples_that_share_a_prompt_by_hand(self):
+        # Fed are 1 2 3, shared, then 4 and 5: five tokens. Predicted are 4 and 5 at 3 (one place), 9 at 4 and at 5.
+        rows = pack([Example((1, 2, 3, 4, 9), 3), Example((1, 2, 3, 5, 9), 3)], attention_price=0.0)
+        shapes = {"q": (10, 20), "down": (30, 10)}
+        frozen, factors = 10 * 20 + 30 * 10, 2 * (10 + 20 + 30 + 10)
+        by_hand = 5 * (4 * frozen + 6 * factors) + 3 * 4 * 10 * 100
+        assert limit.operations(rows, shapes, rank=2, hidden=10, vocabulary=100) == by_hand == 26200
+
+    def test_unshared_tokens_are_counted_per_example(self):
+        examples = [Example((1, 2, 3, 4, 9), 3), Example((1, 2, 3, 5, 9), 3)]
+        rows = pack(examples, attention_price=0.0, packed=False)
+        assert limit.operations(rows, {"q": (1, 1)}, rank=0, hidden=1, vocabulary=1) == 8 * 4 + 4 * 4
+
+
+class TestPeer:
+    def test_a_batch_is_padded_right_and_learns_targets_only(self):
+        batch = padded([Example((5, 6, 7, 8), 2), Example((5, 9), 1)])
+        assert batch["input_ids"].tolist() == [[5, 6, 7, 8], [5, 9, 0, 0]]
+        assert batch["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
+        assert batch["labels"].tolist() == [[-100, -100, 7, 8], [-100, 9, -100, -100]]
+
+    @pytest.mark.integration
+    def test_an_object_in_its_own_process_returns_results_and_raises_errors(self):
+        with apart(Counted, torch.arange(3)) as there:
+            assert there.times(2).tolist() == [0, 2, 4]
+            assert there.process() != os.getpid()
+            with pytest.raises(Broken, match=r"ValueError: not 3"):
+                there.times(3)
+            assert there.times(1).tolist() == [0, 1, 2]
+
+
+class Counted:
+    def __init__(self, numbers):
+        self.numbers = numbers
+
+    def times(self, factor):
+        if factor == 3:
+            raise ValueError("not 3")
+        return factor * self.numbers
+
+    def process(self):
+        return os.getpid()
+
+
+class TestRecords:
+    def test_a_written_row_is_read_back(self, tmp_path):
+        path = tmp_path / "bench-x.json"
+        kept = row(target=1.5, difference=1e-6, more={"curve": "people", "x": [1, 2]})
+        record.write(path, [record.record(kept, "growth", SETTINGS)], "python -m benchmarks.speed")
+        (found,) = record.kept(path)
+        assert record.row_of(found) == kept
+        assert (found["verdict"], found["ratio"]) == ("met", 2.0)
+
+    def test_the_file_names_processor_and_versions_but_no_path_or_host(self, tmp_path):
+        path = tmp_path / "bench-x.json"
+        record.write(path, [record.record(row(), "bank", SETTINGS)], "python -m benchmarks.speed")
+        whole = json.loads(path.read_text())
+        assert {"processor", "cores", "instructions", "versions", "date", "commit", "command", "rows"} == set(whole)
+        assert {"torch", "transformers", "peft"} < set(whole["versions"])
+        assert str(ROOT) not in path.read_text()
+        assert os.uname().nodename not in path.read_text()
+
+    def test_a_new_measurement_replaces_the_row_of_its_name(self):
+        old = [record.record(Row(name, "", ""), module, SETTINGS) for name, module in (("1", "bank"), ("2", "growth"))]
+        new = record.record(Row("1", "other", ""), "bank", SETTINGS)
+        more = record.record(Row("3", "", ""), "limit", SETTINGS)
+        found = record.merged(record.merged(old, new), more)
+        assert [one["name"] for one in found] == ["1", "3", "2"]
+        assert found[0]["ours"] == "other"
+
+    def test_a_row_is_current_for_a_day_with_the_same_code_and_settings(self):
+        told = record.record(row(), "bank", SETTINGS)
+        assert record.current(told, SETTINGS)
+        assert not record.current(told, Settings(repeats=2))
+        assert not record.current({**told, "code": "other"}, SETTINGS)
+        assert not record.current({**told, "date": "2020-01-01T00:00:00+00:00"}, SETTINGS)
+        assert not record.current({**told, "skipped": f"{record.FAILED}Unequal"}, SETTINGS)
+
+    def test_a_missing_file_has_no_rows(self, tmp_path):
+        assert record.kept(tmp_path / "missing.json") == []
+
+
+class TestReport:
+    def test_every_row_has_all_columns(self):
+        for one in (row(target=1.0), Row("a row", "mta", "peer", skipped="no data"), Row("a curve", "mta", "")):
+            assert len(report.cells(one)) == 7
+        assert report.table([row(target=1.0)]).row_count == 1
+
+    def test_markdown_omits_skipped_rows(self):
+        text = report.markdown([row(target=1.5), Row("gone", "mta", "peer", skipped="no data")], "A processor", 2)
+        assert "| a row | mta: 6 people/min | peer: 3 people/min | **2.00x** | 1.5x met |" in text
+        assert "gone" not in text
+
+    @pytest.mark.parametrize(
+        ("value", "text"), [(0, "0"), (0.0123, "0.0123"), (4.561, "4.56"), (1234, "1234"), (8.32e11, "832G")]
+    )
+    def test_numbers_have_three_digits(self, value, text):
+        assert report.number(value) == text
+
+    def test_a_curve_becomes_two_pictures(self, tmp_path):
+        more = {"curve": "people", "x": [1, 4, 16], "x_label": "people", "series": {"seconds": [2, 8, 30]}}
+        paths = pictures.draw({**more, "slopes": {"seconds": 0.98}}, tmp_path)
+        assert sorted(path.name for path in paths) == ["growth-people.png", "growth-people.svg"]
+        assert all(path.stat().st_size > 1000 for path in paths)
+        assert pictures.draw({}, tmp_path) == []
+
+
+class TestCommand:
+    def test_an_unknown_module_is_refused(self, capsys):
+        with pytest.raises(SystemExit):
+            command.parsed(["--only", "bank,cooking"])
+        assert "'cooking' is none of" in capsys.readouterr().err
+
+    def test_a_processor_becomes_part_of_a_file_name(self):
+        assert Processor("Intel(R) Xeon(R) CPU @ 2.60GHz", 2, ()).slug == "intel-xeon"
+        assert Processor("AMD EPYC 9R14", 2, ("avx512_bf16",)).slug == "amd-epyc-9r14"
+        assert Processor("x", 2, ("avx512_bf16",)).has_bf16
+
+
+class TestMerging:
+    def test_merging_in_chunks_equals_merging_everybody(self, monkeypatch):
+        monkeypatch.setattr(merging, "_CHUNK", 2)
+        bank = random_loras(base_of(), 6)
+        work = merging.Work.of(bank, 5, MergeSettings(mode="exact"))
+        chunks = list(work.chunks())
+        assert [len(chunk) for chunk in chunks] == [2, 2, 1]
+        whole = merge_exact(bank, work.merge.ids, work.merge.w)
+        assert all(
+            torch.equal(x, y) for x, y in zip(chunks[2].tensors().values(), whole.select([4]).tensors().values())
+        )
+        assert work.run() == 5
+
+    def test_the_difference_compares_updates_rather_than_factors(self):
+        one = random_loras(base_of(), 1)
+        other = LoraBatch({name: Factors(2 * a, b / 2) for name, (a, b) in one.factors.items()}, one.scale)
+        assert merging.apart_by_update(other, one) < 1e-15
+        last = LoraBatch(
+            {name: Factors(a, b * (1.5 if "down" in name else 1)) for name, (a, b) in one.factors.items()}, 0.5
+        )
+        assert merging.apart_by_update(last, one) == pytest.approx(0.5)
+
+
+class TestDecoding:
+    def test_only_people_of_both_results_are_compared(self):
+        found, expected = torch.tensor([[3.0, 4.0], [9.0, 9.0]]), torch.tensor([[3.0, 5.0]])
+        assert decoding.apart(found, expected) == pytest.approx(1 / 34**0.5)
+        assert decoding.share_of_equal([[1, 2, 3, 4], [5, 5]], [[1, 2, 0, 0]]) == 0.5
+
+
+class TestGrowth:
+    def test_slopes_of_a_curve_are_exponents_of_time_per_person_and_of_memory(self):
+        points = {x: {"before": 2**30, "peak": 2**30 * (1 + x), "seconds": 2.0 * x**0.5} for x in (1, 4, 16)}
+        curve = growth.Curve("growth with people", "people", [1, 4, 16], 1, "a note", "people", "seconds per person")
+        more = growth.curve_row(curve, points).more
+        assert more["series"]["seconds per person"] == [2.0, 1.0, 0.5]
+        assert more["slopes"] == pytest.approx({"seconds per person": -0.5, "GiB above base and bank": 1.0})
+
+    def test_a_point_is_measured_until_its_time_is_stable(self, monkeypatch):
+        clock = iter(range(100))
+        monkeypatch.setattr(point.time, "perf_counter", lambda: next(clock))
+        found = point.measured(lambda: None)
+        assert (found["runs"], found["seconds"]) == (2, 1)
+        assert found["before"] > 0
+        assert found["peak"] > 0
+
+    def test_random_anchors_have_the_shapes_of_the_base(self):
+        base = base_of()
+        bank = point.bank_of(base, 3)
+        assert (len(bank), bank.rank, bank.shapes) == (3, 8, base.targets)
+
+
+@pytest.mark.skipif(bool(obstacle()), reason=f"no kernels here: {obstacle()}")
+def test_kernel_families_are_measured_once_and_recorded(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(each, "base_of", cache(lambda dtype: base_of()))
+    words = ["--out", str(tmp_path / "kernels.json"), "--repeats", "2", "--tokens", "1"]
+    words += ["--only", "adapted_rows"]
+    each.main(words)
+    kept = json.loads((tmp_path / "kernels.json").read_text())["rows"]
+    assert set(kept) == {f"decoding, {dtype}, adapted_rows" for dtype in ("bfloat16", "float32")}
+    assert all(row["on_s"] > 0 and row["off_s"] > 0 for row in kept.values())
+    assert len(capsys.readouterr().out.splitlines()) == 2
+    each.main(words)  # nothing is measured again
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.slow
+@pytest.mark.real
+@pytest.mark.network
+def test_the_merging_benchmark_runs(tmp_path, fetched):
+    fetched("smollm2-135m-instruct"), fetched("movielens-100k")
+    words = ["--only", "merging", "--quick", "--out", str(tmp_path)]
+    done = subprocess.run([sys.executable, "-m", "benchmarks.speed", *words], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (path,) = tmp_path.glob("bench-*.json")
+    assert all(one["rates"] or one["skipped"] for one in record.kept(path))

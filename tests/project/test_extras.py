@@ -1,0 +1,83 @@
+"""Extras: what works without them, and the error of each feature that needs one."""
+
+import os
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from mta.cli.demo import demo
+from mta.cli.evaluate import evaluate
+from mta.cli.report import report
+from mta.cli.serve import serve
+from mta.data.bm25 import retrieve
+from mta.data.tasks import load_task
+from mta.distributed.ray import Cluster
+from mta.errors import MissingExtra
+from mta.evaluation.methods.prime import Prime
+from mta.evaluation.metrics import Answers, measure
+from mta.evaluation.privacy.membership import rank_correlation
+from mta.evaluation.reports import figures
+from mta.evaluation.statistics import student_t
+from mta.system.assets import fetch
+from mta.system.extras import EXTRAS
+from mta.tracking.trackers import SINKS, tracker
+
+ROOT = Path(__file__).parents[2]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+MODULES = {package: package.replace("-", "_") for packages in EXTRAS.values() for package in packages}
+
+OTHERS_NEED = {"scipy", "httpx2"}  # scikit-learn and huggingface-hub bring them in any case
+
+
+def test_the_extras_are_those_of_the_distribution():
+    listed = {
+        extra: tuple(line.partition(">=")[0] for line in lines)
+        for extra, lines in PROJECT["optional-dependencies"].items()
+        if extra not in ("docs", "dev")
+    }
+    assert listed == dict(EXTRAS)
+
+
+def test_without_extras_a_bank_is_built_and_people_are_personalized_answered_and_exported(tmp_path):
+    """``sitecustomize`` hides the packages from every Python of the walk, also from the command line's."""
+    hidden = sorted(set(MODULES.values()) - OTHERS_NEED)
+    (tmp_path / "sitecustomize.py").write_text(f"import sys\nsys.modules.update(dict.fromkeys({hidden}))\n")
+    paths = [str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])]
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "MTA_KERNELS": "off"}
+    code = "import gguf"
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert "ModuleNotFoundError" in done.stderr
+    walked = subprocess.run([sys.executable, ROOT / "tests" / "smoke.py"], env=env, capture_output=True, text=True)
+    assert walked.stdout.splitlines()[-1:] == ["ok"], walked.stderr
+
+
+FEATURES = {
+    "a gateway": ("serve", "fastapi", lambda: serve()),
+    "an evaluation": ("eval", "cma", lambda: evaluate("people.jsonl")),
+    "a report": ("eval", "matplotlib", lambda: report([Path("runs")])),
+    "a demo": ("eval", "rouge-score", lambda: demo()),
+    "ROUGE": ("eval", "rouge-score", lambda: measure(load_task("lamp4"), Answers(["a"]), ["b"])),
+    "BM25": ("eval", "bm25s", lambda: retrieve(load_task("lamp4"), None, [], 1)),
+    "CMA-ES": ("eval", "cma", lambda: Prime().run(None, 0)),
+    "Student's t": ("eval", "scipy", lambda: student_t(3)),
+    "Spearman's correlation": ("eval", "scipy", lambda: rank_correlation(None, None, None)),
+    "a picture": ("eval", "matplotlib", lambda: figures.Picture("alt", lambda axes: None).data_uri()),
+    "an asset that is converted": ("assets", "gguf", lambda: fetch("smollm2-135m-instruct")),
+    "a cluster": ("ray", "ray", lambda: Cluster("local")),
+    **{f"--track {name}": (name, name, lambda name=name: tracker(name)) for name in SINKS},
+}
+
+
+@pytest.mark.parametrize("feature", FEATURES)
+def test_a_feature_without_its_package_names_the_extra_to_install(feature, cache, tmp_path, monkeypatch):
+    extra, package, use = FEATURES[feature]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, MODULES[package], None)
+    with pytest.raises(MissingExtra) as caught:
+        use()
+    assert caught.value.message == f"{package} is not installed; it belongs to the extra {extra!r}"
+    assert caught.value.hint == f"pip install 'merge-then-adapt[{extra}]'"
+    assert not any(tmp_path.iterdir())

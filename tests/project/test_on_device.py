@@ -1,0 +1,107 @@
+"""The whole walk on the device given by ``pytest --device cuda`` (the CPU without it), held against the CPU."""
+
+import pytest
+import torch
+from conftest import TINY_RUN, HashEncoder, people_of
+from tiny import base_of
+
+from mta import BASE, TASK
+from mta.bank.bank import Bank
+from mta.config import MergeSettings, Training
+from mta.errors import ModelError
+from mta.evaluation import Context, Panel, evaluate
+from mta.evaluation.methods import Merged, MergeThenAdapt, TaskLora
+from mta.personalize import Personalizer
+
+QUESTION = {"title": "Film 7", "genres": "Drama"}
+PEOPLE = people_of(3, items=6, prefix="x", seed=5)
+
+pytestmark = pytest.mark.integration
+
+
+@pytest.fixture(scope="session")
+def device(pytestconfig):
+    """The device asked for; what cannot be had is skipped, with the reason."""
+    from mta.system.device import pick_device
+
+    try:
+        return pick_device(pytestconfig.getoption("--device"))
+    except ModelError as error:
+        pytest.skip(error.message)
+
+
+@pytest.fixture(scope="session")
+def walked(device, tmp_path_factory):
+    """Base, bank and people who were personalized, on the device."""
+    return walk(device, tmp_path_factory.mktemp("device") / "bank")
+
+
+@pytest.fixture(scope="session")
+def reference(tmp_path_factory):
+    """The same on the CPU."""
+    return walk(torch.device("cpu"), tmp_path_factory.mktemp("cpu") / "bank")
+
+
+def walk(device, folder):
+    base = base_of()
+    base.model.to(device)
+    parts = {"task_people": people_of(4, prefix="t"), "encoder": HashEncoder()}
+    bank = Bank.build(base, people_of(12, prefix="c"), folder, task="movielens-rating", run=TINY_RUN, **parts)
+    personal = Personalizer(base, bank, run=TINY_RUN, encoder=HashEncoder())
+    personal.personalize(PEOPLE)
+    return personal
+
+
+def close(found, expected):
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-7)  # the bank itself is kept in float32
+
+
+def test_a_bank_is_the_same(walked, reference):
+    for name, tensor in walked.bank.anchors.tensors().items():
+        close(tensor, reference.bank.anchors.tensors()[name])
+
+
+def test_people_are_the_same(walked, reference):
+    for person in PEOPLE:
+        found, expected = walked.state(person.id), reference.state(person.id)
+        assert found.anchors == expected.anchors
+        assert found.w == pytest.approx(expected.w, rel=0, abs=1e-7)
+        for name, tensor in found.stack.tensors().items():
+            close(tensor, expected.stack.tensors()[name])
+
+
+def test_answers_and_scores_are_the_same(walked, reference):
+    whose = ["x0", BASE, "x2", TASK]
+    rows = [(who, QUESTION, "4") for who in whose]
+    assert walked.score(rows) == pytest.approx(reference.score(rows), rel=0, abs=1e-6)
+    asked = [(who, QUESTION) for who in whose]
+    assert walked.generate(asked, max_new_tokens=5) == reference.generate(asked, max_new_tokens=5)
+
+
+def test_an_export_is_the_same(walked, reference, tmp_path):
+    from mta.lora.peft import read_peft
+
+    for name, personal in (("here", walked), ("there", reference)):
+        personal.export("x1", tmp_path / name)
+    expected = read_peft(tmp_path / "there").tensors()
+    for name, tensor in read_peft(tmp_path / "here").tensors().items():
+        close(tensor, expected[name])
+
+
+@pytest.mark.parametrize("mode", ["exact", "factor", "svd"])
+@pytest.mark.parametrize("policy", ["posterior", "ridge", "learned", "similarity"])
+def test_methods_measure_the_same(walked, reference, policy, mode):
+    few = Training(lr=0.05, steps=1, batch_size=8, eps=1.0)
+    settings = MergeSettings(policy=policy, k=2 if mode == "factor" else 0, mode=mode, learned=few)
+    scores = []
+    for personal in (walked, reference):
+        context = Context(personal.base, personal.bank, HashEncoder(), TINY_RUN)
+        panel = Panel.of(context, PEOPLE, shots=3, queries=3)
+        methods = [
+            TaskLora(),
+            Merged(name="merge", merge=settings),
+            MergeThenAdapt(name="MTA", merge=settings, stack=TINY_RUN.stack),
+        ]
+        scores.append([row.people["NLL"] for row in evaluate(panel, methods).rows])
+    for found, expected in zip(*scores):
+        close(found, expected)

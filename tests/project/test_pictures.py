@@ -1,0 +1,112 @@
+"""The pictures of the documentation, and the names on its page about the architecture."""
+
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+import torch
+
+from mta.config import MergeSettings
+from mta.personalize.likelihoods import Evidence
+from mta.personalize.policies import Retrieved, posterior
+
+ROOT = Path(__file__).parents[2]
+DOCS, CODE = ROOT / "docs", ROOT / "src" / "mta"
+PAGE = (DOCS / "architecture.md").read_text(encoding="utf-8")
+SVG = "{http://www.w3.org/2000/svg}"
+
+
+NAMES = sorted(path.stem for path in (DOCS / "drawing").glob("*.txt"))
+
+
+@pytest.fixture(scope="module")
+def drawn(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pictures")
+    subprocess.run([sys.executable, DOCS / "pictures.py", folder], check=True)
+    return {path.stem: path.read_text(encoding="utf-8") for path in folder.glob("*.svg")}
+
+
+def words_of(element):
+    return "".join(element.itertext())
+
+
+def test_every_picture_of_the_documentation_is_drawn(drawn):
+    assert sorted(drawn) == NAMES
+    assert sorted(path.stem for path in (DOCS / "pictures").glob("*.svg")) == NAMES, "run: python docs/pictures.py"
+    pages = [ROOT / "README.md", *(path for path in DOCS.rglob("*.md") if "_build" not in path.parts)]
+    shown = {
+        name for page in pages for name in re.findall(r"pictures/([\w-]+)\.svg\)", page.read_text(encoding="utf-8"))
+    }
+    assert sorted(shown) == NAMES
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_picture_is_valid_and_shows_all_of_its_labels(drawn, name):
+    root = ElementTree.fromstring(drawn[name])
+    paper = root.find(f"{SVG}rect")
+    assert paper.get("fill") == "#ffffff"
+    assert float(paper.get("width")) + 1 == float(root.get("width"))
+    title, about, _, *shapes = (DOCS / "drawing" / f"{name}.txt").read_text(encoding="utf-8").splitlines()
+    assert (root.find(f"{SVG}title").text, root.find(f"{SVG}desc").text) == (title, about)
+    texts = [words_of(element) for element in root.iter(f"{SVG}text")]
+    labels = [label for shape in shapes for label in shape.split(" | ")[1:]]
+    assert len(labels) > 10
+    assert not [label for label in labels if re.sub(r"[_^]\{([^}]*)\}", r"\1", label) not in texts]
+    assert texts[:2] == [title, about]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_committed_picture_shows_the_labels_of_its_description(drawn, name):
+    committed = ElementTree.fromstring((DOCS / "pictures" / f"{name}.svg").read_text(encoding="utf-8"))
+    texts = [words_of(element) for element in committed.iter(f"{SVG}text")]
+    now = [words_of(element) for element in ElementTree.fromstring(drawn[name]).iter(f"{SVG}text")]
+    assert texts == now, "run: python docs/pictures.py"
+
+
+def test_files_named_in_drawings_exist(drawn):
+    files = {path.name for path in CODE.rglob("*.py")}
+    named = {name for data in drawn.values() for name in re.findall(r"\w+\.py\b", data)}
+    assert len(named) > 20
+    assert not named - files
+
+
+def test_the_coefficients_drawn_are_those_of_the_policy(monkeypatch):
+    monkeypatch.syspath_prepend(DOCS)
+    import pictures
+
+    gains = torch.tensor([pictures.GAINS], dtype=torch.float64)
+    shot = Evidence(torch.cat([torch.zeros(1, 1), gains], 1)[:, None], torch.ones(1, 1))
+    settings = MergeSettings(null_prior=pictures.PRIOR, temperature=pictures.TEMPERATURE)
+    w = posterior(settings, Retrieved(torch.arange(gains.shape[1])[None], torch.zeros_like(gains), shot))
+    drawn = pictures.posterior(pictures.GAINS, pictures.PRIOR, pictures.TEMPERATURE)
+    torch.testing.assert_close(torch.tensor([drawn], dtype=torch.float64), w)
+
+
+def test_files_and_names_of_the_architecture_page_exist():
+    files = re.findall(r"`((?:\w+/)*\w+\.py)`", PAGE)
+    folders = re.findall(r"`((?:\w+/)+)`", PAGE)
+    assert len(files) > 30
+    assert not [name for name in files if not (CODE / name).is_file()]
+    assert not [name for name in folders if not (CODE / name).is_dir()]
+    pairs = re.findall(r"`((?:\w+/)*\w+\.py)`\s+\(((?:`\w+`(?:, )?)+)\)", PAGE)
+    assert len(pairs) > 30
+    for file, names in pairs:
+        text = (CODE / file).read_text(encoding="utf-8")
+        for name in re.findall(r"\w+", names):
+            assert re.search(rf"\b(?:def|class) {name}\b", text), (file, name)
+
+
+def test_the_architecture_page_lists_all_packages_in_import_order():
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    layers = [name.strip() for line in contracts[0]["layers"] for name in line.split("|")]
+    named = {re.split(r"[/.]", name)[0] for name in re.findall(r"`((?:\w+/)*\w*(?:/|\.py))`", PAGE)}
+    assert named == set(layers)
+    assert [*re.findall(r"(?m)^\| `(\w+)/` \|", PAGE), "errors"] == layers
+
+
+def test_the_architecture_page_tells_a_texts_life_in_eight_steps():
+    assert re.findall(r"(?m)^(\d+)\. \*\*", PAGE) == [str(n) for n in range(1, 9)]

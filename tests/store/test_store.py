@@ -1,0 +1,262 @@
+import json
+import os
+from collections.abc import Callable
+from datetime import datetime
+from pathlib import Path
+
+import pytest
+from files import folder_of, path_of
+from stores import ANN, everything, person, state
+from test_state import FILE
+
+from mta.errors import InputError, PersonNotFound, StateCorrupt, StoreError
+from mta.store import Store
+
+
+def test_a_store_keeps_versions(url: str) -> None:
+    store = Store(url)
+    assert (store.latest(ANN), store.versions(ANN), ANN in store) == (None, [], False)
+    assert (store.count(), store.nbytes(ANN)) == (0, 0)
+    assert store.save(ANN, state(0)) == 1
+    assert store.save(ANN, state(1)) == 2
+    assert store.save("bob", state(0)) == 1
+    again = Store(url)
+    assert again.load(ANN) == state(1)
+    assert again.load(ANN, 1) == state(0)
+    assert (again.latest(ANN), again.versions(ANN), ANN in again, again.count()) == (2, [1, 2], True, 2)
+    assert again.nbytes(ANN) > state(0).nbytes + state(1).nbytes
+
+
+def test_the_same_work_again_is_a_no_op(url: str) -> None:
+    store = Store(url)
+    store.save(ANN, state(0))
+    store.save(ANN, state(1))
+    before = store.nbytes(ANN)
+    assert store.save(ANN, state(1)) == 2
+    assert (store.versions(ANN), store.nbytes(ANN)) == ([1, 2], before)
+    assert store.save(ANN, state(0)) == 3  # an earlier one is not the latest
+
+
+def test_rollback_makes_an_earlier_version_the_newest(url: str) -> None:
+    store = Store(url)
+    for n in range(3):
+        store.save(ANN, state(n))
+    assert list(store.sizes(ANN).items()) == [(n + 1, state(n).nbytes) for n in range(3)]
+    assert store.rollback(ANN, 1) == 4
+    assert Store(url).load(ANN) == state(0)
+    assert [store.load(ANN, n) for n in (1, 2, 3)] == [state(0), state(1), state(2)]
+    before = store.nbytes(ANN)
+    assert [store.rollback(ANN, n) for n in (4, 1)] == [4, 4]  # the latest, and one of the same work
+    assert (store.versions(ANN), store.nbytes(ANN)) == ([1, 2, 3, 4], before)
+    assert store.rollback(ANN, 2) == 5
+    assert store.load(ANN) == state(1)
+
+
+@pytest.mark.parametrize("version", [0, 3, -1])
+def test_rollback_to_a_missing_version_lists_the_versions(url: str, version: int) -> None:
+    store = Store(url)
+    store.save(ANN, state(0))
+    store.save(ANN, state(1))
+    with pytest.raises(PersonNotFound, match=rf"'{ANN}' has no version {version}; expected one of: 1, 2\n"):
+        store.rollback(ANN, version)
+    with pytest.raises(PersonNotFound, match="no state of 'bob'"):
+        store.rollback("bob", 1)
+    assert store.versions(ANN) == [1, 2]
+
+
+def test_rollback_replaces_a_damaged_latest_version(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    store.save(ANN, state(0))
+    store.save(ANN, state(1))
+    (path_of(store, ANN) / "2.safetensors").write_bytes(b"half")
+    with pytest.raises(StateCorrupt):
+        store.rollback(ANN, 2)
+    assert store.rollback(ANN, 1) == 3
+    assert store.load(ANN) == state(0)
+
+
+def test_only_the_newest_version_has_a_time(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    assert store.time_of(ANN, 1) is None
+    store.save(ANN, state(0))
+    store.save(ANN, state(1))
+    assert store.time_of(ANN, 1) is None
+    assert datetime.fromisoformat(store.time_of(ANN, 2)).tzinfo
+    (path_of(store, ANN) / "latest.json").write_bytes(b"[]")
+    assert store.time_of(ANN, 2) is None
+
+
+def test_a_missing_person_is_reported(url: str) -> None:
+    store = Store(url)
+    with pytest.raises(PersonNotFound, match=r"^no state of 'bob' in the store .*people\n  Personalize first:  mta"):
+        store.load("bob")
+    store.save(ANN, state(0))
+    store.save(ANN, state(1))
+    with pytest.raises(PersonNotFound, match=rf"'{ANN}' has no version 7; expected one of: 1, 2\n  .*version=2\."):
+        store.load(ANN, 7)
+    with pytest.raises(InputError, match="id is '', expected a non-empty text\n  Give every person an id"):
+        store.save("", state())
+    with pytest.raises(InputError, match="id is 5"):
+        store.load(5)
+
+
+def test_reading_creates_nothing(tmp_path: Path) -> None:
+    store = Store(tmp_path / "people")
+    assert "bob" not in store
+    assert (store.history("bob"), store.forget("bob"), store.count()) == (None, False, 0)
+    assert not list(tmp_path.iterdir())
+
+
+def test_ids_are_distinguished_and_never_written(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    ids = [ANN, "../../etc/passwd", "имя ✓", "a/b", "é", "e\u0301", "\ud800", "x" * 500]
+    for n, id in enumerate(ids):
+        store.save(id, state(n))
+        store.save_history(person(id))
+    assert [store.load(id).seed for id in ids] == list(range(len(ids)))
+    assert store.count() == len(ids)
+    for path, content in everything(tmp_path):
+        for id in (ANN, "passwd", "имя", "x" * 500):
+            assert id not in str(path.relative_to(tmp_path))
+            assert id.encode() not in content
+            assert json.dumps(id).strip('"').encode() not in content
+    key = folder_of(store, ANN)
+    assert len(key) == 64
+    assert (tmp_path / key[:2] / key / "1.safetensors").exists()
+    assert folder_of(Store(tmp_path), ANN) == key
+    assert folder_of(Store(tmp_path / "other"), ANN) != key  # every store has its own key
+
+
+HINTS = [b"", b"{", b"[]", b"7", b"\xff", *(b'{"version": %s}' % n for n in (b"0", b"1", b"9", b'"1"', b"true"))]
+
+
+@pytest.mark.parametrize("hint", [None, *HINTS])
+def test_latest_json_may_be_missing_damaged_or_stale(url: str, hint: bytes | None) -> None:
+    store = Store(url)
+    for n in range(3):
+        store.save(ANN, state(n))
+    key = folder_of(store, ANN)
+    path = f"{store.files.root}/{key[:2]}/{key}/latest.json"
+    assert set(json.loads(store.files.fs.cat_file(path))) == {"version", "time", "work"}
+    if hint is None:
+        store.files.fs.rm(path)
+    else:
+        store.files.fs.pipe_file(path, hint)
+    assert store.latest(ANN) == 3
+    assert store.load(ANN) == state(2)
+    assert store.save(ANN, state(2)) == 3
+    assert store.save(ANN, state(3)) == 4
+    assert store.latest(ANN) == 4
+
+
+def test_a_damaged_state_is_refused_and_can_be_replaced(url: str) -> None:
+    store = Store(url)
+    store.save(ANN, state(0))
+    key = folder_of(store, ANN)
+    store.files.fs.pipe_file(f"{store.files.root}/{key[:2]}/{key}/1.safetensors", FILE[:-1])
+    with pytest.raises(StateCorrupt, match=rf"{key}/1\.safetensors was changed or cut short"):
+        store.load(ANN)
+    assert store.save(ANN, state(0)) == 2
+    assert store.load(ANN) == state(0)
+
+
+def test_a_stored_history_is_read_back(url: str) -> None:
+    store = Store(url)
+    assert store.history(ANN) is None
+    store.save_history(person())
+    back = Store(url).history(ANN)
+    assert back == person()
+    assert ANN not in store  # a history is no state
+    assert store.count() == 0
+    store.save_history(person().first(1))
+    assert store.history(ANN) == person().first(1)
+
+
+def test_forgetting_leaves_nothing(url: str) -> None:
+    store = Store(url)
+    for n in range(3):
+        store.save(ANN, state(n))
+    store.save_history(person())
+    store.save("bob", state(5))
+    assert store.forget(ANN) is True
+    assert store.forget(ANN) is False
+    assert (ANN in store, store.history(ANN), store.versions(ANN), store.nbytes(ANN)) == (False, None, [], 0)
+    assert folder_of(store, ANN) not in " ".join(store.files.fs.find(store.files.root, withdirs=True))
+    assert (store.load("bob"), store.count()) == (state(5), 1)
+    assert store.save(ANN, state(9)) == 1
+    store.forget(ANN)
+    store.save_history(person())
+    assert store.forget(ANN) is True
+
+
+@pytest.mark.parametrize("done", range(6))
+def test_an_interrupted_forgetting_is_seen_and_can_be_repeated(tmp_path: Path, done: int) -> None:
+    store = Store(tmp_path)
+    for n in range(3):
+        store.save(ANN, state(n))
+    store.save_history(person())
+    calls: list[str] = []
+
+    def until_killed(remove: Callable[[str], None]) -> Callable[[str], None]:
+        def once(name: str) -> None:
+            if len(calls) == done:
+                raise KeyboardInterrupt
+            calls.append(name)
+            remove(name)
+
+        return once
+
+    store.files.remove, store.files.remove_folder = map(until_killed, (store.files.remove, store.files.remove_folder))
+    with pytest.raises(KeyboardInterrupt):
+        store.forget(ANN)
+    again = Store(tmp_path)
+    assert (ANN in again) is (done < 5)  # 5 files; then only an empty folder is left
+    if ANN in again:
+        assert again.load(ANN) == state(2)  # never an older one
+    assert again.forget(ANN) is (done < 5)
+    assert [path.name for path, content in everything(tmp_path) if content] == ["store.json"]
+    key = folder_of(again, ANN)
+    assert not (tmp_path / key[:2] / key).exists()
+
+
+BAD = [b"", b"[]", b'{"schema": 2, "key": "00"}', b'{"schema": 1, "key": "zz"}', b'{"key": 3}', b"\xff"]
+
+
+@pytest.mark.parametrize("content", BAD)
+def test_a_bad_store_json_is_refused(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "store.json").write_bytes(content)
+    with pytest.raises(
+        StoreError, match=r"json is damaged or missing: expected schema 1 and a 64-digit key\n  Restore the file"
+    ):
+        Store(tmp_path).load(ANN)
+
+
+def test_a_lost_store_json_is_not_recreated(tmp_path: Path) -> None:
+    Store(tmp_path).save(ANN, state())
+    (tmp_path / "store.json").unlink()
+    for act in (lambda: Store(tmp_path).save("bob", state()), lambda: ANN in Store(tmp_path)):
+        with pytest.raises(StoreError, match=r"missing: .*\n  Restore the file from a backup"):
+            act()
+    assert not (tmp_path / "store.json").exists()
+
+
+def test_an_unusable_address_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(StoreError, match=r"cannot be opened: .*nosuch.*\n  Give a folder, or a URL"):
+        Store("nosuch://people")
+    (tmp_path / "people").write_text("a file")
+    with pytest.raises(StoreError, match=r"people/store.json cannot be read or written: Not a directory\n  Check"):
+        Store(tmp_path / "people").save(ANN, state())
+
+
+def test_a_full_disk_leaves_nothing_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = Store(tmp_path)
+    store.save(ANN, state(0))
+
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(StoreError, match=r"2.safetensors cannot be read or written: No space left on device"):
+        store.save(ANN, state(1))
+    assert store.versions(ANN) == [1]
+    assert not [path for path, _ in everything(tmp_path) if path.name.startswith(".")]

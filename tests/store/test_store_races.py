@@ -1,0 +1,205 @@
+"""Writers that race, are killed, or find no hard links: whole versions, one winner each."""
+
+import multiprocessing
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from files import folder_of
+from stores import ANN, everything, person, state
+
+from mta.data.history import Person
+from mta.errors import StoreConflict, StoreError
+from mta.store import Store
+from mta.store.maintenance import check, collect
+
+
+class Slow(Store):
+    """Looks for the latest version, then waits for the others: every writer goes for the same number."""
+
+    def __init__(self, url: str | Path, barrier: threading.Barrier) -> None:
+        super().__init__(url)
+        self.barrier = barrier
+
+    def latest(self, id: str) -> int | None:
+        found = super().latest(id)
+        self.barrier.wait(60)
+        return found
+
+
+def race(url: str, barrier: threading.Barrier, seed: int, results: object) -> None:
+    store = Slow(url, barrier)
+    for round in range(5):
+        try:
+            results.put((round, seed, store.save(f"p{round}", state(seed))))
+        except StoreConflict as error:
+            results.put((round, seed, str(error)))
+
+
+@pytest.mark.parametrize(
+    "kind", ["threads", *(pytest.param(kind, marks=pytest.mark.integration) for kind in ("processes", "s3"))]
+)
+def test_exactly_one_of_racing_writers_wins(tmp_path: Path, kind: str, request: pytest.FixtureRequest) -> None:
+    context = multiprocessing.get_context("spawn")
+    url = f"{request.getfixturevalue('bucket')}/{tmp_path.name}" if kind == "s3" else str(tmp_path)
+    if kind != "processes":
+        barrier, results = threading.Barrier(3), context.SimpleQueue()
+        workers = [threading.Thread(target=race, args=(url, barrier, n, results)) for n in range(3)]
+    else:
+        barrier, results = context.Barrier(3), context.Queue()
+        workers = [context.Process(target=race, args=(url, barrier, n, results)) for n in range(3)]
+    for worker in workers:
+        worker.start()
+    rows = [results.get() for _ in range(15)]
+    for worker in workers:
+        worker.join()
+    store = Store(url)
+    for round in range(5):
+        mine = [(seed, result) for number, seed, result in rows if number == round]
+        winners = [seed for seed, result in mine if result == 1]
+        assert len(winners) == 1
+        assert store.load(f"p{round}") == state(winners[0])
+        assert store.versions(f"p{round}") == [1]
+        for _, result in mine:
+            assert result == 1 or result == (
+                f"version 1 of 'p{round}' was created by another writer meanwhile; this state was not saved\n"
+                "  Save again: it becomes version 2."
+            )
+    assert not [path for path, _ in everything(tmp_path) if path.name.startswith(".")]
+
+
+def test_writers_of_the_same_work_all_win(url: str) -> None:
+    store, late = Store(url), Store(url)
+    late.latest = lambda id: None  # looked before the other wrote
+    assert store.save(ANN, state(0)) == 1
+    assert late.save(ANN, state(0)) == 1
+    with pytest.raises(StoreConflict, match="version 1 of"):
+        late.save(ANN, state(1))
+    assert store.load(ANN) == state(0)
+
+
+def test_first_writers_agree_on_one_key(tmp_path: Path) -> None:
+    barrier, keys = threading.Barrier(8), []
+
+    def first() -> None:
+        store = Store(tmp_path)
+        barrier.wait()
+        keys.append(folder_of(store, ANN))
+
+    threads = [threading.Thread(target=first) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(keys) == 8
+    assert len(set(keys)) == 1
+
+
+KILLED = """
+import os, signal, sys, stores
+from mta.store import Store
+os.link = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+Store(sys.argv[1]).save(stores.ANN, stores.state(1))
+"""
+
+
+def test_a_killed_writer_leaves_only_a_temporary_file(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    store.save(ANN, state(0))
+    search = os.pathsep.join(filter(None, sys.path))
+    done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], env={**os.environ, "PYTHONPATH": search})
+    assert done.returncode == -signal.SIGKILL
+    assert [path for path, _ in everything(tmp_path) if path.name.startswith(".1") or path.name.startswith(".2")]
+    assert (store.versions(ANN), store.load(ANN), store.count()) == ([1], state(0), 1)
+    assert store.save(ANN, state(1)) == 2
+    assert store.forget(ANN)
+    assert [path.name for path, content in everything(tmp_path) if content] == ["store.json"]
+
+
+WRITING = """
+import itertools, sys, stores
+from mta.store import Store
+store = Store(sys.argv[1])
+print("begun", flush=True)
+for n in itertools.count(int(sys.argv[2])):
+    store.save(stores.ANN, stores.state(n))
+    store.save_history(stores.person())
+    if n % 5 == 4:
+        store.forget(stores.ANN)
+"""
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("kills", [4, pytest.param(30, marks=pytest.mark.slow)])
+def test_every_file_is_readable_whenever_a_writer_is_killed(tmp_path: Path, kills: int) -> None:
+    search = os.pathsep.join(filter(None, sys.path))
+    draw = random.Random(0)
+    for n in range(kills):
+        words = [sys.executable, "-c", WRITING, str(tmp_path), str(1000 * n)]
+        writer = subprocess.Popen(words, env={**os.environ, "PYTHONPATH": search}, stdout=subprocess.PIPE)
+        assert writer.stdout
+        writer.stdout.readline()
+        time.sleep(draw.uniform(0.01, 0.2))
+        writer.kill()
+        writer.communicate()
+        found = check(Store(tmp_path))
+        assert (found.damaged, found.strangers) == ({}, [])
+    collect(Store(tmp_path), older=0)
+    assert check(Store(tmp_path)).leftovers == []
+    assert Store(tmp_path).save(ANN, state(1)) >= 1
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """64 KiB of memory as a disk of its own."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", place], capture_output=True, text=True)
+    if made.returncode:
+        pytest.skip(f"a small disk needs the right to mount one: {made.stderr.strip()}")
+    yield place
+    subprocess.run(["umount", place], check=True)
+
+
+def test_a_full_disk_holds_only_whole_states(small_disk: Path) -> None:
+    store, saved = Store(small_disk), []
+    store.save_history(person())
+
+    def fill() -> None:
+        for n in range(100):
+            store.save(f"p{n}", state(n))
+            saved.append(n)
+
+    with pytest.raises(StoreError, match="No space left on device"):
+        fill()
+    assert saved
+    found = check(store)
+    assert (found.damaged, found.leftovers, found.strangers) == ({}, [], [])
+    assert found.states == len(saved)
+    assert all(store.load(f"p{n}") == state(n) for n in saved)
+    with pytest.raises(StoreError):
+        store.save_history(Person(ANN, person().items * 1000))
+    assert store.history(ANN) == person()
+    for n in saved[:3]:
+        store.forget(f"p{n}")
+    assert store.save("late", state()) == 1
+
+
+def test_racing_writers_have_one_winner_without_hard_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refuse)
+    store, late = Store(tmp_path), Store(tmp_path)
+    late.latest = lambda id: None
+    assert store.save(ANN, state(0)) == 1
+    with pytest.raises(StoreConflict):
+        late.save(ANN, state(1))
+    assert store.load(ANN) == state(0)

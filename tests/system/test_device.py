@@ -1,0 +1,135 @@
+"""Choice of device and dtype; threads and random generators of the process keep their state."""
+
+import asyncio
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from conftest import personalizer
+from filelock import FileLock
+
+from mta.errors import ModelError
+from mta.personalize.adapters import TASK
+from mta.serving.api.jobs import Jobs
+from mta.serving.embedded.engine import EmbeddedEngine
+from mta.serving.engine import Ask
+from mta.store import Store
+from mta.system import device
+from mta.system.device import compute_with, pick_device, pick_dtype, seeded
+
+
+def threads_of_a_new_thread():
+    found = []
+    thread = threading.Thread(target=lambda: found.append(torch.get_num_threads()))
+    thread.start()
+    thread.join()
+    return found[0]
+
+
+@pytest.fixture
+def _three_threads():
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(1)
+
+
+@pytest.mark.usefixtures("_three_threads")
+def test_compute_with_changes_only_its_own_thread():
+    own = []
+    thread = threading.Thread(target=lambda: (compute_with(1), own.append(torch.get_num_threads())))
+    thread.start()
+    thread.join()
+    assert own == [1]
+    assert (torch.get_num_threads(), threads_of_a_new_thread()) == (3, 3)
+
+
+@pytest.mark.usefixtures("_three_threads")
+def test_an_engine_does_not_change_the_number_of_threads_of_other_threads(tiny, tmp_path):
+    base, bank = tiny
+    store = Store(tmp_path / "people")
+
+    async def go():
+        engine = EmbeddedEngine(base, bank, store, slots=2, length=64)
+        jobs = Jobs(personalizer(base.twin(), bank, store))
+        assert [piece async for piece in engine.answer(Ask((5, 6, 7), TASK, max_tokens=2))]
+        await jobs.close()
+        await engine.close()
+
+    asyncio.run(go())
+    assert (torch.get_num_threads(), threads_of_a_new_thread()) == (3, 3)
+
+
+def test_seeded_restores_the_global_generator():
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    with seeded(9, torch.device("cpu")):
+        first = torch.rand(3)
+    assert torch.equal(torch.rand(3), expected)
+    torch.manual_seed(9)
+    assert torch.equal(first, torch.rand(3))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+def test_seeded_restores_the_generator_of_a_gpu():
+    torch.cuda.manual_seed(5)
+    expected = torch.rand(3, device="cuda")
+    torch.cuda.manual_seed(5)
+    for kind in ("cpu", "cuda"):
+        with seeded(9, torch.device(kind)):
+            torch.rand(3, device=kind)
+    assert torch.equal(torch.rand(3, device="cuda"), expected)
+
+
+def test_auto_chooses_bfloat16_or_float32():
+    assert pick_dtype("auto", torch.device("cpu")) in (torch.bfloat16, torch.float32)
+
+
+def test_auto_repeats_its_first_choice_of_dtype(cache, monkeypatch):
+    rates = iter([3.0, 1.0, 1.0, 3.0])
+    monkeypatch.setattr(device, "gemm_rate", lambda dtype: next(rates))
+    assert pick_dtype("auto", torch.device("cpu")) == torch.bfloat16
+    assert pick_dtype("auto", torch.device("cpu")) == torch.bfloat16
+    (cache / "dtype.json").write_text("{broken")
+    assert pick_dtype("auto", torch.device("cpu")) == torch.float32
+
+
+def test_concurrent_processes_choose_the_dtype_measured_first(cache, monkeypatch):
+    note, rates = cache / "dtype.json", iter([3.0, 1.0])
+    monkeypatch.setattr(device, "gemm_rate", lambda dtype: next(rates))
+    assert pick_dtype("auto", torch.device("cpu")) == torch.bfloat16
+    measured = note.read_text()
+    note.unlink()
+    monkeypatch.setattr(device, "gemm_rate", lambda dtype: 1.0)  # float32, if it was measured again
+    with ThreadPoolExecutor(1) as other:
+        with FileLock(cache / "dtype.lock"):
+            later = other.submit(pick_dtype, "auto", torch.device("cpu"))
+            with pytest.raises(TimeoutError):
+                later.result(0.2)
+            note.write_text(measured)
+        assert later.result(60) == torch.bfloat16
+
+
+def test_virtual_processors_with_different_flags_do_not_share_a_dtype(cache, monkeypatch):
+    rates = iter([3.0, 1.0, 1.0, 3.0])
+    monkeypatch.setattr(device, "gemm_rate", lambda dtype: next(rates))
+    monkeypatch.setattr(device, "cpuinfo", lambda *fields: "one" if "flags" in fields else "Virtual CPU")
+    assert pick_dtype("auto", torch.device("cpu")) == torch.bfloat16
+    monkeypatch.setattr(device, "cpuinfo", lambda *fields: "other" if "flags" in fields else "Virtual CPU")
+    assert pick_dtype("auto", torch.device("cpu")) == torch.float32
+
+
+def test_auto_chooses_a_usable_device():
+    assert torch.ones(2, device=pick_device("auto")).sum() == 2
+
+
+def test_a_missing_device_is_reported():
+    with pytest.raises(ModelError, match="device 'toaster' cannot be used") as caught:
+        pick_device("toaster")
+    assert caught.value.hint == "Use --device cpu."
+
+
+def test_an_unknown_dtype_is_named_with_the_known_ones():
+    with pytest.raises(ModelError, match=r"'float8'.*expected auto, float32, bfloat16, float64"):
+        pick_dtype("float8", torch.device("cpu"))

@@ -1,0 +1,207 @@
+"""Local storage: removals that last, no way out of it by links, and who else can read it."""
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+from files import path_of
+from stores import ANN, state
+from test_atomic import mode
+
+from mta.errors import StoreError
+from mta.store import Store
+from mta.store.maintenance import collect
+from mta.store.workspace import Work
+from mta.system.storage import Storage
+
+
+@pytest.fixture
+def synced(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, list[str]]]:
+    """Each folder that was flushed, and what was in it then."""
+    seen, fsync = list[tuple[str, list[str]]](), os.fsync
+
+    def noted(fd: int) -> None:
+        path = os.readlink(f"/proc/self/fd/{fd}")
+        if os.path.isdir(path):
+            seen.append((path, sorted(os.listdir(path))))
+        fsync(fd)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    return seen
+
+
+def test_a_created_file_has_its_name_when_its_folder_is_flushed(tmp_path: Path, synced: list) -> None:
+    Storage(tmp_path).create("ab/1", b"data")
+    assert synced[-1] == (str(tmp_path / "ab"), ["1"])
+
+
+def test_removed_files_are_gone_when_their_folders_are_flushed(tmp_path: Path, synced: list) -> None:
+    files = Storage(tmp_path)
+    for name in ("ab/1", "ab/2", "cd/1"):
+        files.create(name, b"data")
+    synced.clear()
+    for name in ("ab/1", "ab/2", "ab/3", "cd/1", "ef/1"):
+        files.remove(name)
+    assert synced == [(str(tmp_path / "ab"), ["2"]), (str(tmp_path / "ab"), []), (str(tmp_path / "cd"), [])]
+
+
+def test_a_removed_folder_is_gone_when_its_parent_is_flushed(tmp_path: Path, synced: list) -> None:
+    files = Storage(tmp_path)
+    files.create("work/1/plan", b"data")
+    synced.clear()
+    files.remove_folder("work")
+    files.remove_folder("work")
+    assert (str(tmp_path), []) in synced
+
+
+def test_forgetting_is_on_disk_when_it_returns(tmp_path: Path, synced: list) -> None:
+    store = Store(tmp_path)
+    store.save(ANN, state())
+    folder = path_of(store, ANN)
+    synced.clear()
+    assert store.forget(ANN)
+    assert (str(folder.parent), []) in synced
+
+
+def test_forgetting_removes_the_temporary_files_of_a_killed_writer(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    store.save(ANN, state())
+    folder = path_of(store, ANN)
+    (folder / f".2.safetensors.{'0' * 32}").write_bytes(state().to_bytes())
+    assert store.forget(ANN)
+    assert not folder.exists()
+
+
+def test_half_written_files_of_a_killed_run_are_removed_before_its_checkpoint(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    store.save(ANN, state())
+    half, whole = (tmp_path / "work" / "run" / name for name in (f".a.checkpoint.{'0' * 32}", "a.checkpoint"))
+    for path in (half, whole):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"stack")
+        os.utime(path, (0, path.stat().st_mtime - 7200))
+    assert list(collect(store)) == [f"work/run/{half.name}"]
+    assert whole.exists()
+
+
+def test_removing_a_linked_folder_keeps_its_target(tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "file").write_text("mine")
+    (tmp_path / "store").mkdir()
+    (tmp_path / "store" / "work").symlink_to(tmp_path / "other")
+    Storage(tmp_path / "store").remove_folder("work")
+    assert not (tmp_path / "store" / "work").is_symlink()
+    assert (tmp_path / "other" / "file").read_text() == "mine"
+
+
+def test_a_folder_is_removed_while_another_process_removes_its_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files, unlink, vanished = Storage(tmp_path), os.unlink, list[str]()
+    for name in ("work/1/a", "work/1/b", "work/2/a", "work/2/b"):
+        files.create(name, b"data")
+
+    def another_is_first(path: str, *rest: object, dir_fd: int | None = None) -> None:
+        unlink(path, dir_fd=dir_fd)
+        if not vanished:
+            vanished.append(str(path))
+            unlink(path, dir_fd=dir_fd)  # raises FileNotFoundError
+
+    monkeypatch.setattr(os, "unlink", another_is_first)
+    files.remove_folder("work")
+    assert vanished
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_remote_folder_is_removed_although_one_of_its_files_vanishes(monkeypatch: pytest.MonkeyPatch) -> None:
+    files = Storage("memory://vanishing")
+    files.create("work/a", b"data")
+    remove, refusals = files.fs.rm, [FileNotFoundError("work/b")]
+
+    def another_is_first(path: str, recursive: bool) -> None:
+        if refusals:
+            raise refusals.pop()
+        remove(path, recursive=recursive)
+
+    monkeypatch.setattr(files.fs, "rm", another_is_first)
+    files.remove_folder("work")
+    assert files.find() == {}
+
+
+def test_a_folder_that_is_only_partly_removed_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise FileNotFoundError
+
+    files = Storage(tmp_path)
+    files.create("work/1", b"data")
+    monkeypatch.setattr(os, "unlink", refuse)
+    with pytest.raises(StoreError, match="is still there"):
+        files.remove_folder("work")
+
+
+def test_nothing_is_written_or_removed_through_a_linked_folder(tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "file").write_text("mine")
+    (tmp_path / "store").mkdir()
+    (tmp_path / "store" / "ab").symlink_to(tmp_path / "other")
+    files = Storage(tmp_path / "store")
+    for change in (
+        lambda: files.create("ab/new", b"data"),
+        lambda: files.replace("ab/file", b"data"),
+        lambda: files.remove("ab/file"),
+        lambda: files.remove_folder("ab/inner"),
+        lambda: Work(files, "ab/run").checkpoint("digest"),
+    ):
+        with pytest.raises(StoreError, match=r"store/ab is a symbolic link"):
+            change()
+    assert [path.read_text() for path in (tmp_path / "other").iterdir()] == ["mine"]
+
+
+def test_the_root_may_be_a_link(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "people").symlink_to(tmp_path / "disk")
+    files = Storage(tmp_path / "people")
+    files.create("ab/1", b"data")
+    files.replace("ab/1", b"more")
+    assert (tmp_path / "disk" / "ab" / "1").read_bytes() == b"more"
+    files.remove("ab/1")
+    files.remove_folder("ab")
+    assert list((tmp_path / "disk").iterdir()) == []
+
+
+def test_without_hard_links_a_created_file_is_readable_by_its_owner_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EPERM, "no links here")
+
+    monkeypatch.setattr(os, "link", refuse)
+    Storage(tmp_path).create("ab/1", b"data")
+    assert mode(tmp_path / "ab" / "1") == 0o600
+    assert [path.name for path in (tmp_path / "ab").iterdir()] == ["1"]
+
+
+@pytest.mark.parametrize("shared", ["", "group"])
+def test_a_store_knows_whether_others_can_read_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shared: str) -> None:
+    monkeypatch.setenv("MTA_SHARED", shared)
+    (tmp_path / "people").mkdir()
+    (tmp_path / "people").chmod(0o755)
+    store = Store(tmp_path / "people")
+    store.save(ANN, state())
+    assert not store.files.exposed()
+    (tmp_path / "people" / "store.json").chmod(0o644)
+    assert store.files.exposed() == f"chmod -R {'o=' if shared else 'go='} {tmp_path}/people"
+    (tmp_path / "people").chmod(0o700)
+    assert not store.files.exposed()
+
+
+def test_a_store_of_a_group_is_reported_as_open_without_the_setting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setenv("MTA_SHARED", "group")
+        store = Store(tmp_path / "people")
+        store.save(ANN, state())
+        assert not store.files.exposed()
+    assert store.files.exposed().endswith("   (or, if its group shares it: export MTA_SHARED=group)")

