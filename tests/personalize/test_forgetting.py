@@ -313,7 +313,7 @@ def test_an_export_that_is_written_while_its_person_is_forgotten_is_removed(tiny
         elsewhere(personal.store, "x0")
         write_peft(*words, **how)
 
-    monkeypatch.setattr("mta.personalize.write_peft", late)
+    monkeypatch.setattr("mta.personalize.personalizer.write_peft", late)
     with pytest.raises(PersonForgotten):
         personal.export("x0", tmp_path / "out")
     assert not (tmp_path / "out").exists()
