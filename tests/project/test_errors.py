@@ -364,7 +364,7 @@ PROVOKED = {
     ),
     "BankMismatch": (
         lambda w: Bank.open(w.bank_folder, base_of("gpt2")),
-        ("was built for base 'tiny-llama'", r"the base here is 'tiny-gpt2'", r"sha256 \w{8}"),
+        ("was built for base 'tiny-llama'", r"the loaded base is 'tiny-gpt2'", r"sha256 \w{8}"),
         r"mta bank build --base tiny-gpt2",
     ),
     "BankCorrupt": (
