@@ -74,7 +74,7 @@ def test_an_answer_excludes_its_stop_token(engines, world):
     async def ended(engine):
         engine.stops = frozenset({stop})
         if hasattr(engine, "scheduler"):
-            engine.scheduler._stops = engine.stops
+            engine.scheduler.stops = engine.stops
         return await collect(engine, Ask(tuple(prompt_of(0)), who, COUNT))
 
     assert run(engines, ended) == (tokens[: tokens.index(stop)], "stop")

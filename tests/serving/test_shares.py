@@ -84,7 +84,7 @@ def test_appending_from_many_threads_loses_nothing(tmp_path):
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(append, range(8)))
     assert all(histories.held(f"team{n % 3}/{n}-{turn}") == 10 for n in range(8) for turn in range(20))
-    assert sum(histories._filled.values()) == 8 * 200 * (9 + 64)
+    assert sum(histories._used.values()) == 8 * 200 * (9 + 64)
 
 
 def test_each_prefix_fills_a_quarter_of_the_queue_and_all_prefixes_three_quarters():
