@@ -29,6 +29,10 @@ MISTAKES = {
         "personalize {new} --bank {bank} --store {root}/s --workers 2",
         "InputError: --workers and --together need --cluster",
     ),
+    "an update that starts over": (
+        "personalize {new} --bank {bank} --store {root}/s --update --restart",
+        "InputError: --restart was given with --update",
+    ),
     "a cluster that does not answer": (
         "personalize {new} --bank {bank} --store {root}/s --cluster 127.0.0.1:1",
         "ClusterError: ",

@@ -82,11 +82,16 @@ def personalize(
     Example:  mta personalize everybody.jsonl --bank bank/ --store s3://bucket/people --cluster ray://head:10001
     """
     from mta.cli.screen import Screen
+    from mta.errors import InputError
     from mta.personalize import Personalizer
     from mta.personalize.pipeline import counts
     from mta.store import Store
     from mta.tracking.run_folder import work_of
 
+    if update and not resume:
+        raise InputError(
+            "--restart was given with --update, which leaves no interrupted cohorts", hint="Leave --restart out."
+        )
     opener, since = tracked(track, run), Store(store).tombstones.names()  # read before the source
     people = [p.latest(latest) if latest else p for p in people_in(source, task_of(bank), skip_bad)]
     base, opened, settings = open_bank(bank, words, seed, device, config, open_to=MERGE_AND_STACK)
@@ -94,7 +99,7 @@ def personalize(
     with executor_at(cluster, workers, together) as executor, Screen() as screen:
         personal = Personalizer(base, opened, store, run=settings, executor=executor)
         asked = base.as_loaded(settings).model_dump(mode="json")
-        work = work_of(asked, opened.hash, sorted(p.digest() for p in people))  # so that a stopped run can resume
+        work = work_of(asked, opened.hash, sorted(p.digest() for p in people))  # so that `run` can be continued
         with kept_over("personalize", base, opened, asked, run, track=opener, on_step=screen.step, work=work) as kept:
             compute: Compute = personal.update if update else partial(personal.personalize, resume=resume)
             done = compute(people, keep_histories=keep_histories, since=since, on_step=kept.step)

@@ -19,7 +19,7 @@ from mta.personalize.likelihoods import shots_of
 from mta.personalize.merge import check_merge, frozen_numbers
 from mta.personalize.stages import Stages
 from mta.personalize.states import UNUSABLE, States
-from mta.personalize.worker import Failed, Worker, WorkerSpec, personalize_cohort, update_cohort
+from mta.personalize.worker import NotSaved, Worker, WorkerSpec, personalize_cohort, update_cohort
 from mta.store.state import State
 from mta.store.tombstones import NOTHING
 from mta.store.workspace import Work
@@ -103,7 +103,7 @@ class Pipeline:
         cohorts, plan, cut = self.plan(everybody, missing, work)
         found = _Failures()
         for outcome in self._outcomes(personalize_cohort, stages, cohorts, found, call.since):
-            self._keep(outcome.piece, outcome.result or (), found)
+            self._record(outcome.piece, outcome.result or (), found)
         if work and not found.workers:  # diverged training would diverge again: no cohort is kept for it
             work.finish()
         asked = {item.person.id for item in missing}  # a resumed cohort has people who are up to date
@@ -130,8 +130,8 @@ class Pipeline:
             cohorts, plan, _ = self.plan(grown, grown)
             for outcome in self._outcomes(update_cohort, self._stages(), cohorts, found, call.since):
                 made = outcome.result or ()
-                actions.update(one.action for one in made if not isinstance(one.state, Failed))
-                self._keep(outcome.piece, [one.state for one in made], found)
+                actions.update(one.action for one in made if not isinstance(one.state, NotSaved))
+                self._record(outcome.piece, [one.state for one in made], found)
         first = self.personalize(begin, False, True, call.since) if begin else Personalized(0, 0, 0)
         done = actions["keep"], actions["retrain"], actions["refresh"], first.trained, unchanged + first.unchanged
         gone = tuple(sorted({*call.forgotten, *found.forgotten, *first.forgotten}))
@@ -150,7 +150,7 @@ class Pipeline:
         names = begun if begun and set(begun) <= set(known) else []
         chosen = [known[name] for name in names] if {item.name for item in missing} <= set(names) else list(missing)
         stack, targets = self.run.stack, self.base.targets.values()
-        numbers = stack.lora.rank * sum(d + o for d, o in targets) if stack.enabled else 1
+        trained = stack.lora.rank * sum(d + o for d, o in targets) if stack.enabled else 1  # numbers per person
         cut = 0
 
         def jobs() -> Iterator[Job]:
@@ -162,7 +162,7 @@ class Pipeline:
         plan = plan_cohorts(
             self.base,
             jobs(),
-            numbers,
+            trained,
             parse_size(self.run.memory),
             below=frozen_numbers(self.bank, self.run.merge),
             most=self.executor.most,
@@ -171,7 +171,7 @@ class Pipeline:
         if work:
             work.note([item.name for item in chosen])
         wanted = {item.name for item in missing}
-        planned = [tuple(chosen[n] for n in numbers) for numbers in plan.cohorts]
+        planned = [tuple(chosen[n] for n in cohort) for cohort in plan.cohorts]
         cohorts = [
             Cohort(items, plan.tokens_per_batch, plan.threads)
             for items in planned
@@ -232,7 +232,7 @@ class Pipeline:
                 self.on_step("fleet", Step(n, len(outcome.piece), done, total))
             yield outcome
 
-    def _keep(self, cohort: Cohort, made: Sequence[State | Failed | None], found: _Failures) -> None:
+    def _record(self, cohort: Cohort, made: Sequence[State | NotSaved | None], found: _Failures) -> None:
         """Keep the states that are in no store; note the people without a state in ``found``."""
         for item, state in zip(cohort.items, made):
             if isinstance(state, PersonForgotten):

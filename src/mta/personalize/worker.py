@@ -19,7 +19,7 @@ from mta.store import Store
 from mta.store.state import State
 from mta.store.tombstones import NOTHING, forgotten_meanwhile
 
-Failed = Diverged | PersonForgotten
+NotSaved = Diverged | PersonForgotten
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,11 +70,11 @@ class WorkerSpec:
         return Worker(Stages(base, bank, self.run, bank.encoder(base, self.run.encoder)), store, self.since)
 
 
-def personalize_cohort(worker: Worker, cohort: Cohort) -> Sequence[State | Failed | None]:
+def personalize_cohort(worker: Worker, cohort: Cohort) -> Sequence[State | NotSaved | None]:
     """Make the states of a cohort and save them. Returns states only if the worker has no store.
 
-    Returns a ``Failed`` for each person whose training diverged or who was forgotten meanwhile. Raises Diverged if the
-    training of several people diverged and of all of them: then the cause is not one person's data.
+    Returns a ``NotSaved`` for each person whose training diverged or who was forgotten meanwhile. Raises Diverged if
+    the training of several people diverged and of all of them: then the cause is not one person's data.
     """
     states = worker.stages.states(cohort)
     if len(states) > 1 and all(isinstance(state, Diverged) for state in states):
@@ -90,7 +90,7 @@ def personalize_cohort(worker: Worker, cohort: Cohort) -> Sequence[State | Faile
 def update_cohort(worker: Worker, cohort: Cohort) -> Sequence[StateUpdate]:
     """Update the states of people whose histories have grown, and save the new states if there is a store.
 
-    ``StateUpdate.state`` is a ``Failed`` for people whose training diverged or who were forgotten meanwhile.
+    ``StateUpdate.state`` is a ``NotSaved`` for people whose training diverged or who were forgotten meanwhile.
     """
     store = worker.store
     if store is None:
@@ -125,7 +125,7 @@ def _overtaken(item: WorkItem) -> StoreConflict:
     )
 
 
-def _saved(worker: Worker, item: WorkItem, state: State | Failed | None) -> Failed | None:
+def _saved(worker: Worker, item: WorkItem, state: State | NotSaved | None) -> NotSaved | None:
     """Save a state; return why there is none. Raises StoreConflict if the store has a newer version."""
     if worker.store is None or not isinstance(state, State):
         return None if isinstance(state, State) else state
