@@ -87,7 +87,7 @@ def test_a_published_bank_is_used_by_its_hub_id(world, hub, tmp_path):
     assert "that were trained on them: not known" in mta("person", "show", ANN, "--bank", NAME, "--store", new).out
     assert "came without its members" in mta("forget", ANN, "--bank", NAME, "--store", new).out
     said = run("evaluate", world.members, base, "--bank", NAME, "--privacy")
-    assert "InputError: this bank came without its members: whom it was trained on cannot be told\n" in said.err
+    assert "InputError: this bank came without its members: the people it was trained on are unknown\n" in said.err
 
 
 def test_a_bank_that_is_neither_a_folder_nor_on_the_hub_is_an_error(world, hub):

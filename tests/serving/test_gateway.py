@@ -457,9 +457,9 @@ def test_without_keys_only_this_machine_is_served(tiny, tmp_path):
 
 def test_a_disconnect_before_the_answer_frees_the_slot(tiny, tmp_path):
     base, bank = tiny
-    with served(endless(base), bank, tmp_path, slots=1, length=2000, limits=Limits(max_tokens=2000)) as here:
+    with served(endless(base), bank, tmp_path, slots=1, length=500) as here:
         headers = {"Authorization": f"Bearer {here.secrets['serve']}"}
-        body = {"model": "task", "prompt": "x", "max_tokens": 1900, "temperature": 0}
+        body = {"model": "task", "prompt": "x", "max_tokens": 400, "temperature": 0}
         scheduler = here.service.engine.scheduler
         scheduler.stops = frozenset()  # random weights may choose any token
         with stepped(scheduler) as steps:
@@ -516,9 +516,9 @@ def test_forgetting_is_rate_limited_for_person_and_prefix_keys_but_not_for_opera
 
 def test_a_disconnect_during_a_stream_frees_the_slot(tiny, tmp_path):
     base, bank = tiny
-    with served(endless(base), bank, tmp_path, slots=1, length=2000, limits=Limits(max_tokens=2000)) as here:
+    with served(endless(base), bank, tmp_path, slots=1, length=500) as here:
         headers = {"Authorization": f"Bearer {here.secrets['serve']}"}
-        body = {"model": "task", "prompt": "x", "max_tokens": 1900, "stream": True, "temperature": 0}
+        body = {"model": "task", "prompt": "x", "max_tokens": 400, "stream": True, "temperature": 0}
         here.service.engine.scheduler.stops = frozenset()  # random weights may choose any token
         with httpx2.stream("POST", f"{here.url}/v1/completions", json=body, headers=headers, timeout=60) as stream:
             next(stream.iter_lines())

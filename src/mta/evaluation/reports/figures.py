@@ -21,6 +21,7 @@ from torch import Tensor
 from mta.evaluation.statistics import Interval
 from mta.personalize.merge import Merge
 from mta.system.atomic import written_aside
+from mta.system.extras import require
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -73,6 +74,7 @@ class Picture:
 
     @contextmanager
     def _drawn(self) -> Iterator[Figure]:
+        require("eval", "matplotlib")
         import matplotlib
         from matplotlib.figure import Figure
 
