@@ -30,7 +30,7 @@ from filelock import FileLock
 from mta.errors import ConfigError
 from mta.system.assets import cache_dir
 from mta.system.atomic import written_aside
-from mta.system.cpu import cpuinfo
+from mta.system.device import cpuinfo
 
 log = logging.getLogger("mta")
 

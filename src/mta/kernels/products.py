@@ -16,7 +16,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from mta.kernels.compile import kernels
-from mta.system.cpu import cpuinfo
+from mta.system.device import cpuinfo
 
 _FEW = 24  # rows
 

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import TypeVar
 
@@ -20,11 +21,24 @@ from filelock import FileLock
 from mta.errors import ModelError
 from mta.system.assets import cache_dir
 from mta.system.atomic import read_json, write_json
-from mta.system.cpu import cpuinfo
 
 T = TypeVar("T")
 _SETTING = threading.Lock()  # guards the number of threads, which compute_with reads, sets and restores
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+
+
+@cache
+def cpuinfo(*fields: str) -> str:
+    """Return the value of the first line of /proc/cpuinfo whose field is one of ``fields``, or an empty string.
+
+    >>> cpuinfo("flags", "Features")  # x86-64 and ARM64 name their instruction sets differently
+    """
+    listing = Path("/proc/cpuinfo")
+    for line in listing.read_text(encoding="utf-8", errors="replace").splitlines() if listing.is_file() else ():
+        field, _, value = line.partition(":")
+        if field.strip() in fields:
+            return value.strip()
+    return ""
 
 
 def processor() -> str:
