@@ -43,7 +43,7 @@ def _example(found: re.Match[str]) -> str:
 def settings() -> str:
     """Every ``key=value`` word, its default, and what may be given."""
     text = (
-        "# Settings\n\nWords after a verb (`merge.policy=ridge`), or YAML given with `--config`. A bank carries the "
+        "# Settings\n\nWords after a command (`merge.policy=ridge`), or YAML given with `--config`. A bank carries the "
         "settings it was built with; those of `merge` and `stack`, and how a machine computes, can be changed for a "
         "bank that is there.\n\n"
     )

@@ -148,7 +148,7 @@ class Hardware:
 
 
 _GPUS = {"l4": 121e12, "a100": 312e12, "h100": 989e12}
-_REACHED = 0.6  # of matrix products in bfloat16: docs/explanation/performance.md, "operations against torch.mm"
+_REACHED = 0.6  # of matrix products in bfloat16: make bench, row "operations against torch.mm"
 
 
 def hardware(name: str) -> Hardware:
