@@ -114,7 +114,7 @@ def test_a_full_disk_is_a_problem(cache, monkeypatch):
     [
         (8 * GIB, "ok", ""),
         (4 * GIB, "warning", "Give memory=3GiB."),
-        (BASE, "problem", "Free memory: a demo needs about 5 GiB, less with run.memory=1GiB."),
+        (BASE, "problem", "Free memory: a demo needs about 6 GiB, less with run.memory=1GiB."),
         (None, "warning", ""),
     ],
 )

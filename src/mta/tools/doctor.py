@@ -138,7 +138,7 @@ def _memory() -> Iterator[Finding]:
         return
     verdict: Verdict = "ok" if free > bound + BASE else "warning" if free > 3 * BASE else "problem"
     lower = f"Give memory={max((free - BASE) // (1 << 30), 1)}GiB."
-    enough = "Free memory: a demo needs about 5 GiB, less with run.memory=1GiB."
+    enough = "Free memory: a demo needs about 6 GiB, less with run.memory=1GiB."
     hint = {"ok": "", "warning": lower, "problem": enough}[verdict]
     yield Finding("memory", "free", verdict, f"{_size(free)}; {needs}", hint)
 
