@@ -92,8 +92,8 @@ def _bank(base: BaseModel, anchors: int) -> Any:
 def measured(work: Callable[[], None], family: str, repeats: int) -> dict[str, Any]:
     """Seconds with all kernels and without the family, in turn.
 
-    ``slower_without`` compares the fastest turns, which other work on the machine disturbs least; ``spread`` holds the
-    lowest and the highest ratio of the pairs of turns.
+    ``slower_without`` compares the fastest turns, which other work on the machine disturbs least; ``median`` and
+    ``spread`` are of the ratios of the pairs of turns.
     """
     off = () if family == ALL else (family,)
     seconds: dict[bool, list[float]] = {True: [], False: []}

@@ -56,15 +56,15 @@ def rates(folder: Path, count: int) -> dict[str, float]:
     """States a second, of a tiny model: written, read, listed, checked, removed."""
     store, stack = Store(folder), adapter(TINY, 1)
     ids = [f"person {n}" for n in range(count)]
-    told = {"put": timed(lambda: [store.save(id, state(0, stack)) for id in ids])}
-    told["get"] = timed(lambda: [store.load(id) for id in ids])
-    told["list"] = timed(store.count)
-    told["check"] = timed(lambda: check(store))
+    values = {"put": timed(lambda: [store.save(id, state(0, stack)) for id in ids])}
+    values["get"] = timed(lambda: [store.load(id) for id in ids])
+    values["list"] = timed(store.count)
+    values["check"] = timed(lambda: check(store))
     some = ids[: max(count // 10, 1)]
     for id in some:
         store.save(id, state(1, stack))
     seconds = timed(lambda: collect(store, keep=1))
-    found = {name: round(count / each) for name, each in told.items()}
+    found = {name: round(count / each) for name, each in values.items()}
     told_gc = {"gc, files removed": round(len(some) / seconds), "gc, listing and removing, s": round(seconds, 1)}
     forgotten = timed(lambda: [store.forget(id) for id in some])
     return found | told_gc | {"forget": round(len(some) / forgotten), "bytes each": store.nbytes(ids[-1])}
@@ -72,14 +72,14 @@ def rates(folder: Path, count: int) -> dict[str, float]:
 
 def bytes_of(folder: Path, count: int) -> dict[str, float]:
     """Bytes a person of SmolLM2 with a stack of rank 1, in both types, and of a PEFT folder of rank 8."""
-    told = {}
+    values = {}
     for dtype in (torch.float32, torch.bfloat16):
         store, stack, name = Store(folder / str(dtype)), adapter(REAL, 1, dtype), str(dtype).removeprefix("torch.")
         seconds = timed(lambda: [store.save(f"{n}", state(0, stack)) for n in range(count)])  # noqa: B023
-        told[f"{name}: bytes a person"] = sum(store.files.find().values()) / count
-        told[f"{name}: put/s"] = round(count / seconds)
+        values[f"{name}: bytes a person"] = sum(store.files.find().values()) / count
+        values[f"{name}: put/s"] = round(count / seconds)
     write_peft(folder / "oppu", adapter(REAL, 8), "smollm2-135m-instruct")
-    return told | {"OPPU, rank 8: bytes a person": sum(f.stat().st_size for f in (folder / "oppu").iterdir())}
+    return values | {"OPPU, rank 8: bytes a person": sum(f.stat().st_size for f in (folder / "oppu").iterdir())}
 
 
 def main() -> None:
@@ -89,10 +89,10 @@ def main() -> None:
     words.add_argument("--folder", type=Path, help="where they are written; default: a temporary folder")
     args = words.parse_args()
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
-        told: dict[str, object] = {"machine": f"{processor()}, {cores()} cores", "commit": commit()}
-        told[f"{args.states} states of a tiny model, a second"] = rates(Path(folder) / "tiny", args.states)
-        told[f"{args.real} states of SmolLM2"] = bytes_of(Path(folder), args.real)
-    print(json.dumps(told, indent=1))
+        values: dict[str, object] = {"machine": f"{processor()}, {cores()} cores", "commit": commit()}
+        values[f"{args.states} states of a tiny model, a second"] = rates(Path(folder) / "tiny", args.states)
+        values[f"{args.real} states of SmolLM2"] = bytes_of(Path(folder), args.real)
+    print(json.dumps(values, indent=1))
 
 
 if __name__ == "__main__":

@@ -65,6 +65,15 @@ COMMON = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+
+
+def save_base(folder: Path) -> Path:
+    """Save a tiny Llama and its tokenizer as a folder that loads like any other."""
+    base_of("llama", torch.float32).model.save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return folder
+
+
 KINDS = {
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**COMMON, num_key_value_heads=2)),
     "mistral": lambda: MistralForCausalLM(MistralConfig(**COMMON, num_key_value_heads=2, sliding_window=5)),

@@ -75,11 +75,11 @@ def main(which: str) -> int:
         tested = subprocess.run(
             [python, "-m", "pytest", *words], cwd=ROOT, env=own(), stdout=subprocess.PIPE, text=True
         )
-        told = tested.stdout.rstrip().splitlines()
-        print("\n".join(told[-40:]))
+        lines = tested.stdout.rstrip().splitlines()
+        print("\n".join(lines[-40:]))
         ask = f"from importlib.metadata import version as v; print(*map(v, {SHOWN}), sep=' | ')"
         what = f"{which} | {sys.version.split()[0]} | {run(python, '-c', ask).strip()}"
-        print(f"| {what} | {count(told, tested.returncode)} |")
+        print(f"| {what} | {count(lines, tested.returncode)} |")
         return tested.returncode
 
 
@@ -105,9 +105,9 @@ def own() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
 
 
-def count(told: list[str], status: int) -> str:
+def count(lines: list[str], status: int) -> str:
     """pytest's last line, or how it ended without one."""
-    last = [line.strip("= ") for line in told if " passed" in line or " failed" in line]
+    last = [line.strip("= ") for line in lines if " passed" in line or " failed" in line]
     return last[-1] if last else f"ended with {status}"
 
 

@@ -61,7 +61,7 @@ def measured(args: Any, *, vllm: bool, alone: bool) -> dict[str, Any]:
         models = [base if alone else f"person:{n}" for n in range(args.clients)]
         unasked = [base if alone else f"person:{args.clients + n}" for n in range(UNASKED)]
         asyncio.run(load(url, models, 2, args.tokens))
-        found: dict[str, Any] = {"load": asyncio.run(load(url, models, args.seconds, args.tokens)).told()}
+        found: dict[str, Any] = {"load": asyncio.run(load(url, models, args.seconds, args.tokens)).as_dict()}
         found["first use"] = asyncio.run(cold(url, unasked))
         found["newcomer"] = asyncio.run(delay(url, models[: args.slots - 1], unasked[0]))
     return found

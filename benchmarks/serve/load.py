@@ -25,7 +25,7 @@ class Times:
     tokens: int = 0
     seconds: float = 0.0
 
-    def told(self) -> dict[str, float]:
+    def as_dict(self) -> dict[str, float]:
         found = {"tokens/s": self.tokens / self.seconds, "answers": len(self.first)}
         for name, times in (("first token", self.first), ("token", self.gaps)):
             found |= {f"{name} p{p} (ms)": 1000 * float(np.percentile(times, p)) for p in (50, 95, 99)}

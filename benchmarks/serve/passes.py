@@ -49,13 +49,13 @@ def main() -> None:
     for n in range(args.rows):
         seats.take(n, seats.adapter_of(made_up(base, bank, str(n))))
         slots.take((n, ""), PROMPT)  # type: ignore[arg-type]
-    told: dict[str, object] = {"machine": f"{processor()}, {cores()} cores", "anchors": len(bank)}
+    values: dict[str, object] = {"machine": f"{processor()}, {cores()} cores", "anchors": len(bank)}
     ways = {f"a token of {args.rows} rows": (slice(0, args.rows), 1)}
     ways |= {f"{tokens} prompt tokens of one row": (slice(0, 1), tokens) for tokens in (64, 128)}
     for name, (rows, tokens) in ways.items():
         alone, people = (milliseconds(slots, seats, rows, tokens, alone) for alone in (True, False))
-        told[name] = {"base alone (ms)": alone, "people (ms)": people, "ratio": round(alone / people, 3)}
-    print(json.dumps(told, indent=1))
+        values[name] = {"base alone (ms)": alone, "people (ms)": people, "ratio": round(alone / people, 3)}
+    print(json.dumps(values, indent=1))
 
 
 if __name__ == "__main__":

@@ -34,35 +34,35 @@ def kept(path: Path) -> list[dict[str, Any]]:
 
 def record(row: Row, module: str, settings: Settings) -> dict[str, Any]:
     """A row with all raw rates and where it comes from."""
-    told: dict[str, Any] = {"module": module, **asdict(row), "verdict": row.verdict}
+    values: dict[str, Any] = {"module": module, **asdict(row), "verdict": row.verdict}
     if row.rates:
-        told |= {"ratio": row.ratio, "spread": row.spread}
+        values |= {"ratio": row.ratio, "spread": row.spread}
     now = _now().isoformat(timespec="seconds")
-    return told | {
-        "settings": settings.told(),
+    return values | {
+        "settings": settings.as_dict(),
         "code": code(module),
         "commit": commit(_ROOT / "benchmarks"),
         "date": now,
     }
 
 
-def row_of(told: Mapping[str, Any]) -> Row:
+def row_of(values: Mapping[str, Any]) -> Row:
     """The row that a record was made of."""
-    values = {name: told[name] for name in Row.__dataclass_fields__}
+    values = {name: values[name] for name in Row.__dataclass_fields__}
     return Row(**{**values, "rates": tuple(values["rates"]), "peer_rates": tuple(values["peer_rates"])})
 
 
-def current(told: Mapping[str, Any], settings: Settings) -> bool:
+def current(values: Mapping[str, Any], settings: Settings) -> bool:
     """Whether a record was measured within a day by this very code with the same settings, and did not fail.
 
     An older one may come from a clone's own results, measured on another machine.
     """
-    age = _now() - datetime.datetime.fromisoformat(told["date"])
+    age = _now() - datetime.datetime.fromisoformat(values["date"])
     return (
         age < datetime.timedelta(days=1)
-        and told.get("code") == code(told["module"])
-        and told.get("settings") == settings.told()
-        and not str(told.get("skipped", "")).startswith(FAILED)
+        and values.get("code") == code(values["module"])
+        and values.get("settings") == settings.as_dict()
+        and not str(values.get("skipped", "")).startswith(FAILED)
     )
 
 

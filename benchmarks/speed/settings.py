@@ -37,7 +37,7 @@ class Settings:
         """Whether the row of that name is still to be measured."""
         return name not in self.done
 
-    def told(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, Any]:
         """As the JSON keeps it, and what a kept row must agree in."""
         told = asdict(self)
         del told["done"]

@@ -69,7 +69,7 @@ def test_a_query_keeps_its_own_wording():
 def test_every_built_in_task_has_a_profile_template(name):
     task = load_task(name)
     item = Item({field: f"<{field}>" for field in task.fields()})
-    assert task.target(item) in task.told(item)
+    assert task.target(item) in task.sentence(item)
 
 
 def test_a_profile_names_fields_of_items_only(tmp_path):

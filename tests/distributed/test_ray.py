@@ -150,7 +150,7 @@ def test_what_is_nobodys_fault_stops_the_run(here):
     with Cluster(here, workers=1) as cluster:
         with pytest.raises(StoreError, match="no space left"):
             run(cluster, full, [Numbers((1, 2))])
-        with pytest.raises(ClusterError, match=r"nobody of a cohort of 4 could be computed.*ValueError"):
+        with pytest.raises(ClusterError, match=r"no person of a cohort of 4 could be computed.*ValueError"):
             run(cluster, hopeless, [Numbers((1, 2, 3, 4))])
 
 

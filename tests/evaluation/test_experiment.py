@@ -157,14 +157,14 @@ def test_retrieved_prompts_show_earlier_shots_and_never_what_is_asked(world, fin
     plain = load_task("movielens-rating")
     assert panel.task == panel.bank.task == plain.profiled() == panel.bank.task.profiled()
     for person, queries in zip(panel.people, panel.queries):
-        texts = [f"{plain.told(item)}. " for item in person.items]
+        texts = [f"{plain.sentence(item)}. " for item in person.items]
         assert [item.fields["profile"] for item in person.items[:2]] == ["", texts[0]]
         assert {item.fields["profile"] for item in queries} <= set(texts)
     folds, _ = panel.folds(2)
     for person, held in zip(folds.people, folds.queries):
         shown = {item.fields["profile"] for item in (*person.items, *held)}
-        assert not shown & {f"{plain.told(item)}. " for item in held}
-        assert shown <= {"", *(f"{plain.told(item)}. " for item in person.items)}
+        assert not shown & {f"{plain.sentence(item)}. " for item in held}
+        assert shown <= {"", *(f"{plain.sentence(item)}. " for item in person.items)}
     by_bank = {r.bank: r.metrics["NLL"] for r in read_records(finished) if r.method.startswith("MTA") and r.shots == 3}
     assert by_bank["retrieved"] != by_bank["main"]
 

@@ -164,7 +164,7 @@ def test_a_shot_sees_earlier_shots_and_a_query_sees_all_shots(panel):
         return sorted(item.fields["profile"].removesuffix(". ").split(", and "))
 
     for person, with_profile, queries in zip(panel.people, profiled.people, profiled.queries):
-        texts = [panel.task.told(item) for item in person.items]
+        texts = [panel.task.sentence(item) for item in person.items]
         for n, item in enumerate(with_profile.items):
             assert shown(item) == (sorted(texts[:n]) if n else [""])
         assert all(shown(query) == sorted(texts) for query in queries)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from huggingface_hub import constants
-from tiny import KINDS, base_of, tokenizer
+from tiny import KINDS, base_of, save_base, tokenizer
 from torch import nn
 from transformers import MambaConfig, MambaForCausalLM
 
@@ -28,10 +28,7 @@ GPT2 = {"attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"}
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory) -> Path:
     """A tiny Llama as a folder that loads like any other."""
-    folder = tmp_path_factory.mktemp("tiny-llama")
-    base_of("llama", torch.float32).model.save_pretrained(folder)
-    tokenizer().save_pretrained(folder)
-    return folder
+    return save_base(tmp_path_factory.mktemp("tiny-llama"))
 
 
 @pytest.fixture

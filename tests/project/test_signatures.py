@@ -24,7 +24,7 @@ FILE = Path(__file__).parents[1] / "public_api.txt"
 def public_api() -> list[str]:
     """A line for each public name, and for each public method, field and property of the classes among them.
 
-    Settings within settings, and what methods return, are told as well: people write the ones and read the others.
+    Settings within settings, and what methods return, are described as well: people write the ones and read the others.
     """
     lines, known = [], {}
     for name in sorted(mta.__all__):
@@ -39,7 +39,7 @@ def public_api() -> list[str]:
     for thing in list(known):
         for inner in sorted(within(thing), key=lambda one: one.__qualname__):
             known.setdefault(inner, f"{inner.__module__}.{inner.__qualname__}")
-    lines += [line for thing, name in known.items() for line in told(thing, name)]
+    lines += [line for thing, name in known.items() for line in described(thing, name)]
     return sorted(lines)
 
 
@@ -64,7 +64,7 @@ def returned(function: Any) -> Iterator[type]:
             yield inner
 
 
-def told(thing: type, name: str) -> Iterator[str]:
+def described(thing: type, name: str) -> Iterator[str]:
     """The lines of one class: how it is made, its fields, methods and properties."""
     bases = [base.__name__ for base in thing.__bases__ if base is not object]
     head = f"class {name}({', '.join(bases)})"
@@ -74,7 +74,7 @@ def told(thing: type, name: str) -> Iterator[str]:
     if issubclass(thing, Settings):
         for field, about in thing.model_fields.items():
             if field in notes:
-                one_of = get_origin(about.annotation) is Literal  # told in full, by whatever name it goes
+                one_of = get_origin(about.annotation) is Literal  # described in full, by whatever name it goes
                 note = str(about.annotation).removeprefix("typing.") if one_of else notes[field]
                 yield f"{name}.{field}: {note}{default(about.default)}"
     elif dataclasses.is_dataclass(thing):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import base_of, changed_json, save_encoder, tokenizer
+from tiny import base_of, changed_json, save_base, save_encoder
 
 from mta.bank.bank import Bank
 from mta.bank.format import check_base, read_info
@@ -36,10 +36,7 @@ def encoder(made, tmp_path) -> Path:
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("base")
-    base_of("llama", torch.float32).model.save_pretrained(folder)
-    tokenizer().save_pretrained(folder)
-    return folder
+    return save_base(tmp_path_factory.mktemp("base"))
 
 
 @pytest.fixture

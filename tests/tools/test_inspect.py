@@ -1,4 +1,4 @@
-"""What is kept of a person, told: every number is the state's own, and no text of theirs is among it."""
+"""The summary of a person: every number is the state's own, and no text of theirs is among it."""
 
 import json
 from dataclasses import asdict, replace

@@ -71,7 +71,7 @@ def size(
     named |= {"an anchor in training": memory.anchor, "a stack in training": memory.stack}
     named |= {"each token in training": memory.token, "each target token, in addition": memory.target}
     say("Memory: " + ", ".join(f"{name} {human_bytes(size)}" for name, size in named.items()))
-    say(f"Hours on {machine.name}: {machine.rate / 1e12:.2f} Tflop/s ({machine.told}), {machine.share:.0%} of it")
+    say(f"Hours on {machine.name}: {machine.rate / 1e12:.2f} Tflop/s ({machine.source}), {machine.share:.0%} of it")
 
 
 def _table(costs: dict[str, Cost], people: float, machine: Hardware) -> Table:

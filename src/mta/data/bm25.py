@@ -34,7 +34,7 @@ def retrieve(task: Task, item: Item, earlier: Sequence[Item], k: int) -> list[It
 
 def with_profile(task: Task, item: Item, earlier: Sequence[Item], k: int, before: str = "") -> Item:
     """Return the item with the field ``profile`` of ``task.profiled()``: ``before``, then the ``k`` nearest items."""
-    nearest = ", and ".join(task.told(one) for one in retrieve(task, item, earlier, k))
+    nearest = ", and ".join(task.sentence(one) for one in retrieve(task, item, earlier, k))
     profile = f"{before}{nearest}. " if nearest else before
     return Item({**item.fields, "profile": profile}, item.time, item.id, item.is_query)
 

@@ -134,7 +134,7 @@ class Scheduler(Generic[P, R]):
         errors.append(error)
         if not self.any_result and len(errors) == task.size > 1 and len({*errors}) == 1:
             raise ClusterError(
-                f"nobody of a cohort of {task.size} could be computed: {error}",
+                f"no person of a cohort of {task.size} could be computed: {error}",
                 hint="The same error for every person is not caused by their data. Fix it, then repeat the command.",
             )
         yield Outcome(task.piece, None, error)

@@ -136,12 +136,12 @@ class Load:
 
 @dataclass(frozen=True, slots=True)
 class Hardware:
-    """Operations per second of matrix products, and the share that mta's passes reach. ``told``: source of both."""
+    """Operations per second of matrix products, and the share that mta's passes reach. ``source``: source of both."""
 
     name: str
     rate: float
     share: float
-    told: str
+    source: str
 
     def seconds(self, operations: float) -> float:
         return operations / (self.rate * self.share)

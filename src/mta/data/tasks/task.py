@@ -146,7 +146,7 @@ class Task(Frozen):
         text = self._fill(self._text(item.is_query), item)
         return f"{text}\n{self.target(item)}".strip() if with_target else text
 
-    def told(self, item: Item) -> str:
+    def sentence(self, item: Item) -> str:
         """Return an earlier item with its answer in one sentence, for prompts that show a person's history."""
         form = self.item
         return self._fill(self.profile or f"{form.prompt} {{{form.target}}}", item)

@@ -114,7 +114,7 @@ def case_study(panel: Panel, settings: MergeSettings, seed: int) -> dict[str, An
         for anchor, w in zip(merge.ids[0], merge.w[0])
     ]
     return {
-        "shots": [task.told(item) for item in person.items],
+        "shots": [task.sentence(item) for item in person.items],
         "query": task.prompt(query),
         "gold": task.target(query),
         "anchors": sorted(why, key=lambda anchor: -abs(float(anchor["w"]))),

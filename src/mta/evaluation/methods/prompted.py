@@ -70,7 +70,7 @@ class Profile(_Combined, Method):
 
     def _descriptions(self, panel: Panel) -> list[str]:
         base, task = panel.base, panel.bank.task
-        items = [Item({"history": "\n".join(task.told(item) for item in p.items)}) for p in panel.people]
+        items = [Item({"history": "\n".join(task.sentence(item) for item in p.items)}) for p in panel.people]
         prompts = [base.prompts.prompt(_DESCRIBE, item, reserve=self.tokens).tokens for item in items]
         written = generate(base, prompts, [-1] * len(prompts), [], max_new_tokens=self.tokens)
         return [base.prompts.decode(tokens) for tokens in written]
@@ -90,7 +90,7 @@ _DESCRIBE = Task(
 
 def _history_bytes(panel: Panel) -> float:
     """Return the mean bytes of a person's shots, which must be stored for retrieval."""
-    texts = [panel.bank.task.told(item) for person in panel.people for item in person.items]
+    texts = [panel.bank.task.sentence(item) for person in panel.people for item in person.items]
     return sum(len(text.encode()) for text in texts) / len(panel.people)
 
 

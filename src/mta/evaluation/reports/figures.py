@@ -240,8 +240,8 @@ def scatter(points: Sequence[tuple[str, float, Interval]], y_label: str) -> Pict
         inks = [INK if colour == MUTED else colour for colour in colours]
         _write_labels(ax, list(zip(xs, ys)), spots, list(zip(names, inks, (name == "MTA" for name in names))), wide)
 
-    told = _list(f"{name} {one.mean:.3f} with {human_bytes(stored)}" for name, stored, one in points)
-    return Picture(f"{y_label}, over bytes kept per person: {told}.", draw, (7.6, 4.8))
+    points_text = _list(f"{name} {one.mean:.3f} with {human_bytes(stored)}" for name, stored, one in points)
+    return Picture(f"{y_label}, over bytes kept per person: {points_text}.", draw, (7.6, 4.8))
 
 
 def shares(groups: Mapping[str, Mapping[str, float]], x_label: str, y_label: str, gold: str) -> Picture:
@@ -378,7 +378,7 @@ def _write_labels(
 
 
 def _inside(values: Sequence[Interval]) -> tuple[float, float]:
-    """Return the ends of an axis on which most values can be told apart. Outliers are cut."""
+    """Return the ends of an axis on which most values can be distinguished. Outliers are cut."""
     means = sorted(one.mean for one in values)
     middle = means[len(means) // 2]
     spread = sorted(abs(mean - middle) for mean in means)
