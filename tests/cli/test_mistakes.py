@@ -274,6 +274,6 @@ def test_ctrl_c_says_that_nothing_is_lost(tmp_path):
     )
     with (tmp_path / "slow.jsonl").open("w"):
         process.send_signal(signal.SIGINT)
-        out, err = process.communicate()
+    out, err = process.communicate()  # the closed pipe ends a read that began just after the signal
     assert (process.returncode, out) == (130, "")
     assert err.strip() == "Interrupted. Nothing is half written; repeat the command."
