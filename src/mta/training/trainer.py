@@ -176,11 +176,11 @@ class _Cohort:
     def leaves(self, people: slice, dtype: torch.dtype) -> dict[str, Tensor]:
         """Return trainable views of the buffer, or of a copy of it in ``dtype``, for a slice of people."""
         values = self.optimizer.values[people].to(dtype)
-        return {name: view.detach().requires_grad_() for name, view in self._views(values).items()}
+        return {name: view.detach().requires_grad_() for name, view in self.views(values).items()}
 
     def add_gradient(self, people: slice, leaves: Mapping[str, Tensor], loss: Tensor) -> None:
         """Add the gradient of ``loss`` with respect to ``leaves`` to the buffer."""
-        views = self._views(self.optimizer.gradient[people])
+        views = self.views(self.optimizer.gradient[people])
         torch._foreach_add_(list(views.values()), list(torch.autograd.grad(loss, list(leaves.values()))))
 
     def advance(self, training: Training, examples: int) -> None:
@@ -205,9 +205,9 @@ class _Cohort:
 
     def result(self) -> dict[str, Tensor]:
         values = torch.stack([self.finished[j] for j in range(len(self.steps))])
-        return {name: view.contiguous() for name, view in self._views(values).items()}
+        return {name: view.contiguous() for name, view in self.views(values).items()}
 
-    def _views(self, buffer: Tensor) -> dict[str, Tensor]:
+    def views(self, buffer: Tensor) -> dict[str, Tensor]:
         return {name: buffer[:, columns].view(len(buffer), *shape) for name, (columns, shape) in self.layout.items()}
 
     def saved(self) -> tuple[dict[str, Tensor], dict[str, object]]:
@@ -290,3 +290,30 @@ def _passes(rows: Sequence[Sequence[Row]], budget: int, weight: float) -> Iterat
             heads = weight * sum(row.places for row in chosen)
     if chosen:
         yield _Pass(slice(first, len(rows)), chosen, owners)
+
+
+def gradient(
+    base: BaseModel,
+    jobs: Sequence[Job],
+    at: Mapping[str, Tensor],
+    adapters: Build,
+    *,
+    frozen: Sequence[Adapters] = (),
+    tokens_per_batch: int = 2048,
+    packed: bool = True,
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Return the gradient of each job's log-likelihood in its parameters, and the log-likelihoods (U,).
+
+    ``at`` holds the parameters, each (U, ...), one row per job; the gradient has their shapes, on the CPU. A job's
+    log-likelihood is the sum of log p over the target tokens of all its examples. The cost is one forward and one
+    backward pass over all jobs. Other arguments as in ``train``. Source: our choice.
+    """
+    cohort = _Cohort.begin(base, jobs, at, Training(steps=1))
+    batches = [jobs[j].examples for j in cohort.active]
+    with base.in_training():
+        losses = _gradients(base, cohort, batches, adapters, frozen, base.master_dtype, tokens_per_batch, packed)
+    order = torch.tensor(cohort.active).argsort()
+    # The trainer's loss is the mean over a person's target tokens.
+    targets = losses.new_tensor([sum(len(e.target) for e in examples) for examples in batches])
+    found = -(cohort.optimizer.gradient * targets[:, None]).cpu()[order]
+    return cohort.views(found), -(losses * targets).cpu()[order]

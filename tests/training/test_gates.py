@@ -1,0 +1,88 @@
+"""The gradient in the coefficients of a merge against autograd through dense merged weights."""
+
+import plain
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import base_of, random_examples, random_loras
+
+from mta.lora import Shared
+from mta.training.gates import gate_gradients
+from mta.training.trainer import Job
+
+N = 4
+
+
+@pytest.fixture(scope="module")
+def scene():
+    """A base, a task LoRA, a bank of four anchors, three people with shots, and their coefficients."""
+    base = base_of()
+    jobs = [Job(f"p{n}", random_examples(n, seed=n)) for n in (3, 1, 5)]
+    at = 0.3 * torch.randn(3, N, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return base, random_loras(base, 1, seed=1, size=0.2), random_loras(base, N, seed=2, size=0.2), jobs, at
+
+
+def near(found, expected, tolerance=1e-10) -> None:
+    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+
+
+def dense(scene, u, w) -> torch.Tensor:
+    """The log-likelihood of person u's shots with the merge added into copies of the weights; w (N,) or by layer."""
+    base, task, bank, jobs, _ = scene
+    by_layer = {name: w if w.ndim == 1 else w[i] for i, name in enumerate(bank.names)}
+    merge = {name: plain.merge(bank, range(N), by_layer[name])[name] for name in bank.names}
+    changed = plain.weights(base, plain.update(task), merge)
+    return sum(plain.log_likelihood(base, changed, example) for example in jobs[u].examples)
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_gradients_equal_autograd_through_dense_merges(scene, packed):
+    base, task, bank, jobs, at = scene
+    found = gate_gradients(base, jobs, bank, at, [Shared(task)], packed=packed)
+    for u in range(3):
+        w = at[u].clone().requires_grad_()
+        loglik = dense(scene, u, w)
+        near(found.loglik[u], loglik.detach())
+        near(found.gradients[u], torch.autograd.grad(loglik, w)[0])
+
+
+def test_gradients_by_group_of_layers_equal_autograd(scene):
+    base, task, bank, jobs, at = scene
+    groups = [i % 3 for i in range(len(bank.names))]
+    start = torch.stack([at, 0.5 * at, -at], 1)
+    found = gate_gradients(base, jobs, bank, start, [Shared(task)], groups)
+    assert found.gradients.shape == (3, 3, N)
+    for u in range(3):
+        w = start[u].clone().requires_grad_()
+        loglik = dense(scene, u, w[torch.tensor(groups)])
+        near(found.gradients[u], torch.autograd.grad(loglik, w)[0])
+
+
+def test_groups_with_equal_coefficients_add_up_to_one_group(scene):
+    base, task, bank, jobs, at = scene
+    groups = [i % 2 for i in range(len(bank.names))]
+    one = gate_gradients(base, jobs, bank, at[0], [Shared(task)])
+    two = gate_gradients(base, jobs, bank, at[0], [Shared(task)], groups)
+    near(two.gradients.sum(1), one.gradients)
+    near(two.loglik, one.loglik)
+
+
+@settings(max_examples=15, deadline=None)
+@given(order=st.permutations(range(3)), most=st.integers(1, 3), budget=st.sampled_from([1, 40, 200, 4096]))
+def test_gradients_do_not_depend_on_mates_order_or_passes(scene, order, most, budget):
+    base, task, bank, jobs, at = scene
+    chosen = order[:most]
+    whole = gate_gradients(base, jobs, bank, at, [Shared(task)])
+    found = gate_gradients(base, [jobs[u] for u in chosen], bank, at[chosen], [Shared(task)], tokens_per_batch=budget)
+    near(found.gradients, whole.gradients[chosen])
+    near(found.loglik, whole.loglik[chosen])
+
+
+def test_gradients_of_all_items_are_the_sum_over_parts(scene):
+    """So a longer history needs only the gradients of its new items."""
+    base, task, bank, jobs, at = scene
+    earlier, later = Job("a", jobs[2].examples[:2]), Job("b", jobs[2].examples[2:])
+    parts = gate_gradients(base, [earlier, later], bank, at[2], [Shared(task)])
+    whole = gate_gradients(base, [jobs[2]], bank, at[2], [Shared(task)])
+    near(parts.gradients.sum(0), whole.gradients[0])
