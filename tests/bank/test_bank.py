@@ -23,6 +23,7 @@ from mta.model.encoders import encode_people
 
 HASHED = (
     "anchors.safetensors",
+    "calibration.safetensors",
     "index.safetensors",
     "task_lora/adapter_config.json",
     "task_lora/adapter_model.safetensors",
@@ -379,14 +380,14 @@ def test_a_moved_bank_is_the_same_bank(folder):
 def test_forgetting_lists_what_was_learnt_from_a_person(folder):
     members = read_info(folder).members
     anchor = next(p.id for p in people_of(12, prefix="c") if "anchor" in members.artefacts_of(p.id))
-    other = next(p.id for p in people_of(12, prefix="c") if "anchor" not in members.artefacts_of(p.id))
+    other = next(p.id for p in people_of(12, prefix="c") if "calibration" in members.artefacts_of(p.id))
     assert stale(folder) == []
-    assert mark_stale(folder, other) == ["clusters"]
-    assert stale(folder) == ["clusters"]
+    assert mark_stale(folder, other) == ["clusters", "calibration"]
+    assert stale(folder) == ["calibration", "clusters"]
     assert mark_stale(folder, anchor) == ["clusters", "anchor"]
     assert mark_stale(folder, "t2") == ["task LoRA"]
     assert json.loads((folder / "needs-rebuild.json").read_text()) == {
-        "needs_rebuild": ["anchor", "clusters", "task LoRA"]
+        "needs_rebuild": ["anchor", "calibration", "clusters", "task LoRA"]
     }
 
 

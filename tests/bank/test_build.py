@@ -70,6 +70,7 @@ def test_a_bank_holds_these_files_and_no_others(built):
         "README.md",
         "anchors.safetensors",
         "bank.json",
+        "calibration.safetensors",
         "config.yaml",
         "index.safetensors",
         "members.json",
@@ -84,7 +85,7 @@ def test_a_bank_holds_these_files_and_no_others(built):
 def test_people_in_another_order_give_the_same_bank(built, tmp_path):
     mixed = [random.Random(1).sample(people, len(people)) for people in (TASK_PEOPLE, CANDIDATES)]
     again = build(tmp_path / "bank", *mixed)
-    assert len(trained(again)) == 4
+    assert len(trained(again)) == 5
     assert trained(again) == trained(built)
     assert without_seconds(again) == without_seconds(built)
     assert read_info(again).hash == read_info(built).hash
@@ -168,7 +169,8 @@ def test_anchors_trained_in_several_cohorts_are_the_same(built, tmp_path, cohort
     numbers = 2 * sum(d + o for d, o in base.targets.values())
     reference = build(tmp_path / "one", run=changed("task_lora", enabled=False))
     run = changed("task_lora", enabled=False).model_copy(update={"memory": memory_for(base, jobs, numbers, cohort)})
-    again = build(tmp_path / "bank", run=run, on_step=lambda stage, step: steps.append(step.people))
+    again = build(tmp_path / "bank", run=run, on_step=lambda stage, step: steps.append((stage, step.people)))
+    steps = [people for stage, people in steps if stage == "anchors"]
     assert max(steps) == cohort
     assert len(steps) == (3 if cohort == 1 else 2) * 4
     expected = load_file(reference / "anchors.safetensors")
@@ -311,7 +313,9 @@ def test_without_task_people_half_of_all_train_the_task_lora(tmp_path, task, cac
     assert (members.task, members.candidates, members.anchors, len(bank)) == (12, 12, 2, 2)
     parts = [bank.info.members.artefacts_of(person.id) for person in everyone]
     assert parts.count(["task LoRA"]) == 12
-    assert parts.count(["clusters"]) + parts.count(["clusters", "anchor"]) == 12
+    assert sum("clusters" in part for part in parts) == 12
+    assert parts.count(["clusters", "anchor"]) == 2
+    assert parts.count(["clusters", "calibration"]) == TINY_RUN.calibration.people
 
 
 def test_the_halves_of_a_bank_do_not_separate_people_who_share_items(tmp_path, task, cache):
@@ -329,9 +333,9 @@ def test_a_bank_of_people_who_all_share_items_is_built_and_says_so(tmp_path, tas
 
 
 def test_members_can_be_asked_for_but_not_listed():
-    members = Members.of("work", ["ann"], ["bob", "cy"], ["cy"])
+    members = Members.of("work", ["ann"], ["bob", "cy"], ["cy"], ["bob"])
     assert members.artefacts_of("ann") == ["task LoRA"]
-    assert members.artefacts_of("bob") == ["clusters"]
+    assert members.artefacts_of("bob") == ["clusters", "calibration"]
     assert members.artefacts_of("cy") == ["clusters", "anchor"]
     assert members.artefacts_of("dee") == []
     assert not any(name in members.hashed.to_bytes() for name in (b"ann", b"bob"))
@@ -383,13 +387,15 @@ def test_the_card_says_what_the_bank_is_and_how_to_build_it_again(built):
 
 def test_every_line_of_the_metrics_is_a_step(built):
     rows = [json.loads(line) for line in (built / "metrics.jsonl").read_text().splitlines()]
-    assert [(row["stage"], row["step"]) for row in rows] == [
+    trained = [row for row in rows if row["stage"] != "calibration"]
+    assert [(row["stage"], row["step"]) for row in trained] == [
         (stage, n) for stage in ("task LoRA", "anchors") for n in (1, 2, 3, 4)
     ]
-    assert all(row["loss"] > 0 and 0 < row["examples"] <= row["examples_total"] for row in rows)
+    assert all(row["loss"] > 0 for row in trained)
+    assert all(0 < row["examples"] <= row["examples_total"] for row in rows)
     assert read_info(built).seconds == {
         stage: round(sum(row["seconds"] for row in rows if row["stage"] == stage), 1)
-        for stage in ("task LoRA", "anchors")
+        for stage in ("task LoRA", "anchors", "calibration")
     }
 
 
@@ -421,7 +427,7 @@ def test_over_a_task_lora_that_is_there_the_anchors_are_the_same(built, tmp_path
     left.write_text("half")  # of a copy that was killed
     again = build(tmp_path, task_lora=built / "task_lora", on_step=lambda stage, _: stages.append(stage))
     assert not left.exists()
-    assert {*stages} == {"anchors"}
+    assert {*stages} == {"anchors", "calibration"}
     assert trained(again) == trained(built)
     assert read_info(again).work != read_info(built).work
     build(tmp_path, task_lora=built / "task_lora", on_step=lambda *_: pytest.fail("it was finished"))

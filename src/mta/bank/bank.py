@@ -12,8 +12,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from mta.bank.build import build_bank
-from mta.bank.format import INDEX, REBUILD, BankInfo, check_base, read_adapters, read_info, verify
+from mta.bank.build import build_bank, calibrate_bank
+from mta.bank.calibration import Calibration
+from mta.bank.format import INDEX, REBUILD, BankInfo, check_base, read_adapters, read_calibration, read_info, verify
 from mta.bank.publish import bank_folder, bank_parcel, publish_bank
 from mta.config import Run
 from mta.data.history import Person
@@ -48,6 +49,7 @@ class Bank:
     working: LoraBatch  # on the base's device and in its dtype
     vectors: Tensor  # (N, E), unit length
     task_lora: LoraBatch | None
+    calibration: Calibration | None = None
 
     @classmethod
     def build(
@@ -133,7 +135,26 @@ class Bank:
         if len(vectors) != len(anchors) or anchors.shapes != base.targets:
             raise BankCorrupt(f"{folder}: anchors, index, and base do not match", hint=REBUILD)
         working = anchors.to(base.device, base.dtype)
-        return cls(folder, info, info.hash, task, anchors, working, vectors, pooled and pooled.to(base.device))
+        pooled = pooled and pooled.to(base.device)
+        calibration = read_calibration(folder, info)
+        return cls(folder, info, info.hash, task, anchors, working, vectors, pooled, calibration)
+
+    def calibrate(
+        self,
+        base: BaseModel,
+        people: Sequence[Person],
+        *,
+        run: Run | None = None,
+        executor: Executor | None = None,
+        on_step: OnStep | None = None,
+    ) -> Bank:
+        """Calibrate the bank on people who are not in it, and return it with its new hash.
+
+        States that were made before belong to the old hash: personalize these people again. Settings are those of
+        ``run.calibration``. Raises InputError if the bank's anchors or task LoRA were trained on all of these people.
+        """
+        calibrate_bank(self.folder, base, people, run or self.info.run, executor=executor, on_step=on_step)
+        return self.open(self.folder, base)
 
     @classmethod
     def from_pretrained(

@@ -18,9 +18,12 @@ import torch
 from torch import Tensor
 
 from mta.bank.anchors import choose_anchors
+from mta.bank.calibrate import calibrate, drawn
+from mta.bank.calibration import CalibrationInfo
 from mta.bank.card import card
 from mta.bank.format import (
     ANCHORS,
+    CALIBRATION,
     INDEX,
     INFO,
     OURS,
@@ -30,9 +33,12 @@ from mta.bank.format import (
     TASK_LORA,
     BankInfo,
     Members,
+    check_base,
     file_hashes,
     identity,
+    read_adapters,
     read_info,
+    seal,
     write_info,
     write_limit,
 )
@@ -41,7 +47,7 @@ from mta.config import Run, parse_size
 from mta.data.history import Person
 from mta.data.tasks.task import Task
 from mta.distributed.executor import Executor, LocalExecutor, Outcome
-from mta.errors import BankError
+from mta.errors import BankError, InputError
 from mta.lora.batch import LoraBatch, stack
 from mta.lora.peft import CARD, read_peft, write_peft
 from mta.model.base import BaseModel
@@ -113,10 +119,65 @@ def build_bank(
         pooled = build.task_lora(task_people)
         bank = build.meta_loras(jobs, plan, pooled)
         build.write(bank, vectors[chosen])
+        calibration, others = None, list[Person]()
+        if run.calibration.enabled:
+            others = drawn([able[i] for i in range(len(able)) if i not in chosen], run.calibration, run.seed)
+            calibration = build.calibration(bank, pooled, others)
         secret = json.dumps([work, _digests(task_people, candidates)])  # the work key is not secret: it is in bank.json
-        ids = ([person.id for person in group] for group in (task_people, able, anchors))
-        build.finish(encoder, plan, [len(able[i].items) for i in chosen], Members.of(secret, *ids))
+        ids = ([person.id for person in group] for group in (task_people, able, anchors, others))
+        build.finish(encoder, plan, [len(able[i].items) for i in chosen], Members.of(secret, *ids), calibration)
     _remove_work(out)  # if the build is killed before this, the next call removes the files
+
+
+def calibrate_bank(
+    folder: Path,
+    base: BaseModel,
+    people: Sequence[Person],
+    run: Run,
+    *,
+    executor: Executor | None = None,
+    on_step: OnStep | None = None,
+) -> None:
+    """Calibrate a finished bank on people behind neither its anchors nor its task LoRA; the bank gets a new hash.
+
+    Settings are those of ``run.calibration``. An interrupted calibration resumes. Raises InputError if nobody is left,
+    BankCorrupt, BankMismatch.
+    """
+    info = read_info(folder)
+    check_base(folder, info, base.name, base.fingerprint)
+    anchors, pooled = read_adapters(folder, info)
+    settings = info.run.model_copy(update={"calibration": run.calibration, "memory": run.memory})
+    outside = [one for one in _by_id(people) if not {"anchor", "task LoRA"} & set(info.members.artefacts_of(one.id))]
+    outside = drawn(outside, run.calibration, info.run.seed)
+    if not outside:
+        raise InputError(
+            f"{len(people)} people are given, but all are in the bank or have fewer than two items",
+            hint="Give people who are behind neither its anchors nor its task LoRA.",
+        )
+    work = seal({"bank": info.hash, "people": _digests(outside), "run": settings.model_dump(mode="json")})
+    found = calibrate(
+        base,
+        Task.model_validate(info.task),
+        anchors,
+        pooled,
+        outside,
+        settings,
+        executor=executor,
+        checkpoint=lambda name: Checkpoint(folder / "work" / f"{name}.safetensors", work),
+        on_step=partial(on_step, "calibration") if on_step else None,
+    )
+    write_tensors(folder / CALIBRATION, found.tensors(), {})
+    changed = {
+        "run": info.run.model_copy(update={"calibration": run.calibration}),
+        "members": info.members.calibrated_on([person.id for person in outside]),
+        "files": info.files | file_hashes(folder, [CALIBRATION]),
+        "calibration": found.info,
+    }
+    info = info.model_copy(update=changed)
+    info = info.model_copy(update={"hash": identity(info)})
+    write_text(folder / CARD, card(info))
+    write_info(folder, info)
+    _remove_work(folder)
 
 
 def work_key(
@@ -216,6 +277,23 @@ class _Build:
         write_tensors(self.out / ANCHORS, bank.tensors(), {"scale": repr(bank.scale)})
         write_tensors(self.out / INDEX, {"vectors": vectors.contiguous()})
 
+    def calibration(self, bank: LoraBatch, pooled: LoraBatch | None, people: Sequence[Person]) -> CalibrationInfo:
+        """Calibrate the bank on candidates who are not anchors, and write what it found."""
+        self.record.stage_begins()
+        found = calibrate(
+            self.base,
+            self.task,
+            bank,
+            pooled,
+            people,
+            self.run,
+            executor=self.executor,
+            checkpoint=partial(self._checkpoint, "calibration", kind="safetensors"),
+            on_step=partial(self.record.step, "calibration"),
+        )
+        write_tensors(self.out / CALIBRATION, found.tensors(), {})
+        return found.info
+
     def _remote_worker(self, pooled: LoraBatch | None) -> Callable[[], BankWorker]:
         """Return a function that opens a worker in another process."""
         on_cpu = pooled and pooled.to(torch.device("cpu"))
@@ -226,11 +304,13 @@ class _Build:
         work = hashlib.sha256(f"{self.work}/{plan}/{name}".encode()).hexdigest()
         return Checkpoint(self.out / "work" / f"{name}.{kind}", work)
 
-    def finish(self, encoder: Encoder, plan: Plan, items: Sequence[int], members: Members) -> None:
+    def finish(
+        self, encoder: Encoder, plan: Plan, items: Sequence[int], members: Members, calibration: CalibrationInfo | None
+    ) -> None:
         """Write the description last: a folder with ``bank.json`` is complete."""
         self.cut["items left out"] = sum(max(n - self.run.bank.max_items, 0) for n in items)
         self.record.outcome = {"anchors": len(items), "items": sum(items), **self.cut}
-        names = [ANCHORS, INDEX]
+        names = [ANCHORS, INDEX, *([CALIBRATION] if calibration else [])]
         if self.run.task_lora.enabled:
             names += [f"{TASK_LORA}/{file.name}" for file in sorted((self.out / TASK_LORA).iterdir())]
         info = BankInfo(
@@ -250,6 +330,7 @@ class _Build:
             members=members,
             files=file_hashes(self.out, names),
             hash="",  # set below: a hash of the other fields
+            calibration=calibration,
         )
         info = info.model_copy(update={"hash": identity(info)})
         write_text(self.out / CARD, card(info))

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from mta.bank.calibration import CalibrationInfo, Gain
 from mta.bank.format import BankInfo
 from mta.config.loader import dump_yaml
 from mta.system.assets import ASSETS
@@ -36,7 +37,7 @@ Meta-LoRAs of {len(info.items)} anchor people over **{info.base}**{base_note(inf
 (method: arXiv:2511.20072, protocol reconstructed). The bank and a new person's few texts give the person's own model.
 
 {_facts(info)}
-## How to use it
+{_calibration(info.calibration)}## How to use it
 
 ```python
 import mta
@@ -78,6 +79,40 @@ def _facts(info: BankInfo) -> str:
 | cut | {cuts} |
 | training | {seconds} |
 """
+
+
+def _calibration(found: CalibrationInfo | None) -> str:
+    """Return the section on the calibration: what a person's merge is expected to gain, as a table and as bars."""
+    if found is None:
+        return ""
+    rows = "".join(
+        f"| {gain.shots} | {gain.mean:+.3f} [{gain.low:+.3f}, {gain.high:+.3f}] | {gain.worse:.0%} | {gain.people} | "
+        f"{_bar(gain, found.gains)} |\n"
+        for gain in found.gains
+    )
+    head = "| shots | gain | clearly worse off | people | |\n|---|---|---|---|---|\n"
+    return f"""## What to expect
+
+{in_words(found)}
+
+{head + rows if rows else ""}
+"""
+
+
+def _bar(gain: Gain, gains: Sequence[Gain]) -> str:
+    most = max(abs(one.mean) for one in gains) or 1.0
+    return ("█" if gain.mean > 0 else "░") * max(round(12 * abs(gain.mean) / most), 1)
+
+
+def in_words(found: CalibrationInfo) -> str:
+    """Return what a calibration found, in one paragraph."""
+    trust = f"A person's gradient is trusted like {found.prior:g} shots of prior knowledge (ridge {found.ridge:g})."
+    if not found.gains:
+        return " ".join(["No gain could be measured.", *(f"{note}." for note in found.notes), trust])
+    return (
+        f"Measured on later items of {found.people} people who are not in the bank: the decrease of the true answer's "
+        f"NLL per token against the pooled model, in nats, with 95% intervals. {trust}"
+    )
 
 
 def table_of(results: Mapping[str, Any]) -> str:

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from mta.bank.calibration import Calibration, CalibrationInfo
 from mta.config import Run
 from mta.data.tasks.load import with_limit
 from mta.data.tasks.task import Task
@@ -30,12 +31,13 @@ INFO = "bank.json"
 MEMBERS = "members.json"
 ANCHORS = "anchors.safetensors"
 INDEX = "index.safetensors"
+CALIBRATION = "calibration.safetensors"
 TASK_LORA = "task_lora"
 STALE = "needs-rebuild.json"
 PUBLISHED = "published.json"
 ADAPTER = f"{TASK_LORA}/{CONFIG}"
-SEALED = (ANCHORS, INDEX, ADAPTER, f"{TASK_LORA}/{WEIGHTS}")  # the files whose hashes bank.json holds
-OURS = {INFO, MEMBERS, ANCHORS, INDEX, TASK_LORA, STALE, PUBLISHED, CARD, "work"} | run_folder.NAMES
+SEALED = (ANCHORS, INDEX, CALIBRATION, ADAPTER, f"{TASK_LORA}/{WEIGHTS}")  # the files whose hashes bank.json holds
+OURS = {INFO, MEMBERS, ANCHORS, INDEX, CALIBRATION, TASK_LORA, STALE, PUBLISHED, CARD, "work"} | run_folder.NAMES
 REBUILD = "Copy the bank again from its source, or rebuild it: mta bank build"
 _WAIT = 60.0  # seconds for another process to write one small file
 
@@ -48,10 +50,12 @@ class Hashed(BaseModel):
     task: tuple[str, ...]
     candidates: tuple[str, ...]
     anchors: tuple[str, ...]
+    calibration: tuple[str, ...] = ()
 
     def to_bytes(self) -> bytes:
         """Return the contents of ``members.json``; equal members give equal bytes."""
-        return self.model_dump_json(indent=1).encode() + b"\n"
+        unset = set() if self.calibration else {"calibration"}  # not in banks of older versions
+        return self.model_dump_json(indent=1, exclude=unset).encode() + b"\n"
 
 
 class Members(BaseModel):
@@ -69,11 +73,25 @@ class Members(BaseModel):
     hashed: Hashed | None = Field(default=None, exclude=True, repr=False)
 
     @classmethod
-    def of(cls, secret: str, task: Sequence[str], candidates: Sequence[str], anchors: Sequence[str]) -> Members:
+    def of(
+        cls,
+        secret: str,
+        task: Sequence[str],
+        candidates: Sequence[str],
+        anchors: Sequence[str],
+        calibration: Sequence[str] = (),
+    ) -> Members:
         """Hash ids with a key of this bank, derived from ``secret``; equal builds give equal members."""
         key = hashlib.sha256(f"members/{secret}".encode()).hexdigest()[:32]
-        hashed = (tuple(sorted(_keyed(key, id) for id in ids)) for ids in (task, candidates, anchors))
-        return cls.known_by(Hashed(key=key, **dict(zip(("task", "candidates", "anchors"), hashed))))
+        groups = {"task": task, "candidates": candidates, "anchors": anchors, "calibration": calibration}
+        return cls.known_by(Hashed(key=key, **{name: _all_keyed(key, ids) for name, ids in groups.items()}))
+
+    def calibrated_on(self, people: Sequence[str]) -> Members:
+        """Return the members with these people behind the calibration; unchanged if ``hashed`` is None."""
+        if self.hashed is None:
+            return self
+        hashes = _all_keyed(self.hashed.key, people)
+        return self.known_by(self.hashed.model_copy(update={"calibration": hashes}))
 
     @classmethod
     def known_by(cls, hashed: Hashed) -> Members:
@@ -82,7 +100,7 @@ class Members(BaseModel):
         return cls(**counts, sha256=hashlib.sha256(hashed.to_bytes()).hexdigest(), hashed=hashed)
 
     def artefacts_of(self, person: str) -> list[str]:
-        """Return the parts that were trained on this person: of 'task LoRA', 'clusters', 'anchor'.
+        """Return the parts that were trained on this person: of 'task LoRA', 'clusters', 'anchor', 'calibration'.
 
         Empty if ``hashed`` is None: then the members are unknown.
         """
@@ -90,6 +108,7 @@ class Members(BaseModel):
             return []
         mine = _keyed(self.hashed.key, person)
         places = {"task LoRA": self.hashed.task, "clusters": self.hashed.candidates, "anchor": self.hashed.anchors}
+        places["calibration"] = self.hashed.calibration
         return [name for name, hashes in places.items() if mine in hashes]
 
 
@@ -113,6 +132,7 @@ class BankInfo(BaseModel):
     members: Members
     files: dict[str, str]
     hash: str
+    calibration: CalibrationInfo | None = None
 
     @field_validator("run")
     @classmethod
@@ -127,7 +147,7 @@ def identity(info: BankInfo) -> str:
     The hash covers the description with the hashes of all files, but not the seconds and the task's ``answer_tokens``,
     which may change later.
     """
-    left_out: Any = {"hash": True, "seconds": True, "task": {"answer_tokens"}}
+    left_out: Any = {"hash": True, "seconds": True, "task": {"answer_tokens"}, **_unset(info)}
     return seal(info.model_dump(mode="json", exclude=left_out))
 
 
@@ -139,8 +159,14 @@ def write_info(folder: Path, info: BankInfo, hash: str = "") -> None:
     if info.members.hashed:
         with written_aside(folder / MEMBERS) as aside:
             aside.write(info.members.hashed.to_bytes())
-    values = info.model_dump(mode="json", exclude={"hash"}) | {"hash": hash or identity(info)}
+    left_out: Any = {"hash": True, **_unset(info)}
+    values = info.model_dump(mode="json", exclude=left_out) | {"hash": hash or identity(info)}
     write_json(folder / INFO, values | {"sha256": seal(values)})
+
+
+def _unset(info: BankInfo) -> dict[str, bool]:
+    """Return the fields that a bank without a calibration does not have, so that older versions read it."""
+    return {} if info.calibration else {"calibration": True}
 
 
 def write_limit(folder: Path, task: Task) -> None:
@@ -250,6 +276,20 @@ def read_adapters(folder: Path, info: BankInfo) -> tuple[LoraBatch, LoraBatch | 
     return anchors, pooled
 
 
+def read_calibration(folder: Path, info: BankInfo) -> Calibration | None:
+    """Return the bank's calibration; None if it has none. Raises BankCorrupt."""
+    if info.calibration is None:
+        return None
+    try:
+        tensors = load_file(folder / CALIBRATION)
+        found = Calibration(tensors["mu"], tensors["curvature"], info.calibration)
+    except (OSError, SafetensorError, KeyError) as error:
+        raise BankCorrupt(f"{folder} cannot be read: {error}", hint=REBUILD) from None
+    if found.mu.shape != (len(info.items),) or found.curvature.shape != (len(info.items),) * 2:
+        raise BankCorrupt(f"{folder}: anchors and calibration do not match", hint=REBUILD)
+    return found
+
+
 def mark_stale(folder: Path, person: str) -> list[str]:
     """Note that the parts trained on this person need a rebuild, and return these parts.
 
@@ -300,6 +340,10 @@ def seal(values: dict[str, Any]) -> str:
 
 def _changed(path: Path, found: str, expected: str) -> str:
     return f"{path} was changed or cut short: its sha256 is {found[:12]}…, {INFO} says {expected[:12]}…"
+
+
+def _all_keyed(key: str, people: Sequence[str]) -> tuple[str, ...]:
+    return tuple(sorted(_keyed(key, person) for person in people))
 
 
 def _keyed(key: str, person: str) -> str:

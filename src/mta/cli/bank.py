@@ -1,4 +1,4 @@
-"""``mta bank``: build, show, and publish a bank of anchors."""
+"""``mta bank``: build, calibrate, show, and publish a bank of anchors."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from mta.config import Run
 
 Resume = Annotated[bool, typer.Option("--resume/--restart", help="Resume an interrupted build, or start over.")]
-app = typer.Typer(help="Build, show, and publish a bank of anchors.", no_args_is_help=True)
+app = typer.Typer(help="Build, calibrate, show, and publish a bank of anchors.", no_args_is_help=True)
 
 
 @app.command("build")
@@ -88,11 +88,50 @@ def build(
 
 
 def _tell(bank: Bank, out: Path, run: Run) -> None:
+    from mta.bank.card import in_words
+
     typer.echo(f"{out}: {len(bank)} anchors, task LoRA {'yes' if bank.task_lora else 'no'}, hash {bank.hash[:12]}")
+    if bank.calibration:
+        typer.echo(in_words(bank.calibration.info))
     if len(bank) < run.bank.anchors:
         candidates = f"{bank.info.members.candidates} candidates have at least {run.bank.min_items} items"
         built = f"Built {len(bank)} of {run.bank.anchors} anchors"
         typer.echo(f"{built}: {candidates}, and at most a quarter of the candidates become anchors.", err=True)
+
+
+@app.command("calibrate")
+def calibrate(
+    folder: Annotated[Path, typer.Argument(help="Folder of a bank.", callback=bank_at)],
+    source: Source,
+    words: Words = None,
+    config: Config = None,
+    device: Device = None,
+    skip_bad: SkipBad = None,
+    cluster: ClusterAt = None,
+    workers: Workers = None,
+    together: Together = None,
+    json: Json = False,
+) -> None:
+    """Calibrate a finished bank on people who are not in it; new banks are calibrated when they are built.
+
+    People in the bank are left out. The bank gets a new hash, so personalize everybody again. An interrupted
+    calibration resumes.
+
+    Example:  mta bank calibrate bank/ others.jsonl calibration.people=32
+    """
+    from mta.bank.bank import Bank
+    from mta.bank.format import read_info
+    from mta.cli.screen import Screen
+    from mta.config import override
+    from mta.model.base import BaseModel
+
+    info = read_info(folder)
+    run = override(info.run, words or (), config).model_copy(update={"device": device or "auto"})
+    people = people_in(source, info.task["name"], skip_bad)
+    base = BaseModel.of(run)
+    with executor_at(cluster, workers, together) as executor, Screen() as screen:
+        bank = Bank.open(folder, base).calibrate(base, people, run=run, executor=executor, on_step=screen.step)
+    show_json(_summary(bank)) if json else _tell(bank, folder, run)
 
 
 @app.command("show")
@@ -160,4 +199,5 @@ def _summary(bank: Bank) -> dict[str, object]:
         "hash": bank.hash,
         "seconds": bank.info.seconds,
         "cut": bank.info.cut,
+        "calibration": bank.calibration and bank.calibration.info.model_dump(mode="json"),
     }

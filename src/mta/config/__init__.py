@@ -3,6 +3,7 @@
 from mta.config.loader import Settings
 from mta.config.schema import (
     BankSettings,
+    CalibrationSettings,
     Evaluation,
     Lora,
     MergeMode,
@@ -21,6 +22,7 @@ from mta.config.schema import (
 
 __all__ = [
     "BankSettings",
+    "CalibrationSettings",
     "Evaluation",
     "Lora",
     "MergeMode",

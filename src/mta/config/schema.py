@@ -16,7 +16,7 @@ from pydantic import Field, field_validator
 from mta.config.loader import S, Settings, checked, merged_over, read_yaml
 from mta.errors import ConfigError
 
-Policy = Literal["uniform", "top1", "similarity", "loss", "posterior", "ridge", "learned", "fixed"]
+Policy = Literal["uniform", "top1", "similarity", "loss", "posterior", "laplace", "ridge", "learned", "fixed"]
 MergeMode = Literal["exact", "svd", "factor"]
 
 
@@ -82,6 +82,16 @@ class BankSettings(Settings):
     )
 
 
+class CalibrationSettings(Settings):
+    """How a bank is calibrated on candidates who are not anchors: earlier items are shots, later ones queries."""
+
+    enabled: bool = Field(default=True, description="calibrate the bank")
+    people: int = Field(default=64, ge=0, description="maximum number of people")
+    shots: int = Field(default=16, ge=1, description="maximum number of earlier items of a person")
+    queries: int = Field(default=8, ge=1, description="maximum number of later items of a person")
+    steps: int = Field(default=2, ge=0, description="Newton steps to the population's best merge")
+
+
 class MergeSettings(Settings):
     """Stage 2: which anchors are merged, and how the shots determine their coefficients.
 
@@ -138,6 +148,7 @@ class Run(Settings):
     )
     task_lora: TaskLoraSettings = TaskLoraSettings()
     bank: BankSettings = BankSettings()
+    calibration: CalibrationSettings = CalibrationSettings()
     merge: MergeSettings = MergeSettings()
     stack: StackSettings = StackSettings()
 

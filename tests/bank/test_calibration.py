@@ -1,0 +1,161 @@
+"""Calibration: coefficients against their formula, and the procedure against its promises."""
+
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import base_of, random_examples, random_loras
+
+from mta.bank.calibrate import ENOUGH, Calibrator, Known, Measure, Passes, measured
+from mta.bank.calibration import Calibration, CalibrationInfo, curvature_of, solved
+from mta.config import CalibrationSettings
+from mta.lora import Shared
+
+N = 4
+
+
+def normal(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def near(found, expected, tolerance=1e-9) -> None:
+    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+
+
+CALIBRATION = Calibration(0.1 * normal(N), curvature_of(normal(50, N, seed=1)), CalibrationInfo(ridge=0.3, prior=8.0))
+
+# -- coefficients ------------------------------------------------------------------------------------------------------
+
+
+def test_coefficients_maximize_the_quadratic_model_with_its_prior():
+    gradients, shots = normal(3, N, seed=2), torch.tensor([1, 4, 9])
+    found = CALIBRATION.coefficients(gradients, shots)
+    curvature = CALIBRATION.curvature
+    curvature = curvature + 0.3 * curvature.diagonal().mean() * torch.eye(N)
+    for u in range(3):
+        w = found[u].clone().requires_grad_()
+        d = w - CALIBRATION.mu
+        objective = gradients[u] @ d - (shots[u] + 8.0) / 2 * d @ curvature @ d
+        near(torch.autograd.grad(objective, w)[0], torch.zeros(N).double(), 1e-7)
+
+
+def test_without_shots_the_coefficients_are_those_of_the_population():
+    near(CALIBRATION.coefficients(torch.zeros(2, N), torch.zeros(2)), CALIBRATION.mu.expand(2, N))
+
+
+def test_without_any_curvature_the_coefficients_are_those_of_the_population():
+    flat = replace(CALIBRATION, curvature=torch.zeros(N, N).double())
+    near(flat.coefficients(normal(2, N), torch.tensor([3, 5])), flat.mu.expand(2, N))
+
+
+@given(parts=st.lists(st.integers(1, 4), min_size=1, max_size=4))
+def test_coefficients_of_a_grown_history_are_those_of_the_whole(parts):
+    single = normal(sum(parts), N, seed=3)
+    whole = CALIBRATION.coefficients(single.sum(0)[None], torch.tensor([len(single)]))
+    sums, shots = torch.zeros(1, N).double(), torch.zeros(1)
+    for part in single.split(parts):
+        sums, shots = sums + part.sum(0), shots + len(part)
+    near(CALIBRATION.coefficients(sums, shots), whole)
+
+
+@given(shots=st.integers(2, 12))
+def test_curvature_is_positive_however_few_the_shots(shots):
+    found = curvature_of(normal(shots, N, seed=shots))
+    near(found, found.T)
+    assert float(torch.linalg.eigvalsh(found)[0]) > 0
+    gradients = normal(3, N, seed=9)
+    assert bool(((solved(found, 0.1, gradients) * gradients).sum(1) > 0).all())
+
+
+# -- the procedure -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def scene():
+    base = base_of()
+    return base, random_loras(base, N, seed=2, size=0.2), [Shared(random_loras(base, 1, seed=1, size=0.2))]
+
+
+def known(people: int) -> list[Known]:
+    return [
+        Known(tuple(random_examples(4 + u % 6, seed=u)), tuple(random_examples(3, seed=100 + u))) for u in range(people)
+    ]
+
+
+SETTINGS = CalibrationSettings(steps=1)
+
+
+def calibrated(scene, people, measure=None) -> Calibration:
+    models = Measure(*scene)
+    return Calibrator(people, N, SETTINGS, measure or (lambda pieces: [measured(models, p) for p in pieces])).run()
+
+
+def same(one: Calibration, other: Calibration) -> None:
+    near(one.mu, other.mu)
+    near(one.curvature, other.curvature)
+    assert one.info.model_dump(exclude={"gains"}) == other.info.model_dump(exclude={"gains"})
+    for a, b in zip(one.info.gains, other.info.gains, strict=True):
+        assert a.model_dump() == pytest.approx(b.model_dump())
+
+
+def test_a_calibration_says_what_it_measured(scene):
+    found = calibrated(scene, known(12)).info
+    assert found.people == 12
+    assert [gain.shots for gain in found.gains] == [1, 4]  # too few people have 8 shots
+    assert all(gain.low <= gain.mean <= gain.high for gain in found.gains)
+    assert not found.notes
+
+
+def test_nothing_is_measured_on_the_fold_it_was_fitted_on(scene):
+    """The queries of fold 0 may change the choices of fold 1, but never the coefficients that they are scored at."""
+    scored: dict[str, list[Passes]] = {}
+
+    def recorded(name, people):
+        models = Measure(*scene)
+        scored[name] = []
+
+        def note(pieces):
+            scored[name] += pieces
+            return [measured(models, piece) for piece in pieces]
+
+        calibrated(scene, people, note)
+
+    people = known(8)
+    recorded("before", people)
+    other = random_examples(3, seed=999)
+    recorded("after", [replace(one, queries=tuple(other)) if u % 2 == 0 else one for u, one in enumerate(people)])
+    first = [next(p for p in scored[name] if p.gradients) for name in ("before", "after")]
+    near(first[0].w, first[1].w)
+    # The first Newton step of fold 0 is scored on fold 1, and that of fold 1, which did not change, on fold 0.
+    steps = [[p for p in scored[name] if not p.gradients][1] for name in ("before", "after")]
+    near(steps[0].w[::2], steps[1].w[::2])
+    assert not torch.allclose(steps[0].w[1::2], steps[1].w[1::2])
+
+
+@pytest.mark.parametrize("people", [0, 1, ENOUGH - 1])
+def test_too_few_people_give_the_documented_defaults(scene, people):
+    found = calibrated(scene, known(people))
+    assert float(found.mu.abs().max()) == 0
+    assert (found.info.ridge, found.info.prior, found.info.gains) == (1.0, 16.0, ())
+    assert "too few" in found.info.notes[0]
+
+
+@settings(max_examples=5, deadline=None)
+@given(seed=st.integers(0, 100))
+def test_a_pass_does_not_depend_on_mates_or_order(scene, seed):
+    base, bank, pooled = scene
+    people, w = known(5), 0.2 * normal(5, N, seed=4)
+    order = random.Random(seed).sample(range(5), 3)
+    for gradients in (True, False):
+        piece = Passes("one", tuple(one.shots for one in people), w, gradients)
+        some = Passes("some", tuple(people[u].shots for u in order), w[order], gradients)
+        whole = measured(Measure(base, bank, pooled), piece)
+        found = measured(Measure(base, bank, pooled, tokens_per_batch=60), some)
+        if gradients:
+            rows = whole.split([len(one.shots) for one in people])
+            near(found, torch.cat([rows[u] for u in order]))
+        else:
+            near(found, whole[order])
