@@ -10,11 +10,12 @@ import torch
 from conftest import people_of
 from tiny import base_of, random_examples, random_loras
 
+from mta.bank.calibration import Calibration, CalibrationInfo, curvature_of
 from mta.config import MergeSettings, Policy, Training
 from mta.errors import AnchorNotFound, ConfigError
 from mta.lora import Gated, PerPerson, Shared
-from mta.personalize.likelihoods import Evidence, Labels, ShotsJob, gather_evidence, shots_of
-from mta.personalize.merge import Merge, coefficients, fit_merge, learn, merged, needs_evidence
+from mta.personalize.likelihoods import Evidence, Labels, ShotGradients, ShotsJob, gather_evidence, shots_of
+from mta.personalize.merge import Earlier, Merge, check_merge, coefficients, fit_merge, learn, merged, needs_evidence
 from mta.personalize.policies import POLICIES, Retrieved, fit_labels
 from mta.training.scoring import log_likelihood
 
@@ -41,6 +42,7 @@ def evidence_of(anchors: torch.Tensor, task: torch.Tensor = TASK) -> Evidence:
 
 
 EVIDENCE = evidence_of(ANCHORS)
+CALIBRATION = Calibration(0.1 * normal(N), curvature_of(normal(30, N, seed=6)), CalibrationInfo(ridge=0.3, prior=4.0))
 
 
 def weighed(policy: str, **settings) -> Merge:
@@ -180,9 +182,11 @@ def test_no_policy_depends_on_mates(policy):
     there = (labels.gold >= 0).double()
     both = Evidence((-40 + 3 * normal(2, 3, 1 + N, seed=4)) * there[..., None], 5 * there, labels)
     one = Evidence(both.shots[:1, :1], both.counts[:1, :1], Labels(labels.scores[:1, :1], labels.gold[:1, :1]))
-    w = POLICIES[policy].weigh(settings, Retrieved(ids, cosines, both))
+    two, mine = (ShotGradients(normal(2, N, seed=5)[:u], torch.tensor([1, 3])[:u]) for u in (2, 1))
+    w = POLICIES[policy].weigh(settings, Retrieved(ids, cosines, both, gradients=two, calibration=CALIBRATION))
     assert w.shape == ids.shape
-    near(w[:1], POLICIES[policy].weigh(settings, Retrieved(ids[:1], cosines[:1], one)))
+    alone = Retrieved(ids[:1], cosines[:1], one, gradients=mine, calibration=CALIBRATION)
+    near(w[:1], POLICIES[policy].weigh(settings, alone))
 
 
 @pytest.mark.parametrize("strength", [0.5, 20.0])
@@ -284,6 +288,58 @@ def test_evidence_is_needed_only_if_the_policy_reads_it(scene):
     needy = [policy for policy in POLICIES if needs_evidence(MergeSettings(policy=policy))]
     assert needy == ["loss", "posterior", "ridge", "learned"]
     assert not needs_evidence(MergeSettings(policy="learned", retrieve="loss"), grown=True)
+
+
+# -- coefficients from a gradient --------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def calibration():
+    return Calibration(0.2 * normal(4), 9 * curvature_of(normal(30, 4, seed=6)), CalibrationInfo(ridge=0.3, prior=4.0))
+
+
+def by_gradient(scene, calibration, jobs=None, **how) -> Merge:
+    base, task, bank, all_jobs = scene
+    settings = MergeSettings(policy="laplace", **how.pop("settings", {}))
+    return fit_merge(base, jobs or all_jobs, bank, [Shared(task)], settings, calibration=calibration, **how)
+
+
+def test_laplace_solves_the_gradient_of_the_dense_merge(scene, calibration):
+    base, task, bank, jobs = scene
+    found = by_gradient(scene, calibration)
+    for u, job in enumerate(jobs):
+        w = calibration.mu.clone().requires_grad_()
+        changed = plain.weights(base, plain.update(task), plain.merge(bank, range(4), w))
+        gradient = torch.autograd.grad(sum(plain.log_likelihood(base, changed, e) for e in job.examples), w)[0]
+        near(found.gradients.sums[u], gradient, 1e-9)
+        near(found.w[u], calibration.coefficients(gradient[None], torch.tensor([len(job.examples)]))[0], 1e-9)
+
+
+def test_laplace_needs_one_pass_and_neither_encodings_nor_evidence(scene, calibration):
+    steps = []
+    by_gradient(scene, calibration, on_step=lambda stage, step: steps.append((stage, step.step, step.examples_total)))
+    assert steps == [("gradient", 1, 9)]
+
+
+def test_laplace_of_parts_is_laplace_of_the_whole(scene, calibration):
+    _base, _task, _bank, jobs = scene
+    first = [replace(job, examples=job.examples[:1]) for job in jobs]
+    rest = [replace(job, examples=job.examples[1:] or job.examples[:1]) for job in jobs]
+    begun = by_gradient(scene, calibration, first)
+    grown = by_gradient(scene, calibration, rest, earlier=Earlier(begun, torch.zeros(3)))
+    together = [replace(job, examples=[*one.examples, *other.examples]) for job, one, other in zip(jobs, first, rest)]
+    whole = by_gradient(scene, calibration, together)
+    near(grown.w, whole.w)
+    assert grown.gradients.shots.equal(whole.gradients.shots)
+
+
+def test_laplace_refuses_a_bank_without_calibration_and_a_merge_of_some_anchors(scene, calibration):
+    with pytest.raises(ConfigError, match="needs a calibrated bank") as refused:
+        by_gradient(scene, None)
+    assert "mta bank calibrate" in refused.value.hint
+    with pytest.raises(ConfigError, match=r"merges all 4 anchors, but merge\.k is 2"):
+        by_gradient(scene, calibration, settings={"k": 2})
+    check_merge(MergeSettings(policy="laplace", k=4), 4, labelled=False, calibrated=True)
 
 
 # -- learned coefficients ----------------------------------------------------------------------------------------------

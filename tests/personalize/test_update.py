@@ -163,6 +163,24 @@ def test_a_refreshed_posterior_is_the_posterior_of_the_whole_history(tiny, tmp_p
         assert found != pytest.approx(before, abs=1e-6)
 
 
+@pytest.mark.parametrize("action", ["retrain", "refresh"])
+@pytest.mark.parametrize("cuts", [(3, 6), (1, 2, 5, 6)])
+def test_updated_laplace_coefficients_are_those_of_the_whole_history(tiny, tmp_path, monkeypatch, cuts, action):
+    monkeypatch.setattr("mta.personalize.update.decide", lambda before, new: action)
+    laplace = override(TINY_RUN, ["merge.policy=laplace"]).merge
+    grown = started(tiny, tmp_path / "grown", [person.first(cuts[0]) for person in GROWN], merge=laplace)
+    young = [grown.state(person.id).w for person in GROWN]
+    for cut in cuts[1:]:
+        grown.update([person.first(cut) for person in GROWN])
+    whole = started(tiny, tmp_path / "whole", GROWN, merge=laplace)
+    for person, before in zip(GROWN, young):
+        found, expected = grown.state(person.id), whole.state(person.id)
+        assert found.shots == expected.shots == 6
+        assert found.gradient == pytest.approx(expected.gradient, abs=1e-9)
+        assert found.w == pytest.approx(expected.w, abs=1e-9)
+        assert found.w != pytest.approx(before, abs=1e-6)
+
+
 def by_anchor(state):
     return dict(zip(state.anchors, state.w))  # their order is that of the encodings
 

@@ -103,7 +103,7 @@ def study(
     ``limit`` draws at most this many of them with the run's seed. Raises InputError if no people are left.
     """
     task, shots, queries = bank.task, evaluation.shots, evaluation.queries
-    check_merge(run.merge, len(bank), task.labelled)
+    check_merge(run.merge, len(bank), task.labelled, bank.calibration is not None)
     if bank.info.members.hashed is None:
         log.warning("this bank came without its members: these people may have been used to train it")
     members, others = members_and_others(bank, people)

@@ -117,6 +117,7 @@ class Stage2:
                 settings,
                 similarity=self.similarity,
                 evidence=gathered.evidence if gathered else None,
+                calibration=bank.calibration,
                 seed=seed,
                 tokens_per_batch=self.shots.plan(len(bank), settings).tokens_per_batch,
                 on_step=context.on_step,

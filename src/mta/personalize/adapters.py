@@ -15,6 +15,7 @@ from mta.config import MergeSettings
 from mta.lora.batch import LoraBatch, join, stack
 from mta.lora.layers import Adapters, Gated, PerPerson
 from mta.model.base import BaseModel
+from mta.personalize.likelihoods import ShotGradients
 from mta.personalize.merge import Merge, merged, merged_factors
 from mta.store.state import State
 
@@ -61,7 +62,12 @@ def merge_of(owners: Sequence[State | Nobody], dtype: torch.dtype) -> Merge:
         if state:
             ids[i, : len(state.anchors)] = torch.tensor(state.anchors)
             w[i, : len(state.w)] = w.new_tensor(state.w)
-    return Merge(ids, w)
+    gradients = None
+    if states and all(state and state.gradient for state in states):
+        known = [state for state in states if state]
+        sums, shots = [state.gradient for state in known], [state.shots for state in known]
+        gradients = ShotGradients(torch.tensor(sums, dtype=torch.float64), torch.tensor(shots))
+    return Merge(ids, w, gradients)
 
 
 def merge_factors(anchors: LoraBatch, state: State, dtype: torch.dtype) -> LoraBatch:

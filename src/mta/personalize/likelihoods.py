@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -84,6 +85,20 @@ class Evidence:
         columns = [0, *(n + 1 for n in anchors)]
         labels = self.labels and Labels(self.labels.scores[..., columns], self.labels.gold)
         return Evidence(self.shots[..., columns], self.counts, labels)
+
+
+class ShotGradients(NamedTuple):
+    """The gradient of each person's log-likelihood in the coefficients of all anchors, at a calibration's mu.
+
+    Shapes: sums (U, N), summed over a person's shots, float64; shots (U,), their number.
+    """
+
+    sums: Tensor
+    shots: Tensor
+
+    def plus(self, more: ShotGradients) -> ShotGradients:
+        """Return the gradients of both parts of each person's shots together."""
+        return ShotGradients(self.sums + more.sums, self.shots + more.shots)
 
 
 def shots_of(base: BaseModel, task: Task, person: Person) -> ShotsJob:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mta.bank.bank import Bank
+from mta.bank.calibration import Calibration
 from mta.config import MergeSettings, Training
 from mta.errors import AnchorNotFound, ConfigError
 from mta.lora.batch import LoraBatch, stack
@@ -17,18 +18,23 @@ from mta.lora.layers import Adapters, Gated, PerPerson, Shared
 from mta.lora.merge import merge_exact, merge_factor, merge_svd
 from mta.model.base import BaseModel
 from mta.model.footprint import Numbers
-from mta.personalize.likelihoods import Evidence
+from mta.personalize.likelihoods import Evidence, ShotGradients
 from mta.personalize.policies import POLICIES, Retrieved
 from mta.system.progress import OnStep, Step
+from mta.training.gates import gate_gradients
 from mta.training.trainer import Job, train
 
 
 @dataclass(frozen=True, slots=True)
 class Merge:
-    """A merge for each of U people: anchor numbers ``ids`` (U, K), coefficients ``w`` (U, K), or (U, L, K) by layer."""
+    """A merge for each of U people: anchor numbers ``ids`` (U, K), coefficients ``w`` (U, K), or (U, L, K) by layer.
+
+    ``gradients`` are those that ``w`` was solved from, if the policy reads gradients.
+    """
 
     ids: Tensor
     w: Tensor
+    gradients: ShotGradients | None = None
 
     def select(self, people: Sequence[int]) -> Merge:
         """Return the merges of some of the people."""
@@ -50,22 +56,33 @@ def needs_evidence(settings: MergeSettings, grown: bool = False) -> bool:
 
     ``grown`` says that earlier merges are known: the learned policy then starts from these.
     """
-    if grown and settings.policy == "learned":
+    if POLICIES[settings.policy].gradients or (grown and settings.policy == "learned"):
         return False
     return settings.retrieve == "loss" or POLICIES[settings.policy].evidence(settings)
 
 
-def check_merge(settings: MergeSettings, anchors: int, labelled: bool) -> None:
+def check_merge(settings: MergeSettings, anchors: int, labelled: bool, calibrated: bool = True) -> None:
     """Check settings before anything is scored.
 
-    Raises AnchorNotFound if ``merge.k`` exceeds the number of anchors, ConfigError if the policy needs labels and the
-    task has none.
+    Raises AnchorNotFound if ``merge.k`` exceeds the number of anchors; ConfigError if the policy needs labels and the
+    task has none, or a calibration and the bank has none, or merges all anchors and ``merge.k`` does not.
     """
     if settings.k > anchors:
         raise AnchorNotFound(
             f"merge.k is {settings.k}, but the bank has {anchors} anchors", hint="Lower merge.k, or use 0 for all."
         )
-    if POLICIES[settings.policy].labels and not labelled:
+    policy = POLICIES[settings.policy]
+    if policy.gradients and not calibrated:
+        raise ConfigError(
+            f"policy {settings.policy!r} needs a calibrated bank",
+            hint="Calibrate the bank (mta bank calibrate), or use merge.policy=posterior.",
+        )
+    if policy.gradients and 0 < settings.k < anchors:
+        raise ConfigError(
+            f"policy {settings.policy!r} merges all {anchors} anchors, but merge.k is {settings.k}",
+            hint="Use merge.k=0, or another policy.",
+        )
+    if policy.labels and not labelled:
         raise ConfigError(
             f"policy {settings.policy!r} needs a task with labels", hint="Use merge.policy=posterior for free text."
         )
@@ -108,6 +125,7 @@ def fit_merge(
     *,
     similarity: Tensor | None = None,
     evidence: Evidence | None = None,
+    calibration: Calibration | None = None,
     earlier: Earlier | None = None,
     seed: int = 0,
     tokens_per_batch: int = 2048,
@@ -117,10 +135,23 @@ def fit_merge(
 
     ``similarity`` (U, N) is the cosine of person and anchor; it is not read if ``earlier`` and ``evidence`` are given.
     ``evidence`` is required if ``needs_evidence``. With ``earlier``, ``jobs`` and ``evidence`` are of the new items
-    only. The posterior and loss policies then return exactly the result of all items; ridge and learned start from the
-    earlier coefficients and are pulled to them; policies that read only encodings ignore ``earlier``.
+    only. The laplace, posterior, and loss policies then return exactly the result of all items; ridge and learned start
+    from the earlier coefficients and are pulled to them; policies that read only encodings ignore ``earlier``.
+    ``calibration`` is the bank's, for the laplace policy.
     Raises AnchorNotFound, ConfigError.
     """
+    if POLICIES[settings.policy].gradients:
+        return _from_gradients(
+            base,
+            jobs,
+            anchors,
+            pooled,
+            settings,
+            calibration,
+            earlier,
+            tokens_per_batch=tokens_per_batch,
+            on_step=on_step,
+        )
     learns = settings.policy == "learned"
     if earlier and learns:
         found = earlier.merge
@@ -144,6 +175,33 @@ def fit_merge(
         tokens_per_batch=tokens_per_batch,
         on_step=partial(on_step, "coefficients") if on_step else None,
     )
+
+
+def _from_gradients(
+    base: BaseModel,
+    jobs: Sequence[Job],
+    anchors: LoraBatch,
+    pooled: Sequence[Shared],
+    settings: MergeSettings,
+    calibration: Calibration | None,
+    earlier: Earlier | None,
+    *,
+    tokens_per_batch: int,
+    on_step: OnStep | None,
+) -> Merge:
+    """Stage 2 of policies that read gradients: one forward and one backward pass over the shots of all people."""
+    check_merge(settings, len(anchors), labelled=True, calibrated=calibration is not None)
+    assert calibration is not None  # checked above
+    found = gate_gradients(base, jobs, anchors, calibration.mu, pooled, tokens_per_batch=tokens_per_batch)
+    gradients = ShotGradients(found.gradients, torch.tensor([len(job.examples) for job in jobs]))
+    if earlier and earlier.merge.gradients:
+        gradients = earlier.merge.gradients.plus(gradients)
+    if on_step:
+        on_step("gradient", Step(1, len(jobs), int(gradients.shots.sum()), int(gradients.shots.sum())))
+    ids = torch.arange(len(anchors)).expand(len(jobs), -1)
+    retrieved = Retrieved(ids, torch.zeros(ids.shape).double(), gradients=gradients, calibration=calibration)
+    w = settings.scale * POLICIES[settings.policy].weigh(settings, retrieved)
+    return Merge(ids, w.to(base.master_dtype), gradients)
 
 
 def updated_coefficients(settings: MergeSettings, before: Merge, evidence: Evidence, tokens: Tensor) -> Tensor:
@@ -229,7 +287,7 @@ def frozen_numbers(bank: Bank, settings: MergeSettings | None = None) -> Numbers
     k, rank = settings.k or len(bank), bank.anchors.rank
     direct = settings.mode == "exact" and _is_direct(k, len(bank))
     own = {"exact": k * rank, "svd": settings.rank or rank, "factor": rank}[settings.mode]
-    gated = direct or settings.policy == "learned"  # coefficients are learned through gates
+    gated = direct or settings.policy in ("laplace", "learned")  # gradients of coefficients flow through gates
     return Numbers(frozen=0 if direct else own * width, pooled=pooled, shared=gated * len(bank) * rank * width)
 
 

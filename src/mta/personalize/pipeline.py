@@ -191,7 +191,7 @@ class Pipeline:
     def _begin(self, people: Sequence[Person], since: Collection[str] | None, keep_histories: bool) -> _Call:
         """Check the people and sort them by id; leave out people who were forgotten since their items were read."""
         _check(people)
-        check_merge(self.run.merge, len(self.bank), self.bank.task.labelled)
+        check_merge(self.run.merge, len(self.bank), self.bank.task.labelled, self.bank.calibration is not None)
         ordered, store = sorted(people, key=lambda person: person.id), self.states.store
         if store is None:
             if keep_histories:

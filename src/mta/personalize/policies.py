@@ -12,9 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mta.bank.calibration import Calibration
 from mta.config import MergeSettings
 from mta.errors import ConfigError
-from mta.personalize.likelihoods import Evidence, Labels
+from mta.personalize.likelihoods import Evidence, Labels, ShotGradients
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +25,7 @@ class Retrieved:
     Shapes: ids (U, K), anchor numbers; similarity (U, K), cosine of person and anchor, float64. For people whose
     histories have grown, ``before`` (U, K) are the coefficients of their earlier items, exact to ``rounding``, and
     ``seen`` (U,) is the number of target tokens of those items; ``evidence`` then covers only the new items.
+    ``gradients`` cover all items, earlier ones too; they are taken at the mu of ``calibration``.
     """
 
     ids: Tensor
@@ -32,6 +34,8 @@ class Retrieved:
     before: Tensor | None = None
     seen: Tensor | None = None
     rounding: float = 0.0
+    gradients: ShotGradients | None = None
+    calibration: Calibration | None = None
 
     @property
     def scored(self) -> Evidence:
@@ -57,7 +61,8 @@ class Policy:
     """A policy and its needs, which are checked before anything is scored."""
 
     weigh: Weigh  # -> w (U, K), float64
-    evidence: Callable[[MergeSettings], bool]  # whether the policy reads the anchors' losses or only encodings
+    evidence: Callable[[MergeSettings], bool]  # whether the policy reads the anchors' losses
+    gradients: bool  # whether the policy reads the shots' gradients and the bank's calibration
     labels: bool  # whether the policy needs the scores of a closed set of labels
     wide: bool  # whether the policy is meant for all anchors, or only for the nearest
 
@@ -66,13 +71,17 @@ POLICIES: dict[str, Policy] = {}
 
 
 def policy(
-    *, evidence: bool | Callable[[MergeSettings], bool] = False, labels: bool = False, wide: bool = False
+    *,
+    evidence: bool | Callable[[MergeSettings], bool] = False,
+    gradients: bool = False,
+    labels: bool = False,
+    wide: bool = False,
 ) -> Callable[[Weigh], Weigh]:
     """Register a function as a policy under the function's name; arguments as in ``Policy``."""
 
     def register(weigh: Weigh) -> Weigh:
         reads = evidence if callable(evidence) else lambda _: evidence
-        POLICIES[weigh.__name__] = Policy(weigh, reads, labels, wide)
+        POLICIES[weigh.__name__] = Policy(weigh, reads, gradients, labels, wide)
         return weigh
 
     return register
@@ -137,6 +146,21 @@ def posterior(settings: MergeSettings, retrieved: Retrieved) -> Tensor:
         null = (1 - prior.sum(1)).clamp_min(retrieved.rounding)
     gain = (retrieved.loglik - retrieved.scored.task[:, None]) / settings.temperature
     return torch.softmax(torch.cat([gain + prior.log(), null[:, None].log()], dim=1), dim=1)[:, :-1]
+
+
+@policy(gradients=True, wide=True)
+def laplace(settings: MergeSettings, retrieved: Retrieved) -> Tensor:
+    """Return the best coefficients of a quadratic model of the log-likelihood, from one gradient (``Calibration``).
+
+    The gradient is a sum over shots, so the result for a longer history is exactly that of all its items.
+    """
+    if retrieved.calibration is None or retrieved.gradients is None:
+        raise ConfigError(
+            "policy 'laplace' needs the shots' gradients and a calibrated bank",
+            hint="Calibrate the bank (mta bank calibrate), or use merge.policy=posterior.",
+        )
+    w = retrieved.calibration.coefficients(retrieved.gradients.sums, retrieved.gradients.shots)
+    return w.gather(1, retrieved.ids)
 
 
 @policy(evidence=True, labels=True, wide=True)

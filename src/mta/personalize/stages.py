@@ -19,6 +19,7 @@ from mta.personalize.adapters import merge_of
 from mta.personalize.cohort import Cohort, WorkItem, digest_of, settings_of
 from mta.personalize.likelihoods import ShotsJob, gather_evidence, shots_of, surprise, targets_of
 from mta.personalize.merge import Earlier, Merge, fit_merge, merged, needs_evidence
+from mta.personalize.policies import POLICIES
 from mta.store.state import Losses, State
 from mta.store.workspace import Work
 from mta.system.progress import OnStep, Step
@@ -100,7 +101,9 @@ class Stages:
                 tokens_per_batch=cohort.tokens_per_batch,
                 on_step=self.on_step,
             )
-        if earlier is None or not (evidence or settings.policy == "learned"):
+        if not POLICIES[settings.policy].gradients and (
+            earlier is None or not (evidence or settings.policy == "learned")
+        ):
             vectors = encode_people(self.encoder, bank.task, cohort.people, bank.info.run.bank.encode)
             similarity = bank.similarity(vectors)
         merge = fit_merge(
@@ -111,6 +114,7 @@ class Stages:
             settings,
             similarity=similarity,
             evidence=evidence,
+            calibration=bank.calibration,
             earlier=earlier,
             seed=self.run.seed,
             tokens_per_batch=cohort.tokens_per_batch,
@@ -168,6 +172,8 @@ class Stages:
                     rank=self.run.merge.rank,
                     losses=Losses(*losses[i]).after(item.before.losses if item.before else None),
                     settings=settings,
+                    gradient=tuple(merge.gradients.sums[i].tolist()) if merge.gradients else (),
+                    shots=int(merge.gradients.shots[i]) if merge.gradients else 0,
                 )
             except Diverged as error:
                 return error

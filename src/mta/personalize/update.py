@@ -6,6 +6,8 @@ The new items are scored before anything is trained on them, so their loss is ho
     retrain   the merge still helps, and there is something to learn: train the stack on from where it was
     refresh   the merge is worse than none: fit its coefficients on from where they were, then train the stack
 
+A state that holds the sum of its shots' gradients is refreshed instead of retrained: the sum must cover all items.
+
 Source: our choice; docs/decisions/015 has the measurements.
 """
 
@@ -60,6 +62,7 @@ def update_states(stages: Stages, cohort: Cohort, always: Action | None = None) 
     actions = [
         always or (decide(state.losses, losses) if state.losses else "refresh") for state, losses in zip(befores, new)
     ]
+    actions = ["refresh" if one == "retrain" and state.gradient else one for one, state in zip(actions, befores)]
     states: list[State | Diverged | None] = [None] * len(cohort)
     for action in ("retrain", "refresh"):
         chosen = [i for i, one in enumerate(actions) if one == action]

@@ -69,8 +69,9 @@ class State:
 
     ``bank`` is the bank's hash, ``history`` the digest of the shots, ``work`` the hash of all inputs (``work_key``).
     ``mode`` and ``rank`` say how the merge is computed. ``losses`` are those on the shots, and ``settings`` is the hash
-    of the settings that affect a state; both are unset (None, "") in states of older versions. Nothing depends on the
-    clock, so the same work gives the same bytes.
+    of the settings that affect a state; both are unset (None, "") in states of older versions. ``gradient`` is the one
+    that ``w`` was solved from, summed over ``shots``, so that new items can be added; () if the policy reads none.
+    Nothing depends on the clock, so the same work gives the same bytes.
     """
 
     bank: str
@@ -85,6 +86,8 @@ class State:
     rank: int | None = None
     losses: Losses | None = None
     settings: str = ""
+    gradient: tuple[float, ...] = ()
+    shots: int = 0
 
     def __post_init__(self) -> None:
         if len(self.anchors) != len(self.w):
@@ -92,7 +95,7 @@ class State:
                 f"a state needs one coefficient per anchor, got anchors {self.anchors}, w {self.w}",
                 hint="Give as many coefficients as anchors.",
             )
-        if not all(map(math.isfinite, self.w)):
+        if not all(map(math.isfinite, [*self.w, *self.gradient])):
             raise Diverged(f"coefficients are invalid: got w {self.w}, expected finite numbers", hint=_ASTRAY)
         if self.stack is not None and len(self.stack) != 1:
             raise InputError(
@@ -122,6 +125,8 @@ class State:
             fields["losses"] = asdict(self.losses)
         if self.settings:
             fields["settings"] = self.settings
+        if self.gradient:
+            fields |= {"gradient": self.gradient, "shots": self.shots}
         data = save({} if self.stack is None else self.stack.tensors(), {"state": json.dumps(fields)})
         return data[: _DIGEST.start] + _digest(data).encode() + data[_DIGEST.stop :]
 
@@ -158,6 +163,7 @@ class State:
         losses = Losses(**fields["losses"]) if "losses" in fields else None
         kept = {name: fields[name] for name in _FIELDS}
         kept |= {"anchors": tuple(kept["anchors"]), "w": tuple(kept["w"])}
+        kept |= {"gradient": tuple(fields.get("gradient", ())), "shots": fields.get("shots", 0)}
         return cls(**kept, stack=stack, losses=losses, settings=fields.get("settings", ""))
 
 
