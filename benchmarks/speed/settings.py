@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-MODULES = ("adaptation", "bank", "limit", "merging", "decoding", "growth")  # in the order of the table
+MODULES = ("adaptation", "bank", "coefficients", "limit", "merging", "decoding", "growth")  # in the order of the table
 
 
 @dataclass(frozen=True, slots=True)
