@@ -106,7 +106,7 @@ def test_a_gateway_drops_all_memory_of_a_person_forgotten_elsewhere(gateway):
     assert personalized(http) == "done"
     assert http.post("/v1/completions", json={"model": "person:eve", "prompt": "x", "max_tokens": 2}).status_code == 200
     http.post("/v1/people/bob/history", json={"items": ITEMS})
-    assert "eve" in service.jobs._status
+    assert service.jobs.status("eve")
     gateway.forget()
     until(lambda: "eve" not in service.histories._share)
     until(lambda: service.jobs.status("eve") is None)
@@ -163,7 +163,7 @@ def test_a_person_saved_and_then_forgotten_elsewhere_within_one_job_has_no_statu
     monkeypatch.setattr(Personalizer, "personalize", forgotten_after)
     http.post(f"{EVE}/history", json={"items": ITEMS})
     assert http.post(f"{EVE}/personalize").status_code == 202
-    until(lambda: not (gateway.service.jobs._running or gateway.service.jobs._waiting))
+    until(lambda: not (gateway.service.jobs._running or gateway.service.jobs._waiting()))
     assert http.get(f"{EVE}/personalize").status_code == 404
 
 
