@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import logging
 import os
 import shlex
@@ -26,7 +25,7 @@ from mta.errors import BankMismatch, ConfigError
 from mta.model.base import BaseModel
 from mta.personalize import Personalizer
 from mta.serving.api.app import create_app
-from mta.serving.api.auth import ENV, Keys
+from mta.serving.api.auth import ENV, LOOPBACK, Keys
 from mta.serving.api.jobs import Jobs
 from mta.serving.api.limits import Limits
 from mta.serving.api.service import Service
@@ -58,7 +57,7 @@ def keys_for(path: Path | None, host: str, insecure_local: bool, port: int = 0) 
             f"no API key: neither --keys nor {ENV} provides one",
             hint="Create one:  mta serve --keys keys.yaml --new-key admin   or stay local:  --insecure-local",
         )
-    if not keys.keys and not _is_loopback(host):
+    if not keys.keys and host not in LOOPBACK:
         raise ConfigError(
             f"--insecure-local serves this machine only, but the host is {host!r}", hint="Use --host 127.0.0.1."
         )
@@ -205,10 +204,3 @@ def serve(service: Service, host: str, port: int, ready: Callable[[str], None]) 
         config = uvicorn.Config(create_app(service), log_level="warning", access_log=False, server_header=False)
         ready(f"http://{host}:{listening.getsockname()[1]}")
         uvicorn.Server(config).run(sockets=[listening])
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

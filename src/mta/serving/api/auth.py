@@ -25,6 +25,7 @@ from mta.errors import ConfigError
 from mta.system.atomic import file_mode, make_folder, write_text
 
 ENV = "MTA_API_KEY"
+LOOPBACK = ("127.0.0.1", "localhost", "::1")  # without keys, only these hosts are served
 _WAIT = 10.0  # seconds to wait for another process that adds a key
 Kind = Literal["admin", "serve", "person", "prefix"]
 

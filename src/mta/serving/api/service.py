@@ -22,7 +22,7 @@ from mta.data.tasks.task import Task
 from mta.errors import MtaError, PersonForgotten, PersonNotFound
 from mta.model.base import BaseModel
 from mta.personalize.adapters import BASE, TASK
-from mta.serving.api.auth import LOCAL, Key, Keys
+from mta.serving.api.auth import LOCAL, LOOPBACK, Key, Keys
 from mta.serving.api.histories import Histories
 from mta.serving.api.jobs import Jobs
 from mta.serving.api.limits import Limits, Rate
@@ -194,7 +194,7 @@ Caller = Annotated[Key, Depends(key_of)]
 def _local(request: Request) -> Key:
     """Accept programs on this machine, but not a foreign page open in a local browser. Raises 403."""
     origin, url = request.headers.get("origin"), request.url
-    if url.hostname not in ("127.0.0.1", "localhost", "::1") or origin not in (None, f"{url.scheme}://{url.netloc}"):
+    if url.hostname not in LOOPBACK or origin not in (None, f"{url.scheme}://{url.netloc}"):
         raise HTTPException(403, "without keys, only pages and programs of this machine are answered")
     return LOCAL
 
