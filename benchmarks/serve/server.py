@@ -58,7 +58,7 @@ def main() -> None:
         store.save(person, made_up(base, bank, person))
     lora = "--no-enable-lora" if args.alone else ""
     with vllm_of(args.vllm or None, None, base, args.bank, args.store, slots=args.slots, args=lora) as vllm:
-        service = service_of(base, bank, Run(), args.store, Keys(()), slots=args.slots, vllm=vllm)
+        service = service_of(base, bank, Run(), args.store, Keys(), slots=args.slots, vllm=vllm)
         if vllm:
             service.engine.stops = frozenset()  # type: ignore[union-attr]
         elif args.alone:

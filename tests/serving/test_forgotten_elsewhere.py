@@ -19,7 +19,6 @@ from tiny import base_of
 from mta.bank.bank import Bank
 from mta.personalize import Personalizer, forget_person
 from mta.personalize.stages import Stages
-from mta.serving.api.sweep import Sweep
 from mta.store import Store
 
 pytestmark = pytest.mark.integration
@@ -107,7 +106,7 @@ def test_a_gateway_drops_all_memory_of_a_person_forgotten_elsewhere(gateway):
     assert personalized(http) == "done"
     assert http.post("/v1/completions", json={"model": "person:eve", "prompt": "x", "max_tokens": 2}).status_code == 200
     http.post("/v1/people/bob/history", json={"items": ITEMS})
-    assert "eve" in service.jobs._status
+    assert service.jobs.status("eve")
     gateway.forget()
     until(lambda: "eve" not in service.histories._share)
     until(lambda: service.jobs.status("eve") is None)
@@ -120,14 +119,13 @@ def test_a_person_loaded_between_tombstone_and_removal_is_dropped_by_a_later_swe
     http, service, store = gateway.http, gateway.service, gateway.store
     http.post(f"{EVE}/history", json={"items": ITEMS})
     assert personalized(http) == "done"
-    sweep = Sweep(service)
     store.tombstones.add("eve")
-    asyncio.run(sweep.once())
+    asyncio.run(service.drop_forgotten_elsewhere())
     assert http.post("/v1/completions", json={"model": "person:eve", "prompt": "x", "max_tokens": 2}).status_code == 200
-    asyncio.run(sweep.once())
+    asyncio.run(service.drop_forgotten_elsewhere())
     assert _held(service) == {"eve"}  # her states are still there
     store.remove("eve")
-    asyncio.run(sweep.once())
+    asyncio.run(service.drop_forgotten_elsewhere())
     assert _held(service) == set()
 
 
@@ -136,12 +134,12 @@ def test_a_sweep_drops_a_version_whose_number_now_has_other_content(gateway):
     http.post(f"{EVE}/history", json={"items": ITEMS})
     assert personalized(http) == "done"
     assert http.post("/v1/completions", json={"model": "person:eve", "prompt": "x", "max_tokens": 2}).status_code == 200
-    sweep, state = Sweep(service), store.load("eve")
-    asyncio.run(sweep.once())
+    state = store.load("eve")
+    asyncio.run(service.drop_forgotten_elsewhere())
     assert _held(service) == {"eve"}
     store.remove("eve")
     assert store.save("eve", replace(state, w=tuple(-w for w in state.w), work="other")) == 1
-    asyncio.run(sweep.once())
+    asyncio.run(service.drop_forgotten_elsewhere())
     assert _held(service) == set()
 
 
@@ -165,7 +163,7 @@ def test_a_person_saved_and_then_forgotten_elsewhere_within_one_job_has_no_statu
     monkeypatch.setattr(Personalizer, "personalize", forgotten_after)
     http.post(f"{EVE}/history", json={"items": ITEMS})
     assert http.post(f"{EVE}/personalize").status_code == 202
-    until(lambda: not (gateway.service.jobs._running or gateway.service.jobs._waiting))
+    until(lambda: not (gateway.service.jobs._running or gateway.service.jobs._waiting()))
     assert http.get(f"{EVE}/personalize").status_code == 404
 
 

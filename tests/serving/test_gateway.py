@@ -22,8 +22,8 @@ from mta.model.generate import generate
 from mta.personalize import forget_person, stages
 from mta.personalize.adapters import row_adapters
 from mta.personalize.likelihoods import shots_of
+from mta.serving.api.completions import Text
 from mta.serving.api.limits import Limits
-from mta.serving.api.streaming import Text
 from mta.serving.embedded.engine import EmbeddedEngine
 from mta.store import Store
 from mta.store.state import State

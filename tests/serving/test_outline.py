@@ -55,7 +55,7 @@ def test_the_gateway_with_vllm_loads_weights_only_for_the_first_training_job(wor
     base, bank, run = open_bank(world.folder / "bank", weights=False)
     assert vllm_settings("python", base, bank.folder, "people", slots=2, args="").args == ("--dtype=float32",)
     remote = Remote("http://127.0.0.1:9", tmp_path)
-    service = service_of(base, bank, run, str(tmp_path / "people"), Keys(()), vllm=remote)
+    service = service_of(base, bank, run, str(tmp_path / "people"), Keys(), vllm=remote)
     (ann,) = people_of(1, prefix="ann")
 
     async def go():

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny import tokenizer
 
-from mta.serving.api.streaming import Text
+from mta.serving.api.completions import Text
 from mta.serving.model_names import Named, named
 
 

@@ -19,9 +19,7 @@ class Refused(InputError):
 
 
 class QueueFull(MtaError):
-    """The queue is full. ``retry_after`` is the number of seconds after which to retry."""
-
-    retry_after = 1
+    """The queue is full."""
 
 
 class AnswerLost(MtaError):

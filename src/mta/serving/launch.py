@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import logging
 import os
 import shlex
@@ -15,6 +14,7 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
+import uvicorn
 from filelock import FileLock, Timeout
 from rich.console import Console
 
@@ -24,7 +24,8 @@ from mta.config import Run
 from mta.errors import BankMismatch, ConfigError
 from mta.model.base import BaseModel
 from mta.personalize import Personalizer
-from mta.serving.api.auth import ENV, Keys
+from mta.serving.api.app import create_app
+from mta.serving.api.auth import ENV, LOOPBACK, Keys
 from mta.serving.api.jobs import Jobs
 from mta.serving.api.limits import Limits
 from mta.serving.api.service import Service
@@ -43,16 +44,20 @@ def keys_for(path: Path | None, host: str, insecure_local: bool, port: int = 0) 
 
     Raises ConfigError if the address is unavailable, or if there are no keys and the gateway would be open to others.
     """
-    check_port(host, port)
+    try:
+        socket.create_server((host, port)).close()
+    except OSError as error:
+        raise ConfigError(
+            f"cannot listen at {host}:{port}: {error.strerror or error}",
+            hint="Choose another port:  --port 8001   (0 picks a free one)",
+        ) from None
     keys = Keys.load(path, os.environ.get(ENV))
-    if keys.keys:
-        return keys
-    if not insecure_local:
+    if not keys.keys and not insecure_local:
         raise ConfigError(
             f"no API key: neither --keys nor {ENV} provides one",
             hint="Create one:  mta serve --keys keys.yaml --new-key admin   or stay local:  --insecure-local",
         )
-    if not _loopback(host):
+    if not keys.keys and host not in LOOPBACK:
         raise ConfigError(
             f"--insecure-local serves this machine only, but the host is {host!r}", hint="Use --host 127.0.0.1."
         )
@@ -75,28 +80,6 @@ def check(store: str, banks: Sequence[Path], strict: bool, vllm: bool) -> None:
             log.warning("%s; --strict would refuse this bank", found)
 
 
-def check_port(host: str, port: int) -> None:
-    """Check the address before loading. Raises ConfigError if nothing can listen there."""
-    try:
-        socket.create_server((host, port)).close()
-    except OSError as error:
-        raise ConfigError(
-            f"cannot listen at {host}:{port}: {error.strerror or error}",
-            hint="Choose another port:  --port 8001   (0 picks a free one)",
-        ) from None
-
-
-def bank_before(folder: Path, base: BaseModel, bank: Bank) -> Bank:
-    """Open the bank that people are moved from. Raises ConfigError if its task differs from the task of ``bank``."""
-    before = Bank.open(folder, base)
-    if before.task.identity != bank.task.identity:
-        raise ConfigError(
-            f"the bank at {folder} is for task {before.task.name!r}, expected {bank.task.name!r}",
-            hint="Run one gateway per task.",
-        )
-    return before
-
-
 def service_of(
     base: BaseModel,
     bank: Bank,
@@ -113,12 +96,18 @@ def service_of(
     """Build the service: an engine, embedded or vLLM, and a personalizer that always uses ``bank``.
 
     People whose state was made with the bank in folder ``before`` are served with that bank until they are personalized
-    again. If ``base`` has no weights (vLLM), the personalizer loads them for its first job.
+    again. If ``base`` has no weights (vLLM), the personalizer loads them for its first job. Raises ConfigError if the
+    two banks are for different tasks.
     """
     states, length = Store(store), base.prompts.max_tokens
     engine: EmbeddedEngine | VllmEngine
     if vllm is None:
-        older = bank_before(before, base, bank) if before else None
+        older = Bank.open(before, base) if before else None
+        if older and older.task.identity != bank.task.identity:
+            raise ConfigError(
+                f"the bank at {before} is for task {older.task.name!r}, expected {bank.task.name!r}",
+                hint="Run one gateway per task.",
+            )
         engine = EmbeddedEngine(base, bank, states, before=older, slots=slots)
     else:
         engine = VllmEngine(
@@ -211,18 +200,7 @@ def serve(service: Service, host: str, port: int, ready: Callable[[str], None]) 
 
     Calls ``ready`` with the address; port 0 picks a free port. Raises OSError if it cannot listen.
     """
-    import uvicorn
-
-    from mta.serving.api.app import create_app
-
     with socket.create_server((host, port)) as listening:
         config = uvicorn.Config(create_app(service), log_level="warning", access_log=False, server_header=False)
         ready(f"http://{host}:{listening.getsockname()[1]}")
         uvicorn.Server(config).run(sockets=[listening])
-
-
-def _loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"

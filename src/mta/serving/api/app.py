@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import asyncio
-import json
+import base64
+import hashlib
+import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import cache
+from importlib import resources
+from typing import Any
 
-from fastapi import FastAPI, Request, Response
+from fastapi import APIRouter, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi.responses import HTMLResponse, JSONResponse
 from starlette.exceptions import HTTPException
 
 from mta.errors import MtaError
-from mta.serving.api.completions import add_completions
+from mta.serving.api import completions, people
 from mta.serving.api.limits import BodyLimit, Unexpected
-from mta.serving.api.people import add_people
-from mta.serving.api.playground import add_page
 from mta.serving.api.schemas import error_body
-from mta.serving.api.service import Service, error_of
-from mta.serving.api.sweep import Sweep
+from mta.serving.api.service import Caller, Gateway, Service, error_of
+
+router = APIRouter()
 
 
 def create_app(service: Service) -> FastAPI:
@@ -27,62 +31,86 @@ def create_app(service: Service) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
-        sweeping = asyncio.create_task(Sweep(service).run())
+        sweeping = asyncio.create_task(service.keep_sweeping())
         yield
         sweeping.cancel()
         await asyncio.wait([sweeping])
         await service.jobs.close()
         await service.engine.close()
 
-    app = FastAPI(title="mta", summary=__doc__, lifespan=lifespan, docs_url=None, redoc_url=None)
+    handlers = {MtaError: _mta_error, RequestValidationError: _invalid_body, HTTPException: _http_error}
+    how: dict[str, Any] = {"lifespan": lifespan, "exception_handlers": handlers, "docs_url": None, "redoc_url": None}
+    app = FastAPI(title="mta", summary=__doc__, **how)
     app.state.service = service
-    refusal = error_body(f"the request is longer than {service.limits.body} bytes", "invalid_request_error")
-    app.add_middleware(BodyLimit, most=service.limits.body, refusal=json.dumps(refusal).encode())
-    broken = error_body("internal server error", "server_error")
-    app.add_middleware(Unexpected, refusal=json.dumps(broken).encode())
-    _add_errors(app)
-    _add_health(app, service)
-    add_completions(app, service)
-    add_people(app, service)
-    add_page(app, service)
+    app.add_middleware(BodyLimit, most=service.limits.body)
+    app.add_middleware(Unexpected)
+    for part in (router, completions.router, people.router):
+        app.include_router(part)
     return app
 
 
-def _add_health(app: FastAPI, service: Service) -> None:
-    @app.get("/healthz")
-    async def alive() -> Response:
-        """Return whether the process and its engine work. On 503, restart the process."""
-        ok = service.engine.alive
-        return JSONResponse({"status": "ok" if ok else "the engine died, or every step fails"}, 200 if ok else 503)
-
-    @app.get("/readyz")
-    async def ready() -> Response:
-        """Return whether requests would be answered now."""
-        return JSONResponse({"ready": service.engine.ready}, 200 if service.engine.ready else 503)
-
-    @app.get("/metrics")
-    async def metrics() -> Response:
-        """Return metrics for Prometheus."""
-        service.metrics.engine(service.engine.facts())
-        return Response(service.metrics.text(), media_type="text/plain; version=0.0.4")
+@router.get("/healthz")
+async def alive(service: Gateway) -> Response:
+    """Return whether the process and its engine work. On 503, restart the process."""
+    ok = service.engine.alive
+    return JSONResponse({"status": "ok" if ok else "the engine died, or every step fails"}, 200 if ok else 503)
 
 
-def _add_errors(app: FastAPI) -> None:
-    @app.exception_handler(MtaError)
-    async def mta_error(_: Request, error: MtaError) -> Response:
-        status, body, headers = error_of(error)
-        return JSONResponse(body, status, headers)
+@router.get("/readyz")
+async def ready(service: Gateway) -> Response:
+    """Return whether requests would be answered now."""
+    return JSONResponse({"ready": service.engine.ready}, 200 if service.engine.ready else 503)
 
-    @app.exception_handler(RequestValidationError)
-    async def invalid_body(_: Request, error: RequestValidationError) -> Response:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"] if part != "body")
-        message = f"{where}: {first['msg']}" if where else first["msg"]
-        return JSONResponse(error_body(message, "invalid_request_error", param=where or None), 400)
 
-    @app.exception_handler(HTTPException)
-    async def http_error(_: Request, error: HTTPException) -> Response:
-        kind = {401: "authentication_error", 429: "rate_limit_error"}.get(error.status_code, "invalid_request_error")
-        code = {401: "invalid_api_key", 429: "rate_limit_exceeded"}.get(error.status_code)
-        headers = dict(error.headers or {}) | ({"WWW-Authenticate": "Bearer"} if error.status_code == 401 else {})
-        return JSONResponse(error_body(str(error.detail), kind, code), error.status_code, headers)
+@router.get("/metrics")
+async def metrics(service: Gateway) -> Response:
+    """Return metrics for Prometheus."""
+    return Response(service.metrics.text(service.engine.facts()), media_type="text/plain; version=0.0.4")
+
+
+@router.get("/v1/task")
+async def task(service: Gateway, key: Caller) -> dict[str, Any]:
+    """Return the prompt template, the fields of an item, and the labels of a closed set."""
+    found, form = service.task, service.task.item
+    fields = {"prompt": form.prompt, "inputs": list(form.inputs), "target": form.target}
+    labels = found.labels if found.labelled else None
+    return {"name": found.name, "description": found.description, **fields, "labels": labels, "base": service.base.name}
+
+
+@router.get("/", include_in_schema=False)
+async def playground() -> Response:
+    """Return the playground: one static page."""
+    page, policy = _page()
+    more = {"X-Content-Type-Options": "nosniff", "Cache-Control": "no-cache"}
+    return HTMLResponse(page, headers={"Content-Security-Policy": policy, **more})
+
+
+@cache
+def _page() -> tuple[str, str]:
+    """Return the playground and its policy, which allows only its own script and calls to this server."""
+    page = (resources.files("mta.serving.api") / "playground.html").read_text(encoding="utf-8")
+    scripts = re.findall(r"<script>(.*?)</script>", page, re.DOTALL)
+    hashes = " ".join(f"'sha256-{base64.b64encode(hashlib.sha256(s.encode()).digest()).decode()}'" for s in scripts)
+    return page, (
+        f"default-src 'none'; script-src {hashes}; style-src 'unsafe-inline'; img-src data:; connect-src 'self'; "
+        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    )
+
+
+async def _mta_error(_: Request, error: MtaError) -> Response:
+    status, body, headers = error_of(error)
+    return JSONResponse(body, status, headers)
+
+
+async def _invalid_body(_: Request, error: RequestValidationError) -> Response:
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"] if part != "body")
+    message = f"{where}: {first['msg']}" if where else first["msg"]
+    return JSONResponse(error_body(message, "invalid_request_error", param=where or None), 400)
+
+
+async def _http_error(_: Request, error: HTTPException) -> Response:
+    kinds = {401: ("authentication_error", "invalid_api_key"), 429: ("rate_limit_error", "rate_limit_exceeded")}
+    kind, code = kinds.get(error.status_code, ("invalid_request_error", None))
+    headers = dict(error.headers or {}) | ({"WWW-Authenticate": "Bearer"} if error.status_code == 401 else {})
+    return JSONResponse(error_body(str(error.detail), kind, code), error.status_code, headers)

@@ -14,9 +14,8 @@ from __future__ import annotations
 import hashlib
 import hmac
 import secrets
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from filelock import FileLock
 from pydantic import Field, model_validator
@@ -26,6 +25,7 @@ from mta.errors import ConfigError
 from mta.system.atomic import file_mode, make_folder, write_text
 
 ENV = "MTA_API_KEY"
+LOOPBACK = ("127.0.0.1", "localhost", "::1")  # without keys, only these hosts are served
 _WAIT = 10.0  # seconds to wait for another process that adds a key
 Kind = Literal["admin", "serve", "person", "prefix"]
 
@@ -51,53 +51,38 @@ class Key(Settings):
 
     def owns(self, person: str) -> bool:
         """Whether the key may see and change a person's data, and use the person's model."""
-        own = (self.rights == "person" and person == self.of) or (
-            self.rights == "prefix" and person.startswith(self.of)
-        )
-        return own or self.rights == "admin"
+        owned = {"admin": True, "person": person == self.of, "prefix": person.startswith(self.of)}
+        return owned.get(self.rights, False)
 
     def may_ask(self, person: str) -> bool:
         """Whether the key may use a person's model."""
         return self.rights == "serve" or self.owns(person)
 
 
-class _KeyFile(Settings):
-    keys: tuple[Key, ...] = ()
+LOCAL = Key(name="local", sha256="0" * 64, rights="admin")  # any program on this machine
 
 
-@dataclass(frozen=True, slots=True)
-class Keys:
+class Keys(Settings):
     """All keys; without any key, no caller needs one (loopback only)."""
 
-    keys: tuple[Key, ...]
+    keys: tuple[Key, ...] = ()
 
     @classmethod
     def load(cls, path: Path | None, secret: str | None = None) -> Keys:
         """Load the keys of a file, and an admin key from the environment. Raises ConfigError."""
-        found = checked(_KeyFile, _read(path), str(path), hint=_MAKE).keys if path else ()
+        try:
+            found = checked(cls, read_yaml(path), str(path)).keys if path else ()
+        except ConfigError as error:
+            hint = "This command creates a key file:  mta serve --keys keys.yaml --new-key ops"
+            raise ConfigError(error.message, hint=hint) from None
         from_env = (Key(name=ENV, sha256=_hash(secret), rights="admin"),) if secret else ()
-        return cls((*found, *from_env))
+        return cls(keys=(*found, *from_env))
 
     def of(self, secret: str) -> Key | None:
         """Return the key that matches a secret, or None. Compares with every key, so the time reveals nothing."""
-        shown, found = _hash(secret), None
-        for key in self.keys:
-            if hmac.compare_digest(key.sha256, shown):
-                found = key
-        return found
-
-
-_MAKE = "This command creates a key file:  mta serve --keys keys.yaml --new-key ops"
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        return read_yaml(path)
-    except ConfigError as error:
-        raise ConfigError(error.message, hint=_MAKE) from None
-
-
-LOCAL = Key(name="local", sha256="0" * 64, rights="admin")  # any program on this machine
+        shown = _hash(secret)
+        matching = [key for key in self.keys if hmac.compare_digest(key.sha256, shown)]
+        return matching[-1] if matching else None
 
 
 def add_key(path: Path, name: str, rights: str, of: str = "") -> str:
@@ -106,31 +91,23 @@ def add_key(path: Path, name: str, rights: str, of: str = "") -> str:
     Concurrent calls from threads and processes wait for each other.
     """
     secret = f"mta-{secrets.token_urlsafe(32)}"
-    new = checked(
-        Key,
-        {"name": name, "sha256": _hash(secret), "rights": rights, "of": of},
-        "the new key",
-        "For example:  --rights person --of ann",
-    )
+    values = {"name": name, "sha256": _hash(secret), "rights": rights, "of": of}
+    new = checked(Key, values, "the new key", hint="For example:  --rights person --of ann")
     try:
         make_folder(path.parent)
         with FileLock(path.with_name(f".{path.name}.lock"), timeout=_WAIT, mode=file_mode()):
-            _add(path, new)
+            before = checked(Keys, read_yaml(path), str(path)).keys if path.exists() else ()
+            if new.name in {key.name for key in before}:
+                raise ConfigError(
+                    f"{path} already has a key named {new.name!r}", hint="Choose another name, or remove that key."
+                )
+            write_text(path, dump_yaml(Keys(keys=(*before, new))))
     except OSError as error:  # a lock timeout is an OSError too
         raise ConfigError(
             f"cannot write {path}: {error.strerror or error}",
             hint="Check the permissions, or wait until another process has added its key, and repeat the command.",
         ) from None
     return secret
-
-
-def _add(path: Path, new: Key) -> None:
-    before = checked(_KeyFile, read_yaml(path), str(path)) if path.exists() else _KeyFile()
-    if new.name in {key.name for key in before.keys}:
-        raise ConfigError(
-            f"{path} already has a key named {new.name!r}", hint="Choose another name, or remove that key."
-        )
-    write_text(path, dump_yaml(_KeyFile(keys=(*before.keys, new))))
 
 
 def _hash(secret: str) -> str:

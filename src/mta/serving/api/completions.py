@@ -1,49 +1,56 @@
-"""``/v1/models``, ``/v1/chat/completions``, and ``/v1/completions``, whole or streamed."""
+"""``/v1/models``, ``/v1/chat/completions``, and ``/v1/completions``, whole or streamed.
+
+Half characters and stop texts are never sent.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import json
 import time
-import uuid
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Coroutine, Sequence
+from contextlib import aclosing
+from dataclasses import replace
 from typing import Any
 from urllib.parse import quote
 
-from fastapi import FastAPI
+from fastapi import APIRouter
 from fastapi import Request as HttpRequest
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.concurrency import run_in_threadpool
 
 from mta.errors import MtaError
-from mta.personalize.adapters import BASE, TASK, Nobody
+from mta.personalize.adapters import BASE, TASK
 from mta.serving.api.auth import Key
-from mta.serving.api.schemas import ChatRequest, CompletionRequest, Request, Shape, usage_of
-from mta.serving.api.service import Caller, Service, error_of
-from mta.serving.api.streaming import Part, Whole, answers, ask_of
-from mta.serving.engine import Ask
+from mta.serving.api.schemas import ChatRequest, CompletionRequest, Part, Request, Shape, usage_of
+from mta.serving.api.service import Caller, Gateway, Service, error_of
+from mta.serving.engine import Ask, Engine, Finish, Refused, Token, Who
+
+_LETTERS = 32  # upper bound of characters per token: longer prompts are refused without tokenizing
+_HALF = "\N{REPLACEMENT CHARACTER}"
+_BYTES = 4  # of the longest character: a character incomplete after as many tokens stays incomplete
+router = APIRouter()
 
 
-def add_completions(app: FastAPI, service: Service) -> None:
-    """Add the routes that OpenAI clients use."""
+@router.get("/v1/models")
+async def models(service: Gateway, key: Caller) -> dict[str, Any]:
+    """List the base and the pooled model; a person key also sees its own model."""
+    has_model = key.rights == "person" and await run_in_threadpool(service.store.latest, key.of) is not None
+    names = [service.base.name, "task", *([f"person:{quote(key.of, safe='')}"] if has_model else [])]
+    rows = [{"id": name, "object": "model", "created": 0, "owned_by": "mta"} for name in names]
+    return {"object": "list", "data": rows}
 
-    @app.get("/v1/models")
-    async def models(key: Caller) -> dict[str, Any]:
-        """List the base and the pooled model; a person key also sees its own model."""
-        has_model = key.rights == "person" and await run_in_threadpool(service.store.latest, key.of) is not None
-        names = [service.base.name, "task", *([f"person:{quote(key.of, safe='')}"] if has_model else [])]
-        rows = [{"id": name, "object": "model", "created": 0, "owned_by": "mta"} for name in names]
-        return {"object": "list", "data": rows}
 
-    @app.post("/v1/chat/completions")
-    async def chat(request: ChatRequest, key: Caller, http: HttpRequest) -> Response:
-        """Generate the next turn of a conversation."""
-        return await _until_disconnect(http, _respond(service, request, key))
+@router.post("/v1/chat/completions")
+async def chat(service: Gateway, request: ChatRequest, key: Caller, http: HttpRequest) -> Response:
+    """Generate the next turn of a conversation."""
+    return await _until_disconnect(http, _respond(service, request, key))
 
-    @app.post("/v1/completions")
-    async def completions(request: CompletionRequest, key: Caller, http: HttpRequest) -> Response:
-        """Continue a text."""
-        return await _until_disconnect(http, _respond(service, request, key))
+
+@router.post("/v1/completions")
+async def completions(service: Gateway, request: CompletionRequest, key: Caller, http: HttpRequest) -> Response:
+    """Continue a text."""
+    return await _until_disconnect(http, _respond(service, request, key))
 
 
 async def _until_disconnect(http: HttpRequest, work: Coroutine[Any, Any, Response]) -> Response:
@@ -65,22 +72,55 @@ async def _until_disconnect(http: HttpRequest, work: Coroutine[Any, Any, Respons
 
 async def _respond(service: Service, request: Request, key: Key) -> Response:
     who = await service.who(request.model, key, request.fallback)
-    usual = service.base.prompts.answer_tokens(service.task)
-    ask = ask_of(request, who, service.base, key.name, service.length, service.limits.max_tokens, usual)
-    kind = "chatcmpl" if isinstance(request, ChatRequest) else "cmpl"
-    names = {TASK: "task", BASE: service.base.name}  # a fallback answer names the model that answered
-    model = names[who] if isinstance(who, Nobody) else request.model
-    shape = Shape(request, model, f"{kind}-{uuid.uuid4().hex}", service.base.tokenizer)
+    ask = _ask(service, request, who, key)
+    names: dict[Who, str] = {TASK: "task", BASE: service.base.name}  # a fallback names the model that answered
+    shape = Shape(request, names.get(who, request.model), service.base.tokenizer)
     parts = _measured(service, ask, request, key)
     if request.stream:
         first = await anext(parts)  # a refusal needs a status code, so it must come before the stream starts
         return StreamingResponse(_events(shape, ask, request, first, parts), media_type="text/event-stream")
-    complete = [Whole() for _ in range(request.n)]
+    complete: list[list[Part]] = [[] for _ in range(request.n)]
     async for part in parts:
-        complete[part.index].add(part)
-    choices = [shape.choice(n, one.text, one.tokens, one.finish) for n, one in enumerate(complete)]
-    tokens = sum(len(one.tokens) for one in complete)
-    return JSONResponse(shape.whole(choices, usage_of(len(ask.prompt), tokens, complete[0].cached)))
+        complete[part.index].append(part)
+    tokens = sum(len(part.tokens) for answer in complete for part in answer)
+    usage = usage_of(len(ask.prompt), tokens, complete[0][-1].cached)
+    return JSONResponse(shape.body([shape.choice(answer) for answer in complete], usage))
+
+
+def _ask(service: Service, request: Request, who: Who, key: Key) -> Ask:
+    """Tokenize a request. Raises Refused.
+
+    Without max_tokens an answer has at most the task's number of tokens; an answer of the base, which has no task, may
+    fill the remaining length.
+    """
+    length, limit, prompts = service.length, service.limits.max_tokens, service.base.prompts
+    if isinstance(request, ChatRequest):
+        turns = [{"role": m.role.replace("developer", "system"), "content": m.text} for m in request.messages]
+        letters, most = sum(len(turn["content"]) for turn in turns), request.max_completion_tokens or request.max_tokens
+        top = (request.top_logprobs or 0) if request.logprobs else None
+    else:
+        letters, most, top = len(request.prompt), request.max_tokens or 16, request.logprobs  # 16 is OpenAI's default
+    if letters > length * _LETTERS:
+        raise Refused(
+            f"the prompt has {letters} characters; prompt and answer may have at most {length} tokens together",
+            hint=f"Send at most {length * _LETTERS} characters.",
+        )
+    if (most or 0) > limit:
+        raise Refused(
+            f"max_tokens is {most}; an answer may have at most {limit} tokens", hint=f"Send max_tokens: {limit}"
+        )
+    prompt = prompts.chat(turns) if isinstance(request, ChatRequest) else prompts.text(request.prompt)
+    usual = limit if who is BASE else prompts.answer_tokens(service.task)
+    return Ask(
+        prompt,
+        who,
+        max_tokens=most or max(min(length - len(prompt), limit, usual), 1),
+        temperature=1.0 if request.temperature is None else request.temperature,
+        top_p=1.0 if request.top_p is None else request.top_p,
+        seed=request.seed,
+        top_logprobs=top,
+        asker=key.name,
+    )
 
 
 async def _events(
@@ -92,13 +132,11 @@ async def _events(
     try:
         async for part in _after(first, parts):
             tokens, cached = tokens + len(part.tokens), part.cached
-            piece = shape.delta(part.index, part.text, part.tokens, None, part.index not in started)
+            for event in shape.events(part, first=part.index not in started):
+                yield _event(event)
             started.add(part.index)
-            yield _event(shape.part([piece]))
-            if part.finish:
-                yield _event(shape.part([shape.delta(part.index, "", (), part.finish)]))
-        if request.usage_in_stream:
-            yield _event(shape.part([], usage_of(len(ask.prompt), tokens, cached)))
+        if request.stream_options and request.stream_options.include_usage:
+            yield _event(shape.body([], usage_of(len(ask.prompt), tokens, cached)))
     except MtaError as error:  # the status is sent already
         yield _event(error_of(error)[1])
     yield "data: [DONE]\n\n"
@@ -118,9 +156,10 @@ async def _measured(service: Service, ask: Ask, request: Request, key: Key) -> A
     """Yield the pieces of all answers, and record metrics."""
     count, start, last = service.metrics, time.monotonic(), dict[int, float]()
     status, kind = "cancelled", "chat" if isinstance(request, ChatRequest) else "completion"
+    stops = [request.stop] if isinstance(request.stop, str) else request.stop or ()
     try:
         with service.held(key, request.n), count.open.track_inprogress():
-            async for part in answers(service.engine, ask, service.base, request):
+            async for part in answers(service.engine, ask, service.base.tokenizer, request.n, stops):
                 now = time.monotonic()
                 if part.index not in last:
                     count.first_token.observe(now - start)
@@ -138,3 +177,86 @@ async def _measured(service: Service, ask: Ask, request: Request, key: Key) -> A
         raise
     finally:
         count.requests.labels(kind, status).inc()
+
+
+class Text:
+    """Detokenizes one answer piece by piece.
+
+    Text is held back while it may be the beginning of a stop text, or part of a character.
+    """
+
+    def __init__(self, tokenizer: Any, stops: Sequence[str] = ()) -> None:
+        self.tokenizer, self.stops = tokenizer, [stop for stop in stops if stop]
+        self.stopped = False
+        self._tokens: list[int] = []  # the new tokens, and the one before them
+        self._known = ""  # the part of their text that ``_pending`` has or had
+        self._pending = ""  # text that is not returned yet
+
+    def add(self, token: int) -> str:
+        """Add one token; return the text that is final now."""
+        self._tokens.append(token)
+        text = self._decoded()
+        if text.endswith(_HALF) and len(self._tokens) <= _BYTES:
+            return ""
+        self._pending += text[len(self._known) :]
+        # The next tokens are decoded behind this one: some tokenizers write a word differently at the start of a text.
+        self._tokens = [token]
+        self._known = self._decoded()
+        return self._give(held=max((len(stop) - 1 for stop in self.stops), default=0))
+
+    def end(self) -> str:
+        """Return the remaining text at the end of the answer."""
+        self._pending += self._decoded()[len(self._known) :]
+        return self._give(held=0)
+
+    def _give(self, held: int) -> str:
+        places = [(self._pending.find(stop), len(stop)) for stop in self.stops]
+        found = [(at + length, at) for at, length in places if at >= 0]  # the stop text completed first ends the answer
+        self.stopped = bool(found)
+        until = min(found)[1] if found else max(len(self._pending) - held, 0)
+        piece, self._pending = self._pending[:until], self._pending[until:]
+        return piece
+
+    def _decoded(self) -> str:
+        return str(self.tokenizer.decode(self._tokens, skip_special_tokens=True))
+
+
+async def answers(engine: Engine, ask: Ask, tokenizer: Any, count: int, stops: Sequence[str]) -> AsyncIterator[Part]:
+    """Stream the parts of ``count`` answers as they come, each until its first stop text.
+
+    Closing the iterator cancels all answers.
+    """
+    parts: asyncio.Queue[Part | BaseException] = asyncio.Queue()
+
+    async def answer(index: int) -> None:
+        seeded = ask if ask.seed is None else replace(ask, seed=ask.seed + index)
+        text = Text(tokenizer, stops)
+        held: list[Token] = []  # tokens with text that is still held back
+        try:
+            async with aclosing(engine.answer(seeded)) as pieces:  # type: ignore[type-var]
+                async for piece in pieces:
+                    shown = text.add(piece.token.id) if piece.token else text.end()
+                    held += [piece.token] if piece.token else []
+                    finish: Finish | None = "stop" if text.stopped else piece.finish
+                    if shown or finish:
+                        parts.put_nowait(Part(index, shown, tuple(held), finish, piece.cached))
+                        held = []
+                    if finish:
+                        return
+        except BaseException as error:
+            parts.put_nowait(error)
+            raise
+
+    tasks = [asyncio.create_task(answer(index)) for index in range(count)]
+    try:
+        running = count
+        while running:
+            part = await parts.get()
+            if isinstance(part, BaseException):
+                raise part
+            yield part
+            running -= part.finish is not None
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

@@ -8,7 +8,7 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from mta.data.history import Person
@@ -33,6 +33,16 @@ class Status:
     message: str = ""
 
 
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """A person's place in the queue, and later the result, without ``person``."""
+
+    person: Person | None
+    share: str  # of the key that put the person; "" is the operator
+    since: frozenset[str]  # the person's tombstones from before the items were read
+    status: Status = Status("waiting")
+
+
 class Jobs:
     """Queue of at most ``most`` people waiting for personalization, and the job that runs.
 
@@ -43,11 +53,8 @@ class Jobs:
     def __init__(self, personal: Personalizer, most: int = 256, load: Callable[[], Personalizer] | None = None) -> None:
         self.personal, self.most = personal, most
         self._load, self._trainer = load or (lambda: personal), None if load else personal
-        self._waiting: dict[str, Person] = {}
-        self._share: dict[str, str] = {}  # share of the key that put each waiting person; "" is the operator
-        self._running: dict[str, Person] = {}
-        self._status: dict[str, Status] = {}
-        self._since: dict[str, frozenset[str]] = {}  # each person's tombstones when put() was called
+        self._entries: dict[str, _Entry] = {}  # by person, in the order of the queue
+        self._running: dict[str, _Entry] = {}
         self._changed = threading.Condition()
         self._forgetting = 0
         self._closed = False
@@ -62,22 +69,26 @@ class Jobs:
         fill at most a quarter of the queue, all prefix keys' people three quarters.
         """
         with self._changed:
-            if person.id not in self._waiting and self._full(key.share):
-                raise QueueFull("too many people are waiting to be personalized", hint="Retry later.")
-            self._waiting[person.id] = person
-            self._share[person.id] = key.share
-            self._status[person.id], self._since[person.id] = Status("waiting"), since
+            if person.id not in self._waiting():
+                if self._full(key.share):
+                    raise QueueFull("too many people are waiting to be personalized", hint="Retry later.")
+                self._entries.pop(person.id, None)  # a new entry goes to the end of the queue
+            entry = self._entries[person.id] = _Entry(person, key.share, since)
             self._changed.notify_all()
-            return self._status[person.id]
+            return entry.status
+
+    def _waiting(self) -> dict[str, _Entry]:
+        return {id: entry for id, entry in self._entries.items() if entry.status.state == "waiting"}
 
     def _full(self, share: str) -> bool:
-        waiting = Counter(self._share[id] for id in self._waiting)
+        waiting = Counter(entry.share for entry in self._waiting().values())
         share_full = waiting[share] >= self.most // 4 or waiting.total() - waiting[""] >= self.most * 3 // 4
-        return len(self._waiting) >= self.most or (bool(share) and share_full)
+        return waiting.total() >= self.most or (bool(share) and share_full)
 
     def status(self, person: str) -> Status | None:
         """Return a person's progress, or None if nothing was requested since the server started."""
-        return self._status.get(person)
+        entry = self._entries.get(person)
+        return entry.status if entry else None
 
     async def forget(self, person: str) -> Forgotten:
         """Remove a person from the queue, wait for the running job, and delete everything stored about the person.
@@ -88,14 +99,14 @@ class Jobs:
 
     def _forget(self, person: str) -> Forgotten:
         with self._changed:
-            self._drop(person)
+            self._entries.pop(person, None)
             self._forgetting += 1
             self._changed.wait_for(lambda: not self._running)  # its checkpoints are deleted too
         try:
             return self.personal.forget(person, keep_exports=True)
         finally:
             with self._changed:
-                self._drop(person)
+                self._entries.pop(person, None)
                 self._forgetting -= 1
                 self._changed.notify_all()
 
@@ -106,16 +117,9 @@ class Jobs:
         """
         store = self.personal.store
         with self._changed:
-            for id in list(self._status) if store else ():
-                if store and not store.tombstones.among(names, id) <= self._since.get(id, NOTHING):
-                    self._drop(id)
-
-    def _drop(self, person: str) -> None:
-        """Remove a person's queue entry and status."""
-        self._waiting.pop(person, None)
-        self._share.pop(person, None)
-        self._status.pop(person, None)
-        self._since.pop(person, None)
+            for id, entry in list(self._entries.items()):
+                if store and not store.tombstones.among(names, id) <= entry.since:
+                    del self._entries[id]
 
     async def close(self) -> None:
         """Let the running job finish; waiting people are not started."""
@@ -129,32 +133,31 @@ class Jobs:
         compute_with(1)
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: (self._waiting and not self._forgetting) or self._closed)
+                self._changed.wait_for(lambda: (self._waiting() and not self._forgetting) or self._closed)
                 if self._closed:
                     return
-                chosen = list(self._waiting)[:TOGETHER]
-                self._running = {id: self._waiting.pop(id) for id in chosen}
-                for id in chosen:
-                    del self._share[id]
-                self._status |= dict.fromkeys(chosen, Status("running"))
-                since = NOTHING.union(*(self._since[id] for id in chosen))
-            results = self._personalize(list(self._running.values()), since)
-            forgotten = self._forgotten(results, since)
+                chosen = list(self._waiting().items())[:TOGETHER]
+                self._running = {id: replace(entry, status=Status("running")) for id, entry in chosen}
+                self._entries |= self._running
+            people = [entry.person for entry in self._running.values() if entry.person]
+            since = NOTHING.union(*(entry.since for entry in self._running.values()))
+            results, store = self._personalize(people, since), self.personal.store
+            forgotten: Collection[str] = ()  # possibly after the state was saved
+            with contextlib.suppress(MtaError):  # store unavailable: ``drop_forgotten`` follows later
+                forgotten = store.tombstones.since(results, since) if store else ()
             with self._changed:
-                for id in set(self._running) - set(self._waiting):
-                    if id in results and id not in forgotten and id in self._status:
-                        self._status[id] = results[id]
-                    else:  # forgotten meanwhile
-                        self._drop(id)
+                for id, entry in self._running.items():
+                    if self._entries.get(id) is not entry:  # forgotten or put again meanwhile
+                        continue
+                    if id in results and id not in forgotten:
+                        self._entries[id] = replace(entry, person=None, status=results[id])
+                    else:
+                        del self._entries[id]
                 self._running = {}
-                self._drop_old()
+                finished = [id for id, entry in self._entries.items() if entry.status.state in ("done", "failed")]
+                for id in finished[:-REMEMBERED]:  # the store shows the result for the others
+                    del self._entries[id]
                 self._changed.notify_all()
-
-    def _drop_old(self) -> None:
-        """Keep the statuses of the last ``REMEMBERED`` people only; the store shows the result for the others."""
-        for id in list(self._status)[:-REMEMBERED]:
-            if self._status[id].state in ("done", "failed"):
-                self._drop(id)
 
     def _personalize(self, people: list[Person], since: frozenset[str]) -> dict[str, Status]:
         """Return each person's status, except for people forgotten after the tombstones ``since``."""
@@ -166,16 +169,9 @@ class Jobs:
                 return {id: status for person in people for id, status in self._personalize([person], since).items()}
             message = error.message if isinstance(error, InputError) else type(error).__name__
             return {person.id: Status("failed", message=message) for person in people}  # without paths of states
+        done_ids = [person.id for person in people if person.id not in done.forgotten]
         diverged = dict.fromkeys(done.failed, Status("failed", message="training diverged"))
-        ids = [person.id for person in people if person.id not in done.forgotten]
-        return {id: Status("done", self._latest(id)) for id in ids} | diverged
-
-    def _forgotten(self, people: Collection[str], since: frozenset[str]) -> set[str]:
-        """Return people forgotten after the tombstones ``since``, possibly after their state was saved."""
-        store = self.personal.store
-        with contextlib.suppress(MtaError):  # store unavailable: ``drop_forgotten`` follows later
-            return store.tombstones.since(people, since) if store else set()
-        return set()
+        return {id: Status("done", self._latest(id)) for id in done_ids} | diverged
 
     def _latest(self, person: str) -> int | None:
         with contextlib.suppress(MtaError):

@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
-from collections.abc import Awaitable, Callable, MutableMapping
 from contextlib import suppress
-from typing import Any
 
+from fastapi import HTTPException
 from pydantic import Field
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from mta.config.loader import Settings
+from mta.serving.api.schemas import error_body
 
 log = logging.getLogger("mta")
 
 _PATIENCE = 30.0  # seconds to receive a body
 _LINGER = 2.0  # seconds to read the rest of a refused body
-Scope = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
-Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+_CLOSE = {"Connection": "close"}
 
 
 class Limits(Settings):
@@ -35,67 +37,66 @@ class Limits(Settings):
 
 
 class Rate:
-    """Token bucket per caller, with ``each`` requests per minute; 0 means no limit."""
+    """Token bucket per key, with ``each`` requests per minute; 0 means no limit."""
 
-    def __init__(self, each: int, clock: Callable[[], float] = time.monotonic) -> None:
-        self.each, self._clock = each, clock
+    def __init__(self, each: int) -> None:
+        self.each = each
         self._buckets: dict[str, tuple[float, float]] = {}
 
-    def wait(self, caller: str) -> float:
-        """Count a request and return 0, or return the seconds until the next request is allowed."""
+    def count(self, key: str) -> None:
+        """Count a request. Raises 429 with the seconds until the next request is allowed."""
         if not self.each:
-            return 0.0
-        now = self._clock()
-        left, before = self._buckets.get(caller, (float(self.each), now))
+            return
+        now = time.monotonic()
+        left, before = self._buckets.get(key, (float(self.each), now))
         left = min(left + (now - before) * self.each / 60, float(self.each))
-        self._buckets[caller] = (left - (left >= 1), now)
-        return 0.0 if left >= 1 else (1 - left) * 60 / self.each
+        self._buckets[key] = (left - (left >= 1), now)
+        if left < 1:
+            wait = math.ceil((1 - left) * 60 / self.each)
+            raise HTTPException(429, "too many requests for this key", headers={"Retry-After": str(wait)})
 
 
 class BodyLimit:
     """Refuses a body of more than ``most`` bytes without reading it all, and drops callers that send too slowly."""
 
-    def __init__(self, app: Any, most: int, refusal: bytes) -> None:
-        self.app, self.most, self.refusal = app, most, refusal
+    def __init__(self, app: ASGIApp, most: int) -> None:
+        self.app, self.most = app, most
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
         declared = dict(scope["headers"]).get(b"content-length", b"0")
         if not declared.isdigit() or int(declared) > self.most:
-            return await self._refuse(receive, send)
+            return await self._refuse(scope, receive, send)
+        body = b""
         try:
             async with asyncio.timeout(_PATIENCE):
-                body = await self._body(receive)
-        except TimeoutError:
+                async for chunk in Request(scope, receive).stream():
+                    body += chunk
+                    if len(body) > self.most:
+                        break
+        except (TimeoutError, ClientDisconnect):
             return None  # the server closes the connection
-        if body is None:
-            return None
         if len(body) > self.most:
-            return await self._refuse(receive, send)
-        whole = [{"type": "http.request", "body": body, "more_body": False}]
+            return await self._refuse(scope, receive, send)
+        whole: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
-        async def replay() -> MutableMapping[str, Any]:
+        async def replay() -> Message:
             return whole.pop() if whole else await receive()
 
         return await self.app(scope, replay, send)
 
-    async def _body(self, receive: Receive) -> bytes | None:
-        """Return the body, cut off soon after the limit, or None if the caller disconnected."""
-        body, more = b"", True
-        while more and len(body) <= self.most:
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                return None
-            body, more = body + message.get("body", b""), message.get("more_body", False)
-        return body
-
-    async def _refuse(self, receive: Receive, send: Send) -> None:
+    async def _refuse(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the refusal, then read and drop the rest of the body for a while.
 
         Closing a connection with unread bytes resets it, and the caller would lose the refusal.
         """
-        await _answer(send, 413, self.refusal, ended=False)
+
+        async def unfinished(message: Message) -> None:
+            await send({**message, "more_body": True})
+
+        refusal = error_body(f"the request is longer than {self.most} bytes", "invalid_request_error")
+        await JSONResponse(refusal, 413, _CLOSE)(scope, receive, unfinished)
         with suppress(TimeoutError):
             async with asyncio.timeout(_LINGER):
                 while (await receive()).get("more_body", False):
@@ -106,13 +107,13 @@ class BodyLimit:
 class Unexpected:
     """Turns an unexpected exception into a 500 without details; logs only the exception's type."""
 
-    def __init__(self, app: Any, refusal: bytes) -> None:
-        self.app, self.refusal = app, refusal
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         started = False
 
-        async def watched(message: MutableMapping[str, Any]) -> None:
+        async def watched(message: Message) -> None:
             nonlocal started
             started = started or message["type"] == "http.response.start"
             await send(message)
@@ -122,11 +123,6 @@ class Unexpected:
         except Exception as error:  # the message may hold user data
             log.error("a request failed: %s", type(error).__name__)
             if scope["type"] == "http" and not started:
-                await _answer(send, 500, self.refusal)
-
-
-async def _answer(send: Send, status: int, body: bytes, ended: bool = True) -> None:
-    headers = [(b"content-type", b"application/json"), (b"connection", b"close")]
-    headers.append((b"content-length", str(len(body)).encode()))
-    await send({"type": "http.response.start", "status": status, "headers": headers})
-    await send({"type": "http.response.body", "body": body, "more_body": not ended})
+                await JSONResponse(error_body("internal server error", "server_error"), 500, _CLOSE)(
+                    scope, receive, send
+                )

@@ -24,15 +24,12 @@ class Metrics:
         self.open = Gauge("mta_open_answers", "Answers running or waiting", registry=registry)
         self._engine: dict[str, Gauge] = {}
 
-    def engine(self, facts: Mapping[str, tuple[float, str]]) -> None:
-        """Update the engine's metrics: name -> (value, description)."""
+    def text(self, facts: Mapping[str, tuple[float, str]]) -> bytes:
+        """Return all metrics in Prometheus text format, with the engine's: name -> (value, description)."""
         for name, (value, about) in facts.items():
             if name not in self._engine:
                 self._engine[name] = Gauge(f"mta_engine_{name}", about, registry=self.registry)
             self._engine[name].set(value)
-
-    def text(self) -> bytes:
-        """Return all metrics in Prometheus text format."""
         return generate_latest(self.registry)
 
 

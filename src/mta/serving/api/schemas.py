@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import time
+import uuid
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from mta.serving.engine import Token
+from mta.serving.engine import Finish, Token
 
 
 class _Request(BaseModel):
@@ -65,16 +69,6 @@ class Common(_Request):
     frequency_penalty: Literal[0] | None = None
     presence_penalty: Literal[0] | None = None
 
-    @property
-    def stops(self) -> list[str]:
-        """Texts before which an answer ends."""
-        return [self.stop] if isinstance(self.stop, str) else list(self.stop or ())
-
-    @property
-    def usage_in_stream(self) -> bool:
-        """Whether the stream ends with token counts."""
-        return bool(self.stream_options and self.stream_options.include_usage)
-
 
 class ChatRequest(Common):
     """``POST /v1/chat/completions``."""
@@ -90,21 +84,6 @@ class ChatRequest(Common):
             raise ValueError("top_logprobs needs logprobs: true")
         return self
 
-    @property
-    def letters(self) -> int:
-        """Number of characters of all turns."""
-        return sum(len(message.text) for message in self.messages)
-
-    @property
-    def alternatives(self) -> int | None:
-        """Number of alternatives per token, or None without log probabilities."""
-        return (self.top_logprobs or 0) if self.logprobs else None
-
-    @property
-    def most(self) -> int | None:
-        """Maximum number of tokens of an answer."""
-        return self.max_completion_tokens or self.max_tokens
-
 
 class CompletionRequest(Common):
     """``POST /v1/completions``."""
@@ -114,81 +93,69 @@ class CompletionRequest(Common):
     echo: Literal[False] = False
     best_of: Literal[1] | None = None
 
-    @property
-    def letters(self) -> int:
-        """Number of characters of the prompt."""
-        return len(self.prompt)
-
-    @property
-    def alternatives(self) -> int | None:
-        """Number of alternatives per token, or None without log probabilities."""
-        return self.logprobs
-
-    @property
-    def most(self) -> int | None:
-        """Maximum number of tokens of an answer; OpenAI's default is 16."""
-        return self.max_tokens or 16
-
 
 Request = ChatRequest | CompletionRequest
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A piece of answer ``index``: text that is final, its tokens, and the reason if the answer ended."""
+
+    index: int
+    text: str
+    tokens: tuple[Token, ...] = ()
+    finish: Finish | None = None
+    cached: int = 0
 
 
 class Shape:
     """Formats the answers to one request as OpenAI objects."""
 
-    def __init__(self, request: Request, model: str, id: str, tokenizer: Any) -> None:
-        self.chat, self.id, self.tokenizer = isinstance(request, ChatRequest), id, tokenizer
-        self.model, self.created = model, int(time.time())
-        self._offsets = dict[int, int]()  # by answer: characters of the tokens with log probabilities so far
+    def __init__(self, request: Request, model: str, tokenizer: Any) -> None:
+        self.chat, self.tokenizer = isinstance(request, ChatRequest), tokenizer
+        kind = ("chat.completion" + ".chunk" * request.stream) if self.chat else "text_completion"
+        id = f"{'chatcmpl' if self.chat else 'cmpl'}-{uuid.uuid4().hex}"
+        self._head = {"id": id, "object": kind, "created": int(time.time()), "model": model}
+        self._offsets = Counter[int]()  # by answer: characters of the tokens with log probabilities so far
 
-    def whole(self, choices: Sequence[dict[str, Any]], usage: dict[str, Any]) -> dict[str, Any]:
-        """Return the body of an answer that is not streamed."""
-        kind = "chat.completion" if self.chat else "text_completion"
-        return self._head(kind) | {"choices": list(choices), "usage": usage}
+    def body(self, choices: Sequence[dict[str, Any]], usage: dict[str, Any] | None = None) -> dict[str, Any]:
+        """Return a complete answer, or one event of a stream."""
+        return self._head | {"choices": list(choices)} | ({"usage": usage} if usage else {})
 
-    def part(self, choices: Sequence[dict[str, Any]], usage: dict[str, Any] | None = None) -> dict[str, Any]:
-        """Return one event of a stream."""
-        kind = "chat.completion.chunk" if self.chat else "text_completion"
-        return self._head(kind) | {"choices": list(choices)} | ({"usage": usage} if usage else {})
+    def choice(self, parts: Sequence[Part]) -> dict[str, Any]:
+        """Return the complete choice that consists of ``parts``."""
+        text, tokens = "".join(part.text for part in parts), [token for part in parts for token in part.tokens]
+        message = {"role": "assistant", "content": text, "refusal": None}
+        return self._choice(parts[-1].index, {"message": message}, text, tokens, parts[-1].finish)
 
-    def choice(self, index: int, text: str, tokens: Sequence[Token], finish: str | None) -> dict[str, Any]:
-        """Return one complete choice."""
-        body = {"message": {"role": "assistant", "content": text, "refusal": None}} if self.chat else {"text": text}
-        return {"index": index, **body, "logprobs": self._logprobs(index, tokens), "finish_reason": finish}
+    def events(self, part: Part, first: bool) -> list[dict[str, Any]]:
+        """Return the stream events of a part: its text, then, if the answer ended, the reason."""
+        delta = ({"role": "assistant"} if first else {}) | ({"content": part.text} if part.text or first else {})
+        choices = [self._choice(part.index, {"delta": delta}, part.text, part.tokens, None)]
+        if part.finish:
+            choices.append(self._choice(part.index, {"delta": {}}, "", (), part.finish))
+        return [self.body([choice]) for choice in choices]
 
-    def delta(
-        self, index: int, text: str, tokens: Sequence[Token], finish: str | None, first: bool = False
+    def _choice(
+        self, index: int, chat: dict[str, Any], text: str, tokens: Sequence[Token], finish: Finish | None
     ) -> dict[str, Any]:
-        """Return one choice of a stream event."""
-        delta = ({"role": "assistant"} if first else {}) | ({"content": text} if text or first else {})
-        body = {"delta": delta} if self.chat else {"text": text}
+        body = chat if self.chat else {"text": text}
         return {"index": index, **body, "logprobs": self._logprobs(index, tokens), "finish_reason": finish}
-
-    def _head(self, kind: str) -> dict[str, Any]:
-        return {"id": self.id, "object": kind, "created": self.created, "model": self.model}
 
     def _logprobs(self, index: int, tokens: Sequence[Token]) -> dict[str, Any] | None:
         scored = [token for token in tokens if token.logprob is not None]
         if not scored:
             return None
         if self.chat:
-            return {
-                "content": [
-                    self._one(t.id, t.logprob) | {"top_logprobs": [self._one(id, p) for id, p in t.top]} for t in scored
-                ],
-                "refusal": None,
-            }
+            content = [
+                self._one(t.id, t.logprob) | {"top_logprobs": [self._one(id, p) for id, p in t.top]} for t in scored
+            ]
+            return {"content": content, "refusal": None}
         texts = [self._text(t.id) for t in scored]
-        before = self._offsets.get(index, 0)
-        starts = [before + sum(map(len, texts[:n])) for n in range(len(texts))]
-        self._offsets[index] = before + sum(map(len, texts))
-        top = [{self._text(id): p for id, p in t.top} for t in scored]
-        return {
-            "tokens": texts,
-            "token_logprobs": [t.logprob for t in scored],
-            "top_logprobs": top if any(top) else None,
-            "text_offset": starts,
-        }
+        *starts, self._offsets[index] = accumulate(map(len, texts), initial=self._offsets[index])
+        logprobs, top = [t.logprob for t in scored], [{self._text(id): p for id, p in t.top} for t in scored]
+        found = {"tokens": texts, "token_logprobs": logprobs, "top_logprobs": top if any(top) else None}
+        return found | {"text_offset": starts}
 
     def _one(self, id: int, logprob: float | None) -> dict[str, Any]:
         text = self._text(id)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,15 +22,16 @@ from mta.data.tasks.task import Task
 from mta.errors import MtaError, PersonForgotten, PersonNotFound
 from mta.model.base import BaseModel
 from mta.personalize.adapters import BASE, TASK
-from mta.serving.api.auth import LOCAL, Key, Keys
+from mta.serving.api.auth import LOCAL, LOOPBACK, Key, Keys
 from mta.serving.api.histories import Histories
 from mta.serving.api.jobs import Jobs
 from mta.serving.api.limits import Limits, Rate
 from mta.serving.api.metrics import Metrics
 from mta.serving.api.schemas import error_body
-from mta.serving.engine import LATER, LOST, AnswerLost, Engine, EngineGone, QueueFull, Refused, Version, Who
+from mta.serving.engine import AnswerLost, Engine, EngineGone, QueueFull, Refused, Version, Who
 from mta.serving.model_names import Named, named
 from mta.store import Store
+from mta.store.tombstones import NOTHING
 
 log = logging.getLogger("mta")
 
@@ -69,6 +69,7 @@ class Service:
     histories: Histories = field(init=False)
     _held: Counter[str] = field(default_factory=Counter, init=False)
     _locks: WeakValueDictionary[str, asyncio.Lock] = field(default_factory=WeakValueDictionary, init=False)
+    _seen: frozenset[str] = field(default=NOTHING, init=False)  # tombstones at the last sweep
 
     def __post_init__(self) -> None:
         self.rate, self.forgets = Rate(self.limits.rate), Rate(self.limits.forgets)
@@ -100,8 +101,7 @@ class Service:
             return
         # Permanent: the weights in memory stay stale even if the folder is rebuilt.
         for bank in self.strict:
-            missing = not (bank / INFO).exists()
-            self.is_stale = self.is_stale or missing or bool(await run_in_threadpool(stale, bank))
+            self.is_stale |= not (bank / INFO).exists() or bool(await run_in_threadpool(stale, bank))
         if self.is_stale:
             raise NeedsRebuild("the bank must be rebuilt without a forgotten person", hint="Ask the base meanwhile.")
 
@@ -125,38 +125,90 @@ class Service:
         finally:
             self._held[key.name] -= count
 
+    async def keep_sweeping(self) -> None:
+        """Sweep every ``sweep`` seconds until cancelled; retry if the store does not answer."""
+        failed = False
+        while True:
+            try:
+                await self.drop_forgotten_elsewhere()
+                failed = False
+            except Exception as error:  # no error may end the loop
+                if not failed:
+                    log.warning("cannot read which people were forgotten elsewhere: %s", type(error).__name__)
+                failed = True
+            await asyncio.sleep(self.sweep)
 
-async def key_of(
-    request: Request,
-    shown: Annotated[HTTPAuthorizationCredentials | None, Depends(HTTPBearer(auto_error=False))] = None,
-) -> Key:
-    """Return the caller's key. Raises 401 without a valid key, 429 if the key exceeds its rate."""
+    async def drop_forgotten_elsewhere(self) -> None:
+        """Drop people from memory whom another process forgot (``mta forget``, another gateway).
+
+        Each request checks the tombstones too, so no answer uses older data; this drops data that no request asks for.
+        A request can load a person again between the tombstone and the removal of the states, so the versions in memory
+        are also compared with the store. Raises StoreError, EngineGone.
+        """
+        tombstones = self.store.tombstones
+        names = await run_in_threadpool(tombstones.names)
+        if names != self._seen:
+            await run_in_threadpool(self.histories.drop_forgotten, names)
+            await run_in_threadpool(self.jobs.drop_forgotten, names)
+            people = {version.person for version in await self.engine.versions()}
+            for person in await run_in_threadpool(tombstones.since, people, self._seen):
+                await self.engine.forget(person)
+            self._seen = names
+        for person in await run_in_threadpool(self._removed, await self.engine.versions()):
+            await self.engine.forget(person)
+
+    def _removed(self, versions: Collection[Version]) -> set[str]:
+        """Return the people with a version that the store no longer has, or has with other content."""
+        seals = {version: self.store.seal(version.person, version.number) for version in versions}
+        return {
+            version.person
+            for version, seal in seals.items()
+            if seal is None or seal[: len(version.seal) or None] != version.seal  # vLLM names shorten seals
+        }
+
+
+async def gateway(request: Request) -> Service:
+    """Return the service of the application that received a request."""
     service: Service = request.app.state.service
+    return service
+
+
+Gateway = Annotated[Service, Depends(gateway)]
+Shown = Annotated[HTTPAuthorizationCredentials | None, Depends(HTTPBearer(auto_error=False))]
+
+
+async def key_of(request: Request, service: Gateway, shown: Shown) -> Key:
+    """Return the caller's key. Raises 401 without a valid key, 429 if the key exceeds its rate."""
     key = service.keys.of(shown.credentials) if shown else None
     if not service.keys.keys:
         key = _local(request)
     if key is None:
         raise HTTPException(401, "no valid API key: send 'Authorization: Bearer <key>'")
-    check_rate(service.rate, key)
+    service.rate.count(key.name)
     return key
 
 
-def check_rate(rate: Rate, key: Key) -> None:
-    """Count one request of a key. Raises 429 if the key exceeds its rate."""
-    if wait := rate.wait(key.name):
-        raise HTTPException(429, "too many requests for this key", headers={"Retry-After": str(math.ceil(wait))})
+Caller = Annotated[Key, Depends(key_of)]
 
 
 def _local(request: Request) -> Key:
     """Accept programs on this machine, but not a foreign page open in a local browser. Raises 403."""
-    origin = request.headers.get("origin")
-    if request.url.hostname not in _LOOPBACK or origin not in (None, f"{request.url.scheme}://{request.url.netloc}"):
+    origin, url = request.headers.get("origin"), request.url
+    if url.hostname not in LOOPBACK or origin not in (None, f"{url.scheme}://{url.netloc}"):
         raise HTTPException(403, "without keys, only pages and programs of this machine are answered")
     return LOCAL
 
 
-_LOOPBACK = ("127.0.0.1", "localhost", "::1")
-Caller = Annotated[Key, Depends(key_of)]
+# Class of an error: status, type, code, and seconds after which to retry.
+_ANSWERS: dict[type[MtaError], tuple[int, str, str | None, int | None]] = {
+    PersonNotFound: (404, "invalid_request_error", "model_not_found", None),
+    PersonForgotten: (409, "invalid_request_error", "person_forgotten", None),
+    QueueFull: (429, "rate_limit_error", "queue_full", 1),
+    NeedsRebuild: (503, "server_error", "needs_rebuild", None),
+    EngineGone: (503, "server_error", "engine_gone", 5),
+    AnswerLost: (500, "server_error", "answer_lost", None),
+    Refused: (400, "invalid_request_error", None, None),
+}
 
 
 def error_of(error: MtaError) -> tuple[int, dict[str, object], dict[str, str]]:
@@ -165,21 +217,13 @@ def error_of(error: MtaError) -> tuple[int, dict[str, object], dict[str, str]]:
     Callers get messages and hints written for callers; hints for the operator are not sent.
     """
     message = f"{error.message}. {error.hint}"
-    if isinstance(error, PersonNotFound):  # the store's message reveals paths and versions
-        message = message if isinstance(error, NobodyHere) else "the person no longer exists"
-        return 404, error_body(message, "invalid_request_error", "model_not_found", "model"), {}
+    if isinstance(error, PersonNotFound) and not isinstance(error, NobodyHere):
+        message = "the person no longer exists"  # the store's message reveals paths and versions
     if isinstance(error, PersonForgotten):
         message = "the person was forgotten during this request: nothing was saved. Send the request again if wanted"
-        return 409, error_body(message, "invalid_request_error", "person_forgotten"), {}
-    if isinstance(error, QueueFull):
-        return 429, error_body(message, "rate_limit_error", "queue_full"), {"Retry-After": str(error.retry_after)}
-    if isinstance(error, NeedsRebuild):
-        return 503, error_body(message, "server_error", "needs_rebuild"), {}
-    if isinstance(error, EngineGone):
-        return 503, error_body(message, "server_error", "engine_gone"), {"Retry-After": "5"}
-    if isinstance(error, AnswerLost):
-        return 500, error_body(f"{LOST}. {LATER}", "server_error", "answer_lost"), {}
-    if isinstance(error, Refused):
-        return 400, error_body(message, "invalid_request_error"), {}
+    for kind, (status, name, code, retry) in _ANSWERS.items():
+        if isinstance(error, kind):
+            param, headers = "model" if status == 404 else None, {"Retry-After": str(retry)} if retry else {}
+            return status, error_body(message, name, code, param), headers
     log.error("a request failed: %s", type(error).__name__)  # the message may hold paths
     return 500, error_body("the request failed in the server", "server_error", type(error).__name__), {}
