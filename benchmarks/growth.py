@@ -101,7 +101,7 @@ def main() -> None:
     befores, took = made(base, bank, run, young)
     kept, rows = losses(base, bank, people, befores), {}
     rows["keep"] = {"nll": float(kept.mean()), "seconds a person": 0.0, "at first": took / len(people)}
-    stages = Stages(base, bank, run, bank.encoder(base, run.encoder))
+    stages = Stages(base, bank, run, lambda: bank.encoder(base, run.encoder))
 
     def tell(name: str, states: list[State], seconds: float) -> None:
         found: Interval = bootstrap(losses(base, bank, people, states) - kept)

@@ -123,12 +123,12 @@ def calibrate(
     from mta.bank.format import read_info
     from mta.cli.screen import Screen
     from mta.config import override
+    from mta.data.tasks.task import Task as TaskType
     from mta.model.base import BaseModel
 
     info = read_info(folder)
     run = override(info.run, words or (), config).model_copy(update={"device": device or "auto"})
-    people = people_in(source, info.task["name"], skip_bad)
-    base = BaseModel.of(run)
+    people, base = people_in(source, TaskType.model_validate(info.task), skip_bad), BaseModel.of(run)
     with executor_at(cluster, workers, together) as executor, Screen() as screen:
         bank = Bank.open(folder, base).calibrate(base, people, run=run, executor=executor, on_step=screen.step)
     show_json(_summary(bank)) if json else _tell(bank, folder, run)

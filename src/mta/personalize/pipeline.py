@@ -74,7 +74,7 @@ def counts(done: Personalized | Updated) -> dict[str, int]:
 
 @dataclass(frozen=True, slots=True)
 class Pipeline:
-    """Stages 2 and 3 for many people. ``encoder`` is called only if people have to be computed."""
+    """Stages 2 and 3 for many people. ``encoder`` is called only if the policy reads encodings."""
 
     base: BaseModel
     bank: Bank
@@ -186,7 +186,7 @@ class Pipeline:
         return settings_of(self.base, self.run), self.run.seed
 
     def _stages(self, work: Work | None = None) -> Stages:
-        return Stages(self.base, self.bank, self.run, self.encoder(), self.on_step, work)
+        return Stages(self.base, self.bank, self.run, self.encoder, self.on_step, work)
 
     def _begin(self, people: Sequence[Person], since: Collection[str] | None, keep_histories: bool) -> _Call:
         """Check the people and sort them by id; leave out people who were forgotten since their items were read."""

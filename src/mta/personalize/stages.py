@@ -69,7 +69,7 @@ class Stages:
     base: BaseModel
     bank: Bank
     run: Run
-    encoder: Encoder
+    encoder: Callable[[], Encoder]  # called only if the policy reads encodings
     on_step: OnStep | None = None
     work: Work | None = None
 
@@ -104,7 +104,7 @@ class Stages:
         if not POLICIES[settings.policy].gradients and (
             earlier is None or not (evidence or settings.policy == "learned")
         ):
-            vectors = encode_people(self.encoder, bank.task, cohort.people, bank.info.run.bank.encode)
+            vectors = encode_people(self.encoder(), bank.task, cohort.people, bank.info.run.bank.encode)
             similarity = bank.similarity(vectors)
         merge = fit_merge(
             self.base,

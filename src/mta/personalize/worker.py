@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 from mta.bank.bank import Bank
@@ -67,7 +67,9 @@ class WorkerSpec:
                 f"a worker found bank {bank.hash[:8]}… at {self.bank}, expected {self.hash[:8]}…",
                 hint="Give workers the same folder: a shared disk, or a copy in their image.",
             )
-        return Worker(Stages(base, bank, self.run, bank.encoder(base, self.run.encoder)), store, self.since)
+        return Worker(
+            Stages(base, bank, self.run, cache(partial(bank.encoder, base, self.run.encoder))), store, self.since
+        )
 
 
 def personalize_cohort(worker: Worker, cohort: Cohort) -> Sequence[State | NotSaved | None]:
