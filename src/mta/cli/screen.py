@@ -74,13 +74,15 @@ class Screen:
             known.began, known.before = now, done
         known.done = done
         rate = (done - known.before) / max(now - known.began, 1e-9)
+        notes = [note] if note else []
         if rate:
-            note += f"  {rate:.1f} {self._unit}/s"
-        self._progress.update(known.bar, completed=done, total=total, note=note)
+            notes.append(f"{rate:.1f} {self._unit}/s")
+        self._progress.update(known.bar, completed=done, total=total, note="  ".join(notes))
         if not console.is_terminal and (done >= total or now - known.printed > EVERY):
             known.printed = now
-            left = f"  about {(total - done) / rate:.0f} s left" if rate else ""
-            self.say(f"{stage}: {done}/{total} {self._unit}  {note}{left}")
+            if rate:
+                notes.append(f"about {(total - done) / rate:.0f} s left")
+            self.say("  ".join([f"{stage}: {done}/{total} {self._unit}", *notes]))
 
     def say(self, text: str) -> None:
         """Print one line."""
