@@ -105,18 +105,14 @@ def evaluate(
         place = out or Path("runs") / Path(source).stem
         with options.executor_at(cluster, workers) as executor:
             return _experiment(source, words or [], place, data, exhibit or [], on, executor, track, json)
-    mistakes = (
-        (cluster or workers, "--cluster and --workers are for recipes", "Leave them out: it runs in one process."),
-        (task, "--task belongs to --predictions; a comparison uses the task of its bank", "Leave --task out."),
-        (
-            privacy and (people or is_recipe),
-            "--privacy takes people and a bank, no recipe and no --people",
-            "For fewer people: targets=8.",
-        ),
-    )
-    for is_made, problem, hint in mistakes:
-        if is_made:
-            raise InputError(problem, hint=hint)
+    if cluster or workers:
+        hint = "Leave them out: a comparison runs in one process."
+        raise InputError("--cluster and --workers are for recipes", hint)
+    if task:
+        raise InputError("--task belongs to --predictions; a comparison uses the bank's task", "Leave --task out.")
+    if privacy and (people or is_recipe):
+        hint = "For fewer people: targets=8."
+        raise InputError("--privacy takes people and a bank, no recipe and no --people", hint)
     tracker = options.tracker_for(track, out)
     given = options.people_in(source, options.task_of(bank), skip_bad)
     chosen, run_words = _settings(Privacy if privacy else Evaluation, config, words or [])

@@ -94,7 +94,7 @@ def size(
     from mta.tools import cost as sizing
 
     given = {"bank.anchors": anchors, "bank.lora.rank": rank, "task_lora.lora.rank": rank}
-    run = options.settings(config, words, **given)
+    run = options.settings(config, [*options.as_words(**given), *(words or [])])
     load = sizing.Load(tokens, targets, shots, context, shared)
     shape, machine = sizing.Shape.of(base), sizing.hardware(on)
     costs, memory = sizing.costs(shape, run, load), sizing.memory(shape, run, load)
