@@ -9,7 +9,7 @@ import sys
 import typer
 
 from mta import __version__
-from mta.cli import bank, data, evaluate, generate, machine, person, personalize, serve, store
+from mta.cli import bank, data, evaluate, machine, person, personalize, serve, store
 from mta.errors import MtaError
 from mta.system.malloc import keep_freed_memory
 
@@ -25,7 +25,7 @@ app.command()(evaluate.demo)
 app.add_typer(data.app, name="data")
 app.add_typer(bank.app, name="bank")
 app.command()(personalize.personalize)
-app.command()(generate.generate)
+app.command()(serve.generate)
 app.command()(evaluate.evaluate)
 app.command()(evaluate.report)
 app.command()(serve.serve)
