@@ -122,7 +122,7 @@ def test_mistakes_are_reported_before_anything_is_written(world, tmp_path, words
 
 
 def test_a_password_in_a_url_is_not_recorded(monkeypatch):
-    from mta.cli.options import typed
+    from mta.cli.options import command_line
 
     monkeypatch.setattr("sys.argv", ["mta", "personalize", "x.jsonl", "--store", "s3://key:secret@host/people"])
-    assert typed() == "mta personalize x.jsonl --store s3://***@host/people"
+    assert command_line() == "mta personalize x.jsonl --store s3://***@host/people"

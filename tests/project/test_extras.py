@@ -8,9 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mta.cli.demo import demo
-from mta.cli.evaluate import evaluate
-from mta.cli.report import report
+from mta.cli.evaluate import demo, evaluate, report
 from mta.cli.serve import serve
 from mta.data.bm25 import retrieve
 from mta.data.tasks import load_task

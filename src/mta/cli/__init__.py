@@ -1,4 +1,4 @@
-"""Command line ``mta <verb>``: one file per verb, without logic. Heavy imports happen only when a verb runs."""
+"""Command line ``mta``. Commands import torch and other heavy packages only when they run."""
 
 from mta.cli.app import main
 

@@ -1,4 +1,4 @@
-"""Register all verbs in one application, and print errors without a traceback."""
+"""Register all commands in one application, and print errors without a traceback."""
 
 from __future__ import annotations
 
@@ -9,22 +9,7 @@ import sys
 import typer
 
 from mta import __version__
-from mta.cli import (
-    bank,
-    data,
-    demo,
-    doctor,
-    evaluate,
-    export,
-    forget,
-    generate,
-    person,
-    personalize,
-    report,
-    serve,
-    size,
-    store,
-)
+from mta.cli import bank, data, evaluate, machine, person, personalize, serve, store
 from mta.errors import MtaError
 from mta.system.malloc import keep_freed_memory
 
@@ -36,20 +21,20 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-app.command("demo")(demo.demo)
+app.command()(evaluate.demo)
 app.add_typer(data.app, name="data")
 app.add_typer(bank.app, name="bank")
-app.command("personalize")(personalize.personalize)
-app.command("generate")(generate.generate)
-app.command("evaluate")(evaluate.evaluate)
-app.command("report")(report.report)
-app.command("serve")(serve.serve)
-app.command("size")(size.size)
+app.command()(personalize.personalize)
+app.command()(serve.generate)
+app.command()(evaluate.evaluate)
+app.command()(evaluate.report)
+app.command()(serve.serve)
+app.command()(machine.size)
 app.add_typer(store.app, name="store")
 app.add_typer(person.app, name="person")
-app.command("export")(export.export)
-app.command("forget")(forget.forget)
-app.command("doctor")(doctor.doctor)
+app.command()(person.export)
+app.command()(person.forget)
+app.command()(machine.doctor)
 
 
 @app.callback(invoke_without_command=True)
@@ -61,7 +46,7 @@ def root(version: bool = typer.Option(False, "--version", help="Print the versio
 
 
 def main() -> None:
-    """Run a verb. Print a user's mistake without a traceback, and exit with 1."""
+    """Run a command. Print a user's mistake without a traceback, and exit with 1."""
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # progress bars would fill log files
     log = logging.getLogger("mta")
@@ -70,16 +55,10 @@ def main() -> None:
     keep_freed_memory()  # allowed because this process is ours; a library must not do this
     try:
         app()
-    except MtaError as error:
-        sys.exit(_say(f"{type(error).__name__}: {error}"))
-    except OSError as error:  # for example a full disk or a read-only folder
-        sys.exit(_say(f"{type(error).__name__}: {error}"))
+    except (MtaError, OSError) as error:  # OSError: for example a full disk or a read-only folder
+        typer.echo(f"{type(error).__name__}: {error}", err=True)
+        sys.exit(1)
     except SystemExit as end:
         if end.code == 130:  # typer's exit code for Ctrl-C
-            _say("Interrupted. Nothing is half written; repeat the command.")
+            typer.echo("Interrupted. Nothing is half written; repeat the command.", err=True)
         raise
-
-
-def _say(text: str) -> int:
-    typer.echo(text, err=True)
-    return 1

@@ -3,60 +3,35 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
+from typer import Argument, Option
 
-from mta.cli.data import Source, people_in
-from mta.cli.options import (
-    ClusterAt,
-    Config,
-    Device,
-    Json,
-    Private,
-    Seed,
-    SkipBad,
-    Task,
-    Together,
-    Track,
-    Words,
-    Workers,
-    Yes,
-    agreed,
-    bank_at,
-    executor_at,
-    settings,
-    show_json,
-    show_parcel,
-    tracked,
-    typed,
-)
+import mta
+from mta.cli import options
+from mta.cli.screen import Screen, confirm, show_json, show_parcel
 
-if TYPE_CHECKING:
-    from mta.bank.bank import Bank
-    from mta.config import Run
-
-Resume = Annotated[bool, typer.Option("--resume/--restart", help="Resume an interrupted build, or start over.")]
 app = typer.Typer(help="Build, calibrate, show, and publish a bank of anchors.", no_args_is_help=True)
 
 
-@app.command("build")
+@app.command()
 def build(
-    source: Source,
-    words: Words = None,
-    out: Annotated[Path, typer.Option(help="Folder of the new bank.")] = Path("bank"),
-    task: Task = None,
-    base: Annotated[str | None, typer.Option(help="Asset name, folder or hub id of the base model.")] = None,
-    config: Config = None,
-    seed: Seed = None,
-    device: Device = None,
-    skip_bad: SkipBad = None,
-    resume: Resume = True,
-    cluster: ClusterAt = None,
-    workers: Workers = None,
-    together: Together = None,
-    track: Track = None,
-    json: Json = False,
+    source: options.Source,
+    words: options.Words = None,
+    out: Annotated[Path, Option(help="Folder of the new bank.")] = Path("bank"),
+    task: options.Task = None,
+    base: Annotated[str | None, Option(help="Asset name, folder or hub id of the base model.")] = None,
+    config: options.Config = None,
+    seed: options.Seed = None,
+    device: options.Device = None,
+    skip_bad: options.SkipBad = None,
+    resume: Annotated[bool, Option("--resume/--restart", help="Resume an interrupted build, or start over.")] = True,
+    cluster: options.ClusterAt = None,
+    workers: options.Workers = None,
+    together: options.Together = None,
+    track: options.Track = None,
+    json: options.Json = False,
 ) -> None:
     """Train the task LoRA and one meta-LoRA per anchor (stages 0 and 1).
 
@@ -64,16 +39,12 @@ def build(
 
     Example:  mta bank build history.jsonl --task lamp3 --out bank/ bank.anchors=20
     """
-    from mta.bank.bank import Bank
-    from mta.cli.screen import Screen
-    from mta.model.base import BaseModel
-
-    opened = tracked(track, out)
-    run = settings(config, words, task=task, base=base, seed=seed, device=device)
-    people = people_in(source, run.task, skip_bad)
-    with executor_at(cluster, workers, together) as executor, Screen() as screen:
-        bank = Bank.build(
-            BaseModel.of(run),
+    tracker = options.tracker_for(track, out)
+    run = options.settings(config, words, task=task, base=base, seed=seed, device=device)
+    people = options.people_in(source, run.task, skip_bad)
+    with options.executor_at(cluster, workers, together) as executor, Screen() as screen:
+        bank = mta.Bank.build(
+            mta.BaseModel.of(run),
             people,
             out,
             task=run.task,
@@ -81,36 +52,28 @@ def build(
             executor=executor,
             on_step=screen.step,
             resume=resume,
-            command=typed(),
-            track=opened,
+            command=options.command_line(),
+            track=tracker,
         )
-    show_json(_summary(bank)) if json else _tell(bank, out, run)
-
-
-def _tell(bank: Bank, out: Path, run: Run) -> None:
-    from mta.bank.card import in_words
-
-    typer.echo(f"{out}: {len(bank)} anchors, task LoRA {'yes' if bank.task_lora else 'no'}, hash {bank.hash[:12]}")
-    if bank.calibration:
-        typer.echo(in_words(bank.calibration.info))
-    if len(bank) < run.bank.anchors:
+    _show(bank, json)
+    if len(bank) < run.bank.anchors and not json:
         candidates = f"{bank.info.members.candidates} candidates have at least {run.bank.min_items} items"
         built = f"Built {len(bank)} of {run.bank.anchors} anchors"
         typer.echo(f"{built}: {candidates}, and at most a quarter of the candidates become anchors.", err=True)
 
 
-@app.command("calibrate")
+@app.command()
 def calibrate(
-    folder: Annotated[Path, typer.Argument(help="Folder of a bank.", callback=bank_at)],
-    source: Source,
-    words: Words = None,
-    config: Config = None,
-    device: Device = None,
-    skip_bad: SkipBad = None,
-    cluster: ClusterAt = None,
-    workers: Workers = None,
-    together: Together = None,
-    json: Json = False,
+    folder: Annotated[Path, Argument(help="Folder of a bank.", callback=options.bank_at)],
+    source: options.Source,
+    words: options.Words = None,
+    config: options.Config = None,
+    device: options.Device = None,
+    skip_bad: options.SkipBad = None,
+    cluster: options.ClusterAt = None,
+    workers: options.Workers = None,
+    together: options.Together = None,
+    json: options.Json = False,
 ) -> None:
     """Calibrate a finished bank on people who are not in it; new banks are calibrated when they are built.
 
@@ -119,24 +82,35 @@ def calibrate(
 
     Example:  mta bank calibrate bank/ others.jsonl calibration.people=32
     """
-    from mta.bank.bank import Bank
     from mta.bank.format import read_info
-    from mta.cli.screen import Screen
     from mta.config import override
-    from mta.data.tasks.task import Task as TaskType
-    from mta.model.base import BaseModel
 
-    info = read_info(folder)
-    run = override(info.run, words or (), config).model_copy(update={"device": device or "auto"})
-    people, base = people_in(source, TaskType.model_validate(info.task), skip_bad), BaseModel.of(run)
-    with executor_at(cluster, workers, together) as executor, Screen() as screen:
-        bank = Bank.open(folder, base).calibrate(base, people, run=run, executor=executor, on_step=screen.step)
-    show_json(_summary(bank)) if json else _tell(bank, folder, run)
+    run = override(read_info(folder).run, words or (), config).model_copy(update={"device": device or "auto"})
+    people, base = options.people_in(source, options.task_of(folder), skip_bad), mta.BaseModel.of(run)
+    with options.executor_at(cluster, workers, together) as executor, Screen() as screen:
+        bank = mta.Bank.open(folder, base).calibrate(base, people, run=run, executor=executor, on_step=screen.step)
+    _show(bank, json)
 
 
-@app.command("show")
+def _show(bank: mta.Bank, json: bool) -> None:
+    from mta.bank.card import in_words
+
+    info = bank.info
+    if json:
+        found = info.calibration and info.calibration.model_dump(mode="json")
+        facts = {"anchors": len(bank), "hash": bank.hash, "seconds": info.seconds, "cut": info.cut}
+        return show_json({"folder": str(bank.folder), **facts, "calibration": found})
+    pooled = "yes" if bank.task_lora else "no"
+    typer.echo(f"{bank.folder}: {len(bank)} anchors, task LoRA {pooled}, hash {bank.hash[:12]}")
+    if info.calibration:
+        typer.echo(in_words(info.calibration))
+    return None
+
+
+@app.command()
 def show(
-    folder: Annotated[Path, typer.Argument(help="Folder or hub id of a bank.", callback=bank_at)], json: Json = False
+    folder: Annotated[Path, Argument(help="Folder or hub id of a bank.", callback=options.bank_at)],
+    json: options.Json = False,
 ) -> None:
     """Verify all hashes of a bank, and print its card.
 
@@ -154,24 +128,22 @@ def show(
     typer.echo(body(info))
 
 
-@app.command("publish")
+@app.command()
 def publish(
-    folder: Annotated[Path, typer.Argument(help="Folder of a bank.")],
-    to: Annotated[str, typer.Option(help="Repository on the hub: owner/name.")],
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the files to send, and send nothing.")] = False,
-    private: Private = True,
+    folder: Annotated[Path, Argument(help="Folder of a bank.")],
+    to: Annotated[str, Option(help="Repository on the hub: owner/name.")],
+    dry_run: Annotated[bool, Option("--dry-run", help="List the files to send, and send nothing.")] = False,
+    private: options.Private = True,
     results: Annotated[
-        Path | None, typer.Option(help="results.json of mta evaluate, to show on the card.", dir_okay=False)
+        Path | None, Option(help="results.json of mta evaluate, to show on the card.", dir_okay=False)
     ] = None,
-    license: Annotated[str, typer.Option(help="License id of the bank on the hub, for example apache-2.0.")] = "",
+    license: Annotated[str, Option(help="License id of the bank on the hub, for example apache-2.0.")] = "",
     with_members: Annotated[
         bool,
-        typer.Option(
-            "--with-members", help="Send members.json too: readers can then test if a guessed id is in the bank."
-        ),
+        Option("--with-members", help="Send members.json too: readers can then test if a guessed id is in the bank."),
     ] = False,
-    yes: Yes = False,
-    json: Json = False,
+    yes: options.Yes = False,
+    json: options.Json = False,
 ) -> None:
     """List all files to send, then publish the bank and its card on the hub.
 
@@ -187,17 +159,6 @@ def publish(
     show_parcel(parcel, to, private, err=not dry_run)
     if dry_run:
         return
-    agreed(yes)
+    confirm(yes)
     url = publish_bank(folder, to, parcel, private=private)
     show_json({"url": url, "files": parcel.sizes()}) if json else typer.echo(url)
-
-
-def _summary(bank: Bank) -> dict[str, object]:
-    return {
-        "folder": str(bank.folder),
-        "anchors": len(bank),
-        "hash": bank.hash,
-        "seconds": bank.info.seconds,
-        "cut": bank.info.cut,
-        "calibration": bank.calibration and bank.calibration.info.model_dump(mode="json"),
-    }

@@ -1,88 +1,83 @@
-"""``mta evaluate``: compare methods on a bank, run a recipe, score predictions, or attack a bank."""
+"""``mta demo``, ``mta evaluate``, and ``mta report``: compare methods, attack a bank, and draw the results."""
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from json import dumps
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TypeVar
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+from typer import Argument, Option
 
-from mta.cli.data import Source, people_in
-from mta.cli.options import (
-    MACHINE_SETTINGS,
-    MERGE_AND_STACK,
-    BankDir,
-    ClusterAt,
-    Device,
-    Json,
-    Seed,
-    SkipBad,
-    Track,
-    Words,
-    Workers,
-    executor_at,
-    kept_over,
-    open_bank,
-    show_json,
-    task_of,
-    tracked,
-    typed,
-)
+import mta
+from mta.cli import options
+from mta.cli.screen import Screen, console, show_json
+from mta.config import Evaluation, Privacy, load_settings, override
+from mta.config.loader import read_yaml
+from mta.data.readers import read_answers
+from mta.data.tasks import load_task
+from mta.errors import InputError
+from mta.system.assets import resolve
 from mta.system.extras import require
 
 if TYPE_CHECKING:
-    from mta.bank.bank import Bank
-    from mta.config import Run
-    from mta.config.loader import Settings
-    from mta.data.history import Person
     from mta.distributed.executor import Executor
-    from mta.model.base import BaseModel
-    from mta.system.progress import OnStep
-    from mta.tracking.run_folder import RunFolder
-    from mta.tracking.trackers import Track as Opener
+    from mta.evaluation.compare import Study
+    from mta.evaluation.privacy.runner import Findings
 
-S = TypeVar("S", bound="Settings")
-RUN_SETTINGS = MERGE_AND_STACK | MACHINE_SETTINGS
-ConfigFile = Annotated[
-    Path | None,
-    typer.Option("--config", help="YAML file with settings of evaluation, merge and stack.", dir_okay=False),
-]
-Predictions = Annotated[
-    Path | None, typer.Option(help="Score this file of answers, and compute nothing else.", dir_okay=False)
-]
+RUN_SETTINGS = options.MERGE_AND_STACK | options.MACHINE_SETTINGS
 
-Out = Annotated[Path | None, typer.Option(help="Folder for report.html, results.json and the run's settings.")]
-Data = Annotated[str | None, typer.Option(help="People of a recipe: LaMP files, or any other source.")]
-Exhibit = Annotated[list[str] | None, typer.Option(help="Run only this exhibit of a recipe; can be repeated.")]
-On = Annotated[str, typer.Option(help="People to run a recipe on: test or development.")]
-Attack = Annotated[bool, typer.Option("--privacy", help="Attack the bank: do losses reveal its training items?")]
-Task = Annotated[str | None, typer.Option(help="Task of --predictions; otherwise the bank's task is used.")]
-People = Annotated[int | None, typer.Option(min=1, help="Evaluate at most this many people, drawn with the seed.")]
+
+def demo(
+    words: options.Words = None,
+    out: Annotated[Path, Option(help="Folder for bank, store and report.")] = Path("demo"),
+    recipe: Annotated[str, Option(help="Name of a built-in recipe, or a YAML file.")] = "movielens",
+    seed: options.Seed = None,
+    track: options.Track = None,
+    json: options.Json = False,
+) -> None:
+    """Build a bank from MovieLens, personalize people outside it, and compare MTA with the baselines.
+
+    Override settings of the recipe as key=value: run.bank.anchors=8 people.test=48.
+
+    Example:  mta demo --out demo/
+    """
+    from mta.tools import demo as tool
+
+    require("eval")  # before a bank is built
+    given = [*(words or []), *options.as_words(**{"run.seed": seed})]
+    chosen, tracker = tool.load_recipe(recipe), options.tracker_for(track, out)
+    command = options.command_line()
+    with Screen() as screen:
+        found = tool.demo(out, chosen, command, given, on_step=screen.step, say=screen.say, track=tracker)
+    _show(found, json)
 
 
 def evaluate(
-    source: Source,
-    words: Words = None,
-    bank: BankDir = Path("bank"),
-    out: Out = None,
-    config: ConfigFile = None,
-    predictions: Predictions = None,
-    data: Data = None,
-    exhibit: Exhibit = None,
-    on: On = "test",
-    privacy: Attack = False,
-    task: Task = None,
-    people: People = None,
-    seed: Seed = None,
-    device: Device = None,
-    skip_bad: SkipBad = None,
-    cluster: ClusterAt = None,
-    workers: Workers = None,
-    track: Track = None,
-    json: Json = False,
+    source: options.Source,
+    words: options.Words = None,
+    bank: options.BankDir = Path("bank"),
+    out: Annotated[Path | None, Option(help="Folder for report.html, results.json and the run's settings.")] = None,
+    config: Annotated[
+        Path | None, Option(help="YAML file with settings of evaluation, merge and stack.", dir_okay=False)
+    ] = None,
+    predictions: Annotated[
+        Path | None, Option(help="Score this file of answers, and compute nothing else.", dir_okay=False)
+    ] = None,
+    data: Annotated[str | None, Option(help="People of a recipe: LaMP files, or any other source.")] = None,
+    exhibit: Annotated[list[str] | None, Option(help="Run only this exhibit of a recipe; can be repeated.")] = None,
+    on: Annotated[str, Option(help="People to run a recipe on: test or development.")] = "test",
+    privacy: Annotated[bool, Option("--privacy", help="Attack the bank: do losses reveal its training items?")] = False,
+    task: Annotated[str | None, Option(help="Task of --predictions; otherwise the bank's task is used.")] = None,
+    people: Annotated[int | None, Option(min=1, help="Evaluate at most this many people, drawn with the seed.")] = None,
+    seed: options.Seed = None,
+    device: options.Device = None,
+    skip_bad: options.SkipBad = None,
+    cluster: options.ClusterAt = None,
+    workers: options.Workers = None,
+    track: options.Track = None,
+    json: options.Json = False,
 ) -> None:
     """Compare MTA with constants, the base, the task LoRA, OPPU, merge only and adapt only.
 
@@ -100,106 +95,73 @@ def evaluate(
     Example:  mta evaluate everybody.jsonl --bank bank/ --privacy --out privacy/
     Example:  mta evaluate dev_outputs.json --predictions mine.json --task lamp3
     """
+    from mta.evaluation.privacy.runner import privacy as attack
+
     require("eval")  # before a model is loaded
     if predictions:
         return _score(source, predictions, task, words, json)
-    if _is_recipe(source) and not privacy:
-        folder = out or Path("runs") / Path(source).stem
-        with executor_at(cluster, workers) as executor:
-            return _experiment(source, words, folder, data, exhibit, on, executor, track, json)
-    from mta.errors import InputError
-
+    is_recipe = _is_recipe(source)
+    if is_recipe and not privacy:
+        place = out or Path("runs") / Path(source).stem
+        with options.executor_at(cluster, workers) as executor:
+            return _experiment(source, words or [], place, data, exhibit or [], on, executor, track, json)
     if cluster or workers:
-        raise InputError(
-            "--cluster and --workers are for recipes", hint="Leave them out: a comparison runs in one process."
-        )
+        hint = "Leave them out: a comparison runs in one process."
+        raise InputError("--cluster and --workers are for recipes", hint)
     if task:
-        raise InputError(
-            "--task belongs to --predictions; a comparison uses the task of its bank", hint="Leave --task out."
-        )
-    asked = Asked(source, words or [], bank, out, config, seed, device, skip_bad, tracked(track, out), json)
-    _attack(asked, people) if privacy else _compare(asked, people)
+        raise InputError("--task belongs to --predictions; a comparison uses the bank's task", "Leave --task out.")
+    if privacy and (people or is_recipe):
+        hint = "For fewer people: targets=8."
+        raise InputError("--privacy takes people and a bank, no recipe and no --people", hint)
+    tracker = options.tracker_for(track, out)
+    given = options.people_in(source, options.task_of(bank), skip_bad)
+    chosen, run_words = _settings(Privacy if privacy else Evaluation, config, words or [])
+    base, opened, run = options.open_bank(bank, run_words, seed, device, open_to=options.MERGE_AND_STACK)
+    used = chosen.model_dump(mode="json") | base.as_loaded(run).model_dump(mode="json", include=set(RUN_SETTINGS))
+    kind = "privacy" if privacy else "comparison"
+    with Screen() as screen, options.run_folder(kind, out, base, opened, used, tracker, screen.step) as folder:
+        found: Findings | Study
+        if isinstance(chosen, Privacy):
+            found = attack(base, opened, run, given, chosen, on_step=folder.step, say=screen.say)
+        else:
+            found = mta.study(base, opened, run, given, chosen, limit=people, on_step=folder.step, on_method=screen.say)
+        folder.outcome = found.outcome()
+        if out:
+            _write(found, out)
+    _show(found, json)
 
 
-@dataclass(frozen=True, slots=True)
-class Asked:
-    """Arguments of a comparison on a bank, or of an attack on it."""
-
-    source: str
-    words: list[str]
-    bank: Path
-    out: Path | None
-    config: Path | None
-    seed: int | None
-    device: str | None
-    skip_bad: Path | None
-    track: Opener | None
-    json: bool
-
-    def people(self) -> list[Person]:
-        """Read the people. Call this before a model is loaded, so that a bad file fails early."""
-        return people_in(self.source, task_of(self.bank), self.skip_bad)
-
-    def opened(self, kind: type[S]) -> tuple[BaseModel, Bank, Run, S]:
-        """Return base, bank, the settings of the run (over the bank's), and the settings of class ``kind``."""
-        from mta.config import load_settings
-        from mta.config.loader import read_yaml
-
-        in_file = (read_yaml(self.config) if self.config else {}).items()
-        run_words = [f"{key}={dumps(value)}" for key, value in in_file if key in RUN_SETTINGS]
-        run_words += [word for word in self.words if re.split("[.=]", word)[0] in RUN_SETTINGS]
-        chosen = load_settings(
-            kind, self.config, [word for word in self.words if word not in run_words], beside=RUN_SETTINGS
-        )
-        return *open_bank(self.bank, run_words, self.seed, self.device, open_to=MERGE_AND_STACK), chosen
-
-    def kept(self, kind: str, base: BaseModel, bank: Bank, run: Run, chosen: Settings, on_step: OnStep) -> RunFolder:
-        """Return the folder of this run. Its config.yaml can be given back with --config."""
-        settings = chosen.model_dump(mode="json") | base.as_loaded(run).model_dump(
-            mode="json", include=set(RUN_SETTINGS)
-        )
-        return kept_over(kind, base, bank, settings, self.out, track=self.track, on_step=on_step)
+def _settings(
+    kind: type[Evaluation] | type[Privacy], config: Path | None, words: list[str]
+) -> tuple[Evaluation | Privacy, list[str]]:
+    """Return the settings of a comparison or an attack, and the settings of the run as key=value."""
+    in_file = read_yaml(config) if config else {}
+    run_words = [f"{key}={dumps(value)}" for key, value in in_file.items() if key in RUN_SETTINGS]
+    run_words += [word for word in words if re.split("[.=]", word)[0] in RUN_SETTINGS]
+    own_words = [word for word in words if word not in run_words]
+    return load_settings(kind, config, own_words, beside=RUN_SETTINGS), run_words
 
 
-def _compare(asked: Asked, people: int | None) -> None:
-    from mta.cli.screen import Screen, console
-    from mta.config import Evaluation
-    from mta.evaluation.compare import study
-    from mta.evaluation.reports.console import show
+def _write(found: Study | Findings, out: Path) -> None:
+    from mta.evaluation.compare import Study
+    from mta.evaluation.privacy import report as attacks
+
+    command = options.command_line()
+    found.write(out, command) if isinstance(found, Study) else attacks.write(found, out, command)
+
+
+def _show(found: Study | Findings, json: bool) -> None:
+    from mta.evaluation.compare import Study
+    from mta.evaluation.privacy import report as attacks
+    from mta.evaluation.reports import console as comparisons
     from mta.evaluation.reports.html import to_json
 
-    people_given = asked.people()
-    base, bank, run, chosen = asked.opened(Evaluation)
-    with Screen() as screen, asked.kept("comparison", base, bank, run, chosen, screen.step) as kept:
-        found = study(base, bank, run, people_given, chosen, limit=people, on_step=kept.step, on_method=screen.say)
-        kept.outcome = found.outcome()
-        if asked.out:
-            found.write(asked.out, typed())
-    if asked.json:
-        show_json(to_json(found.comparison, **found.meta, command=typed()))
-    else:
-        show(found.comparison, found.meta, found.questions, console)
-
-
-def _attack(asked: Asked, people: int | None) -> None:
-    from mta.cli.screen import Screen, console
-    from mta.config import Privacy
-    from mta.errors import InputError
-    from mta.evaluation.privacy.report import show, to_json, write
-    from mta.evaluation.privacy.runner import privacy
-
-    if people or _is_recipe(asked.source):
-        raise InputError(
-            "--privacy takes people and a bank, no recipe and no --people", hint="For fewer people: targets=8."
-        )
-    people_given = asked.people()
-    base, bank, run, chosen = asked.opened(Privacy)
-    with Screen() as screen, asked.kept("privacy", base, bank, run, chosen, screen.step) as kept:
-        found = privacy(base, bank, run, people_given, chosen, on_step=kept.step, say=screen.say)
-        kept.outcome = found.outcome()
-        if asked.out:
-            write(found, asked.out, typed())
-    show_json(to_json(found, command=typed())) if asked.json else show(found, console)
+    command = options.command_line()
+    if isinstance(found, Study):
+        if json:
+            return show_json(to_json(found.comparison, **found.meta, command=command))
+        return comparisons.show(found.comparison, found.meta, found.questions, console)
+    show_json(attacks.to_json(found, command)) if json else attacks.show(found, console)
 
 
 def _is_recipe(source: str) -> bool:
@@ -210,18 +172,15 @@ def _is_recipe(source: str) -> bool:
 
 def _experiment(
     name: str,
-    words: list[str] | None,
+    words: list[str],
     out: Path,
     data: str | None,
-    exhibits: list[str] | None,
+    exhibits: list[str],
     on: str,
     executor: Executor,
     track: str | None,
     json: bool,
 ) -> None:
-    from mta.cli.screen import Screen
-    from mta.config import override
-    from mta.errors import InputError
     from mta.evaluation.experiments.recipe import Which, load_experiment, wanted
     from mta.evaluation.experiments.runner import run_experiment
     from mta.evaluation.experiments.workspace import Workspace
@@ -231,24 +190,20 @@ def _experiment(
             f"--on is {on!r}; expected test or development",
             hint="Leave --on out for test people, or give  --on development",
         )
-    opened = tracked(track, out)
-    recipe = override(load_experiment(name), words or [])
+    tracker = options.tracker_for(track, out)
+    recipe = override(load_experiment(name), words)
     which: Which = "test" if on == "test" else "development"
-    wanted(recipe, which, exhibits or ())  # before anything is written or loaded
+    wanted(recipe, which, exhibits)  # before anything is written or loaded
     with Screen() as screen:
         workspace = Workspace.open(recipe, out, data, which, say=screen.say, executor=executor, on_step=screen.step)
-        run_experiment(workspace, exhibits or (), typed(), opened)
+        run_experiment(workspace, exhibits, options.command_line(), tracker)
     if json:
         return show_json({"out": str(workspace.folder), "sizes": workspace.participants.sizes})
     typer.echo(f"Draw the exhibits with:  mta report {workspace.folder}", err=True)
 
 
 def _score(source: str, predictions: Path, task: str | None, words: list[str] | None, json: bool) -> None:
-    from mta.data.readers import read_answers
-    from mta.data.tasks import load_task
-    from mta.errors import InputError
     from mta.evaluation.lamp_scores import score
-    from mta.system.assets import resolve
 
     if words or not task:
         raise InputError(
@@ -259,6 +214,33 @@ def _score(source: str, predictions: Path, task: str | None, words: list[str] | 
     golds = read_answers(Path(resolve(source)), asked)
     found = score(asked, read_answers(predictions, asked, empty=True), golds)
     if json:
-        show_json(found | {"questions": len(golds)})
-    else:
-        typer.echo("  ".join(f"{metric} {value:.4f}" for metric, value in found.items()) + f"  questions {len(golds)}")
+        return show_json(found | {"questions": len(golds)})
+    typer.echo("  ".join(f"{metric} {value:.4f}" for metric, value in found.items()) + f"  questions {len(golds)}")
+
+
+def report(
+    folders: Annotated[list[Path], Argument(help="Folders of --out (mta evaluate, bank build, demo) or --run.")],
+    out: Annotated[Path, Option(help="Folder for tables, figures and pages.")] = Path("report"),
+    texts: Annotated[
+        bool, Option("--texts", help="Include people's texts: the case study, and answers in LaMP's format.")
+    ] = False,
+    json: options.Json = False,
+) -> None:
+    """Draw finished exhibits and runs as Markdown, HTML, SVG and PNG. Loads no model.
+
+    For a recipe's folder, draws all exhibits that have been run. For a bank, comparison, personalization or demo, draws
+    its results and losses. Each gets a folder in --out. The report can be published: it contains scores without texts,
+    and people as salted hashes. A report with --texts must not be published.
+
+    Example:  mta report runs/lamp3 runs/movielens --out results/
+    Example:  mta report bank/ --out report/
+    """
+    from mta.evaluation.reports.publish import report as draw
+
+    require("eval")
+    options.check_out(out)
+    drawn = draw(folders, out, texts=texts)
+    if json:
+        return show_json({"out": str(out), "drawn": drawn})
+    typer.echo("\n".join(drawn), err=True)
+    typer.echo(out)

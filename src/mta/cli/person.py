@@ -1,29 +1,41 @@
-"""``mta person``: explain what is stored for one person, list versions, and restore one."""
+"""``mta person``, ``mta export``, and ``mta forget``: show, restore, export, and remove what is stored for a person."""
 
 from __future__ import annotations
 
+import shlex
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.bar import Bar
 from rich.console import Console
+from rich.table import Table
+from typer import Argument, Option
 
-from mta.cli.options import BankDir, Json, StoreUrl, show_json
+import mta
+from mta.cli import options
+from mta.cli.screen import confirm, show_json, show_parcel
+from mta.errors import MtaError
 
 if TYPE_CHECKING:
-    from rich.table import Table
-
+    from mta.personalize.forgetting import Forgotten
     from mta.tools.inspect import Rebuild, Summary
 
 app = typer.Typer(help="Show what is stored for one person, and restore earlier versions.", no_args_is_help=True)
-Who = Annotated[str, typer.Argument(help="Person id.")]
 SHOWN = 12  # anchors in a chart; --json has all
 WIDTH = 30  # characters of the longest bar
+INCOMPLETE = 3  # exit code of mta forget; 1 is an error, 2 is wrong usage of the command line
 
 
-@app.command("show")
-def show(person: Who, bank: BankDir = Path("bank"), store: StoreUrl = "people", json: Json = False) -> None:
+@app.command()
+def show(
+    person: options.PersonId,
+    bank: options.BankDir = Path("bank"),
+    store: options.StoreUrl = "people",
+    json: options.Json = False,
+) -> None:
     """Explain a person's state: coefficients of the anchors, losses on the shots, and what is stored where.
 
     Loads no model, and prints none of the person's texts.
@@ -42,15 +54,11 @@ def show(person: Who, bank: BankDir = Path("bank"), store: StoreUrl = "people", 
     say(f"bank {found.bank[:12]}, " + (f"the one at {bank}" if found.bank == found.bank_here else other))
     say(f"merge: {found.policy}, {len(found.weights)} anchors, {found.mode}")
     say(_chart(found))
-    for line in _facts(found):
-        say(line)
+    say("\n".join(_facts(found)))
 
 
 def _chart(found: Summary) -> Table:
     """Return a bar chart of the anchors, largest coefficient first."""
-    from rich.bar import Bar
-    from rich.table import Table
-
     rows = [(f"anchor {one.anchor}", one.w) for one in found.weights[:SHOWN]]
     if rest := found.weights[SHOWN:]:
         rows.append((f"{len(rest)} others", sum(one.w for one in rest)))
@@ -70,21 +78,16 @@ def _facts(found: Summary) -> list[str]:
     stack, losses = found.stack, found.losses
     lines = [f"stack: rank {stack.rank}, {human_bytes(stack.bytes)}" if stack else "stack: none, the merge alone"]
     if losses:
-        by_model = {
-            "pooled model": losses.pooled,
-            "with the merge": losses.merged,
-            "with merge and stack": losses.stacked,
-        }
-        each = ", ".join(f"{name} {loss:.3f}" for name, loss in by_model.items() if loss is not None)
-        lines += [
-            f"nats per token on their shots ({losses.tokens} target tokens): {each}",
-            *map("  {}".format, gains(losses)),
-        ]
+        names = "pooled model", "with the merge", "with merge and stack"
+        models = dict(zip(names, (losses.pooled, losses.merged, losses.stacked)))
+        each = ", ".join(f"{name} {loss:.3f}" for name, loss in models.items() if loss is not None)
+        lines.append(f"nats per token on their shots ({losses.tokens} target tokens): {each}")
+        lines += [f"  {gain}" for gain in gains(losses)]
     else:
         lines.append("losses on their shots: not recorded (personalize again to record them)")
     lines.append("history: not kept" if found.history is None else f"history: {found.history} items kept")
-    broken = " (interrupted)"
-    lines += [f"exported to {one.folder} on {one.host}{'' if one.sha256 else broken}" for one in found.exports]
+    for one in found.exports:
+        lines.append(f"exported to {one.folder} on {one.host}{'' if one.sha256 else ' (interrupted)'}")
     parts = "not known, it came without its members" if found.trained is None else ", ".join(found.trained) or "none"
     lines.append(f"parts of the bank that were trained on them: {parts}")
     lines.append(f"stored in total: {human_bytes(found.bytes)}")
@@ -94,16 +97,16 @@ def _facts(found: Summary) -> list[str]:
 def _price(rebuild: Rebuild) -> str:
     from mta.evaluation.reports.figures import human_seconds
 
+    passes = f"{rebuild.forward:.0f} forward and {rebuild.trained:.0f} forward-backward passes"
     over = f"about {rebuild.tokens:.0f} tokens" if rebuild.tokens else f"shots of {rebuild.targets} target tokens"
-    said = f"cost of making it again: {rebuild.forward:.0f} forward and {rebuild.trained:.0f} forward-backward passes"
-    said += f" over {over}"
+    price = f"cost of making it again: {passes} over {over}"
     if rebuild.operations is None or rebuild.seconds is None:
-        return said
-    return f"{said}: {rebuild.operations:.1e} operations, about {human_seconds(rebuild.seconds)} on {rebuild.machine}"
+        return price
+    return f"{price}: {rebuild.operations:.1e} operations, about {human_seconds(rebuild.seconds)} on {rebuild.machine}"
 
 
-@app.command("versions")
-def versions(person: Who, store: StoreUrl = "people", json: Json = False) -> None:
+@app.command()
+def versions(person: options.PersonId, store: options.StoreUrl = "people", json: options.Json = False) -> None:
     """List a person's versions, oldest first: bytes, work id (equal ids mean equal content), policy.
 
     Example:  mta person versions ann --store people/
@@ -120,12 +123,12 @@ def versions(person: Who, store: StoreUrl = "people", json: Json = False) -> Non
         typer.echo(f"{one.version}  {human_bytes(one.bytes)}  {what}{'  (latest)' if one.latest else ''}")
 
 
-@app.command("rollback")
+@app.command()
 def rollback(
-    person: Who,
-    version: Annotated[int, typer.Argument(help="The version to go back to.")],
-    store: StoreUrl = "people",
-    json: Json = False,
+    person: options.PersonId,
+    version: Annotated[int, Argument(help="The version to go back to.")],
+    store: options.StoreUrl = "people",
+    json: options.Json = False,
 ) -> None:
     """Restore an earlier version: save its content as a new version, and keep all versions.
 
@@ -139,3 +142,92 @@ def rollback(
     if json:
         return show_json({"content_of": version, "version": newest})
     typer.echo(f"the newest version is {newest}, with the content of version {version}")
+
+
+def export(
+    person: options.PersonId,
+    out: Annotated[Path, Option(help="Folder to write.")],
+    words: options.Words = None,
+    rank: Annotated[int | None, Option(min=1, help="Compress to this rank with SVD, and print the error.")] = None,
+    push: Annotated[str | None, Option(help="Also push the adapter to this hub repository: owner/name.")] = None,
+    private: options.Private = True,
+    yes: options.Yes = False,
+    bank: options.BankDir = Path("bank"),
+    store: options.StoreUrl = "people",
+    device: options.Device = None,
+    json: options.Json = False,
+) -> None:
+    """Write a person's task LoRA, merge and stack as one PEFT adapter for the unchanged base.
+
+    The store records the folder, readable only with the person's id, so that mta forget removes the adapter too.
+    A push lists its files first. mta forget can only name pushed copies.
+
+    Example:  mta export ann --out ann-adapter/ --rank 16
+    """
+    from mta.store.exports import adapter_parcel
+
+    base, opened, run = options.open_bank(bank, words, device=device)
+    personal = mta.Personalizer(base, opened, store, run=run)
+    error = personal.export(person, out, rank=rank)
+    result: dict[str, object] = {"folder": str(out), "relative_error": error}
+    if not json:
+        typer.echo(f"{out}: written" + (f"; rank {rank} causes a relative error of {error:.2%}" if rank else ""))
+    if push:
+        show_parcel(adapter_parcel(out), push, private)
+        confirm(yes)
+        result["url"] = personal.push_to_hub(person, out, push, private=private)
+    if json:
+        show_json(result)
+    elif push:
+        typer.echo(result["url"])
+
+
+def forget(
+    person: options.PersonId,
+    bank: Annotated[Path, Option("--bank", help="Folder or hub id of a bank.")] = Path("bank"),
+    no_bank: Annotated[
+        bool, Option("--no-bank", help="Forget without a bank, and list no parts trained on the person.")
+    ] = False,
+    store: options.StoreUrl = "people",
+    json: options.Json = False,
+) -> None:
+    """Remove a person's states, history and exports, and name the parts of the bank that were trained on the person.
+
+    Removes adapters that mta export wrote on this machine if they are unchanged, and names the others. Exits with 1
+    if some data of the person could not be removed. Exits with 3 if the person is forgotten, but a bank could not be
+    marked as needing a rebuild or an export was out of reach: repeat the command. A running mta serve drops the
+    person's data within seconds.
+
+    Example:  mta forget ann --bank bank/ --store people/
+    """
+    from mta.personalize.forgetting import forget_person
+    from mta.store import Store
+
+    people, folder = Store(store), bank
+    with suppress(MtaError):  # an unreachable bank does not stop forgetting: it is reported as not marked
+        folder = options.bank_at(bank)
+    done = forget_person(person, people, *([] if no_bank else [folder]))
+    if not (done.states_removed or done.needs_rebuild):
+        people.check()
+    show_json(asdict(done)) if json else _tell(done)
+    if done.complete:
+        return
+    words = ["mta", "forget", person, "--store", store, *(["--no-bank"] if no_bank else ["--bank", str(bank)])]
+    typer.echo(
+        f"The person is forgotten, but some steps failed. Correct them, and repeat:  {shlex.join(words)}", err=True
+    )
+    raise typer.Exit(INCOMPLETE)
+
+
+def _tell(done: Forgotten) -> None:
+    typer.echo("removed" if done.states_removed else "nothing is stored for this person")
+    typer.echo("Remove the person from your own files too: mta personalize recreates everyone in its source.", err=True)
+    lines = [f"exported and not removed: {export}" for export in done.exports_left]
+    if parts := ", ".join(done.needs_rebuild):
+        lines.append(f"trained on the person, until you rebuild the bank without them: {parts}")
+    lines += [f"not marked as needing a rebuild: {folder} ({reason})" for folder, reason in done.unmarked.items()]
+    lines += [f"the bank was published; delete it there by hand: {place}" for place in done.published]
+    alone = "came without its members; only its publisher can tell if the person is in it"
+    lines += [f"not known: {folder} {alone}" for folder in done.unknown]
+    for line in lines:
+        typer.echo(line)

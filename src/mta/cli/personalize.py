@@ -2,76 +2,49 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from typer import Option
 
-from mta.cli.data import Source, people_in
-from mta.cli.options import (
-    MERGE_AND_STACK,
-    BankDir,
-    ClusterAt,
-    Config,
-    Device,
-    Json,
-    Seed,
-    SkipBad,
-    StoreUrl,
-    Together,
-    Track,
-    Words,
-    Workers,
-    executor_at,
-    kept_over,
-    open_bank,
-    show_json,
-    task_of,
-    tracked,
-)
+import mta
+from mta.cli import options
+from mta.cli.screen import Screen, show_json
+from mta.errors import InputError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-
-    from mta.bank.bank import Bank
-    from mta.data.history import Person
     from mta.personalize.pipeline import Personalized, Updated
-
-    Compute = Callable[..., Personalized | Updated]
-
-Latest = Annotated[int | None, typer.Option(min=1, help="Use only this many most recent items of each person.")]
-KeepHistories = Annotated[
-    bool, typer.Option("--keep-histories", help="Keep people's items in the store until they are forgotten.")
-]
-Update = Annotated[
-    bool, typer.Option("--update", help="Update existing states, at the cost of each person's new items.")
-]
-RunDir = Annotated[
-    Path | None, typer.Option("--run", help="Folder for this run's settings and metrics, for mta report.")
-]
-Resume = Annotated[bool, typer.Option("--resume/--restart", help="Resume interrupted cohorts, or start over.")]
 
 
 def personalize(
-    source: Source,
-    words: Words = None,
-    bank: BankDir = Path("bank"),
-    store: StoreUrl = "people",
-    latest: Latest = None,
-    keep_histories: KeepHistories = False,
-    update: Update = False,
-    config: Config = None,
-    seed: Seed = None,
-    device: Device = None,
-    skip_bad: SkipBad = None,
-    resume: Resume = True,
-    cluster: ClusterAt = None,
-    workers: Workers = None,
-    together: Together = None,
-    run: RunDir = None,
-    track: Track = None,
-    json: Json = False,
+    source: options.Source,
+    words: options.Words = None,
+    bank: options.BankDir = Path("bank"),
+    store: options.StoreUrl = "people",
+    latest: Annotated[int | None, Option(min=1, help="Use only this many most recent items of each person.")] = None,
+    keep_histories: Annotated[
+        bool, Option("--keep-histories", help="Keep people's items in the store until they are forgotten.")
+    ] = False,
+    update: Annotated[
+        bool, Option("--update", help="Update existing states, at the cost of each person's new items.")
+    ] = False,
+    config: options.Config = None,
+    seed: options.Seed = None,
+    device: options.Device = None,
+    skip_bad: options.SkipBad = None,
+    resume: Annotated[bool, Option("--resume/--restart", help="Resume interrupted cohorts, or start over.")] = True,
+    cluster: options.ClusterAt = None,
+    workers: options.Workers = None,
+    together: options.Together = None,
+    run: Annotated[
+        Path | None, Option("--run", help="Folder for this run's settings and metrics, for mta report.")
+    ] = None,
+    track: options.Track = None,
+    json: options.Json = False,
 ) -> None:
     """Compute the merge and train the stack of all people in a file, in cohorts.
 
@@ -81,9 +54,6 @@ def personalize(
     Example:  mta personalize newcomers.jsonl --bank bank/ --store people/
     Example:  mta personalize everybody.jsonl --bank bank/ --store s3://bucket/people --cluster ray://head:10001
     """
-    from mta.cli.screen import Screen
-    from mta.errors import InputError
-    from mta.personalize import Personalizer
     from mta.personalize.pipeline import counts
     from mta.store import Store
     from mta.tracking.run_folder import work_of
@@ -92,32 +62,31 @@ def personalize(
         raise InputError(
             "--restart was given with --update, which leaves no interrupted cohorts", hint="Leave --restart out."
         )
-    opener, since = tracked(track, run), Store(store).tombstones.names()  # read before the source
-    people = [p.latest(latest) if latest else p for p in people_in(source, task_of(bank), skip_bad)]
-    base, opened, settings = open_bank(bank, words, seed, device, config, open_to=MERGE_AND_STACK)
+    tracker, since = options.tracker_for(track, run), Store(store).tombstones.names()  # read before the source
+    read = options.people_in(source, options.task_of(bank), skip_bad)
+    people = [person.latest(latest) for person in read] if latest else read
+    base, opened, settings = options.open_bank(bank, words, seed, device, config, open_to=options.MERGE_AND_STACK)
     _warn_of_members(opened, people)
-    with executor_at(cluster, workers, together) as executor, Screen() as screen:
-        personal = Personalizer(base, opened, store, run=settings, executor=executor)
-        asked = base.as_loaded(settings).model_dump(mode="json")
-        work = work_of(asked, opened.hash, sorted(p.digest() for p in people))  # so that `run` can be continued
-        with kept_over("personalize", base, opened, asked, run, track=opener, on_step=screen.step, work=work) as kept:
-            compute: Compute = personal.update if update else partial(personal.personalize, resume=resume)
-            done = compute(people, keep_histories=keep_histories, since=since, on_step=kept.step)
-            kept.outcome, kept.about["plan"] = counts(done), done.plan
-    _tell(done, json)
+    with options.executor_at(cluster, workers, together) as executor, Screen() as screen:
+        personal = mta.Personalizer(base, opened, store, run=settings, executor=executor)
+        used = base.as_loaded(settings).model_dump(mode="json")
+        work = work_of(used, opened.hash, sorted(p.digest() for p in people))  # so that `run` can be continued
+        with options.run_folder("personalize", run, base, opened, used, tracker, screen.step, work) as folder:
+            compute = personal.update if update else partial(personal.personalize, resume=resume)
+            done = compute(people, keep_histories=keep_histories, since=since, on_step=folder.step)
+            folder.outcome, folder.about["plan"] = counts(done), done.plan
+    show_json(asdict(done)) if json else typer.echo(str(done))
+    _warn_of_failures(done)
 
 
-def _warn_of_members(bank: Bank, people: Sequence[Person]) -> None:
+def _warn_of_members(bank: mta.Bank, people: Sequence[mta.Person]) -> None:
     if bank.info.members.hashed is None:
         typer.echo("This bank came without its members: these people may have helped to train it.", err=True)
     if seen := sum(bool(bank.info.members.artefacts_of(person.id)) for person in people):
         typer.echo(f"{seen} of {len(people)} people helped to train this bank, so it has seen their items.", err=True)
 
 
-def _tell(done: Personalized | Updated, json: bool) -> None:
-    from dataclasses import asdict
-
-    show_json(asdict(done)) if json else typer.echo(str(done))
+def _warn_of_failures(done: Personalized | Updated) -> None:
     if done.forgotten:
         typer.echo(f"forgotten meanwhile, so nothing was saved for them: {len(done.forgotten)} people", err=True)
     for person, error in done.failed.items():

@@ -1,39 +1,36 @@
-"""Progress on stderr: one bar per stage on a terminal, plain lines elsewhere."""
+"""Output of commands: progress on stderr (a bar per stage on a terminal, plain lines elsewhere), and JSON on stdout."""
 
 from __future__ import annotations
 
+import json
+import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from mta.errors import InputError
+
 if TYPE_CHECKING:
+    from mta.system.hub import Parcel
     from mta.system.progress import Step
 
 console = Console(stderr=True)
 EVERY = 15.0  # seconds between plain lines
 
 
-@contextmanager
-def counted(what: str) -> Iterator[Callable[[int, int], None]]:
-    """Show progress of a single count. Yields a function to call with (done, total)."""
-    columns = TextColumn("{task.completed:.0f}/{task.total:.0f} {task.description}"), BarColumn(), TimeRemainingColumn()
-    began = said = time.monotonic()
-    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
-        bar = progress.add_task(what, total=None)
+@dataclass(slots=True)
+class _Stage:
+    """Progress of a stage. Its cohort began at time ``began``, when ``before`` examples of the stage were done."""
 
-        def update(done: int, total: int) -> None:
-            nonlocal said
-            progress.update(bar, completed=done, total=total)
-            now = time.monotonic()
-            if not console.is_terminal and now - said > EVERY:
-                said, left = now, (now - began) / done * (total - done)
-                console.print(f"{done}/{total} {what}, about {left:.0f} s left", highlight=False, soft_wrap=True)
-
-        yield update
+    bar: TaskID
+    done: int
+    before: int = 0
+    began: float = 0.0
+    printed: float = -EVERY
 
 
 class Screen:
@@ -42,59 +39,79 @@ class Screen:
     >>> with Screen() as screen: personal.personalize(people, on_step=screen.step)
     """
 
-    def __init__(self) -> None:
-        self._bars: dict[str, TaskID] = {}
-        self._began: dict[str, tuple[float, int]] = {}
-        self._last: dict[str, int] = {}
-        self._said: dict[str, float] = {}
+    def __init__(self, unit: str = "examples") -> None:
+        self._unit = unit
+        self._stages: dict[str, _Stage] = {}
         self._progress = Progress(
             TextColumn("{task.description:<14}"),
             BarColumn(),
-            TextColumn("{task.completed:>6.0f}/{task.total:.0f} examples  {task.fields[note]}"),
+            TextColumn("{task.completed:>6.0f}/{task.total:.0f} " + unit + "  {task.fields[note]}"),
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
             console=console,
+            disable=not console.is_terminal,
         )
 
     def __enter__(self) -> Screen:
-        if console.is_terminal:
-            self._progress.start()
+        self._progress.start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        if console.is_terminal:
-            self._progress.stop()
+        self._progress.stop()
 
     def step(self, stage: str, step: Step) -> None:
-        """Update the progress of ``stage`` after one step."""
+        """Update the progress of ``stage`` after one training step."""
+        loss = "" if step.loss is None else f"  loss {step.loss:.3f}"
+        self.count(stage, step.examples, step.examples_total, f"{step.people} people{loss}")
+
+    def count(self, stage: str, done: int, total: int, note: str = "") -> None:
+        """Update the progress of ``stage``: ``done`` of ``total`` units."""
+        if (known := self._stages.get(stage)) is None:
+            known = self._stages[stage] = _Stage(self._progress.add_task(stage, note=note, total=total), done=total)
         now = time.monotonic()
-        if step.examples <= self._last.get(stage, 0) or stage not in self._began:  # the next cohort begins
-            self._began[stage] = (now, step.examples)
-        self._last[stage] = step.examples
-        start, before = self._began[stage]
-        rate = (step.examples - before) / max(now - start, 1e-9)
-        note = f"{step.people} people"
-        if step.loss is not None:
-            note += f"  loss {step.loss:.3f}"
+        if done <= known.done:  # the first or the next cohort begins
+            known.began, known.before = now, done
+        known.done = done
+        rate = (done - known.before) / max(now - known.began, 1e-9)
+        notes = [note] if note else []
         if rate:
-            note += f"  {rate:.1f} examples/s"
-        if console.is_terminal:
-            self._bar(stage, step, note)
-        elif step.examples >= step.examples_total or now - self._said.get(stage, 0.0) > EVERY:
-            self._said[stage] = now
-            left = f"  about {(step.examples_total - step.examples) / rate:.0f} s left" if rate else ""
-            console.print(
-                f"{stage}: {step.examples}/{step.examples_total} examples  {note}{left}",
-                highlight=False,
-                soft_wrap=True,
-            )
+            notes.append(f"{rate:.1f} {self._unit}/s")
+        self._progress.update(known.bar, completed=done, total=total, note="  ".join(notes))
+        if not console.is_terminal and (done >= total or now - known.printed > EVERY):
+            known.printed = now
+            if rate:
+                notes.append(f"about {(total - done) / rate:.0f} s left")
+            self.say("  ".join([f"{stage}: {done}/{total} {self._unit}", *notes]))
 
     def say(self, text: str) -> None:
         """Print one line."""
         console.print(text, highlight=False, soft_wrap=True)
 
-    def _bar(self, stage: str, step: Step, note: str) -> None:
-        if stage not in self._bars:
-            self._bars[stage] = self._progress.add_task(stage, note=note, total=step.examples_total)
-        self._progress.update(self._bars[stage], completed=step.examples, total=step.examples_total, note=note)
+
+def show_json(value: object) -> None:
+    """Print a result as JSON on stdout."""
+    typer.echo(json.dumps(value, indent=1, ensure_ascii=False))
+
+
+def show_parcel(parcel: Parcel, to: str, private: bool, err: bool = True) -> None:
+    """Print the files and facts that would be sent, so that the user can decide."""
+    sizes = parcel.sizes()
+    lines = [f"To {to}, {'private' if private else 'PUBLIC'}: {len(sizes)} files, {sum(sizes.values()):,} bytes"]
+    lines += [f"  {size:>14,}  {name}" for name, size in sizes.items()]
+    lines += [f"{name}: {fact}" for name, fact in parcel.facts.items()]
+    typer.echo("\n".join(lines), err=err)
+
+
+def confirm(yes: bool) -> None:
+    """Ask for confirmation to send. Raises InputError without a terminal, Abort if the user declines."""
+    if yes:
+        return
+    if not sys.stdin.isatty():
+        raise InputError(
+            "nothing was sent: stdin is not a terminal, so mta cannot ask for confirmation",
+            hint="Read the list above, then repeat the command with --yes.",
+        )
+    typer.echo("Send this? [y/N] ", nl=False, err=True)  # typer.confirm would write to stdout too
+    if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+        raise typer.Abort

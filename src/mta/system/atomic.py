@@ -96,22 +96,17 @@ def make_folder(path: Path, private: bool = True) -> None:
         path.mkdir(parents=True, exist_ok=True)
         return
     shared = is_shared()
-    try:
-        path.mkdir(mode=0o770 if shared else 0o700)
-    except FileNotFoundError:
-        if path.parent == path:
-            raise
-        make_folder(path.parent)
-        make_folder(path)
-        return
-    except OSError:
-        if not path.is_dir():
-            raise
-        return
-    if shared:
-        with _where_supported():
-            path.chmod(0o2770)
-    sync_folder(path.parent)
+    for folder in reversed((path, *path.parents)):
+        try:
+            folder.mkdir(mode=0o770 if shared else 0o700)
+        except OSError:
+            if not folder.is_dir():
+                raise
+            continue
+        if shared:
+            with _where_supported():
+                folder.chmod(0o2770)
+        sync_folder(folder.parent)
 
 
 @contextlib.contextmanager

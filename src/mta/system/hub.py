@@ -134,12 +134,12 @@ class Repository:
 
         with _hub_errors(self.name):
             there = self._api.list_repo_files(self.name)
-            gone = [name for name in there if name in ours and name not in parcel.files]
-            added = [
-                CommitOperationAdd(name, f if isinstance(f, bytes) else str(f)) for name, f in parcel.files.items()
+            changes: list[Any] = [
+                CommitOperationAdd(name, file if isinstance(file, bytes) else str(file))
+                for name, file in parcel.files.items()
             ]
-            removed = [CommitOperationDelete(name) for name in gone]
-            return str(self._api.create_commit(self.name, [*added, *removed], commit_message=message).oid)
+            changes += [CommitOperationDelete(name) for name in there if name in ours and name not in parcel.files]
+            return str(self._api.create_commit(self.name, changes, commit_message=message).oid)
 
 
 @contextlib.contextmanager

@@ -33,9 +33,8 @@ class Storage:
             raise StoreError(f"the store cannot be opened: {error}", hint=hint) from error
         self.root = str(root).rstrip("/")
         self.local = isinstance(self.fs, LocalFileSystem)
-        self.url = (
-            str(Path(self.root).resolve()) if self.local else str(url)
-        )  # absolute: the working directory may change
+        # Absolute, because the working directory may change.
+        self.url = str(Path(self.root).resolve()) if self.local else str(url)
 
     def at(self, name: str) -> str:
         """Return the full path."""
@@ -86,40 +85,29 @@ class Storage:
 
         A local removal is on disk when the call returns. Raises StoreError if the folder remains.
         """
-        with self._reported(self.at(name)):
+        place = self.at(name)
+        with self._reported(place):
             for _ in range(_REMOVALS):
-                try:
-                    return self._remove_tree(name)
-                except FileNotFoundError:  # another process removed the folder, or a file in it
-                    there = os.path.lexists(self.at(name)) if self.local else self.fs.exists(self.at(name))
-                    if not there:
-                        return self._flush_above(name)
-            raise StoreError(
-                f"{self.at(name)} is still there after {_REMOVALS} removals, expected none: another process writes it",
-                hint="Stop the other process, then repeat the command.",
-            )
-
-    def _remove_tree(self, name: str) -> None:
-        if not self.local:
-            return self.fs.rm(self.at(name), recursive=True)
-        path = self.inside(name)
-        if path.is_symlink():
-            path.unlink()
-        else:
-            shutil.rmtree(path)
-        self._flush_above(name)
-
-    def _flush_above(self, name: str) -> None:
-        if self.local:
-            sync_folder(self.inside(name).parent)
+                with contextlib.suppress(FileNotFoundError):  # another process removed the folder, or a file in it
+                    if not self.local:
+                        self.fs.rm(place, recursive=True)
+                    elif self.inside(name).is_symlink():
+                        os.unlink(place)
+                    else:
+                        shutil.rmtree(place)
+                if not (os.path.lexists(place) if self.local else self.fs.exists(place)):
+                    break
+            else:
+                raise StoreError(
+                    f"{place} is still there after {_REMOVALS} removals, expected none: another process writes it",
+                    hint="Stop the other process, then repeat the command.",
+                )
+            if self.local:
+                sync_folder(Path(place).parent)
 
     def replace(self, name: str, data: bytes) -> None:
         """Write a file: local by rename, in object stores by one put, elsewhere in place."""
-        with self._reported(self.at(name)):
-            if not self.local:
-                return self._put(name, data)
-            with written_aside(self.inside(name)) as aside:
-                aside.write(data)
+        self._write(name, data)
 
     def create(self, name: str, data: bytes) -> None:
         """Write a new file. Raises FileExistsError if it exists.
@@ -128,13 +116,22 @@ class Storage:
         uses fsspec's exclusive mode (in memory, S3, Google Cloud). Without that mode, existence is checked before the
         write, and of two simultaneous writers the last one wins.
         """
-        with self._reported(self.at(name)):
-            if not self.local:
-                if self.fs.exists(self.at(name)):
-                    raise FileExistsError(self.at(name))
-                return self._put(name, data, create=True)
-            with written_aside(self.inside(name), publish=_link) as aside:
-                aside.write(data)
+        self._write(name, data, create=True)
+
+    def _write(self, name: str, data: bytes, create: bool = False) -> None:
+        place, mode = self.at(name), {"mode": "create"} if create else {}  # not every file system takes the argument
+        with self._reported(place):
+            if self.local:
+                with written_aside(self.inside(name), publish=_link if create else os.replace) as aside:
+                    aside.write(data)
+                return
+            if create and self.fs.exists(place):
+                raise FileExistsError(place)
+            try:
+                self.fs.pipe_file(place, data, **mode)
+            except FileNotFoundError:  # only file systems with real folders need them
+                self.fs.makedirs(place.rpartition("/")[0], exist_ok=True)
+                self.fs.pipe_file(place, data, **mode)
 
     def exposed(self) -> str:
         """Return the command that removes other users' access to the storage; empty if they have none.
@@ -178,14 +175,6 @@ class Storage:
                 f"{path} cannot be read or written: {getattr(error, 'strerror', None) or error}",
                 hint="Check the store's address, permissions and free space, then repeat. No file is half written.",
             ) from error
-
-    def _put(self, name: str, data: bytes, create: bool = False) -> None:
-        mode = {"mode": "create"} if create else {}  # not every file system takes the argument
-        try:
-            self.fs.pipe_file(self.at(name), data, **mode)
-        except FileNotFoundError:  # only file systems with real folders need them
-            self.fs.makedirs(self.at(name).rsplit("/", 1)[0], exist_ok=True)
-            self.fs.pipe_file(self.at(name), data, **mode)
 
 
 def _link(aside: Path, path: Path) -> None:

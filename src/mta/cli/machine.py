@@ -1,0 +1,146 @@
+"""``mta doctor`` and ``mta size``: whether mta can run on this machine, and what many people need."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from typer import Option
+
+from mta.cli import options
+from mta.cli.screen import show_json
+
+if TYPE_CHECKING:
+    from mta.tools.cost import Cost, Hardware
+    from mta.tools.doctor import Finding
+
+MARKS = {"ok": "[green]ok[/]", "warning": "[yellow]warning[/]", "problem": "[bold red]problem[/]"}
+
+
+def doctor(
+    bank: Annotated[Path | None, Option("--bank", help="Check this bank too.")] = None,
+    store: Annotated[str | None, Option("--store", help="Check this store too.")] = None,
+    json: options.Json = False,
+) -> None:
+    """Check versions, processor, memory, kernels, cache and extras. Exits with 1 if mta demo cannot run here.
+
+    Downloads nothing and loads no model. Compiles kernels that are not compiled yet, which takes seconds.
+
+    Example:  mta doctor --bank bank/ --store people/
+    """
+    from mta.tools.doctor import examine
+
+    found = examine(bank, store)
+    problems, warnings = (sum(one.verdict == verdict for one in found) for verdict in ("problem", "warning"))
+    if json:
+        show_json({"problems": problems, "warnings": warnings, "findings": [asdict(one) for one in found]})
+    else:
+        say = Console(highlight=False).print
+        say(_findings(found))
+        start = "Ready." if bank or store else "Ready. Start with:  mta demo"
+        counted = f"{problems} problem{'s' * (problems != 1)}, {warnings} warning{'s' * (warnings != 1)}"
+        say(f"{counted}. " + ("Fix the problems first." if problems else start))
+    if problems:
+        raise typer.Exit(1)
+
+
+def _findings(found: Sequence[Finding]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, show_header=False, show_edge=False, pad_edge=False)
+    for _ in range(3):
+        table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    about = ""
+    for one in found:
+        if one.about != about:
+            table.add_section()
+        shown, about = one.about if one.about != about else "", one.about
+        hint = f"\n[dim]{escape(one.hint)}[/]" if one.hint else ""
+        table.add_row(f"[bold]{shown}[/]", escape(one.name), MARKS[one.verdict], escape(one.found) + hint)
+    return table
+
+
+def size(
+    words: options.Words = None,
+    people: Annotated[float, Option(min=1, help="Number of people, for example 1e6.")] = 1e6,
+    base: Annotated[
+        str, Option(help="Base: a built-in shape (llama-3-8b), an asset, a folder or a hub id.")
+    ] = "llama-3-8b",
+    anchors: Annotated[int | None, Option(min=1, help="Number of anchors in the bank.")] = None,
+    rank: Annotated[int | None, Option(min=1, help="Rank of anchors, task LoRA and OPPU's adapters.")] = None,
+    tokens: Annotated[float, Option(min=1, help="Tokens per item, with its prompt.")] = 128,
+    shared: Annotated[float, Option(min=0, help="How many of --tokens are a prefix that all items share.")] = 0,
+    targets: Annotated[float, Option(min=1, help="How many of --tokens are targets, that is, count in the loss.")] = 16,
+    shots: Annotated[int, Option(min=1, help="Items per person.")] = 8,
+    context: Annotated[int, Option(min=1, help="Tokens per served conversation.")] = 1024,
+    on: Annotated[str, Option(help="Hardware: this (measured now), l4, a100 or h100.")] = "this",
+    picture: Annotated[
+        Path | None, Option(help="Also draw figures: <this>-bytes and <this>-time, as SVG and PNG.")
+    ] = None,
+    config: options.Config = None,
+    json: options.Json = False,
+) -> None:
+    """Estimate bytes, memory and hours for a base and a number of people, against OPPU and Per-Pcs. Loads no weights.
+
+    Example:  mta size --people 1e6 --base llama-3-8b --anchors 50 --rank 8 --on h100 --picture size
+    """
+    from mta.evaluation.reports.figures import human_bytes
+    from mta.tools import cost as sizing
+
+    given = {"bank.anchors": anchors, "bank.lora.rank": rank, "task_lora.lora.rank": rank}
+    run = options.settings(config, [*options.as_words(**given), *(words or [])])
+    load = sizing.Load(tokens, targets, shots, context, shared)
+    shape, machine = sizing.Shape.of(base), sizing.hardware(on)
+    costs, memory = sizing.costs(shape, run, load), sizing.memory(shape, run, load)
+    if picture:
+        _draw(picture, costs, machine)
+    if json:
+        parts: dict[str, Any] = {"base": shape, "load": load, "hardware": machine, "memory": memory, **costs}
+        times = {f"{name}, seconds": _seconds(cost, people, machine) for name, cost in costs.items()}
+        return show_json({"people": people} | {name: asdict(part) for name, part in parts.items()} | times)
+    say = Console(highlight=False, soft_wrap=True).print
+    what = f"{run.bank.anchors} anchors of rank {run.bank.lora.rank}, {run.merge.policy}"
+    say(f"{base}: {shape.parameters / 1e9:.2f} billion parameters. {people:,.0f} people, {shots} items each; {what}")
+    say(_costs(costs, people, machine))
+    named = {"base": memory.base, "bank": memory.bank, "each served row": memory.row}
+    named |= {"an anchor in training": memory.anchor, "a stack in training": memory.stack}
+    named |= {"each token in training": memory.token, "each target token, in addition": memory.target}
+    say("Memory: " + ", ".join(f"{name} {human_bytes(size)}" for name, size in named.items()))
+    say(f"Hours on {machine.name}: {machine.rate / 1e12:.2f} Tflop/s ({machine.source}), {machine.share:.0%} of it")
+
+
+def _costs(costs: dict[str, Cost], people: float, machine: Hardware) -> Table:
+    from mta.evaluation.reports.figures import human_bytes, human_seconds
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for head in ("", "stored once", "per person", "total", "trained once", "per person", "total"):
+        table.add_column(head, justify="right" if head else "left")
+    for name, cost in costs.items():
+        kept = cost.fixed_bytes, cost.person_bytes, cost.fixed_bytes + people * cost.person_bytes
+        table.add_row(name, *map(human_bytes, kept), *map(human_seconds, _seconds(cost, people, machine).values()))
+    return table
+
+
+def _seconds(cost: Cost, people: float, machine: Hardware) -> dict[str, float]:
+    once, each = machine.seconds(cost.fixed_operations), machine.seconds(cost.person_operations)
+    return {"once": once, "each": each, "all": once + people * each}
+
+
+def _draw(path: Path, costs: dict[str, Cost], machine: Hardware) -> None:
+    """Draw bytes and training time of each method against the number of people."""
+    from mta.evaluation.reports.exhibits import BYTES, FITTED, SECONDS
+    from mta.evaluation.reports.figures import Points, growth, human_bytes, human_seconds
+
+    kept, took = dict[str, tuple[Points, Points]](), dict[str, tuple[Points, Points]]()
+    for name, cost in costs.items():
+        kept[name] = [], [(n, cost.fixed_bytes + n * cost.person_bytes) for n in FITTED]
+        took[name] = [], [(n, _seconds(cost, n, machine)["all"]) for n in FITTED]
+    time = growth(took, f"training, all people, {machine.name}", human_seconds, SECONDS)
+    growth(kept, "stored, all people", human_bytes, BYTES).save(path.with_name(f"{path.name}-bytes"))
+    time.save(path.with_name(f"{path.name}-time"))
