@@ -10,7 +10,7 @@ layer, so that the next layer gets the layer's own output plus the updates of al
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -125,18 +125,26 @@ def applied(model: nn.Module, adapters: Sequence[Adapters], owner: Tensor) -> It
     for adapter in adapters:
         for name in adapter.names:
             by_layer.setdefault(name, []).append(adapter)
-    changed = []
+    forwards: dict[nn.Module, Callable[[Tensor], Tensor]] = {}
+    for name, parts in by_layer.items():
+        layer: Any = model.get_submodule(name)
+        # Made before the layer's call: decoding calls a layer once per token, and a checkpointed layer runs twice.
+        forwards[layer] = with_terms(layer, [part.term(name, owner, layer.weight.dtype) for part in parts])
+    with replaced(forwards):
+        yield
+
+
+@contextmanager
+def replaced(forwards: Mapping[nn.Module, Callable[[Tensor], Tensor]]) -> Iterator[None]:
+    """Replace the ``forward`` of these layers within the block."""
+    before = {layer: vars(layer).get("forward") for layer in forwards}
     try:
-        for name, parts in by_layer.items():
-            layer: Any = model.get_submodule(name)
-            # Made before the layer's call: decoding calls a layer once per token, and a checkpointed layer runs twice.
-            forward = with_terms(layer, [part.term(name, owner, layer.weight.dtype) for part in parts])
-            changed.append((layer, vars(layer).get("forward")))
+        for layer, forward in forwards.items():
             layer.forward = forward
         yield
     finally:
-        for layer, before in reversed(changed):
-            if before is None:
+        for layer, own in before.items():
+            if own is None:
                 del layer.forward
             else:
-                layer.forward = before
+                layer.forward = own
