@@ -64,14 +64,10 @@ class AdapterSlots:
             a, b = pad(a, (0, 0, 0, padding)), pad(b, (0, padding))
             self._shared[name] = a.to(base.dtype).contiguous(), b.to(base.dtype).contiguous()
         self._gates = torch.zeros(count, self._ranks + padding, dtype=base.dtype, device=base.device)
-        self._own: dict[str, tuple[Tensor, Tensor]] = {}
+        self._rank, zeros = 0, self._gates.new_zeros
+        self._own = {name: (zeros(count, 0, d), zeros(count, 0, o)) for name, (d, o) in base.targets.items()}
         self._forwards: dict[tuple[int, int], dict[nn.Module, _Adapted]] = {}  # by slice of slots
         self._grow(banks[0].info.run.stack.lora.rank)
-
-    @property
-    def rank(self) -> int:
-        """Rank that a row's own LoRA may have without growing the slots."""
-        return next(iter(self._own.values()))[0].shape[1]
 
     def adapter_of(self, owner: State | Nobody, stacked: bool = True) -> RowAdapter:
         """Compute the adapter of a row from bank and state. Raises StateCorrupt, OtherBank."""
@@ -96,7 +92,7 @@ class AdapterSlots:
 
     def take(self, place: int, adapter: RowAdapter) -> None:
         """Write an adapter into slot ``place``; grow all slots if its rank does not fit."""
-        if adapter.own and adapter.own.rank > self.rank:
+        if adapter.own and adapter.own.rank > self._rank:
             self._grow(adapter.own.rank)
         self.clear(place)
         self._gates[place] = adapter.gates
@@ -142,13 +138,10 @@ class AdapterSlots:
 
     def _grow(self, rank: int) -> None:
         """Make room for ``rank`` ranks in every slot; B is stored rank by rank, as the kernels read it."""
-        count, grown = len(self._gates), dict[str, tuple[Tensor, Tensor]]()
-        for name, (d, o) in self.base.targets.items():
-            a, b = (self._gates.new_zeros(count, rank, width) for width in (d, o))
-            for new, old in zip((a, b), self._own.get(name, ())):
-                new[:, : old.shape[1]] = old
-            grown[name] = a, b
-        self._own, self._forwards = grown, {}  # only now: out of memory above leaves the slots as they were
+        more = 0, 0, 0, rank - self._rank
+        grown = {name: (pad(a, more), pad(b, more)) for name, (a, b) in self._own.items()}
+        self._own, self._rank = grown, rank  # only now: out of memory above leaves the slots as they were
+        self._forwards.clear()
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,16 +23,16 @@ from transformers.cache_utils import Cache
 from mta.errors import UnsupportedModel
 from mta.model.agreement import Reference, short_windows
 from mta.model.base import BaseModel
-from mta.personalize.adapters import TASK
 from mta.serving.embedded.adapter_slots import AdapterSlots
 from mta.serving.engine import Who
 
 
 class SlotCache(Cache):  # type: ignore[misc]  # transformers brings no types
-    """Keys and values of all slots, by layer; a pass reads and writes the ``rows`` given to ``open``.
+    """Keys and values of all slots, by layer.
 
     Shape per layer: (slots, H, length, E), allocated in the first pass, which determines H and E. ``length`` includes
-    room for the padding of shorter rows in a pass.
+    room for the padding of shorter rows in a pass. A pass writes ``rows`` at ``positions`` (B, T), and reads their
+    first ``seen`` positions.
     """
 
     def __init__(self, slots: int, length: int) -> None:
@@ -42,11 +42,6 @@ class SlotCache(Cache):  # type: ignore[misc]  # transformers brings no types
         self.rows = slice(0, 0)
         self.positions = torch.empty(0)
         self.seen = 0
-
-    def open(self, rows: slice, positions: Tensor, seen: int) -> SlotCache:
-        """Prepare a pass over ``rows`` at ``positions`` (B, T) that reads the first ``seen`` positions."""
-        self.rows, self.positions, self.seen = rows, positions, seen
-        return self
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any) -> Any:
         """Store a layer's (B, H, T, E) and return all that the rows may attend to, (B, H, seen, E)."""
@@ -108,9 +103,9 @@ class Slots:
     def __len__(self) -> int:
         return len(self._slots)
 
-    def owners(self) -> list[Owner]:
-        """Return the owners of slots in use and warm slots."""
-        return [slot.owner for slot in self._slots if slot.owner]
+    def known(self) -> list[Who]:
+        """Return the people, versions, and modes of slots in use and warm slots."""
+        return [slot.owner[0] for slot in self._slots if slot.owner]
 
     def take(self, owner: Owner, prompt: Sequence[int]) -> tuple[int, int]:
         """Take a slot for a row of ``owner``; return its index and the number of reused prompt tokens (never all)."""
@@ -157,10 +152,10 @@ class Slots:
         device = self._base.device
         positions = torch.tensor(starts, device=device)[:, None] + torch.arange(width, device=device)
         last = torch.tensor([n * width + len(row) - 1 for n, row in enumerate(tokens)], device=device)
-        seen = max(starts) + width
-        cache = self.cache.open(rows, positions, seen)
         valid = positions.clamp(max=self._length - 1)  # padding may lie beyond the model's last position
-        logits = self._base.next_logits(torch.tensor(padded, device=device), valid, cache, seen, last)
+        cache = self.cache
+        cache.rows, cache.positions, cache.seen = rows, positions, max(starts) + width
+        logits = self._base.next_logits(torch.tensor(padded, device=device), valid, cache, cache.seen, last)
         for slot, row in zip(self._slots[rows], tokens):
             slot.tokens.extend(row)
         return logits
@@ -189,8 +184,6 @@ def refuse_unservable(base: BaseModel) -> None:
         reference = Reference.of(base.model, base.tokenizer, base.prompts.max_tokens)
         tokens = len(reference.tokens)
         slots = Slots(base, 2, tokens, tokens)
-        for asker in ("one", "other"):
-            slots.take((TASK, asker), ())
         if base.packable and reference.continues(lambda new: slots.logits(slice(0, 2), new)):
             return
     raise UnsupportedModel(

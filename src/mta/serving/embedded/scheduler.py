@@ -73,7 +73,7 @@ class Scheduler:
 
     def known(self) -> list[Who]:
         """Return the owners of waiting rows and of all slots, in use or warm."""
-        return [row.ask.who for row in self.waiting] + [who for who, _ in self.slots.owners()]
+        return [*(row.ask.who for row in self.waiting), *self.slots.known()]
 
     @property
     def stuck(self) -> bool:
