@@ -19,8 +19,7 @@ from mta.personalize.merge import Merge, merged_factors
 from mta.serving.engine import Version
 from mta.serving.launch import vllm_settings
 from mta.serving.model_names import from_wire, named, wire_name
-from mta.serving.vllm.adapters import CUT, Adapters, folder_of
-from mta.serving.vllm.lora_export import LoraExporter
+from mta.serving.vllm.adapters import CUT, Adapters, LoraExporter, folder_of
 from mta.store import Store
 from mta.store.state import State
 

@@ -1,4 +1,11 @@
-"""People's adapters as PEFT folders for vLLM, built from bank and store when a name is first requested."""
+"""People's adapters as PEFT folders for vLLM, built from bank and store when a name is first requested.
+
+VLLM takes one LoRA of bounded rank per request. The stack is kept exactly; task LoRA and merge are truncated by svd to
+the remaining rank. The shared factors are decomposed once, so truncating for one person needs only the svd of small
+cores:
+
+    sum over ranks p of gate[p] * B_p A_p  =  Q_B (R_B diag(gate) R_A^T) Q_A^T
+"""
 
 from __future__ import annotations
 
@@ -9,18 +16,26 @@ import shutil
 from functools import cached_property
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
 from mta.bank.format import read_adapters, read_info, verify
-from mta.errors import MtaError
+from mta.errors import InputError, MtaError, OtherBank, StateCorrupt
+from mta.lora.batch import Factors, LoraBatch, join, shared_ranks
+from mta.lora.merge import truncate
 from mta.lora.peft import read_peft, write_peft
-from mta.personalize.adapters import BASE, Nobody
+from mta.personalize.adapters import BASE, Nobody, merge_factors, merge_of
 from mta.serving.engine import Version
 from mta.serving.model_names import from_wire
-from mta.serving.vllm.lora_export import LoraExporter
 from mta.store import Store
+from mta.store.state import State
 from mta.system.atomic import write_json
+from mta.system.device import seeded
 
 log = logging.getLogger("mta")
 CUT = "cut.json"  # in an adapter's folder: the relative error of the truncation
+_OVERSAMPLING = 8  # additional directions in the randomized svd, for accurate last singular values
+_ITERATIONS = 4  # power iterations of the randomized svd
 _OURS = re.compile(r"\.?[0-9a-f]{32}-[0-9a-f]{32}(\.[0-9a-f]{32})?")
 
 
@@ -89,3 +104,66 @@ class Adapters:
         """Whether the store holds that version with the same content."""
         seal = self.store.seal(who.person, who.number)
         return seal is not None and seal.startswith(who.seal)
+
+
+class LoraExporter:
+    """Builds adapters of rank at most ``rank`` from a bank's anchors, its task LoRA, and people's states."""
+
+    def __init__(self, anchors: LoraBatch, task_lora: LoraBatch | None, bank: str, rank: int) -> None:
+        self.anchors, self.task_lora, self.bank, self.rank = anchors, task_lora, bank, rank
+        shared = [batch for batch in (task_lora, anchors) if batch is not None]
+        self._spans: dict[str, tuple[Tensor, ...]] = {}  # Q_A, R_A, Q_B, R_B of each layer
+        for name in anchors.names:
+            a, b = shared_ranks(shared, name)
+            self._spans[name] = *torch.linalg.qr(a.mT), *torch.linalg.qr(b)
+
+    def adapter(self, owner: State | Nobody, stacked: bool = True) -> tuple[LoraBatch, float]:
+        """Return one adapter with scale 1, and the relative Frobenius error of truncating task LoRA and merge.
+
+        Raises InputError for the base (no adapter) and for a stack that fills the slot; OtherBank; StateCorrupt.
+        """
+        if isinstance(owner, Nobody):
+            if owner is BASE or self.task_lora is None:
+                raise InputError("the base has no adapter", hint="Use vLLM's name for the base.")
+            return _truncated(self.task_lora, self.rank)
+        if owner.bank != self.bank:
+            raise OtherBank("the person's state was made with another bank", hint="Personalize again: mta personalize")
+        stack = [owner.stack] if stacked and owner.stack else []
+        room = self.rank - sum(part.rank for part in stack)
+        if room < 1:
+            raise InputError(
+                f"a stack of rank {self.rank - room} leaves no room in a slot of rank {self.rank}",
+                hint="Give vLLM larger slots:  --vllm-args '--max-lora-rank 32'",
+            )
+        if owner.mode == "exact":
+            merged, error = self._merged(owner, room)
+        else:
+            pooled = [self.task_lora] if self.task_lora else []
+            merged, error = _truncated(join([*pooled, merge_factors(self.anchors, owner, torch.float32)]), room)
+        whole = join([merged, *stack])
+        if any(not part.isfinite().all() for pair in whole.factors.values() for part in pair):
+            raise StateCorrupt("a person's adapter contains NaN or infinity", hint="Personalize again.")
+        return whole, error
+
+    def _merged(self, state: State, rank: int) -> tuple[LoraBatch, float]:
+        """Return task LoRA and exact merge truncated to ``rank``, and the relative error over all layers."""
+        shares = merge_of([state], torch.float32).gates(len(self.anchors))[0].repeat_interleave(self.anchors.rank)
+        gates = torch.cat([shares.new_ones(self.task_lora.rank if self.task_lora else 0), shares])
+        factors, lost, total = {}, 0.0, 0.0
+        with seeded(0, torch.device("cpu")):  # reproducible: the same state gives the same adapter
+            for name, (q_a, r_a, q_b, r_b) in self._spans.items():
+                core = (r_b * gates) @ r_a.mT
+                u, s, v = torch.svd_lowrank(core, min(rank + _OVERSAMPLING, *core.shape), _ITERATIONS)
+                u, s, v = u[:, :rank], s[:rank], v[:, :rank]
+                root = s.sqrt()
+                factors[name] = Factors(((v * root).mT @ q_a.mT)[None], (q_b @ (u * root))[None])
+                lost += float((core - (u * s) @ v.mT).square().sum())
+                total += float(core.square().sum())
+        return LoraBatch(factors), (lost / total) ** 0.5 if total else 0.0
+
+
+def _truncated(adapter: LoraBatch, rank: int) -> tuple[LoraBatch, float]:
+    if adapter.rank <= rank:
+        return adapter.scaled_into_b(), 0.0
+    truncated, error = truncate(adapter, rank)
+    return truncated, float(error)

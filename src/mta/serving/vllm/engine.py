@@ -30,7 +30,7 @@ from mta.serving.engine import (
 )
 from mta.serving.sampling import COLDEST
 from mta.serving.vllm.registry import AdapterRegistry
-from mta.serving.vllm.server import Remote, VllmServer
+from mta.serving.vllm.server import Remote
 from mta.store import Store
 
 _TIMEOUT = httpx.Timeout(30, read=600)  # a queued request may wait long for its first token
@@ -47,7 +47,7 @@ class VllmEngine(QueuedEngine):
 
     def __init__(
         self,
-        server: VllmServer | Remote,
+        server: Remote,
         store: Store,
         *,
         bank: str,
