@@ -45,7 +45,8 @@ class Cluster:
     Raises MissingExtra without Ray, and ClusterError if the cluster cannot be reached.
     """
 
-    in_process = False
+    threads: int | None
+    in_process: bool = False
 
     def __init__(
         self,
