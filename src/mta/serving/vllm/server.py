@@ -73,7 +73,7 @@ class VllmSettings:
 
 @dataclass
 class Remote:
-    """A server on this machine that we did not start: its address, its plugin's adapter folder, and its key.
+    """A server on this machine: its address, its plugin's adapter folder, and its key. ``stop`` leaves it running.
 
     ``url`` is an http URL, or ``unix:`` followed by a socket path. ``lock`` is held for the lifetime of this object.
     """
