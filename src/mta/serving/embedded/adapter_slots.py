@@ -23,7 +23,7 @@ from mta.bank.bank import Bank
 from mta.errors import OtherBank, StateCorrupt
 from mta.kernels.products import AdaptedRows, product
 from mta.lora.batch import LoraBatch, join, shared_ranks
-from mta.lora.layers import replaced
+from mta.lora.layers import replaced_forwards
 from mta.lora.terms import RowTerm
 from mta.model.base import BaseModel
 from mta.personalize.adapters import BASE, Nobody, merge_factors, merge_of
@@ -120,7 +120,7 @@ class AdapterSlots:
             if len(self._forwards) > _SLICES:
                 self._forwards.clear()
             self._forwards[key] = self._forwards_of(rows)
-        with replaced(self._forwards[key]):
+        with replaced_forwards(self._forwards[key]):
             yield
 
     def _forwards_of(self, rows: slice) -> dict[nn.Module, _Adapted]:
