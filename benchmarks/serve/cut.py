@@ -15,7 +15,7 @@ import torch
 from mta.bank.format import read_adapters, read_info
 from mta.lora.batch import join
 from mta.lora.merge import merge_exact, truncate
-from mta.serving.vllm.lora_export import LoraExporter
+from mta.serving.vllm.adapters import LoraExporter
 from mta.store import Store
 
 

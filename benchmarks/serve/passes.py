@@ -45,7 +45,7 @@ def main() -> None:
     args = words.parse_args()
     base, bank = in_passing(lambda: opened(args.bank, args.dtype))
     seats = in_passing(lambda: AdapterSlots(base, [bank], args.rows))
-    slots = Slots(base, args.rows, LENGTH, 128, seats.exchange)
+    slots = Slots(base, args.rows, LENGTH, 128, seats)
     for n in range(args.rows):
         seats.take(n, seats.adapter_of(made_up(base, bank, str(n))))
         slots.take((n, ""), PROMPT)  # type: ignore[arg-type]

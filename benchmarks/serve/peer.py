@@ -15,7 +15,7 @@ import torch
 from benchmarks.serve.load import prompt
 from benchmarks.serve.server import made_up, opened
 from mta.lora.peft import write_peft
-from mta.serving.vllm.lora_export import LoraExporter
+from mta.serving.vllm.adapters import LoraExporter
 from mta.system.hub import local_folder
 from mta.system.malloc import keep_freed_memory
 

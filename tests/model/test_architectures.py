@@ -88,7 +88,7 @@ def served(base, prompts, width=7):
         refuse_unservable(base)
     except UnsupportedModel:
         return
-    slots = Slots(base, 2, 64, width, lambda *_: None)
+    slots = Slots(base, 2, 64, width)
     for number, prompt in enumerate(prompts):
         slots.take((TASK, str(number)), prompt)
     for start in range(0, min(map(len, prompts)), width):

@@ -33,7 +33,7 @@ from mta.system.extras import require
 SOURCE = Path(mta.__file__).parent
 PARSED = {path: ast.parse(path.read_text(encoding="utf-8")) for path in sorted(SOURCE.rglob("*.py"))}
 ASTRAY = TINY_RUN.stack.model_copy(update={"training": TINY_RUN.stack.training.model_copy(update={"lr": 1e300})})
-VLLM = {"mta.serving.vllm.resolver"}  # imports vLLM, which lives in another environment
+VLLM = {"mta.serving.vllm.plugin"}  # imports vLLM, which lives in another environment
 TOLD = {
     "NobodyHere",
     "Refused",
@@ -404,7 +404,7 @@ PROVOKED = {
     ),
     "QueueFull": (
         lambda w: w.asked(SHORT, SHORT, waiting=0),
-        ("requests are waiting already", "0 requests", "already"),
+        ("requests are running or waiting already", "1 requests", "already"),
         "Retry a little later",
     ),
     "AnswerLost": (

@@ -104,13 +104,13 @@ found = []
 for rows in (2, count):  # what grows with rows is theirs, all else is there once
     seats = slots = None
     seats = AdapterSlots(base, [bank], rows)
-    slots = Slots(base, rows, length - 8, 8, seats.exchange)
+    slots = Slots(base, rows, length - 8, 8, seats)
     for n in range(rows):
         slots.take((n, ""), [5, 6])
         seats.take(n, seats.adapter_of(TASK))
     with torch.inference_mode(), seats.opened(slice(0, rows)):
         slots.logits(slice(0, rows), [[5, 6]] * rows)
-        for kept in (*slots.cache.keys, *slots.cache.values):
+        for kept in (part for pair in slots.cache.kept for part in pair):
             kept.fill_(1.0)  # memory that was asked for is there once it is written
     found.append(resident())
 print((found[1] - found[0]) / (count - 2))

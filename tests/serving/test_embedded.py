@@ -213,7 +213,11 @@ def test_forgetting_zeroes_slots_and_adapters_of_the_person():
 
         def taken():
             """Slots with any nonzero value in adapters, keys, or values."""
-            kept = [adapters._gates, *(f for own in adapters._own.values() for f in own), *cache.keys, *cache.values]
+            kept = [
+                adapters._gates,
+                *(f for own in adapters._own.values() for f in own),
+                *(part for pair in cache.kept for part in pair),
+            ]
             return [len({n for n, place in enumerate(one) if place.any()}) for one in kept]
 
         before = taken()

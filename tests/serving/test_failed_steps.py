@@ -63,7 +63,9 @@ def answered(scheduler, whose, asks, mode=None):
     found = [[] for _ in asks]
     for ask, pieces in zip(asks, found):
         who = whose[int(ask.who.person)] if hasattr(ask.who, "person") else ask.who
-        scheduler.waiting.append(Row(ask, scheduler.adapters.adapter_of(who), pieces.append, Sampler(ask)))
+        row = Row(ask, pieces.append, Sampler(ask))
+        row.adapter = scheduler.adapters.adapter_of(who)
+        scheduler.waiting.append(row)
     with mode or torch.inference_mode():
         turns = 0
         while scheduler.busy:
@@ -105,7 +107,11 @@ def test_a_lost_row_leaves_its_slots_zeroed():
     assert all(isinstance(one, AnswerLost) for one in answered(scheduler, whose, asks))
     handle.remove()
     cache, adapters = scheduler.slots.cache, scheduler.adapters
-    kept = [adapters._gates, *(part for own in adapters._own.values() for part in own), *cache.keys, *cache.values]
+    kept = [
+        adapters._gates,
+        *(part for own in adapters._own.values() for part in own),
+        *(part for pair in cache.kept for part in pair),
+    ]
     assert not any(part.any() for part in kept)
 
 

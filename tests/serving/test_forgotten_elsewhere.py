@@ -110,7 +110,7 @@ def test_a_gateway_drops_all_memory_of_a_person_forgotten_elsewhere(gateway):
     gateway.forget()
     until(lambda: "eve" not in service.histories._share)
     until(lambda: service.jobs.status("eve") is None)
-    until(lambda: not [who for who in service.engine.activated.known() if getattr(who, "person", "") == "eve"])
+    until(lambda: not [who for who in list(service.engine.activated) if getattr(who, "person", "") == "eve"])
     until(lambda: not [who for who in service.engine.scheduler.known() if getattr(who, "person", "") == "eve"])
     assert service.histories.held("bob") == len(ITEMS)
 
@@ -144,7 +144,7 @@ def test_a_sweep_drops_a_version_whose_number_now_has_other_content(gateway):
 
 
 def _held(service):
-    known = (*service.engine.activated.known(), *service.engine.scheduler.known())
+    known = (*service.engine.activated, *service.engine.scheduler.known())
     return {who.person for who in known if hasattr(who, "person")}
 
 

@@ -379,7 +379,7 @@ def test_forgetting_during_other_requests_leaves_nothing(world):
         time.sleep(0.5)  # whatever was begun in spite of it would show by now
         assert http.get(where).status_code == http.get(f"{where}/personalize").status_code == 404
     assert (store.latest("team/eve"), store.history("team/eve")) == (None, None)
-    assert not any(getattr(who, "person", "") == "team/eve" for who in world.service.engine.activated._adapters)
+    assert not any(getattr(who, "person", "") == "team/eve" for who in list(world.service.engine.activated))
 
 
 def test_metrics_count_and_contain_no_ids(world):

@@ -1,5 +1,6 @@
 """One adapter of bounded rank from task LoRA, merge, and stack: optimal, with a correct error."""
 
+import json
 import logging
 
 import pytest
@@ -18,8 +19,7 @@ from mta.personalize.merge import Merge, merged_factors
 from mta.serving.engine import Version
 from mta.serving.launch import vllm_settings
 from mta.serving.model_names import from_wire, named, wire_name
-from mta.serving.vllm.adapters import Adapters, folder_of, note_of, remove
-from mta.serving.vllm.lora_export import LoraExporter
+from mta.serving.vllm.adapters import CUT, Adapters, LoraExporter, folder_of
 from mta.store import Store
 from mta.store.state import State
 
@@ -164,25 +164,22 @@ def test_an_adapter_is_built_once_in_its_folder(adapters):
     path = made.path(name)
     assert path == made.folder / folder_of(name)
     assert read_peft(path).rank == 9
-    assert note_of(made.folder, name).exists()
+    assert 0 < json.loads((path / CUT).read_text())["error"] < 1
     before = path.stat().st_mtime_ns
     assert made.path(name) == path
     assert path.stat().st_mtime_ns == before
     assert read_peft(made.path(name_of(store, "../ann", stacked=False))).rank == 8
     assert read_peft(made.path("task")).rank == 2
-    remove(made.folder, name)
-    assert not path.exists()
-    assert not note_of(made.folder, name).exists()
 
 
 def test_only_files_of_an_earlier_server_are_deleted(adapters):
     made, store = adapters
     name = name_of(store, "../ann")
     (made.folder / folder_of("old")).mkdir()
-    note_of(made.folder, "old").write_text("{}")
     (made.folder / "socket").write_text("")
+    made = Adapters(made.bank, made.store.files.url, made.folder, made.rank)
     made.path(name)
-    assert {path.name for path in made.folder.iterdir()} == {folder_of(name), note_of(made.folder, name).name, "socket"}
+    assert {path.name for path in made.folder.iterdir()} == {folder_of(name), "socket"}
 
 
 def test_unknown_or_corrupt_people_get_no_adapter(adapters, caplog):

@@ -80,7 +80,7 @@ def test_a_bank_and_a_row_take_what_is_told(tiny_bank_folder, tiny, tmp_path):
     tensors = sum(f.stat().st_size - 8 - int.from_bytes(f.read_bytes()[:8], "little") for f in files)
     assert told["MTA"].fixed_bytes * torch.finfo(base.master_dtype).bits / 32 == tensors
     seats = AdapterSlots(base, [bank], 3)
-    slots = Slots(base, 3, 40, 8, seats.exchange)
+    slots = Slots(base, 3, 40, 8, seats)
     for n in range(3):
         slots.take((n, ""), [5, 6])
     with torch.inference_mode(), seats.opened(slice(0, 3)):

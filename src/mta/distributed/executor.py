@@ -40,14 +40,9 @@ class Executor(Protocol):
     these two affect the rounding of results, never the number of workers. ``in_process``: functions run right here.
     """
 
-    @property
-    def most(self) -> int: ...
-
-    @property
-    def threads(self) -> int | None: ...
-
-    @property
-    def in_process(self) -> bool: ...
+    most: int
+    threads: int | None
+    in_process: bool
 
     def run(
         self, function: Callable[[C, P], R], pieces: Iterable[P], here: C, elsewhere: Callable[[], C]
@@ -62,8 +57,8 @@ class Executor(Protocol):
 class LocalExecutor:
     """Run pieces sequentially in this process; torch uses all cores for each piece. Errors are raised at once."""
 
-    threads = None
-    in_process = True
+    threads: int | None = None
+    in_process: bool = True
 
     def __init__(self, most: int = _MOST) -> None:
         self.most = most

@@ -1,27 +1,34 @@
 """Executor on Ray: each actor holds one base and computes pieces; failures of machines are tolerated.
 
-Results are states in a store, keyed by their work, so computing a piece twice is harmless. Another worker recomputes
-the piece of a dead worker. A failing piece is retried in halves until the person whose data fails is found; all other
-people finish.
+Results are states in a store, keyed by their work, so computing a piece twice is harmless. A scheduler gives pieces to
+workers. Another worker recomputes the piece of a dead worker. A failing piece is retried in halves until the person
+whose data fails is found; all other people finish.
 Needs the extra ``ray``; the rest of mta works without Ray.
 """
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
 import socket
+import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Generic
 
 from mta.distributed.executor import C, Outcome, P, R
-from mta.distributed.scheduler import Scheduler
-from mta.errors import ClusterError
+from mta.errors import ClusterError, MtaError, StoreError
 from mta.system.atomic import SHARED
 from mta.system.device import cores
 from mta.system.extras import require
 from mta.system.malloc import keep_freed_memory
 from mta.system.provenance import versions
 
+log = logging.getLogger("mta")
+_POLL = 1.0  # seconds between two checks whether workers are missing
+_PATIENCE = 60.0  # seconds without any worker before a warning
 _DIAL = 10.0  # seconds to wait for a connection to the cluster's head
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 
@@ -38,7 +45,8 @@ class Cluster:
     Raises MissingExtra without Ray, and ClusterError if the cluster cannot be reached.
     """
 
-    in_process = False
+    threads: int | None
+    in_process: bool = False
 
     def __init__(
         self,
@@ -51,8 +59,8 @@ class Cluster:
         attempts: int = 3,
     ) -> None:
         self.most, self.threads, self.attempts = most, threads, attempts
-        self._ray = _connected(address, workers)
-        found = self._ray.cluster_resources()
+        self.ray = _connected(address, workers)
+        found = self.ray.cluster_resources()
         self.gpus = 0 if gpu is False or not found.get("GPU") else 1
         room = int(found["GPU"] if self.gpus else found.get("CPU", 0) // threads)
         self.workers = workers or room
@@ -70,20 +78,16 @@ class Cluster:
 
         Closing the iterator stops the workers. Raises ClusterError, and the errors of ``elsewhere`` in a worker.
         """
-        ray = self._ray
-        made = ray.put((_version(), elsewhere))
-
-        def hire() -> Any:
-            resources = {"num_cpus": self.threads, "num_gpus": self.gpus}
-            return (
-                ray.remote(Worker).options(max_restarts=0, runtime_env={"env_vars": self._own()}, **resources).remote()
-            )
-
-        scheduler = Scheduler[P, R](ray, hire, made, function, self.workers, self.attempts)
+        scheduler = Scheduler[P, R](self, function, elsewhere)
         try:
             yield from scheduler.work_through(pieces)
         finally:
             scheduler.dismiss()
+
+    def hire(self) -> Any:
+        """Start a worker."""
+        options = {"num_cpus": self.threads, "num_gpus": self.gpus, "runtime_env": {"env_vars": self._own()}}
+        return self.ray.remote(Worker).options(max_restarts=0, **options).remote()
 
     def _own(self) -> dict[str, str]:
         """Return environment variables added to a worker's. They contain no secret, because Ray logs them."""
@@ -93,13 +97,133 @@ class Cluster:
 
     def close(self) -> None:
         """Disconnect from the cluster, and stop it if it was started here."""
-        self._ray.shutdown()
+        self.ray.shutdown()
 
     def __enter__(self) -> Cluster:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+@dataclass(frozen=True, slots=True)
+class _Task(Generic[P]):
+    """A piece to compute; it fails after ``attempts`` more workers have died of it.
+
+    ``size`` and ``errors`` belong to the piece that was split to get this one; all its parts share them.
+    """
+
+    piece: P
+    attempts: int
+    size: int
+    errors: list[str]
+
+
+class Scheduler(Generic[P, R]):
+    """Gives pieces to the workers of a cluster, replaces dead workers, and retries failed pieces."""
+
+    def __init__(self, cluster: Cluster, function: Callable[[C, P], R], elsewhere: Callable[[], C]) -> None:
+        self.cluster, self.ray, self.attempts = cluster, cluster.ray, cluster.attempts
+        self.function, self.made = self.ray.put(function), self.ray.put((_version(), elsewhere))
+        self.waiting: deque[_Task[P]] = deque()
+        self.opening: dict[Any, Any] = {}  # ref -> worker
+        self.idle: list[Any] = []
+        self.busy: dict[Any, tuple[Any, _Task[P]]] = {}  # ref -> worker and its task
+        self.any_opened, self.any_result = False, False
+        self.failed_starts = 0  # workers in a row that could not open their context
+
+    def work_through(self, pieces: Iterable[P]) -> Iterator[Outcome[P, R]]:
+        """Yield the outcomes in order of completion; a piece that was split yields the outcomes of its parts."""
+        self.waiting.extend(_Task(piece, self.attempts, len(piece), []) for piece in pieces)
+        last = time.monotonic()
+        while self.waiting or self.busy:
+            self._assign()
+            refs = [*self.busy, *self.opening]
+            ready, _ = self.ray.wait(refs, num_returns=1, timeout=_POLL) if refs else ([], [])
+            for ref in ready:
+                if ref in self.opening:
+                    self._opened(ref)
+                else:
+                    yield from self._ended(ref)
+            if ready or self.busy:
+                last = time.monotonic()
+            elif time.monotonic() - last > _PATIENCE:
+                last = time.monotonic()
+                log.warning("no worker has started yet: the cluster has no room, or a worker still loads the base")
+
+    def dismiss(self) -> None:
+        """Stop all workers, also busy ones."""
+        for worker in [*self.opening.values(), *self.idle, *(worker for worker, _ in self.busy.values())]:
+            self._stop(worker)
+        self.idle.clear()
+
+    def _stop(self, worker: Any) -> None:
+        with contextlib.suppress(Exception):  # the worker may have died with its machine or the whole cluster
+            self.ray.kill(worker)
+
+    def _assign(self) -> None:
+        """Start missing workers, and give waiting tasks to idle workers."""
+        wanted = min(self.cluster.workers, len(self.waiting) + len(self.busy))
+        for _ in range(wanted - len(self.opening) - len(self.idle) - len(self.busy)):
+            worker = self.cluster.hire()
+            self.opening[worker.open.remote(self.made)] = worker
+        while self.idle and self.waiting:
+            worker, task = self.idle.pop(), self.waiting.popleft()
+            self.busy[worker.run.remote(self.function, task.piece)] = worker, task
+
+    def _opened(self, ref: Any) -> None:
+        worker = self.opening.pop(ref)
+        try:
+            self.ray.get(ref)
+        except self.ray.exceptions.RayError as error:  # the worker died, or its context cannot be created
+            self._stop(worker)
+            self.failed_starts += 1
+            if isinstance(error, self.ray.exceptions.RayTaskError) and not self.any_opened:
+                raise _cause(error) from None
+            if self.failed_starts > self.attempts * self.cluster.workers:
+                raise ClusterError(
+                    f"{self.failed_starts} workers in a row could not start: {_kind(error)}",
+                    hint="Check that the base fits into a worker's memory, then repeat the command: results are kept.",
+                ) from None
+        else:
+            self.idle.append(worker)
+            self.any_opened, self.failed_starts = True, 0
+
+    def _ended(self, ref: Any) -> Iterator[Outcome[P, R]]:
+        worker, task = self.busy.pop(ref)
+        try:
+            result = self.ray.get(ref)
+        except self.ray.exceptions.RayTaskError as error:
+            self.idle.append(worker)
+            cause = _cause(error)
+            if type(cause) is StoreError:  # the store itself; a subclass is about one person's state
+                raise cause from None
+            yield from self._failed(task, f"{type(cause).__name__}: {cause}")
+        except self.ray.exceptions.RayError as error:  # the worker died, or its result was lost
+            self._stop(worker)
+            if task.attempts > 1:
+                self.waiting.appendleft(replace(task, attempts=task.attempts - 1))
+            else:
+                yield from self._failed(task, f"workers died of it, {_kind(error)}")
+        else:
+            self.idle.append(worker)
+            self.any_result = True
+            yield Outcome(task.piece, result)
+
+    def _failed(self, task: _Task[P], error: str) -> Iterator[Outcome[P, R]]:
+        """Split a failed piece, or yield its error if it cannot be split."""
+        if halves := task.piece.halves():
+            for half in halves:
+                self.waiting.append(replace(task, piece=half, attempts=self.attempts if len(half) == 1 else 1))
+            return
+        errors = task.errors
+        errors.append(error)
+        if not self.any_result and len(errors) == task.size > 1 and len({*errors}) == 1:
+            raise ClusterError(
+                f"no person of a cohort of {task.size} could be computed: {error}",
+                hint="The same error for every person is not caused by their data. Fix it, then repeat the command.",
+            )
+        yield Outcome(task.piece, None, error)
 
 
 class Worker:
@@ -148,3 +272,16 @@ def _connected(address: str, workers: int | None) -> Any:
             hint="Give local, host:6379 or ray://host:10001, and check that  ray status  works there.",
         ) from error
     return ray
+
+
+def _cause(error: Any) -> Exception:
+    """Return the exception raised in the worker if it is an MtaError, else a ClusterError with its type."""
+    cause = error.cause if isinstance(error.cause, Exception) else error
+    if isinstance(cause, MtaError):
+        return cause
+    return ClusterError(f"a worker failed: {_kind(cause)}", hint="Its traceback is in the worker's log:  ray logs")
+
+
+def _kind(error: BaseException) -> str:
+    """Return the error's type only: its message may contain a person's text."""
+    return type(error).__name__

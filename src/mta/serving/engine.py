@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping
+import asyncio
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from mta.errors import InputError, MtaError
 from mta.personalize.adapters import Nobody
@@ -118,3 +120,45 @@ class Engine(Protocol):
 
     async def close(self) -> None:
         """Finish accepted requests, accept no new ones, and stop."""
+
+
+Pieces = asyncio.Queue[Piece | MtaError]
+
+
+class QueuedEngine(ABC):
+    """What both engines share: checks of a request, and answers that arrive in a queue.
+
+    Prompt and answer have at most ``length`` tokens together; more than ``most`` answers at once are refused.
+    """
+
+    def __init__(self, length: int, most: int) -> None:
+        self.length, self.most = length, most
+        self._open: dict[Any, Pieces] = {}  # answers in progress
+        self._closing = False  # no new request is accepted
+
+    async def answer(self, ask: Ask) -> AsyncIterator[Piece]:
+        """Stream the tokens of an answer; closing the iterator cancels the answer.
+
+        Raises Refused for a prompt that does not fit, PersonNotFound, StateCorrupt, OtherBank, QueueFull, EngineGone.
+        """
+        ask.check(self.length)
+        if self._closing:
+            raise EngineGone("the engine has stopped", hint=LATER)
+        if len(self._open) >= self.most:
+            raise QueueFull(f"{self.most} requests are running or waiting already", hint="Retry a little later.")
+        pieces: Pieces = asyncio.Queue()
+        cancel = self._begin(ask, pieces)
+        try:
+            while True:
+                piece = await pieces.get()
+                if isinstance(piece, MtaError):
+                    raise piece
+                yield piece
+                if piece.finish:
+                    return
+        finally:
+            cancel()
+
+    @abstractmethod
+    def _begin(self, ask: Ask, pieces: Pieces) -> Callable[[], object]:
+        """Start an answer whose pieces, or error, are put into the queue; return a function that cancels the answer."""

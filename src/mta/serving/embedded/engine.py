@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import queue
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections import OrderedDict
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
@@ -15,23 +16,23 @@ import torch
 from mta.bank.bank import Bank
 from mta.errors import MtaError
 from mta.model.base import BaseModel
-from mta.serving.embedded.adapter_cache import AdapterCache
-from mta.serving.embedded.adapter_slots import AdapterSlots
+from mta.personalize.adapters import Nobody
+from mta.serving.embedded.adapter_slots import AdapterSlots, RowAdapter
 from mta.serving.embedded.kv_cache import refuse_unservable
-from mta.serving.embedded.scheduler import Row, Scheduler, Send
-from mta.serving.engine import LATER, LOST, AnswerLost, Ask, EngineGone, Piece, QueueFull, Version
+from mta.serving.embedded.scheduler import Row, Scheduler
+from mta.serving.engine import LATER, Ask, EngineGone, Pieces, QueuedEngine, Version, Who
 from mta.serving.sampling import Sampler
 from mta.store import Store
 from mta.system.device import compute_with, in_passing
 
 
-class EmbeddedEngine:
+class EmbeddedEngine(QueuedEngine):
     """Serves rows of different people from one base, with one batch and one KV cache.
 
     At most ``slots`` rows run at once and ``waiting`` more are queued. A prompt and its answer have at most ``length``
-    tokens together, never more than the base accepts. ``activated`` is the size of the adapter cache. While the engine
-    lives, only the engine may use the base's modules. People whose state was made with the bank ``before`` are served
-    with that bank until they are personalized again.
+    tokens together, never more than the base accepts. At most ``activated`` adapters are cached; merges are never
+    stored. While the engine lives, only the engine may use the base's modules. People whose state was made with the
+    bank ``before`` are served with that bank until they are personalized again.
     """
 
     def __init__(
@@ -47,21 +48,19 @@ class EmbeddedEngine:
         waiting: int = 256,
         activated: int = 64,
     ) -> None:
-        in_passing(lambda: refuse_unservable(base))
-        self.base, self.bank = base, bank
         limit = base.prompts.max_tokens
-        self.length, self.waiting = min(length or limit, limit), waiting
-        banks = [bank, before] if before else [bank]
-        adapters = in_passing(lambda: AdapterSlots(base, banks, slots))
-        self.activated = AdapterCache(adapters, store, activated)
+        super().__init__(min(length or limit, limit), slots + waiting)
+        in_passing(lambda: refuse_unservable(base))
+        self.bank, self.store = bank, store
+        adapters = in_passing(lambda: AdapterSlots(base, [bank, before] if before else [bank], slots))
         self.scheduler = Scheduler(base, adapters, slots, self.length, chunk)
-        self._calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._open = 0  # answers with a waiting caller
-        self._entering: set[asyncio.Event] = set()  # requests that load their adapter
-        self._closing = False  # no new request is accepted
-        self._complete = False  # and all accepted requests were passed to the thread
-        self._gone = False  # the thread accepts no calls
+        self.activated: OrderedDict[Who, RowAdapter] = OrderedDict()  # the least recently used first
+        self._most_activated = activated
+        self._loading = self._loaded = 0  # adapters being loaded, and loaded since the start
+        self._forgotten = 0  # calls of forget()
         self.died = False
+        self._calls: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._gone = False  # the thread accepts no calls
         self._lock = threading.Lock()
         self._threads = torch.get_num_threads()
         self._loaders = ThreadPoolExecutor(2, "mta-activate", initializer=lambda: compute_with(1))
@@ -80,34 +79,25 @@ class EmbeddedEngine:
         """False if the thread died, and while every step fails; true after ``close``."""
         return not self.died and not self.scheduler.stuck
 
-    async def answer(self, ask: Ask) -> AsyncIterator[Piece]:
-        """Stream the tokens of an answer; closing the iterator frees the slot.
+    def _begin(self, ask: Ask, pieces: Pieces) -> Callable[[], None]:
+        loop = asyncio.get_running_loop()
+        row = Row(ask, lambda piece: _call_soon(loop, partial(pieces.put_nowait, piece)), Sampler(ask))
+        self._put(partial(self._enter, row))
+        self._open[row] = pieces
 
-        Raises Refused for a prompt that does not fit, PersonNotFound, QueueFull, EngineGone.
-        """
-        self._check(ask)
-        loop, pieces = asyncio.get_running_loop(), asyncio.Queue[Piece | MtaError]()
-        row: Row | None = None
-        self._open += 1
-        try:
-            row = await self._enqueue(ask, lambda piece: _call_soon(loop, partial(pieces.put_nowait, piece)))
-            while True:
-                piece = await pieces.get()
-                if isinstance(piece, MtaError):
-                    raise piece
-                yield piece
-                if piece.finish:
-                    return
-        finally:
-            self._open -= 1
-            if row:
-                row.cancelled = True
+        def cancel() -> None:
+            row.cancelled = True
+            del self._open[row]
+
+        return cancel
 
     async def forget(self, person: str) -> None:
         """End the person's running answers, and drop everything computed for the person."""
 
         def work() -> None:
-            self.activated.forget(person)
+            self._forgotten += 1
+            for who in [who for who in self.activated if isinstance(who, Version) and who.person == person]:
+                del self.activated[who]
             error = EngineGone("the person was forgotten", hint="Ask the pooled model: task")
             self.scheduler.end(error, lambda who: isinstance(who, Version) and who.person == person)
 
@@ -118,7 +108,7 @@ class EmbeddedEngine:
         found = set[Version]()
 
         def work() -> None:
-            known = (*self.activated.known(), *self.scheduler.known())
+            known = (*self.activated, *self.scheduler.known())
             found.update(who for who in known if isinstance(who, Version))
 
         await self._in_thread(work)
@@ -146,8 +136,7 @@ class EmbeddedEngine:
             "filling": (len(scheduler.rows) - scheduler.running, "Rows in prefill"),
             "waiting": (len(scheduler.waiting), "Rows waiting for a slot"),
             "activated": (len(self.activated), "Adapters in the adapter cache"),
-            "activated_hits": (self.activated.hits, "Adapter cache hits since the start"),
-            "merges": (self.activated.misses, "Adapter cache misses since the start; each computes a merge"),
+            "merges": (self._loaded, "Adapter cache misses since the start; each computes a merge"),
             "cache_bytes": (scheduler.slots.cache.nbytes, "Bytes of the KV cache"),
             "failed_steps": (scheduler.failed, "Failed passes, admissions, and merges since the start"),
             "lost": (scheduler.lost, "Answers ended by such failures since the start"),
@@ -156,38 +145,10 @@ class EmbeddedEngine:
     async def close(self) -> None:
         """Finish running and waiting requests, accept no new ones, and stop."""
         self._closing = True
-        for entered in list(self._entering):
-            await entered.wait()
-        self._complete = True
         with suppress(EngineGone):
-            self._put(lambda: None)
+            self._put(lambda: None)  # wakes the thread
         await asyncio.to_thread(self._thread.join)
         self._loaders.shutdown()
-
-    async def _enqueue(self, ask: Ask, send: Send) -> Row:
-        """Load the adapter and queue a row. Raises AnswerLost and what loading the adapter raises."""
-        since, entered = self.activated.forgotten, asyncio.Event()
-        self._entering.add(entered)
-        try:
-            adapter = await asyncio.get_running_loop().run_in_executor(self._loaders, self.activated.get, ask.who)
-            row = Row(ask, adapter, send, Sampler(ask))
-            self._put(lambda: self._enter(row, since))
-            return row
-        except MtaError:
-            raise
-        except Exception as error:
-            self._put(partial(self.scheduler.note, error, lost=1))
-            raise AnswerLost(LOST, hint=LATER) from None
-        finally:
-            self._entering.discard(entered)
-            entered.set()
-
-    def _check(self, ask: Ask) -> None:
-        ask.check(self.length)
-        if self._closing:
-            raise EngineGone("the engine has stopped", hint=LATER)
-        if self._open >= len(self.scheduler.slots) + self.waiting:
-            raise QueueFull(f"{self.waiting} requests are waiting already", hint="Retry a little later.")
 
     def _put(self, call: Callable[[], None]) -> None:
         """Queue a call for the engine's thread, which runs it between two steps. Raises EngineGone."""
@@ -196,12 +157,28 @@ class EmbeddedEngine:
                 raise EngineGone("the engine has stopped", hint=LATER)
             self._calls.put(call)
 
+    def _load(self, row: Row, since: int) -> None:
+        """Load a row's adapter from bank and store, in a thread of the pool: the store may be slow."""
+        adapter: RowAdapter | Exception
+        who, adapters = row.ask.who, self.scheduler.adapters
+        try:
+            if isinstance(who, Nobody):
+                adapter = adapters.adapter_of(who)
+            else:
+                adapter = adapters.adapter_of(self.store.load(who.person, who.number), who.stacked)
+        except Exception as error:
+            adapter = error
+        try:
+            self._put(partial(self._enter_loaded, row, adapter, since))
+        except EngineGone as error:
+            row.send(error)
+
     # -- the engine's own thread ---------------------------------------------------------------------------------------
 
     def _run(self) -> None:
         compute_with(self._threads)
         try:
-            while self.scheduler.busy or not self._complete or not self._calls.empty():
+            while not self._closing or self._loading or self.scheduler.busy or not self._calls.empty():
                 self._run_calls(wait=not self.scheduler.busy)
                 self.scheduler.step()
         except BaseException:
@@ -215,24 +192,35 @@ class EmbeddedEngine:
             self.scheduler.end(EngineGone("the engine has stopped", hint=LATER))
 
     def _run_calls(self, wait: bool) -> None:
-        while True:
-            try:
-                call = self._calls.get(block=wait)
-            except queue.Empty:
-                return
-            call()
-            wait = False
+        with suppress(queue.Empty):
+            while True:
+                self._calls.get(block=wait)()
+                wait = False
 
-    def _enter(self, row: Row, since: int) -> None:
-        """Queue a row. If anyone was forgotten while its adapter was loaded, load the adapter again first."""
-        if since != self.activated.forgotten:
-            try:
-                row.adapter = self.activated.get(row.ask.who)
-            except MtaError as error:
-                return row.send(error)
-            except Exception as error:
-                return self.scheduler.fail([row], error)
-        self.scheduler.waiting.append(row)
+    def _enter(self, row: Row) -> None:
+        """Queue a row for a slot, at once if its adapter is cached."""
+        if adapter := self.activated.get(row.ask.who):
+            self.activated.move_to_end(row.ask.who)
+            row.adapter = adapter
+            self.scheduler.waiting.append(row)
+        else:
+            self._loading += 1
+            self._loaders.submit(self._load, row, self._forgotten)
+
+    def _enter_loaded(self, row: Row, adapter: RowAdapter | Exception, since: int) -> None:
+        """Cache a row's adapter and queue the row, or end the row if loading failed."""
+        self._loading, self._loaded = self._loading - 1, self._loaded + 1
+        if isinstance(adapter, MtaError):
+            row.send(adapter)
+        elif isinstance(adapter, Exception):
+            self.scheduler.fail([row], adapter)
+        elif since != self._forgotten:  # this person may have been forgotten meanwhile: load again
+            self._enter(row)
+        else:
+            self.activated[row.ask.who] = row.adapter = adapter
+            if len(self.activated) > self._most_activated:
+                self.activated.popitem(last=False)
+            self.scheduler.waiting.append(row)
 
 
 def _call_soon(loop: asyncio.AbstractEventLoop, call: Callable[[], object]) -> None:

@@ -10,8 +10,10 @@ computed for one owner is visible to another.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import chain, takewhile
 from typing import Any
 
 import torch
@@ -21,39 +23,33 @@ from transformers.cache_utils import Cache
 from mta.errors import UnsupportedModel
 from mta.model.agreement import Reference, short_windows
 from mta.model.base import BaseModel
-from mta.personalize.adapters import TASK
+from mta.serving.embedded.adapter_slots import AdapterSlots
 from mta.serving.engine import Who
 
 
 class SlotCache(Cache):  # type: ignore[misc]  # transformers brings no types
-    """Keys and values of all slots, by layer; a pass reads and writes the ``rows`` given to ``open``.
+    """Keys and values of all slots, by layer.
 
     Shape per layer: (slots, H, length, E), allocated in the first pass, which determines H and E. ``length`` includes
-    room for the padding of shorter rows in a pass.
+    room for the padding of shorter rows in a pass. A pass writes ``rows`` at ``positions`` (B, T), and reads their
+    first ``seen`` positions.
     """
 
     def __init__(self, slots: int, length: int) -> None:
         super().__init__(layers=[])
         self.slots, self.length = slots, length
-        self.keys: list[Tensor] = []
-        self.values: list[Tensor] = []
+        self.kept: list[list[Tensor]] = []  # keys and values of each layer
         self.rows = slice(0, 0)
         self.positions = torch.empty(0)
         self.seen = 0
 
-    def open(self, rows: slice, positions: Tensor, seen: int) -> SlotCache:
-        """Prepare a pass over ``rows`` at ``positions`` (B, T) that reads the first ``seen`` positions."""
-        self.rows, self.positions, self.seen = rows, positions, seen
-        return self
-
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *_: Any, **__: Any) -> Any:
         """Store a layer's (B, H, T, E) and return all that the rows may attend to, (B, H, seen, E)."""
-        if layer_idx == len(self.keys):
-            made = [x.new_zeros(self.slots, x.shape[1], self.length, x.shape[3]) for x in (key_states, value_states)]
-            self.keys.append(made[0])  # after both allocations: the second may run out of memory
-            self.values.append(made[1])
+        states = key_states, value_states
+        if layer_idx == len(self.kept):
+            self.kept.append([x.new_zeros(self.slots, x.shape[1], self.length, x.shape[3]) for x in states])
         found = []
-        for kept, new in ((self.keys[layer_idx], key_states), (self.values[layer_idx], value_states)):
+        for kept, new in zip(self.kept[layer_idx], states):
             own = kept[self.rows]
             row = torch.arange(len(own), device=own.device)[:, None]
             own[row, :, self.positions] = new.transpose(1, 2)
@@ -63,12 +59,12 @@ class SlotCache(Cache):  # type: ignore[misc]  # transformers brings no types
     def exchange(self, one: int, other: int, tokens: int) -> None:
         """Swap two slots; only their first ``tokens`` positions are moved."""
         pair, crossed = [one, other], [other, one]
-        for kept in (*self.keys, *self.values):
+        for kept in chain(*self.kept):
             kept[pair, :, :tokens] = kept[crossed, :, :tokens]
 
     def clear(self, slot: int) -> None:
         """Fill a slot with zeros."""
-        for kept in (*self.keys, *self.values):
+        for kept in chain(*self.kept):
             kept[slot].zero_()
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
@@ -78,7 +74,7 @@ class SlotCache(Cache):  # type: ignore[misc]  # transformers brings no types
     @property
     def nbytes(self) -> int:
         """Bytes of keys and values."""
-        return sum(kept.nbytes for kept in (*self.keys, *self.values))
+        return sum(kept.nbytes for kept in chain(*self.kept))
 
 
 Owner = tuple[Who, str]  # (person, version, and mode; caller)
@@ -90,66 +86,63 @@ class Slot:
 
     owner: Owner | None = None
     tokens: list[int] = field(default_factory=list)
-    last_used: int = 0
+    last_used: float = 0.0
 
 
 class Slots:
-    """Assigns KV slots to rows and reuses warm slots."""
+    """Assigns KV slots to rows and reuses warm slots. Adapter slots are swapped and emptied together with KV slots."""
 
     def __init__(
-        self, base: BaseModel, count: int, length: int, widest: int, on_exchange: Callable[[int, int], None]
+        self, base: BaseModel, count: int, length: int, widest: int, adapters: AdapterSlots | None = None
     ) -> None:
         self.cache = SlotCache(count, length + widest)  # a pass processes at most ``widest`` tokens of a row
         self.used = 0
-        self._base, self._length = base, length
+        self._base, self._length, self._adapters = base, length, adapters
         self._slots = [Slot() for _ in range(count)]
-        self._on_exchange = on_exchange  # called after two slots are swapped
-        self._clock = 0
 
     def __len__(self) -> int:
         return len(self._slots)
 
-    @property
-    def full(self) -> bool:
-        """Whether all slots are in use."""
-        return self.used == len(self)
-
-    def owners(self) -> list[Owner]:
-        """Return the owners of slots in use and warm slots."""
-        return [slot.owner for slot in self._slots if slot.owner]
+    def known(self) -> list[Who]:
+        """Return the people, versions, and modes of slots in use and warm slots."""
+        return [slot.owner[0] for slot in self._slots if slot.owner]
 
     def take(self, owner: Owner, prompt: Sequence[int]) -> tuple[int, int]:
         """Take a slot for a row of ``owner``; return its index and the number of reused prompt tokens (never all)."""
-        idle = range(self.used, len(self))
-        chosen = max(idle, key=lambda n: (self._shared(n, owner, prompt), -self._slots[n].last_used))
-        shared = self._shared(chosen, owner, prompt)
+        shared = {n: self._shared(n, owner, prompt) for n in range(self.used, len(self))}
+        chosen = max(shared, key=lambda n: (shared[n], -self._slots[n].last_used))
         self.exchange(chosen, self.used)
         place, self.used = self.used, self.used + 1
         slot = self._slots[place]
         if slot.owner not in (None, owner):
             self.cache.clear(place)  # even masked data of one owner must not stay in another owner's slot
-        slot.owner, slot.tokens = owner, slot.tokens[:shared]
-        return place, shared
+        slot.owner, slot.tokens = owner, slot.tokens[: shared[chosen]]
+        return place, shared[chosen]
 
     def leave(self, place: int) -> None:
         """Release a row's slot, which stays warm."""
-        self._clock += 1
-        self._slots[place].last_used = self._clock
+        self._slots[place].last_used = time.monotonic()
         self.used -= 1
         self.exchange(place, self.used)
 
-    def forget(self, matches: Callable[[Owner], bool]) -> list[int]:
-        """Empty the warm slots whose owner ``matches``; return their indices."""
-        owners = {n: self._slots[n].owner for n in range(self.used, len(self))}
-        found = [n for n, owner in owners.items() if owner is not None and matches(owner)]
-        for n in found:
-            self.empty(n)
-        return found
+    def forget(self, matches: Callable[[Who], bool]) -> None:
+        """Empty the warm slots whose person, version, and mode match."""
+        for place, slot in enumerate(self._slots[self.used :], self.used):
+            if slot.owner and matches(slot.owner[0]):
+                self.empty(place)
+
+    def empty_from(self, used: int) -> None:
+        """Release and empty all slots except the first ``used``."""
+        self.used = used
+        for place in range(used, len(self)):
+            self.empty(place)
 
     def empty(self, place: int) -> None:
         """Remove the owner of an unused slot, and fill the slot with zeros."""
         self._slots[place] = Slot()
         self.cache.clear(place)
+        if self._adapters:
+            self._adapters.clear(place)
 
     def logits(self, rows: slice, tokens: Sequence[Sequence[int]]) -> Tensor:
         """Process new ``tokens`` of each row; return the next-token logits after each row's last token, (B, V)."""
@@ -159,24 +152,20 @@ class Slots:
         device = self._base.device
         positions = torch.tensor(starts, device=device)[:, None] + torch.arange(width, device=device)
         last = torch.tensor([n * width + len(row) - 1 for n, row in enumerate(tokens)], device=device)
-        seen = max(starts) + width
-        cache = self.cache.open(rows, positions, seen)
         valid = positions.clamp(max=self._length - 1)  # padding may lie beyond the model's last position
-        logits = self._base.next_logits(torch.tensor(padded, device=device), valid, cache, seen, last)
+        cache = self.cache
+        cache.rows, cache.positions, cache.seen = rows, positions, max(starts) + width
+        logits = self._base.next_logits(torch.tensor(padded, device=device), valid, cache, cache.seen, last)
         for slot, row in zip(self._slots[rows], tokens):
             slot.tokens.extend(row)
         return logits
 
     def _shared(self, place: int, owner: Owner, prompt: Sequence[int]) -> int:
         """Return the length of the prompt prefix that the slot holds for this owner."""
-        slot, count = self._slots[place], 0
+        slot = self._slots[place]
         if slot.owner != owner:
             return 0
-        for known, wanted in zip(slot.tokens, prompt[:-1]):
-            if known != wanted:
-                break
-            count += 1
-        return count
+        return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(slot.tokens, prompt[:-1])))
 
     def exchange(self, one: int, other: int) -> None:
         """Swap two slots."""
@@ -185,7 +174,8 @@ class Slots:
         tokens = max(len(self._slots[one].tokens), len(self._slots[other].tokens))
         self.cache.exchange(one, other, tokens)
         self._slots[one], self._slots[other] = self._slots[other], self._slots[one]
-        self._on_exchange(one, other)
+        if self._adapters:
+            self._adapters.exchange(one, other)
 
 
 def refuse_unservable(base: BaseModel) -> None:
@@ -193,9 +183,7 @@ def refuse_unservable(base: BaseModel) -> None:
     with short_windows(base.model):
         reference = Reference.of(base.model, base.tokenizer, base.prompts.max_tokens)
         tokens = len(reference.tokens)
-        slots = Slots(base, 2, tokens, tokens, lambda *_: None)
-        for asker in ("one", "other"):
-            slots.take((TASK, asker), ())
+        slots = Slots(base, 2, tokens, tokens)
         if base.packable and reference.continues(lambda new: slots.logits(slice(0, 2), new)):
             return
     raise UnsupportedModel(

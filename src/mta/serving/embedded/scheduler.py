@@ -16,6 +16,7 @@ Slots that the failure may have left half written are emptied, so later answers 
 
 from __future__ import annotations
 
+import itertools
 import logging
 import traceback
 from collections import deque
@@ -33,22 +34,20 @@ from mta.serving.embedded.kv_cache import Slots
 from mta.serving.engine import LATER, LOST, AnswerLost, Ask, Finish, Piece, Who
 from mta.serving.sampling import Sampler
 
-Send = Callable[[Piece | MtaError], None]
 PATIENCE = 8  # consecutive failed steps after which the engine counts as unhealthy
 log = logging.getLogger("mta")
 
 
 @dataclass(slots=True, eq=False)
 class Row:
-    """One answer in progress: ``left`` holds unprocessed prompt tokens, ``count`` counts generated tokens."""
+    """One answer in progress: ``left`` holds tokens that are not processed yet, ``count`` counts generated tokens."""
 
     ask: Ask
-    adapter: RowAdapter
-    send: Send
+    send: Callable[[Piece | MtaError], None]
     sampler: Sampler
-    number: int = 0
+    adapter: RowAdapter = field(init=False)  # set before the row waits for a slot
+    number: int = field(default_factory=itertools.count().__next__)  # in order of arrival
     left: list[int] = field(default_factory=list)
-    last: int = -1
     count: int = 0
     cached: int = 0
     cancelled: bool = False  # the caller no longer waits
@@ -59,13 +58,12 @@ class Scheduler:
 
     def __init__(self, base: BaseModel, adapters: AdapterSlots, slots: int, length: int, chunk: int) -> None:
         self.adapters, self.chunk = adapters, chunk
-        self.slots = Slots(base, slots, length, chunk, adapters.exchange)
+        self.slots = Slots(base, slots, length, chunk, adapters)
         self.waiting: deque[Row] = deque()
         self.rows: list[Row] = []  # row n has slot n in both caches; running rows first, then filling rows
         self.running = 0
         self.failed = self.lost = 0  # failed steps and lost answers since the start
         self._failures_in_a_row = 0
-        self._admitted = 0
         self.stops = frozenset(base.stop_tokens)
 
     @property
@@ -74,8 +72,8 @@ class Scheduler:
         return bool(self.rows or self.waiting)
 
     def known(self) -> list[Who]:
-        """Return the owners of rows, waiting rows, and warm slots."""
-        return [row.ask.who for row in (*self.rows, *self.waiting)] + [who for who, _ in self.slots.owners()]
+        """Return the owners of waiting rows and of all slots, in use or warm."""
+        return [*(row.ask.who for row in self.waiting), *self.slots.known()]
 
     @property
     def stuck(self) -> bool:
@@ -91,7 +89,7 @@ class Scheduler:
             if len(self.rows) > self.running:
                 self._prefill()
             if self.running:
-                self._decode()
+                self._pass(slice(0, self.running), 1)
         except Exception as error:
             self._restart(error)
 
@@ -103,22 +101,17 @@ class Scheduler:
             row.cancelled = True
         try:
             self._drop_cancelled()
-            for place in self.slots.forget(lambda owner: matches(owner[0])):
-                self.adapters.clear(place)
+            self.slots.forget(matches)
         except Exception as failure:
             self._restart(failure)
-
-    def note(self, error: Exception, lost: int) -> None:
-        """Count a failure and its lost answers. Log only type and place: the message may hold user data."""
-        self.failed, self.lost = self.failed + 1, self.lost + lost
-        self._failures_in_a_row += 1
-        frame = traceback.extract_tb(error.__traceback__)[-1]
-        log.error("a decoding step failed: %s at %s:%s", type(error).__name__, Path(frame.filename).name, frame.lineno)
 
     def fail(self, rows: Sequence[Row], error: Exception) -> None:
         """End the answers of ``rows`` because of ``error``; leave the slots as they are."""
         lost = [row for row in rows if not row.cancelled]
-        self.note(error, len(lost))
+        self.failed, self.lost = self.failed + 1, self.lost + len(lost)
+        self._failures_in_a_row += 1
+        frame = traceback.extract_tb(error.__traceback__)[-1]  # type and place only: the message may hold user data
+        log.error("a decoding step failed: %s at %s:%s", type(error).__name__, Path(frame.filename).name, frame.lineno)
         for row in lost:
             row.send(AnswerLost(LOST, hint=LATER))
             row.cancelled = True
@@ -128,21 +121,13 @@ class Scheduler:
         self.fail(rows, error)
         for row in rows:
             self._leave(row)
-            self._empty(len(self.rows))  # _leave moved the row's slot there
+            self.slots.empty(len(self.rows))  # _leave moved the row's slot there
 
     def _restart(self, error: Exception) -> None:
         """End all rows that have a slot because of ``error``, and empty all slots: a swap may be half done."""
         self.fail(self.rows, error)
-        self.rows, self.running, self.slots.used = [], 0, 0
-        self._empty_idle()
-
-    def _empty_idle(self) -> None:
-        for place in range(self.slots.used, len(self.slots)):
-            self._empty(place)
-
-    def _empty(self, place: int) -> None:
-        self.slots.empty(place)
-        self.adapters.clear(place)
+        self.rows, self.running = [], 0
+        self.slots.empty_from(0)
 
     def _drop_cancelled(self) -> None:
         self.waiting = deque(row for row in self.waiting if not row.cancelled)
@@ -150,61 +135,52 @@ class Scheduler:
             self._leave(row)
 
     def _admit(self) -> None:
-        while self.waiting and not self.slots.full:
+        while self.waiting and len(self.rows) < len(self.slots):
             row = self.waiting.popleft()
             try:
                 place, row.cached = self.slots.take((row.ask.who, row.ask.asker), row.ask.prompt)
                 self.adapters.take(place, row.adapter)
             except Exception as error:
                 self.fail([row], error)
-                self.slots.used = len(self.rows)
-                self._empty_idle()  # slots in use were not touched
+                self.slots.empty_from(len(self.rows))  # slots in use were not touched
                 continue
             row.left = list(row.ask.prompt[row.cached :])
-            self._admitted += 1
-            row.number = self._admitted
             self.rows.append(row)
 
     def _prefill(self) -> None:
         """Run one prefill pass over the oldest filling row and as many others as fit into a chunk."""
         first = self.running
-        oldest = min(range(first, len(self.rows)), key=lambda n: self.rows[n].number)
-        self._exchange(first, oldest)
-        rows, width = [self.rows[first]], min(len(self.rows[first].left), self.chunk)
+        self._exchange(first, min(range(first, len(self.rows)), key=lambda n: self.rows[n].number))
+        count, width = 1, min(len(self.rows[first].left), self.chunk)
         for row in self.rows[first + 1 :]:
             wider = max(width, min(len(row.left), self.chunk))
-            if wider * (len(rows) + 1) > self.chunk:
+            if wider * (count + 1) > self.chunk:
                 break
-            rows, width = [*rows, row], wider
-        result = self._pass(slice(first, first + len(rows)), [row.left[:width] for row in rows])
-        if result is None:
-            return
-        logits, likeliest = result
+            count, width = count + 1, wider
+        self._pass(slice(first, first + count), width)
+
+    def _pass(self, places: slice, width: int) -> None:
+        """Process at most ``width`` tokens of each row; sample a token for rows that have none left.
+
+        If the pass fails, its rows end.
+        """
+        rows, filling = self.rows[places], places.start == self.running
+        try:
+            with self.adapters.opened(places):
+                logits = self.slots.logits(places, [row.left[:width] for row in rows])
+            likeliest = logits.argmax(-1).tolist()  # waits for the device, so device errors are raised here
+        except Exception as error:
+            return self._lose(rows, error)
+        self._failures_in_a_row = 0
         for row in rows:
             del row.left[:width]
         ready = [n for n, row in enumerate(rows) if not row.left]
-        for n in ready:
-            self._start(rows[n])
+        if filling:
+            for n in ready:
+                self._exchange(self.rows.index(rows[n]), self.running)
+                self.running += 1
         for n in ready:
             self._next(rows[n], logits[n], likeliest[n])
-
-    def _decode(self) -> None:
-        rows = self.rows[: self.running]
-        if result := self._pass(slice(0, len(rows)), [[row.last] for row in rows]):
-            for row, logits, likeliest in zip(rows, *result):
-                self._next(row, logits, likeliest)
-
-    def _pass(self, rows: slice, tokens: list[list[int]]) -> tuple[Tensor, list[int]] | None:
-        """Return next-token logits and likeliest tokens; if the pass fails, end its rows and return None."""
-        try:
-            with self.adapters.opened(rows):
-                logits = self.slots.logits(rows, tokens)
-            likeliest = logits.argmax(-1).tolist()  # waits for the device, so device errors are raised here
-        except Exception as error:
-            self._lose(self.rows[rows], error)
-            return None
-        self._failures_in_a_row = 0
-        return logits, likeliest
 
     def _next(self, row: Row, logits: Tensor, likeliest: int) -> None:
         """Sample one more token of an answer; remove the row when the answer ends."""
@@ -216,7 +192,7 @@ class Scheduler:
         if token.id in self.stops:
             finish = "stop"
         else:
-            row.last, row.count = token.id, row.count + 1
+            row.left, row.count = [token.id], row.count + 1
             row.send(Piece(token, cached=row.cached))
             if row.count >= row.ask.max_tokens:
                 finish = "length"
@@ -224,11 +200,6 @@ class Scheduler:
             row.send(Piece(finish=finish, cached=row.cached))
             row.cancelled = True
             self._leave(row)
-
-    def _start(self, row: Row) -> None:
-        """Move a row from filling to running."""
-        self._exchange(self.rows.index(row), self.running)
-        self.running += 1
 
     def _leave(self, row: Row) -> None:
         place = self.rows.index(row)
@@ -241,6 +212,5 @@ class Scheduler:
         self.rows.pop()
 
     def _exchange(self, one: int, other: int) -> None:
-        if one != other:
-            self.slots.exchange(one, other)
-            self.rows[one], self.rows[other] = self.rows[other], self.rows[one]
+        self.slots.exchange(one, other)
+        self.rows[one], self.rows[other] = self.rows[other], self.rows[one]

@@ -1,30 +1,46 @@
-"""People's adapters as PEFT folders for vLLM, built from bank and store when a name is first requested."""
+"""People's adapters as PEFT folders for vLLM, built from bank and store when a name is first requested.
+
+VLLM takes one LoRA of bounded rank per request. The stack is kept exactly; task LoRA and merge are truncated by svd to
+the remaining rank. The shared factors are decomposed once, so truncating for one person needs only the svd of small
+cores:
+
+    sum over ranks p of gate[p] * B_p A_p  =  Q_B (R_B diag(gate) R_A^T) Q_A^T
+"""
 
 from __future__ import annotations
 
 import hashlib
 import logging
-import os
 import re
 import shutil
-import threading
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from mta.serving.engine import Version
-    from mta.serving.vllm.lora_export import LoraExporter
-    from mta.store.state import State
+import torch
+from torch import Tensor
+
+from mta.bank.format import read_adapters, read_info, verify
+from mta.errors import InputError, MtaError, OtherBank, StateCorrupt
+from mta.lora.batch import Factors, LoraBatch, join, shared_ranks
+from mta.lora.merge import truncate
+from mta.lora.peft import read_peft, write_peft
+from mta.personalize.adapters import BASE, Nobody, merge_factors, merge_of
+from mta.serving.engine import Version
+from mta.serving.model_names import from_wire
+from mta.store import Store
+from mta.store.state import State
+from mta.system.atomic import write_json
+from mta.system.device import seeded
 
 log = logging.getLogger("mta")
-_OURS = re.compile(r"\.?[0-9a-f]{32}-[0-9a-f]{32}(\.json)?(\.[0-9a-f]{32})?")
+CUT = "cut.json"  # in an adapter's folder: the relative error of the truncation
+_OVERSAMPLING = 8  # additional directions in the randomized svd, for accurate last singular values
+_ITERATIONS = 4  # power iterations of the randomized svd
+_OURS = re.compile(r"\.?[0-9a-f]{32}-[0-9a-f]{32}(\.[0-9a-f]{32})?")
 
 
 def folder_of(name: str) -> str:
     """Return the folder name of an adapter: hashes of person and name, so that the path reveals no id."""
-    from mta.serving.engine import Version
-    from mta.serving.model_names import from_wire
-
     who = from_wire(name)
     return f"{_hash(who.person if isinstance(who, Version) else '')}-{_hash(name)}"
 
@@ -33,99 +49,121 @@ def _hash(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:32]
 
 
+def remove_all(folder: Path, person: str) -> None:
+    """Delete all files of a person's adapters, also partial files from a server that stopped.
+
+    Call this only after vLLM unloaded the adapters: missing files crash vLLM.
+    """
+    for left in (*folder.glob(f"{_hash(person)}-*"), *folder.glob(f".{_hash(person)}-*")):
+        shutil.rmtree(left, ignore_errors=True)
+
+
 class Adapters:
     """Builds adapters as PEFT folders on first request, by their name in vLLM."""
 
     def __init__(self, bank: Path, store: str, folder: Path, rank: int) -> None:
-        self.bank, self.url, self.folder, self.rank = bank, store, folder, rank
-        self._exporter: LoraExporter | None = None
-        self._cleaned = False
-        self._lock = threading.Lock()
+        self.bank, self.store, self.folder, self.rank = bank, Store(store), folder, rank
+        for left in folder.iterdir():  # of an earlier server: forgetting would not find those folders
+            if _OURS.fullmatch(left.name):
+                shutil.rmtree(left, ignore_errors=True)
 
-    @classmethod
-    def of_environment(cls) -> Adapters:
-        """Read bank, store, folder, and rank from the environment of the vLLM server."""
-        values = {name: os.environ[f"MTA_VLLM_{name}"] for name in ("BANK", "STORE", "FOLDER", "RANK")}
-        return cls(Path(values["BANK"]), values["STORE"], Path(values["FOLDER"]), int(values["RANK"]))
+    @cached_property
+    def _exporter(self) -> LoraExporter:
+        info = read_info(self.bank)
+        verify(self.bank, info)
+        return LoraExporter(*read_adapters(self.bank, info), info.hash, self.rank)
 
     def path(self, name: str) -> Path | None:
         """Return the folder of an adapter; None if the name is unknown or the adapter cannot be built."""
-        from mta.errors import MtaError
-
+        who = from_wire(name)
+        if who is None or who is BASE:
+            return None
         try:
-            with self._lock:
-                self._clean()
-                return self._path(name)
+            return self._path(who, self.folder / folder_of(name))
         except MtaError as error:
             log.warning("an adapter could not be built: %s", type(error).__name__)  # the message may hold an id
             return None
 
-    def _clean(self) -> None:
-        """Delete what an earlier server left, once; forgetting would not find those files."""
-        if not self._cleaned:
-            for left in self.folder.iterdir():
-                if _OURS.fullmatch(left.name):
-                    shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
-            self._cleaned = True
-
-    def _path(self, name: str) -> Path | None:
-        from mta.lora.peft import read_peft, write_peft
-        from mta.personalize.adapters import BASE, Nobody
-        from mta.serving.model_names import from_wire
-        from mta.system.atomic import write_json
-
-        who = from_wire(name)
-        if who is None or who is BASE:
-            return None
-        folder = self.folder / folder_of(name)
+    def _path(self, who: Version | Nobody, folder: Path) -> Path | None:
         if not folder.exists():
-            state = who if isinstance(who, Nobody) else self._state(who)
-            if state is None:
+            if isinstance(who, Nobody):
+                adapter, error = self._exporter.adapter(who)
+            elif self._is_stored(who):
+                adapter, error = self._exporter.adapter(self.store.load(who.person, who.number), who.stacked)
+            else:
                 return None
-            adapter, error = self._lora_exporter().adapter(state, isinstance(who, Nobody) or who.stacked)
-            write_json(note_of(self.folder, name), {"error": error})
             write_peft(folder, adapter, "")
+            write_json(folder / CUT, {"error": error})
         read_peft(folder)  # never give vLLM an unreadable adapter
         if isinstance(who, Nobody) or self._is_stored(who):
             return folder
-        remove(self.folder, name)  # forgotten meanwhile
+        shutil.rmtree(folder, ignore_errors=True)  # forgotten meanwhile
         return None
-
-    def _lora_exporter(self) -> LoraExporter:
-        from mta.bank.format import read_adapters, read_info, verify
-        from mta.serving.vllm.lora_export import LoraExporter
-
-        if self._exporter is None:
-            info = read_info(self.bank)
-            verify(self.bank, info)
-            self._exporter = LoraExporter(*read_adapters(self.bank, info), info.hash, self.rank)
-        return self._exporter
-
-    def _state(self, who: Version) -> State | None:
-        from mta.store import Store
-
-        return Store(self.url).load(who.person, who.number) if self._is_stored(who) else None
 
     def _is_stored(self, who: Version) -> bool:
         """Whether the store holds that version with the same content."""
-        from mta.store import Store
-
-        seal = Store(self.url).seal(who.person, who.number)
+        seal = self.store.seal(who.person, who.number)
         return seal is not None and seal.startswith(who.seal)
 
 
-def note_of(folder: Path, name: str) -> Path:
-    """Return the path of the file that holds an adapter's truncation error."""
-    return folder / f"{folder_of(name)}.json"
+class LoraExporter:
+    """Builds adapters of rank at most ``rank`` from a bank's anchors, its task LoRA, and people's states."""
+
+    def __init__(self, anchors: LoraBatch, task_lora: LoraBatch | None, bank: str, rank: int) -> None:
+        self.anchors, self.task_lora, self.bank, self.rank = anchors, task_lora, bank, rank
+        shared = [batch for batch in (task_lora, anchors) if batch is not None]
+        self._spans: dict[str, tuple[Tensor, ...]] = {}  # Q_A, R_A, Q_B, R_B of each layer
+        for name in anchors.names:
+            a, b = shared_ranks(shared, name)
+            self._spans[name] = *torch.linalg.qr(a.mT), *torch.linalg.qr(b)
+
+    def adapter(self, owner: State | Nobody, stacked: bool = True) -> tuple[LoraBatch, float]:
+        """Return one adapter with scale 1, and the relative Frobenius error of truncating task LoRA and merge.
+
+        Raises InputError for the base (no adapter) and for a stack that fills the slot; OtherBank; StateCorrupt.
+        """
+        if isinstance(owner, Nobody):
+            if owner is BASE or self.task_lora is None:
+                raise InputError("the base has no adapter", hint="Use vLLM's name for the base.")
+            return _truncated(self.task_lora, self.rank)
+        if owner.bank != self.bank:
+            raise OtherBank("the person's state was made with another bank", hint="Personalize again: mta personalize")
+        stack = [owner.stack] if stacked and owner.stack else []
+        room = self.rank - sum(part.rank for part in stack)
+        if room < 1:
+            raise InputError(
+                f"a stack of rank {self.rank - room} leaves no room in a slot of rank {self.rank}",
+                hint="Give vLLM larger slots:  --vllm-args '--max-lora-rank 32'",
+            )
+        if owner.mode == "exact":
+            merged, error = self._merged(owner, room)
+        else:
+            pooled = [self.task_lora] if self.task_lora else []
+            merged, error = _truncated(join([*pooled, merge_factors(self.anchors, owner, torch.float32)]), room)
+        whole = join([merged, *stack])
+        if any(not part.isfinite().all() for pair in whole.factors.values() for part in pair):
+            raise StateCorrupt("a person's adapter contains NaN or infinity", hint="Personalize again.")
+        return whole, error
+
+    def _merged(self, state: State, rank: int) -> tuple[LoraBatch, float]:
+        """Return task LoRA and exact merge truncated to ``rank``, and the relative error over all layers."""
+        shares = merge_of([state], torch.float32).gates(len(self.anchors))[0].repeat_interleave(self.anchors.rank)
+        gates = torch.cat([shares.new_ones(self.task_lora.rank if self.task_lora else 0), shares])
+        factors, lost, total = {}, 0.0, 0.0
+        with seeded(0, torch.device("cpu")):  # reproducible: the same state gives the same adapter
+            for name, (q_a, r_a, q_b, r_b) in self._spans.items():
+                core = (r_b * gates) @ r_a.mT
+                u, s, v = torch.svd_lowrank(core, min(rank + _OVERSAMPLING, *core.shape), _ITERATIONS)
+                u, s, v = u[:, :rank], s[:rank], v[:, :rank]
+                root = s.sqrt()
+                factors[name] = Factors(((v * root).mT @ q_a.mT)[None], (q_b @ (u * root))[None])
+                lost += float((core - (u * s) @ v.mT).square().sum())
+                total += float(core.square().sum())
+        return LoraBatch(factors), (lost / total) ** 0.5 if total else 0.0
 
 
-def remove(folder: Path, name: str) -> None:
-    """Delete an adapter's files. Call this only after vLLM unloaded the adapter: missing files crash vLLM."""
-    shutil.rmtree(folder / folder_of(name), ignore_errors=True)
-    note_of(folder, name).unlink(missing_ok=True)
-
-
-def remove_all(folder: Path, person: str) -> None:
-    """Delete all remaining files of a person's adapters, such as partial files from a server that stopped."""
-    for left in (*folder.glob(f"{_hash(person)}-*"), *folder.glob(f".{_hash(person)}-*")):
-        shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
+def _truncated(adapter: LoraBatch, rank: int) -> tuple[LoraBatch, float]:
+    if adapter.rank <= rank:
+        return adapter.scaled_into_b(), 0.0
+    truncated, error = truncate(adapter, rank)
+    return truncated, float(error)

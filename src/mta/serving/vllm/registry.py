@@ -8,31 +8,31 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
 from collections import OrderedDict
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import httpx2 as httpx
 
 from mta.personalize.adapters import Nobody
 from mta.serving.engine import EngineGone, Version
 from mta.serving.model_names import from_wire, wire_name
-from mta.serving.vllm.adapters import note_of, remove, remove_all
+from mta.serving.vllm.adapters import CUT, folder_of, remove_all
 
 _RETRY = "Forget the person again in a few seconds; forgetting is complete once vLLM confirms it."
 
 
 @dataclass(slots=True, eq=False)
 class Loaded:
-    """An adapter that vLLM may have loaded, the answers that use it, and its truncation error once known."""
+    """An adapter that vLLM may have loaded, and the answers that use it."""
 
     who: Version | Nobody
     answers: set[asyncio.Task[None]] = field(default_factory=set)
-    idle: asyncio.Event = field(default_factory=asyncio.Event)
     unloading: asyncio.Task[None] | None = None
-    error: float | None = None
 
 
 class AdapterRegistry:
@@ -46,10 +46,13 @@ class AdapterRegistry:
     def __len__(self) -> int:
         return len(self._loaded)
 
-    @property
-    def errors(self) -> list[float]:
-        """Truncation errors of the adapters that were used."""
-        return [one.error for one in self._loaded.values() if one.error is not None]
+    def cut_error(self) -> float:
+        """Return the largest relative error of truncation among the loaded adapters."""
+        errors = [0.0]
+        for name in self._loaded:
+            with suppress(OSError, ValueError, KeyError):  # the base has no folder, and vLLM may still build one
+                errors.append(json.loads((self.folder / folder_of(name) / CUT).read_text(encoding="utf-8"))["error"])
+        return max(errors)
 
     @asynccontextmanager
     async def held(self, who: Version | Nobody) -> AsyncIterator[str]:
@@ -61,23 +64,13 @@ class AdapterRegistry:
         entry = self._loaded.setdefault(name, Loaded(who))
         self._loaded.move_to_end(name)
         entry.answers.add(task)
-        entry.idle.clear()
         try:
             yield name
         finally:
             entry.answers.discard(task)
-            if not entry.answers:
-                entry.idle.set()
-            self._trim()
-
-    def used(self, name: str) -> None:
-        """Record that vLLM answered with an adapter: its truncation error can be read now."""
-        entry = self._loaded[name]
-        if entry.error is None and isinstance(entry.who, Version):
-            try:
-                entry.error = float(json.loads(note_of(self.folder, name).read_text(encoding="utf-8"))["error"])
-            except (OSError, ValueError, KeyError):
-                entry.error = None
+            idle = [name for name, one in self._of().items() if not one.answers and not one.unloading]
+            for name in idle[: max(len(idle) - self.count, 0)]:
+                self._start_unloading(name)
 
     async def forget(self, person: str) -> None:
         """Wait until no answer uses the person's adapters, unload them, and delete their files. Raises EngineGone.
@@ -87,11 +80,10 @@ class AdapterRegistry:
         for name in await self._listed():
             who = from_wire(name)
             if isinstance(who, Version) and who.person == person:
-                self._loaded.setdefault(name, Loaded(who, idle=_set()))
-        entries = {n: e for n, e in self._loaded.items() if isinstance(e.who, Version) and e.who.person == person}
-        for entry in entries.values():
-            await entry.idle.wait()
-        await asyncio.gather(*(asyncio.shield(self._start_unloading(name)) for name in entries if name in self._loaded))
+                self._loaded.setdefault(name, Loaded(who))
+        while answers := self.answers(person):
+            await asyncio.wait(answers)
+        await asyncio.gather(*(asyncio.shield(self._start_unloading(name)) for name in self._of(person)))
         remove_all(self.folder, person)
 
     async def versions(self) -> set[Version]:
@@ -105,14 +97,15 @@ class AdapterRegistry:
 
     def answers(self, person: str) -> list[asyncio.Task[None]]:
         """Return the running answers of a person."""
-        entries = [e for e in self._loaded.values() if isinstance(e.who, Version) and e.who.person == person]
-        return [task for entry in entries for task in entry.answers]
+        return [task for entry in self._of(person).values() for task in entry.answers]
 
-    def _trim(self) -> None:
-        loaded = self._loaded.items()
-        idle = [name for name, one in loaded if isinstance(one.who, Version) and not one.answers and not one.unloading]
-        for name in idle[: max(len(idle) - self.count, 0)]:
-            self._start_unloading(name)
+    def _of(self, person: str | None = None) -> dict[str, Loaded]:
+        """Return the adapters of a person, or of all people, by name."""
+        return {
+            name: one
+            for name, one in self._loaded.items()
+            if isinstance(one.who, Version) and person in (None, one.who.person)
+        }
 
     def _start_unloading(self, name: str) -> asyncio.Task[None]:
         entry = self._loaded[name]
@@ -121,8 +114,8 @@ class AdapterRegistry:
 
     async def _remove(self, name: str) -> None:
         try:
-            await self._unload(name)
-            remove(self.folder, name)
+            await self._asked("POST", "/v1/unload_lora_adapter", (200, 404), json={"lora_name": name})
+            shutil.rmtree(self.folder / folder_of(name), ignore_errors=True)
             del self._loaded[name]
             self.unloaded += 1
         finally:
@@ -130,29 +123,24 @@ class AdapterRegistry:
                 self._loaded[name].unloading = None
 
     async def _listed(self) -> list[str]:
-        """Return the names that vLLM knows; none if the server is gone, because a stopped server holds nothing."""
-        try:
-            answer = await self.client.get("/v1/models", timeout=30)
-            return [str(model["id"]) for model in answer.raise_for_status().json()["data"]]
-        except (httpx.HTTPError, ValueError, KeyError, TypeError) as error:
-            if _is_server_gone(error):
-                return []
-            raise EngineGone(
-                "vLLM did not list its models: an adapter of the person may still be loaded", hint=_RETRY
-            ) from error
+        """Return the names that vLLM knows. Raises EngineGone."""
+        answer = await self._asked("GET", "/v1/models", (200,))
+        return [str(model["id"]) for model in answer.json()["data"]] if answer else []
 
-    async def _unload(self, name: str) -> None:
-        """Unload an adapter. 404 counts as success, and so does a stopped server. Raises EngineGone."""
+    async def _asked(self, method: str, path: str, expected: tuple[int, ...], **how: Any) -> httpx.Response | None:
+        """Return vLLM's response; None if the server has stopped, because a stopped server holds nothing.
+
+        Raises EngineGone if the server may still run and did not do as asked.
+        """
         try:
-            answer = await self.client.post("/v1/unload_lora_adapter", json={"lora_name": name}, timeout=30)
+            answer = await self.client.request(method, path, timeout=30, **how)
         except httpx.HTTPError as error:
             if _is_server_gone(error):
-                return
-            raise EngineGone("vLLM does not answer: the adapter may still be loaded", hint=_RETRY) from error
-        if answer.status_code not in (200, 404):
-            raise EngineGone(
-                f"vLLM answered {answer.status_code} to an unload request, expected 200 or 404", hint=_RETRY
-            )
+                return None
+            raise EngineGone("vLLM does not answer: an adapter of the person may still be loaded", _RETRY) from error
+        if answer.status_code not in expected:
+            raise EngineGone(f"vLLM answered {answer.status_code} to {path}, expected {expected}", hint=_RETRY)
+        return answer
 
 
 def _is_server_gone(error: BaseException | None) -> bool:
@@ -162,9 +150,3 @@ def _is_server_gone(error: BaseException | None) -> bool:
             return True
         error = error.__cause__ or error.__context__
     return False
-
-
-def _set() -> asyncio.Event:
-    event = asyncio.Event()
-    event.set()
-    return event

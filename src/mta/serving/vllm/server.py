@@ -29,7 +29,6 @@ from mta.system.atomic import owner_only
 log = logging.getLogger("mta")
 SLOT_RANK = 16  # default rank of vLLM's adapter slots (decision 012)
 _STARTUP_TIMEOUT = 600.0  # seconds: large models on slow disks
-_UNLIMITED = httpx.Limits(max_connections=None)
 _ERROR = re.compile(r"\b\w+(?:Error|Exception): .+|error: .+")
 
 
@@ -72,25 +71,30 @@ class VllmSettings:
         return {"VLLM_CPU_KVCACHE_SPACE": "2"} | inherited | own
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass
 class Remote:
-    """A server on this machine that we did not start: its address, its key, and its plugin's adapter folder.
+    """A server on this machine: its address, its plugin's adapter folder, and its key. ``stop`` leaves it running.
 
-    ``url`` is an http URL, or ``unix:`` followed by a socket path.
+    ``url`` is an http URL, or ``unix:`` followed by a socket path. ``lock`` is held for the lifetime of this object.
     """
 
     url: str
     folder: Path
     key: str = ""
-    up: bool = True
-    lock: object = None  # held for the lifetime of this object
+    lock: object = None
+
+    @property
+    def up(self) -> bool:
+        """Whether the server runs, as far as we know."""
+        return True
 
     def client(self) -> httpx.AsyncClient:
         """Return a client of the server."""
         headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
-        if self.url.startswith("unix:"):
-            return _over(self.url.removeprefix("unix:"), headers)
-        return httpx.AsyncClient(base_url=self.url, headers=headers, limits=_UNLIMITED, timeout=30)
+        socket = self.url.removeprefix("unix:") if self.url.startswith("unix:") else None
+        transport = httpx.AsyncHTTPTransport(uds=socket, limits=httpx.Limits(max_connections=None))
+        url = "http://vllm" if socket else self.url
+        return httpx.AsyncClient(transport=transport, base_url=url, headers=headers, timeout=30)
 
     def gone(self) -> EngineGone:
         """Return the error of a request that the server did not answer."""
@@ -100,7 +104,7 @@ class Remote:
         """Do nothing: the server keeps running."""
 
 
-class VllmServer:
+class VllmServer(Remote):
     """A server that this process starts once, with its folder, which is in memory if possible."""
 
     def __init__(self, settings: VllmSettings) -> None:
@@ -109,10 +113,10 @@ class VllmServer:
                 f"no Python at {settings.python!r} to run vLLM with",
                 hint="Create one (docs/how-to/vllm.md):  make vllm   and pass  --vllm .vllm/bin/python",
             )
-        self.settings = settings
         memory = Path("/dev/shm")
-        self.folder = Path(tempfile.mkdtemp(prefix="mta-vllm-", dir=memory if memory.is_dir() else None))
-        self.socket, self.log = self.folder / "socket", self.folder / "log"
+        folder = Path(tempfile.mkdtemp(prefix="mta-vllm-", dir=memory if memory.is_dir() else None))
+        super().__init__(f"unix:{folder / 'socket'}", folder)
+        self.settings, self.socket, self.log = settings, folder / "socket", folder / "log"
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -120,14 +124,10 @@ class VllmServer:
         """Whether the server was started and has not ended."""
         return self._process is not None and self._process.poll() is None
 
-    def client(self) -> httpx.AsyncClient:
-        """Return a client of the server."""
-        return _over(str(self.socket), {})
-
     def gone(self) -> EngineGone:
         """Return the error of a request that the server did not answer; log the exit status if the server ended."""
         if self.up or self._process is None:
-            return EngineGone("vLLM does not answer", hint=LATER)
+            return super().gone()
         status = self._process.returncode
         log.error("the vLLM server ended (exit status %s); its log, until the gateway stops: %s", status, self.log)
         return EngineGone(f"the vLLM server ended (exit status {status})", hint="Restart the gateway:  mta serve")
@@ -135,55 +135,42 @@ class VllmServer:
     def start(self) -> None:
         """Start the server and wait until it is ready. Raises VllmNotStarted with the first error of its log."""
         try:
-            self._run()
+            with open(self.log, "wb", opener=owner_only) as log:
+                self._process = subprocess.Popen(
+                    self.settings.command(self.socket),
+                    env=self.settings.environment(self.folder),
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                    start_new_session=True,  # a process group, so that child processes are stopped too
+                )
+            self._wait()
         except BaseException:
             self.stop()
             raise
 
-    def stop(self) -> None:
-        """Stop the server and delete its folder."""
-        self._end()
-        shutil.rmtree(self.folder, ignore_errors=True)
-
-    def _run(self) -> None:
-        with open(self.log, "wb", opener=owner_only) as log:
-            self._process = subprocess.Popen(
-                self.settings.command(self.socket),
-                env=self.settings.environment(self.folder),
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,  # a process group, so that child processes are stopped too
-            )
-        self._wait(self._process)
-
-    def _wait(self, process: subprocess.Popen[bytes]) -> None:
+    def _wait(self) -> None:
         end = time.monotonic() + _STARTUP_TIMEOUT
         with httpx.Client(transport=httpx.HTTPTransport(uds=str(self.socket)), base_url="http://vllm") as client:
-            while process.poll() is None and time.monotonic() < end:
+            while self.up and time.monotonic() < end:
                 with suppress(httpx.HTTPError):
                     if self.socket.exists() and client.get("/health").status_code == 200:
                         return
                 time.sleep(0.25)
         raise VllmNotStarted(
-            f"vLLM did not start (exit status {process.poll()}): {_reason(self.log)}",
+            f"vLLM did not start (exit status {self._process and self._process.poll()}): {_reason(self.log)}",
             hint="Run this command to see the full log:  " + shlex.join(self.settings.command(Path("vllm.sock"))),
         )
 
-    def _end(self) -> None:
-        """Send SIGTERM to the server and its children, then SIGKILL to those still running."""
-        if self._process is None:
-            return
-        for sign, seconds in ((signal.SIGTERM, 15), (signal.SIGKILL, 5)):
-            with suppress(ProcessLookupError):
-                os.killpg(self._process.pid, sign)
-            with suppress(subprocess.TimeoutExpired):
-                self._process.wait(seconds)
-
-
-def _over(socket: str, headers: dict[str, str]) -> httpx.AsyncClient:
-    transport = httpx.AsyncHTTPTransport(uds=socket, limits=_UNLIMITED)
-    return httpx.AsyncClient(transport=transport, base_url="http://vllm", headers=headers, timeout=30)
+    def stop(self) -> None:
+        """Stop the server and its children, by SIGTERM, then SIGKILL, and delete its folder."""
+        if self._process:
+            for sign, seconds in ((signal.SIGTERM, 15), (signal.SIGKILL, 5)):
+                with suppress(ProcessLookupError):
+                    os.killpg(self._process.pid, sign)
+                with suppress(subprocess.TimeoutExpired):
+                    self._process.wait(seconds)
+        shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def _reason(log: Path) -> str:
