@@ -145,8 +145,7 @@ class Asked:
         from mta.config import load_settings
         from mta.config.loader import read_yaml
 
-        in_file = (read_yaml(self.config) if self.config else {}).items()
-        run_words = [f"{key}={dumps(value)}" for key, value in in_file if key in RUN_SETTINGS]
+        run_words = [f"{key}={dumps(value)}" for key, value in read_yaml(self.config).items() if key in RUN_SETTINGS]
         run_words += [word for word in self.words if re.split("[.=]", word)[0] in RUN_SETTINGS]
         chosen = load_settings(
             kind, self.config, [word for word in self.words if word not in run_words], beside=RUN_SETTINGS

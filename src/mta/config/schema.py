@@ -208,7 +208,7 @@ def load_settings(
 
     Keys of the file that are in ``beside`` belong to other settings and are skipped.
     """
-    values = {key: value for key, value in (read_yaml(Path(path)) if path else {}).items() if key not in beside}
+    values = {key: value for key, value in read_yaml(path).items() if key not in beside}
     return checked(kind, _with_words(values, words), str(path or "the command line"))
 
 
@@ -217,7 +217,7 @@ def override(settings: S, words: Iterable[str], path: str | Path | None = None) 
 
     Raises ConfigError naming key and value.
     """
-    values = merged_over(settings.model_dump(mode="json"), read_yaml(Path(path)) if path else {})
+    values = merged_over(settings.model_dump(mode="json"), read_yaml(path))
     return checked(type(settings), _with_words(values, words), str(path or "the command line"))
 
 

@@ -6,7 +6,9 @@ import re
 from functools import cache
 from string import Formatter
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
+
+from mta.config import Settings
 
 
 @cache
@@ -22,13 +24,7 @@ def template_fields(template: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(str(name) for _, name, _, _ in parsed))
 
 
-class Frozen(BaseModel):
-    """Immutable data that refuses unknown keys."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Form(Frozen):
+class Form(Settings):
     """The wording of one kind of item: ``prompt`` is a template, ``target`` the name of the target field.
 
     ``cut`` lists the prompt's fields that may be shortened when a prompt is too long.

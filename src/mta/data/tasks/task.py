@@ -19,8 +19,9 @@ from pydantic import (
     model_validator,
 )
 
+from mta.config import Settings
 from mta.data.history import Item
-from mta.data.tasks.form import Form, Frozen, template_fields
+from mta.data.tasks.form import Form, template_fields
 from mta.errors import DataError
 
 
@@ -45,7 +46,7 @@ def _check_text(key: str, template: str, form: Form) -> None:
         raise ValueError(f"{key} contains no field; the prompt has {sorted(form.inputs)}")
 
 
-class Task(Frozen):
+class Task(Settings):
     """Prompts, targets, and scoring of one kind of item.
 
     ``text`` is what encoders see of an item. It never contains the target, so an item held out as a query cannot leak
