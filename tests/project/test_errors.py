@@ -288,9 +288,9 @@ ODD = Ask((40, 50, 60), TASK, max_tokens=8, top_logprobs=10**6)
 # class: what provokes it; what happened, what was found, what was expected; what to type next
 PROVOKED = {
     "InputError": (
-        lambda w: mta.read_people(w.written(BAD), "movielens-rating", limit=0),
-        ("limit is 0", "0", "expected at least 1"),
-        "Leave limit out to read all people",
+        lambda w: mta.read_people(w.written(BAD), "movielens-rating", skip_bad="."),
+        ("bad rows cannot be written", "it is a folder", "expected the name of a file"),
+        r"For example:  rejects\.jsonl",
     ),
     "DataError": (
         lambda w: mta.read_people(w.written(BAD), "movielens-rating"),

@@ -31,18 +31,14 @@ def recbole_parts(folder: Path, task: Task, rejects: Rejects) -> Iterator[Part]:
     inter = _one(folder, "inter")
     movies = _movies(_one(folder, "item"), rejects)
     for place, row in _table(inter, ("user_id", "item_id", "rating"), rejects):
-        try:
+        with rejects.skipping(place, row):
             movie = movies.get(row["item_id"])
             if movie is None:
                 raise Bad("item_id", f"{row['item_id']!r} is not in {inter.stem}.item")
             rating = {**movie, "rating": _number(row["rating"]), "id": row["item_id"]}
             if "timestamp" in row:
                 rating["timestamp"] = _number(row["timestamp"])
-            part = Part(text_in(row, "user_id"), (item_in(rating, task, time="timestamp"),), place)
-        except Bad as bad:
-            rejects.add(place, bad.field, bad.reason, row)
-            continue
-        yield part
+            yield Part(text_in(row, "user_id"), (item_in(rating, task, time="timestamp"),), place)
 
 
 def _one(folder: Path, suffix: str) -> Path:
