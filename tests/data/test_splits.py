@@ -107,9 +107,9 @@ def test_changed_files_are_refused(tmp_path: Path) -> None:
     refused("a person is in the splits twice: the file was changed", task=saved["task"] + saved["test"][:1])
     refused("1 of 12 people are not in the given data", task=[*saved["task"][:-1], "0" * 64])
     refused("12 of 12 people are not in the given data, or the file was changed\n  Give the data", digest="0" * 64)
-    refused("is not a splits file of schema 1; got 2", schema=2)
-    refused("expected schema, digest and the lists task, development, candidates, test; got schema", task="abc")
-    refused("expected schema, digest and the lists .*; got schema, .*, extra", extra=1)
+    refused(r"splits\.json: schema: Input should be 1 \(got 2\); expected a splits file of schema 1", schema=2)
+    refused(r"task: Input should be a valid tuple \(got 'abc'\)", task="abc")
+    refused(r"extra: Extra inputs are not permitted \(got 1\)", extra=1)
 
 
 def test_files_that_are_no_splits(tmp_path: Path) -> None:
@@ -119,7 +119,7 @@ def test_files_that_are_no_splits(tmp_path: Path) -> None:
     for content, message in [
         (b"{", "is not a readable splits file"),
         (b"\xff", "is not a readable splits file"),
-        (b"[]", "is not a splits file of schema 1; got 'list'"),
+        (b"[]", "Input should be a valid dictionary .*; expected a splits file of schema 1"),
     ]:
         path.write_bytes(content)
         with pytest.raises(DataError, match=message):

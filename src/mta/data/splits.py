@@ -8,10 +8,13 @@ import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from pydantic import Field
+
+from mta.config.loader import Settings, checked
 from mta.data.history import Person
-from mta.errors import DataError, InputError
+from mta.errors import ConfigError, DataError, InputError
 from mta.system.atomic import write_json
 
 PARTS = ("task", "development", "candidates", "test")
@@ -72,9 +75,9 @@ class Splits:
         """
         path, people = Path(path), list(people)
         values = _read(path)
-        salt = values["digest"]
+        salt = values.digest
         known = {_sha(salt, person.id): person.id for person in people}
-        hashes = [hash for part in PARTS for hash in values[part]]
+        hashes = [hash for part in PARTS for hash in getattr(values, part)]
         if unknown := sum(hash not in known for hash in hashes):
             raise DataError(
                 f"{path}: {unknown} of {len(hashes)} people are not in the given data, or the file was changed",
@@ -82,7 +85,7 @@ class Splits:
             )
         if len(set(hashes)) < len(hashes):
             raise DataError(f"{path}: a person is in the splits twice: the file was changed", hint=_ANEW)
-        splits = cls(*(tuple(known[hash] for hash in values[part]) for part in PARTS))
+        splits = cls(*(tuple(known[hash] for hash in getattr(values, part)) for part in PARTS))
         if splits.digest != salt:
             raise DataError(
                 f"{path}: digest is {splits.digest[:12]}…, expected {salt[:12]}…: the file was changed", hint=_ANEW
@@ -197,28 +200,23 @@ def _sha(*values: Any) -> str:
     return hashlib.sha256(json.dumps(values).encode()).hexdigest()
 
 
-def _read(path: Path) -> dict[str, Any]:
+class _File(Settings):
+    """A file of splits. The ids are hashed, with the digest as salt."""
+
+    version: Literal[1] = Field(alias="schema")
+    digest: str
+    task: tuple[str, ...]
+    development: tuple[str, ...]
+    candidates: tuple[str, ...]
+    test: tuple[str, ...]
+
+
+def _read(path: Path) -> _File:
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        return checked(_File, json.loads(path.read_text(encoding="utf-8")), str(path))
     except FileNotFoundError:
-        raise DataError(
-            f"no such splits file: {path}", hint="Draw and save splits:  mta.data.splits.draw(…).save(path)"
-        ) from None
+        raise DataError(f"no such splits file: {path}", hint=_ANEW) from None
+    except ConfigError as error:
+        raise DataError(f"{error.message}; expected a splits file of schema {SCHEMA}", hint=_ANEW) from None
     except (OSError, ValueError) as error:
         raise DataError(f"{path} is not a readable splits file: {error}", hint=_ANEW) from None
-    if not isinstance(values, dict) or values.get("schema") != SCHEMA:
-        got = values.get("schema") if isinstance(values, dict) else type(values).__name__
-        raise DataError(
-            f"{path} is not a splits file of schema {SCHEMA}; got {got!r}",
-            hint="Draw and save the splits again:  mta.data.splits.draw(…).save(path)",
-        )
-    fits = isinstance(values.get("digest"), str) and all(_are_texts(values.get(part)) for part in PARTS)
-    if not fits or set(values) != {"schema", "digest", *PARTS}:
-        raise DataError(
-            f"{path}: expected schema, digest and the lists {', '.join(PARTS)}; got {', '.join(values)}", hint=_ANEW
-        )
-    return values
-
-
-def _are_texts(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(item, str) for item in value)
