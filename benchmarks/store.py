@@ -16,6 +16,7 @@ import torch
 
 from mta.lora.batch import Factors, LoraBatch
 from mta.lora.peft import write_peft
+from mta.personalize.forgetting import forget_person
 from mta.store import Store
 from mta.store.maintenance import check, collect
 from mta.store.state import State
@@ -66,7 +67,7 @@ def rates(folder: Path, count: int) -> dict[str, float]:
     seconds = timed(lambda: collect(store, keep=1))
     found = {name: round(count / each) for name, each in values.items()}
     told_gc = {"gc, files removed": round(len(some) / seconds), "gc, listing and removing, s": round(seconds, 1)}
-    forgotten = timed(lambda: [store.forget(id) for id in some])
+    forgotten = timed(lambda: [forget_person(id, store) for id in some])
     return found | told_gc | {"forget": round(len(some) / forgotten), "bytes each": store.nbytes(ids[-1])}
 
 

@@ -21,6 +21,7 @@ from mta.config import Run, override
 from mta.errors import MtaError
 from mta.model.base import BaseModel
 from mta.personalize.adapters import TASK
+from mta.personalize.forgetting import forget_person
 from mta.serving.api.auth import LOCAL, Keys
 from mta.serving.api.jobs import Jobs
 from mta.serving.api.service import Service, error_of
@@ -134,7 +135,7 @@ def functions(name):
     return [node for tree in PARSED.values() for node in ast.walk(tree) if getattr(node, "name", None) == name]
 
 
-MAKERS = {"data_error": 3, "loading": 2}  # functions that make errors, and which argument is their hint
+MAKERS = {"data_error": 3, "loading": 2, "opened_json": 4}  # functions that make errors, and which argument is their hint
 
 
 @pytest.mark.parametrize("path", PARSED, ids=lambda path: str(path.relative_to(SOURCE)))
@@ -235,7 +236,7 @@ def forgotten(world):
     """A state is saved that was made of items from before its person was forgotten."""
     id = world.known()
     state, known = world.store.load(id), world.store.tombstones.of(id)
-    world.store.forget(id)
+    forget_person(id, world.store)
     world.store.save(id, state, known)
 
 

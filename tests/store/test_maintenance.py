@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 from mta.cli.app import app
 from mta.errors import StoreError
+from mta.personalize.forgetting import forget_person
 from mta.store import Store
 from mta.store.exports import Export
 from mta.store.maintenance import check, collect, stats
@@ -141,7 +142,7 @@ def test_collect_keeps_a_first_version_written_meanwhile(tmp_path: Path, monkeyp
 
     def and_then_comes_again() -> dict[str, int]:
         found = find()
-        Store(tmp_path).forget(ANN)
+        forget_person(ANN, Store(tmp_path))
         Store(tmp_path).save(ANN, state(7))
         return found
 

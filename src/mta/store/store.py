@@ -42,7 +42,7 @@ class Store:
 
     >>> store = Store("people/")
     >>> store.save("ann", state)        # 1; the same work again is still 1
-    >>> store.load("ann").w, "bob" in store, store.forget("ann")
+    >>> store.load("ann").w, "bob" in store
     """
 
     def __init__(self, url: str | Path) -> None:
@@ -179,26 +179,12 @@ class Store:
         data = self.files.read(name := f"{self._path(id)}/history.json")
         return None if data is None else history_from_bytes(id, data, self.files.at(name))
 
-    def forget(self, id: str) -> bool:
-        """Remove a person's files, but not exported adapters; return False if there were none.
-
-        Tombstones keep other processes from saving the person's earlier data (``tombstones``). The second tombstone is
-        for processes that found the first one and then read files that were not removed yet.
-        """
-        found = False
-        for _ in range(2):
-            self.tombstones.add(id)
-            found |= self.remove(id)
-            self.files.remove(f"{self._path(id)}/exports.json")
-            remove_if_empty(self.files, self._path(id))
-        return found
-
     def remove(self, id: str) -> bool:
         """Remove a person's states, hint, and history; return False if there were none.
 
         The order is: hint, history, then states from the oldest on; each removal is flushed before the next one. After
         a crash the newest state is still found under the id, and the call can be repeated. If the hint were removed
-        last, a crash could leave files of a person who seems unknown. Call ``Exports.forget`` before.
+        last, a crash could leave files of a person who seems unknown. ``personalize.forgetting`` does the other steps.
         """
         path = self._path(id)
         names = [name for name in self.files.sizes(path) if name != "exports.json"]
