@@ -135,7 +135,8 @@ def functions(name):
     return [node for tree in PARSED.values() for node in ast.walk(tree) if getattr(node, "name", None) == name]
 
 
-MAKERS = {"data_error": 3, "loading": 2, "opened_json": 4}  # functions that make errors, and which argument is their hint
+# functions that make errors, and which argument is their hint
+MAKERS = {"data_error": 3, "loading": 2, "opened_json": 4}
 
 
 @pytest.mark.parametrize("path", PARSED, ids=lambda path: str(path.relative_to(SOURCE)))

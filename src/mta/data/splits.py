@@ -8,20 +8,16 @@ import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from pydantic import Field
-
-from mta.config.loader import Settings, checked
 from mta.data.history import Person
-from mta.errors import ConfigError, DataError, InputError
-from mta.system.atomic import write_json
+from mta.errors import DataError, InputError
+from mta.system.atomic import read_json, write_json
 
 PARTS = ("task", "development", "candidates", "test")
 TESTED = ("test", "development")
 SCHEMA = 1
 log = logging.getLogger("mta")
-_ANEW = "Restore the file, or draw the splits again:  mta.data.splits.draw(…).save(path)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,46 +58,20 @@ class Splits:
         return [by_id[id] for id in ids]
 
     def save(self, path: str | Path) -> None:
-        """Write the splits as JSON. Ids are hashed with the digest as salt, so the same splits give the same bytes."""
+        """Write the splits as JSON. Ids are hashed with the digest as salt, so the same splits give the same bytes.
+
+        Raises DataError if the file exists with other content: results beside it are of other splits.
+        """
         path, salt = Path(path), self.digest
         parts = {part: [_sha(salt, id) for id in getattr(self, part)] for part in PARTS}
-        write_json(path, {"schema": SCHEMA, "digest": salt, **parts})
-
-    @classmethod
-    def load(cls, path: str | Path, people: Iterable[Person]) -> Splits:
-        """Read splits and find their people among ``people``. Log a warning if parts share items.
-
-        Raises DataError if a person is missing or the file was changed.
-        """
-        path, people = Path(path), list(people)
-        values = _read(path)
-        salt = values.digest
-        known = {_sha(salt, person.id): person.id for person in people}
-        hashes = [hash for part in PARTS for hash in getattr(values, part)]
-        if unknown := sum(hash not in known for hash in hashes):
+        content = {"schema": SCHEMA, "digest": salt, **parts}
+        if path.exists() and read_json(path) != content:
             raise DataError(
-                f"{path}: {unknown} of {len(hashes)} people are not in the given data, or the file was changed",
-                hint="Give the data the splits were drawn from, or draw them again.",
+                f"{path} holds other splits (of other people, sizes, or seed), or was changed",
+                hint="Choose another folder with --out. If people who share items were in different parts, "
+                "people.together=false in a recipe splits as before.",
             )
-        if len(set(hashes)) < len(hashes):
-            raise DataError(f"{path}: a person is in the splits twice: the file was changed", hint=_ANEW)
-        splits = cls(*(tuple(known[hash] for hash in getattr(values, part)) for part in PARTS))
-        if splits.digest != salt:
-            raise DataError(
-                f"{path}: digest is {splits.digest[:12]}…, expected {salt[:12]}…: the file was changed", hint=_ANEW
-            )
-        if parted := splits._parted(people):
-            log.warning("%s: %d people share items with people of another part", path, parted)
-        return splits
-
-    def _parted(self, people: Iterable[Person]) -> int:
-        """Count the ``people`` of groups that are in more than one part."""
-        part = {id: name for name in PARTS for id in getattr(self, name)}
-        groups: dict[str, list[str]] = {}
-        for person in people:
-            if person.group and person.id in part:
-                groups.setdefault(person.group, []).append(part[person.id])
-        return sum(len(parts) for parts in groups.values() if len(set(parts)) > 1)
+        write_json(path, content)
 
 
 def draw(
@@ -198,25 +168,3 @@ def _check_size(name: str, got: int, asked: int, most: int) -> None:
 
 def _sha(*values: Any) -> str:
     return hashlib.sha256(json.dumps(values).encode()).hexdigest()
-
-
-class _File(Settings):
-    """A file of splits. The ids are hashed, with the digest as salt."""
-
-    version: Literal[1] = Field(alias="schema")
-    digest: str
-    task: tuple[str, ...]
-    development: tuple[str, ...]
-    candidates: tuple[str, ...]
-    test: tuple[str, ...]
-
-
-def _read(path: Path) -> _File:
-    try:
-        return checked(_File, json.loads(path.read_text(encoding="utf-8")), str(path))
-    except FileNotFoundError:
-        raise DataError(f"no such splits file: {path}", hint=_ANEW) from None
-    except ConfigError as error:
-        raise DataError(f"{error.message}; expected a splits file of schema {SCHEMA}", hint=_ANEW) from None
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path} is not a readable splits file: {error}", hint=_ANEW) from None
