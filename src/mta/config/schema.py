@@ -120,12 +120,8 @@ class Run(Settings):
     )
     device: str = Field(default="auto", description="cpu, cuda, or auto: the GPU if there is one")
     memory: str = Field(default="4GiB", description="memory limit of one cohort: adapters, optimizer, activations")
-    gradient_checkpointing: bool = Field(
-        default=False, description="less memory for a third more time; for large bases"
-    )
-    max_tokens: int = Field(
-        default=1024, ge=16, description="longest example; prompts are cut where the task allows it"
-    )
+    gradient_checkpointing: bool = Field(default=False, description="less memory, a third more time; for large bases")
+    max_tokens: int = Field(default=1024, ge=16, description="longest example; prompts are cut if the task allows it")
     task_lora: TaskLoraSettings = TaskLoraSettings()
     bank: BankSettings = BankSettings()
     merge: MergeSettings = MergeSettings()
