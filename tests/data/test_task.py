@@ -160,7 +160,7 @@ def test_unknown_targets_and_foreign_questions_are_errors() -> None:
         task.target(query)
     with pytest.raises(DataError, match=r"not a question of task 'lamp3': 'Generate .*'; expected 'What is the score"):
         task.parse_query(QUESTIONS["lamp4"][0])
-    with pytest.raises(DataError, match="'movielens-rating' has no pattern to parse a question into title, genres"):
+    with pytest.raises(DataError, match=r"not a question of task 'movielens-rating': 'Toy Story'; expected 'How"):
         load_task("movielens-rating").parse_query("Toy Story")
     assert load_task("text").parse_query("hi", "ho").fields == {"input": "hi", "output": "ho"}
 
