@@ -136,7 +136,7 @@ def functions(name):
 
 
 # functions that make errors, and which argument is their hint
-MAKERS = {"data_error": 3, "loading": 2, "opened_json": 4}
+MAKERS = {"data_error": 3, "loading": 2, "opened_json": 4, "only_file": 2}
 
 
 @pytest.mark.parametrize("path", PARSED, ids=lambda path: str(path.relative_to(SOURCE)))
@@ -292,7 +292,7 @@ PROVOKED = {
     "InputError": (
         lambda w: mta.read_people(w.written(BAD), "movielens-rating", skip_bad="."),
         ("bad rows cannot be written", "it is a folder", "expected the name of a file"),
-        r"For example:  rejects\.jsonl",
+        r"for example rejects\.jsonl",
     ),
     "DataError": (
         lambda w: mta.read_people(w.written(BAD), "movielens-rating"),

@@ -154,11 +154,6 @@ class Store:
     def __contains__(self, id: str) -> bool:
         return self.latest(id) is not None
 
-    def count(self) -> int:
-        """Return the number of people with a state; lists the whole store."""
-        found = (name.rpartition("/") for name in self.files.find() if _PERSON.match(name))
-        return len({folder for folder, _, file in found if version_of(file)})
-
     def nbytes(self, id: str) -> int:
         """Return the bytes stored for a person: all versions, history, hint, exports."""
         return sum(self.files.sizes(self._path(id)).values())

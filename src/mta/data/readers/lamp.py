@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from mta.data.history import Item
 from mta.data.readers.rejects import Bad, Place, Rejects, data_error
 from mta.data.readers.rows import Part, item_in, list_in, text_in
-from mta.data.readers.stream import array_elements, kind_of, opened
+from mta.data.readers.stream import array_elements, kind_of, only_file, opened
 from mta.data.tasks.task import Task
 from mta.errors import DataError
 
@@ -26,16 +26,7 @@ class Gold(NamedTuple):
 
 def questions_in(folder: Path) -> Path:
     """Return the questions file of a folder. Raises DataError if there are several or none."""
-    found = sorted(folder.glob("*questions.json"))
-    if not found:
-        raise DataError(
-            f"{folder} holds neither *_questions.json (LaMP) nor *.inter (RecBole)",
-            hint="Give the path of the file itself, or a folder that holds one of these.",
-        )
-    if len(found) > 1:
-        names = ", ".join(path.name for path in found)
-        raise DataError(f"{folder} holds several questions files: {names}", hint="Give the path of one of them.")
-    return found[0]
+    return only_file(folder, "*questions.json", hint="Give the path of the file itself, or a RecBole folder (*.inter).")
 
 
 def outputs_beside(questions: Path) -> Path | None:
@@ -167,14 +158,11 @@ def read_answers(path: Path, task: Task, *, empty: bool = False) -> dict[str, st
 def _check_task(outputs: Path, task: Task) -> None:
     """Raise DataError for answers of another task. Only numbers are compared, because LaMP-2 has several names."""
     with opened(outputs) as file:
-        match = re.search(rb'"task"\s*:\s*"([^"]*)"', file.read(4096))
-    if match is None or task.lamp is None:
-        return
-    name = match[1].decode("utf-8", "replace")
-    if re.findall(r"\d+", name) != re.findall(r"\d+", task.lamp):
+        match = re.search(r'"task"\s*:\s*"([^"]*)"', file.read(4096).decode("utf-8", "replace"))
+    if match and task.lamp and re.findall(r"\d+", match[1]) != re.findall(r"\d+", task.lamp):
         raise data_error(
             Place(outputs, 1),
             "task",
-            f"holds answers for {name!r}; task {task.name!r} is {task.lamp!r}",
+            f"holds answers for {match[1]!r}; task {task.name!r} is {task.lamp!r}",
             hint=f"Give the questions and outputs of {task.name}, or another --task.",
         )

@@ -136,18 +136,15 @@ def _aside(skip_bad: str | Path | None, source: Path) -> Path | None:
     if skip_bad is None:
         return None
     path = Path(skip_bad)
-    if path.is_dir():
-        raise InputError(
-            f"bad rows cannot be written to {path}: it is a folder; expected the name of a file",
-            hint=f"For example:  {path / 'rejects.jsonl'}",
-        )
     if source.is_dir():
         read = [file for file in source.iterdir() if file.suffix != ".jsonl"]  # no input file in a folder is JSONL
     else:
         read = [source, outputs_beside(source) or source]
-    if any(path.resolve() == file.resolve() for file in read):
+    is_input = any(path.resolve() == file.resolve() for file in read)
+    if is_input or path.is_dir():
+        found = "an input file" if is_input else "a folder"
         raise InputError(
-            f"bad rows cannot be written to {path}: it is an input file",
+            f"bad rows cannot be written to {path}: it is {found}; expected the name of a file",
             hint="Name a file that does not exist yet, for example rejects.jsonl.",
         )
     return path

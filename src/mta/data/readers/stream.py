@@ -44,6 +44,15 @@ def opened(path: Path) -> BinaryIO:
         ) from None
 
 
+def only_file(folder: Path, pattern: str, hint: str) -> Path:
+    """Return the file of a folder that matches ``pattern``. Raises DataError if there are several or none."""
+    found = sorted(folder.glob(pattern))
+    if len(found) != 1:
+        names = ", ".join(path.name for path in found) or "none"
+        raise DataError(f"{folder}: expected one file {pattern}, got {names}", hint=hint)
+    return found[0]
+
+
 def text_lines(path: Path, rejects: Rejects) -> Iterator[tuple[int, str]]:
     """Yield numbered lines without line ends; a line that is not UTF-8 is a bad row."""
     with opened(path) as file:
