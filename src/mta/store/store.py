@@ -130,8 +130,8 @@ class Store:
     def latest(self, id: str) -> int | None:
         """Return the number of the newest version, or None; found from the hint upwards, or from a listing."""
         path = self._path(id)
-        version = self._hinted(path)
-        if version is None:
+        version = self._hint(path).get("version")
+        if type(version) is not int or not self.files.exists(f"{path}/{version}.safetensors"):
             return max(self.versions(id), default=None)
         while self.files.exists(f"{path}/{version + 1}.safetensors"):
             version += 1
@@ -250,10 +250,6 @@ class Store:
         except (ValueError, RecursionError):
             return {}
         return hint if isinstance(hint, dict) else {}
-
-    def _hinted(self, path: str) -> int | None:
-        version = self._hint(path).get("version")
-        return version if type(version) is int and self.files.exists(f"{path}/{version}.safetensors") else None
 
     def _work(self, name: str) -> str | None:
         """Return the work key of a state; None if it cannot be read, so that damaged states are replaced."""
