@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from mta.data.history import Item
 from mta.data.readers.rejects import Bad, Place, Rejects, data_error
 from mta.data.readers.rows import Part, item_in, list_in, text_in
-from mta.data.readers.stream import array_elements, kind_of, only_file, opened
+from mta.data.readers.stream import array_elements, object_in, only_file, opened
 from mta.data.tasks.task import Task
 from mta.errors import DataError
 
@@ -76,17 +76,11 @@ def _new_id(row: dict[str, Any], field: str, known: Container[str], what: str = 
     return id
 
 
-def _object(row: Any, field: str | None = None, expected: str = "an object") -> dict[str, Any]:
-    if not isinstance(row, dict):
-        raise Bad(field, f"expected {expected}, got {kind_of(row)}")
-    return row
-
-
 def _profile(record: dict[str, Any], task: Task, place: Place, rejects: Rejects) -> tuple[Item, ...]:
     items = []
     for number, row in enumerate(list_in(record, "profile")):
         try:
-            items.append(item_in(_object(row), task, time="date"))
+            items.append(item_in(object_in(row, expected="an object"), task, time="date"))
         except Bad as bad:
             field = f"profile[{number}]" + (f".{bad.field}" if bad.field else "")
             rejects.add(place, field, bad.reason, row)
@@ -103,7 +97,7 @@ def _queries(
         # A LaMP record holds a whole profile: write only the question to the rejects.
         kept = {key: value for key, value in row.items() if key != "profile"} if isinstance(row, dict) else row
         with rejects.skipping(place, kept):
-            id = _new_id(_object(row, "query", "a list of objects"), "id", queries)
+            id = _new_id(object_in(row, "query", "a list of objects"), "id", queries)
             queries[id] = _query(row, id, golds, task)
     return tuple(queries.values())
 
@@ -137,7 +131,7 @@ def outputs_in(outputs: Path, task: Task, rejects: Rejects, *, empty: bool = Fal
     for line, row in array_elements(outputs, GOLDS):
         place = Place(outputs, line)
         with rejects.skipping(place, row):
-            id = _new_id(_object(row, expected="a JSON object"), "id", answers)
+            id = _new_id(object_in(row), "id", answers)
             blank = empty and isinstance(row.get("output"), str) and not row["output"].strip()
             answers[id] = Gold("" if blank else text_in(row, "output").strip(), place)
     return answers

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
-from mta.data.readers.rejects import Place, Rejects, data_error
+from mta.data.readers.rejects import Bad, Place, Rejects, data_error
 from mta.errors import DataError
 
 CHUNK = 1 << 20
@@ -28,6 +28,13 @@ def kind_of(value: Any) -> str:
     """Return JSON's name for the type of a value, for messages."""
     names = {dict: "an object", list: "a list", str: "text", bool: "true or false", type(None): "null"}
     return names.get(type(value), "a number")
+
+
+def object_in(value: Any, field: str | None = None, expected: str = "a JSON object") -> dict[str, Any]:
+    """Return a value that must be a JSON object. Raises Bad."""
+    if not isinstance(value, dict):
+        raise Bad(field, f"expected {expected}, got {kind_of(value)}")
+    return value
 
 
 def opened(path: Path) -> BinaryIO:
@@ -74,10 +81,8 @@ def objects(path: Path, rejects: Rejects) -> Iterator[tuple[int, dict[str, Any]]
             hint=f"Write lines such as  {LINE}",
         )
     for line, value in array_elements(path) if start == b"[" else json_lines(path, rejects):
-        if isinstance(value, dict):
-            yield line, value
-        else:
-            rejects.add(Place(path, line), None, f"expected a JSON object, got {kind_of(value)}", value)
+        with rejects.skipping(Place(path, line), value):
+            yield line, object_in(value)
 
 
 def _first_byte(path: Path) -> bytes:
