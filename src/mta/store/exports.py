@@ -14,6 +14,7 @@ import platform
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from mta.errors import InputError, PersonForgotten, StateCorrupt
 from mta.lora.peft import CARD, CONFIG, WEIGHTS, has_own_card, read_peft, remove_asides
@@ -271,7 +272,13 @@ def exports_from_bytes(data: bytes, key: bytes, source: str = "the file") -> lis
 
 def check_exports(data: bytes, source: str = "the file") -> str | list[str]:
     """Check without the key that the data are intact; return the encrypted list. Raises StateCorrupt."""
-    return opened_json("exports", data, (1, SCHEMA), source, hint=_BY_HAND)
+
+    def parse(hidden: Any) -> str | list[str]:
+        if not isinstance(hidden, str | list):
+            raise TypeError(type(hidden).__name__)
+        return hidden
+
+    return opened_json("exports", data, (1, SCHEMA), source, _BY_HAND, parse)
 
 
 def _fernet_key(key: bytes) -> bytes:

@@ -8,9 +8,9 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from safetensors import SafetensorError
 from safetensors.torch import load, save
@@ -20,6 +20,7 @@ from mta.data.history import Item, Person
 from mta.errors import Diverged, InputError, StateCorrupt
 from mta.lora.batch import LoraBatch
 
+T = TypeVar("T")
 SCHEMA = 1
 _FIELDS = ("bank", "anchors", "w", "policy", "history", "work", "seed", "mode", "rank")
 _NO_DIGEST = "0" * 64
@@ -188,11 +189,13 @@ def history_to_bytes(person: Person) -> bytes:
 
 def history_from_bytes(id: str, data: bytes, source: str = "the file") -> Person:
     """Invert ``history_to_bytes``. Raises StateCorrupt."""
-    rows = opened_json(
-        "history", data, (SCHEMA,), source, hint="Give the person's history again, or forget them:  mta forget"
-    )
-    items, queries = ([Item(**row) for row in part] for part in rows)
-    return Person(id, tuple(items), tuple(queries))
+
+    def parse(rows: Any) -> Person:
+        items, queries = (tuple(Item(**row) for row in part) for part in rows)
+        return Person(id, items, queries)
+
+    hint = "Give the person's history again, or forget them:  mta forget"
+    return opened_json("history", data, (SCHEMA,), source, hint, parse)
 
 
 def sealed_json(name: str, value: object, schema: int) -> bytes:
@@ -200,13 +203,15 @@ def sealed_json(name: str, value: object, schema: int) -> bytes:
     return json.dumps({"schema": schema, "sha256": _json_sha256(value), name: value}).encode()
 
 
-def opened_json(name: str, data: bytes, schemas: Collection[int], source: str, hint: str) -> Any:
-    """Invert ``sealed_json``. Raises StateCorrupt with ``source`` and ``hint``."""
+def opened_json(
+    name: str, data: bytes, schemas: Collection[int], source: str, hint: str, parse: Callable[[Any], T]
+) -> T:
+    """Invert ``sealed_json``, and ``parse`` the value. Raises StateCorrupt with ``source`` and ``hint``."""
     try:
         file = json.loads(data)
         if file["schema"] not in schemas or file["sha256"] != _json_sha256(file[name]):
             raise ValueError("another schema or sha256")
-        return file[name]
+        return parse(file[name])
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         known = " or ".join(map(str, schemas))
         raise StateCorrupt(
