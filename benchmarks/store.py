@@ -16,8 +16,9 @@ import torch
 
 from mta.lora.batch import Factors, LoraBatch
 from mta.lora.peft import write_peft
+from mta.personalize.forgetting import forget_person
 from mta.store import Store
-from mta.store.maintenance import check, collect
+from mta.store.maintenance import check, collect, stats
 from mta.store.state import State
 from mta.system.device import cores, processor
 from mta.system.provenance import commit
@@ -58,7 +59,7 @@ def rates(folder: Path, count: int) -> dict[str, float]:
     ids = [f"person {n}" for n in range(count)]
     values = {"put": timed(lambda: [store.save(id, state(0, stack)) for id in ids])}
     values["get"] = timed(lambda: [store.load(id) for id in ids])
-    values["list"] = timed(store.count)
+    values["list"] = timed(lambda: stats(store))
     values["check"] = timed(lambda: check(store))
     some = ids[: max(count // 10, 1)]
     for id in some:
@@ -66,7 +67,7 @@ def rates(folder: Path, count: int) -> dict[str, float]:
     seconds = timed(lambda: collect(store, keep=1))
     found = {name: round(count / each) for name, each in values.items()}
     told_gc = {"gc, files removed": round(len(some) / seconds), "gc, listing and removing, s": round(seconds, 1)}
-    forgotten = timed(lambda: [store.forget(id) for id in some])
+    forgotten = timed(lambda: [forget_person(id, store) for id in some])
     return found | told_gc | {"forget": round(len(some) / forgotten), "bytes each": store.nbytes(ids[-1])}
 
 

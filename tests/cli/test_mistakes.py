@@ -106,7 +106,7 @@ MISTAKES = {
     ),
     "a question as one text where fields are needed": (
         "generate Zorblax --bank {bank} --store {store}",
-        "DataError: a question of task 'movielens-rating' needs fields: title, genres; got one text",
+        "DataError: a question of task 'movielens-rating' needs title, genres; got one text",
     ),
     "a question without a field": (
         'generate {{"title":"Zorblax"}} --bank {bank} --store {store}',

@@ -122,7 +122,7 @@ def test_a_folder_with_several_files_of_questions(tmp_path: Path) -> None:
     lamp(tmp_path, [question("1")], None)
     dumped(tmp_path / "train_questions.json", [question("1")])
     names = "dev_questions.json, train_questions.json"
-    fails(tmp_path, "lamp3", f"{tmp_path} holds several questions files: {names}", "Give the path of one of them.")
+    fails(tmp_path, "lamp3", f"{tmp_path}: expected one file *questions.json, got {names}")
 
 
 @pytest.mark.parametrize(

@@ -85,7 +85,7 @@ def test_bad_ratings(tmp_path: Path, inter: str, item: str, message: str) -> Non
 def test_a_recbole_folder_without_movies(tmp_path: Path) -> None:
     recbole(tmp_path, INTER, MOVIE)
     (tmp_path / "ml.item").unlink()
-    fails(tmp_path, "movielens-rating", f"{tmp_path}: expected one RecBole *.item file, got none")
+    fails(tmp_path, "movielens-rating", f"{tmp_path}: expected one file *.item, got none")
 
 
 @pytest.mark.integration

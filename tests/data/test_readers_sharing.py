@@ -159,12 +159,6 @@ def test_users_who_tag_a_few_popular_films_alike_stay_different_people() -> None
     assert len(same_users([films[:3], films[:4], films[1:5], films[2:]])) == 4
 
 
-def test_a_limit_counts_people_rather_than_questions(tmp_path) -> None:
-    records = user(100) + user(200) + user(300)
-    found = read_people(lamp(tmp_path, records, golds(records)), "lamp3", limit=2)
-    assert [(person.id, len(person.queries)) for person in found] == [("1000", 3), ("2000", 3)]
-
-
 def test_questions_with_one_user_id_do_not_repeat_items_under_new_ids(tmp_path) -> None:
     records = [{**record, "user_id": "u"} for record in user(100)]
     [one] = read_people(lamp(tmp_path, records, golds(records)), "lamp3")

@@ -295,7 +295,7 @@ def test_mistakes_are_refused(world, cache, tmp_path):
     workspace = workspace_of(world, tmp_path / "one")
     with pytest.raises(InputError, match="no exhibit 'figure9'"):
         run_experiment(workspace, ["figure9"])
-    with pytest.raises(ConfigError, match="begun with other sizes"):
+    with pytest.raises(DataError, match="holds other splits"):
         workspace_of(world, tmp_path / "one", "people.test=3")
     with pytest.raises(InputError, match="brings no data"):
         Workspace.open(load_experiment("lamp3"), tmp_path)

@@ -21,6 +21,7 @@ from mta.config import Run, override
 from mta.errors import MtaError
 from mta.model.base import BaseModel
 from mta.personalize.adapters import TASK
+from mta.personalize.forgetting import forget_person
 from mta.serving.api.auth import LOCAL, Keys
 from mta.serving.api.jobs import Jobs
 from mta.serving.api.service import Service, error_of
@@ -134,7 +135,8 @@ def functions(name):
     return [node for tree in PARSED.values() for node in ast.walk(tree) if getattr(node, "name", None) == name]
 
 
-MAKERS = {"data_error": 3, "loading": 2}  # functions that make errors, and which argument is their hint
+# functions that make errors, and which argument is their hint
+MAKERS = {"data_error": 3, "loading": 2, "opened_json": 4, "only_file": 2}
 
 
 @pytest.mark.parametrize("path", PARSED, ids=lambda path: str(path.relative_to(SOURCE)))
@@ -235,7 +237,7 @@ def forgotten(world):
     """A state is saved that was made of items from before its person was forgotten."""
     id = world.known()
     state, known = world.store.load(id), world.store.tombstones.of(id)
-    world.store.forget(id)
+    forget_person(id, world.store)
     world.store.save(id, state, known)
 
 
@@ -288,9 +290,9 @@ ODD = Ask((40, 50, 60), TASK, max_tokens=8, top_logprobs=10**6)
 # class: what provokes it; what happened, what was found, what was expected; what to type next
 PROVOKED = {
     "InputError": (
-        lambda w: mta.read_people(w.written(BAD), "movielens-rating", limit=0),
-        ("limit is 0", "0", "expected at least 1"),
-        "Leave limit out to read all people",
+        lambda w: mta.read_people(w.written(BAD), "movielens-rating", skip_bad="."),
+        ("bad rows cannot be written", "it is a folder", "expected the name of a file"),
+        r"for example rejects\.jsonl",
     ),
     "DataError": (
         lambda w: mta.read_people(w.written(BAD), "movielens-rating"),

@@ -12,6 +12,7 @@ from files import folder_of
 
 from mta.errors import InputError, MtaError, OtherBank, PersonNotFound, StateCorrupt
 from mta.personalize.adapters import BASE, TASK
+from mta.personalize.forgetting import forget_person
 from mta.serving.engine import Ask, EngineGone, QueueFull, Version
 
 COUNT = 12
@@ -173,7 +174,7 @@ def test_a_forgotten_person_is_gone_and_the_same_id_starts_fresh(engines, world)
         while not engine.facts()["running"][0]:
             await asyncio.sleep(0.01)
         assert first in await engine.versions()
-        world.store.forget("gone")
+        forget_person("gone", world.store)
         await engine.forget("gone")
         assert "gone" not in {who.person for who in await engine.versions()}
         with pytest.raises((EngineGone, PersonNotFound)):

@@ -422,7 +422,7 @@ def test_a_person_forgotten_elsewhere_is_not_served_from_the_cache(world):
     kept = [store.load("bob"), store.load("team/cy")]
     store.save("dan", kept[0])
     before = said(client, "person:dan@v1")
-    store.forget("dan")
+    forget_person("dan", store)
     with pytest.raises(openai.NotFoundError):
         said(client, "person:dan@v1")
     store.save("dan", kept[1])

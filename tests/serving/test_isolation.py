@@ -15,6 +15,7 @@ from mta.data.tasks.prompt import PromptFormat
 from mta.errors import MtaError
 from mta.model.generate import generate
 from mta.personalize.adapters import row_adapters
+from mta.personalize.forgetting import forget_person
 from mta.serving.embedded.engine import EmbeddedEngine
 from mta.serving.engine import Ask, Version
 from mta.store import Store
@@ -109,7 +110,7 @@ async def storm(engine, world, rounds, at_once, people, seed=0):
         if turn % 7 == 3:
             person = str(draw.randrange(people))
             world.gone.add(person)
-            world.store.forget(person)
+            forget_person(person, world.store)
             await engine.forget(person)
             world.words = {key: word for key, word in world.words.items() if key[0] != person}
         found = await asyncio.gather(*running, return_exceptions=True)

@@ -15,6 +15,7 @@ from mta.lora.batch import Factors, LoraBatch, join
 from mta.lora.merge import truncate
 from mta.lora.peft import read_peft
 from mta.personalize.adapters import BASE, TASK
+from mta.personalize.forgetting import forget_person
 from mta.personalize.merge import Merge, merged_factors
 from mta.serving.engine import Version
 from mta.serving.launch import vllm_settings
@@ -203,7 +204,7 @@ def test_a_person_forgotten_during_the_build_gets_no_adapter(adapters, monkeypat
     plain = LoraExporter.adapter
 
     def forgotten_meanwhile(self, *how):
-        store.forget("../ann")
+        forget_person("../ann", store)
         return plain(self, *how)
 
     monkeypatch.setattr(LoraExporter, "adapter", forgotten_meanwhile)

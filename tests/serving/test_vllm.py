@@ -21,6 +21,7 @@ from served import served
 
 from mta.errors import ConfigError
 from mta.personalize.adapters import TASK
+from mta.personalize.forgetting import forget_person
 from mta.serving.engine import Ask, EngineGone
 from mta.serving.launch import remote_of
 from mta.serving.model_names import wire_name
@@ -207,7 +208,7 @@ def test_a_person_loaded_before_this_gateway_started_is_forgotten_too(world, ser
         await collect(earlier, Ask(tuple(prompt_of(1)), who, COUNT))
         await earlier.close()
         engine = world.vllm(Lent(server))
-        world.store.forget("before")
+        forget_person("before", world.store)
         await engine.forget("before")
         listed = (await engine.client.get("/v1/models")).json()["data"]
         await engine.close()

@@ -16,6 +16,7 @@ from stores import ANN, everything, export_from, exported, state
 
 from mta.errors import InputError, StateCorrupt
 from mta.lora.peft import CONFIG, WEIGHTS
+from mta.personalize.forgetting import forget_person
 from mta.store import Store
 from mta.store import exports as module
 from mta.store.exports import Export, exports_from_bytes, exports_to_bytes
@@ -125,7 +126,7 @@ def test_exports_leave_with_their_person(url: str, tmp_path: Path) -> None:
     assert list((tmp_path / "out").iterdir()) == []
     gone = f"{folder} (missing: it was removed before, or moved)"
     assert list(store.exports.remove(ANN).values()) == [gone]  # a crash may come before the store has forgotten
-    assert store.forget(ANN)
+    assert forget_person(ANN, store).states_removed
     assert store.exports.of(ANN) == []
 
 
@@ -224,5 +225,5 @@ def test_a_person_with_a_damaged_list_can_be_forgotten(tmp_path: Path) -> None:
         store.exports.of(ANN)
     (told,) = store.exports.remove(ANN).values()
     assert told.startswith("all exports, if there are any (")
-    assert store.forget(ANN)
+    assert forget_person(ANN, store).states_removed
     assert [path.name for path, content in everything(tmp_path) if content] == ["store.json"]

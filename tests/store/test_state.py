@@ -176,6 +176,12 @@ def test_a_history_comes_back_without_its_id_in_the_file() -> None:
     assert b"ann" not in HISTORY
 
 
+@pytest.mark.parametrize("rows", [[], [[]], 7, [[{"text": "a"}], []], [[1], []]])
+def test_forged_rows_under_a_right_sha256_are_refused(rows: object) -> None:
+    with pytest.raises(StateCorrupt, match="x was changed or cut short: got "):
+        history_from_bytes(ANN, module.sealed_json("history", rows, 1), "x")
+
+
 @settings(max_examples=300, deadline=None)
 @given(st.integers(0, len(HISTORY) - 1), st.integers(0, 255), st.booleans())
 def test_a_damaged_history_is_refused_or_the_same(place: int, byte: int, cut: bool) -> None:

@@ -17,6 +17,7 @@ from stores import ANN, everything, person, state
 
 from mta.data.history import Person
 from mta.errors import StoreConflict, StoreError
+from mta.personalize.forgetting import forget_person
 from mta.store import Store
 from mta.store.maintenance import check, collect
 
@@ -117,14 +118,15 @@ def test_a_killed_writer_leaves_only_a_temporary_file(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path)], env={**os.environ, "PYTHONPATH": search})
     assert done.returncode == -signal.SIGKILL
     assert [path for path, _ in everything(tmp_path) if path.name.startswith(".1") or path.name.startswith(".2")]
-    assert (store.versions(ANN), store.load(ANN), store.count()) == ([1], state(0), 1)
+    assert (store.versions(ANN), store.load(ANN), check(store).people) == ([1], state(0), 1)
     assert store.save(ANN, state(1)) == 2
-    assert store.forget(ANN)
+    assert forget_person(ANN, store).states_removed
     assert [path.name for path, content in everything(tmp_path) if content] == ["store.json"]
 
 
 WRITING = """
 import itertools, sys, stores
+from mta.personalize.forgetting import forget_person
 from mta.store import Store
 store = Store(sys.argv[1])
 print("begun", flush=True)
@@ -132,7 +134,7 @@ for n in itertools.count(int(sys.argv[2])):
     store.save(stores.ANN, stores.state(n))
     store.save_history(stores.person())
     if n % 5 == 4:
-        store.forget(stores.ANN)
+        forget_person(stores.ANN, store)
 """
 
 
@@ -188,7 +190,7 @@ def test_a_full_disk_holds_only_whole_states(small_disk: Path) -> None:
         store.save_history(Person(ANN, person().items * 1000))
     assert store.history(ANN) == person()
     for n in saved[:3]:
-        store.forget(f"p{n}")
+        forget_person(f"p{n}", store)
     assert store.save("late", state()) == 1
 
 

@@ -10,6 +10,7 @@ from stores import ANN, state
 from test_atomic import mode
 
 from mta.errors import StoreError
+from mta.personalize.forgetting import forget_person
 from mta.store import Store
 from mta.store.maintenance import collect
 from mta.store.workspace import Work
@@ -60,7 +61,7 @@ def test_forgetting_is_on_disk_when_it_returns(tmp_path: Path, synced: list) -> 
     store.save(ANN, state())
     folder = path_of(store, ANN)
     synced.clear()
-    assert store.forget(ANN)
+    assert forget_person(ANN, store).states_removed
     assert (str(folder.parent), []) in synced
 
 
@@ -69,7 +70,7 @@ def test_forgetting_removes_the_temporary_files_of_a_killed_writer(tmp_path: Pat
     store.save(ANN, state())
     folder = path_of(store, ANN)
     (folder / f".2.safetensors.{'0' * 32}").write_bytes(state().to_bytes())
-    assert store.forget(ANN)
+    assert forget_person(ANN, store).states_removed
     assert not folder.exists()
 
 

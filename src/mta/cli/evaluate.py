@@ -135,8 +135,7 @@ def _settings(
     kind: type[Evaluation] | type[Privacy], config: Path | None, words: list[str]
 ) -> tuple[Evaluation | Privacy, list[str]]:
     """Return the settings of a comparison or an attack, and the settings of the run as key=value."""
-    in_file = read_yaml(config) if config else {}
-    run_words = [f"{key}={dumps(value)}" for key, value in in_file.items() if key in RUN_SETTINGS]
+    run_words = [f"{key}={dumps(value)}" for key, value in read_yaml(config).items() if key in RUN_SETTINGS]
     run_words += [word for word in words if re.split("[.=]", word)[0] in RUN_SETTINGS]
     own_words = [word for word in words if word not in run_words]
     return load_settings(kind, config, own_words, beside=RUN_SETTINGS), run_words

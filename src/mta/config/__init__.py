@@ -1,41 +1,19 @@
 """Settings: schema, validation, and reading from YAML files and the command line."""
 
-from mta.config.loader import Settings
-from mta.config.schema import (
-    BankSettings,
-    CalibrationSettings,
-    Evaluation,
-    Lora,
-    MergeMode,
-    MergeSettings,
-    OneLoraSettings,
-    Policy,
-    Privacy,
-    Run,
-    StackSettings,
-    TaskLoraSettings,
-    Training,
-    load_settings,
-    override,
-    parse_size,
-)
-
-__all__ = [
-    "BankSettings",
-    "CalibrationSettings",
-    "Evaluation",
-    "Lora",
-    "MergeMode",
-    "MergeSettings",
-    "OneLoraSettings",
-    "Policy",
-    "Privacy",
-    "Run",
-    "Settings",
-    "StackSettings",
-    "TaskLoraSettings",
-    "Training",
-    "load_settings",
-    "override",
-    "parse_size",
-]
+from mta.config.loader import Settings as Settings
+from mta.config.schema import BankSettings as BankSettings
+from mta.config.schema import CalibrationSettings as CalibrationSettings
+from mta.config.schema import Evaluation as Evaluation
+from mta.config.schema import Lora as Lora
+from mta.config.schema import MergeMode as MergeMode
+from mta.config.schema import MergeSettings as MergeSettings
+from mta.config.schema import OneLoraSettings as OneLoraSettings
+from mta.config.schema import Policy as Policy
+from mta.config.schema import Privacy as Privacy
+from mta.config.schema import Run as Run
+from mta.config.schema import StackSettings as StackSettings
+from mta.config.schema import TaskLoraSettings as TaskLoraSettings
+from mta.config.schema import Training as Training
+from mta.config.schema import load_settings as load_settings
+from mta.config.schema import override as override
+from mta.config.schema import parse_size as parse_size

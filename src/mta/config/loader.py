@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import reprlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -33,6 +34,8 @@ class Settings(BaseModel):
 
 
 S = TypeVar("S", bound=Settings)
+_BRIEF = reprlib.Repr()  # YAML aliases can make the values of a short file huge
+vars(_BRIEF).update(maxlevel=2, maxstring=100, maxother=100)
 
 
 def merged_over(values: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
@@ -52,20 +55,17 @@ def checked(kind: type[S], values: dict[str, Any], source: str, hint: str = "") 
         return kind.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
-        key, got = ".".join(str(part) for part in first["loc"]), repr(first["input"])
+        key, given = ".".join(map(str, first["loc"])), first["input"]
         own = first.get("ctx", {}).get("error")  # raised by one of our validators, which may carry a hint
         reason = own.message if isinstance(own, ConfigError) else first["msg"].removeprefix("Value error, ")
         advice = own.hint if isinstance(own, ConfigError) else _advice(kind, first["loc"], first["type"])
-        raise ConfigError(
-            f"{source}: {f'{key}: ' if key else ''}{reason} (got {got[:100]}{'…' * (len(got) > 100)})",
-            hint=hint or advice,
-        ) from None
+        got = "" if isinstance(given, dict | BaseModel) else f" (got {_BRIEF.repr(given)})"
+        raise ConfigError(f"{source}: {f'{key}: ' if key else ''}{reason}{got}", hint=hint or advice) from None
 
 
 def _advice(kind: type[BaseModel], loc: tuple[int | str, ...], fault: str) -> str:
     """Return the hint: the known keys if the key is unknown, otherwise the key's default."""
     *parents, name = loc or ("",)
-    key = ".".join(map(str, loc))
     for parent in parents:
         field = kind.model_fields.get(str(parent))
         inner = field.annotation if field else None
@@ -76,16 +76,17 @@ def _advice(kind: type[BaseModel], loc: tuple[int | str, ...], fault: str) -> st
         near = difflib.get_close_matches(str(name), kind.model_fields, n=1)
         meant = f"Did you mean {near[0]}? " if near and field is None else ""
         return f"{meant}Settings here are: {', '.join(kind.model_fields)}."
+    key = ".".join(map(str, loc))
     if isinstance(field.default, Settings):
         return f"Set a key of the group, for example:  {key}.{next(iter(type(field.default).model_fields))}=…"
     about = f"{name}: {field.description}. " if field.description else ""
     return about + (f"Give {name} another value." if field.is_required() else f"The default:  {key}={field.default}")
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
-    """Read a mapping of settings from a YAML file; empty for an empty file. Raises ConfigError."""
+def read_yaml(path: str | Path | None) -> dict[str, Any]:
+    """Read a mapping of settings from a YAML file; empty for an empty file or no file. Raises ConfigError."""
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) if path else None
     except FileNotFoundError:
         raise ConfigError(
             f"no such configuration file: {path}",
@@ -93,18 +94,16 @@ def read_yaml(path: Path) -> dict[str, Any]:
         ) from None
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}", hint="Give a file that you can read.") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: not UTF-8, or a date such as 2020-99-99
         raise ConfigError(
             f"{path} is not readable YAML: {error}",
             hint="Correct that line. Quote a text that contains a colon or a bracket.",
         ) from None
-    if values is None:
-        return {}
-    if not isinstance(values, dict):
+    if values is not None and not isinstance(values, dict):
         raise ConfigError(
             f"{path}: expected a mapping of settings, got {type(values).__name__}", hint="Write lines such as  seed: 1"
         )
-    return values
+    return values or {}
 
 
 def dump_yaml(settings: Settings) -> str:

@@ -42,9 +42,7 @@ class Training(Settings):
     steps: int | None = Field(default=None, ge=0, description="optimizer steps; none: use epochs")
     epochs: float = Field(default=1.0, gt=0, description="passes over the examples, if steps is not set")
     batch_size: int = Field(default=8, ge=1, description="examples of one person per step")
-    schedule: Literal["constant", "linear", "cosine"] = Field(
-        default="constant", description="schedule of the learning rate"
-    )
+    schedule: Literal["constant", "linear", "cosine"] = Field(default="constant", description="learning rate schedule")
     warmup: float = Field(default=0.0, ge=0, le=1, description="share of steps with a rising learning rate")
     weight_decay: float = Field(default=0.0, ge=0, description="weight decay of AdamW")
     clip: float = Field(default=1.0, gt=0, description="largest gradient norm of one person")
@@ -71,15 +69,11 @@ class BankSettings(Settings):
     max_items: int = Field(default=200, ge=1, description="an anchor is trained on this many most recent items")
     lora: Lora = Lora()
     training: Training = Training(lr=2e-4, epochs=2, batch_size=8)
-    encode: Literal["input", "both"] = Field(
-        default="both", description="what encoders read of an item: only the input, or also the answer"
-    )
+    encode: Literal["input", "both"] = Field(default="both", description="encoders read the input, or also the answer")
     choose: Literal["active", "central", "random"] = Field(
-        default="active", description="which person of a cluster is its anchor; paper: most active"
+        default="active", description="a cluster's anchor; paper: active"
     )
-    start: Literal["same", "own"] = Field(
-        default="same", description="initial A: the same for all anchors, or one per anchor"
-    )
+    start: Literal["same", "own"] = Field(default="same", description="one initial A for all anchors, or one for each")
 
 
 class CalibrationSettings(Settings):
@@ -102,9 +96,7 @@ class MergeSettings(Settings):
     """
 
     policy: Policy = Field(default="posterior", description="how coefficients come from the shots")
-    retrieve: Literal["cosine", "loss"] = Field(
-        default="cosine", description="how near anchors are found: similar encoding, or lowest loss"
-    )
+    retrieve: Literal["cosine", "loss"] = Field(default="cosine", description="anchors near by encoding, or by loss")
     k: int = Field(default=0, ge=0, description="anchors retrieved, 0 = all; the paper takes 2")
     tau: float = Field(default=0.2, gt=0, description="temperature of the similarity and loss policies")
     temperature: float = Field(default=4.0, gt=0, description="T of the posterior policy")
@@ -131,21 +123,15 @@ class Run(Settings):
 
     base: str = Field(default="smollm2-135m-instruct", description="asset name, folder or hub id")
     task: str = Field(default="text", description="built-in task, or a YAML file")
-    encoder: str = Field(
-        default="all-minilm-l6-v2", description="asset name, folder, hub id, or base (the base's hidden states)"
-    )
+    encoder: str = Field(default="all-minilm-l6-v2", description="asset name, folder, hub id, or base (hidden states)")
     seed: int = Field(default=0, description="seed of all random draws")
     dtype: Literal["auto", "float32", "bfloat16", "float64"] = Field(
         default="auto", description="dtype of the base; adapters are float32"
     )
     device: str = Field(default="auto", description="cpu, cuda, or auto: the GPU if there is one")
     memory: str = Field(default="4GiB", description="memory limit of one cohort: adapters, optimizer, activations")
-    gradient_checkpointing: bool = Field(
-        default=False, description="less memory for a third more time; for large bases"
-    )
-    max_tokens: int = Field(
-        default=1024, ge=16, description="longest example in tokens; prompts are cut where the task allows it"
-    )
+    gradient_checkpointing: bool = Field(default=False, description="less memory, a third more time; for large bases")
+    max_tokens: int = Field(default=1024, ge=16, description="longest example; prompts are cut if the task allows it")
     task_lora: TaskLoraSettings = TaskLoraSettings()
     bank: BankSettings = BankSettings()
     calibration: CalibrationSettings = CalibrationSettings()
@@ -173,9 +159,7 @@ class Evaluation(Settings):
     queries: int = Field(default=12, ge=1, description="next items, to answer")
     seeds: tuple[int, ...] = Field(default=(), description="empty: the run's seed")
     oppu: OneLoraSettings = OneLoraSettings(lora=Lora(), training=Training(lr=2e-4, steps=8, batch_size=64))
-    adapt: OneLoraSettings | None = Field(
-        default=None, description="adapt-only LoRA; none: the settings of the run's stack"
-    )
+    adapt: OneLoraSettings | None = Field(default=None, description="adapt-only LoRA; none: as the run's stack")
     policies: tuple[Policy, ...] = Field(
         default=("uniform", "top1", "similarity", "loss", "posterior", "ridge", "learned"),
         description="policies of the merge-only methods",
@@ -219,7 +203,7 @@ def load_settings(
 
     Keys of the file that are in ``beside`` belong to other settings and are skipped.
     """
-    values = {key: value for key, value in (read_yaml(Path(path)) if path else {}).items() if key not in beside}
+    values = {key: value for key, value in read_yaml(path).items() if key not in beside}
     return checked(kind, _with_words(values, words), str(path or "the command line"))
 
 
@@ -228,7 +212,7 @@ def override(settings: S, words: Iterable[str], path: str | Path | None = None) 
 
     Raises ConfigError naming key and value.
     """
-    values = merged_over(settings.model_dump(mode="json"), read_yaml(Path(path)) if path else {})
+    values = merged_over(settings.model_dump(mode="json"), read_yaml(path))
     return checked(type(settings), _with_words(values, words), str(path or "the command line"))
 
 

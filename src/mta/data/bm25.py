@@ -22,13 +22,14 @@ def retrieve(task: Task, item: Item, earlier: Sequence[Item], k: int) -> list[It
 
     if k < 1 or not earlier:
         return []
-    corpus, query = (_words([task.text_of(one) for one in items]) for items in (earlier, [item]))
+    texts = [task.text_of(one) for one in (*earlier, item)]
+    *corpus, query = bm25s.tokenize(texts, return_ids=False, show_progress=False)
     if not any(corpus):  # bm25s cannot index an empty corpus
         return list(earlier[-k:])
     logging.getLogger("bm25s").setLevel(logging.WARNING)  # after its import, bm25s logs every index
     index = bm25s.BM25()
     index.index(corpus, show_progress=False)
-    found, _ = index.retrieve(query, k=min(k, len(earlier)), show_progress=False)
+    found, _ = index.retrieve([query], k=min(k, len(earlier)), show_progress=False)
     return [earlier[int(number)] for number in found[0]]
 
 
@@ -48,9 +49,3 @@ def with_profiles(task: Task, person: Person, k: int, before: str = "") -> Perso
     with_earlier = tuple(with_profile(task, item, items[:n], k, before) for n, item in enumerate(items))
     queries = tuple(with_profile(task, query, items, k, before) for query in person.queries)
     return replace(person, items=with_earlier, queries=queries)
-
-
-def _words(texts: Sequence[str]) -> list[list[str]]:
-    from bm25s import tokenize
-
-    return [list(words) for words in tokenize(list(texts), return_ids=False, show_progress=False)]

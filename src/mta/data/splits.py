@@ -8,17 +8,16 @@ import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from mta.data.history import Person
 from mta.errors import DataError, InputError
-from mta.system.atomic import write_json
+from mta.system.atomic import read_json, write_json
 
 PARTS = ("task", "development", "candidates", "test")
 TESTED = ("test", "development")
 SCHEMA = 1
 log = logging.getLogger("mta")
-_ANEW = "Restore the file, or draw the splits again:  mta.data.splits.draw(…).save(path)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,13 +42,10 @@ class Splits:
         """Sha256 over the ids of every part; the same splits give the same digest in any process."""
         return _sha(SCHEMA, *(list(getattr(self, part)) for part in PARTS))
 
-    def select(self, part: str, people: Iterable[Person]) -> list[Person]:
-        """Return the people of one part in its order. Raises InputError if a person is missing or the part unknown."""
-        if part not in PARTS:
-            raise InputError(
-                f"no part {part!r} of the splits; expected one of: {', '.join(PARTS)}",
-                hint=f"For example:  splits.select({PARTS[0]!r}, people)",
-            )
+    def select(
+        self, part: Literal["task", "development", "candidates", "test"], people: Iterable[Person]
+    ) -> list[Person]:
+        """Return the people of one part in its order. Raises InputError if a person is missing."""
         by_id, ids = {person.id: person for person in people}, getattr(self, part)
         if missing := [id for id in ids if id not in by_id]:
             raise InputError(
@@ -59,46 +55,20 @@ class Splits:
         return [by_id[id] for id in ids]
 
     def save(self, path: str | Path) -> None:
-        """Write the splits as JSON. Ids are hashed with the digest as salt, so the same splits give the same bytes."""
+        """Write the splits as JSON. Ids are hashed with the digest as salt, so the same splits give the same bytes.
+
+        Raises DataError if the file exists with other content: results beside it are of other splits.
+        """
         path, salt = Path(path), self.digest
         parts = {part: [_sha(salt, id) for id in getattr(self, part)] for part in PARTS}
-        write_json(path, {"schema": SCHEMA, "digest": salt, **parts})
-
-    @classmethod
-    def load(cls, path: str | Path, people: Iterable[Person]) -> Splits:
-        """Read splits and find their people among ``people``. Log a warning if parts share items.
-
-        Raises DataError if a person is missing or the file was changed.
-        """
-        path, people = Path(path), list(people)
-        values = _read(path)
-        salt = values["digest"]
-        known = {_sha(salt, person.id): person.id for person in people}
-        hashes = [hash for part in PARTS for hash in values[part]]
-        if unknown := sum(hash not in known for hash in hashes):
+        content = {"schema": SCHEMA, "digest": salt, **parts}
+        if path.exists() and read_json(path) != content:
             raise DataError(
-                f"{path}: {unknown} of {len(hashes)} people are not in the given data, or the file was changed",
-                hint="Give the data the splits were drawn from, or draw them again.",
+                f"{path} holds other splits (of other people, sizes, or seed), or was changed",
+                hint="Choose another folder with --out. If people who share items were in different parts, "
+                "people.together=false in a recipe splits as before.",
             )
-        if len(set(hashes)) < len(hashes):
-            raise DataError(f"{path}: a person is in the splits twice: the file was changed", hint=_ANEW)
-        splits = cls(*(tuple(known[hash] for hash in values[part]) for part in PARTS))
-        if splits.digest != salt:
-            raise DataError(
-                f"{path}: digest is {splits.digest[:12]}…, expected {salt[:12]}…: the file was changed", hint=_ANEW
-            )
-        if parted := splits._parted(people):
-            log.warning("%s: %d people share items with people of another part", path, parted)
-        return splits
-
-    def _parted(self, people: Iterable[Person]) -> int:
-        """Count the ``people`` of groups that are in more than one part."""
-        part = {id: name for name in PARTS for id in getattr(self, name)}
-        groups: dict[str, list[str]] = {}
-        for person in people:
-            if person.group and person.id in part:
-                groups.setdefault(person.group, []).append(part[person.id])
-        return sum(len(parts) for parts in groups.values() if len(set(parts)) > 1)
+        write_json(path, content)
 
 
 def draw(
@@ -195,30 +165,3 @@ def _check_size(name: str, got: int, asked: int, most: int) -> None:
 
 def _sha(*values: Any) -> str:
     return hashlib.sha256(json.dumps(values).encode()).hexdigest()
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise DataError(
-            f"no such splits file: {path}", hint="Draw and save splits:  mta.data.splits.draw(…).save(path)"
-        ) from None
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path} is not a readable splits file: {error}", hint=_ANEW) from None
-    if not isinstance(values, dict) or values.get("schema") != SCHEMA:
-        got = values.get("schema") if isinstance(values, dict) else type(values).__name__
-        raise DataError(
-            f"{path} is not a splits file of schema {SCHEMA}; got {got!r}",
-            hint="Draw and save the splits again:  mta.data.splits.draw(…).save(path)",
-        )
-    fits = isinstance(values.get("digest"), str) and all(_are_texts(values.get(part)) for part in PARTS)
-    if not fits or set(values) != {"schema", "digest", *PARTS}:
-        raise DataError(
-            f"{path}: expected schema, digest and the lists {', '.join(PARTS)}; got {', '.join(values)}", hint=_ANEW
-        )
-    return values
-
-
-def _are_texts(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(item, str) for item in value)

@@ -6,6 +6,7 @@ safetensors are read. Adapters that are not ``scale * B @ A`` over unchanged bas
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import json
 import math
@@ -69,8 +70,10 @@ def write_peft(
 
 def remove_asides(folder: Path) -> None:
     """Remove the temporary folders that killed exports left beside a folder. Raises OSError."""
-    for left in asides_in(folder.parent, glob.escape(folder.name)):
-        shutil.rmtree(left)
+    for left in list(asides_in(folder.parent, glob.escape(folder.name))):
+        while left.exists():
+            with contextlib.suppress(FileNotFoundError):  # its writer removes files too
+                shutil.rmtree(left)
         sync_folder(folder.parent)
 
 

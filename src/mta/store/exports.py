@@ -14,17 +14,19 @@ import platform
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from mta.errors import InputError, PersonForgotten, StateCorrupt
 from mta.lora.peft import CARD, CONFIG, WEIGHTS, has_own_card, read_peft, remove_asides
 from mta.store.lock import locked
-from mta.store.state import json_sha256
+from mta.store.state import opened_json, sealed_json
 from mta.store.tombstones import Tombstones
 from mta.system.atomic import file_sha256, sync_folder
 from mta.system.hub import Parcel
 from mta.system.storage import Storage
 
 SCHEMA = 2
+_BY_HAND = "Remove the file; then find and remove adapters that were exported before by hand."
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,9 +66,8 @@ class Export:
             return f"{self.host}/{self.folder} (pushed there: delete it by hand)"
         if self.host != platform.node():
             return f"{self.folder} (on the host {self.host!r})"
-        if why := _remove_asides(folder):
-            return f"{self.folder} ({why})"
         try:
+            remove_asides(folder)
             if file_sha256(folder / WEIGHTS) != self.sha256:
                 return f"{self.folder} ({'its adapter was changed since' if self.sha256 else 'it was interrupted'})"
             (folder / CONFIG).unlink(missing_ok=True)
@@ -78,7 +79,7 @@ class Export:
             if why := self._missing():
                 return f"{self.folder} ({why})"
         except OSError as error:
-            return f"{self.folder} ({error.strerror})"
+            return f"{self.folder} ({error.strerror or error})"
         with contextlib.suppress(OSError):  # the folder holds other files, or was removed already
             folder.rmdir()
             sync_folder(folder.parent)
@@ -212,30 +213,16 @@ def remove_if_empty(files: Storage, folder: str) -> None:
         sync_folder(path.parent)
 
 
-def _remove_asides(folder: Path) -> str:
-    """Call ``remove_asides``, and once more if a folder vanished meanwhile. Return "" or the reason of a failure."""
-    try:
-        try:
-            remove_asides(folder)
-        except FileNotFoundError:
-            remove_asides(folder)
-    except OSError as error:
-        return error.strerror or str(error)
-    return ""
-
-
 def _elsewhere(exports: Sequence[Export], export: Export) -> list[Export]:
     """Return the exports in other places than ``export``."""
     return [known for known in exports if (known.host, known.folder) != (export.host, export.folder)]
 
 
 def _without(exports: Sequence[Export], export: Export) -> list[Export]:
-    """Return the exports without the last one that equals ``export``; an earlier equal one was killed."""
+    """Return the exports without one that equals ``export``; the record of a killed export may equal it too."""
     left = list(exports)
-    if export in left:
-        left.reverse()
+    with contextlib.suppress(ValueError):
         left.remove(export)
-        left.reverse()
     return left
 
 
@@ -268,8 +255,7 @@ def exports_to_bytes(exports: Sequence[Export], key: bytes) -> bytes:
     from cryptography.fernet import Fernet
 
     rows = json.dumps([asdict(export) for export in exports]).encode()
-    token = Fernet(_fernet_key(key)).encrypt(rows).decode()
-    return json.dumps({"schema": SCHEMA, "sha256": json_sha256(token), "exports": token}).encode()
+    return sealed_json("exports", Fernet(_fernet_key(key)).encrypt(rows).decode(), SCHEMA)
 
 
 def exports_from_bytes(data: bytes, key: bytes, source: str = "the file") -> list[Export]:
@@ -281,28 +267,18 @@ def exports_from_bytes(data: bytes, key: bytes, source: str = "the file") -> lis
         rows = Fernet(_fernet_key(key)).decrypt(hidden) if isinstance(hidden, str) else _of_schema_1(hidden, key)
         return [Export(**row) for row in json.loads(rows)]
     except (InvalidToken, ValueError, TypeError, RecursionError):
-        raise _corrupt(source, "another key") from None
+        raise StateCorrupt(f"{source} was changed or cut short: got another key", hint=_BY_HAND) from None
 
 
 def check_exports(data: bytes, source: str = "the file") -> str | list[str]:
     """Check without the key that the data are intact; return the encrypted list. Raises StateCorrupt."""
-    try:
-        value = json.loads(data)
-        hidden, schema = value["exports"], value["schema"]
-        if schema not in (1, SCHEMA) or value["sha256"] != json_sha256(hidden):
-            raise ValueError("another schema or sha256")
-        if not isinstance(hidden, str if schema == SCHEMA else list):
+
+    def parse(hidden: Any) -> str | list[str]:
+        if not isinstance(hidden, str | list):
             raise TypeError(type(hidden).__name__)
         return hidden
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise _corrupt(source, repr(error)) from error
 
-
-def _corrupt(source: str, got: str) -> StateCorrupt:
-    return StateCorrupt(
-        f"{source} was changed or cut short: got {got}, expected schema 1 or {SCHEMA} and a list that fits the sha256",
-        hint="Remove the file; then find and remove adapters that were exported before by hand.",
-    )
+    return opened_json("exports", data, (1, SCHEMA), source, _BY_HAND, parse)
 
 
 def _fernet_key(key: bytes) -> bytes:

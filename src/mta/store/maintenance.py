@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import statistics
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -19,15 +19,23 @@ from mta.store.exports import check_exports
 from mta.store.lock import LOCK
 from mta.store.state import State, history_from_bytes
 from mta.store.store import Store, version_of
-from mta.store.tombstones import FOLDER
-from mta.store.workspace import ABANDONED
+from mta.store.tombstones import FOLDER, LIFETIME
 
 T = TypeVar("T")
 Kind = Literal["key", "state", "history", "exports", "hint", "work", "tombstone", "lock", "leftover", "stranger"]
 
-_PLACE = re.compile(r"([0-9a-f]{2}/[0-9a-f]{64})/([^/]+)")
-_BESIDE: dict[str, Kind] = {"latest.json": "hint", "history.json": "history", "exports.json": "exports"}
-_ASIDE = re.compile(r"\..+\.[0-9a-f]{32}")  # temporary files, which a writer renames or links when complete
+_PERSON = "[0-9a-f]{2}/[0-9a-f]{64}"
+_KINDS: dict[Kind, str] = {  # kind -> pattern of its names; the first match counts
+    "state": rf"{_PERSON}/[1-9][0-9]*\.safetensors",
+    "hint": rf"{_PERSON}/latest\.json",
+    "history": rf"{_PERSON}/history\.json",
+    "exports": rf"{_PERSON}/exports\.json",
+    "leftover": r"(.*/)?\.[^/]+\.[0-9a-f]{32}",  # temporary files, which a writer renames or links when complete
+    "work": "work/.+",  # a stopped run resumes from it
+    "key": r"store\.json",
+    "lock": re.escape(LOCK),
+    "tombstone": f"{FOLDER}/.+",
+}
 _READERS: dict[Kind, Callable[[bytes, str], object]] = {
     "state": State.from_bytes,
     "history": partial(history_from_bytes, "-"),
@@ -76,27 +84,32 @@ def check(store: Store, on_file: Callable[[int, int], None] = lambda done, total
         if wrong:
             damaged[name] = wrong
         on_file(n, len(read))
-
-    def of(kind: Kind) -> list[str]:
-        return sorted(name for name, found in kinds.items() if found == kind and name not in damaged)
-
-    people = {_person(name) for name in of("state")}
-    states, histories, exports = len(of("state")), len(of("history")), len(of("exports"))
-    left = of("leftover"), of("stranger")
-    return Health(len(people), states, histories, exports, damaged, *left, store.files.exposed())
+    whole = defaultdict[Kind, list[str]](list)
+    for name in sorted(kinds.keys() - damaged):
+        whole[kinds[name]].append(name)
+    return Health(
+        people=len({_person(name) for name in whole["state"]}),
+        states=len(whole["state"]),
+        histories=len(whole["history"]),
+        exports=len(whole["exports"]),
+        damaged=damaged,
+        leftovers=whole["leftover"],
+        strangers=whole["stranger"],
+        exposed=store.files.exposed(),
+    )
 
 
 def stats(store: Store) -> Stats:
     """Return counts and sizes from one listing, without reading files. Raises StoreError if there is no store."""
     store.check()
-    sizes, kinds = dict[str, int](), list[Kind]()
+    sizes, kinds = Counter[str](), Counter[Kind]()
     for name, size in store.files.find().items():
         if (kind := _kind(name)) in (*_READERS, "hint"):
-            kinds.append(kind)
-            sizes[_person(name)] = sizes.get(_person(name), 0) + size
-    each = sorted(sizes.values()) or [0]
-    weights = sum(each), statistics.mean(each), statistics.median(each), each[-1]
-    return Stats(len(sizes), kinds.count("state"), kinds.count("history"), *weights)
+            kinds[kind] += 1
+            sizes[_person(name)] += size
+    each = list(sizes.values()) or [0]
+    weights = sum(each), statistics.mean(each), statistics.median(each), max(each)
+    return Stats(len(sizes), kinds["state"], kinds["history"], *weights)
 
 
 def collect(
@@ -115,7 +128,7 @@ def collect(
     """
     store.check()
     sizes, removed = store.files.find(), dict[str, int]()
-    ages: dict[Kind, float] = {"leftover": older, "work": ABANDONED}
+    ages: dict[Kind, float] = {"leftover": older, "work": LIFETIME}
     temporary = {name: ages[kind] for name in sizes if (kind := _kind(name)) in ages}
     old = [name for name in store.tombstones.expired(dry) if name in sizes]
     for name in [*old, *(name for name, age in temporary.items() if store.files.age(name) > age)]:
@@ -153,20 +166,7 @@ def _together(work: Callable[[str], T], names: Sequence[str]) -> Iterator[T]:
 
 
 def _kind(name: str) -> Kind:
-    file = _file(name)
-    if _ASIDE.fullmatch(file):
-        return "leftover"
-    if name.startswith("work/"):
-        return "work"  # a stopped run resumes from it
-    if name == "store.json":
-        return "key"
-    if name == LOCK:
-        return "lock"
-    if name.startswith(f"{FOLDER}/"):
-        return "tombstone"
-    if not _PLACE.fullmatch(name):
-        return "stranger"
-    return "state" if version_of(file) else _BESIDE.get(file, "stranger")
+    return next((kind for kind, pattern in _KINDS.items() if re.fullmatch(pattern, name)), "stranger")
 
 
 def _wrong(store: Store, name: str) -> str:
@@ -182,7 +182,3 @@ def _wrong(store: Store, name: str) -> str:
 
 def _person(name: str) -> str:
     return name.rpartition("/")[0]
-
-
-def _file(name: str) -> str:
-    return name.rpartition("/")[2]

@@ -8,7 +8,9 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass
+from typing import Any, TypeVar
 
 from safetensors import SafetensorError
 from safetensors.torch import load, save
@@ -18,6 +20,7 @@ from mta.data.history import Item, Person
 from mta.errors import Diverged, InputError, StateCorrupt
 from mta.lora.batch import LoraBatch
 
+T = TypeVar("T")
 SCHEMA = 1
 _FIELDS = ("bank", "anchors", "w", "policy", "history", "work", "seed", "mode", "rank")
 _NO_DIGEST = "0" * 64
@@ -187,24 +190,41 @@ def history_to_bytes(person: Person) -> bytes:
     """Return a person's items and queries as JSON with a sha256, without the id."""
     names = ("fields", "time", "id", "is_query")
     rows = [[dict(zip(names, item.__reduce__()[1])) for item in part] for part in (person.items, person.queries)]
-    return json.dumps({"schema": SCHEMA, "sha256": json_sha256(rows), "history": rows}).encode()
+    return sealed_json("history", rows, SCHEMA)
 
 
 def history_from_bytes(id: str, data: bytes, source: str = "the file") -> Person:
     """Invert ``history_to_bytes``. Raises StateCorrupt."""
+
+    def parse(rows: Any) -> Person:
+        items, queries = (tuple(Item(**row) for row in part) for part in rows)
+        return Person(id, items, queries)
+
+    hint = "Give the person's history again, or forget them:  mta forget"
+    return opened_json("history", data, (SCHEMA,), source, hint, parse)
+
+
+def sealed_json(name: str, value: object, schema: int) -> bytes:
+    """Return a JSON file with one value, its schema, and a sha256 that detects damage."""
+    return json.dumps({"schema": schema, "sha256": _json_sha256(value), name: value}).encode()
+
+
+def opened_json(
+    name: str, data: bytes, schemas: Collection[int], source: str, hint: str, parse: Callable[[Any], T]
+) -> T:
+    """Invert ``sealed_json``, and ``parse`` the value. Raises StateCorrupt with ``source`` and ``hint``."""
     try:
-        value = json.loads(data)
-        if value["schema"] != SCHEMA or value["sha256"] != json_sha256(value["history"]):
+        file = json.loads(data)
+        if file["schema"] not in schemas or file["sha256"] != _json_sha256(file[name]):
             raise ValueError("another schema or sha256")
-        items, queries = ([Item(**row) for row in part] for part in value["history"])
-        return Person(id, tuple(items), tuple(queries))
+        return parse(file[name])
     except (ValueError, KeyError, TypeError, RecursionError) as error:
+        known = " or ".join(map(str, schemas))
         raise StateCorrupt(
-            f"{source} was changed or cut short: got {error!r}, expected schema {SCHEMA} and rows that fit the sha256",
-            hint="Give the person's history again, or forget them:  mta forget",
+            f"{source} was changed or cut short: got {error!r}, expected schema {known} and {name} with that sha256",
+            hint=hint,
         ) from error
 
 
-def json_sha256(value: object) -> str:
-    """Return the sha256 of a value as JSON."""
+def _json_sha256(value: object) -> str:
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()

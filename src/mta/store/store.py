@@ -42,7 +42,7 @@ class Store:
 
     >>> store = Store("people/")
     >>> store.save("ann", state)        # 1; the same work again is still 1
-    >>> store.load("ann").w, "bob" in store, store.forget("ann")
+    >>> store.load("ann").w, "bob" in store
     """
 
     def __init__(self, url: str | Path) -> None:
@@ -130,8 +130,8 @@ class Store:
     def latest(self, id: str) -> int | None:
         """Return the number of the newest version, or None; found from the hint upwards, or from a listing."""
         path = self._path(id)
-        version = self._hinted(path)
-        if version is None:
+        version = self._hint(path).get("version")
+        if type(version) is not int or not self.files.exists(f"{path}/{version}.safetensors"):
             return max(self.versions(id), default=None)
         while self.files.exists(f"{path}/{version + 1}.safetensors"):
             version += 1
@@ -154,11 +154,6 @@ class Store:
     def __contains__(self, id: str) -> bool:
         return self.latest(id) is not None
 
-    def count(self) -> int:
-        """Return the number of people with a state; lists the whole store."""
-        found = (name.rpartition("/") for name in self.files.find() if _PERSON.match(name))
-        return len({folder for folder, _, file in found if version_of(file)})
-
     def nbytes(self, id: str) -> int:
         """Return the bytes stored for a person: all versions, history, hint, exports."""
         return sum(self.files.sizes(self._path(id)).values())
@@ -179,26 +174,12 @@ class Store:
         data = self.files.read(name := f"{self._path(id)}/history.json")
         return None if data is None else history_from_bytes(id, data, self.files.at(name))
 
-    def forget(self, id: str) -> bool:
-        """Remove a person's files, but not exported adapters; return False if there were none.
-
-        Tombstones keep other processes from saving the person's earlier data (``tombstones``). The second tombstone is
-        for processes that found the first one and then read files that were not removed yet.
-        """
-        found = False
-        for _ in range(2):
-            self.tombstones.add(id)
-            found |= self.remove(id)
-            self.files.remove(f"{self._path(id)}/exports.json")
-            remove_if_empty(self.files, self._path(id))
-        return found
-
     def remove(self, id: str) -> bool:
         """Remove a person's states, hint, and history; return False if there were none.
 
         The order is: hint, history, then states from the oldest on; each removal is flushed before the next one. After
         a crash the newest state is still found under the id, and the call can be repeated. If the hint were removed
-        last, a crash could leave files of a person who seems unknown. Call ``Exports.forget`` before.
+        last, a crash could leave files of a person who seems unknown. ``personalize.forgetting`` does the other steps.
         """
         path = self._path(id)
         names = [name for name in self.files.sizes(path) if name != "exports.json"]
@@ -269,10 +250,6 @@ class Store:
         except (ValueError, RecursionError):
             return {}
         return hint if isinstance(hint, dict) else {}
-
-    def _hinted(self, path: str) -> int | None:
-        version = self._hint(path).get("version")
-        return version if type(version) is int and self.files.exists(f"{path}/{version}.safetensors") else None
 
     def _work(self, name: str) -> str | None:
         """Return the work key of a state; None if it cannot be read, so that damaged states are replaced."""

@@ -20,9 +20,9 @@ from mta.errors import PersonForgotten
 from mta.system.storage import Storage
 
 FOLDER = "forgotten"
-LIFETIME = 7 * 24 * 3600.0  # seconds: longer than any process holds items without checking tombstones
+LIFETIME = 7 * 24 * 3600.0  # seconds: no process holds items, and no stopped run is resumed, after this time
 NOTHING: frozenset[str] = frozenset()
-_NAME = re.compile(r"([0-9a-f]{64})-([0-9]{1,12})-[0-9a-f]{16}")
+_NAME = re.compile(r"[0-9a-f]{64}-[0-9]{1,12}-[0-9a-f]{16}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,16 +45,17 @@ class Tombstones:
         This host's clock may be wrong, so the file must also be older than a new file by the store's own times.
         ``dry`` writes no file and uses only the times in the names.
         """
-        old = [f"{FOLDER}/{name}" for name in self.names() if _is_expired(name)]
+        now = time.time()
+        old = [f"{FOLDER}/{name}" for name in self.names() if now - int(name.split("-")[1]) > LIFETIME]
         if dry or not old:
             return old
-        now = f"{FOLDER}/.now.{secrets.token_hex(16)}"
+        new = f"{FOLDER}/.now.{secrets.token_hex(16)}"
         try:
-            self.files.replace(now, b"")
-            youngest = self.files.age(now)
+            self.files.replace(new, b"")
+            youngest = self.files.age(new)
             return [name for name in old if self.files.age(name) - youngest > LIFETIME]
         finally:
-            self.files.remove(now)
+            self.files.remove(new)
 
     def names(self) -> frozenset[str]:
         """Return the names of all tombstones, from one listing."""
@@ -87,9 +88,3 @@ def forgotten_meanwhile() -> PersonForgotten:
         "the person was forgotten meanwhile: nothing made from their earlier items is saved",
         hint="To add the person again, personalize from items that were received afterwards.",
     )
-
-
-def _is_expired(name: str) -> bool:
-    """Return whether a tombstone is expired by this host's clock and the time in its name."""
-    found = _NAME.fullmatch(name)
-    return found is not None and time.time() - int(found[2]) > LIFETIME

@@ -11,10 +11,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from mta.store.tombstones import LIFETIME
 from mta.system.storage import Storage
 from mta.training.checkpoint import Checkpoint
-
-ABANDONED = 7 * 24 * 3600.0  # seconds after which a stopped run is not resumed
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,12 +57,12 @@ class Work:
         return Checkpoint(path, digest, allowed=self.allowed)
 
     def finish(self) -> None:
-        """Remove the folder of the finished run, and abandoned folders of other runs."""
-        self.files.remove_folder(self.name)
+        """Remove the folder of the finished run, and folders of runs that stopped a week ago."""
+        self.drop()
         if self.folder and self.folder.parent.is_dir():
             for folder in self.folder.parent.iterdir():
                 with contextlib.suppress(FileNotFoundError):  # another run may remove its folder at the same time
-                    if time.time() - folder.stat().st_mtime > ABANDONED:
+                    if time.time() - folder.stat().st_mtime > LIFETIME:
                         shutil.rmtree(folder, ignore_errors=True)
             with contextlib.suppress(OSError):  # other runs' folders may be in it
                 self.folder.parent.rmdir()

@@ -175,12 +175,9 @@ def _for_this_machine(full: Recipe, short: Recipe, say: Callable[[str], None]) -
 
 
 def _splits(out: Path, people: list[Person], recipe: Recipe) -> Splits:
-    path = out / "splits.json"
-    if path.is_file():
-        return Splits.load(path, people)
     sizes = recipe.people.model_dump()
     splits = draw(people, recipe.run.seed, **sizes, min_items=recipe.evaluation.shots + recipe.evaluation.queries)
-    splits.save(path)
+    splits.save(out / "splits.json")
     return splits
 
 

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from mta.data.history import Item
 from mta.data.readers.rejects import Bad, Place, Rejects, data_error
 from mta.data.readers.rows import Part, item_in, list_in, text_in
-from mta.data.readers.stream import array_elements, kind_of, opened
+from mta.data.readers.stream import array_elements, object_in, only_file, opened
 from mta.data.tasks.task import Task
 from mta.errors import DataError
 
 GOLDS = r'"golds"\s*:\s*\['
-log = logging.getLogger("mta")
 
 
 class Gold(NamedTuple):
@@ -28,16 +26,7 @@ class Gold(NamedTuple):
 
 def questions_in(folder: Path) -> Path:
     """Return the questions file of a folder. Raises DataError if there are several or none."""
-    found = sorted(folder.glob("*questions.json"))
-    if not found:
-        raise DataError(
-            f"{folder} holds neither *_questions.json (LaMP) nor *.inter (RecBole)",
-            hint="Give the path of the file itself, or a folder that holds one of these.",
-        )
-    if len(found) > 1:
-        names = ", ".join(path.name for path in found)
-        raise DataError(f"{folder} holds several questions files: {names}", hint="Give the path of one of them.")
-    return found[0]
+    return only_file(folder, "*questions.json", hint="Give the path of the file itself, or a RecBole folder (*.inter).")
 
 
 def outputs_beside(questions: Path) -> Path | None:
@@ -47,26 +36,23 @@ def outputs_beside(questions: Path) -> Path | None:
 
 
 def lamp_parts(
-    records: Iterator[tuple[Place, dict[str, Any]]], golds: dict[str, Gold] | None, task: Task, rejects: Rejects
+    records: Iterator[tuple[Place, dict[str, Any]]], questions: Path, task: Task, rejects: Rejects
 ) -> Iterator[Part]:
     """Yield one part per question. Without ``user_id``, the question's id is the person's id.
 
-    Without an outputs file, queries have no target: they can be answered, but the answers cannot be scored.
+    Without an outputs file beside the questions, queries have no target: they can be answered, but not scored.
     """
+    outputs = outputs_beside(questions)
+    golds = outputs_in(outputs, task, rejects) if outputs else None
     seen: set[str] = set()
     for place, record in records:
-        try:
-            id = text_in(record, "id")
-            if id in seen:
-                raise Bad("id", f"duplicate question id {id!r}")
+        with rejects.skipping(place, {"id": record.get("id")}):
+            id = _new_id(record, "id", seen)
             seen.add(id)
             named = record.get("user_id") is not None
             person = text_in(record, "user_id") if named else id
             items = _profile(record, task, place, rejects)
-        except Bad as bad:
-            rejects.add(place, bad.field, bad.reason, {"id": record.get("id")})
-            continue
-        yield Part(person, items, place, _queries([record], golds, task, place, rejects), repeats=True, named=named)
+            yield Part(person, items, place, _queries([record], golds, task, place, rejects), repeats=True, named=named)
     for id, gold in (golds or {}).items():
         if id not in seen:
             rejects.add(gold.place, "id", f"no question has the id {id!r}", {"id": id, "output": gold.output})
@@ -76,25 +62,25 @@ def perpcs_parts(records: Iterator[tuple[Place, dict[str, Any]]], task: Task, re
     """Yield one person per record, with any number of questions and their gold answers where known."""
     seen: set[str] = set()
     for place, record in records:
-        try:
-            person = text_in(record, "user_id")
-            if person in seen:
-                raise Bad("user_id", f"duplicate person {person!r}")
+        with rejects.skipping(place, {"user_id": record.get("user_id")}):
+            person = _new_id(record, "user_id", seen, "person")
             seen.add(person)
             items, questions = _profile(record, task, place, rejects), list_in(record, "query")
-        except Bad as bad:
-            rejects.add(place, bad.field, bad.reason, {"user_id": record.get("user_id")})
-            continue
-        yield Part(person, items, place, _queries(questions, None, task, place, rejects))
+            yield Part(person, items, place, _queries(questions, None, task, place, rejects))
+
+
+def _new_id(row: dict[str, Any], field: str, known: Container[str], what: str = "question id") -> str:
+    id = text_in(row, field)
+    if id in known:
+        raise Bad(field, f"duplicate {what} {id!r}")
+    return id
 
 
 def _profile(record: dict[str, Any], task: Task, place: Place, rejects: Rejects) -> tuple[Item, ...]:
     items = []
     for number, row in enumerate(list_in(record, "profile")):
         try:
-            if not isinstance(row, dict):
-                raise Bad(None, f"expected an object, got {kind_of(row)}")
-            items.append(item_in(row, task, time="date"))
+            items.append(item_in(object_in(row, expected="an object"), task, time="date"))
         except Bad as bad:
             field = f"profile[{number}]" + (f".{bad.field}" if bad.field else "")
             rejects.add(place, field, bad.reason, row)
@@ -108,22 +94,15 @@ def _queries(
 ) -> tuple[Item, ...]:
     queries: dict[str, Item] = {}
     for row in rows:
-        try:
-            if not isinstance(row, dict):
-                raise Bad("query", f"expected a list of objects, got {kind_of(row)}")
-            query = _query(row, golds, task)
-            if query.id in queries:
-                raise Bad("id", f"duplicate question id {query.id!r}")
-            queries[str(query.id)] = query
-        except Bad as bad:
-            # A LaMP record holds a whole profile: write only the question to the rejects.
-            kept = {key: value for key, value in row.items() if key != "profile"} if isinstance(row, dict) else row
-            rejects.add(bad.place or place, bad.field, bad.reason, kept)
+        # A LaMP record holds a whole profile: write only the question to the rejects.
+        kept = {key: value for key, value in row.items() if key != "profile"} if isinstance(row, dict) else row
+        with rejects.skipping(place, kept):
+            id = _new_id(object_in(row, "query", "a list of objects"), "id", queries)
+            queries[id] = _query(row, id, golds, task)
     return tuple(queries.values())
 
 
-def _query(row: dict[str, Any], golds: dict[str, Gold] | None, task: Task) -> Item:
-    id = text_in(row, "id")
+def _query(row: dict[str, Any], id: str, golds: dict[str, Gold] | None, task: Task) -> Item:
     output, place = _answer(row, id, golds)
     try:
         query = task.parse_query(text_in(row, "input"), output, id)
@@ -145,32 +124,16 @@ def _answer(row: dict[str, Any], id: str, golds: dict[str, Gold] | None) -> tupl
     return golds[id]
 
 
-def golds_for(questions: Path, task: Task, rejects: Rejects) -> dict[str, Gold] | None:
-    """Return question id -> gold answer for a questions file; None if there is no outputs file beside it."""
-    outputs = outputs_beside(questions)
-    if outputs is None:
-        log.info("no outputs file beside %s: its questions have no gold answers", questions)
-        return None
-    return outputs_in(outputs, task, rejects)
-
-
 def outputs_in(outputs: Path, task: Task, rejects: Rejects, *, empty: bool = False) -> dict[str, Gold]:
     """Return question id -> answer for an outputs file. ``empty`` accepts empty answers, which only models give."""
     _check_task(outputs, task)
     answers: dict[str, Gold] = {}
     for line, row in array_elements(outputs, GOLDS):
         place = Place(outputs, line)
-        try:
-            if not isinstance(row, dict):
-                raise Bad(None, f"expected a JSON object, got {kind_of(row)}")
+        with rejects.skipping(place, row):
+            id = _new_id(object_in(row), "id", answers)
             blank = empty and isinstance(row.get("output"), str) and not row["output"].strip()
-            id, output = text_in(row, "id"), "" if blank else text_in(row, "output")
-            if id in answers:
-                raise Bad("id", f"duplicate question id {id!r}")
-        except Bad as bad:
-            rejects.add(place, bad.field, bad.reason, row)
-            continue
-        answers[id] = Gold(output.strip(), place)
+            answers[id] = Gold("" if blank else text_in(row, "output").strip(), place)
     return answers
 
 
@@ -183,21 +146,17 @@ def read_answers(path: Path, task: Task, *, empty: bool = False) -> dict[str, st
     outputs = outputs_beside(questions) or questions
     if outputs == questions and "questions" in outputs.name:
         raise DataError(f"no outputs file beside {questions}", hint="Give the path of an outputs file.")
-    with Rejects() as rejects:
-        return {id: gold.output for id, gold in outputs_in(outputs, task, rejects, empty=empty).items()}
+    return {id: gold.output for id, gold in outputs_in(outputs, task, Rejects(), empty=empty).items()}
 
 
 def _check_task(outputs: Path, task: Task) -> None:
     """Raise DataError for answers of another task. Only numbers are compared, because LaMP-2 has several names."""
     with opened(outputs) as file:
-        match = re.search(rb'"task"\s*:\s*"([^"]*)"', file.read(4096))
-    if match is None or task.lamp is None:
-        return
-    name = match[1].decode("utf-8", "replace")
-    if re.findall(r"\d+", name) != re.findall(r"\d+", task.lamp):
+        match = re.search(r'"task"\s*:\s*"([^"]*)"', file.read(4096).decode("utf-8", "replace"))
+    if match and task.lamp and re.findall(r"\d+", match[1]) != re.findall(r"\d+", task.lamp):
         raise data_error(
             Place(outputs, 1),
             "task",
-            f"holds answers for {name!r}; task {task.name!r} is {task.lamp!r}",
+            f"holds answers for {match[1]!r}; task {task.name!r} is {task.lamp!r}",
             hint=f"Give the questions and outputs of {task.name}, or another --task.",
         )

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mta.data.history import Item, People, Person
-from mta.data.readers.lamp import golds_for, lamp_parts, outputs_beside, perpcs_parts, questions_in
+from mta.data.readers.lamp import lamp_parts, outputs_beside, perpcs_parts, questions_in
 from mta.data.readers.recbole import recbole_parts
 from mta.data.readers.rejects import Place, Rejects, data_error
 from mta.data.readers.rows import Part, item_parts
@@ -28,35 +28,26 @@ SHOTS = (1, 4, 8, 16)  # numbers of shots that evaluations compare
 log = logging.getLogger("mta")
 
 
-def read_people(
-    path: str | Path, task: str | Path | Task, *, skip_bad: str | Path | None = None, limit: int | None = None
-) -> People:
+def read_people(path: str | Path, task: str | Path | Task, *, skip_bad: str | Path | None = None) -> People:
     """Return the people of a file or folder in order of appearance, each with their items in time order.
 
     LaMP records without ``user_id`` are merged if their profiles show that they belong to one user; the smallest
     question id becomes the person's id. People who hold copies of the same items get the same ``group``.
-    ``limit`` keeps only the first people. A bad row raises an error; with ``skip_bad``, bad rows are written to that
-    file as JSONL ({file, line, field, reason, row}) and reading continues.
+    A bad row raises an error; with ``skip_bad``, bad rows are written to that file as JSONL ({file, line, field,
+    reason, row}) and reading continues.
     Raises DataError, which names file, line, and field; TaskError; InputError.
     """
     source, task = Path(path), load_task(task)
-    if limit is not None and limit < 1:
-        raise InputError(f"limit is {limit}; expected at least 1", hint="Leave limit out to read all people.")
+    aside = _aside(skip_bad, source)
     gathered: dict[str, _Gathered] = {}
-    named = 0
-    with Rejects(_aside(skip_bad, source)) as rejects:
+    with Rejects.to(aside) as rejects:
         for part in iter_parts(source, task, rejects):
-            if part.person not in gathered:
-                if limit is not None and part.named and named >= limit:
-                    continue
-                named += part.named
-                gathered[part.person] = _Gathered(part.named)
-            gathered[part.person].take(part, rejects)
+            gathered.setdefault(part.person, _Gathered(part.named)).take(part, rejects)
     if rejects.count:
-        log.warning("%d bad rows of %s were skipped; they are in %s", rejects.count, source, rejects.path)
-    people = [one.person(id, task) for id, one in _by_user(gathered, source).items()][:limit]
+        log.warning("%d bad rows of %s were skipped; they are in %s", rejects.count, source, aside)
+    people = [one.person(id, task) for id, one in _by_user(gathered, source).items()]
     if not people:
-        see = f"See {rejects.path}." if rejects.count else f"Write lines such as  {LINE}"
+        see = f"See {aside}." if rejects.count else f"Write lines such as  {LINE}"
         raise DataError(f"{source} holds no people: no row could be used, {rejects.count} were bad", hint=see)
     people, shared = connected(people, task)
     if shared.items:
@@ -79,7 +70,7 @@ def iter_parts(path: Path, task: Task, rejects: Rejects) -> Iterator[Part]:
     if "profile" in keys and "query" in keys:
         yield from perpcs_parts(every, task, rejects)
     elif "profile" in keys and "input" in keys:
-        yield from lamp_parts(every, golds_for(file, task, rejects), task, rejects)
+        yield from lamp_parts(every, file, task, rejects)
     elif keys & {"person", "input", "output", *task.fields()}:
         yield from item_parts(every, task, rejects)
     else:
@@ -145,18 +136,15 @@ def _aside(skip_bad: str | Path | None, source: Path) -> Path | None:
     if skip_bad is None:
         return None
     path = Path(skip_bad)
-    if path.is_dir():
-        raise InputError(
-            f"bad rows cannot be written to {path}: it is a folder; expected the name of a file",
-            hint=f"For example:  {path / 'rejects.jsonl'}",
-        )
     if source.is_dir():
         read = [file for file in source.iterdir() if file.suffix != ".jsonl"]  # no input file in a folder is JSONL
     else:
         read = [source, outputs_beside(source) or source]
-    if any(path.resolve() == file.resolve() for file in read):
+    is_input = any(path.resolve() == file.resolve() for file in read)
+    if is_input or path.is_dir():
+        found = "an input file" if is_input else "a folder"
         raise InputError(
-            f"bad rows cannot be written to {path}: it is an input file",
+            f"bad rows cannot be written to {path}: it is {found}; expected the name of a file",
             hint="Name a file that does not exist yet, for example rejects.jsonl.",
         )
     return path

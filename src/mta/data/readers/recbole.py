@@ -7,7 +7,7 @@ from pathlib import Path
 
 from mta.data.readers.rejects import Bad, Place, Rejects, data_error
 from mta.data.readers.rows import Part, item_in, text_in
-from mta.data.readers.stream import text_lines
+from mta.data.readers.stream import only_file, text_lines
 from mta.data.tasks.task import Task
 from mta.errors import DataError
 
@@ -28,32 +28,20 @@ def recbole_parts(folder: Path, task: Task, rejects: Rejects) -> Iterator[Part]:
             f"task {task.name!r} needs {', '.join(task.fields())}",
             hint="Use task movielens-rating, or one with the same fields.",
         )
-    inter = _one(folder, "inter")
-    movies = _movies(_one(folder, "item"), rejects)
+    inter, item = (
+        only_file(folder, pattern, hint="Give a folder with NAME.inter and NAME.item of one data set.")
+        for pattern in ("*.inter", "*.item")
+    )
+    movies = _movies(item, rejects)
     for place, row in _table(inter, ("user_id", "item_id", "rating"), rejects):
-        try:
+        with rejects.skipping(place, row):
             movie = movies.get(row["item_id"])
             if movie is None:
                 raise Bad("item_id", f"{row['item_id']!r} is not in {inter.stem}.item")
             rating = {**movie, "rating": _number(row["rating"]), "id": row["item_id"]}
             if "timestamp" in row:
                 rating["timestamp"] = _number(row["timestamp"])
-            part = Part(text_in(row, "user_id"), (item_in(rating, task, time="timestamp"),), place)
-        except Bad as bad:
-            rejects.add(place, bad.field, bad.reason, row)
-            continue
-        yield part
-
-
-def _one(folder: Path, suffix: str) -> Path:
-    found = sorted(folder.glob(f"*.{suffix}"))
-    if len(found) != 1:
-        names = ", ".join(path.name for path in found) or "none"
-        raise DataError(
-            f"{folder}: expected one RecBole *.{suffix} file, got {names}",
-            hint="Give a folder with NAME.inter and NAME.item of one data set.",
-        )
-    return found[0]
+            yield Part(text_in(row, "user_id"), (item_in(rating, task, time="timestamp"),), place)
 
 
 def _movies(path: Path, rejects: Rejects) -> dict[str, dict[str, str]]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import IO, Any, NamedTuple
 
 from mta.errors import DataError
@@ -37,30 +38,35 @@ def data_error(place: Place, field: str | None, reason: str, hint: str) -> DataE
     return DataError(f"{place.file}:{place.line}: {where}{reason}", hint=hint)
 
 
+@dataclass(slots=True)
 class Rejects:
-    """Raise an error at the first bad row or, given a path, count bad rows and write them there as JSONL.
+    """Raise an error at the first bad row or, given a file, count bad rows and write them there as JSONL."""
 
-    The file appears under its name when all input was read. Only its owner may read it, because it holds people's text.
-    """
+    file: IO[bytes] | None = None
+    count: int = 0
 
-    def __init__(self, path: Path | None = None) -> None:
-        self.path = path
-        self.count = 0
-        self._file: IO[bytes] | None = None
-        self._open = ExitStack()
+    @classmethod
+    @contextmanager
+    def to(cls, path: Path | None) -> Iterator[Rejects]:
+        """Write bad rows to ``path``, if given; the file appears under its name after the block.
 
-    def __enter__(self) -> Rejects:
-        if self.path is not None:
-            self._file = self._open.enter_context(written_aside(self.path))
-        return self
+        Only its owner may read the file, because it holds people's text.
+        """
+        with written_aside(path) if path else nullcontext() as file:
+            yield cls(file)
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self._open.__exit__(kind, error, at)
+    @contextmanager
+    def skipping(self, place: Place, row: Any) -> Iterator[None]:
+        """Record the row if the block raises Bad. Raises DataError as ``add``."""
+        try:
+            yield
+        except Bad as bad:
+            self.add(bad.place or place, bad.field, bad.reason, row)
 
     def add(self, place: Place, field: str | None, reason: str, row: Any = None) -> None:
         """Record one bad row. Raises DataError if there is no file of rejects."""
-        if self._file is None:
+        if self.file is None:
             raise data_error(place, field, reason, hint=HINT)
         self.count += 1
         record = {"file": str(place.file), "line": place.line, "field": field, "reason": reason}
-        self._file.write(json.dumps(record if row is None else {**record, "row": row}).encode() + b"\n")
+        self.file.write(json.dumps(record if row is None else {**record, "row": row}).encode() + b"\n")

@@ -135,12 +135,8 @@ def item_parts(records: Iterator[tuple[Place, dict[str, Any]]], task: Task, reje
     known, unread = {"person", "time", "id", "input", "output", *task.fields()}, Counter[str]()
     for place, row in records:
         unread.update(row.keys() - known)
-        try:
-            part = Part(text_in(row, "person"), (item_in(row, task),), place)
-        except Bad as bad:
-            rejects.add(place, bad.field, bad.reason, row)
-            continue
-        yield part
+        with rejects.skipping(place, row):
+            yield Part(text_in(row, "person"), (item_in(row, task),), place)
     if unread:
         names = ", ".join(f"{short(name)} ({count} lines)" for name, count in unread.most_common(3))
         log.warning("ignored fields: %s%s; times are read from 'time'", names, ", …" * (len(unread) > 3))

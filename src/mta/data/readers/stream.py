@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
-from mta.data.readers.rejects import Place, Rejects, data_error
+from mta.data.readers.rejects import Bad, Place, Rejects, data_error
 from mta.errors import DataError
 
 CHUNK = 1 << 20
@@ -30,6 +30,13 @@ def kind_of(value: Any) -> str:
     return names.get(type(value), "a number")
 
 
+def object_in(value: Any, field: str | None = None, expected: str = "a JSON object") -> dict[str, Any]:
+    """Return a value that must be a JSON object. Raises Bad."""
+    if not isinstance(value, dict):
+        raise Bad(field, f"expected {expected}, got {kind_of(value)}")
+    return value
+
+
 def opened(path: Path) -> BinaryIO:
     """Open a file for reading. Raises DataError instead of OSError."""
     try:
@@ -42,6 +49,15 @@ def opened(path: Path) -> BinaryIO:
         raise DataError(
             f"{path} cannot be read: {error.strerror}", hint="Check that it is a file, and its permissions."
         ) from None
+
+
+def only_file(folder: Path, pattern: str, hint: str) -> Path:
+    """Return the file of a folder that matches ``pattern``. Raises DataError if there are several or none."""
+    found = sorted(folder.glob(pattern))
+    if len(found) != 1:
+        names = ", ".join(path.name for path in found) or "none"
+        raise DataError(f"{folder}: expected one file {pattern}, got {names}", hint=hint)
+    return found[0]
 
 
 def text_lines(path: Path, rejects: Rejects) -> Iterator[tuple[int, str]]:
@@ -65,10 +81,8 @@ def objects(path: Path, rejects: Rejects) -> Iterator[tuple[int, dict[str, Any]]
             hint=f"Write lines such as  {LINE}",
         )
     for line, value in array_elements(path) if start == b"[" else json_lines(path, rejects):
-        if isinstance(value, dict):
-            yield line, value
-        else:
-            rejects.add(Place(path, line), None, f"expected a JSON object, got {kind_of(value)}", value)
+        with rejects.skipping(Place(path, line), value):
+            yield line, object_in(value)
 
 
 def _first_byte(path: Path) -> bytes:

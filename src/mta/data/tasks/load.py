@@ -4,19 +4,14 @@ from __future__ import annotations
 
 import difflib
 import re
-import reprlib
 from functools import cache
-from importlib import resources
 from pathlib import Path
 
-import yaml
-from pydantic import ValidationError
-
-from mta.data.tasks.form import Form
+from mta.config.loader import checked, read_yaml
 from mta.data.tasks.task import Task
-from mta.errors import TaskError
+from mta.errors import ConfigError, TaskError
 
-_COMPARE = f"See docs/how-to/add-a-task.md, or a valid task: {Path(__file__).parent / 'builtin' / 'lamp3.yaml'}"
+_FOLDER = Path(__file__).parent / "builtin"
 ALIASES = {"lamp2m": "lamp2", "movielens": "movielens-rating"}  # papers call the newer LaMP-2 LaMP-2M
 
 
@@ -27,8 +22,7 @@ def _key(name: str) -> str:
 
 def task_names() -> tuple[str, ...]:
     """Return the names of the built-in tasks."""
-    folder = resources.files("mta.data.tasks").joinpath("builtin")
-    return tuple(sorted(file.name.removesuffix(".yaml") for file in folder.iterdir() if file.name.endswith(".yaml")))
+    return tuple(sorted(path.stem for path in _FOLDER.glob("*.yaml")))
 
 
 def load_task(name: str | Path | Task) -> Task:
@@ -60,46 +54,16 @@ def with_limit(task: Task) -> Task:
 
 @cache
 def _builtin(name: str) -> Task:
-    text = resources.files("mta.data.tasks").joinpath("builtin", f"{name}.yaml").read_text(encoding="utf-8")
-    return _parse_task(text, f"built-in task {name}")
+    return _read_task(_FOLDER / f"{name}.yaml")
 
 
 def _read_task(path: Path) -> Task:
+    if not path.exists():
+        raise TaskError(f"no such task file: {path}", hint=f"Built-in tasks: {', '.join(task_names())}")
     try:
-        return _parse_task(path.read_text(encoding="utf-8"), str(path))
-    except FileNotFoundError:
-        raise TaskError(f"no such task file: {path}", hint=f"Built-in tasks: {', '.join(task_names())}") from None
-    except (OSError, UnicodeDecodeError) as error:
+        return checked(Task, read_yaml(path), str(path))
+    except ConfigError as error:
         raise TaskError(
-            f"{path} cannot be read as text: {error}", hint="Save the file as UTF-8, or give another path."
+            error.message,
+            hint=f"{error.hint}\n  See docs/how-to/add-a-task.md, or a valid task: {_FOLDER / 'lamp3.yaml'}",
         ) from None
-
-
-def _parse_task(text: str, source: str) -> Task:
-    try:
-        values = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date such as 2020-99-99
-        raise TaskError(f"{source} is not readable YAML: {error}", hint=_COMPARE) from None
-    if not isinstance(values, dict):
-        raise TaskError(
-            f"{source}: expected a mapping with name, item, text, metric; got {type(values).__name__}", hint=_COMPARE
-        )
-    try:
-        return Task.model_validate(values)
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"]) or "task"
-        reason = first["msg"].removeprefix("Value error, ")
-        if first["type"] == "extra_forbidden":
-            names = list((Form if len(first["loc"]) > 1 else Task).model_fields)
-            near = difflib.get_close_matches(str(first["loc"][-1]), names, n=1)
-            reason = f"no such key; expected {f'{near[0]}, or ' if near else ''}one of {', '.join(names)}"
-        got = "" if isinstance(first["input"], dict | Task | Form) else f" (got {_brief(first['input'])})"
-        raise TaskError(f"{source}: {key}: {reason}{got}", hint=_COMPARE) from None
-
-
-def _brief(value: object) -> str:
-    """Return a shortened value for a message: YAML aliases can make the values of a short file huge."""
-    brief = reprlib.Repr()
-    vars(brief).update(maxlevel=2, maxlist=20, maxdict=20, maxstring=200, maxother=200)
-    return brief.repr(value)

@@ -87,21 +87,14 @@ class PromptFormat:
 
     def render(self, prompt: str) -> str:
         """Return the model input for an instruction: the chat template, or PLAIN without a template."""
-        prompt = self._as_text(prompt)
-        if not self.has_template:
-            return PLAIN.format(prompt=prompt)
-        chat = [{"role": "user", "content": prompt}]
-        return self._templated(chat, add_generation_prompt=True)
+        return self._conversation([{"role": "user", "content": prompt}])
 
     def chat(self, turns: Sequence[Mapping[str, str]]) -> tuple[int, ...]:
         """Return the tokens of a conversation up to the start of the next answer; nothing is cut.
 
         Without a chat template the last turn is the instruction, and the earlier turns precede it.
         """
-        messages = [{**turn, "content": self._as_text(turn["content"])} for turn in turns]
-        if not self.has_template:
-            return self._tokens(PLAIN.format(prompt="\n".join(turn["content"] for turn in messages)))
-        return self._tokens(self._templated(messages, add_generation_prompt=True))
+        return self._tokens(self._conversation(turns))
 
     def text(self, text: str) -> tuple[int, ...]:
         """Return the tokens of a text to be continued, without a template."""
@@ -111,15 +104,18 @@ class PromptFormat:
         """Return the text of an answer, without its end token."""
         return str(self.tokenizer.decode(list(tokens), skip_special_tokens=True)).strip()
 
+    def _conversation(self, turns: Sequence[Mapping[str, str]]) -> str:
+        messages = [{**turn, "content": self._as_text(turn["content"])} for turn in turns]
+        if not self.has_template:
+            return PLAIN.format(prompt="\n".join(turn["content"] for turn in messages))
+        return self._templated(messages, add_generation_prompt=True)
+
     def _templated(self, turns: Sequence[Mapping[str, str]], add_generation_prompt: bool = False) -> str:
         from jinja2 import TemplateError
 
+        how = {"tokenize": False, "add_generation_prompt": add_generation_prompt}
         try:
-            return str(
-                self.tokenizer.apply_chat_template(
-                    list(turns), tokenize=False, add_generation_prompt=add_generation_prompt
-                )
-            )
+            return str(self.tokenizer.apply_chat_template(list(turns), **how))
         except TemplateError as error:
             raise DataError(
                 f"the base's chat template rejects these messages: {str(error).splitlines()[0]}",

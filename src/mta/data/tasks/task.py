@@ -8,6 +8,8 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
+from functools import cache
+from string import Formatter
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -19,9 +21,66 @@ from pydantic import (
     model_validator,
 )
 
+from mta.config import Settings
 from mta.data.history import Item
-from mta.data.tasks.form import Form, Frozen, template_fields
 from mta.errors import DataError
+
+
+@cache
+def template_fields(template: str) -> tuple[str, ...]:
+    """Return the distinct field names of a template, in order. Raises ValueError for anything but ``{name}``."""
+    try:
+        parsed = [part for part in Formatter().parse(template) if part[1] is not None]
+    except ValueError as error:
+        raise ValueError(f"{template!r}: {error}; literal braces are written {{{{ and }}}}") from None
+    for _, name, spec, conversion in parsed:
+        if not str(name).isidentifier() or spec or conversion:
+            raise ValueError(f"{{{name}}} is not a field; write {{name}}, and literal braces as {{{{ and }}}}")
+    return tuple(dict.fromkeys(str(name) for _, name, _, _ in parsed))
+
+
+class Form(Settings):
+    """The wording of one kind of item: ``prompt`` is a template, ``target`` the name of the target field.
+
+    ``cut`` lists the prompt's fields that may be shortened when a prompt is too long.
+    ``pattern`` parses a benchmark's ready-made question back into the prompt's fields (fullmatch, DOTALL).
+    """
+
+    prompt: str = Field(min_length=1)
+    target: str = Field(min_length=1)
+    cut: tuple[str, ...] = ()
+    pattern: str | None = None
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Form:
+        fields = set(template_fields(self.prompt))
+        if self.target in fields:
+            raise ValueError(f"the prompt contains the target {{{self.target}}}, which would reveal the answer")
+        for name in self.cut:
+            if name not in fields:
+                raise ValueError(f"cut names {name!r}, which is not a field of the prompt")
+        if self.pattern is not None and (groups := _groups(self.pattern)) != fields:
+            raise ValueError(f"pattern has the groups {sorted(groups)}; the prompt has the fields {sorted(fields)}")
+        return self
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """The fields of the prompt."""
+        return template_fields(self.prompt)
+
+    def parsed(self, question: str) -> dict[str, str] | None:
+        """Return the prompt's fields from a ready-made question; None if it does not have the form's wording."""
+        if self.pattern is None:
+            return {self.inputs[0]: question} if len(self.inputs) == 1 else None
+        match = re.fullmatch(self.pattern, question, re.DOTALL)
+        return match and {name: text for name, text in match.groupdict().items() if text is not None}
+
+
+def _groups(pattern: str) -> set[str]:
+    try:
+        return set(re.compile(pattern, re.DOTALL).groupindex)
+    except re.error as error:
+        raise ValueError(f"pattern is not a regular expression: {error}") from None
 
 
 def as_text(value: str | int | float) -> str:
@@ -45,7 +104,7 @@ def _check_text(key: str, template: str, form: Form) -> None:
         raise ValueError(f"{key} contains no field; the prompt has {sorted(form.inputs)}")
 
 
-class Task(Frozen):
+class Task(Settings):
     """Prompts, targets, and scoring of one kind of item.
 
     ``text`` is what encoders see of an item. It never contains the target, so an item held out as a query cannot leak
@@ -193,20 +252,11 @@ class Task(Frozen):
         Raises DataError if the question does not match the task's wording.
         """
         form = self.query or self.item
-        if form.pattern is not None:
-            match = re.fullmatch(form.pattern, input, re.DOTALL)
-            if match is None:
-                raise DataError(
-                    f"not a question of task {self.name!r}: {short(input)}; expected {short(form.prompt)}",
-                    hint="Give the task of these questions, or items with the task's fields.",
-                )
-            fields = {name: text for name, text in match.groupdict().items() if text is not None}
-        elif len(form.inputs) == 1:
-            fields = {form.inputs[0]: input}
-        else:
+        fields = form.parsed(input)
+        if fields is None:
             raise DataError(
-                f"task {self.name!r} has no pattern to parse a question into {', '.join(form.inputs)}",
-                hint="Add a pattern to the task's YAML, as in lamp3.yaml, or give the fields themselves.",
+                f"not a question of task {self.name!r}: {short(input)}; expected {short(form.prompt)}",
+                hint="Give the task of these questions, the task's fields, or a task with a pattern, as lamp3.yaml.",
             )
         if output is not None:
             fields[form.target] = output
@@ -218,24 +268,18 @@ class Task(Frozen):
         Raises DataError, which names the required fields.
         """
         form = self.query or self.item
-        if isinstance(question, Mapping):
-            item = Item(question, is_query=self.query is not None)
-            if missing := [name for name in form.inputs if not item.fields.get(name, "").strip()]:
-                raise DataError(
-                    f"a question of task {self.name!r} needs {', '.join(missing)}; got {sorted(question)}",
-                    hint=_as_fields(form),
-                )
-            return item
-        if form.pattern is not None and re.fullmatch(form.pattern, question, re.DOTALL):
-            return self.parse_query(question)
-        if len(form.inputs) != 1:
+        if isinstance(question, str):
+            one = {form.inputs[0]: question} if len(form.inputs) == 1 else {}
+            fields, got = form.parsed(question) or one, f"one text, {short(question)}"
+        else:
+            fields, got = dict(question), f"the fields {sorted(question)}"
+        if missing := [name for name in form.inputs if not fields.get(name, "").strip()]:
+            every = json.dumps(dict.fromkeys(form.inputs, "…"), ensure_ascii=False)
             raise DataError(
-                f"a question of task {self.name!r} needs fields: {', '.join(form.inputs)}; got one text",
-                hint=_as_fields(form),
+                f"a question of task {self.name!r} needs {', '.join(missing)}; got {got}",
+                hint=f"Ask with all fields:  '{every}'",
             )
-        if not question.strip():
-            raise DataError("the question is empty; expected some text", hint=_as_fields(form))
-        return Item({form.inputs[0]: question}, is_query=self.query is not None)
+        return Item(fields, is_query=True)
 
     def _fill(self, template: str, item: Item) -> str:
         try:
@@ -246,11 +290,6 @@ class Task(Frozen):
                 f"{kind} {item.id!r} has no field {error}; task {self.name!r} needs it",
                 hint=f"Add the field to the item: {short(template)} needs it.",
             ) from None
-
-
-def _as_fields(form: Form) -> str:
-    """Return a hint that shows a question with all fields."""
-    return "Ask with all fields:  '" + json.dumps(dict.fromkeys(form.inputs, "…"), ensure_ascii=False) + "'"
 
 
 def _is_number(text: str) -> bool:

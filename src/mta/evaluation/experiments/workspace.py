@@ -14,9 +14,7 @@ from mta.bank.bank import Bank
 from mta.bank.format import INFO, TASK_LORA
 from mta.config import Run, override
 from mta.config.loader import dump_yaml
-from mta.data.splits import Splits
 from mta.distributed.executor import Executor, LocalExecutor
-from mta.errors import ConfigError
 from mta.evaluation.context import Context
 from mta.evaluation.experiments.participants import Participants
 from mta.evaluation.experiments.recipe import Experiment, Part, Which
@@ -66,17 +64,11 @@ class Workspace:
     ) -> Self:
         """Read the people, draw the parts, load the base, and write the recipe, the sizes and the splits.
 
-        Raises InputError without data, ConfigError if ``out`` holds an experiment with other people or sizes.
+        Raises InputError without data, DataError if ``out`` holds an experiment with other people or sizes.
         """
         participants = Participants.read(recipe, data, which)
         workspace = cls(participants, BaseModel.of(recipe.run), out, say, executor or LocalExecutor(), on_step)
-        path = out / "splits.json"
-        if path.exists() and Splits.load(path, participants.people).digest != participants.splits.digest:
-            raise ConfigError(
-                f"{out} was begun with other sizes, or with people who share items in different parts",
-                hint="Choose another folder with --out; or  people.together=false  splits as before.",
-            )
-        participants.splits.save(path)
+        participants.splits.save(out / "splits.json")
         write_json(out / SIZES, participants.sizes)
         write_text(out / RECIPE, dump_yaml(recipe))
         return workspace

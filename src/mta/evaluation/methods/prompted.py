@@ -8,8 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from mta.data.history import Item
-from mta.data.tasks.form import Form
-from mta.data.tasks.task import Task
+from mta.data.tasks.task import Form, Task
 from mta.evaluation.methods.method import AnyMethod, Method, Outcome, register
 from mta.evaluation.methods.plain import Base
 from mta.evaluation.protocol import Panel
