@@ -8,8 +8,7 @@ from mta.config import MergeSettings, Training
 from mta.data.history import Item, Person
 from mta.data.tasks import load_task
 from mta.errors import ConfigError, InputError
-from mta.evaluation.context import ITEMS_PER_ANCHOR, Context
-from mta.evaluation.experiments.bank_stats import fidelity, relative_error
+from mta.evaluation.experiments.facts import fidelity, relative_error
 from mta.evaluation.methods import (
     METHODS,
     Base,
@@ -28,12 +27,13 @@ from mta.evaluation.methods import (
     parse_method,
     register,
 )
-from mta.evaluation.methods.choice import pick
+from mta.evaluation.methods.combined import pick
 from mta.evaluation.methods.merged import layer_groups
-from mta.evaluation.methods.per_pcs import gate_of
+from mta.evaluation.methods.published import gate_of
 from mta.evaluation.metrics import Answers
 from mta.evaluation.module_inputs import mean_inputs
 from mta.evaluation.protocol import Panel, has_enough_items, shots_and_queries
+from mta.evaluation.shots import ITEMS_PER_ANCHOR, Context
 from mta.lora.batch import LoraBatch
 from mta.personalize.likelihoods import gather_evidence
 from mta.personalize.merge import Merge, learn, merged_factors

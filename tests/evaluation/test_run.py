@@ -20,7 +20,7 @@ from mta.evaluation.methods import (
     Outcome,
     OwnConstant,
     TaskLora,
-    answer,
+    method,
 )
 from mta.evaluation.metrics import Answers, measure
 from mta.evaluation.reports.summary import headline, verdict
@@ -69,8 +69,8 @@ def test_all_methods_answer_the_same_queries(panel, monkeypatch):
         asked.append(queries)
         return label_scores(base, task, queries, adapters, **how)
 
-    label_scores = answer.label_scores
-    monkeypatch.setattr(answer, "label_scores", watched)
+    label_scores = method.label_scores
+    monkeypatch.setattr(method, "label_scores", watched)
     found = evaluate(panel, ALL)
     assert len(asked) == len(ALL) - 2  # constants need no model
     assert all(queries == panel.queries for queries in asked)

@@ -239,7 +239,7 @@ def _experiment(
         workspace = Workspace.open(recipe, out, data, which, say=screen.say, executor=executor, on_step=screen.step)
         run_experiment(workspace, exhibits or (), typed(), opened)
     if json:
-        return show_json({"out": str(workspace.folder), "sizes": workspace.participants.sizes})
+        return show_json({"out": str(workspace.folder), "sizes": workspace.sizes})
     typer.echo(f"Draw the exhibits with:  mta report {workspace.folder}", err=True)
 
 
@@ -247,7 +247,7 @@ def _score(source: str, predictions: Path, task: str | None, words: list[str] | 
     from mta.data.readers import read_answers
     from mta.data.tasks import load_task
     from mta.errors import InputError
-    from mta.evaluation.lamp_scores import score
+    from mta.evaluation.metrics import score
     from mta.system.assets import resolve
 
     if words or not task:

@@ -16,9 +16,8 @@ from mta.data.bm25 import with_profiles
 from mta.data.history import Item, Person
 from mta.data.tasks.task import Task
 from mta.errors import InputError
-from mta.evaluation.context import Context
 from mta.evaluation.metrics import Answers
-from mta.evaluation.shots import Fold, Shots, Stage2, TimedMerge
+from mta.evaluation.shots import Context, Fold, Shots
 from mta.model.base import BaseModel
 from mta.personalize.likelihoods import Evidence, ShotsJob
 from mta.personalize.merge import Merge
@@ -92,13 +91,14 @@ class Outcome:
 class Panel:
     """Held-out people with the same number of shots and queries each: what a method gets.
 
-    ``shots`` hold no queries, so no method can learn from them. ``stage2`` is shared with panels that ask other queries
-    or show other prompts. ``retrieve`` is the number of earlier items in every prompt, as in the training of the bank.
-    Without ``write_texts`` free text is not generated, and only the likelihood of the true text is computed.
+    ``shots`` hold no queries, so no method can learn from them. Evidence and merges are those of the shots ``stage2``,
+    shared with panels that ask other queries or show other prompts. ``retrieve`` is the number of earlier items in
+    every prompt, as in the training of the bank. Without ``write_texts`` free text is not generated, and only the
+    likelihood of the true text is computed.
     """
 
     shots: Shots
-    stage2: Stage2
+    stage2: Shots
     queries: list[tuple[Item, ...]]
     retrieve: int = 0
     write_texts: bool = True
@@ -143,8 +143,8 @@ class Panel:
         fold: Fold | None = None,
     ) -> Panel:
         """Return a panel whose people have exactly these shots and queries."""
-        shots = Shots(context, people, context.bank.task)
-        panel = cls(shots, Stage2(shots, fold), queries, retrieve, write_texts)
+        shots = Shots(context, people, context.bank.task, fold)
+        panel = cls(shots, shots, queries, retrieve, write_texts)
         return panel.profiled(retrieve) if retrieve else panel
 
     # -- what methods read (docs/how-to/add-a-method.md) ---------------------------------------------------------------
@@ -197,19 +197,19 @@ class Panel:
     @property
     def evidence(self) -> Evidence:
         """Likelihood of the shots under every anchor, computed once for all methods."""
-        return self.stage2.gathered.evidence
+        return self.stage2.evidence[0]
 
     @property
     def evidence_seconds(self) -> float:
         """Seconds that the evidence took."""
-        return self.stage2.gathered.seconds
+        return self.stage2.evidence[1]
 
     @property
     def similarity(self) -> Tensor:
         """Cosine of people and anchors, (U, N)."""
         return self.stage2.similarity
 
-    def merge(self, settings: MergeSettings, seed: int) -> TimedMerge:
+    def merge(self, settings: MergeSettings, seed: int) -> tuple[Merge, float]:
         """Return everybody's merge, fitted once for all methods, and its seconds, evidence included."""
         return self.stage2.merge(settings, seed)
 
@@ -228,8 +228,8 @@ class Panel:
         task, texts = self.bank.task, list(before) or [""] * len(self.people)
         whole = [replace(person, queries=asked) for person, asked in zip(self.people, self.queries)]
         people = [with_profiles(task, person, k, text) for person, text in zip(whole, texts)]
-        shots = replace(self.shots, people=[replace(p, queries=()) for p in people], task=task.profiled())
-        stage2 = Stage2(shots) if self.retrieve else self.stage2
+        shots = Shots(self.shots.context, [replace(p, queries=()) for p in people], task.profiled())
+        stage2 = shots if self.retrieve else self.stage2
         return replace(self, shots=shots, stage2=stage2, queries=[p.queries for p in people])
 
     def folds(self, count: int) -> tuple[Panel, list[int]]:
@@ -238,18 +238,16 @@ class Panel:
         Each person has up to ``count`` rows. A row holds out some shots as queries and keeps the others as shots. The
         benchmark's own queries are not asked. A person with one shot has no row.
         """
-        owners, kept, people, queries = [], [], [], []
-        for u, person in enumerate(self.people):
-            numbers = range(len(person.items))
-            for start in range(min(count, len(numbers)) if len(numbers) > 1 else 0):
-                held = numbers[start::count]
-                rest = [n for n in numbers if n not in held]
-                owners.append(u)
-                kept.append(rest)
-                people.append(Person(f"{person.id}/{start}", tuple(person.items[n] for n in rest)))
-                queries.append(tuple(person.items[n] for n in held))
+        sizes = [len(person.items) for person in self.people]
+        rows = [(u, turn) for u, size in enumerate(sizes) if size > 1 for turn in range(min(count, size))]
+        owners, asked = [u for u, _ in rows], [self.people[u].items[turn::count] for u, turn in rows]
+        kept = [[n for n in range(sizes[u]) if n % count != turn] for u, turn in rows]
+        people = [
+            Person(f"{self.people[u].id}/{turn}", tuple(self.people[u].items[n] for n in rest))
+            for (u, turn), rest in zip(rows, kept)
+        ]
         # With ``retrieve`` the prompts of the other shots may show a held-out item: evidence is gathered again.
         fold = None if self.retrieve else Fold(self.stage2, owners, kept)
         context = self.shots.context
-        panel = Panel.asking(context, people, queries, retrieve=self.retrieve, write_texts=False, fold=fold)
+        panel = Panel.asking(context, people, asked, retrieve=self.retrieve, write_texts=False, fold=fold)
         return panel, owners
