@@ -20,7 +20,7 @@ from mta.bank.task_lora import pooled_items
 from mta.config import Lora, MergeSettings, Privacy, StackSettings, Training
 from mta.data.history import Item, Person
 from mta.errors import AnchorNotFound, InputError
-from mta.evaluation import Context
+from mta.evaluation.context import Context
 from mta.evaluation.privacy import report as privacy_report
 from mta.evaluation.privacy.evaluator import (
     ANCHORS,

@@ -8,7 +8,7 @@ from mta.config import Evaluation, Lora, MergeSettings, Training
 from mta.data.history import Item, Person
 from mta.data.tasks import load_task
 from mta.errors import InputError
-from mta.evaluation import Context, Panel, evaluate, shots
+from mta.evaluation import Context, Panel, context, evaluate
 from mta.evaluation.compare import standard_methods, study
 from mta.evaluation.methods import (
     Base,
@@ -194,8 +194,8 @@ def test_evidence_is_gathered_once_and_counted_for_every_method_that_reads_it(pa
         gathered.append(1)
         return gather(*args, **how)
 
-    gather = shots.gather_evidence
-    monkeypatch.setattr(shots, "gather_evidence", watched)
+    gather = context.gather_evidence
+    monkeypatch.setattr(context, "gather_evidence", watched)
     rows = evaluate(panel, [Merged(name="one", merge=MTA.merge), Merged(name="two", merge=MTA.merge)]).rows
     assert len(gathered) == 1
     assert all(row.seconds >= panel.evidence_seconds > 0 for row in rows)

@@ -10,7 +10,7 @@ import yaml
 from conftest import TINY_RUN, HashEncoder, people_of
 
 from mta.config import MergeSettings
-from mta.evaluation import Context
+from mta.evaluation.context import Context
 from mta.evaluation.experiments.recipe import load_experiment
 from mta.evaluation.methods import METHODS
 from mta.evaluation.methods.merged import answered

@@ -18,10 +18,10 @@ from mta.data.readers.sharing import Copies
 from mta.data.splits import draw
 from mta.data.tasks.task import Task
 from mta.errors import InputError
+from mta.evaluation.context import Context
 from mta.evaluation.methods import Base, GlobalConstant, Merged, MergeThenAdapt, Method, OneLora, OwnConstant, TaskLora
 from mta.evaluation.protocol import Panel, has_enough_items, members_and_others
 from mta.evaluation.reports.summary import yardstick
-from mta.evaluation.shots import Context
 from mta.evaluation.statistics import Comparison, Row
 from mta.model.base import BaseModel
 from mta.model.encoders import Encoder
@@ -78,7 +78,7 @@ class Study:
 
         out, meta, panel = Path(out), self.meta | {"command": command}, self.panel
         write_json(out / "results.json", to_json(self.comparison, **meta))
-        write_html(out / "report.html", self.comparison, panel.bank, panel.stage2.vectors, self.questions, meta)
+        write_html(out / "report.html", self.comparison, panel.bank, panel.vectors, self.questions, meta)
 
 
 def standard_methods(run: Run, evaluation: Evaluation, task: Task, anchors: int) -> list[Method]:

@@ -13,6 +13,7 @@ from mta.data.tasks.task import Task
 from mta.errors import InputError
 from mta.system.extras import require
 
+PRIMARY = {"mae": "MAE", "accuracy": "accuracy", "rouge": "ROUGE-L"}  # by the task's metric
 BETTER_LOW = frozenset({"MAE", "MAE (median)", "RMSE", "NLL"})
 LAMP = {"mae": ("MAE", "RMSE"), "accuracy": ("accuracy", "F1"), "rouge": ("ROUGE-1", "ROUGE-L")}
 
@@ -36,11 +37,6 @@ class PersonScore:
 
     metrics: Mapping[str, float]
     nll: Tensor | None
-
-
-def primary(task: Task) -> str:
-    """Return the primary metric of a task."""
-    return {"mae": "MAE", "accuracy": "accuracy", "rouge": "ROUGE-L"}[task.metric]
 
 
 def from_scores(task: Task, scores: Tensor) -> Answers:
@@ -84,6 +80,8 @@ def score(task: Task, answers: Mapping[str, str], golds: Mapping[str, str]) -> d
     not a number as 1 or 5, whichever is farther. ROUGE-1 and ROUGE-L are F-measures without stemming.
     Source: LaMP (arXiv:2304.11406). Raises InputError if the ids differ.
     """
+    from sklearn.metrics import f1_score
+
     for here, there, problem in ((golds, answers, "have no answer"), (answers, golds, "were never asked")):
         if odd := [id for id in here if id not in there]:
             raise InputError(
@@ -97,16 +95,10 @@ def score(task: Task, answers: Mapping[str, str], golds: Mapping[str, str]) -> d
         )
     predicted, expected = [answers[id].strip() for id in golds], [golds[id].strip() for id in golds]
     found = dict(measure(task, Answers(predicted), expected).metrics)
-    if task.metric == "accuracy":
-        found["F1"] = macro_f1(task.labels or (), predicted, expected)
+    if task.metric == "accuracy":  # labels that occur in neither the answers nor the golds have an F1 of 0
+        labels = list(task.labels or ())
+        found["F1"] = float(f1_score(expected, predicted, labels=labels, average="macro", zero_division=0.0))
     return {metric: found[metric] for metric in LAMP[task.metric]}
-
-
-def macro_f1(labels: Sequence[str], predicted: Sequence[str], expected: Sequence[str]) -> float:
-    """Return the mean F1 over all labels; labels that occur in neither the answers nor the golds count as 0."""
-    from sklearn.metrics import f1_score
-
-    return float(f1_score(expected, predicted, labels=list(labels), average="macro", zero_division=0.0))
 
 
 def _exact(task: Task, answers: Answers, golds: Sequence[str]) -> dict[str, float]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mta.data.tasks.task import Task
 from mta.errors import InputError
-from mta.evaluation.metrics import BETTER_LOW, Answers, PersonScore, primary
+from mta.evaluation.metrics import BETTER_LOW, PRIMARY, Answers, PersonScore
 from mta.personalize.merge import Merge
 from mta.system.extras import require
 
@@ -77,7 +77,7 @@ class Comparison:
     @property
     def primary(self) -> str:
         """The primary metric of the task."""
-        return primary(self.task)
+        return PRIMARY[self.task.metric]
 
     def row(self, name: str) -> Row:
         """Return the row of a method. Raises InputError if there is none."""

@@ -17,8 +17,8 @@ from pydantic import BaseModel, ConfigDict
 from mta.config.loader import checked
 from mta.data.tasks.load import load_task
 from mta.data.tasks.task import Task
-from mta.errors import DataError, InputError
-from mta.evaluation.experiments.recipe import Experiment, Part
+from mta.errors import DataError
+from mta.evaluation.experiments.recipe import Experiment
 from mta.evaluation.methods import Method
 from mta.evaluation.metrics import PersonScore
 from mta.evaluation.statistics import Comparison, Row
@@ -161,15 +161,6 @@ class Results:
             found.setdefault(record.computation, {})[record.person] = record
         return found
 
-    def exhibit(self, name: str) -> tuple[Part, ...]:
-        """Return the parts of an exhibit. Raises InputError if the recipe has no such exhibit."""
-        if name not in self.recipe.exhibits:
-            raise InputError(
-                f"no exhibit {name!r} in {self.folder}; there are {', '.join(self.recipe.exhibits)}",
-                hint="Name one of them, or add it to the recipe and run it:  mta evaluate",
-            )
-        return self.recipe.exhibits[name]
-
     def comparison(self, name: str, shots: int | None = None, seed: int | None = None) -> Comparison | None:
         """Return an exhibit's methods over the people and seeds that all methods have; None without results.
 
@@ -198,13 +189,13 @@ class Results:
         found = [set(seeds) for method, _, seeds in self._methods(name, shots) if method.of_bank]
         return sorted(set.intersection(*found)) if found else []
 
-    def of(self, method: Method, bank: str = "main", shots: int | None = None) -> list[Record]:
-        """Return all records of one method, seed by seed."""
-        return [record for people in self._seeds(method, bank, shots).values() for record in people.values()]
+    def of(self, method: Method, seed: int) -> list[Record]:
+        """Return the records of one method on the main bank with one seed."""
+        return list(self._seeds(method, "main", None).get(seed, {}).values())
 
     def _methods(self, name: str, shots: int | None) -> list[tuple[Method, str, dict[int, dict[str, Record]]]]:
         """Return each method of an exhibit that has results, with its bank and its results by seed and person."""
-        pairs = [(method, part.bank) for part in self.exhibit(name) for method in part.methods]
+        pairs = [(method, part.bank) for part in self.recipe.exhibits[name] for method in part.methods]
         return [(method, bank, seeds) for method, bank in pairs if (seeds := self._seeds(method, bank, shots))]
 
     def _seeds(self, method: Method, bank: str, shots: int | None) -> dict[int, dict[str, Record]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -22,16 +21,17 @@ from mta.data.tasks.load import load_task
 from mta.data.tasks.task import Task
 from mta.distributed.executor import Executor, LocalExecutor
 from mta.errors import ConfigError, InputError
+from mta.evaluation.context import Context
 from mta.evaluation.experiments.parts import draw_parts
 from mta.evaluation.experiments.recipe import Experiment, Part, Which
 from mta.evaluation.experiments.results import RECIPE, SIZES
 from mta.evaluation.methods import Method
 from mta.evaluation.protocol import Panel, has_enough_items
-from mta.evaluation.shots import Context
 from mta.model.base import BaseModel
 from mta.system.assets import is_asset, resolve
 from mta.system.atomic import write_json, write_text
 from mta.system.progress import OnStep
+from mta.tracking.run_folder import work_of
 
 BATCH = 16  # people whose results are written together
 
@@ -220,4 +220,4 @@ class Workspace:
             parts += [self.bank(part, seed).hash, run.merge.model_dump(mode="json"), run.stack.model_dump(mode="json")]
         if method.of_bank or method.seeded:
             parts.append(seed)
-        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+        return work_of(*parts)[:16]

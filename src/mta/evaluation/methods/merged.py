@@ -134,7 +134,7 @@ def adapted(
 
     Cohorts that fit the memory are trained and asked one after another. ``stage`` names the steps of the training.
     """
-    base, on_step = panel.base, panel.shots.context.on_step
+    base, on_step = panel.base, panel.context.on_step
     numbers = lora.rank * sum(d + o for d, o in base.targets.values())
     plan = panel.plan(numbers, settings)
     tokens, report = plan.tokens_per_batch, partial(on_step, stage) if on_step else None

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from mta.config import MergeSettings
 from mta.errors import InputError
+from mta.evaluation.context import mean_inputs
 from mta.evaluation.methods.merged import answered
 from mta.evaluation.methods.method import Method, Outcome, register
-from mta.evaluation.module_inputs import mean_inputs
 from mta.evaluation.protocol import Panel
 from mta.personalize.merge import Merge, merged
 from mta.system.extras import require
@@ -43,7 +43,7 @@ class PerPcs(Method):
                 "Per-Pcs needs the anchors' histories; give the people the bank was built from",
                 hint="Context(…, anchors=…), or leave the method out.",
             )
-        anchors = panel.shots.context.anchor_inputs  # shared by all panels, so the seconds do not include them
+        anchors = panel.context.anchor_inputs  # shared by all panels, so the seconds do not include them
         start = time.monotonic()
         inputs = mean_inputs(panel.base, [job.examples for job in panel.jobs], panel.bank.pooled)
         k = min(self.k, len(panel.bank))

@@ -15,6 +15,7 @@ import numpy as np
 from mta.bank.bank import Bank
 from mta.config import MergeSettings, Privacy, Run
 from mta.data.history import Person
+from mta.evaluation.context import Context
 from mta.evaluation.methods import Merged, MergeThenAdapt
 from mta.evaluation.privacy.evaluator import (
     ANCHORS,
@@ -29,7 +30,6 @@ from mta.evaluation.privacy.evaluator import (
 from mta.evaluation.privacy.membership import rank_correlation
 from mta.evaluation.privacy.sampling import AttackSample, sample_people
 from mta.evaluation.protocol import Panel
-from mta.evaluation.shots import Context
 from mta.evaluation.statistics import Interval
 from mta.model.base import BaseModel
 from mta.model.encoders import Encoder
