@@ -62,11 +62,6 @@ class Record(BaseModel):
     golds: tuple[str, ...] = ()
 
     @property
-    def computation(self) -> tuple[str, str, int, int]:
-        """Settings, bank, shots, and seed."""
-        return self.settings, self.bank, self.shots, self.seed
-
-    @property
     def score(self) -> PersonScore:
         """The metrics, and the NLL of the queries as a tensor."""
         return PersonScore(self.metrics, None if self.nll is None else torch.tensor(self.nll, dtype=torch.float64))
@@ -116,8 +111,11 @@ def publish(records: Sequence[Record], path: Path) -> None:
 
 def latest(records: Sequence[Record]) -> list[Record]:
     """Return only the records of the last settings and bank, if these were changed between runs."""
-    keys = {record.computation: record.key for record in records}
-    return [record for record in records if keys[record.computation] == record.key]
+    keys = {(one.settings, one.bank, one.shots, one.seed): one.key for one in records}
+    return [one for one in records if one.key == keys[one.settings, one.bank, one.shots, one.seed]]
+
+
+Seeds = dict[int, dict[str, Record]]  # seed -> person -> record
 
 
 @dataclass(frozen=True)
@@ -154,11 +152,11 @@ class Results:
         return str(self.sizes.get("data", self.folder.name))
 
     @cached_property
-    def _rows(self) -> dict[tuple[str, str, int, int], dict[str, Record]]:
-        """(settings, bank, shots, seed) -> person -> record."""
-        found: dict[tuple[str, str, int, int], dict[str, Record]] = {}
-        for record in self.records:
-            found.setdefault(record.computation, {})[record.person] = record
+    def _rows(self) -> dict[tuple[str, str, int], Seeds]:
+        """(settings, bank, shots) -> seed -> person -> record."""
+        found: dict[tuple[str, str, int], Seeds] = {}
+        for one in self.records:
+            found.setdefault((one.settings, one.bank, one.shots), {}).setdefault(one.seed, {})[one.person] = one
         return found
 
     def comparison(self, name: str, shots: int | None = None, seed: int | None = None) -> Comparison | None:
@@ -167,11 +165,10 @@ class Results:
         A person's metrics are averaged over seeds first, or are those of ``seed``. Methods that do not use the bank
         have results of one seed only.
         """
-        found = self._methods(name, shots)
         common = {one for one in self.seeds(name, shots) if seed in (None, one)}
         rows = [
             (method.name, bank, [seeds[s] for s in sorted(seeds) if not method.of_bank or s in common])
-            for method, bank, seeds in found
+            for method, bank, seeds in self._methods(name, shots)
         ]
         if not rows or not all(seeds for _, _, seeds in rows):
             return None  # no seed that all methods have
@@ -191,16 +188,13 @@ class Results:
 
     def of(self, method: Method, seed: int) -> list[Record]:
         """Return the records of one method on the main bank with one seed."""
-        return list(self._seeds(method, "main", None).get(seed, {}).values())
+        return list(self._rows.get((method.digest, "main", self.recipe.shots), {}).get(seed, {}).values())
 
-    def _methods(self, name: str, shots: int | None) -> list[tuple[Method, str, dict[int, dict[str, Record]]]]:
-        """Return each method of an exhibit that has results, with its bank and its results by seed and person."""
+    def _methods(self, name: str, shots: int | None) -> list[tuple[Method, str, Seeds]]:
+        """Return each method of an exhibit that has results, with its bank and its results."""
         pairs = [(method, part.bank) for part in self.recipe.exhibits[name] for method in part.methods]
-        return [(method, bank, seeds) for method, bank in pairs if (seeds := self._seeds(method, bank, shots))]
-
-    def _seeds(self, method: Method, bank: str, shots: int | None) -> dict[int, dict[str, Record]]:
-        key = (method.digest, bank, shots or self.recipe.shots)
-        return {seed: people for (*one, seed), people in self._rows.items() if tuple(one) == key}
+        found = [(m, bank, self._rows.get((m.digest, bank, shots or self.recipe.shots), {})) for m, bank in pairs]
+        return [row for row in found if row[2]]
 
 
 def _row(name: str, seeds: Sequence[Sequence[Record]]) -> Row:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from abc import ABC
 from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -32,7 +31,7 @@ _DESCRIBE = Task(
 )
 
 
-class _Prompted(Method, ABC):
+class _Prompted(Method):
     """Every prompt starts with what is known of the person; ``over`` is the method that gets the prompts."""
 
     if TYPE_CHECKING:  # fields of the subclasses: their order is part of the digest

@@ -114,32 +114,23 @@ class MergeThenAdapt(Method):
         return _fits(self.merge, task, anchors)
 
     def run(self, panel: Panel, seed: int) -> Outcome:
-        settings, stack = self.merge or panel.run.merge, self.stack or panel.run.stack
-        merge, seconds = panel.merge(settings, seed)
-        found = adapted(panel, self.name, stack.lora, stack.training, seed, merge, settings)
-        stored = found.bytes_per_person + bytes_of(merge)
-        return replace(found, seconds=seconds + found.seconds, bytes_per_person=stored)
+        stack = self.stack or panel.run.stack
+        return adapted(panel, self.name, stack.lora, stack.training, seed, self.merge or panel.run.merge)
 
 
 def adapted(
-    panel: Panel,
-    stage: str,
-    lora: Lora,
-    training: Training,
-    seed: int,
-    merge: Merge | None = None,
-    settings: MergeSettings | None = None,
+    panel: Panel, stage: str, lora: Lora, training: Training, seed: int, settings: MergeSettings | None = None
 ) -> Outcome:
-    """Train one LoRA per person over the task LoRA and, if given, their merge, and answer the queries.
+    """Train one LoRA per person over the task LoRA and, with ``settings``, their merge, and answer the queries.
 
     Cohorts that fit the memory are trained and asked one after another. ``stage`` names the steps of the training.
     """
+    merge, seconds = panel.merge(settings, seed) if settings else (None, 0.0)
     base, on_step = panel.base, panel.context.on_step
     numbers = lora.rank * sum(d + o for d, o in base.targets.values())
     plan = panel.plan(numbers, settings)
     tokens, report = plan.tokens_per_batch, partial(on_step, stage) if on_step else None
     answers: list[Answers] = []
-    seconds = 0.0
     for cohort in plan.cohorts:
         frozen: list[Adapters] = list(panel.bank.pooled)
         if merge and settings:
@@ -149,7 +140,7 @@ def adapted(
         found = adapt(base, jobs, frozen, lora, training, seed=seed, tokens_per_batch=tokens, on_step=report)
         seconds += time.monotonic() - start
         answers += answer(panel, cohort, [*frozen, PerPerson(found)])
-    return Outcome(answers, seconds, 4.0 * numbers, merge)
+    return Outcome(answers, seconds, 4.0 * numbers + (bytes_of(merge) if merge else 0.0), merge)
 
 
 def answered(panel: Panel, merge: Merge, settings: MergeSettings, seconds: float) -> Outcome:

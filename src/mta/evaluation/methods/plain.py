@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-from abc import ABC
 from collections import Counter
 from collections.abc import Sequence
 from typing import ClassVar, Literal
@@ -15,7 +14,7 @@ from mta.evaluation.metrics import Answers
 from mta.evaluation.protocol import Panel
 
 
-class _Constant(Method, ABC):
+class _Constant(Method):
     """A constant answer without a model, for tasks with labels."""
 
     of_bank: ClassVar[bool] = False
