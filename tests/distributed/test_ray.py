@@ -21,7 +21,7 @@ from mta.distributed.executor import LocalExecutor
 from mta.distributed.ray import Cluster
 from mta.errors import BankMismatch, ClusterError, StoreError
 from mta.evaluation.experiments.recipe import load_experiment
-from mta.evaluation.experiments.records import read_records
+from mta.evaluation.experiments.results import read_records
 from mta.evaluation.experiments.runner import run_experiment
 from mta.evaluation.experiments.workspace import Workspace
 from mta.model.base import BaseModel

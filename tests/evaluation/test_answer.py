@@ -8,7 +8,7 @@ from tiny import base_of
 
 from mta.data.history import Item
 from mta.data.tasks import Task
-from mta.evaluation.methods.answer import answer
+from mta.evaluation.methods.method import answer
 
 FREE = Task(name="free", item={"prompt": "{a}", "target": "b", "cut": ["a"]}, text="{a}", metric="rouge")
 

@@ -8,8 +8,7 @@ from conftest import TINY_RUN
 
 from mta.data.tasks import load_task
 from mta.evaluation.experiments.recipe import Experiment, Part
-from mta.evaluation.experiments.records import Record
-from mta.evaluation.experiments.results import Results, latest
+from mta.evaluation.experiments.results import Record, Results, latest
 from mta.evaluation.methods import Base, MergeThenAdapt, OneLora, TaskLora
 from mta.evaluation.reports import figures
 from mta.evaluation.reports.exhibits import sections

@@ -18,16 +18,15 @@ from mta.data.readers.sharing import connected
 from mta.data.splits import PARTS
 from mta.data.tasks import load_task
 from mta.errors import ConfigError, DataError, InputError
-from mta.evaluation.experiments import participants as participants_module
 from mta.evaluation.experiments import runner
-from mta.evaluation.experiments.participants import draw_parts
+from mta.evaluation.experiments import workspace as workspace_module
+from mta.evaluation.experiments.parts import draw_parts
 from mta.evaluation.experiments.recipe import Experiment, load_experiment, names, wanted
-from mta.evaluation.experiments.records import Record, Records, read_records
-from mta.evaluation.experiments.results import Results
+from mta.evaluation.experiments.results import Record, Records, Results, read_records
 from mta.evaluation.experiments.runner import run_experiment
 from mta.evaluation.experiments.workspace import Workspace
-from mta.evaluation.lamp_scores import score
 from mta.evaluation.methods import METHODS
+from mta.evaluation.metrics import score
 from mta.evaluation.reports.publish import report
 
 pytestmark = pytest.mark.integration
@@ -112,12 +111,12 @@ def test_together_changes_nothing_without_shared_items():
 
 
 def test_results_hold_hashed_groups(world, cache, tmp_path, monkeypatch):
-    people, connect = people_of(30, items=8), participants_module.read_people
+    people, connect = people_of(30, items=8), workspace_module.read_people
 
     def paired(*args, **how):
         return [replace(p, group=f"pair-{n // 2}") for n, p in enumerate(connect(*args, **how))]
 
-    monkeypatch.setattr(participants_module, "read_people", paired)
+    monkeypatch.setattr(workspace_module, "read_people", paired)
     run_experiment(workspace_of(world, tmp_path / "run"), ["ablation"])
     found = Results.read(tmp_path / "run")
     groups = found.comparison("ablation").groups
@@ -262,12 +261,10 @@ def test_two_sets_give_one_table(finished, tmp_path):
 
 def test_parts_are_disjoint_and_not_empty(world, cache, tmp_path):
     workspace = workspace_of(world, tmp_path)
-    parts = [
-        set(getattr(workspace.participants.splits, name)) for name in ("task", "candidates", "development", "test")
-    ]
+    parts = [set(getattr(workspace.splits, name)) for name in ("task", "candidates", "development", "test")]
     assert all(parts)
     assert sum(map(len, parts)) == len(set.union(*parts))
-    assert json.loads((tmp_path / "sizes.json").read_text())["test"] == len(workspace.participants.splits.test) == 4
+    assert json.loads((tmp_path / "sizes.json").read_text())["test"] == len(workspace.splits.test) == 4
 
 
 def test_the_answer_limit_is_part_of_the_key_of_generated_answers(world, cache, tmp_path):
@@ -275,8 +272,8 @@ def test_the_answer_limit_is_part_of_the_key_of_generated_answers(world, cache, 
 
     def keys(task, tokens):
         opened = workspace_of(world, tmp_path / "runs", f"run.task={task}")
-        limited = opened.participants.task.model_copy(update={"answer_tokens": tokens})
-        workspace = replace(opened, participants=replace(opened.participants, task=limited))
+        limited = opened.task.model_copy(update={"answer_tokens": tokens})
+        workspace = replace(opened, task=limited)
         parts = [part.model_copy(update={"texts": True}) for part in workspace.recipe.exhibits["main"]]
         return {workspace.key(part, METHODS["base"](), 0, 3) for part in parts}
 
@@ -393,8 +390,8 @@ def test_every_method_runs_on_every_kind_of_lamp_task(world, cache, tmp_path, na
     assert main.primary in main.row("MTA").people
     report([tmp_path / "runs"], tmp_path / "report", texts=True)
     answers = next((tmp_path / "report").rglob("answers"))
-    golds = read_answers(answers / "golds-3.json", workspace.participants.task)
+    golds = read_answers(answers / "golds-3.json", workspace.task)
     assert golds.keys() < {str(n) for n in range(30)}  # the benchmark's own ids
     for path in answers.glob("*-main-3-0.json"):
-        scored = score(workspace.participants.task, read_answers(path, workspace.participants.task, empty=True), golds)
+        scored = score(workspace.task, read_answers(path, workspace.task, empty=True), golds)
         assert all(0 <= value <= 5 for value in scored.values())

@@ -7,7 +7,7 @@ import pytest
 from mta.data.readers import read_answers
 from mta.data.tasks import load_task
 from mta.errors import DataError, InputError
-from mta.evaluation.lamp_scores import score
+from mta.evaluation.metrics import score
 
 RATING, TAG, HEADLINE = load_task("lamp3"), load_task("lamp2"), load_task("lamp4")
 

@@ -8,8 +8,8 @@ from mta.config import MergeSettings, Training
 from mta.data.history import Item, Person
 from mta.data.tasks import load_task
 from mta.errors import ConfigError, InputError
-from mta.evaluation.context import ITEMS_PER_ANCHOR, Context
-from mta.evaluation.experiments.bank_stats import fidelity, relative_error
+from mta.evaluation.context import ITEMS_PER_ANCHOR, Context, mean_inputs
+from mta.evaluation.experiments.facts import fidelity, relative_error
 from mta.evaluation.methods import (
     METHODS,
     Base,
@@ -28,11 +28,10 @@ from mta.evaluation.methods import (
     parse_method,
     register,
 )
-from mta.evaluation.methods.choice import pick
+from mta.evaluation.methods.combined import pick
 from mta.evaluation.methods.merged import layer_groups
-from mta.evaluation.methods.per_pcs import gate_of
+from mta.evaluation.methods.published import gate_of
 from mta.evaluation.metrics import Answers
-from mta.evaluation.module_inputs import mean_inputs
 from mta.evaluation.protocol import Panel, has_enough_items, shots_and_queries
 from mta.lora.batch import LoraBatch
 from mta.personalize.likelihoods import gather_evidence
@@ -130,7 +129,7 @@ def test_evidence_of_a_fold_equals_evidence_gathered_from_its_shots(panel):
     torch.testing.assert_close(found.task, anew.task)
     assert found.tokens.tolist() == anew.tokens.tolist()
     settings = MergeSettings(policy="ridge", k=0, ridge=1.0)
-    anew_panel = Panel.asking(panel.shots.context, folds.people, folds.queries)
+    anew_panel = Panel.asking(panel.context, folds.people, folds.queries)
     torch.testing.assert_close(folds.merge(settings, 0)[0].w, anew_panel.merge(settings, 0)[0].w)
 
 
@@ -147,7 +146,7 @@ def test_folds_hold_out_every_shot_once_and_never_train_on_it(panel):
 def test_evidence_is_read_again_by_another_run(tiny, tmp_path, monkeypatch):
     first = panel_of(tiny, evidence_folder=tmp_path)
     found, seconds = first.evidence, first.evidence_seconds
-    monkeypatch.setattr("mta.evaluation.shots.gather_evidence", None)
+    monkeypatch.setattr("mta.evaluation.context.gather_evidence", None)
     again = panel_of(tiny, evidence_folder=tmp_path)
     assert torch.equal(again.evidence.shots, found.shots)
     assert torch.equal(again.evidence.labels.scores, found.labels.scores)
@@ -261,9 +260,9 @@ def test_per_pcs_merges_k_anchors_per_module_with_weights_that_sum_to_one(panel)
 def test_an_anchor_is_its_own_nearest_gate(panel):
     """A person with exactly an anchor's inputs at a module has that anchor as the nearest."""
     people = [anchor.latest(ITEMS_PER_ANCHOR) for anchor in panel.anchors]
-    twin = Panel.asking(panel.shots.context, people, [()] * len(people))
+    twin = Panel.asking(panel.context, people, [()] * len(people))
     found = mean_inputs(twin.base, [job.examples for job in twin.jobs], twin.bank.pooled)
-    for name, means in twin.shots.context.anchor_inputs.items():
+    for name, means in twin.context.anchor_inputs.items():
         center, gate = gate_of(means)
         fit = torch.nn.functional.normalize(found[name] - center, dim=1) @ gate.T
         assert fit.argmax(1).tolist() == list(range(len(panel.anchors)))

@@ -8,7 +8,7 @@ from mta.config import Evaluation, Lora, MergeSettings, Training
 from mta.data.history import Item, Person
 from mta.data.tasks import load_task
 from mta.errors import InputError
-from mta.evaluation import Context, Panel, evaluate, shots
+from mta.evaluation import Context, Panel, context, evaluate
 from mta.evaluation.compare import standard_methods, study
 from mta.evaluation.methods import (
     Base,
@@ -20,7 +20,7 @@ from mta.evaluation.methods import (
     Outcome,
     OwnConstant,
     TaskLora,
-    answer,
+    method,
 )
 from mta.evaluation.metrics import Answers, measure
 from mta.evaluation.reports.summary import headline, verdict
@@ -69,8 +69,8 @@ def test_all_methods_answer_the_same_queries(panel, monkeypatch):
         asked.append(queries)
         return label_scores(base, task, queries, adapters, **how)
 
-    label_scores = answer.label_scores
-    monkeypatch.setattr(answer, "label_scores", watched)
+    label_scores = method.label_scores
+    monkeypatch.setattr(method, "label_scores", watched)
     found = evaluate(panel, ALL)
     assert len(asked) == len(ALL) - 2  # constants need no model
     assert all(queries == panel.queries for queries in asked)
@@ -194,8 +194,8 @@ def test_evidence_is_gathered_once_and_counted_for_every_method_that_reads_it(pa
         gathered.append(1)
         return gather(*args, **how)
 
-    gather = shots.gather_evidence
-    monkeypatch.setattr(shots, "gather_evidence", watched)
+    gather = context.gather_evidence
+    monkeypatch.setattr(context, "gather_evidence", watched)
     rows = evaluate(panel, [Merged(name="one", merge=MTA.merge), Merged(name="two", merge=MTA.merge)]).rows
     assert len(gathered) == 1
     assert all(row.seconds >= panel.evidence_seconds > 0 for row in rows)

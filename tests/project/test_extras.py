@@ -14,7 +14,7 @@ from mta.data.bm25 import retrieve
 from mta.data.tasks import load_task
 from mta.distributed.ray import Cluster
 from mta.errors import MissingExtra
-from mta.evaluation.methods.prime import Prime
+from mta.evaluation.methods.published import Prime
 from mta.evaluation.metrics import Answers, measure
 from mta.evaluation.privacy.membership import rank_correlation
 from mta.evaluation.reports import figures

@@ -197,12 +197,12 @@ def _experiment(
         workspace = Workspace.open(recipe, out, data, which, say=screen.say, executor=executor, on_step=screen.step)
         run_experiment(workspace, exhibits, options.command_line(), tracker)
     if json:
-        return show_json({"out": str(workspace.folder), "sizes": workspace.participants.sizes})
+        return show_json({"out": str(workspace.folder), "sizes": workspace.sizes})
     typer.echo(f"Draw the exhibits with:  mta report {workspace.folder}", err=True)
 
 
 def _score(source: str, predictions: Path, task: str | None, words: list[str] | None, json: bool) -> None:
-    from mta.evaluation.lamp_scores import score
+    from mta.evaluation.metrics import score
 
     if words or not task:
         raise InputError(

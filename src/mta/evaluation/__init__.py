@@ -1,7 +1,7 @@
 """Compare methods person by person: the same shots and the same later queries for all methods."""
 
+from mta.evaluation.compare import evaluate
 from mta.evaluation.context import Context
-from mta.evaluation.engine import evaluate
 from mta.evaluation.protocol import Panel
 from mta.evaluation.statistics import Comparison
 

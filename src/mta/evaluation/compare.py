@@ -1,4 +1,4 @@
-"""Compare the standard methods on one bank, and write the report."""
+"""Compare methods on a panel, or the standard methods on one bank with a report."""
 
 from __future__ import annotations
 
@@ -19,11 +19,10 @@ from mta.data.splits import draw
 from mta.data.tasks.task import Task
 from mta.errors import InputError
 from mta.evaluation.context import Context
-from mta.evaluation.engine import evaluate
 from mta.evaluation.methods import Base, GlobalConstant, Merged, MergeThenAdapt, Method, OneLora, OwnConstant, TaskLora
 from mta.evaluation.protocol import Panel, has_enough_items, members_and_others
 from mta.evaluation.reports.summary import yardstick
-from mta.evaluation.statistics import Comparison
+from mta.evaluation.statistics import Comparison, Row
 from mta.model.base import BaseModel
 from mta.model.encoders import Encoder
 from mta.personalize import Personalizer
@@ -34,6 +33,26 @@ from mta.system.progress import OnStep
 from mta.system.provenance import versions
 
 log = logging.getLogger("mta")
+
+
+def evaluate(
+    panel: Panel, methods: Sequence[Method], seeds: Sequence[int] = (0,), on_method: Callable[[str], None] | None = None
+) -> Comparison:
+    """Run every method with every seed on the panel; a person's metrics are averaged over seeds first."""
+    if len({method.name for method in methods}) < len(methods):
+        raise InputError(
+            f"methods must have different names, got {', '.join(method.name for method in methods)}",
+            hint="Give one of them another:  name=…",
+        )
+    _ = panel.jobs  # no method's seconds include tokenizing
+    rows = []
+    for method in methods:
+        if on_method:
+            on_method(method.name)
+        outcomes, scores = zip(*(method.scored(panel, seed) for seed in (seeds if method.seeded else seeds[:1])))
+        seconds, last = sum(outcome.seconds for outcome in outcomes) / len(outcomes), outcomes[-1]
+        rows.append(Row.of(method.name, scores, seconds, last.bytes_per_person, last.merge, last.answers))
+    return Comparison(panel.task, rows, tuple(person.group for person in panel.people))
 
 
 @dataclass(slots=True)
@@ -57,11 +76,9 @@ class Study:
         from mta.evaluation.reports.html import to_json, write_html
         from mta.system.atomic import write_json
 
-        out, meta = Path(out), self.meta | {"command": command}
+        out, meta, panel = Path(out), self.meta | {"command": command}, self.panel
         write_json(out / "results.json", to_json(self.comparison, **meta))
-        write_html(
-            out / "report.html", self.comparison, self.panel.bank, self.panel.stage2.vectors, self.questions, meta
-        )
+        write_html(out / "report.html", self.comparison, panel.bank, panel.vectors, self.questions, meta)
 
 
 def standard_methods(run: Run, evaluation: Evaluation, task: Task, anchors: int) -> list[Method]:
@@ -75,15 +92,17 @@ def standard_methods(run: Run, evaluation: Evaluation, task: Task, anchors: int)
         return MergeSettings.model_validate({**run.merge.model_dump(), "policy": name, "k": k})
 
     policies = [name for name in evaluation.policies if task.labelled or not POLICIES[name].labels]
-    adapt = evaluation.adapt or run.stack
+    oppu, adapt, stack = evaluation.oppu, evaluation.adapt or run.stack, run.stack
     constants: list[Method] = [GlobalConstant(), OwnConstant()] if task.labelled else []
-    methods: list[Method] = [*constants, Base(), TaskLora()]
-    methods.append(OneLora(name="OPPU", lora=evaluation.oppu.lora, training=evaluation.oppu.training))
-    methods += [Merged(name=f"merge only, {name}", merge=policy(name)) for name in policies]
-    methods.append(OneLora(name="adapt only", lora=adapt.lora, training=adapt.training))
-    mta: Method = Merged(name="MTA", merge=run.merge)
-    methods.append(MergeThenAdapt(merge=run.merge, stack=run.stack) if run.stack.enabled else mta)
-    return methods
+    return [
+        *constants,
+        Base(),
+        TaskLora(),
+        OneLora(name="OPPU", lora=oppu.lora, training=oppu.training),
+        *(Merged(name=f"merge only, {name}", merge=policy(name)) for name in policies),
+        OneLora(name="adapt only", lora=adapt.lora, training=adapt.training),
+        MergeThenAdapt(merge=run.merge, stack=stack) if stack.enabled else Merged(name="MTA", merge=run.merge),
+    ]
 
 
 def study(
@@ -114,69 +133,29 @@ def study(
             f"or have fewer than {shots + queries} items",
             hint="Give people the bank was not built from, or lower shots= and queries=.",
         )
-    left_out = len(people) - len(tested)
+    left_out, seeds = len(people) - len(tested), evaluation.seeds or (run.seed,)
     if limit is not None and limit < len(tested):
         tested = draw(tested, run.seed, task=0, development=0, test=limit, together=False).select("test", tested)
     context = Context(base, bank, encoder or bank.encoder(base, run.encoder), run, on_step=on_step)
     panel = Panel.of(context, tested, shots=shots, queries=queries)
-    known = _queries_in_bank(people, members, panel)
-    methods = standard_methods(run, evaluation, task, len(bank))
-    comparison = evaluate(panel, methods, evaluation.seeds or (run.seed,), on_method)
-    meta = _meta(context, evaluation, len(tested)) | {"left_out": left_out, "queries_in_bank": known}
+    known = Copies(people, task).in_histories(members, chain(*panel.queries)) if members else 0
+    if known:
+        log.warning("%d queries also occur in the histories of people in the bank", known)
+    comparison = evaluate(panel, standard_methods(run, evaluation, task, len(bank)), seeds, on_method)
+    meta = _meta(context, evaluation, seeds) | {"people": len(tested), "left_out": left_out, "queries_in_bank": known}
     return Study(comparison, panel, meta)
 
 
-def _queries_in_bank(people: Sequence[Person], members: Sequence[Person], panel: Panel) -> int:
-    """Count the queries that also occur in the histories of the bank's members, if these are among ``people``."""
-    found = Copies(people, panel.task).in_histories(members, chain(*panel.queries)) if members else 0
-    if found:
-        log.warning("%d queries also occur in the histories of people in the bank", found)
-    return found
-
-
-def ask(found: Study, personal: Personalizer, fields: dict[str, str], numbers: Sequence[int]) -> None:
-    """Put one question to the pooled model and to some people's models, and add the answers to the study.
-
-    ``numbers`` are positions in the panel's people, who must have been personalized.
-    """
-    ids = [found.panel.people[i].id for i in numbers]
-    texts = personal.generate([(TASK, fields), *((id, fields) for id in ids)])
-    if found.panel.bank.task.metric == "mae":
-        means = _mean_labels(personal, fields, ids)
-        texts = [f"{text} (on average {mean:.1f})" for text, mean in zip(texts, means)]
-    question = found.panel.bank.task.prompt(found.panel.bank.task.asked(fields))
-    after = [(_shots_in_words(found, i), answer) for i, answer in zip(numbers, texts[1:])]
-    found.questions.append({"question": question, "before": texts[0], "after": after})
-
-
-def _mean_labels(personal: Personalizer, fields: dict[str, str], ids: Sequence[str]) -> list[float]:
-    """Return the expected label under the pooled model and under each person's model."""
-    task = personal.bank.task
-    values = torch.tensor([float(label) for label in task.labels or ()], dtype=torch.float64)
-    askers: list[Who] = [TASK, *ids]
-    rows = personal.label_scores([(asker, [task.asked(fields)]) for asker in askers])
-    return [float(scores[0].double().softmax(0) @ values) for scores in rows]
-
-
-def _shots_in_words(found: Study, person: int) -> str:
-    task, items = found.panel.bank.task, found.panel.people[person].items
-    if task.metric != "mae":
-        return f"with {len(items)} shots"
-    mean = sum(float(task.target(item)) for item in items) / len(items)
-    return f"whose {len(items)} shots are {mean:.1f} on average"
-
-
-def _meta(context: Context, evaluation: Evaluation, people: int) -> dict[str, Any]:
+def _meta(context: Context, evaluation: Evaluation, seeds: Sequence[int]) -> dict[str, Any]:
     base, bank, run = context.base, context.bank, context.run
     return {
         "base": base.name,
         "note": base.note,
         "dtype": str(base.dtype).removeprefix("torch."),
         "task": bank.task.name,
-        "people": people,
         "shots": evaluation.shots,
         "queries": evaluation.queries,
-        "seeds": list(evaluation.seeds or (run.seed,)),
+        "seeds": list(seeds),
         "seed": run.seed,
         "anchors": len(bank),
         "bank_seconds": bank.info.seconds,
@@ -184,3 +163,23 @@ def _meta(context: Context, evaluation: Evaluation, people: int) -> dict[str, An
         "evaluation": evaluation.model_dump(mode="json"),
         "versions": versions(),
     }
+
+
+def ask(found: Study, personal: Personalizer, fields: dict[str, str], numbers: Sequence[int]) -> None:
+    """Put one question to the pooled model and to some people's models, and add the answers to the study.
+
+    ``numbers`` are positions in the panel's people, who must have been personalized.
+    """
+    task, people = personal.bank.task, [found.panel.people[i] for i in numbers]
+    askers: list[Who] = [TASK, *(person.id for person in people)]
+    texts = personal.generate([(asker, fields) for asker in askers])
+    about = [f"with {len(person.items)} shots" for person in people]
+    if task.metric == "mae":
+        values = torch.tensor([float(label) for label in task.labels or ()], dtype=torch.float64)
+        scores = personal.label_scores([(asker, [task.asked(fields)]) for asker in askers])
+        means = [float(one[0].double().softmax(0) @ values) for one in scores]
+        texts = [f"{text} (on average {mean:.1f})" for text, mean in zip(texts, means)]
+        shots = [[float(task.target(item)) for item in person.items] for person in people]
+        about = [f"whose {len(own)} shots are {sum(own) / len(own):.1f} on average" for own in shots]
+    question = task.prompt(task.asked(fields))
+    found.questions.append({"question": question, "before": texts[0], "after": list(zip(about, texts[1:]))})

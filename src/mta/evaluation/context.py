@@ -1,29 +1,37 @@
-"""What all panels over one bank share: the models, the settings, and the people behind the bank."""
+"""What all panels over one bank share: models and settings, and what is computed once from them."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
+import torch
+from safetensors import safe_open
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from mta.bank.bank import Bank
 from mta.config import Run
 from mta.data.history import Person
-from mta.evaluation.module_inputs import mean_inputs
+from mta.data.tasks.prompt import Example
+from mta.lora.layers import Adapters, applied
 from mta.model.base import BaseModel
 from mta.model.encoders import Encoder
-from mta.personalize.likelihoods import shots_of
+from mta.personalize.likelihoods import Evidence, Labels, ShotsJob, gather_evidence, shots_of
+from mta.system.atomic import write_tensors
 from mta.system.progress import OnStep
+from mta.tracking.run_folder import work_of
 
 ITEMS_PER_ANCHOR = 32  # latest items of an anchor that its mean inputs are computed from
 
 
 @dataclass(frozen=True)
 class Context:
-    """A base, a bank, and the settings of a run.
+    """What all panels over one bank share: a base, the bank, and the settings of a run.
 
     ``anchors`` are the whole histories of the anchors, in the bank's order; ``pool`` are the people behind the task
     LoRA. Either is empty where the histories are not known. ``evidence_folder`` keeps evidence for later runs.
@@ -44,3 +52,63 @@ class Context:
         people = [anchor.latest(ITEMS_PER_ANCHOR) for anchor in self.anchors]
         jobs = [shots_of(self.base, self.bank.task, person).examples for person in people]
         return mean_inputs(self.base, jobs, self.bank.pooled)
+
+
+@torch.inference_mode()
+def mean_inputs(
+    base: BaseModel, jobs: Sequence[Sequence[Example]], adapters: Sequence[Adapters], rows_per_batch: int = 16
+) -> dict[str, Tensor]:
+    """Return the mean input of each adapted module over all tokens of a job's examples: name -> (U, D)."""
+    rows = sorted(((u, torch.tensor(e.tokens)) for u, job in enumerate(jobs) for e in job), key=lambda row: len(row[1]))
+    sums = {name: torch.zeros(len(jobs), d, dtype=torch.float64) for name, (d, _) in base.targets.items()}
+    counts = torch.zeros(len(jobs), 1, dtype=torch.float64)
+
+    def add(name: str, owner: Tensor, mask: Tensor, _: torch.nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        x = inputs[0].view(*mask.shape, -1)
+        sums[name].index_add_(0, owner, (x * mask[..., None].to(x)).double().sum(1).cpu())
+
+    for start in range(0, len(rows), rows_per_batch):
+        people, texts = zip(*rows[start : start + rows_per_batch])
+        owner = torch.tensor(people)
+        tokens = pad_sequence(list(texts), batch_first=True, padding_value=base.pad_token).to(base.device)
+        mask = pad_sequence([torch.ones_like(text) for text in texts], batch_first=True).to(base.device)
+        counts.index_add_(0, owner, mask.sum(1, keepdim=True).cpu().double())
+        with applied(base.model, adapters, owner.to(base.device)), ExitStack() as hooks:
+            for name in sums:
+                module = base.model.get_submodule(name)
+                hooks.enter_context(module.register_forward_pre_hook(partial(add, name, owner, mask)))
+            base.model(input_ids=tokens, attention_mask=mask, use_cache=False)
+    return {name: total / counts for name, total in sums.items()}
+
+
+def evidence_of(context: Context, jobs: Sequence[ShotsJob]) -> tuple[Evidence, float]:
+    """Return the likelihood of the shots under every anchor, and the seconds that gathering it took.
+
+    Both are read from ``evidence_folder`` if an earlier run gathered them, and written there otherwise.
+    """
+    base, bank, path = context.base, context.bank, _evidence_file(context, jobs)
+    if path and path.is_file():
+        with safe_open(path, "pt") as file:
+            tensors: dict[str, Tensor] = {name: file.get_tensor(name) for name in file.keys()}
+            seconds = float(file.metadata()["seconds"])
+        labels = Labels(tensors["labels"], tensors["gold"]) if "labels" in tensors else None
+        return Evidence(tensors["shots"], tensors["counts"], labels), seconds
+    start = time.monotonic()
+    found = gather_evidence(base, jobs, bank.working, bank.pooled, on_step=context.on_step)
+    seconds = time.monotonic() - start
+    if path:
+        tensors = {"shots": found.shots, "counts": found.counts}
+        if found.labels:
+            tensors |= {"labels": found.labels.scores, "gold": found.labels.gold}
+        contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        write_tensors(path, contiguous, {"seconds": repr(seconds)})
+    return found, seconds
+
+
+def _evidence_file(context: Context, jobs: Sequence[ShotsJob]) -> Path | None:
+    """Return the file of the evidence; its name is a hash of everything that determines the evidence."""
+    if context.evidence_folder is None:
+        return None
+    base = context.base
+    name = work_of(context.bank.hash, str(base.dtype), base.prompts.max_tokens, *(job.key for job in jobs))[:24]
+    return context.evidence_folder / f"evidence-{name}.safetensors"

@@ -1,4 +1,4 @@
-"""Metrics of one person's queries. Every metric is a mean over queries; statistics.py averages over people."""
+"""Metrics of one person's queries, which statistics.py averages over people, and LaMP's scores over all questions."""
 
 from __future__ import annotations
 
@@ -10,9 +10,12 @@ import torch
 from torch import Tensor
 
 from mta.data.tasks.task import Task
+from mta.errors import InputError
 from mta.system.extras import require
 
+PRIMARY = {"mae": "MAE", "accuracy": "accuracy", "rouge": "ROUGE-L"}  # by the task's metric
 BETTER_LOW = frozenset({"MAE", "MAE (median)", "RMSE", "NLL"})
+LAMP = {"mae": ("MAE", "RMSE"), "accuracy": ("accuracy", "F1"), "rouge": ("ROUGE-1", "ROUGE-L")}
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,11 +39,6 @@ class PersonScore:
     nll: Tensor | None
 
 
-def primary(task: Task) -> str:
-    """Return the primary metric of a task."""
-    return {"mae": "MAE", "accuracy": "accuracy", "rouge": "ROUGE-L"}[task.metric]
-
-
 def from_scores(task: Task, scores: Tensor) -> Answers:
     """Return answers by argmax over label scores."""
     labels = task.labels or ()
@@ -50,16 +48,10 @@ def from_scores(task: Task, scores: Tensor) -> Answers:
 def measure(task: Task, answers: Answers, golds: Sequence[str], written: bool = True) -> PersonScore:
     """Return all metrics of a task for one person; without ``written`` only the NLL of free text."""
     nll = query_nll(task, answers, golds)
-    surprise = {} if nll is None else {"NLL": float(nll.mean())}
-    if answers.nll is not None and not written:
-        return PersonScore(surprise, nll)
-    if task.metric == "rouge":
-        return PersonScore(_rouge(answers.texts, golds) | surprise, nll)
-    right = [float(text == gold) for text, gold in zip(answers.texts, golds)]
-    found = {"accuracy": sum(right) / len(right)}
-    if task.metric == "mae":
-        found = _rating(task, answers, golds) | found
-    return PersonScore(found | surprise, nll)
+    found: dict[str, float] = {}
+    if answers.nll is None or written:
+        found = _rouge(answers.texts, golds) if task.metric == "rouge" else _exact(task, answers, golds)
+    return PersonScore(found | ({} if nll is None else {"NLL": float(nll.mean())}), nll)
 
 
 def query_nll(task: Task, answers: Answers, golds: Sequence[str]) -> Tensor | None:
@@ -75,28 +67,63 @@ def query_nll(task: Task, answers: Answers, golds: Sequence[str]) -> Tensor | No
 
 def median_labels(task: Task, scores: Tensor) -> list[str]:
     """Return the median of each label distribution, which minimizes the expected absolute error."""
-    labels = sorted(range(len(task.labels or ())), key=lambda i: float((task.labels or ())[i]))
-    shares = scores.double().softmax(1)[:, labels].cumsum(1)
-    return [(task.labels or ())[labels[i]] for i in (shares < 0.5).sum(1).clamp_max(len(labels) - 1).tolist()]
+    labels = task.labels or ()
+    order = sorted(range(len(labels)), key=lambda i: float(labels[i]))
+    shares = scores.double().softmax(1)[:, order].cumsum(1)
+    return [labels[order[i]] for i in (shares < 0.5).sum(1).clamp_max(len(labels) - 1).tolist()]
 
 
-def _rating(task: Task, answers: Answers, golds: Sequence[str]) -> dict[str, float]:
-    errors = [_distance(task, text, gold) for text, gold in zip(answers.texts, golds)]
-    found = {"MAE": sum(errors) / len(errors)}
+def score(task: Task, answers: Mapping[str, str], golds: Mapping[str, str]) -> dict[str, float]:
+    """Return LaMP's two metrics of a task over all questions alike; both mappings are question id -> text.
+
+    Accuracy and macro F1 compare labels case-sensitively; other text counts as wrong. MAE and RMSE count text that is
+    not a number as 1 or 5, whichever is farther. ROUGE-1 and ROUGE-L are F-measures without stemming.
+    Source: LaMP (arXiv:2304.11406). Raises InputError if the ids differ.
+    """
+    from sklearn.metrics import f1_score
+
+    for here, there, problem in ((golds, answers, "have no answer"), (answers, golds, "were never asked")):
+        if odd := [id for id in here if id not in there]:
+            raise InputError(
+                f"the ids are not the same: {len(odd)} of {len(here)} questions {problem}, {odd[0]!r} first",
+                hint="Answer every question of the file exactly once.",
+            )
+    if not golds:
+        raise InputError(
+            "there is no question to score",
+            hint='Give a file of outputs with questions in it: {"task": "LaMP_3", "golds": [{"id": …, "output": …}]}',
+        )
+    predicted, expected = [answers[id].strip() for id in golds], [golds[id].strip() for id in golds]
+    found = dict(measure(task, Answers(predicted), expected).metrics)
+    if task.metric == "accuracy":  # labels that occur in neither the answers nor the golds have an F1 of 0
+        labels = list(task.labels or ())
+        found["F1"] = float(f1_score(expected, predicted, labels=labels, average="macro", zero_division=0.0))
+    return {metric: found[metric] for metric in LAMP[task.metric]}
+
+
+def _exact(task: Task, answers: Answers, golds: Sequence[str]) -> dict[str, float]:
+    """Return the accuracy, and for ratings the errors as well."""
+    accuracy = {"accuracy": sum(text == gold for text, gold in zip(answers.texts, golds)) / len(golds)}
+    if task.metric != "mae":
+        return accuracy
+    errors = _distances(task, answers.texts, golds)
+    found = {"MAE": float(errors.mean())}
     if answers.scores is not None:
-        medians = median_labels(task, answers.scores)
-        found["MAE (median)"] = sum(_distance(task, text, gold) for text, gold in zip(medians, golds)) / len(golds)
-    return found | {"RMSE": (sum(e * e for e in errors) / len(errors)) ** 0.5}
+        found["MAE (median)"] = float(_distances(task, median_labels(task, answers.scores), golds).mean())
+    return found | {"RMSE": float(errors.square().mean().sqrt())} | accuracy
 
 
-def _distance(task: Task, text: str, gold: str) -> float:
+def _distances(task: Task, texts: Sequence[str], golds: Sequence[str]) -> Tensor:
     """Return |prediction - gold|; text that is not a number counts as the farther end of the scale, as in LaMP."""
     values = [float(label) for label in task.labels or ()]
-    try:
-        distance = abs(float(text) - float(gold))
-    except ValueError:
-        distance = float("nan")
-    return distance if math.isfinite(distance) else max(abs(end - float(gold)) for end in (min(values), max(values)))
+    found = []
+    for text, gold in zip(texts, map(float, golds)):
+        try:
+            distance = abs(float(text) - gold)
+        except ValueError:
+            distance = math.nan
+        found.append(distance if math.isfinite(distance) else max(gold - min(values), max(values) - gold))
+    return torch.tensor(found, dtype=torch.float64)
 
 
 def _rouge(texts: Sequence[str], golds: Sequence[str]) -> dict[str, float]:
@@ -105,7 +132,5 @@ def _rouge(texts: Sequence[str], golds: Sequence[str]) -> dict[str, float]:
 
     scorer = RougeScorer(["rouge1", "rougeL"], use_stemmer=False)
     found = [scorer.score(gold, text) for text, gold in zip(texts, golds)]
-    return {
-        name: sum(f[key].fmeasure for f in found) / len(found)
-        for name, key in (("ROUGE-L", "rougeL"), ("ROUGE-1", "rouge1"))
-    }
+    names = {"ROUGE-L": "rougeL", "ROUGE-1": "rouge1"}
+    return {name: sum(one[key].fmeasure for one in found) / len(found) for name, key in names.items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -11,18 +12,18 @@ from typing import Literal
 from torch import Tensor
 
 from mta.bank.bank import Bank
-from mta.config import MergeSettings, Run
+from mta.config import MergeSettings, Run, parse_size
 from mta.data.bm25 import with_profiles
 from mta.data.history import Item, Person
 from mta.data.tasks.task import Task
 from mta.errors import InputError
-from mta.evaluation.context import Context
+from mta.evaluation.context import Context, evidence_of
 from mta.evaluation.metrics import Answers
-from mta.evaluation.shots import Fold, Shots, Stage2, TimedMerge
 from mta.model.base import BaseModel
-from mta.personalize.likelihoods import Evidence, ShotsJob
-from mta.personalize.merge import Merge
-from mta.training.plan import Plan
+from mta.model.encoders import encode_people
+from mta.personalize.likelihoods import Evidence, ShotsJob, shots_of
+from mta.personalize.merge import Merge, fit_merge, frozen_numbers, needs_evidence
+from mta.training.plan import Plan, plan_cohorts
 
 log = logging.getLogger("mta")
 Ask = Literal["next", "last"]
@@ -92,17 +93,23 @@ class Outcome:
 class Panel:
     """Held-out people with the same number of shots and queries each: what a method gets.
 
-    ``shots`` hold no queries, so no method can learn from them. ``stage2`` is shared with panels that ask other queries
-    or show other prompts. ``retrieve`` is the number of earlier items in every prompt, as in the training of the bank.
-    Without ``write_texts`` free text is not generated, and only the likelihood of the true text is computed.
+    ``people`` have only their shots, so no method can learn from queries. ``task`` has the wording of the prompts.
+    ``retrieve`` is the number of earlier items in every prompt, as in the training of the bank. Without ``write_texts``
+    free text is not generated, and only the likelihood of the true text is computed. Evidence and merges are those of
+    ``plain``, if given: a panel with the same shots that asks other queries or shows other prompts. ``fold`` = (panel,
+    owners, shots) selects evidence: row i holds only ``shots[i]`` of person ``owners[i]`` of that panel.
     """
 
-    shots: Shots
-    stage2: Stage2
+    context: Context
+    people: Sequence[Person]
     queries: list[tuple[Item, ...]]
+    task: Task
     retrieve: int = 0
     write_texts: bool = True
+    plain: Panel | None = None
+    fold: tuple[Panel, list[int], list[list[int]]] | None = None
     outcomes: dict[tuple[str, int], Outcome] = field(default_factory=dict, init=False, repr=False)
+    merges: dict[tuple[str, int], tuple[Merge, float]] = field(default_factory=dict, init=False, repr=False)
 
     @classmethod
     def of(
@@ -140,11 +147,9 @@ class Panel:
         *,
         retrieve: int = 0,
         write_texts: bool = True,
-        fold: Fold | None = None,
     ) -> Panel:
         """Return a panel whose people have exactly these shots and queries."""
-        shots = Shots(context, people, context.bank.task)
-        panel = cls(shots, Stage2(shots, fold), queries, retrieve, write_texts)
+        panel = cls(context, people, queries, context.bank.task, retrieve, write_texts)
         return panel.profiled(retrieve) if retrieve else panel
 
     # -- what methods read (docs/how-to/add-a-method.md) ---------------------------------------------------------------
@@ -152,72 +157,105 @@ class Panel:
     @property
     def base(self) -> BaseModel:
         """The frozen model."""
-        return self.shots.context.base
+        return self.context.base
 
     @property
     def bank(self) -> Bank:
         """The bank of anchors and its task LoRA."""
-        return self.shots.context.bank
+        return self.context.bank
 
     @property
     def run(self) -> Run:
         """The settings of the run."""
-        return self.shots.context.run
+        return self.context.run
 
     @property
     def anchors(self) -> Sequence[Person]:
         """The anchors' whole histories, in the bank's order; empty if they are not known."""
-        return self.shots.context.anchors
+        return self.context.anchors
 
     @property
     def pool(self) -> Sequence[Person]:
         """The people behind the task LoRA; empty if they are not known."""
-        return self.shots.context.pool
+        return self.context.pool
 
-    @property
-    def people(self) -> Sequence[Person]:
-        """The people, with their shots only."""
-        return self.shots.people
-
-    @property
-    def task(self) -> Task:
-        """The task, in the wording of the panel's prompts."""
-        return self.shots.task
-
-    @property
+    @cached_property
     def jobs(self) -> list[ShotsJob]:
         """The shots as training examples."""
-        return self.shots.jobs
+        return [shots_of(self.base, self.task, person) for person in self.people]
 
     @cached_property
     def golds(self) -> list[list[str]]:
         """The true answers to the queries."""
         return [[self.task.target(item) for item in items] for items in self.queries]
 
+    def plan(self, numbers: int, merge: MergeSettings | None = None) -> Plan:
+        """Return cohorts that fit the memory, to train ``numbers`` numbers per person, over the merge if given."""
+        memory, below = parse_size(self.run.memory), frozen_numbers(self.bank, merge)
+        return plan_cohorts(self.base, self.jobs, numbers, memory, below=below)
+
+    # -- stage 2, computed once for all methods ------------------------------------------------------------------------
+
+    @cached_property
+    def vectors(self) -> Tensor:
+        """Each person's shots as one vector, (U, E)."""
+        if self.plain:
+            return self.plain.vectors
+        return encode_people(self.context.encoder, self.bank.task, self.people, self.bank.info.run.bank.encode)
+
+    @cached_property
+    def similarity(self) -> Tensor:
+        """Cosine of people and anchors, (U, N)."""
+        return self.bank.similarity(self.vectors)
+
+    @cached_property
+    def _evidence(self) -> tuple[Evidence, float]:
+        if self.plain:
+            return self.plain._evidence
+        if self.fold:  # the seconds are those of the panel with all shots
+            whole, owners, shots = self.fold
+            return whole.evidence.kept(owners, shots), 0.0
+        return evidence_of(self.context, self.jobs)
+
     @property
     def evidence(self) -> Evidence:
-        """Likelihood of the shots under every anchor, computed once for all methods."""
-        return self.stage2.gathered.evidence
+        """Likelihood of the shots under every anchor."""
+        return self._evidence[0]
 
     @property
     def evidence_seconds(self) -> float:
         """Seconds that the evidence took."""
-        return self.stage2.gathered.seconds
+        return self._evidence[1]
 
-    @property
-    def similarity(self) -> Tensor:
-        """Cosine of people and anchors, (U, N)."""
-        return self.stage2.similarity
-
-    def merge(self, settings: MergeSettings, seed: int) -> TimedMerge:
-        """Return everybody's merge, fitted once for all methods, and its seconds, evidence included."""
-        return self.stage2.merge(settings, seed)
-
-    def plan(self, numbers: int, merge: MergeSettings | None = None) -> Plan:
-        """Return cohorts that fit the memory, to train ``numbers`` numbers per person, over the merge if given."""
-        return self.shots.plan(numbers, merge)
+    def merge(self, settings: MergeSettings, seed: int) -> tuple[Merge, float]:
+        """Return everybody's merge, and the seconds that fitting it took, evidence included."""
+        if self.plain:
+            return self.plain.merge(settings, seed)
+        key = (settings.model_dump_json(), seed if settings.policy == "learned" else 0)
+        if key not in self.merges:
+            evidence, gathering = self._evidence if needs_evidence(settings) else (None, 0.0)
+            start = time.monotonic()
+            merge = fit_merge(
+                self.base,
+                self.jobs,
+                self.bank.working,
+                self.bank.pooled,
+                settings,
+                similarity=self.similarity,
+                evidence=evidence,
+                calibration=self.bank.calibration,
+                seed=seed,
+                tokens_per_batch=self.plan(len(self.bank), settings).tokens_per_batch,
+                on_step=self.context.on_step,
+            )
+            self.merges[key] = merge, time.monotonic() - start + gathering
+        return self.merges[key]
 
     # -- other panels over the same people -----------------------------------------------------------------------------
+
+    def asked(self, queries: list[tuple[Item, ...]]) -> Panel:
+        """Return the panel with other queries."""
+        return replace(self, queries=queries, plain=self.plain or self)
 
     def profiled(self, k: int, before: Sequence[str] = ()) -> Panel:
         """Return the panel with ``before`` and each person's ``k`` nearest earlier shots at the start of every prompt.
@@ -228,9 +266,14 @@ class Panel:
         task, texts = self.bank.task, list(before) or [""] * len(self.people)
         whole = [replace(person, queries=asked) for person, asked in zip(self.people, self.queries)]
         people = [with_profiles(task, person, k, text) for person, text in zip(whole, texts)]
-        shots = replace(self.shots, people=[replace(p, queries=()) for p in people], task=task.profiled())
-        stage2 = Stage2(shots) if self.retrieve else self.stage2
-        return replace(self, shots=shots, stage2=stage2, queries=[p.queries for p in people])
+        return replace(
+            self,
+            people=[replace(person, queries=()) for person in people],
+            queries=[person.queries for person in people],
+            task=task.profiled(),
+            plain=None if self.retrieve else self.plain or self,
+            fold=None,
+        )
 
     def folds(self, count: int) -> tuple[Panel, list[int]]:
         """Return a panel that asks people about their own shots, and the number of the person in each of its rows.
@@ -238,18 +281,14 @@ class Panel:
         Each person has up to ``count`` rows. A row holds out some shots as queries and keeps the others as shots. The
         benchmark's own queries are not asked. A person with one shot has no row.
         """
-        owners, kept, people, queries = [], [], [], []
-        for u, person in enumerate(self.people):
-            numbers = range(len(person.items))
-            for start in range(min(count, len(numbers)) if len(numbers) > 1 else 0):
-                held = numbers[start::count]
-                rest = [n for n in numbers if n not in held]
-                owners.append(u)
-                kept.append(rest)
-                people.append(Person(f"{person.id}/{start}", tuple(person.items[n] for n in rest)))
-                queries.append(tuple(person.items[n] for n in held))
+        sizes = [len(person.items) for person in self.people]
+        rows = [(u, turn) for u, size in enumerate(sizes) if size > 1 for turn in range(min(count, size))]
+        owners, asked = [u for u, _ in rows], [self.people[u].items[turn::count] for u, turn in rows]
+        kept = [[n for n in range(sizes[u]) if n % count != turn] for u, turn in rows]
+        people = [
+            Person(f"{self.people[u].id}/{turn}", tuple(self.people[u].items[n] for n in rest))
+            for (u, turn), rest in zip(rows, kept)
+        ]
+        panel = Panel.asking(self.context, people, asked, retrieve=self.retrieve, write_texts=False)
         # With ``retrieve`` the prompts of the other shots may show a held-out item: evidence is gathered again.
-        fold = None if self.retrieve else Fold(self.stage2, owners, kept)
-        context = self.shots.context
-        panel = Panel.asking(context, people, queries, retrieve=self.retrieve, write_texts=False, fold=fold)
-        return panel, owners
+        return panel if self.retrieve else replace(panel, fold=(self, owners, kept)), owners

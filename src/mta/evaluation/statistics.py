@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mta.data.tasks.task import Task
 from mta.errors import InputError
-from mta.evaluation.metrics import BETTER_LOW, Answers, PersonScore, primary
+from mta.evaluation.metrics import BETTER_LOW, PRIMARY, Answers, PersonScore
 from mta.personalize.merge import Merge
 from mta.system.extras import require
 
@@ -38,8 +38,8 @@ class Row:
     nll: list[Tensor] | None  # for each person (queries,), averaged over seeds
     seconds: float
     bytes_per_person: float
-    merge: Merge | None
-    answers: list[Answers] = field(repr=False, default_factory=list)
+    merge: Merge | None = None
+    answers: Sequence[Answers] = field(repr=False, default=())
 
     @classmethod
     def of(
@@ -47,9 +47,9 @@ class Row:
         name: str,
         seeds: Sequence[Sequence[PersonScore]],
         seconds: float,
-        bytes_per_person: float,
-        merge: Merge | None,
-        answers: list[Answers],
+        stored: float,
+        merge: Merge | None = None,
+        answers: Sequence[Answers] = (),
     ) -> Row:
         """Average the scores of each person over ``seeds``, which hold the same people in the same order."""
         people = {
@@ -59,7 +59,7 @@ class Row:
         known = [[person.nll for person in scores if person.nll is not None] for scores in seeds]
         complete = all(len(scores) == len(seeds[0]) for scores in known)
         nll = [torch.stack(scores).mean(0) for scores in zip(*known)] if complete else None
-        return cls(name, people, nll, seconds, bytes_per_person, merge, answers)
+        return cls(name, people, nll, seconds, stored, merge, answers)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,17 +77,17 @@ class Comparison:
     @property
     def primary(self) -> str:
         """The primary metric of the task."""
-        return primary(self.task)
+        return PRIMARY[self.task.metric]
 
     def row(self, name: str) -> Row:
         """Return the row of a method. Raises InputError if there is none."""
-        for row in self.rows:
-            if row.name == name:
-                return row
-        raise InputError(
-            f"no method {name!r} in the comparison; there are {', '.join(row.name for row in self.rows)}",
-            hint="Give one of these names; comparison.rows holds all rows.",
-        )
+        rows = {row.name: row for row in self.rows}
+        if name not in rows:
+            raise InputError(
+                f"no method {name!r} in the comparison; there are {', '.join(rows)}",
+                hint="Give one of these names; comparison.rows holds all rows.",
+            )
+        return rows[name]
 
     def score(self, name: str, metric: str) -> Interval | None:
         """Return a method's mean over people, or None if the method has no such metric."""
@@ -107,15 +107,10 @@ class Comparison:
         one, other = self.row(name).nll, self.row(reference).nll
         if one is None or other is None:
             return None
-        worse, clearly = 0, 0
-        for ours, reference_nll in zip(one, other):
-            difference = ours - reference_nll
-            mean, n = float(difference.mean()), len(difference)
-            # A single query gives no interval.
-            error = float(difference.std()) / n**0.5 * student_t(n) if n > 1 else float("inf")
-            worse += mean > WORSE
-            clearly += mean > WORSE and mean > error
-        return worse / len(one), clearly / len(one)
+        worse = [ours - theirs for ours, theirs in zip(one, other) if float((ours - theirs).mean()) > WORSE]
+        # A single query gives no interval.
+        clearly = [d for d in worse if len(d) > 1 and d.mean() > d.std() / len(d) ** 0.5 * student_t(len(d))]
+        return len(worse) / len(one), len(clearly) / len(one)
 
 
 def bootstrap(values: Tensor, seed: int = 0, times: int = 10_000, groups: Sequence[str] = ()) -> Interval:
@@ -123,17 +118,15 @@ def bootstrap(values: Tensor, seed: int = 0, times: int = 10_000, groups: Sequen
 
     People of one group are drawn together, because they are not independent. The group "" is a person alone.
     """
-    values, unit = values.double(), units(groups, len(values))
-    count = len(set(unit))
+    values, unit = values.double(), torch.tensor(units(groups, len(values)))
+    sizes, sums = torch.bincount(unit), torch.bincount(unit, values)
+    count = len(sizes)
     generator = torch.Generator().manual_seed(seed)
     at_once = max(2**24 // count, 1)  # never more than 128 MiB of draws
-    sums, sizes = (torch.zeros(count, dtype=torch.float64) for _ in range(2))
-    sums.index_add_(0, torch.tensor(unit), values)
-    sizes.index_add_(0, torch.tensor(unit), torch.ones_like(values))
     means = []
     for done in range(0, times, at_once):
         drawn = torch.randint(count, (min(at_once, times - done), count), generator=generator)
-        means.append(values[drawn].mean(1) if count == len(values) else sums[drawn].sum(1) / sizes[drawn].sum(1))
+        means.append(sums[drawn].sum(1) / sizes[drawn].sum(1))
     low, high = torch.quantile(torch.cat(means), torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     return Interval(float(values.mean()), low, high)
 

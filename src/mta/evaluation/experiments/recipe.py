@@ -15,7 +15,7 @@ from mta.errors import ConfigError, InputError
 from mta.evaluation.methods import AnyMethod
 from mta.evaluation.protocol import Ask
 
-FOLDER = "recipes/evaluation"
+FOLDER = Path(str(resources.files("mta"))) / "recipes" / "evaluation"
 Which = Literal["test", "development"]
 
 
@@ -86,9 +86,7 @@ class Experiment(Settings):
 
 def names() -> tuple[str, ...]:
     """Return the names of the packaged experiments."""
-    folder = resources.files("mta") / FOLDER
-    files = (file.name.removesuffix(".yaml") for file in folder.iterdir() if file.name.endswith(".yaml"))
-    return tuple(sorted(name for name in files if not name.startswith("_")))
+    return tuple(sorted(file.stem for file in FOLDER.glob("[!_]*.yaml")))
 
 
 def load_experiment(name: str | Path) -> Experiment:
@@ -98,11 +96,9 @@ def load_experiment(name: str | Path) -> Experiment:
 
 def _values(name: str, folder: Path = Path()) -> dict[str, Any]:
     """Return a recipe's settings merged over those of its ``over`` recipe; file names are relative to ``folder``."""
-    packaged = Path(str(resources.files("mta"))) / FOLDER / f"{name}.yaml"
-    path = folder / name if name.endswith((".yaml", ".yml")) else packaged
+    path = folder / name if name.endswith((".yaml", ".yml")) else FOLDER / f"{name}.yaml"
     if not path.is_file():
-        known = ", ".join(names())
-        raise ConfigError(f"no recipe {name!r}", hint=f"Give the path of a .yaml, or one of: {known}.")
+        raise ConfigError(f"no recipe {name!r}", hint=f"Give the path of a .yaml, or one of: {', '.join(names())}.")
     values = read_yaml(path)
     below = values.pop("over", None)
     return merged_over(_values(below, path.parent), values) if isinstance(below, str) else values

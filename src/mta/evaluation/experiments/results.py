@@ -1,9 +1,10 @@
-"""Read result files as comparisons: everything in a report comes from these files, without a model."""
+"""Results of an experiment on disk: appended during the run, and read as comparisons, without a model."""
 
 from __future__ import annotations
 
+import gzip
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -11,22 +12,110 @@ from typing import Any
 
 import torch
 import yaml
-from torch import Tensor
+from pydantic import BaseModel, ConfigDict
 
 from mta.config.loader import checked
 from mta.data.tasks.load import load_task
 from mta.data.tasks.task import Task
-from mta.errors import DataError, InputError
-from mta.evaluation.experiments.recipe import Experiment, Part
-from mta.evaluation.experiments.records import Record, read_records
-from mta.evaluation.experiments.runner import CASE, FACTS
-from mta.evaluation.experiments.workspace import RECIPE, SIZES
+from mta.errors import DataError
+from mta.evaluation.experiments.recipe import Experiment
 from mta.evaluation.methods import Method
-from mta.evaluation.metrics import Answers, PersonScore
+from mta.evaluation.metrics import PersonScore
 from mta.evaluation.statistics import Comparison, Row
+from mta.system.atomic import make_folder, owner_only, written_aside
 from mta.tracking.run_folder import sittings
 
+KIND = "experiment"  # of its sittings in run.json
+SCORES, RECIPE, SIZES, CASE, FACTS = "scores.jsonl", "recipe.yaml", "sizes.json", "case.json", "banks.json"
 BEFORE = "meta.json"  # file of the runs in versions without run.json
+
+
+class Record(BaseModel):
+    """One method on one person with one seed.
+
+    ``key`` is a hash of everything but the person that determines the result. ``person`` and ``group`` (people who
+    share items) are salted hashes. ``settings`` is the hash of the method, whatever its name in an exhibit. ``nll`` is
+    the NLL of each query's gold answer, None without probabilities. ``seconds`` is this person's share of the
+    preparation.
+    ``ids``, ``answers`` and ``golds`` are texts of people: they stay in this folder and are never published.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    key: str
+    settings: str
+    method: str
+    bank: str
+    seed: int
+    shots: int
+    person: str
+    group: str = ""
+    metrics: dict[str, float]
+    nll: tuple[float, ...] | None
+    seconds: float
+    bytes: float
+    anchors: tuple[int, ...] = ()
+    w: tuple[float, ...] = ()
+    chosen: str = ""
+    ids: tuple[str, ...] = ()
+    answers: tuple[str, ...] = ()
+    golds: tuple[str, ...] = ()
+
+    @property
+    def score(self) -> PersonScore:
+        """The metrics, and the NLL of the queries as a tensor."""
+        return PersonScore(self.metrics, None if self.nll is None else torch.tensor(self.nll, dtype=torch.float64))
+
+
+class Records:
+    """The records of one folder; existing records are not computed again.
+
+    An incomplete line of a killed run is dropped, and its result is computed again.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / SCORES
+        self.rows = list(_read(self.path)) if self.path.exists() else []
+        self._known = {(row.key, row.person) for row in self.rows}
+
+    def lacks(self, key: str, people: Sequence[str]) -> bool:
+        """Return whether a person's result is missing."""
+        return any((key, person) not in self._known for person in people)
+
+    def add(self, rows: Iterable[Record]) -> None:
+        """Append new results; existing results do not change."""
+        new = [row for row in rows if (row.key, row.person) not in self._known]
+        make_folder(self.path.parent)
+        torn = self.path.exists() and self.path.stat().st_size > 0 and not self.path.read_bytes().endswith(b"\n")
+        with open(self.path, "a", encoding="utf-8", opener=owner_only) as file:
+            file.write("\n" * torn + "".join(row.model_dump_json(exclude_defaults=True) + "\n" for row in new))
+        self.rows += new
+        self._known |= {(row.key, row.person) for row in new}
+
+
+def read_records(folder: Path) -> list[Record]:
+    """Return all records of a folder, published or not. Raises DataError without a file or for a wrong line."""
+    for path in (folder / SCORES, folder / f"{SCORES}.gz"):
+        if path.exists():
+            return list(_read(path))
+    raise DataError(f"{folder} holds no {SCORES}", hint="Give the --out folder of mta evaluate, or one of results/.")
+
+
+def publish(records: Sequence[Record], path: Path) -> None:
+    """Write compressed records without texts of people; the same records give the same bytes."""
+    private = {"ids", "answers", "golds"}
+    lines = sorted(row.model_dump_json(exclude=private, exclude_defaults=True) for row in records)
+    with written_aside(path) as aside:
+        aside.write(gzip.compress("".join(f"{line}\n" for line in lines).encode(), mtime=0))
+
+
+def latest(records: Sequence[Record]) -> list[Record]:
+    """Return only the records of the last settings and bank, if these were changed between runs."""
+    keys = {(one.settings, one.bank, one.shots, one.seed): one.key for one in records}
+    return [one for one in records if one.key == keys[one.settings, one.bank, one.shots, one.seed]]
+
+
+Seeds = dict[int, dict[str, Record]]  # seed -> person -> record
 
 
 @dataclass(frozen=True)
@@ -53,14 +142,9 @@ class Results:
                 f"{folder} is not a folder of an experiment: {error}",
                 hint="Give the --out folder of mta evaluate, or one of results/.",
             ) from None
-        sizes, meta, facts, case = (
-            _json(above / SIZES),
-            {"exhibits": list(recipe.exhibits)} | _meta(folder),
-            _json(folder / FACTS),
-            _json(folder / CASE),
-        )
-        records = latest(read_records(folder))
-        return cls(folder, recipe, load_task(recipe.run.task), records, sizes, meta, facts, case)
+        meta = {"exhibits": list(recipe.exhibits)} | _meta(folder)
+        beside = _json(above / SIZES), meta, _json(folder / FACTS), _json(folder / CASE)
+        return cls(folder, recipe, load_task(recipe.run.task), latest(read_records(folder)), *beside)
 
     @property
     def name(self) -> str:
@@ -68,21 +152,12 @@ class Results:
         return str(self.sizes.get("data", self.folder.name))
 
     @cached_property
-    def _rows(self) -> dict[tuple[str, str, int, int], dict[str, Record]]:
-        """(settings, bank, shots, seed) -> person -> record."""
-        found: dict[tuple[str, str, int, int], dict[str, Record]] = {}
-        for record in self.records:
-            found.setdefault((record.settings, record.bank, record.shots, record.seed), {})[record.person] = record
+    def _rows(self) -> dict[tuple[str, str, int], Seeds]:
+        """(settings, bank, shots) -> seed -> person -> record."""
+        found: dict[tuple[str, str, int], Seeds] = {}
+        for one in self.records:
+            found.setdefault((one.settings, one.bank, one.shots), {}).setdefault(one.seed, {})[one.person] = one
         return found
-
-    def exhibit(self, name: str) -> tuple[Part, ...]:
-        """Return the parts of an exhibit. Raises InputError if the recipe has no such exhibit."""
-        if name not in self.recipe.exhibits:
-            raise InputError(
-                f"no exhibit {name!r} in {self.folder}; there are {', '.join(self.recipe.exhibits)}",
-                hint="Name one of them, or add it to the recipe and run it:  mta evaluate",
-            )
-        return self.recipe.exhibits[name]
 
     def comparison(self, name: str, shots: int | None = None, seed: int | None = None) -> Comparison | None:
         """Return an exhibit's methods over the people and seeds that all methods have; None without results.
@@ -90,81 +165,68 @@ class Results:
         A person's metrics are averaged over seeds first, or are those of ``seed``. Methods that do not use the bank
         have results of one seed only.
         """
-        groups = [
-            (method, part.bank, seeds)
-            for part in self.exhibit(name)
-            for method in part.methods
-            if (seeds := self._seeds(method, part.bank, shots))
-        ]
-        if not groups:
-            return None
-        shared = [set(seeds) for method, _, seeds in groups if method.of_bank]
-        common = set.intersection(*shared) if shared else set()
-        if seed is not None:
-            common &= {seed}
+        common = {one for one in self.seeds(name, shots) if seed in (None, one)}
         rows = [
-            ((method.name, bank), [seeds[s] for s in sorted(seeds) if not method.of_bank or s in common])
-            for method, bank, seeds in groups
+            (method.name, bank, [seeds[s] for s in sorted(seeds) if not method.of_bank or s in common])
+            for method, bank, seeds in self._methods(name, shots)
         ]
-        if not all(seeds for _, seeds in rows):
+        if not rows or not all(seeds for _, _, seeds in rows):
             return None  # no seed that all methods have
-        people = sorted(set.intersection(*(set(records) for _, seeds in rows for records in seeds)))
+        people = sorted(set.intersection(*(set(records) for _, _, seeds in rows for records in seeds)))
         if not people:
             return None
-        titles = _names([key for key, _ in rows])
-        averaged = [_row(name, [[s[p] for p in people] for s in seeds]) for name, (_, seeds) in zip(titles, rows)]
-        first = rows[0][1][0]
+        methods = [method for method, _, _ in rows]
+        titles = [m if methods.count(m) == 1 or bank == "main" else f"{m} ({bank})" for m, bank, _ in rows]
+        averaged = [_row(title, [[s[p] for p in people] for s in seeds]) for title, (_, _, seeds) in zip(titles, rows)]
+        first = rows[0][2][0]
         return Comparison(self.task, averaged, tuple(first[person].group for person in people))
 
     def seeds(self, name: str, shots: int | None = None) -> list[int]:
         """Return the seeds that every method of an exhibit was run with."""
-        found = [
-            set(self._seeds(method, part.bank, shots))
-            for part in self.exhibit(name)
-            for method in part.methods
-            if method.of_bank
-        ]
-        return sorted(set.intersection(*(one for one in found if one))) if any(found) else []
+        found = [set(seeds) for method, _, seeds in self._methods(name, shots) if method.of_bank]
+        return sorted(set.intersection(*found)) if found else []
 
-    def _seeds(self, method: Method, bank: str, shots: int | None) -> dict[int, dict[str, Record]]:
-        key = (method.digest, bank, shots or self.recipe.shots)
-        return {seed: people for (*one, seed), people in self._rows.items() if tuple(one) == key}
+    def of(self, method: Method, seed: int) -> list[Record]:
+        """Return the records of one method on the main bank with one seed."""
+        return list(self._rows.get((method.digest, "main", self.recipe.shots), {}).get(seed, {}).values())
 
-    def of(self, method: Method, bank: str = "main", shots: int | None = None) -> list[Record]:
-        """Return all records of one method, seed by seed."""
-        return [r for people in self._seeds(method, bank, shots).values() for r in people.values()]
-
-
-def _names(rows: Sequence[tuple[str, str]]) -> list[str]:
-    """Return the names of rows: the method, with its bank if several banks have the method."""
-    methods = [method for method, _ in rows]
-    return [m if methods.count(m) == 1 or bank == "main" else f"{m} ({bank})" for m, bank in rows]
-
-
-def latest(records: Sequence[Record]) -> list[Record]:
-    """Return only the records of the last settings and bank, if these were changed between runs."""
-    keys = {(r.settings, r.bank, r.shots, r.seed): r.key for r in records}
-    return [r for r in records if keys[r.settings, r.bank, r.shots, r.seed] == r.key]
+    def _methods(self, name: str, shots: int | None) -> list[tuple[Method, str, Seeds]]:
+        """Return each method of an exhibit that has results, with its bank and its results."""
+        pairs = [(method, part.bank) for part in self.recipe.exhibits[name] for method in part.methods]
+        found = [(m, bank, self._rows.get((m.digest, bank, shots or self.recipe.shots), {})) for m, bank in pairs]
+        return [row for row in found if row[2]]
 
 
 def _row(name: str, seeds: Sequence[Sequence[Record]]) -> Row:
     """Return the row of one method; ``seeds`` hold the same people in the same order."""
     records = [record for people in seeds for record in people]
-    scores = [[PersonScore(record.metrics, _tensor(record.nll)) for record in people] for people in seeds]
-    answers = [Answers([""] * (len(record.nll) if record.nll else 1)) for record in seeds[0]]
     seconds = sum(record.seconds for record in records) / len(seeds)
     stored = sum(record.bytes for record in records) / len(records)
-    return Row.of(name, scores, seconds, stored, None, answers)
+    return Row.of(name, [[record.score for record in people] for people in seeds], seconds, stored)
 
 
-def _tensor(nll: Sequence[float] | None) -> Tensor | None:
-    return None if nll is None else torch.tensor(nll, dtype=torch.float64)
+def _read(path: Path) -> Iterator[Record]:
+    opened: Any = gzip.open if path.suffix == ".gz" else open
+    with opened(path, "rt", encoding="utf-8") as file:
+        lines = file.read().split("\n")
+    for number, line in enumerate(lines, 1):
+        if not line:
+            continue
+        try:
+            yield Record.model_validate(json.loads(line))
+        except json.JSONDecodeError:
+            continue  # incomplete line of a killed run
+        except ValueError:
+            raise DataError(
+                f"{path}, line {number}: not a record of an experiment",
+                hint="Remove that line and repeat the command: its result is computed again.",
+            ) from None
 
 
 def _meta(folder: Path) -> dict[str, Any]:
     """Return the facts beside the scores: base, precision, which people, and the runs with their times and machines."""
     before = _json(folder / BEFORE)
-    runs = [run for run in sittings(folder) if run["kind"] == "experiment"]
+    runs = [run for run in sittings(folder) if run["kind"] == KIND]
     if not runs:
         return before
     facts = {name: runs[-1][name] for name in ("base", "note", "dtype", "which")}

@@ -1,54 +1,63 @@
-"""The folder of an experiment at work: the banks that are built for it, and the panels that are tested on them."""
+"""The folder of an experiment at work: its people, the banks that are built for it, and the panels tested on them."""
 
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from mta.bank.bank import Bank
 from mta.bank.format import INFO, TASK_LORA
 from mta.config import Run, override
 from mta.config.loader import dump_yaml
+from mta.data.bm25 import with_profiles
+from mta.data.history import Item, Person
+from mta.data.readers import read_people
+from mta.data.splits import Splits
+from mta.data.tasks.load import load_task
+from mta.data.tasks.task import Task
 from mta.distributed.executor import Executor, LocalExecutor
+from mta.errors import InputError
 from mta.evaluation.context import Context
-from mta.evaluation.experiments.participants import Participants
+from mta.evaluation.experiments.parts import draw_parts
 from mta.evaluation.experiments.recipe import Experiment, Part, Which
+from mta.evaluation.experiments.results import RECIPE, SIZES
 from mta.evaluation.methods import Method
-from mta.evaluation.protocol import Panel
+from mta.evaluation.protocol import Panel, has_enough_items
 from mta.model.base import BaseModel
-from mta.system.assets import is_asset
+from mta.system.assets import is_asset, resolve
 from mta.system.atomic import write_json, write_text
 from mta.system.progress import OnStep
+from mta.tracking.run_folder import work_of
 
 BATCH = 16  # people whose results are written together
-RECIPE, SIZES = "recipe.yaml", "sizes.json"
 
 
 @dataclass(slots=True)
-class Loaded:
-    """Cache of a workspace: banks by name, contexts by bank and settings, and the last panel with its arguments."""
-
-    banks: dict[str, Bank] = field(default_factory=dict)
-    contexts: dict[tuple[str, tuple[str, ...]], Context] = field(default_factory=dict)
-    panel: tuple[tuple[Part, int, int, int], Panel] | None = None
-
-
-@dataclass(frozen=True, slots=True)
 class Workspace:
-    """One experiment in its folder ``out``."""
+    """One experiment in its folder ``out``. Banks, contexts, and the last panel are kept in memory.
 
-    participants: Participants
-    base: BaseModel
+    ``which`` says who of the ``people`` is tested; ``sizes`` is the table of sizes.json.
+    """
+
+    recipe: Experiment
     out: Path
-    say: Callable[[str], None] = lambda _: None
-    executor: Executor = field(default_factory=LocalExecutor)
-    on_step: OnStep | None = None
-    loaded: Loaded = field(default_factory=Loaded, init=False, repr=False)
+    source: str
+    which: Which
+    task: Task
+    people: Sequence[Person]
+    splits: Splits
+    sizes: dict[str, Any]
+    base: BaseModel
+    say: Callable[[str], None]
+    executor: Executor
+    on_step: OnStep | None
+    _banks: dict[str, Bank] = field(default_factory=dict, init=False, repr=False)
+    _contexts: dict[tuple[str, tuple[str, ...]], Context] = field(default_factory=dict, init=False, repr=False)
+    _panel: tuple[object, Panel] | None = field(default=None, init=False, repr=False)
 
     @classmethod
     def open(
@@ -61,60 +70,87 @@ class Workspace:
         say: Callable[[str], None] = lambda _: None,
         executor: Executor | None = None,
         on_step: OnStep | None = None,
+        write: bool = True,
     ) -> Self:
-        """Read the people, draw the parts, load the base, and write the recipe, the sizes and the splits.
+        """Read the people of ``data`` (or of the recipe), draw the parts, and load the base.
 
+        With ``write``, writes the recipe, the sizes, and the splits.
         Raises InputError without data, DataError if ``out`` holds an experiment with other people or sizes.
         """
-        participants = Participants.read(recipe, data, which)
-        workspace = cls(participants, BaseModel.of(recipe.run), out, say, executor or LocalExecutor(), on_step)
-        participants.splits.save(out / "splits.json")
-        write_json(out / SIZES, participants.sizes)
-        write_text(out / RECIPE, dump_yaml(recipe))
-        return workspace
-
-    @property
-    def recipe(self) -> Experiment:
-        """The recipe of the experiment."""
-        return self.participants.recipe
+        source = data or recipe.data
+        if source is None:
+            raise InputError("this recipe brings no data", hint="Give --data with a LaMP file or folder.")
+        task = load_task(recipe.run.task)
+        people = read_people(resolve(source), task)
+        splits, sizes = draw_parts(recipe, task, people)
+        sizes = {"data": source if is_asset(source) else Path(source).name, **sizes}
+        base, executor = BaseModel.of(recipe.run), executor or LocalExecutor()
+        if write:
+            splits.save(out / "splits.json")
+            write_json(out / SIZES, sizes)
+            write_text(out / RECIPE, dump_yaml(recipe))
+        return cls(recipe, out, source, which, task, people, splits, sizes, base, say, executor, on_step)
 
     @property
     def folder(self) -> Path:
         """Folder of the results; results of development people have a folder of their own."""
-        which = self.participants.which
-        return self.out if which == "test" else self.out / which
+        return self.out if self.which == "test" else self.out / self.which
 
     def elsewhere(self) -> Callable[[], Workspace]:
         """Return a function that opens this workspace in another process, over the same folder (on a shared disk)."""
         recipe = self.recipe.model_copy(update={"run": self.base.as_loaded(self.recipe.run)})
-        source = self.participants.source
-        data = source if is_asset(source) else str(Path(source).resolve())
-        return partial(_in_worker, recipe, self.out.resolve(), data, self.participants.which)
+        data = self.source if is_asset(self.source) else str(Path(self.source).resolve())
+        return partial(Workspace.open, recipe, self.out.resolve(), data, self.which, write=False)
+
+    # -- people --------------------------------------------------------------------------------------------------------
+
+    def tested(self, part: Part, shots: int) -> list[Person]:
+        """Return the tested people with enough items, in the order of the splits; empty if they are too few."""
+        recipe, chosen = self.recipe, self.splits.select(self.which, self.people)
+        able = [p for p in chosen if has_enough_items(self.task, p, shots, recipe.queries, recipe.ask)]
+        return able[: part.people or recipe.compared] if len(able) >= min(recipe.few, len(chosen)) else []
+
+    def hashed(self, id: str) -> str:
+        """Return the name of a person or group in the records: a hash that only the whole data can resolve."""
+        return hashlib.sha256(f"{self.splits.digest}/{id}".encode()).hexdigest()[:12]
+
+    def question_id(self, person: Person, item: Item, number: int) -> str:
+        """Return the id of a question in LaMP's files: the benchmark's own, or the person's hash and a number."""
+        return item.id if item.is_query and item.id is not None else f"{self.hashed(person.id)}-{number}"
+
+    def _task_of(self, part: Part) -> Task:
+        """Return the task in the wording of the part's prompts."""
+        return self.task.profiled() if part.retrieve else self.task
+
+    def _trained_on(self, part: Part, which: Literal["candidates", "task"]) -> list[Person]:
+        """Return people that a bank is trained on, with the earlier items that the part's prompts show."""
+        people = self.splits.select(which, self.people)
+        return [with_profiles(self.task, person, part.retrieve) for person in people] if part.retrieve else people
 
     # -- banks ---------------------------------------------------------------------------------------------------------
 
-    def run_of(self, part: Part, seed: int) -> Run:
+    def _run_of(self, part: Part, seed: int) -> Run:
         """Return the recipe's settings with the changes of the part."""
         return override(self.recipe.run, [*part.words, f"seed={seed}"])
 
     def bank(self, part: Part, seed: int) -> Bank:
         """Return the part's bank for a seed, which clustering and training start from. Build it once in ``banks/``."""
-        name, people = f"{part.bank}-{seed}", self.participants
-        if name not in self.loaded.banks:
-            run = self.run_of(part, seed)
+        name = f"{part.bank}-{seed}"
+        if name not in self._banks:
+            run = self._run_of(part, seed)
             self.say(f"bank {name}")
-            self.loaded.banks[name] = Bank.build(
+            self._banks[name] = Bank.build(
                 self.base,
-                people.trained_on(part, "candidates"),
+                self._trained_on(part, "candidates"),
                 self.out / "banks" / name,
-                task=people.task_of(part),
+                task=self._task_of(part),
                 run=run,
-                task_people=people.trained_on(part, "task"),
+                task_people=self._trained_on(part, "task"),
                 task_lora=self._shared_task_lora(part, run),
                 executor=self.executor,
                 on_step=self.on_step,
             )
-        return self.loaded.banks[name]
+        return self._banks[name]
 
     def _shared_task_lora(self, part: Part, run: Run) -> Path | None:
         """Return the main bank's task LoRA if the part changes only how anchors are chosen and trained."""
@@ -124,64 +160,58 @@ class Workspace:
         exists = part.bank != "main" and run.task_lora.enabled and (main / INFO).exists()
         return main / TASK_LORA if same and exists else None
 
-    def context(self, part: Part, seed: int) -> Context:
+    def _context(self, part: Part, seed: int) -> Context:
         """Return the context of a part's panels for a seed."""
         key = (f"{part.bank}-{seed}", part.words)
-        if key not in self.loaded.contexts:
-            bank, people = self.bank(part, seed), self.participants
-            members = bank.info.members
-            anchors = [p for p in people.trained_on(part, "candidates") if "anchor" in members.artefacts_of(p.id)]
-            self.loaded.contexts[key] = Context(
+        if key not in self._contexts:
+            bank, candidates = self.bank(part, seed), self._trained_on(part, "candidates")
+            anchors = [person for person in candidates if "anchor" in bank.info.members.artefacts_of(person.id)]
+            self._contexts[key] = Context(
                 self.base,
                 bank,
                 bank.encoder(self.base, self.recipe.run.encoder),
-                self.run_of(part, seed),
+                self._run_of(part, seed),
                 anchors=sorted(anchors, key=lambda person: person.id),  # the order of the bank
-                pool=people.splits.select("task", people.people),
+                pool=self.splits.select("task", self.people),
                 on_step=self.on_step,
                 evidence_folder=self.out / "work",
             )
-        return self.loaded.contexts[key]
+        return self._contexts[key]
 
     # -- panels --------------------------------------------------------------------------------------------------------
 
     def panels(self, part: Part, seed: int, shots: int) -> Iterator[Panel]:
         """Yield the tested people in batches, always the same people together."""
-        for start in range(0, len(self.participants.tested(part, shots)), BATCH):
+        for start in range(0, len(self.tested(part, shots)), BATCH):
             yield self.panel(part, seed, shots, start)
 
     def panel(self, part: Part, seed: int, shots: int, start: int) -> Panel:
         """Return the batch of tested people that begins with number ``start``. The last panel is cached."""
         key = (part, seed, shots, start)
-        if self.loaded.panel is None or self.loaded.panel[0] != key:
-            panel = Panel.of(
-                self.context(part, seed),
-                self.participants.tested(part, shots)[start : start + BATCH],
-                shots=shots,
-                queries=self.recipe.queries,
-                ask=self.recipe.ask,
-                retrieve=part.retrieve,
-                write_texts=part.texts,
+        if self._panel is None or self._panel[0] != key:
+            self._panel = (
+                key,
+                Panel.of(
+                    self._context(part, seed),
+                    self.tested(part, shots)[start : start + BATCH],
+                    shots=shots,
+                    queries=self.recipe.queries,
+                    ask=self.recipe.ask,
+                    retrieve=part.retrieve,
+                    write_texts=part.texts,
+                ),
             )
-            self.loaded.panel = key, panel
-        return self.loaded.panel[1]
+        return self._panel[1]
 
     def key(self, part: Part, method: Method, seed: int, shots: int) -> str:
         """Return a hash of everything but the person that determines a result: method, protocol, base, and bank."""
-        run, people, recipe = self.run_of(part, seed), self.participants, self.recipe
-        protocol = [shots, recipe.queries, recipe.ask, part.texts or bool(people.task.labels)]
-        parts: list[Any] = [method.digest, *protocol]
-        parts += [self.base.fingerprint, str(self.base.dtype), run.max_tokens]
-        parts += [people.task_of(part).identity]
-        parts += [self.base.prompts.answer_tokens(people.task)] if part.texts and people.task.labels is None else []
+        run, recipe, task = self._run_of(part, seed), self.recipe, self.task
+        parts: list[Any] = [method.digest, shots, recipe.queries, recipe.ask, part.texts or bool(task.labels)]
+        parts += [self.base.fingerprint, str(self.base.dtype), run.max_tokens, self._task_of(part).identity]
+        parts += [self.base.prompts.answer_tokens(task)] if part.texts and task.labels is None else []
         parts += [part.retrieve] if part.retrieve else []
         if method.of_bank:
-            stages = [run.merge.model_dump(mode="json"), run.stack.model_dump(mode="json")]
-            parts += [self.bank(part, seed).hash, *stages]
+            parts += [self.bank(part, seed).hash, run.merge.model_dump(mode="json"), run.stack.model_dump(mode="json")]
         if method.of_bank or method.seeded:
             parts.append(seed)
-        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
-
-
-def _in_worker(recipe: Experiment, out: Path, data: str, which: Which) -> Workspace:
-    return Workspace(Participants.read(recipe, data, which), BaseModel.of(recipe.run), out)
+        return work_of(*parts)[:16]

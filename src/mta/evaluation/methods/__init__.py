@@ -4,14 +4,11 @@ A method is one small class: its fields are its settings, ``paper`` links its so
 ``docs/how-to/add-a-method.md`` shows how to write one.
 """
 
-from mta.evaluation.methods.choice import Chosen
-from mta.evaluation.methods.merged import Merged, MergedByLayer, MergeThenAdapt
+from mta.evaluation.methods.combined import Chosen, Profile, Retrieved
+from mta.evaluation.methods.merged import Merged, MergedByLayer, MergeThenAdapt, OneLora
 from mta.evaluation.methods.method import METHODS, AnyMethod, Method, Outcome, parse_method, register
-from mta.evaluation.methods.per_pcs import PerPcs
 from mta.evaluation.methods.plain import Base, GlobalConstant, OwnConstant, TaskLora
-from mta.evaluation.methods.prime import Prime
-from mta.evaluation.methods.prompted import Profile, Retrieved
-from mta.evaluation.methods.trained import OneLora
+from mta.evaluation.methods.published import PerPcs, Prime
 
 __all__ = [
     "METHODS",

@@ -1,4 +1,4 @@
-"""Stage 2 alone, and MTA itself: stage 2 with the stack on top."""
+"""MTA and its parts: one LoRA per person, stage 2 alone, and stage 2 with the stack on top."""
 
 from __future__ import annotations
 
@@ -7,22 +7,42 @@ import re
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import ClassVar, Literal
 
 import torch
 
 from mta.bank.anchors import select_anchors
-from mta.config import MergeSettings, StackSettings
+from mta.config import Lora, MergeSettings, StackSettings, Training
 from mta.data.history import Item, Person
 from mta.data.tasks.task import Task
-from mta.evaluation.methods.answer import answer
-from mta.evaluation.methods.method import Method, Outcome, register
-from mta.evaluation.methods.trained import adapted
+from mta.evaluation.methods.method import Method, Outcome, answer, register
 from mta.evaluation.metrics import Answers
 from mta.evaluation.protocol import Panel
+from mta.lora.layers import Adapters, PerPerson
 from mta.personalize.merge import Merge, coefficients, learn, merged
+from mta.personalize.stages import adapt
 
 MTA = "https://arxiv.org/abs/2511.20072"
+
+
+@register
+class OneLora(Method):
+    """One LoRA per person, trained on the shots over the task LoRA: OPPU at rank 8, "adapt only" at the stack's rank.
+
+    Without ``training``, the training settings of the run's stack are used.
+    OPPU's published code trains person i on people 0 to i; here each person is trained on their own shots only.
+    """
+
+    paper: ClassVar[str] = "https://arxiv.org/abs/2402.04401"
+    seeded: ClassVar[bool] = True
+    method: Literal["one-lora"] = "one-lora"
+    name: str = "OPPU"
+    lora: Lora = Lora()
+    training: Training | None = None
+
+    def run(self, panel: Panel, seed: int) -> Outcome:
+        return adapted(panel, self.name, self.lora, self.training or panel.run.stack.training, seed)
 
 
 @register
@@ -44,7 +64,7 @@ class Merged(Method):
 
     def run(self, panel: Panel, seed: int) -> Outcome:
         settings = self.merge or panel.run.merge
-        if self.anchors is None:
+        if self.anchors is None or self.anchors >= len(panel.bank):
             merge, seconds = panel.merge(settings, seed)
         else:
             merge, seconds = _among(panel, settings, self.anchors)
@@ -55,19 +75,16 @@ class Merged(Method):
 class MergedByLayer(Method):
     """The learned policy with separate coefficients for each of ``groups`` equally deep groups of layers."""
 
+    seeded: ClassVar[bool] = True
     method: Literal["merge-by-layer"] = "merge-by-layer"
     name: str = "merge only, by layer"
     merge: MergeSettings | None = None
     groups: int = 3
 
-    @property
-    def seeded(self) -> bool:
-        return True
-
     def run(self, panel: Panel, seed: int) -> Outcome:
-        settings = self.merge or panel.run.merge
+        settings, bank = self.merge or panel.run.merge, panel.bank
         first, seconds = panel.merge(settings.model_copy(update={"policy": "posterior"}), seed)
-        start, bank = time.monotonic(), panel.bank
+        start = time.monotonic()
         merge = learn(
             panel.base,
             panel.jobs,
@@ -87,6 +104,7 @@ class MergeThenAdapt(Method):
     """MTA: stage 2, then the stack on top of it."""
 
     paper: ClassVar[str] = MTA
+    seeded: ClassVar[bool] = True
     method: Literal["mta"] = "mta"
     name: str = "MTA"
     merge: MergeSettings | None = None
@@ -95,16 +113,34 @@ class MergeThenAdapt(Method):
     def fits(self, task: Task, anchors: int) -> bool:
         return _fits(self.merge, task, anchors)
 
-    @property
-    def seeded(self) -> bool:
-        return True
-
     def run(self, panel: Panel, seed: int) -> Outcome:
-        settings, stack = self.merge or panel.run.merge, self.stack or panel.run.stack
-        merge, seconds = panel.merge(settings, seed)
-        found = adapted(panel, merge, settings, stack.lora, stack.training, seed, self.name)
-        stored = found.bytes_per_person + bytes_of(merge)
-        return replace(found, seconds=seconds + found.seconds, bytes_per_person=stored)
+        stack = self.stack or panel.run.stack
+        return adapted(panel, self.name, stack.lora, stack.training, seed, self.merge or panel.run.merge)
+
+
+def adapted(
+    panel: Panel, stage: str, lora: Lora, training: Training, seed: int, settings: MergeSettings | None = None
+) -> Outcome:
+    """Train one LoRA per person over the task LoRA and, with ``settings``, their merge, and answer the queries.
+
+    Cohorts that fit the memory are trained and asked one after another. ``stage`` names the steps of the training.
+    """
+    merge, seconds = panel.merge(settings, seed) if settings else (None, 0.0)
+    base, on_step = panel.base, panel.context.on_step
+    numbers = lora.rank * sum(d + o for d, o in base.targets.values())
+    plan = panel.plan(numbers, settings)
+    tokens, report = plan.tokens_per_batch, partial(on_step, stage) if on_step else None
+    answers: list[Answers] = []
+    for cohort in plan.cohorts:
+        frozen: list[Adapters] = list(panel.bank.pooled)
+        if merge and settings:
+            frozen.append(merged(panel.bank, merge.select(cohort), settings))
+        jobs = [panel.jobs[i] for i in cohort]
+        start = time.monotonic()
+        found = adapt(base, jobs, frozen, lora, training, seed=seed, tokens_per_batch=tokens, on_step=report)
+        seconds += time.monotonic() - start
+        answers += answer(panel, cohort, [*frozen, PerPerson(found)])
+    return Outcome(answers, seconds, 4.0 * numbers + (bytes_of(merge) if merge else 0.0), merge)
 
 
 def answered(panel: Panel, merge: Merge, settings: MergeSettings, seconds: float) -> Outcome:
@@ -139,8 +175,6 @@ def _among(panel: Panel, settings: MergeSettings, count: int) -> tuple[Merge, fl
     Works for policies that read evidence or encodings; a policy that learns needs a smaller bank.
     """
     bank = panel.bank
-    if count >= len(bank):
-        return panel.merge(settings, 0)
     # Selects the most active anchor of each cluster: only the lengths of histories matter.
     actives = [Person(f"{n:04}", (Item({}),) * items) for n, items in enumerate(bank.info.items)]
     chosen = select_anchors(actives, bank.vectors, count, 0, share=1)

@@ -1,21 +1,26 @@
-"""The base class of methods, and the registry that maps names in recipes to classes."""
+"""The base class of methods, their registry, and how every method that uses a model asks it the queries."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, TypeVar
 
+import torch
 from pydantic import BeforeValidator, Field, SerializeAsAny
 
 from mta.config.loader import Settings
 from mta.data.tasks.task import Task
 from mta.errors import ConfigError
+from mta.evaluation.metrics import Answers, PersonScore, from_scores, measure
 from mta.evaluation.protocol import Outcome, Panel
+from mta.lora.layers import Adapters
+from mta.model.generate import generate
+from mta.training.scoring import label_scores, log_likelihood
 
-__all__ = ["METHODS", "AnyMethod", "Method", "Outcome", "parse_method", "register"]
+__all__ = ["METHODS", "AnyMethod", "Method", "Outcome", "answer", "parse_method", "register"]
 
 
 class Method(Settings, ABC):
@@ -36,13 +41,13 @@ class Method(Settings, ABC):
         """Whether the seed affects the result: stacks start from the seed, and learned coefficients draw batches."""
         return False
 
-    def fits(self, task: Task, anchors: int) -> bool:
-        """Return whether the method works for this task and number of anchors; if not, experiments leave it out."""
-        return True
-
     @property
     def of_bank(self) -> bool:
         """Whether the method uses the bank or its task LoRA."""
+        return True
+
+    def fits(self, task: Task, anchors: int) -> bool:
+        """Return whether the method works for this task and number of anchors; if not, experiments leave it out."""
         return True
 
     def outcome(self, panel: Panel, seed: int) -> Outcome:
@@ -51,6 +56,12 @@ class Method(Settings, ABC):
         if key not in panel.outcomes:
             panel.outcomes[key] = self.run(panel, seed)
         return panel.outcomes[key]
+
+    def scored(self, panel: Panel, seed: int) -> tuple[Outcome, list[PersonScore]]:
+        """Return the outcome and each person's score."""
+        outcome = self.outcome(panel, seed)
+        pairs = zip(outcome.answers, panel.golds)
+        return outcome, [measure(panel.task, answers, golds, panel.write_texts) for answers, golds in pairs]
 
     @abstractmethod
     def run(self, panel: Panel, seed: int) -> Outcome:
@@ -86,3 +97,25 @@ def parse_method(value: Any) -> Method:
 
 
 AnyMethod = Annotated[SerializeAsAny[Method], BeforeValidator(parse_method)]
+
+
+def answer(panel: Panel, people: Sequence[int], adapters: Sequence[Adapters]) -> list[Answers]:
+    """Answer the queries of some of the panel's people with ``adapters``, which have the order of ``people``.
+
+    Labels are scored if the task has labels. Otherwise the text is decoded greedily, and the NLL per token of the gold
+    text is returned too.
+    """
+    task, base, queries = panel.task, panel.base, [panel.queries[i] for i in people]
+    if all(task.labels_of(item) for items in queries for item in items):
+        return [from_scores(task, scores) for scores in label_scores(base, task, queries, adapters)]
+    jobs = [[base.prompts.example(task, item) for item in items] for items in queries]
+    tokens = [torch.tensor([len(example.target) for example in job]).double() for job in jobs]
+    nll = [-scores.double() / own for scores, own in zip(log_likelihood(base, jobs, adapters), tokens)]
+    if not panel.write_texts:
+        return [Answers([""] * len(items), nll=own) for items, own in zip(queries, nll)]
+    longest = base.prompts.answer_tokens(task)
+    prompts = [base.prompts.prompt(task, item, reserve=longest).tokens for items in queries for item in items]
+    owners = [person for person, items in enumerate(queries) for _ in items]
+    written = iter(generate(base, prompts, owners, adapters, max_new_tokens=longest))
+    texts = [[base.prompts.decode(next(written)) for _ in items] for items in queries]
+    return [Answers(mine, nll=own) for mine, own in zip(texts, nll)]

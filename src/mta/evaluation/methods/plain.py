@@ -3,28 +3,24 @@
 from __future__ import annotations
 
 import statistics
-from abc import ABC
 from collections import Counter
 from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 from mta.data.history import Person
 from mta.data.tasks.task import Task
-from mta.evaluation.methods.answer import answer
-from mta.evaluation.methods.method import Method, Outcome, register
+from mta.evaluation.methods.method import Method, Outcome, answer, register
 from mta.evaluation.metrics import Answers
 from mta.evaluation.protocol import Panel
 
 
-class _Constant(Method, ABC):
+class _Constant(Method):
     """A constant answer without a model, for tasks with labels."""
+
+    of_bank: ClassVar[bool] = False
 
     def fits(self, task: Task, anchors: int) -> bool:
         return task.labelled
-
-    @property
-    def of_bank(self) -> bool:
-        return False
 
 
 @register
@@ -38,8 +34,7 @@ class GlobalConstant(_Constant):
     name: str = "global constant"
 
     def run(self, panel: Panel, seed: int) -> Outcome:
-        known = [target for targets in _targets(panel.task, panel.pool or panel.people) for target in targets]
-        label = _constant(panel.task, known)
+        label = _constant(panel.task, panel.pool or panel.people)
         return Outcome([Answers([label] * len(items)) for items in panel.queries], 0.0, 0.0)
 
 
@@ -51,7 +46,7 @@ class OwnConstant(_Constant):
     name: str = "own constant"
 
     def run(self, panel: Panel, seed: int) -> Outcome:
-        own = [_constant(panel.task, targets) for targets in _targets(panel.task, panel.people)]
+        own = [_constant(panel.task, [person]) for person in panel.people]
         return Outcome([Answers([label] * len(items)) for label, items in zip(own, panel.queries)], 0.0, 1.0)
 
 
@@ -59,12 +54,9 @@ class OwnConstant(_Constant):
 class Base(Method):
     """The base model without adapters."""
 
+    of_bank: ClassVar[bool] = False
     method: Literal["base"] = "base"
     name: str = "base"
-
-    @property
-    def of_bank(self) -> bool:
-        return False
 
     def run(self, panel: Panel, seed: int) -> Outcome:
         return Outcome(answer(panel, range(len(panel.people)), []), 0.0, 0.0)
@@ -82,11 +74,8 @@ class TaskLora(Method):
         return Outcome(answer(panel, range(len(panel.people)), panel.bank.pooled), 0.0, 0.0)
 
 
-def _targets(task: Task, people: Sequence[Person]) -> list[list[str]]:
-    return [[task.target(item) for item in person.items] for person in people]
-
-
-def _constant(task: Task, targets: Sequence[str]) -> str:
+def _constant(task: Task, people: Sequence[Person]) -> str:
+    targets = [task.target(item) for person in people for item in person.items]
     if task.metric == "mae":
         middle = statistics.median_low([float(target) for target in targets])
         return min(task.labels or (), key=lambda label: abs(float(label) - middle))

@@ -172,10 +172,10 @@ class MembershipEvaluator:
     # -- their answers -------------------------------------------------------------------------------------------------
 
     def _panel_of(self, people: Sequence[Person]) -> Panel:
-        return replace(self.panel, shots=replace(self.panel.shots, people=people))
+        return replace(self.panel, people=people)
 
     def _losses(self, panel: Panel, asked: Sets, run: Callable[[Panel], Outcome]) -> list[Losses]:
-        panel = replace(panel, queries=[tuple(self.items.items[n] for n in numbers) for numbers in asked])
+        panel = panel.asked([tuple(self.items.items[n] for n in numbers) for numbers in asked])
         losses: list[Losses] = []
         for numbers, answers, golds in zip(asked, run(panel).answers, panel.golds):
             nll = query_nll(panel.task, answers, golds)

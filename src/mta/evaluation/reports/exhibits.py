@@ -52,7 +52,7 @@ def _to_pooled(comparison: Comparison, measure: str) -> list[tuple[str, Interval
 
 def _shots(found: Results, name: str) -> Section | None:
     """Score against the number of shots: differences to the pooled model on the same questions."""
-    many = {m: c for part in found.exhibit(name) for m in part.shots if (c := found.comparison(name, m))}
+    many = {m: c for part in found.recipe.exhibits[name] for m in part.shots if (c := found.comparison(name, m))}
     if not many:
         return None
     measure = yardstick(next(iter(many.values())))
@@ -116,14 +116,14 @@ def _over(pattern: str, x_label: str) -> Callable[[Results, str], Section | None
 
 def _efficiency(found: Results, name: str) -> Section | None:
     """Figure 2: total training time and stored bytes against people, measured, and fitted up to a million."""
-    methods = [method for part in found.exhibit(name) for method in part.methods]
+    methods = [method for part in found.recipe.exhibits[name] for method in part.methods]
     if not found.facts:
         return None
     bank = next(iter(found.facts.values()))
     fixed = sum(bank["seconds"].values())
     seconds, stored, rows = {}, {}, []
     for method in methods:
-        records = sorted((r for r in found.of(method) if r.seed == found.recipe.seeds[0]), key=lambda r: r.person)
+        records = sorted(found.of(method, found.recipe.seeds[0]), key=lambda r: r.person)
         if not records:
             continue
         start = 0.0 if method.name == RIVAL else fixed

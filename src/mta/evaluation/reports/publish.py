@@ -8,10 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mta.errors import DataError
-from mta.evaluation.experiments.records import FILE, Record, publish
-from mta.evaluation.experiments.results import BEFORE, Results
-from mta.evaluation.experiments.runner import CASE, FACTS
-from mta.evaluation.experiments.workspace import RECIPE, SIZES
+from mta.evaluation.experiments.results import BEFORE, CASE, FACTS, RECIPE, SCORES, SIZES, Record, Results, publish
 from mta.evaluation.reports.exhibits import sections
 from mta.evaluation.reports.page import write_report
 from mta.evaluation.reports.runs import history, is_experiment, read_run, run_sections
@@ -76,7 +73,7 @@ def lamp_answers(records: Sequence[Record], lamp: str, folder: Path) -> None:
 def _copy(found: Results, folder: Path, texts: bool) -> None:
     if folder.resolve() == found.folder.resolve():
         return
-    publish(found.records, folder / f"{FILE}.gz")
+    publish(found.records, folder / f"{SCORES}.gz")
     beside: list[tuple[str, object]] = [
         (SIZES, found.sizes),
         (FACTS, found.facts),

@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mta.errors import DataError
-from mta.evaluation.experiments.records import FILE
-from mta.evaluation.experiments.runner import KIND
+from mta.evaluation.experiments.results import KIND, SCORES
 from mta.evaluation.metrics import BETTER_LOW
 from mta.evaluation.reports import figures
 from mta.evaluation.reports.page import Section
@@ -22,7 +21,7 @@ from mta.tracking.run_folder import RUN, lines, sittings
 def is_experiment(folder: Path) -> bool:
     """Return whether a folder contains an experiment's scores rather than one run."""
     runs = sittings(folder)
-    return runs[-1]["kind"] == KIND if runs else any((folder / name).exists() for name in (FILE, f"{FILE}.gz"))
+    return runs[-1]["kind"] == KIND if runs else any((folder / name).exists() for name in (SCORES, f"{SCORES}.gz"))
 
 
 def read_run(folder: Path) -> list[dict[str, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,35 +14,30 @@ from mta.config import MergeSettings
 from mta.evaluation.methods import Base, Merged, MergeThenAdapt, OneLora, TaskLora
 from mta.evaluation.metrics import query_nll
 from mta.evaluation.protocol import Panel
-from mta.lora.batch import LoraBatch
+from mta.lora.batch import LoraBatch, join
 from mta.personalize.merge import Merge, merged_factors
 
 PAPER = MergeSettings(policy="similarity", k=2)
 
 
-def bank_facts(panels: Sequence[Panel], bank: Bank, seed: int) -> dict[str, Any]:
+def bank_facts(panels: Sequence[Panel], seed: int) -> dict[str, Any]:
     """Return what the bank does for people outside the bank, and what cheaper merges lose.
 
-    ``others``: NLL of the shots minus that of the task LoRA, in nats per target token, for a random anchor and for the
+    ``others``: NLL of the shots minus that of the task LoRA, in nats per target token, for the mean anchor and for the
     best anchor in hindsight. ``fidelity``: relative errors of two merges (the two nearest anchors, and the run's own)
     when they are computed by svd at the bank's rank, or by averaging A and B separately.
     """
-    losses = []
-    for panel in panels:
-        evidence = panel.evidence
-        losses.append((evidence.task[:, None] - evidence.anchors) / evidence.tokens[:, None])
-    loss = torch.cat(losses)  # (U, N)
-    vectors = bank.vectors - bank.vectors.mean(0)
+    evidence = [panel.evidence for panel in panels]
+    loss = torch.cat([(one.task[:, None] - one.anchors) / one.tokens[:, None] for one in evidence])  # (U, N)
+    bank, own = panels[0].bank, panels[0].run.merge
     return {
         "anchors": len(bank),
         "others": {"mean": float(loss.mean()), "best": float(loss.min(1).values.mean())},
-        "alike": float(torch.nn.functional.normalize(vectors, dim=1).double().matmul(vectors.double().T).mean()),
-        "norms": [round(norm, 5) for norm in _norms(bank.anchors).tolist()],
         "seconds": bank.info.seconds,
         "bytes": sum(file.stat().st_size for file in bank.folder.rglob("*") if file.is_file()),
         "fidelity": {
             name: fidelity(bank, panels[0].merge(settings, seed)[0])
-            for name, settings in (("two nearest", PAPER), (panels[0].run.merge.policy, panels[0].run.merge))
+            for name, settings in (("two nearest", PAPER), (own.policy, own))
         },
     }
 
@@ -58,27 +54,15 @@ def fidelity(bank: Bank, merge: Merge) -> dict[str, float]:
 
 
 def relative_error(cheap: LoraBatch, exact: LoraBatch) -> Tensor:
-    """Return the Frobenius norm of the difference over that of ``exact``, all layers together: (U,).
-
-    No O x D matrix is formed.
-    """
-    error, whole = torch.zeros(len(exact), dtype=torch.float64), torch.zeros(len(exact), dtype=torch.float64)
-    for name, (a, b) in exact.factors.items():
-        other_a, other_b = cheap.factors[name]
-        whole += _square(a, b * exact.scale)
-        error += _square(torch.cat([a, other_a], 1), torch.cat([b * exact.scale, -other_b * cheap.scale], 2))
-    return (error.clamp_min(0) / whole).sqrt()
+    """Return the Frobenius norm of the difference over that of ``exact``, all layers together: (U,)."""
+    difference = join([exact, replace(cheap, scale=-cheap.scale)])
+    return (_squares(difference).clamp_min(0) / _squares(exact)).sqrt()
 
 
-def _square(a: Tensor, b: Tensor) -> Tensor:
-    """Return the squared Frobenius norm of b @ a: (U,)."""
-    a, b = a.double(), b.double()
-    return ((b.mT @ b) * (a @ a.mT)).sum((1, 2))
-
-
-def _norms(batch: LoraBatch) -> Tensor:
-    squares = [_square(a, b * batch.scale) for a, b in batch.factors.values()]
-    return torch.stack(squares).sum(0).sqrt()
+def _squares(batch: LoraBatch) -> Tensor:
+    """Return the squared Frobenius norm of each update, (U,). No O x D matrix is formed."""
+    factors = batch.scaled_into_b().map(Tensor.double).factors.values()
+    return torch.stack([((b.mT @ b) * (a @ a.mT)).sum((1, 2)) for a, b in factors]).sum(0)
 
 
 def case_study(panel: Panel, settings: MergeSettings, seed: int) -> dict[str, Any]:
@@ -86,11 +70,7 @@ def case_study(panel: Panel, settings: MergeSettings, seed: int) -> dict[str, An
 
     The person is the panel's first, so that no result is picked. The case contains this person's texts.
     """
-    task, person = panel.task, panel.people[0]
-    merge, _ = panel.merge(settings, seed)
-    evidence, bank = panel.evidence, panel.bank
-    query = panel.queries[0][-1]
-    stack = panel.run.stack
+    task, query, stack = panel.task, panel.queries[0][-1], panel.run.stack
     adapt = OneLora(name="adapt only", lora=stack.lora, training=stack.training)
     answers = {}
     for method in [Base(), TaskLora(), Merged(merge=settings), adapt, MergeThenAdapt()]:
@@ -102,21 +82,22 @@ def case_study(panel: Panel, settings: MergeSettings, seed: int) -> dict[str, An
             "nll": None if nll is None else float(nll[-1]),
             "labels": scores and dict(zip(task.labels or (), scores)),
         }
-    gain = evidence.anchors[0] - evidence.task[0]
+    merge, _ = panel.merge(settings, seed)
+    gain = (panel.evidence.anchors[0] - panel.evidence.task[0]).tolist()
     why = [
         {
-            "anchor": int(anchor),
-            "items": bank.info.items[int(anchor)],
-            "cosine": float(panel.similarity[0, int(anchor)]),
-            "gain": float(gain[int(anchor)]),
-            "w": float(w),
+            "anchor": anchor,
+            "items": panel.bank.info.items[anchor],
+            "cosine": float(panel.similarity[0, anchor]),
+            "gain": gain[anchor],
+            "w": w,
         }
-        for anchor, w in zip(merge.ids[0], merge.w[0])
+        for anchor, w in zip(merge.ids[0].tolist(), merge.w[0].tolist())
     ]
     return {
-        "shots": [task.sentence(item) for item in person.items],
+        "shots": [task.sentence(item) for item in panel.people[0].items],
         "query": task.prompt(query),
         "gold": task.target(query),
-        "anchors": sorted(why, key=lambda anchor: -abs(float(anchor["w"]))),
+        "anchors": sorted(why, key=lambda anchor: -abs(anchor["w"])),
         "answers": answers,
     }

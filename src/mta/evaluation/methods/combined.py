@@ -1,0 +1,149 @@
+"""Methods made of other methods: a person's history in every prompt, and a choice of method for each person."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from mta.data.history import Item
+from mta.data.tasks.task import Form, Task
+from mta.evaluation.methods.merged import Merged, MergeThenAdapt
+from mta.evaluation.methods.method import AnyMethod, Method, Outcome, register
+from mta.evaluation.methods.plain import Base, TaskLora
+from mta.evaluation.metrics import query_nll
+from mta.evaluation.protocol import Panel
+from mta.model.generate import generate
+
+_DESCRIBE = Task(
+    name="describe-a-person",
+    item=Form(
+        prompt="Here is what a person did earlier:\n{history}\n\nDescribe their taste and style in one sentence.",
+        target="description",
+        cut=("history",),
+    ),
+    text="{history}",
+    metric="rouge",
+)
+
+
+class _Prompted(Method):
+    """Every prompt starts with what is known of the person; ``over`` is the method that gets the prompts."""
+
+    if TYPE_CHECKING:  # fields of the subclasses: their order is part of the digest
+        k: int = 1
+        over: AnyMethod = Base()
+
+    @property
+    def seeded(self) -> bool:
+        return self.over.seeded
+
+    @property
+    def of_bank(self) -> bool:
+        return self.over.of_bank
+
+    def run(self, panel: Panel, seed: int) -> Outcome:
+        start = time.monotonic()
+        stored = self.descriptions(panel)
+        profiled = panel.profiled(self.k, [f"About this person: {text}\n" for text in stored])
+        _ = profiled.jobs
+        seconds = time.monotonic() - start
+        if self.k:  # the shots must be stored for retrieval
+            stored += [panel.bank.task.sentence(item) for person in panel.people for item in person.items]
+        found = self.over.run(profiled, seed)
+        each = found.bytes_per_person + sum(len(text.encode()) for text in stored) / len(panel.people)
+        return replace(found, seconds=found.seconds + seconds, bytes_per_person=each)
+
+    def descriptions(self, panel: Panel) -> list[str]:
+        """Return a text about each person; empty for none."""
+        return []
+
+
+@register
+class Retrieved(_Prompted):
+    """RAG: every prompt, of shots and of queries, starts with the ``k`` earlier items nearest by BM25.
+
+    A shot sees only the shots before it.
+    """
+
+    paper: ClassVar[str] = "https://arxiv.org/abs/2304.11406"
+    method: Literal["rag"] = "rag"
+    name: str = "RAG"
+    k: int = 1
+    over: AnyMethod = Base()
+
+
+@register
+class Profile(_Prompted):
+    """PAG: every prompt starts with the base model's description of the person, and ``k`` retrieved items."""
+
+    paper: ClassVar[str] = "https://arxiv.org/abs/2310.20081"
+    method: Literal["pag"] = "pag"
+    name: str = "PAG"
+    k: int = 1
+    tokens: int = 48
+    over: AnyMethod = Base()
+
+    def descriptions(self, panel: Panel) -> list[str]:
+        base, task = panel.base, panel.bank.task
+        items = [Item({"history": "\n".join(task.sentence(item) for item in p.items)}) for p in panel.people]
+        prompts = [base.prompts.prompt(_DESCRIBE, item, reserve=self.tokens).tokens for item in items]
+        written = generate(base, prompts, [-1] * len(prompts), [], max_new_tokens=self.tokens)
+        return [base.prompts.decode(tokens) for tokens in written]
+
+
+@register
+class Chosen(Method):
+    """Choose among ``candidates``; the first is the default, which does not personalize.
+
+    Shots are held out in ``folds`` turns. Another candidate is chosen only if its mean loss on them is lower than that
+    of the default by ``margin`` standard errors; among several, the lowest. With one shot, the default stays.
+    The seconds are the sum over candidates, which counts a shared merge several times: an upper bound.
+    Source: our choice.
+    """
+
+    method: Literal["choice"] = "choice"
+    name: str = "MTA, chosen"
+    candidates: tuple[AnyMethod, ...] = (TaskLora(), Merged(), MergeThenAdapt())
+    folds: int = 4
+    margin: float = 0.5
+
+    @property
+    def seeded(self) -> bool:
+        return any(candidate.seeded for candidate in self.candidates)
+
+    def run(self, panel: Panel, seed: int) -> Outcome:
+        picks, seconds = self._picks(panel, seed)
+        outcomes = [candidate.outcome(panel, seed) for candidate in self.candidates]
+        return Outcome(
+            [outcomes[pick].answers[u] for u, pick in enumerate(picks)],
+            seconds + sum(outcome.seconds for outcome in outcomes),
+            sum(outcomes[pick].bytes_per_person for pick in picks) / len(picks),
+            chosen=tuple(self.candidates[pick].name for pick in picks),
+        )
+
+    def _picks(self, panel: Panel, seed: int) -> tuple[list[int], float]:
+        """Return the number of each person's candidate, and the seconds of trying the candidates on held-out shots."""
+        folds, owners = panel.folds(self.folds)
+        if not owners:
+            return [0] * len(panel.people), 0.0
+        outcomes = [candidate.run(folds, seed) for candidate in self.candidates]
+        losses: list[list[Tensor]] = [[] for _ in panel.people]
+        for row, u in enumerate(owners):
+            held_out = [query_nll(folds.task, outcome.answers[row], folds.golds[row]) for outcome in outcomes]
+            losses[u].append(torch.stack([nll for nll in held_out if nll is not None]))
+        picks = [pick(torch.cat(rows, 1), self.margin) if rows else 0 for rows in losses]
+        return picks, sum(outcome.seconds for outcome in outcomes)
+
+
+def pick(losses: Tensor, margin: float) -> int:
+    """Return the number of the candidate to use. Shapes: losses (candidates, shots); the first row is the default."""
+    gains = losses[0] - losses[1:]
+    shots = gains.shape[1]
+    error = gains.std(1) / shots**0.5 if shots > 1 else torch.zeros(len(gains))
+    sure = gains.mean(1) - margin * error
+    means = [0.0, *torch.where(sure > 0, gains.mean(1), -1.0).tolist()]
+    return max(range(len(means)), key=lambda i: means[i])
