@@ -26,8 +26,8 @@ def demo(
     Example:  mta demo --out demo/
     """
     from mta.cli.screen import Screen, console
-    from mta.evaluation.reports.console import show
     from mta.evaluation.reports.html import to_json
+    from mta.evaluation.reports.tables import show
     from mta.tools.demo import demo as run_demo
     from mta.tools.demo import load_recipe
 

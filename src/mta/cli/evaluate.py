@@ -165,8 +165,8 @@ def _compare(asked: Asked, people: int | None) -> None:
     from mta.cli.screen import Screen, console
     from mta.config import Evaluation
     from mta.evaluation.compare import study
-    from mta.evaluation.reports.console import show
     from mta.evaluation.reports.html import to_json
+    from mta.evaluation.reports.tables import show
 
     people_given = asked.people()
     base, bank, run, chosen = asked.opened(Evaluation)

@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 
 from mta.cli.options import BankDir, Json, StoreUrl, show_json
+from mta.system.units import human_bytes, human_seconds
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -64,7 +65,6 @@ def _chart(found: Summary) -> Table:
 
 
 def _facts(found: Summary) -> list[str]:
-    from mta.evaluation.reports.figures import human_bytes
     from mta.tools.inspect import gains
 
     stack, losses = found.stack, found.losses
@@ -92,7 +92,6 @@ def _facts(found: Summary) -> list[str]:
 
 
 def _price(rebuild: Rebuild) -> str:
-    from mta.evaluation.reports.figures import human_seconds
 
     over = f"about {rebuild.tokens:.0f} tokens" if rebuild.tokens else f"shots of {rebuild.targets} target tokens"
     said = f"cost of making it again: {rebuild.forward:.0f} forward and {rebuild.trained:.0f} forward-backward passes"
@@ -108,7 +107,6 @@ def versions(person: Who, store: StoreUrl = "people", json: Json = False) -> Non
 
     Example:  mta person versions ann --store people/
     """
-    from mta.evaluation.reports.figures import human_bytes
     from mta.store import Store
     from mta.tools.inspect import versions_of
 

@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 
 from mta.cli.options import Config, Json, Words, settings, show_json
+from mta.system.units import human_bytes, human_seconds
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -49,7 +50,6 @@ def size(
 
     Example:  mta size --people 1e6 --base llama-3-8b --anchors 50 --rank 8 --on h100 --picture size
     """
-    from mta.evaluation.reports.figures import human_bytes
     from mta.tools import cost as sizing
 
     given = {"bank.anchors": anchors, "bank.lora.rank": rank, "task_lora.lora.rank": rank}
@@ -78,8 +78,6 @@ def _table(costs: dict[str, Cost], people: float, machine: Hardware) -> Table:
     from rich import box
     from rich.table import Table
 
-    from mta.evaluation.reports.figures import human_bytes, human_seconds
-
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for head in ("", "stored once", "per person", "total", "trained once", "per person", "total"):
         table.add_column(head, justify="right" if head else "left")
@@ -91,15 +89,15 @@ def _table(costs: dict[str, Cost], people: float, machine: Hardware) -> Table:
 
 def _draw(path: Path, costs: dict[str, Cost], machine: Hardware) -> None:
     """Draw bytes and training time of each method against the number of people."""
-    from mta.evaluation.reports.exhibits import BYTES, FITTED, SECONDS
-    from mta.evaluation.reports.figures import Points, growth, human_bytes, human_seconds
+    from mta.evaluation.reports.figures import Measured, growth
 
-    kept, took = dict[str, tuple[Points, Points]](), dict[str, tuple[Points, Points]]()
-    for name, cost in costs.items():
-        kept[name] = [], [(n, cost.fixed_bytes + n * cost.person_bytes) for n in FITTED]
-        took[name] = [], [(n, machine.seconds(cost.fixed_operations + n * cost.person_operations)) for n in FITTED]
-    time = growth(took, f"training, all people, {machine.name}", human_seconds, SECONDS)
-    growth(kept, "stored, all people", human_bytes, BYTES).save(path.with_name(f"{path.name}-bytes"))
+    kept: dict[str, Measured] = {name: ([], cost.fixed_bytes, cost.person_bytes) for name, cost in costs.items()}
+    took: dict[str, Measured] = {
+        name: ([], machine.seconds(cost.fixed_operations), machine.seconds(cost.person_operations))
+        for name, cost in costs.items()
+    }
+    time = growth(took, f"training, all people, {machine.name}", human_seconds)
+    growth(kept, "stored, all people", human_bytes).save(path.with_name(f"{path.name}-bytes"))
     time.save(path.with_name(f"{path.name}-time"))
 
 

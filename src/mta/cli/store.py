@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from mta.cli.options import Json, show_json
+from mta.system.units import human_bytes
 
 app = typer.Typer(help="Check, measure, and clean up a store of people's states.", no_args_is_help=True)
 Url = Annotated[str, typer.Argument(help="The store: a folder or an fsspec URL.")]
@@ -47,7 +48,6 @@ def stats(store: Url = "people", json: Json = False) -> None:
 
     Example:  mta store stats s3://bucket/people --json
     """
-    from mta.evaluation.reports.figures import human_bytes
     from mta.store import Store, maintenance
 
     found = maintenance.stats(Store(store))
@@ -71,7 +71,6 @@ def gc(
     Example:  mta store gc people/ --keep 2 --dry-run
     """
     from mta.cli.screen import counted
-    from mta.evaluation.reports.figures import human_bytes
     from mta.store import Store, maintenance
 
     with counted("people") as on_person:

@@ -5,19 +5,17 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import accumulate
+from statistics import fmean
 
 from mta.evaluation.experiments.results import Results
-from mta.evaluation.metrics import BETTER_LOW
 from mta.evaluation.reports import figures
-from mta.evaluation.reports.figures import Line, Picture, human_bytes, human_seconds
-from mta.evaluation.reports.page import Section, plain
-from mta.evaluation.reports.summary import names_of, people_in, units_in, yardstick
-from mta.evaluation.reports.tables import POOLED, RIVAL, against, markdown, marked, rows_of
+from mta.evaluation.reports.figures import Line, Measured, Picture
+from mta.evaluation.reports.html import Section, plain, score_over_bytes
+from mta.evaluation.reports.summary import POOLED, RIVAL, against, names_of, people_in, units_in, yardstick
+from mta.evaluation.reports.tables import markdown, marked, rows_of
 from mta.evaluation.statistics import WORSE, Comparison, Interval
-
-FITTED = [10 ** (n / 4) for n in range(25)]  # numbers of people for the lines of Figure 2, up to a million
-SECONDS = (1, 60, 600, 3600, 36_000, 360_000, 3_600_000, 36_000_000)  # ticks of the time axis
-BYTES = tuple(10**n for n in range(3, 16, 2))
+from mta.system.units import human_bytes, human_seconds
 
 
 def sections(found: Results) -> list[Section]:
@@ -33,21 +31,17 @@ def _compared(found: Results, name: str) -> Section | None:
         return None
     text = _setting(found, comparison, name) + "\n" + markdown(*rows_of(comparison))
     measure, pictures = yardstick(comparison), dict[str, Picture]()
-    rows = _to_pooled(comparison, measure)
-    if rows:
+    if rows := _to_pooled(comparison, measure):
         pictures[name] = figures.forest(rows, f"{measure} against {POOLED} (95% intervals; left is better)")
-    metric = comparison.primary
-    points = [(r.name, r.bytes_per_person, s) for r in comparison.rows if (s := comparison.score(r.name, metric))]
-    if name == "main" and points:
-        label = f"{metric}, {'lower' if metric in BETTER_LOW else 'higher'} is better"
-        pictures["bytes"] = figures.scatter(points, label)
+    if name == "main":
+        pictures["bytes"] = score_over_bytes(comparison)
     return Section(_TITLES.get(name, name), text, pictures)
 
 
 def _to_pooled(comparison: Comparison, measure: str) -> list[tuple[str, Interval]]:
     """Each other method with its difference to the pooled model."""
-    names = [name for name in names_of(comparison) if name != POOLED]
-    return [(name, difference) for name in names if (difference := against(comparison, name, measure))]
+    names = names_of(comparison)
+    return [(name, difference) for name in names if (difference := against(comparison, name, POOLED, measure))]
 
 
 def _shots(found: Results, name: str) -> Section | None:
@@ -55,15 +49,15 @@ def _shots(found: Results, name: str) -> Section | None:
     many = {m: c for part in found.exhibit(name) for m in part.shots if (c := found.comparison(name, m))}
     if not many:
         return None
-    measure = yardstick(next(iter(many.values())))
-    methods = [row.name for row in next(iter(many.values())).rows if row.name != POOLED]
+    first = next(iter(many.values()))
+    measure, methods = yardstick(first), [method for method in names_of(first) if method != POOLED]
     series = []
     for method in methods:
-        points = [(m, d) for m, c in many.items() if (d := against(c, method, measure))]
-        series.append(Line(method, [m for m, _ in points], [d for _, d in points]))
+        points = {m: d for m, c in many.items() if (d := against(c, method, POOLED, measure))}
+        series.append(Line(method, list(points), list(points.values())))
     picture = figures.lines(series, "shots", f"{measure} against {POOLED}", log=True, level={POOLED: 0.0})
     heads = ["method", *(f"{m} shots ({people_in(c)} people)" for m, c in many.items())]
-    rows = [[method, *(marked(c, measure, against(c, method, measure)) for c in many.values())] for method in methods]
+    rows = [[method, *(marked(c, measure, method) for c in many.values())] for method in methods]
     text = f"{measure} against the {POOLED}. The questions are always the same last {found.recipe.queries} items.\n\n"
     return Section(_TITLES[name], text + markdown(heads, rows), {name: picture})
 
@@ -73,17 +67,13 @@ def _seeds(found: Results, name: str) -> Section | None:
     together, seeds = found.comparison(name), found.seeds(name)
     if together is None or len(seeds) < 2:
         return None
-    alone = [c for seed in seeds if (c := found.comparison(name, seed=seed))]
+    columns = {f"seed {seed}": c for seed in seeds if (c := found.comparison(name, seed=seed))}
+    columns["all, averaged for each person"] = together
     measure, text = yardstick(together), _setting(found, together, name)
     names = names_of(together)
     for other in [one for one in (POOLED, RIVAL) if one in names]:
-        one = (f"seed {seed} ({people_in(c)} people)" for seed, c in zip(seeds, alone))
-        heads = [f"{measure} against {other}", *one, f"all, averaged for each person ({people_in(together)} people)"]
-        rows = [
-            [one, *(marked(c, measure, c.difference(one, other, measure)) for c in (*alone, together))]
-            for one in names
-            if one != other
-        ]
+        heads = [f"{measure} against {other}", *(f"{head} ({people_in(c)} people)" for head, c in columns.items())]
+        rows = [[one, *(marked(c, measure, one, other) for c in columns.values())] for one in names if one != other]
         text += "\n" + markdown(heads, rows)
     label = f"{measure} against {POOLED}, {len(seeds)} seeds (left is better)"
     return Section(_TITLES[name], text, {name: figures.forest(_to_pooled(together, measure), label)})
@@ -93,21 +83,18 @@ def _over(pattern: str, x_label: str) -> Callable[[Results, str], Section | None
     """An exhibit with methods named by a series and a number: ``by loss, K = 4``."""
 
     def draw(found: Results, name: str) -> Section | None:
-        section = _compared(found, name)
-        comparison = found.comparison(name)
+        section, comparison = _compared(found, name), found.comparison(name)
         if section is None or comparison is None:
             return None
-        measure, series = yardstick(comparison), dict[str, list[tuple[float, Interval]]]()
-        level = {POOLED: 0.0}
-        for row in comparison.rows:
-            number, difference = re.search(pattern, row.name), against(comparison, row.name, measure)
-            if number and difference:
-                series.setdefault(row.name[: number.start()].strip(" ,"), []).append((float(number[1]), difference))
-            elif difference and row.name != POOLED:
-                level[row.name] = difference.mean
-        drawn = [Line(label, [x for x, _ in points], [d for _, d in points]) for label, points in series.items()]
-        if not drawn:
+        measure, series, level = yardstick(comparison), dict[str, dict[float, Interval]](), {POOLED: 0.0}
+        for method, difference in _to_pooled(comparison, measure):
+            if number := re.search(pattern, method):
+                series.setdefault(method[: number.start()].strip(" ,"), {})[float(number[1])] = difference
+            else:
+                level[method] = difference.mean
+        if not series:
             return section
+        drawn = [Line(label, list(points), list(points.values())) for label, points in series.items()]
         picture = figures.lines(drawn, x_label, f"{measure} against {POOLED}", level=level)
         return replace(section, pictures={**section.pictures, name: picture})
 
@@ -116,34 +103,28 @@ def _over(pattern: str, x_label: str) -> Callable[[Results, str], Section | None
 
 def _efficiency(found: Results, name: str) -> Section | None:
     """Figure 2: total training time and stored bytes against people, measured, and fitted up to a million."""
-    methods = [method for part in found.exhibit(name) for method in part.methods]
     if not found.facts:
         return None
     bank = next(iter(found.facts.values()))
-    fixed = sum(bank["seconds"].values())
-    seconds, stored, rows = {}, {}, []
-    for method in methods:
+    seconds, stored, rows = dict[str, Measured](), dict[str, Measured](), []
+    for method in [method for part in found.exhibit(name) for method in part.methods]:
         records = sorted((r for r in found.of(method) if r.seed == found.recipe.seeds[0]), key=lambda r: r.person)
         if not records:
             continue
-        start = 0.0 if method.name == RIVAL else fixed
-        sums = [start]
-        for record in records:
-            sums.append(sums[-1] + record.seconds)
-        each, kept = (sums[-1] - start) / len(records), sum(r.bytes for r in records) / len(records)
-        base = 0.0 if method.name == RIVAL else float(bank["bytes"])
+        start, base = (0.0, 0.0) if method.name == RIVAL else (sum(bank["seconds"].values()), float(bank["bytes"]))
+        sums = list(accumulate((record.seconds for record in records), initial=start))
+        each, kept = (sums[-1] - start) / len(records), fmean(record.bytes for record in records)
         measured = [n for n in (1, 4, 16, 64, 128, 256) if n <= len(records)]
-        seconds[method.name] = ([(n, sums[n]) for n in measured], [(n, start + n * each) for n in FITTED])
-        stored[method.name] = ([(n, base + n * kept) for n in measured], [(n, base + n * kept) for n in FITTED])
+        seconds[method.name] = [(n, sums[n]) for n in measured], start, each
+        stored[method.name] = [(n, base + n * kept) for n in measured], base, kept
         million = start + 1e6 * each
         cost = [human_seconds(start), f"{each:.2f}", human_seconds(sums[-1]), f"{million / 3600:,.0f} h"]
-        size = [human_bytes(base), human_bytes(kept), human_bytes(base + 1e6 * kept)]
-        rows.append([method.name, str(len(records)), *cost, *size])
+        rows.append([method.name, str(len(records)), *cost, *map(human_bytes, (base, kept, base + 1e6 * kept))])
     if not rows:
         return None
     pictures = {
-        f"{name}-time": figures.growth(seconds, "training, all people", human_seconds, SECONDS),
-        f"{name}-bytes": figures.growth(stored, "stored, all people", human_bytes, BYTES),
+        f"{name}-time": figures.growth(seconds, "training, all people", human_seconds),
+        f"{name}-bytes": figures.growth(stored, "stored, all people", human_bytes),
     }
     heads = ["method", "people measured", "bank", "s per person", "all", "a million (fitted)"]
     heads += ["bank kept", "kept each", "a million (fitted)"]

@@ -22,6 +22,7 @@ from mta.evaluation.statistics import Interval
 from mta.personalize.merge import Merge
 from mta.system.atomic import written_aside
 from mta.system.extras import require
+from mta.system.units import human_bytes, human_seconds
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -45,7 +46,13 @@ _STYLE: dict[str, Any] = {
     "ytick.labelcolor": INK,
 }
 _LEGEND: dict[str, Any] = {"frameon": False, "fontsize": 8.5}
-Points = Sequence[tuple[float, float]]
+Measured = tuple[Sequence[tuple[float, float]], float, float]
+"""Points (people, total) of a growing total, and the line through them: its start, and its growth per person."""
+_PEOPLE = [10 ** (n / 4) for n in range(25)]  # numbers of people for fitted lines, up to a million
+_TICKS: Mapping[Callable[[float], str], Sequence[float]] = {
+    human_seconds: (1, 60, 600, 3600, 36_000, 360_000, 3_600_000, 36_000_000),
+    human_bytes: [10**n for n in range(3, 16, 2)],
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,23 +98,6 @@ class Line:
     label: str
     x: Sequence[float]
     y: Sequence[Interval]
-
-
-def human_bytes(count: float) -> str:
-    """Return a size with its unit: 0, 61 B, 4.6 kB, 10 MB."""
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if count < 999.5 or unit == "TB":
-            break
-        count /= 1000
-    digits = 0 if unit == "B" or count >= 9.95 else 1
-    return "0" if count == 0 else f"{count:.{digits}f}".removesuffix(".0") + f" {unit}"
-
-
-def human_seconds(seconds: float) -> str:
-    """Return a duration with its unit: 0, 0.4 s, 12 s, 3.5 min, 2.1 h."""
-    if seconds < 99.5:
-        return "0" if seconds == 0 else f"{seconds:.{0 if seconds >= 9.95 else 1}f} s"
-    return f"{seconds / 60:.1f} min" if seconds < 5970 else f"{seconds / 3600:.1f} h"
 
 
 def forest(rows: Sequence[tuple[str, Interval]], label: str) -> Picture:
@@ -186,24 +176,23 @@ def curves(losses: Mapping[str, Sequence[float]]) -> Picture:
     return Picture(f"Loss over steps: {_list(losses)}.", draw)
 
 
-def growth(
-    curves: Mapping[str, tuple[Points, Points]], label: str, unit: Callable[[float], str], ticks: Sequence[float]
-) -> Picture:
-    """Totals over the number of people, both axes logarithmic: measured points solid, fitted points dashed.
+def growth(curves: Mapping[str, Measured], label: str, unit: Callable[[float], str]) -> Picture:
+    """Totals over the number of people, both axes logarithmic: measured points solid, fitted lines dashed.
 
-    ``ticks`` are the totals that may be named at the axis, in words of ``unit``.
+    ``unit`` is ``human_seconds`` or ``human_bytes``.
     """
 
     def draw(ax: Any) -> None:
-        for n, (name, (points, fitted)) in enumerate(curves.items()):
+        for n, (name, (points, start, each)) in enumerate(curves.items()):
             colour = COLOURS[n % len(COLOURS)]
             if points:
                 ax.plot(*zip(*points), "o-", color=colour, markersize=4, linewidth=1.5, label=f"{name}, measured")
             called = f"{name}, fitted line" if points else name
-            ax.plot(*zip(*fitted), color=colour, linewidth=1.2, dashes=(4, 3), label=called)
+            fitted = [start + people * each for people in _PEOPLE]
+            ax.plot(_PEOPLE, fitted, color=colour, linewidth=1.2, dashes=(4, 3), label=called)
         ax.set(xscale="log", yscale="log", xlabel="people", ylabel=label)
         low, high = ax.get_ylim()
-        shown = [tick for tick in ticks if low <= tick <= high]
+        shown = [tick for tick in _TICKS[unit] if low <= tick <= high]
         ax.set_yticks(shown, [unit(tick) for tick in shown])
         people = [10**n for n in range(7)]
         ax.set_xticks(people, [f"{count:,}" for count in people])
