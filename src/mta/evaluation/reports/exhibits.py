@@ -10,7 +10,7 @@ from statistics import fmean
 
 from mta.evaluation.experiments.results import Results
 from mta.evaluation.reports import figures
-from mta.evaluation.reports.figures import Line, Measured, Picture
+from mta.evaluation.reports.figures import Measured, Picture
 from mta.evaluation.reports.html import Section, plain, score_over_bytes
 from mta.evaluation.reports.summary import POOLED, RIVAL, against, names_of, people_in, units_in, yardstick
 from mta.evaluation.reports.tables import markdown, marked, rows_of
@@ -51,10 +51,10 @@ def _shots(found: Results, name: str) -> Section | None:
         return None
     first = next(iter(many.values()))
     measure, methods = yardstick(first), [method for method in names_of(first) if method != POOLED]
-    series = []
-    for method in methods:
-        points = {m: d for m, c in many.items() if (d := against(c, method, POOLED, measure))}
-        series.append(Line(method, list(points), list(points.values())))
+    series = {
+        method: {float(m): d for m, c in many.items() if (d := against(c, method, POOLED, measure))}
+        for method in methods
+    }
     picture = figures.lines(series, "shots", f"{measure} against {POOLED}", log=True, level={POOLED: 0.0})
     heads = ["method", *(f"{m} shots ({people_in(c)} people)" for m, c in many.items())]
     rows = [[method, *(marked(c, measure, method) for c in many.values())] for method in methods]
@@ -94,8 +94,7 @@ def _over(pattern: str, x_label: str) -> Callable[[Results, str], Section | None
                 level[method] = difference.mean
         if not series:
             return section
-        drawn = [Line(label, list(points), list(points.values())) for label, points in series.items()]
-        picture = figures.lines(drawn, x_label, f"{measure} against {POOLED}", level=level)
+        picture = figures.lines(series, x_label, f"{measure} against {POOLED}", level=level)
         return replace(section, pictures={**section.pictures, name: picture})
 
     return draw

@@ -91,15 +91,6 @@ class Picture:
             yield figure
 
 
-@dataclass(frozen=True, slots=True)
-class Line:
-    """One series: a value with its interval at each x."""
-
-    label: str
-    x: Sequence[float]
-    y: Sequence[Interval]
-
-
 def forest(rows: Sequence[tuple[str, Interval]], label: str) -> Picture:
     """Forest plot: one line per method with its 95% interval, and zero. Outliers are numbers at the edge."""
     left, right = _inside([one for _, one in rows])
@@ -124,21 +115,27 @@ def forest(rows: Sequence[tuple[str, Interval]], label: str) -> Picture:
 
 
 def lines(
-    series: Sequence[Line], x_label: str, y_label: str, *, log: bool = False, level: Mapping[str, float] = {}
+    series: Mapping[str, Mapping[float, Interval]],
+    x_label: str,
+    y_label: str,
+    *,
+    log: bool = False,
+    level: Mapping[str, float] = {},
 ) -> Picture:
-    """Values over x with their intervals. ``level`` are named horizontal lines."""
+    """Values over x with their intervals, one line per series. ``level`` are named horizontal lines."""
 
     def draw(ax: Any) -> None:
         shift = 0.012 if log else 0.06  # so that intervals do not hide each other
-        for n, line in enumerate(series):
-            x = [v * (1 + shift * n) if log else v + shift * n for v in line.x]
+        for n, (label, points) in enumerate(series.items()):
+            x = [v * (1 + shift * n) if log else v + shift * n for v in points]
             colour = COLOURS[n % len(COLOURS)]
-            for at, one in zip(x, line.y):
+            for at, one in zip(x, points.values()):
                 ax.plot([at, at], [one.low, one.high], color=colour, linewidth=1, alpha=0.5)
-            ax.plot(x, [one.mean for one in line.y], "o-", color=colour, markersize=4, linewidth=1.5, label=line.label)
+            means = [one.mean for one in points.values()]
+            ax.plot(x, means, "o-", color=colour, markersize=4, linewidth=1.5, label=label)
         for value in level.values():
             ax.axhline(value, color=INK, linewidth=1, dashes=(4, 3))
-        places = sorted({v for line in series for v in line.x})
+        places = sorted({v for points in series.values() for v in points})
         if log:
             ax.set_xscale("log")
         ax.set_xticks(places, [f"{v:g}" for v in places])
@@ -147,7 +144,7 @@ def lines(
         ax.legend(loc="best", **_LEGEND)
         _name_levels(ax, level)
 
-    return Picture(f"{y_label} over {x_label}: {_list(line.label for line in series)}.", draw)
+    return Picture(f"{y_label} over {x_label}: {_list(series)}.", draw)
 
 
 def _name_levels(ax: Any, level: Mapping[str, float]) -> None:
