@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import replace
 from itertools import accumulate
 from statistics import fmean
 
@@ -17,14 +16,21 @@ from mta.evaluation.reports.tables import markdown, marked, rows_of
 from mta.evaluation.statistics import WORSE, Comparison, Interval
 from mta.system.units import human_bytes, human_seconds
 
+Drawn = tuple[str, dict[str, Picture]]
+"""Markdown and pictures of an exhibit."""
+Exhibit = Callable[[Results, str], Drawn | None]
+"""Function of the results and the exhibit's name; None if there are not enough results."""
+
 
 def sections(found: Results) -> list[Section]:
     """Return every exhibit that has been run."""
     names = [name for name in found.recipe.exhibits if name in found.meta["exhibits"]]
-    return [section for name in names if (section := EXHIBITS.get(name, _compared)(found, name))]
+    titled = {name: EXHIBITS.get(name, (name, _compared)) for name in names}
+    drawn = [(title, draw(found, name)) for name, (title, draw) in titled.items()]
+    return [Section(title, *made) for title, made in drawn if made]
 
 
-def _compared(found: Results, name: str) -> Section | None:
+def _compared(found: Results, name: str) -> Drawn | None:
     """Any list of methods: the table, and the difference of each method to the pooled model."""
     comparison = found.comparison(name)
     if comparison is None or len(comparison.rows) < 2:
@@ -33,9 +39,9 @@ def _compared(found: Results, name: str) -> Section | None:
     measure, pictures = yardstick(comparison), dict[str, Picture]()
     if rows := _to_pooled(comparison, measure):
         pictures[name] = figures.forest(rows, f"{measure} against {POOLED} (95% intervals; left is better)")
-    if name == "main":
+    if name == "main" and any(comparison.primary in row.people for row in comparison.rows):
         pictures["bytes"] = score_over_bytes(comparison)
-    return Section(_TITLES.get(name, name), text, pictures)
+    return text, pictures
 
 
 def _to_pooled(comparison: Comparison, measure: str) -> list[tuple[str, Interval]]:
@@ -44,7 +50,7 @@ def _to_pooled(comparison: Comparison, measure: str) -> list[tuple[str, Interval
     return [(name, difference) for name in names if (difference := against(comparison, name, POOLED, measure))]
 
 
-def _shots(found: Results, name: str) -> Section | None:
+def _shots(found: Results, name: str) -> Drawn | None:
     """Score against the number of shots: differences to the pooled model on the same questions."""
     many = {m: c for part in found.exhibit(name) for m in part.shots if (c := found.comparison(name, m))}
     if not many:
@@ -59,10 +65,10 @@ def _shots(found: Results, name: str) -> Section | None:
     heads = ["method", *(f"{m} shots ({people_in(c)} people)" for m, c in many.items())]
     rows = [[method, *(marked(c, measure, method) for c in many.values())] for method in methods]
     text = f"{measure} against the {POOLED}. The questions are always the same last {found.recipe.queries} items.\n\n"
-    return Section(_TITLES[name], text + markdown(heads, rows), {name: picture})
+    return text + markdown(heads, rows), {name: picture}
 
 
-def _seeds(found: Results, name: str) -> Section | None:
+def _seeds(found: Results, name: str) -> Drawn | None:
     """Differences per seed, and averaged over the seeds: how much depends on the clusters and the training order."""
     together, seeds = found.comparison(name), found.seeds(name)
     if together is None or len(seeds) < 2:
@@ -76,15 +82,15 @@ def _seeds(found: Results, name: str) -> Section | None:
         rows = [[one, *(marked(c, measure, one, other) for c in columns.values())] for one in names if one != other]
         text += "\n" + markdown(heads, rows)
     label = f"{measure} against {POOLED}, {len(seeds)} seeds (left is better)"
-    return Section(_TITLES[name], text, {name: figures.forest(_to_pooled(together, measure), label)})
+    return text, {name: figures.forest(_to_pooled(together, measure), label)}
 
 
-def _over(pattern: str, x_label: str) -> Callable[[Results, str], Section | None]:
+def _over(pattern: str, x_label: str) -> Exhibit:
     """An exhibit with methods named by a series and a number: ``by loss, K = 4``."""
 
-    def draw(found: Results, name: str) -> Section | None:
-        section, comparison = _compared(found, name), found.comparison(name)
-        if section is None or comparison is None:
+    def draw(found: Results, name: str) -> Drawn | None:
+        compared, comparison = _compared(found, name), found.comparison(name)
+        if compared is None or comparison is None:
             return None
         measure, series, level = yardstick(comparison), dict[str, dict[float, Interval]](), {POOLED: 0.0}
         for method, difference in _to_pooled(comparison, measure):
@@ -93,14 +99,14 @@ def _over(pattern: str, x_label: str) -> Callable[[Results, str], Section | None
             else:
                 level[method] = difference.mean
         if not series:
-            return section
+            return compared
         picture = figures.lines(series, x_label, f"{measure} against {POOLED}", level=level)
-        return replace(section, pictures={**section.pictures, name: picture})
+        return compared[0], compared[1] | {name: picture}
 
     return draw
 
 
-def _efficiency(found: Results, name: str) -> Section | None:
+def _efficiency(found: Results, name: str) -> Drawn | None:
     """Figure 2: total training time and stored bytes against people, measured, and fitted up to a million."""
     if not found.facts:
         return None
@@ -128,10 +134,10 @@ def _efficiency(found: Results, name: str) -> Section | None:
     heads = ["method", "people measured", "bank", "s per person", "all", "a million (fitted)"]
     heads += ["bank kept", "kept each", "a million (fitted)"]
     text = "Points are measured. Dashed lines extend them to a million people, which has not been run.\n\n"
-    return Section(_TITLES[name], text + markdown(heads, rows), pictures)
+    return text + markdown(heads, rows), pictures
 
 
-def _banks(found: Results, name: str) -> Section | None:
+def _banks(found: Results, name: str) -> Drawn | None:
     """How useful each bank is to other people, and the error of cheaper merges."""
     if not found.facts:
         return None
@@ -147,10 +153,10 @@ def _banks(found: Results, name: str) -> Section | None:
         "anchors, and the best anchor in hindsight. Then the relative error of merges that are cut to the bank's rank "
         "by svd, or average the factors A and B separately.\n\n"
     )
-    return Section(_TITLES[name], text + markdown(heads, rows))
+    return text + markdown(heads, rows), {}
 
 
-def _case(found: Results, name: str) -> Section | None:
+def _case(found: Results, name: str) -> Drawn | None:
     """Figure 5: one person's question from shots to answers."""
     case = found.case
     if not case:
@@ -179,7 +185,7 @@ def _case(found: Results, name: str) -> Section | None:
         "model (nats).\n\n"
     )
     text += markdown(["anchor", "items", "cosine", "gain on the shots", "coefficient"], anchors)
-    return Section(_TITLES[name], text, pictures)
+    return text, pictures
 
 
 def _setting(found: Results, comparison: Comparison, name: str) -> str:
@@ -195,27 +201,20 @@ def _setting(found: Results, comparison: Comparison, name: str) -> str:
     )
 
 
-_TITLES = {
-    "main": "Every method",
-    "ablation": "Ablation",
-    "shots": "Score against shots",
-    "seeds": "Seeds: new clusters and training order",
-    "k": "Figure 4: number of merged anchors",
-    "alpha": "Figure 3: fixed and fitted coefficients",
-    "anchors": "Size of the bank",
-    "efficiency": "Figure 2: time and storage against people",
-    "banks": "Use of a bank to other people, and error of merges",
-    "case": "Figure 5: one person's question",
-    "tune": "Settings, tried on development people",
-    "bank-study": "What makes a bank useful to others",
-}
-EXHIBITS: dict[str, Callable[[Results, str], Section | None]] = {
-    "shots": _shots,
-    "seeds": _seeds,
-    "k": _over(r"K = (\d+)", "merged anchors K"),
-    "alpha": _over(r"alpha = ([\d.]+)", "share of the nearest anchor"),
-    "anchors": _over(r"N = (\d+)", "anchors in the bank"),
-    "efficiency": _efficiency,
-    "banks": _banks,
-    "case": _case,
+EXHIBITS: dict[str, tuple[str, Exhibit]] = {  # titles and functions by the names in recipes
+    "main": ("Every method", _compared),
+    "ablation": ("Ablation", _compared),
+    "shots": ("Score against shots", _shots),
+    "seeds": ("Seeds: new clusters and training order", _seeds),
+    "k": ("Figure 4: number of merged anchors", _over(r"K = (\d+)", "merged anchors K")),
+    "alpha": (
+        "Figure 3: fixed and fitted coefficients",
+        _over(r"alpha = ([\d.]+)", "share of the nearest anchor"),
+    ),
+    "anchors": ("Size of the bank", _over(r"N = (\d+)", "anchors in the bank")),
+    "efficiency": ("Figure 2: time and storage against people", _efficiency),
+    "banks": ("Use of a bank to other people, and error of merges", _banks),
+    "case": ("Figure 5: one person's question", _case),
+    "tune": ("Settings, tried on development people", _compared),
+    "bank-study": ("What makes a bank useful to others", _compared),
 }
