@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -55,27 +56,17 @@ class NumberedItems:
     @classmethod
     def of(cls, sample: AttackSample, shots: int) -> NumberedItems:
         """Number the items of a sample; each target has ``shots`` shots."""
-        items: list[Item] = []
-        owners: list[int] = []
-
-        def numbered(people: Sequence[Person]) -> list[list[int]]:
-            numbers = []
-            for person in people:
-                owner, first = owners[-1] + 1 if owners else 0, len(items)
-                items.extend(person.items)
-                owners.extend([owner] * len(person.items))
-                numbers.append(list(range(first, len(items))))
-            return numbers
-
-        anchors, pool, others, targets = map(numbered, (sample.anchors, sample.pool, sample.others, sample.targets))
+        groups, numbers = (sample.anchors, sample.pool, sample.others, sample.targets), itertools.count()
+        people = [person for group in groups for person in group]
+        anchors, pool, others, targets = ([[next(numbers) for _ in p.items] for p in group] for group in groups)
         return cls(
-            items,
-            owners,
+            [item for person in people for item in person.items],
+            [owner for owner, person in enumerate(people) for _ in person.items],
             anchors,
             pool,
             flat(others),
-            [numbers[:shots] for numbers in targets],
-            [numbers[shots:] for numbers in targets],
+            [theirs[:shots] for theirs in targets],
+            [theirs[shots:] for theirs in targets],
         )
 
     @property
