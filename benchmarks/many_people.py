@@ -16,7 +16,7 @@ from mta.data.history import Person
 from mta.data.readers import read_people
 from mta.data.splits import Splits, draw
 from mta.evaluation.compare import Study, study
-from mta.evaluation.reports.console import show
+from mta.evaluation.reports.tables import show
 from mta.model.base import BaseModel
 from mta.system import assets
 from mta.system.malloc import keep_freed_memory

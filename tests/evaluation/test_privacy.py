@@ -11,7 +11,7 @@ from conftest import TINY_RUN, HashEncoder, people_of, personalizer
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
-from sklearn.metrics import roc_auc_score
+from sklearn.metrics import roc_auc_score, roc_curve
 from tiny import base_of
 
 from mta.bank.bank import Bank
@@ -22,28 +22,20 @@ from mta.data.history import Item, Person
 from mta.errors import AnchorNotFound, InputError
 from mta.evaluation.context import Context
 from mta.evaluation.privacy import report as privacy_report
-from mta.evaluation.privacy.evaluator import (
+from mta.evaluation.privacy.membership import Trials, attack, rank_correlation, resampled_auc, resampled_tpr
+from mta.evaluation.privacy.runner import (
     ANCHORS,
     ANOTHER,
     OWN,
     PERSONAL,
     POOL,
     SHOTS,
+    Findings,
     MembershipEvaluator,
-    NumberedItems,
-    spread,
+    merges,
+    privacy,
 )
-from mta.evaluation.privacy.membership import (
-    Trials,
-    attack,
-    auc,
-    rank_correlation,
-    resampled_auc,
-    resampled_tpr,
-    tpr_at,
-)
-from mta.evaluation.privacy.runner import Findings, merges, privacy
-from mta.evaluation.privacy.sampling import sample_people
+from mta.evaluation.privacy.sampling import NumberedItems, sample_people, spread
 from mta.evaluation.protocol import Panel
 from mta.lora.batch import join
 from mta.lora.layers import Shared
@@ -66,6 +58,20 @@ EVERYBODY = [*STRANGERS, *CANDIDATES, *TASK_PEOPLE]
 def kinds(members, others):
     """Return membership and scores of members and others."""
     return np.array([True] * len(members) + [False] * len(others)), np.array([*members, *others], dtype=float)
+
+
+def of_one_model(measure, member, scores, *more):
+    """Return an AUC or a TPR of one model, every item once."""
+    once, people = np.ones((1, len(scores))), np.arange(len(scores))
+    return measure(Trials(np.zeros_like(people), people, member), scores, once, once, *more)[0]
+
+
+def auc(member, scores):
+    return of_one_model(resampled_auc, member, scores)
+
+
+def tpr_at(member, scores, fpr=0.01):
+    return of_one_model(resampled_tpr, member, scores, fpr)
 
 
 def test_an_auc_by_hand():
@@ -121,9 +127,9 @@ def test_resamples_are_scikit_learns_with_weights(drawn):
             above += weight * roc_auc_score(trials.member[mine], scores[mine], sample_weight=people[mine])
             pairs += weight
     assert resampled_auc(trials, scores, models[None], people[None])[0] == pytest.approx(above / pairs)
-    times = (models * people).astype(int)
+    false, true, _ = roc_curve(trials.member, scores, sample_weight=models * people, drop_intermediate=False)
     for fpr in (0.01, 0.3):
-        again = tpr_at(np.repeat(trials.member, times), np.repeat(scores, times), fpr)
+        again = true[false <= fpr + 1e-9].max()
         assert resampled_tpr(trials, scores, models[None], people[None], fpr)[0] == pytest.approx(again)
 
 
@@ -331,14 +337,14 @@ def test_a_heavily_trained_stack_reveals_shots(found):
 
 
 def test_every_kind_of_model_has_its_row(found):
-    names = {about: [row.name for row in found.rows if row.about == about] for about in (ANCHORS, POOL, SHOTS)}
+    names = {about: [row.model for row in found.rows if row.about == about] for about in (ANCHORS, POOL, SHOTS)}
     reference, of_run = ["base", "task LoRA"], ["posterior, K = 6", PERSONAL]
     uniform = [f"uniform, K = {k}" for k in (1, 2, 4, 6)]
     assert names[ANCHORS] == [*reference, OWN, ANOTHER, *uniform, *of_run]
     assert names[POOL] == reference
     assert names[SHOTS] == [*reference, *of_run]
     for row in found.rows:
-        below = {"base": 0, "task LoRA": 1}.get(row.name, 2)
+        below = {"base": 0, "task LoRA": 1}.get(row.model, 2)
         assert list(row.attacks) == ["loss", "over base", "over task LoRA"][: 1 + below]
 
 
@@ -355,7 +361,7 @@ def evaluator_of(base, bank) -> MembershipEvaluator:
     shots = [person.first(2) for person in sample.targets]
     context = Context(base, bank, HashEncoder(), MEMORIZING)
     panel = Panel.asking(context, shots, [()] * len(shots), write_texts=False)
-    items = NumberedItems.of(sample, [len(person.items) for person in shots])
+    items = NumberedItems.of(sample, SETTINGS.shots)
     return MembershipEvaluator(panel, items, sample.trained, SETTINGS.items)
 
 
@@ -364,8 +370,9 @@ def test_the_row_of_an_anchor_equals_a_plain_computation(world):
     base, bank = world
     evaluator = evaluator_of(base, bank)
     items = evaluator.items
-    references, _ = evaluator.references()
-    row = next(row for row in evaluator.meta_lora_rows(references) if row.name == OWN)
+    evaluator.attack_references()
+    evaluator.attack_meta_loras()
+    row = next(row for row in evaluator.rows if row.model == OWN)
     won, pairs = 0.0, 0
     for anchor, own in enumerate(items.anchors):
         others = items.others[anchor :: len(bank)]
@@ -393,7 +400,7 @@ def test_without_task_lora_and_stack_their_rows_are_missing(tmp_path, cache, tas
     bank = Bank.open(tmp_path / "bank", base)
     found = privacy(base, bank, run, EVERYBODY, SETTINGS, encoder=HashEncoder())
     assert {row.about for row in found.rows} == {ANCHORS, SHOTS}
-    assert not {"task LoRA", PERSONAL} & {row.name for row in found.rows}
+    assert not {"task LoRA", PERSONAL} & {row.model for row in found.rows}
     assert {name for row in found.rows for name in row.attacks} == {"loss", "over base"}
     assert "not attacked" in " ".join(privacy_report.sentences(found))
 

@@ -245,9 +245,9 @@ def test_a_comparison_resamples_groups_of_people(tiny, task):
 
 def test_one_group_of_people_gives_no_clear_difference(task):
     rows = [row_of("task LoRA", [[2.0]] * 3), row_of("MTA", [[1.0]] * 3)]
-    assert "better in NLL" in headline(Comparison(task, rows), "MTA", "task LoRA")
+    assert "better in NLL" in headline(Comparison(task, rows))
     alone = Comparison(task, rows, ("g", "g", "g"))
-    assert "no clear difference in NLL" in headline(alone, "MTA", "task LoRA")
+    assert "no clear difference in NLL" in headline(alone)
     assert "Only 1 independent groups of people were tested" in " ".join(verdict(alone))
 
 

@@ -152,14 +152,14 @@ def _write(found: Study | Findings, out: Path) -> None:
 def _show(found: Study | Findings, json: bool) -> None:
     from mta.evaluation.compare import Study
     from mta.evaluation.privacy import report as attacks
-    from mta.evaluation.reports import console as comparisons
+    from mta.evaluation.reports import tables
     from mta.evaluation.reports.html import to_json
 
     command = options.command_line()
     if isinstance(found, Study):
         if json:
             return show_json(to_json(found.comparison, **found.meta, command=command))
-        return comparisons.show(found.comparison, found.meta, found.questions, console)
+        return tables.show(found.comparison, found.meta, found.questions, console)
     show_json(attacks.to_json(found, command)) if json else attacks.show(found, console)
 
 

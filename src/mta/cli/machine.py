@@ -16,6 +16,7 @@ from typer import Option
 
 from mta.cli import options
 from mta.cli.screen import show_json
+from mta.system.units import human_bytes, human_seconds
 
 if TYPE_CHECKING:
     from mta.tools.cost import Cost, Hardware
@@ -90,7 +91,6 @@ def size(
 
     Example:  mta size --people 1e6 --base llama-3-8b --anchors 50 --rank 8 --on h100 --picture size
     """
-    from mta.evaluation.reports.figures import human_bytes
     from mta.tools import cost as sizing
 
     given = {"bank.anchors": anchors, "bank.lora.rank": rank, "task_lora.lora.rank": rank}
@@ -116,8 +116,6 @@ def size(
 
 
 def _costs(costs: dict[str, Cost], people: float, machine: Hardware) -> Table:
-    from mta.evaluation.reports.figures import human_bytes, human_seconds
-
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for head in ("", "stored once", "per person", "total", "trained once", "per person", "total"):
         table.add_column(head, justify="right" if head else "left")
@@ -134,13 +132,13 @@ def _seconds(cost: Cost, people: float, machine: Hardware) -> dict[str, float]:
 
 def _draw(path: Path, costs: dict[str, Cost], machine: Hardware) -> None:
     """Draw bytes and training time of each method against the number of people."""
-    from mta.evaluation.reports.exhibits import BYTES, FITTED, SECONDS
-    from mta.evaluation.reports.figures import Points, growth, human_bytes, human_seconds
+    from mta.evaluation.reports.figures import Measured, growth
 
-    kept, took = dict[str, tuple[Points, Points]](), dict[str, tuple[Points, Points]]()
-    for name, cost in costs.items():
-        kept[name] = [], [(n, cost.fixed_bytes + n * cost.person_bytes) for n in FITTED]
-        took[name] = [], [(n, _seconds(cost, n, machine)["all"]) for n in FITTED]
-    time = growth(took, f"training, all people, {machine.name}", human_seconds, SECONDS)
-    growth(kept, "stored, all people", human_bytes, BYTES).save(path.with_name(f"{path.name}-bytes"))
+    kept: dict[str, Measured] = {name: ([], cost.fixed_bytes, cost.person_bytes) for name, cost in costs.items()}
+    took: dict[str, Measured] = {
+        name: ([], machine.seconds(cost.fixed_operations), machine.seconds(cost.person_operations))
+        for name, cost in costs.items()
+    }
+    time = growth(took, f"training, all people, {machine.name}", human_seconds)
+    growth(kept, "stored, all people", human_bytes).save(path.with_name(f"{path.name}-bytes"))
     time.save(path.with_name(f"{path.name}-time"))

@@ -18,6 +18,7 @@ import mta
 from mta.cli import options
 from mta.cli.screen import confirm, show_json, show_parcel
 from mta.errors import MtaError
+from mta.system.units import human_bytes, human_seconds
 
 if TYPE_CHECKING:
     from mta.personalize.forgetting import Forgotten
@@ -72,7 +73,6 @@ def _chart(found: Summary) -> Table:
 
 
 def _facts(found: Summary) -> list[str]:
-    from mta.evaluation.reports.figures import human_bytes
     from mta.tools.inspect import gains
 
     stack, losses = found.stack, found.losses
@@ -95,7 +95,6 @@ def _facts(found: Summary) -> list[str]:
 
 
 def _price(rebuild: Rebuild) -> str:
-    from mta.evaluation.reports.figures import human_seconds
 
     passes = f"{rebuild.forward:.0f} forward and {rebuild.trained:.0f} forward-backward passes"
     over = f"about {rebuild.tokens:.0f} tokens" if rebuild.tokens else f"shots of {rebuild.targets} target tokens"
@@ -111,7 +110,6 @@ def versions(person: options.PersonId, store: options.StoreUrl = "people", json:
 
     Example:  mta person versions ann --store people/
     """
-    from mta.evaluation.reports.figures import human_bytes
     from mta.store import Store
     from mta.tools.inspect import versions_of
 

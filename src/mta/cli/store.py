@@ -11,6 +11,7 @@ from typer import Argument, Option
 
 from mta.cli import options
 from mta.cli.screen import Screen, show_json
+from mta.system.units import human_bytes
 
 app = typer.Typer(help="Check, measure, and clean up a store of people's states.", no_args_is_help=True)
 Url = Annotated[str, Argument(help="The store: a folder or an fsspec URL.")]
@@ -48,7 +49,6 @@ def stats(store: Url = "people", json: options.Json = False) -> None:
 
     Example:  mta store stats s3://bucket/people --json
     """
-    from mta.evaluation.reports.figures import human_bytes
     from mta.store import Store, maintenance
 
     found = maintenance.stats(Store(store))
@@ -71,7 +71,6 @@ def gc(
 
     Example:  mta store gc people/ --keep 2 --dry-run
     """
-    from mta.evaluation.reports.figures import human_bytes
     from mta.store import Store, maintenance
 
     with Screen("people") as screen:

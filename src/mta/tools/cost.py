@@ -7,6 +7,7 @@ the optimizer are included in the assumed share of the processor's peak rate.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,24 +21,16 @@ from mta.personalize.merge import needs_evidence
 from mta.system.assets import ASSETS, resolve
 from mta.system.device import cores, gemm_rate, pick_dtype, processor
 
-_LLAMA = {"model_type": "llama", "tie_word_embeddings": False}
-KNOWN: dict[str, dict[str, Any]] = {
-    "llama-3-8b": _LLAMA
-    | {"vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32}
-    | {"num_attention_heads": 32, "num_key_value_heads": 8},
-    "llama-3-70b": _LLAMA
-    | {"vocab_size": 128256, "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80}
-    | {"num_attention_heads": 64, "num_key_value_heads": 8},
-    "llama-2-7b": _LLAMA
-    | {"vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32}
-    | {"num_attention_heads": 32, "num_key_value_heads": 32},
-    "qwen2.5-7b": {"model_type": "qwen2", "tie_word_embeddings": False}
-    | {"vocab_size": 152064, "hidden_size": 3584, "intermediate_size": 18944, "num_hidden_layers": 28}
-    | {"num_attention_heads": 28, "num_key_value_heads": 4},
-    "smollm2-135m-instruct": _LLAMA
-    | {"vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30}
-    | {"num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True},
+_FIELDS = ["model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"]
+_FIELDS += ["num_key_value_heads", "tie_word_embeddings"]
+_SIZES = {
+    "llama-3-8b": ("llama", 128256, 4096, 14336, 32, 32, 8, False),
+    "llama-3-70b": ("llama", 128256, 8192, 28672, 80, 64, 8, False),
+    "llama-2-7b": ("llama", 32000, 4096, 11008, 32, 32, 32, False),
+    "qwen2.5-7b": ("qwen2", 152064, 3584, 18944, 28, 28, 4, False),
+    "smollm2-135m-instruct": ("llama", 49152, 576, 1536, 30, 9, 3, True),
 }
+KNOWN: dict[str, dict[str, Any]] = {name: dict(zip(_FIELDS, sizes)) for name, sizes in _SIZES.items()}
 STORED = 4  # bytes of a number in bank, states, and training: float32
 SERVED = 2  # bytes of a number in serving: bfloat16
 
@@ -196,30 +189,33 @@ def costs(shape: Shape, run: Run, load: Load) -> dict[str, Cost]:
 
     Raises ConfigError if ``merge.k`` is larger than the number of anchors.
     """
-    anchors, rank = run.bank.anchors, run.bank.lora.rank
+    anchors, rank, stack = run.bank.anchors, run.bank.lora.rank, run.stack.lora.rank
     if run.merge.k > anchors:
         raise ConfigError(f"merge.k is {run.merge.k}, but the bank has {anchors} anchors", hint="Lower merge.k.")
-    pooled = _pooled(run)
-    bank_bytes = (anchors * rank + pooled) * shape.width * STORED
-    bank = _bank_operations(shape, run, load)
-    k = run.merge.k or anchors
+    k, pooled, shots = run.merge.k or anchors, _pooled(run), load.shots
+    merged = pooled + k * rank
+    scored, trained = partial(_scored, shape, load), partial(_trained, shape, load)
+
+    task = trained(_examples(run.task_lora.training, run.task_lora.items), 0, pooled) if pooled else 0.0
+    bank = task + trained(anchors * _examples(run.bank.training, run.bank.max_items), pooled, rank)
+    merge = scored(shots, pooled) + scored(shots, merged)  # the losses of the state
+    if needs_evidence(run.merge):
+        merge += anchors * scored(shots, pooled + rank)
+    if run.merge.policy == "learned":
+        merge += trained(_examples(run.merge.learned, shots), merged, 0)
+    examples, adapt = _examples(run.stack.training, shots), 0.0
+    if run.stack.enabled:
+        adapt = trained(examples, merged, stack) + scored(shots, merged + stack)
+
+    number = shape.width * STORED  # bytes of an adapter of rank 1
+    bank_bytes = float((anchors * rank + pooled) * number)
     merge_bytes = 24.0 * k + 640  # anchor and coefficient as text, and the other fields of the file
-    stack = run.stack.lora.rank * shape.width * STORED if run.stack.enabled else 0
-    seen = load.shots * load.computed
-    under = _forward(shape, load, pooled), _forward(shape, load, pooled + k * rank)
-    scored = under[1:] if needs_evidence(run.merge) else under  # the evidence includes the pooled model's losses
-    merged = _evidence(shape, run, load) + _coefficients(shape, run, load) + seen * sum(scored)
-    learned = _examples(run.stack.training, load.shots) * load.computed if run.stack.enabled else 0.0
-    stacked = learned * _trained(shape, load, pooled + k * rank, run.stack.lora.rank)
-    stacked += run.stack.enabled * seen * _forward(shape, load, pooled + k * rank + run.stack.lora.rank)
-    alone = _examples(run.stack.training, load.shots) * load.computed * _trained(shape, load, pooled, rank)
-    task = _task_operations(shape, run, load)
     assembly = shape.layers * (5.0 * anchors + 48)  # one weight per anchor, as text
     return {
-        "MTA": Cost(bank_bytes, merge_bytes + stack, bank, merged + stacked),
-        "merge alone": Cost(bank_bytes, merge_bytes, bank, merged),
-        "OPPU": Cost(pooled * shape.width * STORED, rank * shape.width * STORED, task, alone),
-        "Per-Pcs": Cost(bank_bytes, assembly, bank, seen * under[0]),
+        "MTA": Cost(bank_bytes, merge_bytes + stack * number * run.stack.enabled, bank, merge + adapt),
+        "merge alone": Cost(bank_bytes, merge_bytes, bank, merge),
+        "OPPU": Cost(pooled * number, rank * number, task, trained(examples, pooled, rank)),
+        "Per-Pcs": Cost(bank_bytes, assembly, bank, scored(shots, pooled)),
     }
 
 
@@ -251,45 +247,19 @@ def _pooled(run: Run) -> int:
     return run.task_lora.lora.rank if run.task_lora.enabled else 0
 
 
-def _forward(shape: Shape, load: Load, ranks: float) -> float:
-    """Return the forward operations per token: layers, adapters of total rank ``ranks``, and LM head at targets."""
-    return 2 * (shape.linear + ranks * shape.width + shape.head * load.targets / load.computed)
+def _scored(shape: Shape, load: Load, examples: float, ranks: float) -> float:
+    """Return the forward operations: layers, adapters of total rank ``ranks``, and LM head at targets."""
+    per_token = 2 * (shape.linear + ranks * shape.width + shape.head * load.targets / load.computed)
+    return examples * load.computed * per_token
 
 
-def _trained(shape: Shape, load: Load, frozen: float, trained: float) -> float:
-    """Return the training operations per token: forward, backward to all inputs, and gradients of trained factors."""
-    return 2 * _forward(shape, load, frozen + trained) + 2 * trained * shape.width
+def _trained(shape: Shape, load: Load, examples: float, frozen: float, ranks: float) -> float:
+    """Return the training operations: forward, backward to all inputs, and gradients of trained factors."""
+    gradients = 2 * examples * load.computed * ranks * shape.width
+    return 2 * _scored(shape, load, examples, frozen + ranks) + gradients
 
 
 def _examples(training: Training, items: float) -> float:
     if training.steps is not None:
         return training.steps * min(training.batch_size, items)
     return training.epochs * items
-
-
-def _task_operations(shape: Shape, run: Run, load: Load) -> float:
-    task = run.task_lora
-    examples = _examples(task.training, task.items) if task.enabled else 0.0
-    return examples * load.computed * _trained(shape, load, 0, task.lora.rank)
-
-
-def _bank_operations(shape: Shape, run: Run, load: Load) -> float:
-    bank, pooled = run.bank, _pooled(run)
-    examples = bank.anchors * _examples(bank.training, bank.max_items)
-    return _task_operations(shape, run, load) + examples * load.computed * _trained(shape, load, pooled, bank.lora.rank)
-
-
-def _evidence(shape: Shape, run: Run, load: Load) -> float:
-    """Return the operations of scoring shots under every anchor and the pooled model, if the policy needs that."""
-    pooled = _pooled(run)
-    anchors, rank = run.bank.anchors, run.bank.lora.rank
-    under = anchors * _forward(shape, load, pooled + rank) + _forward(shape, load, pooled)
-    return load.shots * load.computed * under if needs_evidence(run.merge) else 0.0
-
-
-def _coefficients(shape: Shape, run: Run, load: Load) -> float:
-    if run.merge.policy != "learned":
-        return 0.0
-    ranks = (run.merge.k or run.bank.anchors) * run.bank.lora.rank
-    pooled = _pooled(run)
-    return _examples(run.merge.learned, load.shots) * load.computed * 2 * _forward(shape, load, pooled + ranks)

@@ -8,11 +8,10 @@ from importlib import resources
 from pathlib import Path
 
 import torch
-import yaml
 
 from mta.bank.bank import Bank
 from mta.config import Evaluation, Run, override
-from mta.config.loader import Settings, checked, dump_yaml
+from mta.config.loader import Settings, checked, dump_yaml, read_yaml
 from mta.data.history import Person
 from mta.data.readers import read_people
 from mta.data.splits import Splits, draw
@@ -52,19 +51,11 @@ class Recipe(Settings):
 
 def load_recipe(name: str | Path) -> Recipe:
     """Return a recipe of the package by name, or any recipe by path. Raises ConfigError."""
-    path = Path(name) if str(name).endswith((".yaml", ".yml")) else None
-    try:
-        packaged = resources.files("mta") / "recipes" / f"{name}.yaml"
-        text = path.read_text(encoding="utf-8") if path else packaged.read_text(encoding="utf-8")
-        values = yaml.safe_load(text)
-    except FileNotFoundError:
-        raise ConfigError(f"no recipe {str(name)!r}", hint="Give the path of a .yaml, or: movielens") from None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError(
-            f"recipe {name} is not readable YAML: {error}",
-            hint="Compare with the packaged recipe, recipes/movielens.yaml.",
-        ) from None
-    return checked(Recipe, values, f"recipe {name}")
+    packaged = Path(str(resources.files("mta"))) / "recipes" / f"{name}.yaml"
+    path = Path(name) if str(name).endswith((".yaml", ".yml")) else packaged
+    if not path.is_file():
+        raise ConfigError(f"no recipe {str(name)!r}", hint="Give the path of a .yaml, or: movielens")
+    return checked(Recipe, read_yaml(path), f"recipe {name}")
 
 
 def demo(
@@ -103,9 +94,17 @@ def demo(
         about={"seeds": [run.seed]},
     ) as folder:
         found = _compared(out, recipe, people, splits, base, folder.step, say)
+        three = _three(found)
+        say("4/5  the same question for three people, before and after")
+        personal = Personalizer(base, found.panel.bank, out / "people", run=run)
+        personal.personalize([found.panel.people[i] for i in three], on_step=folder.step)
+        ask(found, personal, recipe.question, three)
         folder.outcome = found.outcome()
         found.write(out, command)
-    say(f"5/5  {out / 'report.html'}\n{_next(out, [found.panel.people[i].id for i in _three(found)])}")
+    serve = ["mta", "serve", "--bank", str(out / "bank"), "--store", str(out / "people"), "--insecure-local"]
+    ids = ", ".join(found.panel.people[i].id for i in three)
+    say(f"5/5  {out / 'report.html'}")
+    say(f"     To ask people {ids} yourself:  {shlex.join(serve)}   then open http://127.0.0.1:8000")
     return found
 
 
@@ -118,7 +117,7 @@ def _compared(
     on_step: OnStep,
     say: Callable[[str], None],
 ) -> Study:
-    """Build the bank, compare all methods, and ask three people's models."""
+    """Build the bank, and compare all methods on people outside the bank."""
     run = recipe.run
     parts = f"task LoRA on {len(splits.task)} people, {run.bank.anchors} anchors of {len(splits.candidates)} candidates"
     say(f"2/5  bank: {parts}")
@@ -131,18 +130,7 @@ def _compared(
     found.meta["data"] = recipe.data
     if assets.is_asset(recipe.data):
         found.meta["terms"] = assets.ASSETS[recipe.data].note
-
-    say("4/5  the same question for three people, before and after")
-    personal = Personalizer(base, bank, out / "people", run=run)
-    three = _three(found)
-    personal.personalize([found.panel.people[i] for i in three], on_step=on_step)
-    ask(found, personal, recipe.question, three)
     return found
-
-
-def _next(out: Path, three: Sequence[str]) -> str:
-    words = ["mta", "serve", "--bank", str(out / "bank"), "--store", str(out / "people"), "--insecure-local"]
-    return f"     To ask people {', '.join(three)} yourself:  {shlex.join(words)}   then open http://127.0.0.1:8000"
 
 
 def _settled(out: Path, recipe: Recipe, words: Sequence[str], say: Callable[[str], None]) -> Recipe:
@@ -165,13 +153,13 @@ def _for_this_machine(full: Recipe, short: Recipe, say: Callable[[str], None]) -
     if torch.cuda.is_available():
         return full
     rate = max(gemm_rate(torch.bfloat16), gemm_rate(torch.float32))
+    if rate < SLOW and full.short:
+        changes = ", ".join(full.short)
+        say(f"This machine reaches only {rate / 1e9:.0f} GFLOP/s: short version with fewer steps ({changes}).")
+        return short
     minutes = ", ".join(f"{stage} {minutes:g}" for stage, minutes in full.minutes.items())
-    if rate >= SLOW or not full.short:
-        say(f"This machine reaches {rate / 1e9:.0f} GFLOP/s: full recipe. Minutes on two such cores: {minutes}.")
-        return full
-    changes = ", ".join(full.short)
-    say(f"This machine reaches only {rate / 1e9:.0f} GFLOP/s: short version with fewer steps ({changes}).")
-    return short
+    say(f"This machine reaches {rate / 1e9:.0f} GFLOP/s: full recipe. Minutes on two such cores: {minutes}.")
+    return full
 
 
 def _splits(out: Path, people: list[Person], recipe: Recipe) -> Splits:

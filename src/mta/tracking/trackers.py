@@ -99,9 +99,9 @@ SINKS: Mapping[str, Track] = {"tensorboard": TensorBoard, "wandb": Wandb, "track
 def tracker(name: str) -> Track:
     """Return the function that opens a sink. Raises InputError for an unknown name, MissingExtra."""
     if name not in SINKS:
-        raise InputError(f"unknown tracker {name!r}; expected one of {', '.join(SINKS)}", hint=f"Give {_LISTED}.")
+        raise InputError(
+            f"unknown tracker {name!r}; expected one of {', '.join(SINKS)}",
+            hint="Give --track tensorboard, wandb or trackio.",
+        )
     require(name)
     return SINKS[name]
-
-
-_LISTED = "--track tensorboard, wandb or trackio"

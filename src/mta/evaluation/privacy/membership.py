@@ -43,24 +43,6 @@ class Attack:
     tpr: Interval
 
 
-def auc(member: Truths, scores: Numbers) -> float:
-    """Return the probability that a member scores higher than a non-member; ties count half. Shapes: (n,)."""
-    from sklearn.metrics import roc_auc_score
-
-    return float(roc_auc_score(member, scores))
-
-
-def tpr_at(member: Truths, scores: Numbers, fpr: float = FPR) -> float:
-    """Return the largest share of members above a threshold that at most a share ``fpr`` of the others exceeds.
-
-    Shapes: (n,). Source: Carlini et al., arXiv:2112.03570, who report low false positive rates beside the AUC.
-    """
-    from sklearn.metrics import roc_curve
-
-    false, true, _ = roc_curve(member, scores, drop_intermediate=False)
-    return float(true[false <= fpr + _ROUNDING].max())
-
-
 def attack(trials: Trials, scores: Numbers, seed: int = 0, times: int = TIMES) -> Attack:
     """Return AUC and TPR with 95% intervals; ``scores`` (n,) are higher for likely members.
 
@@ -69,22 +51,19 @@ def attack(trials: Trials, scores: Numbers, seed: int = 0, times: int = TIMES) -
     people, others' people and models are drawn with replacement, independently. An item of the model's own person is
     drawn with the model. Source: our choice.
     """
-    models = np.unique(trials.model)
-    kinds = [(mine & trials.member, mine & ~trials.member) for mine in (trials.model == model for model in models)]
-    both = [(int(a.sum()) * int(b.sum()), a | b) for a, b in kinds]
-    means = [(pairs, auc(trials.member[mine], scores[mine])) for pairs, mine in both if pairs]
-    mean = sum(pairs * value for pairs, value in means) / sum(pairs for pairs, _ in means)
-    weights = _weights(trials, np.random.default_rng(seed), times)
+    once, drawn = np.ones((1, len(scores))), _weights(trials, np.random.default_rng(seed), times)
+    aucs, tprs = resampled_auc(trials, scores, *drawn), resampled_tpr(trials, scores, *drawn)
     return Attack(
-        _interval(mean, resampled_auc(trials, scores, *weights)),
-        _interval(tpr_at(trials.member, scores), resampled_tpr(trials, scores, *weights)),
+        _interval(float(resampled_auc(trials, scores, once, once)[0]), aucs),
+        _interval(float(resampled_tpr(trials, scores, once, once)[0]), tprs),
     )
 
 
 def resampled_auc(trials: Trials, scores: Numbers, models: Numbers, people: Numbers) -> Numbers:
-    """Return the AUC of ``attack`` with weights. Shapes: models, people (times, n) -> (times,).
+    """Return the probability that a member scores higher than another item under the same model; ties count half.
 
     ``models`` are weights of each trial's model, ``people`` of its person. A pair has the weight of its model once.
+    Shapes: models, people (times, n) -> (times,).
     """
     above, pairs = np.zeros(len(models)), np.zeros(len(models))
     for model in np.unique(trials.model):
@@ -100,7 +79,11 @@ def resampled_auc(trials: Trials, scores: Numbers, models: Numbers, people: Numb
 
 
 def resampled_tpr(trials: Trials, scores: Numbers, models: Numbers, people: Numbers, fpr: float = FPR) -> Numbers:
-    """Return ``tpr_at`` with weights. Shapes: models, people (times, n) -> (times,)."""
+    """Return the largest share of members above a threshold that at most a share ``fpr`` of the others exceeds.
+
+    Weights and shapes as in ``resampled_auc``. Source: Carlini et al., arXiv:2112.03570, who report low false positive
+    rates beside the AUC.
+    """
     weights = models * people
     a, b = np.flatnonzero(trials.member), np.flatnonzero(~trials.member)
     a, b = a[np.argsort(-scores[a], kind="stable")], b[np.argsort(-scores[b], kind="stable")]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -9,15 +10,12 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from mta.evaluation.privacy.evaluator import Row
 from mta.evaluation.privacy.membership import FPR, Attack
-from mta.evaluation.privacy.runner import Findings
+from mta.evaluation.privacy.runner import Findings, Row
 from mta.evaluation.privacy.sampling import AT_LEAST
 from mta.evaluation.reports.figures import forest
 from mta.evaluation.statistics import Interval
 from mta.system.atomic import write_json
-
-GUESSING = 0.5
 
 
 def show(found: Findings, console: Console) -> None:
@@ -41,7 +39,7 @@ def table(found: Findings) -> Table:
             built.add_section()
             built.add_row(f"[bold]{about}[/]")
         aucs = [_cell(row.attacks[name].auc) if name in row.attacks else "-" for name in names]
-        built.add_row(f"  {row.name}", *aucs, _cell(last(row)[1].tpr))
+        built.add_row(f"  {row.model}", *aucs, _cell(_strongest(row).tpr))
     return built
 
 
@@ -70,45 +68,26 @@ def sentences(found: Findings) -> list[str]:
 
 def to_json(found: Findings, command: str | None = None) -> dict[str, Any]:
     """Return all findings as JSON values, with the ``command`` that repeats the attack if given."""
-    rows = [
-        {
-            "about": row.about,
-            "model": row.name,
-            "models": row.models,
-            "members": row.members,
-            "others": row.others,
-            "attacks": {n: {"auc": _values(one.auc), "tpr": _values(one.tpr)} for n, one in row.attacks.items()},
-        }
-        for row in found.rows
-    ]
-    weights = found.weights and {"spearman": _values(found.weights), "pairs": found.pairs}
     return {
         "meta": found.meta | ({} if command is None else {"command": command}),
         "fpr": FPR,
-        "rows": rows,
-        "weights": weights,
+        "rows": [asdict(row) for row in found.rows],
+        "weights": found.weights and {"spearman": asdict(found.weights), "pairs": found.pairs},
     }
 
 
 def write(found: Findings, out: Path, command: str = "") -> None:
     """Write ``results.json``, ``privacy.svg``, and ``privacy.png`` to ``out``. ``command`` reproduces them."""
     write_json(out / "results.json", to_json(found, command=command))
-    rows = [(f"{row.about}: {row.name}", _less(last(row)[1].auc)) for row in found.rows]
+    aucs = {f"{row.about}: {row.model}": _strongest(row).auc for row in found.rows}
+    rows = [(name, Interval(auc.mean - 0.5, auc.low - 0.5, auc.high - 0.5)) for name, auc in aucs.items()]
     forest(rows, "AUC - 0.5: 0 is guessing (95% intervals)").save(out / "privacy")
 
 
-def last(row: Row) -> tuple[str, Attack]:
-    """Return the strongest attack: relative to the highest model below."""
-    return list(row.attacks.items())[-1]
-
-
-def _less(auc: Interval) -> Interval:
-    return Interval(auc.mean - GUESSING, auc.low - GUESSING, auc.high - GUESSING)
+def _strongest(row: Row) -> Attack:
+    """Return the attack relative to the highest model below."""
+    return list(row.attacks.values())[-1]
 
 
 def _cell(one: Interval) -> str:
     return f"{one.mean:.3f}\n[dim]{one.low:.2f} to {one.high:.2f}[/]"
-
-
-def _values(one: Interval) -> dict[str, float]:
-    return {"mean": one.mean, "low": one.low, "high": one.high}

@@ -6,38 +6,59 @@ docs/explanation/privacy.md lists what it does not cover.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from mta.bank.bank import Bank
 from mta.config import MergeSettings, Privacy, Run
 from mta.data.history import Person
 from mta.evaluation.context import Context
-from mta.evaluation.methods import Merged, MergeThenAdapt
-from mta.evaluation.privacy.evaluator import (
-    ANCHORS,
-    PERSONAL,
-    POOL,
-    SHOTS,
-    MembershipEvaluator,
-    NumberedItems,
-    Pair,
-    Row,
-)
-from mta.evaluation.privacy.membership import rank_correlation
-from mta.evaluation.privacy.sampling import AttackSample, sample_people
-from mta.evaluation.protocol import Panel
+from mta.evaluation.methods import Base, Merged, MergeThenAdapt, Method, TaskLora
+from mta.evaluation.methods.merged import answered
+from mta.evaluation.metrics import query_nll
+from mta.evaluation.privacy.membership import Attack, Trials, attack, rank_correlation
+from mta.evaluation.privacy.sampling import AttackSample, NumberedItems, Sets, flat, sample_people
+from mta.evaluation.protocol import Outcome, Panel
 from mta.evaluation.statistics import Interval
 from mta.model.base import BaseModel
 from mta.model.encoders import Encoder
-from mta.personalize.merge import check_merge
+from mta.personalize.merge import Merge, check_merge
 from mta.system.progress import OnStep
 from mta.system.provenance import versions
 
+ANCHORS, POOL, SHOTS = "the anchors' items", "the task LoRA's items", "a person's own shots"
+OWN, ANOTHER, PERSONAL = "the anchor's own", "another anchor's", "merge and stack"
+Losses = Mapping[int, float]  # number of an item -> its loss under one model
 KS = (1, 2, 4)
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One kind of attacked model, asked about one kind of items: numbers of models and items, and each attack by name.
+
+    Attacks are ``loss``, and ``over base`` and ``over task LoRA``: the loss minus that of the reference model.
+    """
+
+    about: str
+    model: str
+    models: int
+    members: int
+    others: int
+    attacks: Mapping[str, Attack]
+
+
+class Pair(NamedTuple):
+    """A target's merge and one anchor: the anchor's |w|, and the share of other items ranked below the anchor's."""
+
+    target: int
+    w: float
+    beaten: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,12 +72,12 @@ class Findings:
 
     def outcome(self) -> dict[str, Any]:
         """Return the AUC of the strongest attack on each kind of model."""
-        best = {f"{row.about}: {row.name}": max(a.auc.mean for a in row.attacks.values()) for row in self.rows}
+        best = {f"{row.about}: {row.model}": max(a.auc.mean for a in row.attacks.values()) for row in self.rows}
         return {"AUC": {name: round(auc, 4) for name, auc in best.items()}}
 
-    def row(self, about: str, name: str) -> Row:
-        """Return a row by the items that it is about and its name."""
-        return next(row for row in self.rows if (row.about, row.name) == (about, name))
+    def row(self, about: str, model: str) -> Row:
+        """Return the row of a kind of model about a kind of items."""
+        return next(row for row in self.rows if (row.about, row.model) == (about, model))
 
 
 def privacy(
@@ -80,20 +101,18 @@ def privacy(
     shots = [person.first(settings.shots) for person in sample.targets]
     context = Context(base, bank, encoder or bank.encoder(base, run.encoder), run, on_step=on_step)
     panel = Panel.asking(context, shots, [()] * len(shots), write_texts=False)
-    items = NumberedItems.of(sample, [len(person.items) for person in shots])
+    items = NumberedItems.of(sample, settings.shots)
     evaluator = MembershipEvaluator(panel, items, sample.trained, settings.items, say)
-    references, rows = evaluator.references()
-    rows += evaluator.meta_lora_rows(references)
-    pairs: list[Pair] = []
+    evaluator.attack_references()
+    evaluator.attack_meta_loras()
     for name, merge in merges(run, len(bank)).items():
-        found = evaluator.target_rows(name, Merged(merge=merge), merge, references)
-        rows, pairs = [*rows, *found[0]], [*pairs, *found[1]]
+        evaluator.attack_targets(name, Merged(merge=merge), merge)
+    targets, w, beaten = (np.array(column) for column in zip(*evaluator.pairs))
+    weights, pairs = rank_correlation(targets, w, beaten), len(targets)
     if run.stack.enabled:
-        personal = MergeThenAdapt(merge=run.merge, stack=run.stack)
-        rows += evaluator.target_rows(PERSONAL, personal, run.merge, references)[0]
-    rows.sort(key=lambda row: (ANCHORS, POOL, SHOTS).index(row.about))
-    targets, w, beaten = (np.array(column) for column in zip(*pairs))
-    return Findings(rows, rank_correlation(targets, w, beaten), len(pairs), _meta(panel, sample, settings))
+        evaluator.attack_targets(PERSONAL, MergeThenAdapt(merge=run.merge, stack=run.stack), run.merge)
+    rows = sorted(evaluator.rows, key=lambda row: (ANCHORS, POOL, SHOTS).index(row.about))
+    return Findings(rows, weights, pairs, _meta(panel, sample, settings))
 
 
 def merges(run: Run, anchors: int) -> dict[str, MergeSettings]:
@@ -107,23 +126,137 @@ def merges(run: Run, anchors: int) -> dict[str, MergeSettings]:
 
 def _meta(panel: Panel, sample: AttackSample, settings: Privacy) -> dict[str, Any]:
     base, run = panel.base, panel.run
+    people = {"anchors": sample.anchors, "pool": sample.pool, "others": sample.others}
     return {
         "base": base.name,
         "note": base.note,
         "dtype": str(base.dtype).removeprefix("torch."),
         "task": panel.task.name,
         "loss": "NLL of the true answer, " + ("among the labels" if panel.task.labelled else "per token"),
-        "anchors": len(sample.anchors),
-        "pool": len(sample.pool),
+        **{kind: len(theirs) for kind, theirs in people.items()},
         "targets": len(sample.targets),
-        "others": len(sample.others),
-        "items": {
-            "anchors": sum(len(person.items) for person in sample.anchors),
-            "pool": sum(len(person.items) for person in sample.pool),
-            "others": sum(len(person.items) for person in sample.others),
-        },
+        "items": {kind: sum(len(person.items) for person in theirs) for kind, theirs in people.items()},
         "seed": run.seed,
         "privacy": settings.model_dump(mode="json"),
         "run": run.model_dump(mode="json"),
         "versions": versions(),
     }
+
+
+@dataclass(slots=True)
+class MembershipEvaluator:
+    """Membership inference on one bank: each method asks models about items, and adds rows.
+
+    ``panel`` holds the targets with their shots, ``trained`` the anchors. ``references`` are the losses under the
+    models without the attacked LoRA: base and task LoRA, once these are attacked.
+    """
+
+    panel: Panel
+    items: NumberedItems
+    trained: Sequence[Person]
+    items_each: int
+    say: Callable[[str], None] = lambda _: None
+    references: dict[str, Losses] = field(default_factory=dict)
+    rows: list[Row] = field(default_factory=list)
+    pairs: list[Pair] = field(default_factory=list)
+
+    def attack_references(self) -> None:
+        """Attack base and task LoRA, which were not trained on the items of anchors."""
+        items = self.items
+        # One person asks about all items, so that equal prompts and prompt beginnings are computed once.
+        panel, everything = self._panel_of(self.panel.people[:1]), [range(len(items.items))]
+        for method in [Base(), TaskLora()] if self.panel.bank.task_lora else [Base()]:
+            self.say(method.name)
+            losses = self._losses(panel, everything, partial(method.run, seed=0))[0]
+            add, same = partial(self._add_row, model=method.name), [losses] * len(items.shots)
+            add(ANCHORS, losses=[losses], members=[flat(items.anchors)], others=[items.others])
+            add(POOL, losses=[losses], members=[flat(items.pool)], others=[items.others])
+            add(SHOTS, losses=same, members=items.shots, others=items.later, owners=items.targets)
+            self.references[method.name] = losses
+
+    def attack_meta_loras(self) -> None:
+        """Attack each meta-LoRA alone, w = 1: about its own anchor, the upper bound, and about another."""
+        self.say("meta-LoRAs, one by one")
+        anchors = self.items.anchors
+        count, others = len(anchors), self.items.others_of(len(anchors))
+        w = torch.ones(count, 1, dtype=self.panel.base.master_dtype)
+        alone = partial(answered, merge=Merge(torch.arange(count)[:, None], w), settings=MergeSettings(k=1), seconds=0)
+        following = [*anchors[1:], anchors[0]] if count > 1 else [[]]
+        losses = self._losses(self._panel_of(self.trained), _joined(anchors, following, others), alone)
+        for model, members in ((OWN, anchors), (ANOTHER, following)):
+            self._add_row(ANCHORS, model=model, losses=losses, members=members, others=others, owners=range(count))
+
+    def attack_targets(self, model: str, method: Method, settings: MergeSettings) -> None:
+        """Attack the targets' models about the anchors in their merges, by ``settings``, and about shots.
+
+        Rows about shots exist for the run's own merge only.
+        """
+        self.say(model)
+        items, run = self.items, self.panel.run
+        merge, _ = self.panel.merge(settings, run.seed)
+        gates = merge.gates(len(items.anchors)).double().abs()
+        others, members = items.others_of(len(items.shots)), items.merged_items(gates, self.items_each)
+        with_shots = settings == run.merge
+        asked = _joined(members, others, items.shots, items.later) if with_shots else _joined(members, others)
+        losses = self._losses(self.panel, asked, partial(method.run, seed=run.seed))
+        add = partial(self._add_row, model=model, losses=losses, owners=items.targets)
+        add(ANCHORS, members=members, others=others)
+        if with_shots:
+            add(SHOTS, members=items.shots, others=items.later)
+        self._add_pairs(losses, members, others, gates)
+
+    def _panel_of(self, people: Sequence[Person]) -> Panel:
+        return replace(self.panel, people=people)
+
+    def _losses(self, panel: Panel, asked: Sets, run: Callable[[Panel], Outcome]) -> list[Losses]:
+        panel = panel.asked([tuple(self.items.items[n] for n in numbers) for numbers in asked])
+        losses: list[Losses] = []
+        for numbers, answers, golds in zip(asked, run(panel).answers, panel.golds):
+            nll = query_nll(panel.task, answers, golds)
+            assert nll is not None  # every attacked model gives probabilities
+            losses.append(dict(zip(numbers, nll.tolist())))
+        return losses
+
+    def _add_row(
+        self,
+        about: str,
+        *,
+        model: str,
+        losses: Sequence[Losses],
+        members: Sets,
+        others: Sets,
+        owners: Sequence[int] = (),
+    ) -> None:
+        """Add one row, or none without members or others.
+
+        ``owners`` numbers the person of each model: their items are resampled together with the model.
+        """
+        counts = len(flat(members)), len(flat(others))
+        if not all(counts):
+            return
+        entries = [(m, n, kind) for kind, sets in ((1, members), (0, others)) for m, ns in enumerate(sets) for n in ns]
+        number, item, member = np.array(entries, dtype=np.intp).T
+        person = np.array(self.items.owners, dtype=np.intp)[item]
+        if owners:
+            person[person == np.array(owners)[number]] = -1
+        loss = np.array([losses[m][n] for m, n, _ in entries])
+        scores = {"loss": -loss}
+        for reference, known in self.references.items():
+            scores[f"over {reference}"] = np.array([known[n] for _, n, _ in entries]) - loss
+        trials = Trials(number, person, member == 1)
+        attacks = {name: attack(trials, values) for name, values in scores.items()}
+        self.rows.append(Row(about, model, len(losses), *counts, attacks))
+
+    def _add_pairs(self, losses: Sequence[Losses], members: Sets, others: Sets, gates: Tensor) -> None:
+        """Add how often the items of each anchor in a merge rank above the other items, over the last reference."""
+        below, owner_of = list(self.references.values())[-1], self.items.owners
+        for target, (loss, numbers, rest) in enumerate(zip(losses, members, others)):
+            beaten = np.array([below[n] - loss[n] for n in rest])
+            for anchor in sorted({owner_of[n] for n in numbers}):
+                scores = [below[n] - loss[n] for n in numbers if owner_of[n] == anchor]
+                shares = [float((beaten < s).mean() + (beaten <= s).mean()) / 2 for s in scores]
+                self.pairs.append(Pair(target, float(gates[target, anchor]), sum(shares) / len(shares)))
+
+
+def _joined(*parts: Sets) -> Sets:
+    return [flat(sets) for sets in zip(*parts)]

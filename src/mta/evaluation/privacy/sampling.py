@@ -1,21 +1,24 @@
-"""Select the people and items of an attack on a bank."""
+"""Select the people and items of an attack on a bank, and number the items."""
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from mta.bank.bank import Bank
 from mta.bank.task_lora import pooled_items
 from mta.config import Privacy
-from mta.data.history import Person
+from mta.data.history import Item, Person
 from mta.data.splits import draw
 from mta.errors import InputError
 from mta.evaluation.protocol import members_and_others
 
 AT_LEAST = 1000  # items of people outside the bank, if there are as many
-LATER = 1  # later items of a target that are compared with the shots, as a multiple of the shots
+Sets = Sequence[Sequence[int]]  # numbers of items, one list per model
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +35,53 @@ class AttackSample:
     pool: list[Person]
     targets: list[Person]
     others: list[Person]
+
+
+@dataclass(frozen=True, slots=True)
+class NumberedItems:
+    """All items that models are asked about; their positions are their numbers.
+
+    ``owners`` numbers each item's person: anchor a of the bank is person a. ``anchors`` and ``pool`` are numbers per
+    person, ``shots`` and ``later`` per target, and ``others`` numbers of all other people.
+    """
+
+    items: list[Item]
+    owners: list[int]
+    anchors: Sets
+    pool: Sets
+    others: list[int]
+    shots: Sets
+    later: Sets
+
+    @classmethod
+    def of(cls, sample: AttackSample, shots: int) -> NumberedItems:
+        """Number the items of a sample; each target has ``shots`` shots."""
+        groups, numbers = (sample.anchors, sample.pool, sample.others, sample.targets), itertools.count()
+        people = [person for group in groups for person in group]
+        anchors, pool, others, targets = ([[next(numbers) for _ in p.items] for p in group] for group in groups)
+        return cls(
+            [item for person in people for item in person.items],
+            [owner for owner, person in enumerate(people) for _ in person.items],
+            anchors,
+            pool,
+            flat(others),
+            [theirs[:shots] for theirs in targets],
+            [theirs[shots:] for theirs in targets],
+        )
+
+    @property
+    def targets(self) -> list[int]:
+        """The person number of each target."""
+        return [self.owners[numbers[0]] for numbers in self.shots]
+
+    def others_of(self, models: int) -> Sets:
+        """Deal the others' items to models, each item to one model: asking every model about all costs too much."""
+        return [self.others[model::models] for model in range(models)]
+
+    def merged_items(self, gates: Tensor, count: int) -> Sets:
+        """Return ``count`` items of the anchors with a coefficient, as many of each anchor; gates (U, N) -> U lists."""
+        sets = [[self.anchors[int(a)] for a in w.nonzero().flatten()] for w in gates]
+        return [spread(numbers, count, turn) for turn, numbers in enumerate(sets)]
 
 
 def sample_people(bank: Bank, people: Sequence[Person], settings: Privacy, seed: int) -> AttackSample:
@@ -66,7 +116,7 @@ def sample_people(bank: Bank, people: Sequence[Person], settings: Privacy, seed:
         [_sample(person, settings.items, seed) for person in trained],
         trained,
         _pool(bank, [person for person, of in parts if "task LoRA" in of], settings.items * len(anchors), seed),
-        [person.first((1 + LATER) * settings.shots) for person in targets],
+        [person.first(2 * settings.shots) for person in targets],  # the shots, and as many later items
         [_sample(person, each, seed) for person in others],
     )
 
@@ -108,3 +158,18 @@ def _sample(person: Person, count: int, seed: int) -> Person:
     """Return ``count`` items of a person in order, drawn with the seed and a hash of the items."""
     places = random.Random(f"{seed}/{person.digest()}").sample(range(len(person.items)), min(count, len(person.items)))
     return Person(person.id, tuple(person.items[place] for place in sorted(places)))
+
+
+def spread(sets: Sets, count: int, turn: int) -> list[int]:
+    """Return at most ``count`` numbers, evenly from all sets; each ``turn`` starts with another set and position."""
+    share = -(-count // max(len(sets), 1))
+    picked: list[int] = []
+    for i in range(len(sets)):
+        numbers = sets[(turn * count + i) % len(sets)]
+        picked += [numbers[(turn * share + j) % len(numbers)] for j in range(min(share, len(numbers)))]
+    return picked[:count]
+
+
+def flat(sets: Sets) -> list[int]:
+    """Return all numbers of the sets, in order."""
+    return [number for numbers in sets for number in numbers]

@@ -4,154 +4,140 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import replace
+from itertools import accumulate
+from statistics import fmean
 
 from mta.evaluation.experiments.results import Results
-from mta.evaluation.metrics import BETTER_LOW
 from mta.evaluation.reports import figures
-from mta.evaluation.reports.figures import Line, Picture, human_bytes, human_seconds
-from mta.evaluation.reports.page import Section, plain
-from mta.evaluation.reports.summary import names_of, people_in, units_in, yardstick
-from mta.evaluation.reports.tables import POOLED, RIVAL, against, markdown, marked, rows_of
+from mta.evaluation.reports.figures import Measured, Picture
+from mta.evaluation.reports.html import Section, plain, score_over_bytes
+from mta.evaluation.reports.summary import POOLED, RIVAL, against, names_of, people_in, units_in, yardstick
+from mta.evaluation.reports.tables import markdown, marked, rows_of
 from mta.evaluation.statistics import WORSE, Comparison, Interval
+from mta.system.units import human_bytes, human_seconds
 
-FITTED = [10 ** (n / 4) for n in range(25)]  # numbers of people for the lines of Figure 2, up to a million
-SECONDS = (1, 60, 600, 3600, 36_000, 360_000, 3_600_000, 36_000_000)  # ticks of the time axis
-BYTES = tuple(10**n for n in range(3, 16, 2))
+Drawn = tuple[str, dict[str, Picture]]
+"""Markdown and pictures of an exhibit."""
+Exhibit = Callable[[Results, str], Drawn | None]
+"""Function of the results and the exhibit's name; None if there are not enough results."""
 
 
 def sections(found: Results) -> list[Section]:
     """Return every exhibit that has been run."""
     names = [name for name in found.recipe.exhibits if name in found.meta["exhibits"]]
-    return [section for name in names if (section := EXHIBITS.get(name, _compared)(found, name))]
+    titled = {name: EXHIBITS.get(name, (name, _compared)) for name in names}
+    drawn = [(title, draw(found, name)) for name, (title, draw) in titled.items()]
+    return [Section(title, *made) for title, made in drawn if made]
 
 
-def _compared(found: Results, name: str) -> Section | None:
+def _compared(found: Results, name: str) -> Drawn | None:
     """Any list of methods: the table, and the difference of each method to the pooled model."""
     comparison = found.comparison(name)
     if comparison is None or len(comparison.rows) < 2:
         return None
     text = _setting(found, comparison, name) + "\n" + markdown(*rows_of(comparison))
     measure, pictures = yardstick(comparison), dict[str, Picture]()
-    rows = _to_pooled(comparison, measure)
-    if rows:
+    if rows := _to_pooled(comparison, measure):
         pictures[name] = figures.forest(rows, f"{measure} against {POOLED} (95% intervals; left is better)")
-    metric = comparison.primary
-    points = [(r.name, r.bytes_per_person, s) for r in comparison.rows if (s := comparison.score(r.name, metric))]
-    if name == "main" and points:
-        label = f"{metric}, {'lower' if metric in BETTER_LOW else 'higher'} is better"
-        pictures["bytes"] = figures.scatter(points, label)
-    return Section(_TITLES.get(name, name), text, pictures)
+    if name == "main" and any(comparison.primary in row.people for row in comparison.rows):
+        pictures["bytes"] = score_over_bytes(comparison)
+    return text, pictures
 
 
 def _to_pooled(comparison: Comparison, measure: str) -> list[tuple[str, Interval]]:
     """Each other method with its difference to the pooled model."""
-    names = [name for name in names_of(comparison) if name != POOLED]
-    return [(name, difference) for name in names if (difference := against(comparison, name, measure))]
+    names = names_of(comparison)
+    return [(name, difference) for name in names if (difference := against(comparison, name, POOLED, measure))]
 
 
-def _shots(found: Results, name: str) -> Section | None:
+def _shots(found: Results, name: str) -> Drawn | None:
     """Score against the number of shots: differences to the pooled model on the same questions."""
     many = {m: c for part in found.recipe.exhibits[name] for m in part.shots if (c := found.comparison(name, m))}
     if not many:
         return None
-    measure = yardstick(next(iter(many.values())))
-    methods = [row.name for row in next(iter(many.values())).rows if row.name != POOLED]
-    series = []
-    for method in methods:
-        points = [(m, d) for m, c in many.items() if (d := against(c, method, measure))]
-        series.append(Line(method, [m for m, _ in points], [d for _, d in points]))
+    first = next(iter(many.values()))
+    measure, methods = yardstick(first), [method for method in names_of(first) if method != POOLED]
+    series = {
+        method: {float(m): d for m, c in many.items() if (d := against(c, method, POOLED, measure))}
+        for method in methods
+    }
     picture = figures.lines(series, "shots", f"{measure} against {POOLED}", log=True, level={POOLED: 0.0})
     heads = ["method", *(f"{m} shots ({people_in(c)} people)" for m, c in many.items())]
-    rows = [[method, *(marked(c, measure, against(c, method, measure)) for c in many.values())] for method in methods]
+    rows = [[method, *(marked(c, measure, method) for c in many.values())] for method in methods]
     text = f"{measure} against the {POOLED}. The questions are always the same last {found.recipe.queries} items.\n\n"
-    return Section(_TITLES[name], text + markdown(heads, rows), {name: picture})
+    return text + markdown(heads, rows), {name: picture}
 
 
-def _seeds(found: Results, name: str) -> Section | None:
+def _seeds(found: Results, name: str) -> Drawn | None:
     """Differences per seed, and averaged over the seeds: how much depends on the clusters and the training order."""
     together, seeds = found.comparison(name), found.seeds(name)
     if together is None or len(seeds) < 2:
         return None
-    alone = [c for seed in seeds if (c := found.comparison(name, seed=seed))]
+    columns = {f"seed {seed}": c for seed in seeds if (c := found.comparison(name, seed=seed))}
+    columns["all, averaged for each person"] = together
     measure, text = yardstick(together), _setting(found, together, name)
     names = names_of(together)
     for other in [one for one in (POOLED, RIVAL) if one in names]:
-        one = (f"seed {seed} ({people_in(c)} people)" for seed, c in zip(seeds, alone))
-        heads = [f"{measure} against {other}", *one, f"all, averaged for each person ({people_in(together)} people)"]
-        rows = [
-            [one, *(marked(c, measure, c.difference(one, other, measure)) for c in (*alone, together))]
-            for one in names
-            if one != other
-        ]
+        heads = [f"{measure} against {other}", *(f"{head} ({people_in(c)} people)" for head, c in columns.items())]
+        rows = [[one, *(marked(c, measure, one, other) for c in columns.values())] for one in names if one != other]
         text += "\n" + markdown(heads, rows)
     label = f"{measure} against {POOLED}, {len(seeds)} seeds (left is better)"
-    return Section(_TITLES[name], text, {name: figures.forest(_to_pooled(together, measure), label)})
+    return text, {name: figures.forest(_to_pooled(together, measure), label)}
 
 
-def _over(pattern: str, x_label: str) -> Callable[[Results, str], Section | None]:
+def _over(pattern: str, x_label: str) -> Exhibit:
     """An exhibit with methods named by a series and a number: ``by loss, K = 4``."""
 
-    def draw(found: Results, name: str) -> Section | None:
-        section = _compared(found, name)
-        comparison = found.comparison(name)
-        if section is None or comparison is None:
+    def draw(found: Results, name: str) -> Drawn | None:
+        compared, comparison = _compared(found, name), found.comparison(name)
+        if compared is None or comparison is None:
             return None
-        measure, series = yardstick(comparison), dict[str, list[tuple[float, Interval]]]()
-        level = {POOLED: 0.0}
-        for row in comparison.rows:
-            number, difference = re.search(pattern, row.name), against(comparison, row.name, measure)
-            if number and difference:
-                series.setdefault(row.name[: number.start()].strip(" ,"), []).append((float(number[1]), difference))
-            elif difference and row.name != POOLED:
-                level[row.name] = difference.mean
-        drawn = [Line(label, [x for x, _ in points], [d for _, d in points]) for label, points in series.items()]
-        if not drawn:
-            return section
-        picture = figures.lines(drawn, x_label, f"{measure} against {POOLED}", level=level)
-        return replace(section, pictures={**section.pictures, name: picture})
+        measure, series, level = yardstick(comparison), dict[str, dict[float, Interval]](), {POOLED: 0.0}
+        for method, difference in _to_pooled(comparison, measure):
+            if number := re.search(pattern, method):
+                series.setdefault(method[: number.start()].strip(" ,"), {})[float(number[1])] = difference
+            else:
+                level[method] = difference.mean
+        if not series:
+            return compared
+        picture = figures.lines(series, x_label, f"{measure} against {POOLED}", level=level)
+        return compared[0], compared[1] | {name: picture}
 
     return draw
 
 
-def _efficiency(found: Results, name: str) -> Section | None:
+def _efficiency(found: Results, name: str) -> Drawn | None:
     """Figure 2: total training time and stored bytes against people, measured, and fitted up to a million."""
-    methods = [method for part in found.recipe.exhibits[name] for method in part.methods]
     if not found.facts:
         return None
     bank = next(iter(found.facts.values()))
-    fixed = sum(bank["seconds"].values())
-    seconds, stored, rows = {}, {}, []
-    for method in methods:
+    seconds, stored, rows = dict[str, Measured](), dict[str, Measured](), []
+    for method in [method for part in found.recipe.exhibits[name] for method in part.methods]:
         records = sorted(found.of(method, found.recipe.seeds[0]), key=lambda r: r.person)
         if not records:
             continue
-        start = 0.0 if method.name == RIVAL else fixed
-        sums = [start]
-        for record in records:
-            sums.append(sums[-1] + record.seconds)
-        each, kept = (sums[-1] - start) / len(records), sum(r.bytes for r in records) / len(records)
-        base = 0.0 if method.name == RIVAL else float(bank["bytes"])
+        start, base = (0.0, 0.0) if method.name == RIVAL else (sum(bank["seconds"].values()), float(bank["bytes"]))
+        sums = list(accumulate((record.seconds for record in records), initial=start))
+        each, kept = (sums[-1] - start) / len(records), fmean(record.bytes for record in records)
         measured = [n for n in (1, 4, 16, 64, 128, 256) if n <= len(records)]
-        seconds[method.name] = ([(n, sums[n]) for n in measured], [(n, start + n * each) for n in FITTED])
-        stored[method.name] = ([(n, base + n * kept) for n in measured], [(n, base + n * kept) for n in FITTED])
+        seconds[method.name] = [(n, sums[n]) for n in measured], start, each
+        stored[method.name] = [(n, base + n * kept) for n in measured], base, kept
         million = start + 1e6 * each
         cost = [human_seconds(start), f"{each:.2f}", human_seconds(sums[-1]), f"{million / 3600:,.0f} h"]
-        size = [human_bytes(base), human_bytes(kept), human_bytes(base + 1e6 * kept)]
-        rows.append([method.name, str(len(records)), *cost, *size])
+        rows.append([method.name, str(len(records)), *cost, *map(human_bytes, (base, kept, base + 1e6 * kept))])
     if not rows:
         return None
     pictures = {
-        f"{name}-time": figures.growth(seconds, "training, all people", human_seconds, SECONDS),
-        f"{name}-bytes": figures.growth(stored, "stored, all people", human_bytes, BYTES),
+        f"{name}-time": figures.growth(seconds, "training, all people", human_seconds),
+        f"{name}-bytes": figures.growth(stored, "stored, all people", human_bytes),
     }
     heads = ["method", "people measured", "bank", "s per person", "all", "a million (fitted)"]
     heads += ["bank kept", "kept each", "a million (fitted)"]
     text = "Points are measured. Dashed lines extend them to a million people, which has not been run.\n\n"
-    return Section(_TITLES[name], text + markdown(heads, rows), pictures)
+    return text + markdown(heads, rows), pictures
 
 
-def _banks(found: Results, name: str) -> Section | None:
+def _banks(found: Results, name: str) -> Drawn | None:
     """How useful each bank is to other people, and the error of cheaper merges."""
     if not found.facts:
         return None
@@ -167,10 +153,10 @@ def _banks(found: Results, name: str) -> Section | None:
         "anchors, and the best anchor in hindsight. Then the relative error of merges that are cut to the bank's rank "
         "by svd, or average the factors A and B separately.\n\n"
     )
-    return Section(_TITLES[name], text + markdown(heads, rows))
+    return text + markdown(heads, rows), {}
 
 
-def _case(found: Results, name: str) -> Section | None:
+def _case(found: Results, name: str) -> Drawn | None:
     """Figure 5: one person's question from shots to answers."""
     case = found.case
     if not case:
@@ -199,7 +185,7 @@ def _case(found: Results, name: str) -> Section | None:
         "model (nats).\n\n"
     )
     text += markdown(["anchor", "items", "cosine", "gain on the shots", "coefficient"], anchors)
-    return Section(_TITLES[name], text, pictures)
+    return text, pictures
 
 
 def _setting(found: Results, comparison: Comparison, name: str) -> str:
@@ -215,27 +201,20 @@ def _setting(found: Results, comparison: Comparison, name: str) -> str:
     )
 
 
-_TITLES = {
-    "main": "Every method",
-    "ablation": "Ablation",
-    "shots": "Score against shots",
-    "seeds": "Seeds: new clusters and training order",
-    "k": "Figure 4: number of merged anchors",
-    "alpha": "Figure 3: fixed and fitted coefficients",
-    "anchors": "Size of the bank",
-    "efficiency": "Figure 2: time and storage against people",
-    "banks": "Use of a bank to other people, and error of merges",
-    "case": "Figure 5: one person's question",
-    "tune": "Settings, tried on development people",
-    "bank-study": "What makes a bank useful to others",
-}
-EXHIBITS: dict[str, Callable[[Results, str], Section | None]] = {
-    "shots": _shots,
-    "seeds": _seeds,
-    "k": _over(r"K = (\d+)", "merged anchors K"),
-    "alpha": _over(r"alpha = ([\d.]+)", "share of the nearest anchor"),
-    "anchors": _over(r"N = (\d+)", "anchors in the bank"),
-    "efficiency": _efficiency,
-    "banks": _banks,
-    "case": _case,
+EXHIBITS: dict[str, tuple[str, Exhibit]] = {  # titles and functions by the names in recipes
+    "main": ("Every method", _compared),
+    "ablation": ("Ablation", _compared),
+    "shots": ("Score against shots", _shots),
+    "seeds": ("Seeds: new clusters and training order", _seeds),
+    "k": ("Figure 4: number of merged anchors", _over(r"K = (\d+)", "merged anchors K")),
+    "alpha": (
+        "Figure 3: fixed and fitted coefficients",
+        _over(r"alpha = ([\d.]+)", "share of the nearest anchor"),
+    ),
+    "anchors": ("Size of the bank", _over(r"N = (\d+)", "anchors in the bank")),
+    "efficiency": ("Figure 2: time and storage against people", _efficiency),
+    "banks": ("Use of a bank to other people, and error of merges", _banks),
+    "case": ("Figure 5: one person's question", _case),
+    "tune": ("Settings, tried on development people", _compared),
+    "bank-study": ("What makes a bank useful to others", _compared),
 }

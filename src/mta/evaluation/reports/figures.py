@@ -22,6 +22,7 @@ from mta.evaluation.statistics import Interval
 from mta.personalize.merge import Merge
 from mta.system.atomic import written_aside
 from mta.system.extras import require
+from mta.system.units import human_bytes, human_seconds
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -45,7 +46,13 @@ _STYLE: dict[str, Any] = {
     "ytick.labelcolor": INK,
 }
 _LEGEND: dict[str, Any] = {"frameon": False, "fontsize": 8.5}
-Points = Sequence[tuple[float, float]]
+Measured = tuple[Sequence[tuple[float, float]], float, float]
+"""Points (people, total) of a growing total, and the line through them: its start, and its growth per person."""
+_PEOPLE = [10 ** (n / 4) for n in range(25)]  # numbers of people for fitted lines, up to a million
+_TICKS: Mapping[Callable[[float], str], Sequence[float]] = {
+    human_seconds: (1, 60, 600, 3600, 36_000, 360_000, 3_600_000, 36_000_000),
+    human_bytes: [10**n for n in range(3, 16, 2)],
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,32 +91,6 @@ class Picture:
             yield figure
 
 
-@dataclass(frozen=True, slots=True)
-class Line:
-    """One series: a value with its interval at each x."""
-
-    label: str
-    x: Sequence[float]
-    y: Sequence[Interval]
-
-
-def human_bytes(count: float) -> str:
-    """Return a size with its unit: 0, 61 B, 4.6 kB, 10 MB."""
-    for unit in ("B", "kB", "MB", "GB", "TB"):
-        if count < 999.5 or unit == "TB":
-            break
-        count /= 1000
-    digits = 0 if unit == "B" or count >= 9.95 else 1
-    return "0" if count == 0 else f"{count:.{digits}f}".removesuffix(".0") + f" {unit}"
-
-
-def human_seconds(seconds: float) -> str:
-    """Return a duration with its unit: 0, 0.4 s, 12 s, 3.5 min, 2.1 h."""
-    if seconds < 99.5:
-        return "0" if seconds == 0 else f"{seconds:.{0 if seconds >= 9.95 else 1}f} s"
-    return f"{seconds / 60:.1f} min" if seconds < 5970 else f"{seconds / 3600:.1f} h"
-
-
 def forest(rows: Sequence[tuple[str, Interval]], label: str) -> Picture:
     """Forest plot: one line per method with its 95% interval, and zero. Outliers are numbers at the edge."""
     left, right = _inside([one for _, one in rows])
@@ -134,21 +115,27 @@ def forest(rows: Sequence[tuple[str, Interval]], label: str) -> Picture:
 
 
 def lines(
-    series: Sequence[Line], x_label: str, y_label: str, *, log: bool = False, level: Mapping[str, float] = {}
+    series: Mapping[str, Mapping[float, Interval]],
+    x_label: str,
+    y_label: str,
+    *,
+    log: bool = False,
+    level: Mapping[str, float] = {},
 ) -> Picture:
-    """Values over x with their intervals. ``level`` are named horizontal lines."""
+    """Values over x with their intervals, one line per series. ``level`` are named horizontal lines."""
 
     def draw(ax: Any) -> None:
         shift = 0.012 if log else 0.06  # so that intervals do not hide each other
-        for n, line in enumerate(series):
-            x = [v * (1 + shift * n) if log else v + shift * n for v in line.x]
+        for n, (label, points) in enumerate(series.items()):
+            x = [v * (1 + shift * n) if log else v + shift * n for v in points]
             colour = COLOURS[n % len(COLOURS)]
-            for at, one in zip(x, line.y):
+            for at, one in zip(x, points.values()):
                 ax.plot([at, at], [one.low, one.high], color=colour, linewidth=1, alpha=0.5)
-            ax.plot(x, [one.mean for one in line.y], "o-", color=colour, markersize=4, linewidth=1.5, label=line.label)
+            means = [one.mean for one in points.values()]
+            ax.plot(x, means, "o-", color=colour, markersize=4, linewidth=1.5, label=label)
         for value in level.values():
             ax.axhline(value, color=INK, linewidth=1, dashes=(4, 3))
-        places = sorted({v for line in series for v in line.x})
+        places = sorted({v for points in series.values() for v in points})
         if log:
             ax.set_xscale("log")
         ax.set_xticks(places, [f"{v:g}" for v in places])
@@ -157,7 +144,7 @@ def lines(
         ax.legend(loc="best", **_LEGEND)
         _name_levels(ax, level)
 
-    return Picture(f"{y_label} over {x_label}: {_list(line.label for line in series)}.", draw)
+    return Picture(f"{y_label} over {x_label}: {_list(series)}.", draw)
 
 
 def _name_levels(ax: Any, level: Mapping[str, float]) -> None:
@@ -186,24 +173,23 @@ def curves(losses: Mapping[str, Sequence[float]]) -> Picture:
     return Picture(f"Loss over steps: {_list(losses)}.", draw)
 
 
-def growth(
-    curves: Mapping[str, tuple[Points, Points]], label: str, unit: Callable[[float], str], ticks: Sequence[float]
-) -> Picture:
-    """Totals over the number of people, both axes logarithmic: measured points solid, fitted points dashed.
+def growth(curves: Mapping[str, Measured], label: str, unit: Callable[[float], str]) -> Picture:
+    """Totals over the number of people, both axes logarithmic: measured points solid, fitted lines dashed.
 
-    ``ticks`` are the totals that may be named at the axis, in words of ``unit``.
+    ``unit`` is ``human_seconds`` or ``human_bytes``.
     """
 
     def draw(ax: Any) -> None:
-        for n, (name, (points, fitted)) in enumerate(curves.items()):
+        for n, (name, (points, start, each)) in enumerate(curves.items()):
             colour = COLOURS[n % len(COLOURS)]
             if points:
                 ax.plot(*zip(*points), "o-", color=colour, markersize=4, linewidth=1.5, label=f"{name}, measured")
             called = f"{name}, fitted line" if points else name
-            ax.plot(*zip(*fitted), color=colour, linewidth=1.2, dashes=(4, 3), label=called)
+            fitted = [start + people * each for people in _PEOPLE]
+            ax.plot(_PEOPLE, fitted, color=colour, linewidth=1.2, dashes=(4, 3), label=called)
         ax.set(xscale="log", yscale="log", xlabel="people", ylabel=label)
         low, high = ax.get_ylim()
-        shown = [tick for tick in ticks if low <= tick <= high]
+        shown = [tick for tick in _TICKS[unit] if low <= tick <= high]
         ax.set_yticks(shown, [unit(tick) for tick in shown])
         people = [10**n for n in range(7)]
         ax.set_xticks(people, [f"{count:,}" for count in people])

@@ -1,21 +1,28 @@
-"""A comparison as JSON, and as one HTML page that loads nothing.
+"""Reports as pages of Markdown and HTML, and a comparison as one HTML page and as JSON.
 
-Neither contains an id of a person: a few people are shown as person A, B and C, the first ones of the comparison.
+HTML pages load nothing: no script, no request, pictures inside. A comparison's page and JSON contain no id of a person:
+a few people are shown as person A, B and C, the first ones of the comparison.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from mta.bank.bank import Bank
-from mta.evaluation.metrics import BETTER_LOW
 from mta.evaluation.reports import figures
-from mta.evaluation.reports.page import Section, page, plain
+from mta.evaluation.reports.figures import Picture
 from mta.evaluation.reports.summary import (
+    NAME,
+    POOLED,
+    RIVAL,
+    against,
+    better_side,
     findings,
     headline,
     names_of,
@@ -26,45 +33,74 @@ from mta.evaluation.reports.summary import (
     verdict,
     worse_off,
 )
-from mta.evaluation.reports.tables import POOLED, RIVAL, markdown, rows_of
-from mta.evaluation.statistics import WORSE, Comparison, Interval
+from mta.evaluation.reports.tables import markdown, rows_of
+from mta.evaluation.statistics import WORSE, Comparison
 from mta.system.atomic import write_text
 
-NAME = "MTA"
-_FACTS = {
-    "command": "Command",
-    "seed": "Seed",
-    "base": "Base model",
-    "note": "About these weights",
-    "data": "Data",
-    "terms": "Terms of the data",
-    "protocol": "Protocol",
-    "method": "Method",
-    "bank": "Bank",
-    "date": "Date",
-    "versions": "Versions",
-}
+# -- any report --------------------------------------------------------------------------------------------------------
 
 
-def to_json(comparison: Comparison, against: Sequence[str] = (POOLED, RIVAL), **meta: Any) -> dict[str, Any]:
+@dataclass(frozen=True, slots=True)
+class Section:
+    """A part of a report: a title, Markdown, and pictures by their file names (without an ending)."""
+
+    title: str
+    text: str
+    pictures: Mapping[str, Picture] = field(default_factory=dict)
+
+
+def page(title: str, head: str, sections: Sequence[Section]) -> str:
+    """Return the HTML of a report. ``head`` is Markdown. Raw HTML in Markdown is shown as text."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+    from markdown_it import MarkdownIt
+
+    renderer = MarkdownIt("js-default").disable(["image", "link", "autolink"])
+    pages = Environment(loader=PackageLoader("mta.evaluation.reports", "."), autoescape=True, undefined=StrictUndefined)
+    pages.filters["markdown"] = renderer.render
+    return pages.get_template("report.html.jinja").render(title=title, head=head, sections=sections)
+
+
+def write_report(folder: Path, title: str, head: str, sections: Sequence[Section]) -> None:
+    """Write a report as ``README.md`` with pictures beside it (SVG and PNG), and as ``index.html``."""
+    text = f"# {title}\n\n{head}\n"
+    for section in sections:
+        text += f"## {section.title}\n\n{section.text}\n"
+        for name, picture in section.pictures.items():
+            picture.save(folder / name)
+            text += f"![{section.title}]({name}.svg)\n\n"
+    write_text(folder / "README.md", text)
+    write_text(folder / "index.html", page(title, head, sections))
+
+
+def plain(text: str) -> str:
+    """Escape a text for Markdown, so that any text is shown as it is. White space becomes single spaces."""
+    words = re.sub(r"\s+", " ", text).strip()
+    words = re.sub(r"([\\`*_\[\]<>|&~]|^[#+=-])", r"\\\1", words)
+    return re.sub(r"^(\d+)([.)])", r"\1\\\2", words)
+
+
+# -- a comparison ------------------------------------------------------------------------------------------------------
+
+
+def to_json(comparison: Comparison, **meta: Any) -> dict[str, Any]:
     """Return all measurements as JSON values: means, intervals, paired differences, shares of worse-off people, costs.
 
     ``meta`` describes the run: base, note, data, seed, command. Answers and people are left out.
     """
-    others = [name for name in against if name in names_of(comparison)]
+    others = [name for name in (POOLED, RIVAL) if name in names_of(comparison)]
     rows = [
         {
             "name": row.name,
-            "metrics": {metric: _interval(comparison.score(row.name, metric)) for metric in row.people},
+            "metrics": {m: asdict(score) for m in row.people if (score := comparison.score(row.name, m))},
             "differences": {
-                other: {m: _interval(d) for m in row.people if (d := comparison.difference(row.name, other, m))}
+                other: {m: asdict(d) for m in row.people if (d := against(comparison, row.name, other, m))}
                 for other in others
                 if other != row.name
             },
             "worse_off": {
                 other: {"share": shares[0], "clearly": shares[1]}
                 for other in others
-                if other != row.name and (shares := worse_off(comparison, row.name, other))
+                if (shares := worse_off(comparison, row.name, other))
             },
             "seconds": row.seconds,
             "bytes_per_person": row.bytes_per_person,
@@ -75,7 +111,7 @@ def to_json(comparison: Comparison, against: Sequence[str] = (POOLED, RIVAL), **
     if comparison.groups and (independent := units_in(comparison)) < people_in(comparison):
         counts["independent_groups"] = independent
     task = {"task": comparison.task.name, "primary": comparison.primary}
-    return {"meta": dict(meta), **task, **counts, "verdict": verdict(comparison), "methods": rows}
+    return {"meta": meta, **task, **counts, "verdict": verdict(comparison), "methods": rows}
 
 
 def write_html(
@@ -91,39 +127,41 @@ def write_html(
     ``people_vectors`` (U, E) are the encodings of the comparison's people in its order, for the map; None leaves the
     map out. The page contains no time but ``meta["date"]``: equal inputs give equal bytes.
     """
-    found = findings(comparison, NAME, POOLED, RIVAL)
     head = f"{title_of(comparison)}\n\n"
-    head += "".join(f"- {f'**{mark}**: ' if mark else ''}{plain(sentence)}\n" for mark, sentence in found)
+    for mark, sentence in findings(comparison):
+        head += f"- {f'**{mark}**: ' if mark else ''}{plain(sentence)}\n"
     sections = [
-        *_measured(comparison),
+        _measured(comparison),
+        Section(
+            "Score against bytes kept per person",
+            "The bytes that a method stores for each person to get its score. Vertical lines are 95% intervals.",
+            {"bytes": score_over_bytes(comparison)},
+        ),
         *_personal(comparison, bank, people_vectors),
         *_asked(questions),
         Section("How this was made", _facts(bank, meta)),
     ]
-    write_text(Path(path), page(headline(comparison, NAME, POOLED), head, sections))
+    write_text(Path(path), page(headline(comparison), head, sections))
 
 
-def _measured(comparison: Comparison) -> list[Section]:
+def score_over_bytes(comparison: Comparison) -> Picture:
+    """Return the picture of each method's primary metric over the bytes that it stores per person."""
+    metric = comparison.primary
+    points = [(r.name, r.bytes_per_person, s) for r in comparison.rows if (s := comparison.score(r.name, metric))]
+    return figures.scatter(points, f"{metric}, {better_side(metric)} is better")
+
+
+def _measured(comparison: Comparison) -> Section:
     heads, rows = rows_of(comparison)
-    lead = "Every method learns from the same few items of each person and answers the same later questions."
     table = markdown([plain(head) for head in heads], [[plain(row[0]), *row[1:]] for row in rows])
-    caption = (
+    return Section(
+        "The comparison",
+        "Every method learns from the same few items of each person and answers the same later questions.\n\n"
+        f"{table}\n"
         "Means over people. Differences are paired, with 95% intervals in brackets; bold: the interval excludes zero. "
         f"Worse off: people with an NLL more than {WORSE:g} above that of {POOLED}. "
-        "Clearly: people with a 95% interval above zero of their own."
+        "Clearly: people with a 95% interval above zero of their own.\n",
     )
-    metric = comparison.primary
-    points = [
-        (row.name, row.bytes_per_person, score)
-        for row in comparison.rows
-        if (score := comparison.score(row.name, metric))
-    ]
-    picture = figures.scatter(points, f"{metric}, {'lower' if metric in BETTER_LOW else 'higher'} is better")
-    about = "The bytes that a method stores for each person to get its score. Vertical lines are 95% intervals."
-    return [
-        Section("The comparison", f"{lead}\n\n{table}\n{caption}\n"),
-        Section("Score against bytes kept per person", about, {"bytes": picture}),
-    ]
 
 
 def _personal(comparison: Comparison, bank: Bank, people_vectors: Tensor | None) -> list[Section]:
@@ -135,9 +173,8 @@ def _personal(comparison: Comparison, bank: Bank, people_vectors: Tensor | None)
             "Numbered anchors, all tested people (dots), and the strongest anchors of three people. The map shows two "
             "dimensions of many: points that are close here can be far apart."
         )
-        sections.append(
-            Section("Map of anchors and people", text, {"map": figures.anchor_map(bank.vectors, people_vectors, merge)})
-        )
+        pictures = {"map": figures.anchor_map(bank.vectors, people_vectors, merge)}
+        sections.append(Section("Map of anchors and people", text, pictures))
     if merge:
         text = (
             "The weight of each anchor in a person's model. Of the merge, only these numbers are stored. The people "
@@ -167,6 +204,8 @@ def _facts(bank: Bank, meta: Mapping[str, Any]) -> str:
     info = bank.info
     rank, candidates, pooled = info.run.bank.lora.rank, info.members.candidates, info.members.task
     about: dict[str, Any] = {
+        "command": None,
+        "seed": None,
         "base": info.base,
         "note": info.base_note,
         "method": "Merge-then-Adapt (arXiv:2511.20072), protocol reconstructed",
@@ -174,22 +213,20 @@ def _facts(bank: Bank, meta: Mapping[str, Any]) -> str:
         f"task LoRA from {pooled} other people",
         **meta,
     }
-    known = [key for key in dict.fromkeys([*_FACTS, *about]) if about.get(key) not in (None, "")]
-    names = {key: _FACTS.get(key, key.replace("_", " ").capitalize()) for key in known}
-    return "".join(f"- **{plain(names[key])}**: {plain(_words(about[key]))}\n" for key in known)
+    names = {"base": "Base model", "note": "About these weights", "terms": "Terms of the data"}
+    lines = [
+        f"- **{plain(names.get(key, key.replace('_', ' ').capitalize()))}**: {plain(_words(value))}\n"
+        for key, value in about.items()
+        if value not in (None, "")
+    ]
+    return "".join(lines)
 
 
 def _words(value: Any) -> str:
     """A JSON value in one line of text."""
     if isinstance(value, Mapping):
-        return ", ".join(
-            f"{key} ({_words(inner)})" if isinstance(inner, Mapping) else f"{key} {_words(inner)}"
-            for key, inner in value.items()
-        )
+        parts = {key: f"({_words(v)})" if isinstance(v, Mapping) else _words(v) for key, v in value.items()}
+        return ", ".join(f"{key} {part}" for key, part in parts.items())
     if isinstance(value, list | tuple):
-        return ", ".join(_words(inner) for inner in value)
+        return ", ".join(map(_words, value))
     return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def _interval(interval: Interval | None) -> dict[str, float] | None:
-    return {"mean": interval.mean, "low": interval.low, "high": interval.high} if interval else None

@@ -1,20 +1,35 @@
-"""``mta report``: reads result files, writes a folder with tables, pictures, and a page for each."""
+"""``mta report``: read result files, and write a folder with tables, pictures, and a page for each."""
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Sequence
+import statistics
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from mta.errors import DataError
-from mta.evaluation.experiments.results import BEFORE, CASE, FACTS, RECIPE, SCORES, SIZES, Record, Results, publish
+from mta.evaluation.experiments.results import (
+    BEFORE,
+    CASE,
+    FACTS,
+    KIND,
+    RECIPE,
+    SCORES,
+    SIZES,
+    Record,
+    Results,
+    publish,
+)
+from mta.evaluation.reports import figures
 from mta.evaluation.reports.exhibits import sections
-from mta.evaluation.reports.page import write_report
-from mta.evaluation.reports.runs import history, is_experiment, read_run, run_sections
-from mta.evaluation.reports.tables import overview
+from mta.evaluation.reports.html import Section, write_report
+from mta.evaluation.reports.summary import POOLED, better_side
+from mta.evaluation.reports.tables import markdown, overview
+from mta.evaluation.statistics import Interval
 from mta.system.atomic import copy_file, make_folder, write_json
-from mta.tracking.run_folder import RUN
+from mta.tracking.run_folder import RUN, lines, sittings
 
 
 def report(folders: Sequence[Path], out: Path, *, texts: bool = False) -> list[str]:
@@ -25,8 +40,8 @@ def report(folders: Sequence[Path], out: Path, *, texts: bool = False) -> list[s
     adds the files with people's texts: the case study, and every method's answers in LaMP's format under ``answers/``.
     Raises DataError.
     """
-    experiments = [Results.read(folder) for folder in folders if is_experiment(folder)]
-    runs = {folder.resolve(): run_sections(folder) for folder in folders if not is_experiment(folder)}
+    experiments = [Results.read(folder) for folder in folders if _is_experiment(folder)]
+    runs = {folder.resolve(): run_sections(folder) for folder in folders if not _is_experiment(folder)}
     names = [found.name for found in experiments] + [folder.name for folder in runs]
     if twice := {folder.name for folder in runs if names.count(folder.name) > 1}:
         raise DataError(
@@ -38,10 +53,19 @@ def report(folders: Sequence[Path], out: Path, *, texts: bool = False) -> list[s
     if len(experiments) > 1:
         write_report(out, "Every set", overview(experiments), [])
     for folder, made in runs.items():
-        sessions = read_run(folder)
+        sessions = _sessions(folder)
         write_report(out / folder.name, f"{folder.name}: {sessions[-1]['kind']}", history(sessions), made)
         drawn += [f"{folder.name}: {section.title}" for section in made]
     return drawn
+
+
+# -- experiments -------------------------------------------------------------------------------------------------------
+
+
+def _is_experiment(folder: Path) -> bool:
+    """Return whether a folder contains an experiment's scores rather than one run."""
+    runs = sittings(folder)
+    return runs[-1]["kind"] == KIND if runs else any((folder / name).exists() for name in (SCORES, f"{SCORES}.gz"))
 
 
 def _experiment(found: Results, folder: Path, texts: bool) -> list[str]:
@@ -74,12 +98,7 @@ def _copy(found: Results, folder: Path, texts: bool) -> None:
     if folder.resolve() == found.folder.resolve():
         return
     publish(found.records, folder / f"{SCORES}.gz")
-    beside: list[tuple[str, object]] = [
-        (SIZES, found.sizes),
-        (FACTS, found.facts),
-        (CASE, found.case),
-    ]
-    for name, value in beside:
+    for name, value in ((SIZES, found.sizes), (FACTS, found.facts), (CASE, found.case)):
         if value:
             write_json(folder / name, value)
     recipe = found.folder / RECIPE
@@ -100,13 +119,93 @@ def _without_texts(case: dict[str, Any]) -> dict[str, Any]:
 
 def _sizes(found: Results) -> str:
     sizes, meta = found.sizes, found.meta
-    parts = ", ".join(
-        f"{name} {sizes[name]}" for name in ("task", "candidates", "development", "test") if name in sizes
-    )
-    enough = ", ".join(f"{count} for {m}" for m, count in sizes.get("test people with shots", {}).items())
+    parts = [f"{name} {sizes[name]}" for name in ("task", "candidates", "development", "test") if name in sizes]
+    enough = [f"{count} for {m}" for m, count in sizes.get("test people with shots", {}).items()]
     return (
-        f"People: {sizes.get('people')} in all, {sizes.get('qualified')} with enough items. Parts: {parts}. "
-        f"Test people with enough items, by number of shots: {enough}. Anchors: {sizes.get('anchors')}.\n\n"
+        f"People: {sizes.get('people')} in all, {sizes.get('qualified')} with enough items. Parts: {', '.join(parts)}. "
+        f"Test people with enough items, by number of shots: {', '.join(enough)}. Anchors: {sizes.get('anchors')}.\n\n"
         f"Base: {meta.get('base')} ({meta.get('note')}), {meta.get('dtype')}. "
         f"Merge-then-Adapt (arXiv:2511.20072), protocol reconstructed.\n\n{history(meta.get('runs', ()))}"
     )
+
+
+# -- other runs --------------------------------------------------------------------------------------------------------
+
+
+def run_sections(folder: Path) -> list[Section]:
+    """Return the outcome of a run, its methods if it is a comparison, and its losses.
+
+    Raises DataError if the folder contains no run, or a file that is not readable.
+    """
+    last = _sessions(folder)[-1]
+    rows = [
+        [
+            name,
+            ", ".join(f"{key} {inner}" for key, inner in value.items()) if isinstance(value, Mapping) else str(value),
+        ]
+        for name, value in last["outcome"].items()
+    ]
+    outcome = Section("Outcome", markdown(["result", "value"], rows))
+    return [outcome, *_methods(folder / "results.json"), *_losses(folder, last["work"])]
+
+
+def history(runs: Sequence[Mapping[str, Any]]) -> str:
+    """Return one line of Markdown for each session: command, hours, machine, commit, versions."""
+    text = ""
+    for run in runs:
+        versions = ", ".join(f"{name} {version}" for name, version in run["versions"].items())
+        took = "stopped before its end" if run["hours"] is None else f"{run['hours']:.2f} hours"
+        took += ", then stopped" * bool(run.get("stopped"))
+        made = f"{run['command'] or 'from Python'}: {took} on {run['machine']}, {run['threads']} threads"
+        text += f"- {made}; commit {run['commit'] or 'unknown'}; {versions}\n"
+    return text
+
+
+def _sessions(folder: Path) -> list[dict[str, Any]]:
+    """Return the sessions of a run, oldest first. Raises DataError if the folder contains no run."""
+    if runs := sittings(folder):
+        return runs
+    raise DataError(
+        f"{folder} is not a run's folder: it contains no {RUN}",
+        hint="Give the --out of mta bank build, mta evaluate or mta demo, or the --run of mta personalize.",
+    )
+
+
+def _methods(path: Path) -> list[Section]:
+    """The scores of a comparison, and the differences to the pooled model."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if "methods" not in found:
+            return []  # of a privacy attack
+        rows = {row["name"]: row for row in found["methods"]}
+        measure = "NLL" if any("NLL" in row["metrics"] for row in rows.values()) else found["primary"]
+        scores = {n: Interval(**row["metrics"][measure]) for n, row in rows.items() if measure in row["metrics"]}
+        pooled = {name: row["differences"].get(POOLED, {}).get(measure) for name, row in rows.items()}
+        differences = [(name, Interval(**one)) for name, one in pooled.items() if one]
+        people = found["people"]
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise DataError(
+            f"{path} contains no results of a comparison: {error}", hint="Repeat  mta evaluate --out"
+        ) from None
+    table = markdown(["method", measure], [[name, str(score)] for name, score in scores.items()])
+    text = f"{people} people; means over people, 95% intervals in brackets.\n\n{table}"
+    side = {"lower": "left", "higher": "right"}[better_side(measure)]
+    label = f"{measure} against {POOLED} (95% intervals; {side} is better)"
+    return [Section("Methods", text, {"methods": figures.forest(differences, label)} if differences else {})]
+
+
+def _losses(folder: Path, work: str) -> list[Section]:
+    losses: dict[str, list[float]] = {}
+    for line in lines(folder, work):
+        if line.get("loss") is not None:
+            losses.setdefault(line["stage"], []).append(line["loss"])
+    if not losses:
+        return []
+    rows = [
+        [stage, f"{statistics.fmean(values[-max(len(values) // 10, 1) :]):.3f}", str(len(values))]
+        for stage, values in losses.items()
+    ]
+    text = "The mean over the last tenth of a stage's steps, in nats per target token.\n\n"
+    return [Section("Losses", text + markdown(["stage", "loss", "steps"], rows), {"losses": figures.curves(losses)})]

@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Literal
 
 from mta.evaluation.metrics import BETTER_LOW
-from mta.evaluation.reports.figures import human_bytes
 from mta.evaluation.statistics import WORSE, Comparison, Interval, better, units
+from mta.system.units import human_bytes
 
 Judgement = Literal["better", "worse", "unclear"]
 
+NAME, POOLED, RIVAL = "MTA", "task LoRA", "OPPU"
 FEW = 20  # bootstrap intervals over fewer people are too narrow
 MEANING = {
     "MAE": "the mean distance from the true rating",
@@ -19,43 +20,43 @@ MEANING = {
 }
 
 
-def verdict(comparison: Comparison, name: str = "MTA", reference: str = "task LoRA", rival: str = "OPPU") -> list[str]:
-    """Return what the comparison shows about ``name``, in sentences that need no knowledge of the method."""
-    return [sentence for _, sentence in findings(comparison, name, reference, rival)]
+def verdict(comparison: Comparison) -> list[str]:
+    """Return what the comparison shows about MTA, in sentences that need no knowledge of the method."""
+    return [sentence for _, sentence in findings(comparison)]
 
 
-def findings(comparison: Comparison, name: str, reference: str, rival: str) -> list[tuple[str, str]]:
+def findings(comparison: Comparison) -> list[tuple[str, str]]:
     """Return the sentences of ``verdict``, each with its judgement or subject: ``better``, ``storage``, ..."""
-    names = names_of(comparison)
-    if name not in names:
-        return [("", f"{name} is not among the methods compared.")]
-    said: list[tuple[str, str]] = []
-    metrics = dict.fromkeys((comparison.primary, yardstick(comparison)))
-    for other, called in ((reference, f"the pooled model ({reference})"), (rival, rival)):
-        if other in names and other != name:
-            said += [found for metric in metrics if (found := _compared(comparison, name, other, called, metric))]
-    if reference in names and (harm := _harm(comparison, name, reference)):
-        said.append(harm)
-    if rival in names:
-        ours, theirs = (human_bytes(comparison.row(n).bytes_per_person) for n in (name, rival))
-        said.append(("storage", f"Kept per person: {ours} by {name}, {theirs} by {rival}."))
-    explained = "; ".join(f"{m} is {MEANING[m]} ({_direction(m)} is better)" for m in metrics if m in MEANING)
+    names, metrics = names_of(comparison), _metrics(comparison)
+    if NAME not in names:
+        return [("", f"{NAME} is not among the methods compared.")]
+    found: list[tuple[str, str]] = []
+    for other, called in ((POOLED, f"the pooled model ({POOLED})"), (RIVAL, RIVAL)):
+        for metric in metrics:
+            if difference := against(comparison, NAME, other, metric):
+                judgement = judge(metric, difference, units_in(comparison))
+                found.append((judgement, _compared(judgement, called, metric, difference)))
+    if shares := worse_off(comparison, NAME, POOLED):
+        found.append(("risk", _harm(people_in(comparison), *shares)))
+    if RIVAL in names:
+        ours, theirs = (human_bytes(comparison.row(name).bytes_per_person) for name in (NAME, RIVAL))
+        found.append(("storage", f"Kept per person: {ours} by {NAME}, {theirs} by {RIVAL}."))
     if (count := units_in(comparison)) < FEW:
         what = "people" if count == people_in(comparison) else "independent groups of people"
-        said.append(("caution", f"Only {count} {what} were tested: the intervals are too narrow to be trusted."))
-    return [*said, ("words", f"{explained}.")]
+        found.append(("caution", f"Only {count} {what} were tested: the intervals are too narrow to be trusted."))
+    explained = "; ".join(f"{m} is {MEANING[m]} ({better_side(m)} is better)" for m in metrics if m in MEANING)
+    return [*found, ("words", f"{explained}.")]
 
 
-def headline(comparison: Comparison, name: str, reference: str) -> str:
-    """Return one sentence about ``name`` and the pooled model."""
-    if not {name, reference} <= set(names_of(comparison)):
-        return "Methods compared"
+def headline(comparison: Comparison) -> str:
+    """Return one sentence about MTA and the pooled model."""
     words = {"better": "better in", "worse": "worse in", "unclear": "no clear difference in"}
     said: dict[str, list[str]] = {}
-    for metric in dict.fromkeys((comparison.primary, yardstick(comparison))):
-        if difference := comparison.difference(name, reference, metric):
+    for metric in _metrics(comparison):
+        if difference := against(comparison, NAME, POOLED, metric):
             said.setdefault(words[judge(metric, difference, units_in(comparison))], []).append(metric)
-    return f"{name} against the pooled model: " + ", ".join(f"{w} {' and '.join(m)}" for w, m in said.items())
+    found = ", ".join(f"{judgement} {' and '.join(metrics)}" for judgement, metrics in said.items())
+    return f"{NAME} against the pooled model: {found}" if found else "Methods compared"
 
 
 def yardstick(comparison: Comparison) -> str:
@@ -65,16 +66,22 @@ def yardstick(comparison: Comparison) -> str:
 
 def judge(metric: str, difference: Interval, units: int) -> Judgement:
     """Return whether a paired difference excludes zero, and its direction. One person or group is never enough."""
-    turned = Interval(-difference.mean, -difference.high, -difference.low)
-    if units < 2 or not (better(metric, difference) or better(metric, turned)):
+    if units < 2 or difference.low <= 0 <= difference.high:
         return "unclear"
     return "better" if better(metric, difference) else "worse"
 
 
-def worse_off(comparison: Comparison, name: str, reference: str) -> tuple[float, float | None] | None:
-    """As ``Comparison.worse_off``. With one question per person, the *clearly* worse-off share is None."""
-    shares = comparison.worse_off(name, reference)
-    return (shares[0], None) if shares and queries_each(comparison) == 1 else shares
+def against(comparison: Comparison, name: str, other: str, metric: str) -> Interval | None:
+    """Return the paired difference of two methods; None if they are the same, or if one was not run."""
+    pair = {name, other} & set(names_of(comparison))
+    return comparison.difference(name, other, metric) if len(pair) == 2 else None
+
+
+def worse_off(comparison: Comparison, name: str, other: str) -> tuple[float, float | None] | None:
+    """As ``Comparison.worse_off``, but None as in ``against``. With one question each, the *clear* share is None."""
+    if len({name, other} & set(names_of(comparison))) < 2 or not (shares := comparison.worse_off(name, other)):
+        return None
+    return (shares[0], None) if queries_each(comparison) == 1 else shares
 
 
 def names_of(comparison: Comparison) -> list[str]:
@@ -109,34 +116,31 @@ def title_of(comparison: Comparison) -> str:
     return f"{comparison.task.name}: {people} people{groups}{each}"
 
 
-def _compared(comparison: Comparison, name: str, other: str, called: str, metric: str) -> tuple[str, str] | None:
-    difference = comparison.difference(name, other, metric)
-    if difference is None:
-        return None
-    judgement = judge(metric, difference, units_in(comparison))
+def better_side(metric: str) -> str:
+    """Return which values of a metric are better: lower or higher."""
+    return "lower" if metric in BETTER_LOW else "higher"
+
+
+def _metrics(comparison: Comparison) -> list[str]:
+    return list(dict.fromkeys((comparison.primary, yardstick(comparison))))
+
+
+def _compared(judgement: Judgement, called: str, metric: str, difference: Interval) -> str:
     gain, low, high = difference.mean, difference.low, difference.high
     if metric in BETTER_LOW:
         gain, low, high = -gain, -high, -low
     if judgement == "unclear":
         mean, start, end = (f"{abs(x):.3f} {'better' if x > 0 else 'worse'}" for x in (gain, low, high))
-        said = f"no clear difference between {name} and {called}"
-        return judgement, f"{metric}: {said}; {name} is {mean} on average, with a 95% interval from {start} to {end}."
+        said = f"no clear difference between {NAME} and {called}"
+        return f"{metric}: {said}; {NAME} is {mean} on average, with a 95% interval from {start} to {end}."
     least, most = (low, high) if judgement == "better" else (-high, -low)
-    by = f"{abs(gain):.3f} (95% interval {least:.3f} to {most:.3f})"
-    return judgement, f"{metric}: {name} is {judgement} than {called} by {by}."
+    interval = f"95% interval {least:.3f} to {most:.3f}"
+    return f"{metric}: {NAME} is {judgement} than {called} by {abs(gain):.3f} ({interval})."
 
 
-def _harm(comparison: Comparison, name: str, reference: str) -> tuple[str, str] | None:
-    shares = worse_off(comparison, name, reference)
-    if shares is None:
-        return None
-    people = people_in(comparison)
-    share, clearly = (None if s is None else round(s * people) for s in shares)
-    said = f"{share} of {people} people are worse off with {name} than with the pooled model"
+def _harm(people: int, share: float, clearly: float | None) -> str:
+    said = f"{round(share * people)} of {people} people are worse off with {NAME} than with the pooled model"
     said += f" (NLL higher by more than {WORSE:g})"
-    sure = "" if clearly is None else f", {clearly} of them clearly (their own 95% interval lies above zero)"
-    return "risk", f"{said}{sure}."
-
-
-def _direction(metric: str) -> str:
-    return "lower" if metric in BETTER_LOW else "higher"
+    if clearly is not None:
+        said += f", {round(clearly * people)} of them clearly (their own 95% interval lies above zero)"
+    return f"{said}."

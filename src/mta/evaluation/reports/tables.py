@@ -1,46 +1,40 @@
-"""Comparisons as Markdown tables: scores, paired differences with intervals, and numbers of worse-off people."""
+"""Comparisons as tables, in Markdown and on the terminal: scores, paired differences, numbers of worse-off people."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
 from mta.evaluation.experiments.results import Results
-from mta.evaluation.reports.figures import human_bytes
-from mta.evaluation.reports.summary import judge, names_of, people_in, units_in, worse_off, yardstick
-from mta.evaluation.statistics import Comparison, Interval
+from mta.evaluation.metrics import BETTER_LOW
+from mta.evaluation.reports.summary import (
+    POOLED,
+    RIVAL,
+    against,
+    judge,
+    names_of,
+    people_in,
+    title_of,
+    units_in,
+    verdict,
+    worse_off,
+    yardstick,
+)
+from mta.evaluation.statistics import WORSE, Comparison, Interval
+from mta.system.units import human_bytes, human_seconds
 
-POOLED, RIVAL = "task LoRA", "OPPU"
+_HIDDEN = {"RMSE", "NLL"}  # of the other metrics on the terminal: RMSE repeats MAE, and NLL has columns of its own
+_TITLES = {"MAE (median)": "median\nMAE"}
+_COLOURS = {"better": "green", "worse": "red"}
 
-
-def rows_of(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
-    """Return the heads and rows of a comparison, one row per method. Empty columns are left out."""
-    first, measure = comparison.primary, yardstick(comparison)
-    beside = ("MAE (median)", "accuracy", "ROUGE-1")
-    extra = [m for m in beside if m != first and any(m in row.people for row in comparison.rows)]
-    heads = ["method", first, *extra]
-    if measure != first:
-        heads.append(measure)
-    heads += [f"{metric} against {other}" for metric in dict.fromkeys((measure, first)) for other in (POOLED, RIVAL)]
-    heads += ["worse off", "clearly", "s per person", "kept each"]
-    rows = [_texts(comparison, row.name, first, measure, extra) for row in comparison.rows]
-    filled = [n for n in range(len(heads)) if any(row[n] for row in rows)]
-    return [heads[n] for n in filled], [[row[n] for n in filled] for row in rows]
-
-
-def _texts(comparison: Comparison, name: str, first: str, measure: str, extra: Sequence[str]) -> list[str]:
-    row = comparison.row(name)
-    texts = [name, *(_mean(comparison.score(name, metric)) for metric in (first, *extra))]
-    if measure != first:
-        texts.append(_mean(comparison.score(name, measure)))
-    names = names_of(comparison)
-    for metric in dict.fromkeys((measure, first)):
-        for other in (POOLED, RIVAL):
-            known = other in names and other != name
-            texts.append(marked(comparison, metric, comparison.difference(name, other, metric) if known else None))
-    shares = worse_off(comparison, name, POOLED) if POOLED in names and name != POOLED else None
-    people = people_in(comparison)
-    texts += [f"{shares[0] * people:.0f} of {people}", f"{(shares[1] or 0) * people:.0f}"] if shares else ["", ""]
-    return [*texts, f"{row.seconds / people:.2f}", human_bytes(row.bytes_per_person)]
+# -- Markdown ----------------------------------------------------------------------------------------------------------
 
 
 def markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -49,44 +43,171 @@ def markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 
 
+def rows_of(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
+    """Return the heads and rows of a comparison, one row per method. Empty columns are left out."""
+    names, people = names_of(comparison), people_in(comparison)
+    first, measure = comparison.primary, yardstick(comparison)
+    columns = {"method": names}
+    for metric in dict.fromkeys((first, "MAE (median)", "accuracy", "ROUGE-1", measure)):
+        scores = [comparison.score(name, metric) for name in names]
+        columns[metric] = [f"{score.mean:.3f}" if score else "" for score in scores]
+    for metric in dict.fromkeys((measure, first)):
+        for other in (POOLED, RIVAL):
+            columns[f"{metric} against {other}"] = [marked(comparison, metric, name, other) for name in names]
+    shares = [worse_off(comparison, name, POOLED) for name in names]
+    columns["worse off"] = [f"{s[0] * people:.0f} of {people}" if s else "" for s in shares]
+    columns["clearly"] = [f"{(s[1] or 0) * people:.0f}" if s else "" for s in shares]
+    columns["s per person"] = [f"{row.seconds / people:.2f}" for row in comparison.rows]
+    columns["kept each"] = [human_bytes(row.bytes_per_person) for row in comparison.rows]
+    filled = {head: cells for head, cells in columns.items() if any(cells)}
+    return list(filled), list(map(list, zip(*filled.values())))
+
+
 def overview(many: Sequence[Results]) -> str:
     """Return the main table over data sets: each method's primary metric and its difference to the pooled model."""
-    found = [(one, c) for one in many if (c := one.comparison("main"))]
-    if not found:
+    compared = [(found.name, comparison) for found in many if (comparison := found.comparison("main"))]
+    if not compared:
         return ""
-    names = list(dict.fromkeys(row.name for _, c in found for row in c.rows))
-    heads = ["method"]
-    for one, comparison in found:
-        heads += [f"{one.name}: {comparison.primary}", f"{yardstick(comparison)} against {POOLED}", "worse off"]
-    rows = []
-    for name in names:
-        cells = [name]
-        for _, comparison in found:
-            if name not in names_of(comparison):
-                cells += ["", "", ""]
-                continue
-            score = comparison.score(name, comparison.primary)
-            difference = against(comparison, name, yardstick(comparison)) if name != POOLED else None
-            shares = worse_off(comparison, name, POOLED) if name != POOLED else None
-            cells.append(f"{score.mean:.3f} [{score.low:.3f}, {score.high:.3f}]" if score else "")
-            cells += [marked(comparison, yardstick(comparison), difference), f"{shares[0]:.0%}" if shares else ""]
-        rows.append(cells)
-    return markdown(heads, rows)
+    names = list(dict.fromkeys(name for _, c in compared for name in names_of(c)))
+    heads, columns = ["method"], [names]
+    for data, c in compared:
+        measure, known = yardstick(c), names_of(c)
+        heads += [f"{data}: {c.primary}", f"{measure} against {POOLED}", "worse off"]
+        columns.append([str(c.score(name, c.primary) or "") if name in known else "" for name in names])
+        columns.append([marked(c, measure, name, POOLED) for name in names])
+        shares = [worse_off(c, name, POOLED) for name in names]
+        columns.append([f"{share[0]:.0%}" if share else "" for share in shares])
+    return markdown(heads, list(zip(*columns)))
 
 
-def against(comparison: Comparison, name: str, metric: str) -> Interval | None:
-    """Return the paired difference to the pooled model; None if one of the two was not run."""
-    known = {name, POOLED} <= set(names_of(comparison))
-    return comparison.difference(name, POOLED, metric) if known else None
-
-
-def marked(comparison: Comparison, metric: str, difference: Interval | None) -> str:
-    """Return a difference with its interval, in bold if the interval excludes zero."""
+def marked(comparison: Comparison, metric: str, name: str, other: str = POOLED) -> str:
+    """Return the difference of two methods with its interval, in bold if the interval excludes zero."""
+    difference = against(comparison, name, other, metric)
     if difference is None:
         return ""
-    text = f"{difference.mean:+.3f} [{difference.low:+.3f}, {difference.high:+.3f}]"
+    text = f"{difference.mean:+.3f} {_brackets(difference, '+')}"
     return text if judge(metric, difference, units_in(comparison)) == "unclear" else f"**{text}**"
 
 
-def _mean(score: Interval | None) -> str:
-    return f"{score.mean:.3f}" if score else ""
+# -- the terminal ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """A value of the table, a note below, and whether the value is clearly better or worse than the pooled model's."""
+
+    text: str = "-"
+    note: str = ""
+    mark: str = ""
+    best: bool = False
+
+
+Valued = tuple[Cell, float | None]
+_EMPTY: Valued = (Cell(), None)
+
+
+def show(
+    comparison: Comparison, meta: Mapping[str, Any], questions: Sequence[Mapping[str, Any]], console: Console
+) -> None:
+    """Print the table, the findings in sentences, and the answers to questions before and after."""
+    console.print(table(comparison))
+    note = f" ({meta['note']})" if meta["note"] else ""
+    lines = [
+        f"{meta['people']} people, {meta['shots']} shots and {meta['queries']} later queries each; "
+        f"{meta['base']}{note}, {meta['dtype']}, seed {meta['seed']}"
+    ]
+    if meta.get("left_out"):
+        few = meta["shots"] + meta["queries"]
+        lines.append(f"{meta['left_out']} people left out: in the bank, or fewer than {few} items")
+    lines += [f"  {sentence}" for sentence in verdict(comparison)]
+    for question in questions:
+        lines.append(f"\n{question['question']}\n  before, everybody: {question['before']}")
+        lines += [f"  after, a person {who}: {answer}" for who, answer in question["after"]]
+    for line in lines:
+        console.print(line, highlight=False, markup=False)
+
+
+def table(comparison: Comparison) -> Table:
+    """Return the table of a comparison: one row per method, the best value of a column in bold. Fits 80 columns."""
+    made = Table(
+        title=title_of(comparison),
+        caption="Means over people, 95% intervals in brackets, the best of a column in bold. Differences are paired; "
+        "better or worse: the interval excludes zero. "
+        f"Worse off: NLL more than {WORSE:g} above that of {POOLED}; clearly: a person's own 95% interval lies above "
+        "zero. Training: the time for all people together.",
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 0, 0, 0),
+        show_edge=False,
+    )
+    columns = {"method": [Cell(name) for name in names_of(comparison)]} | columns_of(comparison)
+    for title, cells in columns.items():
+        words = re.split("[ \n]", " ".join([title, *(f"{c.text} {c.mark} {c.note}" for c in cells)]))
+        made.add_column(title, justify="left" if title == "method" else "right", min_width=max(map(len, words)))
+    for row in zip(*columns.values()):
+        made.add_row(*map(_styled, row))
+    return made
+
+
+def columns_of(comparison: Comparison) -> dict[str, list[Cell]]:
+    """Return the columns of the table by their titles: one cell per method."""
+    rows, first, measure = comparison.rows, comparison.primary, yardstick(comparison)
+    others = [metric for row in rows for metric in row.people if metric not in _HIDDEN]
+    made = {_TITLES.get(m, m): _scores(comparison, m) for m in dict.fromkeys((first, *others, measure))}
+    if POOLED in names_of(comparison):
+        made[f"{measure} against\n{POOLED}"] = _differences(comparison, measure)
+        if comparison.row(POOLED).nll is not None:
+            made["people\nworse off"] = _worse(comparison)
+    seconds, kept = [row.seconds for row in rows], [row.bytes_per_person for row in rows]
+    made["training"] = _best([(Cell(_whole(human_seconds(s))), s) for s in seconds])
+    made["kept\neach"] = _best([(Cell(_whole(human_bytes(b))), b) for b in kept])
+    return made
+
+
+def _scores(comparison: Comparison, metric: str) -> list[Cell]:
+    scores = [comparison.score(name, metric) for name in names_of(comparison)]
+    noted = metric == comparison.primary
+    cells = [(Cell(f"{s.mean:.3f}", _brackets(s) if noted else ""), s.mean) if s else _EMPTY for s in scores]
+    return _best(cells, metric in BETTER_LOW)
+
+
+def _differences(comparison: Comparison, metric: str) -> list[Cell]:
+    cells: list[Valued] = []
+    for name in names_of(comparison):
+        if difference := against(comparison, name, POOLED, metric):
+            judgement = judge(metric, difference, units_in(comparison))
+            mark = "" if judgement == "unclear" else judgement
+            cells.append((Cell(f"{difference.mean:+.3f}", _brackets(difference, "+"), mark), difference.mean))
+        else:
+            cells.append((Cell("baseline"), 0.0) if name == POOLED else _EMPTY)
+    return _best(cells, metric in BETTER_LOW)
+
+
+def _worse(comparison: Comparison) -> list[Cell]:
+    cells: list[Valued] = []
+    for name in names_of(comparison):
+        share, clearly = worse_off(comparison, name, POOLED) or (None, None)
+        note = "" if clearly is None else f"{clearly:.0%} clearly"
+        cells.append(_EMPTY if share is None else (Cell(f"{share:.0%}", note), share))
+    return _best(cells)
+
+
+def _best(cells: Sequence[Valued], low: bool = True) -> list[Cell]:
+    """Mark the cells with the lowest or the highest value."""
+    best = (min if low else max)((value for _, value in cells if value is not None), default=None)
+    return [replace(cell, best=value is not None and value == best) for cell, value in cells]
+
+
+def _styled(cell: Cell) -> Text:
+    made = Text.assemble((cell.text, "bold" if cell.best else ""))
+    if cell.mark:
+        made.append(f" {cell.mark}", style=_COLOURS[cell.mark])
+    return made.append(f"\n{cell.note}", style="dim") if cell.note else made
+
+
+def _whole(value: str) -> str:
+    return value.replace(" ", "\N{NO-BREAK SPACE}")
+
+
+def _brackets(interval: Interval, sign: str = "") -> str:
+    return f"[{interval.low:{sign}.3f}, {interval.high:{sign}.3f}]"

@@ -1,0 +1,20 @@
+"""Sizes and durations in words."""
+
+from __future__ import annotations
+
+
+def human_bytes(count: float) -> str:
+    """Return a size with its unit: 0, 61 B, 4.6 kB, 10 MB."""
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if count < 999.5 or unit == "TB":
+            break
+        count /= 1000
+    digits = 0 if unit == "B" or count >= 9.95 else 1
+    return "0" if count == 0 else f"{count:.{digits}f}".removesuffix(".0") + f" {unit}"
+
+
+def human_seconds(seconds: float) -> str:
+    """Return a duration with its unit: 0, 0.4 s, 12 s, 3.5 min, 2.1 h."""
+    if seconds < 99.5:
+        return "0" if seconds == 0 else f"{seconds:.{0 if seconds >= 9.95 else 1}f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 5970 else f"{seconds / 3600:.1f} h"
