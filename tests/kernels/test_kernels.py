@@ -6,21 +6,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import KINDS, base_of, random_examples, random_loras, rows_of
 
-from mta.kernels import (
-    AdaptedRows,
-    add_low_rank,
-    kernels,
-    low_rank_gradients,
-    obstacle,
-    product,
-    products,
-    use_kernels,
-    without_kernels,
-)
-from mta.kernels.functions import RmsNorm, Rotate
-from mta.kernels.products import FrozenLinear
-from mta.lora import PerPerson
-from mta.lora.layers import Shared, applied
+from mta.kernels import products
+from mta.kernels.compile import kernels, obstacle, without_kernels
+from mta.kernels.functions import RmsNorm, Rotate, add_low_rank, low_rank_gradients
+from mta.kernels.products import AdaptedRows, FrozenLinear, product
+from mta.kernels.swap import use_kernels
+from mta.lora.layers import PerPerson, Shared, applied
 from mta.lora.terms import RowTerm, with_terms
 from mta.model.tree_attention import additive, blocks_of, tree_attention
 from mta.training.scoring import log_likelihood

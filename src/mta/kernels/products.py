@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from mta.kernels.compile import kernels
+from mta.kernels.compile import kernels, wide
 from mta.system.device import cpuinfo
 
 _FEW = 24  # rows
@@ -48,9 +48,8 @@ class AdaptedRows:
     ) -> None:
         rows, (a, b), (p, q) = len(gates), shared, own
         parts = [weight, a, b, gates, p, q, *([] if bias is None else [bias])]
-        found = (
-            kernels("adapted_rows", *parts) if rows <= _FEW and all(part.is_contiguous() for part in parts) else None
-        )
+        fits = rows <= _FEW and all(part.is_contiguous() for part in parts)
+        found = kernels("adapted_rows", *parts) if fits else None
         self._run = found["adapted_rows"] if found else None
         self._kept = [part.detach() for part in (*parts, *buffers)]  # keeps the memory behind the addresses alive
         self._between = tuple(part.data_ptr() for part in buffers)
@@ -61,8 +60,7 @@ class AdaptedRows:
     @staticmethod
     def buffers_for(gates: Tensor, own: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """Return buffers for x A^T and x p^T between two products."""
-        wide = torch.float64 if gates.dtype == torch.float64 else torch.float32
-        return torch.empty_like(gates), gates.new_empty(own[0].shape[:2], dtype=wide)
+        return torch.empty_like(gates), gates.new_empty(own[0].shape[:2], dtype=wide(gates.dtype))
 
     def __call__(self, x: Tensor) -> Tensor | None:
         """Return y; None if there is no kernel for these tensors, or x has more than one token per row."""

@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from mta.kernels import add_low_rank, kernels, low_rank_gradients, product, wide
+from mta.kernels.compile import kernels, wide
+from mta.kernels.functions import add_low_rank, low_rank_gradients
+from mta.kernels.products import product
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from mta.config import Run
 from mta.data.tasks.prompt import PromptFormat
 from mta.errors import UnsupportedModel
-from mta.kernels import kernels, use_kernels
+from mta.kernels.compile import kernels
+from mta.kernels.swap import use_kernels
 from mta.model.adaptable import (
     adapted_layers,
     enable_checkpointing,

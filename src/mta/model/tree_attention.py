@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from mta.errors import UnsupportedModel
-from mta.kernels import TreeAttention, kernels
+from mta.kernels.compile import kernels
+from mta.kernels.functions import TreeAttention
 from mta.model.adaptable import text_config
 
 NAME = "mta_tree"

@@ -20,7 +20,7 @@ from torch.nn.functional import pad
 
 from mta.bank.bank import Bank
 from mta.errors import OtherBank, StateCorrupt
-from mta.kernels import AdaptedRows, product
+from mta.kernels.products import AdaptedRows, product
 from mta.lora.batch import LoraBatch, join, shared_ranks
 from mta.lora.terms import RowTerm
 from mta.model.base import BaseModel
