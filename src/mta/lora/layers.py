@@ -10,7 +10,7 @@ layer, so that the next layer gets the layer's own output plus the updates of al
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -34,14 +34,16 @@ class Adapters(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Shared:
-    """One adapter for every row: the task LoRA or an anchor. ``batch`` holds exactly one adapter."""
-
+class _OfBatch:
     batch: LoraBatch
 
     @property
     def names(self) -> Sequence[str]:
         return self.batch.names
+
+
+class Shared(_OfBatch):
+    """One adapter for every row: the task LoRA or an anchor. ``batch`` holds exactly one adapter."""
 
     def term(self, name: str, owner: Tensor, dtype: torch.dtype) -> Term:
         a, b = self.batch.factors[name]
@@ -49,19 +51,14 @@ class Shared:
 
 
 @dataclass(frozen=True, slots=True)
-class Gated:
+class Gated(_OfBatch):
     """N adapters shared by all rows, weighted by coefficients of each row: a merge computed from the bank.
 
     ((x @ A_bank.T) * w[u]) @ B_bank.T equals the exact merge; a person is N numbers, and no factors are gathered.
     Shapes: batch of N adapters; w (U, N), or (U, L, N) with coefficients per adapted layer. Gates of owner -1 are 0.
     """
 
-    batch: LoraBatch
     w: Tensor
-
-    @property
-    def names(self) -> Sequence[str]:
-        return self.batch.names
 
     def term(self, name: str, owner: Tensor, dtype: torch.dtype) -> Term:
         a, b = self.batch.factors[name]
@@ -71,15 +68,8 @@ class Gated:
         return SharedTerm(a.flatten(0, 1).to(dtype), b.transpose(0, 1).flatten(1).to(dtype), gate.to(dtype))
 
 
-@dataclass(frozen=True, slots=True)
-class PerPerson:
+class PerPerson(_OfBatch):
     """Adapter u for the rows of person u: a merge, a stack, or an OPPU LoRA. Rows of owner -1 get no update."""
-
-    batch: LoraBatch
-
-    @property
-    def names(self) -> Sequence[str]:
-        return self.batch.names
 
     def term(self, name: str, owner: Tensor, dtype: torch.dtype) -> Term:
         a, b = self.batch.factors[name]
@@ -125,18 +115,26 @@ def applied(model: nn.Module, adapters: Sequence[Adapters], owner: Tensor) -> It
     for adapter in adapters:
         for name in adapter.names:
             by_layer.setdefault(name, []).append(adapter)
-    changed = []
+    forwards = {}
+    for name, parts in by_layer.items():
+        layer: Any = model.get_submodule(name)
+        # Made before the layer's call: decoding calls a layer once per token, and a checkpointed layer runs twice.
+        forwards[layer] = with_terms(layer, [part.term(name, owner, layer.weight.dtype) for part in parts])
+    with replaced_forwards(forwards):
+        yield
+
+
+@contextmanager
+def replaced_forwards(forwards: Mapping[Any, Callable[[Tensor], Tensor | None]]) -> Iterator[None]:
+    """Replace the ``forward`` of layers within the block."""
+    before = {layer: vars(layer).get("forward") for layer in forwards}
     try:
-        for name, parts in by_layer.items():
-            layer: Any = model.get_submodule(name)
-            # Made before the layer's call: decoding calls a layer once per token, and a checkpointed layer runs twice.
-            forward = with_terms(layer, [part.term(name, owner, layer.weight.dtype) for part in parts])
-            changed.append((layer, vars(layer).get("forward")))
+        for layer, forward in forwards.items():
             layer.forward = forward
         yield
     finally:
-        for layer, before in reversed(changed):
-            if before is None:
+        for layer, own in before.items():
+            if own is None:
                 del layer.forward
             else:
-                layer.forward = before
+                layer.forward = own

@@ -9,8 +9,8 @@ forward pass reads a contiguous slice of slots and copies nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ from mta.bank.bank import Bank
 from mta.errors import OtherBank, StateCorrupt
 from mta.kernels.products import AdaptedRows, product
 from mta.lora.batch import LoraBatch, join, shared_ranks
+from mta.lora.layers import replaced_forwards
 from mta.lora.terms import RowTerm
 from mta.model.base import BaseModel
 from mta.personalize.adapters import BASE, Nobody, merge_factors, merge_of
@@ -64,7 +65,7 @@ class AdapterSlots:
         self._shared = {name: _concatenated(shared, name, width, base.dtype) for name in base.targets}
         self._gates = torch.zeros(count, width, dtype=base.dtype, device=base.device)
         self._own: dict[str, tuple[Tensor, Tensor]] = {}
-        self._forwards: dict[tuple[int, int], dict[str, Any]] = {}  # by slice of slots
+        self._forwards: dict[tuple[int, int], dict[Any, _Adapted]] = {}  # by slice of slots
         self._grow(banks[0].info.run.stack.lora.rank)
 
     @property
@@ -119,23 +120,11 @@ class AdapterSlots:
         for kept in (self._gates, *(factor for factors in self._own.values() for factor in factors)):
             kept[pair] = kept[crossed]
 
-    @contextmanager
-    def opened(self, rows: slice) -> Iterator[None]:
+    def opened(self, rows: slice) -> AbstractContextManager[None]:
         """Within the block, row i of a batch through ``base.model`` uses slot ``rows.start + i``."""
-        before = {name: vars(layer).get("forward") for name, layer in self._layers.items()}
-        forwards = self._forwards_of(rows)
-        try:
-            for name, layer in self._layers.items():
-                layer.forward = forwards[name]
-            yield
-        finally:
-            for name, layer in self._layers.items():
-                if before[name] is None:
-                    del layer.forward
-                else:
-                    layer.forward = before[name]
+        return replaced_forwards(self._forwards_of(rows))
 
-    def _forwards_of(self, rows: slice) -> dict[str, Any]:
+    def _forwards_of(self, rows: slice) -> dict[Any, _Adapted]:
         """Return each layer's forward for these slots; it reads the slots' values when called."""
         key = rows.start, rows.stop
         if len(self._forwards) > _SLICES:
@@ -145,7 +134,7 @@ class AdapterSlots:
             gates = self._gates[rows]
             room = AdaptedRows.buffers_for(gates, next(iter(own.values())))
             self._forwards[key] = {
-                name: _Adapted(layer, layer.forward, self._shared[name], self._ranks, gates, own[name], room)
+                layer: _Adapted(layer, layer.forward, self._shared[name], self._ranks, gates, own[name], room)
                 for name, layer in self._layers.items()
             }
         return self._forwards[key]
