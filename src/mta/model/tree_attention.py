@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from mta.errors import UnsupportedModel
 from mta.kernels.compile import kernels
 from mta.kernels.functions import TreeAttention
-from mta.model.adaptable import text_config
 
 NAME = "mta_tree"
 _SIZES = (16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 1024)  # of a block, in tokens
@@ -117,7 +116,7 @@ def masks(model: Any, seen: Tensor, queries: Tensor, keys: Tensor) -> Tensor | d
 
     Shapes: seen (n, Q, K) bool; positions of queries (n, Q) and keys (n, K).
     """
-    config, queries, keys = text_config(model), queries[:, :, None], keys[:, None, :]
+    config, queries, keys = model.config.get_text_config(), queries[:, :, None], keys[:, None, :]
     kinds = set(getattr(config, "layer_types", None) or ())
     near = dict[str, Tensor]()
     if window := getattr(config, "sliding_window", None):
@@ -134,7 +133,7 @@ def masks(model: Any, seen: Tensor, queries: Tensor, keys: Tensor) -> Tensor | d
 def can_block(model: Any) -> bool:
     """Return whether a model's attention is an exchangeable function of query, key, and value only."""
     special = ("attn_logit_softcapping", "attention_bias_type", "alibi")
-    plain = not any(getattr(text_config(model), name, None) for name in special)
+    plain = not any(getattr(model.config.get_text_config(), name, None) for name in special)
     exchangeable = getattr(model, "_supports_attention_backend", False) and getattr(model, "_supports_sdpa", False)
     return bool(exchangeable) and plain
 
