@@ -58,7 +58,7 @@ def test_processes_that_start_at_once_all_get_kernels_that_one_of_them_compiled(
     real = shutil.which("g++")
     compiler(tmp_path / "bin", f'#!/bin/sh\necho "$@" >> {log}\nexec {real} "$@" -O0\n')  # fast to compile
     code = (
-        "import sys, torch, mta.kernels.compile as k\nfrom mta.kernels.products import product\n"
+        "import sys, torch, mta.kernels.compile as k\nfrom mta.kernels.functions import product\n"
         "print('ready', flush=True); sys.stdin.readline(); x = torch.ones(1, 2)\n"
         "print(product(x, x), k.kernels('norm', x) is not None, len(k.kernels('attention', x.bfloat16())))"
     )

@@ -45,7 +45,7 @@ FAMILIES: dict[Family, tuple[str, ...]] = {  # families that can be switched off
     "low_rank": ("low_rank", "low_rank_backward"),
     "adamw": ("adamw",),
     "adapted_rows": ("adapted_rows",),
-    "linear": (),  # replaces a base's linear layers by ``products``
+    "linear": (),  # replaces a base's linear layers by ``product``
     "onednn": (),  # oneDNN instead of MKL for float32 products
 }
 _NUMBERS = {torch.float32: "float", torch.float64: "double", torch.bfloat16: "bf16"}  # names in the sources

@@ -17,8 +17,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
 from mta.kernels.compile import kernels, wide
-from mta.kernels.functions import add_low_rank, low_rank_gradients
-from mta.kernels.products import product
+from mta.kernels.functions import add_low_rank, low_rank_gradients, product
 
 
 @dataclass(frozen=True, slots=True)

@@ -67,26 +67,24 @@ class BaseModel:
         self.name = name
         self.fingerprint = fingerprint or fingerprint_of(dict(model.named_parameters()), tokenizer)
         self.prompts = PromptFormat(tokenizer, longest_text(model, max_tokens))
+        self.exchanged: list[str] = []  # classes of modules that compute with compiled kernels
+        self.blocked = self._packable = False
         if self.has_weights:
             self._prepare(model)
         else:
-            self.blocked = self._packable = False
-            self.exchanged = list[str]()
             self._targets = adapted_layers(model, called_layers(model), name)
 
     def _prepare(self, model: Any) -> None:
         """Choose the fastest computation that gives the results of the unchanged model. Raises UnsupportedModel."""
         with short_windows(model):
-            # Before the model is changed.
-            reference = Reference.of(model, self.tokenizer, self.prompts.max_tokens)
-            self.blocked = can_block(model)
-            if self.blocked:
+            reference = Reference.of(model, self.tokenizer, self.prompts.max_tokens)  # before the model is changed
+            if blockable := can_block(model):
                 install(model)
             # For the strided last tokens, torch.matmul would copy the head's weight once per row.
             model.get_output_embeddings().register_forward_pre_hook(lambda _, args: (args[0].contiguous(), *args[1:]))
-            self.exchanged = use_kernels(model)  # classes of modules that compute with compiled kernels
+            self.exchanged = use_kernels(model)
             self._targets = adapted_layers(model, reference.called, self.name)
-            self._choose_rows(reference)
+            self._choose_rows(reference, blockable)
 
     @classmethod
     def load(
@@ -266,16 +264,15 @@ class BaseModel:
         """Keywords of the model's forward."""
         return frozenset(inspect.signature(self.model.forward).parameters)
 
-    def _choose_rows(self, reference: Reference) -> None:
+    def _choose_rows(self, reference: Reference, blockable: bool) -> None:
         """Choose the fastest row format with the model's own results. Raises UnsupportedModel."""
-        ways = [True, False] if self.blocked else [False]
-        self.blocked = self._packable = False
         if not reference.agrees(self.model, self.logits, packed=False):
             raise UnsupportedModel(
                 f"{self.name!r} gives a text other logits in a batch than alone: its tokens see later tokens, "
                 "or its rows depend on each other",
                 hint=CAUSAL,
             )
+        ways = [True, False] if blockable else [False]
         for blocked in ways if "position_ids" in self._keywords else ():
             self.blocked, self._packable = blocked, True
             if reference.agrees(self.model, self.logits, packed=True):

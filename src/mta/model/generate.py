@@ -7,7 +7,6 @@ from contextlib import nullcontext
 from itertools import takewhile
 
 import torch
-from torch import Tensor
 
 from mta.lora.layers import Adapters, applied
 from mta.model.base import BaseModel
@@ -46,17 +45,13 @@ def generate(
             if not base.packable:
                 fit = min(fit, sum(len(prompts[i]) == longest for i in order))
             order, chosen = order[:-fit], sorted(order[-fit:])
-            tokens, mask = _left_padded([prompts[i] for i in chosen], base)
+            padding = [longest - len(prompts[i]) for i in chosen]
+            rows = [[pad] * more + list(prompts[i]) for more, i in zip(padding, chosen)]
+            tokens = torch.tensor(rows, device=base.device)
+            mask = torch.tensor([[0] * more + [1] * (longest - more) for more in padding], device=base.device)
             owner = torch.tensor([owners[i] for i in chosen], device=base.device)
             with applied(base.model, adapters, owner):
                 whole = base.model.generate(input_ids=tokens, attention_mask=mask, generation_config=config)
             for i, row in zip(chosen, whole[:, tokens.shape[1] :].tolist()):
                 answers[i] = list(takewhile(lambda token: token not in stops, row))
     return answers
-
-
-def _left_padded(prompts: Sequence[Sequence[int]], base: BaseModel) -> tuple[Tensor, Tensor]:
-    width = max(len(prompt) for prompt in prompts)
-    tokens = [[base.pad_token] * (width - len(prompt)) + list(prompt) for prompt in prompts]
-    mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
-    return torch.tensor(tokens, device=base.device), torch.tensor(mask, device=base.device)
