@@ -79,7 +79,7 @@ def kernels(family: Family, *tensors: Tensor) -> Kernels | None:
 
 
 def call(family: Family, dtype: torch.dtype, name: str, tensors: Sequence[Tensor | None], *numbers: float) -> None:
-    """Call a kernel; ``kernels`` has returned its family before, which may be off now (in a backward pass)."""
+    """Call a kernel with tensors, then numbers. Its family may have been switched off since the forward pass."""
     places = (None if tensor is None else tensor.data_ptr() for tensor in tensors)
     _library().found[family, dtype][name](*places, *numbers)
 

@@ -125,7 +125,7 @@ def applied(model: nn.Module, adapters: Sequence[Adapters], owner: Tensor) -> It
 
 
 @contextmanager
-def replaced_forwards(forwards: Mapping[Any, Callable[[Tensor], Tensor | None]]) -> Iterator[None]:
+def replaced_forwards(forwards: Mapping[Any, Callable[[Tensor], Tensor]]) -> Iterator[None]:
     """Replace the ``forward`` of layers within the block."""
     before = {layer: vars(layer).get("forward") for layer in forwards}
     try:
