@@ -26,9 +26,8 @@ from benchmarks.speed import data
 from benchmarks.speed.data import Absent
 from benchmarks.speed.training import base_of, oppu, small, stack, task_lora
 from mta.config import Training, parse_size
-from mta.kernels import obstacle, without_kernels
-from mta.kernels.compile import Family
-from mta.kernels.products import _onednn_is_faster
+from mta.kernels.compile import Family, obstacle, without_kernels
+from mta.kernels.functions import _onednn_is_faster
 from mta.lora.batch import LoraBatch, fresh
 from mta.model.base import BaseModel
 from mta.serving.embedded.adapter_slots import AdapterSlots, RowAdapter

@@ -19,7 +19,7 @@ import torch
 from mta.config import Lora, Run, Training
 from mta.data.history import Item, Person
 from mta.data.tasks import load_task
-from mta.kernels import failure, obstacle
+from mta.kernels.compile import failure, obstacle
 
 _SLOW = [hypothesis.HealthCheck.too_slow]
 hypothesis.settings.register_profile("mta", deadline=None, suppress_health_check=_SLOW)  # busy is not broken

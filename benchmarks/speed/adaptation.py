@@ -18,7 +18,7 @@ from benchmarks.speed.settings import Settings
 from benchmarks.speed.timing import Row, turns
 from benchmarks.speed.training import Cohort, agreed, apart, base_of, joined, oppu, small, stack
 from mta.config import Training, parse_size
-from mta.kernels import without_kernels
+from mta.kernels.compile import without_kernels
 from mta.lora.batch import LoraBatch
 from mta.model.base import BaseModel
 

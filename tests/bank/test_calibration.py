@@ -12,7 +12,7 @@ from tiny import base_of, random_examples, random_loras
 from mta.bank.calibrate import ENOUGH, Calibrator, Known, Measure, Passes, measured
 from mta.bank.calibration import Calibration, CalibrationInfo, curvature_of, solved
 from mta.config import CalibrationSettings
-from mta.lora import Shared
+from mta.lora.layers import Shared
 
 N = 4
 

@@ -13,8 +13,8 @@ from tiny import base_of, random_examples, random_loras
 
 import mta.kernels.compile as module
 from mta.errors import ConfigError
-from mta.kernels import FAMILIES, kernels, obstacle, without_kernels
-from mta.lora import PerPerson
+from mta.kernels.compile import FAMILIES, kernels, obstacle, without_kernels
+from mta.lora.layers import PerPerson
 from mta.training.scoring import log_likelihood
 
 needs_kernels = pytest.mark.skipif(bool(obstacle()), reason=f"no kernels here: {obstacle()}")
@@ -38,7 +38,7 @@ def compiler(folder: Path, script: str) -> Path:
 def new_process(code: str = "k.kernels('norm', torch.zeros(1))", **change: str) -> subprocess.CompletedProcess[str]:
     """Print the value of an expression in a process with this environment."""
     return subprocess.run(
-        [sys.executable, "-c", f"import torch, mta.kernels as k; print({code})"],
+        [sys.executable, "-c", f"import torch, mta.kernels.compile as k; print({code})"],
         env={"PYTHONPATH": os.environ.get("PYTHONPATH", "")} | change,
         capture_output=True,
         text=True,
@@ -58,8 +58,9 @@ def test_processes_that_start_at_once_all_get_kernels_that_one_of_them_compiled(
     real = shutil.which("g++")
     compiler(tmp_path / "bin", f'#!/bin/sh\necho "$@" >> {log}\nexec {real} "$@" -O0\n')  # fast to compile
     code = (
-        "import sys, torch, mta.kernels as k; print('ready', flush=True); sys.stdin.readline(); x = torch.ones(1, 2)\n"
-        "print(k.product(x, x), k.kernels('norm', x) is not None, len(k.kernels('attention', x.bfloat16())))"
+        "import sys, torch, mta.kernels.compile as k\nfrom mta.kernels.functions import product\n"
+        "print('ready', flush=True); sys.stdin.readline(); x = torch.ones(1, 2)\n"
+        "print(product(x, x), k.kernels('norm', x) is not None, len(k.kernels('attention', x.bfloat16())))"
     )
     env = os.environ | {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "MTA_CACHE": str(tmp_path / "cache")}
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}

@@ -6,21 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import KINDS, base_of, random_examples, random_loras, rows_of
 
-from mta.kernels import (
-    AdaptedRows,
-    add_low_rank,
-    kernels,
-    low_rank_gradients,
-    obstacle,
-    product,
-    products,
-    use_kernels,
-    without_kernels,
-)
-from mta.kernels.functions import RmsNorm, Rotate
-from mta.kernels.products import FrozenLinear
-from mta.lora import PerPerson
-from mta.lora.layers import Shared, applied
+from mta.kernels import functions
+from mta.kernels.compile import kernels, obstacle, without_kernels
+from mta.kernels.functions import AdaptedRows, FrozenLinear, RmsNorm, Rotate, add_low_rank, low_rank_gradients, product
+from mta.kernels.swap import use_kernels
+from mta.lora.layers import PerPerson, Shared, applied
 from mta.lora.terms import RowTerm, with_terms
 from mta.model.tree_attention import additive, blocks_of, tree_attention
 from mta.training.scoring import log_likelihood
@@ -213,7 +203,7 @@ def test_rows_with_updates_of_their_own_equal_plain_products(rows, d, o, ranks, 
 def test_products_in_lower_precision_are_off_by_its_rounding_alone(dtype, rough, rows):
     x, weight, bias = draw(rows, 70, dtype=dtype), draw(40, 70, seed=1, dtype=dtype), draw(40, seed=2, dtype=dtype)
     right = torch.nn.functional.linear(x.double(), weight.double(), bias.double())
-    ways = [product, products._onednn] if dtype == torch.float32 else [product]
+    ways = [product, functions._onednn] if dtype == torch.float32 else [product]
     for way in ways:
         found = way(x, weight, bias)
         assert found.dtype == dtype
@@ -225,20 +215,20 @@ def choose_library():
     """Choose between oneDNN and MKL again, as a new process does."""
 
     def choose():
-        products._onednn_is_faster.cache_clear()
-        return products._onednn_is_faster()
+        functions._onednn_is_faster.cache_clear()
+        return functions._onednn_is_faster()
 
     yield choose
-    products._onednn_is_faster.cache_clear()
+    functions._onednn_is_faster.cache_clear()
 
 
 def test_onednn_is_used_on_amd_with_avx512_if_it_computes_the_same(monkeypatch, choose_library):
     said = {"vendor_id": "AuthenticAMD", "flags": "avx2 avx512f"}
-    monkeypatch.setattr(products, "cpuinfo", lambda *fields: said.get(fields[0], ""))
+    monkeypatch.setattr(functions, "cpuinfo", lambda *fields: said.get(fields[0], ""))
     assert choose_library()
     assert [choose_library() for said["vendor_id"] in ("GenuineIntel", "AuthenticAMD")] == [False, True]
     assert [choose_library() for said["flags"] in ("avx2", "avx512f")] == [False, True]
-    monkeypatch.setattr(products, "_onednn", lambda x, weight, bias: x @ weight.mT + 1)
+    monkeypatch.setattr(functions, "_onednn", lambda x, weight, bias: x @ weight.mT + 1)
     assert not choose_library()
 
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from tiny import base_of, random_examples, random_loras
 
-from mta.lora import Gated, LoraBatch, PerPerson, Shared, applied, merge_exact
-from mta.lora.batch import join, stack
-from mta.lora.layers import Renumbered
+from mta.lora.batch import LoraBatch, join, stack
+from mta.lora.layers import Gated, PerPerson, Renumbered, Shared, applied
+from mta.lora.merge import merge_exact
 from mta.training.scoring import log_likelihood
 
 KINDS = ["llama", "mistral", "qwen2", "qwen3", "gemma3", "gpt2"]

@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mta.errors import AnchorNotFound, InputError
-from mta.lora import merge_exact, merge_factor, merge_svd
 from mta.lora.batch import Factors, LoraBatch
+from mta.lora.merge import merge_exact, merge_factor, merge_svd
 
 
 def bank_of(n: int, rank: int, seed: int, scale: float = 0.7) -> LoraBatch:

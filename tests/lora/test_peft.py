@@ -13,7 +13,8 @@ from tiny import base_of, random_loras
 from torch import nn
 
 from mta.errors import InputError
-from mta.lora import LoraBatch, Shared, applied
+from mta.lora.batch import LoraBatch
+from mta.lora.layers import Shared, applied
 from mta.lora.peft import CONFIG, WEIGHTS, _alpha, read_peft, write_peft
 
 KINDS = ["llama", "qwen3", "gpt2"]

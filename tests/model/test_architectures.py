@@ -9,8 +9,8 @@ from tiny import random_examples, random_loras
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as ALL
 
 from mta.errors import UnsupportedModel
-from mta.lora import PerPerson, applied
 from mta.lora.batch import Factors, LoraBatch
+from mta.lora.layers import PerPerson, applied
 from mta.model.generate import generate
 from mta.personalize.adapters import TASK
 from mta.serving.embedded.engine import EmbeddedEngine

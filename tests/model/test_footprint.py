@@ -22,9 +22,9 @@ from transformers import (
 from mta.config import Training
 from mta.data.tasks.prompt import Example
 from mta.errors import MemoryBudgetError
-from mta.kernels import without_kernels
-from mta.lora import Gated, PerPerson, Shared
+from mta.kernels.compile import without_kernels
 from mta.lora.batch import fresh
+from mta.lora.layers import Gated, PerPerson, Shared
 from mta.model.base import BaseModel
 from mta.model.footprint import Numbers, Texts
 from mta.training.packing import pack

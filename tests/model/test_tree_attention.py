@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from tiny import base_of, random_examples, random_loras, rows_of
 
 from mta.errors import UnsupportedModel
-from mta.lora import PerPerson
+from mta.lora.layers import PerPerson
 from mta.model.tree_attention import additive, blocks_of, can_block, tree_attention, visible
 from mta.training.scoring import log_likelihood
 

@@ -13,7 +13,7 @@ from tiny import base_of, random_examples, random_loras
 from mta.bank.calibration import Calibration, CalibrationInfo, curvature_of
 from mta.config import MergeSettings, Policy, Training
 from mta.errors import AnchorNotFound, ConfigError
-from mta.lora import Gated, PerPerson, Shared
+from mta.lora.layers import Gated, PerPerson, Shared
 from mta.personalize.likelihoods import Evidence, Labels, ShotGradients, ShotsJob, gather_evidence, shots_of
 from mta.personalize.merge import Earlier, Merge, check_merge, coefficients, fit_merge, learn, merged, needs_evidence
 from mta.personalize.policies import POLICIES, Retrieved, fit_labels

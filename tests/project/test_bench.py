@@ -21,7 +21,7 @@ from benchmarks.speed.settings import Settings
 from benchmarks.speed.timing import Row
 from mta.config import MergeSettings
 from mta.data.tasks.prompt import Example
-from mta.kernels import obstacle
+from mta.kernels.compile import obstacle
 from mta.lora.batch import Factors, LoraBatch
 from mta.lora.merge import merge_exact
 from mta.training.packing import pack

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import base_of, random_examples, random_loras
 
-from mta.lora import Shared
+from mta.lora.layers import Shared
 from mta.training.gates import gate_gradients
 from mta.training.trainer import Job
 

@@ -7,9 +7,8 @@ from hypothesis import strategies as st
 from tiny import base_of, random_examples, random_loras
 
 from mta.config import Training
-from mta.lora import Gated, LoraBatch, PerPerson, Shared
-from mta.lora.batch import fresh
-from mta.lora.layers import Renumbered
+from mta.lora.batch import LoraBatch, fresh
+from mta.lora.layers import Gated, PerPerson, Renumbered, Shared
 from mta.model.base import BaseModel
 from mta.model.footprint import Texts
 from mta.training.checkpoint import Checkpoint

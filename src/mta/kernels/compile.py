@@ -17,7 +17,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
@@ -26,6 +26,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from filelock import FileLock
+from torch import Tensor
 
 from mta.errors import ConfigError
 from mta.system.assets import cache_dir
@@ -44,7 +45,7 @@ FAMILIES: dict[Family, tuple[str, ...]] = {  # families that can be switched off
     "low_rank": ("low_rank", "low_rank_backward"),
     "adamw": ("adamw",),
     "adapted_rows": ("adapted_rows",),
-    "linear": (),  # replaces a base's linear layers by ``products``
+    "linear": (),  # replaces a base's linear layers by ``product``
     "onednn": (),  # oneDNN instead of MKL for float32 products
 }
 _NUMBERS = {torch.float32: "float", torch.float64: "double", torch.bfloat16: "bf16"}  # names in the sources
@@ -65,7 +66,7 @@ class _Library(NamedTuple):
     failure: str = ""
 
 
-def kernels(family: Family, *tensors: torch.Tensor) -> Kernels | None:
+def kernels(family: Family, *tensors: Tensor) -> Kernels | None:
     """Return a family's kernels for tensors of one dtype; None if torch's operations must be used.
 
     ``linear`` and ``onednn`` have no kernels of their own: an empty dict means that they are switched on.
@@ -77,9 +78,15 @@ def kernels(family: Family, *tensors: torch.Tensor) -> Kernels | None:
     return None if family in _off else _library().found.get((family, dtype))
 
 
-def compiled(family: Family, dtype: torch.dtype) -> Kernels:
-    """Return the kernels of a family that ``kernels`` has returned before, for a backward pass."""
-    return _library().found[family, dtype]
+def call(family: Family, dtype: torch.dtype, name: str, tensors: Sequence[Tensor | None], *numbers: float) -> None:
+    """Call a kernel with tensors, then numbers. Its family may have been switched off since the forward pass."""
+    places = (None if tensor is None else tensor.data_ptr() for tensor in tensors)
+    _library().found[family, dtype][name](*places, *numbers)
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype of the kernels' sums."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 @contextmanager
@@ -163,17 +170,15 @@ def _flags() -> list[str]:
     return [*_FLAGS.split(), *_MACHINES[platform.machine()].split()]
 
 
-def _place(compiler: str, openmp: str) -> Path:
-    """Return the library's path, named by a hash of sources, compiler, flags, processor, and OpenMP runtime."""
+def _compiled(compiler: str, openmp: str) -> Path:
+    """Return the path of the compiled library; one process compiles, and the others wait.
+
+    The name is a hash of sources, compiler, flags, processor, and OpenMP runtime.
+    """
     processor = cpuinfo("vendor_id"), cpuinfo("flags", "Features")
     words = [_run(compiler, "--version"), *_flags(), *processor, openmp]
     parts = [*(path.read_bytes() for path in _SOURCES), *(word.encode() for word in words)]
-    return cache_dir() / "kernels" / f"{hashlib.sha256(b'/'.join(parts)).hexdigest()[:24]}.so"
-
-
-def _compiled(compiler: str, openmp: str) -> Path:
-    """Return the path of the compiled library; one process compiles, and the others wait."""
-    path = _place(compiler, openmp)
+    path = cache_dir() / "kernels" / f"{hashlib.sha256(b'/'.join(parts)).hexdigest()[:24]}.so"
     if not path.is_file():
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(path.with_suffix(".lock"), timeout=2 * _TIMEOUT):

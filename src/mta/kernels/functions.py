@@ -1,11 +1,12 @@
 """The kernels as functions with gradients: drop-in replacements for a few torch expressions.
 
-Weights of norms, angles, and masks are frozen and get no gradient. Callers check first that the kernels exist
-(``mta.kernels.compile.kernels``). Sums are in float32, or in float64 for float64.
+Frozen weights, angles, and masks get no gradient. Sums are in float32, or in float64 for float64. Callers check first
+that the kernels exist (``mta.kernels.compile.kernels``), except for ``product`` and ``AdaptedRows``.
 """
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -13,14 +14,11 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from mta.kernels.compile import compiled, kernels
+from mta.kernels.compile import call, kernels, wide
+from mta.system.device import cpuinfo
 
+_ROWS = 24  # of AdaptedRows, at most
 _FEW, _LOW = 4, 16  # with more tokens of a person and more ranks than this, oneDNN's products are faster in bfloat16
-
-
-def wide(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype of sums."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 class RmsNorm(Function):
@@ -31,9 +29,7 @@ class RmsNorm(Function):
         x = x.contiguous()
         d = x.shape[-1]
         y, scale = torch.empty_like(x), x.new_empty(x.numel() // d, dtype=wide(x.dtype))
-        compiled("norm", x.dtype)["rms_norm"](
-            y.data_ptr(), scale.data_ptr(), x.data_ptr(), weight.data_ptr(), len(scale), d, eps
-        )
+        call("norm", x.dtype, "rms_norm", (y, scale, x, weight), len(scale), d, eps)
         ctx.save_for_backward(x, weight, scale)
         return y
 
@@ -42,8 +38,7 @@ class RmsNorm(Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
         x, weight, scale = ctx.saved_tensors
         dy, dx = dy.contiguous(), torch.empty_like(x)
-        places = (t.data_ptr() for t in (dx, dy, scale, x, weight))
-        compiled("norm", x.dtype)["rms_norm_backward"](*places, len(scale), x.shape[-1])
+        call("norm", x.dtype, "rms_norm_backward", (dx, dy, scale, x, weight), len(scale), x.shape[-1])
         return dx, None, None
 
 
@@ -65,8 +60,7 @@ class Rotate(Function):
 def _rotated(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
     x = x.transpose(1, 2).contiguous()  # (B, T, H, E), as the linear layer wrote it
     y = torch.empty_like(x)
-    places = (t.data_ptr() for t in (y, x, cos, sin))
-    compiled("rotate", x.dtype)["rotate"](*places, *x.shape, len(cos), inverse)
+    call("rotate", x.dtype, "rotate", (y, x, cos, sin), *x.shape, len(cos), inverse)
     return y.transpose(1, 2)
 
 
@@ -77,13 +71,12 @@ def add_low_rank(y: Tensor, x: Tensor, a: Tensor, b: Tensor) -> Tensor | None:
     ``low_rank_gradients`` computes the gradients.
     """
     few = x.dtype != torch.bfloat16 or x.shape[1] <= _FEW or a.shape[1] <= _LOW
-    found = kernels("low_rank", y, x, a, b) if few else None
-    if found is None or not (y.is_contiguous() and x.is_contiguous() and a.is_contiguous() and b.is_contiguous()):
+    contiguous = y.is_contiguous() and x.is_contiguous() and a.is_contiguous() and b.is_contiguous()
+    if not (few and contiguous and kernels("low_rank", y, x, a, b)):
         return None
     people, rows, d = x.shape
     h = x.new_empty(people, rows, a.shape[1], dtype=wide(x.dtype))
-    places = y.data_ptr(), h.data_ptr(), x.data_ptr(), a.data_ptr(), b.data_ptr()
-    found["low_rank"](*places, people, rows, a.shape[1], d, y.shape[2])
+    call("low_rank", x.dtype, "low_rank", (y, h, x, a, b), people, rows, a.shape[1], d, y.shape[2])
     return h
 
 
@@ -97,8 +90,8 @@ def low_rank_gradients(
     people, rows, ranks = h.shape
     da, db = a.new_empty(people, trained, a.shape[2]), b.new_empty(people, trained, b.shape[2])
     dh = torch.empty_like(h)
-    places = (None if t is None else t.data_ptr() for t in (dx, da, db, dh, dy, x, h, a, b))
-    compiled("low_rank", x.dtype)["low_rank_backward"](*places, people, rows, ranks, a.shape[2], b.shape[2], trained)
+    tensors, sizes = (dx, da, db, dh, dy, x, h, a, b), (people, rows, ranks, a.shape[2], b.shape[2], trained)
+    call("low_rank", x.dtype, "low_rank_backward", tensors, *sizes)
     return da, db
 
 
@@ -116,9 +109,7 @@ class TreeAttention(Function):
         spread = _spread(q, blocks)  # (G, H, Q, E)
         near, values = _gathered(k, blocks), _gathered(v, blocks)
         shares = torch.bmm(_grouped(spread, groups), near.flatten(0, 1).mT)  # scores; softmax replaces them in place
-        compiled("attention", q.dtype)["softmax"](
-            shares.data_ptr(), mask.data_ptr(), count, heads, spread.shape[2], near.shape[2], scale
-        )
+        call("attention", q.dtype, "softmax", (shares, mask), count, heads, spread.shape[2], near.shape[2], scale)
         seen = torch.bmm(shares, values.flatten(0, 1))
         ctx.save_for_backward(spread, near, values, shares)
         ctx.blocks, ctx.scale, ctx.shape = blocks, scale, (batch, tokens, heads, width)
@@ -130,20 +121,15 @@ class TreeAttention(Function):
         spread, near, values, shares = ctx.saved_tensors
         blocks, groups = ctx.blocks, near.shape[1]
         up = _grouped(_spread(dy.contiguous(), blocks), groups)
-        dvalues = torch.bmm(shares.mT, up)
+        dvalues = torch.bmm(shares.mT, up).view(near.shape)
         dscores = torch.bmm(up, values.flatten(0, 1).mT)
         rows, keys = dscores.shape[0] * dscores.shape[1], dscores.shape[2]
-        compiled("attention", shares.dtype)["softmax_backward"](
-            dscores.data_ptr(), shares.data_ptr(), rows, keys, ctx.scale
-        )
+        call("attention", shares.dtype, "softmax_backward", (dscores, shares), rows, keys, ctx.scale)
         dq = torch.bmm(dscores, near.flatten(0, 1)).view(spread.shape)
-        dk = torch.bmm(dscores.mT, _grouped(spread, groups))
-        batch, tokens = ctx.shape[:2]
-        parts = (
-            _summed(dq, blocks.place, blocks.each),
-            *(_summed(part.view(near.shape), blocks.slots, blocks.starts) for part in (dk, dvalues)),
-        )
-        dq, dk, dv = (part.view(batch, tokens, *part.shape[1:]).transpose(1, 2) for part in parts)
+        dk = torch.bmm(dscores.mT, _grouped(spread, groups)).view(near.shape)
+        of_keys = (_summed(part, blocks.slots, blocks.starts) for part in (dk, dvalues))
+        parts = _summed(dq, blocks.place, blocks.each), *of_keys
+        dq, dk, dv = (part.view(*ctx.shape[:2], *part.shape[1:]).transpose(1, 2) for part in parts)
         return dq, dk, dv, None, None, None
 
 
@@ -157,8 +143,7 @@ def _spread(x: Tensor, blocks: Any) -> Tensor:
     count, wide_ = blocks.queries.shape
     heads, width = x.shape[2:]
     out = x.new_empty(count, heads, wide_, width)
-    places = (t.data_ptr() for t in (out, x, blocks.place))
-    compiled("attention", x.dtype)["spread"](*places, len(blocks.place), count, wide_, heads, width)
+    call("attention", x.dtype, "spread", (out, x, blocks.place), len(blocks.place), count, wide_, heads, width)
     return out
 
 
@@ -167,8 +152,7 @@ def _gathered(x: Tensor, blocks: Any) -> Tensor:
     count, deep = blocks.keys.shape
     heads, width = x.shape[2:]
     out = x.new_empty(count, heads, deep, width)
-    places = (t.data_ptr() for t in (out, x, blocks.keys))
-    compiled("attention", x.dtype)["gather"](*places, count, deep, heads, width)
+    call("attention", x.dtype, "gather", (out, x, blocks.keys), count, deep, heads, width)
     return out
 
 
@@ -176,6 +160,99 @@ def _summed(x: Tensor, slots: Tensor, starts: Tensor) -> Tensor:
     """(G, H, n, E) -> (B * T, H, E), summed over each token's slots."""
     heads, n, width = x.shape[1:]
     out = x.new_empty(len(starts) - 1, heads, width)
-    places = (t.data_ptr() for t in (out, x, slots, starts))
-    compiled("attention", x.dtype)["scatter"](*places, len(out), n, heads, width)
+    call("attention", x.dtype, "scatter", (out, x, slots, starts), len(out), n, heads, width)
     return out
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Compute ``torch.nn.functional.linear`` without a gradient, for x (..., D) and weight (O, D) of any strides."""
+    parts = (x, weight) if bias is None else (x, weight, bias)
+    if x.dtype == torch.float32 and _onednn_is_faster() and kernels("onednn", *parts) is not None:
+        return _onednn(x, weight, bias)
+    return torch.nn.functional.linear(x, weight, bias)
+
+
+class AdaptedRows:
+    """A linear layer with updates for one token of each of a few rows; reads all weights from memory once.
+
+    y = x W^T + bias + (gate * (x A^T)) B^T + (x p^T) q. Shapes: x (M, 1, D), shared A (P, D) and B (O, P),
+    gates (M, P), own p (M, S, D) and q (M, S, O) -> (M, 1, O). Called with x only, at every layer of every token: the
+    addresses of all other tensors are looked up once. ``buffers`` come from ``buffers_for``; layers may share them.
+    """
+
+    def __init__(
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        shared: tuple[Tensor, Tensor],
+        gates: Tensor,
+        own: tuple[Tensor, Tensor],
+        buffers: tuple[Tensor, Tensor],
+    ) -> None:
+        rows, (a, b), (p, q) = len(gates), shared, own
+        parts = [weight, a, b, gates, p, q, *([] if bias is None else [bias])]
+        fits = rows <= _ROWS and all(part.is_contiguous() for part in parts)
+        found = kernels("adapted_rows", *parts) if fits else None
+        self._run = found["adapted_rows"] if found else None
+        self._kept = [part.detach() for part in (*parts, *buffers)]  # keeps the memory behind the addresses alive
+        self._between = tuple(part.data_ptr() for part in buffers)
+        self._after = *(None if t is None else t.data_ptr() for t in (weight, bias, a, b, gates, p, q)), rows
+        self._after += len(a), p.shape[1], *weight.shape[::-1]
+        self._dtype, self._numbers, self._shape = weight.dtype, rows * weight.shape[1], (rows, 1, len(weight))
+
+    @staticmethod
+    def buffers_for(gates: Tensor, own: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Return buffers for x A^T and x p^T between two products."""
+        return torch.empty_like(gates), gates.new_empty(own[0].shape[:2], dtype=wide(gates.dtype))
+
+    def __call__(self, x: Tensor) -> Tensor | None:
+        """Return y; None if there is no kernel for these tensors, or x has more than one token per row."""
+        if self._run is None or x.dtype != self._dtype or x.numel() != self._numbers:
+            return None
+        x, y = x.contiguous(), x.new_empty(self._shape)
+        self._run(y.data_ptr(), *self._between, x.data_ptr(), *self._after)
+        return y
+
+
+class FrozenLinear(Function):
+    """``product`` with a gradient of x only."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(weight)
+        return product(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
+        (weight,) = ctx.saved_tensors
+        return product(dy, weight.mT), None, None
+
+
+def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    made: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return made
+
+
+@cache
+def _onednn_is_faster() -> bool:
+    """Return whether MKL uses half of this processor's vector width, and oneDNN computes the same results.
+
+    torch multiplies float32 with MKL. Nothing is timed: the libraries round differently, and all workers on one type of
+    processor must compute the same bytes.
+    """
+    half = "avx512f" in cpuinfo("flags").split() and cpuinfo("vendor_id") != "GenuineIntel"
+    return half and torch.backends.mkl.is_available() and _agrees()  # type: ignore[no-untyped-call]
+
+
+def _agrees() -> bool:
+    """Return whether torch has the oneDNN operator, and its results equal torch's own product."""
+    if not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        return False
+    draw = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(64, 768, generator=draw), torch.randn(768, 768, generator=draw)
+    try:
+        found, expected = _onednn(x, weight.mT, None), x @ weight
+    except RuntimeError:
+        return False
+    return bool((found - expected).norm() <= 1e-5 * expected.norm())

@@ -16,8 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from mta.kernels.compile import kernels
-from mta.kernels.functions import RmsNorm, Rotate
-from mta.kernels.products import FrozenLinear, product
+from mta.kernels.functions import FrozenLinear, RmsNorm, Rotate, product
 
 _ROTARY = "apply_rotary_pos_emb"
 
@@ -25,7 +24,7 @@ _ROTARY = "apply_rotary_pos_emb"
 def use_kernels(model: nn.Module) -> list[str]:
     """Replace all modules that have kernels, and return the names of their classes; empty without kernels.
 
-    Linear layers use ``products``; they keep the same tensors for the backward pass as before.
+    Linear layers use ``product``; they keep the same tensors for the backward pass as before.
     """
     agrees: dict[type, bool] = {}
     with torch.no_grad():
@@ -45,11 +44,10 @@ def use_kernels(model: nn.Module) -> list[str]:
 def _norm(module: nn.Module) -> Callable[..., Tensor] | None:
     weight = getattr(module, "weight", None)
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
-    if not type(module).__name__.endswith("RMSNorm") or not isinstance(weight, Tensor) or not isinstance(eps, float):
-        return None
-    if kernels("norm", weight) is None:
-        return None
-    return partial(_norm_forward, module, module.forward, eps)
+    named = type(module).__name__.endswith("RMSNorm")
+    if named and isinstance(weight, Tensor) and isinstance(eps, float) and kernels("norm", weight) is not None:
+        return partial(_norm_forward, module, module.forward, eps)
+    return None
 
 
 def _norm_forward(module: Any, plain: Callable[..., Tensor], eps: float, hidden_states: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ Shapes: A (U, R, D), B (U, O, R) with U adapters, R rank, D inputs, O outputs.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -51,15 +51,15 @@ class LoraBatch:
         """Layer name -> (D, O)."""
         return {name: (f.a.shape[2], f.b.shape[1]) for name, f in self.factors.items()}
 
-    def map(self, change: object) -> LoraBatch:
+    def map(self, change: Callable[[Tensor], Tensor]) -> LoraBatch:
         """Return the batch with ``change`` applied to every A and B."""
-        return replace(self, factors={name: Factors(change(f.a), change(f.b)) for name, f in self.factors.items()})  # type: ignore[operator]
+        return replace(self, factors={name: Factors(change(f.a), change(f.b)) for name, f in self.factors.items()})
 
     def select(self, index: Tensor | Sequence[int] | slice) -> LoraBatch:
         return self.map(lambda t: t[index])
 
     def to(self, *place: torch.device | torch.dtype) -> LoraBatch:
-        return self.map(lambda t: t.to(*place))
+        return self.map(lambda t: t.to(*place))  # type: ignore[call-overload]
 
     def scaled_into_b(self) -> LoraBatch:
         """Return the same updates with scale 1."""
@@ -69,11 +69,9 @@ class LoraBatch:
 
     def padded(self, rank: int) -> LoraBatch:
         """Return the same updates at a higher rank, zero-padded."""
-        more = rank - self.rank
-        pad = torch.nn.functional.pad
-        return replace(
-            self, factors={n: Factors(pad(f.a, (0, 0, 0, more)), pad(f.b, (0, more))) for n, f in self.factors.items()}
-        )
+        pad, more = torch.nn.functional.pad, rank - self.rank
+        factors = {n: Factors(pad(f.a, (0, 0, 0, more)), pad(f.b, (0, more))) for n, f in self.factors.items()}
+        return replace(self, factors=factors)
 
     def delta(self, name: str) -> Tensor:
         """Return the dense updates of one layer, (U, O, D), for tests and for folding into weights."""
@@ -81,10 +79,8 @@ class LoraBatch:
 
     def tensors(self) -> dict[str, Tensor]:
         """Return contiguous CPU tensors ``<layer>.a`` and ``<layer>.b`` for a safetensors file."""
-        flat = {}
-        for name, f in self.factors.items():
-            flat[f"{name}.a"], flat[f"{name}.b"] = f.a.detach().cpu().contiguous(), f.b.detach().cpu().contiguous()
-        return flat
+        parts = {f"{name}.{end}": part for name, pair in self.factors.items() for end, part in zip("ab", pair)}
+        return {key: part.detach().cpu().contiguous() for key, part in parts.items()}
 
     @classmethod
     def of_tensors(cls, flat: Mapping[str, Tensor], scale: float) -> LoraBatch:
@@ -107,14 +103,7 @@ class LoraBatch:
 
 def join(batches: Sequence[LoraBatch]) -> LoraBatch:
     """Return the sum of updates, adapter by adapter: factors concatenated on the rank axis, scales folded into B."""
-    parts = [batch.scaled_into_b() for batch in batches]
-    names = parts[0].factors
-    return LoraBatch(
-        {
-            n: Factors(torch.cat([p.factors[n].a for p in parts], 1), torch.cat([p.factors[n].b for p in parts], 2))
-            for n in names
-        }
-    )
+    return _concatenated([batch.scaled_into_b() for batch in batches], 1, 2)
 
 
 def shared_ranks(batches: Sequence[LoraBatch], name: str) -> tuple[Tensor, Tensor]:
@@ -130,15 +119,13 @@ def stack(batches: Iterable[LoraBatch]) -> LoraBatch:
     rank = max(part.rank for part in parts)
     if len({part.scale for part in parts}) > 1:
         parts = [part.scaled_into_b() for part in parts]
-    parts = [part.padded(rank) for part in parts]
-    names = parts[0].factors
-    return LoraBatch(
-        {
-            n: Factors(torch.cat([p.factors[n].a for p in parts]), torch.cat([p.factors[n].b for p in parts]))
-            for n in names
-        },
-        parts[0].scale,
-    )
+    return _concatenated([part.padded(rank) for part in parts], 0, 0)
+
+
+def _concatenated(parts: Sequence[LoraBatch], a: int, b: int) -> LoraBatch:
+    """Concatenate batches of equal scale on axis ``a`` of A and axis ``b`` of B."""
+    pairs = {name: tuple(zip(*(part.factors[name] for part in parts))) for name in parts[0].factors}
+    return LoraBatch({n: Factors(torch.cat(x, a), torch.cat(y, b)) for n, (x, y) in pairs.items()}, parts[0].scale)
 
 
 def fresh(

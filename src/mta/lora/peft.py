@@ -11,6 +11,7 @@ import glob
 import json
 import math
 import shutil
+import sys
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
@@ -93,7 +94,8 @@ def read_peft(folder: str | Path) -> LoraBatch:
     config = _read_config(Path(folder))
     _refuse_more_than_lora(folder, config)
     rank, alpha = config.get("r"), config.get("lora_alpha")
-    if type(rank) is not int or rank < 1 or not isinstance(alpha, int | float) or not _is_finite(alpha):
+    # An alpha of more than a double's range would be infinite: JSON integers have no limit.
+    if type(rank) is not int or rank < 1 or not isinstance(alpha, int | float) or not abs(alpha) <= sys.float_info.max:
         raise InputError(
             f"{folder}: r is {rank!r} and lora_alpha {alpha!r}, expected a positive integer and a finite number",
             hint=f"Correct {CONFIG}, or export the adapter again.",
@@ -115,20 +117,10 @@ def read_peft(folder: str | Path) -> LoraBatch:
     return LoraBatch(factors, float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank))
 
 
-def _is_finite(number: float) -> bool:
-    """Return whether a number is finite as a double: JSON integers can be larger."""
-    try:
-        return math.isfinite(number)
-    except OverflowError:
-        return False
-
-
 def _tensors(adapter: LoraBatch) -> dict[str, Tensor]:
-    flat = {}
-    for name, f in adapter.factors.items():
-        flat[f"{_PREFIX}{name}{_A}"] = f.a[0].detach().cpu().clone()  # cloned: views of one buffer cannot be saved
-        flat[f"{_PREFIX}{name}{_B}"] = f.b[0].detach().cpu().clone()
-    return {name: tensor.contiguous() for name, tensor in flat.items()}
+    ends = {"a": _A, "b": _B}
+    parts = {f"{_PREFIX}{key[:-2]}{ends[key[-1]]}": part[0] for key, part in adapter.tensors().items()}
+    return {name: part.clone() for name, part in parts.items()}  # cloned: views of one buffer cannot be saved
 
 
 def _config(adapter: LoraBatch, base_name: str, fan_in_fan_out: bool) -> dict[str, Any]:

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from mta.kernels import add_low_rank, kernels, low_rank_gradients, product, wide
+from mta.kernels.compile import kernels, wide
+from mta.kernels.functions import add_low_rank, low_rank_gradients, product
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,16 +145,30 @@ class _AdaptedLinear(Function):
 
 def joined(terms: Sequence[Term]) -> list[Term]:
     """Return the same sum in as few terms as possible; trained terms are not joined with frozen ones."""
-    parts: list[Term] = []
+    shared, rows = list[SharedTerm](), list[RowTerm]()
     for trained in (False, True):
         alike = [term for term in terms if term.trained == trained]
-        shared = [term for term in alike if isinstance(term, SharedTerm)]
-        rows = [term for term in alike if isinstance(term, RowTerm)]
-        if shared:
-            a, b = torch.cat([term.a for term in shared]), torch.cat([term.b for term in shared], 1)
-            shared = [SharedTerm(a, b, _gates(shared))]
-        parts += [*shared, *_joined_rows(rows)]
-    return _ungated_into_rows(parts)
+        shared += _joined_shared([term for term in alike if isinstance(term, SharedTerm)])
+        rows += _joined_rows([term for term in alike if isinstance(term, RowTerm)])
+    people = {len(term.a) for term in rows}
+    if len(people) == 1:  # frozen updates without gates cost least in the row term
+        movable = [term for term in shared if term.gate is None and not term.trained]
+        shared = [term for term in shared if term.gate is not None or term.trained]
+        moved = [RowTerm(term.a.expand(*people, -1, -1), term.b.expand(*people, -1, -1)) for term in movable]
+        frozen = [term for term in rows if not term.trained]
+        rows = [*_joined_rows([*frozen, *moved]), *(term for term in rows if term.trained)]
+    return [*shared, *rows]
+
+
+def _joined_shared(terms: Sequence[SharedTerm]) -> list[SharedTerm]:
+    """Return at most one term; if any term has gates, terms without gates get ones."""
+    if not terms:
+        return []
+    a, b = torch.cat([term.a for term in terms]), torch.cat([term.b for term in terms], 1)
+    gate = next((term.gate for term in terms if term.gate is not None), None)
+    if gate is not None:
+        gate = torch.cat([gate.new_ones(len(gate), len(t.a)) if t.gate is None else t.gate for t in terms], 1)
+    return [SharedTerm(a, b, gate)]
 
 
 def _joined_rows(rows: Sequence[RowTerm]) -> list[RowTerm]:
@@ -168,42 +183,17 @@ def _side_by_side(rows: Sequence[RowTerm]) -> RowTerm:
     return RowTerm(torch.cat([term.a for term in rows], 1), torch.cat([term.b.mT for term in rows], 1).mT)
 
 
-def _ungated_into_rows(parts: Sequence[Term]) -> list[Term]:
-    """Move frozen updates without gates into the row term, where they cost least."""
-    rows = [term for term in parts if isinstance(term, RowTerm)]
-    frozen = [term for term in rows if not term.trained]
-    rest = [term for term in parts if isinstance(term, SharedTerm)]
-    people = {term.a.shape[0] for term in rows}
-    if len(people) == 1:
-        each = (*people, -1, -1)
-        for term in [term for term in rest if term.gate is None and not term.trained]:
-            frozen.append(RowTerm(term.a.expand(each), term.b.expand(each)))
-            rest.remove(term)
-    return [*rest, *_joined_rows(frozen), *(term for term in rows if term.trained)]
-
-
-def _gates(terms: Sequence[SharedTerm]) -> Tensor | None:
-    """Return the gates of joined terms, concatenated to (B, P); a term without a gate gets ones."""
-    first = next((term.gate for term in terms if term.gate is not None), None)
-    if first is None:
-        return None
-    return torch.cat([first.new_ones(len(first), len(t.a)) if t.gate is None else t.gate for t in terms], 1)
-
-
 def with_terms(layer: nn.Module, terms: Sequence[Term]) -> Callable[[Tensor], Tensor]:
     """Return the forward function of ``layer`` plus ``terms``."""
     parts = joined(terms)
     trained = [term for term in parts if term.trained]
     frozen = [term for term in parts if not term.trained]
-    if type(layer) is nn.Linear and len(trained) == 1 and isinstance(trained[0], RowTerm):
-        return partial(_fused, layer, trained[0], frozen)
+    own = trained[0] if len(trained) == 1 else None
+    if type(layer) is nn.Linear and isinstance(own, RowTerm):
+        return lambda x: _AdaptedLinear.apply(x, layer, own.a, own.b, frozen)  # type: ignore[no-untyped-call]
     if not torch.is_grad_enabled():
         parts = [term.laid_out() if isinstance(term, RowTerm) else term for term in parts]
     return partial(_summed, layer.forward, parts, in_place=not trained)
-
-
-def _fused(layer: nn.Linear, trained: RowTerm, frozen: Sequence[Term], x: Tensor) -> Tensor:
-    return _AdaptedLinear.apply(x, layer, trained.a, trained.b, frozen)  # type: ignore[no-untyped-call]
 
 
 def _summed(plain: Callable[[Tensor], Tensor], parts: Sequence[Term], x: Tensor, *, in_place: bool) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection
 from contextlib import suppress
 from typing import Any
 
@@ -15,24 +14,13 @@ from mta.errors import ModelError, UnsupportedModel
 log = logging.getLogger("mta")
 
 
-def feed_head_contiguously(model: Any) -> None:
-    """Make the LM head's input contiguous: for the strided last tokens, torch.matmul copies the head once per row."""
-    model.get_output_embeddings().register_forward_pre_hook(lambda _, args: (args[0].contiguous(), *args[1:]))
-
-
-def text_config(model: Any) -> Any:
-    """Return the part of a model's configuration that describes its text decoder, for most models all of it."""
-    config = model.config
-    return config.get_text_config() if hasattr(config, "get_text_config") else config
-
-
 def longest_text(model: Any, asked: int) -> int:
     """Return how many of the ``asked`` tokens a text may have: at most ``max_position_embeddings``; for longrope, less.
 
     If one row is longer than the original length, longrope changes the frequencies of all rows of a pass. (Dynamic RoPE
     changes them only beyond ``max_position_embeddings``.)
     """
-    config = text_config(model)
+    config = model.config.get_text_config()
     rope = getattr(config, "rope_parameters", None) or {}
     kinds = [rope, *(part for part in rope.values() if isinstance(part, dict))]  # of all layers, or by layer type
     original = [k.get("original_max_position_embeddings") for k in kinds if k.get("rope_type") == "longrope"]
@@ -60,17 +48,17 @@ def shape_of(module: nn.Module) -> tuple[int, int]:
     return int(rows), int(columns)
 
 
-def adapted_layers(model: Any, called: Collection[str], name: str) -> dict[str, tuple[int, int]]:
+def adapted_layers(model: Any, called: set[nn.Module], name: str) -> dict[str, tuple[int, int]]:
     """Return the ``called`` linear layers except the LM head: name -> (D, O). Raises UnsupportedModel."""
-    head = model.get_output_embeddings()
-    layers = [(layer, module) for layer, module in model.named_modules() if layer in called and module is not head]
+    adapted = called - {model.get_output_embeddings()}
+    layers = {layer: shape_of(module) for layer, module in model.named_modules() if module in adapted}
     if not layers:
         kinds = sorted({type(module).__name__ for module in model.modules()})
         raise UnsupportedModel(
             f"{name!r} has no plain linear layers to adapt; its modules are {', '.join(kinds)}",
             hint="Give a base with nn.Linear or Conv1D layers, such as Llama, Mistral, Qwen, Gemma or GPT-2.",
         )
-    return {layer: shape_of(module) for layer, module in layers}
+    return layers
 
 
 def enable_checkpointing(model: Any, name: str) -> None:
@@ -129,7 +117,7 @@ def load_weights(folder: str, config: Any, name: str, dtype: torch.dtype) -> Any
     return model
 
 
-def outline_model(folder: str, config: Any, dtype: torch.dtype) -> Any:
+def outline_model(folder: str, config: Any, _: str, dtype: torch.dtype) -> Any:
     """Return the causal language model of a folder without weights, on the ``meta`` device; it cannot compute."""
     from transformers import AutoModelForCausalLM, GenerationConfig
 

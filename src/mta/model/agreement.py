@@ -16,8 +16,8 @@ is changed, and ``agrees`` computes the same path among other tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from mta.errors import UnsupportedModel
-from mta.model.adaptable import is_linear, text_config
+from mta.model.adaptable import is_linear
 
 CAUSAL = "Give a base that reads text from left to right, such as Llama, Mistral, Qwen, Gemma or GPT-2."  # a hint
 _TRUNK, _BRANCH, _PADDING = 8, 24, 4  # tokens; a branch is longer than the kernels of convolutions
@@ -41,7 +41,7 @@ _WINDOWS = ("sliding_window", "attention_chunk_size")  # settings that transform
 class Reference:
     """A path of tokens (T,), its logits (n, V) at ``places`` when computed alone, and the effect of rounding on them.
 
-    ``called`` are the names of the linear layers that the model calls.
+    ``called`` are the linear layers that the model calls.
     """
 
     tokens: Tensor
@@ -49,7 +49,7 @@ class Reference:
     places: Tensor
     logits: Tensor
     rounding: float
-    called: frozenset[str]
+    called: set[nn.Module]
 
     @classmethod
     @torch.inference_mode()
@@ -63,15 +63,16 @@ class Reference:
         path = drawn[:depth]
         branch = range(_trunk(depth), depth)
         places = sorted({*branch[:_ENDS], *branch[-_ENDS:]})
-        with _called(model) as called:
+        called = set[nn.Module]()
+        with _hooked(_linear_layers(model), lambda layer, *_: called.add(layer)):
             alone = _forward(model, path)[places]
-        with _rounded(model.get_input_embeddings()):
+        with _hooked([model.get_input_embeddings()], _rounded):
             again = _forward(model, path)[places]
         rounding = max(_middle(again, alone), _eps(alone.dtype))
-        return cls(path, drawn[depth:], torch.tensor(places), alone, rounding, frozenset(called))
+        return cls(path, drawn[depth:], torch.tensor(places), alone, rounding, called)
 
     @torch.inference_mode()
-    def agrees(self, model: nn.Module, logits: Callable[..., Tensor], packed: bool) -> bool:
+    def agrees(self, model: Any, logits: Callable[..., Tensor], packed: bool) -> bool:
         """Return whether ``logits`` of rows are correct on this model; False if they raise an error."""
         tokens, ends, positions, path = (part.to(self.tokens.device) for part in self._rows(packed))
         where = tokens.shape[1] + path[self.places.to(path)]
@@ -79,7 +80,7 @@ class Reference:
         others[1, path] = self.tokens
         try:
             found = logits(tokens, ends, positions, where)
-            with _row_changed(model):
+            with _hooked(_linear_layers(model) - {model.get_output_embeddings()}, _row_changed):
                 again = logits(others, ends, positions, where)
         except torch.OutOfMemoryError:
             raise
@@ -126,19 +127,20 @@ class Reference:
 
 
 @torch.inference_mode()
-def called_layers(model: Any) -> frozenset[str]:
-    """Return the names of the linear layers that a model on the ``meta`` device calls.
+def called_layers(model: Any) -> set[nn.Module]:
+    """Return the linear layers that a model on the ``meta`` device calls.
 
     A forward pass that reads values cannot run there; then all linear layers are returned.
     """
     tokens = torch.zeros(1, 2, dtype=torch.long, device=model.device)
     mask = torch.zeros(1, 1, 2, 2, dtype=model.dtype, device=model.device)  # a mask of this shape is used as it is
-    with _called(model) as called:
-        try:
+    called = set[nn.Module]()
+    try:
+        with _hooked(_linear_layers(model), lambda layer, *_: called.add(layer)):
             model(input_ids=tokens, attention_mask=mask, use_cache=False)
-        except Exception:  # any error of the model's own code
-            called.update(name for name, module in model.named_modules() if is_linear(module))
-    return frozenset(called)
+    except Exception:  # any error of the model's own code
+        return _linear_layers(model)
+    return called
 
 
 def _trunk(depth: int) -> int:
@@ -149,7 +151,7 @@ def _trunk(depth: int) -> int:
 @contextmanager
 def short_windows(model: Any) -> Iterator[None]:
     """Shorten the model's attention windows within the block, so that a short path is longer than a window."""
-    config = text_config(model)
+    config = model.config.get_text_config()
     before = {name: getattr(config, name, None) for name in _WINDOWS}
     long = {name: width for name, width in before.items() if isinstance(width, int) and width > _WINDOW}
     try:
@@ -171,7 +173,7 @@ def _depth(model: Any, longest: int) -> int:
     """Return the length of a path in tokens, longer than every window that ``short_windows`` does not shorten."""
     widths = [
         value
-        for name, value in vars(text_config(model)).items()
+        for name, value in vars(model.config.get_text_config()).items()
         if ("window" in name or "chunk" in name)
         and not name.endswith("layers")
         and name not in _WINDOWS
@@ -201,53 +203,30 @@ def _eps(dtype: torch.dtype) -> float:
     return max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps)
 
 
-@contextmanager
-def _called(model: Any) -> Iterator[set[str]]:
-    """Collect the names of the linear layers that are called within the block."""
-    names = set[str]()
-
-    def watch(name: str, module: nn.Module) -> Any:
-        return module.register_forward_hook(lambda *_: names.add(name))
-
-    handles = [watch(name, module) for name, module in model.named_modules() if is_linear(module)]
-    try:
-        yield names
-    finally:
-        for handle in handles:
-            handle.remove()
+def _linear_layers(model: nn.Module) -> set[nn.Module]:
+    return set(filter(is_linear, model.modules()))
 
 
 @contextmanager
-def _rounded(embeddings: nn.Module) -> Iterator[None]:
-    """Change embeddings by plus or minus half a unit in the last place within the block."""
-
-    def hook(_: nn.Module, __: Any, out: Tensor) -> Tensor:
-        signs = torch.randint(2, out.shape, generator=torch.Generator().manual_seed(0)).to(out) * 2 - 1
-        return out + out * signs * (_eps(out.dtype) / 2)
-
-    handle = embeddings.register_forward_hook(hook)
-    try:
+def _hooked(modules: Iterable[nn.Module], hook: Callable[..., Tensor | None]) -> Iterator[None]:
+    """Call ``hook`` after the forward pass of modules within the block; a returned tensor replaces their output."""
+    with ExitStack() as hooks:
+        for module in modules:
+            hooks.enter_context(module.register_forward_hook(hook))
         yield
-    finally:
-        handle.remove()
 
 
-@contextmanager
-def _row_changed(model: Any) -> Iterator[None]:
-    """Change the outputs of all linear layers except the head for row 0 of two, within the block."""
+def _rounded(_: nn.Module, __: Any, out: Tensor) -> Tensor:
+    """Change embeddings by plus or minus half a unit in the last place."""
+    signs = torch.randint(2, out.shape, generator=torch.Generator().manual_seed(0)).to(out) * 2 - 1
+    return out + out * signs * (_eps(out.dtype) / 2)
 
-    def hook(_: nn.Module, __: Any, out: Tensor) -> Tensor:
-        rows = out.reshape(2, -1, out.shape[-1]).clone()
-        rows[0] += 1 + rows[0].abs()
-        return rows.reshape(out.shape)
 
-    head = model.get_output_embeddings()
-    handles = [m.register_forward_hook(hook) for m in model.modules() if is_linear(m) and m is not head]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+def _row_changed(_: nn.Module, __: Any, out: Tensor) -> Tensor:
+    """Change the output of a linear layer for row 0 of two."""
+    rows = out.reshape(2, -1, out.shape[-1]).clone()
+    rows[0] += 1 + rows[0].abs()
+    return rows.reshape(out.shape)
 
 
 def _apart(found: Tensor, expected: Tensor) -> Tensor:

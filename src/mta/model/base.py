@@ -7,6 +7,7 @@ import inspect
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,17 +18,16 @@ from torch import Tensor, nn
 from mta.config import Run
 from mta.data.tasks.prompt import PromptFormat
 from mta.errors import UnsupportedModel
-from mta.kernels import kernels, use_kernels
+from mta.kernels.compile import kernels
+from mta.kernels.swap import use_kernels
 from mta.model.adaptable import (
     adapted_layers,
     enable_checkpointing,
-    feed_head_contiguously,
     load_weights,
     longest_text,
     outline_model,
     refuse_quantized,
     refuse_unsupported,
-    text_config,
 )
 from mta.model.agreement import CAUSAL, Reference, called_layers, short_windows
 from mta.model.fingerprint import fingerprint_of, folder_fingerprint
@@ -40,8 +40,6 @@ from mta.system.model_files import loading, refuse_unsafe_base
 
 log = logging.getLogger("mta")
 Check = Callable[[str], None]  # called with a fingerprint; raises MtaError to refuse the base
-_WHAT = "a causal language model"
-_HINT = "Give an asset, or a folder or hub id that holds config.json, a tokenizer and *.safetensors."
 
 
 class BaseModel:
@@ -69,25 +67,24 @@ class BaseModel:
         self.name = name
         self.fingerprint = fingerprint or fingerprint_of(dict(model.named_parameters()), tokenizer)
         self.prompts = PromptFormat(tokenizer, longest_text(model, max_tokens))
+        self.exchanged: list[str] = []  # classes of modules that compute with compiled kernels
+        self.blocked = self._packable = False
         if self.has_weights:
             self._prepare(model)
         else:
-            self.blocked = self._packable = False
-            self.exchanged = list[str]()
             self._targets = adapted_layers(model, called_layers(model), name)
 
     def _prepare(self, model: Any) -> None:
         """Choose the fastest computation that gives the results of the unchanged model. Raises UnsupportedModel."""
         with short_windows(model):
-            # Before the model is changed.
-            reference = Reference.of(model, self.tokenizer, self.prompts.max_tokens)
-            self.blocked = can_block(model)
-            if self.blocked:
+            reference = Reference.of(model, self.tokenizer, self.prompts.max_tokens)  # before the model is changed
+            if blockable := can_block(model):
                 install(model)
-            feed_head_contiguously(model)
-            self.exchanged = use_kernels(model)  # classes of modules that compute with compiled kernels
+            # For the strided last tokens, torch.matmul would copy the head's weight once per row.
+            model.get_output_embeddings().register_forward_pre_hook(lambda _, args: (args[0].contiguous(), *args[1:]))
+            self.exchanged = use_kernels(model)
             self._targets = adapted_layers(model, reference.called, self.name)
-            self._choose_rows(reference)
+            self._choose_rows(reference, blockable)
 
     @classmethod
     def load(
@@ -105,10 +102,7 @@ class BaseModel:
         bases and long texts. ``check`` is called with the fingerprint before the weights are loaded.
         """
         place = pick_device(device)
-        numbers, folder = pick_dtype(dtype, place), local_folder(name)  # a wrong dtype is refused before a download
-        config, tokenizer, fingerprint = _described(folder, name, check)
-        with loading(name, _WHAT, _HINT):
-            model = load_weights(folder, config, name, numbers)
+        model, tokenizer, fingerprint = _read(load_weights, name, pick_dtype(dtype, place), check)
         return cls(model.to(place), tokenizer, name, fingerprint, max_tokens, gradient_checkpointing)
 
     @classmethod
@@ -123,10 +117,8 @@ class BaseModel:
         The outline has tokenizer, prompts, fingerprint, shapes, and stop tokens, but cannot compute. ``check`` and
         errors are those of ``load``.
         """
-        folder, dtype = local_folder(run.base), pick_dtype(run.dtype, pick_device(run.device))
-        config, tokenizer, fingerprint = _described(folder, run.base, check)
-        with loading(run.base, _WHAT, _HINT):
-            model = outline_model(folder, config, dtype)
+        dtype = pick_dtype(run.dtype, pick_device(run.device))
+        model, tokenizer, fingerprint = _read(outline_model, run.base, dtype, check)
         return cls(model, tokenizer, run.base, fingerprint, run.max_tokens)
 
     def as_loaded(self, run: Run) -> Run:
@@ -198,20 +190,15 @@ class BaseModel:
         Masks, softmax, and their memory traffic make a pair about three times as expensive as its operations.
         """
         linear = sum(d * o for d, o in self.targets.values())
-        config = text_config(self.model)
+        config = self.model.config.get_text_config()
         return 3.0 * 2.0 * config.hidden_size * config.num_hidden_layers / linear
 
     @cached_property
     def footprint(self) -> Footprint:
         """Memory model of passes through this base."""
         compiled = kernels("attention", next(self.model.parameters())) is not None
-        return Footprint.of(
-            self.model,
-            self.exchanged,
-            itemsize=self.dtype.itemsize,
-            kernels=compiled,
-            checkpointed=self.gradient_checkpointing,
-        )
+        plain = Footprint.of(self.model, self.dtype.itemsize, self.exchanged)
+        return replace(plain, kernels=compiled, checkpointed=self.gradient_checkpointing)
 
     @property
     def packable(self) -> bool:
@@ -242,12 +229,15 @@ class BaseModel:
         where (n,) flat indices into B * T -> (n, V).
         """
         inputs: dict[str, Any] = {"input_ids": tokens, "use_cache": False}
-        if self._packable:
-            inputs |= {"position_ids": positions, **self._attention(ends, positions)}
+        if not self._packable:  # rows of one example each, padded on the right
+            return self._logits_at(where, inputs | {"attention_mask": torch.ones_like(tokens)})
+        inputs["position_ids"], flat = positions, positions.flatten()
+        if self.blocked:
+            inputs["blocks"] = blocks = blocks_of(ends, positions)
+            mask = masks(self.model, blocks.seen, flat[blocks.queries], flat[blocks.keys])
         else:
-            inputs["attention_mask"] = torch.ones_like(tokens)  # rows of one example each, padded on the right
-
-        return self._logits_at(where, inputs)
+            mask = masks(self.model, visible(ends), positions, positions)
+        return self._logits_at(where, inputs | {"attention_mask": mask})
 
     def next_logits(self, tokens: Tensor, positions: Tensor, cache: Any, length: int, where: Tensor) -> Tensor:
         """Return next-token logits at chosen places of rows that continue from a KV cache.
@@ -257,7 +247,8 @@ class BaseModel:
         """
         keys = torch.arange(length, device=positions.device)[None]
         seen = keys[:, None] <= positions[:, :, None]
-        inputs = {"input_ids": tokens, "position_ids": positions, "use_cache": True, self._cache_name: cache}
+        cache_name = "cache" if "cache" in self._keywords else "past_key_values"  # depends on transformers' version
+        inputs = {"input_ids": tokens, "position_ids": positions, "use_cache": True, cache_name: cache}
         return self._logits_at(where, inputs | {"attention_mask": masks(self.model, seen, positions, keys)})
 
     def _logits_at(self, where: Tensor, inputs: dict[str, Any]) -> Tensor:
@@ -265,40 +256,23 @@ class BaseModel:
             return (args[0].flatten(0, 1)[where].unsqueeze(0), *args[1:])
 
         # Select before the LM head, so that the model's own processing of logits still applies.
-        handle = self.model.get_output_embeddings().register_forward_pre_hook(gather)
-        try:
+        with self.model.get_output_embeddings().register_forward_pre_hook(gather):
             return self.model(**inputs).logits.squeeze(0)  # [0] would copy the logits' gradient
-        finally:
-            handle.remove()
-
-    @cached_property
-    def _cache_name(self) -> str:
-        """Keyword of the KV cache in this version of transformers."""
-        return "cache" if "cache" in self._keywords else "past_key_values"
 
     @cached_property
     def _keywords(self) -> frozenset[str]:
         """Keywords of the model's forward."""
         return frozenset(inspect.signature(self.model.forward).parameters)
 
-    def _attention(self, ends: Tensor, positions: Tensor) -> dict[str, Any]:
-        """Return the attention keywords: blocks if the model's attention supports them, else dense masks."""
-        if not self.blocked:
-            return {"attention_mask": masks(self.model, visible(ends), positions, positions)}
-        blocks, flat = blocks_of(ends, positions), positions.flatten()
-        mask = masks(self.model, blocks.seen, flat[blocks.queries], flat[blocks.keys])
-        return {"attention_mask": mask, "blocks": blocks}
-
-    def _choose_rows(self, reference: Reference) -> None:
+    def _choose_rows(self, reference: Reference, blockable: bool) -> None:
         """Choose the fastest row format with the model's own results. Raises UnsupportedModel."""
-        ways = [True, False] if self.blocked else [False]
-        self.blocked = self._packable = False
         if not reference.agrees(self.model, self.logits, packed=False):
             raise UnsupportedModel(
                 f"{self.name!r} gives a text other logits in a batch than alone: its tokens see later tokens, "
                 "or its rows depend on each other",
                 hint=CAUSAL,
             )
+        ways = [True, False] if blockable else [False]
         for blocked in ways if "position_ids" in self._keywords else ():
             self.blocked, self._packable = blocked, True
             if reference.agrees(self.model, self.logits, packed=True):
@@ -307,16 +281,18 @@ class BaseModel:
         log.info("%s: each example is computed in its own row", self.name)
 
 
-def _described(folder: str, name: str, check: Check | None) -> tuple[Any, Any, str]:
-    """Return configuration, tokenizer, and fingerprint of a folder, after safety checks and ``check``."""
+def _read(make: Callable[..., Any], name: str, dtype: torch.dtype, check: Check | None) -> tuple[nn.Module, Any, str]:
+    """Return model, tokenizer, and fingerprint of a folder; ``make`` the model after safety checks and ``check``."""
     from transformers import AutoConfig, AutoTokenizer
 
+    folder = local_folder(name)
     refuse_unsafe_base(Path(folder), name)
-    with loading(name, _WHAT, _HINT):
+    hint = "Give an asset, or a folder or hub id that holds config.json, a tokenizer and *.safetensors."
+    with loading(name, "a causal language model", hint):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         refuse_quantized(config)
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         fingerprint = folder_fingerprint(folder, tokenizer)
         if check:
             check(fingerprint)
-    return config, tokenizer, fingerprint
+        return make(folder, config, name, dtype), tokenizer, fingerprint

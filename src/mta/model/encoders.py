@@ -50,9 +50,16 @@ class SentenceEncoder:
     @cached_property
     def fingerprint(self) -> str:
         """Identity of the stored weights of all modules; loads only the tokenizer."""
+        from transformers import AutoTokenizer
+
         files = [file for module in self._modules for file in module.weight_files(self._folder)]
+        inner = self._folder / self._modules[0].path
         with loading(self.name, _KIND, _HINT):
-            return folder_fingerprint(self._folder, self._tokenizer(), files)
+            if lowers_case(inner):  # then sentence-transformers changes the tokenizer after loading
+                tokenizer = self._model.tokenizer
+            else:
+                tokenizer = AutoTokenizer.from_pretrained(inner, trust_remote_code=False)
+            return folder_fingerprint(self._folder, tokenizer, files)
 
     def encode(self, texts: Sequence[str]) -> Tensor:
         vectors: Any = self._model.encode(list(texts), batch_size=64, show_progress_bar=False, convert_to_tensor=True)
@@ -70,14 +77,6 @@ class SentenceEncoder:
                 local_files_only=True,
                 model_kwargs={"use_safetensors": True},
             )
-
-    def _tokenizer(self) -> Any:
-        from transformers import AutoTokenizer
-
-        inner = self._folder / self._modules[0].path
-        if lowers_case(inner):  # then sentence-transformers changes the tokenizer after loading
-            return self._model.tokenizer
-        return AutoTokenizer.from_pretrained(inner, trust_remote_code=False)
 
 
 class BaseEncoder:

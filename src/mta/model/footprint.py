@@ -24,16 +24,12 @@ _PYTHON_GELU = 3  # intermediate results, each of the size of the input, that a 
 
 @dataclass(frozen=True, slots=True)
 class Numbers:
-    """Number of parameters in the adapters of a pass.
+    """Number of parameters in the adapters of a pass."""
 
-    ``trained`` and ``frozen`` (the person's merge) are per person. ``pooled`` (the task LoRA) is stored once, but
-    layers with adapters per person copy it for each person. ``shared`` (a gated bank) is copied once per pass.
-    """
-
-    trained: int = 0
-    frozen: int = 0
-    pooled: int = 0
-    shared: int = 0
+    trained: int = 0  # per person
+    frozen: int = 0  # per person: the merge
+    pooled: int = 0  # the task LoRA, stored once; layers with adapters per person copy it for each person
+    shared: int = 0  # a gated bank, copied once per pass
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,26 +57,20 @@ class Texts:
 
 @dataclass(slots=True)
 class Sums:
-    """Numbers per token, summed over all layers of a base.
+    """Numbers per token, summed over all layers of a base."""
 
-    ``norms``: inputs of norms. ``cast``: those that norms in Python convert to float32. ``linear``: distinct inputs of
-    linear layers. ``queries``, ``keys`` (and values). ``inner`` and ``outer``: inputs and outputs of activation
-    functions. ``python``: intermediate results of activation functions without a kernel. ``width``: D + O of
-    ``adapted`` layers. ``outputs``: their O. ``routed``: inputs (and outputs) of the experts of a token.
-    """
-
-    norms: int = 0
-    cast: int = 0
-    linear: int = 0
+    norms: int = 0  # inputs of norms
+    cast: int = 0  # of these, the ones that norms in Python convert to float32
+    linear: int = 0  # distinct inputs of linear layers
     queries: int = 0
-    keys: int = 0
-    inner: int = 0
-    outer: int = 0
-    python: int = 0
-    width: int = 0
-    outputs: int = 0
-    adapted: int = 0
-    routed: int = 0
+    keys: int = 0  # and values
+    inner: int = 0  # inputs of activation functions
+    outer: int = 0  # outputs of activation functions
+    python: int = 0  # intermediate results of activation functions without a kernel
+    width: int = 0  # D + O of adapted layers
+    outputs: int = 0  # O of adapted layers
+    adapted: int = 0  # adapted layers
+    routed: int = 0  # inputs (and outputs) of the experts of a token
 
     @classmethod
     def of(cls, model: Any, exchanged: Collection[str] = ()) -> Sums:
@@ -137,19 +127,11 @@ class Footprint:
     checkpointed: bool = False
 
     @classmethod
-    def of(
-        cls,
-        model: Any,
-        exchanged: Collection[str] = (),
-        *,
-        itemsize: int,
-        kernels: bool = False,
-        checkpointed: bool = False,
-    ) -> Footprint:
+    def of(cls, model: Any, itemsize: int, exchanged: Collection[str] = ()) -> Footprint:
         """Return the footprint of a transformers model, which may be on the meta device."""
         config = model.config.get_text_config()
         shape = config.num_hidden_layers, config.num_attention_heads, config.hidden_size, config.vocab_size
-        return cls(Sums.of(model, exchanged), *shape, itemsize, kernels, checkpointed)
+        return cls(Sums.of(model, exchanged), *shape, itemsize)
 
     @property
     def _wide(self) -> int:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from itertools import takewhile
 
 import torch
-from torch import Tensor
 
 from mta.lora.layers import Adapters, applied
 from mta.model.base import BaseModel
@@ -31,9 +31,13 @@ def generate(
     Rows are padded on the left and sorted by length into batches. Up to rounding, greedy answers do not depend on which
     rows share a batch. A base that is not ``packable`` may ignore padding, so its batches hold prompts of one length.
     """
+    from transformers import GenerationConfig
+
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     answers: list[list[int]] = [[] for _ in prompts]
-    config = _config(base, max_new_tokens, temperature)
+    sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+    stops, pad = base.stop_tokens, base.pad_token
+    config = GenerationConfig(max_new_tokens=max_new_tokens, eos_token_id=stops, pad_token_id=pad, **sampling)
     with seeded(seed, base.device) if temperature > 0 else nullcontext():  # transformers accepts no generator
         while order:
             longest = len(prompts[order[-1]])
@@ -41,33 +45,13 @@ def generate(
             if not base.packable:
                 fit = min(fit, sum(len(prompts[i]) == longest for i in order))
             order, chosen = order[:-fit], sorted(order[-fit:])
-            tokens, mask = _left_padded([prompts[i] for i in chosen], base)
+            padding = [longest - len(prompts[i]) for i in chosen]
+            rows = [[pad] * more + list(prompts[i]) for more, i in zip(padding, chosen)]
+            tokens = torch.tensor(rows, device=base.device)
+            mask = torch.tensor([[0] * more + [1] * (longest - more) for more in padding], device=base.device)
             owner = torch.tensor([owners[i] for i in chosen], device=base.device)
             with applied(base.model, adapters, owner):
                 whole = base.model.generate(input_ids=tokens, attention_mask=mask, generation_config=config)
             for i, row in zip(chosen, whole[:, tokens.shape[1] :].tolist()):
-                answers[i] = _until_end(row, base.stop_tokens)
+                answers[i] = list(takewhile(lambda token: token not in stops, row))
     return answers
-
-
-def _left_padded(prompts: Sequence[Sequence[int]], base: BaseModel) -> tuple[Tensor, Tensor]:
-    width = max(len(prompt) for prompt in prompts)
-    tokens = [[base.pad_token] * (width - len(prompt)) + list(prompt) for prompt in prompts]
-    mask = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
-    return torch.tensor(tokens, device=base.device), torch.tensor(mask, device=base.device)
-
-
-def _config(base: BaseModel, max_new_tokens: int, temperature: float) -> object:
-    from transformers import GenerationConfig
-
-    sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
-    return GenerationConfig(
-        max_new_tokens=max_new_tokens, eos_token_id=base.stop_tokens, pad_token_id=base.pad_token, **sampling
-    )
-
-
-def _until_end(tokens: list[int], stops: Sequence[int]) -> list[int]:
-    for i, token in enumerate(tokens):
-        if token in stops:
-            return tokens[:i]
-    return tokens

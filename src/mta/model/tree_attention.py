@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from mta.errors import UnsupportedModel
-from mta.kernels import TreeAttention, kernels
-from mta.model.adaptable import text_config
+from mta.kernels.compile import kernels
+from mta.kernels.functions import TreeAttention
 
 NAME = "mta_tree"
 _SIZES = (16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 1024)  # of a block, in tokens
@@ -116,7 +116,7 @@ def masks(model: Any, seen: Tensor, queries: Tensor, keys: Tensor) -> Tensor | d
 
     Shapes: seen (n, Q, K) bool; positions of queries (n, Q) and keys (n, K).
     """
-    config, queries, keys = text_config(model), queries[:, :, None], keys[:, None, :]
+    config, queries, keys = model.config.get_text_config(), queries[:, :, None], keys[:, None, :]
     kinds = set(getattr(config, "layer_types", None) or ())
     near = dict[str, Tensor]()
     if window := getattr(config, "sliding_window", None):
@@ -133,7 +133,7 @@ def masks(model: Any, seen: Tensor, queries: Tensor, keys: Tensor) -> Tensor | d
 def can_block(model: Any) -> bool:
     """Return whether a model's attention is an exchangeable function of query, key, and value only."""
     special = ("attn_logit_softcapping", "attention_bias_type", "alibi")
-    plain = not any(getattr(text_config(model), name, None) for name in special)
+    plain = not any(getattr(model.config.get_text_config(), name, None) for name in special)
     exchangeable = getattr(model, "_supports_attention_backend", False) and getattr(model, "_supports_sdpa", False)
     return bool(exchangeable) and plain
 

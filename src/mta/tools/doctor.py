@@ -22,7 +22,7 @@ import torch
 from mta.bank.format import read_info, stale, verify
 from mta.config import Run, parse_size
 from mta.errors import MtaError
-from mta.kernels import FAMILIES, failure, obstacle, switched_off
+from mta.kernels.compile import FAMILIES, failure, obstacle, switched_off
 from mta.store import Store
 from mta.system.assets import ASSETS, cache_dir, is_present
 from mta.system.device import cores, faster, gemm_rate, pick_device, pick_dtype, processor

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mta.config import Training
-from mta.kernels import kernels
+from mta.kernels.compile import kernels
 
 _CHUNK = 2**14  # columns per operation on a CPU, so that the operands of an update stay in the CPU cache
 

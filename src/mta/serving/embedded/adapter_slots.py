@@ -21,7 +21,7 @@ from torch.nn.functional import pad
 
 from mta.bank.bank import Bank
 from mta.errors import OtherBank, StateCorrupt
-from mta.kernels.products import AdaptedRows, product
+from mta.kernels.functions import AdaptedRows, product
 from mta.lora.batch import LoraBatch, join, shared_ranks
 from mta.lora.layers import replaced_forwards
 from mta.lora.terms import RowTerm
