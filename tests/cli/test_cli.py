@@ -105,7 +105,7 @@ def test_predictions_are_scored_with_the_metrics_of_the_benchmark(tmp_path):
 def test_bank_build_reports_the_bank(world):
     assert world.built.json["anchors"] == 2
     assert "task LoRA: 8/8 examples" in world.built.err
-    assert set(world.built.json["seconds"]) == {"task LoRA", "anchors"}
+    assert set(world.built.json["seconds"]) == {"task LoRA", "anchors", "calibration"}
 
 
 def test_a_finished_build_is_not_changed(world):

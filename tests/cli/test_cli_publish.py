@@ -11,7 +11,7 @@ from world import ANN, QUESTION, built, mta, run, tree
 
 __all__ = ["hub"]  # a fixture
 NAME = "somebody/bank"
-SENT = {"README.md", "anchors.safetensors", "bank.json", "index.safetensors"} | {
+SENT = {"README.md", "anchors.safetensors", "bank.json", "calibration.safetensors", "index.safetensors"} | {
     f"task_lora/adapter_{name}" for name in ("config.json", "model.safetensors")
 }
 
@@ -39,7 +39,7 @@ def answers(monkeypatch):
 def test_a_dry_run_shows_everything_and_sends_nothing(world, hub):
     before = tree(world.root)
     said = mta("bank", "publish", world.bank, "--to", NAME, "--dry-run")
-    assert said.out.startswith(f"To {NAME}, private: 6 files, ")
+    assert said.out.startswith(f"To {NAME}, private: 7 files, ")
     assert all(f"  {name}\n" in said.out for name in SENT)
     assert "\nmembers: not sent (members.json): " in said.out
     assert str(world.root) not in said.out
@@ -54,7 +54,7 @@ def test_a_dry_run_shows_everything_and_sends_nothing(world, hub):
 def test_without_a_terminal_nothing_is_sent_without_yes(world, hub):
     said = run("bank", "publish", world.bank, "--to", NAME)
     assert said.code == 1
-    assert f"To {NAME}, private: 6 files, " in said.err
+    assert f"To {NAME}, private: 7 files, " in said.err
     assert said.err.endswith(
         "so mta cannot ask for confirmation\n  Read the list above, then repeat the command with --yes.\n"
     )
