@@ -7,7 +7,7 @@ import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -119,7 +119,7 @@ class Stage2:
                 evidence=gathered.evidence if gathered else None,
                 seed=seed,
                 tokens_per_batch=self.shots.plan(len(bank), settings).tokens_per_batch,
-                on_step=context.on_step,
+                on_step=partial(context.on_step, "coefficients") if context.on_step else None,
             )
             seconds = time.monotonic() - start + (gathered.seconds if gathered else 0.0)
             self.merges[key] = TimedMerge(merge, seconds)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from typing import Unpack
 
 import torch
 from torch import Tensor
@@ -19,8 +19,7 @@ from mta.model.base import BaseModel
 from mta.model.footprint import Numbers
 from mta.personalize.likelihoods import Evidence
 from mta.personalize.policies import POLICIES, Retrieved
-from mta.system.progress import OnStep, Step
-from mta.training.trainer import Job, train
+from mta.training.trainer import Job, Passes, train
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,8 +109,7 @@ def fit_merge(
     evidence: Evidence | None = None,
     earlier: Earlier | None = None,
     seed: int = 0,
-    tokens_per_batch: int = 2048,
-    on_step: OnStep | None = None,
+    **passes: Unpack[Passes],
 ) -> Merge:
     """Stage 2 for U people: retrieve anchors, compute coefficients, and train them if the policy is ``learned``.
 
@@ -131,19 +129,7 @@ def fit_merge(
             raise ConfigError(f"policy {settings.policy!r} needs the people's encodings", hint="Give similarity=….")
         found = coefficients(settings, similarity, evidence)
     found = Merge(found.ids, found.w.to(base.master_dtype))
-    if not learns:
-        return found
-    return learn(
-        base,
-        jobs,
-        anchors,
-        pooled,
-        found,
-        settings.learned,
-        seed=seed,
-        tokens_per_batch=tokens_per_batch,
-        on_step=partial(on_step, "coefficients") if on_step else None,
-    )
+    return learn(base, jobs, anchors, pooled, found, settings.learned, seed=seed, **passes) if learns else found
 
 
 def updated_coefficients(settings: MergeSettings, before: Merge, evidence: Evidence, tokens: Tensor) -> Tensor:
@@ -170,8 +156,7 @@ def learn(
     groups: Sequence[int] = (),
     *,
     seed: int = 0,
-    tokens_per_batch: int = 2048,
-    on_step: Callable[[Step], None] | None = None,
+    **passes: Unpack[Passes],
 ) -> Merge:
     """Fit the K coefficients to the shots by gradient descent from ``start`` (the ``learned`` policy).
 
@@ -189,17 +174,7 @@ def learn(
     def adapters(parameters: Mapping[str, Tensor], people: Tensor) -> Gated:
         return Gated(bank, Merge(ids[people], weights(parameters["shift"], people)).gates(len(bank)))
 
-    found = train(
-        base,
-        jobs,
-        {"shift": shift},
-        adapters,
-        training,
-        frozen=pooled,
-        seed=seed,
-        tokens_per_batch=tokens_per_batch,
-        on_step=on_step,
-    )
+    found = train(base, jobs, {"shift": shift}, adapters, training, frozen=pooled, seed=seed, **passes)
     return Merge(start.ids, weights(found["shift"], torch.arange(len(ids), device=base.device)).cpu())
 
 

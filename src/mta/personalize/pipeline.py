@@ -24,7 +24,7 @@ from mta.store.state import State
 from mta.store.tombstones import NOTHING
 from mta.store.workspace import Work
 from mta.system.progress import OnStep, Step
-from mta.training.plan import plan_cohorts
+from mta.training.plan import numbers_of, plan_cohorts
 from mta.training.trainer import Job
 
 
@@ -149,8 +149,7 @@ class Pipeline:
         begun = work.plan() if work else None
         names = begun if begun and set(begun) <= set(known) else []
         chosen = [known[name] for name in names] if {item.name for item in missing} <= set(names) else list(missing)
-        stack, targets = self.run.stack, self.base.targets.values()
-        trained = stack.lora.rank * sum(d + o for d, o in targets) if stack.enabled else 1  # numbers per person
+        trained = numbers_of(self.base, self.run.stack.lora) if self.run.stack.enabled else 1
         cut = 0
 
         def jobs() -> Iterator[Job]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Unpack
 
 import torch
 
@@ -21,9 +22,9 @@ from mta.personalize.likelihoods import ShotsJob, gather_evidence, shots_of, sur
 from mta.personalize.merge import Earlier, Merge, fit_merge, merged, needs_evidence
 from mta.store.state import Losses, State
 from mta.store.workspace import Work
-from mta.system.progress import OnStep, Step
+from mta.system.progress import OnStep
 from mta.training.checkpoint import Checkpoint
-from mta.training.trainer import Job, train_loras
+from mta.training.trainer import Job, Passes, train_loras
 
 
 def adapt(
@@ -35,9 +36,7 @@ def adapt(
     *,
     start: LoraBatch | None = None,
     seed: int = 0,
-    tokens_per_batch: int = 2048,
-    checkpoint: Checkpoint | None = None,
-    on_step: Callable[[Step], None] | None = None,
+    **passes: Unpack[Passes],
 ) -> LoraBatch:
     """Train one LoRA per person on their shots: U jobs -> a batch of U.
 
@@ -48,17 +47,7 @@ def adapt(
     """
     keys = [job.key for job in jobs]
     start = start or fresh(base.targets, lora.rank, lora.scale, seed, keys, base.master_dtype)
-    return train_loras(
-        base,
-        jobs,
-        start,
-        training,
-        frozen=frozen,
-        seed=seed,
-        tokens_per_batch=tokens_per_batch,
-        checkpoint=checkpoint,
-        on_step=on_step,
-    )
+    return train_loras(base, jobs, start, training, frozen=frozen, seed=seed, **passes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,30 +80,21 @@ class Stages:
         """
         settings, bank = self.run.merge, self.bank
         evidence = similarity = None
+        how = self.base, jobs, bank.working, bank.pooled
         if needs_evidence(settings, grown=earlier is not None):
-            evidence = gather_evidence(
-                self.base,
-                jobs,
-                bank.working,
-                bank.pooled,
-                tokens_per_batch=cohort.tokens_per_batch,
-                on_step=self.on_step,
-            )
+            evidence = gather_evidence(*how, tokens_per_batch=cohort.tokens_per_batch, on_step=self.on_step)
         if earlier is None or not (evidence or settings.policy == "learned"):
             vectors = encode_people(self.encoder, bank.task, cohort.people, bank.info.run.bank.encode)
             similarity = bank.similarity(vectors)
         merge = fit_merge(
-            self.base,
-            jobs,
-            bank.working,
-            bank.pooled,
+            *how,
             settings,
             similarity=similarity,
             evidence=evidence,
             earlier=earlier,
             seed=self.run.seed,
             tokens_per_batch=cohort.tokens_per_batch,
-            on_step=self.on_step,
+            on_step=partial(self.on_step, "coefficients") if self.on_step else None,
         )
         return merge, (-evidence.task / evidence.tokens).tolist() if evidence else None
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 
 import torch
-from torch import Tensor
 
+from mta.config import Lora
 from mta.errors import MemoryBudgetError
 from mta.model.base import BaseModel
 from mta.model.footprint import COPIES, Numbers, Texts
@@ -64,10 +64,15 @@ class _Lengths:
         return cls(count, largest, max(smallest, 1), Texts(longest, prefix), targets / tokens)
 
 
+def numbers_of(base: BaseModel, lora: Lora) -> int:
+    """Return the number of parameters of one LoRA."""
+    return lora.rank * sum(d + o for d, o in base.targets.values())
+
+
 def plan_cohorts(
     base: BaseModel,
     jobs: Iterable[Job],
-    start: Mapping[str, Tensor] | int,
+    trained: int,
     memory: int,
     *,
     below: Numbers | None = None,
@@ -76,12 +81,11 @@ def plan_cohorts(
 ) -> Plan:
     """Split jobs (already sorted by key) into cohorts that fit into ``memory`` bytes beside the base.
 
-    ``start`` is the parameters of one person, or their number; ``below`` are the frozen adapters. Half of the memory is
-    for activations and logits, the rest for adapters, gradients, and moments. A cohort has at most ``most`` people.
+    ``trained`` is the number of parameters of one person; ``below`` are the frozen adapters. Half of the memory is for
+    activations and logits, the rest for adapters, gradients, and moments. A cohort has at most ``most`` people.
     ``jobs`` are read once and not kept.
     Raises MemoryBudgetError, which says how much one person needs.
     """
-    trained = start if isinstance(start, int) else sum(tensor[0].numel() for tensor in start.values())
     numbers, footprint = replace(below or Numbers(), trained=trained), base.footprint
     lengths = _Lengths.of(jobs, footprint.target_weight)
     token = footprint.token(lengths.texts, footprint.ranks(numbers))

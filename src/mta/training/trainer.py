@@ -12,6 +12,7 @@ import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TypedDict, Unpack
 
 import torch
 from torch import Tensor
@@ -41,6 +42,14 @@ Build = Callable[[Mapping[str, Tensor], Tensor], Adapters]
 """Maps the parameters of a range of jobs, and the numbers of these jobs, to adapters."""
 
 
+class Passes(TypedDict, total=False):
+    """Keywords of ``train`` that do not change the result: memory, time, and reports."""
+
+    tokens_per_batch: int
+    checkpoint: Checkpoint | None
+    on_step: Callable[[Step], None] | None
+
+
 def train(
     base: BaseModel,
     jobs: Sequence[Job],
@@ -52,7 +61,6 @@ def train(
     seed: int = 0,
     dtype: torch.dtype | None = None,
     tokens_per_batch: int = 2048,
-    packed: bool = True,
     checkpoint: Checkpoint | None = None,
     on_step: Callable[[Step], None] | None = None,
 ) -> dict[str, Tensor]:
@@ -75,7 +83,7 @@ def train(
     while cohort.active:
         batches = [batch_of(jobs[j], cohort.step, training.batch_size, seed) for j in cohort.active]
         with base.in_training():
-            losses = _gradients(base, cohort, batches, adapters, frozen, dtype, tokens_per_batch, packed)
+            losses = _gradients(base, cohort, batches, adapters, frozen, dtype, tokens_per_batch)
         cohort.advance(training, sum(len(batch) for batch in batches))
         if on_step:
             on_step(Step(cohort.step, len(batches), cohort.examples, total, float(losses.mean())))
@@ -97,31 +105,17 @@ def train_loras(
     *,
     frozen: Sequence[Adapters] = (),
     seed: int = 0,
-    tokens_per_batch: int = 2048,
-    packed: bool = True,
-    checkpoint: Checkpoint | None = None,
-    on_step: Callable[[Step], None] | None = None,
+    **passes: Unpack[Passes],
 ) -> LoraBatch:
     """Train adapter u of ``start`` on the examples of job u. Keywords as in ``train``."""
 
     def per_person(parameters: Mapping[str, Tensor], _: Tensor) -> PerPerson:
         return PerPerson(LoraBatch.of_tensors(parameters, start.scale))
 
-    trained = train(
-        base,
-        jobs,
-        start.tensors(),
-        per_person,
-        training,
-        frozen=frozen,
-        seed=seed,
-        dtype=base.dtype,
-        tokens_per_batch=tokens_per_batch,
-        packed=packed,
-        checkpoint=checkpoint,
-        on_step=on_step,
+    found = train(
+        base, jobs, start.tensors(), per_person, training, frozen=frozen, seed=seed, dtype=base.dtype, **passes
     )
-    return LoraBatch.of_tensors(trained, start.scale)
+    return LoraBatch.of_tensors(found, start.scale)
 
 
 def steps_of(training: Training, examples: int) -> int:
@@ -248,11 +242,10 @@ def _gradients(
     frozen: Sequence[Adapters],
     dtype: torch.dtype,
     budget: int,
-    packed: bool,
 ) -> Tensor:
     """Add the gradients of this step to the cohort's buffer; return the losses of its people, (U,)."""
     weight = base.footprint.target_weight
-    rows = [pack_for(base, examples, budget, packed) for examples in batches]
+    rows = [pack_for(base, examples, budget) for examples in batches]
     shares = [1 / sum(len(e.target) for e in examples) for examples in batches]
     share = torch.tensor(shares, dtype=base.master_dtype, device=base.device)
     jobs = torch.tensor(cohort.active, device=base.device)

@@ -11,7 +11,7 @@ from typing import ClassVar, Literal
 
 import torch
 
-from mta.bank.anchors import select_anchors
+from mta.bank.selection import select_anchors
 from mta.config import MergeSettings, StackSettings
 from mta.data.history import Item, Person
 from mta.data.tasks.task import Task

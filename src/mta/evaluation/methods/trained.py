@@ -14,6 +14,7 @@ from mta.evaluation.protocol import Panel
 from mta.lora.layers import Adapters, PerPerson
 from mta.personalize.merge import Merge, merged
 from mta.personalize.stages import adapt
+from mta.training.plan import numbers_of
 
 
 @register
@@ -53,7 +54,7 @@ def adapted(
     Cohorts that fit the memory are trained and asked one after another.
     """
     base, jobs, on_step = panel.base, panel.jobs, panel.shots.context.on_step
-    numbers = lora.rank * sum(d + o for d, o in base.targets.values())
+    numbers = numbers_of(base, lora)
     plan = panel.plan(numbers, settings)
     answers: list[Answers] = []
     seconds = 0.0

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mta.bank.bank import Bank
-from mta.bank.task_lora import pooled_items
+from mta.bank.selection import pooled_items
 from mta.config import Privacy
 from mta.data.history import Person
 from mta.data.splits import draw
