@@ -14,6 +14,7 @@ import time
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -29,10 +30,9 @@ from mta.model.base import BaseModel
 from mta.personalize import Personalizer
 from mta.personalize.adapters import row_adapters
 from mta.personalize.cohort import WorkItem, settings_of
-from mta.personalize.pipeline import Pipeline
+from mta.personalize.pipeline import Pipeline, States
 from mta.personalize.stages import Stages
-from mta.personalize.states import States
-from mta.personalize.update import Action, StateUpdate, update_states
+from mta.personalize.update import Action, StateUpdate, decide, update_states
 from mta.store.state import State
 from mta.system.assets import resolve
 from mta.system.atomic import write_json
@@ -70,7 +70,8 @@ def gone_on(
     states = States(stages.bank, None)
     pipeline = Pipeline(stages.base, stages.bank, stages.run, lambda: stages.encoder, states, LocalExecutor())
     cohorts, _, _ = pipeline.plan(items, items)
-    found = [update for cohort in cohorts for update in update_states(stages, cohort, always)]
+    with patch("mta.personalize.update.decide", (lambda *_: always) if always else decide):
+        found = [update for cohort in cohorts for update in update_states(stages, cohort)]
     return found, time.perf_counter() - start
 
 

@@ -7,8 +7,8 @@ import json
 from dataclasses import dataclass, replace
 
 from mta.bank.bank import Bank
-from mta.config import MergeSettings, Run, StackSettings
-from mta.config.loader import Settings, dump_yaml
+from mta.config import Run
+from mta.config.loader import to_yaml
 from mta.data.history import Person
 from mta.model.base import BaseModel
 from mta.store.state import State, work_key
@@ -82,19 +82,10 @@ class Cohort:
 
 def settings_of(base: BaseModel, run: Run) -> str:
     """Return all settings that affect a state, as text."""
-    kept = _Kept(merge=run.merge, stack=run.stack, dtype=str(base.dtype), max_tokens=base.prompts.max_tokens)
-    return dump_yaml(kept)
+    kept = {"merge": run.merge.model_dump(mode="json"), "stack": run.stack.model_dump(mode="json")}
+    return to_yaml(kept | {"dtype": str(base.dtype), "max_tokens": base.prompts.max_tokens})
 
 
 def digest_of(settings: str, seed: int) -> str:
     """Return a hash of the settings that affect a state. ``update`` refuses a state whose hash differs."""
     return hashlib.sha256(f"{seed}\n{settings}".encode()).hexdigest()
-
-
-class _Kept(Settings):
-    """The settings that affect a state."""
-
-    merge: MergeSettings
-    stack: StackSettings
-    dtype: str
-    max_tokens: int

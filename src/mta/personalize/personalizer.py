@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from mta.bank.bank import Bank
+from mta.bank.card import adapter_card
 from mta.config import Run
 from mta.data.history import Item, Person
 from mta.distributed.executor import Executor, LocalExecutor
@@ -24,10 +25,8 @@ from mta.model.base import BaseModel
 from mta.model.encoders import Encoder
 from mta.model.generate import generate
 from mta.personalize.adapters import Nobody, Who, row_adapters, whole_adapter
-from mta.personalize.card import adapter_card
 from mta.personalize.forgetting import Forgotten, forget_person
-from mta.personalize.pipeline import Personalized, Pipeline, Updated
-from mta.personalize.states import States
+from mta.personalize.pipeline import Personalized, Pipeline, States, Updated
 from mta.store import Store
 from mta.store.exports import Export, adapter_parcel
 from mta.store.state import State
