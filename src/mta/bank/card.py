@@ -14,8 +14,6 @@ from mta.config.loader import dump_yaml
 from mta.lora.peft import MARK
 from mta.system.assets import ASSETS
 
-_PAPER = "arxiv:2511.20072"
-
 
 def card(info: BankInfo, place: str = "path/to/this/folder", results: str = "", license: str = "") -> str:
     """Return the card of a bank as Markdown, after the hub's metadata; ``results`` is Markdown too."""
@@ -24,12 +22,24 @@ def card(info: BankInfo, place: str = "path/to/this/folder", results: str = "", 
 
 def body(info: BankInfo, place: str = "path/to/this/folder", results: str = "") -> str:
     """Return the card without the metadata."""
+    cuts = ", ".join(f"{count} {what}" for what, count in info.cut.items())
+    seconds = ", ".join(f"{stage} {value:.0f} s" for stage, value in info.seconds.items())
     return f"""# A bank of {len(info.items)} anchors for `{info.task["name"]}`
 
 Meta-LoRAs of {len(info.items)} anchor people over **{info.base}**{_base_note(info)}, made by merge-then-adapt
 (method: arXiv:2511.20072, protocol reconstructed). The bank and a new person's few texts give the person's own model.
 
-{_facts(info)}
+| | |
+|---|---|
+| bank | `{info.hash}` |
+| base fingerprint | `{info.base_fingerprint}` |
+| encoder | {info.encoder} |
+| LoRA | rank {info.run.bank.lora.rank}, alpha {info.run.bank.lora.alpha:g}, all linear layers but the LM head |
+| people behind the task LoRA / candidates for anchors | {info.members.task} / {info.members.candidates} |
+| items per anchor | {min(info.items)} to {max(info.items)}, the {info.run.bank.max_items} most recent at most |
+| cut | {cuts} |
+| training | {seconds} |
+
 ## How to use it
 
 ```python
@@ -60,23 +70,6 @@ personal.generate([("ann", "...")])
 
 ```yaml
 {dump_yaml(info.run)}```
-"""
-
-
-def _facts(info: BankInfo) -> str:
-    """Return a table of the bank's hash, base, settings, and people."""
-    cuts = ", ".join(f"{count} {what}" for what, count in info.cut.items())
-    seconds = ", ".join(f"{stage} {value:.0f} s" for stage, value in info.seconds.items())
-    return f"""| | |
-|---|---|
-| bank | `{info.hash}` |
-| base fingerprint | `{info.base_fingerprint}` |
-| encoder | {info.encoder} |
-| LoRA | rank {info.run.bank.lora.rank}, alpha {info.run.bank.lora.alpha:g}, all linear layers but the LM head |
-| people behind the task LoRA / candidates for anchors | {info.members.task} / {info.members.candidates} |
-| items per anchor | {min(info.items)} to {max(info.items)}, the {info.run.bank.max_items} most recent at most |
-| cut | {cuts} |
-| training | {seconds} |
 """
 
 
@@ -124,11 +117,10 @@ def table_of(results: Mapping[str, Any]) -> str:
     """
     rows = ["| | NLL (95% interval) | difference to the task LoRA |", "|---|---|---|"]
     for method in results["methods"]:
-        nll, against = method["metrics"].get("NLL"), method["differences"].get("task LoRA", {}).get("NLL")
-        if nll:
-            rows.append(
-                f"| {_plain(method['name'])} | {_interval(nll)} | {_interval(against, '+') if against else ''} |"
-            )
+        if nll := method["metrics"].get("NLL"):
+            against = method["differences"].get("task LoRA", {}).get("NLL")
+            name = re.sub(r"[^\w ,.:+#()-]", "", str(method["name"]))
+            rows.append(f"| {name} | {_interval(nll)} | {_interval(against, '+') if against else ''} |")
     if len(rows) == 2:
         raise ValueError("no method with an NLL")
     people, queries = int(results["people"]), int(results["queries_per_person"] or 0)
@@ -146,7 +138,7 @@ def _front_matter(info: BankInfo, library: str, license: str = "") -> str:
         values |= {"base_model": hub_id, "base_model_relation": "adapter"}
     if license:
         values["license"] = license
-    values["tags"] = ["merge-then-adapt", "lora", "personalization", _PAPER]
+    values["tags"] = ["merge-then-adapt", "lora", "personalization", "arxiv:2511.20072"]
     return f"---\n{yaml.safe_dump(values, sort_keys=False, allow_unicode=True)}---\n\n"
 
 
@@ -158,10 +150,6 @@ def _base_name(info: BankInfo) -> str:
 def _base_note(info: BankInfo) -> str:
     """Return the note on the base in parentheses, or ""."""
     return f" ({info.base_note})" if info.base_note else ""
-
-
-def _plain(name: object) -> str:
-    return re.sub(r"[^\w ,.:+#()-]", "", str(name))
 
 
 def _interval(value: Mapping[str, float], sign: str = "") -> str:

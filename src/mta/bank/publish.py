@@ -1,7 +1,7 @@
 """Publish a bank on the hub, and download published banks.
 
-Only these files are sent: the description, the card, and the files whose hashes the description holds. The list of
-members is sent only on request, and local paths never. The bank keeps its hash, because people's states refer to it.
+Only the description, the card, and the files whose hashes the description holds are sent; members only on request, and
+local paths never. The bank keeps its hash, because people's states refer to it.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ def bank_parcel(
 ) -> Parcel:
     """Return the files and facts that publishing the bank in a folder as ``place`` would send; nothing is sent.
 
-    ``results`` is the results.json of ``mta evaluate --out``, for the card. Raises BankError if a person in the bank
-    asked to be forgotten or for foreign files, BankCorrupt, InputError.
+    ``results`` is a results.json, for the card. Raises BankError if a person in the bank asked to be forgotten or for
+    foreign files, BankCorrupt, InputError.
     """
     info = read_info(folder)
     if parts := stale(folder):

@@ -129,7 +129,7 @@ def gather_evidence(
     return Evidence(_golds(labels) if labels else _padded(scores), counts, labels)
 
 
-def surprise(
+def mean_nll(
     base: BaseModel, jobs: Sequence[Job], adapters: Sequence[Adapters], *, tokens_per_batch: int = 2048
 ) -> list[float]:
     """Return the mean NLL per target token of each job's examples, in nats: one pass over the right answers only."""

@@ -18,7 +18,7 @@ from mta.model.base import BaseModel
 from mta.model.encoders import Encoder, encode_people
 from mta.personalize.adapters import merge_of
 from mta.personalize.cohort import Cohort, WorkItem, digest_of, settings_of
-from mta.personalize.likelihoods import ShotsJob, gather_evidence, shots_of, surprise, targets_of
+from mta.personalize.likelihoods import ShotsJob, gather_evidence, mean_nll, shots_of, targets_of
 from mta.personalize.merge import Earlier, Merge, fit_merge, merged, needs_evidence
 from mta.store.state import Losses, State
 from mta.store.workspace import Work
@@ -165,7 +165,7 @@ class Stages:
         """Return the fields of ``Losses`` for each job; they may be infinite or NaN. One pass for each field."""
 
         def under(*added: Adapters) -> list[float]:
-            return surprise(self.base, jobs, [*self.bank.pooled, *added], tokens_per_batch=tokens_per_batch)
+            return mean_nll(self.base, jobs, [*self.bank.pooled, *added], tokens_per_batch=tokens_per_batch)
 
         over = merged(self.bank, merge, self.run.merge)
         stacked: Sequence[float | None] = under(over, PerPerson(stacks)) if stacks else [None] * len(jobs)

@@ -24,7 +24,7 @@ from mta.kernels import AdaptedRows, product
 from mta.lora.batch import LoraBatch, join, shared_ranks
 from mta.lora.terms import RowTerm
 from mta.model.base import BaseModel
-from mta.personalize.adapters import BASE, Nobody, merge_factors, merge_of
+from mta.personalize.adapters import BASE, Nobody, merge_as_lora, merge_of
 from mta.store.state import State
 
 _SLICES = 128  # slices of slots with cached forwards, at most
@@ -87,7 +87,7 @@ class AdapterSlots:
         if owner.mode == "exact":
             gates[ranks.anchors] = merge_of([owner], dtype).gates(len(anchors))[0].repeat_interleave(anchors.rank)
         else:
-            own.append(merge_factors(anchors, owner, dtype))
+            own.append(merge_as_lora(anchors, owner, dtype))
         return RowAdapter(gates.to(self._gates), join(own).to(self.base.device, self.base.dtype) if own else None)
 
     def _ranks_of(self, owner: State | Nobody) -> _RankRange:

@@ -16,7 +16,7 @@ from torch import Tensor
 from mta.errors import InputError, OtherBank, StateCorrupt
 from mta.lora.batch import Factors, LoraBatch, join, shared_ranks
 from mta.lora.merge import truncate
-from mta.personalize.adapters import BASE, Nobody, merge_factors, merge_of
+from mta.personalize.adapters import BASE, Nobody, merge_as_lora, merge_of
 from mta.store.state import State
 from mta.system.device import seeded
 
@@ -68,7 +68,7 @@ class LoraExporter:
     def _merged(self, state: State, room: int) -> tuple[LoraBatch, float]:
         """Return task LoRA and merge truncated to rank ``room``, and the relative error."""
         if state.mode != "exact":
-            own = merge_factors(self.anchors, state, torch.float32)
+            own = merge_as_lora(self.anchors, state, torch.float32)
             return self._truncated(join([self.task_lora, own]) if self.task_lora else own, room)
         gates = merge_of([state], torch.float32).gates(len(self.anchors))[0]
         shares = gates.repeat_interleave(self.anchors.rank)
