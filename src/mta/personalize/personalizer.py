@@ -73,8 +73,6 @@ class Personalizer:
         """The encoder of the anchors' vectors."""
         return self._encoder or self.bank.encoder(self.base, self.run.encoder)
 
-    # -- stages 2 and 3 ------------------------------------------------------------------------------------------------
-
     def personalize(
         self,
         people: Sequence[Person],
@@ -88,11 +86,10 @@ class Personalizer:
 
         States of the same shots, bank, and settings are kept; the others are computed together, in cohorts that fit the
         memory. With a store, a killed run resumes with the same cohorts, unless ``resume`` is False.
-        ``keep_histories`` also stores people's items, until the people are forgotten. People whose training diverged
-        are in ``failed`` and get no state; Diverged is raised if a whole cohort of several people diverges.
-        Nothing is saved for people who are forgotten meanwhile, by any process. ``since`` are the
-        ``store.tombstones.names()`` from before the items were read: people forgotten since then are left out.
-        Raises DataError for a person without items, MemoryBudgetError, ConfigError, StoreError, ClusterError.
+        ``keep_histories`` also stores people's items, until the people are forgotten. ``since`` are the
+        ``store.tombstones.names()`` from before the items were read: people forgotten since then get no state.
+        Raises Diverged for a whole cohort, DataError for a person without items, MemoryBudgetError, ConfigError,
+        StoreError, ClusterError.
         """
         return self._pipeline(on_step).personalize(people, keep_histories, resume, since)
 
@@ -104,14 +101,12 @@ class Personalizer:
         since: Collection[str] | None = None,
         on_step: OnStep | None = None,
     ) -> Updated:
-        """Update the states of people whose histories have grown, at the cost of their new items.
+        """Update the states of people with new items, at the cost of these (``mta.personalize.update``).
 
-        See ``mta.personalize.update`` for the actions. People without a state, or whose state is of another bank, other
-        settings, or other earlier items, are personalized anew. ``since`` and errors are as in ``personalize``.
+        People without a state, or whose state is of another bank, other settings, or other earlier items, are
+        personalized anew. ``since`` and errors are as in ``personalize``.
         """
         return self._pipeline(on_step).update(people, keep_histories, since)
-
-    # -- using the states ----------------------------------------------------------------------------------------------
 
     def generate(
         self,
@@ -175,9 +170,9 @@ class Personalizer:
     def export(self, person: str, out: str | Path, *, rank: int | None = None) -> float:
         """Write task LoRA, merge, and stack of a person as one PEFT folder for the unchanged base.
 
-        Without ``rank`` the adapter is exact, and its rank is the sum of the parts' ranks: K * R for an exact merge of
-        K anchors. ``rank`` compresses by svd; returns the relative error of compression (0 without). The store records
-        the folder, so that ``forget`` removes it. Raises PersonNotFound, PersonForgotten.
+        Without ``rank`` the adapter is exact, and its rank is the sum of the parts' ranks. ``rank`` compresses by svd;
+        returns the relative error of compression (0 without). The store records the folder, so that ``forget`` removes
+        it. Raises PersonNotFound, PersonForgotten.
         """
         since = self.store.tombstones.of(person) if self.store else ()
         state = self.state(person)
@@ -212,8 +207,7 @@ class Personalizer:
         """Remove a person's states, history, and exports; then mark banks trained on the person as needing a rebuild.
 
         ``keep_exports`` keeps the records of all exports that are left, so that an operator can delete them later.
-        Forgetting can be repeated. Raises StoreError if files of the person could not be removed, after all other
-        steps.
+        Can be repeated. Raises StoreError if files of the person could not be removed, after all other steps.
         """
         removed = self._states.unsaved.pop(person, None) is not None
         found = forget_person(person, self.store, *self._banks, keep_exports=keep_exports)
@@ -225,8 +219,6 @@ class Personalizer:
         """Return a person's state. Raises PersonNotFound, StateCorrupt, OtherBank."""
         return self._states.get(person)
 
-    # -- internals -----------------------------------------------------------------------------------------------------
-
     def _adapters(self, owners: Sequence[Who], stacked: bool) -> tuple[list[int], list[Adapters]]:
         """Return, for a batch of rows, the number of each row's owner and the adapters of all owners."""
         known = list(dict.fromkeys(owners))
@@ -235,5 +227,4 @@ class Personalizer:
         return [place[who] for who in owners], row_adapters(self.base, self.bank, states, stacked)
 
     def _pipeline(self, on_step: OnStep | None) -> Pipeline:
-        states = self._states
-        return Pipeline(self.base, self.bank, self.run, lambda: self.encoder, states, self.executor, on_step)
+        return Pipeline(self.base, self.bank, self.run, lambda: self.encoder, self._states, self.executor, on_step)

@@ -185,27 +185,15 @@ class Pipeline:
                 yield (job := shots_of(self.base, self.bank.task, item.shots))
                 cut += sum(example.cut > 0 for example in job.examples)
 
-        plan = plan_cohorts(
-            self.base,
-            jobs(),
-            trained,
-            parse_size(self.run.memory),
-            below=frozen_numbers(self.bank, self.run.merge),
-            most=self.executor.most,
-            threads=self.executor.threads,
-        )
+        below, most, threads = frozen_numbers(self.bank, self.run.merge), self.executor.most, self.executor.threads
+        memory = parse_size(self.run.memory)
+        plan = plan_cohorts(self.base, jobs(), trained, memory, below=below, most=most, threads=threads)
         if work:
             work.note([item.name for item in chosen])
         wanted = {item.name for item in missing}
         planned = [tuple(chosen[n] for n in cohort) for cohort in plan.cohorts]
-        cohorts = [
-            Cohort(items, plan.tokens_per_batch, plan.threads)
-            for items in planned
-            if any(item.name in wanted for item in items)
-        ]
-        return cohorts, plan.digest, cut
-
-    # -- internals -----------------------------------------------------------------------------------------------------
+        needed = [items for items in planned if any(item.name in wanted for item in items)]
+        return [Cohort(items, plan.tokens_per_batch, plan.threads) for items in needed], plan.digest, cut
 
     def _begin(self, people: Sequence[Person], since: Collection[str] | None, keep_histories: bool) -> _Call:
         """Check the people and sort them by id; leave out people who were forgotten since their items were read."""

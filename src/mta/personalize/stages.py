@@ -126,10 +126,7 @@ class Stages:
         stacks: LoraBatch | None,
         pooled: Sequence[float] | None = None,
     ) -> list[State | Diverged]:
-        """Assemble the states of a cohort, with the losses of ``jobs``.
-
-        ``pooled`` are the jobs' losses under the pooled model, if they are known.
-        """
+        """Assemble the states of a cohort. ``pooled``: the jobs' losses under the pooled model, if they are known."""
         losses = self.losses(jobs, merge, stacks, cohort.tokens_per_batch, pooled)
         settings = digest_of(settings_of(self.base, self.run), self.run.seed)
 
