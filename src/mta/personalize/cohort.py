@@ -75,7 +75,7 @@ class Cohort:
         return hashlib.sha256(json.dumps([works, self.tokens_per_batch, self.threads]).encode()).hexdigest()
 
     def halves(self) -> tuple[Cohort, ...]:
-        """Split the cohort in two; empty for one person."""
+        """Return the cohort in two parts; empty for one person."""
         middle = len(self) // 2
         return tuple(replace(self, items=part) for part in (self.items[:middle], self.items[middle:]) if middle)
 

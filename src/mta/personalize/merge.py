@@ -55,11 +55,7 @@ def needs_evidence(settings: MergeSettings, grown: bool = False) -> bool:
 
 
 def check_merge(settings: MergeSettings, anchors: int, labelled: bool) -> None:
-    """Check settings before anything is scored.
-
-    Raises AnchorNotFound if ``merge.k`` exceeds the number of anchors, ConfigError if the policy needs labels and the
-    task has none.
-    """
+    """Raise AnchorNotFound if ``merge.k`` exceeds the number of anchors, ConfigError if the policy needs labels."""
     if settings.k > anchors:
         raise AnchorNotFound(
             f"merge.k is {settings.k}, but the bank has {anchors} anchors", hint="Lower merge.k, or use 0 for all."
@@ -197,7 +193,7 @@ def _is_direct(k: int, anchors: int) -> bool:
 
 def frozen_numbers(bank: Bank, settings: MergeSettings | None = None) -> Numbers:
     """Return the sizes of the adapters under a stack: the task LoRA and, if ``settings`` are given, a merge."""
-    width = sum(d + o for d, o in bank.anchors.shapes.values())
+    width = sum(map(sum, bank.anchors.shapes.values()))
     pooled = bank.task_lora.rank * width if bank.task_lora else 0
     if settings is None:
         return Numbers(pooled=pooled)

@@ -67,14 +67,11 @@ class Rows:
 
 def tree(examples: Sequence[Example], numbers: Sequence[int]) -> Row:
     """Return one row that holds ``examples``; ``numbers`` are the caller's numbers of the examples."""
-    order = sorted(range(len(examples)), key=lambda e: examples[e].tokens)
-    tokens: list[int] = []
-    positions: list[int] = []
-    ends: list[int] = []
-    predicted: list[tuple[int, int, int]] = []
-    path: list[int] = []  # places of the current branch, root first
+    tokens, positions, ends = list[int](), list[int](), list[int]()
+    predicted = list[tuple[int, int, int]]()
+    path = list[int]()  # places of the current branch, root first
     before: tuple[int, ...] = ()
-    for e in order:
+    for e in sorted(range(len(examples)), key=lambda e: examples[e].tokens):
         fed = examples[e].tokens[:-1]
         shared = common_prefix(before, fed)
         for place in path[shared:]:
@@ -104,11 +101,10 @@ def pack(
 ) -> list[Row]:
     """Return the cheapest rows for one person's examples.
 
-    A row of several examples has at most ``longest`` tokens; each target token counts as ``weight`` tokens more, for
-    the memory of its logits. With ``longest=0``, each row has one example.
-    A row of T tokens costs T + attention_price * T * S. S is the length of the row or, with ``blocked`` attention
-    (``mta.model.tree_attention``), of its longest example. Examples sorted by their tokens are cut into runs; dynamic
-    programming finds the cheapest cut, which never costs more than one row per example.
+    A row of several examples has at most ``longest`` tokens (0: no row has several); a target token counts as
+    ``weight`` tokens more, for its logits. A row of T tokens costs T + attention_price * T * S. S is the length of the
+    row or, with ``blocked`` attention (``mta.model.tree_attention``), of its longest example. Examples sorted by their
+    tokens are cut into runs; dynamic programming finds the cheapest cut.
     """
     order = sorted(range(len(examples)), key=lambda e: examples[e].tokens)
     lengths = [len(examples[e].tokens) - 1 for e in order]
@@ -142,10 +138,7 @@ def pack_for(base: BaseModel, examples: Sequence[Example], longest: int) -> list
 
 
 def fitting(rows: Iterable[Row], width: int, budget: int, weight: float) -> int:
-    """Return how many of the first ``rows``, padded to ``width``, fit into one pass: at least one.
-
-    Their padded tokens plus ``weight`` for each place that needs logits are at most ``budget``.
-    """
+    """Return how many of the first ``rows``, padded to ``width``, fit into one pass of ``budget``: at least one."""
     count, size = 0, 0.0
     for row in rows:
         size += width + weight * row.places

@@ -66,7 +66,7 @@ class _Lengths:
 
 def numbers_of(base: BaseModel, lora: Lora) -> int:
     """Return the number of parameters of one LoRA."""
-    return lora.rank * sum(d + o for d, o in base.targets.values())
+    return lora.rank * sum(map(sum, base.targets.values()))
 
 
 def plan_cohorts(
@@ -82,8 +82,7 @@ def plan_cohorts(
     """Split jobs (already sorted by key) into cohorts that fit into ``memory`` bytes beside the base.
 
     ``trained`` is the number of parameters of one person; ``below`` are the frozen adapters. Half of the memory is for
-    activations and logits, the rest for adapters, gradients, and moments. A cohort has at most ``most`` people.
-    ``jobs`` are read once and not kept.
+    activations and logits, the rest for adapters, gradients, and moments. ``jobs`` are read once and not kept.
     Raises MemoryBudgetError, which says how much one person needs.
     """
     numbers, footprint = replace(below or Numbers(), trained=trained), base.footprint

@@ -66,14 +66,11 @@ def train(
 ) -> dict[str, Tensor]:
     """Train parameters ``start`` (each (U, ...), one row per job) over the frozen base and ``frozen`` adapters.
 
-    ``adapters`` maps parameters to adapters of the base: factors to a LoRA, or coefficients to a merge.
-    ``frozen`` adapters are indexed by job. ``dtype`` is the type of the parameters that ``adapters`` gets and of their
-    gradients (default: the master dtype). Gradient sums and optimizer steps use the master dtype.
+    ``adapters`` maps parameters to adapters of the base: factors to a LoRA, or coefficients to a merge; it gets them in
+    ``dtype`` (default: the master dtype). ``frozen`` adapters are indexed by job.
     One pass computes rows of at most ``tokens_per_batch`` padded tokens; a target token counts more, for its logits
-    (``Footprint.target_weight``). This changes time and memory, not the result.
-    With a ``checkpoint`` a killed run resumes from the last save. The checkpoint is also saved after the last step;
-    the caller removes it after saving the result.
-    Returns the parameters in the order of ``jobs``, in the base's master dtype.
+    (``Footprint.target_weight``). With a ``checkpoint`` a killed run resumes from the last save; the caller removes it
+    after saving the result. Returns the parameters in the order of ``jobs``, in the base's master dtype.
     """
     cohort, dtype = _Cohort.begin(base, jobs, start, training), dtype or base.master_dtype
     if checkpoint and (saved := checkpoint.load()):
@@ -205,14 +202,10 @@ class _Cohort:
         return {name: buffer[:, columns].view(len(buffer), *shape) for name, (columns, shape) in self.layout.items()}
 
     def saved(self) -> tuple[dict[str, Tensor], dict[str, object]]:
-        o = self.optimizer
-        tensors = {"values": o.values, "mean": o.mean, "square": o.square, "step": o.step}
+        tensors = {key: getattr(self.optimizer, key) for key in ("values", "mean", "square", "step")}
         tensors |= {f"finished/{j}": values for j, values in self.finished.items()}
-        return {k: t.cpu() for k, t in tensors.items()}, {
-            "step": self.step,
-            "examples": self.examples,
-            "active": self.active,
-        }
+        progress = {"step": self.step, "examples": self.examples, "active": self.active}
+        return {k: t.cpu() for k, t in tensors.items()}, progress
 
     def restore(self, tensors: dict[str, Tensor], progress: dict[str, object]) -> None:
         device = self.optimizer.values.device
