@@ -26,7 +26,7 @@ from mta.model.encoders import Encoder
 from mta.model.generate import generate
 from mta.personalize.adapters import Nobody, Who, row_adapters, whole_adapter
 from mta.personalize.forgetting import Forgotten, forget_person
-from mta.personalize.pipeline import Personalized, Pipeline, States, Updated
+from mta.personalize.pipeline import Personalized, Pipeline, Updated
 from mta.store import Store
 from mta.store.exports import Export, adapter_parcel
 from mta.store.state import State
@@ -66,7 +66,7 @@ class Personalizer:
         self.executor = executor or LocalExecutor()
         self._banks = [folder for folder in (bank.folder, older) if folder]
         self._encoder = encoder
-        self._states = States(bank, self.store)
+        self._pipeline = Pipeline(base, bank, self.run, lambda: self.encoder, self.store, self.executor)
 
     @cached_property
     def encoder(self) -> Encoder:
@@ -91,7 +91,7 @@ class Personalizer:
         Raises Diverged for a whole cohort, DataError for a person without items, MemoryBudgetError, ConfigError,
         StoreError, ClusterError.
         """
-        return self._pipeline(on_step).personalize(people, keep_histories, resume, since)
+        return self._pipeline.personalize(people, keep_histories, resume, since, on_step)
 
     def update(
         self,
@@ -106,7 +106,7 @@ class Personalizer:
         People without a state, or whose state is of another bank, other settings, or other earlier items, are
         personalized anew. ``since`` and errors are as in ``personalize``.
         """
-        return self._pipeline(on_step).update(people, keep_histories, since)
+        return self._pipeline.update(people, keep_histories, since, on_step)
 
     def generate(
         self,
@@ -209,7 +209,7 @@ class Personalizer:
         ``keep_exports`` keeps the records of all exports that are left, so that an operator can delete them later.
         Can be repeated. Raises StoreError if files of the person could not be removed, after all other steps.
         """
-        removed = self._states.unsaved.pop(person, None) is not None
+        removed = self._pipeline.unsaved.pop(person, None) is not None
         found = forget_person(person, self.store, *self._banks, keep_exports=keep_exports)
         for bank, reason in found.unmarked.items():
             log.warning("a person was forgotten, but %s could not be marked as needing a rebuild: %s", bank, reason)
@@ -217,7 +217,7 @@ class Personalizer:
 
     def state(self, person: str) -> State:
         """Return a person's state. Raises PersonNotFound, StateCorrupt, OtherBank."""
-        return self._states.get(person)
+        return self._pipeline.state(person)
 
     def _adapters(self, owners: Sequence[Who], stacked: bool) -> tuple[list[int], list[Adapters]]:
         """Return, for a batch of rows, the number of each row's owner and the adapters of all owners."""
@@ -225,6 +225,3 @@ class Personalizer:
         states = [who if isinstance(who, Nobody) else self.state(who) for who in known]
         place = {who: i for i, who in enumerate(known)}
         return [place[who] for who in owners], row_adapters(self.base, self.bank, states, stacked)
-
-    def _pipeline(self, on_step: OnStep | None) -> Pipeline:
-        return Pipeline(self.base, self.bank, self.run, lambda: self.encoder, self._states, self.executor, on_step)

@@ -11,7 +11,7 @@ from functools import partial
 from mta.bank.bank import Bank
 from mta.config import Run, parse_size
 from mta.data.history import Person
-from mta.distributed.executor import Executor
+from mta.distributed.executor import Executor, LocalExecutor
 from mta.errors import DataError, Diverged, InputError, OtherBank, PersonForgotten, PersonNotFound, StateCorrupt
 from mta.model.base import BaseModel
 from mta.model.encoders import Encoder
@@ -75,14 +75,21 @@ def counts(done: Personalized | Updated) -> dict[str, int]:
 
 
 @dataclass(frozen=True, slots=True)
-class States:
-    """Finds the states that were made with one bank. ``unsaved`` holds the states that are in no store."""
+class Pipeline:
+    """Stages 2 and 3 for many people. ``encoder`` is called only if people have to be computed.
 
+    ``unsaved`` holds the states that are in no store.
+    """
+
+    base: BaseModel
     bank: Bank
-    store: Store | None
+    run: Run
+    encoder: Callable[[], Encoder]
+    store: Store | None = None
+    executor: Executor = field(default_factory=LocalExecutor)
     unsaved: dict[str, State] = field(default_factory=dict)
 
-    def get(self, person: str) -> State:
+    def state(self, person: str) -> State:
         """Return a person's state. Raises PersonNotFound, StateCorrupt, OtherBank."""
         if person in self.unsaved:
             return self.unsaved[person]
@@ -97,45 +104,25 @@ class States:
             )
         return state
 
-    def usable(self, person: str) -> State | None:
-        """Return a person's state, or None if it has to be computed anew."""
-        try:
-            return self.get(person)
-        except (PersonNotFound, StateCorrupt, OtherBank):
-            return None
-
-    def has(self, person: str, work: str) -> bool:
-        """Return whether a person's state has this work key."""
-        state = self.usable(person)
-        return state is not None and state.work == work
-
-
-@dataclass(frozen=True, slots=True)
-class Pipeline:
-    """Stages 2 and 3 for many people. ``encoder`` is called only if people have to be computed."""
-
-    base: BaseModel
-    bank: Bank
-    run: Run
-    encoder: Callable[[], Encoder]
-    states: States
-    executor: Executor
-    on_step: OnStep | None = None
-
     def personalize(
-        self, people: Sequence[Person], keep_histories: bool, resume: bool, since: Collection[str] | None
+        self,
+        people: Sequence[Person],
+        keep_histories: bool = False,
+        resume: bool = True,
+        since: Collection[str] | None = None,
+        on_step: OnStep | None = None,
     ) -> Personalized:
         """See ``Personalizer.personalize``."""
         call = self._begin(people, since, keep_histories)
         settings = settings_of(self.base, self.run), self.run.seed
         everybody = [WorkItem.of(person, self.bank, *settings) for person in call.people]
-        missing = [item for item in everybody if not self.states.has(item.person.id, item.work)]
+        missing = [item for item in everybody if not self._is_current(item)]
         work = self._work(everybody, call.since)
         if work and not resume:
             work.drop()
         cohorts, plan, cut = self.plan(everybody, missing, work) if missing else ([], "", 0)
         if missing:
-            self._compute(personalize_cohort, cohorts, call, work)
+            self._compute(personalize_cohort, cohorts, call, on_step, work)
         if work and not call.workers:  # diverged training would diverge again: no cohort is kept for it
             work.finish()  # even without missing people: a run killed after its last state may have left files
         asked = {item.person.id for item in missing}  # a resumed cohort has people who are up to date
@@ -144,7 +131,9 @@ class Pipeline:
         trained, unchanged = len(asked - failed.keys() - forgotten), len(everybody) - len(missing)
         return Personalized(trained, unchanged, cut, failed, plan, tuple(sorted(forgotten)))
 
-    def update(self, people: Sequence[Person], keep_histories: bool, since: Collection[str] | None) -> Updated:
+    def update(
+        self, people: Sequence[Person], keep_histories: bool, since: Collection[str] | None, on_step: OnStep | None
+    ) -> Updated:
         """See ``Personalizer.update``."""
         call = self._begin(people, since, keep_histories)
         settings = settings_of(self.base, self.run), self.run.seed
@@ -158,8 +147,8 @@ class Pipeline:
             else:
                 unchanged += 1
         cohorts, plan, _ = self.plan(grown, grown) if grown else ([], "", 0)
-        actions = self._compute(update_cohort, cohorts, call) if grown else Counter[Action]()
-        first = self.personalize(begin, False, True, call.since) if begin else Personalized(0, 0, 0)
+        actions = self._compute(update_cohort, cohorts, call, on_step) if grown else Counter[Action]()
+        first = self.personalize(begin, since=call.since, on_step=on_step) if begin else Personalized(0, 0, 0)
         done = actions["keep"], actions["retrain"], actions["refresh"], first.trained, unchanged + first.unchanged
         gone = tuple(sorted({*call.forgotten, *first.forgotten}))
         return Updated(*done, call.workers | call.diverged | first.failed, plan or first.plan, gone)
@@ -204,7 +193,7 @@ class Pipeline:
         if len({person.id for person in people}) < len(people):
             raise DataError("a person is given twice", hint="Put all items of a person into one history.")
         check_merge(self.run.merge, len(self.bank), self.bank.task.labelled)
-        ordered, store = sorted(people, key=lambda person: person.id), self.states.store
+        ordered, store = sorted(people, key=lambda person: person.id), self.store
         if store is None:
             if keep_histories:
                 raise InputError("histories are kept in a store, and there is none", hint='Give one: store="people/"')
@@ -219,7 +208,7 @@ class Pipeline:
 
     def _work(self, everybody: Sequence[WorkItem], since: Collection[str]) -> Work | None:
         """Return the folder of a run over these people. Once one of them is forgotten, no checkpoint is written."""
-        if (store := self.states.store) is None:
+        if (store := self.store) is None:
             return None
         ids = [item.person.id for item in everybody]
         return Work.of(store.files, [item.name for item in everybody], lambda: not store.tombstones.since(ids, since))
@@ -229,24 +218,25 @@ class Pipeline:
         function: Callable[[Worker, Cohort], Sequence[StateUpdate]],
         cohorts: Sequence[Cohort],
         call: _Call,
+        on_step: OnStep | None,
         work: Work | None = None,
     ) -> Counter[Action]:
         """Run ``function`` for all cohorts on the executor; return how many people each action was done for.
 
         Keeps the states that are in no store, and notes the people without a new state in ``call``.
         """
-        store = self.states.store
+        store = self.store
         url, identity = (store.files.url, store.identity(write=True)) if store else (None, "")
         where = self.bank.folder.resolve(), self.bank.hash, url, identity, call.since
         elsewhere = partial(open_worker, self.base.as_loaded(self.run), *where)
-        here = Worker(Stages(self.base, self.bank, self.run, self.encoder(), self.on_step, work), store, call.since)
+        here = Worker(Stages(self.base, self.bank, self.run, self.encoder(), on_step, work), store, call.since)
         actions, done, total = Counter[Action](), 0, sum(map(len, cohorts))
         for n, outcome in enumerate(self.executor.run(function, cohorts, here, elsewhere), 1):
             done += len(outcome.piece)
             if outcome.error:
                 call.workers |= {item.person.id: outcome.error for item in outcome.piece.items}
-            if self.on_step and not self.executor.in_process:
-                self.on_step("fleet", Step(n, len(outcome.piece), done, total))
+            if on_step and not self.executor.in_process:
+                on_step("fleet", Step(n, len(outcome.piece), done, total))
             for item, made in zip(outcome.piece.items, outcome.result or ()):
                 if isinstance(made.state, PersonForgotten):
                     call.forgotten.add(item.person.id)
@@ -255,12 +245,23 @@ class Pipeline:
                 else:
                     actions[made.action] += 1
                     if made.state:
-                        self.states.unsaved[item.person.id] = made.state
+                        self.unsaved[item.person.id] = made.state
         return actions
+
+    def _usable(self, person: str) -> State | None:
+        """Return a person's state, or None if it has to be computed anew."""
+        try:
+            return self.state(person)
+        except (PersonNotFound, StateCorrupt, OtherBank):
+            return None
+
+    def _is_current(self, item: WorkItem) -> bool:
+        state = self._usable(item.person.id)
+        return state is not None and state.work == item.work
 
     def _known(self, person: Person, settings: str) -> tuple[State | None, int]:
         """Return the state to update and the number of items it holds; None if the person has to be begun anew."""
-        state = self.states.usable(person.id)
+        state = self._usable(person.id)
         if state is None or state.settings != settings or not state.losses:
             return None, 0
         known = person.grown_from(state.history)
@@ -268,9 +269,9 @@ class Pipeline:
 
     def _light(self, item: WorkItem) -> WorkItem:
         """Drop the stack if a worker can load it from the store: all stacks together would fill a driver's memory."""
-        if not (self.states.store and item.before):
+        if not (self.store and item.before):
             return item
-        version = self.states.store.latest(item.person.id) or 0
+        version = self.store.latest(item.person.id) or 0
         return replace(item, before=replace(item.before, stack=None), version=version)
 
 
