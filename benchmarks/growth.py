@@ -28,9 +28,8 @@ from mta.evaluation.statistics import Interval, bootstrap
 from mta.model.base import BaseModel
 from mta.personalize import Personalizer
 from mta.personalize.adapters import row_adapters
-from mta.personalize.cohort import WorkItem, settings_of
 from mta.personalize.pipeline import Pipeline
-from mta.personalize.stages import Stages
+from mta.personalize.stages import Stages, WorkItem, settings_of
 from mta.personalize.update import Action, StateUpdate, decide, update_states
 from mta.store.state import State
 from mta.system.assets import resolve

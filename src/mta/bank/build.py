@@ -9,7 +9,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -110,7 +110,6 @@ def build_bank(
     anchors = [able[i].latest(run.bank.max_items) for i in chosen]
     # Jobs are numbered, so that no written file identifies an anchor.
     jobs = [build.job(f"anchor-{n}", person.items) for n, person in enumerate(anchors)]
-    build.cut["texts shortened"] = sum(example.cut > 0 for job in jobs for example in job.examples)
     plan = build.plan(jobs, run.bank.lora, frozen=run.task_lora.lora if run.task_lora.enabled else None)
     record.about["plan"] = plan.digest
     with record:
@@ -146,7 +145,6 @@ class _Build:
     work: str
     executor: Executor
     record: RunFolder
-    cut: dict[str, int] = field(default_factory=lambda: {"items left out": 0, "texts shortened": 0})
 
     def job(self, key: str, items: Iterable[Item]) -> Job:
         """Return the job of one LoRA."""
@@ -218,8 +216,9 @@ class _Build:
 
     def finish(self, encoder: Encoder, plan: Plan, items: Sequence[int], members: Members) -> None:
         """Write the description last: a folder with ``bank.json`` is complete."""
-        self.cut["items left out"] = sum(max(n - self.run.bank.max_items, 0) for n in items)
-        self.record.outcome = {"anchors": len(items), "items": sum(items), **self.cut}
+        left_out = sum(max(n - self.run.bank.max_items, 0) for n in items)
+        cut = {"items left out": left_out, "texts shortened": plan.shortened}
+        self.record.outcome = {"anchors": len(items), "items": sum(items), **cut}
         names = [ANCHORS, INDEX]
         if self.run.task_lora.enabled:
             names += [f"{TASK_LORA}/{file.name}" for file in sorted((self.out / TASK_LORA).iterdir())]
@@ -235,7 +234,7 @@ class _Build:
             work=self.work,
             plan=plan.digest,
             items=tuple(items),
-            cut=self.cut,
+            cut=cut,
             seconds=run_folder.seconds_of(self.out, self.work),
             members=members,
             files=file_hashes(self.out, names),

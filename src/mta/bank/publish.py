@@ -78,13 +78,10 @@ def publish_bank(folder: Path, place: str, parcel: Parcel, *, private: bool = Tr
 
 
 def bank_folder(name: str | Path, revision: str | None = None, token: str | None = None) -> Path:
-    """Return the folder of a bank; the bank of a hub id is downloaded to the hub's cache. An existing folder wins.
-
-    Raises HubError, BankCorrupt.
-    """
-    if not is_hub_id(str(name)):
-        return Path(name)
+    """Return the folder of a bank, which is downloaded for a hub id without a folder. Raises HubError, BankCorrupt."""
     repo = str(name)
+    if not is_hub_id(repo):
+        return Path(name)
     try:  # the description first, so that nothing else is downloaded from a repository without a bank
         first = snapshot(repo, [INFO], revision, token)
     except HubError as error:

@@ -168,7 +168,7 @@ def learn(
         return before[people] + shift if not groups else before[people][:, None] + shift[:, layers]
 
     def adapters(parameters: Mapping[str, Tensor], people: Tensor) -> Gated:
-        return Gated(bank, Merge(ids[people], weights(parameters["shift"], people)).gates(len(bank)))
+        return Merge(ids[people], weights(parameters["shift"], people)).adapters(bank)
 
     found = train(base, jobs, {"shift": shift}, adapters, training, frozen=pooled, seed=seed, **passes)
     return Merge(start.ids, weights(found["shift"], torch.arange(len(ids), device=base.device)).cpu())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -15,10 +15,9 @@ from mta.distributed.executor import Executor, LocalExecutor
 from mta.errors import DataError, Diverged, InputError, OtherBank, PersonForgotten, PersonNotFound, StateCorrupt
 from mta.model.base import BaseModel
 from mta.model.encoders import Encoder
-from mta.personalize.cohort import Cohort, WorkItem, digest_of, settings_of
 from mta.personalize.likelihoods import shots_of
 from mta.personalize.merge import check_merge, frozen_numbers
-from mta.personalize.stages import Stages
+from mta.personalize.stages import Cohort, Stages, WorkItem, digest_of, settings_of
 from mta.personalize.update import Action, StateUpdate
 from mta.personalize.worker import Worker, open_worker, personalize_cohort, update_cohort
 from mta.store import Store
@@ -27,7 +26,6 @@ from mta.store.tombstones import NOTHING
 from mta.store.workspace import Work
 from mta.system.progress import OnStep, Step
 from mta.training.plan import numbers_of, plan_cohorts
-from mta.training.trainer import Job
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,23 +164,16 @@ class Pipeline:
         names = begun if begun and set(begun) <= set(known) else []
         chosen = [known[name] for name in names] if {item.name for item in missing} <= set(names) else list(missing)
         trained = numbers_of(self.base, self.run.stack.lora) if self.run.stack.enabled else 1
-        cut = 0
-
-        def jobs() -> Iterator[Job]:
-            nonlocal cut
-            for item in chosen:
-                yield (job := shots_of(self.base, self.bank.task, item.shots))
-                cut += sum(example.cut > 0 for example in job.examples)
-
+        jobs = (shots_of(self.base, self.bank.task, item.shots) for item in chosen)
         below, most, threads = frozen_numbers(self.bank, self.run.merge), self.executor.most, self.executor.threads
         memory = parse_size(self.run.memory)
-        plan = plan_cohorts(self.base, jobs(), trained, memory, below=below, most=most, threads=threads)
+        plan = plan_cohorts(self.base, jobs, trained, memory, below=below, most=most, threads=threads)
         if work:
             work.note([item.name for item in chosen])
         wanted = {item.name for item in missing}
         planned = [tuple(chosen[n] for n in cohort) for cohort in plan.cohorts]
         needed = [items for items in planned if any(item.name in wanted for item in items)]
-        return [Cohort(items, plan.tokens_per_batch, plan.threads) for items in needed], plan.digest, cut
+        return [Cohort(items, plan.tokens_per_batch, plan.threads) for items in needed], plan.digest, plan.shortened
 
     def _begin(self, people: Sequence[Person], since: Collection[str] | None, keep_histories: bool) -> _Call:
         """Check the people and sort them by id; leave out people who were forgotten since their items were read."""

@@ -1,9 +1,11 @@
-"""Stages 2 and 3 for one cohort: from the people's shots to their states."""
+"""Stages 2 and 3 for one cohort of people who are computed together: from their shots to their states."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Unpack
 
@@ -11,20 +13,94 @@ import torch
 
 from mta.bank.bank import Bank
 from mta.config import Lora, Run, Training
+from mta.config.loader import to_yaml
+from mta.data.history import Person
 from mta.errors import Diverged
 from mta.lora.batch import LoraBatch, fresh
 from mta.lora.layers import Adapters, PerPerson
 from mta.model.base import BaseModel
 from mta.model.encoders import Encoder, encode_people
 from mta.personalize.adapters import merge_of
-from mta.personalize.cohort import Cohort, WorkItem, digest_of, settings_of
 from mta.personalize.likelihoods import ShotsJob, gather_evidence, mean_nll, shots_of, targets_of
 from mta.personalize.merge import Earlier, Merge, fit_merge, merged, needs_evidence
-from mta.store.state import Losses, State
+from mta.store.state import Losses, State, work_key
 from mta.store.workspace import Work
 from mta.system.progress import OnStep
 from mta.training.checkpoint import Checkpoint
 from mta.training.trainer import Job, Passes, train_loras
+
+
+@dataclass(frozen=True, slots=True)
+class WorkItem:
+    """A person, and the work key of the state to compute for them."""
+
+    person: Person
+    work: str
+    before: State | None = None  # an update starts from this state, ...
+    known: int = 0  # ... which holds what the first ``known`` items say
+    version: int = 0  # of ``before`` in the store, if ``before`` has no stack here
+
+    @classmethod
+    def of(
+        cls, person: Person, bank: Bank, settings: str, seed: int, before: State | None = None, known: int = 0
+    ) -> WorkItem:
+        """Return the work for a person's items with this bank and ``settings_of`` a run, anew or from ``before``."""
+        how = settings + (f"after: {before.work}\n" if before else "")
+        return cls(person, work_key(bank.hash, person.digest(), how, seed), before, known)
+
+    @property
+    def shots(self) -> Person:
+        """The person with only the items that their state does not hold yet."""
+        return Person(self.person.id, self.person.items[self.known :])
+
+    @property
+    def name(self) -> str:
+        """Name of the work in a file. Only a reader who has the texts can confirm a guessed id from it."""
+        return hashlib.sha256(f"{self.work}/{self.person.id}".encode()).hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class Cohort:
+    """People who are computed together, in rows of at most ``tokens_per_batch``."""
+
+    items: tuple[WorkItem, ...]
+    tokens_per_batch: int
+    threads: int
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    @property
+    def people(self) -> list[Person]:
+        """The people, with their whole histories."""
+        return [item.person for item in self.items]
+
+    @property
+    def befores(self) -> list[State]:
+        """The states that an update starts from."""
+        return [item.before for item in self.items if item.before]
+
+    @property
+    def digest(self) -> str:
+        """Name of the work, so that a checkpoint of another cohort is not used."""
+        works = [item.work for item in self.items]
+        return hashlib.sha256(json.dumps([works, self.tokens_per_batch, self.threads]).encode()).hexdigest()
+
+    def halves(self) -> tuple[Cohort, ...]:
+        """Return the cohort in two parts; empty for one person."""
+        middle = len(self) // 2
+        return tuple(replace(self, items=part) for part in (self.items[:middle], self.items[middle:]) if middle)
+
+
+def settings_of(base: BaseModel, run: Run) -> str:
+    """Return all settings that affect a state, as text."""
+    kept = {"merge": run.merge.model_dump(mode="json"), "stack": run.stack.model_dump(mode="json")}
+    return to_yaml(kept | {"dtype": str(base.dtype), "max_tokens": base.prompts.max_tokens})
+
+
+def digest_of(settings: str, seed: int) -> str:
+    """Return a hash of the settings that affect a state. ``update`` refuses a state whose hash differs."""
+    return hashlib.sha256(f"{seed}\n{settings}".encode()).hexdigest()
 
 
 def adapt(
@@ -41,9 +117,8 @@ def adapt(
     """Train one LoRA per person on their shots: U jobs -> a batch of U.
 
     ``frozen`` are the adapters that each person already has, indexed by job: the task LoRA and their merge. With rank 1
-    the result is MTA's stack; over the task LoRA alone it is OPPU, at any rank. Training starts from ``start``, or from
-    a hash of (seed, the job's key, layer).
-    Source: arXiv:2511.20072, stage 3.
+    the result is MTA's stack; over the task LoRA alone it is OPPU. Training starts from ``start``, or from a hash of
+    (seed, the job's key, layer). Source: arXiv:2511.20072, stage 3.
     """
     keys = [job.key for job in jobs]
     start = start or fresh(base.targets, lora.rank, lora.scale, seed, keys, base.master_dtype)

@@ -19,10 +19,9 @@ import torch
 
 from mta.errors import Diverged, PersonForgotten
 from mta.lora.batch import LoraBatch, stack
-from mta.personalize.cohort import Cohort
 from mta.personalize.likelihoods import ShotsJob
 from mta.personalize.merge import Earlier
-from mta.personalize.stages import Stages
+from mta.personalize.stages import Cohort, Stages
 from mta.store.state import Losses, State
 
 Action = Literal["begin", "keep", "retrain", "refresh"]

@@ -12,8 +12,7 @@ from mta.bank.format import check_base, read_info
 from mta.config import Run
 from mta.errors import BankMismatch, Diverged, PersonForgotten, StoreConflict, StoreError
 from mta.model.base import BaseModel
-from mta.personalize.cohort import Cohort, WorkItem
-from mta.personalize.stages import Stages
+from mta.personalize.stages import Cohort, Stages, WorkItem
 from mta.personalize.update import NotSaved, StateUpdate, update_states
 from mta.store import Store
 from mta.store.state import State
@@ -58,8 +57,7 @@ def open_worker(
 def personalize_cohort(worker: Worker, cohort: Cohort) -> Sequence[StateUpdate]:
     """Make the states of a cohort, and save them if there is a store.
 
-    ``StateUpdate.state`` is a ``NotSaved`` for people whose training diverged or who were forgotten meanwhile. Raises
-    Diverged if the training of several people diverged and of all of them: then the cause is not one person's data.
+    Raises Diverged if the training of several people diverged and of all of them: the cause is not one person's data.
     """
     states = worker.stages.states(cohort)
     if len(states) > 1 and all(isinstance(state, Diverged) for state in states):

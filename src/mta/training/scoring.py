@@ -26,9 +26,8 @@ def log_likelihood(
 ) -> list[Tensor]:
     """Return the sum of log p over the target tokens of each example: a list with an (examples,) tensor for each job.
 
-    Job i is computed with the adapters of owner ``owners[i]`` (default: i; -1: no person). Examples of a job share
-    prefixes. Rows of at most ``tokens_per_batch`` tokens are computed together; a target token counts more, for its
-    logits (``Footprint.target_weight``). Up to rounding, results do not depend on which jobs share a batch.
+    Job i is computed with the adapters of owner ``owners[i]`` (default: i; -1: no person); ``tokens_per_batch`` is as
+    in ``train``. Up to rounding, results do not depend on which jobs share a batch.
     """
     owners = range(len(jobs)) if owners is None else owners
     weight = base.footprint.target_weight
