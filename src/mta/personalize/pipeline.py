@@ -19,7 +19,7 @@ from mta.personalize.likelihoods import shots_of
 from mta.personalize.merge import check_merge, frozen_numbers
 from mta.personalize.stages import Cohort, Stages, WorkItem, digest_of, settings_of
 from mta.personalize.update import Action, StateUpdate
-from mta.personalize.worker import Worker, open_worker, personalize_cohort, update_cohort
+from mta.personalize.worker import open_stages, personalize_cohort, update_cohort
 from mta.store import Store
 from mta.store.state import State
 from mta.store.tombstones import NOTHING
@@ -206,7 +206,7 @@ class Pipeline:
 
     def _compute(
         self,
-        function: Callable[[Worker, Cohort], Sequence[StateUpdate]],
+        function: Callable[[Stages, Cohort], Sequence[StateUpdate]],
         cohorts: Sequence[Cohort],
         call: _Call,
         on_step: OnStep | None,
@@ -219,8 +219,8 @@ class Pipeline:
         store = self.store
         url, identity = (store.files.url, store.identity(write=True)) if store else (None, "")
         where = self.bank.folder.resolve(), self.bank.hash, url, identity, call.since
-        elsewhere = partial(open_worker, self.base.as_loaded(self.run), *where)
-        here = Worker(Stages(self.base, self.bank, self.run, self.encoder(), on_step, work), store, call.since)
+        elsewhere = partial(open_stages, self.base.as_loaded(self.run), *where)
+        here = Stages(self.base, self.bank, self.run, self.encoder(), on_step, work, store, call.since)
         actions, done, total = Counter[Action](), 0, sum(map(len, cohorts))
         for n, outcome in enumerate(self.executor.run(function, cohorts, here, elsewhere), 1):
             done += len(outcome.piece)

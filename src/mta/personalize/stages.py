@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Unpack
@@ -23,7 +23,9 @@ from mta.model.encoders import Encoder, encode_people
 from mta.personalize.adapters import merge_of
 from mta.personalize.likelihoods import ShotsJob, gather_evidence, mean_nll, shots_of, targets_of
 from mta.personalize.merge import Earlier, Merge, fit_merge, merged, needs_evidence
+from mta.store import Store
 from mta.store.state import Losses, State, work_key
+from mta.store.tombstones import NOTHING
 from mta.store.workspace import Work
 from mta.system.progress import OnStep
 from mta.training.checkpoint import Checkpoint
@@ -127,7 +129,11 @@ def adapt(
 
 @dataclass(frozen=True, slots=True)
 class Stages:
-    """What stages 2 and 3 need. Cohorts that are interrupted leave checkpoints in ``work``."""
+    """What stages 2 and 3 need. Cohorts that are interrupted leave checkpoints in ``work``.
+
+    Without ``store``, the caller keeps the states. ``since`` are the tombstones that existed when the people's items
+    were read (``mta.store.tombstones``).
+    """
 
     base: BaseModel
     bank: Bank
@@ -135,6 +141,8 @@ class Stages:
     encoder: Encoder
     on_step: OnStep | None = None
     work: Work | None = None
+    store: Store | None = None
+    since: Collection[str] = NOTHING
 
     def states(self, cohort: Cohort) -> list[State | Diverged]:
         """Compute the states of a cohort; ``Diverged`` for each person whose training diverged."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -19,21 +19,9 @@ from mta.store.state import State
 from mta.store.tombstones import NOTHING, forgotten_meanwhile
 
 
-@dataclass(frozen=True, slots=True)
-class Worker:
-    """The stages, and the store for their states: None if the caller keeps the states.
-
-    ``since`` are the tombstones that existed when the people's items were read (``mta.store.tombstones``).
-    """
-
-    stages: Stages
-    store: Store | None
-    since: Collection[str] = NOTHING
-
-
-def open_worker(
+def open_stages(
     run: Run, bank: Path, hash: str, store: str | None, identity: str, since: Collection[str] = NOTHING
-) -> Worker:
+) -> Stages:
     """Load base and bank and open the store; paths and addresses must mean the same on all machines.
 
     Raises BankMismatch or StoreError if another bank or store is found, and load errors.
@@ -51,34 +39,34 @@ def open_worker(
             f"a worker found bank {found.hash[:8]}… at {bank}, expected {hash[:8]}…",
             hint="Give workers the same folder: a shared disk, or a copy in their image.",
         )
-    return Worker(Stages(base, found, run, found.encoder(base, run.encoder)), opened, since)
+    return Stages(base, found, run, found.encoder(base, run.encoder), store=opened, since=since)
 
 
-def personalize_cohort(worker: Worker, cohort: Cohort) -> Sequence[StateUpdate]:
+def personalize_cohort(stages: Stages, cohort: Cohort) -> Sequence[StateUpdate]:
     """Make the states of a cohort, and save them if there is a store.
 
     Raises Diverged if the training of several people diverged and of all of them: the cause is not one person's data.
     """
-    states = worker.stages.states(cohort)
+    states = stages.states(cohort)
     if len(states) > 1 and all(isinstance(state, Diverged) for state in states):
-        worker.stages.remove_checkpoint(cohort)  # a checkpoint of diverged parameters must not be resumed
+        stages.remove_checkpoint(cohort)  # a checkpoint of diverged parameters must not be resumed
         raise next(state for state in states if isinstance(state, Diverged))
-    made = [StateUpdate("begin", _saved(worker, item, state)) for item, state in zip(cohort.items, states)]
-    if worker.store:
-        worker.stages.remove_checkpoint(cohort)  # only now: a run killed earlier resumes from the checkpoint
+    made = [StateUpdate("begin", _saved(stages, item, state)) for item, state in zip(cohort.items, states)]
+    if stages.store:
+        stages.remove_checkpoint(cohort)  # only now: a run killed earlier resumes from the checkpoint
     return made
 
 
-def update_cohort(worker: Worker, cohort: Cohort) -> Sequence[StateUpdate]:
+def update_cohort(stages: Stages, cohort: Cohort) -> Sequence[StateUpdate]:
     """Update the states of people whose histories have grown; results and saving are as in ``personalize_cohort``."""
-    store = worker.store
+    store = stages.store
     if store is None:
-        return update_states(worker.stages, cohort)
-    gone = store.tombstones.since([item.person.id for item in cohort.items], worker.since)
+        return update_states(stages, cohort)
+    gone = store.tombstones.since([item.person.id for item in cohort.items], stages.since)
     here = [item for item in cohort.items if item.person.id not in gone]
     whole = tuple(replace(item, before=_before(store, item)) for item in here)
-    made = update_states(worker.stages, replace(cohort, items=whole)) if whole else []
-    found = {item.person.id: replace(one, state=_saved(worker, item, one.state)) for item, one in zip(here, made)}
+    made = update_states(stages, replace(cohort, items=whole)) if whole else []
+    found = {item.person.id: replace(one, state=_saved(stages, item, one.state)) for item, one in zip(here, made)}
     forgotten = StateUpdate("keep", forgotten_meanwhile())
     return [found.get(item.person.id, forgotten) for item in cohort.items]
 
@@ -98,16 +86,16 @@ def _overtaken(item: WorkItem) -> StoreConflict:
     )
 
 
-def _saved(worker: Worker, item: WorkItem, state: State | NotSaved | None) -> State | NotSaved | None:
+def _saved(stages: Stages, item: WorkItem, state: State | NotSaved | None) -> State | NotSaved | None:
     """Save a state; return what is in no store. Raises StoreConflict if the store has a newer version."""
-    store, id = worker.store, item.person.id
+    store, id = stages.store, item.person.id
     if store is None or not isinstance(state, State):
         return state
     try:
-        store.tombstones.check(id, worker.since)
+        store.tombstones.check(id, stages.since)
         if item.before and store.latest(id) != item.version and store.load(id).work != item.work:
             raise _overtaken(item)
-        store.save(id, state, worker.since)
+        store.save(id, state, stages.since)
     except PersonForgotten as gone:
         return gone
     return None
