@@ -81,8 +81,7 @@ class Bank:
         task = task or getattr(people, "task", None)
         if task is None:
             raise InputError(
-                "no task: these people were not read for a task",
-                hint="Give task=..., for example task='lamp3'.",
+                "no task: these people were not read for a task", hint="Give task=..., for example task='lamp3'."
             )
         chosen = load_task(task)
         if task_people is None:

@@ -127,16 +127,11 @@ class Personalizer:
         prompts = [self.base.prompts.prompt(task, task.asked(question), longest) for _, question in rows]
         if shortened := sum(prompt.cut > 0 for prompt in prompts):
             log.warning("%d of %d questions were too long: the end of their text was cut off", shortened, len(prompts))
-        tokens = generate(
-            self.base,
-            [prompt.tokens for prompt in prompts],
-            owners,
-            adapters,
-            max_new_tokens=longest,
-            temperature=temperature,
-            seed=self.run.seed,
+        tokens, seed = [prompt.tokens for prompt in prompts], self.run.seed
+        answers = generate(
+            self.base, tokens, owners, adapters, max_new_tokens=longest, temperature=temperature, seed=seed
         )
-        return [self.base.prompts.decode(answer) for answer in tokens]
+        return [self.base.prompts.decode(answer) for answer in answers]
 
     def score(self, rows: Sequence[tuple[Who, Question, str]], *, stacked: bool = True) -> list[float]:
         """Return the log probability of each row's answer with its end token. Raises PersonNotFound, DataError."""
