@@ -14,6 +14,7 @@ import time
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -23,16 +24,13 @@ from mta.bank.format import read_info
 from mta.config import Run, override
 from mta.data.history import Person
 from mta.data.readers import read_people
-from mta.distributed.executor import LocalExecutor
 from mta.evaluation.statistics import Interval, bootstrap
 from mta.model.base import BaseModel
 from mta.personalize import Personalizer
 from mta.personalize.adapters import row_adapters
-from mta.personalize.cohort import WorkItem, settings_of
 from mta.personalize.pipeline import Pipeline
-from mta.personalize.stages import Stages
-from mta.personalize.states import States
-from mta.personalize.update import Action, StateUpdate, update_states
+from mta.personalize.stages import Stages, WorkItem, settings_of
+from mta.personalize.update import Action, StateUpdate, decide, update_states
 from mta.store.state import State
 from mta.system.assets import resolve
 from mta.system.atomic import write_json
@@ -67,10 +65,10 @@ def gone_on(
     settings = settings_of(stages.base, stages.run)
     start, how = time.perf_counter(), (stages.bank, settings, stages.run.seed)
     items = [WorkItem.of(person, *how, before, SHOTS) for person, before in zip(people, befores)]
-    states = States(stages.bank, None)
-    pipeline = Pipeline(stages.base, stages.bank, stages.run, lambda: stages.encoder, states, LocalExecutor())
+    pipeline = Pipeline(stages.base, stages.bank, stages.run, lambda: stages.encoder)
     cohorts, _, _ = pipeline.plan(items, items)
-    found = [update for cohort in cohorts for update in update_states(stages, cohort, always)]
+    with patch("mta.personalize.update.decide", (lambda *_: always) if always else decide):
+        found = [update for cohort in cohorts for update in update_states(stages, cohort)]
     return found, time.perf_counter() - start
 
 

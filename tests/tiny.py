@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from copy import copy
 from functools import cache
 from pathlib import Path
 from types import MethodType
@@ -125,6 +126,13 @@ def base_of(kind: str = "llama", dtype: torch.dtype = torch.float64, template: b
             if type(module).__name__.endswith("RMSNorm"):
                 module.forward = MethodType(_rms_norm, module)
     return BaseModel(model, tokenizer(template), f"tiny-{kind}")
+
+
+def unpacked(base: BaseModel) -> BaseModel:
+    """The same base, with one example in each row."""
+    other = copy(base)
+    other.blocked = other._packable = False
+    return other
 
 
 def random_loras(

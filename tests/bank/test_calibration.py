@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import base_of, random_examples, random_loras
 
-from mta.bank.calibrate import ENOUGH, Calibrator, Known, Measure, Passes, measured
+from mta.bank.calibrate import ENOUGH, Calibrator, Known, Measure, Probe, measured
 from mta.bank.calibration import Calibration, CalibrationInfo, curvature_of, solved
 from mta.config import CalibrationSettings
 from mta.lora.layers import Shared
@@ -111,7 +111,7 @@ def test_a_calibration_says_what_it_measured(scene):
 
 def test_nothing_is_measured_on_the_fold_it_was_fitted_on(scene):
     """The queries of fold 0 may change the choices of fold 1, but never the coefficients that they are scored at."""
-    scored: dict[str, list[Passes]] = {}
+    scored: dict[str, list[Probe]] = {}
 
     def recorded(name, people):
         models = Measure(*scene)
@@ -150,8 +150,8 @@ def test_a_pass_does_not_depend_on_mates_or_order(scene, seed):
     people, w = known(5), 0.2 * normal(5, N, seed=4)
     order = random.Random(seed).sample(range(5), 3)
     for gradients in (True, False):
-        piece = Passes("one", tuple(one.shots for one in people), w, gradients)
-        some = Passes("some", tuple(people[u].shots for u in order), w[order], gradients)
+        piece = Probe("one", tuple(one.shots for one in people), w, gradients)
+        some = Probe("some", tuple(people[u].shots for u in order), w[order], gradients)
         whole = measured(Measure(base, bank, pooled), piece)
         found = measured(Measure(base, bank, pooled, tokens_per_batch=60), some)
         if gradients:

@@ -8,7 +8,7 @@ from conftest import people_of
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mta.bank.task_lora import pooled_items
+from mta.bank.selection import pooled_items
 from mta.config import TaskLoraSettings
 from mta.data.history import Item, Person
 

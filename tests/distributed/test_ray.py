@@ -7,7 +7,7 @@ import json
 import os
 import signal
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -26,7 +26,7 @@ from mta.evaluation.experiments.runner import run_experiment
 from mta.evaluation.experiments.workspace import Workspace
 from mta.model.base import BaseModel
 from mta.personalize import Personalizer
-from mta.personalize.worker import WorkerSpec
+from mta.personalize.worker import open_stages
 from mta.store import Store
 from mta.store.state import State
 from mta.system.assets import resolve
@@ -226,13 +226,14 @@ def test_any_number_of_workers_makes_the_same_states(here, site, tmp_path, worke
 
 def test_workers_refuse_another_store_or_bank_than_the_drivers(site, tmp_path):
     base, bank, _ = site
-    spec = WorkerSpec.of(base, bank, bank.info.run, Store(tmp_path / "people"), ())
-    assert spec.open().store.identity() == spec.identity
+    run, store = base.as_loaded(bank.info.run), Store(tmp_path / "people")
+    identity = store.identity(write=True)
+    assert open_stages(run, bank.folder, bank.hash, store.files.url, identity).store.identity() == identity
     with pytest.raises(StoreError, match="another store, or none"):
-        replace(spec, store=str(tmp_path / "elsewhere")).open()
+        open_stages(run, bank.folder, bank.hash, str(tmp_path / "elsewhere"), identity)
     assert not (tmp_path / "elsewhere").exists()
     with pytest.raises(BankMismatch, match="a worker found bank"):
-        replace(spec, hash="0" * 64).open()
+        open_stages(run, bank.folder, "0" * 64, store.files.url, identity)
 
 
 def killed_midway(site, folder):
@@ -281,12 +282,12 @@ def test_a_driver_that_died_is_followed_by_one_that_goes_on_in_the_same_cohorts(
     assert states(tmp_path) == alone
 
 
-def poisoned(worker, cohort):
+def poisoned(stages, cohort):
     from mta.personalize.worker import personalize_cohort
 
     if any(item.person.id == "p7" for item in cohort.items):
         os.kill(os.getpid(), signal.SIGKILL)
-    return personalize_cohort(worker, cohort)
+    return personalize_cohort(stages, cohort)
 
 
 def test_somebody_who_makes_workers_die_is_reported_and_the_others_are_personalized(here, site, tmp_path, monkeypatch):

@@ -12,11 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 from sklearn.metrics import roc_auc_score, roc_curve
-from tiny import base_of
+from tiny import base_of, unpacked
 
 from mta.bank.bank import Bank
 from mta.bank.build import build_bank
-from mta.bank.task_lora import pooled_items
+from mta.bank.selection import pooled_items
 from mta.config import Lora, MergeSettings, Privacy, StackSettings, Training
 from mta.data.history import Item, Person
 from mta.errors import AnchorNotFound, InputError
@@ -378,7 +378,7 @@ def test_the_row_of_an_anchor_equals_a_plain_computation(world):
         others = items.others[anchor :: len(bank)]
         adapters = [Shared(join([bank.task_lora, bank.anchors.select([anchor])]))]
         asked = [items.items[n] for n in (*own, *others)]
-        scores = label_scores(base, bank.task, [[item] for item in asked], adapters, packed=False)
+        scores = label_scores(unpacked(base), bank.task, [[item] for item in asked], adapters)
         gold = [bank.task.labels.index(bank.task.target(item)) for item in asked]
         loss = [-float(one.log_softmax(1)[0, label]) for one, label in zip(scores, gold)]
         member = np.arange(len(asked)) < len(own)

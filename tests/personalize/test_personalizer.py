@@ -110,7 +110,7 @@ def test_a_state_records_the_losses_of_merge_and_stack(tiny, stack):
 
 
 def test_a_loss_that_is_not_finite_is_an_error_without_a_state(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr("mta.personalize.stages.surprise", lambda base, jobs, *_, **__: [float("nan")] * len(jobs))
+    monkeypatch.setattr("mta.personalize.stages.mean_nll", lambda base, jobs, *_, **__: [float("nan")] * len(jobs))
     personal = personalizer(*tiny, store=tmp_path)
     with pytest.raises(Diverged, match=r"losses on shots are invalid: .*\n  Training diverged: lower stack\."):
         personal.personalize(PEOPLE)
@@ -122,12 +122,12 @@ def test_a_diverged_person_is_reported_and_the_others_are_unchanged(tiny, tmp_pa
     whole = personalizer(*tiny)
     whole.personalize(PEOPLE)
     astray, others = PEOPLE[1], [person for person in PEOPLE if person is not PEOPLE[1]]
-    key, measured = shots_of(base, bank.task, astray).key, stages.surprise
+    key, measured = shots_of(base, bank.task, astray).key, stages.mean_nll
 
     def one_is_no_number(base, jobs, *more, **how):
         return [float("nan") if job.key == key else loss for job, loss in zip(jobs, measured(base, jobs, *more, **how))]
 
-    monkeypatch.setattr(stages, "surprise", one_is_no_number)
+    monkeypatch.setattr(stages, "mean_nll", one_is_no_number)
     personal = personalizer(*tiny, store=tmp_path)
     done = personal.personalize(PEOPLE)
     assert (done.trained, list(done.failed)) == (len(others), [astray.id])

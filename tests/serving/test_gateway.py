@@ -330,10 +330,10 @@ def test_a_person_key_lists_its_model_while_the_model_exists(world):
 def test_a_diverged_person_fails_and_the_others_are_done(world, monkeypatch):
     jobs, people = world.service.jobs, people_of(2, items=3, prefix="astray")
     key = shots_of(world.service.jobs.personal.base, world.service.task, people[0]).key
-    measured = stages.surprise
+    measured = stages.mean_nll
     nan = float("nan")
     monkeypatch.setattr(
-        "mta.personalize.stages.surprise",
+        "mta.personalize.stages.mean_nll",
         lambda base, jobs, *more, **how: [
             nan if job.key == key else loss for job, loss in zip(jobs, measured(base, jobs, *more, **how))
         ],

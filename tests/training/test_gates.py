@@ -5,7 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import base_of, random_examples, random_loras
+from tiny import base_of, random_examples, random_loras, unpacked
 
 from mta.lora.layers import Shared
 from mta.training.gates import gate_gradients
@@ -39,7 +39,7 @@ def dense(scene, u, w) -> torch.Tensor:
 @pytest.mark.parametrize("packed", [True, False])
 def test_gradients_equal_autograd_through_dense_merges(scene, packed):
     base, task, bank, jobs, at = scene
-    found = gate_gradients(base, jobs, bank, at, [Shared(task)], packed=packed)
+    found = gate_gradients(base if packed else unpacked(base), jobs, bank, at, [Shared(task)])
     for u in range(3):
         w = at[u].clone().requires_grad_()
         loglik = dense(scene, u, w)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import base_of, random_examples, random_loras
+from tiny import base_of, random_examples, random_loras, unpacked
 
 from mta.data.tasks.prompt import Example
 from mta.lora.layers import PerPerson
@@ -41,7 +41,7 @@ def test_packing_never_costs_more_than_one_row_per_example(made, price, blocked)
         return sum(len(r.tokens) * (1 + price * seen) for r, seen in zip(rows, deepest))
 
     rows = pack(made, price, blocked=blocked)
-    assert cost(rows) <= cost(pack(made, price, packed=False)) + 1e-9
+    assert cost(rows) <= cost(pack(made, price, longest=0)) + 1e-9
     assert sorted({e for r in rows for e in r.examples}) == list(range(len(made)))
 
 
@@ -58,7 +58,7 @@ def test_packed_equals_padded_equals_plain(kind):
     jobs = [random_examples(n, seed=n) for n in (3, 5, 1)]
     people = [PerPerson(random_loras(base, 3))]
     packed = log_likelihood(base, jobs, people)
-    padded = log_likelihood(base, jobs, people, packed=False)
+    padded = log_likelihood(unpacked(base), jobs, people)
     small = log_likelihood(base, jobs, people, tokens_per_batch=1)
     assert base.blocked
     for u, theirs in enumerate(jobs):

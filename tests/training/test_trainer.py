@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import base_of, random_examples, random_loras
+from tiny import base_of, random_examples, random_loras, unpacked
 
 from mta.config import Training
 from mta.lora.batch import LoraBatch, fresh
@@ -35,7 +35,7 @@ def test_batched_equals_one_by_one(kind):
     together = train_loras(base, jobs, start_of(base, jobs), FIVE)
     assert float(together.factors[together.names[0]].b.abs().max()) > 1e-3
     for i, job in enumerate(jobs):
-        alone = train_loras(base, [job], start_of(base, [job]), FIVE, packed=False)
+        alone = train_loras(unpacked(base), [job], start_of(base, [job]), FIVE)
         assert difference(together.select([i]), alone) < 1e-10
 
 
@@ -45,7 +45,8 @@ def test_results_are_independent_of_cohort_order_rows_and_passes(sizes, mates, b
     base = base_of()
     jobs = jobs_of(*sizes[:mates])
     reference = train_loras(base, jobs[:1], start_of(base, jobs[:1]), FIVE)
-    found = train_loras(base, jobs, start_of(base, jobs), FIVE, tokens_per_batch=budget, packed=packed)
+    way = base if packed else unpacked(base)
+    found = train_loras(way, jobs, start_of(base, jobs), FIVE, tokens_per_batch=budget)
     assert difference(found.select([0]), reference) < 1e-10
 
 
@@ -57,10 +58,10 @@ def test_results_over_frozen_merges_are_independent_of_rows_and_passes(sizes, bu
     jobs = [Job(f"person-{n}", random_examples(size, seed=n)) for n, size in enumerate(sizes)]
     merges = random_loras(base, len(jobs), rank=3)
     start = start_of(base, jobs, rank=1)
-    how = {"frozen": [Shared(random_loras(base, 1)), PerPerson(merges)], "tokens_per_batch": budget, "packed": packed}
-    found = train_loras(base, jobs, start, FIVE, **how)
+    task, way = Shared(random_loras(base, 1)), base if packed else unpacked(base)
+    found = train_loras(way, jobs, start, FIVE, frozen=[task, PerPerson(merges)], tokens_per_batch=budget)
     for n, job in enumerate(jobs):
-        below = [how["frozen"][0], PerPerson(merges.select([n]))]
+        below = [task, PerPerson(merges.select([n]))]
         assert difference(found.select([n]), train_loras(base, [job], start.select([n]), FIVE, frozen=below)) < 1e-10
 
 
@@ -170,7 +171,7 @@ def test_float32_gradients_of_the_first_step_are_independent_of_the_cohort():
     start = random_loras(base, 4)
     together = train_loras(base, jobs, start, training)
     for i, job in enumerate(jobs):
-        alone = train_loras(base, [job], start.select([i]), training, packed=False)
+        alone = train_loras(unpacked(base), [job], start.select([i]), training)
         for name in start.names:
             for now, then, first in zip(together.factors[name], alone.factors[name], start.factors[name]):
                 change, reference = (now[i] - first[i]) * 1e6, (then[0] - first[i]) * 1e6
@@ -194,6 +195,9 @@ def test_gradient_checkpointing_takes_merges_and_people_with_different_numbers_o
     base, jobs = base_of(), jobs_of(3, 2)
     again = BaseModel(base_of().model, base.tokenizer, "tiny", gradient_checkpointing=True)
     w = torch.rand(2, 4, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-    how = {"frozen": [Gated(random_loras(base, 4), w)], "packed": packed}
-    found, expected = (train_loras(one, jobs, start_of(one, jobs), FIVE, **how) for one in (again, base))
+    frozen = [Gated(random_loras(base, 4), w)]
+    found, expected = (
+        train_loras(one if packed else unpacked(one), jobs, start_of(one, jobs), FIVE, frozen=frozen)
+        for one in (again, base)
+    )
     assert difference(found, expected) < 1e-10

@@ -72,8 +72,8 @@ class Bank:
     ) -> Bank:
         """Run stages 0 and 1: train the task LoRA and the anchors among ``people``, and open the bank.
 
-        Without ``task_people``, the task LoRA is trained on half of ``people``, drawn by hash; the other half are the
-        candidates for anchors. People who share items are in the same half, unless more than half of all people do.
+        Without ``task_people``, the task LoRA is trained on half of ``people``, drawn by hash, and the others are the
+        candidates for anchors; people who share items stay together, unless more than half of all people do.
         ``task`` defaults to the task that ``people`` were read for. The other keywords are those of ``build_bank``.
         Raises InputError for too few people, BankError if ``out`` holds another bank.
         """
@@ -83,8 +83,7 @@ class Bank:
         task = task or getattr(people, "task", None)
         if task is None:
             raise InputError(
-                "no task: these people were not read for a task",
-                hint="Give task=..., for example task='lamp3'.",
+                "no task: these people were not read for a task", hint="Give task=..., for example task='lamp3'."
             )
         chosen = load_task(task)
         if task_people is None:
@@ -160,10 +159,7 @@ class Bank:
     def from_pretrained(
         cls, name_or_folder: str | Path, base: BaseModel, revision: str | None = None, *, token: str | None = None
     ) -> Bank:
-        """Open a bank from a folder, or from the hub if there is no such folder.
-
-        Raises HubError, BankMismatch, BankCorrupt.
-        """
+        """Open a bank from a folder, else from the hub. Raises HubError, BankMismatch, BankCorrupt."""
         return cls.open(bank_folder(name_or_folder, revision, token), base)
 
     def push_to_hub(

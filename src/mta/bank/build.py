@@ -8,16 +8,13 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
 
-from mta.bank.anchors import choose_anchors
 from mta.bank.calibrate import calibrate, drawn
 from mta.bank.calibration import CalibrationInfo
 from mta.bank.card import card
@@ -42,24 +39,25 @@ from mta.bank.format import (
     write_info,
     write_limit,
 )
-from mta.bank.worker import Anchors, BankWorker, Pool, anchor_start, open_worker, train_anchors, train_pool
-from mta.config import Run, parse_size
-from mta.data.history import Person
+from mta.bank.selection import choose_anchors, pooled_items
+from mta.bank.worker import BankWorker, Piece, open_worker, train_piece
+from mta.config import Lora, Run, parse_size
+from mta.data.history import Item, Person
 from mta.data.tasks.task import Task
-from mta.distributed.executor import Executor, LocalExecutor, Outcome
+from mta.distributed.executor import Executor, LocalExecutor
 from mta.errors import BankError, InputError
 from mta.lora.batch import LoraBatch, stack
 from mta.lora.peft import CARD, read_peft, write_peft
 from mta.model.base import BaseModel
 from mta.model.encoders import Encoder
 from mta.model.footprint import Numbers
-from mta.system.atomic import asides_in, copy_file, make_folder, write_tensors, write_text
+from mta.system.atomic import asides_in, copy_file, write_tensors, write_text
 from mta.system.progress import OnStep, Step
 from mta.tracking import run_folder
 from mta.tracking.run_folder import RunFolder
 from mta.tracking.trackers import Track
 from mta.training.checkpoint import Checkpoint
-from mta.training.plan import Plan, plan_cohorts
+from mta.training.plan import Plan, numbers_of, plan_cohorts
 from mta.training.trainer import Job
 
 # Settings that the work key leaves out: they do not affect a bank, or the key holds a fingerprint instead.
@@ -91,9 +89,11 @@ def build_bank(
     for the steps.
     Source: arXiv:2511.20072, stage 1; clusters: its README, "most active": Per-Pcs. Raises InputError, BankError.
     """
-    task_people, candidates, task_name = _by_id(task_people), _by_id(candidates), run.task
+    task_people, candidates = (sorted(people, key=lambda person: person.id) for people in (task_people, candidates))
+    own_task = {"task": str(Path(run.task).resolve())} if Path(run.task).is_file() else {}
     run = base.as_loaded(run.model_copy(update={"task": task.name, "encoder": encoder.name}))
-    work = _with_files(task_lora, work_key(base, task, encoder, task_people, candidates, run))
+    histories = [[[person.id, person.digest()] for person in group] for group in (task_people, candidates)]
+    work = work_key(base, task, encoder, histories, run, task_lora)
     if _is_finished(out, work):
         return write_limit(out, task)
     if not resume:
@@ -103,27 +103,31 @@ def build_bank(
         folder=out,
         kind="bank",
         base=base,
-        settings=_settings(run, task_name),
+        settings=run.model_dump(mode="json") | own_task,
         about={"seeds": [run.seed]},
         work=work,
         command=command,
         track=track,
         on_step=on_step,
     )
-    build = _Build(base, task, run, out, work, executor or LocalExecutor(), record, task_lora)
+    build = _Build(base, task, run, out, work, executor or LocalExecutor(), record)
     # Choose anchors and plan before stage 0, which takes hours: too few people or too little memory fails at once.
     able, vectors, chosen = choose_anchors(task, encoder, candidates, run.bank, run.seed)
     anchors = [able[i].latest(run.bank.max_items) for i in chosen]
-    jobs, plan = build.planned(anchors)
+    # Jobs are numbered, so that no written file identifies an anchor.
+    jobs = [build.job(f"anchor-{n}", person.items) for n, person in enumerate(anchors)]
+    plan = build.plan(jobs, run.bank.lora, frozen=run.task_lora.lora if run.task_lora.enabled else None)
+    record.about["plan"] = plan.digest
     with record:
-        pooled = build.task_lora(task_people)
+        pooled = build.task_lora(task_people, task_lora) if run.task_lora.enabled else None
         bank = build.meta_loras(jobs, plan, pooled)
-        build.write(bank, vectors[chosen])
+        write_tensors(out / ANCHORS, bank.tensors(), {"scale": repr(bank.scale)})
+        write_tensors(out / INDEX, {"vectors": vectors[chosen].contiguous()})
         calibration, others = None, list[Person]()
         if run.calibration.enabled:
             others = drawn([able[i] for i in range(len(able)) if i not in chosen], run.calibration, run.seed)
             calibration = build.calibration(bank, pooled, others)
-        secret = json.dumps([work, _digests(task_people, candidates)])  # the work key is not secret: it is in bank.json
+        secret = json.dumps([work, histories])  # the work key is not secret: it is in bank.json
         ids = ([person.id for person in group] for group in (task_people, able, anchors, others))
         build.finish(encoder, plan, [len(able[i].items) for i in chosen], Members.of(secret, *ids), calibration)
     _remove_work(out)  # if the build is killed before this, the next call removes the files
@@ -147,14 +151,20 @@ def calibrate_bank(
     check_base(folder, info, base.name, base.fingerprint)
     anchors, pooled = read_adapters(folder, info)
     settings = info.run.model_copy(update={"calibration": run.calibration, "memory": run.memory})
-    outside = [one for one in _by_id(people) if not {"anchor", "task LoRA"} & set(info.members.artefacts_of(one.id))]
+    outside = [one for one in people if not {"anchor", "task LoRA"} & set(info.members.artefacts_of(one.id))]
     outside = drawn(outside, run.calibration, info.run.seed)
     if not outside:
         raise InputError(
             f"{len(people)} people are given, but all are in the bank or have fewer than two items",
             hint="Give people who are behind neither its anchors nor its task LoRA.",
         )
-    work = seal({"bank": info.hash, "people": _digests(outside), "run": settings.model_dump(mode="json")})
+    work = seal(
+        {
+            "bank": info.hash,
+            "people": [[one.id, one.digest()] for one in outside],
+            "run": settings.model_dump(mode="json"),
+        }
+    )
     found = calibrate(
         base,
         Task.model_validate(info.task),
@@ -181,12 +191,14 @@ def calibrate_bank(
 
 
 def work_key(
-    base: BaseModel, task: Task, encoder: Encoder, task_people: Sequence[Person], candidates: Sequence[Person], run: Run
+    base: BaseModel, task: Task, encoder: Encoder, histories: object, run: Run, task_lora: Path | None = None
 ) -> str:
     """Return a hash of all inputs that affect the tensors of a bank."""
-    settings, people = run.model_dump(mode="json", exclude=_NOT_IN_KEY), _digests(task_people, candidates)
-    parts = [base.fingerprint, encoder.fingerprint, task.identity, settings, people]
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+    settings = run.model_dump(mode="json", exclude=_NOT_IN_KEY)
+    work = run_folder.work_of(base.fingerprint, encoder.fingerprint, task.identity, settings, histories)
+    if task_lora is None:
+        return work
+    return run_folder.work_of(work, file_hashes(task_lora, sorted(file.name for file in task_lora.iterdir())))
 
 
 @dataclass(slots=True)
@@ -200,82 +212,55 @@ class _Build:
     work: str
     executor: Executor
     record: RunFolder
-    given: Path | None = None
-    cut: dict[str, int] = field(default_factory=lambda: {"items left out": 0, "texts shortened": 0})
 
-    def task_lora(self, people: Sequence[Person]) -> LoraBatch | None:
-        """Run stage 0 and return the task LoRA; None if it is switched off."""
-        settings = self.run.task_lora
-        if not settings.enabled:
-            return None
-        folder = self.out / TASK_LORA
-        if self.given and not self._done("task"):
-            for aside in asides_in(folder, "*"):  # of a killed copy
-                aside.unlink()
-            for file in sorted(self.given.iterdir()):
-                copy_file(file, folder / file.name)
-            self._mark("task")
-        if not self._done("task"):
-            pool = Pool(self.task, tuple(people))
-            self.record.stage_begins()
-            checkpoint = partial(self._checkpoint, "")
-            local = BankWorker(self.base, self.run, None, checkpoint, self.record.step)
-            (found,) = self.executor.run(train_pool, [pool], local, self._remote_worker(None))
-            write_peft(folder, _trained(found), self.base.name, fan_in_fan_out=self.base.fan_in_fan_out)
-            if not self.executor.in_process:
-                self.record.step("task LoRA", Step(1, 1, 1, 1))
-            self._mark("task")
-            checkpoint(pool.name).remove()
+    def job(self, key: str, items: Iterable[Item]) -> Job:
+        """Return the job of one LoRA."""
+        return Job(key, [self.base.prompts.example(self.task, item) for item in items])
+
+    def plan(self, jobs: Sequence[Job], lora: Lora, frozen: Lora | None = None) -> Plan:
+        """Plan the cohorts of jobs that train ``lora``, over ``frozen`` if there is one."""
+        below = Numbers(pooled=frozen.rank * self.base.footprint.sums.width if frozen else 0)
+        numbers, memory, executor = numbers_of(self.base, lora), parse_size(self.run.memory), self.executor
+        return plan_cohorts(self.base, jobs, numbers, memory, below=below, most=executor.most, threads=executor.threads)
+
+    def task_lora(self, people: Sequence[Person], given: Path | None) -> LoraBatch:
+        """Run stage 0, or copy the task LoRA from the folder ``given``, and return the task LoRA."""
+        folder, done = self.out / TASK_LORA, self.out / "work" / "task.done"
+        if not done.is_file() or done.read_text() != self.work:
+            if given:
+                for aside in asides_in(folder, "*"):  # of a killed copy
+                    aside.unlink()
+                for file in sorted(given.iterdir()):
+                    copy_file(file, folder / file.name)
+            else:
+                job = self.job("task", pooled_items(people, self.run.task_lora, self.run.seed))
+                tokens = self.plan([job], self.run.task_lora.lora).tokens_per_batch
+                for _, trained in self._trained([Piece("task", "task LoRA", (job,), tokens)], ""):
+                    write_peft(folder, trained, self.base.name, fan_in_fan_out=self.base.fan_in_fan_out)
+                if not self.executor.in_process:
+                    self.record.step("task LoRA", Step(1, 1, 1, 1))
+            write_text(done, self.work)
+            self._checkpoint("", "task").remove()
         return read_peft(folder).to(self.base.device)
-
-    def planned(self, anchors: Sequence[Person]) -> tuple[list[Job], Plan]:
-        """Return the jobs of stage 1, one per anchor, and the plan of their cohorts."""
-        make_folder(self.out / "work")
-        examples = [[self.base.prompts.example(self.task, item) for item in person.items] for person in anchors]
-        self.cut["texts shortened"] = sum(example.cut > 0 for anchor in examples for example in anchor)
-        # Jobs are numbered, so that no written file identifies an anchor.
-        jobs = [Job(f"anchor-{n}", anchor) for n, anchor in enumerate(examples)]
-        one, most = anchor_start(self.base, self.run, jobs[:1]).tensors(), self.executor.most
-        pooled = self.run.task_lora.enabled * self.run.task_lora.lora.rank * self.base.footprint.sums.width
-        plan = plan_cohorts(
-            self.base,
-            jobs,
-            one,
-            parse_size(self.run.memory),
-            below=Numbers(pooled=pooled),
-            most=most,
-            threads=self.executor.threads,
-        )
-        self.record.about["plan"] = plan.digest
-        return jobs, plan
 
     def meta_loras(self, jobs: Sequence[Job], plan: Plan, pooled: LoraBatch | None) -> LoraBatch:
         """Run stage 1 and return the meta-LoRAs; trained cohorts are saved, so a resumed build does not repeat them."""
         pieces = [
-            Anchors(number, tuple(jobs[n] for n in cohort), plan.tokens_per_batch)
+            Piece(f"anchors-{number:03}", "anchors", tuple(jobs[n] for n in cohort), plan.tokens_per_batch)
             for number, cohort in enumerate(plan.cohorts)
         ]
-        checkpoint = partial(self._checkpoint, plan.digest)
-        results = {piece.name: checkpoint(piece.name, "safetensors") for piece in pieces}
-        trained = {name: saved[0] for name, result in results.items() if (saved := result.load())}
-        done = sum(len(piece) for piece in pieces if piece.name in trained)
-        self.record.stage_begins()
-        local = BankWorker(self.base, self.run, pooled, checkpoint, self.record.step)
-        missing = [piece for piece in pieces if piece.name not in trained]
-        for found in self.executor.run(train_anchors, missing, local, self._remote_worker(pooled)):
-            name = found.piece.name
-            trained[name] = _trained(found).tensors()
-            results[name].save(trained[name], {})
-            checkpoint(name).remove()
-            done += len(found.piece)
+        results = {piece.name: self._checkpoint(plan.digest, piece.name, "safetensors") for piece in pieces}
+        found = {name: saved[0] for name, result in results.items() if (saved := result.load())}
+        done = sum(len(piece) for piece in pieces if piece.name in found)
+        missing = [piece for piece in pieces if piece.name not in found]
+        for piece, trained in self._trained(missing, plan.digest, pooled):
+            found[piece.name] = trained.tensors()
+            results[piece.name].save(found[piece.name], {})
+            self._checkpoint(plan.digest, piece.name).remove()
+            done += len(piece)
             if not self.executor.in_process:
-                self.record.step("anchors", Step(len(trained), len(found.piece), done, len(jobs)))
-        return stack(LoraBatch.of_tensors(trained[piece.name], self.run.bank.lora.scale) for piece in pieces)
-
-    def write(self, bank: LoraBatch, vectors: Tensor) -> None:
-        """Write the anchors and their vectors."""
-        write_tensors(self.out / ANCHORS, bank.tensors(), {"scale": repr(bank.scale)})
-        write_tensors(self.out / INDEX, {"vectors": vectors.contiguous()})
+                self.record.step("anchors", Step(len(found), len(piece), done, len(jobs)))
+        return stack(LoraBatch.of_tensors(found[piece.name], self.run.bank.lora.scale) for piece in pieces)
 
     def calibration(self, bank: LoraBatch, pooled: LoraBatch | None, people: Sequence[Person]) -> CalibrationInfo:
         """Calibrate the bank on candidates who are not anchors, and write what it found."""
@@ -294,10 +279,19 @@ class _Build:
         write_tensors(self.out / CALIBRATION, found.tensors(), {})
         return found.info
 
-    def _remote_worker(self, pooled: LoraBatch | None) -> Callable[[], BankWorker]:
-        """Return a function that opens a worker in another process."""
+    def _trained(
+        self, pieces: Sequence[Piece], plan: str, pooled: LoraBatch | None = None
+    ) -> Iterator[tuple[Piece, LoraBatch]]:
+        """Train pieces on the executor over ``pooled``; yield each with its LoRAs. Raises BankError."""
+        self.record.stage_begins()
+        local = BankWorker(self.base, self.run, pooled, partial(self._checkpoint, plan), self.record.step)
         on_cpu = pooled and pooled.to(torch.device("cpu"))
-        return partial(open_worker, self.base.as_loaded(self.run), self.base.fingerprint, on_cpu)
+        remote = partial(open_worker, self.base.as_loaded(self.run), self.base.fingerprint, on_cpu)
+        for found in self.executor.run(train_piece, pieces, local, remote):
+            if found.result is None:
+                hint = "Fix this, and build again: it resumes."
+                raise BankError(f"the bank cannot be trained: {found.error}", hint=hint)
+            yield found.piece, found.result
 
     def _checkpoint(self, plan: str, name: str, kind: str = "checkpoint") -> Checkpoint:
         """Return the checkpoint of a piece in training, or the result of a finished piece (kind ``safetensors``)."""
@@ -308,8 +302,9 @@ class _Build:
         self, encoder: Encoder, plan: Plan, items: Sequence[int], members: Members, calibration: CalibrationInfo | None
     ) -> None:
         """Write the description last: a folder with ``bank.json`` is complete."""
-        self.cut["items left out"] = sum(max(n - self.run.bank.max_items, 0) for n in items)
-        self.record.outcome = {"anchors": len(items), "items": sum(items), **self.cut}
+        left_out = sum(max(n - self.run.bank.max_items, 0) for n in items)
+        cut = {"items left out": left_out, "texts shortened": plan.shortened}
+        self.record.outcome = {"anchors": len(items), "items": sum(items), **cut}
         names = [ANCHORS, INDEX, *([CALIBRATION] if calibration else [])]
         if self.run.task_lora.enabled:
             names += [f"{TASK_LORA}/{file.name}" for file in sorted((self.out / TASK_LORA).iterdir())]
@@ -325,7 +320,7 @@ class _Build:
             work=self.work,
             plan=plan.digest,
             items=tuple(items),
-            cut=self.cut,
+            cut=cut,
             seconds=run_folder.seconds_of(self.out, self.work),
             members=members,
             files=file_hashes(self.out, names),
@@ -335,41 +330,6 @@ class _Build:
         info = info.model_copy(update={"hash": identity(info)})
         write_text(self.out / CARD, card(info))
         write_info(self.out, info)
-
-    def _done(self, stage: str) -> bool:
-        marker = self.out / "work" / f"{stage}.done"
-        return marker.is_file() and marker.read_text() == self.work
-
-    def _mark(self, stage: str) -> None:
-        write_text(self.out / "work" / f"{stage}.done", self.work)
-
-
-def _with_files(folder: Path | None, work: str) -> str:
-    """Return the work key of a build that copies the files of a folder, if one is given."""
-    if folder is None:
-        return work
-    hashes = file_hashes(folder, sorted(file.name for file in folder.iterdir()))
-    return hashlib.sha256(json.dumps([work, hashes]).encode()).hexdigest()
-
-
-def _settings(run: Run, task: str) -> dict[str, Any]:
-    """Return the settings for config.yaml; a user's own task is named by its file."""
-    own = {"task": str(Path(task).resolve())} if Path(task).is_file() else {}
-    return run.model_dump(mode="json") | own
-
-
-def _trained(found: Outcome[Any, LoraBatch]) -> LoraBatch:
-    if found.result is None:
-        raise BankError(f"the bank cannot be trained: {found.error}", hint="Fix this, and build again: it resumes.")
-    return found.result
-
-
-def _digests(*groups: Sequence[Person]) -> list[list[list[str]]]:
-    return [[[person.id, person.digest()] for person in group] for group in groups]
-
-
-def _by_id(people: Sequence[Person]) -> list[Person]:
-    return sorted(people, key=lambda person: person.id)
 
 
 def _remove_work(out: Path) -> None:

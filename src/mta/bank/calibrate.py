@@ -83,7 +83,7 @@ def calibrate(
     )
     chosen = executor or LocalExecutor()
 
-    def measure(pieces: Sequence[Passes]) -> list[Tensor]:
+    def measure(pieces: Sequence[Probe]) -> list[Tensor]:
         files = {piece.name: checkpoint(piece.name) for piece in pieces} if checkpoint else {}
         found = {name: saved[0]["found"] for name, file in files.items() if (saved := file.load())}
         missing = [piece for piece in pieces if piece.name not in found]
@@ -125,7 +125,7 @@ def known_of(base: BaseModel, task: Task, person: Person, settings: CalibrationS
 
 
 @dataclass(frozen=True, slots=True)
-class Passes:
+class Probe:
     """Work on some people's examples at coefficients ``w`` (U, N): gradients of single examples, or log-likelihoods."""
 
     name: str
@@ -136,7 +136,7 @@ class Passes:
     def __len__(self) -> int:
         return len(self.examples)
 
-    def halves(self) -> Sequence[Passes]:
+    def halves(self) -> Sequence[Probe]:
         """Return nothing: a calibration needs all its people."""
         return ()
 
@@ -157,7 +157,7 @@ class Measure:
         shared = [Shared(worker.pooled)] if worker.pooled else []
         return cls(worker.base, bank.to(worker.base.device, worker.base.dtype), shared, tokens)
 
-    def gradients(self, piece: Passes) -> Tensor:
+    def gradients(self, piece: Probe) -> Tensor:
         """Return the gradients of all single examples, (examples of all people, N), float64."""
         people = [u for u, examples in enumerate(piece.examples) for _ in examples]
         jobs = [Job(str(i), [example]) for i, example in enumerate(itertools.chain(*piece.examples))]
@@ -165,7 +165,7 @@ class Measure:
         found = gate_gradients(self.base, jobs, self.bank, at, self.pooled, tokens_per_batch=self.tokens_per_batch)
         return found.gradients
 
-    def scores(self, piece: Passes) -> Tensor:
+    def scores(self, piece: Probe) -> Tensor:
         """Return people's log-likelihoods, (U,), float64."""
         adapters: list[Adapters] = [
             *self.pooled,
@@ -175,7 +175,7 @@ class Measure:
         return torch.stack([scores.double().sum() for scores in found])
 
 
-def measured(measure: Measure, piece: Passes) -> Tensor:
+def measured(measure: Measure, piece: Probe) -> Tensor:
     """Return the gradients or the log-likelihoods that a piece asks for."""
     return measure.gradients(piece) if piece.gradients else measure.scores(piece)
 
@@ -187,7 +187,7 @@ class Calibrator:
     known: Sequence[Known]
     anchors: int
     settings: CalibrationSettings
-    measure: Callable[[Sequence[Passes]], Sequence[Tensor]]
+    measure: Callable[[Sequence[Probe]], Sequence[Tensor]]
     on_step: Callable[[Step], None] | None = None
     passes: int = 0
     fold: Tensor = field(init=False)
@@ -276,7 +276,7 @@ class Calibrator:
     def _measured(self, examples: Sequence[Sequence[Example]], w: Tensor, *, gradients: bool) -> list[Tensor]:
         chosen = [slice(start, start + _PIECE) for start in range(0, len(examples), _PIECE)]
         pieces = [
-            Passes(f"calibration-{self.passes}-{n}", tuple(tuple(e) for e in examples[some]), w[some], gradients)
+            Probe(f"calibration-{self.passes}-{n}", tuple(tuple(e) for e in examples[some]), w[some], gradients)
             for n, some in enumerate(chosen)
         ]
         found = self.measure(pieces)

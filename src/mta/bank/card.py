@@ -1,4 +1,4 @@
-"""The card of a bank (README.md): its training, its use, and its limits; and the parts shared with adapters' cards."""
+"""The cards (README.md) of a bank and of one person's exported adapter: training, use, and limits."""
 
 from __future__ import annotations
 
@@ -12,31 +12,35 @@ import yaml
 from mta.bank.calibration import CalibrationInfo, Gain
 from mta.bank.format import BankInfo
 from mta.config.loader import dump_yaml
+from mta.lora.peft import MARK
 from mta.system.assets import ASSETS
-
-_PAPER = "arxiv:2511.20072"
-_LIMITS = """- The bank works only with the base that it was trained on (the fingerprint is checked), and for its task.
-- The method is reconstructed from the public parts of the paper: results are not the paper's results.
-- The bank was trained on people's texts. It contains no id and no text, but it is not anonymous: from losses, one can
-  tell better than by guessing whether an item was among an anchor's texts. Training has no differential privacy. These
-  files contain every anchor's meta-LoRA at full strength.
-- The bank keeps what it learned from a person until it is rebuilt, also after the person asked to be forgotten.
-- Generated text may be wrong, and may repeat texts of the people in the bank."""
 
 
 def card(info: BankInfo, place: str = "path/to/this/folder", results: str = "", license: str = "") -> str:
     """Return the card of a bank as Markdown, after the hub's metadata; ``results`` is Markdown too."""
-    return front_matter(info, "merge-then-adapt", license) + body(info, place, results)
+    return _front_matter(info, "merge-then-adapt", license) + body(info, place, results)
 
 
 def body(info: BankInfo, place: str = "path/to/this/folder", results: str = "") -> str:
     """Return the card without the metadata."""
+    cuts = ", ".join(f"{count} {what}" for what, count in info.cut.items())
+    seconds = ", ".join(f"{stage} {value:.0f} s" for stage, value in info.seconds.items())
     return f"""# A bank of {len(info.items)} anchors for `{info.task["name"]}`
 
-Meta-LoRAs of {len(info.items)} anchor people over **{info.base}**{base_note(info)}, made by merge-then-adapt
+Meta-LoRAs of {len(info.items)} anchor people over **{info.base}**{_base_note(info)}, made by merge-then-adapt
 (method: arXiv:2511.20072, protocol reconstructed). The bank and a new person's few texts give the person's own model.
 
-{_facts(info)}
+| | |
+|---|---|
+| bank | `{info.hash}` |
+| base fingerprint | `{info.base_fingerprint}` |
+| encoder | {info.encoder} |
+| LoRA | rank {info.run.bank.lora.rank}, alpha {info.run.bank.lora.alpha:g}, all linear layers but the LM head |
+| people behind the task LoRA / candidates for anchors | {info.members.task} / {info.members.candidates} |
+| items per anchor | {min(info.items)} to {max(info.items)}, the {info.run.bank.max_items} most recent at most |
+| cut | {cuts} |
+| training | {seconds} |
+
 {_calibration(info.calibration)}## How to use it
 
 ```python
@@ -55,7 +59,13 @@ personal.generate([("ann", "...")])
 
 ## Limits
 
-{_LIMITS}
+- The bank works only with the base that it was trained on (the fingerprint is checked), and for its task.
+- The method is reconstructed from the public parts of the paper: results are not the paper's results.
+- The bank was trained on people's texts. It contains no id and no text, but it is not anonymous: from losses, one can
+  tell better than by guessing whether an item was among an anchor's texts. Training has no differential privacy. These
+  files contain every anchor's meta-LoRA at full strength.
+- The bank keeps what it learned from a person until it is rebuilt, also after the person asked to be forgotten.
+- Generated text may be wrong, and may repeat texts of the people in the bank.
 
 ## Built with
 
@@ -64,20 +74,39 @@ personal.generate([("ann", "...")])
 """
 
 
-def _facts(info: BankInfo) -> str:
-    """Return a table of the bank's hash, base, settings, and people."""
-    cuts = ", ".join(f"{count} {what}" for what, count in info.cut.items())
-    seconds = ", ".join(f"{stage} {value:.0f} s" for stage, value in info.seconds.items())
-    return f"""| | |
-|---|---|
-| bank | `{info.hash}` |
-| base fingerprint | `{info.base_fingerprint}` |
-| encoder | {info.encoder} |
-| LoRA | rank {info.run.bank.lora.rank}, alpha {info.run.bank.lora.alpha:g}, all linear layers but the LM head |
-| people behind the task LoRA / candidates for anchors | {info.members.task} / {info.members.candidates} |
-| items per anchor | {min(info.items)} to {max(info.items)}, the {info.run.bank.max_items} most recent at most |
-| cut | {cuts} |
-| training | {seconds} |
+def adapter_card(info: BankInfo, rank: int, error: float, *, anchors: int, stack: int) -> str:
+    """Return the card of one person's exported adapter; the card does not identify the person.
+
+    ``error`` is the relative error of compression to ``rank``, 0 without; ``stack`` is the stack's rank, 0 without.
+    """
+    parts = ["the task LoRA that all people share"] if info.run.task_lora.enabled else []
+    parts += [f"a merge of {anchors} anchors"] + ([f"a stack of rank {stack}"] if stack else [])
+    exact = f"compressed by svd at a relative error of {error:.2%}" if error else "exactly"
+    base = _base_name(info)
+    return f"""{_front_matter(info, "peft")}{MARK}
+
+# One person's adapter for `{info.task["name"]}`
+
+A LoRA of rank {rank} over **{base}**{_base_note(info)}: {", ".join(parts)}, {exact}. Made by merge-then-adapt
+(method: arXiv:2511.20072, protocol reconstructed) from bank `{info.hash[:12]}`.
+
+```python
+import mta
+import peft  # pip install peft
+
+base = mta.BaseModel.load("{base}")  # or transformers' AutoModelForCausalLM with the same weights
+model = peft.PeftModel.from_pretrained(base.model, "path/to/this/folder")
+```
+
+## Limits
+
+- This is the model of one person. It was trained on their texts and reveals something about them: share it like the
+  texts.
+- The adapter works only with the base that it was made for, and for its task.
+- The merged anchors were people too. Without compression, the adapter contains their factors side by side.
+- If the person asks to be forgotten, delete every copy: `mta forget` removes only copies on the machine that exported
+  them.
+- The method is reconstructed from the public parts of the paper; generated text may be wrong.
 """
 
 
@@ -123,11 +152,10 @@ def table_of(results: Mapping[str, Any]) -> str:
     """
     rows = ["| | NLL (95% interval) | difference to the task LoRA |", "|---|---|---|"]
     for method in results["methods"]:
-        nll, against = method["metrics"].get("NLL"), method["differences"].get("task LoRA", {}).get("NLL")
-        if nll:
-            rows.append(
-                f"| {_plain(method['name'])} | {_interval(nll)} | {_interval(against, '+') if against else ''} |"
-            )
+        if nll := method["metrics"].get("NLL"):
+            against = method["differences"].get("task LoRA", {}).get("NLL")
+            name = re.sub(r"[^\w ,.:+#()-]", "", str(method["name"]))
+            rows.append(f"| {name} | {_interval(nll)} | {_interval(against, '+') if against else ''} |")
     if len(rows) == 2:
         raise ValueError("no method with an NLL")
     people, queries = int(results["people"]), int(results["queries_per_person"] or 0)
@@ -136,34 +164,27 @@ def table_of(results: Mapping[str, Any]) -> str:
     return f"{about}; means over people, lower is better, differences are paired.\n\n" + "\n".join(rows)
 
 
-def front_matter(info: BankInfo, library: str, license: str = "") -> str:
+def _front_matter(info: BankInfo, library: str, license: str = "") -> str:
     """Return the metadata that the hub reads from a card, as YAML."""
     values: dict[str, Any] = {"library_name": library, "pipeline_tag": "text-generation"}
-    if base := _hub_id(base_name(info)):
-        values |= {"base_model": base, "base_model_relation": "adapter"}
+    base = _base_name(info)
+    hub_id = ASSETS[base].hub if base in ASSETS else base
+    if hub_id.count("/") == 1:
+        values |= {"base_model": hub_id, "base_model_relation": "adapter"}
     if license:
         values["license"] = license
-    values["tags"] = ["merge-then-adapt", "lora", "personalization", _PAPER]
+    values["tags"] = ["merge-then-adapt", "lora", "personalization", "arxiv:2511.20072"]
     return f"---\n{yaml.safe_dump(values, sort_keys=False, allow_unicode=True)}---\n\n"
 
 
-def base_name(info: BankInfo) -> str:
+def _base_name(info: BankInfo) -> str:
     """Return the base's name; for a local base, only the folder's name without the path."""
     return Path(info.run.base).name if Path(info.run.base).is_absolute() else info.base
 
 
-def base_note(info: BankInfo) -> str:
+def _base_note(info: BankInfo) -> str:
     """Return the note on the base in parentheses, or ""."""
     return f" ({info.base_note})" if info.base_note else ""
-
-
-def _hub_id(base: str) -> str:
-    """Return the hub id of a base, or "" if it has none."""
-    return ASSETS[base].hub if base in ASSETS else base if base.count("/") == 1 else ""
-
-
-def _plain(name: object) -> str:
-    return re.sub(r"[^\w ,.:+#()-]", "", str(name))
 
 
 def _interval(value: Mapping[str, float], sign: str = "") -> str:

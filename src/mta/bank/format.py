@@ -61,8 +61,8 @@ class Hashed(BaseModel):
 class Members(BaseModel):
     """The people whom a bank was trained on: their numbers and, if the folder has ``members.json``, their hashes.
 
-    ``bank.json`` holds the sha256 of ``members.json``, so a bank that was published without this file has the same
-    hash. The sha256 does not reveal members, because their key is derived from all histories.
+    ``bank.json`` holds the sha256 of ``members.json``, which does not reveal members: their key is derived from all
+    histories. So a bank that was published without ``members.json`` has the same hash.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -100,9 +100,9 @@ class Members(BaseModel):
         return cls(**counts, sha256=hashlib.sha256(hashed.to_bytes()).hexdigest(), hashed=hashed)
 
     def artefacts_of(self, person: str) -> list[str]:
-        """Return the parts that were trained on this person: of 'task LoRA', 'clusters', 'anchor', 'calibration'.
+        """Return the parts trained on this person: 'task LoRA', 'clusters', 'anchor', 'calibration'.
 
-        Empty if ``hashed`` is None: then the members are unknown.
+        Empty for unknown members.
         """
         if self.hashed is None:
             return []
@@ -144,23 +144,18 @@ class BankInfo(BaseModel):
 def identity(info: BankInfo) -> str:
     """Return the hash that identifies a bank; computed once, at build time, since later versions may add settings.
 
-    The hash covers the description with the hashes of all files, but not the seconds and the task's ``answer_tokens``,
-    which may change later.
+    It covers the hashes of all files, but not the seconds and the task's ``answer_tokens``, which may change later.
     """
     left_out: Any = {"hash": True, "seconds": True, "task": {"answer_tokens"}, **_unset(info)}
     return seal(info.model_dump(mode="json", exclude=left_out))
 
 
-def write_info(folder: Path, info: BankInfo, hash: str = "") -> None:
-    """Write ``members.json``, then ``bank.json`` with the bank's identity and a sha256 over its own content.
-
-    ``hash`` is the identity of an existing bank.
-    """
+def write_info(folder: Path, info: BankInfo) -> None:
+    """Write ``members.json``, then ``bank.json`` with a sha256 over its own content."""
     if info.members.hashed:
         with written_aside(folder / MEMBERS) as aside:
             aside.write(info.members.hashed.to_bytes())
-    left_out: Any = {"hash": True, **_unset(info)}
-    values = info.model_dump(mode="json", exclude=left_out) | {"hash": hash or identity(info)}
+        values = info.model_dump(mode="json", exclude=_unset(info))
     write_json(folder / INFO, values | {"sha256": seal(values)})
 
 
@@ -173,7 +168,7 @@ def write_limit(folder: Path, task: Task) -> None:
     """Replace the ``answer_tokens`` of a finished bank's task; the bank's hash does not change."""
     info = read_info(folder)
     if with_limit(Task.model_validate(info.task)).answer_tokens != task.answer_tokens:
-        write_info(folder, info.model_copy(update={"task": task.model_dump(mode="json")}), info.hash)
+        write_info(folder, info.model_copy(update={"task": task.model_dump(mode="json")}))
 
 
 def read_info(folder: Path) -> BankInfo:
@@ -245,14 +240,13 @@ def file_hashes(folder: Path, names: Sequence[str]) -> dict[str, str]:
 
 
 def verify(folder: Path, info: BankInfo, *, full: bool = False) -> None:
-    """Check the hashes of all files the first time; later calls check sizes and times, unless ``full``.
-
-    Raises BankCorrupt.
-    """
+    """Check the hashes of all files the first time or if ``full``, later sizes and times. Raises BankCorrupt."""
+    seen = {}
     for name in info.files:
         if not (folder / name).is_file():
             raise BankCorrupt(f"{folder / name} is missing", hint=REBUILD)
-    seen = {name: [(folder / name).stat().st_size, (folder / name).stat().st_mtime_ns] for name in info.files}
+        status = (folder / name).stat()
+        seen[name] = [status.st_size, status.st_mtime_ns]
     note = cache_dir() / "verified" / f"{hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:32]}.json"
     state = {"bank": info.hash, "files": seen}
     if not full and read_json(note) == state:
@@ -291,10 +285,7 @@ def read_calibration(folder: Path, info: BankInfo) -> Calibration | None:
 
 
 def mark_stale(folder: Path, person: str) -> list[str]:
-    """Note that the parts trained on this person need a rebuild, and return these parts.
-
-    Raises BankCorrupt, and BankError if the note cannot be written.
-    """
+    """Note that the parts trained on this person need a rebuild, and return them. Raises BankError, BankCorrupt."""
     parts = read_info(folder).members.artefacts_of(person)
     if not set(parts) <= set(stale(folder)):
         _note(folder, STALE, parts)

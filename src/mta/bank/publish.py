@@ -1,7 +1,7 @@
 """Publish a bank on the hub, and download published banks.
 
-Only these files are sent: the description, the card, and the files whose hashes the description holds. The list of
-members is sent only on request, and local paths never. The bank keeps its hash, because people's states refer to it.
+Only the description, the card, and the files whose hashes the description holds are sent; members only on request, and
+local paths never. The bank keeps its hash, because people's states refer to it.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ def bank_parcel(
 ) -> Parcel:
     """Return the files and facts that publishing the bank in a folder as ``place`` would send; nothing is sent.
 
-    ``results`` is the results.json of ``mta evaluate --out``, for the card. Raises BankError if a person in the bank
-    asked to be forgotten or for foreign files, BankCorrupt, InputError.
+    ``results`` is a results.json, for the card. Raises BankError if a person in the bank asked to be forgotten or for
+    foreign files, BankCorrupt, InputError.
     """
     info = read_info(folder)
     if parts := stale(folder):
@@ -78,13 +78,10 @@ def publish_bank(folder: Path, place: str, parcel: Parcel, *, private: bool = Tr
 
 
 def bank_folder(name: str | Path, revision: str | None = None, token: str | None = None) -> Path:
-    """Return the folder of a bank; the bank of a hub id is downloaded to the hub's cache. An existing folder wins.
-
-    Raises HubError, BankCorrupt.
-    """
-    if not is_hub_id(str(name)):
-        return Path(name)
+    """Return the folder of a bank, which is downloaded for a hub id without a folder. Raises HubError, BankCorrupt."""
     repo = str(name)
+    if not is_hub_id(repo):
+        return Path(name)
     try:  # the description first, so that nothing else is downloaded from a repository without a bank
         first = snapshot(repo, [INFO], revision, token)
     except HubError as error:

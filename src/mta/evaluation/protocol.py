@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Literal
 
 from torch import Tensor
@@ -246,7 +246,7 @@ class Panel:
                 calibration=self.bank.calibration,
                 seed=seed,
                 tokens_per_batch=self.plan(len(self.bank), settings).tokens_per_batch,
-                on_step=self.context.on_step,
+                on_step=partial(on_step, "coefficients") if (on_step := self.context.on_step) else None,
             )
             self.merges[key] = merge, time.monotonic() - start + gathering
         return self.merges[key]

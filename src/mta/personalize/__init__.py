@@ -3,8 +3,4 @@
 from mta.personalize.forgetting import Forgotten, forget_person
 from mta.personalize.personalizer import Personalizer
 
-__all__ = [
-    "Forgotten",
-    "Personalizer",
-    "forget_person",
-]
+__all__ = ["Forgotten", "Personalizer", "forget_person"]

@@ -70,7 +70,7 @@ def merge_of(owners: Sequence[State | Nobody], dtype: torch.dtype) -> Merge:
     return Merge(ids, w, gradients)
 
 
-def merge_factors(anchors: LoraBatch, state: State, dtype: torch.dtype) -> LoraBatch:
+def merge_as_lora(anchors: LoraBatch, state: State, dtype: torch.dtype) -> LoraBatch:
     """Return one person's merge as one LoRA, in the state's mode. The rank of an exact merge is R per anchor used."""
     used = [n for n, w in enumerate(state.w) if w] or [0]  # an anchor with coefficient 0 needs no rank
     merge = merge_of([state], dtype)
@@ -81,5 +81,5 @@ def merge_factors(anchors: LoraBatch, state: State, dtype: torch.dtype) -> LoraB
 def whole_adapter(bank: Bank, state: State, dtype: torch.dtype) -> LoraBatch:
     """Return task LoRA, merge, and stack of one person as one LoRA in float32 on the CPU. Nothing is lost."""
     parts = [part for part in (bank.task_lora, state.stack) if part]
-    parts = [merge_factors(bank.anchors, state, dtype), *parts]
+    parts = [merge_as_lora(bank.anchors, state, dtype), *parts]
     return join([part.to(torch.device("cpu"), torch.float32) for part in parts])

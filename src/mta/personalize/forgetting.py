@@ -17,21 +17,15 @@ from mta.store.exports import Export
 
 @dataclass(frozen=True, slots=True)
 class Forgotten:
-    """The result of ``forget``: whether there were states, and the parts of banks that were trained on the person.
-
-    ``exports_left``: exported adapters that could not be removed, with reasons. ``published``: addresses where these
-    banks were published. ``unknown``: banks without a list of members, which may have been trained on the person.
-    ``unmarked``: banks that could not be marked as needing a rebuild, with reasons. ``complete`` is False if forgetting
-    the person again can mark such a bank, or remove an export that was out of reach.
-    """
+    """The result of ``forget``."""
 
     states_removed: bool
-    needs_rebuild: list[str]
-    exports_left: list[str] = field(default_factory=list)
-    published: list[str] = field(default_factory=list)
-    unknown: list[str] = field(default_factory=list)
-    unmarked: dict[str, str] = field(default_factory=dict)
-    complete: bool = True
+    needs_rebuild: list[str]  # parts of banks that were trained on the person
+    exports_left: list[str] = field(default_factory=list)  # exported adapters that were not removed, with reasons
+    published: list[str] = field(default_factory=list)  # addresses where these banks were published
+    unknown: list[str] = field(default_factory=list)  # banks without a list of members: perhaps trained on the person
+    unmarked: dict[str, str] = field(default_factory=dict)  # banks that could not be marked, with reasons
+    complete: bool = True  # False if forgetting again can mark such a bank, or remove an export out of reach
 
 
 def forget_person(person: str, store: Store | None, *banks: Path, keep_exports: bool = False) -> Forgotten:

@@ -22,13 +22,9 @@ from mta.training.trainer import Job
 
 @dataclass(frozen=True, slots=True)
 class ShotsJob(Job):
-    """A person's shots as a job to train an adapter on.
+    """A person's shots as a job to train an adapter on."""
 
-    ``alternatives`` holds, for each example, the same prompt with every label of the task, to be scored as evidence but
-    not trained on. It is empty if answers are free text.
-    """
-
-    alternatives: Sequence[Sequence[Example]] = ()
+    alternatives: Sequence[Sequence[Example]] = ()  # each example's prompt with every label, scored but not trained on
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,9 +70,8 @@ class Evidence:
         mask = torch.zeros(len(people), self.counts.shape[1], dtype=torch.bool)
         for row, numbers in enumerate(shots):
             mask[row, list(numbers)] = True
-        rows = list(people)
-        labels = self.labels
-        if labels is not None:
+        rows, labels = list(people), self.labels
+        if labels:
             labels = Labels(labels.scores[rows], labels.gold[rows].masked_fill(~mask, -1))
         return Evidence(self.shots[rows] * mask[..., None], self.counts[rows] * mask, labels)
 
@@ -125,8 +120,7 @@ def gather_evidence(
 ) -> Evidence:
     """Score all shots under ``pooled`` (the task LoRA) alone and under every anchor: N + 1 passes.
 
-    The anchors were not trained on these shots, so the likelihoods are unbiased. Labels of a shot share their prompt,
-    so scoring all labels costs little more than scoring the right one.
+    The anchors were not trained on these shots, so the likelihoods are unbiased.
     """
     labeled = all(job.alternatives for job in jobs)
     scored = [[e for labels in job.alternatives for e in labels] if labeled else job.examples for job in jobs]
@@ -144,7 +138,7 @@ def gather_evidence(
     return Evidence(_golds(labels) if labels else _padded(scores), counts, labels)
 
 
-def surprise(
+def mean_nll(
     base: BaseModel, jobs: Sequence[Job], adapters: Sequence[Adapters], *, tokens_per_batch: int = 2048
 ) -> list[float]:
     """Return the mean NLL per target token of each job's examples, in nats: one pass over the right answers only."""

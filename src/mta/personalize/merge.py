@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from typing import Unpack
 
 import torch
 from torch import Tensor
@@ -20,9 +20,9 @@ from mta.model.base import BaseModel
 from mta.model.footprint import Numbers
 from mta.personalize.likelihoods import Evidence, ShotGradients
 from mta.personalize.policies import POLICIES, Retrieved
-from mta.system.progress import OnStep, Step
+from mta.system.progress import Step
 from mta.training.gates import gate_gradients
-from mta.training.trainer import Job, train
+from mta.training.trainer import Job, Passes, train
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,8 +128,7 @@ def fit_merge(
     calibration: Calibration | None = None,
     earlier: Earlier | None = None,
     seed: int = 0,
-    tokens_per_batch: int = 2048,
-    on_step: OnStep | None = None,
+    **passes: Unpack[Passes],
 ) -> Merge:
     """Stage 2 for U people: retrieve anchors, compute coefficients, and train them if the policy is ``learned``.
 
@@ -141,17 +140,7 @@ def fit_merge(
     Raises AnchorNotFound, ConfigError.
     """
     if POLICIES[settings.policy].gradients:
-        return _from_gradients(
-            base,
-            jobs,
-            anchors,
-            pooled,
-            settings,
-            calibration,
-            earlier,
-            tokens_per_batch=tokens_per_batch,
-            on_step=on_step,
-        )
+        return _from_gradients(base, jobs, anchors, pooled, settings, calibration, earlier, **passes)
     learns = settings.policy == "learned"
     if earlier and learns:
         found = earlier.merge
@@ -162,19 +151,7 @@ def fit_merge(
             raise ConfigError(f"policy {settings.policy!r} needs the people's encodings", hint="Give similarity=….")
         found = coefficients(settings, similarity, evidence)
     found = Merge(found.ids, found.w.to(base.master_dtype))
-    if not learns:
-        return found
-    return learn(
-        base,
-        jobs,
-        anchors,
-        pooled,
-        found,
-        settings.learned,
-        seed=seed,
-        tokens_per_batch=tokens_per_batch,
-        on_step=partial(on_step, "coefficients") if on_step else None,
-    )
+    return learn(base, jobs, anchors, pooled, found, settings.learned, seed=seed, **passes) if learns else found
 
 
 def _from_gradients(
@@ -185,19 +162,20 @@ def _from_gradients(
     settings: MergeSettings,
     calibration: Calibration | None,
     earlier: Earlier | None,
-    *,
-    tokens_per_batch: int,
-    on_step: OnStep | None,
+    **passes: Unpack[Passes],
 ) -> Merge:
     """Stage 2 of policies that read gradients: one forward and one backward pass over the shots of all people."""
     check_merge(settings, len(anchors), labelled=True, calibrated=calibration is not None)
     assert calibration is not None  # checked above
-    found = gate_gradients(base, jobs, anchors, calibration.mu, pooled, tokens_per_batch=tokens_per_batch)
+    found = gate_gradients(
+        base, jobs, anchors, calibration.mu, pooled, tokens_per_batch=passes.get("tokens_per_batch", 2048)
+    )
     gradients = ShotGradients(found.gradients, torch.tensor([len(job.examples) for job in jobs]))
     if earlier and earlier.merge.gradients:
         gradients = earlier.merge.gradients.plus(gradients)
-    if on_step:
-        on_step("gradient", Step(1, len(jobs), int(gradients.shots.sum()), int(gradients.shots.sum())))
+    if on_step := passes.get("on_step"):
+        shots = sum(len(job.examples) for job in jobs)
+        on_step(Step(1, len(jobs), shots, shots))
     ids = torch.arange(len(anchors)).expand(len(jobs), -1)
     retrieved = Retrieved(ids, torch.zeros(ids.shape).double(), gradients=gradients, calibration=calibration)
     w = settings.scale * POLICIES[settings.policy].weigh(settings, retrieved)
@@ -228,8 +206,7 @@ def learn(
     groups: Sequence[int] = (),
     *,
     seed: int = 0,
-    tokens_per_batch: int = 2048,
-    on_step: Callable[[Step], None] | None = None,
+    **passes: Unpack[Passes],
 ) -> Merge:
     """Fit the K coefficients to the shots by gradient descent from ``start`` (the ``learned`` policy).
 
@@ -245,19 +222,9 @@ def learn(
         return before[people] + shift if not groups else before[people][:, None] + shift[:, layers]
 
     def adapters(parameters: Mapping[str, Tensor], people: Tensor) -> Gated:
-        return Gated(bank, Merge(ids[people], weights(parameters["shift"], people)).gates(len(bank)))
+        return Merge(ids[people], weights(parameters["shift"], people)).adapters(bank)
 
-    found = train(
-        base,
-        jobs,
-        {"shift": shift},
-        adapters,
-        training,
-        frozen=pooled,
-        seed=seed,
-        tokens_per_batch=tokens_per_batch,
-        on_step=on_step,
-    )
+    found = train(base, jobs, {"shift": shift}, adapters, training, frozen=pooled, seed=seed, **passes)
     return Merge(start.ids, weights(found["shift"], torch.arange(len(ids), device=base.device)).cpu())
 
 
@@ -280,7 +247,7 @@ def _is_direct(k: int, anchors: int) -> bool:
 
 def frozen_numbers(bank: Bank, settings: MergeSettings | None = None) -> Numbers:
     """Return the sizes of the adapters under a stack: the task LoRA and, if ``settings`` are given, a merge."""
-    width = sum(d + o for d, o in bank.anchors.shapes.values())
+    width = sum(map(sum, bank.anchors.shapes.values()))
     pooled = bank.task_lora.rank * width if bank.task_lora else 0
     if settings is None:
         return Numbers(pooled=pooled)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from mta.bank.bank import Bank
+from mta.bank.card import adapter_card
 from mta.config import Run
 from mta.data.history import Item, Person
 from mta.distributed.executor import Executor, LocalExecutor
@@ -24,10 +25,8 @@ from mta.model.base import BaseModel
 from mta.model.encoders import Encoder
 from mta.model.generate import generate
 from mta.personalize.adapters import Nobody, Who, row_adapters, whole_adapter
-from mta.personalize.card import adapter_card
 from mta.personalize.forgetting import Forgotten, forget_person
 from mta.personalize.pipeline import Personalized, Pipeline, Updated
-from mta.personalize.states import States
 from mta.store import Store
 from mta.store.exports import Export, adapter_parcel
 from mta.store.state import State
@@ -67,14 +66,12 @@ class Personalizer:
         self.executor = executor or LocalExecutor()
         self._banks = [folder for folder in (bank.folder, older) if folder]
         self._encoder = encoder
-        self._states = States(bank, self.store)
+        self._pipeline = Pipeline(base, bank, self.run, lambda: self.encoder, self.store, self.executor)
 
     @cached_property
     def encoder(self) -> Encoder:
         """The encoder of the anchors' vectors."""
         return self._encoder or self.bank.encoder(self.base, self.run.encoder)
-
-    # -- stages 2 and 3 ------------------------------------------------------------------------------------------------
 
     def personalize(
         self,
@@ -89,13 +86,12 @@ class Personalizer:
 
         States of the same shots, bank, and settings are kept; the others are computed together, in cohorts that fit the
         memory. With a store, a killed run resumes with the same cohorts, unless ``resume`` is False.
-        ``keep_histories`` also stores people's items, until the people are forgotten. People whose training diverged
-        are in ``failed`` and get no state; Diverged is raised if a whole cohort of several people diverges.
-        Nothing is saved for people who are forgotten meanwhile, by any process. ``since`` are the
-        ``store.tombstones.names()`` from before the items were read: people forgotten since then are left out.
-        Raises DataError for a person without items, MemoryBudgetError, ConfigError, StoreError, ClusterError.
+        ``keep_histories`` also stores people's items, until the people are forgotten. ``since`` are the
+        ``store.tombstones.names()`` from before the items were read: people forgotten since then get no state.
+        Raises Diverged for a whole cohort, DataError for a person without items, MemoryBudgetError, ConfigError,
+        StoreError, ClusterError.
         """
-        return self._pipeline(on_step).personalize(people, keep_histories, resume, since)
+        return self._pipeline.personalize(people, keep_histories, resume, since, on_step)
 
     def update(
         self,
@@ -105,14 +101,12 @@ class Personalizer:
         since: Collection[str] | None = None,
         on_step: OnStep | None = None,
     ) -> Updated:
-        """Update the states of people whose histories have grown, at the cost of their new items.
+        """Update the states of people with new items, at the cost of these (``mta.personalize.update``).
 
-        See ``mta.personalize.update`` for the actions. People without a state, or whose state is of another bank, other
-        settings, or other earlier items, are personalized anew. ``since`` and errors are as in ``personalize``.
+        People without a state, or whose state is of another bank, other settings, or other earlier items, are
+        personalized anew. ``since`` and errors are as in ``personalize``.
         """
-        return self._pipeline(on_step).update(people, keep_histories, since)
-
-    # -- using the states ----------------------------------------------------------------------------------------------
+        return self._pipeline.update(people, keep_histories, since, on_step)
 
     def generate(
         self,
@@ -133,16 +127,11 @@ class Personalizer:
         prompts = [self.base.prompts.prompt(task, task.asked(question), longest) for _, question in rows]
         if shortened := sum(prompt.cut > 0 for prompt in prompts):
             log.warning("%d of %d questions were too long: the end of their text was cut off", shortened, len(prompts))
-        tokens = generate(
-            self.base,
-            [prompt.tokens for prompt in prompts],
-            owners,
-            adapters,
-            max_new_tokens=longest,
-            temperature=temperature,
-            seed=self.run.seed,
+        tokens, seed = [prompt.tokens for prompt in prompts], self.run.seed
+        answers = generate(
+            self.base, tokens, owners, adapters, max_new_tokens=longest, temperature=temperature, seed=seed
         )
-        return [self.base.prompts.decode(answer) for answer in tokens]
+        return [self.base.prompts.decode(answer) for answer in answers]
 
     def score(self, rows: Sequence[tuple[Who, Question, str]], *, stacked: bool = True) -> list[float]:
         """Return the log probability of each row's answer with its end token. Raises PersonNotFound, DataError."""
@@ -176,9 +165,9 @@ class Personalizer:
     def export(self, person: str, out: str | Path, *, rank: int | None = None) -> float:
         """Write task LoRA, merge, and stack of a person as one PEFT folder for the unchanged base.
 
-        Without ``rank`` the adapter is exact, and its rank is the sum of the parts' ranks: K * R for an exact merge of
-        K anchors. ``rank`` compresses by svd; returns the relative error of compression (0 without). The store records
-        the folder, so that ``forget`` removes it. Raises PersonNotFound, PersonForgotten.
+        Without ``rank`` the adapter is exact, and its rank is the sum of the parts' ranks. ``rank`` compresses by svd;
+        returns the relative error of compression (0 without). The store records the folder, so that ``forget`` removes
+        it. Raises PersonNotFound, PersonForgotten.
         """
         since = self.store.tombstones.of(person) if self.store else ()
         state = self.state(person)
@@ -213,10 +202,9 @@ class Personalizer:
         """Remove a person's states, history, and exports; then mark banks trained on the person as needing a rebuild.
 
         ``keep_exports`` keeps the records of all exports that are left, so that an operator can delete them later.
-        Forgetting can be repeated. Raises StoreError if files of the person could not be removed, after all other
-        steps.
+        Can be repeated. Raises StoreError if files of the person could not be removed, after all other steps.
         """
-        removed = self._states.unsaved.pop(person, None) is not None
+        removed = self._pipeline.unsaved.pop(person, None) is not None
         found = forget_person(person, self.store, *self._banks, keep_exports=keep_exports)
         for bank, reason in found.unmarked.items():
             log.warning("a person was forgotten, but %s could not be marked as needing a rebuild: %s", bank, reason)
@@ -224,9 +212,7 @@ class Personalizer:
 
     def state(self, person: str) -> State:
         """Return a person's state. Raises PersonNotFound, StateCorrupt, OtherBank."""
-        return self._states.get(person)
-
-    # -- internals -----------------------------------------------------------------------------------------------------
+        return self._pipeline.state(person)
 
     def _adapters(self, owners: Sequence[Who], stacked: bool) -> tuple[list[int], list[Adapters]]:
         """Return, for a batch of rows, the number of each row's owner and the adapters of all owners."""
@@ -234,7 +220,3 @@ class Personalizer:
         states = [who if isinstance(who, Nobody) else self.state(who) for who in known]
         place = {who: i for i, who in enumerate(known)}
         return [place[who] for who in owners], row_adapters(self.base, self.bank, states, stacked)
-
-    def _pipeline(self, on_step: OnStep | None) -> Pipeline:
-        states = self._states
-        return Pipeline(self.base, self.bank, self.run, lambda: self.encoder, states, self.executor, on_step)

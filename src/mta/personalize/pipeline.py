@@ -3,29 +3,29 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 
 from mta.bank.bank import Bank
 from mta.config import Run, parse_size
 from mta.data.history import Person
-from mta.distributed.executor import Executor, Outcome, R
-from mta.errors import DataError, InputError, PersonForgotten
+from mta.distributed.executor import Executor, LocalExecutor
+from mta.errors import DataError, Diverged, InputError, OtherBank, PersonForgotten, PersonNotFound, StateCorrupt
 from mta.model.base import BaseModel
 from mta.model.encoders import Encoder
-from mta.personalize.cohort import Cohort, WorkItem, digest_of, settings_of
 from mta.personalize.likelihoods import shots_of
 from mta.personalize.merge import check_merge, frozen_numbers
-from mta.personalize.stages import Stages
-from mta.personalize.states import UNUSABLE, States
-from mta.personalize.worker import NotSaved, Worker, WorkerSpec, personalize_cohort, update_cohort
+from mta.personalize.stages import Cohort, Stages, WorkItem, digest_of, settings_of
+from mta.personalize.update import Action, StateUpdate
+from mta.personalize.worker import open_stages, personalize_cohort, update_cohort
+from mta.store import Store
 from mta.store.state import State
 from mta.store.tombstones import NOTHING
 from mta.store.workspace import Work
 from mta.system.progress import OnStep, Step
-from mta.training.plan import plan_cohorts
-from mta.training.trainer import Job
+from mta.training.plan import numbers_of, plan_cohorts
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,49 +74,68 @@ def counts(done: Personalized | Updated) -> dict[str, int]:
 
 @dataclass(frozen=True, slots=True)
 class Pipeline:
-    """Stages 2 and 3 for many people. ``encoder`` is called only if the policy reads encodings."""
+    """Stages 2 and 3 for many people. ``encoder`` is called only if the policy reads encodings.
+
+    ``unsaved`` holds the states that are in no store.
+    """
 
     base: BaseModel
     bank: Bank
     run: Run
     encoder: Callable[[], Encoder]
-    states: States
-    executor: Executor
-    on_step: OnStep | None = None
+    store: Store | None = None
+    executor: Executor = field(default_factory=LocalExecutor)
+    unsaved: dict[str, State] = field(default_factory=dict)
+
+    def state(self, person: str) -> State:
+        """Return a person's state. Raises PersonNotFound, StateCorrupt, OtherBank."""
+        if person in self.unsaved:
+            return self.unsaved[person]
+        if not self.store:
+            raise PersonNotFound("no state is known for that person", hint="Call personalize for them first.")
+        state = self.store.load(person)
+        if state.bank != self.bank.hash:
+            raise OtherBank(
+                f"the person's state was made with bank {state.bank[:8]}…, "
+                f"the bank at {self.bank.folder} is {self.bank.hash[:8]}…",
+                hint="Open that bank, or personalize again: mta personalize",
+            )
+        return state
 
     def personalize(
-        self, people: Sequence[Person], keep_histories: bool, resume: bool, since: Collection[str] | None
+        self,
+        people: Sequence[Person],
+        keep_histories: bool = False,
+        resume: bool = True,
+        since: Collection[str] | None = None,
+        on_step: OnStep | None = None,
     ) -> Personalized:
         """See ``Personalizer.personalize``."""
         call = self._begin(people, since, keep_histories)
-        settings = self._settings
+        settings = settings_of(self.base, self.run), self.run.seed
         everybody = [WorkItem.of(person, self.bank, *settings) for person in call.people]
-        missing = [item for item in everybody if not self.states.has(item.person.id, item.work)]
+        missing = [item for item in everybody if not self._is_current(item)]
         work = self._work(everybody, call.since)
         if work and not resume:
             work.drop()
-        if not missing:
-            if work:
-                work.finish()  # a run that was killed after its last state may have left files
-            return Personalized(0, len(everybody), 0, forgotten=call.forgotten)
-        stages = self._stages(work)
-        cohorts, plan, cut = self.plan(everybody, missing, work)
-        found = _Failures()
-        for outcome in self._outcomes(personalize_cohort, stages, cohorts, found, call.since):
-            self._record(outcome.piece, outcome.result or (), found)
-        if work and not found.workers:  # diverged training would diverge again: no cohort is kept for it
-            work.finish()
+        cohorts, plan, cut = self.plan(everybody, missing, work) if missing else ([], "", 0)
+        if missing:
+            self._compute(personalize_cohort, cohorts, call, on_step, work)
+        if work and not call.workers:  # diverged training would diverge again: no cohort is kept for it
+            work.finish()  # even without missing people: a run killed after its last state may have left files
         asked = {item.person.id for item in missing}  # a resumed cohort has people who are up to date
-        failed = {id: error for id, error in (found.workers | found.diverged).items() if id in asked}
-        gone = found.forgotten & asked
-        done = len(missing) - len(failed) - len(gone), len(everybody) - len(missing), cut
-        return Personalized(*done, failed, plan, tuple(sorted({*call.forgotten, *gone})))
+        failed = {id: error for id, error in (call.workers | call.diverged).items() if id in asked}
+        forgotten = call.forgotten - {item.person.id for item in everybody if item.person.id not in asked}
+        trained, unchanged = len(asked - failed.keys() - forgotten), len(everybody) - len(missing)
+        return Personalized(trained, unchanged, cut, failed, plan, tuple(sorted(forgotten)))
 
-    def update(self, people: Sequence[Person], keep_histories: bool, since: Collection[str] | None) -> Updated:
+    def update(
+        self, people: Sequence[Person], keep_histories: bool, since: Collection[str] | None, on_step: OnStep | None
+    ) -> Updated:
         """See ``Personalizer.update``."""
         call = self._begin(people, since, keep_histories)
-        grown, begin, unchanged, settings = list[WorkItem](), list[Person](), 0, self._settings
-        digest = digest_of(*settings)
+        settings = settings_of(self.base, self.run), self.run.seed
+        grown, begin, unchanged, digest = list[WorkItem](), list[Person](), 0, digest_of(*settings)
         for person in call.people:
             before, known = self._known(person, digest)
             if before is None:
@@ -125,17 +144,12 @@ class Pipeline:
                 grown.append(self._light(WorkItem.of(person, self.bank, *settings, before, known)))
             else:
                 unchanged += 1
-        actions, found, plan = Counter[str](), _Failures(), ""
-        if grown:
-            cohorts, plan, _ = self.plan(grown, grown)
-            for outcome in self._outcomes(update_cohort, self._stages(), cohorts, found, call.since):
-                made = outcome.result or ()
-                actions.update(one.action for one in made if not isinstance(one.state, NotSaved))
-                self._record(outcome.piece, [one.state for one in made], found)
-        first = self.personalize(begin, False, True, call.since) if begin else Personalized(0, 0, 0)
+        cohorts, plan, _ = self.plan(grown, grown) if grown else ([], "", 0)
+        actions = self._compute(update_cohort, cohorts, call, on_step) if grown else Counter[Action]()
+        first = self.personalize(begin, since=call.since, on_step=on_step) if begin else Personalized(0, 0, 0)
         done = actions["keep"], actions["retrain"], actions["refresh"], first.trained, unchanged + first.unchanged
-        gone = tuple(sorted({*call.forgotten, *found.forgotten, *first.forgotten}))
-        return Updated(*done, found.workers | found.diverged | first.failed, plan or first.plan, gone)
+        gone = tuple(sorted({*call.forgotten, *first.forgotten}))
+        return Updated(*done, call.workers | call.diverged | first.failed, plan or first.plan, gone)
 
     def plan(
         self, everybody: Sequence[WorkItem], missing: Sequence[WorkItem], work: Work | None = None
@@ -149,57 +163,35 @@ class Pipeline:
         begun = work.plan() if work else None
         names = begun if begun and set(begun) <= set(known) else []
         chosen = [known[name] for name in names] if {item.name for item in missing} <= set(names) else list(missing)
-        stack, targets = self.run.stack, self.base.targets.values()
-        trained = stack.lora.rank * sum(d + o for d, o in targets) if stack.enabled else 1  # numbers per person
-        cut = 0
-
-        def jobs() -> Iterator[Job]:
-            nonlocal cut
-            for item in chosen:
-                yield (job := shots_of(self.base, self.bank.task, item.shots))
-                cut += sum(example.cut > 0 for example in job.examples)
-
-        plan = plan_cohorts(
-            self.base,
-            jobs(),
-            trained,
-            parse_size(self.run.memory),
-            below=frozen_numbers(self.bank, self.run.merge),
-            most=self.executor.most,
-            threads=self.executor.threads,
-        )
+        trained = numbers_of(self.base, self.run.stack.lora) if self.run.stack.enabled else 1
+        jobs = (shots_of(self.base, self.bank.task, item.shots) for item in chosen)
+        below, most, threads = frozen_numbers(self.bank, self.run.merge), self.executor.most, self.executor.threads
+        memory = parse_size(self.run.memory)
+        plan = plan_cohorts(self.base, jobs, trained, memory, below=below, most=most, threads=threads)
         if work:
             work.note([item.name for item in chosen])
         wanted = {item.name for item in missing}
         planned = [tuple(chosen[n] for n in cohort) for cohort in plan.cohorts]
-        cohorts = [
-            Cohort(items, plan.tokens_per_batch, plan.threads)
-            for items in planned
-            if any(item.name in wanted for item in items)
-        ]
-        return cohorts, plan.digest, cut
-
-    # -- internals -----------------------------------------------------------------------------------------------------
-
-    @property
-    def _settings(self) -> tuple[str, int]:
-        return settings_of(self.base, self.run), self.run.seed
-
-    def _stages(self, work: Work | None = None) -> Stages:
-        return Stages(self.base, self.bank, self.run, self.encoder, self.on_step, work)
+        needed = [items for items in planned if any(item.name in wanted for item in items)]
+        return [Cohort(items, plan.tokens_per_batch, plan.threads) for items in needed], plan.digest, plan.shortened
 
     def _begin(self, people: Sequence[Person], since: Collection[str] | None, keep_histories: bool) -> _Call:
         """Check the people and sort them by id; leave out people who were forgotten since their items were read."""
-        _check(people)
+        if empty := sum(not person.items for person in people):
+            raise DataError(
+                f"{empty} of {len(people)} people have no item", hint="Leave them out, or give each of them an item."
+            )
+        if len({person.id for person in people}) < len(people):
+            raise DataError("a person is given twice", hint="Put all items of a person into one history.")
         check_merge(self.run.merge, len(self.bank), self.bank.task.labelled, self.bank.calibration is not None)
-        ordered, store = sorted(people, key=lambda person: person.id), self.states.store
+        ordered, store = sorted(people, key=lambda person: person.id), self.store
         if store is None:
             if keep_histories:
                 raise InputError("histories are kept in a store, and there is none", hint='Give one: store="people/"')
-            return _Call(ordered, NOTHING, ())
+            return _Call(ordered, NOTHING)
         known = store.tombstones.names() if since is None else since
         gone = store.tombstones.since([person.id for person in ordered], known)
-        call = _Call([person for person in ordered if person.id not in gone], known, tuple(sorted(gone)))
+        call = _Call([person for person in ordered if person.id not in gone], known, gone)
         for person in call.people if keep_histories else ():
             with suppress(PersonForgotten):  # no state will be saved either, and that is reported
                 store.save_history(person, known)
@@ -207,80 +199,83 @@ class Pipeline:
 
     def _work(self, everybody: Sequence[WorkItem], since: Collection[str]) -> Work | None:
         """Return the folder of a run over these people. Once one of them is forgotten, no checkpoint is written."""
-        if (store := self.states.store) is None:
+        if (store := self.store) is None:
             return None
         ids = [item.person.id for item in everybody]
         return Work.of(store.files, [item.name for item in everybody], lambda: not store.tombstones.since(ids, since))
 
-    def _outcomes(
+    def _compute(
         self,
-        function: Callable[[Worker, Cohort], R],
-        stages: Stages,
+        function: Callable[[Stages, Cohort], Sequence[StateUpdate]],
         cohorts: Sequence[Cohort],
-        found: _Failures,
-        since: Collection[str],
-    ) -> Iterator[Outcome[Cohort, R]]:
-        """Run ``function`` for all cohorts on the executor; note in ``found`` the people whose cohorts failed."""
-        here = Worker(stages, self.states.store, since)
-        spec = WorkerSpec.of(self.base, self.bank, self.run, self.states.store, since)
-        done, total = 0, sum(map(len, cohorts))
-        for n, outcome in enumerate(self.executor.run(function, cohorts, here, spec.open), 1):
+        call: _Call,
+        on_step: OnStep | None,
+        work: Work | None = None,
+    ) -> Counter[Action]:
+        """Run ``function`` for all cohorts on the executor; return how many people each action was done for.
+
+        Keeps the states that are in no store, and notes the people without a new state in ``call``.
+        """
+        store = self.store
+        url, identity = (store.files.url, store.identity(write=True)) if store else (None, "")
+        where = self.bank.folder.resolve(), self.bank.hash, url, identity, call.since
+        elsewhere = partial(open_stages, self.base.as_loaded(self.run), *where)
+        here = Stages(self.base, self.bank, self.run, self.encoder(), on_step, work, store, call.since)
+        actions, done, total = Counter[Action](), 0, sum(map(len, cohorts))
+        for n, outcome in enumerate(self.executor.run(function, cohorts, here, elsewhere), 1):
             done += len(outcome.piece)
             if outcome.error:
-                found.workers |= {item.person.id: outcome.error for item in outcome.piece.items}
-            if self.on_step and not self.executor.in_process:
-                self.on_step("fleet", Step(n, len(outcome.piece), done, total))
-            yield outcome
+                call.workers |= {item.person.id: outcome.error for item in outcome.piece.items}
+            if on_step and not self.executor.in_process:
+                on_step("fleet", Step(n, len(outcome.piece), done, total))
+            for item, made in zip(outcome.piece.items, outcome.result or ()):
+                if isinstance(made.state, PersonForgotten):
+                    call.forgotten.add(item.person.id)
+                elif isinstance(made.state, Diverged):
+                    call.diverged[item.person.id] = str(made.state)
+                else:
+                    actions[made.action] += 1
+                    if made.state:
+                        self.unsaved[item.person.id] = made.state
+        return actions
 
-    def _record(self, cohort: Cohort, made: Sequence[State | NotSaved | None], found: _Failures) -> None:
-        """Keep the states that are in no store; note the people without a state in ``found``."""
-        for item, state in zip(cohort.items, made):
-            if isinstance(state, PersonForgotten):
-                found.forgotten.add(item.person.id)
-            elif isinstance(state, State):
-                self.states.unsaved[item.person.id] = state
-            elif state:
-                found.diverged[item.person.id] = str(state)
+    def _usable(self, person: str) -> State | None:
+        """Return a person's state, or None if it has to be computed anew."""
+        try:
+            return self.state(person)
+        except (PersonNotFound, StateCorrupt, OtherBank):
+            return None
+
+    def _is_current(self, item: WorkItem) -> bool:
+        state = self._usable(item.person.id)
+        return state is not None and state.work == item.work
 
     def _known(self, person: Person, settings: str) -> tuple[State | None, int]:
         """Return the state to update and the number of items it holds; None if the person has to be begun anew."""
-        try:
-            state = self.states.get(person.id)
-        except UNUSABLE:
+        state = self._usable(person.id)
+        if state is None or state.settings != settings or not state.losses:
             return None, 0
-        known = person.grown_from(state.history) if state.settings == settings and state.losses else 0
+        known = person.grown_from(state.history)
         return (state, known) if known else (None, 0)
 
     def _light(self, item: WorkItem) -> WorkItem:
         """Drop the stack if a worker can load it from the store: all stacks together would fill a driver's memory."""
-        if not (self.states.store and item.before):
+        if not (self.store and item.before):
             return item
-        version = self.states.store.latest(item.person.id) or 0
+        version = self.store.latest(item.person.id) or 0
         return replace(item, before=replace(item.before, stack=None), version=version)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Call:
-    """The people of a call, the tombstones when their items were read, and the people forgotten since then."""
+    """The people of a call, and the tombstones when their items were read.
+
+    Without a new state are people forgotten since then, people whose data made workers fail (with the error), and
+    people whose training diverged.
+    """
 
     people: list[Person]
     since: Collection[str]
-    forgotten: tuple[str, ...]
-
-
-@dataclass(slots=True)
-class _Failures:
-    """People without a new state: a worker failed (with its error), training diverged, the person was forgotten."""
-
+    forgotten: set[str] = field(default_factory=set)
     workers: dict[str, str] = field(default_factory=dict)
     diverged: dict[str, str] = field(default_factory=dict)
-    forgotten: set[str] = field(default_factory=set)
-
-
-def _check(people: Sequence[Person]) -> None:
-    if empty := sum(not person.items for person in people):
-        raise DataError(
-            f"{empty} of {len(people)} people have no item", hint="Leave them out, or give each of them an item."
-        )
-    if len({person.id for person in people}) < len(people):
-        raise DataError("a person is given twice", hint="Put all items of a person into one history.")

@@ -1,30 +1,109 @@
-"""Stages 2 and 3 for one cohort: from the people's shots to their states."""
+"""Stages 2 and 3 for one cohort of people who are computed together: from their shots to their states."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import hashlib
+import json
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
+from typing import Unpack
 
 import torch
 
 from mta.bank.bank import Bank
 from mta.config import Lora, Run, Training
+from mta.config.loader import to_yaml
+from mta.data.history import Person
 from mta.errors import Diverged
 from mta.lora.batch import LoraBatch, fresh
 from mta.lora.layers import Adapters, PerPerson
 from mta.model.base import BaseModel
 from mta.model.encoders import Encoder, encode_people
 from mta.personalize.adapters import merge_of
-from mta.personalize.cohort import Cohort, WorkItem, digest_of, settings_of
-from mta.personalize.likelihoods import ShotsJob, gather_evidence, shots_of, surprise, targets_of
+from mta.personalize.likelihoods import ShotsJob, gather_evidence, mean_nll, shots_of, targets_of
 from mta.personalize.merge import Earlier, Merge, fit_merge, merged, needs_evidence
 from mta.personalize.policies import POLICIES
-from mta.store.state import Losses, State
+from mta.store import Store
+from mta.store.state import Losses, State, work_key
+from mta.store.tombstones import NOTHING
 from mta.store.workspace import Work
-from mta.system.progress import OnStep, Step
+from mta.system.progress import OnStep
 from mta.training.checkpoint import Checkpoint
-from mta.training.trainer import Job, train_loras
+from mta.training.trainer import Job, Passes, train_loras
+
+
+@dataclass(frozen=True, slots=True)
+class WorkItem:
+    """A person, and the work key of the state to compute for them."""
+
+    person: Person
+    work: str
+    before: State | None = None  # an update starts from this state, ...
+    known: int = 0  # ... which holds what the first ``known`` items say
+    version: int = 0  # of ``before`` in the store, if ``before`` has no stack here
+
+    @classmethod
+    def of(
+        cls, person: Person, bank: Bank, settings: str, seed: int, before: State | None = None, known: int = 0
+    ) -> WorkItem:
+        """Return the work for a person's items with this bank and ``settings_of`` a run, anew or from ``before``."""
+        how = settings + (f"after: {before.work}\n" if before else "")
+        return cls(person, work_key(bank.hash, person.digest(), how, seed), before, known)
+
+    @property
+    def shots(self) -> Person:
+        """The person with only the items that their state does not hold yet."""
+        return Person(self.person.id, self.person.items[self.known :])
+
+    @property
+    def name(self) -> str:
+        """Name of the work in a file. Only a reader who has the texts can confirm a guessed id from it."""
+        return hashlib.sha256(f"{self.work}/{self.person.id}".encode()).hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class Cohort:
+    """People who are computed together, in rows of at most ``tokens_per_batch``."""
+
+    items: tuple[WorkItem, ...]
+    tokens_per_batch: int
+    threads: int
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    @property
+    def people(self) -> list[Person]:
+        """The people, with their whole histories."""
+        return [item.person for item in self.items]
+
+    @property
+    def befores(self) -> list[State]:
+        """The states that an update starts from."""
+        return [item.before for item in self.items if item.before]
+
+    @property
+    def digest(self) -> str:
+        """Name of the work, so that a checkpoint of another cohort is not used."""
+        works = [item.work for item in self.items]
+        return hashlib.sha256(json.dumps([works, self.tokens_per_batch, self.threads]).encode()).hexdigest()
+
+    def halves(self) -> tuple[Cohort, ...]:
+        """Return the cohort in two parts; empty for one person."""
+        middle = len(self) // 2
+        return tuple(replace(self, items=part) for part in (self.items[:middle], self.items[middle:]) if middle)
+
+
+def settings_of(base: BaseModel, run: Run) -> str:
+    """Return all settings that affect a state, as text."""
+    kept = {"merge": run.merge.model_dump(mode="json"), "stack": run.stack.model_dump(mode="json")}
+    return to_yaml(kept | {"dtype": str(base.dtype), "max_tokens": base.prompts.max_tokens})
+
+
+def digest_of(settings: str, seed: int) -> str:
+    """Return a hash of the settings that affect a state. ``update`` refuses a state whose hash differs."""
+    return hashlib.sha256(f"{seed}\n{settings}".encode()).hexdigest()
 
 
 def adapt(
@@ -36,35 +115,26 @@ def adapt(
     *,
     start: LoraBatch | None = None,
     seed: int = 0,
-    tokens_per_batch: int = 2048,
-    checkpoint: Checkpoint | None = None,
-    on_step: Callable[[Step], None] | None = None,
+    **passes: Unpack[Passes],
 ) -> LoraBatch:
     """Train one LoRA per person on their shots: U jobs -> a batch of U.
 
     ``frozen`` are the adapters that each person already has, indexed by job: the task LoRA and their merge. With rank 1
-    the result is MTA's stack; over the task LoRA alone it is OPPU, at any rank. Training starts from ``start``, or from
-    a hash of (seed, the job's key, layer).
-    Source: arXiv:2511.20072, stage 3.
+    the result is MTA's stack; over the task LoRA alone it is OPPU. Training starts from ``start``, or from a hash of
+    (seed, the job's key, layer). Source: arXiv:2511.20072, stage 3.
     """
     keys = [job.key for job in jobs]
     start = start or fresh(base.targets, lora.rank, lora.scale, seed, keys, base.master_dtype)
-    return train_loras(
-        base,
-        jobs,
-        start,
-        training,
-        frozen=frozen,
-        seed=seed,
-        tokens_per_batch=tokens_per_batch,
-        checkpoint=checkpoint,
-        on_step=on_step,
-    )
+    return train_loras(base, jobs, start, training, frozen=frozen, seed=seed, **passes)
 
 
 @dataclass(frozen=True, slots=True)
 class Stages:
-    """What stages 2 and 3 need. Cohorts that are interrupted leave checkpoints in ``work``."""
+    """What stages 2 and 3 need. Cohorts that are interrupted leave checkpoints in ``work``.
+
+    Without ``store``, the caller keeps the states. ``since`` are the tombstones that existed when the people's items
+    were read (``mta.store.tombstones``).
+    """
 
     base: BaseModel
     bank: Bank
@@ -72,6 +142,8 @@ class Stages:
     encoder: Callable[[], Encoder]  # called only if the policy reads encodings
     on_step: OnStep | None = None
     work: Work | None = None
+    store: Store | None = None
+    since: Collection[str] = NOTHING
 
     def states(self, cohort: Cohort) -> list[State | Diverged]:
         """Compute the states of a cohort; ``Diverged`` for each person whose training diverged."""
@@ -92,25 +164,15 @@ class Stages:
         """
         settings, bank = self.run.merge, self.bank
         evidence = similarity = None
+        how = self.base, jobs, bank.working, bank.pooled
         if needs_evidence(settings, grown=earlier is not None):
-            evidence = gather_evidence(
-                self.base,
-                jobs,
-                bank.working,
-                bank.pooled,
-                tokens_per_batch=cohort.tokens_per_batch,
-                on_step=self.on_step,
-            )
-        if not POLICIES[settings.policy].gradients and (
-            earlier is None or not (evidence or settings.policy == "learned")
-        ):
+            evidence = gather_evidence(*how, tokens_per_batch=cohort.tokens_per_batch, on_step=self.on_step)
+        encoded = earlier is None or not (evidence or settings.policy == "learned")
+        if encoded and not POLICIES[settings.policy].gradients:
             vectors = encode_people(self.encoder(), bank.task, cohort.people, bank.info.run.bank.encode)
             similarity = bank.similarity(vectors)
         merge = fit_merge(
-            self.base,
-            jobs,
-            bank.working,
-            bank.pooled,
+            *how,
             settings,
             similarity=similarity,
             evidence=evidence,
@@ -118,7 +180,7 @@ class Stages:
             earlier=earlier,
             seed=self.run.seed,
             tokens_per_batch=cohort.tokens_per_batch,
-            on_step=self.on_step,
+            on_step=partial(self.on_step, "coefficients") if self.on_step else None,
         )
         return merge, (-evidence.task / evidence.tokens).tolist() if evidence else None
 
@@ -150,10 +212,7 @@ class Stages:
         stacks: LoraBatch | None,
         pooled: Sequence[float] | None = None,
     ) -> list[State | Diverged]:
-        """Assemble the states of a cohort, with the losses of ``jobs``.
-
-        ``pooled`` are the jobs' losses under the pooled model, if they are known.
-        """
+        """Assemble the states of a cohort. ``pooled``: the jobs' losses under the pooled model, if they are known."""
         losses = self.losses(jobs, merge, stacks, cohort.tokens_per_batch, pooled)
         settings = digest_of(settings_of(self.base, self.run), self.run.seed)
 
@@ -191,7 +250,7 @@ class Stages:
         """Return the fields of ``Losses`` for each job; they may be infinite or NaN. One pass for each field."""
 
         def under(*added: Adapters) -> list[float]:
-            return surprise(self.base, jobs, [*self.bank.pooled, *added], tokens_per_batch=tokens_per_batch)
+            return mean_nll(self.base, jobs, [*self.bank.pooled, *added], tokens_per_batch=tokens_per_batch)
 
         over = merged(self.bank, merge, self.run.merge)
         stacked: Sequence[float | None] = under(over, PerPerson(stacks)) if stacks else [None] * len(jobs)

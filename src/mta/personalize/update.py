@@ -21,23 +21,22 @@ import torch
 
 from mta.errors import Diverged, PersonForgotten
 from mta.lora.batch import LoraBatch, stack
-from mta.personalize.cohort import Cohort
 from mta.personalize.likelihoods import ShotsJob
 from mta.personalize.merge import Earlier
-from mta.personalize.stages import Stages
+from mta.personalize.stages import Cohort, Stages
 from mta.store.state import Losses, State
 
-Action = Literal["keep", "retrain", "refresh"]
+Action = Literal["begin", "keep", "retrain", "refresh"]
+NotSaved = Diverged | PersonForgotten
 MARGIN = 0.02  # nats per token: smaller differences do not count
 
 
 @dataclass(frozen=True, slots=True)
 class StateUpdate:
-    """The action for one person, the ``losses`` on their new items that led to it, and the new state, if any."""
+    """The action for one person, and the new state if there is one that is in no store, or why there is none."""
 
     action: Action
-    losses: Losses
-    state: State | Diverged | PersonForgotten | None
+    state: State | NotSaved | None
 
 
 def decide(before: Losses, new: Losses) -> Action:
@@ -51,27 +50,21 @@ def decide(before: Losses, new: Losses) -> Action:
     return "refresh" if new.stacked is None else "retrain"
 
 
-def update_states(stages: Stages, cohort: Cohort, always: Action | None = None) -> list[StateUpdate]:
-    """Choose and perform the action for each person of a cohort; each has a state (``WorkItem.before``).
-
-    ``always`` overrides the choice for all of them.
-    """
+def update_states(stages: Stages, cohort: Cohort) -> list[StateUpdate]:
+    """Choose and perform the action for each person of a cohort; each has a state (``WorkItem.before``)."""
     jobs, befores = stages.jobs(cohort), cohort.befores
     measured = stages.losses(jobs, stages.merge_before(cohort), _stacks(stages, befores), cohort.tokens_per_batch)
     new = [Losses(*losses) for losses in measured]
-    actions = [
-        always or (decide(state.losses, losses) if state.losses else "refresh") for state, losses in zip(befores, new)
-    ]
+    actions = [decide(state.losses, losses) if state.losses else "refresh" for state, losses in zip(befores, new)]
     actions = ["refresh" if one == "retrain" and state.gradient else one for one, state in zip(actions, befores)]
-    states: list[State | Diverged | None] = [None] * len(cohort)
+    found = {i: StateUpdate(action, None) for i, action in enumerate(actions)}
     for action in ("retrain", "refresh"):
-        chosen = [i for i, one in enumerate(actions) if one == action]
-        if chosen:
+        if chosen := [i for i, one in enumerate(actions) if one == action]:
             some = replace(cohort, items=tuple(cohort.items[i] for i in chosen))
             pooled = [new[i].pooled for i in chosen]
-            for i, state in zip(chosen, _new_states(stages, some, [jobs[i] for i in chosen], action, pooled)):
-                states[i] = state
-    return [StateUpdate(*found) for found in zip(actions, new, states)]
+            states = _new_states(stages, some, [jobs[i] for i in chosen], action, pooled)
+            found |= {i: StateUpdate(action, state) for i, state in zip(chosen, states)}
+    return [found[i] for i in range(len(cohort))]
 
 
 def _new_states(

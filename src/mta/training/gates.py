@@ -30,7 +30,6 @@ def gate_gradients(
     groups: Sequence[int] = (),
     *,
     tokens_per_batch: int = 2048,
-    packed: bool = True,
 ) -> GateGradients:
     """Return d log p(examples of a job) / d w for all N anchors at once, at the coefficients ``at``.
 
@@ -47,7 +46,5 @@ def gate_gradients(
         w = parameters["w"]
         return Gated(bank, w[:, layers] if groups else w)
 
-    found, loglik = gradient(
-        base, jobs, {"w": rows}, adapters, frozen=pooled, tokens_per_batch=tokens_per_batch, packed=packed
-    )
+    found, loglik = gradient(base, jobs, {"w": rows}, adapters, frozen=pooled, tokens_per_batch=tokens_per_batch)
     return GateGradients(found["w"].double(), loglik.double())

@@ -42,8 +42,7 @@ class BatchedAdamW:
         correction = (1 - training.beta2**count).sqrt()
         decay = 1 - rate * training.weight_decay
         if found := kernels("adamw", self.values):
-            buffers = (self.values, self.gradient, self.mean, self.square, clip, size, correction, decay)
-            places = (buffer.data_ptr() for buffer in buffers)
+            places = (buffer.data_ptr() for buffer in (*self._buffers, clip, size, correction, decay))
             found["adamw"](*places, *self.values.shape, training.beta1, training.beta2, training.eps)
         else:
             self._plain_update(clip, size, correction, decay, training)
@@ -55,9 +54,7 @@ class BatchedAdamW:
         chunk = _CHUNK if self.values.device.type == "cpu" else max(columns, 1)  # a GPU pays for every kernel launch
         for start in range(0, columns, chunk):
             window = slice(start, start + chunk)
-            values, gradient, mean, square = (
-                t[:, window] for t in (self.values, self.gradient, self.mean, self.square)
-            )
+            values, gradient, mean, square = (buffer[:, window] for buffer in self._buffers)
             mean.lerp_(gradient, 1 - training.beta1)
             square.mul_(training.beta2).addcmul_(gradient, gradient, value=1 - training.beta2)
             spread = square.sqrt().div_(correction).add_(training.eps)
@@ -66,8 +63,12 @@ class BatchedAdamW:
 
     def keep(self, rows: Tensor) -> BatchedAdamW:
         """Return the optimizer of ``rows`` only."""
-        values, gradient, mean, square = (t[rows].clone() for t in (self.values, self.gradient, self.mean, self.square))
+        values, gradient, mean, square = (buffer[rows].clone() for buffer in self._buffers)
         return BatchedAdamW(values, gradient, mean, square, self.step[rows.cpu()])
+
+    @property
+    def _buffers(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return self.values, self.gradient, self.mean, self.square
 
 
 def learning_rate(training: Training, step: int, steps: int) -> float:

@@ -67,14 +67,11 @@ class Rows:
 
 def tree(examples: Sequence[Example], numbers: Sequence[int]) -> Row:
     """Return one row that holds ``examples``; ``numbers`` are the caller's numbers of the examples."""
-    order = sorted(range(len(examples)), key=lambda e: examples[e].tokens)
-    tokens: list[int] = []
-    positions: list[int] = []
-    ends: list[int] = []
-    predicted: list[tuple[int, int, int]] = []
-    path: list[int] = []  # places of the current branch, root first
+    tokens, positions, ends = list[int](), list[int](), list[int]()
+    predicted = list[tuple[int, int, int]]()
+    path = list[int]()  # places of the current branch, root first
     before: tuple[int, ...] = ()
-    for e in order:
+    for e in sorted(range(len(examples)), key=lambda e: examples[e].tokens):
         fed = examples[e].tokens[:-1]
         shared = common_prefix(before, fed)
         for place in path[shared:]:
@@ -101,22 +98,15 @@ def pack(
     blocked: bool = False,
     longest: int = 2048,
     weight: float = 0.0,
-    packed: bool = True,
 ) -> list[Row]:
     """Return the cheapest rows for one person's examples.
 
-    A row of several examples has at most ``longest`` tokens; each target token counts as ``weight`` tokens more, for
-    the memory of its logits.
-    A row of T tokens costs T + attention_price * T * S. S is the length of the row or, with ``blocked`` attention
-    (``mta.model.tree_attention``), of its longest example. Examples sorted by their tokens are cut into runs; dynamic
-    programming finds the cheapest cut, which never costs more than one row per example. ``packed=False`` returns one
-    row per example.
+    A row of several examples has at most ``longest`` tokens (0: no row has several); a target token counts as
+    ``weight`` tokens more, for its logits. A row of T tokens costs T + attention_price * T * S. S is the length of the
+    row or, with ``blocked`` attention (``mta.model.tree_attention``), of its longest example. Examples sorted by their
+    tokens are cut into runs; dynamic programming finds the cheapest cut.
     """
-    if not examples:
-        return []
     order = sorted(range(len(examples)), key=lambda e: examples[e].tokens)
-    if not packed:
-        return [tree([examples[e]], [e]) for e in order]
     lengths = [len(examples[e].tokens) - 1 for e in order]
     heads = [weight * len(examples[e].target) for e in order]
     shared = [0] + [common_prefix(examples[a].tokens[:-1], examples[b].tokens[:-1]) for a, b in pairwise(order)]
@@ -141,23 +131,14 @@ def pack(
     return rows[::-1]
 
 
-def pack_for(base: BaseModel, examples: Sequence[Example], longest: int, packed: bool) -> list[Row]:
+def pack_for(base: BaseModel, examples: Sequence[Example], longest: int) -> list[Row]:
     """Return the cheapest rows of one person's examples for a base; one row per example if it cannot take trees."""
-    return pack(
-        examples,
-        base.attention_price,
-        blocked=base.blocked,
-        longest=longest,
-        weight=base.footprint.target_weight,
-        packed=packed and base.packable,
-    )
+    longest, weight = longest if base.packable else 0, base.footprint.target_weight
+    return pack(examples, base.attention_price, blocked=base.blocked, longest=longest, weight=weight)
 
 
 def fitting(rows: Iterable[Row], width: int, budget: int, weight: float) -> int:
-    """Return how many of the first ``rows``, padded to ``width``, fit into one pass: at least one.
-
-    Their padded tokens plus ``weight`` for each place that needs logits are at most ``budget``.
-    """
+    """Return how many of the first ``rows``, padded to ``width``, fit into one pass of ``budget``: at least one."""
     count, size = 0, 0.0
     for row in rows:
         size += width + weight * row.places
@@ -177,9 +158,9 @@ def collate(rows: Sequence[Row], pad: int, device: torch.device) -> Rows:
         positions.append(row.positions + (0,) * len(fill))
         ends.append(row.ends + tuple(i + 1 for i in fill))
     flat = [
-        (r * width + s, t, r, e)
+        (r * width + source, target, r, example)
         for r, row in enumerate(rows)
-        for s, t, e in zip(row.sources, row.targets, row.examples)
+        for source, target, example in zip(row.sources, row.targets, row.examples)
     ]
     place, target, owner, example = (torch.tensor(column, device=device) for column in zip(*flat))
     places, source = torch.unique(place, return_inverse=True)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 
 import torch
-from torch import Tensor
 
+from mta.config import Lora
 from mta.errors import MemoryBudgetError
 from mta.model.base import BaseModel
 from mta.model.footprint import COPIES, Numbers, Texts
@@ -27,32 +27,33 @@ class Plan:
     cohorts: tuple[tuple[int, ...], ...]
     tokens_per_batch: int
     threads: int
+    shortened: int  # examples whose texts were shortened
 
     @property
     def digest(self) -> str:
         """Sha256 of the plan; a checkpoint of another plan is not used."""
-        return hashlib.sha256(json.dumps(asdict(self)).encode()).hexdigest()
+        values = {name: value for name, value in asdict(self).items() if name != "shortened"}
+        return hashlib.sha256(json.dumps(values).encode()).hexdigest()
 
 
 @dataclass(frozen=True, slots=True)
 class _Lengths:
-    """Number of jobs, and lengths of their examples: ``largest`` and ``smallest`` include the weight of targets.
-
-    ``share`` is the share of target tokens among all tokens.
-    """
+    """Number of jobs, and lengths of their examples: ``largest`` and ``smallest`` include the weight of targets."""
 
     jobs: int
     largest: int
     smallest: int
     texts: Texts
-    share: float
+    share: float  # of target tokens among all tokens
+    shortened: int
 
     @classmethod
     def of(cls, jobs: Iterable[Job], weight: float) -> _Lengths:
         """Read the jobs once, without keeping them."""
         count, longest, largest, smallest, tokens, targets, prefixes = 0, 1, 1, _MOST_TOKENS, 1, 0, list[int]()
+        shortened = 0
         for job in jobs:
-            count += 1
+            count, shortened = count + 1, shortened + sum(example.cut > 0 for example in job.examples)
             for example in job.examples:
                 fed, aims = len(example.tokens) - 1, len(example.target)
                 size = fed + math.ceil(weight * aims)
@@ -61,13 +62,18 @@ class _Lengths:
             if len(job.examples) > 1:
                 prefixes.append(common_prefix(job.examples[0].tokens, job.examples[1].tokens))
         prefix = min(sum(prefixes) // max(len(prefixes), 1), longest)
-        return cls(count, largest, max(smallest, 1), Texts(longest, prefix), targets / tokens)
+        return cls(count, largest, max(smallest, 1), Texts(longest, prefix), targets / tokens, shortened)
+
+
+def numbers_of(base: BaseModel, lora: Lora) -> int:
+    """Return the number of parameters of one LoRA."""
+    return lora.rank * sum(map(sum, base.targets.values()))
 
 
 def plan_cohorts(
     base: BaseModel,
     jobs: Iterable[Job],
-    start: Mapping[str, Tensor] | int,
+    trained: int,
     memory: int,
     *,
     below: Numbers | None = None,
@@ -76,12 +82,10 @@ def plan_cohorts(
 ) -> Plan:
     """Split jobs (already sorted by key) into cohorts that fit into ``memory`` bytes beside the base.
 
-    ``start`` is the parameters of one person, or their number; ``below`` are the frozen adapters. Half of the memory is
-    for activations and logits, the rest for adapters, gradients, and moments. A cohort has at most ``most`` people.
-    ``jobs`` are read once and not kept.
+    ``trained`` is the number of parameters of one person; ``below`` are the frozen adapters. Half of the memory is for
+    activations and logits, the rest for adapters, gradients, and moments. ``jobs`` are read once and not kept.
     Raises MemoryBudgetError, which says how much one person needs.
     """
-    trained = start if isinstance(start, int) else sum(tensor[0].numel() for tensor in start.values())
     numbers, footprint = replace(below or Numbers(), trained=trained), base.footprint
     lengths = _Lengths.of(jobs, footprint.target_weight)
     token = footprint.token(lengths.texts, footprint.ranks(numbers))
@@ -103,4 +107,4 @@ def plan_cohorts(
     fit = max(rest // (person + copies), (rest - together * copies) // person)
     size = min(max(fit, 1), most)
     cohorts = tuple(tuple(range(i, min(i + size, lengths.jobs))) for i in range(0, lengths.jobs, size))
-    return Plan(cohorts, tokens, threads or torch.get_num_threads())
+    return Plan(cohorts, tokens, threads or torch.get_num_threads(), lengths.shortened)

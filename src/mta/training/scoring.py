@@ -23,17 +23,15 @@ def log_likelihood(
     *,
     owners: Sequence[int] | None = None,
     tokens_per_batch: int = 2048,
-    packed: bool = True,
 ) -> list[Tensor]:
     """Return the sum of log p over the target tokens of each example: a list with an (examples,) tensor for each job.
 
-    Job i is computed with the adapters of owner ``owners[i]`` (default: i; -1: no person). Examples of a job share
-    prefixes. Rows of at most ``tokens_per_batch`` tokens are computed together; a target token counts more, for its
-    logits (``Footprint.target_weight``). Up to rounding, results do not depend on which jobs share a batch.
+    Job i is computed with the adapters of owner ``owners[i]`` (default: i; -1: no person); ``tokens_per_batch`` is as
+    in ``train``. Up to rounding, results do not depend on which jobs share a batch.
     """
     owners = range(len(jobs)) if owners is None else owners
     weight = base.footprint.target_weight
-    rows = [(j, row) for j, examples in enumerate(jobs) for row in pack_for(base, examples, tokens_per_batch, packed)]
+    rows = [(j, row) for j, examples in enumerate(jobs) for row in pack_for(base, examples, tokens_per_batch)]
     rows.sort(key=lambda entry: len(entry[1].tokens))
     sums = [torch.zeros(len(examples), dtype=base.master_dtype, device=base.device) for examples in jobs]
     while rows:
@@ -58,14 +56,13 @@ def label_scores(
     adapters: Sequence[Adapters] = (),
     *,
     owners: Sequence[int] | None = None,
-    packed: bool = True,
 ) -> list[Tensor]:
     """Return the log probability of every label for each person's queries: a list of (queries, labels) tensors.
 
-    A label's score is the sum of log p over its tokens and the end token, without length normalization. Keywords as in
-    ``log_likelihood``.
+    A label's score is the sum of log p over its tokens and the end token, without length normalization. ``owners`` are
+    as in ``log_likelihood``.
     """
     labels = task.labels or ()
     jobs = [[e for item in items for e in base.prompts.examples(task, item, labels)] for items in queries]
-    found = log_likelihood(base, jobs, adapters, owners=owners, packed=packed)
+    found = log_likelihood(base, jobs, adapters, owners=owners)
     return [scores.view(-1, len(labels)) for scores in found]

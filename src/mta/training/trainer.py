@@ -12,6 +12,7 @@ import math
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TypedDict, Unpack
 
 import torch
 from torch import Tensor
@@ -41,6 +42,14 @@ Build = Callable[[Mapping[str, Tensor], Tensor], Adapters]
 """Maps the parameters of a range of jobs, and the numbers of these jobs, to adapters."""
 
 
+class Passes(TypedDict, total=False):
+    """Keywords of ``train`` that do not change the result: memory, time, and reports."""
+
+    tokens_per_batch: int
+    checkpoint: Checkpoint | None
+    on_step: Callable[[Step], None] | None
+
+
 def train(
     base: BaseModel,
     jobs: Sequence[Job],
@@ -52,20 +61,16 @@ def train(
     seed: int = 0,
     dtype: torch.dtype | None = None,
     tokens_per_batch: int = 2048,
-    packed: bool = True,
     checkpoint: Checkpoint | None = None,
     on_step: Callable[[Step], None] | None = None,
 ) -> dict[str, Tensor]:
     """Train parameters ``start`` (each (U, ...), one row per job) over the frozen base and ``frozen`` adapters.
 
-    ``adapters`` maps parameters to adapters of the base: factors to a LoRA, or coefficients to a merge.
-    ``frozen`` adapters are indexed by job. ``dtype`` is the type of the parameters that ``adapters`` gets and of their
-    gradients (default: the master dtype). Gradient sums and optimizer steps use the master dtype.
+    ``adapters`` maps parameters to adapters of the base: factors to a LoRA, or coefficients to a merge; it gets them in
+    ``dtype`` (default: the master dtype). ``frozen`` adapters are indexed by job.
     One pass computes rows of at most ``tokens_per_batch`` padded tokens; a target token counts more, for its logits
-    (``Footprint.target_weight``). This changes time and memory, not the result.
-    With a ``checkpoint`` a killed run resumes from the last save. The checkpoint is also saved after the last step;
-    the caller removes it after saving the result.
-    Returns the parameters in the order of ``jobs``, in the base's master dtype.
+    (``Footprint.target_weight``). With a ``checkpoint`` a killed run resumes from the last save; the caller removes it
+    after saving the result. Returns the parameters in the order of ``jobs``, in the base's master dtype.
     """
     cohort, dtype = _Cohort.begin(base, jobs, start, training), dtype or base.master_dtype
     if checkpoint and (saved := checkpoint.load()):
@@ -75,7 +80,7 @@ def train(
     while cohort.active:
         batches = [batch_of(jobs[j], cohort.step, training.batch_size, seed) for j in cohort.active]
         with base.in_training():
-            losses = _gradients(base, cohort, batches, adapters, frozen, dtype, tokens_per_batch, packed)
+            losses = _gradients(base, cohort, batches, adapters, frozen, dtype, tokens_per_batch)
         cohort.advance(training, sum(len(batch) for batch in batches))
         if on_step:
             on_step(Step(cohort.step, len(batches), cohort.examples, total, float(losses.mean())))
@@ -97,31 +102,17 @@ def train_loras(
     *,
     frozen: Sequence[Adapters] = (),
     seed: int = 0,
-    tokens_per_batch: int = 2048,
-    packed: bool = True,
-    checkpoint: Checkpoint | None = None,
-    on_step: Callable[[Step], None] | None = None,
+    **passes: Unpack[Passes],
 ) -> LoraBatch:
     """Train adapter u of ``start`` on the examples of job u. Keywords as in ``train``."""
 
     def per_person(parameters: Mapping[str, Tensor], _: Tensor) -> PerPerson:
         return PerPerson(LoraBatch.of_tensors(parameters, start.scale))
 
-    trained = train(
-        base,
-        jobs,
-        start.tensors(),
-        per_person,
-        training,
-        frozen=frozen,
-        seed=seed,
-        dtype=base.dtype,
-        tokens_per_batch=tokens_per_batch,
-        packed=packed,
-        checkpoint=checkpoint,
-        on_step=on_step,
+    found = train(
+        base, jobs, start.tensors(), per_person, training, frozen=frozen, seed=seed, dtype=base.dtype, **passes
     )
-    return LoraBatch.of_tensors(trained, start.scale)
+    return LoraBatch.of_tensors(found, start.scale)
 
 
 def steps_of(training: Training, examples: int) -> int:
@@ -211,14 +202,10 @@ class _Cohort:
         return {name: buffer[:, columns].view(len(buffer), *shape) for name, (columns, shape) in self.layout.items()}
 
     def saved(self) -> tuple[dict[str, Tensor], dict[str, object]]:
-        o = self.optimizer
-        tensors = {"values": o.values, "mean": o.mean, "square": o.square, "step": o.step}
+        tensors = {key: getattr(self.optimizer, key) for key in ("values", "mean", "square", "step")}
         tensors |= {f"finished/{j}": values for j, values in self.finished.items()}
-        return {k: t.cpu() for k, t in tensors.items()}, {
-            "step": self.step,
-            "examples": self.examples,
-            "active": self.active,
-        }
+        progress = {"step": self.step, "examples": self.examples, "active": self.active}
+        return {k: t.cpu() for k, t in tensors.items()}, progress
 
     def restore(self, tensors: dict[str, Tensor], progress: dict[str, object]) -> None:
         device = self.optimizer.values.device
@@ -248,11 +235,10 @@ def _gradients(
     frozen: Sequence[Adapters],
     dtype: torch.dtype,
     budget: int,
-    packed: bool,
 ) -> Tensor:
     """Add the gradients of this step to the cohort's buffer; return the losses of its people, (U,)."""
     weight = base.footprint.target_weight
-    rows = [pack_for(base, examples, budget, packed) for examples in batches]
+    rows = [pack_for(base, examples, budget) for examples in batches]
     shares = [1 / sum(len(e.target) for e in examples) for examples in batches]
     share = torch.tensor(shares, dtype=base.master_dtype, device=base.device)
     jobs = torch.tensor(cohort.active, device=base.device)
@@ -300,7 +286,6 @@ def gradient(
     *,
     frozen: Sequence[Adapters] = (),
     tokens_per_batch: int = 2048,
-    packed: bool = True,
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Return the gradient of each job's log-likelihood in its parameters, and the log-likelihoods (U,).
 
@@ -311,7 +296,7 @@ def gradient(
     cohort = _Cohort.begin(base, jobs, at, Training(steps=1))
     batches = [jobs[j].examples for j in cohort.active]
     with base.in_training():
-        losses = _gradients(base, cohort, batches, adapters, frozen, base.master_dtype, tokens_per_batch, packed)
+        losses = _gradients(base, cohort, batches, adapters, frozen, base.master_dtype, tokens_per_batch)
     order = torch.tensor(cohort.active).argsort()
     # The trainer's loss is the mean over a person's target tokens.
     targets = losses.new_tensor([sum(len(e.target) for e in examples) for examples in batches])

@@ -12,7 +12,7 @@ from typing import ClassVar, Literal
 
 import torch
 
-from mta.bank.anchors import select_anchors
+from mta.bank.selection import select_anchors
 from mta.config import Lora, MergeSettings, StackSettings, Training
 from mta.data.history import Item, Person
 from mta.data.tasks.task import Task

@@ -26,7 +26,7 @@ from mta.lora.batch import LoraBatch, join, shared_ranks
 from mta.lora.layers import replaced_forwards
 from mta.lora.terms import RowTerm
 from mta.model.base import BaseModel
-from mta.personalize.adapters import BASE, Nobody, merge_factors, merge_of
+from mta.personalize.adapters import BASE, Nobody, merge_as_lora, merge_of
 from mta.store.state import State
 
 _SLICES = 128  # slices of slots with cached forwards, at most
@@ -87,7 +87,7 @@ class AdapterSlots:
         if owner.mode == "exact":
             gates[merged] = merge_of([owner], dtype).gates(len(bank))[0].repeat_interleave(bank.anchors.rank)
         else:
-            own.append(merge_factors(bank.anchors, owner, dtype))
+            own.append(merge_as_lora(bank.anchors, owner, dtype))
         return RowAdapter(gates.to(self._gates), join(own).to(self.base.device, self.base.dtype) if own else None)
 
     def take(self, place: int, adapter: RowAdapter) -> None:

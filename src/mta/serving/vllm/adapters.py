@@ -24,7 +24,7 @@ from mta.errors import InputError, MtaError, OtherBank, StateCorrupt
 from mta.lora.batch import Factors, LoraBatch, join, shared_ranks
 from mta.lora.merge import truncate
 from mta.lora.peft import read_peft, write_peft
-from mta.personalize.adapters import BASE, Nobody, merge_factors, merge_of
+from mta.personalize.adapters import BASE, Nobody, merge_as_lora, merge_of
 from mta.serving.engine import Version
 from mta.serving.model_names import from_wire
 from mta.store import Store
@@ -139,7 +139,7 @@ class LoraExporter:
             merged, error = self._merged(owner, room)
         else:
             pooled = [self.task_lora] if self.task_lora else []
-            merged, error = _truncated(join([*pooled, merge_factors(self.anchors, owner, torch.float32)]), room)
+            merged, error = _truncated(join([*pooled, merge_as_lora(self.anchors, owner, torch.float32)]), room)
         whole = join([merged, *stack])
         if any(not part.isfinite().all() for pair in whole.factors.values() for part in pair):
             raise StateCorrupt("a person's adapter contains NaN or infinity", hint="Personalize again.")

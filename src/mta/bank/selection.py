@@ -1,4 +1,4 @@
-"""Choose the anchors: cluster the candidates by their vectors, and take one person from each cluster."""
+"""Choose what a bank is trained on: pooled items for the task LoRA, and the people who become anchors."""
 
 from __future__ import annotations
 
@@ -9,11 +9,29 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from mta.config import BankSettings
-from mta.data.history import Person
+from mta.config import BankSettings, TaskLoraSettings
+from mta.data.history import Item, Person
 from mta.data.tasks.task import Task
 from mta.errors import InputError
 from mta.model.encoders import Encoder, encode_people
+
+
+def pooled_items(people: Sequence[Person], settings: TaskLoraSettings, seed: int) -> list[Item]:
+    """Return the pooled items, chosen by hash: at most ``per_person`` of each person, and at most ``items`` in total.
+
+    The choice does not depend on the order of people. Source: our choice.
+    """
+
+    def draw(person: Person, place: int) -> bytes:
+        return hashlib.sha256(f"{seed}/{person.id}/{place}".encode()).digest()
+
+    ranked: list[tuple[int, bytes, Item]] = []
+    for person in people:
+        draws = sorted((draw(person, place), place) for place in range(len(person.items)))
+        ranked += [(turn, drawn, person.items[i]) for turn, (drawn, i) in enumerate(draws[: settings.per_person])]
+    # Each person's first item comes before any second item, so that people have similar numbers of items.
+    ranked.sort(key=lambda entry: entry[:2])
+    return [item for _, _, item in ranked[: settings.items]]
 
 
 def choose_anchors(
