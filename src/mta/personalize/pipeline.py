@@ -220,7 +220,7 @@ class Pipeline:
         url, identity = (store.files.url, store.identity(write=True)) if store else (None, "")
         where = self.bank.folder.resolve(), self.bank.hash, url, identity, call.since
         elsewhere = partial(open_stages, self.base.as_loaded(self.run), *where)
-        here = Stages(self.base, self.bank, self.run, self.encoder(), on_step, work, store, call.since)
+        here = Stages(self.base, self.bank, self.run, self.encoder, on_step, work, store, call.since)
         actions, done, total = Counter[Action](), 0, sum(map(len, cohorts))
         for n, outcome in enumerate(self.executor.run(function, cohorts, here, elsewhere), 1):
             done += len(outcome.piece)
