@@ -90,7 +90,7 @@ SETTINGS = CalibrationSettings(steps=1)
 
 def calibrated(scene, people, measure=None) -> Calibration:
     models = Measure(*scene)
-    return Calibrator(people, N, SETTINGS, measure or (lambda pieces: [measured(models, p) for p in pieces])).run()
+    return Calibrator(people, N, SETTINGS, measure or (lambda pieces: [(p, measured(models, p)) for p in pieces])).run()
 
 
 def same(one: Calibration, other: Calibration) -> None:
@@ -119,7 +119,7 @@ def test_nothing_is_measured_on_the_fold_it_was_fitted_on(scene):
 
         def note(pieces):
             scored[name] += pieces
-            return [measured(models, piece) for piece in pieces]
+            return [(piece, measured(models, piece)) for piece in pieces]
 
         calibrated(scene, people, note)
 

@@ -317,8 +317,8 @@ def test_laplace_solves_the_gradient_of_the_dense_merge(scene, calibration):
 
 def test_laplace_needs_one_pass_and_neither_encodings_nor_evidence(scene, calibration):
     steps = []
-    by_gradient(scene, calibration, on_step=lambda stage, step: steps.append((stage, step.step, step.examples_total)))
-    assert steps == [("gradient", 1, 9)]
+    by_gradient(scene, calibration, on_step=lambda step: steps.append((step.step, step.examples_total)))
+    assert steps == [(1, 9)]
 
 
 def test_laplace_of_parts_is_laplace_of_the_whole(scene, calibration):

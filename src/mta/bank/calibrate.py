@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -40,9 +40,9 @@ from mta.training.plan import plan_cohorts
 from mta.training.scoring import log_likelihood
 from mta.training.trainer import Job
 
-LENGTHS = (0.25, 0.5, 1.0)  # of a Newton step
-RIDGES = (0.1, 0.3, 1.0)
-PRIORS = (2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 1e6)  # in shots; the last leaves mu as it is
+LENGTHS = (0.5, 1.0)  # of a Newton step
+RIDGES = (0.3, 1.0)
+PRIORS = (4.0, 16.0, 64.0, 1e6)  # in shots; the last leaves mu as it is
 SHOTS = (1, 4, 8, 16)
 DEFAULTS = CalibrationInfo(ridge=1.0, prior=16.0)  # where there are too few people to choose
 ENOUGH = 8  # people, to measure anything
@@ -83,17 +83,17 @@ def calibrate(
     )
     chosen = executor or LocalExecutor()
 
-    def measure(pieces: Sequence[Probe]) -> list[Tensor]:
+    def measure(pieces: Sequence[Probe]) -> Iterator[tuple[Probe, Tensor]]:
         files = {piece.name: checkpoint(piece.name) for piece in pieces} if checkpoint else {}
         found = {name: saved[0]["found"] for name, file in files.items() if (saved := file.load())}
+        yield from ((piece, found[piece.name]) for piece in pieces if piece.name in found)
         missing = [piece for piece in pieces if piece.name not in found]
         for outcome in chosen.run(measured, missing, here, elsewhere):
             if outcome.result is None:
                 raise BankError(f"the bank cannot be calibrated: {outcome.error}", hint="Fix this, and try again.")
-            found[outcome.piece.name] = outcome.result
             if files:
                 files[outcome.piece.name].save({"found": outcome.result.contiguous()}, {})
-        return [found[piece.name] for piece in pieces]
+            yield outcome.piece, outcome.result
 
     return Calibrator(known, len(anchors), run.calibration, measure, on_step).run()
 
@@ -182,14 +182,15 @@ def measured(measure: Measure, piece: Probe) -> Tensor:
 
 @dataclass(slots=True)
 class Calibrator:
-    """One calibration in progress: U people in two folds, N anchors. ``measure`` returns the results of pieces."""
+    """One calibration in progress: U people in two folds, N anchors. ``measure`` yields results in any order."""
 
     known: Sequence[Known]
     anchors: int
     settings: CalibrationSettings
-    measure: Callable[[Sequence[Probe]], Sequence[Tensor]]
+    measure: Callable[[Sequence[Probe]], Iterable[tuple[Probe, Tensor]]]
     on_step: Callable[[Step], None] | None = None
     passes: int = 0
+    examples: int = 0  # computed so far; a gradient counts as three
     fold: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
@@ -197,16 +198,16 @@ class Calibrator:
 
     @property
     def planned(self) -> int:
-        """The number of passes at most; a gradient counts as three."""
+        """The number of examples to compute at most; a gradient counts as three."""
+        everything, shots = (sum(map(len, part)) for part in zip(*((one.all, one.shots) for one in self.known)))
         newton = self.settings.steps * (_COST + len(LENGTHS))
-        return 1 + newton + 2 * _COST + 1 + len(RIDGES) * len(PRIORS) + len(SHOTS)
+        tried = 1 + len(RIDGES) * len(PRIORS) + len(SHOTS)
+        return (1 + newton) * everything + _COST * shots + tried * (everything - shots)
 
     def run(self) -> Calibration:
         if len(self.known) < ENOUGH:
             return self.without_people()
-        mu = self.best_merge()
-        own = self.gradients([one.all for one in self.known], mu[self.fold])
-        curvature = torch.stack([curvature_of(torch.cat(self._of(f, own))) for f in (0, 1)])
+        mu, curvature = self.best_merge()
         shots = self.gradients([one.shots for one in self.known], mu[1 - self.fold])
         folds = [Calibration(mu[f], curvature[f], DEFAULTS) for f in (0, 1)]
         return Calibration(mu.mean(0), curvature.mean(0), self.choose(folds, shots))
@@ -215,26 +216,31 @@ class Calibrator:
         """Return the documented defaults: no population merge, and F from the few people there are."""
         nothing = torch.zeros(self.anchors, dtype=torch.float64)
         found = self.gradients([one.all for one in self.known], nothing.expand(len(self.known), -1))
-        curvature = curvature_of(torch.cat(found)) if found else torch.zeros(self.anchors, self.anchors).double()
+        curvature = curvature_of(torch.cat([nothing.new_zeros(0, self.anchors), *found]))
         note = f"{len(self.known)} people are too few to measure anything, {ENOUGH} are needed: defaults were taken"
         info = DEFAULTS.model_copy(update={"people": len(self.known), "notes": (note,)})
         return Calibration(nothing, curvature, info)
 
-    def best_merge(self) -> Tensor:
-        """Return mu of both folds, (2, N): Newton steps whose lengths are chosen on the other fold."""
+    def best_merge(self) -> tuple[Tensor, Tensor]:
+        """Return mu (2, N) and F (2, N, N) of both folds.
+
+        The lengths of the Newton steps are chosen on the other fold. F is that of the last step's gradients.
+        """
         everything = [one.all for one in self.known]
         tokens = _tokens(everything)
         mu = torch.zeros(2, self.anchors, dtype=torch.float64)
-        best = self.scores(everything, mu[1 - self.fold])
+        best, curvature = self.scores(everything, mu[1 - self.fold]), mu.new_zeros(2, self.anchors, self.anchors)
         for _ in range(self.settings.steps):
             found = self.gradients(everything, mu[self.fold])
-            steps = torch.stack([_newton(torch.cat(self._of(f, found))) for f in (0, 1)])
+            rows = [torch.cat([row for row, f in zip(found, self.fold.tolist()) if f == fold]) for fold in (0, 1)]
+            curvature = torch.stack([curvature_of(one) for one in rows])
+            steps = torch.cat([solved(f, _NEWTON_RIDGE, one.mean(0)[None]) for f, one in zip(curvature, rows)])
             held = {c: self.scores(everything, (mu + c * steps)[1 - self.fold]) for c in LENGTHS}
             length = max(held, key=lambda c: float((held[c] / tokens).mean()))
             if float(((held[length] - best) / tokens).mean()) <= 0:
                 break
             mu, best = mu + length * steps, held[length]
-        return mu
+        return mu, curvature
 
     def choose(self, folds: Sequence[Calibration], gradients: Sequence[Tensor]) -> CalibrationInfo:
         """Choose the ridge and the prior that serve people's queries best, and measure the expected gains.
@@ -279,14 +285,14 @@ class Calibrator:
             Probe(f"calibration-{self.passes}-{n}", tuple(tuple(e) for e in examples[some]), w[some], gradients)
             for n, some in enumerate(chosen)
         ]
-        found = self.measure(pieces)
-        self.passes += _COST if gradients else 1
-        if self.on_step:
-            self.on_step(Step(self.passes, len(examples), self.passes, self.planned))
-        return list(found)
-
-    def _of(self, fold: int, rows: Sequence[Tensor]) -> list[Tensor]:
-        return [row for row, one in zip(rows, self.fold.tolist()) if one == fold]
+        self.passes += 1
+        found = dict[str, Tensor]()
+        for piece, result in self.measure(pieces):
+            found[piece.name] = result
+            self.examples += sum(map(len, piece.examples)) * (_COST if gradients else 1)
+            if self.on_step:
+                self.on_step(Step(self.passes, len(piece), self.examples, self.planned))
+        return [found[piece.name] for piece in pieces]
 
 
 def gain_of(shots: int, gains: Tensor) -> Gain:
@@ -294,11 +300,6 @@ def gain_of(shots: int, gains: Tensor) -> Gain:
     mean, half = float(gains.mean()), 1.96 * float(gains.std()) / math.sqrt(len(gains))
     worse = float((gains < -_WORSE).double().mean())
     return Gain(shots=shots, people=len(gains), mean=mean, low=mean - half, high=mean + half, worse=worse)
-
-
-def _newton(gradients: Tensor) -> Tensor:
-    """Return the step to the maximum of the quadratic model of all shots (S, N) together."""
-    return solved(curvature_of(gradients), _NEWTON_RIDGE, gradients.mean(0)[None])[0]
 
 
 def _tokens(examples: Sequence[Sequence[Example]]) -> Tensor:

@@ -80,10 +80,10 @@ class CalibrationSettings(Settings):
     """How a bank is calibrated on candidates who are not anchors: earlier items are shots, later ones queries."""
 
     enabled: bool = Field(default=True, description="calibrate the bank")
-    people: int = Field(default=64, ge=0, description="maximum number of people")
-    shots: int = Field(default=16, ge=1, description="maximum number of earlier items of a person")
-    queries: int = Field(default=8, ge=1, description="maximum number of later items of a person")
-    steps: int = Field(default=2, ge=0, description="Newton steps to the population's best merge")
+    people: int = Field(default=48, ge=0, description="maximum number of people")
+    shots: int = Field(default=8, ge=1, description="maximum number of earlier items of a person")
+    queries: int = Field(default=4, ge=1, description="maximum number of later items of a person")
+    steps: int = Field(default=2, ge=1, description="Newton steps to the population's best merge")
 
 
 class MergeSettings(Settings):
