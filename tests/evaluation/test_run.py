@@ -112,6 +112,11 @@ def test_ridge_is_left_out_for_free_text():
     assert "merge only, ridge" not in names
 
 
+def test_laplace_is_left_out_for_a_bank_without_calibration(task):
+    names = [[m.name for m in standard_methods(TINY_RUN, Evaluation(), task, 5, known)] for known in (True, False)]
+    assert set(names[0]) - set(names[1]) == {"merge only, laplace"}
+
+
 def test_standard_methods_retrieve_one_anchor_from_a_bank_of_one(task):
     methods = standard_methods(TINY_RUN, Evaluation(), task, 1)
     assert all(method.merge.k <= 1 for method in methods if method.name.startswith("merge only"))

@@ -161,7 +161,7 @@ class Evaluation(Settings):
     oppu: OneLoraSettings = OneLoraSettings(lora=Lora(), training=Training(lr=2e-4, steps=8, batch_size=64))
     adapt: OneLoraSettings | None = Field(default=None, description="adapt-only LoRA; none: as the run's stack")
     policies: tuple[Policy, ...] = Field(
-        default=("uniform", "top1", "similarity", "loss", "posterior", "ridge", "learned"),
+        default=("uniform", "top1", "similarity", "loss", "posterior", "laplace", "ridge", "learned"),
         description="policies of the merge-only methods",
     )
 

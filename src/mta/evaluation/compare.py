@@ -81,8 +81,13 @@ class Study:
         write_html(out / "report.html", self.comparison, panel.bank, panel.vectors, self.questions, meta)
 
 
-def standard_methods(run: Run, evaluation: Evaluation, task: Task, anchors: int) -> list[Method]:
-    """Return the rows of the table: constants, base, task LoRA, OPPU, merge only (each policy), adapt only, MTA."""
+def standard_methods(
+    run: Run, evaluation: Evaluation, task: Task, anchors: int, calibrated: bool = True
+) -> list[Method]:
+    """Return the rows of the table: constants, base, task LoRA, OPPU, merge only (each policy), adapt only, MTA.
+
+    Policies that need labels or a calibrated bank are left out where there are none.
+    """
 
     def policy(name: str) -> MergeSettings:
         # Settings of the run are for its policy. Other policies that retrieve by encoding use the paper's K = 2.
@@ -91,7 +96,12 @@ def standard_methods(run: Run, evaluation: Evaluation, task: Task, anchors: int)
         k = 0 if POLICIES[name].wide else min(2, anchors)
         return MergeSettings.model_validate({**run.merge.model_dump(), "policy": name, "k": k})
 
-    policies = [name for name in evaluation.policies if task.labelled or not POLICIES[name].labels]
+    kinds = {name: POLICIES[name] for name in evaluation.policies}
+    policies = [
+        name
+        for name, kind in kinds.items()
+        if (task.labelled or not kind.labels) and (calibrated or not kind.gradients)
+    ]
     oppu, adapt, stack = evaluation.oppu, evaluation.adapt or run.stack, run.stack
     constants: list[Method] = [GlobalConstant(), OwnConstant()] if task.labelled else []
     return [
@@ -122,7 +132,8 @@ def study(
     ``limit`` draws at most this many of them with the run's seed. Raises InputError if no people are left.
     """
     task, shots, queries = bank.task, evaluation.shots, evaluation.queries
-    check_merge(run.merge, len(bank), task.labelled, bank.calibration is not None)
+    calibrated = bank.calibration is not None
+    check_merge(run.merge, len(bank), task.labelled, calibrated)
     if bank.info.members.hashed is None:
         log.warning("this bank came without its members: these people may have been used to train it")
     members, others = members_and_others(bank, people)
@@ -141,7 +152,7 @@ def study(
     known = Copies(people, task).in_histories(members, chain(*panel.queries)) if members else 0
     if known:
         log.warning("%d queries also occur in the histories of people in the bank", known)
-    comparison = evaluate(panel, standard_methods(run, evaluation, task, len(bank)), seeds, on_method)
+    comparison = evaluate(panel, standard_methods(run, evaluation, task, len(bank), calibrated), seeds, on_method)
     meta = _meta(context, evaluation, seeds) | {"people": len(tested), "left_out": left_out, "queries_in_bank": known}
     return Study(comparison, panel, meta)
 

@@ -153,9 +153,10 @@ def answered(panel: Panel, merge: Merge, settings: MergeSettings, seconds: float
 
 
 def bytes_of(merge: Merge) -> float:
-    """Return the bytes of one person's merge as JSON: anchor numbers, and coefficients once per group of layers."""
+    """Return the bytes of one person's merge as JSON: anchors, coefficients once per group of layers, and gradient."""
     w = merge.w[0] if merge.w.ndim == 2 else torch.unique_consecutive(merge.w[0], dim=0)
-    return len(json.dumps([merge.ids[0].tolist(), w.tolist()]))
+    gradient = merge.gradients.sums[0].tolist() if merge.gradients else []
+    return len(json.dumps([merge.ids[0].tolist(), w.tolist(), *gradient]))
 
 
 def layer_groups(names: Sequence[str], groups: int) -> list[int]:
