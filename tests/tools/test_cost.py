@@ -130,6 +130,7 @@ def test_passes_are_those_of_evidence_losses_and_training():
     assert passes(override(run, ["stack.enabled=false"]), 8) == (50 + 1 + 1, 0)
     assert passes(override(run, ["merge.policy=uniform", "stack.training.batch_size=4"]), 8) == (3, 4)
     assert passes(override(run, ["merge.policy=learned", "merge.start=zero"]), 8) == (3, 8 + 1)
+    assert passes(override(run, ["merge.policy=laplace"]), 8) == (3, 8 + 1)  # one forward and one backward pass
 
 
 def test_the_verb_tells_it_to_people_and_machines(tmp_path):
