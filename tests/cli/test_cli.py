@@ -4,6 +4,7 @@ import contextlib
 import json
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
@@ -130,6 +131,28 @@ def test_options_override_words(world, tmp_path):
         mta("bank", "build", world.members, *world.settings, "--base", "2024", "--seed", 5, "--out", "bank", "seed=4")
         shown = mta("bank", "show", "bank", "--json").json
     assert (shown["base"], shown["run"]["seed"]) == ("2024", 5)
+
+
+def test_bank_calibrate_gives_a_finished_bank_another_calibration(world, tmp_path):
+    bank, people = tmp_path / "bank", tmp_path / "others.jsonl"
+    shutil.copytree(world.bank, bank)
+    written(people, ratings("other", "ruiz", 9))
+    said = mta("bank", "calibrate", bank, people, "calibration.people=8", "calibration.steps=1", "--json")
+    assert said.json["calibration"]["people"] == 8
+    assert said.json["hash"] != world.built.json["hash"]
+    assert "calibration: " in said.err
+    card = mta("bank", "show", bank).out
+    assert "Measured on later items of 8 people who are not in the bank" in card
+    assert "| 1 | " in card
+
+
+def test_people_in_a_bank_cannot_calibrate_it(world, tmp_path):
+    shutil.copytree(world.bank, tmp_path / "bank")
+    rows = [row for row in map(json.loads, Path(world.members).read_text().splitlines()) if row["person"] == MEMBER]
+    said = run("bank", "calibrate", tmp_path / "bank", written(tmp_path / "one.jsonl", rows))
+    assert said.code == 1
+    assert "1 people are given, but all are in the bank" in said.err
+    assert mta("bank", "show", tmp_path / "bank", "--json").json["hash"] == world.built.json["hash"]
 
 
 def test_bank_show_prints_the_card(world):
