@@ -329,11 +329,9 @@ def test_a_bank_built_by_workers_is_the_same_bank(here, site, tmp_path):
             **BUILD,
         )
     assert built.hash == bank.hash
-    assert steps == [("task LoRA", 1), ("anchors", 2), ("anchors", 3)] or steps == [
-        ("task LoRA", 1),
-        ("anchors", 1),
-        ("anchors", 3),
-    ]
+    trained = [step for step in steps if step[0] != "calibration"]
+    assert trained in [[("task LoRA", 1), ("anchors", n), ("anchors", 3)] for n in (1, 2)]
+    assert len(trained) < len(steps)
 
 
 @pytest.mark.slow
