@@ -99,7 +99,7 @@ TINY_RUN = Run(
         "lora": Lora(rank=2),
         "training": Training(lr=5e-3, epochs=2, batch_size=2),
     },
-    calibration={"people": 8, "shots": 2, "queries": 1, "steps": 1},
+    calibration={"enabled": True, "people": 8, "shots": 2, "queries": 1, "steps": 1},
     merge={"policy": "posterior", "k": 0},
     stack={"lora": Lora(rank=1, alpha=4.0), "training": Training(lr=1e-2, steps=2, batch_size=8)},
 )

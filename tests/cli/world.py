@@ -33,6 +33,10 @@ FAST = [
     "bank.max_items=4",
     "bank.lora.rank=2",
     "bank.training.epochs=1",
+    "calibration.enabled=true",
+    "calibration.people=8",
+    "calibration.shots=2",
+    "calibration.queries=1",
     "merge.k=0",
     "stack.training.steps=2",
 ]

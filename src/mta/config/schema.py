@@ -79,7 +79,7 @@ class BankSettings(Settings):
 class CalibrationSettings(Settings):
     """How a bank is calibrated on candidates who are not anchors: earlier items are shots, later ones queries."""
 
-    enabled: bool = Field(default=True, description="calibrate the bank")
+    enabled: bool = Field(default=False, description="calibrate the bank when it is built")
     people: int = Field(default=48, ge=0, description="maximum number of people")
     shots: int = Field(default=8, ge=1, description="maximum number of earlier items of a person")
     queries: int = Field(default=4, ge=1, description="maximum number of later items of a person")
