@@ -1,17 +1,21 @@
 """Calibrating a bank that an older version built: what changes, what does not, and what an interruption costs."""
 
+import contextlib
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from conftest import people_of
 
 import mta
-from mta.bank.calibrate import Measure
-from mta.bank.format import mark_stale, read_info, verify
+from mta.bank import build, format
+from mta.bank.calibrate import Calibrator, Known, Measure, drawn
+from mta.bank.format import mark_stale, read_info, stale, verify
 from mta.config import CalibrationSettings, Run, override
-from mta.errors import ConfigError, InputError, OtherBank
+from mta.errors import BankError, ConfigError, InputError, OtherBank
+from mta.personalize import forget_person
 
 WRITTEN = Path(__file__).parents[1] / "fixtures" / "release_0_1"
 RUN = Run(calibration=CalibrationSettings(people=8, shots=3, queries=2, steps=1))
@@ -90,16 +94,117 @@ def test_people_behind_a_calibration_are_remembered(folder, base):
     assert mark_stale(folder / "bank", used) == ["calibration"]
 
 
-def test_nobody_in_the_bank_is_calibrated_on(folder, base):
-    members = read_info(folder / "bank").members
-    people = mta.read_people(folder / "new.jsonl", task="movielens-rating")
-    assert not any({"anchor", "task LoRA"} & set(members.artefacts_of(person.id)) for person in people)
-    with pytest.raises(InputError, match="0 people are given"):
-        calibrated(folder, base, [])
-
-
 def test_calibrating_twice_replaces_the_first(folder, base):
     first = calibrated(folder, base)
     second = calibrated(folder, base, people_of(10, prefix="more-"))
     assert second.hash != first.hash
     assert [part for person in OTHERS for part in second.info.members.artefacts_of(person.id)] == []
+
+
+# -- interrupted, forgotten, unknown -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("calibrated_before", [False, True])
+@pytest.mark.parametrize("write", range(1, 6))
+def test_a_bank_that_is_killed_between_two_writes_opens_and_can_be_calibrated_again(
+    folder, base, monkeypatch, calibrated_before, write
+):
+    if calibrated_before:
+        calibrated(folder, base, people_of(10, prefix="more-"))
+    calls = []
+
+    def counted(name):
+        original = getattr(build, name)
+
+        def one(path, *rest):
+            if str(path).endswith(("calibrating", "build-in-progress")):
+                return original(path, *rest)
+            calls.append(name)
+            if len(calls) == write:
+                raise KeyboardInterrupt
+            return original(path, *rest)
+
+        return one
+
+    with monkeypatch.context() as patched:
+        for name in ("write_tensors", "write_text", "write_info", "clear_stale", "_remove_work"):
+            patched.setattr(build, name, counted(name))
+        with contextlib.suppress(KeyboardInterrupt):
+            calibrated(folder, base)
+    bank = mta.Bank.open(folder / "bank", base, full=True)
+    assert bank.calibration is None or bank.calibration.info == bank.info.calibration
+    assert bank.info.members.hashed
+    assert calibrated(folder, base).info.calibration.people == 8
+
+
+def test_members_are_known_whenever_the_description_is_written(folder, base, monkeypatch):
+    class Killed(BaseException):
+        pass
+
+    def killed(*_, **__):
+        raise Killed
+
+    for stop, at in (("before", (format, "write_json")), ("after", (Path, "replace"))):
+        info = read_info(folder / "bank")
+        info = info.model_copy(update={"members": info.members.calibrated_on([stop])})
+        with monkeypatch.context() as patched:
+            patched.setattr(*at, killed)
+            with pytest.raises(Killed):
+                format.write_info(folder / "bank", info)
+        found = read_info(folder / "bank").members
+        assert found.hashed is not None
+        assert bool(found.artefacts_of(stop)) == (stop == "after")
+
+
+def test_whoever_is_forgotten_during_a_calibration_is_not_in_it(folder, base):
+    def forget(stage, step):
+        forget_person(OTHERS[0].id, None, folder / "bank")
+
+    with pytest.raises(BankError, match="a person was forgotten during the calibration"):
+        calibrated(folder, base, on_step=forget)
+    assert read_info(folder / "bank").calibration is None
+    assert not (folder / "bank" / "work").exists()
+
+
+def test_forgetting_removes_what_an_interrupted_calibration_measured(folder, base):
+    def stop(stage, step):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        calibrated(folder, base, on_step=stop)
+    assert list((folder / "bank" / "work").glob("calibration-*"))
+    forget_person(OTHERS[0].id, None, folder / "bank")
+    assert not (folder / "bank" / "work").exists()
+
+
+def test_another_calibration_replaces_that_of_a_forgotten_person(folder, base):
+    bank = calibrated(folder, base)
+    used = next(p.id for p in OTHERS if bank.info.members.artefacts_of(p.id))
+    forget_person(used, None, folder / "bank")
+    assert stale(folder / "bank") == ["calibration"]
+    calibrated(folder, base, [person for person in OTHERS if person.id != used])
+    assert stale(folder / "bank") == []
+
+
+def test_a_bank_without_members_is_not_calibrated_but_keeps_its_limit(folder, base):
+    (folder / "bank" / "members.json").unlink()
+    with pytest.raises(InputError, match=r"has no members\.json, so nobody knows who is in the bank"):
+        calibrated(folder, base)
+    task = mta.Bank.open(folder / "bank", base).task.model_copy(update={"answer_tokens": 7})
+    format.write_limit(folder / "bank", task)
+    assert read_info(folder / "bank").task["answer_tokens"] == 7
+
+
+def test_people_of_the_bank_and_people_who_share_items_with_them_are_left_out():
+    people = [replace(person, group="pair" if n in (0, 3) else None) for n, person in enumerate(people_of(6))]
+    found = drawn(people, {people[0].id}, RUN.calibration, seed=0)
+    assert {person.id for person in found} == {people[n].id for n in (1, 2, 4, 5)}
+
+
+def test_people_who_share_items_are_in_one_fold():
+    groups = ["a", None, "a", None, "b", "b"]
+    known = [Known((), (), group) for group in groups]
+    fold = Calibrator(known, 2, RUN.calibration, lambda pieces: []).fold.tolist()
+    assert fold[0] == fold[2]
+    assert fold[4] == fold[5]
+    assert set(fold) == {0, 1}

@@ -14,15 +14,18 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from filelock import FileLock
 
 from mta.bank.calibrate import calibrate, drawn
 from mta.bank.calibration import CalibrationInfo
 from mta.bank.card import card
 from mta.bank.format import (
     ANCHORS,
+    CALIBRATING,
     CALIBRATION,
     INDEX,
     INFO,
+    MEMBERS,
     OURS,
     PUBLISHED,
     SCHEMA,
@@ -31,6 +34,7 @@ from mta.bank.format import (
     BankInfo,
     Members,
     check_base,
+    clear_stale,
     file_hashes,
     identity,
     read_adapters,
@@ -51,7 +55,7 @@ from mta.lora.peft import CARD, read_peft, write_peft
 from mta.model.base import BaseModel
 from mta.model.encoders import Encoder
 from mta.model.footprint import Numbers
-from mta.system.atomic import asides_in, copy_file, write_tensors, write_text
+from mta.system.atomic import asides_in, copy_file, file_mode, write_tensors, write_text
 from mta.system.progress import OnStep, Step
 from mta.tracking import run_folder
 from mta.tracking.run_folder import RunFolder
@@ -124,8 +128,9 @@ def build_bank(
         write_tensors(out / ANCHORS, bank.tensors(), {"scale": repr(bank.scale)})
         write_tensors(out / INDEX, {"vectors": vectors[chosen].contiguous()})
         calibration, others = None, list[Person]()
+        (out / CALIBRATION).unlink(missing_ok=True)
         if run.calibration.enabled:
-            others = drawn([able[i] for i in range(len(able)) if i not in chosen], run.calibration, run.seed)
+            others = drawn(able, {person.id for person in anchors}, run.calibration, run.seed)
             calibration = build.calibration(bank, pooled, others)
         secret = json.dumps([work, histories])  # the work key is not secret: it is in bank.json
         ids = ([person.id for person in group] for group in (task_people, able, anchors, others))
@@ -144,15 +149,27 @@ def calibrate_bank(
 ) -> None:
     """Calibrate a finished bank on people behind neither its anchors nor its task LoRA; the bank gets a new hash.
 
-    Settings are those of ``run.calibration``. An interrupted calibration resumes. Raises InputError if nobody is left,
-    BankCorrupt, BankMismatch.
+    Settings are those of ``run.calibration``. An interrupted calibration resumes. Raises InputError if nobody is left
+    or the bank has no list of members, BankError if a person is forgotten meanwhile, BankCorrupt, BankMismatch.
     """
+    with FileLock(folder / ".calibration.lock", mode=file_mode()):
+        _calibrate_bank(folder, base, people, run, executor or LocalExecutor(), on_step)
+
+
+def _calibrate_bank(
+    folder: Path, base: BaseModel, people: Sequence[Person], run: Run, executor: Executor, on_step: OnStep | None
+) -> None:
     info = read_info(folder)
     check_base(folder, info, base.name, base.fingerprint)
+    if info.members.hashed is None:
+        raise InputError(
+            f"{folder} has no {MEMBERS}, so nobody knows who is in the bank",
+            hint="Calibrate the bank where it was built, and publish it again.",
+        )
     anchors, pooled = read_adapters(folder, info)
     settings = info.run.model_copy(update={"calibration": run.calibration, "memory": run.memory})
-    outside = [one for one in people if not {"anchor", "task LoRA"} & set(info.members.artefacts_of(one.id))]
-    outside = drawn(outside, run.calibration, info.run.seed)
+    members = {one.id for one in people if {"anchor", "task LoRA"} & set(info.members.artefacts_of(one.id))}
+    outside = drawn(people, members, run.calibration, info.run.seed)
     if not outside:
         raise InputError(
             f"{len(people)} people are given, but all are in the bank or have fewer than two items",
@@ -162,9 +179,10 @@ def calibrate_bank(
         {
             "bank": info.hash,
             "people": [[one.id, one.digest()] for one in outside],
-            "run": settings.model_dump(mode="json"),
+            "run": base.as_loaded(settings).model_dump(mode="json"),
         }
     )
+    write_text(folder / CALIBRATING, work)
     found = calibrate(
         base,
         Task.model_validate(info.task),
@@ -176,6 +194,11 @@ def calibrate_bank(
         checkpoint=lambda name: Checkpoint(folder / "work" / f"{name}.safetensors", work),
         on_step=partial(on_step, "calibration") if on_step else None,
     )
+    if not (folder / CALIBRATING).exists():
+        _remove_work(folder)
+        raise BankError("a person was forgotten during the calibration", hint="Leave them out, and calibrate again.")
+    if info.calibration:  # if this is killed, what is left is a bank without a calibration
+        write_info(folder, _named(info.model_copy(update={"calibration": None, "files": _others(info)})))
     write_tensors(folder / CALIBRATION, found.tensors(), {})
     changed = {
         "run": info.run.model_copy(update={"calibration": run.calibration}),
@@ -183,18 +206,27 @@ def calibrate_bank(
         "files": info.files | file_hashes(folder, [CALIBRATION]),
         "calibration": found.info,
     }
-    info = info.model_copy(update=changed)
-    info = info.model_copy(update={"hash": identity(info)})
+    info = _named(info.model_copy(update=changed))
     write_text(folder / CARD, card(info))
     write_info(folder, info)
+    clear_stale(folder, "calibration")
     _remove_work(folder)
+
+
+def _named(info: BankInfo) -> BankInfo:
+    return info.model_copy(update={"hash": identity(info)})
+
+
+def _others(info: BankInfo) -> dict[str, str]:
+    return {name: digest for name, digest in info.files.items() if name != CALIBRATION}
 
 
 def work_key(
     base: BaseModel, task: Task, encoder: Encoder, histories: object, run: Run, task_lora: Path | None = None
 ) -> str:
     """Return a hash of all inputs that affect the tensors of a bank."""
-    settings = run.model_dump(mode="json", exclude=_NOT_IN_KEY)
+    unused = set() if run.calibration.enabled else {"calibration"}
+    settings = run.model_dump(mode="json", exclude=_NOT_IN_KEY | unused)
     work = run_folder.work_of(base.fingerprint, encoder.fingerprint, task.identity, settings, histories)
     if task_lora is None:
         return work
@@ -327,7 +359,7 @@ class _Build:
             hash="",  # set below: a hash of the other fields
             calibration=calibration,
         )
-        info = info.model_copy(update={"hash": identity(info)})
+        info = _named(info)
         write_text(self.out / CARD, card(info))
         write_info(self.out, info)
 

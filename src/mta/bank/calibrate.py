@@ -1,12 +1,14 @@
 """Calibrate a bank on people who are not in it: the population's best merge, and how far to trust a person's gradient.
 
-The people are split into two folds. Everything that is measured on one fold was fitted on the other:
+The people are split into two folds. mu and F are judged on the fold that they were not fitted on:
 
     1. merge    mu by Newton steps on all items; each step is as long as the other fold's likelihood allows
     2. trust    F at mu from single shots; ridge and prior by the likelihood of people's later items
-    3. gains    what a person with 1, 4, 8, or 16 shots gains on later items, chosen on one fold, measured on the other
+    3. gains    what a person with 1, 4, 8, or 16 shots gains on later items, with the trust that the other fold chose
 
-The calibration that is kept averages both folds. Source: our choice; docs/explanation/method.md.
+The calibration that is kept averages both folds. Two choices are common to both: the lengths of the Newton steps, and
+ridge and prior, whose candidates are scored with F and mu of either fold. Source: our choice;
+docs/explanation/method.md.
 """
 
 from __future__ import annotations
@@ -14,7 +16,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -104,15 +106,21 @@ class Known:
 
     shots: tuple[Example, ...]
     queries: tuple[Example, ...]
+    group: str | None = None  # of people who share items: they are in one fold
 
     @property
     def all(self) -> tuple[Example, ...]:
         return self.shots + self.queries
 
 
-def drawn(people: Sequence[Person], settings: CalibrationSettings, seed: int) -> list[Person]:
-    """Return the people to calibrate on: at most ``settings.people`` of those with two items or more, by hash."""
-    able = [person for person in people if len(person.items) > 1]
+def drawn(people: Sequence[Person], members: Set[str], settings: CalibrationSettings, seed: int) -> list[Person]:
+    """Return the people to calibrate on: at most ``settings.people``, by hash, with two items or more.
+
+    ``members`` are the ids of people who are in the bank; whoever shares items with them is left out too.
+    """
+    groups = {person.group for person in people if person.group and person.id in members}
+    others = [person for person in people if person.id not in members and person.group not in groups]
+    able = [person for person in others if len(person.items) > 1]
     return sorted(able, key=lambda one: hashlib.sha256(f"{seed}/{one.id}".encode()).digest())[: settings.people]
 
 
@@ -121,7 +129,7 @@ def known_of(base: BaseModel, task: Task, person: Person, settings: CalibrationS
     queries = min(settings.queries, len(person.items) // 2)
     items = person.items[-queries - settings.shots :]
     examples = [base.prompts.example(task, item) for item in items]
-    return Known(tuple(examples[:-queries]), tuple(examples[-queries:]))
+    return Known(tuple(examples[:-queries]), tuple(examples[-queries:]), person.group)
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,7 +202,9 @@ class Calibrator:
     fold: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
-        self.fold = torch.arange(len(self.known)) % 2
+        groups = [one.group or f"person {u}" for u, one in enumerate(self.known)]
+        numbers = {group: n for n, group in enumerate(dict.fromkeys(groups))}
+        self.fold = torch.tensor([numbers[group] % 2 for group in groups], dtype=torch.long)
 
     @property
     def planned(self) -> int:

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import hmac
 import json
+import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,15 +30,29 @@ from mta.tracking import run_folder
 SCHEMA = 2
 INFO = "bank.json"
 MEMBERS = "members.json"
+NEW_MEMBERS = "members.new.json"  # until bank.json is written
 ANCHORS = "anchors.safetensors"
 INDEX = "index.safetensors"
 CALIBRATION = "calibration.safetensors"
+CALIBRATING = "work/calibrating"  # while a finished bank is calibrated; forgetting a person removes it
 TASK_LORA = "task_lora"
 STALE = "needs-rebuild.json"
 PUBLISHED = "published.json"
 ADAPTER = f"{TASK_LORA}/{CONFIG}"
 SEALED = (ANCHORS, INDEX, CALIBRATION, ADAPTER, f"{TASK_LORA}/{WEIGHTS}")  # the files whose hashes bank.json holds
-OURS = {INFO, MEMBERS, ANCHORS, INDEX, CALIBRATION, TASK_LORA, STALE, PUBLISHED, CARD, "work"} | run_folder.NAMES
+OURS = {
+    INFO,
+    MEMBERS,
+    NEW_MEMBERS,
+    ANCHORS,
+    INDEX,
+    CALIBRATION,
+    TASK_LORA,
+    STALE,
+    PUBLISHED,
+    CARD,
+    "work",
+} | run_folder.NAMES
 REBUILD = "Copy the bank again from its source, or rebuild it: mta bank build"
 _WAIT = 60.0  # seconds for another process to write one small file
 
@@ -151,17 +166,23 @@ def identity(info: BankInfo) -> str:
 
 
 def write_info(folder: Path, info: BankInfo) -> None:
-    """Write ``members.json``, then ``bank.json`` with a sha256 over its own content."""
+    """Write the members and ``bank.json``, with a sha256 over its own content.
+
+    New members are beside the old ones until ``bank.json``, which holds their sha256, is written: whenever this is
+    killed, one of the two files fits.
+    """
     if info.members.hashed:
-        with written_aside(folder / MEMBERS) as aside:
+        with written_aside(folder / NEW_MEMBERS) as aside:
             aside.write(info.members.hashed.to_bytes())
-        values = info.model_dump(mode="json", exclude=_unset(info))
+    values = info.model_dump(mode="json", exclude=_unset(info))
     write_json(folder / INFO, values | {"sha256": seal(values)})
+    if info.members.hashed:
+        (folder / NEW_MEMBERS).replace(folder / MEMBERS)
 
 
-def _unset(info: BankInfo) -> dict[str, bool]:
+def _unset(info: BankInfo) -> dict[str, Any]:
     """Return the fields that a bank without a calibration does not have, so that older versions read it."""
-    return {} if info.calibration else {"calibration": True}
+    return {} if info.calibration else {"calibration": True, "run": {"calibration"}}
 
 
 def write_limit(folder: Path, task: Task) -> None:
@@ -184,7 +205,7 @@ def read_info(folder: Path) -> BankInfo:
         ) from None
     except (OSError, ValueError, RecursionError) as error:
         raise BankCorrupt(f"{path} does not describe a bank: {str(error).splitlines()[0]}", hint=REBUILD) from None
-    hashed = hashed or _read_members(folder / MEMBERS, info.members.sha256)
+    hashed = hashed or _read_members(folder, info.members.sha256)
     return info.model_copy(update={"members": info.members.model_copy(update={"hashed": hashed})})
 
 
@@ -221,16 +242,20 @@ def read_description(folder: Path) -> tuple[dict[str, Any], Hashed | None]:
     return values | {"version": SCHEMA, "members": members.model_dump(mode="json")}, hashed
 
 
-def _read_members(path: Path, sha256: str) -> Hashed | None:
-    """Return the members; None if the file is missing. Raises BankCorrupt if its sha256 is not ``sha256``."""
-    try:
-        data = path.read_bytes()
-        if (found := hashlib.sha256(data).hexdigest()) == sha256:
-            return Hashed.model_validate_json(data)
-    except FileNotFoundError:
+def _read_members(folder: Path, sha256: str) -> Hashed | None:
+    """Return the members; None if there is no file. Raises BankCorrupt if no file has this ``sha256``."""
+    path, found = folder / MEMBERS, ""
+    for path in (folder / NEW_MEMBERS, folder / MEMBERS):
+        try:
+            data = path.read_bytes()
+            if (found := hashlib.sha256(data).hexdigest()) == sha256:
+                return Hashed.model_validate_json(data)
+        except FileNotFoundError:
+            continue
+        except (OSError, ValueError) as error:
+            raise BankCorrupt(f"{path} cannot be read: {str(error).splitlines()[0]}", hint=REBUILD) from None
+    if not found:
         return None
-    except (OSError, ValueError) as error:
-        raise BankCorrupt(f"{path} cannot be read: {str(error).splitlines()[0]}", hint=REBUILD) from None
     raise BankCorrupt(_changed(path, found, sha256), hint=REBUILD)
 
 
@@ -292,6 +317,12 @@ def mark_stale(folder: Path, person: str) -> list[str]:
     return parts
 
 
+def stop_calibration(folder: Path) -> None:
+    """Remove what a calibration has measured so far, also of forgotten people; one under way ends with an error."""
+    if (folder / CALIBRATING).exists():
+        shutil.rmtree(folder / "work", ignore_errors=True)
+
+
 def stale(folder: Path) -> list[str]:
     """Return the parts that were trained on people who asked to be forgotten."""
     noted = read_json(folder / STALE)
@@ -311,12 +342,18 @@ def published(folder: Path) -> list[str]:
     return list(noted.get("published", [])) if isinstance(noted, dict) else []
 
 
-def _note(folder: Path, name: str, entries: Iterable[str]) -> None:
-    """Add entries to a list of a bank; concurrent threads and processes wait for each other. Raises BankError."""
+def clear_stale(folder: Path, part: str) -> None:
+    """Note that a part was made anew. Raises BankError if the note cannot be written."""
+    if part in stale(folder):
+        _note(folder, STALE, (), without=part)
+
+
+def _note(folder: Path, name: str, entries: Iterable[str], without: str = "") -> None:
+    """Add entries to a list of a bank, or remove one; threads and processes wait for each other. Raises BankError."""
     key, listed = {STALE: ("needs_rebuild", stale), PUBLISHED: ("published", published)}[name]
     try:
         with FileLock(folder / f".{name}.lock", timeout=_WAIT, mode=file_mode()):
-            write_json(folder / name, {key: sorted({*listed(folder), *entries})})
+            write_json(folder / name, {key: sorted({*listed(folder), *entries} - {without})})
     except OSError as error:  # also if the lock is not free in time
         raise BankError(
             f"{folder / name} cannot be written: {error.strerror or error}",

@@ -82,13 +82,10 @@ def calibrate(
 
     Example:  mta bank calibrate bank/ others.jsonl calibration.people=32
     """
-    from mta.bank.format import read_info
-    from mta.config import override
-
-    run = override(read_info(folder).run, words or (), config).model_copy(update={"device": device or "auto"})
-    people, base = options.people_in(source, options.task_of(folder), skip_bad), mta.BaseModel.of(run)
+    people = options.people_in(source, options.task_of(folder), skip_bad)
+    base, bank, run = options.open_bank(folder, words, device=device, config=config, open_to=frozenset({"calibration"}))
     with options.executor_at(cluster, workers, together) as executor, Screen() as screen:
-        bank = mta.Bank.open(folder, base).calibrate(base, people, run=run, executor=executor, on_step=screen.step)
+        bank = bank.calibrate(base, people, run=run, executor=executor, on_step=screen.step)
     _show(bank, json)
 
 

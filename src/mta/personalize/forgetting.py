@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from mta.bank.format import mark_stale, published, read_info
+from mta.bank.format import mark_stale, published, read_info, stop_calibration
 from mta.errors import BankError, StoreError
 from mta.store import Store
 from mta.store.exports import Export
@@ -87,6 +87,7 @@ def _marked(person: str, banks: Sequence[Path]) -> Forgotten:
     for bank in banks:
         try:
             members = read_info(bank).members
+            stop_calibration(bank)
             if members.hashed is None:
                 found.unknown.append(str(bank))
             if parts := members.artefacts_of(person):

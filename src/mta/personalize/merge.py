@@ -171,7 +171,9 @@ def _from_gradients(
         base, jobs, anchors, calibration.mu, pooled, tokens_per_batch=passes.get("tokens_per_batch", 2048)
     )
     gradients = ShotGradients(found.gradients, torch.tensor([len(job.examples) for job in jobs]))
-    if earlier and earlier.merge.gradients:
+    if earlier:
+        if earlier.merge.gradients is None:
+            raise ConfigError("the earlier merges hold no gradients", hint="Fit them anew, from all items.")
         gradients = earlier.merge.gradients.plus(gradients)
     if on_step := passes.get("on_step"):
         shots = sum(len(job.examples) for job in jobs)
