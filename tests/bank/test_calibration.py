@@ -143,6 +143,12 @@ def test_too_few_people_give_the_documented_defaults(scene, people):
     assert "too few" in found.info.notes[0]
 
 
+def test_people_who_all_share_items_give_the_documented_defaults(scene):
+    found = calibrated(scene, [replace(one, group="all") for one in known(ENOUGH + 2)])
+    assert float(found.mu.abs().max()) == 0
+    assert "share items" in found.info.notes[0]
+
+
 @settings(max_examples=5, deadline=None)
 @given(seed=st.integers(0, 100))
 def test_a_pass_does_not_depend_on_mates_or_order(scene, seed):

@@ -215,7 +215,7 @@ class Calibrator:
         return (1 + newton) * everything + _COST * shots + tried * (everything - shots)
 
     def run(self) -> Calibration:
-        if len(self.known) < ENOUGH:
+        if len(self.known) < ENOUGH or int(self.fold.bincount(minlength=2).min()) < ENOUGH // 4:
             return self.without_people()
         mu, curvature = self.best_merge()
         shots = self.gradients([one.shots for one in self.known], mu[1 - self.fold])
@@ -227,7 +227,8 @@ class Calibrator:
         nothing = torch.zeros(self.anchors, dtype=torch.float64)
         found = self.gradients([one.all for one in self.known], nothing.expand(len(self.known), -1))
         curvature = curvature_of(torch.cat([nothing.new_zeros(0, self.anchors), *found]))
-        note = f"{len(self.known)} people are too few to measure anything, {ENOUGH} are needed: defaults were taken"
+        few = f"{len(self.known)} people are too few to measure anything, or too many of them share items"
+        note = f"{few}; {ENOUGH} are needed: defaults were taken"
         info = DEFAULTS.model_copy(update={"people": len(self.known), "notes": (note,)})
         return Calibration(nothing, curvature, info)
 
