@@ -39,7 +39,6 @@ from mta.bank.format import (
     identity,
     read_adapters,
     read_info,
-    seal,
     write_info,
     write_limit,
 )
@@ -149,8 +148,8 @@ def calibrate_bank(
 ) -> None:
     """Calibrate a finished bank on people behind neither its anchors nor its task LoRA; the bank gets a new hash.
 
-    Settings are those of ``run.calibration``. An interrupted calibration resumes. Raises InputError if nobody is left
-    or the bank has no list of members, BankError if a person is forgotten meanwhile, BankCorrupt, BankMismatch.
+    Settings are those of ``run.calibration``. An interrupted calibration resumes. Raises InputError if no people are
+    left or the bank has no list of members, BankError if a person is forgotten meanwhile, BankCorrupt, BankMismatch.
     """
     with FileLock(folder / ".calibration.lock", mode=file_mode()):
         _calibrate_bank(folder, base, people, run, executor or LocalExecutor(), on_step)
@@ -163,11 +162,12 @@ def _calibrate_bank(
     check_base(folder, info, base.name, base.fingerprint)
     if info.members.hashed is None:
         raise InputError(
-            f"{folder} has no {MEMBERS}, so nobody knows who is in the bank",
+            f"{folder} has no {MEMBERS}, so its members are unknown",
             hint="Calibrate the bank where it was built, and publish it again.",
         )
     anchors, pooled = read_adapters(folder, info)
-    settings = info.run.model_copy(update={"calibration": run.calibration, "memory": run.memory})
+    calibration = run.calibration.model_copy(update={"enabled": True})
+    settings = info.run.model_copy(update={"calibration": calibration, "memory": run.memory})
     members = {one.id for one in people if {"anchor", "task LoRA"} & set(info.members.artefacts_of(one.id))}
     outside = drawn(people, members, run.calibration, info.run.seed)
     if not outside:
@@ -175,13 +175,8 @@ def _calibrate_bank(
             f"{len(people)} people are given, but all are in the bank or have fewer than two items",
             hint="Give people who are behind neither its anchors nor its task LoRA.",
         )
-    work = seal(
-        {
-            "bank": info.hash,
-            "people": [[one.id, one.digest()] for one in outside],
-            "run": base.as_loaded(settings).model_dump(mode="json"),
-        }
-    )
+    histories = [[one.id, one.digest()] for one in outside]
+    work = run_folder.work_of(info.hash, histories, base.as_loaded(settings).model_dump(mode="json"))
     write_text(folder / CALIBRATING, work)
     found = calibrate(
         base,
@@ -201,7 +196,7 @@ def _calibrate_bank(
         write_info(folder, _named(info.model_copy(update={"calibration": None, "files": _others(info)})))
     write_tensors(folder / CALIBRATION, found.tensors(), {})
     changed = {
-        "run": info.run.model_copy(update={"calibration": run.calibration}),
+        "run": info.run.model_copy(update={"calibration": calibration}),
         "members": info.members.calibrated_on([person.id for person in outside]),
         "files": info.files | file_hashes(folder, [CALIBRATION]),
         "calibration": found.info,
