@@ -188,7 +188,7 @@ def test_another_calibration_replaces_that_of_a_forgotten_person(folder, base):
 
 def test_a_bank_without_members_is_not_calibrated_but_keeps_its_limit(folder, base):
     (folder / "bank" / "members.json").unlink()
-    with pytest.raises(InputError, match=r"has no members\.json, so nobody knows who is in the bank"):
+    with pytest.raises(InputError, match=r"has no members\.json, so its members are unknown"):
         calibrated(folder, base)
     task = mta.Bank.open(folder / "bank", base).task.model_copy(update={"answer_tokens": 7})
     format.write_limit(folder / "bank", task)

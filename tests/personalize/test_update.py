@@ -169,7 +169,7 @@ def test_a_refreshed_posterior_is_the_posterior_of_the_whole_history(tiny, tmp_p
 def test_updated_laplace_coefficients_are_those_of_the_whole_history(tiny, tmp_path, monkeypatch, cuts, action):
     monkeypatch.setattr("mta.personalize.update.decide", lambda before, new: action)
     laplace, (base, bank) = override(TINY_RUN, ["merge.policy=laplace"]).merge, tiny
-    trusting = CalibrationInfo(ridge=0.3, prior=4.0)  # the tiny bank's own calibration trusts nobody
+    trusting = CalibrationInfo(ridge=0.3, prior=4.0)  # the tiny bank's own calibration keeps every person at mu
     tiny = base, replace(bank, calibration=replace(bank.calibration, info=trusting))
     grown = started(tiny, tmp_path / "grown", [person.first(cuts[0]) for person in GROWN], merge=laplace)
     young = [grown.state(person.id).w for person in GROWN]

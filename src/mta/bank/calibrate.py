@@ -116,7 +116,7 @@ class Known:
 def drawn(people: Sequence[Person], members: Set[str], settings: CalibrationSettings, seed: int) -> list[Person]:
     """Return the people to calibrate on: at most ``settings.people``, by hash, with two items or more.
 
-    ``members`` are the ids of people who are in the bank; whoever shares items with them is left out too.
+    ``members`` are the ids of people in the bank. People who share items with them are left out too.
     """
     groups = {person.group for person in people if person.group and person.id in members}
     others = [person for person in people if person.id not in members and person.group not in groups]
