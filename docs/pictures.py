@@ -27,8 +27,10 @@ TONES = {  # line, fill, text
     "person": ("#009e73", "#c9eddf", "#00664a"),
     "texts": ("#b0528a", "#f7e0ee", "#7e2f60"),
 }
-GAINS = (9.0, -5.0, 4.0, -9.0, 12.0, 1.0)  # nats: the shots' gain under each anchor over the task LoRA alone
-PRIOR, TEMPERATURE = 0.5, 4.0  # of the null anchor, and of the posterior: the defaults
+GRADIENTS = (3.0, -2.0, 1.5, -4.0, 5.0, 0.5)  # of four shots, in the coefficient of each anchor
+MU = (0.2, 0.15, 0.25, 0.1, 0.2, 0.15)
+CURVATURES = (2.0, 6.0, 3.0, 5.0, 3.0, 2.0)  # of one shot; anchors vary independently here
+SHOTS, PRIOR, RIDGE = 4, 2.0, 0.3
 SHARED, BRANCHES = 6, (3, 2, 4)  # tokens that a person's examples share, and the tokens of each example
 
 
@@ -208,26 +210,25 @@ def tokens(shape: Shape) -> list[str]:
     return [_token(x + 19 * n, y, n < shared, 16) for n in range(int(shared + own))]
 
 
-def posterior(gains: Sequence[float], null: float, temperature: float) -> list[float]:
-    """Return the anchors' coefficients, as ``mta.personalize.policies.posterior`` does."""
-    masses = [(1 - null) / len(gains) * math.exp(gain / temperature) for gain in gains]
-    return [mass / (sum(masses) + null) for mass in masses]
+def coefficients() -> list[float]:
+    """Return the anchors' coefficients, as ``mta.bank.calibration.Calibration`` does."""
+    ridge, trust = RIDGE * sum(CURVATURES) / len(CURVATURES), SHOTS / (SHOTS + PRIOR)
+    return [m + trust * g / SHOTS / (f + ridge) for m, g, f in zip(MU, GRADIENTS, CURVATURES)]
 
 
-def evidence(shape: Shape) -> list[str]:
-    """x y: for each anchor and the null anchor, the gain on the shots, and the coefficient."""
-    (x, y), w = shape.at, posterior(GAINS, PRIOR, TEMPERATURE)
-    made = []
-    for n, (gain, share) in enumerate(zip((*GAINS, 0.0), (*w, 1 - sum(w)))):
-        top, null = y + 34 * n, n == len(GAINS)
-        (edge, fill, color), (own, own_fill, own_color) = TONES["anchor"], TONES["task" if null else "person"]
+def gradient(shape: Shape) -> list[str]:
+    """x y: for each anchor the gradient, and the coefficient: the population's as a frame, the person's filled."""
+    (x, y), made = shape.at, []
+    for n, (g, m, w) in enumerate(zip(GRADIENTS, MU, coefficients())):
+        top, (edge, fill, color), (own, own_fill, own_color) = y + 38 * n, TONES["anchor"], TONES["person"]
         made += [
-            _text(x, top + 15, "null" if null else f"anchor {n + 1}", 13, own_color if null else color),
-            _rect(x + 150 + min(gain, 0) * 8, top, abs(gain) * 8 or 2, 20, fill, edge),
-            _rect(x + 270, top, max(share * 190, 1.5), 20, own_fill, own),
-            _text(x + 278 + share * 190, top + 15, f"{share:.2f}", 12, own_color),
+            _text(x, top + 15, f"anchor {n + 1}", 13, color),
+            _rect(x + 130 + min(g, 0) * 10, top, abs(g) * 10, 20, fill, edge),
+            _rect(x + 225, top, m * 330, 20, PAPER, edge, dash="3 3"),
+            _rect(x + 225 + min(w, 0) * 330, top + 4, abs(w) * 330, 12, own_fill, own),
+            _text(x + 233 + max(w, m) * 330, top + 15, f"{w:.2f}", 12, own_color),
         ]
-    axes = [[(x + dx, y - 8), (x + dx, y + 34 * 7 - 8)] for dx in (150, 270)]
+    axes = [[(x + dx, y - 8), (x + dx, y + 38 * len(MU) - 8)] for dx in (130, 225)]
     return made + [_line(axis, SOFT) for axis in axes]
 
 
@@ -298,7 +299,7 @@ SHAPES: dict[str, Callable[[Shape], list[str]]] = {
     shape.__name__: shape
     for shape in (
         *(text, box, band, note, line, arrow, circle, person, items, lora),
-        *(branch, badge, tag, bars, tokens, evidence, mask),
+        *(branch, badge, tag, bars, tokens, gradient, mask),
     )
 }
 

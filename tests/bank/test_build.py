@@ -238,7 +238,7 @@ def test_a_build_killed_again_and_again_ends_with_the_same_bank(built, tmp_path,
         assert sorted(files_in(folder)) == sorted(files_in(built))  # no half-written file is left
         assert len(Bank.open(folder, base_of())) == 3
         for line in (folder / "metrics.jsonl").read_text().splitlines():
-            assert json.loads(line)["stage"] in ("task LoRA", "anchors")
+            assert json.loads(line)["stage"] in ("task LoRA", "anchors", "calibration")
 
 
 def test_an_interrupted_build_goes_on_with_other_settings_as_if_new(built, tmp_path, monkeypatch):

@@ -10,7 +10,7 @@ import pytest
 from conftest import people_of
 
 import mta
-from mta.bank import build, format
+from mta.bank import format, recalibrate
 from mta.bank.calibrate import Calibrator, Known, Measure, drawn
 from mta.bank.format import mark_stale, read_info, stale, verify
 from mta.config import CalibrationSettings, Run, override
@@ -114,7 +114,7 @@ def test_a_bank_that_is_killed_between_two_writes_opens_and_can_be_calibrated_ag
     calls = []
 
     def counted(name):
-        original = getattr(build, name)
+        original = getattr(recalibrate, name)
 
         def one(path, *rest):
             if str(path).endswith(("calibrating", "build-in-progress")):
@@ -127,8 +127,8 @@ def test_a_bank_that_is_killed_between_two_writes_opens_and_can_be_calibrated_ag
         return one
 
     with monkeypatch.context() as patched:
-        for name in ("write_tensors", "write_text", "write_info", "clear_stale", "_remove_work"):
-            patched.setattr(build, name, counted(name))
+        for name in ("write_tensors", "write_text", "write_info", "clear_stale", "remove_work"):
+            patched.setattr(recalibrate, name, counted(name))
         with contextlib.suppress(KeyboardInterrupt):
             calibrated(folder, base)
     bank = mta.Bank.open(folder / "bank", base, full=True)

@@ -9,10 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import base_of, random_examples, random_loras
 
-from mta.bank.calibrate import ENOUGH, Calibrator, Known, Measure, Probe, measured
-from mta.bank.calibration import Calibration, CalibrationInfo, curvature_of, solved
-from mta.config import CalibrationSettings
-from mta.lora.layers import Shared
+from mta.bank.calibrate import ENOUGH, RATES, Calibrator, Folds, Known, best_of
+from mta.bank.calibration import Calibration, CalibrationInfo, curvature_of, one_step, settled, solved
+from mta.bank.probes import Measure, Probe, measured
+from mta.config import CalibrationSettings, Lora, Run, StackSettings, override
+from mta.lora.layers import Gated, PerPerson, Shared
+from mta.personalize.stages import adapt
+from mta.training.scoring import log_likelihood
+from mta.training.trainer import Job
 
 N = 4
 
@@ -76,7 +80,12 @@ def test_curvature_is_positive_however_few_the_shots(shots):
 @pytest.fixture(scope="module")
 def scene():
     base = base_of()
-    return base, random_loras(base, N, seed=2, size=0.2), [Shared(random_loras(base, 1, seed=1, size=0.2))]
+    return (
+        base,
+        random_loras(base, N, seed=2, size=0.2),
+        [Shared(random_loras(base, 1, seed=1, size=0.2))],
+        Lora(rank=1),
+    )
 
 
 def known(people: int) -> list[Known]:
@@ -96,8 +105,9 @@ def calibrated(scene, people, measure=None) -> Calibration:
 def same(one: Calibration, other: Calibration) -> None:
     near(one.mu, other.mu)
     near(one.curvature, other.curvature)
-    assert one.info.model_dump(exclude={"gains"}) == other.info.model_dump(exclude={"gains"})
-    for a, b in zip(one.info.gains, other.info.gains, strict=True):
+    unlike = {"gains", "stacked"}
+    assert one.info.model_dump(exclude=unlike) == other.info.model_dump(exclude=unlike)
+    for a, b in zip(one.info.gains + one.info.stacked, other.info.gains + other.info.stacked, strict=True):
         assert a.model_dump() == pytest.approx(b.model_dump())
 
 
@@ -105,7 +115,9 @@ def test_a_calibration_says_what_it_measured(scene):
     found = calibrated(scene, known(12)).info
     assert found.people == 12
     assert [gain.shots for gain in found.gains] == [1, 4]  # too few people have 8 shots
-    assert all(gain.low <= gain.mean <= gain.high for gain in found.gains)
+    assert [gain.shots for gain in found.stacked] == [1, 4]
+    assert all(gain.low <= gain.mean <= gain.high for gain in found.gains + found.stacked)
+    assert found.rate in (0.0, *RATES)
     assert not found.notes
 
 
@@ -128,7 +140,7 @@ def test_nothing_is_measured_on_the_fold_it_was_fitted_on(scene):
     other = random_examples(3, seed=999)
     recorded("after", [replace(one, queries=tuple(other)) if u % 2 == 0 else one for u, one in enumerate(people)])
     # The first Newton step of fold 0 is scored on fold 1, and that of fold 1, which did not change, on fold 0.
-    steps = [[p for p in scored[name] if not p.gradients][1] for name in ("before", "after")]
+    steps = [next(p for p in scored[name] if p.kind == "scores") for name in ("before", "after")]
     near(steps[0].w[::2], steps[1].w[::2])
     assert not torch.allclose(steps[0].w[1::2], steps[1].w[1::2])
 
@@ -137,7 +149,7 @@ def test_nothing_is_measured_on_the_fold_it_was_fitted_on(scene):
 def test_too_few_people_give_the_documented_defaults(scene, people):
     found = calibrated(scene, known(people))
     assert float(found.mu.abs().max()) == 0
-    assert (found.info.ridge, found.info.prior, found.info.gains) == (1.0, 16.0, ())
+    assert (found.info.ridge, found.info.prior, found.info.rate, found.info.gains) == (1.0, 16.0, 1.6e-3, ())
     assert "too few" in found.info.notes[0]
 
 
@@ -150,16 +162,105 @@ def test_people_who_all_share_items_give_the_documented_defaults(scene):
 @settings(max_examples=5, deadline=None)
 @given(seed=st.integers(0, 100))
 def test_a_pass_does_not_depend_on_mates_or_order(scene, seed):
-    base, bank, pooled = scene
     people, w = known(5), 0.2 * normal(5, N, seed=4)
     order = random.Random(seed).sample(range(5), 3)
-    for gradients in (True, False):
-        piece = Probe("one", tuple(one.shots for one in people), w, gradients)
-        some = Probe("some", tuple(people[u].shots for u in order), w[order], gradients)
-        whole = measured(Measure(base, bank, pooled), piece)
-        found = measured(Measure(base, bank, pooled, tokens_per_batch=60), some)
-        if gradients:
+    for kind in ("gradients", "scores", "stacks"):
+        piece, some = (
+            Probe(name, kind, shots, w[index], queries, (0.01, 0.02) if kind == "stacks" else ())
+            for name, index in (("one", range(5)), ("some", order))
+            for shots, queries in [zip(*((people[u].shots, people[u].queries) for u in index))]
+        )
+        whole, found = measured(Measure(*scene), piece), measured(Measure(*scene, tokens_per_batch=60), some)
+        if kind == "gradients":
             rows = whole.split([len(one.shots) for one in people])
             near(found, torch.cat([rows[u] for u in order]))
         else:
             near(found, whole[order])
+
+
+def test_one_stack_at_several_rates_is_a_stack_for_each_rate(scene):
+    base, bank, pooled, lora = scene
+    people, w = known(4), 0.2 * normal(4, N, seed=4)
+    shots, queries = ([getattr(one, part) for one in people] for part in ("shots", "queries"))
+    found = measured(Measure(*scene), Probe("stacks", "stacks", tuple(shots), w, tuple(queries), (0.01, 0.03)))
+    merge = Gated(bank, w)
+    jobs = [Job(key, examples) for key, examples in zip(keys_of(scene, shots, w), shots)]
+    for column, rate in enumerate((0.01, 0.03)):
+        stack = adapt(base, jobs, [*pooled, merge], lora, one_step(rate))
+        scores = log_likelihood(base, queries, [*pooled, merge, PerPerson(stack)])
+        near(found[:, column], torch.stack([one.sum() for one in scores]))
+
+
+def keys_of(scene, shots, w) -> list[str]:
+    """Return the keys that a probe gives its jobs: they decide where stacks start."""
+    keys: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            "mta.bank.probes.train_loras", lambda base, jobs, start, *_, **__: keys.extend(j.key for j in jobs) or start
+        )
+        measured(Measure(*scene), Probe("keys", "stacks", tuple(shots), w, tuple(shots), (0.01,)))
+    return keys
+
+
+# -- choices -----------------------------------------------------------------------------------------------------------
+
+
+def test_a_gain_that_is_not_clear_is_not_chosen():
+    nothing, doubtful = torch.zeros(20, 1), torch.tensor([0.5, -0.45]).repeat(10)[:, None]
+    assert best_of(torch.cat([nothing, doubtful], 1)) == 0
+    assert best_of(torch.cat([nothing, doubtful + 0.5], 1)) == 1
+
+
+def test_everybody_is_served_with_what_the_other_fold_chose():
+    fold = torch.tensor([0, 0, 1, 1])
+    gains = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [0.0, 1.0]])  # fold 0 likes the first, fold 1 the second
+    folds = Folds(fold, torch.zeros(2, N).double(), torch.zeros(2, N, N).double(), [normal(3, N)] * 4)
+    assert folds.crossed(gains) == [1, 0]
+
+
+def test_coefficients_of_a_person_use_the_fit_and_the_trust_of_the_other_fold():
+    mu, curvature = normal(2, N), torch.stack([curvature_of(normal(30, N, seed=n)) for n in (5, 6)])
+    gradients = [normal(6, N, seed=7), normal(6, N, seed=8)]
+    folds = Folds(torch.tensor([0, 1]), mu, curvature, gradients)
+    found = folds.coefficients(4, [(0.3, 2.0), (1.0, 8.0)])
+    for u, (ridge, prior) in enumerate([(0.3, 2.0), (1.0, 8.0)]):
+        other = Calibration(mu[1 - u], curvature[1 - u], CalibrationInfo(ridge=ridge, prior=prior))
+        near(found[u], other.coefficients(gradients[u][-4:].sum(0)[None], torch.tensor([4]))[0])
+
+
+# -- what a run leaves to the calibration ------------------------------------------------------------------------------
+
+FOUND = CalibrationInfo(ridge=1.0, prior=8.0, rate=3.2e-3)
+
+
+def test_a_run_follows_the_calibration():
+    run = settled(Run(), FOUND)
+    assert (run.merge.policy, run.stack.training) == ("laplace", one_step(3.2e-3))
+    assert settled(run, FOUND) == run
+
+
+def test_without_a_calibration_a_run_takes_the_posterior_and_its_own_stack():
+    run = settled(Run(), None)
+    assert (run.merge.policy, run.stack.training) == ("posterior", Run().stack.training)
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        override(Run(), ["stack.training.steps=2", "merge.policy=ridge"]),
+        Run.model_validate({"stack": {"training": {"steps": 2}}, "merge": {"policy": "ridge"}}),
+    ],
+    ids=["words", "file"],
+)
+def test_what_is_given_counts(run):
+    found = settled(run, FOUND)
+    assert (found.merge.policy, found.stack.training.steps) == ("ridge", 2)
+
+
+def test_training_given_in_python_counts():
+    training = one_step(0.5)
+    assert settled(Run(stack=StackSettings(training=training)), FOUND).stack.training == training
+
+
+def test_a_stack_that_does_not_help_is_not_trained():
+    assert not settled(Run(), FOUND.model_copy(update={"rate": 0.0})).stack.enabled

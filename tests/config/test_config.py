@@ -80,7 +80,7 @@ def test_override_changes_only_the_named_keys():
     after = override(before, ["merge.policy=uniform"])
     assert after.merge.policy == "uniform"
     assert after == before.model_copy(update={"merge": before.merge.model_copy(update={"policy": "uniform"})})
-    assert before.merge.policy == "posterior"
+    assert before.merge.policy == "auto"
 
 
 @pytest.mark.parametrize("settings", [Run(), Run(seed=4, merge={"rank": 3}), Evaluation(seeds=(0, 1))])
@@ -114,7 +114,7 @@ def test_an_unknown_key_in_a_file_is_named_with_the_file(tmp_path):
         ("bank.anchors=0", "bank.anchors", "0", "The default:  bank.anchors=50"),
         ("merge.k=-1", "merge.k", "-1", "k: anchors retrieved, 0 = all; the paper takes 2. The default:  merge.k=0"),
         ("seed=1.5", "seed", "1.5", "The default:  seed=0"),
-        ("merge.policy=best", "merge.policy", "'best'", "The default:  merge.policy=posterior"),
+        ("merge.policy=best", "merge.policy", "'best'", "The default:  merge.policy=auto"),
         ("bank=3", "bank", "3", "Set a key of the group, for example:  bank.anchors=…"),
         ("memory=lots", "memory", "'lots'", "For example:  memory=4GiB"),
     ],

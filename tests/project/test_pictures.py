@@ -10,9 +10,7 @@ from xml.etree import ElementTree
 import pytest
 import torch
 
-from mta.config import MergeSettings
-from mta.personalize.likelihoods import Evidence
-from mta.personalize.policies import Retrieved, posterior
+from mta.bank.calibration import Calibration, CalibrationInfo
 
 ROOT = Path(__file__).parents[2]
 DOCS, CODE = ROOT / "docs", ROOT / "src" / "mta"
@@ -74,16 +72,15 @@ def test_files_named_in_drawings_exist(drawn):
     assert not named - files
 
 
-def test_the_coefficients_drawn_are_those_of_the_policy(monkeypatch):
+def test_the_coefficients_drawn_are_those_of_a_calibration(monkeypatch):
     monkeypatch.syspath_prepend(DOCS)
     import pictures
 
-    gains = torch.tensor([pictures.GAINS], dtype=torch.float64)
-    shot = Evidence(torch.cat([torch.zeros(1, 1), gains], 1)[:, None], torch.ones(1, 1))
-    settings = MergeSettings(null_prior=pictures.PRIOR, temperature=pictures.TEMPERATURE)
-    w = posterior(settings, Retrieved(torch.arange(gains.shape[1])[None], torch.zeros_like(gains), shot))
-    drawn = pictures.posterior(pictures.GAINS, pictures.PRIOR, pictures.TEMPERATURE)
-    torch.testing.assert_close(torch.tensor([drawn], dtype=torch.float64), w)
+    curvature = torch.diag(torch.tensor(pictures.CURVATURES, dtype=torch.float64))
+    info = CalibrationInfo(ridge=pictures.RIDGE, prior=pictures.PRIOR)
+    calibration = Calibration(torch.tensor(pictures.MU, dtype=torch.float64), curvature, info)
+    w = calibration.coefficients(torch.tensor([pictures.GRADIENTS]), torch.tensor([pictures.SHOTS]))
+    torch.testing.assert_close(torch.tensor([pictures.coefficients()], dtype=torch.float64), w)
 
 
 def test_files_and_names_of_the_architecture_page_exist():

@@ -62,7 +62,9 @@ def test_what_is_kept_of_a_person_is_what_their_files_take(tmp_path):
     for stack, name in ((adapter(1), "MTA"), (None, "merge alone")):
         merge = tuple(range(32)), (0.123456789012345678,) * 32
         losses = Losses(*[0.123456789012345678] * 3, tokens=16)
-        kept = State("b" * 64, *merge, "learned", "h" * 64, "w" * 64, 0, stack, losses=losses)
+        kept = State(
+            "b" * 64, *merge, "laplace", "h" * 64, "w" * 64, 0, stack, losses=losses, gradient=merge[1], shots=8
+        )
         assert off(told[name].person_bytes, kept.nbytes) < 0.15, name
     write_peft(tmp_path / "oppu", adapter(8), SMOL)
     assert off(told["OPPU"].person_bytes, sum(f.stat().st_size for f in (tmp_path / "oppu").iterdir())) < 0.15
@@ -125,12 +127,13 @@ def test_costs_grow_with_what_they_are_of(rank, anchors, tokens):
 
 
 def test_passes_are_those_of_evidence_losses_and_training():
-    run = override(Run(), ["bank.anchors=50", "stack.training.steps=8"])
+    run = override(Run(), ["bank.anchors=50", "stack.training.steps=8", "merge.policy=posterior"])
     assert passes(run, 8) == (50 + 1 + 2, 8)  # the evidence tells of the pooled model
     assert passes(override(run, ["stack.enabled=false"]), 8) == (50 + 1 + 1, 0)
     assert passes(override(run, ["merge.policy=uniform", "stack.training.batch_size=4"]), 8) == (3, 4)
     assert passes(override(run, ["merge.policy=learned", "merge.start=zero"]), 8) == (3, 8 + 1)
     assert passes(override(run, ["merge.policy=laplace"]), 8) == (3, 8 + 1)  # one forward and one backward pass
+    assert passes(Run(), 8) == (3, 1 + 1)  # of a calibrated bank: a gradient, and one step of the stack
 
 
 def test_the_verb_tells_it_to_people_and_machines(tmp_path):
@@ -139,7 +142,7 @@ def test_the_verb_tells_it_to_people_and_machines(tmp_path):
     assert found["people"] == 1e6
     assert found["MTA"]["fixed_bytes"] > 4e9
     assert found["hardware"]["name"] == "h100"
-    assert found["MTA, seconds"]["all"] > found["OPPU, seconds"]["all"] > 0
+    assert found["OPPU, seconds"]["all"] > found["MTA, seconds"]["all"] > 0
     said = run(app, ["size", "--base", SMOL, "--on", "l4"]).stdout
     assert "OPPU" in said
     assert "the manufacturer's" in said

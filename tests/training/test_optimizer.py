@@ -22,7 +22,7 @@ def test_equals_torch_adamw_with_schedules_and_clipping(schedule):
     for step in range(9):
         gradients = torch.randn(4, 37, generator=g, dtype=torch.float64)
         ours.gradient.copy_(gradients[active])
-        rates = torch.tensor([learning_rate(training, step, steps[u]) for u in active], dtype=torch.float64)
+        rates = torch.tensor([learning_rate(training, step, steps[u], 1) for u in active], dtype=torch.float64)
         ours.update(rates, training)
         for rate, u in zip(rates, active):
             theirs[u].grad = gradients[u].clone()
@@ -45,7 +45,9 @@ def test_equals_torch_adamw_with_schedules_and_clipping(schedule):
 )
 def test_schedules(schedule, reference):
     training = Training(lr=2.0, schedule=schedule, warmup=0.3)
-    assert [learning_rate(training, s, 10) for s in range(10)] == pytest.approx([2 * reference(s) for s in range(10)])
+    assert [learning_rate(training, s, 10, 1) for s in range(10)] == pytest.approx(
+        [2 * reference(s) for s in range(10)]
+    )
 
 
 class Counted(TorchDispatchMode):

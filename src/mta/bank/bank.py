@@ -12,10 +12,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from mta.bank.build import build_bank, calibrate_bank
-from mta.bank.calibration import Calibration
+from mta.bank.build import build_bank
+from mta.bank.calibration import Calibration, settled
 from mta.bank.format import INDEX, REBUILD, BankInfo, check_base, read_adapters, read_calibration, read_info, verify
 from mta.bank.publish import bank_folder, bank_parcel, publish_bank
+from mta.bank.recalibrate import calibrate_bank
 from mta.config import Run
 from mta.data.history import Person
 from mta.data.splits import draw
@@ -154,6 +155,10 @@ class Bank:
         """
         calibrate_bank(self.folder, base, people, run or self.info.run, executor=executor, on_step=on_step)
         return self.open(self.folder, base)
+
+    def settled(self, run: Run | None = None) -> Run:
+        """Return ``run``, or the settings of the bank, with what they leave to the bank's calibration."""
+        return settled(run or self.info.run, self.info.calibration)
 
     @classmethod
     def from_pretrained(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -14,31 +15,24 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from filelock import FileLock
 
 from mta.bank.calibrate import calibrate, drawn
 from mta.bank.calibration import CalibrationInfo
 from mta.bank.card import card
 from mta.bank.format import (
     ANCHORS,
-    CALIBRATING,
     CALIBRATION,
     INDEX,
     INFO,
-    MEMBERS,
     OURS,
-    PUBLISHED,
     SCHEMA,
-    STALE,
     TASK_LORA,
     BankInfo,
     Members,
-    check_base,
-    clear_stale,
     file_hashes,
-    identity,
-    read_adapters,
+    named,
     read_info,
+    remove_work,
     write_info,
     write_limit,
 )
@@ -48,13 +42,13 @@ from mta.config import Lora, Run, parse_size
 from mta.data.history import Item, Person
 from mta.data.tasks.task import Task
 from mta.distributed.executor import Executor, LocalExecutor
-from mta.errors import BankError, InputError
+from mta.errors import BankError
 from mta.lora.batch import LoraBatch, stack
 from mta.lora.peft import CARD, read_peft, write_peft
 from mta.model.base import BaseModel
 from mta.model.encoders import Encoder
 from mta.model.footprint import Numbers
-from mta.system.atomic import asides_in, copy_file, file_mode, write_tensors, write_text
+from mta.system.atomic import asides_in, copy_file, write_tensors, write_text
 from mta.system.progress import OnStep, Step
 from mta.tracking import run_folder
 from mta.tracking.run_folder import RunFolder
@@ -62,6 +56,8 @@ from mta.tracking.trackers import Track
 from mta.training.checkpoint import Checkpoint
 from mta.training.plan import Plan, numbers_of, plan_cohorts
 from mta.training.trainer import Job
+
+log = logging.getLogger("mta")
 
 # Settings that the work key leaves out: they do not affect a bank, or the key holds a fingerprint instead.
 _NOT_IN_KEY = {"merge", "stack", "base", "encoder", "task", "device", "gradient_checkpointing"}
@@ -97,7 +93,7 @@ def build_bank(
     run = base.as_loaded(run.model_copy(update={"task": task.name, "encoder": encoder.name}))
     histories = [[[person.id, person.digest()] for person in group] for group in (task_people, candidates)]
     work = work_key(base, task, encoder, histories, run, task_lora)
-    if _is_finished(out, work):
+    if _is_finished(out, work, work_key(base, task, encoder, histories, _uncalibrated(run), task_lora)):
         return write_limit(out, task)
     if not resume:
         shutil.rmtree(out / "work", ignore_errors=True)
@@ -134,86 +130,7 @@ def build_bank(
         secret = json.dumps([work, histories])  # the work key is not secret: it is in bank.json
         ids = ([person.id for person in group] for group in (task_people, able, anchors, others))
         build.finish(encoder, plan, [len(able[i].items) for i in chosen], Members.of(secret, *ids), calibration)
-    _remove_work(out)  # if the build is killed before this, the next call removes the files
-
-
-def calibrate_bank(
-    folder: Path,
-    base: BaseModel,
-    people: Sequence[Person],
-    run: Run,
-    *,
-    executor: Executor | None = None,
-    on_step: OnStep | None = None,
-) -> None:
-    """Calibrate a finished bank on people behind neither its anchors nor its task LoRA; the bank gets a new hash.
-
-    Settings are those of ``run.calibration``. An interrupted calibration resumes. Raises InputError if no people are
-    left or the bank has no list of members, BankError if a person is forgotten meanwhile, BankCorrupt, BankMismatch.
-    """
-    with FileLock(folder / ".calibration.lock", mode=file_mode()):
-        _calibrate_bank(folder, base, people, run, executor or LocalExecutor(), on_step)
-
-
-def _calibrate_bank(
-    folder: Path, base: BaseModel, people: Sequence[Person], run: Run, executor: Executor, on_step: OnStep | None
-) -> None:
-    info = read_info(folder)
-    check_base(folder, info, base.name, base.fingerprint)
-    if info.members.hashed is None:
-        raise InputError(
-            f"{folder} has no {MEMBERS}, so its members are unknown",
-            hint="Calibrate the bank where it was built, and publish it again.",
-        )
-    anchors, pooled = read_adapters(folder, info)
-    calibration = run.calibration.model_copy(update={"enabled": True})
-    settings = info.run.model_copy(update={"calibration": calibration, "memory": run.memory})
-    members = {one.id for one in people if {"anchor", "task LoRA"} & set(info.members.artefacts_of(one.id))}
-    outside = drawn(people, members, run.calibration, info.run.seed)
-    if not outside:
-        raise InputError(
-            f"{len(people)} people are given, but all are in the bank or have fewer than two items",
-            hint="Give people who are behind neither its anchors nor its task LoRA.",
-        )
-    histories = [[one.id, one.digest()] for one in outside]
-    work = run_folder.work_of(info.hash, histories, base.as_loaded(settings).model_dump(mode="json"))
-    write_text(folder / CALIBRATING, work)
-    found = calibrate(
-        base,
-        Task.model_validate(info.task),
-        anchors,
-        pooled,
-        outside,
-        settings,
-        executor=executor,
-        checkpoint=lambda name: Checkpoint(folder / "work" / f"{name}.safetensors", work),
-        on_step=partial(on_step, "calibration") if on_step else None,
-    )
-    if not (folder / CALIBRATING).exists():
-        _remove_work(folder)
-        raise BankError("a person was forgotten during the calibration", hint="Leave them out, and calibrate again.")
-    if info.calibration:  # if this is killed, what is left is a bank without a calibration
-        write_info(folder, _named(info.model_copy(update={"calibration": None, "files": _others(info)})))
-    write_tensors(folder / CALIBRATION, found.tensors(), {})
-    changed = {
-        "run": info.run.model_copy(update={"calibration": calibration}),
-        "members": info.members.calibrated_on([person.id for person in outside]),
-        "files": info.files | file_hashes(folder, [CALIBRATION]),
-        "calibration": found.info,
-    }
-    info = _named(info.model_copy(update=changed))
-    write_text(folder / CARD, card(info))
-    write_info(folder, info)
-    clear_stale(folder, "calibration")
-    _remove_work(folder)
-
-
-def _named(info: BankInfo) -> BankInfo:
-    return info.model_copy(update={"hash": identity(info)})
-
-
-def _others(info: BankInfo) -> dict[str, str]:
-    return {name: digest for name, digest in info.files.items() if name != CALIBRATION}
+    remove_work(out)  # if the build is killed before this, the next call removes the files
 
 
 def work_key(
@@ -354,27 +271,25 @@ class _Build:
             hash="",  # set below: a hash of the other fields
             calibration=calibration,
         )
-        info = _named(info)
+        info = named(info)
         write_text(self.out / CARD, card(info))
         write_info(self.out, info)
 
 
-def _remove_work(out: Path) -> None:
-    """Remove the work folder, and temporary files of killed builds."""
-    shutil.rmtree(out / "work", ignore_errors=True)
-    for name in OURS - {STALE, PUBLISHED}:  # other processes may be writing these two
-        for aside in asides_in(out, name):
-            if aside.is_dir():
-                shutil.rmtree(aside, ignore_errors=True)
-            else:
-                aside.unlink(missing_ok=True)
+def _uncalibrated(run: Run) -> Run:
+    return run.model_copy(update={"calibration": run.calibration.model_copy(update={"enabled": False})})
 
 
-def _is_finished(out: Path, work: str) -> bool:
-    """Return whether the bank with this work key is complete. Raises BankError for another bank, or foreign files."""
+def _is_finished(out: Path, work: str, uncalibrated: str) -> bool:
+    """Return whether the bank with this work key is complete, or was built without a calibration by an older version.
+
+    Raises BankError for another bank, or foreign files.
+    """
     if (out / INFO).exists():
-        if read_info(out).work == work:
-            _remove_work(out)
+        if (found := read_info(out).work) in (work, uncalibrated):
+            if found != work:
+                log.warning("%s was built without a calibration: add one with  mta bank calibrate", out)
+            remove_work(out)
             return True
         raise BankError(
             f"{out} holds a bank built from other people, another base or other settings",

@@ -2,13 +2,13 @@
 
 The people are split into two folds. mu and F are judged on the fold that they were not fitted on:
 
-    1. merge    mu by Newton steps on all items; each step is as long as the other fold's likelihood allows
+    1. merge    mu by Newton steps; each step is as long as the other fold's later items allow
     2. trust    F at mu from single shots; ridge and prior by the likelihood of people's later items
-    3. gains    what a person with 1, 4, 8, or 16 shots gains on later items, with the trust that the other fold chose
+    3. stack    the learning rate of a stack's single step, over merges with this trust
+    4. gains    what a person with 1, 4, 8, or 16 shots gains on later items by the merge, and by merge and stack
 
-The calibration that is kept averages both folds. Two choices are common to both: the lengths of the Newton steps, and
-ridge and prior, whose candidates are scored with F and mu of either fold. Source: our choice;
-docs/explanation/method.md.
+Whatever is chosen for a reported gain is chosen by the people of the other fold, except the lengths of the Newton
+steps. The calibration that is kept averages mu and F of both folds. Source: our choice; docs/explanation/method.md.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from __future__ import annotations
 import hashlib
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence, Set
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from mta.bank.calibration import Calibration, CalibrationInfo, Gain, curvature_of, solved
-from mta.bank.worker import open_worker
+from mta.bank.calibration import DEFAULTS, Calibration, CalibrationInfo, Gain, curvature_of, solved
+from mta.bank.probes import COSTS, Kind, Measure, Probe, measured
 from mta.config import CalibrationSettings, Run, parse_size
 from mta.data.history import Person
 from mta.data.tasks.prompt import Example
@@ -32,26 +32,23 @@ from mta.data.tasks.task import Task
 from mta.distributed.executor import Executor, LocalExecutor
 from mta.errors import BankError
 from mta.lora.batch import LoraBatch
-from mta.lora.layers import Adapters, Gated, Shared
+from mta.lora.layers import Shared
 from mta.model.base import BaseModel
 from mta.model.footprint import Numbers
 from mta.system.progress import Step
 from mta.training.checkpoint import Checkpoint
-from mta.training.gates import gate_gradients
 from mta.training.plan import plan_cohorts
-from mta.training.scoring import log_likelihood
 from mta.training.trainer import Job
 
 LENGTHS = (0.5, 1.0)  # of a Newton step
 RIDGES = (0.3, 1.0)
-PRIORS = (4.0, 16.0, 64.0, 1e6)  # in shots; the last leaves mu as it is
+PRIORS = (2.0, 8.0, 32.0, 1e6)  # in shots; the last leaves mu as it is
+RATES = (8e-4, 1.6e-3, 3.2e-3, 6.4e-3)  # of a stack's single step
 SHOTS = (1, 4, 8, 16)
-DEFAULTS = CalibrationInfo(ridge=1.0, prior=16.0)  # where there are too few people to choose
 ENOUGH = 8  # people, to measure anything
 _NEWTON_RIDGE = 0.3
-_TYPICAL = 8  # shots, to choose ridge and prior for
+_TYPICAL = 8  # shots, to choose for
 _WORSE = 0.02  # nats per token; smaller losses do not count
-_COST = 3  # forward passes that a gradient costs
 _PIECE = 16  # people computed and saved together
 
 
@@ -78,7 +75,7 @@ def calibrate(
     sizes = Numbers(pooled=pooled.rank * width if pooled else 0, shared=len(anchors) * anchors.rank * width)
     jobs = [Job(str(u), one.all) for u, one in enumerate(known)]
     tokens = plan_cohorts(base, jobs, len(anchors), parse_size(run.memory), below=sizes).tokens_per_batch if jobs else 0
-    here = Measure(base, working, [Shared(pooled)] if pooled else [], tokens)
+    here = Measure(base, working, [Shared(pooled)] if pooled else [], run.stack.lora, tokens)
     cpu = torch.device("cpu")
     elsewhere = partial(
         Measure.open, base.as_loaded(run), base.fingerprint, anchors.to(cpu), pooled and pooled.to(cpu), tokens
@@ -97,7 +94,7 @@ def calibrate(
                 files[outcome.piece.name].save({"found": outcome.result.contiguous()}, {})
             yield outcome.piece, outcome.result
 
-    return Calibrator(known, len(anchors), run.calibration, measure, on_step).run()
+    return Calibrator(known, len(anchors), run.calibration, measure, on_step, run.stack.enabled).run()
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,178 +129,199 @@ def known_of(base: BaseModel, task: Task, person: Person, settings: CalibrationS
     return Known(tuple(examples[:-queries]), tuple(examples[-queries:]), person.group)
 
 
-@dataclass(frozen=True, slots=True)
-class Probe:
-    """Work on some people's examples at coefficients ``w`` (U, N): gradients of single examples, or log-likelihoods."""
-
-    name: str
-    examples: tuple[tuple[Example, ...], ...]
-    w: Tensor
-    gradients: bool
-
-    def __len__(self) -> int:
-        return len(self.examples)
-
-    def halves(self) -> Sequence[Probe]:
-        """Return nothing: a calibration needs all its people."""
-        return ()
-
-
-@dataclass(frozen=True, slots=True)
-class Measure:
-    """The models to measure with."""
-
-    base: BaseModel
-    bank: LoraBatch
-    pooled: Sequence[Shared]
-    tokens_per_batch: int = 2048
-
-    @classmethod
-    def open(cls, run: Run, fingerprint: str, bank: LoraBatch, pooled: LoraBatch | None, tokens: int) -> Measure:
-        """Load the base that ``run`` names, in a worker. Raises BankMismatch for another base, and load errors."""
-        worker = open_worker(run, fingerprint, pooled)
-        shared = [Shared(worker.pooled)] if worker.pooled else []
-        return cls(worker.base, bank.to(worker.base.device, worker.base.dtype), shared, tokens)
-
-    def gradients(self, piece: Probe) -> Tensor:
-        """Return the gradients of all single examples, (examples of all people, N), float64."""
-        people = [u for u, examples in enumerate(piece.examples) for _ in examples]
-        jobs = [Job(str(i), [example]) for i, example in enumerate(itertools.chain(*piece.examples))]
-        at = piece.w[people].to(self.base.master_dtype)
-        found = gate_gradients(self.base, jobs, self.bank, at, self.pooled, tokens_per_batch=self.tokens_per_batch)
-        return found.gradients
-
-    def scores(self, piece: Probe) -> Tensor:
-        """Return people's log-likelihoods, (U,), float64."""
-        adapters: list[Adapters] = [
-            *self.pooled,
-            Gated(self.bank, piece.w.to(self.base.device, self.base.master_dtype)),
-        ]
-        found = log_likelihood(self.base, piece.examples, adapters, tokens_per_batch=self.tokens_per_batch)
-        return torch.stack([scores.double().sum() for scores in found])
-
-
-def measured(measure: Measure, piece: Probe) -> Tensor:
-    """Return the gradients or the log-likelihoods that a piece asks for."""
-    return measure.gradients(piece) if piece.gradients else measure.scores(piece)
-
-
 @dataclass(slots=True)
 class Calibrator:
-    """One calibration in progress: U people in two folds, N anchors. ``measure`` yields results in any order."""
+    """One calibration in progress: U people in two folds, N anchors. ``measure`` yields results in any order.
+
+    ``stacks``: whether to measure stacks too. ``pooled`` (U,) is the log-likelihood of people's later items under the
+    pooled model, and ``tokens`` (U,) their target tokens.
+    """
 
     known: Sequence[Known]
     anchors: int
     settings: CalibrationSettings
     measure: Callable[[Sequence[Probe]], Iterable[tuple[Probe, Tensor]]]
     on_step: Callable[[Step], None] | None = None
+    stacks: bool = True
     passes: int = 0
-    examples: int = 0  # computed so far; a gradient counts as three
+    done: int = 0  # in forward passes of one example
     fold: Tensor = field(init=False)
+    tokens: Tensor = field(init=False)
+    pooled: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
         groups = [one.group or f"person {u}" for u, one in enumerate(self.known)]
         numbers = {group: n for n, group in enumerate(dict.fromkeys(groups))}
         self.fold = torch.tensor([numbers[group] % 2 for group in groups], dtype=torch.long)
+        self.tokens = torch.tensor([sum(len(e.target) for e in queries) for queries in self.queries]).double()
+        self.pooled = torch.zeros_like(self.tokens)
+
+    @property
+    def queries(self) -> list[tuple[Example, ...]]:
+        """Everybody's later items."""
+        return [one.queries for one in self.known]
 
     @property
     def planned(self) -> int:
-        """The number of examples to compute at most; a gradient counts as three."""
-        everything, shots = (sum(map(len, part)) for part in zip(*((one.all, one.shots) for one in self.known)))
-        newton = self.settings.steps * (_COST + len(LENGTHS))
-        tried = 1 + len(RIDGES) * len(PRIORS) + len(SHOTS)
-        return (1 + newton) * everything + _COST * shots + tried * (everything - shots)
+        """The cost in forward passes of one example, at most."""
+        queries, shots = sum(map(len, self.queries)), sum(len(one.shots) for one in self.known)
+        counts = [n for n in SHOTS if n <= self.settings.shots]
+        newton = self.settings.steps * (COSTS["gradients"] * (shots + queries) + len(LENGTHS) * queries)
+        tried = len(RIDGES) * len(PRIORS) + len(counts)
+        some = sum(min(len(one.shots), n) for one in self.known for n in counts)
+        stacks = COSTS["stacks"] * (shots + some) + (len(RATES) + 2 * len(counts)) * queries if self.stacks else 0
+        return newton + COSTS["gradients"] * shots + tried * queries + stacks
 
     def run(self) -> Calibration:
         if len(self.known) < ENOUGH or int(self.fold.bincount(minlength=2).min()) < ENOUGH // 4:
             return self.without_people()
         mu, curvature = self.best_merge()
-        shots = self.gradients([one.shots for one in self.known], mu[1 - self.fold])
-        folds = [Calibration(mu[f], curvature[f], DEFAULTS) for f in (0, 1)]
-        return Calibration(mu.mean(0), curvature.mean(0), self.choose(folds, shots))
+        found = self.gradients([one.shots for one in self.known], mu[1 - self.fold])
+        folds = Folds(self.fold, mu, curvature, [rows[:, :-1] for rows in found])
+        return Calibration(mu.mean(0), curvature.mean(0), self.choose(folds))
 
     def without_people(self) -> Calibration:
         """Return the documented defaults: no population merge, and F from the few people there are."""
         nothing = torch.zeros(self.anchors, dtype=torch.float64)
         found = self.gradients([one.all for one in self.known], nothing.expand(len(self.known), -1))
-        curvature = curvature_of(torch.cat([nothing.new_zeros(0, self.anchors), *found]))
+        curvature = curvature_of(torch.cat([nothing.new_zeros(0, self.anchors), *(rows[:, :-1] for rows in found)]))
         few = f"{len(self.known)} people are too few to measure anything, or too many of them share items"
         note = f"{few}; {ENOUGH} are needed: defaults were taken"
         info = DEFAULTS.model_copy(update={"people": len(self.known), "notes": (note,)})
         return Calibration(nothing, curvature, info)
 
     def best_merge(self) -> tuple[Tensor, Tensor]:
-        """Return mu (2, N) and F (2, N, N) of both folds.
+        """Return mu (2, N) and F (2, N, N) of both folds, and keep the log-likelihoods at mu = 0: the pooled model's.
 
-        The lengths of the Newton steps are chosen on the other fold. F is that of the last step's gradients.
+        The lengths of the Newton steps are chosen on the later items of the other fold. F is that of the last step's
+        gradients.
         """
-        everything = [one.all for one in self.known]
-        tokens = _tokens(everything)
         mu = torch.zeros(2, self.anchors, dtype=torch.float64)
-        best, curvature = self.scores(everything, mu[1 - self.fold]), mu.new_zeros(2, self.anchors, self.anchors)
-        for _ in range(self.settings.steps):
-            found = self.gradients(everything, mu[self.fold])
-            rows = [torch.cat([row for row, f in zip(found, self.fold.tolist()) if f == fold]) for fold in (0, 1)]
+        best, curvature = 0.0, mu.new_zeros(2, self.anchors, self.anchors)
+        for number in range(self.settings.steps):
+            found = self.gradients([one.all for one in self.known], mu[self.fold])
+            if number == 0:
+                later = [rows[len(one.shots) :, -1].sum() for rows, one in zip(found, self.known)]
+                self.pooled = torch.stack(later)
+            rows = [torch.cat([one[:, :-1] for one, f in zip(found, self.fold) if f == fold]) for fold in (0, 1)]
             curvature = torch.stack([curvature_of(one) for one in rows])
             steps = torch.cat([solved(f, _NEWTON_RIDGE, one.mean(0)[None]) for f, one in zip(curvature, rows)])
-            held = {c: self.scores(everything, (mu + c * steps)[1 - self.fold]) for c in LENGTHS}
-            length = max(held, key=lambda c: float((held[c] / tokens).mean()))
-            if float(((held[length] - best) / tokens).mean()) <= 0:
+            held = {c: float(self.gains((mu + c * steps)[1 - self.fold]).mean()) for c in LENGTHS}
+            length = max(held, key=held.__getitem__)
+            if held[length] <= best:
                 break
             mu, best = mu + length * steps, held[length]
         return mu, curvature
 
-    def choose(self, folds: Sequence[Calibration], gradients: Sequence[Tensor]) -> CalibrationInfo:
-        """Choose the ridge and the prior that serve people's queries best, and measure the expected gains.
-
-        ``folds`` were fitted to one fold each; ``gradients`` are those of each person's shots at the other fold's mu.
-        """
-        queries, lengths = [one.queries for one in self.known], torch.tensor([len(rows) for rows in gradients])
-        pooled = self.scores(queries, torch.zeros(len(queries), self.anchors, dtype=torch.float64))
-
-        def gains(shots: int, trust: Sequence[tuple[float, float]]) -> Tensor:
-            """Return each person's gain per token from their latest shots; ``trust`` is by the person's fold."""
-            sums = torch.stack([rows[-shots:].sum(0) for rows in gradients])
-            w = torch.empty_like(sums)
-            for f in (0, 1):
-                mine = self.fold == f
-                other = replace(folds[1 - f], info=CalibrationInfo(ridge=trust[f][0], prior=trust[f][1]))
-                w[mine] = other.coefficients(sums[mine], lengths[mine].clamp_max(shots))
-            return (self.scores(queries, w) - pooled) / _tokens(queries)
-
+    def choose(self, folds: Folds) -> CalibrationInfo:
+        """Choose ridge, prior, and the stack's rate, and measure the expected gains."""
         grid = list(itertools.product(RIDGES, PRIORS))
-        table = torch.stack([gains(_TYPICAL, [trust, trust]) for trust in grid])
-        crossed = [grid[int(table[:, self.fold != f].mean(1).argmax())] for f in (0, 1)]
-        ridge, prior = grid[int(table.mean(1).argmax())]
-        counts = {n: lengths >= n for n in SHOTS}
-        found = [gain_of(n, gains(n, crossed)[able]) for n, able in counts.items() if int(able.sum()) >= ENOUGH]
-        return CalibrationInfo(ridge=ridge, prior=prior, people=len(self.known), gains=tuple(found))
+        tried = torch.stack([self.gains(folds.coefficients(_TYPICAL, [trust, trust])) for trust in grid], dim=1)
+        (ridge, prior), crossed = grid[best_of(tried)], [grid[n] for n in folds.crossed(tried)]
+        able = {n: folds.shots >= n for n in SHOTS}
+        merges = {n: folds.coefficients(n, crossed) for n, some in able.items() if int(some.sum()) >= ENOUGH}
+        found = {n: self.gains(w) for n, w in merges.items()}
+        gains = tuple(gain_of(n, gain[able[n]]) for n, gain in found.items())
+        info = CalibrationInfo(ridge=ridge, prior=prior, people=len(self.known), gains=gains)
+        return info.model_copy(update=self.with_stacks(folds, merges, found, able)) if self.stacks else info
+
+    def with_stacks(
+        self, folds: Folds, merges: Mapping[int, Tensor], gains: Mapping[int, Tensor], able: Mapping[int, Tensor]
+    ) -> dict[str, object]:
+        """Choose the rate of a stack over ``merges`` (0: no stack), and measure the expected gains of both together."""
+        if not merges:
+            return {}
+        typical, rates = _TYPICAL if _TYPICAL in merges else max(merges), (0.0, *RATES)
+        tried = torch.cat([gains[typical][:, None], self.stacked(typical, merges[typical], RATES)], dim=1)
+        crossed = [rates[n] for n in folds.crossed(tried)]
+        found = list[Gain]()
+        for n, w in merges.items():
+            # A rate of 0 is no stack; the smallest rate stands in for it, and is not read.
+            both = self.stacked(n, w, [max(rate, RATES[0]) for rate in crossed])
+            columns = torch.cat([both, gains[n][:, None]], dim=1)
+            mine = torch.tensor([f if rate else 2 for f, rate in enumerate(crossed)])[folds.fold]
+            found.append(gain_of(n, columns.gather(1, mine[:, None])[able[n], 0]))
+        return {"rate": rates[best_of(tried)], "stacked": tuple(found)}
 
     # -- passes --------------------------------------------------------------------------------------------------------
 
     def gradients(self, examples: Sequence[Sequence[Example]], w: Tensor) -> list[Tensor]:
-        """Return the gradients of each person's single examples, (examples, N) each."""
-        found = self._measured(examples, w, gradients=True)
+        """Return the gradients of each person's single examples and their log-likelihoods, (examples, N + 1) each."""
+        found = self._measured("gradients", examples, w)
         return list(torch.split(torch.cat(found), [len(one) for one in examples])) if found else []
 
-    def scores(self, examples: Sequence[Sequence[Example]], w: Tensor) -> Tensor:
-        """Return each person's log-likelihood, (U,)."""
-        return torch.cat(self._measured(examples, w, gradients=False))
+    def gains(self, w: Tensor) -> Tensor:
+        """Return each person's gain over the pooled model with coefficients ``w``, per token of their queries, (U,)."""
+        return (torch.cat(self._measured("scores", self.queries, w)) - self.pooled) / self.tokens
 
-    def _measured(self, examples: Sequence[Sequence[Example]], w: Tensor, *, gradients: bool) -> list[Tensor]:
-        chosen = [slice(start, start + _PIECE) for start in range(0, len(examples), _PIECE)]
+    def stacked(self, shots: int, w: Tensor, rates: Sequence[float]) -> Tensor:
+        """Return each person's gain with a stack over ``w`` that was trained on their latest shots, (U, rates)."""
+        found = self._measured("stacks", [one.shots[-shots:] for one in self.known], w, rates)
+        return (torch.cat(found) - self.pooled[:, None]) / self.tokens[:, None]
+
+    def _measured(
+        self, kind: Kind, examples: Sequence[Sequence[Example]], w: Tensor, rates: Sequence[float] = ()
+    ) -> list[Tensor]:
+        asked = self.queries if rates else ()
         pieces = [
-            Probe(f"calibration-{self.passes}-{n}", tuple(tuple(e) for e in examples[some]), w[some], gradients)
-            for n, some in enumerate(chosen)
+            Probe(
+                f"calibration-{self.passes}-{number}",
+                kind,
+                tuple(map(tuple, examples[start : start + _PIECE])),
+                w[start : start + _PIECE],
+                tuple(asked[start : start + _PIECE]),
+                tuple(rates),
+            )
+            for number, start in enumerate(range(0, len(examples), _PIECE))
         ]
         self.passes += 1
         found = dict[str, Tensor]()
         for piece, result in self.measure(pieces):
             found[piece.name] = result
-            self.examples += sum(map(len, piece.examples)) * (_COST if gradients else 1)
+            self.done += piece.cost
             if self.on_step:
-                self.on_step(Step(self.passes, len(piece), self.examples, self.planned))
+                self.on_step(Step(self.passes, len(piece), self.done, self.planned))
         return [found[piece.name] for piece in pieces]
+
+
+@dataclass(frozen=True, slots=True)
+class Folds:
+    """mu (2, N) and F (2, N, N) of two folds of people; ``fold`` (U,) is everybody's own.
+
+    ``gradients`` (shots, N) of each person are those of their single shots, in time, at the other fold's mu.
+    """
+
+    fold: Tensor
+    mu: Tensor
+    curvature: Tensor
+    gradients: Sequence[Tensor]
+
+    @property
+    def shots(self) -> Tensor:
+        """Everybody's number of shots, (U,)."""
+        return torch.tensor([len(rows) for rows in self.gradients])
+
+    def coefficients(self, shots: int, trust: Sequence[tuple[float, float]]) -> Tensor:
+        """Return everybody's coefficients (U, N) from their latest shots, with mu and F of the other fold.
+
+        ``trust`` is ridge and prior for the people of each fold.
+        """
+        sums = torch.stack([rows[-shots:].sum(0) for rows in self.gradients])
+        w = torch.empty_like(sums)
+        for f, (ridge, prior) in enumerate(trust):
+            mine, info = self.fold == f, CalibrationInfo(ridge=ridge, prior=prior)
+            other = Calibration(self.mu[1 - f], self.curvature[1 - f], info)
+            w[mine] = other.coefficients(sums[mine], self.shots[mine].clamp_max(shots))
+        return w
+
+    def crossed(self, gains: Tensor) -> list[int]:
+        """Return for the people of each fold the candidate that is best for the other fold; gains (U, candidates)."""
+        return [best_of(gains[self.fold != f]) for f in (0, 1)]
+
+
+def best_of(gains: Tensor) -> int:
+    """Return the candidate with the largest mean gain, less its standard error; gains (U, candidates)."""
+    return int((gains.mean(0) - gains.std(0) / math.sqrt(len(gains))).argmax())
 
 
 def gain_of(shots: int, gains: Tensor) -> Gain:
@@ -311,7 +329,3 @@ def gain_of(shots: int, gains: Tensor) -> Gain:
     mean, half = float(gains.mean()), 1.96 * float(gains.std()) / math.sqrt(len(gains))
     worse = float((gains < -_WORSE).double().mean())
     return Gain(shots=shots, people=len(gains), mean=mean, low=mean - half, high=mean + half, worse=worse)
-
-
-def _tokens(examples: Sequence[Sequence[Example]]) -> Tensor:
-    return torch.tensor([sum(len(e.target) for e in one) for one in examples], dtype=torch.float64)

@@ -16,9 +16,11 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
+from mta.config import MergeSettings, Run, StackSettings, Training
+
 
 class Gain(BaseModel):
-    """What a merge is expected to gain on later items, from ``shots`` items of a person, measured on ``people`` people.
+    """What a person is expected to gain on later items from ``shots`` items, measured on ``people`` people.
 
     ``mean`` with its 95% interval (``low``, ``high``): decrease of the mean NLL per target token against the pooled
     model, in nats. ``worse``: share of people whose NLL rose by more than 0.02.
@@ -37,16 +39,22 @@ class CalibrationInfo(BaseModel):
     """The readable part of a calibration: how far gradients are trusted, and what to expect from it.
 
     ``prior`` is the strength of the prior in shots, and ``ridge`` the part of the mean curvature that is added to all
-    directions. ``gains`` are the expected gains for several numbers of shots, ``people`` is the number of people behind
-    them, and ``notes`` say what could not be measured.
+    directions. ``rate`` is the learning rate of a stack's single step (0: a stack does not help; None: not measured).
+    ``gains`` are the expected gains of a merge for several numbers of shots, ``stacked`` those of merge and stack,
+    ``people`` is the number of people behind them, and ``notes`` say what could not be measured.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     ridge: float
     prior: float
+    rate: float | None = None
     people: int = 0
     gains: tuple[Gain, ...] = ()
+    stacked: tuple[Gain, ...] = ()
     notes: tuple[str, ...] = ()
+
+
+DEFAULTS = CalibrationInfo(ridge=1.0, prior=16.0, rate=1.6e-3)  # where there are too few people to choose
 
 
 @dataclass(frozen=True)
@@ -73,6 +81,32 @@ class Calibration:
         n = shots.double()[:, None]
         step = solved(self.curvature, self.info.ridge, gradients.double() / n.clamp_min(1))
         return self.mu + n / (n + self.info.prior) * step
+
+
+def settled(run: Run, found: CalibrationInfo | None) -> Run:
+    """Return a run with everything that it leaves to the bank's calibration: the policy, and the stack's training."""
+    merge, stack = settled_merge(run.merge, found), settled_stack(run.stack, found)
+    return run.model_copy(update={"merge": merge, "stack": stack})
+
+
+def settled_merge(merge: MergeSettings, found: CalibrationInfo | None) -> MergeSettings:
+    """Return the settings of a merge with a policy other than ``auto``."""
+    policy = "laplace" if found else "posterior"
+    return merge.model_copy(update={"policy": policy}) if merge.policy == "auto" else merge
+
+
+def settled_stack(stack: StackSettings, found: CalibrationInfo | None) -> StackSettings:
+    """Return the settings of a stack with the calibrated training; without a stack where it does not help."""
+    if not stack.calibrated or found is None or found.rate is None:
+        return stack.model_copy(update={"calibrated": False})
+    if not found.rate:
+        return stack.model_copy(update={"calibrated": False, "enabled": False})
+    return stack.model_copy(update={"calibrated": False, "training": one_step(found.rate)})
+
+
+def one_step(rate: float) -> Training:
+    """Return the training of a stack by one step over all shots; few shots get a lower rate."""
+    return Training(lr=rate, steps=1, batch_size=1_000_000, prior=8)
 
 
 def solved(curvature: Tensor, ridge: float, gradients: Tensor) -> Tensor:

@@ -111,15 +111,17 @@ model = peft.PeftModel.from_pretrained(base.model, "path/to/this/folder")
 
 
 def _calibration(found: CalibrationInfo | None) -> str:
-    """Return the section on the calibration: what a person's merge is expected to gain, as a table and as bars."""
+    """Return the section on the calibration: what a person is expected to gain, as a table and as bars."""
     if found is None:
         return ""
+    kinds = {"merge": found.gains, "merge and stack": found.stacked}
+    measured = [(name, gain) for name, gains in kinds.items() for gain in gains]
     rows = "".join(
-        f"| {gain.shots} | {gain.mean:+.3f} [{gain.low:+.3f}, {gain.high:+.3f}] | {gain.worse:.0%} | {gain.people} | "
-        f"{_bar(gain, found.gains)} |\n"
-        for gain in found.gains
+        f"| {gain.shots} | {name} | {gain.mean:+.3f} [{gain.low:+.3f}, {gain.high:+.3f}] | {gain.worse:.0%} | "
+        f"{gain.people} | {_bar(gain, [one for _, one in measured])} |\n"
+        for name, gain in sorted(measured, key=lambda entry: entry[1].shots)
     )
-    head = "| shots | gain | clearly worse off | people | |\n|---|---|---|---|---|\n"
+    head = "| shots | | gain | clearly worse off | people | |\n|---|---|---|---|---|---|\n"
     return f"""## What to expect
 
 {in_words(found)}
@@ -135,7 +137,11 @@ def _bar(gain: Gain, gains: Sequence[Gain]) -> str:
 
 def in_words(found: CalibrationInfo) -> str:
     """Return what a calibration found, in one paragraph."""
-    trust = f"A person's gradient is trusted like {found.prior:g} shots of prior knowledge (ridge {found.ridge:g})."
+    trust = f"A person's gradient is trusted against {found.prior:g} shots of prior knowledge (ridge {found.ridge:g})."
+    if found.rate is not None:
+        trust += (
+            f" Stacks take one step at {found.rate:g}." if found.rate else " A stack does not help: none is trained."
+        )
     if not found.gains:
         return " ".join(["No gain could be measured.", *(f"{note}." for note in found.notes), trust])
     return (

@@ -105,7 +105,7 @@ def size(
         times = {f"{name}, seconds": _seconds(cost, people, machine) for name, cost in costs.items()}
         return show_json({"people": people} | {name: asdict(part) for name, part in parts.items()} | times)
     say = Console(highlight=False, soft_wrap=True).print
-    what = f"{run.bank.anchors} anchors of rank {run.bank.lora.rank}, {run.merge.policy}"
+    what = f"{run.bank.anchors} anchors of rank {run.bank.lora.rank}, {sizing.planned(run).merge.policy}"
     say(f"{base}: {shape.parameters / 1e9:.2f} billion parameters. {people:,.0f} people, {shots} items each; {what}")
     say(_costs(costs, people, machine))
     named = {"base": memory.base, "bank": memory.bank, "each served row": memory.row}

@@ -39,9 +39,14 @@ vars(_BRIEF).update(maxlevel=2, maxstring=100, maxother=100)
 
 
 def merged_over(values: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
-    """Merge ``more`` over ``values``, group by group. ``epochs`` given without ``steps`` resets ``steps``."""
+    """Merge ``more`` over ``values``, group by group.
+
+    ``epochs`` given without ``steps`` resets ``steps``, and ``training`` of the stack what a calibration would say.
+    """
     if "epochs" in more and "steps" not in more and "steps" in values:
         values = values | {"steps": None}
+    if "training" in more and "calibrated" not in more and "calibrated" in values:
+        values = values | {"calibrated": False}
     groups = [key for key, new in more.items() if isinstance(new, dict) and isinstance(values.get(key), dict)]
     return values | more | {key: merged_over(values[key], more[key]) for key in groups}
 

@@ -11,13 +11,18 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import Field, field_validator
+from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
 
 from mta.config.loader import S, Settings, checked, merged_over, read_yaml
 from mta.errors import ConfigError
 
-Policy = Literal["uniform", "top1", "similarity", "loss", "posterior", "laplace", "ridge", "learned", "fixed"]
+Policy = Literal["auto", "uniform", "top1", "similarity", "loss", "posterior", "laplace", "ridge", "learned", "fixed"]
 MergeMode = Literal["exact", "svd", "factor"]
+
+
+def _without(values: dict[str, Any], name: str, value: object) -> dict[str, Any]:
+    """Return settings as earlier versions wrote them, without a field of a later version at its old meaning."""
+    return {key: held for key, held in values.items() if key != name or held != value}
 
 
 class Lora(Settings):
@@ -49,6 +54,11 @@ class Training(Settings):
     beta1: float = Field(default=0.9, description="beta1 of AdamW")
     beta2: float = Field(default=0.999, description="beta2 of AdamW")
     eps: float = Field(default=1e-8, description="epsilon of AdamW")
+    prior: float = Field(default=0.0, ge=0, description="n examples are trained at the rate lr * n / (n + prior)")
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return _without(dump(self), "prior", 0.0)  # so that keys of banks and states do not change
 
 
 class TaskLoraSettings(Settings):
@@ -79,7 +89,7 @@ class BankSettings(Settings):
 class CalibrationSettings(Settings):
     """How a bank is calibrated on candidates who are not anchors: earlier items are shots, later ones queries."""
 
-    enabled: bool = Field(default=False, description="calibrate the bank when it is built")
+    enabled: bool = Field(default=True, description="calibrate the bank when it is built")
     people: int = Field(default=48, ge=0, description="maximum number of people")
     shots: int = Field(default=8, ge=1, description="maximum number of earlier items of a person")
     queries: int = Field(default=4, ge=1, description="maximum number of later items of a person")
@@ -89,19 +99,20 @@ class CalibrationSettings(Settings):
 class MergeSettings(Settings):
     """Stage 2: which anchors are merged, and how the shots determine their coefficients.
 
+    ``auto`` is the laplace policy for calibrated banks, and posterior for others.
     ``k`` anchors are retrieved by cosine of the encodings (as in the paper) or by their loss on the shots; 0 = all.
     ``learned`` trains the K coefficients by gradient descent. It starts at the posterior's coefficients, or at zero
     (the pooled model), which needs no pass per anchor. Its large eps makes AdamW plain gradient descent, so a
     coefficient with a small gradient moves little. weight_decay pulls the coefficients back to their start.
     """
 
-    policy: Policy = Field(default="posterior", description="how coefficients come from the shots")
+    policy: Policy = Field(default="auto", description="how coefficients come from the shots")
     retrieve: Literal["cosine", "loss"] = Field(default="cosine", description="anchors near by encoding, or by loss")
     k: int = Field(default=0, ge=0, description="anchors retrieved, 0 = all; the paper takes 2")
     tau: float = Field(default=0.2, gt=0, description="temperature of the similarity and loss policies")
     temperature: float = Field(default=4.0, gt=0, description="T of the posterior policy")
     null_prior: float = Field(default=0.5, gt=0, lt=1, description="prior of the task LoRA alone in the posterior")
-    ridge: float = Field(default=300.0, gt=0, description="strength of the pull to zero in the ridge policy")
+    ridge: float = Field(default=200.0, gt=0, description="strength of the pull to zero in the ridge policy")
     fixed: float = Field(default=0.5, ge=0, le=1, description="share of the nearest anchor in the fixed policy")
     start: Literal["posterior", "zero"] = Field(default="posterior", description="where the learned policy starts")
     learned: Training = Training(lr=0.05, steps=1, batch_size=64, eps=1.0, clip=1e9)
@@ -111,11 +122,25 @@ class MergeSettings(Settings):
 
 
 class StackSettings(Settings):
-    """Stage 3: the stack, a rank-1 LoRA on top of the frozen merge."""
+    """Stage 3: the stack, a rank-1 LoRA on top of the frozen merge.
+
+    ``training`` given in a file or as a word replaces what the bank's calibration found.
+    """
 
     enabled: bool = Field(default=True, description="train a stack")
+    calibrated: bool = Field(default=True, description="train as the bank's calibration says, if it has one")
     lora: Lora = Lora(rank=1, alpha=16.0)
     training: Training = Training(lr=2e-4, steps=8, batch_size=64)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _given_training_counts(cls, values: Any) -> Any:
+        given = isinstance(values, dict) and "training" in values and "calibrated" not in values
+        return values | {"calibrated": False} if given else values
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return _without(dump(self), "calibrated", False)
 
 
 class Run(Settings):

@@ -131,7 +131,7 @@ def study(
 
     ``limit`` draws at most this many of them with the run's seed. Raises InputError if no people are left.
     """
-    task, shots, queries = bank.task, evaluation.shots, evaluation.queries
+    task, shots, queries, run = bank.task, evaluation.shots, evaluation.queries, bank.settled(run)
     calibrated = bank.calibration is not None
     check_merge(run.merge, len(bank), task.labelled, calibrated)
     if bank.info.members.hashed is None:

@@ -12,7 +12,8 @@ from typing import Literal
 from torch import Tensor
 
 from mta.bank.bank import Bank
-from mta.config import MergeSettings, Run, parse_size
+from mta.bank.calibration import settled_merge, settled_stack
+from mta.config import MergeSettings, Run, StackSettings, parse_size
 from mta.data.bm25 import with_profiles
 from mta.data.history import Item, Person
 from mta.data.tasks.task import Task
@@ -250,6 +251,14 @@ class Panel:
             )
             self.merges[key] = merge, time.monotonic() - start + gathering
         return self.merges[key]
+
+    def merge_settings(self, own: MergeSettings | None) -> MergeSettings:
+        """Return a method's ``own`` settings, or those of the run, with what they leave to the bank's calibration."""
+        return settled_merge(own or self.run.merge, self.bank.info.calibration)
+
+    def stack_settings(self, own: StackSettings | None) -> StackSettings:
+        """Return the same for the stack."""
+        return settled_stack(own or self.run.stack, self.bank.info.calibration)
 
     # -- other panels over the same people -----------------------------------------------------------------------------
 

@@ -37,6 +37,11 @@ class SharedTerm:
         parts = [self.a, self.b, *([] if self.gate is None else [self.gate])]
         return torch.is_grad_enabled() and any(part.requires_grad for part in parts)
 
+    @property
+    def trains_factors(self) -> bool:
+        """Whether a gradient flows into A or B."""
+        return self.a.requires_grad or self.b.requires_grad
+
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
         """Return ``y`` (B, T, O) plus the update of ``x`` (B, T, D); some models give both as (B * T, ...)."""
         return torch.addmm(_flat(y), self._gated(_flat(x) @ self.a.T), self.b.T).view_as(y)
@@ -143,6 +148,39 @@ class _AdaptedLinear(Function):
         return dx, None, da, db, None
 
 
+class _GatedLinear(Function):
+    """A frozen linear layer with one gated term, whose gates (B, P) are trained, and frozen terms.
+
+    The backward pass needs neither x nor y, only x A^T.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gate: Tensor, layer: nn.Linear, own: SharedTerm, frozen: Sequence[Term]) -> Tensor:
+        x, y = x.contiguous(), product(x, layer.weight, layer.bias)
+        h = _flat(x) @ own.a.T
+        _flat(y).addmm_(SharedTerm(own.a, own.b, gate)._gated(h), own.b.T)
+        for term in frozen:
+            term.add_(x, y)
+        ctx.save_for_backward(h, gate, own.a, own.b)
+        ctx.layer, ctx.frozen = layer, frozen
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor, None, None, None]:
+        h, gate, a, b = ctx.saved_tensors
+        dy = dy.contiguous()
+        dh = _flat(dy) @ b
+        dgate = (dh * h).view(len(gate), -1, dh.shape[-1]).sum(1)
+        if not ctx.needs_input_grad[0]:
+            return None, dgate, None, None, None
+        dx = product(dy, ctx.layer.weight.mT)
+        _flat(dx).addmm_(SharedTerm(a, b, gate)._gated(dh), a)
+        for term in ctx.frozen:
+            term.pull_(dy, dx)
+        return dx, dgate, None, None, None
+
+
 def joined(terms: Sequence[Term]) -> list[Term]:
     """Return the same sum in as few terms as possible; trained terms are not joined with frozen ones."""
     shared, rows = list[SharedTerm](), list[RowTerm]()
@@ -191,6 +229,8 @@ def with_terms(layer: nn.Module, terms: Sequence[Term]) -> Callable[[Tensor], Te
     own = trained[0] if len(trained) == 1 else None
     if type(layer) is nn.Linear and isinstance(own, RowTerm):
         return lambda x: _AdaptedLinear.apply(x, layer, own.a, own.b, frozen)  # type: ignore[no-untyped-call]
+    if type(layer) is nn.Linear and isinstance(own, SharedTerm) and own.gate is not None and not own.trains_factors:
+        return lambda x: _GatedLinear.apply(x, own.gate, layer, own, frozen)  # type: ignore[no-untyped-call]
     if not torch.is_grad_enabled():
         parts = [term.laid_out() if isinstance(term, RowTerm) else term for term in parts]
     return partial(_summed, layer.forward, parts, in_place=not trained)

@@ -61,7 +61,7 @@ class Personalizer:
         older: Path | None = None,
     ) -> None:
         self.base, self.bank = base, bank
-        self.run = run or bank.info.run
+        self.run = bank.settled(run)
         self.store = Store(store) if isinstance(store, (str, Path)) else store
         self.executor = executor or LocalExecutor()
         self._banks = [folder for folder in (bank.folder, older) if folder]

@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from mta.config import Run, Training
+from mta.bank.calibration import DEFAULTS, settled
+from mta.config import Evaluation, Run, Training
 from mta.errors import ConfigError
 from mta.model.adaptable import is_linear, shape_of
 from mta.model.footprint import COPIES, Footprint, Numbers, Texts
@@ -185,11 +186,20 @@ class Cost:
     person_operations: float
 
 
+OPPU = Evaluation().oppu.training
+
+
+def planned(run: Run) -> Run:
+    """Return a run as it would be with the bank that it builds; of a calibration it assumes the defaults."""
+    return settled(run, DEFAULTS if run.calibration.enabled else None)
+
+
 def costs(shape: Shape, run: Run, load: Load) -> dict[str, Cost]:
     """Return the costs of MTA, the merge alone, OPPU (one LoRA per person, of the anchors' rank), and Per-Pcs.
 
     Raises ConfigError if ``merge.k`` is larger than the number of anchors.
     """
+    run = planned(run)
     anchors, rank, stack = run.bank.anchors, run.bank.lora.rank, run.stack.lora.rank
     if run.merge.k > anchors:
         raise ConfigError(f"merge.k is {run.merge.k}, but the bank has {anchors} anchors", hint="Lower merge.k.")
@@ -212,13 +222,13 @@ def costs(shape: Shape, run: Run, load: Load) -> dict[str, Cost]:
 
     number = shape.width * STORED  # bytes of an adapter of rank 1
     bank_bytes = float((anchors * rank + pooled) * number)
-    numbers = 3 if POLICIES[run.merge.policy].gradients else 2  # anchor, coefficient, and gradient as text
-    merge_bytes = 12.0 * numbers * k + 640  # and the other fields of the file
+    texts = 24 + 20 * POLICIES[run.merge.policy].gradients  # anchor, coefficient, and gradient, as text
+    merge_bytes = float(texts * k + 640)  # and the other fields of the file
     assembly = shape.layers * (5.0 * anchors + 48)  # one weight per anchor, as text
     return {
         "MTA": Cost(bank_bytes, merge_bytes + stack * number * run.stack.enabled, bank, merge + adapt),
         "merge alone": Cost(bank_bytes, merge_bytes, bank, merge),
-        "OPPU": Cost(pooled * number, rank * number, task, trained(examples, pooled, rank)),
+        "OPPU": Cost(pooled * number, rank * number, task, trained(_examples(OPPU, shots), pooled, rank)),
         "Per-Pcs": Cost(bank_bytes, assembly, bank, scored(shots, pooled)),
     }
 
@@ -229,6 +239,7 @@ def passes(run: Run, shots: float) -> tuple[float, float]:
     Forward passes: one per anchor if the policy needs the evidence, then those for the losses of the pooled model,
     merge, and stack.
     """
+    run = planned(run)
     forward = (run.bank.anchors if needs_evidence(run.merge) else 0) + 2 + run.stack.enabled
     trained = _examples(run.merge.learned, shots) if run.merge.policy == "learned" else 0.0
     trained += shots if POLICIES[run.merge.policy].gradients else 0.0

@@ -71,14 +71,18 @@ class BatchedAdamW:
         return self.values, self.gradient, self.mean, self.square
 
 
-def learning_rate(training: Training, step: int, steps: int) -> float:
-    """Return the rate of 0-based ``step`` of ``steps``: linear warmup, then constant, linear, or cosine decay to 0."""
+def learning_rate(training: Training, step: int, steps: int, examples: int) -> float:
+    """Return the rate of 0-based ``step`` of ``steps``, for a job with that many examples.
+
+    Linear warmup, then constant, linear, or cosine decay to 0; few examples lower it by ``training.prior``.
+    """
+    lr = training.lr * examples / (examples + training.prior)
     warmup = math.ceil(training.warmup * steps)
     if step < warmup:
-        return training.lr * (step + 1) / warmup
+        return lr * (step + 1) / warmup
     done = (step - warmup) / max(steps - warmup, 1)
     if training.schedule == "linear":
-        return training.lr * (1 - done)
+        return lr * (1 - done)
     if training.schedule == "cosine":
-        return training.lr * 0.5 * (1 + math.cos(math.pi * done))
-    return training.lr
+        return lr * 0.5 * (1 + math.cos(math.pi * done))
+    return lr

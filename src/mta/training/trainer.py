@@ -146,6 +146,7 @@ class _Cohort:
 
     layout: dict[str, tuple[slice, torch.Size]]  # parameter -> its columns and the shape of one row
     steps: list[int]
+    sizes: list[int]  # examples of each job
     optimizer: BatchedAdamW
     active: list[int]
     finished: dict[int, Tensor] = field(default_factory=dict)
@@ -162,7 +163,8 @@ class _Cohort:
         order = sorted(range(len(jobs)), key=lambda j: (sum(len(e.tokens) for e in jobs[j].examples), jobs[j].key))
         values = torch.cat([tensor.flatten(1) for tensor in start.values()], dim=1)[order]
         steps = [steps_of(training, len(job.examples)) for job in jobs]
-        return cls(layout, steps, BatchedAdamW.of(values.to(base.device, base.master_dtype)), order)
+        sizes = [len(job.examples) for job in jobs]
+        return cls(layout, steps, sizes, BatchedAdamW.of(values.to(base.device, base.master_dtype)), order)
 
     def leaves(self, people: slice, dtype: torch.dtype) -> dict[str, Tensor]:
         """Return trainable views of the buffer, or of a copy of it in ``dtype``, for a slice of people."""
@@ -176,7 +178,7 @@ class _Cohort:
 
     def advance(self, training: Training, examples: int) -> None:
         """Take one optimizer step for all active jobs, then release the finished ones."""
-        rates = [learning_rate(training, self.step, self.steps[j]) for j in self.active]
+        rates = [learning_rate(training, self.step, self.steps[j], self.sizes[j]) for j in self.active]
         self.optimizer.update(torch.tensor(rates, dtype=torch.float64), training)
         self.step += 1
         self.examples += examples

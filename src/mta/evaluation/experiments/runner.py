@@ -77,7 +77,7 @@ def run_experiment(
             write_json(workspace.folder / FACTS, facts)
         if "case" in exhibits:
             panel = next(workspace.panels(main, recipe.seeds[0], recipe.shots))
-            write_json(workspace.folder / CASE, case_study(panel, recipe.run.merge, recipe.seeds[0]))
+            write_json(workspace.folder / CASE, case_study(panel, panel.run.merge, recipe.seeds[0]))
         folder.outcome = {"results": len(records.rows), "people": len({row.person for row in records.rows})}
 
 

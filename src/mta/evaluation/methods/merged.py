@@ -63,7 +63,7 @@ class Merged(Method):
         return self.merge is None or self.merge.policy == "learned"
 
     def run(self, panel: Panel, seed: int) -> Outcome:
-        settings = self.merge or panel.run.merge
+        settings = panel.merge_settings(self.merge)
         if self.anchors is None or self.anchors >= len(panel.bank):
             merge, seconds = panel.merge(settings, seed)
         else:
@@ -82,7 +82,7 @@ class MergedByLayer(Method):
     groups: int = 3
 
     def run(self, panel: Panel, seed: int) -> Outcome:
-        settings, bank = self.merge or panel.run.merge, panel.bank
+        settings, bank = panel.merge_settings(self.merge), panel.bank
         first, seconds = panel.merge(settings.model_copy(update={"policy": "posterior"}), seed)
         start = time.monotonic()
         merge = learn(
@@ -114,8 +114,11 @@ class MergeThenAdapt(Method):
         return _fits(self.merge, task, anchors)
 
     def run(self, panel: Panel, seed: int) -> Outcome:
-        stack = self.stack or panel.run.stack
-        return adapted(panel, self.name, stack.lora, stack.training, seed, self.merge or panel.run.merge)
+        settings, stack = panel.merge_settings(self.merge), panel.stack_settings(self.stack)
+        if not stack.enabled:
+            merge, seconds = panel.merge(settings, seed)
+            return answered(panel, merge, settings, seconds)
+        return adapted(panel, self.name, stack.lora, stack.training, seed, settings)
 
 
 def adapted(

@@ -96,6 +96,7 @@ def privacy(
     The score of an item is minus its loss. The loss is the NLL of the true answer: among the labels if the task has
     labels, else per token. Raises InputError if people are missing, ConfigError or AnchorNotFound for a wrong merge.
     """
+    run = bank.settled(run)
     check_merge(run.merge, len(bank), bank.task.labelled, bank.calibration is not None)
     sample = sample_people(bank, people, settings, run.seed)
     shots = [person.first(settings.shots) for person in sample.targets]

@@ -1,0 +1,116 @@
+"""The passes of a calibration as pieces of work, computed in this process or in a worker of a cluster."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from mta.bank.calibration import one_step
+from mta.bank.worker import open_worker
+from mta.config import Lora, Run
+from mta.data.tasks.prompt import Example
+from mta.lora.batch import LoraBatch, fresh
+from mta.lora.layers import Adapters, Gated, PerPerson, Shared
+from mta.model.base import BaseModel
+from mta.training.gates import gate_gradients
+from mta.training.scoring import log_likelihood
+from mta.training.trainer import Job, train_loras
+
+Kind = Literal["gradients", "scores", "stacks"]
+COSTS: dict[Kind, int] = {"gradients": 3, "scores": 1, "stacks": 3}  # in forward passes over ``examples``
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """Work on some people's examples over their merges, whose coefficients are ``w`` (U, N).
+
+    Its result is, by kind,
+
+    gradients   (examples of all people, N + 1): gradient of each single example in w, and its log-likelihood
+    scores      (U,): log-likelihood of each person's examples
+    stacks      (U, rates): log-likelihood of each person's ``queries`` after one step of a stack at each of ``rates``
+
+    All results are float64.
+    """
+
+    name: str
+    kind: Kind
+    examples: tuple[tuple[Example, ...], ...]
+    w: Tensor
+    queries: tuple[tuple[Example, ...], ...] = ()
+    rates: tuple[float, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def halves(self) -> Sequence[Probe]:
+        """Return nothing: a calibration needs all its people."""
+        return ()
+
+    @property
+    def cost(self) -> int:
+        """The cost in forward passes of one example."""
+        return COSTS[self.kind] * sum(map(len, self.examples)) + len(self.rates) * sum(map(len, self.queries))
+
+
+@dataclass(frozen=True, slots=True)
+class Measure:
+    """The models to measure with, and the shape of a stack."""
+
+    base: BaseModel
+    bank: LoraBatch
+    pooled: Sequence[Shared]
+    stack: Lora
+    tokens_per_batch: int = 2048
+
+    @classmethod
+    def open(cls, run: Run, fingerprint: str, bank: LoraBatch, pooled: LoraBatch | None, tokens: int) -> Measure:
+        """Load the base that ``run`` names, in a worker. Raises BankMismatch for another base, and load errors."""
+        worker = open_worker(run, fingerprint, pooled)
+        shared = [Shared(worker.pooled)] if worker.pooled else []
+        working = bank.to(worker.base.device, worker.base.dtype)
+        return cls(worker.base, working, shared, run.stack.lora, tokens)
+
+    def gradients(self, piece: Probe) -> Tensor:
+        people = [u for u, examples in enumerate(piece.examples) for _ in examples]
+        jobs = [Job(str(i), [example]) for i, example in enumerate(itertools.chain(*piece.examples))]
+        at = piece.w[people].to(self.base.master_dtype)
+        found = gate_gradients(self.base, jobs, self.bank, at, self.pooled, tokens_per_batch=self.tokens_per_batch)
+        return torch.cat([found.gradients, found.loglik[:, None]], dim=1)
+
+    def scores(self, piece: Probe) -> Tensor:
+        return self._scored(piece.examples, [self._merge(piece)])
+
+    def stacks(self, piece: Probe) -> Tensor:
+        # The first step of AdamW moves B by the rate and leaves A: other rates are other scales of the same stack.
+        base, lora, merge, rate = self.base, self.stack, self._merge(piece), max(piece.rates)
+        jobs = [Job(_digest(examples), examples) for examples in piece.examples]
+        start = fresh(base.targets, lora.rank, lora.scale, 0, [job.key for job in jobs], base.master_dtype)
+        frozen, tokens = list[Adapters]([*self.pooled, merge]), self.tokens_per_batch
+        found = train_loras(base, jobs, start, one_step(rate), frozen=frozen, tokens_per_batch=tokens)
+        scaled = [replace(found, scale=found.scale * one / rate) for one in piece.rates]
+        return torch.stack([self._scored(piece.queries, [merge, PerPerson(stack)]) for stack in scaled], dim=1)
+
+    def _merge(self, piece: Probe) -> Gated:
+        return Gated(self.bank, piece.w.to(self.base.device, self.base.master_dtype))
+
+    def _scored(self, examples: Sequence[Sequence[Example]], over: Sequence[Adapters]) -> Tensor:
+        adapters = [*self.pooled, *over]
+        found = log_likelihood(self.base, examples, adapters, tokens_per_batch=self.tokens_per_batch)
+        return torch.stack([scores.double().sum() for scores in found])
+
+
+def _digest(examples: Sequence[Example]) -> str:
+    return hashlib.sha256(repr([example.tokens for example in examples]).encode()).hexdigest()
+
+
+def measured(measure: Measure, piece: Probe) -> Tensor:
+    """Return the result of a piece of work."""
+    kinds = {"gradients": measure.gradients, "scores": measure.scores, "stacks": measure.stacks}
+    return kinds[piece.kind](piece)

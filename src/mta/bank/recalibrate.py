@@ -1,0 +1,121 @@
+"""Calibrate a finished bank: measure, then commit, so that a killed calibration leaves a bank that opens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
+from filelock import FileLock
+
+from mta.bank.calibrate import calibrate, drawn
+from mta.bank.card import card
+from mta.bank.format import (
+    CALIBRATING,
+    CALIBRATION,
+    MEMBERS,
+    BankInfo,
+    check_base,
+    clear_stale,
+    file_hashes,
+    named,
+    read_adapters,
+    read_info,
+    remove_work,
+    write_info,
+)
+from mta.config import Run, StackSettings
+from mta.data.history import Person
+from mta.data.tasks.task import Task
+from mta.distributed.executor import Executor, LocalExecutor
+from mta.errors import BankError, InputError
+from mta.lora.peft import CARD
+from mta.model.base import BaseModel
+from mta.system.atomic import file_mode, write_tensors, write_text
+from mta.system.progress import OnStep
+from mta.tracking import run_folder
+from mta.training.checkpoint import Checkpoint
+
+
+def calibrate_bank(
+    folder: Path,
+    base: BaseModel,
+    people: Sequence[Person],
+    run: Run,
+    *,
+    executor: Executor | None = None,
+    on_step: OnStep | None = None,
+) -> None:
+    """Calibrate a finished bank on people behind neither its anchors nor its task LoRA; the bank gets a new hash.
+
+    Settings are those of ``run.calibration``. An interrupted calibration resumes. Raises InputError if no people are
+    left or the bank has no list of members, BankError if a person is forgotten meanwhile, BankCorrupt, BankMismatch.
+    """
+    with FileLock(folder / ".calibration.lock", mode=file_mode()):
+        _calibrate_bank(folder, base, people, run, executor or LocalExecutor(), on_step)
+
+
+def _calibrate_bank(
+    folder: Path, base: BaseModel, people: Sequence[Person], run: Run, executor: Executor, on_step: OnStep | None
+) -> None:
+    info = read_info(folder)
+    check_base(folder, info, base.name, base.fingerprint)
+    if info.members.hashed is None:
+        raise InputError(
+            f"{folder} has no {MEMBERS}, so its members are unknown",
+            hint="Calibrate the bank where it was built, and publish it again.",
+        )
+    anchors, pooled = read_adapters(folder, info)
+    calibration = run.calibration.model_copy(update={"enabled": True})
+    settings = info.run.model_copy(update={"calibration": calibration, "memory": run.memory})
+    members = {one.id for one in people if {"anchor", "task LoRA"} & set(info.members.artefacts_of(one.id))}
+    outside = drawn(people, members, run.calibration, info.run.seed)
+    if not outside:
+        raise InputError(
+            f"{len(people)} people are given, but all are in the bank or have fewer than two items",
+            hint="Give people who are behind neither its anchors nor its task LoRA.",
+        )
+    histories = [[one.id, one.digest()] for one in outside]
+    work = run_folder.work_of(info.hash, histories, base.as_loaded(settings).model_dump(mode="json"))
+    write_text(folder / CALIBRATING, work)
+    found = calibrate(
+        base,
+        Task.model_validate(info.task),
+        anchors,
+        pooled,
+        outside,
+        settings,
+        executor=executor,
+        checkpoint=lambda name: Checkpoint(folder / "work" / f"{name}.safetensors", work),
+        on_step=partial(on_step, "calibration") if on_step else None,
+    )
+    if not (folder / CALIBRATING).exists():
+        remove_work(folder)
+        raise BankError("a person was forgotten during the calibration", hint="Leave them out, and calibrate again.")
+    if info.calibration:  # if this is killed, what is left is a bank without a calibration
+        write_info(folder, named(info.model_copy(update={"calibration": None, "files": _others(info)})))
+    write_tensors(folder / CALIBRATION, found.tensors(), {})
+    changed = {
+        "run": _following(info.run.model_copy(update={"calibration": calibration})),
+        "members": info.members.calibrated_on([person.id for person in outside]),
+        "files": info.files | file_hashes(folder, [CALIBRATION]),
+        "calibration": found.info,
+    }
+    info = named(info.model_copy(update=changed))
+    write_text(folder / CARD, card(info))
+    write_info(folder, info)
+    clear_stale(folder, "calibration")
+    remove_work(folder)
+
+
+def _following(run: Run) -> Run:
+    """Return the settings of a bank that had the old defaults, so that the calibration counts."""
+    policy = "auto" if run.merge.policy == "posterior" else run.merge.policy
+    calibrated = run.stack.calibrated or run.stack.training == StackSettings().training
+    merge, stack = ({"policy": policy}, {"calibrated": calibrated})
+    update = {"merge": run.merge.model_copy(update=merge), "stack": run.stack.model_copy(update=stack)}
+    return run.model_copy(update=update)
+
+
+def _others(info: BankInfo) -> dict[str, str]:
+    return {name: digest for name, digest in info.files.items() if name != CALIBRATION}
