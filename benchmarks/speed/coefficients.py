@@ -12,7 +12,8 @@ from benchmarks.speed.data import Absent, Prompts
 from benchmarks.speed.settings import Settings
 from benchmarks.speed.timing import Row, turns
 from benchmarks.speed.training import base_of, small, task_lora
-from mta.config import Lora, Run, Training, parse_size
+from mta.bank.calibration import CalibrationInfo, settled_stack
+from mta.config import Lora, StackSettings, Training, parse_size
 from mta.lora.batch import LoraBatch, fresh
 from mta.lora.layers import Gated, Shared
 from mta.model.base import BaseModel
@@ -26,7 +27,7 @@ DTYPE = "bfloat16"
 ANCHORS = (16, 32)
 RANK = 8
 OPPU_STEPS = 4  # tuned: src/mta/recipes/evaluation
-STACK = Run().stack
+STACK = settled_stack(StackSettings(), CalibrationInfo(ridge=1.0, prior=8.0, rate=1.6e-3))
 _TARGET = 5.0
 
 
@@ -100,7 +101,7 @@ def against_oppu(name: str, base: BaseModel, jobs: Sequence[ShotsJob], settings:
     rates, peer_rates = turns(mta, alone, settings.repeats, warm=not settings.quick)
     return Row(
         name,
-        f"MTA: one gradient, {STACK.training.steps} steps of rank 1",
+        "MTA: one gradient, one step of rank 1",
         f"OPPU: {OPPU_STEPS} steps of rank {oppu.rank}, {len(jobs)} people together",
         "people/s",
         tuple(rates),

@@ -4,11 +4,14 @@ import peft
 import plain
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tiny import base_of, random_examples, random_loras
 
 from mta.lora.batch import LoraBatch, join, stack
 from mta.lora.layers import Gated, PerPerson, Renumbered, Shared, applied
 from mta.lora.merge import merge_exact
+from mta.lora.terms import SharedTerm, with_terms
 from mta.training.scoring import log_likelihood
 
 KINDS = ["llama", "mistral", "qwen2", "qwen3", "gemma3", "gpt2"]
@@ -148,3 +151,23 @@ def test_flat_tensors_round_trip_and_misfits_are_refused():
     flat.pop(next(k for k in flat if k.endswith(".b")))
     with pytest.raises(ValueError, match="in pairs"):
         LoraBatch.of_tensors(flat, 1.0)
+
+
+@given(rows=st.integers(1, 4), tokens=st.integers(1, 5), frozen=st.booleans(), flat=st.booleans())
+@settings(deadline=None, max_examples=20)
+def test_gradients_of_gates_equal_autograd_through_the_plain_sum(rows, tokens, frozen, flat):
+    """The layer with gates has a backward pass of its own."""
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(6, 5).double().requires_grad_(False)
+    x = torch.randn(*((rows * tokens,) if flat else (rows, tokens)), 6).double().requires_grad_()
+    gate = torch.randn(rows, 3).double().requires_grad_()
+    own = SharedTerm(torch.randn(3, 6).double(), torch.randn(5, 3).double(), gate)
+    others = [SharedTerm(torch.randn(2, 6).double(), torch.randn(5, 2).double())] if frozen else []
+    y = with_terms(layer, [own, *others])(x)
+    assert type(y.grad_fn).__name__ == "_GatedLinearBackward"
+    spread = gate.repeat_interleave(tokens, 0).view(*x.shape[:-1], 3)
+    plain = layer(x) + ((x @ own.a.T) * spread) @ own.b.T + sum(x @ term.a.T @ term.b.T for term in others)
+    torch.testing.assert_close(y, plain)
+    weights = torch.randn_like(y)
+    for found, expected in zip(*(torch.autograd.grad((out * weights).sum(), (x, gate)) for out in (y, plain))):
+        torch.testing.assert_close(found, expected)
