@@ -93,7 +93,7 @@ def main() -> None:
     args = parse.parse_args()
     base = BaseModel.of(read_info(args.bank).run)
     bank = Bank.open(args.bank, base)
-    run = override(bank.info.run, args.words)
+    run = bank.settled(override(bank.info.run, args.words))
     people = newcomers(bank, args.people)
     young, grown = [p.first(SHOTS) for p in people], [p.first(SHOTS + MORE) for p in people]
     befores, took = made(base, bank, run, young)

@@ -172,7 +172,7 @@ def test_forgetting_removes_what_an_interrupted_calibration_measured(folder, bas
 
     with pytest.raises(KeyboardInterrupt):
         calibrated(folder, base, on_step=stop)
-    assert list((folder / "bank" / "work").glob("calibration-*"))
+    assert list((folder / "bank" / "work").glob("gradients-*"))
     forget_person(OTHERS[0].id, None, folder / "bank")
     assert not (folder / "bank" / "work").exists()
 

@@ -1,5 +1,6 @@
 """Calibration: coefficients against their formula, and the procedure against its promises."""
 
+import math
 import random
 from dataclasses import replace
 
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 from tiny import base_of, random_examples, random_loras
 
 from mta.bank.calibrate import ENOUGH, RATES, Calibrator, Folds, Known, best_of
-from mta.bank.calibration import Calibration, CalibrationInfo, curvature_of, one_step, settled, solved
+from mta.bank.calibration import Calibration, CalibrationInfo, Gain, curvature_of, one_step, settled, solved
 from mta.bank.probes import Measure, Probe, measured
 from mta.config import CalibrationSettings, Lora, Run, StackSettings, override
 from mta.lora.layers import Gated, PerPerson, Shared
@@ -118,7 +119,7 @@ def test_a_calibration_says_what_it_measured(scene):
     assert [gain.shots for gain in found.stacked] == [1, 4]
     assert all(gain.low <= gain.mean <= gain.high for gain in found.gains + found.stacked)
     assert found.rate in (0.0, *RATES)
-    assert not found.notes
+    assert not any("too few" in note for note in found.notes)
 
 
 def test_nothing_is_measured_on_the_fold_it_was_fitted_on(scene):
@@ -149,7 +150,8 @@ def test_nothing_is_measured_on_the_fold_it_was_fitted_on(scene):
 def test_too_few_people_give_the_documented_defaults(scene, people):
     found = calibrated(scene, known(people))
     assert float(found.mu.abs().max()) == 0
-    assert (found.info.ridge, found.info.prior, found.info.rate, found.info.gains) == (1.0, 16.0, 1.6e-3, ())
+    assert (found.info.ridge, found.info.prior, found.info.rate, found.info.gains) == (1.0, 16.0, None, ())
+    assert settled(Run(), found.info) == settled(Run(), None)
     assert "too few" in found.info.notes[0]
 
 
@@ -206,9 +208,66 @@ def keys_of(scene, shots, w) -> list[str]:
 
 
 def test_a_gain_that_is_not_clear_is_not_chosen():
-    nothing, doubtful = torch.zeros(20, 1), torch.tensor([0.5, -0.45]).repeat(10)[:, None]
-    assert best_of(torch.cat([nothing, doubtful], 1)) == 0
-    assert best_of(torch.cat([nothing, doubtful + 0.5], 1)) == 1
+    before, doubtful = normal(20, 1), torch.tensor([0.5, -0.45]).repeat(10)[:, None]
+    assert best_of(torch.cat([before, before + doubtful], 1)) == 0
+    assert best_of(torch.cat([before, before + doubtful + 0.5], 1)) == 1
+    assert best_of(torch.cat([before, before + 0.01], 1)) == 1  # small, but for everybody
+
+
+def test_a_candidate_that_diverged_is_not_chosen():
+    broken = torch.tensor([-math.inf, *[5.0] * 9])[:, None]
+    assert best_of(torch.cat([torch.zeros(10, 1), broken, broken * math.nan], 1)) == 0
+
+
+class Scripted(Calibrator):
+    """A calibration whose passes return gains that were made up."""
+
+    def __init__(self, merges, stacks=None):
+        super().__init__(known(10), N, SETTINGS, lambda pieces: [])
+        self.made_up = merges, stacks
+        mu, curvature = torch.ones(2, N).double(), torch.zeros(2, N, N).double()
+        self.folds = Folds(self.fold, mu, curvature, [normal(8, N)] * 10)
+
+    def gains(self, w):
+        return self.made_up[0](w)
+
+    def stacked(self, shots, w, rates):
+        return torch.stack([self.made_up[1](rate) for rate in rates], dim=1)
+
+
+NOTHING = torch.zeros(10).double()
+MERGES = {n: torch.zeros(10, N).double() for n in (1, 8)}
+
+
+def test_where_no_merge_helps_there_is_none():
+    made = Scripted(lambda w: -w.abs().sum(1))
+    trust, crossed = made.best_trust(made.folds)
+    assert (trust, crossed) == (None, [None, None])
+    near(made.folds.coefficients(8, crossed), torch.zeros(10, N).double())
+
+
+@pytest.mark.parametrize("best", RATES)
+def test_the_rate_is_the_one_that_gains_most(best):
+    made = Scripted(None, lambda rate: NOTHING + (rate == best))
+    rate, found = made.best_rate(made.folds, MERGES, dict.fromkeys(MERGES, NOTHING))
+    assert rate == best
+    assert all(float(gain.min()) == 1 for gain in found.values())
+
+
+def test_people_get_the_rate_that_the_other_fold_chose():
+    # Fold 0 gains from the first rate only, fold 1 from the second.
+    made = Scripted(
+        None, lambda rate: torch.tensor([1.0 if RATES[u % 2] == rate else -1.0 for u in range(10)]).double()
+    )
+    _, found = made.best_rate(made.folds, MERGES, dict.fromkeys(MERGES, NOTHING))
+    assert all(float(gain.max()) == -1 for gain in found.values())
+
+
+def test_without_a_helpful_stack_the_gains_are_those_of_the_merge():
+    made, gains = Scripted(None, lambda rate: NOTHING - 9), {n: normal(10, seed=n) for n in MERGES}
+    rate, found = made.best_rate(made.folds, MERGES, gains)
+    assert rate == 0
+    assert all(torch.equal(found[n], gains[n]) for n in gains)
 
 
 def test_everybody_is_served_with_what_the_other_fold_chose():
@@ -230,7 +289,9 @@ def test_coefficients_of_a_person_use_the_fit_and_the_trust_of_the_other_fold():
 
 # -- what a run leaves to the calibration ------------------------------------------------------------------------------
 
-FOUND = CalibrationInfo(ridge=1.0, prior=8.0, rate=3.2e-3)
+FOUND = CalibrationInfo(
+    ridge=1.0, prior=8.0, rate=3.2e-3, gains=(Gain(shots=8, people=9, mean=0, low=0, high=0, worse=0),)
+)
 
 
 def test_a_run_follows_the_calibration():
@@ -260,6 +321,13 @@ def test_what_is_given_counts(run):
 def test_training_given_in_python_counts():
     training = one_step(0.5)
     assert settled(Run(stack=StackSettings(training=training)), FOUND).stack.training == training
+
+
+@pytest.mark.parametrize("words", [["merge.k=2"], ["merge.retrieve=loss"], ["merge.policy=similarity"]])
+def test_a_calibration_is_for_merges_of_all_anchors_by_laplace(words):
+    run = settled(override(Run(), words), FOUND)
+    assert run.merge.policy in ("posterior", "similarity")
+    assert run.stack.training == Run().stack.training
 
 
 def test_a_stack_that_does_not_help_is_not_trained():

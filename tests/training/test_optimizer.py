@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mta.config import Training
@@ -68,3 +70,13 @@ def test_an_update_off_the_cpu_launches_the_same_number_of_kernels_for_any_numbe
         return counted.calls
 
     assert launched(100) == launched(10_000_000) > 0
+
+
+def test_few_examples_lower_the_rate():
+    training = Training(lr=0.3, steps=1, prior=8)
+    assert [learning_rate(training, 0, 1, n) for n in (1, 8, 800)] == pytest.approx([0.3 / 9, 0.15, 0.3 * 800 / 808])
+
+
+@given(n=st.integers(1, 400))
+def test_without_a_prior_the_rate_is_exactly_the_given_one(n):
+    assert learning_rate(Training(lr=2e-4, steps=1), 0, 1, n) == 2e-4

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from mta.bank.calibrate import calibrate, drawn
+from mta.bank.calibrate import calibrate, drawn, known_of, plan_of
 from mta.bank.calibration import CalibrationInfo
 from mta.bank.card import card
 from mta.bank.format import (
@@ -93,7 +93,8 @@ def build_bank(
     run = base.as_loaded(run.model_copy(update={"task": task.name, "encoder": encoder.name}))
     histories = [[[person.id, person.digest()] for person in group] for group in (task_people, candidates)]
     work = work_key(base, task, encoder, histories, run, task_lora)
-    if _is_finished(out, work, work_key(base, task, encoder, histories, _uncalibrated(run), task_lora)):
+    trained = work_key(base, task, encoder, histories, _uncalibrated(run), task_lora)  # of stages 0 and 1
+    if _is_finished(out, work, trained):
         return write_limit(out, task)
     if not resume:
         shutil.rmtree(out / "work", ignore_errors=True)
@@ -109,24 +110,25 @@ def build_bank(
         track=track,
         on_step=on_step,
     )
-    build = _Build(base, task, run, out, work, executor or LocalExecutor(), record)
+    build = _Build(base, task, run, out, work, trained, executor or LocalExecutor(), record)
     # Choose anchors and plan before stage 0, which takes hours: too few people or too little memory fails at once.
     able, vectors, chosen = choose_anchors(task, encoder, candidates, run.bank, run.seed)
     anchors = [able[i].latest(run.bank.max_items) for i in chosen]
     # Jobs are numbered, so that no written file identifies an anchor.
     jobs = [build.job(f"anchor-{n}", person.items) for n, person in enumerate(anchors)]
     plan = build.plan(jobs, run.bank.lora, frozen=run.task_lora.lora if run.task_lora.enabled else None)
+    others = (
+        drawn(able, {person.id for person in anchors}, run.calibration, run.seed) if run.calibration.enabled else []
+    )
+    plan_of(base, [known_of(base, task, person, run.calibration) for person in others], len(anchors), run)
     record.about["plan"] = plan.digest
     with record:
         pooled = build.task_lora(task_people, task_lora) if run.task_lora.enabled else None
         bank = build.meta_loras(jobs, plan, pooled)
         write_tensors(out / ANCHORS, bank.tensors(), {"scale": repr(bank.scale)})
         write_tensors(out / INDEX, {"vectors": vectors[chosen].contiguous()})
-        calibration, others = None, list[Person]()
         (out / CALIBRATION).unlink(missing_ok=True)
-        if run.calibration.enabled:
-            others = drawn(able, {person.id for person in anchors}, run.calibration, run.seed)
-            calibration = build.calibration(bank, pooled, others)
+        calibration = build.calibration(bank, pooled, others) if run.calibration.enabled else None
         secret = json.dumps([work, histories])  # the work key is not secret: it is in bank.json
         ids = ([person.id for person in group] for group in (task_people, able, anchors, others))
         build.finish(encoder, plan, [len(able[i].items) for i in chosen], Members.of(secret, *ids), calibration)
@@ -139,6 +141,8 @@ def work_key(
     """Return a hash of all inputs that affect the tensors of a bank."""
     unused = set() if run.calibration.enabled else {"calibration"}
     settings = run.model_dump(mode="json", exclude=_NOT_IN_KEY | unused)
+    if run.calibration.enabled:  # it measures stacks too
+        settings["stack"] = run.stack.model_dump(mode="json", include={"enabled", "lora"})
     work = run_folder.work_of(base.fingerprint, encoder.fingerprint, task.identity, settings, histories)
     if task_lora is None:
         return work
@@ -154,6 +158,7 @@ class _Build:
     run: Run
     out: Path
     work: str
+    trained: str  # the work key of stages 0 and 1, which do not depend on the calibration
     executor: Executor
     record: RunFolder
 
@@ -170,7 +175,7 @@ class _Build:
     def task_lora(self, people: Sequence[Person], given: Path | None) -> LoraBatch:
         """Run stage 0, or copy the task LoRA from the folder ``given``, and return the task LoRA."""
         folder, done = self.out / TASK_LORA, self.out / "work" / "task.done"
-        if not done.is_file() or done.read_text() != self.work:
+        if not done.is_file() or done.read_text() != self.trained:
             if given:
                 for aside in asides_in(folder, "*"):  # of a killed copy
                     aside.unlink()
@@ -183,7 +188,7 @@ class _Build:
                     write_peft(folder, trained, self.base.name, fan_in_fan_out=self.base.fan_in_fan_out)
                 if not self.executor.in_process:
                     self.record.step("task LoRA", Step(1, 1, 1, 1))
-            write_text(done, self.work)
+            write_text(done, self.trained)
             self._checkpoint("", "task").remove()
         return read_peft(folder).to(self.base.device)
 
@@ -239,7 +244,8 @@ class _Build:
 
     def _checkpoint(self, plan: str, name: str, kind: str = "checkpoint") -> Checkpoint:
         """Return the checkpoint of a piece in training, or the result of a finished piece (kind ``safetensors``)."""
-        work = hashlib.sha256(f"{self.work}/{plan}/{name}".encode()).hexdigest()
+        key = self.work if plan == "calibration" else self.trained
+        work = hashlib.sha256(f"{key}/{plan}/{name}".encode()).hexdigest()
         return Checkpoint(self.out / "work" / f"{name}.{kind}", work)
 
     def finish(
@@ -286,8 +292,8 @@ def _is_finished(out: Path, work: str, uncalibrated: str) -> bool:
     Raises BankError for another bank, or foreign files.
     """
     if (out / INFO).exists():
-        if (found := read_info(out).work) in (work, uncalibrated):
-            if found != work:
+        if (info := read_info(out)).work in (work, uncalibrated):
+            if info.work != work and info.calibration is None:
                 log.warning("%s was built without a calibration: add one with  mta bank calibrate", out)
             remove_work(out)
             return True

@@ -7,8 +7,9 @@ The people are split into two folds. mu and F are judged on the fold that they w
     3. stack    the learning rate of a stack's single step, over merges with this trust
     4. gains    what a person with 1, 4, 8, or 16 shots gains on later items by the merge, and by merge and stack
 
-Whatever is chosen for a reported gain is chosen by the people of the other fold, except the lengths of the Newton
-steps. The calibration that is kept averages mu and F of both folds. Source: our choice; docs/explanation/method.md.
+Whatever is chosen for a reported gain is chosen by the likelihood of the other fold's people, except the lengths of
+the Newton steps. (Their merges, which are tried for that, rest on mu and F of this fold.) The calibration that is kept
+averages mu and F of both folds. Source: our choice; docs/explanation/method.md.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from mta.model.base import BaseModel
 from mta.model.footprint import Numbers
 from mta.system.progress import Step
 from mta.training.checkpoint import Checkpoint
-from mta.training.plan import plan_cohorts
+from mta.training.plan import Plan, numbers_of, plan_cohorts
 from mta.training.trainer import Job
 
 LENGTHS = (0.5, 1.0)  # of a Newton step
@@ -47,9 +48,10 @@ RATES = (8e-4, 1.6e-3, 3.2e-3, 6.4e-3)  # of a stack's single step
 SHOTS = (1, 4, 8, 16)
 ENOUGH = 8  # people, to measure anything
 _NEWTON_RIDGE = 0.3
+Trust = tuple[float, float]  # ridge and prior
 _TYPICAL = 8  # shots, to choose for
 _WORSE = 0.02  # nats per token; smaller losses do not count
-_PIECE = 16  # people computed and saved together
+_PIECE = 16  # people computed and saved together, at most
 
 
 def calibrate(
@@ -71,10 +73,8 @@ def calibrate(
     """
     known = [known_of(base, task, person, run.calibration) for person in people]
     working, pooled = anchors.to(base.device, base.dtype), task_lora and task_lora.to(base.device)
-    width = base.footprint.sums.width
-    sizes = Numbers(pooled=pooled.rank * width if pooled else 0, shared=len(anchors) * anchors.rank * width)
-    jobs = [Job(str(u), one.all) for u, one in enumerate(known)]
-    tokens = plan_cohorts(base, jobs, len(anchors), parse_size(run.memory), below=sizes).tokens_per_batch if jobs else 0
+    plan = plan_of(base, known, len(anchors), run)
+    tokens, together = plan.tokens_per_batch, min(map(len, plan.cohorts[:-1] or plan.cohorts), default=1)
     here = Measure(base, working, [Shared(pooled)] if pooled else [], run.stack.lora, tokens)
     cpu = torch.device("cpu")
     elsewhere = partial(
@@ -94,7 +94,18 @@ def calibrate(
                 files[outcome.piece.name].save({"found": outcome.result.contiguous()}, {})
             yield outcome.piece, outcome.result
 
-    return Calibrator(known, len(anchors), run.calibration, measure, on_step, run.stack.enabled).run()
+    return Calibrator(known, len(anchors), run.calibration, measure, on_step, run.stack.enabled, together).run()
+
+
+def plan_of(base: BaseModel, known: Sequence[Known], anchors: int, run: Run) -> Plan:
+    """Plan the passes of a calibration in the memory of a run. Raises MemoryBudgetError."""
+    width, pooled = base.footprint.sums.width, run.task_lora.lora.rank if run.task_lora.enabled else 0
+    sizes = Numbers(pooled=pooled * width, shared=anchors * run.bank.lora.rank * width)
+    trained = max(anchors, numbers_of(base, run.stack.lora) if run.stack.enabled else 0)
+    jobs = [Job(str(u), one.all) for u, one in enumerate(known)]
+    if not jobs:
+        return Plan((), 0, 1, 0)
+    return plan_cohorts(base, jobs, trained, parse_size(run.memory), below=sizes, most=_PIECE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,8 +144,8 @@ def known_of(base: BaseModel, task: Task, person: Person, settings: CalibrationS
 class Calibrator:
     """One calibration in progress: U people in two folds, N anchors. ``measure`` yields results in any order.
 
-    ``stacks``: whether to measure stacks too. ``pooled`` (U,) is the log-likelihood of people's later items under the
-    pooled model, and ``tokens`` (U,) their target tokens.
+    ``stacks``: whether to measure stacks too. ``together`` people are one piece of work. ``pooled`` (U,) is the
+    log-likelihood of people's later items under the pooled model, and ``tokens`` (U,) their target tokens.
     """
 
     known: Sequence[Known]
@@ -143,6 +154,7 @@ class Calibrator:
     measure: Callable[[Sequence[Probe]], Iterable[tuple[Probe, Tensor]]]
     on_step: Callable[[Step], None] | None = None
     stacks: bool = True
+    together: int = _PIECE
     passes: int = 0
     done: int = 0  # in forward passes of one example
     fold: Tensor = field(init=False)
@@ -167,9 +179,9 @@ class Calibrator:
         queries, shots = sum(map(len, self.queries)), sum(len(one.shots) for one in self.known)
         counts = [n for n in SHOTS if n <= self.settings.shots]
         newton = self.settings.steps * (COSTS["gradients"] * (shots + queries) + len(LENGTHS) * queries)
-        tried = len(RIDGES) * len(PRIORS) + len(counts)
+        tried = 1 + len(RIDGES) * (len(PRIORS) - 1) + len(counts)
         some = sum(min(len(one.shots), n) for one in self.known for n in counts)
-        stacks = COSTS["stacks"] * (shots + some) + (len(RATES) + 2 * len(counts)) * queries if self.stacks else 0
+        stacks = COSTS["stacks"] * some + (len(RATES) + 2 * (len(counts) - 1)) * queries if self.stacks else 0
         return newton + COSTS["gradients"] * shots + tried * queries + stacks
 
     def run(self) -> Calibration:
@@ -178,7 +190,22 @@ class Calibrator:
         mu, curvature = self.best_merge()
         found = self.gradients([one.shots for one in self.known], mu[1 - self.fold])
         folds = Folds(self.fold, mu, curvature, [rows[:, :-1] for rows in found])
-        return Calibration(mu.mean(0), curvature.mean(0), self.choose(folds))
+        trust, crossed = self.best_trust(folds)
+        if trust is None:  # a merge does not help
+            mu, curvature = torch.zeros_like(mu), torch.zeros_like(curvature)
+        merges = {n: folds.coefficients(n, crossed) for n in SHOTS if int((folds.shots >= n).sum()) >= ENOUGH}
+        gains = {n: self.gains(w) for n, w in merges.items()}
+        rate, stacked = self.best_rate(folds, merges, gains) if self.stacks else (None, {})
+        info = CalibrationInfo(
+            ridge=trust[0] if trust else DEFAULTS.ridge,
+            prior=trust[1] if trust else PRIORS[-1],
+            rate=rate,
+            people=len(self.known),
+            gains=tuple(gain_of(n, gain[folds.shots >= n]) for n, gain in gains.items()),
+            stacked=tuple(gain_of(n, gain[folds.shots >= n]) for n, gain in stacked.items()),
+            notes=() if trust else ("a merge did not clearly help: everybody keeps the pooled model",),
+        )
+        return Calibration(mu.mean(0), curvature.mean(0), info)
 
     def without_people(self) -> Calibration:
         """Return the documented defaults: no population merge, and F from the few people there are."""
@@ -197,7 +224,7 @@ class Calibrator:
         gradients.
         """
         mu = torch.zeros(2, self.anchors, dtype=torch.float64)
-        best, curvature = 0.0, mu.new_zeros(2, self.anchors, self.anchors)
+        best, curvature = torch.zeros(len(self.known)).double(), mu.new_zeros(2, self.anchors, self.anchors)
         for number in range(self.settings.steps):
             found = self.gradients([one.all for one in self.known], mu[self.fold])
             if number == 0:
@@ -206,42 +233,40 @@ class Calibrator:
             rows = [torch.cat([one[:, :-1] for one, f in zip(found, self.fold) if f == fold]) for fold in (0, 1)]
             curvature = torch.stack([curvature_of(one) for one in rows])
             steps = torch.cat([solved(f, _NEWTON_RIDGE, one.mean(0)[None]) for f, one in zip(curvature, rows)])
-            held = {c: float(self.gains((mu + c * steps)[1 - self.fold]).mean()) for c in LENGTHS}
-            length = max(held, key=held.__getitem__)
-            if held[length] <= best:
+            held = [best, *(self.gains((mu + c * steps)[1 - self.fold]) for c in LENGTHS)]
+            chosen = best_of(torch.stack(held, dim=1))
+            if chosen == 0:
                 break
-            mu, best = mu + length * steps, held[length]
+            mu, best = mu + LENGTHS[chosen - 1] * steps, held[chosen]
         return mu, curvature
 
-    def choose(self, folds: Folds) -> CalibrationInfo:
-        """Choose ridge, prior, and the stack's rate, and measure the expected gains."""
-        grid = list(itertools.product(RIDGES, PRIORS))
-        tried = torch.stack([self.gains(folds.coefficients(_TYPICAL, [trust, trust])) for trust in grid], dim=1)
-        (ridge, prior), crossed = grid[best_of(tried)], [grid[n] for n in folds.crossed(tried)]
-        able = {n: folds.shots >= n for n in SHOTS}
-        merges = {n: folds.coefficients(n, crossed) for n, some in able.items() if int(some.sum()) >= ENOUGH}
-        found = {n: self.gains(w) for n, w in merges.items()}
-        gains = tuple(gain_of(n, gain[able[n]]) for n, gain in found.items())
-        info = CalibrationInfo(ridge=ridge, prior=prior, people=len(self.known), gains=gains)
-        return info.model_copy(update=self.with_stacks(folds, merges, found, able)) if self.stacks else info
+    def best_trust(self, folds: Folds) -> tuple[Trust | None, list[Trust | None]]:
+        """Return the ridge and the prior that serve people's queries best, and those for the people of each fold.
 
-    def with_stacks(
-        self, folds: Folds, merges: Mapping[int, Tensor], gains: Mapping[int, Tensor], able: Mapping[int, Tensor]
-    ) -> dict[str, object]:
-        """Choose the rate of a stack over ``merges`` (0: no stack), and measure the expected gains of both together."""
-        if not merges:
-            return {}
-        typical, rates = _TYPICAL if _TYPICAL in merges else max(merges), (0.0, *RATES)
-        tried = torch.cat([gains[typical][:, None], self.stacked(typical, merges[typical], RATES)], dim=1)
-        crossed = [rates[n] for n in folds.crossed(tried)]
-        found = list[Gain]()
+        None where no merge is clearly better than the pooled model.
+        """
+        grid: list[Trust | None] = [None, (RIDGES[-1], PRIORS[-1]), *itertools.product(RIDGES, PRIORS[:-1])]
+        tried = torch.stack([self.gains(folds.coefficients(_TYPICAL, [trust, trust])) for trust in grid[1:]], dim=1)
+        tried = torch.cat([torch.zeros(len(tried), 1).double(), tried], dim=1)
+        return grid[best_of(tried)], [grid[n] for n in folds.crossed(tried)]
+
+    def best_rate(
+        self, folds: Folds, merges: Mapping[int, Tensor], gains: Mapping[int, Tensor]
+    ) -> tuple[float, dict[int, Tensor]]:
+        """Return the rate of a stack over ``merges`` (0: no stack), and everybody's gain with both, by shots."""
+        typical = _TYPICAL if _TYPICAL in merges else max(merges)
+        rates, tried = (0.0, *RATES), self.stacked(typical, merges[typical], RATES)
+        tried = torch.cat([gains[typical][:, None], tried], dim=1)
+        own = torch.tensor(folds.crossed(tried))[folds.fold]  # the candidate of everybody's fold
+        found = {typical: tried.gather(1, own[:, None])[:, 0]}
+        needed = sorted({rates[n] for n in own.tolist() if n})
         for n, w in merges.items():
-            # A rate of 0 is no stack; the smallest rate stands in for it, and is not read.
-            both = self.stacked(n, w, [max(rate, RATES[0]) for rate in crossed])
-            columns = torch.cat([both, gains[n][:, None]], dim=1)
-            mine = torch.tensor([f if rate else 2 for f, rate in enumerate(crossed)])[folds.fold]
-            found.append(gain_of(n, columns.gather(1, mine[:, None])[able[n], 0]))
-        return {"rate": rates[best_of(tried)], "stacked": tuple(found)}
+            if n != typical:
+                some = self.stacked(n, w, needed) if needed else gains[n][:, None]
+                columns = torch.cat([gains[n][:, None], some], dim=1)
+                mine = torch.tensor([needed.index(rates[c]) + 1 if c else 0 for c in own.tolist()])
+                found[n] = columns.gather(1, mine[:, None])[:, 0]
+        return rates[best_of(tried)], {n: found[n] for n in merges}
 
     # -- passes --------------------------------------------------------------------------------------------------------
 
@@ -265,14 +290,14 @@ class Calibrator:
         asked = self.queries if rates else ()
         pieces = [
             Probe(
-                f"calibration-{self.passes}-{number}",
+                f"{kind}-{self.passes}-{number}",
                 kind,
-                tuple(map(tuple, examples[start : start + _PIECE])),
-                w[start : start + _PIECE],
-                tuple(asked[start : start + _PIECE]),
+                tuple(map(tuple, examples[start : start + self.together])),
+                w[start : start + self.together],
+                tuple(asked[start : start + self.together]),
                 tuple(rates),
             )
-            for number, start in enumerate(range(0, len(examples), _PIECE))
+            for number, start in enumerate(range(0, len(examples), self.together))
         ]
         self.passes += 1
         found = dict[str, Tensor]()
@@ -301,17 +326,18 @@ class Folds:
         """Everybody's number of shots, (U,)."""
         return torch.tensor([len(rows) for rows in self.gradients])
 
-    def coefficients(self, shots: int, trust: Sequence[tuple[float, float]]) -> Tensor:
+    def coefficients(self, shots: int, trust: Sequence[Trust | None]) -> Tensor:
         """Return everybody's coefficients (U, N) from their latest shots, with mu and F of the other fold.
 
-        ``trust`` is ridge and prior for the people of each fold.
+        ``trust`` is for the people of each fold; None: no merge, all coefficients are 0.
         """
         sums = torch.stack([rows[-shots:].sum(0) for rows in self.gradients])
-        w = torch.empty_like(sums)
-        for f, (ridge, prior) in enumerate(trust):
-            mine, info = self.fold == f, CalibrationInfo(ridge=ridge, prior=prior)
-            other = Calibration(self.mu[1 - f], self.curvature[1 - f], info)
-            w[mine] = other.coefficients(sums[mine], self.shots[mine].clamp_max(shots))
+        w = torch.zeros_like(sums)
+        for f, chosen in enumerate(trust):
+            if chosen:
+                mine, info = self.fold == f, CalibrationInfo(ridge=chosen[0], prior=chosen[1])
+                other = Calibration(self.mu[1 - f], self.curvature[1 - f], info)
+                w[mine] = other.coefficients(sums[mine], self.shots[mine].clamp_max(shots))
         return w
 
     def crossed(self, gains: Tensor) -> list[int]:
@@ -320,8 +346,13 @@ class Folds:
 
 
 def best_of(gains: Tensor) -> int:
-    """Return the candidate with the largest mean gain, less its standard error; gains (U, candidates)."""
-    return int((gains.mean(0) - gains.std(0) / math.sqrt(len(gains))).argmax())
+    """Return the candidate with the largest mean gain over the first one, less its standard error.
+
+    Gains (U, candidates). The first one is returned where no other is clearly better.
+    """
+    more = gains - gains[:, :1]
+    sure = more.mean(0) - more.std(0) / math.sqrt(len(more))
+    return int(torch.nan_to_num(sure, nan=-math.inf).argmax())
 
 
 def gain_of(shots: int, gains: Tensor) -> Gain:

@@ -54,7 +54,7 @@ class CalibrationInfo(BaseModel):
     notes: tuple[str, ...] = ()
 
 
-DEFAULTS = CalibrationInfo(ridge=1.0, prior=16.0, rate=1.6e-3)  # where there are too few people to choose
+DEFAULTS = CalibrationInfo(ridge=1.0, prior=16.0)  # where there are too few people to choose
 
 
 @dataclass(frozen=True)
@@ -85,19 +85,26 @@ class Calibration:
 
 def settled(run: Run, found: CalibrationInfo | None) -> Run:
     """Return a run with everything that it leaves to the bank's calibration: the policy, and the stack's training."""
-    merge, stack = settled_merge(run.merge, found), settled_stack(run.stack, found)
-    return run.model_copy(update={"merge": merge, "stack": stack})
+    merge = settled_merge(run.merge, found)
+    return run.model_copy(update={"merge": merge, "stack": settled_stack(run.stack, merge, found)})
 
 
 def settled_merge(merge: MergeSettings, found: CalibrationInfo | None) -> MergeSettings:
-    """Return the settings of a merge with a policy other than ``auto``."""
-    policy = "laplace" if found else "posterior"
+    """Return the settings of a merge with a policy other than ``auto``.
+
+    ``auto`` is laplace where the calibration could measure something, for merges of all anchors.
+    """
+    every = merge.k == 0 and merge.retrieve == "cosine"
+    policy = "laplace" if found and found.gains and every else "posterior"
     return merge.model_copy(update={"policy": policy}) if merge.policy == "auto" else merge
 
 
-def settled_stack(stack: StackSettings, found: CalibrationInfo | None) -> StackSettings:
-    """Return the settings of a stack with the calibrated training; without a stack where it does not help."""
-    if not stack.calibrated or found is None or found.rate is None:
+def settled_stack(stack: StackSettings, merge: MergeSettings, found: CalibrationInfo | None) -> StackSettings:
+    """Return the settings of a stack with the calibrated training, or without a stack where it does not help.
+
+    The calibration is about stacks over merges by the laplace policy; over others, the stack's own training counts.
+    """
+    if not stack.calibrated or merge.policy != "laplace" or found is None or found.rate is None:
         return stack.model_copy(update={"calibrated": False})
     if not found.rate:
         return stack.model_copy(update={"calibrated": False, "enabled": False})

@@ -139,14 +139,14 @@ def in_words(found: CalibrationInfo) -> str:
     """Return what a calibration found, in one paragraph."""
     trust = f"A person's gradient is trusted against {found.prior:g} shots of prior knowledge (ridge {found.ridge:g})."
     if found.rate is not None:
-        trust += (
-            f" Stacks take one step at {found.rate:g}." if found.rate else " A stack does not help: none is trained."
-        )
+        best = f"A stack gained most with one step at {found.rate:g}." if found.rate else "No stack gained clearly."
+        trust = f"{trust} {best}"
     if not found.gains:
         return " ".join(["No gain could be measured.", *(f"{note}." for note in found.notes), trust])
+    notes = "".join(f" {note[0].upper()}{note[1:]}." for note in found.notes)
     return (
         f"Measured on later items of {found.people} people who are not in the bank: the decrease of the true answer's "
-        f"NLL per token against the pooled model, in nats, with 95% intervals. {trust}"
+        f"NLL per token against the pooled model, in nats, with 95% intervals. {trust}{notes}"
     )
 
 

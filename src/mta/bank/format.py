@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
@@ -148,6 +148,14 @@ class BankInfo(BaseModel):
     files: dict[str, str]
     hash: str
     calibration: CalibrationInfo | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _as_built(cls, values: Any) -> Any:
+        run = values.get("run") if isinstance(values, dict) else None
+        if isinstance(run, dict) and not values.get("calibration") and "calibration" not in run:
+            return values | {"run": run | {"calibration": {"enabled": False}}}  # see _unset
+        return values
 
     @field_validator("run")
     @classmethod

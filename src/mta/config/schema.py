@@ -16,7 +16,7 @@ from pydantic import Field, SerializerFunctionWrapHandler, field_validator, mode
 from mta.config.loader import S, Settings, checked, merged_over, read_yaml
 from mta.errors import ConfigError
 
-Policy = Literal["auto", "uniform", "top1", "similarity", "loss", "posterior", "laplace", "ridge", "learned", "fixed"]
+Policy = Literal["uniform", "top1", "similarity", "loss", "posterior", "laplace", "ridge", "learned", "fixed"]
 MergeMode = Literal["exact", "svd", "factor"]
 
 
@@ -99,20 +99,20 @@ class CalibrationSettings(Settings):
 class MergeSettings(Settings):
     """Stage 2: which anchors are merged, and how the shots determine their coefficients.
 
-    ``auto`` is the laplace policy for calibrated banks, and posterior for others.
+    ``auto`` is the laplace policy for calibrated banks, which merges all anchors, and posterior otherwise.
     ``k`` anchors are retrieved by cosine of the encodings (as in the paper) or by their loss on the shots; 0 = all.
     ``learned`` trains the K coefficients by gradient descent. It starts at the posterior's coefficients, or at zero
     (the pooled model), which needs no pass per anchor. Its large eps makes AdamW plain gradient descent, so a
     coefficient with a small gradient moves little. weight_decay pulls the coefficients back to their start.
     """
 
-    policy: Policy = Field(default="auto", description="how coefficients come from the shots")
+    policy: Literal["auto"] | Policy = Field(default="auto", description="how coefficients come from the shots")
     retrieve: Literal["cosine", "loss"] = Field(default="cosine", description="anchors near by encoding, or by loss")
     k: int = Field(default=0, ge=0, description="anchors retrieved, 0 = all; the paper takes 2")
     tau: float = Field(default=0.2, gt=0, description="temperature of the similarity and loss policies")
     temperature: float = Field(default=4.0, gt=0, description="T of the posterior policy")
     null_prior: float = Field(default=0.5, gt=0, lt=1, description="prior of the task LoRA alone in the posterior")
-    ridge: float = Field(default=200.0, gt=0, description="strength of the pull to zero in the ridge policy")
+    ridge: float = Field(default=300.0, gt=0, description="strength of the pull to zero in the ridge policy")
     fixed: float = Field(default=0.5, ge=0, le=1, description="share of the nearest anchor in the fixed policy")
     start: Literal["posterior", "zero"] = Field(default="posterior", description="where the learned policy starts")
     learned: Training = Training(lr=0.05, steps=1, batch_size=64, eps=1.0, clip=1e9)

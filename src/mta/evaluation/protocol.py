@@ -167,8 +167,8 @@ class Panel:
 
     @property
     def run(self) -> Run:
-        """The settings of the run."""
-        return self.context.run
+        """The settings of the run, with what they leave to the bank's calibration."""
+        return self.bank.settled(self.context.run)
 
     @property
     def anchors(self) -> Sequence[Person]:
@@ -232,6 +232,7 @@ class Panel:
         """Return everybody's merge, and the seconds that fitting it took, evidence included."""
         if self.plain:
             return self.plain.merge(settings, seed)
+        settings = self.merge_settings(settings)
         key = (settings.model_dump_json(), seed if settings.policy == "learned" else 0)
         if key not in self.merges:
             evidence, gathering = self._evidence if needs_evidence(settings) else (None, 0.0)
@@ -254,11 +255,11 @@ class Panel:
 
     def merge_settings(self, own: MergeSettings | None) -> MergeSettings:
         """Return a method's ``own`` settings, or those of the run, with what they leave to the bank's calibration."""
-        return settled_merge(own or self.run.merge, self.bank.info.calibration)
+        return settled_merge(own or self.context.run.merge, self.bank.info.calibration)
 
-    def stack_settings(self, own: StackSettings | None) -> StackSettings:
-        """Return the same for the stack."""
-        return settled_stack(own or self.run.stack, self.bank.info.calibration)
+    def stack_settings(self, own: StackSettings | None, merge: MergeSettings) -> StackSettings:
+        """Return the same for a stack over ``merge``."""
+        return settled_stack(own or self.context.run.stack, merge, self.bank.info.calibration)
 
     # -- other panels over the same people -----------------------------------------------------------------------------
 

@@ -19,7 +19,7 @@ from mta.lora.merge import merge_exact, merge_factor, merge_svd
 from mta.model.base import BaseModel
 from mta.model.footprint import Numbers
 from mta.personalize.likelihoods import Evidence, ShotGradients
-from mta.personalize.policies import POLICIES, Retrieved
+from mta.personalize.policies import Retrieved, policy_of
 from mta.system.progress import Step
 from mta.training.gates import gate_gradients
 from mta.training.trainer import Job, Passes, train
@@ -56,9 +56,9 @@ def needs_evidence(settings: MergeSettings, grown: bool = False) -> bool:
 
     ``grown`` says that earlier merges are known: the learned policy then starts from these.
     """
-    if POLICIES[settings.policy].gradients or (grown and settings.policy == "learned"):
+    if policy_of(settings).gradients or (grown and settings.policy == "learned"):
         return False
-    return settings.retrieve == "loss" or POLICIES[settings.policy].evidence(settings)
+    return settings.retrieve == "loss" or policy_of(settings).evidence(settings)
 
 
 def check_merge(settings: MergeSettings, anchors: int, labelled: bool, calibrated: bool = True) -> None:
@@ -71,7 +71,7 @@ def check_merge(settings: MergeSettings, anchors: int, labelled: bool, calibrate
         raise AnchorNotFound(
             f"merge.k is {settings.k}, but the bank has {anchors} anchors", hint="Lower merge.k, or use 0 for all."
         )
-    policy = POLICIES[settings.policy]
+    policy = policy_of(settings)
     if policy.gradients and not calibrated:
         raise ConfigError(
             f"policy {settings.policy!r} needs a calibrated bank",
@@ -105,7 +105,7 @@ def coefficients(settings: MergeSettings, similarity: Tensor, evidence: Evidence
     rank_by = evidence.anchors if settings.retrieve == "loss" and evidence else similarity.double()
     ids = rank_by.topk(settings.k or anchors, dim=1, sorted=True).indices
     retrieved = Retrieved(ids, similarity.double().gather(1, ids), evidence)
-    return Merge(ids, settings.scale * POLICIES[settings.policy].weigh(settings, retrieved))
+    return Merge(ids, settings.scale * policy_of(settings).weigh(settings, retrieved))
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +139,7 @@ def fit_merge(
     ``calibration`` is the bank's, for the laplace policy.
     Raises AnchorNotFound, ConfigError.
     """
-    if POLICIES[settings.policy].gradients:
+    if policy_of(settings).gradients:
         return _from_gradients(base, jobs, anchors, pooled, settings, calibration, earlier, **passes)
     learns = settings.policy == "learned"
     if earlier and learns:
@@ -180,7 +180,7 @@ def _from_gradients(
         on_step(Step(1, len(jobs), shots, shots))
     ids = torch.arange(len(anchors)).expand(len(jobs), -1)
     retrieved = Retrieved(ids, torch.zeros(ids.shape).double(), gradients=gradients, calibration=calibration)
-    w = settings.scale * POLICIES[settings.policy].weigh(settings, retrieved)
+    w = settings.scale * policy_of(settings).weigh(settings, retrieved)
     return Merge(ids, w.to(base.master_dtype), gradients)
 
 
@@ -189,7 +189,7 @@ def updated_coefficients(settings: MergeSettings, before: Merge, evidence: Evide
 
     Shapes: w of before (U, K); tokens (U,), number of target tokens of the earlier items -> (U, K).
     """
-    policy = POLICIES[settings.policy]
+    policy = policy_of(settings)
     if not policy.evidence(settings):  # only the retrieval reads evidence, and the anchors stay
         return before.w.double()
     similarity = torch.zeros_like(before.w, dtype=torch.float64)  # not read by policies that read evidence

@@ -87,6 +87,13 @@ def policy(
     return register
 
 
+def policy_of(settings: MergeSettings) -> Policy:
+    """Return the policy of settings. Raises ConfigError for ``auto``, which only a bank can resolve."""
+    if settings.policy == "auto":
+        raise ConfigError("merge.policy=auto needs a bank", hint="Ask the bank:  bank.settled(run).merge")
+    return POLICIES[settings.policy]
+
+
 @policy(wide=True)
 def uniform(settings: MergeSettings, retrieved: Retrieved) -> Tensor:
     """Return equal coefficients, 1 / K."""

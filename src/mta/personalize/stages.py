@@ -23,7 +23,7 @@ from mta.model.encoders import Encoder, encode_people
 from mta.personalize.adapters import merge_of
 from mta.personalize.likelihoods import ShotsJob, gather_evidence, mean_nll, shots_of, targets_of
 from mta.personalize.merge import Earlier, Merge, fit_merge, merged, needs_evidence
-from mta.personalize.policies import POLICIES
+from mta.personalize.policies import policy_of
 from mta.store import Store
 from mta.store.state import Losses, State, work_key
 from mta.store.tombstones import NOTHING
@@ -168,7 +168,7 @@ class Stages:
         if needs_evidence(settings, grown=earlier is not None):
             evidence = gather_evidence(*how, tokens_per_batch=cohort.tokens_per_batch, on_step=self.on_step)
         encoded = earlier is None or not (evidence or settings.policy == "learned")
-        if encoded and not POLICIES[settings.policy].gradients:
+        if encoded and not policy_of(settings).gradients:
             vectors = encode_people(self.encoder(), bank.task, cohort.people, bank.info.run.bank.encode)
             similarity = bank.similarity(vectors)
         merge = fit_merge(

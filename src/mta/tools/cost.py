@@ -19,7 +19,7 @@ from mta.errors import ConfigError
 from mta.model.adaptable import is_linear, shape_of
 from mta.model.footprint import COPIES, Footprint, Numbers, Texts
 from mta.personalize.merge import needs_evidence
-from mta.personalize.policies import POLICIES
+from mta.personalize.policies import policy_of
 from mta.system.assets import ASSETS, resolve
 from mta.system.device import cores, gemm_rate, pick_dtype, processor
 
@@ -214,7 +214,7 @@ def costs(shape: Shape, run: Run, load: Load) -> dict[str, Cost]:
         merge += anchors * scored(shots, pooled + rank)
     if run.merge.policy == "learned":
         merge += trained(_examples(run.merge.learned, shots), merged, 0)
-    if POLICIES[run.merge.policy].gradients:
+    if policy_of(run.merge).gradients:
         merge += trained(shots, merged, 0)
     examples, adapt = _examples(run.stack.training, shots), 0.0
     if run.stack.enabled:
@@ -222,7 +222,7 @@ def costs(shape: Shape, run: Run, load: Load) -> dict[str, Cost]:
 
     number = shape.width * STORED  # bytes of an adapter of rank 1
     bank_bytes = float((anchors * rank + pooled) * number)
-    texts = 24 + 20 * POLICIES[run.merge.policy].gradients  # anchor, coefficient, and gradient, as text
+    texts = 24 + 20 * policy_of(run.merge).gradients  # anchor, coefficient, and gradient, as text
     merge_bytes = float(texts * k + 640)  # and the other fields of the file
     assembly = shape.layers * (5.0 * anchors + 48)  # one weight per anchor, as text
     return {
@@ -242,7 +242,7 @@ def passes(run: Run, shots: float) -> tuple[float, float]:
     run = planned(run)
     forward = (run.bank.anchors if needs_evidence(run.merge) else 0) + 2 + run.stack.enabled
     trained = _examples(run.merge.learned, shots) if run.merge.policy == "learned" else 0.0
-    trained += shots if POLICIES[run.merge.policy].gradients else 0.0
+    trained += shots if policy_of(run.merge).gradients else 0.0
     trained += _examples(run.stack.training, shots) if run.stack.enabled else 0.0
     return float(forward), trained / shots
 

@@ -76,7 +76,7 @@ def learning_rate(training: Training, step: int, steps: int, examples: int) -> f
 
     Linear warmup, then constant, linear, or cosine decay to 0; few examples lower it by ``training.prior``.
     """
-    lr = training.lr * examples / (examples + training.prior)
+    lr = training.lr * (examples / (examples + training.prior))
     warmup = math.ceil(training.warmup * steps)
     if step < warmup:
         return lr * (step + 1) / warmup

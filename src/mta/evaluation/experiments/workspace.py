@@ -170,7 +170,7 @@ class Workspace:
                 self.base,
                 bank,
                 bank.encoder(self.base, self.recipe.run.encoder),
-                bank.settled(self._run_of(part, seed)),
+                self._run_of(part, seed),
                 anchors=sorted(anchors, key=lambda person: person.id),  # the order of the bank
                 pool=self.splits.select("task", self.people),
                 on_step=self.on_step,

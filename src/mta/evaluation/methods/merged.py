@@ -114,7 +114,8 @@ class MergeThenAdapt(Method):
         return _fits(self.merge, task, anchors)
 
     def run(self, panel: Panel, seed: int) -> Outcome:
-        settings, stack = panel.merge_settings(self.merge), panel.stack_settings(self.stack)
+        settings = panel.merge_settings(self.merge)
+        stack = panel.stack_settings(self.stack, settings)
         if not stack.enabled:
             merge, seconds = panel.merge(settings, seed)
             return answered(panel, merge, settings, seconds)
