@@ -253,6 +253,31 @@ def test_an_interrupted_build_goes_on_with_other_settings_as_if_new(built, tmp_p
     assert trained(build(tmp_path / "bank")) == trained(built)
 
 
+def test_a_calibration_that_is_given_up_costs_no_training(built, tmp_path):
+    seen = []
+
+    def stop(stage, step):
+        seen.append(stage)
+        if stage == "calibration":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build(tmp_path / "bank", on_step=stop)
+    seen.clear()
+    out = build(tmp_path / "bank", run=changed("calibration", enabled=False), on_step=stop)
+    assert seen == []
+    assert (out / "anchors.safetensors").read_bytes() == (built / "anchors.safetensors").read_bytes()
+    assert not read_info(out).run.calibration.enabled
+
+
+def test_a_bank_that_was_built_without_a_calibration_is_finished(tmp_path, caplog):
+    out = build(tmp_path / "bank", run=changed("calibration", enabled=False))
+    before = stamps(out)
+    build(out)
+    assert stamps(out) == before
+    assert "mta bank calibrate" in caplog.text
+
+
 def test_a_build_that_is_to_start_anew_does(built, tmp_path, monkeypatch):
     monkeypatch.setattr(Checkpoint, "due", lambda _: True)
     seen = []

@@ -44,6 +44,7 @@ def test_an_older_bank_is_calibrated_in_place(folder, base):
     assert after.hash != before.hash
     assert after.calibration.info == after.info.calibration
     assert after.calibration.info.people == 8
+    assert (before.info.run.merge.policy, after.info.run.merge.policy) == ("posterior", "auto")
     assert {name: after.info.files[name] for name in before.info.files} == before.info.files
     assert not (folder / "bank" / "work").exists()
     assert "What to expect" in (folder / "bank" / "README.md").read_text()

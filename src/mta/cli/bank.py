@@ -75,7 +75,7 @@ def calibrate(
     together: options.Together = None,
     json: options.Json = False,
 ) -> None:
-    """Calibrate a finished bank on people who are not in it, for merge.policy=laplace.
+    """Calibrate a finished bank on people who are not in it: policy, stack, and gains to expect.
 
     People in the bank are left out. The bank gets a new hash, so personalize everybody again. An interrupted
     calibration resumes.

@@ -208,7 +208,10 @@ def costs(shape: Shape, run: Run, load: Load) -> dict[str, Cost]:
     scored, trained = partial(_scored, shape, load), partial(_trained, shape, load)
 
     task = trained(_examples(run.task_lora.training, run.task_lora.items), 0, pooled) if pooled else 0.0
-    bank = task + trained(anchors * _examples(run.bank.training, run.bank.max_items), pooled, rank)
+    how = run.calibration
+    tried = how.people * (how.steps * (how.shots + how.queries) + 3 * how.shots) if how.enabled else 0
+    anchor_items = anchors * _examples(run.bank.training, run.bank.max_items)
+    bank = task + trained(anchor_items, pooled, rank) + trained(tried, pooled + anchors * rank, 0)
     merge = scored(shots, pooled) + scored(shots, merged)  # the losses of the state
     if needs_evidence(run.merge):
         merge += anchors * scored(shots, pooled + rank)
