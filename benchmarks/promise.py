@@ -49,7 +49,8 @@ def snack(person: random.Random, day: random.Random) -> dict[str, str]:
 
 def message(person: random.Random, day: random.Random) -> dict[str, str]:
     """Return one message of a person who has a style, and keeps to it nine times out of ten."""
-    own, who, what = person.choice(STYLES), day.choice(NAMES), day.choice(THINGS)
+    own, who = person.choice(STYLES), day.choice(NAMES)
+    what = f"{day.choice(THINGS)} at {day.randrange(24)}:{day.randrange(10, 60)}"  # people do not share items
     style = own if day.random() < 0.9 else day.choice(STYLES)
     return {"input": f"Write to {who} about {what}.", "output": style(who, what)}
 
