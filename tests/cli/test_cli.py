@@ -292,9 +292,10 @@ def test_person_show_explains_a_state(world, tmp_path):
     mta("export", ANN, "--out", tmp_path / "out", *at)
     result, said = mta("person", "show", ANN, *at, "--json").json, mta("person", "show", ANN, *at).out
     assert said.startswith("version 1, of 1 kept; saved 20")
-    assert f"bank {result['bank'][:12]}, the one at {tmp_path}/bank\nmerge: laplace, 2 anchors, exact\n" in said
-    shown = re.findall(r"anchor (\d+) +(-?\d\.\d{3})", said)
+    assert f"bank {result['bank'][:12]}, the one at {tmp_path}/bank\nmerge: posterior, 2 anchors, exact\n" in said
+    shown = re.findall(r"anchor (\d+) +(\d\.\d{3})", said)
     assert shown == [(str(one["anchor"]), f"{one['w']:.3f}") for one in result["weights"]]
+    assert re.search(rf"the pooled model +{result['null']:.3f} +[━█▏▎▍▌▋▊▉]", said)
     assert re.search(
         r"nats per token on their shots \(12 target tokens\): pooled model \d\.\d{3}, with the merge \d\.", said
     )
@@ -303,18 +304,11 @@ def test_person_show_explains_a_state(world, tmp_path):
     assert f"exported to {tmp_path}/out on " in said
     assert "parts of the bank that were trained on them: none\n" in said
     assert re.search(
-        r"cost of making it again: 3 forward and 3 forward-backward passes over about \d+ tokens: \d\.\de", said
+        r"cost of making it again: 5 forward and 2 forward-backward passes over about \d+ tokens: \d\.\de", said
     )
     for text in ("Zorblax", "Drama"):
         assert text not in said
         assert text not in json.dumps(result)
-
-
-def test_person_show_draws_the_share_of_the_pooled_model(world, tmp_path):
-    at = world.copy(tmp_path)
-    mta("personalize", world.new, *at, "merge.policy=posterior")
-    null, said = mta("person", "show", ANN, *at, "--json").json["null"], mta("person", "show", ANN, *at).out
-    assert re.search(rf"the pooled model +{null:.3f} +[━█▏▎▍▌▋▊▉]", said)
 
 
 def test_person_show_reports_a_missing_stack_and_history(world, tmp_path):
@@ -333,7 +327,7 @@ def test_versions_are_listed_and_restored(world, tmp_path):
     mta("personalize", world.new, *at, "merge.policy=uniform")
     first, second = mta("person", "versions", ANN, *store, "--json").json
     assert (first["policy"], second["policy"], first["latest"], second["latest"]) == (
-        "laplace",
+        "posterior",
         "uniform",
         False,
         True,
@@ -342,7 +336,7 @@ def test_versions_are_listed_and_restored(world, tmp_path):
     assert mta("person", "rollback", ANN, 1, *store, "--json").json == {"content_of": 1, "version": 3}
     lines = mta("person", "versions", ANN, *store).out.splitlines()
     assert [line.split()[0] for line in lines] == ["1", "2", "3"]
-    assert lines[2].endswith(f"work {first['work'][:8]}  laplace  (latest)")
+    assert lines[2].endswith(f"work {first['work'][:8]}  posterior  (latest)")
     assert mta("person", "show", ANN, *at, "--json").json["version"] == 3
 
 

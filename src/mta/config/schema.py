@@ -106,7 +106,7 @@ class MergeSettings(Settings):
     coefficient with a small gradient moves little. weight_decay pulls the coefficients back to their start.
     """
 
-    policy: Literal["auto"] | Policy = Field(default="auto", description="how coefficients come from the shots")
+    policy: Literal["auto", Policy] = Field(default="auto", description="how coefficients come from the shots")
     retrieve: Literal["cosine", "loss"] = Field(default="cosine", description="anchors near by encoding, or by loss")
     k: int = Field(default=0, ge=0, description="anchors retrieved, 0 = all; the paper takes 2")
     tau: float = Field(default=0.2, gt=0, description="temperature of the similarity and loss policies")

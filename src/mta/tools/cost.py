@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from mta.bank.calibration import DEFAULTS, settled
+from mta.bank.calibration import CalibrationInfo, Gain, settled
 from mta.config import Evaluation, Run, Training
 from mta.errors import ConfigError
 from mta.model.adaptable import is_linear, shape_of
@@ -187,11 +187,14 @@ class Cost:
 
 
 OPPU = Evaluation().oppu.training
+HELPFUL = CalibrationInfo(
+    ridge=1.0, prior=8.0, rate=1.6e-3, gains=(Gain(shots=8, people=8, mean=0.1, low=0.0, high=0.2, worse=0.0),)
+)
 
 
 def planned(run: Run) -> Run:
-    """Return a run as it would be with the bank that it builds; of a calibration it assumes the defaults."""
-    return settled(run, DEFAULTS if run.calibration.enabled else None)
+    """Return a run as it would be with the bank that it builds, if a calibration finds that merge and stack help."""
+    return settled(run, HELPFUL if run.calibration.enabled else None)
 
 
 def costs(shape: Shape, run: Run, load: Load) -> dict[str, Cost]:
