@@ -25,14 +25,15 @@ from mta.bank.format import (
     INDEX,
     INFO,
     OURS,
+    PUBLISHED,
     SCHEMA,
+    STALE,
     TASK_LORA,
     BankInfo,
     Members,
     file_hashes,
     named,
     read_info,
-    remove_work,
     write_info,
     write_limit,
 )
@@ -280,6 +281,17 @@ class _Build:
         info = named(info)
         write_text(self.out / CARD, card(info))
         write_info(self.out, info)
+
+
+def remove_work(out: Path) -> None:
+    """Remove the work folder, and temporary files of killed builds."""
+    shutil.rmtree(out / "work", ignore_errors=True)
+    for name in OURS - {STALE, PUBLISHED}:  # other processes may be writing these two
+        for aside in asides_in(out, name):
+            if aside.is_dir():
+                shutil.rmtree(aside, ignore_errors=True)
+            else:
+                aside.unlink(missing_ok=True)
 
 
 def _uncalibrated(run: Run) -> Run:

@@ -24,7 +24,7 @@ from mta.errors import BankCorrupt, BankError, BankMismatch
 from mta.lora.batch import LoraBatch
 from mta.lora.peft import CARD, CONFIG, WEIGHTS, read_peft
 from mta.system.assets import cache_dir
-from mta.system.atomic import asides_in, file_mode, file_sha256, read_json, write_json, written_aside
+from mta.system.atomic import file_mode, file_sha256, read_json, write_json, written_aside
 from mta.tracking import run_folder
 
 SCHEMA = 2
@@ -389,14 +389,3 @@ def _keyed(key: str, person: str) -> str:
 def named(info: BankInfo) -> BankInfo:
     """Return the description with its hash, which covers all other fields."""
     return info.model_copy(update={"hash": identity(info)})
-
-
-def remove_work(out: Path) -> None:
-    """Remove the work folder, and temporary files of killed builds."""
-    shutil.rmtree(out / "work", ignore_errors=True)
-    for name in OURS - {STALE, PUBLISHED}:  # other processes may be writing these two
-        for aside in asides_in(out, name):
-            if aside.is_dir():
-                shutil.rmtree(aside, ignore_errors=True)
-            else:
-                aside.unlink(missing_ok=True)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from filelock import FileLock
 
+from mta.bank.build import remove_work
 from mta.bank.calibrate import calibrate, drawn
 from mta.bank.card import card
 from mta.bank.format import (
@@ -21,7 +22,6 @@ from mta.bank.format import (
     named,
     read_adapters,
     read_info,
-    remove_work,
     write_info,
 )
 from mta.config import Run, StackSettings
