@@ -12,8 +12,8 @@ from benchmarks.speed.data import Absent, Prompts
 from benchmarks.speed.settings import Settings
 from benchmarks.speed.timing import Row, turns
 from benchmarks.speed.training import base_of, small, task_lora
-from mta.bank.calibration import CalibrationInfo, settled_stack
-from mta.config import Lora, StackSettings, Training, parse_size
+from mta.bank.calibration import one_step
+from mta.config import Lora, Training, parse_size
 from mta.lora.batch import LoraBatch, fresh
 from mta.lora.layers import Gated, Shared
 from mta.model.base import BaseModel
@@ -27,7 +27,7 @@ DTYPE = "bfloat16"
 ANCHORS = (16, 32)
 RANK = 8
 OPPU_STEPS = 4  # tuned: src/mta/recipes/evaluation
-STACK = settled_stack(StackSettings(), CalibrationInfo(ridge=1.0, prior=8.0, rate=1.6e-3))
+STACK, STEP = Lora(rank=1), one_step(1.6e-3)
 _TARGET = 5.0
 
 
@@ -91,7 +91,7 @@ def against_oppu(name: str, base: BaseModel, jobs: Sequence[ShotsJob], settings:
     def mta() -> float:
         found = gate_gradients(base, jobs, bank, at, pooled, tokens_per_batch=tokens)
         w = 0.01 * found.gradients.to(base.master_dtype)  # of any size: times do not depend on it
-        adapt(base, jobs, [*pooled, Gated(bank, w)], STACK.lora, STACK.training, tokens_per_batch=tokens)
+        adapt(base, jobs, [*pooled, Gated(bank, w)], STACK, STEP, tokens_per_batch=tokens)
         return len(jobs)
 
     def alone() -> float:
