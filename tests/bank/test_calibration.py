@@ -12,7 +12,7 @@ from tiny import base_of, random_examples, random_loras
 
 from mta.bank.calibrate import ENOUGH, RATES, Calibrator, Folds, Known, best_of
 from mta.bank.calibration import Calibration, CalibrationInfo, Gain, curvature_of, one_step, settled, solved
-from mta.bank.probes import Measure, Probe, measured
+from mta.bank.probes import Measure, Probe, key_of, measured
 from mta.config import CalibrationSettings, Lora, Run, StackSettings, override
 from mta.lora.layers import Gated, PerPerson, Shared
 from mta.personalize.stages import adapt
@@ -186,22 +186,11 @@ def test_one_stack_at_several_rates_is_a_stack_for_each_rate(scene):
     shots, queries = ([getattr(one, part) for one in people] for part in ("shots", "queries"))
     found = measured(Measure(*scene), Probe("stacks", "stacks", tuple(shots), w, tuple(queries), (0.01, 0.03)))
     merge = Gated(bank, w)
-    jobs = [Job(key, examples) for key, examples in zip(keys_of(scene, shots, w), shots)]
+    jobs = [Job(key_of(examples), examples) for examples in shots]
     for column, rate in enumerate((0.01, 0.03)):
         stack = adapt(base, jobs, [*pooled, merge], lora, one_step(rate))
         scores = log_likelihood(base, queries, [*pooled, merge, PerPerson(stack)])
         near(found[:, column], torch.stack([one.sum() for one in scores]))
-
-
-def keys_of(scene, shots, w) -> list[str]:
-    """Return the keys that a probe gives its jobs: they decide where stacks start."""
-    keys: list[str] = []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            "mta.bank.probes.train_loras", lambda base, jobs, start, *_, **__: keys.extend(j.key for j in jobs) or start
-        )
-        measured(Measure(*scene), Probe("keys", "stacks", tuple(shots), w, tuple(shots), (0.01,)))
-    return keys
 
 
 # -- choices -----------------------------------------------------------------------------------------------------------

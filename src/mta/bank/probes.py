@@ -90,7 +90,7 @@ class Measure:
     def stacks(self, piece: Probe) -> Tensor:
         # The first step of AdamW moves B by the rate and leaves A: other rates are other scales of the same stack.
         base, lora, merge, rate = self.base, self.stack, self._merge(piece), max(piece.rates)
-        jobs = [Job(_digest(examples), examples) for examples in piece.examples]
+        jobs = [Job(key_of(examples), examples) for examples in piece.examples]
         start = fresh(base.targets, lora.rank, lora.scale, 0, [job.key for job in jobs], base.master_dtype)
         frozen, tokens = list[Adapters]([*self.pooled, merge]), self.tokens_per_batch
         found = train_loras(base, jobs, start, one_step(rate), frozen=frozen, tokens_per_batch=tokens)
@@ -106,7 +106,8 @@ class Measure:
         return torch.stack([scores.double().sum() for scores in found])
 
 
-def _digest(examples: Sequence[Example]) -> str:
+def key_of(examples: Sequence[Example]) -> str:
+    """Return the key of a person's job, which decides where their stack starts."""
     return hashlib.sha256(repr([example.tokens for example in examples]).encode()).hexdigest()
 
 

@@ -118,6 +118,14 @@ def _row_blocks(x: Tensor, a: Tensor) -> Tensor:
     return x.reshape(a.shape[0], -1, x.shape[-1])
 
 
+def _input_gradient(dy: Tensor, layer: nn.Linear, frozen: Sequence[Term]) -> Tensor:
+    """Return the gradient of x through a frozen layer and frozen terms."""
+    dx = product(dy, layer.weight.mT)
+    for term in frozen:
+        term.pull_(dy, dx)
+    return dx
+
+
 class _AdaptedLinear(Function):
     """A frozen linear layer with one trained row term (a, b) and frozen terms; the backward pass recomputes nothing."""
 
@@ -140,10 +148,7 @@ class _AdaptedLinear(Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, None, Tensor, Tensor, None]:
         x, a, b, h = ctx.saved_tensors
         dy = dy.contiguous()
-        dx = product(dy, ctx.layer.weight.mT) if ctx.needs_input_grad[0] else None
-        if dx is not None:
-            for term in ctx.others:
-                term.pull_(dy, dx)
+        dx = _input_gradient(dy, ctx.layer, ctx.others) if ctx.needs_input_grad[0] else None
         da, db = RowTerm(a, b).gradients(dx, dy, x, h, ctx.rank)
         return dx, None, da, db, None
 
@@ -174,10 +179,8 @@ class _GatedLinear(Function):
         dgate = (dh * h).view(len(gate), -1, dh.shape[-1]).sum(1)
         if not ctx.needs_input_grad[0]:
             return None, dgate, None, None, None
-        dx = product(dy, ctx.layer.weight.mT)
+        dx = _input_gradient(dy, ctx.layer, ctx.frozen)
         _flat(dx).addmm_(SharedTerm(a, b, gate)._gated(dh), a)
-        for term in ctx.frozen:
-            term.pull_(dy, dx)
         return dx, dgate, None, None, None
 
 
