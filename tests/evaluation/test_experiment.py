@@ -145,7 +145,7 @@ def test_smoke_runs_every_registered_method(finished):
         assert all(torch.isfinite(values).all() for values in row.people.values())
     ablation = found.comparison("ablation")
     assert [row.name for row in ablation.rows] == ["task LoRA", "MTA", "no stack", "no merge", "no task LoRA"]
-    assert torch.equal(ablation.row("no stack").people["NLL"], main.row("merge only, learned").people["NLL"])
+    assert torch.equal(ablation.row("no stack").people["NLL"], main.row("merge only, laplace").people["NLL"])
     for name in ("retrieved", "k", "alpha", "anchors", "efficiency"):
         assert found.comparison(name) is not None, name
 
