@@ -259,6 +259,13 @@ def test_without_a_helpful_stack_the_gains_are_those_of_the_merge():
     assert all(torch.equal(found[n], gains[n]) for n in gains)
 
 
+def test_a_stack_must_help_beyond_its_interval_and_a_merge_beyond_its_error():
+    gains = torch.tensor([1.6 if u // 2 % 2 == 0 else -1.0 for u in range(10)]).double()  # 1.3 standard errors
+    made = Scripted(lambda w: gains, lambda rate: gains)
+    assert made.best_trust(made.folds)[0] is not None
+    assert made.best_rate(made.folds, MERGES, dict.fromkeys(MERGES, NOTHING))[0] == 0
+
+
 def test_everybody_is_served_with_what_the_other_fold_chose():
     fold = torch.tensor([0, 0, 1, 1])
     gains = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [0.0, 1.0]])  # fold 0 likes the first, fold 1 the second

@@ -51,6 +51,7 @@ _NEWTON_RIDGE = 0.3
 Trust = tuple[float, float]  # ridge and prior
 _TYPICAL = 8  # shots, to choose for
 _WORSE = 0.02  # nats per token; smaller losses do not count
+_SURE = 1.96  # standard errors that a stack must help by: it costs as much as the merge again
 _PIECE = 16  # people computed and saved together, at most
 
 
@@ -257,7 +258,7 @@ class Calibrator:
         typical = _TYPICAL if _TYPICAL in merges else max(merges)
         rates, tried = (0.0, *RATES), self.stacked(typical, merges[typical], RATES)
         tried = torch.cat([gains[typical][:, None], tried], dim=1)
-        own = torch.tensor(folds.crossed(tried))[folds.fold]  # the candidate of everybody's fold
+        own = torch.tensor(folds.crossed(tried, _SURE))[folds.fold]  # the candidate of everybody's fold
         found = {typical: tried.gather(1, own[:, None])[:, 0]}
         needed = sorted({rates[n] for n in own.tolist() if n})
         for n, w in merges.items():
@@ -266,7 +267,7 @@ class Calibrator:
                 columns = torch.cat([gains[n][:, None], some], dim=1)
                 mine = torch.tensor([needed.index(rates[c]) + 1 if c else 0 for c in own.tolist()])
                 found[n] = columns.gather(1, mine[:, None])[:, 0]
-        return rates[best_of(tried)], {n: found[n] for n in merges}
+        return rates[best_of(tried, _SURE)], {n: found[n] for n in merges}
 
     # -- passes --------------------------------------------------------------------------------------------------------
 
@@ -340,18 +341,18 @@ class Folds:
                 w[mine] = other.coefficients(sums[mine], self.shots[mine].clamp_max(shots))
         return w
 
-    def crossed(self, gains: Tensor) -> list[int]:
+    def crossed(self, gains: Tensor, errors: float = 1) -> list[int]:
         """Return for the people of each fold the candidate that is best for the other fold; gains (U, candidates)."""
-        return [best_of(gains[self.fold != f]) for f in (0, 1)]
+        return [best_of(gains[self.fold != f], errors) for f in (0, 1)]
 
 
-def best_of(gains: Tensor) -> int:
-    """Return the candidate with the largest mean gain over the first one, less its standard error.
+def best_of(gains: Tensor, errors: float = 1) -> int:
+    """Return the candidate with the largest mean gain over the first one, less that many standard errors.
 
     Gains (U, candidates). The first one is returned where no other is clearly better.
     """
     more = gains - gains[:, :1]
-    sure = more.mean(0) - more.std(0) / math.sqrt(len(more))
+    sure = more.mean(0) - errors * more.std(0) / math.sqrt(len(more))
     return int(torch.nan_to_num(sure, nan=-math.inf).argmax())
 
 
