@@ -17,16 +17,17 @@ from tiny import base_of
 from mta.bank.bank import Bank
 from mta.bank.build import build_bank
 from mta.bank.format import ANCHORS, Members, identity, read_info, seal
+from mta.bank.selection import pooled_items
 from mta.config import Run, Training
 from mta.data.history import Person
 from mta.data.tasks import load_task
 from mta.errors import BankError, Diverged, InputError
-from mta.lora.batch import fresh
+from mta.lora.batch import LoraBatch, fresh
 from mta.lora.peft import read_peft
 from mta.system.atomic import write_json
 from mta.tracking.run_folder import sittings
 from mta.training.checkpoint import Checkpoint
-from mta.training.trainer import Job
+from mta.training.trainer import Job, train_loras
 
 TASK_PEOPLE, CANDIDATES = people_of(4, prefix="somebody-t"), people_of(12, prefix="somebody-c")
 
@@ -435,6 +436,47 @@ def test_the_task_lora_is_an_ordinary_adapter_folder(built):
     adapter = read_peft(built / "task_lora")
     assert adapter.shapes == base_of().targets
     assert (adapter.rank, adapter.scale) == (2, 8.0)
+
+
+def plain_rounds(people, run: Run, count: int) -> LoraBatch:
+    """The task LoRA after ``count`` rounds, one after another, as a user of the trainer would write it."""
+    base, task, settings = base_of(), load_task("movielens-rating"), run.task_lora
+    items, _ = pooled_items(sorted(people, key=lambda one: one.id), settings, run.seed)
+    examples = [base.prompts.example(task, item) for item in items]
+    lora = fresh(base.targets, settings.lora.rank, settings.lora.scale, run.seed, ["task"], base.master_dtype)
+    for key in ["task", *(f"task-{n}" for n in range(1, 9))][:count]:
+        lora = train_loras(base, [Job(key, examples)], lora, settings.training, seed=run.seed)
+    return lora
+
+
+@pytest.mark.parametrize(("items", "lr", "to_the_end"), [(16, 5e-4, True), (2, 0.2, False)])
+def test_the_task_lora_is_trained_on_while_held_out_people_gain(tmp_path, items, lr, to_the_end):
+    people, training = people_of(20, prefix="somebody-t"), Training(lr=lr, epochs=4, batch_size=4)
+    run = changed("task_lora", rounds=3, items=items, training=training)
+    out = build(tmp_path / "bank", people, run=run)
+    losses = sittings(out)[0]["held-out losses of the task LoRA"]
+    best = losses.index(min(losses))
+    assert len(losses) == min(best + 2, 3)
+    assert losses[: best + 1] == sorted(losses[: best + 1], reverse=True)
+    assert (best == 2) == to_the_end
+    found, plain = read_peft(out / "task_lora").tensors(), plain_rounds(people, run, best + 1).tensors()
+    for name, tensor in plain.items():
+        torch.testing.assert_close(found[name].double(), tensor.double(), rtol=1e-5, atol=1e-7)
+
+
+def test_a_build_that_was_killed_between_rounds_ends_with_the_same_bank(tmp_path):
+    people, run = people_of(20, prefix="somebody-t"), changed("task_lora", rounds=3)
+    whole = build(tmp_path / "whole", people, run=run)
+    for place in (3, 7, 11):
+        steps = iter(range(place))
+
+        def stop(stage, step, left=steps):
+            if next(left, None) is None:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            build(tmp_path / "killed", people, run=run, on_step=stop)
+    assert trained(build(tmp_path / "killed", people, run=run)) == trained(whole)
 
 
 def test_without_stage_0_there_is_no_task_lora(tmp_path, cache):

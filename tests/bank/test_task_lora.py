@@ -2,6 +2,7 @@
 
 import random
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 from conftest import people_of
@@ -21,7 +22,7 @@ def people(*sizes: int) -> list[Person]:
 
 
 def pool(people, seed=0, **settings) -> list[tuple[str, str]]:
-    items = pooled_items(people, TaskLoraSettings(**settings), seed)
+    items, _ = pooled_items(people, TaskLoraSettings(**settings), seed)
     return [(item.fields["who"], item.fields["what"]) for item in items]
 
 
@@ -65,5 +66,15 @@ def test_a_person_who_joins_moves_nobody_elses_lot():
 @pytest.mark.parametrize("items", [1, 5, 24])
 def test_a_pool_is_the_beginning_of_every_larger_pool(items):
     everyone = people_of(4)
-    larger = pooled_items(everyone, TaskLoraSettings(), 0)
-    assert pooled_items(everyone, TaskLoraSettings(items=items), 0) == larger[:items]
+    larger, _ = pooled_items(everyone, TaskLoraSettings(), 0)
+    assert pooled_items(everyone, TaskLoraSettings(items=items), 0) == (larger[:items], [])
+
+
+@pytest.mark.parametrize("groups", [19, 20, 45])
+def test_a_tenth_of_the_people_is_held_out_with_those_who_share_items(groups):
+    twins = [replace(one, group=f"g{n // 2}") for n, one in enumerate(people(*[3] * (2 * groups)))]
+    pools = pooled_items(twins, TaskLoraSettings(rounds=2), 0)
+    trained, tested = ({int(item.fields["who"][1:]) // 2 for item in pool} for pool in pools)
+    assert len(tested) == (groups // 10 if groups > 19 else 0)
+    assert not trained & tested
+    assert len(trained) + len(tested) == groups

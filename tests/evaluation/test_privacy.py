@@ -238,7 +238,7 @@ def test_people_have_the_part_that_the_bank_records(world):
 
 def test_the_task_loras_items_are_those_it_was_trained_on(world):
     bank = world[1]
-    pooled = set(map(id, pooled_items(TASK_PEOPLE, bank.info.run.task_lora, bank.info.run.seed)))
+    pooled = set(map(id, pooled_items(TASK_PEOPLE, bank.info.run.task_lora, bank.info.run.seed)[0]))
     parts = sample_people(bank, EVERYBODY, SETTINGS, seed=0)
     assert {person.id for person in parts.pool} == {person.id for person in TASK_PEOPLE}
     assert set(map(id, (item for person in parts.pool for item in person.items))) <= pooled

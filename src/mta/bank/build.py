@@ -10,7 +10,7 @@ import json
 import logging
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -41,10 +41,12 @@ from mta.bank.selection import choose_anchors, pooled_items
 from mta.bank.worker import BankWorker, Piece, open_worker, train_piece
 from mta.config import Lora, Run, parse_size
 from mta.data.history import Item, Person
+from mta.data.tasks.prompt import Example
 from mta.data.tasks.task import Task
 from mta.distributed.executor import Executor, LocalExecutor
 from mta.errors import BankError
 from mta.lora.batch import LoraBatch, stack
+from mta.lora.layers import Shared
 from mta.lora.peft import CARD, read_peft, write_peft
 from mta.model.base import BaseModel
 from mta.model.encoders import Encoder
@@ -56,6 +58,7 @@ from mta.tracking.run_folder import RunFolder
 from mta.tracking.trackers import Track
 from mta.training.checkpoint import Checkpoint
 from mta.training.plan import Plan, numbers_of, plan_cohorts
+from mta.training.scoring import log_likelihood
 from mta.training.trainer import Job
 
 log = logging.getLogger("mta")
@@ -183,15 +186,47 @@ class _Build:
                 for file in sorted(given.iterdir()):
                     copy_file(file, folder / file.name)
             else:
-                job = self.job("task", pooled_items(people, self.run.task_lora, self.run.seed))
-                tokens = self.plan([job], self.run.task_lora.lora).tokens_per_batch
-                for _, trained in self._trained([Piece("task", "task LoRA", (job,), tokens)], ""):
-                    write_peft(folder, trained, self.base.name, fan_in_fan_out=self.base.fan_in_fan_out)
-                if not self.executor.in_process:
-                    self.record.step("task LoRA", Step(1, 1, 1, 1))
+                trained = self.rounds(*pooled_items(people, self.run.task_lora, self.run.seed))
+                write_peft(folder, trained, self.base.name, fan_in_fan_out=self.base.fan_in_fan_out)
             write_text(done, self.trained)
-            self._checkpoint("", "task").remove()
         return read_peft(folder).to(self.base.device)
+
+    def rounds(self, items: Sequence[Item], held_out: Sequence[Item]) -> LoraBatch:
+        """Train the task LoRA, and train on while the loss of held-out items falls; return the best."""
+        job, asked = self.job("task", items), self.job("", held_out).examples
+        best = self.round(0, job)
+        losses = [self.loss(best, asked)] if asked else []
+        for number in range(1, self.run.task_lora.rounds if asked else 1):
+            found = self.round(number, job, best)
+            losses.append(self.loss(found, asked))
+            if losses[-1] >= min(losses[:-1]):
+                break
+            best = found
+        self.record.about["held-out losses of the task LoRA"] = losses
+        return best
+
+    def round(self, number: int, job: Job, start: LoraBatch | None = None) -> LoraBatch:
+        """Train the task LoRA once over all items, from ``start``; a finished round is saved until the bank is."""
+        name = f"task-{number}" if number else "task"
+        result = self._checkpoint("", name, "safetensors")
+        if saved := result.load():
+            found = LoraBatch.of_tensors(saved[0], self.run.task_lora.lora.scale)
+            return replace(found, factors={layer: found.factors[layer] for layer in self.base.targets})
+        tokens = self.plan([job], self.run.task_lora.lora).tokens_per_batch
+        piece = Piece(name, "task LoRA", (replace(job, key=name),), tokens, start)
+        ((_, found),) = self._trained([piece], "")
+        result.save(found.tensors(), {})
+        self._checkpoint("", name).remove()
+        if not self.executor.in_process:
+            self.record.step("task LoRA", Step(number + 1, 1, number + 1, self.run.task_lora.rounds))
+        return found
+
+    def loss(self, task_lora: LoraBatch, asked: Sequence[Example]) -> float:
+        """Return the loss of examples per target token."""
+        over = [Shared(task_lora.to(self.base.device, self.base.dtype))]
+        tokens = self.plan([Job("", asked)], self.run.task_lora.lora).tokens_per_batch
+        (scores,) = log_likelihood(self.base, [asked], over, tokens_per_batch=tokens)
+        return -float(scores.double().sum()) / sum(len(example.target) for example in asked)
 
     def meta_loras(self, jobs: Sequence[Job], plan: Plan, pooled: LoraBatch | None) -> LoraBatch:
         """Run stage 1 and return the meta-LoRAs; trained cohorts are saved, so a resumed build does not repeat them."""

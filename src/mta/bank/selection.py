@@ -15,13 +15,33 @@ from mta.data.tasks.task import Task
 from mta.errors import InputError
 from mta.model.encoders import Encoder, encode_people
 
+_TESTED = 256  # held-out items of the task LoRA, at most
 
-def pooled_items(people: Sequence[Person], settings: TaskLoraSettings, seed: int) -> list[Item]:
-    """Return the pooled items, chosen by hash: at most ``per_person`` of each person, and at most ``items`` in total.
 
+def pooled_items(people: Sequence[Person], settings: TaskLoraSettings, seed: int) -> tuple[list[Item], list[Item]]:
+    """Return the items that train the task LoRA, chosen by hash, and held-out items that tell when to stop.
+
+    At most ``per_person`` items of each person, and at most ``items`` in total. With several rounds of training and 20
+    people or more, a tenth of them is held out, together with the people who share items with them.
     The choice does not depend on the order of people. Source: our choice.
     """
+    held = _held_out(people, seed) if settings.rounds > 1 else set()
+    parts = [[p for p in people if (_group(p) in held) == out] for out in (False, True)]
+    trained, tested = (_pooled(part, settings, seed) for part in parts)
+    return trained[: settings.items], tested[:_TESTED]
 
+
+def _held_out(people: Sequence[Person], seed: int) -> set[str]:
+    groups = {_group(person) for person in people}
+    count = len(groups) // 10 if len(groups) >= 20 else 0
+    return set(sorted(groups, key=lambda group: hashlib.sha256(f"{seed}/held out/{group}".encode()).digest())[:count])
+
+
+def _group(person: Person) -> str:
+    return person.group or person.id
+
+
+def _pooled(people: Sequence[Person], settings: TaskLoraSettings, seed: int) -> list[Item]:
     def draw(person: Person, place: int) -> bytes:
         return hashlib.sha256(f"{seed}/{person.id}/{place}".encode()).digest()
 
@@ -31,7 +51,7 @@ def pooled_items(people: Sequence[Person], settings: TaskLoraSettings, seed: int
         ranked += [(turn, drawn, person.items[i]) for turn, (drawn, i) in enumerate(draws[: settings.per_person])]
     # Each person's first item comes before any second item, so that people have similar numbers of items.
     ranked.sort(key=lambda entry: entry[:2])
-    return [item for _, _, item in ranked[: settings.items]]
+    return [item for _, _, item in ranked]
 
 
 def choose_anchors(

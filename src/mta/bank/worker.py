@@ -25,6 +25,7 @@ class Piece:
     stage: Literal["task LoRA", "anchors"]
     jobs: tuple[Job, ...]
     tokens_per_batch: int
+    start: LoraBatch | None = None  # none: from fresh LoRAs
 
     def __len__(self) -> int:
         return len(self.jobs)
@@ -71,6 +72,7 @@ def train_piece(worker: BankWorker, piece: Piece) -> LoraBatch:
     settings = run.bank if stage == "anchors" else run.task_lora
     same = stage == "anchors" and run.bank.start == "same"  # all anchors start from one A
     keys = ["bank" if same else job.key for job in piece.jobs]
+    begun = fresh(base.targets, settings.lora.rank, settings.lora.scale, run.seed, keys, base.master_dtype)
     checkpoint = worker.checkpoint(piece.name) if worker.checkpoint else None
 
     def check(finite: bool, found: str) -> None:
@@ -87,7 +89,7 @@ def train_piece(worker: BankWorker, piece: Piece) -> LoraBatch:
         trained = train_loras(
             base,
             piece.jobs,
-            fresh(base.targets, settings.lora.rank, settings.lora.scale, run.seed, keys, base.master_dtype),
+            piece.start or begun,
             settings.training,
             frozen=[Shared(worker.pooled.to(base.dtype))] if worker.pooled else [],
             seed=run.seed,

@@ -141,7 +141,7 @@ def _pool(bank: Bank, people: Sequence[Person], items: int, seed: int) -> list[P
     run = bank.info.run
     if not bank.task_lora or len(people) < bank.info.members.task:
         return []  # the pooled items of a person depend on the missing people
-    pooled = {id(item) for item in pooled_items(people, run.task_lora, run.seed)}
+    pooled = {id(item) for item in pooled_items(people, run.task_lora, run.seed)[0]}
     trained = [Person(p.id, tuple(item for item in p.items if id(item) in pooled)) for p in people]
     known = sorted((person for person in trained if person.items), key=lambda person: person.id)
     chosen = random.Random(seed).sample(known, min(items, len(known)))
