@@ -98,7 +98,7 @@ def build_bank(
     histories = [[[person.id, person.digest()] for person in group] for group in (task_people, candidates)]
     work = work_key(base, task, encoder, histories, run, task_lora)
     trained = work_key(base, task, encoder, histories, _uncalibrated(run), task_lora)  # of stages 0 and 1
-    if _is_finished(out, work, trained):
+    if _is_finished(out, work, trained, work_key(base, task, encoder, histories, _as_before(run), task_lora)):
         return write_limit(out, task)
     if not resume:
         shutil.rmtree(out / "work", ignore_errors=True)
@@ -147,6 +147,8 @@ def work_key(
     settings = run.model_dump(mode="json", exclude=_NOT_IN_KEY | unused)
     if run.calibration.enabled:  # it measures stacks too
         settings["stack"] = run.stack.model_dump(mode="json", include={"enabled", "lora"})
+    if run.task_lora.rounds == 1:  # as version 0.1.0 wrote it
+        del settings["task_lora"]["rounds"]
     work = run_folder.work_of(base.fingerprint, encoder.fingerprint, task.identity, settings, histories)
     if task_lora is None:
         return work
@@ -333,13 +335,18 @@ def _uncalibrated(run: Run) -> Run:
     return run.model_copy(update={"calibration": run.calibration.model_copy(update={"enabled": False})})
 
 
-def _is_finished(out: Path, work: str, uncalibrated: str) -> bool:
-    """Return whether the bank with this work key is complete, or was built without a calibration by an older version.
+def _as_before(run: Run) -> Run:
+    """Return the run with the defaults of 0.1.0, which had neither calibrations nor rounds."""
+    return _uncalibrated(run.model_copy(update={"task_lora": run.task_lora.model_copy(update={"rounds": 1})}))
+
+
+def _is_finished(out: Path, work: str, *before: str) -> bool:
+    """Return whether the bank with this work key is complete, or one without a calibration (work keys ``before``).
 
     Raises BankError for another bank, or foreign files.
     """
     if (out / INFO).exists():
-        if (info := read_info(out)).work in (work, uncalibrated):
+        if (info := read_info(out)).work in (work, *before):
             if info.work != work and info.calibration is None:
                 log.warning("%s was built without a calibration: add one with  mta bank calibrate", out)
             remove_work(out)

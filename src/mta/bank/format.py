@@ -152,10 +152,15 @@ class BankInfo(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _as_built(cls, values: Any) -> Any:
+        """Fill in what 0.1.0, which had neither calibrations nor rounds, did not write (see _unset)."""
         run = values.get("run") if isinstance(values, dict) else None
-        if isinstance(run, dict) and not values.get("calibration") and "calibration" not in run:
-            return values | {"run": run | {"calibration": {"enabled": False}}}  # see _unset
-        return values
+        if not isinstance(run, dict):
+            return values
+        if not values.get("calibration") and "calibration" not in run:
+            run = run | {"calibration": {"enabled": False}}
+        if isinstance(task_lora := run.get("task_lora"), dict):
+            run = run | {"task_lora": {"rounds": 1} | task_lora}
+        return values | {"run": run}
 
     @field_validator("run")
     @classmethod
@@ -189,8 +194,9 @@ def write_info(folder: Path, info: BankInfo) -> None:
 
 
 def _unset(info: BankInfo) -> dict[str, Any]:
-    """Return the fields that a bank without a calibration does not have, so that older versions read it."""
-    return {} if info.calibration else {"calibration": True, "run": {"calibration"}}
+    """Return the fields unknown to version 0.1.0 that say nothing new: it can read the rest."""
+    run: dict[str, Any] = {"task_lora": {"rounds"}} if info.run.task_lora.rounds == 1 else {}
+    return {"run": run} if info.calibration else {"calibration": True, "run": run | {"calibration": True}}
 
 
 def write_limit(folder: Path, task: Task) -> None:

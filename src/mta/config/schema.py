@@ -69,11 +69,7 @@ class TaskLoraSettings(Settings):
     training: Training = Training(lr=5e-4, epochs=1, batch_size=32, schedule="cosine", warmup=0.05)
     items: int = Field(default=4000, ge=1, description="maximum number of pooled examples")
     per_person: int = Field(default=32, ge=1, description="maximum number of examples of one person")
-    rounds: int = Field(default=1, ge=1, description="train again, at most so often, while held-out people gain")
-
-    @model_serializer(mode="wrap")
-    def _as_before(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return _without(dump(self), "rounds", 1)
+    rounds: int = Field(default=4, ge=1, description="train so often at most, while held-out people gain")
 
 
 class BankSettings(Settings):

@@ -210,7 +210,8 @@ def costs(shape: Shape, run: Run, load: Load) -> dict[str, Cost]:
     merged = pooled + k * rank
     scored, trained = partial(_scored, shape, load), partial(_trained, shape, load)
 
-    task = trained(_examples(run.task_lora.training, run.task_lora.items), 0, pooled) if pooled else 0.0
+    stage_0 = run.task_lora.rounds * _examples(run.task_lora.training, run.task_lora.items)  # at most
+    task = trained(stage_0, 0, pooled) if pooled else 0.0
     how = run.calibration
     tried = how.people * (how.steps * (how.shots + how.queries) + 3 * how.shots) if how.enabled else 0
     anchor_items = anchors * _examples(run.bank.training, run.bank.max_items)
