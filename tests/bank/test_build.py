@@ -464,6 +464,14 @@ def test_the_task_lora_is_trained_on_while_held_out_people_gain(tmp_path, items,
         torch.testing.assert_close(found[name].double(), tensor.double(), rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("rounds", [1, 3])
+def test_a_bank_of_one_round_is_described_as_before_there_were_rounds(tmp_path, rounds):
+    out = build(tmp_path / "bank", run=changed("task_lora", rounds=rounds))
+    assert json.loads((out / "bank.json").read_text())["run"]["task_lora"].get("rounds", 1) == rounds
+    assert ("rounds" in (out / "bank.json").read_text()) == (rounds > 1)
+    assert read_info(out).run.task_lora.rounds == rounds
+
+
 def test_a_build_that_was_killed_between_rounds_ends_with_the_same_bank(tmp_path):
     people, run = people_of(20, prefix="somebody-t"), changed("task_lora", rounds=3)
     whole = build(tmp_path / "whole", people, run=run)
