@@ -138,6 +138,14 @@ def test_a_base_without_a_reusable_cache_is_not_served(kind):
     assert "vLLM" in caught.value.hint
 
 
+@pytest.mark.parametrize("kind", ["llama", "gemma3", "bart"])  # gemma3 and bart have towers that no text goes through
+def test_memory_is_planned_for_the_adapted_layers_only(kind):
+    base = base_of(kind)
+    sums, shapes = base.footprint.sums, base.targets.values()
+    expected = (len(shapes), sum(o for _, o in shapes), sum(d + o for d, o in shapes))
+    assert (sums.adapted, sums.outputs, sums.width) == expected
+
+
 @pytest.mark.parametrize("window", [5, 64])
 @pytest.mark.parametrize("kind", ["mistral", "gemma3_text", "cohere2", "llama4_text"])
 def test_long_attention_windows_are_packed_unchanged(kind, window, monkeypatch):
