@@ -201,7 +201,7 @@ class _Build:
         for number in range(1, self.run.task_lora.rounds if asked else 1):
             found = self.round(number, job, best)
             losses.append(self.loss(found, asked))
-            if losses[-1] >= min(losses[:-1]):
+            if not losses[-1] < min(losses[:-1]):
                 break
             best = found
         self.record.about["held-out losses of the task LoRA"] = losses
