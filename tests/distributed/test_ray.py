@@ -185,7 +185,7 @@ RUN = TINY_RUN.model_copy(
         ),
     }
 )
-BUILD = {"task": "movielens-rating", "task_people": people_of(4, prefix="t")}
+BUILD = {"task": "movielens-rating", "task_people": people_of(20, prefix="t")}  # enough to hold some out
 
 
 @pytest.fixture(scope="module")
@@ -330,7 +330,9 @@ def test_a_bank_built_by_workers_is_the_same_bank(here, site, tmp_path):
         )
     assert built.hash == bank.hash
     trained = [step for step in steps if step[0] != "calibration"]
-    assert trained in [[("task LoRA", 1), ("anchors", n), ("anchors", 3)] for n in (1, 2)]
+    rounds = [("task LoRA", n) for n in range(1, len(trained) - 1)]
+    assert trained in [[*rounds, ("anchors", n), ("anchors", 3)] for n in (1, 2)]
+    assert len(rounds) > 1
     assert len(trained) < len(steps)
 
 
