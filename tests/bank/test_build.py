@@ -453,10 +453,15 @@ def plain_rounds(people, run: Run, count: int) -> LoraBatch:
 def test_the_task_lora_is_trained_on_while_held_out_people_gain(tmp_path, items, lr, to_the_end):
     people, training = people_of(20, prefix="somebody-t"), Training(lr=lr, epochs=4, batch_size=4)
     run = changed("task_lora", rounds=3, items=items, training=training)
-    out = build(tmp_path / "bank", people, run=run)
+    steps = []
+    out = build(tmp_path / "bank", people, run=run, on_step=lambda *step: steps.append(step))
     losses = sittings(out)[0]["held-out losses of the task LoRA"]
     best = losses.index(min(losses))
     assert len(losses) == min(best + 2, 3)
+    counts = [(step.examples, step.examples_total) for stage, step in steps if stage == "task LoRA"]
+    total = counts[0][1]
+    assert counts == sorted(counts)
+    assert (counts[-1][0], total % 3) == (len(losses) * total // 3, 0)
     assert losses[: best + 1] == sorted(losses[: best + 1], reverse=True)
     assert (best == 2) == to_the_end
     found, plain = read_peft(out / "task_lora").tensors(), plain_rounds(people, run, best + 1).tensors()

@@ -196,10 +196,11 @@ class _Build:
     def rounds(self, items: Sequence[Item], held_out: Sequence[Item]) -> LoraBatch:
         """Train the task LoRA, and train on while the loss of held-out items falls; return the best."""
         job, asked = self.job("task", items), self.job("", held_out).examples
-        best = self.round(0, job)
+        most = self.run.task_lora.rounds if asked else 1
+        best = self.round(0, most, job)
         losses = [self.loss(best, asked)] if asked else []
-        for number in range(1, self.run.task_lora.rounds if asked else 1):
-            found = self.round(number, job, best)
+        for number in range(1, most):
+            found = self.round(number, most, job, best)
             losses.append(self.loss(found, asked))
             if not losses[-1] < min(losses[:-1]):
                 break
@@ -207,20 +208,25 @@ class _Build:
         self.record.about["held-out losses of the task LoRA"] = losses
         return best
 
-    def round(self, number: int, job: Job, start: LoraBatch | None = None) -> LoraBatch:
+    def round(self, number: int, most: int, job: Job, start: LoraBatch | None = None) -> LoraBatch:
         """Train the task LoRA once over all items, from ``start``; a finished round is saved until the bank is."""
         name = f"task-{number}" if number else "task"
         result = self._checkpoint("", name, "safetensors")
         if saved := result.load():
             found = LoraBatch.of_tensors(saved[0], self.run.task_lora.lora.scale)
             return replace(found, factors={layer: found.factors[layer] for layer in self.base.targets})
+
+        def on_step(stage: str, step: Step) -> None:  # progress counts all rounds that there may be
+            each = step.examples_total
+            self.record.step(stage, replace(step, examples=step.examples + number * each, examples_total=most * each))
+
         tokens = self.plan([job], self.run.task_lora.lora).tokens_per_batch
         piece = Piece(name, "task LoRA", (replace(job, key=name),), tokens, start)
-        ((_, found),) = self._trained([piece], "")
+        ((_, found),) = self._trained([piece], "", on_step=on_step)
         result.save(found.tensors(), {})
         self._checkpoint("", name).remove()
         if not self.executor.in_process:
-            self.record.step("task LoRA", Step(number + 1, 1, number + 1, self.run.task_lora.rounds))
+            self.record.step("task LoRA", Step(number + 1, 1, number + 1, most))
         return found
 
     def loss(self, task_lora: LoraBatch, asked: Sequence[Example]) -> float:
@@ -267,11 +273,11 @@ class _Build:
         return found.info
 
     def _trained(
-        self, pieces: Sequence[Piece], plan: str, pooled: LoraBatch | None = None
+        self, pieces: Sequence[Piece], plan: str, pooled: LoraBatch | None = None, on_step: OnStep | None = None
     ) -> Iterator[tuple[Piece, LoraBatch]]:
         """Train pieces on the executor over ``pooled``; yield each with its LoRAs. Raises BankError."""
         self.record.stage_begins()
-        local = BankWorker(self.base, self.run, pooled, partial(self._checkpoint, plan), self.record.step)
+        local = BankWorker(self.base, self.run, pooled, partial(self._checkpoint, plan), on_step or self.record.step)
         on_cpu = pooled and pooled.to(torch.device("cpu"))
         remote = partial(open_worker, self.base.as_loaded(self.run), self.base.fingerprint, on_cpu)
         for found in self.executor.run(train_piece, pieces, local, remote):
