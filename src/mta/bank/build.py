@@ -195,20 +195,24 @@ class _Build:
 
     def rounds(self, items: Sequence[Item], held_out: Sequence[Item]) -> LoraBatch:
         """Train the task LoRA, and train on while the loss of held-out items falls; return the best."""
-        job, asked = self.job("task", items), self.job("", held_out).examples
-        most = self.run.task_lora.rounds if asked else 1
-        best = self.round(0, most, job)
-        losses = [self.loss(best, asked)] if asked else []
-        for number in range(1, most):
-            found = self.round(number, most, job, best)
-            losses.append(self.loss(found, asked))
-            if not losses[-1] < min(losses[:-1]):
+        job, held = self.job("task", items), self.job("held out", held_out)
+        # Both are planned before the first round, which may take hours: too little memory fails at once.
+        tokens = self.plan([job], self.run.task_lora.lora).tokens_per_batch
+        if not held.examples:
+            return self.round(0, 1, job, tokens)
+        tested = self.plan([held], self.run.task_lora.lora).tokens_per_batch
+        most, losses, best = self.run.task_lora.rounds, list[float](), None
+        for number in range(most):
+            found = self.round(number, most, job, tokens, best)
+            losses.append(self.loss(found, held.examples, tested))
+            if best and not losses[-1] < min(losses[:-1]):
                 break
             best = found
         self.record.about["held-out losses of the task LoRA"] = losses
+        assert best is not None  # there is at least one round
         return best
 
-    def round(self, number: int, most: int, job: Job, start: LoraBatch | None = None) -> LoraBatch:
+    def round(self, number: int, most: int, job: Job, tokens: int, start: LoraBatch | None = None) -> LoraBatch:
         """Train the task LoRA once over all items, from ``start``; a finished round is saved until the bank is."""
         name = f"task-{number}" if number else "task"
         result = self._checkpoint("", name, "safetensors")
@@ -220,7 +224,6 @@ class _Build:
             each = step.examples_total
             self.record.step(stage, replace(step, examples=step.examples + number * each, examples_total=most * each))
 
-        tokens = self.plan([job], self.run.task_lora.lora).tokens_per_batch
         piece = Piece(name, "task LoRA", (replace(job, key=name),), tokens, start)
         ((_, found),) = self._trained([piece], "", on_step=on_step)
         result.save(found.tensors(), {})
@@ -229,12 +232,11 @@ class _Build:
             self.record.step("task LoRA", Step(number + 1, 1, number + 1, most))
         return found
 
-    def loss(self, task_lora: LoraBatch, asked: Sequence[Example]) -> float:
+    def loss(self, task_lora: LoraBatch, examples: Sequence[Example], tokens: int) -> float:
         """Return the loss of examples per target token."""
         over = [Shared(task_lora.to(self.base.device, self.base.dtype))]
-        tokens = self.plan([Job("", asked)], self.run.task_lora.lora).tokens_per_batch
-        (scores,) = log_likelihood(self.base, [asked], over, tokens_per_batch=tokens)
-        return -float(scores.double().sum()) / sum(len(example.target) for example in asked)
+        (scores,) = log_likelihood(self.base, [examples], over, tokens_per_batch=tokens)
+        return -float(scores.double().sum()) / sum(len(example.target) for example in examples)
 
     def meta_loras(self, jobs: Sequence[Job], plan: Plan, pooled: LoraBatch | None) -> LoraBatch:
         """Run stage 1 and return the meta-LoRAs; trained cohorts are saved, so a resumed build does not repeat them."""
