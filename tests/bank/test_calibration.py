@@ -6,11 +6,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from conftest import people_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import base_of, random_examples, random_loras
 
-from mta.bank.calibrate import ENOUGH, RATES, Calibrator, Folds, Known, best_of
+from mta.bank.calibrate import ENOUGH, RATES, Calibrator, Folds, Known, best_of, chosen_by_others, known_people
 from mta.bank.calibration import Calibration, CalibrationInfo, Gain, curvature_of, one_step, settled, solved
 from mta.bank.probes import Measure, Probe, key_of, measured
 from mta.config import CalibrationSettings, Lora, Run, StackSettings, override
@@ -38,13 +39,20 @@ CALIBRATION = Calibration(0.1 * normal(N), curvature_of(normal(50, N, seed=1)), 
 def test_coefficients_maximize_the_quadratic_model_with_its_prior():
     gradients, shots = normal(3, N, seed=2), torch.tensor([1, 4, 9])
     found = CALIBRATION.coefficients(gradients, shots)
-    curvature = CALIBRATION.curvature
-    curvature = curvature + 0.3 * curvature.diagonal().mean() * torch.eye(N)
     for u in range(3):
-        w = found[u].clone().requires_grad_()
+        w, own = found[u].clone().requires_grad_(), gradients[u] / shots[u]
+        curvature = CALIBRATION.curvature + torch.outer(own, own)
+        curvature = curvature + 0.3 * CALIBRATION.curvature.diagonal().mean() * torch.eye(N)
         d = w - CALIBRATION.mu
         objective = gradients[u] @ d - (shots[u] + 8.0) / 2 * d @ curvature @ d
         near(torch.autograd.grad(objective, w)[0], torch.zeros(N).double(), 1e-7)
+
+
+@given(size=st.floats(1e-3, 1e6), shots=st.integers(1, 20))
+def test_no_step_promises_more_than_one_nat_per_shot(size, shots):
+    gradient = size * normal(1, N, seed=2)
+    found = CALIBRATION.coefficients(gradient, torch.tensor([shots]))
+    assert 0 < float((gradient * (found - CALIBRATION.mu)).sum()) < shots
 
 
 def test_without_shots_the_coefficients_are_those_of_the_population():
@@ -231,30 +239,29 @@ MERGES = {n: torch.zeros(10, N).double() for n in (1, 8)}
 def test_where_no_merge_helps_there_is_none():
     made = Scripted(lambda w: -w.abs().sum(1))
     trust, crossed = made.best_trust(made.folds)
-    assert (trust, crossed) == (None, [None, None])
+    assert (trust, crossed) == (None, [None] * 10)
     near(made.folds.coefficients(8, crossed), torch.zeros(10, N).double())
 
 
 @pytest.mark.parametrize("best", RATES)
 def test_the_rate_is_the_one_that_gains_most(best):
     made = Scripted(None, lambda rate: NOTHING + (rate == best))
-    rate, found = made.best_rate(made.folds, MERGES, dict.fromkeys(MERGES, NOTHING))
+    rate, found = made.best_rate(MERGES, dict.fromkeys(MERGES, NOTHING))
     assert rate == best
     assert all(float(gain.min()) == 1 for gain in found.values())
 
 
-def test_people_get_the_rate_that_the_other_fold_chose():
-    # Fold 0 gains from the first rate only, fold 1 from the second.
-    made = Scripted(
-        None, lambda rate: torch.tensor([1.0 if RATES[u % 2] == rate else -1.0 for u in range(10)]).double()
-    )
-    _, found = made.best_rate(made.folds, MERGES, dict.fromkeys(MERGES, NOTHING))
-    assert all(float(gain.max()) == -1 for gain in found.values())
+def test_people_get_the_rate_that_everybody_else_chose():
+    # Everybody gains from the first rate, but the first person more from the second, which outweighs the others.
+    gain = {RATES[0]: NOTHING + 1, RATES[1]: torch.tensor([99.0] + [0.5] * 9).double()}
+    made = Scripted(None, lambda rate: gain.get(rate, NOTHING - 1))
+    _, found = made.best_rate(MERGES, dict.fromkeys(MERGES, NOTHING))
+    assert all(float(each[0]) == 1 for each in found.values())
 
 
 def test_without_a_helpful_stack_the_gains_are_those_of_the_merge():
     made, gains = Scripted(None, lambda rate: NOTHING - 9), {n: normal(10, seed=n) for n in MERGES}
-    rate, found = made.best_rate(made.folds, MERGES, gains)
+    rate, found = made.best_rate(MERGES, gains)
     assert rate == 0
     assert all(torch.equal(found[n], gains[n]) for n in gains)
 
@@ -263,24 +270,43 @@ def test_a_stack_must_help_beyond_its_interval_and_a_merge_beyond_its_error():
     gains = torch.tensor([1.6 if u // 2 % 2 == 0 else -1.0 for u in range(10)]).double()  # 1.3 standard errors
     made = Scripted(lambda w: gains, lambda rate: gains)
     assert made.best_trust(made.folds)[0] is not None
-    assert made.best_rate(made.folds, MERGES, dict.fromkeys(MERGES, NOTHING))[0] == 0
+    assert made.best_rate(MERGES, dict.fromkeys(MERGES, NOTHING))[0] == 0
 
 
-def test_everybody_is_served_with_what_the_other_fold_chose():
-    fold = torch.tensor([0, 0, 1, 1])
-    gains = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [0.0, 1.0]])  # fold 0 likes the first, fold 1 the second
-    folds = Folds(fold, torch.zeros(2, N).double(), torch.zeros(2, N, N).double(), [normal(3, N)] * 4)
-    assert folds.crossed(gains) == [1, 0]
+def test_nobody_chooses_what_they_are_served_with():
+    """A person is served with the best candidate for the others who share no items with them."""
+    gains = torch.tensor([[0.0, 9.0, 0.0], [0.0, 8.0, 0.0], [0.0, 0.0, 1.0], [0.0, 0.0, 1.0], [0.0, 0.0, 1.0]])
+    assert chosen_by_others(gains, ["a", "a", "b", "c", "d"], errors=0).tolist() == [2, 2, 1, 1, 1]
+    assert chosen_by_others(gains, ["a", "b", "c", "d", "e"], errors=0).tolist() == [1, 1, 1, 1, 1]
 
 
-def test_coefficients_of_a_person_use_the_fit_and_the_trust_of_the_other_fold():
+@given(people=st.integers(3, 12), seed=st.integers(0, 50))
+def test_what_others_chose_is_the_best_candidate_for_them(people, seed):
+    gains = normal(people, 3, seed=seed)
+    found = chosen_by_others(gains, [str(u) for u in range(people)])
+    assert found.tolist() == [best_of(torch.cat([gains[:u], gains[u + 1 :]])) for u in range(people)]
+
+
+def test_coefficients_of_a_person_use_the_fit_of_the_other_fold_and_their_own_trust():
     mu, curvature = normal(2, N), torch.stack([curvature_of(normal(30, N, seed=n)) for n in (5, 6)])
-    gradients = [normal(6, N, seed=7), normal(6, N, seed=8)]
-    folds = Folds(torch.tensor([0, 1]), mu, curvature, gradients)
-    found = folds.coefficients(4, [(0.3, 2.0), (1.0, 8.0)])
+    gradients = [normal(6, N, seed=7), normal(6, N, seed=8), normal(6, N, seed=9)]
+    folds = Folds(torch.tensor([0, 1, 0]), mu, curvature, gradients)
+    found = folds.coefficients(4, [(0.3, 2.0), (1.0, 8.0), None])
     for u, (ridge, prior) in enumerate([(0.3, 2.0), (1.0, 8.0)]):
         other = Calibration(mu[1 - u], curvature[1 - u], CalibrationInfo(ridge=ridge, prior=prior))
         near(found[u], other.coefficients(gradients[u][-4:].sum(0)[None], torch.tensor([4]))[0])
+    assert not bool(found[2].any())
+
+
+# -- people ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("people", "queries"), [(4, 3), (2, 6), (1, 10)])
+def test_where_people_are_few_each_is_asked_more(task, people, queries):
+    """Twelve queries of four people are wanted; at most half of a person's items are queries."""
+    settings = CalibrationSettings(people=4, queries=3, shots=8)
+    found = known_people(base_of(), task, people_of(people, items=20), settings)
+    assert [(len(one.shots), len(one.queries)) for one in found] == [(8, queries)] * people
 
 
 # -- what a run leaves to the calibration ------------------------------------------------------------------------------

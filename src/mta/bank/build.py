@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from mta.bank.calibrate import calibrate, drawn, known_of, plan_of
+from mta.bank.calibrate import calibrate, drawn, known_people, plan_of
 from mta.bank.calibration import CalibrationInfo
 from mta.bank.card import card
 from mta.bank.format import (
@@ -124,7 +124,7 @@ def build_bank(
     others = (
         drawn(able, {person.id for person in anchors}, run.calibration, run.seed) if run.calibration.enabled else []
     )
-    plan_of(base, [known_of(base, task, person, run.calibration) for person in others], len(anchors), run)
+    plan_of(base, known_people(base, task, others, run.calibration), len(anchors), run)
     record.about["plan"] = plan.digest
     with record:
         pooled = build.task_lora(task_people, task_lora) if run.task_lora.enabled else None

@@ -7,9 +7,9 @@ The people are split into two folds. mu and F are judged on the fold that they w
     3. stack    the learning rate of a stack's single step, over merges with this trust
     4. gains    what a person with 1, 4, 8, or 16 shots gains on later items by the merge, and by merge and stack
 
-Whatever is chosen for a reported gain is chosen by the likelihood of the other fold's people, except the lengths of
-the Newton steps. (Their merges, which are tried for that, rest on mu and F of this fold.) The calibration that is kept
-averages mu and F of both folds. Source: our choice; docs/explanation/method.md.
+Whatever is chosen for a person's reported gain is chosen by the likelihood of everybody else, except the lengths of the
+Newton steps. (The merges of the other fold, which are tried for that, rest on mu and F of the person's own.) The
+calibration that is kept averages mu and F of both folds. Source: our choice; docs/explanation/method.md.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from mta.training.trainer import Job
 
 LENGTHS = (0.5, 1.0)  # of a Newton step
 RIDGES = (0.3, 1.0)
-PRIORS = (2.0, 8.0, 32.0, 1e6)  # in shots; the last leaves mu as it is
+PRIORS = (1.0, 4.0, 16.0, 1e6)  # in shots; the last leaves mu as it is
 RATES = (8e-4, 1.6e-3, 3.2e-3, 6.4e-3)  # of a stack's single step
 SHOTS = (1, 4, 8, 16)
 ENOUGH = 8  # people, to measure anything
@@ -72,7 +72,7 @@ def calibrate(
     ``checkpoint`` returns where the result of a piece of work is kept, by its name: an interrupted calibration resumes.
     Raises BankError if the work fails.
     """
-    known = [known_of(base, task, person, run.calibration) for person in people]
+    known = known_people(base, task, people, run.calibration)
     working, pooled = anchors.to(base.device, base.dtype), task_lora and task_lora.to(base.device)
     plan = plan_of(base, known, len(anchors), run)
     tokens, together = plan.tokens_per_batch, min(map(len, plan.cohorts[:-1] or plan.cohorts), default=1)
@@ -133,11 +133,17 @@ def drawn(people: Sequence[Person], members: Set[str], settings: CalibrationSett
     return sorted(able, key=lambda one: hashlib.sha256(f"{seed}/{one.id}".encode()).digest())[: settings.people]
 
 
-def known_of(base: BaseModel, task: Task, person: Person, settings: CalibrationSettings) -> Known:
-    """Return a person's latest items as queries, and the items just before them as shots."""
-    queries = min(settings.queries, len(person.items) // 2)
-    items = person.items[-queries - settings.shots :]
-    examples = [base.prompts.example(task, item) for item in items]
+def known_people(base: BaseModel, task: Task, people: Sequence[Person], settings: CalibrationSettings) -> list[Known]:
+    """Return people's latest items as queries, and the items just before them as shots.
+
+    Fewer people than ``settings.people`` are asked more each. At most half of a person's items are queries.
+    """
+    each = max(settings.queries, settings.people * settings.queries // max(len(people), 1))
+    return [_known(base, task, person, settings.shots, min(each, len(person.items) // 2)) for person in people]
+
+
+def _known(base: BaseModel, task: Task, person: Person, shots: int, queries: int) -> Known:
+    examples = [base.prompts.example(task, item) for item in person.items[-queries - shots :]]
     return Known(tuple(examples[:-queries]), tuple(examples[-queries:]), person.group)
 
 
@@ -163,9 +169,8 @@ class Calibrator:
     pooled: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
-        groups = [one.group or f"person {u}" for u, one in enumerate(self.known)]
-        numbers = {group: n for n, group in enumerate(dict.fromkeys(groups))}
-        self.fold = torch.tensor([numbers[group] % 2 for group in groups], dtype=torch.long)
+        numbers = {group: n for n, group in enumerate(dict.fromkeys(self.groups))}
+        self.fold = torch.tensor([numbers[group] % 2 for group in self.groups], dtype=torch.long)
         self.tokens = torch.tensor([sum(len(e.target) for e in queries) for queries in self.queries]).double()
         self.pooled = torch.zeros_like(self.tokens)
 
@@ -173,6 +178,11 @@ class Calibrator:
     def queries(self) -> list[tuple[Example, ...]]:
         """Everybody's later items."""
         return [one.queries for one in self.known]
+
+    @property
+    def groups(self) -> list[str]:
+        """Everybody's group of people who share items."""
+        return [one.group or f"person {u}" for u, one in enumerate(self.known)]
 
     @property
     def planned(self) -> int:
@@ -196,7 +206,7 @@ class Calibrator:
             mu, curvature = torch.zeros_like(mu), torch.zeros_like(curvature)
         merges = {n: folds.coefficients(n, crossed) for n in SHOTS if int((folds.shots >= n).sum()) >= ENOUGH}
         gains = {n: self.gains(w) for n, w in merges.items()}
-        rate, stacked = self.best_rate(folds, merges, gains) if self.stacks else (None, {})
+        rate, stacked = self.best_rate(merges, gains) if self.stacks else (None, {})
         info = CalibrationInfo(
             ridge=trust[0] if trust else DEFAULTS.ridge,
             prior=trust[1] if trust else PRIORS[-1],
@@ -242,23 +252,23 @@ class Calibrator:
         return mu, curvature
 
     def best_trust(self, folds: Folds) -> tuple[Trust | None, list[Trust | None]]:
-        """Return the ridge and the prior that serve people's queries best, and those for the people of each fold.
+        """Return the ridge and the prior that serve people's queries best, and those that each is judged with.
 
         None where no merge is clearly better than the pooled model.
         """
         grid: list[Trust | None] = [None, (RIDGES[-1], PRIORS[-1]), *itertools.product(RIDGES, PRIORS[:-1])]
-        tried = torch.stack([self.gains(folds.coefficients(_TYPICAL, [trust, trust])) for trust in grid[1:]], dim=1)
+        tried = torch.stack(
+            [self.gains(folds.coefficients(_TYPICAL, [trust] * len(self.known))) for trust in grid[1:]], dim=1
+        )
         tried = torch.cat([torch.zeros(len(tried), 1).double(), tried], dim=1)
-        return grid[best_of(tried)], [grid[n] for n in folds.crossed(tried)]
+        return grid[best_of(tried)], [grid[n] for n in chosen_by_others(tried, self.groups)]
 
-    def best_rate(
-        self, folds: Folds, merges: Mapping[int, Tensor], gains: Mapping[int, Tensor]
-    ) -> tuple[float, dict[int, Tensor]]:
+    def best_rate(self, merges: Mapping[int, Tensor], gains: Mapping[int, Tensor]) -> tuple[float, dict[int, Tensor]]:
         """Return the rate of a stack over ``merges`` (0: no stack), and everybody's gain with both, by shots."""
         typical = _TYPICAL if _TYPICAL in merges else max(merges)
         rates, tried = (0.0, *RATES), self.stacked(typical, merges[typical], RATES)
         tried = torch.cat([gains[typical][:, None], tried], dim=1)
-        own = torch.tensor(folds.crossed(tried, _SURE))[folds.fold]  # the candidate of everybody's fold
+        own = chosen_by_others(tried, self.groups, _SURE)
         found = {typical: tried.gather(1, own[:, None])[:, 0]}
         needed = sorted({rates[n] for n in own.tolist() if n})
         for n, w in merges.items():
@@ -330,20 +340,16 @@ class Folds:
     def coefficients(self, shots: int, trust: Sequence[Trust | None]) -> Tensor:
         """Return everybody's coefficients (U, N) from their latest shots, with mu and F of the other fold.
 
-        ``trust`` is for the people of each fold; None: no merge, all coefficients are 0.
+        ``trust`` is each person's; None: no merge, all coefficients are 0.
         """
-        sums = torch.stack([rows[-shots:].sum(0) for rows in self.gradients])
-        w = torch.zeros_like(sums)
-        for f, chosen in enumerate(trust):
+        w = torch.zeros(len(trust), self.mu.shape[1], dtype=torch.float64)
+        for u, chosen in enumerate(trust):
             if chosen:
-                mine, info = self.fold == f, CalibrationInfo(ridge=chosen[0], prior=chosen[1])
-                other = Calibration(self.mu[1 - f], self.curvature[1 - f], info)
-                w[mine] = other.coefficients(sums[mine], self.shots[mine].clamp_max(shots))
+                other, latest = 1 - self.fold[u], self.gradients[u][-shots:]
+                info = CalibrationInfo(ridge=chosen[0], prior=chosen[1])
+                fitted = Calibration(self.mu[other], self.curvature[other], info)
+                w[u] = fitted.coefficients(latest.sum(0)[None], torch.tensor([len(latest)]))[0]
         return w
-
-    def crossed(self, gains: Tensor, errors: float = 1) -> list[int]:
-        """Return for the people of each fold the candidate that is best for the other fold; gains (U, candidates)."""
-        return [best_of(gains[self.fold != f], errors) for f in (0, 1)]
 
 
 def best_of(gains: Tensor, errors: float = 1) -> int:
@@ -354,6 +360,13 @@ def best_of(gains: Tensor, errors: float = 1) -> int:
     more = gains - gains[:, :1]
     sure = more.mean(0) - errors * more.std(0) / math.sqrt(len(more))
     return int(torch.nan_to_num(sure, nan=-math.inf).argmax())
+
+
+def chosen_by_others(gains: Tensor, groups: Sequence[str], errors: float = 1) -> Tensor:
+    """Return for each person (U,) the candidate that is best for everybody in other groups; gains (U, candidates)."""
+    others = {group: torch.tensor([other != group for other in groups]) for group in set(groups)}
+    chosen = {group: best_of(gains[mask], errors) for group, mask in others.items()}
+    return torch.tensor([chosen[group] for group in groups])
 
 
 def gain_of(shots: int, gains: Tensor) -> Gain:

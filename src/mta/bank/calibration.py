@@ -1,11 +1,12 @@
 """A bank's calibration: what the ``laplace`` policy needs to turn one gradient into a person's coefficients.
 
-Near the population's best merge mu, the log-likelihood of n shots is about g.d - n/2 d'Fd for coefficients mu + d. With
-a Gaussian prior on d that is worth ``prior`` shots, the best coefficients are
+Near the population's best merge mu, the log-likelihood of n shots with the gradient g is about g.d - n/2 d'Cd for
+coefficients mu + d. With a Gaussian prior on d that is worth ``prior`` shots, the best coefficients are
 
-    w = mu + n / (n + prior) * C^-1 (g / n)        C = F + ridge * mean(diag F) * I
+    w = mu + n / (n + prior) * C^-1 m        C = F + ridge * mean(diag F) * I + mm'        m = g / n
 
-Source: our choice; docs/explanation/method.md.
+F is people's common curvature. mm' is what a person's own gradient adds: where it is large, the likelihood bends
+sooner, so that no step promises more than one nat per shot. Source: our choice; docs/explanation/method.md.
 """
 
 from __future__ import annotations
@@ -79,8 +80,10 @@ class Calibration:
         where nothing is known of the curvature.
         """
         n = shots.double()[:, None]
-        step = solved(self.curvature, self.info.ridge, gradients.double() / n.clamp_min(1))
-        return self.mu + n / (n + self.info.prior) * step
+        mean = gradients.double() / n.clamp_min(1)
+        step = solved(self.curvature, self.info.ridge, mean)
+        own = 1 + (mean * step).sum(1, keepdim=True)  # of the curvature; by the formula of Sherman and Morrison
+        return self.mu + n / (n + self.info.prior) * step / own
 
 
 def settled(run: Run, found: CalibrationInfo | None) -> Run:
