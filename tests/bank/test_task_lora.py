@@ -1,17 +1,29 @@
-"""The items of the task LoRA: a few of each person, independent of the order of people."""
+"""The task LoRA: a few items of each person, independent of their order; trained while held-out people gain."""
 
+import json
 import random
 from collections import Counter
 from dataclasses import replace
 
 import pytest
+import torch
+from builds import build, changed, trained
 from conftest import people_of
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny import base_of
 
+from mta.bank.bank import Bank
+from mta.bank.format import read_info
 from mta.bank.selection import pooled_items
-from mta.config import TaskLoraSettings
+from mta.config import Run, TaskLoraSettings, Training
 from mta.data.history import Item, Person
+from mta.data.tasks import load_task
+from mta.errors import BankError
+from mta.lora.batch import LoraBatch, fresh
+from mta.lora.peft import read_peft
+from mta.tracking.run_folder import sittings
+from mta.training.trainer import Job, train_loras
 
 
 def people(*sizes: int) -> list[Person]:
@@ -78,3 +90,89 @@ def test_a_tenth_of_the_people_is_held_out_with_those_who_share_items(groups):
     assert len(tested) == (groups // 10 if groups > 19 else 0)
     assert not trained & tested
     assert len(trained) + len(tested) == groups
+
+
+# -- training ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_task_lora_is_an_ordinary_adapter_folder(built):
+    adapter = read_peft(built / "task_lora")
+    assert adapter.shapes == base_of().targets
+    assert (adapter.rank, adapter.scale) == (2, 8.0)
+
+
+def plain_rounds(people, run: Run, count: int) -> LoraBatch:
+    """The task LoRA after ``count`` rounds, one after another, as a user of the trainer would write it."""
+    base, task, settings = base_of(), load_task("movielens-rating"), run.task_lora
+    items, _ = pooled_items(sorted(people, key=lambda one: one.id), settings, run.seed)
+    examples = [base.prompts.example(task, item) for item in items]
+    lora = fresh(base.targets, settings.lora.rank, settings.lora.scale, run.seed, ["task"], base.master_dtype)
+    for key in ["task", *(f"task-{n}" for n in range(1, 9))][:count]:
+        lora = train_loras(base, [Job(key, examples)], lora, settings.training, seed=run.seed)
+    return lora
+
+
+@pytest.mark.parametrize(("items", "lr", "to_the_end"), [(16, 5e-4, True), (2, 0.2, False)])
+def test_the_task_lora_is_trained_on_while_held_out_people_gain(tmp_path, items, lr, to_the_end):
+    people, training = people_of(20, prefix="somebody-t"), Training(lr=lr, epochs=4, batch_size=4)
+    run = changed("task_lora", rounds=3, items=items, training=training)
+    steps = []
+    out = build(tmp_path / "bank", people, run=run, on_step=lambda *step: steps.append(step))
+    losses = sittings(out)[0]["held-out losses of the task LoRA"]
+    best = losses.index(min(losses))
+    assert len(losses) == min(best + 2, 3)
+    counts = [(step.examples, step.examples_total) for stage, step in steps if stage == "task LoRA"]
+    total = counts[0][1]
+    assert counts == sorted(counts)
+    assert (counts[-1][0], total % 3) == (len(losses) * total // 3, 0)
+    assert losses[: best + 1] == sorted(losses[: best + 1], reverse=True)
+    assert (best == 2) == to_the_end
+    found, plain = read_peft(out / "task_lora").tensors(), plain_rounds(people, run, best + 1).tensors()
+    for name, tensor in plain.items():
+        torch.testing.assert_close(found[name].double(), tensor.double(), rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("rounds", [1, 3])
+def test_a_bank_of_one_round_is_described_as_before_there_were_rounds(tmp_path, rounds):
+    out = build(tmp_path / "bank", run=changed("task_lora", rounds=rounds))
+    assert json.loads((out / "bank.json").read_text())["run"]["task_lora"].get("rounds", 1) == rounds
+    assert ("rounds" in (out / "bank.json").read_text()) == (rounds > 1)
+    assert read_info(out).run.task_lora.rounds == rounds
+
+
+def test_a_build_that_was_killed_between_rounds_ends_with_the_same_bank(tmp_path):
+    people, run = people_of(20, prefix="somebody-t"), changed("task_lora", rounds=3)
+    whole = build(tmp_path / "whole", people, run=run)
+    for place in (3, 7, 11):
+        steps = iter(range(place))
+
+        def stop(stage, step, left=steps):
+            if next(left, None) is None:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            build(tmp_path / "killed", people, run=run, on_step=stop)
+    assert trained(build(tmp_path / "killed", people, run=run)) == trained(whole)
+
+
+def test_without_stage_0_there_is_no_task_lora(tmp_path, cache):
+    out = build(tmp_path / "bank", run=changed("task_lora", enabled=False))
+    bank = Bank.open(out, base_of())
+    assert not (out / "task_lora").exists()
+    assert bank.task_lora is None
+    assert bank.pooled == []
+
+
+def test_over_a_task_lora_that_is_there_the_anchors_are_the_same(built, tmp_path):
+    stages, left = [], tmp_path / "task_lora" / f".adapter_config.json.{'0' * 32}"
+    left.parent.mkdir()
+    left.write_text("half")  # of a copy that was killed
+    again = build(tmp_path, task_lora=built / "task_lora", on_step=lambda stage, _: stages.append(stage))
+    assert not left.exists()
+    assert {*stages} == {"anchors", "calibration"}
+    assert trained(again) == trained(built)
+    assert read_info(again).work != read_info(built).work
+    build(tmp_path, task_lora=built / "task_lora", on_step=lambda *_: pytest.fail("it was finished"))
+    other = build(tmp_path / "other", run=changed("task_lora", items=4))
+    with pytest.raises(BankError):
+        build(tmp_path, task_lora=other / "task_lora")

@@ -1,0 +1,32 @@
+"""Small banks for tests, and what their folders hold."""
+
+from pathlib import Path
+
+from conftest import TINY_RUN, HashEncoder, people_of
+from tiny import base_of
+
+from mta.bank.build import build_bank
+from mta.bank.format import read_info
+from mta.config import Run
+from mta.data.tasks import load_task
+
+TASK_PEOPLE, CANDIDATES = people_of(4, prefix="somebody-t"), people_of(12, prefix="somebody-c")
+
+
+def build(out: Path, task_people=TASK_PEOPLE, candidates=CANDIDATES, run: Run = TINY_RUN, **how) -> Path:
+    task = load_task("movielens-rating")
+    build_bank(base_of(), task, HashEncoder(), task_people, candidates, run, out, **how)
+    return out
+
+
+def changed(group: str, **values) -> Run:
+    return TINY_RUN.model_copy(update={group: getattr(TINY_RUN, group).model_copy(update=values)})
+
+
+def files_in(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def trained(folder: Path) -> dict[str, bytes]:
+    """The files that the bank's hash covers, apart from the description."""
+    return {name: data for name, data in files_in(folder).items() if name in read_info(folder).files}
