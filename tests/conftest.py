@@ -176,6 +176,14 @@ def fetched():
 
 
 @pytest.fixture(scope="session")
+def built(tmp_path_factory):
+    """A finished bank of the people in ``builds``, which no test changes."""
+    from builds import build
+
+    return build(tmp_path_factory.mktemp("built"))
+
+
+@pytest.fixture(scope="session")
 def tiny_bank_folder(tmp_path_factory, task):
     """A bank of three anchors over the tiny Llama, built once."""
     from tiny import base_of

@@ -3,6 +3,7 @@
 import math
 import random
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -11,7 +12,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import base_of, random_examples, random_loras
 
-from mta.bank.calibrate import ENOUGH, RATES, Calibrator, Folds, Known, best_of, chosen_by_others, known_people
+from mta.bank.calibrate import (
+    ENOUGH,
+    RATES,
+    TRUSTS,
+    USUAL,
+    Calibrator,
+    Folds,
+    Known,
+    best_of,
+    chosen_by_others,
+    known_people,
+    rate_from,
+    trust_from,
+)
 from mta.bank.calibration import Calibration, CalibrationInfo, Gain, curvature_of, one_step, settled, solved
 from mta.bank.probes import Measure, Probe, key_of, measured
 from mta.config import CalibrationSettings, Lora, Run, StackSettings, override
@@ -269,22 +283,40 @@ def test_without_a_helpful_stack_the_gains_are_those_of_the_merge():
 def test_a_stack_must_help_beyond_its_interval_and_a_merge_beyond_its_error():
     gains = torch.tensor([1.6 if u // 2 % 2 == 0 else -1.0 for u in range(10)]).double()  # 1.3 standard errors
     made = Scripted(lambda w: gains, lambda rate: gains)
-    assert made.best_trust(made.folds)[0] is not None
+    assert made.best_trust(made.folds)[0] == USUAL
     assert made.best_rate(MERGES, dict.fromkeys(MERGES, NOTHING))[0] == 0
 
 
 def test_nobody_chooses_what_they_are_served_with():
-    """A person is served with the best candidate for the others who share no items with them."""
+    """A person is served with what is best for the others who share no items with them."""
     gains = torch.tensor([[0.0, 9.0, 0.0], [0.0, 8.0, 0.0], [0.0, 0.0, 1.0], [0.0, 0.0, 1.0], [0.0, 0.0, 1.0]])
-    assert chosen_by_others(gains, ["a", "a", "b", "c", "d"], errors=0).tolist() == [2, 2, 1, 1, 1]
-    assert chosen_by_others(gains, ["a", "b", "c", "d", "e"], errors=0).tolist() == [1, 1, 1, 1, 1]
+    most = partial(best_of, errors=0)
+    assert chosen_by_others(gains, ["a", "a", "b", "c", "d"], most) == [2, 2, 1, 1, 1]
+    assert chosen_by_others(gains, ["a", "b", "c", "d", "e"], most) == [1, 1, 1, 1, 1]
 
 
 @given(people=st.integers(3, 12), seed=st.integers(0, 50))
 def test_what_others_chose_is_the_best_candidate_for_them(people, seed):
     gains = normal(people, 3, seed=seed)
-    found = chosen_by_others(gains, [str(u) for u in range(people)])
-    assert found.tolist() == [best_of(torch.cat([gains[:u], gains[u + 1 :]])) for u in range(people)]
+    found = chosen_by_others(gains, [str(u) for u in range(people)], best_of)
+    assert found == [best_of(torch.cat([gains[:u], gains[u + 1 :]])) for u in range(people)]
+
+
+def test_the_usual_trust_is_left_only_for_one_that_is_surely_better():
+    usual = 0.1 + 0.01 * normal(20, 1)
+    others = usual + torch.tensor([0.02, -0.015]).repeat(10)[:, None].expand(-1, len(TRUSTS) - 1)
+    assert trust_from(torch.cat([usual, others], dim=1)) == USUAL
+    others = others + 0.02 * torch.eye(len(TRUSTS) - 1)[2]
+    assert trust_from(torch.cat([usual, others], dim=1)) == TRUSTS[3]
+    assert trust_from(torch.cat([usual, others], dim=1) - 1) is None
+
+
+def test_the_rate_is_the_best_of_those_that_surely_help():
+    small = 0.02 + 0.01 * normal(20, seed=1)
+    wild = 0.1 + normal(20, seed=2)
+    larger = 2 * small
+    assert rate_from(torch.stack([0 * small, small, larger, wild], dim=1)) == 2
+    assert rate_from(torch.stack([0 * small, wild], dim=1)) == 0
 
 
 def test_coefficients_of_a_person_use_the_fit_of_the_other_fold_and_their_own_trust():

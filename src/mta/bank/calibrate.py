@@ -15,11 +15,11 @@ calibration that is kept averages mu and F of both folds. Source: our choice; do
 from __future__ import annotations
 
 import hashlib
-import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -42,16 +42,17 @@ from mta.training.plan import Plan, numbers_of, plan_cohorts
 from mta.training.trainer import Job
 
 LENGTHS = (0.5, 1.0)  # of a Newton step
-RIDGES = (0.3, 1.0)
-PRIORS = (1.0, 4.0, 16.0, 1e6)  # in shots; the last leaves mu as it is
+T = TypeVar("T")
+Trust = tuple[float, float]  # ridge, and prior in shots
+USUAL: Trust = (0.3, 2.0)
+TRUSTS: tuple[Trust, ...] = (USUAL, (0.3, 0.5), (0.3, 8.0), (0.3, 32.0), (0.1, 2.0), (1.0, 2.0), (1.0, 1e6))  # last: mu
 RATES = (8e-4, 1.6e-3, 3.2e-3, 6.4e-3)  # of a stack's single step
 SHOTS = (1, 4, 8, 16)
 ENOUGH = 8  # people, to measure anything
 _NEWTON_RIDGE = 0.3
-Trust = tuple[float, float]  # ridge and prior
 _TYPICAL = 8  # shots, to choose for
 _WORSE = 0.02  # nats per token; smaller losses do not count
-_SURE = 1.96  # standard errors that a stack must help by: it costs as much as the merge again
+_SURE = 1.96  # standard errors by which a stack must help, and other trust must be better than the usual one
 _PIECE = 16  # people computed and saved together, at most
 
 
@@ -190,7 +191,7 @@ class Calibrator:
         queries, shots = sum(map(len, self.queries)), sum(len(one.shots) for one in self.known)
         counts = [n for n in SHOTS if n <= self.settings.shots]
         newton = self.settings.steps * (COSTS["gradients"] * (shots + queries) + len(LENGTHS) * queries)
-        tried = 1 + len(RIDGES) * (len(PRIORS) - 1) + len(counts)
+        tried = len(TRUSTS) + len(counts)
         some = sum(min(len(one.shots), n) for one in self.known for n in counts)
         stacks = COSTS["stacks"] * some + (len(RATES) + 2 * (len(counts) - 1)) * queries if self.stacks else 0
         return newton + COSTS["gradients"] * shots + tried * queries + stacks
@@ -209,12 +210,12 @@ class Calibrator:
         rate, stacked = self.best_rate(merges, gains) if self.stacks else (None, {})
         info = CalibrationInfo(
             ridge=trust[0] if trust else DEFAULTS.ridge,
-            prior=trust[1] if trust else PRIORS[-1],
+            prior=trust[1] if trust else TRUSTS[-1][1],
             rate=rate,
             people=len(self.known),
             gains=tuple(gain_of(n, gain[folds.shots >= n]) for n, gain in gains.items()),
             stacked=tuple(gain_of(n, gain[folds.shots >= n]) for n, gain in stacked.items()),
-            notes=() if trust else ("a merge did not clearly help: everybody keeps the pooled model",),
+            notes=() if trust else ("a merge did not help: everybody keeps the pooled model",),
         )
         return Calibration(mu.mean(0), curvature.mean(0), info)
 
@@ -254,21 +255,18 @@ class Calibrator:
     def best_trust(self, folds: Folds) -> tuple[Trust | None, list[Trust | None]]:
         """Return the ridge and the prior that serve people's queries best, and those that each is judged with.
 
-        None where no merge is clearly better than the pooled model.
+        None where no merge gains anything.
         """
-        grid: list[Trust | None] = [None, (RIDGES[-1], PRIORS[-1]), *itertools.product(RIDGES, PRIORS[:-1])]
-        tried = torch.stack(
-            [self.gains(folds.coefficients(_TYPICAL, [trust] * len(self.known))) for trust in grid[1:]], dim=1
-        )
-        tried = torch.cat([torch.zeros(len(tried), 1).double(), tried], dim=1)
-        return grid[best_of(tried)], [grid[n] for n in chosen_by_others(tried, self.groups)]
+        merges = [folds.coefficients(_TYPICAL, [trust] * len(self.known)) for trust in TRUSTS]
+        tried = torch.stack([self.gains(w) for w in merges], dim=1)
+        return trust_from(tried), chosen_by_others(tried, self.groups, trust_from)
 
     def best_rate(self, merges: Mapping[int, Tensor], gains: Mapping[int, Tensor]) -> tuple[float, dict[int, Tensor]]:
         """Return the rate of a stack over ``merges`` (0: no stack), and everybody's gain with both, by shots."""
         typical = _TYPICAL if _TYPICAL in merges else max(merges)
         rates, tried = (0.0, *RATES), self.stacked(typical, merges[typical], RATES)
         tried = torch.cat([gains[typical][:, None], tried], dim=1)
-        own = chosen_by_others(tried, self.groups, _SURE)
+        own = torch.tensor(chosen_by_others(tried, self.groups, rate_from))
         found = {typical: tried.gather(1, own[:, None])[:, 0]}
         needed = sorted({rates[n] for n in own.tolist() if n})
         for n, w in merges.items():
@@ -277,7 +275,7 @@ class Calibrator:
                 columns = torch.cat([gains[n][:, None], some], dim=1)
                 mine = torch.tensor([needed.index(rates[c]) + 1 if c else 0 for c in own.tolist()])
                 found[n] = columns.gather(1, mine[:, None])[:, 0]
-        return rates[best_of(tried, _SURE)], {n: found[n] for n in merges}
+        return rates[rate_from(tried)], {n: found[n] for n in merges}
 
     # -- passes --------------------------------------------------------------------------------------------------------
 
@@ -357,16 +355,30 @@ def best_of(gains: Tensor, errors: float = 1) -> int:
 
     Gains (U, candidates). The first one is returned where no other is clearly better.
     """
+    return int(_surely(gains, errors).argmax())
+
+
+def trust_from(gains: Tensor) -> Trust | None:
+    """Return the best of TRUSTS (gains: (U, TRUSTS)), or None where it gains nothing."""
+    best = best_of(gains, _SURE)
+    return TRUSTS[best] if float(gains[:, best].mean()) > 0 else None
+
+
+def rate_from(gains: Tensor) -> int:
+    """Return the best candidate among those that surely gain over the first one: no stack. Gains (U, candidates)."""
+    return int(_surely(gains, 1).masked_fill(_surely(gains, _SURE) < 0, -math.inf).argmax())
+
+
+def _surely(gains: Tensor, errors: float) -> Tensor:
     more = gains - gains[:, :1]
-    sure = more.mean(0) - errors * more.std(0) / math.sqrt(len(more))
-    return int(torch.nan_to_num(sure, nan=-math.inf).argmax())
+    return torch.nan_to_num(more.mean(0) - errors * more.std(0) / math.sqrt(len(more)), nan=-math.inf)
 
 
-def chosen_by_others(gains: Tensor, groups: Sequence[str], errors: float = 1) -> Tensor:
-    """Return for each person (U,) the candidate that is best for everybody in other groups; gains (U, candidates)."""
+def chosen_by_others(gains: Tensor, groups: Sequence[str], choose: Callable[[Tensor], T]) -> list[T]:
+    """Return for each person what is chosen from the gains (U, candidates) of everybody in other groups."""
     others = {group: torch.tensor([other != group for other in groups]) for group in set(groups)}
-    chosen = {group: best_of(gains[mask], errors) for group, mask in others.items()}
-    return torch.tensor([chosen[group] for group in groups])
+    chosen = {group: choose(gains[mask]) for group, mask in others.items()}
+    return [chosen[group] for group in groups]
 
 
 def gain_of(shots: int, gains: Tensor) -> Gain:
