@@ -34,7 +34,7 @@ from mta.personalize.stages import adapt
 from mta.training.scoring import log_likelihood
 from mta.training.trainer import Job
 
-N = 4
+N, LOSS = 4, 3.0
 
 
 def normal(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -45,7 +45,9 @@ def near(found, expected, tolerance=1e-9) -> None:
     torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
 
 
-CALIBRATION = Calibration(0.1 * normal(N), curvature_of(normal(50, N, seed=1)), CalibrationInfo(ridge=0.3, prior=8.0))
+CALIBRATION = Calibration(
+    0.1 * normal(N), curvature_of(normal(50, N, seed=1)), CalibrationInfo(ridge=0.3, prior=8.0, loss=LOSS)
+)
 
 # -- coefficients ------------------------------------------------------------------------------------------------------
 
@@ -55,7 +57,7 @@ def test_coefficients_maximize_the_quadratic_model_with_its_prior():
     found = CALIBRATION.coefficients(gradients, shots)
     for u in range(3):
         w, own = found[u].clone().requires_grad_(), gradients[u] / shots[u]
-        curvature = CALIBRATION.curvature + torch.outer(own, own)
+        curvature = CALIBRATION.curvature + torch.outer(own, own) / LOSS
         curvature = curvature + 0.3 * CALIBRATION.curvature.diagonal().mean() * torch.eye(N)
         d = w - CALIBRATION.mu
         objective = gradients[u] @ d - (shots[u] + 8.0) / 2 * d @ curvature @ d
@@ -63,10 +65,10 @@ def test_coefficients_maximize_the_quadratic_model_with_its_prior():
 
 
 @given(size=st.floats(1e-3, 1e6), shots=st.integers(1, 20))
-def test_no_step_promises_more_than_one_nat_per_shot(size, shots):
+def test_no_step_promises_more_per_shot_than_the_mean_loss(size, shots):
     gradient = size * normal(1, N, seed=2)
     found = CALIBRATION.coefficients(gradient, torch.tensor([shots]))
-    assert 0 < float((gradient * (found - CALIBRATION.mu)).sum()) < shots
+    assert 0 < float((gradient * (found - CALIBRATION.mu)).sum()) < LOSS * shots
 
 
 def test_without_shots_the_coefficients_are_those_of_the_population():
@@ -137,6 +139,9 @@ def same(one: Calibration, other: Calibration) -> None:
 def test_a_calibration_says_what_it_measured(scene):
     found = calibrated(scene, known(12)).info
     assert found.people == 12
+    everything = [one.all for one in known(12)]
+    plain = log_likelihood(scene[0], everything, scene[2])
+    assert found.loss == pytest.approx(-float(torch.cat(list(plain)).mean()))
     assert [gain.shots for gain in found.gains] == [1, 4]  # too few people have 8 shots
     assert [gain.shots for gain in found.stacked] == [1, 4]
     assert all(gain.low <= gain.mean <= gain.high for gain in found.gains + found.stacked)
@@ -237,7 +242,7 @@ class Scripted(Calibrator):
         super().__init__(known(10), N, SETTINGS, lambda pieces: [])
         self.made_up = merges, stacks
         mu, curvature = torch.ones(2, N).double(), torch.zeros(2, N, N).double()
-        self.folds = Folds(self.fold, mu, curvature, [normal(8, N)] * 10)
+        self.folds = Folds(self.fold, mu, curvature, [normal(8, N)] * 10, LOSS)
 
     def gains(self, w):
         return self.made_up[0](w)
@@ -322,10 +327,10 @@ def test_the_rate_is_the_best_of_those_that_surely_help():
 def test_coefficients_of_a_person_use_the_fit_of_the_other_fold_and_their_own_trust():
     mu, curvature = normal(2, N), torch.stack([curvature_of(normal(30, N, seed=n)) for n in (5, 6)])
     gradients = [normal(6, N, seed=7), normal(6, N, seed=8), normal(6, N, seed=9)]
-    folds = Folds(torch.tensor([0, 1, 0]), mu, curvature, gradients)
+    folds = Folds(torch.tensor([0, 1, 0]), mu, curvature, gradients, LOSS)
     found = folds.coefficients(4, [(0.3, 2.0), (1.0, 8.0), None])
     for u, (ridge, prior) in enumerate([(0.3, 2.0), (1.0, 8.0)]):
-        other = Calibration(mu[1 - u], curvature[1 - u], CalibrationInfo(ridge=ridge, prior=prior))
+        other = Calibration(mu[1 - u], curvature[1 - u], CalibrationInfo(ridge=ridge, prior=prior, loss=LOSS))
         near(found[u], other.coefficients(gradients[u][-4:].sum(0)[None], torch.tensor([4]))[0])
     assert not bool(found[2].any())
 

@@ -153,7 +153,8 @@ class Calibrator:
     """One calibration in progress: U people in two folds, N anchors. ``measure`` yields results in any order.
 
     ``stacks``: whether to measure stacks too. ``together`` people are one piece of work. ``pooled`` (U,) is the
-    log-likelihood of people's later items under the pooled model, and ``tokens`` (U,) their target tokens.
+    log-likelihood of people's later items under the pooled model, and ``tokens`` (U,) their target tokens. ``loss`` is
+    the mean NLL of all items under it.
     """
 
     known: Sequence[Known]
@@ -168,6 +169,7 @@ class Calibrator:
     fold: Tensor = field(init=False)
     tokens: Tensor = field(init=False)
     pooled: Tensor = field(init=False)
+    loss: float = 1.0
 
     def __post_init__(self) -> None:
         numbers = {group: n for n, group in enumerate(dict.fromkeys(self.groups))}
@@ -201,7 +203,7 @@ class Calibrator:
             return self.without_people()
         mu, curvature = self.best_merge()
         found = self.gradients([one.shots for one in self.known], mu[1 - self.fold])
-        folds = Folds(self.fold, mu, curvature, [rows[:, :-1] for rows in found])
+        folds = Folds(self.fold, mu, curvature, [rows[:, :-1] for rows in found], self.loss)
         trust, crossed = self.best_trust(folds)
         if trust is None:  # a merge does not help
             mu, curvature = torch.zeros_like(mu), torch.zeros_like(curvature)
@@ -211,6 +213,7 @@ class Calibrator:
         info = CalibrationInfo(
             ridge=trust[0] if trust else DEFAULTS.ridge,
             prior=trust[1] if trust else TRUSTS[-1][1],
+            loss=self.loss,
             rate=rate,
             people=len(self.known),
             gains=tuple(gain_of(n, gain[folds.shots >= n]) for n, gain in gains.items()),
@@ -226,7 +229,7 @@ class Calibrator:
         curvature = curvature_of(torch.cat([nothing.new_zeros(0, self.anchors), *(rows[:, :-1] for rows in found)]))
         few = f"{len(self.known)} people are too few to measure anything, or too many of them share items"
         note = f"{few}; {ENOUGH} are needed: defaults were taken"
-        info = DEFAULTS.model_copy(update={"people": len(self.known), "notes": (note,)})
+        info = DEFAULTS.model_copy(update={"people": len(self.known), "loss": _loss(found), "notes": (note,)})
         return Calibration(nothing, curvature, info)
 
     def best_merge(self) -> tuple[Tensor, Tensor]:
@@ -241,7 +244,7 @@ class Calibrator:
             found = self.gradients([one.all for one in self.known], mu[self.fold])
             if number == 0:
                 later = [rows[len(one.shots) :, -1].sum() for rows, one in zip(found, self.known)]
-                self.pooled = torch.stack(later)
+                self.pooled, self.loss = torch.stack(later), _loss(found)
             rows = [torch.cat([one[:, :-1] for one, f in zip(found, self.fold) if f == fold]) for fold in (0, 1)]
             curvature = torch.stack([curvature_of(one) for one in rows])
             steps = torch.cat([solved(f, _NEWTON_RIDGE, one.mean(0)[None]) for f, one in zip(curvature, rows)])
@@ -322,13 +325,15 @@ class Calibrator:
 class Folds:
     """mu (2, N) and F (2, N, N) of two folds of people; ``fold`` (U,) is everybody's own.
 
-    ``gradients`` (shots, N) of each person are those of their single shots, in time, at the other fold's mu.
+    ``gradients`` (shots, N) of each person are those of their single shots, in time, at the other fold's mu. ``loss`` is
+    that of CalibrationInfo.
     """
 
     fold: Tensor
     mu: Tensor
     curvature: Tensor
     gradients: Sequence[Tensor]
+    loss: float
 
     @property
     def shots(self) -> Tensor:
@@ -344,7 +349,7 @@ class Folds:
         for u, chosen in enumerate(trust):
             if chosen:
                 other, latest = 1 - self.fold[u], self.gradients[u][-shots:]
-                info = CalibrationInfo(ridge=chosen[0], prior=chosen[1])
+                info = CalibrationInfo(ridge=chosen[0], prior=chosen[1], loss=self.loss)
                 fitted = Calibration(self.mu[other], self.curvature[other], info)
                 w[u] = fitted.coefficients(latest.sum(0)[None], torch.tensor([len(latest)]))[0]
         return w
@@ -379,6 +384,11 @@ def chosen_by_others(gains: Tensor, groups: Sequence[str], choose: Callable[[Ten
     others = {group: torch.tensor([other != group for other in groups]) for group in set(groups)}
     chosen = {group: choose(gains[mask]) for group, mask in others.items()}
     return [chosen[group] for group in groups]
+
+
+def _loss(found: Sequence[Tensor]) -> float:
+    """Return the mean NLL of examples (rows of ``gradients``), 1 if there are none; not so small that steps vanish."""
+    return max(-float(torch.cat(list(found))[:, -1].mean()), 1e-3) if found else 1.0
 
 
 def gain_of(shots: int, gains: Tensor) -> Gain:

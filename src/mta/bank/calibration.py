@@ -3,10 +3,10 @@
 Near the population's best merge mu, the log-likelihood of n shots with the gradient g is about g.d - n/2 d'Cd for
 coefficients mu + d. With a Gaussian prior on d that is worth ``prior`` shots, the best coefficients are
 
-    w = mu + n / (n + prior) * C^-1 m        C = F + ridge * mean(diag F) * I + mm'        m = g / n
+    w = mu + n / (n + prior) * C^-1 m        C = F + ridge * mean(diag F) * I + mm' / loss        m = g / n
 
-F is people's common curvature. mm' is what a person's own gradient adds: where it is large, the likelihood bends
-sooner, so that no step promises more than one nat per shot. Source: our choice; docs/explanation/method.md.
+F is people's common curvature. mm' / loss is what a person's own gradient adds: where it is large, the likelihood bends
+sooner, so that no step promises more per shot than people's mean loss. Source: our choice; docs/explanation/method.md.
 """
 
 from __future__ import annotations
@@ -40,14 +40,16 @@ class CalibrationInfo(BaseModel):
     """The readable part of a calibration: how far gradients are trusted, and what to expect from it.
 
     ``prior`` is the strength of the prior in shots, and ``ridge`` the part of the mean curvature that is added to all
-    directions. ``rate`` is the learning rate of a stack's single step (0: a stack does not help; None: not measured).
-    ``gains`` are the expected gains of a merge for several numbers of shots, ``stacked`` those of merge and stack,
-    ``people`` is the number of people behind them, and ``notes`` say what could not be measured.
+    directions. ``loss`` is people's mean NLL per shot under the pooled model. ``rate`` is the learning rate of a
+    stack's single step (0: a stack does not help; None: not measured). ``gains`` are the expected gains of a merge for
+    several numbers of shots, ``stacked`` those of merge and stack, ``people`` is the number of people behind them, and
+    ``notes`` say what could not be measured.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     ridge: float
     prior: float
+    loss: float = 1.0
     rate: float | None = None
     people: int = 0
     gains: tuple[Gain, ...] = ()
@@ -82,7 +84,9 @@ class Calibration:
         n = shots.double()[:, None]
         mean = gradients.double() / n.clamp_min(1)
         step = solved(self.curvature, self.info.ridge, mean)
-        own = 1 + (mean * step).sum(1, keepdim=True)  # of the curvature; by the formula of Sherman and Morrison
+        own = (
+            1 + (mean * step).sum(1, keepdim=True) / self.info.loss
+        )  # of the curvature; by the formula of Sherman and Morrison
         return self.mu + n / (n + self.info.prior) * step / own
 
 
