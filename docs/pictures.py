@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
 from html import escape
+from operator import mul
 from pathlib import Path
 
 FOLDER = Path(__file__).parent / "drawing"
@@ -30,7 +31,7 @@ TONES = {  # line, fill, text
 GRADIENTS = (3.0, -2.0, 1.5, -4.0, 5.0, 0.5)  # of four shots, in the coefficient of each anchor
 MU = (0.2, 0.15, 0.25, 0.1, 0.2, 0.15)
 CURVATURES = (2.0, 6.0, 3.0, 5.0, 3.0, 2.0)  # of one shot; anchors vary independently here
-SHOTS, PRIOR, RIDGE = 4, 2.0, 0.3
+SHOTS, PRIOR, RIDGE, LOSS = 4, 2.0, 0.3, 2.0
 SHARED, BRANCHES = 6, (3, 2, 4)  # tokens that a person's examples share, and the tokens of each example
 
 
@@ -212,8 +213,10 @@ def tokens(shape: Shape) -> list[str]:
 
 def coefficients() -> list[float]:
     """Return the anchors' coefficients, as ``mta.bank.calibration.Calibration`` does."""
-    ridge, trust = RIDGE * sum(CURVATURES) / len(CURVATURES), SHOTS / (SHOTS + PRIOR)
-    return [m + trust * g / SHOTS / (f + ridge) for m, g, f in zip(MU, GRADIENTS, CURVATURES)]
+    ridge, means = RIDGE * sum(CURVATURES) / len(CURVATURES), [g / SHOTS for g in GRADIENTS]
+    steps = [mean / (f + ridge) for mean, f in zip(means, CURVATURES)]
+    trust = SHOTS / (SHOTS + PRIOR) / (1 + sum(map(mul, means, steps)) / LOSS)
+    return [m + trust * step for m, step in zip(MU, steps)]
 
 
 def gradient(shape: Shape) -> list[str]:

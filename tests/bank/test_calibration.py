@@ -12,21 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import base_of, random_examples, random_loras
 
-from mta.bank.calibrate import (
-    ENOUGH,
-    RATES,
-    TRUSTS,
-    USUAL,
-    Calibrator,
-    Folds,
-    Known,
-    best_of,
-    chosen_by_others,
-    known_people,
-    rate_from,
-    trust_from,
-)
+from mta.bank.calibrate import ENOUGH, Calibrator, Folds, Known, known_people
 from mta.bank.calibration import Calibration, CalibrationInfo, Gain, curvature_of, one_step, settled, solved
+from mta.bank.choices import RATES, TRUSTS, USUAL, best_of, chosen_by_others, rate_from, trust_from
 from mta.bank.probes import Measure, Probe, key_of, measured
 from mta.config import CalibrationSettings, Lora, Run, StackSettings, override
 from mta.lora.layers import Gated, PerPerson, Shared

@@ -15,16 +15,15 @@ calibration that is kept averages mu and F of both folds. Source: our choice; do
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from mta.bank.calibration import DEFAULTS, Calibration, CalibrationInfo, Gain, curvature_of, solved
+from mta.bank.calibration import DEFAULTS, Calibration, CalibrationInfo, curvature_of, solved
+from mta.bank.choices import RATES, TRUSTS, Trust, best_of, chosen_by_others, gain_of, rate_from, trust_from
 from mta.bank.probes import COSTS, Kind, Measure, Probe, measured
 from mta.config import CalibrationSettings, Run, parse_size
 from mta.data.history import Person
@@ -42,17 +41,10 @@ from mta.training.plan import Plan, numbers_of, plan_cohorts
 from mta.training.trainer import Job
 
 LENGTHS = (0.5, 1.0)  # of a Newton step
-T = TypeVar("T")
-Trust = tuple[float, float]  # ridge, and prior in shots
-USUAL: Trust = (0.3, 2.0)
-TRUSTS: tuple[Trust, ...] = (USUAL, (0.3, 0.5), (0.3, 8.0), (0.3, 32.0), (0.1, 2.0), (1.0, 2.0), (1.0, 1e6))  # last: mu
-RATES = (8e-4, 1.6e-3, 3.2e-3, 6.4e-3)  # of a stack's single step
 SHOTS = (1, 4, 8, 16)
 ENOUGH = 8  # people, to measure anything
 _NEWTON_RIDGE = 0.3
 _TYPICAL = 8  # shots, to choose for
-_WORSE = 0.02  # nats per token; smaller losses do not count
-_SURE = 1.96  # standard errors by which a stack must help, and other trust must be better than the usual one
 _PIECE = 16  # people computed and saved together, at most
 
 
@@ -325,8 +317,8 @@ class Calibrator:
 class Folds:
     """mu (2, N) and F (2, N, N) of two folds of people; ``fold`` (U,) is everybody's own.
 
-    ``gradients`` (shots, N) of each person are those of their single shots, in time, at the other fold's mu. ``loss`` is
-    that of CalibrationInfo.
+    ``gradients`` (shots, N) of each person are those of their single shots, in time, at the other fold's mu. ``loss``
+    is that of CalibrationInfo.
     """
 
     fold: Tensor
@@ -355,44 +347,6 @@ class Folds:
         return w
 
 
-def best_of(gains: Tensor, errors: float = 1) -> int:
-    """Return the candidate with the largest mean gain over the first one, less that many standard errors.
-
-    Gains (U, candidates). The first one is returned where no other is clearly better.
-    """
-    return int(_surely(gains, errors).argmax())
-
-
-def trust_from(gains: Tensor) -> Trust | None:
-    """Return the best of TRUSTS (gains: (U, TRUSTS)), or None where it gains nothing."""
-    best = best_of(gains, _SURE)
-    return TRUSTS[best] if float(gains[:, best].mean()) > 0 else None
-
-
-def rate_from(gains: Tensor) -> int:
-    """Return the best candidate among those that surely gain over the first one: no stack. Gains (U, candidates)."""
-    return int(_surely(gains, 1).masked_fill(_surely(gains, _SURE) < 0, -math.inf).argmax())
-
-
-def _surely(gains: Tensor, errors: float) -> Tensor:
-    more = gains - gains[:, :1]
-    return torch.nan_to_num(more.mean(0) - errors * more.std(0) / math.sqrt(len(more)), nan=-math.inf)
-
-
-def chosen_by_others(gains: Tensor, groups: Sequence[str], choose: Callable[[Tensor], T]) -> list[T]:
-    """Return for each person what is chosen from the gains (U, candidates) of everybody in other groups."""
-    others = {group: torch.tensor([other != group for other in groups]) for group in set(groups)}
-    chosen = {group: choose(gains[mask]) for group, mask in others.items()}
-    return [chosen[group] for group in groups]
-
-
 def _loss(found: Sequence[Tensor]) -> float:
     """Return the mean NLL of examples (rows of ``gradients``), 1 if there are none; not so small that steps vanish."""
     return max(-float(torch.cat(list(found))[:, -1].mean()), 1e-3) if found else 1.0
-
-
-def gain_of(shots: int, gains: Tensor) -> Gain:
-    """Return the mean gain of people (U,) with its 95% interval (normal approximation)."""
-    mean, half = float(gains.mean()), 1.96 * float(gains.std()) / math.sqrt(len(gains))
-    worse = float((gains < -_WORSE).double().mean())
-    return Gain(shots=shots, people=len(gains), mean=mean, low=mean - half, high=mean + half, worse=worse)

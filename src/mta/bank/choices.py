@@ -1,0 +1,58 @@
+"""What a calibration tries, and how it chooses from people's gains. Source: our choice; docs/decisions/021."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from mta.bank.calibration import Gain
+
+Trust = tuple[float, float]  # ridge, and prior in shots
+USUAL: Trust = (0.3, 2.0)
+TRUSTS: tuple[Trust, ...] = (USUAL, (0.3, 0.5), (0.3, 8.0), (0.3, 32.0), (0.1, 2.0), (1.0, 2.0), (1.0, 1e6))  # last: mu
+RATES = (8e-4, 1.6e-3, 3.2e-3, 6.4e-3)  # of a stack's single step
+_SURE = 1.96  # standard errors by which a stack must help, and other trust must be better than the usual one
+_WORSE = 0.02  # nats per token; smaller losses do not count
+T = TypeVar("T")
+
+
+def best_of(gains: Tensor, errors: float = 1) -> int:
+    """Return the candidate with the largest mean gain over the first one, less that many standard errors.
+
+    Gains (U, candidates). The first one is returned where no other is clearly better.
+    """
+    return int(_surely(gains, errors).argmax())
+
+
+def trust_from(gains: Tensor) -> Trust | None:
+    """Return the best of TRUSTS (gains: (U, TRUSTS)), or None where it gains nothing."""
+    best = best_of(gains, _SURE)
+    return TRUSTS[best] if float(gains[:, best].mean()) > 0 else None
+
+
+def rate_from(gains: Tensor) -> int:
+    """Return the best candidate among those that surely gain over the first one: no stack. Gains (U, candidates)."""
+    return int(_surely(gains, 1).masked_fill(_surely(gains, _SURE) < 0, -math.inf).argmax())
+
+
+def _surely(gains: Tensor, errors: float) -> Tensor:
+    more = gains - gains[:, :1]
+    return torch.nan_to_num(more.mean(0) - errors * more.std(0) / math.sqrt(len(more)), nan=-math.inf)
+
+
+def chosen_by_others(gains: Tensor, groups: Sequence[str], choose: Callable[[Tensor], T]) -> list[T]:
+    """Return for each person what is chosen from the gains (U, candidates) of everybody in other groups."""
+    others = {group: torch.tensor([other != group for other in groups]) for group in set(groups)}
+    chosen = {group: choose(gains[mask]) for group, mask in others.items()}
+    return [chosen[group] for group in groups]
+
+
+def gain_of(shots: int, gains: Tensor) -> Gain:
+    """Return the mean gain of people (U,) with its 95% interval (normal approximation)."""
+    mean, half = float(gains.mean()), 1.96 * float(gains.std()) / math.sqrt(len(gains))
+    worse = float((gains < -_WORSE).double().mean())
+    return Gain(shots=shots, people=len(gains), mean=mean, low=mean - half, high=mean + half, worse=worse)
