@@ -302,6 +302,10 @@ def test_the_usual_trust_is_left_only_for_one_that_is_surely_better():
     others = others + 0.02 * torch.eye(len(TRUSTS) - 1)[2]
     assert trust_from(torch.cat([usual, others], dim=1)) == TRUSTS[3]
     assert trust_from(torch.cat([usual, others], dim=1) - 1) is None
+    assert trust_from(torch.cat([usual - 0.2, others], dim=1)) == TRUSTS[3]
+    assert trust_from(torch.cat([usual * math.nan, others - 1], dim=1)) is None
+    harmful = torch.cat([usual - 0.11, *[usual - 1] * (len(TRUSTS) - 2), usual - 0.099], dim=1)
+    assert trust_from(harmful) == TRUSTS[-1]  # mu, whose gain is not surely larger, but positive
 
 
 def test_the_rate_is_the_best_of_those_that_surely_help():

@@ -161,7 +161,7 @@ class Calibrator:
     fold: Tensor = field(init=False)
     tokens: Tensor = field(init=False)
     pooled: Tensor = field(init=False)
-    loss: float = 1.0
+    loss: float = field(init=False, default=1.0)
 
     def __post_init__(self) -> None:
         numbers = {group: n for n, group in enumerate(dict.fromkeys(self.groups))}

@@ -84,10 +84,8 @@ class Calibration:
         n = shots.double()[:, None]
         mean = gradients.double() / n.clamp_min(1)
         step = solved(self.curvature, self.info.ridge, mean)
-        own = (
-            1 + (mean * step).sum(1, keepdim=True) / self.info.loss
-        )  # of the curvature; by the formula of Sherman and Morrison
-        return self.mu + n / (n + self.info.prior) * step / own
+        bend = 1 + (mean * step).sum(1, keepdim=True) / self.info.loss  # by the formula of Sherman and Morrison
+        return self.mu + n / (n + self.info.prior) * step / bend
 
 
 def settled(run: Run, found: CalibrationInfo | None) -> Run:

@@ -29,9 +29,12 @@ def best_of(gains: Tensor, errors: float = 1) -> int:
 
 
 def trust_from(gains: Tensor) -> Trust | None:
-    """Return the best of TRUSTS (gains: (U, TRUSTS)), or None where it gains nothing."""
-    best = best_of(gains, _SURE)
-    return TRUSTS[best] if float(gains[:, best].mean()) > 0 else None
+    """Return the best of TRUSTS that gain anything, or None if none does; gains (U, TRUSTS).
+
+    USUAL is left only for one that is surely better, or where it gains nothing itself.
+    """
+    useless = ~(gains.mean(0) > 0)
+    return None if useless.all() else TRUSTS[int(_surely(gains, _SURE).masked_fill(useless, -math.inf).argmax())]
 
 
 def rate_from(gains: Tensor) -> int:
