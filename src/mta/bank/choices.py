@@ -20,12 +20,12 @@ _WORSE = 0.02  # nats per token; smaller losses do not count
 T = TypeVar("T")
 
 
-def best_of(gains: Tensor, errors: float = 1) -> int:
-    """Return the candidate with the largest mean gain over the first one, less that many standard errors.
+def best_of(gains: Tensor) -> int:
+    """Return the candidate with the largest mean gain over the first one, less its standard error.
 
     Gains (U, candidates). The first one is returned where no other is clearly better.
     """
-    return int(_surely(gains, errors).argmax())
+    return int(_surely(gains, 1).argmax())
 
 
 def trust_from(gains: Tensor) -> Trust | None:
@@ -43,6 +43,7 @@ def rate_from(gains: Tensor) -> int:
 
 
 def _surely(gains: Tensor, errors: float) -> Tensor:
+    """Return each candidate's mean gain over the first one, less that many of its standard errors."""
     more = gains - gains[:, :1]
     return torch.nan_to_num(more.mean(0) - errors * more.std(0) / math.sqrt(len(more)), nan=-math.inf)
 
