@@ -87,6 +87,21 @@ def test_an_interrupted_calibration_resumes_and_gives_the_same(folder, base, tmp
     assert not set(done) & set(again)
 
 
+def interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_results_for_other_coefficients_are_not_taken_over(folder, base, tmp_path, monkeypatch):
+    whole = calibrated(Path(shutil.copytree(folder, tmp_path / "other")), base)
+    with monkeypatch.context() as patched:  # an older version, which tried other lengths
+        patched.setattr("mta.bank.calibrate.LENGTHS", (0.1, 0.2))
+        patched.setattr(Measure, "stacks", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            calibrated(folder, base)
+    assert list((folder / "bank" / "work").glob("scores-*"))
+    assert calibrated(folder, base).hash == whole.hash
+
+
 def test_people_behind_a_calibration_are_remembered(folder, base):
     bank = calibrated(folder, base)
     parts = [bank.info.members.artefacts_of(person.id) for person in OTHERS]

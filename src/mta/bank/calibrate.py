@@ -78,14 +78,18 @@ def calibrate(
 
     def measure(pieces: Sequence[Probe]) -> Iterator[tuple[Probe, Tensor]]:
         files = {piece.name: checkpoint(piece.name) for piece in pieces} if checkpoint else {}
-        found = {name: saved[0]["found"] for name, file in files.items() if (saved := file.load())}
-        yield from ((piece, found[piece.name]) for piece in pieces if piece.name in found)
-        missing = [piece for piece in pieces if piece.name not in found]
+        missing = []
+        for piece in pieces:
+            saved = files[piece.name].load() if files else None
+            if saved and saved[1].get("asked") == piece.asked:
+                yield piece, saved[0]["found"]
+            else:
+                missing.append(piece)
         for outcome in chosen.run(measured, missing, here, elsewhere):
             if outcome.result is None:
                 raise BankError(f"the bank cannot be calibrated: {outcome.error}", hint="Fix this, and try again.")
             if files:
-                files[outcome.piece.name].save({"found": outcome.result.contiguous()}, {})
+                files[outcome.piece.name].save({"found": outcome.result.contiguous()}, {"asked": outcome.piece.asked})
             yield outcome.piece, outcome.result
 
     return Calibrator(known, len(anchors), run.calibration, measure, on_step, run.stack.enabled, together).run()

@@ -54,6 +54,12 @@ class Probe:
         return ()
 
     @property
+    def asked(self) -> str:
+        """A hash of the question: an interrupted calibration takes over the answers to the same questions only."""
+        tokens = [[example.tokens for example in one] for one in (*self.examples, *self.queries)]
+        return hashlib.sha256(repr((self.kind, tokens, self.w.tolist(), self.rates)).encode()).hexdigest()
+
+    @property
     def cost(self) -> int:
         """The cost in forward passes of one example."""
         return COSTS[self.kind] * sum(map(len, self.examples)) + len(self.rates) * sum(map(len, self.queries))
