@@ -1,9 +1,8 @@
-"""Build a bank: equal inputs give equal banks, also after kills, and no file identifies a person."""
+"""Build a bank: equal inputs give equal banks, also after kills."""
 
 import json
 import random
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import kill
@@ -11,17 +10,17 @@ import pytest
 import torch
 import yaml
 from builds import CANDIDATES, TASK_PEOPLE, build, changed, files_in, trained
-from conftest import TINY_RUN, HashEncoder, memory_for, people_of
+from conftest import TINY_RUN, HashEncoder, memory_for
 from safetensors.torch import load_file
 from tiny import base_of
 
 from mta.bank.bank import Bank
 from mta.bank.build import build_bank
-from mta.bank.format import ANCHORS, Members, identity, read_info, seal
+from mta.bank.format import ANCHORS, identity, read_info, seal
 from mta.config import Run, Training
 from mta.data.history import Person
 from mta.data.tasks import load_task
-from mta.errors import BankError, Diverged, InputError
+from mta.errors import BankError, Diverged
 from mta.lora.batch import fresh
 from mta.system.atomic import write_json
 from mta.tracking.run_folder import sittings
@@ -271,101 +270,6 @@ def test_a_folder_with_other_things_in_it_is_refused(tmp_path):
     with pytest.raises(BankError, match=r"holds thesis.txt, which does not belong to a bank\n  Choose an empty"):
         build(tmp_path, resume=False)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
-
-
-# -- who ---------------------------------------------------------------------------------------------------------------
-
-
-def test_candidates_with_few_items_never_become_anchors(tmp_path):
-    candidates = [person.first(2) if n % 2 else person for n, person in enumerate(people_of(24, prefix="somebody-c"))]
-    info = read_info(build(tmp_path / "bank", candidates=candidates))
-    assert info.members.candidates == 12
-    assert info.items == (6, 6, 6)
-
-
-def test_too_few_candidates_are_noticed_before_anything_is_trained(tmp_path):
-    steps = []
-    with pytest.raises(InputError, match=r"^2 candidates for anchors; at least 4 are needed, and 12 for 3 "):
-        build(tmp_path / "bank", candidates=CANDIDATES[:2], on_step=lambda *_: steps.append(1))
-    assert steps == []
-
-
-def test_anchors_are_trained_on_their_latest_items_and_the_cut_is_reported(built):
-    info = read_info(built)
-    assert info.items == (6, 6, 6)
-    assert info.cut == {"items left out": 6, "texts shortened": 0}
-
-
-def test_nobody_is_both_anchor_and_behind_the_task_lora(tmp_path, task):
-    task_people = [*TASK_PEOPLE, CANDIDATES[3]]
-    with pytest.raises(InputError, match=r"^1 people are both in the task LoRA's part and candidates for anchors\n"):
-        Bank.build(base_of(), CANDIDATES, tmp_path / "bank", task=task, encoder=HashEncoder(), task_people=task_people)
-    assert not (tmp_path / "bank").exists()
-
-
-def test_without_task_people_half_of_all_train_the_task_lora(tmp_path, task, cache):
-    everyone = people_of(24, prefix="somebody-")
-    bank = Bank.build(base_of(), everyone, tmp_path / "b", task=task, encoder=HashEncoder(), run=TINY_RUN, anchors=2)
-    members = bank.info.members
-    assert (members.task, members.candidates, members.anchors, len(bank)) == (12, 12, 2, 2)
-    parts = [bank.info.members.artefacts_of(person.id) for person in everyone]
-    assert parts.count(["task LoRA"]) == 12
-    assert sum("clusters" in part for part in parts) == 12
-    assert parts.count(["clusters", "anchor"]) == 2
-    assert parts.count(["clusters", "calibration"]) == TINY_RUN.calibration.people
-
-
-def test_the_halves_of_a_bank_do_not_separate_people_who_share_items(tmp_path, task, cache):
-    people = [replace(p, group=f"pair-{n // 2}") for n, p in enumerate(people_of(24, prefix="somebody-p"))]
-    bank = Bank.build(base_of(), people, tmp_path, task=task, run=TINY_RUN, encoder=HashEncoder())
-    part = ["task LoRA" in bank.info.members.artefacts_of(person.id) for person in people]
-    assert part[::2] == part[1::2]
-    assert (sum(part), len(bank)) == (12, 3)
-
-
-def test_a_bank_of_people_who_all_share_items_is_built_and_says_so(tmp_path, task, cache, caplog):
-    people = [replace(person, group="all") for person in people_of(24, prefix="somebody-a")]
-    assert len(Bank.build(base_of(), people, tmp_path, task=task, run=TINY_RUN, encoder=HashEncoder())) == 3
-    assert "more than half of the people share items with each other" in caplog.text
-
-
-def test_members_can_be_asked_for_but_not_listed():
-    members = Members.of("work", ["ann"], ["bob", "cy"], ["cy"], ["bob"])
-    assert members.artefacts_of("ann") == ["task LoRA"]
-    assert members.artefacts_of("bob") == ["clusters", "calibration"]
-    assert members.artefacts_of("cy") == ["clusters", "anchor"]
-    assert members.artefacts_of("dee") == []
-    assert not any(name in members.hashed.to_bytes() for name in (b"ann", b"bob"))
-
-
-def test_the_same_person_is_hashed_differently_in_another_bank():
-    one, other = (Members.of(work, ["ann"], [], []) for work in ("one", "other"))
-    assert one.hashed.key != other.hashed.key
-    assert one.hashed.task != other.hashed.task
-
-
-def says_nothing_of_anybody(folder: Path) -> None:
-    texts = {item.fields["title"] for person in (*TASK_PEOPLE, *CANDIDATES) for item in person.items}
-    for name, data in files_in(folder).items():
-        assert b"somebody-" not in data, name
-        assert not any(text.encode() in data for text in texts), name
-
-
-def test_no_file_holds_anybodys_id_or_text(built):
-    says_nothing_of_anybody(built)
-
-
-def test_nor_do_the_files_of_an_interrupted_build(tmp_path, monkeypatch):
-    monkeypatch.setattr(Checkpoint, "due", lambda _: True)
-
-    def stop(stage, step):
-        if stage == "anchors" and step.step == 3:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        build(tmp_path / "bank", on_step=stop)
-    assert (tmp_path / "bank" / "work" / "anchors-000.checkpoint").is_file()
-    says_nothing_of_anybody(tmp_path / "bank")
 
 
 # -- what it says of itself --------------------------------------------------------------------------------------------

@@ -1,0 +1,106 @@
+"""Who a bank is built from: anchors, the task LoRA's people, and that no file names anybody."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from builds import CANDIDATES, TASK_PEOPLE, build, files_in
+from conftest import TINY_RUN, HashEncoder, people_of
+from tiny import base_of
+
+from mta.bank.bank import Bank
+from mta.bank.format import Members, read_info
+from mta.errors import InputError
+from mta.training.checkpoint import Checkpoint
+
+
+def test_candidates_with_few_items_never_become_anchors(tmp_path):
+    candidates = [person.first(2) if n % 2 else person for n, person in enumerate(people_of(24, prefix="somebody-c"))]
+    info = read_info(build(tmp_path / "bank", candidates=candidates))
+    assert info.members.candidates == 12
+    assert info.items == (6, 6, 6)
+
+
+def test_too_few_candidates_are_noticed_before_anything_is_trained(tmp_path):
+    steps = []
+    with pytest.raises(InputError, match=r"^2 candidates for anchors; at least 4 are needed, and 12 for 3 "):
+        build(tmp_path / "bank", candidates=CANDIDATES[:2], on_step=lambda *_: steps.append(1))
+    assert steps == []
+
+
+def test_anchors_are_trained_on_their_latest_items_and_the_cut_is_reported(built):
+    info = read_info(built)
+    assert info.items == (6, 6, 6)
+    assert info.cut == {"items left out": 6, "texts shortened": 0}
+
+
+def test_nobody_is_both_anchor_and_behind_the_task_lora(tmp_path, task):
+    task_people = [*TASK_PEOPLE, CANDIDATES[3]]
+    with pytest.raises(InputError, match=r"^1 people are both in the task LoRA's part and candidates for anchors\n"):
+        Bank.build(base_of(), CANDIDATES, tmp_path / "bank", task=task, encoder=HashEncoder(), task_people=task_people)
+    assert not (tmp_path / "bank").exists()
+
+
+def test_without_task_people_half_of_all_train_the_task_lora(tmp_path, task, cache):
+    everyone = people_of(24, prefix="somebody-")
+    bank = Bank.build(base_of(), everyone, tmp_path / "b", task=task, encoder=HashEncoder(), run=TINY_RUN, anchors=2)
+    members = bank.info.members
+    assert (members.task, members.candidates, members.anchors, len(bank)) == (12, 12, 2, 2)
+    parts = [bank.info.members.artefacts_of(person.id) for person in everyone]
+    assert parts.count(["task LoRA"]) == 12
+    assert sum("clusters" in part for part in parts) == 12
+    assert parts.count(["clusters", "anchor"]) == 2
+    assert parts.count(["clusters", "calibration"]) == TINY_RUN.calibration.people
+
+
+def test_the_halves_of_a_bank_do_not_separate_people_who_share_items(tmp_path, task, cache):
+    people = [replace(p, group=f"pair-{n // 2}") for n, p in enumerate(people_of(24, prefix="somebody-p"))]
+    bank = Bank.build(base_of(), people, tmp_path, task=task, run=TINY_RUN, encoder=HashEncoder())
+    part = ["task LoRA" in bank.info.members.artefacts_of(person.id) for person in people]
+    assert part[::2] == part[1::2]
+    assert (sum(part), len(bank)) == (12, 3)
+
+
+def test_a_bank_of_people_who_all_share_items_is_built_and_says_so(tmp_path, task, cache, caplog):
+    people = [replace(person, group="all") for person in people_of(24, prefix="somebody-a")]
+    assert len(Bank.build(base_of(), people, tmp_path, task=task, run=TINY_RUN, encoder=HashEncoder())) == 3
+    assert "more than half of the people share items with each other" in caplog.text
+
+
+def test_members_can_be_asked_for_but_not_listed():
+    members = Members.of("work", ["ann"], ["bob", "cy"], ["cy"], ["bob"])
+    assert members.artefacts_of("ann") == ["task LoRA"]
+    assert members.artefacts_of("bob") == ["clusters", "calibration"]
+    assert members.artefacts_of("cy") == ["clusters", "anchor"]
+    assert members.artefacts_of("dee") == []
+    assert not any(name in members.hashed.to_bytes() for name in (b"ann", b"bob"))
+
+
+def test_the_same_person_is_hashed_differently_in_another_bank():
+    one, other = (Members.of(work, ["ann"], [], []) for work in ("one", "other"))
+    assert one.hashed.key != other.hashed.key
+    assert one.hashed.task != other.hashed.task
+
+
+def says_nothing_of_anybody(folder: Path) -> None:
+    texts = {item.fields["title"] for person in (*TASK_PEOPLE, *CANDIDATES) for item in person.items}
+    for name, data in files_in(folder).items():
+        assert b"somebody-" not in data, name
+        assert not any(text.encode() in data for text in texts), name
+
+
+def test_no_file_holds_anybodys_id_or_text(built):
+    says_nothing_of_anybody(built)
+
+
+def test_nor_do_the_files_of_an_interrupted_build(tmp_path, monkeypatch):
+    monkeypatch.setattr(Checkpoint, "due", lambda _: True)
+
+    def stop(stage, step):
+        if stage == "anchors" and step.step == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build(tmp_path / "bank", on_step=stop)
+    assert (tmp_path / "bank" / "work" / "anchors-000.checkpoint").is_file()
+    says_nothing_of_anybody(tmp_path / "bank")
