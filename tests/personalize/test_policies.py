@@ -182,7 +182,8 @@ def test_no_policy_depends_on_mates(policy):
     there = (labels.gold >= 0).double()
     both = Evidence((-40 + 3 * normal(2, 3, 1 + N, seed=4)) * there[..., None], 5 * there, labels)
     one = Evidence(both.shots[:1, :1], both.counts[:1, :1], Labels(labels.scores[:1, :1], labels.gold[:1, :1]))
-    two, mine = (ShotGradients(normal(2, N, seed=5)[:u], torch.tensor([1, 3])[:u]) for u in (2, 1))
+    sums, loglik, shots = normal(2, N, seed=5), torch.tensor([-3.0, -2.0]), torch.tensor([1, 3])
+    two, mine = (ShotGradients(sums[:u], loglik[:u], shots[:u]) for u in (2, 1))
     w = POLICIES[policy].weigh(settings, Retrieved(ids, cosines, both, gradients=two, calibration=CALIBRATION))
     assert w.shape == ids.shape
     alone = Retrieved(ids[:1], cosines[:1], one, gradients=mine, calibration=CALIBRATION)
@@ -310,9 +311,11 @@ def test_laplace_solves_the_gradient_of_the_dense_merge(scene, calibration):
     for u, job in enumerate(jobs):
         w = calibration.mu.clone().requires_grad_()
         changed = plain.weights(base, plain.update(task), plain.merge(bank, range(4), w))
-        gradient = torch.autograd.grad(sum(plain.log_likelihood(base, changed, e) for e in job.examples), w)[0]
+        loglik = sum(plain.log_likelihood(base, changed, e) for e in job.examples)
+        gradient = torch.autograd.grad(loglik, w)[0]
         near(found.gradients.sums[u], gradient, 1e-9)
-        near(found.w[u], calibration.coefficients(gradient[None], torch.tensor([len(job.examples)]))[0], 1e-9)
+        shots = torch.tensor([len(job.examples)])
+        near(found.w[u], calibration.coefficients(gradient[None], loglik.detach()[None], shots)[0], 1e-9)
 
 
 def test_laplace_needs_one_pass_and_neither_encodings_nor_evidence(scene, calibration):

@@ -180,6 +180,7 @@ def test_updated_laplace_coefficients_are_those_of_the_whole_history(tiny, tmp_p
         found, expected = grown.state(person.id), whole.state(person.id)
         assert found.shots == expected.shots == 6
         assert found.gradient == pytest.approx(expected.gradient, abs=1e-9)
+        assert found.loglik == pytest.approx(expected.loglik, abs=1e-9)
         assert found.w == pytest.approx(expected.w, abs=1e-9)
         assert found.w != pytest.approx(before, abs=1e-6)
 

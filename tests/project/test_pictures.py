@@ -77,9 +77,10 @@ def test_the_coefficients_drawn_are_those_of_a_calibration(monkeypatch):
     import pictures
 
     curvature = torch.diag(torch.tensor(pictures.CURVATURES, dtype=torch.float64))
-    info = CalibrationInfo(ridge=pictures.RIDGE, prior=pictures.PRIOR, loss=pictures.LOSS)
+    info = CalibrationInfo(ridge=pictures.RIDGE, prior=pictures.PRIOR)
     calibration = Calibration(torch.tensor(pictures.MU, dtype=torch.float64), curvature, info)
-    w = calibration.coefficients(torch.tensor([pictures.GRADIENTS]), torch.tensor([pictures.SHOTS]))
+    loglik, shots = torch.tensor([-pictures.LOSS * pictures.SHOTS]), torch.tensor([pictures.SHOTS])
+    w = calibration.coefficients(torch.tensor([pictures.GRADIENTS]), loglik, shots)
     torch.testing.assert_close(torch.tensor([pictures.coefficients()], dtype=torch.float64), w)
 
 

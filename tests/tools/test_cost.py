@@ -62,9 +62,8 @@ def test_what_is_kept_of_a_person_is_what_their_files_take(tmp_path):
     for stack, name in ((adapter(1), "MTA"), (None, "merge alone")):
         merge = tuple(range(32)), (0.123456789012345678,) * 32
         losses = Losses(*[0.123456789012345678] * 3, tokens=16)
-        kept = State(
-            "b" * 64, *merge, "laplace", "h" * 64, "w" * 64, 0, stack, losses=losses, gradient=merge[1], shots=8
-        )
+        read = {"gradient": merge[1], "loglik": -0.123456789012345678, "shots": 8}
+        kept = State("b" * 64, *merge, "laplace", "h" * 64, "w" * 64, 0, stack, losses=losses, **read)
         assert off(told[name].person_bytes, kept.nbytes) < 0.15, name
     write_peft(tmp_path / "oppu", adapter(8), SMOL)
     assert off(told["OPPU"].person_bytes, sum(f.stat().st_size for f in (tmp_path / "oppu").iterdir())) < 0.15

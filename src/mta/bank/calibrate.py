@@ -149,8 +149,7 @@ class Calibrator:
     """One calibration in progress: U people in two folds, N anchors. ``measure`` yields results in any order.
 
     ``stacks``: whether to measure stacks too. ``together`` people are one piece of work. ``pooled`` (U,) is the
-    log-likelihood of people's later items under the pooled model, and ``tokens`` (U,) their target tokens. ``loss`` is
-    the mean NLL of all items under it.
+    log-likelihood of people's later items under the pooled model, and ``tokens`` (U,) their target tokens.
     """
 
     known: Sequence[Known]
@@ -165,7 +164,6 @@ class Calibrator:
     fold: Tensor = field(init=False)
     tokens: Tensor = field(init=False)
     pooled: Tensor = field(init=False)
-    loss: float = field(init=False, default=1.0)
 
     def __post_init__(self) -> None:
         numbers = {group: n for n, group in enumerate(dict.fromkeys(self.groups))}
@@ -199,7 +197,7 @@ class Calibrator:
             return self.without_people()
         mu, curvature = self.best_merge()
         found = self.gradients([one.shots for one in self.known], mu[1 - self.fold])
-        folds = Folds(self.fold, mu, curvature, [rows[:, :-1] for rows in found], self.loss)
+        folds = Folds(self.fold, mu, curvature, found)
         trust, crossed = self.best_trust(folds)
         if trust is None:  # a merge does not help
             mu, curvature = torch.zeros_like(mu), torch.zeros_like(curvature)
@@ -209,7 +207,6 @@ class Calibrator:
         info = CalibrationInfo(
             ridge=trust[0] if trust else DEFAULTS.ridge,
             prior=trust[1] if trust else TRUSTS[-1][1],
-            loss=self.loss,
             rate=rate,
             people=len(self.known),
             gains=tuple(gain_of(n, gain[folds.shots >= n]) for n, gain in gains.items()),
@@ -225,7 +222,7 @@ class Calibrator:
         curvature = curvature_of(torch.cat([nothing.new_zeros(0, self.anchors), *(rows[:, :-1] for rows in found)]))
         few = f"{len(self.known)} people are too few to measure anything, or too many of them share items"
         note = f"{few}; {ENOUGH} are needed: defaults were taken"
-        info = DEFAULTS.model_copy(update={"people": len(self.known), "loss": _loss(found), "notes": (note,)})
+        info = DEFAULTS.model_copy(update={"people": len(self.known), "notes": (note,)})
         return Calibration(nothing, curvature, info)
 
     def best_merge(self) -> tuple[Tensor, Tensor]:
@@ -240,7 +237,7 @@ class Calibrator:
             found = self.gradients([one.all for one in self.known], mu[self.fold])
             if number == 0:
                 later = [rows[len(one.shots) :, -1].sum() for rows, one in zip(found, self.known)]
-                self.pooled, self.loss = torch.stack(later), _loss(found)
+                self.pooled = torch.stack(later)
             rows = [torch.cat([one[:, :-1] for one, f in zip(found, self.fold) if f == fold]) for fold in (0, 1)]
             curvature = torch.stack([curvature_of(one) for one in rows])
             steps = torch.cat([solved(f, _NEWTON_RIDGE, one.mean(0)[None]) for f, one in zip(curvature, rows)])
@@ -321,15 +318,14 @@ class Calibrator:
 class Folds:
     """mu (2, N) and F (2, N, N) of two folds of people; ``fold`` (U,) is everybody's own.
 
-    ``gradients`` (shots, N) of each person are those of their single shots, in time, at the other fold's mu. ``loss``
-    is that of CalibrationInfo.
+    ``gradients`` (shots, N + 1) of each person are those of their single shots, in time, at the other fold's mu, and
+    the shots' log-likelihoods there.
     """
 
     fold: Tensor
     mu: Tensor
     curvature: Tensor
     gradients: Sequence[Tensor]
-    loss: float
 
     @property
     def shots(self) -> Tensor:
@@ -345,12 +341,7 @@ class Folds:
         for u, chosen in enumerate(trust):
             if chosen:
                 other, latest = 1 - self.fold[u], self.gradients[u][-shots:]
-                info = CalibrationInfo(ridge=chosen[0], prior=chosen[1], loss=self.loss)
-                fitted = Calibration(self.mu[other], self.curvature[other], info)
-                w[u] = fitted.coefficients(latest.sum(0)[None], torch.tensor([len(latest)]))[0]
+                info = CalibrationInfo(ridge=chosen[0], prior=chosen[1])
+                fitted, sums = Calibration(self.mu[other], self.curvature[other], info), latest.sum(0)[None]
+                w[u] = fitted.coefficients(sums[:, :-1], sums[:, -1], torch.tensor([len(latest)]))[0]
         return w
-
-
-def _loss(found: Sequence[Tensor]) -> float:
-    """Return the mean NLL of examples (rows of ``gradients``), 1 if there are none; not so small that steps vanish."""
-    return max(-float(torch.cat(list(found))[:, -1].mean()), 1e-3) if found else 1.0

@@ -5,8 +5,9 @@ coefficients mu + d. With a Gaussian prior on d that is worth ``prior`` shots, t
 
     w = mu + n / (n + prior) * C^-1 m        C = F + ridge * mean(diag F) * I + mm' / loss        m = g / n
 
-F is people's common curvature. mm' / loss is what a person's own gradient adds: where it is large, the likelihood bends
-sooner, so that no step promises more per shot than people's mean loss. Source: our choice; docs/explanation/method.md.
+F is people's common curvature. mm' / loss is what a person's own gradient adds; loss is the mean NLL of their shots at
+mu. Where the gradient is large, the likelihood bends sooner: no step promises more than the shots' whole loss, which is
+all there is to gain. Source: our choice; docs/explanation/method.md.
 """
 
 from __future__ import annotations
@@ -40,16 +41,14 @@ class CalibrationInfo(BaseModel):
     """The readable part of a calibration: how far gradients are trusted, and what to expect from it.
 
     ``prior`` is the strength of the prior in shots, and ``ridge`` the part of the mean curvature that is added to all
-    directions. ``loss`` is people's mean NLL per shot under the pooled model. ``rate`` is the learning rate of a
-    stack's single step (0: a stack does not help; None: not measured). ``gains`` are the expected gains of a merge for
-    several numbers of shots, ``stacked`` those of merge and stack, ``people`` is the number of people behind them, and
-    ``notes`` say what could not be measured.
+    directions. ``rate`` is the learning rate of a stack's single step (0: a stack does not help; None: not measured).
+    ``gains`` are the expected gains of a merge for several numbers of shots, ``stacked`` those of merge and stack,
+    ``people`` is the number of people behind them, and ``notes`` say what could not be measured.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     ridge: float
     prior: float
-    loss: float = 1.0
     rate: float | None = None
     people: int = 0
     gains: tuple[Gain, ...] = ()
@@ -57,6 +56,7 @@ class CalibrationInfo(BaseModel):
     notes: tuple[str, ...] = ()
 
 
+_LEAST = 1e-12  # loss of shots, so that it can divide
 DEFAULTS = CalibrationInfo(ridge=1.0, prior=16.0)  # where there are too few people to choose
 
 
@@ -75,16 +75,16 @@ class Calibration:
         """Return the tensors of ``calibration.safetensors``."""
         return {"mu": self.mu.contiguous(), "curvature": self.curvature.contiguous()}
 
-    def coefficients(self, gradients: Tensor, shots: Tensor) -> Tensor:
-        """Return people's coefficients from the gradients of their shots at mu.
+    def coefficients(self, gradients: Tensor, loglik: Tensor, shots: Tensor) -> Tensor:
+        """Return people's coefficients from the gradients of their shots' log-likelihood at mu.
 
-        Shapes: gradients (U, N), summed over shots; shots (U,) -> (U, N), float64. The result is mu without shots, and
-        where nothing is known of the curvature.
+        Shapes: gradients (U, N) and loglik (U,), summed over shots; shots (U,) -> (U, N), float64. The result is mu
+        without shots, and where nothing is known of the curvature.
         """
         n = shots.double()[:, None]
-        mean = gradients.double() / n.clamp_min(1)
-        step = solved(self.curvature, self.info.ridge, mean)
-        bend = 1 + (mean * step).sum(1, keepdim=True) / self.info.loss  # by the formula of Sherman and Morrison
+        step = solved(self.curvature, self.info.ridge, gradients.double() / n.clamp_min(1))
+        promised = (gradients * step).sum(1, keepdim=True)
+        bend = 1 + promised / (-loglik.double()[:, None]).clamp_min(_LEAST)  # by the formula of Sherman and Morrison
         return self.mu + n / (n + self.info.prior) * step / bend
 
 

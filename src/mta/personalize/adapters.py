@@ -65,8 +65,8 @@ def merge_of(owners: Sequence[State | Nobody], dtype: torch.dtype) -> Merge:
     gradients = None
     if states and all(state and state.gradient for state in states):
         known = [state for state in states if state]
-        sums, shots = [state.gradient for state in known], [state.shots for state in known]
-        gradients = ShotGradients(torch.tensor(sums, dtype=torch.float64), torch.tensor(shots))
+        sums = torch.tensor([(*state.gradient, state.loglik) for state in known], dtype=torch.float64)
+        gradients = ShotGradients(sums[:, :-1], sums[:, -1], torch.tensor([state.shots for state in known]))
     return Merge(ids, w, gradients)
 
 

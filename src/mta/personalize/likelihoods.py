@@ -85,15 +85,17 @@ class Evidence:
 class ShotGradients(NamedTuple):
     """The gradient of each person's log-likelihood in the coefficients of all anchors, at a calibration's mu.
 
-    Shapes: sums (U, N), summed over a person's shots, float64; shots (U,), their number.
+    Shapes: sums (U, N) and the log-likelihoods themselves, loglik (U,), summed over a person's shots, float64; shots
+    (U,), their number.
     """
 
     sums: Tensor
+    loglik: Tensor
     shots: Tensor
 
     def plus(self, more: ShotGradients) -> ShotGradients:
         """Return the gradients of both parts of each person's shots together."""
-        return ShotGradients(self.sums + more.sums, self.shots + more.shots)
+        return ShotGradients(*(mine + new for mine, new in zip(self, more)))
 
 
 def shots_of(base: BaseModel, task: Task, person: Person) -> ShotsJob:

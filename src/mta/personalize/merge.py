@@ -170,7 +170,7 @@ def _from_gradients(
     found = gate_gradients(
         base, jobs, anchors, calibration.mu, pooled, tokens_per_batch=passes.get("tokens_per_batch", 2048)
     )
-    gradients = ShotGradients(found.gradients, torch.tensor([len(job.examples) for job in jobs]))
+    gradients = ShotGradients(*found, torch.tensor([len(job.examples) for job in jobs]))
     if earlier:
         if earlier.merge.gradients is None:
             raise ConfigError("the earlier merges hold no gradients", hint="Fit them anew, from all items.")

@@ -166,7 +166,7 @@ def laplace(settings: MergeSettings, retrieved: Retrieved) -> Tensor:
             "policy 'laplace' needs the shots' gradients and a calibrated bank",
             hint="Calibrate the bank (mta bank calibrate), or use merge.policy=posterior.",
         )
-    w = retrieved.calibration.coefficients(retrieved.gradients.sums, retrieved.gradients.shots)
+    w = retrieved.calibration.coefficients(*retrieved.gradients)
     return w.gather(1, retrieved.ids)
 
 

@@ -232,6 +232,7 @@ class Stages:
                     losses=Losses(*losses[i]).after(item.before.losses if item.before else None),
                     settings=settings,
                     gradient=tuple(merge.gradients.sums[i].tolist()) if merge.gradients else (),
+                    loglik=float(merge.gradients.loglik[i]) if merge.gradients else 0.0,
                     shots=int(merge.gradients.shots[i]) if merge.gradients else 0,
                 )
             except Diverged as error:

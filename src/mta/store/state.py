@@ -72,8 +72,9 @@ class State:
 
     ``bank`` is the bank's hash, ``history`` the digest of the shots, ``work`` the hash of all inputs (``work_key``).
     ``mode`` and ``rank`` say how the merge is computed. ``losses`` are those on the shots, and ``settings`` is the hash
-    of the settings that affect a state; both are unset (None, "") in states of older versions. ``gradient`` is the one
-    that ``w`` was solved from, summed over ``shots``, so that new items can be added; () if the policy reads none.
+    of the settings that affect a state; both are unset (None, "") in states of older versions. ``gradient`` of the
+    log-likelihood ``loglik`` is what ``w`` was solved from, both summed over ``shots``, so that new items can be added;
+    () if the policy reads none.
     Nothing depends on the clock, so the same work gives the same bytes.
     """
 
@@ -90,6 +91,7 @@ class State:
     losses: Losses | None = None
     settings: str = ""
     gradient: tuple[float, ...] = ()
+    loglik: float = 0.0
     shots: int = 0
 
     def __post_init__(self) -> None:
@@ -98,7 +100,7 @@ class State:
                 f"a state needs one coefficient per anchor, got anchors {self.anchors}, w {self.w}",
                 hint="Give as many coefficients as anchors.",
             )
-        if not all(map(math.isfinite, [*self.w, *self.gradient])):
+        if not all(map(math.isfinite, [*self.w, *self.gradient, self.loglik])):
             raise Diverged(f"coefficients are invalid: got w {self.w}, expected finite numbers", hint=_ASTRAY)
         if self.stack is not None and len(self.stack) != 1:
             raise InputError(
@@ -129,7 +131,7 @@ class State:
         if self.settings:
             fields["settings"] = self.settings
         if self.gradient:
-            fields |= {"gradient": self.gradient, "shots": self.shots}
+            fields |= {"gradient": self.gradient, "loglik": self.loglik, "shots": self.shots}
         data = save({} if self.stack is None else self.stack.tensors(), {"state": json.dumps(fields)})
         return data[: _DIGEST.start] + _digest(data).encode() + data[_DIGEST.stop :]
 
@@ -166,7 +168,8 @@ class State:
         losses = Losses(**fields["losses"]) if "losses" in fields else None
         kept = {name: fields[name] for name in _FIELDS}
         kept |= {"anchors": tuple(kept["anchors"]), "w": tuple(kept["w"])}
-        kept |= {"gradient": tuple(fields.get("gradient", ())), "shots": fields.get("shots", 0)}
+        if "loglik" in fields:
+            kept |= {"gradient": tuple(fields["gradient"]), "loglik": fields["loglik"], "shots": fields["shots"]}
         return cls(**kept, stack=stack, losses=losses, settings=fields.get("settings", ""))
 
 
