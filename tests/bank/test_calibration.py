@@ -18,6 +18,7 @@ from mta.bank.probes import Measure, Probe, key_of, measured
 from mta.config import CalibrationSettings, Lora, Run, StackSettings, override
 from mta.lora.layers import Gated, PerPerson, Shared
 from mta.personalize.stages import adapt
+from mta.training.gates import GateGradients
 from mta.training.scoring import log_likelihood
 from mta.training.trainer import Job
 
@@ -231,7 +232,7 @@ class Scripted(Calibrator):
         super().__init__(known(10), N, SETTINGS, lambda pieces: [])
         self.made_up = merges, stacks
         mu, curvature = torch.ones(2, N).double(), torch.zeros(2, N, N).double()
-        self.folds = Folds(self.fold, mu, curvature, [normal(8, N + 1)] * 10)
+        self.folds = Folds(self.fold, mu, curvature, [GateGradients(normal(8, N), -torch.ones(8))] * 10)
 
     def gains(self, w):
         return self.made_up[0](w)
@@ -308,6 +309,7 @@ def test_the_usual_trust_is_left_only_for_one_that_is_surely_better():
     assert trust_from(torch.cat([usual, others], dim=1) - 1) is None
     assert trust_from(torch.cat([usual - 0.2, others], dim=1)) == TRUSTS[3]
     assert trust_from(torch.cat([usual * math.nan, others - 1], dim=1)) is None
+    assert trust_from(torch.cat([usual * math.nan, others + 1], dim=1)) == TRUSTS[3]
     harmful = torch.cat([usual - 0.11, *[usual - 1] * (len(TRUSTS) - 2), usual - 0.099], dim=1)
     assert trust_from(harmful) == TRUSTS[-1]  # mu, whose gain is not surely larger, but positive
 
@@ -322,13 +324,13 @@ def test_the_rate_is_the_best_of_those_that_surely_help():
 
 def test_coefficients_of_a_person_use_the_fit_of_the_other_fold_and_their_own_trust():
     mu, curvature = normal(2, N), torch.stack([curvature_of(normal(30, N, seed=n)) for n in (5, 6)])
-    gradients = [normal(6, N + 1, seed=seed) - 3 * torch.eye(N + 1)[-1] for seed in (7, 8, 9)]  # and log-likelihoods
+    gradients = [GateGradients(normal(6, N, seed=seed), -normal(6, seed=seed).abs()) for seed in (7, 8, 9)]
     folds = Folds(torch.tensor([0, 1, 0]), mu, curvature, gradients)
     found = folds.coefficients(4, [(0.3, 2.0), (1.0, 8.0), None])
     for u, (ridge, prior) in enumerate([(0.3, 2.0), (1.0, 8.0)]):
         other = Calibration(mu[1 - u], curvature[1 - u], CalibrationInfo(ridge=ridge, prior=prior))
-        sums = gradients[u][-4:].sum(0)
-        near(found[u], other.coefficients(sums[None, :-1], sums[-1:], torch.tensor([4]))[0])
+        sums, loglik = (part[-4:].sum(0)[None] for part in gradients[u])
+        near(found[u], other.coefficients(sums, loglik, torch.tensor([4]))[0])
     assert not bool(found[2].any())
 
 

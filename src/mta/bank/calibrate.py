@@ -2,8 +2,8 @@
 
 The people are split into two folds. mu and F are judged on the fold that they were not fitted on:
 
-    1. merge    mu by Newton steps; each step is as long as the other fold's later items allow
-    2. trust    F at mu from single shots; ridge and prior by the likelihood of people's later items
+    1. merge    mu by Newton steps, each as long as the other fold's later items allow; F where the last one began
+    2. trust    ridge and prior by the likelihood of people's later items
     3. stack    the learning rate of a stack's single step, over merges with this trust
     4. gains    what a person with 1, 4, 8, or 16 shots gains on later items by the merge, and by merge and stack
 
@@ -37,6 +37,7 @@ from mta.model.base import BaseModel
 from mta.model.footprint import Numbers
 from mta.system.progress import Step
 from mta.training.checkpoint import Checkpoint
+from mta.training.gates import GateGradients
 from mta.training.plan import Plan, numbers_of, plan_cohorts
 from mta.training.trainer import Job
 
@@ -183,7 +184,7 @@ class Calibrator:
 
     @property
     def planned(self) -> int:
-        """The cost in forward passes of one example, at most."""
+        """The expected cost in forward passes of one example. It is higher if people's choices differ much."""
         queries, shots = sum(map(len, self.queries)), sum(len(one.shots) for one in self.known)
         counts = [n for n in SHOTS if n <= self.settings.shots]
         newton = self.settings.steps * (COSTS["gradients"] * (shots + queries) + len(LENGTHS) * queries)
@@ -219,7 +220,7 @@ class Calibrator:
         """Return the documented defaults: no population merge, and F from the few people there are."""
         nothing = torch.zeros(self.anchors, dtype=torch.float64)
         found = self.gradients([one.all for one in self.known], nothing.expand(len(self.known), -1))
-        curvature = curvature_of(torch.cat([nothing.new_zeros(0, self.anchors), *(rows[:, :-1] for rows in found)]))
+        curvature = curvature_of(torch.cat([nothing.new_zeros(0, self.anchors), *(one.gradients for one in found)]))
         few = f"{len(self.known)} people are too few to measure anything, or too many of them share items"
         note = f"{few}; {ENOUGH} are needed: defaults were taken"
         info = DEFAULTS.model_copy(update={"people": len(self.known), "notes": (note,)})
@@ -236,9 +237,9 @@ class Calibrator:
         for number in range(self.settings.steps):
             found = self.gradients([one.all for one in self.known], mu[self.fold])
             if number == 0:
-                later = [rows[len(one.shots) :, -1].sum() for rows, one in zip(found, self.known)]
+                later = [items.loglik[len(one.shots) :].sum() for items, one in zip(found, self.known)]
                 self.pooled = torch.stack(later)
-            rows = [torch.cat([one[:, :-1] for one, f in zip(found, self.fold) if f == fold]) for fold in (0, 1)]
+            rows = [torch.cat([one.gradients for one, f in zip(found, self.fold) if f == fold]) for fold in (0, 1)]
             curvature = torch.stack([curvature_of(one) for one in rows])
             steps = torch.cat([solved(f, _NEWTON_RIDGE, one.mean(0)[None]) for f, one in zip(curvature, rows)])
             held = [best, *(self.gains((mu + c * steps)[1 - self.fold]) for c in LENGTHS)]
@@ -275,10 +276,11 @@ class Calibrator:
 
     # -- passes --------------------------------------------------------------------------------------------------------
 
-    def gradients(self, examples: Sequence[Sequence[Example]], w: Tensor) -> list[Tensor]:
-        """Return the gradients of each person's single examples and their log-likelihoods, (examples, N + 1) each."""
+    def gradients(self, examples: Sequence[Sequence[Example]], w: Tensor) -> list[GateGradients]:
+        """Return the gradients and log-likelihoods of each person's single examples."""
         found = self._measured("gradients", examples, w)
-        return list(torch.split(torch.cat(found), [len(one) for one in examples])) if found else []
+        rows = torch.split(torch.cat(found), [len(one) for one in examples]) if found else ()
+        return [GateGradients(one[:, :-1], one[:, -1]) for one in rows]
 
     def gains(self, w: Tensor) -> Tensor:
         """Return each person's gain over the pooled model with coefficients ``w``, per token of their queries, (U,)."""
@@ -310,7 +312,7 @@ class Calibrator:
             found[piece.name] = result
             self.done += piece.cost
             if self.on_step:
-                self.on_step(Step(self.passes, len(piece), self.done, self.planned))
+                self.on_step(Step(self.passes, len(piece), self.done, max(self.done, self.planned)))
         return [found[piece.name] for piece in pieces]
 
 
@@ -318,19 +320,18 @@ class Calibrator:
 class Folds:
     """mu (2, N) and F (2, N, N) of two folds of people; ``fold`` (U,) is everybody's own.
 
-    ``gradients`` (shots, N + 1) of each person are those of their single shots, in time, at the other fold's mu, and
-    the shots' log-likelihoods there.
+    ``gradients`` of each person are those of their single shots, in time, at the other fold's mu.
     """
 
     fold: Tensor
     mu: Tensor
     curvature: Tensor
-    gradients: Sequence[Tensor]
+    gradients: Sequence[GateGradients]
 
     @property
     def shots(self) -> Tensor:
         """Everybody's number of shots, (U,)."""
-        return torch.tensor([len(rows) for rows in self.gradients])
+        return torch.tensor([len(one.loglik) for one in self.gradients])
 
     def coefficients(self, shots: int, trust: Sequence[Trust | None]) -> Tensor:
         """Return everybody's coefficients (U, N) from their latest shots, with mu and F of the other fold.
@@ -340,8 +341,9 @@ class Folds:
         w = torch.zeros(len(trust), self.mu.shape[1], dtype=torch.float64)
         for u, chosen in enumerate(trust):
             if chosen:
-                other, latest = 1 - self.fold[u], self.gradients[u][-shots:]
+                other, (gradients, loglik) = 1 - self.fold[u], (part[-shots:] for part in self.gradients[u])
                 info = CalibrationInfo(ridge=chosen[0], prior=chosen[1])
-                fitted, sums = Calibration(self.mu[other], self.curvature[other], info), latest.sum(0)[None]
-                w[u] = fitted.coefficients(sums[:, :-1], sums[:, -1], torch.tensor([len(latest)]))[0]
+                fitted = Calibration(self.mu[other], self.curvature[other], info)
+                sums, count = gradients.sum(0)[None], torch.tensor([len(loglik)])
+                w[u] = fitted.coefficients(sums, loglik.sum()[None], count)[0]
         return w

@@ -56,13 +56,13 @@ class CalibrationInfo(BaseModel):
     notes: tuple[str, ...] = ()
 
 
-_LEAST = 1e-12  # loss of shots, so that it can divide
+_LEAST_LOSS = 1e-12  # nats: shots that are certain already have a loss of 0, which cannot divide
 DEFAULTS = CalibrationInfo(ridge=1.0, prior=16.0)  # where there are too few people to choose
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """The population's best merge ``mu`` (N,) and the ``curvature`` F (N, N) of one shot's log-likelihood at mu.
+    """The population's best merge ``mu`` (N,) and the ``curvature`` F (N, N) of one shot's log-likelihood near mu.
 
     Both are float64.
     """
@@ -83,9 +83,9 @@ class Calibration:
         """
         n = shots.double()[:, None]
         step = solved(self.curvature, self.info.ridge, gradients.double() / n.clamp_min(1))
-        promised = (gradients * step).sum(1, keepdim=True)
-        bend = 1 + promised / (-loglik.double()[:, None]).clamp_min(_LEAST)  # by the formula of Sherman and Morrison
-        return self.mu + n / (n + self.info.prior) * step / bend
+        promised, loss = (gradients * step).sum(1, keepdim=True), -loglik.double()[:, None]
+        shortening = 1 + promised / loss.clamp_min(_LEAST_LOSS)  # by the formula of Sherman and Morrison
+        return self.mu + n / (n + self.info.prior) * step / shortening
 
 
 def settled(run: Run, found: CalibrationInfo | None) -> Run:

@@ -121,7 +121,7 @@ def _calibration(found: CalibrationInfo | None) -> str:
         f"{gain.people} | {_bar(gain, [one for _, one in measured])} |\n"
         for name, gain in sorted(measured, key=lambda entry: entry[1].shots)
     )
-    head = "| shots | | gain | clearly worse off | people | |\n|---|---|---|---|---|---|\n"
+    head = "| shots | | gain | worse by 0.02 | people | |\n|---|---|---|---|---|---|\n"
     return f"""## What to expect
 
 {in_words(found)}

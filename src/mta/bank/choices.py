@@ -25,7 +25,7 @@ def best_of(gains: Tensor) -> int:
 
     Gains (U, candidates). The first one is returned where no other is clearly better.
     """
-    return int(_surely(gains, 1).argmax())
+    return int(_surely(gains - gains[:, :1], 1).argmax())
 
 
 def trust_from(gains: Tensor) -> Trust | None:
@@ -33,19 +33,22 @@ def trust_from(gains: Tensor) -> Trust | None:
 
     USUAL is left only for one that is surely better, or where it gains nothing itself.
     """
-    useless = ~(gains.mean(0) > 0)
-    return None if useless.all() else TRUSTS[int(_surely(gains, _SURE).masked_fill(useless, -math.inf).argmax())]
+    useful = gains.mean(0) > 0
+    if not useful.any():
+        return None
+    compared = gains - gains[:, :1] if useful[0] else gains
+    return TRUSTS[int(_surely(compared, _SURE).masked_fill(~useful, -math.inf).argmax())]
 
 
 def rate_from(gains: Tensor) -> int:
     """Return the best candidate among those that surely gain over the first one: no stack. Gains (U, candidates)."""
-    return int(_surely(gains, 1).masked_fill(_surely(gains, _SURE) < 0, -math.inf).argmax())
+    more = gains - gains[:, :1]
+    return int(_surely(more, 1).masked_fill(_surely(more, _SURE) < 0, -math.inf).argmax())
 
 
 def _surely(gains: Tensor, errors: float) -> Tensor:
-    """Return each candidate's mean gain over the first one, less that many of its standard errors."""
-    more = gains - gains[:, :1]
-    return torch.nan_to_num(more.mean(0) - errors * more.std(0) / math.sqrt(len(more)), nan=-math.inf)
+    """Return each candidate's mean gain, less that many of its standard errors."""
+    return torch.nan_to_num(gains.mean(0) - errors * gains.std(0) / math.sqrt(len(gains)), nan=-math.inf)
 
 
 def chosen_by_others(gains: Tensor, groups: Sequence[str], choose: Callable[[Tensor], T]) -> list[T]:

@@ -15,7 +15,6 @@ from mta.config import MergeSettings
 from mta.lora.batch import LoraBatch, join, stack
 from mta.lora.layers import Adapters, Gated, PerPerson
 from mta.model.base import BaseModel
-from mta.personalize.likelihoods import ShotGradients
 from mta.personalize.merge import Merge, merged, merged_factors
 from mta.store.state import State
 
@@ -62,12 +61,7 @@ def merge_of(owners: Sequence[State | Nobody], dtype: torch.dtype) -> Merge:
         if state:
             ids[i, : len(state.anchors)] = torch.tensor(state.anchors)
             w[i, : len(state.w)] = w.new_tensor(state.w)
-    gradients = None
-    if states and all(state and state.gradient for state in states):
-        known = [state for state in states if state]
-        sums = torch.tensor([(*state.gradient, state.loglik) for state in known], dtype=torch.float64)
-        gradients = ShotGradients(sums[:, :-1], sums[:, -1], torch.tensor([state.shots for state in known]))
-    return Merge(ids, w, gradients)
+    return Merge(ids, w)
 
 
 def merge_as_lora(anchors: LoraBatch, state: State, dtype: torch.dtype) -> LoraBatch:

@@ -95,7 +95,7 @@ class ShotGradients(NamedTuple):
 
     def plus(self, more: ShotGradients) -> ShotGradients:
         """Return the gradients of both parts of each person's shots together."""
-        return ShotGradients(*(mine + new for mine, new in zip(self, more)))
+        return ShotGradients(self.sums + more.sums, self.loglik + more.loglik, self.shots + more.shots)
 
 
 def shots_of(base: BaseModel, task: Task, person: Person) -> ShotsJob:

@@ -37,7 +37,7 @@ class Merge:
     gradients: ShotGradients | None = None
 
     def select(self, people: Sequence[int]) -> Merge:
-        """Return the merges of some of the people."""
+        """Return the merges of some of the people, without the gradients."""
         return Merge(self.ids[list(people)], self.w[list(people)])
 
     def gates(self, anchors: int) -> Tensor:
@@ -170,7 +170,7 @@ def _from_gradients(
     found = gate_gradients(
         base, jobs, anchors, calibration.mu, pooled, tokens_per_batch=passes.get("tokens_per_batch", 2048)
     )
-    gradients = ShotGradients(*found, torch.tensor([len(job.examples) for job in jobs]))
+    gradients = ShotGradients(found.gradients, found.loglik, torch.tensor([len(job.examples) for job in jobs]))
     if earlier:
         if earlier.merge.gradients is None:
             raise ConfigError("the earlier merges hold no gradients", hint="Fit them anew, from all items.")

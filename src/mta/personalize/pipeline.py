@@ -17,6 +17,7 @@ from mta.model.base import BaseModel
 from mta.model.encoders import Encoder
 from mta.personalize.likelihoods import shots_of
 from mta.personalize.merge import check_merge, frozen_numbers
+from mta.personalize.policies import policy_of
 from mta.personalize.stages import Cohort, Stages, WorkItem, digest_of, settings_of
 from mta.personalize.update import Action, StateUpdate
 from mta.personalize.worker import open_stages, personalize_cohort, update_cohort
@@ -254,6 +255,8 @@ class Pipeline:
         """Return the state to update and the number of items it holds; None if the person has to be begun anew."""
         state = self._usable(person.id)
         if state is None or state.settings != settings or not state.losses:
+            return None, 0
+        if policy_of(self.run.merge).gradients and not state.gradient:
             return None, 0
         known = person.grown_from(state.history)
         return (state, known) if known else (None, 0)

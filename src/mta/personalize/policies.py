@@ -166,7 +166,8 @@ def laplace(settings: MergeSettings, retrieved: Retrieved) -> Tensor:
             "policy 'laplace' needs the shots' gradients and a calibrated bank",
             hint="Calibrate the bank (mta bank calibrate), or use merge.policy=posterior.",
         )
-    w = retrieved.calibration.coefficients(*retrieved.gradients)
+    sums, loglik, shots = retrieved.gradients
+    w = retrieved.calibration.coefficients(sums, loglik, shots)
     return w.gather(1, retrieved.ids)
 
 

@@ -21,7 +21,7 @@ from mta.lora.layers import Adapters, PerPerson
 from mta.model.base import BaseModel
 from mta.model.encoders import Encoder, encode_people
 from mta.personalize.adapters import merge_of
-from mta.personalize.likelihoods import ShotsJob, gather_evidence, mean_nll, shots_of, targets_of
+from mta.personalize.likelihoods import ShotGradients, ShotsJob, gather_evidence, mean_nll, shots_of, targets_of
 from mta.personalize.merge import Earlier, Merge, fit_merge, merged, needs_evidence
 from mta.personalize.policies import policy_of
 from mta.store import Store
@@ -258,8 +258,13 @@ class Stages:
         return list(zip(pooled or under(), under(over), stacked, map(targets_of, jobs)))
 
     def merge_before(self, cohort: Cohort) -> Merge:
-        """Return the merges that an update starts from."""
-        return merge_of(cohort.befores, self.base.master_dtype)
+        """Return the merges that an update starts from, with the gradients if the policy reads these."""
+        befores, gradients = cohort.befores, None
+        if policy_of(self.run.merge).gradients:
+            sums = torch.tensor([state.gradient for state in befores], dtype=torch.float64)
+            loglik = torch.tensor([state.loglik for state in befores], dtype=torch.float64)
+            gradients = ShotGradients(sums, loglik, torch.tensor([state.shots for state in befores]))
+        return replace(merge_of(befores, self.base.master_dtype), gradients=gradients)
 
     def remove_checkpoint(self, cohort: Cohort) -> None:
         """Remove the checkpoint of a cohort. Call this after the cohort's states are saved."""

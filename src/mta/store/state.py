@@ -72,9 +72,9 @@ class State:
 
     ``bank`` is the bank's hash, ``history`` the digest of the shots, ``work`` the hash of all inputs (``work_key``).
     ``mode`` and ``rank`` say how the merge is computed. ``losses`` are those on the shots, and ``settings`` is the hash
-    of the settings that affect a state; both are unset (None, "") in states of older versions. ``gradient`` of the
-    log-likelihood ``loglik`` is what ``w`` was solved from, both summed over ``shots``, so that new items can be added;
-    () if the policy reads none.
+    of the settings that affect a state; both are unset (None, "") in states of older versions. ``loglik`` of the shots
+    at the bank's mu and its ``gradient`` in the coefficients, both summed over ``shots`` items, are what ``w`` was
+    solved from, so that new items can be added; 0 and () if the policy reads none.
     Nothing depends on the clock, so the same work gives the same bytes.
     """
 
@@ -101,7 +101,8 @@ class State:
                 hint="Give as many coefficients as anchors.",
             )
         if not all(map(math.isfinite, [*self.w, *self.gradient, self.loglik])):
-            raise Diverged(f"coefficients are invalid: got w {self.w}, expected finite numbers", hint=_ASTRAY)
+            got = f"got w {self.w} from shots with the log-likelihood {self.loglik}"
+            raise Diverged(f"coefficients are invalid: {got}, expected finite numbers", hint=_ASTRAY)
         if self.stack is not None and len(self.stack) != 1:
             raise InputError(
                 f"a state's stack must be exactly one adapter, got a batch of {len(self.stack)}",

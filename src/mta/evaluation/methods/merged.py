@@ -157,10 +157,10 @@ def answered(panel: Panel, merge: Merge, settings: MergeSettings, seconds: float
 
 
 def bytes_of(merge: Merge) -> float:
-    """Return the bytes of one person's merge as JSON: anchors, coefficients once per group of layers, and gradient."""
+    """Return the bytes of one person's merge as JSON: anchors, coefficients once per group of layers, and gradients."""
     w = merge.w[0] if merge.w.ndim == 2 else torch.unique_consecutive(merge.w[0], dim=0)
-    gradient = merge.gradients.sums[0].tolist() if merge.gradients else []
-    return len(json.dumps([merge.ids[0].tolist(), w.tolist(), *gradient]))
+    gradients = [part[0].tolist() for part in merge.gradients] if merge.gradients else []
+    return len(json.dumps([merge.ids[0].tolist(), w.tolist(), *gradients]))
 
 
 def layer_groups(names: Sequence[str], groups: int) -> list[int]:
