@@ -1,6 +1,6 @@
 """The demo's comparison on more people than fit into its minutes, for narrower intervals (docs/explanation/results.md).
 
-Run:  python benchmarks/many_people.py --out many [people.test=300] [key=value over the recipe]
+Run:  python -m benchmarks.many_people --out many [people.test=300] [key=value over the recipe]
 About an hour on two cores. The development people settings were chosen on (docs/explanation/tuning.md) take no part.
 """
 
@@ -59,7 +59,7 @@ def main() -> None:
     with Screen() as screen:
         found = run(override(load_recipe("movielens"), [*RECIPE, *given.settings]), given.out, screen)
     found.meta |= {"data": "movielens-100k", "terms": assets.ASSETS["movielens-100k"].note}
-    found.write(given.out, " ".join(["python benchmarks/many_people.py", *given.settings]))
+    found.write(given.out, " ".join(["python -m benchmarks.many_people", *given.settings]))
     show(found.comparison, found.meta, found.questions, console)
 
 

@@ -1,7 +1,7 @@
 """How much knowing a person can help at all, for three ways of choosing shots and queries (docs/decisions/005).
 
 No language model: a movie's mean rating among other people, and the person's mean deviation from it over the shots,
-shrunk. Run:  python benchmarks/shots_and_queries.py
+shrunk. Run:  python -m benchmarks.shots_and_queries
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 What came out: docs/explanation/tuning.md.
 
-Run:  python benchmarks/tune.py --out tune [--only ridge,OPPU]
+Run:  python -m benchmarks.tune --out tune [--only ridge,OPPU]
 Hours on two cores; stopped, it goes on: every line of tune/results.jsonl is one finished method. --table prints them.
 """
 
