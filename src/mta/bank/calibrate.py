@@ -3,27 +3,27 @@
 The people are split into two folds. mu and F are judged on the fold that they were not fitted on:
 
     1. merge    mu by Newton steps, each as long as the other fold's later items allow; F where the last one began
-    2. trust    ridge and prior by the likelihood of people's later items
-    3. stack    the learning rate of a stack's single step, over merges with this trust
-    4. gains    what a person with 1, 4, 8, or 16 shots gains on later items by the merge, and by merge and stack
+    2. prior    how much people's gradients differ, compared with those of one person's shots
+    3. gains    what a person with 1, 4, 8, or 16 shots gains on later items by the merge
+    4. stack    the learning rate of a stack's single step over these merges, and what a person gains with both
 
-Whatever is chosen for a person's reported gain is chosen by the likelihood of everybody else, except the lengths of the
-Newton steps. (The merges of the other fold, which are tried for that, rest on mu and F of the person's own.) The
-calibration that is kept averages mu and F of both folds. Source: our choice; docs/explanation/method.md.
+The rate behind a person's reported gain is chosen by the likelihood of everybody else. (The merges of the other fold,
+which are tried for that, rest on mu and F of the person's own.) The lengths of the Newton steps are one choice for all.
+The calibration that is kept averages mu and F of both folds. Source: our choice; docs/explanation/method.md.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from mta.bank.calibration import DEFAULTS, Calibration, CalibrationInfo, curvature_of, solved
-from mta.bank.choices import RATES, TRUSTS, Trust, best_of, chosen_by_others, gain_of, rate_from, trust_from
+from mta.bank.calibration import DEFAULTS, Calibration, CalibrationInfo, curvature_of, prior_of, solved
+from mta.bank.choices import RATES, best_of, chosen_by_others, gain_of, rate_from
 from mta.bank.probes import COSTS, Kind, Measure, Probe, measured
 from mta.config import CalibrationSettings, Run, parse_size
 from mta.data.history import Person
@@ -44,7 +44,7 @@ from mta.training.trainer import Job
 LENGTHS = (0.5, 1.0)  # of a Newton step
 SHOTS = (1, 4, 8, 16)
 ENOUGH = 8  # people, to measure anything
-_NEWTON_RIDGE = 0.3
+RIDGE = 0.3
 _TYPICAL = 8  # shots, to choose for
 _PIECE = 16  # people computed and saved together, at most
 
@@ -188,31 +188,31 @@ class Calibrator:
         queries, shots = sum(map(len, self.queries)), sum(len(one.shots) for one in self.known)
         counts = [n for n in SHOTS if n <= self.settings.shots]
         newton = self.settings.steps * (COSTS["gradients"] * (shots + queries) + len(LENGTHS) * queries)
-        tried = len(TRUSTS) + len(counts)
         some = sum(min(len(one.shots), n) for one in self.known for n in counts)
         stacks = COSTS["stacks"] * some + (len(RATES) + 2 * (len(counts) - 1)) * queries if self.stacks else 0
-        return newton + COSTS["gradients"] * shots + tried * queries + stacks
+        return newton + COSTS["gradients"] * shots + len(counts) * queries + stacks
 
     def run(self) -> Calibration:
         if len(self.known) < ENOUGH or int(self.fold.bincount(minlength=2).min()) < ENOUGH // 4:
             return self.without_people()
         mu, curvature = self.best_merge()
         found = self.gradients([one.shots for one in self.known], mu[1 - self.fold])
-        folds = Folds(self.fold, mu, curvature, found)
-        trust, crossed = self.best_trust(folds)
-        if trust is None:  # a merge does not help
-            mu, curvature = torch.zeros_like(mu), torch.zeros_like(curvature)
-        merges = {n: folds.coefficients(n, crossed) for n in SHOTS if int((folds.shots >= n).sum()) >= ENOUGH}
+        prior = prior_of([one.gradients for one in found], curvature.mean(0), RIDGE)
+        folds = Folds(self.fold, mu, curvature, found, prior)
+        merges = {n: folds.coefficients(n) for n in SHOTS if int((folds.shots >= n).sum()) >= ENOUGH}
         gains = {n: self.gains(w) for n, w in merges.items()}
+        if not (useful := float(gains[_typical(gains)].mean()) > 0):
+            mu, curvature = torch.zeros_like(mu), torch.zeros_like(curvature)
+            merges, gains = ({n: torch.zeros_like(one) for n, one in each.items()} for each in (merges, gains))
         rate, stacked = self.best_rate(merges, gains) if self.stacks else (None, {})
         info = CalibrationInfo(
-            ridge=trust[0] if trust else DEFAULTS.ridge,
-            prior=trust[1] if trust else TRUSTS[-1][1],
+            ridge=RIDGE,
+            prior=prior,
             rate=rate,
             people=len(self.known),
             gains=tuple(gain_of(n, gain[folds.shots >= n]) for n, gain in gains.items()),
             stacked=tuple(gain_of(n, gain[folds.shots >= n]) for n, gain in stacked.items()),
-            notes=() if trust else ("a merge did not help: everybody keeps the pooled model",),
+            notes=() if useful else ("a merge did not help: everybody keeps the pooled model",),
         )
         return Calibration(mu.mean(0), curvature.mean(0), info)
 
@@ -241,7 +241,7 @@ class Calibrator:
                 self.pooled = torch.stack(later)
             rows = [torch.cat([one.gradients for one, f in zip(found, self.fold) if f == fold]) for fold in (0, 1)]
             curvature = torch.stack([curvature_of(one) for one in rows])
-            steps = torch.cat([solved(f, _NEWTON_RIDGE, one.mean(0)[None]) for f, one in zip(curvature, rows)])
+            steps = torch.cat([solved(f, RIDGE, one.mean(0)[None]) for f, one in zip(curvature, rows)])
             held = [best, *(self.gains((mu + c * steps)[1 - self.fold]) for c in LENGTHS)]
             chosen = best_of(torch.stack(held, dim=1))
             if chosen == 0:
@@ -249,18 +249,9 @@ class Calibrator:
             mu, best = mu + LENGTHS[chosen - 1] * steps, held[chosen]
         return mu, curvature
 
-    def best_trust(self, folds: Folds) -> tuple[Trust | None, list[Trust | None]]:
-        """Return the ridge and the prior that serve people's queries best, and those that each is judged with.
-
-        None where no merge gains anything.
-        """
-        merges = [folds.coefficients(_TYPICAL, [trust] * len(self.known)) for trust in TRUSTS]
-        tried = torch.stack([self.gains(w) for w in merges], dim=1)
-        return trust_from(tried), chosen_by_others(tried, self.groups, trust_from)
-
     def best_rate(self, merges: Mapping[int, Tensor], gains: Mapping[int, Tensor]) -> tuple[float, dict[int, Tensor]]:
         """Return the rate of a stack over ``merges`` (0: no stack), and everybody's gain with both, by shots."""
-        typical = _TYPICAL if _TYPICAL in merges else max(merges)
+        typical = _typical(merges)
         rates, tried = (0.0, *RATES), self.stacked(typical, merges[typical], RATES)
         tried = torch.cat([gains[typical][:, None], tried], dim=1)
         own = torch.tensor(chosen_by_others(tried, self.groups, rate_from))
@@ -320,30 +311,31 @@ class Calibrator:
 class Folds:
     """mu (2, N) and F (2, N, N) of two folds of people; ``fold`` (U,) is everybody's own.
 
-    ``gradients`` of each person are those of their single shots, in time, at the other fold's mu.
+    ``gradients`` of each person are those of their single shots, in time, at the other fold's mu. ``prior`` is that of
+    ``CalibrationInfo``.
     """
 
     fold: Tensor
     mu: Tensor
     curvature: Tensor
     gradients: Sequence[GateGradients]
+    prior: float
 
     @property
     def shots(self) -> Tensor:
         """Everybody's number of shots, (U,)."""
         return torch.tensor([len(one.loglik) for one in self.gradients])
 
-    def coefficients(self, shots: int, trust: Sequence[Trust | None]) -> Tensor:
-        """Return everybody's coefficients (U, N) from their latest shots, with mu and F of the other fold.
+    def coefficients(self, shots: int) -> Tensor:
+        """Return everybody's coefficients (U, N) from their latest shots, with mu and F of the other fold."""
+        info, made = CalibrationInfo(ridge=RIDGE, prior=self.prior), list[Tensor]()
+        for fold, one in zip(self.fold.tolist(), self.gradients):
+            gradients, loglik = (part[-shots:] for part in one)
+            fitted, count = Calibration(self.mu[1 - fold], self.curvature[1 - fold], info), torch.tensor([len(loglik)])
+            made.append(fitted.coefficients(gradients.sum(0)[None], loglik.sum()[None], count))
+        return torch.cat(made)
 
-        ``trust`` is each person's; None: no merge, all coefficients are 0.
-        """
-        w = torch.zeros(len(trust), self.mu.shape[1], dtype=torch.float64)
-        for u, chosen in enumerate(trust):
-            if chosen:
-                other, (gradients, loglik) = 1 - self.fold[u], (part[-shots:] for part in self.gradients[u])
-                info = CalibrationInfo(ridge=chosen[0], prior=chosen[1])
-                fitted = Calibration(self.mu[other], self.curvature[other], info)
-                sums, count = gradients.sum(0)[None], torch.tensor([len(loglik)])
-                w[u] = fitted.coefficients(sums, loglik.sum()[None], count)[0]
-        return w
+
+def _typical(shots: Collection[int]) -> int:
+    """Return the number of shots to choose for."""
+    return _TYPICAL if _TYPICAL in shots else max(shots)

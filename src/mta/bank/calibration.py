@@ -12,6 +12,7 @@ all there is to gain. Source: our choice; docs/explanation/method.md.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -56,7 +57,8 @@ class CalibrationInfo(BaseModel):
     notes: tuple[str, ...] = ()
 
 
-_LEAST_LOSS = 1e-12  # nats: shots that are certain already have a loss of 0, which cannot divide
+_LEAST = 1e-12  # of what divides: the loss of shots that are certain already, or a prior without any variance
+_BOUNDLESS = 1e6  # shots: a prior that nobody's shots outweigh
 DEFAULTS = CalibrationInfo(ridge=1.0, prior=16.0)  # where there are too few people to choose
 
 
@@ -84,7 +86,7 @@ class Calibration:
         n = shots.double()[:, None]
         step = solved(self.curvature, self.info.ridge, gradients.double() / n.clamp_min(1))
         promised, loss = (gradients * step).sum(1, keepdim=True), -loglik.double()[:, None]
-        shortening = 1 + promised / loss.clamp_min(_LEAST_LOSS)  # by the formula of Sherman and Morrison
+        shortening = 1 + promised / loss.clamp_min(_LEAST)  # by the formula of Sherman and Morrison
         return self.mu + n / (n + self.info.prior) * step / shortening
 
 
@@ -140,3 +142,25 @@ def curvature_of(gradients: Tensor) -> Tensor:
     found = torch.cov(gradients.T).reshape(anchors, anchors)
     share = anchors / (anchors + shots)
     return (1 - share) * found + share * torch.diag(found.diagonal())
+
+
+def prior_of(gradients: Sequence[Tensor], curvature: Tensor, ridge: float) -> float:
+    """Return how many shots a prior is worth: the variance of gradients within people over that between people.
+
+    By analysis of variance, from each person's gradients of single shots (shots, N) at mu, in the metric in which
+    ``solved`` measures steps. Where people do not differ, it is so large that everybody stays at mu.
+    """
+    known = [rows for rows in gradients if len(rows)]
+    counts, everything = torch.tensor([len(rows) for rows in known]).double(), torch.cat(list(gradients))
+    if not len(known) < len(everything) or len(known) < 2:
+        return _BOUNDLESS
+
+    def size(deviations: Tensor) -> float:
+        return float((solved(curvature, ridge, deviations) * deviations).sum())
+
+    means = torch.stack([rows.mean(0) for rows in known])
+    within = size(torch.cat([rows - rows.mean(0) for rows in known])) / (len(everything) - len(known))
+    each = (len(everything) - float(counts.square().sum()) / len(everything)) / (len(known) - 1)
+    among = size(counts.sqrt()[:, None] * (means - everything.mean(0))) / (len(known) - 1)
+    between = (among - within) / each
+    return min(max(within / between, _LEAST), _BOUNDLESS) if between > 0 else _BOUNDLESS

@@ -11,11 +11,8 @@ from torch import Tensor
 
 from mta.bank.calibration import Gain
 
-Trust = tuple[float, float]  # ridge, and prior in shots
-USUAL: Trust = (0.3, 2.0)
-TRUSTS: tuple[Trust, ...] = (USUAL, (0.3, 0.5), (0.3, 8.0), (0.3, 32.0), (0.1, 2.0), (1.0, 2.0), (1.0, 1e6))  # last: mu
 RATES = (8e-4, 1.6e-3, 3.2e-3, 6.4e-3)  # of a stack's single step
-_SURE = 1.96  # standard errors by which a stack must help, and other trust must be better than the usual one
+_SURE = 1.96  # standard errors by which a stack must help
 _WORSE = 0.02  # nats per token; smaller losses do not count
 T = TypeVar("T")
 
@@ -26,18 +23,6 @@ def best_of(gains: Tensor) -> int:
     Gains (U, candidates). The first one is returned where no other is clearly better.
     """
     return int(_surely(gains - gains[:, :1], 1).argmax())
-
-
-def trust_from(gains: Tensor) -> Trust | None:
-    """Return the best of TRUSTS that gain anything, or None if none does; gains (U, TRUSTS).
-
-    USUAL is left only for one that is surely better, or where it gains nothing itself.
-    """
-    useful = gains.mean(0) > 0
-    if not useful.any():
-        return None
-    compared = gains - gains[:, :1] if useful[0] else gains
-    return TRUSTS[int(_surely(compared, _SURE).masked_fill(~useful, -math.inf).argmax())]
 
 
 def rate_from(gains: Tensor) -> int:
