@@ -58,7 +58,7 @@ class CalibrationInfo(BaseModel):
 
 
 _LEAST = 1e-12  # of what divides: the loss of shots that are certain already, or a prior without any variance
-_BOUNDLESS = 1e6  # shots: a prior that nobody's shots outweigh
+BOUNDLESS = 1e6  # shots: a prior that nobody's shots outweigh
 DEFAULTS = CalibrationInfo(ridge=1.0, prior=16.0)  # where there are too few people to choose
 
 
@@ -153,7 +153,7 @@ def prior_of(gradients: Sequence[Tensor], curvature: Tensor, ridge: float) -> fl
     known = [rows for rows in gradients if len(rows)]
     counts, everything = torch.tensor([len(rows) for rows in known]).double(), torch.cat(list(gradients))
     if not len(known) < len(everything) or len(known) < 2:
-        return _BOUNDLESS
+        return BOUNDLESS
 
     def size(deviations: Tensor) -> float:
         return float((solved(curvature, ridge, deviations) * deviations).sum())
@@ -163,4 +163,4 @@ def prior_of(gradients: Sequence[Tensor], curvature: Tensor, ridge: float) -> fl
     each = (len(everything) - float(counts.square().sum()) / len(everything)) / (len(known) - 1)
     among = size(counts.sqrt()[:, None] * (means - everything.mean(0))) / (len(known) - 1)
     between = (among - within) / each
-    return min(max(within / between, _LEAST), _BOUNDLESS) if between > 0 else _BOUNDLESS
+    return min(max(within / between, _LEAST), BOUNDLESS) if between > 0 else BOUNDLESS

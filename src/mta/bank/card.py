@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from mta.bank.calibration import CalibrationInfo, Gain
+from mta.bank.calibration import BOUNDLESS, CalibrationInfo, Gain
 from mta.bank.format import BankInfo
 from mta.config.loader import dump_yaml
 from mta.lora.peft import MARK
@@ -137,7 +137,9 @@ def _bar(gain: Gain, gains: Sequence[Gain]) -> str:
 
 def in_words(found: CalibrationInfo) -> str:
     """Return what a calibration found, in one paragraph."""
-    trust = f"A person's gradient is trusted against {found.prior:g} shots of prior knowledge (ridge {found.ridge:g})."
+    trust = f"The population's best merge counts as much as {found.prior:.2g} of a person's shots."
+    if found.prior == BOUNDLESS:
+        trust = "People's gradients do not differ more than by chance: everybody gets the population's best merge."
     if found.rate is not None:
         best = f"A stack gained most with one step at {found.rate:g}." if found.rate else "No stack gained clearly."
         trust = f"{trust} {best}"
