@@ -254,15 +254,12 @@ def test_a_candidate_that_diverged_is_not_chosen():
 class Scripted(Calibrator):
     """A calibration whose passes return gains that were made up."""
 
-    def __init__(self, merges, stacks=None):
+    def __init__(self, stack):
         super().__init__(known(10), N, SETTINGS, lambda pieces: [])
-        self.made_up = merges, stacks
-
-    def gains(self, w):
-        return self.made_up[0](w)
+        self.made_up = stack
 
     def stacked(self, shots, w, rates):
-        return torch.stack([self.made_up[1](rate) for rate in rates], dim=1)
+        return torch.stack([self.made_up(rate) for rate in rates], dim=1)
 
 
 NOTHING = torch.zeros(10).double()
@@ -279,7 +276,7 @@ def test_where_no_merge_helps_there_is_none(scene, monkeypatch):
 
 @pytest.mark.parametrize("best", RATES)
 def test_the_rate_is_the_one_that_gains_most(best):
-    made = Scripted(None, lambda rate: NOTHING + (rate == best))
+    made = Scripted(lambda rate: NOTHING + (rate == best))
     rate, found = made.best_rate(MERGES, dict.fromkeys(MERGES, NOTHING))
     assert rate == best
     assert all(float(gain.min()) == 1 for gain in found.values())
@@ -288,13 +285,13 @@ def test_the_rate_is_the_one_that_gains_most(best):
 def test_people_get_the_rate_that_everybody_else_chose():
     # Everybody gains from the first rate, but the first person more from the second, which outweighs the others.
     gain = {RATES[0]: NOTHING + 1, RATES[1]: torch.tensor([99.0] + [0.5] * 9).double()}
-    made = Scripted(None, lambda rate: gain.get(rate, NOTHING - 1))
+    made = Scripted(lambda rate: gain.get(rate, NOTHING - 1))
     _, found = made.best_rate(MERGES, dict.fromkeys(MERGES, NOTHING))
     assert all(float(each[0]) == 1 for each in found.values())
 
 
 def test_without_a_helpful_stack_the_gains_are_those_of_the_merge():
-    made, gains = Scripted(None, lambda rate: NOTHING - 9), {n: normal(10, seed=n) for n in MERGES}
+    made, gains = Scripted(lambda rate: NOTHING - 9), {n: normal(10, seed=n) for n in MERGES}
     rate, found = made.best_rate(MERGES, gains)
     assert rate == 0
     assert all(torch.equal(found[n], gains[n]) for n in gains)
@@ -302,7 +299,7 @@ def test_without_a_helpful_stack_the_gains_are_those_of_the_merge():
 
 def test_a_stack_must_help_beyond_its_interval():
     gains = torch.tensor([1.6 if u // 2 % 2 == 0 else -1.0 for u in range(10)]).double()  # 1.3 standard errors
-    made = Scripted(None, lambda rate: gains)
+    made = Scripted(lambda rate: gains)
     assert made.best_rate(MERGES, dict.fromkeys(MERGES, NOTHING))[0] == 0
 
 

@@ -256,7 +256,7 @@ class Pipeline:
         state = self._usable(person.id)
         if state is None or state.settings != settings or not state.losses:
             return None, 0
-        if policy_of(self.run.merge).gradients and not state.gradient:
+        if policy_of(self.run.merge).gradients and not state.gradient:  # it would miss the earlier items
             return None, 0
         known = person.grown_from(state.history)
         return (state, known) if known else (None, 0)
