@@ -246,6 +246,19 @@ def test_mates_do_not_count(tiny, tmp_path, monkeypatch, action):
             assert (tensor - other.stack.tensors()[name]).abs().max() < 1e-10
 
 
+def test_an_update_that_fails_for_one_person_updates_the_others(tiny, tmp_path):
+    personal = started(tiny, tmp_path)
+    broken = replace(personal.state("p0"), work="0" * 64)
+    for _, b in broken.stack.factors.values():
+        b.fill_(float("inf"))
+    personal.store.save("p0", broken)
+    done = personal.update(GROWN)
+    assert list(done.failed) == ["p0"]
+    assert "expected finite numbers" in done.failed["p0"]
+    assert personal.state("p0") == broken
+    assert done.kept + done.retrained + done.refreshed == len(GROWN) - 1
+
+
 def test_an_update_that_was_overtaken_says_so(tiny, tmp_path, monkeypatch):
     """An update from an older version does not replace a newer version that was saved meanwhile."""
     personal = started(tiny, tmp_path, YOUNG[:1])

@@ -54,17 +54,25 @@ def update_states(stages: Stages, cohort: Cohort) -> list[StateUpdate]:
     """Choose and perform the action for each person of a cohort; each has a state (``WorkItem.before``)."""
     jobs, befores = stages.jobs(cohort), cohort.befores
     measured = stages.losses(jobs, stages.merge_before(cohort), _stacks(stages, befores), cohort.tokens_per_batch)
-    new = [Losses(*losses) for losses in measured]
-    actions = [decide(state.losses, losses) if state.losses else "refresh" for state, losses in zip(befores, new)]
-    actions = ["refresh" if one == "retrain" and state.gradient else one for one, state in zip(actions, befores)]
-    found = {i: StateUpdate(action, None) for i, action in enumerate(actions)}
+    found = [_decided(state, losses) for state, losses in zip(befores, measured)]
     for action in ("retrain", "refresh"):
-        if chosen := [i for i, one in enumerate(actions) if one == action]:
+        if chosen := [i for i, one in enumerate(found) if one.action == action and one.state is None]:
             some = replace(cohort, items=tuple(cohort.items[i] for i in chosen))
-            pooled = [new[i].pooled for i in chosen]
+            pooled = [measured[i][0] for i in chosen]
             states = _new_states(stages, some, [jobs[i] for i in chosen], action, pooled)
-            found |= {i: StateUpdate(action, state) for i, state in zip(chosen, states)}
-    return [found[i] for i in range(len(cohort))]
+            for i, state in zip(chosen, states):
+                found[i] = StateUpdate(action, state)
+    return found
+
+
+def _decided(before: State, measured: tuple[float, float, float | None, int]) -> StateUpdate:
+    """Return the action for a person from the losses on their new items; without a new state yet."""
+    try:
+        new = Losses(*measured)
+    except Diverged as error:
+        return StateUpdate("keep", error)
+    action = decide(before.losses, new) if before.losses else "refresh"
+    return StateUpdate("refresh" if action == "retrain" and before.gradient else action, None)
 
 
 def _new_states(
