@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from files import path_of
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from stores import ANN, everything, person, state
 from typer.testing import CliRunner
@@ -50,6 +50,14 @@ def kept(tmp_path_factory: pytest.TempPathFactory) -> Store:
     return filled(tmp_path_factory.mktemp("kept"))
 
 
+def same_json(one: bytes, other: bytes) -> bool:
+    """Whether both files have the same value; the escapes of a letter may differ, which is no damage."""
+    try:
+        return json.dumps(json.loads(one)) == json.dumps(json.loads(other))
+    except ValueError:
+        return False
+
+
 @settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.integers(0, 4), st.integers(0), st.integers(0, 7))
 def test_check_finds_a_changed_bit_and_names_the_file(kept: Store, which: int, byte: int, bit: int) -> None:
@@ -58,6 +66,7 @@ def test_check_finds_a_changed_bit_and_names_the_file(kept: Store, which: int, b
     whole = path.read_bytes()
     changed = bytearray(whole)
     changed[byte % len(whole)] ^= 1 << bit
+    assume(path.suffix != ".json" or not same_json(bytes(changed), whole))
     path.write_bytes(changed)
     found = check(kept)
     path.write_bytes(whole)
