@@ -216,6 +216,7 @@ EXHIBITS: dict[str, tuple[str, Exhibit]] = {  # titles and functions by the name
     "banks": ("Use of a bank to other people, and error of merges", _banks),
     "case": ("Figure 5: one person's question", _case),
     "gradient": ("Coefficients from one gradient", _compared),
+    "choice": ("A choice for each person", _compared),
     "tune": ("Settings, tried on development people", _compared),
     "bank-study": ("What makes a bank useful to others", _compared),
 }
