@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import base_of, random_examples, random_loras
 
-from mta.bank.calibrate import ENOUGH, RIDGE, Calibrator, Folds, Known, known_people
+from mta.bank.calibrate import ENOUGH, RIDGE, Calibrator, Known, known_people
 from mta.bank.calibration import Calibration, CalibrationInfo, Gain, curvature_of, one_step, prior_of, settled, solved
-from mta.bank.choices import RATES, best_of, chosen_by_others, rate_from
+from mta.bank.choices import RATES, best_of, chosen_by_others, rate_from, standard_error
 from mta.bank.probes import Measure, Probe, key_of, measured
 from mta.config import CalibrationSettings, Lora, Run, StackSettings, override
 from mta.lora.layers import Gated, PerPerson, Shared
@@ -99,23 +99,36 @@ def people_who_differ(by: float, counts=(4, 8, 12), times=200) -> list[torch.Ten
 
 @pytest.mark.parametrize("prior", [0.5, 2.0, 8.0])
 def test_the_prior_is_the_variance_within_people_over_that_between_them(prior):
-    assert prior_of(people_who_differ(1 / prior), torch.eye(N).double(), 0.3) == pytest.approx(prior, rel=0.15)
+    people = people_who_differ(1 / prior)
+    assert prior_of(people, [0] * len(people), torch.eye(N).double(), 0.3) == pytest.approx(prior, rel=0.15)
 
 
 def test_where_people_do_not_differ_nobody_leaves_mu():
-    assert prior_of(people_who_differ(0), torch.eye(N).double(), 0.3) > 100
-    alike = [normal(5, N)] * 4  # the variance between people is below what chance gives
-    assert prior_of(alike, torch.eye(N).double(), 0.3) == 1e6
-    assert prior_of([normal(1, N, seed=u) for u in range(9)], torch.eye(N).double(), 0.3) == 1e6  # one shot each
-    assert prior_of([normal(9, N)], torch.eye(N).double(), 0.3) == 1e6
+    def prior(people, folds=(0,) * 600):
+        return prior_of(people, folds[: len(people)], torch.eye(N).double(), 0.3)
+
+    assert prior(people_who_differ(0)) > 100
+    assert prior([normal(5, N)] * 4) == 1e6  # the variance between people is below what chance gives
+    assert prior([normal(1, N, seed=u) for u in range(9)]) == 1e6  # one shot each
+    assert prior([normal(9, N)]) == 1e6
+    assert prior([normal(9, N), normal(9, N, seed=1)], [0, 1]) == 1e6  # nobody can be compared
+
+
+@given(fold=st.lists(st.integers(0, 1), min_size=6, max_size=6))
+def test_the_prior_compares_people_of_one_fold_only(fold):
+    """The gradients of each fold are at another mu: that difference says nothing about people."""
+    people, curvature, far = people_who_differ(1.0, times=2), curvature_of(normal(30, N)), 5 * normal(2, N, seed=9)
+    moved = [rows + far[f] for rows, f in zip(people, fold)]
+    near(prior_of(moved, fold, curvature, 0.3), prior_of(people, fold, curvature, 0.3), 1e-6)
 
 
 @given(order=st.permutations(range(6)))
 def test_the_prior_does_not_depend_on_the_order_or_on_coordinates(order):
     people, curvature, turn = people_who_differ(1.0, times=2), curvature_of(normal(30, N)), normal(N, N, seed=3)
-    whole = prior_of(people, curvature, 0.0)
-    near(prior_of([people[u].flip(0) for u in order], curvature, 0.0), whole)
-    near(prior_of([rows @ turn.T for rows in people], turn @ curvature @ turn.T, 0.0), whole, 1e-6)
+    folds = [0, 1, 0, 1, 0, 0]
+    whole = prior_of(people, folds, curvature, 0.0)
+    near(prior_of([people[u].flip(0) for u in order], [folds[u] for u in order], curvature, 0.0), whole)
+    near(prior_of([rows @ turn.T for rows in people], folds, turn @ curvature @ turn.T, 0.0), whole, 1e-6)
 
 
 # -- the procedure -----------------------------------------------------------------------------------------------------
@@ -241,14 +254,23 @@ def test_one_stack_at_several_rates_is_a_stack_for_each_rate(scene):
 
 def test_a_gain_that_is_not_clear_is_not_chosen():
     before, doubtful = normal(20, 1), torch.tensor([0.5, -0.45]).repeat(10)[:, None]
-    assert best_of(torch.cat([before, before + doubtful], 1)) == 0
-    assert best_of(torch.cat([before, before + doubtful + 0.5], 1)) == 1
-    assert best_of(torch.cat([before, before + 0.01], 1)) == 1  # small, but for everybody
+    everybody = torch.arange(20)
+    assert best_of(torch.cat([before, before + doubtful], 1), everybody) == 0
+    assert best_of(torch.cat([before, before + doubtful + 0.5], 1), everybody) == 1
+    assert best_of(torch.cat([before, before + 0.01], 1), everybody) == 1  # small, but for everybody
 
 
 def test_a_candidate_that_diverged_is_not_chosen():
     broken = torch.tensor([-math.inf, *[5.0] * 9])[:, None]
-    assert best_of(torch.cat([torch.zeros(10, 1), broken, broken * math.nan], 1)) == 0
+    assert best_of(torch.cat([torch.zeros(10, 1), broken, broken * math.nan], 1), torch.arange(10)) == 0
+
+
+def test_people_who_share_items_count_as_one():
+    gains, alone = normal(6, 2), torch.arange(6)
+    near(standard_error(gains, alone), gains.std(0) / 6**0.5)
+    thrice = gains.repeat_interleave(3, dim=0)  # three copies of a person say no more than one
+    near(standard_error(thrice, alone.repeat_interleave(3)), standard_error(gains, alone))
+    assert bool(standard_error(gains, torch.zeros(6)).isinf().all())
 
 
 class Scripted(Calibrator):
@@ -307,36 +329,63 @@ def test_nobody_chooses_what_they_are_served_with():
     """A person is served with what is best for the others who share no items with them."""
     gains = torch.tensor([[0.0, 9.0, 0.0], [0.0, 8.0, 0.0], [0.0, 0.0, 1.0], [0.0, 0.0, 1.0], [0.0, 0.0, 1.0]])
 
-    def most(some):
+    def most(some, groups):
+        assert len(some) == len(groups)
         return int(some.mean(0).argmax())
 
-    assert chosen_by_others(gains, ["a", "a", "b", "c", "d"], most) == [2, 2, 1, 1, 1]
-    assert chosen_by_others(gains, ["a", "b", "c", "d", "e"], most) == [1, 1, 1, 1, 1]
+    assert chosen_by_others(gains, torch.tensor([0, 0, 1, 2, 3]), most) == [2, 2, 1, 1, 1]
+    assert chosen_by_others(gains, torch.arange(5), most) == [1, 1, 1, 1, 1]
 
 
 @given(people=st.integers(3, 12), seed=st.integers(0, 50))
 def test_what_others_chose_is_the_best_candidate_for_them(people, seed):
     gains = normal(people, 3, seed=seed)
-    found = chosen_by_others(gains, [str(u) for u in range(people)], best_of)
-    assert found == [best_of(torch.cat([gains[:u], gains[u + 1 :]])) for u in range(people)]
+    found = chosen_by_others(gains, torch.arange(people), best_of)
+    others = [torch.cat([gains[:u], gains[u + 1 :]]) for u in range(people)]
+    assert found == [best_of(some, torch.arange(people - 1)) for some in others]
 
 
 def test_the_rate_is_the_best_of_those_that_surely_help():
     small = 0.02 + 0.01 * normal(20, seed=1)
     wild = 0.1 + normal(20, seed=2)
     larger = 2 * small
-    assert rate_from(torch.stack([0 * small, small, larger, wild], dim=1)) == 2
-    assert rate_from(torch.stack([0 * small, wild], dim=1)) == 0
+    assert rate_from(torch.stack([0 * small, small, larger, wild], dim=1), torch.arange(20)) == 2
+    assert rate_from(torch.stack([0 * small, wild], dim=1), torch.arange(20)) == 0
 
 
 def test_coefficients_of_a_person_use_the_fit_of_the_other_fold():
-    mu, curvature = normal(2, N), torch.stack([curvature_of(normal(30, N, seed=n)) for n in (5, 6)])
+    info, mu = CalibrationInfo(ridge=RIDGE, prior=5.0), normal(2, N)
+    fits = [Calibration(mu[n], curvature_of(normal(30, N, seed=n)), info) for n in (0, 1)]
     gradients = [GateGradients(normal(6, N, seed=seed), -normal(6, seed=seed).abs()) for seed in (7, 8)]
-    found = Folds(torch.tensor([0, 1]), mu, curvature, gradients, 5.0).coefficients(4)
+    found = Calibrator(known(2), N, SETTINGS, lambda pieces: []).coefficients(fits, gradients, 4)
     for u in (0, 1):
-        other = Calibration(mu[1 - u], curvature[1 - u], CalibrationInfo(ridge=RIDGE, prior=5.0))
         sums, loglik = (part[-4:].sum(0)[None] for part in gradients[u])
-        near(found[u], other.coefficients(sums, loglik, torch.tensor([4]))[0])
+        near(found[u], fits[1 - u].coefficients(sums, loglik, torch.tensor([4]))[0])
+
+
+@pytest.mark.parametrize("people", [ENOUGH + 4, ENOUGH])
+def test_people_without_a_finite_likelihood_are_left_out(scene, people):
+    """One person's NaN would make everybody's averages NaN, and leave everybody without a merge."""
+    everybody, models = known(people), Measure(*scene)
+
+    def measure(pieces):
+        for piece in pieces:
+            found = measured(models, piece)
+            rows = [one == broken for one in piece.examples for _ in (one if piece.kind == "gradients" else [one])]
+            yield (
+                piece,
+                found.masked_fill(torch.tensor(rows)[:, None], math.nan) if piece.kind == "gradients" else found,
+            )
+
+    broken = everybody[1].all
+    found = calibrated(scene, everybody, measure)
+    assert found.info.people == people - 1
+    assert "left out: 1 people" in " ".join(found.info.notes)
+    if people > ENOUGH:
+        unnoted = replace(found, info=found.info.model_copy(update={"notes": ()}))
+        same(unnoted, calibrated(scene, [*everybody[:1], *everybody[2:]]))
+    else:
+        assert "too few" in found.info.notes[0]
 
 
 # -- people ------------------------------------------------------------------------------------------------------------

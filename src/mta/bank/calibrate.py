@@ -7,9 +7,10 @@ The people are split into two folds. mu and F are judged on the fold that they w
     3. gains    what a person with 1, 4, 8, or 16 shots gains on later items by the merge
     4. stack    the learning rate of a stack's single step over these merges, and what a person gains with both
 
-The rate behind a person's reported gain is chosen by the likelihood of everybody else. (The merges of the other fold,
-which are tried for that, rest on mu and F of the person's own.) The lengths of the Newton steps are one choice for all.
-The calibration that is kept averages mu and F of both folds. Source: our choice; docs/explanation/method.md.
+The rate behind a person's reported gain is chosen by the likelihood of everybody else. (Not quite independently: the
+people of the other fold have merges by mu and F that were fitted on the person's own.) The lengths of the Newton steps
+are one choice for all. The calibration that is kept averages mu and F of both folds.
+Source: our choice; docs/explanation/method.md.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from mta.bank.calibration import DEFAULTS, Calibration, CalibrationInfo, curvature_of, prior_of, solved
+from mta.bank.calibration import DEFAULTS, Calibration, CalibrationInfo, Gain, curvature_of, prior_of, solved
 from mta.bank.choices import RATES, best_of, chosen_by_others, gain_of, rate_from
 from mta.bank.probes import COSTS, Kind, Measure, Probe, measured
 from mta.config import CalibrationSettings, Run, parse_size
@@ -69,7 +70,7 @@ def calibrate(
     known = known_people(base, task, people, run.calibration)
     working, pooled = anchors.to(base.device, base.dtype), task_lora and task_lora.to(base.device)
     plan = plan_of(base, known, len(anchors), run)
-    tokens, together = plan.tokens_per_batch, min(map(len, plan.cohorts[:-1] or plan.cohorts), default=1)
+    tokens, together = plan.tokens_per_batch, len(plan.cohorts[0]) if plan.cohorts else 1
     here = Measure(base, working, [Shared(pooled)] if pooled else [], run.stack.lora, tokens)
     cpu = torch.device("cpu")
     elsewhere = partial(
@@ -149,8 +150,9 @@ def _known(base: BaseModel, task: Task, person: Person, shots: int, queries: int
 class Calibrator:
     """One calibration in progress: U people in two folds, N anchors. ``measure`` yields results in any order.
 
-    ``stacks``: whether to measure stacks too. ``together`` people are one piece of work. ``pooled`` (U,) is the
-    log-likelihood of people's later items under the pooled model, and ``tokens`` (U,) their target tokens.
+    ``stacks``: whether to measure stacks too. ``together`` people are one piece of work. ``group`` (U,) numbers people
+    who share items alike, and ``fold`` (U,) is 0 or 1. ``pooled`` (U,) is the log-likelihood of people's later items
+    under the pooled model, and ``tokens`` (U,) their target tokens.
     """
 
     known: Sequence[Known]
@@ -162,13 +164,16 @@ class Calibrator:
     together: int = _PIECE
     passes: int = 0
     done: int = 0  # in forward passes of one example
+    group: Tensor = field(init=False)
     fold: Tensor = field(init=False)
     tokens: Tensor = field(init=False)
     pooled: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
-        numbers = {group: n for n, group in enumerate(dict.fromkeys(self.groups))}
-        self.fold = torch.tensor([numbers[group] % 2 for group in self.groups], dtype=torch.long)
+        names = [one.group or f"person {u}" for u, one in enumerate(self.known)]
+        numbers = {name: n for n, name in enumerate(dict.fromkeys(names))}
+        self.group = torch.tensor([numbers[name] for name in names], dtype=torch.long)
+        self.fold = self.group % 2
         self.tokens = torch.tensor([sum(len(e.target) for e in queries) for queries in self.queries]).double()
         self.pooled = torch.zeros_like(self.tokens)
 
@@ -178,9 +183,9 @@ class Calibrator:
         return [one.queries for one in self.known]
 
     @property
-    def groups(self) -> list[str]:
-        """Everybody's group of people who share items."""
-        return [one.group or f"person {u}" for u, one in enumerate(self.known)]
+    def shots(self) -> Tensor:
+        """Everybody's number of earlier items, (U,)."""
+        return torch.tensor([len(one.shots) for one in self.known])
 
     @property
     def planned(self) -> int:
@@ -193,41 +198,55 @@ class Calibrator:
         return newton + COSTS["gradients"] * shots + len(counts) * queries + stacks
 
     def run(self) -> Calibration:
+        first, notes = self.first_pass()
         if len(self.known) < ENOUGH or int(self.fold.bincount(minlength=2).min()) < ENOUGH // 4:
-            return self.without_people()
-        mu, curvature = self.best_merge()
+            return self.without_people(first, notes)
+        mu, curvature = self.best_merge(first)
         found = self.gradients([one.shots for one in self.known], mu[1 - self.fold])
-        prior = prior_of([one.gradients for one in found], curvature.mean(0), RIDGE)
-        folds = Folds(self.fold, mu, curvature, found, prior)
-        merges = {n: folds.coefficients(n) for n in SHOTS if int((folds.shots >= n).sum()) >= ENOUGH}
+        prior = prior_of([one.gradients for one in found], self.fold.tolist(), curvature.mean(0), RIDGE)
+        fits = [Calibration(*fit, CalibrationInfo(ridge=RIDGE, prior=prior)) for fit in zip(mu, curvature)]
+        counts = [n for n in SHOTS if int((self.shots >= n).sum()) >= ENOUGH]
+        merges = {n: self.coefficients(fits, found, n) for n in counts}
         gains = {n: self.gains(w) for n, w in merges.items()}
-        if not (useful := float(gains[_typical(gains)].mean()) > 0):
+        if not float(gains[_typical(gains)].mean()) > 0:  # also if it is not a number
             mu, curvature = torch.zeros_like(mu), torch.zeros_like(curvature)
             merges, gains = ({n: torch.zeros_like(one) for n, one in each.items()} for each in (merges, gains))
+            notes = (*notes, "a merge did not help: everybody keeps the pooled model")
         rate, stacked = self.best_rate(merges, gains) if self.stacks else (None, {})
         info = CalibrationInfo(
             ridge=RIDGE,
             prior=prior,
             rate=rate,
             people=len(self.known),
-            gains=tuple(gain_of(n, gain[folds.shots >= n]) for n, gain in gains.items()),
-            stacked=tuple(gain_of(n, gain[folds.shots >= n]) for n, gain in stacked.items()),
-            notes=() if useful else ("a merge did not help: everybody keeps the pooled model",),
+            gains=tuple(self.gain_of(n, gain) for n, gain in gains.items()),
+            stacked=tuple(self.gain_of(n, gain) for n, gain in stacked.items()),
+            notes=notes,
         )
         return Calibration(mu.mean(0), curvature.mean(0), info)
 
-    def without_people(self) -> Calibration:
+    def first_pass(self) -> tuple[list[GateGradients], tuple[str, ...]]:
+        """Return everybody's gradients at 0, and leave out people for whom they are not finite, with a note."""
+        found = self.gradients([one.all for one in self.known], torch.zeros(len(self.known), self.anchors).double())
+        whole = [all(bool(part.isfinite().all()) for part in one) for one in found]
+        if lost := whole.count(False):
+            self.known = [one for one, kept in zip(self.known, whole) if kept]
+            found = [one for one, kept in zip(found, whole) if kept]
+            self.__post_init__()
+        later = [items.loglik[len(one.shots) :].sum() for items, one in zip(found, self.known)]
+        self.pooled = torch.tensor(later).double()
+        return found, (f"left out: {lost} people, whose items have no finite likelihood",) if lost else ()
+
+    def without_people(self, first: Sequence[GateGradients], notes: tuple[str, ...]) -> Calibration:
         """Return the documented defaults: no population merge, and F from the few people there are."""
         nothing = torch.zeros(self.anchors, dtype=torch.float64)
-        found = self.gradients([one.all for one in self.known], nothing.expand(len(self.known), -1))
-        curvature = curvature_of(torch.cat([nothing.new_zeros(0, self.anchors), *(one.gradients for one in found)]))
+        curvature = curvature_of(torch.cat([nothing.new_zeros(0, self.anchors), *(one.gradients for one in first)]))
         few = f"{len(self.known)} people are too few to measure anything, or too many of them share items"
         note = f"{few}; {ENOUGH} are needed: defaults were taken"
-        info = DEFAULTS.model_copy(update={"people": len(self.known), "notes": (note,)})
+        info = DEFAULTS.model_copy(update={"people": len(self.known), "notes": (note, *notes)})
         return Calibration(nothing, curvature, info)
 
-    def best_merge(self) -> tuple[Tensor, Tensor]:
-        """Return mu (2, N) and F (2, N, N) of both folds, and keep the log-likelihoods at mu = 0: the pooled model's.
+    def best_merge(self, first: Sequence[GateGradients]) -> tuple[Tensor, Tensor]:
+        """Return mu (2, N) and F (2, N, N) of both folds. ``first``: the gradients at 0.
 
         The lengths of the Newton steps are chosen on the later items of the other fold. F is that of the last step's
         gradients.
@@ -235,15 +254,12 @@ class Calibrator:
         mu = torch.zeros(2, self.anchors, dtype=torch.float64)
         best, curvature = torch.zeros(len(self.known)).double(), mu.new_zeros(2, self.anchors, self.anchors)
         for number in range(self.settings.steps):
-            found = self.gradients([one.all for one in self.known], mu[self.fold])
-            if number == 0:
-                later = [items.loglik[len(one.shots) :].sum() for items, one in zip(found, self.known)]
-                self.pooled = torch.stack(later)
+            found = self.gradients([one.all for one in self.known], mu[self.fold]) if number else first
             rows = [torch.cat([one.gradients for one, f in zip(found, self.fold) if f == fold]) for fold in (0, 1)]
             curvature = torch.stack([curvature_of(one) for one in rows])
             steps = torch.cat([solved(f, RIDGE, one.mean(0)[None]) for f, one in zip(curvature, rows)])
             held = [best, *(self.gains((mu + c * steps)[1 - self.fold]) for c in LENGTHS)]
-            chosen = best_of(torch.stack(held, dim=1))
+            chosen = best_of(torch.stack(held, dim=1), self.group)
             if chosen == 0:
                 break
             mu, best = mu + LENGTHS[chosen - 1] * steps, held[chosen]
@@ -254,7 +270,7 @@ class Calibrator:
         typical = _typical(merges)
         rates, tried = (0.0, *RATES), self.stacked(typical, merges[typical], RATES)
         tried = torch.cat([gains[typical][:, None], tried], dim=1)
-        own = torch.tensor(chosen_by_others(tried, self.groups, rate_from))
+        own = torch.tensor(chosen_by_others(tried, self.group, rate_from))
         found = {typical: tried.gather(1, own[:, None])[:, 0]}
         needed = sorted({rates[n] for n in own.tolist() if n})
         for n, w in merges.items():
@@ -263,7 +279,21 @@ class Calibrator:
                 columns = torch.cat([gains[n][:, None], some], dim=1)
                 mine = torch.tensor([needed.index(rates[c]) + 1 if c else 0 for c in own.tolist()])
                 found[n] = columns.gather(1, mine[:, None])[:, 0]
-        return rates[rate_from(tried)], {n: found[n] for n in merges}
+        return rates[rate_from(tried, self.group)], {n: found[n] for n in merges}
+
+    def coefficients(self, fits: Sequence[Calibration], found: Sequence[GateGradients], shots: int) -> Tensor:
+        """Return everybody's coefficients (U, N) by the other fold's fit, from the gradients of their latest shots."""
+        made = list[Tensor]()
+        for fold, one in zip(self.fold.tolist(), found):
+            gradients, loglik = (part[-shots:] for part in one)
+            count = torch.tensor([len(loglik)])
+            made.append(fits[1 - fold].coefficients(gradients.sum(0)[None], loglik.sum()[None], count))
+        return torch.cat(made)
+
+    def gain_of(self, shots: int, gains: Tensor) -> Gain:
+        """Return the mean of the gains (U,) of people who have so many shots, with its interval."""
+        able = self.shots >= shots
+        return gain_of(shots, gains[able], self.group[able])
 
     # -- passes --------------------------------------------------------------------------------------------------------
 
@@ -305,35 +335,6 @@ class Calibrator:
             if self.on_step:
                 self.on_step(Step(self.passes, len(piece), self.done, max(self.done, self.planned)))
         return [found[piece.name] for piece in pieces]
-
-
-@dataclass(frozen=True, slots=True)
-class Folds:
-    """mu (2, N) and F (2, N, N) of two folds of people; ``fold`` (U,) is everybody's own.
-
-    ``gradients`` of each person are those of their single shots, in time, at the other fold's mu. ``prior`` is that of
-    ``CalibrationInfo``.
-    """
-
-    fold: Tensor
-    mu: Tensor
-    curvature: Tensor
-    gradients: Sequence[GateGradients]
-    prior: float
-
-    @property
-    def shots(self) -> Tensor:
-        """Everybody's number of shots, (U,)."""
-        return torch.tensor([len(one.loglik) for one in self.gradients])
-
-    def coefficients(self, shots: int) -> Tensor:
-        """Return everybody's coefficients (U, N) from their latest shots, with mu and F of the other fold."""
-        info, made = CalibrationInfo(ridge=RIDGE, prior=self.prior), list[Tensor]()
-        for fold, one in zip(self.fold.tolist(), self.gradients):
-            gradients, loglik = (part[-shots:] for part in one)
-            fitted, count = Calibration(self.mu[1 - fold], self.curvature[1 - fold], info), torch.tensor([len(loglik)])
-            made.append(fitted.coefficients(gradients.sum(0)[None], loglik.sum()[None], count))
-        return torch.cat(made)
 
 
 def _typical(shots: Collection[int]) -> int:

@@ -144,23 +144,27 @@ def curvature_of(gradients: Tensor) -> Tensor:
     return (1 - share) * found + share * torch.diag(found.diagonal())
 
 
-def prior_of(gradients: Sequence[Tensor], curvature: Tensor, ridge: float) -> float:
+def prior_of(gradients: Sequence[Tensor], folds: Sequence[int], curvature: Tensor, ridge: float) -> float:
     """Return how many shots a prior is worth: the variance of gradients within people over that between people.
 
-    By analysis of variance, from each person's gradients of single shots (shots, N) at mu, in the metric in which
-    ``solved`` measures steps. Where people do not differ, it is so large that everybody stays at mu.
+    By nested analysis of variance, from each person's gradients of single shots (shots, N), in the metric in which
+    ``solved`` measures steps. People of one fold are compared with each other only, as each fold has another mu.
+    Where people do not differ, the result is so large that everybody stays at mu.
     """
-    known = [rows for rows in gradients if len(rows)]
-    counts, everything = torch.tensor([len(rows) for rows in known]).double(), torch.cat(list(gradients))
-    if not len(known) < len(everything) or len(known) < 2:
+    known = [(rows, fold) for rows, fold in zip(gradients, folds) if len(rows)]
+    fold = torch.unique(torch.tensor([fold for _, fold in known]), return_inverse=True)[1]
+    counts = torch.tensor([len(rows) for rows, _ in known]).double()
+    total, freedom = int(counts.sum()), len(known) - len(set(fold.tolist()))
+    if total <= len(known) or freedom < 1:  # nobody has two shots, or nobody can be compared
         return BOUNDLESS
 
     def size(deviations: Tensor) -> float:
         return float((solved(curvature, ridge, deviations) * deviations).sum())
 
-    means = torch.stack([rows.mean(0) for rows in known])
-    within = size(torch.cat([rows - rows.mean(0) for rows in known])) / (len(everything) - len(known))
-    each = (len(everything) - float(counts.square().sum()) / len(everything)) / (len(known) - 1)
-    among = size(counts.sqrt()[:, None] * (means - everything.mean(0))) / (len(known) - 1)
-    between = (among - within) / each
+    sums = torch.stack([rows.sum(0) for rows, _ in known])
+    shots = torch.zeros_like(counts).index_add_(0, fold, counts)[fold]  # of everybody in a person's fold
+    center = torch.zeros_like(sums).index_add_(0, fold, sums)[fold] / shots[:, None]
+    within = size(torch.cat([rows - rows.mean(0) for rows, _ in known])) / (total - len(known))
+    among = size(counts.sqrt()[:, None] * (sums / counts[:, None] - center)) / freedom
+    between = (among - within) / (float((counts - counts.square() / shots).sum()) / freedom)
     return min(max(within / between, _LEAST), BOUNDLESS) if between > 0 else BOUNDLESS
