@@ -16,7 +16,7 @@ from tiny import base_of
 
 from mta.bank.bank import Bank
 from mta.bank.build import build_bank
-from mta.bank.format import ANCHORS, identity, read_info, seal
+from mta.bank.format import ANCHORS, CALIBRATING, identity, read_info, seal
 from mta.config import Run, Training
 from mta.data.history import Person
 from mta.data.tasks import load_task
@@ -161,6 +161,15 @@ def test_a_finished_build_is_left_as_it_is(built):
     build(built, on_step=lambda *_: steps.append(1))
     assert stamps(built) == before
     assert steps == []
+
+
+def test_a_finished_build_leaves_a_calibration_under_way_alone(built, tmp_path):
+    out = Path(shutil.copytree(built, tmp_path / "bank"))
+    mark = out / CALIBRATING
+    mark.parent.mkdir()
+    mark.touch()
+    build(out)
+    assert mark.exists()
 
 
 def test_settings_of_later_stages_do_not_ask_for_another_bank(built):

@@ -182,6 +182,36 @@ def test_whoever_is_forgotten_during_a_calibration_is_not_in_it(folder, base):
     assert not (folder / "bank" / "work").exists()
 
 
+def test_whoever_is_forgotten_while_a_calibration_is_written_is_not_in_it(folder, base, monkeypatch):
+    write_info = recalibrate.write_info
+
+    def forget_first(path, info):
+        if info.calibration:
+            forget_person(OTHERS[0].id, None, folder / "bank")
+        write_info(path, info)
+
+    monkeypatch.setattr(recalibrate, "write_info", forget_first)
+    with pytest.raises(BankError, match="a person was forgotten during the calibration"):
+        calibrated(folder, base)
+    bank = mta.Bank.open(folder / "bank", base, full=True)
+    assert bank.calibration is None
+    assert bank.info.members.artefacts_of(OTHERS[0].id) == []
+    assert not (folder / "bank" / "work").exists()
+    assert "What to expect" not in (folder / "bank" / "README.md").read_text()
+
+
+def test_too_few_people_leave_a_calibrated_bank_as_it_is(folder, base):
+    before = calibrated(folder, base)
+    with pytest.raises(InputError, match=r"all except 3 are in the bank, .* 8 are needed"):
+        calibrated(folder, base, people_of(3, prefix="few-"))
+    together = [replace(person, group="all") for person in people_of(9, prefix="more-")]
+    with pytest.raises(InputError, match="stays as it is: 8 people are too few"):
+        calibrated(folder, base, together)
+    after = mta.Bank.open(folder / "bank", base, full=True)
+    assert (after.hash, after.calibration.info) == (before.hash, before.calibration.info)
+    assert not (folder / "bank" / "work").exists()
+
+
 def test_forgetting_removes_what_an_interrupted_calibration_measured(folder, base):
     def stop(stage, step):
         raise KeyboardInterrupt

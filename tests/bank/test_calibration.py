@@ -207,7 +207,7 @@ def test_too_few_people_give_the_documented_defaults(scene, people):
     found = calibrated(scene, known(people))
     assert float(found.mu.abs().max()) == 0
     assert (found.info.ridge, found.info.prior, found.info.rate, found.info.gains) == (1.0, 16.0, None, ())
-    assert settled(Run(), found.info) == settled(Run(), None)
+    assert settled(Run(), found.info, SHAPE) == settled(Run(), None, SHAPE)
     assert "too few" in found.info.notes[0]
 
 
@@ -401,19 +401,20 @@ def test_where_people_are_few_each_is_asked_more(task, people, queries):
 
 # -- what a run leaves to the calibration ------------------------------------------------------------------------------
 
+SHAPE = Run().stack.lora
 FOUND = CalibrationInfo(
     ridge=1.0, prior=8.0, rate=3.2e-3, gains=(Gain(shots=8, people=9, mean=0, low=0, high=0, worse=0),)
 )
 
 
 def test_a_run_follows_the_calibration():
-    run = settled(Run(), FOUND)
+    run = settled(Run(), FOUND, SHAPE)
     assert (run.merge.policy, run.stack.training) == ("laplace", one_step(3.2e-3))
-    assert settled(run, FOUND) == run
+    assert settled(run, FOUND, SHAPE) == run
 
 
 def test_without_a_calibration_a_run_takes_the_posterior_and_its_own_stack():
-    run = settled(Run(), None)
+    run = settled(Run(), None, SHAPE)
     assert (run.merge.policy, run.stack.training) == ("posterior", Run().stack.training)
 
 
@@ -426,21 +427,29 @@ def test_without_a_calibration_a_run_takes_the_posterior_and_its_own_stack():
     ids=["words", "file"],
 )
 def test_what_is_given_counts(run):
-    found = settled(run, FOUND)
+    found = settled(run, FOUND, SHAPE)
     assert (found.merge.policy, found.stack.training.steps) == ("ridge", 2)
 
 
 def test_training_given_in_python_counts():
     training = one_step(0.5)
-    assert settled(Run(stack=StackSettings(training=training)), FOUND).stack.training == training
+    assert settled(Run(stack=StackSettings(training=training)), FOUND, SHAPE).stack.training == training
 
 
 @pytest.mark.parametrize("words", [["merge.k=2"], ["merge.retrieve=loss"], ["merge.policy=similarity"]])
 def test_a_calibration_is_for_merges_of_all_anchors_by_laplace(words):
-    run = settled(override(Run(), words), FOUND)
+    run = settled(override(Run(), words), FOUND, SHAPE)
     assert run.merge.policy in ("posterior", "similarity")
     assert run.stack.training == Run().stack.training
 
 
+@pytest.mark.parametrize("words", [["stack.lora.rank=8"], ["merge.scale=0.5"]])
+@pytest.mark.parametrize("rate", [0.0, 3.2e-3])
+def test_a_calibration_is_for_stacks_of_its_shape_over_merges_as_they_are(words, rate):
+    run = settled(override(Run(), words), FOUND.model_copy(update={"rate": rate}), SHAPE)
+    assert run.merge.policy == "laplace"
+    assert (run.stack.enabled, run.stack.training) == (True, Run().stack.training)
+
+
 def test_a_stack_that_does_not_help_is_not_trained():
-    assert not settled(Run(), FOUND.model_copy(update={"rate": 0.0})).stack.enabled
+    assert not settled(Run(), FOUND.model_copy(update={"rate": 0.0}), SHAPE).stack.enabled

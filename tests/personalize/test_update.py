@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from mta.bank.calibration import CalibrationInfo
 from mta.config import MergeSettings, override
 from mta.data.history import Person
-from mta.errors import DataError, StoreConflict
+from mta.errors import DataError
 from mta.personalize.adapters import merge_of
 from mta.personalize.likelihoods import Evidence, Labels, shots_of
 from mta.personalize.merge import Merge, merged, updated_coefficients
@@ -260,8 +260,8 @@ def test_an_update_that_fails_for_one_person_updates_the_others(tiny, tmp_path):
 
 
 def test_an_update_that_was_overtaken_says_so(tiny, tmp_path, monkeypatch):
-    """An update from an older version does not replace a newer version that was saved meanwhile."""
-    personal = started(tiny, tmp_path, YOUNG[:1])
+    """An update from an older version does not replace a newer version that was saved meanwhile; others are updated."""
+    personal = started(tiny, tmp_path, YOUNG[:2])
     other = personalizer(*tiny, tmp_path, seed=1)
 
     def meanwhile(before, new):
@@ -269,9 +269,11 @@ def test_an_update_that_was_overtaken_says_so(tiny, tmp_path, monkeypatch):
         return "retrain"
 
     monkeypatch.setattr("mta.personalize.update.decide", meanwhile)
-    with pytest.raises(StoreConflict, match="a newer version of 'p0' was saved meanwhile"):
-        personal.update(GROWN[:1])
-    assert personal.store.versions("p0") == [1, 2]
+    done = personal.update(GROWN[:2])
+    assert list(done.failed) == ["p0"]
+    assert done.failed["p0"].startswith("a newer version of 'p0' was saved meanwhile")
+    assert personal.state("p0") == other.state("p0")
+    assert [personal.store.versions(id) for id in ("p0", "p1")] == [[1, 2], [1, 2]]
 
 
 def test_a_null_that_is_as_good_as_gone_comes_back():

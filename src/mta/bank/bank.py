@@ -157,8 +157,8 @@ class Bank:
         return self.open(self.folder, base)
 
     def settled(self, run: Run | None = None) -> Run:
-        """Return ``run``, or the settings of the bank, with what they leave to the bank's calibration."""
-        return settled(run or self.info.run, self.info.calibration)
+        """Return ``run``, or the bank's, with ``auto`` settings replaced by what the calibration found."""
+        return settled(run or self.info.run, self.info.calibration, self.info.run.stack.lora)
 
     @classmethod
     def from_pretrained(

@@ -21,6 +21,7 @@ from mta.bank.calibration import CalibrationInfo
 from mta.bank.card import card
 from mta.bank.format import (
     ANCHORS,
+    CALIBRATING,
     CALIBRATION,
     INDEX,
     INFO,
@@ -357,7 +358,8 @@ def _is_finished(out: Path, work: str, *before: str) -> bool:
         if (info := read_info(out)).work in (work, *before):
             if info.work != work and info.calibration is None:
                 log.warning("%s was built without a calibration: add one with  mta bank calibrate", out)
-            remove_work(out)
+            if not (out / CALIBRATING).exists():
+                remove_work(out)
             return True
         raise BankError(
             f"{out} holds a bank built from other people, another base or other settings",

@@ -19,7 +19,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
-from mta.config import MergeSettings, Run, StackSettings, Training
+from mta.config import Lora, MergeSettings, Run, StackSettings, Training
 
 
 class Gain(BaseModel):
@@ -90,10 +90,13 @@ class Calibration:
         return self.mu + n / (n + self.info.prior) * step / shortening
 
 
-def settled(run: Run, found: CalibrationInfo | None) -> Run:
-    """Return a run with everything that it leaves to the bank's calibration: the policy, and the stack's training."""
+def settled(run: Run, found: CalibrationInfo | None, shape: Lora) -> Run:
+    """Return the run with ``auto`` settings replaced by what the bank's calibration found: policy, stack's training.
+
+    ``shape`` is that of the stacks in the calibration.
+    """
     merge = settled_merge(run.merge, found)
-    return run.model_copy(update={"merge": merge, "stack": settled_stack(run.stack, merge, found)})
+    return run.model_copy(update={"merge": merge, "stack": settled_stack(run.stack, merge, found, shape)})
 
 
 def settled_merge(merge: MergeSettings, found: CalibrationInfo | None) -> MergeSettings:
@@ -106,12 +109,16 @@ def settled_merge(merge: MergeSettings, found: CalibrationInfo | None) -> MergeS
     return merge.model_copy(update={"policy": policy}) if merge.policy == "auto" else merge
 
 
-def settled_stack(stack: StackSettings, merge: MergeSettings, found: CalibrationInfo | None) -> StackSettings:
+def settled_stack(
+    stack: StackSettings, merge: MergeSettings, found: CalibrationInfo | None, shape: Lora
+) -> StackSettings:
     """Return the settings of a stack with the calibrated training, or without a stack where it does not help.
 
-    The calibration is about stacks over merges by the laplace policy; over others, the stack's own training counts.
+    The calibration is about stacks of one ``shape`` over merges by the laplace policy, as they are; for others, the
+    stack's own training counts.
     """
-    if not stack.calibrated or merge.policy != "laplace" or found is None or found.rate is None:
+    alike = merge.policy == "laplace" and merge.scale == 1 and stack.lora == shape
+    if not stack.calibrated or not alike or found is None or found.rate is None:
         return stack.model_copy(update={"calibrated": False})
     if not found.rate:
         return stack.model_copy(update={"calibrated": False, "enabled": False})

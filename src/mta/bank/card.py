@@ -137,19 +137,24 @@ def _bar(gain: Gain, gains: Sequence[Gain]) -> str:
 
 def in_words(found: CalibrationInfo) -> str:
     """Return what a calibration found, in one paragraph."""
-    trust = f"The population's best merge counts as much as {found.prior:.2g} of a person's shots."
-    if found.prior == BOUNDLESS:
-        trust = "People's gradients do not differ more than by chance: everybody gets the population's best merge."
-    if found.rate is not None:
-        best = f"A stack gained most with one step at {found.rate:g}." if found.rate else "No stack gained clearly."
-        trust = f"{trust} {best}"
+    notes = [f"{note[0].upper()}{note[1:]}." for note in found.notes]
     if not found.gains:
-        return " ".join(["No gain could be measured.", *(f"{note}." for note in found.notes), trust])
-    notes = "".join(f" {note[0].upper()}{note[1:]}." for note in found.notes)
-    return (
+        return " ".join(["No gain could be measured.", *notes])
+    parts = [
         f"Measured on later items of {found.people} people who are not in the bank: the decrease of the true answer's "
-        f"NLL per token against the pooled model, in nats, with 95% intervals. {trust}{notes}"
-    )
+        "NLL per token against the pooled model, in nats, with 95% intervals."
+    ]
+    if found.prior == BOUNDLESS:
+        parts.append(
+            "People's gradients do not differ more than by chance: everybody gets the population's best merge."
+        )
+    elif any(gain.mean for gain in found.gains):  # otherwise, nobody gets a merge
+        parts.append(f"The population's best merge counts as much as {found.prior:.2g} of a person's shots.")
+    if found.rate is not None:
+        parts.append(
+            f"A stack gained most with one step at {found.rate:g}." if found.rate else "No stack gained clearly."
+        )
+    return " ".join([*parts, *notes])
 
 
 def table_of(results: Mapping[str, Any]) -> str:

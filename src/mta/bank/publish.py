@@ -45,7 +45,7 @@ def bank_parcel(
     if parts := stale(folder):
         raise BankError(
             f"a forgotten person is in the {' and the '.join(parts)} of {folder}: the bank is not published",
-            hint="Rebuild the bank without that person:  mta bank build",
+            hint="Without that person, make it again:  mta bank " + ("calibrate" if parts == ["calibration"] else "build"),
         )
     if foreign := sorted(set(info.files) - set(SEALED)):
         raise BankError(

@@ -9,7 +9,8 @@ from pathlib import Path
 from filelock import FileLock
 
 from mta.bank.build import remove_work
-from mta.bank.calibrate import calibrate, drawn
+from mta.bank.calibrate import ENOUGH, calibrate, drawn
+from mta.bank.calibration import Calibration
 from mta.bank.card import card
 from mta.bank.format import (
     CALIBRATING,
@@ -24,7 +25,7 @@ from mta.bank.format import (
     read_info,
     write_info,
 )
-from mta.config import Run, StackSettings
+from mta.config import CalibrationSettings, Run, StackSettings
 from mta.data.history import Person
 from mta.data.tasks.task import Task
 from mta.distributed.executor import Executor, LocalExecutor
@@ -48,34 +49,48 @@ def calibrate_bank(
 ) -> None:
     """Calibrate a finished bank on people behind neither its anchors nor its task LoRA; the bank gets a new hash.
 
-    Settings are those of ``run.calibration``. An interrupted calibration resumes. Raises InputError if no people are
-    left or the bank has no list of members, BankError if a person is forgotten meanwhile, BankCorrupt, BankMismatch.
+    Settings are those of ``run.calibration``. An interrupted calibration resumes. Raises InputError if too few people
+    are left or the bank has no list of members, BankError if a person is forgotten meanwhile, BankCorrupt,
+    BankMismatch.
     """
     with FileLock(folder / ".calibration.lock", mode=file_mode()):
-        _calibrate_bank(folder, base, people, run, executor or LocalExecutor(), on_step)
+        info = read_info(folder)
+        check_base(folder, info, base.name, base.fingerprint)
+        outside = _outside(folder, info, people, run.calibration)
+        found = _measured(folder, info, base, outside, run, executor or LocalExecutor(), on_step)
+        _commit(folder, info, outside, run.calibration, found)
 
 
-def _calibrate_bank(
-    folder: Path, base: BaseModel, people: Sequence[Person], run: Run, executor: Executor, on_step: OnStep | None
-) -> None:
-    info = read_info(folder)
-    check_base(folder, info, base.name, base.fingerprint)
+def _outside(folder: Path, info: BankInfo, people: Sequence[Person], settings: CalibrationSettings) -> list[Person]:
     if info.members.hashed is None:
         raise InputError(
             f"{folder} has no {MEMBERS}, so its members are unknown",
             hint="Calibrate the bank where it was built, and publish it again.",
         )
-    anchors, pooled = read_adapters(folder, info)
-    calibration = run.calibration.model_copy(update={"enabled": True})
-    settings = info.run.model_copy(update={"calibration": calibration, "memory": run.memory})
     members = {one.id for one in people if {"anchor", "task LoRA"} & set(info.members.artefacts_of(one.id))}
-    outside = drawn(people, members, run.calibration, info.run.seed)
-    if not outside:
+    outside = drawn(people, members, settings, info.run.seed)
+    if len(outside) < min(ENOUGH, settings.people):
         raise InputError(
-            f"{len(people)} people are given, but all are in the bank or have fewer than two items",
+            f"{len(people)} people are given, but all except {len(outside)} are in the bank, share items with people "
+            f"in it, or have fewer than two items; {ENOUGH} are needed",
             hint="Give people who are behind neither its anchors nor its task LoRA.",
         )
-    histories = [[one.id, one.digest()] for one in outside]
+    return outside
+
+
+def _measured(
+    folder: Path,
+    info: BankInfo,
+    base: BaseModel,
+    people: Sequence[Person],
+    run: Run,
+    executor: Executor,
+    on_step: OnStep | None,
+) -> Calibration:
+    anchors, pooled = read_adapters(folder, info)
+    here = ("calibration", "memory", "device", "gradient_checkpointing")  # all else is as the bank was built
+    settings = info.run.model_copy(update={name: getattr(run, name) for name in here})
+    histories = [[one.id, one.digest()] for one in people]
     work = run_folder.work_of(info.hash, histories, base.as_loaded(settings).model_dump(mode="json"))
     write_text(folder / CALIBRATING, work)
     found = calibrate(
@@ -83,29 +98,53 @@ def _calibrate_bank(
         Task.model_validate(info.task),
         anchors,
         pooled,
-        outside,
+        people,
         settings,
         executor=executor,
         checkpoint=lambda name: Checkpoint(folder / "work" / f"{name}.safetensors", work),
         on_step=partial(on_step, "calibration") if on_step else None,
     )
-    if not (folder / CALIBRATING).exists():
+    if not found.info.gains:
         remove_work(folder)
-        raise BankError("a person was forgotten during the calibration", hint="Leave them out, and calibrate again.")
+        raise InputError(f"{folder} stays as it is: {found.info.notes[0]}", hint="Give more people.")
+    return found
+
+
+def _commit(
+    folder: Path, info: BankInfo, people: Sequence[Person], settings: CalibrationSettings, found: Calibration
+) -> None:
+    """Write a calibration. A person may be forgotten at any time before its end, and it then has to be given up."""
+    files = {name: digest for name, digest in info.files.items() if name != CALIBRATION}
+    without = named(info.model_copy(update={"calibration": None, "files": files}))
+    _check_nobody_forgotten(folder)
     if info.calibration:  # if this is killed, what is left is a bank without a calibration
-        write_info(folder, named(info.model_copy(update={"calibration": None, "files": _others(info)})))
+        write_info(folder, without)
     write_tensors(folder / CALIBRATION, found.tensors(), {})
+    run = info.run.model_copy(update={"calibration": settings.model_copy(update={"enabled": True})})
     changed = {
-        "run": _following(info.run.model_copy(update={"calibration": calibration})),
-        "members": info.members.calibrated_on([person.id for person in outside]),
+        "run": _following(run),
+        "members": info.members.calibrated_on([person.id for person in people]),
         "files": info.files | file_hashes(folder, [CALIBRATION]),
         "calibration": found.info,
     }
-    info = named(info.model_copy(update=changed))
-    write_text(folder / CARD, card(info))
-    write_info(folder, info)
+    whole = named(info.model_copy(update=changed))
+    write_text(folder / CARD, card(whole))
+    write_info(folder, whole)
+    try:
+        _check_nobody_forgotten(folder)  # from here on, forgetting finds the person in the bank
+    except BankError:
+        write_info(folder, without)
+        write_text(folder / CARD, card(without))
+        (folder / CALIBRATION).unlink()
+        raise
     clear_stale(folder, "calibration")
     remove_work(folder)
+
+
+def _check_nobody_forgotten(folder: Path) -> None:
+    if not (folder / CALIBRATING).exists():
+        remove_work(folder)
+        raise BankError("a person was forgotten during the calibration", hint="Leave them out, and calibrate again.")
 
 
 def _following(run: Run) -> Run:
@@ -115,7 +154,3 @@ def _following(run: Run) -> Run:
     merge, stack = ({"policy": policy}, {"calibrated": calibrated})
     update = {"merge": run.merge.model_copy(update=merge), "stack": run.stack.model_copy(update=stack)}
     return run.model_copy(update=update)
-
-
-def _others(info: BankInfo) -> dict[str, str]:
-    return {name: digest for name, digest in info.files.items() if name != CALIBRATION}

@@ -121,7 +121,8 @@ def show(
     if json:
         return show_json(info.model_dump(mode="json", exclude={"members"}) | {"needs_rebuild": stale(folder)})
     if parts := stale(folder):
-        typer.echo(f"Needs a rebuild: a forgotten person is in the {' and the '.join(parts)}.\n")
+        needed = "another calibration" if parts == ["calibration"] else "a rebuild"
+        typer.echo(f"Needs {needed}: a forgotten person is in the {' and the '.join(parts)}.\n")
     typer.echo(body(info))
 
 

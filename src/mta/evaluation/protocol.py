@@ -259,7 +259,8 @@ class Panel:
 
     def stack_settings(self, own: StackSettings | None, merge: MergeSettings) -> StackSettings:
         """Return the same for a stack over ``merge``."""
-        return settled_stack(own or self.context.run.stack, merge, self.bank.info.calibration)
+        info = self.bank.info
+        return settled_stack(own or self.context.run.stack, merge, info.calibration, info.run.stack.lora)
 
     # -- other panels over the same people -----------------------------------------------------------------------------
 

@@ -86,8 +86,8 @@ def _marked(person: str, banks: Sequence[Path]) -> Forgotten:
     found = Forgotten(False, [])
     for bank in banks:
         try:
+            stop_calibration(bank)  # first: a calibration that ends before this has its people among the members
             members = read_info(bank).members
-            stop_calibration(bank)
             if members.hashed is None:
                 found.unknown.append(str(bank))
             if parts := members.artefacts_of(person):

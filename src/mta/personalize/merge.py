@@ -97,6 +97,11 @@ def coefficients(settings: MergeSettings, similarity: Tensor, evidence: Evidence
     """
     anchors = similarity.shape[1]
     check_merge(settings, anchors, labelled=evidence is None or evidence.labels is not None)
+    if policy_of(settings).gradients:
+        raise ConfigError(
+            f"policy {settings.policy!r} reads gradients, not encodings or likelihoods",
+            hint="Use another policy, such as merge.policy=posterior.",
+        )
     if evidence is None and needs_evidence(settings):
         raise ConfigError(
             f"policy {settings.policy!r} needs the anchors' likelihood of the shots",
@@ -256,7 +261,7 @@ def frozen_numbers(bank: Bank, settings: MergeSettings | None = None) -> Numbers
     k, rank = settings.k or len(bank), bank.anchors.rank
     direct = settings.mode == "exact" and _is_direct(k, len(bank))
     own = {"exact": k * rank, "svd": settings.rank or rank, "factor": rank}[settings.mode]
-    gated = direct or settings.policy in ("laplace", "learned")  # gradients of coefficients flow through gates
+    gated = direct or settings.policy == "learned" or policy_of(settings).gradients  # these go through gates
     return Numbers(frozen=0 if direct else own * width, pooled=pooled, shared=gated * len(bank) * rank * width)
 
 

@@ -84,12 +84,12 @@ class Personalizer:
     ) -> Personalized:
         """Run stages 2 and 3 for all ``people``; their histories are the shots.
 
-        States of the same shots, bank, and settings are kept; the others are computed together, in cohorts that fit the
-        memory. With a store, a killed run resumes with the same cohorts, unless ``resume`` is False.
-        ``keep_histories`` also stores people's items, until the people are forgotten. ``since`` are the
-        ``store.tombstones.names()`` from before the items were read: people forgotten since then get no state.
-        Raises Diverged for a whole cohort, DataError for a person without items, MemoryBudgetError, ConfigError,
-        StoreError, ClusterError.
+        States that ``personalize`` made from the same shots, bank, and settings are kept; the others are computed
+        together, in cohorts that fit the memory. With a store, a killed run resumes with the same cohorts, unless
+        ``resume`` is False. ``keep_histories`` also stores people's items, until the people are forgotten. ``since``
+        are the ``store.tombstones.names()`` from before the items were read: people forgotten since then get no state.
+        Raises Diverged if all training of a cohort does, DataError for a person without items, MemoryBudgetError,
+        ConfigError, StoreError, ClusterError.
         """
         return self._pipeline.personalize(people, keep_histories, resume, since, on_step)
 

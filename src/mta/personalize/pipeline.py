@@ -12,7 +12,16 @@ from mta.bank.bank import Bank
 from mta.config import Run, parse_size
 from mta.data.history import Person
 from mta.distributed.executor import Executor, LocalExecutor
-from mta.errors import DataError, Diverged, InputError, OtherBank, PersonForgotten, PersonNotFound, StateCorrupt
+from mta.errors import (
+    DataError,
+    Diverged,
+    InputError,
+    OtherBank,
+    PersonForgotten,
+    PersonNotFound,
+    StateCorrupt,
+    StoreConflict,
+)
 from mta.model.base import BaseModel
 from mta.model.encoders import Encoder
 from mta.personalize.likelihoods import shots_of
@@ -33,8 +42,9 @@ from mta.training.plan import numbers_of, plan_cohorts
 class Personalized:
     """Counts of ``personalize``: people trained, people up to date, and texts that were shortened.
 
-    ``failed`` maps ids to errors: their data made workers fail, or their training diverged. ``plan`` is a digest of the
-    cohorts. ``forgotten`` are ids of people who were forgotten after their items were read: they have no new state.
+    ``failed`` maps ids to errors: their data made workers fail, their training diverged, or another process saved a
+    newer state. ``plan`` is a digest of the cohorts. ``forgotten`` are ids of people who were forgotten after their
+    items were read: they have no new state.
     """
 
     trained: int
@@ -125,7 +135,7 @@ class Pipeline:
         if work and not call.workers:  # diverged training would diverge again: no cohort is kept for it
             work.finish()  # even without missing people: a run killed after its last state may have left files
         asked = {item.person.id for item in missing}  # a resumed cohort has people who are up to date
-        failed = {id: error for id, error in (call.workers | call.diverged).items() if id in asked}
+        failed = {id: error for id, error in (call.workers | call.unsaved).items() if id in asked}
         forgotten = call.forgotten - {item.person.id for item in everybody if item.person.id not in asked}
         trained, unchanged = len(asked - failed.keys() - forgotten), len(everybody) - len(missing)
         return Personalized(trained, unchanged, cut, failed, plan, tuple(sorted(forgotten)))
@@ -150,7 +160,7 @@ class Pipeline:
         first = self.personalize(begin, since=call.since, on_step=on_step) if begin else Personalized(0, 0, 0)
         done = actions["keep"], actions["retrain"], actions["refresh"], first.trained, unchanged + first.unchanged
         gone = tuple(sorted({*call.forgotten, *first.forgotten}))
-        return Updated(*done, call.workers | call.diverged | first.failed, plan or first.plan, gone)
+        return Updated(*done, call.workers | call.unsaved | first.failed, plan or first.plan, gone)
 
     def plan(
         self, everybody: Sequence[WorkItem], missing: Sequence[WorkItem], work: Work | None = None
@@ -232,8 +242,8 @@ class Pipeline:
             for item, made in zip(outcome.piece.items, outcome.result or ()):
                 if isinstance(made.state, PersonForgotten):
                     call.forgotten.add(item.person.id)
-                elif isinstance(made.state, Diverged):
-                    call.diverged[item.person.id] = str(made.state)
+                elif isinstance(made.state, Diverged | StoreConflict):
+                    call.unsaved[item.person.id] = str(made.state)
                 else:
                     actions[made.action] += 1
                     if made.state:
@@ -274,11 +284,11 @@ class _Call:
     """The people of a call, and the tombstones when their items were read.
 
     Without a new state are people forgotten since then, people whose data made workers fail (with the error), and
-    people whose training diverged.
+    people whose training diverged or whose state another process saved meanwhile.
     """
 
     people: list[Person]
     since: Collection[str]
     forgotten: set[str] = field(default_factory=set)
     workers: dict[str, str] = field(default_factory=dict)
-    diverged: dict[str, str] = field(default_factory=dict)
+    unsaved: dict[str, str] = field(default_factory=dict)

@@ -19,7 +19,7 @@ from typing import Literal
 
 import torch
 
-from mta.errors import Diverged, PersonForgotten
+from mta.errors import Diverged, PersonForgotten, StoreConflict
 from mta.lora.batch import LoraBatch, stack
 from mta.personalize.likelihoods import ShotsJob
 from mta.personalize.merge import Earlier
@@ -27,13 +27,16 @@ from mta.personalize.stages import Cohort, Stages
 from mta.store.state import Losses, State
 
 Action = Literal["begin", "keep", "retrain", "refresh"]
-NotSaved = Diverged | PersonForgotten
+NotSaved = Diverged | PersonForgotten | StoreConflict
 MARGIN = 0.02  # nats per token: smaller differences do not count
 
 
 @dataclass(frozen=True, slots=True)
 class StateUpdate:
-    """The action for one person, and the new state if there is one that is in no store, or why there is none."""
+    """The action for one person, and the new state if there is one that is in no store, or why there is none.
+
+    ``action`` is "keep", too, for people who could not be scored or saved.
+    """
 
     action: Action
     state: State | NotSaved | None

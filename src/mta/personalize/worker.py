@@ -59,25 +59,22 @@ def personalize_cohort(stages: Stages, cohort: Cohort) -> Sequence[StateUpdate]:
 
 
 def update_cohort(stages: Stages, cohort: Cohort) -> Sequence[StateUpdate]:
-    """Update the states of people whose histories have grown; results and saving are as in ``personalize_cohort``."""
+    """Update the states of people whose histories have grown, and save them if there is a store."""
     store = stages.store
     if store is None:
         return update_states(stages, cohort)
     gone = store.tombstones.since([item.person.id for item in cohort.items], stages.since)
-    here = [item for item in cohort.items if item.person.id not in gone]
-    whole = tuple(replace(item, before=_before(store, item)) for item in here)
-    made = update_states(stages, replace(cohort, items=whole)) if whole else []
-    found = {item.person.id: replace(one, state=_saved(stages, item, one.state)) for item, one in zip(here, made)}
-    forgotten = StateUpdate("keep", forgotten_meanwhile())
-    return [found.get(item.person.id, forgotten) for item in cohort.items]
+    befores = [forgotten_meanwhile() if item.person.id in gone else _before(store, item) for item in cohort.items]
+    whole = [replace(item, before=state) for item, state in zip(cohort.items, befores) if isinstance(state, State)]
+    made = iter(update_states(stages, replace(cohort, items=tuple(whole))) if whole else [])
+    found = [next(made) if isinstance(one, State) else StateUpdate("keep", one) for one in befores]
+    return [replace(one, state=_saved(stages, item, one.state)) for item, one in zip(cohort.items, found)]
 
 
-def _before(store: Store, item: WorkItem) -> State:
-    """Load the whole state that an update starts from. Raises StoreConflict if that version holds another state."""
+def _before(store: Store, item: WorkItem) -> State | StoreConflict:
+    """Load the whole state that an update starts from; StoreConflict if that version holds another state."""
     state = store.load(item.person.id, item.version)
-    if item.before is None or state.work != item.before.work:
-        raise _overtaken(item)
-    return state
+    return _overtaken(item) if item.before is None or state.work != item.before.work else state
 
 
 def _overtaken(item: WorkItem) -> StoreConflict:
@@ -88,15 +85,15 @@ def _overtaken(item: WorkItem) -> StoreConflict:
 
 
 def _saved(stages: Stages, item: WorkItem, state: State | NotSaved | None) -> State | NotSaved | None:
-    """Save a state; return what is in no store. Raises StoreConflict if the store has a newer version."""
+    """Save a state; return what is in no store, or why: a newer version is there, or the person was forgotten."""
     store, id = stages.store, item.person.id
     if store is None or not isinstance(state, State):
         return state
     try:
         store.tombstones.check(id, stages.since)
         if item.before and store.latest(id) != item.version and store.load(id).work != item.work:
-            raise _overtaken(item)
+            return _overtaken(item)
         store.save(id, state, stages.since)
-    except PersonForgotten as gone:
-        return gone
+    except (PersonForgotten, StoreConflict) as error:
+        return error
     return None

@@ -194,7 +194,7 @@ HELPFUL = CalibrationInfo(
 
 def planned(run: Run) -> Run:
     """Return a run as it would be with the bank that it builds, if a calibration finds that merge and stack help."""
-    return settled(run, HELPFUL if run.calibration.enabled else None)
+    return settled(run, HELPFUL if run.calibration.enabled else None, run.stack.lora)
 
 
 def costs(shape: Shape, run: Run, load: Load) -> dict[str, Cost]:
