@@ -168,7 +168,7 @@ def test_a_bank_that_somebody_wants_to_be_forgotten_by_is_not_published(hub, ban
     mark_stale(bank.folder, "t2")
     said = refused(BankError, bank.push_to_hub, NAME)
     assert said.startswith("a forgotten person is in the task LoRA of ")
-    assert said.endswith("\n  Rebuild the bank without that person:  mta bank build")
+    assert said.endswith("\n  Leave out that person, and try again:  mta bank build")
     assert hub.requests == []
 
 

@@ -43,9 +43,10 @@ def bank_parcel(
     """
     info = read_info(folder)
     if parts := stale(folder):
+        command = "calibrate" if parts == ["calibration"] else "build"
         raise BankError(
             f"a forgotten person is in the {' and the '.join(parts)} of {folder}: the bank is not published",
-            hint="Without that person, make it again:  mta bank " + ("calibrate" if parts == ["calibration"] else "build"),
+            hint=f"Leave out that person, and try again:  mta bank {command}",
         )
     if foreign := sorted(set(info.files) - set(SEALED)):
         raise BankError(
