@@ -129,7 +129,7 @@ def test_evidence_of_a_fold_equals_evidence_gathered_from_its_shots(panel):
     torch.testing.assert_close(found.task, anew.task)
     assert found.tokens.tolist() == anew.tokens.tolist()
     settings = MergeSettings(policy="ridge", k=0, ridge=1.0)
-    anew_panel = Panel.asking(panel.context, folds.people, folds.queries)
+    anew_panel = Panel(panel.context, folds.people, folds.queries, panel.task)
     torch.testing.assert_close(folds.merge(settings, 0)[0].w, anew_panel.merge(settings, 0)[0].w)
 
 
@@ -260,7 +260,7 @@ def test_per_pcs_merges_k_anchors_per_module_with_weights_that_sum_to_one(panel)
 def test_an_anchor_is_its_own_nearest_gate(panel):
     """A person with exactly an anchor's inputs at a module has that anchor as the nearest."""
     people = [anchor.latest(ITEMS_PER_ANCHOR) for anchor in panel.anchors]
-    twin = Panel.asking(panel.context, people, [()] * len(people))
+    twin = Panel(panel.context, people, [()] * len(people), panel.task)
     found = mean_inputs(twin.base, [job.examples for job in twin.jobs], twin.bank.pooled)
     for name, means in twin.context.anchor_inputs.items():
         center, gate = gate_of(means)

@@ -360,7 +360,7 @@ def evaluator_of(base, bank) -> MembershipEvaluator:
     sample = sample_people(bank, EVERYBODY, SETTINGS, seed=0)
     shots = [person.first(2) for person in sample.targets]
     context = Context(base, bank, HashEncoder(), MEMORIZING)
-    panel = Panel.asking(context, shots, [()] * len(shots), write_texts=False)
+    panel = Panel(context, shots, [()] * len(shots), context.bank.task, write_texts=False)
     items = NumberedItems.of(sample, SETTINGS.shots)
     return MembershipEvaluator(panel, items, sample.trained, SETTINGS.items)
 

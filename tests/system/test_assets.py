@@ -16,7 +16,7 @@ from filelock import FileLock
 
 from mta.errors import AssetError
 from mta.system import assets
-from mta.system.assets import MARKER, Asset, cache_dir, fetch, is_asset, resolve
+from mta.system.assets import MARKER, Asset, cache_dir, fetch, resolve
 
 MEMBERS = {"tiny_words/words.txt": b"one two three", "tiny_words/deep/more.txt": b"four"}
 
@@ -280,11 +280,6 @@ def test_import_is_light():
 
 
 # names
-
-
-def test_is_asset():
-    assert is_asset("smollm2-135m-instruct")
-    assert not is_asset("smollm2")
 
 
 def test_cache_dir_is_the_users_unless_set(monkeypatch, tmp_path):

@@ -169,15 +169,6 @@ class BankInfo(BaseModel):
         return run.model_copy(update={"device": "auto"})
 
 
-def identity(info: BankInfo) -> str:
-    """Return the hash that identifies a bank; computed once, at build time, since later versions may add settings.
-
-    It covers the hashes of all files, but not the seconds and the task's ``answer_tokens``, which may change later.
-    """
-    left_out: Any = {"hash": True, "seconds": True, "task": {"answer_tokens"}, **_unset(info)}
-    return seal(info.model_dump(mode="json", exclude=left_out))
-
-
 def write_info(folder: Path, info: BankInfo) -> None:
     """Write the members and ``bank.json``, with a sha256 over its own content.
 
@@ -393,5 +384,9 @@ def _keyed(key: str, person: str) -> str:
 
 
 def named(info: BankInfo) -> BankInfo:
-    """Return the description with its hash, which covers all other fields."""
-    return info.model_copy(update={"hash": identity(info)})
+    """Return the description with the hash that identifies the bank; it is stored, as later versions may add settings.
+
+    It covers the hashes of all files, but not the seconds and the task's ``answer_tokens``, which may change later.
+    """
+    left_out: Any = {"hash": True, "seconds": True, "task": {"answer_tokens"}, **_unset(info)}
+    return info.model_copy(update={"hash": seal(info.model_dump(mode="json", exclude=left_out))})

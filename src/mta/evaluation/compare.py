@@ -21,7 +21,6 @@ from mta.errors import InputError
 from mta.evaluation.context import Context
 from mta.evaluation.methods import Base, GlobalConstant, Merged, MergeThenAdapt, Method, OneLora, OwnConstant, TaskLora
 from mta.evaluation.protocol import Panel, has_enough_items, members_and_others
-from mta.evaluation.reports.summary import yardstick
 from mta.evaluation.statistics import Comparison, Row
 from mta.model.base import BaseModel
 from mta.model.encoders import Encoder
@@ -66,7 +65,7 @@ class Study:
 
     def outcome(self) -> dict[str, Any]:
         """Return the number of people, and every method's mean of the metric that differences are judged by."""
-        metric, rows = yardstick(self.comparison), self.comparison.rows
+        metric, rows = self.comparison.yardstick, self.comparison.rows
         scores = {row.name: self.comparison.score(row.name, metric) for row in rows}
         means = {name: round(score.mean, 4) for name, score in scores.items() if score}
         return {"people": self.meta["people"], metric: means}

@@ -136,21 +136,7 @@ class Panel:
             )
         parts = [shots_and_queries(bank.task, person, shots, queries, ask) for person in people]
         few = [replace(person, items=items, queries=()) for person, (items, _) in zip(people, parts)]
-        asked = [later for _, later in parts]
-        return cls.asking(context, few, asked, retrieve=retrieve, write_texts=write_texts)
-
-    @classmethod
-    def asking(
-        cls,
-        context: Context,
-        people: Sequence[Person],
-        queries: list[tuple[Item, ...]],
-        *,
-        retrieve: int = 0,
-        write_texts: bool = True,
-    ) -> Panel:
-        """Return a panel whose people have exactly these shots and queries."""
-        panel = cls(context, people, queries, context.bank.task, retrieve, write_texts)
+        panel = cls(context, few, [later for _, later in parts], bank.task, retrieve, write_texts)
         return panel.profiled(retrieve) if retrieve else panel
 
     # -- what methods read (docs/how-to/add-a-method.md) ---------------------------------------------------------------
@@ -300,6 +286,7 @@ class Panel:
             Person(f"{self.people[u].id}/{turn}", tuple(self.people[u].items[n] for n in rest))
             for (u, turn), rest in zip(rows, kept)
         ]
-        panel = Panel.asking(self.context, people, asked, retrieve=self.retrieve, write_texts=False)
-        # With ``retrieve`` the prompts of the other shots may show a held-out item: evidence is gathered again.
-        return panel if self.retrieve else replace(panel, fold=(self, owners, kept)), owners
+        panel = Panel(self.context, people, asked, self.bank.task, self.retrieve, write_texts=False)
+        if self.retrieve:  # the prompts of the other shots may show a held-out item: evidence is gathered again
+            return panel.profiled(self.retrieve), owners
+        return replace(panel, fold=(self, owners, kept)), owners

@@ -79,6 +79,34 @@ class Comparison:
         """The primary metric of the task."""
         return PRIMARY[self.task.metric]
 
+    @property
+    def yardstick(self) -> str:
+        """The metric for differences: NLL, the most sensitive, or the primary metric if no method has an NLL."""
+        return "NLL" if any("NLL" in row.people for row in self.rows) else self.primary
+
+    @property
+    def names(self) -> list[str]:
+        """The methods in the order of the rows."""
+        return [row.name for row in self.rows]
+
+    @property
+    def people(self) -> int:
+        """The number of tested people."""
+        return len(next(iter(self.rows[0].people.values())))
+
+    @property
+    def independent(self) -> int:
+        """The number of independent units: people who share no items, and groups of people who do."""
+        return len(set(units(self.groups, self.people)))
+
+    @property
+    def queries_each(self) -> int | None:
+        """The number of questions per person; None if it differs or is unknown."""
+        for row in self.rows:
+            if row.nll is not None:
+                return len(row.nll[0]) if len({len(theirs) for theirs in row.nll}) == 1 else None
+        return next((len(row.answers[0].texts) for row in self.rows if row.answers), None)
+
     def row(self, name: str) -> Row:
         """Return the row of a method. Raises InputError if there is none."""
         rows = {row.name: row for row in self.rows}
@@ -95,22 +123,30 @@ class Comparison:
         return None if values is None else bootstrap(values, groups=self.groups)
 
     def difference(self, name: str, reference: str, metric: str) -> Interval | None:
-        """Return the paired difference over people, ``name`` minus ``reference``."""
+        """Return the paired difference over people, ``name`` minus ``reference``.
+
+        None if they are the same, if one was not run, or if one has no such metric.
+        """
+        if name == reference or not {name, reference} <= set(self.names):
+            return None
         one, other = self.row(name).people.get(metric), self.row(reference).people.get(metric)
         return None if one is None or other is None else bootstrap(one - other, groups=self.groups)
 
-    def worse_off(self, name: str, reference: str) -> tuple[float, float] | None:
+    def worse_off(self, name: str, reference: str) -> tuple[float, float | None] | None:
         """Return the share of people whose NLL is higher by more than 0.02 nats, and the share of clearly worse ones.
 
-        Clearly: the 95% interval of the person's paired difference over their queries also lies above zero.
+        Clearly: the 95% interval of the person's paired difference over their queries also lies above zero; None with
+        one query each. None altogether as for ``difference``.
         """
+        if name == reference or not {name, reference} <= set(self.names):
+            return None
         one, other = self.row(name).nll, self.row(reference).nll
         if one is None or other is None:
             return None
         worse = [ours - theirs for ours, theirs in zip(one, other) if float((ours - theirs).mean()) > WORSE]
         # A single query gives no interval.
         clearly = [d for d in worse if len(d) > 1 and d.mean() > d.std() / len(d) ** 0.5 * student_t(len(d))]
-        return len(worse) / len(one), len(clearly) / len(one)
+        return len(worse) / len(one), None if self.queries_each == 1 else len(clearly) / len(one)
 
 
 def bootstrap(values: Tensor, seed: int = 0, times: int = 10_000, groups: Sequence[str] = ()) -> Interval:

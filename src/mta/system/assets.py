@@ -106,11 +106,6 @@ _MOVIELENS = Asset(
 ASSETS: Mapping[str, Asset] = MappingProxyType({asset.name: asset for asset in (_SMOLLM2, _MINILM, _MOVIELENS)})
 
 
-def is_asset(name: str) -> bool:
-    """Return whether ``name`` is the name of an asset."""
-    return name in ASSETS
-
-
 def cache_dir() -> Path:
     """Return the cache folder: MTA_CACHE, or else the user's cache folder."""
     chosen = os.environ.get("MTA_CACHE")
@@ -120,7 +115,7 @@ def cache_dir() -> Path:
 
 def resolve(name_or_path: str) -> str:
     """Return the folder of an asset; an existing path or a hub id is returned unchanged. Raises AssetError."""
-    if is_asset(name_or_path):
+    if name_or_path in ASSETS:
         return str(fetch(name_or_path))
     path = os.path.expanduser(name_or_path)
     if os.path.exists(path):

@@ -77,7 +77,7 @@ def demo(
     run = recipe.run
     say(f"1/5  assets: {run.base}, {run.encoder}, {recipe.data}")
     for name in (run.base, run.encoder, recipe.data):
-        if assets.is_asset(name):
+        if name in assets.ASSETS:
             assets.fetch(name, say)
     people = read_people(assets.resolve(recipe.data), run.task)
     splits = _splits(out, people, recipe)
@@ -128,7 +128,7 @@ def _compared(
     tested = splits.select("test", people)
     found = study(base, bank, run, tested, recipe.evaluation, on_step=on_step, on_method=lambda m: say(f"     {m}"))
     found.meta["data"] = recipe.data
-    if assets.is_asset(recipe.data):
+    if recipe.data in assets.ASSETS:
         found.meta["terms"] = assets.ASSETS[recipe.data].note
     return found
 

@@ -28,7 +28,7 @@ from mta.evaluation.experiments.results import RECIPE, SIZES
 from mta.evaluation.methods import Method
 from mta.evaluation.protocol import Panel, has_enough_items
 from mta.model.base import BaseModel
-from mta.system.assets import is_asset, resolve
+from mta.system.assets import ASSETS, resolve
 from mta.system.atomic import write_json, write_text
 from mta.system.progress import OnStep
 from mta.tracking.run_folder import work_of
@@ -83,7 +83,7 @@ class Workspace:
         task = load_task(recipe.run.task)
         people = read_people(resolve(source), task)
         splits, sizes = draw_parts(recipe, task, people)
-        sizes = {"data": source if is_asset(source) else Path(source).name, **sizes}
+        sizes = {"data": source if source in ASSETS else Path(source).name, **sizes}
         base, executor = BaseModel.of(recipe.run), executor or LocalExecutor()
         if write:
             splits.save(out / "splits.json")
@@ -99,7 +99,7 @@ class Workspace:
     def elsewhere(self) -> Callable[[], Workspace]:
         """Return a function that opens this workspace in another process, over the same folder (on a shared disk)."""
         recipe = self.recipe.model_copy(update={"run": self.base.as_loaded(self.recipe.run)})
-        data = self.source if is_asset(self.source) else str(Path(self.source).resolve())
+        data = self.source if self.source in ASSETS else str(Path(self.source).resolve())
         return partial(Workspace.open, recipe, self.out.resolve(), data, self.which, write=False)
 
     # -- people --------------------------------------------------------------------------------------------------------

@@ -101,7 +101,7 @@ def privacy(
     sample = sample_people(bank, people, settings, run.seed)
     shots = [person.first(settings.shots) for person in sample.targets]
     context = Context(base, bank, encoder or bank.encoder(base, run.encoder), run, on_step=on_step)
-    panel = Panel.asking(context, shots, [()] * len(shots), write_texts=False)
+    panel = Panel(context, shots, [()] * len(shots), bank.task, write_texts=False)
     items = NumberedItems.of(sample, settings.shots)
     evaluator = MembershipEvaluator(panel, items, sample.trained, settings.items, say)
     evaluator.attack_references()

@@ -11,7 +11,7 @@ from mta.evaluation.experiments.results import Results
 from mta.evaluation.reports import figures
 from mta.evaluation.reports.figures import Measured, Picture
 from mta.evaluation.reports.html import Section, plain, score_over_bytes
-from mta.evaluation.reports.summary import POOLED, RIVAL, against, names_of, people_in, units_in, yardstick
+from mta.evaluation.reports.summary import POOLED, RIVAL
 from mta.evaluation.reports.tables import markdown, marked, rows_of
 from mta.evaluation.statistics import WORSE, Comparison, Interval
 from mta.system.units import human_bytes, human_seconds
@@ -36,7 +36,7 @@ def _compared(found: Results, name: str) -> Drawn | None:
     if comparison is None or len(comparison.rows) < 2:
         return None
     text = _setting(found, comparison, name) + "\n" + markdown(*rows_of(comparison))
-    measure, pictures = yardstick(comparison), dict[str, Picture]()
+    measure, pictures = comparison.yardstick, dict[str, Picture]()
     if rows := _to_pooled(comparison, measure):
         pictures[name] = figures.forest(rows, f"{measure} against {POOLED} (95% intervals; left is better)")
     if name == "main" and any(comparison.primary in row.people for row in comparison.rows):
@@ -46,8 +46,8 @@ def _compared(found: Results, name: str) -> Drawn | None:
 
 def _to_pooled(comparison: Comparison, measure: str) -> list[tuple[str, Interval]]:
     """Each other method with its difference to the pooled model."""
-    names = names_of(comparison)
-    return [(name, difference) for name in names if (difference := against(comparison, name, POOLED, measure))]
+    names = comparison.names
+    return [(name, difference) for name in names if (difference := comparison.difference(name, POOLED, measure))]
 
 
 def _shots(found: Results, name: str) -> Drawn | None:
@@ -56,13 +56,13 @@ def _shots(found: Results, name: str) -> Drawn | None:
     if not many:
         return None
     first = next(iter(many.values()))
-    measure, methods = yardstick(first), [method for method in names_of(first) if method != POOLED]
+    measure, methods = first.yardstick, [method for method in first.names if method != POOLED]
     series = {
-        method: {float(m): d for m, c in many.items() if (d := against(c, method, POOLED, measure))}
+        method: {float(m): d for m, c in many.items() if (d := c.difference(method, POOLED, measure))}
         for method in methods
     }
     picture = figures.lines(series, "shots", f"{measure} against {POOLED}", log=True, level={POOLED: 0.0})
-    heads = ["method", *(f"{m} shots ({people_in(c)} people)" for m, c in many.items())]
+    heads = ["method", *(f"{m} shots ({c.people} people)" for m, c in many.items())]
     rows = [[method, *(marked(c, measure, method) for c in many.values())] for method in methods]
     text = f"{measure} against the {POOLED}. The questions are always the same last {found.recipe.queries} items.\n\n"
     return text + markdown(heads, rows), {name: picture}
@@ -75,10 +75,10 @@ def _seeds(found: Results, name: str) -> Drawn | None:
         return None
     columns = {f"seed {seed}": c for seed in seeds if (c := found.comparison(name, seed=seed))}
     columns["all, averaged for each person"] = together
-    measure, text = yardstick(together), _setting(found, together, name)
-    names = names_of(together)
+    measure, text = together.yardstick, _setting(found, together, name)
+    names = together.names
     for other in [one for one in (POOLED, RIVAL) if one in names]:
-        heads = [f"{measure} against {other}", *(f"{head} ({people_in(c)} people)" for head, c in columns.items())]
+        heads = [f"{measure} against {other}", *(f"{head} ({c.people} people)" for head, c in columns.items())]
         rows = [[one, *(marked(c, measure, one, other) for c in columns.values())] for one in names if one != other]
         text += "\n" + markdown(heads, rows)
     label = f"{measure} against {POOLED}, {len(seeds)} seeds (left is better)"
@@ -92,7 +92,7 @@ def _over(pattern: str, x_label: str) -> Exhibit:
         compared, comparison = _compared(found, name), found.comparison(name)
         if compared is None or comparison is None:
             return None
-        measure, series, level = yardstick(comparison), dict[str, dict[float, Interval]](), {POOLED: 0.0}
+        measure, series, level = comparison.yardstick, dict[str, dict[float, Interval]](), {POOLED: 0.0}
         for method, difference in _to_pooled(comparison, measure):
             if number := re.search(pattern, method):
                 series.setdefault(method[: number.start()].strip(" ,"), {})[float(number[1])] = difference
@@ -191,7 +191,7 @@ def _case(found: Results, name: str) -> Drawn | None:
 def _setting(found: Results, comparison: Comparison, name: str) -> str:
     seeds = found.seeds(name)
     said = f"{len(seeds)} seeds" if len(seeds) > 1 else f"seed {seeds[0]}" if seeds else "no bank"
-    people, independent = people_in(comparison), units_in(comparison)
+    people, independent = comparison.people, comparison.independent
     groups = f" in {independent} groups that share no items" if independent < people else ""
     return (
         f"{found.name}: {people} people{groups}, {said}. The questions are each person's last {found.recipe.queries} "

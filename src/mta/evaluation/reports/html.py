@@ -17,22 +17,7 @@ from torch import Tensor
 from mta.bank.bank import Bank
 from mta.evaluation.reports import figures
 from mta.evaluation.reports.figures import Picture
-from mta.evaluation.reports.summary import (
-    NAME,
-    POOLED,
-    RIVAL,
-    against,
-    better_side,
-    findings,
-    headline,
-    names_of,
-    people_in,
-    queries_each,
-    title_of,
-    units_in,
-    verdict,
-    worse_off,
-)
+from mta.evaluation.reports.summary import NAME, POOLED, RIVAL, better_side, findings, headline, title_of, verdict
 from mta.evaluation.reports.tables import markdown, rows_of
 from mta.evaluation.statistics import WORSE, Comparison
 from mta.system.atomic import write_text
@@ -87,28 +72,28 @@ def to_json(comparison: Comparison, **meta: Any) -> dict[str, Any]:
 
     ``meta`` describes the run: base, note, data, seed, command. Answers and people are left out.
     """
-    others = [name for name in (POOLED, RIVAL) if name in names_of(comparison)]
+    others = [name for name in (POOLED, RIVAL) if name in comparison.names]
     rows = [
         {
             "name": row.name,
             "metrics": {m: asdict(score) for m in row.people if (score := comparison.score(row.name, m))},
             "differences": {
-                other: {m: asdict(d) for m in row.people if (d := against(comparison, row.name, other, m))}
+                other: {m: asdict(d) for m in row.people if (d := comparison.difference(row.name, other, m))}
                 for other in others
                 if other != row.name
             },
             "worse_off": {
                 other: {"share": shares[0], "clearly": shares[1]}
                 for other in others
-                if (shares := worse_off(comparison, row.name, other))
+                if (shares := comparison.worse_off(row.name, other))
             },
             "seconds": row.seconds,
             "bytes_per_person": row.bytes_per_person,
         }
         for row in comparison.rows
     ]
-    counts = {"people": people_in(comparison), "queries_per_person": queries_each(comparison)}
-    if comparison.groups and (independent := units_in(comparison)) < people_in(comparison):
+    counts = {"people": comparison.people, "queries_per_person": comparison.queries_each}
+    if comparison.groups and (independent := comparison.independent) < comparison.people:
         counts["independent_groups"] = independent
     task = {"task": comparison.task.name, "primary": comparison.primary}
     return {"meta": meta, **task, **counts, "verdict": verdict(comparison), "methods": rows}
@@ -166,7 +151,7 @@ def _measured(comparison: Comparison) -> Section:
 
 def _personal(comparison: Comparison, bank: Bank, people_vectors: Tensor | None) -> list[Section]:
     """Pictures of the bank's anchors and of the first people's coefficients."""
-    merge = comparison.row(NAME).merge if NAME in names_of(comparison) else None
+    merge = comparison.row(NAME).merge if NAME in comparison.names else None
     sections = []
     if people_vectors is not None:
         text = (

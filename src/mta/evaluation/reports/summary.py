@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from mta.evaluation.metrics import BETTER_LOW
-from mta.evaluation.statistics import WORSE, Comparison, Interval, better, units
+from mta.evaluation.statistics import WORSE, Comparison, Interval, better
 from mta.system.units import human_bytes
 
 Judgement = Literal["better", "worse", "unclear"]
@@ -27,22 +27,22 @@ def verdict(comparison: Comparison) -> list[str]:
 
 def findings(comparison: Comparison) -> list[tuple[str, str]]:
     """Return the sentences of ``verdict``, each with its judgement or subject: ``better``, ``storage``, ..."""
-    names, metrics = names_of(comparison), _metrics(comparison)
+    names, metrics = comparison.names, _metrics(comparison)
     if NAME not in names:
         return [("", f"{NAME} is not among the methods compared.")]
     found: list[tuple[str, str]] = []
     for other, called in ((POOLED, f"the pooled model ({POOLED})"), (RIVAL, RIVAL)):
         for metric in metrics:
-            if difference := against(comparison, NAME, other, metric):
-                judgement = judge(metric, difference, units_in(comparison))
+            if difference := comparison.difference(NAME, other, metric):
+                judgement = judge(metric, difference, comparison.independent)
                 found.append((judgement, _compared(judgement, called, metric, difference)))
-    if shares := worse_off(comparison, NAME, POOLED):
-        found.append(("risk", _harm(people_in(comparison), *shares)))
+    if shares := comparison.worse_off(NAME, POOLED):
+        found.append(("risk", _harm(comparison.people, *shares)))
     if RIVAL in names:
         ours, theirs = (human_bytes(comparison.row(name).bytes_per_person) for name in (NAME, RIVAL))
         found.append(("storage", f"Kept per person: {ours} by {NAME}, {theirs} by {RIVAL}."))
-    if (count := units_in(comparison)) < FEW:
-        what = "people" if count == people_in(comparison) else "independent groups of people"
+    if (count := comparison.independent) < FEW:
+        what = "people" if count == comparison.people else "independent groups of people"
         found.append(("caution", f"Only {count} {what} were tested: the intervals are too narrow to be trusted."))
     explained = "; ".join(f"{m} is {MEANING[m]} ({better_side(m)} is better)" for m in metrics if m in MEANING)
     return [*found, ("words", f"{explained}.")]
@@ -53,15 +53,10 @@ def headline(comparison: Comparison) -> str:
     words = {"better": "better in", "worse": "worse in", "unclear": "no clear difference in"}
     said: dict[str, list[str]] = {}
     for metric in _metrics(comparison):
-        if difference := against(comparison, NAME, POOLED, metric):
-            said.setdefault(words[judge(metric, difference, units_in(comparison))], []).append(metric)
+        if difference := comparison.difference(NAME, POOLED, metric):
+            said.setdefault(words[judge(metric, difference, comparison.independent)], []).append(metric)
     found = ", ".join(f"{judgement} {' and '.join(metrics)}" for judgement, metrics in said.items())
     return f"{NAME} against the pooled model: {found}" if found else "Methods compared"
-
-
-def yardstick(comparison: Comparison) -> str:
-    """Return the metric for differences: NLL, the most sensitive, or the primary metric if no method has an NLL."""
-    return "NLL" if any("NLL" in row.people for row in comparison.rows) else comparison.primary
 
 
 def judge(metric: str, difference: Interval, units: int) -> Judgement:
@@ -71,47 +66,11 @@ def judge(metric: str, difference: Interval, units: int) -> Judgement:
     return "better" if better(metric, difference) else "worse"
 
 
-def against(comparison: Comparison, name: str, other: str, metric: str) -> Interval | None:
-    """Return the paired difference of two methods; None if they are the same, or if one was not run."""
-    pair = {name, other} & set(names_of(comparison))
-    return comparison.difference(name, other, metric) if len(pair) == 2 else None
-
-
-def worse_off(comparison: Comparison, name: str, other: str) -> tuple[float, float | None] | None:
-    """As ``Comparison.worse_off``, but None as in ``against``. With one question each, the *clear* share is None."""
-    if len({name, other} & set(names_of(comparison))) < 2 or not (shares := comparison.worse_off(name, other)):
-        return None
-    return (shares[0], None) if queries_each(comparison) == 1 else shares
-
-
-def names_of(comparison: Comparison) -> list[str]:
-    """Return the methods in the order of the rows."""
-    return [row.name for row in comparison.rows]
-
-
-def people_in(comparison: Comparison) -> int:
-    """Return the number of tested people."""
-    return len(next(iter(comparison.rows[0].people.values())))
-
-
-def units_in(comparison: Comparison) -> int:
-    """Return the number of independent units: people who share no items, and groups of people who do."""
-    return len(set(units(comparison.groups, people_in(comparison))))
-
-
-def queries_each(comparison: Comparison) -> int | None:
-    """Return the number of questions per person; None if it differs or is unknown."""
-    for row in comparison.rows:
-        if row.nll is not None:
-            return len(row.nll[0]) if len({len(theirs) for theirs in row.nll}) == 1 else None
-    return next((len(row.answers[0].texts) for row in comparison.rows if row.answers), None)
-
-
 def title_of(comparison: Comparison) -> str:
     """Return the task and the numbers of people, groups, and questions."""
-    queries = queries_each(comparison)
+    queries = comparison.queries_each
     each = f", {queries} questions each" if queries else ""
-    people, independent = people_in(comparison), units_in(comparison)
+    people, independent = comparison.people, comparison.independent
     groups = f" in {independent} independent groups" if independent < people else ""
     return f"{comparison.task.name}: {people} people{groups}{each}"
 
@@ -122,7 +81,7 @@ def better_side(metric: str) -> str:
 
 
 def _metrics(comparison: Comparison) -> list[str]:
-    return list(dict.fromkeys((comparison.primary, yardstick(comparison))))
+    return list(dict.fromkeys((comparison.primary, comparison.yardstick)))
 
 
 def _compared(judgement: Judgement, called: str, metric: str, difference: Interval) -> str:

@@ -14,19 +14,7 @@ from rich.text import Text
 
 from mta.evaluation.experiments.results import Results
 from mta.evaluation.metrics import BETTER_LOW
-from mta.evaluation.reports.summary import (
-    POOLED,
-    RIVAL,
-    against,
-    judge,
-    names_of,
-    people_in,
-    title_of,
-    units_in,
-    verdict,
-    worse_off,
-    yardstick,
-)
+from mta.evaluation.reports.summary import POOLED, RIVAL, judge, title_of, verdict
 from mta.evaluation.statistics import WORSE, Comparison, Interval
 from mta.system.units import human_bytes, human_seconds
 
@@ -45,8 +33,8 @@ def markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def rows_of(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
     """Return the heads and rows of a comparison, one row per method. Empty columns are left out."""
-    names, people = names_of(comparison), people_in(comparison)
-    first, measure = comparison.primary, yardstick(comparison)
+    names, people = comparison.names, comparison.people
+    first, measure = comparison.primary, comparison.yardstick
     columns = {"method": names}
     for metric in dict.fromkeys((first, "MAE (median)", "accuracy", "ROUGE-1", measure)):
         scores = [comparison.score(name, metric) for name in names]
@@ -54,7 +42,7 @@ def rows_of(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
     for metric in dict.fromkeys((measure, first)):
         for other in (POOLED, RIVAL):
             columns[f"{metric} against {other}"] = [marked(comparison, metric, name, other) for name in names]
-    shares = [worse_off(comparison, name, POOLED) for name in names]
+    shares = [comparison.worse_off(name, POOLED) for name in names]
     columns["worse off"] = [f"{s[0] * people:.0f} of {people}" if s else "" for s in shares]
     columns["clearly"] = [f"{(s[1] or 0) * people:.0f}" if s else "" for s in shares]
     columns["s per person"] = [f"{row.seconds / people:.2f}" for row in comparison.rows]
@@ -68,25 +56,25 @@ def overview(many: Sequence[Results]) -> str:
     compared = [(found.name, comparison) for found in many if (comparison := found.comparison("main"))]
     if not compared:
         return ""
-    names = list(dict.fromkeys(name for _, c in compared for name in names_of(c)))
+    names = list(dict.fromkeys(name for _, c in compared for name in c.names))
     heads, columns = ["method"], [names]
     for data, c in compared:
-        measure, known = yardstick(c), names_of(c)
+        measure, known = c.yardstick, c.names
         heads += [f"{data}: {c.primary}", f"{measure} against {POOLED}", "worse off"]
         columns.append([str(c.score(name, c.primary) or "") if name in known else "" for name in names])
         columns.append([marked(c, measure, name, POOLED) for name in names])
-        shares = [worse_off(c, name, POOLED) for name in names]
+        shares = [c.worse_off(name, POOLED) for name in names]
         columns.append([f"{share[0]:.0%}" if share else "" for share in shares])
     return markdown(heads, list(zip(*columns)))
 
 
 def marked(comparison: Comparison, metric: str, name: str, other: str = POOLED) -> str:
     """Return the difference of two methods with its interval, in bold if the interval excludes zero."""
-    difference = against(comparison, name, other, metric)
+    difference = comparison.difference(name, other, metric)
     if difference is None:
         return ""
     text = f"{difference.mean:+.3f} {_brackets(difference, '+')}"
-    return text if judge(metric, difference, units_in(comparison)) == "unclear" else f"**{text}**"
+    return text if judge(metric, difference, comparison.independent) == "unclear" else f"**{text}**"
 
 
 # -- the terminal ------------------------------------------------------------------------------------------------------
@@ -140,7 +128,7 @@ def table(comparison: Comparison) -> Table:
         padding=(0, 0, 0, 0),
         show_edge=False,
     )
-    columns = {"method": [Cell(name) for name in names_of(comparison)]} | columns_of(comparison)
+    columns = {"method": [Cell(name) for name in comparison.names]} | columns_of(comparison)
     for title, cells in columns.items():
         words = re.split("[ \n]", " ".join([title, *(f"{c.text} {c.mark} {c.note}" for c in cells)]))
         made.add_column(title, justify="left" if title == "method" else "right", min_width=max(map(len, words)))
@@ -151,10 +139,10 @@ def table(comparison: Comparison) -> Table:
 
 def columns_of(comparison: Comparison) -> dict[str, list[Cell]]:
     """Return the columns of the table by their titles: one cell per method."""
-    rows, first, measure = comparison.rows, comparison.primary, yardstick(comparison)
+    rows, first, measure = comparison.rows, comparison.primary, comparison.yardstick
     others = [metric for row in rows for metric in row.people if metric not in _HIDDEN]
     made = {_TITLES.get(m, m): _scores(comparison, m) for m in dict.fromkeys((first, *others, measure))}
-    if POOLED in names_of(comparison):
+    if POOLED in comparison.names:
         made[f"{measure} against\n{POOLED}"] = _differences(comparison, measure)
         if comparison.row(POOLED).nll is not None:
             made["people\nworse off"] = _worse(comparison)
@@ -165,7 +153,7 @@ def columns_of(comparison: Comparison) -> dict[str, list[Cell]]:
 
 
 def _scores(comparison: Comparison, metric: str) -> list[Cell]:
-    scores = [comparison.score(name, metric) for name in names_of(comparison)]
+    scores = [comparison.score(name, metric) for name in comparison.names]
     noted = metric == comparison.primary
     cells = [(Cell(f"{s.mean:.3f}", _brackets(s) if noted else ""), s.mean) if s else _EMPTY for s in scores]
     return _best(cells, metric in BETTER_LOW)
@@ -173,9 +161,9 @@ def _scores(comparison: Comparison, metric: str) -> list[Cell]:
 
 def _differences(comparison: Comparison, metric: str) -> list[Cell]:
     cells: list[Valued] = []
-    for name in names_of(comparison):
-        if difference := against(comparison, name, POOLED, metric):
-            judgement = judge(metric, difference, units_in(comparison))
+    for name in comparison.names:
+        if difference := comparison.difference(name, POOLED, metric):
+            judgement = judge(metric, difference, comparison.independent)
             mark = "" if judgement == "unclear" else judgement
             cells.append((Cell(f"{difference.mean:+.3f}", _brackets(difference, "+"), mark), difference.mean))
         else:
@@ -185,8 +173,8 @@ def _differences(comparison: Comparison, metric: str) -> list[Cell]:
 
 def _worse(comparison: Comparison) -> list[Cell]:
     cells: list[Valued] = []
-    for name in names_of(comparison):
-        share, clearly = worse_off(comparison, name, POOLED) or (None, None)
+    for name in comparison.names:
+        share, clearly = comparison.worse_off(name, POOLED) or (None, None)
         note = "" if clearly is None else f"{clearly:.0%} clearly"
         cells.append(_EMPTY if share is None else (Cell(f"{share:.0%}", note), share))
     return _best(cells)
