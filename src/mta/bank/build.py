@@ -98,8 +98,8 @@ def build_bank(
     run = base.as_loaded(run.model_copy(update={"task": task.name, "encoder": encoder.name}))
     histories = [[[person.id, person.digest()] for person in group] for group in (task_people, candidates)]
     work = work_key(base, task, encoder, histories, run, task_lora)
-    trained = work_key(base, task, encoder, histories, _uncalibrated(run), task_lora)  # of stages 0 and 1
-    if _is_finished(out, work, trained, work_key(base, task, encoder, histories, _as_before(run), task_lora)):
+    stages = work_key(base, task, encoder, histories, _uncalibrated(run), task_lora)  # of stages 0 and 1
+    if _is_finished(out, work, stages, work_key(base, task, encoder, histories, _as_before(run), task_lora)):
         return write_limit(out, task)
     if not resume:
         shutil.rmtree(out / "work", ignore_errors=True)
@@ -115,7 +115,7 @@ def build_bank(
         track=track,
         on_step=on_step,
     )
-    build = _Build(base, task, run, out, work, trained, executor or LocalExecutor(), record)
+    build = _Build(base, task, run, out, work, stages, executor or LocalExecutor(), record)
     # Choose anchors and plan before stage 0, which takes hours: too few people or too little memory fails at once.
     able, vectors, chosen = choose_anchors(task, encoder, candidates, run.bank, run.seed)
     anchors = [able[i].latest(run.bank.max_items) for i in chosen]
@@ -165,7 +165,7 @@ class _Build:
     run: Run
     out: Path
     work: str
-    trained: str  # the work key of stages 0 and 1, which do not depend on the calibration
+    stages: str  # the work key of stages 0 and 1, which do not depend on the calibration
     executor: Executor
     record: RunFolder
 
@@ -182,7 +182,7 @@ class _Build:
     def task_lora(self, people: Sequence[Person], given: Path | None) -> LoraBatch:
         """Run stage 0, or copy the task LoRA from the folder ``given``, and return the task LoRA."""
         folder, done = self.out / TASK_LORA, self.out / "work" / "task.done"
-        if not done.is_file() or done.read_text() != self.trained:
+        if not done.is_file() or done.read_text() != self.stages:
             if given:
                 for aside in asides_in(folder, "*"):  # of a killed copy
                     aside.unlink()
@@ -191,7 +191,7 @@ class _Build:
             else:
                 trained = self.rounds(*pooled_items(people, self.run.task_lora, self.run.seed))
                 write_peft(folder, trained, self.base.name, fan_in_fan_out=self.base.fan_in_fan_out)
-            write_text(done, self.trained)
+            write_text(done, self.stages)
         return read_peft(folder).to(self.base.device)
 
     def rounds(self, items: Sequence[Item], held_out: Sequence[Item]) -> LoraBatch:
@@ -291,7 +291,7 @@ class _Build:
 
     def _checkpoint(self, plan: str, name: str, kind: str = "checkpoint") -> Checkpoint:
         """Return the checkpoint of a piece in training, or the result of a finished piece (kind ``safetensors``)."""
-        key = self.work if plan == "calibration" else self.trained
+        key = self.work if plan == "calibration" else self.stages
         work = hashlib.sha256(f"{key}/{plan}/{name}".encode()).hexdigest()
         return Checkpoint(self.out / "work" / f"{name}.{kind}", work)
 
@@ -349,13 +349,13 @@ def _as_before(run: Run) -> Run:
     return _uncalibrated(run.model_copy(update={"task_lora": run.task_lora.model_copy(update={"rounds": 1})}))
 
 
-def _is_finished(out: Path, work: str, *before: str) -> bool:
-    """Return whether the bank with this work key is complete, or one without a calibration (work keys ``before``).
+def _is_finished(out: Path, work: str, *older: str) -> bool:
+    """Return whether a bank with one of these work keys is complete; ``older`` are those without a calibration.
 
     Raises BankError for another bank, or foreign files.
     """
     if (out / INFO).exists():
-        if (info := read_info(out)).work in (work, *before):
+        if (info := read_info(out)).work in (work, *older):
             if info.work != work and info.calibration is None:
                 log.warning("%s was built without a calibration: add one with  mta bank calibrate", out)
             if not (out / CALIBRATING).exists():

@@ -267,19 +267,18 @@ class Calibrator:
 
     def best_rate(self, merges: Mapping[int, Tensor], gains: Mapping[int, Tensor]) -> tuple[float, dict[int, Tensor]]:
         """Return the rate of a stack over ``merges`` (0: no stack), and everybody's gain with both, by shots."""
-        typical = _typical(merges)
-        rates, tried = (0.0, *RATES), self.stacked(typical, merges[typical], RATES)
-        tried = torch.cat([gains[typical][:, None], tried], dim=1)
-        own = torch.tensor(chosen_by_others(tried, self.group, rate_from))
-        found = {typical: tried.gather(1, own[:, None])[:, 0]}
-        needed = sorted({rates[n] for n in own.tolist() if n})
+        typical, rates = _typical(merges), (0.0, *RATES)
+        tried = torch.cat([gains[typical][:, None], self.stacked(typical, merges[typical], RATES)], dim=1)
+        chosen = chosen_by_others(tried, self.group, rate_from)  # the number of each person's rate
+        used, found = sorted(set(chosen) - {0}), dict[int, Tensor]()
         for n, w in merges.items():
-            if n != typical:
-                some = self.stacked(n, w, needed) if needed else gains[n][:, None]
-                columns = torch.cat([gains[n][:, None], some], dim=1)
-                mine = torch.tensor([needed.index(rates[c]) + 1 if c else 0 for c in own.tolist()])
-                found[n] = columns.gather(1, mine[:, None])[:, 0]
-        return rates[rate_from(tried, self.group)], {n: found[n] for n in merges}
+            columns = {0: gains[n]}
+            if n == typical:
+                columns = dict(enumerate(tried.T))
+            elif used:
+                columns |= dict(zip(used, self.stacked(n, w, [rates[c] for c in used]).T))
+            found[n] = torch.stack([columns[c][u] for u, c in enumerate(chosen)])
+        return rates[rate_from(tried, self.group)], found
 
     def coefficients(self, fits: Sequence[Calibration], found: Sequence[GateGradients], shots: int) -> Tensor:
         """Return everybody's coefficients (U, N) by the other fold's fit, from the gradients of their latest shots."""

@@ -148,11 +148,11 @@ class Pipeline:
         settings = settings_of(self.base, self.run), self.run.seed
         grown, begin, unchanged, digest = list[WorkItem](), list[Person](), 0, digest_of(*settings)
         for person in call.people:
-            before, known = self._known(person, digest)
+            before, learned = self._to_update(person, digest)
             if before is None:
                 begin.append(person)
-            elif known < len(person.items):
-                grown.append(self._light(WorkItem.of(person, self.bank, *settings, before, known)))
+            elif learned < len(person.items):
+                grown.append(self._light(WorkItem.of(person, self.bank, *settings, before, learned)))
             else:
                 unchanged += 1
         cohorts, plan, _ = self.plan(grown, grown) if grown else ([], "", 0)
@@ -170,10 +170,10 @@ class Pipeline:
         If a run over ``everybody`` was interrupted (``work``), its cohorts are used again: then a resumed run equals an
         uninterrupted one. Otherwise only the missing people are planned.
         """
-        known = {item.name: item for item in everybody}
+        named = {item.name: item for item in everybody}
         begun = work.plan() if work else None
-        names = begun if begun and set(begun) <= set(known) else []
-        chosen = [known[name] for name in names] if {item.name for item in missing} <= set(names) else list(missing)
+        names = begun if begun and set(begun) <= set(named) else []
+        chosen = [named[name] for name in names] if {item.name for item in missing} <= set(names) else list(missing)
         trained = numbers_of(self.base, self.run.stack.lora) if self.run.stack.enabled else 1
         jobs = (shots_of(self.base, self.bank.task, item.shots) for item in chosen)
         below, most, threads = frozen_numbers(self.bank, self.run.merge), self.executor.most, self.executor.threads
@@ -200,12 +200,12 @@ class Pipeline:
             if keep_histories:
                 raise InputError("histories are kept in a store, and there is none", hint='Give one: store="people/"')
             return _Call(ordered, NOTHING)
-        known = store.tombstones.names() if since is None else since
-        gone = store.tombstones.since([person.id for person in ordered], known)
-        call = _Call([person for person in ordered if person.id not in gone], known, gone)
+        since = store.tombstones.names() if since is None else since
+        gone = store.tombstones.since([person.id for person in ordered], since)
+        call = _Call([person for person in ordered if person.id not in gone], since, gone)
         for person in call.people if keep_histories else ():
             with suppress(PersonForgotten):  # no state will be saved either, and that is reported
-                store.save_history(person, known)
+                store.save_history(person, since)
         return call
 
     def _work(self, everybody: Sequence[WorkItem], since: Collection[str]) -> Work | None:
@@ -261,15 +261,15 @@ class Pipeline:
         state = self._usable(item.person.id)
         return state is not None and state.work == item.work
 
-    def _known(self, person: Person, settings: str) -> tuple[State | None, int]:
+    def _to_update(self, person: Person, settings_digest: str) -> tuple[State | None, int]:
         """Return the state to update and the number of items it holds; None if the person has to be begun anew."""
         state = self._usable(person.id)
-        if state is None or state.settings != settings or not state.losses:
+        if state is None or state.settings != settings_digest or not state.losses:
             return None, 0
         if policy_of(self.run.merge).gradients and not state.gradient:  # it would miss the earlier items
             return None, 0
-        known = person.grown_from(state.history)
-        return (state, known) if known else (None, 0)
+        learned = person.grown_from(state.history)
+        return (state, learned) if learned else (None, 0)
 
     def _light(self, item: WorkItem) -> WorkItem:
         """Drop the stack if a worker can load it from the store: all stacks together would fill a driver's memory."""
