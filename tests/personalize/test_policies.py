@@ -7,6 +7,7 @@ from typing import get_args
 import plain
 import pytest
 import torch
+from arrays import normal
 from conftest import people_of
 from tiny import base_of, random_examples, random_loras
 
@@ -25,10 +26,6 @@ U, N = 3, 5
 def near(found: torch.Tensor, expected, tolerance: float = 1e-10) -> None:
     expected = torch.as_tensor(expected, dtype=torch.float64)
     torch.testing.assert_close(found.double(), expected, rtol=0, atol=tolerance)
-
-
-def normal(*shape: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 SIMILARITY = normal(U, N).tanh()

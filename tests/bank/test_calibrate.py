@@ -1,0 +1,242 @@
+"""The procedure of a calibration against its promises."""
+
+import math
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+from arrays import near, normal
+from conftest import people_of
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import base_of, random_examples, random_loras
+
+from mta.bank.calibrate import ENOUGH, RIDGE, Calibrator, Known, known_people
+from mta.bank.calibration import Calibration, CalibrationInfo, curvature_of, one_step, settled
+from mta.bank.choices import RATES
+from mta.bank.probes import Measure, Probe, key_of, measured
+from mta.config import CalibrationSettings, Lora, Run
+from mta.lora.layers import Gated, PerPerson, Shared
+from mta.personalize.stages import adapt
+from mta.training.gates import GateGradients
+from mta.training.scoring import log_likelihood
+from mta.training.trainer import Job
+
+N = 4
+
+
+@pytest.fixture(scope="module")
+def scene():
+    base = base_of()
+    return (
+        base,
+        random_loras(base, N, seed=2, size=0.2),
+        [Shared(random_loras(base, 1, seed=1, size=0.2))],
+        Lora(rank=1),
+    )
+
+
+def known(people: int) -> list[Known]:
+    return [
+        Known(tuple(random_examples(4 + u % 6, seed=u)), tuple(random_examples(3, seed=100 + u))) for u in range(people)
+    ]
+
+
+SETTINGS = CalibrationSettings(steps=1)
+
+
+def calibrated(scene, people, measure=None) -> Calibration:
+    models = Measure(*scene)
+    return Calibrator(people, N, SETTINGS, measure or (lambda pieces: [(p, measured(models, p)) for p in pieces])).run()
+
+
+def same(one: Calibration, other: Calibration) -> None:
+    near(one.mu, other.mu)
+    near(one.curvature, other.curvature)
+    unlike = {"gains", "stacked"}
+    assert one.info.model_dump(exclude=unlike) == other.info.model_dump(exclude=unlike)
+    for a, b in zip(one.info.gains + one.info.stacked, other.info.gains + other.info.stacked, strict=True):
+        assert a.model_dump() == pytest.approx(b.model_dump())
+
+
+def test_a_calibration_says_what_it_measured(scene):
+    found = calibrated(scene, known(12)).info
+    assert found.people == 12
+    assert [gain.shots for gain in found.gains] == [1, 4]  # too few people have 8 shots
+    assert [gain.shots for gain in found.stacked] == [1, 4]
+    assert all(gain.low <= gain.mean <= gain.high for gain in found.gains + found.stacked)
+    assert found.rate in (0.0, *RATES)
+    assert not any("too few" in note for note in found.notes)
+
+
+def test_nothing_is_measured_on_the_fold_it_was_fitted_on(scene):
+    """The queries of fold 0 may change the choices of fold 1, but never the coefficients that they are scored at."""
+    scored: dict[str, list[Probe]] = {}
+
+    def recorded(name, people):
+        models = Measure(*scene)
+        scored[name] = []
+
+        def note(pieces):
+            scored[name] += pieces
+            return [(piece, measured(models, piece)) for piece in pieces]
+
+        calibrated(scene, people, note)
+
+    people = known(8)
+    recorded("before", people)
+    other = random_examples(3, seed=999)
+    recorded("after", [replace(one, queries=tuple(other)) if u % 2 == 0 else one for u, one in enumerate(people)])
+    # The first Newton step of fold 0 is scored on fold 1, and that of fold 1, which did not change, on fold 0.
+    steps = [next(p for p in scored[name] if p.kind == "scores") for name in ("before", "after")]
+    near(steps[0].w[::2], steps[1].w[::2])
+    assert not torch.allclose(steps[0].w[1::2], steps[1].w[1::2])
+
+
+@pytest.mark.parametrize("people", [0, 1, ENOUGH - 1])
+def test_too_few_people_give_the_documented_defaults(scene, people):
+    found = calibrated(scene, known(people))
+    assert float(found.mu.abs().max()) == 0
+    assert (found.info.ridge, found.info.prior, found.info.rate, found.info.gains) == (1.0, 16.0, None, ())
+    assert settled(Run(), found.info, Lora()) == settled(Run(), None, Lora())
+    assert "too few" in found.info.notes[0]
+
+
+def test_people_who_all_share_items_give_the_documented_defaults(scene):
+    found = calibrated(scene, [replace(one, group="all") for one in known(ENOUGH + 2)])
+    assert float(found.mu.abs().max()) == 0
+    assert "share items" in found.info.notes[0]
+
+
+@settings(max_examples=5, deadline=None)
+@given(seed=st.integers(0, 100))
+def test_a_pass_does_not_depend_on_mates_or_order(scene, seed):
+    people, w = known(5), 0.2 * normal(5, N, seed=4)
+    order = random.Random(seed).sample(range(5), 3)
+    for kind in ("gradients", "scores", "stacks"):
+        piece, some = (
+            Probe(name, kind, shots, w[index], queries, (0.01, 0.02) if kind == "stacks" else ())
+            for name, index in (("one", range(5)), ("some", order))
+            for shots, queries in [zip(*((people[u].shots, people[u].queries) for u in index))]
+        )
+        whole, found = measured(Measure(*scene), piece), measured(Measure(*scene, tokens_per_batch=60), some)
+        if kind == "gradients":
+            rows = whole.split([len(one.shots) for one in people])
+            near(found, torch.cat([rows[u] for u in order]))
+        else:
+            near(found, whole[order])
+
+
+def test_one_stack_at_several_rates_is_a_stack_for_each_rate(scene):
+    base, bank, pooled, lora = scene
+    people, w = known(4), 0.2 * normal(4, N, seed=4)
+    shots, queries = ([getattr(one, part) for one in people] for part in ("shots", "queries"))
+    found = measured(Measure(*scene), Probe("stacks", "stacks", tuple(shots), w, tuple(queries), (0.01, 0.03)))
+    merge = Gated(bank, w)
+    jobs = [Job(key_of(examples), examples) for examples in shots]
+    for column, rate in enumerate((0.01, 0.03)):
+        stack = adapt(base, jobs, [*pooled, merge], lora, one_step(rate))
+        scores = log_likelihood(base, queries, [*pooled, merge, PerPerson(stack)])
+        near(found[:, column], torch.stack([one.sum() for one in scores]))
+
+
+def test_coefficients_of_a_person_use_the_fit_of_the_other_fold():
+    info, mu = CalibrationInfo(ridge=RIDGE, prior=5.0), normal(2, N)
+    fits = [Calibration(mu[n], curvature_of(normal(30, N, seed=n)), info) for n in (0, 1)]
+    gradients = [GateGradients(normal(6, N, seed=seed), -normal(6, seed=seed).abs()) for seed in (7, 8)]
+    found = Calibrator(known(2), N, SETTINGS, lambda pieces: []).coefficients(fits, gradients, 4)
+    for u in (0, 1):
+        sums, loglik = (part[-4:].sum(0)[None] for part in gradients[u])
+        near(found[u], fits[1 - u].coefficients(sums, loglik, torch.tensor([4]))[0])
+
+
+@pytest.mark.parametrize("people", [ENOUGH + 4, ENOUGH])
+def test_people_without_a_finite_likelihood_are_left_out(scene, people):
+    """One person's NaN would make everybody's averages NaN, and leave everybody without a merge."""
+    everybody, models = known(people), Measure(*scene)
+
+    def measure(pieces):
+        for piece in pieces:
+            found = measured(models, piece)
+            rows = [one == broken for one in piece.examples for _ in (one if piece.kind == "gradients" else [one])]
+            yield (
+                piece,
+                found.masked_fill(torch.tensor(rows)[:, None], math.nan) if piece.kind == "gradients" else found,
+            )
+
+    broken = everybody[1].all
+    found = calibrated(scene, everybody, measure)
+    assert found.info.people == people - 1
+    assert "left out: 1 people" in " ".join(found.info.notes)
+    if people > ENOUGH:
+        unnoted = replace(found, info=found.info.model_copy(update={"notes": ()}))
+        same(unnoted, calibrated(scene, [*everybody[:1], *everybody[2:]]))
+    else:
+        assert "too few" in found.info.notes[0]
+
+
+# -- stacks ------------------------------------------------------------------------------------------------------------
+
+
+class Scripted(Calibrator):
+    """A calibration whose passes return gains that were made up."""
+
+    def __init__(self, stack):
+        super().__init__(known(10), N, SETTINGS, lambda pieces: [])
+        self.made_up = stack
+
+    def stacked(self, shots, w, rates):
+        return torch.stack([self.made_up(rate) for rate in rates], dim=1)
+
+
+NOTHING = torch.zeros(10).double()
+MERGES = {n: torch.zeros(10, N).double() for n in (1, 8)}
+
+
+def test_where_no_merge_helps_there_is_none(scene, monkeypatch):
+    monkeypatch.setattr(Calibrator, "gains", lambda self, w: -w.abs().sum(1))
+    found = calibrated(scene, known(12))
+    near(found.coefficients(normal(2, N), -torch.ones(2), torch.tensor([3, 8])), torch.zeros(2, N).double())
+    assert {gain.mean for gain in found.info.gains} == {0.0}
+    assert "a merge did not help" in found.info.notes[0]
+
+
+@pytest.mark.parametrize("best", RATES)
+def test_the_rate_is_the_one_that_gains_most(best):
+    made = Scripted(lambda rate: NOTHING + (rate == best))
+    rate, found = made.best_rate(MERGES, dict.fromkeys(MERGES, NOTHING))
+    assert rate == best
+    assert all(float(gain.min()) == 1 for gain in found.values())
+
+
+def test_people_get_the_rate_that_everybody_else_chose():
+    # Everybody gains from the first rate, but the first person more from the second, which outweighs the others.
+    gain = {RATES[0]: NOTHING + 1, RATES[1]: torch.tensor([99.0] + [0.5] * 9).double()}
+    made = Scripted(lambda rate: gain.get(rate, NOTHING - 1))
+    _, found = made.best_rate(MERGES, dict.fromkeys(MERGES, NOTHING))
+    assert all(float(each[0]) == 1 for each in found.values())
+
+
+def test_without_a_helpful_stack_the_gains_are_those_of_the_merge():
+    made, gains = Scripted(lambda rate: NOTHING - 9), {n: normal(10, seed=n) for n in MERGES}
+    rate, found = made.best_rate(MERGES, gains)
+    assert rate == 0
+    assert all(torch.equal(found[n], gains[n]) for n in gains)
+
+
+def test_a_stack_must_help_beyond_its_interval():
+    gains = torch.tensor([1.6 if u // 2 % 2 == 0 else -1.0 for u in range(10)]).double()  # 1.3 standard errors
+    made = Scripted(lambda rate: gains)
+    assert made.best_rate(MERGES, dict.fromkeys(MERGES, NOTHING))[0] == 0
+
+
+# -- people ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("people", "queries"), [(4, 3), (2, 6), (1, 10)])
+def test_where_people_are_few_each_is_asked_more(task, people, queries):
+    """Twelve queries of four people are wanted; at most half of a person's items are queries."""
+    settings = CalibrationSettings(people=4, queries=3, shots=8)
+    found = known_people(base_of(), task, people_of(people, items=20), settings)
+    assert [(len(one.shots), len(one.queries)) for one in found] == [(8, queries)] * people

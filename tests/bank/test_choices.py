@@ -1,0 +1,59 @@
+"""What a calibration chooses from people's gains."""
+
+import math
+
+import torch
+from arrays import near, normal
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mta.bank.choices import best_of, chosen_by_others, rate_from, standard_error
+
+
+def test_a_gain_that_is_not_clear_is_not_chosen():
+    before, doubtful = normal(20, 1), torch.tensor([0.5, -0.45]).repeat(10)[:, None]
+    everybody = torch.arange(20)
+    assert best_of(torch.cat([before, before + doubtful], 1), everybody) == 0
+    assert best_of(torch.cat([before, before + doubtful + 0.5], 1), everybody) == 1
+    assert best_of(torch.cat([before, before + 0.01], 1), everybody) == 1  # small, but for everybody
+
+
+def test_a_candidate_that_diverged_is_not_chosen():
+    broken = torch.tensor([-math.inf, *[5.0] * 9])[:, None]
+    assert best_of(torch.cat([torch.zeros(10, 1), broken, broken * math.nan], 1), torch.arange(10)) == 0
+
+
+def test_people_who_share_items_count_as_one():
+    gains, alone = normal(6, 2), torch.arange(6)
+    near(standard_error(gains, alone), gains.std(0) / 6**0.5)
+    thrice = gains.repeat_interleave(3, dim=0)  # three copies of a person say no more than one
+    near(standard_error(thrice, alone.repeat_interleave(3)), standard_error(gains, alone))
+    assert bool(standard_error(gains, torch.zeros(6)).isinf().all())
+
+
+def test_nobody_chooses_what_they_are_served_with():
+    """A person is served with what is best for the others who share no items with them."""
+    gains = torch.tensor([[0.0, 9.0, 0.0], [0.0, 8.0, 0.0], [0.0, 0.0, 1.0], [0.0, 0.0, 1.0], [0.0, 0.0, 1.0]])
+
+    def most(some, groups):
+        assert len(some) == len(groups)
+        return int(some.mean(0).argmax())
+
+    assert chosen_by_others(gains, torch.tensor([0, 0, 1, 2, 3]), most) == [2, 2, 1, 1, 1]
+    assert chosen_by_others(gains, torch.arange(5), most) == [1, 1, 1, 1, 1]
+
+
+@given(people=st.integers(3, 12), seed=st.integers(0, 50))
+def test_what_others_chose_is_the_best_candidate_for_them(people, seed):
+    gains = normal(people, 3, seed=seed)
+    found = chosen_by_others(gains, torch.arange(people), best_of)
+    others = [torch.cat([gains[:u], gains[u + 1 :]]) for u in range(people)]
+    assert found == [best_of(some, torch.arange(people - 1)) for some in others]
+
+
+def test_the_rate_is_the_best_of_those_that_surely_help():
+    small = 0.02 + 0.01 * normal(20, seed=1)
+    wild = 0.1 + normal(20, seed=2)
+    larger = 2 * small
+    assert rate_from(torch.stack([0 * small, small, larger, wild], dim=1), torch.arange(20)) == 2
+    assert rate_from(torch.stack([0 * small, wild], dim=1), torch.arange(20)) == 0
