@@ -1,0 +1,210 @@
+"""Personalize again: up-to-date people are skipped, and an interrupted run equals an uninterrupted one."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import kill
+import pytest
+from conftest import people_of, personalizer
+from crowd import PEOPLE, QUESTION, in_cohorts_of, same, states_in
+from files import folder_of
+from tiny import base_of
+
+from mta.bank.bank import Bank
+from mta.config import MergeSettings
+from mta.data.history import Item, Person
+from mta.errors import (
+    AnchorNotFound,
+    ConfigError,
+    InputError,
+    StoreError,
+)
+from mta.personalize.pipeline import Personalized
+from mta.store import Store
+from mta.training.checkpoint import Checkpoint
+
+
+@pytest.fixture
+def known(tiny, tmp_path):
+    """A Personalizer that knows everybody."""
+    personal = personalizer(*tiny, store=tmp_path / "people")
+    personal.personalize(PEOPLE)
+    return personal
+
+
+def test_a_second_call_trains_nobody(known, tmp_path):
+    stamps = {path: path.stat().st_mtime_ns for path in (tmp_path / "people").rglob("*")}
+    steps = []
+    assert known.personalize(PEOPLE, on_step=lambda *_: steps.append(1)) == Personalized(0, 5, 0)
+    assert steps == []
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "people").rglob("*")} == stamps
+
+
+def test_only_new_people_are_trained(known):
+    seen = []
+    newcomer = people_of(1, prefix="new")
+    done = known.personalize([*PEOPLE, *newcomer], on_step=lambda stage, step: seen.append(step.people))
+    assert (done, set(seen)) == (Personalized(1, 5, 0), {1})
+    assert [known.store.versions(person.id) for person in PEOPLE] == [[1]] * 5
+
+
+def test_changed_shots_make_a_new_version(known):
+    before = known.state("x0")
+    more = Person.of("x0", [*PEOPLE[0].items, Item({**QUESTION, "rating": "1"}, time=99.0)])
+    assert known.personalize([more, *PEOPLE[1:]]) == Personalized(1, 4, 0)
+    assert known.store.versions("x0") == [1, 2]
+    assert known.store.load("x0", 1) == before
+    assert known.state("x0").history == more.digest() != before.history
+
+
+def test_changed_settings_make_a_new_version(known, tiny):
+    other = personalizer(*tiny, store=known.store, merge=MergeSettings(policy="uniform", k=2))
+    assert other.personalize(PEOPLE).trained == 5
+    assert other.state("x0").w == (0.5, 0.5)
+    assert known.store.versions("x0") == [1, 2]
+
+
+def test_a_damaged_state_is_trained_again(known, tmp_path):
+    before = known.state("x0")
+    (path,) = (tmp_path / "people").glob(f"*/{folder_of(known.store, 'x0')}/1.safetensors")
+    path.write_bytes(path.read_bytes()[:-1])
+    assert known.personalize(PEOPLE) == Personalized(1, 4, 0)
+    same(known.state("x0"), before)
+
+
+def test_texts_that_were_cut_are_counted(tiny):
+    long = Person.of("long", [Item({"title": "word " * 100, "genres": "Drama", "rating": "4"})])
+    assert personalizer(*tiny).personalize([long, *PEOPLE]).shortened == 1
+
+
+def personalize_in(folder: Path, bank: str) -> None:
+    """Personalize five people in cohorts of two, in a store with a fixed key; the test kills this process."""
+    (folder / "people").mkdir(parents=True, exist_ok=True)
+    (folder / "people" / "store.json").write_text(json.dumps({"schema": 1, "key": "ab" * 32}))
+    base = base_of()
+    personal = in_cohorts_of(base, Bank.open(bank, base), 2, store=folder / "people")
+    personal.personalize(PEOPLE)
+
+
+@pytest.mark.slow
+def test_killed_again_and_again_the_store_ends_the_same(tiny, tmp_path):
+    _, bank = tiny
+    folders = [tmp_path / name for name in ("whole", "one", "two", "three")]
+    kills = kill.until_done(personalize_in, folders, bank.folder)
+    assert all(kills)
+    expected = states_in(tmp_path / "whole" / "people")
+    assert len(expected) == 5
+    for folder in folders:
+        assert states_in(folder / "people") == expected
+        assert not (folder / "people" / "work").exists()
+
+
+def test_a_run_goes_on_from_its_checkpoint(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(Checkpoint, "due", lambda _: True)
+    whole, personal, seen = personalizer(*tiny), personalizer(*tiny, store=tmp_path), []
+    whole.personalize(PEOPLE)
+
+    def stop(stage, step):
+        seen.append((stage, step.step))
+        if (stage, step.step) == ("stack", 2) and seen.count(("stack", 2)) == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        personal.personalize(PEOPLE, on_step=stop)
+    seen.append("again")
+    personal.personalize(PEOPLE, on_step=stop)
+    again = seen[seen.index("again") + 1 :]
+    assert [step for stage, step in again if stage == "stack"] == [2]
+    assert all(personal.state(person.id) == whole.state(person.id) for person in PEOPLE)
+
+
+class FullDisk(Store):
+    """A store that saves the states of a few people and then fails, as a full disk does."""
+
+    room: int
+
+    def save(self, id, state, *more, **how):
+        if not self.room:
+            raise OSError("No space left on device")
+        self.room -= 1
+        return super().save(id, state, *more, **how)
+
+
+@pytest.mark.parametrize("saved", [0, 3])
+def test_a_run_stopped_before_all_states_are_saved_does_not_train_again(tiny, tmp_path, saved):
+    whole, full = personalizer(*tiny), FullDisk(tmp_path)
+    full.room = saved
+    whole.personalize(PEOPLE)
+    with pytest.raises(OSError, match="No space left"):
+        personalizer(*tiny, store=full).personalize(PEOPLE)
+    personal, seen = personalizer(*tiny, store=tmp_path), []
+    personal.personalize(PEOPLE, on_step=lambda stage, step: seen.append(stage))
+    assert seen.count("stack") == 0
+    assert all(personal.state(person.id) == whole.state(person.id) for person in PEOPLE)
+    assert not (tmp_path / "work").exists()
+
+
+def test_a_run_of_other_people_keeps_the_checkpoint_of_a_stopped_run(tiny, tmp_path):
+    def stop(stage, step):
+        if stage == "stack":
+            raise KeyboardInterrupt
+
+    personal = personalizer(*tiny, store=tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        personal.personalize(PEOPLE, on_step=stop)
+    (begun,) = (tmp_path / "work").iterdir()
+    personal.personalize(people_of(1, prefix="other"))
+    assert list((tmp_path / "work").iterdir()) == [begun]
+    assert (begun / "plan.json").is_file()
+    personal.forget("x0")
+    assert not (tmp_path / "work").exists()
+
+
+def test_a_resumed_plan_covers_everybody(tiny, tmp_path):
+    def stop(stage, step):
+        raise KeyboardInterrupt
+
+    changed = [*PEOPLE[1:], PEOPLE[0].first(2)]
+    personalizer(*tiny, store=tmp_path).personalize(PEOPLE)
+    with pytest.raises(KeyboardInterrupt):
+        personalizer(*tiny, store=tmp_path).personalize(changed, on_step=stop)  # a plan of one person
+    personalizer(*tiny, store=tmp_path, merge=MergeSettings(policy="uniform")).personalize(changed)
+    again = personalizer(*tiny, store=tmp_path)
+    assert again.personalize(changed).trained == len(PEOPLE)
+    assert {again.state(person.id).policy for person in PEOPLE} == {"posterior"}
+
+
+def test_a_store_that_is_damaged_is_an_error_before_anything_is_trained(known, tiny, tmp_path):
+    (tmp_path / "people" / "store.json").write_text("{}")
+    again = personalizer(*tiny, store=tmp_path / "people")
+    with pytest.raises(StoreError, match=r"store\.json is damaged or missing"):
+        again.personalize(PEOPLE, on_step=lambda *_: pytest.fail("something ran"))
+
+
+@pytest.mark.parametrize(
+    ("merge", "error"), [({"policy": "uniform", "k": 9}, AnchorNotFound), ({"policy": "ridge"}, ConfigError)]
+)
+def test_impossible_settings_are_refused_before_training(tiny, merge, error):
+    base, bank = tiny
+    text = bank.task.model_copy(update={"labels": None, "metric": "rouge"})
+    personal = personalizer(base, dataclasses.replace(bank, task=text), merge=MergeSettings(**merge))
+    with pytest.raises(error, match=r"merge\.k is 9, but the bank has|policy 'ridge' needs a task with labels"):
+        personal.personalize(PEOPLE, on_step=lambda *_: pytest.fail("something ran"))
+
+
+def test_histories_are_kept_only_when_asked_for(tiny, tmp_path):
+    personal = personalizer(*tiny, store=tmp_path)
+    personal.personalize(PEOPLE)
+    assert personal.store.history("x0") is None
+    personal.personalize(PEOPLE, keep_histories=True)
+    assert personal.store.history("x0") == PEOPLE[0]
+    personal.forget("x0")
+    assert personal.store.history("x0") is None
+    with pytest.raises(InputError, match="histories are kept in a store, and there is none"):
+        personalizer(*tiny).personalize(PEOPLE, keep_histories=True)
+
+
+def test_a_shortened_question_is_reported(known, caplog):
+    known.generate([("x0", {"title": "long " * 400, "genres": "Drama"})], max_new_tokens=2)
+    assert caplog.messages == ["1 of 1 questions were too long: the end of their text was cut off"]
