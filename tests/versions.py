@@ -49,6 +49,7 @@ TESTS = [
     "model/test_tree_attention.py",
     "personalize/test_forgotten.py",
     "personalize/test_personalizer.py",
+    "personalize/test_pipeline.py",
     "personalize/test_policies.py",
     "personalize/test_update.py",
     "project/test_public.py",
