@@ -240,3 +240,11 @@ def test_where_people_are_few_each_is_asked_more(task, people, queries):
     settings = CalibrationSettings(people=4, queries=3, shots=8)
     found = known_people(base_of(), task, people_of(people, items=20), settings)
     assert [(len(one.shots), len(one.queries)) for one in found] == [(8, queries)] * people
+
+
+def test_people_are_measured_as_newcomers(task):
+    """Their first items are the shots, and the next ones the queries, although they have more."""
+    (person,), base = people_of(1, items=20), base_of()
+    (found,) = known_people(base, task, [person], CalibrationSettings(people=1, queries=3, shots=8))
+    assert found.all == tuple(base.prompts.example(task, item) for item in person.items[:11])
+    assert found.queries == found.all[8:]

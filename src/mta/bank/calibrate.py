@@ -133,7 +133,7 @@ def drawn(people: Sequence[Person], members: Set[str], settings: CalibrationSett
 
 
 def known_people(base: BaseModel, task: Task, people: Sequence[Person], settings: CalibrationSettings) -> list[Known]:
-    """Return people's latest items as queries, and the items just before them as shots.
+    """Return people's first items as shots, and the next as queries: what is measured is what newcomers can expect.
 
     Fewer people than ``settings.people`` are asked more each. At most half of a person's items are queries.
     """
@@ -142,7 +142,7 @@ def known_people(base: BaseModel, task: Task, people: Sequence[Person], settings
 
 
 def _known(base: BaseModel, task: Task, person: Person, shots: int, queries: int) -> Known:
-    examples = [base.prompts.example(task, item) for item in person.items[-queries - shots :]]
+    examples = [base.prompts.example(task, item) for item in person.items[: shots + queries]]
     return Known(tuple(examples[:-queries]), tuple(examples[-queries:]), person.group)
 
 
