@@ -261,7 +261,8 @@ def frozen_numbers(bank: Bank, settings: MergeSettings | None = None) -> Numbers
     k, rank = settings.k or len(bank), bank.anchors.rank
     direct = settings.mode == "exact" and _is_direct(k, len(bank))
     own = {"exact": k * rank, "svd": settings.rank or rank, "factor": rank}[settings.mode]
-    gated = direct or settings.policy == "learned" or policy_of(settings).gradients  # these go through gates
+    # Gradients of coefficients go through gates; ``auto`` may have them.
+    gated = direct or settings.policy in ("auto", "learned") or policy_of(settings).gradients
     return Numbers(frozen=0 if direct else own * width, pooled=pooled, shared=gated * len(bank) * rank * width)
 
 
