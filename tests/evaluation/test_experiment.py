@@ -24,7 +24,7 @@ from mta.evaluation.experiments.parts import draw_parts
 from mta.evaluation.experiments.recipe import Experiment, load_experiment, names, wanted
 from mta.evaluation.experiments.results import Record, Records, Results, read_records
 from mta.evaluation.experiments.runner import run_experiment
-from mta.evaluation.experiments.workspace import Workspace
+from mta.evaluation.experiments.workspace import BATCH, Workspace, batches
 from mta.evaluation.methods import METHODS
 from mta.evaluation.metrics import score
 from mta.evaluation.reports.publish import report
@@ -201,12 +201,19 @@ def test_a_resumed_experiment_equals_an_uninterrupted_one(world, cache, tmp_path
     assert plain[0] == plain[1]
 
 
+@pytest.mark.parametrize("people", [0, 1, 15, 16, 17, 33, 240])
+def test_batches_hold_everybody_once_and_nobody_alone(people):
+    found = batches(people)
+    assert [n for batch in found for n in batch] == list(range(people))
+    assert all(len(batch) <= BATCH for batch in found)
+    assert people < 2 or min(map(len, found)) >= BATCH // 2 or len(found) == 1
+
+
 def test_the_batch_size_does_not_change_answers(world, cache, tmp_path, monkeypatch):
     together, apart = tmp_path / "together", tmp_path / "apart"
     words = ["run.dtype=float64"]  # in float32, rounding decides between candidates with almost equal losses
     run_experiment(workspace_of(world, together, *words), ["main", "ablation"])
     monkeypatch.setattr("mta.evaluation.experiments.workspace.BATCH", 1)
-    monkeypatch.setattr("mta.evaluation.experiments.runner.BATCH", 1)
     run_experiment(workspace_of(world, apart, *words), ["main", "ablation"])
     one, other = ({(r.settings, r.bank, r.person): r for r in read_records(folder)} for folder in (together, apart))
     assert one.keys() == other.keys()

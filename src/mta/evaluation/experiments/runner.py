@@ -10,7 +10,7 @@ from mta.errors import ClusterError
 from mta.evaluation.experiments.facts import bank_facts, case_study
 from mta.evaluation.experiments.recipe import Part, wanted
 from mta.evaluation.experiments.results import CASE, FACTS, KIND, Record, Records
-from mta.evaluation.experiments.workspace import BATCH, Workspace
+from mta.evaluation.experiments.workspace import Workspace, batches
 from mta.evaluation.methods import Method
 from mta.system.atomic import write_json
 from mta.tracking.run_folder import RunFolder, work_of
@@ -19,7 +19,7 @@ from mta.tracking.trackers import Track
 
 @dataclass(frozen=True, slots=True)
 class MethodRun:
-    """One method on one batch of an exhibit's people, from number ``start`` on: computed and written together."""
+    """One method on one batch of an exhibit's people, given by their numbers: computed and written together."""
 
     exhibit: str
     part: Part
@@ -27,11 +27,10 @@ class MethodRun:
     shots: int
     method: Method
     key: str
-    start: int
-    people: int
+    batch: range
 
     def __len__(self) -> int:
-        return self.people
+        return len(self.batch)
 
     def halves(self) -> Sequence[MethodRun]:
         """Return nothing: a batch always holds the same people."""
@@ -89,12 +88,12 @@ def _run_seed(workspace: Workspace, records: Records, exhibits: Sequence[str], s
         for shots in part.shots or (workspace.recipe.shots,)
         if seed in (part.seeds or workspace.recipe.seeds)
     ]
-    known: set[tuple[str, int]] = set()  # exhibits share results
+    known: set[tuple[str, range]] = set()  # exhibits share results
 
     def missing() -> Iterator[MethodRun]:
         for run in (run for where in planned for run in _missing(workspace, records, *where)):
-            if (run.key, run.start) not in known:
-                known.add((run.key, run.start))
+            if (run.key, run.batch) not in known:
+                known.add((run.key, run.batch))
                 yield run
 
     found = workspace.executor.run(compute_records, missing(), workspace, workspace.elsewhere())
@@ -123,11 +122,10 @@ def _missing(
         elif records.lacks(key := workspace.key(part, method, seed, shots), tested):
             lacking.append((method, key))
     done, total, began = 0, len(tested) * len(lacking), time.monotonic()
-    for start in range(0, len(tested), BATCH):
-        batch = tested[start : start + BATCH]
+    for batch in batches(len(tested)):
         for method, key in lacking:
-            if records.lacks(key, batch):
-                run = MethodRun(exhibit, part, seed, shots, method, key, start, len(batch))
+            if records.lacks(key, tested[batch.start : batch.stop]):
+                run = MethodRun(exhibit, part, seed, shots, method, key, batch)
                 if workspace.executor.in_process:
                     minutes = (time.monotonic() - began) / done * (total - done) / 60 if done else 0.0
                     left = f", about {minutes:.0f} min left" if done else ""
@@ -138,7 +136,7 @@ def _missing(
 
 def compute_records(workspace: Workspace, run: MethodRun) -> list[Record]:
     """Return a record for each person of the batch."""
-    panel = workspace.panel(run.part, run.seed, run.shots, run.start)
+    panel = workspace.panel(run.part, run.seed, run.shots, run.batch)
     outcome, scores = run.method.scored(panel, run.seed)
     # Coefficients by layer are not recorded.
     merge = outcome.merge if outcome.merge is not None and outcome.merge.w.ndim == 2 else None

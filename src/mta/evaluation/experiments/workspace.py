@@ -33,7 +33,13 @@ from mta.system.atomic import write_json, write_text
 from mta.system.progress import OnStep
 from mta.tracking.run_folder import work_of
 
-BATCH = 16  # people whose results are written together
+BATCH = 16  # people whose results are written together, at most
+
+
+def batches(people: int) -> list[range]:
+    """Return the numbers of people in batches of nearly equal sizes: no method gets a single person out of many."""
+    count = -(-people // BATCH)
+    return [range(people * n // count, people * (n + 1) // count) for n in range(count)]
 
 
 @dataclass(slots=True)
@@ -182,18 +188,18 @@ class Workspace:
 
     def panels(self, part: Part, seed: int, shots: int) -> Iterator[Panel]:
         """Yield the tested people in batches, always the same people together."""
-        for start in range(0, len(self.tested(part, shots)), BATCH):
-            yield self.panel(part, seed, shots, start)
+        for batch in batches(len(self.tested(part, shots))):
+            yield self.panel(part, seed, shots, batch)
 
-    def panel(self, part: Part, seed: int, shots: int, start: int) -> Panel:
-        """Return the batch of tested people that begins with number ``start``. The last panel is cached."""
-        key = (part, seed, shots, start)
+    def panel(self, part: Part, seed: int, shots: int, batch: range) -> Panel:
+        """Return the tested people with these numbers. The last panel is cached."""
+        key = (part, seed, shots, batch)
         if self._panel is None or self._panel[0] != key:
             self._panel = (
                 key,
                 Panel.of(
                     self._context(part, seed),
-                    self.tested(part, shots)[start : start + BATCH],
+                    self.tested(part, shots)[batch.start : batch.stop],
                     shots=shots,
                     queries=self.recipe.queries,
                     ask=self.recipe.ask,

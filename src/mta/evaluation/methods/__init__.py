@@ -5,6 +5,7 @@ A method is one small class: its fields are its settings, ``paper`` links its so
 """
 
 from mta.evaluation.methods.combined import Chosen, Profile, Retrieved
+from mta.evaluation.methods.controls import OtherPerson, PopulationMerge
 from mta.evaluation.methods.merged import Merged, MergedByLayer, MergeThenAdapt, OneLora
 from mta.evaluation.methods.method import METHODS, AnyMethod, Method, Outcome, parse_method, register
 from mta.evaluation.methods.plain import Base, GlobalConstant, OwnConstant, TaskLora
@@ -21,9 +22,11 @@ __all__ = [
     "MergedByLayer",
     "Method",
     "OneLora",
+    "OtherPerson",
     "Outcome",
     "OwnConstant",
     "PerPcs",
+    "PopulationMerge",
     "Prime",
     "Profile",
     "Retrieved",

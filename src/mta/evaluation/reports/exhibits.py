@@ -217,6 +217,7 @@ EXHIBITS: dict[str, tuple[str, Exhibit]] = {  # titles and functions by the name
     "case": ("Figure 5: one person's question", _case),
     "gradient": ("Coefficients from one gradient", _compared),
     "choice": ("A choice for each person", _compared),
+    "controls": ("Controls: without the person's own shots", _compared),
     "tune": ("Settings, tried on development people", _compared),
     "bank-study": ("What makes a bank useful to others", _compared),
 }

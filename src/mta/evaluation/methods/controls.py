@@ -1,0 +1,83 @@
+"""Controls: what remains of a method's gain when it cannot come from the person's own shots. Source: our choice."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Literal
+
+import torch
+
+from mta.config import MergeSettings
+from mta.data.history import Person
+from mta.data.tasks.task import Task
+from mta.errors import ConfigError, InputError
+from mta.evaluation.methods.merged import MergeThenAdapt, answered
+from mta.evaluation.methods.method import AnyMethod, Method, Outcome, register
+from mta.evaluation.protocol import Panel
+from mta.personalize.merge import Merge
+
+
+@register
+class PopulationMerge(Method):
+    """One merge for everybody: the population's best, from the bank's calibration. Nothing is stored per person."""
+
+    method: Literal["population"] = "population"
+    name: str = "population merge"
+
+    def run(self, panel: Panel, seed: int) -> Outcome:
+        calibration, people = panel.bank.calibration, len(panel.people)
+        if calibration is None:
+            raise ConfigError("the bank has no calibration", hint="Add one:  mta bank calibrate")
+        ids = torch.arange(len(panel.bank)).expand(people, -1)
+        merge = Merge(ids, calibration.mu.expand(people, -1).to(panel.base.master_dtype))
+        return replace(answered(panel, merge, MergeSettings(policy="laplace"), 0.0), bytes_per_person=0.0)
+
+
+@register
+class OtherPerson(Method):
+    """Somebody else's model: ``over`` learns from the shots of another person, always the same one.
+
+    A gain is personal only as far as it exceeds this one.
+    """
+
+    method: Literal["other-person"] = "other-person"
+    name: str = "MTA, other person's shots"
+    over: AnyMethod = MergeThenAdapt()
+
+    def fits(self, task: Task, anchors: int) -> bool:
+        return self.over.fits(task, anchors)
+
+    @property
+    def seeded(self) -> bool:
+        return self.over.seeded
+
+    @property
+    def of_bank(self) -> bool:
+        return self.over.of_bank
+
+    def run(self, panel: Panel, seed: int) -> Outcome:
+        givers = givers_among(panel.people)
+        people = [replace(one, items=panel.people[giver].items) for one, giver in zip(panel.people, givers)]
+        swapped = Panel(panel.context, people, panel.queries, panel.task, panel.retrieve, panel.write_texts)
+        return self.over.run(swapped, seed)
+
+
+def givers_among(people: Sequence[Person]) -> list[int]:
+    """Return for each person the number of the next one by hash who shares no items with them.
+
+    Raises InputError for a person who shares items with everybody.
+    """
+    order = sorted(range(len(people)), key=lambda u: hashlib.sha256(people[u].id.encode()).digest())
+    group = [person.group or person.id for person in people]
+    found = dict[int, int]()
+    for place, u in enumerate(order):
+        following = order[place + 1 :] + order[:place]
+        found[u] = next((other for other in following if group[other] != group[u]), u)
+    if any(giver == u for u, giver in found.items()):
+        raise InputError(
+            f"one of {len(people)} people shares items with all others, or is alone: nobody can lend them shots",
+            hint="Test more people.",
+        )
+    return [found[u] for u in range(len(people))]

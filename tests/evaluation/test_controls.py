@@ -1,0 +1,87 @@
+"""Controls: everybody gets the model of one other person, or the same merge."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import TINY_RUN, HashEncoder, people_of
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mta.bank.calibration import Calibration, CalibrationInfo
+from mta.config import MergeSettings
+from mta.data.history import Person
+from mta.errors import ConfigError, InputError
+from mta.evaluation.context import Context
+from mta.evaluation.methods import Merged, MergeThenAdapt, OtherPerson, PopulationMerge, TaskLora
+from mta.evaluation.methods.controls import givers_among
+from mta.evaluation.methods.method import answer
+from mta.evaluation.protocol import Panel
+from mta.lora.layers import Shared
+from mta.personalize.merge import Merge, merged_factors
+
+PEOPLE = people_of(4, prefix="x", seed=7)
+
+
+def panel_of(base, bank) -> Panel:
+    return Panel.of(Context(base, bank, HashEncoder(), TINY_RUN), PEOPLE, shots=4, queries=2)
+
+
+@pytest.fixture
+def panel(tiny):
+    return panel_of(*tiny)
+
+
+@given(groups=st.lists(st.sampled_from(["", "a", "b"]), min_size=1, max_size=8), order=st.randoms())
+def test_nobody_gets_their_own_shots_or_those_of_their_group(groups, order):
+    people = [Person(f"p{n}", (), (), group) for n, group in enumerate(groups)]
+    if len({person.group or person.id for person in people}) == 1:
+        with pytest.raises(InputError, match="nobody can lend them shots"):
+            givers_among(people)
+        return
+    found = givers_among(people)
+    for one, giver in zip(people, found):
+        assert one.id != people[giver].id
+        assert not one.group or one.group != people[giver].group
+    if not any(groups):
+        assert sorted(found) == list(range(len(people)))
+    shuffled = order.sample(people, len(people))
+    again = {one.id: shuffled[giver].id for one, giver in zip(shuffled, givers_among(shuffled))}
+    assert again == {one.id: people[giver].id for one, giver in zip(people, found)}
+
+
+@pytest.mark.parametrize("over", [Merged(merge=MergeSettings(policy="posterior", k=0)), MergeThenAdapt()])
+def test_other_persons_shots_give_other_persons_models(panel, over):
+    """Person u is answered by the model of their giver, as if the giver had asked their questions."""
+    givers = givers_among(panel.people)
+    asked_by_givers = [panel.queries[givers.index(u)] for u in range(len(givers))]
+    expected = over.run(panel.asked(asked_by_givers), seed=0)
+    found = OtherPerson(over=over).run(panel, seed=0)
+    for u, giver in enumerate(givers):
+        torch.testing.assert_close(found.merge.w[u], expected.merge.w[giver], rtol=0, atol=1e-12)
+        torch.testing.assert_close(found.answers[u].scores, expected.answers[giver].scores, rtol=0, atol=1e-10)
+
+
+def test_the_population_merge_is_the_dense_merge_at_mu_for_everybody(tiny):
+    base, bank = tiny
+    mu = torch.linspace(-0.5, 0.7, len(bank), dtype=torch.float64)
+    known = Calibration(mu, torch.eye(len(bank), dtype=torch.float64), CalibrationInfo(ridge=0.3, prior=1.0))
+    panel = panel_of(base, replace(bank, calibration=known))
+    found = PopulationMerge().run(panel, seed=0)
+    merge = Merge(torch.arange(len(bank))[None], mu[None])
+    dense = merged_factors(bank.working, merge, MergeSettings(policy="uniform"))
+    expected = answer(panel, range(len(panel.people)), [*bank.pooled, Shared(dense)])
+    assert found.bytes_per_person == 0
+    for one, other in zip(found.answers, expected):
+        torch.testing.assert_close(one.scores, other.scores, rtol=0, atol=1e-10)
+
+
+def test_without_a_calibration_there_is_no_population_merge(tiny):
+    base, bank = tiny
+    with pytest.raises(ConfigError, match="the bank has no calibration"):
+        PopulationMerge().run(panel_of(base, replace(bank, calibration=None)), seed=0)
+
+
+def test_the_control_of_a_method_that_does_not_personalize_is_the_method(panel):
+    one, other = TaskLora().run(panel, 0), OtherPerson(over=TaskLora()).run(panel, 0)
+    assert all(torch.equal(a.scores, b.scores) for a, b in zip(one.answers, other.answers))
