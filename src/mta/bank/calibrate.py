@@ -234,7 +234,7 @@ class Calibrator:
             self.__post_init__()
         later = [items.loglik[len(one.shots) :].sum() for items, one in zip(found, self.known)]
         self.pooled = torch.tensor(later).double()
-        return found, (f"left out: {lost} people, whose items have no finite likelihood",) if lost else ()
+        return found, (f"left out: {lost} people without a finite likelihood of their items",) if lost else ()
 
     def without_people(self, first: Sequence[GateGradients], notes: tuple[str, ...]) -> Calibration:
         """Return the documented defaults: no population merge, and F from the few people there are."""

@@ -162,7 +162,7 @@ def prior_of(gradients: Sequence[Tensor], folds: Sequence[int], curvature: Tenso
     fold = torch.unique(torch.tensor([fold for _, fold in known]), return_inverse=True)[1]
     counts = torch.tensor([len(rows) for rows, _ in known]).double()
     total, freedom = int(counts.sum()), len(known) - len(set(fold.tolist()))
-    if total <= len(known) or freedom < 1:  # nobody has two shots, or nobody can be compared
+    if total <= len(known) or freedom < 1:  # no person has two shots, or no two can be compared
         return BOUNDLESS
 
     def size(deviations: Tensor) -> float:

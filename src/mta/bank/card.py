@@ -148,7 +148,7 @@ def in_words(found: CalibrationInfo) -> str:
         parts.append(
             "People's gradients do not differ more than by chance: everybody gets the population's best merge."
         )
-    elif any(gain.mean for gain in found.gains):  # otherwise, nobody gets a merge
+    elif any(gain.mean for gain in found.gains):  # otherwise, there are no merges
         parts.append(f"The population's best merge counts as much as {found.prior:.2g} of a person's shots.")
     if found.rate is not None:
         parts.append(

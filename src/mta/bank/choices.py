@@ -26,7 +26,7 @@ def best_of(gains: Tensor, groups: Tensor) -> int:
 
 
 def rate_from(gains: Tensor, groups: Tensor) -> int:
-    """Return the best candidate whose gain over candidate 0, which is no stack, exceeds its 95% interval; else 0.
+    """Return the best candidate with a gain over candidate 0, no stack, beyond its 95% interval; else 0.
 
     Gains (U, candidates); groups (U,).
     """

@@ -116,7 +116,7 @@ def _commit(
     """Write a calibration. A person may be forgotten at any time before its end, and it then has to be given up."""
     files = {name: digest for name, digest in info.files.items() if name != CALIBRATION}
     without = named(info.model_copy(update={"calibration": None, "files": files}))
-    _check_nobody_forgotten(folder)
+    _check_not_stopped(folder)
     if info.calibration:  # if this is killed, what is left is a bank without a calibration
         write_info(folder, without)
     write_tensors(folder / CALIBRATION, found.tensors(), {})
@@ -131,7 +131,7 @@ def _commit(
     write_text(folder / CARD, card(whole))
     write_info(folder, whole)
     try:
-        _check_nobody_forgotten(folder)  # from here on, forgetting finds the person in the bank
+        _check_not_stopped(folder)  # from here on, forgetting finds the person in the bank
     except BankError:
         write_info(folder, without)
         write_text(folder / CARD, card(without))
@@ -141,7 +141,7 @@ def _commit(
     remove_work(folder)
 
 
-def _check_nobody_forgotten(folder: Path) -> None:
+def _check_not_stopped(folder: Path) -> None:
     if not (folder / CALIBRATING).exists():
         remove_work(folder)
         raise BankError("a person was forgotten during the calibration", hint="Leave them out, and calibrate again.")

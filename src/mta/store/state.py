@@ -1,6 +1,6 @@
 """The formats of a person's two files: a state (safetensors) and, by opt-in, the history (JSON).
 
-Equal content gives equal bytes. A state with one changed bit is refused, and a history whose content was changed.
+Equal content gives equal bytes. A state with one changed bit is refused, and so is a history with changed content.
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ from mta.system.atomic import write_json, write_text
 from mta.system.progress import OnStep
 from mta.tracking.run_folder import work_of
 
-BATCH = 16  # people whose results are written together, at most
+BATCH = 16  # people at most; their results are written together
 
 
 def batches(people: int) -> list[range]:

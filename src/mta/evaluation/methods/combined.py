@@ -12,7 +12,7 @@ from torch import Tensor
 from mta.data.history import Item
 from mta.data.tasks.task import Form, Task
 from mta.evaluation.methods.merged import Merged, MergeThenAdapt
-from mta.evaluation.methods.method import AnyMethod, Method, Outcome, register
+from mta.evaluation.methods.method import AnyMethod, Method, Outcome, OverMethod, register
 from mta.evaluation.methods.plain import Base, TaskLora
 from mta.evaluation.metrics import query_nll
 from mta.evaluation.protocol import Panel
@@ -30,20 +30,12 @@ _DESCRIBE = Task(
 )
 
 
-class _Prompted(Method):
+class _Prompted(OverMethod):
     """Every prompt starts with what is known of the person; ``over`` is the method that gets the prompts."""
 
     if TYPE_CHECKING:  # fields of the subclasses: their order is part of the digest
         k: int = 1
         over: AnyMethod = Base()
-
-    @property
-    def seeded(self) -> bool:
-        return self.over.seeded
-
-    @property
-    def of_bank(self) -> bool:
-        return self.over.of_bank
 
     def run(self, panel: Panel, seed: int) -> Outcome:
         start = time.monotonic()

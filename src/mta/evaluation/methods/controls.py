@@ -14,7 +14,7 @@ from mta.data.history import Person
 from mta.data.tasks.task import Task
 from mta.errors import ConfigError, InputError
 from mta.evaluation.methods.merged import MergeThenAdapt, answered
-from mta.evaluation.methods.method import AnyMethod, Method, Outcome, register
+from mta.evaluation.methods.method import AnyMethod, Method, Outcome, OverMethod, register
 from mta.evaluation.protocol import Panel
 from mta.personalize.merge import Merge
 
@@ -36,8 +36,8 @@ class PopulationMerge(Method):
 
 
 @register
-class OtherPerson(Method):
-    """Somebody else's model: ``over`` learns from the shots of another person, always the same one.
+class OtherPerson(OverMethod):
+    """Another person's model: ``over`` learns from the shots of another person, always the same one.
 
     A gain is personal only as far as it exceeds this one.
     """
@@ -48,14 +48,6 @@ class OtherPerson(Method):
 
     def fits(self, task: Task, anchors: int) -> bool:
         return self.over.fits(task, anchors)
-
-    @property
-    def seeded(self) -> bool:
-        return self.over.seeded
-
-    @property
-    def of_bank(self) -> bool:
-        return self.over.of_bank
 
     def run(self, panel: Panel, seed: int) -> Outcome:
         givers = givers_among(panel.people)
@@ -77,7 +69,7 @@ def givers_among(people: Sequence[Person]) -> list[int]:
         found[u] = next((other for other in following if group[other] != group[u]), u)
     if any(giver == u for u, giver in found.items()):
         raise InputError(
-            f"one of {len(people)} people shares items with all others, or is alone: nobody can lend them shots",
+            f"one of {len(people)} people shares items with all others, or is alone: no other person to take shots from",
             hint="Test more people.",
         )
     return [found[u] for u in range(len(people))]

@@ -6,7 +6,7 @@ import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeVar
 
 import torch
 from pydantic import BeforeValidator, Field, SerializeAsAny
@@ -20,7 +20,7 @@ from mta.lora.layers import Adapters
 from mta.model.generate import generate
 from mta.training.scoring import label_scores, log_likelihood
 
-__all__ = ["METHODS", "AnyMethod", "Method", "Outcome", "answer", "parse_method", "register"]
+__all__ = ["METHODS", "AnyMethod", "Method", "Outcome", "OverMethod", "answer", "parse_method", "register"]
 
 
 class Method(Settings, ABC):
@@ -97,6 +97,21 @@ def parse_method(value: Any) -> Method:
 
 
 AnyMethod = Annotated[SerializeAsAny[Method], BeforeValidator(parse_method)]
+
+
+class OverMethod(Method):
+    """A method that changes what another one, ``over``, gets to see."""
+
+    if TYPE_CHECKING:  # a field of the subclasses: their order is part of the digest
+        over: AnyMethod
+
+    @property
+    def seeded(self) -> bool:
+        return self.over.seeded
+
+    @property
+    def of_bank(self) -> bool:
+        return self.over.of_bank
 
 
 def answer(panel: Panel, people: Sequence[int], adapters: Sequence[Adapters]) -> list[Answers]:
