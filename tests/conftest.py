@@ -212,3 +212,13 @@ def personalizer(base, bank, store=None, **changes):
 
     run = TINY_RUN.model_copy(update=changes)
     return Personalizer(base, bank, store, run=run, encoder=HashEncoder())
+
+
+@pytest.fixture
+def known(tiny, tmp_path):
+    """A Personalizer that knows all people of ``crowd``."""
+    from crowd import PEOPLE  # which imports this module
+
+    personal = personalizer(*tiny, store=tmp_path / "people")
+    personal.personalize(PEOPLE)
+    return personal

@@ -27,14 +27,6 @@ from mta.store.state import State
 LEARNED = MergeSettings(policy="learned", k=2, learned=Training(lr=0.1, steps=3, batch_size=8, eps=1.0, clip=1e9))
 
 
-@pytest.fixture
-def known(tiny, tmp_path):
-    """A Personalizer that knows everybody."""
-    personal = personalizer(*tiny, store=tmp_path / "people")
-    personal.personalize(PEOPLE)
-    return personal
-
-
 # -- together or alone -------------------------------------------------------------------------------------------------
 
 

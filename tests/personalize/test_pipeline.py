@@ -25,14 +25,6 @@ from mta.store import Store
 from mta.training.checkpoint import Checkpoint
 
 
-@pytest.fixture
-def known(tiny, tmp_path):
-    """A Personalizer that knows everybody."""
-    personal = personalizer(*tiny, store=tmp_path / "people")
-    personal.personalize(PEOPLE)
-    return personal
-
-
 def test_a_second_call_trains_nobody(known, tmp_path):
     stamps = {path: path.stat().st_mtime_ns for path in (tmp_path / "people").rglob("*")}
     steps = []

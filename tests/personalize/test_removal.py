@@ -21,15 +21,6 @@ from mta.lora.peft import read_peft
 from mta.personalize import Forgotten, forget_person
 from mta.store import Store
 
-
-@pytest.fixture
-def known(tiny, tmp_path):
-    """A Personalizer that knows everybody."""
-    personal = personalizer(*tiny, store=tmp_path / "people")
-    personal.personalize(PEOPLE)
-    return personal
-
-
 # -- export ------------------------------------------------------------------------------------------------------------
 
 
