@@ -69,7 +69,7 @@ def givers_among(people: Sequence[Person]) -> list[int]:
         found[u] = next((other for other in following if group[other] != group[u]), u)
     if any(giver == u for u, giver in found.items()):
         raise InputError(
-            f"one of {len(people)} people shares items with all others, or is alone: no other person to take shots from",
+            f"of {len(people)} people one is alone or shares items with all: no other person to take shots from",
             hint="Test more people.",
         )
     return [found[u] for u in range(len(people))]
