@@ -37,7 +37,7 @@ log = logging.getLogger("mta")
 def evaluate(
     panel: Panel, methods: Sequence[Method], seeds: Sequence[int] = (0,), on_method: Callable[[str], None] | None = None
 ) -> Comparison:
-    """Run every method with every seed on the panel; a person's metrics are averaged over seeds first."""
+    """Run every method with every seed on the panel, and compare them."""
     if len({method.name for method in methods}) < len(methods):
         raise InputError(
             f"methods must have different names, got {', '.join(method.name for method in methods)}",

@@ -1,4 +1,4 @@
-"""Compare methods over people: means, bootstrap intervals, and paired differences."""
+"""Compare methods over people: means, bootstrap intervals, paired differences, and corrections for many of them."""
 
 from __future__ import annotations
 
@@ -29,12 +29,32 @@ class Interval:
         return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]"
 
 
+@dataclass(frozen=True, slots=True)
+class Resampled:
+    """A mean, and the means of ``draws`` (T,) bootstrap samples."""
+
+    mean: float
+    draws: Tensor
+
+    def interval(self, level: float = 0.95) -> Interval:
+        """Return the mean with the central interval that holds this share of the draws."""
+        tail = round((1 - level) / 2, 12)
+        low, high = torch.quantile(self.draws, torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
+        return Interval(self.mean, low, high)
+
+    @property
+    def p(self) -> float:
+        """Two-sided p-value of "the mean is zero": twice the share of draws on the rarer side of zero."""
+        rarer = min(int((self.draws <= 0).sum()), int((self.draws >= 0).sum()))
+        return min(2 * (rarer + 1) / (len(self.draws) + 1), 1.0)
+
+
 @dataclass(slots=True)
 class Row:
-    """One method: every person's metrics (averaged over seeds), the cost, and the last seed's merge and answers."""
+    """One method: every person's metrics with each of S seeds, the cost, and the last seed's merge and answers."""
 
     name: str
-    people: dict[str, Tensor]  # metric -> (U,)
+    people: dict[str, Tensor]  # metric -> (S, U), or (U,) for one seed
     nll: list[Tensor] | None  # for each person (queries,), averaged over seeds
     seconds: float
     bytes_per_person: float
@@ -51,10 +71,11 @@ class Row:
         merge: Merge | None = None,
         answers: Sequence[Answers] = (),
     ) -> Row:
-        """Average the scores of each person over ``seeds``, which hold the same people in the same order."""
+        """Return the row of the scores with each of ``seeds``, which hold the same people in the same order."""
         people = {
-            metric: torch.tensor([[p.metrics[metric] for p in scores] for scores in seeds], dtype=torch.float64).mean(0)
+            metric: torch.tensor([[p.metrics[metric] for p in scores] for scores in seeds], dtype=torch.float64)
             for metric in seeds[0][0].metrics
+            if all(metric in p.metrics for scores in seeds for p in scores)  # some results may be of earlier versions
         }
         known = [[person.nll for person in scores if person.nll is not None] for scores in seeds]
         complete = all(len(scores) == len(seeds[0]) for scores in known)
@@ -92,7 +113,7 @@ class Comparison:
     @property
     def people(self) -> int:
         """The number of tested people."""
-        return len(next(iter(self.rows[0].people.values())))
+        return next(iter(self.rows[0].people.values())).shape[-1]
 
     @property
     def independent(self) -> int:
@@ -123,14 +144,19 @@ class Comparison:
         return None if values is None else bootstrap(values, groups=self.groups)
 
     def difference(self, name: str, reference: str, metric: str) -> Interval | None:
-        """Return the paired difference over people, ``name`` minus ``reference``.
+        """Return the paired difference over people, ``name`` minus ``reference``; None as for ``resampled``."""
+        found = self.resampled(name, reference, metric)
+        return None if found is None else found.interval()
+
+    def resampled(self, name: str, reference: str, metric: str) -> Resampled | None:
+        """Return the bootstrap of the paired difference over people and seeds, ``name`` minus ``reference``.
 
         None if they are the same, if one was not run, or if one has no such metric.
         """
         if name == reference or not {name, reference} <= set(self.names):
             return None
         one, other = self.row(name).people.get(metric), self.row(reference).people.get(metric)
-        return None if one is None or other is None else bootstrap(one - other, groups=self.groups)
+        return None if one is None or other is None else resample(one - other, groups=self.groups)
 
     def worse_off(self, name: str, reference: str) -> tuple[float, float | None] | None:
         """Return the share of people whose NLL is higher by more than 0.02 nats, and the share of clearly worse ones.
@@ -150,21 +176,49 @@ class Comparison:
 
 
 def bootstrap(values: Tensor, seed: int = 0, times: int = 10_000, groups: Sequence[str] = ()) -> Interval:
-    """Return the mean of (U,) values and its 95% interval by resampling people.
+    """Return the mean of values (U,) or (S, U) and its 95% interval; arguments as for ``resample``."""
+    return resample(values, seed, times, groups).interval()
+
+
+def resample(values: Tensor, seed: int = 0, times: int = 10_000, groups: Sequence[str] = ()) -> Resampled:
+    """Resample people with replacement, and at a second level their S seeds; values are (U,) or (S, U).
 
     People of one group are drawn together, because they are not independent. The group "" is a person alone.
+    A draw takes the same seeds for all people: a seed is a bank, which they share.
     """
-    values, unit = values.double(), torch.tensor(units(groups, len(values)))
-    sizes, sums = torch.bincount(unit), torch.bincount(unit, values)
-    count = len(sizes)
+    values = values.double().reshape(-1, values.shape[-1])
+    unit = torch.tensor(units(groups, values.shape[1]))
+    sizes = torch.bincount(unit)
+    seeds, count = len(values), len(sizes)
+    sums = torch.zeros(seeds, count, dtype=torch.float64).index_add_(1, unit, values)
     generator = torch.Generator().manual_seed(seed)
     at_once = max(2**24 // count, 1)  # never more than 128 MiB of draws
     means = []
     for done in range(0, times, at_once):
-        drawn = torch.randint(count, (min(at_once, times - done), count), generator=generator)
-        means.append(sums[drawn].sum(1) / sizes[drawn].sum(1))
-    low, high = torch.quantile(torch.cat(means), torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return Interval(float(values.mean()), low, high)
+        now = min(at_once, times - done)
+        drawn = torch.randint(count, (now, count), generator=generator)
+        own = sums
+        if seeds > 1:
+            chosen = torch.randint(seeds, (now, seeds), generator=generator)
+            own = torch.nn.functional.one_hot(chosen, seeds).double().mean(1) @ sums
+        means.append(own.expand(now, -1).gather(1, drawn).sum(1) / sizes[drawn].sum(1))
+    return Resampled(float(values.mean()), torch.cat(means))
+
+
+def holm(tests: Sequence[Resampled], level: float = 0.95) -> list[tuple[Interval, float]]:
+    """Return for each test its interval and p-value, corrected for the number of tests by Holm's method.
+
+    The i-th smallest of m p-values is multiplied by m - i + 1, and the interval gets that share of 1 - ``level``.
+    After the first that does not pass, all others have its share. So an interval excludes zero where p < 1 - level.
+    """
+    order = sorted(range(len(tests)), key=lambda n: tests[n].p)
+    found: dict[int, tuple[Interval, float]] = {}
+    before, share = 0.0, 0
+    for left, n in zip(range(len(tests), 0, -1), order):
+        share = left if before < 1 - level else share
+        before = max(before, min(left * tests[n].p, 1.0))
+        found[n] = tests[n].interval(1 - (1 - level) / share), before
+    return [found[n] for n in range(len(tests))]
 
 
 def units(groups: Sequence[str], people: int) -> list[int]:

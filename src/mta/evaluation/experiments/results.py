@@ -148,8 +148,9 @@ class Results:
 
     @property
     def name(self) -> str:
-        """Name of the data set: its file, or the folder of the experiment."""
-        return str(self.sizes.get("data", self.folder.name))
+        """Name of the data set: its file, or the folder of the experiment; and the file of tested people, if other."""
+        name, tested = str(self.sizes.get("data", self.folder.name)), self.sizes.get("tested")
+        return f"{name}-{Path(tested).stem}" if tested else name
 
     @cached_property
     def _rows(self) -> dict[tuple[str, str, int], Seeds]:
@@ -162,8 +163,7 @@ class Results:
     def comparison(self, name: str, shots: int | None = None, seed: int | None = None) -> Comparison | None:
         """Return an exhibit's methods over the people and seeds that all methods have; None without results.
 
-        A person's metrics are averaged over seeds first, or are those of ``seed``. Methods that do not use the bank
-        have results of one seed only.
+        The seeds are all that were run, or only ``seed``. Methods that do not use the bank have results of one seed.
         """
         common = {one for one in self.seeds(name, shots) if seed in (None, one)}
         rows = [

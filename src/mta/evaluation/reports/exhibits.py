@@ -69,12 +69,12 @@ def _shots(found: Results, name: str) -> Drawn | None:
 
 
 def _seeds(found: Results, name: str) -> Drawn | None:
-    """Differences per seed, and averaged over the seeds: how much depends on the clusters and the training order."""
+    """Differences per seed and over all seeds: how much depends on the clusters and the training order."""
     together, seeds = found.comparison(name), found.seeds(name)
     if together is None or len(seeds) < 2:
         return None
     columns = {f"seed {seed}": c for seed in seeds if (c := found.comparison(name, seed=seed))}
-    columns["all, averaged for each person"] = together
+    columns["all"] = together
     measure, text = together.yardstick, _setting(found, together, name)
     names = together.names
     for other in [one for one in (POOLED, RIVAL) if one in names]:
@@ -196,7 +196,8 @@ def _setting(found: Results, comparison: Comparison, name: str) -> str:
     return (
         f"{found.name}: {people} people{groups}, {said}. The questions are each person's last {found.recipe.queries} "
         f"items, the shots are the {found.recipe.shots} items before them. Means over people; 95% intervals by "
-        f"bootstrap over {'groups' if groups else 'people'}; differences are paired. "
+        f"bootstrap over {'groups' if groups else 'people'}{' and seeds' if len(seeds) > 1 else ''}; "
+        f"differences are paired. "
         f"Worse off: people with an NLL more than {WORSE:g} above the pooled model's.\n"
     )
 
