@@ -1,13 +1,15 @@
 import math
 
+import hypothesis.strategies as st
 import pytest
 import torch
+from hypothesis import given
 from rouge_score.rouge_scorer import RougeScorer
 from sklearn.metrics import accuracy_score, log_loss, mean_absolute_error, mean_squared_error
 
 from mta.data.tasks import load_task
 from mta.evaluation.metrics import Answers, from_scores, measure, median_labels, query_nll
-from mta.evaluation.statistics import Interval, better, bootstrap, student_t
+from mta.evaluation.statistics import Interval, Resampled, better, bootstrap, holm, resample, student_t
 
 RATING, TAG, HEADLINE = load_task("movielens-rating"), load_task("lamp2"), load_task("lamp4")
 
@@ -95,6 +97,8 @@ def test_texts_are_measured_as_rouge_does():
         assert found[name] == pytest.approx(sum(scorer.score(g, t)[key].fmeasure for g, t in zip(golds, texts)) / 3)
     assert found["ROUGE-1"] == pytest.approx((0.8 + 1 + 0) / 3)  # two of three words, both, none
     assert next(iter(found)) == "ROUGE-L"
+    stems = measure(HEADLINE, Answers(["The dogs ran"]), ["A dog runs"]).metrics
+    assert (stems["ROUGE-1"], stems["ROUGE-1, stemmed"], stems["ROUGE-L, stemmed"]) == pytest.approx((0, 1 / 3, 1 / 3))
 
 
 def test_bootstrap_intervals_cover_the_mean_at_their_rate():
@@ -141,6 +145,59 @@ def test_bootstrap_intervals_cover_the_mean_of_pairs():
     assert sum(one.low <= 0 <= one.high for one in naive) / len(naive) < 0.88
     wider = sum(one.high - one.low for one in found) / sum(one.high - one.low for one in naive)
     assert wider == pytest.approx(2**0.5, rel=0.05)
+
+
+def test_bootstrap_resamples_seeds_at_a_second_level():
+    generator = torch.Generator().manual_seed(7)
+    own, shared = torch.randn(300, 1, 60, generator=generator), torch.randn(300, 8, 1, generator=generator)
+    samples = (own + shared).double()  # a seed moves all people together
+    found = [bootstrap(sample, seed, times=800) for seed, sample in enumerate(samples)]
+    assert 0.85 <= sum(one.low <= 0 <= one.high for one in found) / len(found) <= 0.98
+    averaged = [bootstrap(sample.mean(0), seed, times=800) for seed, sample in enumerate(samples)]
+    assert sum(one.low <= 0 <= one.high for one in averaged) / len(averaged) < 0.65
+    assert all(one.mean == pytest.approx(other.mean) for one, other in zip(found, averaged))
+
+
+def test_equal_seeds_add_nothing_to_the_interval():
+    values = torch.randn(30, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    once, thrice = bootstrap(values), bootstrap(values.expand(3, -1))
+    assert once == bootstrap(values[None])
+    assert (once.mean, once.low, once.high) == pytest.approx((thrice.mean, thrice.low, thrice.high), abs=0.02)
+
+
+def test_p_values_are_below_a_level_as_often_as_it_says():
+    samples = torch.randn(400, 50, generator=torch.Generator().manual_seed(9), dtype=torch.float64)
+    found = [resample(sample, seed, times=500).p for seed, sample in enumerate(samples)]
+    assert sum(p < 0.05 for p in found) / len(found) == pytest.approx(0.05, abs=0.03)
+    assert sum(p < 0.5 for p in found) / len(found) == pytest.approx(0.5, abs=0.08)
+    assert resample(torch.ones(9)).p == pytest.approx(2 / 10_001)
+    assert resample(torch.zeros(9)).p == 1.0
+
+
+def spread(p):
+    """A mean of about 1 whose p-value is ``p``."""
+    below = round(p * 10_001 / 2) - 1
+    return Resampled(1.0, torch.cat([-torch.ones(below), torch.linspace(0.5, 1.5, 10_000 - below)]).double())
+
+
+def test_holm_corrects_p_values_and_intervals():
+    raw = [0.04, 0.001, 0.03, 0.012]
+    found = holm([spread(p) for p in raw])
+    assert [p for _, p in found] == pytest.approx([0.06, 0.004, 0.06, 0.036], abs=1e-3)  # 0.03 * 2 holds for 0.04, too
+    assert [one.low > 0 for one, _ in found] == [p < 0.05 for _, p in found] == [False, True, False, True]
+    assert holm([]) == []
+    (alone,) = holm([spread(0.04)])
+    assert alone == (spread(0.04).interval(), spread(0.04).p)
+
+
+@given(st.lists(st.floats(0.001, 1), min_size=1, max_size=8), st.randoms(use_true_random=False))
+def test_holm_depends_on_no_order_and_only_raises_p_values(raw, random):
+    tests = [spread(p) for p in raw]
+    order = random.sample(range(len(tests)), len(tests))
+    found = holm(tests)
+    assert sorted(p for _, p in found) == sorted(p for _, p in holm([tests[n] for n in order]))
+    assert all(p >= test.p for (_, p), test in zip(found, tests))
+    assert all((one.low > 0) == (p < 0.05) for one, p in found)
 
 
 def test_student_t_equals_published_values():

@@ -53,7 +53,7 @@ def test_a_text_counts_as_often_as_it_occurs(task):
     assert torch.allclose(encode_people(HashEncoder(), task, [person], "input")[0], unit(2 * heat + alien))
 
 
-@pytest.mark.parametrize("what", ["input", "both"])
+@pytest.mark.parametrize("what", ["input", "both", "history"])
 def test_vectors_have_unit_length(task, what):
     lengths = encode_people(HashEncoder(), task, people_of(5), what).norm(dim=1)
     assert torch.allclose(lengths, torch.ones(5))
@@ -70,6 +70,12 @@ def test_inputs_and_outputs_tell_two_tastes_apart(task):
     ann, bob = encode_people(encoder, task, [Person.of("ann", rated(5)), Person.of("bob", rated(1))], "both")
     assert encoder.calls == [["Heat Crime\n1", "Heat Crime\n5"]]
     assert not torch.allclose(ann, bob)
+
+
+def test_a_history_can_be_encoded_as_one_text(task):
+    encoder = Recorder()
+    encode_people(encoder, task, [Person.of("ann", [*rated(5), *rated(1, title="Alien")])], "history")
+    assert encoder.calls == [["Heat Crime\n5\nAlien Crime\n1"]]
 
 
 def test_a_persons_vector_is_independent_of_other_people(task):

@@ -78,6 +78,14 @@ def test_similarity_is_a_softmax_of_cosines_over_tau(k, tau):
         near(found.w[u], shares([float(SIMILARITY[u, n]) / tau for n in nearest(u, k or N)]))
 
 
+def test_released_gives_the_nearer_anchor_the_share_of_the_farther_one():
+    similarity = torch.tensor([[0.6, 0.9, 0.1], [-0.5, -0.2, -0.9], [0.0, -0.1, 0.4]], dtype=torch.float64)
+    found = coefficients(MergeSettings(policy="released", k=2), similarity)
+    assert found.ids.tolist() == [[1, 0], [1, 0], [2, 0]]
+    expected = torch.tensor([[0.6 / 1.5, 0.9 / 1.5], [0.5, 0.5], [0.0, 1.0]], dtype=torch.float64)
+    torch.testing.assert_close(found.w, expected)
+
+
 @pytest.mark.parametrize("k", [2, 0])
 def test_loss_is_a_softmax_of_minus_the_mean_loss_per_token(k):
     found = weighed("loss", k=k, tau=0.3)
@@ -132,7 +140,9 @@ def test_scale_multiplies_all_coefficients():
     near(weighed("posterior", k=3, scale=1.7).w, 1.7 * weighed("posterior", k=3).w)
 
 
-@pytest.mark.parametrize("policy", ["uniform", "top1", "similarity", "loss", "posterior", "learned", "fixed"])
+@pytest.mark.parametrize(
+    "policy", ["uniform", "top1", "similarity", "released", "loss", "posterior", "learned", "fixed"]
+)
 def test_zero_means_all_anchors(policy):
     found = weighed(policy, k=0)
     assert [sorted(ids) for ids in found.ids.tolist()] == [list(range(N))] * U

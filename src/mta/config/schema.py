@@ -16,7 +16,9 @@ from pydantic import Field, SerializerFunctionWrapHandler, field_validator, mode
 from mta.config.loader import S, Settings, checked, merged_over, read_yaml
 from mta.errors import ConfigError
 
-Policy = Literal["uniform", "top1", "similarity", "loss", "posterior", "laplace", "ridge", "learned", "fixed"]
+Policy = Literal[
+    "uniform", "top1", "similarity", "released", "loss", "posterior", "laplace", "ridge", "learned", "fixed"
+]
 MergeMode = Literal["exact", "svd", "factor"]
 
 
@@ -80,7 +82,9 @@ class BankSettings(Settings):
     max_items: int = Field(default=200, ge=1, description="an anchor is trained on this many most recent items")
     lora: Lora = Lora()
     training: Training = Training(lr=2e-4, epochs=2, batch_size=8)
-    encode: Literal["input", "both"] = Field(default="both", description="encoders read the input, or also the answer")
+    encode: Literal["input", "both", "history"] = Field(
+        default="both", description="encoders read each input, or also its answer, or the whole history as one text"
+    )
     choose: Literal["active", "central", "random"] = Field(
         default="active", description="a cluster's anchor; paper: active"
     )

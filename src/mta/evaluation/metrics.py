@@ -15,6 +15,7 @@ from mta.system.extras import require
 
 PRIMARY = {"mae": "MAE", "accuracy": "accuracy", "rouge": "ROUGE-L"}  # by the task's metric
 BETTER_LOW = frozenset({"MAE", "MAE (median)", "RMSE", "NLL"})
+STEMMED = ("ROUGE-L, stemmed", "ROUGE-1, stemmed")
 LAMP = {"mae": ("MAE", "RMSE"), "accuracy": ("accuracy", "F1"), "rouge": ("ROUGE-1", "ROUGE-L")}
 
 
@@ -127,10 +128,14 @@ def _distances(task: Task, texts: Sequence[str], golds: Sequence[str]) -> Tensor
 
 
 def _rouge(texts: Sequence[str], golds: Sequence[str]) -> dict[str, float]:
+    """Return the F-measures as in LaMP, and over word stems as in the code of arXiv:2511.20072."""
     require("eval", "rouge-score")
     from rouge_score.rouge_scorer import RougeScorer
 
-    scorer = RougeScorer(["rouge1", "rougeL"], use_stemmer=False)
-    found = [scorer.score(gold, text) for text, gold in zip(texts, golds)]
     names = {"ROUGE-L": "rougeL", "ROUGE-1": "rouge1"}
-    return {name: sum(one[key].fmeasure for one in found) / len(found) for name, key in names.items()}
+    found: dict[str, float] = {}
+    for suffix, stems in (("", False), (", stemmed", True)):
+        scorer = RougeScorer([*names.values()], use_stemmer=stems)
+        scores = [scorer.score(gold, text) for text, gold in zip(texts, golds)]
+        found |= {name + suffix: sum(one[key].fmeasure for one in scores) / len(scores) for name, key in names.items()}
+    return found

@@ -115,12 +115,17 @@ def load_encoder(name: str, base: BaseModel) -> Encoder:
     return BaseEncoder(base) if name == "base" else SentenceEncoder(name, str(base.device))
 
 
-def encode_people(encoder: Encoder, task: Task, people: Sequence[Person], what: Literal["input", "both"]) -> Tensor:
+def encode_people(
+    encoder: Encoder, task: Task, people: Sequence[Person], what: Literal["input", "both", "history"]
+) -> Tensor:
     """Return one unit vector per person, (U, E): the mean over their items. Each distinct text is encoded once.
 
-    ``both`` encodes an item with its target: inputs alone say which film was watched, but not the rating.
+    ``both`` encodes an item with its target: inputs alone say which film was watched, but not the rating. ``history``
+    encodes all items with their targets as one text, which encoders cut at their limit: the code of arXiv:2511.20072.
     """
-    texts = [[task.text_of(item, with_target=what == "both") for item in person.items] for person in people]
+    texts = [[task.text_of(item, with_target=what != "input") for item in person.items] for person in people]
+    if what == "history":
+        texts = [["\n".join(each)] for each in texts]
     distinct = sorted({text for each in texts for text in each})
     place = {text: i for i, text in enumerate(distinct)}
     vectors = torch.nn.functional.normalize(encoder.encode(distinct), dim=1)

@@ -1,7 +1,7 @@
 """Coefficient policies: one function per policy computes the coefficients of a person's retrieved anchors.
 
 To add a policy, see docs/how-to/add-a-policy.md. ``uniform`` and ``similarity`` follow from a linear merge of the
-nearest anchors; all other policies are our choice.
+nearest anchors, ``released`` is in the authors' code; all other policies are our choice.
 """
 
 from __future__ import annotations
@@ -121,6 +121,17 @@ def fixed(settings: MergeSettings, retrieved: Retrieved) -> Tensor:
 def similarity(settings: MergeSettings, retrieved: Retrieved) -> Tensor:
     """Return the softmax of the cosines."""
     return torch.softmax(retrieved.similarity / settings.tau, dim=1)
+
+
+@policy()
+def released(settings: MergeSettings, retrieved: Retrieved) -> Tensor:
+    """Return the cosines' shares in reverse: of two anchors, the nearer one gets the share of the farther one.
+
+    Negative cosines count as zero; without positive ones all shares are equal. Source: the code of arXiv:2511.20072.
+    """
+    cosines = retrieved.similarity.clamp_min(0)
+    cosines = torch.where(cosines.sum(1, keepdim=True) > 0, cosines, torch.ones_like(cosines))
+    return (cosines / cosines.sum(1, keepdim=True)).flip(1)
 
 
 @policy(evidence=True)

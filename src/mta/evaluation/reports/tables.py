@@ -13,12 +13,12 @@ from rich.table import Table
 from rich.text import Text
 
 from mta.evaluation.experiments.results import Results
-from mta.evaluation.metrics import BETTER_LOW
+from mta.evaluation.metrics import BETTER_LOW, STEMMED
 from mta.evaluation.reports.summary import POOLED, RIVAL, judge, title_of, verdict
 from mta.evaluation.statistics import WORSE, Comparison, Interval
 from mta.system.units import human_bytes, human_seconds
 
-_HIDDEN = {"RMSE", "NLL"}  # of the other metrics on the terminal: RMSE repeats MAE, and NLL has columns of its own
+_HIDDEN = {"RMSE", "NLL", *STEMMED}  # on the terminal: RMSE repeats MAE, stems ROUGE, and NLL has its own columns
 _TITLES = {"MAE (median)": "median\nMAE"}
 _COLOURS = {"better": "green", "worse": "red"}
 
@@ -36,7 +36,7 @@ def rows_of(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
     names, people = comparison.names, comparison.people
     first, measure = comparison.primary, comparison.yardstick
     columns = {"method": names}
-    for metric in dict.fromkeys((first, "MAE (median)", "accuracy", "ROUGE-1", measure)):
+    for metric in dict.fromkeys((first, "MAE (median)", "accuracy", "ROUGE-1", *STEMMED, measure)):
         scores = [comparison.score(name, metric) for name in names]
         columns[metric] = [f"{score.mean:.3f}" if score else "" for score in scores]
     for metric in dict.fromkeys((measure, first)):
