@@ -20,7 +20,7 @@ from mta.data.tasks import load_task
 from mta.errors import ConfigError, DataError, InputError
 from mta.evaluation.experiments import runner
 from mta.evaluation.experiments import workspace as workspace_module
-from mta.evaluation.experiments.parts import draw_parts
+from mta.evaluation.experiments.parts import draw_parts, with_tested
 from mta.evaluation.experiments.recipe import Experiment, load_experiment, names, wanted
 from mta.evaluation.experiments.results import Record, Records, Results, read_records
 from mta.evaluation.experiments.runner import run_experiment
@@ -108,6 +108,39 @@ def test_together_changes_nothing_without_shared_items():
     both = [draw_parts(recipe_of(*words), load_task("lamp5"), people) for words in ((), ("people.together=false",))]
     assert both[0] == both[1]
     assert "groups" not in both[0][1]
+
+
+def test_people_of_another_source_are_tested_and_their_copies_train_nothing():
+    people = authors(40)
+    # Copies of the first pair, of others with few items, and somebody new; all with ids that the data has, too.
+    tested = [Person(f"p{n:03}", people[n].items) for n in (1, 5, 7)]
+    tested.append(Person("p009", tuple(Item({"abstract": f"{'new ' * 30}{n}", "title": "New"}) for n in range(14))))
+    task = load_task("lamp5")
+    known, new = with_tested(people, tested, task)
+    splits, sizes = draw_parts(recipe_of(), task, known, new)
+    assert set(splits.test) == {"tested/p001", "tested/p007", "tested/p009"}  # the other has too few items
+    used = {*splits.task, *splits.candidates, *splits.development}
+    assert not used & {"p000", "p001", "p004", "p005", "p006", "p007"}  # and those who share items with them
+    assert (len(splits.candidates), len(splits.task)) == (16, 30)
+    assert sizes["test queries trained on"] == 0
+    with pytest.raises(InputError, match="none of the 1 people to test has 1 shots and 12 queries"):
+        draw_parts(recipe_of(), task, *with_tested(people, tested[1:2], task))
+
+
+def test_an_experiment_tests_people_of_another_file(world, cache, tmp_path):
+    rows = [
+        {"person": person.id, **item.fields, "time": item.time}
+        for person in people_of(4, items=6, seed=9)
+        for item in person.items
+    ]
+    others = tmp_path / "others.jsonl"
+    others.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    workspace = workspace_of(world, tmp_path / "run", test=str(others))
+    assert workspace.splits.test == tuple(f"tested/{person.id}" for person in people_of(4))
+    run_experiment(workspace, ["ablation"])
+    found = Results.read(tmp_path / "run")
+    assert found.name == "people.jsonl-others"
+    assert found.comparison("ablation").people == 4
 
 
 def test_results_hold_hashed_groups(world, cache, tmp_path, monkeypatch):

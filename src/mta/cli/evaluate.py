@@ -66,6 +66,7 @@ def evaluate(
         Path | None, Option(help="Score this file of answers, and compute nothing else.", dir_okay=False)
     ] = None,
     data: Annotated[str | None, Option(help="People of a recipe: LaMP files, or any other source.")] = None,
+    test: Annotated[str | None, Option(help="Test these people; otherwise a recipe draws them from --data.")] = None,
     exhibit: Annotated[list[str] | None, Option(help="Run only this exhibit of a recipe; can be repeated.")] = None,
     on: Annotated[str, Option(help="People to run a recipe on: test or development.")] = "test",
     privacy: Annotated[bool, Option("--privacy", help="Attack the bank: do losses reveal its training items?")] = False,
@@ -104,10 +105,10 @@ def evaluate(
     if is_recipe and not privacy:
         place = out or Path("runs") / Path(source).stem
         with options.executor_at(cluster, workers) as executor:
-            return _experiment(source, words or [], place, data, exhibit or [], on, executor, track, json)
-    if cluster or workers:
-        hint = "Leave them out: a comparison runs in one process."
-        raise InputError("--cluster and --workers are for recipes", hint)
+            return _experiment(source, words or [], place, data, test, exhibit or [], on, executor, track, json)
+    if cluster or workers or test:
+        hint = "Leave them out: a comparison tests the people of SOURCE in one process."
+        raise InputError("--cluster, --workers, and --test are for recipes", hint)
     if task:
         raise InputError("--task belongs to --predictions; a comparison uses the bank's task", "Leave --task out.")
     if privacy and (people or is_recipe):
@@ -174,6 +175,7 @@ def _experiment(
     words: list[str],
     out: Path,
     data: str | None,
+    test: str | None,
     exhibits: list[str],
     on: str,
     executor: Executor,
@@ -194,7 +196,9 @@ def _experiment(
     which: Which = "test" if on == "test" else "development"
     wanted(recipe, which, exhibits)  # before anything is written or loaded
     with Screen() as screen:
-        workspace = Workspace.open(recipe, out, data, which, say=screen.say, executor=executor, on_step=screen.step)
+        workspace = Workspace.open(
+            recipe, out, data, which, test=test, say=screen.say, executor=executor, on_step=screen.step
+        )
         run_experiment(workspace, exhibits, options.command_line(), tracker)
     if json:
         return show_json({"out": str(workspace.folder), "sizes": workspace.sizes})

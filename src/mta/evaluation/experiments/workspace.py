@@ -22,7 +22,7 @@ from mta.data.tasks.task import Task
 from mta.distributed.executor import Executor, LocalExecutor
 from mta.errors import InputError
 from mta.evaluation.context import Context
-from mta.evaluation.experiments.parts import draw_parts
+from mta.evaluation.experiments.parts import draw_parts, with_tested
 from mta.evaluation.experiments.recipe import Experiment, Part, Which
 from mta.evaluation.experiments.results import RECIPE, SIZES
 from mta.evaluation.methods import Method
@@ -46,12 +46,14 @@ def batches(people: int) -> list[range]:
 class Workspace:
     """One experiment in its folder ``out``. Banks, contexts, and the last panel are kept in memory.
 
-    ``which`` says who of the ``people`` is tested; ``sizes`` is the table of sizes.json.
+    ``which`` says who of the ``people`` is tested; ``sizes`` is the table of sizes.json. ``source`` names the data, and
+    ``test`` that of the tested people if they are others.
     """
 
     recipe: Experiment
     out: Path
     source: str
+    test: str | None
     which: Which
     task: Task
     people: Sequence[Person]
@@ -73,6 +75,7 @@ class Workspace:
         data: str | None = None,
         which: Which = "test",
         *,
+        test: str | None = None,
         say: Callable[[str], None] = lambda _: None,
         executor: Executor | None = None,
         on_step: OnStep | None = None,
@@ -80,6 +83,7 @@ class Workspace:
     ) -> Self:
         """Read the people of ``data`` (or of the recipe), draw the parts, and load the base.
 
+        ``test`` names other data with the people to test; without it they are drawn from ``data``.
         With ``write``, writes the recipe, the sizes, and the splits.
         Raises InputError without data, DataError if ``out`` holds an experiment with other people or sizes.
         """
@@ -87,15 +91,19 @@ class Workspace:
         if source is None:
             raise InputError("this recipe brings no data", hint="Give --data with a LaMP file or folder.")
         task = load_task(recipe.run.task)
-        people = read_people(resolve(source), task)
-        splits, sizes = draw_parts(recipe, task, people)
-        sizes = {"data": source if source in ASSETS else Path(source).name, **sizes}
+        people, tested = list(read_people(resolve(source), task)), list[Person]()
+        if test:
+            people, tested = with_tested(people, read_people(resolve(test), task), task)
+        splits, sizes = draw_parts(recipe, task, people, tested)
+        named = {"data": source} | ({"tested": test} if test else {})
+        sizes = {key: name if name in ASSETS else Path(name).name for key, name in named.items()} | sizes
         base, executor = BaseModel.of(recipe.run), executor or LocalExecutor()
         if write:
             splits.save(out / "splits.json")
             write_json(out / SIZES, sizes)
             write_text(out / RECIPE, dump_yaml(recipe))
-        return cls(recipe, out, source, which, task, people, splits, sizes, base, say, executor, on_step)
+        every = [*people, *tested]
+        return cls(recipe, out, source, test, which, task, every, splits, sizes, base, say, executor, on_step)
 
     @property
     def folder(self) -> Path:
@@ -105,8 +113,10 @@ class Workspace:
     def elsewhere(self) -> Callable[[], Workspace]:
         """Return a function that opens this workspace in another process, over the same folder (on a shared disk)."""
         recipe = self.recipe.model_copy(update={"run": self.base.as_loaded(self.recipe.run)})
-        data = self.source if self.source in ASSETS else str(Path(self.source).resolve())
-        return partial(Workspace.open, recipe, self.out.resolve(), data, self.which, write=False)
+        data, test = (
+            name if not name or name in ASSETS else str(Path(name).resolve()) for name in (self.source, self.test)
+        )
+        return partial(Workspace.open, recipe, self.out.resolve(), data, self.which, test=test, write=False)
 
     # -- people --------------------------------------------------------------------------------------------------------
 
