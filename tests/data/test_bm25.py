@@ -6,10 +6,16 @@ from hypothesis import strategies as st
 
 from mta.data.bm25 import retrieve, with_profile
 from mta.data.history import Item
-from mta.data.tasks import load_task
+from mta.data.tasks import Task, load_task, task_names
 from mta.errors import TaskError
 
 LAMP4 = load_task("lamp4")
+
+
+@pytest.mark.parametrize("name", task_names())
+def test_a_task_with_profiles_is_read_as_it_was_written(name):
+    task = load_task(name).profiled()
+    assert Task.model_validate(task.model_dump(mode="json")) == task
 
 
 def article(text: str, title: str = "a title") -> Item:

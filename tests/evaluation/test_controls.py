@@ -14,7 +14,7 @@ from mta.data.history import Person
 from mta.errors import ConfigError, InputError
 from mta.evaluation.context import Context
 from mta.evaluation.methods import Merged, MergeThenAdapt, OtherPerson, PopulationMerge, TaskLora
-from mta.evaluation.methods.controls import givers_among
+from mta.evaluation.methods.controls import givers_of
 from mta.evaluation.methods.method import answer
 from mta.evaluation.protocol import Panel
 from mta.lora.layers import Shared
@@ -37,29 +37,39 @@ def test_nobody_gets_their_own_shots_or_those_of_their_group(groups, order):
     people = [Person(f"p{n}", (), (), group) for n, group in enumerate(groups)]
     if len({person.group or person.id for person in people}) == 1:
         with pytest.raises(InputError, match="no other person to take shots from"):
-            givers_among(people)
+            givers_of(people, people)
         return
-    found = givers_among(people)
+    found = givers_of(people, people)
     for one, giver in zip(people, found):
-        assert one.id != people[giver].id
-        assert not one.group or one.group != people[giver].group
+        assert one.id != giver.id
+        assert not one.group or one.group != giver.group
     if not any(groups):
-        assert sorted(found) == list(range(len(people)))
-    shuffled = order.sample(people, len(people))
-    again = {one.id: shuffled[giver].id for one, giver in zip(shuffled, givers_among(shuffled))}
-    assert again == {one.id: people[giver].id for one, giver in zip(people, found)}
+        assert {giver.id for giver in found} == {person.id for person in people}
+    some, every = (order.sample(people, count) for count in (order.randint(0, len(people)), len(people)))
+    expected = dict(zip((person.id for person in people), found))
+    assert givers_of(some, every) == [expected[person.id] for person in some]  # whatever their order and batch
 
 
 @pytest.mark.parametrize("over", [Merged(merge=MergeSettings(policy="posterior", k=0)), MergeThenAdapt()])
 def test_other_persons_shots_give_other_persons_models(panel, over):
     """Person u is answered by the model of their giver, as if the giver had asked their questions."""
-    givers = givers_among(panel.people)
+    givers = [panel.people.index(giver) for giver in givers_of(panel.people, panel.people)]
     asked_by_givers = [panel.queries[givers.index(u)] for u in range(len(givers))]
     expected = over.run(panel.asked(asked_by_givers), seed=0)
     found = OtherPerson(over=over).run(panel, seed=0)
     for u, giver in enumerate(givers):
         torch.testing.assert_close(found.merge.w[u], expected.merge.w[giver], rtol=0, atol=1e-12)
         torch.testing.assert_close(found.answers[u].scores, expected.answers[giver].scores, rtol=0, atol=1e-10)
+
+
+def test_a_panel_of_some_people_takes_others_from_all_tested_people(tiny):
+    context = Context(*tiny, HashEncoder(), TINY_RUN)
+    every = Panel.of(context, PEOPLE, shots=4, queries=2)
+    some = Panel.of(context, PEOPLE[1:3], shots=4, queries=2, among=PEOPLE)
+    control = OtherPerson(over=Merged(merge=MergeSettings(policy="posterior", k=0)))
+    torch.testing.assert_close(control.run(some, 0).merge.w, control.run(every, 0).merge.w[1:3], rtol=0, atol=1e-12)
+    with pytest.raises(ConfigError, match="cannot use prompts that show earlier items"):
+        control.run(Panel.of(context, PEOPLE, shots=4, queries=2, retrieve=1), 0)
 
 
 def test_the_population_merge_is_the_dense_merge_at_mu_for_everybody(tiny):

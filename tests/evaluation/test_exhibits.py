@@ -12,7 +12,7 @@ from mta.evaluation.experiments.results import Record, Results, latest
 from mta.evaluation.methods import Base, MergeThenAdapt, OneLora, TaskLora
 from mta.evaluation.reports import figures
 from mta.evaluation.reports.exhibits import sections
-from mta.evaluation.reports.tables import markdown, overview, rows_of
+from mta.evaluation.reports.tables import markdown, overview, primary, rows_of
 from mta.evaluation.statistics import Interval
 
 METHODS = (Base(), TaskLora(), OneLora(), MergeThenAdapt())
@@ -64,6 +64,21 @@ def test_seeds_are_averaged_person_by_person_and_only_those_that_all_have():
     assert found.comparison("main").difference("MTA", "task LoRA", "NLL").mean == pytest.approx(-0.2)
     base = [*rows, *everybody(Base(), 0.5)]  # knows no bank, so has one seed's answers only
     assert results(base).comparison("main").score("base", "NLL").mean == pytest.approx(1.6)
+
+
+def test_comparisons_named_in_advance_are_corrected_for_their_number():
+    noisy = [r.model_copy(update={"metrics": {"NLL": 1.1 + n % 5 - 1.6}}) for n, r in enumerate(everybody(OneLora()))]
+    rows = [*everybody(TaskLora()), *noisy, *everybody(MergeThenAdapt(), -0.25)]
+    sets = [results(rows, primary=("task LoRA", "OPPU", "never run")), results(rows, primary=("task LoRA",))]
+    table = primary(sets)
+    assert "corrected for 3 comparisons" in table
+    assert (
+        table.count("| made up | NLL | task LoRA | 24 | 1 | -0.250 [-0.250, -0.250] | 0.0006 |") == 2
+    )  # 3 * 2 / 10001
+    (alone,) = [line for line in table.splitlines() if "OPPU" in line]
+    expected = sets[0].comparison("main").difference("MTA", "OPPU", "NLL")
+    assert f"{expected.mean:+.3f} [{expected.low:+.3f}, {expected.high:+.3f}]" in alone  # the largest of the p-values
+    assert primary([results(rows)]) == ""
 
 
 def test_only_people_whom_every_method_answered_are_compared():

@@ -64,6 +64,7 @@ from mta.training.trainer import Job
 
 log = logging.getLogger("mta")
 
+LOSSES = "held-out losses of the task LoRA"  # one for each round, in run.json
 # Settings that the work key leaves out: they do not affect a bank, or the key holds a fingerprint instead.
 _NOT_IN_KEY = {"merge", "stack", "base", "encoder", "task", "device", "gradient_checkpointing"}
 
@@ -209,7 +210,7 @@ class _Build:
             if best and not losses[-1] < min(losses[:-1]):
                 break
             best = found
-        self.record.about["held-out losses of the task LoRA"] = losses
+        self.record.about[LOSSES] = losses
         assert best is not None  # there is at least one round
         return best
 

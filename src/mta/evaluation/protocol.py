@@ -96,9 +96,11 @@ class Panel:
 
     ``people`` have only their shots, so no method can learn from queries. ``task`` has the wording of the prompts.
     ``retrieve`` is the number of earlier items in every prompt, as in the training of the bank. Without ``write_texts``
-    free text is not generated, and only the likelihood of the true text is computed. Evidence and merges are those of
-    ``plain``, if given: a panel with the same shots that asks other queries or shows other prompts. ``fold`` = (panel,
-    owners, shots) selects evidence: row i holds only ``shots[i]`` of person ``owners[i]`` of that panel.
+    free text is not generated, and only the likelihood of the true text is computed. ``among`` are all tested people
+    with only their shots, if the panel holds some of them: controls take other people from there. Evidence and merges
+    are those of ``plain``, if given: a panel with the same shots that asks other queries or shows other prompts.
+    ``fold`` = (panel, owners, shots) selects evidence: row i holds only ``shots[i]`` of person ``owners[i]`` of that
+    panel.
     """
 
     context: Context
@@ -107,6 +109,7 @@ class Panel:
     task: Task
     retrieve: int = 0
     write_texts: bool = True
+    among: Sequence[Person] = ()
     plain: Panel | None = None
     fold: tuple[Panel, list[int], list[list[int]]] | None = None
     outcomes: dict[tuple[str, int], Outcome] = field(default_factory=dict, init=False, repr=False)
@@ -123,8 +126,9 @@ class Panel:
         ask: Ask = "next",
         retrieve: int = 0,
         write_texts: bool = True,
+        among: Sequence[Person] = (),
     ) -> Panel:
-        """Split each person by ``shots_and_queries``.
+        """Split each person by ``shots_and_queries``. ``among`` are all tested people, if ``people`` are some of them.
 
         Raises InputError if a person has too few items or was used for the bank, which may have seen the queries.
         """
@@ -134,9 +138,13 @@ class Panel:
                 f"{seen} of {len(people)} people are in the bank or its task LoRA; they cannot be tested on",
                 hint="Give people the bank was not built from.",
             )
-        parts = [shots_and_queries(bank.task, person, shots, queries, ask) for person in people]
-        few = [replace(person, items=items, queries=()) for person, (items, _) in zip(people, parts)]
-        panel = cls(context, few, [later for _, later in parts], bank.task, retrieve, write_texts)
+
+        def split(group: Sequence[Person]) -> tuple[list[Person], list[tuple[Item, ...]]]:
+            parts = [shots_and_queries(bank.task, person, shots, queries, ask) for person in group]
+            few = [replace(person, items=items, queries=()) for person, (items, _) in zip(group, parts)]
+            return few, [later for _, later in parts]
+
+        panel = cls(context, *split(people), bank.task, retrieve, write_texts, split(among)[0])
         return panel.profiled(retrieve) if retrieve else panel
 
     # -- what methods read (docs/how-to/add-a-method.md) ---------------------------------------------------------------

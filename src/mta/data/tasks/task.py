@@ -100,7 +100,7 @@ def _check_text(key: str, template: str, form: Form) -> None:
         raise ValueError(f"{key} contains the target {{{form.target}}}; leave it out, mta adds the target where known")
     if extra := fields - set(form.inputs):
         raise ValueError(f"{key} has the fields {sorted(extra)}; the prompt has {sorted(form.inputs)}")
-    if form.inputs and not fields:
+    if set(form.inputs) - {"profile"} and not fields:  # encoders do not read a profile
         raise ValueError(f"{key} contains no field; the prompt has {sorted(form.inputs)}")
 
 

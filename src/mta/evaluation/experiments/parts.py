@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+from mta.bank.bank import Bank
+from mta.bank.build import LOSSES
+from mta.bank.selection import pooled_items
+from mta.config import Run, override
 from mta.data.history import Person
 from mta.data.readers.sharing import Copies, connected
 from mta.data.splits import Splits, draw
@@ -14,6 +20,7 @@ from mta.data.tasks.task import Task
 from mta.errors import InputError
 from mta.evaluation.experiments.recipe import Experiment
 from mta.evaluation.protocol import has_enough_items, shots_and_queries
+from mta.tracking.run_folder import sittings
 
 log = logging.getLogger("mta")
 SHARES = (0.35, 0.1, 0.35)  # largest share of the qualified people in test, development, candidates
@@ -94,3 +101,17 @@ def _sharing(recipe: Experiment, task: Task, people: Sequence[Person], splits: S
     if found:
         log.warning("%d of %d test queries also occur in the histories of training people", found, len(asked))
     return {"people who share items": len(shared), "groups": len(set(shared)), "test queries trained on": found}
+
+
+def as_long(run: Run, bank: Bank, folder: Path, task_people: Sequence[Person]) -> Run:
+    """Return a run whose task LoRA takes as many steps as the bank in ``folder`` took for its task LoRA and anchors.
+
+    Counts examples, in batches of the task LoRA's size.
+    """
+    built = bank.info.run
+    rounds = next((len(one[LOSSES]) for one in reversed(sittings(folder)) if LOSSES in one), 1)
+    pooled = len(pooled_items(task_people, built.task_lora, built.seed)[0])
+    own = sum(min(items, built.bank.max_items) for items in bank.info.items)
+    examples = rounds * built.task_lora.training.epochs * pooled + built.bank.training.epochs * own
+    steps = math.ceil(examples / run.task_lora.training.batch_size)
+    return override(run, ["task_lora.rounds=1", f"task_lora.training.steps={steps}"])

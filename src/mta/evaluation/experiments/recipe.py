@@ -30,7 +30,7 @@ class Sizes(Settings):
 
 
 class Part(Settings):
-    """Methods on one bank. The bank needs its own name if ``words`` or ``retrieve`` change how the bank is trained."""
+    """Methods on one bank. The bank needs a name if ``words``, ``retrieve``, or ``pool`` change how it is trained."""
 
     methods: tuple[AnyMethod, ...]
     shots: tuple[int, ...] = ()
@@ -38,6 +38,9 @@ class Part(Settings):
     bank: str = "main"
     words: tuple[str, ...] = Field((), description="settings that override the run of the bank")
     retrieve: int = Field(0, ge=0, description="earlier items in every prompt, nearest by BM25, also in training")
+    pool: Literal["task", "everything", "as-long"] = Field(
+        "task", description="who trains the task LoRA: also the main bank's anchors; and for as many steps as that bank"
+    )
     whom: Which = "test"
     people: int | None = None  # only the first people, this many; overrides the experiment's ``compared``
     texts: bool = True  # generate free text; otherwise only the likelihood of the true text is computed
@@ -54,6 +57,7 @@ class Experiment(Settings):
     queries: int = 4
     seeds: tuple[int, ...] = (0,)
     compared: int | None = Field(None, description="test only the first people, this many")
+    primary: tuple[str, ...] = Field((), description="methods that MTA is compared with, corrected for their number")
     few: int = Field(30, description="leave out a number of shots if fewer people have enough items")
     run: Run
     tuned: dict[str, dict[str, Any]] = Field(

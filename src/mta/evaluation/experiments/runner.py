@@ -10,7 +10,7 @@ from mta.errors import ClusterError
 from mta.evaluation.experiments.facts import bank_facts, case_study
 from mta.evaluation.experiments.recipe import Part, wanted
 from mta.evaluation.experiments.results import CASE, FACTS, KIND, Record, Records
-from mta.evaluation.experiments.workspace import Workspace, batches
+from mta.evaluation.experiments.workspace import MAIN, Workspace, batches
 from mta.evaluation.methods import Method
 from mta.system.atomic import write_json
 from mta.tracking.run_folder import RunFolder, work_of
@@ -67,15 +67,14 @@ def run_experiment(
         workspace = replace(workspace, on_step=folder.step)
         for seed in recipe.seeds:  # an interrupted experiment leaves complete seeds
             _run_seed(workspace, records, exhibits, seed)
-        main = Part(methods=())
         if {"banks", "efficiency"} & {*exhibits}:
             facts = {
-                f"main-{seed}": bank_facts(list(workspace.panels(main, seed, recipe.shots)), seed)
+                f"main-{seed}": bank_facts(list(workspace.panels(MAIN, seed, recipe.shots)), seed)
                 for seed in recipe.seeds
             }
             write_json(workspace.folder / FACTS, facts)
         if "case" in exhibits:
-            panel = next(workspace.panels(main, recipe.seeds[0], recipe.shots))
+            panel = next(workspace.panels(MAIN, recipe.seeds[0], recipe.shots))
             write_json(workspace.folder / CASE, case_study(panel, panel.run.merge, recipe.seeds[0]))
         folder.outcome = {"results": len(records.rows), "people": len({row.person for row in records.rows})}
 

@@ -22,7 +22,7 @@ from mta.data.tasks.task import Task
 from mta.distributed.executor import Executor, LocalExecutor
 from mta.errors import InputError
 from mta.evaluation.context import Context
-from mta.evaluation.experiments.parts import draw_parts, with_tested
+from mta.evaluation.experiments.parts import as_long, draw_parts, with_tested
 from mta.evaluation.experiments.recipe import Experiment, Part, Which
 from mta.evaluation.experiments.results import RECIPE, SIZES
 from mta.evaluation.methods import Method
@@ -34,6 +34,7 @@ from mta.system.progress import OnStep
 from mta.tracking.run_folder import work_of
 
 BATCH = 16  # people at most; their results are written together
+MAIN = Part(methods=())  # the bank that the recipe describes
 
 
 def batches(people: int) -> list[range]:
@@ -138,16 +139,37 @@ class Workspace:
         """Return the task in the wording of the part's prompts."""
         return self.task.profiled() if part.retrieve else self.task
 
-    def _trained_on(self, part: Part, which: Literal["candidates", "task"]) -> list[Person]:
-        """Return people that a bank is trained on, with the earlier items that the part's prompts show."""
+    def _trained_on(self, part: Part, seed: int, which: Literal["candidates", "task"]) -> list[Person]:
+        """Return people that a bank is trained on."""
         people = self.splits.select(which, self.people)
+        if part.pool != "task":  # the anchors of the main bank change from the candidates to the task LoRA's people
+            anchors = self._anchors(self.bank(MAIN, seed))
+            ids = {person.id for person in anchors}
+            latest = [person.latest(self.recipe.run.bank.max_items) for person in anchors]
+            people = [person for person in people if person.id not in ids] + (latest if which == "task" else [])
+        return self._shown(part, people)
+
+    def _shown(self, part: Part, people: list[Person]) -> list[Person]:
+        """Return people with the earlier items that the part's prompts show."""
         return [with_profiles(self.task, person, part.retrieve) for person in people] if part.retrieve else people
 
     # -- banks ---------------------------------------------------------------------------------------------------------
 
     def _run_of(self, part: Part, seed: int) -> Run:
         """Return the recipe's settings with the changes of the part."""
-        return override(self.recipe.run, [*part.words, f"seed={seed}"])
+        run = override(self.recipe.run, [*part.words, f"seed={seed}"])
+        if part.pool != "as-long":
+            return run
+        return as_long(run, self.bank(MAIN, seed), self._folder(MAIN, seed), self.splits.select("task", self.people))
+
+    def _folder(self, part: Part, seed: int) -> Path:
+        return self.out / "banks" / f"{part.bank}-{seed}"
+
+    def _anchors(self, bank: Bank) -> list[Person]:
+        """Return the anchors with their whole histories, in the bank's order."""
+        candidates = self.splits.select("candidates", self.people)
+        anchors = [person for person in candidates if "anchor" in bank.info.members.artefacts_of(person.id)]
+        return sorted(anchors, key=lambda person: person.id)
 
     def bank(self, part: Part, seed: int) -> Bank:
         """Return the part's bank for a seed, which clustering and training start from. Build it once in ``banks/``."""
@@ -157,11 +179,11 @@ class Workspace:
             self.say(f"bank {name}")
             self._banks[name] = Bank.build(
                 self.base,
-                self._trained_on(part, "candidates"),
-                self.out / "banks" / name,
+                self._trained_on(part, seed, "candidates"),
+                self._folder(part, seed),
                 task=self._task_of(part),
                 run=run,
-                task_people=self._trained_on(part, "task"),
+                task_people=self._trained_on(part, seed, "task"),
                 task_lora=self._shared_task_lora(part, run),
                 executor=self.executor,
                 on_step=self.on_step,
@@ -170,9 +192,8 @@ class Workspace:
 
     def _shared_task_lora(self, part: Part, run: Run) -> Path | None:
         """Return the main bank's task LoRA if the part changes only how anchors are chosen and trained."""
-        main = self.out / "banks" / f"main-{run.seed}"
-        plain = override(self.recipe.run, [f"seed={run.seed}"])
-        same = not part.retrieve and run.model_copy(update={"bank": plain.bank}) == plain
+        main, plain = self._folder(MAIN, run.seed), self._run_of(MAIN, run.seed)
+        same = not part.retrieve and part.pool == "task" and run.model_copy(update={"bank": plain.bank}) == plain
         exists = part.bank != "main" and run.task_lora.enabled and (main / INFO).exists()
         return main / TASK_LORA if same and exists else None
 
@@ -180,14 +201,13 @@ class Workspace:
         """Return the context of a part's panels for a seed."""
         key = (f"{part.bank}-{seed}", part.words)
         if key not in self._contexts:
-            bank, candidates = self.bank(part, seed), self._trained_on(part, "candidates")
-            anchors = [person for person in candidates if "anchor" in bank.info.members.artefacts_of(person.id)]
+            bank = self.bank(part, seed)
             self._contexts[key] = Context(
                 self.base,
                 bank,
                 bank.encoder(self.base, self.recipe.run.encoder),
                 self._run_of(part, seed),
-                anchors=sorted(anchors, key=lambda person: person.id),  # the order of the bank
+                anchors=self._shown(part, self._anchors(bank)),
                 pool=self.splits.select("task", self.people),
                 on_step=self.on_step,
                 evidence_folder=self.out / "work",
@@ -205,18 +225,18 @@ class Workspace:
         """Return the tested people with these numbers. The last panel is cached."""
         key = (part, seed, shots, batch)
         if self._panel is None or self._panel[0] != key:
-            self._panel = (
-                key,
-                Panel.of(
-                    self._context(part, seed),
-                    self.tested(part, shots)[batch.start : batch.stop],
-                    shots=shots,
-                    queries=self.recipe.queries,
-                    ask=self.recipe.ask,
-                    retrieve=part.retrieve,
-                    write_texts=part.texts,
-                ),
+            tested = self.tested(part, shots)
+            panel = Panel.of(
+                self._context(part, seed),
+                tested[batch.start : batch.stop],
+                shots=shots,
+                queries=self.recipe.queries,
+                ask=self.recipe.ask,
+                retrieve=part.retrieve,
+                write_texts=part.texts,
+                among=tested,
             )
+            self._panel = key, panel
         return self._panel[1]
 
     def key(self, part: Part, method: Method, seed: int, shots: int) -> str:

@@ -37,9 +37,9 @@ class PopulationMerge(Method):
 
 @register
 class OtherPerson(OverMethod):
-    """Another person's model: ``over`` learns from the shots of another person, always the same one.
+    """Another person's model: ``over`` learns from the shots of another tested person, always the same one.
 
-    A gain is personal only as far as it exceeds this one.
+    A gain is personal only as far as it exceeds this one. Raises ConfigError for prompts that show earlier items.
     """
 
     method: Literal["other-person"] = "other-person"
@@ -50,26 +50,29 @@ class OtherPerson(OverMethod):
         return self.over.fits(task, anchors)
 
     def run(self, panel: Panel, seed: int) -> Outcome:
-        givers = givers_among(panel.people)
-        people = [replace(one, items=panel.people[giver].items) for one, giver in zip(panel.people, givers)]
+        if "profile" in panel.task.item.inputs:
+            raise ConfigError(f"{self.name!r} cannot use prompts that show earlier items", hint="Use plain prompts.")
+        givers = givers_of(panel.people, panel.among or panel.people)
+        people = [replace(one, items=giver.items) for one, giver in zip(panel.people, givers)]
         swapped = Panel(panel.context, people, panel.queries, panel.task, panel.retrieve, panel.write_texts)
         return self.over.run(swapped, seed)
 
 
-def givers_among(people: Sequence[Person]) -> list[int]:
-    """Return for each person the number of the next one by hash who shares no items with them.
+def givers_of(people: Sequence[Person], among: Sequence[Person]) -> list[Person]:
+    """Return for each person the next one by hash ``among`` all tested people who shares no items with them.
 
-    Raises InputError for a person who shares items with everybody.
+    ``among`` holds ``people`` too. Raises InputError for a person who shares items with everybody.
     """
-    order = sorted(range(len(people)), key=lambda u: hashlib.sha256(people[u].id.encode()).digest())
-    group = [person.group or person.id for person in people]
-    found = dict[int, int]()
-    for place, u in enumerate(order):
-        following = order[place + 1 :] + order[:place]
-        found[u] = next((other for other in following if group[other] != group[u]), u)
-    if any(giver == u for u, giver in found.items()):
-        raise InputError(
-            f"of {len(people)} people one is alone or shares items with all: no other person to take shots from",
-            hint="Test more people.",
-        )
-    return [found[u] for u in range(len(people))]
+    order = sorted(among, key=lambda person: hashlib.sha256(person.id.encode()).digest())
+    places = {person.id: place for place, person in enumerate(order)}
+    found = []
+    for person in people:
+        following = order[places[person.id] + 1 :] + order[: places[person.id]]
+        others = (other for other in following if not person.group or other.group != person.group)
+        if (giver := next(others, None)) is None:
+            raise InputError(
+                f"of {len(among)} people one is alone or shares items with all: no other person to take shots from",
+                hint="Test more people.",
+            )
+        found.append(giver)
+    return found

@@ -26,7 +26,7 @@ from mta.evaluation.reports import figures
 from mta.evaluation.reports.exhibits import sections
 from mta.evaluation.reports.html import Section, write_report
 from mta.evaluation.reports.summary import POOLED, better_side
-from mta.evaluation.reports.tables import markdown, overview
+from mta.evaluation.reports.tables import markdown, overview, primary
 from mta.evaluation.statistics import Interval
 from mta.system.atomic import copy_file, make_folder, write_json
 from mta.tracking.run_folder import RUN, lines, sittings
@@ -51,7 +51,9 @@ def report(folders: Sequence[Path], out: Path, *, texts: bool = False) -> list[s
     for found in experiments:
         drawn += [f"{found.name}: {title}" for title in _experiment(found, out / found.name, texts)]
     if len(experiments) > 1:
-        write_report(out, "Every set", overview(experiments), [])
+        claims = primary(experiments)
+        named = [Section("Primary comparisons, named in advance", claims)] if claims else []
+        write_report(out, "Every set", overview(experiments), named)
     for folder, made in runs.items():
         sessions = _sessions(folder)
         write_report(out / folder.name, f"{folder.name}: {sessions[-1]['kind']}", history(sessions), made)

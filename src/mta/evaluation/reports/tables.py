@@ -14,8 +14,8 @@ from rich.text import Text
 
 from mta.evaluation.experiments.results import Results
 from mta.evaluation.metrics import BETTER_LOW, STEMMED
-from mta.evaluation.reports.summary import POOLED, RIVAL, judge, title_of, verdict
-from mta.evaluation.statistics import WORSE, Comparison, Interval
+from mta.evaluation.reports.summary import NAME, POOLED, RIVAL, judge, title_of, verdict
+from mta.evaluation.statistics import WORSE, Comparison, Interval, Resampled, holm
 from mta.system.units import human_bytes, human_seconds
 
 _HIDDEN = {"RMSE", "NLL", *STEMMED}  # on the terminal: RMSE repeats MAE, stems ROUGE, and NLL has its own columns
@@ -66,6 +66,27 @@ def overview(many: Sequence[Results]) -> str:
         shares = [c.worse_off(name, POOLED) for name in names]
         columns.append([f"{share[0]:.0%}" if share else "" for share in shares])
     return markdown(heads, list(zip(*columns)))
+
+
+def primary(many: Sequence[Results]) -> str:
+    """Return a table of the comparisons that the recipes name in advance, corrected for their number; may be empty."""
+    about: list[list[str]] = []
+    tests: list[Resampled] = []
+    for found, other in [(one, other) for one in many for other in one.recipe.primary]:
+        for name in ("seeds", "main"):
+            comparison = found.comparison(name) if name in found.recipe.exhibits else None
+            if comparison and (test := comparison.resampled(NAME, other, comparison.yardstick)):
+                sizes = str(comparison.independent), str(len(found.seeds(name)))
+                about.append([found.name, comparison.yardstick, other, *sizes])
+                tests.append(test)
+                break
+    if not tests:
+        return ""
+    heads = ["set", "measure", f"{NAME} against", "independent people", "seeds", "difference", "corrected p"]
+    rows = [
+        [*one, f"{found.mean:+.3f} {_brackets(found, '+')}", f"{p:.4f}"] for one, (found, p) in zip(about, holm(tests))
+    ]
+    return f"Intervals and p-values are corrected for {len(tests)} comparisons (Holm).\n\n" + markdown(heads, rows)
 
 
 def marked(comparison: Comparison, metric: str, name: str, other: str = POOLED) -> str:
