@@ -1,0 +1,48 @@
+"""Figures in the README and in docs are those of result files."""
+
+import json
+import re
+
+import pytest
+from pages import ROOT
+
+# Decision records quote what was measured at the time, also in experiments whose results were not kept.
+PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")), *sorted(ROOT.glob("docs/[!dpr]*/*.md"))]
+NUMBER = r"[+-]?\d+\.\d+"
+INTERVAL = re.compile(rf"({NUMBER})\**\s+\[({NUMBER}),\s+({NUMBER})\]")
+Figure = tuple[str, ...]
+
+
+def figures_in(text: str) -> set[Figure]:
+    """Means with their intervals, without signs: a gain of 0.03 and a difference of -0.03 are the same figure."""
+    return {figure(*map(float, found)) for found in INTERVAL.findall(text)}
+
+
+def figure(mean: float, *ends: float) -> Figure:
+    return f"{abs(mean):.3f}", *sorted(f"{abs(end):.3f}" for end in ends)
+
+
+def figures_of(value: object) -> set[Figure]:
+    """The same from JSON, where an interval is an object."""
+    if isinstance(value, dict):
+        own = [value.get(key) for key in ("mean", "low", "high")]
+        found = {figure(*own)} if all(isinstance(number, int | float) for number in own) else set()
+        return found.union(*map(figures_of, value.values()))
+    return set().union(*map(figures_of, value)) if isinstance(value, list) else set()
+
+
+@pytest.fixture(scope="module")
+def measured():
+    texts = (path.read_text() for path in (ROOT / "results").rglob("*.md"))
+    values = (json.loads(path.read_text()) for path in (ROOT / "results").rglob("*.json"))
+    return set().union(*map(figures_in, texts), *map(figures_of, values))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_interval_is_in_a_result_file(page, measured):
+    assert sorted(figures_in(page.read_text()) - measured) == []
+
+
+def test_a_wrong_figure_would_be_found(measured):
+    assert figures_in("NLL -0.073 [-0.090,\n-0.056]") <= measured
+    assert not figures_in("NLL **-0.073 [-0.091, -0.056]**") & measured
