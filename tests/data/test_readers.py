@@ -158,7 +158,7 @@ def test_unknown_formats_name_what_was_found(tmp_path: Path) -> None:
     path = jsonl(tmp_path, {"user": "ann", "review": "Fine."})
     fails(path, "lamp3", f"{path}:1: unknown format: the first record has user, review")
     path = jsonl(tmp_path, {})
-    with pytest.raises(DataError, match="the first record has nothing\n  Give JSONL with person, input and output"):
+    with pytest.raises(DataError, match="the first record has nothing\n  Give JSONL, CSV, or Parquet with person"):
         read_people(path, "lamp3")
 
 

@@ -11,6 +11,7 @@ import pytest
 from mta.cli.evaluate import demo, evaluate, report
 from mta.cli.serve import serve
 from mta.data.bm25 import retrieve
+from mta.data.readers import read_people
 from mta.data.tasks import load_task
 from mta.distributed.ray import Cluster
 from mta.errors import MissingExtra
@@ -28,6 +29,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 MODULES = {package: package.replace("-", "_") for packages in EXTRAS.values() for package in packages}
 
 OTHERS_NEED = {"scipy", "httpx2"}  # scikit-learn and huggingface-hub bring them in any case
+OTHERS_NEED |= {"pyarrow"}  # scikit-learn looks for it among the imported modules
 
 
 def test_the_extras_are_those_of_the_distribution():
@@ -64,6 +66,7 @@ FEATURES = {
     "Spearman's correlation": ("eval", "scipy", lambda: rank_correlation(None, None, None)),
     "a picture": ("eval", "matplotlib", lambda: figures.Picture("alt", lambda axes: None).data_uri()),
     "an asset that is converted": ("assets", "gguf", lambda: fetch("smollm2-135m-instruct")),
+    "Parquet": ("tables", "pyarrow", lambda: read_people(Path("people.parquet"), "text")),
     "a cluster": ("ray", "ray", lambda: Cluster("local")),
     **{f"--track {name}": (name, name, lambda name=name: tracker(name)) for name in SINKS},
 }

@@ -25,6 +25,10 @@ def build(
     config: options.Config = None,
     seed: options.Seed = None,
     device: options.Device = None,
+    person_column: options.PersonColumn = None,
+    input_column: options.InputColumn = None,
+    output_column: options.OutputColumn = None,
+    time_column: options.TimeColumn = None,
     skip_bad: options.SkipBad = None,
     resume: Annotated[bool, Option("--resume/--restart", help="Resume an interrupted build, or start over.")] = True,
     cluster: options.ClusterAt = None,
@@ -41,7 +45,7 @@ def build(
     """
     tracker = options.tracker_for(track, out)
     run = options.settings(config, words, task=task, base=base, seed=seed, device=device)
-    people = options.people_in(source, run.task, skip_bad)
+    people = options.people_in(source, run.task, skip_bad, person_column, input_column, output_column, time_column)
     with options.executor_at(cluster, workers, together) as executor, Screen() as screen:
         bank = mta.Bank.build(
             mta.BaseModel.of(run),
@@ -69,6 +73,10 @@ def calibrate(
     words: options.Words = None,
     config: options.Config = None,
     device: options.Device = None,
+    person_column: options.PersonColumn = None,
+    input_column: options.InputColumn = None,
+    output_column: options.OutputColumn = None,
+    time_column: options.TimeColumn = None,
     skip_bad: options.SkipBad = None,
     cluster: options.ClusterAt = None,
     workers: options.Workers = None,
@@ -82,7 +90,9 @@ def calibrate(
 
     Example:  mta bank calibrate bank/ others.jsonl calibration.people=32
     """
-    people = options.people_in(source, options.task_of(folder), skip_bad)
+    people = options.people_in(
+        source, options.task_of(folder), skip_bad, person_column, input_column, output_column, time_column
+    )
     base, bank, run = options.open_bank(folder, words, device=device, config=config, open_to=frozenset({"calibration"}))
     with options.executor_at(cluster, workers, together) as executor, Screen() as screen:
         bank = bank.calibrate(base, people, run=run, executor=executor, on_step=screen.step)

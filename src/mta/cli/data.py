@@ -24,6 +24,10 @@ def describe(
     source: options.Source,
     task: options.Task = None,
     queries: Annotated[int, Option(min=1, help="Number of each person's last items to use as queries.")] = 4,
+    person_column: options.PersonColumn = None,
+    input_column: options.InputColumn = None,
+    output_column: options.OutputColumn = None,
+    time_column: options.TimeColumn = None,
     skip_bad: options.SkipBad = None,
     json: options.Json = False,
 ) -> None:
@@ -32,7 +36,7 @@ def describe(
     Example:  mta data describe history.jsonl --task lamp3 --queries 4
     """
     loaded = load_task(task or "text")
-    people = options.people_in(source, loaded, skip_bad)
+    people = options.people_in(source, loaded, skip_bad, person_column, input_column, output_column, time_column)
     found, splits = readers.describe(people), readers.describe_splits(people, loaded, queries)
     shared = connected(people, loaded)[1]
     if json:
@@ -60,6 +64,10 @@ def show(
     person: Annotated[str | None, Option(help="Person id; default: the first person of the source.")] = None,
     items: Annotated[int, Option(min=1, help="Number of the person's items to print.")] = 3,
     config: options.Config = None,
+    person_column: options.PersonColumn = None,
+    input_column: options.InputColumn = None,
+    output_column: options.OutputColumn = None,
+    time_column: options.TimeColumn = None,
     skip_bad: options.SkipBad = None,
     json: options.Json = False,
 ) -> None:
@@ -68,7 +76,7 @@ def show(
     Example:  mta data show history.jsonl --task lamp3 --person ann
     """
     run = options.settings(config, words, task=task)
-    people = options.people_in(source, run.task, skip_bad)
+    people = options.people_in(source, run.task, skip_bad, person_column, input_column, output_column, time_column)
     chosen = next((p for p in people if person in (None, p.id)), None)
     if chosen is None:
         raise PersonNotFound(

@@ -74,6 +74,10 @@ def evaluate(
     people: Annotated[int | None, Option(min=1, help="Evaluate at most this many people, drawn with the seed.")] = None,
     seed: options.Seed = None,
     device: options.Device = None,
+    person_column: options.PersonColumn = None,
+    input_column: options.InputColumn = None,
+    output_column: options.OutputColumn = None,
+    time_column: options.TimeColumn = None,
     skip_bad: options.SkipBad = None,
     cluster: options.ClusterAt = None,
     workers: options.Workers = None,
@@ -115,7 +119,9 @@ def evaluate(
         hint = "For fewer people: targets=8."
         raise InputError("--privacy takes people and a bank, no recipe and no --people", hint)
     tracker = options.tracker_for(track, out)
-    given = options.people_in(source, options.task_of(bank), skip_bad)
+    given = options.people_in(
+        source, options.task_of(bank), skip_bad, person_column, input_column, output_column, time_column
+    )
     chosen, run_words = _settings(Privacy if privacy else Evaluation, config, words or [])
     base, opened, run = options.open_bank(bank, run_words, seed, device, open_to=options.MERGE_AND_STACK)
     used = chosen.model_dump(mode="json") | base.as_loaded(run).model_dump(mode="json", include=set(RUN_SETTINGS))

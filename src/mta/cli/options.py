@@ -6,11 +6,13 @@ import json
 import os
 import re
 import shlex
+import shutil
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, Option
@@ -44,7 +46,16 @@ def bank_at(name: Path) -> Path:
     return bank_folder(name)
 
 
-Source = Annotated[str, Argument(help="A JSONL, LaMP or Per-Pcs file, a RecBole folder, or movielens-100k.")]
+Source = Annotated[
+    str,
+    Argument(
+        help="JSONL, CSV, Parquet, LaMP or Per-Pcs; a folder of datasets or RecBole; movielens-100k; or - for stdin."
+    ),
+]
+PersonColumn = Annotated[str | None, Option(help="Column of the person, if it is not called person.")]
+InputColumn = Annotated[str | None, Option(help="Column of the input, if it is not called input.")]
+OutputColumn = Annotated[str | None, Option(help="Column of the output, if it is not called output.")]
+TimeColumn = Annotated[str | None, Option(help="Column of the time, if it is not called time.")]
 Words = Annotated[list[str] | None, Argument(help="Settings as key=value, for example memory=8GiB.")]
 PersonId = Annotated[str, Argument(help="Person id.")]
 BankDir = Annotated[Path, Option("--bank", help="Folder or hub id of a bank.", callback=bank_at)]
@@ -80,9 +91,25 @@ def settings(config: Path | None, words: list[str] | None, **options: object) ->
     return load_settings(Run, config, [*(words or []), *as_words(**options)])
 
 
-def people_in(source: str, task: str | TaskType, skip_bad: Path | None = None) -> list[Person]:
-    """Return all people of a file, a folder or a data asset."""
-    return read_people(resolve(source), task, skip_bad=skip_bad)
+def people_in(
+    source: str,
+    task: str | TaskType,
+    skip_bad: Path | None = None,
+    person: str | None = None,
+    input: str | None = None,
+    output: str | None = None,
+    time: str | None = None,
+) -> list[Person]:
+    """Return all people of a file, a folder, a data asset, or standard input; other arguments name columns."""
+    columns = {"person": person, "input": input, "output": output, "time": time}
+    named = {name: column for name, column in columns.items() if column}
+    if source != "-":
+        return read_people(resolve(source), task, columns=named, skip_bad=skip_bad)
+    with TemporaryDirectory() as folder:  # only its owner may read it
+        place = Path(folder, "stdin")
+        with open(place, "wb") as file:
+            shutil.copyfileobj(sys.stdin.buffer, file)
+        return read_people(place, task, columns=named, skip_bad=skip_bad)
 
 
 def task_of(folder: Path) -> TaskType:

@@ -35,6 +35,10 @@ def personalize(
     config: options.Config = None,
     seed: options.Seed = None,
     device: options.Device = None,
+    person_column: options.PersonColumn = None,
+    input_column: options.InputColumn = None,
+    output_column: options.OutputColumn = None,
+    time_column: options.TimeColumn = None,
     skip_bad: options.SkipBad = None,
     resume: Annotated[bool, Option("--resume/--restart", help="Resume interrupted cohorts, or start over.")] = True,
     cluster: options.ClusterAt = None,
@@ -63,7 +67,9 @@ def personalize(
             "--restart was given with --update, which leaves no interrupted cohorts", hint="Leave --restart out."
         )
     tracker, since = options.tracker_for(track, run), Store(store).tombstones.names()  # read before the source
-    read = options.people_in(source, options.task_of(bank), skip_bad)
+    read = options.people_in(
+        source, options.task_of(bank), skip_bad, person_column, input_column, output_column, time_column
+    )
     people = [person.latest(latest) for person in read] if latest else read
     base, opened, settings = options.open_bank(bank, words, seed, device, config, open_to=options.MERGE_AND_STACK)
     _warn_of_members(opened, people)

@@ -13,6 +13,7 @@ EXTRAS: Mapping[str, tuple[str, ...]] = MappingProxyType(  # extra -> its packag
         "assets": ("accelerate", "gguf"),
         "eval": ("bm25s", "cma", "matplotlib", "rouge-score", "scipy"),
         "serve": ("fastapi", "httpx2", "prometheus-client", "uvicorn"),
+        "tables": ("pyarrow",),
         "ray": ("ray",),
         "tensorboard": ("tensorboard",),
         "wandb": ("wandb",),

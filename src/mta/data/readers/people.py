@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -16,21 +16,31 @@ from mta.data.readers.rejects import Place, Rejects, data_error
 from mta.data.readers.rows import Part, item_parts
 from mta.data.readers.sharing import connected, missing_from, same_users, without_answers
 from mta.data.readers.stream import LINE, objects
+from mta.data.readers.tables import table_in
 from mta.data.tasks.load import load_task
 from mta.data.tasks.task import Task
 from mta.errors import DataError, InputError
 
 FORMATS = (
-    "Give JSONL with person, input and output (or the task's own fields) on each line; LaMP (id, input, profile); "
-    "Per-Pcs (user_id, profile, query); or a RecBole folder (*.inter, *.item)."
+    "Give JSONL, CSV, or Parquet with person, input and output (or the task's own fields) in each row, or name other "
+    "columns with --person-column and so on; LaMP (id, input, profile); Per-Pcs (user_id, profile, query); or a "
+    "RecBole folder (*.inter, *.item)."
 )
 SHOTS = (1, 4, 8, 16)  # numbers of shots that evaluations compare
 log = logging.getLogger("mta")
 
 
-def read_people(path: str | Path, task: str | Path | Task, *, skip_bad: str | Path | None = None) -> People:
+def read_people(
+    path: str | Path,
+    task: str | Path | Task,
+    *,
+    columns: Mapping[str, str] | None = None,
+    skip_bad: str | Path | None = None,
+) -> People:
     """Return the people of a file or folder in order of appearance, each with their items in time order.
 
+    ``columns`` names the columns of person, input, output, and time (or of the task's own fields), where they are
+    called otherwise.
     LaMP records without ``user_id`` are merged if their profiles show that they belong to one user; the smallest
     question id becomes the person's id. People who hold copies of the same items get the same ``group``.
     A bad row raises an error; with ``skip_bad``, bad rows are written to that file as JSONL ({file, line, field,
@@ -41,7 +51,7 @@ def read_people(path: str | Path, task: str | Path | Task, *, skip_bad: str | Pa
     aside = _aside(skip_bad, source)
     gathered: dict[str, _Gathered] = {}
     with Rejects.to(aside) as rejects:
-        for part in iter_parts(source, task, rejects):
+        for part in iter_parts(source, task, rejects, columns):
             gathered.setdefault(part.person, _Gathered(part.named)).take(part, rejects)
     if rejects.count:
         log.warning("%d bad rows of %s were skipped; they are in %s", rejects.count, source, aside)
@@ -55,19 +65,24 @@ def read_people(path: str | Path, task: str | Path | Task, *, skip_bad: str | Pa
     return People(people, task)
 
 
-def iter_parts(path: Path, task: Task, rejects: Rejects) -> Iterator[Part]:
-    """Yield people's items in the order of the file; a person may come in many parts. Raises DataError."""
-    if path.is_dir() and any(path.glob("*.inter")):
+def iter_parts(path: Path, task: Task, rejects: Rejects, columns: Mapping[str, str] | None = None) -> Iterator[Part]:
+    """Yield people's items in the order of the file; a person may come in many parts. Raises DataError, InputError."""
+    if path.is_dir() and any(path.glob("*.inter")) and not columns:
         yield from recbole_parts(path, task, rejects)
         return
-    file = questions_in(path) if path.is_dir() else path
-    records = ((Place(file, line), row) for line, row in objects(file, rejects))
+    if table := table_in(path):
+        file, records = path, table(path, rejects)
+    else:
+        file = questions_in(path) if path.is_dir() else path
+        records = ((Place(file, line), row) for line, row in objects(file, rejects))
     first = next(records, None)
     if first is None:
         return
     every = chain([first], records)
     keys = first[1].keys()
-    if "profile" in keys and "query" in keys:
+    if columns:
+        yield from item_parts(every, task, rejects, columns)
+    elif "profile" in keys and "query" in keys:
         yield from perpcs_parts(every, task, rejects)
     elif "profile" in keys and "input" in keys:
         yield from lamp_parts(every, file, task, rejects)

@@ -10,12 +10,14 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from types import MappingProxyType
 from typing import Any
 
 from mta.data.history import Item
 from mta.data.readers.rejects import Bad, Place, Rejects
 from mta.data.readers.stream import kind_of
 from mta.data.tasks.task import Task, as_text, short
+from mta.errors import InputError
 
 log = logging.getLogger("mta")
 
@@ -125,18 +127,50 @@ def _missing(row: Mapping[str, Any], task: Task, other: Mapping[str, str]) -> st
     if "input" in row and len(task.item.inputs) > 1:
         fields = ", ".join(task.item.inputs)
         return f"missing; 'input' stands for one field, but task {task.name!r} has {fields}: give each under its name"
-    got = ", ".join(sorted(row.keys() - {"person", "time", "id"})) or "none of them"
+    given = {key for key, value in row.items() if value is not None}
+    got = ", ".join(sorted(given - {"person", "time", "id"})) or "none of them"
     hint = "" if also else "; if this is the wrong task, give another --task"
     return f"missing; task {task.name!r} needs {names}; got {got}{hint}"
 
 
-def item_parts(records: Iterator[tuple[Place, dict[str, Any]]], task: Task, rejects: Rejects) -> Iterator[Part]:
-    """Yield one item per record: ``person``, the task's fields, and where known ``time`` and ``id``."""
+def _columns_of(task: Task, columns: Mapping[str, str]) -> dict[str, str]:
+    """Return the task's own fields, person, and time -> their columns. Raises InputError."""
+    form = task.item
+    names = {"output": form.target} | ({"input": form.inputs[0]} if len(form.inputs) == 1 else {})
+    named = {names.get(name, name): column for name, column in columns.items()}
+    if unknown := named.keys() - {"person", "time", "id", *task.fields()}:
+        raise InputError(
+            f"task {task.name!r} has no field {min(unknown)!r}; its fields are {', '.join(task.fields())}",
+            hint="Rename the columns of the file to these names.",
+        )
+    return named
+
+
+def item_parts(
+    records: Iterator[tuple[Place, dict[str, Any]]],
+    task: Task,
+    rejects: Rejects,
+    columns: Mapping[str, str] = MappingProxyType({}),
+) -> Iterator[Part]:
+    """Yield one item per record: ``person``, the task's fields, and where known ``time`` and ``id``.
+
+    ``columns``: person, time, input, output, or one of the task's fields -> its column. Raises InputError.
+    """
     known, unread = {"person", "time", "id", "input", "output", *task.fields()}, Counter[str]()
-    for place, row in records:
+    named = _columns_of(task, columns)
+    for place, record in records:
+        row = {name: value for name, value in record.items() if name not in (*named, *named.values())}
         unread.update(row.keys() - known)
-        with rejects.skipping(place, row):
-            yield Part(text_in(row, "person"), (item_in(row, task),), place)
+        row |= {name: record[column] for name, column in named.items() if column in record}
+        with rejects.skipping(place, record):
+            try:
+                part = Part(text_in(row, "person"), (item_in(row, task),), place)
+            except Bad as bad:  # in the words of the file
+                column = named.get(bad.field or "", bad.field)
+                lacks = column in named.values() and column not in record
+                got = f"missing; the columns are {', '.join(record)}"
+                raise Bad(column, got if lacks else bad.reason, bad.place) from None
+            yield part
     if unread:
         names = ", ".join(f"{short(name)} ({count} lines)" for name, count in unread.most_common(3))
         log.warning("ignored fields: %s%s; times are read from 'time'", names, ", …" * (len(unread) > 3))

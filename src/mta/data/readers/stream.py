@@ -74,7 +74,7 @@ def text_lines(path: Path, rejects: Rejects) -> Iterator[tuple[int, str]]:
 
 def objects(path: Path, rejects: Rejects) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield the JSON objects of a JSONL file or of one array. Raises DataError if the file is empty."""
-    start = _first_byte(path)
+    start = first_byte(path)
     if not start:
         raise DataError(
             f"{path} is empty; expected JSONL with one item per line, or a JSON array",
@@ -85,7 +85,8 @@ def objects(path: Path, rejects: Rejects) -> Iterator[tuple[int, dict[str, Any]]
             yield line, object_in(value)
 
 
-def _first_byte(path: Path) -> bytes:
+def first_byte(path: Path) -> bytes:
+    """Return the first byte of a file that is not white space; empty without one."""
     with opened(path) as file:
         head = file.read(CHUNK).removeprefix(codecs.BOM_UTF8).lstrip()
         while not head and (more := file.read(CHUNK)):

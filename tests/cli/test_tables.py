@@ -1,0 +1,38 @@
+"""Files as people have them: a table whose columns have other names, and standard input."""
+
+import io
+import sys
+
+import pytest
+from world import mta, run
+
+TABLE = "user;body;stars;day\nann;Fine.;4;2024-05-31\nbob;Bad.;1;\nann;Good.;5;2024-06-01\n"
+COLUMNS = ["--person-column", "user", "--input-column", "body", "--output-column", "stars", "--time-column", "day"]
+
+
+def typed(monkeypatch, text):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
+
+
+def test_a_table_with_other_columns_is_read(tmp_path):
+    path = tmp_path / "reviews.csv"
+    path.write_text(TABLE)
+    said = mta("data", "describe", path, "--task", "lamp3", *COLUMNS)
+    assert said.out.startswith("people 2  items 3")
+    assert "people with a time on every item: 1" in said.out
+    failed = run("data", "describe", path, "--task", "lamp3", *COLUMNS[:6], "--time-column", "body")
+    assert failed.code == 1
+    assert "reviews.csv:2: field 'body': bad time 'Fine.'" in failed.err
+
+
+@pytest.mark.parametrize("text", [TABLE, '{"user": "ann", "body": "Fine.", "stars": 4, "day": "2024"}\n'])
+def test_people_come_from_standard_input(monkeypatch, text):
+    typed(monkeypatch, text)
+    assert mta("data", "describe", "-", "--task", "lamp3", *COLUMNS, "--json").json["people"] in (1, 2)
+
+
+def test_an_empty_standard_input_is_an_error(monkeypatch):
+    typed(monkeypatch, "")
+    said = run("data", "describe", "-", "--task", "lamp3")
+    assert said.code == 1
+    assert "stdin is empty; expected JSONL" in said.err

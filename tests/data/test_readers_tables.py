@@ -1,0 +1,177 @@
+"""Tables: CSV, Parquet, folders of datasets, and columns with other names."""
+
+import csv
+import io
+import json
+from datetime import UTC, date, datetime
+from decimal import Decimal
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from files import fails, jsonl
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mta.data.history import Item, Person
+from mta.data.readers import read_people
+from mta.data.readers.rejects import Rejects
+from mta.data.readers.tables import csv_rows
+from mta.errors import DataError, InputError, MissingExtra
+
+ROWS = 'person,text,score,time\nann,Fine.,4,2024-05-31\n007,"Broke, then\nburned.",1.0,\nann,Old.,2,2020\n'
+PEOPLE = [
+    Person(
+        "ann", (Item({"text": "Old.", "score": "2"}, 1577836800.0), Item({"text": "Fine.", "score": "4"}, 1717113600.0))
+    ),
+    Person("007", (Item({"text": "Broke, then\nburned.", "score": "1"}),)),
+]
+NAMED = {"person": "user", "input": "body", "output": "stars", "time": "day"}
+
+
+def written(path: Path, text: str) -> Path:
+    path.write_text(text, encoding="utf-8", newline="")
+    return path
+
+
+@pytest.mark.parametrize("delimiter", [",", ";", "\t"])
+@pytest.mark.parametrize(
+    ("name", "end", "mark"), [("a.csv", "\n", ""), ("a.TSV", "\r\n", "\ufeff"), ("stdin", "\n", "")]
+)
+def test_a_table_gives_the_people_of_its_rows(tmp_path, delimiter, name, end, mark):
+    out = io.StringIO()
+    csv.writer(out, delimiter=delimiter, lineterminator=end).writerows(csv.reader(io.StringIO(ROWS)))
+    assert read_people(written(tmp_path / name, mark + out.getvalue()), "lamp3") == PEOPLE
+
+
+def test_columns_with_other_names(tmp_path):
+    table = written(tmp_path / "a.csv", "user,body,stars,day,text\nann,Fine.,4,2024,not this\n")
+    (ann,) = read_people(table, "lamp3", columns=NAMED)
+    assert ann == Person("ann", (Item({"text": "Fine.", "score": "4"}, 1704067200.0),))
+    lines = jsonl(tmp_path, {"user": "ann", "body": "Fine.", "stars": 4, "day": "2024", "person": "bob", "score": 9})
+    assert read_people(lines, "lamp3", columns=NAMED) == [ann]
+
+
+@pytest.mark.parametrize(
+    ("text", "place", "message"),
+    [
+        ("ann,Fine.\n", 2, "expected 3 columns, got 2"),
+        ("ann,Fine.,4\nbob,Bad.,7\n", 3, "field 'stars': unknown label '7'; expected one of: 1, 2, 3, 4, 5"),
+        (
+            'ann,"two\nlines",4\nbob, ,2\n',
+            4,
+            "field 'body': missing; task 'lamp3' needs text (or input), score (or output); got score",
+        ),
+        ('ann,"open\n', 2, "not a table: unexpected end of data"),
+    ],
+)
+def test_errors_name_row_and_column(tmp_path, text, place, message):
+    table = written(tmp_path / "a.csv", "user,body,stars\n" + text)
+    with pytest.raises(DataError) as caught:
+        read_people(table, "lamp3", columns={"person": "user", "input": "body", "output": "stars"})
+    assert caught.value.message.startswith(f"{table}:{place}: {message}")
+
+
+def test_a_missing_column_is_named_with_those_that_are_there(tmp_path):
+    table = written(tmp_path / "a.csv", "user,text,score\nann,Fine.,4\n")
+    with pytest.raises(DataError, match="field 'person': missing"):
+        read_people(table, "lamp3")
+    with pytest.raises(DataError, match="field 'uesr': missing; the columns are user, text, score"):
+        read_people(table, "lamp3", columns={"person": "uesr"})
+    with pytest.raises(InputError, match="has no field 'input'; its fields are title, genres, rating"):
+        read_people(table, "movielens-rating", columns={"person": "user", "input": "text"})
+    fails(
+        written(tmp_path / "b.csv", "text,person,text\n"),
+        "lamp3",
+        f"{tmp_path}/b.csv:1: field 'text': two columns have this name",
+    )
+    bad = tmp_path / "c.csv"
+    bad.write_bytes(b"person,text,score\nann,caf\xe9,4\n")
+    fails(bad, "lamp3", f"{bad}:2: not UTF-8: byte 0xe9; save the file as UTF-8")
+
+
+def test_bad_rows_can_be_skipped(tmp_path):
+    table = written(tmp_path / "a.csv", "person,text,score\nann,Fine.,4\nann,Fine\nann,Bad.,one\n")
+    (ann,) = read_people(table, "lamp3", skip_bad=tmp_path / "bad.jsonl")
+    assert len(ann.items) == 1
+    assert [json.loads(line)["line"] for line in (tmp_path / "bad.jsonl").read_text().splitlines()] == [3, 4]
+
+
+CELLS = st.text(st.characters(codec="utf-8", exclude_characters="\0\r"), max_size=20)
+
+
+@given(st.lists(st.tuples(CELLS, CELLS), min_size=1, max_size=6))
+def test_every_cell_is_read_as_it_was_written(tmp_path_factory, cells):
+    path = tmp_path_factory.mktemp("csv") / "a.csv"
+    with open(path, "w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows([("a", "b"), *cells])
+    found = [(row["a"], row["b"]) for _, row in csv_rows(path, Rejects())]
+    assert found == [tuple(cell if cell.strip() else None for cell in row) for row in cells]
+
+
+# -- Arrow -------------------------------------------------------------------------------------------------------------
+
+
+def table_of(**more):
+    values = {
+        "person": ["ann", "007", "ann"],
+        "text": ["Fine.", "Broke, then\nburned.", "Old."],
+        "score": [Decimal(4), Decimal(1), Decimal(2)],
+        "time": [datetime(2024, 5, 31, tzinfo=UTC), None, datetime(2020, 1, 1, tzinfo=UTC)],
+    }
+    return pa.table(values | more)
+
+
+def as_datasets(folder: Path, table: pa.Table) -> Path:
+    """Write a table as ``datasets.Dataset.save_to_disk`` does."""
+    folder.mkdir()
+    with (
+        pa.OSFile(str(folder / "data-00000-of-00001.arrow"), "wb") as file,
+        pa.ipc.new_stream(file, table.schema) as out,
+    ):
+        out.write_table(table)
+    (folder / "state.json").write_text(json.dumps({"_data_files": [{"filename": "data-00000-of-00001.arrow"}]}))
+    return folder
+
+
+def test_parquet_and_datasets_give_the_people_of_their_rows(tmp_path):
+    pq.write_table(table_of(), tmp_path / "a.parquet")
+    assert read_people(tmp_path / "a.parquet", "lamp3") == PEOPLE
+    assert read_people(tmp_path, "lamp3") == PEOPLE  # a folder of Parquet files
+    assert read_people(as_datasets(tmp_path / "split", table_of()), "lamp3") == PEOPLE
+
+
+def test_class_labels_are_read_by_their_names(tmp_path):
+    features = {"score": {"names": ["5", "4", "1", "2"], "_type": "ClassLabel"}, "text": {"dtype": "string"}}
+    metadata = {"huggingface": json.dumps({"info": {"features": features}})}
+    table = table_of(score=[1, 2, 3]).replace_schema_metadata(metadata)
+    assert read_people(as_datasets(tmp_path / "split", table), "lamp3") == PEOPLE
+    without = table_of(score=[1, -1, 3]).replace_schema_metadata(metadata)
+    with pytest.raises(DataError, match=r"data-00000-of-00001.arrow:2: field 'score': missing"):
+        read_people(as_datasets(tmp_path / "other", without), "lamp3")
+
+
+def test_what_cannot_be_read_is_named(tmp_path):
+    (tmp_path / "a.parquet").write_bytes(b"PAR1 and no more")
+    with pytest.raises(DataError, match=r"a\.parquet cannot be read"):
+        read_people(tmp_path / "a.parquet", "lamp3")
+    with pytest.raises(DataError, match="no such file"):
+        read_people(tmp_path / "b.parquet", "lamp3")
+    split = as_datasets(tmp_path / "split", table_of(text=[["a list"], ["b"], ["c"]], time=[date(2024, 1, 1)] * 3))
+    with pytest.raises(DataError, match=r"arrow:1: field 'text': expected text or a number, got a list"):
+        read_people(split, "lamp3")
+    (split / "state.json").write_text("{}")
+    with pytest.raises(DataError, match=r"state\.json cannot be read"):
+        read_people(split, "lamp3")
+    (tmp_path / "dataset_dict.json").write_text('{"splits": ["split"]}')
+    with pytest.raises(DataError, match="holds several splits: split") as caught:
+        read_people(tmp_path, "lamp3")
+    assert caught.value.hint == "Give the folder of one of them."
+
+
+def test_without_the_extra_only_parquet_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("mta.system.extras.find_spec", lambda _: None)
+    assert read_people(written(tmp_path / "a.csv", ROWS), "lamp3") == PEOPLE
+    with pytest.raises(MissingExtra, match="extra 'tables'"):
+        read_people(tmp_path / "a.parquet", "lamp3")
