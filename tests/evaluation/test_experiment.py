@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import math
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -11,20 +12,18 @@ import torch
 from conftest import people_of
 from tiny import base_of, tokenizer
 
+from mta.bank.build import LOSSES
+from mta.bank.selection import pooled_items
 from mta.config import override
-from mta.data.history import Item, Person
 from mta.data.readers import read_answers
-from mta.data.readers.sharing import connected
-from mta.data.splits import PARTS
 from mta.data.tasks import load_task
 from mta.errors import ConfigError, DataError, InputError
 from mta.evaluation.experiments import runner
 from mta.evaluation.experiments import workspace as workspace_module
-from mta.evaluation.experiments.parts import draw_parts, with_tested
 from mta.evaluation.experiments.recipe import Experiment, load_experiment, names, wanted
 from mta.evaluation.experiments.results import Record, Records, Results, read_records
 from mta.evaluation.experiments.runner import run_experiment
-from mta.evaluation.experiments.workspace import BATCH, Workspace, batches
+from mta.evaluation.experiments.workspace import BATCH, MAIN, Workspace, batches
 from mta.evaluation.methods import METHODS
 from mta.evaluation.metrics import score
 from mta.evaluation.reports.publish import report
@@ -65,70 +64,6 @@ def finished(world, tmp_path_factory):
     return out
 
 
-# -- people who share items --------------------------------------------------------------------------------------------
-
-
-def authors(pairs: int, items: int = 12) -> list[Person]:
-    """Pairs of people with copies of one long text; every fifth person has few items."""
-    made = []
-    for n in range(2 * pairs):
-        texts = [f"{'written with somebody ' * 5}{n // 2}", *(f"{'alone ' * 20}{n}/{k}" for k in range(items))]
-        fields = [{"abstract": text, "title": f"About {n // 2}"} for text in texts]
-        made.append(
-            Person.of(f"p{n:03}", [Item(one, float(t)) for t, one in enumerate(fields)][: 2 if n % 5 == 0 else 99])
-        )
-    return connected(made, load_task("lamp5"))[0]
-
-
-def recipe_of(*words: str) -> Experiment:
-    people = ["people.test=12", "people.candidates=16", "people.development=4", "people.task=30"]
-    return override(load_experiment("lamp5"), ["queries=12", "shots=1", "run.bank.min_items=3", *people, *words])
-
-
-def test_people_who_share_items_are_in_one_part():
-    people = authors(40)
-    splits, sizes = draw_parts(recipe_of(), load_task("lamp5"), people)
-    part = {id: name for name in PARTS for id in getattr(splits, name)}
-    for one, other in zip(people[::2], people[1::2]):
-        assert len({part[p.id] for p in (one, other) if p.id in part}) <= 1
-    assert (len(splits.test), len(splits.candidates)) == (12, 16)
-    assert (sizes["people who share items"], sizes["groups"], sizes["test queries trained on"]) == (80, 40, 0)
-
-
-def test_separated_groups_are_counted_as_queries_trained_on(caplog):
-    people, recipe = authors(40), recipe_of("people.together=false")
-    _, sizes = draw_parts(recipe_of("people.together=false"), load_task("lamp5"), people)
-    assert sizes["test queries trained on"] == 0  # the copy is the oldest item: a shot, and no query
-    reversed_people = [Person(p.id, p.items[::-1], group=p.group) for p in people]
-    _, sizes = draw_parts(recipe, load_task("lamp5"), reversed_people)
-    assert sizes["test queries trained on"] > 0
-    assert "test queries also occur in the histories of training people" in caplog.text
-
-
-def test_together_changes_nothing_without_shared_items():
-    people = [Person(p.id, p.items) for p in authors(40)]
-    both = [draw_parts(recipe_of(*words), load_task("lamp5"), people) for words in ((), ("people.together=false",))]
-    assert both[0] == both[1]
-    assert "groups" not in both[0][1]
-
-
-def test_people_of_another_source_are_tested_and_their_copies_train_nothing():
-    people = authors(40)
-    # Copies of the first pair, of others with few items, and somebody new; all with ids that the data has, too.
-    tested = [Person(f"p{n:03}", people[n].items) for n in (1, 5, 7)]
-    tested.append(Person("p009", tuple(Item({"abstract": f"{'new ' * 30}{n}", "title": "New"}) for n in range(14))))
-    task = load_task("lamp5")
-    known, new = with_tested(people, tested, task)
-    splits, sizes = draw_parts(recipe_of(), task, known, new)
-    assert set(splits.test) == {"tested/p001", "tested/p007", "tested/p009"}  # the other has too few items
-    used = {*splits.task, *splits.candidates, *splits.development}
-    assert not used & {"p000", "p001", "p004", "p005", "p006", "p007"}  # and those who share items with them
-    assert (len(splits.candidates), len(splits.task)) == (16, 30)
-    assert sizes["test queries trained on"] == 0
-    with pytest.raises(InputError, match="none of the 1 people to test has 1 shots and 12 queries"):
-        draw_parts(recipe_of(), task, *with_tested(people, tested[1:2], task))
-
-
 def test_an_experiment_tests_people_of_another_file(world, cache, tmp_path):
     rows = [
         {"person": person.id, **item.fields, "time": item.time}
@@ -138,10 +73,10 @@ def test_an_experiment_tests_people_of_another_file(world, cache, tmp_path):
     others = tmp_path / "others.jsonl"
     others.write_text("".join(json.dumps(row) + "\n" for row in rows))
     workspace = workspace_of(world, tmp_path / "run", test=str(others))
-    assert workspace.splits.test == tuple(f"tested/{person.id}" for person in people_of(4))
+    assert [id.partition("/")[2] for id in workspace.splits.test] == [person.id for person in people_of(4)]
     run_experiment(workspace, ["ablation"])
     found = Results.read(tmp_path / "run")
-    assert found.name == "people.jsonl-others"
+    assert found.name == "movielens-rating-others"
     assert found.comparison("ablation").people == 4
 
 
@@ -169,20 +104,37 @@ def test_every_recipe_can_be_read_and_names_its_task():
         assert {"main", "ablation", "shots", "k", "alpha", "anchors", "efficiency"} <= set(recipe.exhibits)
 
 
-def test_the_fair_pool_has_the_anchors_too_and_trains_as_long(world, cache, tmp_path):
-    workspace = workspace_of(world, tmp_path / "run", "run.task_lora.training.batch_size=3")
-    _, everything, as_long, _ = workspace.recipe.exhibits["main"]
-    main, pooled = workspace.bank(workspace_module.MAIN, 0), workspace.bank(everything, 0)
-    anchors = [p.id for p in workspace.people if "anchor" in main.info.members.artefacts_of(p.id)]
-    assert len(anchors) == 2
-    assert [pooled.info.members.artefacts_of(id) for id in anchors] == [["task LoRA"]] * 2
-    assert pooled.info.run.task_lora.training == main.info.run.task_lora.training
-    longer = workspace.bank(as_long, 0).info.run.task_lora
-    assert (longer.rounds, longer.training.steps) == (
-        1,
-        6,
-    )  # 8 items, and 2 anchors with 4, all once: 16 in batches of 3
+def test_the_fair_pool_trains_on_all_that_the_bank_saw_and_for_as_many_examples(world, cache, tmp_path, monkeypatch):
+    words = ["run.task_lora.training.batch_size=3", "run.task_lora.rounds=2"]
+    workspace = workspace_of(world, tmp_path / "run", *words, "people.task=14", "run.task_lora.items=20")
+    monkeypatch.setattr("mta.bank.selection._held_out", lambda people, seed: {people[0].id})
+    _, everything, as_many, _ = workspace.recipe.exhibits["main"]
+    main, seen = workspace.bank(MAIN, 0), {}
+    build = workspace_module.build_bank
+
+    def watched(base, task, encoder, people, candidates, run, out, **how):
+        seen[out.name] = people, how["held_out"]
+        return build(base, task, encoder, people, candidates, run, out, **how)
+
+    monkeypatch.setattr(workspace_module, "build_bank", watched)
+    pooled, longer = workspace.bank(everything, 0), workspace.bank(as_many, 0)
+    trained, held_out = seen["everything-0"]
+    behind = {p.id: p for p in workspace.people if {*main.info.members.artefacts_of(p.id)} & {"anchor", "calibration"}}
+    assert {p.id: p.items for p in trained if p.id in behind} == {id: p.latest(4).items for id, p in behind.items()}
+    own, held = pooled_items(workspace.splits.select("task", workspace.people), main.info.run.task_lora, 0)
+    assert sorted(map(str, own)) == sorted(str(item) for p in trained if p.id not in behind for item in p.items)
+    assert sorted(map(str, held)) == sorted(str(item) for p in held_out for item in p.items) != []
+    assert all("task LoRA" in pooled.info.members.artefacts_of(p.id) for p in (*trained, *held_out))
+    rounds = len(json.loads((tmp_path / "run" / "banks" / "main-0" / "run.json").read_text())["sittings"][0][LOSSES])
+    steps = math.ceil((rounds * len(own) + 4 * len(main)) / 3)  # anchors have four items, trained on once
+    assert longer.info.run.task_lora.training.steps == steps
+    assert longer.info.run.task_lora.rounds == 1
     assert not torch.equal(*(next(iter(b.task_lora.factors.values())).b for b in (main, pooled)))
+
+
+def test_a_recipe_for_people_of_another_file_asks_for_it(world, cache, tmp_path):
+    with pytest.raises(InputError, match="this recipe tests people of another file"):
+        workspace_of(world, tmp_path / "run", "needs_test=true")
 
 
 def test_smoke_runs_every_registered_method(finished):

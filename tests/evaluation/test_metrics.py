@@ -9,7 +9,7 @@ from sklearn.metrics import accuracy_score, log_loss, mean_absolute_error, mean_
 
 from mta.data.tasks import load_task
 from mta.evaluation.metrics import Answers, from_scores, measure, median_labels, query_nll
-from mta.evaluation.statistics import Interval, Resampled, better, bootstrap, holm, resample, student_t
+from mta.evaluation.statistics import Interval, Resampled, better, bootstrap, corrected, resample, student_t
 
 RATING, TAG, HEADLINE = load_task("movielens-rating"), load_task("lamp2"), load_task("lamp4")
 
@@ -147,14 +147,16 @@ def test_bootstrap_intervals_cover_the_mean_of_pairs():
     assert wider == pytest.approx(2**0.5, rel=0.05)
 
 
-def test_bootstrap_resamples_seeds_at_a_second_level():
+@pytest.mark.parametrize(("seeds", "covered"), [(3, 0.86), (8, 0.9)])
+def test_bootstrap_resamples_seeds_at_a_second_level(seeds, covered):
     generator = torch.Generator().manual_seed(7)
-    own, shared = torch.randn(300, 1, 60, generator=generator), torch.randn(300, 8, 1, generator=generator)
-    samples = (own + shared).double()  # a seed moves all people together
+    own = torch.randn(300, 1, 60, generator=generator)
+    shared = torch.randn(300, seeds, 1, generator=generator) * (seeds / 60) ** 0.5  # varies the mean as people do
+    samples = (own + shared).double()
     found = [bootstrap(sample, seed, times=800) for seed, sample in enumerate(samples)]
-    assert 0.85 <= sum(one.low <= 0 <= one.high for one in found) / len(found) <= 0.98
+    assert covered <= sum(one.low <= 0 <= one.high for one in found) / len(found) <= 0.98
     averaged = [bootstrap(sample.mean(0), seed, times=800) for seed, sample in enumerate(samples)]
-    assert sum(one.low <= 0 <= one.high for one in averaged) / len(averaged) < 0.65
+    assert sum(one.low <= 0 <= one.high for one in averaged) / len(averaged) < 0.86
     assert all(one.mean == pytest.approx(other.mean) for one, other in zip(found, averaged))
 
 
@@ -170,34 +172,39 @@ def test_p_values_are_below_a_level_as_often_as_it_says():
     found = [resample(sample, seed, times=500).p for seed, sample in enumerate(samples)]
     assert sum(p < 0.05 for p in found) / len(found) == pytest.approx(0.05, abs=0.03)
     assert sum(p < 0.5 for p in found) / len(found) == pytest.approx(0.5, abs=0.08)
-    assert resample(torch.ones(9)).p == pytest.approx(2 / 10_001)
+    assert resample(torch.ones(20)).p == pytest.approx(2 / 10_001)
     assert resample(torch.zeros(9)).p == 1.0
+
+
+def test_few_people_on_one_side_prove_little():
+    assert resample(torch.ones(5)).p == 2**-4  # as their signs alone
+    assert resample(torch.ones(1)).p == resample(torch.ones(9), groups=["one"] * 9).p == 1.0
 
 
 def spread(p):
     """A mean of about 1 whose p-value is ``p``."""
     below = round(p * 10_001 / 2) - 1
-    return Resampled(1.0, torch.cat([-torch.ones(below), torch.linspace(0.5, 1.5, 10_000 - below)]).double())
+    return Resampled(1.0, torch.cat([-torch.ones(below), torch.linspace(0.5, 1.5, 10_000 - below)]).double(), 100)
 
 
-def test_holm_corrects_p_values_and_intervals():
-    raw = [0.04, 0.001, 0.03, 0.012]
-    found = holm([spread(p) for p in raw])
+def test_many_tests_are_corrected_by_holm_and_bonferroni():
+    found = corrected([spread(p) for p in (0.04, 0.001, 0.03, 0.012)])
     assert [p for _, p in found] == pytest.approx([0.06, 0.004, 0.06, 0.036], abs=1e-3)  # 0.03 * 2 holds for 0.04, too
-    assert [one.low > 0 for one, _ in found] == [p < 0.05 for _, p in found] == [False, True, False, True]
-    assert holm([]) == []
-    (alone,) = holm([spread(0.04)])
-    assert alone == (spread(0.04).interval(), spread(0.04).p)
+    assert [one for one, _ in found] == [spread(p).interval(1 - 0.05 / 4) for p in (0.04, 0.001, 0.03, 0.012)]
+    assert [one.low > 0 for one, _ in found] == [False, True, False, True]
+    assert corrected([]) == []
+    assert corrected([spread(0.04)]) == [(spread(0.04).interval(), spread(0.04).p)]
 
 
 @given(st.lists(st.floats(0.001, 1), min_size=1, max_size=8), st.randoms(use_true_random=False))
-def test_holm_depends_on_no_order_and_only_raises_p_values(raw, random):
+def test_corrections_do_not_depend_on_the_order_and_only_raise_p_values(raw, random):
     tests = [spread(p) for p in raw]
     order = random.sample(range(len(tests)), len(tests))
-    found = holm(tests)
-    assert sorted(p for _, p in found) == sorted(p for _, p in holm([tests[n] for n in order]))
+    found, shuffled = corrected(tests), corrected([tests[n] for n in order])
+    assert [interval for interval, _ in shuffled] == [found[n][0] for n in order]
+    assert [p for _, p in shuffled] == pytest.approx([found[n][1] for n in order])
     assert all(p >= test.p for (_, p), test in zip(found, tests))
-    assert all((one.low > 0) == (p < 0.05) for one, p in found)
+    assert all(p < 0.055 for one, p in found if one.low > 0)  # one draw more than 5%, at most
 
 
 def test_student_t_equals_published_values():

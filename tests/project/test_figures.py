@@ -14,12 +14,14 @@ Figure = tuple[str, ...]
 
 
 def figures_in(text: str) -> set[Figure]:
-    """Means with their intervals, without signs: a gain of 0.03 and a difference of -0.03 are the same figure."""
+    """Means with their intervals: a gain of 0.03 and a difference of -0.03 are the same figure."""
     return {figure(*map(float, found)) for found in INTERVAL.findall(text)}
 
 
-def figure(mean: float, *ends: float) -> Figure:
-    return f"{abs(mean):.3f}", *sorted(f"{abs(end):.3f}" for end in ends)
+def figure(mean: float, low: float, high: float) -> Figure:
+    """The interval or its mirror image: the one with the larger mean."""
+    mean, low, high = max((mean, low, high), (-mean, -high, -low))
+    return tuple(f"{number:.3f}".replace("-0.000", "0.000") for number in (mean, low, high))
 
 
 def figures_of(value: object) -> set[Figure]:
@@ -46,3 +48,5 @@ def test_every_interval_is_in_a_result_file(page, measured):
 def test_a_wrong_figure_would_be_found(measured):
     assert figures_in("NLL -0.073 [-0.090,\n-0.056]") <= measured
     assert not figures_in("NLL **-0.073 [-0.091, -0.056]**") & measured
+    assert figures_in("0.070 [-0.004, 0.147]") == figures_in("-0.070 [-0.147, +0.004]")
+    assert figures_in("-0.070 [-0.147, -0.004]") != figures_in("-0.070 [-0.147, +0.004]")

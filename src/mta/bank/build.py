@@ -78,6 +78,7 @@ def build_bank(
     run: Run,
     out: Path,
     *,
+    held_out: Sequence[Person] = (),
     task_lora: Path | None = None,
     executor: Executor | None = None,
     on_step: OnStep | None = None,
@@ -87,6 +88,7 @@ def build_bank(
 ) -> None:
     """Train the task LoRA on ``task_people`` and one meta-LoRA per anchor among ``candidates``; write them to ``out``.
 
+    The task LoRA is trained while the loss of ``held_out`` people falls; by default a tenth of ``task_people``.
     ``task_lora`` is the folder of a task LoRA that was trained earlier with the same settings and people; it is copied.
     A killed build resumes from its last checkpoint, unless ``resume`` is False. A finished bank is not changed, except
     for the task's ``answer_tokens``, which does not affect training.
@@ -94,10 +96,13 @@ def build_bank(
     for the steps.
     Source: arXiv:2511.20072, stage 1; clusters: its README, "most active": Per-Pcs. Raises InputError, BankError.
     """
-    task_people, candidates = (sorted(people, key=lambda person: person.id) for people in (task_people, candidates))
+    task_people, candidates, held_out = (
+        sorted(people, key=lambda person: person.id) for people in (task_people, candidates, held_out)
+    )
     own_task = {"task": str(Path(run.task).resolve())} if Path(run.task).is_file() else {}
     run = base.as_loaded(run.model_copy(update={"task": task.name, "encoder": encoder.name}))
-    histories = [[[person.id, person.digest()] for person in group] for group in (task_people, candidates)]
+    groups = (task_people, candidates, *([held_out] if held_out else []))
+    histories = [[[person.id, person.digest()] for person in group] for group in groups]
     work = work_key(base, task, encoder, histories, run, task_lora)
     stages = work_key(base, task, encoder, histories, _uncalibrated(run), task_lora)  # of stages 0 and 1
     if _is_finished(out, work, stages, work_key(base, task, encoder, histories, _as_before(run), task_lora)):
@@ -129,14 +134,14 @@ def build_bank(
     plan_of(base, known_people(base, task, others, run.calibration), len(anchors), run)
     record.about["plan"] = plan.digest
     with record:
-        pooled = build.task_lora(task_people, task_lora) if run.task_lora.enabled else None
+        pooled = build.task_lora(task_people, held_out, task_lora) if run.task_lora.enabled else None
         bank = build.meta_loras(jobs, plan, pooled)
         write_tensors(out / ANCHORS, bank.tensors(), {"scale": repr(bank.scale)})
         write_tensors(out / INDEX, {"vectors": vectors[chosen].contiguous()})
         (out / CALIBRATION).unlink(missing_ok=True)
         calibration = build.calibration(bank, pooled, others) if run.calibration.enabled else None
         secret = json.dumps([work, histories])  # the work key is not secret: it is in bank.json
-        ids = ([person.id for person in group] for group in (task_people, able, anchors, others))
+        ids = ([person.id for person in group] for group in ([*task_people, *held_out], able, anchors, others))
         build.finish(encoder, plan, [len(able[i].items) for i in chosen], Members.of(secret, *ids), calibration)
     remove_work(out)  # if the build is killed before this, the next call removes the files
 
@@ -180,7 +185,7 @@ class _Build:
         numbers, memory, executor = numbers_of(self.base, lora), parse_size(self.run.memory), self.executor
         return plan_cohorts(self.base, jobs, numbers, memory, below=below, most=executor.most, threads=executor.threads)
 
-    def task_lora(self, people: Sequence[Person], given: Path | None) -> LoraBatch:
+    def task_lora(self, people: Sequence[Person], held_out: Sequence[Person], given: Path | None) -> LoraBatch:
         """Run stage 0, or copy the task LoRA from the folder ``given``, and return the task LoRA."""
         folder, done = self.out / TASK_LORA, self.out / "work" / "task.done"
         if not done.is_file() or done.read_text() != self.stages:
@@ -190,7 +195,7 @@ class _Build:
                 for file in sorted(given.iterdir()):
                     copy_file(file, folder / file.name)
             else:
-                trained = self.rounds(*pooled_items(people, self.run.task_lora, self.run.seed))
+                trained = self.rounds(*pooled_items(people, self.run.task_lora, self.run.seed, held_out))
                 write_peft(folder, trained, self.base.name, fan_in_fan_out=self.base.fan_in_fan_out)
             write_text(done, self.stages)
         return read_peft(folder).to(self.base.device)

@@ -18,15 +18,17 @@ from mta.model.encoders import Encoder, encode_people
 _TESTED = 256  # held-out items of the task LoRA, at most
 
 
-def pooled_items(people: Sequence[Person], settings: TaskLoraSettings, seed: int) -> tuple[list[Item], list[Item]]:
+def pooled_items(
+    people: Sequence[Person], settings: TaskLoraSettings, seed: int, held_out: Sequence[Person] = ()
+) -> tuple[list[Item], list[Item]]:
     """Return the items that train the task LoRA, chosen by hash, and held-out items that tell when to stop.
 
     At most ``per_person`` items of each person, and at most ``items`` in total. With several rounds of training and 20
-    people or more, a tenth of them is held out, together with the people who share items with them.
+    people or more, a tenth of them is held out, together with the people who share items with them; or ``held_out``.
     The choice does not depend on the order of people. Source: our choice.
     """
-    held = _held_out(people, seed) if settings.rounds > 1 else set()
-    parts = [[p for p in people if (_group(p) in held) == out] for out in (False, True)]
+    held = _held_out(people, seed) if settings.rounds > 1 and not held_out else set()
+    parts = [[p for p in people if _group(p) not in held], held_out or [p for p in people if _group(p) in held]]
     trained, tested = (_pooled(part, settings, seed) for part in parts)
     return trained[: settings.items], tested[:_TESTED]
 

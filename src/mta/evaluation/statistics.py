@@ -31,10 +31,11 @@ class Interval:
 
 @dataclass(frozen=True, slots=True)
 class Resampled:
-    """A mean, and the means of ``draws`` (T,) bootstrap samples."""
+    """A mean over ``count`` independent units, and the means of ``draws`` (T,) bootstrap samples of them."""
 
     mean: float
     draws: Tensor
+    count: int
 
     def interval(self, level: float = 0.95) -> Interval:
         """Return the mean with the central interval that holds this share of the draws."""
@@ -44,9 +45,12 @@ class Resampled:
 
     @property
     def p(self) -> float:
-        """Two-sided p-value of "the mean is zero": twice the share of draws on the rarer side of zero."""
+        """Two-sided p-value of "the mean is zero": twice the share of draws on the rarer side of zero.
+
+        It is never below that of the units' signs, because draws from a few units on one side never reach zero.
+        """
         rarer = min(int((self.draws <= 0).sum()), int((self.draws >= 0).sum()))
-        return min(2 * (rarer + 1) / (len(self.draws) + 1), 1.0)
+        return min(max(2 * (rarer + 1) / (len(self.draws) + 1), 2.0 ** (1 - self.count)), 1.0)
 
 
 @dataclass(slots=True)
@@ -184,7 +188,8 @@ def resample(values: Tensor, seed: int = 0, times: int = 10_000, groups: Sequenc
     """Resample people with replacement, and at a second level their S seeds; values are (U,) or (S, U).
 
     People of one group are drawn together, because they are not independent. The group "" is a person alone.
-    A draw takes the same seeds for all people: a seed is a bank, which they share.
+    A draw takes the same seeds for all people: a seed is a bank, which they share. Deviations of seeds are widened by
+    sqrt(S / (S - 1)), because S draws with replacement vary less than S new seeds; three seeds are still few.
     """
     values = values.double().reshape(-1, values.shape[-1])
     unit = torch.tensor(units(groups, values.shape[1]))
@@ -200,25 +205,24 @@ def resample(values: Tensor, seed: int = 0, times: int = 10_000, groups: Sequenc
         own = sums
         if seeds > 1:
             chosen = torch.randint(seeds, (now, seeds), generator=generator)
-            own = torch.nn.functional.one_hot(chosen, seeds).double().mean(1) @ sums
+            shares = torch.nn.functional.one_hot(chosen, seeds).double().mean(1)  # (draws, S)
+            own = (1 / seeds + (shares - 1 / seeds) * (seeds / (seeds - 1)) ** 0.5) @ sums
         means.append(own.expand(now, -1).gather(1, drawn).sum(1) / sizes[drawn].sum(1))
-    return Resampled(float(values.mean()), torch.cat(means))
+    return Resampled(float(values.mean()), torch.cat(means), count)
 
 
-def holm(tests: Sequence[Resampled], level: float = 0.95) -> list[tuple[Interval, float]]:
-    """Return for each test its interval and p-value, corrected for the number of tests by Holm's method.
+def corrected(tests: Sequence[Resampled], level: float = 0.95) -> list[tuple[Interval, float]]:
+    """Return for each test an interval and a p-value that are corrected for the number of tests.
 
-    The i-th smallest of m p-values is multiplied by m - i + 1, and the interval gets that share of 1 - ``level``.
-    After the first that does not pass, all others have its share. So an interval excludes zero where p < 1 - level.
+    Intervals cover together with probability ``level`` (Bonferroni). P-values are Holm's: the i-th smallest of m is
+    multiplied by m - i + 1, and is at least as large as the one before.
     """
     order = sorted(range(len(tests)), key=lambda n: tests[n].p)
-    found: dict[int, tuple[Interval, float]] = {}
-    before, share = 0.0, 0
+    found: dict[int, float] = {}
+    before = 0.0
     for left, n in zip(range(len(tests), 0, -1), order):
-        share = left if before < 1 - level else share
-        before = max(before, min(left * tests[n].p, 1.0))
-        found[n] = tests[n].interval(1 - (1 - level) / share), before
-    return [found[n] for n in range(len(tests))]
+        found[n] = before = max(before, min(left * tests[n].p, 1.0))
+    return [(test.interval(1 - (1 - level) / len(tests)), found[n]) for n, test in enumerate(tests)]
 
 
 def units(groups: Sequence[str], people: int) -> list[int]:

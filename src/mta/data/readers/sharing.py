@@ -6,7 +6,7 @@ Rules, limits, and measurements: docs/decisions/019-shared-items.md.
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -167,6 +167,23 @@ def connected(people: Sequence[Person], task: Task) -> tuple[list[Person], Share
     counts = {"people": sum(sizes), "groups": len(sizes), "largest": max(sizes, default=0)}
     found = Shared(len(copies.holders), **counts, crowded=copies.crowded, judged=copies.judged)
     return [replace(person, group=names[n]) if n in names else person for n, person in enumerate(people)], found
+
+
+def holders_of(histories: Sequence[Person], people: Sequence[Person]) -> set[int]:
+    """Return the numbers of the people who hold at least half of one of the histories, and ``SAME_ITEMS`` of its items.
+
+    Unlike ``connected`` this finds a short excerpt of a long history, whatever the task.
+    """
+    contents, owners = [_contents(person) for person in histories], defaultdict[bytes, list[int]](list)
+    for number, held in enumerate(contents):
+        for item in held:
+            owners[item].append(number)
+    found = set()
+    for number, person in enumerate(people):
+        counts = Counter(owner for item in _contents(person) for owner in owners.get(item, ()))
+        if any(count >= max(SAME_ITEMS, len(contents[owner]) / 2) for owner, count in counts.items()):
+            found.add(number)
+    return found
 
 
 def _contents(person: Person) -> frozenset[bytes]:

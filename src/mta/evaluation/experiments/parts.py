@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from mta.bank.bank import Bank
 from mta.bank.build import LOSSES
-from mta.bank.selection import pooled_items
 from mta.config import Run, override
 from mta.data.history import Person
-from mta.data.readers.sharing import Copies, connected
+from mta.data.readers.sharing import Copies, connected, holders_of
 from mta.data.splits import Splits, draw
 from mta.data.tasks.task import Task
 from mta.errors import InputError
@@ -26,14 +26,32 @@ log = logging.getLogger("mta")
 SHARES = (0.35, 0.1, 0.35)  # largest share of the qualified people in test, development, candidates
 
 
-def with_tested(people: Sequence[Person], tested: Sequence[Person], task: Task) -> tuple[list[Person], list[Person]]:
-    """Return people and ``tested`` people of another source, with the groups that they form together.
+def with_tested(
+    recipe: Experiment, task: Task, people: Sequence[Person], tested: Sequence[Person]
+) -> tuple[list[Person], list[Person]]:
+    """Return the people who may train if ``tested`` people of another source are tested, and the latter.
 
-    Ids of tested people get a prefix, because both sources may number people alike.
+    People who hold a tested person's history are left out, and with ``people.together`` those who share an item with a
+    tested person. Ids of tested people get a prefix: both sources may number people alike, and other histories under
+    the same ids need new results. Raises InputError if no tested person has enough items.
     """
-    renamed = [replace(person, id=f"tested/{person.id}") for person in tested]
+    able = [p for p in tested if has_enough_items(task, p, recipe.shots, recipe.queries, recipe.ask)]
+    if not able:
+        raise InputError(
+            f"none of the {len(tested)} people to test has {recipe.shots} shots and {recipe.queries} queries",
+            hint="Lower shots= or queries=.",
+        )
+    version = hashlib.sha256("".join(p.digest() + Person(p.id, p.queries).digest() for p in able).encode())
+    renamed = [replace(p, id=f"tested-{version.hexdigest()[:8]}/{p.id}") for p in able]
     every, _ = connected([replace(person, group="") for person in (*people, *renamed)], task)
-    return every[: len(people)], every[len(people) :]
+    known, new = every[: len(people)], every[len(people) :]
+    same = holders_of(new, known)
+    apart = _apart([p for n, p in enumerate(known) if n not in same], new, recipe.people.together)
+    log.warning(
+        "%d of %d people share items with tested people and are left out; %d of %d tested people have too few items",
+        *(len(people) - len(apart), len(people), len(tested) - len(able), len(tested)),
+    )
+    return apart, new
 
 
 def draw_parts(
@@ -43,34 +61,28 @@ def draw_parts(
 
     People with enough items for the protocol and for an anchor qualify. Test, development and candidates are drawn from
     them, in shares that leave some people for each part of a small set. The other people train the task LoRA, except
-    those who share items with another part. ``tested`` people of another source are all in the test part, as far as
-    they have enough items, and the candidates get the share of the test.
+    those who share items with another part. ``tested`` people (of ``with_tested``), if given, are the test part; then
+    nobody is drawn for it, and up to 70% of the qualified people are candidates.
     Raises InputError if there are too few people.
     """
     least, sizes, together = recipe.run.bank.min_items, recipe.people, recipe.people.together
-    given = [p for p in tested if has_enough_items(task, p, recipe.shots, recipe.queries, recipe.ask)][: sizes.test]
-    if tested and not given:
-        raise InputError(
-            f"none of the {len(tested)} people to test has {recipe.shots} shots and {recipe.queries} queries",
-            hint="Lower shots= or queries=.",
-        )
-    people = _apart(people, tested, together)
+    given = tested[: sizes.test]
     needed = recipe.shots + recipe.queries if task.asks_as_items else recipe.shots
-    lengths = [len(p.items) + (task.asks_as_items and any(map(task.has_target, p.queries))) for p in people]
-    qualified = [p for n, p in zip(lengths, people) if n >= max(least, needed) and len(p.items) >= least]
+    lengths = {p.id: len(p.items) + (task.asks_as_items and any(map(task.has_target, p.queries))) for p in people}
+    lengths |= {p.id: len(p.items) + sum(map(task.has_target, p.queries)) for p in given}
+    qualified = [p for p in people if lengths[p.id] >= max(least, needed) and len(p.items) >= least]
     shares = (0.0, SHARES[1], SHARES[0] + SHARES[2]) if given else SHARES
     wanted = zip((sizes.test, sizes.development, sizes.candidates), shares)
     test, development, candidates = (min(size, int(share * len(qualified))) for size, share in wanted)
-    first = draw(qualified, 0, task=0, development=development, test=test, candidates=candidates, together=together)
-    taken = {*first.test, *first.development, *first.candidates}
+    drawn = draw(qualified, 0, task=0, development=development, test=test, candidates=candidates, together=together)
+    taken = {*drawn.test, *drawn.development, *drawn.candidates}
     rest = _apart([p for p in people if p.id not in taken], [p for p in people if p.id in taken], together)
     task_size = min(sizes.task, len(rest))
     pooled = draw(rest, 0, task=task_size, development=0, test=0, candidates=0, together=together)
-    chosen = tuple(person.id for person in given) or first.test
-    splits = Splits(pooled.task, first.development, first.candidates, chosen)
-    people = [*people, *tested]
-    lengths += [len(p.items) + sum(map(task.has_target, p.queries)) for p in tested]
-    test_lengths = [n for n, p in zip(lengths, people) if p.id in chosen]
+    test_ids = tuple(person.id for person in given) or drawn.test
+    splits = Splits(pooled.task, drawn.development, drawn.candidates, test_ids)
+    people = [*people, *given]
+    test_lengths = [lengths[id] for id in test_ids]
     return splits, {
         "people": len(people),
         "qualified": len(qualified),
@@ -103,15 +115,23 @@ def _sharing(recipe: Experiment, task: Task, people: Sequence[Person], splits: S
     return {"people who share items": len(shared), "groups": len(set(shared)), "test queries trained on": found}
 
 
-def as_long(run: Run, bank: Bank, folder: Path, task_people: Sequence[Person]) -> Run:
-    """Return a run whose task LoRA takes as many steps as the bank in ``folder`` took for its task LoRA and anchors.
+def on_everything(run: Run, pool: Literal["everything", "as-many"], bank: Bank, folder: Path, task: int) -> Run:
+    """Return a run whose task LoRA is trained on all items of its people; it is all that is wanted of its bank.
 
-    Counts examples, in batches of the task LoRA's size.
+    ``as-many``: once, for as many examples as the bank in ``folder`` took for its task LoRA (on ``task`` items) and its
+    anchors, in batches of the task LoRA's size.
     """
-    built = bank.info.run
-    rounds = next((len(one[LOSSES]) for one in reversed(sittings(folder)) if LOSSES in one), 1)
-    pooled = len(pooled_items(task_people, built.task_lora, built.seed)[0])
-    own = sum(min(items, built.bank.max_items) for items in bank.info.items)
-    examples = rounds * built.task_lora.training.epochs * pooled + built.bank.training.epochs * own
-    steps = math.ceil(examples / run.task_lora.training.batch_size)
-    return override(run, ["task_lora.rounds=1", f"task_lora.training.steps={steps}"])
+    words = ["task_lora.enabled=true", f"task_lora.items={10**9}", f"task_lora.per_person={10**9}"]
+    words += ["bank.anchors=1", "calibration.enabled=false"]
+    if pool == "as-many":
+        built = bank.info.run
+        # A build that was killed and resumed may not know its rounds; then all that were allowed are counted.
+        rounds = next((len(one[LOSSES]) for one in reversed(sittings(folder)) if LOSSES in one), built.task_lora.rounds)
+        pooled = built.task_lora.training
+        examples = pooled.steps * pooled.batch_size if pooled.steps is not None else pooled.epochs * task
+        examples *= rounds if built.task_lora.enabled else 0
+        own = sum(min(items, built.bank.max_items) for items in bank.info.items)
+        examples += built.bank.training.epochs * own
+        steps = math.ceil(examples / run.task_lora.training.batch_size)
+        words += ["task_lora.rounds=1", f"task_lora.training.steps={steps}"]
+    return override(run, words)

@@ -38,8 +38,9 @@ class Part(Settings):
     bank: str = "main"
     words: tuple[str, ...] = Field((), description="settings that override the run of the bank")
     retrieve: int = Field(0, ge=0, description="earlier items in every prompt, nearest by BM25, also in training")
-    pool: Literal["task", "everything", "as-long"] = Field(
-        "task", description="who trains the task LoRA: also the main bank's anchors; and for as many steps as that bank"
+    pool: Literal["task", "everything", "as-many"] = Field(
+        "task",
+        description="of the task LoRA; everything: all people behind the main bank; as-many: on as many examples as it",
     )
     whom: Which = "test"
     people: int | None = None  # only the first people, this many; overrides the experiment's ``compared``
@@ -51,6 +52,7 @@ class Experiment(Settings):
 
     about: str = ""
     data: str | None = None
+    needs_test: bool = Field(False, description="the tested people come from another file, --test")
     people: Sizes = Sizes()
     ask: Ask = "last"
     shots: int = 8
@@ -64,6 +66,10 @@ class Experiment(Settings):
         {}, description="settings of the methods with these names, in every exhibit"
     )
     exhibits: dict[str, tuple[Part, ...]]
+
+    def seeds_of(self, part: Part) -> tuple[int, ...]:
+        """Return the seeds that a part runs with: its own among these, else the first; without own seeds all."""
+        return tuple(seed for seed in self.seeds if seed in part.seeds) or self.seeds[: 1 if part.seeds else None]
 
     @model_validator(mode="before")
     @classmethod

@@ -148,9 +148,9 @@ class Results:
 
     @property
     def name(self) -> str:
-        """Name of the data set: its file, or the folder of the experiment; and the file of tested people, if other."""
-        name, tested = str(self.sizes.get("data", self.folder.name)), self.sizes.get("tested")
-        return f"{name}-{Path(tested).stem}" if tested else name
+        """Name of the data set: its file, or the folder of the experiment; or the task and the file of tested people."""
+        tested = self.sizes.get("tested")
+        return f"{self.task.name}-{Path(tested).stem}" if tested else str(self.sizes.get("data", self.folder.name))
 
     @cached_property
     def _rows(self) -> dict[tuple[str, str, int], Seeds]:

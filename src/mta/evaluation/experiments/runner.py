@@ -85,7 +85,7 @@ def _run_seed(workspace: Workspace, records: Records, exhibits: Sequence[str], s
         for exhibit in exhibits
         for part in workspace.recipe.exhibits[exhibit]
         for shots in part.shots or (workspace.recipe.shots,)
-        if seed in (part.seeds or workspace.recipe.seeds)
+        if seed in workspace.recipe.seeds_of(part)
     ]
     known: set[tuple[str, range]] = set()  # exhibits share results
 

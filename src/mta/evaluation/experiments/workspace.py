@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 from mta.bank.bank import Bank
+from mta.bank.build import build_bank
 from mta.bank.format import INFO, TASK_LORA
+from mta.bank.selection import pooled_items
 from mta.config import Run, override
 from mta.config.loader import dump_yaml
 from mta.data.bm25 import with_profiles
@@ -22,12 +24,13 @@ from mta.data.tasks.task import Task
 from mta.distributed.executor import Executor, LocalExecutor
 from mta.errors import InputError
 from mta.evaluation.context import Context
-from mta.evaluation.experiments.parts import as_long, draw_parts, with_tested
+from mta.evaluation.experiments.parts import draw_parts, on_everything, with_tested
 from mta.evaluation.experiments.recipe import Experiment, Part, Which
 from mta.evaluation.experiments.results import RECIPE, SIZES
 from mta.evaluation.methods import Method
 from mta.evaluation.protocol import Panel, has_enough_items
 from mta.model.base import BaseModel
+from mta.model.encoders import load_encoder
 from mta.system.assets import ASSETS, resolve
 from mta.system.atomic import write_json, write_text
 from mta.system.progress import OnStep
@@ -48,13 +51,13 @@ class Workspace:
     """One experiment in its folder ``out``. Banks, contexts, and the last panel are kept in memory.
 
     ``which`` says who of the ``people`` is tested; ``sizes`` is the table of sizes.json. ``source`` names the data, and
-    ``test`` that of the tested people if they are others.
+    ``test_source`` that of the tested people if they are others.
     """
 
     recipe: Experiment
     out: Path
     source: str
-    test: str | None
+    test_source: str | None
     which: Which
     task: Task
     people: Sequence[Person]
@@ -94,7 +97,9 @@ class Workspace:
         task = load_task(recipe.run.task)
         people, tested = list(read_people(resolve(source), task)), list[Person]()
         if test:
-            people, tested = with_tested(people, read_people(resolve(test), task), task)
+            people, tested = with_tested(recipe, task, people, read_people(resolve(test), task))
+        elif recipe.needs_test:
+            raise InputError("this recipe tests people of another file", hint="Give --test with that file.")
         splits, sizes = draw_parts(recipe, task, people, tested)
         named = {"data": source} | ({"tested": test} if test else {})
         sizes = {key: name if name in ASSETS else Path(name).name for key, name in named.items()} | sizes
@@ -115,7 +120,8 @@ class Workspace:
         """Return a function that opens this workspace in another process, over the same folder (on a shared disk)."""
         recipe = self.recipe.model_copy(update={"run": self.base.as_loaded(self.recipe.run)})
         data, test = (
-            name if not name or name in ASSETS else str(Path(name).resolve()) for name in (self.source, self.test)
+            name if not name or name in ASSETS else str(Path(name).resolve())
+            for name in (self.source, self.test_source)
         )
         return partial(Workspace.open, recipe, self.out.resolve(), data, self.which, test=test, write=False)
 
@@ -123,9 +129,13 @@ class Workspace:
 
     def tested(self, part: Part, shots: int) -> list[Person]:
         """Return the tested people with enough items, in the order of the splits; empty if they are too few."""
+        return self._able(shots)[: part.people or self.recipe.compared]
+
+    def _able(self, shots: int) -> list[Person]:
+        """Return all people who could be tested; empty if they are too few."""
         recipe, chosen = self.recipe, self.splits.select(self.which, self.people)
         able = [p for p in chosen if has_enough_items(self.task, p, shots, recipe.queries, recipe.ask)]
-        return able[: part.people or recipe.compared] if len(able) >= min(recipe.few, len(chosen)) else []
+        return able if len(able) >= min(recipe.few, len(chosen)) else []
 
     def hashed(self, id: str) -> str:
         """Return the name of a person or group in the records: a hash that only the whole data can resolve."""
@@ -139,55 +149,72 @@ class Workspace:
         """Return the task in the wording of the part's prompts."""
         return self.task.profiled() if part.retrieve else self.task
 
-    def _trained_on(self, part: Part, seed: int, which: Literal["candidates", "task"]) -> list[Person]:
-        """Return people that a bank is trained on."""
-        people = self.splits.select(which, self.people)
-        if part.pool != "task":  # the anchors of the main bank change from the candidates to the task LoRA's people
-            anchors = self._anchors(self.bank(MAIN, seed))
-            ids = {person.id for person in anchors}
-            latest = [person.latest(self.recipe.run.bank.max_items) for person in anchors]
-            people = [person for person in people if person.id not in ids] + (latest if which == "task" else [])
-        return self._shown(part, people)
-
-    def _shown(self, part: Part, people: list[Person]) -> list[Person]:
+    def _shown(self, part: Part, people: Sequence[Person]) -> list[Person]:
         """Return people with the earlier items that the part's prompts show."""
-        return [with_profiles(self.task, person, part.retrieve) for person in people] if part.retrieve else people
+        return [with_profiles(self.task, person, part.retrieve) for person in people] if part.retrieve else [*people]
 
     # -- banks ---------------------------------------------------------------------------------------------------------
 
     def _run_of(self, part: Part, seed: int) -> Run:
         """Return the recipe's settings with the changes of the part."""
         run = override(self.recipe.run, [*part.words, f"seed={seed}"])
-        if part.pool != "as-long":
+        if part.pool == "task":
             return run
-        return as_long(run, self.bank(MAIN, seed), self._folder(MAIN, seed), self.splits.select("task", self.people))
+        items = sum(len(person.items) for person in self._pooled(seed)[0])
+        return on_everything(run, part.pool, self.bank(MAIN, seed), self._folder(MAIN, seed), items)
 
     def _folder(self, part: Part, seed: int) -> Path:
         return self.out / "banks" / f"{part.bank}-{seed}"
 
-    def _anchors(self, bank: Bank) -> list[Person]:
-        """Return the anchors with their whole histories, in the bank's order."""
+    def _pooled(self, seed: int) -> list[list[Person]]:
+        """Return the people behind the main bank's task LoRA and those held out from it, with only these items."""
+        people, run = self.splits.select("task", self.people), self._run_of(MAIN, seed)
+        parts = []
+        for items in pooled_items(people, run.task_lora, seed):
+            chosen = set(map(id, items))
+            cut = (replace(p, items=tuple(item for item in p.items if id(item) in chosen)) for p in people)
+            parts.append([person for person in cut if person.items])
+        return parts
+
+    def _in_bank(self, bank: Bank, *artefacts: str) -> list[Person]:
+        """Return the candidates behind these parts of a bank, with their whole histories, in the bank's order."""
         candidates = self.splits.select("candidates", self.people)
-        anchors = [person for person in candidates if "anchor" in bank.info.members.artefacts_of(person.id)]
-        return sorted(anchors, key=lambda person: person.id)
+        found = [p for p in candidates if {*artefacts} & {*bank.info.members.artefacts_of(p.id)}]
+        return sorted(found, key=lambda person: person.id)
+
+    def _pool(self, part: Part, seed: int) -> tuple[list[Person], list[Person]]:
+        """Return the people that train a bank's task LoRA, and those held out from it (none: chosen by hash).
+
+        Everything: the items of the main bank's task LoRA, of its anchors, and of the people of its calibration.
+        """
+        if part.pool == "task":
+            return self._shown(part, self.splits.select("task", self.people)), []
+        task, held_out = self._pooled(seed)
+        behind = self._in_bank(self.bank(MAIN, seed), "anchor", "calibration")
+        task += [person.latest(self.recipe.run.bank.max_items) for person in behind]
+        return self._shown(part, task), self._shown(part, held_out)
 
     def bank(self, part: Part, seed: int) -> Bank:
         """Return the part's bank for a seed, which clustering and training start from. Build it once in ``banks/``."""
         name = f"{part.bank}-{seed}"
         if name not in self._banks:
-            run = self._run_of(part, seed)
+            run, (pool, held_out) = self._run_of(part, seed), self._pool(part, seed)
             self.say(f"bank {name}")
-            self._banks[name] = Bank.build(
+            folder = self._folder(part, seed)
+            build_bank(
                 self.base,
-                self._trained_on(part, seed, "candidates"),
-                self._folder(part, seed),
-                task=self._task_of(part),
-                run=run,
-                task_people=self._trained_on(part, seed, "task"),
+                self._task_of(part),
+                load_encoder(run.encoder, self.base),
+                pool,
+                self._shown(part, self.splits.select("candidates", self.people)),
+                run,
+                folder,
+                held_out=held_out,
                 task_lora=self._shared_task_lora(part, run),
                 executor=self.executor,
                 on_step=self.on_step,
             )
+            self._banks[name] = Bank.open(folder, self.base)
         return self._banks[name]
 
     def _shared_task_lora(self, part: Part, run: Run) -> Path | None:
@@ -207,7 +234,7 @@ class Workspace:
                 bank,
                 bank.encoder(self.base, self.recipe.run.encoder),
                 self._run_of(part, seed),
-                anchors=self._shown(part, self._anchors(bank)),
+                anchors=self._shown(part, self._in_bank(bank, "anchor")),
                 pool=self.splits.select("task", self.people),
                 on_step=self.on_step,
                 evidence_folder=self.out / "work",
@@ -234,7 +261,7 @@ class Workspace:
                 ask=self.recipe.ask,
                 retrieve=part.retrieve,
                 write_texts=part.texts,
-                among=tested,
+                among=self._able(shots),
             )
             self._panel = key, panel
         return self._panel[1]
@@ -250,4 +277,6 @@ class Workspace:
             parts += [self.bank(part, seed).hash, run.merge.model_dump(mode="json"), run.stack.model_dump(mode="json")]
         if method.of_bank or method.seeded:
             parts.append(seed)
+        if method.of_others:
+            parts += [person.id for person in self._able(shots)]
         return work_of(*parts)[:16]

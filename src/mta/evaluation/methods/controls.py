@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 
@@ -45,6 +45,7 @@ class OtherPerson(OverMethod):
     method: Literal["other-person"] = "other-person"
     name: str = "MTA, other person's shots"
     over: AnyMethod = MergeThenAdapt()
+    of_others: ClassVar[bool] = True
 
     def fits(self, task: Task, anchors: int) -> bool:
         return self.over.fits(task, anchors)

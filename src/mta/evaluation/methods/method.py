@@ -46,6 +46,11 @@ class Method(Settings, ABC):
         """Whether the method uses the bank or its task LoRA."""
         return True
 
+    @property
+    def of_others(self) -> bool:
+        """Whether a person's result depends on the other tested people."""
+        return False
+
     def fits(self, task: Task, anchors: int) -> bool:
         """Return whether the method works for this task and number of anchors; if not, experiments leave it out."""
         return True

@@ -43,7 +43,7 @@ def report(folders: Sequence[Path], out: Path, *, texts: bool = False) -> list[s
     experiments = [Results.read(folder) for folder in folders if _is_experiment(folder)]
     runs = {folder.resolve(): run_sections(folder) for folder in folders if not _is_experiment(folder)}
     names = [found.name for found in experiments] + [folder.name for folder in runs]
-    if twice := {folder.name for folder in runs if names.count(folder.name) > 1}:
+    if twice := {name for name in names if names.count(name) > 1}:
         raise DataError(
             f"two folders would have the report {out / min(twice)}", hint="Write their reports to different --out."
         )
@@ -51,7 +51,7 @@ def report(folders: Sequence[Path], out: Path, *, texts: bool = False) -> list[s
     for found in experiments:
         drawn += [f"{found.name}: {title}" for title in _experiment(found, out / found.name, texts)]
     if len(experiments) > 1:
-        claims = primary(experiments)
+        claims = primary([found for found in experiments if found.meta.get("which", "test") == "test"])
         named = [Section("Primary comparisons, named in advance", claims)] if claims else []
         write_report(out, "Every set", overview(experiments), named)
     for folder, made in runs.items():

@@ -15,10 +15,10 @@ from rich.text import Text
 from mta.evaluation.experiments.results import Results
 from mta.evaluation.metrics import BETTER_LOW, STEMMED
 from mta.evaluation.reports.summary import NAME, POOLED, RIVAL, judge, title_of, verdict
-from mta.evaluation.statistics import WORSE, Comparison, Interval, Resampled, holm
+from mta.evaluation.statistics import WORSE, Comparison, Interval, Resampled, corrected
 from mta.system.units import human_bytes, human_seconds
 
-_HIDDEN = {"RMSE", "NLL", *STEMMED}  # on the terminal: RMSE repeats MAE, stems ROUGE, and NLL has its own columns
+_HIDDEN = {"RMSE", "NLL", *STEMMED}  # on the terminal: RMSE repeats MAE, stemmed ROUGE repeats ROUGE, NLL has columns
 _TITLES = {"MAE (median)": "median\nMAE"}
 _COLOURS = {"better": "green", "worse": "red"}
 
@@ -69,24 +69,33 @@ def overview(many: Sequence[Results]) -> str:
 
 
 def primary(many: Sequence[Results]) -> str:
-    """Return a table of the comparisons that the recipes name in advance, corrected for their number; may be empty."""
+    """Return a table of the comparisons that the recipes name in advance, corrected for their number; may be empty.
+
+    Each comparison is over the exhibit that covers most people, and then most seeds.
+    """
     about: list[list[str]] = []
     tests: list[Resampled] = []
     for found, other in [(one, other) for one in many for other in one.recipe.primary]:
+        tried: list[tuple[int, int, str, Resampled]] = []
         for name in ("seeds", "main"):
             comparison = found.comparison(name) if name in found.recipe.exhibits else None
             if comparison and (test := comparison.resampled(NAME, other, comparison.yardstick)):
-                sizes = str(comparison.independent), str(len(found.seeds(name)))
-                about.append([found.name, comparison.yardstick, other, *sizes])
-                tests.append(test)
-                break
+                tried.append((comparison.people, len(found.seeds(name)), comparison.yardstick, test))
+        if tried:
+            people, seeds, measure, test = max(tried, key=lambda one: one[:2])
+            about.append([found.name, measure, other, str(people), str(test.count), str(seeds)])
+            tests.append(test)
     if not tests:
         return ""
-    heads = ["set", "measure", f"{NAME} against", "independent people", "seeds", "difference", "corrected p"]
+    heads = ["set", "measure", f"{NAME} against", "people", "independent", "seeds", "difference", "p"]
     rows = [
-        [*one, f"{found.mean:+.3f} {_brackets(found, '+')}", f"{p:.4f}"] for one, (found, p) in zip(about, holm(tests))
+        [*one, f"{found.mean:+.3f} {_brackets(found, '+')}", f"{p:.4f}"]
+        for one, (found, p) in zip(about, corrected(tests))
     ]
-    return f"Intervals and p-values are corrected for {len(tests)} comparisons (Holm).\n\n" + markdown(heads, rows)
+    said = (
+        f"Corrected for {len(tests)} comparisons: intervals cover together with 95% (Bonferroni), p-values are Holm's."
+    )
+    return f"{said}\n\n{markdown(heads, rows)}"
 
 
 def marked(comparison: Comparison, metric: str, name: str, other: str = POOLED) -> str:
