@@ -148,7 +148,7 @@ class Results:
 
     @property
     def name(self) -> str:
-        """Name of the data set: its file, or the folder of the experiment; or the task and the file of tested people."""
+        """Name of the data set: its file, or the experiment's folder; or the task and the file of tested people."""
         tested = self.sizes.get("tested")
         return f"{self.task.name}-{Path(tested).stem}" if tested else str(self.sizes.get("data", self.folder.name))
 
