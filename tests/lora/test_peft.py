@@ -15,7 +15,7 @@ from torch import nn
 from mta.errors import InputError
 from mta.lora.batch import LoraBatch
 from mta.lora.layers import Shared, applied
-from mta.lora.peft import CONFIG, WEIGHTS, _alpha, read_peft, write_peft
+from mta.lora.peft import CONFIG, WEIGHTS, alpha_of, read_peft, write_peft
 
 KINDS = ["llama", "qwen3", "gpt2"]
 TOKENS = torch.randint(3, 259, (2, 9), generator=torch.Generator().manual_seed(1))
@@ -110,12 +110,12 @@ def test_a_selected_view_and_a_padded_rank_are_read_back(tmp_path: Path) -> None
 
 @given(st.floats(1e-6, 1e6), st.integers(1, 512))
 def test_alpha_encodes_the_scale(scale: float, rank: int) -> None:
-    assert _alpha(scale, rank) / rank == pytest.approx(scale, rel=2.3e-16, abs=0)
+    assert alpha_of(scale, rank) / rank == pytest.approx(scale, rel=2.3e-16, abs=0)
 
 
 @given(st.integers(1, 4096) | st.floats(1e-3, 1e4), st.integers(1, 512))
 def test_the_scale_of_an_alpha_is_exact(alpha: float, rank: int) -> None:
-    assert _alpha(alpha / rank, rank) / rank == alpha / rank
+    assert alpha_of(alpha / rank, rank) / rank == alpha / rank
 
 
 def made_by_peft(kind: str, folder: Path, **settings: object) -> torch.Tensor:
@@ -144,14 +144,23 @@ def test_an_adapter_of_peft_computes_the_same_here(tmp_path: Path, kind: str, rs
     assert (theirs - ours(kind, adapter)).abs().max() < 1e-9
 
 
+def test_layers_with_own_ranks_and_alphas_compute_the_same_here(tmp_path: Path) -> None:
+    own = {
+        "rank_pattern": {"q_proj": 5, "layers.1.mlp.up_proj": 1},
+        "alpha_pattern": {"^model.layers.0.self_attn.q_proj": 9, "q_proj": 2},  # the first counts, and PEFT sorts them
+    }
+    theirs = made_by_peft("llama", tmp_path, **own)
+    adapter = read_peft(tmp_path)
+    assert (adapter.rank, adapter.scale) == (5, 1.0)
+    assert (theirs - ours("llama", adapter)).abs().max() < 1e-9
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"use_dora": True}, "use_dora is True, expected it unset"),
         ({"bias": "lora_only"}, "bias is 'lora_only', expected 'none'"),
         ({"modules_to_save": ["lm_head"]}, r"modules_to_save is \['lm_head'\], expected it unset"),
-        ({"rank_pattern": {"q_proj": 2}}, "rank_pattern is {'q_proj': 2}, expected it unset"),
-        ({"alpha_pattern": {"q_proj": 2}}, "alpha_pattern is {'q_proj': 2}, expected it unset"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa', which changes the base weights"),
     ],
 )
@@ -186,6 +195,10 @@ def edited(folder: Path, **changes: object) -> Path:
             r"layer 'model.layers.0.\w+.\w+' has A \(3, \d+\) and B \(\d+, 3\), expected rank 4, the r of adapter_c",
         ),
         ({"trainable_token_indices": [1]}, r"trainable_token_indices is \[1\]"),
+        ({"rank_pattern": {"q_proj": "3"}}, "r is '3'"),
+        ({"rank_pattern": {"q_proj": 2}}, r"layer '[\w.]+q_proj' has A \(3, \d+\) and B \(\d+, 3\), expected rank 2"),
+        ({"alpha_pattern": {"(a+)+": 2}}, r"alpha_pattern is {'\(a\+\)\+': 2}, expected names of layers and numbers"),
+        ({"rank_pattern": ["q_proj"]}, "expected names of layers and numbers"),
     ],
 )
 def test_a_wrong_setting_is_named(tmp_path: Path, changes: dict[str, object], message: str) -> None:

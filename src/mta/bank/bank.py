@@ -15,6 +15,7 @@ from torch import Tensor
 from mta.bank.build import build_bank
 from mta.bank.calibration import Calibration, settled
 from mta.bank.format import INDEX, REBUILD, BankInfo, check_base, read_adapters, read_calibration, read_info, verify
+from mta.bank.imports import add_to_bank, import_bank
 from mta.bank.publish import bank_folder, bank_parcel, publish_bank
 from mta.bank.recalibrate import calibrate_bank
 from mta.config import Run
@@ -138,6 +139,38 @@ class Bank:
         pooled = pooled and pooled.to(base.device)
         calibration = read_calibration(folder, info)
         return cls(folder, info, info.hash, task, anchors, working, vectors, pooled, calibration)
+
+    @classmethod
+    def of_adapters(
+        cls,
+        base: BaseModel,
+        adapters: Sequence[str | Path],
+        out: str | Path,
+        *,
+        task: str | Path | Task,
+        people: Sequence[Person] = (),
+        run: Run | None = None,
+        encoder: Encoder | None = None,
+    ) -> Bank:
+        """Write and open a bank whose anchors are LoRAs in PEFT folders, each called like its person.
+
+        ``people`` with these ids are what the LoRAs were trained on. Raises InputError, BankError.
+        """
+        run, folders = run or Run(), [Path(folder) for folder in adapters]
+        encoder = encoder or load_encoder(run.encoder, base)
+        import_bank(folders, base, load_task(task), encoder, Path(out), run, people)
+        return cls.open(out, base)
+
+    def added(
+        self, base: BaseModel, adapters: Sequence[str | Path], out: str | Path, *, people: Sequence[Person] = ()
+    ) -> Bank:
+        """Write and open a new bank with LoRAs of PEFT folders as further anchors; arguments as for ``of_adapters``.
+
+        The LoRAs were trained over the bank's task LoRA, if it has one. The new bank has no calibration.
+        """
+        folders = [Path(folder) for folder in adapters]
+        add_to_bank(self.folder, folders, base, self.encoder(base), Path(out), people)
+        return self.open(out, base)
 
     def calibrate(
         self,

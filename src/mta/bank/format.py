@@ -108,6 +108,14 @@ class Members(BaseModel):
         hashes = _all_keyed(self.hashed.key, people)
         return self.known_by(self.hashed.model_copy(update={"calibration": hashes}))
 
+    def joined_by(self, anchors: Sequence[str]) -> Members:
+        """Return the members with more anchors; unchanged if ``hashed`` is None."""
+        if self.hashed is None:
+            return self
+        more = set(_all_keyed(self.hashed.key, anchors))
+        groups = {name: tuple(sorted({*getattr(self.hashed, name)} | more)) for name in ("candidates", "anchors")}
+        return self.known_by(self.hashed.model_copy(update=groups))
+
     @classmethod
     def known_by(cls, hashed: Hashed) -> Members:
         """Return the members with the counts and the sha256 that ``bank.json`` holds."""

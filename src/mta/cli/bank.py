@@ -1,4 +1,4 @@
-"""``mta bank``: build, calibrate, show, and publish a bank of anchors."""
+"""``mta bank``: build, import, calibrate, show, and publish a bank of anchors."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import mta
 from mta.cli import options
 from mta.cli.screen import Screen, confirm, show_json, show_parcel
 
-app = typer.Typer(help="Build, calibrate, show, and publish a bank of anchors.", no_args_is_help=True)
+app = typer.Typer(help="Build, import, calibrate, show, and publish a bank of anchors.", no_args_is_help=True)
 
 
 @app.command()
@@ -64,6 +64,59 @@ def build(
         candidates = f"{bank.info.members.candidates} candidates have at least {run.bank.min_items} items"
         built = f"Built {len(bank)} of {run.bank.anchors} anchors"
         typer.echo(f"{built}: {candidates}, and at most a quarter of the candidates become anchors.", err=True)
+
+
+@app.command("import")
+def import_(
+    adapters: Annotated[list[Path], Argument(help="PEFT folders of LoRAs, each called like its person.")],
+    out: Annotated[Path, Option(help="Folder of the new bank.")] = Path("bank"),
+    task: options.Task = None,
+    base: Annotated[str | None, Option(help="Asset name, folder or hub id of the base of the LoRAs.")] = None,
+    people: Annotated[str | None, Option(help="Items of the LoRAs' people; others calibrate the bank.")] = None,
+    config: options.Config = None,
+    device: options.Device = None,
+    json: options.Json = False,
+) -> None:
+    """Make a bank of LoRAs that were trained with PEFT or exported: every LoRA becomes an anchor.
+
+    Ranks, scales, and layers may differ. With --people, eight or more others in that file calibrate the bank.
+
+    Example:  mta bank import loras/ann loras/bob loras/cem --task lamp3 --base smollm2-135m-instruct --out bank/
+    """
+    run = options.settings(config, None, task=task, base=base, device=device)
+    read = options.people_in(people, run.task) if people else []
+    model = mta.BaseModel.of(run)
+    bank = mta.Bank.of_adapters(model, adapters, out, task=run.task, people=read, run=run)
+    _show(_calibrated(bank, model, read), json)
+
+
+@app.command()
+def add(
+    folder: Annotated[Path, Argument(help="Folder of a bank.", callback=options.bank_at)],
+    adapters: Annotated[list[Path], Argument(help="PEFT folders of LoRAs, each called like its person.")],
+    out: Annotated[Path, Option(help="Folder of the new bank.")],
+    people: Annotated[str | None, Option(help="Items of the LoRAs' people; others calibrate the bank.")] = None,
+    device: options.Device = None,
+    json: options.Json = False,
+) -> None:
+    """Make a new bank of a bank and more LoRAs, which were trained over its task LoRA, if it has one.
+
+    Example:  mta bank add bank/ loras/dora --out larger/
+    """
+    read = options.people_in(people, options.task_of(folder)) if people else []
+    base, bank, _ = options.open_bank(folder, device=device)
+    _show(_calibrated(bank.added(base, adapters, out, people=read), base, read), json)
+
+
+def _calibrated(bank: mta.Bank, base: mta.BaseModel, people: list[mta.Person]) -> mta.Bank:
+    """Return the bank, calibrated on people who are not in it if there are enough of them."""
+    from mta.bank.calibrate import ENOUGH
+
+    others = [person for person in people if not bank.info.members.artefacts_of(person.id)]
+    if len(others) < ENOUGH:
+        return bank
+    with Screen() as screen:
+        return bank.calibrate(base, others, on_step=screen.step)
 
 
 @app.command()

@@ -10,6 +10,7 @@ import contextlib
 import glob
 import json
 import math
+import re
 import shutil
 import sys
 import uuid
@@ -31,12 +32,13 @@ CARD = "README.md"
 MARK = "<!-- A card that mta export wrote: mta forget removes it with the adapter. -->"
 _PREFIX, _A, _B = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
 _NOT_PLAIN = (  # settings that change the update, or change more than the linear layers
-    *("use_dora", "use_qalora", "use_bdlora", "lora_bias", "modules_to_save", "rank_pattern", "alpha_pattern"),
+    *("use_dora", "use_qalora", "use_bdlora", "lora_bias", "modules_to_save"),
     *("target_parameters", "trainable_token_indices", "layer_replication", "alora_invocation_tokens"),
     *("arrow_config", "kasa_config", "monteclora_config"),
 )
 _REWRITES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")  # initializations that subtract from W0
-_HINT = "mta reads plain LoRA: bias 'none', one rank and alpha for all layers, linear layers only."
+_ALPHA = "alpha_pattern", "lora_alpha"
+_HINT = "mta reads plain LoRA: bias 'none', linear layers only."
 
 
 def write_peft(
@@ -89,32 +91,59 @@ def has_own_card(folder: Path) -> bool:
 def read_peft(folder: str | Path) -> LoraBatch:
     """Return the adapter of a PEFT folder as a batch of one, with rsLoRA's scale if it is set.
 
+    Layers with an own rank or alpha (``rank_pattern``, ``alpha_pattern``) are zero-padded to the largest rank, and
+    their scales are folded into B.
     Raises InputError for missing or damaged files and for adapters that are not plain LoRA.
     """
     config = _read_config(Path(folder))
     _refuse_more_than_lora(folder, config)
-    rank, alpha = config.get("r"), config.get("lora_alpha")
+    found = _pairs(folder, _read_weights(Path(folder)))
+    parts = {name: LoraBatch({name: pair}, _scale(folder, config, name, pair)) for name, pair in found.items()}
+    if len({part.scale for part in parts.values()}) > 1:
+        parts = {name: part.scaled_into_b() for name, part in parts.items()}
+    rank = max(part.rank for part in parts.values())
+    factors = {name: part.padded(rank).factors[name] for name, part in parts.items()}
+    return LoraBatch(factors, next(iter(parts.values())).scale)
+
+
+def _scale(folder: str | Path, config: Mapping[str, Any], name: str, factors: Factors) -> float:
+    """Return the scale of one layer. Raises InputError for factors that do not fit its settings."""
+    a, b = factors
+    rank, alpha = (_setting(folder, config, name, *keys) for keys in (("rank_pattern", "r"), _ALPHA))
     # An alpha of more than a double's range would be infinite: JSON integers have no limit.
     if type(rank) is not int or rank < 1 or not isinstance(alpha, int | float) or not abs(alpha) <= sys.float_info.max:
         raise InputError(
             f"{folder}: r is {rank!r} and lora_alpha {alpha!r}, expected a positive integer and a finite number",
             hint=f"Correct {CONFIG}, or export the adapter again.",
         )
-    factors = _pairs(folder, _read_weights(Path(folder)))
-    for name, (a, b) in factors.items():
-        if a.ndim != 3 or b.ndim != 3 or a.shape[1] != rank or b.shape[2] != rank:
-            raise InputError(
-                f"{folder}: layer {name!r} has A {tuple(a.shape[1:])} and B {tuple(b.shape[1:])}, "
-                f"expected rank {rank}, the r of {CONFIG}",
-                hint=f"Correct r in {CONFIG}, or export the adapter again.",
-            )
-        if not all(part.is_floating_point() and part.double().isfinite().all() for part in (a, b)):
-            raise InputError(
-                f"{folder}: layer {name!r} has A of {a.dtype} and B of {b.dtype} with values that are not finite, "
-                "or of a type that is not floating point; expected finite floating point numbers",
-                hint="Export the adapter again from training that did not diverge.",
-            )
-    return LoraBatch(factors, float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank))
+    if a.ndim != 3 or b.ndim != 3 or a.shape[1] != rank or b.shape[2] != rank:
+        raise InputError(
+            f"{folder}: layer {name!r} has A {tuple(a.shape[1:])} and B {tuple(b.shape[1:])}, "
+            f"expected rank {rank}, the r of {CONFIG}",
+            hint=f"Correct r in {CONFIG}, or export the adapter again.",
+        )
+    if not all(part.is_floating_point() and part.double().isfinite().all() for part in (a, b)):
+        raise InputError(
+            f"{folder}: layer {name!r} has A of {a.dtype} and B of {b.dtype} with values that are not finite, "
+            "or of a type that is not floating point; expected finite floating point numbers",
+            hint="Export the adapter again from training that did not diverge.",
+        )
+    return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def _setting(folder: str | Path, config: Mapping[str, Any], name: str, pattern: str, key: str) -> Any:
+    """Return a layer's own setting if the pattern has one, by the end of its name as in PEFT, else that of all layers.
+
+    Patterns are names: a regular expression of a foreign file could take forever. Raises InputError.
+    """
+    own = config.get(pattern) or {}
+    if not isinstance(own, dict) or not all(re.fullmatch(r"\^?[\w.]+", layer) for layer in own):
+        raise InputError(f"{folder}: {pattern} is {own!r}, expected names of layers and numbers", hint=_HINT)
+    return next((value for layer, value in own.items() if _ends(name, layer)), config.get(key))
+
+
+def _ends(name: str, layer: str) -> bool:
+    return name == layer.removeprefix("^") or (layer[0] != "^" and name.endswith(f".{layer}"))
 
 
 def _tensors(adapter: LoraBatch) -> dict[str, Tensor]:
@@ -130,7 +159,7 @@ def _config(adapter: LoraBatch, base_name: str, fan_in_fan_out: bool) -> dict[st
         "base_model_name_or_path": base_name,
         "inference_mode": True,
         "r": adapter.rank,
-        "lora_alpha": _alpha(adapter.scale, adapter.rank),
+        "lora_alpha": alpha_of(adapter.scale, adapter.rank),
         "lora_dropout": 0.0,
         "bias": "none",
         "fan_in_fan_out": fan_in_fan_out,
@@ -142,7 +171,7 @@ def _config(adapter: LoraBatch, base_name: str, fan_in_fan_out: bool) -> dict[st
     }
 
 
-def _alpha(scale: float, rank: int) -> int | float:
+def alpha_of(scale: float, rank: int) -> int | float:
     """Return the alpha for which alpha / rank equals ``scale``, exactly if a double allows it, else within one bit."""
     near = scale * rank
     around = (near, math.nextafter(near, math.inf), math.nextafter(near, -math.inf))

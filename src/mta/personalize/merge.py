@@ -107,6 +107,11 @@ def coefficients(settings: MergeSettings, similarity: Tensor, evidence: Evidence
             f"policy {settings.policy!r} needs the anchors' likelihood of the shots",
             hint="Give evidence=gather_evidence(…), or use a policy that needs none, such as merge.policy=similarity.",
         )
+    if settings.k and settings.retrieve == "cosine" and not similarity.any():
+        raise ConfigError(
+            "the bank's anchors have no encodings, so none is near",
+            hint="Merge all: merge.k=0; or merge.retrieve=loss.",
+        )
     rank_by = evidence.anchors if settings.retrieve == "loss" and evidence else similarity.double()
     ids = rank_by.topk(settings.k or anchors, dim=1, sorted=True).indices
     retrieved = Retrieved(ids, similarity.double().gather(1, ids), evidence)

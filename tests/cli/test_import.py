@@ -1,0 +1,44 @@
+"""LoRAs that exist already become a bank, on the command line."""
+
+import pytest
+import torch
+from tiny import base_of, random_loras
+from world import TASK, mta, ratings, run, saved_base, written
+
+from mta.lora.peft import write_peft
+
+
+@pytest.fixture(scope="module")
+def loras(tmp_path_factory):
+    root = tmp_path_factory.mktemp("loras")
+    saved_base(root / "base")
+    drawn = random_loras(base_of("llama", torch.float32), 3)
+    for n, name in enumerate(("ann", "bob", "cem")):
+        write_peft(root / name, drawn.select([n]), "base")
+    settings = ["encoder: base", "dtype: float32", "max_tokens: 400", "memory: 64MiB", "calibration: {shots: 2}"]
+    (root / "run.yaml").write_text("\n".join(settings))
+    written(root / "people.jsonl", [*ratings("other", "hoxha", 9), *ratings("ann", "quispe", 1)])
+    return root
+
+
+def test_loras_become_a_bank_that_grows_and_personalizes(loras, tmp_path, monkeypatch):
+    monkeypatch.setenv("MTA_CACHE", str(tmp_path / "cache"))
+    how = ["--base", loras / "base", "--config", loras / "run.yaml", *TASK]
+    made = mta("bank", "import", loras / "ann", loras / "bob", *how, "--out", tmp_path / "bank", "--json").json
+    assert (made["anchors"], made["calibration"]) == (2, None)
+    people = ["--people", loras / "people.jsonl"]
+    grown = mta("bank", "add", tmp_path / "bank", loras / "cem", "--out", tmp_path / "more", *people, "--json").json
+    assert (grown["anchors"], grown["calibration"]["people"]) == (3, 10)
+    new = written(tmp_path / "new.jsonl", ratings("new", "quispe", 2))
+    at = ["--bank", tmp_path / "more", "--store", tmp_path / "people"]
+    assert mta("personalize", new, *at, "--json").json["failed"] == {}
+    assert "3 anchors" in mta("person", "show", "new-00-quispe", *at).out
+
+
+def test_mistakes_are_named_and_nothing_is_written(loras, tmp_path, monkeypatch):
+    monkeypatch.setenv("MTA_CACHE", str(tmp_path / "cache"))
+    how = ["--base", loras / "base", "--config", loras / "run.yaml", *TASK, "--out", tmp_path / "bank"]
+    said = run("bank", "import", loras / "nobody", *how)
+    assert said.code == 1
+    assert "nobody is not a PEFT folder" in said.err
+    assert not (tmp_path / "bank").exists()
