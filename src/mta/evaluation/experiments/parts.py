@@ -115,20 +115,23 @@ def _sharing(recipe: Experiment, task: Task, people: Sequence[Person], splits: S
     return {"people who share items": len(shared), "groups": len(set(shared)), "test queries trained on": found}
 
 
-def on_everything(run: Run, pool: Literal["everything", "as-many"], bank: Bank, folder: Path, task: int) -> Run:
+def on_everything(
+    run: Run, pool: Literal["everything", "as-many"], bank: Bank, folder: Path, trained: int, held_out: int
+) -> Run:
     """Return a run whose task LoRA is trained on all items of its people; it is all that is wanted of its bank.
 
-    ``as-many``: once, for as many examples as the bank in ``folder`` took for its task LoRA (on ``task`` items) and its
-    anchors, in batches of the task LoRA's size.
+    ``as-many``: once, for as many examples as the bank in ``folder`` took for its anchors and its task LoRA (with so
+    many items ``trained`` on and ``held_out``), in batches of the task LoRA's size.
     """
     words = ["task_lora.enabled=true", f"task_lora.items={10**9}", f"task_lora.per_person={10**9}"]
     words += ["bank.anchors=1", "calibration.enabled=false"]
     if pool == "as-many":
         built = bank.info.run
-        # A build that was killed and resumed may not know its rounds; then all that were allowed are counted.
-        rounds = next((len(one[LOSSES]) for one in reversed(sittings(folder)) if LOSSES in one), built.task_lora.rounds)
+        # Without held-out items there is one round. A killed and resumed build may not know its rounds: count the most.
+        most = built.task_lora.rounds if held_out else 1
+        rounds = next((len(one[LOSSES]) for one in reversed(sittings(folder)) if LOSSES in one), most)
         pooled = built.task_lora.training
-        examples = pooled.steps * pooled.batch_size if pooled.steps is not None else pooled.epochs * task
+        examples = pooled.steps * pooled.batch_size if pooled.steps is not None else pooled.epochs * trained
         examples *= rounds if built.task_lora.enabled else 0
         own = sum(min(items, built.bank.max_items) for items in bank.info.items)
         examples += built.bank.training.epochs * own

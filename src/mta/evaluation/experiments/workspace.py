@@ -160,8 +160,8 @@ class Workspace:
         run = override(self.recipe.run, [*part.words, f"seed={seed}"])
         if part.pool == "task":
             return run
-        items = sum(len(person.items) for person in self._pooled(seed)[0])
-        return on_everything(run, part.pool, self.bank(MAIN, seed), self._folder(MAIN, seed), items)
+        items = (sum(len(person.items) for person in people) for people in self._pooled(seed))
+        return on_everything(run, part.pool, self.bank(MAIN, seed), self._folder(MAIN, seed), *items)
 
     def _folder(self, part: Part, seed: int) -> Path:
         return self.out / "banks" / f"{part.bank}-{seed}"
