@@ -41,11 +41,14 @@ _SEAL = 16  # hex digits of the seal, enough to distinguish contents of the same
 _WIRE = re.compile(r"(?P<model>.+)~(?P<seal>[0-9a-f]{16})", re.DOTALL)
 
 
+def model_name(who: Version) -> str:
+    """Return the name of a version in requests: the inverse of ``named``."""
+    return f"person:{quote(who.person, safe='')}@v{who.number}" + "#merged" * (not who.stacked)
+
+
 def wire_name(who: Version | Nobody) -> str:
     """Return the name of a version in vLLM, ``person:ann@v3#merged~<seal>``. A name always means the same content."""
-    if isinstance(who, Nobody):
-        return who.value
-    return f"person:{quote(who.person, safe='')}@v{who.number}" + "#merged" * (not who.stacked) + f"~{who.seal[:_SEAL]}"
+    return who.value if isinstance(who, Nobody) else f"{model_name(who)}~{who.seal[:_SEAL]}"
 
 
 def from_wire(name: str) -> Version | Nobody | None:

@@ -22,6 +22,7 @@ from mta.serving.api import completions, people
 from mta.serving.api.limits import BodyLimit, Unexpected
 from mta.serving.api.schemas import error_body
 from mta.serving.api.service import Caller, Gateway, Service, error_of
+from mta.serving.model_names import model_name
 
 router = APIRouter()
 
@@ -75,6 +76,15 @@ async def task(service: Gateway, key: Caller) -> dict[str, Any]:
     fields = {"prompt": form.prompt, "inputs": list(form.inputs), "target": form.target}
     labels = found.labels if found.labelled else None
     return {"name": found.name, "description": found.description, **fields, "labels": labels, "base": service.base.name}
+
+
+@router.get("/v1/adapters")
+async def adapters(service: Gateway, key: Caller) -> dict[str, Any]:
+    """List the people's models in memory, for routers that send a person where their model is. Admin keys only."""
+    if key.rights != "admin":
+        raise HTTPException(403, "only an admin key may list people's models")
+    names = sorted(map(model_name, await service.engine.versions()))
+    return {"object": "list", "data": [{"id": name, "object": "model", "owned_by": "mta"} for name in names]}
 
 
 @router.get("/", include_in_schema=False)
