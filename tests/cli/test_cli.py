@@ -251,14 +251,15 @@ def test_generate_without_a_person_asks_the_task_lora_and_the_base(world):
 
 def test_export_writes_a_peft_folder(world, tmp_path):
     said = mta("export", ANN, "--out", tmp_path / "ann", *world.at, "--json").json
-    assert said == {"folder": str(tmp_path / "ann"), "relative_error": 0.0}
     config = json.loads((tmp_path / "ann" / "adapter_config.json").read_text())
+    assert said == {"folder": str(tmp_path / "ann"), "rank": config["r"], "relative_error": 0.0}
     tensors = load_file(tmp_path / "ann" / "adapter_model.safetensors")
     assert config["peft_type"] == "LORA"
     assert {tensor.shape[0] for name, tensor in tensors.items() if "lora_A" in name} == {config["r"]}
 
 
 def test_export_reports_the_error_of_compression(world, tmp_path):
+    assert "--max-lora-rank 1 or more" in mta("export", ANN, "--out", tmp_path / "a", *world.at, "--rank", 1).err
     said = mta("export", ANN, "--out", tmp_path / "ann", *world.at, "--rank", 1, "--json").json
     assert 0 < said["relative_error"] < 1
     assert json.loads((tmp_path / "ann" / "adapter_config.json").read_text())["r"] == 1

@@ -162,14 +162,17 @@ def export(
 
     Example:  mta export ann --out ann-adapter/ --rank 16
     """
+    from mta.lora.peft import read_peft
     from mta.store.exports import adapter_parcel
 
     base, opened, run = options.open_bank(bank, words, device=device)
     personal = mta.Personalizer(base, opened, store, run=run)
     error = personal.export(person, out, rank=rank)
-    result: dict[str, object] = {"folder": str(out), "relative_error": error}
+    needed = read_peft(out).rank
+    result: dict[str, object] = {"folder": str(out), "rank": needed, "relative_error": error}
     if not json:
         typer.echo(f"{out}: written" + (f"; rank {rank} causes a relative error of {error:.2%}" if rank else ""))
+        typer.echo(f"rank {needed}: a vLLM server needs --max-lora-rank {needed} or more", err=True)
     if push:
         show_parcel(adapter_parcel(out), push, private)
         confirm(yes)
