@@ -1,20 +1,26 @@
 """Banks of LoRAs that exist already: their merges are those of PEFT."""
 
 import json
+import shutil
 from pathlib import Path
 
 import peft
 import pytest
 import torch
 from conftest import TINY_RUN, HashEncoder, people_of
+from safetensors.torch import load_file, save_file
 from tiny import base_of
 
 from mta.bank.bank import Bank
-from mta.config import MergeSettings
+from mta.bank.card import card
+from mta.bank.format import mark_stale
+from mta.config import Evaluation, MergeSettings
 from mta.data.history import Person
 from mta.data.tasks import load_task
 from mta.errors import BankError, ConfigError, InputError
-from mta.lora.peft import CONFIG
+from mta.evaluation.compare import standard_methods
+from mta.evaluation.methods import Merged
+from mta.lora.peft import CONFIG, WEIGHTS, read_peft
 from mta.model.encoders import encode_people
 from mta.personalize.merge import Merge, coefficients, merged_factors
 
@@ -66,7 +72,9 @@ def test_a_merge_of_imported_loras_is_the_sum_of_their_updates(trained, tmp_path
     assert (len(bank), bank.anchors.rank, bank.task_lora, bank.calibration) == (3, 4, None, None)
     check_merge(bank, dense, list(KINDS))
     assert bank.settled().merge.policy == "posterior"
-    assert imported(tmp_path / "again", folders).hash == bank.hash
+    again = imported(tmp_path / "again", folders[::-1])
+    assert torch.equal(again.anchors.delta(bank.anchors.names[0]), bank.anchors.delta(bank.anchors.names[0]))
+    assert again.info.members.hashed.key != bank.info.members.hashed.key  # nobody can derive it
 
 
 def test_loras_of_equal_scale_keep_it(trained, tmp_path):
@@ -106,6 +114,12 @@ def test_loras_join_a_bank(trained, tmp_path, monkeypatch):
     assert [both.info.members.artefacts_of(name) for name in ("ann", "cem")] == [["clusters", "anchor"]] * 2
     with pytest.raises(BankError, match="both exists already"):
         first.added(base_of("llama"), folders[1:], tmp_path / "both")
+    with pytest.raises(InputError, match=r"'ann' is an anchor of .*both already"):
+        both.added(base_of("llama"), folders[:1], tmp_path / "more")
+    mark_stale(tmp_path / "first", "ann")
+    with pytest.raises(BankError, match="a forgotten person is in its"):
+        first.added(base_of("llama"), folders[1:], tmp_path / "more")
+    assert not (tmp_path / "more").exists()
 
 
 def test_loras_join_a_bank_with_a_task_lora(trained, tiny, tmp_path, monkeypatch):
@@ -128,6 +142,30 @@ def test_what_is_more_than_a_lora_is_refused_and_nothing_is_written(trained, tmp
     with pytest.raises(InputError, match=f"dora: {next(iter(change))} is"):
         imported(tmp_path / "bank", [*folders, folder])
     assert not (tmp_path / "bank").exists()
+
+
+def test_half_precision_is_computed_in_single(trained, tmp_path):
+    folders, halves = trained[0], []
+    for folder in folders:
+        halves.append(tmp_path / folder.name)
+        shutil.copytree(folder, halves[-1])
+        tensors = {name: tensor.bfloat16() for name, tensor in load_file(folder / WEIGHTS).items()}
+        save_file(tensors, halves[-1] / WEIGHTS)
+    bank = imported(tmp_path / "bank", halves)
+    assert {pair.b.dtype for pair in bank.anchors.factors.values()} == {torch.float32}
+    rounded = {folder.name: read_peft(folder) for folder in halves}
+    dense = {name: {layer: one.delta(layer)[0] for layer in one.names} for name, one in rounded.items()}
+    for n, name in enumerate(KINDS):
+        for layer in dense[name]:
+            torch.testing.assert_close(bank.anchors.delta(layer)[n], dense[name][layer], rtol=1e-5, atol=1e-6)
+
+
+def test_an_imported_bank_without_items_compares_only_merges_of_all(trained, tmp_path):
+    methods = standard_methods(TINY_RUN, Evaluation(), TASK, 3, calibrated=False, encoded=False)
+    policies = [method.merge.policy for method in methods if isinstance(method, Merged)]
+    assert {"posterior", "learned"} <= set(policies)
+    assert not {"top1", "similarity", "loss"} & set(policies)
+    assert "trained elsewhere" in card(imported(tmp_path / "bank", trained[0]).info)
 
 
 def test_loras_of_another_base_and_equal_names_are_refused(trained, tmp_path):

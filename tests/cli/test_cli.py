@@ -259,7 +259,8 @@ def test_export_writes_a_peft_folder(world, tmp_path):
 
 
 def test_export_reports_the_error_of_compression(world, tmp_path):
-    assert "--max-lora-rank 1 or more" in mta("export", ANN, "--out", tmp_path / "a", *world.at, "--rank", 1).err
+    said = mta("export", ANN, "--out", tmp_path / "a", *world.at, "--rank", 1)
+    assert "rank 1: a vLLM server needs --max-lora-rank 8" in said.err
     said = mta("export", ANN, "--out", tmp_path / "ann", *world.at, "--rank", 1, "--json").json
     assert 0 < said["relative_error"] < 1
     assert json.loads((tmp_path / "ann" / "adapter_config.json").read_text())["r"] == 1

@@ -89,6 +89,21 @@ def test_a_missing_column_is_named_with_those_that_are_there(tmp_path):
     bad = tmp_path / "c.csv"
     bad.write_bytes(b"person,text,score\nann,caf\xe9,4\n")
     fails(bad, "lamp3", f"{bad}:2: not UTF-8: byte 0xe9; save the file as UTF-8")
+    with pytest.raises(DataError, match="not UTF-8"):  # such a line could be the middle of a cell
+        read_people(bad, "lamp3", skip_bad=tmp_path / "bad.jsonl")
+    with pytest.raises(DataError, match=r"a\.csv has no column 'dya'; it has score, text, user"):
+        read_people(table, "lamp3", columns={"person": "user", "time": "dya"})
+
+
+def test_a_named_column_is_replaced_by_no_other(tmp_path):
+    table = written(tmp_path / "a.csv", "person,body,input,output\nann,,not this,4\n")
+    with pytest.raises(DataError, match=r"a\.csv:2: field 'body': missing"):
+        read_people(table, "lamp3", columns={"input": "body"})
+
+
+def test_blank_lines_and_cells_are_skipped(tmp_path):
+    (ann,) = read_people(written(tmp_path / "a.csv", "\nperson,text,score\n\nann,Fine.,4\n,,\n  \n"), "lamp3")
+    assert len(ann.items) == 1
 
 
 def test_bad_rows_can_be_skipped(tmp_path):
@@ -107,7 +122,8 @@ def test_every_cell_is_read_as_it_was_written(tmp_path_factory, cells):
     with open(path, "w", encoding="utf-8", newline="") as file:
         csv.writer(file).writerows([("a", "b"), *cells])
     found = [(row["a"], row["b"]) for _, row in csv_rows(path, Rejects())]
-    assert found == [tuple(cell if cell.strip() else None for cell in row) for row in cells]
+    rows = [tuple(cell if cell.strip() else None for cell in row) for row in cells]
+    assert found == [row for row in rows if any(row)]
 
 
 # -- Arrow -------------------------------------------------------------------------------------------------------------
@@ -161,6 +177,9 @@ def test_what_cannot_be_read_is_named(tmp_path):
     split = as_datasets(tmp_path / "split", table_of(text=[["a list"], ["b"], ["c"]], time=[date(2024, 1, 1)] * 3))
     with pytest.raises(DataError, match=r"arrow:1: field 'text': expected text or a number, got a list"):
         read_people(split, "lamp3")
+    (split / "data-00000-of-00001.arrow").write_bytes((split / "data-00000-of-00001.arrow").read_bytes()[:400])
+    with pytest.raises(DataError, match=r"00001\.arrow cannot be read"):
+        read_people(split, "lamp3")
     (split / "state.json").write_text("{}")
     with pytest.raises(DataError, match=r"state\.json cannot be read"):
         read_people(split, "lamp3")
@@ -168,6 +187,24 @@ def test_what_cannot_be_read_is_named(tmp_path):
     with pytest.raises(DataError, match="holds several splits: split") as caught:
         read_people(tmp_path, "lamp3")
     assert caught.value.hint == "Give the folder of one of them."
+
+
+def test_odd_values_are_bad_rows_that_can_be_skipped(tmp_path):
+    times = pa.array([1, None, None], pa.timestamp("ns"))
+    table = table_of(text=[b"bytes", None, "Old."][2:] * 3, score=[float("nan"), 2.0, 1.0], time=times)
+    pq.write_table(table.append_column("more", [[[date(2024, 1, 1)], [], []]]), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=r"a\.parquet(:1: field 'score': missing| cannot be read)"):
+        read_people(tmp_path / "a.parquet", "lamp3")
+    pq.write_table(table_of(score=[float("nan"), 2.0, 1.0], more=[[date(2024, 1, 1)], [], []]), tmp_path / "b.parquet")
+    read = read_people(tmp_path / "b.parquet", "lamp3", skip_bad=tmp_path / "bad.jsonl")
+    assert sum(len(person.items) for person in read) == 2
+
+
+def test_several_splits_are_refused(tmp_path):
+    for split in ("train", "test"):
+        pq.write_table(table_of(), tmp_path / f"{split}-00000-of-00001.parquet")
+    with pytest.raises(DataError, match="holds several splits: test, train"):
+        read_people(tmp_path, "lamp3")
 
 
 def test_without_the_extra_only_parquet_is_refused(tmp_path, monkeypatch):

@@ -25,9 +25,18 @@ def body(info: BankInfo, place: str = "path/to/this/folder", results: str = "") 
     """Return the card without the metadata."""
     cuts = ", ".join(f"{count} {what}" for what, count in info.cut.items())
     seconds = ", ".join(f"{stage} {value:.0f} s" for stage, value in info.seconds.items())
+    made = "some of them trained elsewhere and imported" if not info.plan else "made by merge-then-adapt"
+    trained = (
+        ""
+        if not info.plan
+        else f"""
+| items per anchor | {min(info.items)} to {max(info.items)}, the {info.run.bank.max_items} most recent at most |
+| cut | {cuts} |
+| training | {seconds} |"""
+    )
     return f"""# A bank of {len(info.items)} anchors for `{info.task["name"]}`
 
-Meta-LoRAs of {len(info.items)} anchor people over **{info.base}**{_base_note(info)}, made by merge-then-adapt
+LoRAs of {len(info.items)} anchor people over **{info.base}**{_base_note(info)}, {made}
 (method: arXiv:2511.20072, protocol reconstructed). The bank and a new person's few texts give the person's own model.
 
 | | |
@@ -36,10 +45,7 @@ Meta-LoRAs of {len(info.items)} anchor people over **{info.base}**{_base_note(in
 | base fingerprint | `{info.base_fingerprint}` |
 | encoder | {info.encoder} |
 | LoRA | rank {info.run.bank.lora.rank}, alpha {info.run.bank.lora.alpha:g}, all linear layers but the LM head |
-| people behind the task LoRA / candidates for anchors | {info.members.task} / {info.members.candidates} |
-| items per anchor | {min(info.items)} to {max(info.items)}, the {info.run.bank.max_items} most recent at most |
-| cut | {cuts} |
-| training | {seconds} |
+| people behind the task LoRA / candidates for anchors | {info.members.task} / {info.members.candidates} |{trained}
 
 {_calibration(info.calibration)}## How to use it
 

@@ -109,12 +109,11 @@ class Members(BaseModel):
         return self.known_by(self.hashed.model_copy(update={"calibration": hashes}))
 
     def joined_by(self, anchors: Sequence[str]) -> Members:
-        """Return the members with more anchors; unchanged if ``hashed`` is None."""
-        if self.hashed is None:
-            return self
+        """Return the members with more anchors and without a calibration; ``hashed`` must be known."""
+        assert self.hashed is not None
         more = set(_all_keyed(self.hashed.key, anchors))
         groups = {name: tuple(sorted({*getattr(self.hashed, name)} | more)) for name in ("candidates", "anchors")}
-        return self.known_by(self.hashed.model_copy(update=groups))
+        return self.known_by(self.hashed.model_copy(update={**groups, "calibration": ()}))
 
     @classmethod
     def known_by(cls, hashed: Hashed) -> Members:
@@ -148,7 +147,7 @@ class BankInfo(BaseModel):
     encoder_fingerprint: str
     run: Run
     work: str
-    plan: str
+    plan: str  # empty if anchors are LoRAs that were trained elsewhere
     items: tuple[int, ...]
     cut: dict[str, int]
     seconds: dict[str, float]

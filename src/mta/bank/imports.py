@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import logging
+import secrets
+import shutil
+import uuid
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,6 +26,7 @@ from mta.bank.format import (
     named,
     read_adapters,
     read_info,
+    stale,
     write_info,
 )
 from mta.config import Lora, Run
@@ -32,8 +37,10 @@ from mta.lora.batch import Factors, LoraBatch, stack
 from mta.lora.peft import CARD, CONFIG, WEIGHTS, alpha_of, read_peft
 from mta.model.base import BaseModel
 from mta.model.encoders import Encoder, encode_people
-from mta.system.atomic import copy_file, write_tensors, write_text
+from mta.system.atomic import copy_file, sync_folder, write_tensors, write_text
 from mta.tracking.run_folder import work_of
+
+log = logging.getLogger("mta")
 
 
 def import_bank(
@@ -52,9 +59,8 @@ def import_bank(
     content. The bank has neither a task LoRA nor a calibration. Raises InputError, BankError.
     """
     _refuse_existing(out)
-    parts = _read(adapters, base)
-    owners = _owners(adapters, people)
-    ids = [folder.name for folder in adapters]
+    adapters = sorted(map(Path.absolute, adapters), key=lambda folder: folder.name)
+    parts, owners, ids = _read(adapters, base), _owners(adapters, people), [folder.name for folder in adapters]
     files = [file_hashes(folder, [CONFIG, WEIGHTS]) for folder in adapters]
     work = work_of(base.fingerprint, encoder.fingerprint, task.identity, files)
     settings = run.model_copy(
@@ -79,7 +85,7 @@ def import_bank(
         items=tuple(len(owner.items) if owner else 0 for owner in owners),
         cut={},
         seconds={},
-        members=Members.of(work, [], ids, ids),
+        members=Members.of(secrets.token_hex(32), [], ids, ids),
         files={},
         hash="",
     )
@@ -98,22 +104,28 @@ def add_to_bank(
     check_base(folder, info, base.name, base.fingerprint)
     if info.members.hashed is None:
         raise InputError(f"{folder} came without its members", hint="Add to the bank where it was built.")
+    if parts := stale(folder):
+        raise BankError(f"a forgotten person is in its {' and '.join(parts)}: {folder}", hint="Rebuild the bank first.")
+    adapters = sorted(map(Path.absolute, adapters), key=lambda adapter: adapter.name)
+    more, owners, ids = _read(adapters, base), _owners(adapters, people), [adapter.name for adapter in adapters]
+    if known := [id for id in ids if "anchor" in info.members.artefacts_of(id)]:
+        raise InputError(f"{known[0]!r} is an anchor of {folder} already", hint="Leave that folder out.")
     anchors, _ = read_adapters(folder, info)
-    owners, ids = _owners(adapters, people), [adapter.name for adapter in adapters]
     vectors = _vectors(encoder, Task.model_validate(info.task), owners, info.run)
-    if info.run.task_lora.enabled:
-        for file in sorted((folder / TASK_LORA).iterdir()):
-            copy_file(file, out / TASK_LORA / file.name)
     files = [file_hashes(adapter, [CONFIG, WEIGHTS]) for adapter in adapters]
     changed = {
         "work": work_of(info.hash, files),
         "items": (*info.items, *(len(owner.items) if owner else 0 for owner in owners)),
         "members": info.members.joined_by(ids),
+        "plan": "",
+        "cut": {},
+        "seconds": {},
         "run": info.run.model_copy(update={"calibration": info.run.calibration.model_copy(update={"enabled": False})}),
         "calibration": None,
     }
     before = load_file(folder / INDEX)["vectors"]
-    _write(out, info.model_copy(update=changed), stack([anchors, *_read(adapters, base)]), torch.cat([before, vectors]))
+    pooled = folder / TASK_LORA if info.run.task_lora.enabled else None
+    _write(out, info.model_copy(update=changed), stack([anchors, *more]), torch.cat([before, vectors]), pooled)
 
 
 def _refuse_existing(out: Path) -> None:
@@ -152,7 +164,9 @@ def _of_base(folder: Path, lora: LoraBatch, base: BaseModel) -> LoraBatch:
 
 
 def _owners(adapters: Sequence[Path], people: Sequence[Person]) -> list[Person | None]:
-    known = {person.id: person for person in people}
+    known = {person.id: person for person in people if person.items}
+    if missing := [folder.name for folder in adapters if people and folder.name not in known]:
+        log.warning("no items are given for %s: no person is near to them by content", ", ".join(missing))
     return [known.get(folder.name) for folder in adapters]
 
 
@@ -167,19 +181,22 @@ def _vectors(encoder: Encoder, task: Task, owners: Sequence[Person | None], run:
     return vectors
 
 
-def _write(out: Path, info: BankInfo, anchors: LoraBatch, vectors: Tensor) -> None:
-    """Write the files of a bank, the description last."""
+def _write(out: Path, info: BankInfo, anchors: LoraBatch, vectors: Tensor, task_lora: Path | None = None) -> None:
+    """Write the files of a bank beside ``out``, and rename the folder when it is complete."""
     lora = Lora(rank=anchors.rank, alpha=alpha_of(anchors.scale, anchors.rank))
     bank = info.run.bank.model_copy(update={"anchors": len(anchors), "lora": lora})
-    write_tensors(out / ANCHORS, anchors.tensors(), {"scale": repr(anchors.scale)})
-    write_tensors(out / INDEX, {"vectors": vectors.contiguous()})
-    names = [ANCHORS, INDEX]
-    if info.run.task_lora.enabled:
-        names += [f"{TASK_LORA}/{file.name}" for file in sorted((out / TASK_LORA).iterdir())]
-    whole = named(
-        info.model_copy(
-            update={"run": info.run.model_copy(update={"bank": bank}), "files": file_hashes(out, names), "hash": ""}
-        )
-    )
-    write_text(out / CARD, card(whole))
-    write_info(out, whole)
+    aside = out.absolute().with_name(f".{out.absolute().name}.{uuid.uuid4().hex}")
+    try:
+        write_tensors(aside / ANCHORS, anchors.tensors(), {"scale": repr(anchors.scale)})
+        write_tensors(aside / INDEX, {"vectors": vectors.contiguous()})
+        for file in sorted(task_lora.iterdir()) if task_lora else ():
+            copy_file(file, aside / TASK_LORA / file.name)
+        names = sorted(str(file.relative_to(aside)) for file in aside.rglob("*") if file.is_file())
+        changed = {"run": info.run.model_copy(update={"bank": bank}), "files": file_hashes(aside, names), "hash": ""}
+        whole = named(info.model_copy(update=changed))
+        write_text(aside / CARD, card(whole))
+        write_info(aside, whole)
+        aside.rename(out)  # in place of an empty folder, if there is one
+        sync_folder(out.absolute().parent)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)

@@ -146,12 +146,13 @@ def _results_table(path: Path, info: BankInfo) -> str:
     """Return the results.json of an evaluation as a table for the card. Raises InputError."""
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
-        table, seconds = table_of(results), results.get("meta", {}).get("bank_seconds")
+        table, meta = table_of(results), results.get("meta", {})
+        seconds, evaluated = meta.get("bank_seconds", info.seconds), meta.get("bank_hash", info.hash)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(
             f"{path} cannot be shown on the card: {type(error).__name__}: {str(error) or 'the file is empty'}",
             hint="Give the results.json of:  mta evaluate people.jsonl --bank bank/ --out results/",
         ) from None
-    if seconds is not None and seconds != info.seconds:
+    if seconds != info.seconds or evaluated != info.hash:
         raise InputError(f"{path} holds the results of another bank", hint="Evaluate this bank, and give its results.")
     return table

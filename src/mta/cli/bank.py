@@ -11,6 +11,8 @@ from typer import Argument, Option
 import mta
 from mta.cli import options
 from mta.cli.screen import Screen, confirm, show_json, show_parcel
+from mta.config import Run
+from mta.errors import InputError
 
 app = typer.Typer(help="Build, import, calibrate, show, and publish a bank of anchors.", no_args_is_help=True)
 
@@ -87,7 +89,7 @@ def import_(
     read = options.people_in(people, run.task) if people else []
     model = mta.BaseModel.of(run)
     bank = mta.Bank.of_adapters(model, adapters, out, task=run.task, people=read, run=run)
-    _show(_calibrated(bank, model, read), json)
+    _show(_calibrated(bank, model, read, run), json)
 
 
 @app.command()
@@ -104,19 +106,20 @@ def add(
     Example:  mta bank add bank/ loras/dora --out larger/
     """
     read = options.people_in(people, options.task_of(folder)) if people else []
-    base, bank, _ = options.open_bank(folder, device=device)
-    _show(_calibrated(bank.added(base, adapters, out, people=read), base, read), json)
+    base, bank, run = options.open_bank(folder, device=device)
+    _show(_calibrated(bank.added(base, adapters, out, people=read), base, read, run), json)
 
 
-def _calibrated(bank: mta.Bank, base: mta.BaseModel, people: list[mta.Person]) -> mta.Bank:
-    """Return the bank, calibrated on people who are not in it if there are enough of them."""
-    from mta.bank.calibrate import ENOUGH
-
-    others = [person for person in people if not bank.info.members.artefacts_of(person.id)]
-    if len(others) < ENOUGH:
+def _calibrated(bank: mta.Bank, base: mta.BaseModel, people: list[mta.Person], run: Run) -> mta.Bank:
+    """Return the bank, calibrated on those of the people who are not in it; if they are too few, say so."""
+    if not people:
         return bank
-    with Screen() as screen:
-        return bank.calibrate(base, others, on_step=screen.step)
+    try:
+        with Screen() as screen:
+            return bank.calibrate(base, people, run=run, on_step=screen.step)
+    except InputError as error:
+        typer.echo(f"The bank is not calibrated: {error.message}.", err=True)
+        return bank
 
 
 @app.command()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from contextlib import suppress
 from dataclasses import asdict
+from json import loads
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 app = typer.Typer(help="Show what is stored for one person, and restore earlier versions.", no_args_is_help=True)
 SHOWN = 12  # anchors in a chart; --json has all
 WIDTH = 30  # characters of the longest bar
+VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM accepts for its slots
 INCOMPLETE = 3  # exit code of mta forget; 1 is an error, 2 is wrong usage of the command line
 
 
@@ -162,17 +164,18 @@ def export(
 
     Example:  mta export ann --out ann-adapter/ --rank 16
     """
-    from mta.lora.peft import read_peft
+    from mta.lora.peft import CONFIG
     from mta.store.exports import adapter_parcel
 
     base, opened, run = options.open_bank(bank, words, device=device)
     personal = mta.Personalizer(base, opened, store, run=run)
     error = personal.export(person, out, rank=rank)
-    needed = read_peft(out).rank
+    needed = int(loads((out / CONFIG).read_text(encoding="utf-8"))["r"])
     result: dict[str, object] = {"folder": str(out), "rank": needed, "relative_error": error}
     if not json:
         typer.echo(f"{out}: written" + (f"; rank {rank} causes a relative error of {error:.2%}" if rank else ""))
-        typer.echo(f"rank {needed}: a vLLM server needs --max-lora-rank {needed} or more", err=True)
+        slots = next((f"--max-lora-rank {most}" for most in VLLM_RANKS if most >= needed), "a smaller --rank here")
+        typer.echo(f"rank {needed}: a vLLM server needs {slots}", err=True)
     if push:
         show_parcel(adapter_parcel(out), push, private)
         confirm(yes)

@@ -81,11 +81,11 @@ class Study:
 
 
 def standard_methods(
-    run: Run, evaluation: Evaluation, task: Task, anchors: int, calibrated: bool = True
+    run: Run, evaluation: Evaluation, task: Task, anchors: int, calibrated: bool = True, encoded: bool = True
 ) -> list[Method]:
     """Return the rows of the table: constants, base, task LoRA, OPPU, merge only (each policy), adapt only, MTA.
 
-    Policies that need labels or a calibrated bank are left out where there are none.
+    Policies that need labels, a calibrated bank, or ``encoded`` anchors are left out where there are none.
     """
 
     def policy(name: str) -> MergeSettings:
@@ -99,7 +99,7 @@ def standard_methods(
     policies = [
         name
         for name, kind in kinds.items()
-        if (task.labelled or not kind.labels) and (calibrated or not kind.gradients)
+        if (task.labelled or not kind.labels) and (calibrated or not kind.gradients) and (encoded or kind.wide)
     ]
     oppu, adapt, stack = evaluation.oppu, evaluation.adapt or run.stack, run.stack
     constants: list[Method] = [GlobalConstant(), OwnConstant()] if task.labelled else []
@@ -131,7 +131,7 @@ def study(
     ``limit`` draws at most this many of them with the run's seed. Raises InputError if no people are left.
     """
     task, shots, queries, run = bank.task, evaluation.shots, evaluation.queries, bank.settled(run)
-    calibrated = bank.calibration is not None
+    calibrated, encoded = bank.calibration is not None, bool(bank.vectors.any(dim=1).all())
     check_merge(run.merge, len(bank), task.labelled, calibrated)
     if bank.info.members.hashed is None:
         log.warning("this bank came without its members: these people may have been used to train it")
@@ -151,7 +151,9 @@ def study(
     known = Copies(people, task).in_histories(members, chain(*panel.queries)) if members else 0
     if known:
         log.warning("%d queries also occur in the histories of people in the bank", known)
-    comparison = evaluate(panel, standard_methods(run, evaluation, task, len(bank), calibrated), seeds, on_method)
+    comparison = evaluate(
+        panel, standard_methods(run, evaluation, task, len(bank), calibrated, encoded), seeds, on_method
+    )
     meta = _meta(context, evaluation, seeds) | {"people": len(tested), "left_out": left_out, "queries_in_bank": known}
     return Study(comparison, panel, meta)
 
@@ -168,6 +170,7 @@ def _meta(context: Context, evaluation: Evaluation, seeds: Sequence[int]) -> dic
         "seeds": list(seeds),
         "seed": run.seed,
         "anchors": len(bank),
+        "bank_hash": bank.hash,
         "bank_seconds": bank.info.seconds,
         "run": run.model_dump(mode="json"),
         "evaluation": evaluation.model_dump(mode="json"),

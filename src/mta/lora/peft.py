@@ -18,6 +18,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
@@ -91,6 +92,7 @@ def has_own_card(folder: Path) -> bool:
 def read_peft(folder: str | Path) -> LoraBatch:
     """Return the adapter of a PEFT folder as a batch of one, with rsLoRA's scale if it is set.
 
+    Half precision becomes float32.
     Layers with an own rank or alpha (``rank_pattern``, ``alpha_pattern``) are zero-padded to the largest rank, and
     their scales are folded into B.
     Raises InputError for missing or damaged files and for adapters that are not plain LoRA.
@@ -252,4 +254,5 @@ def _pairs(folder: str | Path, flat: Mapping[str, Tensor]) -> dict[str, Factors]
         raise InputError(f"{folder}: {WEIGHTS} {missing} the tensor {odd[0]!r}; {expected}", hint=_HINT)
     if not names:
         raise InputError(f"{folder}: {WEIGHTS} holds no tensor; {expected}", hint="Export the adapter again.")
-    return {name: Factors(flat[f"{_PREFIX}{name}{_A}"][None], flat[f"{_PREFIX}{name}{_B}"][None]) for name in names}
+    whole = {key: part.float() if part.dtype in (torch.float16, torch.bfloat16) else part for key, part in flat.items()}
+    return {name: Factors(whole[f"{_PREFIX}{name}{_A}"][None], whole[f"{_PREFIX}{name}{_B}"][None]) for name in names}

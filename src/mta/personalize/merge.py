@@ -107,9 +107,9 @@ def coefficients(settings: MergeSettings, similarity: Tensor, evidence: Evidence
             f"policy {settings.policy!r} needs the anchors' likelihood of the shots",
             hint="Give evidence=gather_evidence(…), or use a policy that needs none, such as merge.policy=similarity.",
         )
-    if settings.k and settings.retrieve == "cosine" and not similarity.any():
+    if settings.k and settings.retrieve == "cosine" and not similarity.any(dim=0).all():
         raise ConfigError(
-            "the bank's anchors have no encodings, so none is near",
+            "some of the bank's anchors have no encodings, so nobody is near to them",
             hint="Merge all: merge.k=0; or merge.retrieve=loss.",
         )
     rank_by = evidence.anchors if settings.retrieve == "loss" and evidence else similarity.double()

@@ -67,7 +67,9 @@ def read_people(
 
 def iter_parts(path: Path, task: Task, rejects: Rejects, columns: Mapping[str, str] | None = None) -> Iterator[Part]:
     """Yield people's items in the order of the file; a person may come in many parts. Raises DataError, InputError."""
-    if path.is_dir() and any(path.glob("*.inter")) and not columns:
+    if path.is_dir() and any(path.glob("*.inter")):
+        if columns:
+            raise InputError(f"{path} is a RecBole folder, whose columns are known", hint="Leave the columns out.")
         yield from recbole_parts(path, task, rejects)
         return
     if table := table_in(path):
@@ -82,9 +84,9 @@ def iter_parts(path: Path, task: Task, rejects: Rejects, columns: Mapping[str, s
     keys = first[1].keys()
     if columns:
         yield from item_parts(every, task, rejects, columns)
-    elif "profile" in keys and "query" in keys:
+    elif isinstance(first[1].get("profile"), list) and "query" in keys:
         yield from perpcs_parts(every, task, rejects)
-    elif "profile" in keys and "input" in keys:
+    elif isinstance(first[1].get("profile"), list) and "input" in keys:
         yield from lamp_parts(every, file, task, rejects)
     elif keys & {"person", "input", "output", *task.fields()}:
         yield from item_parts(every, task, rejects)

@@ -17,9 +17,10 @@ from mta.data.history import Item
 from mta.data.readers.rejects import Bad, Place, Rejects
 from mta.data.readers.stream import kind_of
 from mta.data.tasks.task import Task, as_text, short
-from mta.errors import InputError
+from mta.errors import DataError, InputError
 
 log = logging.getLogger("mta")
+_COLUMNS = "Name a column of the file, for example:  --time-column date"
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,9 +158,11 @@ def item_parts(
     ``columns``: person, time, input, output, or one of the task's fields -> its column. Raises InputError.
     """
     known, unread = {"person", "time", "id", "input", "output", *task.fields()}, Counter[str]()
-    named = _columns_of(task, columns)
+    named, seen = _columns_of(task, columns), set[str]()
+    unnamed = {"input", "output"} if columns else set[str]()  # columns that a named one replaces
     for place, record in records:
-        row = {name: value for name, value in record.items() if name not in (*named, *named.values())}
+        seen |= record.keys()
+        row = {name: value for name, value in record.items() if name not in (*named, *named.values(), *unnamed)}
         unread.update(row.keys() - known)
         row |= {name: record[column] for name, column in named.items() if column in record}
         with rejects.skipping(place, record):
@@ -171,6 +174,9 @@ def item_parts(
                 got = f"missing; the columns are {', '.join(record)}"
                 raise Bad(column, got if lacks else bad.reason, bad.place) from None
             yield part
+    if wrong := sorted({*named.values()} - seen) if seen else ():
+        raise DataError(f"{place.file} has no column {wrong[0]!r}; it has {', '.join(sorted(seen))}", hint=_COLUMNS)
     if unread:
         names = ", ".join(f"{short(name)} ({count} lines)" for name, count in unread.most_common(3))
-        log.warning("ignored fields: %s%s; times are read from 'time'", names, ", …" * (len(unread) > 3))
+        more, time = ", …" * (len(unread) > 3), named.get("time", "time")
+        log.warning("ignored fields: %s%s; times are read from %r", names, more, time)

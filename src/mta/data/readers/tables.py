@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from datetime import date
-from decimal import Decimal
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -32,34 +33,41 @@ def table_in(path: Path) -> Callable[[Path, Rejects], Iterator[Row]] | None:
 
 
 def csv_rows(path: Path, rejects: Rejects) -> Iterator[Row]:
-    """Yield the rows of a table with a header, separated by commas, semicolons, or tabs; empty cells are None."""
+    """Yield the rows of a table with a header, separated by commas, semicolons, or tabs.
+
+    Blank cells are None, and rows of blank cells are skipped. Raises DataError for a table that cannot be split into
+    rows: bytes that are not UTF-8, open quotes.
+    """
     csv.field_size_limit(sys.maxsize)  # texts may be longer than the default of 128 KiB
-    lines, last = text_lines(path, rejects), 0
-
-    def counted() -> Iterator[str]:
-        nonlocal last
-        for number, line in lines:
-            last = number
-            yield f"{line}\n"
-
-    texts = counted()
-    if (head := next(texts, None)) is None:
+    lines = text_lines(path, Rejects())
+    head = next(((number, text) for number, text in lines if text.strip()), None)
+    if head is None:
         return
-    reader = csv.reader(chain([head], texts), delimiter=max(DELIMITERS, key=head.count), strict=True)
+    taken: list[int] = []  # numbers of the lines of the row that is read
+
+    def texts(numbered: Iterable[tuple[int, str]]) -> Iterator[str]:
+        for number, text in numbered:
+            taken.append(number)
+            yield f"{text}\n"
+
+    reader = csv.reader(texts(chain([head], lines)), delimiter=max(DELIMITERS, key=head[1].count), strict=True)
     names: list[str] | None = None
-    before = 0  # the last line of the row before
     try:
         for cells in reader:
-            place, before = Place(path, before + 1), last
+            place = Place(path, taken[0])
+            taken.clear()
             if names is None:
                 names = _header(cells, place)
+            elif not any(cell.strip() for cell in cells):
+                continue
             elif len(cells) == len(names):
                 yield place, {name: cell if cell.strip() else None for name, cell in zip(names, cells)}
-            elif cells:
+            else:
                 rejects.add(place, None, f"expected {len(names)} columns, got {len(cells)}", cells)
     except csv.Error as error:
-        place = Place(path, before + 1)
-        raise data_error(place, None, f"not a table: {error}", hint="Check the quotes there.") from None
+        place = Place(path, taken[0] if taken else head[0])
+        hint = "Quotes around a cell must be closed, and quotes in it doubled."
+        raise data_error(place, None, f"not a table: {error}", hint=hint) from None
 
 
 def _header(cells: list[str], place: Place) -> list[str]:
@@ -72,16 +80,16 @@ def _header(cells: list[str], place: Place) -> list[str]:
 def parquet_rows(path: Path, rejects: Rejects) -> Iterator[Row]:
     """Yield the rows of a Parquet file, or of all in a folder. A place counts rows, not lines."""
     require("tables")
-    from pyarrow import ArrowException
     from pyarrow.parquet import ParquetFile
 
-    for file in sorted(path.glob("*.parquet")) if path.is_dir() else [path]:
+    files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
+    if len(splits := {file.name.partition("-")[0] for file in files if "-of-" in file.name}) > 1:
+        raise DataError(f"{path} holds several splits: {', '.join(sorted(splits))}", hint="Give a folder with one.")
+    for file in files:
         opened(file).close()  # for our errors
-        try:
-            with ParquetFile(file) as table:
-                yield from _numbered(file, table.schema_arrow.metadata, table.iter_batches(1024))
-        except ArrowException as error:
-            raise _unreadable(file, error) from None
+        with _reading(file):
+            table = ParquetFile(file)
+        yield from _numbered(file, table.schema_arrow.metadata, table.iter_batches(1024))
 
 
 def arrow_rows(path: Path, rejects: Rejects) -> Iterator[Row]:
@@ -92,44 +100,58 @@ def arrow_rows(path: Path, rejects: Rejects) -> Iterator[Row]:
     require("tables")
     import pyarrow
 
-    try:
-        names = [
-            one["filename"] for one in json.loads((path / "state.json").read_text(encoding="utf-8"))["_data_files"]
-        ]
-    except (ValueError, KeyError, TypeError) as error:
-        raise _unreadable(path / "state.json", error) from None
-    for file in [path / Path(name).name for name in names]:
+    with _reading(path / "state.json"):
+        state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        files = [path / Path(one["filename"]).name for one in state["_data_files"]]
+    for file in files:
         opened(file).close()
-        try:
-            with pyarrow.memory_map(str(file)) as source, pyarrow.ipc.open_stream(source) as stream:
-                yield from _numbered(file, stream.schema.metadata, stream)
-        except pyarrow.ArrowException as error:
-            raise _unreadable(file, error) from None
+        with _reading(file):
+            stream = pyarrow.ipc.open_stream(pyarrow.memory_map(str(file)))
+        yield from _numbered(file, stream.schema.metadata, iter(stream))
 
 
-def _numbered(file: Path, metadata: Mapping[bytes, bytes] | None, batches: Any) -> Iterator[Row]:
-    classes, number = _classes(metadata), 0
-    for batch in batches:
-        for row in batch.to_pylist():
+def _numbered(file: Path, metadata: Mapping[bytes, bytes] | None, batches: Iterator[Any]) -> Iterator[Row]:
+    number = 0
+    with _reading(file):
+        classes = _classes(metadata)
+    while True:
+        with _reading(file):
+            batch = next(batches, None)
+            rows = batch.to_pylist() if batch is not None else []
+        if batch is None:
+            return
+        for row in rows:
             number += 1
             yield Place(file, number), {name: _plain(value, classes.get(name)) for name, value in row.items()}
 
 
+@contextmanager
+def _reading(file: Path) -> Iterator[None]:
+    """Raise DataError for what pyarrow and JSON raise about a damaged file."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, NotImplementedError) as error:
+        reason = str(error).partition("\n")[0]
+        raise DataError(f"{file} cannot be read: {reason}", hint="Write the file again, or give JSONL.") from None
+
+
 def _classes(metadata: Mapping[bytes, bytes] | None) -> dict[str, list[str]]:
     """Return the names of class labels, which ``datasets`` stores as numbers, by column."""
-    features = json.loads((metadata or {}).get(b"huggingface", b"{}")).get("info", {}).get("features", {})
+    info = json.loads((metadata or {}).get(b"huggingface", b"{}")).get("info") or {}
+    features = info.get("features") or {}
     return {name: one["names"] for name, one in features.items() if isinstance(one, dict) and "names" in one}
 
 
-def _plain(value: Any, classes: list[str] | None) -> Any:
+def _plain(value: Any, classes: list[str] | None = None) -> Any:
     """Return a value as JSON would hold it."""
     if classes and isinstance(value, int):
         return classes[value] if 0 <= value < len(classes) else None
     if isinstance(value, date):  # datetimes too
         return value.isoformat()
-    return str(value) if isinstance(value, Decimal) else value
-
-
-def _unreadable(file: Path, error: Exception) -> DataError:
-    reason = str(error).partition("\n")[0]
-    return DataError(f"{file} cannot be read: {reason}", hint="Write the file again, or give JSONL.")
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, list):
+        return [_plain(one) for one in value]
+    if isinstance(value, dict):
+        return {name: _plain(one) for name, one in value.items()}
+    return value if value is None or isinstance(value, str | int) else str(value)

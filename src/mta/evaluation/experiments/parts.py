@@ -47,10 +47,9 @@ def with_tested(
     known, new = every[: len(people)], every[len(people) :]
     same = holders_of(new, known)
     apart = _apart([p for n, p in enumerate(known) if n not in same], new, recipe.people.together)
-    log.warning(
-        "%d of %d people share items with tested people and are left out; %d of %d tested people have too few items",
-        *(len(people) - len(apart), len(people), len(tested) - len(able), len(tested)),
-    )
+    if (out := len(people) - len(apart)) or len(able) < len(tested):
+        counts = out, len(people), len(tested) - len(able), len(tested)
+        log.warning("%d of %d people share items with tested people; %d of %d tested people have few items", *counts)
     return apart, new
 
 

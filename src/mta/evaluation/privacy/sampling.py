@@ -95,6 +95,11 @@ def sample_people(bank: Bank, people: Sequence[Person], settings: Privacy, seed:
             "this bank came without its members: the people it was trained on are unknown",
             hint="Attack the bank where it was built, or copy its members.json.",
         )
+    if not bank.info.plan:
+        raise InputError(
+            "this bank has imported LoRAs: the items that they were trained on are unknown",
+            hint="Attack a bank that mta bank build trained.",
+        )
     parts = [(person, bank.info.members.artefacts_of(person.id)) for person in people]
     anchors = sorted((person for person, of in parts if "anchor" in of), key=lambda person: person.id)
     _check_anchors(bank, anchors, len(people))

@@ -83,7 +83,7 @@ async def adapters(service: Gateway, key: Caller) -> dict[str, Any]:
     """List the people's models in memory, for routers that send a person where their model is. Admin keys only."""
     if key.rights != "admin":
         raise HTTPException(403, "only an admin key may list people's models")
-    names = sorted(map(model_name, await service.engine.versions()))
+    names = sorted(set(map(model_name, await service.engine.versions())))
     return {"object": "list", "data": [{"id": name, "object": "model", "owned_by": "mta"} for name in names]}
 
 
