@@ -4,6 +4,7 @@ import gzip
 import json
 import math
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -267,8 +268,14 @@ def test_development_people_are_not_test_people_and_have_their_own_folder(world,
 
 
 def test_two_sets_give_one_table(finished, tmp_path):
-    report([finished, finished / "development"], tmp_path)
-    assert "| MTA |" in (tmp_path / "README.md").read_text()
+    other = shutil.copytree(finished, tmp_path / "other")
+    with pytest.raises(DataError, match="two folders would have the report"):
+        report([finished, other], tmp_path / "report")
+    (other / "sizes.json").write_text(json.dumps(json.loads((other / "sizes.json").read_text()) | {"data": "other"}))
+    report([finished, other], tmp_path / "report")
+    text = (tmp_path / "report" / "README.md").read_text()
+    assert "| MTA |" in text
+    assert text.count("| pooled on everything |") == 3  # a row of the table, and a comparison of each set
 
 
 def test_parts_are_disjoint_and_not_empty(world, cache, tmp_path):
