@@ -101,6 +101,13 @@ def test_a_named_column_is_replaced_by_no_other(tmp_path):
         read_people(table, "lamp3", columns={"input": "body"})
 
 
+def test_columns_that_are_not_named_keep_their_names(tmp_path):
+    table = written(tmp_path / "a.csv", "user,input,output\nann,Fine.,4\n")
+    assert read_people(table, "lamp3", columns={"person": "user"}) == [
+        Person("ann", (Item({"text": "Fine.", "score": "4"}),))
+    ]
+
+
 def test_blank_lines_and_cells_are_skipped(tmp_path):
     (ann,) = read_people(written(tmp_path / "a.csv", "\nperson,text,score\n\nann,Fine.,4\n,,\n  \n"), "lamp3")
     assert len(ann.items) == 1

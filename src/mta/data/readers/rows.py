@@ -134,8 +134,11 @@ def _missing(row: Mapping[str, Any], task: Task, other: Mapping[str, str]) -> st
     return f"missing; task {task.name!r} needs {names}; got {got}{hint}"
 
 
-def _columns_of(task: Task, columns: Mapping[str, str]) -> dict[str, str]:
-    """Return the task's own fields, person, and time -> their columns. Raises InputError."""
+def _columns_of(task: Task, columns: Mapping[str, str]) -> tuple[dict[str, str], set[str]]:
+    """Return the task's own fields, person, and time -> their columns; and which of input and output they replace.
+
+    Raises InputError.
+    """
     form = task.item
     names = {"output": form.target} | ({"input": form.inputs[0]} if len(form.inputs) == 1 else {})
     named = {names.get(name, name): column for name, column in columns.items()}
@@ -144,7 +147,7 @@ def _columns_of(task: Task, columns: Mapping[str, str]) -> dict[str, str]:
             f"task {task.name!r} has no field {min(unknown)!r}; its fields are {', '.join(task.fields())}",
             hint="Rename the columns of the file to these names.",
         )
-    return named
+    return named, {name for name, own in names.items() if own in named}
 
 
 def item_parts(
@@ -158,11 +161,10 @@ def item_parts(
     ``columns``: person, time, input, output, or one of the task's fields -> its column. Raises InputError.
     """
     known, unread = {"person", "time", "id", "input", "output", *task.fields()}, Counter[str]()
-    named, seen = _columns_of(task, columns), set[str]()
-    unnamed = {"input", "output"} if columns else set[str]()  # columns that a named one replaces
+    (named, replaced), seen = _columns_of(task, columns), set[str]()
     for place, record in records:
         seen |= record.keys()
-        row = {name: value for name, value in record.items() if name not in (*named, *named.values(), *unnamed)}
+        row = {name: value for name, value in record.items() if name not in (*named, *named.values(), *replaced)}
         unread.update(row.keys() - known)
         row |= {name: record[column] for name, column in named.items() if column in record}
         with rejects.skipping(place, record):
