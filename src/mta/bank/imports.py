@@ -8,6 +8,7 @@ import shutil
 import uuid
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors.torch import load_file
@@ -55,14 +56,12 @@ def import_bank(
     """Write a bank whose anchors are the LoRAs of PEFT folders; a folder's name is the id of its person.
 
     The LoRAs may have different ranks, scales, and layers: they are zero-padded, and the merge of a bank equals that of
-    the LoRAs. ``people`` with these ids are what they were trained on; without them the bank retrieves nobody by
-    content. The bank has neither a task LoRA nor a calibration. Raises InputError, BankError.
+    the LoRAs. ``people`` with these ids are what they were trained on; without them anchors are not
+    retrieved by content. The bank has neither a task LoRA nor a calibration. Raises InputError, BankError.
     """
     _refuse_existing(out)
-    adapters = sorted(map(Path.absolute, adapters), key=lambda folder: folder.name)
-    parts, owners, ids = _read(adapters, base), _owners(adapters, people), [folder.name for folder in adapters]
-    files = [file_hashes(folder, [CONFIG, WEIGHTS]) for folder in adapters]
-    work = work_of(base.fingerprint, encoder.fingerprint, task.identity, files)
+    given = _given(adapters, base, people)
+    work = work_of(base.fingerprint, encoder.fingerprint, task.identity, given.files)
     settings = run.model_copy(
         update={
             "task": task.name,
@@ -82,14 +81,14 @@ def import_bank(
         run=base.as_loaded(settings),
         work=work,
         plan="",
-        items=tuple(len(owner.items) if owner else 0 for owner in owners),
+        items=given.items,
         cut={},
         seconds={},
-        members=Members.of(secrets.token_hex(32), [], ids, ids),
+        members=Members.of(secrets.token_hex(32), [], given.ids, given.ids),
         files={},
         hash="",
     )
-    _write(out, info, stack(parts), _vectors(encoder, task, owners, run))
+    _write(out, info, stack(given.loras), _vectors(encoder, task, given.owners, run))
 
 
 def add_to_bank(
@@ -106,17 +105,15 @@ def add_to_bank(
         raise InputError(f"{folder} came without its members", hint="Add to the bank where it was built.")
     if parts := stale(folder):
         raise BankError(f"a forgotten person is in its {' and '.join(parts)}: {folder}", hint="Rebuild the bank first.")
-    adapters = sorted(map(Path.absolute, adapters), key=lambda adapter: adapter.name)
-    more, owners, ids = _read(adapters, base), _owners(adapters, people), [adapter.name for adapter in adapters]
-    if known := [id for id in ids if "anchor" in info.members.artefacts_of(id)]:
+    given = _given(adapters, base, people)
+    if known := [id for id in given.ids if "anchor" in info.members.artefacts_of(id)]:
         raise InputError(f"{known[0]!r} is an anchor of {folder} already", hint="Leave that folder out.")
     anchors, _ = read_adapters(folder, info)
-    vectors = _vectors(encoder, Task.model_validate(info.task), owners, info.run)
-    files = [file_hashes(adapter, [CONFIG, WEIGHTS]) for adapter in adapters]
+    vectors = _vectors(encoder, Task.model_validate(info.task), given.owners, info.run)
     changed = {
-        "work": work_of(info.hash, files),
-        "items": (*info.items, *(len(owner.items) if owner else 0 for owner in owners)),
-        "members": info.members.joined_by(ids),
+        "work": work_of(info.hash, given.files),
+        "items": (*info.items, *given.items),
+        "members": info.members.joined_by(given.ids),
         "plan": "",
         "cut": {},
         "seconds": {},
@@ -125,7 +122,7 @@ def add_to_bank(
     }
     before = load_file(folder / INDEX)["vectors"]
     pooled = folder / TASK_LORA if info.run.task_lora.enabled else None
-    _write(out, info.model_copy(update=changed), stack([anchors, *more]), torch.cat([before, vectors]), pooled)
+    _write(out, info.model_copy(update=changed), stack([anchors, *given.loras]), torch.cat([before, vectors]), pooled)
 
 
 def _refuse_existing(out: Path) -> None:
@@ -133,20 +130,43 @@ def _refuse_existing(out: Path) -> None:
         raise BankError(f"{out} exists already", hint="Choose an empty or a new folder with --out.")
 
 
-def _read(adapters: Sequence[Path], base: BaseModel) -> list[LoraBatch]:
-    """Return the LoRAs with all layers of the base; a layer that a LoRA does not change is zero."""
+class _Given(NamedTuple):
+    """LoRAs in the order of their people's ids, with all layers of the base, and the people whose items are known."""
+
+    ids: list[str]
+    loras: list[LoraBatch]
+    owners: list[Person | None]
+    files: list[dict[str, str]]
+
+    @property
+    def items(self) -> tuple[int, ...]:
+        """The number of each person's items; 0 if unknown."""
+        return tuple(len(owner.items) if owner else 0 for owner in self.owners)
+
+
+def _given(adapters: Sequence[Path], base: BaseModel, people: Sequence[Person]) -> _Given:
     if not adapters:
         raise InputError("no adapters were given", hint="Give folders that hold adapter_config.json.")
-    names = [folder.name for folder in adapters]
-    if twice := {name for name in names if names.count(name) > 1}:
+    folders = sorted(map(Path.absolute, adapters), key=lambda folder: folder.name)
+    ids = [folder.name for folder in folders]
+    if twice := {name for name in ids if ids.count(name) > 1}:
         raise InputError(
             f"two folders are called {min(twice)!r}; a folder's name is the id of its person",
             hint="Rename one of them.",
         )
-    return [_of_base(folder, read_peft(folder), base) for folder in adapters]
+    loras = [_of_base(folder, read_peft(folder), base) for folder in folders]
+    known = {person.id: person for person in people if person.items}
+    if missing := [name for name in ids if people and name not in known]:
+        log.warning(
+            "no items are given for %s: anchors without items cannot be retrieved by content", ", ".join(missing)
+        )
+    return _Given(
+        ids, loras, [known.get(name) for name in ids], [file_hashes(folder, [CONFIG, WEIGHTS]) for folder in folders]
+    )
 
 
 def _of_base(folder: Path, lora: LoraBatch, base: BaseModel) -> LoraBatch:
+    """Return the LoRA with all layers of the base; a layer that it does not change is zero. Raises InputError."""
     for name, shape in lora.shapes.items():
         if base.targets.get(name) != shape:
             has = base.targets.get(name, "no such layer")
@@ -161,13 +181,6 @@ def _of_base(folder: Path, lora: LoraBatch, base: BaseModel) -> LoraBatch:
     }
     found = LoraBatch(factors, lora.scale)
     return found if lora.scale > 0 else found.scaled_into_b()  # a bank's alpha is positive
-
-
-def _owners(adapters: Sequence[Path], people: Sequence[Person]) -> list[Person | None]:
-    known = {person.id: person for person in people if person.items}
-    if missing := [folder.name for folder in adapters if people and folder.name not in known]:
-        log.warning("no items are given for %s: no person is near to them by content", ", ".join(missing))
-    return [known.get(folder.name) for folder in adapters]
 
 
 def _vectors(encoder: Encoder, task: Task, owners: Sequence[Person | None], run: Run) -> Tensor:

@@ -109,7 +109,7 @@ def coefficients(settings: MergeSettings, similarity: Tensor, evidence: Evidence
         )
     if settings.k and settings.retrieve == "cosine" and not similarity.any(dim=0).all():
         raise ConfigError(
-            "some of the bank's anchors have no encodings, so nobody is near to them",
+            "some of the bank's anchors have no encodings, so anchors cannot be retrieved by content",
             hint="Merge all: merge.k=0; or merge.retrieve=loss.",
         )
     rank_by = evidence.anchors if settings.retrieve == "loss" and evidence else similarity.double()
