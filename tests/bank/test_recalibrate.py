@@ -237,7 +237,7 @@ def test_a_bank_without_members_is_not_calibrated_but_keeps_its_limit(folder, ba
     with pytest.raises(InputError, match=r"has no members\.json, so its members are unknown"):
         calibrated(folder, base)
     task = mta.Bank.open(folder / "bank", base).task.model_copy(update={"answer_tokens": 7})
-    format.write_limit(folder / "bank", task)
+    format.write_task(folder / "bank", task)
     assert read_info(folder / "bank").task["answer_tokens"] == 7
 
 

@@ -8,7 +8,7 @@ import yaml
 
 from mta.data.history import Item
 from mta.data.tasks import Task, load_task, task_names
-from mta.data.tasks.load import with_limit
+from mta.data.tasks.load import as_today
 from mta.errors import DataError, TaskError
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
@@ -295,7 +295,8 @@ HELD = {
 def test_task_digests_equal_those_of_release_0_1_0(name: str) -> None:
     task = load_task(name)
     assert digest(task.identity) == HELD[name]
-    assert digest(task.model_copy(update={"answer_tokens": None}).model_dump(mode="json")) == HELD[name]
+    bare = task.model_copy(update={"answer_tokens": None, "examples": ()})
+    assert digest(bare.model_dump(mode="json")) == HELD[name]
 
 
 def test_the_answer_limit_is_not_part_of_a_tasks_identity(tmp_path: Path) -> None:
@@ -311,13 +312,25 @@ def test_an_invalid_answer_limit_is_reported_with_its_key(tmp_path: Path, tokens
         load_task(written(tmp_path, answer_tokens=tokens))
 
 
-def test_only_built_in_tasks_of_older_banks_get_the_current_answer_limit(tmp_path: Path) -> None:
+def test_examples_are_questions_of_the_task_and_not_part_of_its_identity(tmp_path: Path) -> None:
+    for name in task_names():
+        task = load_task(name)
+        for example in task.examples:
+            assert task.prompt(task.asked(example))
+    plain, shown = load_task(written(tmp_path)), load_task(written(tmp_path, examples=[{"text": "Nice."}]))
+    assert plain.identity == shown.identity
+    assert shown.examples == ({"text": "Nice."},)
+    with pytest.raises(TaskError, match=r"an example has the fields \['title'\]; the prompt has \['text'\]"):
+        load_task(written(tmp_path, examples=[{"title": "Nice."}]))
+
+
+def test_only_built_in_tasks_of_older_banks_get_what_training_does_not_depend_on(tmp_path: Path) -> None:
     today = load_task("lamp7")
-    held = today.model_copy(update={"answer_tokens": None})
-    assert with_limit(held) == today
-    assert with_limit(held.model_copy(update={"text": "{text} "})).answer_tokens is None
-    assert with_limit(today.model_copy(update={"answer_tokens": 9})).answer_tokens == 9
-    assert with_limit(load_task(written(tmp_path))).answer_tokens is None
+    held = today.model_copy(update={"answer_tokens": None, "examples": ()})
+    assert as_today(held) == today
+    assert as_today(held.model_copy(update={"text": "{text} "})).answer_tokens is None
+    assert as_today(held.model_copy(update={"answer_tokens": 9})) == today.model_copy(update={"answer_tokens": 9})
+    assert as_today(load_task(written(tmp_path))).answer_tokens is None
 
 
 @pytest.mark.parametrize("name", ["lamp4", "lamp5", "lamp7"])

@@ -15,6 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from mta.bank.bank import Bank
 from mta.bank.build import build_bank
 from mta.data.tasks import load_task
+from mta.data.tasks.prompt import Example
 from mta.model.base import BaseModel
 from mta.model.generate import generate
 from mta.personalize.adapters import Nobody, row_adapters
@@ -24,6 +25,7 @@ from mta.serving.vllm.engine import VllmEngine
 from mta.serving.vllm.server import VllmServer, VllmSettings
 from mta.store import Store
 from mta.store.state import State
+from mta.training.scoring import log_likelihood
 
 LENGTH = 256
 PYTHON = os.environ.get("MTA_VLLM_PYTHON", "")
@@ -70,6 +72,13 @@ class World:
         whose = who if isinstance(who, Nobody) else self.store.load(who.person, who.number)
         adapters = row_adapters(self.base, self.bank, [whose], isinstance(who, Nobody) or who.stacked)
         return generate(self.base, [prompt], [0], adapters, max_new_tokens=count)[0]
+
+    def scored(self, who: Version | Nobody, prompt: list[int], labels: list[tuple[int, ...]]) -> list[float]:
+        """The log probability of each label, computed without any engine code."""
+        whose = who if isinstance(who, Nobody) else self.store.load(who.person, who.number)
+        adapters = row_adapters(self.base, self.bank, [whose], isinstance(who, Nobody) or who.stacked)
+        jobs = [[Example((*prompt, *label), len(prompt)) for label in labels]]
+        return log_likelihood(self.base, jobs, adapters, owners=[0])[0].tolist()
 
     def embedded(self, **how: int) -> EmbeddedEngine:
         """An embedded engine with its own modules, so that ``alone`` can run meanwhile."""

@@ -96,6 +96,41 @@ def test_log_probabilities_equal_the_models(engines, world):
         assert [value for _, value in token.top] == pytest.approx([value for _, value in other.top], abs=1e-3)
 
 
+LABELS = [(31, 7, 2), (31, 2), (31, 7, 8, 2), (40, 2), (12,)]  # some begin like others
+
+
+def test_scores_of_labels_equal_the_models_beside_other_answers(engines, world):
+    whose = [BASE, TASK, *(world.version(str(n), 1, n % 2 == 0) for n in range(4))]
+    scored = [Ask(tuple(prompt_of(n)), who, 5, labels=tuple(LABELS)) for n, who in enumerate(whose)]
+    beside = Ask(tuple(prompt_of(3)), world.version("3", 1), COUNT)
+
+    async def pieces(engine, ask):
+        return [piece async for piece in engine.answer(ask)]
+
+    async def all_at_once(engine):
+        return await asyncio.gather(collect(engine, beside), *(pieces(engine, ask) for ask in scored))
+
+    answer, *found = run(engines, all_at_once)
+    assert answer == expected(world, beside)
+    for ask, (piece,) in zip(scored, found, strict=True):
+        assert piece.finish == "stop"
+        assert piece.scores == pytest.approx(world.scored(ask.who, list(ask.prompt), LABELS), abs=1e-3)
+
+
+def test_an_answer_after_scored_labels_of_the_same_prompt_is_the_models(engines, world):
+    prompt, who = tuple(prompt_of(8, 40)), world.version("2", 1)
+
+    async def in_turn(engine):
+        scored = Ask(prompt, who, 5, labels=tuple(LABELS))
+        return [[piece async for piece in engine.answer(scored)][-1].scores for _ in range(2)], await collect(
+            engine, Ask(prompt, who, COUNT)
+        )
+
+    (first, second), answer = run(engines, in_turn)
+    assert answer == expected(world, Ask(prompt, who, COUNT))
+    assert first == pytest.approx(second, abs=1e-3)
+
+
 def test_sampling_with_a_seed_is_reproducible(engines, world):
     ask = Ask(tuple(prompt_of(2)), world.version("2", 1), COUNT, temperature=2.0, seed=7)
 

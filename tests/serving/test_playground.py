@@ -27,6 +27,7 @@ def world(tiny_bank_folder, tmp_path_factory):
     with served(base, bank, folder) as here:
         stack = random_loras(base, 1, rank=1, size=0.6)
         here.service.store.save("ann", State(bank.hash, (0, 1, 2), (30.0, -20.0, 5.0), "fixed", "", "w", 0, stack))
+        here.bank = bank
         yield here
 
 
@@ -74,11 +75,17 @@ def test_ask_add_personalize_and_forget(page, world):
     assert at(page, "person").get_attribute("value") == "ann"
     assert [bar.text for bar in page.find_elements("css selector", ".bars .number")] == ["30.000", "-20.000", "5.000"]
 
+    page.find_element("css selector", "#examples button").click()
     title = page.find_element("css selector", "#question textarea[name=title]")
-    title.send_keys("Film 7", Keys.CONTROL, Keys.ENTER)
+    assert title.get_attribute("value") == "Pulp Fiction"
+    title.send_keys(Keys.CONTROL, Keys.ENTER)
     until(page, lambda: len(page.find_elements("css selector", ".answer[data-done=yes]")) == 4)
-    answers = [card.text for card in page.find_elements("css selector", ".answer p")]
-    assert len(set(answers)) == 4
+    shares = [bar.get_attribute("aria-label") for bar in page.find_elements("css selector", "#chart .share")]
+    assert len(shares) == 4 * 5
+    wide = page.execute_script("return [...document.querySelectorAll('#chart .share')].map(b => b.style.width)")
+    columns = [tuple(wide[n::4]) for n in range(4)]
+    assert len(set(columns)) == 4
+    assert all(sum(float(width.rstrip("%")) for width in column) == pytest.approx(100, abs=0.1) for column in columns)
 
     for name, text in (("title", "Film 9"), ("genres", "Drama")):
         page.find_element("css selector", f"#item [name={name}]").send_keys(text)
@@ -92,6 +99,23 @@ def test_ask_add_personalize_and_forget(page, world):
     page.switch_to.alert.accept()
     until(page, lambda: "Forgotten" in at(page, "done").text)
     assert world.service.store.latest("ann") is None
+
+
+def test_free_text_is_streamed_from_four_models(page, world, monkeypatch):
+    from selenium.webdriver.common.keys import Keys
+
+    world.service.store.save("ann", State(world.bank.hash, (0, 1, 2), (30.0, -20.0, 5.0), "fixed", "", "w", 0))
+    free = world.service.task.model_copy(update={"labels": None, "metric": "rouge"})
+    monkeypatch.setattr(world.service, "task", free)
+    page.refresh()
+    type_in(page, "key", world.secrets["ann"])
+    until(page, lambda: "Version 1" in at(page, "state").text)
+    title = page.find_element("css selector", "#question textarea[name=title]")
+    title.send_keys("Film 7", Keys.CONTROL, Keys.ENTER)
+    until(page, lambda: len(page.find_elements("css selector", ".answer[data-done=yes]")) == 4)
+    answers = [card.text for card in page.find_elements("css selector", ".answer p")]
+    assert len(set(answers)) >= 3  # merge and person are the same without a stack
+    assert page.find_elements("css selector", "#chart *") == []
 
 
 def test_the_page_loads_nothing_external_and_stores_no_key(page, world):

@@ -21,7 +21,7 @@ from mta.bank.recalibrate import calibrate_bank
 from mta.config import Run
 from mta.data.history import Person
 from mta.data.splits import draw
-from mta.data.tasks.load import load_task, with_limit
+from mta.data.tasks.load import as_today, load_task
 from mta.data.tasks.task import Task
 from mta.distributed.executor import Executor
 from mta.errors import BankCorrupt, BankMismatch, InputError
@@ -128,7 +128,7 @@ class Bank:
         check_base(folder, info, base.name, base.fingerprint)
         try:
             verify(folder, info, full=full)
-            task = with_limit(Task.model_validate(info.task))
+            task = as_today(Task.model_validate(info.task))
             vectors = load_file(folder / INDEX)["vectors"]
         except (OSError, SafetensorError, ValueError, KeyError) as error:
             raise BankCorrupt(f"{folder} cannot be read: {error}", hint=REBUILD) from None

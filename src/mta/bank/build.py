@@ -36,7 +36,7 @@ from mta.bank.format import (
     named,
     read_info,
     write_info,
-    write_limit,
+    write_task,
 )
 from mta.bank.selection import choose_anchors, pooled_items
 from mta.bank.worker import BankWorker, Piece, open_worker, train_piece
@@ -91,7 +91,7 @@ def build_bank(
     The task LoRA is trained while the loss of ``held_out`` people falls; by default a tenth of ``task_people``.
     ``task_lora`` is the folder of a task LoRA that was trained earlier with the same settings and people; it is copied.
     A killed build resumes from its last checkpoint, unless ``resume`` is False. A finished bank is not changed, except
-    for the task's ``answer_tokens``, which does not affect training.
+    for fields of its task that do not affect training (``UNTRAINED``).
     Settings, steps, and ``command`` are recorded in the folder (``mta.tracking.run_folder``); ``track`` opens a tracker
     for the steps.
     Source: arXiv:2511.20072, stage 1; clusters: its README, "most active": Per-Pcs. Raises InputError, BankError.
@@ -106,7 +106,7 @@ def build_bank(
     work = work_key(base, task, encoder, histories, run, task_lora)
     stages = work_key(base, task, encoder, histories, _uncalibrated(run), task_lora)  # of stages 0 and 1
     if _is_finished(out, work, stages, work_key(base, task, encoder, histories, _as_before(run), task_lora)):
-        return write_limit(out, task)
+        return write_task(out, task)
     if not resume:
         shutil.rmtree(out / "work", ignore_errors=True)
         (out / run_folder.METRICS).unlink(missing_ok=True)

@@ -18,8 +18,8 @@ from safetensors.torch import load_file
 
 from mta.bank.calibration import Calibration, CalibrationInfo
 from mta.config import Run
-from mta.data.tasks.load import with_limit
-from mta.data.tasks.task import Task
+from mta.data.tasks.load import as_today
+from mta.data.tasks.task import UNTRAINED, Task
 from mta.errors import BankCorrupt, BankError, BankMismatch
 from mta.lora.batch import LoraBatch
 from mta.lora.peft import CARD, CONFIG, WEIGHTS, read_peft
@@ -197,10 +197,10 @@ def _unset(info: BankInfo) -> dict[str, Any]:
     return {"run": run} if info.calibration else {"calibration": True, "run": run | {"calibration": True}}
 
 
-def write_limit(folder: Path, task: Task) -> None:
-    """Replace the ``answer_tokens`` of a finished bank's task; the bank's hash does not change."""
+def write_task(folder: Path, task: Task) -> None:
+    """Replace a finished bank's task by one that differs in ``UNTRAINED`` only; the bank's hash does not change."""
     info = read_info(folder)
-    if with_limit(Task.model_validate(info.task)).answer_tokens != task.answer_tokens:
+    if as_today(Task.model_validate(info.task)) != task:
         write_info(folder, info.model_copy(update={"task": task.model_dump(mode="json")}))
 
 
@@ -393,7 +393,7 @@ def _keyed(key: str, person: str) -> str:
 def named(info: BankInfo) -> BankInfo:
     """Return the description with the hash that identifies the bank; it is stored, as later versions may add settings.
 
-    It covers the hashes of all files, but not the seconds and the task's ``answer_tokens``, which may change later.
+    It covers the hashes of all files, but not the seconds and ``UNTRAINED`` of the task, which may change later.
     """
-    left_out: Any = {"hash": True, "seconds": True, "task": {"answer_tokens"}, **_unset(info)}
+    left_out: Any = {"hash": True, "seconds": True, "task": UNTRAINED, **_unset(info)}
     return info.model_copy(update={"hash": seal(info.model_dump(mode="json", exclude=left_out))})

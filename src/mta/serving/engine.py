@@ -54,7 +54,8 @@ class Ask:
 
     ``asker`` identifies the caller: cached keys and values are never shared between callers, even for the same person.
     ``top_logprobs`` is the number of alternatives per token; None turns log probabilities off. With a ``seed``,
-    sampling is reproducible up to rounding.
+    sampling is reproducible up to rounding. With ``labels``, each with its end token, nothing is generated: the engine
+    scores these answers. ``max_tokens`` must then be more than the longest label's tokens.
     """
 
     prompt: tuple[int, ...]
@@ -65,6 +66,7 @@ class Ask:
     seed: int | None = None
     top_logprobs: int | None = None
     asker: str = ""
+    labels: tuple[tuple[int, ...], ...] = ()
 
     def check(self, length: int) -> None:
         """Raises Refused if the prompt is empty, or prompt and answer exceed ``length`` tokens together."""
@@ -88,11 +90,15 @@ class Token:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """One token, or with ``finish`` the end of the answer. ``cached`` counts prompt tokens reused from the cache."""
+    """One token, or with ``finish`` the end of the answer. ``cached`` counts prompt tokens reused from the cache.
+
+    The only piece of a request with labels has the log probability of each label in ``scores``.
+    """
 
     token: Token | None = None
     finish: Finish | None = None
     cached: int = 0
+    scores: tuple[float, ...] = ()
 
 
 class Engine(Protocol):

@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import Path
 
 from mta.config.loader import checked, read_yaml
-from mta.data.tasks.task import Task
+from mta.data.tasks.task import UNTRAINED, Task
 from mta.errors import ConfigError, TaskError
 
 _FOLDER = Path(__file__).parent / "builtin"
@@ -45,11 +45,11 @@ def load_task(name: str | Path | Task) -> Task:
     )
 
 
-def with_limit(task: Task) -> Task:
-    """Return the built-in task instead of its older version without ``answer_tokens``, as older banks hold it."""
-    if task.answer_tokens is None and task.name in task_names() and _builtin(task.name).identity == task.identity:
-        return _builtin(task.name)
-    return task
+def as_today(task: Task) -> Task:
+    """Return the built-in task instead of its older version without ``UNTRAINED`` fields, as older banks hold it."""
+    if task.name not in task_names() or (today := _builtin(task.name)).identity != task.identity:
+        return task
+    return today.model_copy(update={name: value for name in UNTRAINED if (value := getattr(task, name))})
 
 
 @cache

@@ -96,6 +96,12 @@ class PromptFormat:
         """
         return self._tokens(self._conversation(turns))
 
+    def answered(self, prompt: str, answers: Sequence[str]) -> list[Example]:
+        """Return a ready-made instruction with several answers; nothing is cut."""
+        text = self.render(prompt)
+        tokens = self._tokens(text)
+        return [Example(tokens + self._target(text, tokens, answer), len(tokens)) for answer in answers]
+
     def text(self, text: str) -> tuple[int, ...]:
         """Return the tokens of a text to be continued, without a template."""
         return tuple(self.tokenizer(self._as_text(text))["input_ids"])

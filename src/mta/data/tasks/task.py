@@ -39,6 +39,9 @@ def template_fields(template: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(str(name) for _, name, _, _ in parsed))
 
 
+UNTRAINED = {"answer_tokens", "examples"}  # fields of a task that do not affect training, and may change later
+
+
 class Form(Settings):
     """The wording of one kind of item: ``prompt`` is a template, ``target`` the name of the target field.
 
@@ -110,7 +113,8 @@ class Task(Settings):
     ``text`` is what encoders see of an item. It never contains the target, so an item held out as a query cannot leak
     its answer; ``text_of(item, with_target=True)`` adds the target where it is known. ``profile`` formats an earlier
     item with its answer, for prompts that show earlier items. ``answer_tokens`` bounds a generated answer, including
-    the end token; ``PromptFormat.answer_tokens`` gives the default.
+    the end token; ``PromptFormat.answer_tokens`` gives the default. ``examples`` are questions to try, as fields; the
+    playground and the demo show them.
     """
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
@@ -126,6 +130,7 @@ class Task(Settings):
     labels: tuple[Annotated[str, BeforeValidator(_label)], ...] | None = None
     metric: Literal["accuracy", "mae", "rouge"]
     answer_tokens: int | None = Field(default=None, ge=1)
+    examples: tuple[dict[str, str], ...] = ()
 
     @field_validator("labels")
     @classmethod
@@ -150,22 +155,29 @@ class Task(Settings):
         if self.query:
             key = "text (there is no query_text)" if self.query_text is None else "query_text"
             _check_text(key, self._text(query=True), self.query)
+        asked = self.query or self.item
+        for example in self.examples:
+            if set(example) != set(asked.inputs):
+                raise ValueError(f"an example has the fields {sorted(example)}; the prompt has {sorted(asked.inputs)}")
         if extra := set(template_fields(self.profile or "")) - {*self.item.inputs, self.item.target}:
             raise ValueError(f"profile has the fields {sorted(extra)}; items have {sorted(self.fields())}")
         return self
 
     @model_serializer(mode="wrap")
     def _without_what_is_not_set(self, values: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Omit ``answer_tokens`` if it is not set, so that hashes of tasks older than that field stay the same."""
-        return {name: value for name, value in values(self).items() if name != "answer_tokens" or value is not None}
+        """Omit fields of ``UNTRAINED`` that are not set, so that hashes of tasks older than these stay the same."""
+        return {name: value for name, value in values(self).items() if name not in UNTRAINED or value}
+
+    def __hash__(self) -> int:
+        return hash((self.name, self.version, self.item))  # examples cannot be hashed
 
     @property
     def identity(self) -> dict[str, Any]:
-        """The fields that affect training, as JSON: all but ``answer_tokens``.
+        """The fields that affect training, as JSON: all but ``UNTRAINED``.
 
         Banks and states of tasks with equal ``identity`` are interchangeable.
         """
-        return self.model_dump(mode="json", exclude={"answer_tokens"})
+        return self.model_dump(mode="json", exclude=UNTRAINED)
 
     def _text(self, query: bool) -> str:
         return self.query_text if query and self.query_text is not None else self.text
@@ -224,7 +236,7 @@ class Task(Settings):
             for name, form in (("item", self.item), ("query", self.query))
             if form
         }
-        return self.model_copy(update=forms)
+        return self.model_copy(update={**forms, "examples": ()})
 
     def fields(self, query: bool = False) -> tuple[str, ...]:
         """Return all fields that an item (or a query) needs: those of the prompt, then the target."""

@@ -18,7 +18,7 @@ from fastapi.responses import HTMLResponse, JSONResponse
 from starlette.exceptions import HTTPException
 
 from mta.errors import MtaError
-from mta.serving.api import completions, people
+from mta.serving.api import classify, completions, people
 from mta.serving.api.limits import BodyLimit, Unexpected
 from mta.serving.api.schemas import error_body
 from mta.serving.api.service import Caller, Gateway, Service, error_of
@@ -45,7 +45,7 @@ def create_app(service: Service) -> FastAPI:
     app.state.service = service
     app.add_middleware(BodyLimit, most=service.limits.body)
     app.add_middleware(Unexpected)
-    for part in (router, completions.router, people.router):
+    for part in (router, completions.router, classify.router, people.router):
         app.include_router(part)
     return app
 
@@ -74,8 +74,8 @@ async def task(service: Gateway, key: Caller) -> dict[str, Any]:
     """Return the prompt template, the fields of an item, and the labels of a closed set."""
     found, form = service.task, service.task.item
     fields = {"prompt": form.prompt, "inputs": list(form.inputs), "target": form.target}
-    labels = found.labels if found.labelled else None
-    return {"name": found.name, "description": found.description, **fields, "labels": labels, "base": service.base.name}
+    labels, more = found.labels if found.labelled else None, {"examples": found.examples, "base": service.base.name}
+    return {"name": found.name, "description": found.description, **fields, "labels": labels, **more}
 
 
 @router.get("/v1/adapters")

@@ -44,16 +44,16 @@ async def models(service: Gateway, key: Caller) -> dict[str, Any]:
 @router.post("/v1/chat/completions")
 async def chat(service: Gateway, request: ChatRequest, key: Caller, http: HttpRequest) -> Response:
     """Generate the next turn of a conversation."""
-    return await _until_disconnect(http, _respond(service, request, key))
+    return await until_disconnect(http, _respond(service, request, key))
 
 
 @router.post("/v1/completions")
 async def completions(service: Gateway, request: CompletionRequest, key: Caller, http: HttpRequest) -> Response:
     """Continue a text."""
-    return await _until_disconnect(http, _respond(service, request, key))
+    return await until_disconnect(http, _respond(service, request, key))
 
 
-async def _until_disconnect(http: HttpRequest, work: Coroutine[Any, Any, Response]) -> Response:
+async def until_disconnect(http: HttpRequest, work: Coroutine[Any, Any, Response]) -> Response:
     """Return the response of ``work``; cancel ``work`` when the caller disconnects, so that its slot is freed."""
 
     async def disconnected() -> None:
@@ -73,8 +73,7 @@ async def _until_disconnect(http: HttpRequest, work: Coroutine[Any, Any, Respons
 async def _respond(service: Service, request: Request, key: Key) -> Response:
     who = await service.who(request.model, key, request.fallback)
     ask = _ask(service, request, who, key)
-    names: dict[Who, str] = {TASK: "task", BASE: service.base.name}  # a fallback names the model that answered
-    shape = Shape(request, names.get(who, request.model), service.base.tokenizer)
+    shape = Shape(request, name_of(who, service, request.model), service.base.tokenizer)
     parts = _measured(service, ask, request, key)
     if request.stream:
         first = await anext(parts)  # a refusal needs a status code, so it must come before the stream starts
@@ -85,6 +84,21 @@ async def _respond(service: Service, request: Request, key: Key) -> Response:
     tokens = sum(len(part.tokens) for answer in complete for part in answer)
     usage = usage_of(len(ask.prompt), tokens, complete[0][-1].cached)
     return JSONResponse(shape.body([shape.choice(answer) for answer in complete], usage))
+
+
+def name_of(who: Who, service: Service, requested: str) -> str:
+    """Return the name of the model that answers, which is another one after a fallback."""
+    names: dict[Who, str] = {TASK: "task", BASE: service.base.name}
+    return names.get(who, requested)
+
+
+def refuse_long(letters: int, length: int) -> None:
+    """Raises Refused for a text that cannot fit, without tokenizing it."""
+    if letters > length * _LETTERS:
+        raise Refused(
+            f"the prompt has {letters} characters; prompt and answer may have at most {length} tokens together",
+            hint=f"Send at most {length * _LETTERS} characters.",
+        )
 
 
 def _ask(service: Service, request: Request, who: Who, key: Key) -> Ask:
@@ -100,11 +114,7 @@ def _ask(service: Service, request: Request, who: Who, key: Key) -> Ask:
         top = (request.top_logprobs or 0) if request.logprobs else None
     else:
         letters, most, top = len(request.prompt), request.max_tokens or 16, request.logprobs  # 16 is OpenAI's default
-    if letters > length * _LETTERS:
-        raise Refused(
-            f"the prompt has {letters} characters; prompt and answer may have at most {length} tokens together",
-            hint=f"Send at most {length * _LETTERS} characters.",
-        )
+    refuse_long(letters, length)
     if (most or 0) > limit:
         raise Refused(
             f"max_tokens is {most}; an answer may have at most {limit} tokens", hint=f"Send max_tokens: {limit}"

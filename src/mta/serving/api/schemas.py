@@ -94,6 +94,15 @@ class CompletionRequest(Common):
     best_of: Literal[1] | None = None
 
 
+class ClassifyRequest(_Request):
+    """``POST /v1/classify``: one text or several, each worded as the task's prompt."""
+
+    model: Annotated[str, Field(min_length=1, max_length=1024)]
+    input: str | Annotated[list[str], Field(min_length=1, max_length=64)]
+    user: str | None = None
+    fallback: Literal["task", "base"] | None = None
+
+
 Request = ChatRequest | CompletionRequest
 
 

@@ -119,6 +119,10 @@ class Slots:
         slot.owner, slot.tokens = owner, slot.tokens[: shared[chosen]]
         return place, shared[chosen]
 
+    def rewind(self, place: int, tokens: int) -> None:
+        """Keep only the first ``tokens`` of a row; later passes overwrite the rest, and attend to none of it."""
+        del self._slots[place].tokens[tokens:]
+
     def leave(self, place: int) -> None:
         """Release a row's slot, which stays warm."""
         self._slots[place].last_used = time.monotonic()

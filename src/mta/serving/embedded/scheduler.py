@@ -32,6 +32,7 @@ from mta.model.base import BaseModel
 from mta.serving.embedded.adapter_slots import AdapterSlots, RowAdapter
 from mta.serving.embedded.kv_cache import Slots
 from mta.serving.engine import LATER, LOST, AnswerLost, Ask, Finish, Piece, Who
+from mta.serving.label_walk import LabelWalk
 from mta.serving.sampling import Sampler
 
 PATIENCE = 8  # consecutive failed steps after which the engine counts as unhealthy
@@ -51,6 +52,10 @@ class Row:
     count: int = 0
     cached: int = 0
     cancelled: bool = False  # the caller no longer waits
+    walk: LabelWalk = field(init=False)  # of a request with labels
+
+    def __post_init__(self) -> None:
+        self.walk = LabelWalk(self.ask.labels)
 
 
 class Scheduler:
@@ -180,7 +185,10 @@ class Scheduler:
                 self._exchange(self.rows.index(rows[n]), self.running)
                 self.running += 1
         for n in ready:
-            self._next(rows[n], logits[n], likeliest[n])
+            if rows[n].ask.labels:
+                self._next_label(rows[n], logits[n])
+            else:
+                self._next(rows[n], logits[n], likeliest[n])
 
     def _next(self, row: Row, logits: Tensor, likeliest: int) -> None:
         """Sample one more token of an answer; remove the row when the answer ends."""
@@ -198,6 +206,17 @@ class Scheduler:
                 finish = "length"
         if finish:
             row.send(Piece(finish=finish, cached=row.cached))
+            row.cancelled = True
+            self._leave(row)
+
+    def _next_label(self, row: Row, logits: Tensor) -> None:
+        """Score the labels' next tokens, and go on to the next beginning of a label; end after the last one."""
+        if step := row.walk.next(logits):
+            keep, token = step
+            self.slots.rewind(self.rows.index(row), len(row.ask.prompt) + keep)
+            row.left = [token]
+        else:
+            row.send(Piece(finish="stop", cached=row.cached, scores=tuple(row.walk.scores)))
             row.cancelled = True
             self._leave(row)
 

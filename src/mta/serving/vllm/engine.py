@@ -8,7 +8,7 @@ import hmac
 import json
 import secrets
 from collections.abc import AsyncIterator, Callable, Collection
-from contextlib import aclosing, suppress
+from contextlib import aclosing, asynccontextmanager, suppress
 from typing import Any, get_args
 
 import httpx2 as httpx
@@ -112,7 +112,7 @@ class VllmEngine(QueuedEngine):
         try:
             who = BASE if ask.who is TASK and not self.pooled else ask.who
             async with self.adapters.held(who) as name:
-                await self._stream(ask, name, queue)
+                await (self._score if ask.labels else self._stream)(ask, name, queue)
         except MtaError as error:
             queue.put_nowait(error)
         except httpx.HTTPError:
@@ -121,15 +121,41 @@ class VllmEngine(QueuedEngine):
             queue.put_nowait(AnswerLost(LOST, hint=LATER))
 
     async def _stream(self, ask: Ask, name: str, queue: Pieces) -> None:
-        request = self.client.build_request("POST", "/v1/completions", json=self._body(ask, name), timeout=_TIMEOUT)
-        async with aclosing(await _opened(asyncio.create_task(self.client.send(request, stream=True)))) as response:
-            if response.status_code != 200:
-                raise await asyncio.to_thread(self._error_of, ask.who, response.status_code)
+        async with self._asked(ask, self._body(ask, name)) as response:
             async for piece in _read(response, self.stops):
                 queue.put_nowait(piece)
 
+    async def _score(self, ask: Ask, name: str, queue: Pieces) -> None:
+        """Score prompt and label as one prompt, for each label: vLLM returns no log probability of a chosen token."""
+        prompts = [[*ask.prompt, *label] for label in ask.labels]
+        body = {
+            "model": name,
+            "prompt": prompts,
+            "max_tokens": 1,
+            "prompt_logprobs": 0,
+            "cache_salt": self._salted(ask),
+        }
+        async with self._asked(ask, body) as response:
+            choices = sorted(json.loads(await response.aread())["choices"], key=lambda choice: choice["index"])
+        scores = [
+            sum(found[str(token)]["logprob"] for found, token in zip(choice["prompt_logprobs"][-len(label) :], label))
+            for choice, label in zip(choices, ask.labels, strict=True)
+        ]
+        queue.put_nowait(Piece(finish="stop", scores=tuple(scores)))
+
+    @asynccontextmanager
+    async def _asked(self, ask: Ask, body: dict[str, Any]) -> AsyncIterator[httpx.Response]:
+        request = self.client.build_request("POST", "/v1/completions", json=body, timeout=_TIMEOUT)
+        async with aclosing(await _opened(asyncio.create_task(self.client.send(request, stream=True)))) as response:
+            if response.status_code != 200:
+                raise await asyncio.to_thread(self._error_of, ask.who, response.status_code)
+            yield response
+
+    def _salted(self, ask: Ask) -> str:
+        """Return the caller's salt: vLLM separates cached prefixes by adapter and by salt."""
+        return hmac.new(self._salt, ask.asker.encode(), hashlib.sha256).hexdigest()
+
     def _body(self, ask: Ask, name: str) -> dict[str, Any]:
-        """Return the request body. VLLM separates cached prefixes by adapter and by ``cache_salt``, here the caller."""
         return {
             "model": name,
             "prompt": list(ask.prompt),
@@ -144,7 +170,7 @@ class VllmEngine(QueuedEngine):
             "return_token_ids": True,
             "return_tokens_as_token_ids": True,
             "stream_options": {"include_usage": True},
-            "cache_salt": hmac.new(self._salt, ask.asker.encode(), hashlib.sha256).hexdigest(),
+            "cache_salt": self._salted(ask),
         }
 
     def _error_of(self, who: Version | Nobody, status: int) -> MtaError:

@@ -1,0 +1,88 @@
+"""``/v1/classify``: the probability of every label of the task, in vLLM's format."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from collections.abc import Sequence
+from contextlib import aclosing
+from typing import Any
+
+import torch
+from fastapi import APIRouter
+from fastapi import Request as HttpRequest
+from fastapi.responses import JSONResponse, Response
+
+from mta.errors import MtaError
+from mta.serving.api.auth import Key
+from mta.serving.api.completions import name_of, refuse_long, until_disconnect
+from mta.serving.api.schemas import ClassifyRequest
+from mta.serving.api.service import Caller, Gateway, Service, error_of
+from mta.serving.engine import Ask, Engine, Piece, Refused, Who
+
+router = APIRouter()
+
+
+@router.post("/v1/classify")
+async def classify(service: Gateway, request: ClassifyRequest, key: Caller, http: HttpRequest) -> Response:
+    """Return the probability of every label for each input, a prompt worded as the task's."""
+    return await until_disconnect(http, _respond(service, request, key))
+
+
+async def _respond(service: Service, request: ClassifyRequest, key: Key) -> Response:
+    who = await service.who(request.model, key, request.fallback)
+    labels = service.task.labels
+    if labels is None:
+        raise Refused(
+            f"task {service.task.name!r} has no labels; /v1/classify chooses among labels",
+            hint="Generate a text instead: POST /v1/chat/completions",
+        )
+    inputs = [request.input] if isinstance(request.input, str) else request.input
+    asks = [_ask(service, text, labels, who, key) for text in inputs]
+    found = await _scored(service, asks, key)
+    data = []
+    for index, piece in enumerate(found):
+        probs = torch.tensor(piece.scores, dtype=torch.float64).softmax(0)
+        best = labels[int(probs.argmax())]
+        data.append({"index": index, "label": best, "probs": probs.tolist(), "num_classes": len(labels)})
+    count, cached = sum(len(ask.prompt) for ask in asks), sum(piece.cached for piece in found)
+    usage = {"prompt_tokens": count, "completion_tokens": 0, "total_tokens": count}
+    body: dict[str, Any] = {"id": f"classify-{uuid.uuid4().hex}", "object": "list", "created": int(time.time())}
+    body |= {"model": name_of(who, service, request.model), "data": data, "labels": list(labels)}
+    return JSONResponse(body | {"usage": usage | {"prompt_tokens_details": {"cached_tokens": cached}}})
+
+
+def _ask(service: Service, text: str, labels: Sequence[str], who: Who, key: Key) -> Ask:
+    refuse_long(len(text), service.length)
+    examples = service.base.prompts.answered(text, labels)
+    targets = tuple(example.target for example in examples)
+    return Ask(examples[0].prompt, who, max_tokens=max(map(len, targets)) + 1, asker=key.name, labels=targets)
+
+
+async def _scored(service: Service, asks: Sequence[Ask], key: Key) -> list[Piece]:
+    """Return the piece with the scores of each request, and record metrics.
+
+    A key that may have only some answers at once gets them in turn.
+    """
+    count, start, status = service.metrics, time.monotonic(), "cancelled"
+    at_once = min(len(asks), service.limits.own) if key.share else len(asks)
+    places = asyncio.Semaphore(at_once)
+    try:
+        with service.held(key, at_once), count.open.track_inprogress():
+            found = await asyncio.gather(*(_piece(service.engine, ask, places) for ask in asks))
+        status = "ok"
+        count.answer.observe(time.monotonic() - start)
+        count.prompt_tokens.inc(sum(len(ask.prompt) for ask in asks))
+        count.cached_tokens.inc(sum(piece.cached for piece in found))
+        return found
+    except MtaError as error:
+        status = str(error_of(error)[0])
+        raise
+    finally:
+        count.requests.labels("classify", status).inc()
+
+
+async def _piece(engine: Engine, ask: Ask, places: asyncio.Semaphore) -> Piece:
+    async with places, aclosing(engine.answer(ask)) as pieces:  # type: ignore[type-var]
+        return [piece async for piece in pieces][-1]

@@ -1,0 +1,90 @@
+"""``/v1/classify``: probabilities of all labels, with the models' names and rights of other routes."""
+
+import httpx2
+import pytest
+from served import served
+from tiny import base_of, random_loras
+
+from mta.bank.bank import Bank
+from mta.personalize.adapters import BASE, TASK
+from mta.serving.api.limits import Limits
+from mta.store.state import State
+
+FIELDS = [{"title": f"Film {n}", "genres": "Drama"} for n in range(11)]
+
+
+@pytest.fixture(scope="module")
+def world(tiny_bank_folder, tmp_path_factory):
+    base = base_of()
+    bank, folder = Bank.open(tiny_bank_folder, base), tmp_path_factory.mktemp("classified")
+    with served(base, bank, folder, limits=Limits(own=2)) as here:
+        for n, id in enumerate(("ann", "bob")):
+            stack = random_loras(base, 1, rank=1, size=0.6, seed=n)
+            state = State(bank.hash, (0, 1, 2), (30.0, -20.0, 5.0 * n), "fixed", "", f"work{n}", 0, stack)
+            here.service.store.save(id, state)
+        here.bank = bank
+        yield here
+
+
+def ask(world, name, **body):
+    headers = {"Authorization": f"Bearer {world.secrets[name]}"}
+    return httpx2.post(f"{world.url}/v1/classify", json=body, headers=headers, timeout=60)
+
+
+def prompts(world):
+    task = world.bank.task
+    return [task.prompt(task.asked(fields)) for fields in FIELDS]
+
+
+def test_probabilities_equal_those_of_the_library(world):
+    texts, labels = prompts(world), list(world.bank.task.labels)
+    personal = world.service.jobs.personal
+    whose = {"person:ann": ("ann", True), "person:bob#merged": ("bob", False), "task": (TASK, True)}
+    whose[world.service.base.name] = BASE, True
+    for model, (who, stacked) in whose.items():
+        found = ask(world, "serve", model=model, input=texts).json()
+        assert (found["object"], found["model"], found["labels"]) == ("list", model, labels)
+        assert found["usage"]["total_tokens"] == found["usage"]["prompt_tokens"] > 0
+        expected = personal.shares([(who, fields) for fields in FIELDS], stacked=stacked)
+        for row, (one, shares) in enumerate(zip(found["data"], expected, strict=True)):
+            assert (one["index"], one["num_classes"], one["label"]) == (row, len(labels), next(iter(shares)))
+            assert one["probs"] == pytest.approx([shares[label] for label in labels], abs=1e-4)
+
+
+def test_a_person_key_gets_more_inputs_than_it_may_have_answers_at_once(world):
+    found = ask(world, "ann", model="person:ann", input=prompts(world))
+    assert len(found.json()["data"]) == len(FIELDS) > world.service.limits.own
+
+
+def test_one_text_gives_one_row_and_a_fallback_names_the_model_that_answered(world):
+    found = ask(world, "serve", model="person:unknown", input=prompts(world)[0], fallback="task").json()
+    assert found["model"] == "task"
+    assert len(found["data"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("key", "body", "status"),
+    [
+        ("ann", {"model": "person:bob", "input": "Film"}, 404),
+        ("serve", {"model": "person:unknown", "input": "Film"}, 404),
+        ("serve", {"model": "task", "input": []}, 400),
+        ("serve", {"model": "task", "input": "x" * 10**5}, 400),
+        ("serve", {"model": "task", "input": "Film " * 300}, 400),
+        ("serve", {"model": "task", "input": "Film", "temperature": 1}, 400),
+    ],
+)
+def test_refused_requests(world, key, body, status):
+    found = ask(world, key, **body)
+    assert found.status_code == status
+    assert found.json()["error"]["message"]
+
+
+def test_a_task_without_labels_is_refused_with_the_route_that_generates(world):
+    labelled = world.service.task
+    world.service.task = labelled.model_copy(update={"labels": None, "metric": "rouge"})
+    try:
+        found = ask(world, "serve", model="task", input="Film")
+    finally:
+        world.service.task = labelled
+    assert found.status_code == 400
+    assert "/v1/chat/completions" in found.json()["error"]["message"]
