@@ -14,6 +14,8 @@ from mta.bank import format, recalibrate
 from mta.bank.calibrate import Calibrator, Known, Measure, drawn
 from mta.bank.format import mark_stale, read_info, stale, verify
 from mta.config import CalibrationSettings, Run, override
+from mta.data.history import Item, Person
+from mta.data.tasks import load_task
 from mta.errors import BankError, ConfigError, InputError, OtherBank
 from mta.personalize import forget_person
 
@@ -204,7 +206,8 @@ def test_too_few_people_leave_a_calibrated_bank_as_it_is(folder, base):
     before = calibrated(folder, base)
     with pytest.raises(InputError, match=r"all except 3 are in the bank, .* 8 are needed"):
         calibrated(folder, base, people_of(3, prefix="few-"))
-    together = [replace(person, group="all") for person in people_of(9, prefix="more-")]
+    alike = people_of(9, prefix="more-")
+    together = [replace(person, items=alike[0].items) for person in alike]
     with pytest.raises(InputError, match="stays as it is: 8 people are too few"):
         calibrated(folder, base, together)
     after = mta.Bank.open(folder / "bank", base, full=True)
@@ -241,10 +244,30 @@ def test_a_bank_without_members_is_not_calibrated_but_keeps_its_limit(folder, ba
     assert read_info(folder / "bank").task["answer_tokens"] == 7
 
 
-def test_people_of_the_bank_and_people_who_share_items_with_them_are_left_out():
-    people = [replace(person, group="pair" if n in (0, 3) else None) for n, person in enumerate(people_of(6))]
-    found = drawn(people, {people[0].id}, RUN.calibration, seed=0)
-    assert {person.id for person in found} == {people[n].id for n in (1, 2, 4, 5)}
+HEADLINES = load_task("lamp4")
+
+
+def article(number):
+    return Item(
+        {"text": f"A long report about the event number {number} of this year, " * 3, "title": f"Event {number}"}
+    )
+
+
+def test_members_of_the_bank_and_shared_items_are_left_out_but_not_the_people_who_hold_them():
+    people = [Person(f"p{n}", tuple(article(10 * n + k) for k in range(4))) for n in range(6)]
+    chain = [replace(one, items=(*one.items, article(10 * n + 10)), group="p0") for n, one in enumerate(people)]
+    found = {one.id: one.items for one in drawn(chain, {"p0"}, RUN.calibration, seed=0, task=HEADLINES)}
+    assert found.keys() == {"p1", "p2", "p3", "p4", "p5"}
+    for person in people[1:5]:
+        assert found[person.id] == person.items[1:]  # the first belongs to the one before, the last to the next
+    assert found["p5"] == (*people[5].items[1:], article(60))
+
+
+def test_people_with_nearly_the_items_of_a_member_are_left_out():
+    people = [Person(f"p{n}", tuple(article(20 * n + k) for k in range(12))) for n in range(3)]
+    twin = Person("twin", (*people[0].items, article(99), article(98)))
+    found = drawn([*people, twin], {"p0"}, RUN.calibration, seed=0, task=HEADLINES)
+    assert {one.id for one in found} == {"p1", "p2"}
 
 
 def test_people_who_share_items_are_in_one_fold():

@@ -128,9 +128,8 @@ def build_bank(
     # Jobs are numbered, so that no written file identifies an anchor.
     jobs = [build.job(f"anchor-{n}", person.items) for n, person in enumerate(anchors)]
     plan = build.plan(jobs, run.bank.lora, frozen=run.task_lora.lora if run.task_lora.enabled else None)
-    others = (
-        drawn(able, {person.id for person in anchors}, run.calibration, run.seed) if run.calibration.enabled else []
-    )
+    members = [*anchors, *task_people, *held_out]
+    others = to_calibrate(task, [*able, *task_people, *held_out], members, run)
     plan_of(base, known_people(base, task, others, run.calibration), len(anchors), run)
     record.about["plan"] = plan.digest
     with record:
@@ -144,6 +143,12 @@ def build_bank(
         ids = ([person.id for person in group] for group in ([*task_people, *held_out], able, anchors, others))
         build.finish(encoder, plan, [len(able[i].items) for i in chosen], Members.of(secret, *ids), calibration)
     remove_work(out)  # if the build is killed before this, the next call removes the files
+
+
+def to_calibrate(task: Task, people: Sequence[Person], members: Sequence[Person], run: Run) -> list[Person]:
+    """Return those of ``people`` to calibrate on, who are no ``members``; none if calibration is off."""
+    ids = {person.id for person in members}
+    return drawn(people, ids, run.calibration, run.seed, task) if run.calibration.enabled else []
 
 
 def work_key(

@@ -28,6 +28,7 @@ from mta.bank.choices import RATES, best_of, chosen_by_others, gain_of, rate_fro
 from mta.bank.probes import COSTS, Kind, Measure, Probe, measured
 from mta.config import CalibrationSettings, Run, parse_size
 from mta.data.history import Person
+from mta.data.readers.sharing import separated
 from mta.data.tasks.prompt import Example
 from mta.data.tasks.task import Task
 from mta.distributed.executor import Executor, LocalExecutor
@@ -121,13 +122,17 @@ class Known:
         return self.shots + self.queries
 
 
-def drawn(people: Sequence[Person], members: Set[str], settings: CalibrationSettings, seed: int) -> list[Person]:
+def drawn(
+    people: Sequence[Person], members: Set[str], settings: CalibrationSettings, seed: int, task: Task
+) -> list[Person]:
     """Return the people to calibrate on: at most ``settings.people``, by hash, with two items or more.
 
-    ``members`` are the ids of people in the bank. People who share items with them are left out too.
+    ``members`` are the ids of people in the bank. Items that several people hold are left out, so that nothing that is
+    measured was trained on, and both folds are independent. People with nearly the items of a member are left out too.
     """
-    groups = {person.group for person in people if person.group and person.id in members}
-    others = [person for person in people if person.id not in members and person.group not in groups]
+    apart = separated(people, task)
+    groups = {person.group for person in apart if person.group and person.id in members}
+    others = [person for person in apart if person.id not in members and person.group not in groups]
     able = [person for person in others if len(person.items) > 1]
     return sorted(able, key=lambda one: hashlib.sha256(f"{seed}/{one.id}".encode()).digest())[: settings.people]
 

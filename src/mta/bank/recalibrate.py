@@ -68,7 +68,7 @@ def _outside(folder: Path, info: BankInfo, people: Sequence[Person], settings: C
             hint="Calibrate the bank where it was built, and publish it again.",
         )
     members = {one.id for one in people if {"anchor", "task LoRA"} & set(info.members.artefacts_of(one.id))}
-    outside = drawn(people, members, settings, info.run.seed)
+    outside = drawn(people, members, settings, info.run.seed, Task.model_validate(info.task))
     if len(outside) < min(ENOUGH, settings.people):
         raise InputError(
             f"{len(people)} people are given, but all except {len(outside)} are in the bank, share items with people "

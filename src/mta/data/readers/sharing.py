@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from mta.data.history import Item, Person
-from mta.data.readers.overlap import SAME_ITEMS, nearly_equal
+from mta.data.readers.overlap import SAME_ITEMS, Sets, nearly_equal
 from mta.data.tasks.task import Task
 
 LONG = 64  # characters: two people can write a shorter text by coincidence
@@ -118,6 +118,10 @@ class Copies:
         known = {key for person in people for item in person.items if (key := self._key(item)) in self.holders}
         return sum(self._key(query) in known for query in queries)
 
+    def alone(self, items: Iterable[Item]) -> tuple[Item, ...]:
+        """Return the items that nobody else holds."""
+        return tuple(item for item in items if self._key(item) not in self.holders)
+
     def _several(self, people: Sequence[Person]) -> dict[bytes, dict[bytes, set[int]]]:
         """Return inputs that several people hold -> answers -> numbers of the people who give them."""
         first: dict[bytes, int] = {}
@@ -158,15 +162,34 @@ def connected(people: Sequence[Person], task: Task) -> tuple[list[Person], Share
     group.
     """
     copies = Copies(people, task)
-    sets = nearly_equal([frozenset() if copies.independent else _contents(person) for person in people])
+    sets = _alike(people, copies)
     for holders in copies.holders.values():
         sets.join(holders)
-    groups = [group for group in sets.groups() if len(group) > 1]
-    names = {n: min(people[m].id for m in group) for group in groups for n in group}
-    sizes = [len(group) for group in groups]
-    counts = {"people": sum(sizes), "groups": len(sizes), "largest": max(sizes, default=0)}
+    names = _names(people, sets)
+    sizes = Counter(names.values())
+    counts = {"people": len(names), "groups": len(sizes), "largest": max(sizes.values(), default=0)}
     found = Shared(len(copies.holders), **counts, crowded=copies.crowded, judged=copies.judged)
     return [replace(person, group=names[n]) if n in names else person for n, person in enumerate(people)], found
+
+
+def separated(people: Sequence[Person], task: Task) -> list[Person]:
+    """Return the people with the items that nobody else holds. Only people with nearly equal histories have a group."""
+    copies = Copies(people, task)
+    names = _names(people, _alike(people, copies))
+    return [
+        replace(person, items=copies.alone(person.items), group=names.get(n, "")) for n, person in enumerate(people)
+    ]
+
+
+def _alike(people: Sequence[Person], copies: Copies) -> Sets:
+    """Join the numbers of people with nearly equal histories, unless people answer common inputs independently."""
+    return nearly_equal([frozenset() if copies.independent else _contents(person) for person in people])
+
+
+def _names(people: Sequence[Person], sets: Sets) -> dict[int, str]:
+    """Return the groups of people who are not alone in theirs, named by the smallest id."""
+    groups = [group for group in sets.groups() if len(group) > 1]
+    return {n: min(people[m].id for m in group) for group in groups for n in group}
 
 
 def holders_of(histories: Sequence[Person], people: Sequence[Person]) -> set[int]:
