@@ -60,7 +60,7 @@ def main() -> None:
         found = run(override(load_recipe("movielens"), [*RECIPE, *given.settings]), given.out, screen)
     found.meta |= {"data": "movielens-100k", "terms": assets.ASSETS["movielens-100k"].note}
     found.write(given.out, " ".join(["python -m benchmarks.many_people", *given.settings]))
-    show(found.comparison, found.meta, found.questions, console)
+    show(found.comparison, found.meta, console)
 
 
 if __name__ == "__main__":

@@ -195,14 +195,14 @@ def test_an_invalid_size_is_refused(text):
 def test_the_movielens_recipe_of_the_package_loads():
     recipe = load_recipe("movielens")
     assert (recipe.data, recipe.run.task) == ("movielens-100k", "movielens-rating")
-    assert set(recipe.question) == {"title", "genres"}
+    assert recipe.evaluation.brief is False
 
 
-def test_the_short_version_of_a_recipe_is_valid():
+def test_the_short_and_slow_versions_of_a_recipe_are_valid():
     recipe = load_recipe("movielens")
-    short = override(recipe, recipe.short)
-    assert short != recipe
+    short, slow = override(recipe, recipe.short), override(recipe, [*recipe.short, *recipe.slow])
     assert short.run.task_lora.items < recipe.run.task_lora.items
+    assert slow.people.test < short.people.test
 
 
 def test_a_copy_of_a_recipe_loads_by_its_path(tmp_path):

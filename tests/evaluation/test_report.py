@@ -9,6 +9,7 @@ import torch
 from rich.console import Console
 
 from mta.data.tasks import load_task
+from mta.evaluation.asking import Asked, Interview
 from mta.evaluation.metrics import Answers, measure, query_nll
 from mta.evaluation.reports import figures
 from mta.evaluation.reports.html import Section, page, plain, to_json, write_html
@@ -23,9 +24,19 @@ SECTIONS = [
     "Score against bytes kept per person",
     "Map of anchors and people",
     "Chosen anchors and coefficients",
-    "The same question, before and after",
+    "The same questions, before and after",
     "How this was made",
 ]
+EVERY = {"1": 0.1, "2": 0.1, "3": 0.2, "4": 0.5, "5": 0.1}
+ASKED = Interview(
+    questions=(HOSTILE, "Fargo"),
+    labels=("1", "2", "3", "4", "5"),
+    pooled=(EVERY, EVERY),
+    people=(
+        Asked("c1", "whose 3 shots are 1.7 on average", ((HOSTILE, "2"), ("Alien", "1")), ({**EVERY, "1": 0.9}, EVERY)),
+        Asked("c2", "whose 3 shots are 5.0 on average", (("Heat", "5"),), (EVERY, EVERY)),
+    ),
+)
 
 
 def rated(task, name, people=40, queries=8, gain=0.0, seconds=0.0, kept=0.0, merge=None, seed=1):
@@ -262,13 +273,7 @@ def written(tiny, comparison, tmp_path):
             "comparison": comparison,
             "bank": tiny[1],
             "people_vectors": people_vectors,
-            "questions": [
-                {
-                    "question": HOSTILE,
-                    "before": "3",
-                    "after": [("person A", HOSTILE), ("person B", "5"), ("whose 3 shots say 2, 2, 1", "3")],
-                }
-            ],
+            "asked": ASKED,
             "meta": {
                 "command": "mta evaluate x.jsonl --bank bank/",
                 "seed": 3,
@@ -313,8 +318,9 @@ def test_page_contains_findings_answers_and_settings(written, comparison):
         "2026-11-25",
         "mta 0.1, torch 2.13",
         "shots 3, oppu (rank 8)",
-        "after, person B",
-        "after, a person whose 3 shots say 2, 2, 1: 3",
+        "person A, whose 3 shots are 1.7 on average",
+        "Alien: 1",
+        "everybody: 3.4 on average",
         "see https://example.org/terms",
         "made up <b>here</b>",
     ):
@@ -322,6 +328,7 @@ def test_page_contains_findings_answers_and_settings(written, comparison):
     pictures = " ".join(found.alts)
     assert "MAE, lower is better, over bytes kept per person: global constant 1.250 with 0" in pictures
     assert "Map of" in pictures
+    assert "probability of each answer to Fargo: everybody, person A, person B." in pictures
     assert "Coefficients of person A: anchor 0 (6 items) 0.50" in pictures
 
 
@@ -363,10 +370,10 @@ def test_pages_are_the_same_to_the_byte(written):
 
 def test_page_without_vectors_merge_or_questions(written, task):
     without = Comparison(task, [row for row in comparison_of(task).rows if row.name != "MTA"])
-    found = Page(written(people=False, comparison=without, questions=[]))
+    found = Page(written(people=False, comparison=without, asked=None))
     assert "Map of anchors and people" not in found.headings
     assert "Chosen anchors and coefficients" not in found.headings
-    assert "The same question, before and after" not in found.headings
+    assert "The same questions, before and after" not in found.headings
     assert "MTA is not among the methods compared." in "".join(found.text)
 
 

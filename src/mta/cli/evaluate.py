@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 from json import dumps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -33,16 +34,18 @@ def demo(
     words: options.Words = None,
     out: Annotated[Path, Option(help="Folder for bank, store and report.")] = Path("demo"),
     recipe: Annotated[str, Option(help="Name of a built-in recipe, or a YAML file.")] = "movielens",
+    full: Annotated[bool, Option("--full", help="Train longer, and compare all methods: 20 minutes.")] = False,
     seed: options.Seed = None,
     track: options.Track = None,
     json: options.Json = False,
 ) -> None:
-    """Build a bank from MovieLens, personalize people outside it, and compare MTA with the baselines.
+    """Build a bank from MovieLens, personalize people outside it, and compare MTA with the baselines, in 5 minutes.
 
-    Override settings of the recipe as key=value: run.bank.anchors=8 people.test=48.
+    Override settings of the recipe as key=value: run.bank.anchors=8 people.test=48. The same command resumes a demo.
 
     Example:  mta demo --out demo/
     """
+    from mta.evaluation.reports.glance import show_glance
     from mta.tools import demo as tool
 
     require("eval")  # before a bank is built
@@ -50,8 +53,15 @@ def demo(
     chosen, tracker = tool.load_recipe(recipe), options.tracker_for(track, out)
     command = options.command_line()
     with Screen() as screen:
-        found = tool.demo(out, chosen, command, given, on_step=screen.step, say=screen.say, track=tracker)
-    _show(found, json)
+        left = partial(screen.whole, "whole demo")
+        found = tool.demo(
+            out, chosen, command, given, full=full, on_step=screen.step, on_time=left, say=screen.say, track=tracker
+        )
+    if json or not found.asked:
+        return _show(found, json)
+    if full:
+        _show(found, json=False)
+    show_glance(found.comparison, found.asked, tool.next_commands(out, found), console)
 
 
 def evaluate(
@@ -166,7 +176,7 @@ def _show(found: Study | Findings, json: bool) -> None:
     if isinstance(found, Study):
         if json:
             return show_json(to_json(found.comparison, **found.meta, command=command))
-        return tables.show(found.comparison, found.meta, found.questions, console)
+        return tables.show(found.comparison, found.meta, console)
     show_json(attacks.to_json(found, command)) if json else attacks.show(found, console)
 
 

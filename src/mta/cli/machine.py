@@ -16,6 +16,8 @@ from typer import Option
 
 from mta.cli import options
 from mta.cli.screen import show_json
+from mta.errors import InputError
+from mta.system.extras import require
 from mta.system.units import human_bytes, human_seconds
 
 if TYPE_CHECKING:
@@ -28,28 +30,68 @@ MARKS = {"ok": "[green]ok[/]", "warning": "[yellow]warning[/]", "problem": "[bol
 def doctor(
     bank: Annotated[Path | None, Option("--bank", help="Check this bank too.")] = None,
     store: Annotated[str | None, Option("--store", help="Check this store too.")] = None,
+    served: Annotated[
+        str | None, Option(help="Instead, compare what a server at this address answers with --bank and --store.")
+    ] = None,
+    person: Annotated[list[str] | None, Option(help="With --served: a person to ask; can be repeated.")] = None,
+    served_as: Annotated[str, Option(help="With --served: the server's name of a person's model.")] = "person:{}",
+    key_file: Annotated[Path | None, Option(help="With --served: file with the API key.", dir_okay=False)] = None,
+    device: options.Device = None,
     json: options.Json = False,
 ) -> None:
     """Check versions, processor, memory, kernels, cache and extras. Exits with 1 if mta demo cannot run here.
 
     Downloads nothing and loads no model. Compiles kernels that are not compiled yet, which takes seconds.
+    With --served, loads the base of --bank, and compares the log probabilities that a server (mta serve, or vLLM with
+    exported adapters) returns with those of the code that trained the models. Exits with 1 if they differ.
 
     Example:  mta doctor --bank bank/ --store people/
+    Example:  mta doctor --served http://127.0.0.1:8000 --bank bank/ --store people/ --person ann --key-file app.key
     """
     from mta.tools.doctor import examine
 
-    found = examine(bank, store)
+    if served:
+        found = _served(served, bank, store, person or [], served_as, key_file, device)
+    elif person or key_file:
+        raise InputError("--person and --key-file belong to --served", "Leave them out, or add --served URL.")
+    else:
+        found = examine(bank, store)
     problems, warnings = (sum(one.verdict == verdict for one in found) for verdict in ("problem", "warning"))
     if json:
         show_json({"problems": problems, "warnings": warnings, "findings": [asdict(one) for one in found]})
     else:
         say = Console(highlight=False).print
         say(_findings(found))
-        start = "Ready." if bank or store else "Ready. Start with:  mta demo"
+        start = "" if served else "Ready." if bank or store else "Ready. Start with:  mta demo"
         counted = f"{problems} problem{'s' * (problems != 1)}, {warnings} warning{'s' * (warnings != 1)}"
         say(f"{counted}. " + ("Fix the problems first." if problems else start))
     if problems:
         raise typer.Exit(1)
+
+
+def _served(
+    url: str,
+    bank: Path | None,
+    store: str | None,
+    people: list[str],
+    served_as: str,
+    key_file: Path | None,
+    device: str | None,
+) -> list[Finding]:
+    import mta
+    from mta.tools.served import PERSON, Server, check_served
+
+    require("serve")
+    if not bank or not store:
+        raise InputError("--served needs the bank and the store that are served", "Add:  --bank bank/ --store people/")
+    if "{}" not in served_as:
+        raise InputError(f"--served-as {served_as!r} has no {{}} for the id", "For example:  --served-as 'person:{}'")
+    key = key_file.read_text(encoding="utf-8").strip() if key_file else ""
+    base, opened, run = options.open_bank(options.bank_at(bank), device=device)
+    ours = served_as == PERSON  # a server of ours also serves the pooled model and the base
+    names = {"task": "task", "base": base.name} if ours else {"task": "", "base": ""}
+    server = Server(url, key, served_as, **names)
+    return check_served(server, mta.Personalizer(base, opened, store, run=run), people)
 
 
 def _findings(found: Sequence[Finding]) -> Table:

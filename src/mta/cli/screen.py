@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from mta.errors import InputError
+from mta.system.units import human_seconds
 
 if TYPE_CHECKING:
     from mta.system.hub import Parcel
@@ -45,7 +46,7 @@ class Screen:
         self._progress = Progress(
             TextColumn("{task.description:<14}"),
             BarColumn(),
-            TextColumn("{task.completed:>6.0f}/{task.total:.0f} " + unit + "  {task.fields[note]}"),
+            TextColumn("{task.fields[note]}"),
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
@@ -77,12 +78,23 @@ class Screen:
         notes = [note] if note else []
         if rate:
             notes.append(f"{rate:.1f} {self._unit}/s")
-        self._progress.update(known.bar, completed=done, total=total, note="  ".join(notes))
+        so_far = f"{done:>6}/{total} {self._unit}"
+        self._progress.update(known.bar, completed=done, total=total, note="  ".join([so_far, *notes]))
         if not console.is_terminal and (done >= total or now - known.printed > EVERY):
             known.printed = now
             if rate:
                 notes.append(f"about {(total - done) / rate:.0f} s left")
             self.say("  ".join([f"{stage}: {done}/{total} {self._unit}", *notes]))
+
+    def whole(self, name: str, share: float, left: float) -> None:
+        """Update the progress of all stages together: the share that is done, and the seconds left."""
+        note, now = f"about {human_seconds(left)} left", time.monotonic()
+        if (known := self._stages.get(name)) is None:
+            known = self._stages[name] = _Stage(self._progress.add_task(name, note=note, total=1.0), done=0)
+        self._progress.update(known.bar, completed=share, note=note)
+        if not console.is_terminal and now - known.printed > EVERY:
+            known.printed = now
+            self.say(f"{name}: {share:.0%} done, {note}")
 
     def say(self, text: str) -> None:
         """Print one line."""

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from mta.bank.bank import Bank
 from mta.config import Evaluation, MergeSettings, Run
@@ -18,14 +16,13 @@ from mta.data.readers.sharing import Copies
 from mta.data.splits import draw
 from mta.data.tasks.task import Task
 from mta.errors import InputError
+from mta.evaluation.asking import Interview
 from mta.evaluation.context import Context
 from mta.evaluation.methods import Base, GlobalConstant, Merged, MergeThenAdapt, Method, OneLora, OwnConstant, TaskLora
 from mta.evaluation.protocol import Panel, has_enough_items, members_and_others
 from mta.evaluation.statistics import Comparison, Row
 from mta.model.base import BaseModel
 from mta.model.encoders import Encoder
-from mta.personalize import Personalizer
-from mta.personalize.adapters import TASK, Who
 from mta.personalize.merge import check_merge
 from mta.personalize.policies import POLICIES
 from mta.system.progress import OnStep
@@ -56,12 +53,12 @@ def evaluate(
 
 @dataclass(slots=True)
 class Study:
-    """A comparison, its panel, and the questions that ``ask`` put to people's models."""
+    """A comparison, its panel, and the questions that people's models were asked, if any."""
 
     comparison: Comparison
     panel: Panel
     meta: dict[str, Any]
-    questions: list[dict[str, Any]] = field(default_factory=list)
+    asked: Interview | None = None
 
     def outcome(self) -> dict[str, Any]:
         """Return the number of people, and every method's mean of the metric that differences are judged by."""
@@ -77,7 +74,7 @@ class Study:
 
         out, meta, panel = Path(out), self.meta | {"command": command}, self.panel
         write_json(out / "results.json", to_json(self.comparison, **meta))
-        write_html(out / "report.html", self.comparison, panel.bank, panel.vectors, self.questions, meta)
+        write_html(out / "report.html", self.comparison, panel.bank, panel.vectors, self.asked, meta)
 
 
 def standard_methods(
@@ -85,7 +82,8 @@ def standard_methods(
 ) -> list[Method]:
     """Return the rows of the table: constants, base, task LoRA, OPPU, merge only (each policy), adapt only, MTA.
 
-    Policies that need labels, a calibrated bank, or ``encoded`` anchors are left out where there are none.
+    Policies that need labels, a calibrated bank, or ``encoded`` anchors are left out where there are none. A brief
+    evaluation has the task LoRA, OPPU, and MTA, and MTA's merge if MTA has a stack.
     """
 
     def policy(name: str) -> MergeSettings:
@@ -102,15 +100,20 @@ def standard_methods(
         if (task.labelled or not kind.labels) and (calibrated or not kind.gradients) and (encoded or kind.wide)
     ]
     oppu, adapt, stack = evaluation.oppu, evaluation.adapt or run.stack, run.stack
+    rival = OneLora(name="OPPU", lora=oppu.lora, training=oppu.training)
+    ours = MergeThenAdapt(merge=run.merge, stack=stack) if stack.enabled else Merged(name="MTA", merge=run.merge)
+    if evaluation.brief:
+        merge = [Merged(name=f"merge only, {run.merge.policy}", merge=run.merge)] if stack.enabled else []
+        return [TaskLora(), rival, *merge, ours]
     constants: list[Method] = [GlobalConstant(), OwnConstant()] if task.labelled else []
     return [
         *constants,
         Base(),
         TaskLora(),
-        OneLora(name="OPPU", lora=oppu.lora, training=oppu.training),
+        rival,
         *(Merged(name=f"merge only, {name}", merge=policy(name)) for name in policies),
         OneLora(name="adapt only", lora=adapt.lora, training=adapt.training),
-        MergeThenAdapt(merge=run.merge, stack=stack) if stack.enabled else Merged(name="MTA", merge=run.merge),
+        ours,
     ]
 
 
@@ -176,23 +179,3 @@ def _meta(context: Context, evaluation: Evaluation, seeds: Sequence[int]) -> dic
         "evaluation": evaluation.model_dump(mode="json"),
         "versions": versions(),
     }
-
-
-def ask(found: Study, personal: Personalizer, fields: dict[str, str], numbers: Sequence[int]) -> None:
-    """Put one question to the pooled model and to some people's models, and add the answers to the study.
-
-    ``numbers`` are positions in the panel's people, who must have been personalized.
-    """
-    task, people = personal.bank.task, [found.panel.people[i] for i in numbers]
-    askers: list[Who] = [TASK, *(person.id for person in people)]
-    texts = personal.generate([(asker, fields) for asker in askers])
-    about = [f"with {len(person.items)} shots" for person in people]
-    if task.metric == "mae":
-        values = torch.tensor([float(label) for label in task.labels or ()], dtype=torch.float64)
-        scores = personal.label_scores([(asker, [task.asked(fields)]) for asker in askers])
-        means = [float(one[0].double().softmax(0) @ values) for one in scores]
-        texts = [f"{text} (on average {mean:.1f})" for text, mean in zip(texts, means)]
-        shots = [[float(task.target(item)) for item in person.items] for person in people]
-        about = [f"whose {len(own)} shots are {sum(own) / len(own):.1f} on average" for own in shots]
-    question = task.prompt(task.asked(fields))
-    found.questions.append({"question": question, "before": texts[0], "after": list(zip(about, texts[1:]))})

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 
@@ -16,17 +17,21 @@ from mta.data.history import Person
 from mta.data.readers import read_people
 from mta.data.splits import Splits, draw
 from mta.errors import ConfigError
-from mta.evaluation.compare import Study, ask, study
+from mta.evaluation.asking import interview
+from mta.evaluation.compare import Study, study
 from mta.model.base import BaseModel
 from mta.personalize import Personalizer
 from mta.system import assets
 from mta.system.atomic import write_text
 from mta.system.device import gemm_rate
-from mta.system.progress import OnStep
+from mta.system.progress import OnStep, Step
 from mta.tracking.run_folder import RunFolder
 from mta.tracking.trackers import Track
 
-SLOW = 400e9  # operations per second; slower machines run the short version
+SLOW = 400e9  # operations per second; slower machines run a version with fewer steps
+
+OnTime = Callable[[float, float], None]
+"""Called with the share of the demo that is done, and the seconds that are left."""
 
 
 class People(Settings):
@@ -38,15 +43,49 @@ class People(Settings):
 
 
 class Recipe(Settings):
-    """A demo in one file: data, people, settings, and the settings to change on a slow machine (``short``)."""
+    """A demo in one file: data, people, settings, and two lists of settings that replace some of them.
+
+    ``short`` is for the version of a few minutes, and ``slow``, on top, for slow machines. ``minutes`` is what the
+    stages of the short version take where matrix products reach ``SLOW``.
+    """
 
     data: str
     people: People
     run: Run
     evaluation: Evaluation
-    question: dict[str, str]
     minutes: dict[str, float]
     short: tuple[str, ...] = ()
+    slow: tuple[str, ...] = ()
+
+
+class Clock:
+    """Estimates the time left, from the minutes that stages are expected to take and the time that passed.
+
+    The first stage reports no steps. Steps with other names than those of stages belong to the last stage, which is
+    expected to go at the pace of all stages before. Stages that a resumed demo skips do not count.
+    """
+
+    def __init__(self, minutes: Mapping[str, float], on_time: OnTime) -> None:
+        self._minutes, self._on_time, self._start = dict(minutes), on_time, time.monotonic()
+        self._begun: dict[str, float] = {}
+
+    def step(self, stage: str, step: Step) -> None:
+        """Report the time left after a step of a stage."""
+        stages, now = list(self._minutes), time.monotonic()
+        stage = stage if stage in stages[1:] else stages[-1]
+        earlier = stages[: stages.index(stage)]
+        if stage not in self._begun:
+            self._begun[stage] = now
+            self._minutes |= {name: 0.0 for name in earlier[1:] if name not in self._begun}
+        before, own = sum(self._minutes[name] for name in earlier), self._minutes[stage]
+        if stage == stages[-1]:
+            pace = (self._begun[stage] - self._start) / before
+            done = before + min((now - self._begun[stage]) / pace, own)
+        else:
+            done = before + own * step.examples / max(step.examples_total, 1)
+            pace = (now - self._start) / done
+        total = sum(self._minutes.values())
+        self._on_time(done / total, (total - done) * pace)
 
 
 def load_recipe(name: str | Path) -> Recipe:
@@ -64,18 +103,25 @@ def demo(
     command: str,
     words: Sequence[str] = (),
     *,
-    on_step: OnStep | None = None,
+    full: bool = False,
+    on_step: OnStep = lambda stage, step: None,
+    on_time: OnTime = lambda share, left: None,
     say: Callable[[str], None] = lambda _: None,
     track: Track | None = None,
 ) -> Study:
     """Build a bank, evaluate, personalize, and write a report under ``out``; a stopped demo resumes.
 
-    ``words`` are settings that override the recipe and its short version. ``track`` opens an additional tracker of
-    steps. Raises ConfigError if ``out`` holds a demo with other settings.
+    ``words`` are settings that override the recipe and its short version; ``full`` takes the recipe as it is.
+    ``track`` opens an additional tracker of steps. Raises ConfigError if ``out`` holds a demo with other settings.
     """
-    recipe = _settled(out, recipe, words, say)
-    run = recipe.run
-    say(f"1/5  assets: {run.base}, {run.encoder}, {recipe.data}")
+    recipe = _settled(out, recipe, words, full, say)
+    clock, run = Clock(recipe.minutes, on_time), recipe.run
+
+    def step(stage: str, step: Step) -> None:
+        on_step(stage, step)
+        clock.step(stage, step)
+
+    say(f"1/4  assets: {run.base}, {run.encoder}, {recipe.data}")
     for name in (run.base, run.encoder, recipe.data):
         if name in assets.ASSETS:
             assets.fetch(name, say)
@@ -90,22 +136,31 @@ def demo(
         config=False,
         command=command,
         track=track,
-        on_step=on_step,
+        on_step=step,
         about={"seeds": [run.seed]},
     ) as folder:
         found = _compared(out, recipe, people, splits, base, folder.step, say)
-        three = _three(found)
-        say("4/5  the same question for three people, before and after")
+        two = _two(found)
+        say("4/4  the same questions for two people, before and after")
         personal = Personalizer(base, found.panel.bank, out / "people", run=run)
-        personal.personalize([found.panel.people[i] for i in three], on_step=folder.step)
-        ask(found, personal, recipe.question, three)
+        personal.personalize([found.panel.people[i] for i in two], on_step=folder.step)
+        if questions := personal.bank.task.examples[:3]:
+            found.asked = interview(personal, [found.panel.people[i] for i in two], questions)
         folder.outcome = found.outcome()
         found.write(out, command)
-    serve = ["mta", "serve", "--bank", str(out / "bank"), "--store", str(out / "people"), "--insecure-local"]
-    ids = ", ".join(found.panel.people[i].id for i in three)
-    say(f"5/5  {out / 'report.html'}")
-    say(f"     To ask people {ids} yourself:  {shlex.join(serve)}   then open http://127.0.0.1:8000")
     return found
+
+
+def next_commands(out: Path, found: Study) -> list[str]:
+    """Return commands to go on with, in the order in which a newcomer may want them."""
+    bank, store = shlex.quote(str(out / "bank")), shlex.quote(str(out / "people"))
+    commands = [f"mta serve --bank {bank} --store {store} --insecure-local", f"xdg-open {out / 'report.html'}"]
+    about = ["# then open http://127.0.0.1:8000", "# pictures, the map of the bank, every number"]
+    if found.asked:
+        commands.append(f"mta person show {shlex.quote(found.asked.people[0].id)} --bank {bank} --store {store}")
+        about.append("# all that is stored")
+    wide = max(map(len, commands))
+    return [f"{command:<{wide}}   {what}" for command, what in zip(commands, about)]
 
 
 def _compared(
@@ -117,14 +172,14 @@ def _compared(
     on_step: OnStep,
     say: Callable[[str], None],
 ) -> Study:
-    """Build the bank, and compare all methods on people outside the bank."""
+    """Build the bank, and compare the methods on people outside the bank."""
     run = recipe.run
     parts = f"task LoRA on {len(splits.task)} people, {run.bank.anchors} anchors of {len(splits.candidates)} candidates"
-    say(f"2/5  bank: {parts}")
+    say(f"2/4  bank: {parts}")
     task_people, candidates = splits.select("task", people), splits.select("candidates", people)
     bank = Bank.build(base, candidates, out / "bank", task=run.task, run=run, task_people=task_people, on_step=on_step)
 
-    say(f"3/5  {len(splits.test)} held-out people with {recipe.evaluation.shots} shots each, every method")
+    say(f"3/4  {len(splits.test)} people outside the bank, {recipe.evaluation.shots} shots each, every method")
     tested = splits.select("test", people)
     found = study(base, bank, run, tested, recipe.evaluation, on_step=on_step, on_method=lambda m: say(f"     {m}"))
     found.meta["data"] = recipe.data
@@ -133,33 +188,32 @@ def _compared(
     return found
 
 
-def _settled(out: Path, recipe: Recipe, words: Sequence[str], say: Callable[[str], None]) -> Recipe:
-    """Return the recipe or its short version, with ``words`` applied; a resumed demo keeps its first choice."""
-    full, short = override(recipe, words), override(recipe, [*recipe.short, *words])
+def _settled(out: Path, recipe: Recipe, words: Sequence[str], full: bool, say: Callable[[str], None]) -> Recipe:
+    """Return the version of the recipe to run, with ``words`` applied; a resumed demo keeps its first choice."""
+    whole = override(recipe, words)
+    short = override(recipe, [*recipe.short, *words])
+    slow = override(recipe, [*recipe.short, *recipe.slow, *words])
     path = out / "recipe.yaml"
     if path.is_file():
         begun = load_recipe(path)
-        if begun not in (full, short):
+        if begun not in ((whole,) if full else (short, slow)):
             raise ConfigError(
                 f"{out} holds a demo with other settings ({path})", hint="Choose another folder with --out."
             )
         return begun
-    chosen = _for_this_machine(full, short, say)
+    chosen = _for_this_machine(whole if full else short, whole if full else slow, say)
     write_text(path, dump_yaml(chosen))
     return chosen
 
 
-def _for_this_machine(full: Recipe, short: Recipe, say: Callable[[str], None]) -> Recipe:
+def _for_this_machine(usual: Recipe, slow: Recipe, say: Callable[[str], None]) -> Recipe:
     if torch.cuda.is_available():
-        return full
+        return usual
     rate = max(gemm_rate(torch.bfloat16), gemm_rate(torch.float32))
-    if rate < SLOW and full.short:
-        changes = ", ".join(full.short)
-        say(f"This machine reaches only {rate / 1e9:.0f} GFLOP/s: short version with fewer steps ({changes}).")
-        return short
-    minutes = ", ".join(f"{stage} {minutes:g}" for stage, minutes in full.minutes.items())
-    say(f"This machine reaches {rate / 1e9:.0f} GFLOP/s: full recipe. Minutes on two such cores: {minutes}.")
-    return full
+    chosen = slow if rate < SLOW else usual
+    fewer = "" if chosen == usual else f": fewer steps ({', '.join(slow.slow)})"
+    say(f"This machine reaches {rate / 1e9:.0f} GFLOP/s{fewer}.")
+    return chosen
 
 
 def _splits(out: Path, people: list[Person], recipe: Recipe) -> Splits:
@@ -169,10 +223,10 @@ def _splits(out: Path, people: list[Person], recipe: Recipe) -> Splits:
     return splits
 
 
-def _three(found: Study) -> list[int]:
-    """Return three people: those with the lowest, the middle, and the highest mean rating in their shots."""
+def _two(found: Study) -> list[int]:
+    """Return two people: those with the lowest and highest mean rating in their shots, or the first and the last."""
     task, people = found.panel.bank.task, found.panel.people
     order = list(range(len(people)))
     if task.metric == "mae":
         order.sort(key=lambda i: sum(float(task.target(item)) for item in people[i].items) / len(people[i].items))
-    return sorted({order[0], order[len(order) // 2], order[-1]}, key=order.index)
+    return sorted({order[0], order[-1]}, key=order.index)

@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from mta.bank.bank import Bank
+from mta.evaluation.asking import Interview
 from mta.evaluation.reports import figures
 from mta.evaluation.reports.figures import Picture
 from mta.evaluation.reports.summary import NAME, POOLED, RIVAL, better_side, findings, headline, title_of, verdict
@@ -104,7 +105,7 @@ def write_html(
     comparison: Comparison,
     bank: Bank,
     people_vectors: Tensor | None,
-    questions: Sequence[Mapping[str, Any]],
+    asked: Interview | None,
     meta: Mapping[str, Any],
 ) -> None:
     """Write a comparison as one HTML page without scripts and without requests.
@@ -123,7 +124,7 @@ def write_html(
             {"bytes": score_over_bytes(comparison)},
         ),
         *_personal(comparison, bank, people_vectors),
-        *_asked(questions),
+        *(_before_and_after(asked) if asked else ()),
         Section("How this was made", _facts(bank, meta)),
     ]
     write_text(Path(path), page(headline(comparison), head, sections))
@@ -171,17 +172,26 @@ def _personal(comparison: Comparison, bank: Bank, people_vectors: Tensor | None)
     return sections
 
 
-def _asked(questions: Sequence[Mapping[str, Any]]) -> list[Section]:
-    if not questions:
-        return []
-    text = "The pooled model gives all people one answer. The personal models give each person their own.\n"
-    for asked in questions:
-        text += f"\n**{plain(asked['question'])}**\n\n- before, for everybody: {plain(asked['before'])}\n"
-        for label, answer in asked["after"]:
-            who = label if label.startswith("person") else f"a person {label}"
-            changed = "" if answer == asked["before"] else " (changed)"
-            text += f"- after, {plain(who)}: {plain(answer)}{changed}\n"
-    return [Section("The same question, before and after", text)]
+def _before_and_after(asked: Interview) -> list[Section]:
+    """The answers of the pooled model and of some people's models. People are shown without their ids."""
+    text = "The pooled model gives all people one answer. The personal models give each person their own.\n\n"
+    names = [f"person {chr(ord('A') + n)}" for n in range(len(asked.people))]
+    for name, person in zip(names, asked.people):
+        shots = "; ".join(f"{plain(given)}: **{plain(own)}**" for given, own in person.shots)
+        text += f"- {name}, {plain(person.about)}: {shots}\n"
+    pictures = {}
+    for n, question in enumerate(asked.questions):
+        answers = {"everybody": asked.pooled[n]} | {name: one.answers[n] for name, one in zip(names, asked.people)}
+        text += f"\n**{plain(question)}**\n\n"
+        for name, answer in answers.items():
+            mean = asked.mean(answer)
+            if isinstance(answer, str):
+                text += f"- {name}: {plain(answer)}\n"
+            elif mean is not None:
+                text += f"- {name}: {mean:.1f} on average\n"
+        if shares := {name: answer for name, answer in answers.items() if not isinstance(answer, str)}:
+            pictures[f"question-{n}"] = figures.shares(shares, f"answer to {question}", "probability", "")
+    return [Section("The same questions, before and after", text, pictures)]
 
 
 def _facts(bank: Bank, meta: Mapping[str, Any]) -> str:

@@ -124,10 +124,8 @@ Valued = tuple[Cell, float | None]
 _EMPTY: Valued = (Cell(), None)
 
 
-def show(
-    comparison: Comparison, meta: Mapping[str, Any], questions: Sequence[Mapping[str, Any]], console: Console
-) -> None:
-    """Print the table, the findings in sentences, and the answers to questions before and after."""
+def show(comparison: Comparison, meta: Mapping[str, Any], console: Console) -> None:
+    """Print the table, and the findings in sentences."""
     console.print(table(comparison))
     note = f" ({meta['note']})" if meta["note"] else ""
     lines = [
@@ -138,9 +136,6 @@ def show(
         few = meta["shots"] + meta["queries"]
         lines.append(f"{meta['left_out']} people left out: in the bank, or fewer than {few} items")
     lines += [f"  {sentence}" for sentence in verdict(comparison)]
-    for question in questions:
-        lines.append(f"\n{question['question']}\n  before, everybody: {question['before']}")
-        lines += [f"  after, a person {who}: {answer}" for who, answer in question["after"]]
     for line in lines:
         console.print(line, highlight=False, markup=False)
 

@@ -66,6 +66,7 @@ class Common(_Request):
     stream_options: StreamOptions | None = None
     user: str | None = None
     fallback: Literal["task", "base"] | None = None  # extension: the model that answers for an unknown person
+    return_tokens_as_token_ids: bool = False  # as vLLM's: log probabilities name tokens "token_id:17"
     frequency_penalty: Literal[0] | None = None
     presence_penalty: Literal[0] | None = None
 
@@ -122,6 +123,7 @@ class Shape:
 
     def __init__(self, request: Request, model: str, tokenizer: Any) -> None:
         self.chat, self.tokenizer = isinstance(request, ChatRequest), tokenizer
+        self._ids = request.return_tokens_as_token_ids
         kind = ("chat.completion" + ".chunk" * request.stream) if self.chat else "text_completion"
         id = f"{'chatcmpl' if self.chat else 'cmpl'}-{uuid.uuid4().hex}"
         self._head = {"id": id, "object": kind, "created": int(time.time()), "model": model}
@@ -169,10 +171,10 @@ class Shape:
     def _one(self, id: int, logprob: float | None) -> dict[str, Any]:
         text = self._text(id)
         partial = "\N{REPLACEMENT CHARACTER}" in text  # part of a character, whose bytes decode() does not give
-        return {"token": text, "logprob": logprob, "bytes": None if partial else list(text.encode())}
+        return {"token": text, "logprob": logprob, "bytes": None if partial or self._ids else list(text.encode())}
 
     def _text(self, id: int) -> str:
-        return str(self.tokenizer.decode([id]))
+        return f"token_id:{id}" if self._ids else str(self.tokenizer.decode([id]))
 
 
 def error_body(message: str, kind: str, code: str | None = None, param: str | None = None) -> dict[str, Any]:

@@ -126,22 +126,24 @@ class VllmEngine(QueuedEngine):
                 queue.put_nowait(piece)
 
     async def _score(self, ask: Ask, name: str, queue: Pieces) -> None:
-        """Score prompt and label as one prompt, for each label: vLLM returns no log probability of a chosen token."""
-        prompts = [[*ask.prompt, *label] for label in ask.labels]
-        body = {
-            "model": name,
-            "prompt": prompts,
-            "max_tokens": 1,
-            "prompt_logprobs": 0,
-            "cache_salt": self._salted(ask),
-        }
-        async with self._asked(ask, body) as response:
-            choices = sorted(json.loads(await response.aread())["choices"], key=lambda choice: choice["index"])
-        scores = [
-            sum(found[str(token)]["logprob"] for found, token in zip(choice["prompt_logprobs"][-len(label) :], label))
-            for choice, label in zip(choices, ask.labels, strict=True)
-        ]
+        """Score every label, with one request for each of its tokens that no other label shares.
+
+        Such a request may choose one token only, and vLLM returns the log probability from before this choice. (Its log
+        probabilities of prompts fail together with adapters, in vLLM 0.32.)
+        """
+        steps = sorted({(label[:count], label[count]) for label in ask.labels for count in range(len(label))})
+        found = {steps[0]: await self._forced(ask, name, *steps[0])}  # first, so that the others find a cached prompt
+        found |= dict(zip(steps[1:], await asyncio.gather(*(self._forced(ask, name, *step) for step in steps[1:]))))
+        scores = (sum(found[label[:count], label[count]] for count in range(len(label))) for label in ask.labels)
         queue.put_nowait(Piece(finish="stop", scores=tuple(scores)))
+
+    async def _forced(self, ask: Ask, name: str, start: tuple[int, ...], token: int) -> float:
+        """Return the log probability of a token behind the prompt and the beginning of a label."""
+        body = {"model": name, "prompt": [*ask.prompt, *start], "max_tokens": 1, "cache_salt": self._salted(ask)}
+        body |= {"allowed_token_ids": [token], "ignore_eos": True, "temperature": 0.0, "logprobs": 0}
+        async with self._asked(ask, body) as response:
+            (choice,) = json.loads(await response.aread())["choices"]
+        return float(choice["logprobs"]["token_logprobs"][0])
 
     @asynccontextmanager
     async def _asked(self, ask: Ask, body: dict[str, Any]) -> AsyncIterator[httpx.Response]:

@@ -1,0 +1,71 @@
+"""Questions to the pooled model and to people's models: what personalization changed, to look at."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from mta.data.history import Person
+from mta.data.tasks.task import Task
+from mta.personalize import Personalizer
+from mta.personalize.adapters import TASK, Who
+
+Answer = Mapping[str, float] | str  # the probability of every label, or a text
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A person, and the answers of the person's model to the questions.
+
+    ``shots`` are the items that the model was trained on: the first field and the answer of each.
+    """
+
+    id: str
+    about: str
+    shots: tuple[tuple[str, str], ...]
+    answers: tuple[Answer, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Interview:
+    """The same questions to the pooled model and to some people's models. ``labels`` is empty for free text."""
+
+    questions: tuple[str, ...]
+    labels: tuple[str, ...]
+    pooled: tuple[Answer, ...]
+    people: tuple[Asked, ...]
+
+    def mean(self, answer: Answer) -> float | None:
+        """Return the expected value of an answer whose labels are numbers."""
+        if isinstance(answer, str) or not all(label.replace(".", "", 1).lstrip("-").isdigit() for label in answer):
+            return None
+        return sum(float(label) * share for label, share in answer.items())
+
+
+def interview(personal: Personalizer, people: Sequence[Person], questions: Sequence[Mapping[str, str]]) -> Interview:
+    """Put questions, given as fields, to the pooled model and to the models of ``people``, in one batch.
+
+    The people must have been personalized on their items.
+    """
+    task = personal.bank.task
+    whose: list[Who] = [TASK, *(person.id for person in people)]
+    rows = [(who, fields) for who in whose for fields in questions]
+    found: Sequence[Answer] = personal.shares(rows) if task.labels is not None else personal.generate(rows)
+    each = len(questions)
+    pooled, *answers = (tuple(found[n : n + each]) for n in range(0, len(found), each))
+    asked = tuple(Asked(one.id, _about(task, one), _shots(task, one), own) for one, own in zip(people, answers))
+    return Interview(tuple(next(iter(fields.values())) for fields in questions), task.labels or (), pooled, asked)
+
+
+def _about(task: Task, person: Person) -> str:
+    count = len(person.items)
+    if task.metric == "mae":
+        return (
+            f"whose {count} shots are {sum(float(task.target(item)) for item in person.items) / count:.1f} on average"
+        )
+    return f"with {count} shots"
+
+
+def _shots(task: Task, person: Person) -> tuple[tuple[str, str], ...]:
+    first = task.item.inputs[0] if task.item.inputs else task.item.target
+    return tuple((item.fields[first], task.target(item)) for item in person.items)

@@ -1,0 +1,96 @@
+"""The final screen of ``mta demo``, judged at a glance: two people before and after, four scores, what to do next."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from mta.evaluation.asking import Answer, Asked, Interview
+from mta.evaluation.reports.summary import NAME, POOLED, judge, verdict
+from mta.evaluation.reports.tables import marked
+from mta.evaluation.statistics import Comparison
+from mta.system.units import human_bytes, human_seconds
+
+_BLOCKS = " ▁▂▃▄▅▆▇█"
+_TITLE = 26  # characters of a question or a shot
+_COLOURS = {"better": "green", "worse": "red", "unclear": "default"}
+
+
+def show_glance(comparison: Comparison, asked: Interview, commands: Sequence[str], console: Console) -> None:
+    """Print what people gave before, the answers of the pooled model and of their own, scores, and commands."""
+    for person in asked.people:
+        console.print(f"\n[bold]Person {escape(person.id)}[/], {escape(person.about)}:", highlight=False)
+        console.print("\n".join(before(person, asked.labels)), highlight=False, markup=False)
+        console.print(_answers(asked, person))
+    console.print(f"\n[bold]{comparison.people} people[/], each method learns from the same few items of each:")
+    console.print(scores(comparison))
+    for sentence in verdict(comparison):
+        console.print(f"  {sentence}", highlight=False, markup=False)
+    console.print("\n[bold]Next[/]")
+    for command in commands:
+        console.print(f"  {command}", highlight=False, markup=False, soft_wrap=True)
+
+
+def before(person: Asked, labels: Sequence[str]) -> list[str]:
+    """Return a person's items as lines: for each label, the items that the person gave it to."""
+    if not labels:
+        return [f"  {_short(given)}  ->  {_short(text, 48)}" for text, given in person.shots[:3]]
+    given = {label: [_short(text) for text, own in person.shots if own == label] for label in reversed(labels)}
+    return [f"  gave {label}: {', '.join(texts)}" for label, texts in given.items() if texts]
+
+
+def bars(answer: Answer, labels: Sequence[str]) -> str:
+    """Return a distribution over labels as one block character for each label; another answer as a short text."""
+    if isinstance(answer, str):
+        return _short(answer)
+    if len(labels) > 9:  # too many to tell apart
+        best = max(labels, key=lambda label: answer[label])
+        return f"{best} {answer[best]:.0%}"
+    return "".join(_BLOCKS[max(1, round(answer[label] * (len(_BLOCKS) - 1)))] for label in labels)
+
+
+def scores(comparison: Comparison) -> Table:
+    """Return one line per method: the difference to the pooled model, people worse off, time, and bytes."""
+    made = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1), pad_edge=False)
+    measure, people = comparison.yardstick, comparison.people
+    for title in ("method", measure, f"against {POOLED}", "", "clearly worse off", "time for all", "kept each"):
+        made.add_column(title, justify="left" if title in ("method", "") else "right")
+    for row in comparison.rows:
+        score = comparison.score(row.name, measure)
+        difference = comparison.difference(row.name, POOLED, measure) if row.name != POOLED else None
+        said = judge(measure, difference, comparison.independent) if difference else "unclear"
+        shares = comparison.worse_off(row.name, POOLED) if row.name != POOLED else None
+        made.add_row(
+            f"[bold]{row.name}[/]" if row.name == NAME else row.name,
+            f"{score.mean:.3f}" if score else "",
+            marked(comparison, measure, row.name).replace("**", "") if difference else "",
+            f"[{_COLOURS[said]}]{said}[/]" if difference else "",
+            f"{(shares[1] or 0) * people:.0f} of {people}" if shares else "",
+            human_seconds(row.seconds),
+            human_bytes(row.bytes_per_person),
+        )
+    return made
+
+
+def _answers(asked: Interview, person: Asked) -> Table:
+    made = Table(box=None, padding=(0, 2), pad_edge=True)
+    few = 0 < len(asked.labels) <= 9
+    scale = "".join(label[0] for label in asked.labels) if few else ""
+    for title in ("", f"everybody {scale}", "mean", f"person {person.id} {scale}", "mean"):
+        made.add_column(escape(title), justify="right" if title else "left", header_style="dim")
+    for question, pooled, own in zip(asked.questions, asked.pooled, person.answers):
+        cells = [_short(question)]
+        for answer in (pooled, own):
+            mean = asked.mean(answer)
+            cells += [escape(bars(answer, asked.labels)), "" if mean is None else f"{mean:.1f}"]
+        made.add_row(*cells)
+    return made
+
+
+def _short(text: str, most: int = _TITLE) -> str:
+    words = " ".join(text.split())
+    return words if len(words) <= most else f"{words[: most - 1]}…"

@@ -1,0 +1,131 @@
+"""``mta doctor --served``: check that a server answers with the models that mta trained.
+
+The server answers a question greedily and returns the log probability of each token. The same tokens are then scored
+here, with the code that trained the models. A wrong adapter, a wrong scale, or another chat template shows at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from mta.data.tasks.prompt import Example
+from mta.data.tasks.task import Task
+from mta.errors import InputError, MtaError
+from mta.personalize import Personalizer
+from mta.personalize.adapters import BASE, TASK, Nobody, Who, row_adapters
+from mta.tools.doctor import Finding
+from mta.training.scoring import log_likelihood
+
+if TYPE_CHECKING:
+    import httpx2 as httpx
+
+LIMIT = 0.1  # nats per token; rounding in bfloat16 stays below half of it (docs/how-to/serve.md)
+PERSON = "person:{}"  # how mta serve names a person's model
+_TOKENS = 16  # of each answer
+_QUESTIONS = 3
+_PATIENCE = 120.0  # seconds for one answer
+
+
+@dataclass(frozen=True, slots=True)
+class Server:
+    """A server with OpenAI's API, and how it names models. ``person`` is a template with ``{}`` for the id."""
+
+    url: str
+    key: str = ""
+    person: str = PERSON
+    task: str = "task"
+    base: str = ""
+
+    def client(self) -> httpx.Client:
+        """Return a client of the server."""
+        import httpx2 as httpx
+
+        headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
+        return httpx.Client(base_url=self.url.rstrip("/"), headers=headers, timeout=_PATIENCE)
+
+    def name_of(self, who: Who) -> str:
+        """Return the model name of a person, of the pooled model, or of the base."""
+        return self.person.format(who) if isinstance(who, str) else {TASK: self.task, BASE: self.base}[who]
+
+
+def check_served(server: Server, personal: Personalizer, people: Sequence[str]) -> list[Finding]:
+    """Compare the server's log probabilities with ours, for the base, the pooled model, and the people.
+
+    Raises PersonNotFound for a person without a state here.
+    """
+    import httpx2 as httpx
+
+    whose: list[Who] = [*([BASE] if server.base else []), *([TASK] if server.task else []), *people]
+    states = {person: personal.state(person) for person in people}
+    questions = _questions(personal.bank.task)
+    found = []
+    with server.client() as client:
+        for who in whose:
+            name = server.name_of(who)
+            try:
+                answers = [_answer(client, name, question) for question in questions]
+                owner = who if isinstance(who, Nobody) else states[who]
+                adapters = row_adapters(personal.base, personal.bank, [owner])
+                found.append(_compared(personal, adapters, name, questions, answers))
+            except httpx.HTTPError as error:
+                hint = f"Start it, or correct the address:  --served {server.url}"
+                found.append(Finding("served", name, "problem", f"{server.url} does not answer: {error}", hint))
+                break
+            except MtaError as error:
+                found.append(Finding("served", name, "problem", error.message, error.hint))
+    return found
+
+
+def _questions(task: Task) -> list[str]:
+    """Return prompts of the task: its examples, or one whose fields hold their own names."""
+    form = task.query or task.item
+    fields = list(task.examples[:_QUESTIONS]) or [{name: name for name in form.inputs}]
+    return [task.prompt(task.asked(one)) for one in fields]
+
+
+def _answer(client: httpx.Client, model: str, question: str) -> list[tuple[int, float]]:
+    """Return the tokens of a greedy answer with their log probabilities. Raises InputError, httpx.HTTPError."""
+    body: dict[str, Any] = {"model": model, "messages": [{"role": "user", "content": question}], "logprobs": True}
+    body |= {"max_tokens": _TOKENS, "temperature": 0, "return_tokens_as_token_ids": True}
+    answer = client.post("/v1/chat/completions", json=body)
+    if answer.status_code != 200:
+        raise InputError(
+            f"the server answered {answer.status_code}: {answer.text[:300]}",
+            hint="Name models as the server does (--served-as), and give a key that may ask them (--key-file).",
+        )
+    try:
+        tokens = (answer.json()["choices"][0]["logprobs"] or {}).get("content") or []
+        return [(int(token["token"].removeprefix("token_id:")), float(token["logprob"])) for token in tokens]
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+        raise InputError(
+            "the server's answer has not the format of /v1/chat/completions with logprobs and ids of tokens",
+            hint="Give the address of mta serve or of a vLLM server, without /v1.",
+        ) from None
+
+
+def _compared(
+    personal: Personalizer,
+    adapters: Sequence[Any],
+    name: str,
+    questions: Sequence[str],
+    answers: Sequence[Sequence[tuple[int, float]]],
+) -> Finding:
+    """Return the finding of one model: the mean difference per token."""
+    prompts, base = personal.base.prompts, personal.base
+    pairs = [(prompts.chat([{"role": "user", "content": text}]), own) for text, own in zip(questions, answers) if own]
+    # Our server leaves an end token out, vLLM returns it: it is a token like others.
+    examples = [Example((*prompt, *(id for id, _ in own)), len(prompt)) for prompt, own in pairs]
+    if not examples:
+        hint = "Ask other questions: give the task examples (docs/how-to/add-a-task.md)."
+        return Finding("served", name, "warning", "all answers are empty", hint)
+    ours = log_likelihood(base, [examples], adapters, owners=[0])[0].tolist()
+    served = [[logprob for _, logprob in own] for _, own in pairs]
+    count = sum(map(len, served))
+    apart = sum(abs(sum(theirs) - own) for theirs, own in zip(served, ours)) / count
+    said = f"{len(examples)} answers, {count} tokens: log probabilities differ by {apart:.4f} per token"
+    if apart <= LIMIT:
+        return Finding("served", name, "ok", said)
+    hint = f"More than {LIMIT}: check that the server has the same base, bank, store, and chat template."
+    return Finding("served", name, "problem", said, hint)

@@ -1,0 +1,73 @@
+"""The final screen of the demo, and the answers of people's models that it shows."""
+
+import io
+
+import pytest
+from rich.console import Console
+from test_report import ASKED, EVERY, comparison_of
+
+from mta.data.tasks import load_task
+from mta.evaluation.asking import Interview, interview
+from mta.evaluation.reports.glance import bars, before, show_glance
+from mta.personalize.adapters import TASK
+from mta.store import Store
+
+FIELDS = [{"title": "Alien", "genres": "Horror"}, {"title": "Heat", "genres": "Crime"}]
+
+
+@pytest.fixture
+def screen():
+    console = Console(file=io.StringIO(), width=100)
+    show_glance(comparison_of(load_task("movielens-rating")), ASKED, ["mta serve"], console)
+    return console.file.getvalue()
+
+
+def test_the_screen_shows_people_before_and_after_scores_and_what_to_do_next(screen):
+    lines = [" ".join(line.split()) for line in screen.splitlines()]
+    assert "Person c1, whose 3 shots are 1.7 on average:" in lines
+    assert "gave 1: Alien" in lines
+    assert f"Fargo {bars(EVERY, ASKED.labels)} 3.4 {bars(EVERY, ASKED.labels)} 3.4" in lines
+    (ours,) = [line for line in lines if line.startswith("MTA ") and "better" in line and "[" in line]
+    assert "1.2 MB" in ours
+    assert "mta serve" in lines
+    assert max(len(line) for line in screen.splitlines()) <= 100
+
+
+def test_bars_have_one_character_per_label_and_grow_with_the_probability():
+    found = bars({"1": 0.0, "2": 0.5, "3": 1.0}, ("1", "2", "3"))
+    assert found == "▁▄█"
+    assert bars("a text", ()) == "a text"
+    many = {str(n): 0.05 for n in range(19)} | {"19": 0.05}
+    assert bars({**many, "7": 0.4}, tuple(many)) == "7 40%"
+
+
+def test_items_are_listed_by_label_or_as_texts():
+    person = ASKED.people[0]
+    assert before(person, ASKED.labels)[1] == "  gave 1: Alien"
+    assert len(before(person, ())) == 2
+
+
+def test_means_need_numbers():
+    assert Interview((), (), (), ()).mean({"1": 0.5, "4": 0.5}) == 2.5
+    assert Interview((), (), (), ()).mean({"sad": 1.0}) is None
+    assert Interview((), (), (), ()).mean("4") is None
+
+
+def test_an_interview_has_the_answers_of_the_library(tiny_personal):
+    personal, people = tiny_personal
+    found = interview(personal, people[:2], FIELDS)
+    assert found.questions == ("Alien", "Heat")
+    assert found.pooled == tuple(personal.shares([(TASK, fields) for fields in FIELDS]))
+    for person, asked in zip(people, found.people, strict=False):
+        assert asked.answers == tuple(personal.shares([(person.id, fields) for fields in FIELDS]))
+        assert len(asked.shots) == len(person.items)
+
+
+@pytest.fixture
+def tiny_personal(tiny, tmp_path):
+    from conftest import people_of, personalizer
+
+    base, bank = tiny[:2]
+    personal, people = personalizer(base, bank, Store(tmp_path / "people")), people_of(2, prefix="x")
+    personal.personalize(people)
+    return personal, people

@@ -1,0 +1,76 @@
+"""The time left of a demo, and the version of its recipe that runs."""
+
+import itertools
+
+import pytest
+
+from mta.config import override
+from mta.errors import ConfigError
+from mta.system.progress import Step
+from mta.tools import demo
+from mta.tools.demo import Clock, load_recipe
+
+MINUTES = {"assets": 1.0, "task LoRA": 2.0, "anchors": 2.0, "methods": 5.0}
+
+
+@pytest.fixture
+def told(monkeypatch):
+    """A clock whose start and steps are 60 seconds apart, and what it reports."""
+    ticks, reports = itertools.count(0, 60), []
+    monkeypatch.setattr(demo.time, "monotonic", lambda: float(next(ticks)))
+    return Clock(MINUTES, lambda share, left: reports.append((round(share, 3), round(left)))), reports
+
+
+def test_the_time_left_follows_the_pace_so_far(told):
+    clock, reports = told
+    for done in (0, 50, 100):
+        clock.step("task LoRA", Step(1, 1, done, 100))
+    assert reports == [(0.1, 540), (0.2, 480), (0.3, 420)]
+
+
+def test_steps_of_any_other_stage_belong_to_the_last_which_goes_at_the_same_pace(told):
+    clock, reports = told
+    clock.step("task LoRA", Step(1, 1, 100, 100))
+    clock.step("anchors", Step(1, 1, 100, 100))
+    clock.step("OPPU", Step(1, 1, 1, 100))
+    clock.step("MTA", Step(1, 1, 1, 100))
+    assert reports[-2:] == [(0.5, 180), (0.667, 120)]  # 5 minutes of work took 3
+
+
+def test_stages_that_a_resumed_demo_skips_do_not_count(told):
+    clock, reports = told
+    clock.step("OPPU", Step(1, 1, 1, 100))
+    assert reports == [(round(1 / 6, 3), 300)]
+
+
+@pytest.fixture
+def rate(monkeypatch):
+    """Set the rate of matrix products."""
+    return lambda found: monkeypatch.setattr(demo, "gemm_rate", lambda _: found)
+
+
+def test_a_slow_machine_gets_fewer_steps_and_full_gets_all(tmp_path, rate):
+    recipe, said = load_recipe("movielens"), []
+    rate(1e12)
+    assert demo._settled(tmp_path / "fast", recipe, [], False, said.append) == override(recipe, recipe.short)
+    assert demo._settled(tmp_path / "full", recipe, [], True, said.append) == recipe
+    rate(1e11)
+    slow = override(recipe, [*recipe.short, *recipe.slow])
+    assert demo._settled(tmp_path / "slow", recipe, [], False, said.append) == slow
+    assert said == [
+        "This machine reaches 1000 GFLOP/s.",
+        "This machine reaches 1000 GFLOP/s.",
+        f"This machine reaches 100 GFLOP/s: fewer steps ({', '.join(recipe.slow)}).",
+    ]
+
+
+def test_a_resumed_demo_keeps_its_version_and_another_one_is_refused(tmp_path, rate):
+    recipe = load_recipe("movielens")
+    rate(1e11)
+    first = demo._settled(tmp_path, recipe, [], False, lambda _: None)
+    rate(1e12)
+    assert demo._settled(tmp_path, recipe, [], False, lambda _: None) == first
+    with pytest.raises(ConfigError, match="other settings"):
+        demo._settled(tmp_path, recipe, [], True, lambda _: None)
+    with pytest.raises(ConfigError, match="other settings"):
+        demo._settled(tmp_path, recipe, ["people.test=7"], False, lambda _: None)
