@@ -103,7 +103,7 @@ def standard_methods(
     rival = OneLora(name="OPPU", lora=oppu.lora, training=oppu.training)
     ours = MergeThenAdapt(merge=run.merge, stack=stack) if stack.enabled else Merged(name="MTA", merge=run.merge)
     if evaluation.brief:
-        merge = [Merged(name=f"merge only, {run.merge.policy}", merge=run.merge)] if stack.enabled else []
+        merge = [Merged(merge=run.merge)] if stack.enabled else []
         return [TaskLora(), rival, *merge, ours]
     constants: list[Method] = [GlobalConstant(), OwnConstant()] if task.labelled else []
     return [

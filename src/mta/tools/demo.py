@@ -28,7 +28,7 @@ from mta.system.progress import OnStep, Step
 from mta.tracking.run_folder import RunFolder
 from mta.tracking.trackers import Track
 
-SLOW = 400e9  # operations per second; slower machines run a version with fewer steps
+SLOW = 800e9  # operations per second; slower machines run a version with fewer steps
 
 OnTime = Callable[[float, float], None]
 """Called with the share of the demo that is done, and the seconds that are left."""
@@ -46,7 +46,7 @@ class Recipe(Settings):
     """A demo in one file: data, people, settings, and two lists of settings that replace some of them.
 
     ``short`` is for the version of a few minutes, and ``slow``, on top, for slow machines. ``minutes`` is what the
-    stages of the short version take where matrix products reach ``SLOW``.
+    stages of the short version take; only their proportions count.
     """
 
     data: str

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from rich import box
 from rich.console import Console
@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from mta.evaluation.asking import Answer, Asked, Interview
-from mta.evaluation.reports.summary import NAME, POOLED, judge, verdict
+from mta.evaluation.reports.summary import MEANING, NAME, POOLED, better_side, headline, judge, title_of
 from mta.evaluation.reports.tables import marked
 from mta.evaluation.statistics import Comparison
 from mta.system.units import human_bytes, human_seconds
@@ -22,15 +22,21 @@ _COLOURS = {"better": "green", "worse": "red", "unclear": "default"}
 
 def show_glance(comparison: Comparison, asked: Interview, commands: Sequence[str], console: Console) -> None:
     """Print what people gave before, the answers of the pooled model and of their own, scores, and commands."""
+    most = max((share for one in _answers_of(asked) if not isinstance(one, str) for share in one.values()), default=1.0)
     for person in asked.people:
         console.print(f"\n[bold]Person {escape(person.id)}[/], {escape(person.about)}:", highlight=False)
-        console.print("\n".join(before(person, asked.labels)), highlight=False, markup=False)
-        console.print(_answers(asked, person))
-    console.print(f"\n[bold]{comparison.people} people[/], each method learns from the same few items of each:")
+        for line in before(person, asked.labels):
+            console.print(line, highlight=False, markup=False, no_wrap=True, overflow="ellipsis")
+        console.print(_answers(asked, person, most))
+    console.print(f"\n[bold]{title_of(comparison)}[/]; all methods learn from the same items", highlight=False)
     console.print(scores(comparison))
-    for sentence in verdict(comparison):
-        console.print(f"  {sentence}", highlight=False, markup=False)
-    console.print("\n[bold]Next[/]")
+    measure = comparison.yardstick
+    console.print(
+        f"{measure}: {MEANING.get(measure, '')}; {better_side(measure)} is better. Change: from {POOLED}, with its 95% "
+        "interval over people. Worse off: people with an interval of their own above zero.",
+        highlight=False,
+    )
+    console.print(f"\n{headline(comparison)}.\n\n[bold]Next[/]", highlight=False)
     for command in commands:
         console.print(f"  {command}", highlight=False, markup=False, soft_wrap=True)
 
@@ -43,22 +49,25 @@ def before(person: Asked, labels: Sequence[str]) -> list[str]:
     return [f"  gave {label}: {', '.join(texts)}" for label, texts in given.items() if texts]
 
 
-def bars(answer: Answer, labels: Sequence[str]) -> str:
-    """Return a distribution over labels as one block character for each label; another answer as a short text."""
+def bars(answer: Answer, labels: Sequence[str], most: float = 1.0) -> str:
+    """Return a distribution over labels as one block character for each label; another answer as a short text.
+
+    The highest block is a probability of ``most``.
+    """
     if isinstance(answer, str):
         return _short(answer)
     if len(labels) > 9:  # too many to tell apart
         best = max(labels, key=lambda label: answer[label])
         return f"{best} {answer[best]:.0%}"
-    return "".join(_BLOCKS[max(1, round(answer[label] * (len(_BLOCKS) - 1)))] for label in labels)
+    return "".join(_BLOCKS[max(1, round(answer[label] / most * (len(_BLOCKS) - 1)))] for label in labels)
 
 
 def scores(comparison: Comparison) -> Table:
     """Return one line per method: the difference to the pooled model, people worse off, time, and bytes."""
-    made = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1), pad_edge=False)
+    made = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0), pad_edge=False)
     measure, people = comparison.yardstick, comparison.people
-    for title in ("method", measure, f"against {POOLED}", "", "clearly worse off", "time for all", "kept each"):
-        made.add_column(title, justify="left" if title in ("method", "") else "right")
+    for title in ("method", measure, "change", "", "worse off", "training", "kept each"):
+        made.add_column(title, justify="left" if title in ("method", "") else "right", no_wrap=True)
     for row in comparison.rows:
         score = comparison.score(row.name, measure)
         difference = comparison.difference(row.name, POOLED, measure) if row.name != POOLED else None
@@ -76,7 +85,13 @@ def scores(comparison: Comparison) -> Table:
     return made
 
 
-def _answers(asked: Interview, person: Asked) -> Table:
+def _answers_of(asked: Interview) -> Iterator[Answer]:
+    yield from asked.pooled
+    for person in asked.people:
+        yield from person.answers
+
+
+def _answers(asked: Interview, person: Asked, most: float) -> Table:
     made = Table(box=None, padding=(0, 2), pad_edge=True)
     few = 0 < len(asked.labels) <= 9
     scale = "".join(label[0] for label in asked.labels) if few else ""
@@ -86,7 +101,7 @@ def _answers(asked: Interview, person: Asked) -> Table:
         cells = [_short(question)]
         for answer in (pooled, own):
             mean = asked.mean(answer)
-            cells += [escape(bars(answer, asked.labels)), "" if mean is None else f"{mean:.1f}"]
+            cells += [escape(bars(answer, asked.labels, most)), "" if mean is None else f"{mean:.1f}"]
         made.add_row(*cells)
     return made
 
