@@ -33,7 +33,8 @@ def show_glance(comparison: Comparison, asked: Interview, commands: Sequence[str
     measure = comparison.yardstick
     console.print(
         f"{measure}: {MEANING.get(measure, '')}; {better_side(measure)} is better. Change: from {POOLED}, with its 95% "
-        "interval over people. Worse off: people with an interval of their own above zero.",
+        "interval over people. Worse off: people with an interval of their own above zero. Time: training, all people. "
+        "Kept: of each person.",
         highlight=False,
     )
     console.print(f"\n{headline(comparison)}.\n\n[bold]Next[/]", highlight=False)
@@ -64,9 +65,9 @@ def bars(answer: Answer, labels: Sequence[str], most: float = 1.0) -> str:
 
 def scores(comparison: Comparison) -> Table:
     """Return one line per method: the difference to the pooled model, people worse off, time, and bytes."""
-    made = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0), pad_edge=False)
+    made = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=0, pad_edge=False)
     measure, people = comparison.yardstick, comparison.people
-    for title in ("method", measure, "change", "", "worse off", "training", "kept each"):
+    for title in ("method", measure, "change", "", "worse off", "time", "kept"):
         made.add_column(title, justify="left" if title in ("method", "") else "right", no_wrap=True)
     for row in comparison.rows:
         score = comparison.score(row.name, measure)
