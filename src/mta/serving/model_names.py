@@ -37,6 +37,7 @@ def named(model: str, base: str) -> Named | Nobody | None:
     return None
 
 
+_ZERO = "zero"
 _SEAL = 16  # hex digits of the seal, enough to distinguish contents of the same version number
 _WIRE = re.compile(r"(?P<model>.+)~(?P<seal>[0-9a-f]{16})", re.DOTALL)
 
@@ -47,12 +48,20 @@ def model_name(who: Version) -> str:
 
 
 def wire_name(who: Version | Nobody) -> str:
-    """Return the name of a version in vLLM, ``person:ann@v3#merged~<seal>``. A name always means the same content."""
+    """Return the name of a version in vLLM, ``person:ann@v3#merged~<seal>``. A name always means the same content.
+
+    The base is an adapter of zeros, ``zero``: beside people's rows, vLLM on a CPU computes rows without an adapter with
+    the adapter in its last slot.
+    """
+    if who is BASE:
+        return _ZERO
     return who.value if isinstance(who, Nobody) else f"{model_name(who)}~{who.seal[:_SEAL]}"
 
 
 def from_wire(name: str) -> Version | Nobody | None:
     """Inverse of ``wire_name``; None if ``name`` is not such a name."""
+    if name == _ZERO:
+        return BASE
     found = _WIRE.fullmatch(name)
     who = named(found["model"] if found else name, BASE.value)
     if found and isinstance(who, Named) and who.version:

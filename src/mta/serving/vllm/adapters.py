@@ -76,7 +76,7 @@ class Adapters:
     def path(self, name: str) -> Path | None:
         """Return the folder of an adapter; None if the name is unknown or the adapter cannot be built."""
         who = from_wire(name)
-        if who is None or who is BASE:
+        if who is None or name == BASE.value:
             return None
         try:
             return self._path(who, self.folder / folder_of(name))
@@ -120,11 +120,14 @@ class LoraExporter:
     def adapter(self, owner: State | Nobody, stacked: bool = True) -> tuple[LoraBatch, float]:
         """Return one adapter with scale 1, and the relative Frobenius error of truncating task LoRA and merge.
 
-        Raises InputError for the base (no adapter) and for a stack that fills the slot; OtherBank; StateCorrupt.
+        The base's adapter is zero. Raises InputError for a pooled model without a task LoRA, and for a stack that fills
+        the slot; OtherBank; StateCorrupt.
         """
+        if owner is BASE:
+            return LoraBatch({name: _zero(pair) for name, pair in self.anchors.factors.items()}), 0.0
         if isinstance(owner, Nobody):
-            if owner is BASE or self.task_lora is None:
-                raise InputError("the base has no adapter", hint="Use vLLM's name for the base.")
+            if self.task_lora is None:
+                raise InputError("the bank has no task LoRA", hint="The pooled model is the base.")
             return _truncated(self.task_lora, self.rank)
         if owner.bank != self.bank:
             raise OtherBank("the person's state was made with another bank", hint="Personalize again: mta personalize")
@@ -160,6 +163,11 @@ class LoraExporter:
                 lost += float((core - (u * s) @ v.mT).square().sum())
                 total += float(core.square().sum())
         return LoraBatch(factors), (lost / total) ** 0.5 if total else 0.0
+
+
+def _zero(pair: Factors) -> Factors:
+    """Return factors of rank 1 whose product is zero, for one adapter."""
+    return Factors(torch.zeros_like(pair.a[:1, :1]), torch.zeros_like(pair.b[:1, :, :1]))
 
 
 def _truncated(adapter: LoraBatch, rank: int) -> tuple[LoraBatch, float]:

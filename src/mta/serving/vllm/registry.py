@@ -50,7 +50,7 @@ class AdapterRegistry:
         """Return the largest relative error of truncation among the loaded adapters."""
         errors = [0.0]
         for name in self._loaded:
-            with suppress(OSError, ValueError, KeyError):  # the base has no folder, and vLLM may still build one
+            with suppress(OSError, ValueError, KeyError):  # vLLM may still build one
                 errors.append(json.loads((self.folder / folder_of(name) / CUT).read_text(encoding="utf-8"))["error"])
         return max(errors)
 
