@@ -82,6 +82,7 @@ def test_ask_add_personalize_and_forget(page, world):
     until(page, lambda: len(page.find_elements("css selector", ".answer[data-done=yes]")) == 4)
     shares = [bar.get_attribute("aria-label") for bar in page.find_elements("css selector", "#chart .share")]
     assert len(shares) == 4 * 5
+    assert not at(page, "tokens").is_displayed()
     wide = page.execute_script("return [...document.querySelectorAll('#chart .share')].map(b => b.style.width)")
     columns = [tuple(wide[n::4]) for n in range(4)]
     assert len(set(columns)) == 4
