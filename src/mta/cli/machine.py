@@ -35,7 +35,9 @@ def doctor(
     ] = None,
     person: Annotated[list[str] | None, Option(help="With --served: a person to ask; can be repeated.")] = None,
     served_as: Annotated[str, Option(help="With --served: the server's name of a person's model.")] = "person:{}",
-    key_file: Annotated[Path | None, Option(help="With --served: file with the API key.", dir_okay=False)] = None,
+    key_file: Annotated[
+        Path | None, Option(help="With --served: file with the API key.", exists=True, dir_okay=False)
+    ] = None,
     device: options.Device = None,
     json: options.Json = False,
 ) -> None:
