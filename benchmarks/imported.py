@@ -86,14 +86,17 @@ def main() -> None:
     words = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     words.add_argument("--out", type=Path, default=Path("imported"))
     out = words.parse_args().out
+    if out.exists():
+        raise SystemExit(f"{out} exists: give another folder with --out, or remove it")
     everybody = read_people(fetch("movielens-100k"), TASK.name)
     enough = sorted((one for one in everybody if len(one.items) >= TRAIN + SHOTS + QUERIES), key=lambda one: one.id)
     owners, others = enough[:5], enough[5 : 5 + CALIBRATION]
     base = BaseModel.of(RUN)
     folders = [trained(base, one, settings, out / "loras" / one.id) for one, settings in zip(owners, LORAS)]
     base = BaseModel.of(RUN)
-    known = [Person(one.id, one.items[:TRAIN]) for one in owners] + [Person(one.id, one.items[:32]) for one in others]
+    known = [Person(one.id, one.items[:TRAIN]) for one in owners]
     bank = mta.Bank.of_adapters(base, folders, out / "bank", task=TASK.name, people=known, run=RUN)
+    bank = bank.calibrate(base, [Person(one.id, one.items[:32]) for one in others], run=RUN)
     found = measured(base, bank, owners, out)
     singles = {name: values for name, values in found.items() if "LoRA" in name}
     best = min(singles, key=lambda name: float(singles[name].mean()))

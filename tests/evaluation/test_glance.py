@@ -8,7 +8,7 @@ from rich.console import Console
 from test_report import ASKED, EVERY, comparison_of
 
 from mta.data.tasks import load_task
-from mta.evaluation.asking import Interview, interview
+from mta.evaluation.asking import Asked, Interview, interview
 from mta.evaluation.reports.glance import bars, before, show_glance
 from mta.personalize.adapters import TASK
 from mta.store import Store
@@ -28,6 +28,7 @@ def test_the_screen_shows_people_before_and_after_scores_and_what_to_do_next(scr
     assert "Person c1, whose 3 shots are 1.7 on average:" in lines
     assert "gave 1: Alien" in lines
     assert f"Fargo {bars(EVERY, ASKED.labels)} 3.4 {bars(EVERY, ASKED.labels)} 3.4" in lines
+    assert [line for line in lines if line.startswith("OPPU ") and "worse" in line]
     (ours,) = [line for line in lines if line.startswith("MTA ") and "better" in line and "[" in line]
     assert "1.2 MB" in ours
     assert "mta serve" in lines
@@ -47,7 +48,25 @@ def test_bars_have_one_character_per_label_and_grow_with_the_probability():
 def test_items_are_listed_by_label_or_as_texts():
     person = ASKED.people[0]
     assert before(person, ASKED.labels)[1] == "  gave 1: Alien"
-    assert len(before(person, ())) == 2
+    assert before(person, ())[1] == "  Alien  ->  1"
+    assert before(person, ("[1]", "[2]"))[1] == "  Alien  ->  1"  # the history has no labels, as LaMP-1's
+
+
+def test_texts_and_ids_with_markup_are_shown_as_they_are():
+    person = Asked("[b]", "with 1 shots", (("[/INST] a", "[red]"),), ("[/b] an answer that is longer than a title",))
+    console = Console(file=io.StringIO(), width=120)
+    made = Interview(("[/INST] why?",), (), ("[i]",), (person,))
+    show_glance(comparison_of(load_task("movielens-rating")), made, [], console)
+    for text in ("Person [b], with 1 shots", "[/INST] a  ->  [red]", "[/b] an answer that is longer than a title"):
+        assert text in console.file.getvalue()
+    assert "mean" not in console.file.getvalue()
+
+
+def test_without_questions_there_are_scores_and_commands():
+    console = Console(file=io.StringIO(), width=80)
+    show_glance(comparison_of(load_task("movielens-rating")), None, ["mta serve"], console)
+    assert "Person" not in console.file.getvalue()
+    assert "mta serve" in console.file.getvalue()
 
 
 def test_means_need_numbers():
@@ -63,6 +82,7 @@ def test_an_interview_has_the_answers_of_the_library(tiny_personal):
     assert found.pooled == tuple(personal.shares([(TASK, fields) for fields in FIELDS]))
     for person, asked in zip(people, found.people, strict=False):
         assert asked.answers == tuple(personal.shares([(person.id, fields) for fields in FIELDS]))
+        assert all(list(answer) == ["1", "2", "3", "4", "5"] for answer in asked.answers)
         assert len(asked.shots) == len(person.items)
 
 

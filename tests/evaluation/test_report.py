@@ -328,7 +328,7 @@ def test_page_contains_findings_answers_and_settings(written, comparison):
     pictures = " ".join(found.alts)
     assert "MAE, lower is better, over bytes kept per person: global constant 1.250 with 0" in pictures
     assert "Map of" in pictures
-    assert "probability of each answer to Fargo: everybody, person A, person B." in pictures
+    assert "probability of each answer to 'Fargo': everybody, person A, person B." in pictures
     assert "Coefficients of person A: anchor 0 (6 items) 0.50" in pictures
 
 

@@ -24,23 +24,40 @@ SMALL = [
 @pytest.mark.slow
 @pytest.mark.real
 @pytest.mark.network
-def test_the_demo_tells_everything_and_repeats_itself(tmp_path, fetched, monkeypatch, capsys):
+def test_the_demo_shows_two_people_and_repeats_itself(tmp_path, fetched, monkeypatch, capsys):
     for asset in ("smollm2-135m-instruct", "all-minilm-l6-v2", "movielens-100k"):
         fetched(asset)
-    monkeypatch.setattr("sys.argv", ["mta", "demo", "--out", str(tmp_path), "--json", *SMALL])
-    told = []
-    for _ in range(2):
-        with pytest.raises(SystemExit) as end:
-            main()
-        assert end.value.code in (0, None)
-        told.append(json.loads(capsys.readouterr().out))
-    rows = {row["name"]: row for row in told[0]["methods"]}
-    assert {"global constant", "own constant", "base", "task LoRA", "OPPU", "adapt only", "MTA"} <= rows.keys()
-    assert {"merge only, ridge", "merge only, learned"} <= rows.keys()
-    assert rows["MTA"]["bytes_per_person"] < rows["OPPU"]["bytes_per_person"] / 4
-    assert told[0]["meta"]["note"] == "dequantized from Q4_1"
-    report = (tmp_path / "report.html").read_text()
-    assert "GroupLens" in report
-    for name, row in rows.items():
-        other = next(r for r in told[1]["methods"] if r["name"] == name)
-        assert row["metrics"] == other["metrics"], name
+    shown, _ = demo(monkeypatch, capsys, "--out", str(tmp_path))
+    for part in ("Person ", "Pulp Fiction", "whole demo", "mta serve --bank"):
+        assert part in shown
+    shown, found = demo(monkeypatch, capsys, "--out", str(tmp_path), "--json")
+    _, again = demo(monkeypatch, capsys, "--out", str(tmp_path), "--json")
+    told = [{row["name"]: row for row in one["methods"]} for one in (found, again)]
+    assert {"task LoRA", "OPPU", "MTA"} <= told[0].keys() <= {"task LoRA", "OPPU", "merge only", "MTA"}
+    assert told[0]["MTA"]["bytes_per_person"] < told[0]["OPPU"]["bytes_per_person"] / 4
+    assert found["meta"]["note"] == "dequantized from Q4_1"
+    assert "GroupLens" in (tmp_path / "report.html").read_text()
+    for name, row in told[0].items():
+        assert row["metrics"] == told[1][name]["metrics"], name
+
+
+@pytest.mark.slow
+@pytest.mark.real
+@pytest.mark.network
+def test_the_full_demo_compares_every_method(tmp_path, fetched, monkeypatch, capsys):
+    for asset in ("smollm2-135m-instruct", "all-minilm-l6-v2", "movielens-100k"):
+        fetched(asset)
+    _, found = demo(monkeypatch, capsys, "--out", str(tmp_path), "--json", "--full")
+    names = {row["name"] for row in found["methods"]}
+    assert {"global constant", "own constant", "base", "task LoRA", "OPPU", "adapt only", "MTA"} <= names
+    assert {"merge only, ridge", "merge only, learned"} <= names
+
+
+def demo(monkeypatch, capsys, *options):
+    """What ``mta demo`` prints for people, and with --json for machines."""
+    monkeypatch.setattr("sys.argv", ["mta", "demo", *options, *SMALL])
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code in (0, None)
+    found = capsys.readouterr()
+    return found.err, json.loads(found.out) if "--json" in options else None

@@ -79,6 +79,15 @@ def test_refused_requests(world, key, body, status):
     assert found.json()["error"]["message"]
 
 
+def test_one_input_that_does_not_fit_refuses_all_before_any_is_computed(world):
+    asked = world.service.metrics.prompt_tokens._value.get()
+    found = ask(world, "ann", model="person:ann", input=[*prompts(world), "Film " * 300])
+    assert found.status_code == 400
+    assert world.service.engine.facts()["running"][0] == 0
+    assert world.service.metrics.prompt_tokens._value.get() == asked
+    assert ask(world, "ann", model="person:ann", input=prompts(world)).status_code == 200
+
+
 def test_a_task_without_labels_is_refused_with_the_route_that_generates(world):
     labelled = world.service.task
     world.service.task = labelled.model_copy(update={"labels": None, "metric": "rouge"})

@@ -136,6 +136,27 @@ def test_scores_of_labels_equal_the_models_beside_other_answers(engines, world):
         assert piece.scores == pytest.approx(world.scored(ask.who, list(ask.prompt), LABELS), abs=1e-3)
 
 
+def test_forgetting_a_person_ends_the_scoring_of_labels_and_others_go_on(engines, world):
+    gone, prompts = world.renew("scored", 40), [tuple(prompt_of(n, 40)) for n in range(6)]
+    beside = Ask(tuple(prompt_of(3)), world.version("3", 1), COUNT)
+
+    async def scores(engine, prompt):
+        return [piece async for piece in engine.answer(Ask(prompt, gone, 5, labels=tuple(LABELS)))]
+
+    async def forgotten(engine):
+        running = [asyncio.create_task(scores(engine, prompt)) for prompt in prompts]
+        while not engine.facts()["running"][0]:
+            await asyncio.sleep(0.005)
+        forget_person("scored", world.store)
+        await engine.forget("scored")
+        assert "scored" not in {who.person for who in await engine.versions()}
+        ended = await asyncio.gather(*running, return_exceptions=True)
+        assert all(isinstance(end, list | EngineGone | PersonNotFound) for end in ended)
+        return await collect(engine, beside)
+
+    assert run(engines, forgotten) == expected(world, beside)
+
+
 def test_an_answer_after_scored_labels_of_the_same_prompt_is_the_models(engines, world):
     prompt, who = tuple(prompt_of(8, 40)), world.version("2", 1)
 

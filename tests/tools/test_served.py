@@ -11,7 +11,7 @@ from served import endless, served
 from tiny import base_of, random_loras
 
 from mta.bank.bank import Bank
-from mta.errors import PersonNotFound
+from mta.errors import InputError, PersonNotFound
 from mta.store import Store
 from mta.store.state import State
 from mta.tools.served import Server, check_served
@@ -71,6 +71,32 @@ def test_a_server_that_does_not_answer_or_is_another_is_a_problem(world):
     assert "does not answer" in found.found
     with other_server({"choices": []}) as url:
         assert "not the format" in check_served(Server(url), personal, [])[0].found
+
+
+@pytest.mark.parametrize(
+    ("server", "message"),
+    [
+        (Server("http://localhost:80a"), "cannot be used"),
+        (Server("http://127.0.0.1:9", key="schlüssel€"), "cannot be used"),
+        (Server("http://127.0.0.1:9", task=""), "no model to compare"),
+    ],
+)
+def test_an_address_or_a_key_that_cannot_be_used_is_an_error(world, server, message):
+    with pytest.raises(InputError, match=message):
+        check_served(server, personalizer(world.base, world.bank, world.service.store), [])
+
+
+def test_a_server_that_gives_people_the_pooled_model_is_a_problem(world):
+    personal = personalizer(world.base, world.bank, world.service.store)
+    personal.store.save("task", personal.store.load("ann"))  # the server answers "task" with the pooled model
+    (found,) = check_served(server_of(world, task="", person="{}"), personal, ["task"])
+    assert found.verdict == "problem"
+    assert "from the pooled model's" in found.found
+
+
+def test_our_names_encode_ids_and_others_do_not():
+    assert Server("").name_of("bob@v1") == "person:bob%40v1"
+    assert Server("", person="{}").name_of("bob@v1") == "bob@v1"
 
 
 def test_a_person_without_a_state_here_is_an_error(world):

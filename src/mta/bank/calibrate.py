@@ -127,8 +127,8 @@ def drawn(
 ) -> list[Person]:
     """Return the people to calibrate on: at most ``settings.people``, by hash, with two items or more.
 
-    ``members`` are the ids of people in the bank. Items that several people hold are left out, so that nothing that is
-    measured was trained on, and both folds are independent. People with nearly the items of a member are left out too.
+    ``members`` are the ids of people in the bank. Items that several people hold (``Copies``) are left out: what is
+    measured was not trained on, nor is it in the other fold. People with nearly the items of a member are left out too.
     """
     apart = separated(people, task)
     groups = {person.group for person in apart if person.group and person.id in members}

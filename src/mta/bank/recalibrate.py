@@ -71,8 +71,8 @@ def _outside(folder: Path, info: BankInfo, people: Sequence[Person], settings: C
     outside = drawn(people, members, settings, info.run.seed, Task.model_validate(info.task))
     if len(outside) < min(ENOUGH, settings.people):
         raise InputError(
-            f"{len(people)} people are given, but all except {len(outside)} are in the bank, share items with people "
-            f"in it, or have fewer than two items; {ENOUGH} are needed",
+            f"{len(people)} people are given, but all except {len(outside)} are in the bank, share their items with "
+            f"others, or have fewer than two items; {ENOUGH} are needed",
             hint="Give people who are behind neither its anchors nor its task LoRA.",
         )
     return outside

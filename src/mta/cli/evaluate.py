@@ -57,10 +57,10 @@ def demo(
         found = tool.demo(
             out, chosen, command, given, full=full, on_step=screen.step, on_time=left, say=screen.say, track=tracker
         )
-    if json or not found.asked:
-        return _show(found, json)
-    if full:
-        _show(found, json=False)
+    if json or full:
+        _show(found, json)
+    if json:
+        return
     show_glance(found.comparison, found.asked, tool.next_commands(out, found), console)
 
 

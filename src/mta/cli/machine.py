@@ -51,11 +51,12 @@ def doctor(
     Example:  mta doctor --served http://127.0.0.1:8000 --bank bank/ --store people/ --person ann --key-file app.key
     """
     from mta.tools.doctor import examine
+    from mta.tools.served import PERSON
 
     if served:
         found = _served(served, bank, store, person or [], served_as, key_file, device)
-    elif person or key_file:
-        raise InputError("--person and --key-file belong to --served", "Leave them out, or add --served URL.")
+    elif person or key_file or served_as != PERSON:
+        raise InputError("--person, --served-as, and --key-file belong to --served", "Add  --served URL.")
     else:
         found = examine(bank, store)
     problems, warnings = (sum(one.verdict == verdict for one in found) for verdict in ("problem", "warning"))
@@ -64,9 +65,10 @@ def doctor(
     else:
         say = Console(highlight=False).print
         say(_findings(found))
-        start = "" if served else "Ready." if bank or store else "Ready. Start with:  mta demo"
+        start = "Ready." if bank or store else "Ready. Start with:  mta demo"
         counted = f"{problems} problem{'s' * (problems != 1)}, {warnings} warning{'s' * (warnings != 1)}"
-        say(f"{counted}. " + ("Fix the problems first." if problems else start))
+        then = "" if served else " Fix the problems first." if problems else f" {start}"
+        say(f"{counted}.{then}")
     if problems:
         raise typer.Exit(1)
 
@@ -88,7 +90,7 @@ def _served(
         raise InputError("--served needs the bank and the store that are served", "Add:  --bank bank/ --store people/")
     if "{}" not in served_as:
         raise InputError(f"--served-as {served_as!r} has no {{}} for the id", "For example:  --served-as 'person:{}'")
-    key = key_file.read_text(encoding="utf-8").strip() if key_file else ""
+    key = key_file.read_text(encoding="utf-8-sig", errors="replace").strip() if key_file else ""
     base, opened, run = options.open_bank(options.bank_at(bank), device=device)
     ours = served_as == PERSON  # a server of ours also serves the pooled model and the base
     names = {"task": "task", "base": base.name} if ours else {"task": "", "base": ""}

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from mta.data.history import Person
-from mta.data.tasks.task import Task
+from mta.data.tasks.task import Task, is_number
 from mta.personalize import Personalizer
 from mta.personalize.adapters import TASK, Who
 
@@ -37,7 +37,7 @@ class Interview:
 
     def mean(self, answer: Answer) -> float | None:
         """Return the expected value of an answer whose labels are numbers."""
-        if isinstance(answer, str) or not all(label.replace(".", "", 1).lstrip("-").isdigit() for label in answer):
+        if isinstance(answer, str) or not all(map(is_number, answer)):
             return None
         return sum(float(label) * share for label, share in answer.items())
 
@@ -50,11 +50,16 @@ def interview(personal: Personalizer, people: Sequence[Person], questions: Seque
     task = personal.bank.task
     whose: list[Who] = [TASK, *(person.id for person in people)]
     rows = [(who, fields) for who in whose for fields in questions]
-    found: Sequence[Answer] = personal.shares(rows) if task.labels is not None else personal.generate(rows)
+    found: Sequence[Answer] = personal.generate(rows) if task.labels is None else _ordered(personal.shares(rows), task)
     each = len(questions)
     pooled, *answers = (tuple(found[n : n + each]) for n in range(0, len(found), each))
     asked = tuple(Asked(one.id, _about(task, one), _shots(task, one), own) for one, own in zip(people, answers))
     return Interview(tuple(next(iter(fields.values())) for fields in questions), task.labels or (), pooled, asked)
+
+
+def _ordered(found: Sequence[Mapping[str, float]], task: Task) -> list[dict[str, float]]:
+    """Return the probabilities in the order of the task's labels."""
+    return [{label: one[label] for label in task.labels or ()} for one in found]
 
 
 def _about(task: Task, person: Person) -> str:

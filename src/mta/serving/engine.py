@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeVar
 
 from mta.errors import InputError, MtaError
 from mta.personalize.adapters import Nobody
 
+T = TypeVar("T")
 Finish = Literal["stop", "length"]
 LOST = "this answer could not be computed"
 LATER = "Ask again in a few seconds; GET /readyz shows when the engine is ready."
@@ -126,6 +127,17 @@ class Engine(Protocol):
 
     async def close(self) -> None:
         """Finish accepted requests, accept no new ones, and stop."""
+
+
+async def together(works: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
+    """Return the results of all works, run at once. An error or a cancellation is raised after all of them ended."""
+    tasks = [asyncio.create_task(work) for work in works]
+    try:
+        return list(await asyncio.gather(*tasks))
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 Pieces = asyncio.Queue[Piece | MtaError]

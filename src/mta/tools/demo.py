@@ -7,8 +7,10 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
+from typing import Annotated
 
 import torch
+from pydantic import Field
 
 from mta.bank.bank import Bank
 from mta.config import Evaluation, Run, override
@@ -53,7 +55,7 @@ class Recipe(Settings):
     people: People
     run: Run
     evaluation: Evaluation
-    minutes: dict[str, float]
+    minutes: dict[str, Annotated[float, Field(gt=0)]] = Field(min_length=2)
     short: tuple[str, ...] = ()
     slow: tuple[str, ...] = ()
 
@@ -154,8 +156,8 @@ def demo(
 def next_commands(out: Path, found: Study) -> list[str]:
     """Return commands to go on with, in the order in which a newcomer may want them."""
     bank, store = shlex.quote(str(out / "bank")), shlex.quote(str(out / "people"))
-    commands = [f"mta serve --bank {bank} --store {store} --insecure-local", f"xdg-open {out / 'report.html'}"]
-    about = ["# then open http://127.0.0.1:8000", "# pictures, the map of the bank, every number"]
+    serve, report = f"mta serve --bank {bank} --store {store} --insecure-local", str(out / "report.html")
+    commands, about = [serve, report], ["# then open http://127.0.0.1:8000", "# a page: pictures, every number"]
     if found.asked:
         commands.append(f"mta person show {shlex.quote(found.asked.people[0].id)} --bank {bank} --store {store}")
         about.append("# all that is stored")

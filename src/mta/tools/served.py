@@ -1,7 +1,7 @@
 """``mta doctor --served``: check that a server answers with the models that mta trained.
 
 The server answers a question greedily and returns the log probability of each token. The same tokens are then scored
-here, with the code that trained the models. A wrong adapter, a wrong scale, or another chat template shows at once.
+here, with the code that trained the models, so that another adapter, scale, or chat template shows.
 """
 
 from __future__ import annotations
@@ -9,12 +9,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 from mta.data.tasks.prompt import Example
 from mta.data.tasks.task import Task
 from mta.errors import InputError, MtaError
 from mta.personalize import Personalizer
 from mta.personalize.adapters import BASE, TASK, Nobody, Who, row_adapters
+from mta.store.state import State
 from mta.tools.doctor import Finding
 from mta.training.scoring import log_likelihood
 
@@ -39,25 +41,35 @@ class Server:
     base: str = ""
 
     def client(self) -> httpx.Client:
-        """Return a client of the server."""
+        """Return a client of the server. Raises InputError."""
         import httpx2 as httpx
 
         headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
-        return httpx.Client(base_url=self.url.rstrip("/"), headers=headers, timeout=_PATIENCE)
+        try:
+            return httpx.Client(base_url=self.url.rstrip("/"), headers=headers, timeout=_PATIENCE)
+        except (httpx.InvalidURL, UnicodeError) as error:
+            raise InputError(
+                f"the address {self.url!r} or the key cannot be used: {error}",
+                hint="For example:  --served http://127.0.0.1:8000 --key-file app.key",
+            ) from None
 
     def name_of(self, who: Who) -> str:
-        """Return the model name of a person, of the pooled model, or of the base."""
-        return self.person.format(who) if isinstance(who, str) else {TASK: self.task, BASE: self.base}[who]
+        """Return the model name of a person, of the pooled model, or of the base. Our own names encode the id."""
+        if isinstance(who, str):
+            return self.person.replace("{}", quote(who, safe="") if self.person == PERSON else who)
+        return {TASK: self.task, BASE: self.base}[who]
 
 
 def check_served(server: Server, personal: Personalizer, people: Sequence[str]) -> list[Finding]:
     """Compare the server's log probabilities with ours, for the base, the pooled model, and the people.
 
-    Raises PersonNotFound for a person without a state here.
+    Raises PersonNotFound for a person without a state here, InputError if nothing would be compared.
     """
     import httpx2 as httpx
 
     whose: list[Who] = [*([BASE] if server.base else []), *([TASK] if server.task else []), *people]
+    if not whose:
+        raise InputError("there is no model to compare", hint="Name a person:  --person ann")
     states = {person: personal.state(person) for person in people}
     questions = _questions(personal.bank.task)
     found = []
@@ -67,8 +79,7 @@ def check_served(server: Server, personal: Personalizer, people: Sequence[str]) 
             try:
                 answers = [_answer(client, name, question) for question in questions]
                 owner = who if isinstance(who, Nobody) else states[who]
-                adapters = row_adapters(personal.base, personal.bank, [owner])
-                found.append(_compared(personal, adapters, name, questions, answers))
+                found.append(_compared(personal, owner, name, questions, answers))
             except httpx.HTTPError as error:
                 hint = f"Start it, or correct the address:  --served {server.url}"
                 found.append(Finding("served", name, "problem", f"{server.url} does not answer: {error}", hint))
@@ -107,12 +118,12 @@ def _answer(client: httpx.Client, model: str, question: str) -> list[tuple[int, 
 
 def _compared(
     personal: Personalizer,
-    adapters: Sequence[Any],
+    owner: State | Nobody,
     name: str,
     questions: Sequence[str],
     answers: Sequence[Sequence[tuple[int, float]]],
 ) -> Finding:
-    """Return the finding of one model: the mean difference per token."""
+    """Return the finding of one model: the mean difference per token, for a person also from the pooled model's."""
     prompts, base = personal.base.prompts, personal.base
     pairs = [(prompts.chat([{"role": "user", "content": text}]), own) for text, own in zip(questions, answers) if own]
     # Our server leaves an end token out, vLLM returns it: it is a token like others.
@@ -120,12 +131,20 @@ def _compared(
     if not examples:
         hint = "Ask other questions: give the task examples (docs/how-to/add-a-task.md)."
         return Finding("served", name, "warning", "all answers are empty", hint)
-    ours = log_likelihood(base, [examples], adapters, owners=[0])[0].tolist()
-    served = [[logprob for _, logprob in own] for _, own in pairs]
-    count = sum(map(len, served))
-    apart = sum(abs(sum(theirs) - own) for theirs, own in zip(served, ours)) / count
-    said = f"{len(examples)} answers, {count} tokens: log probabilities differ by {apart:.4f} per token"
-    if apart <= LIMIT:
-        return Finding("served", name, "ok", said)
-    hint = f"More than {LIMIT}: check that the server has the same base, bank, store, and chat template."
-    return Finding("served", name, "problem", said, hint)
+    hint = "Check that the server has the same base, bank, store, and chat template."
+    if max(id for example in examples for id in example.target) >= base.model.config.vocab_size:
+        return Finding("served", name, "problem", "the server chose a token that the base does not have", hint)
+    served = [sum(logprob for _, logprob in own) for _, own in pairs]
+    count = sum(len(own) for _, own in pairs)
+
+    def apart(from_: State | Nobody) -> float:
+        ours = log_likelihood(base, [examples], row_adapters(base, personal.bank, [from_]), owners=[0])[0].tolist()
+        return sum(abs(theirs - own) for theirs, own in zip(served, ours)) / count
+
+    found = apart(owner)
+    said = f"{len(examples)} answers, {count} tokens: log probabilities differ by {found:.4f} per token"
+    pooled = apart(TASK) if isinstance(owner, State) else found
+    if isinstance(owner, State):
+        said += f" ({pooled:.4f} from the pooled model's)"
+    wrong = found > LIMIT or pooled < found / 2
+    return Finding("served", name, "problem" if wrong else "ok", said, hint if wrong else "")

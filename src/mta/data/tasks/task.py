@@ -147,7 +147,7 @@ class Task(Settings):
     def _fits_together(self) -> Task:
         if self.metric != "rouge" and self.labels is None:
             raise ValueError(f"metric {self.metric} needs labels")
-        if self.metric == "mae" and not all(_is_number(label) for label in self.labels or ()):
+        if self.metric == "mae" and not all(is_number(label) for label in self.labels or ()):
             raise ValueError("metric mae needs labels that are all numbers")
         if self.query_text is not None and self.query is None:
             raise ValueError("query_text needs a query, and the task has no query")
@@ -304,7 +304,8 @@ class Task(Settings):
             ) from None
 
 
-def _is_number(text: str) -> bool:
+def is_number(text: str) -> bool:
+    """Return whether a text is a finite number."""
     try:
         return abs(float(text)) < float("inf")
     except ValueError:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 from rich import box
 from rich.console import Console
@@ -20,20 +20,20 @@ _TITLE = 26  # characters of a question or a shot
 _COLOURS = {"better": "green", "worse": "red", "unclear": "default"}
 
 
-def show_glance(comparison: Comparison, asked: Interview, commands: Sequence[str], console: Console) -> None:
+def show_glance(comparison: Comparison, asked: Interview | None, commands: Sequence[str], console: Console) -> None:
     """Print what people gave before, the answers of the pooled model and of their own, scores, and commands."""
-    most = max((share for one in _answers_of(asked) if not isinstance(one, str) for share in one.values()), default=1.0)
-    for person in asked.people:
+    for person in asked.people if asked else ():
         console.print(f"\n[bold]Person {escape(person.id)}[/], {escape(person.about)}:", highlight=False)
-        for line in before(person, asked.labels):
+        for line in before(person, asked.labels if asked else ()):
             console.print(line, highlight=False, markup=False, no_wrap=True, overflow="ellipsis")
-        console.print(_answers(asked, person, most))
+        if asked:
+            console.print(_answers(asked, person))
     console.print(f"\n[bold]{title_of(comparison)}[/]; all methods learn from the same items", highlight=False)
     console.print(scores(comparison))
     measure = comparison.yardstick
     console.print(
         f"{measure}: {MEANING.get(measure, '')}; {better_side(measure)} is better. Change: from {POOLED}, with its 95% "
-        "interval over people. Worse off: people with an interval of their own above zero. Time: training, all people. "
+        "interval over people. Harmed: people with an interval of their own above zero. Time: training, all people. "
         "Kept: of each person.",
         highlight=False,
     )
@@ -43,11 +43,11 @@ def show_glance(comparison: Comparison, asked: Interview, commands: Sequence[str
 
 
 def before(person: Asked, labels: Sequence[str]) -> list[str]:
-    """Return a person's items as lines: for each label, the items that the person gave it to."""
-    if not labels:
-        return [f"  {_short(given)}  ->  {_short(text, 48)}" for text, given in person.shots[:3]]
+    """Return a person's items as lines: for each label, the items that the person gave it to; or three texts."""
     given = {label: [_short(text) for text, own in person.shots if own == label] for label in reversed(labels)}
-    return [f"  gave {label}: {', '.join(texts)}" for label, texts in given.items() if texts]
+    if any(given.values()):
+        return [f"  gave {label}: {', '.join(texts)}" for label, texts in given.items() if texts]
+    return [f"  {_short(text)}  ->  {_short(own, 48)}" for text, own in person.shots[:3]]
 
 
 def bars(answer: Answer, labels: Sequence[str], most: float = 1.0) -> str:
@@ -56,7 +56,7 @@ def bars(answer: Answer, labels: Sequence[str], most: float = 1.0) -> str:
     The highest block is a probability of ``most``.
     """
     if isinstance(answer, str):
-        return _short(answer)
+        return " ".join(answer.split())
     if len(labels) > 9:  # too many to tell apart
         best = max(labels, key=lambda label: answer[label])
         return f"{best} {answer[best]:.0%}"
@@ -67,7 +67,7 @@ def scores(comparison: Comparison) -> Table:
     """Return one line per method: the difference to the pooled model, people worse off, time, and bytes."""
     made = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=0, pad_edge=False)
     measure, people = comparison.yardstick, comparison.people
-    for title in ("method", measure, "change", "", "worse off", "time", "kept"):
+    for title in ("method", measure, "change", "", "harmed", "time", "kept"):
         made.add_column(title, justify="left" if title in ("method", "") else "right", no_wrap=True)
     for row in comparison.rows:
         score = comparison.score(row.name, measure)
@@ -79,30 +79,30 @@ def scores(comparison: Comparison) -> Table:
             f"{score.mean:.3f}" if score else "",
             marked(comparison, measure, row.name).replace("**", "") if difference else "",
             f"[{_COLOURS[said]}]{said}[/]" if difference else "",
-            f"{(shares[1] or 0) * people:.0f} of {people}" if shares else "",
+            f"{shares[1] * people:.0f} of {people}" if shares and shares[1] is not None else "",
             human_seconds(row.seconds),
             human_bytes(row.bytes_per_person),
         )
     return made
 
 
-def _answers_of(asked: Interview) -> Iterator[Answer]:
-    yield from asked.pooled
-    for person in asked.people:
-        yield from person.answers
-
-
-def _answers(asked: Interview, person: Asked, most: float) -> Table:
+def _answers(asked: Interview, person: Asked) -> Table:
     made = Table(box=None, padding=(0, 2), pad_edge=True)
-    few = 0 < len(asked.labels) <= 9
-    scale = "".join(label[0] for label in asked.labels) if few else ""
-    for title in ("", f"everybody {scale}", "mean", f"person {person.id} {scale}", "mean"):
-        made.add_column(escape(title), justify="right" if title else "left", header_style="dim")
+    shares = [one for two in (asked.pooled, person.answers) for one in two if not isinstance(one, str)]
+    most = max((share for one in shares for share in one.values()), default=1.0)
+    scale = "".join(label[0] for label in asked.labels) if 0 < len(asked.labels) <= 9 else ""
+    numbers = any(asked.mean(one) is not None for one in shares)
+    for title in ("everybody", f"person {person.id}"):
+        if not made.columns:
+            made.add_column("")
+        made.add_column(escape(f"{title} {scale}".strip()), justify="right" if shares else "left", header_style="dim")
+        if numbers:
+            made.add_column("mean", justify="right", header_style="dim")
     for question, pooled, own in zip(asked.questions, asked.pooled, person.answers):
-        cells = [_short(question)]
+        cells = [escape(_short(question))]
         for answer in (pooled, own):
             mean = asked.mean(answer)
-            cells += [escape(bars(answer, asked.labels, most)), "" if mean is None else f"{mean:.1f}"]
+            cells += [escape(bars(answer, asked.labels, most)), *([f"{mean:.1f}"] if mean is not None else [])]
         made.add_row(*cells)
     return made
 

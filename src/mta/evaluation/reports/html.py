@@ -1,7 +1,7 @@
 """Reports as pages of Markdown and HTML, and a comparison as one HTML page and as JSON.
 
 HTML pages load nothing: no script, no request, pictures inside. A comparison's page and JSON contain no id of a person:
-a few people are shown as person A, B and C, the first ones of the comparison.
+a few people are shown as person A, B and C. The demo shows the items of two people.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from mta.bank.bank import Bank
+from mta.data.tasks.task import short
 from mta.evaluation.asking import Interview
 from mta.evaluation.reports import figures
 from mta.evaluation.reports.figures import Picture
@@ -190,7 +191,7 @@ def _before_and_after(asked: Interview) -> list[Section]:
             elif mean is not None:
                 text += f"- {name}: {mean:.1f} on average\n"
         if shares := {name: answer for name, answer in answers.items() if not isinstance(answer, str)}:
-            pictures[f"question-{n}"] = figures.shares(shares, f"answer to {question}", "probability", "")
+            pictures[f"question-{n}"] = figures.shares(shares, f"answer to {short(question, 40)}", "probability", "")
     return [Section("The same questions, before and after", text, pictures)]
 
 

@@ -13,13 +13,14 @@ import torch
 from fastapi import APIRouter
 from fastapi import Request as HttpRequest
 from fastapi.responses import JSONResponse, Response
+from starlette.concurrency import run_in_threadpool
 
 from mta.errors import MtaError
 from mta.serving.api.auth import Key
 from mta.serving.api.completions import name_of, refuse_long, until_disconnect
 from mta.serving.api.schemas import ClassifyRequest
 from mta.serving.api.service import Caller, Gateway, Service, error_of
-from mta.serving.engine import Ask, Engine, Piece, Refused, Who
+from mta.serving.engine import Ask, Engine, Piece, Refused, Who, together
 
 router = APIRouter()
 
@@ -39,7 +40,7 @@ async def _respond(service: Service, request: ClassifyRequest, key: Key) -> Resp
             hint="Generate a text instead: POST /v1/chat/completions",
         )
     inputs = [request.input] if isinstance(request.input, str) else request.input
-    asks = [_ask(service, text, labels, who, key) for text in inputs]
+    asks = [await run_in_threadpool(_ask, service, text, labels, who, key) for text in inputs]
     found = await _scored(service, asks, key)
     data = []
     for index, piece in enumerate(found):
@@ -54,10 +55,15 @@ async def _respond(service: Service, request: ClassifyRequest, key: Key) -> Resp
 
 
 def _ask(service: Service, text: str, labels: Sequence[str], who: Who, key: Key) -> Ask:
+    """Tokenize an input with every label. Raises Refused, for a long input before its labels are tokenized."""
+    prompts = service.base.prompts
     refuse_long(len(text), service.length)
-    examples = service.base.prompts.answered(text, labels)
+    Ask(prompts.chat([{"role": "user", "content": text}]), who, max_tokens=1).check(service.length)
+    examples = prompts.answered(text, labels)
     targets = tuple(example.target for example in examples)
-    return Ask(examples[0].prompt, who, max_tokens=max(map(len, targets)) + 1, asker=key.name, labels=targets)
+    ask = Ask(examples[0].prompt, who, max_tokens=max(map(len, targets)) + 1, asker=key.name, labels=targets)
+    ask.check(service.length)
+    return ask
 
 
 async def _scored(service: Service, asks: Sequence[Ask], key: Key) -> list[Piece]:
@@ -70,7 +76,7 @@ async def _scored(service: Service, asks: Sequence[Ask], key: Key) -> list[Piece
     places = asyncio.Semaphore(at_once)
     try:
         with service.held(key, at_once), count.open.track_inprogress():
-            found = await asyncio.gather(*(_piece(service.engine, ask, places) for ask in asks))
+            found = await together(_piece(service.engine, ask, places) for ask in asks)
         status = "ok"
         count.answer.observe(time.monotonic() - start)
         count.prompt_tokens.inc(sum(len(ask.prompt) for ask in asks))

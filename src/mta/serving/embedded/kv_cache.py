@@ -82,10 +82,14 @@ Owner = tuple[Who, str]  # (person, version, and mode; caller)
 
 @dataclass(slots=True)
 class Slot:
-    """Owner of a slot, and the tokens whose keys and values the slot holds."""
+    """Owner of a slot, and the tokens whose keys and values the slot holds.
+
+    Behind them may be others, up to position ``written``: padding, and what was rewound. No row attends to them.
+    """
 
     owner: Owner | None = None
     tokens: list[int] = field(default_factory=list)
+    written: int = 0
     last_used: float = 0.0
 
 
@@ -116,11 +120,12 @@ class Slots:
         slot = self._slots[place]
         if slot.owner not in (None, owner):
             self.cache.clear(place)  # even masked data of one owner must not stay in another owner's slot
+            slot.written = 0
         slot.owner, slot.tokens = owner, slot.tokens[: shared[chosen]]
         return place, shared[chosen]
 
     def rewind(self, place: int, tokens: int) -> None:
-        """Keep only the first ``tokens`` of a row; later passes overwrite the rest, and attend to none of it."""
+        """Keep only the first ``tokens`` tokens of a row."""
         del self._slots[place].tokens[tokens:]
 
     def leave(self, place: int) -> None:
@@ -161,6 +166,7 @@ class Slots:
         cache.rows, cache.positions, cache.seen = rows, positions, max(starts) + width
         logits = self._base.next_logits(torch.tensor(padded, device=device), valid, cache, cache.seen, last)
         for slot, row in zip(self._slots[rows], tokens):
+            slot.written = max(slot.written, len(slot.tokens) + width)
             slot.tokens.extend(row)
         return logits
 
@@ -175,7 +181,7 @@ class Slots:
         """Swap two slots."""
         if one == other:
             return
-        tokens = max(len(self._slots[one].tokens), len(self._slots[other].tokens))
+        tokens = max(self._slots[one].written, self._slots[other].written)
         self.cache.exchange(one, other, tokens)
         self._slots[one], self._slots[other] = self._slots[other], self._slots[one]
         if self._adapters:

@@ -211,7 +211,11 @@ class Scheduler:
 
     def _next_label(self, row: Row, logits: Tensor) -> None:
         """Score the labels' next tokens, and go on to the next beginning of a label; end after the last one."""
-        if step := row.walk.next(logits):
+        try:
+            step = row.walk.next(logits)
+        except Exception as error:  # it must end only its own row
+            return self._lose([row], error)
+        if step:
             keep, token = step
             self.slots.rewind(self.rows.index(row), len(row.ask.prompt) + keep)
             row.left = [token]

@@ -27,6 +27,7 @@ from mta.serving.engine import (
     QueuedEngine,
     Token,
     Version,
+    together,
 )
 from mta.serving.sampling import COLDEST
 from mta.serving.vllm.registry import AdapterRegistry
@@ -34,6 +35,7 @@ from mta.serving.vllm.server import Remote
 from mta.store import Store
 
 _TIMEOUT = httpx.Timeout(30, read=600)  # a queued request may wait long for its first token
+_AT_ONCE = 32  # scored tokens; each needs a connection
 _ID = "token_id:"  # prefix of tokens that vLLM returns as ids
 
 
@@ -62,6 +64,7 @@ class VllmEngine(QueuedEngine):
         self.stops = frozenset(stops)
         self.adapters = AdapterRegistry(self.client, server.folder, activated)
         self._salt = secrets.token_bytes(32)
+        self._forcing = asyncio.Semaphore(_AT_ONCE)
 
     @property
     def ready(self) -> bool:
@@ -133,7 +136,7 @@ class VllmEngine(QueuedEngine):
         """
         steps = sorted({(label[:count], label[count]) for label in ask.labels for count in range(len(label))})
         found = {steps[0]: await self._forced(ask, name, *steps[0])}  # first, so that the others find a cached prompt
-        found |= dict(zip(steps[1:], await asyncio.gather(*(self._forced(ask, name, *step) for step in steps[1:]))))
+        found |= dict(zip(steps[1:], await together(self._forced(ask, name, *step) for step in steps[1:])))
         scores = (sum(found[label[:count], label[count]] for count in range(len(label))) for label in ask.labels)
         queue.put_nowait(Piece(finish="stop", scores=tuple(scores)))
 
@@ -141,7 +144,7 @@ class VllmEngine(QueuedEngine):
         """Return the log probability of a token behind the prompt and the beginning of a label."""
         body = {"model": name, "prompt": [*ask.prompt, *start], "max_tokens": 1, "cache_salt": self._salted(ask)}
         body |= {"allowed_token_ids": [token], "ignore_eos": True, "temperature": 0.0, "logprobs": 0}
-        async with self._asked(ask, body) as response:
+        async with self._forcing, self._asked(ask, body) as response:
             (choice,) = json.loads(await response.aread())["choices"]
         return float(choice["logprobs"]["token_logprobs"][0])
 
