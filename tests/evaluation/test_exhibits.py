@@ -55,6 +55,14 @@ def test_differences_and_harm_are_those_of_the_records():
     assert told["task LoRA"]["NLL against task LoRA"] == ""
 
 
+def test_controls_are_compared_with_mta():
+    rows = [*everybody(TaskLora()), *everybody(OneLora(), -0.1), *everybody(MergeThenAdapt(), -0.25)]
+    (section,) = sections(results(rows, {"controls": (Part(methods=METHODS),)}))
+    assert "| MTA against | NLL |" in section.text
+    assert "| OPPU | **-0.150 [-0.150, -0.150]** |" in section.text
+    assert "| task LoRA | **" not in section.text.rpartition("| MTA against")[2]
+
+
 def test_seeds_are_averaged_person_by_person_and_only_those_that_all_have():
     rows = [*everybody(TaskLora(), 0.0, (0, 1)), *everybody(MergeThenAdapt(), -0.1, (0,))]
     rows += [r.model_copy(update={"seed": 1}) for r in everybody(MergeThenAdapt(), -0.3)]

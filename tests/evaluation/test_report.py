@@ -170,11 +170,21 @@ def test_verdict_when_better(comparison):
 
 def test_verdict_when_unclear(task):
     found = comparison_of(task, gain=0.0, oppu=0.0)
-    for sentence in verdict(found)[:4]:
+    unclear = [s for s in verdict(found) if s.startswith("MAE: MTA") or s.startswith("MAE: no")]
+    for sentence in unclear:
         assert "no clear difference between MTA and " in sentence
         assert "with a 95% interval from 0.0" in sentence
+    assert len(unclear) == 2
     assert headline(found).endswith("no clear difference in MAE and NLL")
     assert "better" not in shown(table(found)).export_text().split("Means over people")[0]
+
+
+def test_verdict_when_surely_as_good(task):
+    found = comparison_of(task, gain=0.0, oppu=0.0, people=400)
+    difference = found.difference("MTA", "OPPU", "NLL")
+    assert max(-difference.low, difference.high) < 0.02
+    interval = f"(95% interval from {-difference.low:.3f} better to {difference.high:.3f} worse)"
+    assert f"NLL: MTA is as good as OPPU, to within 0.02 {interval}." in verdict(found)
 
 
 def test_verdict_when_worse(task):

@@ -11,7 +11,7 @@ from mta.evaluation.experiments.results import Results
 from mta.evaluation.reports import figures
 from mta.evaluation.reports.figures import Measured, Picture
 from mta.evaluation.reports.html import Section, plain, score_over_bytes
-from mta.evaluation.reports.summary import POOLED, RIVAL
+from mta.evaluation.reports.summary import NAME, POOLED, RIVAL
 from mta.evaluation.reports.tables import markdown, marked, rows_of
 from mta.evaluation.statistics import WORSE, Comparison, Interval
 from mta.system.units import human_bytes, human_seconds
@@ -42,6 +42,17 @@ def _compared(found: Results, name: str) -> Drawn | None:
     if name == "main" and any(comparison.primary in row.people for row in comparison.rows):
         pictures["bytes"] = score_over_bytes(comparison)
     return text, pictures
+
+
+def _controls(found: Results, name: str) -> Drawn | None:
+    """The table of any list of methods, and MTA's difference to each control."""
+    drawn, comparison = _compared(found, name), found.comparison(name)
+    if drawn is None or comparison is None or NAME not in comparison.names:
+        return drawn
+    others = [row for row in comparison.names if row not in (NAME, POOLED)]
+    rows = [[plain(other), marked(comparison, comparison.yardstick, NAME, other)] for other in others]
+    head = [f"{NAME} against", comparison.yardstick]
+    return f"{drawn[0]}\n{markdown(head, [row for row in rows if row[1]])}", drawn[1]
 
 
 def _to_pooled(comparison: Comparison, measure: str) -> list[tuple[str, Interval]]:
@@ -218,7 +229,7 @@ EXHIBITS: dict[str, tuple[str, Exhibit]] = {  # titles and functions by the name
     "case": ("Figure 5: one person's question", _case),
     "gradient": ("Coefficients from one gradient", _compared),
     "choice": ("A choice for each person", _compared),
-    "controls": ("Controls: without the person's own shots", _compared),
+    "controls": ("Controls: without the person's own shots", _controls),
     "tune": ("Settings, tried on development people", _compared),
     "bank-study": ("What makes a bank useful to others", _compared),
 }

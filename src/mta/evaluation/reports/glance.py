@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from mta.evaluation.asking import Answer, Asked, Interview
-from mta.evaluation.reports.summary import MEANING, NAME, POOLED, better_side, headline, judge, title_of
+from mta.evaluation.reports.summary import MEANING, NAME, POOLED, better_side, judge, title_of, verdict
 from mta.evaluation.reports.tables import marked
 from mta.evaluation.statistics import Comparison
 from mta.system.units import human_bytes, human_seconds
@@ -37,7 +37,10 @@ def show_glance(comparison: Comparison, asked: Interview | None, commands: Seque
         "Kept: of each person.",
         highlight=False,
     )
-    console.print(f"\n{headline(comparison)}.\n\n[bold]Next[/]", highlight=False)
+    for sentence in verdict(comparison):
+        if sentence.startswith(f"{measure}: "):
+            console.print(f"[bold]->[/] {escape(sentence.removeprefix(f'{measure}: '))}", highlight=False)
+    console.print("\n[bold]Next[/]", highlight=False)
     for command in commands:
         console.print(f"  {command}", highlight=False, markup=False, soft_wrap=True)
 

@@ -26,7 +26,7 @@ def verdict(comparison: Comparison) -> list[str]:
 
 
 def findings(comparison: Comparison) -> list[tuple[str, str]]:
-    """Return the sentences of ``verdict``, each with its judgement or subject: ``better``, ``storage``, ..."""
+    """Return the sentences of ``verdict``, each with its judgement or subject (``better``, ``storage``)."""
     names, metrics = comparison.names, _metrics(comparison)
     if NAME not in names:
         return [("", f"{NAME} is not among the methods compared.")]
@@ -35,7 +35,10 @@ def findings(comparison: Comparison) -> list[tuple[str, str]]:
         for metric in metrics:
             if difference := comparison.difference(NAME, other, metric):
                 judgement = judge(metric, difference, comparison.independent)
-                found.append((judgement, _compared(judgement, called, metric, difference)))
+                if judgement == "unclear" and metric == "NLL" and _is_small(difference, comparison.independent):
+                    found.append(("equal", _equal(called, difference)))
+                else:
+                    found.append((judgement, _compared(judgement, called, metric, difference)))
     if shares := comparison.worse_off(NAME, POOLED):
         found.append(("risk", _harm(comparison.people, *shares)))
     if RIVAL in names:
@@ -95,6 +98,16 @@ def _compared(judgement: Judgement, called: str, metric: str, difference: Interv
     least, most = (low, high) if judgement == "better" else (-high, -low)
     interval = f"95% interval {least:.3f} to {most:.3f}"
     return f"{metric}: {NAME} is {judgement} than {called} by {abs(gain):.3f} ({interval})."
+
+
+def _is_small(difference: Interval, units: int) -> bool:
+    """Return whether a difference in NLL is surely smaller than what counts as worse off."""
+    return units > 1 and max(-difference.low, difference.high) < WORSE
+
+
+def _equal(called: str, difference: Interval) -> str:
+    interval = f"95% interval from {-difference.low:.3f} better to {difference.high:.3f} worse"
+    return f"NLL: {NAME} is as good as {called}, to within {WORSE:g} ({interval})."
 
 
 def _harm(people: int, share: float, clearly: float | None) -> str:
