@@ -329,7 +329,6 @@ def test_page_contains_findings_answers_and_settings(written, comparison):
         "mta 0.1, torch 2.13",
         "shots 3, oppu (rank 8)",
         "person A, whose 3 shots are 1.7 on average",
-        "Alien: 1",
         "everybody: 3.4 on average",
         "see https://example.org/terms",
         "made up <b>here</b>",
@@ -340,6 +339,11 @@ def test_page_contains_findings_answers_and_settings(written, comparison):
     assert "Map of" in pictures
     assert "probability of each answer to 'Fargo': everybody, person A, person B." in pictures
     assert "Coefficients of person A: anchor 0 (6 items) 0.50" in pictures
+
+
+def test_page_contains_no_items_of_the_people_who_were_asked(written):
+    text = written()
+    assert not any(shot in text for shot in ("Alien", "Heat"))
 
 
 def test_hostile_strings_stay_text(written):

@@ -19,7 +19,8 @@ from mta.bank.format import stale
 from mta.config import Evaluation
 from mta.data.history import Item, Person
 from mta.errors import PersonNotFound
-from mta.evaluation.compare import ask, study
+from mta.evaluation.asking import interview
+from mta.evaluation.compare import study
 from mta.personalize import Personalizer, forget_person
 from mta.store import Store
 from mta.store.maintenance import check
@@ -81,7 +82,7 @@ def test_a_person_who_is_forgotten_is_in_no_file(own_bank, tmp_path, cache, monk
     )
     evaluation = Evaluation(shots=2, queries=2, policies=("posterior",))
     found = study(base, bank, TINY_RUN, everybody, evaluation, encoder=HashEncoder())
-    ask(found, personal, {"title": "Film 7", "genres": "Drama"}, [0, 1, 2])
+    found.asked = interview(personal, everybody, [{"title": "Film 7", "genres": "Drama"}])
     found.write(tmp_path / "results", "mta evaluate people.jsonl")
     stopped(personalizer(base, bank, store=tmp_path / "people", seed=1), everybody, monkeypatch)
     leftovers(personal.store, EVE.id)

@@ -1,7 +1,7 @@
 """Reports as pages of Markdown and HTML, and a comparison as one HTML page and as JSON.
 
 HTML pages load nothing: no script, no request, pictures inside. A comparison's page and JSON contain no id of a person:
-a few people are shown as person A, B and C. The demo shows the items of two people.
+a few people are shown as person A, B and C.
 """
 
 from __future__ import annotations
@@ -174,12 +174,11 @@ def _personal(comparison: Comparison, bank: Bank, people_vectors: Tensor | None)
 
 
 def _before_and_after(asked: Interview) -> list[Section]:
-    """The answers of the pooled model and of some people's models. People are shown without their ids."""
+    """The answers of the pooled model and of some people's models, without the people's ids and items."""
     text = "The pooled model gives all people one answer. The personal models give each person their own.\n\n"
     names = [f"person {chr(ord('A') + n)}" for n in range(len(asked.people))]
     for name, person in zip(names, asked.people):
-        shots = "; ".join(f"{plain(given)}: **{plain(own)}**" for given, own in person.shots)
-        text += f"- {name}, {plain(person.about)}: {shots}\n"
+        text += f"- {name}, {plain(person.about)}\n"
     pictures = {}
     for n, question in enumerate(asked.questions):
         answers = {"everybody": asked.pooled[n]} | {name: one.answers[n] for name, one in zip(names, asked.people)}
