@@ -1,6 +1,6 @@
 """The playground as it looks after ``make demo``, saved as a picture.
 
-python -m benchmarks.screenshot --demo demo --person 405 --out docs/pictures/playground.png
+python -m benchmarks.screenshot --demo demo --person 685 --out docs/pictures/playground.png
 """
 
 from __future__ import annotations
