@@ -1,6 +1,6 @@
 """Is a gain left over a stronger pooled model? MTA over a task LoRA that was trained on the anchors' items, too.
 
-Takes the parts of an experiment whose exhibit ``controls`` was run. The task LoRA is trained for as long as held-out
+Takes the parts of an experiment after its exhibit ``controls``. The task LoRA is trained for as long as held-out
 people gain; anchors, calibration, and tested people are the experiment's.
 
 Run:  python -m benchmarks.stronger_task_lora lamp4 --data data/lamp4_huffpost --run runs/lamp4 --out stronger
@@ -39,7 +39,7 @@ METHODS = (
 
 
 def panel_of(workspace: Workspace, out: Path, screen: Screen) -> Panel:
-    """Return the tested people over a bank whose task LoRA saw the anchors' items."""
+    """Return the tested people over a bank with a task LoRA that saw the anchors' items."""
     recipe, base, main = workspace.recipe, workspace.base, workspace.bank(MAIN, 0)
     run = override(workspace._run_of(MAIN, 0), WORDS)
     task, held_out = workspace._pooled(0)
@@ -65,12 +65,12 @@ def main() -> None:
         how = {"say": screen.say, "on_step": screen.step, "write": False}
         workspace = Workspace.open(load_experiment(given.recipe), given.run, given.data, **how)
         found = evaluate(panel_of(workspace, given.out, screen), METHODS, (0,), screen.say)
-    told = to_json(found, data=given.data, command=f"python -m benchmarks.stronger_task_lora {given.recipe}")
+    report = to_json(found, data=given.data, command=f"python -m benchmarks.stronger_task_lora {given.recipe}")
     others = {m.name: found.difference("MTA", m.name, found.yardstick) for m in METHODS if m.name != "MTA"}
-    told["MTA against"] = {
+    report["MTA against"] = {
         name: {"mean": d.mean, "low": d.low, "high": d.high} for name, d in others.items() if d is not None
     }
-    (given.out / "results.json").write_text(json.dumps(told, indent=1) + "\n")
+    (given.out / "results.json").write_text(json.dumps(report, indent=1) + "\n")
     print(markdown(*rows_of(found)))
     for name, d in others.items():
         print(name, d and f"{d.mean:+.3f} [{d.low:+.3f}, {d.high:+.3f}]")

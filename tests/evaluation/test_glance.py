@@ -25,7 +25,7 @@ def screen():
 
 def test_the_screen_shows_people_before_and_after_scores_and_what_to_do_next(screen):
     lines = [" ".join(line.split()) for line in screen.splitlines()]
-    assert "Person c1, whose 3 shots are 1.7 on average:" in lines
+    assert "Person c1, 3 shots, 1.7 on average:" in lines
     assert "gave 1: Alien" in lines
     assert f"Fargo {bars(EVERY, ASKED.labels)} 3.4 {bars(EVERY, ASKED.labels)} 3.4" in lines
     assert [line for line in lines if line.startswith("OPPU ") and "worse" in line]

@@ -33,8 +33,8 @@ ASKED = Interview(
     labels=("1", "2", "3", "4", "5"),
     pooled=(EVERY, EVERY),
     people=(
-        Asked("c1", "whose 3 shots are 1.7 on average", ((HOSTILE, "2"), ("Alien", "1")), ({**EVERY, "1": 0.9}, EVERY)),
-        Asked("c2", "whose 3 shots are 5.0 on average", (("Heat", "5"),), (EVERY, EVERY)),
+        Asked("c1", "3 shots, 1.7 on average", ((HOSTILE, "2"), ("Alien", "1")), ({**EVERY, "1": 0.9}, EVERY)),
+        Asked("c2", "3 shots, 5.0 on average", (("Heat", "5"),), (EVERY, EVERY)),
     ),
 )
 
@@ -328,7 +328,7 @@ def test_page_contains_findings_answers_and_settings(written, comparison):
         "2026-11-25",
         "mta 0.1, torch 2.13",
         "shots 3, oppu (rank 8)",
-        "person A, whose 3 shots are 1.7 on average",
+        "person A, 3 shots, 1.7 on average",
         "everybody: 3.4 on average",
         "see https://example.org/terms",
         "made up <b>here</b>",

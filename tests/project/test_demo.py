@@ -21,32 +21,35 @@ SMALL = [
 ]
 
 
+@pytest.fixture
+def assets(fetched):
+    """Weights and ratings of the demo."""
+    for asset in ("smollm2-135m-instruct", "all-minilm-l6-v2", "movielens-100k"):
+        fetched(asset)
+
+
 @pytest.mark.slow
 @pytest.mark.real
 @pytest.mark.network
-def test_the_demo_shows_two_people_and_repeats_itself(tmp_path, fetched, monkeypatch, capsys):
-    for asset in ("smollm2-135m-instruct", "all-minilm-l6-v2", "movielens-100k"):
-        fetched(asset)
+def test_the_demo_shows_two_people_and_repeats_itself(tmp_path, assets, monkeypatch, capsys):
     shown, _ = demo(monkeypatch, capsys, "--out", str(tmp_path))
     for part in ("Person ", "Pulp Fiction", "whole demo", "mta serve --bank"):
         assert part in shown
     shown, found = demo(monkeypatch, capsys, "--out", str(tmp_path), "--json")
     _, again = demo(monkeypatch, capsys, "--out", str(tmp_path), "--json")
-    told = [{row["name"]: row for row in one["methods"]} for one in (found, again)]
-    assert {"task LoRA", "OPPU", "MTA"} <= told[0].keys() <= {"task LoRA", "OPPU", "merge only", "MTA"}
-    assert told[0]["MTA"]["bytes_per_person"] < told[0]["OPPU"]["bytes_per_person"] / 4
+    rows = [{row["name"]: row for row in one["methods"]} for one in (found, again)]
+    assert {"task LoRA", "OPPU", "MTA"} <= rows[0].keys() <= {"task LoRA", "OPPU", "merge only", "MTA"}
+    assert rows[0]["MTA"]["bytes_per_person"] < rows[0]["OPPU"]["bytes_per_person"] / 4
     assert found["meta"]["note"] == "dequantized from Q4_1"
     assert "GroupLens" in (tmp_path / "report.html").read_text()
-    for name, row in told[0].items():
-        assert row["metrics"] == told[1][name]["metrics"], name
+    for name, row in rows[0].items():
+        assert row["metrics"] == rows[1][name]["metrics"], name
 
 
 @pytest.mark.slow
 @pytest.mark.real
 @pytest.mark.network
-def test_the_full_demo_compares_every_method(tmp_path, fetched, monkeypatch, capsys):
-    for asset in ("smollm2-135m-instruct", "all-minilm-l6-v2", "movielens-100k"):
-        fetched(asset)
+def test_the_full_demo_compares_every_method(tmp_path, assets, monkeypatch, capsys):
     _, found = demo(monkeypatch, capsys, "--out", str(tmp_path), "--json", "--full")
     names = {row["name"] for row in found["methods"]}
     assert {"global constant", "own constant", "base", "task LoRA", "OPPU", "adapt only", "MTA"} <= names

@@ -131,7 +131,7 @@ def _refuse_existing(out: Path) -> None:
 
 
 class _Given(NamedTuple):
-    """LoRAs in the order of their people's ids, with all layers of the base, and the people whose items are known."""
+    """LoRAs in the order of their people's ids, with all layers of the base, and the people with known items."""
 
     ids: list[str]
     loras: list[LoraBatch]

@@ -36,7 +36,7 @@ class Interview:
     people: tuple[Asked, ...]
 
     def mean(self, answer: Answer) -> float | None:
-        """Return the expected value of an answer whose labels are numbers."""
+        """Return the expected value of an answer with numbers as labels."""
         if isinstance(answer, str) or not all(map(is_number, answer)):
             return None
         return sum(float(label) * share for label, share in answer.items())
@@ -48,8 +48,8 @@ def interview(personal: Personalizer, people: Sequence[Person], questions: Seque
     The people must have been personalized on their items.
     """
     task = personal.bank.task
-    whose: list[Who] = [TASK, *(person.id for person in people)]
-    rows = [(who, fields) for who in whose for fields in questions]
+    askers: list[Who] = [TASK, *(person.id for person in people)]
+    rows = [(who, fields) for who in askers for fields in questions]
     found: Sequence[Answer] = personal.generate(rows) if task.labels is None else _ordered(personal.shares(rows), task)
     each = len(questions)
     pooled, *answers = (tuple(found[n : n + each]) for n in range(0, len(found), each))
@@ -65,10 +65,8 @@ def _ordered(found: Sequence[Mapping[str, float]], task: Task) -> list[dict[str,
 def _about(task: Task, person: Person) -> str:
     count = len(person.items)
     if task.metric == "mae":
-        return (
-            f"whose {count} shots are {sum(float(task.target(item)) for item in person.items) / count:.1f} on average"
-        )
-    return f"with {count} shots"
+        return f"{count} shots, {sum(float(task.target(item)) for item in person.items) / count:.1f} on average"
+    return f"{count} shots"
 
 
 def _shots(task: Task, person: Person) -> tuple[tuple[str, str], ...]:

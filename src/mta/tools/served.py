@@ -67,14 +67,14 @@ def check_served(server: Server, personal: Personalizer, people: Sequence[str]) 
     """
     import httpx2 as httpx
 
-    whose: list[Who] = [*([BASE] if server.base else []), *([TASK] if server.task else []), *people]
-    if not whose:
+    asked: list[Who] = [*([BASE] if server.base else []), *([TASK] if server.task else []), *people]
+    if not asked:
         raise InputError("there is no model to compare", hint="Name a person:  --person ann")
     states = {person: personal.state(person) for person in people}
     questions = _questions(personal.bank.task)
     found = []
     with server.client() as client:
-        for who in whose:
+        for who in asked:
             name = server.name_of(who)
             try:
                 answers = [_answer(client, name, question) for question in questions]
@@ -90,7 +90,7 @@ def check_served(server: Server, personal: Personalizer, people: Sequence[str]) 
 
 
 def _questions(task: Task) -> list[str]:
-    """Return prompts of the task: its examples, or one whose fields hold their own names."""
+    """Return prompts of the task: its examples, or one with the names of its fields as texts."""
     form = task.query or task.item
     fields = list(task.examples[:_QUESTIONS]) or [{name: name for name in form.inputs}]
     return [task.prompt(task.asked(one)) for one in fields]

@@ -119,7 +119,7 @@ class Copies:
         return sum(self._key(query) in known for query in queries)
 
     def alone(self, items: Iterable[Item]) -> tuple[Item, ...]:
-        """Return the items that nobody else holds."""
+        """Return the items that only one person holds."""
         return tuple(item for item in items if self._key(item) not in self.holders)
 
     def _several(self, people: Sequence[Person]) -> dict[bytes, dict[bytes, set[int]]]:
@@ -173,7 +173,7 @@ def connected(people: Sequence[Person], task: Task) -> tuple[list[Person], Share
 
 
 def separated(people: Sequence[Person], task: Task) -> list[Person]:
-    """Return the people with the items that nobody else holds. Only people with nearly equal histories have a group."""
+    """Return the people with the items that only they hold. Only people with nearly equal histories have a group."""
     copies = Copies(people, task)
     names = _names(people, _alike(people, copies))
     return [

@@ -22,12 +22,8 @@ _COLOURS = {"better": "green", "worse": "red", "unclear": "default"}
 
 def show_glance(comparison: Comparison, asked: Interview | None, commands: Sequence[str], console: Console) -> None:
     """Print what people gave before, the answers of the pooled model and of their own, scores, and commands."""
-    for person in asked.people if asked else ():
-        console.print(f"\n[bold]Person {escape(person.id)}[/], {escape(person.about)}:", highlight=False)
-        for line in before(person, asked.labels if asked else ()):
-            console.print(line, highlight=False, markup=False, no_wrap=True, overflow="ellipsis")
-        if asked:
-            console.print(_answers(asked, person))
+    if asked:
+        _show_people(asked, console)
     console.print(f"\n[bold]{title_of(comparison)}[/]; all methods learn from the same items", highlight=False)
     console.print(scores(comparison))
     measure = comparison.yardstick
@@ -43,6 +39,14 @@ def show_glance(comparison: Comparison, asked: Interview | None, commands: Seque
     console.print("\n[bold]Next[/]", highlight=False)
     for command in commands:
         console.print(f"  {command}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _show_people(asked: Interview, console: Console) -> None:
+    for person in asked.people:
+        console.print(f"\n[bold]Person {escape(person.id)}[/], {escape(person.about)}:", highlight=False)
+        for line in before(person, asked.labels):
+            console.print(line, highlight=False, markup=False, no_wrap=True, overflow="ellipsis")
+        console.print(_answers(asked, person))
 
 
 def before(person: Asked, labels: Sequence[str]) -> list[str]:

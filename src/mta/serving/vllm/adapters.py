@@ -166,7 +166,7 @@ class LoraExporter:
 
 
 def _zero(pair: Factors) -> Factors:
-    """Return factors of rank 1 whose product is zero, for one adapter."""
+    """Return factors of rank 1 with product zero, for one adapter."""
     return Factors(torch.zeros_like(pair.a[:1, :1]), torch.zeros_like(pair.b[:1, :, :1]))
 
 
