@@ -185,7 +185,7 @@ RUN = TINY_RUN.model_copy(
         ),
     }
 )
-BUILD = {"task": "movielens-rating", "task_people": people_of(20, prefix="t")}  # enough to hold some out
+BUILD = {"task": "movielens-rating", "task_people": people_of(20, prefix="t", seed=1)}  # enough to hold some out
 
 
 @pytest.fixture(scope="module")
