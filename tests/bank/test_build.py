@@ -289,7 +289,7 @@ def test_the_card_says_what_the_bank_is_and_how_to_build_it_again(built):
     assert text.startswith("---\nlibrary_name: merge-then-adapt\n")
     assert "\n# A bank of 3 anchors for `movielens-rating`\n" in text
     assert f"| base fingerprint | `{info.base_fingerprint}` |" in text
-    assert "| people behind the task LoRA / candidates for anchors | 4 / 12 |" in text
+    assert "| people behind the task LoRA / candidates for anchors | 7 / 12 |" in text
     assert "| cut | 6 items left out, 0 texts shortened |" in text
     recipe = text.partition("```yaml\n")[2].partition("```")[0]
     assert Run.model_validate(yaml.safe_load(recipe)) == TINY_RUN == info.run

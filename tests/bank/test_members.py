@@ -45,18 +45,18 @@ def test_without_task_people_half_of_all_train_the_task_lora(tmp_path, task, cac
     everyone = people_of(24, prefix="somebody-")
     bank = Bank.build(base_of(), everyone, tmp_path / "b", task=task, encoder=HashEncoder(), run=TINY_RUN, anchors=2)
     members = bank.info.members
-    assert (members.task, members.candidates, members.anchors, len(bank)) == (12, 12, 2, 2)
+    assert (members.task, members.candidates, members.anchors, len(bank)) == (14, 12, 2, 2)
     parts = [bank.info.members.artefacts_of(person.id) for person in everyone]
     assert parts.count(["task LoRA"]) == 12
     assert sum("clusters" in part for part in parts) == 12
-    assert parts.count(["clusters", "anchor"]) == 2
+    assert parts.count(["task LoRA", "clusters", "anchor"]) == 2
     assert parts.count(["clusters", "calibration"]) == TINY_RUN.calibration.people
 
 
 def test_the_halves_of_a_bank_do_not_separate_people_who_share_items(tmp_path, task, cache):
     people = [replace(p, group=f"pair-{n // 2}") for n, p in enumerate(people_of(24, prefix="somebody-p"))]
     bank = Bank.build(base_of(), people, tmp_path, task=task, run=TINY_RUN, encoder=HashEncoder())
-    part = ["task LoRA" in bank.info.members.artefacts_of(person.id) for person in people]
+    part = ["clusters" in bank.info.members.artefacts_of(person.id) for person in people]
     assert part[::2] == part[1::2]
     assert (sum(part), len(bank)) == (12, 3)
 

@@ -124,7 +124,7 @@ def test_a_bank_of_schema_1_is_published_without_what_stood_in_its_description(h
     assert hashed.key.encode() not in hub.arrived()
     assert hashed.task[0].encode() not in hub.arrived()
     back = Bank.from_pretrained(NAME, BASE)
-    assert (back.hash, back.info.members.sha256, back.info.members.task) == (bank.hash, "", 4)
+    assert (back.hash, back.info.members.sha256, back.info.members.task) == (bank.hash, "", 7)
     bank.push_to_hub("somebody/known", with_members=True)
     assert Bank.from_pretrained("somebody/known", BASE).info == bank.info
 
@@ -290,7 +290,7 @@ def test_the_parcel_says_what_would_leave_and_sends_nothing(hub, bank):
     assert parcel.sizes()["anchors.safetensors"] == (bank.folder / "anchors.safetensors").stat().st_size
     assert parcel.facts["license"].startswith("none (--license)")
     assert parcel.facts["members"].startswith("not sent (members.json): readers of this file can test")
-    assert "4 people behind the task LoRA, 12 candidates, and 3 anchors" in parcel.facts["data"]
+    assert "7 people behind the task LoRA, 12 candidates, and 3 anchors" in parcel.facts["data"]
     assert hub.requests == []
     assert bank_parcel(bank.folder, NAME, with_members=True).facts["members"].startswith("members.json is sent too: ")
 
@@ -322,7 +322,7 @@ def test_the_card_is_one_the_hub_reads_and_quotes_the_results(hub, bank, tmp_pat
     assert "16 people who are not in the bank, 8 questions each" in text
     assert "Xylograd" not in text
     assert f'bank = mta.Bank.from_pretrained("{NAME}", base)' in text
-    assert "| people behind the task LoRA / candidates for anchors | 4 / 12 |" in text
+    assert "| people behind the task LoRA / candidates for anchors | 7 / 12 |" in text
     assert "| items per anchor | 6 to 6, " in text
     assert "it is not anonymous" in text
     assert Run.model_validate(yaml.safe_load(text.partition("```yaml\n")[2].partition("```")[0])) == bank.info.run

@@ -256,7 +256,7 @@ def article(number):
 def test_members_of_the_bank_and_shared_items_are_left_out_but_not_the_people_who_hold_them():
     people = [Person(f"p{n}", tuple(article(10 * n + k) for k in range(4))) for n in range(6)]
     chain = [replace(one, items=(*one.items, article(10 * n + 10)), group="p0") for n, one in enumerate(people)]
-    found = {one.id: one.items for one in drawn(chain, {"p0"}, RUN.calibration, seed=0, task=HEADLINES)}
+    found = {one.id: one.items for one in drawn(chain, {"p0"}, RUN.calibration, seed=0, task=HEADLINES, unseen={})}
     assert found.keys() == {"p1", "p2", "p3", "p4", "p5"}
     for person in people[1:5]:
         assert found[person.id] == person.items[1:]  # the first belongs to the one before, the last to the next
@@ -266,8 +266,16 @@ def test_members_of_the_bank_and_shared_items_are_left_out_but_not_the_people_wh
 def test_people_with_nearly_the_items_of_a_member_are_left_out():
     people = [Person(f"p{n}", tuple(article(20 * n + k) for k in range(12))) for n in range(3)]
     twin = Person("twin", (*people[0].items, article(99), article(98)))
-    found = drawn([*people, twin], {"p0"}, RUN.calibration, seed=0, task=HEADLINES)
+    found = drawn([*people, twin], {"p0"}, RUN.calibration, seed=0, task=HEADLINES, unseen={})
     assert {one.id for one in found} == {"p1", "p2"}
+
+
+def test_only_items_that_the_task_lora_did_not_see_are_measured():
+    people = [Person(f"p{n}", tuple(article(10 * n + k) for k in range(6))) for n in range(3)]
+    shared = replace(people[1], items=(people[2].items[4], *people[1].items[1:]))
+    seen = drawn([people[0], shared, people[2]], set(), RUN.calibration, 0, HEADLINES, {"p1": 4, "p2": 3})
+    found = {one.id: one.items for one in seen}
+    assert found == {"p0": people[0].items, "p1": people[1].items[1:4], "p2": people[2].items[:3]}
 
 
 def test_people_who_share_items_are_in_one_fold():

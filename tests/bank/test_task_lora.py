@@ -7,15 +7,17 @@ from dataclasses import replace
 
 import pytest
 import torch
-from builds import build, changed, trained
+from builds import TASK_PEOPLE, build, changed, trained
 from conftest import people_of
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny import base_of
 
+from mta.bank import build as build_module
+from mta.bank import recalibrate
 from mta.bank.bank import Bank
 from mta.bank.format import read_info
-from mta.bank.selection import pooled_items
+from mta.bank.selection import pooled_items, task_lora_people
 from mta.config import Run, TaskLoraSettings, Training
 from mta.data.history import Item, Person
 from mta.data.tasks import load_task
@@ -92,6 +94,41 @@ def test_a_tenth_of_the_people_is_held_out_with_those_who_share_items(groups):
     assert len(trained) + len(tested) == groups
 
 
+@given(st.lists(st.integers(0, 9), min_size=1, max_size=6), st.sets(st.integers(0, 5)), st.integers(2, 9))
+def test_candidates_train_the_task_lora_but_for_what_is_left_for_the_calibration(sizes, anchors, unseen):
+    own, candidates, ids = [Person("own", people(3)[0].items)], people(*sizes), {f"p{n}" for n in anchors}
+    settings = TaskLoraSettings(unseen=unseen)
+    first, *others = task_lora_people(own, candidates, ids, settings)
+    assert first == own[0]
+    found = {person.id: person.items for person in others}
+    for person in candidates:
+        assert found.get(person.id, ()) == person.items[0 if person.id in ids else unseen :]
+    assert task_lora_people(own, candidates, ids, TaskLoraSettings(unseen=None)) == own
+
+
+def test_nothing_that_is_measured_trains_the_task_lora(tmp_path, cache, monkeypatch):
+    candidates, run = people_of(12, items=9, prefix="c", seed=5), changed("task_lora", unseen=4)
+    used = {}
+
+    def watch(place, name):
+        function = getattr(place, name)
+        monkeypatch.setattr(place, name, lambda *given, **how: (used.update({name: given}), function(*given, **how))[1])
+
+    watch(build_module, "pooled_items")
+    watch(build_module, "calibrate")
+    bank = Bank.open(build(tmp_path / "bank", candidates=candidates, run=run), base_of())
+    trained = {id(item) for person in used["pooled_items"][0] for item in person.items}
+    measured = {person.id: person.items for person in used["calibrate"][4]}
+    assert not trained & {id(item) for items in measured.values() for item in items}
+    assert measured == {p.id: p.items[:4] for p in candidates if p.id in measured}
+    anchors = [one for one in candidates if "anchor" in bank.info.members.artefacts_of(one.id)]
+    assert len(trained) == sum(len(one.items) for one in [*TASK_PEOPLE, *anchors]) + 9 * 5  # nine others leave four
+
+    watch(recalibrate, "calibrate")
+    bank.calibrate(base_of(), [*TASK_PEOPLE, *candidates], run=run)
+    assert {person.id: person.items for person in used["calibrate"][4]} == measured
+
+
 # -- training ----------------------------------------------------------------------------------------------------------
 
 
@@ -115,7 +152,7 @@ def plain_rounds(people, run: Run, count: int) -> LoraBatch:
 @pytest.mark.parametrize(("items", "lr", "to_the_end"), [(16, 5e-4, True), (2, 0.2, False)])
 def test_the_task_lora_is_trained_on_while_held_out_people_gain(tmp_path, items, lr, to_the_end):
     people, training = people_of(20, prefix="somebody-t"), Training(lr=lr, epochs=4, batch_size=4)
-    run = changed("task_lora", rounds=3, items=items, training=training)
+    run = changed("task_lora", rounds=3, items=items, training=training, unseen=None)
     steps = []
     out = build(tmp_path / "bank", people, run=run, on_step=lambda *step: steps.append(step))
     losses = sittings(out)[0]["held-out losses of the task LoRA"]
@@ -132,12 +169,13 @@ def test_the_task_lora_is_trained_on_while_held_out_people_gain(tmp_path, items,
         torch.testing.assert_close(found[name].double(), tensor.double(), rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize("rounds", [1, 3])
-def test_a_bank_of_one_round_is_described_as_before_there_were_rounds(tmp_path, rounds):
-    out = build(tmp_path / "bank", run=changed("task_lora", rounds=rounds))
+@pytest.mark.parametrize(("rounds", "unseen"), [(1, None), (3, None), (1, 2)])
+def test_a_bank_is_described_as_before_where_new_settings_make_no_difference(tmp_path, rounds, unseen):
+    out = build(tmp_path / "bank", run=changed("task_lora", rounds=rounds, unseen=unseen))
     assert json.loads((out / "bank.json").read_text())["run"]["task_lora"].get("rounds", 1) == rounds
+    assert ("unseen" in (out / "bank.json").read_text()) == (unseen is not None)
     assert ("rounds" in (out / "bank.json").read_text()) == (rounds > 1)
-    assert read_info(out).run.task_lora.rounds == rounds
+    assert (read_info(out).run.task_lora.rounds, read_info(out).run.task_lora.unseen) == (rounds, unseen)
 
 
 def test_a_build_that_was_killed_between_rounds_ends_with_the_same_bank(tmp_path):

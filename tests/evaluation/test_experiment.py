@@ -14,7 +14,7 @@ from conftest import people_of
 from tiny import base_of, tokenizer
 
 from mta.bank.build import LOSSES
-from mta.bank.selection import pooled_items
+from mta.bank.selection import pooled_items, task_lora_people
 from mta.config import override
 from mta.data.readers import read_answers
 from mta.data.tasks import load_task
@@ -105,8 +105,15 @@ def test_every_recipe_can_be_read_and_names_its_task():
         assert {"main", "ablation", "shots", "k", "alpha", "anchors", "efficiency"} <= set(recipe.exhibits)
 
 
-def test_the_fair_pool_trains_on_all_that_the_bank_saw_and_for_as_many_examples(world, cache, tmp_path, monkeypatch):
-    words = ["run.task_lora.training.batch_size=3", "run.task_lora.rounds=2"]
+@pytest.mark.parametrize("unseen", [None, 2])
+def test_the_fair_pool_trains_on_all_that_the_bank_saw_and_for_as_many_examples(
+    world, cache, tmp_path, monkeypatch, unseen
+):
+    words = [
+        "run.task_lora.training.batch_size=3",
+        "run.task_lora.rounds=2",
+        f"run.task_lora.unseen={unseen or 'null'}",
+    ]
     workspace = workspace_of(world, tmp_path / "run", *words, "people.task=14", "run.task_lora.items=20")
     monkeypatch.setattr("mta.bank.selection._held_out", lambda people, seed: {people[0].id})
     _, everything, as_many, _ = workspace.recipe.exhibits["main"]
@@ -120,11 +127,20 @@ def test_the_fair_pool_trains_on_all_that_the_bank_saw_and_for_as_many_examples(
     monkeypatch.setattr(workspace_module, "build_bank", watched)
     pooled, longer = workspace.bank(everything, 0), workspace.bank(as_many, 0)
     trained, held_out = seen["everything-0"]
-    behind = {p.id: p for p in workspace.people if {*main.info.members.artefacts_of(p.id)} & {"anchor", "calibration"}}
-    assert {p.id: p.items for p in trained if p.id in behind} == {id: p.latest(4).items for id, p in behind.items()}
-    own, held = pooled_items(workspace.splits.select("task", workspace.people), main.info.run.task_lora, 0)
-    assert sorted(map(str, own)) == sorted(str(item) for p in trained if p.id not in behind for item in p.items)
-    assert sorted(map(str, held)) == sorted(str(item) for p in held_out for item in p.items) != []
+    parts = {p.id: main.info.members.artefacts_of(p.id) for p in workspace.people}
+    task, candidates = (workspace.splits.select(name, workspace.people) for name in ("task", "candidates"))
+    anchors = {id for id, part in parts.items() if "anchor" in part}
+    settings = main.info.run.task_lora
+    own, held = pooled_items(task_lora_people(task, candidates, anchors, settings), settings, 0)
+    wanted = set(map(id, own))
+    for person in candidates:
+        if "calibration" in parts[person.id]:
+            wanted |= set(map(id, person.items[:unseen] if unseen else person.items[-4:]))
+        elif person.id in anchors:
+            wanted |= set(map(id, person.items[-4:]))
+    assert sorted(id(item) for person in trained for item in person.items) == sorted(wanted)
+    assert {id(item) for person in held_out for item in person.items} == set(map(id, held)) != set()
+    assert len({person.id for person in trained}) == len(trained)
     assert all("task LoRA" in pooled.info.members.artefacts_of(p.id) for p in (*trained, *held_out))
     rounds = len(json.loads((tmp_path / "run" / "banks" / "main-0" / "run.json").read_text())["sittings"][0][LOSSES])
     steps = math.ceil((rounds * len(own) + 4 * len(main)) / 3)  # anchors have four items, trained on once

@@ -224,7 +224,7 @@ def test_people_have_the_part_that_the_bank_records(world):
     bank = world[1]
     parts = sample_people(bank, EVERYBODY, SETTINGS, seed=0)
     kind = {person.id: bank.info.members.artefacts_of(person.id) for person in EVERYBODY}
-    assert [kind[person.id] for person in parts.anchors] == [["clusters", "anchor"]] * len(bank)
+    assert [kind[person.id] for person in parts.anchors] == [["task LoRA", "clusters", "anchor"]] * len(bank)
     assert [person.id for person in parts.anchors] == sorted(person.id for person in parts.anchors)
     for asked, whole in zip(parts.anchors, parts.trained):
         assert whole.items == next(p for p in EVERYBODY if p.id == whole.id).items[-EACH:]  # trained on the latest
@@ -238,8 +238,9 @@ def test_people_have_the_part_that_the_bank_records(world):
 
 def test_the_task_loras_items_are_those_it_was_trained_on(world):
     bank = world[1]
-    pooled = set(map(id, pooled_items(TASK_PEOPLE, bank.info.run.task_lora, bank.info.run.seed)[0]))
     parts = sample_people(bank, EVERYBODY, SETTINGS, seed=0)
+    behind = [*TASK_PEOPLE, *(one for one in CANDIDATES if one.id in {anchor.id for anchor in parts.anchors})]
+    pooled = set(map(id, pooled_items(behind, bank.info.run.task_lora, bank.info.run.seed)[0]))
     assert {person.id for person in parts.pool} == {person.id for person in TASK_PEOPLE}
     assert set(map(id, (item for person in parts.pool for item in person.items))) <= pooled
     assert (
@@ -316,7 +317,7 @@ def strongest(row):
 
 def test_memorized_items_are_found_and_the_base_shows_nothing(found):
     own, base = found.row(ANCHORS, OWN), found.row(ANCHORS, "base")
-    assert own.attacks["loss"].auc.mean > 0.9
+    assert own.attacks["loss"].auc.mean > 0.85
     assert own.attacks["over task LoRA"].auc.low > 0.75
     assert base.attacks["loss"].auc.mean == pytest.approx(0.5, abs=0.15)  # nothing but what the items happen to be
     another = found.row(ANCHORS, ANOTHER)

@@ -30,6 +30,7 @@ RUN = Run(
     bank={"anchors": 3, "max_items": 6, "training": Training(lr=4e-4, epochs=1, batch_size=6)},
     merge={"policy": "posterior", "k": 0},
     stack={"lora": Lora(rank=1), "training": Training(lr=5e-4, steps=2, batch_size=8)},
+    calibration={"people": 8, "shots": 4, "steps": 1},
 )
 
 

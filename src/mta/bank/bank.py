@@ -74,8 +74,9 @@ class Bank:
     ) -> Bank:
         """Run stages 0 and 1: train the task LoRA and the anchors among ``people``, and open the bank.
 
-        Without ``task_people``, the task LoRA is trained on half of ``people``, drawn by hash, and the others are the
-        candidates for anchors; people who share items stay together, unless more than half of all people do.
+        Without ``task_people``, they are half of ``people``, drawn by hash, and the others are the candidates for
+        anchors; people who share items stay together, unless more than half of all people do. Candidates train the task
+        LoRA, too (``task_lora_people``).
         ``task`` defaults to the task that ``people`` were read for. The other keywords are those of ``build_bank``.
         Raises InputError for too few people, BankError if ``out`` holds another bank.
         """

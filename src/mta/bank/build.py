@@ -9,7 +9,7 @@ import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -21,6 +21,7 @@ from mta.bank.calibration import CalibrationInfo
 from mta.bank.card import card
 from mta.bank.format import (
     ANCHORS,
+    BEFORE,
     CALIBRATING,
     CALIBRATION,
     INDEX,
@@ -35,12 +36,13 @@ from mta.bank.format import (
     file_hashes,
     named,
     read_info,
+    unchanged,
     write_info,
     write_task,
 )
-from mta.bank.selection import choose_anchors, pooled_items
+from mta.bank.selection import choose_anchors, pooled_items, task_lora_people
 from mta.bank.worker import BankWorker, Piece, open_worker, train_piece
-from mta.config import Lora, Run, parse_size
+from mta.config import Lora, Run, TaskLoraSettings, parse_size
 from mta.data.history import Item, Person
 from mta.data.tasks.prompt import Example
 from mta.data.tasks.task import Task
@@ -86,9 +88,10 @@ def build_bank(
     command: str = "",
     track: Track | None = None,
 ) -> None:
-    """Train the task LoRA on ``task_people`` and one meta-LoRA per anchor among ``candidates``; write them to ``out``.
+    """Train the task LoRA and one meta-LoRA per anchor among ``candidates``; write them to ``out``.
 
-    The task LoRA is trained while the loss of ``held_out`` people falls; by default a tenth of ``task_people``.
+    The task LoRA is trained on ``task_people`` and on those items of candidates that are not left for the calibration.
+    It is trained while the loss of ``held_out`` people falls; by default a tenth of those who train it.
     ``task_lora`` is the folder of a task LoRA that was trained earlier with the same settings and people; it is copied.
     A killed build resumes from its last checkpoint, unless ``resume`` is False. A finished bank is not changed, except
     for fields of its task that do not affect training (``UNTRAINED``).
@@ -128,27 +131,34 @@ def build_bank(
     # Jobs are numbered, so that no written file identifies an anchor.
     jobs = [build.job(f"anchor-{n}", person.items) for n, person in enumerate(anchors)]
     plan = build.plan(jobs, run.bank.lora, frozen=run.task_lora.lora if run.task_lora.enabled else None)
-    members = [*anchors, *task_people, *held_out]
-    others = to_calibrate(task, [*able, *task_people, *held_out], members, run)
+    chosen_ids = {person.id for person in anchors}
+    others = to_calibrate(task, able, [*task_people, *held_out], chosen_ids, run)
+    pool = task_lora_people(task_people, candidates, chosen_ids, run.task_lora)
     plan_of(base, known_people(base, task, others, run.calibration), len(anchors), run)
     record.about["plan"] = plan.digest
     with record:
-        pooled = build.task_lora(task_people, held_out, task_lora) if run.task_lora.enabled else None
+        pooled = build.task_lora(pool, held_out, task_lora) if run.task_lora.enabled else None
         bank = build.meta_loras(jobs, plan, pooled)
         write_tensors(out / ANCHORS, bank.tensors(), {"scale": repr(bank.scale)})
         write_tensors(out / INDEX, {"vectors": vectors[chosen].contiguous()})
         (out / CALIBRATION).unlink(missing_ok=True)
         calibration = build.calibration(bank, pooled, others) if run.calibration.enabled else None
         secret = json.dumps([work, histories])  # the work key is not secret: it is in bank.json
-        ids = ([person.id for person in group] for group in ([*task_people, *held_out], able, anchors, others))
+        ids = ([person.id for person in group] for group in ([*pool, *held_out], able, anchors, others))
         build.finish(encoder, plan, [len(able[i].items) for i in chosen], Members.of(secret, *ids), calibration)
     remove_work(out)  # if the build is killed before this, the next call removes the files
 
 
-def to_calibrate(task: Task, people: Sequence[Person], members: Sequence[Person], run: Run) -> list[Person]:
-    """Return those of ``people`` to calibrate on, who are no ``members``; none if calibration is off."""
-    ids = {person.id for person in members}
-    return drawn(people, ids, run.calibration, run.seed, task) if run.calibration.enabled else []
+def to_calibrate(
+    task: Task, candidates: Sequence[Person], task_people: Sequence[Person], anchors: Set[str], run: Run
+) -> list[Person]:
+    """Return the candidates to calibrate on, who are no ``anchors`` (ids); none if calibration is off."""
+    if not run.calibration.enabled:
+        return []
+    left = run.task_lora.unseen if run.task_lora.enabled else None
+    unseen = {} if left is None else {person.id: left for person in candidates}
+    members = anchors | {person.id for person in task_people}
+    return drawn([*candidates, *task_people], members, run.calibration, run.seed, task, unseen)
 
 
 def work_key(
@@ -159,8 +169,8 @@ def work_key(
     settings = run.model_dump(mode="json", exclude=_NOT_IN_KEY | unused)
     if run.calibration.enabled:  # it measures stacks too
         settings["stack"] = run.stack.model_dump(mode="json", include={"enabled", "lora"})
-    if run.task_lora.rounds == 1:  # as version 0.1.0 wrote it
-        del settings["task_lora"]["rounds"]
+    for name in unchanged(run.task_lora):  # as version 0.1.0 wrote it
+        del settings["task_lora"][name]
     work = run_folder.work_of(base.fingerprint, encoder.fingerprint, task.identity, settings, histories)
     if task_lora is None:
         return work
@@ -356,8 +366,9 @@ def _uncalibrated(run: Run) -> Run:
 
 
 def _as_before(run: Run) -> Run:
-    """Return the run with the defaults of 0.1.0, which had neither calibrations nor rounds."""
-    return _uncalibrated(run.model_copy(update={"task_lora": run.task_lora.model_copy(update={"rounds": 1})}))
+    """Return the run with the defaults of 0.1.0, which had none of these settings."""
+    before = {"per_person": 32} if run.task_lora.per_person == TaskLoraSettings().per_person else {}
+    return _uncalibrated(run.model_copy(update={"task_lora": run.task_lora.model_copy(update=BEFORE | before)}))
 
 
 def _is_finished(out: Path, work: str, *older: str) -> bool:

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -123,14 +123,24 @@ class Known:
 
 
 def drawn(
-    people: Sequence[Person], members: Set[str], settings: CalibrationSettings, seed: int, task: Task
+    people: Sequence[Person],
+    members: Set[str],
+    settings: CalibrationSettings,
+    seed: int,
+    task: Task,
+    unseen: Mapping[str, int],
 ) -> list[Person]:
     """Return the people to calibrate on: at most ``settings.people``, by hash, with two items or more.
 
-    ``members`` are the ids of people in the bank. Items that several people hold (``Copies``) are left out: what is
-    measured was not trained on, nor is it in the other fold. People with nearly the items of a member are left out too.
+    ``members`` are the ids of people in the bank, and ``unseen`` has the ids of people of whom it saw all items but so
+    many first ones. Only these are measured, and no items that several people hold (``Copies``): what is measured was
+    not trained on, nor is it in the other fold. People with nearly the items of a member are left out too.
     """
-    apart = separated(people, task)
+    first = [{id(item) for item in person.items[: unseen.get(person.id)]} for person in people]
+    apart = [
+        replace(person, items=tuple(item for item in person.items if id(item) in own))
+        for person, own in zip(separated(people, task), first)
+    ]
     groups = {person.group for person in apart if person.group and person.id in members}
     others = [person for person in apart if person.id not in members and person.group not in groups]
     able = [person for person in others if len(person.items) > 1]

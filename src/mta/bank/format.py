@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from mta.bank.calibration import Calibration, CalibrationInfo
-from mta.config import Run
+from mta.config import Run, TaskLoraSettings
 from mta.data.tasks.load import as_today
 from mta.data.tasks.task import UNTRAINED, Task
 from mta.errors import BankCorrupt, BankError, BankMismatch
@@ -40,19 +40,9 @@ STALE = "needs-rebuild.json"
 PUBLISHED = "published.json"
 ADAPTER = f"{TASK_LORA}/{CONFIG}"
 SEALED = (ANCHORS, INDEX, CALIBRATION, ADAPTER, f"{TASK_LORA}/{WEIGHTS}")  # the files whose hashes bank.json holds
-OURS = {
-    INFO,
-    MEMBERS,
-    NEW_MEMBERS,
-    ANCHORS,
-    INDEX,
-    CALIBRATION,
-    TASK_LORA,
-    STALE,
-    PUBLISHED,
-    CARD,
-    "work",
-} | run_folder.NAMES
+_FILES = {INFO, MEMBERS, NEW_MEMBERS, ANCHORS, INDEX, CALIBRATION, TASK_LORA, STALE, PUBLISHED, CARD, "work"}
+OURS = _FILES | run_folder.NAMES
+BEFORE = {"rounds": 1, "unseen": None}  # settings of the task LoRA that 0.1.0 did not know, and what it did
 REBUILD = "Copy the bank again from its source, or rebuild it: mta bank build"
 _WAIT = 60.0  # seconds for another process to write one small file
 
@@ -159,15 +149,20 @@ class BankInfo(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _as_built(cls, values: Any) -> Any:
-        """Fill in what 0.1.0, which had neither calibrations nor rounds, did not write (see _unset)."""
+        """Fill in what 0.1.0, which had none of these settings, did not write (see _unset)."""
         run = values.get("run") if isinstance(values, dict) else None
         if not isinstance(run, dict):
             return values
         if not values.get("calibration") and "calibration" not in run:
             run = run | {"calibration": {"enabled": False}}
         if isinstance(task_lora := run.get("task_lora"), dict):
-            run = run | {"task_lora": {"rounds": 1} | task_lora}
+            run = run | {"task_lora": BEFORE | task_lora}
         return values | {"run": run}
+
+    def unseen(self, person: str) -> int | None:
+        """Return how many first items of a person the task LoRA did not see, if it saw the others; else None."""
+        behind = {*self.members.artefacts_of(person)}
+        return self.run.task_lora.unseen if {"task LoRA", "clusters"} <= behind and "anchor" not in behind else None
 
     @field_validator("run")
     @classmethod
@@ -191,9 +186,14 @@ def write_info(folder: Path, info: BankInfo) -> None:
         (folder / NEW_MEMBERS).replace(folder / MEMBERS)
 
 
+def unchanged(settings: TaskLoraSettings) -> set[str]:
+    """Return the names of settings unknown to version 0.1.0 whose values make no difference to it."""
+    return {name for name, value in BEFORE.items() if getattr(settings, name) == value}
+
+
 def _unset(info: BankInfo) -> dict[str, Any]:
     """Return the fields unknown to version 0.1.0 that say nothing new: it can read the rest."""
-    run: dict[str, Any] = {"task_lora": {"rounds"}} if info.run.task_lora.rounds == 1 else {}
+    run: dict[str, Any] = {"task_lora": unchanged(info.run.task_lora)}
     return {"run": run} if info.calibration else {"calibration": True, "run": run | {"calibration": True}}
 
 

@@ -67,8 +67,10 @@ def _outside(folder: Path, info: BankInfo, people: Sequence[Person], settings: C
             f"{folder} has no {MEMBERS}, so its members are unknown",
             hint="Calibrate the bank where it was built, and publish it again.",
         )
-    members = {one.id for one in people if {"anchor", "task LoRA"} & set(info.members.artefacts_of(one.id))}
-    outside = drawn(people, members, settings, info.run.seed, Task.model_validate(info.task))
+    unseen = {one.id: count for one in people if (count := info.unseen(one.id)) is not None}
+    behind = {one.id for one in people if {"anchor", "task LoRA"} & {*info.members.artefacts_of(one.id)}}
+    members = behind - unseen.keys()
+    outside = drawn(people, members, settings, info.run.seed, Task.model_validate(info.task), unseen)
     if len(outside) < min(ENOUGH, settings.people):
         raise InputError(
             f"{len(people)} people are given, but all except {len(outside)} are in the bank, share their items with "

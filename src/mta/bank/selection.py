@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -15,7 +16,22 @@ from mta.data.tasks.task import Task
 from mta.errors import InputError
 from mta.model.encoders import Encoder, encode_people
 
+CHOICE = ("anchors", "min_items", "encode", "choose")  # settings of the bank that determine the anchors
 _TESTED = 256  # held-out items of the task LoRA, at most
+
+
+def task_lora_people(
+    task_people: Sequence[Person], candidates: Sequence[Person], anchors: Set[str], settings: TaskLoraSettings
+) -> list[Person]:
+    """Return the people who may train the task LoRA, with the items that may.
+
+    Candidates train it too, except with the ``unseen`` first items of those who are no ``anchors`` (ids).
+    Source: our choice; measured in docs/decisions/023-everyone-trains.md.
+    """
+    if settings.unseen is None:
+        return [*task_people]
+    rest = (p if p.id in anchors else replace(p, items=p.items[settings.unseen :]) for p in candidates)
+    return [*task_people, *(person for person in rest if person.items)]
 
 
 def pooled_items(

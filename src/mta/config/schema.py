@@ -64,13 +64,20 @@ class Training(Settings):
 
 
 class TaskLoraSettings(Settings):
-    """Stage 0. ``items`` limits the pooled examples, ``per_person`` the examples of one person."""
+    """Stage 0. ``items`` limits the pooled examples, ``per_person`` the examples of one person.
+
+    Candidates for anchors train the task LoRA too, except with the first ``unseen`` items of those who do not become
+    anchors: on these items the bank is calibrated.
+    """
 
     enabled: bool = Field(default=True, description="train a LoRA on pooled items first, below all later stages")
     lora: Lora = Lora()
     training: Training = Training(lr=5e-4, epochs=1, batch_size=32, schedule="cosine", warmup=0.05)
     items: int = Field(default=4000, ge=1, description="maximum number of pooled examples")
-    per_person: int = Field(default=32, ge=1, description="maximum number of examples of one person")
+    per_person: int = Field(default=64, ge=1, description="maximum number of examples of one person")
+    unseen: int | None = Field(
+        default=16, ge=2, description="first items of candidates to leave for the calibration; none: leave all"
+    )
     rounds: int = Field(default=4, ge=1, description="train so often at most, while held-out people gain")
 
 

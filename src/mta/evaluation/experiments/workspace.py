@@ -12,7 +12,7 @@ from typing import Any, Self
 from mta.bank.bank import Bank
 from mta.bank.build import build_bank
 from mta.bank.format import INFO, TASK_LORA
-from mta.bank.selection import pooled_items
+from mta.bank.selection import CHOICE, pooled_items, task_lora_people
 from mta.config import Run, override
 from mta.config.loader import dump_yaml
 from mta.data.bm25 import with_profiles
@@ -168,8 +168,9 @@ class Workspace:
 
     def _pooled(self, seed: int) -> list[list[Person]]:
         """Return the people behind the main bank's task LoRA and those held out from it, with only these items."""
-        people, run = self.splits.select("task", self.people), self._run_of(MAIN, seed)
-        parts = []
+        run, anchors = self._run_of(MAIN, seed), {p.id for p in self._in_bank(self.bank(MAIN, seed), "anchor")}
+        parts, (task, candidates) = [], (self.splits.select(name, self.people) for name in ("task", "candidates"))
+        people = task_lora_people(task, candidates, anchors, run.task_lora)
         for items in pooled_items(people, run.task_lora, seed):
             chosen = set(map(id, items))
             cut = (replace(p, items=tuple(item for item in p.items if id(item) in chosen)) for p in people)
@@ -190,9 +191,19 @@ class Workspace:
         if part.pool == "task":
             return self._shown(part, self.splits.select("task", self.people)), []
         task, held_out = self._pooled(seed)
-        behind = self._in_bank(self.bank(MAIN, seed), "anchor", "calibration")
-        task += [person.latest(self.recipe.run.bank.max_items) for person in behind]
-        return self._shown(part, task), self._shown(part, held_out)
+        bank, most, left = self.bank(MAIN, seed), self.recipe.run.bank.max_items, self.recipe.run.task_lora.unseen
+        task += [person.latest(most) for person in self._in_bank(bank, "anchor")]
+        measured = self._in_bank(bank, "calibration")
+        task += [person.latest(most) if left is None else person.first(left) for person in measured]
+        return self._shown(part, self._joined(task)), self._shown(part, held_out)
+
+    def _joined(self, people: Sequence[Person]) -> list[Person]:
+        """Return every person once, with the items of all of ``people`` with this id."""
+        items: dict[str, set[int]] = {}
+        for person in people:
+            items.setdefault(person.id, set()).update(map(id, person.items))
+        known = (person for person in self.people if person.id in items)
+        return [replace(p, items=tuple(item for item in p.items if id(item) in items[p.id])) for p in known]
 
     def bank(self, part: Part, seed: int) -> Bank:
         """Return the part's bank for a seed, which clustering and training start from. Build it once in ``banks/``."""
@@ -218,9 +229,14 @@ class Workspace:
         return self._banks[name]
 
     def _shared_task_lora(self, part: Part, run: Run) -> Path | None:
-        """Return the main bank's task LoRA if the part changes only how anchors are chosen and trained."""
+        """Return the main bank's task LoRA if the part changes only how anchors are trained.
+
+        Or how they are chosen, if they do not train the task LoRA.
+        """
         main, plain = self._folder(MAIN, run.seed), self._run_of(MAIN, run.seed)
         same = not part.retrieve and part.pool == "task" and run.model_copy(update={"bank": plain.bank}) == plain
+        if run.task_lora.unseen is not None:
+            same &= all(getattr(run.bank, name) == getattr(plain.bank, name) for name in CHOICE)
         exists = part.bank != "main" and run.task_lora.enabled and (main / INFO).exists()
         return main / TASK_LORA if same and exists else None
 

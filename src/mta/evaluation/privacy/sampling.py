@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -120,7 +120,7 @@ def sample_people(bank: Bank, people: Sequence[Person], settings: Privacy, seed:
     return AttackSample(
         [_sample(person, settings.items, seed) for person in trained],
         trained,
-        _pool(bank, [person for person, of in parts if "task LoRA" in of], settings.items * len(anchors), seed),
+        _pool(bank, _behind_task_lora(bank, people), settings.items * len(anchors), seed),
         [person.first(2 * settings.shots) for person in targets],  # the shots, and as many later items
         [_sample(person, each, seed) for person in others],
     )
@@ -141,14 +141,22 @@ def _check_anchors(bank: Bank, anchors: Sequence[Person], people: int) -> None:
         )
 
 
+def _behind_task_lora(bank: Bank, people: Sequence[Person]) -> list[Person]:
+    """Return the people behind the task LoRA, with the items that it may have been trained on."""
+    info = bank.info
+    members = [person for person in people if "task LoRA" in info.members.artefacts_of(person.id)]
+    return [replace(person, items=person.items[info.unseen(person.id) or 0 :]) for person in members]
+
+
 def _pool(bank: Bank, people: Sequence[Person], items: int, seed: int) -> list[Person]:
-    """Return the people behind the task LoRA with items it was trained on, about ``items`` in all."""
-    run = bank.info.run
-    if not bank.task_lora or len(people) < bank.info.members.task:
+    """Return people who are behind the task LoRA alone with items it was trained on, about ``items`` in all."""
+    run, members = bank.info.run, bank.info.members
+    if not bank.task_lora or len(people) < members.task:
         return []  # the pooled items of a person depend on the missing people
     pooled = {id(item) for item in pooled_items(people, run.task_lora, run.seed)[0]}
     trained = [Person(p.id, tuple(item for item in p.items if id(item) in pooled)) for p in people]
-    known = sorted((person for person in trained if person.items), key=lambda person: person.id)
+    alone = (person for person in trained if person.items and "anchor" not in members.artefacts_of(person.id))
+    known = sorted(alone, key=lambda person: person.id)
     chosen = random.Random(seed).sample(known, min(items, len(known)))
     return [_sample(person, max(items // len(chosen), 1), seed) for person in chosen]
 
