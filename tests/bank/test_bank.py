@@ -16,7 +16,8 @@ from tiny import base_of
 
 from mta.bank.bank import Bank
 from mta.bank.build import build_bank
-from mta.bank.format import PUBLISHED, Members, file_hashes, mark_stale, note_published, read_info, seal, stale
+from mta.bank.format import PUBLISHED, file_hashes, mark_stale, note_published, read_info, seal, stale
+from mta.bank.members import Members
 from mta.config import Lora
 from mta.errors import BankCorrupt, BankError, BankMismatch
 from mta.model.encoders import encode_people

@@ -9,7 +9,8 @@ from conftest import TINY_RUN, HashEncoder, people_of
 from tiny import base_of
 
 from mta.bank.bank import Bank
-from mta.bank.format import Members, read_info
+from mta.bank.format import read_info
+from mta.bank.members import Members
 from mta.errors import InputError
 from mta.training.checkpoint import Checkpoint
 

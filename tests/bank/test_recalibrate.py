@@ -278,6 +278,14 @@ def test_only_items_that_the_task_lora_did_not_see_are_measured():
     assert found == {"p0": people[0].items, "p1": people[1].items[1:4], "p2": people[2].items[:3]}
 
 
+def test_twins_of_people_who_train_the_task_lora_are_not_measured():
+    people = [Person(f"p{n}", tuple(article(20 * n + k) for k in range(12))) for n in range(3)]
+    twin = Person("twin", (*people[0].items[2:], article(99), article(98)))
+    unseen = {"p0": 4, "p1": 4, "twin": 4}
+    found = drawn([*people, twin], set(), RUN.calibration, 0, HEADLINES, unseen)
+    assert {one.id for one in found} == {"p1", "p2"}
+
+
 def test_people_who_share_items_are_in_one_fold():
     groups = ["a", None, "a", None, "b", "b"]
     known = [Known((), (), group) for group in groups]

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from builds import TASK_PEOPLE, build, changed, trained
+from builds import CANDIDATES, TASK_PEOPLE, build, changed, trained
 from conftest import people_of
 from hypothesis import given
 from hypothesis import strategies as st
@@ -17,11 +17,11 @@ from mta.bank import build as build_module
 from mta.bank import recalibrate
 from mta.bank.bank import Bank
 from mta.bank.format import read_info
-from mta.bank.selection import pooled_items, task_lora_people
+from mta.bank.selection import pooled_items, sharing
 from mta.config import Run, TaskLoraSettings, Training
 from mta.data.history import Item, Person
 from mta.data.tasks import load_task
-from mta.errors import BankError
+from mta.errors import BankError, ConfigError
 from mta.lora.batch import LoraBatch, fresh
 from mta.lora.peft import read_peft
 from mta.tracking.run_folder import sittings
@@ -95,15 +95,30 @@ def test_a_tenth_of_the_people_is_held_out_with_those_who_share_items(groups):
 
 
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=6), st.sets(st.integers(0, 5)), st.integers(2, 9))
-def test_candidates_train_the_task_lora_but_for_what_is_left_for_the_calibration(sizes, anchors, unseen):
-    own, candidates, ids = [Person("own", people(3)[0].items)], people(*sizes), {f"p{n}" for n in anchors}
-    settings = TaskLoraSettings(unseen=unseen)
-    first, *others = task_lora_people(own, candidates, ids, settings)
-    assert first == own[0]
-    found = {person.id: person.items for person in others}
+def test_candidates_train_the_task_lora_but_for_what_they_keep_back(sizes, anchors, unseen):
+    candidates, ids = people(*sizes), {f"p{n}" for n in anchors}
+    found = {person.id: person.items for person in sharing(candidates, ids, TaskLoraSettings(unseen=unseen))}
     for person in candidates:
         assert found.get(person.id, ()) == person.items[0 if person.id in ids else unseen :]
-    assert task_lora_people(own, candidates, ids, TaskLoraSettings(unseen=None)) == own
+    assert sharing(candidates, ids, TaskLoraSettings(unseen=None)) == []
+    assert sharing(candidates, ids, TaskLoraSettings(enabled=False, unseen=unseen)) == []
+
+
+def test_a_later_copy_of_an_item_that_is_kept_back_trains_nothing():
+    (person,) = people(5)
+    twice = replace(person, items=(*person.items, replace(person.items[1], time=9.0)))
+    (found,) = sharing([twice], set(), TaskLoraSettings(unseen=2))
+    assert found.items == person.items[2:]
+
+
+@given(st.lists(st.integers(1, 5), min_size=1, max_size=30), st.integers(0, 3))
+def test_only_task_people_are_held_out(sizes, seed):
+    own = people(*[3] * 20)
+    others = [replace(person, id=f"c{person.id}") for person in people(*sizes)]
+    trained, tested = pooled_items(own, TaskLoraSettings(), seed, sharing=others)
+    assert {id(item) for item in tested} < {id(item) for person in own for item in person.items}
+    assert {id(item) for person in others for item in person.items} <= {id(item) for item in trained}
+    assert len(trained) + len(tested) == 60 + sum(sizes)
 
 
 def test_nothing_that_is_measured_trains_the_task_lora(tmp_path, cache, monkeypatch):
@@ -117,7 +132,8 @@ def test_nothing_that_is_measured_trains_the_task_lora(tmp_path, cache, monkeypa
     watch(build_module, "pooled_items")
     watch(build_module, "calibrate")
     bank = Bank.open(build(tmp_path / "bank", candidates=candidates, run=run), base_of())
-    trained = {id(item) for person in used["pooled_items"][0] for item in person.items}
+    task_people, *_, others = used["pooled_items"]
+    trained = {id(item) for person in (*task_people, *others) for item in person.items}
     measured = {person.id: person.items for person in used["calibrate"][4]}
     assert not trained & {id(item) for items in measured.values() for item in items}
     assert measured == {p.id: p.items[:4] for p in candidates if p.id in measured}
@@ -125,8 +141,28 @@ def test_nothing_that_is_measured_trains_the_task_lora(tmp_path, cache, monkeypa
     assert len(trained) == sum(len(one.items) for one in [*TASK_PEOPLE, *anchors]) + 9 * 5  # nine others leave four
 
     watch(recalibrate, "calibrate")
-    bank.calibrate(base_of(), [*TASK_PEOPLE, *candidates], run=run)
+    bank = bank.calibrate(base_of(), [*TASK_PEOPLE, *candidates], run=run)
     assert {person.id: person.items for person in used["calibrate"][4]} == measured
+
+    # Another file lacks somebody's first item, and has grown: the task LoRA saw what is now among the first.
+    changed_one, grown = next(p for p in candidates if p.id in measured), people_of(1, items=3, prefix="new")[0].items
+    now = [replace(p, items=p.items[1:] if p is changed_one else (*p.items, *grown)) for p in candidates]
+    bank.calibrate(base_of(), [*TASK_PEOPLE, *now], run=run)
+    again = {person.id: person.items for person in used["calibrate"][4]}
+    assert changed_one.id not in again
+    assert again == {one.id: one.items[:4] for one in candidates if one.id in again}
+
+
+def test_candidates_with_too_few_items_for_an_anchor_train_like_task_people(tmp_path):
+    few = people_of(5, items=2, prefix="few", seed=7)
+    run = changed("bank", min_items=3)
+    members = read_info(build(tmp_path / "bank", candidates=[*CANDIDATES, *few], run=run)).members
+    assert [members.artefacts_of(person.id) for person in few] == [["task LoRA"]] * 5
+
+
+def test_a_calibration_needs_as_many_items_as_candidates_keep_back(tmp_path):
+    with pytest.raises(ConfigError, match=r"candidates keep 2 items back, but .* are needed\n  Set task_lora.unseen="):
+        build(tmp_path / "bank", run=changed("task_lora", unseen=2))
 
 
 # -- training ----------------------------------------------------------------------------------------------------------
@@ -169,7 +205,7 @@ def test_the_task_lora_is_trained_on_while_held_out_people_gain(tmp_path, items,
         torch.testing.assert_close(found[name].double(), tensor.double(), rtol=1e-5, atol=1e-7)
 
 
-@pytest.mark.parametrize(("rounds", "unseen"), [(1, None), (3, None), (1, 2)])
+@pytest.mark.parametrize(("rounds", "unseen"), [(1, None), (3, None), (1, 12)])
 def test_a_bank_is_described_as_before_where_new_settings_make_no_difference(tmp_path, rounds, unseen):
     out = build(tmp_path / "bank", run=changed("task_lora", rounds=rounds, unseen=unseen))
     assert json.loads((out / "bank.json").read_text())["run"]["task_lora"].get("rounds", 1) == rounds

@@ -142,7 +142,7 @@ def test_bank_calibrate_gives_a_finished_bank_another_calibration(world, tmp_pat
     assert said.json["hash"] != world.built.json["hash"]
     assert "calibration: " in said.err
     card = mta("bank", "show", bank).out
-    assert "Measured on later items of 8 people who are not in the bank" in card
+    assert "Measured on 8 people, on items that the bank was not trained on" in card
     assert "| 1 | " in card
 
 

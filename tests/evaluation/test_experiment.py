@@ -14,7 +14,7 @@ from conftest import people_of
 from tiny import base_of, tokenizer
 
 from mta.bank.build import LOSSES
-from mta.bank.selection import pooled_items, task_lora_people
+from mta.bank.selection import pooled_items, sharing
 from mta.config import override
 from mta.data.readers import read_answers
 from mta.data.tasks import load_task
@@ -105,7 +105,7 @@ def test_every_recipe_can_be_read_and_names_its_task():
         assert {"main", "ablation", "shots", "k", "alpha", "anchors", "efficiency"} <= set(recipe.exhibits)
 
 
-@pytest.mark.parametrize("unseen", [None, 2])
+@pytest.mark.parametrize("unseen", [None, 3])
 def test_the_fair_pool_trains_on_all_that_the_bank_saw_and_for_as_many_examples(
     world, cache, tmp_path, monkeypatch, unseen
 ):
@@ -124,14 +124,18 @@ def test_the_fair_pool_trains_on_all_that_the_bank_saw_and_for_as_many_examples(
         seen[out.name] = people, how["held_out"]
         return build(base, task, encoder, people, candidates, run, out, **how)
 
+    pools = []
     monkeypatch.setattr(workspace_module, "build_bank", watched)
+    monkeypatch.setattr(
+        "mta.bank.build.pooled_items", lambda *given: (pools.append(found := pooled_items(*given)), found)[1]
+    )
     pooled, longer = workspace.bank(everything, 0), workspace.bank(as_many, 0)
     trained, held_out = seen["everything-0"]
     parts = {p.id: main.info.members.artefacts_of(p.id) for p in workspace.people}
     task, candidates = (workspace.splits.select(name, workspace.people) for name in ("task", "candidates"))
     anchors = {id for id, part in parts.items() if "anchor" in part}
     settings = main.info.run.task_lora
-    own, held = pooled_items(task_lora_people(task, candidates, anchors, settings), settings, 0)
+    own, held = pooled_items(task, settings, 0, sharing=sharing(candidates, anchors, settings))
     wanted = set(map(id, own))
     for person in candidates:
         if "calibration" in parts[person.id]:
@@ -140,6 +144,9 @@ def test_the_fair_pool_trains_on_all_that_the_bank_saw_and_for_as_many_examples(
             wanted |= set(map(id, person.items[-4:]))
     assert sorted(id(item) for person in trained for item in person.items) == sorted(wanted)
     assert {id(item) for person in held_out for item in person.items} == set(map(id, held)) != set()
+    assert [(sorted(map(id, pool)), sorted(map(id, stop))) for pool, stop in pools[:1]] == [
+        (sorted(wanted), sorted(map(id, held)))
+    ]
     assert len({person.id for person in trained}) == len(trained)
     assert all("task LoRA" in pooled.info.members.artefacts_of(p.id) for p in (*trained, *held_out))
     rounds = len(json.loads((tmp_path / "run" / "banks" / "main-0" / "run.json").read_text())["sittings"][0][LOSSES])

@@ -239,8 +239,8 @@ def test_people_have_the_part_that_the_bank_records(world):
 def test_the_task_loras_items_are_those_it_was_trained_on(world):
     bank = world[1]
     parts = sample_people(bank, EVERYBODY, SETTINGS, seed=0)
-    behind = [*TASK_PEOPLE, *(one for one in CANDIDATES if one.id in {anchor.id for anchor in parts.anchors})]
-    pooled = set(map(id, pooled_items(behind, bank.info.run.task_lora, bank.info.run.seed)[0]))
+    others, run = [one for one in CANDIDATES if one.id in {anchor.id for anchor in parts.anchors}], bank.info.run
+    pooled = set(map(id, pooled_items(TASK_PEOPLE, run.task_lora, run.seed, sharing=others)[0]))
     assert {person.id for person in parts.pool} == {person.id for person in TASK_PEOPLE}
     assert set(map(id, (item for person in parts.pool for item in person.items))) <= pooled
     assert (

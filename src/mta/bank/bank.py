@@ -182,7 +182,7 @@ class Bank:
         executor: Executor | None = None,
         on_step: OnStep | None = None,
     ) -> Bank:
-        """Calibrate the bank on people who are not in it, and return it with its new hash.
+        """Calibrate the bank on items that it was not trained on, and return it with its new hash.
 
         States that were made before belong to the old hash: personalize these people again. Settings are those of
         ``run.calibration``. Raises InputError if the bank's anchors or task LoRA were trained on all of these people.

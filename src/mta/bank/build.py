@@ -21,7 +21,6 @@ from mta.bank.calibration import CalibrationInfo
 from mta.bank.card import card
 from mta.bank.format import (
     ANCHORS,
-    BEFORE,
     CALIBRATING,
     CALIBRATION,
     INDEX,
@@ -32,22 +31,22 @@ from mta.bank.format import (
     STALE,
     TASK_LORA,
     BankInfo,
-    Members,
     file_hashes,
     named,
     read_info,
-    unchanged,
     write_info,
     write_task,
 )
-from mta.bank.selection import choose_anchors, pooled_items, task_lora_people
+from mta.bank.keys import uncalibrated, with_old_defaults, work_key
+from mta.bank.members import Members
+from mta.bank.selection import choose_anchors, pooled_items, sharing
 from mta.bank.worker import BankWorker, Piece, open_worker, train_piece
-from mta.config import Lora, Run, TaskLoraSettings, parse_size
+from mta.config import Lora, Run, parse_size
 from mta.data.history import Item, Person
 from mta.data.tasks.prompt import Example
 from mta.data.tasks.task import Task
 from mta.distributed.executor import Executor, LocalExecutor
-from mta.errors import BankError
+from mta.errors import BankError, ConfigError
 from mta.lora.batch import LoraBatch, stack
 from mta.lora.layers import Shared
 from mta.lora.peft import CARD, read_peft, write_peft
@@ -67,8 +66,6 @@ from mta.training.trainer import Job
 log = logging.getLogger("mta")
 
 LOSSES = "held-out losses of the task LoRA"  # one for each round, in run.json
-# Settings that the work key leaves out: they do not affect a bank, or the key holds a fingerprint instead.
-_NOT_IN_KEY = {"merge", "stack", "base", "encoder", "task", "device", "gradient_checkpointing"}
 
 
 def build_bank(
@@ -90,8 +87,8 @@ def build_bank(
 ) -> None:
     """Train the task LoRA and one meta-LoRA per anchor among ``candidates``; write them to ``out``.
 
-    The task LoRA is trained on ``task_people`` and on those items of candidates that are not left for the calibration.
-    It is trained while the loss of ``held_out`` people falls; by default a tenth of those who train it.
+    The task LoRA is trained on ``task_people`` and on the candidates (``sharing``), while the loss of ``held_out``
+    people falls; by default a tenth of ``task_people``.
     ``task_lora`` is the folder of a task LoRA that was trained earlier with the same settings and people; it is copied.
     A killed build resumes from its last checkpoint, unless ``resume`` is False. A finished bank is not changed, except
     for fields of its task that do not affect training (``UNTRAINED``).
@@ -107,8 +104,8 @@ def build_bank(
     groups = (task_people, candidates, *([held_out] if held_out else []))
     histories = [[[person.id, person.digest()] for person in group] for group in groups]
     work = work_key(base, task, encoder, histories, run, task_lora)
-    stages = work_key(base, task, encoder, histories, _uncalibrated(run), task_lora)  # of stages 0 and 1
-    if _is_finished(out, work, stages, work_key(base, task, encoder, histories, _as_before(run), task_lora)):
+    stages = work_key(base, task, encoder, histories, uncalibrated(run), task_lora)  # of stages 0 and 1
+    if _is_finished(out, work, stages, work_key(base, task, encoder, histories, with_old_defaults(run), task_lora)):
         return write_task(out, task)
     if not resume:
         shutil.rmtree(out / "work", ignore_errors=True)
@@ -131,50 +128,48 @@ def build_bank(
     # Jobs are numbered, so that no written file identifies an anchor.
     jobs = [build.job(f"anchor-{n}", person.items) for n, person in enumerate(anchors)]
     plan = build.plan(jobs, run.bank.lora, frozen=run.task_lora.lora if run.task_lora.enabled else None)
-    chosen_ids = {person.id for person in anchors}
-    others = to_calibrate(task, able, [*task_people, *held_out], chosen_ids, run)
-    pool = task_lora_people(task_people, candidates, chosen_ids, run.task_lora)
+    ids, left = {person.id for person in anchors}, run.task_lora.kept_back
+    if left is not None:  # candidates with too few items for an anchor train like task people
+        task_people = [*task_people, *(person for person in candidates if len(person.items) < run.bank.min_items)]
+    too = sharing(able, ids, run.task_lora)
+    others = to_calibrate(task, able, [*task_people, *held_out], ids, run)
     plan_of(base, known_people(base, task, others, run.calibration), len(anchors), run)
     record.about["plan"] = plan.digest
     with record:
-        pooled = build.task_lora(pool, held_out, task_lora) if run.task_lora.enabled else None
+        pooled = build.task_lora(task_people, too, held_out, task_lora) if run.task_lora.enabled else None
         bank = build.meta_loras(jobs, plan, pooled)
         write_tensors(out / ANCHORS, bank.tensors(), {"scale": repr(bank.scale)})
         write_tensors(out / INDEX, {"vectors": vectors[chosen].contiguous()})
         (out / CALIBRATION).unlink(missing_ok=True)
         calibration = build.calibration(bank, pooled, others) if run.calibration.enabled else None
         secret = json.dumps([work, histories])  # the work key is not secret: it is in bank.json
-        ids = ([person.id for person in group] for group in ([*pool, *held_out], able, anchors, others))
-        build.finish(encoder, plan, [len(able[i].items) for i in chosen], Members.of(secret, *ids), calibration)
+        pooled_ids, able_ids, anchor_ids, other_ids = (
+            [person.id for person in group] for group in ([*task_people, *too, *held_out], able, anchors, others)
+        )
+        kept = [] if left is None else [person.first(left) for person in able if person.id not in ids]
+        members = Members.of(secret, pooled_ids, able_ids, anchor_ids, other_ids, kept)
+        build.finish(encoder, plan, [len(able[i].items) for i in chosen], members, calibration)
     remove_work(out)  # if the build is killed before this, the next call removes the files
 
 
 def to_calibrate(
     task: Task, candidates: Sequence[Person], task_people: Sequence[Person], anchors: Set[str], run: Run
 ) -> list[Person]:
-    """Return the candidates to calibrate on, who are no ``anchors`` (ids); none if calibration is off."""
-    if not run.calibration.enabled:
+    """Return the candidates to calibrate on, who are no ``anchors`` (ids); none if calibration is off.
+
+    Raises ConfigError if people keep too few items back.
+    """
+    settings, left = run.calibration, run.task_lora.kept_back
+    if not settings.enabled:
         return []
-    left = run.task_lora.unseen if run.task_lora.enabled else None
+    if left is not None and left < (needed := settings.shots + settings.queries):
+        raise ConfigError(
+            f"candidates keep {left} items back, but {settings.shots} shots and {settings.queries} queries are needed",
+            hint=f"Set task_lora.unseen={needed}, or lower calibration.shots.",
+        )
     unseen = {} if left is None else {person.id: left for person in candidates}
     members = anchors | {person.id for person in task_people}
-    return drawn([*candidates, *task_people], members, run.calibration, run.seed, task, unseen)
-
-
-def work_key(
-    base: BaseModel, task: Task, encoder: Encoder, histories: object, run: Run, task_lora: Path | None = None
-) -> str:
-    """Return a hash of all inputs that affect the tensors of a bank."""
-    unused = set() if run.calibration.enabled else {"calibration"}
-    settings = run.model_dump(mode="json", exclude=_NOT_IN_KEY | unused)
-    if run.calibration.enabled:  # it measures stacks too
-        settings["stack"] = run.stack.model_dump(mode="json", include={"enabled", "lora"})
-    for name in unchanged(run.task_lora):  # as version 0.1.0 wrote it
-        del settings["task_lora"][name]
-    work = run_folder.work_of(base.fingerprint, encoder.fingerprint, task.identity, settings, histories)
-    if task_lora is None:
-        return work
-    return run_folder.work_of(work, file_hashes(task_lora, sorted(file.name for file in task_lora.iterdir())))
+    return drawn([*candidates, *task_people], members, settings, run.seed, task, unseen)
 
 
 @dataclass(slots=True)
@@ -200,7 +195,9 @@ class _Build:
         numbers, memory, executor = numbers_of(self.base, lora), parse_size(self.run.memory), self.executor
         return plan_cohorts(self.base, jobs, numbers, memory, below=below, most=executor.most, threads=executor.threads)
 
-    def task_lora(self, people: Sequence[Person], held_out: Sequence[Person], given: Path | None) -> LoraBatch:
+    def task_lora(
+        self, people: Sequence[Person], too: Sequence[Person], held_out: Sequence[Person], given: Path | None
+    ) -> LoraBatch:
         """Run stage 0, or copy the task LoRA from the folder ``given``, and return the task LoRA."""
         folder, done = self.out / TASK_LORA, self.out / "work" / "task.done"
         if not done.is_file() or done.read_text() != self.stages:
@@ -210,7 +207,7 @@ class _Build:
                 for file in sorted(given.iterdir()):
                     copy_file(file, folder / file.name)
             else:
-                trained = self.rounds(*pooled_items(people, self.run.task_lora, self.run.seed, held_out))
+                trained = self.rounds(*pooled_items(people, self.run.task_lora, self.run.seed, held_out, too))
                 write_peft(folder, trained, self.base.name, fan_in_fan_out=self.base.fan_in_fan_out)
             write_text(done, self.stages)
         return read_peft(folder).to(self.base.device)
@@ -359,16 +356,6 @@ def remove_work(out: Path) -> None:
                 shutil.rmtree(aside, ignore_errors=True)
             else:
                 aside.unlink(missing_ok=True)
-
-
-def _uncalibrated(run: Run) -> Run:
-    return run.model_copy(update={"calibration": run.calibration.model_copy(update={"enabled": False})})
-
-
-def _as_before(run: Run) -> Run:
-    """Return the run with the defaults of 0.1.0, which had none of these settings."""
-    before = {"per_person": 32} if run.task_lora.per_person == TaskLoraSettings().per_person else {}
-    return _uncalibrated(run.model_copy(update={"task_lora": run.task_lora.model_copy(update=BEFORE | before)}))
 
 
 def _is_finished(out: Path, work: str, *older: str) -> bool:

@@ -1,4 +1,4 @@
-"""Calibrate a bank on people who are not in it: the population's best merge, and how far to trust a person's gradient.
+"""Calibrate a bank on items that it has not seen: the population's best merge, and how far to trust a gradient.
 
 The people are split into two folds. mu and F are judged on the fold that they were not fitted on:
 
@@ -16,6 +16,7 @@ Source: our choice; docs/explanation/method.md.
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -63,7 +64,7 @@ def calibrate(
     checkpoint: Callable[[str], Checkpoint] | None = None,
     on_step: Callable[[Step], None] | None = None,
 ) -> Calibration:
-    """Calibrate a bank of ``anchors`` over ``task_lora`` on ``people`` (``drawn``), who are behind neither of them.
+    """Calibrate a bank of ``anchors`` over ``task_lora`` on ``people`` (``drawn``), whose items are behind neither.
 
     ``checkpoint`` returns where the result of a piece of work is kept, by its name: an interrupted calibration resumes.
     Raises BankError if the work fails.
@@ -132,17 +133,18 @@ def drawn(
 ) -> list[Person]:
     """Return the people to calibrate on: at most ``settings.people``, by hash, with two items or more.
 
-    ``members`` are the ids of people in the bank, and ``unseen`` has the ids of people of whom it saw all items but so
-    many first ones. Only these are measured, and no items that several people hold (``Copies``): what is measured was
-    not trained on, nor is it in the other fold. People with nearly the items of a member are left out too.
+    ``members`` are the ids of people in the bank. ``unseen`` has the ids of people who kept so many first items back:
+    of them, only these are measured. Items that several people hold (``Copies``) are not measured. So what is measured
+    was not trained on, nor is it in the other fold. People with nearly the items of somebody in the bank are left out.
     """
-    first = [{id(item) for item in person.items[: unseen.get(person.id)]} for person in people]
+    measurable = [{id(item) for item in person.items[: unseen.get(person.id)]} for person in people]
     apart = [
         replace(person, items=tuple(item for item in person.items if id(item) in own))
-        for person, own in zip(separated(people, task), first)
+        for person, own in zip(separated(people, task), measurable)
     ]
-    groups = {person.group for person in apart if person.group and person.id in members}
-    others = [person for person in apart if person.id not in members and person.group not in groups]
+    behind = members | unseen.keys()
+    groups = Counter(person.group for person in apart if person.group and person.id in behind)
+    others = [p for p in apart if p.id not in members and groups[p.group] <= (p.id in unseen)]  # at most themselves
     able = [person for person in others if len(person.items) > 1]
     return sorted(able, key=lambda one: hashlib.sha256(f"{seed}/{one.id}".encode()).digest())[: settings.people]
 

@@ -147,8 +147,8 @@ def in_words(found: CalibrationInfo) -> str:
     if not found.gains:
         return " ".join(["No gain could be measured.", *notes])
     parts = [
-        f"Measured on later items of {found.people} people who are not in the bank: the decrease of the true answer's "
-        "NLL per token against the pooled model, in nats, with 95% intervals."
+        f"Measured on {found.people} people, on items that the bank was not trained on: the decrease of the true "
+        "answer's NLL per token against the pooled model, in nats, with 95% intervals."
     ]
     if found.prior == BOUNDLESS:
         parts.append(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import hmac
 import json
 import shutil
 from collections.abc import Iterable, Sequence
@@ -12,12 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, field_validator, model_validator
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from mta.bank.calibration import Calibration, CalibrationInfo
+from mta.bank.members import Hashed, Members
 from mta.config import Run, TaskLoraSettings
+from mta.data.history import Person
 from mta.data.tasks.load import as_today
 from mta.data.tasks.task import UNTRAINED, Task
 from mta.errors import BankCorrupt, BankError, BankMismatch
@@ -45,83 +46,6 @@ OURS = _FILES | run_folder.NAMES
 BEFORE = {"rounds": 1, "unseen": None}  # settings of the task LoRA that 0.1.0 did not know, and what it did
 REBUILD = "Copy the bank again from its source, or rebuild it: mta bank build"
 _WAIT = 60.0  # seconds for another process to write one small file
-
-
-class Hashed(BaseModel):
-    """Members as keyed hashes, and the key. Readers can test a guessed id, but cannot list the ids."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-    key: str
-    task: tuple[str, ...]
-    candidates: tuple[str, ...]
-    anchors: tuple[str, ...]
-    calibration: tuple[str, ...] = ()
-
-    def to_bytes(self) -> bytes:
-        """Return the contents of ``members.json``; equal members give equal bytes."""
-        unset = set() if self.calibration else {"calibration"}  # not in banks of older versions
-        return self.model_dump_json(indent=1, exclude=unset).encode() + b"\n"
-
-
-class Members(BaseModel):
-    """The people whom a bank was trained on: their numbers and, if the folder has ``members.json``, their hashes.
-
-    ``bank.json`` holds the sha256 of ``members.json``, which does not reveal members: their key is derived from all
-    histories. So a bank that was published without ``members.json`` has the same hash.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-    task: int
-    candidates: int
-    anchors: int
-    sha256: str
-    hashed: Hashed | None = Field(default=None, exclude=True, repr=False)
-
-    @classmethod
-    def of(
-        cls,
-        secret: str,
-        task: Sequence[str],
-        candidates: Sequence[str],
-        anchors: Sequence[str],
-        calibration: Sequence[str] = (),
-    ) -> Members:
-        """Hash ids with a key of this bank, derived from ``secret``; equal builds give equal members."""
-        key = hashlib.sha256(f"members/{secret}".encode()).hexdigest()[:32]
-        groups = {"task": task, "candidates": candidates, "anchors": anchors, "calibration": calibration}
-        return cls.known_by(Hashed(key=key, **{name: _all_keyed(key, ids) for name, ids in groups.items()}))
-
-    def calibrated_on(self, people: Sequence[str]) -> Members:
-        """Return the members with these people behind the calibration; unchanged if ``hashed`` is None."""
-        if self.hashed is None:
-            return self
-        hashes = _all_keyed(self.hashed.key, people)
-        return self.known_by(self.hashed.model_copy(update={"calibration": hashes}))
-
-    def joined_by(self, anchors: Sequence[str]) -> Members:
-        """Return the members with more anchors and without a calibration; ``hashed`` must be known."""
-        assert self.hashed is not None
-        more = set(_all_keyed(self.hashed.key, anchors))
-        groups = {name: tuple(sorted({*getattr(self.hashed, name)} | more)) for name in ("candidates", "anchors")}
-        return self.known_by(self.hashed.model_copy(update={**groups, "calibration": ()}))
-
-    @classmethod
-    def known_by(cls, hashed: Hashed) -> Members:
-        """Return the members with the counts and the sha256 that ``bank.json`` holds."""
-        counts = {"task": len(hashed.task), "candidates": len(hashed.candidates), "anchors": len(hashed.anchors)}
-        return cls(**counts, sha256=hashlib.sha256(hashed.to_bytes()).hexdigest(), hashed=hashed)
-
-    def artefacts_of(self, person: str) -> list[str]:
-        """Return the parts trained on this person: 'task LoRA', 'clusters', 'anchor', 'calibration'.
-
-        Empty for unknown members.
-        """
-        if self.hashed is None:
-            return []
-        mine = _keyed(self.hashed.key, person)
-        places = {"task LoRA": self.hashed.task, "clusters": self.hashed.candidates, "anchor": self.hashed.anchors}
-        places["calibration"] = self.hashed.calibration
-        return [name for name, hashes in places.items() if mine in hashes]
 
 
 class BankInfo(BaseModel):
@@ -159,16 +83,21 @@ class BankInfo(BaseModel):
             run = run | {"task_lora": BEFORE | task_lora}
         return values | {"run": run}
 
-    def unseen(self, person: str) -> int | None:
-        """Return how many first items of a person the task LoRA did not see, if it saw the others; else None."""
-        behind = {*self.members.artefacts_of(person)}
-        return self.run.task_lora.unseen if {"task LoRA", "clusters"} <= behind and "anchor" not in behind else None
-
     @field_validator("run")
     @classmethod
     def _of_any_machine(cls, run: Run) -> Run:
         """Reset the device: the process that opens a bank chooses it, so a bank built on a GPU opens on a CPU."""
         return run.model_copy(update={"device": "auto"})
+
+    def unseen(self, person: Person) -> int | None:
+        """Return how many first items this person kept back from the task LoRA.
+
+        None for all who are not known to have done so: people outside the bank, anchors, and other first items.
+        """
+        count = self.run.task_lora.kept_back
+        if count is None or "anchor" in self.members.artefacts_of(person.id):
+            return None
+        return count if self.members.kept_back(person.first(count)) else None
 
 
 def write_info(folder: Path, info: BankInfo) -> None:
@@ -186,14 +115,14 @@ def write_info(folder: Path, info: BankInfo) -> None:
         (folder / NEW_MEMBERS).replace(folder / MEMBERS)
 
 
-def unchanged(settings: TaskLoraSettings) -> set[str]:
+def as_before(settings: TaskLoraSettings) -> set[str]:
     """Return the names of settings unknown to version 0.1.0 whose values make no difference to it."""
     return {name for name, value in BEFORE.items() if getattr(settings, name) == value}
 
 
 def _unset(info: BankInfo) -> dict[str, Any]:
     """Return the fields unknown to version 0.1.0 that say nothing new: it can read the rest."""
-    run: dict[str, Any] = {"task_lora": unchanged(info.run.task_lora)}
+    run: dict[str, Any] = {"task_lora": as_before(info.run.task_lora)}
     return {"run": run} if info.calibration else {"calibration": True, "run": run | {"calibration": True}}
 
 
@@ -380,14 +309,6 @@ def seal(values: dict[str, Any]) -> str:
 
 def _changed(path: Path, found: str, expected: str) -> str:
     return f"{path} was changed or cut short: its sha256 is {found[:12]}…, {INFO} says {expected[:12]}…"
-
-
-def _all_keyed(key: str, people: Sequence[str]) -> tuple[str, ...]:
-    return tuple(sorted(_keyed(key, person) for person in people))
-
-
-def _keyed(key: str, person: str) -> str:
-    return hmac.new(bytes.fromhex(key), person.encode(), hashlib.sha256).hexdigest()[:24]
 
 
 def named(info: BankInfo) -> BankInfo:

@@ -21,7 +21,6 @@ from mta.bank.format import (
     SCHEMA,
     TASK_LORA,
     BankInfo,
-    Members,
     check_base,
     file_hashes,
     named,
@@ -30,6 +29,7 @@ from mta.bank.format import (
     stale,
     write_info,
 )
+from mta.bank.members import Members
 from mta.config import Lora, Run
 from mta.data.history import Person
 from mta.data.tasks.task import Task

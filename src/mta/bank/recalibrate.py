@@ -47,7 +47,7 @@ def calibrate_bank(
     executor: Executor | None = None,
     on_step: OnStep | None = None,
 ) -> None:
-    """Calibrate a finished bank on people behind neither its anchors nor its task LoRA; the bank gets a new hash.
+    """Calibrate a finished bank on items behind neither its anchors nor its task LoRA; the bank gets a new hash.
 
     Settings are those of ``run.calibration``. An interrupted calibration resumes. Raises InputError if too few people
     are left or the bank has no list of members, BankError if a person is forgotten meanwhile, BankCorrupt,
@@ -67,7 +67,7 @@ def _outside(folder: Path, info: BankInfo, people: Sequence[Person], settings: C
             f"{folder} has no {MEMBERS}, so its members are unknown",
             hint="Calibrate the bank where it was built, and publish it again.",
         )
-    unseen = {one.id: count for one in people if (count := info.unseen(one.id)) is not None}
+    unseen = {one.id: count for one in people if (count := info.unseen(one)) is not None}
     behind = {one.id for one in people if {"anchor", "task LoRA"} & {*info.members.artefacts_of(one.id)}}
     members = behind - unseen.keys()
     outside = drawn(people, members, settings, info.run.seed, Task.model_validate(info.task), unseen)
@@ -75,7 +75,7 @@ def _outside(folder: Path, info: BankInfo, people: Sequence[Person], settings: C
         raise InputError(
             f"{len(people)} people are given, but all except {len(outside)} are in the bank, share their items with "
             f"others, or have fewer than two items; {ENOUGH} are needed",
-            hint="Give people who are behind neither its anchors nor its task LoRA.",
+            hint="Give other people, or the candidates it was built from, with the same first items.",
         )
     return outside
 

@@ -20,32 +20,47 @@ CHOICE = ("anchors", "min_items", "encode", "choose")  # settings of the bank th
 _TESTED = 256  # held-out items of the task LoRA, at most
 
 
-def task_lora_people(
-    task_people: Sequence[Person], candidates: Sequence[Person], anchors: Set[str], settings: TaskLoraSettings
-) -> list[Person]:
-    """Return the people who may train the task LoRA, with the items that may.
+def sharing(candidates: Sequence[Person], anchors: Set[str], settings: TaskLoraSettings) -> list[Person]:
+    """Return the candidates who train the task LoRA, too, with the items that may.
 
-    Candidates train it too, except with the ``unseen`` first items of those who are no ``anchors`` (ids).
+    These are all items of the ``anchors`` (ids), and of others those that they do not keep back.
     Source: our choice; measured in docs/decisions/023-everyone-trains.md.
     """
-    if settings.unseen is None:
-        return [*task_people]
-    rest = (p if p.id in anchors else replace(p, items=p.items[settings.unseen :]) for p in candidates)
-    return [*task_people, *(person for person in rest if person.items)]
+    count = settings.kept_back
+    if count is None:
+        return []
+    shared = (person if person.id in anchors else not_kept_back(person, count) for person in candidates)
+    return [person for person in shared if person.items]
+
+
+def not_kept_back(person: Person, count: int) -> Person:
+    """Return the person without the first ``count`` items, and without later copies of these."""
+    first = {_fields(item) for item in person.items[:count]}
+    return replace(person, items=tuple(item for item in person.items[count:] if _fields(item) not in first))
+
+
+def _fields(item: Item) -> tuple[tuple[str, str], ...]:
+    return tuple(sorted(item.fields.items()))
 
 
 def pooled_items(
-    people: Sequence[Person], settings: TaskLoraSettings, seed: int, held_out: Sequence[Person] = ()
+    people: Sequence[Person],
+    settings: TaskLoraSettings,
+    seed: int,
+    held_out: Sequence[Person] = (),
+    sharing: Sequence[Person] = (),
 ) -> tuple[list[Item], list[Item]]:
     """Return the items that train the task LoRA, chosen by hash, and held-out items that tell when to stop.
 
     At most ``per_person`` items of each person, and at most ``items`` in total. With several rounds of training and 20
     people or more, a tenth of them is held out, together with the people who share items with them; or ``held_out``.
+    Candidates who are ``sharing`` train, and are not held out: later stages learn from them.
     The choice does not depend on the order of people. Source: our choice.
     """
     held = _held_out(people, seed) if settings.rounds > 1 and not held_out else set()
-    parts = [[p for p in people if _group(p) not in held], held_out or [p for p in people if _group(p) in held]]
-    trained, tested = (_pooled(part, settings, seed) for part in parts)
+    rest = [person for person in (*people, *sharing) if _group(person) not in held]
+    held_out = held_out or [person for person in people if _group(person) in held]
+    trained, tested = _pooled(rest, settings, seed), _pooled(held_out, settings, seed)
     return trained[: settings.items], tested[:_TESTED]
 
 

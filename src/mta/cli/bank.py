@@ -139,10 +139,10 @@ def calibrate(
     together: options.Together = None,
     json: options.Json = False,
 ) -> None:
-    """Calibrate a finished bank on people who are not in it: policy, stack, and gains to expect.
+    """Calibrate a finished bank on items that it was not trained on: policy, stack, and gains to expect.
 
-    People in the bank are left out. The bank gets a new hash, so personalize everybody again. An interrupted
-    calibration resumes.
+    Members of the bank are left out, except for items that candidates kept back. The bank gets a new hash, so
+    personalize everybody again. An interrupted calibration resumes.
 
     Example:  mta bank calibrate bank/ others.jsonl calibration.people=32
     """

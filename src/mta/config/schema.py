@@ -66,8 +66,8 @@ class Training(Settings):
 class TaskLoraSettings(Settings):
     """Stage 0. ``items`` limits the pooled examples, ``per_person`` the examples of one person.
 
-    Candidates for anchors train the task LoRA too, except with the first ``unseen`` items of those who do not become
-    anchors: on these items the bank is calibrated.
+    Candidates for anchors train the task LoRA, too. Those who do not become anchors keep their first ``unseen`` items
+    back: on these the bank is calibrated.
     """
 
     enabled: bool = Field(default=True, description="train a LoRA on pooled items first, below all later stages")
@@ -76,9 +76,14 @@ class TaskLoraSettings(Settings):
     items: int = Field(default=4000, ge=1, description="maximum number of pooled examples")
     per_person: int = Field(default=64, ge=1, description="maximum number of examples of one person")
     unseen: int | None = Field(
-        default=16, ge=2, description="first items of candidates to leave for the calibration; none: leave all"
+        default=16, ge=2, description="first items that candidates keep back; none: they do not train the task LoRA"
     )
     rounds: int = Field(default=4, ge=1, description="train so often at most, while held-out people gain")
+
+    @property
+    def kept_back(self) -> int | None:
+        """Number of first items that candidates keep back; None if they do not train the task LoRA."""
+        return self.unseen if self.enabled else None
 
 
 class BankSettings(Settings):

@@ -176,7 +176,8 @@ def _compared(
 ) -> Study:
     """Build the bank, and compare the methods on people outside the bank."""
     run = recipe.run
-    parts = f"task LoRA on {len(splits.task)} people, {run.bank.anchors} anchors of {len(splits.candidates)} candidates"
+    pooled = len(splits.task) + (len(splits.candidates) if run.task_lora.kept_back else 0)
+    parts = f"task LoRA on {pooled} people, {run.bank.anchors} anchors of {len(splits.candidates)} candidates"
     say(f"2/4  bank: {parts}")
     task_people, candidates = splits.select("task", people), splits.select("candidates", people)
     bank = Bank.build(base, candidates, out / "bank", task=run.task, run=run, task_people=task_people, on_step=on_step)

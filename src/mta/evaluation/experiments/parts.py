@@ -123,7 +123,7 @@ def on_everything(
     many items ``trained`` on and ``held_out``), in batches of the task LoRA's size.
     """
     words = ["task_lora.enabled=true", f"task_lora.items={10**9}", f"task_lora.per_person={10**9}"]
-    words += ["bank.anchors=1", "calibration.enabled=false"]
+    words += ["task_lora.unseen=null", "bank.anchors=1", "calibration.enabled=false"]
     if pool == "as-many":
         built = bank.info.run
         # Without held-out items there is one round. A killed and resumed build may not know its rounds: count the most.

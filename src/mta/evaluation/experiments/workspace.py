@@ -12,7 +12,7 @@ from typing import Any, Self
 from mta.bank.bank import Bank
 from mta.bank.build import build_bank
 from mta.bank.format import INFO, TASK_LORA
-from mta.bank.selection import CHOICE, pooled_items, task_lora_people
+from mta.bank.selection import CHOICE, pooled_items, sharing
 from mta.config import Run, override
 from mta.config.loader import dump_yaml
 from mta.data.bm25 import with_profiles
@@ -168,12 +168,13 @@ class Workspace:
 
     def _pooled(self, seed: int) -> list[list[Person]]:
         """Return the people behind the main bank's task LoRA and those held out from it, with only these items."""
-        run, anchors = self._run_of(MAIN, seed), {p.id for p in self._in_bank(self.bank(MAIN, seed), "anchor")}
-        parts, (task, candidates) = [], (self.splits.select(name, self.people) for name in ("task", "candidates"))
-        people = task_lora_people(task, candidates, anchors, run.task_lora)
-        for items in pooled_items(people, run.task_lora, seed):
+        bank, parts = self.bank(MAIN, seed), []
+        settings, anchors = bank.info.run.task_lora, {person.id for person in self._in_bank(bank, "anchor")}
+        task, candidates = (self.splits.select(name, self.people) for name in ("task", "candidates"))
+        others = sharing(candidates, anchors, settings)
+        for items in pooled_items(task, settings, seed, sharing=others):
             chosen = set(map(id, items))
-            cut = (replace(p, items=tuple(item for item in p.items if id(item) in chosen)) for p in people)
+            cut = (replace(p, items=tuple(item for item in p.items if id(item) in chosen)) for p in (*task, *others))
             parts.append([person for person in cut if person.items])
         return parts
 
@@ -191,7 +192,8 @@ class Workspace:
         if part.pool == "task":
             return self._shown(part, self.splits.select("task", self.people)), []
         task, held_out = self._pooled(seed)
-        bank, most, left = self.bank(MAIN, seed), self.recipe.run.bank.max_items, self.recipe.run.task_lora.unseen
+        bank = self.bank(MAIN, seed)
+        most, left = bank.info.run.bank.max_items, bank.info.run.task_lora.kept_back
         task += [person.latest(most) for person in self._in_bank(bank, "anchor")]
         measured = self._in_bank(bank, "calibration")
         task += [person.latest(most) if left is None else person.first(left) for person in measured]
@@ -229,13 +231,10 @@ class Workspace:
         return self._banks[name]
 
     def _shared_task_lora(self, part: Part, run: Run) -> Path | None:
-        """Return the main bank's task LoRA if the part changes only how anchors are trained.
-
-        Or how they are chosen, if they do not train the task LoRA.
-        """
+        """Return the main bank's task LoRA if the part's bank would have the same."""
         main, plain = self._folder(MAIN, run.seed), self._run_of(MAIN, run.seed)
         same = not part.retrieve and part.pool == "task" and run.model_copy(update={"bank": plain.bank}) == plain
-        if run.task_lora.unseen is not None:
+        if run.task_lora.kept_back is not None:  # then the choice of anchors matters to the task LoRA
             same &= all(getattr(run.bank, name) == getattr(plain.bank, name) for name in CHOICE)
         exists = part.bank != "main" and run.task_lora.enabled and (main / INFO).exists()
         return main / TASK_LORA if same and exists else None

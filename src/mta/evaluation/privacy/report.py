@@ -51,7 +51,8 @@ def sentences(found: Findings) -> list[str]:
         f"{items['anchors']} items of {meta['anchors']} anchors, {items['pool']} of {meta['pool']} people behind the "
         f"task LoRA, against {others}; {meta['targets']} targets with {meta['privacy']['shots']} shots each.",
         f"The score is minus the loss ({meta['loss']}), alone or relative to a model below; guessing has AUC 0.5 and "
-        f"TPR {FPR:.2f}. 95% intervals over people. Base and task LoRA were not trained on any anchor's item.",
+        f"TPR {FPR:.2f}. 95% intervals over people. The base was not trained on any anchor's item, and the task LoRA "
+        + ("on many: judge anchors over the base." if meta["anchors pooled"] else "was not either."),
     ]
     if items["others"] < AT_LEAST:
         few = f"only {items['others']} items of others, fewer than {AT_LEAST}"

@@ -137,6 +137,7 @@ def _meta(panel: Panel, sample: AttackSample, settings: Privacy) -> dict[str, An
         **{kind: len(theirs) for kind, theirs in people.items()},
         "targets": len(sample.targets),
         "items": {kind: sum(len(person.items) for person in theirs) for kind, theirs in people.items()},
+        "anchors pooled": panel.bank.info.run.task_lora.kept_back is not None,
         "seed": run.seed,
         "privacy": settings.model_dump(mode="json"),
         "run": run.model_dump(mode="json"),
@@ -162,7 +163,7 @@ class MembershipEvaluator:
     pairs: list[Pair] = field(default_factory=list)
 
     def attack_references(self) -> None:
-        """Attack base and task LoRA, which were not trained on the items of anchors."""
+        """Attack the base, which was not trained on the items of anchors, and the task LoRA, which may have been."""
         items = self.items
         # One person asks about all items, so that equal prompts and prompt beginnings are computed once.
         panel, everything = self._panel_of(self.panel.people[:1]), [range(len(items.items))]

@@ -5,12 +5,12 @@ from __future__ import annotations
 import itertools
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from torch import Tensor
 
 from mta.bank.bank import Bank
-from mta.bank.selection import pooled_items
+from mta.bank.selection import pooled_items, sharing
 from mta.config import Privacy
 from mta.data.history import Item, Person
 from mta.data.splits import draw
@@ -26,7 +26,7 @@ class AttackSample:
     """People, each with the items that models are asked about.
 
     ``anchors`` are in the bank's order; ``trained`` are the same people with all items they were trained on. ``pool``
-    are the people behind the task LoRA; empty without a task LoRA, or if some of these people are not known.
+    are people behind the task LoRA who are no anchors; empty without a task LoRA, or if people behind it are missing.
     ``targets`` are personalized; each has shots and later items. ``others`` are neither in the bank nor targets.
     """
 
@@ -120,7 +120,7 @@ def sample_people(bank: Bank, people: Sequence[Person], settings: Privacy, seed:
     return AttackSample(
         [_sample(person, settings.items, seed) for person in trained],
         trained,
-        _pool(bank, _behind_task_lora(bank, people), settings.items * len(anchors), seed),
+        _pool(bank, people, settings.items * len(anchors), seed),
         [person.first(2 * settings.shots) for person in targets],  # the shots, and as many later items
         [_sample(person, each, seed) for person in others],
     )
@@ -141,22 +141,21 @@ def _check_anchors(bank: Bank, anchors: Sequence[Person], people: int) -> None:
         )
 
 
-def _behind_task_lora(bank: Bank, people: Sequence[Person]) -> list[Person]:
-    """Return the people behind the task LoRA, with the items that it may have been trained on."""
-    info = bank.info
-    members = [person for person in people if "task LoRA" in info.members.artefacts_of(person.id)]
-    return [replace(person, items=person.items[info.unseen(person.id) or 0 :]) for person in members]
-
-
 def _pool(bank: Bank, people: Sequence[Person], items: int, seed: int) -> list[Person]:
-    """Return people who are behind the task LoRA alone with items it was trained on, about ``items`` in all."""
-    run, members = bank.info.run, bank.info.members
-    if not bank.task_lora or len(people) < members.task:
+    """Return people behind the task LoRA who are no anchors, with items it was trained on, about ``items`` in all."""
+    info, run = bank.info, bank.info.run
+    behind = [(person, of) for person in people if "task LoRA" in (of := info.members.artefacts_of(person.id))]
+    if not bank.task_lora or len(behind) < info.members.task:
         return []  # the pooled items of a person depend on the missing people
-    pooled = {id(item) for item in pooled_items(people, run.task_lora, run.seed)[0]}
-    trained = [Person(p.id, tuple(item for item in p.items if id(item) in pooled)) for p in people]
-    alone = (person for person in trained if person.items and "anchor" not in members.artefacts_of(person.id))
-    known = sorted(alone, key=lambda person: person.id)
+    own = [person for person, of in behind if "clusters" not in of]
+    others = sharing(
+        [person for person, of in behind if "clusters" in of],
+        {person.id for person, of in behind if "anchor" in of},
+        run.task_lora,
+    )
+    pooled = {id(item) for item in pooled_items(own, run.task_lora, run.seed, sharing=others)[0]}
+    trained = [Person(p.id, tuple(i for i in p.items if id(i) in pooled)) for p, of in behind if "anchor" not in of]
+    known = sorted((person for person in trained if person.items), key=lambda person: person.id)
     chosen = random.Random(seed).sample(known, min(items, len(known)))
     return [_sample(person, max(items // len(chosen), 1), seed) for person in chosen]
 

@@ -205,7 +205,7 @@ def _facts(bank: Bank, meta: Mapping[str, Any]) -> str:
         "note": info.base_note,
         "method": "Merge-then-Adapt (arXiv:2511.20072), protocol reconstructed",
         "bank": f"{len(bank)} anchors of rank {rank} out of {candidates} candidates, encoder {info.encoder}; "
-        f"task LoRA from {pooled} other people",
+        f"task LoRA from {pooled} people",
         **meta,
     }
     names = {"base": "Base model", "note": "About these weights", "terms": "Terms of the data"}

@@ -1,0 +1,43 @@
+"""The key of a bank: a hash of all inputs of its tensors."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from mta.bank.format import BEFORE, as_before, file_hashes
+from mta.config import Run, TaskLoraSettings
+from mta.data.tasks.task import Task
+from mta.model.base import BaseModel
+from mta.model.encoders import Encoder
+from mta.tracking import run_folder
+
+# Settings that the work key leaves out: they do not affect a bank, or the key holds a fingerprint instead.
+_NOT_IN_KEY = {"merge", "stack", "base", "encoder", "task", "device", "gradient_checkpointing"}
+
+
+def work_key(
+    base: BaseModel, task: Task, encoder: Encoder, histories: object, run: Run, task_lora: Path | None = None
+) -> str:
+    """Return a hash of all inputs that affect the tensors of a bank."""
+    unused = set() if run.calibration.enabled else {"calibration"}
+    settings = run.model_dump(mode="json", exclude=_NOT_IN_KEY | unused)
+    if run.calibration.enabled:  # it measures stacks too
+        settings["stack"] = run.stack.model_dump(mode="json", include={"enabled", "lora"})
+    for name in as_before(run.task_lora):  # as version 0.1.0 wrote it
+        del settings["task_lora"][name]
+    work = run_folder.work_of(base.fingerprint, encoder.fingerprint, task.identity, settings, histories)
+    if task_lora is None:
+        return work
+    return run_folder.work_of(work, file_hashes(task_lora, sorted(file.name for file in task_lora.iterdir())))
+
+
+def uncalibrated(run: Run) -> Run:
+    """Return the run without a calibration."""
+    return run.model_copy(update={"calibration": run.calibration.model_copy(update={"enabled": False})})
+
+
+def with_old_defaults(run: Run) -> Run:
+    """Return the run with the defaults of 0.1.0, which had none of these settings."""
+    defaults, before = TaskLoraSettings(), BEFORE | {"per_person": 32}
+    found = {name: old for name, old in before.items() if getattr(run.task_lora, name) == getattr(defaults, name)}
+    return uncalibrated(run.model_copy(update={"task_lora": run.task_lora.model_copy(update=found)}))

@@ -1,0 +1,107 @@
+"""The people whom a bank was trained on, as keyed hashes."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+from collections.abc import Sequence
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from mta.data.history import Person
+
+
+class Hashed(BaseModel):
+    """Members as keyed hashes, and the key. Readers can test a guessed id, but cannot list the ids."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    key: str
+    task: tuple[str, ...]
+    candidates: tuple[str, ...]
+    anchors: tuple[str, ...]
+    calibration: tuple[str, ...] = ()
+    kept_back: tuple[str, ...] = ()  # of candidates with the items that they kept back
+
+    def to_bytes(self) -> bytes:
+        """Return the contents of ``members.json``; equal members give equal bytes."""
+        unset = {name for name in ("calibration", "kept_back") if not getattr(self, name)}  # as older versions wrote it
+        return self.model_dump_json(indent=1, exclude=unset).encode() + b"\n"
+
+
+class Members(BaseModel):
+    """The people whom a bank was trained on: their numbers and, if the folder has ``members.json``, their hashes.
+
+    ``bank.json`` holds the sha256 of ``members.json``, which does not reveal members: their key is derived from all
+    histories. So a bank that was published without ``members.json`` has the same hash.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    task: int
+    candidates: int
+    anchors: int
+    sha256: str
+    hashed: Hashed | None = Field(default=None, exclude=True, repr=False)
+
+    @classmethod
+    def of(
+        cls,
+        secret: str,
+        task: Sequence[str],
+        candidates: Sequence[str],
+        anchors: Sequence[str],
+        calibration: Sequence[str] = (),
+        kept_back: Sequence[Person] = (),
+    ) -> Members:
+        """Hash ids with a key of this bank, derived from ``secret``; equal builds give equal members."""
+        key = hashlib.sha256(f"members/{secret}".encode()).hexdigest()[:32]
+        groups = {"task": task, "candidates": candidates, "anchors": anchors, "calibration": calibration}
+        groups["kept_back"] = [_with_items(person) for person in kept_back]
+        return cls.known_by(Hashed(key=key, **{name: _all_keyed(key, ids) for name, ids in groups.items()}))
+
+    def calibrated_on(self, people: Sequence[str]) -> Members:
+        """Return the members with these people behind the calibration; unchanged if ``hashed`` is None."""
+        if self.hashed is None:
+            return self
+        hashes = _all_keyed(self.hashed.key, people)
+        return self.known_by(self.hashed.model_copy(update={"calibration": hashes}))
+
+    def joined_by(self, anchors: Sequence[str]) -> Members:
+        """Return the members with more anchors and without a calibration; ``hashed`` must be known."""
+        assert self.hashed is not None
+        more = set(_all_keyed(self.hashed.key, anchors))
+        groups = {name: tuple(sorted({*getattr(self.hashed, name)} | more)) for name in ("candidates", "anchors")}
+        return self.known_by(self.hashed.model_copy(update={**groups, "calibration": ()}))
+
+    @classmethod
+    def known_by(cls, hashed: Hashed) -> Members:
+        """Return the members with the counts and the sha256 that ``bank.json`` holds."""
+        counts = {"task": len(hashed.task), "candidates": len(hashed.candidates), "anchors": len(hashed.anchors)}
+        return cls(**counts, sha256=hashlib.sha256(hashed.to_bytes()).hexdigest(), hashed=hashed)
+
+    def kept_back(self, person: Person) -> bool:
+        """Return whether the items of this person are those that a candidate kept back from the task LoRA."""
+        return self.hashed is not None and _keyed(self.hashed.key, _with_items(person)) in self.hashed.kept_back
+
+    def artefacts_of(self, person: str) -> list[str]:
+        """Return the parts trained on this person: 'task LoRA', 'clusters', 'anchor', 'calibration'.
+
+        Empty for unknown members.
+        """
+        if self.hashed is None:
+            return []
+        mine = _keyed(self.hashed.key, person)
+        places = {"task LoRA": self.hashed.task, "clusters": self.hashed.candidates, "anchor": self.hashed.anchors}
+        places["calibration"] = self.hashed.calibration
+        return [name for name, hashes in places.items() if mine in hashes]
+
+
+def _with_items(person: Person) -> str:
+    return f"{person.id}/{person.digest()}"
+
+
+def _all_keyed(key: str, people: Sequence[str]) -> tuple[str, ...]:
+    return tuple(sorted(_keyed(key, person) for person in people))
+
+
+def _keyed(key: str, person: str) -> str:
+    return hmac.new(bytes.fromhex(key), person.encode(), hashlib.sha256).hexdigest()[:24]
