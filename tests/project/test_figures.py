@@ -46,7 +46,7 @@ def test_every_interval_is_in_a_result_file(page, measured):
 
 
 def test_a_wrong_figure_would_be_found(measured):
-    assert figures_in("NLL -0.073 [-0.090,\n-0.056]") <= measured
+    assert figures_in("NLL -0.061 [-0.079,\n-0.042]") <= measured
     assert not figures_in("NLL **-0.073 [-0.099, -0.056]**") & measured
     assert figures_in("0.070 [-0.004, 0.147]") == figures_in("-0.070 [-0.147, +0.004]")
     assert figures_in("-0.070 [-0.147, -0.004]") != figures_in("-0.070 [-0.147, +0.004]")
