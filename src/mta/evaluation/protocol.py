@@ -171,7 +171,7 @@ class Panel:
 
     @property
     def pool(self) -> Sequence[Person]:
-        """The people behind the task LoRA; empty if they are not known."""
+        """The task people; empty if they are not known."""
         return self.context.pool
 
     @cached_property

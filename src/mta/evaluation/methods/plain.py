@@ -25,7 +25,7 @@ class _Constant(Method):
 
 @register
 class GlobalConstant(_Constant):
-    """The same answer for everybody: the most frequent label, or the median rating, of the people behind the task LoRA.
+    """The same answer for everybody: the most frequent label, or the median rating, of the task people.
 
     If the panel does not know these people, the labels of all shots are used.
     """
