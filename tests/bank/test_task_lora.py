@@ -17,7 +17,7 @@ from mta.bank import build as build_module
 from mta.bank import recalibrate
 from mta.bank.bank import Bank
 from mta.bank.format import read_info
-from mta.bank.selection import pooled_items, sharing
+from mta.bank.selection import pooled_candidates, pooled_items
 from mta.config import Run, TaskLoraSettings, Training
 from mta.data.history import Item, Person
 from mta.data.tasks import load_task
@@ -97,17 +97,17 @@ def test_a_tenth_of_the_people_is_held_out_with_those_who_share_items(groups):
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=6), st.sets(st.integers(0, 5)), st.integers(2, 9))
 def test_candidates_train_the_task_lora_but_for_what_they_keep_back(sizes, anchors, unseen):
     candidates, ids = people(*sizes), {f"p{n}" for n in anchors}
-    found = {person.id: person.items for person in sharing(candidates, ids, TaskLoraSettings(unseen=unseen))}
+    found = {person.id: person.items for person in pooled_candidates(candidates, ids, TaskLoraSettings(unseen=unseen))}
     for person in candidates:
         assert found.get(person.id, ()) == person.items[0 if person.id in ids else unseen :]
-    assert sharing(candidates, ids, TaskLoraSettings(unseen=None)) == []
-    assert sharing(candidates, ids, TaskLoraSettings(enabled=False, unseen=unseen)) == []
+    assert pooled_candidates(candidates, ids, TaskLoraSettings(unseen=None)) == []
+    assert pooled_candidates(candidates, ids, TaskLoraSettings(enabled=False, unseen=unseen)) == []
 
 
 def test_a_later_copy_of_an_item_that_is_kept_back_trains_nothing():
     (person,) = people(5)
     twice = replace(person, items=(*person.items, replace(person.items[1], time=9.0)))
-    (found,) = sharing([twice], set(), TaskLoraSettings(unseen=2))
+    (found,) = pooled_candidates([twice], set(), TaskLoraSettings(unseen=2))
     assert found.items == person.items[2:]
 
 
@@ -115,7 +115,7 @@ def test_a_later_copy_of_an_item_that_is_kept_back_trains_nothing():
 def test_only_task_people_are_held_out(sizes, seed):
     own = people(*[3] * 20)
     others = [replace(person, id=f"c{person.id}") for person in people(*sizes)]
-    trained, tested = pooled_items(own, TaskLoraSettings(), seed, sharing=others)
+    trained, tested = pooled_items(own, TaskLoraSettings(), seed, candidates=others)
     assert {id(item) for item in tested} < {id(item) for person in own for item in person.items}
     assert {id(item) for person in others for item in person.items} <= {id(item) for item in trained}
     assert len(trained) + len(tested) == 60 + sum(sizes)

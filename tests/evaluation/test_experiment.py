@@ -14,7 +14,7 @@ from conftest import people_of
 from tiny import base_of, tokenizer
 
 from mta.bank.build import LOSSES
-from mta.bank.selection import pooled_items, sharing
+from mta.bank.selection import pooled_candidates, pooled_items
 from mta.config import override
 from mta.data.readers import read_answers
 from mta.data.tasks import load_task
@@ -135,7 +135,7 @@ def test_the_fair_pool_trains_on_all_that_the_bank_saw_and_for_as_many_examples(
     task, candidates = (workspace.splits.select(name, workspace.people) for name in ("task", "candidates"))
     anchors = {id for id, part in parts.items() if "anchor" in part}
     settings = main.info.run.task_lora
-    own, held = pooled_items(task, settings, 0, sharing=sharing(candidates, anchors, settings))
+    own, held = pooled_items(task, settings, 0, candidates=pooled_candidates(candidates, anchors, settings))
     wanted = set(map(id, own))
     for person in candidates:
         if "calibration" in parts[person.id]:

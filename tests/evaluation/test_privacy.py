@@ -240,7 +240,7 @@ def test_the_task_loras_items_are_those_it_was_trained_on(world):
     bank = world[1]
     parts = sample_people(bank, EVERYBODY, SETTINGS, seed=0)
     others, run = [one for one in CANDIDATES if one.id in {anchor.id for anchor in parts.anchors}], bank.info.run
-    pooled = set(map(id, pooled_items(TASK_PEOPLE, run.task_lora, run.seed, sharing=others)[0]))
+    pooled = set(map(id, pooled_items(TASK_PEOPLE, run.task_lora, run.seed, candidates=others)[0]))
     assert {person.id for person in parts.pool} == {person.id for person in TASK_PEOPLE}
     assert set(map(id, (item for person in parts.pool for item in person.items))) <= pooled
     assert (

@@ -76,7 +76,7 @@ class Bank:
 
         Without ``task_people``, they are half of ``people``, drawn by hash, and the others are the candidates for
         anchors; people who share items stay together, unless more than half of all people do. Candidates train the task
-        LoRA, too (``task_lora_people``).
+        LoRA, too (``task_lora.unseen``).
         ``task`` defaults to the task that ``people`` were read for. The other keywords are those of ``build_bank``.
         Raises InputError for too few people, BankError if ``out`` holds another bank.
         """

@@ -39,7 +39,7 @@ from mta.bank.format import (
 )
 from mta.bank.keys import uncalibrated, with_old_defaults, work_key
 from mta.bank.members import Members
-from mta.bank.selection import choose_anchors, pooled_items, sharing
+from mta.bank.selection import choose_anchors, pooled_candidates, pooled_items
 from mta.bank.worker import BankWorker, Piece, open_worker, train_piece
 from mta.config import Lora, Run, parse_size
 from mta.data.history import Item, Person
@@ -87,7 +87,7 @@ def build_bank(
 ) -> None:
     """Train the task LoRA and one meta-LoRA per anchor among ``candidates``; write them to ``out``.
 
-    The task LoRA is trained on ``task_people`` and on the candidates (``sharing``), while the loss of ``held_out``
+    The task LoRA is trained on ``task_people`` and on the ``pooled_candidates``, while the loss of ``held_out``
     people falls; by default a tenth of ``task_people``.
     ``task_lora`` is the folder of a task LoRA that was trained earlier with the same settings and people; it is copied.
     A killed build resumes from its last checkpoint, unless ``resume`` is False. A finished bank is not changed, except
@@ -131,12 +131,12 @@ def build_bank(
     ids, left = {person.id for person in anchors}, run.task_lora.kept_back
     if left is not None:  # candidates with too few items for an anchor train like task people
         task_people = [*task_people, *(person for person in candidates if len(person.items) < run.bank.min_items)]
-    too = sharing(able, ids, run.task_lora)
+    also = pooled_candidates(able, ids, run.task_lora)
     others = to_calibrate(task, able, [*task_people, *held_out], ids, run)
     plan_of(base, known_people(base, task, others, run.calibration), len(anchors), run)
     record.about["plan"] = plan.digest
     with record:
-        pooled = build.task_lora(task_people, too, held_out, task_lora) if run.task_lora.enabled else None
+        pooled = build.task_lora(task_people, also, held_out, task_lora) if run.task_lora.enabled else None
         bank = build.meta_loras(jobs, plan, pooled)
         write_tensors(out / ANCHORS, bank.tensors(), {"scale": repr(bank.scale)})
         write_tensors(out / INDEX, {"vectors": vectors[chosen].contiguous()})
@@ -144,7 +144,7 @@ def build_bank(
         calibration = build.calibration(bank, pooled, others) if run.calibration.enabled else None
         secret = json.dumps([work, histories])  # the work key is not secret: it is in bank.json
         pooled_ids, able_ids, anchor_ids, other_ids = (
-            [person.id for person in group] for group in ([*task_people, *too, *held_out], able, anchors, others)
+            [person.id for person in group] for group in ([*task_people, *also, *held_out], able, anchors, others)
         )
         kept = [] if left is None else [person.first(left) for person in able if person.id not in ids]
         members = Members.of(secret, pooled_ids, able_ids, anchor_ids, other_ids, kept)
@@ -196,7 +196,7 @@ class _Build:
         return plan_cohorts(self.base, jobs, numbers, memory, below=below, most=executor.most, threads=executor.threads)
 
     def task_lora(
-        self, people: Sequence[Person], too: Sequence[Person], held_out: Sequence[Person], given: Path | None
+        self, people: Sequence[Person], candidates: Sequence[Person], held_out: Sequence[Person], given: Path | None
     ) -> LoraBatch:
         """Run stage 0, or copy the task LoRA from the folder ``given``, and return the task LoRA."""
         folder, done = self.out / TASK_LORA, self.out / "work" / "task.done"
@@ -207,7 +207,7 @@ class _Build:
                 for file in sorted(given.iterdir()):
                     copy_file(file, folder / file.name)
             else:
-                trained = self.rounds(*pooled_items(people, self.run.task_lora, self.run.seed, held_out, too))
+                trained = self.rounds(*pooled_items(people, self.run.task_lora, self.run.seed, held_out, candidates))
                 write_peft(folder, trained, self.base.name, fan_in_fan_out=self.base.fan_in_fan_out)
             write_text(done, self.stages)
         return read_peft(folder).to(self.base.device)

@@ -20,7 +20,7 @@ CHOICE = ("anchors", "min_items", "encode", "choose")  # settings of the bank th
 _TESTED = 256  # held-out items of the task LoRA, at most
 
 
-def sharing(candidates: Sequence[Person], anchors: Set[str], settings: TaskLoraSettings) -> list[Person]:
+def pooled_candidates(candidates: Sequence[Person], anchors: Set[str], settings: TaskLoraSettings) -> list[Person]:
     """Return the candidates who train the task LoRA, too, with the items that may.
 
     These are all items of the ``anchors`` (ids), and of others those that they do not keep back.
@@ -48,17 +48,17 @@ def pooled_items(
     settings: TaskLoraSettings,
     seed: int,
     held_out: Sequence[Person] = (),
-    sharing: Sequence[Person] = (),
+    candidates: Sequence[Person] = (),
 ) -> tuple[list[Item], list[Item]]:
     """Return the items that train the task LoRA, chosen by hash, and held-out items that tell when to stop.
 
     At most ``per_person`` items of each person, and at most ``items`` in total. With several rounds of training and 20
     people or more, a tenth of them is held out, together with the people who share items with them; or ``held_out``.
-    Candidates who are ``sharing`` train, and are not held out: later stages learn from them.
+    The ``candidates`` train, too, and are not held out: later stages learn from them.
     The choice does not depend on the order of people. Source: our choice.
     """
     held = _held_out(people, seed) if settings.rounds > 1 and not held_out else set()
-    rest = [person for person in (*people, *sharing) if _group(person) not in held]
+    rest = [person for person in (*people, *candidates) if _group(person) not in held]
     held_out = held_out or [person for person in people if _group(person) in held]
     trained, tested = _pooled(rest, settings, seed), _pooled(held_out, settings, seed)
     return trained[: settings.items], tested[:_TESTED]

@@ -12,7 +12,7 @@ from typing import Any, Self
 from mta.bank.bank import Bank
 from mta.bank.build import build_bank
 from mta.bank.format import INFO, TASK_LORA
-from mta.bank.selection import CHOICE, pooled_items, sharing
+from mta.bank.selection import CHOICE, pooled_candidates, pooled_items
 from mta.config import Run, override
 from mta.config.loader import dump_yaml
 from mta.data.bm25 import with_profiles
@@ -171,8 +171,8 @@ class Workspace:
         bank, parts = self.bank(MAIN, seed), []
         settings, anchors = bank.info.run.task_lora, {person.id for person in self._in_bank(bank, "anchor")}
         task, candidates = (self.splits.select(name, self.people) for name in ("task", "candidates"))
-        others = sharing(candidates, anchors, settings)
-        for items in pooled_items(task, settings, seed, sharing=others):
+        others = pooled_candidates(candidates, anchors, settings)
+        for items in pooled_items(task, settings, seed, candidates=others):
             chosen = set(map(id, items))
             cut = (replace(p, items=tuple(item for item in p.items if id(item) in chosen)) for p in (*task, *others))
             parts.append([person for person in cut if person.items])

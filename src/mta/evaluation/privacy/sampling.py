@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from mta.bank.bank import Bank
-from mta.bank.selection import pooled_items, sharing
+from mta.bank.selection import pooled_candidates, pooled_items
 from mta.config import Privacy
 from mta.data.history import Item, Person
 from mta.data.splits import draw
@@ -148,12 +148,12 @@ def _pool(bank: Bank, people: Sequence[Person], items: int, seed: int) -> list[P
     if not bank.task_lora or len(behind) < info.members.task:
         return []  # the pooled items of a person depend on the missing people
     own = [person for person, of in behind if "clusters" not in of]
-    others = sharing(
+    others = pooled_candidates(
         [person for person, of in behind if "clusters" in of],
         {person.id for person, of in behind if "anchor" in of},
         run.task_lora,
     )
-    pooled = {id(item) for item in pooled_items(own, run.task_lora, run.seed, sharing=others)[0]}
+    pooled = {id(item) for item in pooled_items(own, run.task_lora, run.seed, candidates=others)[0]}
     trained = [Person(p.id, tuple(i for i in p.items if id(i) in pooled)) for p, of in behind if "anchor" not in of]
     known = sorted((person for person in trained if person.items), key=lambda person: person.id)
     chosen = random.Random(seed).sample(known, min(items, len(known)))
