@@ -68,3 +68,11 @@ def stepped(scheduler):
     finally:
         scheduler.step = step
         steps.release()  # for the step that waits
+
+
+def waited(ask, seconds=60):
+    """What ``ask`` returns as soon as its status is neither waiting nor running."""
+    until = time.monotonic() + seconds
+    while (found := ask())["status"] in ("waiting", "running") and time.monotonic() < until:
+        time.sleep(0.05)
+    return found

@@ -1,14 +1,14 @@
 """Open a bank: complete and for this base, or refused; and mark a bank after a person in it was forgotten."""
 
 import json
-import os
 import shutil
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 from conftest import TINY_RUN, HashEncoder, people_of
+from damage import BASE, HASHED, as_schema_1, corrupt, flipped, rewritten
+from damage import folder as folder  # the fixture
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -16,27 +16,13 @@ from tiny import base_of
 
 from mta.bank.bank import Bank
 from mta.bank.build import build_bank
-from mta.bank.format import PUBLISHED, file_hashes, mark_stale, note_published, read_info, seal, stale
+from mta.bank.format import PUBLISHED, file_hashes, mark_stale, note_published, read_info, stale
 from mta.bank.members import Members
 from mta.config import Lora
 from mta.errors import BankCorrupt, BankError, BankMismatch
 from mta.model.encoders import encode_people
 
-HASHED = (
-    "anchors.safetensors",
-    "calibration.safetensors",
-    "index.safetensors",
-    "task_lora/adapter_config.json",
-    "task_lora/adapter_model.safetensors",
-)
 ALL = (*HASHED, "members.json", "bank.json")
-BASE = base_of()
-
-
-@pytest.fixture
-def folder(tiny_bank_folder, tmp_path, cache):
-    """A copy of the bank that a test may damage."""
-    return Path(shutil.copytree(tiny_bank_folder, tmp_path / "bank"))
 
 
 @pytest.fixture(scope="module")
@@ -47,26 +33,6 @@ def foreign(tmp_path_factory, task):
     run = TINY_RUN.model_copy(update={"task_lora": stage_0})
     build_bank(BASE, task, HashEncoder(), people_of(4, prefix="x"), people_of(12, prefix="y", seed=7), run, out)
     return out
-
-
-def corrupt(folder: Path, **how) -> str:
-    with pytest.raises(BankCorrupt) as caught:
-        Bank.open(folder, BASE, **how)
-    return str(caught.value)
-
-
-def flipped(path: Path, place: int, bits: int = 1) -> None:
-    data = bytearray(path.read_bytes())
-    data[place] ^= bits
-    path.write_bytes(data)
-
-
-def rewritten(folder: Path, **values) -> None:
-    """Change the description and seal it anew, as another version of mta would have written it."""
-    path = folder / "bank.json"
-    described = json.loads(path.read_text()) | values
-    del described["sha256"]
-    path.write_text(json.dumps(described | {"sha256": seal(described)}))
 
 
 # -- whole -------------------------------------------------------------------------------------------------------------
@@ -288,13 +254,6 @@ def test_the_description_alone_does_not_give_the_members_key_away(folder):
     assert Members.of(json.loads(described)["work"], *ids).hashed.key != hashed.key
 
 
-def as_schema_1(folder: Path) -> None:
-    """The bank as mta wrote it before members had a file of their own."""
-    members = json.loads((folder / "members.json").read_text())
-    (folder / "members.json").unlink()
-    rewritten(folder, version=1, members=members)
-
-
 def test_a_bank_of_schema_1_is_read_as_it_is(folder):
     before = Bank.open(folder, BASE)
     as_schema_1(folder)
@@ -305,74 +264,6 @@ def test_a_bank_of_schema_1_is_read_as_it_is(folder):
     assert (folder / "bank.json").read_bytes() == written
     rewritten(folder, members={"key": "00"})
     assert "does not describe a bank: 3 validation errors for Hashed" in corrupt(folder)
-
-
-# -- checked once ------------------------------------------------------------------------------------------------------
-
-
-def hashes_taken(monkeypatch) -> list:
-    """A list that grows whenever files are read for their hashes."""
-    taken, plain = [], file_hashes
-    monkeypatch.setattr("mta.bank.format.file_hashes", lambda *given: taken.append(given) or plain(*given))
-    return taken
-
-
-def test_hashes_are_taken_once_and_then_only_when_asked(folder, monkeypatch):
-    taken = hashes_taken(monkeypatch)
-    for expected, full in ((1, False), (1, False), (2, True), (2, False)):
-        Bank.open(folder, BASE, full=full)
-        assert len(taken) == expected
-
-
-def test_a_change_after_the_first_opening_is_noticed_by_its_time(folder):
-    Bank.open(folder, BASE)
-    flipped(folder / "anchors.safetensors", -1)
-    corrupt(folder)
-
-
-def test_and_by_its_size(folder):
-    path = folder / "anchors.safetensors"
-    Bank.open(folder, BASE)
-    times = (path.stat().st_atime_ns, path.stat().st_mtime_ns)
-    path.write_bytes(path.read_bytes() + b"!")
-    os.utime(path, ns=times)
-    corrupt(folder)
-
-
-def test_a_change_that_hides_its_time_is_noticed_by_a_full_check(folder):
-    path = folder / "anchors.safetensors"
-    Bank.open(folder, BASE)
-    times = (path.stat().st_atime_ns, path.stat().st_mtime_ns)
-    flipped(path, -1)
-    os.utime(path, ns=times)
-    Bank.open(folder, BASE)  # the price of not reading everything every time
-    corrupt(folder, full=True)
-
-
-def test_a_touched_bank_is_checked_again_and_opens(folder, monkeypatch):
-    Bank.open(folder, BASE)
-    (folder / "anchors.safetensors").touch()
-    taken = hashes_taken(monkeypatch)
-    Bank.open(folder, BASE)
-    Bank.open(folder, BASE)
-    assert len(taken) == 1
-
-
-def test_a_damaged_bank_is_never_noted_as_checked(folder):
-    flipped(folder / "index.safetensors", -1)
-    corrupt(folder)
-    corrupt(folder)
-
-
-def test_a_cache_that_cannot_be_written_to_does_not_keep_a_bank_shut(folder, cache):
-    cache.write_text("a file where the cache folder should be")
-    assert len(Bank.open(folder, BASE)) == 3
-
-
-def test_a_moved_bank_is_the_same_bank(folder):
-    before = Bank.open(folder, BASE).hash
-    moved = folder.rename(folder.with_name("moved"))
-    assert Bank.open(moved, BASE).hash == before
 
 
 # -- forgetting --------------------------------------------------------------------------------------------------------

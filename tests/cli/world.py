@@ -149,3 +149,9 @@ class World:
         shutil.copytree(self.bank, folder / "bank")
         shutil.copytree(self.store, folder / "people")
         return ["--bank", folder / "bank", "--store", folder / "people"]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    with built(tmp_path_factory.mktemp("world")) as made:
+        yield made

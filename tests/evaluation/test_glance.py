@@ -4,8 +4,8 @@ import io
 import re
 
 import pytest
+from compared import ASKED, EVERY, comparison_of
 from rich.console import Console
-from test_report import ASKED, EVERY, comparison_of
 
 from mta.data.tasks import load_task
 from mta.evaluation.asking import Asked, Interview, interview

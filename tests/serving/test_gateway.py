@@ -1,62 +1,22 @@
 """The gateway over HTTP: with OpenAI's client, and with unauthorized or malformed requests."""
 
-import json
-import random
-import re
 import shutil
-import socket
-import time
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 
 import httpx2
 import openai
 import pytest
 from conftest import HashEncoder, people_of, personalizer
-from served import endless, served, stepped
-from tiny import base_of, random_loras
+from gateway import ASKED, said, shown
+from gateway import world as world  # the fixture
+from served import endless, served
+from tiny import base_of
 
 from mta.bank.bank import Bank
-from mta.errors import PersonNotFound
 from mta.model.generate import generate
-from mta.personalize import forget_person, stages
 from mta.personalize.adapters import row_adapters
-from mta.personalize.likelihoods import shots_of
-from mta.serving.api.completions import Text
-from mta.serving.api.limits import Limits
 from mta.serving.embedded.engine import EmbeddedEngine
 from mta.store import Store
 from mta.store.state import State
-
-ASKED = [{"role": "user", "content": "Film 7"}]
-
-
-@pytest.fixture(scope="module")
-def world(tiny_bank_folder, tmp_path_factory):
-    """A server with three people in its store: ann, bob, team/cy."""
-    base = endless(base_of())
-    bank, folder = Bank.open(tiny_bank_folder, base), tmp_path_factory.mktemp("served")
-    with served(base, bank, folder, limits=Limits(forgets=0)) as here:
-        for n, id in enumerate(("ann", "bob", "team/cy")):
-            stack = random_loras(base, 1, rank=1, size=0.6, seed=n)
-            state = State(bank.hash, (0, 1, 2), (30.0, -20.0, 5.0 * n), "fixed", "", f"work{n}", 0, stack)
-            here.service.store.save(id, state)
-        here.client = lambda name: openai.OpenAI(base_url=f"{here.url}/v1", api_key=here.secrets[name], max_retries=0)
-        here.http = lambda name: httpx2.Client(
-            timeout=60, base_url=here.url, headers={"Authorization": f"Bearer {here.secrets[name]}"} if name else {}
-        )
-        yield here
-
-
-def shown(base, tokens):
-    """The text of tokens as a client sees it."""
-    text = Text(base.tokenizer)
-    return "".join([*(text.add(token) for token in tokens), text.end()])
-
-
-def said(client, model, **how):
-    found = client.chat.completions.create(model=model, messages=ASKED, max_tokens=12, temperature=0, **how)
-    return found.choices[0].message.content
 
 
 def test_each_person_is_answered_by_their_own_model_streaming_or_not(world):
@@ -270,145 +230,6 @@ def test_a_long_body_is_refused(world):
         assert found.status_code == 413
 
 
-def test_append_history_personalize_ask_and_forget(world):
-    fields = [dict(item.fields) for item in people_of(1, items=6, seed=9)[0].items]
-    items = [{"fields": one, "time": n} for n, one in enumerate(fields)]
-    with world.http("team") as http:
-        where = "/v1/people/team/dee"
-        assert http.get(where).status_code == 404
-        assert http.post(f"{where}/personalize").status_code == 400
-        assert http.post(f"{where}/history", json={"items": items[:4]}).json() == {"items": 4, "kept": False}
-        assert http.post(f"{where}/history", json={"items": items[4:], "keep": True}).json() == {
-            "items": 2,
-            "kept": True,
-        }
-        assert http.post(f"{where}/history", json={"items": [{"fields": {"title": "x"}}]}).status_code == 400
-        wrong = http.post(f"{where}/history", json={"items": [{"fields": fields[0] | {"rating": "9"}}]})
-        assert wrong.status_code == 400
-        assert "unknown label '9'" in wrong.json()["error"]["message"]
-        assert http.post(f"{where}/personalize").status_code == 202
-        done = _waited(lambda: http.get(f"{where}/personalize").json())
-        assert done == {"status": "done", "version": 1, "message": ""}
-        kept = http.get(where).json()
-        assert (kept["versions"], kept["items_kept"], kept["items_held"], len(kept["w"])) == ([1], 2, 4, 3)
-        assert said(world.client("team"), "person:team/dee") is not None
-        assert http.delete(where).json() == {
-            "removed": True,
-            "needs_rebuild": [],
-            "exports_left": 0,
-            "banks_unmarked": 0,
-        }
-        assert http.get(where).status_code == http.get(f"{where}/personalize").status_code == 404
-    with pytest.raises(openai.NotFoundError):
-        said(world.client("team"), "person:team/dee")
-    with pytest.raises(PersonNotFound):
-        world.service.store.load("team/dee")
-    assert world.service.store.history("team/dee") is None
-
-
-@pytest.mark.parametrize(("key", "named"), [("admin", True), ("team", False)])
-def test_a_remaining_export_is_named_to_the_operator_and_stays_recorded_for_other_keys(world, tmp_path, key, named):
-    personal, store, id = world.service.jobs.personal, world.service.store, "team/exported"
-    personal.personalize([replace(people_of(1, items=4, seed=3)[0], id=id)])
-    personal.export(id, tmp_path / "adapter")
-    (tmp_path / "adapter" / "adapter_model.safetensors").write_bytes(b"changed")
-    with world.http(key) as http:
-        found = http.delete("/v1/people/team/exported").json()
-    assert found["exports_left"] == 1
-    assert ("exports" in found) == named
-    assert [export.folder for export in store.exports.of(id)] == ([] if named else [str(tmp_path / "adapter")])
-    assert forget_person(id, store).exports_left == (
-        [] if named else [f"{tmp_path}/adapter (its adapter was changed since)"]
-    )
-
-
-def test_a_person_key_lists_its_model_while_the_model_exists(world):
-    listed = [model.id for model in world.client("ann").models.list()]
-    assert ("person:ann" in listed) == ("ann" in world.service.store)
-
-
-def test_a_diverged_person_fails_and_the_others_are_done(world, monkeypatch):
-    jobs, people = world.service.jobs, people_of(2, items=3, prefix="astray")
-    key = shots_of(world.service.jobs.personal.base, world.service.task, people[0]).key
-    measured = stages.mean_nll
-    nan = float("nan")
-    monkeypatch.setattr(
-        "mta.personalize.stages.mean_nll",
-        lambda base, jobs, *more, **how: [
-            nan if job.key == key else loss for job, loss in zip(jobs, measured(base, jobs, *more, **how))
-        ],
-    )
-    for person in people:
-        jobs.put(person)
-    for person, state in zip(people, ("failed", "done")):
-        assert _waited(lambda: {"status": jobs.status(person.id).state})["status"] == state  # noqa: B023
-    assert "diverged" in jobs.status(people[0].id).message
-
-
-def test_only_the_last_finished_statuses_are_kept(world, monkeypatch):
-    monkeypatch.setattr("mta.serving.api.jobs.REMEMBERED", 1)
-    jobs, people = world.service.jobs, people_of(3, items=2, prefix="many")
-    for person in people:
-        jobs.put(person)
-        _waited(lambda: {"status": jobs.status(person.id).state})  # noqa: B023
-    assert [jobs.status(person.id) and jobs.status(person.id).state for person in people] == [None, None, "done"]
-
-
-def test_forgetting_during_other_requests_leaves_nothing(world):
-    item = {"fields": dict(people_of(1, items=1)[0].items[0].fields)}
-    where, store = "/v1/people/team/eve", world.service.store
-
-    def busy(seed):
-        draw = random.Random(seed)
-        with world.http("team") as http:
-            for _ in range(12):
-                way = draw.choice(("keep", "hold", "personalize", "ask", "forget"))
-                if way in ("keep", "hold"):
-                    http.post(f"{where}/history", json={"items": [item], "keep": way == "keep"})
-                elif way == "ask":
-                    http.post("/v1/completions", json={"model": "person:team/eve", "prompt": "x", "max_tokens": 2})
-                elif way == "personalize":
-                    http.post(f"{where}/personalize")
-                else:
-                    assert http.delete(where, timeout=60).status_code == 200
-
-    with ThreadPoolExecutor(6) as pool:
-        list(pool.map(busy, range(6)))
-    with world.http("team") as http:
-        assert http.delete(where, timeout=60).status_code == 200
-        time.sleep(0.5)  # whatever was begun in spite of it would show by now
-        assert http.get(where).status_code == http.get(f"{where}/personalize").status_code == 404
-    assert (store.latest("team/eve"), store.history("team/eve")) == (None, None)
-    assert not any(getattr(who, "person", "") == "team/eve" for who in list(world.service.engine.activated))
-
-
-def test_metrics_count_and_contain_no_ids(world):
-    said(world.client("serve"), "person:ann")
-    text = httpx2.get(f"{world.url}/metrics", timeout=60).text
-    for name in ("mta_requests_total", "mta_first_token_seconds_count", "mta_engine_merges", "mta_answer_tokens_total"):
-        assert name in text
-    for secret in ("ann", "bob", "team", "Film"):
-        assert not re.search(f'[":]{secret}', text)
-
-
-def test_only_an_admin_lists_the_models_in_memory(world):
-    said(world.client("serve"), "person:ann")
-    with world.http("admin") as http:
-        listed = {one["id"] for one in http.get("/v1/adapters").json()["data"]}
-    assert {re.sub("@v[0-9]+", "", name) for name in listed} >= {"person:ann"}
-    for name in ("serve", "ann", "team"):
-        with world.http(name) as http:
-            refused = http.get("/v1/adapters")
-            assert refused.status_code == 403
-            assert "person:" not in refused.text
-
-
-def test_files_contain_no_secret(world):
-    for path in world.service.jobs.personal.bank.folder.parent.rglob("*"):
-        if path.is_file() and path.suffix in (".json", ".yaml"):
-            assert not any(secret.encode() in path.read_bytes() for secret in world.secrets.values()), path
-
-
 @pytest.mark.parametrize(
     "odd", [{"temperature": 1e-40}, {"top_p": 1e-60, "temperature": 2}, {"n": None, "stream": None}]
 )
@@ -429,19 +250,6 @@ def test_cached_token_counts_do_not_reveal_another_callers_prompts(world):
     assert cached[2] > 10
 
 
-def test_a_person_forgotten_elsewhere_is_not_served_from_the_cache(world):
-    store, client = world.service.store, world.client("serve")
-    kept = [store.load("bob"), store.load("team/cy")]
-    store.save("dan", kept[0])
-    before = said(client, "person:dan@v1")
-    forget_person("dan", store)
-    with pytest.raises(openai.NotFoundError):
-        said(client, "person:dan@v1")
-    store.save("dan", kept[1])
-    assert said(client, "person:dan@v1") != before
-    assert said(client, "person:dan@v1") == said(client, "person:team/cy")
-
-
 def test_token_offsets_continue_from_piece_to_piece(world):
     stream = world.client("serve").completions.create(
         model="person:bob", prompt="hello", max_tokens=6, temperature=0, logprobs=1, stream=True
@@ -456,106 +264,3 @@ def test_a_person_key_cannot_take_all_slots(world):
         with pytest.raises(openai.RateLimitError, match="at most 8 answers at once"):
             world.client("ann").completions.create(model="task", prompt="x", max_tokens=2, n=9)
         assert len(world.client("ann").completions.create(model="task", prompt="x", max_tokens=2, n=8).choices) == 8
-
-
-def test_without_keys_only_this_machine_is_served(tiny, tmp_path):
-    base, bank = tiny
-    with served(base, bank, tmp_path, keyless=True) as here:
-        own = {"Host": here.url.removeprefix("http://")}
-        shown = [{}, own | {"Origin": here.url}, own | {"Origin": "http://evil.example"}, {"Host": "evil.example"}]
-        codes = [httpx2.get(f"{here.url}/v1/models", headers=headers, timeout=60).status_code for headers in shown]
-        assert codes == [200, 200, 403, 403]
-
-
-def test_a_disconnect_before_the_answer_frees_the_slot(tiny, tmp_path):
-    base, bank = tiny
-    with served(endless(base), bank, tmp_path, slots=1, length=500) as here:
-        headers = {"Authorization": f"Bearer {here.secrets['serve']}"}
-        body = {"model": "task", "prompt": "x", "max_tokens": 400, "temperature": 0}
-        scheduler = here.service.engine.scheduler
-        scheduler.stops = frozenset()  # random weights may choose any token
-        with stepped(scheduler) as steps:
-            address = ("127.0.0.1", int(here.url.rpartition(":")[2]))
-            with socket.create_connection(address) as caller:
-                data = json.dumps(body)
-                head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nAuthorization: {headers['Authorization']}\r\n"
-                caller.sendall(
-                    f"{head}Content-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n{data}".encode()
-                )
-                steps.release(3)
-                _waited(lambda: {"status": "running" if scheduler.running == 0 else "done"})
-            (row,) = scheduler.rows  # the engine stands still: it is not done
-            _waited(lambda: {"status": "done" if row.cancelled else "running"})
-            assert row.count < 10
-        found = httpx2.post(f"{here.url}/v1/completions", json=body | {"max_tokens": 3}, headers=headers, timeout=60)
-        assert found.status_code == 200
-        assert row.count < 10
-
-
-def test_too_many_requests_get_a_429_with_retry_after(tiny, tmp_path):
-    base, bank = tiny
-    with served(base, bank, tmp_path, slots=1, waiting=1) as here:
-        headers = {"Authorization": f"Bearer {here.secrets['serve']}"}
-        body = {"model": "task", "messages": ASKED, "max_tokens": 60, "n": 6}
-        found = httpx2.post(f"{here.url}/v1/chat/completions", json=body, headers=headers, timeout=60)
-        assert (found.status_code, found.json()["error"]["code"]) == (429, "queue_full")
-        assert int(found.headers["Retry-After"]) >= 1
-    with served(base, bank, tmp_path / "rate", limits=Limits(rate=2)) as here:
-        headers = {"Authorization": f"Bearer {here.secrets['serve']}"}
-        codes = [httpx2.get(f"{here.url}/v1/models", headers=headers, timeout=60).status_code for _ in range(3)]
-        assert codes == [200, 200, 429]
-
-
-def test_forgetting_is_rate_limited_for_person_and_prefix_keys_but_not_for_operators(tiny, tmp_path):
-    with served(*tiny, tmp_path, limits=Limits(forgets=2)) as here:
-        store = here.service.store
-        store.identity(write=True)
-
-        def forget(name, person):
-            headers = {"Authorization": f"Bearer {here.secrets[name]}"}
-            return httpx2.delete(f"{here.url}/v1/people/{person}", headers=headers, timeout=60)
-
-        assert [forget("ann", "ann").status_code for _ in range(2)] == [200, 200]
-        noted = store.tombstones.of("ann")
-        assert noted
-        assert forget("ann", "ann").status_code == 429
-        assert int(forget("ann", "ann").headers["Retry-After"]) >= 1
-        assert forget("ann", "bob").status_code == 404  # not hers: that says nothing of how often she came
-        assert store.tombstones.of("ann") == noted  # whoever is refused writes nothing
-        assert [forget("team", f"team/{n}").status_code for n in range(3)] == [200, 200, 429]
-        assert [forget("admin", "ann").status_code for _ in range(3)] == [200] * 3
-
-
-def test_a_disconnect_during_a_stream_frees_the_slot(tiny, tmp_path):
-    base, bank = tiny
-    with served(endless(base), bank, tmp_path, slots=1, length=500) as here:
-        headers = {"Authorization": f"Bearer {here.secrets['serve']}"}
-        body = {"model": "task", "prompt": "x", "max_tokens": 400, "stream": True, "temperature": 0}
-        here.service.engine.scheduler.stops = frozenset()  # random weights may choose any token
-        with httpx2.stream("POST", f"{here.url}/v1/completions", json=body, headers=headers, timeout=60) as stream:
-            next(stream.iter_lines())
-        _waited(lambda: {"status": "done" if here.service.engine.facts()["running"][0] == 0 else "running"}, seconds=60)
-        found = httpx2.post(
-            f"{here.url}/v1/completions", json=body | {"stream": False, "max_tokens": 3}, headers=headers, timeout=60
-        )
-        assert found.json()["usage"]["completion_tokens"] <= 3
-
-
-def test_a_stopping_server_finishes_running_answers(tiny, tmp_path):
-    base, bank = tiny
-    with served(endless(base), bank, tmp_path) as here:
-        client = openai.OpenAI(base_url=f"{here.url}/v1", api_key=here.secrets["serve"], max_retries=0)
-        stream = client.completions.create(model="task", prompt="x", max_tokens=150, temperature=0, stream=True)
-        next(iter(stream))
-        here.server.should_exit = True
-        chunks = list(stream)
-        assert chunks[-1].choices[0].finish_reason in ("length", "stop")
-        here.thread.join(60)
-        assert not here.service.engine.ready
-
-
-def _waited(ask, seconds=60):
-    until = time.monotonic() + seconds
-    while (found := ask())["status"] in ("waiting", "running") and time.monotonic() < until:
-        time.sleep(0.05)
-    return json.loads(json.dumps(found))

@@ -3,6 +3,7 @@
 import plain
 import pytest
 import torch
+from arrays import near
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import base_of, random_examples, random_loras, unpacked
@@ -21,10 +22,6 @@ def scene():
     jobs = [Job(f"p{n}", random_examples(n, seed=n)) for n in (3, 1, 5)]
     at = 0.3 * torch.randn(3, N, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     return base, random_loras(base, 1, seed=1, size=0.2), random_loras(base, N, seed=2, size=0.2), jobs, at
-
-
-def near(found, expected, tolerance=1e-10) -> None:
-    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
 
 
 def dense(scene, u, w) -> torch.Tensor:

@@ -1,0 +1,74 @@
+"""A bank is hashed once; later changes are still noticed."""
+
+import os
+
+from damage import BASE, corrupt, flipped
+from damage import folder as folder  # the fixture
+
+from mta.bank.bank import Bank
+from mta.bank.format import file_hashes
+
+
+def hashes_taken(monkeypatch) -> list:
+    """A list that grows whenever files are read for their hashes."""
+    taken, plain = [], file_hashes
+    monkeypatch.setattr("mta.bank.format.file_hashes", lambda *given: taken.append(given) or plain(*given))
+    return taken
+
+
+def test_hashes_are_taken_once_and_then_only_when_asked(folder, monkeypatch):
+    taken = hashes_taken(monkeypatch)
+    for expected, full in ((1, False), (1, False), (2, True), (2, False)):
+        Bank.open(folder, BASE, full=full)
+        assert len(taken) == expected
+
+
+def test_a_change_after_the_first_opening_is_noticed_by_its_time(folder):
+    Bank.open(folder, BASE)
+    flipped(folder / "anchors.safetensors", -1)
+    corrupt(folder)
+
+
+def test_and_by_its_size(folder):
+    path = folder / "anchors.safetensors"
+    Bank.open(folder, BASE)
+    times = (path.stat().st_atime_ns, path.stat().st_mtime_ns)
+    path.write_bytes(path.read_bytes() + b"!")
+    os.utime(path, ns=times)
+    corrupt(folder)
+
+
+def test_a_change_that_hides_its_time_is_noticed_by_a_full_check(folder):
+    path = folder / "anchors.safetensors"
+    Bank.open(folder, BASE)
+    times = (path.stat().st_atime_ns, path.stat().st_mtime_ns)
+    flipped(path, -1)
+    os.utime(path, ns=times)
+    Bank.open(folder, BASE)  # the price of not reading everything every time
+    corrupt(folder, full=True)
+
+
+def test_a_touched_bank_is_checked_again_and_opens(folder, monkeypatch):
+    Bank.open(folder, BASE)
+    (folder / "anchors.safetensors").touch()
+    taken = hashes_taken(monkeypatch)
+    Bank.open(folder, BASE)
+    Bank.open(folder, BASE)
+    assert len(taken) == 1
+
+
+def test_a_damaged_bank_is_never_noted_as_checked(folder):
+    flipped(folder / "index.safetensors", -1)
+    corrupt(folder)
+    corrupt(folder)
+
+
+def test_a_cache_that_cannot_be_written_to_does_not_keep_a_bank_shut(folder, cache):
+    cache.write_text("a file where the cache folder should be")
+    assert len(Bank.open(folder, BASE)) == 3
+
+
+def test_a_moved_bank_is_the_same_bank(folder):
+    before = Bank.open(folder, BASE).hash
+    moved = folder.rename(folder.with_name("moved"))
+    assert Bank.open(moved, BASE).hash == before

@@ -1,0 +1,182 @@
+"""The page of a comparison: complete, without scripts of others, and without items of people."""
+
+import re
+from html.parser import HTMLParser
+
+import pytest
+import torch
+from compared import ASKED, HOSTILE, comparison_of
+
+from mta.data.tasks import load_task
+from mta.evaluation.reports.html import Section, page, plain, write_html
+from mta.evaluation.reports.summary import verdict
+from mta.evaluation.statistics import Comparison
+
+SECTIONS = [
+    "The comparison",
+    "Score against bytes kept per person",
+    "Map of anchors and people",
+    "Chosen anchors and coefficients",
+    "The same questions, before and after",
+    "How this was made",
+]
+
+
+class Page(HTMLParser):
+    """Checks nesting and collects what a browser would load, headings, descriptions of pictures, and text."""
+
+    VOID = frozenset({"meta", "link", "br", "img", "hr", "input"})
+
+    def __init__(self, text):
+        super().__init__()
+        self.open, self.loads, self.headings, self.alts, self.text, self.tags = [], [], [], [], [], set()
+        self.feed(text)
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag, attrs):
+        self.handle_startendtag(tag, attrs)
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.add(tag)
+        for key, value in attrs:
+            assert not key.startswith("on"), key
+            if key in {"src", "href", "xlink:href", "srcset", "data", "action"}:
+                self.loads.append(value)
+            if key == "alt":
+                self.alts.append(value)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] in {"h1", "h2"}:
+            self.headings.append(data)
+        self.text.append(data)
+
+
+@pytest.fixture
+def written(tiny, comparison, tmp_path):
+    """Write the page into a file and read it."""
+
+    def write(name="report.html", people=True, **changes):
+        people_vectors = torch.randn(40, 8, generator=torch.Generator().manual_seed(0)) if people else None
+        what = {
+            "comparison": comparison,
+            "bank": tiny[1],
+            "people_vectors": people_vectors,
+            "asked": ASKED,
+            "meta": {
+                "command": "mta evaluate x.jsonl --bank bank/",
+                "seed": 3,
+                "note": "dequantized from Q4_1",
+                "data": "made up <b>here</b>",
+                "terms": "none, see https://example.org/terms",
+                "protocol": "first 3 items, then 8",
+                "date": "2026-11-25",
+                "versions": {"mta": "0.1", "torch": "2.13"},
+                "evaluation": {"shots": 3, "oppu": {"rank": 8}},
+            },
+        }
+        write_html(tmp_path / name, **(what | changes))
+        return (tmp_path / name).read_text(encoding="utf-8")
+
+    return write
+
+
+def test_page_is_whole_and_loads_nothing(written):
+    text = written()
+    found = Page(text)
+    assert [heading for heading in found.headings if heading in SECTIONS] == SECTIONS
+    assert "MTA against the pooled model: better in MAE and NLL" in found.headings
+    assert "script" not in found.tags
+    assert all(value.startswith("data:") for value in found.loads)
+    assert "default-src 'none'" in text
+    assert "prefers-color-scheme: dark" in text
+    assert not re.search(r"url\(|@import", text)
+
+
+def test_page_contains_findings_answers_and_settings(written, comparison):
+    found = Page(written())
+    text = " ".join("".join(found.text).split())
+    for sentence in verdict(comparison):
+        assert sentence in text
+    for part in (
+        "mta evaluate x.jsonl --bank bank/",
+        "dequantized from Q4_1",
+        "tiny-llama",
+        "protocol reconstructed",
+        "first 3 items, then 8",
+        "2026-11-25",
+        "mta 0.1, torch 2.13",
+        "shots 3, oppu (rank 8)",
+        "person A, 3 shots, 1.7 on average",
+        "everybody: 3.4 on average",
+        "see https://example.org/terms",
+        "made up <b>here</b>",
+    ):
+        assert part in text
+    pictures = " ".join(found.alts)
+    assert "MAE, lower is better, over bytes kept per person: global constant 1.250 with 0" in pictures
+    assert "Map of" in pictures
+    assert "probability of each answer to 'Fargo': everybody, person A, person B." in pictures
+    assert "Coefficients of person A: anchor 0 (6 items) 0.50" in pictures
+
+
+def test_page_contains_no_items_of_the_people_who_were_asked(written):
+    text = written()
+    assert not any(shot in text for shot in ("Alien", "Heat"))
+
+
+def test_hostile_strings_stay_text(written):
+    found = Page(written(meta={"command": HOSTILE, HOSTILE: HOSTILE}, comparison=hostile_names()))
+    assert not {"script", "a"} & found.tags
+    assert HOSTILE in "".join(found.text)
+    assert not any("evil" in value for value in found.loads)
+
+
+def hostile_names():
+    made = comparison_of(load_task("movielens-rating"))
+    made.rows[0].name = HOSTILE + " $x$"
+    return made
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        HOSTILE,
+        "![x](https://evil.example/x.png) [y](javascript:go()) <https://evil.example>",
+        "- a | b",
+        "# title",
+        "1. one",
+        "12) two",
+        "*a* __b__ `c` ~~d~~ &lt; \\ |",
+        "--- = ***",
+    ],
+)
+def test_escaped_texts_are_shown_as_they_are(text):
+    found = Page(page("title", f"- {plain(text)}\n", [Section("table", f"| a |\n| --- |\n| {plain(text)} |\n")]))
+    assert "".join(found.text).count(text) == 2
+    assert not {"em", "strong", "code", "a", "img", "s", "ol"} & found.tags
+
+
+def test_pages_are_the_same_to_the_byte(written):
+    assert written("one.html") == written("two.html")
+
+
+def test_page_without_vectors_merge_or_questions(written, task):
+    without = Comparison(task, [row for row in comparison_of(task).rows if row.name != "MTA"])
+    found = Page(written(people=False, comparison=without, asked=None))
+    assert "Map of anchors and people" not in found.headings
+    assert "Chosen anchors and coefficients" not in found.headings
+    assert "The same questions, before and after" not in found.headings
+    assert "MTA is not among the methods compared." in "".join(found.text)
+
+
+def test_page_contains_no_person_and_no_other_file_is_written(written, tmp_path):
+    text = written()
+    assert not re.search(r"\b[ctx]\d\b", "".join(Page(text).text))  # the tiny bank's people are t0.. and c0..
+    assert [path.name for path in tmp_path.glob("*.html")] == ["report.html"]
+    assert not list(tmp_path.glob(".*report*"))

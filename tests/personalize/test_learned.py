@@ -1,0 +1,157 @@
+"""Stage 2: learned coefficients against a plain loop, and the ways to compute a merge."""
+
+from dataclasses import replace
+
+import plain
+import pytest
+import torch
+from arrays import near, normal
+from tiny import random_examples, random_loras
+
+from mta.config import MergeSettings, Training
+from mta.lora.layers import Gated, PerPerson, Shared
+from mta.personalize.likelihoods import gather_evidence
+from mta.personalize.merge import Merge, fit_merge, learn, merged
+from mta.training.scoring import log_likelihood
+
+START = Merge(torch.tensor([[2, 0], [1, 3], [3, 2]]), torch.tensor([[0.4, 0.2], [0.1, 0.6], [0.3, 0.3]]).double())
+
+
+DESCENT = Training(lr=0.1, steps=6, batch_size=64, eps=1.0, clip=1e9)
+
+
+def loss_of(scene, merge: Merge) -> torch.Tensor:
+    base, task, bank, jobs = scene
+    found = log_likelihood(base, [job.examples for job in jobs], [Shared(task), merge.adapters(bank)])
+    return -torch.stack([scores.sum() for scores in found])
+
+
+def test_learning_lowers_the_loss_of_the_shots(scene):
+    base, task, bank, jobs = scene
+    found = learn(base, jobs, bank, [Shared(task)], START, DESCENT)
+    assert found.ids.equal(START.ids)
+    assert bool((loss_of(scene, found) < loss_of(scene, START)).all())
+
+
+def test_learning_does_not_depend_on_mates(scene):
+    base, task, bank, jobs = scene
+    together = learn(base, jobs, bank, [Shared(task)], START, DESCENT, tokens_per_batch=50)
+    for u, job in enumerate(jobs):
+        mine = Merge(START.ids[u : u + 1], START.w[u : u + 1])
+        near(together.w[u], learn(base, [job], bank, [Shared(task)], mine, DESCENT).w[0])
+
+
+def test_weight_decay_pulls_to_the_start(scene):
+    base, task, bank, jobs = scene
+    moved = []
+    for decay in (0.0, 1.0, 5.0):
+        training = DESCENT.model_copy(update={"weight_decay": decay})
+        found = learn(base, jobs, bank, [Shared(task)], START, training)
+        moved.append(float((found.w - START.w).norm()))
+    assert moved[0] > moved[1] > moved[2] > 0
+
+
+def test_learning_equals_a_plain_loop_over_the_coefficients(scene):
+    """torch.optim.AdamW on two numbers, with dense updates in the weights."""
+    base, task, bank, jobs = scene
+    training = DESCENT.model_copy(update={"weight_decay": 0.3, "schedule": "linear", "clip": 0.5})
+    found = learn(base, jobs, bank, [Shared(task)], START, training)
+    for u, job in enumerate(jobs):
+        shift = torch.zeros(2, dtype=torch.float64, requires_grad=True)
+        optimizer = torch.optim.AdamW([shift], lr=0.1, eps=1.0, weight_decay=0.3)
+        for step in range(6):
+            optimizer.param_groups[0]["lr"] = 0.1 * (1 - step / 6)
+            update = plain.merge(bank, START.ids[u].tolist(), START.w[u] + shift)
+            changed = plain.weights(base, plain.update(task), update)
+            total = sum(plain.log_likelihood(base, changed, e) for e in job.examples)
+            optimizer.zero_grad()
+            (-total / sum(len(e.target) for e in job.examples)).backward()
+            torch.nn.utils.clip_grad_norm_([shift], 0.5)
+            optimizer.step()
+        assert float(shift.detach().abs().max()) > 1e-2
+        near(found.w[u], START.w[u] + shift.detach(), 1e-9)
+
+
+def test_the_learned_policy_may_start_from_zero_and_then_gathers_nothing(scene):
+    base, task, bank, jobs = scene
+    steps = []
+    settings = MergeSettings(policy="learned", start="zero", learned=DESCENT)
+    how = {"similarity": normal(3, 4), "on_step": steps.append}
+    found = fit_merge(base, jobs, bank, [Shared(task)], settings, **how)
+    nothing = Merge(found.ids, torch.zeros_like(found.w))
+    near(found.w, learn(base, jobs, bank, [Shared(task)], nothing, DESCENT).w)
+    assert steps
+
+
+def test_the_learned_policy_starts_from_the_posterior(scene):
+    base, task, bank, jobs = scene
+    pooled, similarity = [Shared(task)], normal(3, 4)
+    given = {"similarity": similarity, "evidence": gather_evidence(base, jobs, bank, pooled)}
+    settings = MergeSettings(policy="learned", learned=DESCENT)
+    posterior = fit_merge(base, jobs, bank, pooled, MergeSettings(policy="posterior"), **given)
+    found = fit_merge(base, jobs, bank, pooled, settings, **given)
+    near(found.w, learn(base, jobs, bank, pooled, posterior, DESCENT).w)
+
+
+WAYS = Merge(torch.tensor([[2, 7], [0, 5]]), torch.tensor([[0.5, -0.2], [0.9, 0.3]], dtype=torch.float64))
+
+
+WIDE = Merge(torch.tensor([[2, 7, 1], [0, 5, 4]]), torch.tensor([[0.5, 0.2, 0.1], [0.9, 0.3, 0.2]]).double())
+
+
+@pytest.fixture
+def bank_of_eight(tiny):
+    base, bank = tiny
+    anchors = random_loras(base, 8, seed=5, size=0.2)
+    return base, replace(bank, anchors=anchors, working=anchors)
+
+
+def same_model(base, bank, merge, adapters) -> None:
+    """The adapters score like a model with the exact merge written into its weights."""
+    examples = random_examples(2, seed=4)
+    found = log_likelihood(base, [examples] * 2, [adapters])
+    for u in range(2):
+        changed = plain.weights(base, plain.merge(bank.anchors, merge.ids[u].tolist(), merge.w[u]))
+        near(found[u], torch.stack([plain.log_likelihood(base, changed, e) for e in examples]))
+
+
+@pytest.mark.parametrize(("merge", "way"), [(WAYS, PerPerson), (WIDE, Gated)], ids=["gathered", "from the bank"])
+def test_the_exact_merge_equals_dense_updates(bank_of_eight, merge, way):
+    base, bank = bank_of_eight
+    found = merged(bank, merge, MergeSettings(mode="exact"))
+    assert isinstance(found, way)  # whichever is less to move
+    same_model(base, bank, merge, found)
+
+
+def test_straight_from_the_bank_equals_the_gathered_merge(bank_of_eight):
+    base, bank = bank_of_eight
+    same_model(base, bank, WAYS, WAYS.adapters(bank.working))
+
+
+def test_svd_at_full_rank_equals_the_exact_merge(bank_of_eight):
+    base, bank = bank_of_eight
+    same_model(base, bank, WAYS, merged(bank, WAYS, MergeSettings(mode="svd", rank=2 * bank.anchors.rank)))
+
+
+def test_svd_keeps_the_rank_of_the_bank_unless_told_otherwise(bank_of_eight):
+    _, bank = bank_of_eight
+    assert merged(bank, WAYS, MergeSettings(mode="svd")).batch.rank == bank.anchors.rank
+    assert merged(bank, WAYS, MergeSettings(mode="svd", rank=2)).batch.rank == 2
+
+
+def test_svd_is_the_best_approximation_of_its_rank(bank_of_eight):
+    _, bank = bank_of_eight
+    found = merged(bank, WAYS, MergeSettings(mode="svd", rank=2)).batch
+    for u in range(2):
+        for name, dense in plain.merge(bank.anchors, WAYS.ids[u].tolist(), WAYS.w[u]).items():
+            left, sizes, right = torch.linalg.svd(dense, full_matrices=False)
+            near(found.delta(name)[u], left[:, :2] * sizes[:2] @ right[:2])
+
+
+def test_factor_averages_both_factors_apart(bank_of_eight):
+    _, bank = bank_of_eight
+    found = merged(bank, WAYS, MergeSettings(mode="factor")).batch
+    for u in range(2):
+        for name, (a, b) in bank.anchors.factors.items():
+            mean_a, mean_b = (sum(WAYS.w[u, k] * t[n] for k, n in enumerate(WAYS.ids[u].tolist())) for t in (a, b))
+            near(found.delta(name)[u], bank.anchors.scale * mean_b @ mean_a)

@@ -1,0 +1,42 @@
+"""A running gateway with three people, and questions to it."""
+
+import httpx2
+import openai
+import pytest
+from served import endless, served
+from tiny import base_of, random_loras
+
+from mta.bank.bank import Bank
+from mta.serving.api.completions import Text
+from mta.serving.api.limits import Limits
+from mta.store.state import State
+
+ASKED = [{"role": "user", "content": "Film 7"}]
+
+
+@pytest.fixture(scope="module")
+def world(tiny_bank_folder, tmp_path_factory):
+    """A server with three people in its store: ann, bob, team/cy."""
+    base = endless(base_of())
+    bank, folder = Bank.open(tiny_bank_folder, base), tmp_path_factory.mktemp("served")
+    with served(base, bank, folder, limits=Limits(forgets=0)) as here:
+        for n, id in enumerate(("ann", "bob", "team/cy")):
+            stack = random_loras(base, 1, rank=1, size=0.6, seed=n)
+            state = State(bank.hash, (0, 1, 2), (30.0, -20.0, 5.0 * n), "fixed", "", f"work{n}", 0, stack)
+            here.service.store.save(id, state)
+        here.client = lambda name: openai.OpenAI(base_url=f"{here.url}/v1", api_key=here.secrets[name], max_retries=0)
+        here.http = lambda name: httpx2.Client(
+            timeout=60, base_url=here.url, headers={"Authorization": f"Bearer {here.secrets[name]}"} if name else {}
+        )
+        yield here
+
+
+def shown(base, tokens):
+    """The text of tokens as a client sees it."""
+    text = Text(base.tokenizer)
+    return "".join([*(text.add(token) for token in tokens), text.end()])
+
+
+def said(client, model, **how):
+    found = client.chat.completions.create(model=model, messages=ASKED, max_tokens=12, temperature=0, **how)
+    return found.choices[0].message.content

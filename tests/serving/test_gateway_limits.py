@@ -1,0 +1,106 @@
+"""The gateway at its limits: too many requests, disconnects, and a stop."""
+
+import json
+import socket
+
+import httpx2
+import openai
+from served import endless, served, stepped, waited
+
+from mta.serving.api.limits import Limits
+
+
+def test_without_keys_only_this_machine_is_served(tiny, tmp_path):
+    base, bank = tiny
+    with served(base, bank, tmp_path, keyless=True) as here:
+        own = {"Host": here.url.removeprefix("http://")}
+        shown = [{}, own | {"Origin": here.url}, own | {"Origin": "http://evil.example"}, {"Host": "evil.example"}]
+        codes = [httpx2.get(f"{here.url}/v1/models", headers=headers, timeout=60).status_code for headers in shown]
+        assert codes == [200, 200, 403, 403]
+
+
+def test_a_disconnect_before_the_answer_frees_the_slot(tiny, tmp_path):
+    base, bank = tiny
+    with served(endless(base), bank, tmp_path, slots=1, length=500) as here:
+        headers = {"Authorization": f"Bearer {here.secrets['serve']}"}
+        body = {"model": "task", "prompt": "x", "max_tokens": 400, "temperature": 0}
+        scheduler = here.service.engine.scheduler
+        scheduler.stops = frozenset()  # random weights may choose any token
+        with stepped(scheduler) as steps:
+            address = ("127.0.0.1", int(here.url.rpartition(":")[2]))
+            with socket.create_connection(address) as caller:
+                data = json.dumps(body)
+                head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nAuthorization: {headers['Authorization']}\r\n"
+                caller.sendall(
+                    f"{head}Content-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n{data}".encode()
+                )
+                steps.release(3)
+                waited(lambda: {"status": "running" if scheduler.running == 0 else "done"})
+            (row,) = scheduler.rows  # the engine stands still: it is not done
+            waited(lambda: {"status": "done" if row.cancelled else "running"})
+            assert row.count < 10
+        found = httpx2.post(f"{here.url}/v1/completions", json=body | {"max_tokens": 3}, headers=headers, timeout=60)
+        assert found.status_code == 200
+        assert row.count < 10
+
+
+def test_too_many_requests_get_a_429_with_retry_after(tiny, tmp_path):
+    base, bank = tiny
+    with served(base, bank, tmp_path, slots=1, waiting=1) as here:
+        headers = {"Authorization": f"Bearer {here.secrets['serve']}"}
+        body = {"model": "task", "messages": [{"role": "user", "content": "Film 7"}], "max_tokens": 60, "n": 6}
+        found = httpx2.post(f"{here.url}/v1/chat/completions", json=body, headers=headers, timeout=60)
+        assert (found.status_code, found.json()["error"]["code"]) == (429, "queue_full")
+        assert int(found.headers["Retry-After"]) >= 1
+    with served(base, bank, tmp_path / "rate", limits=Limits(rate=2)) as here:
+        headers = {"Authorization": f"Bearer {here.secrets['serve']}"}
+        codes = [httpx2.get(f"{here.url}/v1/models", headers=headers, timeout=60).status_code for _ in range(3)]
+        assert codes == [200, 200, 429]
+
+
+def test_forgetting_is_rate_limited_for_person_and_prefix_keys_but_not_for_operators(tiny, tmp_path):
+    with served(*tiny, tmp_path, limits=Limits(forgets=2)) as here:
+        store = here.service.store
+        store.identity(write=True)
+
+        def forget(name, person):
+            headers = {"Authorization": f"Bearer {here.secrets[name]}"}
+            return httpx2.delete(f"{here.url}/v1/people/{person}", headers=headers, timeout=60)
+
+        assert [forget("ann", "ann").status_code for _ in range(2)] == [200, 200]
+        noted = store.tombstones.of("ann")
+        assert noted
+        assert forget("ann", "ann").status_code == 429
+        assert int(forget("ann", "ann").headers["Retry-After"]) >= 1
+        assert forget("ann", "bob").status_code == 404  # not hers: that says nothing of how often she came
+        assert store.tombstones.of("ann") == noted  # whoever is refused writes nothing
+        assert [forget("team", f"team/{n}").status_code for n in range(3)] == [200, 200, 429]
+        assert [forget("admin", "ann").status_code for _ in range(3)] == [200] * 3
+
+
+def test_a_disconnect_during_a_stream_frees_the_slot(tiny, tmp_path):
+    base, bank = tiny
+    with served(endless(base), bank, tmp_path, slots=1, length=500) as here:
+        headers = {"Authorization": f"Bearer {here.secrets['serve']}"}
+        body = {"model": "task", "prompt": "x", "max_tokens": 400, "stream": True, "temperature": 0}
+        here.service.engine.scheduler.stops = frozenset()  # random weights may choose any token
+        with httpx2.stream("POST", f"{here.url}/v1/completions", json=body, headers=headers, timeout=60) as stream:
+            next(stream.iter_lines())
+        waited(lambda: {"status": "done" if here.service.engine.facts()["running"][0] == 0 else "running"}, seconds=60)
+        found = httpx2.post(
+            f"{here.url}/v1/completions", json=body | {"stream": False, "max_tokens": 3}, headers=headers, timeout=60
+        )
+        assert found.json()["usage"]["completion_tokens"] <= 3
+
+
+def test_a_stopping_server_finishes_running_answers(tiny, tmp_path):
+    base, bank = tiny
+    with served(endless(base), bank, tmp_path) as here:
+        client = openai.OpenAI(base_url=f"{here.url}/v1", api_key=here.secrets["serve"], max_retries=0)
+        stream = client.completions.create(model="task", prompt="x", max_tokens=150, temperature=0, stream=True)
+        next(iter(stream))
+        here.server.should_exit = True
+        chunks = list(stream)
+        assert chunks[-1].choices[0].finish_reason in ("length", "stop")
+        here.thread.join(60)
+        assert not here.service.engine.ready

@@ -1,0 +1,171 @@
+"""The gateway keeps histories, personalizes, and forgets; files, metrics, and lists contain no secret."""
+
+import random
+import re
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+import httpx2
+import openai
+import pytest
+from conftest import people_of
+from gateway import said
+from gateway import world as world  # the fixture  # the fixture
+from served import waited
+
+from mta.errors import PersonNotFound
+from mta.personalize import forget_person, stages
+from mta.personalize.likelihoods import shots_of
+
+
+def test_append_history_personalize_ask_and_forget(world):
+    fields = [dict(item.fields) for item in people_of(1, items=6, seed=9)[0].items]
+    items = [{"fields": one, "time": n} for n, one in enumerate(fields)]
+    with world.http("team") as http:
+        where = "/v1/people/team/dee"
+        assert http.get(where).status_code == 404
+        assert http.post(f"{where}/personalize").status_code == 400
+        assert http.post(f"{where}/history", json={"items": items[:4]}).json() == {"items": 4, "kept": False}
+        assert http.post(f"{where}/history", json={"items": items[4:], "keep": True}).json() == {
+            "items": 2,
+            "kept": True,
+        }
+        assert http.post(f"{where}/history", json={"items": [{"fields": {"title": "x"}}]}).status_code == 400
+        wrong = http.post(f"{where}/history", json={"items": [{"fields": fields[0] | {"rating": "9"}}]})
+        assert wrong.status_code == 400
+        assert "unknown label '9'" in wrong.json()["error"]["message"]
+        assert http.post(f"{where}/personalize").status_code == 202
+        done = waited(lambda: http.get(f"{where}/personalize").json())
+        assert done == {"status": "done", "version": 1, "message": ""}
+        kept = http.get(where).json()
+        assert (kept["versions"], kept["items_kept"], kept["items_held"], len(kept["w"])) == ([1], 2, 4, 3)
+        assert said(world.client("team"), "person:team/dee") is not None
+        assert http.delete(where).json() == {
+            "removed": True,
+            "needs_rebuild": [],
+            "exports_left": 0,
+            "banks_unmarked": 0,
+        }
+        assert http.get(where).status_code == http.get(f"{where}/personalize").status_code == 404
+    with pytest.raises(openai.NotFoundError):
+        said(world.client("team"), "person:team/dee")
+    with pytest.raises(PersonNotFound):
+        world.service.store.load("team/dee")
+    assert world.service.store.history("team/dee") is None
+
+
+@pytest.mark.parametrize(("key", "named"), [("admin", True), ("team", False)])
+def test_a_remaining_export_is_named_to_the_operator_and_stays_recorded_for_other_keys(world, tmp_path, key, named):
+    personal, store, id = world.service.jobs.personal, world.service.store, "team/exported"
+    personal.personalize([replace(people_of(1, items=4, seed=3)[0], id=id)])
+    personal.export(id, tmp_path / "adapter")
+    (tmp_path / "adapter" / "adapter_model.safetensors").write_bytes(b"changed")
+    with world.http(key) as http:
+        found = http.delete("/v1/people/team/exported").json()
+    assert found["exports_left"] == 1
+    assert ("exports" in found) == named
+    assert [export.folder for export in store.exports.of(id)] == ([] if named else [str(tmp_path / "adapter")])
+    assert forget_person(id, store).exports_left == (
+        [] if named else [f"{tmp_path}/adapter (its adapter was changed since)"]
+    )
+
+
+def test_a_person_key_lists_its_model_while_the_model_exists(world):
+    listed = [model.id for model in world.client("ann").models.list()]
+    assert ("person:ann" in listed) == ("ann" in world.service.store)
+
+
+def test_a_diverged_person_fails_and_the_others_are_done(world, monkeypatch):
+    jobs, people = world.service.jobs, people_of(2, items=3, prefix="astray")
+    key = shots_of(world.service.jobs.personal.base, world.service.task, people[0]).key
+    measured = stages.mean_nll
+    nan = float("nan")
+    monkeypatch.setattr(
+        "mta.personalize.stages.mean_nll",
+        lambda base, jobs, *more, **how: [
+            nan if job.key == key else loss for job, loss in zip(jobs, measured(base, jobs, *more, **how))
+        ],
+    )
+    for person in people:
+        jobs.put(person)
+    for person, state in zip(people, ("failed", "done")):
+        assert waited(lambda: {"status": jobs.status(person.id).state})["status"] == state  # noqa: B023
+    assert "diverged" in jobs.status(people[0].id).message
+
+
+def test_only_the_last_finished_statuses_are_kept(world, monkeypatch):
+    monkeypatch.setattr("mta.serving.api.jobs.REMEMBERED", 1)
+    jobs, people = world.service.jobs, people_of(3, items=2, prefix="many")
+    for person in people:
+        jobs.put(person)
+        waited(lambda: {"status": jobs.status(person.id).state})  # noqa: B023
+    assert [jobs.status(person.id) and jobs.status(person.id).state for person in people] == [None, None, "done"]
+
+
+def test_forgetting_during_other_requests_leaves_nothing(world):
+    item = {"fields": dict(people_of(1, items=1)[0].items[0].fields)}
+    where, store = "/v1/people/team/eve", world.service.store
+
+    def busy(seed):
+        draw = random.Random(seed)
+        with world.http("team") as http:
+            for _ in range(12):
+                way = draw.choice(("keep", "hold", "personalize", "ask", "forget"))
+                if way in ("keep", "hold"):
+                    http.post(f"{where}/history", json={"items": [item], "keep": way == "keep"})
+                elif way == "ask":
+                    http.post("/v1/completions", json={"model": "person:team/eve", "prompt": "x", "max_tokens": 2})
+                elif way == "personalize":
+                    http.post(f"{where}/personalize")
+                else:
+                    assert http.delete(where, timeout=60).status_code == 200
+
+    with ThreadPoolExecutor(6) as pool:
+        list(pool.map(busy, range(6)))
+    with world.http("team") as http:
+        assert http.delete(where, timeout=60).status_code == 200
+        time.sleep(0.5)  # whatever was begun in spite of it would show by now
+        assert http.get(where).status_code == http.get(f"{where}/personalize").status_code == 404
+    assert (store.latest("team/eve"), store.history("team/eve")) == (None, None)
+    assert not any(getattr(who, "person", "") == "team/eve" for who in list(world.service.engine.activated))
+
+
+def test_metrics_count_and_contain_no_ids(world):
+    said(world.client("serve"), "person:ann")
+    text = httpx2.get(f"{world.url}/metrics", timeout=60).text
+    for name in ("mta_requests_total", "mta_first_token_seconds_count", "mta_engine_merges", "mta_answer_tokens_total"):
+        assert name in text
+    for secret in ("ann", "bob", "team", "Film"):
+        assert not re.search(f'[":]{secret}', text)
+
+
+def test_only_an_admin_lists_the_models_in_memory(world):
+    said(world.client("serve"), "person:ann")
+    with world.http("admin") as http:
+        listed = {one["id"] for one in http.get("/v1/adapters").json()["data"]}
+    assert {re.sub("@v[0-9]+", "", name) for name in listed} >= {"person:ann"}
+    for name in ("serve", "ann", "team"):
+        with world.http(name) as http:
+            refused = http.get("/v1/adapters")
+            assert refused.status_code == 403
+            assert "person:" not in refused.text
+
+
+def test_files_contain_no_secret(world):
+    for path in world.service.jobs.personal.bank.folder.parent.rglob("*"):
+        if path.is_file() and path.suffix in (".json", ".yaml"):
+            assert not any(secret.encode() in path.read_bytes() for secret in world.secrets.values()), path
+
+
+def test_a_person_forgotten_elsewhere_is_not_served_from_the_cache(world):
+    store, client = world.service.store, world.client("serve")
+    kept = [store.load("bob"), store.load("team/cy")]
+    store.save("dan", kept[0])
+    before = said(client, "person:dan@v1")
+    forget_person("dan", store)
+    with pytest.raises(openai.NotFoundError):
+        said(client, "person:dan@v1")
+    store.save("dan", kept[1])
+    assert said(client, "person:dan@v1") != before
+    assert said(client, "person:dan@v1") == said(client, "person:team/cy")
