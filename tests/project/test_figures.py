@@ -1,5 +1,6 @@
 """Figures in the README and in docs are those of result files."""
 
+import gzip
 import json
 import re
 
@@ -50,3 +51,12 @@ def test_a_wrong_figure_would_be_found(measured):
     assert not figures_in("NLL **-0.073 [-0.099, -0.056]**") & measured
     assert figures_in("0.070 [-0.004, 0.147]") == figures_in("-0.070 [-0.147, +0.004]")
     assert figures_in("-0.070 [-0.147, -0.004]") != figures_in("-0.070 [-0.147, +0.004]")
+
+
+def test_published_scores_hold_no_texts_and_no_ids_of_questions():
+    files = sorted((ROOT / "results").rglob("scores.jsonl*"))
+    assert files
+    for path in files:
+        assert path.suffix == ".gz", path
+        lines = gzip.decompress(path.read_bytes()).decode().splitlines()
+        assert not {name for line in lines for name in json.loads(line)} & {"ids", "answers", "golds"}, path
