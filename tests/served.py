@@ -70,7 +70,7 @@ def stepped(scheduler):
         steps.release()  # for the step that waits
 
 
-def waited(ask, seconds=60):
+def waited(ask, seconds=600):
     """What ``ask`` returns as soon as its status is neither waiting nor running."""
     until = time.monotonic() + seconds
     while (found := ask())["status"] in ("waiting", "running") and time.monotonic() < until:

@@ -261,7 +261,7 @@ def test_a_mistake_in_a_real_process_exits_with_1_and_without_a_traceback(tmp_pa
     assert done.stderr.startswith("AssetError: no such file or folder: ")
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(120, func_only=True)
 def test_ctrl_c_says_that_nothing_is_lost(tmp_path):
     os.mkfifo(tmp_path / "slow.jsonl")  # reading waits for a writer
     words = [sys.executable, "-m", "mta", "data", "describe", str(tmp_path / "slow.jsonl")]

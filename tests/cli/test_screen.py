@@ -1,6 +1,7 @@
 """Progress without a terminal: plain lines with rate and remaining time."""
 
 import itertools
+from types import SimpleNamespace
 
 import pytest
 
@@ -13,7 +14,7 @@ from mta.system.progress import Step
 def lines(monkeypatch, capsys):
     """Return the lines that a Screen prints if every step takes 20 seconds."""
     ticks = itertools.count(100, 20)
-    monkeypatch.setattr(screen.time, "monotonic", lambda: float(next(ticks)))
+    monkeypatch.setattr(screen, "time", SimpleNamespace(monotonic=lambda: float(next(ticks))))
 
     def printed(*steps: Step) -> list[str]:
         with Screen() as shown:

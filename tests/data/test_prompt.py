@@ -236,7 +236,7 @@ def test_answer_length_is_the_tasks_limit_or_the_longest_label_or_128():
 # special tokens with spaces
 
 
-@pytest.mark.timeout(20)
+@pytest.mark.timeout(20, func_only=True)
 @pytest.mark.parametrize("special", [" <|x|>", "< ", " y", "y", "  ", " ", "<|", "a <|x|>"])
 def test_special_tokens_with_spaces_in_a_text_stay_text(special):
     made = deepcopy(tokenizer())

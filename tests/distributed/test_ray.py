@@ -46,7 +46,9 @@ def nodes():
     except Exception as error:  # no shared memory, no free port: Ray has many words for it
         pytest.skip(f"Ray cannot start here: {type(error).__name__}: {error}")
     try:
-        yield started, started.add_node(num_cpus=2)
+        second = started.add_node(wait=False, num_cpus=2)
+        started.wait_for_nodes(timeout=300)
+        yield started, second
     finally:
         ray.shutdown()
         started.shutdown()

@@ -251,7 +251,6 @@ def test_every_page_with_code_is_run():
 
 
 @pytest.mark.integration
-@pytest.mark.timeout(300)
 def test_the_site_is_built_without_a_warning(tmp_path):
     words = ["-W", "--keep-going", "-q", "-b", "html", "-d", tmp_path / "doctrees", ROOT / "docs", tmp_path / "html"]
     done = subprocess.run([sys.executable, "-m", "sphinx", *words], capture_output=True, text=True)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import TINY_RUN, HashEncoder, people_of
+from served import stepped
 from tiny import COMMON, random_loras, tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -126,6 +129,28 @@ def prompt_of(n: int, length: int = 12) -> list[int]:
     """Prompt tokens without an end token."""
     draw = torch.Generator().manual_seed(n)
     return torch.randint(10, 250, (length,), generator=draw).tolist()
+
+
+@contextmanager
+def paced(engine: object) -> Iterator[Callable[[], None]]:
+    """Within the block the embedded engine makes one step per call of what is yielded; vLLM goes on by itself."""
+    if not hasattr(engine, "scheduler"):
+        yield lambda: None
+        return
+    with stepped(engine.scheduler) as steps:
+
+        def step() -> None:
+            steps.acquire(blocking=False)  # never more than one step ahead
+            steps.release()
+
+        yield step
+
+
+async def begun(engine: object, step: Callable[[], None], tasks: list[asyncio.Task]) -> None:
+    """Return as soon as a request is running, or all are done."""
+    while not engine.facts()["running"][0] and not all(task.done() for task in tasks):
+        step()
+        await asyncio.sleep(0.005)
 
 
 async def collect(engine: object, ask: Ask) -> tuple[list[int], str]:

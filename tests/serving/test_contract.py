@@ -7,7 +7,7 @@ import asyncio
 from contextlib import suppress
 
 import pytest
-from contract import WITH_VLLM, Lent, World, collect, prompt_of, vllm_server
+from contract import WITH_VLLM, Lent, World, begun, collect, paced, prompt_of, vllm_server
 from files import folder_of
 
 from mta.errors import InputError, MtaError, OtherBank, PersonNotFound, StateCorrupt
@@ -144,11 +144,13 @@ def test_forgetting_a_person_ends_the_scoring_of_labels_and_others_go_on(engines
         return [piece async for piece in engine.answer(Ask(prompt, gone, 5, labels=tuple(LABELS)))]
 
     async def forgotten(engine):
-        running = [asyncio.create_task(scores(engine, prompt)) for prompt in prompts]
-        while not engine.facts()["running"][0]:
-            await asyncio.sleep(0.005)
-        forget_person("scored", world.store)
-        await engine.forget("scored")
+        with paced(engine) as step:
+            running = [asyncio.create_task(scores(engine, prompt)) for prompt in prompts]
+            await begun(engine, step, running)
+            forget_person("scored", world.store)
+            forgetting = asyncio.create_task(engine.forget("scored"))
+            await asyncio.sleep(0)  # the engine forgets before its next step
+        await forgetting
         assert "scored" not in {who.person for who in await engine.versions()}
         ended = await asyncio.gather(*running, return_exceptions=True)
         assert all(isinstance(end, list | EngineGone | PersonNotFound) for end in ended)
@@ -246,12 +248,17 @@ def test_a_forgotten_person_is_gone_and_the_same_id_starts_fresh(engines, world)
 
     async def forgotten(engine):
         asks = [Ask(tuple(prompt_of(n)), first, 200) for n in range(20)]  # five times as many as run at once
-        answers = [asyncio.create_task(collect(engine, ask)) for ask in asks]
-        while not engine.facts()["running"][0]:
-            await asyncio.sleep(0.01)
-        assert first in await engine.versions()
-        forget_person("gone", world.store)
-        await engine.forget("gone")
+        with paced(engine) as step:
+            answers = [asyncio.create_task(collect(engine, ask)) for ask in asks]
+            await begun(engine, step, answers)
+            known = asyncio.create_task(engine.versions())
+            await asyncio.sleep(0)  # the engine answers between two steps
+            step()
+            assert first in await known
+            forget_person("gone", world.store)
+            forgetting = asyncio.create_task(engine.forget("gone"))
+            await asyncio.sleep(0)
+        await forgetting
         assert "gone" not in {who.person for who in await engine.versions()}
         ended = await asyncio.gather(*answers, return_exceptions=True)
         assert isinstance(ended[-1], EngineGone | PersonNotFound)

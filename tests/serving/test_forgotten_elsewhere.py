@@ -28,7 +28,7 @@ EVE = "/v1/people/eve"
 
 
 def until(check):
-    for _ in range(3000):
+    for _ in range(30000):
         if check():
             return
         time.sleep(0.02)
@@ -77,7 +77,7 @@ def test_a_running_job_saves_nothing_of_a_person_forgotten_elsewhere(gateway, mo
     def slow(stages, cohort):
         made = states(stages, cohort)
         begun.set()
-        assert going_on.wait(60)
+        assert going_on.wait(600)
         return made
 
     monkeypatch.setattr(Stages, "states", slow)
@@ -90,7 +90,7 @@ def test_a_running_job_saves_nothing_of_a_person_forgotten_elsewhere(gateway, mo
     with gateway.service.jobs._changed:
         gateway.service.jobs._forgetting -= 1
         gateway.service.jobs._changed.notify_all()
-    assert begun.wait(60)
+    assert begun.wait(600)
     gateway.forget()
     going_on.set()
     until(lambda: http.get("/v1/people/bob/personalize").json()["status"] == "done")
@@ -163,7 +163,12 @@ def test_a_person_saved_and_then_forgotten_elsewhere_within_one_job_has_no_statu
     monkeypatch.setattr(Personalizer, "personalize", forgotten_after)
     http.post(f"{EVE}/history", json={"items": ITEMS})
     assert http.post(f"{EVE}/personalize").status_code == 202
-    until(lambda: not (gateway.service.jobs._running or gateway.service.jobs._waiting()))
+
+    def idle():
+        with gateway.service.jobs._changed:
+            return not (gateway.service.jobs._running or gateway.service.jobs._waiting())
+
+    until(idle)
     assert http.get(f"{EVE}/personalize").status_code == 404
 
 

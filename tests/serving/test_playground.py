@@ -53,7 +53,7 @@ def at(page, id):
     return page.find_element("id", id)
 
 
-def until(page, what, seconds=30):
+def until(page, what, seconds=120):
     from selenium.webdriver.support.ui import WebDriverWait
 
     return WebDriverWait(page, seconds).until(lambda _: what())

@@ -143,6 +143,7 @@ for n in itertools.count(int(sys.argv[2])):
 def test_every_file_is_readable_whenever_a_writer_is_killed(tmp_path: Path, kills: int) -> None:
     search = os.pathsep.join(filter(None, sys.path))
     draw = random.Random(0)
+    Store(tmp_path).identity(write=True)  # check() needs a store, however soon a writer is killed
     for n in range(kills):
         words = [sys.executable, "-c", WRITING, str(tmp_path), str(1000 * n)]
         writer = subprocess.Popen(words, env={**os.environ, "PYTHONPATH": search}, stdout=subprocess.PIPE)

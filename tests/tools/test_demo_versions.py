@@ -1,6 +1,7 @@
 """The time left of a demo, and the version of its recipe that runs."""
 
 import itertools
+from types import SimpleNamespace
 
 import pytest
 
@@ -17,7 +18,7 @@ MINUTES = {"assets": 1.0, "task LoRA": 2.0, "anchors": 2.0, "methods": 5.0}
 def told(monkeypatch):
     """A clock whose start and steps are 60 seconds apart, and what it reports."""
     ticks, reports = itertools.count(0, 60), []
-    monkeypatch.setattr(demo.time, "monotonic", lambda: float(next(ticks)))
+    monkeypatch.setattr(demo, "time", SimpleNamespace(monotonic=lambda: float(next(ticks))))
     return Clock(MINUTES, lambda share, left: reports.append((round(share, 3), round(left)))), reports
 
 
