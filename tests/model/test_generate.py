@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from tiny import base_of, random_loras
+from tiny import base_of, changed_json, random_loras, save_base
 
 from mta.lora.layers import PerPerson, applied
+from mta.model.base import BaseModel
 from mta.model.generate import generate
 
 KINDS = ["llama", "mistral", "qwen2", "qwen3", "gemma3", "gpt2"]
@@ -148,6 +149,20 @@ def test_a_seed_draws_what_torchs_global_generator_draws_with_it():
     torch.manual_seed(7)
     with applied(base.model, adapters, torch.tensor([0])):
         tokens = base.model.generate(
-            torch.tensor(prompts), max_new_tokens=6, do_sample=True, temperature=2.0, eos_token_id=None
+            torch.tensor(prompts), max_new_tokens=6, do_sample=True, temperature=2.0, top_k=0, eos_token_id=None
         )
     assert found == [tokens[0, 6:].tolist()]
+
+
+def test_decoding_ignores_the_sampling_settings_of_the_base(tmp_path):
+    """Answers and scores come from the same model: no penalty, no filter (decision 012)."""
+    folder = save_base(tmp_path / "base")
+    plain = endless(BaseModel.load(str(folder)))
+    changed_json(folder / "generation_config.json", repetition_penalty=5.0, top_k=1, temperature=0.1)
+    odd = endless(BaseModel.load(str(folder)))
+    for temperature in (0.0, 2.0):
+        found, expected = (
+            generate(base, prompts_of(6, 4), [0, 1], people(base), max_new_tokens=12, temperature=temperature)
+            for base in (odd, plain)
+        )
+        assert found == expected

@@ -26,6 +26,8 @@ def use_kernels(model: nn.Module) -> list[str]:
 
     Linear layers use ``product``; they keep the same tensors for the backward pass as before.
     """
+    if not next(model.parameters()).is_cpu:  # kernels are for CPUs: compile none
+        return []
     agrees: dict[type, bool] = {}
     with torch.no_grad():
         for module in model.modules():

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -21,33 +22,29 @@ from torch import Tensor, nn
 from mta.lora.batch import LoraBatch
 from mta.lora.terms import RowTerm, SharedTerm, Term, with_terms
 
+MakeTerm = Callable[[torch.dtype], Term]  # the term of one layer, in the layer's dtype
+
 
 class Adapters(Protocol):
     """Adapters that can be applied to any batch of rows."""
 
-    @property
-    def names(self) -> Sequence[str]:
-        """The adapted layers."""
-
-    def term(self, name: str, owner: Tensor, dtype: torch.dtype) -> Term:
-        """Return the term of layer ``name`` for rows that belong to ``owner`` (B,)."""
+    def terms(self, owner: Tensor) -> Mapping[str, MakeTerm]:
+        """Return how to make the term of each adapted layer, by its name, for rows that belong to ``owner`` (B,)."""
 
 
 @dataclass(frozen=True, slots=True)
 class _OfBatch:
     batch: LoraBatch
 
-    @property
-    def names(self) -> Sequence[str]:
-        return self.batch.names
-
 
 class Shared(_OfBatch):
     """One adapter for every row: the task LoRA or an anchor. ``batch`` holds exactly one adapter."""
 
-    def term(self, name: str, owner: Tensor, dtype: torch.dtype) -> Term:
-        a, b = self.batch.factors[name]
-        return SharedTerm(a[0].to(dtype), (b[0] * self.batch.scale).to(dtype))
+    def terms(self, owner: Tensor) -> Mapping[str, MakeTerm]:
+        def term(a: Tensor, b: Tensor, dtype: torch.dtype) -> Term:
+            return SharedTerm(a[0].to(dtype), (b[0] * self.batch.scale).to(dtype))
+
+        return {name: partial(term, a, b) for name, (a, b) in self.batch.factors.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,26 +57,31 @@ class Gated(_OfBatch):
 
     w: Tensor
 
-    def term(self, name: str, owner: Tensor, dtype: torch.dtype) -> Term:
-        a, b = self.batch.factors[name]
-        w = self.w if self.w.ndim == 2 else self.w[:, self.batch.names.index(name)]
-        gate = w[owner] * (owner >= 0)[:, None].to(w)
-        gate = self.batch.scale * gate.repeat_interleave(a.shape[1], 1)  # (B, N * R)
-        return SharedTerm(a.flatten(0, 1).to(dtype), b.transpose(0, 1).flatten(1).to(dtype), gate.to(dtype))
+    def terms(self, owner: Tensor) -> Mapping[str, MakeTerm]:
+        w = self.w[:, None] if self.w.ndim == 2 else self.w
+        gates = w[owner] * (owner >= 0)[:, None, None].to(w)
+        gates = self.batch.scale * gates.repeat_interleave(self.batch.rank, -1)  # (B, 1 or L, N * R)
+        by_layer = gates.expand(-1, len(self.batch.factors), -1).unbind(1)
+
+        def term(a: Tensor, b: Tensor, gate: Tensor, dtype: torch.dtype) -> Term:
+            return SharedTerm(a.flatten(0, 1).to(dtype), b.transpose(0, 1).flatten(1).to(dtype), gate.to(dtype))
+
+        return {name: partial(term, a, b, gate) for (name, (a, b)), gate in zip(self.batch.factors.items(), by_layer)}
 
 
 class PerPerson(_OfBatch):
     """Adapter u for the rows of person u: a merge, a stack, or an OPPU LoRA. Rows of owner -1 get no update."""
 
-    def term(self, name: str, owner: Tensor, dtype: torch.dtype) -> Term:
-        a, b = self.batch.factors[name]
-        scale: float | Tensor = self.batch.scale
-        if not _blocks(owner, a.shape[0]):
-            people, rows = torch.unique_consecutive(owner, return_counts=True)
-            if not bool((rows == rows[0]).all()):  # unequal counts: gather once per row instead of once per person
-                people = owner
-            a, b, scale = a[people], b[people], scale * (people >= 0)[:, None, None].to(b)
-        return RowTerm(a.to(dtype), (b * scale).to(dtype))  # scale B: it is smaller than the activations
+    def terms(self, owner: Tensor) -> Mapping[str, MakeTerm]:
+        people = _gathered(owner, len(self.batch))  # here and not per layer: it waits for the device
+
+        def term(a: Tensor, b: Tensor, dtype: torch.dtype) -> Term:
+            scale: float | Tensor = self.batch.scale
+            if people is not None:
+                a, b, scale = a[people], b[people], scale * (people >= 0)[:, None, None].to(b)
+            return RowTerm(a.to(dtype), (b * scale).to(dtype))  # scale B: it is smaller than the activations
+
+        return {name: partial(term, a, b) for name, (a, b) in self.batch.factors.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,12 +91,16 @@ class Renumbered:
     adapters: Adapters
     numbers: Tensor
 
-    @property
-    def names(self) -> Sequence[str]:
-        return self.adapters.names
+    def terms(self, owner: Tensor) -> Mapping[str, MakeTerm]:
+        return self.adapters.terms(torch.where(owner < 0, owner, self.numbers[owner]))
 
-    def term(self, name: str, owner: Tensor, dtype: torch.dtype) -> Term:
-        return self.adapters.term(name, torch.where(owner < 0, owner, self.numbers[owner]), dtype)
+
+def _gathered(owner: Tensor, people: int) -> Tensor | None:
+    """Return the person behind each equal block of rows; None if these are all people in order: nothing is copied."""
+    if _blocks(owner, people):
+        return None
+    found, rows = torch.unique_consecutive(owner, return_counts=True)
+    return found if bool((rows == rows[0]).all()) else owner  # unequal counts: once per row instead of per person
 
 
 def _blocks(owner: Tensor, people: int) -> bool:
@@ -111,15 +117,15 @@ def applied(model: nn.Module, adapters: Sequence[Adapters], owner: Tensor) -> It
 
     With gradient checkpointing, run the backward pass inside the block too, because it runs the layers again.
     """
-    by_layer: dict[str, list[Adapters]] = {}
+    by_layer: dict[str, list[MakeTerm]] = {}
     for adapter in adapters:
-        for name in adapter.names:
-            by_layer.setdefault(name, []).append(adapter)
+        for name, make in adapter.terms(owner).items():
+            by_layer.setdefault(name, []).append(make)
     forwards = {}
-    for name, parts in by_layer.items():
+    for name, makers in by_layer.items():
         layer: Any = model.get_submodule(name)
         # Made before the layer's call: decoding calls a layer once per token, and a checkpointed layer runs twice.
-        forwards[layer] = with_terms(layer, [part.term(name, owner, layer.weight.dtype) for part in parts])
+        forwards[layer] = with_terms(layer, [make(layer.weight.dtype) for make in makers])
     with replaced_forwards(forwards):
         yield
 

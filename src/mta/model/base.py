@@ -59,6 +59,9 @@ class BaseModel:
     ) -> None:
         refuse_unsupported(model)
         model.eval().requires_grad_(False)
+        given: Any = model.generation_config
+        if given:  # without its penalties and filters: they would change answers, but not scores
+            model.generation_config = type(given)(eos_token_id=given.eos_token_id)
         if gradient_checkpointing:
             enable_checkpointing(model, name)
         self.gradient_checkpointing = gradient_checkpointing

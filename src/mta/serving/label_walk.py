@@ -25,7 +25,7 @@ class LabelWalk:
 
         Returns how many tokens of it to keep, and the token to continue with; None when all labels are scored.
         """
-        start, logprobs = self._left.pop(), logits.float().log_softmax(-1)
+        start, logprobs = self._left.pop(), logits.float().log_softmax(-1).cpu()
         for number, label in enumerate(self.labels):
             if len(label) > len(start) and label[: len(start)] == start:
                 self.scores[number] += float(logprobs[label[len(start)]])

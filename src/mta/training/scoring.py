@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -33,7 +34,8 @@ def log_likelihood(
     weight = base.footprint.target_weight
     rows = [(j, row) for j, examples in enumerate(jobs) for row in pack_for(base, examples, tokens_per_batch)]
     rows.sort(key=lambda entry: len(entry[1].tokens))
-    sums = [torch.zeros(len(examples), dtype=base.master_dtype, device=base.device) for examples in jobs]
+    starts = [0, *accumulate(map(len, jobs))]
+    sums = torch.zeros(starts[-1], dtype=base.master_dtype, device=base.device)
     while rows:
         # Longest rows first: rows of similar length share a pass, and the pass with the largest memory comes first.
         fit = fitting((row for _, row in reversed(rows)), len(rows[-1][1].tokens), tokens_per_batch, weight)
@@ -43,10 +45,9 @@ def log_likelihood(
         owner = torch.tensor([owners[job] for job, _ in chosen], device=base.device)
         with applied(base.model, adapters, owner):
             found = batch.log_probs(base.logits(batch.tokens, batch.ends, batch.positions, batch.places))
-        for i, (job, _) in enumerate(chosen):
-            in_row = batch.row == i
-            sums[job].index_add_(0, batch.example[in_row], found[in_row].to(base.master_dtype))
-    return [s.cpu() for s in sums]
+        first = torch.tensor([starts[job] for job, _ in chosen], device=base.device)
+        sums.index_add_(0, first[batch.row] + batch.example, found.to(sums.dtype))
+    return list(torch.split(sums.cpu(), [len(examples) for examples in jobs]))
 
 
 def label_scores(
