@@ -7,7 +7,7 @@ from arrays import near, normal
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mta.bank.choices import best_of, chosen_by_others, rate_from, standard_error
+from mta.bank.choices import SURE, best_of, chosen_by_others, standard_error
 
 
 def test_a_gain_that_is_not_clear_is_not_chosen():
@@ -55,5 +55,5 @@ def test_the_rate_is_the_best_of_those_that_surely_help():
     small = 0.02 + 0.01 * normal(20, seed=1)
     wild = 0.1 + normal(20, seed=2)
     larger = 2 * small
-    assert rate_from(torch.stack([0 * small, small, larger, wild], dim=1), torch.arange(20)) == 2
-    assert rate_from(torch.stack([0 * small, wild], dim=1), torch.arange(20)) == 0
+    assert best_of(torch.stack([0 * small, small, larger, wild], dim=1), torch.arange(20), SURE) == 2
+    assert best_of(torch.stack([0 * small, wild], dim=1), torch.arange(20), SURE) == 0

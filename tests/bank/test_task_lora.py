@@ -2,8 +2,10 @@
 
 import json
 import random
+import shutil
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -250,3 +252,15 @@ def test_over_a_task_lora_that_is_there_the_anchors_are_the_same(built, tmp_path
     other = build(tmp_path / "other", run=changed("task_lora", items=4))
     with pytest.raises(BankError):
         build(tmp_path, task_lora=other / "task_lora")
+
+
+def test_of_a_folder_with_a_task_lora_only_the_adapter_is_taken(built, tmp_path):
+    given = Path(shutil.copytree(built / "task_lora", tmp_path / "given"))
+    (given / "README.md").write_text("a card")
+    (given / "checkpoints").mkdir()
+    out = build(tmp_path / "bank", task_lora=given)
+    assert {name for name in read_info(out).files if "task_lora" in name} == {
+        "task_lora/adapter_config.json",
+        "task_lora/adapter_model.safetensors",
+    }
+    assert {path.name for path in (out / "task_lora").iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}

@@ -299,9 +299,6 @@ def test_person_show_explains_a_state(world, tmp_path):
     assert "history: 6 items kept\n" in said
     assert f"exported to {tmp_path}/out on " in said
     assert "parts of the bank that were trained on them: none\n" in said
-    assert re.search(
-        r"cost of making it again: 5 forward and 2 forward-backward passes over about \d+ tokens: \d\.\de", said
-    )
     for text in ("Zorblax", "Drama"):
         assert text not in said
         assert text not in json.dumps(result)
@@ -315,7 +312,6 @@ def test_person_show_reports_a_missing_stack_and_history(world, tmp_path):
     assert "stack: none, the merge alone\n" in said
     assert "history: not kept\n" in said
     assert "pooled model  " not in said
-    assert re.search(r"2 forward and 0 forward-backward passes over shots of 12 target tokens\n", said)
 
 
 def test_versions_are_listed_and_restored(world, tmp_path):

@@ -1,5 +1,6 @@
 """A comparison with invented numbers, and questions that people were asked."""
 
+import pytest
 import torch
 
 from mta.evaluation.asking import Asked, Interview
@@ -51,3 +52,8 @@ def comparison_of(task, gain=0.3, oppu=-0.3, people=40, queries=8):
         rated(task, "MTA", gain=gain, seconds=3.04, kept=1.22e6, merge=merge, seed=3, **size),
     ]
     return Comparison(task, rows)
+
+
+@pytest.fixture
+def comparison(task):
+    return comparison_of(task)

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score, roc_curve
 
-from mta.evaluation.privacy.membership import Trials, attack, rank_correlation, resampled_auc, resampled_tpr
+from mta.evaluation.privacy.membership import Trials, attack, resampled_auc, resampled_tpr
 from mta.evaluation.privacy.sampling import spread
 
 pytestmark = pytest.mark.integration
@@ -122,14 +122,6 @@ def test_items_of_a_models_own_person_are_drawn_with_the_model():
     assert attack(own, scores).auc.high > attack(own, scores).auc.low
     alone = Trials(np.zeros(len(scores), dtype=int), own.person, trials.member)
     assert attack(alone, scores).auc.high == pytest.approx(attack(alone, scores).auc.low)  # only one model to draw
-
-
-def test_a_rank_correlation_by_hand():
-    unit, x = np.array([0, 0, 1, 1]), np.array([1.0, 2.0, 3.0, 4.0])
-    assert rank_correlation(unit, x, x**2).mean == pytest.approx(1)
-    assert rank_correlation(unit, x, -x).high == pytest.approx(-1)
-    assert rank_correlation(unit, x, np.array([1.0, 3.0, 2.0, 4.0])).mean == pytest.approx(0.8)
-    assert rank_correlation(unit, x, np.ones(4)) is None
 
 
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=7), st.integers(1, 20), st.integers(0, 50))

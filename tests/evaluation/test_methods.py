@@ -73,7 +73,7 @@ def test_an_unknown_method_is_refused():
         parse_method("lora-per-person")
 
 
-def test_what_is_not_the_papers_own_says_whose_it_is():
+def test_methods_from_papers_cite_them():
     published = {"rag", "pag", "one-lora", "per-pcs", "prime", "merge", "mta", "task-lora"}
     assert {name for name, kind in METHODS.items() if kind.paper.startswith("https://")} == published
 

@@ -195,7 +195,6 @@ def test_memorized_items_are_found_and_the_base_shows_nothing(found):
 def test_fewer_anchors_with_larger_weights_reveal_more(found):
     alone, everyone = (strongest(found.row(ANCHORS, f"uniform, K = {k}")).auc.mean for k in (1, 6))
     assert alone > everyone > 0.5
-    assert found.weights.mean > 0
 
 
 def test_a_heavily_trained_stack_reveals_shots(found):
@@ -316,7 +315,6 @@ def test_the_table_fits_eighty_columns_and_shows_counts(found):
     assert "36 items of 6 anchors" in text
     assert "against 120 items of 20 people outside the bank; 4 targets with 2 shots each" in text
     assert "Warning: only 120 items of others, fewer than 1000" in text
-    assert "Spearman" in text
 
 
 def test_files_hold_no_ids_or_texts(found, tmp_path):

@@ -3,8 +3,8 @@ import io
 import json
 import re
 
-import pytest
 import torch
+from compared import comparison as comparison  # the fixture
 from compared import comparison_of
 from rich.console import Console
 
@@ -16,11 +16,6 @@ from mta.evaluation.reports.summary import headline, judge, verdict
 from mta.evaluation.reports.tables import columns_of, table
 from mta.evaluation.statistics import Comparison, Interval, Row
 from mta.personalize.merge import Merge
-
-
-@pytest.fixture
-def comparison(task):
-    return comparison_of(task)
 
 
 def shown(made, width=140, **how):
@@ -210,15 +205,3 @@ def test_bars_show_the_rest_and_coefficients_below_zero():
     ):
         assert part in one
     assert "pooled model alone" not in other
-
-
-def test_map_is_the_same_every_time():
-    generator = torch.Generator().manual_seed(0)
-    anchors, people = torch.randn(6, 5, generator=generator), torch.randn(9, 5, generator=generator)
-    drawn = figures.anchor_map(anchors, people)
-    assert svg(drawn) == svg(figures.anchor_map(anchors, people))
-    assert svg(drawn).count(">person ") == 3
-    assert "Map of 6 numbered anchors and 9 people" in drawn.alt
-    assert "Strongest" not in drawn.alt
-    merge = Merge(torch.tensor([[5, 2]]).repeat(9, 1), torch.tensor([[0.6, 0.4]]).repeat(9, 1))
-    assert "Strongest of person A: anchor 5, anchor 2." in figures.anchor_map(anchors, people, merge).alt

@@ -4,8 +4,8 @@ import re
 from html.parser import HTMLParser
 
 import pytest
-import torch
 from compared import ASKED, HOSTILE, comparison_of
+from compared import comparison as comparison  # the fixture
 
 from mta.data.tasks import load_task
 from mta.evaluation.reports.html import Section, page, plain, write_html
@@ -15,7 +15,6 @@ from mta.evaluation.statistics import Comparison
 SECTIONS = [
     "The comparison",
     "Score against bytes kept per person",
-    "Map of anchors and people",
     "Chosen anchors and coefficients",
     "The same questions, before and after",
     "How this was made",
@@ -61,12 +60,10 @@ class Page(HTMLParser):
 def written(tiny, comparison, tmp_path):
     """Write the page into a file and read it."""
 
-    def write(name="report.html", people=True, **changes):
-        people_vectors = torch.randn(40, 8, generator=torch.Generator().manual_seed(0)) if people else None
+    def write(name="report.html", **changes):
         what = {
             "comparison": comparison,
             "bank": tiny[1],
-            "people_vectors": people_vectors,
             "asked": ASKED,
             "meta": {
                 "command": "mta evaluate x.jsonl --bank bank/",
@@ -120,7 +117,6 @@ def test_page_contains_findings_answers_and_settings(written, comparison):
         assert part in text
     pictures = " ".join(found.alts)
     assert "MAE, lower is better, over bytes kept per person: global constant 1.250 with 0" in pictures
-    assert "Map of" in pictures
     assert "probability of each answer to 'Fargo': everybody, person A, person B." in pictures
     assert "Coefficients of person A: anchor 0 (6 items) 0.50" in pictures
 
@@ -166,10 +162,9 @@ def test_pages_are_the_same_to_the_byte(written):
     assert written("one.html") == written("two.html")
 
 
-def test_page_without_vectors_merge_or_questions(written, task):
+def test_page_without_merge_or_questions(written, task):
     without = Comparison(task, [row for row in comparison_of(task).rows if row.name != "MTA"])
-    found = Page(written(people=False, comparison=without, asked=None))
-    assert "Map of anchors and people" not in found.headings
+    found = Page(written(comparison=without, asked=None))
     assert "Chosen anchors and coefficients" not in found.headings
     assert "The same questions, before and after" not in found.headings
     assert "MTA is not among the methods compared." in "".join(found.text)

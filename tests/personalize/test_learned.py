@@ -6,6 +6,7 @@ import plain
 import pytest
 import torch
 from arrays import near, normal
+from scenes import scene as scene  # the fixture
 from tiny import random_examples, random_loras
 
 from mta.config import MergeSettings, Training

@@ -9,19 +9,17 @@ import pytest
 import torch
 from arrays import near, normal
 from conftest import people_of
-from tiny import base_of, random_examples, random_loras
+from scenes import scene as scene  # the fixture
 
 from mta.bank.calibration import Calibration, CalibrationInfo, curvature_of
 from mta.config import MergeSettings, Policy
 from mta.errors import AnchorNotFound, ConfigError
 from mta.lora.layers import Shared
-from mta.personalize.likelihoods import Evidence, Labels, ShotGradients, ShotsJob, gather_evidence, shots_of
+from mta.personalize.likelihoods import Evidence, Labels, ShotGradients, gather_evidence, shots_of
 from mta.personalize.merge import Earlier, Merge, check_merge, coefficients, fit_merge, needs_evidence
 from mta.personalize.policies import POLICIES, Retrieved, fit_labels
 
 U, N = 3, 5
-
-
 SIMILARITY = normal(U, N).tanh()
 ANCHORS, TASK = -40 + 3 * normal(U, N, seed=1), -40 + normal(U, seed=2)
 
@@ -219,14 +217,6 @@ def test_ridge_needs_labels():
 
 
 # -- evidence ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def scene():
-    """A base, a task LoRA, a bank of four anchors, and three people with shots."""
-    base = base_of()
-    jobs = [ShotsJob(f"p{n}", random_examples(n, seed=n)) for n in (3, 1, 5)]
-    return base, random_loras(base, 1, seed=1, size=0.2), random_loras(base, 4, seed=2, size=0.2), jobs
 
 
 def test_evidence_equals_scoring_under_one_anchor_at_a_time(scene):

@@ -6,14 +6,17 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import TINY_RUN, people_of, personalizer
+from conftest import TINY_RUN, HashEncoder, people_of, personalizer
+from files import path_of
 from hypothesis import given
 from hypothesis import strategies as st
 
 from mta.bank.calibration import CalibrationInfo
 from mta.config import MergeSettings, override
 from mta.data.history import Person
+from mta.distributed.executor import LocalExecutor
 from mta.errors import DataError
+from mta.personalize import Personalizer
 from mta.personalize.adapters import merge_of
 from mta.personalize.likelihoods import Evidence, Labels, shots_of
 from mta.personalize.merge import Merge, merged, updated_coefficients
@@ -274,6 +277,22 @@ def test_an_update_that_was_overtaken_says_so(tiny, tmp_path, monkeypatch):
     assert done.failed["p0"].startswith("a newer version of 'p0' was saved meanwhile")
     assert personal.state("p0") == other.state("p0")
     assert [personal.store.versions(id) for id in ("p0", "p1")] == [[1, 2], [1, 2]]
+
+
+def test_a_state_that_is_damaged_after_planning_fails_alone(tiny, tmp_path):
+    personal = started(tiny, tmp_path, YOUNG[:2])
+    state = path_of(personal.store, "p0") / "1.safetensors"
+
+    class Damaging(LocalExecutor):
+        def run(self, *given):
+            state.write_bytes(b"half")
+            return super().run(*given)
+
+    other = Personalizer(*tiny, personal.store, run=personal.run, encoder=HashEncoder(), executor=Damaging())
+    done = other.update(GROWN[:2])
+    assert list(done.failed) == ["p0"]
+    assert "1.safetensors" in done.failed["p0"]
+    assert [personal.store.versions(id) for id in ("p0", "p1")] == [[1], [1, 2]]
 
 
 def test_a_null_that_is_as_good_as_gone_comes_back():

@@ -193,7 +193,6 @@ class TestCommand:
     def test_a_processor_becomes_part_of_a_file_name(self):
         assert Processor("Intel(R) Xeon(R) CPU @ 2.60GHz", 2, ()).slug == "intel-xeon"
         assert Processor("AMD EPYC 9R14", 2, ("avx512_bf16",)).slug == "amd-epyc-9r14"
-        assert Processor("x", 2, ("avx512_bf16",)).has_bf16
 
 
 class TestMerging:

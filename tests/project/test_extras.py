@@ -17,7 +17,6 @@ from mta.distributed.ray import Cluster
 from mta.errors import MissingExtra
 from mta.evaluation.methods.published import Prime
 from mta.evaluation.metrics import Answers, measure
-from mta.evaluation.privacy.membership import rank_correlation
 from mta.evaluation.reports import figures
 from mta.evaluation.statistics import student_t
 from mta.system.assets import fetch
@@ -63,7 +62,6 @@ FEATURES = {
     "BM25": ("eval", "bm25s", lambda: retrieve(load_task("lamp4"), None, [], 1)),
     "CMA-ES": ("eval", "cma", lambda: Prime().run(None, 0)),
     "Student's t": ("eval", "scipy", lambda: student_t(3)),
-    "Spearman's correlation": ("eval", "scipy", lambda: rank_correlation(None, None, None)),
     "a picture": ("eval", "matplotlib", lambda: figures.Picture("alt", lambda axes: None).data_uri()),
     "an asset that is converted": ("assets", "gguf", lambda: fetch("smollm2-135m-instruct")),
     "Parquet": ("tables", "pyarrow", lambda: read_people(Path("people.parquet"), "text")),

@@ -2,12 +2,10 @@
 
 import asyncio
 import threading
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from conftest import personalizer
-from filelock import FileLock
 
 from mta.errors import ModelError
 from mta.personalize.adapters import TASK
@@ -86,38 +84,10 @@ def test_auto_chooses_bfloat16_or_float32():
     assert pick_dtype("auto", torch.device("cpu")) in (torch.bfloat16, torch.float32)
 
 
-def test_auto_repeats_its_first_choice_of_dtype(cache, monkeypatch):
-    rates = iter([3.0, 1.0, 1.0, 3.0])
-    monkeypatch.setattr(device, "gemm_rate", lambda dtype: next(rates))
-    assert pick_dtype("auto", torch.device("cpu")) == torch.bfloat16
-    assert pick_dtype("auto", torch.device("cpu")) == torch.bfloat16
-    (cache / "dtype.json").write_text("{broken")
-    assert pick_dtype("auto", torch.device("cpu")) == torch.float32
-
-
-def test_concurrent_processes_choose_the_dtype_measured_first(cache, monkeypatch):
-    note, rates = cache / "dtype.json", iter([3.0, 1.0])
-    monkeypatch.setattr(device, "gemm_rate", lambda dtype: next(rates))
-    assert pick_dtype("auto", torch.device("cpu")) == torch.bfloat16
-    measured = note.read_text()
-    note.unlink()
-    monkeypatch.setattr(device, "gemm_rate", lambda dtype: 1.0)  # float32, if it was measured again
-    with ThreadPoolExecutor(1) as other:
-        with FileLock(cache / "dtype.lock"):
-            later = other.submit(pick_dtype, "auto", torch.device("cpu"))
-            with pytest.raises(TimeoutError):
-                later.result(0.2)
-            note.write_text(measured)
-        assert later.result(60) == torch.bfloat16
-
-
-def test_virtual_processors_with_different_flags_do_not_share_a_dtype(cache, monkeypatch):
-    rates = iter([3.0, 1.0, 1.0, 3.0])
-    monkeypatch.setattr(device, "gemm_rate", lambda dtype: next(rates))
-    monkeypatch.setattr(device, "cpuinfo", lambda *fields: "one" if "flags" in fields else "Virtual CPU")
-    assert pick_dtype("auto", torch.device("cpu")) == torch.bfloat16
-    monkeypatch.setattr(device, "cpuinfo", lambda *fields: "other" if "flags" in fields else "Virtual CPU")
-    assert pick_dtype("auto", torch.device("cpu")) == torch.float32
+@pytest.mark.parametrize("flags", ["avx512f avx512_bf16", "amx_bf16", "asimd bf16", "avx512f", ""])
+def test_auto_is_bfloat16_where_the_processor_has_instructions_for_it(monkeypatch, flags):
+    monkeypatch.setattr(device, "cpuinfo", lambda *fields: flags)
+    assert pick_dtype("auto", torch.device("cpu")) == (torch.bfloat16 if "bf16" in flags else torch.float32)
 
 
 def test_auto_chooses_a_usable_device():

@@ -16,7 +16,7 @@ from mta.lora.batch import Factors, LoraBatch
 from mta.lora.peft import write_peft
 from mta.model.footprint import Footprint, Numbers, Sums, Texts
 from mta.store.state import Losses, State
-from mta.tools.cost import Load, Shape, costs, hardware, memory, passes
+from mta.tools.cost import Load, Shape, costs, hardware, memory
 
 SMOL = "smollm2-135m-instruct"
 FOOTPRINT = Footprint(Sums(), 1, 1, 1, 1, 2)
@@ -123,16 +123,6 @@ def test_costs_grow_with_what_they_are_of(rank, anchors, tokens):
     longer = of(load=Load(tokens=2 * (tokens + 16), targets=32))
     assert longer["MTA"].person_operations == pytest.approx(2 * first["MTA"].person_operations)
     assert of("stack.enabled=false")["MTA"] == first["merge alone"]
-
-
-def test_passes_are_those_of_evidence_losses_and_training():
-    run = override(Run(), ["bank.anchors=50", "stack.training.steps=8", "merge.policy=posterior"])
-    assert passes(run, 8) == (50 + 1 + 2, 8)  # the evidence tells of the pooled model
-    assert passes(override(run, ["stack.enabled=false"]), 8) == (50 + 1 + 1, 0)
-    assert passes(override(run, ["merge.policy=uniform", "stack.training.batch_size=4"]), 8) == (3, 4)
-    assert passes(override(run, ["merge.policy=learned", "merge.start=zero"]), 8) == (3, 8 + 1)
-    assert passes(override(run, ["merge.policy=laplace"]), 8) == (3, 8 + 1)  # one forward and one backward pass
-    assert passes(Run(), 8) == (3, 1 + 1)  # of a calibrated bank: a gradient, and one step of the stack
 
 
 def test_the_verb_tells_it_to_people_and_machines(tmp_path):

@@ -5,13 +5,12 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
-from conftest import TINY_RUN, people_of, personalizer
+from conftest import people_of, personalizer
 
 from mta.config import MergeSettings
-from mta.data.history import Item, Person
 from mta.errors import BankCorrupt, PersonNotFound
 from mta.store.state import Losses
-from mta.tools.inspect import Rebuild, Version, gains, summarize, versions_of
+from mta.tools.inspect import Version, gains, summarize, versions_of
 
 PEOPLE = people_of(3, items=4, prefix="x", seed=5)
 
@@ -78,52 +77,6 @@ def test_who_is_not_there(known, tmp_path):
             look()
     with pytest.raises(BankCorrupt, match="no bank at"):
         summarize("x0", known.store, tmp_path / "nowhere")
-
-
-# -- what it would cost again ------------------------------------------------------------------------------------------
-
-
-def test_a_rebuild_is_told_in_passes_over_the_history_that_is_kept(known):
-    base, bank = known.base, known.bank
-    found = summarize("x0", known.store, bank.folder).rebuild
-    examples = [base.prompts.example(bank.task, item) for item in PEOPLE[0].items]
-    assert (found.forward, found.trained) == (3 + 1 + 2, TINY_RUN.stack.training.steps)
-    assert found.targets == sum(len(example.target) for example in examples)
-    characters = sum(len(bank.task.prompt(item)) for item in PEOPLE[0].items)
-    assert found.tokens == pytest.approx(characters / 4 + found.targets)
-    assert (found.operations, found.seconds) == (None, None)  # where the tiny base lies nobody knows
-
-
-def test_operations_and_seconds_need_the_shape_of_the_base_alone(known, tmp_path, monkeypatch):
-    known.base.model.config.save_pretrained(tmp_path / "base")
-    info = known.bank.info.model_copy(
-        update={"run": known.bank.info.run.model_copy(update={"base": f"{tmp_path}/base"})}
-    )
-    monkeypatch.setattr("mta.tools.inspect.read_info", lambda _: info)
-    found = summarize("x0", known.store, known.bank.folder).rebuild
-    linear = 2 * sum(d * o for d, o in known.base.targets.values()) * found.tokens
-    assert found.operations > linear * (found.forward + 2 * found.trained)
-    assert 0 < found.seconds < 60
-    assert found.machine
-    (tmp_path / "base" / "config.json").write_text("{}")
-    assert summarize("x0", known.store, known.bank.folder).rebuild.operations is None
-
-
-def test_without_a_history_the_targets_are_known_and_without_losses_nothing(tiny, tmp_path):
-    personal = personalizer(*tiny, store=tmp_path / "people")
-    personal.personalize(PEOPLE)
-    state, (_, bank) = personal.state("x0"), tiny
-    found = summarize("x0", personal.store, bank.folder)
-    assert found.history is None
-    assert found.rebuild == Rebuild(6, 2, state.losses.tokens, None, None, None, "")
-    personal.store.save("x0", replace(state, losses=None, work="0" * 64))
-    assert summarize("x0", personal.store, bank.folder).rebuild is None
-
-
-@pytest.mark.parametrize("items", [(), (Item({"text": "of another task"}),)])
-def test_a_history_nothing_can_be_made_of_costs_nothing(known, items):
-    known.store.save_history(Person("x0", items))
-    assert summarize("x0", known.store, known.bank.folder).rebuild is None
 
 
 # -- versions and words ------------------------------------------------------------------------------------------------

@@ -49,7 +49,7 @@ from mta.distributed.executor import Executor, LocalExecutor
 from mta.errors import BankError, ConfigError
 from mta.lora.batch import LoraBatch, stack
 from mta.lora.layers import Shared
-from mta.lora.peft import CARD, read_peft, write_peft
+from mta.lora.peft import CARD, CONFIG, WEIGHTS, read_peft, write_peft
 from mta.model.base import BaseModel
 from mta.model.encoders import Encoder
 from mta.model.footprint import Numbers
@@ -204,8 +204,8 @@ class _Build:
             if given:
                 for aside in asides_in(folder, "*"):  # of a killed copy
                     aside.unlink()
-                for file in sorted(given.iterdir()):
-                    copy_file(file, folder / file.name)
+                for name in (CONFIG, WEIGHTS):
+                    copy_file(given / name, folder / name)
             else:
                 trained = self.rounds(*pooled_items(people, self.run.task_lora, self.run.seed, held_out, candidates))
                 write_peft(folder, trained, self.base.name, fan_in_fan_out=self.base.fan_in_fan_out)
@@ -322,7 +322,7 @@ class _Build:
         self.record.outcome = {"anchors": len(items), "items": sum(items), **cut}
         names = [ANCHORS, INDEX, *([CALIBRATION] if calibration else [])]
         if self.run.task_lora.enabled:
-            names += [f"{TASK_LORA}/{file.name}" for file in sorted((self.out / TASK_LORA).iterdir())]
+            names += [f"{TASK_LORA}/{name}" for name in (CONFIG, WEIGHTS)]
         info = BankInfo(
             version=SCHEMA,
             base=self.base.name,

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from mta.bank.calibration import DEFAULTS, Calibration, CalibrationInfo, Gain, curvature_of, prior_of, solved
-from mta.bank.choices import RATES, best_of, chosen_by_others, gain_of, rate_from
+from mta.bank.choices import RATES, SURE, best_of, chosen_by_others, gain_of
 from mta.bank.probes import COSTS, Kind, Measure, Probe, measured
 from mta.config import CalibrationSettings, Run, parse_size
 from mta.data.history import Person
@@ -285,8 +285,9 @@ class Calibrator:
     def best_rate(self, merges: Mapping[int, Tensor], gains: Mapping[int, Tensor]) -> tuple[float, dict[int, Tensor]]:
         """Return the rate of a stack over ``merges`` (0: no stack), and everybody's gain with both, by shots."""
         typical, rates = _typical(merges), (0.0, *RATES)
+        choose = partial(best_of, sure=SURE)  # no stack, unless another rate helps beyond its 95% interval
         tried = torch.cat([gains[typical][:, None], self.stacked(typical, merges[typical], RATES)], dim=1)
-        chosen = chosen_by_others(tried, self.group, rate_from)  # the number of each person's rate
+        chosen = chosen_by_others(tried, self.group, choose)  # the number of each person's rate
         used, found = sorted(set(chosen) - {0}), dict[int, Tensor]()
         for n, w in merges.items():
             columns = {0: gains[n]}
@@ -295,7 +296,7 @@ class Calibrator:
             elif used:
                 columns |= dict(zip(used, self.stacked(n, w, [rates[c] for c in used]).T))
             found[n] = torch.stack([columns[c][u] for u, c in enumerate(chosen)])
-        return rates[rate_from(tried, self.group)], found
+        return rates[choose(tried, self.group)], found
 
     def coefficients(self, fits: Sequence[Calibration], found: Sequence[GateGradients], shots: int) -> Tensor:
         """Return everybody's coefficients (U, N) by the other fold's fit, from the gradients of their latest shots."""

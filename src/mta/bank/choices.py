@@ -12,32 +12,21 @@ from torch import Tensor
 from mta.bank.calibration import Gain
 
 RATES = (8e-4, 1.6e-3, 3.2e-3, 6.4e-3)  # of a stack's single step
-_SURE = 1.96  # standard errors by which a stack must help
+SURE = 1.96  # standard errors of a 95% interval
 _WORSE = 0.02  # nats per token; smaller losses do not count
 T = TypeVar("T")
 
 
-def best_of(gains: Tensor, groups: Tensor) -> int:
+def best_of(gains: Tensor, groups: Tensor, sure: float = 1.0) -> int:
     """Return the candidate with the largest mean gain over candidate 0, less its standard error.
 
-    Gains (U, candidates); groups (U,) of people who share items. 0 is returned where no other is clearly better.
-    """
-    return int(_lower_bound(gains - gains[:, :1], groups, 1).argmax())
-
-
-def rate_from(gains: Tensor, groups: Tensor) -> int:
-    """Return the best candidate with a gain over candidate 0, no stack, beyond its 95% interval; else 0.
-
-    Gains (U, candidates); groups (U,).
+    Gains (U, candidates); groups (U,) of people who share items. 0 is returned where no other gain exceeds ``sure``
+    standard errors.
     """
     more = gains - gains[:, :1]
-    sure = _lower_bound(more, groups, _SURE) >= 0
-    return int(_lower_bound(more, groups, 1).masked_fill(~sure, -math.inf).argmax())
-
-
-def _lower_bound(gains: Tensor, groups: Tensor, errors: float) -> Tensor:
-    """Return each candidate's mean gain, less that many of its standard errors; -inf if it is not a number."""
-    return torch.nan_to_num(gains.mean(0) - errors * standard_error(gains, groups), nan=-math.inf)
+    mean, error = more.mean(0), standard_error(more, groups)
+    clear = mean >= sure * error  # False where it is not a number
+    return int((mean - error).masked_fill(~clear, -math.inf).argmax())
 
 
 def standard_error(gains: Tensor, groups: Tensor) -> Tensor:
@@ -56,6 +45,6 @@ def chosen_by_others(gains: Tensor, groups: Tensor, choose: Callable[[Tensor, Te
 
 def gain_of(shots: int, gains: Tensor, groups: Tensor) -> Gain:
     """Return the mean gain of people (U,) in groups (U,) with its 95% interval (normal approximation)."""
-    mean, half = float(gains.mean()), 1.96 * float(standard_error(gains, groups))
+    mean, half = float(gains.mean()), SURE * float(standard_error(gains, groups))
     worse = float((gains < -_WORSE).double().mean())
     return Gain(shots=shots, people=len(gains), mean=mean, low=mean - half, high=mean + half, worse=worse)

@@ -19,6 +19,7 @@ from mta.bank.format import (
     ANCHORS,
     INDEX,
     SCHEMA,
+    SEALED,
     TASK_LORA,
     BankInfo,
     check_base,
@@ -202,9 +203,10 @@ def _write(out: Path, info: BankInfo, anchors: LoraBatch, vectors: Tensor, task_
     try:
         write_tensors(aside / ANCHORS, anchors.tensors(), {"scale": repr(anchors.scale)})
         write_tensors(aside / INDEX, {"vectors": vectors.contiguous()})
-        for file in sorted(task_lora.iterdir()) if task_lora else ():
-            copy_file(file, aside / TASK_LORA / file.name)
-        names = sorted(str(file.relative_to(aside)) for file in aside.rglob("*") if file.is_file())
+        if task_lora:
+            for name in (CONFIG, WEIGHTS):
+                copy_file(task_lora / name, aside / TASK_LORA / name)
+        names = [name for name in SEALED if (aside / name).is_file()]
         changed = {"run": info.run.model_copy(update={"bank": bank}), "files": file_hashes(aside, names), "hash": ""}
         whole = named(info.model_copy(update=changed))
         write_text(aside / CARD, card(whole))

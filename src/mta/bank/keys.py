@@ -7,6 +7,7 @@ from pathlib import Path
 from mta.bank.format import BEFORE, as_before, file_hashes
 from mta.config import Run, TaskLoraSettings
 from mta.data.tasks.task import Task
+from mta.lora.peft import CONFIG, WEIGHTS
 from mta.model.base import BaseModel
 from mta.model.encoders import Encoder
 from mta.tracking import run_folder
@@ -28,7 +29,7 @@ def work_key(
     work = run_folder.work_of(base.fingerprint, encoder.fingerprint, task.identity, settings, histories)
     if task_lora is None:
         return work
-    return run_folder.work_of(work, file_hashes(task_lora, sorted(file.name for file in task_lora.iterdir())))
+    return run_folder.work_of(work, file_hashes(task_lora, [CONFIG, WEIGHTS]))
 
 
 def uncalibrated(run: Run) -> Run:

@@ -19,11 +19,11 @@ import mta
 from mta.cli import options
 from mta.cli.screen import confirm, show_json, show_parcel
 from mta.errors import MtaError
-from mta.system.units import human_bytes, human_seconds
+from mta.system.units import human_bytes
 
 if TYPE_CHECKING:
     from mta.personalize.forgetting import Forgotten
-    from mta.tools.inspect import Rebuild, Summary
+    from mta.tools.inspect import Summary
 
 app = typer.Typer(help="Show what is stored for one person, and restore earlier versions.", no_args_is_help=True)
 SHOWN = 12  # anchors in a chart; --json has all
@@ -93,17 +93,7 @@ def _facts(found: Summary) -> list[str]:
     parts = "not known, it came without its members" if found.trained is None else ", ".join(found.trained) or "none"
     lines.append(f"parts of the bank that were trained on them: {parts}")
     lines.append(f"stored in total: {human_bytes(found.bytes)}")
-    return [*lines, _price(found.rebuild)] if found.rebuild else lines
-
-
-def _price(rebuild: Rebuild) -> str:
-
-    passes = f"{rebuild.forward:.0f} forward and {rebuild.trained:.0f} forward-backward passes"
-    over = f"about {rebuild.tokens:.0f} tokens" if rebuild.tokens else f"shots of {rebuild.targets} target tokens"
-    price = f"cost of making it again: {passes} over {over}"
-    if rebuild.operations is None or rebuild.seconds is None:
-        return price
-    return f"{price}: {rebuild.operations:.1e} operations, about {human_seconds(rebuild.seconds)} on {rebuild.machine}"
+    return lines
 
 
 @app.command()

@@ -141,7 +141,7 @@ def _fill(groups: Sequence[list[str]], size: int, *, tested: bool) -> list[list[
     a quarter.
     """
     order = groups if tested else sorted(groups, key=len, reverse=True)  # stable: single people keep their order
-    most = max(size // 4, 2) if tested else size + size // 4
+    most = max(size // 4, 2)  # of one group in a test
     taken: list[list[str]] = []
     free = size
     for group in order:

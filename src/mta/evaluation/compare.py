@@ -74,7 +74,7 @@ class Study:
 
         out, meta, panel = Path(out), self.meta | {"command": command}, self.panel
         write_json(out / "results.json", to_json(self.comparison, **meta))
-        write_html(out / "report.html", self.comparison, panel.bank, panel.vectors, self.asked, meta)
+        write_html(out / "report.html", self.comparison, panel.bank, self.asked, meta)
 
 
 def standard_methods(

@@ -235,7 +235,7 @@ class BaseModel:
         where (n,) flat indices into B * T -> (n, V).
         """
         inputs: dict[str, Any] = {"input_ids": tokens, "use_cache": False}
-        if not self._packable:  # rows of one example each, padded on the right
+        if not self.packable:  # rows of one example each, padded on the right
             return self._logits_at(where, inputs | {"attention_mask": torch.ones_like(tokens)})
         inputs["position_ids"], flat = positions, positions.flatten()
         if self.blocked:

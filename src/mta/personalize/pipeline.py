@@ -14,13 +14,11 @@ from mta.data.history import Person
 from mta.distributed.executor import Executor, LocalExecutor
 from mta.errors import (
     DataError,
-    Diverged,
     InputError,
     OtherBank,
     PersonForgotten,
     PersonNotFound,
     StateCorrupt,
-    StoreConflict,
 )
 from mta.model.base import BaseModel
 from mta.model.encoders import Encoder
@@ -28,7 +26,7 @@ from mta.personalize.likelihoods import shots_of
 from mta.personalize.merge import check_merge, frozen_numbers
 from mta.personalize.policies import policy_of
 from mta.personalize.stages import Cohort, Stages, WorkItem, digest_of, settings_of
-from mta.personalize.update import Action, StateUpdate
+from mta.personalize.update import Action, NotSaved, StateUpdate
 from mta.personalize.worker import open_stages, personalize_cohort, update_cohort
 from mta.store import Store
 from mta.store.state import State
@@ -242,7 +240,7 @@ class Pipeline:
             for item, made in zip(outcome.piece.items, outcome.result or ()):
                 if isinstance(made.state, PersonForgotten):
                     call.forgotten.add(item.person.id)
-                elif isinstance(made.state, Diverged | StoreConflict):
+                elif isinstance(made.state, NotSaved):
                     call.unsaved[item.person.id] = str(made.state)
                 else:
                     actions[made.action] += 1

@@ -19,7 +19,7 @@ from typing import Literal
 
 import torch
 
-from mta.errors import Diverged, PersonForgotten, StoreConflict
+from mta.errors import Diverged, PersonForgotten, PersonNotFound, StateCorrupt, StoreConflict
 from mta.lora.batch import LoraBatch, stack
 from mta.personalize.likelihoods import ShotsJob
 from mta.personalize.merge import Earlier
@@ -27,7 +27,7 @@ from mta.personalize.stages import Cohort, Stages
 from mta.store.state import Losses, State
 
 Action = Literal["begin", "keep", "retrain", "refresh"]
-NotSaved = Diverged | PersonForgotten | StoreConflict
+NotSaved = Diverged | PersonForgotten | PersonNotFound | StateCorrupt | StoreConflict
 MARGIN = 0.02  # nats per token: smaller differences do not count
 
 

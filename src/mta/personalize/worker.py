@@ -10,7 +10,15 @@ from pathlib import Path
 from mta.bank.bank import Bank
 from mta.bank.format import check_base, read_info
 from mta.config import Run
-from mta.errors import BankMismatch, Diverged, PersonForgotten, StoreConflict, StoreError
+from mta.errors import (
+    BankMismatch,
+    Diverged,
+    PersonForgotten,
+    PersonNotFound,
+    StateCorrupt,
+    StoreConflict,
+    StoreError,
+)
 from mta.model.base import BaseModel
 from mta.personalize.stages import Cohort, Stages, WorkItem
 from mta.personalize.update import NotSaved, StateUpdate, update_states
@@ -71,9 +79,12 @@ def update_cohort(stages: Stages, cohort: Cohort) -> Sequence[StateUpdate]:
     return [replace(one, state=_saved(stages, item, one.state)) for item, one in zip(cohort.items, found)]
 
 
-def _before(store: Store, item: WorkItem) -> State | StoreConflict:
-    """Load the whole state that an update starts from; StoreConflict if that version holds another state."""
-    state = store.load(item.person.id, item.version)
+def _before(store: Store, item: WorkItem) -> State | NotSaved:
+    """Load the whole state that an update starts from; return why not if that version is another state, or damaged."""
+    try:
+        state = store.load(item.person.id, item.version)
+    except (PersonNotFound, StateCorrupt) as error:
+        return error
     return _overtaken(item) if item.before is None or state.work != item.before.work else state
 
 

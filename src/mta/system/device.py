@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
 import os
 import platform
 import threading
@@ -16,14 +14,12 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
-from filelock import FileLock
 
 from mta.errors import ModelError
-from mta.system.assets import cache_dir
-from mta.system.atomic import read_json, write_json
 
 T = TypeVar("T")
 _SETTING = threading.Lock()  # guards the number of threads, which compute_with reads, sets and restores
+_BFLOAT16 = {"avx512_bf16", "amx_bf16", "bf16"}  # instruction sets of x86-64 and ARM64
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 
@@ -65,7 +61,7 @@ def pick_device(device: str) -> torch.device:
 
 
 def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    """Return the dtype; 'auto' is bfloat16 if it is faster than float32 on this machine. Raises ModelError."""
+    """Return the dtype; 'auto' is bfloat16 if the device has instructions for it, else float32. Raises ModelError."""
     if dtype != "auto":
         if dtype not in _DTYPES:
             raise ModelError(
@@ -73,51 +69,14 @@ def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
                 hint="Leave it to the machine:  dtype=auto",
             )
         return _DTYPES[dtype]
+    return torch.bfloat16 if multiplies_bfloat16(device) else torch.float32
+
+
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """Return whether a device has instructions for bfloat16 products: without them, bfloat16 is slower than float32."""
     if device.type == "cuda":
-        return torch.bfloat16
-    return _DTYPES[_faster()]
-
-
-def faster(bfloat16: float, float32: float) -> str:
-    """Return the dtype to compute in, from both rates. bfloat16 must be 1.2 times faster to outweigh its rounding."""
-    return "bfloat16" if bfloat16 > 1.2 * float32 else "float32"
-
-
-def _faster() -> str:
-    """Return the faster dtype, measured once per processor and torch version, and saved in the cache folder.
-
-    The choice is saved because a measurement on a busy machine must not change the dtype of a base. If several
-    processes start together, the first one measures and the others wait.
-    """
-    note = cache_dir() / "dtype.json"
-    if known := _saved_choices(note).get(_machine_key()):
-        return known
-    with contextlib.suppress(OSError):  # a cache folder that cannot be written to
-        note.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(note.with_suffix(".lock")):
-            if known := _saved_choices(note).get(_machine_key()):
-                return known
-            found = _measured()
-            write_json(note, _saved_choices(note) | {_machine_key(): found}, private=False)
-            return found
-    return _measured()
-
-
-def _measured() -> str:
-    return faster(gemm_rate(torch.bfloat16), gemm_rate(torch.float32))
-
-
-def _saved_choices(note: Path) -> dict[str, str]:
-    """Return the saved dtypes by machine key."""
-    found = read_json(note)
-    return {key: value for key, value in found.items() if value in _DTYPES} if isinstance(found, dict) else {}
-
-
-def _machine_key() -> str:
-    """Return the key of a saved dtype: processor and torch version."""
-    # Virtual machines report the same name for different processors, but different instruction sets.
-    features = hashlib.sha256(cpuinfo("flags", "Features").encode()).hexdigest()[:8]
-    return f"{processor()} ({features}), torch {torch.__version__}"
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return not _BFLOAT16.isdisjoint(cpuinfo("flags", "Features").split())
 
 
 def in_passing(work: Callable[[], T]) -> T:

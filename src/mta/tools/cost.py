@@ -240,20 +240,6 @@ def costs(shape: Shape, run: Run, load: Load) -> dict[str, Cost]:
     }
 
 
-def passes(run: Run, shots: float) -> tuple[float, float]:
-    """Return the passes of stages 2 and 3 over a person's shots: forward only, and forward and backward.
-
-    Forward passes: one per anchor if the policy needs the evidence, then those for the losses of the pooled model,
-    merge, and stack.
-    """
-    run = planned(run)
-    forward = (run.bank.anchors if needs_evidence(run.merge) else 0) + 2 + run.stack.enabled
-    trained = _examples(run.merge.learned, shots) if run.merge.policy == "learned" else 0.0
-    trained += shots if policy_of(run.merge).gradients else 0.0
-    trained += _examples(run.stack.training, shots) if run.stack.enabled else 0.0
-    return float(forward), trained / shots
-
-
 def memory(shape: Shape, run: Run, load: Load) -> Memory:
     """Return the memory of base, bank, a served row, and training; ``memory=`` bounds the parts of training."""
     ranks = run.bank.anchors * run.bank.lora.rank + _pooled(run)

@@ -25,7 +25,7 @@ from mta.errors import MtaError
 from mta.kernels.compile import FAMILIES, failure, obstacle, switched_off
 from mta.store import Store
 from mta.system.assets import ASSETS, cache_dir, is_present
-from mta.system.device import cores, faster, gemm_rate, pick_device, pick_dtype, processor
+from mta.system.device import cores, gemm_rate, pick_device, pick_dtype, processor
 from mta.system.extras import EXTRAS
 from mta.system.hub import is_cached
 from mta.system.provenance import version_of
@@ -98,7 +98,8 @@ def _machine() -> Iterator[Finding]:
     yield _threads(count, torch.get_num_threads())
     if device.type == "cuda":
         yield Finding("machine", "device", "ok", f"cuda: {torch.cuda.get_device_name()}")
-        yield Finding("machine", "dtype", "ok", "bfloat16, as on every GPU")
+        dtype = str(pick_dtype("auto", device)).removeprefix("torch.")
+        yield Finding("machine", "dtype", "ok", dtype)
         return
     hint = "An NVIDIA driver is installed: install torch with CUDA (pytorch.org) to use the GPU."
     unused = not torch.version.cuda and shutil.which("nvidia-smi") is not None
@@ -121,15 +122,10 @@ def _threads(count: int, threads: int) -> Finding:
 
 
 def _dtype(device: torch.device) -> Finding:
-    rates = {"bfloat16": gemm_rate(torch.bfloat16) / 1e9, "float32": gemm_rate(torch.float32) / 1e9}
-    chosen, hint = str(pick_dtype("auto", device)).removeprefix("torch."), ""
-    found = (
-        f"{chosen}: matrix products at {rates['bfloat16']:.0f} GFLOP/s in bfloat16, {rates['float32']:.0f} in float32"
-    )
-    if chosen != faster(**rates):
-        found += f"; an earlier measurement, which chose {chosen}, differs"
-        hint = f"If this finding stays, remove {cache_dir() / 'dtype.json'}, and mta measures again."
-    return _judged("machine", "dtype", found, warning=hint)
+    chosen = str(pick_dtype("auto", device)).removeprefix("torch.")
+    rates = [f"{gemm_rate(dtype) / 1e9:.0f}" for dtype in (torch.bfloat16, torch.float32)]
+    found = f"{chosen}: matrix products at {rates[0]} GFLOP/s in bfloat16, {rates[1]} in float32"
+    return Finding("machine", "dtype", "ok", found)
 
 
 def _memory() -> Iterator[Finding]:

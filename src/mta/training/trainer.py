@@ -264,18 +264,19 @@ def _passes(rows: Sequence[Sequence[Row]], budget: int, weight: float) -> Iterat
 
     A place that needs logits counts as ``weight`` tokens more.
     """
-    first, chosen, owners, width, heads = 0, [], [], 0, 0.0  # type: tuple[int, list[Row], list[int], int, float]
+
+    def fit(part: Sequence[Row]) -> int:
+        return fitting(part, max(len(row.tokens) for row in part), budget, weight)
+
+    first, chosen, owners = 0, list[Row](), list[int]()
     for person, added in enumerate(rows):
-        longest, more = max(len(row.tokens) for row in added), weight * sum(row.places for row in added)
-        if chosen and max(width, longest) * (len(chosen) + len(added)) + heads + more > budget:
+        if chosen and fit([*chosen, *added]) < len(chosen) + len(added):
             yield _Pass(slice(first, person), chosen, owners)
-            first, chosen, owners, width, heads = person, [], [], 0, 0.0
-        width, heads = max(width, longest), heads + more
-        chosen, owners = chosen + list(added), owners + [person] * len(added)
-        while (fit := fitting(chosen, width, budget, weight)) < len(chosen):  # one person alone exceeds the budget
-            yield _Pass(slice(person, person + 1), chosen[:fit], owners[:fit])
-            chosen, owners = chosen[fit:], owners[fit:]
-            heads = weight * sum(row.places for row in chosen)
+            first, chosen, owners = person, [], []
+        chosen, owners = [*chosen, *added], owners + [person] * len(added)
+        while (count := fit(chosen)) < len(chosen):  # one person alone exceeds the budget
+            yield _Pass(slice(person, person + 1), chosen[:count], owners[:count])
+            chosen, owners = chosen[count:], owners[count:]
     if chosen:
         yield _Pass(slice(first, len(rows)), chosen, owners)
 

@@ -40,22 +40,14 @@ def csv_rows(path: Path, rejects: Rejects) -> Iterator[Row]:
     """
     csv.field_size_limit(sys.maxsize)  # texts may be longer than the default of 128 KiB
     lines = text_lines(path, Rejects())
-    head = next(((number, text) for number, text in lines if text.strip()), None)
-    if head is None:
-        return
-    taken: list[int] = []  # numbers of the lines of the row that is read
-
-    def texts(numbered: Iterable[tuple[int, str]]) -> Iterator[str]:
-        for number, text in numbered:
-            taken.append(number)
-            yield f"{text}\n"
-
-    reader = csv.reader(texts(chain([head], lines)), delimiter=max(DELIMITERS, key=head[1].count), strict=True)
+    begin, head = next(((number, text) for number, text in lines if text.strip()), (0, ""))
+    texts = (f"{text}\n" for text in chain([head], (text for _, text in lines)))
+    reader = csv.reader(texts, delimiter=max(DELIMITERS, key=head.count), strict=True)
     names: list[str] | None = None
+    next_place = Place(path, begin)
     try:
         for cells in reader:
-            place = Place(path, taken[0])
-            taken.clear()
+            place, next_place = next_place, Place(path, begin + reader.line_num)
             if names is None:
                 names = _header(cells, place)
             elif not any(cell.strip() for cell in cells):
@@ -65,9 +57,8 @@ def csv_rows(path: Path, rejects: Rejects) -> Iterator[Row]:
             else:
                 rejects.add(place, None, f"expected {len(names)} columns, got {len(cells)}", cells)
     except csv.Error as error:
-        place = Place(path, taken[0] if taken else head[0])
         hint = "Quotes around a cell must be closed, and quotes in it doubled."
-        raise data_error(place, None, f"not a table: {error}", hint=hint) from None
+        raise data_error(next_place, None, f"not a table: {error}", hint=hint) from None
 
 
 def _header(cells: list[str], place: Place) -> list[str]:
@@ -86,10 +77,9 @@ def parquet_rows(path: Path, rejects: Rejects) -> Iterator[Row]:
     if len(splits := {file.name.partition("-")[0] for file in files if "-of-" in file.name}) > 1:
         raise DataError(f"{path} holds several splits: {', '.join(sorted(splits))}", hint="Give a folder with one.")
     for file in files:
-        opened(file).close()  # for our errors
         with _reading(file):
             table = ParquetFile(file)
-        yield from _numbered(file, table.schema_arrow.metadata, table.iter_batches(1024))
+            yield from _rows(file, table.schema_arrow.metadata, table.iter_batches(1024))
 
 
 def arrow_rows(path: Path, rejects: Rejects) -> Iterator[Row]:
@@ -104,30 +94,22 @@ def arrow_rows(path: Path, rejects: Rejects) -> Iterator[Row]:
         state = json.loads((path / "state.json").read_text(encoding="utf-8"))
         files = [path / Path(one["filename"]).name for one in state["_data_files"]]
     for file in files:
-        opened(file).close()
         with _reading(file):
             stream = pyarrow.ipc.open_stream(pyarrow.memory_map(str(file)))
-        yield from _numbered(file, stream.schema.metadata, iter(stream))
+            yield from _rows(file, stream.schema.metadata, stream)
 
 
-def _numbered(file: Path, metadata: Mapping[bytes, bytes] | None, batches: Iterator[Any]) -> Iterator[Row]:
-    number = 0
-    with _reading(file):
-        classes = _classes(metadata)
-    while True:
-        with _reading(file):
-            batch = next(batches, None)
-            rows = batch.to_pylist() if batch is not None else []
-        if batch is None:
-            return
-        for row in rows:
-            number += 1
-            yield Place(file, number), {name: _plain(value, classes.get(name)) for name, value in row.items()}
+def _rows(file: Path, metadata: Mapping[bytes, bytes] | None, batches: Iterable[Any]) -> Iterator[Row]:
+    classes = _classes(metadata)
+    rows = (row for batch in batches for row in batch.to_pylist())
+    for number, row in enumerate(rows, 1):
+        yield Place(file, number), {name: _plain(value, classes.get(name)) for name, value in row.items()}
 
 
 @contextmanager
 def _reading(file: Path) -> Iterator[None]:
-    """Raise DataError for what pyarrow and JSON raise about a damaged file."""
+    """Raise DataError for a file that is missing, or damaged as pyarrow and JSON find."""
+    opened(file).close()
     try:
         yield
     except (OSError, ValueError, KeyError, TypeError, OverflowError, NotImplementedError) as error:

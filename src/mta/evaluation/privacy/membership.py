@@ -12,7 +12,6 @@ import numpy as np
 import numpy.typing as npt
 
 from mta.evaluation.statistics import Interval
-from mta.system.extras import require
 
 Numbers = npt.NDArray[np.float64]
 Places = npt.NDArray[np.intp]
@@ -93,26 +92,6 @@ def resampled_tpr(trials: Trials, scores: Numbers, models: Numbers, people: Numb
     caught = np.searchsorted(-scores[a], -barrier, side="left")  # members strictly above it
     whole = np.concatenate([np.zeros((len(weights), 1)), weights[:, a].cumsum(1)], 1)
     return _ratio(whole[np.arange(len(whole)), caught], whole[:, -1] * (passed[:, -1] > 0))
-
-
-def rank_correlation(unit: Places, x: Numbers, y: Numbers, seed: int = 0, times: int = TIMES) -> Interval | None:
-    """Return Spearman's correlation of x and y with its 95% interval, drawing units with replacement. Shapes: (n,).
-
-    None if x or y is constant.
-    """
-    require("eval", "scipy")
-    from scipy.stats import rankdata
-
-    def spearman(places: Places) -> float:
-        ranks = np.stack([rankdata(x[places]), rankdata(y[places])])
-        return float(np.corrcoef(ranks)[0, 1]) if (ranks.std(1) > 0).all() else float("nan")
-
-    mean = spearman(np.arange(len(x)))
-    if np.isnan(mean):
-        return None
-    chance, groups = np.random.default_rng(seed), [np.flatnonzero(unit == one) for one in np.unique(unit)]
-    draws = chance.integers(len(groups), size=(times, len(groups)))
-    return _interval(mean, np.array([spearman(np.concatenate([groups[g] for g in drawn])) for drawn in draws]))
 
 
 def _weights(trials: Trials, chance: np.random.Generator, times: int) -> tuple[Numbers, Numbers]:

@@ -59,11 +59,6 @@ def sentences(found: Findings) -> list[str]:
         lines.append(f"Warning: {few}: the TPR is not reliable.")
     if not meta["pool"]:
         lines.append("The task LoRA's own items were not attacked: the given people do not include all of its people.")
-    if found.weights:
-        lines.append(
-            f"Spearman correlation of an anchor's |w| and how often its items rank above others': {found.weights} "
-            f"over {found.pairs} pairs of a target's merge and an anchor."
-        )
     return lines
 
 
@@ -73,7 +68,6 @@ def to_json(found: Findings, command: str | None = None) -> dict[str, Any]:
         "meta": found.meta | ({} if command is None else {"command": command}),
         "fpr": FPR,
         "rows": [asdict(row) for row in found.rows],
-        "weights": found.weights and {"spearman": asdict(found.weights), "pairs": found.pairs},
     }
 
 

@@ -9,11 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from mta.bank.bank import Bank
 from mta.config import MergeSettings, Privacy, Run
@@ -22,10 +21,9 @@ from mta.evaluation.context import Context
 from mta.evaluation.methods import Base, Merged, MergeThenAdapt, Method, TaskLora
 from mta.evaluation.methods.merged import answered
 from mta.evaluation.metrics import query_nll
-from mta.evaluation.privacy.membership import Attack, Trials, attack, rank_correlation
+from mta.evaluation.privacy.membership import Attack, Trials, attack
 from mta.evaluation.privacy.sampling import AttackSample, NumberedItems, Sets, flat, sample_people
 from mta.evaluation.protocol import Outcome, Panel
-from mta.evaluation.statistics import Interval
 from mta.model.base import BaseModel
 from mta.model.encoders import Encoder
 from mta.personalize.merge import Merge, check_merge
@@ -53,21 +51,11 @@ class Row:
     attacks: Mapping[str, Attack]
 
 
-class Pair(NamedTuple):
-    """A target's merge and one anchor: the anchor's |w|, and the share of other items ranked below the anchor's."""
-
-    target: int
-    w: float
-    beaten: float
-
-
 @dataclass(frozen=True, slots=True)
 class Findings:
-    """All rows, and Spearman's correlation of an anchor's coefficient with the attack's success over ``pairs``."""
+    """All rows, and how they were made."""
 
     rows: list[Row]
-    weights: Interval | None
-    pairs: int
     meta: dict[str, Any]
 
     def outcome(self) -> dict[str, Any]:
@@ -108,12 +96,10 @@ def privacy(
     evaluator.attack_meta_loras()
     for name, merge in merges(run, len(bank)).items():
         evaluator.attack_targets(name, Merged(merge=merge), merge)
-    targets, w, beaten = (np.array(column) for column in zip(*evaluator.pairs))
-    weights, pairs = rank_correlation(targets, w, beaten), len(targets)
     if run.stack.enabled:
         evaluator.attack_targets(PERSONAL, MergeThenAdapt(merge=run.merge, stack=run.stack), run.merge)
     rows = sorted(evaluator.rows, key=lambda row: (ANCHORS, POOL, SHOTS).index(row.about))
-    return Findings(rows, weights, pairs, _meta(panel, sample, settings))
+    return Findings(rows, _meta(panel, sample, settings))
 
 
 def merges(run: Run, anchors: int) -> dict[str, MergeSettings]:
@@ -160,7 +146,6 @@ class MembershipEvaluator:
     say: Callable[[str], None] = lambda _: None
     references: dict[str, Losses] = field(default_factory=dict)
     rows: list[Row] = field(default_factory=list)
-    pairs: list[Pair] = field(default_factory=list)
 
     def attack_references(self) -> None:
         """Attack the base, which was not trained on the items of anchors, and the task LoRA, which may have been."""
@@ -205,7 +190,6 @@ class MembershipEvaluator:
         add(ANCHORS, members=members, others=others)
         if with_shots:
             add(SHOTS, members=items.shots, others=items.later)
-        self._add_pairs(losses, members, others, gates)
 
     def _panel_of(self, people: Sequence[Person]) -> Panel:
         return replace(self.panel, people=people)
@@ -248,16 +232,6 @@ class MembershipEvaluator:
         trials = Trials(number, person, member == 1)
         attacks = {name: attack(trials, values) for name, values in scores.items()}
         self.rows.append(Row(about, model, len(losses), *counts, attacks))
-
-    def _add_pairs(self, losses: Sequence[Losses], members: Sets, others: Sets, gates: Tensor) -> None:
-        """Add how often the items of each anchor in a merge rank above the other items, over the last reference."""
-        below, owner_of = list(self.references.values())[-1], self.items.owners
-        for target, (loss, numbers, rest) in enumerate(zip(losses, members, others)):
-            beaten = np.array([below[n] - loss[n] for n in rest])
-            for anchor in sorted({owner_of[n] for n in numbers}):
-                scores = [below[n] - loss[n] for n in numbers if owner_of[n] == anchor]
-                shares = [float((beaten < s).mean() + (beaten <= s).mean()) / 2 for s in scores]
-                self.pairs.append(Pair(target, float(gates[target, anchor]), sum(shares) / len(shares)))
 
 
 def _joined(*parts: Sets) -> Sets:

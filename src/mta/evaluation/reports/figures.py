@@ -15,9 +15,6 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
 from mta.evaluation.statistics import Interval
 from mta.personalize.merge import Merge
 from mta.system.atomic import written_aside
@@ -202,29 +199,33 @@ def growth(curves: Mapping[str, Measured], label: str, unit: Callable[[float], s
 def scatter(points: Sequence[tuple[str, float, Interval]], y_label: str) -> Picture:
     """Score with its interval over bytes stored per person. Methods that store nothing are at the left edge.
 
-    A score far from the others is drawn at the edge, with its value in the label.
+    A score far from the others is drawn at the edge, with its value in the label. Labels are at the right, in the
+    order of the scores.
     """
-    wide, high = 480.0, 300.0  # approximate points of the axes: enough to keep labels apart
-    xs = [max(stored, 1.0) for _, stored, _ in points]
     bottom, top = _inside([one for _, _, one in points])
-    ys = [min(max(one.mean, bottom), top) for _, _, one in points]
-    names = [name if y == one.mean else f"{name} ({one.mean:.2f})" for y, (name, _, one) in zip(ys, points)]
-    right = max(8.7, *(math.log10(x) + 1.7 for x in xs))
+    right = max(8, *(math.ceil(math.log10(max(stored, 1.0))) for _, stored, _ in points))
 
     def draw(ax: Any) -> None:
-        colours = [COLOURS[0] if name.startswith("MTA") else MUTED for name in names]
-        for x, y, colour, (_, _, one) in zip(xs, ys, colours, points):
+        for place, (name, stored, one) in enumerate(sorted(points, key=lambda point: point[2].mean)):
+            colour = COLOURS[0] if name.startswith("MTA") else MUTED
+            x, y = max(stored, 1.0), min(max(one.mean, bottom), top)
             ax.plot([x, x], [one.low, one.high], color=colour, linewidth=1, alpha=0.5)
             ax.plot(x, y, "o", color=colour, markersize=5)
-        ticks = [10.0**power for power in range(2, int(right), 2)]
+            ax.annotate(
+                name if y == one.mean else f"{name} ({one.mean:.2f})",
+                (x, y),
+                (1.05, (place + 0.5) / len(points)),
+                textcoords="axes fraction",
+                va="center",
+                color=INK if colour == MUTED else colour,
+                weight="bold" if name == "MTA" else "normal",
+                fontsize=8.5,
+                arrowprops={"arrowstyle": "-", "color": LINE, "linewidth": 0.6},
+            )
+        ticks = [10.0**power for power in range(2, right, 2)]
         ax.set(xscale="log", xlim=(10**-0.5, 10**right), ylim=(bottom, top), xlabel="kept per person", ylabel=y_label)
         ax.set_xticks([1, *ticks], ["0", *(human_bytes(tick) for tick in ticks)])
         ax.minorticks_off()
-        spots = [
-            ((math.log10(x) + 0.5) / (right + 0.5) * wide, (y - bottom) / (top - bottom) * high) for x, y in zip(xs, ys)
-        ]
-        inks = [INK if colour == MUTED else colour for colour in colours]
-        _write_labels(ax, list(zip(xs, ys)), spots, list(zip(names, inks, (name == "MTA" for name in names))), wide)
 
     points_text = _list(f"{name} {one.mean:.3f} with {human_bytes(stored)}" for name, stored, one in points)
     return Picture(f"{y_label}, over bytes kept per person: {points_text}.", draw, (7.6, 4.8))
@@ -244,43 +245,6 @@ def shares(groups: Mapping[str, Mapping[str, float]], x_label: str, y_label: str
         ax.legend(**_LEGEND)
 
     return Picture(f"{y_label} of each {x_label}: {_list(groups)}.", draw, (6.4, 3.6))
-
-
-def anchor_map(anchors: Tensor, people: Tensor, merge: Merge | None = None, examples: int = 3) -> Picture:
-    """Map of anchors (N, E) and people (U, E) on their two principal components.
-
-    Lines connect the first few people with their three strongest anchors, as thick as the coefficients of ``merge``,
-    which has the same people in the same order.
-    """
-    from sklearn.decomposition import PCA
-
-    pca = PCA(2, svd_solver="full")
-    places = pca.fit_transform(torch.cat([anchors.double().cpu(), people.double().cpu()]).numpy())
-    ours, theirs = places[: len(anchors)], places[len(anchors) :]
-    tops = [_top(merge, person, 3) if merge else [] for person in range(min(examples, len(people)))]
-    wide, high = (float(side) or 1.0 for side in places.max(0) - places.min(0))
-    width = 5.6  # inches
-
-    def draw(ax: Any) -> None:
-        ax.set_aspect("equal", adjustable="datalim")
-        ax.margins(0.06)
-        ax.axis("off")
-        ax.scatter(*theirs.T, s=10, color=MUTED, alpha=0.5, linewidths=0)
-        ax.scatter(*ours.T, s=190, facecolor="white", edgecolor=MUTED, linewidths=0.9, zorder=3)
-        for n, (x, y) in enumerate(ours):
-            ax.text(x, y, str(n), size=8.5, ha="center", va="center_baseline", zorder=4)
-        for person, top in enumerate(tops):
-            for anchor, w in top:
-                path = zip(theirs[person], ours[anchor])
-                ax.plot(*path, color=COLOURS[person], linewidth=1 + 4 * min(abs(w), 1), alpha=0.75, zorder=2)
-            ax.scatter(*theirs[person], s=70, color=COLOURS[person], edgecolor="white", zorder=5)
-        spots = [tuple((place - places.min(0)) / wide * 72 * width) for place in theirs[: len(tops)]]
-        _write_labels(ax, theirs, spots, [(_letter(p), COLOURS[p], True) for p in range(len(tops))], 72 * width)
-
-    share = f"{pca.explained_variance_ratio_.sum():.0%} of the variance is visible"
-    alt = f"Map of {len(anchors)} numbered anchors and {len(people)} people in two dimensions; {share}."
-    strongest = [f" Strongest of {_letter(p)}: {_list(f'anchor {n}' for n, _ in top)}." for p, top in enumerate(tops)]
-    return Picture(alt + "".join(strongest) * bool(merge), draw, (width, width * min(max(high / wide, 0.65), 1)))
 
 
 def coefficient_bars(merge: Merge, items: Sequence[int] = (), examples: int = 3, most: int = 5) -> list[Picture]:
@@ -322,45 +286,6 @@ def _bars(merge: Merge, person: int, items: Sequence[int], most: int) -> list[tu
         named.append((f"{merge.w.shape[1] - len(top)} other anchors", rest, True))
     # Coefficients with a sum below 1 come from a policy with a null anchor: the rest goes to the pooled model.
     return [*named, ("pooled model alone", 1 - total, False)] if 0.005 <= 1 - total <= 1 else named
-
-
-def _write_labels(
-    ax: Any,
-    at: Sequence[Sequence[float]],
-    spots: Sequence[tuple[float, float]],
-    labels: Sequence[tuple[str, str, bool]],
-    edge: float,
-) -> None:
-    """Write labels (text, colour, bold) beside their points, each at the free place that covers least.
-
-    ``at`` is in the data's units. ``spots`` are the same points in typographic points; ``edge`` is the right end.
-    """
-    taken = [(x - 5, y - 5, x + 5, y + 5) for x, y in spots]
-    for place, (x, y), (text, colour, bold) in zip(at, spots, labels):
-        text = text if len(text) <= 30 else text[:29] + "…"
-        wide = 6.4 * len(text)
-        tries = [(dx, dy) for dy in (0, 14, -14, 28, -28, 42, -42) for dx in (9, -9 - wide)]
-        boxes = [(x + dx, y + dy - 6.5, x + dx + wide, y + dy + 6.5) for dx, dy in tries]
-        costs = []
-        for (left, low, right, high), (_, dy) in zip(boxes, tries):
-            covered = sum(left < x1 and x0 < right and low < y1 and y0 < high for x0, y0, x1, y1 in taken)
-            costs.append(8 * covered + 40 * (left < 0 or right > edge) + abs(dy) / 14)
-        best = costs.index(min(costs))
-        taken.append(boxes[best])
-        dx, dy = tries[best]
-        line = {"arrowstyle": "-", "color": MUTED, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 4}
-        ax.annotate(
-            text,
-            place,
-            (9 if dx > 0 else -9, dy),
-            textcoords="offset points",
-            ha="left" if dx > 0 else "right",
-            va="center_baseline",
-            color=colour,
-            weight="bold" if bold else "normal",
-            arrowprops=line if abs(dy) > 14 else None,
-            zorder=6,
-        ).set_in_layout(False)
 
 
 def _inside(values: Sequence[Interval]) -> tuple[float, float]:

@@ -12,14 +12,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from mta.bank.bank import Bank
 from mta.data.tasks.task import short
 from mta.evaluation.asking import Interview
 from mta.evaluation.reports import figures
 from mta.evaluation.reports.figures import Picture
-from mta.evaluation.reports.summary import NAME, POOLED, RIVAL, better_side, findings, headline, title_of, verdict
+from mta.evaluation.reports.summary import NAME, POOLED, RIVAL, better_side, headline, title_of, verdict
 from mta.evaluation.reports.tables import markdown, rows_of
 from mta.evaluation.statistics import WORSE, Comparison
 from mta.system.atomic import write_text
@@ -105,18 +103,12 @@ def write_html(
     path: str | Path,
     comparison: Comparison,
     bank: Bank,
-    people_vectors: Tensor | None,
     asked: Interview | None,
     meta: Mapping[str, Any],
 ) -> None:
-    """Write a comparison as one HTML page without scripts and without requests.
-
-    ``people_vectors`` (U, E) are the encodings of the comparison's people in its order, for the map; None leaves the
-    map out. The page contains no time but ``meta["date"]``: equal inputs give equal bytes.
-    """
+    """Write a comparison as one HTML page without scripts and without requests. Equal inputs give equal bytes."""
     head = f"{title_of(comparison)}\n\n"
-    for mark, sentence in findings(comparison):
-        head += f"- {f'**{mark}**: ' if mark else ''}{plain(sentence)}\n"
+    head += "".join(f"- {plain(sentence)}\n" for sentence in verdict(comparison))
     sections = [
         _measured(comparison),
         Section(
@@ -124,7 +116,7 @@ def write_html(
             "The bytes that a method stores for each person to get its score. Vertical lines are 95% intervals.",
             {"bytes": score_over_bytes(comparison)},
         ),
-        *_personal(comparison, bank, people_vectors),
+        *_coefficients(comparison, bank),
         *(_before_and_after(asked) if asked else ()),
         Section("How this was made", _facts(bank, meta)),
     ]
@@ -151,26 +143,17 @@ def _measured(comparison: Comparison) -> Section:
     )
 
 
-def _personal(comparison: Comparison, bank: Bank, people_vectors: Tensor | None) -> list[Section]:
-    """Pictures of the bank's anchors and of the first people's coefficients."""
+def _coefficients(comparison: Comparison, bank: Bank) -> list[Section]:
+    """Pictures of the first people's coefficients."""
     merge = comparison.row(NAME).merge if NAME in comparison.names else None
-    sections = []
-    if people_vectors is not None:
-        text = (
-            "Numbered anchors, all tested people (dots), and the strongest anchors of three people. The map shows two "
-            "dimensions of many: points that are close here can be far apart."
-        )
-        pictures = {"map": figures.anchor_map(bank.vectors, people_vectors, merge)}
-        sections.append(Section("Map of anchors and people", text, pictures))
-    if merge:
-        text = (
-            "The weight of each anchor in a person's model. Of the merge, only these numbers are stored. The people "
-            "are the first of the test, not selected."
-        )
-        bars = figures.coefficient_bars(merge, bank.info.items)
-        pictures = {f"coefficients-{n}": bar for n, bar in enumerate(bars)}
-        sections.append(Section("Chosen anchors and coefficients", text, pictures))
-    return sections
+    if merge is None:
+        return []
+    text = (
+        "The weight of each anchor in a person's model. Of the merge, only these numbers are stored. The people are "
+        "the first of the test, not selected."
+    )
+    bars = figures.coefficient_bars(merge, bank.info.items)
+    return [Section("Chosen anchors and coefficients", text, {f"coefficients-{n}": bar for n, bar in enumerate(bars)})]
 
 
 def _before_and_after(asked: Interview) -> list[Section]:

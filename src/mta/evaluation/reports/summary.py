@@ -22,33 +22,28 @@ MEANING = {
 
 def verdict(comparison: Comparison) -> list[str]:
     """Return what the comparison shows about MTA, in sentences that need no knowledge of the method."""
-    return [sentence for _, sentence in findings(comparison)]
-
-
-def findings(comparison: Comparison) -> list[tuple[str, str]]:
-    """Return the sentences of ``verdict``, each with its judgement or subject (``better``, ``storage``)."""
     names, metrics = comparison.names, _metrics(comparison)
     if NAME not in names:
-        return [("", f"{NAME} is not among the methods compared.")]
-    found: list[tuple[str, str]] = []
+        return [f"{NAME} is not among the methods compared."]
+    said: list[str] = []
     for other, called in ((POOLED, f"the pooled model ({POOLED})"), (RIVAL, RIVAL)):
         for metric in metrics:
             if difference := comparison.difference(NAME, other, metric):
                 judgement = judge(metric, difference, comparison.independent)
                 if judgement == "unclear" and metric == "NLL" and _is_small(difference, comparison.independent):
-                    found.append(("equal", _equal(called, difference)))
+                    said.append(_equal(called, difference))
                 else:
-                    found.append((judgement, _compared(judgement, called, metric, difference)))
+                    said.append(_compared(judgement, called, metric, difference))
     if shares := comparison.worse_off(NAME, POOLED):
-        found.append(("risk", _harm(comparison.people, *shares)))
+        said.append(_harm(comparison.people, *shares))
     if RIVAL in names:
         ours, theirs = (human_bytes(comparison.row(name).bytes_per_person) for name in (NAME, RIVAL))
-        found.append(("storage", f"Kept per person: {ours} by {NAME}, {theirs} by {RIVAL}."))
+        said.append(f"Kept per person: {ours} by {NAME}, {theirs} by {RIVAL}.")
     if (count := comparison.independent) < FEW:
         what = "people" if count == comparison.people else "independent groups of people"
-        found.append(("caution", f"Only {count} {what} were tested: the intervals are too narrow to be trusted."))
+        said.append(f"Only {count} {what} were tested: the intervals are too narrow to be trusted.")
     explained = "; ".join(f"{m} is {MEANING[m]} ({better_side(m)} is better)" for m in metrics if m in MEANING)
-    return [*found, ("words", f"{explained}.")]
+    return [*said, f"{explained}."]
 
 
 def headline(comparison: Comparison) -> str:

@@ -15,11 +15,10 @@ from fastapi import Request as HttpRequest
 from fastapi.responses import JSONResponse, Response
 from starlette.concurrency import run_in_threadpool
 
-from mta.errors import MtaError
 from mta.serving.api.auth import Key
 from mta.serving.api.completions import name_of, refuse_long, until_disconnect
 from mta.serving.api.schemas import ClassifyRequest
-from mta.serving.api.service import Caller, Gateway, Service, error_of
+from mta.serving.api.service import Caller, Gateway, Service
 from mta.serving.engine import Ask, Engine, Piece, Refused, Who, together
 
 router = APIRouter()
@@ -71,22 +70,13 @@ async def _scored(service: Service, asks: Sequence[Ask], key: Key) -> list[Piece
 
     A key that may have only some answers at once gets them in turn.
     """
-    count, start, status = service.metrics, time.monotonic(), "cancelled"
     at_once = min(len(asks), service.limits.own) if key.share else len(asks)
     places = asyncio.Semaphore(at_once)
-    try:
-        with service.held(key, at_once), count.open.track_inprogress():
-            found = await together(_piece(service.engine, ask, places) for ask in asks)
-        status = "ok"
-        count.answer.observe(time.monotonic() - start)
-        count.prompt_tokens.inc(sum(len(ask.prompt) for ask in asks))
-        count.cached_tokens.inc(sum(piece.cached for piece in found))
-        return found
-    except MtaError as error:
-        status = str(error_of(error)[0])
-        raise
-    finally:
-        count.requests.labels("classify", status).inc()
+    with service.counted("classify", key, at_once):
+        found = await together(_piece(service.engine, ask, places) for ask in asks)
+    service.metrics.prompt_tokens.inc(sum(len(ask.prompt) for ask in asks))
+    service.metrics.cached_tokens.inc(sum(piece.cached for piece in found))
+    return found
 
 
 async def _piece(engine: Engine, ask: Ask, places: asyncio.Semaphore) -> Piece:

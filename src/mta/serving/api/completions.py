@@ -165,28 +165,20 @@ def _event(value: dict[str, Any]) -> str:
 async def _measured(service: Service, ask: Ask, request: Request, key: Key) -> AsyncIterator[Part]:
     """Yield the pieces of all answers, and record metrics."""
     count, start, last = service.metrics, time.monotonic(), dict[int, float]()
-    status, kind = "cancelled", "chat" if isinstance(request, ChatRequest) else "completion"
+    kind = "chat" if isinstance(request, ChatRequest) else "completion"
     stops = [request.stop] if isinstance(request.stop, str) else request.stop or ()
-    try:
-        with service.held(key, request.n), count.open.track_inprogress():
-            async for part in answers(service.engine, ask, service.base.tokenizer, request.n, stops):
-                now = time.monotonic()
-                if part.index not in last:
-                    count.first_token.observe(now - start)
-                    count.prompt_tokens.inc(len(ask.prompt))
-                elif part.tokens:
-                    count.token_gap.observe((now - last[part.index]) / len(part.tokens))
-                last[part.index] = now
-                count.cached_tokens.inc(part.cached if part.finish else 0)
-                count.answer_tokens.inc(len(part.tokens))
-                yield part
-        status = "ok"
-        count.answer.observe(time.monotonic() - start)
-    except MtaError as error:
-        status = str(error_of(error)[0])
-        raise
-    finally:
-        count.requests.labels(kind, status).inc()
+    with service.counted(kind, key, request.n):
+        async for part in answers(service.engine, ask, service.base.tokenizer, request.n, stops):
+            now = time.monotonic()
+            if part.index not in last:
+                count.first_token.observe(now - start)
+                count.prompt_tokens.inc(len(ask.prompt))
+            elif part.tokens:
+                count.token_gap.observe((now - last[part.index]) / len(part.tokens))
+            last[part.index] = now
+            count.cached_tokens.inc(part.cached if part.finish else 0)
+            count.answer_tokens.inc(len(part.tokens))
+            yield part
 
 
 class Text:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -115,15 +116,29 @@ class Service:
         return self._locks.setdefault(person, asyncio.Lock())
 
     @contextmanager
-    def held(self, key: Key, count: int) -> Iterator[None]:
-        """Reserve ``count`` answers for a key, so that no person key can take all slots. Raises QueueFull."""
-        if key.share and self._held[key.name] + count > self.limits.own:
-            raise QueueFull(f"this key may have at most {self.limits.own} answers at once", hint="Wait for one to end.")
-        self._held[key.name] += count
+    def counted(self, kind: str, key: Key, count: int) -> Iterator[None]:
+        """Reserve ``count`` answers for a key, so that no person key can take all slots, and count how they end.
+
+        Raises QueueFull.
+        """
+        start, status = time.monotonic(), "cancelled"
         try:
-            yield
+            if key.share and self._held[key.name] + count > self.limits.own:
+                most = f"this key may have at most {self.limits.own} answers at once"
+                raise QueueFull(most, hint="Wait for one to end.")
+            self._held[key.name] += count
+            try:
+                with self.metrics.open.track_inprogress():
+                    yield
+            finally:
+                self._held[key.name] -= count
+            status = "ok"
+            self.metrics.answer.observe(time.monotonic() - start)
+        except MtaError as error:
+            status = str(error_of(error)[0])
+            raise
         finally:
-            self._held[key.name] -= count
+            self.metrics.requests.labels(kind, status).inc()
 
     async def keep_sweeping(self) -> None:
         """Sweep every ``sweep`` seconds until cancelled; retry if the store does not answer."""
