@@ -11,11 +11,12 @@ from pathlib import Path
 
 from mta.bank.bank import Bank
 from mta.cli.screen import Screen, console
-from mta.config import override
+from mta.config import Training, override
 from mta.data.history import Person
 from mta.data.readers import read_people
 from mta.data.splits import Splits, draw
 from mta.evaluation.compare import Study, study
+from mta.evaluation.methods import OneLora, OtherPerson, PopulationMerge
 from mta.evaluation.reports.tables import show
 from mta.model.base import BaseModel
 from mta.system import assets
@@ -26,6 +27,11 @@ RECIPE = (
     "people.test=300",
     "people.task=200",
     'evaluation.policies=["similarity","loss","posterior","ridge","learned"]',
+)
+CONTROLS = (  # what another step size, one merge for everybody, and another person's shots gain
+    OneLora(name="OPPU, one step", training=Training(lr=3.2e-3, steps=1, batch_size=64, prior=8)),
+    PopulationMerge(),
+    OtherPerson(),
 )
 TUNED = {"test": 60, "development": 100}  # the parts docs/explanation/tuning.md was made with
 
@@ -47,7 +53,8 @@ def run(recipe: Recipe, out: Path, screen: Screen) -> Study:
     how = {"task": recipe.run.task, "run": recipe.run, "task_people": task_people, "on_step": screen.step}
     bank = Bank.build(base, candidates, out / "bank", **how)
     tested = parts.select("test", people)
-    return study(base, bank, recipe.run, tested, recipe.evaluation, on_step=screen.step, on_method=screen.say)
+    shown = {"on_step": screen.step, "on_method": screen.say}
+    return study(base, bank, recipe.run, tested, recipe.evaluation, more=CONTROLS, **shown)
 
 
 def main() -> None:

@@ -124,12 +124,13 @@ def study(
     people: Sequence[Person],
     evaluation: Evaluation,
     *,
+    more: Sequence[Method] = (),
     limit: int | None = None,
     encoder: Encoder | None = None,
     on_step: OnStep | None = None,
     on_method: Callable[[str], None] | None = None,
 ) -> Study:
-    """Compare the standard methods on the ``people`` who are not in the bank and have enough items.
+    """Compare the standard methods, and ``more``, on the ``people`` who are not in the bank and have enough items.
 
     ``limit`` draws at most this many of them with the run's seed. Raises InputError if no people are left.
     """
@@ -154,9 +155,8 @@ def study(
     known = Copies(people, task).in_histories(members, chain(*panel.queries)) if members else 0
     if known:
         log.warning("%d queries also occur in the histories of people in the bank", known)
-    comparison = evaluate(
-        panel, standard_methods(run, evaluation, task, len(bank), calibrated, encoded), seeds, on_method
-    )
+    methods = [*standard_methods(run, evaluation, task, len(bank), calibrated, encoded), *more]
+    comparison = evaluate(panel, methods, seeds, on_method)
     meta = _meta(context, evaluation, seeds) | {"people": len(tested), "left_out": left_out, "queries_in_bank": known}
     return Study(comparison, panel, meta)
 

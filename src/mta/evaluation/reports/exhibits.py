@@ -44,8 +44,8 @@ def _compared(found: Results, name: str) -> Drawn | None:
     return text, pictures
 
 
-def _controls(found: Results, name: str) -> Drawn | None:
-    """The table of any list of methods, and MTA's difference to each control."""
+def _against(found: Results, name: str) -> Drawn | None:
+    """The table of any list of methods, and MTA's difference to each of them."""
     drawn, comparison = _compared(found, name), found.comparison(name)
     if drawn is None or comparison is None or NAME not in comparison.names:
         return drawn
@@ -227,9 +227,9 @@ EXHIBITS: dict[str, tuple[str, Exhibit]] = {  # titles and functions by the name
     "efficiency": ("Figure 2: time and storage against people", _efficiency),
     "banks": ("Use of a bank to other people, and error of merges", _banks),
     "case": ("Figure 5: one person's question", _case),
-    "gradient": ("Coefficients from one gradient", _compared),
+    "gradient": ("Coefficients from one gradient", _against),
     "choice": ("A choice for each person", _compared),
-    "controls": ("Controls: without the person's own shots", _controls),
+    "controls": ("Controls: without the person's own shots", _against),
     "tune": ("Settings, tried on development people", _compared),
     "bank-study": ("What makes a bank useful to others", _compared),
 }

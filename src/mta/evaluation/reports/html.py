@@ -72,7 +72,7 @@ def to_json(comparison: Comparison, **meta: Any) -> dict[str, Any]:
 
     ``meta`` describes the run: base, note, data, seed, command. Answers and people are left out.
     """
-    others = [name for name in (POOLED, RIVAL) if name in comparison.names]
+    others = [name for name in (POOLED, RIVAL, NAME) if name in comparison.names]
     rows = [
         {
             "name": row.name,
