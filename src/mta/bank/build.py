@@ -9,14 +9,14 @@ import hashlib
 import json
 import logging
 import shutil
-from collections.abc import Iterable, Iterator, Sequence, Set
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import torch
 
-from mta.bank.calibrate import calibrate, drawn, known_people, plan_of
+from mta.bank.calibrate import calibrate, known_people, plan_of
 from mta.bank.calibration import CalibrationInfo
 from mta.bank.card import card
 from mta.bank.format import (
@@ -39,14 +39,15 @@ from mta.bank.format import (
 )
 from mta.bank.keys import uncalibrated, with_old_defaults, work_key
 from mta.bank.members import Members
-from mta.bank.selection import choose_anchors, pooled_candidates, pooled_items
+from mta.bank.roles import Roles, choose_roles
+from mta.bank.selection import pooled_items
 from mta.bank.worker import BankWorker, Piece, open_worker, train_piece
 from mta.config import Lora, Run, parse_size
 from mta.data.history import Item, Person
 from mta.data.tasks.prompt import Example
 from mta.data.tasks.task import Task
 from mta.distributed.executor import Executor, LocalExecutor
-from mta.errors import BankError, ConfigError
+from mta.errors import BankError
 from mta.lora.batch import LoraBatch, stack
 from mta.lora.layers import Shared
 from mta.lora.peft import CARD, CONFIG, WEIGHTS, read_peft, write_peft
@@ -103,9 +104,12 @@ def build_bank(
     run = base.as_loaded(run.model_copy(update={"task": task.name, "encoder": encoder.name}))
     groups = (task_people, candidates, *([held_out] if held_out else []))
     histories = [[[person.id, person.digest()] for person in group] for group in groups]
-    work = work_key(base, task, encoder, histories, run, task_lora)
-    stages = work_key(base, task, encoder, histories, uncalibrated(run), task_lora)  # of stages 0 and 1
-    if _is_finished(out, work, stages, work_key(base, task, encoder, histories, with_old_defaults(run), task_lora)):
+
+    def key(settings: Run) -> str:
+        return work_key(base, task, encoder, histories, settings, task_lora)
+
+    work, stages = key(run), key(uncalibrated(run))  # stages: of stages 0 and 1
+    if _is_finished(out, work, stages, key(with_old_defaults(run))):
         return write_task(out, task)
     if not resume:
         shutil.rmtree(out / "work", ignore_errors=True)
@@ -122,54 +126,18 @@ def build_bank(
         on_step=on_step,
     )
     build = _Build(base, task, run, out, work, stages, executor or LocalExecutor(), record)
-    # Choose anchors and plan before stage 0, which takes hours: too few people or too little memory fails at once.
-    able, vectors, chosen = choose_anchors(task, encoder, candidates, run.bank, run.seed)
-    anchors = [able[i].latest(run.bank.max_items) for i in chosen]
-    # Jobs are numbered, so that no written file identifies an anchor.
-    jobs = [build.job(f"anchor-{n}", person.items) for n, person in enumerate(anchors)]
-    plan = build.plan(jobs, run.bank.lora, frozen=run.task_lora.lora if run.task_lora.enabled else None)
-    ids, left = {person.id for person in anchors}, run.task_lora.kept_back
-    if left is not None:  # candidates with too few items for an anchor train like task people
-        task_people = [*task_people, *(person for person in candidates if len(person.items) < run.bank.min_items)]
-    also = pooled_candidates(able, ids, run.task_lora)
-    others = to_calibrate(task, able, [*task_people, *held_out], ids, run)
-    plan_of(base, known_people(base, task, others, run.calibration), len(anchors), run)
-    record.about["plan"] = plan.digest
+    # Roles and plans come before stage 0, which takes hours: too few people or too little memory fails at once.
+    roles = choose_roles(task, encoder, task_people, candidates, held_out, run)
+    jobs, plan = build.planned(roles)
     with record:
-        pooled = build.task_lora(task_people, also, held_out, task_lora) if run.task_lora.enabled else None
+        pooled = build.task_lora(roles, task_lora) if run.task_lora.enabled else None
         bank = build.meta_loras(jobs, plan, pooled)
         write_tensors(out / ANCHORS, bank.tensors(), {"scale": repr(bank.scale)})
-        write_tensors(out / INDEX, {"vectors": vectors[chosen].contiguous()})
-        (out / CALIBRATION).unlink(missing_ok=True)
-        calibration = build.calibration(bank, pooled, others) if run.calibration.enabled else None
+        write_tensors(out / INDEX, {"vectors": roles.vectors[roles.chosen].contiguous()})
+        calibration = build.calibration(bank, pooled, roles.calibrating)
         secret = json.dumps([work, histories])  # the work key is not secret: it is in bank.json
-        pooled_ids, able_ids, anchor_ids, other_ids = (
-            [person.id for person in group] for group in ([*task_people, *also, *held_out], able, anchors, others)
-        )
-        kept = [] if left is None else [person.first(left) for person in able if person.id not in ids]
-        members = Members.of(secret, pooled_ids, able_ids, anchor_ids, other_ids, kept)
-        build.finish(encoder, plan, [len(able[i].items) for i in chosen], members, calibration)
+        build.finish(encoder, plan, roles, roles.members(secret), calibration)
     remove_work(out)  # if the build is killed before this, the next call removes the files
-
-
-def to_calibrate(
-    task: Task, candidates: Sequence[Person], task_people: Sequence[Person], anchors: Set[str], run: Run
-) -> list[Person]:
-    """Return the candidates to calibrate on, who are no ``anchors`` (ids); none if calibration is off.
-
-    Raises ConfigError if people keep too few items back.
-    """
-    settings, left = run.calibration, run.task_lora.kept_back
-    if not settings.enabled:
-        return []
-    if left is not None and left < (needed := settings.shots + settings.queries):
-        raise ConfigError(
-            f"candidates keep {left} items back, but {settings.shots} shots and {settings.queries} queries are needed",
-            hint=f"Set task_lora.unseen={needed}, or lower calibration.shots.",
-        )
-    unseen = {} if left is None else {person.id: left for person in candidates}
-    members = anchors | {person.id for person in task_people}
-    return drawn([*candidates, *task_people], members, settings, run.seed, task, unseen)
 
 
 @dataclass(slots=True)
@@ -189,15 +157,23 @@ class _Build:
         """Return the job of one LoRA."""
         return Job(key, [self.base.prompts.example(self.task, item) for item in items])
 
+    def planned(self, roles: Roles) -> tuple[list[Job], Plan]:
+        """Return the jobs of the anchors and their plan; plan the calibration, too. Raises MemoryBudgetError."""
+        run, anchors = self.run, [person.latest(self.run.bank.max_items) for person in roles.anchors]
+        # Jobs are numbered, so that no written file identifies an anchor.
+        jobs = [self.job(f"anchor-{n}", person.items) for n, person in enumerate(anchors)]
+        plan = self.plan(jobs, run.bank.lora, frozen=run.task_lora.lora if run.task_lora.enabled else None)
+        plan_of(self.base, known_people(self.base, self.task, roles.calibrating, run.calibration), len(anchors), run)
+        self.record.about["plan"] = plan.digest
+        return jobs, plan
+
     def plan(self, jobs: Sequence[Job], lora: Lora, frozen: Lora | None = None) -> Plan:
         """Plan the cohorts of jobs that train ``lora``, over ``frozen`` if there is one."""
         below = Numbers(pooled=frozen.rank * self.base.footprint.sums.width if frozen else 0)
         numbers, memory, executor = numbers_of(self.base, lora), parse_size(self.run.memory), self.executor
         return plan_cohorts(self.base, jobs, numbers, memory, below=below, most=executor.most, threads=executor.threads)
 
-    def task_lora(
-        self, people: Sequence[Person], candidates: Sequence[Person], held_out: Sequence[Person], given: Path | None
-    ) -> LoraBatch:
+    def task_lora(self, roles: Roles, given: Path | None) -> LoraBatch:
         """Run stage 0, or copy the task LoRA from the folder ``given``, and return the task LoRA."""
         folder, done = self.out / TASK_LORA, self.out / "work" / "task.done"
         if not done.is_file() or done.read_text() != self.stages:
@@ -207,7 +183,8 @@ class _Build:
                 for name in (CONFIG, WEIGHTS):
                     copy_file(given / name, folder / name)
             else:
-                trained = self.rounds(*pooled_items(people, self.run.task_lora, self.run.seed, held_out, candidates))
+                settings, seed = self.run.task_lora, self.run.seed
+                trained = self.rounds(*pooled_items(roles.task, settings, seed, roles.held_out, roles.also))
                 write_peft(folder, trained, self.base.name, fan_in_fan_out=self.base.fan_in_fan_out)
             write_text(done, self.stages)
         return read_peft(folder).to(self.base.device)
@@ -276,8 +253,13 @@ class _Build:
                 self.record.step("anchors", Step(len(found), len(piece), done, len(jobs)))
         return stack(LoraBatch.of_tensors(found[piece.name], self.run.bank.lora.scale) for piece in pieces)
 
-    def calibration(self, bank: LoraBatch, pooled: LoraBatch | None, people: Sequence[Person]) -> CalibrationInfo:
-        """Calibrate the bank on candidates who are not anchors, and write what it found."""
+    def calibration(
+        self, bank: LoraBatch, pooled: LoraBatch | None, people: Sequence[Person]
+    ) -> CalibrationInfo | None:
+        """Calibrate the bank on candidates who are not anchors, and write what it found; None if this is off."""
+        (self.out / CALIBRATION).unlink(missing_ok=True)
+        if not self.run.calibration.enabled:
+            return None
         self.record.stage_begins()
         found = calibrate(
             self.base,
@@ -314,9 +296,10 @@ class _Build:
         return Checkpoint(self.out / "work" / f"{name}.{kind}", work)
 
     def finish(
-        self, encoder: Encoder, plan: Plan, items: Sequence[int], members: Members, calibration: CalibrationInfo | None
+        self, encoder: Encoder, plan: Plan, roles: Roles, members: Members, calibration: CalibrationInfo | None
     ) -> None:
         """Write the description last: a folder with ``bank.json`` is complete."""
+        items = [len(person.items) for person in roles.anchors]
         left_out = sum(max(n - self.run.bank.max_items, 0) for n in items)
         cut = {"items left out": left_out, "texts shortened": plan.shortened}
         self.record.outcome = {"anchors": len(items), "items": sum(items), **cut}

@@ -1,0 +1,89 @@
+"""Who trains which part of a bank, and who calibrates it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from mta.bank.calibrate import drawn
+from mta.bank.members import Members
+from mta.bank.selection import choose_anchors, pooled_candidates
+from mta.config import Run
+from mta.data.history import Person
+from mta.data.tasks.task import Task
+from mta.errors import ConfigError
+from mta.model.encoders import Encoder
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Roles:
+    """The people of a bank by what they do. ``chosen`` are the places of the anchors in ``able``."""
+
+    task: list[Person]  # they train the task LoRA with all their items
+    also: list[Person]  # candidates who train it, too, with the items that may
+    held_out: list[Person]
+    able: list[Person]  # candidates with enough items for an anchor
+    vectors: Tensor  # of ``able``, (U, E)
+    chosen: list[int]
+    calibrating: list[Person]
+    keeping: list[Person]  # candidates who keep items back, with these alone
+
+    @property
+    def anchors(self) -> list[Person]:
+        """The anchors with their whole histories."""
+        return [self.able[i] for i in self.chosen]
+
+    def members(self, secret: str) -> Members:
+        """Return the members of the bank; ``secret`` makes their key."""
+        groups = [*self.task, *self.also, *self.held_out], self.able, self.anchors, self.calibrating
+        pooled, able, anchors, calibrating = ([person.id for person in group] for group in groups)
+        return Members.of(secret, pooled, able, anchors, calibrating, self.keeping)
+
+
+def choose_roles(
+    task: Task,
+    encoder: Encoder,
+    task_people: Sequence[Person],
+    candidates: Sequence[Person],
+    held_out: Sequence[Person],
+    run: Run,
+) -> Roles:
+    """Choose the anchors among ``candidates``, and what everybody else does.
+
+    Raises InputError if there are too few candidates, ConfigError if they keep too few items back.
+    """
+    able, vectors, chosen = choose_anchors(task, encoder, candidates, run.bank, run.seed)
+    anchors, left = {able[i].id for i in chosen}, run.task_lora.kept_back
+    pool = [*task_people]
+    if left is not None:  # candidates with too few items for an anchor train like task people
+        pool += [person for person in candidates if len(person.items) < run.bank.min_items]
+    others = [person for person in able if person.id not in anchors]
+    return Roles(
+        task=pool,
+        also=pooled_candidates(able, anchors, run.task_lora),
+        held_out=[*held_out],
+        able=able,
+        vectors=vectors,
+        chosen=chosen,
+        calibrating=_calibrating(task, able, [*pool, *held_out], anchors, run),
+        keeping=[] if left is None else [person.first(left) for person in others],
+    )
+
+
+def _calibrating(
+    task: Task, candidates: Sequence[Person], task_people: Sequence[Person], anchors: set[str], run: Run
+) -> list[Person]:
+    """Return the candidates to calibrate on, who are no ``anchors`` (ids); none if calibration is off."""
+    settings, left = run.calibration, run.task_lora.kept_back
+    if not settings.enabled:
+        return []
+    if left is not None and left < (needed := settings.shots + settings.queries):
+        raise ConfigError(
+            f"candidates keep {left} items back, but {settings.shots} shots and {settings.queries} queries are needed",
+            hint=f"Set task_lora.unseen={needed}, or lower calibration.shots.",
+        )
+    unseen = {} if left is None else {person.id: left for person in candidates}
+    members = anchors | {person.id for person in task_people}
+    return drawn([*candidates, *task_people], members, settings, run.seed, task, unseen)
