@@ -4,35 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from mta.evaluation.asking import Answer, Asked, Interview
-from mta.evaluation.reports.summary import MEANING, NAME, POOLED, better_side, judge, title_of, verdict
-from mta.evaluation.reports.tables import marked
+from mta.evaluation.reports.summary import verdict
+from mta.evaluation.reports.tables import show_scores
 from mta.evaluation.statistics import Comparison
-from mta.system.units import human_bytes, human_seconds
 
 _BLOCKS = " ▁▂▃▄▅▆▇█"
 _TITLE = 26  # characters of a question or a shot
-_COLOURS = {"better": "green", "worse": "red", "unclear": "default"}
 
 
 def show_glance(comparison: Comparison, asked: Interview | None, commands: Sequence[str], console: Console) -> None:
     """Print what people gave before, the answers of the pooled model and of their own, scores, and commands."""
     if asked:
         _show_people(asked, console)
-    console.print(f"\n[bold]{title_of(comparison)}[/]; all methods learn from the same items", highlight=False)
-    console.print(scores(comparison))
+    show_scores(comparison, console)
     measure = comparison.yardstick
-    console.print(
-        f"{measure}: {MEANING.get(measure, '')}; {better_side(measure)} is better. Change: from {POOLED}, with its 95% "
-        "interval over people. Harmed: people with an interval of their own above zero. Time: training, all people. "
-        "Kept: of each person.",
-        highlight=False,
-    )
     for sentence in verdict(comparison):
         if sentence.startswith(f"{measure}: "):
             console.print(f"[bold]->[/] {escape(sentence.removeprefix(f'{measure}: '))}", highlight=False)
@@ -68,29 +58,6 @@ def bars(answer: Answer, labels: Sequence[str], most: float = 1.0) -> str:
         best = max(labels, key=lambda label: answer[label])
         return f"{best} {answer[best]:.0%}"
     return "".join(_BLOCKS[max(1, round(answer[label] / most * (len(_BLOCKS) - 1)))] for label in labels)
-
-
-def scores(comparison: Comparison) -> Table:
-    """Return one line per method: the difference to the pooled model, people worse off, time, and bytes."""
-    made = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=0, pad_edge=False)
-    measure, people = comparison.yardstick, comparison.people
-    for title in ("method", measure, "change", "", "harmed", "time", "kept"):
-        made.add_column(title, justify="left" if title in ("method", "") else "right", no_wrap=True)
-    for row in comparison.rows:
-        score = comparison.score(row.name, measure)
-        difference = comparison.difference(row.name, POOLED, measure) if row.name != POOLED else None
-        said = judge(measure, difference, comparison.independent) if difference else "unclear"
-        shares = comparison.worse_off(row.name, POOLED) if row.name != POOLED else None
-        made.add_row(
-            f"[bold]{row.name}[/]" if row.name == NAME else row.name,
-            f"{score.mean:.3f}" if score else "",
-            marked(comparison, measure, row.name).replace("**", "") if difference else "",
-            f"[{_COLOURS[said]}]{said}[/]" if difference else "",
-            f"{shares[1] * people:.0f} of {people}" if shares and shares[1] is not None else "",
-            human_seconds(row.seconds),
-            human_bytes(row.bytes_per_person),
-        )
-    return made
 
 
 def _answers(asked: Interview, person: Asked) -> Table:

@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
 from typing import Any
 
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
-from rich.text import Text
 
 from mta.evaluation.experiments.results import Results
-from mta.evaluation.metrics import BETTER_LOW, STEMMED
-from mta.evaluation.reports.summary import NAME, POOLED, RIVAL, judge, title_of, verdict
-from mta.evaluation.statistics import WORSE, Comparison, Interval, Resampled, corrected
+from mta.evaluation.metrics import STEMMED
+from mta.evaluation.reports.summary import MEANING, NAME, POOLED, RIVAL, better_side, judge, title_of, verdict
+from mta.evaluation.statistics import Comparison, Interval, Resampled, corrected
 from mta.system.units import human_bytes, human_seconds
 
-_HIDDEN = {"RMSE", "NLL", *STEMMED}  # on the terminal: RMSE repeats MAE, stemmed ROUGE repeats ROUGE, NLL has columns
-_TITLES = {"MAE (median)": "median\nMAE"}
-_COLOURS = {"better": "green", "worse": "red"}
+_COLOURS = {"better": "green", "worse": "red", "unclear": "default"}
 
 # -- Markdown ----------------------------------------------------------------------------------------------------------
 
@@ -89,8 +85,7 @@ def primary(many: Sequence[Results]) -> str:
         return ""
     heads = ["set", "measure", f"{NAME} against", "people", "independent", "seeds", "difference", "p"]
     rows = [
-        [*one, f"{found.mean:+.3f} {_brackets(found, '+')}", f"{p:.4f}"]
-        for one, (found, p) in zip(about, corrected(tests))
+        [*one, f"{found.mean:+.3f} {_brackets(found)}", f"{p:.4f}"] for one, (found, p) in zip(about, corrected(tests))
     ]
     said = (
         f"Corrected for {len(tests)} comparisons: intervals cover together with 95% (Bonferroni), p-values are Holm's."
@@ -103,30 +98,16 @@ def marked(comparison: Comparison, metric: str, name: str, other: str = POOLED) 
     difference = comparison.difference(name, other, metric)
     if difference is None:
         return ""
-    text = f"{difference.mean:+.3f} {_brackets(difference, '+')}"
+    text = f"{difference.mean:+.3f} {_brackets(difference)}"
     return text if judge(metric, difference, comparison.independent) == "unclear" else f"**{text}**"
 
 
 # -- the terminal ------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class Cell:
-    """A value of the table, a note below, and whether the value is clearly better or worse than the pooled model's."""
-
-    text: str = "-"
-    note: str = ""
-    mark: str = ""
-    best: bool = False
-
-
-Valued = tuple[Cell, float | None]
-_EMPTY: Valued = (Cell(), None)
-
-
 def show(comparison: Comparison, meta: Mapping[str, Any], console: Console) -> None:
-    """Print the table, and the findings in sentences."""
-    console.print(table(comparison))
+    """Print the scores, and the findings in sentences."""
+    show_scores(comparison, console)
     note = f" ({meta['note']})" if meta["note"] else ""
     lines = [
         f"{meta['people']} people, {meta['shots']} shots and {meta['queries']} later queries each; "
@@ -140,87 +121,47 @@ def show(comparison: Comparison, meta: Mapping[str, Any], console: Console) -> N
         console.print(line, highlight=False, markup=False)
 
 
-def table(comparison: Comparison) -> Table:
-    """Return the table of a comparison: one row per method, the best value of a column in bold. Fits 80 columns."""
-    made = Table(
-        title=title_of(comparison),
-        caption="Means over people, 95% intervals in brackets, the best of a column in bold. Differences are paired; "
-        "better or worse: the interval excludes zero. "
-        f"Worse off: NLL more than {WORSE:g} above that of {POOLED}; clearly: a person's own 95% interval lies above "
-        "zero. Training: the time for all people together.",
-        caption_justify="left",
-        box=box.SIMPLE_HEAD,
-        padding=(0, 0, 0, 0),
-        show_edge=False,
+def show_scores(comparison: Comparison, console: Console) -> None:
+    """Print one line per method, and how to read it."""
+    measure = comparison.yardstick
+    console.print(f"\n[bold]{title_of(comparison)}[/]; all methods learn from the same items", highlight=False)
+    console.print(table(comparison))
+    console.print(
+        f"{measure}: {MEANING.get(measure, '')}; {better_side(measure)} is better. Change: from {POOLED}, with its 95% "
+        "interval over people. Harmed: people with an interval of their own above zero. Time: training, all people. "
+        "Kept: of each person.",
+        highlight=False,
     )
-    columns = {"method": [Cell(name) for name in comparison.names]} | columns_of(comparison)
-    for title, cells in columns.items():
-        words = re.split("[ \n]", " ".join([title, *(f"{c.text} {c.mark} {c.note}" for c in cells)]))
-        made.add_column(title, justify="left" if title == "method" else "right", min_width=max(map(len, words)))
-    for row in zip(*columns.values()):
-        made.add_row(*map(_styled, row))
+
+
+def table(comparison: Comparison) -> Table:
+    """Return one row per method: scores, the change from the pooled model, people worse off, time, and bytes."""
+    made = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=0, pad_edge=False)
+    measure, people = comparison.yardstick, comparison.people
+    metrics = list(dict.fromkeys((comparison.primary, measure)))
+    for title in ("method", *metrics, "change", "harmed", "time", "kept"):
+        made.add_column(title, justify="left" if title == "method" else "right")
+    for row in comparison.rows:
+        scores = [comparison.score(row.name, metric) for metric in metrics]
+        shares = comparison.worse_off(row.name, POOLED)
+        made.add_row(
+            f"[bold]{row.name}[/]" if row.name == NAME else row.name,
+            *(f"{score.mean:.3f}" if score else "" for score in scores),
+            _change(comparison, row.name),
+            f"{shares[1] * people:.0f} of {people}" if shares and shares[1] is not None else "",
+            human_seconds(row.seconds),
+            human_bytes(row.bytes_per_person),
+        )
     return made
 
 
-def columns_of(comparison: Comparison) -> dict[str, list[Cell]]:
-    """Return the columns of the table by their titles: one cell per method."""
-    rows, first, measure = comparison.rows, comparison.primary, comparison.yardstick
-    others = [metric for row in rows for metric in row.people if metric not in _HIDDEN]
-    made = {_TITLES.get(m, m): _scores(comparison, m) for m in dict.fromkeys((first, *others, measure))}
-    if POOLED in comparison.names:
-        made[f"{measure} against\n{POOLED}"] = _differences(comparison, measure)
-        if comparison.row(POOLED).nll is not None:
-            made["people\nworse off"] = _worse(comparison)
-    seconds, kept = [row.seconds for row in rows], [row.bytes_per_person for row in rows]
-    made["training"] = _best([(Cell(_whole(human_seconds(s))), s) for s in seconds])
-    made["kept\neach"] = _best([(Cell(_whole(human_bytes(b))), b) for b in kept])
-    return made
+def _change(comparison: Comparison, name: str) -> str:
+    difference = comparison.difference(name, POOLED, comparison.yardstick)
+    if difference is None:
+        return ""
+    said = judge(comparison.yardstick, difference, comparison.independent)
+    return f"{difference.mean:+.3f} [{_COLOURS[said]}]{said}[/]\n[dim]{escape(_brackets(difference))}[/]"
 
 
-def _scores(comparison: Comparison, metric: str) -> list[Cell]:
-    scores = [comparison.score(name, metric) for name in comparison.names]
-    noted = metric == comparison.primary
-    cells = [(Cell(f"{s.mean:.3f}", _brackets(s) if noted else ""), s.mean) if s else _EMPTY for s in scores]
-    return _best(cells, metric in BETTER_LOW)
-
-
-def _differences(comparison: Comparison, metric: str) -> list[Cell]:
-    cells: list[Valued] = []
-    for name in comparison.names:
-        if difference := comparison.difference(name, POOLED, metric):
-            judgement = judge(metric, difference, comparison.independent)
-            mark = "" if judgement == "unclear" else judgement
-            cells.append((Cell(f"{difference.mean:+.3f}", _brackets(difference, "+"), mark), difference.mean))
-        else:
-            cells.append((Cell("baseline"), 0.0) if name == POOLED else _EMPTY)
-    return _best(cells, metric in BETTER_LOW)
-
-
-def _worse(comparison: Comparison) -> list[Cell]:
-    cells: list[Valued] = []
-    for name in comparison.names:
-        share, clearly = comparison.worse_off(name, POOLED) or (None, None)
-        note = "" if clearly is None else f"{clearly:.0%} clearly"
-        cells.append(_EMPTY if share is None else (Cell(f"{share:.0%}", note), share))
-    return _best(cells)
-
-
-def _best(cells: Sequence[Valued], low: bool = True) -> list[Cell]:
-    """Mark the cells with the lowest or the highest value."""
-    best = (min if low else max)((value for _, value in cells if value is not None), default=None)
-    return [replace(cell, best=value is not None and value == best) for cell, value in cells]
-
-
-def _styled(cell: Cell) -> Text:
-    made = Text.assemble((cell.text, "bold" if cell.best else ""))
-    if cell.mark:
-        made.append(f" {cell.mark}", style=_COLOURS[cell.mark])
-    return made.append(f"\n{cell.note}", style="dim") if cell.note else made
-
-
-def _whole(value: str) -> str:
-    return value.replace(" ", "\N{NO-BREAK SPACE}")
-
-
-def _brackets(interval: Interval, sign: str = "") -> str:
-    return f"[{interval.low:{sign}.3f}, {interval.high:{sign}.3f}]"
+def _brackets(interval: Interval) -> str:
+    return f"[{interval.low:+.3f}, {interval.high:+.3f}]"
