@@ -191,12 +191,12 @@ def test_a_bank_of_another_schema_version_is_refused(folder):
     )
 
 
-def test_a_description_with_a_word_nobody_knows_is_refused(folder):
+def test_a_description_with_an_unknown_key_is_refused(folder):
     rewritten(folder, colour="red")
     assert corrupt(folder).startswith(f"{folder / 'bank.json'} does not describe a bank: 1 validation error")
 
 
-def test_a_description_of_a_task_nobody_can_read_is_refused(folder):
+def test_a_description_of_an_invalid_task_is_refused(folder):
     rewritten(folder, task={"name": "x"})
     assert corrupt(folder).startswith(f"{folder} cannot be read: ")
 
@@ -204,7 +204,7 @@ def test_a_description_of_a_task_nobody_can_read_is_refused(folder):
 @pytest.mark.parametrize(
     "described", ["", "[]", "null", "3", "{}", '{"version": 1}', '{"version": 2}', "[" * 100000, "\x00"]
 )
-def test_nonsense_is_no_description(folder, described):
+def test_a_file_without_a_description_is_refused(folder, described):
     (folder / "bank.json").write_text(described)
     corrupt(folder)
 
@@ -235,7 +235,7 @@ def test_files_that_are_something_else_are_refused_though_their_hashes_fit(folde
 # -- whom it was trained on --------------------------------------------------------------------------------------------
 
 
-def test_a_bank_without_its_members_is_the_same_bank_and_knows_nobody(folder):
+def test_a_bank_without_its_members_file_has_the_same_hash_and_no_members(folder):
     before = Bank.open(folder, BASE)
     assert before.info.members.artefacts_of("t2") == ["task LoRA"]
     (folder / "members.json").unlink()
@@ -269,7 +269,7 @@ def test_a_bank_of_schema_1_is_read_as_it_is(folder):
 # -- forgetting --------------------------------------------------------------------------------------------------------
 
 
-def test_forgetting_lists_what_was_learnt_from_a_person(folder):
+def test_forgetting_lists_the_parts_trained_on_a_person(folder):
     members = read_info(folder).members
     anchor = next(p.id for p in people_of(12, prefix="c") if "anchor" in members.artefacts_of(p.id))
     other = next(p.id for p in people_of(12, prefix="c") if "calibration" in members.artefacts_of(p.id))
@@ -283,7 +283,7 @@ def test_forgetting_lists_what_was_learnt_from_a_person(folder):
     }
 
 
-def test_forgetting_somebody_the_bank_never_saw_marks_nothing(folder):
+def test_forgetting_a_person_who_is_not_a_member_marks_nothing(folder):
     assert mark_stale(folder, "stranger") == []
     assert not (folder / "needs-rebuild.json").exists()
 

@@ -65,7 +65,7 @@ def test_a_damaged_bank_is_never_noted_as_checked(folder):
     corrupt(folder)
 
 
-def test_a_cache_that_cannot_be_written_to_does_not_keep_a_bank_shut(folder, cache):
+def test_a_bank_opens_with_a_read_only_cache(folder, cache):
     cache.write_text("a file where the cache folder should be")
     assert len(Bank.open(folder, BASE)) == 3
 

@@ -80,7 +80,7 @@ def test_a_setting_that_is_new_in_mta_makes_no_other_bank_of_one_that_is_there(b
     assert read_info(tmp_path).hash == read_info(built).hash
 
 
-def test_who_asked_and_where_it_was_told_are_no_part_of_a_banks_identity(built, tmp_path):
+def test_command_and_tracker_do_not_change_a_banks_hash(built, tmp_path):
     logged = []
 
     class Sink:

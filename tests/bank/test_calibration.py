@@ -83,7 +83,7 @@ def test_the_prior_is_the_variance_within_people_over_that_between_them(prior):
     assert prior_of(people, [0] * len(people), torch.eye(N).double(), 0.3) == pytest.approx(prior, rel=0.15)
 
 
-def test_where_people_do_not_differ_nobody_leaves_mu():
+def test_where_people_do_not_differ_all_get_mu():
     def prior(people, folds=(0,) * 600):
         return prior_of(people, folds[: len(people)], torch.eye(N).double(), 0.3)
 

@@ -31,7 +31,7 @@ def test_people_who_share_items_count_as_one():
     assert bool(standard_error(gains, torch.zeros(6)).isinf().all())
 
 
-def test_nobody_chooses_what_they_are_served_with():
+def test_a_persons_candidate_is_chosen_by_the_other_groups():
     """A person is served with what is best for the others who share no items with them."""
     gains = torch.tensor([[0.0, 9.0, 0.0], [0.0, 8.0, 0.0], [0.0, 0.0, 1.0], [0.0, 0.0, 1.0], [0.0, 0.0, 1.0]])
 

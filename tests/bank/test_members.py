@@ -35,7 +35,7 @@ def test_anchors_are_trained_on_their_latest_items_and_the_cut_is_reported(built
     assert info.cut == {"items left out": 6, "texts shortened": 0}
 
 
-def test_nobody_is_both_anchor_and_behind_the_task_lora(tmp_path, task):
+def test_anchors_and_task_people_are_disjoint(tmp_path, task):
     task_people = [*TASK_PEOPLE, CANDIDATES[3]]
     with pytest.raises(InputError, match=r"^1 people are both in the task LoRA's part and candidates for anchors\n"):
         Bank.build(base_of(), CANDIDATES, tmp_path / "bank", task=task, encoder=HashEncoder(), task_people=task_people)
@@ -90,7 +90,7 @@ def says_nothing_of_anybody(folder: Path) -> None:
         assert not any(text.encode() in data for text in texts), name
 
 
-def test_no_file_holds_anybodys_id_or_text(built):
+def test_no_file_contains_ids_or_texts(built):
     says_nothing_of_anybody(built)
 
 

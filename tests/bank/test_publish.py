@@ -89,7 +89,7 @@ def test_members_leave_when_they_are_asked_to_and_go_when_they_are_not(hub, bank
     assert Bank.from_pretrained(NAME, BASE, revision=first).info == bank.info
 
 
-def test_a_bank_of_schema_1_is_published_without_what_stood_in_its_description(hub, folder):
+def test_a_bank_of_schema_1_is_published_without_its_members(hub, folder):
     hashed = read_info(folder).members.hashed
     as_schema_1(folder)
     bank = Bank.open(folder, BASE)
@@ -137,7 +137,7 @@ def test_only_the_files_of_a_bank_are_fetched(hub, bank):
 # -- refused -----------------------------------------------------------------------------------------------------------
 
 
-def test_a_bank_that_somebody_wants_to_be_forgotten_by_is_not_published(hub, bank):
+def test_a_bank_with_a_forgotten_person_is_not_published(hub, bank):
     mark_stale(bank.folder, "t2")
     said = refused(BankError, bank.push_to_hub, NAME)
     assert said.startswith("a forgotten person is in the task LoRA of ")
@@ -214,7 +214,7 @@ def test_a_bank_for_another_base_is_refused(hub, bank):
     assert "was built for base 'tiny-llama'" in refused(BankMismatch, Bank.from_pretrained, NAME, base_of("qwen2"))
 
 
-def test_what_is_no_bank_is_told_before_its_weights_are_fetched(hub):
+def test_a_repository_without_a_bank_is_refused_before_weights_are_downloaded(hub):
     hub.repos[NAME] = stand_in.Repo(private=True)
     hub.repos[NAME].commit({"model.safetensors": b"0" * 1000})
     said = refused(BankCorrupt, bank_folder, NAME)
@@ -225,7 +225,7 @@ def test_what_is_no_bank_is_told_before_its_weights_are_fetched(hub):
     assert not any("model.safetensors" in path for _, path in hub.requests)
 
 
-def test_who_is_not_let_in_is_told_what_to_do(hub, bank, monkeypatch):
+def test_a_refused_login_explains_what_to_do(hub, bank, monkeypatch):
     unknown = refused(HubError, bank_folder, "nobody/nothing")
     assert unknown.startswith(
         "there is no 'nobody/nothing' on the hub, or it is private\n  Check the name. Log in:  hf auth"

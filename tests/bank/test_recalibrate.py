@@ -174,7 +174,7 @@ def test_members_are_known_whenever_the_description_is_written(folder, base, mon
         assert bool(found.artefacts_of(stop)) == (stop == "after")
 
 
-def test_whoever_is_forgotten_during_a_calibration_is_not_in_it(folder, base):
+def test_a_person_forgotten_during_a_calibration_is_not_in_it(folder, base):
     def forget(stage, step):
         forget_person(OTHERS[0].id, None, folder / "bank")
 
@@ -184,7 +184,7 @@ def test_whoever_is_forgotten_during_a_calibration_is_not_in_it(folder, base):
     assert not (folder / "bank" / "work").exists()
 
 
-def test_whoever_is_forgotten_while_a_calibration_is_written_is_not_in_it(folder, base, monkeypatch):
+def test_a_person_forgotten_while_a_calibration_is_written_is_not_in_it(folder, base, monkeypatch):
     write_info = recalibrate.write_info
 
     def forget_first(path, info):

@@ -74,7 +74,7 @@ def test_another_seed_draws_another_pool():
     assert pool(people(9, 9, 9), 4, items=6) == pool(people(9, 9, 9), 4, items=6)
 
 
-def test_a_person_who_joins_moves_nobody_elses_lot():
+def test_another_person_does_not_change_the_choice_of_items_of_the_rest():
     few, more = pool(people(9, 9), per_person=2), pool(people(9, 9, 9), per_person=2)
     assert [entry for entry in more if entry[0] != "p2"] == few
 

@@ -42,7 +42,7 @@ def test_without_outputs_queries_have_no_target(tmp_path: Path) -> None:
     assert not load_task("lamp3").has_target(u.queries[0])
 
 
-def test_tasks_whose_queries_are_worded_apart(tmp_path: Path) -> None:
+def test_queries_have_their_own_prompt_in_some_tasks(tmp_path: Path) -> None:
     ask = load_task("lamp1").query.prompt.format(title="T", ref1="A", ref2="B")  # type: ignore[union-attr]
     row = {"id": "1", "input": ask, "profile": [{"id": "a", "title": "P", "abstract": "We.", "citation": "?"}]}
     [one] = read_people(lamp(tmp_path, [row], {"1": "[2]"}, "LaMP_1"), "lamp1")

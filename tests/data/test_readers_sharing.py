@@ -188,12 +188,12 @@ def test_a_query_that_stands_in_another_history_connects_two_people() -> None:
     assert [person.group for person in found] == ["p0", "p0"]
 
 
-def test_a_short_text_connects_nobody() -> None:
+def test_a_short_text_connects_no_people() -> None:
     found, shared = connected(people(["Great product"], ["Great product"]), LAMP3)
     assert ([person.group for person in found], shared.items) == (["", ""], 0)
 
 
-def test_a_text_with_different_answers_connects_nobody() -> None:
+def test_a_text_with_different_answers_connects_no_people() -> None:
     copies = people(*([prose(n)] * 1 for n in range(20)), *([prose(n)] for n in range(20)))
     copies[0] = Person.of("p0", [Item({"text": prose(0), "score": "1"})])
     many = [Person.of(f"q{n}", [Item({"text": prose(99 + n), "score": score})]) for n, score in enumerate("12345" * 9)]
@@ -201,7 +201,7 @@ def test_a_text_with_different_answers_connects_nobody() -> None:
     assert (found[0].group, shared.judged, shared.items, shared.largest) == ("", 1, 19, 2)
 
 
-def test_common_boilerplate_connects_nobody_and_is_counted() -> None:
+def test_common_boilerplate_connects_no_people_and_is_counted() -> None:
     _, shared = connected(people(*([prose(1)] for _ in range(CROWD + 1))), LAMP3)
     assert (shared.items, shared.crowded) == (0, 1)
     _, shared = connected(people(*([prose(1)] for _ in range(CROWD))), LAMP3)
@@ -221,7 +221,7 @@ def test_one_different_label_does_not_separate_the_people_who_copied_text_and_la
     assert [person.group for person in connected(copied, LAMP3)[0]] == ["p0", "p0", ""]
 
 
-def test_films_that_many_people_rate_connect_nobody_even_where_ratings_agree() -> None:
+def test_films_that_many_people_rate_connect_no_people_even_where_ratings_agree() -> None:
     lots, task = random.Random(0), load_task("movielens-rating")
     films = [{"title": f"{prose(n, 6)} (1999)", "genres": "Drama, Science Fiction"} for n in range(60)]
     everybody = [

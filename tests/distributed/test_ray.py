@@ -148,7 +148,7 @@ def hopeless(_, piece):
     raise ValueError("the card is broken")
 
 
-def test_what_is_nobodys_fault_stops_the_run(here):
+def test_an_error_of_all_people_stops_the_run(here):
     with Cluster(here, workers=1) as cluster:
         with pytest.raises(StoreError, match="no space left"):
             run(cluster, full, [Numbers((1, 2))])
@@ -292,7 +292,7 @@ def poisoned(stages, cohort):
     return personalize_cohort(stages, cohort)
 
 
-def test_somebody_who_makes_workers_die_is_reported_and_the_others_are_personalized(here, site, tmp_path, monkeypatch):
+def test_a_person_who_makes_workers_die_is_reported_and_the_others_are_personalized(here, site, tmp_path, monkeypatch):
     base, bank, alone = site
     monkeypatch.setattr("mta.personalize.pipeline.personalize_cohort", poisoned)
     with Cluster(here, workers=2, most=4, attempts=2) as cluster:

@@ -33,7 +33,7 @@ def panel(tiny):
 
 
 @given(groups=st.lists(st.sampled_from(["", "a", "b"]), min_size=1, max_size=8), order=st.randoms())
-def test_nobody_gets_their_own_shots_or_those_of_their_group(groups, order):
+def test_each_person_gets_the_shots_of_another_group(groups, order):
     people = [Person(f"p{n}", (), (), group) for n, group in enumerate(groups)]
     if len({person.group or person.id for person in people}) == 1:
         with pytest.raises(InputError, match="no other person to take shots from"):

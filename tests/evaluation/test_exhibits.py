@@ -88,7 +88,7 @@ def test_comparisons_named_in_advance_are_corrected_for_their_number():
     assert primary([results(rows)]) == ""
 
 
-def test_only_people_whom_every_method_answered_are_compared():
+def test_only_people_with_answers_of_every_method_are_compared():
     found = results([*everybody(TaskLora()), *everybody(MergeThenAdapt())[:20]]).comparison("main")
     assert [row.people["NLL"].shape[1] for row in found.rows] == [20, 20]
 
@@ -151,7 +151,7 @@ def test_a_table_has_a_line_for_each_row():
     assert markdown(["a", "b"], [["x", "1"]]) == "| a | b |\n| --- | --: |\n| x | 1 |\n"
 
 
-def test_a_value_far_out_is_told_at_the_edge_and_the_same_numbers_give_the_same_bytes(tmp_path):
+def test_an_outlier_is_drawn_at_the_edge_and_equal_numbers_give_equal_bytes(tmp_path):
     near = [(f"m{n}", Interval(0.01 * n, 0.01 * n - 0.02, 0.01 * n + 0.02)) for n in range(8)]
     for name in ("one", "two"):
         figures.forest([*near, ("far", Interval(9.0, 8.9, 9.1))], "NLL").save(tmp_path / name)

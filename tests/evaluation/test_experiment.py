@@ -228,7 +228,7 @@ def test_a_resumed_experiment_equals_an_uninterrupted_one(world, cache, tmp_path
 
 
 @pytest.mark.parametrize("people", [0, 1, 15, 16, 17, 33, 240])
-def test_batches_hold_everybody_once_and_nobody_alone(people):
+def test_batches_hold_each_person_once_and_at_least_two_people(people):
     found = batches(people)
     assert [n for batch in found for n in batch] == list(range(people))
     assert all(len(batch) <= BATCH for batch in found)

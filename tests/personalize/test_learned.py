@@ -134,7 +134,7 @@ def test_svd_at_full_rank_equals_the_exact_merge(bank_of_eight):
     same_model(base, bank, WAYS, merged(bank, WAYS, MergeSettings(mode="svd", rank=2 * bank.anchors.rank)))
 
 
-def test_svd_keeps_the_rank_of_the_bank_unless_told_otherwise(bank_of_eight):
+def test_svd_keeps_the_rank_of_the_bank_by_default(bank_of_eight):
     _, bank = bank_of_eight
     assert merged(bank, WAYS, MergeSettings(mode="svd")).batch.rank == bank.anchors.rank
     assert merged(bank, WAYS, MergeSettings(mode="svd", rank=2)).batch.rank == 2

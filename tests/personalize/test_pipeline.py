@@ -25,7 +25,7 @@ from mta.store import Store
 from mta.training.checkpoint import Checkpoint
 
 
-def test_a_second_call_trains_nobody(known, tmp_path):
+def test_a_second_call_trains_no_one(known, tmp_path):
     stamps = {path: path.stat().st_mtime_ns for path in (tmp_path / "people").rglob("*")}
     steps = []
     assert known.personalize(PEOPLE, on_step=lambda *_: steps.append(1)) == Personalized(0, 5, 0)

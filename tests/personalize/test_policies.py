@@ -100,7 +100,7 @@ def test_posterior_sums_to_less_than_one():
     assert bool((weighed("posterior", k=0).w.sum(1) < 1).all())
 
 
-def test_posterior_is_the_prior_where_the_shots_prefer_nobody():
+def test_posterior_is_the_prior_where_the_shots_prefer_no_anchor():
     silent = evidence_of(TASK[:, None].expand(U, N))
     found = coefficients(MergeSettings(policy="posterior", k=4, null_prior=0.8), SIMILARITY, silent)
     near(found.w, [[0.2 / 4] * 4] * U)

@@ -110,7 +110,7 @@ def test_a_history_is_known_by_the_digest_of_its_beginning():
     assert person.digest() == Person(person.id, person.items).digest()
 
 
-def test_whoever_has_no_new_items_is_left_alone_and_whoever_is_new_is_begun(tiny, tmp_path):
+def test_people_without_new_items_are_skipped_and_new_people_are_personalized(tiny, tmp_path):
     personal = started(tiny, tmp_path, YOUNG[:2])
     done = personal.update([YOUNG[0], *YOUNG[2:]])
     assert (done.unchanged, done.begun, done.kept + done.retrained + done.refreshed) == (1, 2, 0)
@@ -231,7 +231,7 @@ def test_gradients_from_before_their_likelihood_was_kept_begin_anew(tiny, tmp_pa
     assert (done.begun, done.kept + done.refreshed) == (1, len(GROWN) - 1)
 
 
-def test_nobody_without_items(tiny, tmp_path):
+def test_a_person_without_items_is_refused(tiny, tmp_path):
     with pytest.raises(DataError, match="no item"):
         started(tiny, tmp_path).update([Person("p0", ())])
 

@@ -106,5 +106,5 @@ def test_the_architecture_page_lists_all_packages_in_import_order():
     assert [*re.findall(r"(?m)^\| `(\w+)/` \|", PAGE), "errors"] == layers
 
 
-def test_the_architecture_page_tells_a_texts_life_in_eight_steps():
+def test_the_architecture_page_has_eight_steps():
     assert re.findall(r"(?m)^(\d+)\. \*\*", PAGE) == [str(n) for n in range(1, 9)]

@@ -119,7 +119,7 @@ print((found[1] - found[0]) / (count - 2))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="resident memory is read from /proc")
-def test_memory_of_an_answer_is_what_size_tells(world):
+def test_the_memory_of_an_answer_is_what_mta_size_predicts(world):
     """Resident memory that a row of SmolLM2 takes, seat and slot, in a process of its own, within 15%."""
     personal, _ = world
     count, length = 24, 512

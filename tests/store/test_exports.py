@@ -95,7 +95,7 @@ def test_a_damaged_list_is_refused_or_the_same(place: int, byte: int, cut: bool)
         assert "then find and remove adapters" in str(error)  # noqa: PT017
 
 
-def test_a_store_notes_exports_without_naming_anybody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_store_notes_exports_without_ids(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module.platform, "node", lambda: "a-host-of-ours")
     store = Store(tmp_path / "people")
     assert store.exports.of(ANN) == []

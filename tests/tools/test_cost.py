@@ -69,7 +69,7 @@ def test_what_is_kept_of_a_person_is_what_their_files_take(tmp_path):
     assert off(told["OPPU"].person_bytes, sum(f.stat().st_size for f in (tmp_path / "oppu").iterdir())) < 0.15
 
 
-def test_a_bank_and_a_row_take_what_is_told(tiny_bank_folder, tiny, tmp_path):
+def test_the_memory_of_a_bank_and_a_row_is_as_predicted(tiny_bank_folder, tiny, tmp_path):
     from mta.serving.embedded.adapter_slots import AdapterSlots
     from mta.serving.embedded.kv_cache import Slots
 
@@ -125,7 +125,7 @@ def test_costs_grow_with_what_they_are_of(rank, anchors, tokens):
     assert of("stack.enabled=false")["MTA"] == first["merge alone"]
 
 
-def test_the_verb_tells_it_to_people_and_machines(tmp_path):
+def test_the_command_prints_tables_and_json(tmp_path):
     run = CliRunner().invoke
     found = json.loads(run(app, ["size", "--on", "h100", "--people", "1e6", "--json", "bank.anchors=50"]).stdout)
     assert found["people"] == 1e6

@@ -56,7 +56,7 @@ def test_kernels_that_work_are_compiled(monkeypatch):
 
 
 @pytest.mark.integration
-def test_kernels_that_fail_to_compile_are_told_with_the_compilers_first_error(cache, monkeypatch, tmp_path):
+def test_kernels_that_fail_to_compile_are_reported_with_the_compilers_first_error(cache, monkeypatch, tmp_path):
     broken = tmp_path / "g++"
     broken.write_text("#!/bin/sh\necho \"kernels.cpp:1:1: error: no 'requires' here\" >&2\nexit 1\n")
     broken.chmod(0o755)
@@ -67,7 +67,7 @@ def test_kernels_that_fail_to_compile_are_told_with_the_compilers_first_error(ca
     assert kernels.hint.endswith("Kernels need g++ 12 or newer, on Linux.")
 
 
-def test_kernels_that_are_switched_off_or_not_supported_are_told_apart(monkeypatch):
+def test_kernels_that_are_off_and_those_not_supported_are_distinguished(monkeypatch):
     monkeypatch.setenv("MTA_KERNELS", "off:rotate")
     monkeypatch.setattr("mta.kernels.compile.shutil.which", lambda _: None)
     (told,) = doctor._kernels()
@@ -141,7 +141,7 @@ def test_threads_that_spin_beside_others_are_warned_of(monkeypatch):
 
 
 @pytest.mark.parametrize(("flags", "dtype"), [("avx2 amx_bf16", "bfloat16"), ("avx2", "float32")])
-def test_the_dtype_is_the_one_a_run_takes_and_its_rates_are_told(monkeypatch, flags, dtype):
+def test_the_dtype_is_that_of_a_run_and_its_rates_are_shown(monkeypatch, flags, dtype):
     monkeypatch.setattr("mta.system.device.cpuinfo", lambda *fields: flags)
     monkeypatch.setattr(doctor, "gemm_rate", {torch.bfloat16: 800e9, torch.float32: 200e9}.get)
     found = doctor._dtype(torch.device("cpu")).found

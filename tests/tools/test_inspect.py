@@ -39,7 +39,7 @@ def test_an_account_says_what_the_state_says(known, tmp_path):
     assert found.bytes == store.nbytes("x0")
 
 
-def test_no_text_is_told_and_no_model_is_loaded(known, monkeypatch):
+def test_no_text_is_shown_and_no_model_is_loaded(known, monkeypatch):
     def refuse(*_, **__):
         raise AssertionError("a model was loaded")
 
@@ -60,12 +60,12 @@ def test_only_the_posterior_leaves_something_to_the_pooled_model(known):
     assert len(found.weights) == 2
 
 
-def test_what_a_bank_learnt_from_a_person_is_named(known):
+def test_the_parts_of_a_bank_trained_on_a_person_are_named(known):
     known.personalize(people_of(1, prefix="t"))
     assert summarize("t0", known.store, known.bank.folder).trained == ["task LoRA"]
 
 
-def test_a_state_of_another_bank_can_be_told_apart(known):
+def test_a_state_of_another_bank_is_recognized(known):
     known.store.save("x0", replace(known.state("x0"), bank="f" * 64, work="0" * 64))
     found = summarize("x0", known.store, known.bank.folder)
     assert (found.bank, found.bank_here) == ("f" * 64, known.bank.hash)
@@ -95,7 +95,7 @@ def test_versions_are_listed_and_a_damaged_one_is_named(known):
     ]
 
 
-def test_gains_are_told_in_plain_words():
+def test_gains_are_explained_in_plain_words():
     better, worse = "predicts their shots better by", "predicts their shots worse by"
     assert gains(Losses(1.0, 0.88, 0.9, 3)) == [
         f"the merge {better} 0.120 nats per token than the pooled model",

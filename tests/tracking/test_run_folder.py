@@ -54,7 +54,7 @@ class Recorder:
 # what is kept
 
 
-def test_a_run_tells_what_was_asked_and_what_computed(tmp_path):
+def test_a_run_records_command_settings_and_machine(tmp_path):
     about = {"seeds": [0], "plan": "abc"}
     with kept(tmp_path, command="mta personalize", about=about) as run:
         steps(run)
@@ -86,7 +86,7 @@ def test_every_step_is_a_line(tmp_path):
     assert all(row["seconds"] >= 0 for row in rows)
 
 
-def test_without_a_folder_nothing_is_kept_and_everybody_is_told_all_the_same():
+def test_without_a_folder_nothing_is_written_and_callbacks_are_still_called():
     told = []
     with kept(None, on_step=lambda stage, step: told.append((stage, step.step))) as run:
         steps(run)
@@ -180,7 +180,7 @@ def test_a_line_that_a_kill_has_torn_is_passed_over(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["[", "[]", '{"sittings": [1]}', '{"sittings": [{"kind": 1, "settings": {}}]}'])
-def test_a_description_that_is_not_ours_is_told(tmp_path, text):
+def test_a_foreign_run_file_is_an_error(tmp_path, text):
     (tmp_path / "run.json").write_text(text)
     with pytest.raises(
         DataError, match=f"^{re.escape(str(tmp_path))}/run.json is not a description of a run: .*\n  Move"
@@ -301,6 +301,6 @@ def test_trackio_keeps_a_run_in_its_folder(tmp_path, monkeypatch):
     assert b"quispe" not in data.read_bytes()
 
 
-def test_an_unknown_sink_is_told():
+def test_an_unknown_tracker_is_an_error():
     with pytest.raises(InputError, match=r"^unknown tracker 'mlflow'; .*\n  Give --track tensorboard, wandb or"):
         trackers.tracker("mlflow")
