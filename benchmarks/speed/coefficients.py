@@ -46,16 +46,16 @@ def rows(settings: Settings) -> Iterator[Row]:
         jobs = _jobs(base, found, settings.people if kind == "short prompts" else settings.reviewers)
         for anchors, name in names.items():
             if settings.wanted(name):
-                yield against_scoring(name, base, jobs, anchors, settings)
+                yield against_scoring(name, base, jobs, _bank(base, anchors), settings)
         if settings.wanted(shipped):
             yield against_oppu(shipped, base, jobs, settings)
     base_of.cache_clear()
     gc.collect()
 
 
-def against_scoring(name: str, base: BaseModel, jobs: Sequence[ShotsJob], anchors: int, settings: Settings) -> Row:
+def against_scoring(name: str, base: BaseModel, jobs: Sequence[ShotsJob], bank: LoraBatch, settings: Settings) -> Row:
     """One forward and one backward pass against N + 1 forward passes."""
-    bank, pooled = _bank(base, anchors), [Shared(task_lora(base))]
+    anchors, pooled = len(bank), [Shared(task_lora(base))]
     at, tokens = torch.zeros(anchors, dtype=torch.float64), _tokens(base, jobs, bank, 1)
 
     def gradient() -> float:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -55,17 +55,18 @@ def rows(settings: Settings) -> Iterator[Row]:
 
 def _of_dtype(dtype: str, wanted: Mapping[str, str], settings: Settings) -> Iterator[Row]:
     base = base_of(dtype)
-    work = Work(base, prompts_of(base, data.short().people[:PEOPLE]), adapters_of(base, PEOPLE))
+    prompts = prompts_of(base, data.short().people[:PEOPLE])
+    work = Work(base, prompts, adapters_of(base, PEOPLE), partial(plain_model, dtype))
     for peer, name in wanted.items():
         if peer == "the base alone":
-            yield _row(name, peer, work, Alone(work, dtype), settings)
+            yield against(name, peer, work, Alone(work), settings)
         else:
             kind = Mixed if "adapter_names" in peer else Merged
-            yield _row(name, peer, work, kind(work, dtype), settings)
+            yield against(name, peer, work, kind(work), settings)
         gc.collect()
 
 
-def _row(name: str, peer: str, work: Work, theirs: Alone, settings: Settings) -> Row:
+def against(name: str, peer: str, work: Work, theirs: Alone, settings: Settings) -> Row:
     """One row, after the logits behind the prompts were compared. Raises Unequal."""
     dtype = str(work.base.dtype).removeprefix("torch.")
     expected = theirs.logits()
@@ -97,6 +98,7 @@ class Work:
     base: BaseModel
     prompts: Sequence[tuple[int, ...]]
     adapters: LoraBatch
+    plain: Callable[[], Any]  # makes the base as transformers has it
 
     @cached_property
     def padded(self) -> dict[str, Tensor]:
@@ -105,12 +107,13 @@ class Work:
         fill = [width - len(prompt) for prompt in self.prompts]
         tokens = [[self.base.pad_token] * n + list(prompt) for n, prompt in zip(fill, self.prompts)]
         seen = [[0] * n + [1] * (width - n) for n in fill]
-        return {"input_ids": torch.tensor(tokens), "attention_mask": torch.tensor(seen)}
+        device = self.base.device
+        return {"input_ids": torch.tensor(tokens, device=device), "attention_mask": torch.tensor(seen, device=device)}
 
     @cached_property
     def peft(self) -> ManyPeft:
         """PEFT with all these adapters: made once, for it takes long."""
-        return ManyPeft(str(self.base.dtype).removeprefix("torch."), self.adapters)
+        return ManyPeft(self.plain(), self.adapters)
 
     @property
     def never(self) -> int:
@@ -126,7 +129,7 @@ class Work:
 
     def logits(self, *, adapted: bool = True) -> Tensor:
         """Of the token after each prompt, with everybody's adapter or with nobody's."""
-        owner = torch.arange(len(self.prompts))
+        owner = torch.arange(len(self.prompts), device=self.base.device)
         with torch.inference_mode(), applied(self.base.model, [PerPerson(self.adapters)] * adapted, owner):
             return self.base.model(**self.padded, logits_to_keep=1).logits[:, -1]
 
@@ -146,12 +149,12 @@ class Alone:
 
     adapted = False
 
-    def __init__(self, work: Work, dtype: str) -> None:
+    def __init__(self, work: Work) -> None:
         self.work, self.people = work, len(work.prompts)
-        self.model = self._model(dtype)
+        self.model = self._model()
 
-    def _model(self, dtype: str) -> Any:
-        return plain_model(dtype)
+    def _model(self) -> Any:
+        return self.work.plain()
 
     def logits(self) -> Tensor:
         """As ``Work.logits``, of as many people as are timed."""
@@ -177,7 +180,7 @@ class Mixed(Alone):
 
     adapted = True
 
-    def _model(self, dtype: str) -> Any:
+    def _model(self) -> Any:
         return self.work.peft.model
 
     def logits(self) -> Tensor:
@@ -191,8 +194,8 @@ class Mixed(Alone):
 class Merged(Mixed):
     """A person's adapter merged into the weights, their prompt answered alone, the adapter taken out again."""
 
-    def __init__(self, work: Work, dtype: str) -> None:
-        super().__init__(work, dtype)
+    def __init__(self, work: Work) -> None:
+        super().__init__(work)
         self.people = 2
 
     def logits(self) -> Tensor:
@@ -204,7 +207,7 @@ class Merged(Mixed):
     @torch.inference_mode()
     def _alone(self, person: int, *, logits: bool = False) -> Any:
         self.model.merge_adapter([self.work.peft.names[person]])
-        tokens = torch.tensor([self.work.prompts[person]])
+        tokens = torch.tensor([self.work.prompts[person]], device=self.model.device)
         inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
         try:
             if logits:

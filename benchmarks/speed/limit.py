@@ -103,15 +103,17 @@ def at_model_sizes(cohort: Cohort, tokens: int = 1500) -> float:
     return max(rate(work) for _ in range(4))
 
 
-def squares(dtype: torch.dtype, times: int) -> Callable[[], float]:
+def squares(
+    dtype: torch.dtype, times: int, device: str | torch.device = "cpu", size: int = SIZE
+) -> Callable[[], float]:
     """Products of two squares in ``dtype`` into the same place; returns their operations."""
     draw = torch.Generator().manual_seed(0)
-    a, b = (torch.randn(SIZE, SIZE, generator=draw).to(dtype) for _ in range(2))
+    a, b = (torch.randn(size, size, generator=draw).to(device, dtype) for _ in range(2))
     out = torch.empty_like(a)
 
     def product() -> float:
         for _ in range(times):
             torch.mm(a, b, out=out)
-        return 2.0 * SIZE**3 * times
+        return 2.0 * size**3 * times
 
     return product

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.speed.adapters import ManyPeft
+from benchmarks.speed.adapters import ManyPeft, plain_model
 from benchmarks.speed.settings import Settings
 from benchmarks.speed.timing import Row, rate, turns
 from benchmarks.speed.training import ANCHORS, K, agreed, base_of, small
@@ -83,13 +83,16 @@ def bank_of(shapes: Shapes) -> LoraBatch:
     return small(fresh(shapes, _RANK, 2.0, 1, [f"anchor-{n}" for n in range(ANCHORS)]), 1)
 
 
-def against_peft(name: str, kind: str, bank: LoraBatch, settings: Settings) -> Row:
-    """Everybody's merges against those of a few people by PEFT, compared first. Raises Unequal."""
+def against_peft(name: str, kind: str, bank: LoraBatch, settings: Settings, model: Any = None) -> Row:
+    """Everybody's merges against those of a few people by PEFT, compared first. Raises Unequal.
+
+    ``model`` is the peer's base on the device of the bank; by default SmolLM2-135M.
+    """
     people = _people(settings) if settings.full or kind == "cat" else 4 * _CHUNK  # an svd takes long for us too
     work, peers = Work.of(bank, min(people, _people(settings)), _MODES[kind]), _peers(kind, settings)
     theirs = work.first(peers)
     used = torch.unique(theirs.merge.ids)  # PEFT has only these anchors to walk through
-    peer = ManyPeft("float32", bank.select(used))
+    peer = ManyPeft(plain_model("float32") if model is None else model, bank.select(used))
     numbers = torch.searchsorted(used, theirs.merge.ids).tolist()
 
     def plain(people: int = peers) -> float:

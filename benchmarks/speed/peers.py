@@ -28,19 +28,22 @@ _TOKENS = 2048  # padded tokens of one forward pass: batches of long texts are s
 @contextmanager
 def peer(dtype: str, like: LoraBatch) -> Iterator[PlainPeft]:
     """``PlainPeft`` in a process of its own, for the length of a block."""
-    with apart(PlainPeft, dtype, like.select([0])) as one:
+    with apart(peer_here, dtype, like.select([0])) as one:
         yield one
+
+
+def peer_here(dtype: str, like: LoraBatch) -> PlainPeft:
+    """``PlainPeft`` of SmolLM2-135M in this process."""
+    return PlainPeft(plain_model(dtype), like)
 
 
 class PlainPeft:
     """The base model as transformers loads it, with one LoRA on ``like``'s layers, of its rank and scale."""
 
-    def __init__(self, dtype: str, like: LoraBatch) -> None:
+    def __init__(self, model: Any, like: LoraBatch) -> None:
         import peft
 
-        self.model: Any = peft.get_peft_model(
-            plain_model(dtype), lora_config(like)
-        )  # adapters of a bfloat16 base are float32: its default
+        self.model: Any = peft.get_peft_model(model, lora_config(like))  # float32 adapters also of a bfloat16 base
         self.model.train()
         self.scale = like.scale
         self.layers = {name: self.model.base_model.model.get_submodule(name) for name in like.names}
@@ -92,7 +95,7 @@ class PlainPeft:
         total, loss = sum(len(example.target) for example in examples), 0.0
         for part in _parts(examples):
             share = sum(len(example.target) for example in part) / total
-            mean = self.model(**padded(part)).loss * share
+            mean = self.model(**padded(part, self.model.device)).loss * share
             mean.backward()
             loss += float(mean.detach())
         return loss
@@ -113,7 +116,7 @@ class PlainPeft:
         return {n: (one.lora_A["default"].weight, one.lora_B["default"].weight) for n, one in self.layers.items()}
 
 
-def padded(examples: Sequence[Example]) -> dict[str, Tensor]:
+def padded(examples: Sequence[Example], device: torch.device | str = "cpu") -> dict[str, Tensor]:
     """A batch as a plain loop has it: padded on the right, labels -100 wherever nothing is to be learned."""
     width = max(len(example.tokens) for example in examples)
     shape = (len(examples), width)
@@ -123,7 +126,8 @@ def padded(examples: Sequence[Example]) -> dict[str, Tensor]:
         length, start = len(example.tokens), example.target_start
         tokens[n, :length], seen[n, :length] = torch.tensor(example.tokens), 1
         labels[n, start:length] = torch.tensor(example.target)
-    return {"input_ids": tokens, "attention_mask": seen, "labels": labels}
+    inputs = {"input_ids": tokens, "attention_mask": seen, "labels": labels}
+    return {name: tensor.to(device) for name, tensor in inputs.items()}
 
 
 def _parts(examples: Sequence[Example]) -> Iterator[list[Example]]:

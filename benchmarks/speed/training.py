@@ -84,7 +84,7 @@ class Cohort:
         found = []
         for members in plan.cohorts:
             chosen = list(members)
-            below = [Renumbered(one, torch.tensor(chosen)) for one in self._frozen()]
+            below = [Renumbered(one, torch.tensor(chosen, device=self.base.device)) for one in self._frozen()]
             jobs, start = [self.jobs[n] for n in chosen], self.start.select(chosen)
             how = {"tokens_per_batch": plan.tokens_per_batch, **how}
             found.append(train_loras(self.base, jobs, start, self.training, frozen=below, **how))
@@ -94,7 +94,7 @@ class Cohort:
         """Mean loss of these people and the gradient of each adapter on all examples of its job."""
         losses: list[Step] = []
         steps = Training(lr=_STEEP, eps=_STEEP, steps=1, batch_size=1024, beta1=0.0, beta2=0.0, clip=1e9)
-        after = replace(self, training=steps).train(on_step=losses.append, **how)
+        after = replace(self, training=steps).train(on_step=losses.append, **how).to(torch.device("cpu"))
         before = self.start.tensors()
         moved = {name: before[name] - tensor for name, tensor in after.tensors().items()}
         return float(losses[0].loss or 0.0), LoraBatch.of_tensors(moved, self.start.scale)
@@ -120,7 +120,7 @@ def stack(base: BaseModel, jobs: Sequence[Job], training: Training, memory: int)
     """MTA's stage 3: a LoRA of rank 1 for each person over a task LoRA and the exact merge of K of 50 anchors."""
     lora = Lora(rank=1)
     start = fresh(base.targets, lora.rank, lora.scale, 0, [job.key for job in jobs], base.master_dtype)
-    bank = small(fresh(base.targets, 8, 2.0, 1, ["bank"] * ANCHORS), 1).to(base.dtype)
+    bank = small(fresh(base.targets, 8, 2.0, 1, ["bank"] * ANCHORS), 1).to(base.device, base.dtype)
     draw = torch.Generator().manual_seed(2)
     ids = torch.stack([torch.randperm(ANCHORS, generator=draw)[:K] for _ in jobs])
     merges = merge_exact(bank, ids, torch.full(ids.shape, 1 / K))
@@ -129,7 +129,7 @@ def stack(base: BaseModel, jobs: Sequence[Job], training: Training, memory: int)
 
 def task_lora(base: BaseModel) -> LoraBatch:
     """A frozen adapter of rank 8 for everybody, made up: times do not depend on its values."""
-    return small(fresh(base.targets, 8, 2.0, 3, ["task"]), 3).to(base.dtype)
+    return small(fresh(base.targets, 8, 2.0, 3, ["task"]), 3).to(base.device, base.dtype)
 
 
 def small(batch: LoraBatch, seed: int) -> LoraBatch:
@@ -149,7 +149,7 @@ def apart(found: LoraBatch, expected: LoraBatch) -> float:
 
 def flat(batch: LoraBatch) -> Tensor:
     """All numbers of each adapter as one row, in float64."""
-    return torch.cat([tensor.flatten(1).double() for tensor in batch.tensors().values()], 1)
+    return torch.cat([tensor.flatten(1).double().cpu() for tensor in batch.tensors().values()], 1)
 
 
 def agreed(difference: float, dtype: str) -> float:

@@ -1,5 +1,7 @@
 """The whole walk on the device given by ``pytest --device cuda`` (the CPU without it), held against the CPU."""
 
+import asyncio
+
 import pytest
 import torch
 from conftest import TINY_RUN, HashEncoder, people_of
@@ -12,6 +14,11 @@ from mta.errors import ModelError
 from mta.evaluation import Context, Panel, evaluate
 from mta.evaluation.methods import Merged, MergeThenAdapt, TaskLora
 from mta.personalize import Personalizer
+from mta.personalize.likelihoods import shots_of
+from mta.serving.embedded.engine import EmbeddedEngine
+from mta.serving.engine import Ask
+from mta.store import Store
+from mta.training.gates import gate_gradients
 
 QUESTION = {"title": "Film 7", "genres": "Drama"}
 PEOPLE = people_of(3, items=6, prefix="x", seed=5)
@@ -89,10 +96,11 @@ def test_an_export_is_the_same(walked, reference, tmp_path):
 
 
 @pytest.mark.parametrize("mode", ["exact", "factor", "svd"])
-@pytest.mark.parametrize("policy", ["posterior", "ridge", "learned", "similarity"])
+@pytest.mark.parametrize("policy", ["posterior", "ridge", "learned", "similarity", "laplace"])
 def test_methods_measure_the_same(walked, reference, policy, mode):
     few = Training(lr=0.05, steps=1, batch_size=8, eps=1.0)
-    settings = MergeSettings(policy=policy, k=2 if mode == "factor" else 0, mode=mode, learned=few)
+    k = 2 if mode == "factor" and policy != "laplace" else 0
+    settings = MergeSettings(policy=policy, k=k, mode=mode, learned=few)
     scores = []
     for personal in (walked, reference):
         context = Context(personal.base, personal.bank, HashEncoder(), TINY_RUN)
@@ -105,3 +113,43 @@ def test_methods_measure_the_same(walked, reference, policy, mode):
         scores.append([row.people["NLL"] for row in evaluate(panel, methods).rows])
     for found, expected in zip(*scores):
         close(found, expected)
+
+
+def test_gradients_of_the_coefficients_are_the_same(walked, reference):
+    found = []
+    for personal in (walked, reference):
+        base, bank = personal.base, personal.bank
+        jobs = [shots_of(base, bank.task, person) for person in PEOPLE]
+        found.append(gate_gradients(base, jobs, bank.working, bank.calibration.mu, bank.pooled))
+    close(found[0].gradients, found[1].gradients)
+    close(found[0].loglik, found[1].loglik)
+
+
+def test_an_engine_answers_the_same(walked, reference, tmp_path):
+    def answers(personal, folder):
+        async def go():
+            engine = EmbeddedEngine(personal.base.twin(), personal.bank, Store(folder), slots=2, length=64)
+            try:
+                asks = [Ask(tuple(range(10, 30)), who, 5) for who in (BASE, TASK)]
+                return [[piece.token.id async for piece in engine.answer(ask) if piece.token] for ask in asks]
+            finally:
+                await engine.close()
+
+        return asyncio.run(go())
+
+    assert answers(walked, tmp_path / "here") == answers(reference, tmp_path / "there")
+
+
+def test_an_interrupted_run_resumes_to_the_same_states(walked, tmp_path):
+    def stop(stage, step):
+        if step.step == 1 and stage == "stack":
+            raise KeyboardInterrupt
+
+    how = {"store": Store(tmp_path), "run": TINY_RUN, "encoder": HashEncoder()}
+    with pytest.raises(KeyboardInterrupt):
+        Personalizer(walked.base, walked.bank, **how).personalize(PEOPLE, on_step=stop)
+    again = Personalizer(walked.base, walked.bank, **how)
+    again.personalize(PEOPLE)
+    for person in PEOPLE:
+        for name, tensor in again.state(person.id).stack.tensors().items():
+            close(tensor, walked.state(person.id).stack.tensors()[name])

@@ -232,17 +232,18 @@ class BaseModel:
         """Return next-token logits at chosen places of token trees; the LM head computes no other token.
 
         Shapes: tokens, ends, positions (B, T), where token i sees token j exactly when j <= i < ends[j];
-        where (n,) flat indices into B * T -> (n, V).
+        where (n,) flat indices into B * T -> (n, V). Trees are best given on the CPU, where their blocks are searched.
         """
         inputs: dict[str, Any] = {"input_ids": tokens, "use_cache": False}
         if not self.packable:  # rows of one example each, padded on the right
             return self._logits_at(where, inputs | {"attention_mask": torch.ones_like(tokens)})
-        inputs["position_ids"], flat = positions, positions.flatten()
+        inputs["position_ids"] = placed = positions.to(tokens.device)
         if self.blocked:
-            inputs["blocks"] = blocks = blocks_of(ends, positions)
+            inputs["blocks"] = blocks = blocks_of(ends, positions, tokens.device)
+            flat = placed.flatten()
             mask = masks(self.model, blocks.seen, flat[blocks.queries], flat[blocks.keys])
         else:
-            mask = masks(self.model, visible(ends), positions, positions)
+            mask = masks(self.model, visible(ends.to(tokens.device)), placed, placed)
         return self._logits_at(where, inputs | {"attention_mask": mask})
 
     def next_logits(self, tokens: Tensor, positions: Tensor, cache: Any, length: int, where: Tensor) -> Tensor:

@@ -54,8 +54,8 @@ class Blocks:
     each: Tensor
 
 
-def blocks_of(ends: Tensor, positions: Tensor) -> Blocks:
-    """Cut rows (B, T) into blocks of the size with the lowest cost of attention."""
+def blocks_of(ends: Tensor, positions: Tensor, device: torch.device | None = None) -> Blocks:
+    """Cut rows (B, T) into blocks of the size with the lowest cost of attention; on ``device``, or that of ``ends``."""
     rows, depths = ends.cpu().numpy(), positions.cpu().numpy()
     tokens = rows.shape[1]
     best = min((_cuts(rows, depths, min(size, tokens)) for size in _SIZES), key=lambda cuts: _cost(cuts, depths))
@@ -74,7 +74,7 @@ def blocks_of(ends: Tensor, positions: Tensor) -> Blocks:
     each = np.arange(rows.size + 1)
     starts = np.searchsorted(flat[slots], each)
     parts = (queries.clip(0) + row_of * tokens, keys.clip(0) + row_of * tokens, sees, place, slots, starts, each)
-    return Blocks(*(torch.from_numpy(part).to(ends.device) for part in parts))
+    return Blocks(*(torch.from_numpy(part).to(device or ends.device) for part in parts))
 
 
 def _cuts(rows: Any, depths: Any, size: int) -> list[tuple[int, int, int]]:

@@ -149,7 +149,10 @@ def fitting(rows: Iterable[Row], width: int, budget: int, weight: float) -> int:
 
 
 def collate(rows: Sequence[Row], pad: int, device: torch.device) -> Rows:
-    """Return rows as padded tensors. The subtree of a padding token is itself, so no other token sees it."""
+    """Return rows as padded tensors on ``device``; positions and ends, which describe the trees, stay on the CPU.
+
+    The subtree of a padding token is itself, so no other token sees it.
+    """
     width = max(len(row.tokens) for row in rows)
     tokens, positions, ends = [], [], []
     for row in rows:
@@ -162,10 +165,10 @@ def collate(rows: Sequence[Row], pad: int, device: torch.device) -> Rows:
         for r, row in enumerate(rows)
         for source, target, example in zip(row.sources, row.targets, row.examples)
     ]
-    place, target, owner, example = (torch.tensor(column, device=device) for column in zip(*flat))
-    places, source = torch.unique(place, return_inverse=True)
-    grid = [torch.tensor(values, device=device) for values in (tokens, positions, ends)]
-    return Rows(grid[0], grid[1], grid[2], places, source, target, owner, example)
+    place, target, owner, example = torch.tensor(flat).unbind(1)
+    places, source = torch.unique(place, return_inverse=True)  # on the CPU: on a GPU it would wait for earlier passes
+    fed, *asked = (part.to(device) for part in (torch.tensor(tokens), places, source, target, owner, example))
+    return Rows(fed, torch.tensor(positions), torch.tensor(ends), *asked)
 
 
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:

@@ -108,7 +108,8 @@ class AdapterSlots:
 
     def exchange(self, one: int, other: int) -> None:
         """Swap two slots."""
-        pair, crossed = [one, other], [other, one]
+        pair = torch.tensor([one, other], device=self._gates.device)  # one copy to a GPU instead of two per tensor
+        crossed = pair.flip(0)
         for kept in (self._gates, *chain(*self._own.values())):
             kept[pair] = kept[crossed]
 

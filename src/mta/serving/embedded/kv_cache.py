@@ -58,7 +58,10 @@ class SlotCache(Cache):  # type: ignore[misc]  # transformers brings no types
 
     def exchange(self, one: int, other: int, tokens: int) -> None:
         """Swap two slots; only their first ``tokens`` positions are moved."""
-        pair, crossed = [one, other], [other, one]
+        if not self.kept:
+            return
+        pair = torch.tensor([one, other], device=self.kept[0][0].device)  # one copy to a GPU instead of two per tensor
+        crossed = pair.flip(0)
         for kept in chain(*self.kept):
             kept[pair, :, :tokens] = kept[crossed, :, :tokens]
 

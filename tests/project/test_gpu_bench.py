@@ -1,0 +1,49 @@
+"""``python -m benchmarks.gpu``: shapes, the plan, and a rehearsal of every row on the CPU."""
+
+import json
+
+import pytest
+import torch
+
+from benchmarks.gpu.__main__ import main, planned
+from benchmarks.gpu.shapes import SHAPES, jobs_of
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.name)
+def test_a_shape_has_the_weights_of_its_model(shape):
+    model = shape.model(torch.device("meta"), torch.bfloat16)
+    weights = sum(parameter.numel() for parameter in model.parameters())
+    assert shape.parameters == pytest.approx(weights, rel=1e-3)
+    billions = {"135M": 0.135, "1B": 1.24, "4B": 4.02, "8B": 8.03}[shape.name.rpartition("-")[2]]
+    assert weights / 1e9 == pytest.approx(billions, rel=0.01)
+
+
+def test_the_plan_names_what_does_not_fit():
+    lines = list(planned(SHAPES, 24 * 2**30, quick=False))
+    assert [line.endswith("fits") for line in lines] == [True, True, False, False]
+    assert "Llama-3-8B: 8.03 billion weights" in lines[3]
+    assert lines[3].endswith("of 24 GiB free; left out: too little memory")
+
+
+def test_examples_share_their_beginning_and_have_the_length_asked_for():
+    (job, other) = jobs_of(SHAPES[0], people=2, examples=3, tokens=20, shared=8)
+    assert {len(example.tokens) for example in (*job.examples, *other.examples)} == {20}
+    assert {len(example.target) for example in job.examples} == {2}
+    assert len({example.tokens[:8] for example in (*job.examples, *other.examples)}) == 1
+    assert len({example.tokens for example in (*job.examples, *other.examples)}) == 6
+
+
+@pytest.mark.integration
+def test_a_rehearsal_prints_and_writes_every_row(tmp_path, capsys):
+    words = ["--device", "cpu", "--quick", "--shapes", "Llama-3.2-1B", "--out", str(tmp_path)]
+    assert main([*words, "--only", "coefficients"]) == 0
+    assert main([*words, "--only", "training", "merging", "decoding", "curve"]) == 0
+    (path,) = tmp_path.glob("bench-cpu-rehearsal.json")
+    found = json.loads(path.read_text())
+    names = [row["name"].removeprefix("Llama-3.2-1B, ") for row in found["rows"]]
+    short = "rank 8 (OPPU), 8 shots of 70 tokens"
+    assert {"coefficients of 4 anchors", short, f"{short}, operations", f"{short}, memory"} <= {*names}
+    assert {"exact merge against PEFT cat", "rank 8 (OPPU), 64 tokens a person"} <= {*names}
+    assert {"decoding against the base alone", "decoding against PEFT adapter_names"} <= {*names}
+    assert not [row for row in found["rows"] if row["skipped"].startswith("failed")]
+    assert capsys.readouterr().out.count("Llama-3.2-1B") >= len(names)
