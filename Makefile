@@ -51,9 +51,9 @@ test-vllm: $(VENV)/installed-dev $(VLLM)/installed
 DEVICE ?= $(if $(QUICK),cpu,cuda)
 
 gpu: $(VENV)/installed-dev
-	$(BIN)/mta doctor
+	-$(BIN)/mta doctor
 	$(BIN)/python -m pytest --device $(DEVICE) tests/project/test_on_device.py
-	$(BIN)/python -m benchmarks.gpu --device $(DEVICE) $(if $(QUICK),--quick)
+	$(BIN)/python -m benchmarks.gpu --device $(DEVICE) $(if $(QUICK),--quick --out report)
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff format --check src tests benchmarks docs

@@ -20,7 +20,9 @@ from mta.evaluation.methods import OneLora, OtherPerson, PopulationMerge
 from mta.evaluation.reports.tables import show
 from mta.model.base import BaseModel
 from mta.system import assets
+from mta.system.device import processor
 from mta.system.malloc import keep_freed_memory
+from mta.system.provenance import commit
 from mta.tools.demo import Recipe, load_recipe
 
 RECIPE = (
@@ -65,7 +67,8 @@ def main() -> None:
     given = words.parse_args()
     with Screen() as screen:
         found = run(override(load_recipe("movielens"), [*RECIPE, *given.settings]), given.out, screen)
-    found.meta |= {"data": "movielens-100k", "terms": assets.ASSETS["movielens-100k"].note}
+    where = {"processor": processor(), "commit": commit(Path(__file__).parent)}
+    found.meta |= {**where, "data": "movielens-100k", "terms": assets.ASSETS["movielens-100k"].note}
     found.write(given.out, " ".join(["python -m benchmarks.many_people", *given.settings]))
     show(found.comparison, found.meta, console)
 

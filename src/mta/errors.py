@@ -33,7 +33,7 @@ MtaError
 
 A message says what happened, what was found and what was expected; ``hint`` says what to type next. The errors of
 the server are defined in ``mta.serving``.
-To add one: subclass the nearest branch, draw it above, and provoke it in tests/project/test_errors.py.
+To add one: subclass the nearest branch, draw it above, and provoke it in tests/project/provoked.py.
 """
 
 from __future__ import annotations

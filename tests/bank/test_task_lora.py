@@ -23,7 +23,7 @@ from mta.bank.selection import pooled_candidates, pooled_items
 from mta.config import Run, TaskLoraSettings, Training
 from mta.data.history import Item, Person
 from mta.data.tasks import load_task
-from mta.errors import BankError, ConfigError
+from mta.errors import BankError, ConfigError, InputError
 from mta.lora.batch import LoraBatch, fresh
 from mta.lora.peft import read_peft
 from mta.tracking.run_folder import sittings
@@ -264,3 +264,11 @@ def test_of_a_folder_with_a_task_lora_only_the_adapter_is_taken(built, tmp_path)
         "task_lora/adapter_model.safetensors",
     }
     assert {path.name for path in (out / "task_lora").iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
+
+
+def test_a_folder_without_a_task_lora_is_refused(built, tmp_path):
+    given = Path(shutil.copytree(built / "task_lora", tmp_path / "given"))
+    (given / "adapter_model.safetensors").unlink()
+    with pytest.raises(InputError, match=r"adapter_model\.safetensors is missing"):
+        build(tmp_path / "bank", task_lora=given)
+    assert not (tmp_path / "bank").exists()

@@ -7,19 +7,14 @@ import sys
 
 import pytest
 from hub import hub
-from world import ANN, QUESTION, built, mta, run, tree
+from world import ANN, QUESTION, mta, run, tree
+from world import world as world  # the fixture
 
 __all__ = ["hub"]  # a fixture
 NAME = "somebody/bank"
 SENT = {"README.md", "anchors.safetensors", "bank.json", "calibration.safetensors", "index.safetensors"} | {
     f"task_lora/adapter_{name}" for name in ("config.json", "model.safetensors")
 }
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    with built(tmp_path_factory.mktemp("world")) as made:
-        yield made
 
 
 @pytest.fixture

@@ -3,19 +3,14 @@
 from pathlib import Path
 
 import pytest
-from world import built, closed, mta, run
+from world import closed, mta, run
+from world import world as world  # the fixture
 
 pytestmark = pytest.mark.integration
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 TINY = ["run.encoder=base", "run.dtype=float32", "run.memory=64MiB", "run.max_tokens=400", "run.bank.training.epochs=1"]
 FEW = ["people.test=3", "people.development=2", "people.candidates=8", "people.task=6", "few=2", "seeds=[0]"]
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    with built(tmp_path_factory.mktemp("world")) as made:
-        yield made
 
 
 @pytest.fixture(scope="module")

@@ -4,15 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
-from world import built, mta, run
+from world import mta, run
+from world import world as world  # the fixture
 
 pytestmark = pytest.mark.integration
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    with built(tmp_path_factory.mktemp("world")) as made:
-        yield made
 
 
 def sitting(folder: Path) -> dict:

@@ -9,14 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from world import QUESTION, built, ratings, run, tree, written
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    with built(tmp_path_factory.mktemp("world")) as made:
-        yield made
-
+from world import QUESTION, ratings, run, tree, written
+from world import world as world  # the fixture
 
 MISTAKES = {
     "a file that is not there": ("data describe {root}/no.jsonl", "AssetError: no such file or folder: "),

@@ -1,12 +1,19 @@
 """``python -m benchmarks.gpu``: shapes, the plan, and a rehearsal of every row on the CPU."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
 from benchmarks.gpu.__main__ import main, planned
+from benchmarks.gpu.rows import Site
 from benchmarks.gpu.shapes import SHAPES, jobs_of
+from benchmarks.speed.adaptation import against_peer
+from benchmarks.speed.peers import PlainPeft
+from benchmarks.speed.settings import Settings
+from benchmarks.speed.training import oppu
+from mta.config import Training
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.name)
@@ -47,3 +54,12 @@ def test_a_rehearsal_prints_and_writes_every_row(tmp_path, capsys):
     assert {"decoding against the base alone", "decoding against PEFT adapter_names"} <= {*names}
     assert not [row for row in found["rows"] if row["skipped"].startswith("failed")]
     assert capsys.readouterr().out.count("Llama-3.2-1B") >= len(names)
+
+
+@pytest.mark.slow
+def test_four_layers_of_the_8b_shape_train_as_peft_trains_them():
+    shape = replace(SHAPES[3], layers=4, vocabulary=32000)  # nine gigabytes for both
+    site = Site(shape, torch.device("cpu"), torch.float32, 2**33, Settings(people=2))
+    jobs = jobs_of(shape, people=2, examples=2, tokens=24, shared=8)
+    cohort = oppu(site.base, jobs, Training(lr=1e-4, steps=1, batch_size=2), site.memory)
+    assert against_peer(cohort, PlainPeft(site.plain(), cohort.start.select([0]))) < 1e-3

@@ -11,7 +11,7 @@ import openai
 import pytest
 from conftest import people_of
 from gateway import said
-from gateway import world as world  # the fixture  # the fixture
+from gateway import world as world  # the fixture
 from served import waited
 
 from mta.errors import PersonNotFound

@@ -97,6 +97,8 @@ def build_bank(
     for the steps.
     Source: arXiv:2511.20072, stage 1; clusters: its README, "most active": Per-Pcs. Raises InputError, BankError.
     """
+    if task_lora:
+        read_peft(task_lora)  # raises InputError for a folder without an adapter
     task_people, candidates, held_out = (
         sorted(people, key=lambda person: person.id) for people in (task_people, candidates, held_out)
     )

@@ -57,10 +57,8 @@ def demo(
         found = tool.demo(
             out, chosen, command, given, full=full, on_step=screen.step, on_time=left, say=screen.say, track=tracker
         )
-    if json or full:
-        _show(found, json)
     if json:
-        return
+        return _show(found, json)
     show_glance(found.comparison, found.asked, tool.next_commands(out, found), console)
 
 

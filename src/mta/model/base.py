@@ -45,6 +45,8 @@ Check = Callable[[str], None]  # called with a fingerprint; raises MtaError to r
 class BaseModel:
     """A frozen causal language model; its weights are never written to.
 
+    Of a given model's generation settings, only the end tokens are kept.
+
     >>> base = BaseModel.load("smollm2-135m-instruct")        # asset name, folder or hub id
     """
 

@@ -282,7 +282,7 @@ class _Call:
     """The people of a call, and the tombstones when their items were read.
 
     Without a new state are people forgotten since then, people whose data made workers fail (with the error), and
-    people whose training diverged or for whom another process saved a state meanwhile.
+    people whose training diverged, whose state is damaged, or for whom another process saved a state meanwhile.
     """
 
     people: list[Person]

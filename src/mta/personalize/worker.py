@@ -105,6 +105,6 @@ def _saved(stages: Stages, item: WorkItem, state: State | NotSaved | None) -> St
         if item.before and store.latest(id) != item.version and store.load(id).work != item.work:
             return _overtaken(item)
         store.save(id, state, stages.since)
-    except (PersonForgotten, StoreConflict) as error:
+    except (PersonForgotten, PersonNotFound, StateCorrupt, StoreConflict) as error:
         return error
     return None

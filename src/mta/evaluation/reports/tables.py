@@ -127,9 +127,9 @@ def show_scores(comparison: Comparison, console: Console) -> None:
     console.print(f"\n[bold]{title_of(comparison)}[/]; all methods learn from the same items", highlight=False)
     console.print(table(comparison))
     console.print(
-        f"{measure}: {MEANING.get(measure, '')}; {better_side(measure)} is better. Change: from {POOLED}, with its 95% "
-        "interval over people. Harmed: people with an interval of their own above zero. Time: training, all people. "
-        "Kept: of each person.",
+        f"{measure}: {MEANING[measure] + ', ' if measure in MEANING else ''}{better_side(measure)} is better. Change: "
+        f"difference to {POOLED}, with its 95% interval over people. Harmed: people whose own 95% interval lies above "
+        "zero. Time: training of all people. Kept: bytes per person.",
         highlight=False,
     )
 
@@ -145,7 +145,7 @@ def table(comparison: Comparison) -> Table:
         scores = [comparison.score(row.name, metric) for metric in metrics]
         shares = comparison.worse_off(row.name, POOLED)
         made.add_row(
-            f"[bold]{row.name}[/]" if row.name == NAME else row.name,
+            f"[bold]{NAME}[/]" if row.name == NAME else escape(row.name),
             *(f"{score.mean:.3f}" if score else "" for score in scores),
             _change(comparison, row.name),
             f"{shares[1] * people:.0f} of {people}" if shares and shares[1] is not None else "",
