@@ -52,7 +52,7 @@ DEVICE ?= $(if $(QUICK),cpu,cuda)
 
 gpu: $(VENV)/installed-dev
 	-$(BIN)/mta doctor
-	$(BIN)/python -m pytest --device $(DEVICE) tests/project/test_on_device.py
+	-$(BIN)/python -m pytest --timeout 240 --device $(DEVICE) tests/project/test_on_device.py
 	$(BIN)/python -m benchmarks.gpu --device $(DEVICE) $(if $(QUICK),--quick --out report)
 
 lint: $(VENV)/installed-dev

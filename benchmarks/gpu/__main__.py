@@ -18,16 +18,18 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is downloaded
 
 import torch
 from rich.console import Console
 
-from benchmarks.gpu.rows import PARTS, Site, gemm_rate, rows
+from benchmarks.gpu.rows import PARTS, Site, gemm_rate, release, rows
 from benchmarks.gpu.shapes import SHAPES, Shape, needed
 from benchmarks.speed import record, report
 from benchmarks.speed.apart import quiet
 from benchmarks.speed.settings import Settings
 from benchmarks.speed.timing import Row
+from mta.config import parse_size
 from mta.system.atomic import write_json
 from mta.system.device import pick_device, processor
 from mta.system.provenance import commit
@@ -42,14 +44,16 @@ def main(words: Sequence[str] | None = None) -> int:
     quiet()
     shapes = [shape for shape in SHAPES if shape.name in args.shapes]
     free = torch.cuda.mem_get_info()[0] if device.type == "cuda" else None
-    for line in planned(shapes, free, args.quick):
+    for line in planned(shapes, free, args.memory, args.quick):
         console.print(line, highlight=False)
     console.print(f"torch.mm: {gemm_rate(device, DTYPE, args.quick) / 1e12:.1f} Tflop/s in bfloat16", highlight=False)
     path, failed = args.out / f"bench-{slug(device)}.json", False
     found = _kept(path)
     for shape in shapes:
-        if free is not None and needed(shape, DTYPE) > free:
+        if free is not None and needed(shape, DTYPE, args.memory) > free:
             continue
+        for part in args.only:
+            found.pop(f"{shape.name}, {part}", None)  # of a part that failed before
         for row in measured(shape, device, args):
             console.print(report.line(row), highlight=False, soft_wrap=True)
             found[row.name] = asdict(row) | {"verdict": row.verdict}
@@ -68,17 +72,17 @@ def parsed(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), help="parts to measure")
     parser.add_argument("--shapes", nargs="+", choices=names, default=names, help="models to measure")
     parser.add_argument("--people", type=int, help="people in a cohort (32; with --quick 3)")
-    parser.add_argument("--memory", type=float, default=12.0, help="GiB for the passes of a cohort")
+    parser.add_argument("--memory", type=parse_size, default="24GiB", help="memory for the passes of a cohort")
     parser.add_argument("--out", type=Path, default=Path("results"), help="folder of the JSON file")
     args = parser.parse_args(words)
     args.people = args.people or (3 if args.quick else 32)
     return args
 
 
-def planned(shapes: Sequence[Shape], free: int | None, quick: bool) -> Iterator[str]:
+def planned(shapes: Sequence[Shape], free: int | None, memory: int, quick: bool) -> Iterator[str]:
     """Lines that say what each shape needs, and what does not fit, before anything is measured."""
     for shape in shapes:
-        need = needed(shape, DTYPE)
+        need = needed(shape, DTYPE, memory)
         fits = free is None or need <= free
         said = "a tiny model is measured in its place" if quick else "fits" if fits else "left out: too little memory"
         here = "" if free is None else f" of {free / 2**30:.0f} GiB free"
@@ -89,14 +93,18 @@ def measured(shape: Shape, device: torch.device, args: argparse.Namespace) -> It
     """The rows of one shape; a part that breaks becomes a row that says so."""
     settings = Settings(repeats=1 if args.quick else 3, people=args.people, quick=args.quick)
     shown = shape.tiny() if args.quick else shape
-    site = Site(shown, device, DTYPE, int(args.memory * 2**30), settings)
+    site = Site(shown, device, DTYPE, args.memory, settings)
     for part in args.only:
         try:
             for row in rows(site, part):
                 yield replace(row, target=None) if args.quick else row  # tiny models have no targets
         except Exception as error:  # the other parts go on
             traceback.print_exc()
-            yield Row(site.name(part), "mta", "", skipped=f"{record.FAILED}{type(error).__name__}: {error}")
+            failed = f"{record.FAILED}{type(error).__name__}: {error}"
+        else:
+            continue
+        release(device)  # only now: the error's traceback held the models
+        yield Row(site.name(part), "mta", "", skipped=failed)
 
 
 def slug(device: torch.device) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -16,7 +16,7 @@ from benchmarks.speed.adaptation import against_peer, trained
 from benchmarks.speed.peers import FREE, PlainPeft
 from benchmarks.speed.settings import Settings
 from benchmarks.speed.timing import Row, rate, turns
-from benchmarks.speed.training import ANCHORS, Cohort, agreed, oppu, small, stack
+from benchmarks.speed.training import ANCHORS, Cohort, agreed, oppu, random_bank, small, stack
 from mta.config import Training
 from mta.lora.batch import LoraBatch, fresh
 from mta.model.base import BaseModel
@@ -30,6 +30,7 @@ CURVE = (64, 256, 1024, 4096, 8192)  # tokens of one person
 _PIECE = 512  # tokens of an example of the curve, at most
 _MINUTE = 60
 _ADAPTERS = {"rank 8 (OPPU)": oppu, "stage 3": stack}
+_LARGE = ("Llama-3.2-1B", "Llama-3-8B")
 _TARGET = 5.0  # of short examples on the 8B shape
 
 
@@ -55,8 +56,7 @@ class Site:
     @cached_property
     def bank(self) -> LoraBatch:
         """50 random anchors of rank 8 on the device."""
-        anchors = 4 if self.settings.quick else ANCHORS
-        return small(fresh(self.base.targets, 8, 2.0, 1, ["bank"] * anchors), 1).to(self.device, self.dtype)
+        return random_bank(self.base, 4 if self.settings.quick else ANCHORS)
 
     def name(self, *parts: str) -> str:
         """The name of a row."""
@@ -72,18 +72,25 @@ def rows(site: Site, part: str) -> Iterator[Row]:
         "decoding": decode,
         "curve": curve,
     }[part]
-    for row in made(site):
-        yield row
-        gc.collect()
-        if site.device.type == "cuda":
-            torch.cuda.empty_cache()
+    try:
+        yield from made(site)
+    finally:
+        release(site.device)
+
+
+def release(device: torch.device) -> None:
+    """Give the memory of what is gone back to the device."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def training(site: Site) -> Iterator[Row]:
     """OPPU and stage 3 against PEFT one by one; each with its share of the GEMM peak, and memory against the plan."""
     for tokens, shared in LENGTHS.items():
         for adapter in _ADAPTERS:
-            jobs = jobs_of(site.shape, site.settings.people, SHOTS, tokens, shared)
+            people = site.settings.people if tokens < 100 else min(site.settings.people, 8)
+            jobs = jobs_of(site.shape, people, SHOTS, tokens, shared)
             name = site.name(adapter, f"{SHOTS} shots of {tokens} tokens")
             target = _TARGET if (site.shape.name, tokens) == ("Llama-3-8B", 70) else None
             yield from _trained(site, name, adapter, jobs, target)
@@ -91,7 +98,7 @@ def training(site: Site) -> Iterator[Row]:
 
 def curve(site: Site) -> Iterator[Row]:
     """The speed-up by tokens per person: where does one person alone saturate the device?"""
-    if site.shape.name not in ("Llama-3.2-1B", "Llama-3-8B"):
+    if site.shape.name not in _LARGE:
         return
     for tokens in CURVE[:2] if site.settings.quick else CURVE:
         each = min(tokens, _PIECE)
@@ -104,9 +111,12 @@ def _trained(site: Site, name: str, adapter: str, jobs: list[Any], target: float
     """Time one step of all people together against PEFT, after losses and gradients were compared."""
     settings, base = site.settings, site.base
     steps = Training(lr=1e-4, steps=1, batch_size=max(len(job.examples) for job in jobs))
-    cohort = _ADAPTERS[adapter](base, jobs, steps, site.memory)
+    release(site.device)
+    how = {} if adapter == "rank 8 (OPPU)" else {"bank": site.bank}
+    cohort = _ADAPTERS[adapter](base, jobs, steps, site.memory, **how)
     plain = PlainPeft(site.plain(), cohort.start.select([0]))
     difference = agreed(against_peer(cohort, plain, 1), str(site.dtype).removeprefix("torch."))
+    plain.unfolded.clear()  # a second copy of the weights, which is not used again
     some = cohort.typical(min(4, len(jobs)))
     plain.prepare(some.jobs, some.start, some.training)
 
@@ -126,25 +136,26 @@ def _trained(site: Site, name: str, adapter: str, jobs: list[Any], target: float
         difference,
         "losses and gradients of one person",
         FREE if cohort.pooled else "",
-        more={"people": len(jobs), "tokens_per_person": cohort.tokens // len(jobs)},
+        more={
+            "people": len(jobs),
+            "tokens_per_person": cohort.tokens // len(jobs),
+            "blocked": base.blocked,
+            "packable": base.packable,
+        },
     )
     if adapter == "rank 8 (OPPU)":
-        yield _share_of_peak(site, f"{name}, operations", cohort)
+        yield _share_of_peak(site, f"{name}, operations", cohort, rates)
         yield _memory(site, f"{name}, memory", cohort)
 
 
-def _share_of_peak(site: Site, name: str, cohort: Cohort) -> Row:
-    """Operations that a step cannot do without per second, against a product of two large squares."""
-    work = limit.needed(cohort)
-
-    def ours() -> float:
-        cohort.train()
-        return work
-
+def _share_of_peak(site: Site, name: str, cohort: Cohort, rates: list[float]) -> Row:
+    """Operations that a step cannot do without per second, from its ``rates``, against a product of large squares."""
+    each = limit.needed(cohort) / (_MINUTE * len(cohort.jobs))
     size = 512 if site.settings.quick else 8192
     product = limit.squares(site.dtype, 1 if site.settings.quick else 50, site.device, size)
-    rates, peer_rates = turns(ours, product, site.settings.repeats)
-    return Row(name, "mta", f"torch.mm of {size} x {size}", "operations/s", tuple(rates), tuple(peer_rates))
+    product()
+    ours, peers = tuple(each * one for one in rates), tuple(rate(product) for _ in rates)
+    return Row(name, "mta", f"torch.mm of {size} x {size}", "operations/s", ours, peers)
 
 
 def _memory(site: Site, name: str, cohort: Cohort) -> Row:
@@ -170,9 +181,9 @@ def _memory(site: Site, name: str, cohort: Cohort) -> Row:
 
 def stage_2(site: Site) -> Iterator[Row]:
     """Coefficients of 50 anchors from one gradient, against scoring the shots under every anchor."""
-    jobs = jobs_of(site.shape, site.settings.people, SHOTS, 70, LENGTHS[70])
+    jobs = jobs_of(site.shape, min(site.settings.people, 8), SHOTS, 70, LENGTHS[70])  # scoring takes 51 passes
     name = site.name(f"coefficients of {len(site.bank)} anchors")
-    yield coefficients.against_scoring(name, site.base, jobs, site.bank, site.settings)
+    yield coefficients.against_scoring(name, site.base, jobs, site.bank, site.settings, f"{site.memory}")
 
 
 def merges(site: Site) -> Iterator[Row]:
@@ -188,11 +199,17 @@ def merges(site: Site) -> Iterator[Row]:
 def decode(site: Site) -> Iterator[Row]:
     """Answers for 64 people in one batch, against the base alone and PEFT's mixed batches."""
     people = 4 if site.settings.quick else 64
-    adapters = small(fresh(site.base.targets, 8, 16.0, 5, ["person"] * people), 5).to(site.device, site.dtype)
+    adapters = small(fresh(site.base.targets, 8, 16.0, 5, ["person"] * people).to(site.device), 5).to(site.dtype)
     prompts = prompts_of(site.shape, people, decoding.PROMPT)
     work = decoding.Work(site.base, prompts, adapters, site.plain)
-    for peer, kind in (("the base alone", decoding.Alone), ("PEFT adapter_names", decoding.Mixed)):
-        yield decoding.against(site.name(f"decoding against {peer}"), peer, work, kind(work), site.settings)
+    peer = "the base alone"
+    yield decoding.against(site.name(f"decoding against {peer}"), peer, work, decoding.Alone(work), site.settings)
+    if site.shape.name not in _LARGE:
+        return
+    # PEFT computes one adapter after the other at each layer: with 64 people, this row would take half an hour.
+    few = decoding.Work(site.base, prompts[:16], adapters.select(slice(0, 16)), site.plain, new=8)
+    peer, once = "PEFT adapter_names", replace(site.settings, repeats=1)
+    yield decoding.against(site.name(f"decoding against {peer}"), peer, few, decoding.Mixed(few), once)
 
 
 def gemm_rate(device: torch.device, dtype: torch.dtype, quick: bool) -> float:

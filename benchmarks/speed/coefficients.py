@@ -11,10 +11,10 @@ from benchmarks.speed import data
 from benchmarks.speed.data import Absent, Prompts
 from benchmarks.speed.settings import Settings
 from benchmarks.speed.timing import Row, turns
-from benchmarks.speed.training import base_of, small, task_lora
+from benchmarks.speed.training import base_of, random_bank, task_lora
 from mta.bank.calibration import one_step
 from mta.config import Lora, Training, parse_size
-from mta.lora.batch import LoraBatch, fresh
+from mta.lora.batch import LoraBatch
 from mta.lora.layers import Gated, Shared
 from mta.model.base import BaseModel
 from mta.model.footprint import Numbers
@@ -46,17 +46,19 @@ def rows(settings: Settings) -> Iterator[Row]:
         jobs = _jobs(base, found, settings.people if kind == "short prompts" else settings.reviewers)
         for anchors, name in names.items():
             if settings.wanted(name):
-                yield against_scoring(name, base, jobs, _bank(base, anchors), settings)
+                yield against_scoring(name, base, jobs, random_bank(base, anchors), settings)
         if settings.wanted(shipped):
             yield against_oppu(shipped, base, jobs, settings)
     base_of.cache_clear()
     gc.collect()
 
 
-def against_scoring(name: str, base: BaseModel, jobs: Sequence[ShotsJob], bank: LoraBatch, settings: Settings) -> Row:
+def against_scoring(
+    name: str, base: BaseModel, jobs: Sequence[ShotsJob], bank: LoraBatch, settings: Settings, memory: str = "4GiB"
+) -> Row:
     """One forward and one backward pass against N + 1 forward passes."""
     anchors, pooled = len(bank), [Shared(task_lora(base))]
-    at, tokens = torch.zeros(anchors, dtype=torch.float64), _tokens(base, jobs, bank, 1)
+    at, tokens = torch.zeros(anchors, dtype=torch.float64), _tokens(base, jobs, bank, 1, memory)
 
     def gradient() -> float:
         gate_gradients(base, jobs, bank, at, pooled, tokens_per_batch=tokens)
@@ -82,7 +84,7 @@ def against_scoring(name: str, base: BaseModel, jobs: Sequence[ShotsJob], bank: 
 
 def against_oppu(name: str, base: BaseModel, jobs: Sequence[ShotsJob], settings: Settings) -> Row:
     """A gradient over 32 anchors and a stack of rank 1 over the merge, against a LoRA of rank 8 for each person."""
-    bank, pooled = _bank(base, ANCHORS[-1]), [Shared(task_lora(base))]
+    bank, pooled = random_bank(base, ANCHORS[-1]), [Shared(task_lora(base))]
     at = torch.zeros(len(bank), dtype=torch.float64)
     width = base.footprint.sums.width
     tokens = _tokens(base, jobs, bank, width)
@@ -119,12 +121,7 @@ def _jobs(base: BaseModel, prompts: Prompts, people: int) -> list[ShotsJob]:
     return [shots_of(base, prompts.task, person.first(data.SHOTS)) for person in able[:people]]
 
 
-def _bank(base: BaseModel, anchors: int) -> LoraBatch:
-    made = fresh(base.targets, RANK, 2.0, 1, ["bank"] * anchors)
-    return small(made, 1).to(base.device, base.dtype)
-
-
-def _tokens(base: BaseModel, jobs: Sequence[ShotsJob], bank: LoraBatch, trained: int) -> int:
+def _tokens(base: BaseModel, jobs: Sequence[ShotsJob], bank: LoraBatch, trained: int, memory: str = "4GiB") -> int:
     width = base.footprint.sums.width
     below = Numbers(pooled=RANK * width, shared=len(bank) * RANK * width)
-    return plan_cohorts(base, jobs, trained, parse_size("4GiB"), below=below).tokens_per_batch
+    return plan_cohorts(base, jobs, trained, parse_size(memory), below=below).tokens_per_batch

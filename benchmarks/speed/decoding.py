@@ -85,7 +85,7 @@ def against(name: str, peer: str, work: Work, theirs: Alone, settings: Settings)
         _TARGETS.get((dtype, peer)),
         difference,
         "logits behind the prompts",
-        f"adapters of rank {work.adapters.rank}, prompts of {PROMPT} tokens and a few more, {NEW} new; "
+        f"adapters of rank {work.adapters.rank}, prompts of {PROMPT} tokens and a few more, {work.new} new; "
         f"{same:.0%} of the decoded tokens are the same",
         more={"people": len(work.prompts), "peer_people": theirs.people, "same_tokens": same},
     )
@@ -99,6 +99,7 @@ class Work:
     prompts: Sequence[tuple[int, ...]]
     adapters: LoraBatch
     plain: Callable[[], Any]  # makes the base as transformers has it
+    new: int = NEW  # tokens of each answer
 
     @cached_property
     def padded(self) -> dict[str, Tensor]:
@@ -125,7 +126,7 @@ class Work:
         from transformers import GenerationConfig
 
         ends = {"eos_token_id": [self.never], "pad_token_id": self.base.pad_token}
-        return GenerationConfig(max_new_tokens=NEW, do_sample=False, **ends)
+        return GenerationConfig(max_new_tokens=self.new, do_sample=False, **ends)
 
     def logits(self, *, adapted: bool = True) -> Tensor:
         """Of the token after each prompt, with everybody's adapter or with nobody's."""
@@ -137,11 +138,12 @@ class Work:
         """The tokens everybody gets."""
         with _never_ending(self.base, self.never):
             added = [PerPerson(self.adapters)] * adapted
-            return generate(self.base, self.prompts, range(len(self.prompts)), added, max_new_tokens=NEW)
+            how = {"max_new_tokens": self.new, "tokens_per_batch": 2**20}  # one batch, as the peers'
+            return generate(self.base, self.prompts, range(len(self.prompts)), added, **how)
 
     def run(self) -> float:
         """Decode; returns how many tokens."""
-        return _counted(self.answers())
+        return _counted(self.answers(), self.new)
 
 
 class Alone:
@@ -167,7 +169,7 @@ class Alone:
 
     def run(self) -> float:
         """Decode; returns how many tokens."""
-        return _counted(self.answers())
+        return _counted(self.answers(), self.work.new)
 
     @torch.inference_mode()
     def _generated(self, inputs: Mapping[str, Tensor], **how: Any) -> list[list[int]]:
@@ -248,8 +250,8 @@ def share_of_equal(found: Sequence[Sequence[int]], expected: Sequence[Sequence[i
     return sum(x == y for x, y in pairs) / len(pairs)
 
 
-def _counted(answers: Sequence[Sequence[int]]) -> float:
-    assert all(len(answer) == NEW for answer in answers)  # else the ways would not have done the same work
+def _counted(answers: Sequence[Sequence[int]], new: int) -> float:
+    assert all(len(answer) == new for answer in answers)  # else the ways would not have done the same work
     return float(sum(map(len, answers)))
 
 

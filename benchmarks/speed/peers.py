@@ -56,7 +56,8 @@ class PlainPeft:
             for name, layer in self.layers.items():
                 weight = layer.base_layer.weight
                 plain = self.unfolded.setdefault(name, weight.detach().clone())
-                update = sum(part.to(torch.float32).delta(name)[0] for part in frozen if part is not None)
+                one = (LoraBatch({name: part.factors[name]}, part.scale) for part in frozen if part is not None)
+                update = sum(part.to(torch.float32).delta(name)[0] for part in one)
                 weight.copy_(plain.float() + update)
 
     def begin(self, start: LoraBatch, person: int) -> None:

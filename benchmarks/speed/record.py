@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import hashlib
-import importlib.metadata
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -16,7 +15,7 @@ from benchmarks.speed.processor import processor
 from benchmarks.speed.settings import MODULES, Settings
 from benchmarks.speed.timing import Row
 from mta.system.atomic import write_json
-from mta.system.provenance import commit
+from mta.system.provenance import commit, version_of
 
 _ROOT = Path(__file__).resolve().parents[2]
 _SHOWS = ("__main__", "report", "pictures", "record")  # what only shows rows does not make them old
@@ -95,7 +94,7 @@ def write(path: Path, records: Sequence[dict[str, Any]], command: str) -> None:
 @cache
 def versions() -> dict[str, str]:
     """Of what computes."""
-    return {name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft", "merge-then-adapt")}
+    return {name: version_of(name) or "unknown" for name in ("torch", "transformers", "peft", "merge-then-adapt")}
 
 
 @cache

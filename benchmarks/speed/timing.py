@@ -76,11 +76,16 @@ def turns(
 
 def rate(work: Callable[[], float]) -> float:
     """Work done per second. Kernels that a GPU has still to run count as work."""
+    _settle()
     start = time.perf_counter()
     done = work()
+    _settle()
+    return done / (time.perf_counter() - start)
+
+
+def _settle() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    return done / (time.perf_counter() - start)
 
 
 def slope(x: Sequence[float], y: Sequence[float]) -> float:

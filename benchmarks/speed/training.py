@@ -79,7 +79,7 @@ class Cohort:
 
     def train(self, **how: Any) -> LoraBatch:
         """All of them, as planned from the memory; keywords as in ``train_loras``."""
-        numbers = sum(tensor[0].numel() for tensor in self.start.tensors().values())
+        numbers = sum(tensor[0].numel() for tensor in self.start.parts().values())
         plan = plan_cohorts(self.base, self.jobs, numbers, self.memory)
         found = []
         for members in plan.cohorts:
@@ -113,32 +113,44 @@ def oppu(base: BaseModel, jobs: Sequence[Job], training: Training, memory: int) 
     """A LoRA of rank 8 for each person over the base alone."""
     lora = Lora()
     start = fresh(base.targets, lora.rank, lora.scale, 0, [job.key for job in jobs], base.master_dtype)
-    return Cohort(base, jobs, start, training, memory)
+    return Cohort(base, jobs, start.to(base.device), training, memory)
 
 
-def stack(base: BaseModel, jobs: Sequence[Job], training: Training, memory: int) -> Cohort:
-    """MTA's stage 3: a LoRA of rank 1 for each person over a task LoRA and the exact merge of K of 50 anchors."""
+def stack(
+    base: BaseModel, jobs: Sequence[Job], training: Training, memory: int, bank: LoraBatch | None = None
+) -> Cohort:
+    """MTA's stage 3: a LoRA of rank 1 for each person over a task LoRA and the exact merge of K anchors of ``bank``.
+
+    By default, the bank has 50 random anchors.
+    """
     lora = Lora(rank=1)
     start = fresh(base.targets, lora.rank, lora.scale, 0, [job.key for job in jobs], base.master_dtype)
-    bank = small(fresh(base.targets, 8, 2.0, 1, ["bank"] * ANCHORS), 1).to(base.device, base.dtype)
+    bank = random_bank(base, ANCHORS) if bank is None else bank
     draw = torch.Generator().manual_seed(2)
-    ids = torch.stack([torch.randperm(ANCHORS, generator=draw)[:K] for _ in jobs])
+    ids = torch.stack([torch.randperm(len(bank), generator=draw)[:K] for _ in jobs])
     merges = merge_exact(bank, ids, torch.full(ids.shape, 1 / K))
-    return Cohort(base, jobs, start, training, memory, task_lora(base), merges)
+    return Cohort(base, jobs, start.to(base.device), training, memory, task_lora(base), merges)
 
 
 def task_lora(base: BaseModel) -> LoraBatch:
     """A frozen adapter of rank 8 for everybody, made up: times do not depend on its values."""
-    return small(fresh(base.targets, 8, 2.0, 3, ["task"]), 3).to(base.device, base.dtype)
+    return small(fresh(base.targets, 8, 2.0, 3, ["task"]).to(base.device), 3).to(base.dtype)
+
+
+def random_bank(base: BaseModel, anchors: int) -> LoraBatch:
+    """Random anchors of rank 8 on the base's device."""
+    return small(fresh(base.targets, 8, 2.0, 1, ["bank"] * anchors).to(base.device), 1).to(base.dtype)
 
 
 def small(batch: LoraBatch, seed: int) -> LoraBatch:
     """The same A with a small random B, so that every factor has a gradient."""
-    draw = torch.Generator().manual_seed(seed)
-    made = {
-        name: Factors(a, 0.01 * torch.randn(b.shape, generator=draw).to(b)) for name, (a, b) in batch.factors.items()
-    }
-    return LoraBatch(made, batch.scale)
+    device = next(iter(batch.factors.values())).b.device
+    draw = torch.Generator(device).manual_seed(seed)
+
+    def drawn(b: Tensor) -> Tensor:
+        return 0.01 * torch.randn(b.shape, generator=draw, device=device).to(b)
+
+    return LoraBatch({name: Factors(a, drawn(b)) for name, (a, b) in batch.factors.items()}, batch.scale)
 
 
 def apart(found: LoraBatch, expected: LoraBatch) -> float:

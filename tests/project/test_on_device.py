@@ -1,6 +1,7 @@
 """The whole walk on the device given by ``pytest --device cuda`` (the CPU without it), held against the CPU."""
 
 import asyncio
+from types import MethodType
 
 import pytest
 import torch
@@ -51,6 +52,9 @@ def reference(tmp_path_factory):
 
 def walk(device, folder):
     base = base_of()
+    for module in base.model.modules():  # in float32, sines of two devices differ by one bit
+        if type(module).__name__.endswith("RotaryEmbedding"):
+            module.forward = MethodType(rotary, module)
     base.model.to(device)
     parts = {"task_people": people_of(4, prefix="t"), "encoder": HashEncoder()}
     bank = Bank.build(base, people_of(12, prefix="c"), folder, task="movielens-rating", run=TINY_RUN, **parts)
@@ -59,8 +63,15 @@ def walk(device, folder):
     return personal
 
 
-def close(found, expected):
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-7)  # the bank itself is kept in float32
+def rotary(self, x, position_ids):
+    """Rotary positions in the type of ``x``."""
+    angles = position_ids[..., None].to(x.dtype) * self.inv_freq.to(x)
+    both = torch.cat((angles, angles), -1)
+    return both.cos(), both.sin()
+
+
+def close(found, expected, tolerance=1e-7):
+    torch.testing.assert_close(found, expected, rtol=0, atol=tolerance)  # the bank itself is kept in float32
 
 
 def test_a_bank_is_the_same(walked, reference):
@@ -112,7 +123,7 @@ def test_methods_measure_the_same(walked, reference, policy, mode):
         ]
         scores.append([row.people["NLL"] for row in evaluate(panel, methods).rows])
     for found, expected in zip(*scores):
-        close(found, expected)
+        close(found, expected, 1e-6 if mode == "svd" else 1e-7)  # singular vectors are computed in float32
 
 
 def test_gradients_of_the_coefficients_are_the_same(walked, reference):

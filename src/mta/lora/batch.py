@@ -79,8 +79,11 @@ class LoraBatch:
 
     def tensors(self) -> dict[str, Tensor]:
         """Return contiguous CPU tensors ``<layer>.a`` and ``<layer>.b`` for a safetensors file."""
-        parts = {f"{name}.{end}": part for name, pair in self.factors.items() for end, part in zip("ab", pair)}
-        return {key: part.detach().cpu().contiguous() for key, part in parts.items()}
+        return {key: part.detach().cpu().contiguous() for key, part in self.parts().items()}
+
+    def parts(self) -> dict[str, Tensor]:
+        """Return the factors themselves, on their device, by the names of ``tensors``."""
+        return {f"{name}.{end}": part for name, pair in self.factors.items() for end, part in zip("ab", pair)}
 
     @classmethod
     def of_tensors(cls, flat: Mapping[str, Tensor], scale: float) -> LoraBatch:

@@ -109,9 +109,7 @@ def train_loras(
     def per_person(parameters: Mapping[str, Tensor], _: Tensor) -> PerPerson:
         return PerPerson(LoraBatch.of_tensors(parameters, start.scale))
 
-    found = train(
-        base, jobs, start.tensors(), per_person, training, frozen=frozen, seed=seed, dtype=base.dtype, **passes
-    )
+    found = train(base, jobs, start.parts(), per_person, training, frozen=frozen, seed=seed, dtype=base.dtype, **passes)
     return LoraBatch.of_tensors(found, start.scale)
 
 
@@ -161,10 +159,12 @@ class _Cohort:
             width += tensor[0].numel()
         # Jobs of similar length are neighbors, so that there is little padding.
         order = sorted(range(len(jobs)), key=lambda j: (sum(len(e.tokens) for e in jobs[j].examples), jobs[j].key))
-        values = torch.cat([tensor.flatten(1) for tensor in start.values()], dim=1)[order]
+        place = base.device, base.master_dtype  # ordered there: on a GPU, these copies would take longer than a step
+        values = torch.cat([tensor.detach().to(*place).flatten(1) for tensor in start.values()], dim=1)
+        values = values[torch.tensor(order, device=base.device)]
         steps = [steps_of(training, len(job.examples)) for job in jobs]
         sizes = [len(job.examples) for job in jobs]
-        return cls(layout, steps, sizes, BatchedAdamW.of(values.to(base.device, base.master_dtype)), order)
+        return cls(layout, steps, sizes, BatchedAdamW.of(values), order)
 
     def leaves(self, people: slice, dtype: torch.dtype) -> dict[str, Tensor]:
         """Return trainable views of the buffer, or of a copy of it in ``dtype``, for a slice of people."""
