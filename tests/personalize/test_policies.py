@@ -200,7 +200,7 @@ def test_ridge_is_the_minimum_of_its_objective(strength):
             task = labels.scores[u, m, :, 0]
             mixed = task + sum(w[u, k] * (labels.scores[u, m, :, 1 + ids[u, k]] - task) for k in range(2))
             objective = objective - mixed.log_softmax(0)[labels.gold[u, m]]
-    near(torch.autograd.grad(objective, w)[0], torch.zeros(3, 2), 1e-9)
+    near(torch.autograd.grad(objective, w)[0], torch.zeros(3, 2, dtype=torch.float64), 1e-9)
     assert w.abs().max() > 1e-2
 
 
