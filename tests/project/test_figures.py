@@ -7,6 +7,8 @@ import re
 import pytest
 from pages import ROOT
 
+from benchmarks.gains import gains
+
 # Decision records quote what was measured at the time, also in experiments whose results were not kept.
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")), *sorted(ROOT.glob("docs/[!dpr]*/*.md"))]
 NUMBER = r"[+-]?\d+\.\d+"
@@ -60,3 +62,14 @@ def test_published_scores_hold_no_texts_and_no_ids_of_questions():
         assert path.suffix == ".gz", path
         lines = gzip.decompress(path.read_bytes()).decode().splitlines()
         assert not {name for line in lines for name in json.loads(line)} & {"ids", "answers", "golds"}, path
+
+
+def test_the_figure_of_gains_has_the_numbers_of_the_main_table():
+    page = (ROOT / "docs" / "explanation" / "results.md").read_text()
+    known = figures_in(page.partition("## Main table")[2].partition("## What the parts")[0])
+    found = gains()
+    for title, rows in found.items():
+        one = rows["MTA"]
+        assert figure(one.mean, one.low, one.high) in known, title
+    drawn = (ROOT / "results" / "gains.svg").read_text()
+    assert all(title in drawn for title in found)

@@ -1,0 +1,95 @@
+"""Draw results/gains.svg: what each method gains on each set, with intervals (docs/explanation/results.md).
+
+Run:  python -m benchmarks.gains   (after new results are in results/gradient)
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mta.evaluation.reports.figures import COLOURS, INK, LINE, MUTED, Picture
+from mta.evaluation.statistics import Interval
+
+RESULTS = Path(__file__).resolve().parents[1] / "results"
+SETS = {  # title -> file below results/gradient
+    "headlines, 36 people": "lamp4_huffpost/README.md",
+    "news, 31 people": "lamp2n_huffpost/README.md",
+    "ratings, 240 people": "movielens-240.json",
+    "titles, 66 people †": "lamp5_papers/README.md",
+}
+METHODS = {  # name in the figure -> names in the files
+    "MTA": ("MTA",),
+    "OPPU": ("OPPU",),
+    "OPPU, one step": ("OPPU, one step",),
+    "another person's MTA": ("MTA, other person's shots", "merge, other person's shots"),
+}
+_CELL = re.compile(r"([+-]\d+\.\d+) \[([+-]\d+\.\d+), ([+-]\d+\.\d+)\]")
+Gains = dict[str, Interval]
+
+
+def gains() -> dict[str, Gains]:
+    """Return each set's differences in NLL to the task LoRA, by method."""
+    found = {}
+    for title, name in SETS.items():
+        path = RESULTS / "gradient" / name
+        read = _of_json if path.suffix == ".json" else _of_tables
+        rows = read(path.read_text(encoding="utf-8"))
+        found[title] = {
+            method: next(rows[name] for name in names if name in rows)
+            for method, names in METHODS.items()
+            if not rows.keys().isdisjoint(names)
+        }
+    return found
+
+
+def _of_json(text: str) -> Gains:
+    rows = {row["name"]: row["differences"].get("task LoRA", {}).get("NLL") for row in json.loads(text)["methods"]}
+    return {name: Interval(**one) for name, one in rows.items() if one}
+
+
+def _of_tables(text: str) -> Gains:
+    found: Gains = {}
+    column = 0
+    for cells in ([cell.strip() for cell in line.split("|")] for line in text.splitlines() if line.startswith("|")):
+        if cells[1] == "method":
+            column = cells.index("NLL against task LoRA")
+        elif cells[1].startswith("MTA against"):
+            column = 0
+        elif column and (cell := _CELL.search(cells[column])):
+            found[cells[1]] = Interval(*map(float, cell.groups()))  # the last table has the most people
+    return found
+
+
+def picture(found: Mapping[str, Gains]) -> Picture:
+    """One panel for each set; the scales differ."""
+
+    def draw(ax: Any) -> None:
+        ax.axis("off")
+        names = list(METHODS)
+        for number, (title, rows) in enumerate(found.items()):
+            panel = ax.inset_axes((number / len(found), 0, 0.88 / len(found), 1))
+            for place, one in ((names.index(name), one) for name, one in rows.items()):
+                colour = COLOURS[0] if one.high < 0 else COLOURS[1] if one.low > 0 else MUTED
+                panel.plot([one.low, one.high], [place, place], color=colour, linewidth=1.6)
+                panel.plot(one.mean, place, "o", color=colour, markersize=5)
+            panel.axvline(0, color=LINE, linewidth=1)
+            panel.set_yticks(range(len(names)), names if number == 0 else [""] * len(names))
+            panel.set_ylim(len(names) - 0.5, -0.5)
+            panel.locator_params(axis="x", nbins=4)
+            panel.tick_params(left=False, labelsize=8.5)
+            panel.set_title(title, fontsize=9.5, color=INK)
+            panel.set_xlabel("NLL against task LoRA", fontsize=8.5)
+
+    said = "; ".join(
+        f"{title}: " + ", ".join(f"{name} {one.mean:+.3f}" for name, one in rows.items())
+        for title, rows in found.items()
+    )
+    return Picture(f"Differences in NLL to the task LoRA, left is better. {said}.", draw, (11.0, 2.6))
+
+
+if __name__ == "__main__":
+    print(*picture(gains()).save(RESULTS / "gains"), sep="\n")
