@@ -33,7 +33,7 @@ test-integration: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -m "integration and not slow"
 
 test-all: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --hypothesis-profile=explore
 	$(MAKE) test-without-kernels
 
 # The wheel with the oldest versions that pyproject.toml admits, then with the newest (6 GB of /tmp); docs/decisions/017.

@@ -23,6 +23,7 @@ from mta.kernels.compile import failure, obstacle
 
 _SLOW = [hypothesis.HealthCheck.too_slow]
 hypothesis.settings.register_profile("mta", deadline=None, derandomize=True, suppress_health_check=_SLOW)
+hypothesis.settings.register_profile("explore", deadline=None, suppress_health_check=_SLOW)  # new cases in each run
 hypothesis.settings.load_profile("mta")
 torch.set_num_threads(1)  # tiny matrices: threads only wait for each other
 
