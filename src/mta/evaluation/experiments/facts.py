@@ -20,7 +20,13 @@ from mta.personalize.merge import Merge, merged_factors
 PAPER = MergeSettings(policy="similarity", k=2)
 
 
-def bank_facts(panels: Sequence[Panel], seed: int) -> dict[str, Any]:
+def bank_facts(bank: Bank) -> dict[str, Any]:
+    """Return what a bank costs: its anchors, the seconds of each stage, and its bytes."""
+    kept = sum(file.stat().st_size for file in bank.folder.rglob("*") if file.is_file())
+    return {"anchors": len(bank), "seconds": bank.info.seconds, "bytes": kept}
+
+
+def use_to_others(panels: Sequence[Panel], seed: int) -> dict[str, Any]:
     """Return what the bank does for people outside the bank, and what cheaper merges lose.
 
     ``others``: NLL of the shots minus that of the task LoRA, in nats per target token, for the mean anchor and for the
@@ -29,14 +35,11 @@ def bank_facts(panels: Sequence[Panel], seed: int) -> dict[str, Any]:
     """
     evidence = [panel.evidence for panel in panels]
     loss = torch.cat([(one.task[:, None] - one.anchors) / one.tokens[:, None] for one in evidence])  # (U, N)
-    bank, own = panels[0].bank, panels[0].run.merge
+    own = panels[0].run.merge
     return {
-        "anchors": len(bank),
         "others": {"mean": float(loss.mean()), "best": float(loss.min(1).values.mean())},
-        "seconds": bank.info.seconds,
-        "bytes": sum(file.stat().st_size for file in bank.folder.rglob("*") if file.is_file()),
         "fidelity": {
-            name: fidelity(bank, panels[0].merge(settings, seed)[0])
+            name: fidelity(panels[0].bank, panels[0].merge(settings, seed)[0])
             for name, settings in (("two nearest", PAPER), (own.policy, own))
         },
     }

@@ -143,7 +143,7 @@ class Results:
                 hint="Give the --out folder of mta evaluate, or one of results/.",
             ) from None
         meta = {"exhibits": list(recipe.exhibits)} | _meta(folder)
-        beside = _json(above / SIZES), meta, _json(folder / FACTS), _json(folder / CASE)
+        beside = read_beside(above / SIZES), meta, read_beside(folder / FACTS), read_beside(folder / CASE)
         return cls(folder, recipe, load_task(recipe.run.task), latest(read_records(folder)), *beside)
 
     @property
@@ -225,7 +225,7 @@ def _read(path: Path) -> Iterator[Record]:
 
 def _meta(folder: Path) -> dict[str, Any]:
     """Return the facts beside the scores: base, precision, which people, and the runs with their times and machines."""
-    before = _json(folder / BEFORE)
+    before = read_beside(folder / BEFORE)
     runs = [run for run in sittings(folder) if run["kind"] == KIND]
     if not runs:
         return before
@@ -234,7 +234,8 @@ def _meta(folder: Path) -> dict[str, Any]:
     return facts | {"exhibits": sorted(exhibits), "runs": [*before.get("runs", ()), *runs]}
 
 
-def _json(path: Path) -> dict[str, Any]:
+def read_beside(path: Path) -> dict[str, Any]:
+    """Return a file that lies beside the scores; empty if it is missing. Raises DataError if it is not JSON."""
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError:

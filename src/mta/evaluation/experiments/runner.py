@@ -7,9 +7,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from mta.errors import ClusterError
-from mta.evaluation.experiments.facts import bank_facts, case_study
+from mta.evaluation.experiments.facts import bank_facts, case_study, use_to_others
 from mta.evaluation.experiments.recipe import Part, wanted
-from mta.evaluation.experiments.results import CASE, FACTS, KIND, Record, Records
+from mta.evaluation.experiments.results import CASE, FACTS, KIND, Record, Records, read_beside
 from mta.evaluation.experiments.workspace import MAIN, Workspace, batches
 from mta.evaluation.methods import Method
 from mta.system.atomic import write_json
@@ -68,15 +68,23 @@ def run_experiment(
         for seed in recipe.seeds:  # an interrupted experiment leaves complete seeds
             _run_seed(workspace, records, exhibits, seed)
         if {"banks", "efficiency"} & {*exhibits}:
-            facts = {
-                f"main-{seed}": bank_facts(list(workspace.panels(MAIN, seed, recipe.shots)), seed)
-                for seed in recipe.seeds
-            }
-            write_json(workspace.folder / FACTS, facts)
+            _write_facts(workspace, "banks" in exhibits)
         if "case" in exhibits:
             panel = next(workspace.panels(MAIN, recipe.seeds[0], recipe.shots))
             write_json(workspace.folder / CASE, case_study(panel, panel.run.merge, recipe.seeds[0]))
         folder.outcome = {"results": len(records.rows), "people": len({row.person for row in records.rows})}
+
+
+def _write_facts(workspace: Workspace, use: bool) -> None:
+    """Write each main bank's costs, and with ``use`` what it does for others, which takes a pass for every anchor."""
+    path, recipe = workspace.folder / FACTS, workspace.recipe
+    facts = read_beside(path)
+    for seed in recipe.seeds:
+        own = facts.setdefault(f"main-{seed}", {})
+        own |= bank_facts(workspace.bank(MAIN, seed))
+        if use:
+            own |= use_to_others(list(workspace.panels(MAIN, seed, recipe.shots)), seed)
+    write_json(path, facts)
 
 
 def _run_seed(workspace: Workspace, records: Records, exhibits: Sequence[str], seed: int) -> None:

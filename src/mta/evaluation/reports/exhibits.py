@@ -150,14 +150,15 @@ def _efficiency(found: Results, name: str) -> Drawn | None:
 
 def _banks(found: Results, name: str) -> Drawn | None:
     """How useful each bank is to other people, and the error of cheaper merges."""
-    if not found.facts:
+    banks = {name: facts for name, facts in found.facts.items() if "others" in facts}
+    if not banks:
         return None
     rows = []
-    for bank, facts in found.facts.items():
+    for bank, facts in banks.items():
         errors = [f"{one[kind]:.3f}" for one in facts["fidelity"].values() for kind in ("svd", "factor")]
         others = facts["others"]
         rows.append([bank, str(facts["anchors"]), f"{others['mean']:+.3f}", f"{others['best']:+.3f}", *errors])
-    kinds = [f"{merge}, {kind}" for merge in next(iter(found.facts.values()))["fidelity"] for kind in ("svd", "factor")]
+    kinds = [f"{merge}, {kind}" for merge in next(iter(banks.values()))["fidelity"] for kind in ("svd", "factor")]
     heads = ["bank", "anchors", "mean anchor", "best anchor", *kinds]
     text = (
         f"Nats per target token against the {POOLED}, on shots of people who are not in the bank: the mean over all "
