@@ -54,6 +54,9 @@ def test_the_full_demo_compares_every_method(tmp_path, assets, monkeypatch, caps
     names = {row["name"] for row in found["methods"]}
     assert {"global constant", "own constant", "base", "task LoRA", "OPPU", "adapt only", "MTA"} <= names
     assert {"merge only, ridge", "merge only, learned"} <= names
+    shown, _ = demo(monkeypatch, capsys, "--out", str(tmp_path), "--full")
+    rows = [line.split() for line in shown.splitlines()]
+    assert [row[0] for row in rows if len(row) > 4 and row[0] in ("OPPU", "MTA")] == ["OPPU", "MTA"]  # one table
 
 
 def demo(monkeypatch, capsys, *options):
