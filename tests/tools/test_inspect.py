@@ -30,8 +30,6 @@ def test_an_account_says_what_the_state_says(known, tmp_path):
     assert (found.bank, found.bank_here, found.policy, found.mode) == (bank.hash, bank.hash, "posterior", "exact")
     assert {one.anchor: one.w for one in found.weights} == dict(zip(state.anchors, state.w))
     assert [one.w for one in found.weights] == sorted(state.w, reverse=True)
-    assert found.null == 1 - sum(state.w)
-    assert 0 < found.null < 1
     numbers = sum(tensor.numel() for tensor in state.stack.tensors().values())
     assert (found.stack.rank, found.stack.bytes) == (1, 8 * numbers)  # the tiny base computes in float64
     assert (found.losses, found.history, found.trained) == (state.losses, 4, [])
@@ -52,11 +50,11 @@ def test_no_text_is_shown_and_no_model_is_loaded(known, monkeypatch):
     assert "Film" not in told
 
 
-def test_only_the_posterior_leaves_something_to_the_pooled_model(known):
+def test_the_summary_is_that_of_the_newest_version(known):
     other = personalizer(known.base, known.bank, known.store, merge=MergeSettings(policy="uniform", k=2))
     other.personalize(PEOPLE)
     found = summarize("x0", known.store, known.bank.folder)
-    assert (found.policy, found.null, found.version, found.versions) == ("uniform", None, 2, 2)
+    assert (found.policy, found.version, found.versions) == ("uniform", 2, 2)
     assert len(found.weights) == 2
 
 

@@ -65,8 +65,6 @@ def _chart(found: Summary) -> Table:
     rows = [(f"anchor {one.anchor}", one.w) for one in found.weights[:SHOWN]]
     if rest := found.weights[SHOWN:]:
         rows.append((f"{len(rest)} others", sum(one.w for one in rest)))
-    if found.null is not None:
-        rows.append(("the pooled model", found.null))
     table = Table(box=None, show_header=False)
     most = max(abs(w) for _, w in rows)
     for name, w in rows:

@@ -37,9 +37,8 @@ class Stack:
 class Summary:
     """A summary of what is stored for a person.
 
-    ``weights`` are sorted, the largest first. ``null`` is the posterior's weight of the pooled model, None for other
-    policies. ``history`` counts the items stored by opt-in. ``trained`` names the parts of the bank that were trained
-    on this person, None if the bank has no list of members.
+    ``weights`` are sorted, the largest first. ``history`` counts the items stored by opt-in. ``trained`` names the
+    parts of the bank that were trained on this person, None if the bank has no list of members.
     """
 
     version: int
@@ -50,7 +49,6 @@ class Summary:
     policy: str
     mode: str
     weights: list[Weight]
-    null: float | None
     stack: Stack | None
     losses: Losses | None
     history: int | None
@@ -88,7 +86,6 @@ def summarize(id: str, store: Store, bank: Path) -> Summary:
         policy=state.policy,
         mode=state.mode,
         weights=sorted(map(Weight, state.anchors, state.w), key=lambda weight: -weight.w),
-        null=1 - sum(state.w) / info.run.merge.scale if state.policy == "posterior" else None,
         stack=Stack(stack.rank, sum(tensor.nbytes for tensor in stack.tensors().values())) if stack else None,
         losses=state.losses,
         history=len(kept.items) if kept else None,
