@@ -116,6 +116,11 @@ def sample_people(bank: Bank, people: Sequence[Person], settings: Privacy, seed:
     targets = draw(able, seed, task=0, development=0, test=count, together=False).select("test", able)
     chosen, groups = {person.id for person in targets}, {person.group for person in targets if person.group}
     others = [person for person in outside if person.id not in chosen and person.group not in groups]
+    if not others:
+        raise InputError(
+            f"the {len(outside)} people outside the bank share items with those who are personalized",
+            hint="Give further people who share no items with others.",
+        )
     each = _items_each([len(person.items) for person in others], AT_LEAST)
     return AttackSample(
         [_sample(person, settings.items, seed) for person in trained],
