@@ -118,6 +118,8 @@ def test_a_benchmark_query_is_the_last_item_if_queries_look_like_history_items()
     choice = Item({"title": "t", "ref1": "a", "ref2": "b", "reference": "[1]"}, id="q", is_query=True)
     assert shots_and_queries(lamp1, Person("p", papers, (choice,)), 3, 4, "last") == (papers[-3:], (choice,))
     assert not has_enough_items(lamp1, Person("p", papers), 3, 1, "last")
+    assert has_enough_items(lamp3, Person("p", items, (query,)), 5, 12, "next")  # asked what the benchmark asks
+    assert not has_enough_items(lamp3, Person("p", items[:2], (query,)), 5, 12, "next")
 
 
 def test_evidence_of_a_fold_equals_evidence_gathered_from_its_shots(panel):
@@ -329,6 +331,11 @@ def test_chosen_does_not_read_queries(tiny):
     ]
     one, other = (Chosen(margin=0.0).run(panel, 0).chosen for panel in panels)
     assert one == other
+
+
+def test_a_method_without_probabilities_cannot_be_chosen(panel):
+    with pytest.raises(InputError, match="'own constant' gives no probabilities"):
+        Chosen(candidates=(TaskLora(), parse_method("own-constant"), Merged(merge=POSTERIOR))).run(panel, 0)
 
 
 def test_with_one_shot_chosen_keeps_the_default(tiny):

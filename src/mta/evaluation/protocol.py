@@ -60,7 +60,7 @@ def has_enough_items(task: Task, person: Person, shots: int, queries: int, ask: 
     """Return whether a person has as many shots and queries as the protocol needs."""
     own = sum(task.has_target(query) for query in person.queries)
     if ask == "next":
-        return len(person.items) >= shots + queries or own > 0
+        return len(person.items) >= shots + (0 if own else queries)
     if not task.asks_as_items:
         return len(person.items) >= shots and own > 0
     return len(person.items) + own >= shots + queries

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from mta.data.history import Item
 from mta.data.tasks.task import Form, Task
+from mta.errors import InputError
 from mta.evaluation.methods.merged import Merged, MergeThenAdapt
 from mta.evaluation.methods.method import AnyMethod, Method, Outcome, OverMethod, register
 from mta.evaluation.methods.plain import Base, TaskLora
-from mta.evaluation.metrics import query_nll
+from mta.evaluation.metrics import Answers, query_nll
 from mta.evaluation.protocol import Panel
 from mta.model.generate import generate
 
@@ -125,10 +126,19 @@ class Chosen(Method):
         outcomes = [candidate.run(folds, seed) for candidate in self.candidates]
         losses: list[list[Tensor]] = [[] for _ in panel.people]
         for row, u in enumerate(owners):
-            held_out = [query_nll(folds.task, outcome.answers[row], folds.golds[row]) for outcome in outcomes]
-            losses[u].append(torch.stack([nll for nll in held_out if nll is not None]))
+            held_out = [self._nll(n, folds, outcome.answers[row], row) for n, outcome in enumerate(outcomes)]
+            losses[u].append(torch.stack(held_out))
         picks = [pick(torch.cat(rows, 1), self.margin) if rows else 0 for rows in losses]
         return picks, sum(outcome.seconds for outcome in outcomes)
+
+    def _nll(self, number: int, folds: Panel, answers: Answers, row: int) -> Tensor:
+        found = query_nll(folds.task, answers, folds.golds[row])
+        if found is None:
+            raise InputError(
+                f"method {self.candidates[number].name!r} gives no probabilities, which {self.name!r} compares",
+                hint="Leave it out of candidates:",
+            )
+        return found
 
 
 def pick(losses: Tensor, margin: float) -> int:
