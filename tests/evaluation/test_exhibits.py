@@ -35,9 +35,8 @@ def results(records, exhibits=None, meta=None, **how):
 
 
 def everybody(method, shift=0.0, seeds=(0,), **more):
-    return [
-        record(method, p, seed=s, nll=(1.0 + shift, 1.2 + shift), mae=1 + shift, **more) for p in PEOPLE for s in seeds
-    ]
+    own = {"nll": (1.0 + shift, 1.2 + shift), "mae": 1 + shift} | more
+    return [record(method, p, seed=s, **own) for p in PEOPLE for s in seeds]
 
 
 def test_differences_and_harm_are_those_of_the_records():
@@ -53,6 +52,14 @@ def test_differences_and_harm_are_those_of_the_records():
     assert told["MTA"]["worse off"] == "0 of 24"
     assert told["MTA"]["s per person"] == "2.00"
     assert told["task LoRA"]["NLL against task LoRA"] == ""
+
+
+def test_with_one_question_each_nothing_is_said_about_who_is_clearly_worse_off():
+    heads, _ = rows_of(
+        results([*everybody(TaskLora(), nll=(1.0,)), *everybody(OneLora(), nll=(2.0,))]).comparison("main")
+    )
+    assert "worse off" in heads
+    assert "clearly" not in heads
 
 
 def test_controls_are_compared_with_mta():

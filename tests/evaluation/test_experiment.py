@@ -20,8 +20,8 @@ from mta.data.tasks import load_task
 from mta.errors import ConfigError, DataError, InputError
 from mta.evaluation.experiments import runner
 from mta.evaluation.experiments import workspace as workspace_module
-from mta.evaluation.experiments.recipe import load_experiment, names, wanted
-from mta.evaluation.experiments.results import Record, Records, Results, read_records
+from mta.evaluation.experiments.recipe import load_experiment, wanted
+from mta.evaluation.experiments.results import Results, read_records
 from mta.evaluation.experiments.runner import run_experiment
 from mta.evaluation.experiments.workspace import BATCH, MAIN, Workspace, batches
 from mta.evaluation.methods import METHODS
@@ -29,8 +29,6 @@ from mta.evaluation.protocol import Panel
 from mta.evaluation.reports.publish import report
 
 pytestmark = pytest.mark.integration
-
-AUTHORS = {f"authors-lamp{n}" for n in (1, 2, 3, 4, 5)}
 
 
 @pytest.fixture(scope="module")
@@ -92,15 +90,6 @@ def test_results_hold_hashed_groups(world, cache, tmp_path, monkeypatch):
     assert len(groups) == 4
     assert len(set(groups)) == 2
     assert not any("pair" in group or group in {p.id for p in people} for group in groups)
-
-
-def test_every_recipe_can_be_read_and_names_its_task():
-    assert {"lamp1", "lamp2", "lamp2n", "lamp3", "lamp4", "lamp5", "lamp7", "movielens", "smoke"} | AUTHORS == set(
-        names()
-    )
-    for name in names():
-        recipe = load_experiment(name)
-        assert {"main", "ablation", "shots", "k", "alpha", "anchors", "efficiency"} <= set(recipe.exhibits)
 
 
 @pytest.mark.parametrize("unseen", [None, 3])
@@ -348,25 +337,22 @@ def test_mistakes_are_refused(world, cache, tmp_path):
         read_records(tmp_path / "one")
 
 
-def test_a_recipe_extends_a_recipe_in_the_same_folder(tmp_path):
-    (tmp_path / "below.yaml").write_text("over: smoke\nqueries: 1\n")
-    (tmp_path / "above.yaml").write_text("over: below.yaml\nshots: 2\ntuned: {OPPU: {training: {steps: 1}}}\n")
-    found = load_experiment(tmp_path / "above.yaml")
-    assert (found.shots, found.queries, found.few) == (2, 1, 2)
-    oppu = next(m for m in found.exhibits["main"][0].methods if m.name == "OPPU")
-    assert (oppu.training.steps, oppu.training.lr) == (1, 2e-4)
-    with pytest.raises(ConfigError, match="no recipe"):
-        load_experiment(tmp_path / "missing.yaml")
+def test_an_experiment_without_people_to_test_trains_nothing(world, cache, tmp_path):
+    workspace = workspace_of(world, tmp_path / "run", "queries=50", "few=4")
+    for exhibits in (["main"], ["case"], ["banks"]):
+        with pytest.raises(InputError, match="people have 3 shots and 50 answered questions"):
+            run_experiment(workspace, exhibits)
+    assert not (tmp_path / "run" / "banks").exists()
 
 
-def test_records_find_missing_results(tmp_path):
-    where = {"key": "k", "settings": "s", "method": "m", "bank": "main", "seed": 0, "shots": 8, "person": "p"}
-    row = Record(**where, metrics={"MAE": 1.0}, nll=None, seconds=0, bytes=0)
-    records = Records(tmp_path)
-    records.add([row, row.model_copy(update={"person": "q"})])
-    records.add([row])
-    again = Records(tmp_path)
-    assert len(again.rows) == 2
-    assert not again.lacks("k", ["p", "q"])
-    assert again.lacks("k", ["p", "r"])
-    assert again.lacks("other", ["p"])
+def test_results_are_those_of_the_tested_people_s_items(world, cache, tmp_path):
+    workspace = workspace_of(world, tmp_path / "run")
+    changed = [
+        replace(p, items=(*p.items[:-1], replace(p.items[-1], fields={**p.items[-1].fields, "title": "Other"})))
+        if p.id == workspace.splits.test[0]
+        else p
+        for p in workspace.people
+    ]
+    part, method = workspace.recipe.exhibits["main"][0], METHODS["base"]()
+    assert replace(workspace).key(part, method, 0, 3) == workspace.key(part, method, 0, 3)
+    assert replace(workspace, people=changed).key(part, method, 0, 3) != workspace.key(part, method, 0, 3)

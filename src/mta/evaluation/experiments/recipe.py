@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -17,6 +17,9 @@ from mta.evaluation.protocol import Ask
 
 FOLDER = Path(str(resources.files("mta"))) / "recipes" / "evaluation"
 Which = Literal["test", "development"]
+MAIN_BANK = "main"
+FREE = ("merge.", "stack.", "memory=")  # settings that do not change how a bank is trained
+FIXED = ("base", "dtype", "device", "task=", "task.", "max_tokens", "seed")  # settings of the whole experiment
 
 
 class Sizes(Settings):
@@ -33,9 +36,9 @@ class Part(Settings):
     """Methods on one bank. The bank needs a name if ``words``, ``retrieve``, or ``pool`` change how it is trained."""
 
     methods: tuple[AnyMethod, ...]
-    shots: tuple[int, ...] = ()
+    shots: tuple[Annotated[int, Field(ge=1)], ...] = ()
     seeds: tuple[int, ...] = ()
-    bank: str = "main"
+    bank: str = MAIN_BANK
     words: tuple[str, ...] = Field((), description="settings that override the run of the bank")
     retrieve: int = Field(0, ge=0, description="earlier items in every prompt, nearest by BM25, also in training")
     pool: Literal["task", "everything", "as-many"] = Field(
@@ -43,8 +46,21 @@ class Part(Settings):
         description="of the task LoRA; everything: all people behind the main bank; as-many: on as many examples as it",
     )
     whom: Which = "test"
-    people: int | None = None  # only the first people, this many; overrides the experiment's ``compared``
+    people: int | None = Field(None, ge=1)  # only the first people, this many; overrides the experiment's ``compared``
     texts: bool = True  # generate free text; otherwise only the likelihood of the true text is computed
+
+    @property
+    def trained(self) -> tuple[Any, ...]:
+        """What changes how the bank is trained."""
+        return tuple(word for word in self.words if not word.startswith(FREE)), self.retrieve, self.pool
+
+    @model_validator(mode="after")
+    def _check_bank(self) -> Self:
+        if fixed := [word for word in self.words if word.startswith(FIXED)]:
+            raise ValueError(f"words: {fixed[0]!r} would change the base or its prompts; make another recipe for it")
+        if self.bank == MAIN_BANK and self.trained != ((), 0, "task"):
+            raise ValueError("words, retrieve, or pool change how a bank is trained: give it a name with bank:")
+        return self
 
 
 class Experiment(Settings):
@@ -55,12 +71,12 @@ class Experiment(Settings):
     needs_test: bool = Field(False, description="the tested people come from another file, --test")
     people: Sizes = Sizes()
     ask: Ask = "last"
-    shots: int = 8
-    queries: int = 4
-    seeds: tuple[int, ...] = (0,)
-    compared: int | None = Field(None, description="test only the first people, this many")
+    shots: int = Field(8, ge=1)
+    queries: int = Field(4, ge=1)
+    seeds: tuple[int, ...] = Field((0,), min_length=1)
+    compared: int | None = Field(None, ge=1, description="test only the first people, this many")
     primary: tuple[str, ...] = Field((), description="methods that MTA is compared with, corrected for their number")
-    few: int = Field(30, description="leave out a number of shots if fewer people have enough items")
+    few: int = Field(30, ge=1, description="leave out a number of shots if fewer people have enough items")
     run: Run
     tuned: dict[str, dict[str, Any]] = Field(
         {}, description="settings of the methods with these names, in every exhibit"
@@ -91,6 +107,15 @@ class Experiment(Settings):
             names = [(part.bank, method.name) for part in parts for method in part.methods]
             if twice := [row for row in names if names.count(row) > 1]:
                 raise ValueError(f"exhibit {exhibit!r} has two methods called {twice[0][1]!r}; give each a name")
+        return exhibits
+
+    @field_validator("exhibits")
+    @classmethod
+    def _check_banks(cls, exhibits: dict[str, tuple[Part, ...]]) -> dict[str, tuple[Part, ...]]:
+        trained: dict[str, tuple[Any, ...]] = {}
+        for part in (part for parts in exhibits.values() for part in parts):
+            if trained.setdefault(part.bank, part.trained) != part.trained:
+                raise ValueError(f"two parts train bank {part.bank!r} differently; give one of them another name")
         return exhibits
 
 

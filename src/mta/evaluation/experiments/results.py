@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import yaml
@@ -27,6 +27,7 @@ from mta.tracking.run_folder import sittings
 
 KIND = "experiment"  # of its sittings in run.json
 SCORES, RECIPE, SIZES, CASE, FACTS = "scores.jsonl", "recipe.yaml", "sizes.json", "case.json", "banks.json"
+Key = TypeVar("Key")
 BEFORE = "meta.json"  # file of the runs in versions without run.json
 
 
@@ -62,6 +63,11 @@ class Record(BaseModel):
     golds: tuple[str, ...] = ()
 
     @property
+    def full(self) -> bool:
+        """Whether more than likelihoods was measured: free text is only generated for some exhibits."""
+        return any(name != "NLL" for name in self.metrics)
+
+    @property
     def score(self) -> PersonScore:
         """The metrics, and the NLL of the queries as a tensor."""
         return PersonScore(self.metrics, None if self.nll is None else torch.tensor(self.nll, dtype=torch.float64))
@@ -76,21 +82,22 @@ class Records:
     def __init__(self, folder: Path) -> None:
         self.path = folder / SCORES
         self.rows = list(_read(self.path)) if self.path.exists() else []
-        self._known = {(row.key, row.person) for row in self.rows}
+        self._known = _fullest(((row.key, row.person), row) for row in self.rows)
 
-    def lacks(self, key: str, people: Sequence[str]) -> bool:
-        """Return whether a person's result is missing."""
-        return any((key, person) not in self._known for person in people)
+    def lacks(self, key: str, people: Sequence[str], full: bool = False) -> bool:
+        """Return whether a person's result is missing, or with ``full`` holds only likelihoods."""
+        found = [self._known.get((key, person)) for person in people]
+        return any(one is None or (full and not one.full) for one in found)
 
     def add(self, rows: Iterable[Record]) -> None:
-        """Append new results; existing results do not change."""
-        new = [row for row in rows if (row.key, row.person) not in self._known]
+        """Append new results; existing results do not change, except that full ones replace likelihoods."""
+        new = [row for row in rows if self.lacks(row.key, [row.person], full=row.full)]
         make_folder(self.path.parent)
         torn = self.path.exists() and self.path.stat().st_size > 0 and not self.path.read_bytes().endswith(b"\n")
         with open(self.path, "a", encoding="utf-8", opener=owner_only) as file:
             file.write("\n" * torn + "".join(row.model_dump_json(exclude_defaults=True) + "\n" for row in new))
         self.rows += new
-        self._known |= {(row.key, row.person) for row in new}
+        self._known |= {(row.key, row.person): row for row in new}
 
 
 def read_records(folder: Path) -> list[Record]:
@@ -102,17 +109,30 @@ def read_records(folder: Path) -> list[Record]:
 
 
 def publish(records: Sequence[Record], path: Path) -> None:
-    """Write compressed records without texts of people; the same records give the same bytes."""
+    """Write the latest records, compressed and without texts of people; the same records give the same bytes."""
     private = {"ids", "answers", "golds"}
-    lines = sorted(row.model_dump_json(exclude=private, exclude_defaults=True) for row in records)
+    lines = sorted(row.model_dump_json(exclude=private, exclude_defaults=True) for row in latest(records))
     with written_aside(path) as aside:
         aside.write(gzip.compress("".join(f"{line}\n" for line in lines).encode(), mtime=0))
 
 
 def latest(records: Sequence[Record]) -> list[Record]:
-    """Return only the records of the last settings and bank, if these were changed between runs."""
-    keys = {(one.settings, one.bank, one.shots, one.seed): one.key for one in records}
-    return [one for one in records if one.key == keys[one.settings, one.bank, one.shots, one.seed]]
+    """Return one record for each person and method: that of the last settings and bank, with texts if there are any."""
+
+    def where(one: Record) -> tuple[str, str, int, int]:
+        return one.settings, one.bank, one.shots, one.seed
+
+    keys = {where(one): one.key for one in records}
+    return [*_fullest(((where(one), one.person), one) for one in records if one.key == keys[where(one)]).values()]
+
+
+def _fullest(records: Iterable[tuple[Key, Record]]) -> dict[Key, Record]:
+    """Return the first record of each key, or the first with more than likelihoods."""
+    found: dict[Key, Record] = {}
+    for key, one in records:
+        if key not in found or (one.full and not found[key].full):
+            found[key] = one
+    return found
 
 
 Seeds = dict[int, dict[str, Record]]  # seed -> person -> record

@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from mta.errors import ClusterError
+from mta.errors import ClusterError, InputError
 from mta.evaluation.experiments.facts import bank_facts, case_study, use_to_others
 from mta.evaluation.experiments.recipe import Part, wanted
 from mta.evaluation.experiments.results import CASE, FACTS, KIND, Record, Records, read_beside
@@ -28,6 +28,7 @@ class MethodRun:
     method: Method
     key: str
     batch: range
+    full: bool  # texts are generated, too
 
     def __len__(self) -> int:
         return len(self.batch)
@@ -49,6 +50,7 @@ def run_experiment(
     """
     recipe, which = workspace.recipe, workspace.which
     exhibits = wanted(recipe, which, exhibits)
+    _check_people(workspace, exhibits)
     records = Records(workspace.folder)
     settings = recipe.model_dump(mode="json")
     with RunFolder(
@@ -69,10 +71,21 @@ def run_experiment(
             _run_seed(workspace, records, exhibits, seed)
         if {"banks", "efficiency"} & {*exhibits}:
             _write_facts(workspace, "banks" in exhibits)
-        if "case" in exhibits:
+        if "case" in exhibits and workspace.tested(MAIN, recipe.shots):
             panel = next(workspace.panels(MAIN, recipe.seeds[0], recipe.shots))
             write_json(workspace.folder / CASE, case_study(panel, panel.run.merge, recipe.seeds[0]))
         folder.outcome = {"results": len(records.rows), "people": len({row.person for row in records.rows})}
+
+
+def _check_people(workspace: Workspace, exhibits: Sequence[str]) -> None:
+    """Raise InputError if no exhibit has anybody to test, before anything is trained."""
+    recipe = workspace.recipe
+    parts = [(part, shots) for name in exhibits for part in recipe.exhibits[name] for shots in part.shots]
+    if not any(workspace.tested(part, shots) for part, shots in [*parts, (MAIN, recipe.shots)]):
+        raise InputError(
+            f"fewer than {recipe.few} people have {recipe.shots} shots and {recipe.queries} answered questions",
+            hint="Lower shots=, queries=, or few=. LaMP's questions need their outputs file beside them.",
+        )
 
 
 def _write_facts(workspace: Workspace, use: bool) -> None:
@@ -82,7 +95,7 @@ def _write_facts(workspace: Workspace, use: bool) -> None:
     for seed in recipe.seeds:
         own = facts.setdefault(f"main-{seed}", {})
         own |= bank_facts(workspace.bank(MAIN, seed))
-        if use:
+        if use and workspace.tested(MAIN, recipe.shots):
             own |= use_to_others(list(workspace.panels(MAIN, seed, recipe.shots)), seed)
     write_json(path, facts)
 
@@ -95,12 +108,12 @@ def _run_seed(workspace: Workspace, records: Records, exhibits: Sequence[str], s
         for shots in part.shots or (workspace.recipe.shots,)
         if seed in workspace.recipe.seeds_of(part)
     ]
-    known: set[tuple[str, range]] = set()  # exhibits share results
+    known: set[tuple[str, range, bool]] = set()  # exhibits share results
 
     def missing() -> Iterator[MethodRun]:
         for run in (run for where in planned for run in _missing(workspace, records, *where)):
-            if (run.key, run.batch) not in known:
-                known.add((run.key, run.batch))
+            if not known & {(run.key, run.batch, run.full), (run.key, run.batch, True)}:
+                known.add((run.key, run.batch, run.full))
                 yield run
 
     found = workspace.executor.run(compute_records, missing(), workspace, workspace.elsewhere())
@@ -122,17 +135,17 @@ def _missing(
     if not tested:
         say(f"{exhibit}: {shots} shots are left out, too few people have enough items")
         return
-    anchors, lacking = len(workspace.bank(part, seed)), []
+    anchors, lacking, full = len(workspace.bank(part, seed)), [], part.texts and workspace.task.labels is None
     for method in part.methods:
         if not method.fits(workspace.task, anchors):
             say(f"{exhibit}: {method.name} is left out, it does not fit this task or bank")
-        elif records.lacks(key := workspace.key(part, method, seed, shots), tested):
+        elif records.lacks(key := workspace.key(part, method, seed, shots), tested, full):
             lacking.append((method, key))
     done, total, began = 0, len(tested) * len(lacking), time.monotonic()
     for batch in batches(len(tested)):
         for method, key in lacking:
-            if records.lacks(key, tested[batch.start : batch.stop]):
-                run = MethodRun(exhibit, part, seed, shots, method, key, batch)
+            if records.lacks(key, tested[batch.start : batch.stop], full):
+                run = MethodRun(exhibit, part, seed, shots, method, key, batch, full)
                 if workspace.executor.in_process:
                     minutes = (time.monotonic() - began) / done * (total - done) / 60 if done else 0.0
                     left = f", about {minutes:.0f} min left" if done else ""

@@ -67,9 +67,14 @@ class Workspace:
     say: Callable[[str], None]
     executor: Executor
     on_step: OnStep | None
+    _histories: str = field(init=False, repr=False)
     _banks: dict[str, Bank] = field(default_factory=dict, init=False, repr=False)
     _contexts: dict[tuple[str, tuple[str, ...]], Context] = field(default_factory=dict, init=False, repr=False)
     _panel: tuple[object, Panel] | None = field(default=None, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        tested = self.splits.select(self.which, self.people)
+        self._histories = work_of(*(replace(p, items=(*p.items, *p.queries)).digest() for p in tested))
 
     @classmethod
     def open(
@@ -247,7 +252,7 @@ class Workspace:
             self._contexts[key] = Context(
                 self.base,
                 bank,
-                bank.encoder(self.base, self.recipe.run.encoder),
+                bank.encoder(self.base, self._run_of(part, seed).encoder),
                 self._run_of(part, seed),
                 anchors=self._shown(part, self._in_bank(bank, "anchor")),
                 pool=self.splits.select("task", self.people),
@@ -282,11 +287,11 @@ class Workspace:
         return self._panel[1]
 
     def key(self, part: Part, method: Method, seed: int, shots: int) -> str:
-        """Return a hash of everything but the person that determines a result: method, protocol, base, and bank."""
+        """Return a hash of all that determines a result: method, protocol, people's items, base, and bank."""
         run, recipe, task = self._run_of(part, seed), self.recipe, self.task
-        parts: list[Any] = [method.digest, shots, recipe.queries, recipe.ask, part.texts or bool(task.labels)]
+        parts: list[Any] = [method.digest, shots, recipe.queries, recipe.ask, self._histories]
         parts += [self.base.fingerprint, str(self.base.dtype), run.max_tokens, self._task_of(part).identity]
-        parts += [self.base.prompts.answer_tokens(task)] if part.texts and task.labels is None else []
+        parts += [self.base.prompts.answer_tokens(task)] if task.labels is None else []
         parts += [part.retrieve] if part.retrieve else []
         if method.of_bank:
             parts += [self.bank(part, seed).hash, run.merge.model_dump(mode="json"), run.stack.model_dump(mode="json")]

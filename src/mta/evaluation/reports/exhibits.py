@@ -75,7 +75,10 @@ def _shots(found: Results, name: str) -> Drawn | None:
     picture = figures.lines(series, "shots", f"{measure} against {POOLED}", log=True, level={POOLED: 0.0})
     heads = ["method", *(f"{m} shots ({c.people} people)" for m, c in many.items())]
     rows = [[method, *(marked(c, measure, method) for c in many.values())] for method in methods]
-    text = f"{measure} against the {POOLED}. The questions are always the same last {found.recipe.queries} items.\n\n"
+    same = (
+        f" The questions are always the same last {found.recipe.queries} items." if found.recipe.ask == "last" else ""
+    )
+    text = f"{measure} against the {POOLED}.{same}\n\n"
     return text + markdown(heads, rows), {name: picture}
 
 
@@ -205,9 +208,13 @@ def _setting(found: Results, comparison: Comparison, name: str) -> str:
     said = f"{len(seeds)} seeds" if len(seeds) > 1 else f"seed {seeds[0]}" if seeds else "no bank"
     people, independent = comparison.people, comparison.independent
     groups = f" in {independent} groups that share no items" if independent < people else ""
+    shots, queries = found.recipe.shots, found.recipe.queries
+    asked = {
+        "last": f"The questions are each person's last {queries} items, the shots are the {shots} items before them.",
+        "next": f"The shots are each person's first {shots} items, the questions are the {queries} items after them.",
+    }
     return (
-        f"{found.name}: {people} people{groups}, {said}. The questions are each person's last {found.recipe.queries} "
-        f"items, the shots are the {found.recipe.shots} items before them. Means over people; 95% intervals by "
+        f"{found.name}: {people} people{groups}, {said}. {asked[found.recipe.ask]} Means over people; 95% intervals by "
         f"bootstrap over {'groups' if groups else 'people'}{' and seeds' if len(seeds) > 1 else ''}; "
         f"differences are paired. "
         f"Worse off: people with an NLL more than {WORSE:g} above the pooled model's.\n"

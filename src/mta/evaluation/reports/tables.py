@@ -40,7 +40,7 @@ def rows_of(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
             columns[f"{metric} against {other}"] = [marked(comparison, metric, name, other) for name in names]
     shares = [comparison.worse_off(name, POOLED) for name in names]
     columns["worse off"] = [f"{s[0] * people:.0f} of {people}" if s else "" for s in shares]
-    columns["clearly"] = [f"{(s[1] or 0) * people:.0f}" if s else "" for s in shares]
+    columns["clearly"] = ["" if s is None or s[1] is None else f"{s[1] * people:.0f}" for s in shares]
     columns["s per person"] = [f"{row.seconds / people:.2f}" for row in comparison.rows]
     columns["kept each"] = [human_bytes(row.bytes_per_person) for row in comparison.rows]
     filled = {head: cells for head, cells in columns.items() if any(cells)}

@@ -1,0 +1,56 @@
+"""Recipes of experiments: that they can be read, and what they refuse."""
+
+import pytest
+
+from mta.config import override
+from mta.errors import ConfigError
+from mta.evaluation.experiments.recipe import load_experiment, names
+
+
+def test_every_recipe_can_be_read_and_names_its_task():
+    lamp, authors = ("1", "2", "2n", "3", "4", "5", "7"), range(1, 6)
+    known = {*(f"lamp{n}" for n in lamp), *(f"authors-lamp{n}" for n in authors), "movielens", "smoke"}
+    assert set(names()) == known
+    for name in names():
+        recipe = load_experiment(name)
+        assert {"main", "ablation", "shots", "k", "alpha", "anchors", "efficiency"} <= set(recipe.exhibits)
+
+
+def test_a_recipe_extends_a_recipe_in_the_same_folder(tmp_path):
+    (tmp_path / "below.yaml").write_text("over: smoke\nqueries: 1\n")
+    (tmp_path / "above.yaml").write_text("over: below.yaml\nshots: 2\ntuned: {OPPU: {training: {steps: 1}}}\n")
+    found = load_experiment(tmp_path / "above.yaml")
+    assert (found.shots, found.queries, found.few) == (2, 1, 2)
+    oppu = next(m for m in found.exhibits["main"][0].methods if m.name == "OPPU")
+    assert (oppu.training.steps, oppu.training.lr) == (1, 2e-4)
+    with pytest.raises(ConfigError, match="no recipe"):
+        load_experiment(tmp_path / "missing.yaml")
+
+
+@pytest.mark.parametrize(
+    ("part", "reason"),
+    [
+        ("{words: [bank.anchors=2], methods: [base]}", "give it a name"),
+        ("{retrieve: 1, methods: [base]}", "give it a name"),
+        ("{pool: everything, methods: [base]}", "give it a name"),
+        ("{bank: other, words: [max_tokens=9], methods: [base]}", "would change the base"),
+        ("{bank: other, words: [base=x], methods: [base]}", "would change the base"),
+        (
+            "{methods: [base]}, {bank: a, retrieve: 1, methods: [base]}, {bank: a, methods: [task-lora]}",
+            "train bank 'a'",
+        ),
+        ("{people: 0, methods: [base]}", "people"),
+        ("{shots: [0], methods: [base]}", "shots"),
+    ],
+)
+def test_parts_that_would_mix_banks_are_refused(part, reason):
+    with pytest.raises(ConfigError, match=reason):
+        override(load_experiment("smoke"), [f"exhibits.main=[{part}]"])
+    good = "[{words: [merge.k=1, memory=2GiB], methods: [base]}, {bank: a, retrieve: 1, methods: [base]}]"
+    override(load_experiment("smoke"), [f"exhibits.main={good}"])
+
+
+@pytest.mark.parametrize("word", ["seeds=[]", "shots=0", "queries=0", "compared=0", "few=0"])
+def test_sizes_of_nothing_are_refused(word):
+    with pytest.raises(ConfigError):
+        override(load_experiment("smoke"), [word])

@@ -1,0 +1,49 @@
+"""Files of results: what is missing, which record counts, and what is published."""
+
+import pytest
+from pages import ROOT
+
+from mta.evaluation.experiments.results import Record, Records, latest, publish, read_records
+
+
+def record(person="p", key="k", **metrics):
+    where = {"key": key, "settings": "s", "method": "m", "bank": "main", "seed": 0, "shots": 8, "person": person}
+    return Record(**where, metrics=metrics or {"MAE": 1.0}, nll=None, seconds=0, bytes=0)
+
+
+def test_records_find_missing_results(tmp_path):
+    records = Records(tmp_path)
+    records.add([record("p"), record("q")])
+    records.add([record("p")])
+    again = Records(tmp_path)
+    assert len(again.rows) == 2
+    assert not again.lacks("k", ["p", "q"])
+    assert again.lacks("k", ["p", "r"])
+    assert again.lacks("other", ["p"])
+
+
+def test_a_result_with_texts_serves_exhibits_without_them_and_counts_before_them(tmp_path):
+    only, full = record(NLL=2.0), record(NLL=2.0, **{"ROUGE-L": 0.5})
+    records = Records(tmp_path)
+    records.add([only])
+    assert not records.lacks("k", ["p"])
+    assert records.lacks("k", ["p"], full=True)
+    records.add([full])
+    assert not records.lacks("k", ["p"], full=True)
+    records.add([only])
+    assert Records(tmp_path).rows == [only, full]
+    assert latest([only, full]) == latest([full, only]) == [full]
+
+
+def test_published_records_are_those_of_the_last_bank_in_every_order(tmp_path):
+    records = [record(key="z"), record("q", key="z"), record(key="a")]
+    publish(records, tmp_path / "scores.jsonl.gz")
+    assert read_records(tmp_path) == [records[2]] == latest(read_records(tmp_path))
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "results").rglob("scores.jsonl.gz")), ids=lambda path: path.parent.name)
+def test_published_scores_have_one_key_for_each_method_and_seed(path):
+    keys = {}
+    for row in read_records(path.parent):
+        keys.setdefault((row.settings, row.bank, row.shots, row.seed), set()).add(row.key)
+    assert [where for where, found in keys.items() if len(found) > 1] == []
