@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
+
 from mta.config import Run
 from mta.errors import BankMismatch, Diverged
 from mta.lora.batch import LoraBatch, fresh
@@ -103,4 +105,4 @@ def train_piece(worker: BankWorker, piece: Piece) -> LoraBatch:
         if checkpoint:  # it may hold diverged parameters
             checkpoint.remove()
         raise
-    return trained
+    return trained.to(torch.device("cpu"))  # a cluster's driver may have no GPU
