@@ -234,6 +234,18 @@ def test_an_interrupted_build_goes_on_with_other_settings_as_if_new(built, tmp_p
     assert trained(build(tmp_path / "bank")) == trained(built)
 
 
+def test_a_build_stopped_before_its_calibration_ends_with_the_same_bank(built, tmp_path, monkeypatch):
+    with monkeypatch.context() as patched:
+        patched.setattr("mta.bank.build.calibrate", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            build(tmp_path / "bank")
+    assert trained(build(tmp_path / "bank")) == trained(built)
+
+
+def stopped(*_, **__):
+    raise KeyboardInterrupt
+
+
 def test_a_calibration_that_is_given_up_costs_no_training(built, tmp_path):
     seen = []
 

@@ -47,7 +47,7 @@ from mta.data.history import Item, Person
 from mta.data.tasks.prompt import Example
 from mta.data.tasks.task import Task
 from mta.distributed.executor import Executor, LocalExecutor
-from mta.errors import BankError
+from mta.errors import BankError, DataError
 from mta.lora.batch import LoraBatch, stack
 from mta.lora.layers import Shared
 from mta.lora.peft import CARD, CONFIG, WEIGHTS, read_peft, write_peft
@@ -156,8 +156,11 @@ class _Build:
     record: RunFolder
 
     def job(self, key: str, items: Iterable[Item]) -> Job:
-        """Return the job of one LoRA."""
-        return Job(key, [self.base.prompts.example(self.task, item) for item in items])
+        """Return the job of one LoRA. Raises DataError, which names the job, for an item that does not fit."""
+        try:
+            return Job(key, [self.base.prompts.example(self.task, item) for item in items])
+        except DataError as error:
+            raise DataError(f"items of {key}: {error.message}", hint=error.hint) from None
 
     def planned(self, roles: Roles) -> tuple[list[Job], Plan]:
         """Return the jobs of the anchors and their plan; plan the calibration, too. Raises MemoryBudgetError."""
@@ -215,8 +218,7 @@ class _Build:
         name = f"task-{number}" if number else "task"
         result = self._checkpoint("", name, "safetensors")
         if saved := result.load():
-            found = LoraBatch.of_tensors(saved[0], self.run.task_lora.lora.scale)
-            return replace(found, factors={layer: found.factors[layer] for layer in self.base.targets})
+            return self.in_order(LoraBatch.of_tensors(saved[0], self.run.task_lora.lora.scale))
 
         def on_step(stage: str, step: Step) -> None:  # progress counts all rounds that there may be
             each = step.examples_total
@@ -253,7 +255,12 @@ class _Build:
             done += len(piece)
             if not self.executor.in_process:
                 self.record.step("anchors", Step(len(found), len(piece), done, len(jobs)))
-        return stack(LoraBatch.of_tensors(found[piece.name], self.run.bank.lora.scale) for piece in pieces)
+        scale = self.run.bank.lora.scale
+        return self.in_order(stack(LoraBatch.of_tensors(found[piece.name], scale) for piece in pieces))
+
+    def in_order(self, loras: LoraBatch) -> LoraBatch:
+        """Return loaded LoRAs with their layers in the base's order: the order of a sum decides how it is rounded."""
+        return replace(loras, factors={layer: loras.factors[layer] for layer in self.base.targets})
 
     def calibration(
         self, bank: LoraBatch, pooled: LoraBatch | None, people: Sequence[Person]
