@@ -9,7 +9,18 @@ from arrays import near, normal
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mta.bank.calibration import Calibration, CalibrationInfo, Gain, curvature_of, one_step, prior_of, settled, solved
+from mta.bank.calibration import (
+    BOUNDLESS,
+    Calibration,
+    CalibrationInfo,
+    Gain,
+    curvature_of,
+    one_step,
+    prior_of,
+    settled,
+    solved,
+)
+from mta.bank.card import in_words
 from mta.config import Run, StackSettings, override
 
 N = 4
@@ -155,7 +166,7 @@ def test_a_calibration_is_for_merges_of_all_anchors_by_laplace(words):
     assert run.stack.training == Run().stack.training
 
 
-@pytest.mark.parametrize("words", [["stack.lora.rank=8"], ["merge.scale=0.5"]])
+@pytest.mark.parametrize("words", [["stack.lora.rank=8"], ["merge.scale=0.5"], ["merge.mode=factor"]])
 @pytest.mark.parametrize("rate", [0.0, 3.2e-3])
 def test_a_calibration_is_for_stacks_of_its_shape_over_merges_as_they_are(words, rate):
     run = settled(override(Run(), words), FOUND.model_copy(update={"rate": rate}), SHAPE)
@@ -165,3 +176,10 @@ def test_a_calibration_is_for_stacks_of_its_shape_over_merges_as_they_are(words,
 
 def test_a_stack_that_does_not_help_is_not_trained():
     assert not settled(Run(), FOUND.model_copy(update={"rate": 0.0}), SHAPE).stack.enabled
+
+
+@pytest.mark.parametrize(("mean", "said"), [(0.0, False), (0.1, True)])
+def test_the_card_speaks_of_the_population_only_where_merges_help(mean, said):
+    gain = FOUND.gains[0].model_copy(update={"mean": mean})
+    found = FOUND.model_copy(update={"prior": BOUNDLESS, "gains": (gain,)})
+    assert ("the population's best merge" in in_words(found)) == said

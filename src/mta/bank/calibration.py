@@ -114,10 +114,11 @@ def settled_stack(
 ) -> StackSettings:
     """Return the settings of a stack with the calibrated training, or without a stack where it does not help.
 
-    The calibration is about stacks of one ``shape`` over merges by the laplace policy, as they are; for others, the
-    stack's own training counts.
+    The calibration is about stacks of one ``shape`` over exact merges by the laplace policy, as they are; for others,
+    the stack's own training counts.
     """
-    alike = merge.policy == "laplace" and merge.scale == 1 and stack.lora == shape
+    as_measured = merge.policy == "laplace" and merge.scale == 1 and merge.mode == "exact"
+    alike = as_measured and stack.lora == shape
     if not stack.calibrated or not alike or found is None or found.rate is None:
         return stack.model_copy(update={"calibrated": False})
     if not found.rate:

@@ -150,11 +150,12 @@ def in_words(found: CalibrationInfo) -> str:
         f"Measured on {found.people} people, on items that the bank was not trained on: the decrease of the true "
         "answer's NLL per token against the pooled model, in nats, with 95% intervals."
     ]
-    if found.prior == BOUNDLESS:
+    merged = any(gain.mean for gain in found.gains)  # otherwise, there are no merges
+    if merged and found.prior == BOUNDLESS:
         parts.append(
             "People's gradients do not differ more than by chance: everybody gets the population's best merge."
         )
-    elif any(gain.mean for gain in found.gains):  # otherwise, there are no merges
+    elif merged:
         parts.append(f"The population's best merge counts as much as {found.prior:.2g} of a person's shots.")
     if found.rate is not None:
         parts.append(
