@@ -4,7 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from builds import CANDIDATES, TASK_PEOPLE, build, files_in
+from builds import CANDIDATES, TASK_PEOPLE, build, changed, files_in
 from conftest import TINY_RUN, HashEncoder, people_of
 from tiny import base_of
 
@@ -27,6 +27,20 @@ def test_too_few_candidates_are_noticed_before_anything_is_trained(tmp_path):
     with pytest.raises(InputError, match=r"^2 candidates for anchors; at least 4 are needed, and 12 for 3 "):
         build(tmp_path / "bank", candidates=CANDIDATES[:2], on_step=lambda *_: steps.append(1))
     assert steps == []
+
+
+def test_people_who_all_have_few_items_are_too_few_candidates(tmp_path):
+    with pytest.raises(InputError, match=r"^0 candidates for anchors; at least 4 are needed, and 12 for 3 "):
+        build(tmp_path / "bank", candidates=[person.first(2) for person in CANDIDATES])
+
+
+def test_without_a_task_lora_nobody_is_behind_it(tmp_path, task):
+    run = changed("task_lora", enabled=False)
+    bank = Bank.build(base_of(), CANDIDATES, tmp_path / "b", task=task, encoder=HashEncoder(), run=run, anchors=2)
+    parts = [bank.info.members.artefacts_of(person.id) for person in CANDIDATES]
+    assert (bank.info.members.task, bank.info.members.candidates) == (0, 12)
+    assert all("clusters" in part and "task LoRA" not in part for part in parts)
+    assert read_info(build(tmp_path / "other", run=run)).members.task == 0
 
 
 def test_anchors_are_trained_on_their_latest_items_and_the_cut_is_reported(built):

@@ -74,9 +74,9 @@ class Bank:
     ) -> Bank:
         """Run stages 0 and 1: train the task LoRA and the anchors among ``people``, and open the bank.
 
-        Without ``task_people``, they are half of ``people``, drawn by hash, and the others are the candidates for
-        anchors; people who share items stay together, unless more than half of all people do. Candidates train the task
-        LoRA, too (``task_lora.unseen``).
+        Without ``task_people``, they are half of ``people``, drawn by hash (nobody without a task LoRA), and the others
+        are the candidates for anchors; people who share items stay together, unless more than half of all people do.
+        Candidates train the task LoRA, too (``task_lora.unseen``).
         ``task`` defaults to the task that ``people`` were read for. The other keywords are those of ``build_bank``.
         Raises InputError for too few people, BankError if ``out`` holds another bank.
         """
@@ -90,7 +90,7 @@ class Bank:
             )
         chosen = load_task(task)
         if task_people is None:
-            half = len(people) // 2
+            half = len(people) // 2 if run.task_lora.enabled else 0
             together = max(Counter(p.group for p in people if p.group).values(), default=0) <= half
             if not together:
                 log.warning("more than half of the people share items with each other, so the two halves share items")
@@ -233,12 +233,12 @@ class Bank:
         """Return the cosines of people's vectors (U, E) and the anchors' vectors, (U, N)."""
         return vectors @ self.vectors.T
 
-    def encoder(self, base: BaseModel, name: str | None = None) -> Encoder:
-        """Return the encoder of the anchors' vectors; ``name`` overrides the encoder's name in the bank.
+    def encoder(self, base: BaseModel, name: str | None = None, given: Encoder | None = None) -> Encoder:
+        """Return the encoder of the anchors' vectors: ``given``, or loaded by ``name`` instead of the bank's name.
 
         Raises BankMismatch for other weights, before they are loaded; ModelError if the model is not an encoder.
         """
-        encoder = load_encoder(name or self.info.encoder, base)
+        encoder = given or load_encoder(name or self.info.encoder, base)
         if encoder.fingerprint != self.info.encoder_fingerprint:
             raise BankMismatch(
                 f"encoder {encoder.name!r} has other weights (sha256 {encoder.fingerprint[:8]}…) "

@@ -56,7 +56,7 @@ def choose_roles(
     """
     able, vectors, chosen = choose_anchors(task, encoder, candidates, run.bank, run.seed)
     anchors, left = {able[i].id for i in chosen}, run.task_lora.kept_back
-    pool = [*task_people]
+    pool = [*task_people] if run.task_lora.enabled else []
     if left is not None:  # candidates with too few items for an anchor train like task people
         pool += [person for person in candidates if len(person.items) < run.bank.min_items]
     others = [person for person in able if person.id not in anchors]

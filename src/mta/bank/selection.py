@@ -92,7 +92,7 @@ def choose_anchors(
 ) -> tuple[list[Person], Tensor, list[int]]:
     """Return the candidates with enough items, their vectors (U, E), and the indices of the anchors among them."""
     able = [person for person in candidates if len(person.items) >= settings.min_items]
-    vectors = encode_people(encoder, task, able, settings.encode)
+    vectors = encode_people(encoder, task, able, settings.encode) if able else torch.empty(0, 0)
     return able, vectors, select_anchors(able, vectors, settings.anchors, seed, choose=settings.choose)
 
 

@@ -70,8 +70,8 @@ class Personalizer:
 
     @cached_property
     def encoder(self) -> Encoder:
-        """The encoder of the anchors' vectors."""
-        return self._encoder or self.bank.encoder(self.base, self.run.encoder)
+        """The encoder of the anchors' vectors. Raises BankMismatch for another one, ModelError for no encoder."""
+        return self.bank.encoder(self.base, self.run.encoder, self._encoder)
 
     def personalize(
         self,
