@@ -11,14 +11,8 @@ from tiny import base_of
 
 from mta import BASE, TASK
 from mta.config import Lora, MergeSettings, StackSettings, Training
-from mta.data.history import Person
-from mta.errors import (
-    DataError,
-    Diverged,
-    MemoryBudgetError,
-    PersonNotFound,
-    StoreError,
-)
+from mta.data.history import Item, Person
+from mta.errors import BankMismatch, DataError, Diverged, MemoryBudgetError, PersonNotFound, StoreError
 from mta.personalize import Personalizer, stages
 from mta.personalize.likelihoods import shots_of
 from mta.personalize.pipeline import Personalized
@@ -72,7 +66,7 @@ def test_a_state_records_the_losses_of_merge_and_stack(tiny, stack):
 def test_a_loss_that_is_not_finite_is_an_error_without_a_state(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr("mta.personalize.stages.mean_nll", lambda base, jobs, *_, **__: [float("nan")] * len(jobs))
     personal = personalizer(*tiny, store=tmp_path)
-    with pytest.raises(Diverged, match=r"losses on shots are invalid: .*\n  Training diverged: lower stack\."):
+    with pytest.raises(Diverged, match=r"training diverged: losses on shots are invalid: .*\n  Lower stack\."):
         personal.personalize(PEOPLE)
     assert states_in(tmp_path) == {}
 
@@ -255,6 +249,32 @@ def test_a_person_without_items_is_an_error(tiny, tmp_path):
         personal.personalize([*PEOPLE, Person("empty", ())])
     assert str(caught.value) == "1 of 6 people have no item\n  Leave them out, or give each of them an item."
     assert not (tmp_path / "people").exists()
+
+
+@pytest.mark.parametrize("others", [PEOPLE, []])
+def test_a_person_with_an_item_that_does_not_fit_is_named_and_the_others_go_on(tiny, tmp_path, others):
+    item = Item({"title": "Alien", "genres": "Horror " * 500, "rating": "4"})  # genres are not shortened
+    personal = personalizer(*tiny, store=tmp_path / "people")
+    done = personal.personalize([*others, Person.of("long", [item])])
+    assert (done.trained, list(done.failed)) == (len(others), ["long"])
+    assert "instruction and target take" in done.failed["long"]
+    personal.update([*others, Person.of("long", [item])])
+    alone = personalizer(*tiny)
+    alone.personalize(PEOPLE)
+    for person in others:
+        same(personal.state(person.id), alone.state(person.id))
+    with pytest.raises(PersonNotFound):
+        personal.state("long")
+
+
+class OtherEncoder(HashEncoder):
+    fingerprint = "hash-2"
+
+
+def test_an_encoder_other_than_the_banks_is_refused(tiny):
+    run = TINY_RUN.model_copy(update={"merge": MergeSettings(policy="similarity", k=2)})
+    with pytest.raises(BankMismatch, match="has other weights"):
+        Personalizer(*tiny, run=run, encoder=OtherEncoder()).personalize(PEOPLE)
 
 
 def test_a_person_given_twice_is_an_error(tiny):

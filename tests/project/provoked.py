@@ -208,7 +208,7 @@ PROVOKED = {
     "Diverged": (
         lambda w: w.personal(stack=ASTRAY).personalize(people_of(2)),
         ("losses on shots are invalid", "nan|inf", "expected finite numbers"),
-        r"lower stack\.training\.lr",
+        r"Lower stack\.training\.lr",
     ),
     "MissingExtra": (
         lambda w: require("eval", "no-such-package"),

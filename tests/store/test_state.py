@@ -55,7 +55,7 @@ def test_a_state_without_losses_is_read_and_keeps_its_bytes() -> None:
 @pytest.mark.parametrize("which", ["pooled", "merged", "stacked"])
 def test_losses_that_are_not_finite_are_neither_written_nor_read(wrong: float, which: str) -> None:
     good = Losses(1.5, 1.25, 1.0, 7)
-    with pytest.raises(Diverged, match=r"finite numbers over at least one token\n  Training diverged"):
+    with pytest.raises(Diverged, match=r"finite numbers over at least one token\n  Lower stack"):
         replace(good, **{which: wrong})
     forged = state(losses=good)
     object.__setattr__(forged.losses, which, wrong)

@@ -3,26 +3,20 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from itertools import chain
 
 from mta.bank.bank import Bank
 from mta.config import Run, parse_size
 from mta.data.history import Person
 from mta.distributed.executor import Executor, LocalExecutor
-from mta.errors import (
-    DataError,
-    InputError,
-    OtherBank,
-    PersonForgotten,
-    PersonNotFound,
-    StateCorrupt,
-)
+from mta.errors import DataError, InputError, OtherBank, PersonForgotten, PersonNotFound, StateCorrupt
 from mta.model.base import BaseModel
 from mta.model.encoders import Encoder
-from mta.personalize.likelihoods import shots_of
+from mta.personalize.likelihoods import ShotsJob, shots_of
 from mta.personalize.merge import check_merge, frozen_numbers
 from mta.personalize.policies import policy_of
 from mta.personalize.stages import Cohort, Stages, WorkItem, digest_of, settings_of
@@ -40,9 +34,9 @@ from mta.training.plan import numbers_of, plan_cohorts
 class Personalized:
     """Counts of ``personalize``: people trained, people up to date, and texts that were shortened.
 
-    ``failed`` maps ids to errors: their data made workers fail, their training diverged, or another process saved a
-    newer state. ``plan`` is a digest of the cohorts. ``forgotten`` are ids of people who were forgotten after their
-    items were read: they have no new state.
+    ``failed`` maps ids to errors: their items do not fit the model's tokens, or made workers fail, their training
+    diverged, or another process saved a newer state. ``plan`` is a digest of the cohorts. ``forgotten`` are ids of
+    people who were forgotten after their items were read: they have no new state.
     """
 
     trained: int
@@ -127,7 +121,7 @@ class Pipeline:
         work = self._work(everybody, call.since)
         if work and not resume:
             work.drop()
-        cohorts, plan, cut = self.plan(everybody, missing, work) if missing else ([], "", 0)
+        cohorts, plan, cut = self.plan(everybody, missing, call, work) if missing else ([], "", 0)
         if missing:
             self._compute(personalize_cohort, cohorts, call, on_step, work)
         if work and not call.workers:  # diverged training would diverge again: no cohort is kept for it
@@ -153,7 +147,7 @@ class Pipeline:
                 grown.append(self._light(WorkItem.of(person, self.bank, *settings, before, learned)))
             else:
                 unchanged += 1
-        cohorts, plan, _ = self.plan(grown, grown) if grown else ([], "", 0)
+        cohorts, plan, _ = self.plan(grown, grown, call) if grown else ([], "", 0)
         actions = self._compute(update_cohort, cohorts, call, on_step) if grown else Counter[Action]()
         first = self.personalize(begin, since=call.since, on_step=on_step) if begin else Personalized(0, 0, 0)
         done = actions["keep"], actions["retrain"], actions["refresh"], first.trained, unchanged + first.unchanged
@@ -161,28 +155,43 @@ class Pipeline:
         return Updated(*done, call.workers | call.unsaved | first.failed, plan or first.plan, gone)
 
     def plan(
-        self, everybody: Sequence[WorkItem], missing: Sequence[WorkItem], work: Work | None = None
+        self, everybody: Sequence[WorkItem], missing: Sequence[WorkItem], call: _Call, work: Work | None = None
     ) -> tuple[list[Cohort], str, int]:
         """Return the cohorts that hold ``missing`` people, the digest of the plan, and the number of shortened texts.
 
-        If a run over ``everybody`` was interrupted (``work``), its cohorts are used again: then a resumed run equals an
-        uninterrupted one. Otherwise only the missing people are planned.
+        People with an item that does not fit the model's tokens are noted in ``call`` and left out. If a run over
+        ``everybody`` was interrupted (``work``), its cohorts are used again: then a resumed run equals an uninterrupted
+        one. Otherwise only the missing people are planned.
         """
         named = {item.name: item for item in everybody}
         begun = work.plan() if work else None
         names = begun if begun and set(begun) <= set(named) else []
         chosen = [named[name] for name in names] if {item.name for item in missing} <= set(names) else list(missing)
         trained = numbers_of(self.base, self.run.stack.lora) if self.run.stack.enabled else 1
-        jobs = (shots_of(self.base, self.bank.task, item.shots) for item in chosen)
+        fitting = list[WorkItem]()
+        jobs = self._jobs(chosen, fitting, call)
+        if (first := next(jobs, None)) is None:
+            return [], "", 0
         below, most, threads = frozen_numbers(self.bank, self.run.merge), self.executor.most, self.executor.threads
         memory = parse_size(self.run.memory)
-        plan = plan_cohorts(self.base, jobs, trained, memory, below=below, most=most, threads=threads)
+        plan = plan_cohorts(self.base, chain([first], jobs), trained, memory, below=below, most=most, threads=threads)
         if work:
             work.note([item.name for item in chosen])
         wanted = {item.name for item in missing}
-        planned = [tuple(chosen[n] for n in cohort) for cohort in plan.cohorts]
+        planned = [tuple(fitting[n] for n in cohort) for cohort in plan.cohorts]
         needed = [items for items in planned if any(item.name in wanted for item in items)]
         return [Cohort(items, plan.tokens_per_batch, plan.threads) for items in needed], plan.digest, plan.shortened
+
+    def _jobs(self, items: Sequence[WorkItem], fitting: list[WorkItem], call: _Call) -> Iterator[ShotsJob]:
+        """Yield the jobs of people whose items fit, and append these people to ``fitting``; note the others."""
+        for item in items:
+            try:
+                job = shots_of(self.base, self.bank.task, item.shots)
+            except DataError as error:
+                call.unsaved[item.person.id] = str(error)
+            else:
+                fitting.append(item)
+                yield job
 
     def _begin(self, people: Sequence[Person], since: Collection[str] | None, keep_histories: bool) -> _Call:
         """Check the people and sort them by id; leave out people who were forgotten since their items were read."""
@@ -282,7 +291,8 @@ class _Call:
     """The people of a call, and the tombstones when their items were read.
 
     Without a new state are people forgotten since then, people whose data made workers fail (with the error), and
-    people whose training diverged, whose state is damaged, or for whom another process saved a state meanwhile.
+    people whose items do not fit, whose training diverged, whose state is damaged, or for whom another process saved a
+    state meanwhile.
     """
 
     people: list[Person]

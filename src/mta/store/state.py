@@ -27,7 +27,7 @@ _NO_DIGEST = "0" * 64
 _HEAD = b'{"__metadata__":{"state":"{\\"sha256\\": \\"'  # the bytes after the 8 bytes of length, in every state file
 _DIGEST = slice(8 + len(_HEAD), 8 + len(_HEAD) + 64)
 SEALED = 8 + len(_HEAD) + 64  # number of first bytes of a file that contain its sha256
-_ASTRAY = "Training diverged: lower stack.training.lr or merge.learned.lr, and personalize again."
+_ASTRAY = "Lower stack.training.lr or merge.learned.lr, and personalize again."
 _AGAIN = "Load an earlier version, or make the state again:  mta personalize"
 
 
@@ -63,7 +63,7 @@ class Losses:
         losses = [self.pooled, self.merged] + ([] if self.stacked is None else [self.stacked])
         if not all(map(math.isfinite, losses)) or self.tokens < 1:
             expected = "expected finite numbers over at least one token"
-            raise Diverged(f"losses on shots are invalid: got {self}, {expected}", hint=_ASTRAY)
+            raise Diverged(f"training diverged: losses on shots are invalid: got {self}, {expected}", hint=_ASTRAY)
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,7 +102,7 @@ class State:
             )
         if not all(map(math.isfinite, [*self.w, *self.gradient, self.loglik])):
             got = f"got w {self.w} from shots with the log-likelihood {self.loglik}"
-            raise Diverged(f"coefficients are invalid: {got}, expected finite numbers", hint=_ASTRAY)
+            raise Diverged(f"training diverged: coefficients are invalid: {got}, expected finite numbers", hint=_ASTRAY)
         if self.stack is not None and len(self.stack) != 1:
             raise InputError(
                 f"a state's stack must be exactly one adapter, got a batch of {len(self.stack)}",

@@ -170,8 +170,8 @@ class Jobs:
             message = error.message if isinstance(error, InputError) else type(error).__name__
             return {person.id: Status("failed", message=message) for person in people}  # without paths of states
         done_ids = [person.id for person in people if person.id not in done.forgotten]
-        diverged = dict.fromkeys(done.failed, Status("failed", message="training diverged"))
-        return {id: Status("done", self._latest(id)) for id in done_ids} | diverged
+        failed = {id: Status("failed", message=error.partition("\n")[0]) for id, error in done.failed.items()}
+        return {id: Status("done", self._latest(id)) for id in done_ids} | failed
 
     def _latest(self, person: str) -> int | None:
         with contextlib.suppress(MtaError):
