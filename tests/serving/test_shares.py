@@ -60,6 +60,20 @@ def test_prefix_keys_never_displace_the_operators_quarter(tmp_path):
     assert all(histories.held(f"{n}") for n in range(ROOM // 4 // 164))
 
 
+def test_keys_of_one_person_fill_three_quarters_together_and_leave_the_operators_quarter(tmp_path):
+    histories = Histories(Store(tmp_path), 50, ROOM)
+    mine = [f"{n}" for n in range(ROOM // 4 // 164)]
+    for id in mine:
+        histories.append(id, [item()], False)
+    people = [Key(name=f"p{n}", sha256="0" * 64, rights="person", of=f"p{n}") for n in range(30)]
+    for key in people:
+        for _ in range(20):
+            histories.append(key.of, [item()], False, key)
+        assert histories.held(key.of) == 20
+    assert taken(histories, [key.of for key in people]) <= ROOM * 3 // 4
+    assert all(histories.held(id) for id in mine)
+
+
 def test_the_oldest_people_are_dropped_and_forgetting_frees_room(tmp_path):
     histories = Histories(Store(tmp_path), 50, room=1000)
     for id in "abac":  # a is not the oldest any more

@@ -50,7 +50,7 @@ class Histories:
             self._held.setdefault(share, OrderedDict())[id] = person
             self._since[id] = since
             self._used[share] += _characters(person)
-            self._make_room(share)
+            self._make_room(id)
         return len(person.items)
 
     def _joined(self, before: Person | None, id: str, new: Sequence[Item]) -> Person:
@@ -62,20 +62,21 @@ class Histories:
             )
         return person
 
-    def _make_room(self, share: str) -> None:
-        while share and self._used[share] > self._room // 4 and self._drop_oldest(share):
+    def _make_room(self, id: str) -> None:
+        """Drop the oldest people, but not ``id``, whose items have just arrived."""
+        share = self._share[id]
+        while share and self._used[share] > self._room // 4 and self._drop_oldest(share, id):
             pass
-        while (others := self._used.total() - self._used[""]) > self._room * 3 // 4:
-            largest = max((name for name in self._used if name), key=self._used.__getitem__)
-            if not self._drop_oldest(largest):
+        while self._used.total() - self._used[""] > self._room * 3 // 4:
+            by_use = sorted((name for name in self._used if name), key=self._used.__getitem__, reverse=True)
+            if not any(self._drop_oldest(name, id) for name in by_use):
                 break
-        while others + self._used[""] > self._room and self._drop_oldest(""):
+        while self._used.total() > self._room and self._drop_oldest("", id):
             pass
 
-    def _drop_oldest(self, share: str) -> bool:
-        """Drop the oldest person of a share, but never the last one."""
-        held = self._held.get(share, OrderedDict())
-        return len(held) > 1 and self._drop(next(iter(held)))
+    def _drop_oldest(self, share: str, but: str) -> bool:
+        oldest = next((id for id in self._held.get(share, ()) if id != but), None)
+        return oldest is not None and self._drop(oldest)
 
     def _drop(self, id: str) -> bool:
         share = self._share.pop(id, None)
