@@ -24,3 +24,19 @@ def test_a_key_file_locked_for_too_long_is_an_error(tmp_path, monkeypatch):
     with auth.FileLock(tmp_path / ".keys.yaml.lock"), pytest.raises(ConfigError, match=r"keys\.yaml"):
         add_key(tmp_path / "keys.yaml", "ops", "admin")
     assert not (tmp_path / "keys.yaml").exists()
+
+
+def test_keys_have_names_that_differ(tmp_path, monkeypatch):
+    """Limits and caches are kept by name; an empty one would have the operator's limits."""
+    path = tmp_path / "keys.yaml"
+    with pytest.raises(ConfigError, match="name"):
+        add_key(path, "", "person", "ann")
+    add_key(path, "ann", "person", "ann")
+    entry = path.read_text()
+    path.write_text(entry + entry.partition("keys:\n")[2])
+    with pytest.raises(ConfigError, match="two keys are named 'ann'"):
+        Keys.load(path)
+    path.write_text(entry.replace("name: ann", "name: MTA_API_KEY"))
+    assert Keys.load(path).keys[0].name == "MTA_API_KEY"
+    with pytest.raises(ConfigError, match="the key in the environment"):
+        Keys.load(path, "secret")

@@ -33,7 +33,7 @@ Kind = Literal["admin", "serve", "person", "prefix"]
 class Key(Settings):
     """One key: its hash and rights. ``of`` is a person's id or an id prefix."""
 
-    name: str
+    name: Annotated[str, Field(min_length=1)]
     sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
     rights: Kind
     of: str = ""
@@ -67,11 +67,20 @@ class Keys(Settings):
 
     keys: tuple[Key, ...] = ()
 
+    @model_validator(mode="after")
+    def _names_differ(self) -> Keys:
+        names = [key.name for key in self.keys]
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise ValueError(f"two keys are named {twice!r}; limits and caches are kept by name")
+        return self
+
     @classmethod
     def load(cls, path: Path | None, secret: str | None = None) -> Keys:
         """Load the keys of a file, and an admin key from the environment. Raises ConfigError."""
         try:
             found = checked(cls, read_yaml(path), str(path)).keys if path else ()
+            if secret and ENV in {key.name for key in found}:
+                raise ConfigError(f"{path}: the name {ENV} is that of the key in the environment", hint="")
         except ConfigError as error:
             hint = "This command creates a key file:  mta serve --keys keys.yaml --new-key ops"
             raise ConfigError(error.message, hint=hint) from None
