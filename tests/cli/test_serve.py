@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -115,6 +116,31 @@ def run_the_documented_snippets(url, secret, folder):
         done = subprocess.run(words, cwd=folder, capture_output=True, text=True, timeout=600)
         assert done.returncode == 0, done.stderr
         assert "person:ann0" in done.stdout
+
+
+def test_a_server_can_listen_on_ipv6(made):
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        pytest.skip("this machine has no IPv6")
+    words = [
+        "serve",
+        "--bank",
+        str(made / "bank"),
+        "--store",
+        str(made / "people"),
+        "--insecure-local",
+        "--host",
+        "::1",
+    ]
+    command = [sys.executable, "-m", "mta", *words, "--port", "0"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as server:
+        try:
+            found = next(re.search(r"http://\[::1\]:\d+", line) for line in server.stderr if "Serving at" in line)
+            body = {"model": "person:ann0", "prompt": "hello", "max_tokens": 2}
+            assert httpx2.post(f"{found[0]}/v1/completions", json=body, timeout=60).status_code == 200
+        finally:
+            server.send_signal(signal.SIGINT)
 
 
 def test_strict_refuses_a_bank_trained_on_a_forgotten_person(made, tmp_path):

@@ -45,7 +45,7 @@ def keys_for(path: Path | None, host: str, insecure_local: bool, port: int = 0) 
     Raises ConfigError if the address is unavailable, or if there are no keys and the gateway would be open to others.
     """
     try:
-        socket.create_server((host, port)).close()
+        _listen(host, port).close()
     except OSError as error:
         raise ConfigError(
             f"cannot listen at {host}:{port}: {error.strerror or error}",
@@ -200,7 +200,11 @@ def serve(service: Service, host: str, port: int, ready: Callable[[str], None]) 
 
     Calls ``ready`` with the address; port 0 picks a free port. Raises OSError if it cannot listen.
     """
-    with socket.create_server((host, port)) as listening:
+    with _listen(host, port) as listening:
         config = uvicorn.Config(create_app(service), log_level="warning", access_log=False, server_header=False)
-        ready(f"http://{host}:{listening.getsockname()[1]}")
+        ready(f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}")
         uvicorn.Server(config).run(sockets=[listening])
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
