@@ -96,6 +96,15 @@ def test_log_probabilities_equal_the_models(engines, world):
         assert [value for _, value in token.top] == pytest.approx([value for _, value in other.top], abs=1e-3)
 
 
+@pytest.mark.parametrize("count", [0, 1, 2])
+def test_a_sampled_token_has_as_many_alternatives_as_were_asked_for(engines, world, count):
+    async def pieces(engine):
+        ask = Ask(tuple(prompt_of(1)), world.version("1", 1), 8, temperature=2.0, seed=1, top_logprobs=count)
+        return [piece.token async for piece in engine.answer(ask) if piece.token]
+
+    assert {len(token.top) for token in run(engines, pieces)} == {count}
+
+
 def test_people_in_the_same_batch_do_not_change_the_answer_of_the_base(engines, world):
     """On a CPU, vLLM gives rows without an adapter that of its last slot."""
     base = Ask(tuple(prompt_of(1)), BASE, 8, top_logprobs=1)

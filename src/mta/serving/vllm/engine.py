@@ -125,7 +125,7 @@ class VllmEngine(QueuedEngine):
 
     async def _stream(self, ask: Ask, name: str, queue: Pieces) -> None:
         async with self._asked(ask, self._body(ask, name)) as response:
-            async for piece in _read(response, self.stops):
+            async for piece in _read(response, self.stops, ask.top_logprobs or 0):
                 queue.put_nowait(piece)
 
     async def _score(self, ask: Ask, name: str, queue: Pieces) -> None:
@@ -206,7 +206,7 @@ async def _opened(opening: asyncio.Task[httpx.Response]) -> httpx.Response:
         raise
 
 
-async def _read(response: httpx.Response, stops: Collection[int]) -> AsyncIterator[Piece]:
+async def _read(response: httpx.Response, stops: Collection[int], most: int) -> AsyncIterator[Piece]:
     """Convert server-sent events to pieces; the last piece has the number of cached prompt tokens.
 
     Raises EngineGone if the events end too early.
@@ -224,7 +224,7 @@ async def _read(response: httpx.Response, stops: Collection[int]) -> AsyncIterat
         details = (event.get("usage") or {}).get("prompt_tokens_details") or {}
         cached = details.get("cached_tokens") or cached
         for choice in event["choices"]:
-            for token in _tokens(choice):
+            for token in _tokens(choice, most):
                 if token.id not in stops:
                     yield Piece(token)
             finish = choice.get("finish_reason") or finish
@@ -233,12 +233,13 @@ async def _read(response: httpx.Response, stops: Collection[int]) -> AsyncIterat
     yield Piece(finish=finish, cached=cached)
 
 
-def _tokens(choice: dict[str, Any]) -> list[Token]:
+def _tokens(choice: dict[str, Any], most: int) -> list[Token]:
+    """Return the tokens of a choice, each with at most ``most`` alternatives: vLLM adds the sampled token to them."""
     ids, scores = choice.get("token_ids") or [], choice.get("logprobs")
     if not scores:
         return [Token(id) for id in ids]
     tokens = []
     for id, logprob, alternatives in zip(ids, scores["token_logprobs"], scores["top_logprobs"]):
         top = [(int(name.removeprefix(_ID)), value) for name, value in (alternatives or {}).items()]
-        tokens.append(Token(id, logprob, tuple(sorted(top, key=lambda pair: -pair[1]))))
+        tokens.append(Token(id, logprob, tuple(sorted(top, key=lambda pair: -pair[1])[:most])))
     return tokens
