@@ -1,8 +1,10 @@
 """The gateway over HTTP: with OpenAI's client, and with unauthorized or malformed requests."""
 
+import json
 import shutil
 
 import httpx2
+import jinja2
 import openai
 import pytest
 from conftest import HashEncoder, people_of, personalizer
@@ -222,6 +224,37 @@ def test_bad_requests_get_an_explanation(world, change, named):
     assert named in found.json()["error"]["message"]
 
 
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "Great \ud83d"}]}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": [{"type": "text", "text": "\ud83d"}]}]}),
+        ("/v1/chat/completions", {"messages": ASKED, "stop": "\ud83d"}),
+        ("/v1/completions", {"prompt": "Great \ud83d"}),
+        ("/v1/classify", {"input": "Great \ud83d"}),
+        ("/v1/classify", {"input": ["Great", "\ud83d"]}),
+        ("/v1/people/eve/history", {"items": [{"fields": {"title": "\ud83d"}}]}),
+        ("/v1/people/eve/history", {"items": [{"fields": {"\ud83d": "Alien"}}]}),
+    ],
+)
+def test_half_of_a_surrogate_pair_is_refused(world, path, body):
+    """A client that cuts text inside an emoji sends it as well-formed JSON."""
+    body = body if "people" in path else {"model": "task"} | body
+    with world.http("admin") as http:
+        found = http.post(path, content=json.dumps(body), headers={"Content-Type": "application/json"})
+    assert found.status_code == 400
+    assert found.json()["error"]["type"] == "invalid_request_error"
+
+
+def test_messages_that_the_bases_template_rejects_are_refused_with_its_reason(world, monkeypatch):
+    def strict(*_, **__):
+        raise jinja2.TemplateError("roles must alternate")
+
+    monkeypatch.setattr(world.service.base.tokenizer, "apply_chat_template", strict)
+    with pytest.raises(openai.BadRequestError, match="the base's chat template rejects these messages"):
+        said(world.client("serve"), "task")
+
+
 def test_a_long_body_is_refused(world):
     with world.http("serve") as http:
         found = http.post("/v1/chat/completions", content=b"x" * ((1 << 20) + 1))
@@ -261,6 +294,6 @@ def test_token_offsets_continue_from_piece_to_piece(world):
 
 def test_a_person_key_cannot_take_all_slots(world):
     for _ in range(2):  # what was refused holds nothing
-        with pytest.raises(openai.RateLimitError, match="at most 8 answers at once"):
+        with pytest.raises(openai.BadRequestError, match="at most 8 at once"):  # waiting would not help
             world.client("ann").completions.create(model="task", prompt="x", max_tokens=2, n=9)
         assert len(world.client("ann").completions.create(model="task", prompt="x", max_tokens=2, n=8).choices) == 8

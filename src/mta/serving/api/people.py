@@ -18,6 +18,7 @@ from mta.data.readers.rows import item_in
 from mta.data.tasks.task import Task
 from mta.serving.api.auth import Key
 from mta.serving.api.jobs import Status
+from mta.serving.api.schemas import ValidText
 from mta.serving.api.service import Caller, Gateway, NobodyHere
 from mta.serving.engine import Refused
 
@@ -27,7 +28,7 @@ router = APIRouter(prefix="/v1/people")
 class NewItem(BaseModel, extra="forbid"):
     """One item: the task's fields and a time."""
 
-    fields: dict[str, str]
+    fields: dict[ValidText, ValidText]
     time: Annotated[float | None, Field(allow_inf_nan=False)] = None
 
 

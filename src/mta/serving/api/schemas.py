@@ -14,6 +14,9 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from mta.serving.engine import Finish, Token
 
+ValidText = Annotated[str, Field(max_length=1 << 24)]
+"""Text that UTF-8 can hold: pydantic refuses half of a surrogate pair only in text with a constraint."""
+
 
 class _Request(BaseModel):
     model_config = ConfigDict(extra="forbid")
@@ -30,14 +33,14 @@ class TextPart(_Request):
     """A text part of a message; other types are refused."""
 
     type: Literal["text"]
-    text: str
+    text: ValidText
 
 
 class Message(_Request):
     """One turn of a chat."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    content: ValidText | list[TextPart]
     name: str | None = None
 
     @property
@@ -60,7 +63,7 @@ class Common(_Request):
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     n: Annotated[int, Field(ge=1, le=16)] = 1
-    stop: str | Annotated[list[str], Field(max_length=4)] | None = None
+    stop: ValidText | Annotated[list[ValidText], Field(max_length=4)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
@@ -89,7 +92,7 @@ class ChatRequest(Common):
 class CompletionRequest(Common):
     """``POST /v1/completions``."""
 
-    prompt: str
+    prompt: ValidText
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
     echo: Literal[False] = False
     best_of: Literal[1] | None = None
@@ -99,7 +102,7 @@ class ClassifyRequest(_Request):
     """``POST /v1/classify``: one text or several, each worded as the task's prompt."""
 
     model: Annotated[str, Field(min_length=1, max_length=1024)]
-    input: str | Annotated[list[str], Field(min_length=1, max_length=64)]
+    input: ValidText | Annotated[list[ValidText], Field(min_length=1, max_length=64)]
     user: str | None = None
     fallback: Literal["task", "base"] | None = None
 

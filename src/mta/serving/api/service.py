@@ -20,7 +20,7 @@ from starlette.exceptions import HTTPException
 
 from mta.bank.format import INFO, stale
 from mta.data.tasks.task import Task
-from mta.errors import MtaError, PersonForgotten, PersonNotFound
+from mta.errors import DataError, MtaError, PersonForgotten, PersonNotFound
 from mta.model.base import BaseModel
 from mta.personalize.adapters import BASE, TASK
 from mta.serving.api.auth import LOCAL, LOOPBACK, Key, Keys
@@ -119,10 +119,15 @@ class Service:
     def counted(self, kind: str, key: Key, count: int) -> Iterator[None]:
         """Reserve ``count`` answers for a key, so that no person key can take all slots, and count how they end.
 
-        Raises QueueFull.
+        Raises QueueFull, Refused for more answers than the key may ever have at once.
         """
         start, status = time.monotonic(), "cancelled"
         try:
+            if key.share and count > self.limits.own:
+                raise Refused(
+                    f"{count} answers were asked for; this key may have at most {self.limits.own} at once",
+                    hint=f"Send n: {self.limits.own}, or less.",
+                )
             if key.share and self._held[key.name] + count > self.limits.own:
                 most = f"this key may have at most {self.limits.own} answers at once"
                 raise QueueFull(most, hint="Wait for one to end.")
@@ -223,6 +228,7 @@ _ANSWERS: dict[type[MtaError], tuple[int, str, str | None, int | None]] = {
     EngineGone: (503, "server_error", "engine_gone", 5),
     AnswerLost: (500, "server_error", "answer_lost", None),
     Refused: (400, "invalid_request_error", None, None),
+    DataError: (400, "invalid_request_error", None, None),  # messages that the base's chat template rejects
 }
 
 
