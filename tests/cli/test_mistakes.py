@@ -162,6 +162,18 @@ MISTAKES = {
         "evaluate {new} --bank {bank} --task lamp3",
         "InputError: --task belongs to --predictions",
     ),
+    "a comparison with an option of recipes": (
+        "evaluate {new} --bank {bank} --exhibit main",
+        "InputError: --cluster, --workers, --data, --test, --exhibit, and --on are for recipes",
+    ),
+    "a recipe with an option of comparisons": (
+        "evaluate movielens --skip-bad {root}/bad.jsonl --out {root}/runs",
+        "InputError: --config, --task, --skip-bad, and names of columns are not for recipes",
+    ),
+    "a question with half of a surrogate pair": (
+        "generate Great-\ud83d --bank {bank} --store {store}",
+        "DataError: the question's field 'question': holds half of a surrogate pair",
+    ),
     "predictions that are no answers": (
         "evaluate {new} --predictions {new} --task lamp3",
         "DataError: ",

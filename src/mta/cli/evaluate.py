@@ -114,22 +114,29 @@ def evaluate(
     if predictions:
         return _score(source, predictions, task, words, json)
     is_recipe = _is_recipe(source)
+    columns = [person_column, input_column, output_column, time_column]
     if is_recipe and not privacy:
+        if any([*columns, skip_bad, config, task]):
+            hint = "Leave them out: a recipe names its settings and task, and reads LaMP files or JSONL as they are."
+            raise InputError("--config, --task, --skip-bad, and names of columns are not for recipes", hint)
         place = out or Path("runs") / Path(source).stem
+        given = options.as_words(
+            **{"run.device": device, "compared": people, "seeds": None if seed is None else [seed]}
+        )
         with options.executor_at(cluster, workers) as executor:
-            return _experiment(source, words or [], place, data, test, exhibit or [], on, executor, track, json)
-    if cluster or workers or test:
+            return _experiment(
+                source, [*(words or []), *given], place, data, test, exhibit or [], on, executor, track, json
+            )
+    if cluster or workers or test or data or exhibit or on != "test":
         hint = "Leave them out: a comparison tests the people of SOURCE in one process."
-        raise InputError("--cluster, --workers, and --test are for recipes", hint)
+        raise InputError("--cluster, --workers, --data, --test, --exhibit, and --on are for recipes", hint)
     if task:
         raise InputError("--task belongs to --predictions; a comparison uses the bank's task", "Leave --task out.")
     if privacy and (people or is_recipe):
         hint = "For fewer people: targets=8."
         raise InputError("--privacy takes people and a bank, no recipe and no --people", hint)
     tracker = options.tracker_for(track, out)
-    given = options.people_in(
-        source, options.task_of(bank), skip_bad, person_column, input_column, output_column, time_column
-    )
+    tested = options.people_in(source, options.task_of(bank), skip_bad, *columns)
     chosen, run_words = _settings(Privacy if privacy else Evaluation, config, words or [])
     base, opened, run = options.open_bank(bank, run_words, seed, device, open_to=options.MERGE_AND_STACK)
     used = chosen.model_dump(mode="json") | base.as_loaded(run).model_dump(mode="json", include=set(RUN_SETTINGS))
@@ -137,9 +144,11 @@ def evaluate(
     with Screen() as screen, options.run_folder(kind, out, base, opened, used, tracker, screen.step) as folder:
         found: Findings | Study
         if isinstance(chosen, Privacy):
-            found = attack(base, opened, run, given, chosen, on_step=folder.step, say=screen.say)
+            found = attack(base, opened, run, tested, chosen, on_step=folder.step, say=screen.say)
         else:
-            found = mta.study(base, opened, run, given, chosen, limit=people, on_step=folder.step, on_method=screen.say)
+            found = mta.study(
+                base, opened, run, tested, chosen, limit=people, on_step=folder.step, on_method=screen.say
+            )
         folder.outcome = found.outcome()
         if out:
             _write(found, out)

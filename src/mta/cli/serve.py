@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from json import loads
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -69,13 +70,13 @@ def generate(
 
 def _fields(question: str) -> Question:
     """Return the fields of a question that is a JSON object; another text unchanged. Raises DataError."""
-    if not question.lstrip().startswith("{"):
-        return question
+    fields: dict[str, object] | None = None
+    if question.lstrip().startswith("{"):
+        with suppress(ValueError):
+            fields = loads(question)
     try:
-        fields = loads(question)
-    except ValueError:
-        return question
-    try:
+        if fields is None:
+            return text_in({"question": question}, "question")
         return {name: text_in(fields, name) for name in fields}
     except Bad as bad:
         raise DataError(
