@@ -157,10 +157,8 @@ def _given(adapters: Sequence[Path], base: BaseModel, people: Sequence[Person]) 
         )
     loras = [_of_base(folder, read_peft(folder), base) for folder in folders]
     known = {person.id: person for person in people if person.items}
-    if missing := [name for name in ids if people and name not in known]:
-        log.warning(
-            "no items are given for %s: anchors without items cannot be retrieved by content", ", ".join(missing)
-        )
+    if missing := sum(name not in known for name in ids) if people else 0:
+        log.warning("no items are given for %d of %d LoRAs: these cannot be retrieved by content", missing, len(ids))
     return _Given(
         ids, loras, [known.get(name) for name in ids], [file_hashes(folder, [CONFIG, WEIGHTS]) for folder in folders]
     )
