@@ -12,6 +12,8 @@ from world import ANN, BOB, MEMBER, QUESTION, TASK, mta, ratings, run, tree, wri
 from world import world as world  # the fixture
 
 from mta.bank.format import seal
+from mta.cli.options import open_bank
+from mta.personalize import Personalizer
 
 # data
 
@@ -250,6 +252,15 @@ def test_export_writes_a_peft_folder(world, tmp_path):
     tensors = load_file(tmp_path / "ann" / "adapter_model.safetensors")
     assert config["peft_type"] == "LORA"
     assert {tensor.shape[0] for name, tensor in tensors.items() if "lora_A" in name} == {config["r"]}
+
+
+def test_export_loads_no_weights_and_equals_the_librarys(world, tmp_path, monkeypatch):
+    base, bank, settings = open_bank(world.bank)
+    Personalizer(base, bank, world.store, run=settings).export(ANN, tmp_path / "library")
+    monkeypatch.setattr("mta.model.base.load_weights", None)  # fails if weights are loaded
+    mta("export", ANN, "--out", tmp_path / "ann", *world.at)
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (tmp_path / "ann" / name).read_bytes() == (tmp_path / "library" / name).read_bytes()
 
 
 def test_export_reports_the_error_of_compression(world, tmp_path):

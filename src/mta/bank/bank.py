@@ -137,7 +137,8 @@ class Bank:
         if len(vectors) != len(anchors) or anchors.shapes != base.targets:
             raise BankCorrupt(f"{folder}: anchors, index, and base do not match", hint=REBUILD)
         working = anchors.to(base.device, base.dtype)
-        pooled = pooled and pooled.to(base.device)
+        if base.has_weights:  # adapters are exported from an outline of the base, too
+            pooled = pooled and pooled.to(base.device)
         calibration = read_calibration(folder, info)
         return cls(folder, info, info.hash, task, anchors, working, vectors, pooled, calibration)
 

@@ -155,7 +155,7 @@ def export(
     from mta.lora.peft import CONFIG
     from mta.store.exports import adapter_parcel
 
-    base, opened, run = options.open_bank(bank, words, device=device)
+    base, opened, run = options.open_bank(bank, words, device=device, weights=False)
     personal = mta.Personalizer(base, opened, store, run=run)
     error = personal.export(person, out, rank=rank)
     needed = int(loads((out / CONFIG).read_text(encoding="utf-8"))["r"])
