@@ -24,6 +24,7 @@ from mta.model.base import BaseModel
 from mta.model.encoders import encode_people
 from mta.personalize.likelihoods import Evidence, ShotsJob, shots_of
 from mta.personalize.merge import Merge, fit_merge, frozen_numbers, needs_evidence
+from mta.personalize.policies import policy_of
 from mta.training.plan import Plan, plan_cohorts
 
 log = logging.getLogger("mta")
@@ -237,7 +238,7 @@ class Panel:
                 self.bank.working,
                 self.bank.pooled,
                 settings,
-                similarity=self.similarity,
+                similarity=None if policy_of(settings).gradients else self.similarity,
                 evidence=evidence,
                 calibration=self.bank.calibration,
                 seed=seed,

@@ -98,17 +98,18 @@ class ShotGradients(NamedTuple):
         return ShotGradients(self.sums + more.sums, self.loglik + more.loglik, self.shots + more.shots)
 
 
-def shots_of(base: BaseModel, task: Task, person: Person) -> ShotsJob:
-    """Return a person's items as training examples, with alternatives if the task has labels.
+def shots_of(base: BaseModel, task: Task, person: Person, alternatives: bool = True) -> ShotsJob:
+    """Return a person's items as training examples, with ``alternatives`` if the task has labels.
 
-    The job's key is the digest of the items, not the id: a hash of the key must not confirm a guessed id.
+    Only policies that need evidence read alternatives, which take most of the tokenizer's time. The job's key is the
+    digest of the items, not the id: a hash of the key must not confirm a guessed id.
     """
     examples = [base.prompts.example(task, item) for item in person.items]
     labels = [task.labels_of(item) for item in person.items]
-    if not all(labels):
+    if not alternatives or not all(labels):
         return ShotsJob(person.digest(), examples)
-    alternatives = [base.prompts.examples(task, item, known or ()) for item, known in zip(person.items, labels)]
-    return ShotsJob(person.digest(), examples, alternatives)
+    others = [base.prompts.examples(task, item, known or ()) for item, known in zip(person.items, labels)]
+    return ShotsJob(person.digest(), examples, others)
 
 
 def gather_evidence(

@@ -17,7 +17,7 @@ from mta.errors import DataError, InputError, OtherBank, PersonForgotten, Person
 from mta.model.base import BaseModel
 from mta.model.encoders import Encoder
 from mta.personalize.likelihoods import ShotsJob, shots_of
-from mta.personalize.merge import check_merge, frozen_numbers
+from mta.personalize.merge import check_merge, frozen_numbers, needs_evidence
 from mta.personalize.policies import policy_of
 from mta.personalize.stages import Cohort, Stages, WorkItem, digest_of, settings_of
 from mta.personalize.update import Action, NotSaved, StateUpdate
@@ -184,9 +184,10 @@ class Pipeline:
 
     def _jobs(self, items: Sequence[WorkItem], fitting: list[WorkItem], call: _Call) -> Iterator[ShotsJob]:
         """Yield the jobs of people whose items fit, and append these people to ``fitting``; note the others."""
+        alternatives = needs_evidence(self.run.merge)
         for item in items:
             try:
-                job = shots_of(self.base, self.bank.task, item.shots)
+                job = shots_of(self.base, self.bank.task, item.shots, alternatives)
             except DataError as error:
                 call.unsaved[item.person.id] = str(error)
             else:

@@ -153,7 +153,8 @@ class Stages:
 
     def jobs(self, cohort: Cohort) -> list[ShotsJob]:
         """Return the training examples of each person: the items that their state does not hold yet."""
-        return [shots_of(self.base, self.bank.task, item.shots) for item in cohort.items]
+        alternatives = needs_evidence(self.run.merge)
+        return [shots_of(self.base, self.bank.task, item.shots, alternatives) for item in cohort.items]
 
     def merge(
         self, cohort: Cohort, jobs: Sequence[ShotsJob], earlier: Earlier | None = None

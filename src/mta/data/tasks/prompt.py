@@ -62,10 +62,14 @@ class PromptFormat:
 
     def examples(self, task: Task, item: Item, targets: Sequence[str]) -> list[Example]:
         """Return one prompt with several targets (the labels of a query), cut to the same length for all targets."""
-        text = self.render(task.prompt(item))
-        limit = self.max_tokens - max(len(self._target(text, self._tokens(text), target)) for target in targets)
-        text, tokens, cut = self._fit(task, item, limit)
-        return [Example(tokens + self._target(text, tokens, target), len(tokens), cut) for target in targets]
+        text, cut = self.render(task.prompt(item)), 0
+        tokens = self._tokens(text)
+        ends = [self._target(text, tokens, target) for target in targets]
+        limit = self.max_tokens - max(map(len, ends))
+        if len(tokens) > limit:
+            text, tokens, cut = self._fit(task, item, limit)
+            ends = [self._target(text, tokens, target) for target in targets]
+        return [Example(tokens + end, len(tokens), cut) for end in ends]
 
     def prompt(self, task: Task, item: Item, reserve: int = 0) -> Example:
         """Return a prompt without a target; ``reserve`` tokens stay free for the generated answer."""
