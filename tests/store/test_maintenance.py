@@ -79,11 +79,13 @@ def test_check_lists_leftovers_and_unknown_files(tmp_path: Path) -> None:
     folder = path_of(store, ANN)
     (folder / f".3.safetensors.{'0' * 32}").write_bytes(b"half")
     (folder / "notes.txt").write_text("mine")
-    (tmp_path / "work" / "run").mkdir(parents=True)
-    (tmp_path / "work" / "run" / "plan.json").write_text("{}")
+    for run in ("0" * 24, "of-mine"):
+        (tmp_path / "work" / run).mkdir(parents=True)
+        (tmp_path / "work" / run / "plan.json").write_text("{}")
     found = check(store)
     assert [Path(name).name for name in found.leftovers] == [f".3.safetensors.{'0' * 32}"]
-    assert [Path(name).name for name in found.strangers] == ["notes.txt"]
+    assert {Path(name).name for name in found.strangers} == {"notes.txt", "plan.json"}
+    assert "work/of-mine/plan.json" in found.strangers
     assert (found.states, found.damaged) == (3, {})
 
 
@@ -103,13 +105,14 @@ def test_collect_removes_only_old_leftovers(tmp_path: Path) -> None:
 
 def test_collect_removes_a_stopped_run_after_a_week(tmp_path: Path) -> None:
     store = filled(tmp_path)
-    for days, run in ((8, "old"), (6, "young")):
+    old, young = "0" * 24, "1" * 24
+    for days, run in ((8, old), (6, young), (8, "of-mine")):
         plan = tmp_path / "work" / run / "plan.json"
         plan.parent.mkdir(parents=True)
         plan.write_text("[]")
         os.utime(plan, (time.time() - days * 86400,) * 2)
-    assert list(collect(store)) == ["work/old/plan.json"]
-    assert [path.name for path in (tmp_path / "work").rglob("plan.json")] == ["plan.json"]
+    assert list(collect(store)) == [f"work/{old}/plan.json"]
+    assert {path.parent.name for path in (tmp_path / "work").rglob("plan.json")} == {young, "of-mine"}
 
 
 @pytest.mark.parametrize("keep", [1, 2, 5])

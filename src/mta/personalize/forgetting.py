@@ -13,6 +13,7 @@ from mta.bank.format import mark_stale, published, read_info, stop_calibration
 from mta.errors import BankError, StoreError
 from mta.store import Store
 from mta.store.exports import Export
+from mta.store.workspace import drop_runs
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +39,7 @@ def forget_person(person: str, store: Store | None, *banks: Path, keep_exports: 
     if store:
         failed = _run_twice(
             lambda: store.tombstones.add(person),  # from now on, no process saves data of the person
-            lambda: store.files.remove_folder("work"),  # a killed run's checkpoint may hold the person's stack
+            lambda: drop_runs(store.files),  # a killed run's checkpoint may hold the person's stack
             lambda: exports.append(store.exports.forget(person, keep=True)),
             lambda: removed.append(store.remove(person)),
         )

@@ -20,6 +20,8 @@ from mta.store.lock import LOCK
 from mta.store.state import State, history_from_bytes
 from mta.store.store import Store, version_of
 from mta.store.tombstones import FOLDER, LIFETIME
+from mta.store.workspace import FOLDER as WORK
+from mta.store.workspace import RUN
 
 T = TypeVar("T")
 Kind = Literal["key", "state", "history", "exports", "hint", "work", "tombstone", "lock", "leftover", "stranger"]
@@ -31,7 +33,7 @@ _KINDS: dict[Kind, str] = {  # kind -> pattern of its names; the first match cou
     "history": rf"{_PERSON}/history\.json",
     "exports": rf"{_PERSON}/exports\.json",
     "leftover": r"(.*/)?\.[^/]+\.[0-9a-f]{32}",  # temporary files, which a writer renames or links when complete
-    "work": "work/.+",  # a stopped run resumes from it
+    "work": f"{WORK}/{RUN}/.+",  # a stopped run resumes from it
     "key": r"store\.json",
     "lock": re.escape(LOCK),
     "tombstone": f"{FOLDER}/.+",

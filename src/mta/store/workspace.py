@@ -5,15 +5,19 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import shutil
+import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from mta.errors import StoreError
 from mta.store.tombstones import LIFETIME
 from mta.system.storage import Storage
 from mta.training.checkpoint import Checkpoint
+
+FOLDER, KEY = "work", "store.json"
+RUN = "[0-9a-f]{24}"  # name of a run's folder; other folders are not ours
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +34,7 @@ class Work:
     @classmethod
     def of(cls, files: Storage, names: Sequence[str], allowed: Callable[[], bool] = lambda: True) -> Work:
         """Return the folder of a run over ``names``, which identify people and the work on them."""
-        return cls(files, f"work/{hashlib.sha256('/'.join(names).encode()).hexdigest()[:24]}", allowed)
+        return cls(files, f"{FOLDER}/{hashlib.sha256('/'.join(names).encode()).hexdigest()[:24]}", allowed)
 
     @property
     def folder(self) -> Path | None:
@@ -59,14 +63,31 @@ class Work:
     def finish(self) -> None:
         """Remove the folder of the finished run, and folders of runs that stopped a week ago."""
         self.drop()
-        if self.folder and self.folder.parent.is_dir():
-            for folder in self.folder.parent.iterdir():
-                with contextlib.suppress(FileNotFoundError):  # another run may remove its folder at the same time
-                    if time.time() - folder.stat().st_mtime > LIFETIME:
-                        shutil.rmtree(folder, ignore_errors=True)
-            with contextlib.suppress(OSError):  # other runs' folders may be in it
-                self.folder.parent.rmdir()
+        for name in runs_in(self.files) if self.files.local else []:
+            with contextlib.suppress(FileNotFoundError, StoreError):  # another run may remove its folder meanwhile
+                if time.time() - Path(self.files.at(name)).stat().st_mtime > LIFETIME:
+                    self.files.remove_folder(name)
+        _remove_if_empty(self.files)
 
     def drop(self) -> None:
         """Remove the folder, so that the run starts from the beginning."""
         self.files.remove_folder(self.name)
+
+
+def runs_in(files: Storage) -> list[str]:
+    """Return the names of the folders of all runs over a store."""
+    return [f"{FOLDER}/{name}" for name in files.folders(FOLDER) if re.fullmatch(RUN, name)]
+
+
+def drop_runs(files: Storage) -> None:
+    """Remove the folders of all runs over a store, if it is one. Raises StoreError."""
+    if files.exists(KEY):
+        for name in runs_in(files):
+            files.remove_folder(name)
+        _remove_if_empty(files)
+
+
+def _remove_if_empty(files: Storage) -> None:
+    if files.local:
+        with contextlib.suppress(OSError):  # other folders may be in it
+            Path(files.at(FOLDER)).rmdir()

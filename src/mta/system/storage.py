@@ -57,6 +57,13 @@ class Storage:
             return {str(i["name"]).rsplit("/", 1)[-1]: int(i["size"] or 0) for i in infos if i["type"] == "file"}
         return {}
 
+    def folders(self, name: str) -> list[str]:
+        """Return the names of the folders in a folder; none if it does not exist."""
+        with self._reported(self.at(name)), contextlib.suppress(FileNotFoundError, NotADirectoryError):
+            found = self.fs.ls(self.at(name), detail=True)
+            return [Path(one["name"]).name for one in found if one["type"] == "directory"]
+        return []
+
     def find(self, depth: int | None = None) -> dict[str, int]:
         """Return names and sizes (bytes) of all files, down to ``depth`` levels."""
         with self._reported(self.root):
