@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import os
+import shutil
 from pathlib import Path
 
 import kill
@@ -121,6 +123,21 @@ class FullDisk(Store):
             raise OSError("No space left on device")
         self.room -= 1
         return super().save(id, state, *more, **how)
+
+
+def test_forgetting_elsewhere_while_a_checkpoint_is_written_stops_nothing(tiny, tmp_path, monkeypatch):
+    real, removed = os.fsync, []
+
+    def forgotten(file):
+        if not removed and (found := list((tmp_path / "work").glob("*/.*.checkpoint.*"))):
+            removed.extend(found)
+            shutil.rmtree(tmp_path / "work")
+        real(file)
+
+    monkeypatch.setattr(Checkpoint, "due", lambda _: True)
+    monkeypatch.setattr(os, "fsync", forgotten)
+    assert personalizer(*tiny, store=tmp_path).personalize(PEOPLE).trained == len(PEOPLE)
+    assert removed
 
 
 @pytest.mark.parametrize("saved", [0, 3])

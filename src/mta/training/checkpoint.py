@@ -11,6 +11,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from mta.errors import StoreError
 from mta.system.atomic import write_tensors
 
 
@@ -33,7 +34,12 @@ class Checkpoint:
         return time.monotonic() - self._last >= self.every
 
     def save(self, tensors: Mapping[str, Tensor], progress: Mapping[str, object]) -> None:
-        write_tensors(self.path, tensors, {"work": self.work, "progress": json.dumps(progress)})
+        """Write the state; nothing is saved if another process removes the folder meanwhile, as ``forget`` does."""
+        try:
+            write_tensors(self.path, tensors, {"work": self.work, "progress": json.dumps(progress)})
+        except (StoreError, FileNotFoundError):
+            if self.path.parent.exists():
+                raise
         if not self.allowed():  # checked after writing: `forget` may have looked for checkpoints just before
             self.remove()
         self._last = time.monotonic()
