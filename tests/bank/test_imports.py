@@ -95,11 +95,14 @@ def test_items_of_the_loras_people_give_vectors_and_members(trained, tmp_path):
     assert bank.info.members.artefacts_of("somebody") == []
 
 
-def test_without_items_no_anchor_is_near(trained, tmp_path):
+@pytest.mark.parametrize("policy", ["similarity", "released", "top1", "fixed", "uniform"])
+@pytest.mark.parametrize("k", [0, 2])
+def test_without_items_no_anchor_is_near(trained, tmp_path, policy, k):
     bank = imported(tmp_path / "bank", trained[0])
     similarity = bank.similarity(torch.ones(1, bank.vectors.shape[1]))
-    with pytest.raises(ConfigError, match="the bank's anchors have no encodings"):
-        coefficients(MergeSettings(policy="similarity", k=2), similarity)
+    if (policy, k) != ("uniform", 0):
+        with pytest.raises(ConfigError, match="the bank's anchors have no encodings"):
+            coefficients(MergeSettings(policy=policy, k=k), similarity)
     assert coefficients(MergeSettings(policy="uniform", k=0), similarity).w.tolist() == [pytest.approx([1 / 3] * 3)]
 
 

@@ -107,10 +107,10 @@ def coefficients(settings: MergeSettings, similarity: Tensor, evidence: Evidence
             f"policy {settings.policy!r} needs the anchors' likelihood of the shots",
             hint="Give evidence=gather_evidence(…), or use a policy that needs none, such as merge.policy=similarity.",
         )
-    if settings.k and settings.retrieve == "cosine" and not similarity.any(dim=0).all():
+    if policy_of(settings).by_content(settings) and not similarity.any(dim=0).all():
         raise ConfigError(
             "some of the bank's anchors have no encodings, so anchors cannot be retrieved by content",
-            hint="Merge all: merge.k=0; or merge.retrieve=loss.",
+            hint="Merge all by what they predict: merge.policy=posterior merge.k=0.",
         )
     rank_by = evidence.anchors if settings.retrieve == "loss" and evidence else similarity.double()
     ids = rank_by.topk(settings.k or anchors, dim=1, sorted=True).indices

@@ -65,6 +65,12 @@ class Policy:
     gradients: bool  # whether the policy reads the shots' gradients and the bank's calibration
     labels: bool  # whether the policy needs the scores of a closed set of labels
     wide: bool  # whether the policy is meant for all anchors, or only for the nearest
+    cosines: bool  # whether the policy reads the cosines of people and anchors
+
+    def by_content(self, settings: MergeSettings) -> bool:
+        """Return whether anchors are retrieved or weighted by content, which needs their encodings."""
+        nearest = bool(settings.k) or not (self.wide or self.evidence(settings))
+        return self.cosines or (nearest and settings.retrieve == "cosine")
 
 
 POLICIES: dict[str, Policy] = {}
@@ -76,12 +82,13 @@ def policy(
     gradients: bool = False,
     labels: bool = False,
     wide: bool = False,
+    cosines: bool = False,
 ) -> Callable[[Weigh], Weigh]:
     """Register a function as a policy under the function's name; arguments as in ``Policy``."""
 
     def register(weigh: Weigh) -> Weigh:
         reads = evidence if callable(evidence) else lambda _: evidence
-        POLICIES[weigh.__name__] = Policy(weigh, reads, gradients, labels, wide)
+        POLICIES[weigh.__name__] = Policy(weigh, reads, gradients, labels, wide, cosines)
         return weigh
 
     return register
@@ -117,13 +124,13 @@ def fixed(settings: MergeSettings, retrieved: Retrieved) -> Tensor:
     return w
 
 
-@policy()
+@policy(cosines=True)
 def similarity(settings: MergeSettings, retrieved: Retrieved) -> Tensor:
     """Return the softmax of the cosines."""
     return torch.softmax(retrieved.similarity / settings.tau, dim=1)
 
 
-@policy()
+@policy(cosines=True)
 def released(settings: MergeSettings, retrieved: Retrieved) -> Tensor:
     """Return the cosines' shares in reverse: of two anchors, the nearer one gets the share of the farther one.
 
