@@ -202,6 +202,20 @@ def test_a_person_forgotten_while_a_calibration_is_written_is_not_in_it(folder, 
     assert "What to expect" not in (folder / "bank" / "README.md").read_text()
 
 
+def test_a_mark_set_while_a_calibration_ends_is_kept(folder, base, monkeypatch):
+    calibrated(folder, base)
+    clear = recalibrate.clear_stale
+
+    def forget_first(*args):
+        forget_person(OTHERS[0].id, None, folder / "bank")
+        clear(*args)
+
+    monkeypatch.setattr(recalibrate, "clear_stale", forget_first)
+    with pytest.raises(BankError, match="a person was forgotten"):
+        calibrated(folder, base)
+    assert read_info(folder / "bank").calibration is None
+
+
 def test_too_few_people_leave_a_calibrated_bank_as_it_is(folder, base):
     before = calibrated(folder, base)
     with pytest.raises(InputError, match=r"all except 3 are in the bank, .* 8 are needed"):

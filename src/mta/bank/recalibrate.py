@@ -131,6 +131,7 @@ def _commit(
     }
     whole = named(info.model_copy(update=changed))
     write_text(folder / CARD, card(whole))
+    clear_stale(folder, "calibration")  # before people of the new one are members, who may be forgotten at once
     write_info(folder, whole)
     try:
         _check_not_stopped(folder)  # from here on, forgetting finds the person in the bank
@@ -139,7 +140,6 @@ def _commit(
         write_text(folder / CARD, card(without))
         (folder / CALIBRATION).unlink()
         raise
-    clear_stale(folder, "calibration")
     remove_work(folder)
 
 
