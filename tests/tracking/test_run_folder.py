@@ -23,7 +23,7 @@ SETTINGS = TINY_RUN.model_dump(mode="json")
 
 
 def kept(folder, **more):
-    return RunFolder(folder=folder, kind="personalize", base=base_of(), settings=SETTINGS, **more)
+    return RunFolder(folder=folder, base=base_of(), settings=SETTINGS, **{"kind": "personalize"} | more)
 
 
 def steps(run, stage="stack", count=3, people=2):
@@ -129,6 +129,15 @@ def test_other_work_in_the_same_folder_is_another_run(tmp_path):
     first, second = sittings(tmp_path)
     assert first["work"] != second["work"]
     assert [len(list(lines(tmp_path, one["work"]))) for one in (first, second)] == [2, 2]
+
+
+def test_a_run_of_another_kind_does_not_replace_the_files_of_the_first(tmp_path):
+    with kept(tmp_path, kind="comparison") as run:
+        steps(run)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(DataError, match="kind 'comparison'; one of kind 'privacy' would replace"):
+        kept(tmp_path, kind="privacy").__enter__()
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 def test_the_text_of_an_error_is_not_kept(tmp_path):

@@ -80,6 +80,11 @@ class RunFolder:
         self._entered = datetime.now(UTC)
         if self.folder:
             self._before = sittings(self.folder)
+            if (kind := self._before[-1]["kind"] if self._before else self.kind) != self.kind:
+                raise DataError(
+                    f"{self.folder} holds a run of kind {kind!r}; one of kind {self.kind!r} would replace its files",
+                    hint="Choose another folder.",
+                )
             if self.config and not self._before and (self.folder / CONFIG).exists():
                 raise DataError(
                     f"{self.folder / CONFIG} belongs to no run, since {RUN} is missing; it is not overwritten",
