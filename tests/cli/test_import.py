@@ -1,5 +1,7 @@
 """LoRAs that exist already become a bank, on the command line."""
 
+import shutil
+
 import pytest
 import torch
 from tiny import base_of, random_loras
@@ -33,6 +35,17 @@ def test_loras_become_a_bank_that_grows_and_personalizes(loras, tmp_path, monkey
     at = ["--bank", tmp_path / "more", "--store", tmp_path / "people"]
     assert mta("personalize", new, *at, "--json").json["failed"] == {}
     assert "3 anchors" in mta("person", "show", "new-00-quispe", *at).out
+
+
+def test_a_bank_grows_where_its_base_was_moved(loras, tmp_path, monkeypatch):
+    monkeypatch.setenv("MTA_CACHE", str(tmp_path / "cache"))
+    moved = shutil.copytree(loras / "base", tmp_path / "base")
+    how = ["--base", moved, "--config", loras / "run.yaml", *TASK]
+    mta("bank", "import", loras / "ann", *how, "--out", tmp_path / "bank")
+    moved.rename(tmp_path / "elsewhere")
+    words = ["bank", "add", tmp_path / "bank", loras / "cem"]
+    assert run(*words, "--out", tmp_path / "no").code == 1
+    mta(*words, "--base", tmp_path / "elsewhere", "--out", tmp_path / "more")
 
 
 def test_mistakes_are_named_and_nothing_is_written(loras, tmp_path, monkeypatch):

@@ -98,6 +98,7 @@ def add(
     adapters: Annotated[list[Path], Argument(help="PEFT folders of LoRAs, each called like its person.")],
     out: Annotated[Path, Option(help="Folder of the new bank.")],
     people: Annotated[str | None, Option(help="Items of the LoRAs' people; others calibrate the bank.")] = None,
+    base: options.MovedBase = None,
     device: options.Device = None,
     json: options.Json = False,
 ) -> None:
@@ -106,8 +107,8 @@ def add(
     Example:  mta bank add bank/ loras/dora --out larger/
     """
     read = options.people_in(people, options.task_of(folder)) if people else []
-    base, bank, run = options.open_bank(folder, device=device)
-    _show(_calibrated(bank.added(base, adapters, out, people=read), base, read, run), json)
+    model, bank, run = options.open_bank(folder, options.as_words(base=base), device=device)
+    _show(_calibrated(bank.added(model, adapters, out, people=read), model, read, run), json)
 
 
 def _calibrated(bank: mta.Bank, base: mta.BaseModel, people: list[mta.Person], run: Run) -> mta.Bank:

@@ -38,6 +38,7 @@ def doctor(
     key_file: Annotated[
         Path | None, Option(help="With --served: file with the API key.", exists=True, dir_okay=False)
     ] = None,
+    base: options.MovedBase = None,
     device: options.Device = None,
     json: options.Json = False,
 ) -> None:
@@ -54,9 +55,9 @@ def doctor(
     from mta.tools.served import PERSON
 
     if served:
-        found = _served(served, bank, store, person or [], served_as, key_file, device)
-    elif person or key_file or served_as != PERSON:
-        raise InputError("--person, --served-as, and --key-file belong to --served", "Add  --served URL.")
+        found = _served(served, bank, store, person or [], served_as, key_file, base, device)
+    elif person or key_file or base or served_as != PERSON:
+        raise InputError("--person, --served-as, --key-file, and --base belong to --served", "Add  --served URL.")
     else:
         found = examine(bank, store)
     problems, warnings = (sum(one.verdict == verdict for one in found) for verdict in ("problem", "warning"))
@@ -80,6 +81,7 @@ def _served(
     people: list[str],
     served_as: str,
     key_file: Path | None,
+    moved: str | None,
     device: str | None,
 ) -> list[Finding]:
     import mta
@@ -91,7 +93,7 @@ def _served(
     if "{}" not in served_as:
         raise InputError(f"--served-as {served_as!r} has no {{}} for the id", "For example:  --served-as 'person:{}'")
     key = key_file.read_text(encoding="utf-8-sig", errors="replace").strip() if key_file else ""
-    base, opened, run = options.open_bank(options.bank_at(bank), device=device)
+    base, opened, run = options.open_bank(options.bank_at(bank), options.as_words(base=moved), device=device)
     ours = served_as == PERSON  # a server of ours also serves the pooled model and the base
     names = {"task": "task", "base": base.name} if ours else {"task": "", "base": ""}
     server = Server(url, key, served_as, **names)

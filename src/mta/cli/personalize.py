@@ -27,7 +27,8 @@ def personalize(
     store: options.StoreUrl = "people",
     latest: Annotated[int | None, Option(min=1, help="Use only this many most recent items of each person.")] = None,
     keep_histories: Annotated[
-        bool, Option("--keep-histories", help="Keep people's items in the store until they are forgotten.")
+        bool,
+        Option("--keep-histories", help="Keep people's items, instead of those kept before, until they are forgotten."),
     ] = False,
     update: Annotated[
         bool, Option("--update", help="Update existing states, at the cost of each person's new items.")
