@@ -14,12 +14,14 @@ from mta.evaluation.methods import (
     METHODS,
     Base,
     Chosen,
+    GlobalConstant,
     Merged,
     MergedByLayer,
     MergeThenAdapt,
     Method,
     OneLora,
     Outcome,
+    OwnConstant,
     PerPcs,
     Prime,
     Profile,
@@ -30,6 +32,7 @@ from mta.evaluation.methods import (
 )
 from mta.evaluation.methods.combined import pick
 from mta.evaluation.methods.merged import layer_groups
+from mta.evaluation.methods.plain import best_pull
 from mta.evaluation.methods.published import gate_of
 from mta.evaluation.metrics import Answers
 from mta.evaluation.protocol import Panel, has_enough_items, shots_and_queries
@@ -333,9 +336,45 @@ def test_chosen_does_not_read_queries(tiny):
     assert one == other
 
 
+class Silent(TaskLora):
+    """Gives no probabilities."""
+
+    name: str = "silent"
+
+    def run(self, panel, seed):
+        return Outcome([Answers(["3"] * len(items)) for items in panel.queries], 0.0, 0.0)
+
+
 def test_a_method_without_probabilities_cannot_be_chosen(panel):
-    with pytest.raises(InputError, match="'own constant' gives no probabilities"):
-        Chosen(candidates=(TaskLora(), parse_method("own-constant"), Merged(merge=POSTERIOR))).run(panel, 0)
+    with pytest.raises(InputError, match="'silent' gives no probabilities"):
+        Chosen(candidates=(TaskLora(), Silent(), Merged(merge=POSTERIOR))).run(panel, 0)
+
+
+# -- constants ---------------------------------------------------------------------------------------------------------
+
+
+def ratings_of(*labels):
+    items = [Item({"title": f"Film {n}", "genres": "Drama", "rating": label}) for n, label in enumerate(labels)]
+    return Person.of("-".join(labels), items)
+
+
+def test_shares_of_labels_are_those_of_the_shots_pulled_to_everybodys(panel):
+    known, asked = [ratings_of(*"11112"), ratings_of(*"55554")], [ratings_of("3").items] * 2
+    alone = Panel(panel.context, known, asked, panel.task)
+    (one, other) = (answers.scores.exp()[0] for answers in OwnConstant().run(alone, 0).answers)
+    (everybody, _) = (answers.scores.exp()[0] for answers in GlobalConstant().run(alone, 0).answers)
+    torch.testing.assert_close(everybody, torch.tensor([5, 2, 1, 2, 5]).double() / 15)
+    counts = torch.tensor([4, 1, 0, 0, 0]).double()
+    pull = best_pull(torch.stack([counts, counts.flip(0)]), everybody)
+    torch.testing.assert_close(one, (counts + pull * everybody) / (5 + pull))
+    torch.testing.assert_close(one, other.flip(0))
+    assert [a.texts for a in OwnConstant().run(alone, 0).answers] == [["1"], ["5"]]
+
+
+def test_shares_are_pulled_as_far_as_people_are_alike():
+    everybody = torch.full((5,), 0.2).double()
+    unlike, alike = 8 * torch.eye(5).double(), torch.full((5, 5), 2.0).double()
+    assert best_pull(unlike, everybody) < 1 < best_pull(alike, everybody)
 
 
 def test_with_one_shot_chosen_keeps_the_default(tiny):

@@ -206,7 +206,7 @@ class Evaluation(Settings):
         default=("uniform", "top1", "similarity", "loss", "posterior", "laplace", "ridge", "learned"),
         description="policies of the merge-only methods",
     )
-    brief: bool = Field(default=False, description="only the task LoRA, OPPU, the merge, and MTA")
+    brief: bool = Field(default=False, description="only constants, the task LoRA, OPPU, the merge, and MTA")
 
 
 class Privacy(Settings):

@@ -83,7 +83,7 @@ def standard_methods(
     """Return the rows of the table: constants, base, task LoRA, OPPU, merge only (each policy), adapt only, MTA.
 
     Policies that need labels, a calibrated bank, or ``encoded`` anchors are left out where there are none. A brief
-    evaluation has the task LoRA, OPPU, and MTA, and MTA's merge if MTA has a stack.
+    evaluation has the constants, the task LoRA, OPPU, and MTA, and MTA's merge if MTA has a stack.
     """
 
     def policy(name: str) -> MergeSettings:
@@ -102,10 +102,10 @@ def standard_methods(
     oppu, adapt, stack = evaluation.oppu, evaluation.adapt or run.stack, run.stack
     rival = OneLora(name="OPPU", lora=oppu.lora, training=oppu.training)
     ours = MergeThenAdapt(merge=run.merge, stack=stack) if stack.enabled else Merged(name="MTA", merge=run.merge)
+    constants: list[Method] = [GlobalConstant(), OwnConstant()] if task.labelled else []
     if evaluation.brief:
         merge = [Merged(merge=run.merge)] if stack.enabled else []
-        return [TaskLora(), rival, *merge, ours]
-    constants: list[Method] = [GlobalConstant(), OwnConstant()] if task.labelled else []
+        return [*constants, TaskLora(), rival, *merge, ours]
     return [
         *constants,
         Base(),

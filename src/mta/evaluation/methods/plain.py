@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import statistics
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
 
 from mta.data.history import Person
 from mta.data.tasks.task import Task
@@ -15,7 +18,7 @@ from mta.evaluation.protocol import Panel
 
 
 class _Constant(Method):
-    """A constant answer without a model, for tasks with labels."""
+    """The same answer to all questions, without a model, for tasks with labels. Its probabilities are label shares."""
 
     of_bank: ClassVar[bool] = False
 
@@ -25,7 +28,7 @@ class _Constant(Method):
 
 @register
 class GlobalConstant(_Constant):
-    """The same answer for everybody: the most frequent label, or the median rating, of the task people.
+    """The shares of the labels among the task people; the answer is their median rating or most frequent label.
 
     If the panel does not know these people, the labels of all shots are used.
     """
@@ -34,20 +37,29 @@ class GlobalConstant(_Constant):
     name: str = "global constant"
 
     def run(self, panel: Panel, seed: int) -> Outcome:
-        label = _constant(panel.task, panel.pool or panel.people)
-        return Outcome([Answers([label] * len(items)) for items in panel.queries], 0.0, 0.0)
+        people = panel.pool or panel.among or panel.people
+        answers = _constant(panel.task, people, _shares(_counts(panel.task, people)))
+        return Outcome([answers(len(items)) for items in panel.queries], 0.0, 0.0)
 
 
 @register
 class OwnConstant(_Constant):
-    """The median rating or the most frequent label of the person's shots."""
+    """The shares of the labels among a person's shots, pulled to those of everybody; the answer is that of the shots.
+
+    How far they are pulled is chosen on other people's shots, each predicted from the others of the same person.
+    """
 
     method: Literal["own-constant"] = "own-constant"
     name: str = "own constant"
 
     def run(self, panel: Panel, seed: int) -> Outcome:
-        own = [_constant(panel.task, [person]) for person in panel.people]
-        return Outcome([Answers([label] * len(items)) for label, items in zip(own, panel.queries)], 0.0, 1.0)
+        task, shots = panel.task, max(len(person.items) for person in panel.people)
+        others = [person.first(shots) for person in panel.pool] or panel.among or panel.people
+        everybody = _shares(_counts(task, panel.pool or others))
+        pull = best_pull(torch.stack([_counts(task, [person]) for person in others]), everybody)
+        own = [_constant(task, [one], _pulled(_counts(task, [one]), everybody, pull)) for one in panel.people]
+        answers = [answer(len(items)) for answer, items in zip(own, panel.queries)]
+        return Outcome(answers, 0.0, float(len(everybody)))
 
 
 @register
@@ -74,9 +86,39 @@ class TaskLora(Method):
         return Outcome(answer(panel, range(len(panel.people)), panel.bank.pooled), 0.0, 0.0)
 
 
-def _constant(task: Task, people: Sequence[Person]) -> str:
+def _counts(task: Task, people: Sequence[Person]) -> Tensor:
+    """Return how often each label occurs in the items of people, (labels,)."""
+    found = Counter(task.target(item) for person in people for item in person.items)
+    return torch.tensor([found[label] for label in task.labels or ()], dtype=torch.float64)
+
+
+def _shares(counts: Tensor) -> Tensor:
+    """Return the shares of the labels, as if each had occurred once more."""
+    return (counts + 1) / (counts + 1).sum()
+
+
+def _pulled(counts: Tensor, everybody: Tensor, pull: float) -> Tensor:
+    """Return shares (…, labels) of counts (…, labels), together with ``pull`` items that are shared as everybody's."""
+    return (counts + pull * everybody) / (counts.sum(-1, keepdim=True) + pull)
+
+
+def best_pull(counts: Tensor, everybody: Tensor) -> float:
+    """Return the pull, a power of two, under which items of people (U, labels) are likeliest, each left out in turn."""
+
+    def likelihood(pull: float) -> float:
+        without = counts[:, None] - torch.eye(counts.shape[1], dtype=counts.dtype)  # (U, left out, labels)
+        shares = _pulled(without, everybody, pull).diagonal(dim1=1, dim2=2)
+        return float((counts * shares.clamp_min(1e-12).log()).sum())
+
+    return max((2.0**n for n in range(-2, 8)), key=likelihood)
+
+
+def _constant(task: Task, people: Sequence[Person], shares: Tensor) -> Callable[[int], Answers]:
+    """Return a function from a number of questions to their answers: one label, and the shares of all."""
     targets = [task.target(item) for person in people for item in person.items]
     if task.metric == "mae":
         middle = statistics.median_low([float(target) for target in targets])
-        return min(task.labels or (), key=lambda label: abs(float(label) - middle))
-    return Counter(targets).most_common(1)[0][0]
+        label = min(task.labels or (), key=lambda label: abs(float(label) - middle))
+    else:
+        label = Counter(targets).most_common(1)[0][0]
+    return lambda count: Answers([label] * count, shares.log().expand(count, -1))
