@@ -59,7 +59,18 @@ def test_texts_and_ids_with_markup_are_shown_as_they_are():
     show_glance(comparison_of(load_task("movielens-rating")), made, [], console)
     for text in ("Person [b], with 1 shots", "[/INST] a  ->  [red]", "[/b] an answer that is longer than a title"):
         assert text in console.file.getvalue()
-    assert "mean" not in console.file.getvalue()
+    assert "mean" not in console.file.getvalue().partition("method")[0]
+
+
+def test_equal_answers_have_equal_bars_for_every_person():
+    """The highest bar of the screen is the most likely answer of anybody, not of one person."""
+    sure, unsure = ({"1": share, "2": 1 - share} for share in (0.9, 0.5))
+    two = [Asked(name, "one shot", (("Heat", "1"),), (own,)) for name, own in (("a", sure), ("b", unsure))]
+    console = Console(file=io.StringIO(), width=80)
+    made = Interview(("Fargo",), ("1", "2"), (unsure,), tuple(two))
+    show_glance(comparison_of(load_task("movielens-rating")), made, [], console)
+    shown = [line.split()[1] for line in console.file.getvalue().splitlines() if line.strip().startswith("Fargo")]
+    assert shown == [bars(unsure, ("1", "2"), 0.9)] * 2
 
 
 def test_without_questions_there_are_scores_and_commands():

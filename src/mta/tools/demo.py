@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shlex
+import shutil
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from importlib import resources
@@ -158,6 +161,10 @@ def next_commands(out: Path, found: Study) -> list[str]:
     bank, store = shlex.quote(str(out / "bank")), shlex.quote(str(out / "people"))
     serve, report = f"mta serve --bank {bank} --store {store} --insecure-local", str(out / "report.html")
     commands, about = [serve, report], ["# then open http://127.0.0.1:8000", "# a page: pictures, every number"]
+    if shutil.which("mta") is None:  # called by its path, as make demo does
+        activate = Path(sys.executable).with_name("activate")
+        commands.insert(0, f". {shlex.quote(os.path.relpath(activate))}")
+        about.insert(0, "# once in each terminal")
     if found.asked:
         commands.append(f"mta person show {shlex.quote(found.asked.people[0].id)} --bank {bank} --store {store}")
         about.append("# all that is stored")

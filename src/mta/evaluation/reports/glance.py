@@ -9,7 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from mta.evaluation.asking import Answer, Asked, Interview
-from mta.evaluation.reports.summary import verdict
+from mta.evaluation.reports.summary import POOLED, verdict
 from mta.evaluation.reports.tables import show_scores
 from mta.evaluation.statistics import Comparison
 
@@ -32,11 +32,20 @@ def show_glance(comparison: Comparison, asked: Interview | None, commands: Seque
 
 
 def _show_people(asked: Interview, console: Console) -> None:
+    shares = [one for own in (asked.pooled, *(person.answers for person in asked.people)) for one in own]
+    most = max((share for one in shares if not isinstance(one, str) for share in one.values()), default=1.0)
     for person in asked.people:
         console.print(f"\n[bold]Person {escape(person.id)}[/], {escape(person.about)}:", highlight=False)
         for line in before(person, asked.labels):
             console.print(line, highlight=False, markup=False, no_wrap=True, overflow="ellipsis")
-        console.print(_answers(asked, person))
+        console.print(_answers(asked, person, most))
+    bars = " Bars: the probability of each answer." if most < 1.0 else ""
+    console.print(
+        f"everybody: the answers of the {POOLED}, one model for all. The person's model mixes the bank's LoRAs with "
+        f"weights that fit this person's items.{bars}",
+        style="dim",
+        highlight=False,
+    )
 
 
 def before(person: Asked, labels: Sequence[str]) -> list[str]:
@@ -60,10 +69,9 @@ def bars(answer: Answer, labels: Sequence[str], most: float = 1.0) -> str:
     return "".join(_BLOCKS[max(1, round(answer[label] / most * (len(_BLOCKS) - 1)))] for label in labels)
 
 
-def _answers(asked: Interview, person: Asked) -> Table:
+def _answers(asked: Interview, person: Asked, most: float) -> Table:
     made = Table(box=None, padding=(0, 2), pad_edge=True)
     shares = [one for two in (asked.pooled, person.answers) for one in two if not isinstance(one, str)]
-    most = max((share for one in shares for share in one.values()), default=1.0)
     scale = "".join(label[0] for label in asked.labels) if 0 < len(asked.labels) <= 9 else ""
     numbers = any(asked.mean(one) is not None for one in shares)
     for title in ("everybody", f"person {person.id}"):

@@ -11,6 +11,7 @@ from mta.system.units import human_bytes
 Judgement = Literal["better", "worse", "unclear"]
 
 NAME, POOLED, RIVAL = "MTA", "task LoRA", "OPPU"
+FLOOR = "own constant"
 FEW = 20  # bootstrap intervals over fewer people are too narrow
 MEANING = {
     "MAE": "the mean distance from the true rating",
@@ -26,7 +27,11 @@ def verdict(comparison: Comparison) -> list[str]:
     if NAME not in names:
         return [f"{NAME} is not among the methods compared."]
     said: list[str] = []
-    for other, called in ((POOLED, f"the pooled model ({POOLED})"), (RIVAL, RIVAL)):
+    for other, called in (
+        (POOLED, f"the pooled model ({POOLED})"),
+        (RIVAL, RIVAL),
+        (FLOOR, f"the shares of labels in the person's own items, without any model ({FLOOR})"),
+    ):
         for metric in metrics:
             if difference := comparison.difference(NAME, other, metric):
                 judgement = judge(metric, difference, comparison.independent)

@@ -123,13 +123,14 @@ def show(comparison: Comparison, meta: Mapping[str, Any], console: Console) -> N
 
 def show_scores(comparison: Comparison, console: Console) -> None:
     """Print one line per method, and how to read it."""
-    measure = comparison.yardstick
+    metrics = dict.fromkeys((comparison.primary, comparison.yardstick))
+    means = [f"{m}: {MEANING[m] + ', ' if m in MEANING else ''}{better_side(m)} is better." for m in metrics]
     console.print(f"\n[bold]{title_of(comparison)}[/]; all methods learn from the same items", highlight=False)
     console.print(table(comparison))
     console.print(
-        f"{measure}: {MEANING[measure] + ', ' if measure in MEANING else ''}{better_side(measure)} is better. Change: "
-        f"difference to {POOLED}, with its 95% interval over people. Harmed: people whose own 95% interval lies above "
-        "zero. Time: training of all people. Kept: bytes per person.",
+        f"{' '.join(means)} Change: difference to {POOLED}, one model for all, with its 95% interval over people. "
+        f"Harmed: people who are clearly worse off than with {POOLED}. Time: training of all people. "
+        "Kept: bytes per person.",
         highlight=False,
     )
 
