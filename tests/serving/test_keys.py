@@ -38,5 +38,5 @@ def test_keys_have_names_that_differ(tmp_path, monkeypatch):
         Keys.load(path)
     path.write_text(entry.replace("name: ann", "name: MTA_API_KEY"))
     assert Keys.load(path).keys[0].name == "MTA_API_KEY"
-    with pytest.raises(ConfigError, match="the key in the environment"):
+    with pytest.raises(ConfigError, match="the name of the key in the environment"):
         Keys.load(path, "secret")

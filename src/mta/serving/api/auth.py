@@ -79,12 +79,12 @@ class Keys(Settings):
         """Load the keys of a file, and an admin key from the environment. Raises ConfigError."""
         try:
             found = checked(cls, read_yaml(path), str(path)).keys if path else ()
-            if secret and ENV in {key.name for key in found}:
-                raise ConfigError(f"{path}: the name {ENV} is that of the key in the environment", hint="")
         except ConfigError as error:
             hint = "This command creates a key file:  mta serve --keys keys.yaml --new-key ops"
             raise ConfigError(error.message, hint=hint) from None
         from_env = (Key(name=ENV, sha256=_hash(secret), rights="admin"),) if secret else ()
+        if from_env and ENV in {key.name for key in found}:
+            raise ConfigError(f"{path}: {ENV} is the name of the key in the environment", hint="Rename this key.")
         return cls(keys=(*found, *from_env))
 
     def of(self, secret: str) -> Key | None:

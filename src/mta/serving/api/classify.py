@@ -16,7 +16,7 @@ from fastapi.responses import JSONResponse, Response
 from starlette.concurrency import run_in_threadpool
 
 from mta.serving.api.auth import Key
-from mta.serving.api.completions import name_of, refuse_long, until_disconnect
+from mta.serving.api.completions import chat_tokens, name_of, refuse_long, until_disconnect
 from mta.serving.api.schemas import ClassifyRequest
 from mta.serving.api.service import Caller, Gateway, Service
 from mta.serving.engine import Ask, Engine, Piece, Refused, Who, together
@@ -57,7 +57,7 @@ def _ask(service: Service, text: str, labels: Sequence[str], who: Who, key: Key)
     """Tokenize an input with every label. Raises Refused, for a long input before its labels are tokenized."""
     prompts = service.base.prompts
     refuse_long(len(text), service.length)
-    Ask(prompts.chat([{"role": "user", "content": text}]), who, max_tokens=1).check(service.length)
+    Ask(chat_tokens(service, [{"role": "user", "content": text}]), who, max_tokens=1).check(service.length)
     examples = prompts.answered(text, labels)
     targets = tuple(example.target for example in examples)
     ask = Ask(examples[0].prompt, who, max_tokens=max(map(len, targets)) + 1, asker=key.name, labels=targets)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import replace
 from typing import Any
@@ -19,7 +19,7 @@ from fastapi import Request as HttpRequest
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.concurrency import run_in_threadpool
 
-from mta.errors import MtaError
+from mta.errors import DataError, MtaError
 from mta.personalize.adapters import BASE, TASK
 from mta.serving.api.auth import Key
 from mta.serving.api.schemas import ChatRequest, CompletionRequest, Part, Request, Shape, usage_of
@@ -101,6 +101,14 @@ def refuse_long(letters: int, length: int) -> None:
         )
 
 
+def chat_tokens(service: Service, turns: Sequence[Mapping[str, str]]) -> tuple[int, ...]:
+    """Return the tokens of a conversation. Raises Refused for messages that the base's chat template rejects."""
+    try:
+        return service.base.prompts.chat(turns)
+    except DataError as error:
+        raise Refused(error.message, hint="Send other messages.") from None
+
+
 def _ask(service: Service, request: Request, who: Who, key: Key) -> Ask:
     """Tokenize a request. Raises Refused.
 
@@ -119,7 +127,7 @@ def _ask(service: Service, request: Request, who: Who, key: Key) -> Ask:
         raise Refused(
             f"max_tokens is {most}; an answer may have at most {limit} tokens", hint=f"Send max_tokens: {limit}"
         )
-    prompt = prompts.chat(turns) if isinstance(request, ChatRequest) else prompts.text(request.prompt)
+    prompt = chat_tokens(service, turns) if isinstance(request, ChatRequest) else prompts.text(request.prompt)
     usual = limit if who is BASE else prompts.answer_tokens(service.task)
     return Ask(
         prompt,

@@ -20,7 +20,7 @@ from starlette.exceptions import HTTPException
 
 from mta.bank.format import INFO, stale
 from mta.data.tasks.task import Task
-from mta.errors import DataError, MtaError, PersonForgotten, PersonNotFound
+from mta.errors import MtaError, PersonForgotten, PersonNotFound
 from mta.model.base import BaseModel
 from mta.personalize.adapters import BASE, TASK
 from mta.serving.api.auth import LOCAL, LOOPBACK, Key, Keys
@@ -228,7 +228,6 @@ _ANSWERS: dict[type[MtaError], tuple[int, str, str | None, int | None]] = {
     EngineGone: (503, "server_error", "engine_gone", 5),
     AnswerLost: (500, "server_error", "answer_lost", None),
     Refused: (400, "invalid_request_error", None, None),
-    DataError: (400, "invalid_request_error", None, None),  # messages that the base's chat template rejects
 }
 
 
