@@ -10,15 +10,18 @@ layer, so that the next layer gets the layer's own output plus the updates of al
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Protocol
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
+from mta.errors import InputError
 from mta.lora.batch import LoraBatch
 from mta.lora.terms import RowTerm, SharedTerm, Term, with_terms
 
@@ -115,8 +118,14 @@ def _blocks(owner: Tensor, people: int) -> bool:
 def applied(model: nn.Module, adapters: Sequence[Adapters], owner: Tensor) -> Iterator[None]:
     """Apply these adapters to ``model`` within the block, for rows of ``owner`` (B,).
 
+    Other threads wait for the end of the block. Blocks over one model cannot be nested: raises InputError.
     With gradient checkpointing, run the backward pass inside the block too, because it runs the layers again.
     """
+    with _turn(model):
+        yield from _applied(model, adapters, owner)
+
+
+def _applied(model: nn.Module, adapters: Sequence[Adapters], owner: Tensor) -> Iterator[None]:
     by_layer: dict[str, list[MakeTerm]] = {}
     for adapter in adapters:
         for name, make in adapter.terms(owner).items():
@@ -128,6 +137,32 @@ def applied(model: nn.Module, adapters: Sequence[Adapters], owner: Tensor) -> It
         forwards[layer] = with_terms(layer, [make(layer.weight.dtype) for make in makers])
     with replaced_forwards(forwards):
         yield
+
+
+@dataclass(slots=True)
+class _Turn:
+    """Whose turn it is to apply adapters to one model: two threads at once would get each other's adapters."""
+
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    thread: int | None = None
+
+
+_TURNS: WeakKeyDictionary[nn.Module, _Turn] = WeakKeyDictionary()
+_TAKING = threading.Lock()
+
+
+@contextmanager
+def _turn(model: nn.Module) -> Iterator[None]:
+    with _TAKING:
+        turn = _TURNS.setdefault(model, _Turn())
+    if turn.thread == threading.get_ident():
+        raise InputError("adapters are applied to this model already", hint="Leave the block that applies them first.")
+    with turn.lock:
+        turn.thread = threading.get_ident()
+        try:
+            yield
+        finally:
+            turn.thread = None
 
 
 @contextmanager

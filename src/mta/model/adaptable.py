@@ -85,9 +85,14 @@ def refuse_quantized(config: Any) -> None:
 
 
 def refuse_unsupported(model: Any) -> None:
-    """Raise UnsupportedModel for quantized and for recurrent models."""
+    """Raise UnsupportedModel for quantized, adapted, and recurrent models."""
     refuse_quantized(model.config)
     kind = getattr(model.config, "model_type", type(model).__name__)
+    if any(hasattr(module, "base_layer") for module in model.modules()):
+        raise UnsupportedModel(
+            f"{kind!r} has adapters of PEFT already; exports would fit no model",
+            hint="Merge them into the weights first:  model = model.merge_and_unload()",
+        )
     if getattr(model, "_is_stateful", False):
         raise UnsupportedModel(
             f"{kind!r} carries a recurrent state from token to token; shared prefixes need attention",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import logging
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -94,7 +95,7 @@ class BaseModel:
     @classmethod
     def load(
         cls,
-        name: str,
+        name: str | Path,
         dtype: str = "auto",
         device: str = "auto",
         max_tokens: int = 1024,
@@ -106,7 +107,7 @@ class BaseModel:
         ``gradient_checkpointing`` keeps one layer's activations and recomputes the others in the backward pass, for big
         bases and long texts. ``check`` is called with the fingerprint before the weights are loaded.
         """
-        place = pick_device(device)
+        place, name = pick_device(device), os.fspath(name)
         model, tokenizer, fingerprint = _read(load_weights, name, pick_dtype(dtype, place), check)
         return cls(model.to(place), tokenizer, name, fingerprint, max_tokens, gradient_checkpointing)
 

@@ -56,7 +56,7 @@ class Store:
 
         Returns "" for a missing store; ``write`` creates it.
         """
-        self._key = self._key or self._open(write)
+        self._know_key(write)
         return hashlib.sha256(b"identity/" + self._key).hexdigest()[:16] if self._key else ""
 
     def check(self) -> None:
@@ -205,7 +205,7 @@ class Store:
     def _path(self, id: str, write: bool = False) -> str:
         if not isinstance(id, str) or not id:
             raise InputError(f"a person's id is {id!r}, expected a non-empty text", hint="Give every person an id.")
-        self._key = self._key or self._open(write)
+        self._know_key(write)
         keyed = hmac.new(self._key, id.encode("utf-8", "surrogatepass"), hashlib.sha256).hexdigest()
         return f"{keyed[:2]}/{keyed}"
 
@@ -219,6 +219,12 @@ class Store:
         """Return the hash that names a person's tombstones; "" for a missing store."""
         hashed = self._secret(id, b"forgotten/").hex()
         return hashed if self._key else ""
+
+    def _know_key(self, write: bool) -> None:
+        """Read the key once. Before writing to a local folder, look again: it may have been removed meanwhile."""
+        if write and self._key and self.files.local and not self.files.exists("store.json"):
+            self._key = b""
+        self._key = self._key or self._open(write)
 
     def _open(self, write: bool) -> bytes:
         """Return the store's HMAC key. For a missing store, ``write`` creates a key; otherwise the key is empty."""

@@ -50,6 +50,8 @@ class Passes(TypedDict, total=False):
     on_step: Callable[[Step], None] | None
 
 
+@torch.inference_mode(False)
+@torch.enable_grad()
 def train(
     base: BaseModel,
     jobs: Sequence[Job],
@@ -281,6 +283,8 @@ def _passes(rows: Sequence[Sequence[Row]], budget: int, weight: float) -> Iterat
         yield _Pass(slice(first, len(rows)), chosen, owners)
 
 
+@torch.inference_mode(False)
+@torch.enable_grad()
 def gradient(
     base: BaseModel,
     jobs: Sequence[Job],
