@@ -18,7 +18,7 @@ from mta.bank.format import INDEX, REBUILD, BankInfo, check_base, read_adapters,
 from mta.bank.imports import add_to_bank, import_bank
 from mta.bank.publish import bank_folder, bank_parcel, publish_bank
 from mta.bank.recalibrate import calibrate_bank
-from mta.config import Run
+from mta.config import Run, override
 from mta.data.history import Person
 from mta.data.splits import draw
 from mta.data.tasks.load import as_today, load_task
@@ -82,13 +82,14 @@ class Bank:
         """
         run = run or Run()
         if anchors is not None:
-            run = run.model_copy(update={"bank": run.bank.model_copy(update={"anchors": anchors})})
+            run = override(run, [f"bank.anchors={anchors}"])
         task = task or getattr(people, "task", None)
         if task is None:
             raise InputError(
                 "no task: these people were not read for a task", hint="Give task=..., for example task='lamp3'."
             )
-        chosen = load_task(task)
+        chosen, people = load_task(task), list(people)
+        task_people = None if task_people is None else list(task_people)
         if task_people is None:
             half = len(people) // 2 if run.task_lora.enabled else 0
             together = max(Counter(p.group for p in people if p.group).values(), default=0) <= half

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
@@ -28,6 +29,8 @@ class Item:
     is_query: bool = False
 
     def __post_init__(self) -> None:
+        if self.time is not None and not math.isfinite(self.time):
+            raise InputError(f"the time of an item is {self.time}", hint="Give a number, or None for an unknown time.")
         object.__setattr__(self, "fields", MappingProxyType(dict(self.fields)))
 
     def __reduce__(self) -> tuple[type[Item], tuple[dict[str, str], float | None, str | None, bool]]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mta.bank.bank import Bank
+from mta.bank.format import check_base
 from mta.config import Evaluation, MergeSettings, Run
 from mta.data.history import Person
 from mta.data.readers.sharing import Copies
@@ -134,6 +135,10 @@ def study(
 
     ``limit`` draws at most this many of them with the run's seed. Raises InputError if no people are left.
     """
+    check_base(bank.folder, bank.info, base.name, base.fingerprint)
+    people = list(people)
+    if len({person.id for person in people}) < len(people):
+        raise InputError("a person is given twice", hint="Put all items of a person into one history.")
     task, shots, queries, run = bank.task, evaluation.shots, evaluation.queries, bank.settled(run)
     calibrated, encoded = bank.calibration is not None, bool(bank.vectors.any(dim=1).all())
     check_merge(run.merge, len(bank), task.labelled, calibrated)

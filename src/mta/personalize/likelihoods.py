@@ -12,6 +12,7 @@ from torch import Tensor
 from mta.data.history import Person
 from mta.data.tasks.prompt import Example
 from mta.data.tasks.task import Task
+from mta.errors import DataError
 from mta.lora.batch import LoraBatch, join
 from mta.lora.layers import Adapters, Shared
 from mta.model.base import BaseModel
@@ -102,8 +103,12 @@ def shots_of(base: BaseModel, task: Task, person: Person, alternatives: bool = T
     """Return a person's items as training examples, with ``alternatives`` if the task has labels.
 
     Only policies that need evidence read alternatives, which take most of the tokenizer's time. The job's key is the
-    digest of the items, not the id: a hash of the key must not confirm a guessed id.
+    digest of the items, not the id: a hash of the key must not confirm a guessed id. Raises DataError for an item that
+    is not one of the task, or does not fit the model's tokens.
     """
+    for n, item in enumerate(person.items):
+        if found := task.wrong(item):
+            raise DataError(f"item {n}, field {found[0]!r}: {found[1]}", hint="Correct the item, or leave it out.")
     examples = [base.prompts.example(task, item) for item in person.items]
     labels = [task.labels_of(item) for item in person.items]
     if not alternatives or not all(labels):

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mta.bank.bank import Bank
 from mta.bank.card import adapter_card
+from mta.bank.format import check_base
 from mta.config import Run
 from mta.data.history import Item, Person
 from mta.distributed.executor import Executor, LocalExecutor
@@ -58,13 +59,14 @@ class Personalizer:
         run: Run | None = None,
         encoder: Encoder | None = None,
         executor: Executor | None = None,
-        older: Path | None = None,
+        older: str | Path | None = None,
     ) -> None:
+        check_base(bank.folder, bank.info, base.name, base.fingerprint)
         self.base, self.bank = base, bank
         self.run = bank.settled(run)
         self.store = Store(store) if isinstance(store, (str, Path)) else store
         self.executor = executor or LocalExecutor()
-        self._banks = [folder for folder in (bank.folder, older) if folder]
+        self._banks = [Path(folder) for folder in (bank.folder, older) if folder]
         self._encoder = encoder
         self._pipeline = Pipeline(base, bank, self.run, lambda: self.encoder, self.store, self.executor)
 
@@ -121,6 +123,7 @@ class Personalizer:
         ``max_new_tokens`` defaults to ``PromptFormat.answer_tokens`` of the task. ``stacked=False`` leaves the stacks
         out. Raises PersonNotFound, StateCorrupt, OtherBank, DataError.
         """
+        rows = list(rows)
         owners, adapters = self._adapters([who for who, _ in rows], stacked)
         task = self.bank.task
         longest = max_new_tokens or self.base.prompts.answer_tokens(task)
@@ -135,15 +138,23 @@ class Personalizer:
 
     def score(self, rows: Sequence[tuple[Who, Question, str]], *, stacked: bool = True) -> list[float]:
         """Return the log probability of each row's answer with its end token. Raises PersonNotFound, DataError."""
+        rows = list(rows)
         owners, adapters = self._adapters([who for who, _, _ in rows], stacked)
         task = self.bank.task
         jobs = [[self.base.prompts.example(task, task.asked(question), answer)] for _, question, answer in rows]
         return [float(found[0]) for found in log_likelihood(self.base, jobs, adapters, owners=owners)]
 
     def label_scores(self, rows: Sequence[tuple[Who, Sequence[Item]]], *, stacked: bool = True) -> list[Tensor]:
-        """Return the log probability of every label for each item of each row: tensors (items, labels)."""
+        """Return the log probability of every label for each item of each row: tensors (items, labels).
+
+        Raises ConfigError for a task without labels, and the errors of ``generate``.
+        """
+        rows, task = list(rows), self.bank.task
+        if task.labels is None:
+            raise ConfigError(f"task {task.name!r} has no labels to choose from", hint="Use generate for free text.")
         owners, adapters = self._adapters([who for who, _ in rows], stacked)
-        return label_scores(self.base, self.bank.task, [items for _, items in rows], adapters, owners=owners)
+        found = label_scores(self.base, task, [items for _, items in rows], adapters, owners=owners)
+        return [scores.clone() for scores in found]  # inference tensors could not be changed or trained through
 
     def shares(self, rows: Sequence[tuple[Who, Question]], *, stacked: bool = True) -> list[dict[str, float]]:
         """Return the probability of every label for each row's question, the most likely label first.
@@ -151,10 +162,8 @@ class Personalizer:
         Raises ConfigError for a task without labels, and the errors of ``generate``.
         """
         task = self.bank.task
-        if task.labels is None:
-            raise ConfigError(f"task {task.name!r} has no labels to choose from", hint="Use generate for free text.")
         scores = self.label_scores([(who, [task.asked(question)]) for who, question in rows], stacked=stacked)
-        shares = [dict(zip(task.labels, row[0].softmax(0).tolist())) for row in scores]
+        shares = [dict(zip(task.labels or (), row[0].softmax(0).tolist())) for row in scores]
         return [dict(sorted(row.items(), key=lambda pair: -pair[1])) for row in shares]
 
     def applied(self, whose: Sequence[Who], *, stacked: bool = True) -> AbstractContextManager[None]:
@@ -167,8 +176,10 @@ class Personalizer:
 
         Without ``rank`` the adapter is exact, and its rank is the sum of the parts' ranks. ``rank`` compresses by svd;
         returns the relative error of compression (0 without). The store records the folder, so that ``forget`` removes
-        it. Raises PersonNotFound, PersonForgotten.
+        it. Raises PersonNotFound, PersonForgotten, InputError for a rank below 1.
         """
+        if rank is not None and rank < 1:
+            raise InputError(f"rank is {rank}; expected 1 or more", hint="Leave the rank out for an exact adapter.")
         since = self.store.tombstones.of(person) if self.store else ()
         state = self.state(person)
         whole, error = whole_adapter(self.bank, state, self.base.master_dtype), torch.zeros(1)

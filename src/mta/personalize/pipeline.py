@@ -196,6 +196,7 @@ class Pipeline:
 
     def _begin(self, people: Sequence[Person], since: Collection[str] | None, keep_histories: bool) -> _Call:
         """Check the people and sort them by id; leave out people who were forgotten since their items were read."""
+        people = list(people)
         if empty := sum(not person.items for person in people):
             raise DataError(
                 f"{empty} of {len(people)} people have no item", hint="Leave them out, or give each of them an item."

@@ -252,7 +252,9 @@ class Task(Settings):
                 if item.is_query and name == form.target:
                     continue
                 return name, f"missing; task {self.name!r} needs {', '.join(self.fields(item.is_query))}"
-            if not value.strip():
+            if not isinstance(value, str):  # of an item that was made in Python
+                return name, f"expected text, got {type(value).__name__}"
+            if not value.strip() and name != "profile":  # the first items have no earlier ones to show
                 return name, "empty; expected some text"
             if name == form.target and labels is not None and value not in labels:
                 return name, f"unknown label {short(value)}; expected one of: {', '.join(labels)}"

@@ -1,0 +1,140 @@
+"""The Python API where it is stretched: iterators, threads, other bases, torch's modes, and items made by hand."""
+
+import shutil
+import threading
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import TINY_RUN, HashEncoder, people_of, personalizer
+from crowd import PEOPLE, QUESTION, same
+from tiny import base_of, tokenizer
+
+import mta
+from mta.config import Evaluation
+from mta.data.history import Item, Person
+from mta.errors import BankMismatch, ConfigError, InputError, StoreError, UnsupportedModel
+from mta.evaluation.compare import study
+from mta.model.base import BaseModel
+from mta.store import Store
+
+IDS = [person.id for person in PEOPLE]
+
+
+def test_iterators_are_answered_like_lists(known):
+    rows = [(who, QUESTION) for who in IDS]
+    assert known.generate(iter(rows)) == known.generate(rows) != []
+    answers = [(who, QUESTION, "4") for who in IDS]
+    assert known.score(iter(answers)) == known.score(answers) != []
+    items = [(person.id, person.items) for person in PEOPLE]
+    for found, expected in zip(known.label_scores(iter(items)), known.label_scores(items), strict=True):
+        assert torch.equal(found, expected)
+
+
+def test_iterators_of_people_are_trained_like_lists(tiny, known):
+    other = personalizer(*tiny)
+    assert other.personalize(iter(PEOPLE)).trained == len(PEOPLE)
+    for who in IDS:
+        same(other.state(who), known.state(who))
+
+
+def test_threads_take_turns_and_leave_the_model_as_it_was(known):
+    asked = [(who, QUESTION, "4") for who in IDS]
+    alone = {row[0]: known.score([row]) for row in asked}
+    nobody = known.score([(mta.BASE, QUESTION, "4")])
+    found, start = {row[0]: [] for row in asked}, threading.Barrier(len(asked))
+
+    def ask(row):
+        start.wait()
+        for _ in range(5):
+            found[row[0]].append(known.score([row]))
+
+    threads = [threading.Thread(target=ask, args=(row,)) for row in asked]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == {who: [score] * 5 for who, score in alone.items()}
+    assert known.score([(mta.BASE, QUESTION, "4")]) == nobody
+
+
+def test_blocks_with_adapters_are_not_nested(known):
+    with known.applied(IDS[:1]), pytest.raises(InputError, match="are applied to this model already"):
+        known.score([(IDS[1], QUESTION, "4")])
+    assert len(known.score([(IDS[1], QUESTION, "4")])) == 1
+
+
+def test_a_bank_of_another_base_is_refused(tiny):
+    model, bank = base_of().model, tiny[1]
+    with torch.no_grad():
+        next(model.parameters()).mul_(2)
+    base = BaseModel(model, tokenizer(), "tiny-llama")
+    with pytest.raises(BankMismatch):
+        mta.Personalizer(base, bank, run=TINY_RUN)
+    with pytest.raises(BankMismatch):
+        study(base, bank, TINY_RUN, PEOPLE, Evaluation(shots=2, queries=1), encoder=HashEncoder())
+
+
+def test_nobody_is_compared_twice(tiny):
+    with pytest.raises(InputError, match="a person is given twice"):
+        study(*tiny, TINY_RUN, [*PEOPLE, PEOPLE[0]], Evaluation(shots=2, queries=1), encoder=HashEncoder())
+
+
+@pytest.mark.parametrize(("rating", "reason"), [(None, "missing"), (4.0, "expected text"), ("4.0", "unknown label")])
+def test_items_made_in_python_are_checked(tiny, rating, reason):
+    odd = Person.of("odd", [Item({"title": "Alien", "genres": "Horror", "rating": rating})])
+    done = personalizer(*tiny).personalize([*PEOPLE, odd])
+    assert (done.trained, list(done.failed)) == (len(PEOPLE), ["odd"])
+    assert reason in done.failed["odd"]
+
+
+@pytest.mark.parametrize("time", [float("nan"), float("inf")])
+def test_a_time_is_finite(time):
+    with pytest.raises(InputError, match="the time of an item"):
+        Item({"title": "Alien"}, time=time)
+
+
+def test_a_store_that_was_removed_begins_anew(tiny, tmp_path):
+    personal = personalizer(*tiny, store=tmp_path / "people")
+    personal.personalize(PEOPLE)
+    shutil.rmtree(tmp_path / "people")
+    personal.personalize(PEOPLE)
+    assert Store(tmp_path / "people").load(IDS[0]).work
+    (tmp_path / "people" / "store.json").unlink()
+    with pytest.raises(StoreError, match="damaged or missing"):
+        personal.store.save(IDS[0], replace(personal.state(IDS[0]), work="other"))
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_training_does_not_depend_on_the_callers_modes(tiny, known, mode):
+    personal = personalizer(*tiny)
+    with mode():
+        assert personal.personalize(PEOPLE).trained == len(PEOPLE)
+    for who in IDS:
+        same(personal.state(who), known.state(who))
+
+
+def test_scores_can_be_changed_and_trained_through(known):
+    (scores,) = known.label_scores([(IDS[0], PEOPLE[0].items)])
+    scores -= scores.max()
+    heat = torch.ones((), dtype=scores.dtype, requires_grad=True)
+    (heat * scores).sum().backward()
+    assert heat.grad is not None
+
+
+def test_a_model_that_peft_adapted_is_refused():
+    import peft
+
+    base = base_of()
+    model = peft.get_peft_model(base.model, peft.LoraConfig(r=2, target_modules="all-linear", task_type="CAUSAL_LM"))
+    with pytest.raises(UnsupportedModel, match="has adapters of PEFT already"):
+        BaseModel(model, tokenizer(), "adapted")
+
+
+def test_wrong_numbers_are_refused(known, tiny, task, tmp_path):
+    for rank in (0, -1):
+        with pytest.raises(InputError, match="expected 1 or more"):
+            known.export(IDS[0], tmp_path / "out", rank=rank)
+    with pytest.raises(ConfigError, match="anchors"):
+        mta.Bank.build(tiny[0], people_of(12), tmp_path / "bank", task=task, run=TINY_RUN, anchors=0)
+    assert not (tmp_path / "out").exists()
