@@ -98,20 +98,6 @@ def test_a_read_only_bank_that_is_marked_already_is_no_failure(own_bank):
         assert forget_person(MEMBER.id, None, bank.folder).complete
 
 
-def test_forgetting_removes_no_folder_that_is_not_a_runs(own_bank, tmp_path):
-    mine = [tmp_path / "work" / name / "mine.txt" for name in ("0" * 24, "of-mine")]
-    for path in mine:
-        path.parent.mkdir(parents=True)
-        path.write_text("mine")
-    forget_person(MEMBER.id, Store(tmp_path))  # there is no store
-    assert all(path.exists() for path in mine)
-    personal = personalizer(*own_bank, store=tmp_path)
-    os.utime(mine[1].parent, (0, 0))
-    personal.personalize([MEMBER])  # removes runs that were stopped a week ago
-    personal.forget(MEMBER.id)
-    assert [path.exists() for path in mine] == [False, True]
-
-
 def test_whatever_step_fails_the_others_are_done_and_all_failures_are_reported_together(
     own_bank, tmp_path, monkeypatch
 ):

@@ -3,6 +3,7 @@
 import base64
 import dataclasses
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -158,3 +159,17 @@ def test_the_search_finds_every_encoding_of_a_text(tmp_path):
     found = traces([tmp_path], EVE, store)
     assert sorted(what for _, what in found) == ["keyed hash"] + ["texts"] * len(written)
     assert traces([tmp_path], dataclasses.replace(EVE, id="somebody else", items=()), store) == []
+
+
+def test_forgetting_removes_no_folder_that_is_not_a_runs(tiny, tmp_path):
+    mine = [tmp_path / "work" / name / "mine.txt" for name in ("0" * 24, "of-mine")]
+    for path in mine:
+        path.parent.mkdir(parents=True)
+        path.write_text("mine")
+    forget_person(EVE.id, Store(tmp_path))  # there is no store
+    assert all(path.exists() for path in mine)
+    personal = personalizer(*tiny, store=tmp_path)
+    os.utime(mine[1].parent, (0, 0))
+    personal.personalize([EVE])  # removes runs that were stopped a week ago
+    personal.forget(EVE.id)
+    assert [path.exists() for path in mine] == [False, True]
