@@ -14,7 +14,7 @@ from mta.data.history import Item, Person
 from mta.serving.api.auth import LOCAL, Key
 from mta.serving.api.histories import Histories
 from mta.serving.api.jobs import Jobs
-from mta.serving.engine import QueueFull
+from mta.serving.engine import QueueFull, Refused
 from mta.store import Store
 
 ROOM = 40_000
@@ -72,6 +72,19 @@ def test_keys_of_one_person_fill_three_quarters_together_and_leave_the_operators
         assert histories.held(key.of) == 20
     assert taken(histories, [key.of for key in people]) <= ROOM * 3 // 4
     assert all(histories.held(id) for id in mine)
+
+
+def test_a_person_larger_than_the_keys_share_is_refused_and_displaces_nobody(tmp_path):
+    histories, small = Histories(Store(tmp_path), 500, ROOM), [team(n) for n in range(1, 4)]
+    for key in small:
+        histories.append(key.of, [item()], False, key)
+    histories.append("mine", [item()], False)
+    greedy = Key(name="greedy", sha256="0" * 64, rights="person", of="greedy")
+    for _ in range(9):
+        histories.append("greedy", [item(1000)], False, greedy)
+    with pytest.raises(Refused, match="characters in memory"):
+        histories.append("greedy", [item(1000)], False, greedy)
+    assert all(histories.held(id) == 1 for id in ["mine", *(key.of for key in small)])
 
 
 def test_the_oldest_people_are_dropped_and_forgetting_frees_room(tmp_path):

@@ -44,6 +44,11 @@ class Histories:
                 return len(person.items)
         since = self._store.tombstones.of(id)
         person = self._joined(self._of(id, since), id, new)
+        if key.share and _characters(person) > self._room // 4:
+            raise Refused(
+                f"a history may have at most {self._room // 4} characters in memory",
+                hint='Send "keep": true, or fewer and shorter items.',
+            )
         with self._lock:
             self._drop(id)
             share = self._share[id] = key.share
