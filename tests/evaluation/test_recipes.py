@@ -46,7 +46,8 @@ def test_a_recipe_extends_a_recipe_in_the_same_folder(tmp_path):
 def test_parts_that_would_mix_banks_are_refused(part, reason):
     with pytest.raises(ConfigError, match=reason):
         override(load_experiment("smoke"), [f"exhibits.main=[{part}]"])
-    good = "[{words: [merge.k=1, memory=2GiB], methods: [base]}, {bank: a, retrieve: 1, methods: [base]}]"
+    free = "[merge.k=1, 'stack={enabled: false}', memory=2GiB]"
+    good = f"[{{words: {free}, methods: [base]}}, {{bank: a, retrieve: 1, methods: [base]}}]"
     override(load_experiment("smoke"), [f"exhibits.main={good}"])
 
 

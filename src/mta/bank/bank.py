@@ -93,7 +93,7 @@ class Bank:
         if task_people is None:
             half = len(people) // 2 if run.task_lora.enabled else 0
             together = max(Counter(p.group for p in people if p.group).values(), default=0) <= half
-            if not together:
+            if half and not together:
                 log.warning("more than half of the people share items with each other, so the two halves share items")
             halves = draw(people, run.seed, task=half, development=0, test=0, together=together)
             task_people, people = halves.select("task", people), halves.select("candidates", people)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mta.data.history import Person
 from mta.data.tasks.task import Task
+from mta.lora.layers import applied
 from mta.model.base import BaseModel
 from mta.model.fingerprint import folder_fingerprint
 from mta.system.hub import local_folder
@@ -103,7 +104,9 @@ class BaseEncoder:
             width = len(rows[chosen[0]])
             mask = torch.tensor([[i < len(rows[r]) for i in range(width)] for r in chosen], device=self._base.device)
             tokens = torch.tensor([rows[r] + [0] * (width - len(rows[r])) for r in chosen], device=self._base.device)
-            hidden = self._base.model.base_model(input_ids=tokens, attention_mask=mask.long()).last_hidden_state.float()
+            with applied(self._base.model, [], torch.zeros(len(chosen))):  # no other thread's adapters
+                found = self._base.model.base_model(input_ids=tokens, attention_mask=mask.long())
+            hidden = found.last_hidden_state.float()
             means = ((hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)).cpu()
             vectors = torch.zeros(len(rows), means.shape[1]) if not vectors.numel() else vectors
             vectors[chosen] = means

@@ -161,8 +161,8 @@ def next_commands(out: Path, found: Study) -> list[str]:
     bank, store = shlex.quote(str(out / "bank")), shlex.quote(str(out / "people"))
     serve, report = f"mta serve --bank {bank} --store {store} --insecure-local", str(out / "report.html")
     commands, about = [serve, report], ["# then open http://127.0.0.1:8000", "# a page: pictures, every number"]
-    if shutil.which("mta") is None:  # called by its path, as make demo does
-        activate = Path(sys.executable).with_name("activate")
+    activate = Path(sys.executable).with_name("activate")
+    if shutil.which("mta") is None and activate.is_file():  # called by its path, as make demo does
         commands.insert(0, f". {shlex.quote(os.path.relpath(activate))}")
         about.insert(0, "# once in each terminal")
     if found.asked:

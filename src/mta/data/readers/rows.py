@@ -80,7 +80,7 @@ def time_in(row: Mapping[str, Any], field: str) -> float | None:
 
 def _iso(text: str) -> float:
     text = text.strip()
-    if text.isdecimal() and not (len(text) in (4, 8) and 1900 <= int(text[:4]) <= 2100):
+    if text.isdecimal() and not (len(text) in (4, 8) and 1800 <= int(text[:4]) <= 2100):
         return float(text)  # 2009 and 20090521 are dates, other digits count something
     if re.fullmatch(r"\d{4}", text):
         text += "-01"

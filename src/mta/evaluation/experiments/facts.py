@@ -22,9 +22,9 @@ PAPER = MergeSettings(policy="similarity", k=2)
 
 
 def bank_facts(bank: Bank) -> dict[str, Any]:
-    """Return what a bank costs: its anchors, the seconds of each stage, and its bytes."""
+    """Return a bank's hash, and what it costs: its anchors, the seconds of each stage, and its bytes."""
     kept = sum(file.stat().st_size for file in bank.folder.rglob("*") if file.is_file())
-    return {"anchors": len(bank), "seconds": bank.info.seconds, "bytes": kept}
+    return {"bank": bank.hash, "anchors": len(bank), "seconds": bank.info.seconds, "bytes": kept}
 
 
 def use_to_others(panels: Sequence[Panel], seed: int) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from mta.evaluation.protocol import Ask
 FOLDER = Path(str(resources.files("mta"))) / "recipes" / "evaluation"
 Which = Literal["test", "development"]
 MAIN_BANK = "main"
-FREE = ("merge.", "stack.", "memory=")  # settings that do not change how a bank is trained
+FREE = ("merge.", "merge=", "stack.", "stack=", "memory=")  # settings that do not change how a bank is trained
 FIXED = ("base", "dtype", "device", "task=", "task.", "max_tokens", "seed")  # settings of the whole experiment
 
 

@@ -91,10 +91,11 @@ def _check_people(workspace: Workspace, exhibits: Sequence[str]) -> None:
 def _write_facts(workspace: Workspace, use: bool) -> None:
     """Write each main bank's costs, and with ``use`` what it does for others, which takes a pass for every anchor."""
     path, recipe = workspace.folder / FACTS, workspace.recipe
-    facts = read_beside(path)
+    before, facts = read_beside(path), {}
     for seed in recipe.seeds:
-        own = facts.setdefault(f"main-{seed}", {})
-        own |= bank_facts(workspace.bank(MAIN, seed))
+        name, found = f"main-{seed}", bank_facts(workspace.bank(MAIN, seed))
+        known = before.get(name, {})
+        own = facts[name] = (known if known.get("bank") == found["bank"] else {}) | found
         if use and workspace.tested(MAIN, recipe.shots):
             own |= use_to_others(list(workspace.panels(MAIN, seed, recipe.shots)), seed)
     write_json(path, facts)

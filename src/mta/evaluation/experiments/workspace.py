@@ -297,6 +297,8 @@ class Workspace:
             parts += [self.bank(part, seed).hash, run.merge.model_dump(mode="json"), run.stack.model_dump(mode="json")]
         if method.of_bank or method.seeded:
             parts.append(seed)
+        if method.of_pool:
+            parts += [person.digest() for person in self.splits.select("task", self.people)]
         if method.of_others:
             parts += [person.id for person in self._able(shots)]
         return work_of(*parts)[:16]

@@ -51,6 +51,11 @@ class Method(Settings, ABC):
         """Whether a person's result depends on the other tested people."""
         return False
 
+    @property
+    def of_pool(self) -> bool:
+        """Whether results depend on the items of the task people, and not only through the bank."""
+        return False
+
     def fits(self, task: Task, anchors: int) -> bool:
         """Return whether the method works for this task and number of anchors; if not, experiments leave it out."""
         return True

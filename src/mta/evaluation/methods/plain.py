@@ -21,6 +21,7 @@ class _Constant(Method):
     """The same answer to all questions, without a model, for tasks with labels. Its probabilities are label shares."""
 
     of_bank: ClassVar[bool] = False
+    of_pool: ClassVar[bool] = True
 
     def fits(self, task: Task, anchors: int) -> bool:
         return task.labelled
@@ -46,7 +47,8 @@ class GlobalConstant(_Constant):
 class OwnConstant(_Constant):
     """The shares of the labels among a person's shots, pulled to those of everybody; the answer is that of the shots.
 
-    How far they are pulled is chosen on other people's shots, each predicted from the others of the same person.
+    How far is chosen on the task people, or where these are not known on the tested people's shots: each item is
+    predicted from the other items of its person.
     """
 
     method: Literal["own-constant"] = "own-constant"

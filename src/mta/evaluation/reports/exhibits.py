@@ -122,9 +122,9 @@ def _over(pattern: str, x_label: str) -> Exhibit:
 
 def _efficiency(found: Results, name: str) -> Drawn | None:
     """Figure 2: total training time and stored bytes against people, measured, and fitted up to a million."""
-    if not found.facts:
+    bank = found.facts.get(f"main-{found.recipe.seeds[0]}")
+    if not bank:
         return None
-    bank = next(iter(found.facts.values()))
     seconds, stored, rows = dict[str, Measured](), dict[str, Measured](), []
     for method in [method for part in found.recipe.exhibits[name] for method in part.methods]:
         records = sorted(found.of(method, found.recipe.seeds[0]), key=lambda r: r.person)
