@@ -38,7 +38,8 @@ def test_the_demo_shows_two_people_and_repeats_itself(tmp_path, assets, monkeypa
     shown, found = demo(monkeypatch, capsys, "--out", str(tmp_path), "--json")
     _, again = demo(monkeypatch, capsys, "--out", str(tmp_path), "--json")
     rows = [{row["name"]: row for row in one["methods"]} for one in (found, again)]
-    assert {"task LoRA", "OPPU", "MTA"} <= rows[0].keys() <= {"task LoRA", "OPPU", "merge only", "MTA"}
+    known = {"global constant", "own constant", "task LoRA", "OPPU", "MTA"}
+    assert known <= rows[0].keys() <= known | {"merge only"}
     assert rows[0]["MTA"]["bytes_per_person"] < rows[0]["OPPU"]["bytes_per_person"] / 4
     assert found["meta"]["note"] == "dequantized from Q4_1"
     assert "GroupLens" in (tmp_path / "report.html").read_text()
