@@ -100,7 +100,7 @@ def test_labels_share_the_prompt(task):
     assert [words(form(), example.target) for example in made] == [f"{label}<|end|>" for label in task.labels]
 
 
-def test_a_prompt_that_fits_is_tokenized_once_and_each_label_once(task, monkeypatch):
+def test_a_prompt_that_fits_is_tokenized_once_for_all_its_labels(task, monkeypatch):
     prompts, calls = form(), []
     plain = type(prompts.tokenizer).__call__
     monkeypatch.setattr(type(prompts.tokenizer), "__call__", lambda *a, **how: calls.append(1) or plain(*a, **how))

@@ -18,7 +18,7 @@ from mta.config.loader import checked
 from mta.data.tasks.load import load_task
 from mta.data.tasks.task import Task
 from mta.errors import DataError
-from mta.evaluation.experiments.recipe import Experiment
+from mta.evaluation.experiments.recipe import MAIN_BANK, Experiment
 from mta.evaluation.methods import Method
 from mta.evaluation.metrics import PersonScore
 from mta.evaluation.statistics import Comparison, Row
@@ -196,7 +196,7 @@ class Results:
         if not people:
             return None
         methods = [method for method, _, _ in rows]
-        titles = [m if methods.count(m) == 1 or bank == "main" else f"{m} ({bank})" for m, bank, _ in rows]
+        titles = [m if methods.count(m) == 1 or bank == MAIN_BANK else f"{m} ({bank})" for m, bank, _ in rows]
         averaged = [_row(title, [[s[p] for p in people] for s in seeds]) for title, (_, _, seeds) in zip(titles, rows)]
         first = rows[0][2][0]
         return Comparison(self.task, averaged, tuple(first[person].group for person in people))
@@ -208,7 +208,7 @@ class Results:
 
     def of(self, method: Method, seed: int) -> list[Record]:
         """Return the records of one method on the main bank with one seed."""
-        return list(self._rows.get((method.digest, "main", self.recipe.shots), {}).get(seed, {}).values())
+        return list(self._rows.get((method.digest, MAIN_BANK, self.recipe.shots), {}).get(seed, {}).values())
 
     def _methods(self, name: str, shots: int | None) -> list[tuple[Method, str, Seeds]]:
         """Return each method of an exhibit that has results, with its bank and its results."""

@@ -25,7 +25,7 @@ from mta.distributed.executor import Executor, LocalExecutor
 from mta.errors import InputError
 from mta.evaluation.context import Context
 from mta.evaluation.experiments.parts import draw_parts, on_everything, with_tested
-from mta.evaluation.experiments.recipe import Experiment, Part, Which
+from mta.evaluation.experiments.recipe import MAIN_BANK, Experiment, Part, Which
 from mta.evaluation.experiments.results import RECIPE, SIZES
 from mta.evaluation.methods import Method
 from mta.evaluation.protocol import Panel, has_enough_items
@@ -241,7 +241,7 @@ class Workspace:
         same = not part.retrieve and part.pool == "task" and run.model_copy(update={"bank": plain.bank}) == plain
         if run.task_lora.kept_back is not None:  # then the choice of anchors matters to the task LoRA
             same &= all(getattr(run.bank, name) == getattr(plain.bank, name) for name in CHOICE)
-        exists = part.bank != "main" and run.task_lora.enabled and (main / INFO).exists()
+        exists = part.bank != MAIN_BANK and run.task_lora.enabled and (main / INFO).exists()
         return main / TASK_LORA if same and exists else None
 
     def _context(self, part: Part, seed: int) -> Context:
