@@ -150,17 +150,17 @@ def _held(service):
 
 @pytest.mark.parametrize("swept", [False, True])
 def test_a_person_saved_and_then_forgotten_elsewhere_within_one_job_has_no_status(gateway, monkeypatch, swept):
-    http, personalize = gateway.http, Personalizer.personalize
+    http, update = gateway.http, Personalizer.update
 
     def forgotten_after(personal, *args, **how):
-        done = personalize(personal, *args, **how)
+        done = update(personal, *args, **how)
         forget_person("eve", Store(gateway.store.files.url))
         if swept:
             gateway.service.jobs.drop_forgotten(gateway.store.tombstones.names())
             assert gateway.service.jobs.status("eve") is None
         return done
 
-    monkeypatch.setattr(Personalizer, "personalize", forgotten_after)
+    monkeypatch.setattr(Personalizer, "update", forgotten_after)
     http.post(f"{EVE}/history", json={"items": ITEMS})
     assert http.post(f"{EVE}/personalize").status_code == 202
 

@@ -17,6 +17,7 @@ from served import waited
 from mta.errors import PersonNotFound
 from mta.personalize import forget_person, stages
 from mta.personalize.likelihoods import shots_of
+from mta.store.state import State
 
 
 def test_append_history_personalize_ask_and_forget(world):
@@ -53,6 +54,45 @@ def test_append_history_personalize_ask_and_forget(world):
     with pytest.raises(PersonNotFound):
         world.service.store.load("team/dee")
     assert world.service.store.history("team/dee") is None
+
+
+def test_a_grown_history_updates_the_state_at_the_cost_of_its_new_items(world, monkeypatch):
+    person, computed = people_of(1, items=7, seed=4)[0], []
+    items = [{"fields": dict(item.fields), "time": n} for n, item in enumerate(person.items)]
+    measured = stages.mean_nll
+    monkeypatch.setattr(
+        "mta.personalize.stages.mean_nll",
+        lambda base, jobs, *more, **how: (
+            computed.extend(len(job.examples) for job in jobs) or measured(base, jobs, *more, **how)
+        ),
+    )
+    where = "/v1/people/team/grown"
+    with world.http("team") as http:
+        for some, expected in ((items[:6], 6), (items[6:], 1)):
+            computed.clear()
+            http.post(f"{where}/history", json={"items": some})
+            assert http.post(f"{where}/personalize").status_code == 202
+            assert waited(lambda: http.get(f"{where}/personalize").json())["status"] == "done"
+            assert set(computed) == {expected}
+        http.delete(where)
+
+
+def test_a_state_is_not_replaced_by_one_of_fewer_items_unless_the_request_says_so(world):
+    where, store = "/v1/people/team/few", world.service.store
+    state = State(
+        world.service.jobs.personal.bank.hash, (0,), (1.0,), "laplace", "", "work", 0, gradient=(0.5,), shots=8
+    )
+    store.save("team/few", state)
+    item = {"fields": dict(people_of(1, items=1)[0].items[0].fields)}
+    with world.http("team") as http:
+        http.post(f"{where}/history", json={"items": [item]})
+        refused = http.post(f"{where}/personalize")
+        assert refused.status_code == 400
+        assert "made from 8 items, and this server knows 1" in refused.json()["error"]["message"]
+        assert store.load("team/few") == state
+        assert http.post(f"{where}/personalize", json={"latest": 1}).status_code == 202
+        assert waited(lambda: http.get(f"{where}/personalize").json())["version"] == 2
+        http.delete(where)
 
 
 @pytest.mark.parametrize(("key", "named"), [("admin", True), ("team", False)])

@@ -1,4 +1,8 @@
-"""Background personalization (stages 2 and 3): waiting people are personalized in batches, in one thread."""
+"""Background personalization (stages 2 and 3): waiting people are personalized in batches, in one thread.
+
+A state is updated if the history is the earlier one with new items (``mta.personalize.update``); otherwise it is made
+anew.
+"""
 
 from __future__ import annotations
 
@@ -113,7 +117,7 @@ class Jobs:
     def drop_forgotten(self, names: Collection[str]) -> None:
         """Drop waiting people and statuses that are older than tombstones of these ``names``.
 
-        For running people, ``Personalizer.personalize`` saves nothing and no status is set.
+        For running people, ``Personalizer.update`` saves nothing and no status is set.
         """
         store = self.personal.store
         with self._changed:
@@ -163,7 +167,7 @@ class Jobs:
         """Return each person's status, except for people forgotten after the tombstones ``since``."""
         try:
             self._trainer = self._trainer or self._load()
-            done = self._trainer.personalize(people, since=since)
+            done = self._trainer.update(people, since=since)  # states of grown histories cost only the new items
         except Exception as error:
             if len(people) > 1 and self._trainer:  # one person's items must not fail the others
                 return {id: status for person in people for id, status in self._personalize([person], since).items()}

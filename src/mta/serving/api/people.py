@@ -12,15 +12,17 @@ from fastapi import APIRouter
 from pydantic import BaseModel, Field
 from starlette.concurrency import run_in_threadpool
 
-from mta.data.history import Item
+from mta.data.history import Item, Person
 from mta.data.readers.rejects import Bad
 from mta.data.readers.rows import item_in
 from mta.data.tasks.task import Task
+from mta.errors import PersonNotFound, StateCorrupt
 from mta.serving.api.auth import Key
 from mta.serving.api.jobs import Status
 from mta.serving.api.schemas import ValidText
 from mta.serving.api.service import Caller, Gateway, NobodyHere
 from mta.serving.engine import Refused
+from mta.store import Store
 
 router = APIRouter(prefix="/v1/people")
 
@@ -66,6 +68,8 @@ async def personalize(service: Gateway, id: str, key: Caller, body: Personalize 
         person = await run_in_threadpool(service.histories.of, id, since)
         if person is None:
             raise Refused("this person has no items", hint="Append some first: POST …/history")
+        if latest is None:
+            await run_in_threadpool(_check_not_fewer, service.store, person)
         return _status_body(service.jobs.put(person.latest(latest) if latest else person, key, since))
 
 
@@ -115,6 +119,19 @@ async def forget(service: Gateway, id: str, key: Caller) -> dict[str, Any]:
     report |= {"exports_left": len(found.exports_left), "banks_unmarked": len(found.unmarked)}
     named = {"exports": found.exports_left, "banks": found.unmarked} if key.rights == "admin" else {}
     return report | {name: left for name, left in named.items() if left}
+
+
+def _check_not_fewer(store: Store, person: Person) -> None:
+    """Raises Refused if the person's state was made from more items than this server knows, as after a restart."""
+    try:
+        shots = store.load(person.id).shots
+    except (PersonNotFound, StateCorrupt):
+        return
+    if shots > (known := len(person.items)):
+        raise Refused(
+            f"the person's model was made from {shots} items, and this server knows {known} of the person's items",
+            hint=f'Append the others first, or make it from these alone: {{"latest": {known}}}',
+        )
 
 
 def _own(key: Key, id: str) -> None:
