@@ -2,12 +2,17 @@
 
 Run:  python -m benchmarks.many_people --out many [people.test=300] [key=value over the recipe]
 About an hour on two cores. The development people settings were chosen on (docs/explanation/tuning.md) take no part.
+Differences are also written for the *unseen* people: in no development part of a recipe, and not tested by the demo.
 """
 
 from __future__ import annotations
 
 import argparse
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from mta.bank.bank import Bank
 from mta.cli.screen import Screen, console
@@ -16,10 +21,13 @@ from mta.data.history import Person
 from mta.data.readers import read_people
 from mta.data.splits import Splits, draw
 from mta.evaluation.compare import Study, study
+from mta.evaluation.experiments.recipe import load_experiment
 from mta.evaluation.methods import OneLora, OtherPerson, PopulationMerge
 from mta.evaluation.reports.tables import show
+from mta.evaluation.statistics import bootstrap
 from mta.model.base import BaseModel
 from mta.system import assets
+from mta.system.atomic import write_json
 from mta.system.device import processor
 from mta.system.malloc import keep_freed_memory
 from mta.system.provenance import commit
@@ -46,6 +54,29 @@ def untouched(recipe: Recipe, people: list[Person]) -> Splits:
     return draw(rest, recipe.run.seed, task=recipe.people.task, development=0, test=recipe.people.test, **how)
 
 
+def seen(recipe: Recipe, people: list[Person]) -> set[str]:
+    """People of other recipes' development parts, and those the demo tests: decisions may have followed from them."""
+    min_items = recipe.evaluation.shots + recipe.evaluation.queries
+    demo, paper = load_recipe("movielens").people, load_experiment("movielens").people
+    sizes = {"task": demo.task, "development": demo.development, "test": demo.test}
+    shown = draw(people, recipe.run.seed, **sizes, min_items=min_items)
+    sizes = {"task": 0, "development": paper.development, "test": paper.test}
+    chosen = draw(people, recipe.run.seed, **sizes, min_items=min_items)
+    return {*shown.test, *shown.development, *chosen.development}
+
+
+def among(found: Study, unseen: list[bool]) -> dict[str, Any]:
+    """NLL of MTA minus each other method's, over the unseen people only."""
+    comparison = found.comparison
+    kept, ours = torch.tensor(unseen), comparison.row("MTA").people["NLL"]
+    differences = {
+        row.name: asdict(bootstrap((ours - row.people["NLL"])[..., kept]))
+        for row in comparison.rows
+        if row.name != "MTA"
+    }
+    return {"people": sum(unseen), "NLL of MTA minus": differences}
+
+
 def run(recipe: Recipe, out: Path, screen: Screen) -> Study:
     """Bank and comparison under ``out``; a bank that is there is used again."""
     people = read_people(assets.resolve(recipe.data), recipe.run.task)
@@ -56,7 +87,15 @@ def run(recipe: Recipe, out: Path, screen: Screen) -> Study:
     bank = Bank.build(base, candidates, out / "bank", **how)
     tested = parts.select("test", people)
     shown = {"on_step": screen.step, "on_method": screen.say}
-    return study(base, bank, recipe.run, tested, recipe.evaluation, more=CONTROLS, **shown)
+    found, known = (
+        study(base, bank, recipe.run, tested, recipe.evaluation, more=CONTROLS, **shown),
+        seen(recipe, people),
+    )
+    unseen = [person.id not in known for person in found.panel.people]
+    found.meta["unseen"] = among(found, unseen)
+    scores = {row.name: row.people["NLL"].flatten().tolist() for row in found.comparison.rows}
+    write_json(out / "people.json", {"unseen": unseen, "NLL": scores})
+    return found
 
 
 def main() -> None:
