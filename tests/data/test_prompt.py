@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import TEMPLATE, tokenizer
+from tokenizers import AddedToken
 
 from mta.data.history import Item
 from mta.data.tasks import PromptFormat, Task, load_task
@@ -124,6 +125,19 @@ def test_an_answer_is_read_back_without_its_end_token(task):
 def test_the_end_token_is_what_the_template_puts_after_an_answer():
     made = tokenizer_of(TEMPLATE.replace("<|end|>", "<|start|>"))
     assert PromptFormat(made).end_token == made.convert_tokens_to_ids("<|start|>")
+
+
+def test_an_end_token_that_is_special_but_has_no_name_ends_an_answer():
+    made = tokenizer_of(TEMPLATE.replace("<|end|>", "<end_of_turn>"))
+    made.add_tokens([AddedToken("<end_of_turn>", special=True)])
+    ends = made.convert_tokens_to_ids("<end_of_turn>")
+    assert ends not in made.all_special_ids
+    assert PromptFormat(made).end_token == ends
+
+
+def test_a_template_that_asks_for_the_date_gives_the_same_prompt_every_day(task):
+    dated = PromptFormat(tokenizer_of("Today: {{ strftime_now('%d %b %Y') }}\n" + TEMPLATE))
+    assert words(dated, dated.example(task, RATING).prompt).startswith("Today: 26 Jul 2024\n<|start|>user")
 
 
 def test_a_template_that_closes_with_plain_text_leaves_the_tokenizers_end_token():

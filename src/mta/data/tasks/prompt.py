@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from mta.data.tasks.task import Task
 
 PLAIN = "{prompt}\nAnswer: "  # for tokenizers without a chat template
+DATE = "26 Jul 2024"  # of templates that ask for today's; Llama 3.2's says this one without a clock
 ANSWER_TOKENS = 128  # default answer length of tasks without ``answer_tokens`` and labels; 280 characters fit
 
 
@@ -49,8 +50,9 @@ class PromptFormat:
         self.tokenizer = tokenizer
         self.max_tokens = max_tokens
         self.has_template = bool(getattr(tokenizer, "chat_template", None))
-        self.end_token = self._end_token()
-        special = {str(token) for token in tokenizer.added_tokens_decoder.values() if token.special}
+        self._template = _without_clock(tokenizer) if self.has_template else None
+        named = {id: str(token) for id, token in tokenizer.added_tokens_decoder.items() if token.special}
+        self.end_token, special = self._end_token(named), set(named.values())
         self._special = re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))) or "(?!)")
 
     def example(self, task: Task, item: Item, target: str | None = None) -> Example:
@@ -123,7 +125,7 @@ class PromptFormat:
     def _templated(self, turns: Sequence[Mapping[str, str]], add_generation_prompt: bool = False) -> str:
         from jinja2 import TemplateError
 
-        how = {"tokenize": False, "add_generation_prompt": add_generation_prompt}
+        how = {"tokenize": False, "add_generation_prompt": add_generation_prompt, "chat_template": self._template}
         try:
             return str(self.tokenizer.apply_chat_template(list(turns), **how))
         except TemplateError as error:
@@ -180,13 +182,13 @@ class PromptFormat:
         kept = text[:end].rstrip()
         return kept, sum(start >= len(kept) for start, _ in offsets)
 
-    def _end_token(self) -> int:
-        """Return the token that ends an answer: the template's token after it, else the tokenizer's end token."""
+    def _end_token(self, special: Collection[int]) -> int:
+        """Return the token that ends an answer: the template's ``special`` one after it, else the tokenizer's."""
         if self.has_template:
             chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "§answer§"}]
             text = self._templated(chat)
             after = self.tokenizer(text.rpartition("§answer§")[2].lstrip(), add_special_tokens=False)["input_ids"]
-            if after and after[0] in self.tokenizer.all_special_ids:
+            if after and after[0] in special:
                 return int(after[0])
         if self.tokenizer.eos_token_id is None:
             raise DataError(
@@ -194,3 +196,10 @@ class PromptFormat:
                 hint="Give the tokenizer a chat template or an eos_token (tokenizer_config.json).",
             )
         return int(self.tokenizer.eos_token_id)
+
+
+def _without_clock(tokenizer: Any) -> str:
+    """Return the chat template with a fixed date, if it asks for today's: prompts of every day must be equal."""
+    template = str(tokenizer.get_chat_template())
+    fixed = "{%- macro strftime_now(format) -%}" + DATE + "{%- endmacro -%}"
+    return fixed + template if "strftime_now" in template else template
