@@ -16,7 +16,7 @@ from mta.config import MergeSettings, override
 from mta.data.history import Person
 from mta.distributed.executor import LocalExecutor
 from mta.errors import DataError
-from mta.personalize import Personalizer
+from mta.personalize import Personalizer, stages
 from mta.personalize.adapters import merge_of
 from mta.personalize.likelihoods import Evidence, Labels, shots_of
 from mta.personalize.merge import Merge, merged, updated_coefficients
@@ -153,6 +153,26 @@ def test_a_stack_is_trained_on_from_where_it_was(tiny, tmp_path, monkeypatch):
         alone = adapt(base, [job], over, stack.lora, stack.training, start=state.stack, seed=0).tensors()
         for name, tensor in personal.state(person.id).stack.tensors().items():
             assert (tensor - alone[name]).abs().max() < 1e-10
+
+
+def test_the_order_of_layers_in_a_file_does_not_decide_how_an_update_is_rounded(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr("mta.personalize.update.decide", lambda before, new: "retrain")
+    loaded, trained, orders = Store.load, stages.train_loras, []
+
+    def reversed_layers(*where):
+        state = loaded(*where)
+        return replace(state, stack=state.stack.in_order(reversed(state.stack.names)))
+
+    def train_loras(base, jobs, start, *more, **how):
+        orders.append(list(start.factors))
+        return trained(base, jobs, start, *more, **how)
+
+    personal = started(tiny, tmp_path)
+    monkeypatch.setattr(Store, "load", reversed_layers)
+    monkeypatch.setattr(stages, "train_loras", train_loras)
+    personal.update(GROWN)
+    assert orders
+    assert all(order == list(tiny[0].targets) for order in orders)
 
 
 def test_a_refreshed_posterior_is_the_posterior_of_the_whole_history(tiny, tmp_path, monkeypatch):

@@ -218,7 +218,7 @@ class _Build:
         name = f"task-{number}" if number else "task"
         result = self._checkpoint("", name, "safetensors")
         if saved := result.load():
-            return self.in_order(LoraBatch.of_tensors(saved[0], self.run.task_lora.lora.scale))
+            return LoraBatch.of_tensors(saved[0], self.run.task_lora.lora.scale).in_order(self.base.targets)
 
         def on_step(stage: str, step: Step) -> None:  # progress counts all rounds that there may be
             each = step.examples_total
@@ -256,11 +256,8 @@ class _Build:
             if not self.executor.in_process:
                 self.record.step("anchors", Step(len(found), len(piece), done, len(jobs)))
         scale = self.run.bank.lora.scale
-        return self.in_order(stack(LoraBatch.of_tensors(found[piece.name], scale) for piece in pieces))
-
-    def in_order(self, loras: LoraBatch) -> LoraBatch:
-        """Return loaded LoRAs with their layers in the base's order: the order of a sum decides how it is rounded."""
-        return replace(loras, factors={layer: loras.factors[layer] for layer in self.base.targets})
+        loras = [LoraBatch.of_tensors(found[piece.name], scale) for piece in pieces]
+        return stack(loras).in_order(self.base.targets)
 
     def calibration(
         self, bank: LoraBatch, pooled: LoraBatch | None, people: Sequence[Person]

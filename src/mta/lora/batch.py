@@ -73,6 +73,10 @@ class LoraBatch:
         factors = {n: Factors(pad(f.a, (0, 0, 0, more)), pad(f.b, (0, more))) for n, f in self.factors.items()}
         return replace(self, factors=factors)
 
+    def in_order(self, layers: Iterable[str]) -> LoraBatch:
+        """Return the same adapters with their layers in this order: the order of a sum decides how it is rounded."""
+        return replace(self, factors={layer: self.factors[layer] for layer in layers})
+
     def delta(self, name: str) -> Tensor:
         """Return the dense updates of one layer, (U, O, D), for tests and for folding into weights."""
         return self.scale * self.factors[name].b @ self.factors[name].a

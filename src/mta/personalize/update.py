@@ -91,6 +91,6 @@ def _new_states(
 
 
 def _stacks(stages: Stages, befores: Sequence[State]) -> LoraBatch | None:
-    """Return the people's stacks; None if the states have none."""
+    """Return the people's stacks; None if the states have none. Files give their layers in any order."""
     stacks = [state.stack for state in befores if state.stack]
-    return stack(stacks).to(stages.base.device) if stacks else None
+    return stack(stacks).in_order(stages.base.targets).to(stages.base.device) if stacks else None
