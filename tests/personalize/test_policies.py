@@ -204,6 +204,18 @@ def test_ridge_is_the_minimum_of_its_objective(strength):
     assert w.abs().max() > 1e-2
 
 
+@pytest.mark.parametrize(("anchors", "strength", "off"), [(16, 300.0, 6.0), (16, 30.0, 4.0), (4, 1.0, 5.0)])
+def test_ridge_finds_the_minimum_where_the_pooled_model_is_certain_and_wrong(anchors, strength, off):
+    scores = torch.full((1, 32, 5, 1 + anchors), -3.0, dtype=torch.float64)
+    scores[:, :, 1], scores[:, :, 0] = 0.0, -off
+    scores[:, :, 0, 1:] += torch.linspace(2, 4, anchors, dtype=torch.float64)  # what anchors add to the right label
+    w = fit_labels(Labels(scores, torch.zeros(1, 32, dtype=torch.long)), torch.arange(anchors)[None], strength)
+    w.requires_grad_()
+    mixed = scores[0, :, :, 0] + (scores[0, :, :, 1:] - scores[0, :, :, :1]) @ w[0]
+    objective = strength / 2 * (w**2).sum() - mixed.log_softmax(1)[:, 0].sum()
+    near(torch.autograd.grad(objective, w)[0], torch.zeros_like(w), 1e-6)
+
+
 def test_ridge_is_nothing_where_the_pull_is_strong_and_does_not_depend_on_mates():
     labels, ids = labels_of([2, 5, 3]), torch.arange(N).expand(3, N)
     assert fit_labels(labels, ids, 1e9).abs().max() < 1e-7

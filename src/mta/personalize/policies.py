@@ -220,6 +220,11 @@ def fit_labels(
     gold = torch.nn.functional.one_hot(labels.gold.clamp_min(0), pooled.shape[2]).double()
     pull = strength * torch.eye(ids.shape[1], dtype=torch.float64)
     center = torch.zeros(ids.shape, dtype=torch.float64) if before is None else before
+
+    def objective(w: Tensor) -> Tensor:
+        scores = torch.log_softmax(pooled + torch.einsum("umck,uk->umc", slopes, w), dim=2)
+        return strength / 2 * (w - center).square().sum(1) - torch.einsum("umc,umc,um->u", scores, gold, real)
+
     w = center
     for _ in range(iterations):
         p = torch.softmax(pooled + torch.einsum("umck,uk->umc", slopes, w), dim=2)
@@ -227,6 +232,11 @@ def fit_labels(
         centered = slopes - torch.einsum("umck,umc->umk", slopes, p)[:, :, None]
         curvature = torch.einsum("umck,umc,um,umcl->ukl", centered, p, real, centered) + pull
         step = torch.linalg.solve(curvature, gradient)
+        most = objective(w) + 1e-12  # rounding is no reason for a smaller step
+        for _ in range(50):  # a full step overshoots where labels are almost certain, and wrong
+            if not bool((worse := objective(w - step) > most).any()):
+                break
+            step = torch.where(worse[:, None], step / 2, step)
         w = w - step
         if float(step.abs().max()) < 1e-12:
             break
