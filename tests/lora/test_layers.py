@@ -11,7 +11,7 @@ from tiny import base_of, random_examples, random_loras
 from mta.lora.batch import LoraBatch, join, stack
 from mta.lora.layers import Gated, PerPerson, Renumbered, Shared, applied
 from mta.lora.merge import merge_exact
-from mta.lora.terms import SharedTerm, with_terms
+from mta.lora.terms import RowTerm, SharedTerm, with_terms
 from mta.training.scoring import log_likelihood
 
 KINDS = ["llama", "mistral", "qwen2", "qwen3", "gemma3", "gpt2"]
@@ -171,3 +171,12 @@ def test_gradients_of_gates_equal_autograd_through_the_plain_sum(rows, tokens, f
     weights = torch.randn_like(y)
     for found, expected in zip(*(torch.autograd.grad((out * weights).sum(), (x, gate)) for out in (y, plain))):
         torch.testing.assert_close(found, expected)
+
+
+def test_gradients_pass_through_frozen_adapters_of_single_people():
+    layer, draw = torch.nn.Linear(6, 5).double().requires_grad_(False), torch.Generator().manual_seed(0)
+    a, b = (torch.randn(shape, generator=draw).double() for shape in ((2, 1, 6), (2, 5, 1)))
+    x = torch.randn(2, 3, 6, generator=draw).double().requires_grad_()
+    with_terms(layer, [RowTerm(a, b)])(x).sum().backward()
+    dense = layer.weight + torch.bmm(b, a)
+    assert torch.allclose(x.grad, dense.sum(1)[:, None].expand_as(x), atol=1e-12)

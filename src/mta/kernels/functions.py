@@ -67,9 +67,11 @@ def _rotated(x: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> Tensor:
 def add_low_rank(y: Tensor, x: Tensor, a: Tensor, b: Tensor) -> Tensor | None:
     """Add x (U, M, D) @ a.mT @ b to y (U, M, O) in place, with a (U, R, D), b (U, R, O); return h = x @ a.mT.
 
-    h (U, M, R) has the dtype of sums. Returns None and changes nothing if there is no kernel for these tensors.
-    ``low_rank_gradients`` computes the gradients.
+    h (U, M, R) has the dtype of sums. Returns None and changes nothing if there is no kernel for these tensors, or if
+    autograd would have to know of the change. ``low_rank_gradients`` computes the gradients.
     """
+    if torch.is_grad_enabled() and (x.requires_grad or y.requires_grad):
+        return None
     few = x.dtype != torch.bfloat16 or x.shape[1] <= _FEW or a.shape[1] <= _LOW
     contiguous = y.is_contiguous() and x.is_contiguous() and a.is_contiguous() and b.is_contiguous()
     if not (few and contiguous and kernels("low_rank", y, x, a, b)):
