@@ -242,6 +242,12 @@ def test_where_people_are_few_each_is_asked_more(task, people, queries):
     assert [(len(one.shots), len(one.queries)) for one in found] == [(8, queries)] * people
 
 
+def test_more_questions_of_few_people_do_not_cost_the_shots_that_were_asked_for(task):
+    settings = CalibrationSettings(people=16, queries=4, shots=16)
+    found = known_people(base_of(), task, people_of(4, items=20), settings)
+    assert [(len(one.shots), len(one.queries)) for one in found] == [(16, 4)] * 4
+
+
 def test_people_are_measured_as_newcomers(task):
     """Their first items are the shots, and the next ones the queries, although they have more."""
     (person,), base = people_of(1, items=20), base_of()

@@ -152,13 +152,16 @@ def drawn(
 def known_people(base: BaseModel, task: Task, people: Sequence[Person], settings: CalibrationSettings) -> list[Known]:
     """Return people's first items as shots, and the next as queries: what is measured is what newcomers can expect.
 
-    Fewer people than ``settings.people`` are asked more each. At most half of a person's items are queries.
+    Fewer people than ``settings.people`` are asked more each, if that leaves ``settings.shots`` items. At most half of
+    a person's items are queries.
     """
     each = max(settings.queries, settings.people * settings.queries // max(len(people), 1))
-    return [_known(base, task, person, settings.shots, min(each, len(person.items) // 2)) for person in people]
+    return [_known(base, task, person, settings, each) for person in people]
 
 
-def _known(base: BaseModel, task: Task, person: Person, shots: int, queries: int) -> Known:
+def _known(base: BaseModel, task: Task, person: Person, settings: CalibrationSettings, most: int) -> Known:
+    count, shots = len(person.items), settings.shots
+    queries = min(most, count // 2, max(settings.queries, count - shots))
     examples = [base.prompts.example(task, item) for item in person.items[: shots + queries]]
     return Known(tuple(examples[:-queries]), tuple(examples[-queries:]), person.group)
 
