@@ -5,7 +5,17 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-MODULES = ("adaptation", "bank", "coefficients", "limit", "merging", "decoding", "growth")  # in the order of the table
+# In the order of the table.
+MODULES = (
+    "adaptation",
+    "multi_lora",
+    "bank",
+    "coefficients",
+    "limit",
+    "merging",
+    "decoding",
+    "growth",
+)  # in the order of the table
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,162 @@
+"""Rank-8 LoRAs of many people against another trainer of many LoRAs: MoE-PEFT (the successor of m-LoRA).
+
+It needs older versions of torch and transformers than mta admits, so it has an environment of its own:
+
+    python3.11 -m venv .moe-peft && .moe-peft/bin/pip install moe-peft
+    MTA_MOE_PEFT_PYTHON=.moe-peft/bin/python python -m benchmarks.speed --only multi_lora
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from benchmarks.speed.adaptation import alike, short_cohort
+from benchmarks.speed.adapters import plain_model
+from benchmarks.speed.data import SHOTS, Absent
+from benchmarks.speed.settings import Settings
+from benchmarks.speed.timing import Row, rate, turns
+from benchmarks.speed.training import Cohort, agreed, apart, base_of, small
+from mta.lora.batch import Factors, LoraBatch
+
+PYTHON = "MTA_MOE_PEFT_PYTHON"
+_PREFIX = "base_model.model."
+_MINUTE = 60  # people times this, per second, is people per minute
+_PEERS = 16  # people that the peer is timed on
+
+
+def rows(settings: Settings) -> Iterator[Row]:
+    """One row for each dtype. Raises Absent."""
+    if not os.environ.get(PYTHON):
+        raise Absent(f"{PYTHON} does not name the Python of an environment with MoE-PEFT")
+    for dtype, short in (("float32", "fp32"), ("bfloat16", "bf16")):
+        name = f"multi-LoRA training, short, rank 8 (OPPU), {short}"
+        if settings.wanted(name):
+            yield row(name, dtype, settings)
+        base_of.cache_clear()
+
+
+def row(name: str, dtype: str, settings: Settings) -> Row:
+    """Our cohort against MoE-PEFT's best number of people in a pass, after losses and gradients were compared."""
+    cohort = short_cohort(dtype, settings)
+    people = len(cohort.jobs)
+    theirs = cohort.typical(min(_PEERS, people))
+    with peer(replace(theirs, start=small(theirs.start, 7)), dtype) as ask:
+        difference = agreed(_against(theirs, ask), dtype)
+
+    def ours() -> float:
+        cohort.train()
+        return _MINUTE * people
+
+    with peer(theirs, dtype) as ask:
+
+        def trained(together: int) -> float:
+            ask("train", together=together)
+            return _MINUTE * alike(theirs, cohort)
+
+        sizes = [n for n in (1, 4, _PEERS) if n <= len(theirs.jobs)]
+        best = max(sizes, key=lambda n: rate(lambda: trained(n)))
+        rates, peer_rates = turns(ours, lambda: trained(best), settings.repeats)
+    return Row(
+        name,
+        f"mta {dtype}, {people} people",
+        f"MoE-PEFT, {best} of {len(theirs.jobs)} people in a pass",
+        "people/min",
+        tuple(rates),
+        tuple(peer_rates),
+        None,
+        difference,
+        "losses and gradients",
+        f"{SHOTS} examples a person, optimizer steps: {settings.steps}; tried {sizes} people in a pass",
+        more={"people": people, "peer_people": len(theirs.jobs), "together": best, "steps": cohort.training.steps},
+    )
+
+
+@contextmanager
+def peer(cohort: Cohort, dtype: str) -> Iterator[Any]:
+    """``moe_peft_peer.py`` over this cohort in the environment that the variable names; call it with a request."""
+    with tempfile.TemporaryDirectory() as folder:
+        _write(cohort, dtype, Path(folder))
+        script = Path(__file__).with_name("moe_peft_peer.py")
+        command = [os.environ[PYTHON], str(script), folder]
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdin
+            assert process.stdout
+
+            def ask(do: str, **more: Any) -> dict[str, Any]:
+                if do:
+                    print(json.dumps({"do": do, **more}), file=process.stdin, flush=True)
+                line = process.stdout.readline() if process.stdout else ""
+                if not line:
+                    raise Absent("MoE-PEFT's process ended: see its error above")
+                return dict(json.loads(line)) | {"folder": folder}
+
+            ask("")
+            try:
+                yield ask
+            finally:
+                process.stdin.close()
+
+
+def _write(cohort: Cohort, dtype: str, folder: Path) -> None:
+    """What the other process needs: the model, everybody's examples, and the adapters to start from."""
+    plain_model(dtype).save_pretrained(folder / "base")
+    config = json.loads((folder / "base" / "config.json").read_text())
+    config |= config.get("rope_parameters") or {}  # where its older transformers looks for rope_theta
+    (folder / "base" / "config.json").write_text(json.dumps(config))
+    training, start = cohort.training, cohort.start
+    work = {
+        "threads": torch.get_num_threads(),
+        "device": str(cohort.base.device),
+        "dtype": dtype,
+        "steps": training.steps,
+        "clip": training.clip,
+        "adamw": {
+            "lr": training.lr,
+            "betas": [training.beta1, training.beta2],
+            "eps": training.eps,
+            "weight_decay": training.weight_decay,
+        },
+        "rank": start.rank,
+        "alpha": round(start.scale * start.rank),
+        "layers": sorted({name.rpartition(".")[2] for name in start.names}),
+        "people": [[_example(one) for one in job.examples] for job in cohort.jobs],
+    }
+    (folder / "work.json").write_text(json.dumps(work))
+    tensors = {
+        f"{n}/{_PREFIX}{name}.lora_{side}.weight": part[n].float().cpu().contiguous()
+        for name, pair in start.factors.items()
+        for side, part in zip("AB", pair)
+        for n in range(len(cohort.jobs))
+    }
+    save_file(tensors, folder / "start.safetensors")
+
+
+def _example(example: Any) -> dict[str, list[int]]:
+    tokens, start = list(example.tokens), example.target_start
+    return {"tokens": tokens, "labels": [-100] * start + list(example.target), "mask": [1] * len(tokens)}
+
+
+def _against(cohort: Cohort, ask: Any) -> float:
+    """Largest relative difference of losses and gradients to ours, over everybody."""
+    start = small(cohort.start, 7)
+    loss, gradient = replace(cohort, start=start).gradient()
+    answer = ask("gradient")
+    tensors = load_file(Path(answer["folder"]) / "gradient.safetensors")
+    people = range(len(cohort.jobs))
+    theirs = {
+        name: Factors(*(torch.stack([tensors[f"{n}/{_PREFIX}{name}.lora_{s}.weight"] for n in people]) for s in "AB"))
+        for name in start.names
+    }
+    expected = sum(answer["losses"]) / len(people)
+    return max(apart(gradient, LoraBatch(theirs, start.scale)), abs(loss - expected) / expected)
