@@ -76,8 +76,9 @@ bench: $(VENV)/installed-dev
 bench-full: $(VENV)/installed-dev
 	$(BIN)/python -m benchmarks.speed --full
 
+# Without Debian's python3-venv, venv fails and leaves an environment without pip, which make would take for a finished one.
 $(VENV)/bin/python:
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv --clear $(VENV) || { rm -rf $(VENV); exit 1; }
 
 $(VLLM)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VLLM)
