@@ -76,11 +76,17 @@ bench: $(VENV)/installed-dev
 bench-full: $(VENV)/installed-dev
 	$(BIN)/python -m benchmarks.speed --full
 
+# The least version of pyproject.toml, checked first: pip would say that it finds no matching distribution.
+NEW_ENOUGH = $(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" \
+	|| { echo "mta needs Python 3.11 or newer: make demo PYTHON=python3.13" >&2; exit 1; }
+
 # Without Debian's python3-venv, venv fails and leaves an environment without pip, which make would take for a finished one.
 $(VENV)/bin/python:
+	@$(NEW_ENOUGH)
 	$(PYTHON) -m venv --clear $(VENV) || { rm -rf $(VENV); exit 1; }
 
 $(VLLM)/installed: pyproject.toml
+	@$(NEW_ENOUGH)
 	$(PYTHON) -m venv $(VLLM)
 	$(VLLM)/bin/python -m pip install --quiet "$(VLLM_PACKAGE)" --editable .
 	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec  # they do not import beside torch for CPUs

@@ -2,6 +2,7 @@
 
 import shutil
 import subprocess
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,10 @@ WITHOUT_ENSUREPIP = """#!/bin/sh
 [ "$1" = -c ] && exit 0
 [ "$3" = --clear ] && shift
 mkdir -p "$3/bin" && touch "$3/bin/python" && exit 1
+"""
+TOO_OLD = """#!/bin/sh
+[ "$1" = -c ] && exit 1
+mkdir -p "$4/bin" && touch "$4/bin/python"
 """
 
 
@@ -27,3 +32,15 @@ def make(folder: Path, python: str) -> subprocess.CompletedProcess[str]:
 def test_an_environment_that_failed_is_removed(tmp_path: Path) -> None:
     assert make(tmp_path, WITHOUT_ENSUREPIP).returncode != 0
     assert not (tmp_path / "venv").exists()
+
+
+def test_an_old_python_is_refused_before_an_environment_is_made(tmp_path: Path) -> None:
+    done = make(tmp_path, TOO_OLD)
+    assert done.returncode != 0
+    assert "mta needs Python 3.11 or newer: make demo PYTHON=python3.13" in done.stderr
+    assert not (tmp_path / "venv").exists()
+
+
+def test_the_version_that_make_checks_is_that_of_the_package() -> None:
+    least = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["requires-python"].removeprefix(">=")
+    assert f"sys.version_info < ({least.replace('.', ', ')})" in (ROOT / "Makefile").read_text()
