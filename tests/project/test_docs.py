@@ -117,6 +117,12 @@ def test_every_module_and_target_of_a_command_exists(page):
                 assert [w for w in words if w.startswith("--") and f'"{w}"' not in source] == []
 
 
+def test_a_clone_ignores_what_the_commands_of_the_readme_write():
+    written = re.findall(r"--(?:out|store|keys) (\S+)", (ROOT / "README.md").read_text())
+    ignored = (ROOT / ".gitignore").read_text().splitlines()
+    assert [name for name in [*written, "history.jsonl", "newcomers.jsonl"] if f"/{name}" not in ignored] == []
+
+
 def test_an_invalid_command_is_found():
     assert commands("mta bank build x.jsonl --out bank/  # why\nA=1 echo 'two words' | cat") == [
         ["mta", "bank", "build", "x.jsonl", "--out", "bank/"],
@@ -240,7 +246,7 @@ def test_the_readme_runs(tutorial, tmp_path):
     for name in ("history.jsonl", "newcomers.jsonl"):
         shutil.copy(tutorial / name, tmp_path)
     walk(ROOT / "README.md", tmp_path)
-    assert {"bank", "people", "results", "ann-adapter"} <= {path.name for path in tmp_path.iterdir()}
+    assert {"bank", "people", "comparison", "ann-adapter"} <= {path.name for path in tmp_path.iterdir()}
     assert not (tmp_path / "bob-adapter").exists()  # it left with bob
 
 
