@@ -1,6 +1,7 @@
 """The time left of a demo, and the version of its recipe that runs."""
 
 import itertools
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -42,6 +43,16 @@ def test_stages_that_a_resumed_demo_skips_do_not_count(told):
     clock, reports = told
     clock.step("OPPU", Step(1, 1, 1, 100))
     assert reports == [(round(1 / 6, 3), 300)]
+
+
+@pytest.mark.parametrize(("platform", "opener"), [("darwin", "open"), ("linux", "xdg-open")])
+def test_the_commands_at_the_end_can_be_pasted_into_any_shell(monkeypatch, platform, opener):
+    monkeypatch.setattr(demo.sys, "platform", platform)
+    found = SimpleNamespace(asked=SimpleNamespace(people=[SimpleNamespace(id="7")]))
+    lines = demo.next_commands(Path("my demo"), found)
+    assert not [line for line in lines if "#" in line]
+    assert f"  {opener} 'my demo/report.html'" in lines
+    assert "  mta person show 7 --bank 'my demo/bank' --store 'my demo/people'" in lines
 
 
 @pytest.fixture

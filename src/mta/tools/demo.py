@@ -157,19 +157,25 @@ def demo(
 
 
 def next_commands(out: Path, found: Study) -> list[str]:
-    """Return commands to go on with, in the order in which a newcomer may want them."""
-    bank, store = shlex.quote(str(out / "bank")), shlex.quote(str(out / "people"))
-    serve, report = f"mta serve --bank {bank} --store {store} --insecure-local", str(out / "report.html")
-    commands, about = [serve, report], ["# then open http://127.0.0.1:8000", "# a page: pictures, every number"]
+    """Return commands to go on with, in the order in which a newcomer may want them.
+
+    A line above each command says what it does: a comment after the command is an error in interactive zsh.
+    """
+    bank, store, report = (shlex.quote(str(out / name)) for name in ("bank", "people", "report.html"))
+    lines = ["Ask several people's models, at http://127.0.0.1:8000:"]
+    lines += [f"  mta serve --bank {bank} --store {store} --insecure-local"]
+    lines += [f"Open {report} in a browser (pictures, every number):"]
+    lines += [f"  {'open' if sys.platform == 'darwin' else 'xdg-open'} {report}"]
     activate = Path(sys.executable).with_name("activate")
     if shutil.which("mta") is None and activate.is_file():  # called by its path, as make demo does
-        commands.insert(0, f". {shlex.quote(os.path.relpath(activate))}")
-        about.insert(0, "# once in each terminal")
+        lines = ["Once in each terminal:", f"  . {shlex.quote(os.path.relpath(activate))}", *lines]
     if found.asked:
-        commands.append(f"mta person show {shlex.quote(found.asked.people[0].id)} --bank {bank} --store {store}")
-        about.append("# all that is stored")
-    wide = max(map(len, commands))
-    return [f"{command:<{wide}}   {what}" for command, what in zip(commands, about)]
+        person = shlex.quote(found.asked.people[0].id)
+        lines += [
+            "Show all that is stored about a person:",
+            f"  mta person show {person} --bank {bank} --store {store}",
+        ]
+    return lines
 
 
 def _compared(
