@@ -12,6 +12,8 @@ import pytest
 from world import QUESTION, ratings, run, tree, written
 from world import world as world  # the fixture
 
+from mta.cli import main
+
 MISTAKES = {
     "a file that is not there": ("data describe {root}/no.jsonl", "AssetError: no such file or folder: "),
     "a name that is neither a file nor an asset": (
@@ -265,6 +267,15 @@ def test_a_mistake_in_a_real_process_exits_with_1_and_without_a_traceback(tmp_pa
     done = subprocess.run([sys.executable, "-m", "mta", *words], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.startswith("AssetError: no such file or folder: ")
+
+
+def test_windows_is_refused_in_one_line(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["mta", "--version"])
+    monkeypatch.setattr("sys.platform", "win32")
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == 1
+    assert capsys.readouterr() == ("", "mta does not run on Windows. Install and run it in WSL 2.\n")
 
 
 @pytest.mark.timeout(120, func_only=True)

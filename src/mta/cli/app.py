@@ -47,6 +47,9 @@ def root(version: bool = typer.Option(False, "--version", help="Print the versio
 
 def main() -> None:
     """Run a command. Print a user's mistake without a traceback, and exit with 1."""
+    if sys.platform == "win32":  # writing files needs flags of POSIX: system/atomic.py
+        typer.echo("mta does not run on Windows. Install and run it in WSL 2.", err=True)
+        sys.exit(1)
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # progress bars would fill log files
     log = logging.getLogger("mta")
