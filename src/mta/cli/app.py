@@ -11,6 +11,7 @@ import typer
 from mta import __version__
 from mta.cli import bank, data, evaluate, machine, person, personalize, serve, store
 from mta.errors import MtaError
+from mta.system.cores import limit_threads
 from mta.system.malloc import keep_freed_memory
 
 app = typer.Typer(
@@ -55,6 +56,7 @@ def main() -> None:
     log = logging.getLogger("mta")
     log.handlers[:], log.propagate = [logging.StreamHandler()], False
     log.setLevel(logging.INFO)
+    limit_threads()
     keep_freed_memory()  # allowed because this process is ours; a library must not do this
     try:
         app()

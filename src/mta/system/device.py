@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import threading
 import time
@@ -16,6 +15,7 @@ from typing import TypeVar
 import torch
 
 from mta.errors import ModelError
+from mta.system.cores import cores as cores
 
 T = TypeVar("T")
 _SETTING = threading.Lock()  # guards the number of threads, which compute_with reads, sets and restores
@@ -41,11 +41,6 @@ def processor() -> str:
     """Return the processor's name, followed by the GPU's name if there is a GPU."""
     name = cpuinfo("model name") or platform.processor() or platform.machine()
     return f"{name}, {torch.cuda.get_device_name()}" if torch.cuda.is_available() else name
-
-
-def cores() -> int:
-    """Return the number of cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def pick_device(device: str) -> torch.device:
