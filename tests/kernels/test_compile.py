@@ -126,6 +126,19 @@ def test_other_machines_are_not_tried(monkeypatch):
     assert obstacle() == "they are for x86-64 and ARM64, this is riscv64"
 
 
+@pytest.mark.parametrize("own", ["torch/lib/libgomp.so.1", "torch.libs/libgomp-a34b3233.so.1.0.0"])
+def test_the_openmp_runtime_is_torchs_own_also_in_a_folder_with_a_space(monkeypatch, tmp_path, own):
+    site = tmp_path / "my environment"
+    others = ["scikit_learn.libs/libgomp-6e1a1d1b.so.1.0.0", "torch/lib/libtorch_cpu.so", own]
+    rows = ["7f36-7f37 rw-p 00000000 00:00 0 "] + [f"7f38-7f39 r-xp 0000 fe:00 53   {site / name}" for name in others]
+    (tmp_path / "maps").write_text("\n".join(rows) + "\n")
+    monkeypatch.setattr(torch, "__file__", str(site / "torch" / "__init__.py"))
+    assert module._openmp(tmp_path / "maps") == str(site / own)
+    (tmp_path / "maps").write_text("\n".join(rows[:-1]) + "\n")
+    assert module._openmp(tmp_path / "maps") == str(site / others[0])
+    assert module._openmp(tmp_path / "none") == ""
+
+
 @needs_kernels
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_every_kernel_of_the_library_belongs_to_one_family(dtype):

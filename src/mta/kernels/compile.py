@@ -221,11 +221,15 @@ def _message(error: Exception) -> str:
     return line.replace(f"{_SOURCES[0].parent}{os.sep}", "").strip()
 
 
-def _openmp() -> str:
+def _openmp(maps: Path = Path("/proc/self/maps")) -> str:
     """Return the path of the OpenMP runtime that torch loaded into this process, or ""."""
     try:
-        maps = Path("/proc/self/maps").read_text(encoding="utf-8")
+        lines = maps.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
     except OSError:
         return ""
-    found = re.search(r"/\S*/lib(?:gomp|iomp5|omp)[-.\w]*\.so[.\w]*", maps)
-    return found[0] if found else ""
+    paths = [Path(fields[5]) for line in lines if len(fields := line.split(maxsplit=5)) == 6]
+    found = [path for path in paths if re.fullmatch(r"lib(?:gomp|iomp5|omp)[-.\w]*\.so[.\w]*", path.name)]
+    package = Path(torch.__file__).resolve().parent
+    own = package / "lib", package.with_name("torch.libs")  # other packages bring runtimes of their own: scikit-learn
+    found.sort(key=lambda path: path.parent not in own)
+    return str(found[0]) if found else ""
