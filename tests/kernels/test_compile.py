@@ -126,6 +126,21 @@ def test_other_machines_are_not_tried(monkeypatch):
     assert obstacle() == "they are for x86-64 and ARM64, this is riscv64"
 
 
+@needs_kernels
+@pytest.mark.parametrize(("said", "reason"), [("11", "g++ 11 is older than 12"), ("9.4.0", "g++ 9 is older than 12")])
+def test_an_old_compiler_is_named_with_its_version(monkeypatch, tmp_path, said, reason):
+    script = f'#!/bin/sh\n[ "$1" = -dumpversion ] && echo {said}\n'
+    monkeypatch.setenv("PATH", str(compiler(tmp_path, script).parent), prepend=os.pathsep)
+    assert obstacle() == reason
+
+
+@needs_kernels
+@pytest.mark.parametrize("script", ["#!/bin/sh\necho 12\n", "#!/bin/sh\necho 15.1.0\n", "#!/bin/sh\nexit 3\n"])
+def test_a_compiler_that_may_be_new_enough_is_tried(monkeypatch, tmp_path, script):
+    monkeypatch.setenv("PATH", str(compiler(tmp_path, script).parent), prepend=os.pathsep)
+    assert obstacle() == ""
+
+
 @pytest.mark.parametrize("own", ["torch/lib/libgomp.so.1", "torch.libs/libgomp-a34b3233.so.1.0.0"])
 def test_the_openmp_runtime_is_torchs_own_also_in_a_folder_with_a_space(monkeypatch, tmp_path, own):
     site = tmp_path / "my environment"

@@ -19,7 +19,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -53,6 +53,7 @@ _TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "d": ctypes.c_double}
 _FLAGS = "-std=c++20 -O3 -march=native -fno-math-errno -fno-trapping-math -fopenmp -fPIC"
 _MACHINES = {"x86_64": "-mprefer-vector-width=512", "aarch64": ""}  # flags of each machine type
 _SOURCES = [Path(__file__).with_name(name) for name in ("kernels.cpp", "low_rank.hpp", "numbers.hpp")]
+_LEAST = 12  # version of g++ that has __builtin_shufflevector
 _TIMEOUT = 300  # seconds for one run of the compiler
 
 Kernels = dict[str, Callable[..., None]]
@@ -103,11 +104,14 @@ def without_kernels(*families: Family) -> Iterator[None]:
 
 def obstacle() -> str:
     """Return why the kernels cannot be compiled here; "" if they can. Raises ConfigError."""
+    compiler = shutil.which("g++")
+    version = _version(compiler) if compiler and sys.platform == "linux" else 0  # macOS may ask to install a compiler
     reasons = {
         "MTA_KERNELS is off": switched_off() == frozenset(FAMILIES),
         "they are compiled only on Linux": sys.platform != "linux",
         f"they are for x86-64 and ARM64, this is {platform.machine()}": platform.machine() not in _MACHINES,
-        "there is no g++": not shutil.which("g++"),
+        "there is no g++": not compiler,
+        f"g++ {version} is older than {_LEAST}": 0 < version < _LEAST,
         "torch loaded no OpenMP runtime": not _openmp(),
     }
     return next((reason for reason, holds in reasons.items() if holds), "")
@@ -210,6 +214,14 @@ def _run(*command: str) -> str:
         command, env=english, capture_output=True, text=True, errors="replace", check=True, timeout=_TIMEOUT
     )
     return done.stdout
+
+
+@cache
+def _version(compiler: str) -> int:
+    """Return the compiler's major version; 0 if it does not say."""
+    with suppress(OSError, subprocess.SubprocessError, ValueError):
+        return int(_run(compiler, "-dumpversion").partition(".")[0])
+    return 0
 
 
 def _message(error: Exception) -> str:
