@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections import namedtuple
 from importlib.metadata import requires
+from pathlib import Path
 
 import pytest
 import torch
@@ -126,6 +127,40 @@ def test_memory_is_held_against_what_a_run_may_take(monkeypatch, free, verdict, 
     (memory,) = doctor._memory()
     assert (memory.verdict, memory.hint) == (verdict, hint)
     assert "memory=4GiB bounds one cohort (adapters, optimizer, activations)" in memory.found
+
+
+@pytest.mark.skipif(not Path("/proc/meminfo").is_file(), reason="needs /proc")
+def test_files_that_the_kernel_caches_count_as_free_memory(monkeypatch, tmp_path):
+    monkeypatch.setattr(doctor, "_CGROUP", tmp_path)
+    for name, text in (("max", "9000"), ("current", "8000"), ("stat", "anon 5000\nactive_file 10\ninactive_file 2500")):
+        (tmp_path / f"memory.{name}").write_text(f"{text}\n")
+    assert doctor._free_memory() == 3500
+    (tmp_path / "memory.max").write_text("max\n")
+    assert doctor._free_memory() > 1 << 20
+
+
+@pytest.mark.parametrize(
+    ("cuda", "driver", "visible", "hint"),
+    [
+        (
+            "13.0",
+            True,
+            "0",
+            "Update the NVIDIA driver, or install torch for an older CUDA (pytorch.org) to use the GPU.",
+        ),
+        (None, True, "0", "An NVIDIA driver is installed: install torch with CUDA (pytorch.org) to use the GPU."),
+        ("13.0", False, "0", ""),
+        ("13.0", True, "", ""),
+    ],
+)
+def test_a_gpu_that_torch_does_not_use_is_a_warning(monkeypatch, cuda, driver, visible, hint):
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(doctor.shutil, "which", lambda _: "/usr/bin/nvidia-smi" if driver else None)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    monkeypatch.setattr(doctor, "gemm_rate", lambda _: 1e9)
+    device = found("device", doctor._machine())
+    assert (device.verdict, device.hint) == ("warning" if hint else "ok", hint)
 
 
 def test_threads_that_spin_beside_others_are_warned_of(monkeypatch):

@@ -32,6 +32,7 @@ from mta.system.provenance import version_of
 
 Verdict = Literal["ok", "warning", "problem"]
 UNPACKED = 8  # bytes on disk per byte of an asset's wheel, while it is unpacked and converted to float32
+_CGROUP = Path("/sys/fs/cgroup")
 BASE = 600 << 20  # bytes of the default base in memory
 
 
@@ -101,10 +102,12 @@ def _machine() -> Iterator[Finding]:
         dtype = str(pick_dtype("auto", device)).removeprefix("torch.")
         yield Finding("machine", "dtype", "ok", dtype)
         return
-    hint = "An NVIDIA driver is installed: install torch with CUDA (pytorch.org) to use the GPU."
-    unused = not torch.version.cuda and shutil.which("nvidia-smi") is not None
-    why = f"torch {torch.__version__} {'sees no GPU' if torch.version.cuda else 'is built without CUDA'}"
-    yield _judged("machine", "device", f"cpu: {why}", warning=hint if unused else "")
+    why, hint = "is built without CUDA", "An NVIDIA driver is installed: install torch with CUDA (pytorch.org)"
+    if torch.version.cuda:  # torch sees no GPU either if the driver is older than its CUDA
+        why, hint = "sees no GPU", "Update the NVIDIA driver, or install torch for an older CUDA (pytorch.org)"
+    unused = shutil.which("nvidia-smi") and os.environ.get("CUDA_VISIBLE_DEVICES") not in ("", "-1")
+    found = f"cpu: torch {torch.__version__} {why}"
+    yield _judged("machine", "device", found, warning=f"{hint} to use the GPU." if unused else "")
     yield _dtype(device)
 
 
@@ -150,9 +153,10 @@ def _free_memory() -> int | None:
         free = int(re.findall(r"MemAvailable:\s*(\d+)", text)[0]) << 10
     except (OSError, IndexError):
         return None
-    most, used = (Path("/sys/fs/cgroup", name) for name in ("memory.max", "memory.current"))
     try:
-        return min(free, int(most.read_text()) - int(used.read_text()))
+        most, used, parts = ((_CGROUP / name).read_text() for name in ("memory.max", "memory.current", "memory.stat"))
+        cached = sum(map(int, re.findall(r"(?m)^inactive_file (\d+)", parts)))  # files, which the kernel drops first
+        return min(free, int(most) - int(used) + cached)
     except (OSError, ValueError):  # no cgroup, or no limit
         return free
 
