@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,6 +26,13 @@ GOOD = {"person": "ann", "text": "Fine.", "score": "4"}
 def folder_of(store: Any, id: str) -> str:
     """Return the name of a person's folder in a store: the keyed hash of their id."""
     return store._path(id, write=True).rpartition("/")[2]
+
+
+def path_of_open(fd: int) -> str:
+    """Return the path of an open file or folder."""
+    if sys.platform == "darwin":
+        return fcntl.fcntl(fd, fcntl.F_GETPATH, bytes(1024)).rstrip(b"\0").decode()
+    return os.readlink(f"/proc/self/fd/{fd}")
 
 
 def path_of(store: Any, id: str) -> Path:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from files import path_of_open
 
 from mta.errors import ConfigError, StoreError
 from mta.system.atomic import make_folder, owner_only, sync_folder, write_json, write_text, written_aside
@@ -181,7 +182,7 @@ def synced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, b
     seen, fsync = list[tuple[str, bool]](), os.fsync
 
     def noted(fd: int) -> None:
-        seen.append((os.readlink(f"/proc/self/fd/{fd}"), (tmp_path / "new" / "file").exists()))
+        seen.append((path_of_open(fd), (tmp_path / "new" / "file").exists()))
         fsync(fd)
 
     monkeypatch.setattr(os, "fsync", noted)

@@ -35,11 +35,12 @@ except SystemExit:
 # glibc maps a block of 256 MiB by itself and unmaps it when it is freed, unless malloc was set to keep freed memory.
 OBSERVED = """
 import ctypes
+import os
 from pathlib import Path
 
 
 def resident():
-    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 libc, size = ctypes.CDLL(None), 256 << 20

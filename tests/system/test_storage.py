@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 
 import pytest
-from files import path_of
+from files import path_of, path_of_open
 from stores import ANN, state
 from test_atomic import mode
 
@@ -23,7 +23,7 @@ def synced(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, list[str]]]:
     seen, fsync = list[tuple[str, list[str]]](), os.fsync
 
     def noted(fd: int) -> None:
-        path = os.readlink(f"/proc/self/fd/{fd}")
+        path = path_of_open(fd)
         if os.path.isdir(path):
             seen.append((path, sorted(os.listdir(path))))
         fsync(fd)

@@ -57,6 +57,7 @@ def test_kernels_that_work_are_compiled(monkeypatch):
 
 
 @pytest.mark.integration
+@pytest.mark.skipif(bool(doctor.obstacle()), reason=f"no kernels here: {doctor.obstacle()}")
 def test_kernels_that_fail_to_compile_are_reported_with_the_compilers_first_error(cache, monkeypatch, tmp_path):
     broken = tmp_path / "g++"
     broken.write_text("#!/bin/sh\necho \"kernels.cpp:1:1: error: no 'requires' here\" >&2\nexit 1\n")
@@ -70,6 +71,8 @@ def test_kernels_that_fail_to_compile_are_reported_with_the_compilers_first_erro
 
 def test_kernels_that_are_off_and_those_not_supported_are_distinguished(monkeypatch):
     monkeypatch.setenv("MTA_KERNELS", "off:rotate")
+    monkeypatch.setattr("mta.kernels.compile.sys.platform", "linux")
+    monkeypatch.setattr("mta.kernels.compile.platform.machine", lambda: "x86_64")
     monkeypatch.setattr("mta.kernels.compile.shutil.which", lambda _: None)
     (told,) = doctor._kernels()
     assert (told.verdict, told.found) == ("warning", "not supported here: there is no g++")
