@@ -8,6 +8,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+if any(os.environ.get(name) for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY")):
+    for name in ("no_proxy", "NO_PROXY"):  # a proxy does not reach the servers of tests
+        os.environ[name] = f"{os.environ.get(name, '')},127.0.0.1,localhost".lstrip(",")
 
 from contextlib import suppress
 

@@ -46,6 +46,16 @@ def test_a_server_of_the_same_models_agrees(world):
     assert all("differ by 0.00" in one.found for one in found)
 
 
+def test_a_server_on_this_machine_is_not_asked_through_a_proxy(world, monkeypatch):
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    personal = personalizer(world.base, world.bank, world.service.store)
+    assert [one.verdict for one in check_served(server_of(world), personal, [])] == ["ok"]
+    (found,) = check_served(Server("http://example.invalid"), personal, [])
+    assert "Connection refused" in found.found  # by the proxy
+
+
 def test_a_person_with_another_state_here_is_a_problem(world, tmp_path):
     store = Store(tmp_path / "people")
     for seed, id in ((7, "ann"), (1, "bob")):
