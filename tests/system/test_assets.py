@@ -1,5 +1,6 @@
 """Assets: pinned, complete or absent, fit for two processes, clear without a network. pip is real, the wheels tiny."""
 
+import errno
 import importlib.util
 import json
 import os
@@ -148,6 +149,17 @@ def test_cache_that_cannot_be_written(tiny, tmp_path, monkeypatch):
     with pytest.raises(AssetError, match=r"^cannot save 'tiny' in ") as caught:
         fetch("tiny")
     assert "set MTA_CACHE" in caught.value.hint
+
+
+def test_a_cache_on_a_file_system_without_locks(tiny, monkeypatch):
+    monkeypatch.setattr(assets.FileLock, "acquire", no_locks)
+    with pytest.raises(AssetError, match=r"^cannot save 'tiny' in .*No locks") as caught:
+        fetch("tiny")
+    assert caught.value.hint == "This file system cannot lock files. Set MTA_CACHE to a folder on a local disk."
+
+
+def no_locks(*_, **__):
+    raise OSError(errno.ENOLCK, "No locks available")
 
 
 def test_unknown_asset_lists_the_known_ones():

@@ -8,6 +8,7 @@ Other storage has no such lock: of two simultaneous changes of one file, only th
 from __future__ import annotations
 
 import contextlib
+import errno
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -36,10 +37,10 @@ def locked(files: Storage) -> Iterator[None]:
         held = FileLock(path, timeout=_WAIT)
         held.acquire()
     except OSError as error:  # includes filelock's Timeout
-        raise StoreError(
-            f"{path} cannot be locked: {error.strerror or error}",
-            hint="Check the store's permissions and free space, and that no stopped process holds the lock.",
-        ) from error
+        hint = "Check the store's permissions and free space, and that no stopped process holds the lock."
+        if error.errno == errno.ENOLCK:  # NFS without a lock daemon
+            hint = "This file system cannot lock files. Put the store on a local disk."
+        raise StoreError(f"{path} cannot be locked: {error.strerror or error}", hint) from error
     try:
         yield
     finally:

@@ -12,6 +12,7 @@ On disk: ``<cache>/assets/<name>/`` with ``asset.json`` in it. A folder appears 
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import io
 import json
@@ -153,6 +154,8 @@ def fetch(name: str, progress: Progress | None = None) -> Path:
                 _install(asset, folder, say)
     except OSError as error:
         hint = "Free some disk space there, or set MTA_CACHE to a writable folder."
+        if error.errno == errno.ENOLCK:  # NFS without a lock daemon
+            hint = "This file system cannot lock files. Set MTA_CACHE to a folder on a local disk."
         raise AssetError(f"cannot save {name!r} in {folder.parent}: {error}", hint) from error
     return folder
 
