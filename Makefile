@@ -95,7 +95,7 @@ $(VLLM)/installed: pyproject.toml
 $(VENV)/installed: pyproject.toml constraints.txt | $(VENV)/bin/python
 	@echo "Setting up $(VENV): torch and what else mta needs, a few minutes ..."
 	@[ "$$(uname)" != Linux ] || [ "$$PIP_EXTRA_INDEX_URL" ] || \
-		echo "torch brings CUDA, 6 GB. Without a GPU: PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make demo"
+		echo "torch may bring CUDA, 6 GB. To leave it out: PIP_EXTRA_INDEX_URL=<the index for CPUs, see pytorch.org> make demo"
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[assets,eval,serve]"
 	touch $@
 

@@ -109,7 +109,7 @@ def run_the_documented_snippets(url, secret, folder):
         re.search(rf"<!-- {name} -->\n```\w+\n(.*?)```", (root / page).read_text(), re.DOTALL)[1]
         .replace("http://127.0.0.1:8000", url)
         .replace("person:ann", "person:ann0")
-        for name, page in (("openai", "docs/how-to/serve.md"), ("curl", "README.md"))
+        for name, page in (("openai", "docs/how-to/serve.md"), ("curl", "docs/how-to/serve.md"))
     )
     (folder / "app.key").write_text(secret + "\n")
     for words in ([sys.executable, "-c", python], ["bash", "-euc", curl]):
