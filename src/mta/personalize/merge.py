@@ -144,7 +144,7 @@ def fit_merge(
 
     ``similarity`` (U, N) is the cosine of person and anchor; it is not read if ``earlier`` and ``evidence`` are given.
     ``evidence`` is required if ``needs_evidence``. With ``earlier``, ``jobs`` and ``evidence`` are of the new items
-    only. The laplace, posterior, and loss policies then return exactly the result of all items; ridge and learned start
+    only. The laplace, posterior, and loss policies then return the result of all items; ridge and learned start
     from the earlier coefficients and are pulled to them; policies that read only encodings ignore ``earlier``.
     ``calibration`` is the bank's, for the laplace policy.
     Raises AnchorNotFound, ConfigError.

@@ -160,8 +160,8 @@ def posterior(settings: MergeSettings, retrieved: Retrieved) -> Tensor:
 
     w[u, k] is proportional to (1 - null_prior) / K * exp((loglik[u, k] - task[u]) / T), and the null anchor takes the
     rest. So w sums to less than 1, and to almost 0 if no anchor explains the shots better than the pooled model.
-    ``loglik`` sums over all shots. With ``before``, the earlier posterior is the prior, so the result is exactly that
-    of all items.
+    ``loglik`` sums over all shots. With ``before``, the earlier posterior is the prior, so the result is that of all
+    items, as far as float32 can tell the earlier null anchor from 0.
     """
     if retrieved.before is None:
         prior = torch.full_like(retrieved.loglik, (1 - settings.null_prior) / retrieved.ids.shape[1])

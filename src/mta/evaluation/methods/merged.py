@@ -158,7 +158,7 @@ def answered(panel: Panel, merge: Merge, settings: MergeSettings, seconds: float
 
 def bytes_of(merge: Merge) -> float:
     """Return the bytes of one person's merge as JSON: anchors, coefficients once per group of layers, and gradients."""
-    w = merge.w[0] if merge.w.ndim == 2 else torch.unique_consecutive(merge.w[0], dim=0)
+    w = merge.w[0] if merge.w.ndim == 2 else torch.unique(merge.w[0], dim=0)
     gradients = [part[0].tolist() for part in merge.gradients] if merge.gradients else []
     return len(json.dumps([merge.ids[0].tolist(), w.tolist(), *gradients]))
 
