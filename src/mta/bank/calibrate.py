@@ -221,7 +221,7 @@ class Calibrator:
         first, notes = self.first_pass()
         if len(self.known) < ENOUGH or int(self.fold.bincount(minlength=2).min()) < ENOUGH // 4:
             return self.without_people(first, notes)
-        mu, curvature = self.best_merge(first)
+        mu, curvature, population = self.best_merge(first)
         found = self.gradients([one.shots for one in self.known], mu[1 - self.fold])
         prior = prior_of([one.gradients for one in found], self.fold.tolist(), curvature.mean(0), RIDGE)
         fits = [Calibration(*fit, CalibrationInfo(ridge=RIDGE, prior=prior)) for fit in zip(mu, curvature)]
@@ -233,6 +233,7 @@ class Calibrator:
             merges, gains = ({n: torch.zeros_like(one) for n, one in each.items()} for each in (merges, gains))
             notes = (*notes, "a merge did not help: everybody keeps the pooled model")
         rate, stacked = self.best_rate(merges, gains) if self.stacks else (None, {})
+        gains = {0: population, **gains} if bool(mu.any()) else gains  # what is gained without knowing the person
         info = CalibrationInfo(
             ridge=RIDGE,
             prior=prior,
@@ -265,8 +266,8 @@ class Calibrator:
         info = DEFAULTS.model_copy(update={"people": len(self.known), "notes": (note, *notes)})
         return Calibration(nothing, curvature, info)
 
-    def best_merge(self, first: Sequence[GateGradients]) -> tuple[Tensor, Tensor]:
-        """Return mu (2, N) and F (2, N, N) of both folds. ``first``: the gradients at 0.
+    def best_merge(self, first: Sequence[GateGradients]) -> tuple[Tensor, Tensor, Tensor]:
+        """Return mu (2, N) and F (2, N, N) of both folds, and everybody's gain by mu. ``first``: the gradients at 0.
 
         The lengths of the Newton steps are chosen on the later items of the other fold. F is that of the last step's
         gradients.
@@ -283,7 +284,7 @@ class Calibrator:
             if chosen == 0:
                 break
             mu, best = mu + LENGTHS[chosen - 1] * steps, held[chosen]
-        return mu, curvature
+        return mu, curvature, best
 
     def best_rate(self, merges: Mapping[int, Tensor], gains: Mapping[int, Tensor]) -> tuple[float, dict[int, Tensor]]:
         """Return the rate of a stack over ``merges`` (0: no stack), and everybody's gain with both, by shots."""

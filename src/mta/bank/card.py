@@ -121,7 +121,7 @@ def _calibration(found: CalibrationInfo | None) -> str:
     if found is None:
         return ""
     kinds = {"merge": found.gains, "merge and stack": found.stacked}
-    measured = [(name, gain) for name, gains in kinds.items() for gain in gains]
+    measured = [(name if gain.shots else "merge for all", gain) for name, gains in kinds.items() for gain in gains]
     rows = "".join(
         f"| {gain.shots} | {name} | {gain.mean:+.3f} [{gain.low:+.3f}, {gain.high:+.3f}] | {gain.worse:.0%} | "
         f"{gain.people} | {_bar(gain, [one for _, one in measured])} |\n"
