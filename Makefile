@@ -47,13 +47,17 @@ vllm: $(VLLM)/installed
 test-vllm: $(VENV)/installed-dev $(VLLM)/installed
 	MTA_VLLM_PYTHON=$(abspath $(VLLM)/bin/python) $(BIN)/python -m pytest -m "vllm" tests/serving
 
-# QUICK=1 rehearses on the CPU with tiny models.
+# QUICK=1 rehearses on the CPU with tiny models. All three steps run; the target fails if one of them failed.
 DEVICE ?= $(if $(QUICK),cpu,cuda)
+OUT ?= $(if $(QUICK),report,results)
 
 gpu: $(VENV)/installed-dev
-	-$(BIN)/mta doctor
-	-$(BIN)/python -m pytest --timeout 240 --device $(DEVICE) tests/project/test_on_device.py
-	$(BIN)/python -m benchmarks.gpu --device $(DEVICE) $(if $(QUICK),--quick --out report)
+	@failed=0; set -x; \
+	$(BIN)/mta doctor || failed=1; \
+	$(BIN)/python -m pytest --timeout 240 --device $(DEVICE) --junitxml $(OUT)/tests-on-$(DEVICE).xml \
+		tests/project/test_on_device.py || failed=1; \
+	$(BIN)/python -m benchmarks.gpu --device $(DEVICE) --out $(OUT) $(if $(QUICK),--quick) || failed=1; \
+	exit $$failed
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff format --check src tests benchmarks docs

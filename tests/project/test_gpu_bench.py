@@ -1,7 +1,10 @@
 """``python -m benchmarks.gpu``: shapes, the plan, and a rehearsal of every row on the CPU."""
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +17,8 @@ from benchmarks.speed.peers import PlainPeft
 from benchmarks.speed.settings import Settings
 from benchmarks.speed.training import oppu
 from mta.config import Training
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.name)
@@ -38,6 +43,14 @@ def test_examples_share_their_beginning_and_have_the_length_asked_for():
     assert {len(example.target) for example in job.examples} == {2}
     assert len({example.tokens[:8] for example in (*job.examples, *other.examples)}) == 1
     assert len({example.tokens for example in (*job.examples, *other.examples)}) == 6
+
+
+@pytest.mark.integration
+def test_tests_on_a_device_that_cannot_be_used_fail():
+    words = ["--device", "nonsense", "-k", "bank_is_the_same", "tests/project/test_on_device.py"]
+    done = subprocess.run([sys.executable, "-m", "pytest", *words], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "device 'nonsense' cannot be used" in done.stdout
 
 
 @pytest.mark.integration
