@@ -11,7 +11,6 @@ import json
 import os
 import re
 import sys
-import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -23,7 +22,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is downloaded
 import torch
 from rich.console import Console
 
-from benchmarks.gpu.rows import PARTS, Site, gemm_rate, release, rows
+from benchmarks.gpu.rows import PARTS, Site, gemm_rate, rows
 from benchmarks.gpu.shapes import SHAPES, Shape, needed
 from benchmarks.speed import record, report
 from benchmarks.speed.apart import quiet
@@ -52,8 +51,6 @@ def main(words: Sequence[str] | None = None) -> int:
     for shape in shapes:
         if free is not None and needed(shape, DTYPE, args.memory) > free:
             continue
-        for part in args.only:
-            found.pop(f"{shape.name}, {part}", None)  # of a part that failed before
         for row in measured(shape, device, args):
             console.print(report.line(row), highlight=False, soft_wrap=True)
             found[row.name] = asdict(row) | {"verdict": row.verdict}
@@ -69,7 +66,7 @@ def parsed(words: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
     parser.add_argument("--device", default="auto", help="cuda, cpu, or auto")
     parser.add_argument("--quick", action="store_true", help="tiny models: whether it runs, not how fast")
-    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), help="parts to measure")
+    parser.add_argument("--only", nargs="+", choices=[*PARTS], default=list(PARTS), help="parts to measure")
     parser.add_argument("--shapes", nargs="+", choices=names, default=names, help="models to measure")
     parser.add_argument("--people", type=int, help="people in a cohort (32; with --quick 3)")
     parser.add_argument("--memory", type=parse_size, default="24GiB", help="memory for the passes of a cohort")
@@ -90,21 +87,13 @@ def planned(shapes: Sequence[Shape], free: int | None, memory: int, quick: bool)
 
 
 def measured(shape: Shape, device: torch.device, args: argparse.Namespace) -> Iterator[Row]:
-    """The rows of one shape; a part that breaks becomes a row that says so."""
+    """The rows of one shape."""
     settings = Settings(repeats=1 if args.quick else 3, people=args.people, quick=args.quick)
     shown = shape.tiny() if args.quick else shape
     site = Site(shown, device, DTYPE, args.memory, settings)
     for part in args.only:
-        try:
-            for row in rows(site, part):
-                yield replace(row, target=None) if args.quick else row  # tiny models have no targets
-        except Exception as error:  # the other parts go on
-            traceback.print_exc()
-            failed = f"{record.FAILED}{type(error).__name__}: {error}"
-        else:
-            continue
-        release(device)  # only now: the error's traceback held the models
-        yield Row(site.name(part), "mta", "", skipped=failed)
+        for row in rows(site, part):
+            yield replace(row, target=None) if args.quick else row  # tiny models have no targets
 
 
 def slug(device: torch.device) -> str:

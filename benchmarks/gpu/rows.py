@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
+import traceback
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from benchmarks.gpu.shapes import Shape, jobs_of, prompts_of
-from benchmarks.speed import coefficients, decoding, limit, merging
+from benchmarks.speed import coefficients, decoding, limit, merging, record
 from benchmarks.speed.adaptation import against_peer, trained
 from benchmarks.speed.peers import FREE, PlainPeft
 from benchmarks.speed.settings import Settings
@@ -23,7 +24,6 @@ from mta.model.base import BaseModel
 from mta.model.footprint import Numbers, Texts
 from mta.training.packing import pack_for
 
-PARTS = ("training", "coefficients", "merging", "decoding", "curve")
 SHOTS = 8
 LENGTHS = {70: 35, 315: 60}  # tokens of an example -> how many of them all examples of a task share
 CURVE = (64, 256, 1024, 4096, 8192)  # tokens of one person
@@ -55,48 +55,65 @@ class Site:
 
     @cached_property
     def bank(self) -> LoraBatch:
-        """50 random anchors of rank 8 on the device."""
-        return random_bank(self.base, 4 if self.settings.quick else ANCHORS)
+        """Random anchors of rank 8 on the device."""
+        return random_bank(self.base, self.anchors)
+
+    @property
+    def anchors(self) -> int:
+        """How many anchors ``bank`` has."""
+        return 4 if self.settings.quick else ANCHORS
 
     def name(self, *parts: str) -> str:
         """The name of a row."""
         return ", ".join([self.shape.name, *parts])
 
 
+class Planned(NamedTuple):
+    """A row that can be measured. Its name is known before, so that a failure has the row's name."""
+
+    name: str
+    measure: Callable[[], Row]
+
+
 def rows(site: Site, part: str) -> Iterator[Row]:
-    """All rows of a part."""
-    made = {
-        "training": training,
-        "coefficients": stage_2,
-        "merging": merges,
-        "decoding": decode,
-        "curve": curve,
-    }[part]
+    """All rows of a part. A row that cannot be measured says why, and the others go on."""
+    for name, measure in PARTS[part](site):
+        yield attempted(name, measure)
+        release(site.device)  # only now: the error's traceback held the models
+
+
+def attempted(name: str, measure: Callable[[], Row]) -> Row:
+    """Measure a row; return a row that says how it failed if it raises an error."""
     try:
-        yield from made(site)
-    finally:
-        release(site.device)
+        return measure()
+    except Exception as error:
+        traceback.print_exc()
+        return Row(name, "mta", "", skipped=f"{record.FAILED}{type(error).__name__}: {error}")
 
 
 def release(device: torch.device) -> None:
-    """Give the memory of what is gone back to the device."""
+    """Give unused memory back to the device."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
 
 
-def training(site: Site) -> Iterator[Row]:
-    """OPPU and stage 3 against PEFT one by one; each with its share of the GEMM peak, and memory against the plan."""
+def training(site: Site) -> Iterator[Planned]:
+    """OPPU and stage 3 against PEFT one by one; for OPPU, also the share of the GEMM peak and the memory."""
     for tokens, shared in LENGTHS.items():
         for adapter in _ADAPTERS:
             people = site.settings.people if tokens < 100 else min(site.settings.people, 8)
             jobs = jobs_of(site.shape, people, SHOTS, tokens, shared)
             name = site.name(adapter, f"{SHOTS} shots of {tokens} tokens")
             target = _TARGET if (site.shape.name, tokens) == ("Llama-3-8B", 70) else None
-            yield from _trained(site, name, adapter, jobs, target)
+            step = Step(site, name, adapter, jobs, target)
+            yield Planned(name, step.against_peft)
+            if adapter == "rank 8 (OPPU)":
+                yield Planned(f"{name}, operations", step.share_of_peak)
+                yield Planned(f"{name}, memory", step.memory)
 
 
-def curve(site: Site) -> Iterator[Row]:
+def curve(site: Site) -> Iterator[Planned]:
     """The speed-up by tokens per person: where does one person alone saturate the device?"""
     if site.shape.name not in _LARGE:
         return
@@ -104,51 +121,74 @@ def curve(site: Site) -> Iterator[Row]:
         each = min(tokens, _PIECE)
         people = max(2, min(site.settings.people, 16384 // tokens))
         jobs = jobs_of(site.shape, people, tokens // each, each, 0, targets=each // 2)
-        yield next(_trained(site, site.name("rank 8 (OPPU)", f"{tokens} tokens a person"), "rank 8 (OPPU)", jobs))
+        name = site.name("rank 8 (OPPU)", f"{tokens} tokens a person")
+        yield Planned(name, Step(site, name, "rank 8 (OPPU)", jobs).against_peft)
 
 
-def _trained(site: Site, name: str, adapter: str, jobs: list[Any], target: float | None = None) -> Iterator[Row]:
-    """Time one step of all people together against PEFT, after losses and gradients were compared."""
-    settings, base = site.settings, site.base
-    steps = Training(lr=1e-4, steps=1, batch_size=max(len(job.examples) for job in jobs))
-    release(site.device)
-    how = {} if adapter == "rank 8 (OPPU)" else {"bank": site.bank}
-    cohort = _ADAPTERS[adapter](base, jobs, steps, site.memory, **how)
-    plain = PlainPeft(site.plain(), cohort.start.select([0]))
-    difference = agreed(against_peer(cohort, plain, 1), str(site.dtype).removeprefix("torch."))
-    plain.unfolded.clear()  # a second copy of the weights, which is not used again
-    some = cohort.typical(min(4, len(jobs)))
-    plain.prepare(some.jobs, some.start, some.training)
+@dataclass
+class Step:
+    """One training step of all people together."""
 
-    def ours() -> float:
-        cohort.train()
-        return _MINUTE * len(jobs)
+    site: Site
+    name: str
+    adapter: str
+    jobs: Sequence[Any]
+    target: float | None = None
+    rates: Sequence[float] = ()  # people per minute, once measured
 
-    rates, peer_rates = turns(ours, lambda: trained(plain, some, cohort), settings.repeats, warm=not settings.quick)
-    yield Row(
-        name,
-        f"mta, {len(jobs)} people",
-        f"PEFT, one by one ({len(some.jobs)})",
-        "people/min",
-        tuple(rates),
-        tuple(peer_rates),
-        target,
-        difference,
-        "losses and gradients of one person",
-        FREE if cohort.pooled else "",
-        more={
-            "people": len(jobs),
-            "tokens_per_person": cohort.tokens // len(jobs),
-            "blocked": base.blocked,
-            "packable": base.packable,
-        },
-    )
-    if adapter == "rank 8 (OPPU)":
-        yield _share_of_peak(site, f"{name}, operations", cohort, rates)
-        yield _memory(site, f"{name}, memory", cohort)
+    @cached_property
+    def cohort(self) -> Cohort:
+        """The people with their adapters, on the device at the first use."""
+        steps = Training(lr=1e-4, steps=1, batch_size=max(len(job.examples) for job in self.jobs))
+        how = {} if self.adapter == "rank 8 (OPPU)" else {"bank": self.site.bank}
+        return _ADAPTERS[self.adapter](self.site.base, self.jobs, steps, self.site.memory, **how)
+
+    def against_peft(self) -> Row:
+        """Time the step against PEFT, after losses and gradients were compared."""
+        site, settings, cohort, jobs = self.site, self.site.settings, self.cohort, self.jobs
+        plain = PlainPeft(site.plain(), cohort.start.select([0]))
+        difference = agreed(against_peer(cohort, plain, 1), str(site.dtype).removeprefix("torch."))
+        plain.unfolded.clear()  # a second copy of the weights, which is not used again
+        some = cohort.typical(min(4, len(jobs)))
+        plain.prepare(some.jobs, some.start, some.training)
+
+        def ours() -> float:
+            cohort.train()
+            return _MINUTE * len(jobs)
+
+        warm = not settings.quick
+        self.rates, peer_rates = turns(ours, lambda: trained(plain, some, cohort), settings.repeats, warm=warm)
+        return Row(
+            self.name,
+            f"mta, {len(jobs)} people",
+            f"PEFT, one by one ({len(some.jobs)})",
+            "people/min",
+            tuple(self.rates),
+            tuple(peer_rates),
+            self.target,
+            difference,
+            "losses and gradients of one person",
+            FREE if cohort.pooled else "",
+            more={
+                "people": len(jobs),
+                "tokens_per_person": cohort.tokens // len(jobs),
+                "blocked": site.base.blocked,
+                "packable": site.base.packable,
+            },
+        )
+
+    def share_of_peak(self) -> Row:
+        """Operations that a step cannot do without per second, against a product of large squares."""
+        if not self.rates:
+            raise RuntimeError(f"the row {self.name!r} was not measured")
+        return _share_of_peak(self.site, f"{self.name}, operations", self.cohort, self.rates)
+
+    def memory(self) -> Row:
+        """Peak of the memory against the plan."""
+        return _memory(self.site, f"{self.name}, memory", self.cohort)
 
 
-def _share_of_peak(site: Site, name: str, cohort: Cohort, rates: list[float]) -> Row:
+def _share_of_peak(site: Site, name: str, cohort: Cohort, rates: Sequence[float]) -> Row:
     """Operations that a step cannot do without per second, from its ``rates``, against a product of large squares."""
     each = limit.needed(cohort) / (_MINUTE * len(cohort.jobs))
     size = 512 if site.settings.quick else 8192
@@ -179,37 +219,57 @@ def _memory(site: Site, name: str, cohort: Cohort) -> Row:
     return Row(name, "measured", "planned", "bytes", (float(peak),), (float(planned),), note=note)
 
 
-def stage_2(site: Site) -> Iterator[Row]:
+def stage_2(site: Site) -> Iterator[Planned]:
     """Coefficients of 50 anchors from one gradient, against scoring the shots under every anchor."""
-    jobs = jobs_of(site.shape, min(site.settings.people, 8), SHOTS, 70, LENGTHS[70])  # scoring takes 51 passes
-    name = site.name(f"coefficients of {len(site.bank)} anchors")
-    yield coefficients.against_scoring(name, site.base, jobs, site.bank, site.settings, f"{site.memory}")
+    name = site.name(f"coefficients of {site.anchors} anchors")
+
+    def measure() -> Row:
+        jobs = jobs_of(site.shape, min(site.settings.people, 8), SHOTS, 70, LENGTHS[70])  # scoring takes 51 passes
+        return coefficients.against_scoring(name, site.base, jobs, site.bank, site.settings, f"{site.memory}")
+
+    yield Planned(name, measure)
 
 
-def merges(site: Site) -> Iterator[Row]:
+def merges(site: Site) -> Iterator[Planned]:
     """Exact merges of many people against PEFT's ``cat``."""
     if site.shape.name != "Llama-3.2-1B":  # PEFT needs the whole base in float32 for it
         return
-    bank = site.bank.to(torch.float32)
     name = site.name("exact merge against PEFT cat")
-    plain = site.shape.model(site.device, torch.float32)
-    yield merging.against_peft(name, "cat", bank, site.settings, plain)
+
+    def measure() -> Row:
+        plain = site.shape.model(site.device, torch.float32)
+        return merging.against_peft(name, "cat", site.bank.to(torch.float32), site.settings, plain)
+
+    yield Planned(name, measure)
 
 
-def decode(site: Site) -> Iterator[Row]:
+def decode(site: Site) -> Iterator[Planned]:
     """Answers for 64 people in one batch, against the base alone and PEFT's mixed batches."""
-    people = 4 if site.settings.quick else 64
+    peers: dict[str, Callable[[], Row]] = {"the base alone": partial(_decoded, site)}
+    if site.shape.name in _LARGE:
+        # PEFT computes one adapter after the other at each layer: with 64 people, this row would take half an hour.
+        peers["PEFT adapter_names"] = partial(_decoded, site, mixed=True)
+    for peer, measure in peers.items():
+        yield Planned(site.name(f"decoding against {peer}"), measure)
+
+
+def _decoded(site: Site, mixed: bool = False) -> Row:
+    people = 4 if site.settings.quick else 16 if mixed else 64
     adapters = small(fresh(site.base.targets, 8, 16.0, 5, ["person"] * people).to(site.device), 5).to(site.dtype)
     prompts = prompts_of(site.shape, people, decoding.PROMPT)
-    work = decoding.Work(site.base, prompts, adapters, site.plain)
-    peer = "the base alone"
-    yield decoding.against(site.name(f"decoding against {peer}"), peer, work, decoding.Alone(work), site.settings)
-    if site.shape.name not in _LARGE:
-        return
-    # PEFT computes one adapter after the other at each layer: with 64 people, this row would take half an hour.
-    few = decoding.Work(site.base, prompts[:16], adapters.select(slice(0, 16)), site.plain, new=8)
-    peer, once = "PEFT adapter_names", replace(site.settings, repeats=1)
-    yield decoding.against(site.name(f"decoding against {peer}"), peer, few, decoding.Mixed(few), once)
+    work = decoding.Work(site.base, prompts, adapters, site.plain, **({"new": 8} if mixed else {}))
+    peer, theirs = ("PEFT adapter_names", decoding.Mixed(work)) if mixed else ("the base alone", decoding.Alone(work))
+    settings = replace(site.settings, repeats=1) if mixed else site.settings
+    return decoding.against(site.name(f"decoding against {peer}"), peer, work, theirs, settings)
+
+
+PARTS: dict[str, Callable[[Site], Iterator[Planned]]] = {
+    "training": training,
+    "coefficients": stage_2,
+    "merging": merges,
+    "decoding": decode,
+    "curve": curve,
+}
 
 
 def gemm_rate(device: torch.device, dtype: torch.dtype, quick: bool) -> float:

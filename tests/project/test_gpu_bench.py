@@ -10,11 +10,12 @@ import pytest
 import torch
 
 from benchmarks.gpu.__main__ import main, planned
-from benchmarks.gpu.rows import Site
+from benchmarks.gpu.rows import PARTS, Planned, Site, rows
 from benchmarks.gpu.shapes import SHAPES, jobs_of
 from benchmarks.speed.adaptation import against_peer
 from benchmarks.speed.peers import PlainPeft
 from benchmarks.speed.settings import Settings
+from benchmarks.speed.timing import Row
 from benchmarks.speed.training import oppu
 from mta.config import Training
 
@@ -43,6 +44,21 @@ def test_examples_share_their_beginning_and_have_the_length_asked_for():
     assert {len(example.target) for example in job.examples} == {2}
     assert len({example.tokens[:8] for example in (*job.examples, *other.examples)}) == 1
     assert len({example.tokens for example in (*job.examples, *other.examples)}) == 6
+
+
+def site_of(device="cpu"):
+    return Site(SHAPES[0].tiny(), torch.device(device), torch.bfloat16, 2**30, Settings(quick=True))
+
+
+def failing():
+    raise RuntimeError("CUDA error: device-side assert triggered")
+
+
+def test_a_row_that_fails_keeps_its_name_and_the_others_are_measured(monkeypatch):
+    plan = [Planned("first", failing), Planned("second", lambda: Row("second", "mta", "peer"))]
+    monkeypatch.setitem(PARTS, "training", lambda site: plan)
+    found = {row.name: row.skipped for row in rows(site_of(), "training")}
+    assert found == {"first": "failed: RuntimeError: CUDA error: device-side assert triggered", "second": ""}
 
 
 @pytest.mark.integration
