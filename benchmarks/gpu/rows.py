@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any, NamedTuple
@@ -95,7 +96,8 @@ def release(device: torch.device) -> None:
     """Give unused memory back to the device."""
     gc.collect()
     if device.type == "cuda":
-        torch.cuda.empty_cache()
+        with suppress(RuntimeError):  # after some errors, CUDA repeats the error at every later call
+            torch.cuda.empty_cache()
 
 
 def training(site: Site) -> Iterator[Planned]:

@@ -61,6 +61,12 @@ def test_a_row_that_fails_keeps_its_name_and_the_others_are_measured(monkeypatch
     assert found == {"first": "failed: RuntimeError: CUDA error: device-side assert triggered", "second": ""}
 
 
+def test_an_error_that_cuda_repeats_at_every_call_does_not_end_the_run(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "empty_cache", failing)
+    monkeypatch.setitem(PARTS, "training", lambda site: [Planned("first", failing), Planned("second", failing)])
+    assert [row.name for row in rows(site_of("cuda"), "training")] == ["first", "second"]
+
+
 @pytest.mark.integration
 def test_tests_on_a_device_that_cannot_be_used_fail():
     words = ["--device", "nonsense", "-k", "bank_is_the_same", "tests/project/test_on_device.py"]
