@@ -13,6 +13,7 @@ import re
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is downloaded
 import torch
 from rich.console import Console
 
-from benchmarks.gpu.rows import PARTS, Site, gemm_rate, rows
+from benchmarks.gpu.rows import PARTS, Site, gemm_rate, release, rows
 from benchmarks.gpu.shapes import SHAPES, Shape, needed
 from benchmarks.speed import record, report
 from benchmarks.speed.apart import quiet
@@ -46,16 +47,19 @@ def main(words: Sequence[str] | None = None) -> int:
     for line in planned(shapes, free, args.memory, args.quick):
         console.print(line, highlight=False)
     console.print(f"torch.mm: {gemm_rate(device, DTYPE, args.quick) / 1e12:.1f} Tflop/s in bfloat16", highlight=False)
-    path, failed = args.out / f"bench-{slug(device)}.json", False
-    found = _kept(path)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
+    path = args.out / f"bench-{slug(name if device.type == 'cuda' else 'cpu', args.quick)}.json"
+    found, run, failed = _kept(path), _now(), False
     for shape in shapes:
-        if free is not None and needed(shape, DTYPE, args.memory) > free:
-            continue
-        for row in measured(shape, device, args):
-            console.print(report.line(row), highlight=False, soft_wrap=True)
-            found[row.name] = asdict(row) | {"verdict": row.verdict}
-            _write(path, device, found)
-            failed |= row.skipped.startswith(record.FAILED)
+        site, reason = site_of(shape, device, args), "" if args.quick else left_out(shape, free, args.memory)
+        release(device)  # the base of the shape before
+        for part in args.only:
+            for row in rows(site, part, partial(str, reason)):
+                row = replace(row, target=None) if args.quick else row  # tiny models have no targets
+                console.print(report.line(row), highlight=False, soft_wrap=True)
+                keep(found, recorded(row, run, shape.name, part, args))
+                write_json(path, {"device": name, "dtype": "bfloat16", "rows": list(found.values())}, private=False)
+                failed |= row.skipped.startswith(record.FAILED)
     report.show([record.row_of(one) for one in found.values()], Console(width=None if sys.stdout.isatty() else 180))
     return int(failed)
 
@@ -80,46 +84,67 @@ def planned(shapes: Sequence[Shape], free: int | None, memory: int, quick: bool)
     """Lines that say what each shape needs, and what does not fit, before anything is measured."""
     for shape in shapes:
         need = needed(shape, DTYPE, memory)
-        fits = free is None or need <= free
-        said = "a tiny model is measured in its place" if quick else "fits" if fits else "left out: too little memory"
-        here = "" if free is None else f" of {free / 2**30:.0f} GiB free"
-        yield f"{shape.name}: {shape.parameters / 1e9:.2f} billion weights, about {need / 2**30:.0f} GiB{here}; {said}"
+        reason = left_out(shape, free, memory)
+        said = "a tiny model is measured in its place" if quick else f"left out: {reason}" if reason else "fits"
+        yield f"{shape.name}: {shape.parameters / 1e9:.2f} billion weights, about {need / 2**30:.0f} GiB; {said}"
 
 
-def measured(shape: Shape, device: torch.device, args: argparse.Namespace) -> Iterator[Row]:
-    """The rows of one shape."""
+def left_out(shape: Shape, free: int | None, memory: int) -> str:
+    """Why a shape is not measured with ``free`` bytes, or ""; None stands for a device that is not asked."""
+    need = needed(shape, DTYPE, memory)
+    if free is None or need <= free:
+        return ""
+    return f"too little memory: about {need / 2**30:.0f} GiB needed, {free / 2**30:.0f} GiB free"
+
+
+def site_of(shape: Shape, device: torch.device, args: argparse.Namespace) -> Site:
+    """Where the rows of a shape are measured."""
     settings = Settings(repeats=1 if args.quick else 3, people=args.people, quick=args.quick)
-    shown = shape.tiny() if args.quick else shape
-    site = Site(shown, device, DTYPE, args.memory, settings)
-    for part in args.only:
-        for row in rows(site, part):
-            yield replace(row, target=None) if args.quick else row  # tiny models have no targets
+    return Site(shape.tiny() if args.quick else shape, device, DTYPE, args.memory, settings)
 
 
-def slug(device: torch.device) -> str:
-    """The device's name as part of a file's name."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu-rehearsal"
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+def recorded(row: Row, run: str, shape: str, part: str, args: argparse.Namespace) -> dict[str, Any]:
+    """A row with what it was measured with: the file may have rows of several runs. ``run`` is the run's start."""
+    return asdict(row) | {
+        "verdict": row.verdict,
+        "shape": shape,
+        "part": part,
+        "memory": args.memory,
+        "cohort": args.people,
+        "versions": record.versions(),
+        "commit": commit(Path(__file__).resolve().parent),
+        "run": run,
+        "date": _now(),
+    }
+
+
+def keep(found: dict[str, dict[str, Any]], new: dict[str, Any]) -> None:
+    """Add a record; drop those of the same part from earlier runs. A row that was not measured replaces none."""
+    if new["skipped"] and not new["skipped"].startswith(record.FAILED):
+        found.setdefault(new["name"], new)
+        return
+    for name, old in list(found.items()):
+        if old["run"] != new["run"] and (old["shape"], old["part"]) == (new["shape"], new["part"]):
+            del found[name]
+    found[new["name"]] = new
+
+
+def slug(device: str, quick: bool) -> str:
+    """The device's name as part of a file's name. Rows of tiny models have a file of their own."""
+    return re.sub(r"[^a-z0-9]+", "-", f"{device} rehearsal".lower() if quick else device.lower()).strip("-")
 
 
 def _kept(path: Path) -> dict[str, dict[str, Any]]:
-    """Rows of an earlier run on this device: parts may be measured one after the other."""
+    """Rows of earlier runs on this device: parts may be measured one after the other."""
     try:
-        return {row["name"]: row for row in json.loads(path.read_text(encoding="utf-8"))["rows"]}
+        rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+        return {row["name"]: row for row in rows if row["run"] and row["shape"] and row["part"]}
     except (OSError, ValueError, KeyError, TypeError):
         return {}
 
 
-def _write(path: Path, device: torch.device, found: dict[str, dict[str, Any]]) -> None:
-    about = {
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor(),
-        "dtype": "bfloat16",
-        "versions": record.versions(),
-        "commit": commit(Path(__file__).resolve().parent),
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "rows": list(found.values()),
-    }
-    write_json(path, about, private=False)
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="milliseconds")
 
 
 if __name__ == "__main__":

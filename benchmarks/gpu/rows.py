@@ -76,9 +76,15 @@ class Planned(NamedTuple):
     measure: Callable[[], Row]
 
 
-def rows(site: Site, part: str) -> Iterator[Row]:
-    """All rows of a part. A row that cannot be measured says why, and the others go on."""
+def rows(site: Site, part: str, reason: Callable[[], str] = str) -> Iterator[Row]:
+    """All rows of a part. A row that cannot be measured says why, and the others go on.
+
+    ``reason`` is asked before each row: why the row is not measured, or "".
+    """
     for name, measure in PARTS[part](site):
+        if why := reason():
+            yield Row(name, "mta", "", skipped=why)
+            continue
         yield attempted(name, measure)
         release(site.device)  # only now: the error's traceback held the models
 

@@ -3,13 +3,14 @@
 import json
 import subprocess
 import sys
+from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks.gpu.__main__ import main, planned
+from benchmarks.gpu.__main__ import keep, main, planned, recorded
 from benchmarks.gpu.rows import PARTS, Planned, Site, rows
 from benchmarks.gpu.shapes import SHAPES, jobs_of
 from benchmarks.speed.adaptation import against_peer
@@ -35,7 +36,7 @@ def test_the_plan_names_what_does_not_fit():
     lines = list(planned(SHAPES, 24 * 2**30, memory=8 * 2**30, quick=False))
     assert [line.endswith("fits") for line in lines] == [True, False, True, False]
     assert "Llama-3-8B: 8.03 billion weights" in lines[1]
-    assert lines[1].endswith("of 24 GiB free; left out: too little memory")
+    assert lines[1].endswith("left out: too little memory: about 44 GiB needed, 24 GiB free")
 
 
 def test_examples_share_their_beginning_and_have_the_length_asked_for():
@@ -65,6 +66,28 @@ def test_an_error_that_cuda_repeats_at_every_call_does_not_end_the_run(monkeypat
     monkeypatch.setattr(torch.cuda, "empty_cache", failing)
     monkeypatch.setitem(PARTS, "training", lambda site: [Planned("first", failing), Planned("second", failing)])
     assert [row.name for row in rows(site_of("cuda"), "training")] == ["first", "second"]
+
+
+def test_rows_of_a_shape_that_does_not_fit_are_skipped_under_their_names():
+    found = [*rows(site_of(), "training", lambda: "too little memory")]
+    assert {row.skipped for row in found} == {"too little memory"}
+    assert "SmolLM2-135M, rank 8 (OPPU), 8 shots of 70 tokens" in {row.name for row in found}
+
+
+def recorded_of(name, run, skipped="", part="training"):
+    row = Row(name, "mta", "peer", skipped=skipped)
+    return recorded(row, run, "a-shape", part, Namespace(memory=1, people=2))
+
+
+def test_a_part_that_is_measured_again_drops_its_rows_of_earlier_runs():
+    found = {}
+    for one in [recorded_of("a", "run 1"), recorded_of("b", "run 1"), recorded_of("c", "run 1", part="curve")]:
+        keep(found, one)
+    keep(found, recorded_of("a", "run 2", skipped="no time left"))
+    assert {name: one["run"] for name, one in found.items()} == {"a": "run 1", "b": "run 1", "c": "run 1"}
+    keep(found, recorded_of("a", "run 2", skipped="failed: OutOfMemoryError"))
+    assert {name: one["run"] for name, one in found.items()} == {"c": "run 1", "a": "run 2"}
+    assert {"versions", "commit", "date", "memory", "cohort"} <= {*found["a"]}
 
 
 @pytest.mark.integration
