@@ -47,16 +47,23 @@ vllm: $(VLLM)/installed
 test-vllm: $(VENV)/installed-dev $(VLLM)/installed
 	MTA_VLLM_PYTHON=$(abspath $(VLLM)/bin/python) $(BIN)/python -m pytest -m "vllm" tests/serving
 
-# QUICK=1 rehearses on the CPU with tiny models. All three steps run; the target fails if one of them failed.
+# All three steps run; the target fails if one of them failed. Variables:
+#   QUICK=1     rehearse on the CPU with tiny models
+#   GPU_PYTHON  a Python that has torch for the GPU, the other dependencies of mta, pytest, pytest-timeout, hypothesis,
+#               and peft: then no environment is made, and nothing is installed
+#   OUT         folder of the results
+#   GPU_ARGS    more words for benchmarks.gpu, such as "--only training --shapes Llama-3-8B"
+GPU_PYTHON ?= $(BIN)/python
 DEVICE ?= $(if $(QUICK),cpu,cuda)
 OUT ?= $(if $(QUICK),report,results)
+GPU_ARGS ?=
 
-gpu: $(VENV)/installed-dev
-	@failed=0; set -x; \
-	$(BIN)/mta doctor || failed=1; \
-	$(BIN)/python -m pytest --timeout 240 --device $(DEVICE) --junitxml $(OUT)/tests-on-$(DEVICE).xml \
+gpu: $(if $(filter $(BIN)/python,$(GPU_PYTHON)),$(VENV)/installed-dev)
+	@failed=0; export PYTHONPATH="$(CURDIR)/src:$$PYTHONPATH"; set -x; \
+	$(GPU_PYTHON) -m mta doctor || failed=1; \
+	$(GPU_PYTHON) -m pytest --timeout 240 --device $(DEVICE) --junitxml $(OUT)/tests-on-$(DEVICE).xml \
 		tests/project/test_on_device.py || failed=1; \
-	$(BIN)/python -m benchmarks.gpu --device $(DEVICE) --out $(OUT) $(if $(QUICK),--quick) || failed=1; \
+	$(GPU_PYTHON) -m benchmarks.gpu --device $(DEVICE) --out $(OUT) $(if $(QUICK),--quick) $(GPU_ARGS) || failed=1; \
 	exit $$failed
 
 lint: $(VENV)/installed-dev

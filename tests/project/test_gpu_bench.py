@@ -1,6 +1,7 @@
 """``python -m benchmarks.gpu``: shapes, the plan, and a rehearsal of every row on the CPU."""
 
 import json
+import shutil
 import subprocess
 import sys
 from argparse import Namespace
@@ -88,6 +89,23 @@ def test_a_part_that_is_measured_again_drops_its_rows_of_earlier_runs():
     keep(found, recorded_of("a", "run 2", skipped="failed: OutOfMemoryError"))
     assert {name: one["run"] for name, one in found.items()} == {"c": "run 1", "a": "run 2"}
     assert {"versions", "commit", "date", "memory", "cohort"} <= {*found["a"]}
+
+
+@pytest.mark.skipif(not shutil.which("make"), reason="make is not installed")
+@pytest.mark.parametrize("failing_step", ["doctor", "pytest", "benchmarks.gpu", "none"])
+def test_make_gpu_runs_all_steps_with_a_given_python_and_fails_if_one_failed(tmp_path, failing_step):
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/steps\ncase "$*" in *{failing_step}*) exit 1;; esac\n')
+    python.chmod(0o755)
+    words = [f"GPU_PYTHON={python}", "OUT=here", "GPU_ARGS=--people 4", f"VENV={tmp_path}/venv"]
+    done = subprocess.run(["make", "gpu", *words], cwd=ROOT, capture_output=True)
+    doctor, tests, bench = (tmp_path / "steps").read_text().splitlines()
+    assert (done.returncode == 0) == (failing_step == "none")
+    assert doctor == "-m mta doctor"
+    assert "--device cuda --junitxml here/tests-on-cuda.xml" in tests
+    assert bench.startswith("-m benchmarks.gpu --device cuda --out here")
+    assert bench.endswith("--people 4")
+    assert not (tmp_path / "venv").exists()
 
 
 @pytest.mark.integration
