@@ -52,10 +52,12 @@ test-vllm: $(VENV)/installed-dev $(VLLM)/installed
 #   GPU_PYTHON  a Python that has torch for the GPU, the other dependencies of mta, pytest, pytest-timeout, hypothesis,
 #               and peft: then no environment is made, and nothing is installed
 #   OUT         folder of the results
+#   BUDGET      seconds after which no other row of the benchmark is started
 #   GPU_ARGS    more words for benchmarks.gpu, such as "--only training --shapes Llama-3-8B"
 GPU_PYTHON ?= $(BIN)/python
 DEVICE ?= $(if $(QUICK),cpu,cuda)
 OUT ?= $(if $(QUICK),report,results)
+BUDGET ?= 480
 GPU_ARGS ?=
 
 gpu: $(if $(filter $(BIN)/python,$(GPU_PYTHON)),$(VENV)/installed-dev)
@@ -63,7 +65,8 @@ gpu: $(if $(filter $(BIN)/python,$(GPU_PYTHON)),$(VENV)/installed-dev)
 	$(GPU_PYTHON) -m mta doctor || failed=1; \
 	$(GPU_PYTHON) -m pytest --timeout 240 --device $(DEVICE) --junitxml $(OUT)/tests-on-$(DEVICE).xml \
 		tests/project/test_on_device.py || failed=1; \
-	$(GPU_PYTHON) -m benchmarks.gpu --device $(DEVICE) --out $(OUT) $(if $(QUICK),--quick) $(GPU_ARGS) || failed=1; \
+	$(GPU_PYTHON) -m benchmarks.gpu --device $(DEVICE) --out $(OUT) --budget $(BUDGET) $(if $(QUICK),--quick) \
+		$(GPU_ARGS) || failed=1; \
 	exit $$failed
 
 lint: $(VENV)/installed-dev

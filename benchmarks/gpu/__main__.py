@@ -11,9 +11,9 @@ import json
 import os
 import re
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ DTYPE = torch.bfloat16
 
 def main(words: Sequence[str] | None = None) -> int:
     """Measure the chosen parts of the chosen shapes, write them, and print one table. Returns 1 if a row failed."""
-    args = parsed(words)
+    args, start = parsed(words), time.monotonic()
     device, console = pick_device(args.device), Console(stderr=True)
     quiet()
     shapes = [shape for shape in SHAPES if shape.name in args.shapes]
@@ -54,7 +54,7 @@ def main(words: Sequence[str] | None = None) -> int:
         site, reason = site_of(shape, device, args), "" if args.quick else left_out(shape, free, args.memory)
         release(device)  # the base of the shape before
         for part in args.only:
-            for row in rows(site, part, partial(str, reason)):
+            for row in rows(site, part, lambda reason=reason: reason or late(start, args.budget)):
                 row = replace(row, target=None) if args.quick else row  # tiny models have no targets
                 console.print(report.line(row), highlight=False, soft_wrap=True)
                 keep(found, recorded(row, run, shape.name, part, args))
@@ -74,6 +74,9 @@ def parsed(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--shapes", nargs="+", choices=names, default=names, help="models to measure")
     parser.add_argument("--people", type=int, help="people in a cohort (32; with --quick 3)")
     parser.add_argument("--memory", type=parse_size, default="24GiB", help="memory for the passes of a cohort")
+    parser.add_argument(
+        "--budget", type=float, metavar="SECONDS", help="start no row after so long (default: no limit)"
+    )
     parser.add_argument("--out", type=Path, default=Path("results"), help="folder of the JSON file")
     args = parser.parse_args(words)
     args.people = args.people or (3 if args.quick else 32)
@@ -95,6 +98,11 @@ def left_out(shape: Shape, free: int | None, memory: int) -> str:
     if free is None or need <= free:
         return ""
     return f"too little memory: about {need / 2**30:.0f} GiB needed, {free / 2**30:.0f} GiB free"
+
+
+def late(start: float, budget: float | None) -> str:
+    """Why no other row is started, or "". ``start`` is the run's, by ``time.monotonic``."""
+    return "no time left" if budget is not None and time.monotonic() - start >= budget else ""
 
 
 def site_of(shape: Shape, device: torch.device, args: argparse.Namespace) -> Site:

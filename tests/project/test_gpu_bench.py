@@ -91,6 +91,13 @@ def test_a_part_that_is_measured_again_drops_its_rows_of_earlier_runs():
     assert {"versions", "commit", "date", "memory", "cohort"} <= {*found["a"]}
 
 
+def test_rows_after_the_budget_are_skipped_under_their_names(tmp_path):
+    words = ["--device", "cpu", "--quick", "--budget", "0", "--shapes", "SmolLM2-135M", "--only", "merging", "decoding"]
+    assert main([*words, "--out", str(tmp_path)]) == 0
+    (row,) = json.loads((tmp_path / "bench-cpu-rehearsal.json").read_text())["rows"]
+    assert (row["name"], row["skipped"]) == ("SmolLM2-135M, decoding against the base alone", "no time left")
+
+
 @pytest.mark.skipif(not shutil.which("make"), reason="make is not installed")
 @pytest.mark.parametrize("failing_step", ["doctor", "pytest", "benchmarks.gpu", "none"])
 def test_make_gpu_runs_all_steps_with_a_given_python_and_fails_if_one_failed(tmp_path, failing_step):
@@ -103,7 +110,7 @@ def test_make_gpu_runs_all_steps_with_a_given_python_and_fails_if_one_failed(tmp
     assert (done.returncode == 0) == (failing_step == "none")
     assert doctor == "-m mta doctor"
     assert "--device cuda --junitxml here/tests-on-cuda.xml" in tests
-    assert bench.startswith("-m benchmarks.gpu --device cuda --out here")
+    assert bench.startswith("-m benchmarks.gpu --device cuda --out here --budget 480")
     assert bench.endswith("--people 4")
     assert not (tmp_path / "venv").exists()
 
