@@ -18,8 +18,9 @@ from mta.lora.batch import stack as stack_of
 from mta.lora.layers import Adapters, PerPerson, Renumbered, Shared
 from mta.lora.merge import merge_exact
 from mta.model.base import BaseModel
+from mta.model.footprint import Numbers
 from mta.system.progress import Step
-from mta.training.plan import plan_cohorts
+from mta.training.plan import Plan, plan_cohorts
 from mta.training.trainer import Job, train_loras
 
 ANCHORS, K = 50, 4  # of the bank below a stack
@@ -77,11 +78,14 @@ class Cohort:
         """Of all examples, as they are written out."""
         return sum(tokens_of(job) for job in self.jobs)
 
+    def plan(self) -> Plan:
+        """The plan from the memory, in which frozen adapters count as for ``mta personalize``."""
+        below = Numbers(frozen=_numbers(self.merges), pooled=_numbers(self.pooled))
+        return plan_cohorts(self.base, self.jobs, _numbers(self.start), self.memory, below=below)
+
     def train(self, **how: Any) -> LoraBatch:
         """All of them, as planned from the memory; keywords as in ``train_loras``."""
-        numbers = sum(tensor[0].numel() for tensor in self.start.parts().values())
-        plan = plan_cohorts(self.base, self.jobs, numbers, self.memory)
-        found = []
+        plan, found = self.plan(), []
         for members in plan.cohorts:
             chosen = list(members)
             below = [Renumbered(one, torch.tensor(chosen, device=self.base.device)) for one in self._frozen()]
@@ -102,6 +106,11 @@ class Cohort:
     def _frozen(self) -> list[Adapters]:
         shared: list[Adapters] = [] if self.pooled is None else [Shared(self.pooled)]
         return shared if self.merges is None else [*shared, PerPerson(self.merges)]
+
+
+def _numbers(adapters: LoraBatch | None) -> int:
+    """Numbers of one adapter of a batch."""
+    return 0 if adapters is None else sum(tensor[0].numel() for tensor in adapters.parts().values())
 
 
 def tokens_of(job: Job) -> int:

@@ -18,7 +18,7 @@ from benchmarks.speed.adaptation import against_peer
 from benchmarks.speed.peers import PlainPeft
 from benchmarks.speed.settings import Settings
 from benchmarks.speed.timing import Row
-from benchmarks.speed.training import oppu
+from benchmarks.speed.training import oppu, stack
 from mta.config import Training
 
 ROOT = Path(__file__).parents[2]
@@ -96,6 +96,14 @@ def test_rows_after_the_budget_are_skipped_under_their_names(tmp_path):
     assert main([*words, "--out", str(tmp_path)]) == 0
     (row,) = json.loads((tmp_path / "bench-cpu-rehearsal.json").read_text())["rows"]
     assert (row["name"], row["skipped"]) == ("SmolLM2-135M, decoding against the base alone", "no time left")
+
+
+def test_stage_3_is_planned_with_its_merges_and_the_task_lora():
+    site = site_of()
+    jobs = jobs_of(site.shape, people=6, examples=2, tokens=24, shared=8)
+    cohort = stack(site.base, jobs, Training(lr=1e-4, steps=1, batch_size=2), 2**22, site.bank)
+    alone = replace(cohort, pooled=None, merges=None)
+    assert len(cohort.plan().cohorts) > len(alone.plan().cohorts)
 
 
 @pytest.mark.skipif(not shutil.which("make"), reason="make is not installed")
