@@ -15,7 +15,7 @@ import torch
 from benchmarks.gpu.shapes import Shape, jobs_of, prompts_of
 from benchmarks.speed import coefficients, decoding, limit, merging, record
 from benchmarks.speed.adaptation import against_peer, trained
-from benchmarks.speed.peers import FREE, PlainPeft
+from benchmarks.speed.peers import FREE, TOKENS, PlainPeft
 from benchmarks.speed.settings import Settings
 from benchmarks.speed.timing import Row, rate, turns
 from benchmarks.speed.training import ANCHORS, Cohort, agreed, oppu, random_bank, small, stack
@@ -155,10 +155,13 @@ class Step:
         """Time the step against PEFT, after losses and gradients were compared."""
         site, settings, cohort, jobs = self.site, self.site.settings, self.cohort, self.jobs
         plain = PlainPeft(site.plain(), cohort.start.select([0]))
-        difference = agreed(against_peer(cohort, plain, 1), str(site.dtype).removeprefix("torch."))
-        plain.unfolded.clear()  # a second copy of the weights, which is not used again
         some = cohort.typical(min(4, len(jobs)))
-        plain.prepare(some.jobs, some.start, some.training)
+        if site.device.type == "cuda":
+            plain.tokens = cohort.plan().tokens_per_batch  # as many as ours in one pass
+        difference = fitted(plain, lambda: against_peer(cohort, plain, 1))
+        agreed(difference, str(site.dtype).removeprefix("torch."))
+        plain.unfolded.clear()  # a second copy of the weights, which is not used again
+        fitted(plain, lambda: plain.prepare(some.jobs, some.start, some.training))
 
         def ours() -> float:
             cohort.train()
@@ -176,9 +179,10 @@ class Step:
             self.target,
             difference,
             "losses and gradients of one person",
-            FREE if cohort.pooled else "",
+            "; ".join([*([FREE] if cohort.pooled else []), "PEFT's adapters are float32"]),
             more={
                 "people": len(jobs),
+                "peer_tokens_per_pass": plain.tokens,
                 "tokens_per_person": cohort.tokens // len(jobs),
                 "blocked": site.base.blocked,
                 "packable": site.base.packable,
@@ -194,6 +198,18 @@ class Step:
     def memory(self) -> Row:
         """Peak of the memory against the plan."""
         return _memory(self.site, f"{self.name}, memory", self.cohort)
+
+
+def fitted(plain: PlainPeft, work: Callable[[], Any]) -> Any:
+    """Return what ``work`` does; halve the peer's passes while they do not fit: a token takes more memory there."""
+    while True:
+        try:
+            return work()
+        except torch.OutOfMemoryError:
+            if plain.tokens <= TOKENS:
+                raise
+        plain.tokens = max(plain.tokens // 2, TOKENS)
+        release(torch.device(plain.model.device))
 
 
 def _share_of_peak(site: Site, name: str, cohort: Cohort, rates: Sequence[float]) -> Row:

@@ -22,7 +22,7 @@ from mta.lora.batch import Factors, LoraBatch
 from mta.training.trainer import Job, batch_of
 
 FREE = "the peer's frozen adapters are folded into its weights beforehand, for free"
-_TOKENS = 2048  # padded tokens of one forward pass: batches of long texts are split and their gradients added up
+TOKENS = 2048  # padded tokens of one forward pass on CPUs; batches of long texts are split and their gradients added up
 
 
 @contextmanager
@@ -45,7 +45,7 @@ class PlainPeft:
 
         self.model: Any = peft.get_peft_model(model, lora_config(like))  # float32 adapters also of a bfloat16 base
         self.model.train()
-        self.scale = like.scale
+        self.scale, self.tokens = like.scale, TOKENS
         self.layers = {name: self.model.base_model.model.get_submodule(name) for name in like.names}
         self.parameters = [tensor for pair in self._factors().values() for tensor in pair]
         self.unfolded: dict[str, Tensor] = {}
@@ -91,14 +91,15 @@ class PlainPeft:
                 optimizer.step()
                 optimizer.zero_grad()
 
-    def backward(self, examples: Sequence[Example]) -> float:
-        """Add the gradient of the mean loss over the targets' tokens; returns that loss."""
-        total, loss = sum(len(example.target) for example in examples), 0.0
-        for part in _parts(examples):
+    def backward(self, examples: Sequence[Example]) -> Tensor:
+        """Add the gradient of the mean loss over the targets' tokens; returns that loss, on the model's device."""
+        total = sum(len(example.target) for example in examples)
+        loss = torch.zeros((), device=self.model.device)  # a number would make a GPU wait after each part
+        for part in _parts(examples, self.tokens):
             share = sum(len(example.target) for example in part) / total
             mean = self.model(**padded(part, self.model.device)).loss * share
             mean.backward()
-            loss += float(mean.detach())
+            loss += mean.detach()
         return loss
 
     def gradient(self, jobs: Sequence[Job], start: LoraBatch) -> tuple[float, LoraBatch]:
@@ -107,7 +108,7 @@ class PlainPeft:
         for person, job in enumerate(jobs):
             self.begin(start, person)
             self.model.zero_grad()
-            losses.append(self.backward(job.examples))
+            losses.append(float(self.backward(job.examples)))
             found.append({name: [t.grad.detach().clone() for t in pair] for name, pair in self._factors().items()})
         self.model.zero_grad()
         stacked = {n: Factors(*(torch.stack([one[n][side] for one in found]) for side in (0, 1))) for n in self.layers}
@@ -131,12 +132,12 @@ def padded(examples: Sequence[Example], device: torch.device | str = "cpu") -> d
     return {name: tensor.to(device) for name, tensor in inputs.items()}
 
 
-def _parts(examples: Sequence[Example]) -> Iterator[list[Example]]:
-    """The batch in its order, as much at a time as is at most 2048 padded tokens."""
+def _parts(examples: Sequence[Example], tokens: int) -> Iterator[list[Example]]:
+    """The batch in its order, as much at a time as is at most ``tokens`` padded tokens."""
     part: list[Example] = []
     for example in examples:
         width = max(len(one.tokens) for one in [*part, example])
-        if part and width * (len(part) + 1) > _TOKENS:
+        if part and width * (len(part) + 1) > tokens:
             yield part
             part = []
         part.append(example)

@@ -7,15 +7,16 @@ import sys
 from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from benchmarks.gpu.__main__ import keep, main, planned, recorded
-from benchmarks.gpu.rows import PARTS, Planned, Site, rows
+from benchmarks.gpu.rows import PARTS, Planned, Site, fitted, rows
 from benchmarks.gpu.shapes import SHAPES, jobs_of
 from benchmarks.speed.adaptation import against_peer
-from benchmarks.speed.peers import PlainPeft
+from benchmarks.speed.peers import PlainPeft, _parts
 from benchmarks.speed.settings import Settings
 from benchmarks.speed.timing import Row
 from benchmarks.speed.training import oppu, stack
@@ -96,6 +97,23 @@ def test_rows_after_the_budget_are_skipped_under_their_names(tmp_path):
     assert main([*words, "--out", str(tmp_path)]) == 0
     (row,) = json.loads((tmp_path / "bench-cpu-rehearsal.json").read_text())["rows"]
     assert (row["name"], row["skipped"]) == ("SmolLM2-135M, decoding against the base alone", "no time left")
+
+
+def test_the_peer_computes_less_in_one_pass_until_it_fits():
+    plain = SimpleNamespace(tokens=10_000, model=SimpleNamespace(device="cpu"))
+
+    def work():
+        if plain.tokens > 3000:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return 0.1
+
+    assert fitted(plain, work) == 0.1
+    assert plain.tokens == 2500
+
+
+def test_parts_of_the_peer_hold_as_many_tokens_as_given():
+    (job,) = jobs_of(SHAPES[0].tiny(), people=1, examples=8, tokens=70, shared=8)
+    assert [len(part) for part in _parts(job.examples, 280)] == [4, 4]
 
 
 def test_stage_3_is_planned_with_its_merges_and_the_task_lora():
