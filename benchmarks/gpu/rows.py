@@ -30,6 +30,7 @@ LENGTHS = {70: 35, 315: 60}  # tokens of an example -> how many of them all exam
 CURVE = (64, 256, 1024, 4096, 8192)  # tokens of one person
 _PIECE = 512  # tokens of an example of the curve, at most
 _MINUTE = 60
+_COMPARED = 3  # people of one pass whose results are compared with the peer's
 _ADAPTERS = {"rank 8 (OPPU)": oppu, "stage 3": stack}
 _LARGE = ("Llama-3.2-1B", "Llama-3-8B")
 _TARGET = 5.0  # of short examples on the 8B shape
@@ -158,7 +159,7 @@ class Step:
         some = cohort.typical(min(4, len(jobs)))
         if site.device.type == "cuda":
             plain.tokens = cohort.plan().tokens_per_batch  # as many as ours in one pass
-        difference = fitted(plain, lambda: against_peer(cohort, plain, 1))
+        difference = fitted(plain, lambda: against_peer(cohort, plain, _COMPARED))
         agreed(difference, str(site.dtype).removeprefix("torch."))
         plain.unfolded.clear()  # a second copy of the weights, which is not used again
         fitted(plain, lambda: plain.prepare(some.jobs, some.start, some.training))
@@ -178,7 +179,7 @@ class Step:
             tuple(peer_rates),
             self.target,
             difference,
-            "losses and gradients of one person",
+            f"losses and gradients of {min(_COMPARED, len(jobs))} people of one pass",
             "; ".join([*([FREE] if cohort.pooled else []), "PEFT's adapters are float32"]),
             more={
                 "people": len(jobs),

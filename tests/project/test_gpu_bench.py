@@ -19,7 +19,7 @@ from benchmarks.speed.adaptation import against_peer
 from benchmarks.speed.peers import PlainPeft, _parts
 from benchmarks.speed.settings import Settings
 from benchmarks.speed.timing import Row
-from benchmarks.speed.training import oppu, stack
+from benchmarks.speed.training import Cohort, oppu, stack
 from mta.config import Training
 
 ROOT = Path(__file__).parents[2]
@@ -114,6 +114,17 @@ def test_the_peer_computes_less_in_one_pass_until_it_fits():
 def test_parts_of_the_peer_hold_as_many_tokens_as_given():
     (job,) = jobs_of(SHAPES[0].tiny(), people=1, examples=8, tokens=70, shared=8)
     assert [len(part) for part in _parts(job.examples, 280)] == [4, 4]
+
+
+def test_people_who_get_the_adapters_of_others_are_found(monkeypatch):
+    site = replace(site_of(), dtype=torch.float32)
+    jobs = jobs_of(site.shape, people=3, examples=2, tokens=24, shared=8)
+    cohort = oppu(site.base, jobs, Training(lr=1e-4, steps=1, batch_size=2), site.memory)
+    plain = PlainPeft(site.plain(), cohort.start.select([0]))
+    assert against_peer(cohort, plain, 3) < 1e-3
+    right = Cohort.gradient
+    monkeypatch.setattr(Cohort, "gradient", lambda self: (right(self)[0], right(self)[1].select([1, 0, 2])))
+    assert against_peer(cohort, plain, 3) > 0.1
 
 
 def test_stage_3_is_planned_with_its_merges_and_the_task_lora():
