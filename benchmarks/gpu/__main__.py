@@ -35,6 +35,8 @@ from mta.system.device import pick_device, processor
 from mta.system.provenance import commit
 
 DTYPE = torch.bfloat16
+_LEAST = 2 * 2**30  # memory for passes, below which a shape is left out
+_ON_CPU = 24 * 2**30  # memory for passes on a device that is not asked
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -51,13 +53,14 @@ def main(words: Sequence[str] | None = None) -> int:
     path = args.out / f"bench-{slug(name if device.type == 'cuda' else 'cpu', args.quick)}.json"
     found, run, failed = _kept(path), _now(), False
     for shape in shapes:
-        site, reason = site_of(shape, device, args), "" if args.quick else left_out(shape, free, args.memory)
+        site = site_of(shape, device, passes(shape, free, args.memory), args)
+        reason = "" if args.quick else left_out(shape, free, site.memory)
         release(device)  # the base of the shape before
         for part in args.only:
             for row in rows(site, part, lambda reason=reason: reason or late(start, args.budget)):
                 row = replace(row, target=None) if args.quick else row  # tiny models have no targets
                 console.print(report.line(row), highlight=False, soft_wrap=True)
-                keep(found, recorded(row, run, shape.name, part, args))
+                keep(found, recorded(row, run, part, site))
                 write_json(path, {"device": name, "dtype": "bfloat16", "rows": list(found.values())}, private=False)
                 failed |= row.skipped.startswith(record.FAILED)
     report.show([record.row_of(one) for one in found.values()], Console(width=None if sys.stdout.isatty() else 180))
@@ -73,7 +76,7 @@ def parsed(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", choices=[*PARTS], default=list(PARTS), help="parts to measure")
     parser.add_argument("--shapes", nargs="+", choices=names, default=names, help="models to measure")
     parser.add_argument("--people", type=int, help="people in a cohort (32; with --quick 3)")
-    parser.add_argument("--memory", type=parse_size, default="24GiB", help="memory for the passes of a cohort")
+    parser.add_argument("--memory", type=parse_size, help="memory for passes (what the GPU has left; CPU: 24GiB)")
     parser.add_argument(
         "--budget", type=float, metavar="SECONDS", help="start no row after so long (default: no limit)"
     )
@@ -83,13 +86,21 @@ def parsed(words: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def planned(shapes: Sequence[Shape], free: int | None, memory: int, quick: bool) -> Iterator[str]:
+def planned(shapes: Sequence[Shape], free: int | None, given: int | None, quick: bool) -> Iterator[str]:
     """Lines that say what each shape needs, and what does not fit, before anything is measured."""
     for shape in shapes:
+        memory = passes(shape, free, given)
         need = needed(shape, DTYPE, memory)
         reason = left_out(shape, free, memory)
         said = "a tiny model is measured in its place" if quick else f"left out: {reason}" if reason else "fits"
         yield f"{shape.name}: {shape.parameters / 1e9:.2f} billion weights, about {need / 2**30:.0f} GiB; {said}"
+
+
+def passes(shape: Shape, free: int | None, given: int | None) -> int:
+    """Bytes for the passes of a cohort: as given, else what is free beside all that the rows of the shape hold."""
+    if given:
+        return given
+    return _ON_CPU if free is None else max(free - needed(shape, DTYPE, 0), _LEAST)
 
 
 def left_out(shape: Shape, free: int | None, memory: int) -> str:
@@ -105,20 +116,20 @@ def late(start: float, budget: float | None) -> str:
     return "no time left" if budget is not None and time.monotonic() - start >= budget else ""
 
 
-def site_of(shape: Shape, device: torch.device, args: argparse.Namespace) -> Site:
+def site_of(shape: Shape, device: torch.device, memory: int, args: argparse.Namespace) -> Site:
     """Where the rows of a shape are measured."""
     settings = Settings(repeats=1 if args.quick else 3, people=args.people, quick=args.quick)
-    return Site(shape.tiny() if args.quick else shape, device, DTYPE, args.memory, settings)
+    return Site(shape.tiny() if args.quick else shape, device, DTYPE, memory, settings)
 
 
-def recorded(row: Row, run: str, shape: str, part: str, args: argparse.Namespace) -> dict[str, Any]:
+def recorded(row: Row, run: str, part: str, site: Site) -> dict[str, Any]:
     """A row with what it was measured with: the file may have rows of several runs. ``run`` is the run's start."""
     return asdict(row) | {
         "verdict": row.verdict,
-        "shape": shape,
+        "shape": site.shape.name,
         "part": part,
-        "memory": args.memory,
-        "cohort": args.people,
+        "memory": site.memory,
+        "cohort": site.settings.people,
         "versions": record.versions(),
         "commit": commit(Path(__file__).resolve().parent),
         "run": run,

@@ -4,7 +4,6 @@ import json
 import shutil
 import subprocess
 import sys
-from argparse import Namespace
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks.gpu.__main__ import keep, main, planned, recorded
+from benchmarks.gpu.__main__ import keep, left_out, main, passes, planned, recorded
 from benchmarks.gpu.rows import PARTS, Planned, Site, fitted, rows
 from benchmarks.gpu.shapes import SHAPES, jobs_of
 from benchmarks.speed.adaptation import against_peer
@@ -35,10 +34,20 @@ def test_a_shape_has_the_weights_of_its_model(shape):
 
 
 def test_the_plan_names_what_does_not_fit():
-    lines = list(planned(SHAPES, 24 * 2**30, memory=8 * 2**30, quick=False))
+    lines = list(planned(SHAPES, 24 * 2**30, given=8 * 2**30, quick=False))
     assert [line.endswith("fits") for line in lines] == [True, False, True, False]
     assert "Llama-3-8B: 8.03 billion weights" in lines[1]
     assert lines[1].endswith("left out: too little memory: about 44 GiB needed, 24 GiB free")
+
+
+def test_passes_get_the_memory_that_a_gpu_has_left():
+    for free, fits in ((24, [True, False, True, True]), (80, [True] * 4)):
+        memory = [passes(shape, free * 2**30, None) for shape in SHAPES]
+        assert [not left_out(shape, free * 2**30, one) for shape, one in zip(SHAPES, memory)] == fits
+    weights = 2 * 2 * SHAPES[1].parameters
+    assert 35 * 2**30 < memory[1] < 80 * 2**30 - weights - 4 * 2**30
+    assert passes(SHAPES[1], 80 * 2**30, 2**30) == 2**30
+    assert passes(SHAPES[1], None, None) == 24 * 2**30
 
 
 def test_examples_share_their_beginning_and_have_the_length_asked_for():
@@ -78,7 +87,7 @@ def test_rows_of_a_shape_that_does_not_fit_are_skipped_under_their_names():
 
 def recorded_of(name, run, skipped="", part="training"):
     row = Row(name, "mta", "peer", skipped=skipped)
-    return recorded(row, run, "a-shape", part, Namespace(memory=1, people=2))
+    return recorded(row, run, part, site_of())
 
 
 def test_a_part_that_is_measured_again_drops_its_rows_of_earlier_runs():
