@@ -74,6 +74,8 @@ def against(name: str, peer: str, work: Work, theirs: Alone, settings: Settings)
     if theirs.adapted and not apart(work.logits(adapted=False), expected) > 3 * difference:
         raise Unequal("the adapters change the logits no more than rounding does: nothing was compared")
     same = share_of_equal(work.answers(adapted=theirs.adapted), theirs.answers())
+    if not theirs.adapted:
+        work.run()  # the answers above came without adapters, so this is the first time that they are computed
     rates, peer_rates = turns(work.run, theirs.run, settings.repeats, warm=False)  # both have just decoded
     return Row(
         name,
