@@ -58,8 +58,8 @@ def test_examples_share_their_beginning_and_have_the_length_asked_for():
     assert len({example.tokens for example in (*job.examples, *other.examples)}) == 6
 
 
-def site_of(device="cpu"):
-    return Site(SHAPES[0].tiny(), torch.device(device), torch.bfloat16, 2**30, Settings(quick=True))
+def site_of(device="cpu", shape=SHAPES[0]):
+    return Site(shape.tiny(), torch.device(device), torch.bfloat16, 2**30, Settings(quick=True))
 
 
 def failing():
@@ -71,6 +71,18 @@ def test_a_row_that_fails_keeps_its_name_and_the_others_are_measured(monkeypatch
     monkeypatch.setitem(PARTS, "training", lambda site: plan)
     found = {row.name: row.skipped for row in rows(site_of(), "training")}
     assert found == {"first": "failed: RuntimeError: CUDA error: device-side assert triggered", "second": ""}
+
+
+def test_only_targets_for_gpus_are_shown(monkeypatch):
+    of_a_cpu = Row("first", "mta", "peer", rates=(3.0,), peer_rates=(1.0,), target=50.0)
+    monkeypatch.setitem(PARTS, "merging", lambda site: [Planned("first", lambda: of_a_cpu)])
+    assert [row.target for row in rows(site_of(), "merging")] == [None]
+    targets = {planned.name: planned.target for part in PARTS.values() for planned in part(site_of(shape=SHAPES[1]))}
+    assert {name.removeprefix("Llama-3-8B, "): target for name, target in targets.items() if target} == {
+        "rank 8 (OPPU), 8 shots of 70 tokens": 5.0,
+        "stage 3, 8 shots of 70 tokens": 5.0,
+        "decoding against the base alone": 0.85,
+    }
 
 
 def test_an_error_that_cuda_repeats_at_every_call_does_not_end_the_run(monkeypatch):
