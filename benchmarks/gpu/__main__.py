@@ -56,7 +56,7 @@ def main(words: Sequence[str] | None = None) -> int:
         site = site_of(shape, device, passes(shape, free, args.memory), args)
         reason = "" if args.quick else left_out(shape, free, site.memory)
         release(device)  # the base of the shape before
-        for part in args.only:
+        for part in dict.fromkeys(("base", *args.only)):
             for row in rows(site, part, lambda reason=reason: reason or late(start, args.budget)):
                 row = replace(row, target=None) if args.quick else row  # tiny models have no targets
                 console.print(report.line(row), highlight=False, soft_wrap=True)

@@ -35,6 +35,7 @@ _ADAPTERS = {"rank 8 (OPPU)": oppu, "stage 3": stack}
 _LARGE = ("Llama-3.2-1B", "Llama-3-8B")
 _FASTER = 5.0  # than PEFT one by one, for short examples on the 8B shape
 _OF_THE_BASE = 0.85  # of the base's rate, for answers of 64 people
+_NOT_BLOCKED = f"{record.FAILED}the base did not pass the check for rows that share a prefix (mta.model.agreement)"
 _PLANNED = 0.85, 1.15  # least and most measured bytes over planned bytes
 
 
@@ -89,7 +90,8 @@ def rows(site: Site, part: str, reason: Callable[[], str] = str) -> Iterator[Row
         if why := reason():
             yield Row(name, "mta", "", skipped=why)
             continue
-        yield replace(attempted(name, measure), target=target)
+        row = replace(attempted(name, measure), target=target)
+        yield row if row.skipped or site.base.blocked else replace(row, skipped=_NOT_BLOCKED)
         release(site.device)  # only now: the error's traceback held the models
 
 
@@ -108,6 +110,18 @@ def release(device: torch.device) -> None:
     if device.type == "cuda":
         with suppress(RuntimeError):  # after some errors, CUDA repeats the error at every later call
             torch.cuda.empty_cache()
+
+
+def accepted(site: Site) -> Iterator[Planned]:
+    """Load the base, and show how its rows may be computed: slower rows would be measured if it failed the check."""
+    name = site.name("base")
+
+    def measure() -> Row:
+        found = {"blocked": site.base.blocked, "packable": site.base.packable}
+        note = ", ".join(f"{what}: {'yes' if is_so else 'no'}" for what, is_so in found.items())
+        return Row(name, "mta", "", note=note, more=found)
+
+    yield Planned(name, measure)
 
 
 def training(site: Site) -> Iterator[Planned]:
@@ -187,8 +201,6 @@ class Step:
                 "people": len(jobs),
                 "peer_tokens_per_pass": plain.tokens,
                 "tokens_per_person": cohort.tokens // len(jobs),
-                "blocked": site.base.blocked,
-                "packable": site.base.packable,
             },
         )
 
@@ -291,6 +303,7 @@ def _decoded(site: Site, mixed: bool = False) -> Row:
 
 
 PARTS: dict[str, Callable[[Site], Iterator[Planned]]] = {
+    "base": accepted,  # always measured
     "training": training,
     "coefficients": stage_2,
     "merging": merges,

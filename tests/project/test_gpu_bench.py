@@ -73,6 +73,16 @@ def test_a_row_that_fails_keeps_its_name_and_the_others_are_measured(monkeypatch
     assert found == {"first": "failed: RuntimeError: CUDA error: device-side assert triggered", "second": ""}
 
 
+def test_rows_of_a_base_that_fails_the_check_are_failed(monkeypatch):
+    monkeypatch.setitem(PARTS, "training", lambda site: [Planned("first", lambda: Row("first", "mta", "peer"))])
+    site = site_of()
+    (base,) = rows(site, "base")
+    assert (base.skipped, base.note) == ("", "blocked: yes, packable: yes")
+    site.base.blocked = False
+    found = [*rows(site, "base"), *rows(site, "training")]
+    assert [row.skipped.startswith("failed: the base did not pass the check") for row in found] == [True, True]
+
+
 def test_only_targets_for_gpus_are_shown(monkeypatch):
     of_a_cpu = Row("first", "mta", "peer", rates=(3.0,), peer_rates=(1.0,), target=50.0)
     monkeypatch.setitem(PARTS, "merging", lambda site: [Planned("first", lambda: of_a_cpu)])
@@ -116,8 +126,11 @@ def test_a_part_that_is_measured_again_drops_its_rows_of_earlier_runs():
 def test_rows_after_the_budget_are_skipped_under_their_names(tmp_path):
     words = ["--device", "cpu", "--quick", "--budget", "0", "--shapes", "SmolLM2-135M", "--only", "merging", "decoding"]
     assert main([*words, "--out", str(tmp_path)]) == 0
-    (row,) = json.loads((tmp_path / "bench-cpu-rehearsal.json").read_text())["rows"]
-    assert (row["name"], row["skipped"]) == ("SmolLM2-135M, decoding against the base alone", "no time left")
+    found = json.loads((tmp_path / "bench-cpu-rehearsal.json").read_text())["rows"]
+    assert {row["name"]: row["skipped"] for row in found} == {
+        "SmolLM2-135M, base": "no time left",
+        "SmolLM2-135M, decoding against the base alone": "no time left",
+    }
 
 
 def test_the_peer_computes_less_in_one_pass_until_it_fits():
@@ -189,6 +202,7 @@ def test_a_rehearsal_prints_and_writes_every_row(tmp_path, capsys):
     (path,) = tmp_path.glob("bench-cpu-rehearsal.json")
     found = json.loads(path.read_text())
     names = [row["name"].removeprefix("Llama-3.2-1B, ") for row in found["rows"]]
+    assert names.count("base") == 1
     short = "rank 8 (OPPU), 8 shots of 70 tokens"
     assert {"coefficients of 4 anchors", short, f"{short}, operations", f"{short}, memory"} <= {*names}
     assert {"exact merge against PEFT cat", "rank 8 (OPPU), 64 tokens a person"} <= {*names}
