@@ -31,7 +31,7 @@ from benchmarks.speed.settings import Settings
 from benchmarks.speed.timing import Row
 from mta.config import parse_size
 from mta.system.atomic import write_json
-from mta.system.device import pick_device, processor
+from mta.system.device import cpu, pick_device
 from mta.system.provenance import commit
 
 DTYPE = torch.bfloat16
@@ -49,7 +49,7 @@ def main(words: Sequence[str] | None = None) -> int:
     for line in planned(shapes, free, args.memory, args.quick):
         console.print(line, highlight=False)
     console.print(f"torch.mm: {gemm_rate(device, DTYPE, args.quick) / 1e12:.1f} Tflop/s in bfloat16", highlight=False)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu()
     path = args.out / f"bench-{slug(name if device.type == 'cuda' else 'cpu', args.quick)}.json"
     found, run, failed = _kept(path), _now(), False
     for shape in shapes:

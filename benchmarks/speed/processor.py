@@ -34,7 +34,7 @@ class Processor:
 def processor() -> Processor:
     """The one this runs on."""
     flags = device.cpuinfo("flags", "Features").split()
-    return Processor(device.processor(), device.cores(), tuple(flag for flag in _TOLD if flag in flags))
+    return Processor(device.cpu(), device.cores(), tuple(flag for flag in _TOLD if flag in flags))
 
 
 def need(dtype: str) -> None:

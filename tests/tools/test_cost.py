@@ -16,6 +16,7 @@ from mta.lora.batch import Factors, LoraBatch
 from mta.lora.peft import write_peft
 from mta.model.footprint import Footprint, Numbers, Sums, Texts
 from mta.store.state import Losses, State
+from mta.system.device import processor
 from mta.tools.cost import Load, Shape, costs, hardware, memory
 
 SMOL = "smollm2-135m-instruct"
@@ -123,6 +124,13 @@ def test_costs_grow_with_what_they_are_of(rank, anchors, tokens):
     longer = of(load=Load(tokens=2 * (tokens + 16), targets=32))
     assert longer["MTA"].person_operations == pytest.approx(2 * first["MTA"].person_operations)
     assert of("stack.enabled=false")["MTA"] == first["merge alone"]
+
+
+def test_figures_of_the_cpu_do_not_carry_the_name_of_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    assert processor().endswith(", a GPU")
+    assert "a GPU" not in hardware("this").name
 
 
 def test_the_command_prints_tables_and_json(tmp_path):

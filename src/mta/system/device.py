@@ -37,10 +37,14 @@ def cpuinfo(*fields: str) -> str:
     return ""
 
 
+def cpu() -> str:
+    """Return the CPU's name."""
+    return cpuinfo("model name") or platform.processor() or platform.machine()
+
+
 def processor() -> str:
-    """Return the processor's name, followed by the GPU's name if there is a GPU."""
-    name = cpuinfo("model name") or platform.processor() or platform.machine()
-    return f"{name}, {torch.cuda.get_device_name()}" if torch.cuda.is_available() else name
+    """Return the CPU's name, followed by the GPU's name if there is a GPU."""
+    return f"{cpu()}, {torch.cuda.get_device_name()}" if torch.cuda.is_available() else cpu()
 
 
 def pick_device(device: str) -> torch.device:

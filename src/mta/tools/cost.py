@@ -21,7 +21,7 @@ from mta.model.footprint import COPIES, Footprint, Numbers, Texts
 from mta.personalize.merge import needs_evidence
 from mta.personalize.policies import policy_of
 from mta.system.assets import ASSETS, resolve
-from mta.system.device import cores, gemm_rate, pick_dtype, processor
+from mta.system.device import cores, cpu, gemm_rate, pick_dtype
 
 _FIELDS = ["model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"]
 _FIELDS += ["num_key_value_heads", "tie_word_embeddings"]
@@ -156,7 +156,7 @@ def hardware(name: str) -> Hardware:
     dtype = pick_dtype("auto", torch.device("cpu"))
     name = str(dtype).removeprefix("torch.")
     source = f"matrix products in {name}, measured now; the share from docs/explanation/performance.md"
-    return Hardware(f"{processor()}, {cores()} cores", gemm_rate(dtype), _REACHED, source)
+    return Hardware(f"{cpu()}, {cores()} cores", gemm_rate(dtype), _REACHED, source)
 
 
 @dataclass(frozen=True, slots=True)
