@@ -1,6 +1,6 @@
 """Stages 0 and 1: from people to a bank on disk.
 
-A killed build resumes. The same people, base, and settings give the same tensors.
+A killed build resumes. The same people, base, and settings give the same tensors, on GPUs up to rounding.
 """
 
 from __future__ import annotations

@@ -161,7 +161,7 @@ class StackSettings(Settings):
 
 
 class Run(Settings):
-    """All settings that determine a result. The same run with the same seed gives the same tensors."""
+    """All settings that determine a result. The same run and seed give the same tensors, on GPUs up to rounding."""
 
     base: str = Field(default="smollm2-135m-instruct", description="asset name, folder or hub id")
     task: str = Field(default="text", description="built-in task, or a YAML file")
