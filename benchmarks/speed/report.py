@@ -11,15 +11,15 @@ from rich.table import Table
 from benchmarks.speed.timing import Row
 
 _COLOURS = {"met": "green", "missed": "red"}
-_STEPS = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e4, "k"))
+_STEPS = ((1e12, 1e12, "T"), (1e9, 1e9, "G"), (1e6, 1e6, "M"), (1e4, 1e3, "k"))  # from, unit, letter
 _COLUMNS = ("row", "ours", "peer", "ratio", "spread", "target", "verdict")
 
 
 def number(value: float) -> str:
     """Three digits as people read them: 0.0123, 4.56, 78.9, 1230, 45.6k, 832G."""
-    for size, letter in _STEPS:
-        if abs(value) >= size:
-            return f"{_three(value / size)}{letter}"
+    for least, unit, letter in _STEPS:
+        if abs(value) >= least:
+            return f"{_three(value / unit)}{letter}"
     return _three(value)
 
 

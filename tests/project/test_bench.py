@@ -171,7 +171,8 @@ class TestReport:
         assert "gone" not in text
 
     @pytest.mark.parametrize(
-        ("value", "text"), [(0, "0"), (0.0123, "0.0123"), (4.561, "4.56"), (1234, "1234"), (8.32e11, "832G")]
+        ("value", "text"),
+        [(0, "0"), (0.0123, "0.0123"), (4.561, "4.56"), (1234, "1234"), (45_600, "45.6k"), (8.32e11, "832G")],
     )
     def test_numbers_have_three_digits(self, value, text):
         assert report.number(value) == text
