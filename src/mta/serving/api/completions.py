@@ -167,7 +167,7 @@ async def _after(first: Part, rest: AsyncIterator[Part]) -> AsyncIterator[Part]:
 
 
 def _event(value: dict[str, Any]) -> str:
-    return f"data: {json.dumps(value, ensure_ascii=False)}\n\n"
+    return f"data: {json.dumps(value)}\n\n"  # ASCII: some clients split lines at U+2028, too
 
 
 async def _measured(service: Service, ask: Ask, request: Request, key: Key) -> AsyncIterator[Part]:

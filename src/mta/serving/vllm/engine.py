@@ -213,8 +213,8 @@ async def _read(response: httpx.Response, stops: Collection[int], most: int) -> 
     """
     cached = 0
     finish: Finish | None = None
-    async for line in response.aiter_lines():
-        if not line.startswith("data: ") or line == "data: [DONE]":
+    async for line in _lines(response):
+        if not line.startswith(b"data: ") or line == b"data: [DONE]":
             continue
         event = json.loads(line[6:])
         if "error" in event:
@@ -231,6 +231,15 @@ async def _read(response: httpx.Response, stops: Collection[int], most: int) -> 
     if finish not in get_args(Finish):
         raise EngineGone("vLLM ended the answer too early", hint=LATER)
     yield Piece(finish=finish, cached=cached)
+
+
+async def _lines(response: httpx.Response) -> AsyncIterator[bytes]:
+    """Yield the lines of a response; httpx's ``aiter_lines`` also splits at U+2028, which JSON may contain."""
+    rest = b""
+    async for chunk in response.aiter_bytes():
+        *lines, rest = (rest + chunk).split(b"\n")
+        for line in lines:
+            yield line.rstrip()
 
 
 def _tokens(choice: dict[str, Any], most: int) -> list[Token]:
