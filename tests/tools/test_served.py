@@ -83,6 +83,13 @@ def test_a_server_that_does_not_answer_or_is_another_is_a_problem(world):
         assert "not the format" in check_served(Server(url), personal, [])[0].found
 
 
+def test_log_probabilities_that_are_not_numbers_are_a_problem(world):
+    token = {"token": "token_id:40", "logprob": float("nan")}
+    with other_server({"choices": [{"logprobs": {"content": [token]}}]}) as url:
+        (found,) = check_served(Server(url), personalizer(world.base, world.bank, world.service.store), [])
+    assert (found.verdict, "differ by nan" in found.found) == ("problem", True)
+
+
 @pytest.mark.parametrize(
     ("server", "message"),
     [

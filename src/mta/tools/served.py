@@ -148,5 +148,5 @@ def _compared(
     pooled = apart(TASK) if isinstance(owner, State) else found
     if isinstance(owner, State):
         said += f" ({pooled:.4f} from the pooled model's)"
-    wrong = found > LIMIT or pooled < found / 2
+    wrong = not (found <= LIMIT and pooled >= found / 2)  # NaN is wrong, too
     return Finding("served", name, "problem" if wrong else "ok", said, hint if wrong else "")
