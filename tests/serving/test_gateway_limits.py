@@ -7,6 +7,7 @@ import httpx2
 import openai
 from served import endless, served, stepped, waited
 
+from mta.serving.api import limits
 from mta.serving.api.limits import Limits
 
 
@@ -42,6 +43,20 @@ def test_a_disconnect_before_the_answer_frees_the_slot(tiny, tmp_path):
         found = httpx2.post(f"{here.url}/v1/completions", json=body | {"max_tokens": 3}, headers=headers, timeout=60)
         assert found.status_code == 200
         assert row.count < 10
+
+
+def test_a_body_that_arrives_too_slowly_gets_a_408(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(limits, "_PATIENCE", 0.2)
+    monkeypatch.setattr(limits, "_LINGER", 0.2)
+    with (
+        served(*tiny, tmp_path) as here,
+        socket.create_connection(("127.0.0.1", int(here.url.rpartition(":")[2])), timeout=60) as caller,
+    ):
+        caller.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{")
+        head, _, body = b"".join(iter(lambda: caller.recv(4096), b"")).decode().partition("\r\n\r\n")
+    assert head.startswith("HTTP/1.1 408")
+    assert "connection: close" in head.lower()
+    assert "did not arrive within" in body
 
 
 def test_too_many_requests_get_a_429_with_retry_after(tiny, tmp_path):

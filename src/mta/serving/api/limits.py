@@ -67,7 +67,7 @@ class BodyLimit:
             return await self.app(scope, receive, send)
         declared = dict(scope["headers"]).get(b"content-length", b"0")
         if not declared.isdigit() or int(declared) > self.most:
-            return await self._refuse(scope, receive, send)
+            return await self._refuse(413, scope, receive, send)
         body = b""
         try:
             async with asyncio.timeout(_PATIENCE):
@@ -75,10 +75,12 @@ class BodyLimit:
                     body += chunk
                     if len(body) > self.most:
                         break
-        except (TimeoutError, ClientDisconnect):
-            return None  # the server closes the connection
+        except TimeoutError:
+            return await self._refuse(408, scope, receive, send)
+        except ClientDisconnect:
+            return None
         if len(body) > self.most:
-            return await self._refuse(scope, receive, send)
+            return await self._refuse(413, scope, receive, send)
         whole: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
         async def replay() -> Message:
@@ -86,7 +88,7 @@ class BodyLimit:
 
         return await self.app(scope, replay, send)
 
-    async def _refuse(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _refuse(self, status: int, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the refusal, then read and drop the rest of the body for a while.
 
         Closing a connection with unread bytes resets it, and the caller would lose the refusal.
@@ -95,8 +97,9 @@ class BodyLimit:
         async def unfinished(message: Message) -> None:
             await send({**message, "more_body": True})
 
-        refusal = error_body(f"the request is longer than {self.most} bytes", "invalid_request_error")
-        await JSONResponse(refusal, 413, _CLOSE)(scope, receive, unfinished)
+        slow = f"the request did not arrive within {_PATIENCE:.0f} seconds"
+        message = slow if status == 408 else f"the request is longer than {self.most} bytes"
+        await JSONResponse(error_body(message, "invalid_request_error"), status, _CLOSE)(scope, receive, unfinished)
         with suppress(TimeoutError):
             async with asyncio.timeout(_LINGER):
                 while (await receive()).get("more_body", False):
