@@ -282,6 +282,28 @@ def test_a_forgotten_person_is_gone_and_the_same_id_starts_fresh(engines, world)
     assert found == expected(world, Ask(tuple(prompt_of(5)), again, COUNT))
 
 
+def test_dropping_a_version_ends_its_answers_and_the_persons_newer_version_goes_on(engines, world):
+    old, new = world.renew("moved", 60), world.renew("moved", 61)
+    ask = Ask(tuple(prompt_of(7)), new, COUNT)
+
+    async def dropped(engine):
+        with paced(engine) as step:
+            ending = asyncio.create_task(collect(engine, Ask(tuple(prompt_of(6)), old, 60)))
+            await begun(engine, step, [ending])
+            going_on = asyncio.create_task(collect(engine, ask))
+            await asyncio.sleep(0)
+            dropping = asyncio.create_task(engine.drop({old}))
+            await asyncio.sleep(0)
+        await dropping
+        (ended,) = await asyncio.gather(ending, return_exceptions=True)
+        assert isinstance(ended, EngineGone)
+        found = await going_on
+        assert {who.number for who in await engine.versions() if who.person == "moved"} == {new.number}
+        return found
+
+    assert run(engines, dropped) == expected(world, ask)
+
+
 def test_more_people_than_the_adapter_cache_holds_are_answered_correctly(engines, world):
     asks = [Ask(tuple(prompt_of(n)), world.version(str(n % 5), 1), 4) for n in range(15)]
 

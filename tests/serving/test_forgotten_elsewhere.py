@@ -20,6 +20,7 @@ from mta.bank.bank import Bank
 from mta.personalize import Personalizer, forget_person
 from mta.personalize.stages import Stages
 from mta.store import Store
+from mta.store.maintenance import collect
 
 pytestmark = pytest.mark.integration
 
@@ -141,6 +142,21 @@ def test_a_sweep_drops_a_version_whose_number_now_has_other_content(gateway):
     assert store.save("eve", replace(state, w=tuple(-w for w in state.w), work="other")) == 1
     asyncio.run(service.drop_forgotten_elsewhere())
     assert _held(service) == set()
+
+
+def test_a_sweep_drops_a_version_that_is_gone_and_keeps_the_persons_newer_one(gateway):
+    """As after ``mta store gc``, or for a person who was forgotten and is personalized again."""
+    http, service, store = gateway.http, gateway.service, gateway.store
+    http.post(f"{EVE}/history", json={"items": ITEMS})
+    assert personalized(http) == "done"
+    state, ask = store.load("eve"), {"model": "person:eve", "prompt": "x", "max_tokens": 2}
+    assert http.post("/v1/completions", json=ask).status_code == 200
+    assert store.save("eve", replace(state, w=tuple(-w for w in state.w), work="other")) == 2
+    assert http.post("/v1/completions", json=ask).status_code == 200
+    store.tombstones.add("eve")
+    collect(store, keep=1)
+    asyncio.run(service.drop_forgotten_elsewhere())
+    assert {who.number for who in asyncio.run(service.engine.versions())} == {2}
 
 
 def _held(service):

@@ -1,4 +1,4 @@
-"""What the gateway reads from vLLM, without a vLLM: fixed responses stand in for the server's."""
+"""What the gateway sends to vLLM and reads from vLLM; fixed responses stand in for the server."""
 
 import asyncio
 import json
@@ -6,7 +6,10 @@ import json
 import httpx2
 
 from mta.serving.api.completions import _event
+from mta.serving.engine import Version
+from mta.serving.model_names import wire_name
 from mta.serving.vllm.engine import _read
+from mta.serving.vllm.registry import AdapterRegistry
 
 ODD = "a\N{NEXT LINE}b\N{LINE SEPARATOR}c\N{PARAGRAPH SEPARATOR}d\x0b"
 
@@ -36,3 +39,21 @@ def test_an_event_of_the_gateway_is_one_line_for_every_client():
     assert event.endswith("\n\n")
     assert len(event.splitlines()) == 2
     assert json.loads(event.removeprefix("data: ")) == {"text": ODD}
+
+
+def test_dropping_a_version_unloads_it_and_leaves_the_persons_newer_version(tmp_path):
+    old, new = Version("ann", 1, seal="a" * 16), Version("ann", 2, seal="b" * 16)
+    names, unloaded = [wire_name(who) for who in (old, new)], []
+
+    def answer(request):
+        if request.method == "GET":
+            return httpx2.Response(200, json={"data": [{"id": name} for name in names]})
+        unloaded.append(json.loads(request.content)["lora_name"])
+        return httpx2.Response(200)
+
+    async def go():
+        async with httpx2.AsyncClient(transport=httpx2.MockTransport(answer), base_url="http://vllm") as client:
+            await AdapterRegistry(client, tmp_path, 4).drop({old}.__contains__)
+
+    asyncio.run(go())
+    assert unloaded == names[:1]

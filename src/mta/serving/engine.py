@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping
+from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, TypeVar
 
@@ -47,6 +47,10 @@ class Version:
 
 
 Who = Version | Nobody
+FORGOTTEN = "the person was forgotten"
+POOLED = "Ask the pooled model: task"
+REMOVED = "the store no longer has this version of the person"
+NEWEST = "Ask again for the newest version."
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +114,9 @@ class Engine(Protocol):
 
     async def forget(self, person: str) -> None:
         """End the person's running answers, and drop everything computed for the person."""
+
+    async def drop(self, versions: Collection[Version]) -> None:
+        """End the running answers of these versions, and drop everything computed for them."""
 
     async def versions(self) -> set[Version]:
         """Return the person versions in memory: running answers, adapters, keys and values."""

@@ -162,26 +162,22 @@ class Service:
         """Drop people from memory whom another process forgot (``mta forget``, another gateway).
 
         Each request checks the tombstones too, so no answer uses older data; this drops data that no request asks for.
-        A request can load a person again between the tombstone and the removal of the states, so the versions in memory
-        are also compared with the store. Raises StoreError, EngineGone.
+        The engine's versions are compared with the store: the person may have a new state already. Raises StoreError,
+        EngineGone.
         """
-        tombstones = self.store.tombstones
-        names = await run_in_threadpool(tombstones.names)
+        names = await run_in_threadpool(self.store.tombstones.names)
         if names != self._seen:
             await run_in_threadpool(self.histories.drop_forgotten, names)
             await run_in_threadpool(self.jobs.drop_forgotten, names)
-            people = {version.person for version in await self.engine.versions()}
-            for person in await run_in_threadpool(tombstones.since, people, self._seen):
-                await self.engine.forget(person)
             self._seen = names
-        for person in await run_in_threadpool(self._removed, await self.engine.versions()):
-            await self.engine.forget(person)
+        if removed := await run_in_threadpool(self._removed, await self.engine.versions()):
+            await self.engine.drop(removed)
 
-    def _removed(self, versions: Collection[Version]) -> set[str]:
-        """Return the people with a version that the store no longer has, or has with other content."""
+    def _removed(self, versions: Collection[Version]) -> set[Version]:
+        """Return the versions that the store no longer has, or has with other content."""
         seals = {version: self.store.seal(version.person, version.number) for version in versions}
         return {
-            version.person
+            version
             for version, seal in seals.items()
             if seal is None or seal[: len(version.seal) or None] != version.seal  # vLLM names shorten seals
         }

@@ -16,8 +16,12 @@ import httpx2 as httpx
 from mta.errors import MtaError, OtherBank
 from mta.personalize.adapters import BASE, TASK, Nobody
 from mta.serving.engine import (
+    FORGOTTEN,
     LATER,
     LOST,
+    NEWEST,
+    POOLED,
+    REMOVED,
     AnswerLost,
     Ask,
     EngineGone,
@@ -30,6 +34,7 @@ from mta.serving.engine import (
     together,
 )
 from mta.serving.sampling import COLDEST
+from mta.serving.vllm.adapters import remove_all
 from mta.serving.vllm.registry import AdapterRegistry
 from mta.serving.vllm.server import Remote
 from mta.store import Store
@@ -84,10 +89,18 @@ class VllmEngine(QueuedEngine):
 
     async def forget(self, person: str) -> None:
         """End the person's running answers, unload their adapters, and delete the files. Raises EngineGone."""
-        for task in self.adapters.answers(person):
-            self._open[task].put_nowait(EngineGone("the person was forgotten", hint="Ask the pooled model: task"))
+        await self._drop(lambda who: who.person == person, EngineGone(FORGOTTEN, hint=POOLED))
+        remove_all(self.adapters.folder, person)
+
+    async def drop(self, versions: Collection[Version]) -> None:
+        """End the running answers of these versions, unload their adapters, and delete the files. Raises EngineGone."""
+        await self._drop(versions.__contains__, EngineGone(REMOVED, hint=NEWEST))
+
+    async def _drop(self, matches: Callable[[Version], bool], error: EngineGone) -> None:
+        for task in self.adapters.answers(matches):
+            self._open[task].put_nowait(error)
             task.cancel()
-        await self.adapters.forget(person)
+        await self.adapters.drop(matches)
 
     async def versions(self) -> set[Version]:
         """Return the person versions that vLLM may have loaded. Raises EngineGone."""

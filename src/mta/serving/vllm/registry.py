@@ -10,7 +10,7 @@ import asyncio
 import json
 import shutil
 from collections import OrderedDict
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +21,7 @@ import httpx2 as httpx
 from mta.personalize.adapters import Nobody
 from mta.serving.engine import EngineGone, Version
 from mta.serving.model_names import from_wire, wire_name
-from mta.serving.vllm.adapters import CUT, folder_of, remove_all
+from mta.serving.vllm.adapters import CUT, folder_of
 
 _RETRY = "Forget the person again in a few seconds; forgetting is complete once vLLM confirms it."
 
@@ -72,19 +72,18 @@ class AdapterRegistry:
             for name in idle[: max(len(idle) - self.count, 0)]:
                 self._start_unloading(name)
 
-    async def forget(self, person: str) -> None:
-        """Wait until no answer uses the person's adapters, unload them, and delete their files. Raises EngineGone.
+    async def drop(self, matches: Callable[[Version], bool]) -> None:
+        """Wait until no answer uses these adapters, unload them, and delete their files. Raises EngineGone.
 
         Also covers adapters that vLLM loaded before this gateway started.
         """
         for name in await self._listed():
             who = from_wire(name)
-            if isinstance(who, Version) and who.person == person:
+            if isinstance(who, Version) and matches(who):
                 self._loaded.setdefault(name, Loaded(who))
-        while answers := self.answers(person):
+        while answers := self.answers(matches):
             await asyncio.wait(answers)
-        await asyncio.gather(*(asyncio.shield(self._start_unloading(name)) for name in self._of(person)))
-        remove_all(self.folder, person)
+        await asyncio.gather(*(asyncio.shield(self._start_unloading(name)) for name in self._of(matches)))
 
     async def versions(self) -> set[Version]:
         """Return the person versions that may be loaded, also from before this gateway started. Raises EngineGone."""
@@ -95,17 +94,13 @@ class AdapterRegistry:
         """Wait until all running unloads are done."""
         await asyncio.gather(*(one.unloading for one in self._loaded.values() if one.unloading), return_exceptions=True)
 
-    def answers(self, person: str) -> list[asyncio.Task[None]]:
-        """Return the running answers of a person."""
-        return [task for entry in self._of(person).values() for task in entry.answers]
+    def answers(self, matches: Callable[[Version], bool]) -> list[asyncio.Task[None]]:
+        """Return the running answers of the versions that match."""
+        return [task for entry in self._of(matches).values() for task in entry.answers]
 
-    def _of(self, person: str | None = None) -> dict[str, Loaded]:
-        """Return the adapters of a person, or of all people, by name."""
-        return {
-            name: one
-            for name, one in self._loaded.items()
-            if isinstance(one.who, Version) and person in (None, one.who.person)
-        }
+    def _of(self, matches: Callable[[Version], bool] = lambda _: True) -> dict[str, Loaded]:
+        """Return the adapters of the versions that match, or of all people, by name."""
+        return {name: one for name, one in self._loaded.items() if isinstance(one.who, Version) and matches(one.who)}
 
     def _start_unloading(self, name: str) -> asyncio.Task[None]:
         entry = self._loaded[name]
