@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from pathlib import Path
 
 import httpx2
 
@@ -10,6 +11,7 @@ from mta.serving.engine import Version
 from mta.serving.model_names import wire_name
 from mta.serving.vllm.engine import _read
 from mta.serving.vllm.registry import AdapterRegistry
+from mta.serving.vllm.server import VllmSettings
 
 ODD = "a\N{NEXT LINE}b\N{LINE SEPARATOR}c\N{PARAGRAPH SEPARATOR}d\x0b"
 
@@ -57,3 +59,16 @@ def test_dropping_a_version_unloads_it_and_leaves_the_persons_newer_version(tmp_
 
     asyncio.run(go())
     assert unloaded == names[:1]
+
+
+def test_the_guides_command_for_an_own_vllm_has_the_options_of_ours():
+    page = (Path(__file__).parents[2] / "docs" / "how-to" / "vllm.md").read_text(encoding="utf-8")
+    shown = page.partition("mkdir -m 700")[2].partition("```")[0].replace("=", " ").split()
+    settings = VllmSettings("python", "base", "bank", "people", 256)
+    options = [word.replace("=", " ").split() for word in settings.command(Path("socket")) if word.startswith("--")]
+    own = ("--model", "--uds", "--max-model-len", "--disable-fastapi-docs")  # the reader's choice
+    for name, *value in (option for option in options if option[0] not in own):
+        assert name in shown
+        assert shown[shown.index(name) + 1] in value or not value
+    variables = {name for name in settings.environment(Path()) if name.startswith(("VLLM_", "DO_NOT", "MTA_VLLM"))}
+    assert variables - {"VLLM_CPU_KVCACHE_SPACE", "MTA_VLLM_PARENT"} <= set(shown)
