@@ -278,6 +278,33 @@ def test_a_request_that_still_loads_its_adapter_is_answered_while_the_engine_clo
     assert asyncio.run(go()) == one_by_one(base, bank, whose[2], [5, 6, 7], 6)
 
 
+def test_an_adapter_is_not_loaded_for_a_request_that_was_cancelled_meanwhile():
+    base, bank, whose = world()
+    loaded, go_on = [], threading.Event()
+
+    class Slow(OneStore):
+        def load(self, person, version):
+            loaded.append(person)
+            assert go_on.wait(60)
+            return super().load(person, version)
+
+    async def go():
+        engine = EmbeddedEngine(base, bank, Slow(whose), slots=2, length=64)
+        asks = [asyncio.create_task(tokens_of(engine, ask_of(n, [5, 6, 7], 6))) for n in (2, 3, 4)]
+        while len(loaded) < 2:  # both threads are busy
+            await asyncio.sleep(0.01)
+        asks[2].cancel()
+        await asyncio.gather(asks[2], return_exceptions=True)
+        go_on.set()
+        await engine.close()  # waits for all loads
+        return await asyncio.gather(*asks[:2]), engine.facts()["merges"][0]
+
+    answers, merges = asyncio.run(go())
+    assert all(answers)
+    assert sorted(loaded) == ["2", "3"]
+    assert merges == 2
+
+
 def test_oversized_and_late_requests_are_refused():
     base, bank, whose = world()
 

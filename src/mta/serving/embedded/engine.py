@@ -178,12 +178,12 @@ class EmbeddedEngine(QueuedEngine):
 
     def _load(self, row: Row, since: int) -> None:
         """Load a row's adapter from bank and store, in a thread of the pool: the store may be slow."""
-        adapter: RowAdapter | Exception
+        adapter: RowAdapter | Exception | None = None
         who, adapters = row.ask.who, self.scheduler.adapters
         try:
             if isinstance(who, Nobody):
                 adapter = adapters.adapter_of(who)
-            else:
+            elif not row.cancelled:  # the row may have waited long for a thread
                 adapter = adapters.adapter_of(self.store.load(who.person, who.number), who.stacked)
         except Exception as error:
             adapter = error
@@ -226,9 +226,12 @@ class EmbeddedEngine(QueuedEngine):
             self._loading += 1
             self._loaders.submit(self._load, row, self._forgotten)
 
-    def _enter_loaded(self, row: Row, adapter: RowAdapter | Exception, since: int) -> None:
-        """Cache a row's adapter and queue the row, or end the row if loading failed."""
-        self._loading, self._loaded = self._loading - 1, self._loaded + 1
+    def _enter_loaded(self, row: Row, adapter: RowAdapter | Exception | None, since: int) -> None:
+        """Cache a row's adapter and queue the row, or end the row if loading failed; without an adapter do nothing."""
+        self._loading -= 1
+        if adapter is None:
+            return
+        self._loaded += 1
         if isinstance(adapter, MtaError):
             row.send(adapter)
         elif isinstance(adapter, Exception):
