@@ -65,7 +65,8 @@ class Resolver(LoRAResolver):  # type: ignore[misc]
 def _patch_unload() -> None:
     """Make vLLM's unload request also drop the weights at once; by default only the name goes and the weights stay.
 
-    So no weights outlive a forgotten person, and vLLM never reads an adapter's files after unloading it.
+    So no request can use the weights of a forgotten person, and vLLM never reads an adapter's files after unloading it.
+    The values stay in the tensors of the adapter's slot until another adapter takes the slot.
     """
     from vllm.entrypoints.openai.models.serving import OpenAIServingModels
 
