@@ -2,11 +2,13 @@
 
 import json
 import socket
+from types import SimpleNamespace
 
 import httpx2
 import openai
 from served import endless, served, stepped, waited
 
+from mta.serving import launch
 from mta.serving.api import limits
 from mta.serving.api.limits import Limits
 
@@ -119,3 +121,11 @@ def test_a_stopping_server_finishes_running_answers(tiny, tmp_path):
         assert chunks[-1].choices[0].finish_reason in ("length", "stop")
         here.thread.join(60)
         assert not here.service.engine.ready
+
+
+def test_running_answers_have_30_seconds_when_the_gateway_stops(monkeypatch):
+    configs = []
+    server = SimpleNamespace(run=lambda sockets: None)
+    monkeypatch.setattr(launch.uvicorn, "Server", lambda config: configs.append(config) or server)
+    launch.serve(SimpleNamespace(limits=Limits()), "127.0.0.1", 0, lambda _: None)
+    assert configs[0].timeout_graceful_shutdown == 30

@@ -37,6 +37,7 @@ from mta.system.atomic import file_mode
 from mta.system.hub import local_folder
 
 log = logging.getLogger("mta")
+_STOP = 30  # seconds that running answers have once the gateway stops; Kubernetes kills after 30 by default
 
 
 def keys_for(path: Path | None, host: str, insecure_local: bool, port: int = 0) -> Keys:
@@ -196,12 +197,15 @@ def remote_of(url: str, folder: Path | None, started: str | None = None) -> Remo
 
 
 def serve(service: Service, host: str, port: int, ready: Callable[[str], None]) -> None:
-    """Serve until SIGINT or SIGTERM, then finish running answers and accept no new requests.
+    """Serve until SIGINT or SIGTERM, then accept no new requests and finish running answers within 30 seconds.
 
     Calls ``ready`` with the address; port 0 picks a free port. Raises OSError if it cannot listen.
     """
     with _listen(host, port) as listening:
-        config = uvicorn.Config(create_app(service), log_level="warning", access_log=False, server_header=False)
+        app = create_app(service)
+        config = uvicorn.Config(
+            app, log_level="warning", access_log=False, server_header=False, timeout_graceful_shutdown=_STOP
+        )
         ready(f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}")
         uvicorn.Server(config).run(sockets=[listening])
 
