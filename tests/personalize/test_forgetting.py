@@ -136,9 +136,9 @@ def test_whatever_step_fails_the_others_are_done_and_all_failures_are_reported_t
 def test_an_export_that_was_out_of_reach_is_removed_by_the_next_forgetting(own_bank, tmp_path, monkeypatch):
     personal = personalizer(*own_bank, store=tmp_path / "people")
     personal.personalize(people_of(1))
-    for name in ("other host", "refused", "disk/not mounted"):
+    for name in ("disk/other host", "refused", "disk/not mounted"):
         with monkeypatch.context() as patch:
-            if name == "other host":
+            if name == "disk/other host":
                 patch.setattr(exports.platform, "node", lambda: "elsewhere")
             personal.export("p0", tmp_path / name)
     (tmp_path / "disk").rename(tmp_path / "unmounted")
@@ -155,18 +155,18 @@ def test_an_export_that_was_out_of_reach_is_removed_by_the_next_forgetting(own_b
         first = personal.forget("p0")
     assert (first.states_removed, first.complete) == (True, False)
     assert first.exports_left == [
-        f"{tmp_path}/other host (on the host 'elsewhere')",
+        f"{tmp_path}/disk/other host (on the host 'elsewhere')",
         f"{tmp_path}/refused (Permission denied)",
         f"{tmp_path}/disk/not mounted (its parent folder is missing too: is a disk not mounted?)",
     ]
     assert personal.store.exports.of("p0") == kept
     monkeypatch.setattr(exports.platform, "node", lambda: "elsewhere")
-    assert len(personal.forget("p0").exports_left) == 2  # those of the first host
+    assert len(personal.forget("p0").exports_left) == 2  # on the disk
     monkeypatch.undo()
     (tmp_path / "unmounted").rename(tmp_path / "disk")
     again = personal.forget("p0")
     assert (again.states_removed, again.exports_left, again.complete) == (False, [], True)
-    assert not any((tmp_path / name).exists() for name in ("other host", "refused", "disk/not mounted"))
+    assert not any((tmp_path / name).exists() for name in ("disk/other host", "refused", "disk/not mounted"))
     assert not any((tmp_path / "people").glob("??/*"))
 
 

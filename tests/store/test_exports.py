@@ -185,11 +185,20 @@ def test_an_adapter_that_was_changed_later_stays(tmp_path: Path) -> None:
     assert {path.name for path in (tmp_path / "out").iterdir()} == {CONFIG, WEIGHTS}
 
 
-def test_another_hosts_export_is_not_looked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    export = exported(tmp_path / "out")
+def test_another_hosts_export_is_removed_only_if_its_weights_are_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A container that writes to a volume has another host name than the next container."""
+    same, changed, away = (exported(tmp_path / name) for name in ("same", "changed", "away"))
+    exported(tmp_path / "changed", 1)
+    (tmp_path / "away").rename(tmp_path / "elsewhere")
     monkeypatch.setattr(module.platform, "node", lambda: "elsewhere")
-    assert export.remove() == f"{tmp_path}/out (on the host {export.host!r})"
-    assert (tmp_path / "out" / WEIGHTS).exists()
+    assert same.remove() == ""
+    assert not (tmp_path / "same").exists()
+    for export in (changed, away):
+        assert export.remove() == f"{export.folder} (on the host {export.host!r})"
+        assert not export.is_final()
+    assert (tmp_path / "changed" / WEIGHTS).exists()
 
 
 def test_an_export_that_cannot_be_removed_is_reported_with_the_reason(

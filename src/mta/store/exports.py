@@ -58,13 +58,14 @@ class Export:
     def remove(self) -> str:
         """Remove the adapter's files, and the folder if it is then empty. Return "" or the reason of a failure.
 
-        Removes only on the host that wrote the adapter, and only if the weights are unchanged: other files may belong
-        to another person. The weights are removed last, so that an interrupted removal can be repeated.
+        Removes only if the weights are unchanged: other files may belong to another person. The host counts only where
+        the weights differ or are missing: each container has another host name. The weights are removed last, so that
+        an interrupted removal can be repeated.
         """
         folder = Path(self.folder)
         if "://" in self.host:
             return f"{self.host}/{self.folder} (pushed there: delete it by hand)"
-        if self.host != platform.node():
+        if not self._is_here():
             return f"{self.folder} (on the host {self.host!r})"
         try:
             remove_asides(folder)
@@ -85,6 +86,12 @@ class Export:
             sync_folder(folder.parent)
         return ""
 
+    def _is_here(self) -> bool:
+        """Return whether this host wrote the adapter, or has its weights in the same folder, as on a shared volume."""
+        with contextlib.suppress(OSError):
+            return self.host == platform.node() or file_sha256(Path(self.folder) / WEIGHTS) == self.sha256
+        return False
+
     def _missing(self) -> str:
         """Return why the weights are not in their folder; "" if the export was never finished."""
         folder = Path(self.folder)
@@ -102,7 +109,7 @@ class Export:
         Exports on another host, on a disk that is not mounted, or without write permission can be removed later.
         """
         folder = Path(self.folder)
-        if "://" in self.host or self.host != platform.node():
+        if "://" in self.host or not self._is_here():
             return "://" in self.host
         try:
             return file_sha256(folder / WEIGHTS) != self.sha256
