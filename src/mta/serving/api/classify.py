@@ -7,6 +7,7 @@ import time
 import uuid
 from collections.abc import Sequence
 from contextlib import aclosing
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,19 +28,20 @@ router = APIRouter()
 @router.post("/v1/classify")
 async def classify(service: Gateway, request: ClassifyRequest, key: Caller, http: HttpRequest) -> Response:
     """Return the probability of every label for each input, a prompt worded as the task's."""
-    return await until_disconnect(http, _respond(service, request, key))
+    answer = partial(_answer, service, request, key)
+    return await until_disconnect(http, service.answered("classify", request, key, answer))
 
 
-async def _respond(service: Service, request: ClassifyRequest, key: Key) -> Response:
-    who = await service.who(request.model, key, request.fallback)
-    labels = service.task.labels
-    if labels is None:
-        raise Refused(
-            f"task {service.task.name!r} has no labels; /v1/classify chooses among labels",
-            hint="Generate a text instead: POST /v1/chat/completions",
-        )
-    inputs = [request.input] if isinstance(request.input, str) else request.input
-    asks = [await run_in_threadpool(_ask, service, text, labels, who, key) for text in inputs]
+async def _answer(service: Service, request: ClassifyRequest, key: Key, who: Who) -> Response:
+    with service.refusals("classify"):
+        labels = service.task.labels
+        if labels is None:
+            raise Refused(
+                f"task {service.task.name!r} has no labels; /v1/classify chooses among labels",
+                hint="Generate a text instead: POST /v1/chat/completions",
+            )
+        inputs = [request.input] if isinstance(request.input, str) else request.input
+        asks = [await run_in_threadpool(_ask, service, text, labels, who, key) for text in inputs]
     found = await _scored(service, asks, key)
     data = []
     for index, piece in enumerate(found):

@@ -11,6 +11,7 @@ import time
 from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import replace
+from functools import partial
 from typing import Any
 from urllib.parse import quote
 
@@ -44,13 +45,13 @@ async def models(service: Gateway, key: Caller) -> dict[str, Any]:
 @router.post("/v1/chat/completions")
 async def chat(service: Gateway, request: ChatRequest, key: Caller, http: HttpRequest) -> Response:
     """Generate the next turn of a conversation."""
-    return await until_disconnect(http, _respond(service, request, key))
+    return await until_disconnect(http, _respond(service, "chat", request, key))
 
 
 @router.post("/v1/completions")
 async def completions(service: Gateway, request: CompletionRequest, key: Caller, http: HttpRequest) -> Response:
     """Continue a text."""
-    return await until_disconnect(http, _respond(service, request, key))
+    return await until_disconnect(http, _respond(service, "completion", request, key))
 
 
 async def until_disconnect(http: HttpRequest, work: Coroutine[Any, Any, Response]) -> Response:
@@ -70,11 +71,15 @@ async def until_disconnect(http: HttpRequest, work: Coroutine[Any, Any, Response
         await asyncio.gather(answering, leaving, return_exceptions=True)
 
 
-async def _respond(service: Service, request: Request, key: Key) -> Response:
-    who = await service.who(request.model, key, request.fallback)
-    ask = _ask(service, request, who, key)
+async def _respond(service: Service, kind: str, request: Request, key: Key) -> Response:
+    return await service.answered(kind, request, key, partial(_answer, service, kind, request, key))
+
+
+async def _answer(service: Service, kind: str, request: Request, key: Key, who: Who) -> Response:
+    with service.refusals(kind):
+        ask = _ask(service, request, who, key)
     shape = Shape(request, name_of(who, service, request.model), service.base.tokenizer)
-    parts = _measured(service, ask, request, key)
+    parts = _measured(service, kind, ask, request, key)
     if request.stream:
         first = await anext(parts)  # a refusal needs a status code, so it must come before the stream starts
         return StreamingResponse(_events(shape, ask, request, first, parts), media_type="text/event-stream")
@@ -170,10 +175,9 @@ def _event(value: dict[str, Any]) -> str:
     return f"data: {json.dumps(value)}\n\n"  # ASCII: some clients split lines at U+2028, too
 
 
-async def _measured(service: Service, ask: Ask, request: Request, key: Key) -> AsyncIterator[Part]:
+async def _measured(service: Service, kind: str, ask: Ask, request: Request, key: Key) -> AsyncIterator[Part]:
     """Yield the pieces of all answers, and record metrics."""
     count, start, last = service.metrics, time.monotonic(), dict[int, float]()
-    kind = "chat" if isinstance(request, ChatRequest) else "completion"
     stops = [request.stop] if isinstance(request.stop, str) else request.stop or ()
     with service.counted(kind, key, request.n):
         async for part in answers(service.engine, ask, service.base.tokenizer, request.n, stops):

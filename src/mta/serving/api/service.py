@@ -6,21 +6,22 @@ import asyncio
 import logging
 import time
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal
 from weakref import WeakValueDictionary
 
-from fastapi import Depends, Request
+from fastapi import Depends, Response
+from fastapi import Request as HttpRequest
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 
 from mta.bank.format import INFO, stale
 from mta.data.tasks.task import Task
-from mta.errors import MtaError, PersonForgotten, PersonNotFound
+from mta.errors import MtaError, PersonForgotten, PersonNotFound, StoreError
 from mta.model.base import BaseModel
 from mta.personalize.adapters import BASE, TASK
 from mta.serving.api.auth import LOCAL, LOOPBACK, Key, Keys
@@ -28,13 +29,14 @@ from mta.serving.api.histories import Histories
 from mta.serving.api.jobs import Jobs
 from mta.serving.api.limits import Limits, Rate
 from mta.serving.api.metrics import Metrics
-from mta.serving.api.schemas import error_body
+from mta.serving.api.schemas import ClassifyRequest, Request, error_body
 from mta.serving.engine import AnswerLost, Engine, EngineGone, QueueFull, Refused, Version, Who
 from mta.serving.model_names import Named, named
 from mta.store import Store
 from mta.store.tombstones import NOTHING
 
 log = logging.getLogger("mta")
+_FALLBACKS = {"task": TASK, "base": BASE}
 
 
 class NeedsRebuild(MtaError):
@@ -85,7 +87,7 @@ class Service:
         found = named(model, self.base.name)
         if isinstance(found, Named):
             version = await run_in_threadpool(self._version, found) if key.may_ask(found.person) else None
-            who = version or {"task": TASK, "base": BASE}.get(fallback or "")
+            who = version or _FALLBACKS.get(fallback or "")
         else:
             who = found
         if who is not None:
@@ -95,6 +97,14 @@ class Service:
             f"the model {model!r} does not exist, or this key may not use it",
             hint="GET /v1/models lists available models; with fallback: task the pooled model answers instead.",
         )
+
+    async def answered(
+        self, kind: str, request: Request | ClassifyRequest, key: Key, answer: Callable[[Who], Awaitable[Response]]
+    ) -> Response:
+        """Return the answer of the model that a request names, or of its ``fallback``."""
+        with self.refusals(kind):
+            who = await self.who(request.model, key, request.fallback)
+        return await answer(who)
 
     async def check_fresh(self, who: Who | None = None) -> None:
         """Raises NeedsRebuild if task LoRA or bank contain a forgotten person, except for the base."""
@@ -145,6 +155,15 @@ class Service:
         finally:
             self.metrics.requests.labels(kind, status).inc()
 
+    @contextmanager
+    def refusals(self, kind: str) -> Iterator[None]:
+        """Count a request that is refused before ``counted`` counts it."""
+        try:
+            yield
+        except MtaError as error:
+            self.metrics.requests.labels(kind, str(error_of(error)[0])).inc()
+            raise
+
     async def keep_sweeping(self) -> None:
         """Sweep every ``sweep`` seconds until cancelled; retry if the store does not answer."""
         failed = False
@@ -183,7 +202,7 @@ class Service:
         }
 
 
-async def gateway(request: Request) -> Service:
+async def gateway(request: HttpRequest) -> Service:
     """Return the service of the application that received a request."""
     service: Service = request.app.state.service
     return service
@@ -193,7 +212,7 @@ Gateway = Annotated[Service, Depends(gateway)]
 Shown = Annotated[HTTPAuthorizationCredentials | None, Depends(HTTPBearer(auto_error=False))]
 
 
-async def key_of(request: Request, service: Gateway, shown: Shown) -> Key:
+async def key_of(request: HttpRequest, service: Gateway, shown: Shown) -> Key:
     """Return the caller's key. Raises 401 without a valid key, 429 if the key exceeds its rate."""
     key = service.keys.of(shown.credentials) if shown else None
     if not service.keys.keys:
@@ -207,7 +226,7 @@ async def key_of(request: Request, service: Gateway, shown: Shown) -> Key:
 Caller = Annotated[Key, Depends(key_of)]
 
 
-def _local(request: Request) -> Key:
+def _local(request: HttpRequest) -> Key:
     """Accept programs on this machine, but not a foreign page open in a local browser. Raises 403."""
     origin, url = request.headers.get("origin"), request.url
     if url.hostname not in LOOPBACK or origin not in (None, f"{url.scheme}://{url.netloc}"):
@@ -221,6 +240,7 @@ _ANSWERS: dict[type[MtaError], tuple[int, str, str | None, int | None]] = {
     PersonForgotten: (409, "invalid_request_error", "person_forgotten", None),
     QueueFull: (429, "rate_limit_error", "queue_full", 1),
     NeedsRebuild: (503, "server_error", "needs_rebuild", None),
+    StoreError: (503, "server_error", "store_unavailable", 5),  # itself: a damaged state stays damaged
     EngineGone: (503, "server_error", "engine_gone", 5),
     AnswerLost: (500, "server_error", "answer_lost", None),
     Refused: (400, "invalid_request_error", None, None),
@@ -237,8 +257,11 @@ def error_of(error: MtaError) -> tuple[int, dict[str, object], dict[str, str]]:
         message = "the person no longer exists"  # the store's message reveals paths and versions
     if isinstance(error, PersonForgotten):
         message = "the person was forgotten during this request: nothing was saved. Send the request again if wanted"
+    if type(error) is StoreError:
+        log.error("the store does not answer")  # its message may hold paths
+        message = "the store of people's models does not answer. Send the request again in a few seconds"
     for kind, (status, name, code, retry) in _ANSWERS.items():
-        if isinstance(error, kind):
+        if isinstance(error, kind) and (kind is not StoreError or type(error) is StoreError):
             param, headers = "model" if status == 404 else None, {"Retry-After": str(retry)} if retry else {}
             return status, error_body(message, name, code, param), headers
     log.error("a request failed: %s", type(error).__name__)  # the message may hold paths
