@@ -110,7 +110,7 @@ def test_a_bank_replaced_on_disk_changes_no_answer(tiny_bank_folder, tmp_path, t
     (tmp_path / "again").mkdir()
     with served(base, other, tmp_path / "again", store=Store(tmp_path / "people")) as here:
         here.headers = {"Authorization": f"Bearer {here.secrets['admin']}"}
-        assert asked(here).json()["error"]["code"] == "OtherBank"
+        assert asked(here).json()["error"]["code"] == "other_bank"
 
 
 def resident():

@@ -7,6 +7,7 @@ from gateway import world as world  # the fixture
 
 from mta.errors import StateCorrupt, StoreError
 from mta.store import Store
+from mta.store.state import State
 
 BODIES = {
     "chat": ("/v1/chat/completions", {"messages": ASKED}),
@@ -56,3 +57,21 @@ def test_a_damaged_state_is_a_500_without_a_time_to_retry(world, monkeypatch):
         found = http.post("/v1/completions", json={"model": "person:team%2Fcy#merged", "prompt": "x"})
     assert (found.status_code, found.json()["error"]["code"]) == (500, "StateCorrupt")
     assert "Retry-After" not in found.headers
+
+
+@pytest.mark.parametrize("kind", BODIES)
+def test_a_state_of_another_bank_is_a_503_and_a_fallback_answers(world, kind):
+    world.service.store.save("moving", State("another bank", (0,), (1.0,), "fixed", "", "work", 0))
+    path, body = BODIES[kind]
+    body |= {"model": "person:moving"}
+    with world.http("serve") as http:
+        found = http.post(path, json=body)
+        assert (found.status_code, found.json()["error"]["code"]) == (503, "other_bank")
+        assert "mta personalize" not in found.text  # a hint for the operator
+        for fallback, name in (("task", "task"), ("base", world.service.base.name)):
+            answer = http.post(path, json=body | {"fallback": fallback})
+            assert (answer.status_code, answer.json()["model"]) == (200, name)
+        if kind != "classify":
+            stream = http.post(path, json=body | {"fallback": "task", "stream": True, "max_tokens": 2})
+            assert '"model": "task"' in stream.text
+            assert stream.text.endswith("data: [DONE]\n\n")

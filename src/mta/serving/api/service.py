@@ -21,7 +21,7 @@ from starlette.exceptions import HTTPException
 
 from mta.bank.format import INFO, stale
 from mta.data.tasks.task import Task
-from mta.errors import MtaError, PersonForgotten, PersonNotFound, StoreError
+from mta.errors import MtaError, OtherBank, PersonForgotten, PersonNotFound, StoreError
 from mta.model.base import BaseModel
 from mta.personalize.adapters import BASE, TASK
 from mta.serving.api.auth import LOCAL, LOOPBACK, Key, Keys
@@ -101,10 +101,15 @@ class Service:
     async def answered(
         self, kind: str, request: Request | ClassifyRequest, key: Key, answer: Callable[[Who], Awaitable[Response]]
     ) -> Response:
-        """Return the answer of the model that a request names, or of its ``fallback``."""
+        """Return the answer of the model that a request names, or of its ``fallback`` for a state of another bank."""
         with self.refusals(kind):
             who = await self.who(request.model, key, request.fallback)
-        return await answer(who)
+        try:
+            return await answer(who)
+        except OtherBank:
+            if request.fallback is None:
+                raise
+        return await answer(_FALLBACKS[request.fallback])
 
     async def check_fresh(self, who: Who | None = None) -> None:
         """Raises NeedsRebuild if task LoRA or bank contain a forgotten person, except for the base."""
@@ -239,6 +244,7 @@ _ANSWERS: dict[type[MtaError], tuple[int, str, str | None, int | None]] = {
     PersonNotFound: (404, "invalid_request_error", "model_not_found", None),
     PersonForgotten: (409, "invalid_request_error", "person_forgotten", None),
     QueueFull: (429, "rate_limit_error", "queue_full", 1),
+    OtherBank: (503, "server_error", "other_bank", None),
     NeedsRebuild: (503, "server_error", "needs_rebuild", None),
     StoreError: (503, "server_error", "store_unavailable", 5),  # itself: a damaged state stays damaged
     EngineGone: (503, "server_error", "engine_gone", 5),
@@ -257,6 +263,8 @@ def error_of(error: MtaError) -> tuple[int, dict[str, object], dict[str, str]]:
         message = "the person no longer exists"  # the store's message reveals paths and versions
     if isinstance(error, PersonForgotten):
         message = "the person was forgotten during this request: nothing was saved. Send the request again if wanted"
+    if isinstance(error, OtherBank):
+        message = "the person's state was made with another bank. Personalize the person again, or send fallback: task"
     if type(error) is StoreError:
         log.error("the store does not answer")  # its message may hold paths
         message = "the store of people's models does not answer. Send the request again in a few seconds"
