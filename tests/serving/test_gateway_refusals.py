@@ -1,6 +1,7 @@
 """Requests that the gateway refuses: their codes, their metrics, and fallbacks."""
 
 import httpx2
+import openai
 import pytest
 from gateway import ASKED
 from gateway import world as world  # the fixture
@@ -75,3 +76,25 @@ def test_a_state_of_another_bank_is_a_503_and_a_fallback_answers(world, kind):
             stream = http.post(path, json=body | {"fallback": "task", "stream": True, "max_tokens": 2})
             assert '"model": "task"' in stream.text
             assert stream.text.endswith("data: [DONE]\n\n")
+
+
+def test_a_client_retrieves_the_models_that_its_key_may_use_and_no_others(world):
+    name = world.service.base.name
+    for key, known in (
+        ("serve", [name, "task", "person:bob", "person:team/cy", "person:ann@v1#merged"]),
+        ("ann", ["person:ann"]),
+    ):
+        assert [world.client(key).models.retrieve(model).id for model in known] == known
+    for model in ("person:bob", "person:nobody", "gpt-9"):
+        with pytest.raises(openai.NotFoundError, match="does not exist, or this key may not use it"):
+            world.client("ann").models.retrieve(model)
+
+
+@pytest.mark.parametrize("letters", [400, 10**5])
+def test_a_prompt_that_is_too_long_has_openais_code(world, letters):
+    with pytest.raises(openai.BadRequestError) as error:
+        world.client("serve").completions.create(model="task", prompt="x" * letters, max_tokens=5)
+    assert error.value.code == "context_length_exceeded"
+    with pytest.raises(openai.BadRequestError) as error:
+        world.client("serve").completions.create(model="task", prompt="", max_tokens=5)
+    assert error.value.code is None

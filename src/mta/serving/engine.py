@@ -14,11 +14,16 @@ from mta.personalize.adapters import Nobody
 T = TypeVar("T")
 Finish = Literal["stop", "length"]
 LOST = "this answer could not be computed"
+TOO_LONG = "context_length_exceeded"  # OpenAI's code, on which clients shorten their prompts
 LATER = "Ask again in a few seconds; GET /readyz shows when the engine is ready."
 
 
 class Refused(InputError):
-    """The request cannot be answered as sent. Callers see the full message and hint."""
+    """The request cannot be answered as sent. Callers see the full message and hint, and OpenAI's ``code``, if any."""
+
+    def __init__(self, message: str, hint: str, code: str | None = None) -> None:
+        super().__init__(message, hint)
+        self.code = code
 
 
 class QueueFull(MtaError):
@@ -81,6 +86,7 @@ class Ask:
             raise Refused(
                 f"the prompt has {size} tokens and max_tokens is {self.max_tokens}, together more than {length}",
                 hint="Shorten the prompt, or lower max_tokens.",
+                code=TOO_LONG,
             )
 
 

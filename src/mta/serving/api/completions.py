@@ -25,7 +25,7 @@ from mta.personalize.adapters import BASE, TASK
 from mta.serving.api.auth import Key
 from mta.serving.api.schemas import ChatRequest, CompletionRequest, Part, Request, Shape, usage_of
 from mta.serving.api.service import Caller, Gateway, Service, error_of
-from mta.serving.engine import Ask, Engine, Finish, Refused, Token, Who
+from mta.serving.engine import TOO_LONG, Ask, Engine, Finish, Refused, Token, Who
 
 _LETTERS = 32  # upper bound of characters per token: longer prompts are refused without tokenizing
 _HALF = "\N{REPLACEMENT CHARACTER}"
@@ -38,8 +38,18 @@ async def models(service: Gateway, key: Caller) -> dict[str, Any]:
     """List the base and the pooled model; a person key also sees its own model."""
     has_model = key.rights == "person" and await run_in_threadpool(service.store.latest, key.of) is not None
     names = [service.base.name, "task", *([f"person:{quote(key.of, safe='')}"] if has_model else [])]
-    rows = [{"id": name, "object": "model", "created": 0, "owned_by": "mta"} for name in names]
-    return {"object": "list", "data": rows}
+    return {"object": "list", "data": [_model(name) for name in names]}
+
+
+@router.get("/v1/models/{name:path}")
+async def model(service: Gateway, name: str, key: Caller) -> dict[str, Any]:
+    """Return a model that the key may use: the base, the pooled model, or a person's."""
+    await service.who(name, key)
+    return _model(name)
+
+
+def _model(name: str) -> dict[str, Any]:
+    return {"id": name, "object": "model", "created": 0, "owned_by": "mta"}
 
 
 @router.post("/v1/chat/completions")
@@ -103,6 +113,7 @@ def refuse_long(letters: int, length: int) -> None:
         raise Refused(
             f"the prompt has {letters} characters; prompt and answer may have at most {length} tokens together",
             hint=f"Send at most {length * _LETTERS} characters.",
+            code=TOO_LONG,
         )
 
 

@@ -270,6 +270,7 @@ def error_of(error: MtaError) -> tuple[int, dict[str, object], dict[str, str]]:
         message = "the store of people's models does not answer. Send the request again in a few seconds"
     for kind, (status, name, code, retry) in _ANSWERS.items():
         if isinstance(error, kind) and (kind is not StoreError or type(error) is StoreError):
+            code = error.code if isinstance(error, Refused) else code
             param, headers = "model" if status == 404 else None, {"Retry-After": str(retry)} if retry else {}
             return status, error_body(message, name, code, param), headers
     log.error("a request failed: %s", type(error).__name__)  # the message may hold paths
