@@ -25,11 +25,9 @@ def scene():
 
 
 def dense(scene, u, w) -> torch.Tensor:
-    """The log-likelihood of person u's shots with the merge added into copies of the weights; w (N,) or by layer."""
+    """The log-likelihood of person u's shots with the merge added into copies of the weights; w (N,)."""
     base, task, bank, jobs, _ = scene
-    by_layer = {name: w if w.ndim == 1 else w[i] for i, name in enumerate(bank.names)}
-    merge = {name: plain.merge(bank, range(N), by_layer[name])[name] for name in bank.names}
-    changed = plain.weights(base, plain.update(task), merge)
+    changed = plain.weights(base, plain.update(task), plain.merge(bank, range(N), w))
     return sum(plain.log_likelihood(base, changed, example) for example in jobs[u].examples)
 
 
@@ -42,27 +40,6 @@ def test_gradients_equal_autograd_through_dense_merges(scene, packed):
         loglik = dense(scene, u, w)
         near(found.loglik[u], loglik.detach())
         near(found.gradients[u], torch.autograd.grad(loglik, w)[0])
-
-
-def test_gradients_by_group_of_layers_equal_autograd(scene):
-    base, task, bank, jobs, at = scene
-    groups = [i % 3 for i in range(len(bank.names))]
-    start = torch.stack([at, 0.5 * at, -at], 1)
-    found = gate_gradients(base, jobs, bank, start, [Shared(task)], groups)
-    assert found.gradients.shape == (3, 3, N)
-    for u in range(3):
-        w = start[u].clone().requires_grad_()
-        loglik = dense(scene, u, w[torch.tensor(groups)])
-        near(found.gradients[u], torch.autograd.grad(loglik, w)[0])
-
-
-def test_groups_with_equal_coefficients_add_up_to_one_group(scene):
-    base, task, bank, jobs, at = scene
-    groups = [i % 2 for i in range(len(bank.names))]
-    one = gate_gradients(base, jobs, bank, at[0], [Shared(task)])
-    two = gate_gradients(base, jobs, bank, at[0], [Shared(task)], groups)
-    near(two.gradients.sum(1), one.gradients)
-    near(two.loglik, one.loglik)
 
 
 @settings(max_examples=15, deadline=None)
