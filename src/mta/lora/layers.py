@@ -76,7 +76,7 @@ class PerPerson(_OfBatch):
     """Adapter u for the rows of person u: a merge, a stack, or an OPPU LoRA. Rows of owner -1 get no update."""
 
     def terms(self, owner: Tensor) -> Mapping[str, MakeTerm]:
-        people = _gathered(owner, len(self.batch))  # here and not per layer: it waits for the device
+        people = _to_gather(owner, len(self.batch))  # here and not per layer: it waits for the device
 
         def term(a: Tensor, b: Tensor, dtype: torch.dtype) -> Term:
             scale: float | Tensor = self.batch.scale
@@ -98,20 +98,16 @@ class Renumbered:
         return self.adapters.terms(torch.where(owner < 0, owner, self.numbers[owner]))
 
 
-def _gathered(owner: Tensor, people: int) -> Tensor | None:
-    """Return the person behind each equal block of rows; None if these are all people in order: nothing is copied."""
-    if _blocks(owner, people):
+def _to_gather(owner: Tensor, people: int) -> Tensor | None:
+    """Return the people whose factors have to be copied: one person for each of equally large blocks of rows.
+
+    None if all people have the same number of rows, in order: then no factor is copied.
+    """
+    each, rest = divmod(len(owner), people)
+    if not rest and torch.equal(owner, torch.arange(people, device=owner.device).repeat_interleave(each)):
         return None
     found, rows = torch.unique_consecutive(owner, return_counts=True)
     return found if bool((rows == rows[0]).all()) else owner  # unequal counts: once per row instead of per person
-
-
-def _blocks(owner: Tensor, people: int) -> bool:
-    """Return whether every person has the same number of rows, in order, so that no factor needs to be copied."""
-    rows = owner.shape[0]
-    return rows % people == 0 and torch.equal(
-        owner, torch.arange(people, device=owner.device).repeat_interleave(rows // people)
-    )
 
 
 @contextmanager
@@ -122,21 +118,17 @@ def applied(model: nn.Module, adapters: Sequence[Adapters], owner: Tensor) -> It
     With gradient checkpointing, run the backward pass inside the block too, because it runs the layers again.
     """
     with _turn(model):
-        yield from _applied(model, adapters, owner)
-
-
-def _applied(model: nn.Module, adapters: Sequence[Adapters], owner: Tensor) -> Iterator[None]:
-    by_layer: dict[str, list[MakeTerm]] = {}
-    for adapter in adapters:
-        for name, make in adapter.terms(owner).items():
-            by_layer.setdefault(name, []).append(make)
-    forwards = {}
-    for name, makers in by_layer.items():
-        layer: Any = model.get_submodule(name)
-        # Made before the layer's call: decoding calls a layer once per token, and a checkpointed layer runs twice.
-        forwards[layer] = with_terms(layer, [make(layer.weight.dtype) for make in makers])
-    with replaced_forwards(forwards):
-        yield
+        by_layer: dict[str, list[MakeTerm]] = {}
+        for adapter in adapters:
+            for name, make in adapter.terms(owner).items():
+                by_layer.setdefault(name, []).append(make)
+        forwards = {}
+        for name, makers in by_layer.items():
+            layer: Any = model.get_submodule(name)
+            # Made before the layer's call: decoding calls a layer once per token, and a checkpointed layer runs twice.
+            forwards[layer] = with_terms(layer, [make(layer.weight.dtype) for make in makers])
+        with replaced_forwards(forwards):
+            yield
 
 
 @dataclass(slots=True)
