@@ -34,8 +34,8 @@ class SharedTerm:
     @property
     def trained(self) -> bool:
         """Whether a gradient flows into this term."""
-        parts = [self.a, self.b, *([] if self.gate is None else [self.gate])]
-        return torch.is_grad_enabled() and any(part.requires_grad for part in parts)
+        gates = self.gate is not None and self.gate.requires_grad
+        return torch.is_grad_enabled() and (gates or self.trains_factors)
 
     @property
     def trains_factors(self) -> bool:
@@ -44,20 +44,15 @@ class SharedTerm:
 
     def __call__(self, x: Tensor, y: Tensor) -> Tensor:
         """Return ``y`` (B, T, O) plus the update of ``x`` (B, T, D); some models give both as (B * T, ...)."""
-        return torch.addmm(_flat(y), self._gated(_flat(x) @ self.a.T), self.b.T).view_as(y)
+        return torch.addmm(_flat(y), _gated(_flat(x) @ self.a.T, self.gate), self.b.T).view_as(y)
 
     def add_(self, x: Tensor, y: Tensor) -> None:
         """Add the update of ``x`` to ``y`` in place."""
-        _flat(y).addmm_(self._gated(_flat(x) @ self.a.T), self.b.T)
+        _flat(y).addmm_(_gated(_flat(x) @ self.a.T, self.gate), self.b.T)
 
     def pull_(self, dy: Tensor, dx: Tensor) -> None:
         """Add the gradient with respect to x to ``dx``."""
-        _flat(dx).addmm_(self._gated(_flat(dy) @ self.b), self.a)
-
-    def _gated(self, h: Tensor) -> Tensor:
-        if self.gate is None:
-            return h
-        return (h.view(len(self.gate), -1, h.shape[-1]) * self.gate[:, None]).flatten(0, 1)
+        _flat(dx).addmm_(_gated(_flat(dy) @ self.b, self.gate), self.a)
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +109,12 @@ def _flat(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])
 
 
+def _gated(h: Tensor, gate: Tensor | None) -> Tensor:
+    if gate is None:
+        return h
+    return (h.view(len(gate), -1, h.shape[-1]) * gate[:, None]).flatten(0, 1)
+
+
 def _row_blocks(x: Tensor, a: Tensor) -> Tensor:
     return x.reshape(a.shape[0], -1, x.shape[-1])
 
@@ -163,7 +164,7 @@ class _GatedLinear(Function):
     def forward(ctx: Any, x: Tensor, gate: Tensor, layer: nn.Linear, own: SharedTerm, frozen: Sequence[Term]) -> Tensor:
         x, y = x.contiguous(), product(x, layer.weight, layer.bias)
         h = _flat(x) @ own.a.T
-        _flat(y).addmm_(SharedTerm(own.a, own.b, gate)._gated(h), own.b.T)
+        _flat(y).addmm_(_gated(h, gate), own.b.T)
         for term in frozen:
             term.add_(x, y)
         ctx.save_for_backward(h, gate, own.a, own.b)
@@ -180,7 +181,7 @@ class _GatedLinear(Function):
         if not ctx.needs_input_grad[0]:
             return None, dgate, None, None, None
         dx = _input_gradient(dy, ctx.layer, ctx.frozen)
-        _flat(dx).addmm_(SharedTerm(a, b, gate)._gated(dh), a)
+        _flat(dx).addmm_(_gated(dh, gate), a)
         return dx, dgate, None, None, None
 
 
