@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from mta.errors import AnchorNotFound, InputError
 from mta.lora.batch import Factors, LoraBatch
-from mta.lora.merge import merge_exact, merge_factor, merge_svd
+from mta.lora.merge import merge_exact, merge_factor, truncate
 
 
 def bank_of(n: int, rank: int, seed: int, scale: float = 0.7) -> LoraBatch:
@@ -51,8 +51,8 @@ def test_svd_is_exact_at_full_rank_and_optimal_below():
     bank, ids = bank_of(3, 2, 0), torch.tensor([[0, 1], [2, 1]])
     w = torch.tensor([[0.3, 0.7], [1.0, -0.5]], dtype=torch.float64)
     exact = merge_exact(bank, ids, w)
-    full, none = merge_svd(bank, ids, w, 4)
-    cut, error = merge_svd(bank, ids, w, 2)
+    full, none = truncate(merge_exact(bank, ids, w), 4)
+    cut, error = truncate(merge_exact(bank, ids, w), 2)
     assert cut.rank == 2
     assert none.max() < 1e-7
     lost = sum(((exact.delta(n) - cut.delta(n)) ** 2).sum((1, 2)) for n in bank.names)
@@ -69,7 +69,7 @@ def test_merging_two_equal_adapters_by_halves_changes_nothing():
     one = bank_of(1, 2, 0)
     twins = one.select([0, 0])
     ids, w = torch.tensor([[0, 1]]), torch.tensor([[0.5, 0.5]], dtype=torch.float64)
-    for merged in (merge_exact(twins, ids, w), merge_factor(twins, ids, w), merge_svd(twins, ids, w, 2)[0]):
+    for merged in (merge_exact(twins, ids, w), merge_factor(twins, ids, w), truncate(merge_exact(twins, ids, w), 2)[0]):
         for name in one.names:
             torch.testing.assert_close(merged.delta(name), one.delta(name), rtol=0, atol=1e-12)
 

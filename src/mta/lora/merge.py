@@ -32,15 +32,6 @@ def merge_exact(bank: LoraBatch, ids: Tensor, w: Tensor) -> LoraBatch:
     return LoraBatch(factors)
 
 
-def merge_svd(bank: LoraBatch, ids: Tensor, w: Tensor, rank: int) -> tuple[LoraBatch, Tensor]:
-    """Return the exact merge truncated to ``rank``, and its relative error per person, (U,).
-
-    Shapes as in ``merge_exact``, with ``rank`` in place of K*R. At rank >= K*R the error is 0.
-    Source: our choice; for servers with fixed rank slots.
-    """
-    return truncate(merge_exact(bank, ids, w), rank)
-
-
 def merge_factor(bank: LoraBatch, ids: Tensor, w: Tensor) -> LoraBatch:
     """Average A and B separately: delta[u] = scale * (sum_k w B_k) @ (sum_k w A_k), which has cross terms.
 
@@ -60,6 +51,7 @@ def truncate(batch: LoraBatch, rank: int) -> tuple[LoraBatch, Tensor]:
     """Return the best approximation at ``rank``: QR of both factors, SVD of the small core.
 
     Returns the batch with scale 1 and the relative Frobenius error over all layers, (U,).
+    Source: our choice; for servers with fixed rank slots.
     """
     factors, lost, total = {}, torch.zeros(()), torch.zeros(())
     for name, (a, b) in batch.scaled_into_b().factors.items():

@@ -15,7 +15,7 @@ from mta.config import MergeSettings, Training
 from mta.errors import AnchorNotFound, ConfigError
 from mta.lora.batch import LoraBatch, stack
 from mta.lora.layers import Adapters, Gated, PerPerson, Shared
-from mta.lora.merge import merge_exact, merge_factor, merge_svd
+from mta.lora.merge import merge_exact, merge_factor, truncate
 from mta.model.base import BaseModel
 from mta.model.footprint import Numbers
 from mta.personalize.likelihoods import Evidence, ShotGradients
@@ -279,5 +279,5 @@ def merged_factors(anchors: LoraBatch, merge: Merge, settings: MergeSettings) ->
         return merge_factor(anchors, ids, w)
     if settings.mode == "svd":  # person by person: before truncation, one merge of all anchors is as large as the bank
         rank = settings.rank or anchors.rank
-        return stack(merge_svd(anchors, ids[u : u + 1], w[u : u + 1], rank)[0] for u in range(len(ids)))
+        return stack(truncate(merge_exact(anchors, i[None], c[None]), rank)[0] for i, c in zip(ids, w))
     return merge_exact(anchors, ids, w)
