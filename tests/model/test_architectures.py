@@ -58,7 +58,7 @@ def way_of(base):
 
 def gradients(base, jobs, loras):
     """Of the summed log-likelihood, each person's examples with their own adapter."""
-    rows = [(u, row) for u, job in enumerate(jobs) for row in pack(job, 0.0, longest=2048 if base.packable else 0)]
+    rows = [(u, row) for u, job in enumerate(jobs) for row in pack(job, 0.0, budget=2048 if base.packable else 0)]
     batch = collate([row for _, row in rows], base.pad_token, base.device)
     factors = {name: Factors(*(x.clone().requires_grad_() for x in pair)) for name, pair in loras.factors.items()}
     with applied(base.model, [PerPerson(LoraBatch(factors, loras.scale))], torch.tensor([u for u, _ in rows])):

@@ -87,7 +87,7 @@ class TestOperations:
 
     def test_unshared_tokens_are_counted_per_example(self):
         examples = [Example((1, 2, 3, 4, 9), 3), Example((1, 2, 3, 5, 9), 3)]
-        rows = pack(examples, attention_price=0.0, longest=0)
+        rows = pack(examples, attention_price=0.0, budget=0)
         assert limit.operations(rows, {"q": (1, 1)}, rank=0, hidden=1, vocabulary=1) == 8 * 4 + 4 * 4
 
 

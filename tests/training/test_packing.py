@@ -41,7 +41,7 @@ def test_packing_never_costs_more_than_one_row_per_example(made, price, blocked)
         return sum(len(r.tokens) * (1 + price * seen) for r, seen in zip(rows, deepest))
 
     rows = pack(made, price, blocked=blocked)
-    assert cost(rows) <= cost(pack(made, price, longest=0)) + 1e-9
+    assert cost(rows) <= cost(pack(made, price, budget=0)) + 1e-9
     assert sorted({e for r in rows for e in r.examples}) == list(range(len(made)))
 
 

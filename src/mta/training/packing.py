@@ -65,13 +65,13 @@ class Rows:
         return table[self.source, self.target]
 
 
-def tree(examples: Sequence[Example], numbers: Sequence[int]) -> Row:
-    """Return one row that holds ``examples``; ``numbers`` are the caller's numbers of the examples."""
+def tree(examples: Sequence[Example], chosen: Iterable[int]) -> Row:
+    """Return one row that holds the examples with the numbers ``chosen``."""
     tokens, positions, ends = list[int](), list[int](), list[int]()
     predicted = list[tuple[int, int, int]]()
     path = list[int]()  # places of the current branch, root first
     before: tuple[int, ...] = ()
-    for e in sorted(range(len(examples)), key=lambda e: examples[e].tokens):
+    for e in sorted(chosen, key=lambda e: examples[e].tokens):
         fed = examples[e].tokens[:-1]
         shared = common_prefix(before, fed)
         for place in path[shared:]:
@@ -83,7 +83,7 @@ def tree(examples: Sequence[Example], numbers: Sequence[int]) -> Row:
             positions.append(depth)
             ends.append(0)
         start = examples[e].target_start
-        predicted += [(path[d - 1], examples[e].tokens[d], numbers[e]) for d in range(start, len(examples[e].tokens))]
+        predicted += [(path[d - 1], examples[e].tokens[d], e) for d in range(start, len(examples[e].tokens))]
         before = fed
     for place in path:
         ends[place] = len(tokens)
@@ -96,12 +96,12 @@ def pack(
     attention_price: float,
     *,
     blocked: bool = False,
-    longest: int = 2048,
+    budget: int = 2048,
     weight: float = 0.0,
 ) -> list[Row]:
     """Return the cheapest rows for one person's examples.
 
-    A row of several examples has at most ``longest`` tokens (0: no row has several); a target token counts as
+    A row of several examples has at most ``budget`` tokens (0: no row has several); a target token counts as
     ``weight`` tokens more, for its logits. A row of T tokens costs T + attention_price * T * S. S is the length of the
     row or, with ``blocked`` attention (``mta.model.tree_attention``), of its longest example. Examples sorted by their
     tokens are cut into runs; dynamic programming finds the cheapest cut.
@@ -117,7 +117,7 @@ def pack(
             size += lengths[start] - (shared[start + 1] if start + 1 < stop else 0)
             deepest = max(deepest, lengths[start])
             logits += heads[start]
-            if start + 1 < stop and size + logits > longest:
+            if start + 1 < stop and size + logits > budget:
                 break
             options.append((best[start] + size + attention_price * size * (deepest if blocked else size), start))
         price, start = min(options)
@@ -125,16 +125,15 @@ def pack(
         cut.append(start)
     rows, stop = [], len(order)
     while stop:
-        chosen = order[cut[stop] : stop]
-        rows.append(tree([examples[e] for e in chosen], chosen))
+        rows.append(tree(examples, order[cut[stop] : stop]))
         stop = cut[stop]
     return rows[::-1]
 
 
-def pack_for(base: BaseModel, examples: Sequence[Example], longest: int) -> list[Row]:
+def pack_for(base: BaseModel, examples: Sequence[Example], budget: int) -> list[Row]:
     """Return the cheapest rows of one person's examples for a base; one row per example if it cannot take trees."""
-    longest, weight = longest if base.packable else 0, base.footprint.target_weight
-    return pack(examples, base.attention_price, blocked=base.blocked, longest=longest, weight=weight)
+    budget, weight = budget if base.packable else 0, base.footprint.target_weight
+    return pack(examples, base.attention_price, blocked=base.blocked, budget=budget, weight=weight)
 
 
 def fitting(rows: Iterable[Row], width: int, budget: int, weight: float) -> int:
