@@ -82,10 +82,10 @@ def train(
     while cohort.active:
         batches = [batch_of(jobs[j], cohort.step, training.batch_size, seed) for j in cohort.active]
         with base.in_training():
-            losses = _gradients(base, cohort, batches, adapters, frozen, dtype, tokens_per_batch)
+            losses = _accumulate(base, cohort, batches, adapters, frozen, dtype, tokens_per_batch)
         cohort.advance(training, sum(len(batch) for batch in batches))
         if on_step:
-            on_step(Step(cohort.step, len(batches), cohort.examples, total, float(losses.mean())))
+            on_step(Step(cohort.step, len(batches), cohort.seen, total, float(losses.mean())))
         if checkpoint and (checkpoint.due() or not cohort.active):
             checkpoint.save(*cohort.saved())
     result = cohort.result()
@@ -151,7 +151,7 @@ class _Cohort:
     active: list[int]
     finished: dict[int, Tensor] = field(default_factory=dict)
     step: int = 0
-    examples: int = 0
+    seen: int = 0  # examples, counted again in each epoch
 
     @classmethod
     def begin(cls, base: BaseModel, jobs: Sequence[Job], start: Mapping[str, Tensor], training: Training) -> _Cohort:
@@ -183,20 +183,18 @@ class _Cohort:
         rates = [learning_rate(training, self.step, self.steps[j], self.sizes[j]) for j in self.active]
         self.optimizer.update(torch.tensor(rates, dtype=torch.float64), training)
         self.step += 1
-        self.examples += examples
+        self.seen += examples
         self.release()
 
     def release(self) -> None:
         """Move finished jobs out of the buffer: AdamW would also update parameters with zero gradients."""
-        unfinished = [i for i, j in enumerate(self.active) if self.steps[j] > self.step]
-        if len(unfinished) == len(self.active):
+        done = [self.steps[j] <= self.step for j in self.active]
+        if not any(done):
             return
-        for i, j in enumerate(self.active):
-            if self.steps[j] <= self.step:
-                self.finished[j] = self.optimizer.values[i].clone()
-        rows = torch.tensor(unfinished, dtype=torch.long, device=self.optimizer.values.device)
-        self.optimizer = self.optimizer.keep(rows)
-        self.active = [self.active[i] for i in unfinished]
+        self.finished |= {j: self.optimizer.values[i].clone() for i, j in enumerate(self.active) if done[i]}
+        kept = [i for i in range(len(done)) if not done[i]]
+        self.optimizer = self.optimizer.keep(torch.tensor(kept, dtype=torch.long, device=self.optimizer.values.device))
+        self.active = [self.active[i] for i in kept]
 
     def result(self) -> dict[str, Tensor]:
         values = torch.stack([self.finished[j] for j in range(len(self.steps))])
@@ -208,7 +206,7 @@ class _Cohort:
     def saved(self) -> tuple[dict[str, Tensor], dict[str, object]]:
         tensors = {key: getattr(self.optimizer, key) for key in ("values", "mean", "square", "step")}
         tensors |= {f"finished/{j}": values for j, values in self.finished.items()}
-        progress = {"step": self.step, "examples": self.examples, "active": self.active}
+        progress = {"step": self.step, "examples": self.seen, "active": self.active}
         return {k: t.cpu() for k, t in tensors.items()}, progress
 
     def restore(self, tensors: dict[str, Tensor], progress: dict[str, object]) -> None:
@@ -219,7 +217,7 @@ class _Cohort:
             int(k.removeprefix("finished/")): t.to(device) for k, t in tensors.items() if k.startswith("finished/")
         }
         self.active = list(progress["active"])  # type: ignore[call-overload]
-        self.step, self.examples = int(progress["step"]), int(progress["examples"])  # type: ignore[call-overload]
+        self.step, self.seen = int(progress["step"]), int(progress["examples"])  # type: ignore[call-overload]
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,7 +229,7 @@ class _Pass:
     owners: list[int]  # places in the cohort
 
 
-def _gradients(
+def _accumulate(
     base: BaseModel,
     cohort: _Cohort,
     batches: Sequence[Sequence[Example]],
@@ -303,7 +301,7 @@ def gradient(
     cohort = _Cohort.begin(base, jobs, at, Training(steps=1))
     batches = [jobs[j].examples for j in cohort.active]
     with base.in_training():
-        losses = _gradients(base, cohort, batches, adapters, frozen, base.master_dtype, tokens_per_batch)
+        losses = _accumulate(base, cohort, batches, adapters, frozen, base.master_dtype, tokens_per_batch)
     order = torch.tensor(cohort.active).argsort()
     # The trainer's loss is the mean over a person's target tokens.
     targets = losses.new_tensor([sum(len(e.target) for e in examples) for examples in batches])
