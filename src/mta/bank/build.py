@@ -44,7 +44,6 @@ from mta.bank.selection import pooled_items
 from mta.bank.worker import BankWorker, Piece, open_worker, train_piece
 from mta.config import Lora, Run, parse_size
 from mta.data.history import Item, Person
-from mta.data.tasks.prompt import Example
 from mta.data.tasks.task import Task
 from mta.distributed.executor import Executor, LocalExecutor
 from mta.errors import BankError, DataError
@@ -61,7 +60,7 @@ from mta.tracking.run_folder import RunFolder
 from mta.tracking.trackers import Track
 from mta.training.checkpoint import Checkpoint
 from mta.training.plan import Plan, numbers_of, plan_cohorts
-from mta.training.scoring import log_likelihood
+from mta.training.scoring import mean_nll
 from mta.training.trainer import Job
 
 log = logging.getLogger("mta")
@@ -205,7 +204,7 @@ class _Build:
         most, losses, best = self.run.task_lora.rounds, list[float](), None
         for number in range(most):
             found = self.round(number, most, job, tokens, best)
-            losses.append(self.loss(found, held.examples, tested))
+            losses.append(self.loss(found, held, tested))
             if best and not losses[-1] < min(losses[:-1]):
                 break
             best = found
@@ -232,11 +231,10 @@ class _Build:
             self.record.step("task LoRA", Step(number + 1, 1, number + 1, most))
         return found
 
-    def loss(self, task_lora: LoraBatch, examples: Sequence[Example], tokens: int) -> float:
-        """Return the loss of examples per target token."""
+    def loss(self, task_lora: LoraBatch, job: Job, tokens: int) -> float:
+        """Return the loss of a job's examples per target token."""
         over = [Shared(task_lora.to(self.base.device, self.base.dtype))]
-        (scores,) = log_likelihood(self.base, [examples], over, tokens_per_batch=tokens)
-        return -float(scores.double().sum()) / sum(len(example.target) for example in examples)
+        return mean_nll(self.base, [job], over, tokens_per_batch=tokens)[0]
 
     def meta_loras(self, jobs: Sequence[Job], plan: Plan, pooled: LoraBatch | None) -> LoraBatch:
         """Run stage 1 and return the meta-LoRAs; trained cohorts are saved, so a resumed build does not repeat them."""

@@ -14,7 +14,7 @@ from mta.data.tasks.prompt import Example
 from mta.data.tasks.task import Task
 from mta.errors import DataError
 from mta.lora.batch import LoraBatch, join
-from mta.lora.layers import Adapters, Shared
+from mta.lora.layers import Shared
 from mta.model.base import BaseModel
 from mta.system.progress import OnStep, Step
 from mta.training.scoring import log_likelihood
@@ -144,20 +144,6 @@ def gather_evidence(
     labels = _labels(jobs, scores) if labeled else None
     counts = _padded([torch.tensor([len(e.target) for e in job.examples], dtype=torch.float64) for job in jobs])
     return Evidence(_golds(labels) if labels else _padded(scores), counts, labels)
-
-
-def mean_nll(
-    base: BaseModel, jobs: Sequence[Job], adapters: Sequence[Adapters], *, tokens_per_batch: int = 2048
-) -> list[float]:
-    """Return the mean NLL per target token of each job's examples, in nats: one pass over the right answers only."""
-    examples = [job.examples for job in jobs]
-    found = log_likelihood(base, examples, adapters, tokens_per_batch=tokens_per_batch)
-    return [-float(scores.double().sum()) / targets_of(job) for job, scores in zip(jobs, found)]
-
-
-def targets_of(job: Job) -> int:
-    """Return the number of target tokens of all examples of a job."""
-    return sum(len(example.target) for example in job.examples)
 
 
 def _padded(rows: Sequence[Tensor]) -> Tensor:

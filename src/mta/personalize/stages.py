@@ -21,7 +21,7 @@ from mta.lora.layers import Adapters, PerPerson
 from mta.model.base import BaseModel
 from mta.model.encoders import Encoder, encode_people
 from mta.personalize.adapters import merge_of
-from mta.personalize.likelihoods import ShotGradients, ShotsJob, gather_evidence, mean_nll, shots_of, targets_of
+from mta.personalize.likelihoods import ShotGradients, ShotsJob, gather_evidence, shots_of
 from mta.personalize.merge import Earlier, Merge, fit_merge, merged, needs_evidence
 from mta.personalize.policies import policy_of
 from mta.store import Store
@@ -30,6 +30,7 @@ from mta.store.tombstones import NOTHING
 from mta.store.workspace import Work
 from mta.system.progress import OnStep
 from mta.training.checkpoint import Checkpoint
+from mta.training.scoring import mean_nll
 from mta.training.trainer import Job, Passes, train_loras
 
 
@@ -256,7 +257,7 @@ class Stages:
 
         over = merged(self.bank, merge, self.run.merge)
         stacked: Sequence[float | None] = under(over, PerPerson(stacks)) if stacks else [None] * len(jobs)
-        return list(zip(pooled or under(), under(over), stacked, map(targets_of, jobs)))
+        return list(zip(pooled or under(), under(over), stacked, [job.targets for job in jobs]))
 
     def merge_before(self, cohort: Cohort) -> Merge:
         """Return the merges that an update starts from, with the gradients if the policy reads these."""

@@ -14,27 +14,28 @@ from mta.data.tasks.task import Task
 from mta.lora.layers import Adapters, applied
 from mta.model.base import BaseModel
 from mta.training.packing import collate, fitting, pack_for
+from mta.training.trainer import Job
 
 
 @torch.inference_mode()
 def log_likelihood(
     base: BaseModel,
-    jobs: Sequence[Sequence[Example]],
+    examples: Sequence[Sequence[Example]],
     adapters: Sequence[Adapters] = (),
     *,
     owners: Sequence[int] | None = None,
     tokens_per_batch: int = 2048,
 ) -> list[Tensor]:
-    """Return the sum of log p over the target tokens of each example: a list with an (examples,) tensor for each job.
+    """Return the sum of log p over the target tokens of each example: an (n,) tensor for each list of n examples.
 
-    Job i is computed with the adapters of owner ``owners[i]`` (default: i; -1: no person); ``tokens_per_batch`` is as
-    in ``train``. Up to rounding, results do not depend on which jobs share a batch.
+    List i is computed with the adapters of owner ``owners[i]`` (default: i; -1: no person); ``tokens_per_batch`` is as
+    in ``train``. Up to rounding, results do not depend on which lists share a batch.
     """
-    owners = range(len(jobs)) if owners is None else owners
+    owners = range(len(examples)) if owners is None else owners
     weight = base.footprint.target_weight
-    rows = [(j, row) for j, examples in enumerate(jobs) for row in pack_for(base, examples, tokens_per_batch)]
+    rows = [(i, row) for i, part in enumerate(examples) for row in pack_for(base, part, tokens_per_batch)]
     rows.sort(key=lambda entry: len(entry[1].tokens))
-    starts = [0, *accumulate(map(len, jobs))]
+    starts = [0, *accumulate(map(len, examples))]
     sums = torch.zeros(starts[-1], dtype=base.master_dtype, device=base.device)
     while rows:
         # Longest rows first: rows of similar length share a pass, and the pass with the largest memory comes first.
@@ -42,12 +43,20 @@ def log_likelihood(
         rows, chosen = rows[:-fit], rows[-fit:]
         chosen.sort(key=lambda entry: entry[0])
         batch = collate([row for _, row in chosen], base.pad_token, base.device)
-        owner = torch.tensor([owners[job] for job, _ in chosen], device=base.device)
+        owner = torch.tensor([owners[i] for i, _ in chosen], device=base.device)
         with applied(base.model, adapters, owner):
             found = batch.log_probs(base.logits(batch.tokens, batch.ends, batch.positions, batch.places))
-        first = torch.tensor([starts[job] for job, _ in chosen], device=base.device)
+        first = torch.tensor([starts[i] for i, _ in chosen], device=base.device)
         sums.index_add_(0, first[batch.row] + batch.example, found.to(sums.dtype))
-    return list(torch.split(sums.cpu(), [len(examples) for examples in jobs]))
+    return list(torch.split(sums.cpu(), [len(part) for part in examples]))
+
+
+def mean_nll(
+    base: BaseModel, jobs: Sequence[Job], adapters: Sequence[Adapters], *, tokens_per_batch: int = 2048
+) -> list[float]:
+    """Return the mean NLL per target token of each job's examples, in nats: one pass over the right answers only."""
+    found = log_likelihood(base, [job.examples for job in jobs], adapters, tokens_per_batch=tokens_per_batch)
+    return [-float(scores.double().sum()) / job.targets for job, scores in zip(jobs, found)]
 
 
 def label_scores(

@@ -37,6 +37,11 @@ class Job:
     key: str
     examples: Sequence[Example]
 
+    @property
+    def targets(self) -> int:
+        """Number of target tokens of all examples."""
+        return sum(len(example.target) for example in self.examples)
+
 
 Build = Callable[[Mapping[str, Tensor], Tensor], Adapters]
 """Maps the parameters of a range of jobs, and the numbers of these jobs, to adapters."""
