@@ -131,7 +131,7 @@ def base_of(kind: str = "llama", dtype: torch.dtype = torch.float64, template: b
 def unpacked(base: BaseModel) -> BaseModel:
     """The same base, with one example in each row."""
     other = copy(base)
-    other.blocked = other._packable = False
+    other.blocked = other.packable = False
     return other
 
 

@@ -51,6 +51,9 @@ class BaseModel:
     >>> base = BaseModel.load("smollm2-135m-instruct")        # asset name, folder or hub id
     """
 
+    targets: dict[str, tuple[int, int]]  # adapted linear layers in forward order: name -> (D, O); without the LM head
+    packable: bool  # rows may hold branches: the model follows the positions and masks it is given
+
     def __init__(
         self,
         model: nn.Module,
@@ -74,11 +77,11 @@ class BaseModel:
         self.fingerprint = fingerprint or fingerprint_of(dict(model.named_parameters()), tokenizer)
         self.prompts = PromptFormat(tokenizer, longest_text(model, max_tokens))
         self.exchanged: list[str] = []  # classes of modules that compute with compiled kernels
-        self.blocked = self._packable = False
+        self.blocked = self.packable = False
         if self.has_weights:
             self._prepare(model)
         else:
-            self._targets = adapted_layers(model, called_layers(model), name)
+            self.targets = adapted_layers(model, called_layers(model), name)
 
     def _prepare(self, model: Any) -> None:
         """Choose the fastest computation that gives the results of the unchanged model. Raises UnsupportedModel."""
@@ -89,7 +92,7 @@ class BaseModel:
             # For the strided last tokens, torch.matmul would copy the head's weight once per row.
             model.get_output_embeddings().register_forward_pre_hook(lambda _, args: (args[0].contiguous(), *args[1:]))
             self.exchanged = use_kernels(model)
-            self._targets = adapted_layers(model, reference.called, self.name)
+            self.targets = adapted_layers(model, reference.called, self.name)
             self._choose_rows(reference, blockable)
 
     @classmethod
@@ -180,11 +183,6 @@ class BaseModel:
         return ASSETS[self.name].note if self.name in ASSETS else ""
 
     @property
-    def targets(self) -> dict[str, tuple[int, int]]:
-        """Adapted linear layers in the order of the forward pass: name -> (inputs D, outputs O). No LM head."""
-        return self._targets
-
-    @property
     def fan_in_fan_out(self) -> bool:
         """Whether layers store their weights transposed, as GPT-2's do."""
         return any(type(m).__name__ == "Conv1D" for m in self.model.modules())
@@ -208,11 +206,6 @@ class BaseModel:
         adapted = {"width": sum(map(sum, shapes)), "outputs": sum(o for _, o in shapes), "adapted": len(shapes)}
         sums = replace(plain.sums, **adapted)
         return replace(plain, sums=sums, kernels=compiled, checkpointed=self.gradient_checkpointing)
-
-    @property
-    def packable(self) -> bool:
-        """Whether rows may hold branches, because the model follows the positions and masks it is given."""
-        return self._packable
 
     @contextmanager
     def in_training(self) -> Iterator[None]:
@@ -284,10 +277,10 @@ class BaseModel:
             )
         ways = [True, False] if blockable else [False]
         for blocked in ways if "position_ids" in self._keywords else ():
-            self.blocked, self._packable = blocked, True
+            self.blocked, self.packable = blocked, True
             if reference.agrees(self.model, self.logits, packed=True):
                 return
-        self.blocked = self._packable = False
+        self.blocked = self.packable = False
         log.info("%s: each example is computed in its own row", self.name)
 
 
