@@ -75,6 +75,22 @@ def counts(done: Personalized | Updated) -> dict[str, int]:
     return values | {"failed": len(done.failed), "forgotten": len(done.forgotten)}
 
 
+@dataclass(slots=True)
+class _Call:
+    """The people of a call, and the tombstones when their items were read.
+
+    People without a new state: those ``forgotten`` since then, those whose data made workers fail (``crashed``), and
+    those with other ``errors``: their items do not fit, their training diverged, their state is damaged, or another
+    process saved a state meanwhile. Both map ids to errors.
+    """
+
+    people: list[Person]
+    since: Collection[str]
+    forgotten: set[str] = field(default_factory=set)
+    crashed: dict[str, str] = field(default_factory=dict)
+    errors: dict[str, str] = field(default_factory=dict)
+
+
 @dataclass(frozen=True, slots=True)
 class Pipeline:
     """Stages 2 and 3 for many people. ``encoder`` is called only if the policy reads encodings.
@@ -124,10 +140,10 @@ class Pipeline:
         cohorts, plan, cut = self.plan(everybody, missing, call, work) if missing else ([], "", 0)
         if missing:
             self._compute(personalize_cohort, cohorts, call, on_step, work)
-        if work and not call.workers:  # diverged training would diverge again: no cohort is kept for it
+        if work and not call.crashed:  # diverged training would diverge again: no cohort is kept for it
             work.finish()  # even without missing people: a run killed after its last state may have left files
         asked = {item.person.id for item in missing}  # a resumed cohort has people who are up to date
-        failed = {id: error for id, error in (call.workers | call.unsaved).items() if id in asked}
+        failed = {id: error for id, error in (call.crashed | call.errors).items() if id in asked}
         forgotten = call.forgotten - {item.person.id for item in everybody if item.person.id not in asked}
         trained, unchanged = len(asked - failed.keys() - forgotten), len(everybody) - len(missing)
         return Personalized(trained, unchanged, cut, failed, plan, tuple(sorted(forgotten)))
@@ -152,7 +168,7 @@ class Pipeline:
         first = self.personalize(begin, since=call.since, on_step=on_step) if begin else Personalized(0, 0, 0)
         done = actions["keep"], actions["retrain"], actions["refresh"], first.trained, unchanged + first.unchanged
         gone = tuple(sorted({*call.forgotten, *first.forgotten}))
-        return Updated(*done, call.workers | call.unsaved | first.failed, plan or first.plan, gone)
+        return Updated(*done, call.crashed | call.errors | first.failed, plan or first.plan, gone)
 
     def plan(
         self, everybody: Sequence[WorkItem], missing: Sequence[WorkItem], call: _Call, work: Work | None = None
@@ -168,8 +184,7 @@ class Pipeline:
         names = begun if begun and set(begun) <= set(named) else []
         chosen = [named[name] for name in names] if {item.name for item in missing} <= set(names) else list(missing)
         trained = numbers_of(self.base, self.run.stack.lora) if self.run.stack.enabled else 1
-        fitting = list[WorkItem]()
-        jobs = self._jobs(chosen, fitting, call)
+        jobs = self._jobs(chosen, call)
         if (first := next(jobs, None)) is None:
             return [], "", 0
         below, most, threads = frozen_numbers(self.bank, self.run.merge), self.executor.most, self.executor.threads
@@ -177,22 +192,20 @@ class Pipeline:
         plan = plan_cohorts(self.base, chain([first], jobs), trained, memory, below=below, most=most, threads=threads)
         if work:
             work.note([item.name for item in chosen])
+        fitting = [item for item in chosen if item.person.id not in call.errors]
         wanted = {item.name for item in missing}
         planned = [tuple(fitting[n] for n in cohort) for cohort in plan.cohorts]
         needed = [items for items in planned if any(item.name in wanted for item in items)]
         return [Cohort(items, plan.tokens_per_batch, plan.threads) for items in needed], plan.digest, plan.shortened
 
-    def _jobs(self, items: Sequence[WorkItem], fitting: list[WorkItem], call: _Call) -> Iterator[ShotsJob]:
-        """Yield the jobs of people whose items fit, and append these people to ``fitting``; note the others."""
+    def _jobs(self, items: Sequence[WorkItem], call: _Call) -> Iterator[ShotsJob]:
+        """Yield the jobs of people whose items fit; note the errors of the others in ``call``."""
         alternatives = needs_evidence(self.run.merge)
         for item in items:
             try:
-                job = shots_of(self.base, self.bank.task, item.shots, alternatives)
+                yield shots_of(self.base, self.bank.task, item.shots, alternatives)
             except DataError as error:
-                call.unsaved[item.person.id] = str(error)
-            else:
-                fitting.append(item)
-                yield job
+                call.errors[item.person.id] = str(error)
 
     def _begin(self, people: Sequence[Person], since: Collection[str] | None, keep_histories: bool) -> _Call:
         """Check the people and sort them by id; leave out people who were forgotten since their items were read."""
@@ -245,14 +258,14 @@ class Pipeline:
         for n, outcome in enumerate(self.executor.run(function, cohorts, here, elsewhere), 1):
             done += len(outcome.piece)
             if outcome.error:
-                call.workers |= {item.person.id: outcome.error for item in outcome.piece.items}
+                call.crashed |= {item.person.id: outcome.error for item in outcome.piece.items}
             if on_step and not self.executor.in_process:
                 on_step("fleet", Step(n, len(outcome.piece), done, total))
             for item, made in zip(outcome.piece.items, outcome.result or ()):
                 if isinstance(made.state, PersonForgotten):
                     call.forgotten.add(item.person.id)
                 elif isinstance(made.state, NotSaved):
-                    call.unsaved[item.person.id] = str(made.state)
+                    call.errors[item.person.id] = str(made.state)
                 else:
                     actions[made.action] += 1
                     if made.state:
@@ -286,19 +299,3 @@ class Pipeline:
             return item
         version = self.store.latest(item.person.id) or 0
         return replace(item, before=replace(item.before, stack=None), version=version)
-
-
-@dataclass(slots=True)
-class _Call:
-    """The people of a call, and the tombstones when their items were read.
-
-    Without a new state are people forgotten since then, people whose data made workers fail (with the error), and
-    people whose items do not fit, whose training diverged, whose state is damaged, or for whom another process saved a
-    state meanwhile.
-    """
-
-    people: list[Person]
-    since: Collection[str]
-    forgotten: set[str] = field(default_factory=set)
-    workers: dict[str, str] = field(default_factory=dict)
-    unsaved: dict[str, str] = field(default_factory=dict)
