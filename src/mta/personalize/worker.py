@@ -60,7 +60,7 @@ def personalize_cohort(stages: Stages, cohort: Cohort) -> Sequence[StateUpdate]:
     if len(states) > 1 and all(isinstance(state, Diverged) for state in states):
         stages.remove_checkpoint(cohort)  # a checkpoint of diverged parameters must not be resumed
         raise next(state for state in states if isinstance(state, Diverged))
-    made = [StateUpdate("begin", _saved(stages, item, state)) for item, state in zip(cohort.items, states)]
+    made = [StateUpdate("begin", _save(stages, item, state)) for item, state in zip(cohort.items, states)]
     if stages.store:
         stages.remove_checkpoint(cohort)  # only now: a run killed earlier resumes from the checkpoint
     return made
@@ -76,7 +76,7 @@ def update_cohort(stages: Stages, cohort: Cohort) -> Sequence[StateUpdate]:
     whole = [replace(item, before=state) for item, state in zip(cohort.items, befores) if isinstance(state, State)]
     made = iter(update_states(stages, replace(cohort, items=tuple(whole))) if whole else [])
     found = [next(made) if isinstance(one, State) else StateUpdate("keep", one) for one in befores]
-    return [replace(one, state=_saved(stages, item, one.state)) for item, one in zip(cohort.items, found)]
+    return [replace(one, state=_save(stages, item, one.state)) for item, one in zip(cohort.items, found)]
 
 
 def _before(store: Store, item: WorkItem) -> State | NotSaved:
@@ -95,8 +95,12 @@ def _overtaken(item: WorkItem) -> StoreConflict:
     )
 
 
-def _saved(stages: Stages, item: WorkItem, state: State | NotSaved | None) -> State | NotSaved | None:
-    """Save a state; return what is in no store, or why: a newer version is there, or the person was forgotten."""
+def _save(stages: Stages, item: WorkItem, state: State | NotSaved | None) -> State | NotSaved | None:
+    """Save a state, and return None. Without a store, return the state; if it cannot be saved, return the error.
+
+    Errors: the store holds a newer or a damaged version, or the person was forgotten. An error given as ``state`` is
+    returned.
+    """
     store, id = stages.store, item.person.id
     if store is None or not isinstance(state, State):
         return state
