@@ -59,7 +59,7 @@ from mta.tracking import run_folder
 from mta.tracking.run_folder import RunFolder
 from mta.tracking.trackers import Track
 from mta.training.checkpoint import Checkpoint
-from mta.training.plan import Plan, numbers_of, plan_cohorts
+from mta.training.plan import Plan, parameters_of, plan_cohorts
 from mta.training.scoring import mean_nll
 from mta.training.trainer import Job
 
@@ -174,7 +174,7 @@ class _Build:
     def plan(self, jobs: Sequence[Job], lora: Lora, frozen: Lora | None = None) -> Plan:
         """Plan the cohorts of jobs that train ``lora``, over ``frozen`` if there is one."""
         below = Numbers(pooled=frozen.rank * self.base.footprint.sums.width if frozen else 0)
-        numbers, memory, executor = numbers_of(self.base, lora), parse_size(self.run.memory), self.executor
+        numbers, memory, executor = parameters_of(self.base, lora), parse_size(self.run.memory), self.executor
         return plan_cohorts(self.base, jobs, numbers, memory, below=below, most=executor.most, threads=executor.threads)
 
     def task_lora(self, roles: Roles, given: Path | None) -> LoraBatch:

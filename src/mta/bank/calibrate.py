@@ -41,7 +41,7 @@ from mta.model.footprint import Numbers
 from mta.system.progress import Step
 from mta.training.checkpoint import Checkpoint
 from mta.training.gates import GateGradients
-from mta.training.plan import Plan, numbers_of, plan_cohorts
+from mta.training.plan import Plan, parameters_of, plan_cohorts
 from mta.training.trainer import Job
 
 LENGTHS = (0.5, 1.0)  # of a Newton step
@@ -103,7 +103,7 @@ def plan_of(base: BaseModel, known: Sequence[Known], anchors: int, run: Run) -> 
     """Plan the passes of a calibration in the memory of a run. Raises MemoryBudgetError."""
     width, pooled = base.footprint.sums.width, run.task_lora.lora.rank if run.task_lora.enabled else 0
     sizes = Numbers(pooled=pooled * width, shared=anchors * run.bank.lora.rank * width)
-    trained = max(anchors, numbers_of(base, run.stack.lora) if run.stack.enabled else 0)
+    trained = max(anchors, parameters_of(base, run.stack.lora) if run.stack.enabled else 0)
     jobs = [Job(str(u), one.all) for u, one in enumerate(known)]
     if not jobs:
         return Plan((), 0, 1, 0)

@@ -27,7 +27,7 @@ from mta.store.state import State
 from mta.store.tombstones import NOTHING
 from mta.store.workspace import Work
 from mta.system.progress import OnStep, Step
-from mta.training.plan import numbers_of, plan_cohorts
+from mta.training.plan import parameters_of, plan_cohorts
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,7 +183,7 @@ class Pipeline:
         begun = work.plan() if work else None
         names = begun if begun and set(begun) <= set(named) else []
         chosen = [named[name] for name in names] if {item.name for item in missing} <= set(names) else list(missing)
-        trained = numbers_of(self.base, self.run.stack.lora) if self.run.stack.enabled else 1
+        trained = parameters_of(self.base, self.run.stack.lora) if self.run.stack.enabled else 1
         jobs = self._jobs(chosen, call)
         if (first := next(jobs, None)) is None:
             return [], "", 0

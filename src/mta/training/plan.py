@@ -66,7 +66,7 @@ class _Lengths:
         return cls(count, largest, max(smallest, 1), Texts(longest, prefix), targets / tokens, shortened)
 
 
-def numbers_of(base: BaseModel, lora: Lora) -> int:
+def parameters_of(base: BaseModel, lora: Lora) -> int:
     """Return the number of parameters of one LoRA."""
     return lora.rank * sum(map(sum, base.targets.values()))
 

@@ -22,6 +22,7 @@ from mta.evaluation.protocol import Panel
 from mta.lora.layers import Adapters, PerPerson
 from mta.personalize.merge import Merge, coefficients, learn, merged
 from mta.personalize.stages import adapt
+from mta.training.plan import parameters_of
 
 MTA = "https://arxiv.org/abs/2511.20072"
 
@@ -131,7 +132,7 @@ def adapted(
     """
     merge, seconds = panel.merge(settings, seed) if settings else (None, 0.0)
     base, on_step = panel.base, panel.context.on_step
-    numbers = lora.rank * sum(d + o for d, o in base.targets.values())
+    numbers = parameters_of(base, lora)
     plan = panel.plan(numbers, settings)
     tokens, report = plan.tokens_per_batch, partial(on_step, stage) if on_step else None
     answers: list[Answers] = []
