@@ -41,7 +41,7 @@ from mta.bank.keys import uncalibrated, with_old_defaults, work_key
 from mta.bank.members import Members
 from mta.bank.roles import Roles, choose_roles
 from mta.bank.selection import pooled_items
-from mta.bank.worker import BankWorker, Piece, open_worker, train_piece
+from mta.bank.worker import BankWorker, LoraPiece, open_worker, train_piece
 from mta.config import Lora, Run, parse_size
 from mta.data.history import Item, Person
 from mta.data.tasks.task import Task
@@ -223,7 +223,7 @@ class _Build:
             each = step.examples_total
             self.record.step(stage, replace(step, examples=step.examples + number * each, examples_total=most * each))
 
-        piece = Piece(name, "task LoRA", (replace(job, key=name),), tokens, start)
+        piece = LoraPiece(name, "task LoRA", (replace(job, key=name),), tokens, start)
         ((_, found),) = self._trained([piece], "", on_step=on_step)
         result.save(found.tensors(), {})
         self._checkpoint("", name).remove()
@@ -239,7 +239,7 @@ class _Build:
     def meta_loras(self, jobs: Sequence[Job], plan: Plan, pooled: LoraBatch | None) -> LoraBatch:
         """Run stage 1 and return the meta-LoRAs; trained cohorts are saved, so a resumed build does not repeat them."""
         pieces = [
-            Piece(f"anchors-{number:03}", "anchors", tuple(jobs[n] for n in cohort), plan.tokens_per_batch)
+            LoraPiece(f"anchors-{number:03}", "anchors", tuple(jobs[n] for n in cohort), plan.tokens_per_batch)
             for number, cohort in enumerate(plan.cohorts)
         ]
         results = {piece.name: self._checkpoint(plan.digest, piece.name, "safetensors") for piece in pieces}
@@ -280,8 +280,8 @@ class _Build:
         return found.info
 
     def _trained(
-        self, pieces: Sequence[Piece], plan: str, pooled: LoraBatch | None = None, on_step: OnStep | None = None
-    ) -> Iterator[tuple[Piece, LoraBatch]]:
+        self, pieces: Sequence[LoraPiece], plan: str, pooled: LoraBatch | None = None, on_step: OnStep | None = None
+    ) -> Iterator[tuple[LoraPiece, LoraBatch]]:
         """Train pieces on the executor over ``pooled``; yield each with its LoRAs. Raises BankError."""
         self.record.stage_begins()
         local = BankWorker(self.base, self.run, pooled, partial(self._checkpoint, plan), on_step or self.record.step)

@@ -15,6 +15,7 @@ from mta.bank.calibration import one_step
 from mta.bank.worker import open_worker
 from mta.config import Lora, Run
 from mta.data.tasks.prompt import Example
+from mta.distributed.executor import Piece
 from mta.lora.batch import LoraBatch, fresh
 from mta.lora.layers import Adapters, Gated, PerPerson, Shared
 from mta.model.base import BaseModel
@@ -27,7 +28,7 @@ COSTS: dict[Kind, int] = {"gradients": 3, "scores": 1, "stacks": 3}  # in forwar
 
 
 @dataclass(frozen=True, slots=True)
-class Probe:
+class Probe(Piece):
     """Work on some people's examples over their merges, whose coefficients are ``w`` (U, N).
 
     Its result is, by kind,
@@ -36,7 +37,7 @@ class Probe:
     scores      (U,): log-likelihood of each person's examples
     stacks      (U, rates): log-likelihood of each person's ``queries`` after one step of a stack at each of ``rates``
 
-    All results are float64.
+    All results are float64. Probes are never split: a calibration needs all its people.
     """
 
     name: str
@@ -48,10 +49,6 @@ class Probe:
 
     def __len__(self) -> int:
         return len(self.examples)
-
-    def halves(self) -> Sequence[Probe]:
-        """Return nothing: a calibration needs all its people."""
-        return ()
 
     @property
     def asked(self) -> str:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 
 from mta.config import Run
+from mta.distributed.executor import Piece
 from mta.errors import BankMismatch, Diverged
 from mta.lora.batch import LoraBatch, fresh
 from mta.lora.layers import Shared
@@ -20,8 +21,11 @@ from mta.training.trainer import Job, train_loras
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
-    """LoRAs that are trained together: the task LoRA (stage 0), or some anchors' (stage 1)."""
+class LoraPiece(Piece):
+    """LoRAs that are trained together: the task LoRA (stage 0), or some anchors' (stage 1).
+
+    Never split: a bank needs all its LoRAs, so a failing one is not isolated.
+    """
 
     name: str  # of the files of this piece
     stage: Literal["task LoRA", "anchors"]
@@ -31,10 +35,6 @@ class Piece:
 
     def __len__(self) -> int:
         return len(self.jobs)
-
-    def halves(self) -> Sequence[Piece]:
-        """Return nothing: a bank needs all its LoRAs, so a failing one is not isolated."""
-        return ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +65,7 @@ def open_worker(run: Run, fingerprint: str, pooled: LoraBatch | None) -> BankWor
     return BankWorker(base, run, pooled and pooled.to(base.device))
 
 
-def train_piece(worker: BankWorker, piece: Piece) -> LoraBatch:
+def train_piece(worker: BankWorker, piece: LoraPiece) -> LoraBatch:
     """Train one LoRA per job over the frozen task LoRA, if there is one.
 
     Source: arXiv:2511.20072, stages 0 and 1. Raises Diverged as soon as a loss is not finite.

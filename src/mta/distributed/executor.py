@@ -12,13 +12,14 @@ _MOST = 256  # people per cohort at most, so that results are saved regularly
 
 
 class Piece(Protocol):
-    """A piece of work. A failing piece is retried in ``halves``, until the failing person or anchor is found."""
+    """A piece of work. A failing piece is retried in its ``halves``, until the failing person or anchor is found."""
 
     def __len__(self) -> int:
         """Return the number of people or anchors in the piece."""
 
     def halves(self) -> Sequence[Self]:
-        """Return the same work as two pieces; empty if the piece cannot be split."""
+        """Return the same work as two pieces; by default nothing: the piece cannot be split."""
+        return ()
 
 
 P = TypeVar("P", bound=Piece)

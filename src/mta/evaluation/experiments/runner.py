@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from mta.distributed.executor import Piece
 from mta.errors import ClusterError, InputError
 from mta.evaluation.experiments.facts import bank_facts, case_study, use_to_others
 from mta.evaluation.experiments.recipe import Part, wanted
@@ -18,8 +19,11 @@ from mta.tracking.trackers import Track
 
 
 @dataclass(frozen=True, slots=True)
-class MethodRun:
-    """One method on one batch of an exhibit's people, given by their numbers: computed and written together."""
+class MethodRun(Piece):
+    """One method on one batch of an exhibit's people, given by their numbers: computed and written together.
+
+    Never split: a batch always holds the same people.
+    """
 
     exhibit: str
     part: Part
@@ -32,10 +36,6 @@ class MethodRun:
 
     def __len__(self) -> int:
         return len(self.batch)
-
-    def halves(self) -> Sequence[MethodRun]:
-        """Return nothing: a batch always holds the same people."""
-        return ()
 
     def __str__(self) -> str:
         return f"{self.exhibit}, seed {self.seed}, {self.shots} shots: {self.method.name}"
