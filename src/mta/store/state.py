@@ -192,8 +192,11 @@ def _digest(data: bytes) -> str:
 
 def history_to_bytes(person: Person) -> bytes:
     """Return a person's items and queries as JSON with a sha256, without the id."""
-    names = ("fields", "time", "id", "is_query")
-    rows = [[dict(zip(names, item.__reduce__()[1])) for item in part] for part in (person.items, person.queries)]
+
+    def row(item: Item) -> dict[str, object]:
+        return {"fields": dict(item.fields), "time": item.time, "id": item.id, "is_query": item.is_query}
+
+    rows = [[row(item) for item in part] for part in (person.items, person.queries)]
     return sealed_json("history", rows, SCHEMA)
 
 
