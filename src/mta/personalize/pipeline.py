@@ -203,7 +203,7 @@ class Pipeline:
         alternatives = needs_evidence(self.run.merge)
         for item in items:
             try:
-                yield shots_of(self.base, self.bank.task, item.shots, alternatives)
+                yield shots_of(self.base, self.bank.task, item.new_items, alternatives)
             except DataError as error:
                 call.errors[item.person.id] = str(error)
 

@@ -53,7 +53,7 @@ class WorkItem:
         return cls(person, work_key(bank.hash, person.digest(), how, seed), before, known)
 
     @property
-    def shots(self) -> Person:
+    def new_items(self) -> Person:
         """The person with only the items that their state does not hold yet."""
         return Person(self.person.id, self.person.items[self.known :])
 
@@ -155,7 +155,7 @@ class Stages:
     def jobs(self, cohort: Cohort) -> list[ShotsJob]:
         """Return the training examples of each person: the items that their state does not hold yet."""
         alternatives = needs_evidence(self.run.merge)
-        return [shots_of(self.base, self.bank.task, item.shots, alternatives) for item in cohort.items]
+        return [shots_of(self.base, self.bank.task, item.new_items, alternatives) for item in cohort.items]
 
     def merge(
         self, cohort: Cohort, jobs: Sequence[ShotsJob], earlier: Earlier | None = None
