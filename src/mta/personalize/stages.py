@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Unpack
+from typing import NamedTuple, Unpack
 
 import torch
 
@@ -129,6 +129,15 @@ def adapt(
     return train_loras(base, jobs, start, training, frozen=frozen, seed=seed, **passes)
 
 
+class MeasuredLosses(NamedTuple):
+    """The fields of ``Losses`` for one person, not checked: they may be infinite or NaN."""
+
+    pooled: float
+    merged: float
+    stacked: float | None
+    tokens: int
+
+
 @dataclass(frozen=True, slots=True)
 class Stages:
     """What stages 2 and 3 need. Cohorts that are interrupted leave checkpoints in ``work``.
@@ -169,8 +178,8 @@ class Stages:
         how = self.base, jobs, bank.working, bank.pooled
         if needs_evidence(settings, grown=earlier is not None):
             evidence = gather_evidence(*how, tokens_per_batch=cohort.tokens_per_batch, on_step=self.on_step)
-        encoded = earlier is None or not (evidence or settings.policy == "learned")
-        if encoded and not policy_of(settings).gradients:
+        must_encode = earlier is None or not (evidence or settings.policy == "learned")
+        if must_encode and not policy_of(settings).gradients:
             vectors = encode_people(self.encoder(), bank.task, cohort.people, bank.info.run.bank.encode)
             similarity = bank.similarity(vectors)
         merge = fit_merge(
@@ -249,15 +258,16 @@ class Stages:
         stacks: LoraBatch | None,
         tokens_per_batch: int,
         pooled: Sequence[float] | None = None,
-    ) -> list[tuple[float, float, float | None, int]]:
-        """Return the fields of ``Losses`` for each job; they may be infinite or NaN. One pass for each field."""
+    ) -> list[MeasuredLosses]:
+        """Return the losses of each job. One pass for each field."""
 
         def under(*added: Adapters) -> list[float]:
             return mean_nll(self.base, jobs, [*self.bank.pooled, *added], tokens_per_batch=tokens_per_batch)
 
         over = merged(self.bank, merge, self.run.merge)
         stacked: Sequence[float | None] = under(over, PerPerson(stacks)) if stacks else [None] * len(jobs)
-        return list(zip(pooled or under(), under(over), stacked, [job.targets for job in jobs]))
+        targets = [job.targets for job in jobs]
+        return list(map(MeasuredLosses, pooled or under(), under(over), stacked, targets))
 
     def merge_before(self, cohort: Cohort) -> Merge:
         """Return the merges that an update starts from, with the gradients if the policy reads these."""

@@ -23,7 +23,7 @@ from mta.errors import Diverged, PersonForgotten, PersonNotFound, StateCorrupt, 
 from mta.lora.batch import LoraBatch, stack
 from mta.personalize.likelihoods import ShotsJob
 from mta.personalize.merge import Earlier
-from mta.personalize.stages import Cohort, Stages
+from mta.personalize.stages import Cohort, MeasuredLosses, Stages
 from mta.store.state import Losses, State
 
 Action = Literal["begin", "keep", "retrain", "refresh"]
@@ -61,14 +61,14 @@ def update_states(stages: Stages, cohort: Cohort) -> list[StateUpdate]:
     for action in ("retrain", "refresh"):
         if chosen := [i for i, one in enumerate(found) if one.action == action and one.state is None]:
             some = replace(cohort, items=tuple(cohort.items[i] for i in chosen))
-            pooled = [measured[i][0] for i in chosen]
+            pooled = [measured[i].pooled for i in chosen]
             states = _new_states(stages, some, [jobs[i] for i in chosen], action, pooled)
             for i, state in zip(chosen, states):
                 found[i] = StateUpdate(action, state)
     return found
 
 
-def _decided(before: State, measured: tuple[float, float, float | None, int]) -> StateUpdate:
+def _decided(before: State, measured: MeasuredLosses) -> StateUpdate:
     """Return the action for a person from the losses on their new items; without a new state yet."""
     try:
         new = Losses(*measured)
