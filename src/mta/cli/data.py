@@ -37,7 +37,7 @@ def describe(
     """
     loaded = load_task(task or "text")
     people = options.people_in(source, loaded, skip_bad, person_column, input_column, output_column, time_column)
-    found, splits = readers.describe(people), readers.describe_splits(people, loaded, queries)
+    found, splits = readers.describe(people), readers.describe_for_evaluation(people, loaded, queries)
     shared = connected(people, loaded)[1]
     if json:
         return show_json(found | {"splits": splits, "shared": asdict(shared)})

@@ -155,8 +155,9 @@ def _trimmed(store: Store, person: str, keep: int, dry: bool) -> dict[str, int]:
     if not names or _wrong(store, list(names)[-1]):
         return {}
     older = dict(list(names.items())[:-keep])
-    for name in [] if dry else older:
-        store.files.remove(name)
+    if not dry:
+        for name in older:
+            store.files.remove(name)
     return older
 
 

@@ -180,7 +180,7 @@ def describe(people: Sequence[Person]) -> dict[str, float]:
     }
 
 
-def describe_splits(people: Sequence[Person], task: Task, queries: int) -> dict[str, Any]:
+def describe_for_evaluation(people: Sequence[Person], task: Task, queries: int) -> dict[str, Any]:
     """Return what a set offers an evaluation: people with enough items, the range of times, and label shares.
 
     ``shots``: m -> number of people with at least m + ``queries`` items. A benchmark's own answered queries count as
