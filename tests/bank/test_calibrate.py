@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import base_of, random_examples, random_loras
 
-from mta.bank.calibrate import ENOUGH, RIDGE, Calibrator, Known, known_people
+from mta.bank.calibrate import ENOUGH, RIDGE, Calibrator, Subject, known_people
 from mta.bank.calibration import Calibration, CalibrationInfo, curvature_of, one_step, settled
 from mta.bank.choices import RATES
 from mta.bank.probes import Measure, Probe, key_of, measured
@@ -37,9 +37,10 @@ def scene():
     )
 
 
-def known(people: int) -> list[Known]:
+def known(people: int) -> list[Subject]:
     return [
-        Known(tuple(random_examples(4 + u % 6, seed=u)), tuple(random_examples(3, seed=100 + u))) for u in range(people)
+        Subject(tuple(random_examples(4 + u % 6, seed=u)), tuple(random_examples(3, seed=100 + u)))
+        for u in range(people)
     ]
 
 

@@ -11,7 +11,7 @@ from conftest import people_of
 
 import mta
 from mta.bank import format, recalibrate
-from mta.bank.calibrate import Calibrator, Known, Measure, drawn
+from mta.bank.calibrate import Calibrator, Measure, Subject, drawn
 from mta.bank.format import mark_stale, read_info, stale, verify
 from mta.config import CalibrationSettings, Run, override
 from mta.data.history import Item, Person
@@ -302,7 +302,7 @@ def test_twins_of_people_who_train_the_task_lora_are_not_measured():
 
 def test_people_who_share_items_are_in_one_fold():
     groups = ["a", None, "a", None, "b", "b"]
-    known = [Known((), (), group) for group in groups]
+    known = [Subject((), (), group) for group in groups]
     fold = Calibrator(known, 2, RUN.calibration, lambda pieces: []).fold.tolist()
     assert fold[0] == fold[2]
     assert fold[4] == fold[5]

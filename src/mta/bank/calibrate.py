@@ -99,7 +99,7 @@ def calibrate(
     return Calibrator(known, len(anchors), run.calibration, measure, on_step, run.stack.enabled, together).run()
 
 
-def plan_of(base: BaseModel, known: Sequence[Known], anchors: int, run: Run) -> Plan:
+def plan_of(base: BaseModel, known: Sequence[Subject], anchors: int, run: Run) -> Plan:
     """Plan the passes of a calibration in the memory of a run. Raises MemoryBudgetError."""
     width, pooled = base.footprint.sums.width, run.task_lora.lora.rank if run.task_lora.enabled else 0
     sizes = Numbers(pooled=pooled * width, shared=anchors * run.bank.lora.rank * width)
@@ -111,7 +111,7 @@ def plan_of(base: BaseModel, known: Sequence[Known], anchors: int, run: Run) -> 
 
 
 @dataclass(frozen=True, slots=True)
-class Known:
+class Subject:
     """A person's earlier items (``shots``) and later items (``queries``) as examples."""
 
     shots: tuple[Example, ...]
@@ -149,21 +149,21 @@ def drawn(
     return sorted(able, key=lambda one: hashlib.sha256(f"{seed}/{one.id}".encode()).digest())[: settings.people]
 
 
-def known_people(base: BaseModel, task: Task, people: Sequence[Person], settings: CalibrationSettings) -> list[Known]:
+def known_people(base: BaseModel, task: Task, people: Sequence[Person], settings: CalibrationSettings) -> list[Subject]:
     """Return people's first items as shots, and the next as queries: what is measured is what newcomers can expect.
 
     Fewer people than ``settings.people`` are asked more each, if that leaves ``settings.shots`` items. At most half of
     a person's items are queries.
     """
     each = max(settings.queries, settings.people * settings.queries // max(len(people), 1))
-    return [_known(base, task, person, settings, each) for person in people]
+    return [_subject(base, task, person, settings, each) for person in people]
 
 
-def _known(base: BaseModel, task: Task, person: Person, settings: CalibrationSettings, most: int) -> Known:
+def _subject(base: BaseModel, task: Task, person: Person, settings: CalibrationSettings, most: int) -> Subject:
     count, shots = len(person.items), settings.shots
     queries = min(most, count // 2, max(settings.queries, count - shots))
     examples = [base.prompts.example(task, item) for item in person.items[: shots + queries]]
-    return Known(tuple(examples[:-queries]), tuple(examples[-queries:]), person.group)
+    return Subject(tuple(examples[:-queries]), tuple(examples[-queries:]), person.group)
 
 
 @dataclass(slots=True)
@@ -175,7 +175,7 @@ class Calibrator:
     under the pooled model, and ``tokens`` (U,) their target tokens.
     """
 
-    known: Sequence[Known]
+    known: Sequence[Subject]
     anchors: int
     settings: CalibrationSettings
     measure: Callable[[Sequence[Probe]], Iterable[tuple[Probe, Tensor]]]
@@ -190,6 +190,10 @@ class Calibrator:
     pooled: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
+        self.assign_folds()
+
+    def assign_folds(self) -> None:
+        """Set what depends on ``known``: folds (people who share items are in one), target tokens, empty ``pooled``."""
         names = [one.group or f"person {u}" for u, one in enumerate(self.known)]
         numbers = {name: n for n, name in enumerate(dict.fromkeys(names))}
         self.group = torch.tensor([numbers[name] for name in names], dtype=torch.long)
@@ -252,7 +256,7 @@ class Calibrator:
         if lost := whole.count(False):
             self.known = [one for one, kept in zip(self.known, whole) if kept]
             found = [one for one, kept in zip(found, whole) if kept]
-            self.__post_init__()
+            self.assign_folds()
         later = [items.loglik[len(one.shots) :].sum() for items, one in zip(found, self.known)]
         self.pooled = torch.tensor(later).double()
         return found, (f"left out: {lost} people without a finite likelihood of their items",) if lost else ()
