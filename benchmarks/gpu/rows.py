@@ -25,7 +25,7 @@ from benchmarks.speed.training import ANCHORS, Cohort, agreed, oppu, random_bank
 from mta.config import Training
 from mta.lora.batch import LoraBatch, fresh
 from mta.model.base import BaseModel
-from mta.model.footprint import Numbers, Texts
+from mta.model.footprint import ParameterCounts, TextLengths
 from mta.training.packing import pack_for
 
 SHOTS = 8
@@ -253,9 +253,9 @@ def _memory(site: Site, name: str, cohort: Cohort) -> Row:
     peak = torch.cuda.max_memory_allocated() - before
     rows = [row for job in jobs for row in pack_for(base, job.examples, 2**30)]
     tokens = len(rows) * max(len(row.tokens) for row in rows)
-    texts = Texts(max(len(e.tokens) for job in jobs for e in job.examples), 0)
+    texts = TextLengths(max(len(e.tokens) for job in jobs for e in job.examples), 0)
     width = sum(map(sum, base.targets.values())) * cohort.start.rank
-    passes = base.footprint.training(tokens, sum(row.places for row in rows), len(jobs), texts, Numbers(width))
+    passes = base.footprint.training(tokens, sum(row.places for row in rows), len(jobs), texts, ParameterCounts(width))
     planned = passes + 16 * width * len(jobs)  # parameters, gradients, and moments in float32
     least, most = _PLANNED
     met = "met" if least <= peak / planned <= most else "missed"

@@ -17,7 +17,7 @@ from mta.config import Lora, Training, parse_size
 from mta.lora.batch import LoraBatch
 from mta.lora.layers import Gated, Shared
 from mta.model.base import BaseModel
-from mta.model.footprint import Numbers
+from mta.model.footprint import ParameterCounts
 from mta.personalize.likelihoods import ShotsJob, gather_evidence, shots_of
 from mta.personalize.stages import adapt
 from mta.training.gates import gate_gradients
@@ -123,5 +123,5 @@ def _jobs(base: BaseModel, prompts: Prompts, people: int) -> list[ShotsJob]:
 
 def _tokens(base: BaseModel, jobs: Sequence[ShotsJob], bank: LoraBatch, trained: int, memory: str = "4GiB") -> int:
     width = base.footprint.sums.width
-    below = Numbers(pooled=RANK * width, shared=len(bank) * RANK * width)
+    below = ParameterCounts(pooled=RANK * width, shared=len(bank) * RANK * width)
     return plan_cohorts(base, jobs, trained, parse_size(memory), below=below).tokens_per_batch

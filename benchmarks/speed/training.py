@@ -18,7 +18,7 @@ from mta.lora.batch import stack as stack_of
 from mta.lora.layers import Adapters, PerPerson, Renumbered, Shared
 from mta.lora.merge import merge_exact
 from mta.model.base import BaseModel
-from mta.model.footprint import Numbers
+from mta.model.footprint import ParameterCounts
 from mta.system.progress import Step
 from mta.training.plan import Plan, plan_cohorts
 from mta.training.trainer import Job, train_loras
@@ -80,7 +80,7 @@ class Cohort:
 
     def plan(self) -> Plan:
         """The plan from the memory, in which frozen adapters count as for ``mta personalize``."""
-        below = Numbers(frozen=_numbers(self.merges), pooled=_numbers(self.pooled))
+        below = ParameterCounts(frozen=_numbers(self.merges), pooled=_numbers(self.pooled))
         return plan_cohorts(self.base, self.jobs, _numbers(self.start), self.memory, below=below)
 
     def train(self, **how: Any) -> LoraBatch:

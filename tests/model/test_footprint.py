@@ -26,7 +26,7 @@ from mta.kernels.compile import without_kernels
 from mta.lora.batch import fresh
 from mta.lora.layers import Gated, PerPerson, Shared
 from mta.model.base import BaseModel
-from mta.model.footprint import Numbers, Texts
+from mta.model.footprint import ParameterCounts, TextLengths
 from mta.training.packing import pack
 from mta.training.plan import plan_cohorts
 from mta.training.scoring import log_likelihood
@@ -76,10 +76,10 @@ def jobs_of(people: int, examples: int = 5, prefix: int = 60, own: int = 24, tar
     return [job(f"person-{n}") for n in range(people)]
 
 
-def sizes(base: BaseModel, jobs: list[Job]) -> tuple[int, int, int, Texts]:
+def sizes(base: BaseModel, jobs: list[Job]) -> tuple[int, int, int, TextLengths]:
     """Padded tokens, places that need logits, people, and lengths, where all jobs go through the base together."""
     rows = [row for job in jobs for row in pack(job.examples, base.attention_price, blocked=base.blocked)]
-    texts = Texts(len(jobs[0].examples[0].tokens) - 1, jobs[0].examples[0].target_start - 24)
+    texts = TextLengths(len(jobs[0].examples[0].tokens) - 1, jobs[0].examples[0].target_start - 24)
     return len(rows) * max(len(row.tokens) for row in rows), sum(row.places for row in rows), len(jobs), texts
 
 
@@ -102,10 +102,10 @@ def test_training_and_scoring_passes_take_the_planned_memory(shape, below, dtype
         task, merges, bank = (random_loras(base, n, r).to(dtype) for n, r in ((1, 8), (len(jobs), 6), (5, 4)))
         gates = torch.rand(len(jobs), len(bank)).to(dtype)
         frozen, numbers = {
-            "none": ([], Numbers(width)),
-            "task": ([Shared(task)], Numbers(width, pooled=8 * width)),
-            "merge": ([Shared(task), PerPerson(merges)], Numbers(width, pooled=8 * width, frozen=6 * width)),
-            "gates": ([Shared(task), Gated(bank, gates)], Numbers(width, pooled=8 * width, shared=20 * width)),
+            "none": ([], ParameterCounts(width)),
+            "task": ([Shared(task)], ParameterCounts(width, pooled=8 * width)),
+            "merge": ([Shared(task), PerPerson(merges)], ParameterCounts(width, pooled=8 * width, frozen=6 * width)),
+            "gates": ([Shared(task), Gated(bank, gates)], ParameterCounts(width, pooled=8 * width, shared=20 * width)),
         }[below]
         start, stacks = fresh(base.targets, 1, 1.0, 0, [job.key for job in jobs]), random_loras(base, len(jobs), 1)
         known = held(base, task, merges, bank, stacks := stacks.to(dtype))
@@ -129,9 +129,9 @@ def test_passes_through_a_mixture_of_experts_take_the_planned_memory(shape, comp
             train_loras(base, jobs, start, ONE_STEP, tokens_per_batch=2**20)
         with TensorMemory(held(base, stacks)) as scoring:
             log_likelihood(base, [job.examples for job in jobs], [PerPerson(stacks)], tokens_per_batch=2**20)
-    planned = base.footprint.training(*sizes(base, jobs), Numbers(width)) + 4 * 4 * width * len(jobs)
+    planned = base.footprint.training(*sizes(base, jobs), ParameterCounts(width)) + 4 * 4 * width * len(jobs)
     assert training.peak == pytest.approx(planned, rel=0.15)
-    assert scoring.peak == pytest.approx(base.footprint.scoring(*sizes(base, jobs), Numbers(width)), rel=0.15)
+    assert scoring.peak == pytest.approx(base.footprint.scoring(*sizes(base, jobs), ParameterCounts(width)), rel=0.15)
 
 
 def test_gradient_checkpointing_takes_the_planned_memory():
@@ -139,7 +139,7 @@ def test_gradient_checkpointing_takes_the_planned_memory():
     width = sum(d + o for d, o in base.targets.values())
     with TensorMemory(held(base)) as training:
         train_loras(base, jobs, fresh(base.targets, 1, 1.0, 0, ["a"] * 3), ONE_STEP, tokens_per_batch=2**20)
-    planned = base.footprint.training(*sizes(base, jobs), Numbers(width)) + 4 * 4 * width * len(jobs)
+    planned = base.footprint.training(*sizes(base, jobs), ParameterCounts(width)) + 4 * 4 * width * len(jobs)
     assert training.peak == pytest.approx(planned, rel=0.15)
 
 
@@ -149,7 +149,7 @@ def test_training_and_scoring_over_a_large_vocabulary_stay_within_the_memory(mem
     base, jobs = base_of("large vocabulary"), jobs_of(4, targets=16)
     width, budget = sum(d + o for d, o in base.targets.values()), memory * 2**20
     task = random_loras(base, 1, 8)
-    plan = plan_cohorts(base, jobs, width, budget, below=Numbers(pooled=8 * width))
+    plan = plan_cohorts(base, jobs, width, budget, below=ParameterCounts(pooled=8 * width))
     with TensorMemory(held(base, task)) as used:
         for cohort in plan.cohorts:
             some = [jobs[n] for n in cohort]

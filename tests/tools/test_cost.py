@@ -14,7 +14,7 @@ from mta.config import Run, override
 from mta.errors import ConfigError
 from mta.lora.batch import Factors, LoraBatch
 from mta.lora.peft import write_peft
-from mta.model.footprint import Footprint, Numbers, Sums, Texts
+from mta.model.footprint import Footprint, ParameterCounts, Sums, TextLengths
 from mta.store.state import Losses, State
 from mta.system.device import processor
 from mta.tools.cost import Load, Shape, costs, hardware, memory
@@ -103,9 +103,12 @@ def test_training_takes_what_the_plan_of_a_loaded_base_counts(tmp_path):
     base.model.config.save_pretrained(tmp_path)
     shape = Shape.of(str(tmp_path))
     planned = Footprint.of(base.model, itemsize=2)
-    told, numbers = memory(shape, run, Load(tokens=90, shared=40)), Numbers(4 * shape.width, pooled=3 * shape.width)
+    told, numbers = (
+        memory(shape, run, Load(tokens=90, shared=40)),
+        ParameterCounts(4 * shape.width, pooled=3 * shape.width),
+    )
     assert told.anchor == 6 * 4 * numbers.trained + planned.person(numbers)
-    assert told.token == planned.token(Texts(90, 40), 4)  # a stack of rank 1 and the task LoRA
+    assert told.token == planned.token(TextLengths(90, 40), 4)  # a stack of rank 1 and the task LoRA
     assert told.target == planned.target
 
 

@@ -10,7 +10,7 @@ from mta.config import Training
 from mta.lora.batch import LoraBatch, fresh
 from mta.lora.layers import Gated, PerPerson, Renumbered, Shared
 from mta.model.base import BaseModel
-from mta.model.footprint import Texts
+from mta.model.footprint import TextLengths
 from mta.training.checkpoint import Checkpoint
 from mta.training.trainer import Job, batch_of, steps_of, train_loras
 
@@ -187,7 +187,7 @@ def test_gradient_checkpointing_recomputes_layers_with_equal_results(kind):
     found = train_loras(again, jobs, start_of(again, jobs), FIVE)
     assert len(calls) == 2 * FIVE.steps
     assert difference(found, train_loras(base, jobs, start_of(base, jobs), FIVE)) < 1e-10
-    assert again.footprint.token(Texts(100)) < base.footprint.token(Texts(100))
+    assert again.footprint.token(TextLengths(100)) < base.footprint.token(TextLengths(100))
 
 
 @pytest.mark.parametrize("packed", [True, False])

@@ -52,7 +52,7 @@ from mta.lora.layers import Shared
 from mta.lora.peft import CARD, CONFIG, WEIGHTS, read_peft, write_peft
 from mta.model.base import BaseModel
 from mta.model.encoders import Encoder
-from mta.model.footprint import Numbers
+from mta.model.footprint import ParameterCounts
 from mta.system.atomic import asides_in, copy_file, write_tensors, write_text
 from mta.system.progress import OnStep, Step
 from mta.tracking import run_folder
@@ -173,7 +173,7 @@ class _Build:
 
     def plan(self, jobs: Sequence[Job], lora: Lora, frozen: Lora | None = None) -> Plan:
         """Plan the cohorts of jobs that train ``lora``, over ``frozen`` if there is one."""
-        below = Numbers(pooled=frozen.rank * self.base.footprint.sums.width if frozen else 0)
+        below = ParameterCounts(pooled=frozen.rank * self.base.footprint.sums.width if frozen else 0)
         numbers, memory, executor = parameters_of(self.base, lora), parse_size(self.run.memory), self.executor
         return plan_cohorts(self.base, jobs, numbers, memory, below=below, most=executor.most, threads=executor.threads)
 

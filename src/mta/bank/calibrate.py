@@ -37,7 +37,7 @@ from mta.errors import BankError
 from mta.lora.batch import LoraBatch
 from mta.lora.layers import Shared
 from mta.model.base import BaseModel
-from mta.model.footprint import Numbers
+from mta.model.footprint import ParameterCounts
 from mta.system.progress import Step
 from mta.training.checkpoint import Checkpoint
 from mta.training.gates import GateGradients
@@ -102,7 +102,7 @@ def calibrate(
 def plan_of(base: BaseModel, known: Sequence[Subject], anchors: int, run: Run) -> Plan:
     """Plan the passes of a calibration in the memory of a run. Raises MemoryBudgetError."""
     width, pooled = base.footprint.sums.width, run.task_lora.lora.rank if run.task_lora.enabled else 0
-    sizes = Numbers(pooled=pooled * width, shared=anchors * run.bank.lora.rank * width)
+    sizes = ParameterCounts(pooled=pooled * width, shared=anchors * run.bank.lora.rank * width)
     trained = max(anchors, parameters_of(base, run.stack.lora) if run.stack.enabled else 0)
     jobs = [Job(str(u), one.all) for u, one in enumerate(known)]
     if not jobs:

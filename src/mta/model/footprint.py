@@ -23,7 +23,7 @@ _PYTHON_GELU = 3  # intermediate results, each of the size of the input, that a 
 
 
 @dataclass(frozen=True, slots=True)
-class Numbers:
+class ParameterCounts:
     """Number of parameters in the adapters of a pass."""
 
     trained: int = 0  # per person
@@ -33,7 +33,7 @@ class Numbers:
 
 
 @dataclass(frozen=True, slots=True)
-class Texts:
+class TextLengths:
     """Lengths that determine the memory of attention: tokens of the longest text and of the shared prefix."""
 
     longest: int = 0
@@ -159,9 +159,9 @@ class Footprint:
 
         A multiple of 1/256, so that sums are exact in any order.
         """
-        return math.ceil(256 * self.target / self.token(Texts())) / 256
+        return math.ceil(256 * self.target / self.token(TextLengths())) / 256
 
-    def token(self, texts: Texts, ranks: int = 0) -> int:
+    def token(self, texts: TextLengths, ranks: int = 0) -> int:
         """Return the bytes that a training pass keeps for one token. ``ranks``: total rank of a person's adapters."""
         s = self.sums
         kept = self.itemsize * (s.norms + s.linear + s.inner + s.python + s.routed + s.queries)
@@ -172,7 +172,7 @@ class Footprint:
             return kept // self.layers + self.itemsize * self.hidden * self.layers
         return kept
 
-    def person(self, numbers: Numbers) -> int:
+    def person(self, numbers: ParameterCounts) -> int:
         """Return the bytes of the copies that a training pass makes of one person's adapters."""
         outputs, joined = numbers.trained * self.sums.outputs // self.sums.width, self._joined(numbers)
         saved = numbers.trained + joined if joined else outputs
@@ -180,26 +180,26 @@ class Footprint:
         copies += outputs + (joined if numbers.frozen else 0) + self._half * numbers.trained
         return self.itemsize * copies
 
-    def ranks(self, numbers: Numbers) -> int:
+    def ranks(self, numbers: ParameterCounts) -> int:
         """Return the total rank that layers compute for each person."""
         return (numbers.trained + self._joined(numbers)) // self.sums.width
 
     @staticmethod
-    def _joined(numbers: Numbers) -> int:
+    def _joined(numbers: ParameterCounts) -> int:
         """Return the frozen numbers that layers copy for each person; with gates, the task LoRA joins the bank."""
         return numbers.frozen + (numbers.pooled if numbers.frozen or not numbers.shared else 0)
 
-    def shared(self, numbers: Numbers) -> int:
+    def shared(self, numbers: ParameterCounts) -> int:
         """Return the bytes of the copies that a pass makes of adapters shared by all people."""
         return self.itemsize * (numbers.shared + numbers.pooled)
 
-    def training(self, tokens: int, targets: int, people: int, texts: Texts, numbers: Numbers) -> int:
+    def training(self, tokens: int, targets: int, people: int, texts: TextLengths, numbers: ParameterCounts) -> int:
         """Return the peak bytes of a training pass of padded ``tokens``, without the parameters and their moments."""
         kept = tokens * self.token(texts, self.ranks(numbers)) + people * self.person(numbers) + self.shared(numbers)
         layer = (self.sums.inner + 2 * self.sums.routed) // self.layers + 2 * self.hidden
         return kept + max(targets * self.target, tokens * self.itemsize * layer)  # gradients
 
-    def scoring(self, tokens: int, targets: int, people: int, texts: Texts, numbers: Numbers) -> int:
+    def scoring(self, tokens: int, targets: int, people: int, texts: TextLengths, numbers: ParameterCounts) -> int:
         """Return the peak bytes of a pass without gradients: in the attention or MLP of one layer, or in the logits."""
         s = self.sums
         gathered = (4 if self.kernels else 5) * s.queries + int(s.keys * (1 + texts.repeats))

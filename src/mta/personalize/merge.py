@@ -17,7 +17,7 @@ from mta.lora.batch import LoraBatch, stack
 from mta.lora.layers import Adapters, Gated, PerPerson, Shared
 from mta.lora.merge import merge_exact, merge_factor, truncate
 from mta.model.base import BaseModel
-from mta.model.footprint import Numbers
+from mta.model.footprint import ParameterCounts
 from mta.personalize.likelihoods import Evidence, ShotGradients
 from mta.personalize.policies import Retrieved, policy_of
 from mta.system.progress import Step
@@ -257,18 +257,18 @@ def _is_direct(k: int, anchors: int) -> bool:
     return 4 * k > anchors
 
 
-def frozen_numbers(bank: Bank, settings: MergeSettings | None = None) -> Numbers:
+def frozen_numbers(bank: Bank, settings: MergeSettings | None = None) -> ParameterCounts:
     """Return the sizes of the adapters under a stack: the task LoRA and, if ``settings`` are given, a merge."""
     width = sum(map(sum, bank.anchors.shapes.values()))
     pooled = bank.task_lora.rank * width if bank.task_lora else 0
     if settings is None:
-        return Numbers(pooled=pooled)
+        return ParameterCounts(pooled=pooled)
     k, rank = settings.k or len(bank), bank.anchors.rank
     direct = settings.mode == "exact" and _is_direct(k, len(bank))
     own = {"exact": k * rank, "svd": settings.rank or rank, "factor": rank}[settings.mode]
     # Gradients of coefficients go through gates; ``auto`` may have them.
     gated = direct or settings.policy in ("auto", "learned") or policy_of(settings).gradients
-    return Numbers(frozen=0 if direct else own * width, pooled=pooled, shared=gated * len(bank) * rank * width)
+    return ParameterCounts(frozen=0 if direct else own * width, pooled=pooled, shared=gated * len(bank) * rank * width)
 
 
 def merged_factors(anchors: LoraBatch, merge: Merge, settings: MergeSettings) -> LoraBatch:

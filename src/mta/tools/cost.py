@@ -17,7 +17,7 @@ from mta.bank.calibration import CalibrationInfo, Gain, settled
 from mta.config import Evaluation, Run, Training
 from mta.errors import ConfigError
 from mta.model.adaptable import is_linear, shape_of
-from mta.model.footprint import COPIES, Footprint, Numbers, Texts
+from mta.model.footprint import COPIES, Footprint, ParameterCounts, TextLengths
 from mta.personalize.merge import needs_evidence
 from mta.personalize.policies import policy_of
 from mta.system.assets import ASSETS, resolve
@@ -245,9 +245,9 @@ def memory(shape: Shape, run: Run, load: Load) -> Memory:
     ranks = run.bank.anchors * run.bank.lora.rank + _pooled(run)
     row = SERVED * (shape.cached * load.context + ranks + run.stack.lora.rank * shape.width)
     pooled, footprint = _pooled(run) * shape.width, shape.footprint
-    trained = [Numbers(rank * shape.width, pooled=pooled) for rank in (run.bank.lora.rank, run.stack.lora.rank)]
+    trained = [ParameterCounts(rank * shape.width, pooled=pooled) for rank in (run.bank.lora.rank, run.stack.lora.rank)]
     anchor, stack = (float(COPIES * STORED * numbers.trained + footprint.person(numbers)) for numbers in trained)
-    token = footprint.token(Texts(round(load.tokens), round(load.shared)), footprint.ranks(trained[1]))
+    token = footprint.token(TextLengths(round(load.tokens), round(load.shared)), footprint.ranks(trained[1]))
     base, bank = float(SERVED * shape.parameters), 2.0 * SERVED * ranks * shape.width
     return Memory(base, bank, float(row), anchor, stack, float(token), float(footprint.target))
 

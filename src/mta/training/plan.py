@@ -13,7 +13,7 @@ import torch
 from mta.config import Lora
 from mta.errors import MemoryBudgetError
 from mta.model.base import BaseModel
-from mta.model.footprint import COPIES, Numbers, Texts
+from mta.model.footprint import COPIES, ParameterCounts, TextLengths
 from mta.training.packing import common_prefix
 from mta.training.trainer import Job
 
@@ -44,7 +44,7 @@ class _Lengths:
     jobs: int
     largest: int
     smallest: int
-    texts: Texts
+    texts: TextLengths
     share: float  # of target tokens among all tokens
     shortened: int
 
@@ -63,7 +63,7 @@ class _Lengths:
             if len(job.examples) > 1:
                 prefixes.append(common_prefix(job.examples[0].tokens, job.examples[1].tokens))
         prefix = min(sum(prefixes) // max(len(prefixes), 1), longest)
-        return cls(count, largest, max(smallest, 1), Texts(longest, prefix), targets / tokens, shortened)
+        return cls(count, largest, max(smallest, 1), TextLengths(longest, prefix), targets / tokens, shortened)
 
 
 def parameters_of(base: BaseModel, lora: Lora) -> int:
@@ -77,7 +77,7 @@ def plan_cohorts(
     trained: int,
     memory: int,
     *,
-    below: Numbers | None = None,
+    below: ParameterCounts | None = None,
     most: int = 256,
     threads: int | None = None,
 ) -> Plan:
@@ -87,10 +87,10 @@ def plan_cohorts(
     activations and logits, the rest for adapters, gradients, and moments. ``jobs`` are read once and not kept.
     Raises MemoryBudgetError, which says how much one person needs.
     """
-    numbers, footprint = replace(below or Numbers(), trained=trained), base.footprint
+    numbers, footprint = replace(below or ParameterCounts(), trained=trained), base.footprint
     lengths = _Lengths.of(jobs, footprint.target_weight)
     token = footprint.token(lengths.texts, footprint.ranks(numbers))
-    token = max(token, footprint.scoring(1, 0, 0, lengths.texts, Numbers()))  # larger only with checkpointing
+    token = max(token, footprint.scoring(1, 0, 0, lengths.texts, ParameterCounts()))  # larger only with checkpointing
     person = (COPIES * trained + numbers.frozen) * base.master_dtype.itemsize
     copies, shared = footprint.person(numbers), footprint.shared(numbers)
     needed = lengths.largest * token + person + copies + shared

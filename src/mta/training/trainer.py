@@ -22,7 +22,7 @@ from mta.data.tasks.prompt import Example
 from mta.lora.batch import LoraBatch
 from mta.lora.layers import Adapters, PerPerson, Renumbered, applied
 from mta.model.base import BaseModel
-from mta.model.footprint import Texts
+from mta.model.footprint import TextLengths
 from mta.system.malloc import give_back_memory
 from mta.system.progress import Step
 from mta.training.checkpoint import Checkpoint
@@ -96,7 +96,7 @@ def train(
     result = cohort.result()
     del cohort
     buffers = 4 * sum(tensor.nbytes for tensor in result.values())  # values, gradient, two moments
-    longest = Texts(max((len(example.tokens) for job in jobs for example in job.examples), default=1))
+    longest = TextLengths(max((len(example.tokens) for job in jobs for example in job.examples), default=1))
     give_back_memory(keep=int(1.5 * (buffers + tokens_per_batch * base.footprint.token(longest))))
     return result
 
