@@ -1,9 +1,9 @@
 """Rank-8 LoRAs of many people against another trainer of many LoRAs: MoE-PEFT (the successor of m-LoRA).
 
-It needs older versions of torch and transformers than mta admits, so it has an environment of its own:
+It needs an older transformers than mta admits, so it has an environment of its own (with torch as here: it works):
 
     python3.11 -m venv .moe-peft && .moe-peft/bin/pip install moe-peft
-    MTA_MOE_PEFT_PYTHON=.moe-peft/bin/python python -m benchmarks.speed --only multi_lora
+    MTA_MOE_PEFT_PYTHON=.moe-peft/bin/python .venv/bin/python -m benchmarks.speed --only multi_lora
 """
 
 from __future__ import annotations

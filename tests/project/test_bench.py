@@ -15,8 +15,9 @@ from tiny import base_of, random_loras
 
 from benchmarks import kernels as each
 from benchmarks.speed import __main__ as command
-from benchmarks.speed import decoding, growth, limit, merging, pictures, point, record, report, timing
+from benchmarks.speed import decoding, growth, limit, merging, multi_lora, pictures, point, record, report, timing
 from benchmarks.speed.apart import Broken, apart
+from benchmarks.speed.data import Absent
 from benchmarks.speed.peers import padded
 from benchmarks.speed.processor import Processor
 from benchmarks.speed.settings import Settings
@@ -74,6 +75,12 @@ class TestTiming:
     )
     def test_a_verdict_needs_a_target_and_a_measurement(self, measured, verdict):
         assert measured.verdict == verdict
+
+
+def test_rows_against_another_trainer_say_what_is_missing(monkeypatch):
+    monkeypatch.delenv(multi_lora.PYTHON, raising=False)
+    with pytest.raises(Absent, match="does not name the Python of an environment with MoE-PEFT"):
+        next(multi_lora.rows(SETTINGS))
 
 
 class TestOperations:
