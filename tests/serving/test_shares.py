@@ -118,14 +118,15 @@ def test_each_prefix_fills_a_quarter_of_the_queue_and_all_prefixes_three_quarter
     going_on = threading.Event()
     jobs = Jobs(
         SimpleNamespace(
-            personalize=lambda people, since: going_on.wait(30) and SimpleNamespace(failed={}, forgotten=()), store=None
+            update=lambda people, since: going_on.wait(30) and SimpleNamespace(failed={}, forgotten=()), store=None
         ),
         most=8,
     )
     try:
         jobs.put(Person.of("first", [item()]))
-        while jobs.status("first").state != "running":
+        while (state := jobs.status("first").state) == "waiting":
             time.sleep(0.01)
+        assert state == "running"
         for whose in range(1, 4):
             for n in range(2):
                 jobs.put(Person.of(f"team{whose}/{n}", [item()]), team(whose))
