@@ -87,10 +87,8 @@ def run(recipe: Recipe, out: Path, screen: Screen) -> Study:
     bank = Bank.build(base, candidates, out / "bank", **how)
     tested = parts.select("test", people)
     shown = {"on_step": screen.step, "on_method": screen.say}
-    found, known = (
-        study(base, bank, recipe.run, tested, recipe.evaluation, more=CONTROLS, **shown),
-        seen(recipe, people),
-    )
+    found = study(base, bank, recipe.run, tested, recipe.evaluation, more=CONTROLS, **shown)
+    known = seen(recipe, people)
     unseen = [person.id not in known for person in found.panel.people]
     found.meta["unseen"] = among(found, unseen)
     scores = {row.name: row.people["NLL"].flatten().tolist() for row in found.comparison.rows}

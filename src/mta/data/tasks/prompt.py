@@ -51,8 +51,8 @@ class PromptFormat:
         self.max_tokens = max_tokens
         self.has_template = bool(getattr(tokenizer, "chat_template", None))
         self._template = _without_clock(tokenizer) if self.has_template else None
-        named = {id: str(token) for id, token in tokenizer.added_tokens_decoder.items() if token.special}
-        self.end_token, special = self._end_token(named), set(named.values())
+        tokens = {id: str(token) for id, token in tokenizer.added_tokens_decoder.items() if token.special}
+        self.end_token, special = self._end_token(tokens), set(tokens.values())
         self._special = re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))) or "(?!)")
 
     def example(self, task: Task, item: Item, target: str | None = None) -> Example:
