@@ -109,7 +109,7 @@ $(VLLM)/installed: pyproject.toml
 $(VENV)/installed: pyproject.toml constraints.txt | $(VENV)/bin/python
 	@echo "Setting up $(VENV): torch and what else mta needs, a few minutes ..."
 	@[ "$$(uname)" != Linux ] || [ "$$PIP_EXTRA_INDEX_URL" ] || \
-		echo "torch may bring CUDA, 6 GB. To leave it out: PIP_EXTRA_INDEX_URL=<the index for CPUs, see pytorch.org> make demo"
+		echo "torch may bring gigabytes of CUDA. To leave it out: PIP_EXTRA_INDEX_URL=<the index for CPUs, see pytorch.org> make demo"
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[assets,eval,serve]"
 	touch $@
 
