@@ -255,7 +255,9 @@ def _memory(site: Site, name: str, cohort: Cohort) -> Row:
     tokens = len(rows) * max(len(row.tokens) for row in rows)
     texts = TextLengths(max(len(e.tokens) for job in jobs for e in job.examples), 0)
     width = sum(map(sum, base.targets.values())) * cohort.start.rank
-    passes = base.footprint.training(tokens, sum(row.places for row in rows), len(jobs), texts, ParameterCounts(width))
+    passes = base.footprint.training(
+        tokens, sum(row.logit_count for row in rows), len(jobs), texts, ParameterCounts(width)
+    )
     planned = passes + 16 * width * len(jobs)  # parameters, gradients, and moments in float32
     least, most = _PLANNED
     met = "met" if least <= peak / planned <= most else "missed"

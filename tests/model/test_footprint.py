@@ -80,7 +80,7 @@ def sizes(base: BaseModel, jobs: list[Job]) -> tuple[int, int, int, TextLengths]
     """Padded tokens, places that need logits, people, and lengths, where all jobs go through the base together."""
     rows = [row for job in jobs for row in pack(job.examples, base.attention_price, blocked=base.blocked)]
     texts = TextLengths(len(jobs[0].examples[0].tokens) - 1, jobs[0].examples[0].target_start - 24)
-    return len(rows) * max(len(row.tokens) for row in rows), sum(row.places for row in rows), len(jobs), texts
+    return len(rows) * max(len(row.tokens) for row in rows), sum(row.logit_count for row in rows), len(jobs), texts
 
 
 def held(base: BaseModel, *batches: object) -> list[torch.Tensor]:

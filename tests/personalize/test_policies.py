@@ -180,7 +180,7 @@ def test_no_policy_depends_on_mates(policy):
     cosines, labels = SIMILARITY[:2].gather(1, ids), labels_of([1, 3])
     there = (labels.gold >= 0).double()
     both = Evidence((-40 + 3 * normal(2, 3, 1 + N, seed=4)) * there[..., None], 5 * there, labels)
-    one = Evidence(both.shots[:1, :1], both.counts[:1, :1], Labels(labels.scores[:1, :1], labels.gold[:1, :1]))
+    one = Evidence(both.loglik[:1, :1], both.counts[:1, :1], Labels(labels.scores[:1, :1], labels.gold[:1, :1]))
     sums, loglik, shots = normal(2, N, seed=5), torch.tensor([-3.0, -2.0]), torch.tensor([1, 3])
     two, mine = (ShotGradients(sums[:u], loglik[:u], shots[:u]) for u in (2, 1))
     w = POLICIES[policy].weigh(settings, Retrieved(ids, cosines, both, gradients=two, calibration=CALIBRATION))

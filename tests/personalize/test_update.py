@@ -43,7 +43,7 @@ def both(one: Evidence, other: Evidence) -> Evidence:
     labels = Labels(
         torch.cat([one.labels.scores, other.labels.scores], 1), torch.cat([one.labels.gold, other.labels.gold], 1)
     )
-    return Evidence(torch.cat([one.shots, other.shots], 1), torch.cat([one.counts, other.counts], 1), labels)
+    return Evidence(torch.cat([one.loglik, other.loglik], 1), torch.cat([one.counts, other.counts], 1), labels)
 
 
 @given(
@@ -320,5 +320,5 @@ def test_a_null_that_is_as_good_as_gone_comes_back():
     sure = torch.zeros(U, N, dtype=torch.float32)
     sure[:, 0] = 1.0
     against = evidence(4, 0)
-    against.shots[:, :, 1:] -= 30.0
+    against.loglik[:, :, 1:] -= 30.0
     assert float(updated_coefficients(settings, Merge(ids, sure), against, torch.ones(U)).sum(1).max()) < 0.01

@@ -29,6 +29,7 @@ from mta.bank.choices import RATES, SURE, best_of, chosen_by_others, gain_of
 from mta.bank.probes import COSTS, Kind, Measure, Probe, measured
 from mta.config import CalibrationSettings, Run, parse_size
 from mta.data.history import Person
+from mta.data.readers.people import SHOTS
 from mta.data.readers.sharing import separated
 from mta.data.tasks.prompt import Example
 from mta.data.tasks.task import Task
@@ -45,7 +46,6 @@ from mta.training.plan import Plan, parameters_of, plan_cohorts
 from mta.training.trainer import Job
 
 LENGTHS = (0.5, 1.0)  # of a Newton step
-SHOTS = (1, 4, 8, 16)
 ENOUGH = 8  # people, to measure anything
 RIDGE = 0.3
 _TYPICAL = 8  # shots, to choose for

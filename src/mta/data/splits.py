@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from mta.data.history import Person
 from mta.errors import DataError, InputError
-from mta.system.atomic import read_json, write_json
+from mta.system.atomic import json_sha256, read_json, write_json
 
 PARTS = ("task", "development", "candidates", "test")
 TESTED = ("test", "development")
@@ -40,7 +38,7 @@ class Splits:
     @property
     def digest(self) -> str:
         """Sha256 over the ids of every part; the same splits give the same digest in any process."""
-        return _sha(SCHEMA, *(list(getattr(self, part)) for part in PARTS))
+        return json_sha256([SCHEMA, *(list(getattr(self, part)) for part in PARTS)])
 
     def select(
         self, part: Literal["task", "development", "candidates", "test"], people: Iterable[Person]
@@ -60,7 +58,7 @@ class Splits:
         Raises DataError if the file exists with other content: results beside it are of other splits.
         """
         path, salt = Path(path), self.digest
-        parts = {part: [_sha(salt, id) for id in getattr(self, part)] for part in PARTS}
+        parts = {part: [json_sha256([salt, id]) for id in getattr(self, part)] for part in PARTS}
         content = {"schema": SCHEMA, "digest": salt, **parts}
         if path.exists() and read_json(path) != content:
             raise DataError(
@@ -108,7 +106,7 @@ def draw(
             f"but only {len(ids)} of the {len(people)} given qualify (min_items={min_items})",
             hint="Ask for fewer people, or lower min_items.",
         )
-    fit.sort(key=lambda person: _sha(seed, person.id))
+    fit.sort(key=lambda person: json_sha256([seed, person.id]))
     left = _grouped(fit) if together else [[person.id] for person in fit]
     return Splits(**_placed(left, sizes, rest=candidates is None))
 
@@ -161,7 +159,3 @@ def _check_size(name: str, got: int, asked: int, most: int) -> None:
         )
     if asked and got != asked:
         log.warning("%s: %d people instead of %d, because people who share items stay together", name, got, asked)
-
-
-def _sha(*values: Any) -> str:
-    return hashlib.sha256(json.dumps(values).encode()).hexdigest()

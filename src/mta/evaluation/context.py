@@ -97,7 +97,7 @@ def evidence_of(context: Context, jobs: Sequence[ShotsJob]) -> tuple[Evidence, f
     found = gather_evidence(base, jobs, bank.working, bank.pooled, on_step=context.on_step)
     seconds = time.monotonic() - start
     if path:
-        tensors = {"shots": found.shots, "counts": found.counts}
+        tensors = {"shots": found.loglik, "counts": found.counts}
         if found.labels:
             tensors |= {"labels": found.labels.scores, "gold": found.labels.gold}
         contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}

@@ -43,23 +43,23 @@ class Labels:
 class Evidence:
     """The likelihood of each shot under each anchor.
 
-    Shapes: shots (U, M, 1 + N), log-likelihood of a shot's target under the task LoRA alone and under each anchor;
+    Shapes: loglik (U, M, 1 + N), log-likelihood of a shot's target under the task LoRA alone and under each anchor;
     counts (U, M), number of target tokens. Both are 0 for missing shots. ``labels`` is None for free-text answers.
     """
 
-    shots: Tensor
+    loglik: Tensor
     counts: Tensor
     labels: Labels | None = None
 
     @property
     def anchors(self) -> Tensor:
         """Log-likelihood of all shots of a person under each anchor, (U, N)."""
-        return self.shots[:, :, 1:].sum(1)
+        return self.loglik[:, :, 1:].sum(1)
 
     @property
     def task(self) -> Tensor:
         """Log-likelihood of all shots of a person under the task LoRA alone, (U,)."""
-        return self.shots[:, :, 0].sum(1)
+        return self.loglik[:, :, 0].sum(1)
 
     @property
     def tokens(self) -> Tensor:
@@ -74,13 +74,13 @@ class Evidence:
         rows, labels = list(people), self.labels
         if labels:
             labels = Labels(labels.scores[rows], labels.gold[rows].masked_fill(~mask, -1))
-        return Evidence(self.shots[rows] * mask[..., None], self.counts[rows] * mask, labels)
+        return Evidence(self.loglik[rows] * mask[..., None], self.counts[rows] * mask, labels)
 
     def among(self, anchors: Sequence[int]) -> Evidence:
         """Return the evidence for a bank that holds only these ``anchors``."""
         columns = [0, *(n + 1 for n in anchors)]
         labels = self.labels and Labels(self.labels.scores[..., columns], self.labels.gold)
-        return Evidence(self.shots[..., columns], self.counts, labels)
+        return Evidence(self.loglik[..., columns], self.counts, labels)
 
 
 class ShotGradients(NamedTuple):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -28,6 +27,7 @@ from mta.store import Store
 from mta.store.state import Losses, State, work_key
 from mta.store.tombstones import NOTHING
 from mta.store.workspace import Work
+from mta.system.atomic import json_sha256
 from mta.system.progress import OnStep
 from mta.training.checkpoint import Checkpoint
 from mta.training.scoring import mean_nll
@@ -88,7 +88,7 @@ class Cohort:
     def digest(self) -> str:
         """Name of the work, so that a checkpoint of another cohort is not used."""
         works = [item.work for item in self.items]
-        return hashlib.sha256(json.dumps([works, self.tokens_per_batch, self.threads]).encode()).hexdigest()
+        return json_sha256([works, self.tokens_per_batch, self.threads])
 
     def halves(self) -> tuple[Cohort, ...]:
         """Return the cohort in two parts; empty for one person."""

@@ -19,6 +19,7 @@ from mta.config import MergeMode
 from mta.data.history import Item, Person
 from mta.errors import Diverged, InputError, StateCorrupt
 from mta.lora.batch import LoraBatch
+from mta.system.atomic import json_sha256
 
 T = TypeVar("T")
 SCHEMA = 1
@@ -181,7 +182,7 @@ def seal_of(beginning: bytes) -> str | None:
 
 def work_key(bank: str, history_digest: str, config_yaml: str, seed: int) -> str:
     """Return the sha256 over everything that a state depends on."""
-    return hashlib.sha256(json.dumps([bank, history_digest, config_yaml, seed]).encode()).hexdigest()
+    return json_sha256([bank, history_digest, config_yaml, seed])
 
 
 def _digest(data: bytes) -> str:
@@ -213,7 +214,7 @@ def history_from_bytes(id: str, data: bytes, source: str = "the file") -> Person
 
 def sealed_json(name: str, value: object, schema: int) -> bytes:
     """Return a JSON file with one value, its schema, and a sha256 that detects damage."""
-    return json.dumps({"schema": schema, "sha256": _json_sha256(value), name: value}).encode()
+    return json.dumps({"schema": schema, "sha256": json_sha256(value), name: value}).encode()
 
 
 def opened_json(
@@ -222,7 +223,7 @@ def opened_json(
     """Invert ``sealed_json``, and ``parse`` the value. Raises StateCorrupt with ``source`` and ``hint``."""
     try:
         file = json.loads(data)
-        if file["schema"] not in schemas or file["sha256"] != _json_sha256(file[name]):
+        if file["schema"] not in schemas or file["sha256"] != json_sha256(file[name]):
             raise ValueError("another schema or sha256")
         return parse(file[name])
     except (ValueError, KeyError, TypeError, RecursionError) as error:
@@ -231,7 +232,3 @@ def opened_json(
             f"{source} was changed or cut short: got {error!r}, expected schema {known} and {name} with that sha256",
             hint=hint,
         ) from error
-
-
-def _json_sha256(value: object) -> str:
-    return hashlib.sha256(json.dumps(value).encode()).hexdigest()

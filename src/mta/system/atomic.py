@@ -193,6 +193,11 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def json_sha256(value: object) -> str:
+    """Return the sha256 of a value as JSON; keys are hashed in their order."""
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+
+
 def read_json(path: Path) -> object:
     """Return the content of a JSON file, or None if the file is missing or broken."""
     try:

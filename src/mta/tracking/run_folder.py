@@ -10,7 +10,6 @@ Banks, comparisons, experiments and demos have such folders. None of these files
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import re
 import time
@@ -27,7 +26,7 @@ import torch
 
 from mta.config.loader import to_yaml
 from mta.errors import DataError
-from mta.system.atomic import owner_only, write_json, write_text
+from mta.system.atomic import json_sha256, owner_only, write_json, write_text
 from mta.system.device import cores, processor
 from mta.system.provenance import commit, versions
 from mta.tracking.trackers import SINKS, Sink, Track
@@ -173,7 +172,7 @@ class RunFolder:
 
 def work_of(*parts: object) -> str:
     """Return a hash of everything that determines the work."""
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+    return json_sha256(parts)
 
 
 def sittings(folder: Path) -> list[dict[str, Any]]:

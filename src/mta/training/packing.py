@@ -37,7 +37,7 @@ class Row:
     examples: tuple[int, ...]
 
     @property
-    def places(self) -> int:
+    def logit_count(self) -> int:
         """Number of tokens of the row that need logits."""
         return len(set(self.sources))
 
@@ -140,7 +140,7 @@ def fitting(rows: Iterable[Row], width: int, budget: int, weight: float) -> int:
     """Return how many of the first ``rows``, padded to ``width``, fit into one pass of ``budget``: at least one."""
     count, size = 0, 0.0
     for row in rows:
-        size += width + weight * row.places
+        size += width + weight * row.logit_count
         if count and size > budget:
             break
         count += 1

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
@@ -14,6 +12,7 @@ from mta.config import Lora
 from mta.errors import MemoryBudgetError
 from mta.model.base import BaseModel
 from mta.model.footprint import COPIES, ParameterCounts, TextLengths
+from mta.system.atomic import json_sha256
 from mta.training.packing import common_prefix
 from mta.training.trainer import Job
 
@@ -34,7 +33,7 @@ class Plan:
     def digest(self) -> str:
         """Sha256 of the plan; a checkpoint of another plan is not used."""
         values = {name: value for name, value in asdict(self).items() if name != "shortened"}
-        return hashlib.sha256(json.dumps(values).encode()).hexdigest()
+        return json_sha256(values)
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,7 @@ from mta.bank.bank import Bank
 from mta.bank.build import LOSSES
 from mta.config import Run, override
 from mta.data.history import Person
+from mta.data.readers.people import SHOTS
 from mta.data.readers.sharing import Copies, connected, holders_of
 from mta.data.splits import Splits, draw
 from mta.data.tasks.task import Task
@@ -88,7 +89,7 @@ def draw_parts(
         **{name: len(getattr(splits, name)) for name in ("task", "candidates", "development", "test")},
         "anchors": min(recipe.run.bank.anchors, len(splits.candidates) // 4),
         "queries": recipe.queries,
-        "test people with shots": {m: sum(n >= m + recipe.queries for n in test_lengths) for m in (1, 4, 8, 16)},
+        "test people with shots": {m: sum(n >= m + recipe.queries for n in test_lengths) for m in SHOTS},
         **_sharing(recipe, task, people, splits),
     }
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, TypeVar
@@ -18,6 +16,7 @@ from mta.evaluation.metrics import Answers, PersonScore, from_scores, measure
 from mta.evaluation.protocol import Outcome, Panel
 from mta.lora.layers import Adapters
 from mta.model.generate import generate
+from mta.system.atomic import json_sha256
 from mta.training.scoring import label_scores, log_likelihood
 
 __all__ = ["METHODS", "AnyMethod", "Method", "Outcome", "OverMethod", "answer", "parse_method", "register"]
@@ -34,7 +33,7 @@ class Method(Settings, ABC):
     @property
     def digest(self) -> str:
         """Hash of the method and its settings, without its name."""
-        return hashlib.sha256(json.dumps(_unnamed(self.model_dump(mode="json"))).encode()).hexdigest()[:12]
+        return json_sha256(_unnamed(self.model_dump(mode="json")))[:12]
 
     @property
     def seeded(self) -> bool:
