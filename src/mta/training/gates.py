@@ -14,7 +14,10 @@ from mta.training.trainer import Job, gradient
 
 
 class GateGradients(NamedTuple):
-    """``gradients`` (U, N) of the log-likelihoods ``loglik`` (U,) of U jobs; both float64, on the CPU."""
+    """``gradients`` of the log-likelihoods ``loglik`` (U,) of U jobs: (U, N), or (U, L, N) with coefficients per layer.
+
+    Both are float64, on the CPU.
+    """
 
     gradients: Tensor
     loglik: Tensor
@@ -31,11 +34,12 @@ def gate_gradients(
 ) -> GateGradients:
     """Return d log p(examples of a job) / d w for all N anchors at once, at the coefficients ``at``.
 
-    log p sums over the target tokens of all examples of a job. Shapes: at (U, N) or, the same for all jobs, (N,).
-    ``pooled`` adapters are applied too.
+    log p sums over the target tokens of all examples of a job. Shapes: at (U, N); (U, L, N) with coefficients per
+    adapted layer, whose gradients of a group of layers add up; or, the same for all jobs, (N,). ``pooled`` adapters are
+    applied too.
     Source: our choice; the gates are those of ``Gated``.
     """
-    rows = at.expand(len(jobs), len(bank))
+    rows = at.expand(len(jobs), -1) if at.ndim == 1 else at
 
     def adapters(parameters: Mapping[str, Tensor], _: Tensor) -> Gated:
         return Gated(bank, parameters["w"])
