@@ -37,10 +37,11 @@ def scene():
     )
 
 
-def known(people: int) -> list[Subject]:
+def known(people: int, shots: tuple[int, ...] = (4, 5, 6, 7, 8, 9)) -> list[Subject]:
+    counts = [shots[u % len(shots)] for u in range(people)]
     return [
-        Subject(tuple(random_examples(4 + u % 6, seed=u)), tuple(random_examples(3, seed=100 + u)))
-        for u in range(people)
+        Subject(tuple(random_examples(count, seed=u)), tuple(random_examples(3, seed=100 + u)))
+        for u, count in enumerate(counts)
     ]
 
 
@@ -55,7 +56,8 @@ def calibrated(scene, people, measure=None) -> Calibration:
 def same(one: Calibration, other: Calibration) -> None:
     near(one.mu, other.mu)
     near(one.curvature, other.curvature)
-    unlike = {"gains", "stacked"}
+    assert one.info.prior == pytest.approx(other.info.prior)
+    unlike = {"prior", "gains", "stacked"}
     assert one.info.model_dump(exclude=unlike) == other.info.model_dump(exclude=unlike)
     for a, b in zip(one.info.gains + one.info.stacked, other.info.gains + other.info.stacked, strict=True):
         assert a.model_dump() == pytest.approx(b.model_dump())
@@ -183,8 +185,8 @@ def test_people_without_a_finite_likelihood_are_left_out(scene, people):
 class Scripted(Calibrator):
     """A calibration whose passes return gains that were made up."""
 
-    def __init__(self, stack):
-        super().__init__(known(10), N, SETTINGS, lambda pieces: [])
+    def __init__(self, stack, shots=(8,)):
+        super().__init__(known(10, shots), N, SETTINGS, lambda pieces: [])
         self.made_up = stack
 
     def stacked(self, shots, w, rates):
@@ -208,6 +210,20 @@ def test_where_no_merge_helps_there_is_none(scene, monkeypatch):
     near(found.coefficients(normal(2, N), -torch.ones(2), torch.tensor([3, 8])), torch.zeros(2, N).double())
     assert {gain.mean for gain in found.info.gains} == {0.0}
     assert "a merge did not help" in found.info.notes[0]
+
+
+def test_people_with_few_shots_do_not_decide_whether_a_merge_helps(scene, monkeypatch):
+    """The card's gain with eight shots is that of people who have so many, and so is the choice behind it."""
+    few = torch.tensor([1, 8]).repeat(8)
+    monkeypatch.setattr(Calibrator, "gains", lambda self, w: torch.where(few == 8, -1.0, 9.0) * w.abs().sum(1))
+    found = calibrated(scene, known(16, (1, 8)))
+    assert "a merge did not help" in found.info.notes[0]
+
+
+def test_people_with_few_shots_do_not_choose_the_rate():
+    few = torch.tensor([1, 8]).repeat(5)
+    made = Scripted(lambda rate: torch.where(few == 8, -1.0, 9.0).double(), (1, 8))
+    assert made.best_rate(MERGES, dict.fromkeys(MERGES, NOTHING))[0] == 0
 
 
 @pytest.mark.parametrize("best", RATES)

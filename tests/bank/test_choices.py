@@ -39,14 +39,16 @@ def test_a_persons_candidate_is_chosen_by_the_other_groups():
         assert len(some) == len(groups)
         return int(some.mean(0).argmax())
 
-    assert chosen_by_others(gains, torch.tensor([0, 0, 1, 2, 3]), most) == [2, 2, 1, 1, 1]
-    assert chosen_by_others(gains, torch.arange(5), most) == [1, 1, 1, 1, 1]
+    everybody = torch.ones(5, dtype=torch.bool)
+    assert chosen_by_others(gains, torch.tensor([0, 0, 1, 2, 3]), everybody, most) == ([2, 2, 1, 1, 1], 1)
+    assert chosen_by_others(gains, torch.arange(5), everybody, most) == ([1, 1, 1, 1, 1], 1)
+    assert chosen_by_others(gains, torch.arange(5), torch.arange(5) > 0, most) == ([1, 2, 1, 1, 1], 1)
 
 
 @given(people=st.integers(3, 12), seed=st.integers(0, 50))
 def test_what_others_chose_is_the_best_candidate_for_them(people, seed):
     gains = normal(people, 3, seed=seed)
-    found = chosen_by_others(gains, torch.arange(people), best_of)
+    found, _ = chosen_by_others(gains, torch.arange(people), torch.ones(people, dtype=torch.bool), best_of)
     others = [torch.cat([gains[:u], gains[u + 1 :]]) for u in range(people)]
     assert found == [best_of(some, torch.arange(people - 1)) for some in others]
 

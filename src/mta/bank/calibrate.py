@@ -231,8 +231,8 @@ class Calibrator:
         fits = [Calibration(*fit, CalibrationInfo(ridge=RIDGE, prior=prior)) for fit in zip(mu, curvature)]
         counts = [n for n in SHOTS if int((self.shots >= n).sum()) >= ENOUGH]
         merges = {n: self.coefficients(fits, found, n) for n in counts}
-        gains = {n: self.gains(w) for n, w in merges.items()}
-        if not float(gains[_typical(gains)].mean()) > 0:  # also if it is not a number
+        gains, typical = {n: self.gains(w) for n, w in merges.items()}, _typical(merges)
+        if not float(gains[typical][self.shots >= typical].mean()) > 0:  # also if it is not a number
             mu, curvature = torch.zeros_like(mu), torch.zeros_like(curvature)
             merges, gains = ({n: torch.zeros_like(one) for n, one in each.items()} for each in (merges, gains))
             notes = (*notes, "a merge did not help: everybody keeps the pooled model")
@@ -295,7 +295,7 @@ class Calibrator:
         typical, rates = _typical(merges), (0.0, *RATES)
         choose = partial(best_of, sure=SURE)  # no stack, unless another rate helps beyond its 95% interval
         tried = torch.cat([gains[typical][:, None], self.stacked(typical, merges[typical], RATES)], dim=1)
-        chosen = chosen_by_others(tried, self.group, choose)  # the number of each person's rate
+        chosen, final = chosen_by_others(tried, self.group, self.shots >= typical, choose)  # numbers of rates
         used, found = sorted(set(chosen) - {0}), dict[int, Tensor]()
         for n, w in merges.items():
             columns = {0: gains[n]}
@@ -304,7 +304,7 @@ class Calibrator:
             elif used:
                 columns |= dict(zip(used, self.stacked(n, w, [rates[c] for c in used]).T))
             found[n] = torch.stack([columns[c][u] for u, c in enumerate(chosen)])
-        return rates[choose(tried, self.group)], found
+        return rates[final], found
 
     def coefficients(self, fits: Sequence[Calibration], found: Sequence[GateGradients], shots: int) -> Tensor:
         """Return everybody's coefficients (U, N) by the other fold's fit, from the gradients of their latest shots."""

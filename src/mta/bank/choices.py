@@ -37,10 +37,19 @@ def standard_error(gains: Tensor, groups: Tensor) -> Tensor:
     return sums.square().sum(0).mul(count / (count - 1)).sqrt() / len(gains) if count > 1 else sums[0] + math.inf
 
 
-def chosen_by_others(gains: Tensor, groups: Tensor, choose: Callable[[Tensor, Tensor], T]) -> list[T]:
-    """Return for each person what is chosen from the gains (U, candidates) of everybody in other groups (U,)."""
-    chosen = {group: choose(gains[groups != group], groups[groups != group]) for group in set(groups.tolist())}
-    return [chosen[group] for group in groups.tolist()]
+def chosen_by_others(
+    gains: Tensor, groups: Tensor, counted: Tensor, choose: Callable[[Tensor, Tensor], T]
+) -> tuple[list[T], T]:
+    """Return for each person what is chosen without their group, and what is chosen by everybody.
+
+    Shapes: gains (U, candidates), groups (U,) of people who share items, counted (U,): whose gains are looked at.
+    """
+
+    def chosen(people: Tensor) -> T:
+        return choose(gains[people], groups[people])
+
+    others = {group: chosen(counted & (groups != group)) for group in set(groups.tolist())}
+    return [others[group] for group in groups.tolist()], chosen(counted)
 
 
 def gain_of(shots: int, gains: Tensor, groups: Tensor) -> Gain:
