@@ -187,7 +187,7 @@ def test_a_refreshed_posterior_is_the_posterior_of_the_whole_history(tiny, tmp_p
         assert found != pytest.approx(before, abs=1e-6)
 
 
-@pytest.mark.parametrize("action", ["retrain", "refresh"])
+@pytest.mark.parametrize("action", ["keep", "retrain", "refresh"])
 @pytest.mark.parametrize("cuts", [(3, 6), (1, 2, 5, 6)])
 def test_updated_laplace_coefficients_are_those_of_the_whole_history(tiny, tmp_path, monkeypatch, cuts, action):
     monkeypatch.setattr("mta.personalize.update.decide", lambda before, new: action)
@@ -195,9 +195,9 @@ def test_updated_laplace_coefficients_are_those_of_the_whole_history(tiny, tmp_p
     trusting = CalibrationInfo(ridge=0.3, prior=4.0)  # the tiny bank's own calibration keeps every person at mu
     tiny = base, replace(bank, calibration=replace(bank.calibration, info=trusting))
     grown = started(tiny, tmp_path / "grown", [person.first(cuts[0]) for person in GROWN], merge=laplace)
-    young = [grown.state(person.id).w for person in GROWN]
+    young = [grown.state(person.id) for person in GROWN]
     for cut in cuts[1:]:
-        grown.update([person.first(cut) for person in GROWN])
+        assert grown.update([person.first(cut) for person in GROWN]).refreshed == len(GROWN)
     whole = started(tiny, tmp_path / "whole", GROWN, merge=laplace)
     for person, before in zip(GROWN, young):
         found, expected = grown.state(person.id), whole.state(person.id)
@@ -205,7 +205,10 @@ def test_updated_laplace_coefficients_are_those_of_the_whole_history(tiny, tmp_p
         assert found.gradient == pytest.approx(expected.gradient, abs=1e-9)
         assert found.loglik == pytest.approx(expected.loglik, abs=1e-9)
         assert found.w == pytest.approx(expected.w, abs=1e-9)
-        assert found.w != pytest.approx(before, abs=1e-6)
+        assert found.w != pytest.approx(before.w, abs=1e-6)
+        assert found.history == person.digest()
+        unchanged = all(torch.equal(t, before.stack.tensors()[name]) for name, t in found.stack.tensors().items())
+        assert unchanged == (action == "keep")
 
 
 def by_anchor(state):

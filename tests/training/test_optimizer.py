@@ -77,6 +77,15 @@ def test_few_examples_lower_the_rate():
     assert [learning_rate(training, 0, 1, n) for n in (1, 8, 800)] == pytest.approx([0.3 / 9, 0.15, 0.3 * 800 / 808])
 
 
+@given(parts=st.lists(st.integers(1, 50), min_size=1, max_size=8))
+def test_rates_of_a_growing_history_add_up_to_that_of_the_whole_one(parts):
+    """Otherwise a stack that is updated often would grow without limit."""
+    training, known = Training(lr=0.3, steps=1, prior=8), [sum(parts[:n]) for n in range(len(parts))]
+    rates = [learning_rate(training, 0, 1, n, before) for n, before in zip(parts, known)]
+    assert sum(rates) == pytest.approx(learning_rate(training, 0, 1, sum(parts)))
+    assert min(rates) > 0
+
+
 @given(n=st.integers(1, 400))
 def test_without_a_prior_the_rate_is_exactly_the_given_one(n):
-    assert learning_rate(Training(lr=2e-4, steps=1), 0, 1, n) == 2e-4
+    assert learning_rate(Training(lr=2e-4, steps=1), 0, 1, n, known=n) == 2e-4

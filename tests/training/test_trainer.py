@@ -178,6 +178,19 @@ def test_float32_gradients_of_the_first_step_are_independent_of_the_cohort():
                 assert float((change - reference).norm()) <= 1e-3 * float(reference.norm()) + 1e-1
 
 
+@settings(max_examples=8, deadline=None)
+@given(parts=st.lists(st.integers(1, 3), min_size=1, max_size=4))
+def test_a_stack_that_is_updated_often_is_no_larger_than_that_of_the_whole_history(parts):
+    base, training = base_of(), Training(lr=0.3, steps=1, batch_size=64, prior=8, clip=1e9)
+    examples, known, found = random_examples(sum(parts), seed=1), 0, None
+    for n in parts:
+        job = Job("a", examples[known : known + n], known)
+        found = train_loras(base, [job], found or start_of(base, [job], rank=1), training)
+        known += n
+    largest = max(float(b.abs().max()) for _, b in found.factors.values())
+    assert largest <= 0.3 * known / (known + 8) * (1 + 1e-9)
+
+
 @pytest.mark.parametrize("kind", ["llama", "gemma3", "gpt2"])
 def test_gradient_checkpointing_recomputes_layers_with_equal_results(kind):
     base, jobs = base_of(kind), jobs_of(3, 2)

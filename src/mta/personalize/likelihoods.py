@@ -114,7 +114,7 @@ def shots_of(base: BaseModel, task: Task, person: Person, alternatives: bool = T
     if not alternatives or not all(labels):
         return ShotsJob(person.digest(), examples)
     others = [base.prompts.examples(task, item, known or ()) for item, known in zip(person.items, labels)]
-    return ShotsJob(person.digest(), examples, others)
+    return ShotsJob(person.digest(), examples, alternatives=others)
 
 
 def gather_evidence(

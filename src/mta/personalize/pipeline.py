@@ -166,7 +166,8 @@ class Pipeline:
         cohorts, plan, _ = self.plan(grown, grown, call) if grown else ([], "", 0)
         actions = self._compute(update_cohort, cohorts, call, on_step) if grown else Counter[Action]()
         first = self.personalize(begin, since=call.since, on_step=on_step) if begin else Personalized(0, 0, 0)
-        done = actions["keep"], actions["retrain"], actions["refresh"], first.trained, unchanged + first.unchanged
+        refreshed = actions["merge"] + actions["refresh"]
+        done = actions["keep"], actions["retrain"], refreshed, first.trained, unchanged + first.unchanged
         gone = tuple(sorted({*call.forgotten, *first.forgotten}))
         return Updated(*done, call.crashed | call.errors | first.failed, plan or first.plan, gone)
 

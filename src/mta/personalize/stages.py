@@ -164,7 +164,8 @@ class Stages:
     def jobs(self, cohort: Cohort) -> list[ShotsJob]:
         """Return the training examples of each person: the items that their state does not hold yet."""
         alternatives = needs_evidence(self.run.merge)
-        return [shots_of(self.base, self.bank.task, item.new_items, alternatives) for item in cohort.items]
+        jobs = [shots_of(self.base, self.bank.task, item.new_items, alternatives) for item in cohort.items]
+        return [replace(job, known=item.known) for job, item in zip(jobs, cohort.items)]
 
     def merge(
         self, cohort: Cohort, jobs: Sequence[ShotsJob], earlier: Earlier | None = None

@@ -6,7 +6,10 @@ The new items are scored before anything is trained on them, so their loss is ho
     retrain   the merge still helps, and there is something to learn: train the stack on from where it was
     refresh   the merge is worse than none: fit its coefficients on from where they were, then train the stack
 
-A state that holds the sum of its shots' gradients is refreshed instead of retrained: the sum must cover all items.
+A state that holds the sum of its shots' gradients gets new coefficients in any case, from the sum over all items: it is
+refreshed instead of retrained, and instead of "keep" there is
+
+    merge     solve the coefficients again, and keep the stack
 
 Source: our choice; docs/decisions/015 has the measurements.
 """
@@ -26,7 +29,7 @@ from mta.personalize.merge import Earlier
 from mta.personalize.stages import Cohort, MeasuredLosses, Stages
 from mta.store.state import Losses, State
 
-Action = Literal["begin", "keep", "retrain", "refresh"]
+Action = Literal["begin", "keep", "merge", "retrain", "refresh"]
 NotSaved = Diverged | PersonForgotten | PersonNotFound | StateCorrupt | StoreConflict
 MARGIN = 0.02  # nats per token: smaller differences do not count
 
@@ -58,7 +61,7 @@ def update_states(stages: Stages, cohort: Cohort) -> list[StateUpdate]:
     jobs, befores = stages.jobs(cohort), cohort.befores
     measured = stages.losses(jobs, stages.merge_before(cohort), _stacks(stages, befores), cohort.tokens_per_batch)
     found = [_decided(state, losses) for state, losses in zip(befores, measured)]
-    for action in ("retrain", "refresh"):
+    for action in ("merge", "retrain", "refresh"):
         if chosen := [i for i, one in enumerate(found) if one.action == action and one.state is None]:
             some = replace(cohort, items=tuple(cohort.items[i] for i in chosen))
             pooled = [measured[i].pooled for i in chosen]
@@ -75,7 +78,9 @@ def _decided(before: State, measured: MeasuredLosses) -> StateUpdate:
     except Diverged as error:
         return StateUpdate("keep", error)
     action = decide(before.losses, new) if before.losses else "refresh"
-    return StateUpdate("refresh" if action == "retrain" and before.gradient else action, None)
+    if before.gradient:
+        action = "merge" if action == "keep" else "refresh"
+    return StateUpdate(action, None)
 
 
 def _new_states(
@@ -83,10 +88,12 @@ def _new_states(
 ) -> list[State | Diverged]:
     """Make new states from the earlier ones and ``jobs``, which hold the new items only."""
     befores, merge = cohort.befores, stages.merge_before(cohort)
-    if action == "refresh":
+    if action != "retrain":
         tokens = [float(state.losses.tokens) if state.losses else 0.0 for state in befores]
         merge, _ = stages.merge(cohort, jobs, Earlier(merge, torch.tensor(tokens).double()))
-    stacks = stages.stacks(cohort, jobs, merge, _stacks(stages, befores))
+    stacks = _stacks(stages, befores)
+    if action != "merge":
+        stacks = stages.stacks(cohort, jobs, merge, stacks)
     return stages.as_states(cohort, jobs, merge, stacks, pooled)
 
 

@@ -71,12 +71,16 @@ class BatchedAdamW:
         return self.values, self.gradient, self.mean, self.square
 
 
-def learning_rate(training: Training, step: int, steps: int, examples: int) -> float:
+def learning_rate(training: Training, step: int, steps: int, examples: int, known: int = 0) -> float:
     """Return the rate of 0-based ``step`` of ``steps``, for a job with that many examples.
 
-    Linear warmup, then constant, linear, or cosine decay to 0; few examples lower it by ``training.prior``.
+    Linear warmup, then constant, linear, or cosine decay to 0. With ``training.prior``, few examples lower it, and so
+    do ``known`` examples that the adapter was trained on before: the rates of its updates add up to that of all its
+    examples at once.
     """
-    lr = training.lr * (examples / (examples + training.prior))
+    lr, prior = training.lr, training.prior
+    if prior:
+        lr *= (known + examples) / (known + examples + prior) - known / (known + prior)
     warmup = math.ceil(training.warmup * steps)
     if step < warmup:
         return lr * (step + 1) / warmup

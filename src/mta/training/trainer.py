@@ -32,10 +32,14 @@ from mta.training.packing import Row, collate, fitting, pack_for
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One adapter to train: ``key`` identifies the adapter, ``examples`` are its training data."""
+    """One adapter to train: ``key`` identifies the adapter, ``examples`` are its training data.
+
+    ``known`` is the number of examples that the adapter was trained on before.
+    """
 
     key: str
     examples: Sequence[Example]
+    known: int = 0
 
     @property
     def targets(self) -> int:
@@ -151,7 +155,7 @@ class _Cohort:
 
     layout: dict[str, tuple[slice, torch.Size]]  # parameter -> its columns and the shape of one row
     steps: list[int]
-    sizes: list[int]  # examples of each job
+    sizes: list[tuple[int, int]]  # examples of each job, and those known before
     optimizer: BatchedAdamW
     active: list[int]
     finished: dict[int, Tensor] = field(default_factory=dict)
@@ -170,7 +174,7 @@ class _Cohort:
         values = torch.cat([tensor.detach().to(*place).flatten(1) for tensor in start.values()], dim=1)
         values = values[torch.tensor(order, device=base.device)]
         steps = [steps_of(training, len(job.examples)) for job in jobs]
-        sizes = [len(job.examples) for job in jobs]
+        sizes = [(len(job.examples), job.known) for job in jobs]
         return cls(layout, steps, sizes, BatchedAdamW.of(values), order)
 
     def leaves(self, people: slice, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -185,7 +189,7 @@ class _Cohort:
 
     def advance(self, training: Training, examples: int) -> None:
         """Take one optimizer step for all active jobs, then release the finished ones."""
-        rates = [learning_rate(training, self.step, self.steps[j], self.sizes[j]) for j in self.active]
+        rates = [learning_rate(training, self.step, self.steps[j], *self.sizes[j]) for j in self.active]
         self.optimizer.update(torch.tensor(rates, dtype=torch.float64), training)
         self.step += 1
         self.seen += examples
