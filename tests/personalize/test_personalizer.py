@@ -1,6 +1,7 @@
 """Personalize many people at once: equal to one at a time; answer questions; mistakes."""
 
 import random
+from dataclasses import replace
 
 import plain
 import pytest
@@ -40,11 +41,19 @@ def test_stacks_are_trained(known):
         assert max(float(b.abs().max()) for _, b in known.state(person.id).stack.factors.values()) > 1e-3
 
 
+@pytest.mark.parametrize("policy", ["posterior", "laplace", "laplace at mu"])
 @pytest.mark.parametrize("stack", [True, False])
-def test_a_state_records_the_losses_of_merge_and_stack(tiny, stack):
+def test_a_state_records_the_losses_of_merge_and_stack(tiny, stack, policy, monkeypatch):
+    """Losses that a stage computes anyway are not computed again."""
     base, bank = tiny
-    personal = personalizer(*tiny, stack=TINY_RUN.stack.model_copy(update={"enabled": stack}))
+    mu = bank.calibration.mu * 0 + (0.1 if policy == "laplace at mu" else 0.0)
+    bank = replace(bank, calibration=replace(bank.calibration, mu=mu))
+    settings = TINY_RUN.merge.model_copy(update={"policy": policy.split()[0]})
+    personal = personalizer(base, bank, merge=settings, stack=TINY_RUN.stack.model_copy(update={"enabled": stack}))
+    passes, plain_pass = list[int](), stages.mean_nll
+    monkeypatch.setattr(stages, "mean_nll", lambda *given, **how: passes.append(1) or plain_pass(*given, **how))
     personal.personalize(PEOPLE)
+    assert len(passes) == (2 if policy == "laplace at mu" else 1)
     for person in PEOPLE[:3]:
         state = personal.state(person.id)
         parts = [plain.update(bank.task_lora)]

@@ -9,6 +9,7 @@ from functools import partial
 from typing import NamedTuple, Unpack
 
 import torch
+from torch import Tensor
 
 from mta.bank.bank import Bank
 from mta.config import Lora, Run, Training
@@ -159,7 +160,8 @@ class Stages:
         """Compute the states of a cohort; ``Diverged`` for each person whose training diverged."""
         jobs = self.jobs(cohort)
         merge, pooled = self.merge(cohort, jobs)
-        return self.as_states(cohort, jobs, merge, self.stacks(cohort, jobs, merge), pooled)
+        stacks, over = self.stacks(cohort, jobs, merge)
+        return self.as_states(cohort, jobs, merge, stacks, pooled, over)
 
     def jobs(self, cohort: Cohort) -> list[ShotsJob]:
         """Return the training examples of each person: the items that their state does not hold yet."""
@@ -172,7 +174,7 @@ class Stages:
     ) -> tuple[Merge, list[float] | None]:
         """Stage 2: fit merges to ``jobs``, from ``earlier`` merges on where there are any.
 
-        Also returns the shots' losses under the pooled model, if the policy had to compute them.
+        Also returns the shots' losses under the pooled model, if the policy computed them.
         """
         settings, bank = self.run.merge, self.bank
         evidence = similarity = None
@@ -194,16 +196,25 @@ class Stages:
             tokens_per_batch=cohort.tokens_per_batch,
             on_step=partial(self.on_step, "coefficients") if self.on_step else None,
         )
-        return merge, (-evidence.task / evidence.tokens).tolist() if evidence else None
+        if evidence:
+            return merge, (-evidence.task / evidence.tokens).tolist()
+        gradients, mu = merge.gradients, bank.calibration.mu if bank.calibration else None
+        if earlier or gradients is None or mu is None or mu.any():
+            return merge, None
+        targets = torch.tensor([job.targets for job in jobs])  # at mu = 0, the model is the pooled one
+        return merge, (-gradients.loglik / targets).tolist()
 
     def stacks(
         self, cohort: Cohort, jobs: Sequence[Job], merge: Merge, start: LoraBatch | None = None
-    ) -> LoraBatch | None:
-        """Stage 3: train the stacks over the merges, from zero or from ``start``. None if stacks are switched off."""
-        settings = self.run.stack
+    ) -> tuple[LoraBatch | None, list[float] | None]:
+        """Stage 3: train the stacks over the merges, from zero or from ``start``. None if stacks are switched off.
+
+        Also returns the shots' losses under the merges, if the first step computed them.
+        """
+        settings, first = self.run.stack, list[Tensor]()
         if not settings.enabled:
-            return None
-        return adapt(
+            return None, None
+        stacks = adapt(
             self.base,
             jobs,
             [*self.bank.pooled, merged(self.bank, merge, self.run.merge)],
@@ -214,7 +225,10 @@ class Stages:
             tokens_per_batch=cohort.tokens_per_batch,
             checkpoint=self._checkpoint(cohort),
             on_step=partial(self.on_step, "stack") if self.on_step else None,
+            on_first=first.append,
         )
+        whole = not start and all(len(job.examples) <= settings.training.batch_size for job in jobs)
+        return stacks, first[0].tolist() if whole and bool(first[0].isfinite().all()) else None
 
     def as_states(
         self,
@@ -223,9 +237,10 @@ class Stages:
         merge: Merge,
         stacks: LoraBatch | None,
         pooled: Sequence[float] | None = None,
+        over: Sequence[float] | None = None,
     ) -> list[State | Diverged]:
-        """Assemble the states of a cohort. ``pooled``: the jobs' losses under the pooled model, if they are known."""
-        losses = self.losses(jobs, merge, stacks, cohort.tokens_per_batch, pooled)
+        """Assemble the states of a cohort. ``pooled`` and ``over``: losses of the jobs, as far as they are known."""
+        losses = self.losses(jobs, merge, stacks, cohort.tokens_per_batch, pooled, over)
         settings = digest_of(settings_of(self.base, self.run), self.run.seed)
 
         def made(i: int, item: WorkItem) -> State | Diverged:
@@ -259,16 +274,20 @@ class Stages:
         stacks: LoraBatch | None,
         tokens_per_batch: int,
         pooled: Sequence[float] | None = None,
+        over: Sequence[float] | None = None,
     ) -> list[MeasuredLosses]:
-        """Return the losses of each job. One pass for each field."""
+        """Return the losses of each job: one pass for each field, except those that are known.
+
+        Known may be the losses under the ``pooled`` model, and with the merge ``over`` it.
+        """
 
         def under(*added: Adapters) -> list[float]:
             return mean_nll(self.base, jobs, [*self.bank.pooled, *added], tokens_per_batch=tokens_per_batch)
 
-        over = merged(self.bank, merge, self.run.merge)
-        stacked: Sequence[float | None] = under(over, PerPerson(stacks)) if stacks else [None] * len(jobs)
+        merges = merged(self.bank, merge, self.run.merge)
+        stacked: Sequence[float | None] = under(merges, PerPerson(stacks)) if stacks else [None] * len(jobs)
         targets = [job.targets for job in jobs]
-        return list(map(MeasuredLosses, pooled or under(), under(over), stacked, targets))
+        return list(map(MeasuredLosses, pooled or under(), over or under(merges), stacked, targets))
 
     def merge_before(self, cohort: Cohort) -> Merge:
         """Return the merges that an update starts from, with the gradients if the policy reads these."""

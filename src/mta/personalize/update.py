@@ -93,7 +93,7 @@ def _new_states(
         merge, _ = stages.merge(cohort, jobs, Earlier(merge, torch.tensor(tokens).double()))
     stacks = _stacks(stages, befores)
     if action != "merge":
-        stacks = stages.stacks(cohort, jobs, merge, stacks)
+        stacks, _ = stages.stacks(cohort, jobs, merge, stacks)
     return stages.as_states(cohort, jobs, merge, stacks, pooled)
 
 

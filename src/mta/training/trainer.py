@@ -57,6 +57,7 @@ class Passes(TypedDict, total=False):
     tokens_per_batch: int
     checkpoint: Checkpoint | None
     on_step: Callable[[Step], None] | None
+    on_first: Callable[[Tensor], None] | None
 
 
 @torch.inference_mode(False)
@@ -74,6 +75,7 @@ def train(
     tokens_per_batch: int = 2048,
     checkpoint: Checkpoint | None = None,
     on_step: Callable[[Step], None] | None = None,
+    on_first: Callable[[Tensor], None] | None = None,
 ) -> dict[str, Tensor]:
     """Train parameters ``start`` (each (U, ...), one row per job) over the frozen base and ``frozen`` adapters.
 
@@ -81,7 +83,9 @@ def train(
     ``dtype`` (default: the master dtype). ``frozen`` adapters are indexed by job.
     One pass computes rows of at most ``tokens_per_batch`` padded tokens; a target token counts more, for its logits
     (``Footprint.target_weight``). With a ``checkpoint`` a killed run resumes from the last save; the caller removes it
-    after saving the result. Returns the parameters in the order of ``jobs``, in the base's master dtype.
+    after saving the result. ``on_first`` gets the losses of the first step (U,), those of ``start``, also in a
+    resumed run; not a number for jobs without a step. Returns the parameters in the order of ``jobs``, in the base's
+    master dtype.
     """
     cohort, dtype = _Cohort.begin(base, jobs, start, training), dtype or base.master_dtype
     if checkpoint and (saved := checkpoint.load()):
@@ -92,11 +96,15 @@ def train(
         batches = [batch_of(jobs[j], cohort.step, training.batch_size, seed) for j in cohort.active]
         with base.in_training():
             losses = _accumulate(base, cohort, batches, adapters, frozen, dtype, tokens_per_batch)
+        if cohort.step == 0:
+            cohort.first[cohort.active] = losses.cpu()
         cohort.advance(training, sum(len(batch) for batch in batches))
         if on_step:
             on_step(Step(cohort.step, len(batches), cohort.seen, total, float(losses.mean())))
         if checkpoint and (checkpoint.due() or not cohort.active):
             checkpoint.save(*cohort.saved())
+    if on_first:
+        on_first(cohort.first)
     result = cohort.result()
     del cohort
     buffers = 4 * sum(tensor.nbytes for tensor in result.values())  # values, gradient, two moments
@@ -157,6 +165,7 @@ class _Cohort:
     steps: list[int]
     sizes: list[tuple[int, int]]  # examples of each job, and those known before
     optimizer: BatchedAdamW
+    first: Tensor  # losses of the jobs in the first step
     active: list[int]
     finished: dict[int, Tensor] = field(default_factory=dict)
     step: int = 0
@@ -175,7 +184,8 @@ class _Cohort:
         values = values[torch.tensor(order, device=base.device)]
         steps = [steps_of(training, len(job.examples)) for job in jobs]
         sizes = [(len(job.examples), job.known) for job in jobs]
-        return cls(layout, steps, sizes, BatchedAdamW.of(values), order)
+        first = torch.full((len(jobs),), math.nan, dtype=base.master_dtype)
+        return cls(layout, steps, sizes, BatchedAdamW.of(values), first, order)
 
     def leaves(self, people: slice, dtype: torch.dtype) -> dict[str, Tensor]:
         """Return trainable views of the buffer, or of a copy of it in ``dtype``, for a slice of people."""
@@ -214,7 +224,7 @@ class _Cohort:
 
     def saved(self) -> tuple[dict[str, Tensor], dict[str, object]]:
         tensors = {key: getattr(self.optimizer, key) for key in ("values", "mean", "square", "step")}
-        tensors |= {f"finished/{j}": values for j, values in self.finished.items()}
+        tensors |= {f"finished/{j}": values for j, values in self.finished.items()} | {"first": self.first}
         progress = {"step": self.step, "examples": self.seen, "active": self.active}
         return {k: t.cpu() for k, t in tensors.items()}, progress
 
@@ -225,6 +235,7 @@ class _Cohort:
         self.finished = {
             int(k.removeprefix("finished/")): t.to(device) for k, t in tensors.items() if k.startswith("finished/")
         }
+        self.first = tensors.get("first", self.first)  # not in checkpoints of earlier versions
         self.active = list(progress["active"])  # type: ignore[call-overload]
         self.step, self.seen = int(progress["step"]), int(progress["examples"])  # type: ignore[call-overload]
 
