@@ -117,14 +117,14 @@ model = peft.PeftModel.from_pretrained(base.model, "path/to/this/folder")
 
 
 def _calibration(found: CalibrationInfo | None) -> str:
-    """Return the section on the calibration: what a person is expected to gain, as a table and as bars."""
+    """Return the section on the calibration: what a person is expected to gain, as a table with intervals drawn."""
     if found is None:
         return ""
     kinds = {"merge": found.gains, "merge and stack": found.stacked}
     measured = [(name if gain.shots else "merge for all", gain) for name, gains in kinds.items() for gain in gains]
     rows = "".join(
         f"| {gain.shots} | {name} | {gain.mean:+.3f} [{gain.low:+.3f}, {gain.high:+.3f}] | {gain.worse:.0%} | "
-        f"{gain.people} | {_bar(gain, [one for _, one in measured])} |\n"
+        f"{gain.people} | `{_interval_line(gain, [one for _, one in measured])}` |\n"
         for name, gain in sorted(measured, key=lambda entry: entry[1].shots)
     )
     head = "| shots | | gain | worse by 0.02 | people | |\n|---|---|---|---|---|---|\n"
@@ -136,9 +136,18 @@ def _calibration(found: CalibrationInfo | None) -> str:
 """
 
 
-def _bar(gain: Gain, gains: Sequence[Gain]) -> str:
-    most = max(abs(one.mean) for one in gains) or 1.0
-    return ("█" if gain.mean > 0 else "░") * max(round(12 * abs(gain.mean) / most), 1)
+def _interval_line(gain: Gain, gains: Sequence[Gain], width: int = 30) -> str:
+    """Draw a gain on the axis of all ``gains``: ● the mean, ━ its interval, ┊ no gain, · the rest."""
+    low, high = min(0.0, *(one.low for one in gains)), max(0.0, *(one.high for one in gains))
+
+    def place(value: float) -> int:
+        return round((value - low) / ((high - low) or 1.0) * (width - 1))
+
+    cells = ["·"] * width
+    cells[place(gain.low) : place(gain.high) + 1] = "━" * (place(gain.high) - place(gain.low) + 1)
+    cells[place(0.0)] = "┊"
+    cells[place(gain.mean)] = "●"
+    return "".join(cells)
 
 
 def in_words(found: CalibrationInfo) -> str:
