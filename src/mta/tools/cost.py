@@ -216,14 +216,14 @@ def costs(shape: Shape, run: Run, load: Load) -> dict[str, Cost]:
     tried = how.people * (how.steps * (how.shots + how.queries) + 3 * how.shots) if how.enabled else 0
     anchor_items = anchors * _examples(run.bank.training, run.bank.max_items)
     bank = task + trained(anchor_items, pooled, rank) + trained(tried, pooled + anchors * rank, 0)
-    merge = scored(shots, pooled) + scored(shots, merged)  # the losses of the state
+    merge, over = scored(shots, pooled), scored(shots, merged)  # losses; a stack's first step has the second
     if needs_evidence(run.merge):
         merge += anchors * scored(shots, pooled + rank)
     if run.merge.policy == "learned":
         merge += trained(_examples(run.merge.learned, shots), merged, 0)
     if policy_of(run.merge).gradients:
         merge += trained(shots, merged, 0)
-    examples, adapt = _examples(run.stack.training, shots), 0.0
+    examples, adapt = _examples(run.stack.training, shots), over
     if run.stack.enabled:
         adapt = trained(examples, merged, stack) + scored(shots, merged + stack)
 
@@ -234,7 +234,7 @@ def costs(shape: Shape, run: Run, load: Load) -> dict[str, Cost]:
     assembly = shape.layers * (5.0 * anchors + 48)  # one weight per anchor, as text
     return {
         "MTA": Cost(bank_bytes, merge_bytes + stack * number * run.stack.enabled, bank, merge + adapt),
-        "merge alone": Cost(bank_bytes, merge_bytes, bank, merge),
+        "merge alone": Cost(bank_bytes, merge_bytes, bank, merge + over),
         "OPPU": Cost(pooled * number, rank * number, task, trained(_examples(OPPU, shots), pooled, rank)),
         "Per-Pcs": Cost(bank_bytes, assembly, bank, scored(shots, pooled)),
     }
