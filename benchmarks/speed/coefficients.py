@@ -1,9 +1,10 @@
-"""Stage 2 from one gradient against scoring the shots under every anchor, and MTA as shipped against OPPU."""
+"""Stage 2 from one gradient against scoring the shots under every anchor; MTA as shipped against OPPU; many anchors."""
 
 from __future__ import annotations
 
 import gc
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 import torch
 
@@ -15,33 +16,35 @@ from benchmarks.speed.training import base_of, random_bank, task_lora
 from mta.bank.calibration import one_step
 from mta.config import Lora, Training, parse_size
 from mta.lora.batch import LoraBatch
-from mta.lora.layers import Gated, Shared
+from mta.lora.layers import Gated, PerPerson, Shared
 from mta.model.base import BaseModel
 from mta.model.footprint import ParameterCounts
 from mta.personalize.likelihoods import ShotsJob, gather_evidence, shots_of
 from mta.personalize.stages import adapt
 from mta.training.gates import gate_gradients
 from mta.training.plan import plan_cohorts
+from mta.training.scoring import mean_nll
 
 DTYPE = "bfloat16"
 ANCHORS = (16, 32)
 RANK = 8
 OPPU_STEPS = 4  # tuned: src/mta/recipes/evaluation
 STACK, STEP = Lora(rank=1), one_step(1.6e-3)
+MANY = 50  # anchors: 400 shared ranks
 _TARGET = 5.0
 
 
 def rows(settings: Settings) -> Iterator[Row]:
-    """Two numbers of anchors, and two kinds of prompts."""
+    """Two kinds of prompts: two numbers of anchors against scoring, MTA against OPPU, many anchors against one."""
     for kind, prompts in (("short prompts", data.short), ("reviews", data.reviews)):
         names = {anchors: f"coefficients, {anchors} anchors, {kind}" for anchors in ANCHORS}
-        shipped = f"stages 2 and 3 against OPPU, {kind}"
-        if not any(map(settings.wanted, [*names.values(), shipped])):
+        shipped, many = f"stages 2 and 3 against OPPU, {kind}", f"gradient of {MANY} anchors, {kind}"
+        if not any(map(settings.wanted, [*names.values(), shipped, many])):
             continue
         try:
             base, found = base_of(DTYPE), prompts()
         except Absent as absent:
-            yield from (Row(name, "mta", "", skipped=str(absent)) for name in [*names.values(), shipped])
+            yield from (Row(name, "mta", "", skipped=str(absent)) for name in [*names.values(), shipped, many])
             continue
         jobs = _jobs(base, found, settings.people if kind == "short prompts" else settings.reviewers)
         for anchors, name in names.items():
@@ -49,6 +52,8 @@ def rows(settings: Settings) -> Iterator[Row]:
                 yield against_scoring(name, base, jobs, random_bank(base, anchors), settings)
         if settings.wanted(shipped):
             yield against_oppu(shipped, base, jobs, settings)
+        if settings.wanted(many):
+            yield against_one(many, base, jobs, settings)
     base_of.cache_clear()
     gc.collect()
 
@@ -83,7 +88,10 @@ def against_scoring(
 
 
 def against_oppu(name: str, base: BaseModel, jobs: Sequence[ShotsJob], settings: Settings) -> Row:
-    """A gradient over 32 anchors and a stack of rank 1 over the merge, against a LoRA of rank 8 for each person."""
+    """A gradient over 32 anchors, a stack of rank 1 over the merge, and the losses that a state stores, against OPPU.
+
+    OPPU trains a LoRA of rank 8 for each person, and stores no loss.
+    """
     bank, pooled = random_bank(base, ANCHORS[-1]), [Shared(task_lora(base))]
     at = torch.zeros(len(bank), dtype=torch.float64)
     width = base.footprint.sums.width
@@ -93,7 +101,9 @@ def against_oppu(name: str, base: BaseModel, jobs: Sequence[ShotsJob], settings:
     def mta() -> float:
         found = gate_gradients(base, jobs, bank, at, pooled, tokens_per_batch=tokens)
         w = 0.01 * found.gradients.to(base.master_dtype)  # of any size: times do not depend on it
-        adapt(base, jobs, [*pooled, Gated(bank, w)], STACK, STEP, tokens_per_batch=tokens)
+        below = [*pooled, Gated(bank, w)]
+        stacks = adapt(base, jobs, below, STACK, STEP, tokens_per_batch=tokens)
+        mean_nll(base, jobs, [*below, PerPerson(stacks)], tokens_per_batch=tokens)  # the other losses are known
         return len(jobs)
 
     def alone() -> float:
@@ -103,7 +113,7 @@ def against_oppu(name: str, base: BaseModel, jobs: Sequence[ShotsJob], settings:
     rates, peer_rates = turns(mta, alone, settings.repeats, warm=not settings.quick)
     return Row(
         name,
-        "MTA: one gradient, one step of rank 1",
+        "MTA: one gradient, one step of rank 1, losses",
         f"OPPU: {OPPU_STEPS} steps of rank {oppu.rank}, {len(jobs)} people together",
         "people/s",
         tuple(rates),
@@ -111,6 +121,32 @@ def against_oppu(name: str, base: BaseModel, jobs: Sequence[ShotsJob], settings:
         1.0,
         note=f"{len(bank)} anchors, {data.SHOTS} shots a person, {DTYPE}",
         more={"people": len(jobs), "anchors": len(bank)},
+    )
+
+
+def against_one(name: str, base: BaseModel, jobs: Sequence[ShotsJob], settings: Settings) -> Row:
+    """The gradient of many anchors against that of one, which must not cost more than its operations."""
+    pooled, banks = [Shared(task_lora(base))], [random_bank(base, MANY), random_bank(base, 1)]
+    tokens = _tokens(base, jobs, banks[0], 1)
+
+    def of(bank: LoraBatch) -> float:
+        gate_gradients(base, jobs, bank, torch.zeros(len(bank), dtype=torch.float64), pooled, tokens_per_batch=tokens)
+        return len(jobs)
+
+    rates, peer_rates = turns(partial(of, banks[0]), partial(of, banks[1]), settings.repeats, warm=not settings.quick)
+    linear = sum(d * o for d, o in base.targets.values())
+    width = base.footprint.sums.width
+    fewer = (linear + 2 * RANK * width) / (linear + (MANY + 1) * RANK * width)  # without the LM head
+    return Row(
+        name,
+        f"gradient of {MANY} anchors, {len(jobs)} people",
+        "gradient of one anchor",
+        "people/s",
+        tuple(rates),
+        tuple(peer_rates),
+        fewer,
+        note=f"target: operations of one anchor over those of {MANY}; {data.SHOTS} shots a person, {DTYPE}, rank {RANK}",
+        more={"people": len(jobs), "anchors": MANY},
     )
 
 
