@@ -145,7 +145,7 @@ def against_one(name: str, base: BaseModel, jobs: Sequence[ShotsJob], settings: 
         tuple(rates),
         tuple(peer_rates),
         fewer,
-        note=f"target: operations of one anchor over those of {MANY}; {data.SHOTS} shots a person, {DTYPE}, rank {RANK}",
+        note=f"target: the ratio of their operations; {data.SHOTS} shots a person, {DTYPE}, rank {RANK}",
         more={"people": len(jobs), "anchors": MANY},
     )
 
