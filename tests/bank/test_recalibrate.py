@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -50,6 +51,13 @@ def test_an_older_bank_is_calibrated_in_place(folder, base):
     assert {name: after.info.files[name] for name in before.info.files} == before.info.files
     assert not (folder / "bank" / "work").exists()
     assert "What to expect" in (folder / "bank" / "README.md").read_text()
+
+
+def test_a_calibration_says_first_how_long_it_will_take(folder, base, caplog):
+    said = []
+    with caplog.at_level("INFO", "mta"):
+        calibrated(folder, base, on_step=lambda stage, step: said or said.append(caplog.text))
+    assert re.search(r"calibration: 8 people, about [\d.]+ s in one process here", said[0])
 
 
 def test_people_are_personalized_by_one_gradient_after_a_calibration(folder, base):

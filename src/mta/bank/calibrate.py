@@ -16,6 +16,7 @@ Source: our choice; docs/explanation/method.md.
 from __future__ import annotations
 
 import hashlib
+import logging
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
@@ -39,12 +40,16 @@ from mta.lora.batch import LoraBatch
 from mta.lora.layers import Shared
 from mta.model.base import BaseModel
 from mta.model.footprint import ParameterCounts
+from mta.system.device import REACHED, gemm_rate
 from mta.system.progress import Step
+from mta.system.units import human_seconds
 from mta.training.checkpoint import Checkpoint
 from mta.training.gates import GateGradients
+from mta.training.packing import pack_for
 from mta.training.plan import Plan, parameters_of, plan_cohorts
 from mta.training.trainer import Job
 
+log = logging.getLogger("mta")
 LENGTHS = (0.5, 1.0)  # of a Newton step
 ENOUGH = 8  # people, to measure anything
 RIDGE = 0.3
@@ -96,7 +101,11 @@ def calibrate(
                 files[outcome.piece.name].save({"found": outcome.result.contiguous()}, {"asked": outcome.piece.asked})
             yield outcome.piece, outcome.result
 
-    return Calibrator(known, len(anchors), run.calibration, measure, on_step, run.stack.enabled, together).run()
+    made = Calibrator(known, len(anchors), run.calibration, measure, on_step, run.stack.enabled, together)
+    if base.device.type == "cpu" and known:
+        seconds = _expected_seconds(base, made, len(anchors) * anchors.rank, tokens)
+        log.info("calibration: %d people, about %s in one process here", len(known), human_seconds(seconds))
+    return made.run()
 
 
 def plan_of(base: BaseModel, known: Sequence[Subject], anchors: int, run: Run) -> Plan:
@@ -108,6 +117,14 @@ def plan_of(base: BaseModel, known: Sequence[Subject], anchors: int, run: Run) -
     if not jobs:
         return Plan((), 0, 1, 0)
     return plan_cohorts(base, jobs, trained, parse_size(run.memory), below=sizes, most=_PIECE)
+
+
+def _expected_seconds(base: BaseModel, planned: Calibrator, ranks: int, tokens_per_batch: int) -> float:
+    """Return the time of a calibration on this CPU with ``ranks`` shared ranks, by the rate of its matrix products."""
+    examples = sum(len(one.all) for one in planned.known)
+    tokens = sum(len(row.tokens) for one in planned.known for row in pack_for(base, one.all, tokens_per_batch))
+    linear = sum(d * o for d, o in base.targets.values()) + ranks * base.footprint.sums.width
+    return planned.planned * tokens / examples * 2 * linear / (REACHED * gemm_rate(base.dtype))
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,7 +21,7 @@ from mta.model.footprint import COPIES, Footprint, ParameterCounts, TextLengths
 from mta.personalize.merge import needs_evidence
 from mta.personalize.policies import policy_of
 from mta.system.assets import ASSETS, resolve
-from mta.system.device import cores, cpu, gemm_rate, pick_dtype
+from mta.system.device import REACHED, cores, cpu, gemm_rate, pick_dtype
 
 _FIELDS = ["model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"]
 _FIELDS += ["num_key_value_heads", "tie_word_embeddings"]
@@ -143,7 +143,6 @@ class Hardware:
 
 
 _GPUS = {"l4": 121e12, "a100": 312e12, "h100": 989e12}
-_REACHED = 0.6  # of matrix products in bfloat16: make bench, row "operations against torch.mm"
 
 
 def hardware(name: str) -> Hardware:
@@ -156,7 +155,7 @@ def hardware(name: str) -> Hardware:
     dtype = pick_dtype("auto", torch.device("cpu"))
     name = str(dtype).removeprefix("torch.")
     source = f"matrix products in {name}, measured now; the share from docs/explanation/performance.md"
-    return Hardware(f"{cpu()}, {cores()} cores", gemm_rate(dtype), _REACHED, source)
+    return Hardware(f"{cpu()}, {cores()} cores", gemm_rate(dtype), REACHED, source)
 
 
 @dataclass(frozen=True, slots=True)
