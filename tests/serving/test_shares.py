@@ -82,9 +82,19 @@ def test_a_person_larger_than_the_keys_share_is_refused_and_displaces_nobody(tmp
     greedy = Key(name="greedy", sha256="0" * 64, rights="person", of="greedy")
     for _ in range(9):
         histories.append("greedy", [item(1000)], False, greedy)
-    with pytest.raises(Refused, match="characters in memory"):
+    with pytest.raises(Refused, match="bytes in memory"):
         histories.append("greedy", [item(1000)], False, greedy)
     assert all(histories.held(id) == 1 for id in ["mine", *(key.of for key in small)])
+
+
+def test_characters_of_other_scripts_take_their_bytes(tmp_path):
+    """A text with one emoji takes four bytes for each of its characters."""
+    histories = Histories(Store(tmp_path), 500, ROOM)
+    mine = Key(name="mine", sha256="0" * 64, rights="person", of="mine")
+    histories.append("mine", [item(ROOM // 8)], False, mine)
+    histories.forget("mine")
+    with pytest.raises(Refused, match="bytes in memory"):
+        histories.append("mine", [Item({"text": "\N{GRINNING FACE}" + "x" * (ROOM // 8)})], False, mine)
 
 
 def test_the_oldest_people_are_dropped_and_forgetting_frees_room(tmp_path):

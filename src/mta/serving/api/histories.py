@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections import Counter, OrderedDict
 from collections.abc import Collection, Sequence
@@ -12,11 +13,11 @@ from mta.serving.engine import Refused
 from mta.store import Store
 from mta.store.lock import locked
 
-_OVERHEAD = 64  # approximate size of a text object besides its characters
+_OVERHEAD = 64 - sys.getsizeof("")  # of a text in an item, besides its object
 
 
 class Histories:
-    """People's items. Items without opt-in take at most ``room`` characters of memory; the oldest people go first.
+    """People's items. Items without opt-in take at most ``room`` bytes of memory; the oldest people go first.
 
     A person or prefix key fills at most a quarter of ``room``, all such keys together three quarters; beyond that the
     key that uses most gives way. The rest is reserved for the operator.
@@ -44,9 +45,9 @@ class Histories:
                 return len(person.items)
         since = self._store.tombstones.of(id)
         person = self._joined(self._of(id, since), id, new)
-        if key.share and _characters(person) > self._room // 4:
+        if key.share and _size(person) > self._room // 4:
             raise Refused(
-                f"a history may have at most {self._room // 4} characters in memory",
+                f"a history may have at most {self._room // 4} bytes in memory",
                 hint='Send "keep": true, or fewer and shorter items.',
             )
         with self._lock:
@@ -54,7 +55,7 @@ class Histories:
             share = self._share[id] = key.share
             self._held.setdefault(share, OrderedDict())[id] = person
             self._since[id] = since
-            self._used[share] += _characters(person)
+            self._used[share] += _size(person)
             self._make_room(id)
         return len(person.items)
 
@@ -88,7 +89,7 @@ class Histories:
         if share is None:
             return False
         del self._since[id]
-        self._used[share] -= _characters(self._held[share].pop(id))
+        self._used[share] -= _size(self._held[share].pop(id))
         return True
 
     def _of(self, id: str, known: frozenset[str]) -> Person | None:
@@ -121,5 +122,6 @@ class Histories:
             return self._drop(id)
 
 
-def _characters(person: Person) -> int:
-    return sum(len(text) + _OVERHEAD for item in person.items for text in item.fields.values())
+def _size(person: Person) -> int:
+    """Return the approximate bytes of a person's items: a character takes one, two, or four."""
+    return sum(sys.getsizeof(text) + _OVERHEAD for item in person.items for text in item.fields.values())
