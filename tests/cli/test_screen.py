@@ -1,9 +1,11 @@
-"""Progress without a terminal: plain lines with rate and remaining time."""
+"""Progress: a bar for each stage on a terminal, plain lines with rate and remaining time elsewhere."""
 
+import io
 import itertools
 from types import SimpleNamespace
 
 import pytest
+from rich.console import Console
 
 from mta.cli import screen
 from mta.cli.screen import Screen
@@ -38,3 +40,21 @@ def test_each_cohort_has_its_own_rate(lines):
     found = lines(*cohort, *cohort)
     assert found[:2] == found[2:]
     assert "1.0 examples/s" in found[3]
+
+
+def test_each_row_on_a_terminal_has_one_time_left(monkeypatch):
+    wide = Console(file=io.StringIO(), force_terminal=True, width=120)
+    monkeypatch.setattr(screen, "console", wide)
+    with Screen() as shown:
+        shown.whole("whole demo", 0.5, 260.0)
+        shown.step("stack", Step(1, 2, 10, 50, 0.5))
+        shown._progress.refresh()
+        whole, stage = (str(row).split() for row in _rows(shown))
+    assert (whole.count("left"), " ".join(whole[-4:])) == (1, "about 4.3 min left")
+    assert (stage.count("left"), stage[-2:]) == (1, ["-:--:--", "left"])
+
+
+def _rows(shown):
+    plain = Console(file=io.StringIO(), width=120)
+    plain.print(shown._progress.get_renderable())
+    return plain.file.getvalue().rstrip().splitlines()

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, Task, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
 
 from mta.errors import InputError
 from mta.system.units import human_seconds
@@ -34,6 +35,13 @@ class _Stage:
     printed: float = -EVERY
 
 
+class _Left(TimeRemainingColumn):
+    """Time left of a row: the estimate of ``Screen.whole``, or else an extrapolation of the progress so far."""
+
+    def render(self, task: Task) -> Text:
+        return Text(task.fields["left"]) if "left" in task.fields else super().render(task).append(" left")
+
+
 class Screen:
     """Progress of several stages; call ``step`` after each training step.
 
@@ -48,8 +56,7 @@ class Screen:
             BarColumn(),
             TextColumn("{task.fields[note]}"),
             TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
+            _Left(),
             console=console,
             disable=not console.is_terminal,
         )
@@ -88,13 +95,13 @@ class Screen:
 
     def whole(self, name: str, share: float, left: float) -> None:
         """Update the progress of all stages together: the share that is done, and the seconds left."""
-        note, now = f"about {human_seconds(left)} left", time.monotonic()
+        about, now = f"about {human_seconds(left)} left", time.monotonic()
         if (known := self._stages.get(name)) is None:
-            known = self._stages[name] = _Stage(self._progress.add_task(name, note=note, total=1.0), done=0)
-        self._progress.update(known.bar, completed=share, note=note)
+            known = self._stages[name] = _Stage(self._progress.add_task(name, note="", left=about, total=1.0), done=0)
+        self._progress.update(known.bar, completed=share, left=about)
         if not console.is_terminal and now - known.printed > EVERY:
             known.printed = now
-            self.say(f"{name}: {share:.0%} done, {note}")
+            self.say(f"{name}: {share:.0%} done, {about}")
 
     def say(self, text: str) -> None:
         """Print one line."""
