@@ -23,6 +23,12 @@ def told(monkeypatch):
     return Clock(MINUTES, lambda share, left: reports.append((round(share, 3), round(left)))), reports
 
 
+def test_the_time_of_all_stages_is_expected_before_the_first_step(told):
+    clock, reports = told
+    clock.begin()
+    assert reports == [(0.0, 600)]
+
+
 def test_the_time_left_follows_the_pace_so_far(told):
     clock, reports = told
     for done in (0, 50, 100):

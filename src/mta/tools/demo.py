@@ -51,7 +51,7 @@ class Recipe(Settings):
     """A demo in one file: data, people, settings, and two lists of settings that replace some of them.
 
     ``short`` is for the version of a few minutes, and ``slow``, on top, for slow machines. ``minutes`` is what the
-    stages of the short version take; only their proportions count.
+    stages of the short version take; after the first step only their proportions count.
     """
 
     data: str
@@ -73,6 +73,10 @@ class Clock:
     def __init__(self, minutes: Mapping[str, float], on_time: OnTime) -> None:
         self._minutes, self._on_time, self._start = dict(minutes), on_time, time.monotonic()
         self._begun: dict[str, float] = {}
+
+    def begin(self) -> None:
+        """Report the time that all stages are expected to take."""
+        self._on_time(0.0, 60 * sum(self._minutes.values()))
 
     def step(self, stage: str, step: Step) -> None:
         """Report the time left after a step of a stage."""
@@ -119,8 +123,11 @@ def demo(
     ``words`` are settings that override the recipe and its short version; ``full`` takes the recipe as it is.
     ``track`` opens an additional tracker of steps. Raises ConfigError if ``out`` holds a demo with other settings.
     """
+    fresh = not (out / "recipe.yaml").exists()
     recipe = _settled(out, recipe, words, full, say)
     clock, run = Clock(recipe.minutes, on_time), recipe.run
+    if fresh and not full:  # other versions take longer, and stopped demos have less to do
+        clock.begin()
 
     def step(stage: str, step: Step) -> None:
         on_step(stage, step)
