@@ -147,6 +147,20 @@ def test_what_is_more_than_a_lora_is_refused_and_nothing_is_written(trained, tmp
     assert not (tmp_path / "bank").exists()
 
 
+def test_loras_that_name_another_base_are_imported_with_a_warning(trained, tmp_path, caplog):
+    named, folders = {"ann": "/models/Tiny-LLAMA/", "bob": "owner/other-1b", "cem": None}, []
+    for folder in trained[0]:
+        folders.append(shutil.copytree(folder, tmp_path / folder.name))
+        config = json.loads((folder / CONFIG).read_text()) | {"base_model_name_or_path": named[folder.name]}
+        (folders[-1] / CONFIG).write_text(json.dumps(config))
+    imported(tmp_path / "bank", folders)
+    (said,) = [record.message for record in caplog.records]
+    assert said == "1 of 3 LoRAs name another base than tiny-llama: owner/other-1b"
+    caplog.clear()
+    imported(tmp_path / "fine", folders[::2])
+    assert not caplog.records
+
+
 def test_half_precision_is_computed_in_single(trained, tmp_path):
     folders, halves = trained[0], []
     for folder in folders:

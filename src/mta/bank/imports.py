@@ -36,13 +36,14 @@ from mta.data.history import Person
 from mta.data.tasks.task import Task
 from mta.errors import BankError, InputError
 from mta.lora.batch import Factors, LoraBatch, stack
-from mta.lora.peft import CARD, CONFIG, WEIGHTS, alpha_of, read_peft
+from mta.lora.peft import CARD, CONFIG, WEIGHTS, alpha_of, base_name_of, read_peft
 from mta.model.base import BaseModel
 from mta.model.encoders import Encoder, encode_people
 from mta.system.atomic import copy_file, sync_folder, write_tensors, write_text
 from mta.tracking.run_folder import work_of
 
 log = logging.getLogger("mta")
+_NAMED = 5  # bases in a warning
 
 
 def import_bank(
@@ -156,12 +157,22 @@ def _given(adapters: Sequence[Path], base: BaseModel, people: Sequence[Person]) 
             hint="Rename one of them.",
         )
     loras = [_of_base(folder, read_peft(folder), base) for folder in folders]
+    _warn_of_other_bases(folders, base.name)
     known = {person.id: person for person in people if person.items}
     if missing := sum(name not in known for name in ids) if people else 0:
         log.warning("no items are given for %d of %d LoRAs: these cannot be retrieved by content", missing, len(ids))
     return _Given(
         ids, loras, [known.get(name) for name in ids], [file_hashes(folder, [CONFIG, WEIGHTS]) for folder in folders]
     )
+
+
+def _warn_of_other_bases(folders: Sequence[Path], base: str) -> None:
+    """Warn of LoRAs that name another base. Only the last parts of paths and hub ids count: copies of a base differ."""
+    named = [base_name_of(folder) for folder in folders]
+    others = [name for name in named if name and Path(name).name.casefold() != Path(base).name.casefold()]
+    if others:
+        names = ", ".join(sorted(set(others))[:_NAMED])
+        log.warning("%d of %d LoRAs name another base than %s: %s", len(others), len(folders), base, names)
 
 
 def _of_base(folder: Path, lora: LoraBatch, base: BaseModel) -> LoraBatch:
