@@ -248,6 +248,7 @@ def test_generate_without_a_person_asks_the_task_lora_and_the_base(world):
 def test_export_writes_a_peft_folder(world, tmp_path):
     said = mta("export", ANN, "--out", tmp_path / "ann", *world.at, "--json").json
     config = json.loads((tmp_path / "ann" / "adapter_config.json").read_text())
+    assert said.pop("max_lora_rank") >= config["r"]
     assert said == {"folder": str(tmp_path / "ann"), "rank": config["r"], "relative_error": 0.0}
     tensors = load_file(tmp_path / "ann" / "adapter_model.safetensors")
     assert config["peft_type"] == "LORA"
@@ -268,6 +269,7 @@ def test_export_reports_the_error_of_compression(world, tmp_path):
     assert "rank 1: a vLLM server needs --max-lora-rank 8" in said.err
     said = mta("export", ANN, "--out", tmp_path / "ann", *world.at, "--rank", 1, "--json").json
     assert 0 < said["relative_error"] < 1
+    assert (said["rank"], said["max_lora_rank"]) == (1, 8)
     assert json.loads((tmp_path / "ann" / "adapter_config.json").read_text())["r"] == 1
 
 

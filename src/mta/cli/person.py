@@ -159,11 +159,12 @@ def export(
     personal = mta.Personalizer(base, opened, store, run=run)
     error = personal.export(person, out, rank=rank)
     needed = int(loads((out / CONFIG).read_text(encoding="utf-8"))["r"])
-    result: dict[str, object] = {"folder": str(out), "rank": needed, "relative_error": error}
+    slots = next((most for most in VLLM_RANKS if most >= needed), None)
+    result: dict[str, object] = {"folder": str(out), "rank": needed, "max_lora_rank": slots, "relative_error": error}
     if not json:
         typer.echo(f"{out}: written" + (f"; rank {rank} causes a relative error of {error:.2%}" if rank else ""))
-        slots = next((f"--max-lora-rank {most}" for most in VLLM_RANKS if most >= needed), "a smaller --rank here")
-        typer.echo(f"rank {needed}: a vLLM server needs {slots}", err=True)
+        needs = f"--max-lora-rank {slots}" if slots else "a smaller --rank here"
+        typer.echo(f"rank {needed}: a vLLM server needs {needs}", err=True)
     if push:
         show_parcel(adapter_parcel(out), push, private)
         confirm(yes)
