@@ -46,13 +46,19 @@ def test_a_server_of_the_same_models_agrees(world):
     assert all("differ by 0.00" in one.found for one in found)
 
 
+def test_a_check_of_no_person_is_a_warning_that_says_how_to_name_people(world):
+    task, people = check_served(server_of(world), personalizer(world.base, world.bank, world.service.store), [])
+    assert (task.verdict, people.name, people.verdict) == ("ok", "people", "warning")
+    assert (people.found, "--person ann" in people.hint) == ("no person's model was compared", True)
+
+
 def test_a_server_on_this_machine_is_not_asked_through_a_proxy(world, monkeypatch):
     for name in ("no_proxy", "NO_PROXY"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
     personal = personalizer(world.base, world.bank, world.service.store)
-    assert [one.verdict for one in check_served(server_of(world), personal, [])] == ["ok"]
-    (found,) = check_served(Server("http://example.invalid"), personal, [])
+    assert check_served(server_of(world), personal, [])[0].verdict == "ok"
+    found = check_served(Server("http://example.invalid"), personal, [])[0]
     assert "Connection refused" in found.found  # by the proxy
 
 
@@ -71,7 +77,7 @@ def test_what_the_server_refuses_is_a_problem_with_its_message(world, tmp_path):
     assert found.verdict == "problem"
     assert "answered 404" in found.found
     assert "the model 'people/ann' does not exist" in found.found
-    (found,) = check_served(Server(world.url, "wrong"), personal, [])
+    found = check_served(Server(world.url, "wrong"), personal, [])[0]
     assert "answered 401" in found.found
 
 
@@ -86,7 +92,7 @@ def test_a_server_that_does_not_answer_or_is_another_is_a_problem(world):
 def test_log_probabilities_that_are_not_numbers_are_a_problem(world):
     token = {"token": "token_id:40", "logprob": float("nan")}
     with other_server({"choices": [{"logprobs": {"content": [token]}}]}) as url:
-        (found,) = check_served(Server(url), personalizer(world.base, world.bank, world.service.store), [])
+        found = check_served(Server(url), personalizer(world.base, world.bank, world.service.store), [])[0]
     assert (found.verdict, "differ by nan" in found.found) == ("problem", True)
 
 

@@ -33,7 +33,10 @@ def doctor(
     served: Annotated[
         str | None, Option(help="Instead, compare what a server at this address answers with --bank and --store.")
     ] = None,
-    person: Annotated[list[str] | None, Option(help="With --served: a person to ask; can be repeated.")] = None,
+    person: Annotated[
+        list[str] | None,
+        Option(help="With --served: a person to ask; can be repeated. Without it, no person is compared."),
+    ] = None,
     served_as: Annotated[str, Option(help="With --served: the server's name of a person's model.")] = "person:{}",
     key_file: Annotated[
         Path | None, Option(help="With --served: file with the API key.", exists=True, dir_okay=False)

@@ -65,6 +65,7 @@ class Server:
 def check_served(server: Server, personal: Personalizer, people: Sequence[str]) -> list[Finding]:
     """Compare the server's log probabilities with ours, for the base, the pooled model, and the people.
 
+    Without people, the last finding is a warning: a store has no ids, only their hashes, so it cannot list people.
     Raises PersonNotFound for a person without a state here, InputError if nothing would be compared.
     """
     import httpx2 as httpx
@@ -88,6 +89,9 @@ def check_served(server: Server, personal: Personalizer, people: Sequence[str]) 
                 break
             except MtaError as error:
                 found.append(Finding("served", name, "problem", error.message, error.hint))
+    if not people:
+        hint = "Name some people; the store has only hashes of their ids:  --person ann --person bob"
+        found.append(Finding("served", "people", "warning", "no person's model was compared", hint))
     return found
 
 
