@@ -6,14 +6,18 @@ vLLM has its own environment: ``make test-vllm`` creates it and sets MTA_VLLM_PY
 import asyncio
 from contextlib import suppress
 
+import httpx2
 import pytest
+from conftest import personalizer
 from contract import WITH_VLLM, Lent, World, begun, collect, paced, prompt_of, vllm_server
 from files import folder_of
+from served import served
 
 from mta.errors import InputError, MtaError, OtherBank, PersonNotFound, StateCorrupt
 from mta.personalize.adapters import BASE, TASK
 from mta.personalize.forgetting import forget_person
 from mta.serving.engine import Ask, EngineGone, QueueFull, Version
+from mta.tools.served import Server, check_served
 
 COUNT = 12
 BOTH = ["embedded", pytest.param("vllm", marks=WITH_VLLM)]
@@ -143,6 +147,35 @@ def test_scores_of_labels_equal_the_models_beside_other_answers(engines, world):
     for ask, (piece,) in zip(scored, found, strict=True):
         assert piece.finish == "stop"
         assert piece.scores == pytest.approx(world.scored(ask.who, list(ask.prompt), LABELS), abs=1e-3)
+
+
+@pytest.fixture
+def gateway(engines, world, tmp_path):
+    """The gateway over one kind of engine, by HTTP."""
+    with served(world.base, world.bank, tmp_path, engine=engines(), store=world.store) as here:
+        yield here
+
+
+def test_classify_returns_the_shares_of_the_library(gateway, world):
+    task, personal = world.bank.task, personalizer(world.base, world.bank, world.store)
+    fields = [{"title": f"Film {n}", "genres": "Drama"} for n in range(3)]
+    whose = {"person:0": ("0", True), "person:1#merged": ("1", False), "task": (TASK, True)}
+    whose[world.base.name] = BASE, True
+    headers = {"Authorization": f"Bearer {gateway.secrets['serve']}"}
+    for model, (who, stacked) in whose.items():
+        body = {"model": model, "input": [task.prompt(task.asked(one)) for one in fields]}
+        found = httpx2.post(f"{gateway.url}/v1/classify", json=body, headers=headers, timeout=120).json()
+        expected = personal.shares([(who, one) for one in fields], stacked=stacked)
+        for one, shares in zip(found["data"], expected, strict=True):
+            assert one["label"] == next(iter(shares))
+            assert dict(zip(found["labels"], one["probs"], strict=True)) == pytest.approx(shares, abs=1e-3)
+
+
+def test_the_check_of_what_is_served_agrees(gateway, world):
+    server = Server(gateway.url, gateway.secrets["serve"], base=world.base.name)
+    found = check_served(server, personalizer(world.base, world.bank, world.store), ["0", "1", "2"])
+    assert [one.name for one in found] == [world.base.name, "task", "person:0", "person:1", "person:2"]
+    assert [one.verdict for one in found] == ["ok"] * 5, found
 
 
 def test_forgetting_a_person_ends_the_scoring_of_labels_and_others_go_on(engines, world):
