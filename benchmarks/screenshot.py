@@ -21,7 +21,9 @@ def main() -> None:
     words.add_argument("--demo", type=Path, default=Path("demo"))
     words.add_argument("--person", required=True)
     words.add_argument("--out", type=Path, default=Path("docs/pictures/playground.png"))
+    words.add_argument("--ask", nargs="+", default=["title=Fargo (1996)", "genres=Crime, Drama, Thriller"])
     args = words.parse_args()
+    fields = dict(field.split("=", 1) for field in args.ask)
     command = [sys.executable, "-m", "mta", "serve", "--bank", str(args.demo / "bank"), "--json", "--insecure-local"]
     command += ["--store", str(args.demo / "people"), "--port", "0"]
     server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
@@ -29,13 +31,13 @@ def main() -> None:
         told = ""
         while not told.rstrip().endswith("}"):
             told += server.stdout.readline()  # type: ignore[union-attr]
-        picture(json.loads(told)["url"], args.person, args.out)
+        picture(json.loads(told)["url"], args.person, fields, args.out)
     finally:
         server.terminate()
         server.wait()
 
 
-def picture(url: str, person: str, out: Path) -> None:
+def picture(url: str, person: str, fields: dict[str, str], out: Path) -> None:
     """Ask one question and save what the page shows then."""
     options = webdriver.ChromeOptions()
     options.binary_location = str(shutil.which("chromium"))
@@ -49,7 +51,7 @@ def picture(url: str, person: str, out: Path) -> None:
         browser.find_element("id", "person").send_keys(person)
         browser.find_element("id", "look").click()
         wait.until(lambda b: "Version" in b.find_element("id", "state").text)
-        for name, text in (("title", "Fargo (1996)"), ("genres", "Crime, Drama, Thriller")):
+        for name, text in fields.items():
             browser.find_element("css selector", f"#question [name={name}]").send_keys(text)
         browser.find_element("css selector", "#ask button[type=submit]").click()
         wait.until(lambda b: len(b.find_elements("css selector", ".answer[data-done=yes]")) == 4)
