@@ -33,7 +33,7 @@ def test_items_shared_by_questions_are_counted_once(tmp_path: Path) -> None:
     assert len(u.items) == 4
     second["profile"][0] = {**second["profile"][0], "score": "1"}
     path = lamp(tmp_path, [first, second], None)
-    fails(path, "lamp3", f"{path}:27: field 'id': duplicate item id '10' of person 'u'")
+    fails(path, "lamp3", f"{path}:27: element 2: field 'id': duplicate item id '10' of person 'u'")
 
 
 def test_without_outputs_queries_have_no_target(tmp_path: Path) -> None:
@@ -89,7 +89,7 @@ def test_a_bad_question_is_reported_or_written_to_the_rejects(
     path = lamp(tmp_path, [question("0", "v"), question("1", **changes)], None)
     with pytest.raises(DataError) as caught:
         read_people(path, "lamp3")
-    assert caught.value.message == f"{path}:27: {message}"
+    assert caught.value.message == f"{path}:27: element 2: {message}"
     people = read_people(path, "lamp3", skip_bad=tmp_path / "bad.jsonl")
     assert (people[0].id, len(people[0].items)) == ("v", 3)
     assert len((tmp_path / "bad.jsonl").read_text(encoding="utf-8").splitlines()) == 1
@@ -97,19 +97,21 @@ def test_a_bad_question_is_reported_or_written_to_the_rejects(
 
 def test_outputs_that_do_not_match_their_questions_are_refused(tmp_path: Path) -> None:
     path, outputs = lamp(tmp_path, [question("1")], {"2": "5"}), tmp_path / "dev_outputs.json"
-    fails(path, "lamp3", f"{path}:2: field 'id': the outputs file has no answer for question '1'")
+    fails(path, "lamp3", f"{path}:2: element 1: field 'id': the outputs file has no answer for question '1'")
     people = read_people(path, "lamp3", skip_bad=tmp_path / "bad.jsonl")
     assert (len(people[0].items), people[0].queries) == (3, ())
     lamp(tmp_path, [question("1")], {"1": "4", "2": "5"})
-    fails(path, "lamp3", f"{outputs}:8: field 'id': no question has the id '2'")
+    fails(path, "lamp3", f"{outputs}:8: element 2: field 'id': no question has the id '2'")
     lamp(tmp_path, [question("1")], {"1": "good"})
-    fails(path, "lamp3", f"{outputs}:4: field 'output': unknown label 'good'; expected one of: 1, 2, 3, 4, 5")
+    fails(
+        path, "lamp3", f"{outputs}:4: element 1: field 'output': unknown label 'good'; expected one of: 1, 2, 3, 4, 5"
+    )
     lamp(tmp_path, [question("1")], {"1": "4"}, "LaMP_5")
     fails(path, "lamp3", f"{outputs}:1: field 'task': holds answers for 'LaMP_5'; task 'lamp3' is 'LaMP_3'")
     for rows, message in [
-        ([{"id": "1"}], "4: field 'output': missing"),
-        ([{"id": "1", "output": "4"}] * 2, "8: field 'id': duplicate question id '1'"),
-        (["1"], "4: expected a JSON object, got text"),
+        ([{"id": "1"}], "4: element 1: field 'output': missing"),
+        ([{"id": "1", "output": "4"}] * 2, "8: element 2: field 'id': duplicate question id '1'"),
+        (["1"], "4: element 1: expected a JSON object, got text"),
     ]:
         dumped(outputs, {"task": "LaMP_3", "golds": rows})
         fails(path, "lamp3", f"{outputs}:{message}")

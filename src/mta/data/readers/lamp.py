@@ -128,8 +128,7 @@ def outputs_in(outputs: Path, task: Task, rejects: Rejects, *, empty: bool = Fal
     """Return question id -> answer for an outputs file. ``empty`` accepts empty answers, which only models give."""
     _check_task(outputs, task)
     answers: dict[str, Gold] = {}
-    for line, row in array_elements(outputs, GOLDS):
-        place = Place(outputs, line)
+    for place, row in array_elements(outputs, GOLDS):
         with rejects.skipping(place, row):
             id = _new_id(object_in(row), "id", answers)
             blank = empty and isinstance(row.get("output"), str) and not row["output"].strip()

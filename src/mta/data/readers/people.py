@@ -12,7 +12,7 @@ from typing import Any
 from mta.data.history import Item, People, Person
 from mta.data.readers.lamp import lamp_parts, outputs_beside, perpcs_parts, questions_in
 from mta.data.readers.recbole import recbole_parts
-from mta.data.readers.rejects import Place, Rejects, data_error
+from mta.data.readers.rejects import Rejects, data_error
 from mta.data.readers.rows import Part, item_parts
 from mta.data.readers.sharing import connected, missing_from, same_users, without_answers
 from mta.data.readers.stream import LINE, objects
@@ -44,7 +44,7 @@ def read_people(
     LaMP records without ``user_id`` are merged if their profiles show that they belong to one user; the smallest
     question id becomes the person's id. People who hold copies of the same items get the same ``group``.
     A bad row raises an error; with ``skip_bad``, bad rows are written to that file as JSONL ({file, line, field,
-    reason, row}) and reading continues.
+    reason, row}, in arrays also element) and reading continues.
     Raises DataError, which names file, line, and field; TaskError; InputError.
     """
     source, task = Path(path), load_task(task)
@@ -76,7 +76,7 @@ def iter_parts(path: Path, task: Task, rejects: Rejects, columns: Mapping[str, s
         file, records = path, table(path, rejects)
     else:
         file = questions_in(path) if path.is_dir() else path
-        records = ((Place(file, line), row) for line, row in objects(file, rejects))
+        records = objects(file, rejects)
     first = next(records, None)
     if first is None:
         return

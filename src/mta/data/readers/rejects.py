@@ -16,10 +16,14 @@ HINT = "Correct the row, or write bad rows to a file with --skip-bad FILE (in Py
 
 
 class Place(NamedTuple):
-    """A line of a file."""
+    """A line of a file. ``element`` counts from 1 in a JSON array, which may be one long line; elsewhere it is None."""
 
     file: Path
     line: int
+    element: int | None = None
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}" + (f": element {self.element}" if self.element else "")
 
 
 class Bad(Exception):
@@ -35,7 +39,7 @@ class Bad(Exception):
 def data_error(place: Place, field: str | None, reason: str, hint: str) -> DataError:
     """Return the error for a place in a file; ``field`` is None if the whole line is wrong."""
     where = f"field {field!r}: " if field else ""
-    return DataError(f"{place.file}:{place.line}: {where}{reason}", hint=hint)
+    return DataError(f"{place}: {where}{reason}", hint=hint)
 
 
 @dataclass(slots=True)
@@ -68,5 +72,6 @@ class Rejects:
         if self.file is None:
             raise data_error(place, field, reason, hint=HINT)
         self.count += 1
-        record = {"file": str(place.file), "line": place.line, "field": field, "reason": reason}
+        at = {"line": place.line} | ({"element": place.element} if place.element else {})
+        record = {"file": str(place.file), **at, "field": field, "reason": reason}
         self.file.write(json.dumps(record if row is None else {**record, "row": row}).encode() + b"\n")

@@ -1,4 +1,4 @@
-"""Stream the JSON values of a file with their line numbers: JSONL, or the elements of one array."""
+"""Stream the JSON values of a file with their places: JSONL, or the elements of one array."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def text_lines(path: Path, rejects: Rejects) -> Iterator[tuple[int, str]]:
             yield number, text.rstrip("\r\n")
 
 
-def objects(path: Path, rejects: Rejects) -> Iterator[tuple[int, dict[str, Any]]]:
+def objects(path: Path, rejects: Rejects) -> Iterator[tuple[Place, dict[str, Any]]]:
     """Yield the JSON objects of a JSONL file or of one array. Raises DataError if the file is empty."""
     start = first_byte(path)
     if not start:
@@ -80,9 +80,9 @@ def objects(path: Path, rejects: Rejects) -> Iterator[tuple[int, dict[str, Any]]
             f"{path} is empty; expected JSONL with one item per line, or a JSON array",
             hint=f"Write lines such as  {LINE}",
         )
-    for line, value in array_elements(path) if start == b"[" else json_lines(path, rejects):
-        with rejects.skipping(Place(path, line), value):
-            yield line, object_in(value)
+    for place, value in array_elements(path) if start == b"[" else json_lines(path, rejects):
+        with rejects.skipping(place, value):
+            yield place, object_in(value)
 
 
 def first_byte(path: Path) -> bytes:
@@ -94,20 +94,21 @@ def first_byte(path: Path) -> bytes:
     return head[:1]
 
 
-def json_lines(path: Path, rejects: Rejects) -> Iterator[tuple[int, Any]]:
+def json_lines(path: Path, rejects: Rejects) -> Iterator[tuple[Place, Any]]:
     """Yield the values of a JSONL file; blank lines are skipped."""
     for number, text in text_lines(path, rejects):
         if not text.strip():
             continue
+        place = Place(path, number)
         try:
             value = DECODER.decode(text)
         except (ValueError, RecursionError) as error:
-            rejects.add(Place(path, number), None, _not_json(error), text)
+            rejects.add(place, None, _not_json(error), text)
             continue
-        yield number, value
+        yield place, value
 
 
-def array_elements(path: Path, opening: str = r"\s*\[") -> Iterator[tuple[int, Any]]:
+def array_elements(path: Path, opening: str = r"\s*\[") -> Iterator[tuple[Place, Any]]:
     """Yield the elements of the array that begins where ``opening`` matches, decoded one by one.
 
     Raises DataError at the first fault: the start of the next element is then unknown.
@@ -116,8 +117,9 @@ def array_elements(path: Path, opening: str = r"\s*\[") -> Iterator[tuple[int, A
         window = _Window(path, file)
         window.enter(opening)
         while window.peek() != "]":
-            line = window.line
-            yield line, window.value()
+            window.element += 1
+            place = window.place()
+            yield place, window.value()
             if window.peek() == ",":
                 window.advance(1)
                 if window.peek() != "]":
@@ -132,7 +134,7 @@ class _Window:
 
     def __init__(self, path: Path, file: BinaryIO) -> None:
         self.path, self.file = path, file
-        self.text, self.at, self.line, self.ended = "", 0, 1, False
+        self.text, self.at, self.line, self.element, self.ended = "", 0, 1, 0, False
         self.decoder = codecs.getincrementaldecoder("utf-8-sig")()
 
     def grow(self) -> None:
@@ -142,10 +144,9 @@ class _Window:
         try:
             more = self.decoder.decode(raw, final=self.ended)
         except UnicodeDecodeError as error:
-            line = self.line + self.text.count("\n", self.at) + error.object.count(b"\n", 0, error.start)
-            raise data_error(
-                Place(self.path, line), None, _not_utf8(error), hint="Save it as UTF-8:  iconv -t UTF-8"
-            ) from None
+            lines = self.text.count("\n", self.at) + error.object.count(b"\n", 0, error.start)
+            place = Place(self.path, self.line + lines)  # the byte may be in an element after this one
+            raise data_error(place, None, _not_utf8(error), hint="Save it as UTF-8:  iconv -t UTF-8") from None
         self.text, self.at = self.text[self.at :] + more, 0
 
     def advance(self, to: int) -> None:
@@ -191,15 +192,15 @@ class _Window:
             return False
         return error.pos >= len(self.text) - 16 or error.msg.startswith("Unterminated string")
 
+    def place(self, at: int | None = None) -> Place:
+        """Return the place of a character of the window; without ``at``, of the next one."""
+        line = self.line + (self.text.count("\n", self.at, at) if at is not None else 0)
+        return Place(self.path, line, self.element or None)
+
     def fail(self, reason: str, at: int | None = None) -> NoReturn:
         """Raise the DataError for a fault at a character of the window."""
-        line = self.line + (self.text.count("\n", self.at, at) if at is not None else 0)
-        raise data_error(
-            Place(self.path, line),
-            None,
-            reason,
-            hint="The rest of the array cannot be read: correct that line, or write one item per line.",
-        )
+        hint = "The rest of the array cannot be read: correct that line, or write one item per line."
+        raise data_error(self.place(at), None, reason, hint)
 
 
 def _not_json(error: Exception) -> str:
