@@ -10,7 +10,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from files import fails, jsonl
+from files import TIME, fails, jsonl
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -81,11 +81,6 @@ def test_a_missing_column_is_named_with_those_that_are_there(tmp_path):
         read_people(table, "lamp3", columns={"person": "uesr"})
     with pytest.raises(InputError, match="has no field 'input'; its fields are title, genres, rating"):
         read_people(table, "movielens-rating", columns={"person": "user", "input": "text"})
-    fails(
-        written(tmp_path / "b.csv", "text,person,text\n"),
-        "lamp3",
-        f"{tmp_path}/b.csv:1: field 'text': two columns have this name",
-    )
     bad = tmp_path / "c.csv"
     bad.write_bytes(b"person,text,score\nann,caf\xe9,4\n")
     fails(bad, "lamp3", f"{bad}:2: not UTF-8: byte 0xe9; save the file as UTF-8")
@@ -197,14 +192,37 @@ def test_what_cannot_be_read_is_named(tmp_path):
 
 
 def test_odd_values_are_bad_rows_that_can_be_skipped(tmp_path):
-    times = pa.array([1, None, None], pa.timestamp("ns"))
-    table = table_of(text=[b"bytes", None, "Old."][2:] * 3, score=[float("nan"), 2.0, 1.0], time=times)
-    pq.write_table(table.append_column("more", [[[date(2024, 1, 1)], [], []]]), tmp_path / "a.parquet")
-    with pytest.raises(DataError, match=r"a\.parquet(:1: field 'score': missing| cannot be read)"):
+    pq.write_table(table_of(score=[float("nan"), 2.0, 1.0], more=[[date(2024, 1, 1)], [], []]), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=r"a\.parquet:1: field 'score': missing"):
         read_people(tmp_path / "a.parquet", "lamp3")
-    pq.write_table(table_of(score=[float("nan"), 2.0, 1.0], more=[[date(2024, 1, 1)], [], []]), tmp_path / "b.parquet")
-    read = read_people(tmp_path / "b.parquet", "lamp3", skip_bad=tmp_path / "bad.jsonl")
+    read = read_people(tmp_path / "a.parquet", "lamp3", skip_bad=tmp_path / "bad.jsonl")
     assert sum(len(person.items) for person in read) == 2
+
+
+def test_times_that_python_cannot_hold_lose_no_other_rows(tmp_path):
+    path, zone = tmp_path / "a.parquet", "Europe/Berlin"
+    nanoseconds = [1717113600_000000001, None, 1577836800_000000001]
+    unused = pa.array([1, None, 2], pa.duration("ns"))
+    for kind in (pa.timestamp("ns"), pa.timestamp("ns", zone)):
+        pq.write_table(table_of(time=pa.array(nanoseconds, kind), took=unused), path)
+        assert read_people(path, "lamp3") == PEOPLE
+    pq.write_table(table_of(time=pa.array([10**18, None, 1577836800_000000], pa.timestamp("us"))), path)
+    fails(path, "lamp3", f"{path}:1: field 'time': bad time '<value out of range: 1000000000000000000>'; {TIME}")
+    read = read_people(path, "lamp3", skip_bad=tmp_path / "bad.jsonl")
+    assert sum(len(person.items) for person in read) == 2
+    pq.write_table(table_of(seen=pa.array([[1], [], []], pa.list_(pa.timestamp("ns")))), path)
+    with pytest.raises(DataError, match=r"a\.parquet: field 'seen' cannot be read: Nanosecond") as caught:
+        read_people(path, "lamp3")
+    assert caught.value.hint == "Write the file without this column, or give JSONL."
+
+
+def test_two_columns_with_one_name_are_refused(tmp_path):
+    table = table_of()
+    pq.write_table(table.append_column("text", table["text"]), tmp_path / "a.parquet")
+    message = "field 'text': two columns have this name"
+    fails(tmp_path / "a.parquet", "lamp3", f"{tmp_path}/a.parquet:1: {message}", "Rename one of them.")
+    csv = written(tmp_path / "b.csv", "text,person,text\n")
+    fails(csv, "lamp3", f"{csv}:1: {message}", "Rename one of them.")
 
 
 def test_several_splits_are_refused(tmp_path):

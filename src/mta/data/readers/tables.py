@@ -63,9 +63,13 @@ def csv_rows(path: Path, rejects: Rejects) -> Iterator[Row]:
 
 def _header(cells: list[str], place: Place) -> list[str]:
     names = [cell.strip() for cell in cells]
-    if twice := next((name for name in names if names.count(name) > 1), None):
-        raise data_error(place, twice, "two columns have this name", hint="Rename one of them in the first line.")
+    _check_distinct(names, place)
     return names
+
+
+def _check_distinct(names: list[str], place: Place) -> None:
+    if twice := next((name for name in names if names.count(name) > 1), None):
+        raise data_error(place, twice, "two columns have this name", hint="Rename one of them.")
 
 
 def parquet_rows(path: Path, rejects: Rejects) -> Iterator[Row]:
@@ -79,7 +83,7 @@ def parquet_rows(path: Path, rejects: Rejects) -> Iterator[Row]:
     for file in files:
         with _reading(file):
             table = ParquetFile(file)
-            yield from _rows(file, table.schema_arrow.metadata, table.iter_batches(1024))
+            yield from _rows(file, table.schema_arrow, table.iter_batches(1024))
 
 
 def arrow_rows(path: Path, rejects: Rejects) -> Iterator[Row]:
@@ -96,14 +100,28 @@ def arrow_rows(path: Path, rejects: Rejects) -> Iterator[Row]:
     for file in files:
         with _reading(file):
             stream = pyarrow.ipc.open_stream(pyarrow.memory_map(str(file)))
-            yield from _rows(file, stream.schema.metadata, stream)
+            yield from _rows(file, stream.schema, stream)
 
 
-def _rows(file: Path, metadata: Mapping[bytes, bytes] | None, batches: Iterable[Any]) -> Iterator[Row]:
-    classes = _classes(metadata)
-    rows = (row for batch in batches for row in batch.to_pylist())
+def _rows(file: Path, schema: Any, batches: Iterable[Any]) -> Iterator[Row]:
+    names, classes = schema.names, _classes(schema.metadata)
+    _check_distinct(names, Place(file, 1))
+    rows = (row for batch in batches for row in zip(*(_values(file, *column) for column in zip(names, batch.columns))))
     for number, row in enumerate(rows, 1):
-        yield Place(file, number), {name: _plain(value, classes.get(name)) for name, value in row.items()}
+        yield Place(file, number), {name: _plain(value, classes.get(name)) for name, value in zip(names, row)}
+
+
+def _values(file: Path, name: str, column: Any) -> list[Any]:
+    """Return the values of a column. Times that Python cannot hold (nanoseconds, the year 10000) become text."""
+    try:
+        return column.to_pylist()
+    except (ValueError, OverflowError) as error:
+        reason = str(error).partition("\n")[0]
+    try:
+        return column.cast("string").to_pylist()
+    except NotImplementedError:
+        hint = "Write the file without this column, or give JSONL."
+        raise DataError(f"{file}: field {name!r} cannot be read: {reason}", hint=hint) from None
 
 
 @contextmanager
@@ -112,6 +130,8 @@ def _reading(file: Path) -> Iterator[None]:
     opened(file).close()
     try:
         yield
+    except DataError:  # a ValueError, too
+        raise
     except (OSError, ValueError, KeyError, TypeError, OverflowError, NotImplementedError) as error:
         reason = str(error).partition("\n")[0]
         raise DataError(f"{file} cannot be read: {reason}", hint="Write the file again, or give JSONL.") from None
