@@ -20,6 +20,7 @@ from mta.data.tasks.task import Task, as_text, short
 from mta.errors import DataError, InputError
 
 log = logging.getLogger("mta")
+NO_TIME = {"null", "none", "nan", "nat", "na", "n/a"}  # how databases, pandas, and R write an empty cell
 _COLUMNS = "Name a column of the file, for example:  --time-column date"
 
 
@@ -64,14 +65,20 @@ def list_in(row: Mapping[str, Any], field: str) -> list[Any]:
 
 
 def time_in(row: Mapping[str, Any], field: str) -> float | None:
-    """Return seconds, or any number that grows with time; None without a time. An ISO date without a zone is UTC."""
+    """Return seconds, or any number that grows with time; None without a time. An ISO date without a zone is UTC.
+
+    Numbers from 1e11 on count milliseconds, microseconds, or nanoseconds since 1970 and become seconds: 1e11 seconds
+    are the year 5138, and 1e11 milliseconds the year 1973.
+    """
     value = row.get(field)
-    if value is None:
+    if value is None or (isinstance(value, str) and value.strip().lower() in NO_TIME):
         return None
     try:
         time = _iso(value) if isinstance(value, str) else float(value)
         if isinstance(value, bool) or not math.isfinite(time):
             raise ValueError
+        while abs(time) >= 1e11:
+            time /= 1000
     except (TypeError, ValueError, OverflowError):
         got = short(value) if isinstance(value, str) else kind_of(value)
         raise Bad(field, f"bad time {got}; expected a number or an ISO date such as 2024-05-31") from None
@@ -79,7 +86,7 @@ def time_in(row: Mapping[str, Any], field: str) -> float | None:
 
 
 def _iso(text: str) -> float:
-    text = text.strip()
+    text = text.strip().removesuffix(" UTC")
     if text.isdecimal() and not (len(text) in (4, 8) and 1800 <= int(text[:4]) <= 2100):
         return float(text)  # 2009 and 20090521 are dates, other digits count something
     if re.fullmatch(r"\d{4}", text):

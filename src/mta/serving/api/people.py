@@ -14,7 +14,7 @@ from starlette.concurrency import run_in_threadpool
 
 from mta.data.history import Item, Person
 from mta.data.readers.rejects import Bad
-from mta.data.readers.rows import item_in
+from mta.data.readers.rows import item_in, time_in
 from mta.data.tasks.task import Task
 from mta.errors import PersonNotFound, StateCorrupt
 from mta.serving.api.auth import Key
@@ -161,7 +161,7 @@ def _item(task: Task, item: NewItem, longest: int) -> Item:
             f"a field of an item has more than {longest} characters", hint=f"Send at most {longest} characters."
         )
     try:
-        return replace(item_in(given, task), time=item.time)
+        return replace(item_in(given, task), time=time_in({"time": item.time}, "time"))
     except Bad as bad:
         raise Refused(f"an item's field {bad.field!r}: {bad.reason}", hint="See GET /v1/task for the fields.") from None
 
