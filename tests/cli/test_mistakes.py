@@ -190,7 +190,7 @@ MISTAKES = {
     ),
     "a question with a null field": (
         'generate {{"title":null,"genres":"Drama"}} --bank {bank} --store {store}',
-        "DataError: the question's field 'title': missing",
+        "DataError: the question's field 'title': empty; expected some text",
     ),
     "more anchors than there are": (
         "personalize {new} --bank {bank} --store {root}/s merge.k=9",
@@ -228,7 +228,7 @@ def test_a_mistake_is_reported_and_nothing_is_written(world, mistake):
         ({"rating": "9"}, "field 'rating': unknown label '9'; expected one of: 1, 2, 3, 4, 5"),
         ({"title": " "}, "field 'title': empty; expected some text"),
         ({"time": "yesterday"}, "field 'time': bad time 'yesterday'"),
-        ({"genres": None}, "field 'genres': missing"),
+        ({"genres": None}, "field 'genres': empty; expected some text"),
         ('{"person": "ann", ', "invalid JSON: "),
     ],
 )

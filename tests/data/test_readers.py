@@ -76,7 +76,8 @@ BAD_LINES: list[tuple[Any, str]] = [
     ("[1]", "expected a JSON object, got a list"),
     ("12", "expected a JSON object, got a number"),
     ({"text": "a", "score": "1"}, "field 'person': missing"),
-    ({**GOOD, "person": None}, "field 'person': missing"),
+    ({**GOOD, "person": None}, "field 'person': empty; expected some text"),
+    ({**GOOD, "text": None}, "field 'text': empty; expected some text"),
     ({**GOOD, "person": " "}, "field 'person': empty; expected some text"),
     ({**GOOD, "person": ["ann"]}, "field 'person': expected text or a number, got a list"),
     (

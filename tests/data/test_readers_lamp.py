@@ -168,7 +168,7 @@ def test_per_pcs_files(tmp_path: Path, lines: bool) -> None:
     ("changes", "message"),
     [
         ({"user_id": "a"}, "field 'user_id': duplicate person 'a'"),
-        ({"user_id": None}, "field 'user_id': missing"),
+        ({"user_id": None}, "field 'user_id': empty; expected some text"),
         ({"query": None}, "field 'query': expected a list, got null"),
         ({"query": [3]}, "field 'query': expected a list of objects, got a number"),
         (

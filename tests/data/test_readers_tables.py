@@ -61,7 +61,7 @@ def test_columns_with_other_names(tmp_path):
         (
             'ann,"two\nlines",4\nbob, ,2\n',
             4,
-            "field 'body': missing; task 'lamp3' needs text (or input), score (or output); got score",
+            "field 'body': empty; expected some text",
         ),
         ('ann,"open\n', 2, "not a table: unexpected end of data"),
     ],
@@ -90,9 +90,23 @@ def test_a_missing_column_is_named_with_those_that_are_there(tmp_path):
         read_people(table, "lamp3", columns={"person": "user", "time": "dya"})
 
 
+def test_a_missing_value_is_named_in_the_words_of_the_file(tmp_path):
+    named = {"person": "user", "output": "label"}
+    table = written(tmp_path / "a.csv", "user,input,label,ts\nann,,4,1\n")
+    with pytest.raises(DataError, match=r"a\.csv:2: field 'input': empty; expected some text"):
+        read_people(table, "lamp3", columns=named)
+    with pytest.raises(DataError, match=r"field 'label': empty; expected some text"):
+        read_people(written(table, "user,input,label\nann,Fine.,\n"), "lamp3", columns=named)
+    with pytest.raises(DataError) as caught:
+        read_people(written(table, "user,body,label\nann,Fine.,4\n"), "lamp3", columns=named)
+    assert caught.value.message == (
+        f"{table}:2: field 'text': missing; task 'lamp3' needs text (or input), label; got body, label, user"
+    )
+
+
 def test_a_named_column_is_replaced_by_no_other(tmp_path):
     table = written(tmp_path / "a.csv", "person,body,input,output\nann,,not this,4\n")
-    with pytest.raises(DataError, match=r"a\.csv:2: field 'body': missing"):
+    with pytest.raises(DataError, match=r"a\.csv:2: field 'body': empty"):
         read_people(table, "lamp3", columns={"input": "body"})
 
 
@@ -166,7 +180,7 @@ def test_class_labels_are_read_by_their_names(tmp_path):
     table = table_of(score=[1, 2, 3]).replace_schema_metadata(metadata)
     assert read_people(as_datasets(tmp_path / "split", table), "lamp3") == PEOPLE
     without = table_of(score=[1, -1, 3]).replace_schema_metadata(metadata)
-    with pytest.raises(DataError, match=r"data-00000-of-00001.arrow:2: field 'score': missing"):
+    with pytest.raises(DataError, match=r"data-00000-of-00001.arrow:2: field 'score': empty"):
         read_people(as_datasets(tmp_path / "other", without), "lamp3")
 
 
@@ -193,7 +207,7 @@ def test_what_cannot_be_read_is_named(tmp_path):
 
 def test_odd_values_are_bad_rows_that_can_be_skipped(tmp_path):
     pq.write_table(table_of(score=[float("nan"), 2.0, 1.0], more=[[date(2024, 1, 1)], [], []]), tmp_path / "a.parquet")
-    with pytest.raises(DataError, match=r"a\.parquet:1: field 'score': missing"):
+    with pytest.raises(DataError, match=r"a\.parquet:1: field 'score': empty"):
         read_people(tmp_path / "a.parquet", "lamp3")
     read = read_people(tmp_path / "a.parquet", "lamp3", skip_bad=tmp_path / "bad.jsonl")
     assert sum(len(person.items) for person in read) == 2

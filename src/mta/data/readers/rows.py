@@ -44,7 +44,7 @@ def text_in(row: Mapping[str, Any], field: str) -> str:
     """Return a required field, which must be text or a number, as text. Raises Bad."""
     value = row.get(field)
     if value is None:
-        raise Bad(field, "missing")
+        raise Bad(field, "empty; expected some text" if field in row else "missing")
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         raise Bad(field, f"expected text or a number, got {kind_of(value)}")
     text = as_text(value)
@@ -102,23 +102,26 @@ def _iso(text: str) -> float:
 
 def item_in(row: Mapping[str, Any], task: Task, time: str = "time") -> Item:
     """Return the item of a row with the task's own field names, or ``input`` and ``output``. Raises Bad."""
-    form = task.item
-    other = {form.target: "output"}
-    if len(form.inputs) == 1:
-        other[form.inputs[0]] = "input"
-    fields = {}
+    target, other, keys = task.item.target, _other_names(task), {}
     for name in task.fields():
-        key = name if row.get(name) is not None else other.get(name, name)
-        if row.get(key) is None:
-            raise Bad(name, _missing(row, task, other))
-        fields[name] = text_in(row, key)
+        there = [key for key in (name, other.get(name)) if key in row]
+        if not there:
+            raise Bad(name, _missing(row, task))
+        keys[name] = next((key for key in there if row[key] is not None), there[0])
+    fields = {name: text_in(row, key) for name, key in keys.items()}
     if labels := task.labels_of(Item(fields)):
-        fields[form.target] = _label(fields[form.target].strip(), labels)
+        fields[target] = _label(fields[target].strip(), labels)
     item = Item(fields, time_in(row, time), text_in(row, "id") if row.get("id") is not None else None)
     if found := task.wrong(item):
         name, reason = found
-        raise Bad(name if row.get(name) is not None else other.get(name, name), reason)
+        raise Bad(keys[name], reason)
     return item
+
+
+def _other_names(task: Task) -> dict[str, str]:
+    """Return the task's fields -> their names in files of any task: ``output``, and ``input`` if it is one field."""
+    form = task.item
+    return {form.target: "output"} | ({form.inputs[0]: "input"} if len(form.inputs) == 1 else {})
 
 
 def _label(text: str, labels: Sequence[str]) -> str:
@@ -129,9 +132,11 @@ def _label(text: str, labels: Sequence[str]) -> str:
     return text
 
 
-def _missing(row: Mapping[str, Any], task: Task, other: Mapping[str, str]) -> str:
-    also = {name: key for name, key in other.items() if name != key}
-    names = ", ".join(f"{name} (or {also[name]})" if name in also else name for name in task.fields())
+def _missing(row: Mapping[str, Any], task: Task, named: Mapping[str, str] = MappingProxyType({})) -> str:
+    """Return the reason for a row without one of the task's fields. ``named``: field -> its column in the file."""
+    also = {name: key for name, key in _other_names(task).items() if name != key}
+    known = {name: f"{name} (or {key})" for name, key in also.items()} | dict(named)
+    names = ", ".join(known.get(name, name) for name in task.fields())
     if "input" in row and len(task.item.inputs) > 1:
         fields = ", ".join(task.item.inputs)
         return f"missing; 'input' stands for one field, but task {task.name!r} has {fields}: give each under its name"
@@ -146,8 +151,7 @@ def _columns_of(task: Task, columns: Mapping[str, str]) -> tuple[dict[str, str],
 
     Raises InputError.
     """
-    form = task.item
-    names = {"output": form.target} | ({"input": form.inputs[0]} if len(form.inputs) == 1 else {})
+    names = {other: name for name, other in _other_names(task).items()}
     named = {names.get(name, name): column for name, column in columns.items()}
     if unknown := named.keys() - {"person", "time", "id", *task.fields()}:
         raise InputError(
@@ -178,10 +182,12 @@ def item_parts(
             try:
                 part = Part(text_in(row, "person"), (item_in(row, task),), place)
             except Bad as bad:  # in the words of the file
-                column = named.get(bad.field or "", bad.field)
-                lacks = column in named.values() and column not in record
-                got = f"missing; the columns are {', '.join(record)}"
-                raise Bad(column, got if lacks else bad.reason, bad.place) from None
+                column, reason = named.get(bad.field or "", bad.field), bad.reason
+                if named and column not in record:
+                    needed = column in {*named.values(), "person"}
+                    has = f"missing; the columns are {', '.join(record)}"
+                    reason = has if needed else _missing(record, task, named)
+                raise Bad(column, reason, bad.place) from None
             yield part
     if wrong := sorted({*named.values()} - seen) if seen else ():
         raise DataError(f"{place.file} has no column {wrong[0]!r}; it has {', '.join(sorted(seen))}", hint=_COLUMNS)
