@@ -35,9 +35,10 @@ def written(path: Path, text: str) -> Path:
     return path
 
 
-@pytest.mark.parametrize("delimiter", [",", ";", "\t"])
+@pytest.mark.parametrize("delimiter", [",", ";", "\t", "|"])
 @pytest.mark.parametrize(
-    ("name", "end", "mark"), [("a.csv", "\n", ""), ("a.TSV", "\r\n", "\ufeff"), ("stdin", "\n", "")]
+    ("name", "end", "mark"),
+    [("a.csv", "\n", ""), ("a.TSV", "\r\n", "\ufeff"), ("stdin", "\n", "")],
 )
 def test_a_table_gives_the_people_of_its_rows(tmp_path, delimiter, name, end, mark):
     out = io.StringIO()
@@ -127,6 +128,32 @@ def test_bad_rows_can_be_skipped(tmp_path):
     (ann,) = read_people(table, "lamp3", skip_bad=tmp_path / "bad.jsonl")
     assert len(ann.items) == 1
     assert [json.loads(line)["line"] for line in (tmp_path / "bad.jsonl").read_text().splitlines()] == [3, 4]
+
+
+def test_the_first_line_of_excel_names_the_delimiter(tmp_path):
+    table = written(tmp_path / "a.csv", "sep=;\r\nperson;text,score;text;score\r\nann;a, b;Fine.;4\r\nann;;Bad.;9\r\n")
+    fails(table, "lamp3", f"{table}:4: field 'score': unknown label '9'; expected one of: 1, 2, 3, 4, 5")
+    (ann,) = read_people(table, "lamp3", skip_bad=tmp_path / "bad.jsonl")
+    assert ann.items[0].fields == {"text": "Fine.", "score": "4"}
+
+
+def test_quotes_in_a_tab_separated_table_need_no_escape(tmp_path):
+    rows = 'ann\t"Great" film\t4\nann\t"Two\nlines"\t5\nann\tIt is "fine"\t3\nann\t"Open\t2\n'
+    (ann,) = read_people(written(tmp_path / "a.tsv", f"person\ttext\tscore\n{rows}"), "lamp3")
+    assert [item.fields["text"] for item in ann.items] == ['"Great" film', "Two\nlines", 'It is "fine"', '"Open']
+
+
+def test_a_line_with_wrong_quotes_can_be_skipped(tmp_path):
+    table = written(tmp_path / "a.csv", 'person,text,score\nann,"Great" film,4\nann,Fine.,5\nbob,"a,1\nbob,"b",2\n')
+    with pytest.raises(
+        DataError, match=r"a\.csv:2: not a table: ',' expected after '\"'; close the quotes around a cell"
+    ):
+        read_people(table, "lamp3")
+    with pytest.raises(DataError, match=r"a\.csv:4: not a table") as caught:  # the next row may begin anywhere
+        read_people(table, "lamp3", skip_bad=tmp_path / "bad.jsonl")
+    assert caught.value.hint == "In a table, close the quotes around a cell, and double those in it."
+    written(table, 'person,text,score\nann,"Great" film,4\nann,Fine.,5\n')
+    assert len(read_people(table, "lamp3", skip_bad=tmp_path / "bad.jsonl")[0].items) == 1
 
 
 CELLS = st.text(st.characters(codec="utf-8", exclude_characters="\0\r"), max_size=20)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -19,7 +20,8 @@ from mta.errors import DataError
 from mta.system.extras import require
 
 Row = tuple[Place, dict[str, Any]]
-DELIMITERS = ",;\t"
+DELIMITERS = ",;\t|"
+QUOTES = "close the quotes around a cell, and double those in it"
 
 
 def table_in(path: Path) -> Callable[[Path, Rejects], Iterator[Row]] | None:
@@ -33,38 +35,68 @@ def table_in(path: Path) -> Callable[[Path, Rejects], Iterator[Row]] | None:
 
 
 def csv_rows(path: Path, rejects: Rejects) -> Iterator[Row]:
-    """Yield the rows of a table with a header, separated by commas, semicolons, or tabs.
+    """Yield the rows of a table with a header, separated by commas, semicolons, tabs, or bars.
 
-    Blank cells are None, and rows of blank cells are skipped. Raises DataError for a table that cannot be split into
-    rows: bytes that are not UTF-8, open quotes.
+    Excel's first line ``sep=;`` names another separator. Blank cells are None, and rows of blank cells are skipped.
+    Raises DataError for a table that cannot be split into rows: bytes that are not UTF-8, open quotes.
     """
     csv.field_size_limit(sys.maxsize)  # texts may be longer than the default of 128 KiB
     lines = text_lines(path, Rejects())
-    begin, head = next(((number, text) for number, text in lines if text.strip()), (0, ""))
-    texts = (f"{text}\n" for text in chain([head], (text for _, text in lines)))
-    reader = csv.reader(texts, delimiter=max(DELIMITERS, key=head.count), strict=True)
-    names: list[str] | None = None
-    next_place = Place(path, begin)
-    try:
-        for cells in reader:
-            place, next_place = next_place, Place(path, begin + reader.line_num)
-            if names is None:
-                names = _header(cells, place)
-            elif not any(cell.strip() for cell in cells):
-                continue
-            elif len(cells) == len(names):
-                yield place, {name: cell if cell.strip() else None for name, cell in zip(names, cells)}
-            else:
-                rejects.add(place, None, f"expected {len(names)} columns, got {len(cells)}", cells)
-    except csv.Error as error:
-        hint = "Quotes around a cell must be closed, and quotes in it doubled."
-        raise data_error(next_place, None, f"not a table: {error}", hint=hint) from None
-
-
-def _header(cells: list[str], place: Place) -> list[str]:
+    begin, head = _filled(lines)
+    if excel := re.fullmatch("sep=(.)", head):
+        begin, head = _filled(lines)
+    if not head:
+        header = "person,input,output,time"
+        raise DataError(f"{path} is empty; expected a header, such as {header}", hint=f"Write the first line  {header}")
+    delimiter = excel[1] if excel else max(DELIMITERS, key=head.count)
+    records = _records(Place(path, begin), chain([head], (text for _, text in lines)), delimiter, rejects)
+    place, cells = next(records)
     names = [cell.strip() for cell in cells]
     _check_distinct(names, place)
-    return names
+    for place, cells in records:
+        if not any(cell.strip() for cell in cells):
+            continue
+        if len(cells) == len(names):
+            yield place, {name: cell if cell.strip() else None for name, cell in zip(names, cells)}
+        else:
+            rejects.add(place, None, f"expected {len(names)} columns, got {len(cells)}", cells)
+
+
+def _filled(lines: Iterator[tuple[int, str]]) -> tuple[int, str]:
+    """Return the next line that is not blank, with its number; (0, "") without one."""
+    return next(((number, text) for number, text in lines if text.strip()), (0, ""))
+
+
+def _records(begin: Place, lines: Iterable[str], delimiter: str, rejects: Rejects) -> Iterator[tuple[Place, list[str]]]:
+    """Yield the cells of each record, the header first; ``begin`` is its place.
+
+    A line with wrong quotes is a bad row, or in a table with tabs, which often has no quoting, read as it is. If the
+    quotes span lines, the begin of the next record is unknown: raises DataError.
+    """
+    line = ""
+
+    def given() -> Iterator[str]:
+        nonlocal line
+        for line in lines:
+            yield f"{line}\n"
+
+    reader = csv.reader(given(), delimiter=delimiter, strict=True)
+    while True:
+        read = reader.line_num
+        place = begin._replace(line=begin.line + read)
+        try:
+            cells = next(reader, None)
+        except csv.Error as error:
+            if delimiter == "\t" and reader.line_num == read + 1:
+                cells = line.split("\t")
+            elif read and reader.line_num == read + 1:
+                rejects.add(place, None, f"not a table: {error}; {QUOTES}", line)
+                continue
+            else:
+                raise data_error(place, None, f"not a table: {error}", hint=f"In a table, {QUOTES}.") from None
+        if cells is None:
+            return
+        yield place, cells
 
 
 def _check_distinct(names: list[str], place: Place) -> None:
