@@ -1,6 +1,7 @@
 """Tables: CSV, Parquet, folders of datasets, and columns with other names."""
 
 import csv
+import gzip
 import io
 import json
 from datetime import UTC, date, datetime
@@ -38,7 +39,7 @@ def written(path: Path, text: str) -> Path:
 @pytest.mark.parametrize("delimiter", [",", ";", "\t", "|"])
 @pytest.mark.parametrize(
     ("name", "end", "mark"),
-    [("a.csv", "\n", ""), ("a.TSV", "\r\n", "\ufeff"), ("stdin", "\n", "")],
+    [("a.csv", "\n", ""), ("a.TSV", "\r\n", "\ufeff"), ("stdin", "\n", ""), ("a.txt", "\n", "")],
 )
 def test_a_table_gives_the_people_of_its_rows(tmp_path, delimiter, name, end, mark):
     out = io.StringIO()
@@ -84,7 +85,8 @@ def test_a_missing_column_is_named_with_those_that_are_there(tmp_path):
         read_people(table, "movielens-rating", columns={"person": "user", "input": "text"})
     bad = tmp_path / "c.csv"
     bad.write_bytes(b"person,text,score\nann,caf\xe9,4\n")
-    fails(bad, "lamp3", f"{bad}:2: not UTF-8: byte 0xe9; save the file as UTF-8")
+    hint = "Convert it, for example from Windows' encoding:  iconv -f CP1252 -t UTF-8 FILE > NEW"
+    fails(bad, "lamp3", f"{bad}:2: not UTF-8: byte 0xe9; save the file as UTF-8", hint)
     with pytest.raises(DataError, match="not UTF-8"):  # such a line could be the middle of a cell
         read_people(bad, "lamp3", skip_bad=tmp_path / "bad.jsonl")
     with pytest.raises(DataError, match=r"a\.csv has no column 'dya'; it has score, text, user"):
@@ -264,6 +266,40 @@ def test_two_columns_with_one_name_are_refused(tmp_path):
     fails(tmp_path / "a.parquet", "lamp3", f"{tmp_path}/a.parquet:1: {message}", "Rename one of them.")
     csv = written(tmp_path / "b.csv", "text,person,text\n")
     fails(csv, "lamp3", f"{csv}:1: {message}", "Rename one of them.")
+
+
+def test_the_content_decides_that_a_file_is_parquet(tmp_path):
+    pq.write_table(table_of(), tmp_path / "stdin")
+    assert read_people(tmp_path / "stdin", "lamp3") == PEOPLE
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.jsonl", "a.csv.gz", "stdin"])
+@pytest.mark.parametrize(
+    ("content", "found", "do"),
+    [
+        (gzip.compress(ROWS.encode()), "is compressed with gzip; expected text", "Decompress it first, with  gunzip"),
+        (ROWS.encode("utf-16"), "is UTF-16; expected UTF-8", "Convert it:  iconv -f UTF-16 -t UTF-8 FILE > NEW"),
+        (b"PK\3\4...", "is a zip or Excel file; expected text", "Unzip it first, or save the sheet as CSV in UTF-8."),
+    ],
+)
+def test_a_file_that_is_no_utf8_text_is_refused_by_its_kind(tmp_path, name, content, found, do):
+    path = tmp_path / name
+    path.write_bytes(content)
+    fails(path, "lamp3", f"{path} {found}", do)
+
+
+def test_an_empty_table_is_refused_with_a_header_to_write(tmp_path):
+    for text in ("", "\n \n", "sep=;\n"):
+        table, header = written(tmp_path / "a.csv", text), "person,input,output,time"
+        fails(
+            table, "lamp3", f"{table} is empty; expected a header, such as {header}", f"Write the first line  {header}"
+        )
+    fails(
+        written(table, "person,input,output\n"),
+        "lamp3",
+        f"{table} holds no people: no row could be used, 0 were bad",
+        "Write at least one item, with person, input, and output.",
+    )
 
 
 def test_several_splits_are_refused(tmp_path):

@@ -15,7 +15,7 @@ from mta.data.readers.recbole import recbole_parts
 from mta.data.readers.rejects import Rejects, data_error
 from mta.data.readers.rows import Part, item_parts
 from mta.data.readers.sharing import connected, missing_from, same_users, without_answers
-from mta.data.readers.stream import LINE, objects
+from mta.data.readers.stream import objects
 from mta.data.readers.tables import table_in
 from mta.data.tasks.load import load_task
 from mta.data.tasks.task import Task
@@ -57,7 +57,7 @@ def read_people(
         log.warning("%d bad rows of %s were skipped; they are in %s", rejects.count, source, aside)
     people = [one.person(id, task) for id, one in _by_user(gathered, source).items()]
     if not people:
-        see = f"See {aside}." if rejects.count else f"Write lines such as  {LINE}"
+        see = f"See {aside}." if rejects.count else "Write at least one item, with person, input, and output."
         raise DataError(f"{source} holds no people: no row could be used, {rejects.count} were bad", hint=see)
     people, shared = connected(people, task)
     if shared.items:

@@ -14,6 +14,14 @@ from mta.errors import DataError
 
 CHUNK = 1 << 20
 LINE = '{"person": "ann", "input": "Broke in a week.", "output": "1"}'
+UTF8 = "Convert it, for example from Windows' encoding:  iconv -f CP1252 -t UTF-8 FILE > NEW"
+UTF16 = ("is UTF-16; expected UTF-8", "Convert it:  iconv -f UTF-16 -t UTF-8 FILE > NEW")
+UNREADABLE = {  # the first bytes of a file -> what it is, and what to do
+    b"\x1f\x8b": ("is compressed with gzip; expected text", "Decompress it first, with  gunzip"),
+    b"PK\3\4": ("is a zip or Excel file; expected text", "Unzip it first, or save the sheet as CSV in UTF-8."),
+    codecs.BOM_UTF16_LE: UTF16,
+    codecs.BOM_UTF16_BE: UTF16,
+}
 SPACE = re.compile(r"[ \t\r\n]*")
 
 
@@ -60,13 +68,15 @@ def only_file(folder: Path, pattern: str, hint: str) -> Path:
     return found[0]
 
 
-def text_lines(path: Path, rejects: Rejects) -> Iterator[tuple[int, str]]:
-    """Yield numbered lines without line ends; a line that is not UTF-8 is a bad row."""
+def text_lines(path: Path, rejects: Rejects | None = None) -> Iterator[tuple[int, str]]:
+    """Yield numbered lines without line ends. A line that is not UTF-8 is a bad row, or without rejects an error."""
     with opened(path) as file:
         for number, raw in enumerate(file, 1):
             try:
                 text = raw.decode("utf-8-sig" if number == 1 else "utf-8")
             except UnicodeDecodeError as error:
+                if rejects is None:
+                    raise data_error(Place(path, number), None, _not_utf8(error), hint=UTF8) from None
                 rejects.add(Place(path, number), None, _not_utf8(error))
                 continue
             yield number, text.rstrip("\r\n")
@@ -74,24 +84,30 @@ def text_lines(path: Path, rejects: Rejects) -> Iterator[tuple[int, str]]:
 
 def objects(path: Path, rejects: Rejects) -> Iterator[tuple[Place, dict[str, Any]]]:
     """Yield the JSON objects of a JSONL file or of one array. Raises DataError if the file is empty."""
-    start = first_byte(path)
+    start = first_bytes(path)
     if not start:
         raise DataError(
             f"{path} is empty; expected JSONL with one item per line, or a JSON array",
             hint=f"Write lines such as  {LINE}",
         )
-    for place, value in array_elements(path) if start == b"[" else json_lines(path, rejects):
+    for place, value in array_elements(path) if start[:1] == b"[" else json_lines(path, rejects):
         with rejects.skipping(place, value):
             yield place, object_in(value)
 
 
-def first_byte(path: Path) -> bytes:
-    """Return the first byte of a file that is not white space; empty without one."""
+def first_bytes(path: Path) -> bytes:
+    """Return the first bytes of a file from one that is not white space; empty without one.
+
+    Raises DataError if they say that the file is of a kind that cannot be read.
+    """
     with opened(path) as file:
         head = file.read(CHUNK).removeprefix(codecs.BOM_UTF8).lstrip()
         while not head and (more := file.read(CHUNK)):
             head = more.lstrip()
-    return head[:1]
+    for start, (found, hint) in UNREADABLE.items():
+        if head.startswith(start):
+            raise DataError(f"{path} {found}", hint=hint)
+    return head[:4]
 
 
 def json_lines(path: Path, rejects: Rejects) -> Iterator[tuple[Place, Any]]:
@@ -146,7 +162,7 @@ class _Window:
         except UnicodeDecodeError as error:
             lines = self.text.count("\n", self.at) + error.object.count(b"\n", 0, error.start)
             place = Place(self.path, self.line + lines)  # the byte may be in an element after this one
-            raise data_error(place, None, _not_utf8(error), hint="Save it as UTF-8:  iconv -t UTF-8") from None
+            raise data_error(place, None, _not_utf8(error), hint=UTF8) from None
         self.text, self.at = self.text[self.at :] + more, 0
 
     def advance(self, to: int) -> None:

@@ -15,23 +15,27 @@ from pathlib import Path
 from typing import Any
 
 from mta.data.readers.rejects import Place, Rejects, data_error
-from mta.data.readers.stream import first_byte, opened, text_lines
+from mta.data.readers.stream import first_bytes, opened, text_lines
 from mta.errors import DataError
 from mta.system.extras import require
 
 Row = tuple[Place, dict[str, Any]]
+CSV = (".csv", ".tsv")
+JSON = (".json", ".jsonl", ".ndjson")
 DELIMITERS = ",;\t|"
 QUOTES = "close the quotes around a cell, and double those in it"
 
 
 def table_in(path: Path) -> Callable[[Path, Rejects], Iterator[Row]] | None:
-    """Return the reader of a table by the ending of its file or the files of its folder; None for other formats."""
+    """Return the reader of a table by its name and first bytes, or the files of its folder; None for other formats."""
     if path.is_dir():
         saved = (path / "state.json").exists() or (path / "dataset_dict.json").exists()
         return arrow_rows if saved else parquet_rows if any(path.glob("*.parquet")) else None
-    if not path.suffix and first_byte(path) not in (b"", b"[", b"{"):  # standard input
-        return csv_rows
-    return {".csv": csv_rows, ".tsv": csv_rows, ".parquet": parquet_rows}.get(path.suffix.lower())
+    suffix = path.suffix.lower()
+    if suffix == ".parquet" or (start := first_bytes(path)) == b"PAR1":
+        return parquet_rows
+    is_json = suffix in JSON or (suffix not in CSV and start[:1] in (b"", b"[", b"{"))
+    return None if is_json else csv_rows
 
 
 def csv_rows(path: Path, rejects: Rejects) -> Iterator[Row]:
@@ -41,7 +45,7 @@ def csv_rows(path: Path, rejects: Rejects) -> Iterator[Row]:
     Raises DataError for a table that cannot be split into rows: bytes that are not UTF-8, open quotes.
     """
     csv.field_size_limit(sys.maxsize)  # texts may be longer than the default of 128 KiB
-    lines = text_lines(path, Rejects())
+    lines = text_lines(path)
     begin, head = _filled(lines)
     if excel := re.fullmatch("sep=(.)", head):
         begin, head = _filled(lines)
