@@ -1,6 +1,7 @@
 """Files as people have them: a table whose columns have other names, and standard input."""
 
 import io
+import json
 import sys
 
 import pytest
@@ -34,8 +35,13 @@ def test_people_come_from_standard_input(monkeypatch, text, people):
     assert mta("data", "describe", "-", "--task", "lamp3", *COLUMNS, "--json").json["people"] == people
 
 
-def test_an_empty_standard_input_is_an_error(monkeypatch):
+def test_messages_call_standard_input_by_its_name(monkeypatch, tmp_path):
+    typed(monkeypatch, TABLE.replace("Bad.;1", "Bad.;9"))
+    said = run("data", "describe", "-", "--task", "lamp3", *COLUMNS)
+    assert said.err.startswith("DataError: stdin:3: field 'stars': unknown label '9'")
+    typed(monkeypatch, TABLE.replace("Bad.;1", "Bad.;9"))
+    said = mta("data", "describe", "-", "--task", "lamp3", *COLUMNS, "--skip-bad", tmp_path / "bad.jsonl")
+    assert "1 bad rows of stdin were skipped" in said.err
+    assert json.loads((tmp_path / "bad.jsonl").read_text())["file"] == "stdin"
     typed(monkeypatch, "")
-    said = run("data", "describe", "-", "--task", "lamp3")
-    assert said.code == 1
-    assert "stdin is empty; expected JSONL" in said.err
+    assert run("data", "describe", "-", "--task", "lamp3").err.startswith("DataError: stdin is empty; expected JSONL")

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PosixPath
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -92,6 +92,16 @@ def settings(config: Path | None, words: list[str] | None, **options: object) ->
     return load_settings(Run, config, [*(words or []), *as_words(**options)])
 
 
+class Stdin(PosixPath):
+    """The path of a copy of standard input. Messages show ``stdin``, because the copy is gone when they are read."""
+
+    def __fspath__(self) -> str:
+        return super().__str__()
+
+    def __str__(self) -> str:
+        return "stdin"
+
+
 def people_in(
     source: str,
     task: str | TaskType,
@@ -107,7 +117,7 @@ def people_in(
     if source != "-":
         return read_people(resolve(source), task, columns=named, skip_bad=skip_bad)
     with TemporaryDirectory() as folder:  # only its owner may read it
-        place = Path(folder, "stdin")
+        place = Stdin(folder, "stdin")
         with open(place, "wb") as file:
             shutil.copyfileobj(sys.stdin.buffer, file)
         return read_people(place, task, columns=named, skip_bad=skip_bad)

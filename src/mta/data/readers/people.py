@@ -47,7 +47,7 @@ def read_people(
     reason, row}, in arrays also element) and reading continues.
     Raises DataError, which names file, line, and field; TaskError; InputError.
     """
-    source, task = Path(path), load_task(task)
+    source, task = path if isinstance(path, Path) else Path(path), load_task(task)
     aside = _aside(skip_bad, source)
     gathered: dict[str, _Gathered] = {}
     with Rejects.to(aside) as rejects:
