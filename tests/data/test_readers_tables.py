@@ -21,6 +21,7 @@ from mta.data.readers.rejects import Rejects
 from mta.data.readers.tables import csv_rows
 from mta.errors import DataError, InputError, MissingExtra
 
+TABLES = "one table (*.csv, *.tsv, *.parquet), *questions.json, or *.inter"
 ROWS = 'person,text,score,time\nann,Fine.,4,2024-05-31\n007,"Broke, then\nburned.",1.0,\nann,Old.,2,2020\n'
 PEOPLE = [
     Person(
@@ -228,10 +229,6 @@ def test_what_cannot_be_read_is_named(tmp_path):
     (split / "state.json").write_text("{}")
     with pytest.raises(DataError, match=r"state\.json cannot be read"):
         read_people(split, "lamp3")
-    (tmp_path / "dataset_dict.json").write_text('{"splits": ["split"]}')
-    with pytest.raises(DataError, match="holds several splits: split") as caught:
-        read_people(tmp_path, "lamp3")
-    assert caught.value.hint == "Give the folder of one of them."
 
 
 def test_odd_values_are_bad_rows_that_can_be_skipped(tmp_path):
@@ -302,11 +299,38 @@ def test_an_empty_table_is_refused_with_a_header_to_write(tmp_path):
     )
 
 
-def test_several_splits_are_refused(tmp_path):
+def test_the_only_table_of_a_folder_is_read(tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "README.md").write_text("A snapshot of a hub.")
+    for n in range(2):
+        pq.write_table(table_of().slice(2 * n, 2), tmp_path / "data" / f"train-0000{n}-of-00002.parquet")
+    assert read_people(tmp_path, "lamp3") == PEOPLE
+    with pytest.raises(InputError, match="it is an input file"):
+        read_people(tmp_path, "lamp3", skip_bad=tmp_path / "data" / "train-00000-of-00002.parquet")
+    (tmp_path / "csv").mkdir()
+    assert read_people(written(tmp_path / "csv" / "a.csv", ROWS).parent, "lamp3") == PEOPLE
+    (tmp_path / "saved").mkdir()
+    (tmp_path / "saved" / "dataset_dict.json").write_text('{"splits": ["train"]}')
+    as_datasets(tmp_path / "saved" / "train", table_of())
+    assert read_people(tmp_path / "saved", "lamp3") == PEOPLE
+
+
+def test_a_folder_without_one_table_says_what_to_give(tmp_path):
+    fails(tmp_path, "lamp3", f"{tmp_path}: expected {TABLES}; found nothing", "Give the path of a file.")
+    written(tmp_path / "a.jsonl", "")
+    (tmp_path / "b").mkdir()
+    fails(tmp_path, "lamp3", f"{tmp_path}: expected {TABLES}; found a.jsonl, b", "Give the path of a file.")
+    (tmp_path / "data").mkdir()
     for split in ("train", "test"):
-        pq.write_table(table_of(), tmp_path / f"{split}-00000-of-00001.parquet")
-    with pytest.raises(DataError, match="holds several splits: test, train"):
-        read_people(tmp_path, "lamp3")
+        pq.write_table(table_of(), tmp_path / "data" / f"{split}-00000-of-00001.parquet")
+    written(tmp_path / "a.csv", ROWS)
+    first = f"Give one file, such as  {tmp_path}/a.csv  or a folder with the files of one table."
+    found = "a.csv, data/test-*.parquet, data/train-*.parquet"
+    fails(tmp_path, "lamp3", f"{tmp_path}: expected one table, found {found}", first)
+    written(tmp_path / "dataset_dict.json", "{}")
+    (tmp_path / "train").mkdir()
+    hint = f"Give the folder of one split, such as  {tmp_path}/b"
+    fails(tmp_path, "lamp3", f"{tmp_path}: expected one split, found b, data, train", hint)
 
 
 def test_without_the_extra_only_parquet_is_refused(tmp_path, monkeypatch):

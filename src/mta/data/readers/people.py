@@ -16,7 +16,7 @@ from mta.data.readers.rejects import Rejects, data_error
 from mta.data.readers.rows import Part, item_parts
 from mta.data.readers.sharing import connected, missing_from, same_users, without_answers
 from mta.data.readers.stream import objects
-from mta.data.readers.tables import table_in
+from mta.data.readers.tables import files_in, table_in
 from mta.data.tasks.load import load_task
 from mta.data.tasks.task import Task
 from mta.errors import DataError, InputError
@@ -154,7 +154,7 @@ def _aside(skip_bad: str | Path | None, source: Path) -> Path | None:
         return None
     path = Path(skip_bad)
     if source.is_dir():
-        read = [file for file in source.iterdir() if file.suffix != ".jsonl"]  # no input file in a folder is JSONL
+        read = [file for file in files_in(source) if file.suffix != ".jsonl"]  # no input file in a folder is JSONL
     else:
         read = [source, outputs_beside(source) or source]
     is_input = any(path.resolve() == file.resolve() for file in read)

@@ -7,6 +7,7 @@ import json
 import math
 import re
 import sys
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import date
@@ -30,7 +31,8 @@ def table_in(path: Path) -> Callable[[Path, Rejects], Iterator[Row]] | None:
     """Return the reader of a table by its name and first bytes, or the files of its folder; None for other formats."""
     if path.is_dir():
         saved = (path / "state.json").exists() or (path / "dataset_dict.json").exists()
-        return arrow_rows if saved else parquet_rows if any(path.glob("*.parquet")) else None
+        is_lamp = any(path.glob("*questions.json"))
+        return arrow_rows if saved else None if is_lamp else folder_rows
     suffix = path.suffix.lower()
     if suffix == ".parquet" or (start := first_bytes(path)) == b"PAR1":
         return parquet_rows
@@ -109,24 +111,62 @@ def _check_distinct(names: list[str], place: Place) -> None:
 
 
 def parquet_rows(path: Path, rejects: Rejects) -> Iterator[Row]:
-    """Yield the rows of a Parquet file, or of all in a folder. A place counts rows, not lines."""
+    """Yield the rows of a Parquet file. A place counts rows, not lines."""
     require("tables")
     from pyarrow.parquet import ParquetFile
 
-    files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
-    if len(splits := {file.name.partition("-")[0] for file in files if "-of-" in file.name}) > 1:
-        raise DataError(f"{path} holds several splits: {', '.join(sorted(splits))}", hint="Give a folder with one.")
-    for file in files:
-        with _reading(file):
-            table = ParquetFile(file)
-            yield from _rows(file, table.schema_arrow, table.iter_batches(1024))
+    with _reading(path):
+        table = ParquetFile(path)
+        yield from _rows(path, table.schema_arrow, table.iter_batches(1024))
+
+
+def files_in(folder: Path) -> list[Path]:
+    """Return the files of a folder and its subfolders, as snapshots of a hub have them; deeper ones are not read."""
+    return sorted(file for pattern in ("*", "*/*") for file in folder.glob(pattern) if file.is_file())
+
+
+def folder_rows(folder: Path, rejects: Rejects) -> Iterator[Row]:
+    """Yield the rows of the only table in a folder: a CSV file, or the Parquet files of one split.
+
+    Raises DataError if there are several tables or none.
+    """
+    tables = defaultdict[Path, list[Path]](list)
+    for file in files_in(folder):
+        suffix, split = file.suffix.lower(), file.name.partition("-")[0] + "-" if "-of-" in file.name else ""
+        if suffix in (*CSV, ".parquet"):
+            name = file if suffix in CSV else file.with_name(f"{split}*.parquet")
+            tables[name.relative_to(folder)].append(file)
+    if not tables:
+        found = _some(path.name for path in folder.iterdir()) or "nothing"
+        expected = "one table (*.csv, *.tsv, *.parquet), *questions.json, or *.inter"
+        raise DataError(f"{folder}: expected {expected}; found {found}", hint="Give the path of a file.")
+    if len(tables) > 1:
+        raise DataError(
+            f"{folder}: expected one table, found {_some(map(str, tables))}",
+            hint=f"Give one file, such as  {min(tables.values())[0]}  or a folder with the files of one table.",
+        )
+    for file in next(iter(tables.values())):
+        yield from (csv_rows if file.suffix.lower() in CSV else parquet_rows)(file, rejects)
+
+
+def _some(names: Iterable[str]) -> str:
+    """Return the first five names in order, for messages."""
+    ordered = sorted(names)
+    return ", ".join(ordered[:5]) + ", …" * (len(ordered) > 5)
 
 
 def arrow_rows(path: Path, rejects: Rejects) -> Iterator[Row]:
-    """Yield the rows of one split that ``datasets`` saved with ``save_to_disk``. A place counts rows, not lines."""
+    """Yield the rows of a split that ``datasets`` saved with ``save_to_disk``, or of the only one in a folder of them.
+
+    A place counts rows, not lines.
+    """
     if (path / "dataset_dict.json").exists():
-        splits = ", ".join(sorted(folder.name for folder in path.iterdir() if folder.is_dir()))
-        raise DataError(f"{path} holds several splits: {splits}", hint="Give the folder of one of them.")
+        splits = sorted(folder for folder in path.iterdir() if folder.is_dir())
+        if len(splits) != 1:
+            names = _some(split.name for split in splits) or "none"
+            hint = f"Give the folder of one split, such as  {next(iter(splits), path / 'train')}"
+            raise DataError(f"{path}: expected one split, found {names}", hint=hint)
+        path = splits[0]
     require("tables")
     import pyarrow
 
