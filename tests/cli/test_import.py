@@ -28,7 +28,9 @@ def test_loras_become_a_bank_that_grows_and_personalizes(loras, tmp_path, monkey
     how = ["--base", loras / "base", "--config", loras / "run.yaml", *TASK]
     made = mta("bank", "import", loras / "ann", loras / "bob", *how, "--out", tmp_path / "bank", "--json").json
     assert (made["anchors"], made["calibration"]) == (2, None)
-    people = ["--people", loras / "people.jsonl"]
+    rows = (loras / "people.jsonl").read_text().replace('"person"', '"user"')
+    (loras / "others.jsonl").write_text(f"{rows}not JSON\n")
+    people = ["--people", loras / "others.jsonl", "--person-column", "user", "--skip-bad", tmp_path / "bad.jsonl"]
     grown = mta("bank", "add", tmp_path / "bank", loras / "cem", "--out", tmp_path / "more", *people, "--json").json
     assert (grown["anchors"], grown["calibration"]["people"]) == (3, 10)
     new = written(tmp_path / "new.jsonl", ratings("new", "quispe", 2))
@@ -54,4 +56,6 @@ def test_mistakes_are_named_and_nothing_is_written(loras, tmp_path, monkeypatch)
     said = run("bank", "import", loras / "nobody", *how)
     assert said.code == 1
     assert "nobody is not a PEFT folder" in said.err
+    said = run("bank", "import", loras / "ann", *how, "--time-column", "day")
+    assert said.err.startswith("InputError: --skip-bad and names of columns need --people")
     assert not (tmp_path / "bank").exists()

@@ -12,9 +12,11 @@ import mta
 from mta.cli import options
 from mta.cli.screen import Screen, confirm, show_json, show_parcel
 from mta.config import Run
+from mta.data.tasks import Task
 from mta.errors import InputError
 
 app = typer.Typer(help="Build, import, calibrate, show, and publish a bank of anchors.", no_args_is_help=True)
+People = Annotated[str | None, Option(help="Items of the LoRAs' people; others calibrate the bank.")]
 
 
 @app.command()
@@ -74,7 +76,12 @@ def import_(
     out: Annotated[Path, Option(help="Folder of the new bank.")] = Path("bank"),
     task: options.Task = None,
     base: Annotated[str | None, Option(help="Asset name, folder or hub id of the base of the LoRAs.")] = None,
-    people: Annotated[str | None, Option(help="Items of the LoRAs' people; others calibrate the bank.")] = None,
+    people: People = None,
+    person_column: options.PersonColumn = None,
+    input_column: options.InputColumn = None,
+    output_column: options.OutputColumn = None,
+    time_column: options.TimeColumn = None,
+    skip_bad: options.SkipBad = None,
     config: options.Config = None,
     device: options.Device = None,
     json: options.Json = False,
@@ -86,7 +93,7 @@ def import_(
     Example:  mta bank import loras/ann loras/bob loras/cem --task lamp3 --base smollm2-135m-instruct --out bank/
     """
     run = options.settings(config, None, task=task, base=base, device=device)
-    read = options.people_in(people, run.task) if people else []
+    read = _people(people, run.task, skip_bad, person_column, input_column, output_column, time_column)
     model = mta.BaseModel.of(run)
     bank = mta.Bank.of_adapters(model, adapters, out, task=run.task, people=read, run=run)
     _show(_calibrated(bank, model, read, run), json)
@@ -97,7 +104,12 @@ def add(
     folder: Annotated[Path, Argument(help="Folder of a bank.", callback=options.bank_at)],
     adapters: Annotated[list[Path], Argument(help="PEFT folders of LoRAs, each called like its person.")],
     out: Annotated[Path, Option(help="Folder of the new bank.")],
-    people: Annotated[str | None, Option(help="Items of the LoRAs' people; others calibrate the bank.")] = None,
+    people: People = None,
+    person_column: options.PersonColumn = None,
+    input_column: options.InputColumn = None,
+    output_column: options.OutputColumn = None,
+    time_column: options.TimeColumn = None,
+    skip_bad: options.SkipBad = None,
     base: options.MovedBase = None,
     device: options.Device = None,
     json: options.Json = False,
@@ -106,9 +118,18 @@ def add(
 
     Example:  mta bank add bank/ loras/dora --out larger/
     """
-    read = options.people_in(people, options.task_of(folder)) if people else []
+    task = options.task_of(folder)
+    read = _people(people, task, skip_bad, person_column, input_column, output_column, time_column)
     model, bank, run = options.open_bank(folder, options.as_words(base=base), device=device)
     _show(_calibrated(bank.added(model, adapters, out, people=read), model, read, run), json)
+
+
+def _people(source: str | None, task: str | Task, skip_bad: Path | None, *columns: str | None) -> list[mta.Person]:
+    if source:
+        return options.people_in(source, task, skip_bad, *columns)
+    if skip_bad or any(columns):
+        raise InputError("--skip-bad and names of columns need --people", hint="Give the file:  --people history.jsonl")
+    return []
 
 
 def _calibrated(bank: mta.Bank, base: mta.BaseModel, people: list[mta.Person], run: Run) -> mta.Bank:
