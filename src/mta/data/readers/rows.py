@@ -104,7 +104,7 @@ def item_in(row: Mapping[str, Any], task: Task, time: str = "time") -> Item:
     """Return the item of a row with the task's own field names, or ``input`` and ``output``. Raises Bad."""
     target, other, keys = task.item.target, _other_names(task), {}
     for name in task.fields():
-        there = [key for key in (name, other.get(name)) if key in row]
+        there = [key for key in (name, other.get(name, name)) if key in row]
         if not there:
             raise Bad(name, _missing(row, task))
         keys[name] = next((key for key in there if row[key] is not None), there[0])
