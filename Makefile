@@ -62,7 +62,7 @@ GPU_ARGS ?=
 
 gpu: $(if $(filter $(BIN)/python,$(GPU_PYTHON)),$(VENV)/installed-dev)
 	@failed=0; export PYTHONPATH="$(CURDIR)/src:$$PYTHONPATH"; set -x; \
-	$(GPU_PYTHON) -m mta doctor || failed=1; \
+	$(GPU_PYTHON) -m mta doctor --device $(DEVICE) || failed=1; \
 	$(GPU_PYTHON) -m pytest --timeout 240 --device $(DEVICE) --junitxml $(OUT)/tests-on-$(DEVICE).xml \
 		tests/project/test_on_device.py tests/system/test_device.py || failed=1; \
 	$(GPU_PYTHON) -m benchmarks.gpu --device $(DEVICE) --out $(OUT) --budget $(BUDGET) $(if $(QUICK),--quick) \

@@ -179,7 +179,7 @@ def test_make_gpu_runs_all_steps_with_a_given_python_and_fails_if_one_failed(tmp
     done = subprocess.run(["make", "gpu", *words], cwd=ROOT, capture_output=True)
     doctor, tests, bench = (tmp_path / "steps").read_text().splitlines()
     assert (done.returncode == 0) == (failing_step == "none")
-    assert doctor == "-m mta doctor"
+    assert doctor == "-m mta doctor --device cuda"
     assert "--device cuda --junitxml here/tests-on-cuda.xml" in tests
     assert bench.startswith("-m benchmarks.gpu --device cuda --out here --budget 480")
     assert bench.endswith("--people 4")

@@ -166,6 +166,26 @@ def test_a_gpu_that_torch_does_not_use_is_a_warning(monkeypatch, cuda, driver, v
     assert (device.verdict, device.hint) == ("warning" if hint else "ok", hint)
 
 
+def test_for_a_device_only_the_device_can_be_a_problem(cache, monkeypatch, without_kernels):
+    monkeypatch.setattr(doctor, "gemm_rate", lambda _: 1e9)
+    monkeypatch.setattr(doctor, "find_spec", lambda _: None)
+    monkeypatch.setattr(doctor, "_free_memory", lambda: BASE)
+    monkeypatch.setattr(doctor, "EXTRAS", {"eval": ("a-package-that-is-not-there",)})
+    assert {"memory", "network", "extras"} <= {one.about for one in examine() if one.verdict == "problem"}
+    findings = examine(device="cpu")
+    assert not [one for one in findings if one.verdict == "problem"]
+    assert found("eval", findings).verdict == "warning"
+    device = found("device", examine(device="toaster"))
+    assert (device.verdict, device.found[:33]) == ("problem", "device 'toaster' cannot be used: ")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
+def test_a_gpu_that_is_asked_for_and_missing_is_a_problem():
+    device = found("device", doctor._machine("cuda"))
+    assert device.verdict == "problem"
+    assert device.found.startswith("device 'cuda' cannot be used: ")
+
+
 def test_threads_that_spin_beside_others_are_warned_of(monkeypatch):
     monkeypatch.setattr(os, "getloadavg", lambda: (1.9, 1.0, 1.0))
     monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)

@@ -42,12 +42,15 @@ def doctor(
         Path | None, Option(help="With --served: file with the API key.", exists=True, dir_okay=False)
     ] = None,
     base: options.MovedBase = None,
-    device: options.Device = None,
+    device: Annotated[
+        str | None, Option(help="Check that this device can be used, not that mta demo can run: cpu, cuda, or auto.")
+    ] = None,
     json: options.Json = False,
 ) -> None:
     """Check versions, processor, memory, kernels, cache and extras. Exits with 1 if mta demo cannot run here.
 
     Downloads nothing and loads no model. Compiles kernels that are not compiled yet, which takes seconds.
+    With --device, exits with 1 if that device cannot be used; what only mta demo needs is at most a warning.
     With --served, loads the base of --bank, and compares the log probabilities that a server (mta serve, or vLLM with
     exported adapters) returns with those of the code that trained the models. Exits with 1 if they differ.
 
@@ -62,14 +65,14 @@ def doctor(
     elif person or key_file or base or served_as != PERSON:
         raise InputError("--person, --served-as, --key-file, and --base belong to --served", "Add  --served URL.")
     else:
-        found = examine(bank, store)
+        found = examine(bank, store, device)
     problems, warnings = (sum(one.verdict == verdict for one in found) for verdict in ("problem", "warning"))
     if json:
         show_json({"problems": problems, "warnings": warnings, "findings": [asdict(one) for one in found]})
     else:
         say = Console(highlight=False).print
         say(_findings(found))
-        start = "Ready." if bank or store else "Ready. Start with:  mta demo"
+        start = "Ready." if bank or store or device else "Ready. Start with:  mta demo"
         counted = f"{problems} problem{'s' * (problems != 1)}, {warnings} warning{'s' * (warnings != 1)}"
         then = "" if served else " Fix the problems first." if problems else f" {start}"
         say(f"{counted}.{then}")

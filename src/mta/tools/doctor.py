@@ -1,6 +1,7 @@
 """Check this machine and suggest fixes. Nothing is downloaded and no model is loaded, but kernels are compiled.
 
 A demo can run if no finding is a problem. A warning means that something is slow, or that a rarely used feature fails.
+For one device instead of a demo, only the device, versions, bank, and store can be problems.
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -21,7 +23,7 @@ import torch
 
 from mta.bank.format import read_info, stale, verify
 from mta.config import Run, parse_size
-from mta.errors import MtaError
+from mta.errors import ModelError, MtaError
 from mta.kernels.compile import FAMILIES, failure, obstacle, switched_off
 from mta.store import Store
 from mta.system.assets import ASSETS, cache_dir, is_present
@@ -34,6 +36,7 @@ Verdict = Literal["ok", "warning", "problem"]
 UNPACKED = 8  # bytes on disk per byte of an asset's wheel, while it is unpacked and converted to float32
 _CGROUP = Path("/sys/fs/cgroup")
 BASE = 600 << 20  # bytes of the default base in memory
+_OF_A_DEMO = frozenset({"memory", "cache", "network", "extras"})  # what only a demo needs
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,10 +50,16 @@ class Finding:
     hint: str = ""
 
 
-def examine(bank: Path | None = None, store: str | None = None) -> list[Finding]:
-    """Return the findings of all checks; ``bank`` and ``store`` are checked if they are given."""
-    parts: list[Callable[[], Iterator[Finding]]] = [_versions, _machine, _memory, _kernels, _cache, _sources, _extras]
+def examine(bank: Path | None = None, store: str | None = None, device: str | None = None) -> list[Finding]:
+    """Return the findings of all checks; ``bank`` and ``store`` are checked if they are given.
+
+    With a ``device``, it is a problem that the device cannot be used, and no problem that a demo cannot run.
+    """
+    machine = partial(_machine, device)
+    parts: list[Callable[[], Iterator[Finding]]] = [_versions, machine, _memory, _kernels, _cache, _sources, _extras]
     found = [finding for part in parts for finding in part()]
+    if device:
+        found = [_no_problem(one) if one.about in _OF_A_DEMO else one for one in found]
     if bank:
         found += _bank(bank)
     if store:
@@ -63,6 +72,10 @@ def _judged(about: str, name: str, found: str, *, problem: str = "", warning: st
     if problem:
         return Finding(about, name, "problem", found, problem)
     return Finding(about, name, "warning" if warning else "ok", found, warning or note)
+
+
+def _no_problem(finding: Finding) -> Finding:
+    return replace(finding, verdict="warning") if finding.verdict == "problem" else finding
 
 
 def _versions() -> Iterator[Finding]:
@@ -93,19 +106,26 @@ def _required() -> Iterator[tuple[str, str]]:
             yield parts[1], parts[2]
 
 
-def _machine() -> Iterator[Finding]:
-    count, device = cores(), pick_device("auto")
+def _machine(wanted: str | None = None) -> Iterator[Finding]:
+    count = cores()
     yield Finding("machine", "processor", "ok", f"{processor()}; {count} cores for this process")
     yield _threads(count, torch.get_num_threads())
-    if device.type == "cuda":
-        yield Finding("machine", "device", "ok", f"cuda: {torch.cuda.get_device_name()}")
-        dtype = str(pick_dtype("auto", device)).removeprefix("torch.")
-        yield Finding("machine", "dtype", "ok", dtype)
-        return
     why, hint = "is built without CUDA", "An NVIDIA driver is installed: install torch with CUDA (pytorch.org)"
     if torch.version.cuda:  # torch sees no GPU either if the driver is older than its CUDA
         why, hint = "sees no GPU", "Update the NVIDIA driver, or install torch for an older CUDA (pytorch.org)"
-    unused = shutil.which("nvidia-smi") and os.environ.get("CUDA_VISIBLE_DEVICES") not in ("", "-1")
+    driver = shutil.which("nvidia-smi")
+    try:
+        device = pick_device(wanted or "auto")
+    except ModelError as error:
+        found = f"{error.message}; torch {torch.__version__} {why}"
+        yield Finding("machine", "device", "problem", found, f"{hint}." if driver else "No NVIDIA driver was found.")
+        return
+    if device.type == "cuda":
+        yield Finding("machine", "device", "ok", f"{device}: {torch.cuda.get_device_name(device)}")
+        dtype = str(pick_dtype("auto", device)).removeprefix("torch.")
+        yield Finding("machine", "dtype", "ok", dtype)
+        return
+    unused = driver and wanted != "cpu" and os.environ.get("CUDA_VISIBLE_DEVICES") not in ("", "-1")
     found = f"cpu: torch {torch.__version__} {why}"
     yield _judged("machine", "device", found, warning=f"{hint} to use the GPU." if unused else "")
     yield _dtype(device)
