@@ -52,7 +52,7 @@ test-vllm: $(VENV)/installed-dev $(VLLM)/installed
 #   GPU_PYTHON  a Python that has torch for the GPU, the other dependencies of mta, pytest, pytest-timeout, hypothesis,
 #               and peft: then no environment is made, and nothing is installed
 #   OUT         folder of the results
-#   BUDGET      seconds after which no other row of the benchmark is started
+#   BUDGET      seconds after which no other row of the benchmark is started; a started row ends, so allow a minute more
 #   GPU_ARGS    more words for benchmarks.gpu, such as "--only training --shapes Llama-3-8B"
 GPU_PYTHON ?= $(BIN)/python
 DEVICE ?= $(if $(QUICK),cpu,cuda)
@@ -60,12 +60,13 @@ OUT ?= $(if $(QUICK),report,results)
 BUDGET ?= 480
 GPU_ARGS ?=
 
+# Compiled kernels are for CPUs only: without them, nothing is compiled, and a rehearsal computes as a GPU does.
 gpu: $(if $(filter $(BIN)/python,$(GPU_PYTHON)),$(VENV)/installed-dev)
 	@failed=0; export PYTHONPATH="$(CURDIR)/src:$$PYTHONPATH"; set -x; \
-	$(GPU_PYTHON) -m mta doctor --device $(DEVICE) || failed=1; \
+	MTA_KERNELS=off $(GPU_PYTHON) -m mta doctor --device $(DEVICE) || failed=1; \
 	$(GPU_PYTHON) -m pytest --timeout 240 --device $(DEVICE) --junitxml $(OUT)/tests-on-$(DEVICE).xml \
 		tests/project/test_on_device.py tests/system/test_device.py || failed=1; \
-	$(GPU_PYTHON) -m benchmarks.gpu --device $(DEVICE) --out $(OUT) --budget $(BUDGET) $(if $(QUICK),--quick) \
+	MTA_KERNELS=off $(GPU_PYTHON) -m benchmarks.gpu --device $(DEVICE) --out $(OUT) --budget $(BUDGET) $(if $(QUICK),--quick) \
 		$(GPU_ARGS) || failed=1; \
 	exit $$failed
 
@@ -94,6 +95,9 @@ bench-full: $(VENV)/installed-dev
 NEW_ENOUGH = $(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" \
 	|| { echo "mta needs Python 3.11 or newer: make demo PYTHON=python3.13" >&2; exit 1; }
 
+NO_PACKAGES = { echo "pip could not install the packages. To run make gpu with those of another Python:" \
+	"make gpu GPU_PYTHON=python3" >&2; exit 1; }
+
 # Without Debian's python3-venv, venv fails and leaves an environment without pip, which make would take for a finished one.
 $(VENV)/bin/python:
 	@$(NEW_ENOUGH)
@@ -110,12 +114,12 @@ $(VENV)/installed: pyproject.toml constraints.txt | $(VENV)/bin/python
 	@echo "Setting up $(VENV): torch and what else mta needs, a few minutes ..."
 	@[ "$$(uname)" != Linux ] || [ "$$PIP_EXTRA_INDEX_URL" ] || \
 		echo "torch may bring gigabytes of CUDA. To leave it out: PIP_EXTRA_INDEX_URL=<the index for CPUs, see pytorch.org> make demo"
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[assets,eval,serve]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[assets,eval,serve]" || $(NO_PACKAGES)
 	touch $@
 
 $(VENV)/installed-dev: $(VENV)/installed
 	@echo "Setting up $(VENV): what tests and documentation need, a few minutes ..."
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]" || $(NO_PACKAGES)
 	touch $@
 
 clean:

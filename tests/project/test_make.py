@@ -18,14 +18,19 @@ TOO_OLD = """#!/bin/sh
 [ "$1" = -c ] && exit 1
 mkdir -p "$4/bin" && touch "$4/bin/python"
 """
+OFFLINE = """#!/bin/sh
+[ "$1" = -c ] && exit 0
+[ "$2" = pip ] && exit 1
+mkdir -p "$4/bin" && cp "$0" "$4/bin/python"
+"""
 
 
-def make(folder: Path, python: str) -> subprocess.CompletedProcess[str]:
+def make(folder: Path, python: str, target: str = "bin/python") -> subprocess.CompletedProcess[str]:
     """Create an environment in ``folder`` with this script as Python."""
     script = folder / "python"
     script.write_text(python)
     script.chmod(0o755)
-    words = [f"PYTHON={script}", f"VENV={folder / 'venv'}", str(folder / "venv" / "bin" / "python")]
+    words = [f"PYTHON={script}", f"VENV={folder / 'venv'}", str(folder / "venv" / target)]
     return subprocess.run(["make", *words], cwd=ROOT, capture_output=True, text=True)
 
 
@@ -39,6 +44,13 @@ def test_an_old_python_is_refused_before_an_environment_is_made(tmp_path: Path) 
     assert done.returncode != 0
     assert "mta needs Python 3.11 or newer: make demo PYTHON=python3.13" in done.stderr
     assert not (tmp_path / "venv").exists()
+
+
+def test_without_a_package_index_another_python_is_suggested_for_gpus(tmp_path: Path) -> None:
+    done = make(tmp_path, OFFLINE, "installed")
+    assert done.returncode != 0
+    assert "make gpu GPU_PYTHON=python3" in done.stderr
+    assert not (tmp_path / "venv" / "installed").exists()
 
 
 def test_the_version_that_make_checks_is_that_of_the_package() -> None:
