@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import logging
 import os
 import re
 import sys
@@ -44,6 +45,8 @@ def main(words: Sequence[str] | None = None) -> int:
     args, start = parsed(words), time.monotonic()
     device, console = pick_device(args.device), Console(stderr=True)
     quiet()
+    logging.basicConfig(format="%(name)s: %(message)s")
+    logging.getLogger("mta").setLevel(logging.INFO)  # why the base fails a check, if it does
     shapes = [shape for shape in SHAPES if shape.name in args.shapes]
     free = torch.cuda.mem_get_info()[0] if device.type == "cuda" else None
     for line in planned(shapes, free, args.memory, args.quick):

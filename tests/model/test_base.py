@@ -1,6 +1,8 @@
 """The frozen base: what LoRA attaches to, whose weights they are, and what is refused."""
 
 import json
+import logging
+import re
 import shutil
 from pathlib import Path
 
@@ -194,14 +196,28 @@ def test_a_model_without_plain_linear_layers_is_refused():
         BaseModel(model, tokenizer(), "tiny")
 
 
-def test_what_is_exchanged_on_a_model_is_part_of_the_check(monkeypatch):
+def test_what_is_exchanged_on_a_model_is_part_of_the_check(monkeypatch, caplog):
     def spoiled(model):
         model.model.layers[0].mlp.act_fn = nn.ReLU()
         return ["LlamaMLP"]
 
     monkeypatch.setattr("mta.model.base.use_kernels", spoiled)
-    with pytest.raises(UnsupportedModel, match="'tiny-llama' gives a text other logits in a batch than alone"):
+    with (
+        caplog.at_level(logging.INFO, "mta"),
+        pytest.raises(UnsupportedModel, match="'tiny-llama' gives a text other logits in a batch than alone"),
+    ):
         base_of()
+    assert re.search(r"leak 0, allowed \S+; difference 0\.\d+, allowed \S+e-0\d", caplog.text)
+
+
+def test_an_error_in_the_check_of_rows_is_logged(monkeypatch, caplog):
+    def failing(*_):
+        raise RuntimeError("CUDA error: out of resources\nCompile with a flag")
+
+    monkeypatch.setattr("mta.model.base.blocks_of", failing)
+    base = base_of()
+    assert (base.blocked, base.packable) == (False, True)
+    assert "their check failed: RuntimeError: CUDA error: out of resources" in caplog.text
 
 
 # whose weights they are

@@ -16,6 +16,7 @@ is changed, and ``agrees`` computes the same path among other tokens.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ from torch import Tensor, nn
 from mta.errors import UnsupportedModel
 from mta.model.adaptable import is_linear
 
+log = logging.getLogger("mta")
 CAUSAL = "Give a base that reads text from left to right, such as Llama, Mistral, Qwen, Gemma or GPT-2."  # a hint
 _TRUNK, _BRANCH, _PADDING = 8, 24, 4  # tokens; a branch is longer than the kernels of convolutions
 _ENDS = 8  # number of tokens compared at each end of the branch
@@ -84,10 +86,15 @@ class Reference:
                 again = logits(others, ends, positions, where)
         except torch.OutOfMemoryError:
             raise
-        except Exception:  # any error of the model's own code: the model does not support such rows
-            return False
-        leak = float(_apart(again, found).max())
-        return leak <= (self._slack if found.dtype.itemsize >= 4 else 0) and _middle(found, self.logits) <= self._slack
+        except Exception as error:  # any error of the model's own code: the model does not support such rows
+            return _failed("packed rows" if packed else "rows of one example", error)
+        leak, most = float(_apart(again, found).max()), self._slack if found.dtype.itemsize >= 4 else 0.0
+        difference = _middle(found, self.logits)
+        if leak <= most and difference <= self._slack:
+            return True
+        numbers = leak, most, difference, self._slack
+        log.info("a check of rows failed: leak %.3g, allowed %.3g; difference %.3g, allowed %.3g", *numbers)
+        return False
 
     @torch.inference_mode()
     def continues(self, go_on: Callable[[list[list[int]]], Tensor]) -> bool:
@@ -100,10 +107,14 @@ class Reference:
             found = [go_on([[other.pop()], path[start:stop]]) for start, stop in pairwise(cuts) if stop > start]
         except torch.OutOfMemoryError:
             raise
-        except Exception:  # as above
-            return False
+        except Exception as error:  # as above
+            return _failed("rows that continue from a KV cache", error)
         ends = torch.stack([logits[1] for logits in found[-last:]])
-        return _middle(ends, self.logits[-last:]) <= self._slack
+        difference = _middle(ends, self.logits[-last:])
+        if difference <= self._slack:
+            return True
+        log.info("a check of the KV cache failed: difference %.3g, allowed %.3g", difference, self._slack)
+        return False
 
     @property
     def _slack(self) -> float:
@@ -124,6 +135,13 @@ class Reference:
         depths = [*range(trunk), *range(trunk, trunk + other), *range(trunk, depth)] + [0] * _PADDING
         along = [*range(length)] + [0] * (width - length)
         return tokens, torch.tensor([alone, ends]), torch.tensor([along, depths]), path
+
+
+def _failed(what: str, error: Exception) -> bool:
+    """Log the error of a check, which may be the device's and not the model's; return False."""
+    reason = (str(error).splitlines() or [""])[0]
+    log.warning("%s are not used, for their check failed: %s: %s", what, type(error).__name__, reason)
+    return False
 
 
 @torch.inference_mode()
