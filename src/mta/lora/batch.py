@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from mta.errors import InputError
+from mta.system.device import moved
 
 Shapes = Mapping[str, tuple[int, int]]
 
@@ -56,6 +57,9 @@ class LoraBatch:
         return replace(self, factors={name: Factors(change(f.a), change(f.b)) for name, f in self.factors.items()})
 
     def select(self, index: Tensor | Sequence[int] | slice) -> LoraBatch:
+        if isinstance(index, Sequence):  # as a tensor on the device: a list would be copied there once per factor
+            device = next(iter(self.factors.values())).a.device
+            (index,) = moved(device, torch.tensor(list(index), dtype=torch.long))
         return self.map(lambda t: t[index])
 
     def to(self, *place: torch.device | torch.dtype) -> LoraBatch:

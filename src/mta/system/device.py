@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TypeVar
 
 import torch
+from torch import Tensor
 
 from mta.errors import ModelError
 from mta.system.cores import cores as cores
@@ -58,6 +59,20 @@ def pick_device(device: str) -> torch.device:
         raise ModelError(
             f"device {device!r} cannot be used: {str(error).splitlines()[0]}", hint="Use --device cpu."
         ) from None
+
+
+def moved(device: torch.device, *parts: Tensor) -> tuple[Tensor, ...]:
+    """Return tensors of one dtype on ``device``, unchanged if they are there.
+
+    A GPU gets all of them by one copy from pinned memory, for which this thread does not wait: ``tensor.to(device)``
+    would wait until the GPU has done all its work so far.
+    """
+    if all(part.device == device for part in parts):
+        return parts
+    flat = torch.cat([part.flatten() for part in parts])
+    flat = (flat.pin_memory() if device.type == "cuda" else flat).to(device, non_blocking=True)
+    found = torch.split(flat, [part.numel() for part in parts])
+    return tuple(one.view(part.shape) for one, part in zip(found, parts))
 
 
 def pick_dtype(dtype: str, device: torch.device) -> torch.dtype:
