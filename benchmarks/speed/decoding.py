@@ -132,7 +132,7 @@ class Work:
 
     def logits(self, *, adapted: bool = True) -> Tensor:
         """Of the token after each prompt, with everybody's adapter or with nobody's."""
-        owner = torch.arange(len(self.prompts), device=self.base.device)
+        owner = torch.arange(len(self.prompts))
         with torch.inference_mode(), applied(self.base.model, [PerPerson(self.adapters)] * adapted, owner):
             return self.base.model(**self.padded, logits_to_keep=1).logits[:, -1]
 

@@ -88,7 +88,7 @@ class Cohort:
         plan, found = self.plan(), []
         for members in plan.cohorts:
             chosen = list(members)
-            below = [Renumbered(one, torch.tensor(chosen, device=self.base.device)) for one in self._frozen()]
+            below = [Renumbered(one, torch.tensor(chosen)) for one in self._frozen()]
             jobs, start = [self.jobs[n] for n in chosen], self.start.select(chosen)
             how = {"tokens_per_batch": plan.tokens_per_batch, **how}
             found.append(train_loras(self.base, jobs, start, self.training, frozen=below, **how))

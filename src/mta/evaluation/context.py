@@ -73,7 +73,7 @@ def mean_inputs(
         tokens = pad_sequence(list(texts), batch_first=True, padding_value=base.pad_token).to(base.device)
         mask = pad_sequence([torch.ones_like(text) for text in texts], batch_first=True).to(base.device)
         counts.index_add_(0, owner, mask.sum(1, keepdim=True).cpu().double())
-        with applied(base.model, adapters, owner.to(base.device)), ExitStack() as hooks:
+        with applied(base.model, adapters, owner), ExitStack() as hooks:
             for name in sums:
                 module = base.model.get_submodule(name)
                 hooks.enter_context(module.register_forward_pre_hook(partial(add, name, owner, mask)))

@@ -6,6 +6,7 @@ layer, so that the next layer gets the layer's own output plus the updates of al
     y[b] = W x[b] + sum over adapters of update(owner[b]) @ x[b]
 
 ``owner`` (B,) is the person's number for row b, or -1 for a row without a person, which gets only ``Shared`` adapters.
+It is on the CPU: how the rows are grouped is decided there, and a GPU is not waited for.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 from mta.errors import InputError
 from mta.lora.batch import LoraBatch
 from mta.lora.terms import RowTerm, SharedTerm, Term, with_terms
+from mta.system.device import moved
 
 MakeTerm = Callable[[torch.dtype], Term]  # the term of one layer, in the layer's dtype
 
@@ -62,6 +64,7 @@ class Gated(_OfBatch):
 
     def terms(self, owner: Tensor) -> Mapping[str, MakeTerm]:
         w = self.w[:, None] if self.w.ndim == 2 else self.w
+        (owner,) = moved(w.device, owner)
         gates = w[owner] * (owner >= 0)[:, None, None].to(w)
         gates = self.batch.scale * gates.repeat_interleave(self.batch.rank, -1)  # (B, 1 or L, N * R)
         by_layer = gates.expand(-1, len(self.batch.factors), -1).unbind(1)
@@ -76,7 +79,9 @@ class PerPerson(_OfBatch):
     """Adapter u for the rows of person u: a merge, a stack, or an OPPU LoRA. Rows of owner -1 get no update."""
 
     def terms(self, owner: Tensor) -> Mapping[str, MakeTerm]:
-        people = _to_gather(owner, len(self.batch))  # here and not per layer: it waits for the device
+        people = _to_gather(owner, len(self.batch))
+        if people is not None:
+            (people,) = moved(next(iter(self.batch.factors.values())).a.device, people)
 
         def term(a: Tensor, b: Tensor, dtype: torch.dtype) -> Term:
             scale: float | Tensor = self.batch.scale
@@ -89,7 +94,10 @@ class PerPerson(_OfBatch):
 
 @dataclass(frozen=True, slots=True)
 class Renumbered:
-    """Adapters with renumbered owners: owner i is owner ``numbers[i]`` of ``adapters``; -1 stays -1."""
+    """Adapters with renumbered owners: owner i is owner ``numbers[i]`` of ``adapters``; -1 stays -1.
+
+    ``numbers`` are on the CPU.
+    """
 
     adapters: Adapters
     numbers: Tensor
@@ -112,13 +120,14 @@ def _to_gather(owner: Tensor, people: int) -> Tensor | None:
 
 @contextmanager
 def applied(model: nn.Module, adapters: Sequence[Adapters], owner: Tensor) -> Iterator[None]:
-    """Apply these adapters to ``model`` within the block, for rows of ``owner`` (B,).
+    """Apply these adapters to ``model`` within the block, for rows of ``owner`` (B,), which is best on the CPU.
 
     Other threads wait for the end of the block. Blocks over one model cannot be nested: raises InputError.
     With gradient checkpointing, run the backward pass inside the block too, because it runs the layers again.
     """
     with _turn(model):
         by_layer: dict[str, list[MakeTerm]] = {}
+        owner = owner.cpu()
         for adapter in adapters:
             for name, make in adapter.terms(owner).items():
                 by_layer.setdefault(name, []).append(make)

@@ -35,7 +35,7 @@ from mta.model.fingerprint import fingerprint_of, folder_fingerprint
 from mta.model.footprint import Footprint
 from mta.model.tree_attention import blocks_of, can_block, install, masks, visible
 from mta.system.assets import ASSETS
-from mta.system.device import pick_device, pick_dtype
+from mta.system.device import moved, pick_device, pick_dtype
 from mta.system.hub import local_folder
 from mta.system.model_files import loading, refuse_unsafe_base
 
@@ -233,14 +233,14 @@ class BaseModel:
         inputs: dict[str, Any] = {"input_ids": tokens, "use_cache": False}
         if not self.packable:  # rows of one example each, padded on the right
             return self._logits_at(where, inputs | {"attention_mask": torch.ones_like(tokens)})
-        inputs["position_ids"] = placed = positions.to(tokens.device)
         if self.blocked:
             inputs["blocks"] = blocks = blocks_of(ends, positions, tokens.device)
-            flat = placed.flatten()
+            positions, flat = blocks.positions, blocks.positions.flatten()
             mask = masks(self.model, blocks.seen, flat[blocks.queries], flat[blocks.keys])
         else:
-            mask = masks(self.model, visible(ends.to(tokens.device)), placed, placed)
-        return self._logits_at(where, inputs | {"attention_mask": mask})
+            ends, positions = moved(tokens.device, ends, positions)
+            mask = masks(self.model, visible(ends), positions, positions)
+        return self._logits_at(where, inputs | {"position_ids": positions, "attention_mask": mask})
 
     def next_logits(self, tokens: Tensor, positions: Tensor, cache: Any, length: int, where: Tensor) -> Tensor:
         """Return next-token logits at chosen places of rows that continue from a KV cache.

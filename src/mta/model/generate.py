@@ -10,7 +10,7 @@ import torch
 
 from mta.lora.layers import Adapters, applied
 from mta.model.base import BaseModel
-from mta.system.device import seeded
+from mta.system.device import moved, seeded
 
 
 @torch.inference_mode()
@@ -47,10 +47,9 @@ def generate(
             order, chosen = order[:-fit], sorted(order[-fit:])
             padding = [longest - len(prompts[i]) for i in chosen]
             rows = [[pad] * more + list(prompts[i]) for more, i in zip(padding, chosen)]
-            tokens = torch.tensor(rows, device=base.device)
-            mask = torch.tensor([[0] * more + [1] * (longest - more) for more in padding], device=base.device)
-            owner = torch.tensor([owners[i] for i in chosen], device=base.device)
-            with applied(base.model, adapters, owner):
+            seen = [[0] * more + [1] * (longest - more) for more in padding]
+            tokens, mask = moved(base.device, torch.tensor(rows), torch.tensor(seen))
+            with applied(base.model, adapters, torch.tensor([owners[i] for i in chosen])):
                 whole = base.model.generate(input_ids=tokens, attention_mask=mask, generation_config=config)
             for i, row in zip(chosen, whole[:, tokens.shape[1] :].tolist()):
                 answers[i] = list(takewhile(lambda token: token not in stops, row))

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from mta.errors import UnsupportedModel
 from mta.kernels.compile import kernels
 from mta.kernels.functions import TreeAttention
+from mta.system.device import moved
 
 NAME = "mta_tree"
 _SIZES = (16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 1024)  # of a block, in tokens
@@ -38,16 +39,17 @@ def visible(ends: Tensor) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Blocks:
-    """G blocks of Q tokens and the K tokens each block may see, padded.
+    """G blocks of Q tokens and the K tokens each block may see, padded; ``positions`` (B, T) of all tokens.
 
-    Shapes: queries (G, Q) and keys (G, K), flat places in B * T; seen (G, Q, K) bool; place (B * T,), the place of each
+    Shapes: seen (G, Q, K) bool; queries (G, Q) and keys (G, K), flat places in B * T; place (B * T,), the place of each
     token in G * Q. The places of token t among the keys, G * K, are ``slots[starts[t] : starts[t + 1]]``; ``each`` is
-    0 ... B * T.
+    0 ... B * T. These three stay on the CPU, whose kernels alone read them.
     """
 
+    positions: Tensor
+    seen: Tensor
     queries: Tensor
     keys: Tensor
-    seen: Tensor
     place: Tensor
     slots: Tensor
     starts: Tensor
@@ -67,14 +69,15 @@ def blocks_of(ends: Tensor, positions: Tensor, device: torch.device | None = Non
         queries[g, : stop - start], keys[g, : len(seen)] = np.arange(start, stop), seen
         place[row * tokens + start : row * tokens + stop] = g * wide + np.arange(stop - start)
     row_of = np.array([row for row, _, _ in best])[:, None]
-    q, k = queries[:, :, None], keys[:, None, :]
-    sees = (k >= 0) & (k <= q) & (q < rows[row_of, keys.clip(0)][:, None, :])
+    last = np.where(keys >= 0, rows[row_of, keys.clip(0)], -1)  # one past the last token that sees the key
     flat = np.where(keys >= 0, keys + row_of * tokens, rows.size).ravel()
     slots = np.argsort(flat, kind="stable")[: np.count_nonzero(keys >= 0)]
     each = np.arange(rows.size + 1)
     starts = np.searchsorted(flat[slots], each)
-    parts = (queries.clip(0) + row_of * tokens, keys.clip(0) + row_of * tokens, sees, place, slots, starts, each)
-    return Blocks(*(torch.from_numpy(part).to(device or ends.device) for part in parts))
+    parts = queries, keys, last, queries.clip(0) + row_of * tokens, keys.clip(0) + row_of * tokens, place
+    placed, q, k, past, *places = moved(device or ends.device, positions.cpu(), *map(torch.from_numpy, parts))
+    sees = (k[:, None, :] <= q[:, :, None]) & (q[:, :, None] < past[:, None, :])
+    return Blocks(placed, sees, *places, *map(torch.from_numpy, (slots, starts, each)))
 
 
 def _cuts(rows: Any, depths: Any, size: int) -> list[tuple[int, int, int]]:

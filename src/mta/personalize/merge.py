@@ -20,6 +20,7 @@ from mta.model.base import BaseModel
 from mta.model.footprint import ParameterCounts
 from mta.personalize.likelihoods import Evidence, ShotGradients
 from mta.personalize.policies import Retrieved, policy_of
+from mta.system.device import moved
 from mta.system.progress import Step
 from mta.training.gates import gate_gradients
 from mta.training.trainer import Job, Passes, train
@@ -234,6 +235,7 @@ def learn(
         return before[people] + shift if not groups else before[people][:, None] + shift[:, layers]
 
     def adapters(parameters: Mapping[str, Tensor], people: Tensor) -> Gated:
+        (people,) = moved(base.device, people)
         return Merge(ids[people], weights(parameters["shift"], people)).adapters(bank)
 
     found = train(base, jobs, {"shift": shift}, adapters, training, frozen=pooled, seed=seed, **passes)

@@ -169,7 +169,7 @@ class Personalizer:
     def applied(self, whose: Sequence[Who], *, stacked: bool = True) -> AbstractContextManager[None]:
         """Apply adapters in a block: row i of a batch through ``base.model`` is computed for ``whose[i]``."""
         owners, adapters = self._adapters(whose, stacked)
-        return applied(self.base.model, adapters, torch.tensor(owners, device=self.base.device))
+        return applied(self.base.model, adapters, torch.tensor(owners))
 
     def export(self, person: str, out: str | Path, *, rank: int | None = None) -> float:
         """Write task LoRA, merge, and stack of a person as one PEFT folder for the unchanged base.

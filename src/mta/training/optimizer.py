@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mta.config import Training
 from mta.kernels.compile import kernels
+from mta.system.device import moved
 
 _CHUNK = 2**14  # columns per operation on a CPU, so that the operands of an update stay in the CPU cache
 
@@ -18,7 +19,7 @@ _CHUNK = 2**14  # columns per operation on a CPU, so that the operands of an upd
 class BatchedAdamW:
     """AdamW over the rows of ``values`` (U, P); each row is updated as by a separate ``torch.optim.AdamW``.
 
-    Shapes: values, gradient, mean, square (U, P); step (U,).
+    Shapes: values, gradient, mean, square (U, P); step (U,), on the CPU.
     """
 
     values: Tensor
@@ -33,14 +34,14 @@ class BatchedAdamW:
         return cls(values.contiguous(), zeros[0], zeros[1], zeros[2], torch.zeros(len(values), dtype=torch.long))
 
     def update(self, lr: Tensor, training: Training) -> None:
-        """Clip each row's gradient, take one step at its own ``lr`` (U,), and zero the gradients."""
+        """Clip each row's gradient, take one step at its own ``lr`` (U,), and zero the gradients. lr is on the CPU."""
         self.step += 1
-        count = self.step.to(self.values)
-        rate = lr.to(self.values)
+        count, rate = self.step.to(self.values.dtype), lr.to(self.values.dtype)
         clip = (training.clip / (self.gradient.norm(dim=1) + 1e-6)).clamp_max(1.0)  # as torch.nn.utils.clip_grad_norm_
         size = rate / (1 - training.beta1**count)
         correction = (1 - training.beta2**count).sqrt()
         decay = 1 - rate * training.weight_decay
+        size, correction, decay = moved(self.values.device, size, correction, decay)
         if found := kernels("adamw", self.values):
             places = (buffer.data_ptr() for buffer in (*self._buffers, clip, size, correction, decay))
             found["adamw"](*places, *self.values.shape, training.beta1, training.beta2, training.eps)
@@ -62,9 +63,10 @@ class BatchedAdamW:
         self.gradient.zero_()
 
     def keep(self, rows: Tensor) -> BatchedAdamW:
-        """Return the optimizer of ``rows`` only."""
-        values, gradient, mean, square = (buffer[rows].clone() for buffer in self._buffers)
-        return BatchedAdamW(values, gradient, mean, square, self.step[rows.cpu()])
+        """Return the optimizer of ``rows``, numbers on the CPU, only."""
+        (there,) = moved(self.values.device, rows)
+        values, gradient, mean, square = (buffer[there].clone() for buffer in self._buffers)
+        return BatchedAdamW(values, gradient, mean, square, self.step[rows])
 
     @property
     def _buffers(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from mta.data.tasks.prompt import Example
 from mta.model.base import BaseModel
+from mta.system.device import moved
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +48,7 @@ class Rows:
     """Rows of one batch as tensors, padded to the longest row.
 
     Shapes: tokens, positions, ends (B, T); places (m,) distinct flat indices into B * T that need logits;
-    for the n predicted tokens: source (n,) into places, target (n,) token ids, row (n,), and example (n,).
+    for the n predicted tokens: source (n,) into places, target (n,) token ids, owner (n,), and example (n,).
     """
 
     tokens: Tensor
@@ -56,7 +57,7 @@ class Rows:
     places: Tensor
     source: Tensor
     target: Tensor
-    row: Tensor
+    owner: Tensor
     example: Tensor
 
     def log_probs(self, logits: Tensor) -> Tensor:
@@ -147,10 +148,11 @@ def fitting(rows: Iterable[Row], width: int, budget: int, weight: float) -> int:
     return count
 
 
-def collate(rows: Sequence[Row], pad: int, device: torch.device) -> Rows:
+def collate(rows: Sequence[Row], pad: int, device: torch.device, owners: Sequence[int] | None = None) -> Rows:
     """Return rows as padded tensors on ``device``; positions and ends, which describe the trees, stay on the CPU.
 
-    The subtree of a padding token is itself, so no other token sees it.
+    ``owners`` are the numbers that predicted tokens get from their rows; by default, rows are numbered in order. The
+    subtree of a padding token is itself, so no other token sees it.
     """
     width = max(len(row.tokens) for row in rows)
     tokens, positions, ends = [], [], []
@@ -160,13 +162,13 @@ def collate(rows: Sequence[Row], pad: int, device: torch.device) -> Rows:
         positions.append(row.positions + (0,) * len(fill))
         ends.append(row.ends + tuple(i + 1 for i in fill))
     flat = [
-        (r * width + source, target, r, example)
-        for r, row in enumerate(rows)
+        (r * width + source, target, owner, example)
+        for r, (row, owner) in enumerate(zip(rows, owners or range(len(rows))))
         for source, target, example in zip(row.sources, row.targets, row.examples)
     ]
     place, target, owner, example = torch.tensor(flat).unbind(1)
     places, source = torch.unique(place, return_inverse=True)  # on the CPU: on a GPU it would wait for earlier passes
-    fed, *asked = (part.to(device) for part in (torch.tensor(tokens), places, source, target, owner, example))
+    fed, *asked = moved(device, torch.tensor(tokens), places, source, target, owner, example)
     return Rows(fed, torch.tensor(positions), torch.tensor(ends), *asked)
 
 

@@ -42,12 +42,10 @@ def log_likelihood(
         fit = fitting((row for _, row in reversed(rows)), len(rows[-1][1].tokens), tokens_per_batch, weight)
         rows, chosen = rows[:-fit], rows[-fit:]
         chosen.sort(key=lambda entry: entry[0])
-        batch = collate([row for _, row in chosen], base.pad_token, base.device)
-        owner = torch.tensor([owners[i] for i, _ in chosen], device=base.device)
-        with applied(base.model, adapters, owner):
+        batch = collate([row for _, row in chosen], base.pad_token, base.device, [starts[i] for i, _ in chosen])
+        with applied(base.model, adapters, torch.tensor([owners[i] for i, _ in chosen])):
             found = batch.log_probs(base.logits(batch.tokens, batch.ends, batch.positions, batch.places))
-        first = torch.tensor([starts[i] for i, _ in chosen], device=base.device)
-        sums.index_add_(0, first[batch.row] + batch.example, found.to(sums.dtype))
+        sums.index_add_(0, batch.owner + batch.example, found.to(sums.dtype))
     return list(torch.split(sums.cpu(), [len(part) for part in examples]))
 
 

@@ -23,6 +23,7 @@ from mta.lora.batch import LoraBatch
 from mta.lora.layers import Adapters, PerPerson, Renumbered, applied
 from mta.model.base import BaseModel
 from mta.model.footprint import TextLengths
+from mta.system.device import moved
 from mta.system.malloc import give_back_memory
 from mta.system.progress import Step
 from mta.training.checkpoint import Checkpoint
@@ -48,7 +49,7 @@ class Job:
 
 
 Build = Callable[[Mapping[str, Tensor], Tensor], Adapters]
-"""Maps the parameters of a range of jobs, and the numbers of these jobs, to adapters."""
+"""Maps the parameters of a range of jobs, and the numbers of these jobs (on the CPU), to adapters."""
 
 
 class Passes(TypedDict, total=False):
@@ -96,9 +97,10 @@ def train(
         batches = [batch_of(jobs[j], cohort.step, training.batch_size, seed) for j in cohort.active]
         with base.in_training():
             losses = _accumulate(base, cohort, batches, adapters, frozen, dtype, tokens_per_batch)
-        if cohort.step == 0:
-            cohort.first[cohort.active] = losses.cpu()
+        first = cohort.active if cohort.step == 0 else []
         cohort.advance(training, sum(len(batch) for batch in batches))
+        if first:  # only now: this waits for a GPU
+            cohort.first[first] = losses.cpu()
         if on_step:
             on_step(Step(cohort.step, len(batches), cohort.seen, total, float(losses.mean())))
         if checkpoint and (checkpoint.due() or not cohort.active):
@@ -181,7 +183,7 @@ class _Cohort:
         order = sorted(range(len(jobs)), key=lambda j: (sum(len(e.tokens) for e in jobs[j].examples), jobs[j].key))
         place = base.device, base.master_dtype  # ordered there: on a GPU, these copies would take longer than a step
         values = torch.cat([tensor.detach().to(*place).flatten(1) for tensor in start.values()], dim=1)
-        values = values[torch.tensor(order, device=base.device)]
+        values = values[moved(base.device, torch.tensor(order, dtype=torch.long))[0]]
         steps = [steps_of(training, len(job.examples)) for job in jobs]
         sizes = [(len(job.examples), job.known) for job in jobs]
         first = torch.full((len(jobs),), math.nan, dtype=base.master_dtype)
@@ -212,7 +214,7 @@ class _Cohort:
             return
         self.finished |= {j: self.optimizer.values[i].clone() for i, j in enumerate(self.active) if done[i]}
         kept = [i for i in range(len(done)) if not done[i]]
-        self.optimizer = self.optimizer.keep(torch.tensor(kept, dtype=torch.long, device=self.optimizer.values.device))
+        self.optimizer = self.optimizer.keep(torch.tensor(kept, dtype=torch.long))
         self.active = [self.active[i] for i in kept]
 
     def result(self) -> dict[str, Tensor]:
@@ -262,20 +264,19 @@ def _accumulate(
     weight = base.footprint.target_weight
     rows = [pack_for(base, examples, budget) for examples in batches]
     shares = [1 / sum(len(e.target) for e in examples) for examples in batches]
-    share = torch.tensor(shares, dtype=base.master_dtype, device=base.device)
-    jobs = torch.tensor(cohort.active, device=base.device)
+    (share,) = moved(base.device, torch.tensor(shares, dtype=base.master_dtype))
+    jobs = torch.tensor(cohort.active)
     losses = torch.zeros_like(share)
     for part in _passes(rows, budget, weight):
-        batch = collate(part.rows, base.pad_token, base.device)
-        owner = torch.tensor(part.owners, device=base.device)
+        batch = collate(part.rows, base.pad_token, base.device, part.owners)
         leaves, numbers = cohort.leaves(part.people, dtype), jobs[part.people]
         layers = [*(Renumbered(one, numbers) for one in frozen), adapters(leaves, numbers)]
-        with applied(base.model, layers, owner - part.people.start):
+        with applied(base.model, layers, torch.tensor(part.owners) - part.people.start):
             # No variable holds the logits, so that only what the backward pass needs stays in memory.
             found = batch.log_probs(base.logits(batch.tokens, batch.ends, batch.positions, batch.places))
-            weighted = -found * share[owner[batch.row]]
+            weighted = -found * share[batch.owner]
             cohort.add_gradient(part.people, leaves, weighted.sum())
-        losses.index_add_(0, owner[batch.row], weighted.detach())
+        losses.index_add_(0, batch.owner, weighted.detach())
     return losses
 
 
@@ -324,6 +325,7 @@ def gradient(
         losses = _accumulate(base, cohort, batches, adapters, frozen, base.master_dtype, tokens_per_batch)
     order = torch.tensor(cohort.active).argsort()
     # The trainer's loss is the mean over a person's target tokens.
-    targets = losses.new_tensor([sum(len(e.target) for e in examples) for examples in batches])
+    counts = [sum(len(e.target) for e in examples) for examples in batches]
+    (targets,) = moved(base.device, torch.tensor(counts, dtype=losses.dtype))
     found = -(cohort.optimizer.gradient * targets[:, None]).cpu()[order]
     return cohort.views(found), -(losses * targets).cpu()[order]
