@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -92,6 +93,15 @@ def test_auto_is_bfloat16_where_the_processor_has_instructions_for_it(monkeypatc
 
 def test_auto_chooses_a_usable_device():
     assert torch.ones(2, device=pick_device("auto")).sum() == 2
+
+
+def test_a_named_gpu_becomes_the_current_one(monkeypatch):
+    current, gpu = [], torch.device("cuda", 1)
+    monkeypatch.setattr(device.torch, "zeros", lambda *_, **how: SimpleNamespace(device=torch.device(how["device"])))
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    assert pick_device("cuda:1") == gpu
+    pick_device("cpu")
+    assert current == [gpu]
 
 
 def test_a_missing_device_is_reported():

@@ -50,11 +50,17 @@ def processor() -> str:
 
 
 def pick_device(device: str) -> torch.device:
-    """Return the torch device; 'auto' is the GPU if there is one. Raises ModelError."""
+    """Return the torch device; 'auto' is the GPU if there is one. Raises ModelError.
+
+    A named GPU becomes the current one of this thread: what asks for no device would use the first GPU.
+    """
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        return torch.zeros(0, device=device).device
+        found = torch.zeros(0, device=device).device
+        if found.type == "cuda":
+            torch.cuda.set_device(found)
+        return found
     except (RuntimeError, AssertionError) as error:
         raise ModelError(
             f"device {device!r} cannot be used: {str(error).splitlines()[0]}", hint="Use --device cpu."
