@@ -118,7 +118,8 @@ def test_methods_measure_the_same(walked, reference, policy, mode):
         ]
         scores.append([row.people["NLL"] for row in evaluate(panel, methods).rows])
     for found, expected in zip(*scores):
-        close(found, expected, 1e-6 if mode == "svd" else 1e-7)  # singular vectors are computed in float32
+        # Singular vectors are computed in float32, by LAPACK on a CPU and by cuSOLVER on a GPU.
+        close(found, expected, 1e-5 if mode == "svd" else 1e-7)
 
 
 def test_gradients_of_the_coefficients_are_the_same(walked, reference):
