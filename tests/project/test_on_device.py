@@ -6,13 +6,15 @@ from types import MethodType
 import pytest
 import torch
 from conftest import TINY_RUN, HashEncoder, people_of
-from tiny import base_of
+from tiny import KINDS, base_of, random_examples, tokenizer
 
 from mta import BASE, TASK
 from mta.bank.bank import Bank
 from mta.config import MergeSettings, Training
 from mta.evaluation import Context, Panel, evaluate
 from mta.evaluation.methods import Merged, MergeThenAdapt, TaskLora
+from mta.lora.batch import fresh
+from mta.model.base import BaseModel
 from mta.personalize import Personalizer
 from mta.personalize.likelihoods import shots_of
 from mta.serving.embedded.engine import EmbeddedEngine
@@ -20,6 +22,7 @@ from mta.serving.engine import Ask
 from mta.store import Store
 from mta.system.device import pick_device
 from mta.training.gates import gate_gradients
+from mta.training.trainer import Job, train_loras
 
 QUESTION = {"title": "Film 7", "genres": "Drama"}
 PEOPLE = people_of(3, items=6, prefix="x", seed=5)
@@ -130,6 +133,23 @@ def test_gradients_of_the_coefficients_are_the_same(walked, reference):
         found.append(gate_gradients(base, jobs, bank.working, bank.calibration.mu, bank.pooled))
     close(found[0].gradients, found[1].gradients)
     close(found[0].loglik, found[1].loglik)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+def test_training_in_bfloat16_is_the_same_with_gradient_checkpointing(device, kind):
+    jobs, found = [Job(f"p{n}", random_examples(3, n)) for n in range(3)], []
+    training = Training(lr=0.05, steps=2, batch_size=3, eps=1.0)
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        with device:  # no module gets a kernel of the CPU
+            model = KINDS[kind]().to(torch.bfloat16)
+        base = BaseModel(model, tokenizer(), kind, gradient_checkpointing=checkpointing)
+        assert base.blocked
+        start = fresh(base.targets, 4, 2.0, 0, [job.key for job in jobs]).to(base.device)
+        after = train_loras(base, jobs, start, training).tensors()
+        found.append(torch.cat([(after[name] - tensor).flatten() for name, tensor in start.tensors().items()]))
+    assert found[0].norm() > 0
+    assert (found[1] - found[0]).norm() <= 0.02 * found[0].norm()
 
 
 def test_an_engine_answers_the_same(walked, reference, tmp_path):
