@@ -178,9 +178,12 @@ class Step:
         some = cohort.typical(min(4, len(jobs)))
         if site.device.type == "cuda":
             plain.tokens = cohort.plan().tokens_per_batch  # as many as ours in one pass
+        tokens = plain.tokens
         difference = fitted(plain, lambda: against_peer(cohort, plain, _COMPARED))
         agreed(difference, str(site.dtype).removeprefix("torch."))
         plain.unfolded.clear()  # a second copy of the weights, which is not used again
+        release(site.device)
+        plain.tokens = tokens  # the comparison holds more beside a pass than what is timed
         fitted(plain, lambda: plain.prepare(some.jobs, some.start, some.training))
 
         def ours() -> float:
