@@ -20,6 +20,8 @@ from typing import Any
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing is downloaded
+# Read when torch starts to use a GPU: passes of many sizes leave less memory in pieces that no other pass fits into.
+os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 
 import torch
 from rich.console import Console
@@ -37,6 +39,7 @@ from mta.system.provenance import commit
 
 DTYPE = torch.bfloat16
 _LEAST = 2 * 2**30  # memory for passes, below which a shape is left out
+_USED = 0.9  # of the free memory: some is lost between allocations, and to libraries beside torch
 _ON_CPU = 24 * 2**30  # memory for passes on a device that is not asked
 
 
@@ -48,7 +51,7 @@ def main(words: Sequence[str] | None = None) -> int:
     logging.basicConfig(format="%(name)s: %(message)s")
     logging.getLogger("mta").setLevel(logging.INFO)  # why the base fails a check, if it does
     shapes = [shape for shape in SHAPES if shape.name in args.shapes]
-    free = torch.cuda.mem_get_info()[0] if device.type == "cuda" else None
+    free = int(_USED * torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else None
     for line in planned(shapes, free, args.memory, args.quick):
         console.print(line, highlight=False)
     console.print(f"torch.mm: {gemm_rate(device, DTYPE, args.quick) / 1e12:.1f} Tflop/s in bfloat16", highlight=False)
@@ -133,11 +136,19 @@ def recorded(row: Row, run: str, part: str, site: Site) -> dict[str, Any]:
         "part": part,
         "memory": site.memory,
         "cohort": site.settings.people,
+        "allocations_repeated": _repeated(site.device),
         "versions": record.versions(),
         "commit": commit(Path(__file__).resolve().parent),
         "run": run,
         "date": _now(),
     }
+
+
+def _repeated(device: torch.device) -> int | None:
+    """How often the process found no memory until it gave its unused memory back: such rows are slower."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return None
+    return int(torch.cuda.memory_stats(device).get("num_alloc_retries", 0))
 
 
 def keep(found: dict[str, dict[str, Any]], new: dict[str, Any]) -> None:
