@@ -107,8 +107,8 @@ def squares(
     dtype: torch.dtype, times: int, device: str | torch.device = "cpu", size: int = SIZE
 ) -> Callable[[], float]:
     """Products of two squares in ``dtype`` into the same place; returns their operations."""
-    draw = torch.Generator().manual_seed(0)
-    a, b = (torch.randn(size, size, generator=draw).to(device, dtype) for _ in range(2))
+    draw = torch.Generator(device).manual_seed(0)
+    a, b = (torch.randn(size, size, generator=draw, device=device).to(dtype) for _ in range(2))
     out = torch.empty_like(a)
 
     def product() -> float:
