@@ -27,7 +27,7 @@ import torch
 from rich.console import Console
 
 from benchmarks.gpu.rows import PARTS, Site, gemm_rate, release, rows
-from benchmarks.gpu.shapes import SHAPES, Shape, needed
+from benchmarks.gpu.shapes import PEOPLE, SHAPES, Shape, needed
 from benchmarks.speed import record, report
 from benchmarks.speed.apart import quiet
 from benchmarks.speed.settings import Settings
@@ -52,15 +52,15 @@ def main(words: Sequence[str] | None = None) -> int:
     logging.getLogger("mta").setLevel(logging.INFO)  # why the base fails a check, if it does
     shapes = [shape for shape in SHAPES if shape.name in args.shapes]
     free = int(_USED * torch.cuda.mem_get_info(device)[0]) if device.type == "cuda" else None
-    for line in planned(shapes, free, args.memory, args.quick):
+    for line in planned(shapes, free, args.memory, args.quick, args.people):
         console.print(line, highlight=False)
     console.print(f"torch.mm: {gemm_rate(device, DTYPE, args.quick) / 1e12:.1f} Tflop/s in bfloat16", highlight=False)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu()
     path = args.out / f"bench-{slug(name if device.type == 'cuda' else 'cpu', args.quick)}.json"
     found, run, failed = _kept(path), _now(), False
     for shape in shapes:
-        site = site_of(shape, device, passes(shape, free, args.memory), args)
-        reason = "" if args.quick else left_out(shape, free, site.memory)
+        site = site_of(shape, device, passes(shape, free, args.memory, args.people), args)
+        reason = "" if args.quick else left_out(shape, free, site.memory, args.people)
         release(device)  # the base of the shape before
         for part in dict.fromkeys(("base", *args.only)):
             for row in rows(site, part, lambda reason=reason: reason or late(start, args.budget)):
@@ -81,37 +81,39 @@ def parsed(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="tiny models: whether it runs, not how fast")
     parser.add_argument("--only", nargs="+", choices=[*PARTS], default=list(PARTS), help="parts to measure")
     parser.add_argument("--shapes", nargs="+", choices=names, default=names, help="models to measure")
-    parser.add_argument("--people", type=int, help="people in a cohort (32; with --quick 3)")
+    parser.add_argument("--people", type=int, help=f"people in a cohort ({PEOPLE}; with --quick 3)")
     parser.add_argument("--memory", type=parse_size, help="memory for passes (what the GPU has left; CPU: 24GiB)")
     parser.add_argument(
         "--budget", type=float, metavar="SECONDS", help="start no row after so long (default: no limit)"
     )
     parser.add_argument("--out", type=Path, default=Path("results"), help="folder of the JSON file")
     args = parser.parse_args(words)
-    args.people = args.people or (3 if args.quick else 32)
+    args.people = args.people or (3 if args.quick else PEOPLE)
     return args
 
 
-def planned(shapes: Sequence[Shape], free: int | None, given: int | None, quick: bool) -> Iterator[str]:
+def planned(
+    shapes: Sequence[Shape], free: int | None, given: int | None, quick: bool, people: int = PEOPLE
+) -> Iterator[str]:
     """Lines that say what each shape needs, and what does not fit, before anything is measured."""
     for shape in shapes:
-        memory = passes(shape, free, given)
-        need = needed(shape, DTYPE, memory)
-        reason = left_out(shape, free, memory)
+        memory = passes(shape, free, given, people)
+        need = needed(shape, DTYPE, memory, people)
+        reason = left_out(shape, free, memory, people)
         said = "a tiny model is measured in its place" if quick else f"left out: {reason}" if reason else "fits"
         yield f"{shape.name}: {shape.parameters / 1e9:.2f} billion weights, about {need / 2**30:.0f} GiB; {said}"
 
 
-def passes(shape: Shape, free: int | None, given: int | None) -> int:
+def passes(shape: Shape, free: int | None, given: int | None, people: int = PEOPLE) -> int:
     """Bytes for the passes of a cohort: as given, else what is free beside all that the rows of the shape hold."""
     if given:
         return given
-    return _ON_CPU if free is None else max(free - needed(shape, DTYPE, 0), _LEAST)
+    return _ON_CPU if free is None else max(free - needed(shape, DTYPE, 0, people), _LEAST)
 
 
-def left_out(shape: Shape, free: int | None, memory: int) -> str:
+def left_out(shape: Shape, free: int | None, memory: int, people: int = PEOPLE) -> str:
     """Why a shape is not measured with ``free`` bytes, or ""; None stands for a device that is not asked."""
-    need = needed(shape, DTYPE, memory)
+    need = needed(shape, DTYPE, memory, people)
     if free is None or need <= free:
         return ""
     return f"too little memory: about {need / 2**30:.0f} GiB needed, {free / 2**30:.0f} GiB free"

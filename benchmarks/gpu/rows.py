@@ -181,7 +181,7 @@ class Step:
         tokens = plain.tokens
         difference = fitted(plain, lambda: against_peer(cohort, plain, _COMPARED))
         agreed(difference, str(site.dtype).removeprefix("torch."))
-        plain.unfolded.clear()  # a second copy of the weights, which is not used again
+        plain.unfolded.clear()  # a copy of the weights, which is not used again
         release(site.device)
         plain.tokens = tokens  # the comparison holds more beside a pass than what is timed
         fitted(plain, lambda: plain.prepare(some.jobs, some.start, some.training))

@@ -7,10 +7,12 @@ from typing import Any
 
 import torch
 
+from benchmarks.speed.training import ANCHORS, K
 from mta.data.tasks.prompt import Example
 from mta.model.base import BaseModel
 from mta.personalize.likelihoods import ShotsJob
 
+PEOPLE = 32  # in a cohort
 LONGEST = 1024  # tokens of one example
 _FIRST = 10  # smaller numbers are special tokens
 _BYTES = {torch.bfloat16: 2, torch.float32: 4}
@@ -79,11 +81,15 @@ SHAPES = (  # in the order of measuring: should the time run out, the largest is
 )
 
 
-def needed(shape: Shape, dtype: torch.dtype, memory: int) -> int:
-    """Bytes that the rows of a shape take: our weights, the peer's, a bank of 50 LoRAs, and ``memory`` for passes."""
+def needed(shape: Shape, dtype: torch.dtype, memory: int, people: int = PEOPLE) -> int:
+    """Bytes that the rows of a shape take: our weights, the peer's, a bank, merges, and ``memory`` for passes.
+
+    The bank has 50 LoRAs of rank 8; the merge of each of the ``people`` has K of them.
+    """
     width = shape.layers * (shape.hidden * 2 + shape.head * 2 * (shape.heads + shape.keys) + 3 * shape.inner)
     width += shape.layers * 5 * shape.hidden  # roughly D + O of all linear layers
-    return _BYTES[dtype] * (2 * shape.parameters + 50 * 8 * width) + memory + 4 * 2**30
+    adapters = 8 * (ANCHORS + K * people) * width
+    return _BYTES[dtype] * (2 * shape.parameters + adapters) + memory + 4 * 2**30
 
 
 def jobs_of(shape: Shape, people: int, examples: int, tokens: int, shared: int, targets: int = 2) -> list[ShotsJob]:

@@ -55,7 +55,9 @@ class PlainPeft:
         with torch.no_grad():
             for name, layer in self.layers.items():
                 weight = layer.base_layer.weight
-                plain = self.unfolded.setdefault(name, weight.detach().clone())
+                if name not in self.unfolded:  # on the host: on a GPU, there is no room for the weights of large models
+                    self.unfolded[name] = weight.detach().to("cpu", copy=True)
+                plain = self.unfolded[name].to(weight.device)
                 one = (LoraBatch({name: part.factors[name]}, part.scale) for part in frozen if part is not None)
                 update = sum(part.to(torch.float32).delta(name)[0] for part in one)
                 weight.copy_(plain.float() + update)
