@@ -12,7 +12,7 @@ from benchmarks.speed import data
 from benchmarks.speed.data import Absent, Prompts
 from benchmarks.speed.settings import Settings
 from benchmarks.speed.timing import Row, turns
-from benchmarks.speed.training import base_of, random_bank, task_lora
+from benchmarks.speed.training import agreed, base_of, random_bank, task_lora
 from mta.bank.calibration import one_step
 from mta.config import Lora, Training, parse_size
 from mta.lora.batch import LoraBatch
@@ -61,9 +61,15 @@ def rows(settings: Settings) -> Iterator[Row]:
 def against_scoring(
     name: str, base: BaseModel, jobs: Sequence[ShotsJob], bank: LoraBatch, settings: Settings, memory: str = "4GiB"
 ) -> Row:
-    """One forward and one backward pass against N + 1 forward passes."""
+    """One forward and one backward pass against N + 1 forward passes, after the likelihoods both give were compared.
+
+    Raises Unequal.
+    """
     anchors, pooled = len(bank), [Shared(task_lora(base))]
     at, tokens = torch.zeros(anchors, dtype=torch.float64), _tokens(base, jobs, bank, 1, memory)
+    found = gate_gradients(base, jobs, bank, at, pooled, tokens_per_batch=tokens).loglik
+    expected = gather_evidence(base, jobs, bank.select([0]), pooled, tokens_per_batch=tokens).task.double()
+    difference = agreed(float(((found - expected) / expected).abs().max()), DTYPE)
 
     def gradient() -> float:
         gate_gradients(base, jobs, bank, at, pooled, tokens_per_batch=tokens)
@@ -82,7 +88,9 @@ def against_scoring(
         tuple(rates),
         tuple(peer_rates),
         _TARGET,
-        note=f"{data.SHOTS} shots a person, {DTYPE}, rank {RANK}",
+        difference,
+        "log-likelihoods of shots under the task LoRA",
+        f"{data.SHOTS} shots a person, {DTYPE}, rank {RANK}",
         more={"people": len(jobs), "anchors": anchors},
     )
 
