@@ -12,9 +12,10 @@ import json
 import os
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,30 +39,37 @@ _TOGETHER = (1, 2, 4)  # of them in one pass; sixteen need more than 24 GiB
 
 def rows(settings: Settings) -> Iterator[Row]:
     """One row for each dtype. Raises Absent."""
-    if not os.environ.get(PYTHON):
-        raise Absent(f"{PYTHON} does not name the Python of an environment with MoE-PEFT")
+    need_peer()
     for dtype, short in (("float32", "fp32"), ("bfloat16", "bf16")):
         name = f"multi-LoRA training, short, rank 8 (OPPU), {short}"
         if settings.wanted(name):
-            yield row(name, dtype, settings)
+            yield against(name, short_cohort(dtype, settings), dtype, settings, partial(plain_model, dtype))
         base_of.cache_clear()
 
 
-def row(name: str, dtype: str, settings: Settings) -> Row:
-    """Our cohort against MoE-PEFT's best number of people in a pass, after losses and gradients were compared."""
-    cohort = short_cohort(dtype, settings)
+def need_peer() -> None:
+    """Raise Absent without an environment for the peer."""
+    if not os.environ.get(PYTHON):
+        raise Absent(f"{PYTHON} does not name the Python of an environment with MoE-PEFT")
+
+
+def against(name: str, cohort: Cohort, dtype: str, settings: Settings, model: Callable[[], Any]) -> Row:
+    """Our cohort against MoE-PEFT's best number of people in a pass, after losses and gradients were compared.
+
+    ``model`` makes the cohort's base as transformers has it. The peer computes on the device of the cohort.
+    """
     people = len(cohort.jobs)
     theirs = cohort.typical(min(_PEERS, people))
     some = cohort.first(_TOGETHER[-1])
     some = replace(some, start=small(some.start, 7))
-    with peer(some, dtype) as ask:
+    with peer(some, dtype, model) as ask:
         difference = agreed(_against(some, ask), dtype)
 
     def ours() -> float:
         cohort.train()
         return _MINUTE * people
 
-    with peer(theirs, dtype) as ask:
+    with peer(theirs, dtype, model) as ask:
 
         def trained(together: int) -> float:
             ask("train", together=together)
@@ -80,16 +88,16 @@ def row(name: str, dtype: str, settings: Settings) -> Row:
         None,
         difference,
         "losses and gradients",
-        f"{SHOTS} examples a person, optimizer steps: {settings.steps}; tried {sizes} people in a pass",
+        f"{SHOTS} examples a person, optimizer steps: {cohort.training.steps}; tried {sizes} people in a pass",
         more={"people": people, "peer_people": len(theirs.jobs), "together": best, "steps": cohort.training.steps},
     )
 
 
 @contextmanager
-def peer(cohort: Cohort, dtype: str) -> Iterator[Any]:
+def peer(cohort: Cohort, dtype: str, model: Callable[[], Any]) -> Iterator[Any]:
     """``moe_peft_peer.py`` over this cohort in the environment that the variable names; call it with a request."""
     with tempfile.TemporaryDirectory() as folder:
-        _write(cohort, dtype, Path(folder))
+        _write(cohort, dtype, model, Path(folder))
         script = Path(__file__).with_name("moe_peft_peer.py")
         command = [os.environ[PYTHON], str(script), folder]
         with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
@@ -111,9 +119,9 @@ def peer(cohort: Cohort, dtype: str) -> Iterator[Any]:
                 process.stdin.close()
 
 
-def _write(cohort: Cohort, dtype: str, folder: Path) -> None:
+def _write(cohort: Cohort, dtype: str, model: Callable[[], Any], folder: Path) -> None:
     """What the other process needs: the model, everybody's examples, and the adapters to start from."""
-    plain_model(dtype).save_pretrained(folder / "base")
+    model().save_pretrained(folder / "base")
     config = json.loads((folder / "base" / "config.json").read_text())
     config |= config.get("rope_parameters") or {}  # where its older transformers looks for rope_theta
     (folder / "base" / "config.json").write_text(json.dumps(config))
