@@ -22,6 +22,7 @@ from mta.lora.batch import Factors, LoraBatch
 from mta.training.trainer import Job, batch_of
 
 FREE = "the peer's frozen adapters are folded into its weights beforehand, for free"
+PRECISIONS = ("autocast", "adapters in bfloat16")  # of a bfloat16 base, beside adapters in float32
 TOKENS = 2048  # padded tokens of one forward pass on CPUs; batches of long texts are split and their gradients added up
 
 
@@ -45,10 +46,20 @@ class PlainPeft:
 
         self.model: Any = peft.get_peft_model(model, lora_config(like))  # float32 adapters also of a bfloat16 base
         self.model.train()
-        self.scale, self.tokens = like.scale, TOKENS
+        self.scale, self.tokens, self.autocast = like.scale, TOKENS, False
         self.layers = {name: self.model.base_model.model.get_submodule(name) for name in like.names}
         self.parameters = [tensor for pair in self._factors().values() for tensor in pair]
         self.unfolded: dict[str, Tensor] = {}
+
+    def compute_with(self, precision: str) -> None:
+        """Compute a bfloat16 base with one of ``PRECISIONS``; before that, adapters are float32 without autocast.
+
+        With autocast, their factors stay float32.
+        """
+        self.autocast = precision == "autocast"
+        kind = torch.float32 if self.autocast else torch.bfloat16
+        for tensor in self.parameters:
+            tensor.data = tensor.data.to(kind)
 
     def fold(self, *frozen: LoraBatch | None) -> None:
         """Add the update of each batch's only adapter to the base weights as they were loaded."""
@@ -99,7 +110,8 @@ class PlainPeft:
         loss = torch.zeros((), device=self.model.device)  # a number would make a GPU wait after each part
         for part in _parts(examples, self.tokens):
             share = sum(len(example.target) for example in part) / total
-            mean = self.model(**padded(part, self.model.device)).loss * share
+            with torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.autocast):
+                mean = self.model(**padded(part, self.model.device), use_cache=False).loss * share
             mean.backward()
             loss += mean.detach()
         return loss
