@@ -26,8 +26,9 @@ os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 import torch
 from rich.console import Console
 
-from benchmarks.gpu.rows import PARTS, Site, gemm_rate, release, rows
+from benchmarks.gpu.rows import PARTS, gemm_rate, rows
 from benchmarks.gpu.shapes import PEOPLE, SHAPES, Shape, needed
+from benchmarks.gpu.site import Site, release
 from benchmarks.speed import record, report
 from benchmarks.speed.apart import quiet
 from benchmarks.speed.settings import Settings

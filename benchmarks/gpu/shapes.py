@@ -68,9 +68,10 @@ class Shape:
             made = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="sdpa")
         return made.eval()
 
-    def base(self, device: torch.device, dtype: torch.dtype) -> BaseModel:
+    def base(self, device: torch.device, dtype: torch.dtype, gradient_checkpointing: bool = False) -> BaseModel:
         """The same as ``mta`` computes with it."""
-        return BaseModel(self.model(device, dtype), _tokenizer(), self.name, "random weights", LONGEST)
+        model = self.model(device, dtype)
+        return BaseModel(model, _tokenizer(), self.name, "random weights", LONGEST, gradient_checkpointing)
 
 
 SHAPES = (  # in the order of measuring: should the time run out, the largest is there

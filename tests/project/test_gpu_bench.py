@@ -10,16 +10,20 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from memory import TensorMemory
 
 from benchmarks.gpu.__main__ import keep, left_out, main, passes, planned, recorded
-from benchmarks.gpu.rows import PARTS, Planned, Site, fitted, rows
+from benchmarks.gpu.rows import PARTS, Planned, rows
 from benchmarks.gpu.shapes import SHAPES, jobs_of
+from benchmarks.gpu.site import Site
+from benchmarks.gpu.steps import fastest, fitted, planned_bytes, rates_by_batch
 from benchmarks.speed.adaptation import against_peer
-from benchmarks.speed.peers import PlainPeft, _parts
+from benchmarks.speed.peers import PRECISIONS, PlainPeft, _parts
 from benchmarks.speed.settings import Settings
 from benchmarks.speed.timing import Row
-from benchmarks.speed.training import Cohort, oppu, stack
+from benchmarks.speed.training import Cohort, apart, oppu, small, stack
 from mta.config import Training
+from mta.kernels.compile import without_kernels
 
 ROOT = Path(__file__).parents[2]
 
@@ -169,6 +173,45 @@ def test_stage_3_is_planned_with_its_merges_and_the_task_lora():
     assert len(cohort.plan().cohorts) > len(alone.plan().cohorts)
 
 
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_the_memory_of_a_cohort_is_planned(checkpointed):
+    shape = replace(SHAPES[1], hidden=256, layers=4, heads=4, keys=2, head=64, inner=896, vocabulary=4096)
+    with without_kernels():  # as on a GPU
+        base = shape.base(torch.device("cpu"), torch.bfloat16, checkpointed)
+        jobs = jobs_of(shape, people=4, examples=8, tokens=70, shared=35)
+        cohort = oppu(base, jobs, Training(lr=1e-4, steps=1, batch_size=8), 2**34)
+        for some, tokens in ((cohort.first(1), 2**20), (cohort, 600)):
+            starts = [tensor for one in (cohort, some) for tensor in one.start.parts().values()]
+            with TensorMemory([*base.model.parameters(), *base.model.buffers(), *starts]) as memory:
+                some.train(tokens_per_batch=tokens)
+            assert memory.peak == pytest.approx(planned_bytes(some, tokens), rel=0.05)
+
+
+def test_the_peer_is_measured_with_the_batches_that_fit():
+    site = site_of()
+    jobs = jobs_of(site.shape, people=2, examples=8, tokens=30, shared=8)
+    cohort = oppu(site.base, jobs, Training(lr=1e-4, steps=1, batch_size=8), site.memory)
+    plain = PlainPeft(site.plain(), cohort.start.select([0]))
+    plain.tokens = 150
+    plain.prepare(jobs, cohort.start, cohort.training)
+    assert [*rates_by_batch(plain, cohort, cohort, (2, 4, 8))] == [2, 4]
+    assert plain.tokens == 150
+    assert fastest(plain, cohort) in PRECISIONS
+
+
+def test_precisions_of_the_peer_give_its_gradients():
+    site = site_of()
+    jobs = jobs_of(site.shape, people=1, examples=2, tokens=24, shared=8)
+    cohort = oppu(site.base, jobs, Training(lr=1e-4, steps=1, batch_size=2), site.memory)
+    start = small(cohort.start, 7)
+    plain = PlainPeft(site.plain(), start)
+    _, expected = plain.gradient(jobs, start)
+    for precision, kind in zip(PRECISIONS, (torch.float32, torch.bfloat16)):
+        plain.compute_with(precision)
+        assert {tensor.dtype for tensor in plain.parameters} == {kind}
+        assert apart(plain.gradient(jobs, start)[1], expected) < 0.05
+
+
 @pytest.mark.skipif(not shutil.which("make"), reason="make is not installed")
 @pytest.mark.parametrize("failing_step", ["doctor", "pytest", "benchmarks.gpu", "none"])
 def test_make_gpu_runs_all_steps_with_a_given_python_and_fails_if_one_failed(tmp_path, failing_step):
@@ -205,6 +248,7 @@ def test_a_rehearsal_prints_and_writes_every_row(tmp_path, capsys):
     assert names.count("base") == 1
     short = "rank 8 (OPPU), 8 shots of 70 tokens"
     assert {"coefficients of 4 anchors", short, f"{short}, operations", f"{short}, memory"} <= {*names}
+    assert {f"{short}, best batch of PEFT", f"{short}, memory of a cohort", f"{short}, MoE-PEFT"} <= {*names}
     assert {"exact merge against PEFT cat", "rank 8 (OPPU), 64 tokens a person"} <= {*names}
     assert {"decoding against the base alone", "decoding against PEFT adapter_names"} <= {*names}
     assert not [row for row in found["rows"] if row["skipped"].startswith("failed")]

@@ -1,0 +1,238 @@
+"""One training step of a shape's people: against PEFT, against the rate of a large product, and its memory."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from benchmarks.gpu.site import Site, release
+from benchmarks.speed import limit, multi_lora
+from benchmarks.speed.adaptation import against_peer, trained
+from benchmarks.speed.peers import FREE, PRECISIONS, TOKENS, PlainPeft
+from benchmarks.speed.timing import Row, rate, turns
+from benchmarks.speed.training import Cohort, agreed, oppu, stack
+from mta.config import Training
+from mta.model.footprint import ParameterCounts, TextLengths
+from mta.training.packing import common_prefix, pack_for
+from mta.training.trainer import _passes
+
+ADAPTERS = {"rank 8 (OPPU)": oppu, "stage 3": stack}
+BATCHES = (2, 4, 8)  # examples in one pass of the peer
+_MINUTE = 60
+_COMPARED = 3  # people of one pass whose results are compared with the peer's
+_PLANNED = 0.85, 1.15  # least and most measured bytes over planned bytes
+_ONE_PASS = 2**20  # tokens
+
+
+@dataclass
+class Step:
+    """One training step of all people together. ``batches`` are tried for the peer after its batch of all examples."""
+
+    site: Site
+    name: str
+    adapter: str
+    jobs: Sequence[Any]
+    batches: Sequence[int] = ()
+    checkpointed: bool = False  # over a base with gradient checkpointing
+    rates: Sequence[float] = ()  # people per minute, once measured
+    by_batch: dict[int, float] = field(default_factory=dict)  # the peer's, once measured
+
+    @cached_property
+    def cohort(self) -> Cohort:
+        """The people with their adapters, on the device at the first use."""
+        site, base = self.site, self.site.base
+        if self.checkpointed:
+            base = site.shape.base(site.device, site.dtype, gradient_checkpointing=True)
+        steps = Training(lr=1e-4, steps=1, batch_size=max(len(job.examples) for job in self.jobs))
+        how = {} if self.adapter == "rank 8 (OPPU)" else {"bank": site.bank}
+        return ADAPTERS[self.adapter](base, self.jobs, steps, site.memory, **how)
+
+    def against_peft(self) -> Row:
+        """Time the step against PEFT, after losses and gradients were compared."""
+        site, settings, cohort, jobs = self.site, self.site.settings, self.cohort, self.jobs
+        plain = PlainPeft(site.plain(), cohort.start.select([0]))
+        some = cohort.typical(min(4, len(jobs)))
+        difference = compared(site, cohort, plain)
+        precision = fastest(plain, some)
+        fitted(plain, lambda: plain.prepare(some.jobs, some.start, some.training))
+
+        def ours() -> float:
+            cohort.train()
+            return _MINUTE * len(jobs)
+
+        warm = not settings.quick
+        self.rates, peer_rates = turns(ours, lambda: trained(plain, some, cohort), settings.repeats, warm=warm)
+        more = {
+            "people": len(jobs),
+            "peer_tokens_per_pass": plain.tokens,
+            "tokens_per_person": cohort.tokens // len(jobs),
+        }
+        self.by_batch = rates_by_batch(plain, some, cohort, self.batches)
+        return Row(
+            self.name,
+            f"mta, {len(jobs)} people",
+            f"PEFT, one by one ({len(some.jobs)})",
+            "people/min",
+            tuple(self.rates),
+            tuple(peer_rates),
+            None,
+            difference,
+            f"losses and gradients of {min(_COMPARED, len(jobs))} people of one pass",
+            "; ".join([*([FREE] if cohort.pooled else []), f"PEFT: {precision}, faster than {_others(precision)}"]),
+            more=more,
+        )
+
+    def against_moe_peft(self) -> Row:
+        """Against another trainer of many LoRAs, after losses and gradients were compared. Raises Absent."""
+        multi_lora.need_peer()
+        site = self.site
+        dtype = str(site.dtype).removeprefix("torch.")
+        return multi_lora.against(f"{self.name}, MoE-PEFT", self.cohort, dtype, site.settings, site.plain)
+
+    def against_best_batch(self) -> Row:
+        """The same rates against the peer's best number of examples in one pass."""
+        self._need_rates()
+        size = max(self.by_batch, key=lambda n: self.by_batch[n])
+        return Row(
+            f"{self.name}, best batch of PEFT",
+            f"mta, {len(self.jobs)} people",
+            f"PEFT, one by one, {size} examples in a pass",
+            "people/min",
+            (statistics.median(self.rates),),
+            (self.by_batch[size],),
+            note=f"examples in a pass that were tried: {', '.join(map(str, self.by_batch))}",
+            more={"peer_rates_by_batch": self.by_batch},
+        )
+
+    def share_of_peak(self) -> Row:
+        """Operations that a step cannot do without per second, against a product of large squares."""
+        self._need_rates()
+        site, quick = self.site, self.site.settings.quick
+        each = limit.needed(self.cohort) / (_MINUTE * len(self.jobs))
+        size = 512 if quick else 8192
+        product = limit.squares(site.dtype, 1 if quick else 50, site.device, size)
+        product()
+        ours, peers = tuple(each * one for one in self.rates), tuple(rate(product) for _ in self.rates)
+        return Row(f"{self.name}, operations", "mta", f"torch.mm of {size} x {size}", "operations/s", ours, peers)
+
+    def memory(self) -> Row:
+        """Peak of the memory of one person in one pass, against the plan."""
+        return self._memory("memory", lambda: (self.cohort.first(1), _ONE_PASS))
+
+    def memory_of_a_cohort(self) -> Row:
+        """Peak of the memory of as many people as are planned together, in the planned passes, against the plan."""
+
+        def whole() -> tuple[Cohort, int]:
+            plan = self.cohort.plan()
+            return self.cohort.some(plan.cohorts[0]), plan.tokens_per_batch
+
+        return self._memory("memory of a cohort", whole)
+
+    def memory_with_checkpointing(self) -> Row:
+        """As ``memory``, of a base with gradient checkpointing."""
+        return self._memory("memory with gradient checkpointing", lambda: (self.cohort.first(1), _ONE_PASS))
+
+    def _memory(self, what: str, choose: Callable[[], tuple[Cohort, int]]) -> Row:
+        name, device = f"{self.name}, {what}", self.site.device
+        if device.type != "cuda":
+            return Row(name, "mta", "memory plan", "bytes", skipped=f"the peak is not measured on {device.type}")
+        cohort, tokens = choose()
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_stats()["requested_bytes.all.current"]
+        torch.cuda.reset_peak_memory_stats()
+        cohort.train(tokens_per_batch=tokens)
+        peak = torch.cuda.memory_stats()["requested_bytes.all.peak"] - before
+        planned, (least, most) = planned_bytes(cohort, tokens), _PLANNED
+        met = "met" if least <= peak / planned <= most else "missed"
+        note = f"{len(cohort.jobs)} people; ratio: measured / planned; target {least} to {most}: {met}"
+        return Row(name, "measured", "planned", "bytes", (float(peak),), (float(planned),), note=note)
+
+    def _need_rates(self) -> None:
+        if not self.rates:
+            raise RuntimeError(f"the row {self.name!r} was not measured")
+
+
+def compared(site: Site, cohort: Cohort, plain: PlainPeft) -> float:
+    """Return the largest difference of losses and gradients to the peer's. Raises Unequal."""
+    if site.device.type == "cuda":
+        plain.tokens = cohort.plan().tokens_per_batch  # as many as ours in one pass
+    tokens = plain.tokens
+    difference = fitted(plain, lambda: against_peer(cohort, plain, _COMPARED))
+    agreed(difference, str(site.dtype).removeprefix("torch."))
+    plain.unfolded.clear()  # a copy of the weights, which is not used again
+    release(site.device)
+    plain.tokens = tokens  # the comparison holds more beside a pass than what is timed
+    return float(difference)
+
+
+def fastest(plain: PlainPeft, some: Cohort) -> str:
+    """Let the peer compute with the faster of its precisions; return which."""
+    speeds = dict[str, float]()
+
+    def one() -> float:
+        plain.train()
+        return 1.0
+
+    for precision in PRECISIONS:
+        plain.compute_with(precision)
+        fitted(plain, lambda: plain.prepare(some.jobs[:1], some.start, some.training))
+        speeds[precision] = rate(one)
+    best = max(PRECISIONS, key=lambda precision: speeds[precision])
+    plain.compute_with(best)
+    return best
+
+
+def _others(precision: str) -> str:
+    return " and ".join(one for one in PRECISIONS if one != precision)
+
+
+def fitted(plain: PlainPeft, work: Callable[[], Any]) -> Any:
+    """Return what ``work`` does; halve the peer's passes while they do not fit: a token takes more memory there."""
+    while True:
+        try:
+            return work()
+        except torch.OutOfMemoryError:
+            if plain.tokens <= TOKENS:
+                raise
+        plain.tokens = max(plain.tokens // 2, TOKENS)
+        release(torch.device(plain.model.device))
+
+
+def rates_by_batch(plain: PlainPeft, some: Cohort, cohort: Cohort, sizes: Sequence[int]) -> dict[int, float]:
+    """Return the peer's rate with so many examples in one pass, for the sizes that fit."""
+    tokens, longest = plain.tokens, max(len(example.tokens) for job in some.jobs for example in job.examples)
+    found = dict[int, float]()
+    for size in sizes:
+        if size * longest <= tokens:
+            plain.tokens = size * longest
+            found[size] = rate(lambda: trained(plain, some, cohort))
+    plain.tokens = tokens
+    return found
+
+
+def planned_bytes(cohort: Cohort, tokens_per_batch: int) -> int:
+    """Return the bytes that training a cohort without frozen adapters should take: its largest pass, and parameters.
+
+    In float32, each parameter has a value, a gradient, two moments, and a copy of its start.
+    """
+    base, jobs = cohort.base, cohort.jobs
+    rows = [pack_for(base, job.examples, tokens_per_batch) for job in jobs]
+    width = sum(map(sum, base.targets.values())) * cohort.start.rank
+    examples = [example.tokens for job in jobs for example in job.examples]
+    texts = TextLengths(max(map(len, examples)), common_prefix(*(job.tokens for job in jobs[0].examples[:2])))
+    passes = [
+        base.footprint.training(
+            len(part.rows) * max(len(row.tokens) for row in part.rows),
+            sum(row.logit_count for row in part.rows),
+            part.people.stop - part.people.start,
+            texts,
+            ParameterCounts(width),
+        )
+        for part in _passes(rows, tokens_per_batch, base.footprint.target_weight)
+    ]
+    return max(passes) + 5 * 4 * width * len(jobs)
