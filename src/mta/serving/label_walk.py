@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
+
+from mta.system.device import moved
 
 
 class LabelWalk:
@@ -25,10 +28,11 @@ class LabelWalk:
 
         Returns how many tokens of it to keep, and the token to continue with; None when all labels are scored.
         """
-        start, logprobs = self._left.pop(), logits.float().log_softmax(-1).cpu()
-        for number, label in enumerate(self.labels):
-            if len(label) > len(start) and label[: len(start)] == start:
-                self.scores[number] += float(logprobs[label[len(start)]])
+        start = self._left.pop()
+        after = [n for n, label in enumerate(self.labels) if len(label) > len(start) and label[: len(start)] == start]
+        (tokens,) = moved(logits.device, torch.tensor([self.labels[n][len(start)] for n in after]))
+        for number, logprob in zip(after, logits.float().log_softmax(-1)[tokens].tolist()):  # a GPU sends only these
+            self.scores[number] += logprob
         if not self._left:
             return None
         return len(self._left[-1]) - 1, self._left[-1][-1]
