@@ -103,15 +103,18 @@ class AdapterSlots:
 
     def clear(self, place: int) -> None:
         """Fill slot ``place`` with zeros."""
-        for kept in (self._gates, *chain(*self._own.values())):
-            kept[place].zero_()
+        torch._foreach_zero_(self._slot(place))
 
     def exchange(self, one: int, other: int) -> None:
-        """Swap two slots."""
-        pair = torch.tensor([one, other], device=self._gates.device)  # one copy to a GPU instead of two per tensor
-        crossed = pair.flip(0)
-        for kept in (self._gates, *chain(*self._own.values())):
-            kept[pair] = kept[crossed]
+        """Swap two slots; on a GPU, each of these calls copies many tensors with one launch."""
+        ones, others = self._slot(one), self._slot(other)
+        between = [torch.empty_like(part) for part in ones]
+        for target, source in ((between, ones), (ones, others), (others, between)):
+            torch._foreach_copy_(target, source)
+
+    def _slot(self, place: int) -> list[Tensor]:
+        """Return what slot ``place`` holds, as views."""
+        return [kept[place] for kept in (self._gates, *chain(*self._own.values()))]
 
     @contextmanager
     def opened(self, rows: slice) -> Iterator[None]:

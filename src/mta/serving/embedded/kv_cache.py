@@ -25,6 +25,7 @@ from mta.model.agreement import Reference, short_windows
 from mta.model.base import BaseModel
 from mta.serving.embedded.adapter_slots import AdapterSlots
 from mta.serving.engine import Who
+from mta.system.device import moved
 
 
 class SlotCache(Cache):  # type: ignore[misc]  # transformers brings no types
@@ -60,15 +61,15 @@ class SlotCache(Cache):  # type: ignore[misc]  # transformers brings no types
         """Swap two slots; only their first ``tokens`` positions are moved."""
         if not self.kept:
             return
-        pair = torch.tensor([one, other], device=self.kept[0][0].device)  # one copy to a GPU instead of two per tensor
+        (pair,) = moved(self.kept[0][0].device, torch.tensor([one, other]))
         crossed = pair.flip(0)
         for kept in chain(*self.kept):
             kept[pair, :, :tokens] = kept[crossed, :, :tokens]
 
     def clear(self, slot: int) -> None:
         """Fill a slot with zeros."""
-        for kept in chain(*self.kept):
-            kept[slot].zero_()
+        if self.kept:
+            torch._foreach_zero_([kept[slot] for kept in chain(*self.kept)])
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Return 0. Transformers uses this length only without explicit positions, and we always pass positions."""
