@@ -163,12 +163,13 @@ class Slots:
         starts = [len(slot.tokens) for slot in self._slots[rows]]
         padded = [list(row) + [self._base.pad_token] * (width - len(row)) for row in tokens]
         device = self._base.device
-        positions = torch.tensor(starts, device=device)[:, None] + torch.arange(width, device=device)
-        last = torch.tensor([n * width + len(row) - 1 for n, row in enumerate(tokens)], device=device)
+        ends = [n * width + len(row) - 1 for n, row in enumerate(tokens)]
+        fed, first, last = moved(device, torch.tensor(padded), torch.tensor(starts), torch.tensor(ends))
+        positions = first[:, None] + torch.arange(width, device=device)
         valid = positions.clamp(max=self._length - 1)  # padding may lie beyond the model's last position
         cache = self.cache
         cache.rows, cache.positions, cache.seen = rows, positions, max(starts) + width
-        logits = self._base.next_logits(torch.tensor(padded, device=device), valid, cache, cache.seen, last)
+        logits = self._base.next_logits(fed, valid, cache, cache.seen, last)
         for slot, row in zip(self._slots[rows], tokens):
             slot.written = max(slot.written, len(slot.tokens) + width)
             slot.tokens.extend(row)
