@@ -34,7 +34,7 @@ class Adapters(Protocol):
     """Adapters that can be applied to any batch of rows."""
 
     def terms(self, owner: Tensor) -> Mapping[str, MakeTerm]:
-        """Return how to make the term of each adapted layer, by its name, for rows that belong to ``owner`` (B,)."""
+        """Return how to make the term of each adapted layer, by its name, for rows of ``owner`` (B,), on the CPU."""
 
 
 @dataclass(frozen=True, slots=True)
