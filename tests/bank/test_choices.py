@@ -45,6 +45,13 @@ def test_a_persons_candidate_is_chosen_by_the_other_groups():
     assert chosen_by_others(gains, torch.arange(5), torch.arange(5) > 0, most) == ([1, 2, 1, 1, 1], 1)
 
 
+def test_nothing_is_chosen_where_nobody_else_is_counted():
+    counted = torch.tensor([True, True, True, False])
+    gains = torch.ones(4, 2).cumsum(1)
+    chosen, final = chosen_by_others(gains, torch.tensor([0, 0, 0, 1]), counted, best_of)
+    assert (chosen[:3], final) == ([0, 0, 0], best_of(gains[:3], torch.tensor([0, 0, 0])))
+
+
 @given(people=st.integers(3, 12), seed=st.integers(0, 50))
 def test_what_others_chose_is_the_best_candidate_for_them(people, seed):
     gains = normal(people, 3, seed=seed)

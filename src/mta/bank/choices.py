@@ -23,6 +23,8 @@ def best_of(gains: Tensor, groups: Tensor, sure: float = 1.0) -> int:
     Gains (U, candidates); groups (U,) of people who share items. 0 is returned where no other gain exceeds ``sure``
     standard errors.
     """
+    if not len(gains):
+        return 0
     more = gains - gains[:, :1]
     mean, error = more.mean(0), standard_error(more, groups)
     clear = mean >= sure * error  # False where it is not a number
