@@ -242,6 +242,7 @@ class Stages:
         """Assemble the states of a cohort. ``pooled`` and ``over``: losses of the jobs, as far as they are known."""
         losses = self.losses(jobs, merge, stacks, cohort.tokens_per_batch, pooled, over)
         settings = digest_of(settings_of(self.base, self.run), self.run.seed)
+        here = stacks.to(torch.device("cpu")) if stacks else None
 
         def made(i: int, item: WorkItem) -> State | Diverged:
             try:
@@ -253,7 +254,7 @@ class Stages:
                     history=item.person.digest(),
                     work=item.work,
                     seed=self.run.seed,
-                    stack=stacks.select([i]).to(torch.device("cpu")) if stacks else None,
+                    stack=here.select([i]) if here else None,
                     mode=self.run.merge.mode,
                     rank=self.run.merge.rank,
                     losses=Losses(*losses[i]).after(item.before.losses if item.before else None),
