@@ -113,9 +113,13 @@ def _machine(wanted: str | None = None) -> Iterator[Finding]:
     why, hint = "is built without CUDA", "An NVIDIA driver is installed: install torch with CUDA (pytorch.org)"
     if torch.version.cuda:  # torch sees no GPU either if the driver is older than its CUDA
         why, hint = "sees no GPU", "Update the NVIDIA driver, or install torch for an older CUDA (pytorch.org)"
+    if torch.cuda.is_available():
+        why, hint = f"sees {torch.cuda.device_count()} GPUs", "Name one of them, such as cuda:0"
     driver = shutil.which("nvidia-smi")
     try:
         device = pick_device(wanted or "auto")
+        if device.type == "cuda":
+            _run_a_kernel(device)
     except ModelError as error:
         found = f"{error.message}; torch {torch.__version__} {why}"
         yield Finding("machine", "device", "problem", found, f"{hint}." if driver else "No NVIDIA driver was found.")
@@ -129,6 +133,15 @@ def _machine(wanted: str | None = None) -> Iterator[Finding]:
     found = f"cpu: torch {torch.__version__} {why}"
     yield _judged("machine", "device", found, warning=f"{hint} to use the GPU." if unused else "")
     yield _dtype(device)
+
+
+def _run_a_kernel(device: torch.device) -> None:
+    """Raise ModelError if the device computes nothing: it is full, or torch has no code for it."""
+    try:
+        float(torch.ones(1, device=device) + 1)
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise ModelError(f"device {str(device)!r} cannot be used: {reason}", hint="Use --device cpu.") from None
 
 
 def _threads(count: int, threads: int) -> Finding:
