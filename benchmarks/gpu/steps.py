@@ -57,8 +57,10 @@ class Step:
         site, settings, cohort, jobs = self.site, self.site.settings, self.cohort, self.jobs
         plain = PlainPeft(site.plain(), cohort.start.select([0]))
         some = cohort.typical(min(4, len(jobs)))
-        difference = compared(site, cohort, plain)
+        if site.device.type == "cuda":
+            plain.tokens = cohort.plan().tokens_per_batch  # as many as ours in one pass
         precision = fastest(plain, some)
+        difference = compared(site, cohort, plain)
         fitted(plain, lambda: plain.prepare(some.jobs, some.start, some.training))
 
         def ours() -> float:
@@ -72,7 +74,7 @@ class Step:
             "peer_tokens_per_pass": plain.tokens,
             "tokens_per_person": cohort.tokens // len(jobs),
         }
-        self.by_batch = rates_by_batch(plain, some, cohort, self.batches)
+        self.by_batch = rates_by_batch(plain, some, cohort, self.batches, settings.repeats)
         return Row(
             self.name,
             f"mta, {len(jobs)} people",
@@ -105,7 +107,7 @@ class Step:
             "people/min",
             (statistics.median(self.rates),),
             (self.by_batch[size],),
-            note=f"examples in a pass that were tried: {', '.join(map(str, self.by_batch))}",
+            note=f"tried: {', '.join(map(str, self.by_batch))} examples in a pass, after the turns and not in turn",
             more={"peer_rates_by_batch": self.by_batch},
         )
 
@@ -159,8 +161,6 @@ class Step:
 
 def compared(site: Site, cohort: Cohort, plain: PlainPeft) -> float:
     """Return the largest difference of losses and gradients to the peer's. Raises Unequal."""
-    if site.device.type == "cuda":
-        plain.tokens = cohort.plan().tokens_per_batch  # as many as ours in one pass
     tokens = plain.tokens
     difference = fitted(plain, lambda: against_peer(cohort, plain, _COMPARED))
     agreed(difference, str(site.dtype).removeprefix("torch."))
@@ -203,14 +203,17 @@ def fitted(plain: PlainPeft, work: Callable[[], Any]) -> Any:
         release(torch.device(plain.model.device))
 
 
-def rates_by_batch(plain: PlainPeft, some: Cohort, cohort: Cohort, sizes: Sequence[int]) -> dict[int, float]:
-    """Return the peer's rate with so many examples in one pass, for the sizes that fit."""
+def rates_by_batch(
+    plain: PlainPeft, some: Cohort, cohort: Cohort, sizes: Sequence[int], repeats: int
+) -> dict[int, float]:
+    """Return the peer's median rate with so many examples in one pass, for the sizes that fit."""
     tokens, longest = plain.tokens, max(len(example.tokens) for job in some.jobs for example in job.examples)
     found = dict[int, float]()
     for size in sizes:
         if size * longest <= tokens:
             plain.tokens = size * longest
-            found[size] = rate(lambda: trained(plain, some, cohort))
+            trained(plain, some, cohort)  # the first pass of a shape is slower
+            found[size] = statistics.median(rate(lambda: trained(plain, some, cohort)) for _ in range(repeats))
     plain.tokens = tokens
     return found
 

@@ -13,7 +13,7 @@ from benchmarks.speed.settings import Settings
 from benchmarks.speed.timing import Row, rate, turns
 from benchmarks.speed.training import Cohort, base_of
 from mta.training.packing import Row as Packed
-from mta.training.packing import pack
+from mta.training.packing import pack_for
 
 SIZE = 4096
 _TARGETS = {"float32": 0.75, "bfloat16": 0.50}
@@ -83,8 +83,8 @@ def limit(name: str, dtype: str, target: float, settings: Settings) -> Row:
 
 def needed(cohort: Cohort) -> int:
     """Operations of one step of a cohort with all its examples, rows shared as the trainer packs them."""
-    base = cohort.base
-    packed = [row for job in cohort.jobs for row in pack(job.examples, base.attention_price, blocked=base.blocked)]
+    base, budget = cohort.base, cohort.plan().tokens_per_batch
+    packed = [row for job in cohort.jobs for row in pack_for(base, job.examples, budget)]
     head = base.model.get_output_embeddings().weight
     return operations(packed, base.targets, cohort.start.rank, head.shape[1], head.shape[0])
 

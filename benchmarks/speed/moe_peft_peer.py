@@ -43,6 +43,7 @@ class Peer:
         for person in self.people:
             for tensor in self._parameters(person).values():
                 tensor.grad = None
+        _settle()
         return {"losses": losses}
 
     def train(self, together: int) -> dict[str, Any]:
@@ -58,6 +59,7 @@ class Peer:
                     optimizer.step()
                     optimizer.zero_grad()
             losses += last
+        _settle()
         return {"losses": losses}
 
     def _optimizer(self, person: str) -> torch.optim.Optimizer:
@@ -113,6 +115,12 @@ class Peer:
                 "target_modules": self.work["layers"],
             }
         ).check()
+
+
+def _settle() -> None:
+    """Wait for the device: what is still queued belongs to this request."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 def main() -> None:
