@@ -194,7 +194,7 @@ def test_the_peer_is_measured_with_the_batches_that_fit():
     plain = PlainPeft(site.plain(), cohort.start.select([0]))
     plain.tokens = 150
     plain.prepare(jobs, cohort.start, cohort.training)
-    assert [*rates_by_batch(plain, cohort, cohort, (2, 4, 8))] == [2, 4]
+    assert [*rates_by_batch(plain, cohort, cohort, (2, 4, 8), 1)] == [2, 4]
     assert plain.tokens == 150
     assert fastest(plain, cohort) in PRECISIONS
 
@@ -216,15 +216,18 @@ def test_precisions_of_the_peer_give_its_gradients():
 @pytest.mark.parametrize("failing_step", ["doctor", "pytest", "benchmarks.gpu", "none"])
 def test_make_gpu_runs_all_steps_with_a_given_python_and_fails_if_one_failed(tmp_path, failing_step):
     python = tmp_path / "python"
-    python.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/steps\ncase "$*" in *{failing_step}*) exit 1;; esac\n')
+    python.write_text(
+        f'#!/bin/sh\necho "$MTA_KERNELS $@" >> {tmp_path}/steps\ncase "$*" in *{failing_step}*) exit 1;; esac\n'
+    )
     python.chmod(0o755)
     words = [f"GPU_PYTHON={python}", "OUT=here", "GPU_ARGS=--people 4", f"VENV={tmp_path}/venv"]
     done = subprocess.run(["make", "gpu", *words], cwd=ROOT, capture_output=True)
     doctor, tests, bench = (tmp_path / "steps").read_text().splitlines()
     assert (done.returncode == 0) == (failing_step == "none")
-    assert doctor == "-m mta doctor --device cuda"
+    assert doctor == "off -m mta doctor --device cuda"
+    assert tests.startswith("off -m pytest")
     assert "--device cuda --junitxml here/tests-on-cuda.xml" in tests
-    assert bench.startswith("-m benchmarks.gpu --device cuda --out here --budget 480")
+    assert bench.startswith("off -m benchmarks.gpu --device cuda --out here --budget 480")
     assert bench.endswith("--people 4")
     assert not (tmp_path / "venv").exists()
 

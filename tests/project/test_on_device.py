@@ -137,7 +137,7 @@ def test_gradients_of_the_coefficients_are_the_same(walked, reference):
 
 @pytest.mark.parametrize("kind", ["llama", "qwen3"])
 def test_training_in_bfloat16_is_the_same_with_gradient_checkpointing(device, kind):
-    jobs, found = [Job(f"p{n}", random_examples(3, n)) for n in range(3)], []
+    jobs, found, calls = [Job(f"p{n}", random_examples(3, n)) for n in range(3)], [], []
     training = Training(lr=0.05, steps=2, batch_size=3, eps=1.0)
     for checkpointing in (False, True):
         torch.manual_seed(0)
@@ -145,9 +145,13 @@ def test_training_in_bfloat16_is_the_same_with_gradient_checkpointing(device, ki
             model = KINDS[kind]().to(torch.bfloat16)
         base = BaseModel(model, tokenizer(), kind, gradient_checkpointing=checkpointing)
         assert base.blocked
+        base.model.get_submodule(next(iter(base.targets))).register_forward_hook(
+            lambda *_, on=checkpointing: calls.append(on)
+        )
         start = fresh(base.targets, 4, 2.0, 0, [job.key for job in jobs]).to(base.device)
         after = train_loras(base, jobs, start, training).tensors()
         found.append(torch.cat([(after[name] - tensor).flatten() for name, tensor in start.tensors().items()]))
+    assert calls.count(True) == 2 * calls.count(False) == 2 * training.steps
     assert found[0].norm() > 0
     assert (found[1] - found[0]).norm() <= 0.02 * found[0].norm()
 

@@ -1,5 +1,7 @@
 """What a training pass copies to a GPU. The ``meta`` device takes its place: reading a value there is an error."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from tiny import base_of, random_examples, random_loras
@@ -39,6 +41,16 @@ def test_tensors_are_moved_by_one_copy():
         assert copies.count == 1
         assert all(one is other for one, other in zip(moved(torch.device("cpu"), *parts), parts))
     assert copies.count == 1
+
+
+def test_copies_to_a_gpu_come_from_pinned_memory_and_do_not_block(monkeypatch):
+    done = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: done.append("pinned") or tensor)
+    monkeypatch.setattr(torch.Tensor, "to", lambda tensor, device, non_blocking: done.append(non_blocking) or tensor)
+    parts = torch.arange(3), torch.arange(4).view(2, 2)
+    found = moved(SimpleNamespace(type="cuda"), *parts)
+    assert done == ["pinned", True]
+    assert all(torch.equal(one, other) for one, other in zip(found, parts))
 
 
 def test_a_pass_copies_its_rows_once_and_its_blocks_once():

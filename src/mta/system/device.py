@@ -76,7 +76,9 @@ def moved(device: torch.device, *parts: Tensor) -> tuple[Tensor, ...]:
     if all(part.device == device for part in parts):
         return parts
     flat = torch.cat([part.flatten() for part in parts])
-    flat = (flat.pin_memory() if device.type == "cuda" else flat).to(device, non_blocking=True)
+    if device.type == "cuda":
+        flat = flat.pin_memory()
+    flat = flat.to(device, non_blocking=device.type == "cuda")
     found = torch.split(flat, [part.numel() for part in parts])
     return tuple(one.view(part.shape) for one, part in zip(found, parts))
 

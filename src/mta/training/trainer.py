@@ -97,7 +97,7 @@ def train(
         batches = [batch_of(jobs[j], cohort.step, training.batch_size, seed) for j in cohort.active]
         with base.in_training():
             losses = _accumulate(base, cohort, batches, adapters, frozen, dtype, tokens_per_batch)
-        first = cohort.active if cohort.step == 0 else []
+        first = cohort.active if cohort.step == 0 and (on_first or checkpoint) else []
         cohort.advance(training, sum(len(batch) for batch in batches))
         if first:  # only now: this waits for a GPU
             cohort.first[first] = losses.cpu()
