@@ -62,7 +62,7 @@ def gradients(base, jobs, loras):
     batch = collate([row for _, row in rows], base.pad_token, base.device)
     factors = {name: Factors(*(x.clone().requires_grad_() for x in pair)) for name, pair in loras.factors.items()}
     with applied(base.model, [PerPerson(LoraBatch(factors, loras.scale))], torch.tensor([u for u, _ in rows])):
-        logits = base.logits(batch.tokens, batch.ends, batch.positions, batch.places)
+        logits = batch.logits(base)
         batch.log_probs(logits).sum().backward()
     return {name: [torch.zeros_like(x) if x.grad is None else x.grad for x in pair] for name, pair in factors.items()}
 

@@ -17,7 +17,7 @@ from mta.config import Run
 from mta.data.history import Item
 from mta.data.tasks import load_task
 from mta.errors import AssetError, ModelError, UnsupportedModel
-from mta.model.base import BaseModel
+from mta.model.base import BaseModel, corrected
 from mta.model.fingerprint import fingerprint_of
 from mta.model.generate import generate
 
@@ -288,6 +288,31 @@ def test_logits_at_chosen_positions_equal_the_models(kind):
     found = base.logits(tokens, ends, torch.arange(12).expand(2, 12), places)
     whole = base.model(input_ids=tokens).logits.flatten(0, 1)
     torch.testing.assert_close(found, whole[places], rtol=1e-9, atol=1e-9)
+
+
+def test_logits_that_must_be_exact_are_not_rounded():
+    """A logit of 40 in bfloat16 is a multiple of 0.25, which is more than most people differ."""
+    base = base_of(dtype=torch.bfloat16)
+    head, seen = base.model.get_output_embeddings(), []
+    with torch.no_grad():
+        head.weight.mul_(20)
+    head.register_forward_hook(lambda _, args, found: seen.append(args[0]))
+    tokens, where = torch.tensor([[4, 5, 6, 7]]), torch.tensor([1, 3])
+    how = tokens, torch.full((1, 4), 4), torch.arange(4)[None], where
+    plain = base.logits(*how)
+    rows, wanted = torch.tensor([0, 1, 1]), plain.argmax(-1)[[0, 1, 1]]  # the last twice
+    found = base.logits(*how, (rows, wanted))
+    exact = seen[-1][0].double() @ head.weight.double().T
+    assert plain.abs().max() > 32
+    assert (plain.double() - exact)[rows, wanted].abs().max() > 0.01
+    torch.testing.assert_close(found.double()[rows, wanted], exact[rows, wanted], rtol=1e-6, atol=1e-4)
+    others = torch.ones_like(found, dtype=torch.bool)
+    others[rows, wanted] = False
+    assert torch.equal(found[others], plain.float()[others])
+    x = seen[-1].clone().requires_grad_()
+    rounded = head(x)
+    gradients = [torch.autograd.grad(one.sum(), x)[0] for one in (corrected(head, x, rounded, (rows, wanted)), head(x))]
+    assert torch.equal(*gradients)
 
 
 def test_computing_logits_does_not_change_the_model():

@@ -326,6 +326,29 @@ def test_oversized_and_late_requests_are_refused():
     asyncio.run(go())
 
 
+def test_logits_of_labels_are_not_rounded(monkeypatch):
+    """The engine asks for exact logits of the tokens that its labels need, and of no others."""
+    base, bank, whose = world()
+    engine, asked, computed = engine_of(base, bank, whose), [], type(base).next_logits
+
+    def next_logits(self, *given):
+        asked.append([] if given[5] is None else given[5][1].tolist())
+        return computed(self, *given)
+
+    monkeypatch.setattr(type(base), "next_logits", next_logits)
+    labels = Ask((5, 6, 7), TASK, 5, labels=((31, 7, 2), (31, 2), (40, 2)))
+
+    async def go():
+        try:
+            await tokens_of(engine, labels)
+            await tokens_of(engine, ask_of(0, (5, 6), 2))
+        finally:
+            await engine.close()
+
+    asyncio.run(go())
+    assert [one for one in asked if one] == [[31, 31, 40], [7, 2], [2], [2]]
+
+
 def test_sampling_depends_only_on_the_seed():
     base, bank, whose = world()
 

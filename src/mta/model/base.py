@@ -40,6 +40,7 @@ from mta.system.hub import local_folder
 from mta.system.model_files import loading, refuse_unsafe_base
 
 log = logging.getLogger("mta")
+Exact = tuple[Tensor, Tensor]  # rows of chosen places and tokens whose logits must not be rounded; both (k,)
 Check = Callable[[str], None]  # called with a fingerprint; raises MtaError to refuse the base
 
 
@@ -224,7 +225,9 @@ class BaseModel:
             for layer in layers:
                 layer.training = False
 
-    def logits(self, tokens: Tensor, ends: Tensor, positions: Tensor, where: Tensor) -> Tensor:
+    def logits(
+        self, tokens: Tensor, ends: Tensor, positions: Tensor, where: Tensor, exact: Exact | None = None
+    ) -> Tensor:
         """Return next-token logits at chosen places of token trees; the LM head computes no other token.
 
         Shapes: tokens, ends, positions (B, T), where token i sees token j exactly when j <= i < ends[j];
@@ -232,7 +235,7 @@ class BaseModel:
         """
         inputs: dict[str, Any] = {"input_ids": tokens, "use_cache": False}
         if not self.packable:  # rows of one example each, padded on the right
-            return self._logits_at(where, inputs | {"attention_mask": torch.ones_like(tokens)})
+            return self._logits_at(where, inputs | {"attention_mask": torch.ones_like(tokens)}, exact)
         if self.blocked:
             inputs["blocks"] = blocks = blocks_of(ends, positions, tokens.device)
             positions, flat = blocks.positions, blocks.positions.flatten()
@@ -240,9 +243,11 @@ class BaseModel:
         else:
             ends, positions = moved(tokens.device, ends, positions)
             mask = masks(self.model, visible(ends), positions, positions)
-        return self._logits_at(where, inputs | {"position_ids": positions, "attention_mask": mask})
+        return self._logits_at(where, inputs | {"position_ids": positions, "attention_mask": mask}, exact)
 
-    def next_logits(self, tokens: Tensor, positions: Tensor, cache: Any, length: int, where: Tensor) -> Tensor:
+    def next_logits(
+        self, tokens: Tensor, positions: Tensor, cache: Any, length: int, where: Tensor, exact: Exact | None = None
+    ) -> Tensor:
         """Return next-token logits at chosen places of rows that continue from a KV cache.
 
         Shapes: tokens, positions (B, T). ``cache`` stores their keys and values and returns (B, length) of them; a
@@ -252,14 +257,18 @@ class BaseModel:
         seen = keys[:, None] <= positions[:, :, None]
         cache_name = "cache" if "cache" in self._keywords else "past_key_values"  # depends on transformers' version
         inputs = {"input_ids": tokens, "position_ids": positions, "use_cache": True, cache_name: cache}
-        return self._logits_at(where, inputs | {"attention_mask": masks(self.model, seen, positions, keys)})
+        return self._logits_at(where, inputs | {"attention_mask": masks(self.model, seen, positions, keys)}, exact)
 
-    def _logits_at(self, where: Tensor, inputs: dict[str, Any]) -> Tensor:
+    def _logits_at(self, where: Tensor, inputs: dict[str, Any], exact: Exact | None) -> Tensor:
         def gather(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
             return (args[0].flatten(0, 1)[where].unsqueeze(0), *args[1:])
 
+        def correct(head: nn.Module, args: tuple[Any, ...], found: Tensor) -> Tensor:
+            return found if exact is None else corrected(head, args[0], found, exact)
+
         # Select before the LM head, so that the model's own processing of logits still applies.
-        with self.model.get_output_embeddings().register_forward_pre_hook(gather):
+        head = self.model.get_output_embeddings()
+        with head.register_forward_pre_hook(gather), head.register_forward_hook(correct):
             return self.model(**inputs).logits.squeeze(0)  # [0] would copy the logits' gradient
 
     @cached_property
@@ -282,6 +291,21 @@ class BaseModel:
                 return
         self.blocked = self.packable = False
         log.info("%s: each example is computed in its own row", self.name)
+
+
+def corrected(head: nn.Module, x: Tensor, found: Tensor, exact: Exact) -> Tensor:
+    """Return the logits ``found`` (1, n, V) of a head for ``x`` (1, n, D) in float32, those of ``exact`` not rounded.
+
+    A logit of 40 in bfloat16 is rounded to a multiple of 0.25: more than most people differ. Gradients are as without.
+    """
+    if found.dtype.itemsize >= 4 or not isinstance(head, nn.Linear):
+        return found
+    rows, tokens = exact
+    full = found.float()
+    with torch.no_grad():
+        products = x[0, rows].float() * head.weight[tokens].float()
+        full[0, rows, tokens] = products.sum(-1) + (0.0 if head.bias is None else head.bias[tokens].float())
+    return full
 
 
 def _read(make: Callable[..., Any], name: str, dtype: torch.dtype, check: Check | None) -> tuple[nn.Module, Any, str]:

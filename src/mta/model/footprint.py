@@ -207,10 +207,9 @@ class Footprint:
         mlp = 4 * self.hidden + (s.inner + max(s.outer, s.python) + s.routed) // self.layers
         weights = self.heads * texts.seen * (self._weight + (not self.kernels) * self.itemsize)
         masks = texts.seen * (self.itemsize + 1)
-        logits = self.itemsize + self._wide + self._half * self._wide
         held = tokens * (max(self.itemsize * attention + weights, self.itemsize * mlp) + masks)
         factors = self.itemsize * (numbers.trained + self._joined(numbers))
-        return max(held, targets * self.vocabulary * logits) + people * factors + self.shared(numbers)
+        return max(held, targets * self.vocabulary * 2 * self._wide) + people * factors + self.shared(numbers)
 
 
 def _norm(module: nn.Module) -> str:

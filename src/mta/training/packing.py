@@ -60,6 +60,10 @@ class Rows:
     owner: Tensor
     example: Tensor
 
+    def logits(self, base: BaseModel) -> Tensor:
+        """Return the logits of ``places``, (m, V); those of the targets are not rounded to a dtype below float32."""
+        return base.logits(self.tokens, self.ends, self.positions, self.places, (self.source, self.target))
+
     def log_probs(self, logits: Tensor) -> Tensor:
         """Return the log probabilities of predicted tokens, (n,), in at least float32; logits (m, V) of ``places``."""
         table = torch.log_softmax(logits if logits.dtype == torch.float64 else logits.float(), dim=-1)

@@ -44,7 +44,7 @@ def log_likelihood(
         chosen.sort(key=lambda entry: entry[0])
         batch = collate([row for _, row in chosen], base.pad_token, base.device, [starts[i] for i, _ in chosen])
         with applied(base.model, adapters, torch.tensor([owners[i] for i, _ in chosen])):
-            found = batch.log_probs(base.logits(batch.tokens, batch.ends, batch.positions, batch.places))
+            found = batch.log_probs(batch.logits(base))
         sums.index_add_(0, batch.owner + batch.example, found.to(sums.dtype))
     return list(torch.split(sums.cpu(), [len(part) for part in examples]))
 

@@ -273,7 +273,7 @@ def _accumulate(
         layers = [*(Renumbered(one, numbers) for one in frozen), adapters(leaves, numbers)]
         with applied(base.model, layers, torch.tensor(part.owners) - part.people.start):
             # No variable holds the logits, so that only what the backward pass needs stays in memory.
-            found = batch.log_probs(base.logits(batch.tokens, batch.ends, batch.positions, batch.places))
+            found = batch.log_probs(batch.logits(base))
             weighted = -found * share[batch.owner]
             cohort.add_gradient(part.people, leaves, weighted.sum())
         losses.index_add_(0, batch.owner, weighted.detach())

@@ -157,19 +157,27 @@ class Slots:
         if self._adapters:
             self._adapters.clear(place)
 
-    def logits(self, rows: slice, tokens: Sequence[Sequence[int]]) -> Tensor:
-        """Process new ``tokens`` of each row; return the next-token logits after each row's last token, (B, V)."""
+    def logits(
+        self, rows: slice, tokens: Sequence[Sequence[int]], wanted: Sequence[Sequence[int]] | None = None
+    ) -> Tensor:
+        """Process new ``tokens`` of each row; return the next-token logits after each row's last token, (B, V).
+
+        The logits of tokens that are ``wanted`` of a row are not rounded to a dtype below float32.
+        """
         width = max(len(row) for row in tokens)
         starts = [len(slot.tokens) for slot in self._slots[rows]]
         padded = [list(row) + [self._base.pad_token] * (width - len(row)) for row in tokens]
         device = self._base.device
         ends = [n * width + len(row) - 1 for n, row in enumerate(tokens)]
-        fed, first, last = moved(device, torch.tensor(padded), torch.tensor(starts), torch.tensor(ends))
+        pairs = torch.tensor([(n, token) for n, some in enumerate(wanted or ()) for token in some], dtype=torch.long)
+        here = torch.tensor(padded), torch.tensor(starts), torch.tensor(ends), pairs.view(-1, 2)
+        fed, first, last, pairs = moved(device, *here)
         positions = first[:, None] + torch.arange(width, device=device)
         valid = positions.clamp(max=self._length - 1)  # padding may lie beyond the model's last position
         cache = self.cache
         cache.rows, cache.positions, cache.seen = rows, positions, max(starts) + width
-        logits = self._base.next_logits(fed, valid, cache, cache.seen, last)
+        exact = (pairs[:, 0], pairs[:, 1]) if len(pairs) else None
+        logits = self._base.next_logits(fed, valid, cache, cache.seen, last, exact)
         for slot, row in zip(self._slots[rows], tokens):
             slot.written = max(slot.written, len(slot.tokens) + width)
             slot.tokens.extend(row)

@@ -171,8 +171,9 @@ class Scheduler:
         """
         rows, filling = self.rows[places], places.start == self.running
         try:
+            wanted = [row.walk.wanted if row.ask.labels and len(row.left) <= width else [] for row in rows]
             with self.adapters.opened(places):
-                logits = self.slots.logits(places, [row.left[:width] for row in rows])
+                logits = self.slots.logits(places, [row.left[:width] for row in rows], wanted)
             likeliest = logits.argmax(-1).tolist()  # waits for the device, so device errors are raised here
         except Exception as error:
             return self._lose(rows, error)
