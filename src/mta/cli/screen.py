@@ -10,7 +10,17 @@ from typing import TYPE_CHECKING
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, Progress, Task, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Column
 from rich.text import Text
 
 from mta.errors import InputError
@@ -36,10 +46,26 @@ class _Stage:
 
 
 class _Left(TimeRemainingColumn):
-    """Time left of a row: the estimate of ``Screen.whole``, or else an extrapolation of the progress so far."""
+    """Time left of a row: the estimate of ``Screen.whole``, or else an extrapolation of the progress so far.
+
+    The estimate counts down until the next one, because some stages report no steps.
+    """
 
     def render(self, task: Task) -> Text:
-        return Text(task.fields["left"]) if "left" in task.fields else super().render(task).append(" left")
+        if "end" not in task.fields:
+            return super().render(task).append(" left")
+        return Text(_about(max(task.fields["end"] - time.monotonic(), 0.0)))
+
+
+class _Note(ProgressColumn):
+    """Note of a row: one line, cut where the terminal is too narrow for all columns."""
+
+    def render(self, task: Task) -> Text:
+        return Text(task.fields["note"], no_wrap=True, overflow="ellipsis")
+
+
+def _about(left: float) -> str:
+    return f"about {human_seconds(left)} left"
 
 
 class Screen:
@@ -52,11 +78,11 @@ class Screen:
         self._unit = unit
         self._stages: dict[str, _Stage] = {}
         self._progress = Progress(
-            TextColumn("{task.description:<14}"),
-            BarColumn(),
-            TextColumn("{task.fields[note]}"),
-            TimeElapsedColumn(),
-            _Left(),
+            TextColumn("{task.description:<14}", table_column=Column(no_wrap=True)),
+            BarColumn(bar_width=12),
+            _Note(),
+            TimeElapsedColumn(table_column=Column(no_wrap=True)),
+            _Left(table_column=Column(no_wrap=True, min_width=len(_about(599)))),
             console=console,
             disable=not console.is_terminal,
         )
@@ -95,13 +121,15 @@ class Screen:
 
     def whole(self, name: str, share: float, left: float) -> None:
         """Update the progress of all stages together: the share that is done, and the seconds left."""
-        about, now = f"about {human_seconds(left)} left", time.monotonic()
+        now = time.monotonic()
         if (known := self._stages.get(name)) is None:
-            known = self._stages[name] = _Stage(self._progress.add_task(name, note="", left=about, total=1.0), done=0)
-        self._progress.update(known.bar, completed=share, left=about)
+            known = self._stages[name] = _Stage(
+                self._progress.add_task(name, note="", end=now + left, total=1.0), done=0
+            )
+        self._progress.update(known.bar, completed=share, end=now + left)
         if not console.is_terminal and now - known.printed > EVERY:
             known.printed = now
-            self.say(f"{name}: {share:.0%} done, {about}")
+            self.say(f"{name}: {share:.0%} done, {_about(left)}")
 
     def say(self, text: str) -> None:
         """Print one line."""
