@@ -36,6 +36,15 @@ def test_the_time_left_follows_the_pace_so_far(told):
     assert reports == [(0.1, 540), (0.2, 480), (0.3, 420)]
 
 
+def test_slow_loading_alone_does_not_change_the_pace_much(monkeypatch):
+    ticks, reports = iter([0.0, 120.0, 240.0]), []
+    monkeypatch.setattr(demo, "time", SimpleNamespace(monotonic=lambda: next(ticks)))
+    clock = Clock({"assets": 0.5, "task LoRA": 2.0, "methods": 5.5}, lambda share, left: reports.append(round(left)))
+    clock.step("task LoRA", Step(1, 1, 0, 100))
+    clock.step("task LoRA", Step(1, 1, 75, 100))
+    assert reports == [900, 720]  # of 7.5 and 6 minutes; the measured pace alone would expect 1800 seconds at first
+
+
 def test_steps_of_any_other_stage_belong_to_the_last_which_goes_at_the_same_pace(told):
     clock, reports = told
     clock.step("task LoRA", Step(1, 1, 100, 100))

@@ -33,6 +33,7 @@ from mta.system.progress import OnStep, Step
 from mta.tracking.run_folder import RunFolder
 from mta.tracking.trackers import Track
 
+TRUSTED = 1.5  # minutes of expected work after which only the measured pace counts: loading says little about training
 SLOW = 800e9  # operations per second; slower machines run a version with fewer steps
 
 OnTime = Callable[[float, float], None]
@@ -51,7 +52,7 @@ class Recipe(Settings):
     """A demo in one file: data, people, settings, and two lists of settings that replace some of them.
 
     ``short`` is for the version of a few minutes, and ``slow``, on top, for slow machines. ``minutes`` is what the
-    stages of the short version take; after the first step only their proportions count.
+    stages of the short version take; after the first of them only their proportions count.
     """
 
     data: str
@@ -66,6 +67,7 @@ class Recipe(Settings):
 class Clock:
     """Estimates the time left, from the minutes that stages are expected to take and the time that passed.
 
+    In the first ``TRUSTED`` minutes of expected work, the part that is not done yet counts at the expected pace.
     The first stage reports no steps. Steps with other names than those of stages belong to the last stage, which is
     expected to go at the pace of all stages before. Stages that a resumed demo skips do not count.
     """
@@ -92,7 +94,8 @@ class Clock:
             done = before + min((now - self._begun[stage]) / pace, own)
         else:
             done = before + own * step.examples / max(step.examples_total, 1)
-            pace = (now - self._start) / done
+            untried = max(TRUSTED - done, 0.0)
+            pace = (now - self._start + 60 * untried) / (done + untried)
         total = sum(self._minutes.values())
         self._on_time(done / total, (total - done) * pace)
 
