@@ -4,6 +4,7 @@ import re
 from html.parser import HTMLParser
 
 import pytest
+import torch
 from compared import ASKED, HOSTILE, comparison_of
 from compared import comparison as comparison  # the fixture
 
@@ -109,7 +110,7 @@ def test_page_contains_findings_answers_and_settings(written, comparison):
         "2026-11-25",
         "mta 0.1, torch 2.13",
         "shots 3, oppu (rank 8)",
-        "person A, 3 shots, 1.7 on average",
+        "person A, 3 shots, 1.7 on average; gave before: 2 (1 of 2), 1 (1 of 2)",
         "everybody: 3.4 on average",
         "see https://example.org/terms",
         "made up <b>here</b>",
@@ -119,6 +120,19 @@ def test_page_contains_findings_answers_and_settings(written, comparison):
     assert "MAE, lower is better, over bytes kept per person: global constant 1.250 with 0" in pictures
     assert "probability of each answer to 'Fargo': everybody, person A, person B." in pictures
     assert "Coefficients of person A: anchor 0 (6 items) 0.50" in pictures
+
+
+def test_the_people_who_were_asked_are_those_with_coefficients(written, comparison):
+    merge = comparison.row("MTA").merge
+    merge.w[7] = torch.tensor([0.11, 0.22, 0.33])
+    merge.w[2] = torch.tensor([0.44, 0.1, 0.1])
+    found = Page(written(shown=[7, 2]))
+    coefficients = [alt for alt in found.alts if "Coefficients" in alt]
+    assert [alt[:63] for alt in coefficients] == [
+        "Coefficients of person A: anchor 2 (6 items) 0.33, anchor 1 (6 ",
+        "Coefficients of person B: anchor 0 (6 items) 0.44, anchor 1 (6 ",
+    ]
+    assert "The people are the same as under the questions below." in "".join(found.text)
 
 
 def test_page_contains_no_items_of_the_people_who_were_asked(written):

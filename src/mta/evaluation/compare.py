@@ -75,7 +75,9 @@ class Study:
 
         out, meta, panel = Path(out), self.meta | {"command": command}, self.panel
         write_json(out / "results.json", to_json(self.comparison, **meta))
-        write_html(out / "report.html", self.comparison, panel.bank, self.asked, meta)
+        ids = [person.id for person in panel.people]
+        shown = [ids.index(person.id) for person in self.asked.people] if self.asked else range(3)
+        write_html(out / "report.html", self.comparison, panel.bank, self.asked, meta, shown)
 
 
 def standard_methods(

@@ -247,12 +247,15 @@ def shares(groups: Mapping[str, Mapping[str, float]], x_label: str, y_label: str
     return Picture(f"{y_label} of each {x_label}: {_list(groups)}.", draw, (6.4, 3.6))
 
 
-def coefficient_bars(merge: Merge, items: Sequence[int] = (), examples: int = 3, most: int = 5) -> list[Picture]:
-    """Bars of the strongest coefficients of the first few people, one picture per person, all to the same scale.
+def coefficient_bars(
+    merge: Merge, items: Sequence[int] = (), people: Sequence[int] = range(3), most: int = 5
+) -> list[Picture]:
+    """Bars of the strongest coefficients of some people (rows of the merge), one picture per person, to the same scale.
 
-    The pooled model's remaining weight is a bar too. ``items`` are the history lengths of the anchors, for labels.
+    The first person is called person A, and has the color that ``shares`` gives to the second group: the first is the
+    pooled model. Its remaining weight is a bar too. ``items`` are the history lengths of the anchors, for labels.
     """
-    groups = [_bars(merge, person, items, most) for person in range(min(examples, len(merge.ids)))]
+    groups = [_bars(merge, person, items, most) for person in people if person < len(merge.ids)]
     top = max([1e-9, *(abs(w) for bars in groups for _, w, _ in bars)])
     least = min([-1.15 * top, *(1.25 * w for bars in groups for _, w, _ in bars)])
     rows = max(len(bars) for bars in groups)
@@ -260,14 +263,14 @@ def coefficient_bars(merge: Merge, items: Sequence[int] = (), examples: int = 3,
     def draw(ax: Any, person: int) -> None:
         for y, (label, w, ours) in enumerate(groups[person]):
             left, pad = w < 0, 0.03 * top
-            ax.barh(y, w, 0.62, color=COLOURS[person] if ours else MUTED, alpha=1.0 if ours else 0.45)
+            ax.barh(y, w, 0.62, color=COLOURS[1 + person] if ours else MUTED, alpha=1.0 if ours else 0.45)
             ax.text(pad if left else -pad, y, label, ha="left" if left else "right", va="center_baseline")
             ax.text(w + math.copysign(pad, w), y, f"{w:.2f}", ha="right" if left else "left", va="center_baseline")
         ax.axvline(0, color=LINE, linewidth=1)
-        ax.set(xlim=(least, 1.25 * top), ylim=(rows - 0.4, -0.6), title=_letter(person))
+        ax.set(xlim=(least, 1.25 * top), ylim=(rows - 0.4, -0.6), title=letter(person))
         ax.axis("off")
 
-    alts = [f"Coefficients of {_letter(p)}: {_list(f'{n} {w:.2f}' for n, w, _ in b)}." for p, b in enumerate(groups)]
+    alts = [f"Coefficients of {letter(p)}: {_list(f'{n} {w:.2f}' for n, w, _ in b)}." for p, b in enumerate(groups)]
     return [Picture(alt, partial(draw, person=p), (4.4, 0.28 * rows + 0.45)) for p, alt in enumerate(alts)]
 
 
@@ -303,7 +306,8 @@ def _inside(values: Sequence[Interval]) -> tuple[float, float]:
     return low - pad, high + pad
 
 
-def _letter(person: int) -> str:
+def letter(person: int) -> str:
+    """Return the name of a person on a page without ids: person A."""
     return f"person {chr(ord('A') + person)}"
 
 

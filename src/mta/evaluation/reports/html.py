@@ -7,6 +7,7 @@ a few people are shown as person A, B and C.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -105,8 +106,12 @@ def write_html(
     bank: Bank,
     asked: Interview | None,
     meta: Mapping[str, Any],
+    shown: Sequence[int] = range(3),
 ) -> None:
-    """Write a comparison as one HTML page without scripts and without requests. Equal inputs give equal bytes."""
+    """Write a comparison as one HTML page without scripts and without requests. Equal inputs give equal bytes.
+
+    ``shown``: the places, among the tested people, of person A, B, …; those of ``asked``, in its order.
+    """
     head = f"{title_of(comparison)}\n\n"
     head += "".join(f"- {plain(sentence)}\n" for sentence in verdict(comparison))
     sections = [
@@ -116,7 +121,7 @@ def write_html(
             "The bytes that a method stores for each person to get its score. Vertical lines are 95% intervals.",
             {"bytes": score_over_bytes(comparison)},
         ),
-        *_coefficients(comparison, bank),
+        *_coefficients(comparison, bank, shown, asked),
         *(_before_and_after(asked) if asked else ()),
         Section("How this was made", _facts(bank, meta)),
     ]
@@ -143,25 +148,30 @@ def _measured(comparison: Comparison) -> Section:
     )
 
 
-def _coefficients(comparison: Comparison, bank: Bank) -> list[Section]:
-    """Pictures of the first people's coefficients."""
+def _coefficients(comparison: Comparison, bank: Bank, shown: Sequence[int], asked: Interview | None) -> list[Section]:
+    """Pictures of some people's coefficients."""
     merge = comparison.row(NAME).merge if NAME in comparison.names else None
     if merge is None:
         return []
+    same = "the same as under the questions below" if asked else "the first of the test, not selected"
     text = (
         "The weight of each anchor in a person's model. Of the merge, only these numbers are stored. The people are "
-        "the first of the test, not selected."
+        f"{same}."
     )
-    bars = figures.coefficient_bars(merge, bank.info.items)
+    bars = figures.coefficient_bars(merge, bank.info.items, shown)
     return [Section("Chosen anchors and coefficients", text, {f"coefficients-{n}": bar for n, bar in enumerate(bars)})]
 
 
 def _before_and_after(asked: Interview) -> list[Section]:
     """The answers of the pooled model and of some people's models, without the people's ids and items."""
     text = "The pooled model gives all people one answer. The personal models give each person their own.\n\n"
-    names = [f"person {chr(ord('A') + n)}" for n in range(len(asked.people))]
+    names = [figures.letter(n) for n in range(len(asked.people))]
     for name, person in zip(names, asked.people):
-        text += f"- {name}, {plain(person.about)}\n"
+        counts = Counter(label for _, label in person.shots)
+        gave = ", ".join(
+            f"{label} ({counts[label]} of {len(person.shots)})" for label in reversed(asked.labels) if counts[label]
+        )
+        text += f"- {name}, {plain(person.about)}" + (f"; gave before: {plain(gave)}\n" if gave else "\n")
     pictures = {}
     for n, question in enumerate(asked.questions):
         answers = {"everybody": asked.pooled[n]} | {name: one.answers[n] for name, one in zip(names, asked.people)}
