@@ -108,6 +108,37 @@ def test_a_missing_value_is_named_in_the_words_of_the_file(tmp_path):
     )
 
 
+@pytest.mark.parametrize(
+    ("header", "task", "message", "hint"),
+    [
+        (
+            "person,film,genres,rating",
+            "movielens-rating",
+            "field 'title': missing; task 'movielens-rating' needs title, genres, rating (or output); got film, ",
+            "Rename the columns of the file to these names.",
+        ),
+        (
+            "person,title,genres,stars",
+            "movielens-rating",
+            "field 'rating': missing; task 'movielens-rating' needs title, ",
+            "Rename the columns of the file to these names, or give its name:  --output-column NAME",
+        ),
+        (
+            "user,title,genres,rating",
+            "movielens-rating",
+            "field 'person': missing",
+            "Rename a column of the file to person, or give its name:  --person-column NAME",
+        ),
+    ],
+)
+def test_a_column_that_the_whole_file_lacks_is_to_be_renamed(tmp_path, header, task, message, hint):
+    table = written(tmp_path / "a.csv", f"{header}\nann,Heat,Crime,4\n")
+    with pytest.raises(DataError) as caught:
+        read_people(table, task)
+    assert caught.value.message.startswith(f"{table}:2: {message}")
+    assert caught.value.hint == hint
+
+
 def test_a_named_column_is_replaced_by_no_other(tmp_path):
     table = written(tmp_path / "a.csv", "person,body,input,output\nann,,not this,4\n")
     with pytest.raises(DataError, match=r"a\.csv:2: field 'body': empty"):

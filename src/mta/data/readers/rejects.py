@@ -29,11 +29,12 @@ class Place(NamedTuple):
 class Bad(Exception):
     """A row that does not fit. Readers catch this error and pass it to ``Rejects``; it never leaves this package."""
 
-    def __init__(self, field: str | None, reason: str, place: Place | None = None) -> None:
-        super().__init__(field, reason, place)
+    def __init__(self, field: str | None, reason: str, place: Place | None = None, hint: str = "") -> None:
+        super().__init__(field, reason, place, hint)
         self.field = field
         self.reason = reason
         self.place = place  # of the fault, if it is not in the row itself
+        self.hint = hint  # instead of HINT
 
 
 def data_error(place: Place, field: str | None, reason: str, hint: str) -> DataError:
@@ -65,12 +66,12 @@ class Rejects:
         try:
             yield
         except Bad as bad:
-            self.add(bad.place or place, bad.field, bad.reason, row)
+            self.add(bad.place or place, bad.field, bad.reason, row, bad.hint)
 
-    def add(self, place: Place, field: str | None, reason: str, row: Any = None) -> None:
+    def add(self, place: Place, field: str | None, reason: str, row: Any = None, hint: str = "") -> None:
         """Record one bad row. Raises DataError if there is no file of rejects."""
         if self.file is None:
-            raise data_error(place, field, reason, hint=HINT)
+            raise data_error(place, field, reason, hint=hint or HINT)
         self.count += 1
         at = {"line": place.line} | ({"element": place.element} if place.element else {})
         record = {"file": str(place.file), **at, "field": field, "reason": reason}

@@ -146,6 +146,13 @@ def _missing(row: Mapping[str, Any], task: Task, named: Mapping[str, str] = Mapp
     return f"missing; task {task.name!r} needs {names}; got {got}{hint}"
 
 
+def _rename(field: str, task: Task) -> str:
+    """Return the hint for a field that no row of the file had so far."""
+    names = {"person": "person"} | _other_names(task)
+    these = "a column of the file to person" if field == "person" else "the columns of the file to these names"
+    return f"Rename {these}" + (f", or give its name:  --{names[field]}-column NAME" if field in names else ".")
+
+
 def _columns_of(task: Task, columns: Mapping[str, str]) -> tuple[dict[str, str], set[str]]:
     """Return the task's own fields, person, and time -> their columns; and which of input and output they replace.
 
@@ -182,12 +189,15 @@ def item_parts(
             try:
                 part = Part(text_in(row, "person"), (item_in(row, task),), place)
             except Bad as bad:  # in the words of the file
-                column, reason = named.get(bad.field or "", bad.field), bad.reason
+                field, reason = bad.field or "", bad.reason
+                column, other = named.get(field, bad.field), _other_names(task).get(field)
+                hint = "" if ({column, other} - replaced) & seen else _rename(field, task)
                 if named and column not in record:
                     needed = column in {*named.values(), "person"}
                     has = f"missing; the columns are {', '.join(record)}"
                     reason = has if needed else _missing(record, task, named)
-                raise Bad(column, reason, bad.place) from None
+                    hint = _COLUMNS if needed else hint
+                raise Bad(column, reason, bad.place, hint) from None
             yield part
     if wrong := sorted({*named.values()} - seen) if seen else ():
         raise DataError(f"{place.file} has no column {wrong[0]!r}; it has {', '.join(sorted(seen))}", hint=_COLUMNS)
