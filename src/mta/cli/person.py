@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(help="Show what is stored for one person, and restore earlier versions.", no_args_is_help=True)
 SHOWN = 12  # anchors in a chart; --json has all
-WIDTH = 30  # characters of the longest bar
+WIDTH = 30  # characters of the chart
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM accepts for its slots
 INCOMPLETE = 3  # exit code of mta forget; 1 is an error, 2 is wrong usage of the command line
 
@@ -61,14 +61,20 @@ def show(
 
 
 def _chart(found: Summary) -> Table:
-    """Return a bar chart of the anchors, largest coefficient first."""
-    rows = [(f"anchor {one.anchor}", one.w) for one in found.weights[:SHOWN]]
-    if rest := found.weights[SHOWN:]:
-        rows.append((f"{len(rest)} others", sum(one.w for one in rest)))
+    """Return a bar chart of the strongest anchors, largest coefficient first. Negative bars go left from zero."""
+    strongest = {one.anchor for one in sorted(found.weights, key=lambda one: -abs(one.w))[:SHOWN]}
+    shown = [one for one in found.weights if one.anchor in strongest]
+    rest = [one.w for one in found.weights if one.anchor not in strongest]
+    least, most = min([0.0, *(one.w for one in shown)]), max([0.0, *(one.w for one in shown)])
+    scale = WIDTH / ((most - least) or 1.0)
+    zero = round(-least * scale)  # the edge of a character
     table = Table(box=None, show_header=False)
-    most = max(abs(w) for _, w in rows)
-    for name, w in rows:
-        table.add_row(name, f"{w:.3f}", Bar(size=most, begin=0, end=abs(w), width=WIDTH))
+    for one in shown:
+        begin, end = sorted((zero, zero + one.w * scale))
+        bar = Bar(size=WIDTH, begin=begin, end=end, width=WIDTH, color="red" if one.w < 0 else "default")
+        table.add_row(f"anchor {one.anchor}", f"{one.w:+.3f}", bar)
+    if rest:
+        table.add_row(f"{len(rest)} others", f"{sum(rest):+.3f}", "in sum")
     return table
 
 
