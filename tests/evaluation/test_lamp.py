@@ -63,7 +63,7 @@ def written(path, answers):
 def test_an_answer_may_be_empty_but_a_gold_may_not(tmp_path):
     path = written(tmp_path / "predictions.json", {"10": "4", "20": ""})
     assert read_answers(path, RATING, empty=True) == {"10": "4", "20": ""}
-    with pytest.raises(DataError, match=r"predictions\.json:\d+: field 'output': empty"):
+    with pytest.raises(DataError, match=r"predictions\.json:\d+: element 2: field 'output': empty"):
         read_answers(path, RATING)
     with pytest.raises(DataError, match="holds answers for 'LaMP_3'; task 'lamp4' is 'LaMP_4'"):
         read_answers(path, HEADLINE)

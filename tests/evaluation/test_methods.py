@@ -153,7 +153,7 @@ def test_evidence_is_read_again_by_another_run(tiny, tmp_path, monkeypatch):
     found, seconds = first.evidence, first.evidence_seconds
     monkeypatch.setattr("mta.evaluation.context.gather_evidence", None)
     again = panel_of(tiny, evidence_folder=tmp_path)
-    assert torch.equal(again.evidence.shots, found.shots)
+    assert torch.equal(again.evidence.loglik, found.loglik)
     assert torch.equal(again.evidence.labels.scores, found.labels.scores)
     assert again.evidence_seconds == seconds
 
