@@ -329,7 +329,8 @@ def test_dropping_a_version_ends_its_answers_and_the_persons_newer_version_goes_
             await asyncio.sleep(0)
         await dropping
         (ended,) = await asyncio.gather(ending, return_exceptions=True)
-        assert isinstance(ended, EngineGone)
+        in_time = not hasattr(engine, "scheduler") and ended == expected(world, Ask(tuple(prompt_of(6)), old, 60))
+        assert isinstance(ended, EngineGone) or in_time  # nothing paces vLLM, which may have ended the answer before
         found = await going_on
         assert {who.number for who in await engine.versions() if who.person == "moved"} == {new.number}
         return found
