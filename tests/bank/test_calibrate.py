@@ -204,6 +204,22 @@ def test_the_gain_without_shots_is_that_of_the_merge_for_everybody(scene, monkey
     assert found.info.gains[0].mean > 0
 
 
+def test_the_curvature_is_that_of_the_items_at_mu(scene, monkeypatch):
+    monkeypatch.setattr(Calibrator, "gains", lambda self, w: w.abs().sum(1))  # every Newton step is taken in full
+    people, models = known(12), Measure(*scene)
+    found = calibrated(scene, people)
+
+    def at(mu, fold):
+        made = [Probe("", "gradients", (one.all,), mu[None]) for u, one in enumerate(people) if u % 2 == fold]
+        return curvature_of(torch.cat([measured(models, probe)[:, :-1] for probe in made]))
+
+    steps = Calibrator(people, N, SETTINGS, lambda pieces: [(p, measured(models, p)) for p in pieces])
+    mu, curvature, _ = steps.best_merge(steps.first_pass()[0])
+    assert bool(mu.any(1).all())
+    near(curvature, torch.stack([at(one, fold) for fold, one in enumerate(mu)]))
+    near(found.curvature, curvature.mean(0))
+
+
 def test_where_no_merge_helps_there_is_none(scene, monkeypatch):
     monkeypatch.setattr(Calibrator, "gains", lambda self, w: -w.abs().sum(1))
     found = calibrated(scene, known(12))

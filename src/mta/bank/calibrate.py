@@ -2,7 +2,7 @@
 
 The people are split into two folds. mu and F are judged on the fold that they were not fitted on:
 
-    1. merge    mu by Newton steps, each as long as the other fold's later items allow; F where the last one began
+    1. merge    mu by Newton steps, each as long as the other fold's later items allow; F at mu
     2. prior    how much people's gradients differ, compared with those of one person's shots
     3. gains    what a person with 1, 4, 8, or 16 shots gains on later items by the merge
     4. stack    the learning rate of a stack's single step over these merges, and what a person gains with both
@@ -233,7 +233,8 @@ class Calibrator:
         """The expected cost in forward passes of one example. It is higher if people's choices differ much."""
         queries, shots = sum(map(len, self.queries)), sum(len(one.shots) for one in self.known)
         counts = [n for n in SHOTS if n <= self.settings.shots]
-        newton = self.settings.steps * (COSTS["gradients"] * (shots + queries) + len(LENGTHS) * queries)
+        steps = self.settings.steps
+        newton = (steps + 1) * COSTS["gradients"] * (shots + queries) + steps * len(LENGTHS) * queries
         some = sum(min(len(one.shots), n) for one in self.known for n in counts)
         stacks = COSTS["stacks"] * some + (len(RATES) + 2 * (len(counts) - 1)) * queries if self.stacks else 0
         return newton + COSTS["gradients"] * shots + len(counts) * queries + stacks
@@ -290,15 +291,16 @@ class Calibrator:
     def best_merge(self, first: Sequence[GateGradients]) -> tuple[Tensor, Tensor, Tensor]:
         """Return mu (2, N) and F (2, N, N) of both folds, and everybody's gain by mu. ``first``: the gradients at 0.
 
-        The lengths of the Newton steps are chosen on the later items of the other fold. F is that of the last step's
-        gradients.
+        The lengths of the Newton steps are chosen on the later items of the other fold.
         """
         mu = torch.zeros(2, self.anchors, dtype=torch.float64)
         best, curvature = torch.zeros(len(self.known)).double(), mu.new_zeros(2, self.anchors, self.anchors)
-        for number in range(self.settings.steps):
+        for number in range(self.settings.steps + 1):
             found = self.gradients([one.all for one in self.known], mu[self.fold]) if number else first
             rows = [torch.cat([one.gradients for one, f in zip(found, self.fold) if f == fold]) for fold in (0, 1)]
             curvature = torch.stack([curvature_of(one) for one in rows])
+            if number == self.settings.steps:
+                break
             steps = torch.cat([solved(f, RIDGE, one.mean(0)[None]) for f, one in zip(curvature, rows)])
             held = [best, *(self.gains((mu + c * steps)[1 - self.fold]) for c in LENGTHS)]
             chosen = best_of(torch.stack(held, dim=1), self.group)
