@@ -86,13 +86,23 @@ def test_comparisons_named_in_advance_are_corrected_for_their_number():
     rows = [*everybody(TaskLora()), *noisy, *everybody(MergeThenAdapt(), -0.25)]
     sets = [results(rows, primary=("task LoRA", "OPPU", "never run")), results(rows, primary=("task LoRA",))]
     table = primary(sets)
-    assert "Corrected for 3 comparisons" in table
-    expected = "| made up | NLL | task LoRA | 24 | 24 | 1 | -0.250 [-0.250, -0.250] | 0.0006 |"
-    assert table.count(expected) == 2  # 3 * 2 / 10001
+    assert "Corrected for 4 comparisons" in table
+    assert "| made up | never run |  |  |  | not run |  |" in table
+    assert table.count("| made up | task LoRA | 24 | 24 | 1 | -0.250 [-0.250, -0.250] | 0.0008 |") == 2  # 4 * 2 / 10001
     (alone,) = [line for line in table.splitlines() if "OPPU" in line]
-    interval = sets[0].comparison("main").resampled("MTA", "OPPU", "NLL").interval(1 - 0.05 / 3)
+    interval = sets[0].comparison("main").resampled("MTA", "OPPU", "NLL").interval(1 - 0.05 / 4)
     assert f"{interval.mean:+.3f} [{interval.low:+.3f}, {interval.high:+.3f}]" in alone
     assert primary([results(rows)]) == ""
+
+
+def test_a_named_comparison_does_not_depend_on_other_methods():
+    rows = [*everybody(TaskLora()), *everybody(MergeThenAdapt(), -0.25)]
+    some = [*rows, *everybody(OneLora())[:10]]
+    (whole,), (line,) = (
+        [one for one in primary([results(r, primary=("task LoRA",))]).splitlines() if "made up" in one]
+        for r in (rows, some)
+    )
+    assert line == whole
 
 
 def test_only_people_with_answers_of_every_method_are_compared():

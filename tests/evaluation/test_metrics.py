@@ -193,6 +193,9 @@ def test_many_tests_are_corrected_by_holm_and_bonferroni():
     assert [one for one, _ in found] == [spread(p).interval(1 - 0.05 / 4) for p in (0.04, 0.001, 0.03, 0.012)]
     assert [one.low > 0 for one, _ in found] == [False, True, False, True]
     assert corrected([]) == []
+    assert [p for _, p in corrected([spread(0.01), spread(0.02)], planned=4)] == pytest.approx(
+        [4 * spread(0.01).p, 3 * spread(0.02).p]
+    )
     assert corrected([spread(0.04)]) == [(spread(0.04).interval(), spread(0.04).p)]
 
 

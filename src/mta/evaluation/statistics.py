@@ -211,18 +211,19 @@ def resample(values: Tensor, seed: int = 0, times: int = 10_000, groups: Sequenc
     return Resampled(float(values.mean()), torch.cat(means), count)
 
 
-def corrected(tests: Sequence[Resampled], level: float = 0.95) -> list[tuple[Interval, float]]:
-    """Return for each test an interval and a p-value that are corrected for the number of tests.
+def corrected(tests: Sequence[Resampled], planned: int = 0, level: float = 0.95) -> list[tuple[Interval, float]]:
+    """Return for each test an interval and a p-value that are corrected for the number of tests, or of ``planned`` ones.
 
     Intervals cover together with probability ``level`` (Bonferroni). P-values are Holm's: the i-th smallest of m is
-    multiplied by m - i + 1, and is at least as large as the one before.
+    multiplied by m - i + 1, and is at least as large as the one before. Tests that were not run are the last of the m.
     """
+    planned = max(planned, len(tests))
     order = sorted(range(len(tests)), key=lambda n: tests[n].p)
     found: dict[int, float] = {}
     before = 0.0
-    for left, n in zip(range(len(tests), 0, -1), order):
+    for left, n in zip(range(planned, 0, -1), order):
         found[n] = before = max(before, min(left * tests[n].p, 1.0))
-    return [(test.interval(1 - (1 - level) / len(tests)), found[n]) for n, test in enumerate(tests)]
+    return [(test.interval(1 - (1 - level) / planned), found[n]) for n, test in enumerate(tests)]
 
 
 def units(groups: Sequence[str], people: int) -> list[int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -180,15 +180,18 @@ class Results:
             found.setdefault((one.settings, one.bank, one.shots), {}).setdefault(one.seed, {})[one.person] = one
         return found
 
-    def comparison(self, name: str, shots: int | None = None, seed: int | None = None) -> Comparison | None:
+    def comparison(
+        self, name: str, shots: int | None = None, seed: int | None = None, among: Collection[str] = ()
+    ) -> Comparison | None:
         """Return an exhibit's methods over the people and seeds that all methods have; None without results.
 
         The seeds are all that were run, or only ``seed``. Methods that do not use the bank have results of one seed.
+        With ``among``, only methods with these names count.
         """
-        common = {one for one in self.seeds(name, shots) if seed in (None, one)}
+        common = {one for one in self.seeds(name, shots, among) if seed in (None, one)}
         rows = [
             (method.name, bank, [seeds[s] for s in sorted(seeds) if not method.of_bank or s in common])
-            for method, bank, seeds in self._methods(name, shots)
+            for method, bank, seeds in self._methods(name, shots, among)
         ]
         if not rows or not all(seeds for _, _, seeds in rows):
             return None  # no seed that all methods have
@@ -201,18 +204,19 @@ class Results:
         first = rows[0][2][0]
         return Comparison(self.task, averaged, tuple(first[person].group for person in people))
 
-    def seeds(self, name: str, shots: int | None = None) -> list[int]:
-        """Return the seeds that every method of an exhibit was run with."""
-        found = [set(seeds) for method, _, seeds in self._methods(name, shots) if method.of_bank]
+    def seeds(self, name: str, shots: int | None = None, among: Collection[str] = ()) -> list[int]:
+        """Return the seeds that every method of an exhibit, or every one ``among`` them, was run with."""
+        found = [set(seeds) for method, _, seeds in self._methods(name, shots, among) if method.of_bank]
         return sorted(set.intersection(*found)) if found else []
 
     def of(self, method: Method, seed: int) -> list[Record]:
         """Return the records of one method on the main bank with one seed."""
         return list(self._rows.get((method.digest, MAIN_BANK, self.recipe.shots), {}).get(seed, {}).values())
 
-    def _methods(self, name: str, shots: int | None) -> list[tuple[Method, str, Seeds]]:
+    def _methods(self, name: str, shots: int | None, among: Collection[str] = ()) -> list[tuple[Method, str, Seeds]]:
         """Return each method of an exhibit that has results, with its bank and its results."""
-        pairs = [(method, part.bank) for part in self.recipe.exhibits[name] for method in part.methods]
+        every = [(method, part.bank) for part in self.recipe.exhibits[name] for method in part.methods]
+        pairs = [(method, bank) for method, bank in every if not among or method.name in among]
         found = [(m, bank, self._rows.get((m.digest, bank, shots or self.recipe.shots), {})) for m, bank in pairs]
         return [row for row in found if row[2]]
 

@@ -47,12 +47,13 @@ def report(folders: Sequence[Path], out: Path, *, texts: bool = False) -> list[s
         raise DataError(
             f"two folders would have the report {out / min(twice)}", hint="Write their reports to different --out."
         )
+    claims = primary([found for found in experiments if found.meta.get("which", "test") == "test"])
+    named = [Section("Primary comparisons, named in advance", claims)] if claims else []
     drawn = []
     for found in experiments:
-        drawn += [f"{found.name}: {title}" for title in _experiment(found, out / found.name, texts)]
+        more = named if len(experiments) == 1 else []
+        drawn += [f"{found.name}: {title}" for title in _experiment(found, out / found.name, texts, more)]
     if len(experiments) > 1:
-        claims = primary([found for found in experiments if found.meta.get("which", "test") == "test"])
-        named = [Section("Primary comparisons, named in advance", claims)] if claims else []
         write_report(out, "Every set", overview(experiments), named)
     for folder, made in runs.items():
         sessions = _sessions(folder)
@@ -70,11 +71,11 @@ def _is_experiment(folder: Path) -> bool:
     return runs[-1]["kind"] == KIND if runs else any((folder / name).exists() for name in (SCORES, f"{SCORES}.gz"))
 
 
-def _experiment(found: Results, folder: Path, texts: bool) -> list[str]:
+def _experiment(found: Results, folder: Path, texts: bool, more: Sequence[Section]) -> list[str]:
     make_folder(folder)
     if not texts and found.case:
         found.case.update(_without_texts(found.case))
-    made = sections(found)
+    made = [*sections(found), *more]
     _copy(found, folder, texts)
     write_report(folder, found.recipe.about or found.name, _sizes(found), made)
     return [section.title for section in made]

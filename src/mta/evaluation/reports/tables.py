@@ -67,30 +67,41 @@ def overview(many: Sequence[Results]) -> str:
 def primary(many: Sequence[Results]) -> str:
     """Return a table of the comparisons that the recipes name in advance, corrected for their number; may be empty.
 
-    Each comparison is over the exhibit that covers most people, and then most seeds.
+    Those that were not run count, too. Each is over the people and seeds that both methods have, in the exhibit with
+    most people, and then most seeds.
     """
-    about: list[list[str]] = []
-    tests: list[Resampled] = []
-    for found, other in [(one, other) for one in many for other in one.recipe.primary]:
-        tried: list[tuple[int, int, str, Resampled]] = []
-        for name in ("seeds", "main"):
-            comparison = found.comparison(name) if name in found.recipe.exhibits else None
-            if comparison and (test := comparison.resampled(NAME, other, comparison.yardstick)):
-                tried.append((comparison.people, len(found.seeds(name)), comparison.yardstick, test))
-        if tried:
-            people, seeds, measure, test = max(tried, key=lambda one: one[:2])
-            about.append([found.name, measure, other, str(people), str(test.count), str(seeds)])
-            tests.append(test)
-    if not tests:
+    named = [(found, other) for found in many for other in found.recipe.primary]
+    tests = [_widest(found, other) for found, other in named]
+    run = [test for test, *_ in filter(None, tests)]
+    if not run:
         return ""
-    heads = ["set", "measure", f"{NAME} against", "people", "independent", "seeds", "difference", "p"]
-    rows = [
-        [*one, f"{found.mean:+.3f} {_brackets(found)}", f"{p:.4f}"] for one, (found, p) in zip(about, corrected(tests))
-    ]
+    rows, results = [], iter(corrected(run, len(named)))
+    for (found, other), test in zip(named, tests):
+        cells = ["", "", "", "not run", ""]
+        if test:
+            resampled, people, seeds = test
+            interval, p = next(results)
+            counts = str(people), str(resampled.count), str(seeds)
+            cells = [*counts, f"{interval.mean:+.3f} {_brackets(interval)}", f"{p:.4f}"]
+        rows.append([found.name, other, *cells])
     said = (
-        f"Corrected for {len(tests)} comparisons: intervals cover together with 95% (Bonferroni), p-values are Holm's."
+        f"Corrected for {len(named)} comparisons: intervals cover together with 95% (Bonferroni), p-values are Holm's. "
+        "Measured by NLL where there is one."
     )
-    return f"{said}\n\n{markdown(heads, rows)}"
+    return (
+        f"{said}\n\n{markdown(['set', f'{NAME} against', 'people', 'independent', 'seeds', 'difference', 'p'], rows)}"
+    )
+
+
+def _widest(found: Results, other: str) -> tuple[Resampled, int, int] | None:
+    """Return MTA's difference to another method, people, and seeds; None if one of the two was not run."""
+    tried: list[tuple[Resampled, int, int]] = []
+    for exhibit in ("seeds", "main"):
+        both = (NAME, other)
+        comparison = found.comparison(exhibit, among=both) if exhibit in found.recipe.exhibits else None
+        if comparison and (test := comparison.resampled(*both, comparison.yardstick)):
+            tried.append((test, comparison.people, len(found.seeds(exhibit, among=both))))
+    return max(tried, key=lambda one: one[1:], default=None)
 
 
 def marked(comparison: Comparison, metric: str, name: str, other: str = POOLED) -> str:
