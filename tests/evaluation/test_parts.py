@@ -42,6 +42,16 @@ def test_people_who_share_items_are_in_one_part():
     assert (sizes["people who share items"], sizes["groups"], sizes["test queries trained on"]) == (80, 40, 0)
 
 
+def test_people_whom_settings_were_chosen_on_are_never_tested():
+    people = authors(40)
+    usual, later = (
+        draw_parts(recipe_of(*words), load_task("lamp5"), people)[0] for words in ((), ("people.never_tested=12",))
+    )
+    assert len(later.test) == 12
+    assert not {*usual.test} & {*later.test, *later.development, *later.candidates}
+    assert {*usual.test} <= {*later.task}
+
+
 def test_separated_groups_are_counted_as_queries_trained_on(caplog):
     people, recipe = authors(40), recipe_of("people.together=false")
     _, sizes = draw_parts(recipe_of("people.together=false"), load_task("lamp5"), people)

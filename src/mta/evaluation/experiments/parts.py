@@ -60,8 +60,8 @@ def draw_parts(
     """Draw the part of each person, and return the splits with a table of their sizes.
 
     People with enough items for the protocol and for an anchor qualify. Test, development and candidates are drawn from
-    them, in shares that leave some people for each part of a small set. The other people train the task LoRA, except
-    those who share items with another part. ``tested`` people (of ``with_tested``), if given, are the test part; then
+    them, in shares that leave some people for each part of a small set; from ``never_tested`` people none of them. The
+    other people train the task LoRA, except those who share items with another part. ``tested`` people (of ``with_tested``), if given, are the test part; then
     no others are drawn for it, and up to 70% of the qualified people are candidates.
     Raises InputError if there are too few people.
     """
@@ -74,7 +74,9 @@ def draw_parts(
     shares = (0.0, SHARES[1], SHARES[0] + SHARES[2]) if given else SHARES
     wanted = zip((sizes.test, sizes.development, sizes.candidates), shares)
     test, development, candidates = (min(size, int(share * len(qualified))) for size, share in wanted)
-    drawn = draw(qualified, 0, task=0, development=development, test=test, candidates=candidates, together=together)
+    known = draw(qualified, 0, task=0, development=0, test=sizes.never_tested, candidates=0, together=together)
+    free = [p for p in qualified if p.id not in known.test]
+    drawn = draw(free, 0, task=0, development=development, test=test, candidates=candidates, together=together)
     taken = {*drawn.test, *drawn.development, *drawn.candidates}
     rest = _apart([p for p in people if p.id not in taken], [p for p in people if p.id in taken], together)
     task_size = min(sizes.task, len(rest))
