@@ -3,6 +3,7 @@
 import gzip
 import json
 import re
+from pathlib import Path
 
 import pytest
 from pages import ROOT
@@ -13,18 +14,22 @@ from benchmarks.gains import gains
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")), *sorted(ROOT.glob("docs/[!dpr]*/*.md"))]
 NUMBER = r"[+-]?\d+\.\d+"
 INTERVAL = re.compile(rf"({NUMBER})\**\s+\[({NUMBER}),\s+({NUMBER})\]")
+LINKED = re.compile(r"\]\(([^)]*results/[^)]*\.(?:md|json))\)")
 Figure = tuple[str, ...]
 
 
-def figures_in(text: str) -> set[Figure]:
-    """Means with their intervals: a gain of 0.03 and a difference of -0.03 are the same figure."""
-    return {figure(*map(float, found)) for found in INTERVAL.findall(text)}
+def signed(mean: float, low: float, high: float) -> Figure:
+    return tuple(f"{number:.3f}".replace("-0.000", "0.000") for number in (mean, low, high))
 
 
 def figure(mean: float, low: float, high: float) -> Figure:
     """The interval or its mirror image: the one with the larger mean."""
-    mean, low, high = max((mean, low, high), (-mean, -high, -low))
-    return tuple(f"{number:.3f}".replace("-0.000", "0.000") for number in (mean, low, high))
+    return signed(*max((mean, low, high), (-mean, -high, -low)))
+
+
+def figures_in(text: str, how=figure) -> set[Figure]:
+    """Means with their intervals: a gain of 0.03 and a difference of -0.03 are the same figure, unless ``signed``."""
+    return {how(*map(float, found)) for found in INTERVAL.findall(text)}
 
 
 def figures_of(value: object) -> set[Figure]:
@@ -46,6 +51,32 @@ def measured():
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_every_interval_is_in_a_result_file(page, measured):
     assert sorted(figures_in(page.read_text()) - measured) == []
+
+
+def linked_rows() -> list[tuple[str, str, str]]:
+    """Rows of tables that link a result file: the page, the file, and the row."""
+    rows = [(page, line) for page in PAGES for line in page.read_text().splitlines() if line.startswith("|")]
+    return [
+        (str(page.relative_to(ROOT)), str((page.parent / link).resolve()), line)
+        for page, line in rows
+        if figures_in(line)
+        for link in LINKED.findall(line)
+    ]
+
+
+@pytest.mark.parametrize(("page", "file", "row"), linked_rows(), ids=lambda _: "")
+def test_a_row_has_the_figures_of_the_file_that_it_links(page, file, row):
+    text = Path(file).read_text()
+    if file.endswith(".json"):  # has each difference in one direction only
+        assert sorted(figures_in(row) - figures_of(json.loads(text))) == []
+    else:
+        assert sorted(figures_in(row, signed) - figures_in(text, signed)) == []
+
+
+def test_the_main_tables_link_their_files():
+    pages = [page for page, _, _ in linked_rows()]
+    assert pages.count("README.md") >= 5
+    assert pages.count("docs/explanation/results.md") >= 10
 
 
 def test_a_wrong_figure_would_be_found(measured):
