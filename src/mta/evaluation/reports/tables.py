@@ -33,8 +33,8 @@ def rows_of(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
     first, measure = comparison.primary, comparison.yardstick
     columns = {"method": names}
     for metric in dict.fromkeys((first, "MAE (median)", "accuracy", "ROUGE-1", *STEMMED, measure)):
-        scores = [comparison.score(name, metric) for name in names]
-        columns[metric] = [f"{score.mean:.3f}" if score else "" for score in scores]
+        shown = str if metric.startswith("ROUGE") else lambda score: f"{score.mean:.3f}"
+        columns[metric] = [shown(score) if (score := comparison.score(name, metric)) else "" for name in names]
     for metric in dict.fromkeys((measure, first)):
         for other in (POOLED, RIVAL):
             columns[f"{metric} against {other}"] = [marked(comparison, metric, name, other) for name in names]
