@@ -239,5 +239,6 @@ EXHIBITS: dict[str, tuple[str, Exhibit]] = {  # titles and functions by the name
     "choice": ("A choice for each person", _compared),
     "controls": ("Controls: without the person's own shots", _against),
     "tune": ("Settings, tried on development people", _compared),
+    "oppu": ("OPPU's steps and rate, on development people", _compared),
     "bank-study": ("What makes a bank useful to others", _compared),
 }
