@@ -212,7 +212,7 @@ def resample(values: Tensor, seed: int = 0, times: int = 10_000, groups: Sequenc
 
 
 def corrected(tests: Sequence[Resampled], planned: int = 0, level: float = 0.95) -> list[tuple[Interval, float]]:
-    """Return for each test an interval and a p-value that are corrected for the number of tests, or of ``planned`` ones.
+    """Return for each test an interval and a p-value, corrected for the number of tests, or of ``planned`` ones.
 
     Intervals cover together with probability ``level`` (Bonferroni). P-values are Holm's: the i-th smallest of m is
     multiplied by m - i + 1, and is at least as large as the one before. Tests that were not run are the last of the m.

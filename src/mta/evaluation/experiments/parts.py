@@ -60,9 +60,9 @@ def draw_parts(
     """Draw the part of each person, and return the splits with a table of their sizes.
 
     People with enough items for the protocol and for an anchor qualify. Test, development and candidates are drawn from
-    them, in shares that leave some people for each part of a small set; from ``never_tested`` people none of them. The
-    other people train the task LoRA, except those who share items with another part. ``tested`` people (of ``with_tested``), if given, are the test part; then
-    no others are drawn for it, and up to 70% of the qualified people are candidates.
+    them, but not from ``never_tested`` people, in shares that leave some people for each part of a small set. The other
+    people train the task LoRA, except those who share items with another part. ``tested`` people (of ``with_tested``),
+    if given, are the test part; then no others are drawn for it, and up to 70% of the qualified people are candidates.
     Raises InputError if there are too few people.
     """
     least, sizes, together = recipe.run.bank.min_items, recipe.people, recipe.people.together
