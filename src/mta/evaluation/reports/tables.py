@@ -88,9 +88,8 @@ def primary(many: Sequence[Results]) -> str:
         f"Corrected for {len(named)} comparisons: intervals cover together with 95% (Bonferroni), p-values are Holm's. "
         "Measured by NLL where there is one."
     )
-    return (
-        f"{said}\n\n{markdown(['set', f'{NAME} against', 'people', 'independent', 'seeds', 'difference', 'p'], rows)}"
-    )
+    heads = ["set", f"{NAME} against", "people", "independent", "seeds", "difference", "p"]
+    return f"{said}\n\n{markdown(heads, rows)}"
 
 
 def _widest(found: Results, other: str) -> tuple[Resampled, int, int] | None:
