@@ -72,7 +72,7 @@ def test_texts_are_compared_in_their_primary_metric():
     assert head.split() == ["method", "ROUGE-L", "change", "harmed", "time", "kept"]
     assert "+0.100 better" in shown(table(found)).export_text()
     said = verdict(found)
-    assert said[0].startswith("ROUGE-L: MTA is better than the pooled model (task LoRA) by 0.100")
+    assert said[0].startswith("ROUGE-L: MTA is better than the task LoRA by 0.100")
     assert not any("NLL" in sentence for sentence in said)
     assert to_json(found)["queries_per_person"] == 2
 
@@ -81,12 +81,12 @@ def test_verdict_when_better(comparison):
     said = verdict(comparison)
     gain = comparison.difference("MTA", "task LoRA", "NLL")
     assert (
-        f"NLL: MTA is better than the pooled model (task LoRA) by {-gain.mean:.3f} "
+        f"NLL: MTA is better than the task LoRA by {-gain.mean:.3f} "
         f"(95% interval {-gain.high:.3f} to {-gain.low:.3f})." in said
     )
     assert any(sentence.startswith("MAE: MTA is better than OPPU by 0.") for sentence in said)
     assert "Kept per person: 1.2 MB by MTA, 9.8 MB by OPPU." in said
-    assert headline(comparison) == "MTA against the pooled model: better in MAE and NLL"
+    assert headline(comparison) == "MTA against the task LoRA: better in MAE and NLL"
 
 
 def test_verdict_when_unclear(task):
@@ -113,12 +113,12 @@ def test_verdict_when_worse(task):
     loss = found.difference("MTA", "task LoRA", "NLL")
     said = verdict(found)
     assert (
-        f"NLL: MTA is worse than the pooled model (task LoRA) by {loss.mean:.3f} "
+        f"NLL: MTA is worse than the task LoRA by {loss.mean:.3f} "
         f"(95% interval {loss.low:.3f} to {loss.high:.3f})." in said
     )
     assert any(sentence.startswith("NLL: MTA is worse than OPPU") for sentence in said)
     share, clearly = found.worse_off("MTA", "task LoRA")
-    counts = f"{share * 40:.0f} of 40 people are worse off with MTA than with the pooled model"
+    counts = f"{share * 40:.0f} of 40 people are worse off with MTA than with the task LoRA"
     assert any(s.startswith(counts) and f"{clearly * 40:.0f} of them clearly" in s for s in said)
 
 

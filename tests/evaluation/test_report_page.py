@@ -88,7 +88,7 @@ def test_page_is_whole_and_loads_nothing(written):
     text = written()
     found = Page(text)
     assert [heading for heading in found.headings if heading in SECTIONS] == SECTIONS
-    assert "MTA against the pooled model: better in MAE and NLL" in found.headings
+    assert "MTA against the task LoRA: better in MAE and NLL" in found.headings
     assert "script" not in found.tags
     assert all(value.startswith("data:") for value in found.loads)
     assert "default-src 'none'" in text

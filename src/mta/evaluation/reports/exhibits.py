@@ -217,7 +217,7 @@ def _setting(found: Results, comparison: Comparison, name: str) -> str:
         f"{found.name}: {people} people{groups}, {said}. {asked[found.recipe.ask]} Means over people; 95% intervals by "
         f"bootstrap over {'groups' if groups else 'people'}{' and seeds' if len(seeds) > 1 else ''}; "
         f"differences are paired. "
-        f"Worse off: people with an NLL more than {WORSE:g} above the pooled model's.\n"
+        f"Worse off: people with an NLL more than {WORSE:g} above the {POOLED}'s.\n"
     )
 
 

@@ -28,7 +28,7 @@ def verdict(comparison: Comparison) -> list[str]:
         return [f"{NAME} is not among the methods compared."]
     said: list[str] = []
     for other, called in (
-        (POOLED, f"the pooled model ({POOLED})"),
+        (POOLED, f"the {POOLED}"),
         (RIVAL, RIVAL),
         (FLOOR, f"the shares of labels in the person's own items, without any model ({FLOOR})"),
     ):
@@ -52,14 +52,14 @@ def verdict(comparison: Comparison) -> list[str]:
 
 
 def headline(comparison: Comparison) -> str:
-    """Return one sentence about MTA and the pooled model."""
+    """Return one sentence about MTA and the task LoRA."""
     words = {"better": "better in", "worse": "worse in", "unclear": "no clear difference in"}
     said: dict[str, list[str]] = {}
     for metric in _metrics(comparison):
         if difference := comparison.difference(NAME, POOLED, metric):
             said.setdefault(words[judge(metric, difference, comparison.independent)], []).append(metric)
     found = ", ".join(f"{judgement} {' and '.join(metrics)}" for judgement, metrics in said.items())
-    return f"{NAME} against the pooled model: {found}" if found else "Methods compared"
+    return f"{NAME} against the {POOLED}: {found}" if found else "Methods compared"
 
 
 def judge(metric: str, difference: Interval, units: int) -> Judgement:
@@ -111,7 +111,7 @@ def _equal(called: str, difference: Interval) -> str:
 
 
 def _harm(people: int, share: float, clearly: float | None) -> str:
-    said = f"{round(share * people)} of {people} people are worse off with {NAME} than with the pooled model"
+    said = f"{round(share * people)} of {people} people are worse off with {NAME} than with the {POOLED}"
     said += f" (NLL higher by more than {WORSE:g})"
     if clearly is not None:
         said += f", {round(clearly * people)} of them clearly (their own 95% interval lies above zero)"
