@@ -28,6 +28,7 @@ METHODS = {  # name in the figure -> names in the files
     "OPPU, one step": ("OPPU, one step",),
     "another person's MTA": ("MTA, other person's shots", "merge, other person's shots"),
 }
+_COLUMN = "NLL against task LoRA"
 _CELL = re.compile(r"([+-]\d+\.\d+) \[([+-]\d+\.\d+), ([+-]\d+\.\d+)\]")
 Gains = dict[str, Interval]
 
@@ -57,7 +58,7 @@ def _of_tables(text: str) -> Gains:
     column = 0
     for cells in ([cell.strip() for cell in line.split("|")] for line in text.splitlines() if line.startswith("|")):
         if cells[1] == "method":
-            column = cells.index("NLL against task LoRA")
+            column = cells.index(_COLUMN) if _COLUMN in cells else 0
         elif cells[1].startswith("MTA against"):
             column = 0
         elif column and (cell := _CELL.search(cells[column])):

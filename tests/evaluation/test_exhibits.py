@@ -121,14 +121,15 @@ def test_shots_are_compared_each_with_the_pooled_model_at_the_same_number():
     rows += [*everybody(TaskLora(), 0.1), *everybody(MergeThenAdapt(), -0.3)]
     (section,) = sections(results(rows, parts))
     assert "| MTA | **-0.100 [-0.100, -0.100]** | **-0.400 [-0.400, -0.400]** |" in section.text
-    assert "1 shots (24 people)" in section.text
+    assert "1 shot (24 people)" in section.text
     assert list(section.pictures) == ["shots"]
 
 
 def test_seeds_stand_beside_each_other_and_together():
     parts = {"seeds": (Part(methods=(TaskLora(), MergeThenAdapt())),)}
     alone = [*everybody(TaskLora()), *everybody(MergeThenAdapt(), -0.1)]
-    assert not sections(results(alone, parts))  # one seed says nothing of how seeds differ
+    (section,) = sections(results(alone, parts))
+    assert "seed 0 (" not in section.text  # one seed says nothing of how seeds differ
     another = [*everybody(TaskLora(), 0.2), *everybody(MergeThenAdapt(), -0.3)]
     rows = [*alone, *(r.model_copy(update={"seed": 1}) for r in another)]
     (section,) = sections(results(rows, parts, seeds=(0, 1)))

@@ -73,7 +73,7 @@ def _shots(found: Results, name: str) -> Drawn | None:
         for method in methods
     }
     picture = figures.lines(series, "shots", f"{measure} against {POOLED}", log=True, level={POOLED: 0.0})
-    heads = ["method", *(f"{m} shots ({c.people} people)" for m, c in many.items())]
+    heads = ["method", *(f"{m} shot{'s' * (m > 1)} ({c.people} people)" for m, c in many.items())]
     rows = [[method, *(marked(c, measure, method) for c in many.values())] for method in methods]
     same = (
         f" The questions are always the same last {found.recipe.queries} items." if found.recipe.ask == "last" else ""
@@ -83,20 +83,18 @@ def _shots(found: Results, name: str) -> Drawn | None:
 
 
 def _seeds(found: Results, name: str) -> Drawn | None:
-    """Differences per seed and over all seeds: how much depends on the clusters and the training order."""
-    together, seeds = found.comparison(name), found.seeds(name)
-    if together is None or len(seeds) < 2:
-        return None
+    """The main methods; then differences per seed: how much depends on the clusters and the training order."""
+    drawn, together, seeds = _against(found, name), found.comparison(name), found.seeds(name)
+    if drawn is None or together is None or len(seeds) < 2:
+        return drawn
     columns = {f"seed {seed}": c for seed in seeds if (c := found.comparison(name, seed=seed))}
     columns["all"] = together
-    measure, text = together.yardstick, _setting(found, together, name)
-    names = together.names
+    measure, names, text = together.yardstick, together.names, drawn[0]
     for other in [one for one in (POOLED, RIVAL) if one in names]:
         heads = [f"{measure} against {other}", *(f"{head} ({c.people} people)" for head, c in columns.items())]
         rows = [[one, *(marked(c, measure, one, other) for c in columns.values())] for one in names if one != other]
         text += "\n" + markdown(heads, rows)
-    label = f"{measure} against {POOLED}, {len(seeds)} seeds (left is better)"
-    return text, {name: figures.forest(_to_pooled(together, measure), label)}
+    return text, drawn[1]
 
 
 def _over(pattern: str, x_label: str) -> Exhibit:
@@ -225,7 +223,7 @@ EXHIBITS: dict[str, tuple[str, Exhibit]] = {  # titles and functions by the name
     "main": ("Every method", _compared),
     "ablation": ("Ablation", _compared),
     "shots": ("Score against shots", _shots),
-    "seeds": ("Seeds: new clusters and training order", _seeds),
+    "seeds": ("Main methods, over seeds", _seeds),
     "k": ("Figure 4: number of merged anchors", _over(r"K = (\d+)", "merged anchors K")),
     "alpha": (
         "Figure 3: fixed and fitted coefficients",
