@@ -43,6 +43,7 @@ def as_on_the_site(app: Sphinx, name: str, source: list[str]) -> None:
         "../../results/": "../results/",
         "../CONTRIBUTING.md": "contributing.md",
         "../docs/": "../",
+        "../../docs/": "../../",
     }
     for there, here in moved.items():
         source[0] = source[0].replace(f"]({there}", f"]({here}")
