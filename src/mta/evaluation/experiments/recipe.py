@@ -30,7 +30,7 @@ class Sizes(Settings):
     candidates: int = Field(200, ge=4)
     task: int = Field(400, ge=0)
     together: bool = Field(True, description="people who share items are in one part")
-    never_tested: int = Field(0, ge=0, description="so many people, the first by hash: settings were chosen on them")
+    never_tested: int = Field(0, ge=0, description="so many people, the first by hash: choices were made on them")
 
 
 class Part(Settings):

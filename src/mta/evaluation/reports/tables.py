@@ -67,8 +67,8 @@ def overview(many: Sequence[Results]) -> str:
 def primary(many: Sequence[Results]) -> str:
     """Return a table of the comparisons that the recipes name in advance, corrected for their number; may be empty.
 
-    Those that were not run count, too. Each is over the people and seeds that both methods have, in the exhibit with
-    most people, and then most seeds.
+    Those that were not run count, too. Each is over the people and seeds that both methods have, whatever other methods
+    have, in the exhibit with most people, and then most seeds.
     """
     named = [(found, other) for found in many for other in found.recipe.primary]
     tests = [_widest(found, other) for found, other in named]
