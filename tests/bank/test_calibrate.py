@@ -12,9 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import base_of, random_examples, random_loras
 
-from mta.bank.calibrate import ENOUGH, RIDGE, Calibrator, Subject, known_people
-from mta.bank.calibration import Calibration, CalibrationInfo, curvature_of, one_step, settled
+from mta.bank.calibrate import ENOUGH, RIDGE, Calibrator
+from mta.bank.calibration import BOUNDLESS, Calibration, CalibrationInfo, curvature_of, one_step, settled
 from mta.bank.choices import RATES
+from mta.bank.newcomers import Subject, known_people
 from mta.bank.probes import Measure, Probe, key_of, measured
 from mta.config import CalibrationSettings, Lora, Run
 from mta.lora.layers import Gated, PerPerson, Shared
@@ -57,7 +58,7 @@ def same(one: Calibration, other: Calibration) -> None:
     near(one.mu, other.mu)
     near(one.curvature, other.curvature)
     assert one.info.prior == pytest.approx(other.info.prior)
-    unlike = {"prior", "gains", "stacked"}
+    unlike = {"prior", "gains", "stacked", "notes"}
     assert one.info.model_dump(exclude=unlike) == other.info.model_dump(exclude=unlike)
     for a, b in zip(one.info.gains + one.info.stacked, other.info.gains + other.info.stacked, strict=True):
         assert a.model_dump() == pytest.approx(b.model_dump())
@@ -67,7 +68,7 @@ def test_a_calibration_says_what_it_measured(scene):
     found = calibrated(scene, known(12)).info
     assert found.people == 12
     assert [gain.shots for gain in found.gains] == [1, 4]  # too few people have 8 shots
-    assert [gain.shots for gain in found.stacked] == [1, 4]
+    assert [gain.shots for gain in found.stacked] == ([1, 4] if found.rate else [])
     assert all(gain.low <= gain.mean <= gain.high for gain in found.gains + found.stacked)
     assert found.rate in (0.0, *RATES)
     assert not any("too few" in note for note in found.notes)
@@ -110,6 +111,15 @@ def test_people_who_all_share_items_give_the_documented_defaults(scene):
     found = calibrated(scene, [replace(one, group="all") for one in known(ENOUGH + 2)])
     assert float(found.mu.abs().max()) == 0
     assert "share items" in found.info.notes[0]
+
+
+def test_people_with_many_shots_who_are_one_group_are_not_measured_alone(scene):
+    """One group says nothing of how gains differ between people: its interval would be infinite."""
+    twins, others = [replace(one, group="all") for one in known(10, (8,))], known(7, (4,))
+    found = calibrated(scene, twins + others).info
+    assert [gain.shots for gain in found.gains] == [1, 4]
+    assert "fewer than 8 people without common items have 8 shots" in found.notes
+    assert all(math.isfinite(gain.high) for gain in found.gains + found.stacked)
 
 
 @settings(max_examples=5, deadline=None)
@@ -173,8 +183,7 @@ def test_people_without_a_finite_likelihood_are_left_out(scene, people):
     assert found.info.people == people - 1
     assert "left out: 1 people" in " ".join(found.info.notes)
     if people > ENOUGH:
-        unnoted = replace(found, info=found.info.model_copy(update={"notes": ()}))
-        same(unnoted, calibrated(scene, [*everybody[:1], *everybody[2:]]))
+        same(found, calibrated(scene, [*everybody[:1], *everybody[2:]]))
     else:
         assert "too few" in found.info.notes[0]
 
@@ -225,7 +234,28 @@ def test_where_no_merge_helps_there_is_none(scene, monkeypatch):
     found = calibrated(scene, known(12))
     near(found.coefficients(normal(2, N), -torch.ones(2), torch.tensor([3, 8])), torch.zeros(2, N).double())
     assert {gain.mean for gain in found.info.gains} == {0.0}
-    assert "a merge did not help" in found.info.notes[0]
+    assert "a merge did not help" in found.info.notes[-1]
+
+
+def test_where_a_step_of_ones_own_does_not_help_everybody_gets_the_same_merge(scene, monkeypatch):
+    measure = Calibrator.coefficients
+    monkeypatch.setattr(Calibrator, "coefficients", lambda *words: 9 + measure(*words))
+    monkeypatch.setattr(Calibrator, "gains", lambda self, w: torch.where(w > 5, -1.0, w.abs()).sum(1))
+    found = calibrated(scene, known(12))
+    assert bool(found.mu.any())
+    near(found.coefficients(normal(2, N), -torch.ones(2), torch.tensor([3, 8])), found.mu.expand(2, -1))
+    assert {gain.mean for gain in found.info.gains} == {found.info.gains[0].mean}
+    assert found.info.prior == BOUNDLESS
+
+
+def test_a_person_gets_the_kind_of_merge_that_helps_the_others(scene, monkeypatch):
+    """One person's huge gain must not make their own reported gain: all others lose."""
+    people = known(12)
+    size = torch.tensor([1e6] + [-1.0] * 11).double()
+    monkeypatch.setattr(Calibrator, "gains", lambda self, w: size * w.abs().sum(1))
+    found = calibrated(scene, people)
+    assert all(gain.mean <= 0 for gain in found.info.gains)
+    assert bool(found.curvature.any())  # everybody's mean gain is above zero
 
 
 def test_people_with_few_shots_do_not_decide_whether_a_merge_helps(scene, monkeypatch):
@@ -233,7 +263,7 @@ def test_people_with_few_shots_do_not_decide_whether_a_merge_helps(scene, monkey
     few = torch.tensor([1, 8]).repeat(8)
     monkeypatch.setattr(Calibrator, "gains", lambda self, w: torch.where(few == 8, -1.0, 9.0) * w.abs().sum(1))
     found = calibrated(scene, known(16, (1, 8)))
-    assert "a merge did not help" in found.info.notes[0]
+    assert "a merge did not help" in found.info.notes[-1]
 
 
 def test_people_with_few_shots_do_not_choose_the_rate():
@@ -258,11 +288,9 @@ def test_people_get_the_rate_that_everybody_else_chose():
     assert all(float(each[0]) == 1 for each in found.values())
 
 
-def test_without_a_helpful_stack_the_gains_are_those_of_the_merge():
+def test_without_a_helpful_stack_no_gain_of_stacks_is_reported():
     made, gains = Scripted(lambda rate: NOTHING - 9), {n: normal(10, seed=n) for n in MERGES}
-    rate, found = made.best_rate(MERGES, gains)
-    assert rate == 0
-    assert all(torch.equal(found[n], gains[n]) for n in gains)
+    assert made.best_rate(MERGES, gains) == (0, {})
 
 
 def test_a_stack_must_help_beyond_its_interval():

@@ -2,12 +2,13 @@
 
 import math
 
+import pytest
 import torch
 from arrays import near, normal
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mta.bank.choices import SURE, best_of, chosen_by_others, standard_error
+from mta.bank.choices import best_of, best_on_average, chosen_by_others, gain_of, standard_error, surely_best
 
 
 def test_a_gain_that_is_not_clear_is_not_chosen():
@@ -21,6 +22,16 @@ def test_a_gain_that_is_not_clear_is_not_chosen():
 def test_a_candidate_that_diverged_is_not_chosen():
     broken = torch.tensor([-math.inf, *[5.0] * 9])[:, None]
     assert best_of(torch.cat([torch.zeros(10, 1), broken, broken * math.nan], 1), torch.arange(10)) == 0
+
+
+@pytest.mark.parametrize(("people", "errors"), [(2, 12.706), (8, 2.365), (24, 2.069), (240, 1.970)])
+def test_the_interval_of_few_people_is_wider(people, errors):
+    """By Student's t; its quantiles are from a table."""
+    gains, alone = normal(people, seed=3), torch.arange(people)
+    found = gain_of(8, gains, alone)
+    assert (found.high - found.low) / 2 == pytest.approx(errors * float(standard_error(gains, alone)), rel=1e-3)
+    thrice = gain_of(8, gains.repeat_interleave(3), alone.repeat_interleave(3))
+    assert (thrice.low, thrice.high) == pytest.approx((found.low, found.high))
 
 
 def test_people_who_share_items_count_as_one():
@@ -64,5 +75,19 @@ def test_the_rate_is_the_best_of_those_that_surely_help():
     small = 0.02 + 0.01 * normal(20, seed=1)
     wild = 0.1 + normal(20, seed=2)
     larger = 2 * small
-    assert best_of(torch.stack([0 * small, small, larger, wild], dim=1), torch.arange(20), SURE) == 2
-    assert best_of(torch.stack([0 * small, wild], dim=1), torch.arange(20), SURE) == 0
+    assert surely_best(torch.stack([0 * small, small, larger, wild], dim=1), torch.arange(20)) == 2
+    assert surely_best(torch.stack([0 * small, wild], dim=1), torch.arange(20)) == 0
+
+
+def test_few_people_must_agree_more_before_a_gain_is_sure():
+    gains = torch.tensor([1.0, 1.0, 1.0, -0.8])  # 1.2 standard errors; 6 for four times as many people as these
+    tried = torch.stack([0 * gains, gains], dim=1)
+    assert surely_best(tried, torch.arange(4)) == 0
+    assert surely_best(tried.repeat(25, 1), torch.arange(100)) == 1
+
+
+def test_the_best_on_average_is_a_number():
+    gains = torch.tensor([[0.0, 2.0, math.nan, 9.0], [0.0, -1.0, 1.0, -math.inf]])
+    assert best_on_average(gains, torch.arange(2)) == 1
+    assert best_on_average(gains[:0], torch.arange(0)) == 0
+    assert best_on_average(-gains[:, :2].abs(), torch.arange(2)) == 0

@@ -1,6 +1,7 @@
 """Calibrating a bank that an older version built: what changes, what does not, and what an interruption costs."""
 
 import contextlib
+import itertools
 import json
 import re
 import shutil
@@ -12,8 +13,9 @@ from conftest import people_of
 
 import mta
 from mta.bank import format, recalibrate
-from mta.bank.calibrate import Calibrator, Measure, Subject, drawn
+from mta.bank.calibrate import Calibrator, Measure
 from mta.bank.format import mark_stale, read_info, stale, verify
+from mta.bank.newcomers import Subject, drawn
 from mta.config import CalibrationSettings, Run, override
 from mta.data.history import Item, Person
 from mta.data.tasks import load_task
@@ -189,6 +191,20 @@ def test_a_person_forgotten_during_a_calibration_is_not_in_it(folder, base):
     with pytest.raises(BankError, match="a person was forgotten during the calibration"):
         calibrated(folder, base, on_step=forget)
     assert read_info(folder / "bank").calibration is None
+    assert not (folder / "bank" / "work").exists()
+
+
+def test_a_calibration_killed_after_a_person_was_forgotten_leaves_nothing_of_them(folder, base):
+    """Later pieces are not saved next to those that `forget` removed."""
+    steps = itertools.count()
+
+    def forget_then_stop(stage, step):
+        if next(steps):
+            raise KeyboardInterrupt
+        forget_person(OTHERS[0].id, None, folder / "bank")
+
+    with pytest.raises((BankError, KeyboardInterrupt)):
+        calibrated(folder, base, on_step=forget_then_stop)
     assert not (folder / "bank" / "work").exists()
 
 

@@ -327,6 +327,16 @@ def test_laplace_needs_one_pass_and_neither_encodings_nor_evidence(scene, calibr
     assert steps == [(1, 9)]
 
 
+def test_laplace_needs_no_pass_where_everybody_gets_the_same_merge(scene, calibration):
+    """As a calibration says where a person's own shots do not help: nothing of them is computed or kept."""
+    alike, steps = replace(calibration, curvature=torch.zeros(4, 4).double()), []
+    found = by_gradient(scene, alike, settings={"scale": 2}, on_step=steps.append)
+    near(found.w, (2 * calibration.mu).expand(3, -1))
+    grown = by_gradient(scene, alike, earlier=Earlier(found, torch.zeros(3)))
+    near(grown.w, calibration.mu.expand(3, -1))
+    assert (found.gradients, steps) == (None, [])
+
+
 def test_laplace_of_parts_is_laplace_of_the_whole(scene, calibration):
     _base, _task, _bank, jobs = scene
     first = [replace(job, examples=job.examples[:1]) for job in jobs]

@@ -18,7 +18,6 @@ from mta.errors import MissingExtra
 from mta.evaluation.methods.published import Prime
 from mta.evaluation.metrics import Answers, measure
 from mta.evaluation.reports import figures
-from mta.evaluation.statistics import student_t
 from mta.system.assets import fetch
 from mta.system.extras import EXTRAS
 from mta.tracking.trackers import SINKS, tracker
@@ -27,7 +26,7 @@ ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 MODULES = {package: package.replace("-", "_") for packages in EXTRAS.values() for package in packages}
 
-OTHERS_NEED = {"scipy", "httpx2"}  # scikit-learn and huggingface-hub bring them in any case
+OTHERS_NEED = {"httpx2"}  # huggingface-hub brings it in any case
 OTHERS_NEED |= {"pyarrow"}  # scikit-learn looks for it among the imported modules
 
 
@@ -61,7 +60,6 @@ FEATURES = {
     "ROUGE": ("eval", "rouge-score", lambda: measure(load_task("lamp4"), Answers(["a"]), ["b"])),
     "BM25": ("eval", "bm25s", lambda: retrieve(load_task("lamp4"), None, [], 1)),
     "CMA-ES": ("eval", "cma", lambda: Prime().run(None, 0)),
-    "Student's t": ("eval", "scipy", lambda: student_t(3)),
     "a picture": ("eval", "matplotlib", lambda: figures.Picture("alt", lambda axes: None).data_uri()),
     "an asset that is converted": ("assets", "gguf", lambda: fetch("smollm2-135m-instruct")),
     "Parquet": ("tables", "pyarrow", lambda: read_people(Path("people.parquet"), "text")),

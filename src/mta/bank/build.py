@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from mta.bank.calibrate import calibrate, known_people, plan_of
+from mta.bank.calibrate import calibrate, plan_of
 from mta.bank.calibration import CalibrationInfo
 from mta.bank.card import card
 from mta.bank.format import (
@@ -39,6 +39,7 @@ from mta.bank.format import (
 )
 from mta.bank.keys import uncalibrated, with_old_defaults, work_key
 from mta.bank.members import Members
+from mta.bank.newcomers import known_people
 from mta.bank.roles import Roles, choose_roles
 from mta.bank.selection import pooled_items
 from mta.bank.worker import BankWorker, LoraPiece, open_worker, train_piece

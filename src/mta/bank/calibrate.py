@@ -7,31 +7,39 @@ The people are split into two folds. mu and F are judged on the fold that they w
     3. gains    what a person with 1, 4, 8, or 16 shots gains on later items by the merge
     4. stack    the learning rate of a stack's single step over these merges, and what a person gains with both
 
-The rate behind a person's reported gain is chosen by the likelihood of everybody else. (Not quite independently: the
-people of the other fold have merges by mu and F that were fitted on the person's own.) The lengths of the Newton steps
-are one choice for all. The calibration that is kept averages mu and F of both folds.
+Whether a person's reported gain is by a merge of their own, by mu, or by no merge, and the stack's rate, are chosen by
+the likelihood of everybody else. (Not quite independently: the people of the other fold have merges by mu and F that
+were fitted on the person's own.) The lengths of the Newton steps are one choice for all. The calibration that is kept
+averages mu and F of both folds.
 Source: our choice; docs/explanation/method.md.
 """
 
 from __future__ import annotations
 
-import hashlib
 import logging
-from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from mta.bank.calibration import DEFAULTS, Calibration, CalibrationInfo, Gain, curvature_of, prior_of, solved
-from mta.bank.choices import RATES, SURE, best_of, chosen_by_others, gain_of
+from mta.bank.calibration import (
+    BOUNDLESS,
+    DEFAULTS,
+    Calibration,
+    CalibrationInfo,
+    Gain,
+    curvature_of,
+    prior_of,
+    solved,
+)
+from mta.bank.choices import RATES, best_of, best_on_average, chosen_by_others, gain_of, surely_best
+from mta.bank.newcomers import Subject, known_people
 from mta.bank.probes import COSTS, Kind, Measure, Probe, measured
 from mta.config import CalibrationSettings, Run, parse_size
 from mta.data.history import Person
 from mta.data.readers.people import SHOTS
-from mta.data.readers.sharing import separated
 from mta.data.tasks.prompt import Example
 from mta.data.tasks.task import Task
 from mta.distributed.executor import Executor, LocalExecutor
@@ -51,9 +59,10 @@ from mta.training.trainer import Job
 
 log = logging.getLogger("mta")
 LENGTHS = (0.5, 1.0)  # of a Newton step
-ENOUGH = 8  # people, to measure anything
+ENOUGH = 8  # people who share no items, to measure anything
 RIDGE = 0.3
 _TYPICAL = 8  # shots, to choose for
+_NO_MERGE, _OWN_MERGE = 0, 2  # 1: everybody's best, mu
 _PIECE = 16  # people computed and saved together, at most
 
 
@@ -127,62 +136,6 @@ def _expected_seconds(base: BaseModel, planned: Calibrator, ranks: int, tokens_p
     return planned.planned * tokens / examples * 2 * linear / (REACHED * gemm_rate(base.dtype))
 
 
-@dataclass(frozen=True, slots=True)
-class Subject:
-    """A person's earlier items (``shots``) and later items (``queries``) as examples."""
-
-    shots: tuple[Example, ...]
-    queries: tuple[Example, ...]
-    group: str | None = None  # of people who share items: they are in one fold
-
-    @property
-    def all(self) -> tuple[Example, ...]:
-        return self.shots + self.queries
-
-
-def drawn(
-    people: Sequence[Person],
-    members: Set[str],
-    settings: CalibrationSettings,
-    seed: int,
-    task: Task,
-    unseen: Mapping[str, int],
-) -> list[Person]:
-    """Return the people to calibrate on: at most ``settings.people``, by hash, with two items or more.
-
-    ``members`` are the ids of people in the bank. ``unseen`` has the ids of people who kept so many first items back:
-    of them, only these are measured. Items that several people hold (``Copies``) are not measured. So what is measured
-    was not trained on, nor is it in the other fold. People with nearly the items of somebody in the bank are left out.
-    """
-    measurable = [{id(item) for item in person.items[: unseen.get(person.id)]} for person in people]
-    apart = [
-        replace(person, items=tuple(item for item in person.items if id(item) in own))
-        for person, own in zip(separated(people, task), measurable)
-    ]
-    behind = members | unseen.keys()
-    groups = Counter(person.group for person in apart if person.group and person.id in behind)
-    others = [p for p in apart if p.id not in members and groups[p.group] <= (p.id in unseen)]  # at most themselves
-    able = [person for person in others if len(person.items) > 1]
-    return sorted(able, key=lambda one: hashlib.sha256(f"{seed}/{one.id}".encode()).digest())[: settings.people]
-
-
-def known_people(base: BaseModel, task: Task, people: Sequence[Person], settings: CalibrationSettings) -> list[Subject]:
-    """Return people's first items as shots, and the next as queries: what is measured is what newcomers can expect.
-
-    Fewer people than ``settings.people`` are asked more each, if that leaves ``settings.shots`` items. At most half of
-    a person's items are queries.
-    """
-    each = max(settings.queries, settings.people * settings.queries // max(len(people), 1))
-    return [_subject(base, task, person, settings, each) for person in people]
-
-
-def _subject(base: BaseModel, task: Task, person: Person, settings: CalibrationSettings, most: int) -> Subject:
-    count, shots = len(person.items), settings.shots
-    queries = min(most, count // 2, max(settings.queries, count - shots))
-    examples = [base.prompts.example(task, item) for item in person.items[: shots + queries]]
-    return Subject(tuple(examples[:-queries]), tuple(examples[-queries:]), person.group)
-
-
 @dataclass(slots=True)
 class Calibrator:
     """One calibration in progress: U people in two folds, N anchors. ``measure`` yields results in any order.
@@ -241,19 +194,22 @@ class Calibrator:
 
     def run(self) -> Calibration:
         first, notes = self.first_pass()
-        if len(self.known) < ENOUGH or int(self.fold.bincount(minlength=2).min()) < ENOUGH // 4:
+        if self.groups_with(1) < ENOUGH:
             return self.without_people(first, notes)
         mu, curvature, population = self.best_merge(first)
         found = self.gradients([one.shots for one in self.known], mu[1 - self.fold])
         prior = prior_of([one.gradients for one in found], self.fold.tolist(), curvature.mean(0), RIDGE)
         fits = [Calibration(*fit, CalibrationInfo(ridge=RIDGE, prior=prior)) for fit in zip(mu, curvature)]
-        counts = [n for n in SHOTS if int((self.shots >= n).sum()) >= ENOUGH]
+        counts = [n for n in SHOTS if self.groups_with(n) >= ENOUGH]
+        asked = [n for n in SHOTS if n <= self.settings.shots and n not in counts]
+        notes += tuple(f"fewer than {ENOUGH} people without common items have {n} shots" for n in asked)
         merges = {n: self.coefficients(fits, found, n) for n in counts}
-        gains, typical = {n: self.gains(w) for n, w in merges.items()}, _typical(merges)
-        if not float(gains[typical][self.shots >= typical].mean()) > 0:  # also if it is not a number
-            mu, curvature = torch.zeros_like(mu), torch.zeros_like(curvature)
-            merges, gains = ({n: torch.zeros_like(one) for n, one in each.items()} for each in (merges, gains))
-            notes = (*notes, "a merge did not help: everybody keeps the pooled model")
+        gains = {n: self.gains(w) for n, w in merges.items()}
+        kind, merges, gains = self.best_kind(mu, population, merges, gains)
+        if kind == _NO_MERGE:
+            mu, notes = torch.zeros_like(mu), (*notes, "a merge did not help: everybody keeps the pooled model")
+        if kind != _OWN_MERGE:
+            curvature, prior = torch.zeros_like(curvature), BOUNDLESS
         rate, stacked = self.best_rate(merges, gains) if self.stacks else (None, {})
         gains = {0: population, **gains} if bool(mu.any()) else gains  # what is gained without knowing the person
         info = CalibrationInfo(
@@ -266,6 +222,10 @@ class Calibrator:
             notes=notes,
         )
         return Calibration(mu.mean(0), curvature.mean(0), info)
+
+    def groups_with(self, shots: int) -> int:
+        """Return how many groups have people with so many shots; a person who shares no items is a group."""
+        return len(set(self.group[self.shots >= shots].tolist()))
 
     def first_pass(self) -> tuple[list[GateGradients], tuple[str, ...]]:
         """Return everybody's gradients at 0, and leave out people for whom they are not finite, with a note."""
@@ -309,12 +269,31 @@ class Calibrator:
             mu, best = mu + LENGTHS[chosen - 1] * steps, held[chosen]
         return mu, curvature, best
 
+    def best_kind(
+        self, mu: Tensor, population: Tensor, merges: Mapping[int, Tensor], gains: Mapping[int, Tensor]
+    ) -> tuple[int, dict[int, Tensor], dict[int, Tensor]]:
+        """Return whether people get no merge, mu, or their own; and what people got by the choice of the others.
+
+        ``mu`` (2, N) is that of both folds, ``population`` (U,) everybody's gain by it; ``merges`` (U, N) and ``gains``
+        (U,) are people's own, by shots.
+        """
+        typical, nothing = _typical(merges), torch.zeros_like(population)
+        tried = torch.stack([nothing, population, gains[typical]], dim=1)
+        chosen, final = chosen_by_others(tried, self.group, self.shots >= typical, best_on_average)
+        kinds, people, everybody = torch.tensor(chosen), torch.arange(len(chosen)), mu[1 - self.fold]
+        kept = {n: torch.stack([torch.zeros_like(w), everybody, w])[kinds, people] for n, w in merges.items()}
+        return final, kept, {n: torch.stack([nothing, population, one])[kinds, people] for n, one in gains.items()}
+
     def best_rate(self, merges: Mapping[int, Tensor], gains: Mapping[int, Tensor]) -> tuple[float, dict[int, Tensor]]:
-        """Return the rate of a stack over ``merges`` (0: no stack), and everybody's gain with both, by shots."""
+        """Return the rate of a stack over ``merges`` (0: no stack), and everybody's gain with both, by shots.
+
+        A stack is taken if it gains beyond its 95% interval. A person's gain is with the rate that the others chose.
+        """
         typical, rates = _typical(merges), (0.0, *RATES)
-        choose = partial(best_of, sure=SURE)  # no stack, unless another rate helps beyond its 95% interval
         tried = torch.cat([gains[typical][:, None], self.stacked(typical, merges[typical], RATES)], dim=1)
-        chosen, final = chosen_by_others(tried, self.group, self.shots >= typical, choose)  # numbers of rates
+        chosen, final = chosen_by_others(tried, self.group, self.shots >= typical, surely_best)  # numbers of rates
+        if not final:
+            return 0.0, {}
         used, found = sorted(set(chosen) - {0}), dict[int, Tensor]()
         for n, w in merges.items():
             columns = {0: gains[n]}

@@ -161,9 +161,7 @@ def in_words(found: CalibrationInfo) -> str:
     ]
     merged = any(gain.mean for gain in found.gains)  # otherwise, there are no merges
     if merged and found.prior == BOUNDLESS:
-        parts.append(
-            "People's gradients do not differ more than by chance: everybody gets the population's best merge."
-        )
+        parts.append("A person's own shots did not help to merge: everybody gets the population's best merge.")
     elif merged:
         parts.append(f"The population's best merge counts as much as {found.prior:.2g} of a person's shots.")
     if found.rate is not None:

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from mta.bank.calibration import Gain
+from mta.system.quantiles import student_t
 
 RATES = (8e-4, 1.6e-3, 3.2e-3, 6.4e-3)  # of a stack's single step
-SURE = 1.96  # standard errors of a 95% interval
 _WORSE = 0.02  # nats per token; smaller losses do not count
 T = TypeVar("T")
 
@@ -29,6 +29,17 @@ def best_of(gains: Tensor, groups: Tensor, sure: float = 1.0) -> int:
     mean, error = more.mean(0), standard_error(more, groups)
     clear = mean >= sure * error  # False where it is not a number
     return int((mean - error).masked_fill(~clear, -math.inf).argmax())
+
+
+def surely_best(gains: Tensor, groups: Tensor) -> int:
+    """Return the best candidate; 0 where no other one gains beyond its 95% interval."""
+    return best_of(gains, groups, sure=student_t(len(set(groups.tolist()))))
+
+
+def best_on_average(gains: Tensor, groups: Tensor) -> int:
+    """Return the candidate with the largest mean gain (U, candidates); the first of equals."""
+    means = gains.mean(0).nan_to_num(-math.inf, posinf=-math.inf)
+    return int(means.argmax()) if len(gains) else 0
 
 
 def standard_error(gains: Tensor, groups: Tensor) -> Tensor:
@@ -55,7 +66,7 @@ def chosen_by_others(
 
 
 def gain_of(shots: int, gains: Tensor, groups: Tensor) -> Gain:
-    """Return the mean gain of people (U,) in groups (U,) with its 95% interval (normal approximation)."""
-    mean, half = float(gains.mean()), SURE * float(standard_error(gains, groups))
+    """Return the mean gain of people (U,) in groups (U,) with its 95% interval."""
+    mean, half = float(gains.mean()), student_t(len(set(groups.tolist()))) * float(standard_error(gains, groups))
     worse = float((gains < -_WORSE).double().mean())
     return Gain(shots=shots, people=len(gains), mean=mean, low=mean - half, high=mean + half, worse=worse)

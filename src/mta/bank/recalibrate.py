@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 
 from filelock import FileLock
 
 from mta.bank.build import remove_work
-from mta.bank.calibrate import ENOUGH, calibrate, drawn
+from mta.bank.calibrate import ENOUGH, calibrate
 from mta.bank.calibration import Calibration
 from mta.bank.card import card
 from mta.bank.format import (
@@ -25,6 +24,7 @@ from mta.bank.format import (
     read_info,
     write_info,
 )
+from mta.bank.newcomers import drawn
 from mta.config import CalibrationSettings, Run, StackSettings
 from mta.data.history import Person
 from mta.data.tasks.task import Task
@@ -33,7 +33,7 @@ from mta.errors import BankError, InputError
 from mta.lora.peft import CARD
 from mta.model.base import BaseModel
 from mta.system.atomic import file_mode, write_tensors, write_text
-from mta.system.progress import OnStep
+from mta.system.progress import OnStep, Step
 from mta.tracking import run_folder
 from mta.training.checkpoint import Checkpoint
 
@@ -95,6 +95,16 @@ def _measured(
     histories = [[one.id, one.digest()] for one in people]
     work = run_folder.work_of(info.hash, histories, base.as_loaded(settings).model_dump(mode="json"))
     write_text(folder / CALIBRATING, work)
+
+    def stepped(step: Step) -> None:
+        _check_not_stopped(folder)
+        if on_step:
+            on_step("calibration", step)
+
+    def saved(name: str) -> Checkpoint:
+        file = folder / "work" / f"{name}.safetensors"
+        return Checkpoint(file, work, allowed=(folder / CALIBRATING).exists)  # no new file after `forget`
+
     found = calibrate(
         base,
         Task.model_validate(info.task),
@@ -103,8 +113,8 @@ def _measured(
         people,
         settings,
         executor=executor,
-        checkpoint=lambda name: Checkpoint(folder / "work" / f"{name}.safetensors", work),
-        on_step=partial(on_step, "calibration") if on_step else None,
+        checkpoint=saved,
+        on_step=stepped,
     )
     if not found.info.gains:
         remove_work(folder)

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from mta.bank.calibrate import drawn
 from mta.bank.members import Members
+from mta.bank.newcomers import drawn
 from mta.bank.selection import choose_anchors, pooled_candidates
 from mta.config import Run
 from mta.data.history import Person

@@ -12,7 +12,7 @@ from mta.data.tasks.task import Task
 from mta.errors import InputError
 from mta.evaluation.metrics import BETTER_LOW, PRIMARY, Answers, PersonScore
 from mta.personalize.merge import Merge
-from mta.system.extras import require
+from mta.system.quantiles import student_t
 
 WORSE = 0.02  # nats; smaller differences do not count
 
@@ -231,14 +231,6 @@ def units(groups: Sequence[str], people: int) -> list[int]:
     numbers: dict[str | int, int] = {}
     names = groups or [""] * people
     return [numbers.setdefault(name or person, len(numbers)) for person, name in enumerate(names)]
-
-
-def student_t(n: int) -> float:
-    """Return the two-sided 95% quantile of Student's t for the mean of n values."""
-    require("eval", "scipy")
-    from scipy.stats import t
-
-    return float(t.ppf(0.975, n - 1))
 
 
 def better(metric: str, difference: Interval) -> bool:

@@ -175,9 +175,16 @@ def _from_gradients(
     earlier: Earlier | None,
     **passes: Unpack[Passes],
 ) -> Merge:
-    """Stage 2 of policies that read gradients: one forward and one backward pass over the shots of all people."""
+    """Stage 2 of policies that read gradients: one forward and one backward pass over the shots of all people.
+
+    No pass is needed where the calibration found that a person's own shots do not help.
+    """
     check_merge(settings, len(anchors), labelled=True, calibrated=calibration is not None)
     assert calibration is not None  # checked above
+    ids = torch.arange(len(anchors)).expand(len(jobs), -1)
+    if not calibration.curvature.any():  # everybody gets mu
+        w = settings.scale * calibration.mu.expand(len(jobs), -1)
+        return Merge(ids, w.to(base.master_dtype))
     found = gate_gradients(
         base, jobs, anchors, calibration.mu, pooled, tokens_per_batch=passes.get("tokens_per_batch", 2048)
     )
@@ -189,7 +196,6 @@ def _from_gradients(
     if on_step := passes.get("on_step"):
         shots = sum(len(job.examples) for job in jobs)
         on_step(Step(1, len(jobs), shots, shots))
-    ids = torch.arange(len(anchors)).expand(len(jobs), -1)
     retrieved = Retrieved(ids, torch.zeros(ids.shape).double(), gradients=gradients, calibration=calibration)
     w = settings.scale * policy_of(settings).weigh(settings, retrieved)
     return Merge(ids, w.to(base.master_dtype), gradients)

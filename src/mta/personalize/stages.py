@@ -288,7 +288,9 @@ class Stages:
         merges = merged(self.bank, merge, self.run.merge)
         stacked: Sequence[float | None] = under(merges, PerPerson(stacks)) if stacks else [None] * len(jobs)
         targets = [job.targets for job in jobs]
-        return list(map(MeasuredLosses, pooled or under(), over or under(merges), stacked, targets))
+        pooled = pooled or under()
+        over = over or (under(merges) if merge.w.any() else pooled)
+        return list(map(MeasuredLosses, pooled, over, stacked, targets))
 
     def merge_before(self, cohort: Cohort) -> Merge:
         """Return the merges that an update starts from, with the gradients if the policy reads these."""

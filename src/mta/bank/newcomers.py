@@ -1,0 +1,71 @@
+"""The people whom a bank is calibrated on: as newcomers, on items that nothing in the bank was trained on."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass, replace
+
+from mta.config import CalibrationSettings
+from mta.data.history import Person
+from mta.data.readers.sharing import separated
+from mta.data.tasks.prompt import Example
+from mta.data.tasks.task import Task
+from mta.model.base import BaseModel
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """A person's earlier items (``shots``) and later items (``queries``) as examples."""
+
+    shots: tuple[Example, ...]
+    queries: tuple[Example, ...]
+    group: str | None = None  # of people who share items: they are in one fold
+
+    @property
+    def all(self) -> tuple[Example, ...]:
+        return self.shots + self.queries
+
+
+def drawn(
+    people: Sequence[Person],
+    members: Set[str],
+    settings: CalibrationSettings,
+    seed: int,
+    task: Task,
+    unseen: Mapping[str, int],
+) -> list[Person]:
+    """Return the people to calibrate on: at most ``settings.people``, by hash, with two items or more.
+
+    ``members`` are the ids of people in the bank. ``unseen`` has the ids of people who kept so many first items back:
+    of them, only these are measured. Items that several people hold (``Copies``) are not measured. So what is measured
+    was not trained on, nor is it in the other fold. People with nearly the items of somebody in the bank are left out.
+    """
+    measurable = [{id(item) for item in person.items[: unseen.get(person.id)]} for person in people]
+    apart = [
+        replace(person, items=tuple(item for item in person.items if id(item) in own))
+        for person, own in zip(separated(people, task), measurable)
+    ]
+    behind = members | unseen.keys()
+    groups = Counter(person.group for person in apart if person.group and person.id in behind)
+    others = [p for p in apart if p.id not in members and groups[p.group] <= (p.id in unseen)]  # at most themselves
+    able = [person for person in others if len(person.items) > 1]
+    return sorted(able, key=lambda one: hashlib.sha256(f"{seed}/{one.id}".encode()).digest())[: settings.people]
+
+
+def known_people(base: BaseModel, task: Task, people: Sequence[Person], settings: CalibrationSettings) -> list[Subject]:
+    """Return people's first items as shots, and the next as queries: what is measured is what newcomers can expect.
+
+    Fewer people than ``settings.people`` are asked more each, if that leaves ``settings.shots`` items. At most half of
+    a person's items are queries.
+    """
+    each = max(settings.queries, settings.people * settings.queries // max(len(people), 1))
+    return [_subject(base, task, person, settings, each) for person in people]
+
+
+def _subject(base: BaseModel, task: Task, person: Person, settings: CalibrationSettings, most: int) -> Subject:
+    count, shots = len(person.items), settings.shots
+    queries = min(most, count // 2, max(settings.queries, count - shots))
+    examples = [base.prompts.example(task, item) for item in person.items[: shots + queries]]
+    return Subject(tuple(examples[:-queries]), tuple(examples[-queries:]), person.group)
