@@ -154,23 +154,35 @@ MISTAKES = {
     ),
     "an attack on a recipe": (
         "evaluate movielens --bank {bank} --privacy",
-        "InputError: --privacy takes people and a bank, no recipe and no --people",
+        "InputError: --bank, --privacy: not for a recipe",
     ),
     "predictions without --task": (
         "evaluate {new} --predictions {new}",
-        "InputError: --predictions needs the task, and takes no settings",
+        "InputError: --predictions needs the task",
+    ),
+    "predictions with --out": (
+        "evaluate {new} --predictions {new} --task lamp3 --out {root}/r",
+        "InputError: --out: not for a file of answers",
+    ),
+    "an attack on some people": (
+        "evaluate {members} --bank {bank} --privacy --people 2",
+        "InputError: --people: not for an attack",
+    ),
+    "a date for a seed in a file": (
+        "evaluate {new} --bank {bank} --config {dated}",
+        "ConfigError: the command line: seed: ",
     ),
     "a comparison with --task": (
         "evaluate {new} --bank {bank} --task lamp3",
-        "InputError: --task belongs to --predictions",
+        "InputError: --task: not for a comparison",
     ),
     "a comparison with an option of recipes": (
         "evaluate {new} --bank {bank} --exhibit main",
-        "InputError: --cluster, --workers, --data, --test, --exhibit, and --on are for recipes",
+        "InputError: --exhibit: not for a comparison",
     ),
     "a recipe with an option of comparisons": (
         "evaluate movielens --skip-bad {root}/bad.jsonl --out {root}/runs",
-        "InputError: --config, --task, --skip-bad, and names of columns are not for recipes",
+        "InputError: --skip-bad: not for a recipe",
     ),
     "a question with half of a surrogate pair": (
         "generate Great-\ud83d --bank {bank} --store {store}",
@@ -209,9 +221,11 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_is_reported_and_nothing_is_written(world, mistake):
+def test_a_mistake_is_reported_and_nothing_is_written(world, mistake, tmp_path):
     text, message = MISTAKES[mistake]
     names = {name: getattr(world, name) for name in ("root", "base", "members", "new", "bank", "store")}
+    names["dated"] = tmp_path / "dated.yaml"
+    names["dated"].write_text("seed: 2020-01-01")
     names |= {"settings": " ".join(map(str, world.settings)), "question": QUESTION.replace(" ", "")}
     before = tree(world.root)
     said = run(*text.format(**names).split())

@@ -137,6 +137,11 @@ def test_a_value_that_is_not_yaml_is_reported():
     assert error.hint == "If it is text, quote it:  'bank.anchors=\"…\"'"
 
 
+@pytest.mark.parametrize("value", ["2020-99-99", "0b_", "[" * 2000])
+def test_a_word_that_yaml_fails_on_is_an_error(value):
+    assert refused(None, f"seed={value}").message == f"'seed={value}': the value is not readable YAML"
+
+
 def test_a_key_below_a_single_value_is_refused(tmp_path):
     error = refused(written(tmp_path, "seed: 3\n"), "seed.deep.x=1")
     assert error.message == "'seed.deep.x=1': 'seed' is a single value, not a group of settings"

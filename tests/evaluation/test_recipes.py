@@ -1,10 +1,13 @@
 """Recipes of experiments: that they can be read, and what they refuse."""
 
+import json
+
 import pytest
 
 from mta.config import override
+from mta.config.loader import checked
 from mta.errors import ConfigError
-from mta.evaluation.experiments.recipe import load_experiment, names
+from mta.evaluation.experiments.recipe import Experiment, load_experiment, names
 
 
 def test_every_recipe_can_be_read_and_names_its_task():
@@ -49,6 +52,32 @@ def test_parts_that_would_mix_banks_are_refused(part, reason):
     free = "[merge.k=1, 'stack={enabled: false}', memory=2GiB]"
     good = f"[{{words: {free}, methods: [base]}}, {{bank: a, retrieve: 1, methods: [base]}}]"
     override(load_experiment("smoke"), [f"exhibits.main={good}"])
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("over: smoke\nexhibits: {main: [{methods: }]}", "methods is a list"),
+        ("over: smoke\ntuned: [base]", "tuned names methods"),
+        ("over: smoke\ntuned: {task LoRA: 3}", "tuned names methods"),
+        ("over: mine.yaml", "mine.yaml is over itself"),
+        ("over: other.yaml", "mine.yaml is over itself"),
+        ("", "run: "),
+    ],
+)
+def test_a_mistake_in_a_recipe_is_an_error(text, reason, tmp_path):
+    (tmp_path / "mine.yaml").write_text(text)
+    (tmp_path / "other.yaml").write_text("over: mine.yaml")
+    with pytest.raises(ConfigError, match=reason):
+        load_experiment(tmp_path / "mine.yaml")
+
+
+def test_the_values_of_a_recipe_are_not_changed_when_it_is_read():
+    values = load_experiment("smoke").model_dump(mode="json")
+    before = json.dumps(values)
+    override(load_experiment("smoke"), ["tuned.base.name=other"])
+    checked(Experiment, values | {"tuned": {"base": {"name": "other"}}}, "a test")
+    assert json.dumps(values) == before
 
 
 @pytest.mark.parametrize("word", ["seeds=[]", "shots=0", "queries=0", "compared=0", "few=0"])

@@ -184,6 +184,9 @@ def test_a_line_that_a_kill_has_torn_is_passed_over(tmp_path):
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"stage": "st')
     assert len(list(lines(tmp_path, "w" * 12))) == 3
+    with kept(tmp_path, work="w" * 12) as run:
+        steps(run)
+    assert len(list(lines(tmp_path, "w" * 12))) == 6  # the next one is whole
     assert seconds_of(tmp_path, "w" * 12).keys() == {"stack"}
     assert seconds_of(tmp_path, "another") == {}
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from functools import partial
+from inspect import signature
 from json import dumps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -28,6 +30,24 @@ if TYPE_CHECKING:
     from mta.evaluation.privacy.runner import Findings
 
 RUN_SETTINGS = options.MERGE_AND_STACK | options.MACHINE_SETTINGS
+_PEOPLE = {"source", "words", "bank", "out", "config", "seed", "device", "skip_bad", "track", "json"}
+_PEOPLE |= {"person_column", "input_column", "output_column", "time_column"}
+_RECIPE = {"source", "words", "out", "data", "test", "exhibit", "on", "people", "seed", "device", "track", "json"}
+_TAKES = {  # what can be evaluated, its options, and why there are no others
+    "a file of answers": (
+        {"source", "predictions", "task", "json"},
+        "--predictions only scores a file, for example  --predictions mine.json --task lamp3",
+    ),
+    "a recipe": (
+        _RECIPE | {"cluster", "workers"},
+        "a recipe names its settings and task, builds its banks, and reads LaMP files or JSONL as they are",
+    ),
+    "a comparison": (
+        _PEOPLE | {"people"},
+        "a comparison tests the people of SOURCE on the bank's task, in one process",
+    ),
+    "an attack": (_PEOPLE | {"privacy"}, "--privacy takes people and a bank; for fewer people: targets=8"),
+}
 
 
 def demo(
@@ -108,17 +128,14 @@ def evaluate(
     Example:  mta evaluate everybody.jsonl --bank bank/ --privacy --out privacy/
     Example:  mta evaluate dev_outputs.json --predictions mine.json --task lamp3
     """
+    kind = _kind(source, predictions, privacy)
+    _check_options(kind, locals())
     from mta.evaluation.privacy.runner import privacy as attack
 
     require("eval")  # before a model is loaded
     if predictions:
-        return _score(source, predictions, task, words, json)
-    is_recipe = _is_recipe(source)
-    columns = [person_column, input_column, output_column, time_column]
-    if is_recipe and not privacy:
-        if any([*columns, skip_bad, config, task]):
-            hint = "Leave them out: a recipe names its settings and task, and reads LaMP files or JSONL as they are."
-            raise InputError("--config, --task, --skip-bad, and names of columns are not for recipes", hint)
+        return _score(source, predictions, task, json)
+    if kind == "a recipe":
         place = out or Path("runs") / Path(source).stem
         given = options.as_words(
             **{"run.device": device, "compared": people, "seeds": None if seed is None else [seed]}
@@ -127,21 +144,14 @@ def evaluate(
             return _experiment(
                 source, [*(words or []), *given], place, data, test, exhibit or [], on, executor, track, json
             )
-    if cluster or workers or test or data or exhibit or on != "test":
-        hint = "Leave them out: a comparison tests the people of SOURCE in one process."
-        raise InputError("--cluster, --workers, --data, --test, --exhibit, and --on are for recipes", hint)
-    if task:
-        raise InputError("--task belongs to --predictions; a comparison uses the bank's task", "Leave --task out.")
-    if privacy and (people or is_recipe):
-        hint = "For fewer people: targets=8."
-        raise InputError("--privacy takes people and a bank, no recipe and no --people", hint)
+    columns = person_column, input_column, output_column, time_column
     tracker = options.tracker_for(track, out)
     tested = options.people_in(source, options.task_of(bank), skip_bad, *columns)
     chosen, run_words = _settings(Privacy if privacy else Evaluation, config, words or [])
     base, opened, run = options.open_bank(bank, run_words, seed, device, open_to=options.MERGE_AND_STACK)
     used = chosen.model_dump(mode="json") | base.as_loaded(run).model_dump(mode="json", include=set(RUN_SETTINGS))
-    kind = "privacy" if privacy else "comparison"
-    with Screen() as screen, options.run_folder(kind, out, base, opened, used, tracker, screen.step) as folder:
+    name = "privacy" if privacy else "comparison"
+    with Screen() as screen, options.run_folder(name, out, base, opened, used, tracker, screen.step) as folder:
         found: Findings | Study
         if isinstance(chosen, Privacy):
             found = attack(base, opened, run, tested, chosen, on_step=folder.step, say=screen.say)
@@ -155,11 +165,30 @@ def evaluate(
     _show(found, json)
 
 
+def _kind(source: str, predictions: Path | None, privacy: bool) -> str:
+    if predictions:
+        return "a file of answers"
+    if _is_recipe(source):
+        return "a recipe"
+    return "an attack" if privacy else "a comparison"
+
+
+def _check_options(kind: str, values: Mapping[str, object]) -> None:
+    """Raise InputError if options are given that are not for this kind of evaluation."""
+    takes, why = _TAKES[kind]
+    known = signature(evaluate).parameters
+    given = [name for name, option in known.items() if values[name] != option.default and name not in takes]
+    if given:
+        flags = ["settings" if name == "words" else f"--{name.replace('_', '-')}" for name in given]
+        raise InputError(f"{', '.join(flags)}: not for {kind}", hint=f"Leave it out: {why}.")
+
+
 def _settings(
     kind: type[Evaluation] | type[Privacy], config: Path | None, words: list[str]
 ) -> tuple[Evaluation | Privacy, list[str]]:
     """Return the settings of a comparison or an attack, and the settings of the run as key=value."""
-    run_words = [f"{key}={dumps(value)}" for key, value in read_yaml(config).items() if key in RUN_SETTINGS]
+    given = read_yaml(config).items()
+    run_words = [f"{key}={dumps(value, default=str)}" for key, value in given if key in RUN_SETTINGS]
     run_words += [word for word in words if re.split("[.=]", word)[0] in RUN_SETTINGS]
     own_words = [word for word in words if word not in run_words]
     return load_settings(kind, config, own_words, beside=RUN_SETTINGS), run_words
@@ -228,14 +257,11 @@ def _experiment(
     typer.echo(f"Draw the exhibits with:  mta report {workspace.folder}", err=True)
 
 
-def _score(source: str, predictions: Path, task: str | None, words: list[str] | None, json: bool) -> None:
+def _score(source: str, predictions: Path, task: str | None, json: bool) -> None:
     from mta.evaluation.metrics import score
 
-    if words or not task:
-        raise InputError(
-            "--predictions needs the task, and takes no settings",
-            hint="For example --predictions mine.json --task lamp3.",
-        )
+    if not task:
+        raise InputError("--predictions needs the task", hint="For example --predictions mine.json --task lamp3.")
     asked = load_task(task)
     golds = read_answers(Path(resolve(source)), asked)
     found = score(asked, read_answers(predictions, asked, empty=True), golds)

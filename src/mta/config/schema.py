@@ -276,7 +276,7 @@ def _with_words(values: dict[str, Any], words: Iterable[str]) -> dict[str, Any]:
                 )
         try:
             inner[last] = yaml.safe_load(text)
-        except yaml.YAMLError:
+        except (yaml.YAMLError, ValueError, RecursionError):  # ValueError: a date such as 2020-99-99
             raise ConfigError(
                 f"{word!r}: the value is not readable YAML", hint=f"If it is text, quote it:  '{key}=\"…\"'"
             ) from None

@@ -16,7 +16,7 @@ import shlex
 import shutil
 import stat
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
@@ -88,6 +88,13 @@ def _not_own(path: str, found: str) -> StoreError:
         hint=f"Move it away:  mv {shlex.quote(str(path))} {shlex.quote(f'{path}.old')}\n"
         f"  If a group shares the folder:  export {SHARED}=group",
     )
+
+
+def append_lines(path: Path, lines: Sequence[str]) -> None:
+    """Append lines to a file of its owner; first ends a line that a killed process left incomplete."""
+    with open(path, "ab+", opener=owner_only) as file:
+        torn = file.seek(0, os.SEEK_END) > 0 and file.seek(-1, os.SEEK_END) >= 0 and file.read(1) != b"\n"
+        file.write(("\n" * torn + "".join(f"{line}\n" for line in lines)).encode())
 
 
 def make_folder(path: Path, private: bool = True) -> None:

@@ -26,7 +26,7 @@ import torch
 
 from mta.config.loader import to_yaml
 from mta.errors import DataError
-from mta.system.atomic import json_sha256, owner_only, write_json, write_text
+from mta.system.atomic import append_lines, json_sha256, write_json, write_text
 from mta.system.device import cores, processor
 from mta.system.provenance import commit, versions
 from mta.tracking.trackers import SINKS, Sink, Track
@@ -124,9 +124,8 @@ class RunFolder:
         seconds = self._last - before
         self._steps[stage] += 1
         if self.folder:
-            with open(self.folder / METRICS, "a", encoding="utf-8", opener=owner_only) as log:
-                line = {"stage": stage, **asdict(step), "seconds": round(seconds, 3), "work": self.work}
-                log.write(json.dumps(line) + "\n")
+            line = {"stage": stage, **asdict(step), "seconds": round(seconds, 3), "work": self.work}
+            append_lines(self.folder / METRICS, [json.dumps(line)])
         if self._sink:
             self._sink.log(self._values(stage, step, seconds), self._steps[stage])
         if self.on_step:

@@ -91,15 +91,22 @@ class Experiment(Settings):
     @model_validator(mode="before")
     @classmethod
     def _tune(cls, values: Any) -> Any:
-        tuned, exhibits = values.get("tuned", {}), values.get("exhibits", {})
+        tuned, exhibits = values.get("tuned") or {}, values.get("exhibits", {})
+        if not isinstance(tuned, dict) or not all(isinstance(one, dict) for one in tuned.values()):
+            raise ValueError("tuned names methods, and below each its settings")
         if not isinstance(exhibits, dict) or not all(isinstance(parts, list | tuple) for parts in exhibits.values()):
             raise ValueError("exhibits are lists of parts: a name, then below it '- methods: [...]'")
-        for part in (part for parts in exhibits.values() for part in parts if isinstance(part, dict)):
-            part["methods"] = [
-                merged_over(one, tuned.get(one.get("name"), {})) if isinstance(one, dict) else one
-                for one in part.get("methods", ())
-            ]
-        return values
+
+        def with_tuned(part: Any) -> Any:
+            if not isinstance(part, dict):
+                return part
+            methods = part.get("methods", ())
+            if not isinstance(methods, list | tuple):
+                raise ValueError("methods is a list, such as [base, task-lora]")
+            made = [merged_over(m, tuned.get(m.get("name"), {})) if isinstance(m, dict) else m for m in methods]
+            return part | {"methods": made}
+
+        return values | {"tuned": tuned, "exhibits": {name: list(map(with_tuned, exhibits[name])) for name in exhibits}}
 
     @field_validator("exhibits")
     @classmethod
@@ -130,14 +137,16 @@ def load_experiment(name: str | Path) -> Experiment:
     return checked(Experiment, _values(str(name)), f"recipe {name}")
 
 
-def _values(name: str, folder: Path = Path()) -> dict[str, Any]:
+def _values(name: str, folder: Path = Path(), above: tuple[Path, ...] = ()) -> dict[str, Any]:
     """Return a recipe's settings merged over those of its ``over`` recipe; file names are relative to ``folder``."""
     path = folder / name if name.endswith((".yaml", ".yml")) else FOLDER / f"{name}.yaml"
     if not path.is_file():
         raise ConfigError(f"no recipe {name!r}", hint=f"Give the path of a .yaml, or one of: {', '.join(names())}.")
+    if path.resolve() in above:
+        raise ConfigError(f"recipe {above[0].name} is over itself", hint="Remove one of the lines  over: …")
     values = read_yaml(path)
-    below = values.pop("over", None)
-    return merged_over(_values(below, path.parent), values) if isinstance(below, str) else values
+    below, above = values.pop("over", None), (*above, path.resolve())
+    return merged_over(_values(below, path.parent, above), values) if isinstance(below, str) else values
 
 
 def wanted(recipe: Experiment, which: Which, exhibits: Sequence[str]) -> list[str]:

@@ -22,7 +22,7 @@ from mta.evaluation.experiments.recipe import MAIN_BANK, Experiment
 from mta.evaluation.methods import Method
 from mta.evaluation.metrics import PersonScore
 from mta.evaluation.statistics import Comparison, Row
-from mta.system.atomic import make_folder, owner_only, written_aside
+from mta.system.atomic import append_lines, make_folder, written_aside
 from mta.tracking.run_folder import sittings
 
 KIND = "experiment"  # of its sittings in run.json
@@ -93,9 +93,7 @@ class Records:
         """Append new results; existing results do not change, except that full ones replace likelihoods."""
         new = [row for row in rows if self.lacks(row.key, [row.person], full=row.full)]
         make_folder(self.path.parent)
-        torn = self.path.exists() and self.path.stat().st_size > 0 and not self.path.read_bytes().endswith(b"\n")
-        with open(self.path, "a", encoding="utf-8", opener=owner_only) as file:
-            file.write("\n" * torn + "".join(row.model_dump_json(exclude_defaults=True) + "\n" for row in new))
+        append_lines(self.path, [row.model_dump_json(exclude_defaults=True) for row in new])
         self.rows += new
         self._known |= {(row.key, row.person): row for row in new}
 
@@ -156,8 +154,8 @@ class Results:
         """Read a folder. Raises DataError if a file is missing or invalid."""
         above = folder if (folder / RECIPE).exists() else folder.parent  # development/ is inside the folder
         try:
-            recipe = checked(Experiment, yaml.safe_load((above / RECIPE).read_text(encoding="utf-8")), RECIPE)
-        except (OSError, yaml.YAMLError) as error:
+            recipe = checked(Experiment, yaml.safe_load((above / RECIPE).read_text(encoding="utf-8")) or {}, RECIPE)
+        except (OSError, ValueError, yaml.YAMLError) as error:
             raise DataError(
                 f"{folder} is not a folder of an experiment: {error}",
                 hint="Give the --out folder of mta evaluate, or one of results/.",
