@@ -15,6 +15,12 @@ from mta.errors import InputError
 from mta.training.checkpoint import Checkpoint
 
 
+def test_any_id_can_be_looked_up():
+    """Python reads bytes of the command line that are not UTF-8 as halves of surrogate pairs."""
+    members = Members.of("secret", ["ann", "\udcff"], [], [], [])
+    assert (members.artefacts_of("\udcff"), members.artefacts_of("\udcfe")) == (["task LoRA"], [])
+
+
 def test_candidates_with_few_items_never_become_anchors(tmp_path):
     candidates = [person.first(2) if n % 2 else person for n, person in enumerate(people_of(24, prefix="somebody-c"))]
     info = read_info(build(tmp_path / "bank", candidates=candidates))

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from conftest import people_of
+from filelock import FileLock
 
 import mta
 from mta.bank import format, recalibrate
@@ -163,6 +164,30 @@ def test_a_bank_that_is_killed_between_two_writes_opens_and_can_be_calibrated_ag
     assert bank.calibration is None or bank.calibration.info == bank.info.calibration
     assert bank.info.members.hashed
     assert calibrated(folder, base).info.calibration.people == 8
+
+
+def test_members_are_known_after_two_kills(folder, base, monkeypatch):
+    bank = folder / "bank"
+
+    def killed(*_, **__):
+        raise KeyboardInterrupt
+
+    for stop, at in (("first", (Path, "replace")), ("second", (format, "write_json"))):
+        info = read_info(bank)
+        with monkeypatch.context() as patched:
+            patched.setattr(*at, killed)
+            with pytest.raises(KeyboardInterrupt):
+                format.write_info(bank, info.model_copy(update={"members": info.members.calibrated_on([stop])}))
+    found = read_info(bank).members
+    assert found.hashed is not None
+    assert (found.artefacts_of("first"), found.artefacts_of("second")) == (["calibration"], [])
+
+
+def test_two_calibrations_of_one_bank_do_not_wait_for_each_other(folder, base):
+    lock = FileLock(folder / "bank" / ".calibration.lock")
+    with lock, pytest.raises(BankError, match="another process calibrates"):
+        calibrated(folder, base)
+    assert calibrated(folder, base).calibration
 
 
 def test_members_are_known_whenever_the_description_is_written(folder, base, monkeypatch):

@@ -56,6 +56,19 @@ def test_append_history_personalize_ask_and_forget(world):
     assert world.service.store.history("team/dee") is None
 
 
+def test_a_history_in_two_places_has_one_limit(world):
+    fields = dict(people_of(1, items=1)[0].items[0].fields)
+    some = {"items": [{"fields": fields}] * 400}
+    where = "/v1/people/team/many"
+    for first, second in ((True, False), (False, True)):
+        with world.http("team") as http:
+            assert http.post(f"{where}/history", json=some | {"keep": first}).status_code == 200
+            refused = http.post(f"{where}/history", json=some | {"keep": second})
+            assert refused.status_code == 400
+            assert "at most 512 items, this one would have 800" in refused.json()["error"]["message"]
+            http.delete(where)
+
+
 def test_a_time_in_milliseconds_becomes_seconds_as_in_files(world):
     item = {"fields": dict(people_of(1, items=1)[0].items[0].fields), "time": 1717113600000}
     with world.http("team") as http:
@@ -86,11 +99,11 @@ def test_a_grown_history_updates_the_state_at_the_cost_of_its_new_items(world, m
         http.delete(where)
 
 
-def test_a_state_is_not_replaced_by_one_of_fewer_items_unless_the_request_says_so(world):
+@pytest.mark.parametrize(("policy", "gradient"), [("laplace", (0.5,)), ("posterior", ())])
+def test_a_state_is_not_replaced_by_one_of_fewer_items_unless_the_request_says_so(world, policy, gradient):
     where, store = "/v1/people/team/few", world.service.store
-    state = State(
-        world.service.jobs.personal.bank.hash, (0,), (1.0,), "laplace", "", "work", 0, gradient=(0.5,), shots=8
-    )
+    bank = world.service.jobs.personal.bank.hash
+    state = State(bank, (0,), (1.0,), policy, "", "work", 0, gradient=gradient, shots=8)
     store.save("team/few", state)
     item = {"fields": dict(people_of(1, items=1)[0].items[0].fields)}
     with world.http("team") as http:

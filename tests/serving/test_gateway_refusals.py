@@ -69,6 +69,7 @@ def test_a_state_of_another_bank_is_a_503_and_a_fallback_answers(world, kind):
         found = http.post(path, json=body)
         assert (found.status_code, found.json()["error"]["code"]) == (503, "other_bank")
         assert "mta personalize" not in found.text  # a hint for the operator
+        refused = count(world, kind, 503)
         for fallback, name in (("task", "task"), ("base", world.service.base.name)):
             answer = http.post(path, json=body | {"fallback": fallback})
             assert (answer.status_code, answer.json()["model"]) == (200, name)
@@ -76,6 +77,7 @@ def test_a_state_of_another_bank_is_a_503_and_a_fallback_answers(world, kind):
             stream = http.post(path, json=body | {"fallback": "task", "stream": True, "max_tokens": 2})
             assert '"model": "task"' in stream.text
             assert stream.text.endswith("data: [DONE]\n\n")
+    assert count(world, kind, 503) == refused > 0  # what a fallback answers is not an error
 
 
 def test_a_client_retrieves_the_models_that_its_key_may_use_and_no_others(world):

@@ -152,3 +152,29 @@ def test_each_prefix_fills_a_quarter_of_the_queue_and_all_prefixes_three_quarter
     finally:
         going_on.set()
         asyncio.run(jobs.close())
+
+
+def test_a_stop_waits_only_so_long_for_a_job_and_for_those_who_wait_for_it():
+    going_on, forgotten = threading.Event(), []
+    personal = SimpleNamespace(
+        update=lambda people, since: going_on.wait(60) and SimpleNamespace(failed={}, forgotten=()),
+        forget=lambda person, keep_exports: forgotten.append(person),
+        store=None,
+    )
+
+    async def stopped() -> float:
+        jobs.put(Person.of("first", [item()]))
+        while jobs.status("first").state == "waiting":
+            await asyncio.sleep(0.01)
+        other, start = asyncio.create_task(jobs.forget("other")), time.monotonic()
+        await asyncio.sleep(0.05)
+        await jobs.close(patience=0.2)
+        await other
+        return time.monotonic() - start
+
+    jobs = Jobs(personal)
+    try:
+        assert asyncio.run(stopped()) < 20
+        assert forgotten == ["other"]
+    finally:
+        going_on.set()

@@ -107,12 +107,21 @@ def write_info(folder: Path, info: BankInfo) -> None:
     killed, one of the two files fits.
     """
     if info.members.hashed:
+        _settle_members(folder)
         with written_aside(folder / NEW_MEMBERS) as aside:
             aside.write(info.members.hashed.to_bytes())
     values = info.model_dump(mode="json", exclude=_unset(info))
     write_json(folder / INFO, values | {"sha256": seal(values)})
     if info.members.hashed:
         (folder / NEW_MEMBERS).replace(folder / MEMBERS)
+
+
+def _settle_members(folder: Path) -> None:
+    """Rename the new members if ``bank.json`` was written for them, and the process killed before it renamed them."""
+    current, new = read_json(folder / INFO), folder / NEW_MEMBERS
+    members = current.get("members") if isinstance(current, dict) else None
+    if isinstance(members, dict) and new.exists() and file_sha256(new) == members.get("sha256"):
+        new.replace(folder / MEMBERS)
 
 
 def as_before(settings: TaskLoraSettings) -> set[str]:

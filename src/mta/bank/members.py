@@ -104,4 +104,4 @@ def _all_keyed(key: str, people: Sequence[str]) -> tuple[str, ...]:
 
 
 def _keyed(key: str, person: str) -> str:
-    return hmac.new(bytes.fromhex(key), person.encode(), hashlib.sha256).hexdigest()[:24]
+    return hmac.new(bytes.fromhex(key), person.encode("utf-8", "surrogatepass"), hashlib.sha256).hexdigest()[:24]

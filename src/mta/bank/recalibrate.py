@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from mta.bank.build import remove_work
 from mta.bank.calibrate import ENOUGH, calibrate
@@ -53,12 +54,21 @@ def calibrate_bank(
     are left or the bank has no list of members, BankError if a person is forgotten meanwhile, BankCorrupt,
     BankMismatch.
     """
-    with FileLock(folder / ".calibration.lock", mode=file_mode()):
+    with _only_one(folder):
         info = read_info(folder)
         check_base(folder, info, base.name, base.fingerprint)
         outside = _outside(folder, info, people, run.calibration)
         found = _measured(folder, info, base, outside, run, executor or LocalExecutor(), on_step)
         _commit(folder, info, outside, run.calibration, found)
+
+
+@contextmanager
+def _only_one(folder: Path) -> Iterator[None]:
+    try:
+        with FileLock(folder / ".calibration.lock", timeout=0, mode=file_mode()):
+            yield
+    except Timeout:
+        raise BankError(f"another process calibrates {folder}", hint="Wait until it has ended.") from None
 
 
 def _outside(folder: Path, info: BankInfo, people: Sequence[Person], settings: CalibrationSettings) -> list[Person]:

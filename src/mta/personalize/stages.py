@@ -261,7 +261,7 @@ class Stages:
                     settings=settings,
                     gradient=tuple(merge.gradients.sums[i].tolist()) if merge.gradients else (),
                     loglik=float(merge.gradients.loglik[i]) if merge.gradients else 0.0,
-                    shots=int(merge.gradients.shots[i]) if merge.gradients else 0,
+                    shots=len(item.person.items),
                 )
             except Diverged as error:
                 return error

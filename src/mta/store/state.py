@@ -133,7 +133,9 @@ class State:
         if self.settings:
             fields["settings"] = self.settings
         if self.gradient:
-            fields |= {"gradient": self.gradient, "loglik": self.loglik, "shots": self.shots}
+            fields |= {"gradient": self.gradient, "loglik": self.loglik}
+        if self.shots:
+            fields["shots"] = self.shots
         data = save({} if self.stack is None else self.stack.tensors(), {"state": json.dumps(fields)})
         return data[: _DIGEST.start] + _digest(data).encode() + data[_DIGEST.stop :]
 
@@ -171,8 +173,9 @@ class State:
         kept = {name: fields[name] for name in _FIELDS}
         kept |= {"anchors": tuple(kept["anchors"]), "w": tuple(kept["w"])}
         if "loglik" in fields:
-            kept |= {"gradient": tuple(fields["gradient"]), "loglik": fields["loglik"], "shots": fields["shots"]}
-        return cls(**kept, stack=stack, losses=losses, settings=fields.get("settings", ""))
+            kept |= {"gradient": tuple(fields["gradient"]), "loglik": fields["loglik"]}
+        kept |= {"settings": fields.get("settings", ""), "shots": fields.get("shots", 0)}
+        return cls(**kept, stack=stack, losses=losses)
 
 
 def seal_of(beginning: bytes) -> str | None:

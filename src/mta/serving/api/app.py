@@ -36,8 +36,7 @@ def create_app(service: Service) -> FastAPI:
         yield
         sweeping.cancel()
         await asyncio.wait([sweeping])
-        await service.jobs.close()
-        await service.engine.close()
+        await asyncio.gather(service.jobs.close(), service.engine.close())
 
     handlers = {MtaError: _mta_error, RequestValidationError: _invalid_body, HTTPException: _http_error}
     how: dict[str, Any] = {"lifespan": lifespan, "exception_handlers": handlers, "docs_url": None, "redoc_url": None}

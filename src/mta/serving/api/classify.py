@@ -42,7 +42,7 @@ async def _answer(service: Service, request: ClassifyRequest, key: Key, who: Who
             )
         inputs = [request.input] if isinstance(request.input, str) else request.input
         asks = [await run_in_threadpool(_ask, service, text, labels, who, key) for text in inputs]
-    found = await _scored(service, asks, key)
+    found = await _scored(service, asks, key, falls_back=request.fallback is not None)
     data = []
     for index, piece in enumerate(found):
         probs = torch.tensor(piece.scores, dtype=torch.float64).softmax(0)
@@ -67,14 +67,14 @@ def _ask(service: Service, text: str, labels: Sequence[str], who: Who, key: Key)
     return ask
 
 
-async def _scored(service: Service, asks: Sequence[Ask], key: Key) -> list[Piece]:
+async def _scored(service: Service, asks: Sequence[Ask], key: Key, *, falls_back: bool) -> list[Piece]:
     """Return the piece with the scores of each request, and record metrics.
 
     A key that may have only some answers at once gets them in turn.
     """
     at_once = min(len(asks), service.limits.own) if key.share else len(asks)
     places = asyncio.Semaphore(at_once)
-    with service.counted("classify", key, at_once):
+    with service.counted("classify", key, at_once, falls_back):
         found = await together(_piece(service.engine, ask, places) for ask in asks)
     service.metrics.prompt_tokens.inc(sum(len(ask.prompt) for ask in asks))
     service.metrics.cached_tokens.inc(sum(piece.cached for piece in found))

@@ -190,7 +190,7 @@ async def _measured(service: Service, kind: str, ask: Ask, request: Request, key
     """Yield the pieces of all answers, and record metrics."""
     count, start, last = service.metrics, time.monotonic(), dict[int, float]()
     stops = [request.stop] if isinstance(request.stop, str) else request.stop or ()
-    with service.counted(kind, key, request.n):
+    with service.counted(kind, key, request.n, falls_back=request.fallback is not None):
         async for part in answers(service.engine, ask, service.base.tokenizer, request.n, stops):
             now = time.monotonic()
             if part.index not in last:

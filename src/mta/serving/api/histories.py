@@ -35,16 +35,19 @@ class Histories:
         self._lock = threading.Lock()
 
     def append(self, id: str, new: Sequence[Item], keep: bool, key: Key = LOCAL) -> int:
-        """Add items; return the person's number of items. Raises Refused for too many items, PersonForgotten."""
+        """Add items; return how many are stored, or held in memory, now. Raises Refused for too many, PersonForgotten.
+
+        The limit counts both.
+        """
         if keep:
             self._store.identity(write=True)  # the lock is a file in the store
             with locked(self._store.files):
                 since = self._store.tombstones.of(id)
-                person = self._joined(self._store.history(id), id, new)
+                person = self._joined(self._store.history(id), id, new, beside=self._of(id, since))
                 self._store.save_history(person, since)
                 return len(person.items)
         since = self._store.tombstones.of(id)
-        person = self._joined(self._of(id, since), id, new)
+        person = self._joined(self._of(id, since), id, new, beside=self._store.history(id))
         if key.share and _size(person) > self._room // 4:
             raise Refused(
                 f"a history may have at most {self._room // 4} bytes in memory",
@@ -59,11 +62,11 @@ class Histories:
             self._make_room(id)
         return len(person.items)
 
-    def _joined(self, before: Person | None, id: str, new: Sequence[Item]) -> Person:
+    def _joined(self, before: Person | None, id: str, new: Sequence[Item], beside: Person | None) -> Person:
         person = Person.of(id, (*(before.items if before else ()), *new))
-        if len(person.items) > self._limit:
+        if (count := len(person.items) + (len(beside.items) if beside else 0)) > self._limit:
             raise Refused(
-                f"a history may have at most {self._limit} items, this one would have {len(person.items)}",
+                f"a history may have at most {self._limit} items, this one would have {count}",
                 hint="Send fewer items, or forget the person and start again: DELETE /v1/people/…",
             )
         return person

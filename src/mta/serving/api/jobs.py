@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import threading
 from collections import Counter
 from collections.abc import Callable, Collection
@@ -24,8 +25,10 @@ from mta.serving.engine import QueueFull
 from mta.store.tombstones import NOTHING
 from mta.system.device import compute_with
 
+log = logging.getLogger("mta")
 TOGETHER = 32  # people per job
 REMEMBERED = 4096  # finished people whose status is still reported
+_PATIENCE = 20.0  # seconds that a running job has once the gateway stops
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +64,7 @@ class Jobs:
         self._running: dict[str, _Entry] = {}
         self._changed = threading.Condition()
         self._forgetting = 0
-        self._closed = False
+        self._closed = self._abandoned = False
         self._forgetters = ThreadPoolExecutor(4, "mta-forget")  # own threads: they wait for a job to end
         self._thread = threading.Thread(target=self._run, name="mta-personalize", daemon=True)
         self._thread.start()
@@ -105,7 +108,7 @@ class Jobs:
         with self._changed:
             self._entries.pop(person, None)
             self._forgetting += 1
-            self._changed.wait_for(lambda: not self._running)  # its checkpoints are deleted too
+            self._changed.wait_for(lambda: not self._running or self._abandoned)  # its checkpoints are deleted too
         try:
             return self.personal.forget(person, keep_exports=True)
         finally:
@@ -125,12 +128,17 @@ class Jobs:
                 if store and not store.tombstones.among(names, id) <= entry.since:
                     del self._entries[id]
 
-    async def close(self) -> None:
-        """Let the running job finish; waiting people are not started."""
+    async def close(self, patience: float = _PATIENCE) -> None:
+        """Let the running job finish within ``patience`` seconds, else give it up; waiting people are not started."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
-        await asyncio.to_thread(self._thread.join)
+        await asyncio.to_thread(self._thread.join, patience)
+        if self._thread.is_alive():
+            log.warning("stopped while %d people were personalized: ask for them again", len(self._running))
+            with self._changed:
+                self._abandoned = True
+                self._changed.notify_all()
         await asyncio.to_thread(self._forgetters.shutdown)
 
     def _run(self) -> None:

@@ -131,9 +131,10 @@ class Service:
         return self._locks.setdefault(person, asyncio.Lock())
 
     @contextmanager
-    def counted(self, kind: str, key: Key, count: int) -> Iterator[None]:
+    def counted(self, kind: str, key: Key, count: int, falls_back: bool) -> Iterator[None]:
         """Reserve ``count`` answers for a key, so that no person key can take all slots, and count how they end.
 
+        A state of another bank is not counted if the request ``falls_back`` to another model.
         Raises QueueFull, Refused for more answers than the key may ever have at once.
         """
         start, status = time.monotonic(), "cancelled"
@@ -155,10 +156,11 @@ class Service:
             status = "ok"
             self.metrics.answer.observe(time.monotonic() - start)
         except MtaError as error:
-            status = str(error_of(error)[0])
+            status = "" if falls_back and isinstance(error, OtherBank) else str(error_of(error)[0])
             raise
         finally:
-            self.metrics.requests.labels(kind, status).inc()
+            if status:
+                self.metrics.requests.labels(kind, status).inc()
 
     @contextmanager
     def refusals(self, kind: str) -> Iterator[None]:
