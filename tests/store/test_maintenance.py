@@ -192,6 +192,8 @@ def test_stats_and_check_agree_on_the_number_of_people(tmp_path: Path) -> None:
     left.mkdir(parents=True)
     (left / f".1.safetensors.{'0' * 32}").write_bytes(b"half")
     assert stats(store).people == check(store).people == 2
+    store.exports.note("gone", Export("host", "/folder", "0" * 64))  # all that the gateway leaves of a forgotten person
+    assert stats(store).people == check(store).people == 2
 
 
 @pytest.mark.integration

@@ -101,6 +101,10 @@ def test_an_inconsistent_state_is_refused() -> None:
         state(w=(1.0,))
     with pytest.raises(Diverged, match="finite"):
         state(w=(1.0, float("nan")))
+    broken = adapter()
+    next(iter(broken.factors.values())).a[0, 0, 0] = float("inf")
+    with pytest.raises(Diverged, match="the stack contains NaN or infinity"):
+        state(stack=broken)
     with pytest.raises(InputError, match="exactly one adapter, got a batch of 2"):
         state(stack=adapter(adapters=2))
 

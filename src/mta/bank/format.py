@@ -8,7 +8,7 @@ import json
 import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from filelock import FileLock
 from pydantic import BaseModel, ConfigDict, field_validator, model_validator
@@ -279,6 +279,22 @@ def stale(folder: Path) -> list[str]:
     if isinstance(noted, dict):
         return list(noted.get("needs_rebuild", []))
     return ["bank"] if (folder / STALE).exists() else []  # a damaged note may name any part
+
+
+class StaleReport(NamedTuple):
+    """Which parts of a bank were trained on a forgotten person, in words, and how to make them anew."""
+
+    found: str
+    hint: str
+
+
+def stale_report(folder: Path) -> StaleReport | None:
+    """Return what to say of a bank with a forgotten person; None without one."""
+    if not (parts := stale(folder)):
+        return None
+    command = "calibrate" if parts == ["calibration"] else "build"
+    found = f"a forgotten person is in the {' and the '.join(parts)} of {folder}"
+    return StaleReport(found, f"Leave that person out, and make it anew:  mta bank {command}")
 
 
 def note_published(folder: Path, where: str) -> None:

@@ -27,7 +27,7 @@ from mta.bank.format import (
     named,
     read_adapters,
     read_info,
-    stale,
+    stale_report,
     write_info,
 )
 from mta.bank.members import Members
@@ -105,8 +105,8 @@ def add_to_bank(
     check_base(folder, info, base.name, base.fingerprint)
     if info.members.hashed is None:
         raise InputError(f"{folder} came without its members", hint="Add to the bank where it was built.")
-    if parts := stale(folder):
-        raise BankError(f"a forgotten person is in its {' and '.join(parts)}: {folder}", hint="Rebuild the bank first.")
+    if report := stale_report(folder):
+        raise BankError(report.found, hint=report.hint)
     given = _given(adapters, base, people)
     if known := [id for id in given.ids if "anchor" in info.members.artefacts_of(id)]:
         raise InputError(f"{known[0]!r} is an anchor of {folder} already", hint="Leave that folder out.")

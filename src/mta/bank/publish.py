@@ -22,7 +22,7 @@ from mta.bank.format import (
     read_description,
     read_info,
     seal,
-    stale,
+    stale_report,
     verify,
 )
 from mta.errors import BankCorrupt, BankError, HubError, InputError
@@ -42,12 +42,8 @@ def bank_parcel(
     foreign files, BankCorrupt, InputError.
     """
     info = read_info(folder)
-    if parts := stale(folder):
-        command = "calibrate" if parts == ["calibration"] else "build"
-        raise BankError(
-            f"a forgotten person is in the {' and the '.join(parts)} of {folder}: the bank is not published",
-            hint=f"Leave out that person, and try again:  mta bank {command}",
-        )
+    if report := stale_report(folder):
+        raise BankError(f"{report.found}: the bank is not published", hint=report.hint)
     if foreign := sorted(set(info.files) - set(SEALED)):
         raise BankError(
             f"{folder} holds {foreign[0]}, which does not belong to a bank: the bank is not published",

@@ -202,15 +202,14 @@ def show(
     Example:  mta bank show bank/
     """
     from mta.bank.card import body
-    from mta.bank.format import read_info, stale, verify
+    from mta.bank.format import read_info, stale, stale_report, verify
 
     info = read_info(folder)
     verify(folder, info, full=True)
     if json:
         return show_json(info.model_dump(mode="json", exclude={"members"}) | {"needs_rebuild": stale(folder)})
-    if parts := stale(folder):
-        needed = "another calibration" if parts == ["calibration"] else "a rebuild"
-        typer.echo(f"Needs {needed}: a forgotten person is in the {' and the '.join(parts)}.\n")
+    if report := stale_report(folder):
+        typer.echo(f"{report.found[0].upper()}{report.found[1:]}. {report.hint}\n")
     typer.echo(body(info))
 
 

@@ -19,7 +19,7 @@ from filelock import FileLock, Timeout
 from rich.console import Console
 
 from mta.bank.bank import Bank
-from mta.bank.format import stale
+from mta.bank.format import stale_report
 from mta.config import Run
 from mta.errors import BankMismatch, ConfigError
 from mta.model.base import BaseModel
@@ -74,11 +74,10 @@ def check(store: str, banks: Sequence[Path], strict: bool, vllm: bool) -> None:
             hint="Serve both banks without --vllm, or first personalize everyone with the new bank: mta personalize",
         )
     for bank in banks:
-        if parts := stale(bank):
-            found = f"data of a forgotten person remains in the {' and the '.join(parts)} of {bank}"
+        if report := stale_report(bank):
             if strict:
-                raise ConfigError(found, hint="Rebuild it:  mta bank build   or serve it without --strict.")
-            log.warning("%s; --strict would refuse this bank", found)
+                raise ConfigError(report.found, hint=f"{report.hint}\n  Or serve it without --strict.")
+            log.warning("%s; --strict would refuse this bank", report.found)
 
 
 def service_of(

@@ -62,7 +62,7 @@ class Health:
 
 @dataclass(frozen=True, slots=True)
 class Stats:
-    """Counts and sizes of a store. Bytes of a person: all versions, history, hint, exports."""
+    """Counts and sizes of a store. ``people`` have a state. Bytes of a person: all versions, history, hint, exports."""
 
     people: int
     versions: int
@@ -104,14 +104,15 @@ def check(store: Store, on_file: Callable[[int, int], None] = lambda done, total
 def stats(store: Store) -> Stats:
     """Return counts and sizes from one listing, without reading files. Raises StoreError if there is no store."""
     store.check()
-    sizes, kinds = Counter[str](), Counter[Kind]()
+    sizes, kinds, known = Counter[str](), Counter[Kind](), set[str]()
     for name, size in store.files.find().items():
         if (kind := _kind(name)) in (*_READERS, "hint"):
             kinds[kind] += 1
             sizes[_person(name)] += size
-    each = list(sizes.values()) or [0]
-    weights = sum(each), statistics.mean(each), statistics.median(each), max(each)
-    return Stats(len(sizes), kinds["state"], kinds["history"], *weights)
+            known |= {_person(name)} if kind == "state" else set()
+    each = [sizes[person] for person in known] or [0]
+    weights = sizes.total(), statistics.mean(each), statistics.median(each), max(each)
+    return Stats(len(known), kinds["state"], kinds["history"], *weights)
 
 
 def collect(

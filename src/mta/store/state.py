@@ -109,6 +109,8 @@ class State:
                 f"a state's stack must be exactly one adapter, got a batch of {len(self.stack)}",
                 hint="Choose one:  stack.select([0])",
             )
+        if self.stack and not all(part.isfinite().all() for pair in self.stack.factors.values() for part in pair):
+            raise Diverged("training diverged: the stack contains NaN or infinity", hint=_ASTRAY)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, State) and self.to_bytes() == other.to_bytes()

@@ -21,7 +21,7 @@ from typing import Literal
 
 import torch
 
-from mta.bank.format import read_info, stale, verify
+from mta.bank.format import read_info, stale_report, verify
 from mta.config import Run, parse_size
 from mta.errors import ModelError, MtaError
 from mta.kernels.compile import FAMILIES, failure, obstacle, switched_off
@@ -268,8 +268,8 @@ def _bank(folder: Path) -> list[Finding]:
     except MtaError as error:
         return [Finding("bank", str(folder), "problem", error.message, error.hint)]
     content = f"{len(info.items)} anchors for {info.task['name']}, over {info.base}"
-    parts = " and the ".join(stale(folder))
-    rebuild = f"A forgotten person is still in the {parts}: rebuild the bank." if parts else ""
+    report = stale_report(folder)
+    rebuild = f"{report.found[0].upper()}{report.found[1:]}. {report.hint}" if report else ""
     found = [_judged("bank", str(folder), content, warning=rebuild)]
     for what, name in (("base", info.run.base), ("encoder", info.run.encoder)):
         present = name == "base" or Path(name).is_dir() or (name in ASSETS and is_present(name)) or is_cached(name)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from mta.bank.bank import Bank
-from mta.errors import OtherBank, StateCorrupt
+from mta.errors import OtherBank
 from mta.kernels.functions import AdaptedRows, product
 from mta.lora.batch import LoraBatch, join, shared_ranks
 from mta.lora.layers import replaced_forwards
@@ -82,8 +82,6 @@ class AdapterSlots:
         bank, pooled, merged = self._banks[owner.bank]
         gates[pooled] = 1
         own = [owner.stack] if stacked and owner.stack else []
-        if any(not part.isfinite().all() for batch in own for pair in batch.factors.values() for part in pair):
-            raise StateCorrupt("a person's stack contains NaN or infinity", hint="Personalize again.")
         if owner.mode == "exact":
             gates[merged] = merge_of([owner], dtype).gates(len(bank))[0].repeat_interleave(bank.anchors.rank)
         else:
