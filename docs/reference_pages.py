@@ -10,12 +10,16 @@ from pathlib import Path
 import typer
 import yaml
 from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
 from typer.cli import get_docs_for_click
 
 from mta import errors as tree
 from mta.cli.app import app
+from mta.cli.options import MACHINE_SETTINGS
 from mta.config import Evaluation, Privacy, Run, Settings
 from mta.data.tasks import load_task, task_names
+from mta.evaluation.experiments.recipe import Experiment
+from mta.tools.demo import Recipe
 
 
 def write_all(folder: Path) -> None:
@@ -43,27 +47,37 @@ def _example(found: re.Match[str]) -> str:
 def settings() -> str:
     """Every ``key=value`` word, its default, and what may be given."""
     text = (
-        "# Settings\n\nWords after a command (`merge.policy=ridge`), or YAML given with `--config`. A bank carries the "
-        "settings it was built with; those of `merge` and `stack`, and how a machine computes, can be changed for a "
-        "bank that is there.\n\n"
+        "# Settings\n\nGive settings as `key=value` after a command (`merge.policy=ridge`), or in a YAML file with "
+        "`--config`. A bank holds the settings it was built with. For a bank that exists you can change:\n\n"
+        "- `merge.…` and `stack.…` (`mta personalize`, `evaluate`, `serve`);\n"
+        "- `calibration.…` (`mta bank calibrate`);\n"
+        f"- {', '.join(f'`{name}`' for name in sorted(MACHINE_SETTINGS))}.\n\n"
+        "Other changes are an error: build another bank.\n\n"
     )
     for title, kind in {
         "A run": Run,
         "A comparison: `mta evaluate`": Evaluation,
         "An attack: `--privacy`": Privacy,
+        "A recipe: `mta evaluate RECIPE`": Experiment,
+        "A demo: `mta demo`": Recipe,
     }.items():
-        text += f"## {title}\n\n{kind.__doc__ or ''}\n\n| key | default | what it is |\n|---|---|---|\n"
+        text += f"## {title}\n\n{inspect.getdoc(kind)}\n\n| key | default | what it is |\n|---|---|---|\n"
         text += "".join(f"| `{key}` | {default} | {what} |\n" for key, default, what in _rows(kind)) + "\n"
     return text
 
 
 def _rows(kind: type[Settings], before: str = "", default: Settings | None = None) -> Iterator[tuple[str, str, str]]:
     for name, field in kind.model_fields.items():
+        group = (
+            field.annotation if inspect.isclass(field.annotation) and issubclass(field.annotation, Settings) else None
+        )
         value = getattr(default, name) if default is not None else field.default
-        if isinstance(value, Settings):
-            yield from _rows(type(value), f"{before}{name}.", value)
+        if group in (Run, Evaluation):
+            yield f"{before}{name}.…", "", f"settings of a {'run' if group is Run else 'comparison'}, above"
+        elif group:
+            yield from _rows(group, f"{before}{name}.", value if isinstance(value, Settings) else None)
         else:
-            yield before + name, f"`{_plain(value)}`", _what(field)
+            yield before + name, "required" if value is PydanticUndefined else f"`{_plain(value)}`", _what(field)
 
 
 def _plain(value: object) -> str:
@@ -105,12 +119,15 @@ def tasks() -> str:
 def errors() -> str:
     """The tree of errors as its module draws it, and each with what it means."""
     drawing, _, rest = inspect.getdoc(tree).partition("\n\n")[2].partition("\n\n")
+    said = rest.partition("To add one")[0].strip().replace("``", "`")
     text = (
-        "# Errors\n\nThe command line prints an error and exits with 1; in Python each is a class of `mta.errors`.\n\n"
-        f"```text\n{drawing}\n```\n\n{rest.partition('To add one')[0]}"
+        "# Errors\n\nThe command line prints an error and exits with 1. Other exit codes: 2 for wrong usage, 3 where "
+        "`mta forget` is incomplete ([table](../how-to/forget.md#steps)), 130 after Ctrl-C. In Python each error is a "
+        "class of `mta.errors`, those of the server of `mta.serving`.\n\n"
+        f"```text\n{drawing}\n```\n\n{said}\n\n"
     )
     return text + "".join(
-        f"`{name}`\n: {inspect.getdoc(kind)}\n\n"
+        f"`{name}`\n: {inspect.getdoc(kind)}\n\n".replace("``", "`")
         for name, kind in vars(tree).items()
         if inspect.isclass(kind) and issubclass(kind, tree.MtaError)
     )

@@ -86,7 +86,7 @@ def import_(
     device: options.Device = None,
     json: options.Json = False,
 ) -> None:
-    """Make a bank of LoRAs that were trained with PEFT or exported: every LoRA becomes an anchor.
+    """Make a bank of LoRAs that were trained with PEFT or exported: every LoRA becomes the meta-LoRA of an anchor.
 
     Ranks, scales, and layers may differ. With --people, eight or more others in that file calibrate the bank.
 

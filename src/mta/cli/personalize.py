@@ -53,8 +53,8 @@ def personalize(
 ) -> None:
     """Compute the merge and train the stack of all people in a file, in cohorts.
 
-    People whose states are up to date are skipped, so the command can be repeated. With --update, states of people
-    with new items are updated: kept, or trained on the new items only.
+    People whose states are up to date are skipped, so the command can be repeated. With --update, only new
+    items are read: coefficients are solved again for all items, and a stack is kept or trained further.
 
     Example:  mta personalize newcomers.jsonl --bank bank/ --store people/
     Example:  mta personalize everybody.jsonl --bank bank/ --store s3://bucket/people --cluster ray://head:10001

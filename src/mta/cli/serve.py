@@ -34,7 +34,9 @@ def generate(
         int | None, Option(min=1, help="Longest answer in tokens; default: the task's answer_tokens.")
     ] = None,
     temperature: Annotated[float, Option(min=0.0, help="Sampling temperature; 0 decodes greedily.")] = 0.0,
-    nobody: Annotated[bool, Option("--nobody", help="Also ask the pooled model and the base.")] = False,
+    nobody: Annotated[
+        bool, Option("--nobody", help="Also ask the pooled model and the base, without any person.")
+    ] = False,
     config: options.Config = None,
     seed: options.Seed = None,
     device: options.Device = None,

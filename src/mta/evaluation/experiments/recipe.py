@@ -67,14 +67,14 @@ class Part(Settings):
 class Experiment(Settings):
     """All comparisons on one set of people. Exhibits share banks, splits and scores."""
 
-    about: str = ""
-    data: str | None = None
+    about: str = Field("", description="one line about the data and the task")
+    data: str | None = Field(None, description="people, as for --data; none: --data has to be given")
     needs_test: bool = Field(False, description="the tested people come from another file, --test")
     people: Sizes = Sizes()
-    ask: Ask = "last"
-    shots: int = Field(8, ge=1)
-    queries: int = Field(4, ge=1)
-    seeds: tuple[int, ...] = Field((0,), min_length=1)
+    ask: Ask = Field("last", description="queries are a person's last items, or the next ones after the first shots")
+    shots: int = Field(8, ge=1, description="items that a person's model learns from")
+    queries: int = Field(4, ge=1, description="items to predict, of a person")
+    seeds: tuple[int, ...] = Field((0,), min_length=1, description="each has its own clusters, bank, and stacks")
     compared: int | None = Field(None, ge=1, description="test only the first people, this many")
     primary: tuple[str, ...] = Field((), description="methods that MTA is compared with, corrected for their number")
     few: int = Field(30, ge=1, description="leave out a number of shots if fewer people have enough items")
@@ -82,7 +82,7 @@ class Experiment(Settings):
     tuned: dict[str, dict[str, Any]] = Field(
         {}, description="settings of the methods with these names, in every exhibit"
     )
-    exhibits: dict[str, tuple[Part, ...]]
+    exhibits: dict[str, tuple[Part, ...]] = Field(description="tables and figures: lists of parts, with methods")
 
     def seeds_of(self, part: Part) -> tuple[int, ...]:
         """Return the seeds that a part runs with: its own among these, else the first; without own seeds all."""
