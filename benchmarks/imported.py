@@ -23,7 +23,7 @@ from mta.data.history import Person
 from mta.data.readers import read_people
 from mta.data.tasks import load_task
 from mta.model.base import BaseModel
-from mta.personalize.adapters import BASE, Who
+from mta.personalize.adapters import BASE, PersonOrModel
 from mta.store import Store
 from mta.store.state import State
 from mta.system.assets import fetch
@@ -56,7 +56,7 @@ def trained(base: BaseModel, person: Person, settings: dict[str, int | bool], ou
     return out
 
 
-def nll(personal: mta.Personalizer, people: Sequence[Person], models: Sequence[Who]) -> Tensor:
+def nll(personal: mta.Personalizer, people: Sequence[Person], models: Sequence[PersonOrModel]) -> Tensor:
     """Return the NLL of every query of all people, each under its person's entry in ``models``."""
     queries = [person.items[TRAIN + SHOTS : TRAIN + SHOTS + QUERIES] for person in people]
     scores = personal.label_scores(list(zip(models, queries)))

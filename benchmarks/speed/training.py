@@ -13,8 +13,7 @@ from torch import Tensor
 from benchmarks.speed.data import BASE
 from benchmarks.speed.processor import need
 from mta.config import Lora, Training
-from mta.lora.batch import Factors, LoraBatch, fresh
-from mta.lora.batch import stack as stack_of
+from mta.lora.batch import Factors, LoraBatch, concatenate, fresh
 from mta.lora.layers import Adapters, PerPerson, Renumbered, Shared
 from mta.lora.merge import merge_exact
 from mta.model.base import BaseModel
@@ -183,4 +182,4 @@ def agreed(difference: float, dtype: str) -> float:
 
 def joined(parts: Sequence[LoraBatch]) -> LoraBatch:
     """The adapters of all parts, which are of one shape, in their order."""
-    return parts[0] if len(parts) == 1 else stack_of(parts)
+    return parts[0] if len(parts) == 1 else concatenate(parts)

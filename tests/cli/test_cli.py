@@ -221,7 +221,7 @@ def test_a_bank_built_on_a_gpu_works_on_a_machine_without_that_gpu(world, tmp_pa
 
 
 def test_generate_answers_for_each_person_and_without_a_person(world):
-    asked = [QUESTION, "--person", BOB, "--person", ANN, "--nobody", "--max-new-tokens", 3]
+    asked = [QUESTION, "--person", BOB, "--person", ANN, "--shared", "--max-new-tokens", 3]
     answers = mta("generate", *asked, *world.at, "--json").json
     assert [answer["person"] for answer in answers] == [BOB, ANN, "(task)", "(base)"]
     assert all(sum(answer["shares"].values()) == pytest.approx(1) for answer in answers)
@@ -230,7 +230,7 @@ def test_generate_answers_for_each_person_and_without_a_person(world):
 
 
 def test_generate_write_generates_text(world):
-    asked = [QUESTION, "--person", BOB, "--person", ANN, "--nobody", "--max-new-tokens", 3, "--write"]
+    asked = [QUESTION, "--person", BOB, "--person", ANN, "--shared", "--max-new-tokens", 3, "--write"]
     answers = mta("generate", *asked, *world.at, "--json").json
     assert len({answer["answer"] for answer in answers}) > 1
 

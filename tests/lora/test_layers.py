@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import base_of, random_examples, random_loras
 
-from mta.lora.batch import LoraBatch, join, stack
+from mta.lora.batch import LoraBatch, concatenate, join
 from mta.lora.layers import Gated, PerPerson, Renumbered, Shared, applied
 from mta.lora.merge import merge_exact
 from mta.lora.terms import RowTerm, SharedTerm, with_terms
@@ -128,7 +128,7 @@ def test_layers_that_get_all_tokens_in_one_dimension_compute_the_same(parts):
 def test_stacked_batches_of_different_rank_keep_their_updates():
     base = base_of()
     one, other = random_loras(base, 1, rank=1, seed=1, scale=2.0), random_loras(base, 2, rank=3, seed=2)
-    both = stack([one, other])
+    both = concatenate([one, other])
     name = both.names[0]
     torch.testing.assert_close(both.delta(name), torch.cat([one.delta(name), other.delta(name)]))
 

@@ -21,7 +21,7 @@ from mta.data.tasks import load_task
 from mta.data.tasks.prompt import Example
 from mta.model.base import BaseModel
 from mta.model.generate import generate
-from mta.personalize.adapters import Nobody, row_adapters
+from mta.personalize.adapters import SharedModel, row_adapters
 from mta.serving.embedded.engine import EmbeddedEngine
 from mta.serving.engine import Ask, Version
 from mta.serving.vllm.engine import VllmEngine
@@ -70,16 +70,16 @@ class World:
         """The version as the gateway passes it to an engine."""
         return Version(person, number, stacked, self.store.seal(person, number) or "")
 
-    def alone(self, who: Version | Nobody, prompt: list[int], count: int) -> list[int]:
+    def alone(self, who: Version | SharedModel, prompt: list[int], count: int) -> list[int]:
         """The answer of one row, computed without any engine code."""
-        whose = who if isinstance(who, Nobody) else self.store.load(who.person, who.number)
-        adapters = row_adapters(self.base, self.bank, [whose], isinstance(who, Nobody) or who.stacked)
+        whose = who if isinstance(who, SharedModel) else self.store.load(who.person, who.number)
+        adapters = row_adapters(self.base, self.bank, [whose], isinstance(who, SharedModel) or who.stacked)
         return generate(self.base, [prompt], [0], adapters, max_new_tokens=count)[0]
 
-    def scored(self, who: Version | Nobody, prompt: list[int], labels: list[tuple[int, ...]]) -> list[float]:
+    def scored(self, who: Version | SharedModel, prompt: list[int], labels: list[tuple[int, ...]]) -> list[float]:
         """The log probability of each label, computed without any engine code."""
-        whose = who if isinstance(who, Nobody) else self.store.load(who.person, who.number)
-        adapters = row_adapters(self.base, self.bank, [whose], isinstance(who, Nobody) or who.stacked)
+        whose = who if isinstance(who, SharedModel) else self.store.load(who.person, who.number)
+        adapters = row_adapters(self.base, self.bank, [whose], isinstance(who, SharedModel) or who.stacked)
         jobs = [[Example((*prompt, *label), len(prompt)) for label in labels]]
         return log_likelihood(self.base, jobs, adapters, owners=[0])[0].tolist()
 

@@ -48,7 +48,7 @@ from mta.data.history import Item, Person
 from mta.data.tasks.task import Task
 from mta.distributed.executor import Executor, LocalExecutor
 from mta.errors import BankError, DataError
-from mta.lora.batch import LoraBatch, stack
+from mta.lora.batch import LoraBatch, concatenate
 from mta.lora.layers import Shared
 from mta.lora.peft import CARD, CONFIG, WEIGHTS, read_peft, write_peft
 from mta.model.base import BaseModel
@@ -110,8 +110,8 @@ def build_bank(
     def key(settings: Run) -> str:
         return work_key(base, task, encoder, histories, settings, task_lora)
 
-    work, stages = key(run), key(uncalibrated(run))  # stages: of stages 0 and 1
-    if _is_finished(out, work, stages, key(with_old_defaults(run))):
+    work, training_key = key(run), key(uncalibrated(run))  # training_key: of stages 0 and 1
+    if _is_finished(out, work, training_key, key(with_old_defaults(run))):
         return write_task(out, task)
     if not resume:
         shutil.rmtree(out / "work", ignore_errors=True)
@@ -127,7 +127,7 @@ def build_bank(
         track=track,
         on_step=on_step,
     )
-    build = _Build(base, task, run, out, work, stages, executor or LocalExecutor(), record)
+    build = _Build(base, task, run, out, work, training_key, executor or LocalExecutor(), record)
     # Roles and plans come before stage 0, which takes hours: too few people or too little memory fails at once.
     roles = choose_roles(task, encoder, task_people, candidates, held_out, run)
     jobs, plan = build.planned(roles)
@@ -151,7 +151,7 @@ class _Build:
     run: Run
     out: Path
     work: str
-    stages: str  # the work key of stages 0 and 1, which do not depend on the calibration
+    training_key: str  # the work key of stages 0 and 1, which do not depend on the calibration
     executor: Executor
     record: RunFolder
 
@@ -181,7 +181,7 @@ class _Build:
     def task_lora(self, roles: Roles, given: Path | None) -> LoraBatch:
         """Run stage 0, or copy the task LoRA from the folder ``given``, and return the task LoRA."""
         folder, done = self.out / TASK_LORA, self.out / "work" / "task.done"
-        if not done.is_file() or done.read_text() != self.stages:
+        if not done.is_file() or done.read_text() != self.training_key:
             if given:
                 for aside in asides_in(folder, "*"):  # of a killed copy
                     aside.unlink()
@@ -191,7 +191,7 @@ class _Build:
                 settings, seed = self.run.task_lora, self.run.seed
                 trained = self.rounds(*pooled_items(roles.task, settings, seed, roles.held_out, roles.also))
                 write_peft(folder, trained, self.base.name, fan_in_fan_out=self.base.fan_in_fan_out)
-            write_text(done, self.stages)
+            write_text(done, self.training_key)
         return read_peft(folder).to(self.base.device)
 
     def rounds(self, items: Sequence[Item], held_out: Sequence[Item]) -> LoraBatch:
@@ -256,7 +256,7 @@ class _Build:
                 self.record.step("anchors", Step(len(found), len(piece), done, len(jobs)))
         scale = self.run.bank.lora.scale
         loras = [LoraBatch.of_tensors(found[piece.name], scale) for piece in pieces]
-        return stack(loras).in_order(self.base.targets)
+        return concatenate(loras).in_order(self.base.targets)
 
     def calibration(
         self, bank: LoraBatch, pooled: LoraBatch | None, people: Sequence[Person]
@@ -296,7 +296,7 @@ class _Build:
 
     def _checkpoint(self, plan: str, name: str, kind: str = "checkpoint") -> Checkpoint:
         """Return the checkpoint of a piece in training, or the result of a finished piece (kind ``safetensors``)."""
-        key = self.work if plan == "calibration" else self.stages
+        key = self.work if plan == "calibration" else self.training_key
         work = hashlib.sha256(f"{key}/{plan}/{name}".encode()).hexdigest()
         return Checkpoint(self.out / "work" / f"{name}.{kind}", work)
 

@@ -35,7 +35,7 @@ from mta.config import Lora, Run
 from mta.data.history import Person
 from mta.data.tasks.task import Task
 from mta.errors import BankError, InputError
-from mta.lora.batch import Factors, LoraBatch, stack
+from mta.lora.batch import Factors, LoraBatch, concatenate
 from mta.lora.peft import CARD, CONFIG, WEIGHTS, alpha_of, base_name_of, read_peft
 from mta.model.base import BaseModel
 from mta.model.encoders import Encoder, encode_people
@@ -90,7 +90,7 @@ def import_bank(
         files={},
         hash="",
     )
-    _write(out, info, stack(given.loras), _vectors(encoder, task, given.owners, run))
+    _write(out, info, concatenate(given.loras), _vectors(encoder, task, given.owners, run))
 
 
 def add_to_bank(
@@ -124,7 +124,9 @@ def add_to_bank(
     }
     before = load_file(folder / INDEX)["vectors"]
     pooled = folder / TASK_LORA if info.run.task_lora.enabled else None
-    _write(out, info.model_copy(update=changed), stack([anchors, *given.loras]), torch.cat([before, vectors]), pooled)
+    _write(
+        out, info.model_copy(update=changed), concatenate([anchors, *given.loras]), torch.cat([before, vectors]), pooled
+    )
 
 
 def _refuse_existing(out: Path) -> None:

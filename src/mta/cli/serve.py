@@ -19,7 +19,7 @@ from mta.errors import ConfigError, DataError
 from mta.system.extras import require
 
 if TYPE_CHECKING:
-    from mta.personalize.adapters import Who
+    from mta.personalize.adapters import PersonOrModel
     from mta.personalize.personalizer import Question
 
 
@@ -34,8 +34,8 @@ def generate(
         int | None, Option(min=1, help="Longest answer in tokens; default: the task's answer_tokens.")
     ] = None,
     temperature: Annotated[float, Option(min=0.0, help="Sampling temperature; 0 decodes greedily.")] = 0.0,
-    nobody: Annotated[
-        bool, Option("--nobody", help="Also ask the pooled model and the base, without any person.")
+    shared: Annotated[
+        bool, Option("--shared", help="Also ask the pooled model and the base, without any person.")
     ] = False,
     config: options.Config = None,
     seed: options.Seed = None,
@@ -47,12 +47,12 @@ def generate(
     If the task has labels, every label is scored, as in mta evaluate: the answer is the most likely label, and the
     shares of all labels are shown. Otherwise the answer is generated token by token.
 
-    Example:  mta generate "Great sound, weak battery." --person ann --person bob --nobody
+    Example:  mta generate "Great sound, weak battery." --person ann --person bob --shared
     """
     asked = _fields(question)
     base, opened, run = options.open_bank(bank, words, seed, device, config)
     personal = mta.Personalizer(base, opened, store, run=run)
-    people: list[Who] = [*(person or []), *([mta.TASK, mta.BASE] if nobody or not person else [])]
+    people: list[PersonOrModel] = [*(person or []), *([mta.TASK, mta.BASE] if shared or not person else [])]
     rows = [(who, asked) for who in people]
     names = [who if isinstance(who, str) else f"({who.value})" for who in people]
     if opened.task.labelled and not write:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from mta.data.history import Person
 from mta.data.tasks.task import Task, is_number
 from mta.personalize import Personalizer
-from mta.personalize.adapters import TASK, Who
+from mta.personalize.adapters import TASK, PersonOrModel
 
 Answer = Mapping[str, float] | str  # the probability of every label, or a text
 
@@ -48,7 +48,7 @@ def interview(personal: Personalizer, people: Sequence[Person], questions: Seque
     The people must have been personalized on their items.
     """
     task = personal.bank.task
-    askers: list[Who] = [TASK, *(person.id for person in people)]
+    askers: list[PersonOrModel] = [TASK, *(person.id for person in people)]
     rows = [(who, fields) for who in askers for fields in questions]
     found: Sequence[Answer] = personal.generate(rows) if task.labels is None else _ordered(personal.shares(rows), task)
     each = len(questions)

@@ -28,11 +28,11 @@ from mta.personalize.policies import policy_of
 from mta.training.plan import Plan, plan_cohorts
 
 log = logging.getLogger("mta")
-Ask = Literal["next", "last"]
+QueryOrder = Literal["next", "last"]
 
 
 def shots_and_queries(
-    task: Task, person: Person, shots: int, queries: int, ask: Ask
+    task: Task, person: Person, shots: int, queries: int, ask: QueryOrder
 ) -> tuple[tuple[Item, ...], tuple[Item, ...]]:
     """Split a person into shots and queries. Raises InputError for too few items.
 
@@ -57,7 +57,7 @@ def shots_and_queries(
     return timeline[-queries - shots : -queries], timeline[-queries:]
 
 
-def has_enough_items(task: Task, person: Person, shots: int, queries: int, ask: Ask) -> bool:
+def has_enough_items(task: Task, person: Person, shots: int, queries: int, ask: QueryOrder) -> bool:
     """Return whether a person has as many shots and queries as the protocol needs."""
     own = sum(task.has_target(query) for query in person.queries)
     if ask == "next":
@@ -124,7 +124,7 @@ class Panel:
         *,
         shots: int,
         queries: int,
-        ask: Ask = "next",
+        ask: QueryOrder = "next",
         retrieve: int = 0,
         write_texts: bool = True,
         among: Sequence[Person] = (),

@@ -124,7 +124,7 @@ def shared_ranks(batches: Sequence[LoraBatch], name: str) -> tuple[Tensor, Tenso
     return a, b
 
 
-def stack(batches: Iterable[LoraBatch]) -> LoraBatch:
+def concatenate(batches: Iterable[LoraBatch]) -> LoraBatch:
     """Return all adapters of several batches as one batch, zero-padded to the largest rank."""
     parts = list(batches)
     rank = max(part.rank for part in parts)

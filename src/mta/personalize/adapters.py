@@ -12,25 +12,27 @@ import torch
 
 from mta.bank.bank import Bank
 from mta.config import MergeSettings
-from mta.lora.batch import LoraBatch, join, stack
+from mta.lora.batch import LoraBatch, concatenate, join
 from mta.lora.layers import Adapters, Gated, PerPerson
 from mta.model.base import BaseModel
 from mta.personalize.merge import Merge, merged, merged_factors
 from mta.store.state import State
 
 
-class Nobody(Enum):
-    """Rows without a person: the base, or the pooled model (base and task LoRA)."""
+class SharedModel(Enum):
+    """Models without a person: the base, or the pooled model (base and task LoRA)."""
 
     BASE = "base"
     TASK = "task"
 
 
-BASE, TASK = Nobody.BASE, Nobody.TASK
-Who = str | Nobody
+BASE, TASK = SharedModel.BASE, SharedModel.TASK
+PersonOrModel = str | SharedModel
 
 
-def row_adapters(base: BaseModel, bank: Bank, owners: Sequence[State | Nobody], stacked: bool = True) -> list[Adapters]:
+def row_adapters(
+    base: BaseModel, bank: Bank, owners: Sequence[State | SharedModel], stacked: bool = True
+) -> list[Adapters]:
     """Return task LoRA, merges, and stacks for rows that are numbered by ``owners``.
 
     Each merge is computed in the mode that its stack was trained over. ``stacked=False`` leaves the stacks out. Rows
@@ -48,11 +50,11 @@ def row_adapters(base: BaseModel, bank: Bank, owners: Sequence[State | Nobody], 
     first = next((one for one in stacks if one), None)
     if stacked and first:
         none = first.map(torch.zeros_like)
-        adapters.append(PerPerson(stack([one or none for one in stacks]).to(base.device)))
+        adapters.append(PerPerson(concatenate([one or none for one in stacks]).to(base.device)))
     return adapters
 
 
-def merge_of(owners: Sequence[State | Nobody], dtype: torch.dtype) -> Merge:
+def merge_of(owners: Sequence[State | SharedModel], dtype: torch.dtype) -> Merge:
     """Return the merges of all owners. Coefficients of rows without a person, and beyond a shorter merge, are 0."""
     states = [one if isinstance(one, State) else None for one in owners]
     k = max((len(state.anchors) for state in states if state), default=1)

@@ -13,7 +13,7 @@ from mta.bank.bank import Bank
 from mta.bank.calibration import Calibration
 from mta.config import MergeSettings, Training
 from mta.errors import AnchorNotFound, ConfigError
-from mta.lora.batch import LoraBatch, stack
+from mta.lora.batch import LoraBatch, concatenate
 from mta.lora.layers import Adapters, Gated, PerPerson, Shared
 from mta.lora.merge import merge_exact, merge_factor, truncate
 from mta.model.base import BaseModel
@@ -287,5 +287,5 @@ def merged_factors(anchors: LoraBatch, merge: Merge, settings: MergeSettings) ->
         return merge_factor(anchors, ids, w)
     if settings.mode == "svd":  # person by person: before truncation, one merge of all anchors is as large as the bank
         rank = settings.rank or anchors.rank
-        return stack(truncate(merge_exact(anchors, i[None], c[None]), rank)[0] for i, c in zip(ids, w))
+        return concatenate(truncate(merge_exact(anchors, i[None], c[None]), rank)[0] for i, c in zip(ids, w))
     return merge_exact(anchors, ids, w)

@@ -25,7 +25,7 @@ from mta.lora.peft import write_peft
 from mta.model.base import BaseModel
 from mta.model.encoders import Encoder
 from mta.model.generate import generate
-from mta.personalize.adapters import Nobody, Who, row_adapters, whole_adapter
+from mta.personalize.adapters import PersonOrModel, SharedModel, row_adapters, whole_adapter
 from mta.personalize.forgetting import Forgotten, forget_person
 from mta.personalize.pipeline import Personalized, Pipeline, Updated
 from mta.store import Store
@@ -112,7 +112,7 @@ class Personalizer:
 
     def generate(
         self,
-        rows: Sequence[tuple[Who, Question]],
+        rows: Sequence[tuple[PersonOrModel, Question]],
         *,
         max_new_tokens: int | None = None,
         stacked: bool = True,
@@ -136,7 +136,7 @@ class Personalizer:
         )
         return [self.base.prompts.decode(answer) for answer in answers]
 
-    def score(self, rows: Sequence[tuple[Who, Question, str]], *, stacked: bool = True) -> list[float]:
+    def score(self, rows: Sequence[tuple[PersonOrModel, Question, str]], *, stacked: bool = True) -> list[float]:
         """Return the log probability of each row's answer with its end token. Raises PersonNotFound, DataError."""
         rows = list(rows)
         owners, adapters = self._adapters([who for who, _, _ in rows], stacked)
@@ -144,7 +144,9 @@ class Personalizer:
         jobs = [[self.base.prompts.example(task, task.asked(question), answer)] for _, question, answer in rows]
         return [float(found[0]) for found in log_likelihood(self.base, jobs, adapters, owners=owners)]
 
-    def label_scores(self, rows: Sequence[tuple[Who, Sequence[Item]]], *, stacked: bool = True) -> list[Tensor]:
+    def label_scores(
+        self, rows: Sequence[tuple[PersonOrModel, Sequence[Item]]], *, stacked: bool = True
+    ) -> list[Tensor]:
         """Return the log probability of every label for each item of each row: tensors (items, labels).
 
         Raises ConfigError for a task without labels, and the errors of ``generate``.
@@ -156,7 +158,7 @@ class Personalizer:
         found = label_scores(self.base, task, [items for _, items in rows], adapters, owners=owners)
         return [scores.clone() for scores in found]  # inference tensors could not be changed or trained through
 
-    def shares(self, rows: Sequence[tuple[Who, Question]], *, stacked: bool = True) -> list[dict[str, float]]:
+    def shares(self, rows: Sequence[tuple[PersonOrModel, Question]], *, stacked: bool = True) -> list[dict[str, float]]:
         """Return the probability of every label for each row's question, the most likely label first.
 
         Raises ConfigError for a task without labels, and the errors of ``generate``.
@@ -166,9 +168,9 @@ class Personalizer:
         shares = [dict(zip(task.labels or (), row[0].softmax(0).tolist())) for row in scores]
         return [dict(sorted(row.items(), key=lambda pair: -pair[1])) for row in shares]
 
-    def applied(self, whose: Sequence[Who], *, stacked: bool = True) -> AbstractContextManager[None]:
-        """Apply adapters in a block: row i of a batch through ``base.model`` is computed for ``whose[i]``."""
-        owners, adapters = self._adapters(whose, stacked)
+    def applied(self, models: Sequence[PersonOrModel], *, stacked: bool = True) -> AbstractContextManager[None]:
+        """Apply adapters in a block: row i of a batch through ``base.model`` is computed with ``models[i]``."""
+        owners, adapters = self._adapters(models, stacked)
         return applied(self.base.model, adapters, torch.tensor(owners))
 
     def export(self, person: str, out: str | Path, *, rank: int | None = None) -> float:
@@ -225,9 +227,9 @@ class Personalizer:
         """Return a person's state. Raises PersonNotFound, StateCorrupt, OtherBank."""
         return self._pipeline.state(person)
 
-    def _adapters(self, owners: Sequence[Who], stacked: bool) -> tuple[list[int], list[Adapters]]:
+    def _adapters(self, owners: Sequence[PersonOrModel], stacked: bool) -> tuple[list[int], list[Adapters]]:
         """Return, for a batch of rows, the number of each row's owner and the adapters of all owners."""
         known = list(dict.fromkeys(owners))
-        states = [who if isinstance(who, Nobody) else self.state(who) for who in known]
+        states = [who if isinstance(who, SharedModel) else self.state(who) for who in known]
         place = {who: i for i, who in enumerate(known)}
         return [place[who] for who in owners], row_adapters(self.base, self.bank, states, stacked)

@@ -23,7 +23,7 @@ from typing import Literal
 import torch
 
 from mta.errors import Diverged, PersonForgotten, PersonNotFound, StateCorrupt, StoreConflict
-from mta.lora.batch import LoraBatch, stack
+from mta.lora.batch import LoraBatch, concatenate
 from mta.personalize.likelihoods import ShotsJob
 from mta.personalize.merge import Earlier
 from mta.personalize.stages import Cohort, MeasuredLosses, Stages
@@ -100,4 +100,4 @@ def _new_states(
 def _stacks(stages: Stages, befores: Sequence[State]) -> LoraBatch | None:
     """Return the people's stacks; None if the states have none. Files give their layers in any order."""
     stacks = [state.stack for state in befores if state.stack]
-    return stack(stacks).in_order(stages.base.targets).to(stages.base.device) if stacks else None
+    return concatenate(stacks).in_order(stages.base.targets).to(stages.base.device) if stacks else None

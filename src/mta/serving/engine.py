@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol, TypeVar
 
 from mta.errors import InputError, MtaError
-from mta.personalize.adapters import Nobody
+from mta.personalize.adapters import SharedModel
 
 T = TypeVar("T")
 Finish = Literal["stop", "length"]
@@ -51,7 +51,7 @@ class Version:
     seal: str = ""
 
 
-Who = Version | Nobody
+ServedModel = Version | SharedModel
 FORGOTTEN = "the person was forgotten"
 POOLED = "Ask the pooled model: task"
 REMOVED = "the store no longer has this version of the person"
@@ -69,7 +69,7 @@ class Ask:
     """
 
     prompt: tuple[int, ...]
-    who: Who
+    who: ServedModel
     max_tokens: int
     temperature: float = 0.0
     top_p: float = 1.0

@@ -6,7 +6,7 @@ import re
 from dataclasses import dataclass
 from urllib.parse import quote, unquote
 
-from mta.personalize.adapters import BASE, TASK, Nobody
+from mta.personalize.adapters import BASE, TASK, SharedModel
 from mta.serving.engine import Version
 
 _PERSON = re.compile(r"person:(?P<id>.+?)(?:@v(?P<version>[1-9][0-9]{0,8}))?(?P<merged>#merged)?", re.DOTALL)
@@ -21,7 +21,7 @@ class Named:
     stacked: bool = True
 
 
-def named(model: str, base: str) -> Named | Nobody | None:
+def named(model: str, base: str) -> Named | SharedModel | None:
     """Parse a model name; return None if it is neither a person, the pooled model, nor the base.
 
     Ids are percent-decoded. Callers that build names from arbitrary ids must encode the ids
@@ -47,7 +47,7 @@ def model_name(who: Version) -> str:
     return f"person:{quote(who.person, safe='')}@v{who.number}" + "#merged" * (not who.stacked)
 
 
-def wire_name(who: Version | Nobody) -> str:
+def wire_name(who: Version | SharedModel) -> str:
     """Return the name of a version in vLLM, ``person:ann@v3#merged~<seal>``. A name always means the same content.
 
     The base is an adapter of zeros, ``zero``: beside people's rows, vLLM on a CPU computes rows without an adapter with
@@ -55,10 +55,10 @@ def wire_name(who: Version | Nobody) -> str:
     """
     if who is BASE:
         return _ZERO
-    return who.value if isinstance(who, Nobody) else f"{model_name(who)}~{who.seal[:_SEAL]}"
+    return who.value if isinstance(who, SharedModel) else f"{model_name(who)}~{who.seal[:_SEAL]}"
 
 
-def from_wire(name: str) -> Version | Nobody | None:
+def from_wire(name: str) -> Version | SharedModel | None:
     """Inverse of ``wire_name``; None if ``name`` is not such a name."""
     if name == _ZERO:
         return BASE
@@ -66,4 +66,4 @@ def from_wire(name: str) -> Version | Nobody | None:
     who = named(found["model"] if found else name, BASE.value)
     if found and isinstance(who, Named) and who.version:
         return Version(who.person, who.version, who.stacked, found["seal"])
-    return who if isinstance(who, Nobody) and not found else None
+    return who if isinstance(who, SharedModel) and not found else None

@@ -15,7 +15,7 @@ from mta.data.tasks.prompt import Example
 from mta.data.tasks.task import Task
 from mta.errors import InputError, MtaError
 from mta.personalize import Personalizer
-from mta.personalize.adapters import BASE, TASK, Nobody, Who, row_adapters
+from mta.personalize.adapters import BASE, TASK, PersonOrModel, SharedModel, row_adapters
 from mta.store.state import State
 from mta.tools.doctor import Finding
 from mta.training.scoring import log_likelihood
@@ -55,7 +55,7 @@ class Server:
                 hint="For example:  --served http://127.0.0.1:8000 --key-file app.key",
             ) from None
 
-    def name_of(self, who: Who) -> str:
+    def name_of(self, who: PersonOrModel) -> str:
         """Return the model name of a person, of the pooled model, or of the base. Our own names encode the id."""
         if isinstance(who, str):
             return self.person.replace("{}", quote(who, safe="") if self.person == PERSON else who)
@@ -70,7 +70,7 @@ def check_served(server: Server, personal: Personalizer, people: Sequence[str]) 
     """
     import httpx2 as httpx
 
-    asked: list[Who] = [*([BASE] if server.base else []), *([TASK] if server.task else []), *people]
+    asked: list[PersonOrModel] = [*([BASE] if server.base else []), *([TASK] if server.task else []), *people]
     if not asked:
         raise InputError("there is no model to compare", hint="Name a person:  --person ann")
     states = {person: personal.state(person) for person in people}
@@ -81,7 +81,7 @@ def check_served(server: Server, personal: Personalizer, people: Sequence[str]) 
             name = server.name_of(who)
             try:
                 answers = [_answer(client, name, question) for question in questions]
-                owner = who if isinstance(who, Nobody) else states[who]
+                owner = who if isinstance(who, SharedModel) else states[who]
                 found.append(_compared(personal, owner, name, questions, answers))
             except httpx.HTTPError as error:
                 hint = f"Start it, or correct the address:  --served {server.url}"
@@ -124,7 +124,7 @@ def _answer(client: httpx.Client, model: str, question: str) -> list[tuple[int, 
 
 def _compared(
     personal: Personalizer,
-    owner: State | Nobody,
+    owner: State | SharedModel,
     name: str,
     questions: Sequence[str],
     answers: Sequence[Sequence[tuple[int, float]]],
@@ -143,7 +143,7 @@ def _compared(
     served = [sum(logprob for _, logprob in own) for _, own in pairs]
     count = sum(len(own) for _, own in pairs)
 
-    def apart(from_: State | Nobody) -> float:
+    def apart(from_: State | SharedModel) -> float:
         ours = log_likelihood(base, [examples], row_adapters(base, personal.bank, [from_]), owners=[0])[0].tolist()
         return sum(abs(theirs - own) for theirs, own in zip(served, ours)) / count
 

@@ -13,7 +13,7 @@ from mta.config import Run
 from mta.config.loader import Settings, checked, merged_over, read_yaml
 from mta.errors import ConfigError, InputError
 from mta.evaluation.methods import AnyMethod
-from mta.evaluation.protocol import Ask
+from mta.evaluation.protocol import QueryOrder
 
 FOLDER = Path(str(resources.files("mta"))) / "recipes" / "evaluation"
 Which = Literal["test", "development"]
@@ -71,7 +71,9 @@ class Experiment(Settings):
     data: str | None = Field(None, description="people, as for --data; none: --data has to be given")
     needs_test: bool = Field(False, description="the tested people come from another file, --test")
     people: Sizes = Sizes()
-    ask: Ask = Field("last", description="queries are a person's last items, or the next ones after the first shots")
+    ask: QueryOrder = Field(
+        "last", description="queries are a person's last items, or the next ones after the first shots"
+    )
     shots: int = Field(8, ge=1, description="items that a person's model learns from")
     queries: int = Field(4, ge=1, description="items to predict, of a person")
     seeds: tuple[int, ...] = Field((0,), min_length=1, description="each has its own clusters, bank, and stacks")

@@ -20,7 +20,7 @@ from mta.serving.api.auth import Key
 from mta.serving.api.completions import chat_tokens, name_of, refuse_long, until_disconnect
 from mta.serving.api.schemas import ClassifyRequest
 from mta.serving.api.service import Caller, Gateway, Service
-from mta.serving.engine import Ask, Engine, Piece, Refused, Who, together
+from mta.serving.engine import Ask, Engine, Piece, Refused, ServedModel, together
 
 router = APIRouter()
 
@@ -32,7 +32,7 @@ async def classify(service: Gateway, request: ClassifyRequest, key: Caller, http
     return await until_disconnect(http, service.answered("classify", request, key, answer))
 
 
-async def _answer(service: Service, request: ClassifyRequest, key: Key, who: Who) -> Response:
+async def _answer(service: Service, request: ClassifyRequest, key: Key, who: ServedModel) -> Response:
     with service.refusals("classify"):
         labels = service.task.labels
         if labels is None:
@@ -55,7 +55,7 @@ async def _answer(service: Service, request: ClassifyRequest, key: Key, who: Who
     return JSONResponse(body | {"usage": usage | {"prompt_tokens_details": {"cached_tokens": cached}}})
 
 
-def _ask(service: Service, text: str, labels: Sequence[str], who: Who, key: Key) -> Ask:
+def _ask(service: Service, text: str, labels: Sequence[str], who: ServedModel, key: Key) -> Ask:
     """Tokenize an input with every label. Raises Refused, for a long input before its labels are tokenized."""
     prompts = service.base.prompts
     refuse_long(len(text), service.length)

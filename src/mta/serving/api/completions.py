@@ -25,7 +25,7 @@ from mta.personalize.adapters import BASE, TASK
 from mta.serving.api.auth import Key
 from mta.serving.api.schemas import ChatRequest, CompletionRequest, Part, Request, Shape, usage_of
 from mta.serving.api.service import Caller, Gateway, Service, error_of
-from mta.serving.engine import TOO_LONG, Ask, Engine, Finish, Refused, Token, Who
+from mta.serving.engine import TOO_LONG, Ask, Engine, Finish, Refused, ServedModel, Token
 
 _LETTERS = 32  # upper bound of characters per token: longer prompts are refused without tokenizing
 _HALF = "\N{REPLACEMENT CHARACTER}"
@@ -85,7 +85,7 @@ async def _respond(service: Service, kind: str, request: Request, key: Key) -> R
     return await service.answered(kind, request, key, partial(_answer, service, kind, request, key))
 
 
-async def _answer(service: Service, kind: str, request: Request, key: Key, who: Who) -> Response:
+async def _answer(service: Service, kind: str, request: Request, key: Key, who: ServedModel) -> Response:
     with service.refusals(kind):
         ask = _ask(service, request, who, key)
     shape = Shape(request, name_of(who, service, request.model), service.base.tokenizer)
@@ -101,9 +101,9 @@ async def _answer(service: Service, kind: str, request: Request, key: Key, who: 
     return JSONResponse(shape.body([shape.choice(answer) for answer in complete], usage))
 
 
-def name_of(who: Who, service: Service, requested: str) -> str:
+def name_of(who: ServedModel, service: Service, requested: str) -> str:
     """Return the name of the model that answers, which is another one after a fallback."""
-    names: dict[Who, str] = {TASK: "task", BASE: service.base.name}
+    names: dict[ServedModel, str] = {TASK: "task", BASE: service.base.name}
     return names.get(who, requested)
 
 
@@ -125,7 +125,7 @@ def chat_tokens(service: Service, turns: Sequence[Mapping[str, str]]) -> tuple[i
         raise Refused(error.message, hint="Send other messages.") from None
 
 
-def _ask(service: Service, request: Request, who: Who, key: Key) -> Ask:
+def _ask(service: Service, request: Request, who: ServedModel, key: Key) -> Ask:
     """Tokenize a request. Raises Refused.
 
     Without max_tokens an answer has at most the task's number of tokens; an answer of the base, which has no task, may

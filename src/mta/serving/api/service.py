@@ -30,7 +30,7 @@ from mta.serving.api.jobs import Jobs
 from mta.serving.api.limits import Limits, Rate
 from mta.serving.api.metrics import Metrics
 from mta.serving.api.schemas import ClassifyRequest, Request, error_body
-from mta.serving.engine import AnswerLost, Engine, EngineGone, QueueFull, Refused, Version, Who
+from mta.serving.engine import AnswerLost, Engine, EngineGone, QueueFull, Refused, ServedModel, Version
 from mta.serving.model_names import Named, named
 from mta.store import Store
 from mta.store.tombstones import NOTHING
@@ -43,7 +43,7 @@ class NeedsRebuild(MtaError):
     """The task LoRA or bank still contains a forgotten person, and ``--strict`` refuses to serve it."""
 
 
-class NobodyHere(PersonNotFound):
+class NotFound(PersonNotFound):
     """The person is unknown, or the key may not see the person; both give the same answer."""
 
 
@@ -78,11 +78,11 @@ class Service:
         self.rate, self.forgets = Rate(self.limits.rate), Rate(self.limits.forgets)
         self.histories = Histories(self.store, self.limits.items)
 
-    async def who(self, model: str, key: Key, fallback: Literal["task", "base"] | None = None) -> Who:
+    async def who(self, model: str, key: Key, fallback: Literal["task", "base"] | None = None) -> ServedModel:
         """Resolve a model name. Unknown and forbidden people get the same answer, to hide which people exist.
 
         The store is read each time, so a person forgotten by another process is not served from memory. If the person
-        does not exist, ``fallback`` answers, if given. Raises NobodyHere, NeedsRebuild.
+        does not exist, ``fallback`` answers, if given. Raises NotFound, NeedsRebuild.
         """
         found = named(model, self.base.name)
         if isinstance(found, Named):
@@ -93,13 +93,17 @@ class Service:
         if who is not None:
             await self.check_fresh(who)
             return who
-        raise NobodyHere(
+        raise NotFound(
             f"the model {model!r} does not exist, or this key may not use it",
             hint="GET /v1/models lists available models; with fallback: task the pooled model answers instead.",
         )
 
     async def answered(
-        self, kind: str, request: Request | ClassifyRequest, key: Key, answer: Callable[[Who], Awaitable[Response]]
+        self,
+        kind: str,
+        request: Request | ClassifyRequest,
+        key: Key,
+        answer: Callable[[ServedModel], Awaitable[Response]],
     ) -> Response:
         """Return the answer of the model that a request names, or of its ``fallback`` for a state of another bank."""
         with self.refusals(kind):
@@ -111,7 +115,7 @@ class Service:
                 raise
         return await answer(_FALLBACKS[request.fallback])
 
-    async def check_fresh(self, who: Who | None = None) -> None:
+    async def check_fresh(self, who: ServedModel | None = None) -> None:
         """Raises NeedsRebuild if task LoRA or bank contain a forgotten person, except for the base."""
         if who is BASE or not self.strict:
             return
@@ -261,7 +265,7 @@ def error_of(error: MtaError) -> tuple[int, dict[str, object], dict[str, str]]:
     Callers get messages and hints written for callers; hints for the operator are not sent.
     """
     message = f"{error.message}. {error.hint}"
-    if isinstance(error, PersonNotFound) and not isinstance(error, NobodyHere):
+    if isinstance(error, PersonNotFound) and not isinstance(error, NotFound):
         message = "the person no longer exists"  # the store's message reveals paths and versions
     if isinstance(error, PersonForgotten):
         message = "the person was forgotten during this request: nothing was saved. Send the request again if wanted"

@@ -26,7 +26,7 @@ from mta.lora.batch import LoraBatch, join, shared_ranks
 from mta.lora.layers import replaced_forwards
 from mta.lora.terms import RowTerm
 from mta.model.base import BaseModel
-from mta.personalize.adapters import BASE, Nobody, merge_as_lora, merge_of
+from mta.personalize.adapters import BASE, SharedModel, merge_as_lora, merge_of
 from mta.store.state import State
 
 _SLICES = 128  # slices of slots with cached forwards, at most
@@ -69,11 +69,11 @@ class AdapterSlots:
         self._forwards: dict[tuple[int, int], dict[nn.Module, _Adapted]] = {}  # by slice of slots
         self._grow(banks[0].info.run.stack.lora.rank)
 
-    def adapter_of(self, owner: State | Nobody, stacked: bool = True) -> RowAdapter:
+    def adapter_of(self, owner: State | SharedModel, stacked: bool = True) -> RowAdapter:
         """Compute the adapter of a row from bank and state. Raises StateCorrupt, OtherBank."""
         dtype = self.base.master_dtype
         gates = torch.zeros(self._gates.shape[1], dtype=dtype)
-        if isinstance(owner, Nobody):
+        if isinstance(owner, SharedModel):
             _, pooled, _ = next(iter(self._banks.values()))
             gates[pooled] = float(owner is not BASE)
             return RowAdapter(gates.to(self._gates), None)

@@ -16,7 +16,7 @@ import torch
 from mta.bank.bank import Bank
 from mta.errors import MtaError
 from mta.model.base import BaseModel
-from mta.personalize.adapters import Nobody
+from mta.personalize.adapters import SharedModel
 from mta.serving.embedded.adapter_slots import AdapterSlots, RowAdapter
 from mta.serving.embedded.kv_cache import refuse_unservable
 from mta.serving.embedded.scheduler import Row, Scheduler
@@ -30,8 +30,8 @@ from mta.serving.engine import (
     EngineGone,
     Pieces,
     QueuedEngine,
+    ServedModel,
     Version,
-    Who,
 )
 from mta.serving.sampling import Sampler
 from mta.store import Store
@@ -66,7 +66,7 @@ class EmbeddedEngine(QueuedEngine):
         self.bank, self.store = bank, store
         adapters = in_passing(lambda: AdapterSlots(base, [bank, before] if before else [bank], slots))
         self.scheduler = Scheduler(base, adapters, slots, self.length, chunk)
-        self.activated: OrderedDict[Who, RowAdapter] = OrderedDict()  # the least recently used first
+        self.activated: OrderedDict[ServedModel, RowAdapter] = OrderedDict()  # the least recently used first
         self._most_activated = activated
         self._loading = self._loaded = 0  # adapters being loaded, and loaded since the start
         self._forgotten = 0  # calls of forget()
@@ -113,7 +113,7 @@ class EmbeddedEngine(QueuedEngine):
         """End the running answers of these versions, and drop everything computed for them."""
         await self._drop(versions.__contains__, EngineGone(REMOVED, hint=NEWEST))
 
-    async def _drop(self, matches: Callable[[Who], bool], error: EngineGone) -> None:
+    async def _drop(self, matches: Callable[[ServedModel], bool], error: EngineGone) -> None:
         def work() -> None:
             self._forgotten += 1
             for who in list(filter(matches, self.activated)):
@@ -181,7 +181,7 @@ class EmbeddedEngine(QueuedEngine):
         adapter: RowAdapter | Exception | None = None
         who, adapters = row.ask.who, self.scheduler.adapters
         try:
-            if isinstance(who, Nobody):
+            if isinstance(who, SharedModel):
                 adapter = adapters.adapter_of(who)
             elif not row.cancelled:  # the row may have waited long for a thread
                 adapter = adapters.adapter_of(self.store.load(who.person, who.number), who.stacked)

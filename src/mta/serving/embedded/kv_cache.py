@@ -24,7 +24,7 @@ from mta.errors import UnsupportedModel
 from mta.model.agreement import Reference, short_windows
 from mta.model.base import BaseModel
 from mta.serving.embedded.adapter_slots import AdapterSlots
-from mta.serving.engine import Who
+from mta.serving.engine import ServedModel
 from mta.system.device import moved
 
 
@@ -81,7 +81,7 @@ class SlotCache(Cache):  # type: ignore[misc]  # transformers brings no types
         return sum(kept.nbytes for kept in chain(*self.kept))
 
 
-Owner = tuple[Who, str]  # (person, version, and mode; caller)
+Owner = tuple[ServedModel, str]  # (person, version, and mode; caller)
 
 
 @dataclass(slots=True)
@@ -111,7 +111,7 @@ class Slots:
     def __len__(self) -> int:
         return len(self._slots)
 
-    def known(self) -> list[Who]:
+    def known(self) -> list[ServedModel]:
         """Return the people, versions, and modes of slots in use and warm slots."""
         return [slot.owner[0] for slot in self._slots if slot.owner]
 
@@ -138,7 +138,7 @@ class Slots:
         self.used -= 1
         self.exchange(place, self.used)
 
-    def forget(self, matches: Callable[[Who], bool]) -> None:
+    def forget(self, matches: Callable[[ServedModel], bool]) -> None:
         """Empty the warm slots whose person, version, and mode match."""
         for place, slot in enumerate(self._slots[self.used :], self.used):
             if slot.owner and matches(slot.owner[0]):

@@ -31,7 +31,7 @@ from mta.errors import MtaError
 from mta.model.base import BaseModel
 from mta.serving.embedded.adapter_slots import AdapterSlots, RowAdapter
 from mta.serving.embedded.kv_cache import Slots
-from mta.serving.engine import LATER, LOST, AnswerLost, Ask, Finish, Piece, Who
+from mta.serving.engine import LATER, LOST, AnswerLost, Ask, Finish, Piece, ServedModel
 from mta.serving.label_walk import LabelWalk
 from mta.serving.sampling import Sampler
 
@@ -76,7 +76,7 @@ class Scheduler:
         """Whether a step would do anything."""
         return bool(self.rows or self.waiting)
 
-    def known(self) -> list[Who]:
+    def known(self) -> list[ServedModel]:
         """Return the owners of waiting rows and of all slots, in use or warm."""
         return [*(row.ask.who for row in self.waiting), *self.slots.known()]
 
@@ -99,7 +99,7 @@ class Scheduler:
             self._restart(error)
 
     @torch.inference_mode()
-    def end(self, error: MtaError, matches: Callable[[Who], bool] = lambda _: True) -> None:
+    def end(self, error: MtaError, matches: Callable[[ServedModel], bool] = lambda _: True) -> None:
         """End the rows whose owner ``matches``, and empty their warm slots."""
         for row in [row for row in (*self.rows, *self.waiting) if matches(row.ask.who)]:
             row.send(error)

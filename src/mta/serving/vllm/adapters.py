@@ -24,7 +24,7 @@ from mta.errors import InputError, MtaError, OtherBank, StateCorrupt
 from mta.lora.batch import Factors, LoraBatch, join, shared_ranks
 from mta.lora.merge import truncate
 from mta.lora.peft import read_peft, write_peft
-from mta.personalize.adapters import BASE, Nobody, merge_as_lora, merge_of
+from mta.personalize.adapters import BASE, SharedModel, merge_as_lora, merge_of
 from mta.serving.engine import Version
 from mta.serving.model_names import from_wire
 from mta.store import Store
@@ -84,9 +84,9 @@ class Adapters:
             log.warning("an adapter could not be built: %s", type(error).__name__)  # the message may hold an id
             return None
 
-    def _path(self, who: Version | Nobody, folder: Path) -> Path | None:
+    def _path(self, who: Version | SharedModel, folder: Path) -> Path | None:
         if not folder.exists():
-            if isinstance(who, Nobody):
+            if isinstance(who, SharedModel):
                 adapter, error = self._exporter.adapter(who)
             elif self._is_stored(who):
                 adapter, error = self._exporter.adapter(self.store.load(who.person, who.number), who.stacked)
@@ -95,7 +95,7 @@ class Adapters:
             write_peft(folder, adapter, "")
             write_json(folder / CUT, {"error": error})
         read_peft(folder)  # never give vLLM an unreadable adapter
-        if isinstance(who, Nobody) or self._is_stored(who):
+        if isinstance(who, SharedModel) or self._is_stored(who):
             return folder
         shutil.rmtree(folder, ignore_errors=True)  # forgotten meanwhile
         return None
@@ -117,7 +117,7 @@ class LoraExporter:
             a, b = shared_ranks(shared, name)
             self._spans[name] = *torch.linalg.qr(a.mT), *torch.linalg.qr(b)
 
-    def adapter(self, owner: State | Nobody, stacked: bool = True) -> tuple[LoraBatch, float]:
+    def adapter(self, owner: State | SharedModel, stacked: bool = True) -> tuple[LoraBatch, float]:
         """Return one adapter with scale 1, and the relative Frobenius error of truncating task LoRA and merge.
 
         The base's adapter is zero. Raises InputError for a pooled model without a task LoRA, and for a stack that fills
@@ -125,7 +125,7 @@ class LoraExporter:
         """
         if owner is BASE:
             return LoraBatch({name: _zero(pair) for name, pair in self.anchors.factors.items()}), 0.0
-        if isinstance(owner, Nobody):
+        if isinstance(owner, SharedModel):
             if self.task_lora is None:
                 raise InputError("the bank has no task LoRA", hint="The pooled model is the base.")
             return _truncated(self.task_lora, self.rank)

@@ -14,7 +14,7 @@ from typing import Any, get_args
 import httpx2 as httpx
 
 from mta.errors import MtaError, OtherBank
-from mta.personalize.adapters import BASE, TASK, Nobody
+from mta.personalize.adapters import BASE, TASK, SharedModel
 from mta.serving.engine import (
     FORGOTTEN,
     LATER,
@@ -191,7 +191,7 @@ class VllmEngine(QueuedEngine):
             "cache_salt": self._salted(ask),
         }
 
-    def _error_of(self, who: Version | Nobody, status: int) -> MtaError:
+    def _error_of(self, who: Version | SharedModel, status: int) -> MtaError:
         """Return the error for a vLLM status; read the state here, because vLLM does not say what is wrong with it."""
         if isinstance(who, Version) and status in (400, 404):
             try:

@@ -18,7 +18,7 @@ from typing import Any
 
 import httpx2 as httpx
 
-from mta.personalize.adapters import Nobody
+from mta.personalize.adapters import SharedModel
 from mta.serving.engine import EngineGone, Version
 from mta.serving.model_names import from_wire, wire_name
 from mta.serving.vllm.adapters import CUT, folder_of
@@ -30,7 +30,7 @@ _RETRY = "Forget the person again in a few seconds; forgetting is complete once 
 class Loaded:
     """An adapter that vLLM may have loaded, and the answers that use it."""
 
-    who: Version | Nobody
+    who: Version | SharedModel
     answers: set[asyncio.Task[None]] = field(default_factory=set)
     unloading: asyncio.Task[None] | None = None
 
@@ -55,7 +55,7 @@ class AdapterRegistry:
         return max(errors)
 
     @asynccontextmanager
-    async def held(self, who: Version | Nobody) -> AsyncIterator[str]:
+    async def held(self, who: Version | SharedModel) -> AsyncIterator[str]:
         """Keep an adapter loaded within the block, which needs its own task; vLLM loads it at the first request."""
         name, task = wire_name(who), asyncio.current_task()
         assert task is not None
