@@ -2,7 +2,7 @@
 
 Nothing is set but the number of anchors. One set has labels (a person's snack for a time and a weather), the other free
 text (a person's way to pass on a message). Each newcomer has 8 items to learn from and 8 later ones: the gain there is
-compared with the card's.  Run:  python -m benchmarks.promise --out promise
+compared with the card's, and written to promise.json.  Run:  python -m benchmarks.promise --out promise
 """
 
 from __future__ import annotations
@@ -19,6 +19,10 @@ from pathlib import Path
 
 import mta
 from mta.bank.calibration import Gain
+from mta.config import Run
+from mta.system.atomic import write_json
+from mta.system.device import processor
+from mta.system.quantiles import student_t
 
 PEOPLE, NEWCOMERS, ITEMS, SHOTS, ANCHORS = 50, 40, 24, 8, 6
 TIMES, WEATHERS, SNACKS = ("morning", "noon", "evening"), ("sun", "rain", "snow"), ("apple", "toast", "soup", "nuts")
@@ -86,14 +90,14 @@ def held(folder: Path, task: str, base: mta.BaseModel) -> Held:
         own, pooled = (sum(personal.score([(who, *one) for one in later])) for who in (person.id, mta.TASK))
         tokens = sum(len(base.prompts.example(bank.task, item).target) for item in person.after(SHOTS, SHOTS))
         gains.append((own - pooled) / tokens)
-    half = 1.96 * statistics.stdev(gains) / math.sqrt(len(gains))
+    half = student_t(len(gains)) * statistics.stdev(gains) / math.sqrt(len(gains))
     assert bank.info.calibration
     found = bank.info.calibration
     return Held(statistics.mean(gains), half, next(one for one in found.stacked or found.gains if one.shots == SHOTS))
 
 
 def main() -> None:
-    """Write both sets, and print what was promised and what came."""
+    """Write both sets, and what was promised and what came."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
     out = parser.parse_args().out
@@ -101,6 +105,7 @@ def main() -> None:
     (out / "snack").mkdir(parents=True, exist_ok=True)
     (out / "message").mkdir(exist_ok=True)
     (out / "snack.yaml").write_text(SNACK_TASK)
+    results = dict[str, object]()
     for made, task in ((snack, str(out / "snack.yaml")), (message, "text")):
         folder = out / made.__name__
         write(folder / "people.jsonl", made, PEOPLE, "reader")
@@ -111,6 +116,10 @@ def main() -> None:
             f"{made.__name__}: promised {found.expected.mean:.3f} [{low:.3f}, {high:.3f}] with {SHOTS} shots; "
             f"{NEWCOMERS} newcomers gained {found.mean:.3f} ± {found.half:.3f}"
         )
+        gained = {"mean": found.mean, "low": found.mean - found.half, "high": found.mean + found.half}
+        results[made.__name__] = {"promised": found.expected.model_dump(), "people": NEWCOMERS, "gained": gained}
+    run = Run().model_dump(mode="json", include={"task_lora", "bank", "calibration"})
+    write_json(out / "promise.json", {"machine": processor(), "run": run, "gains per token": results})
 
 
 if __name__ == "__main__":

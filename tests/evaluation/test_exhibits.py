@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import TINY_RUN
 
+from mta.bank.calibration import CalibrationInfo, Gain
 from mta.data.tasks import load_task
 from mta.evaluation.experiments.recipe import Experiment, Part
 from mta.evaluation.experiments.results import Record, Results, latest
@@ -157,6 +158,18 @@ def test_time_and_bytes_are_fitted_up_to_a_million_people():
     (section,) = sections(found)
     assert "| OPPU | 24 | 0 | 2.00 | 48 s | 556 h | 0 | 1 MB | 1 TB |" in section.text
     assert "| MTA | 24 | 60.0 min | 2.00 | 60.8 min | 557 h | 5 MB | 1 kB | 1 GB |" in section.text
+
+
+def test_a_report_says_what_the_banks_cards_expect():
+    gain = Gain(shots=8, people=24, mean=0.03, low=0.01, high=0.05, worse=0.25)
+    calibration = CalibrationInfo(ridge=0.3, prior=4.0, rate=0.0, people=24, gains=(gain,))
+    found = results([*everybody(OneLora()), *everybody(TaskLora())], {"main": (Part(methods=(OneLora(), TaskLora())),)})
+    assert not any("cards" in section.title for section in sections(found))
+    found.facts["main-0"] = {"calibration": calibration.model_dump(mode="json")}
+    section = sections(found)[-1]
+    assert section.title == "What the banks' cards expect"
+    assert "counts as much as 4 of a person's shots" in section.text
+    assert "| 8 | merge | +0.030 [+0.010, +0.050] | 25% | 24 |" in section.text
 
 
 def test_sets_stand_side_by_side():

@@ -34,6 +34,8 @@ def body(info: BankInfo, place: str = "path/to/this/folder", results: str = "") 
 | cut | {cuts} |
 | training | {seconds} |"""
     )
+    found = what_to_expect(info.calibration)
+    expected = f"## What to expect\n\n{found}\n\n" if found else ""
     return f"""# A bank of {len(info.items)} anchors for `{info.task["name"]}`
 
 LoRAs of {len(info.items)} anchor people over **{info.base}**{_base_note(info)}, {made}
@@ -47,7 +49,7 @@ LoRAs of {len(info.items)} anchor people over **{info.base}**{_base_note(info)},
 | LoRA | rank {info.run.bank.lora.rank}, alpha {info.run.bank.lora.alpha:g}, all linear layers but the LM head |
 | people behind the task LoRA / candidates for anchors | {info.members.task} / {info.members.candidates} |{trained}
 
-{_calibration(info.calibration)}## How to use it
+{expected}## How to use it
 
 ```python
 import mta
@@ -116,8 +118,8 @@ model = peft.PeftModel.from_pretrained(base.model, "path/to/this/folder")
 """
 
 
-def _calibration(found: CalibrationInfo | None) -> str:
-    """Return the section on the calibration: what a person is expected to gain, as a table with intervals drawn."""
+def what_to_expect(found: CalibrationInfo | None) -> str:
+    """Return what people are expected to gain, in words and as a table; empty without a calibration ``found``."""
     if found is None:
         return ""
     kinds = {"merge": found.gains, "merge and stack": found.stacked}
@@ -128,12 +130,7 @@ def _calibration(found: CalibrationInfo | None) -> str:
         for name, gain in sorted(measured, key=lambda entry: entry[1].shots)
     )
     head = "| shots | | gain | worse by 0.02 | people | |\n|---|---|---|---|---|---|\n"
-    return f"""## What to expect
-
-{in_words(found)}
-
-{head + rows if rows else ""}
-"""
+    return f"{in_words(found)}\n\n{head + rows if rows else ''}"
 
 
 def _interval_line(gain: Gain, gains: Sequence[Gain], width: int = 30) -> str:

@@ -22,9 +22,10 @@ PAPER = MergeSettings(policy="similarity", k=2)
 
 
 def bank_facts(bank: Bank) -> dict[str, Any]:
-    """Return a bank's hash, and what it costs: its anchors, the seconds of each stage, and its bytes."""
+    """Return a bank's hash, what it costs (its anchors, the seconds of each stage, its bytes), and its calibration."""
     kept = sum(file.stat().st_size for file in bank.folder.rglob("*") if file.is_file())
-    return {"bank": bank.hash, "anchors": len(bank), "seconds": bank.info.seconds, "bytes": kept}
+    found = bank.info.calibration.model_dump(mode="json") if bank.info.calibration else None
+    return {"bank": bank.hash, "anchors": len(bank), "seconds": bank.info.seconds, "bytes": kept, "calibration": found}
 
 
 def use_to_others(panels: Sequence[Panel], seed: int) -> dict[str, Any]:

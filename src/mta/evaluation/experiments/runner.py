@@ -69,8 +69,7 @@ def run_experiment(
         workspace = replace(workspace, on_step=folder.step)
         for seed in recipe.seeds:  # an interrupted experiment leaves complete seeds
             _run_seed(workspace, records, exhibits, seed)
-        if {"banks", "efficiency"} & {*exhibits}:
-            _write_facts(workspace, "banks" in exhibits)
+        _write_facts(workspace, "banks" in exhibits)
         if "case" in exhibits and workspace.tested(MAIN, recipe.shots):
             panel = next(workspace.panels(MAIN, recipe.seeds[0], recipe.shots))
             write_json(workspace.folder / CASE, case_study(panel, panel.run.merge, recipe.seeds[0]))
@@ -89,7 +88,7 @@ def _check_people(workspace: Workspace, exhibits: Sequence[str]) -> None:
 
 
 def _write_facts(workspace: Workspace, use: bool) -> None:
-    """Write each main bank's costs, and with ``use`` what it does for others, which takes a pass for every anchor."""
+    """Write what is known of each main bank, and with ``use`` its gain for others, which takes a pass per anchor."""
     path, recipe = workspace.folder / FACTS, workspace.recipe
     before, facts = read_beside(path), {}
     for seed in recipe.seeds:

@@ -7,6 +7,8 @@ from collections.abc import Callable
 from itertools import accumulate
 from statistics import fmean
 
+from mta.bank.calibration import CalibrationInfo
+from mta.bank.card import what_to_expect
 from mta.evaluation.experiments.results import Results
 from mta.evaluation.reports import figures
 from mta.evaluation.reports.figures import Measured, Picture
@@ -27,7 +29,15 @@ def sections(found: Results) -> list[Section]:
     names = [name for name in found.recipe.exhibits if name in found.meta["exhibits"]]
     titled = {name: EXHIBITS.get(name, (name, _compared)) for name in names}
     drawn = [(title, draw(found, name)) for name, (title, draw) in titled.items()]
-    return [Section(title, *made) for title, made in drawn if made]
+    expected = _expected(found)
+    return [Section(title, *made) for title, made in drawn if made] + ([expected] if drawn and expected else [])
+
+
+def _expected(found: Results) -> Section | None:
+    """Return what the cards of the main banks say of gains, to compare with the gains that were measured."""
+    calibrations = {name: facts["calibration"] for name, facts in found.facts.items() if facts.get("calibration")}
+    texts = [f"**{name}**. {what_to_expect(CalibrationInfo.model_validate(one))}" for name, one in calibrations.items()]
+    return Section("What the banks' cards expect", "\n".join(texts), {}) if texts else None
 
 
 def _compared(found: Results, name: str) -> Drawn | None:
