@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from mta.bank.calibration import CalibrationInfo
 from mta.config import MergeSettings, override
+from mta.config.constants import NOTICEABLE
 from mta.data.history import Person
 from mta.distributed.executor import LocalExecutor
 from mta.errors import DataError
@@ -22,7 +23,7 @@ from mta.personalize.likelihoods import Evidence, Labels, shots_of
 from mta.personalize.merge import Merge, merged, updated_coefficients
 from mta.personalize.policies import POLICIES, Retrieved
 from mta.personalize.stages import adapt
-from mta.personalize.update import MARGIN, decide
+from mta.personalize.update import decide
 from mta.store import Store
 from mta.store.state import Losses
 
@@ -83,7 +84,7 @@ def test_ridge_stays_where_it_was_unless_the_new_items_say_otherwise():
         (Losses(2.0, 1.9, 1.2, 9), "keep"),  # as well as on its own shots
         (Losses(2.0, 1.9, 1.5, 9), "retrain"),  # better than the merge, but there is more to learn
         (Losses(2.0, 1.2, 1.3, 9), "retrain"),  # the stack stands in the way
-        (Losses(2.0, 2.0 + 2 * MARGIN, 1.2, 9), "refresh"),  # the merge does
+        (Losses(2.0, 2.0 + 2 * NOTICEABLE, 1.2, 9), "refresh"),  # the merge does
         (Losses(2.0, 1.3, None, 9), "keep"),
         (Losses(2.0, 1.9, None, 9), "refresh"),
     ],

@@ -15,9 +15,10 @@ from tiny import base_of
 
 from mta.config import Run
 from mta.errors import DataError, InputError
+from mta.system.atomic import json_sha256
 from mta.system.progress import Step
 from mta.tracking import trackers
-from mta.tracking.run_folder import RunFolder, lines, seconds_of, sittings, work_of
+from mta.tracking.run_folder import RunFolder, lines, seconds_of, sittings
 
 SETTINGS = TINY_RUN.model_dump(mode="json")
 
@@ -109,7 +110,7 @@ def test_work_without_a_step_is_a_run_too(tmp_path):
 
 
 def test_a_run_that_goes_on_has_several_sittings_and_one_metrics_file(tmp_path):
-    how = {"work": work_of("the same")}
+    how = {"work": json_sha256(["the same"])}
     with pytest.raises(KeyboardInterrupt):
         stopped(KeyboardInterrupt(), tmp_path, 2, **how)
     with kept(tmp_path, **how) as run:

@@ -38,8 +38,8 @@ from mta.bank.choices import RATES, best_of, best_on_average, chosen_by_others, 
 from mta.bank.newcomers import Subject, known_people
 from mta.bank.probes import COSTS, Kind, Measure, Probe, measured
 from mta.config import CalibrationSettings, Run, parse_size
+from mta.config.constants import SHOTS
 from mta.data.history import Person
-from mta.data.readers.people import SHOTS
 from mta.data.tasks.prompt import Example
 from mta.data.tasks.task import Task
 from mta.distributed.executor import Executor, LocalExecutor

@@ -11,9 +11,12 @@ import yaml
 
 from mta.bank.calibration import BOUNDLESS, CalibrationInfo, Gain
 from mta.bank.format import BankInfo
+from mta.config.constants import NOTICEABLE
 from mta.config.loader import dump_yaml
 from mta.lora.peft import MARK
 from mta.system.assets import ASSETS
+
+_WIDTH = 30  # of a drawn interval, in characters
 
 
 def card(info: BankInfo, place: str = "path/to/this/folder", results: str = "", license: str = "") -> str:
@@ -129,18 +132,18 @@ def what_to_expect(found: CalibrationInfo | None) -> str:
         f"{gain.people} | `{_interval_line(gain, [one for _, one in measured])}` |\n"
         for name, gain in sorted(measured, key=lambda entry: entry[1].shots)
     )
-    head = "| shots | | gain | worse by 0.02 | people | |\n|---|---|---|---|---|---|\n"
+    head = f"| shots | | gain | worse by {NOTICEABLE:g} | people | |\n|---|---|---|---|---|---|\n"
     return f"{in_words(found)}\n\n{head + rows if rows else ''}"
 
 
-def _interval_line(gain: Gain, gains: Sequence[Gain], width: int = 30) -> str:
+def _interval_line(gain: Gain, gains: Sequence[Gain]) -> str:
     """Draw a gain on the axis of all ``gains``: ● the mean, ━ its interval, ┊ no gain, · the rest."""
     low, high = min(0.0, *(one.low for one in gains)), max(0.0, *(one.high for one in gains))
 
     def place(value: float) -> int:
-        return round((value - low) / ((high - low) or 1.0) * (width - 1))
+        return round((value - low) / ((high - low) or 1.0) * (_WIDTH - 1))
 
-    cells = ["·"] * width
+    cells = ["·"] * _WIDTH
     cells[place(gain.low) : place(gain.high) + 1] = "━" * (place(gain.high) - place(gain.low) + 1)
     cells[place(0.0)] = "┊"
     cells[place(gain.mean)] = "●"

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from mta.bank.calibration import Gain
+from mta.config.constants import NOTICEABLE
 from mta.system.quantiles import student_t
 
 RATES = (8e-4, 1.6e-3, 3.2e-3, 6.4e-3)  # of a stack's single step
-_WORSE = 0.02  # nats per token; smaller losses do not count
 T = TypeVar("T")
 
 
@@ -68,5 +68,5 @@ def chosen_by_others(
 def gain_of(shots: int, gains: Tensor, groups: Tensor) -> Gain:
     """Return the mean gain of people (U,) in groups (U,) with its 95% interval."""
     mean, half = float(gains.mean()), student_t(len(set(groups.tolist()))) * float(standard_error(gains, groups))
-    worse = float((gains < -_WORSE).double().mean())
+    worse = float((gains < -NOTICEABLE).double().mean())
     return Gain(shots=shots, people=len(gains), mean=mean, low=mean - half, high=mean + half, worse=worse)

@@ -39,8 +39,7 @@ from mta.lora.batch import Factors, LoraBatch, concatenate
 from mta.lora.peft import CARD, CONFIG, WEIGHTS, alpha_of, base_name_of, read_peft
 from mta.model.base import BaseModel
 from mta.model.encoders import Encoder, encode_people
-from mta.system.atomic import copy_file, sync_folder, write_tensors, write_text
-from mta.tracking.run_folder import work_of
+from mta.system.atomic import copy_file, json_sha256, sync_folder, write_tensors, write_text
 
 log = logging.getLogger("mta")
 _NAMED = 5  # bases in a warning
@@ -63,7 +62,7 @@ def import_bank(
     """
     _refuse_existing(out)
     given = _given(adapters, base, people)
-    work = work_of(base.fingerprint, encoder.fingerprint, task.identity, given.files)
+    work = json_sha256([base.fingerprint, encoder.fingerprint, task.identity, given.files])
     settings = run.model_copy(
         update={
             "task": task.name,
@@ -113,7 +112,7 @@ def add_to_bank(
     anchors, _ = read_adapters(folder, info)
     vectors = _vectors(encoder, Task.model_validate(info.task), given.owners, info.run)
     changed = {
-        "work": work_of(info.hash, given.files),
+        "work": json_sha256([info.hash, given.files]),
         "items": (*info.items, *given.items),
         "members": info.members.joined_by(given.ids),
         "plan": "",

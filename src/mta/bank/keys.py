@@ -10,7 +10,7 @@ from mta.data.tasks.task import Task
 from mta.lora.peft import CONFIG, WEIGHTS
 from mta.model.base import BaseModel
 from mta.model.encoders import Encoder
-from mta.tracking import run_folder
+from mta.system.atomic import json_sha256
 
 # Settings that the work key leaves out: they do not affect a bank, or the key holds a fingerprint instead.
 _NOT_IN_KEY = {"merge", "stack", "base", "encoder", "task", "device", "gradient_checkpointing"}
@@ -26,10 +26,10 @@ def work_key(
         settings["stack"] = run.stack.model_dump(mode="json", include={"enabled", "lora"})
     for name in as_before(run.task_lora):  # as version 0.1.0 wrote it
         del settings["task_lora"][name]
-    work = run_folder.work_of(base.fingerprint, encoder.fingerprint, task.identity, settings, histories)
+    work = json_sha256([base.fingerprint, encoder.fingerprint, task.identity, settings, histories])
     if task_lora is None:
         return work
-    return run_folder.work_of(work, file_hashes(task_lora, [CONFIG, WEIGHTS]))
+    return json_sha256([work, file_hashes(task_lora, [CONFIG, WEIGHTS])])
 
 
 def uncalibrated(run: Run) -> Run:

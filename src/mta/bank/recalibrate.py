@@ -33,9 +33,8 @@ from mta.distributed.executor import Executor, LocalExecutor
 from mta.errors import BankError, InputError
 from mta.lora.peft import CARD
 from mta.model.base import BaseModel
-from mta.system.atomic import file_mode, write_tensors, write_text
+from mta.system.atomic import file_mode, json_sha256, write_tensors, write_text
 from mta.system.progress import OnStep, Step
-from mta.tracking import run_folder
 from mta.training.checkpoint import Checkpoint
 
 
@@ -103,7 +102,7 @@ def _measured(
     here = ("calibration", "memory", "device", "gradient_checkpointing")  # all else is as the bank was built
     settings = info.run.model_copy(update={name: getattr(run, name) for name in here})
     histories = [[one.id, one.digest()] for one in people]
-    work = run_folder.work_of(info.hash, histories, base.as_loaded(settings).model_dump(mode="json"))
+    work = json_sha256([info.hash, histories, base.as_loaded(settings).model_dump(mode="json")])
     write_text(folder / CALIBRATING, work)
 
     def stepped(step: Step) -> None:

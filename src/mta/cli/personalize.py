@@ -15,6 +15,7 @@ import mta
 from mta.cli import options
 from mta.cli.screen import Screen, show_json
 from mta.errors import InputError
+from mta.system.atomic import json_sha256
 
 if TYPE_CHECKING:
     from mta.personalize.pipeline import Personalized, Updated
@@ -61,7 +62,6 @@ def personalize(
     """
     from mta.personalize.pipeline import counts
     from mta.store import Store
-    from mta.tracking.run_folder import work_of
 
     if update and not resume:
         raise InputError(
@@ -77,7 +77,7 @@ def personalize(
     with options.executor_at(cluster, workers, together) as executor, Screen() as screen:
         personal = mta.Personalizer(base, opened, store, run=settings, executor=executor)
         used = base.as_loaded(settings).model_dump(mode="json")
-        work = work_of(used, opened.hash, sorted(p.digest() for p in people))  # so that `run` can be continued
+        work = json_sha256([used, opened.hash, sorted(p.digest() for p in people)])  # so that `run` can be continued
         with options.run_folder("personalize", run, base, opened, used, tracker, screen.step, work) as folder:
             compute = personal.update if update else partial(personal.personalize, resume=resume)
             done = compute(people, keep_histories=keep_histories, since=since, on_step=folder.step)

@@ -22,9 +22,8 @@ from mta.lora.layers import Adapters, applied
 from mta.model.base import BaseModel
 from mta.model.encoders import Encoder
 from mta.personalize.likelihoods import Evidence, Labels, ShotsJob, gather_evidence, shots_of
-from mta.system.atomic import write_tensors
+from mta.system.atomic import json_sha256, write_tensors
 from mta.system.progress import OnStep
-from mta.tracking.run_folder import work_of
 
 ITEMS_PER_ANCHOR = 32  # latest items of an anchor that its mean inputs are computed from
 
@@ -110,5 +109,5 @@ def _evidence_file(context: Context, jobs: Sequence[ShotsJob]) -> Path | None:
     if context.evidence_folder is None:
         return None
     base = context.base
-    name = work_of(context.bank.hash, str(base.dtype), base.prompts.max_tokens, *(job.key for job in jobs))[:24]
+    name = json_sha256([context.bank.hash, str(base.dtype), base.prompts.max_tokens, *(job.key for job in jobs)])[:24]
     return context.evidence_folder / f"evidence-{name}.safetensors"

@@ -8,13 +8,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from mta.config.constants import NOTICEABLE
 from mta.data.tasks.task import Task
 from mta.errors import InputError
 from mta.evaluation.metrics import BETTER_LOW, PRIMARY, Answers, PersonScore
 from mta.personalize.merge import Merge
 from mta.system.quantiles import student_t
-
-WORSE = 0.02  # nats; smaller differences do not count
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,7 +172,7 @@ class Comparison:
         one, other = self.row(name).nll, self.row(reference).nll
         if one is None or other is None:
             return None
-        worse = [ours - theirs for ours, theirs in zip(one, other) if float((ours - theirs).mean()) > WORSE]
+        worse = [ours - theirs for ours, theirs in zip(one, other) if float((ours - theirs).mean()) > NOTICEABLE]
         # A single query gives no interval.
         clearly = [d for d in worse if len(d) > 1 and d.mean() > d.std() / len(d) ** 0.5 * student_t(len(d))]
         return len(worse) / len(one), None if self.queries_each == 1 else len(clearly) / len(one)

@@ -22,6 +22,7 @@ from typing import Literal
 
 import torch
 
+from mta.config.constants import NOTICEABLE
 from mta.errors import Diverged, PersonForgotten, PersonNotFound, StateCorrupt, StoreConflict
 from mta.lora.batch import LoraBatch, concatenate
 from mta.personalize.likelihoods import ShotsJob
@@ -31,7 +32,6 @@ from mta.store.state import Losses, State
 
 Action = Literal["begin", "keep", "merge", "retrain", "refresh"]
 NotSaved = Diverged | PersonForgotten | PersonNotFound | StateCorrupt | StoreConflict
-MARGIN = 0.02  # nats per token: smaller differences do not count
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,9 +49,9 @@ def decide(before: Losses, new: Losses) -> Action:
     """Choose the action for a person with new items; ``before`` are the losses of their state on its own shots."""
     stacked = new.merged if new.stacked is None else new.stacked
     learned = before.merged if before.stacked is None else before.stacked
-    if new.merged > new.pooled + MARGIN:
+    if new.merged > new.pooled + NOTICEABLE:
         return "refresh"
-    if stacked <= min(learned, new.merged) + MARGIN:
+    if stacked <= min(learned, new.merged) + NOTICEABLE:
         return "keep"
     return "refresh" if new.stacked is None else "retrain"
 

@@ -26,7 +26,7 @@ import torch
 
 from mta.config.loader import to_yaml
 from mta.errors import DataError
-from mta.system.atomic import append_lines, json_sha256, write_json, write_text
+from mta.system.atomic import append_lines, write_json, write_text
 from mta.system.device import cores, processor
 from mta.system.provenance import commit, versions
 from mta.tracking.trackers import SINKS, Sink, Track
@@ -167,11 +167,6 @@ class RunFolder:
             "outcome": self.outcome,
         }
         write_json(self.folder / RUN, {"schema": SCHEMA, "sittings": [*self._before, this]})
-
-
-def work_of(*parts: object) -> str:
-    """Return a hash of everything that determines the work."""
-    return json_sha256(parts)
 
 
 def sittings(folder: Path) -> list[dict[str, Any]]:

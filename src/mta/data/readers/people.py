@@ -9,6 +9,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from mta.config.constants import SHOTS
 from mta.data.history import Item, People, Person
 from mta.data.readers.lamp import lamp_parts, outputs_beside, perpcs_parts, questions_in
 from mta.data.readers.recbole import recbole_parts
@@ -26,7 +27,6 @@ FORMATS = (
     "columns with --person-column and so on; LaMP (id, input, profile); Per-Pcs (user_id, profile, query); or a "
     "RecBole folder (*.inter, *.item)."
 )
-SHOTS = (1, 4, 8, 16)  # numbers of shots that evaluations compare
 log = logging.getLogger("mta")
 
 

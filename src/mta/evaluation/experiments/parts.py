@@ -13,8 +13,8 @@ from typing import Any, Literal
 from mta.bank.bank import Bank
 from mta.bank.build import LOSSES
 from mta.config import Run, override
+from mta.config.constants import SHOTS
 from mta.data.history import Person
-from mta.data.readers.people import SHOTS
 from mta.data.readers.sharing import Copies, connected, holders_of
 from mta.data.splits import Splits, draw
 from mta.data.tasks.task import Task

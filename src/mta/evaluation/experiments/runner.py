@@ -13,8 +13,8 @@ from mta.evaluation.experiments.recipe import Part, wanted
 from mta.evaluation.experiments.results import CASE, FACTS, KIND, Record, Records, read_beside
 from mta.evaluation.experiments.workspace import MAIN, Workspace, batches
 from mta.evaluation.methods import Method
-from mta.system.atomic import write_json
-from mta.tracking.run_folder import RunFolder, work_of
+from mta.system.atomic import json_sha256, write_json
+from mta.tracking.run_folder import RunFolder
 from mta.tracking.trackers import Track
 
 
@@ -59,7 +59,7 @@ def run_experiment(
         base=workspace.base,
         settings=settings,
         config=False,
-        work=work_of(settings, workspace.splits.digest),
+        work=json_sha256([settings, workspace.splits.digest]),
         command=command,
         track=track,
         on_step=workspace.on_step,

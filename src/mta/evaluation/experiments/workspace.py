@@ -32,9 +32,8 @@ from mta.evaluation.protocol import Panel, has_enough_items
 from mta.model.base import BaseModel
 from mta.model.encoders import load_encoder
 from mta.system.assets import ASSETS, resolve
-from mta.system.atomic import write_json, write_text
+from mta.system.atomic import json_sha256, write_json, write_text
 from mta.system.progress import OnStep
-from mta.tracking.run_folder import work_of
 
 BATCH = 16  # people at most; their results are written together
 MAIN = Part(methods=())  # the bank that the recipe describes
@@ -74,7 +73,7 @@ class Workspace:
 
     def __post_init__(self) -> None:
         tested = self.splits.select(self.which, self.people)
-        self._histories = work_of(*(replace(p, items=(*p.items, *p.queries)).digest() for p in tested))
+        self._histories = json_sha256([*(replace(p, items=(*p.items, *p.queries)).digest() for p in tested)])
 
     @classmethod
     def open(
@@ -301,4 +300,4 @@ class Workspace:
             parts += [person.digest() for person in self.splits.select("task", self.people)]
         if method.of_others:
             parts += [person.id for person in self._able(shots)]
-        return work_of(*parts)[:16]
+        return json_sha256([*parts])[:16]

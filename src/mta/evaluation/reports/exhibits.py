@@ -9,13 +9,14 @@ from statistics import fmean
 
 from mta.bank.calibration import CalibrationInfo
 from mta.bank.card import what_to_expect
+from mta.config.constants import NOTICEABLE
 from mta.evaluation.experiments.results import Results
 from mta.evaluation.reports import figures
 from mta.evaluation.reports.figures import Measured, Picture
 from mta.evaluation.reports.html import Section, plain, score_over_bytes
 from mta.evaluation.reports.summary import NAME, POOLED, RIVAL
 from mta.evaluation.reports.tables import markdown, marked, rows_of
-from mta.evaluation.statistics import WORSE, Comparison, Interval
+from mta.evaluation.statistics import Comparison, Interval
 from mta.system.units import human_bytes, human_seconds
 
 Drawn = tuple[str, dict[str, Picture]]
@@ -225,7 +226,7 @@ def _setting(found: Results, comparison: Comparison, name: str) -> str:
         f"{found.name}: {people} people{groups}, {said}. {asked[found.recipe.ask]} Means over people; 95% intervals by "
         f"bootstrap over {'groups' if groups else 'people'}{' and seeds' if len(seeds) > 1 else ''}; "
         f"differences are paired. "
-        f"Worse off: people with an NLL more than {WORSE:g} above the {POOLED}'s.\n"
+        f"Worse off: people with an NLL more than {NOTICEABLE:g} above the {POOLED}'s.\n"
     )
 
 

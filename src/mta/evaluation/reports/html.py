@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from mta.bank.bank import Bank
+from mta.config.constants import NOTICEABLE
 from mta.data.tasks.task import short
 from mta.evaluation.asking import Interview
 from mta.evaluation.reports import figures
 from mta.evaluation.reports.figures import Picture
 from mta.evaluation.reports.summary import NAME, POOLED, RIVAL, better_side, headline, title_of, verdict
 from mta.evaluation.reports.tables import markdown, rows_of
-from mta.evaluation.statistics import WORSE, Comparison
+from mta.evaluation.statistics import Comparison
 from mta.system.atomic import write_text
 
 # -- any report --------------------------------------------------------------------------------------------------------
@@ -143,7 +144,7 @@ def _measured(comparison: Comparison) -> Section:
         "Every method learns from the same few items of each person and answers the same later questions.\n\n"
         f"{table}\n"
         "Means over people. Differences are paired, with 95% intervals in brackets; bold: the interval excludes zero. "
-        f"Worse off: people with an NLL more than {WORSE:g} above that of {POOLED}. "
+        f"Worse off: people with an NLL more than {NOTICEABLE:g} above that of {POOLED}. "
         "Clearly: people with a 95% interval above zero of their own.\n",
     )
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Literal
 
+from mta.config.constants import NOTICEABLE
 from mta.evaluation.metrics import BETTER_LOW
-from mta.evaluation.statistics import WORSE, Comparison, Interval, better
+from mta.evaluation.statistics import Comparison, Interval, better
 from mta.system.units import human_bytes
 
 Judgement = Literal["better", "worse", "unclear"]
@@ -102,17 +103,17 @@ def _compared(judgement: Judgement, called: str, metric: str, difference: Interv
 
 def _is_small(difference: Interval, units: int) -> bool:
     """Return whether a difference in NLL is surely smaller than what counts as worse off."""
-    return units > 1 and max(-difference.low, difference.high) < WORSE
+    return units > 1 and max(-difference.low, difference.high) < NOTICEABLE
 
 
 def _equal(called: str, difference: Interval) -> str:
     interval = f"95% interval from {-difference.low:.3f} better to {difference.high:.3f} worse"
-    return f"NLL: {NAME} is as good as {called}, to within {WORSE:g} ({interval})."
+    return f"NLL: {NAME} is as good as {called}, to within {NOTICEABLE:g} ({interval})."
 
 
 def _harm(people: int, share: float, clearly: float | None) -> str:
     said = f"{round(share * people)} of {people} people are worse off with {NAME} than with the {POOLED}"
-    said += f" (NLL higher by more than {WORSE:g})"
+    said += f" (NLL higher by more than {NOTICEABLE:g})"
     if clearly is not None:
         said += f", {round(clearly * people)} of them clearly (their own 95% interval lies above zero)"
     return f"{said}."

@@ -1,0 +1,4 @@
+"""Values that several packages share, and that are no settings."""
+
+SHOTS = (1, 4, 8, 16)  # numbers of shots that calibrations and evaluations compare
+NOTICEABLE = 0.02  # nats: smaller differences of an NLL do not count
