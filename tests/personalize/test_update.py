@@ -212,6 +212,19 @@ def test_updated_laplace_coefficients_are_those_of_the_whole_history(tiny, tmp_p
         assert unchanged == (action == "keep")
 
 
+def test_coefficients_from_gradients_without_a_stack_are_updated_without_a_choice(tiny, tmp_path, monkeypatch):
+    monkeypatch.delattr("mta.personalize.update.decide")
+    off = {"merge": override(TINY_RUN, ["merge.policy=laplace"]).merge}
+    off |= {"stack": TINY_RUN.stack.model_copy(update={"enabled": False})}
+    grown = started(tiny, tmp_path / "grown", [person.first(3) for person in GROWN], **off)
+    assert grown.update(GROWN).refreshed == len(GROWN)
+    whole = started(tiny, tmp_path / "whole", GROWN, **off)
+    for person in GROWN:
+        found, expected = grown.state(person.id), whole.state(person.id)
+        assert (found.w, found.shots) == (pytest.approx(expected.w, abs=1e-9), expected.shots)
+        assert found.losses.pooled == pytest.approx(expected.losses.pooled, abs=1e-9)
+
+
 def by_anchor(state):
     return dict(zip(state.anchors, state.w))  # their order is that of the encodings
 

@@ -27,6 +27,7 @@ from mta.errors import Diverged, PersonForgotten, PersonNotFound, StateCorrupt, 
 from mta.lora.batch import LoraBatch, concatenate
 from mta.personalize.likelihoods import ShotsJob
 from mta.personalize.merge import Earlier
+from mta.personalize.policies import policy_of
 from mta.personalize.stages import Cohort, MeasuredLosses, Stages
 from mta.store.state import Losses, State
 
@@ -59,6 +60,8 @@ def decide(before: Losses, new: Losses) -> Action:
 def update_states(stages: Stages, cohort: Cohort) -> list[StateUpdate]:
     """Choose and perform the action for each person of a cohort; each has a state (``WorkItem.before``)."""
     jobs, befores = stages.jobs(cohort), cohort.befores
+    if policy_of(stages.run.merge).gradients and not stages.run.stack.enabled:  # coefficients alone: nothing to choose
+        return [StateUpdate("merge", state) for state in _new_states(stages, cohort, jobs, "merge")]
     measured = stages.losses(jobs, stages.merge_before(cohort), _stacks(stages, befores), cohort.tokens_per_batch)
     found = [_decided(state, losses) for state, losses in zip(befores, measured)]
     for action in ("merge", "retrain", "refresh"):
@@ -84,7 +87,7 @@ def _decided(before: State, measured: MeasuredLosses) -> StateUpdate:
 
 
 def _new_states(
-    stages: Stages, cohort: Cohort, jobs: Sequence[ShotsJob], action: Action, pooled: Sequence[float]
+    stages: Stages, cohort: Cohort, jobs: Sequence[ShotsJob], action: Action, pooled: Sequence[float] | None = None
 ) -> list[State | Diverged]:
     """Make new states from the earlier ones and ``jobs``, which hold the new items only."""
     befores, merge = cohort.befores, stages.merge_before(cohort)
