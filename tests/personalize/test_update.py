@@ -290,7 +290,7 @@ def test_an_update_that_fails_for_one_person_updates_the_others(tiny, tmp_path):
     personal = started(tiny, tmp_path)
     broken = replace(personal.state("p0"), work="0" * 64)
     for _, b in broken.stack.factors.values():
-        b.fill_(float("inf"))
+        b.fill_(torch.finfo(b.dtype).max)
     personal.store.save("p0", broken)
     done = personal.update(GROWN)
     assert list(done.failed) == ["p0"]
