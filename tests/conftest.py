@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import os
 from collections.abc import Iterator
@@ -19,7 +20,7 @@ import hypothesis
 import pytest
 import torch
 
-from mta.config import Lora, Run, Training
+from mta.config import Lora, MergeSettings, Run, Training
 from mta.data.history import Item, Person
 from mta.data.tasks import load_task
 from mta.kernels.compile import failure, obstacle
@@ -218,6 +219,24 @@ def tiny(tiny_bank_folder, cache):
 
     base = base_of()
     return base, Bank.open(tiny_bank_folder, base)
+
+
+@pytest.fixture
+def trusting(tiny):
+    """The same with a calibration by which people get coefficients of their own, from their gradients."""
+    from arrays import normal
+
+    from mta.bank.calibration import Calibration, CalibrationInfo, curvature_of
+
+    base, bank = tiny
+    made = Calibration(0.2 * normal(3), curvature_of(normal(30, 3, seed=6)), CalibrationInfo(ridge=0.3, prior=4.0))
+    return base, dataclasses.replace(bank, calibration=made)
+
+
+@pytest.fixture(params=["posterior", "laplace"])
+def by_policy(request, tiny, trusting):
+    """Base, bank, and the settings of a merge: by likelihoods, and by gradients."""
+    return (*(trusting if request.param == "laplace" else tiny), MergeSettings(policy=request.param, k=0))
 
 
 def personalizer(base, bank, store=None, **changes):

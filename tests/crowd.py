@@ -27,16 +27,21 @@ def same(found: State, expected: State, tolerance: float = 1e-10) -> None:
     assert found.anchors == expected.anchors
     assert found.work == expected.work
     assert found.w == pytest.approx(expected.w, rel=0, abs=tolerance)
+    assert (found.history, found.shots, found.settings) == (expected.history, expected.shots, expected.settings)
+    assert found.gradient == pytest.approx(expected.gradient, rel=tolerance, abs=tolerance)
+    assert found.loglik == pytest.approx(expected.loglik, rel=tolerance, abs=tolerance)
+    assert found.losses.tokens == expected.losses.tokens
+    assert found.losses.merged == pytest.approx(expected.losses.merged, rel=0, abs=tolerance)
     for name, tensor in found.stack.tensors().items():
         torch.testing.assert_close(tensor, expected.stack.tensors()[name], rtol=0, atol=tolerance)
 
 
-def in_cohorts_of(base, bank, people: int, store=None) -> Personalizer:
+def in_cohorts_of(base, bank, people: int, store=None, **changes) -> Personalizer:
     """A Personalizer with so little memory that only that many of PEOPLE are trained together."""
     jobs = [Job(p.id, [base.prompts.example(bank.task, item) for item in p.items]) for p in PEOPLE]
     numbers, below = sum(d + o for d, o in base.targets.values()), frozen_numbers(bank, TINY_RUN.merge)
     memory = memory_for(base, jobs, numbers, people, below=below)
-    return personalizer(base, bank, store=store, memory=memory)
+    return personalizer(base, bank, store=store, memory=memory, **changes)
 
 
 def states_in(store: Path) -> dict[str, bytes]:

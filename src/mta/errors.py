@@ -6,7 +6,7 @@ MtaError
 │   ├── TaskError         an unknown or invalid task
 │   ├── ConfigError       an unknown configuration key or an invalid value
 │   ├── PersonNotFound    no state, history or anchor under the id
-│   │   └── NotFound    the server does not know the person, or the key has no access
+│   │   └── UnknownOrForbidden  the server does not know the person, or the key has no access
 │   ├── AnchorNotFound    an anchor number outside the bank
 │   └── Refused           an invalid request to the server
 ├── ModelError

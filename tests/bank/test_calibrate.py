@@ -14,6 +14,7 @@ from tiny import base_of, random_examples, random_loras
 
 from mta.bank.calibrate import ENOUGH, RIDGE, Calibrator
 from mta.bank.calibration import BOUNDLESS, Calibration, CalibrationInfo, curvature_of, one_step, settled
+from mta.bank.card import in_words
 from mta.bank.choices import RATES
 from mta.bank.newcomers import Subject, known_people
 from mta.bank.probes import Measure, Probe, key_of, measured
@@ -246,6 +247,33 @@ def test_where_a_step_of_ones_own_does_not_help_everybody_gets_the_same_merge(sc
     near(found.coefficients(normal(2, N), -torch.ones(2), torch.tensor([3, 8])), found.mu.expand(2, -1))
     assert {gain.mean for gain in found.info.gains} == {found.info.gains[0].mean}
     assert found.info.prior == BOUNDLESS
+
+
+@pytest.mark.parametrize("gain", [math.nan, -math.inf])
+@pytest.mark.parametrize("at", [1, 4])
+def test_a_gain_that_is_not_finite_rules_out_merges_of_ones_own(scene, monkeypatch, gain, at):
+    def own(self, fits, found, shots):
+        return torch.full((len(self.known), N), 9.0 + shots).double()
+
+    def gains(self, w):
+        last = [len(self.known) - 1] if float(w[0, 0]) == 9.0 + at else []
+        return w.abs().sum(1).index_fill(0, torch.tensor(last, dtype=torch.long), gain)
+
+    monkeypatch.setattr(Calibrator, "coefficients", own)
+    monkeypatch.setattr(Calibrator, "gains", gains)
+    found = calibrated(scene, known(12))
+    assert not found.personal
+    assert all(math.isfinite(one.mean) for one in found.info.gains)
+
+
+def test_a_card_of_a_bank_without_merges_reports_no_gain_of_any(scene, monkeypatch):
+    """One person's large loss decides for everybody, although it does not decide for that person."""
+    size = torch.tensor([-1e6] + [1.0] * 11).double()
+    monkeypatch.setattr(Calibrator, "gains", lambda self, w: size * w.abs().sum(1))
+    found = calibrated(scene, known(12))
+    assert {gain.mean for gain in found.info.gains} == {0.0}
+    assert "everybody keeps the pooled model" in found.info.notes[-1]
+    assert "everybody gets" not in in_words(found.info)
 
 
 def test_a_person_gets_the_kind_of_merge_that_helps_the_others(scene, monkeypatch):

@@ -1,5 +1,6 @@
 """User mistakes: mta prints a message, exits with 1, and writes nothing."""
 
+import errno
 import os
 import re
 import shutil
@@ -234,6 +235,30 @@ def test_a_mistake_is_reported_and_nothing_is_written(world, mistake, tmp_path):
     assert "Traceback" not in said.err
     assert said.out == ""
     assert tree(world.root) == before
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "personalize {new} --bank {bank} --store {out}",
+        "export new-00-quispe --bank {bank} --store {store} --out {out}",
+        "bank build {members} {settings} --out {out}",
+    ],
+)
+def test_a_full_disk_is_one_line_and_leaves_no_half_written_file(world, tmp_path, monkeypatch, command):
+    def full(_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    names = {name: getattr(world, name) for name in ("members", "new", "bank", "store")}
+    names |= {"settings": " ".join(map(str, world.settings)), "out": tmp_path / "out"}
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", full)
+        said = run(*command.format(**names).split())
+    assert said.code == 1
+    assert "No space left on device" in said.err
+    assert "Traceback" not in said.err
+    assert [path for path in (tmp_path / "out").rglob("*") if path.suffix in (".safetensors", ".json")] == []
+    assert run(*command.format(**names).split()).code == 0  # the same command goes on, once there is room
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ import openai
 import pytest
 from conftest import people_of
 from tiny import base_of, tokenizer
+from traces import spellings
 
 from mta.config import Run
 from mta.personalize import Personalizer
@@ -66,13 +67,18 @@ def test_create_a_key_then_start_ask_and_stop_a_server(made):
         asked = {"messages": [{"role": "user", "content": "Film 3"}], "max_tokens": 5, "temperature": 0}
         assert client.chat.completions.create(model="person:ann0", **asked).usage.completion_tokens <= 5
         with pytest.raises(openai.NotFoundError):
-            client.chat.completions.create(model="person:bob", **asked)
+            client.chat.completions.create(model="person:bartholomew", **asked)
+        item = {"fields": {"title": "Film 3", "genres": "Drama", "rating": "4"}}
+        with httpx2.Client(base_url=json.loads(output)["url"], headers={"Authorization": f"Bearer {secret}"}) as http:
+            for path in ("/v1/people/ann0", "/v1/people/bartholomew", "/v1/models/person:ann0"):
+                http.get(path, timeout=60)
+            http.post("/v1/people/bartholomew/history", json={"items": [item]}, timeout=60)
     finally:
         server.send_signal(signal.SIGTERM)
-        _, errors = server.communicate(timeout=600)
+        said = "".join(server.communicate(timeout=600)).encode()
     assert server.returncode in (0, -signal.SIGTERM)
-    assert "Film 3" not in errors
-    assert "ann0" not in errors
+    for text in ("Film 3", "ann0", "bartholomew"):
+        assert not any(word in said for word in spellings(text)), text
 
 
 def test_a_running_server_does_not_bring_back_a_forgotten_person(made):

@@ -62,7 +62,9 @@ def test_parts_that_would_mix_banks_are_refused(part, reason):
         ("over: smoke\ntuned: {task LoRA: 3}", "tuned names methods"),
         ("over: mine.yaml", "mine.yaml is over itself"),
         ("over: other.yaml", "mine.yaml is over itself"),
-        ("", "run: "),
+        ("over: smoke\nexhibits: {main: [{methods: [{method: base, name: [a]}]}]}", "name"),
+        ("run: {}", "exhibits are missing"),
+        ("", "exhibits are missing"),
     ],
 )
 def test_a_mistake_in_a_recipe_is_an_error(text, reason, tmp_path):

@@ -19,14 +19,16 @@ from mta.personalize.likelihoods import shots_of
 from mta.personalize.pipeline import Personalized
 from mta.store.state import State
 
+LAPLACE = MergeSettings(policy="laplace", k=0)
 LEARNED = MergeSettings(policy="learned", k=2, learned=Training(lr=0.1, steps=3, batch_size=8, eps=1.0, clip=1e9))
 
 
 # -- together or alone -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("merge", [TINY_RUN.merge, LEARNED], ids=["posterior", "learned"])
-def test_together_equals_one_at_a_time(tiny, merge):
+@pytest.mark.parametrize("merge", [TINY_RUN.merge, LEARNED, LAPLACE], ids=["posterior", "learned", "laplace"])
+def test_together_equals_one_at_a_time(trusting, merge):
+    tiny = trusting
     together = personalizer(*tiny, merge=merge)
     assert together.personalize(PEOPLE) == Personalized(5, 0, 0)
     for person in PEOPLE:
@@ -100,17 +102,19 @@ def test_a_diverged_person_is_reported_and_the_others_are_unchanged(tiny, tmp_pa
     assert personal.personalize(PEOPLE).unchanged == len(others)
 
 
-def test_the_order_of_people_does_not_change_a_bit(tiny):
-    first = personalizer(*tiny)
+def test_the_order_of_people_does_not_change_a_bit(by_policy):
+    *tiny, merge = by_policy
+    first = personalizer(*tiny, merge=merge)
     first.personalize(PEOPLE)
-    mixed = personalizer(*tiny)
+    mixed = personalizer(*tiny, merge=merge)
     mixed.personalize(random.Random(0).sample(PEOPLE, len(PEOPLE)))
     assert all(mixed.state(person.id) == first.state(person.id) for person in PEOPLE)
 
 
 @pytest.mark.parametrize(("people", "sizes"), [(1, [1, 1, 1, 1, 1]), (2, [2, 2, 1]), (3, [3, 2])])
-def test_the_cohort_size_does_not_change_states(tiny, people, sizes):
-    large, small, seen = personalizer(*tiny), in_cohorts_of(*tiny, people), []
+def test_the_cohort_size_does_not_change_states(by_policy, people, sizes):
+    *tiny, merge = by_policy
+    large, small, seen = personalizer(*tiny, merge=merge), in_cohorts_of(*tiny, people, merge=merge), []
     large.personalize(PEOPLE)
     small.personalize(PEOPLE, on_step=lambda stage, step: seen.append((stage, step.step, step.people)))
     assert [people for stage, step, people in seen if (stage, step) == ("stack", 1)] == sizes

@@ -94,9 +94,10 @@ def test_killed_again_and_again_the_store_ends_the_same(tiny, tmp_path):
         assert not (folder / "people" / "work").exists()
 
 
-def test_a_run_goes_on_from_its_checkpoint(tiny, tmp_path, monkeypatch):
+def test_a_run_goes_on_from_its_checkpoint(by_policy, tmp_path, monkeypatch):
+    *tiny, merge = by_policy
     monkeypatch.setattr(Checkpoint, "due", lambda _: True)
-    whole, personal, seen = personalizer(*tiny), personalizer(*tiny, store=tmp_path), []
+    whole, personal, seen = personalizer(*tiny, merge=merge), personalizer(*tiny, store=tmp_path, merge=merge), []
     whole.personalize(PEOPLE)
 
     def stop(stage, step):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import pytest
 import torch
 from conftest import TINY_RUN, HashEncoder, people_of, personalizer
+from crowd import PEOPLE, in_cohorts_of, same
 from files import path_of
 from hypothesis import given
 from hypothesis import strategies as st
@@ -225,6 +227,17 @@ def test_coefficients_from_gradients_without_a_stack_are_updated_without_a_choic
         assert found.losses.pooled == pytest.approx(expected.losses.pooled, abs=1e-9)
 
 
+def test_where_everybody_gets_the_same_merge_a_grown_history_is_updated(tiny, tmp_path):
+    base, bank = tiny
+    alike = replace(bank.calibration, mu=bank.calibration.mu * 0 + 0.1, curvature=bank.calibration.curvature * 0)
+    tiny = base, replace(bank, calibration=alike)
+    personal = started(tiny, tmp_path, merge=override(TINY_RUN, ["merge.policy=laplace"]).merge)
+    before = personal.state("p0")
+    done = personal.update(GROWN)
+    assert (done.begun, done.failed, done.kept + done.retrained + done.refreshed) == (0, {}, len(GROWN))
+    assert (before.gradient, personal.state("p0").w) == ((), before.w)
+
+
 def by_anchor(state):
     return dict(zip(state.anchors, state.w))  # their order is that of the encodings
 
@@ -274,9 +287,10 @@ def test_a_person_without_items_is_refused(tiny, tmp_path):
 
 
 @pytest.mark.parametrize("action", ["retrain", "refresh"])
-def test_mates_do_not_count(tiny, tmp_path, monkeypatch, action):
+def test_mates_do_not_count(by_policy, tmp_path, monkeypatch, action):
+    *tiny, merge = by_policy
     monkeypatch.setattr("mta.personalize.update.decide", lambda before, new: action)
-    together, alone = started(tiny, tmp_path / "together"), started(tiny, tmp_path / "alone")
+    together, alone = (started(tiny, tmp_path / name, merge=merge) for name in ("together", "alone"))
     together.update(GROWN)
     for person in GROWN:
         alone.update([person])
@@ -284,6 +298,35 @@ def test_mates_do_not_count(tiny, tmp_path, monkeypatch, action):
         assert one.w == pytest.approx(other.w, abs=1e-10)
         for name, tensor in one.stack.tensors().items():
             assert (tensor - other.stack.tensors()[name]).abs().max() < 1e-10
+
+
+@pytest.mark.parametrize("at", [1, 3, 6])
+def test_an_update_that_is_stopped_and_repeated_ends_as_if_undisturbed(by_policy, tmp_path, at):
+    """Neither are items added twice, nor are people left out."""
+    *tiny, merge = by_policy
+    whole, torn = (in_cohorts_of(*tiny, 2, store=tmp_path / name, merge=merge) for name in ("whole", "torn"))
+    steps = itertools.count(1)
+
+    def stop(stage, step):
+        if next(steps) == at:
+            raise KeyboardInterrupt
+
+    for personal in (whole, torn):
+        personal.personalize([person.first((len(person.items) + 1) // 2) for person in PEOPLE])
+    whole.update(PEOPLE)
+    with pytest.raises(KeyboardInterrupt):
+        torn.update(PEOPLE, on_step=stop)
+    torn.update(PEOPLE)
+    for person in PEOPLE:
+        same(torn.state(person.id), whole.state(person.id))
+    again = torn.update(PEOPLE)
+    assert again.kept + again.unchanged == len(PEOPLE)
+
+
+def test_an_update_keeps_the_grown_histories(tiny, tmp_path):
+    personal = started(tiny, tmp_path)
+    personal.update(GROWN, keep_histories=True)
+    assert [personal.store.history(person.id) for person in GROWN] == GROWN
 
 
 def test_an_update_that_fails_for_one_person_updates_the_others(tiny, tmp_path):

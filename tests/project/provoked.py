@@ -290,7 +290,7 @@ PROVOKED = {
         ("the engine has stopped", "engine", "stopped"),
         "GET /readyz",
     ),
-    "NotFound": (
+    "UnknownOrForbidden": (
         lambda w: w.who("person:eve"),
         ("does not exist, or this key may not use it", "'person:eve'", "may not use it"),
         "GET /v1/models",

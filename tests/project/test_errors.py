@@ -19,7 +19,7 @@ SOURCE = Path(mta.__file__).parent
 PARSED = {path: ast.parse(path.read_text(encoding="utf-8")) for path in sorted(SOURCE.rglob("*.py"))}
 VLLM = {"mta.serving.vllm.plugin"}  # imports vLLM, which lives in another environment
 TOLD = {
-    "NotFound",
+    "UnknownOrForbidden",
     "Refused",
     "QueueFull",
     "NeedsRebuild",

@@ -1,6 +1,7 @@
 """The gateway over HTTP: with OpenAI's client, and with unauthorized or malformed requests."""
 
 import json
+import re
 import shutil
 
 import httpx2
@@ -189,6 +190,28 @@ def test_no_route_reveals_another_person_to_a_person_key(world, path, method):
     assert len({(one.status_code, one.text) for one in found}) == 1
     assert found[0].status_code in (404, 405)
     assert world.service.store.latest("bob") == 1
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_a_key_appends_nothing_to_another_person(world, keep):
+    item = {"fields": dict(people_of(1, items=1)[0].items[0].fields)}
+    for key in ("ann", "team", "serve"):
+        with world.http(key) as http:
+            found = http.post("/v1/people/bob/history", json={"items": [item], "keep": keep})
+        assert found.status_code == 404
+    assert (world.service.store.history("bob"), world.service.histories.held("bob")) == (None, 0)
+
+
+def test_every_route_but_those_of_the_operator_needs_a_key(world):
+    paths = httpx2.get(f"{world.url}/openapi.json", timeout=60).json()["paths"]
+    assert len(paths) > 8
+    free = set()
+    for path, methods in paths.items():
+        for method in methods:
+            where = world.url + re.sub(r"{[^}]+}", "bob", path)
+            found = httpx2.request(method, where, json={} if method == "post" else None, timeout=60)
+            free |= {path} if found.status_code != 401 else set()
+    assert free == {"/healthz", "/readyz", "/metrics"}
 
 
 @pytest.mark.parametrize("shown", [{}, {"Authorization": "Bearer wrong"}, {"Authorization": "Basic eDp5"}])

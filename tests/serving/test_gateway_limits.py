@@ -1,7 +1,9 @@
 """The gateway at its limits: too many requests, disconnects, and a stop."""
 
+import dataclasses
 import json
 import socket
+from pathlib import Path
 from types import SimpleNamespace
 
 import httpx2
@@ -11,6 +13,8 @@ from served import endless, served, stepped, waited
 from mta.serving import launch
 from mta.serving.api import limits
 from mta.serving.api.limits import Limits
+from mta.serving.api.service import Service
+from mta.store.tombstones import LIFETIME
 
 
 def test_without_keys_only_this_machine_is_served(tiny, tmp_path):
@@ -73,6 +77,14 @@ def test_too_many_requests_get_a_429_with_retry_after(tiny, tmp_path):
         headers = {"Authorization": f"Bearer {here.secrets['serve']}"}
         codes = [httpx2.get(f"{here.url}/v1/models", headers=headers, timeout=60).status_code for _ in range(3)]
         assert codes == [200, 200, 429]
+
+
+def test_what_security_md_promises_is_the_default():
+    text = " ".join((Path(__file__).parents[2] / "SECURITY.md").read_text().split())
+    (sweep,) = (field.default for field in dataclasses.fields(Service) if field.name == "sweep")
+    assert f"within about {sweep:.0f} seconds" in text
+    assert f"stays for {LIFETIME / 86400:.0f} days" in text
+    assert f"up to {Limits().forgets} times a minute" in text
 
 
 def test_forgetting_is_rate_limited_for_person_and_prefix_keys_but_not_for_operators(tiny, tmp_path):

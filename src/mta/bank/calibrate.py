@@ -17,6 +17,7 @@ Source: our choice; docs/explanation/method.md.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -218,7 +219,7 @@ class Calibrator:
             rate=rate,
             people=len(self.known),
             gains=tuple(self.gain_of(n, gain) for n, gain in gains.items()),
-            stacked=tuple(self.gain_of(n, gain) for n, gain in stacked.items()),
+            stacked=tuple(self.gain_of(n, gain) for n, gain in stacked.items() if bool(gain.isfinite().all())),
             notes=notes,
         )
         return Calibration(mu.mean(0), curvature.mean(0), info)
@@ -272,15 +273,18 @@ class Calibrator:
     def best_kind(
         self, mu: Tensor, population: Tensor, merges: Mapping[int, Tensor], gains: Mapping[int, Tensor]
     ) -> tuple[int, dict[int, Tensor], dict[int, Tensor]]:
-        """Return whether people get no merge, mu, or their own; and what people got by the choice of the others.
+        """Return whether people get no merge, mu, or their own; and what they get by that, or by the others' choice.
 
         ``mu`` (2, N) is that of both folds, ``population`` (U,) everybody's gain by it; ``merges`` (U, N) and ``gains``
-        (U,) are people's own, by shots.
+        (U,) are people's own, by shots. A gain that is not finite rules out people's own merges. If people get their
+        own, a person's reported gain is by what the others chose.
         """
         typical, nothing = _typical(merges), torch.zeros_like(population)
-        tried = torch.stack([nothing, population, gains[typical]], dim=1)
+        usable = all(bool(one.isfinite().all()) for one in gains.values())
+        tried = torch.stack([nothing, population, gains[typical] if usable else nothing - math.inf], dim=1)
         chosen, final = chosen_by_others(tried, self.group, self.shots >= typical, best_on_average)
-        kinds, people, everybody = torch.tensor(chosen), torch.arange(len(chosen)), mu[1 - self.fold]
+        kinds = torch.tensor(chosen if final == _OWN_MERGE else [final] * len(chosen))
+        people, everybody = torch.arange(len(chosen)), mu[1 - self.fold]
         kept = {n: torch.stack([torch.zeros_like(w), everybody, w])[kinds, people] for n, w in merges.items()}
         return final, kept, {n: torch.stack([nothing, population, one])[kinds, people] for n, one in gains.items()}
 

@@ -73,6 +73,11 @@ class Calibration:
     curvature: Tensor
     info: CalibrationInfo
 
+    @property
+    def personal(self) -> bool:
+        """Whether people get coefficients of their own; otherwise everybody gets mu, and no gradient is computed."""
+        return bool(self.curvature.any())
+
     def tensors(self) -> dict[str, Tensor]:
         """Return the tensors of ``calibration.safetensors``."""
         return {"mu": self.mu.contiguous(), "curvature": self.curvature.contiguous()}

@@ -64,10 +64,11 @@ def calibrate_bank(
 @contextmanager
 def _only_one(folder: Path) -> Iterator[None]:
     try:
-        with FileLock(folder / ".calibration.lock", timeout=0, mode=file_mode()):
-            yield
+        lock = FileLock(folder / ".calibration.lock", mode=file_mode()).acquire(timeout=0)
     except Timeout:
         raise BankError(f"another process calibrates {folder}", hint="Wait until it has ended.") from None
+    with lock:
+        yield
 
 
 def _outside(folder: Path, info: BankInfo, people: Sequence[Person], settings: CalibrationSettings) -> list[Person]:

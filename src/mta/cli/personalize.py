@@ -54,8 +54,9 @@ def personalize(
 ) -> None:
     """Compute the merge and train the stack of all people in a file, in cohorts.
 
-    People whose states are up to date are skipped, so the command can be repeated. With --update, only new
-    items are read: coefficients are solved again for all items, and a stack is kept or trained further.
+    People whose states are up to date are skipped, so the command can be repeated. With --update, states are
+    continued from the new items alone. By laplace, the default, coefficients become those of all items; by other
+    policies they change where the new items show a need. A stack is kept, or trained further.
 
     Example:  mta personalize newcomers.jsonl --bank bank/ --store people/
     Example:  mta personalize everybody.jsonl --bank bank/ --store s3://bucket/people --cluster ray://head:10001

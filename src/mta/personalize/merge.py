@@ -182,7 +182,7 @@ def _from_gradients(
     check_merge(settings, len(anchors), labelled=True, calibrated=calibration is not None)
     assert calibration is not None  # checked above
     ids = torch.arange(len(anchors)).expand(len(jobs), -1)
-    if not calibration.curvature.any():  # everybody gets mu
+    if not calibration.personal:
         w = settings.scale * calibration.mu.expand(len(jobs), -1)
         return Merge(ids, w.to(base.master_dtype))
     found = gate_gradients(

@@ -289,7 +289,9 @@ class Pipeline:
         state = self._usable(person.id)
         if state is None or state.settings != settings_digest or not state.losses:
             return None, 0
-        if policy_of(self.run.merge).gradients and not state.gradient:  # it would miss the earlier items
+        calibration = self.bank.calibration
+        personal = policy_of(self.run.merge).gradients and calibration is not None and calibration.personal
+        if personal and not state.gradient:  # it would miss the earlier items
             return None, 0
         learned = person.grown_from(state.history)
         return (state, learned) if learned else (None, 0)

@@ -295,7 +295,7 @@ class Stages:
     def merge_before(self, cohort: Cohort) -> Merge:
         """Return the merges that an update starts from, with the gradients if the policy reads these."""
         befores, gradients = cohort.befores, None
-        if policy_of(self.run.merge).gradients:
+        if policy_of(self.run.merge).gradients and self.bank.calibration and self.bank.calibration.personal:
             sums = torch.tensor([state.gradient for state in befores], dtype=torch.float64)
             loglik = torch.tensor([state.loglik for state in befores], dtype=torch.float64)
             gradients = ShotGradients(sums, loglik, torch.tensor([state.shots for state in befores]))

@@ -73,9 +73,10 @@ class State:
 
     ``bank`` is the bank's hash, ``history`` the digest of the shots, ``work`` the hash of all inputs (``work_key``).
     ``mode`` and ``rank`` say how the merge is computed. ``losses`` are those on the shots, and ``settings`` is the hash
-    of the settings that affect a state; both are unset (None, "") in states of older versions. ``loglik`` of the shots
-    at the bank's mu and its ``gradient`` in the coefficients, both summed over ``shots`` items, are what ``w`` was
-    solved from, so that new items can be added; 0 and () if the policy reads none.
+    of the settings that affect a state; both are unset (None, "") in states of older versions. ``shots`` is
+    the number of items behind the state (0: a state of an older version). ``loglik`` of the shots at the bank's mu and
+    its ``gradient`` in the coefficients, both summed over the shots, are what ``w`` was solved from, so that new items
+    can be added; 0 and () if the policy reads none, or everybody gets the same merge.
     Nothing depends on the clock, so the same work gives the same bytes.
     """
 

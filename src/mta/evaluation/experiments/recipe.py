@@ -105,9 +105,11 @@ class Experiment(Settings):
             methods = part.get("methods", ())
             if not isinstance(methods, list | tuple):
                 raise ValueError("methods is a list, such as [base, task-lora]")
-            made = [merged_over(m, tuned.get(m.get("name"), {})) if isinstance(m, dict) else m for m in methods]
+            made = [merged_over(m, tuned.get(str(m.get("name")), {})) if isinstance(m, dict) else m for m in methods]
             return part | {"methods": made}
 
+        if not exhibits:
+            raise ValueError("exhibits are missing: a name for each, then below it '- methods: [...]'")
         return values | {"tuned": tuned, "exhibits": {name: list(map(with_tuned, exhibits[name])) for name in exhibits}}
 
     @field_validator("exhibits")

@@ -69,7 +69,7 @@ def run_experiment(
         workspace = replace(workspace, on_step=folder.step)
         for seed in recipe.seeds:  # an interrupted experiment leaves complete seeds
             _run_seed(workspace, records, exhibits, seed)
-        _write_facts(workspace, "banks" in exhibits)
+        _write_facts(workspace, exhibits)
         if "case" in exhibits and workspace.tested(MAIN, recipe.shots):
             panel = next(workspace.panels(MAIN, recipe.seeds[0], recipe.shots))
             write_json(workspace.folder / CASE, case_study(panel, panel.run.merge, recipe.seeds[0]))
@@ -87,17 +87,24 @@ def _check_people(workspace: Workspace, exhibits: Sequence[str]) -> None:
         )
 
 
-def _write_facts(workspace: Workspace, use: bool) -> None:
-    """Write what is known of each main bank, and with ``use`` its gain for others, which takes a pass per anchor."""
-    path, recipe = workspace.folder / FACTS, workspace.recipe
-    before, facts = read_beside(path), {}
+def _write_facts(workspace: Workspace, exhibits: Sequence[str]) -> None:
+    """Write what is known of the main banks that were used; for exhibits about banks, of all.
+
+    The exhibit ``banks`` also measures their gain for others, which takes a pass for every anchor.
+    """
+    path, recipe, use = workspace.folder / FACTS, workspace.recipe, "banks" in exhibits
+    facts = before = read_beside(path)
     for seed in recipe.seeds:
+        if not ({"banks", "efficiency"} & {*exhibits} or workspace.has_opened(MAIN, seed)):
+            continue
         name, found = f"main-{seed}", bank_facts(workspace.bank(MAIN, seed))
         known = before.get(name, {})
-        own = facts[name] = (known if known.get("bank") == found["bank"] else {}) | found
+        own = (known if known.get("bank") == found["bank"] else {}) | found
         if use and workspace.tested(MAIN, recipe.shots):
             own |= use_to_others(list(workspace.panels(MAIN, seed, recipe.shots)), seed)
-    write_json(path, facts)
+        facts = facts | {name: own}
+    if facts:
+        write_json(path, facts)
 
 
 def _run_seed(workspace: Workspace, records: Records, exhibits: Sequence[str], seed: int) -> None:

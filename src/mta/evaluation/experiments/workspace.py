@@ -211,6 +211,10 @@ class Workspace:
         known = (person for person in self.people if person.id in items)
         return [replace(p, items=tuple(item for item in p.items if id(item) in items[p.id])) for p in known]
 
+    def has_opened(self, part: Part, seed: int) -> bool:
+        """Return whether the part's bank for a seed was used so far."""
+        return f"{part.bank}-{seed}" in self._banks
+
     def bank(self, part: Part, seed: int) -> Bank:
         """Return the part's bank for a seed, which clustering and training start from. Build it once in ``banks/``."""
         name = f"{part.bank}-{seed}"

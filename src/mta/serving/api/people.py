@@ -20,7 +20,7 @@ from mta.errors import PersonNotFound, StateCorrupt
 from mta.serving.api.auth import Key
 from mta.serving.api.jobs import Status
 from mta.serving.api.schemas import ValidText
-from mta.serving.api.service import Caller, Gateway, NotFound
+from mta.serving.api.service import Caller, Gateway, UnknownOrForbidden
 from mta.serving.engine import Refused
 from mta.store import Store
 
@@ -135,13 +135,13 @@ def _check_not_fewer(store: Store, person: Person) -> None:
 
 
 def _own(key: Key, id: str) -> None:
-    """Raises NotFound if the key does not own the person."""
+    """Raises UnknownOrForbidden if the key does not own the person."""
     if not id or not key.owns(id):
         raise _unknown()
 
 
-def _unknown() -> NotFound:
-    return NotFound(
+def _unknown() -> UnknownOrForbidden:
+    return UnknownOrForbidden(
         "this person does not exist, or this key may not see them",
         hint="If the key owns the person, append items first: POST …/history",
     )

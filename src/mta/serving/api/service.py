@@ -43,7 +43,7 @@ class NeedsRebuild(MtaError):
     """The task LoRA or bank still contains a forgotten person, and ``--strict`` refuses to serve it."""
 
 
-class NotFound(PersonNotFound):
+class UnknownOrForbidden(PersonNotFound):
     """The person is unknown, or the key may not see the person; both give the same answer."""
 
 
@@ -82,7 +82,7 @@ class Service:
         """Resolve a model name. Unknown and forbidden people get the same answer, to hide which people exist.
 
         The store is read each time, so a person forgotten by another process is not served from memory. If the person
-        does not exist, ``fallback`` answers, if given. Raises NotFound, NeedsRebuild.
+        does not exist, ``fallback`` answers, if given. Raises UnknownOrForbidden, NeedsRebuild.
         """
         found = named(model, self.base.name)
         if isinstance(found, Named):
@@ -93,7 +93,7 @@ class Service:
         if who is not None:
             await self.check_fresh(who)
             return who
-        raise NotFound(
+        raise UnknownOrForbidden(
             f"the model {model!r} does not exist, or this key may not use it",
             hint="GET /v1/models lists available models; with fallback: task the pooled model answers instead.",
         )
@@ -265,7 +265,7 @@ def error_of(error: MtaError) -> tuple[int, dict[str, object], dict[str, str]]:
     Callers get messages and hints written for callers; hints for the operator are not sent.
     """
     message = f"{error.message}. {error.hint}"
-    if isinstance(error, PersonNotFound) and not isinstance(error, NotFound):
+    if isinstance(error, PersonNotFound) and not isinstance(error, UnknownOrForbidden):
         message = "the person no longer exists"  # the store's message reveals paths and versions
     if isinstance(error, PersonForgotten):
         message = "the person was forgotten during this request: nothing was saved. Send the request again if wanted"
