@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -221,16 +221,39 @@ def tiny(tiny_bank_folder, cache):
     return base, Bank.open(tiny_bank_folder, base)
 
 
-@pytest.fixture
-def trusting(tiny):
-    """The same with a calibration by which people get coefficients of their own, from their gradients."""
+def trust(folder):
+    """Give a tiny bank a calibration by which people get coefficients of their own; few people cannot find one."""
     from arrays import normal
 
     from mta.bank.calibration import Calibration, CalibrationInfo, curvature_of
+    from mta.bank.format import CALIBRATION, file_hashes, named, read_info, write_info
+    from mta.system.atomic import write_tensors
 
-    base, bank = tiny
-    made = Calibration(0.2 * normal(3), curvature_of(normal(30, 3, seed=6)), CalibrationInfo(ridge=0.3, prior=4.0))
-    return base, dataclasses.replace(bank, calibration=made)
+    info, gain = read_info(folder), {"shots": 8, "people": 8, "mean": 0.1, "low": 0.0, "high": 0.2, "worse": 0.0}
+    found = CalibrationInfo(ridge=0.3, prior=4.0, rate=1e-3, people=8, gains=(gain,))
+    made = Calibration(0.2 * normal(3), curvature_of(normal(30, 3, seed=6)), found)
+    write_tensors(folder / CALIBRATION, made.tensors(), {})
+    changed = {"calibration": found, "files": info.files | file_hashes(folder, [CALIBRATION])}
+    write_info(folder, named(info.model_copy(update=changed)))
+
+
+@pytest.fixture(scope="session")
+def trusting_bank_folder(tmp_path_factory, tiny_bank_folder):
+    """The tiny bank with a calibration that trusts people's gradients."""
+    folder = shutil.copytree(tiny_bank_folder, tmp_path_factory.mktemp("trusting") / "bank")
+    trust(folder)
+    return folder
+
+
+@pytest.fixture
+def trusting(trusting_bank_folder, cache):
+    """Base and bank, ready to personalize by gradients."""
+    from tiny import base_of
+
+    from mta.bank.bank import Bank
+
+    base = base_of()
+    return base, Bank.open(trusting_bank_folder, base)
 
 
 @pytest.fixture(params=["posterior", "laplace"])

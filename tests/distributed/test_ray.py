@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from conftest import TINY_RUN, people_of
+from conftest import TINY_RUN, people_of, trust
 from tiny import base_of, tokenizer
 
 from mta.bank.bank import Bank
@@ -179,14 +179,7 @@ def test_without_a_cluster_it_is_said_what_to_type():
 
 # -- people ------------------------------------------------------------------------------------------------------------
 
-RUN = TINY_RUN.model_copy(
-    update={
-        "encoder": "base",
-        "stack": TINY_RUN.stack.model_copy(
-            update={"training": TINY_RUN.stack.training.model_copy(update={"steps": 12})}
-        ),
-    }
-)
+RUN = override(TINY_RUN, ["encoder=base", "merge={policy: laplace, k: 0}", "stack.training.steps=12"])
 BUILD = {"task": "movielens-rating", "task_people": people_of(20, prefix="t", seed=1)}  # enough to hold some out
 
 
@@ -200,7 +193,9 @@ def site(tmp_path_factory):
     run = RUN.model_copy(update={"base": str(folder / "base")})
     base = BaseModel.of(run)
     alone = LocalExecutor(most=2)
-    bank = Bank.build(base, people_of(12, prefix="c"), folder / "bank", run=run, executor=alone, **BUILD)
+    Bank.build(base, people_of(12, prefix="c"), folder / "bank", run=run, executor=alone, **BUILD)
+    trust(folder / "bank")
+    bank = Bank.open(folder / "bank", base)
     Personalizer(base, bank, folder / "alone", executor=alone).personalize(people_of(PEOPLE))
     return base, bank, states(folder / "alone")
 
@@ -224,6 +219,20 @@ def test_any_number_of_workers_makes_the_same_states(here, site, tmp_path, worke
     assert states(tmp_path) == alone
     assert told == [("fleet", n) for n in range(2, PEOPLE + 1, 2)]
     assert not (tmp_path / "work").exists()
+
+
+@pytest.mark.parametrize("workers", [1, 4])
+def test_any_number_of_workers_makes_the_same_updates(here, site, tmp_path, workers):
+    """A worker loads the earlier stack from the store; gradients of new items are added once."""
+    base, bank, _ = site
+    alone, apart = contextlib.nullcontext(LocalExecutor(most=2)), Cluster(here, workers=workers, most=2)
+    for name, opened in (("alone", alone), ("apart", apart)):
+        with opened as executor:
+            personal = Personalizer(base, bank, tmp_path / name, executor=executor)
+            personal.personalize([person.first(2) for person in people_of(PEOPLE)])
+            done = personal.update(people_of(PEOPLE))
+        assert (done.refreshed + done.retrained, done.failed) == (PEOPLE, {})
+    assert states(tmp_path / "apart") == states(tmp_path / "alone")
 
 
 def test_workers_refuse_another_store_or_bank_than_the_drivers(site, tmp_path):

@@ -72,20 +72,23 @@ def test_texts_that_were_cut_are_counted(tiny):
     assert personalizer(*tiny).personalize([long, *PEOPLE]).shortened == 1
 
 
-def personalize_in(folder: Path, bank: str) -> None:
+def personalize_in(folder: Path, bank: str, policy: str) -> None:
     """Personalize five people in cohorts of two, in a store with a fixed key; the test kills this process."""
     (folder / "people").mkdir(parents=True, exist_ok=True)
     (folder / "people" / "store.json").write_text(json.dumps({"schema": 1, "key": "ab" * 32}))
     base = base_of()
-    personal = in_cohorts_of(base, Bank.open(bank, base), 2, store=folder / "people")
+    merge = MergeSettings(policy=policy, k=0)
+    personal = in_cohorts_of(base, Bank.open(bank, base), 2, store=folder / "people", merge=merge)
     personal.personalize(PEOPLE)
 
 
-@pytest.mark.slow
-def test_killed_again_and_again_the_store_ends_the_same(tiny, tmp_path):
-    _, bank = tiny
-    folders = [tmp_path / name for name in ("whole", "one", "two", "three")]
-    kills = kill.until_done(personalize_in, folders, bank.folder)
+@pytest.mark.parametrize(
+    "times", [pytest.param(1, marks=pytest.mark.integration), pytest.param(3, marks=pytest.mark.slow)]
+)
+def test_killed_again_and_again_the_store_ends_the_same(by_policy, tmp_path, times):
+    _, bank, merge = by_policy
+    folders = [tmp_path / name for name in ("whole", "one", "two", "three")[: times + 1]]
+    kills = kill.until_done(personalize_in, folders, bank.folder, merge.policy)
     assert all(kills)
     expected = states_in(tmp_path / "whole" / "people")
     assert len(expected) == 5

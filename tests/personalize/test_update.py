@@ -13,7 +13,6 @@ from files import path_of
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mta.bank.calibration import CalibrationInfo
 from mta.config import MergeSettings, override
 from mta.config.constants import NOTICEABLE
 from mta.data.history import Person
@@ -192,16 +191,14 @@ def test_a_refreshed_posterior_is_the_posterior_of_the_whole_history(tiny, tmp_p
 
 @pytest.mark.parametrize("action", ["keep", "retrain", "refresh"])
 @pytest.mark.parametrize("cuts", [(3, 6), (1, 2, 5, 6)])
-def test_updated_laplace_coefficients_are_those_of_the_whole_history(tiny, tmp_path, monkeypatch, cuts, action):
+def test_updated_laplace_coefficients_are_those_of_the_whole_history(trusting, tmp_path, monkeypatch, cuts, action):
     monkeypatch.setattr("mta.personalize.update.decide", lambda before, new: action)
-    laplace, (base, bank) = override(TINY_RUN, ["merge.policy=laplace"]).merge, tiny
-    trusting = CalibrationInfo(ridge=0.3, prior=4.0)  # the tiny bank's own calibration keeps every person at mu
-    tiny = base, replace(bank, calibration=replace(bank.calibration, info=trusting))
-    grown = started(tiny, tmp_path / "grown", [person.first(cuts[0]) for person in GROWN], merge=laplace)
+    laplace = override(TINY_RUN, ["merge.policy=laplace"]).merge
+    grown = started(trusting, tmp_path / "grown", [person.first(cuts[0]) for person in GROWN], merge=laplace)
     young = [grown.state(person.id) for person in GROWN]
     for cut in cuts[1:]:
         assert grown.update([person.first(cut) for person in GROWN]).refreshed == len(GROWN)
-    whole = started(tiny, tmp_path / "whole", GROWN, merge=laplace)
+    whole = started(trusting, tmp_path / "whole", GROWN, merge=laplace)
     for person, before in zip(GROWN, young):
         found, expected = grown.state(person.id), whole.state(person.id)
         assert found.shots == expected.shots == 6
