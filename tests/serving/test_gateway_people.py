@@ -2,7 +2,6 @@
 
 import random
 import re
-import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -188,7 +187,8 @@ def test_forgetting_during_other_requests_leaves_nothing(world):
         list(pool.map(busy, range(6)))
     with world.http("team") as http:
         assert http.delete(where, timeout=60).status_code == 200
-        time.sleep(0.5)  # whatever was begun in spite of it would show by now
+        jobs = world.service.jobs
+        waited(lambda: {"status": "running" if jobs._running or jobs._waiting() else "idle"})
         assert http.get(where).status_code == http.get(f"{where}/personalize").status_code == 404
     assert (store.latest("team/eve"), store.history("team/eve")) == (None, None)
     assert not any(getattr(who, "person", "") == "team/eve" for who in list(world.service.engine.activated))
