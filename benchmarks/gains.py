@@ -5,7 +5,6 @@ Run:  python -m benchmarks.gains   (after new results are in results/gradient)
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,7 +17,7 @@ RESULTS = Path(__file__).resolve().parents[1] / "results"
 SETS = {  # title -> file below results/gradient
     "headlines, 36 people": "lamp4_huffpost/README.md",
     "news, 31 people": "lamp2n_huffpost/README.md",
-    "ratings, 240 people": "movielens-240.json",
+    "ratings, 240 people": "movielens/README.md",
     "reviews, 60 people": "lamp3_amazon/README.md",
     "titles, 66 people †": "lamp5_papers/README.md",
 }
@@ -37,20 +36,13 @@ def gains() -> dict[str, Gains]:
     """Return each set's differences in NLL to the task LoRA, by method."""
     found = {}
     for title, name in SETS.items():
-        path = RESULTS / "gradient" / name
-        read = _of_json if path.suffix == ".json" else _of_tables
-        rows = read(path.read_text(encoding="utf-8"))
+        rows = _of_tables((RESULTS / "gradient" / name).read_text(encoding="utf-8"))
         found[title] = {
             method: next(rows[name] for name in names if name in rows)
             for method, names in METHODS.items()
             if not rows.keys().isdisjoint(names)
         }
     return found
-
-
-def _of_json(text: str) -> Gains:
-    rows = {row["name"]: row["differences"].get("task LoRA", {}).get("NLL") for row in json.loads(text)["methods"]}
-    return {name: Interval(**one) for name, one in rows.items() if one}
 
 
 def _of_tables(text: str) -> Gains:
