@@ -388,13 +388,13 @@ def test_requests_over_a_limit_are_refused_before_they_start(engines, world):
 
 def test_a_closing_engine_finishes_running_answers_and_accepts_no_new_ones(engines, world):
     async def closed(engine):
-        running = asyncio.create_task(collect(engine, Ask(tuple(prompt_of(7)), TASK, 30)))
+        running = asyncio.create_task(collect(engine, Ask(tuple(prompt_of(8)), TASK, 100)))
         await begun(engine, lambda: None, [running])
         assert not running.done()
         await engine.close()
         with pytest.raises(EngineGone):
-            await collect(engine, Ask(tuple(prompt_of(7)), TASK, 3))
+            await collect(engine, Ask(tuple(prompt_of(8)), TASK, 3))
         assert not engine.ready
         return await running
 
-    assert run(engines, closed) == expected(world, Ask(tuple(prompt_of(7)), TASK, 30))
+    assert run(engines, closed) == expected(world, Ask(tuple(prompt_of(8)), TASK, 100))
