@@ -36,7 +36,7 @@ def test_a_report_is_drawn_without_a_model(smoke, tmp_path, monkeypatch):
     mta(*command)
     monkeypatch.setattr("mta.model.base.BaseModel.load", None)
     drawn = mta("report", out, "--out", tmp_path / "report", "--json").json["drawn"]
-    assert drawn == ["members.jsonl: Ablation"]
+    assert drawn == ["members.jsonl: Ablation", "members.jsonl: What the banks' cards expect"]
     closed(tmp_path / "report")
     assert "| no task LoRA |" in (tmp_path / "report" / "members.jsonl" / "README.md").read_text()
 
@@ -45,7 +45,7 @@ def test_an_experiment_and_a_bank_are_drawn(smoke, world, tmp_path):
     command, out = smoke
     mta(*command)
     drawn = mta("report", out, world.bank, "--out", tmp_path / "report", "--json").json["drawn"]
-    assert drawn[:2] == ["members.jsonl: Ablation", "bank: Outcome"]
+    assert {"members.jsonl: Ablation", "bank: Outcome"} <= {*drawn}
     assert (tmp_path / "report" / "bank" / "README.md").read_text().startswith("# bank: bank\n")
     assert (tmp_path / "report" / "members.jsonl" / "run.json").exists()
 

@@ -155,7 +155,7 @@ def test_strict_refuses_a_bank_trained_on_a_forgotten_person(made, tmp_path):
     words = ["serve", "--bank", str(bank), "--store", str(made / "people"), "--insecure-local", "--strict"]
     found = mta(*words)
     assert found.returncode == 1
-    assert "remains in the anchor" in found.stderr
+    assert "a forgotten person is in the anchor" in found.stderr
 
 
 @pytest.mark.parametrize(
