@@ -72,7 +72,7 @@ class TaskLoraSettings(Settings):
 
     enabled: bool = Field(default=True, description="train a LoRA on pooled items first, below all later stages")
     lora: Lora = Lora()
-    training: Training = Training(lr=1e-3, epochs=1, batch_size=32, schedule="cosine", warmup=0.05)
+    training: Training = Training(lr=5e-4, epochs=1, batch_size=32, schedule="cosine", warmup=0.05)
     items: int = Field(default=4000, ge=1, description="maximum number of pooled examples")
     per_person: int = Field(default=64, ge=1, description="maximum number of examples of one person")
     unseen: int | None = Field(
@@ -91,9 +91,9 @@ class BankSettings(Settings):
 
     anchors: int = Field(default=50, ge=1, description="number of anchors, at most a quarter of the candidates")
     min_items: int = Field(default=11, ge=1, description="minimum number of items of a candidate; paper: more than 10")
-    max_items: int = Field(default=64, ge=1, description="an anchor is trained on this many most recent items")
+    max_items: int = Field(default=200, ge=1, description="an anchor is trained on this many most recent items")
     lora: Lora = Lora()
-    training: Training = Training(lr=4e-4, epochs=2, batch_size=8)
+    training: Training = Training(lr=2e-4, epochs=2, batch_size=8)
     encode: Literal["input", "both", "history"] = Field(
         default="both", description="encoders read each input, or also its answer, or the whole history as one text"
     )
