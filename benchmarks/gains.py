@@ -17,7 +17,7 @@ RESULTS = Path(__file__).resolve().parents[1] / "results"
 SETS = {  # title -> file below results/gradient
     "headlines, 36 people": "lamp4_huffpost/README.md",
     "news, 31 people": "lamp2n_huffpost/README.md",
-    "ratings, 240 people": "movielens/README.md",
+    "ratings, 240 people": "movielens-100k/README.md",
     "reviews, 60 people": "lamp3_amazon/README.md",
     "titles, 66 people †": "lamp5_papers/README.md",
 }
