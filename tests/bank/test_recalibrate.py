@@ -13,9 +13,10 @@ from filelock import FileLock
 
 import mta
 from mta.bank import format, recalibrate
-from mta.bank.calibrate import Calibrator, Measure
+from mta.bank.crossfit import Calibrator
 from mta.bank.format import mark_stale, read_info, stale, verify
 from mta.bank.newcomers import Subject, drawn
+from mta.bank.probes import Measure
 from mta.config import CalibrationSettings, Run, override
 from mta.data.history import Item, Person
 from mta.data.tasks import load_task
@@ -107,7 +108,7 @@ def interrupt(*_: object) -> None:
 def test_results_for_other_coefficients_are_not_taken_over(folder, base, tmp_path, monkeypatch):
     whole = calibrated(Path(shutil.copytree(folder, tmp_path / "other")), base)
     with monkeypatch.context() as patched:  # an older version, which tried other lengths
-        patched.setattr("mta.bank.calibrate.LENGTHS", (0.1, 0.2))
+        patched.setattr("mta.bank.crossfit.LENGTHS", (0.1, 0.2))
         patched.setattr(Measure, "stacks", interrupt)
         with pytest.raises(KeyboardInterrupt):
             calibrated(folder, base)

@@ -9,9 +9,10 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from mta.bank.build import remove_work
-from mta.bank.calibrate import ENOUGH, calibrate
+from mta.bank.calibrate import calibrate
 from mta.bank.calibration import Calibration
 from mta.bank.card import card
+from mta.bank.crossfit import ENOUGH
 from mta.bank.format import (
     CALIBRATING,
     CALIBRATION,

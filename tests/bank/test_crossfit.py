@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import base_of, random_examples, random_loras
 
-from mta.bank.calibrate import ENOUGH, RIDGE, Calibrator
 from mta.bank.calibration import BOUNDLESS, Calibration, CalibrationInfo, curvature_of, one_step, settled
 from mta.bank.card import in_words
 from mta.bank.choices import RATES
+from mta.bank.crossfit import ENOUGH, RIDGE, Calibrator
 from mta.bank.newcomers import Subject, known_people
 from mta.bank.probes import Measure, Probe, key_of, measured
 from mta.config import CalibrationSettings, Lora, Run

@@ -1,0 +1,281 @@
+"""Fit what a bank needs to know of people, and measure it on other people's later items.
+
+The people are split into two folds. mu and F are judged on the fold that they were not fitted on:
+
+    1. merge    mu by Newton steps, each as long as the other fold's later items allow; F at mu
+    2. prior    how much people's gradients differ, compared with those of one person's shots
+    3. gains    what a person with 1, 4, 8, or 16 shots gains on later items by the merge
+    4. stack    the learning rate of a stack's single step over these merges, and what a person gains with both
+
+Whether a person's reported gain is by a merge of their own, by mu, or by no merge, and the stack's rate, are chosen by
+the likelihood of everybody else. (Not quite independently: the people of the other fold have merges by mu and F that
+were fitted on the person's own.) The lengths of the Newton steps are one choice for all. The calibration that is kept
+averages mu and F of both folds.
+Source: our choice; docs/explanation/method.md.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from mta.bank.calibration import (
+    BOUNDLESS,
+    DEFAULTS,
+    Calibration,
+    CalibrationInfo,
+    Gain,
+    curvature_of,
+    prior_of,
+    solved,
+)
+from mta.bank.choices import RATES, best_of, best_on_average, chosen_by_others, gain_of, surely_best
+from mta.bank.newcomers import Subject
+from mta.bank.probes import COSTS, Kind, Probe
+from mta.config import CalibrationSettings
+from mta.config.constants import SHOTS
+from mta.data.tasks.prompt import Example
+from mta.system.progress import Step
+from mta.training.gates import GateGradients
+
+LENGTHS = (0.5, 1.0)  # of a Newton step
+ENOUGH = 8  # people who share no items, to measure anything
+RIDGE = 0.3
+_TYPICAL = 8  # shots, to choose for
+_NO_MERGE, _OWN_MERGE = 0, 2  # 1: everybody's best, mu
+
+
+@dataclass(slots=True)
+class Calibrator:
+    """One calibration in progress: U people in two folds, N anchors. ``measure`` yields results in any order.
+
+    ``stacks``: whether to measure stacks too. ``together`` people are one piece of work. ``group`` (U,) numbers people
+    who share items alike, and ``fold`` (U,) is 0 or 1. ``pooled`` (U,) is the log-likelihood of people's later items
+    under the pooled model, and ``tokens`` (U,) their target tokens.
+    """
+
+    known: Sequence[Subject]
+    anchors: int
+    settings: CalibrationSettings
+    measure: Callable[[Sequence[Probe]], Iterable[tuple[Probe, Tensor]]]
+    on_step: Callable[[Step], None] | None = None
+    stacks: bool = True
+    together: int = 16
+    passes: int = 0
+    done: int = 0  # in forward passes of one example
+    group: Tensor = field(init=False)
+    fold: Tensor = field(init=False)
+    tokens: Tensor = field(init=False)
+    pooled: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.assign_folds()
+
+    def assign_folds(self) -> None:
+        """Set what depends on ``known``: folds (people who share items are in one), target tokens, empty ``pooled``."""
+        names = [one.group or f"person {u}" for u, one in enumerate(self.known)]
+        numbers = {name: n for n, name in enumerate(dict.fromkeys(names))}
+        self.group = torch.tensor([numbers[name] for name in names], dtype=torch.long)
+        self.fold = self.group % 2
+        self.tokens = torch.tensor([sum(len(e.target) for e in queries) for queries in self.queries]).double()
+        self.pooled = torch.zeros_like(self.tokens)
+
+    @property
+    def queries(self) -> list[tuple[Example, ...]]:
+        """Everybody's later items."""
+        return [one.queries for one in self.known]
+
+    @property
+    def shots(self) -> Tensor:
+        """Everybody's number of earlier items, (U,)."""
+        return torch.tensor([len(one.shots) for one in self.known])
+
+    @property
+    def planned(self) -> int:
+        """The expected cost in forward passes of one example. It is higher if people's choices differ much."""
+        queries, shots = sum(map(len, self.queries)), sum(len(one.shots) for one in self.known)
+        counts = [n for n in SHOTS if n <= self.settings.shots]
+        steps = self.settings.steps
+        newton = (steps + 1) * COSTS["gradients"] * (shots + queries) + steps * len(LENGTHS) * queries
+        some = sum(min(len(one.shots), n) for one in self.known for n in counts)
+        stacks = COSTS["stacks"] * some + (len(RATES) + 2 * (len(counts) - 1)) * queries if self.stacks else 0
+        return newton + COSTS["gradients"] * shots + len(counts) * queries + stacks
+
+    def run(self) -> Calibration:
+        first, notes = self.first_pass()
+        if self.groups_with(1) < ENOUGH:
+            return self.without_people(first, notes)
+        mu, curvature, population = self.best_merge(first)
+        found = self.gradients([one.shots for one in self.known], mu[1 - self.fold])
+        prior = prior_of([one.gradients for one in found], self.fold.tolist(), curvature.mean(0), RIDGE)
+        fits = [Calibration(*fit, CalibrationInfo(ridge=RIDGE, prior=prior)) for fit in zip(mu, curvature)]
+        counts = [n for n in SHOTS if self.groups_with(n) >= ENOUGH]
+        asked = [n for n in SHOTS if n <= self.settings.shots and n not in counts]
+        notes += tuple(f"fewer than {ENOUGH} people without common items have {n} shots" for n in asked)
+        merges = {n: self.coefficients(fits, found, n) for n in counts}
+        gains = {n: self.gains(w) for n, w in merges.items()}
+        kind, merges, gains = self.best_kind(mu, population, merges, gains)
+        if kind == _NO_MERGE:
+            mu, notes = torch.zeros_like(mu), (*notes, "a merge did not help: everybody keeps the pooled model")
+        if kind != _OWN_MERGE:
+            curvature, prior = torch.zeros_like(curvature), BOUNDLESS
+        rate, stacked = self.best_rate(merges, gains) if self.stacks else (None, {})
+        gains = {0: population, **gains} if bool(mu.any()) else gains  # what is gained without knowing the person
+        info = CalibrationInfo(
+            ridge=RIDGE,
+            prior=prior,
+            rate=rate,
+            people=len(self.known),
+            gains=tuple(self.gain_of(n, gain) for n, gain in gains.items()),
+            stacked=tuple(self.gain_of(n, gain) for n, gain in stacked.items() if bool(gain.isfinite().all())),
+            notes=notes,
+        )
+        return Calibration(mu.mean(0), curvature.mean(0), info)
+
+    def groups_with(self, shots: int) -> int:
+        """Return how many groups have people with so many shots; a person who shares no items is a group."""
+        return len(set(self.group[self.shots >= shots].tolist()))
+
+    def first_pass(self) -> tuple[list[GateGradients], tuple[str, ...]]:
+        """Return everybody's gradients at 0, and leave out people for whom they are not finite, with a note."""
+        found = self.gradients([one.all for one in self.known], torch.zeros(len(self.known), self.anchors).double())
+        whole = [all(bool(part.isfinite().all()) for part in one) for one in found]
+        if lost := whole.count(False):
+            self.known = [one for one, kept in zip(self.known, whole) if kept]
+            found = [one for one, kept in zip(found, whole) if kept]
+            self.assign_folds()
+        later = [items.loglik[len(one.shots) :].sum() for items, one in zip(found, self.known)]
+        self.pooled = torch.tensor(later).double()
+        return found, (f"left out: {lost} people without a finite likelihood of their items",) if lost else ()
+
+    def without_people(self, first: Sequence[GateGradients], notes: tuple[str, ...]) -> Calibration:
+        """Return the documented defaults: no population merge, and F from the few people there are."""
+        nothing = torch.zeros(self.anchors, dtype=torch.float64)
+        curvature = curvature_of(torch.cat([nothing.new_zeros(0, self.anchors), *(one.gradients for one in first)]))
+        few = f"{len(self.known)} people are too few to measure anything, or too many of them share items"
+        note = f"{few}; {ENOUGH} are needed: defaults were taken"
+        info = DEFAULTS.model_copy(update={"people": len(self.known), "notes": (note, *notes)})
+        return Calibration(nothing, curvature, info)
+
+    def best_merge(self, first: Sequence[GateGradients]) -> tuple[Tensor, Tensor, Tensor]:
+        """Return mu (2, N) and F (2, N, N) of both folds, and everybody's gain by mu. ``first``: the gradients at 0.
+
+        The lengths of the Newton steps are chosen on the later items of the other fold.
+        """
+        mu = torch.zeros(2, self.anchors, dtype=torch.float64)
+        best, curvature = torch.zeros(len(self.known)).double(), mu.new_zeros(2, self.anchors, self.anchors)
+        for number in range(self.settings.steps + 1):
+            found = self.gradients([one.all for one in self.known], mu[self.fold]) if number else first
+            rows = [torch.cat([one.gradients for one, f in zip(found, self.fold) if f == fold]) for fold in (0, 1)]
+            curvature = torch.stack([curvature_of(one) for one in rows])
+            if number == self.settings.steps:
+                break
+            steps = torch.cat([solved(f, RIDGE, one.mean(0)[None]) for f, one in zip(curvature, rows)])
+            held = [best, *(self.gains((mu + c * steps)[1 - self.fold]) for c in LENGTHS)]
+            chosen = best_of(torch.stack(held, dim=1), self.group)
+            if chosen == 0:
+                break
+            mu, best = mu + LENGTHS[chosen - 1] * steps, held[chosen]
+        return mu, curvature, best
+
+    def best_kind(
+        self, mu: Tensor, population: Tensor, merges: Mapping[int, Tensor], gains: Mapping[int, Tensor]
+    ) -> tuple[int, dict[int, Tensor], dict[int, Tensor]]:
+        """Return whether people get no merge, mu, or their own; and what they get by that, or by the others' choice.
+
+        ``mu`` (2, N) is that of both folds, ``population`` (U,) everybody's gain by it; ``merges`` (U, N) and ``gains``
+        (U,) are people's own, by shots. A gain that is not finite rules out people's own merges. If people get their
+        own, a person's reported gain is by what the others chose.
+        """
+        typical, nothing = _typical(merges), torch.zeros_like(population)
+        usable = all(bool(one.isfinite().all()) for one in gains.values())
+        tried = torch.stack([nothing, population, gains[typical] if usable else nothing - math.inf], dim=1)
+        chosen, final = chosen_by_others(tried, self.group, self.shots >= typical, best_on_average)
+        kinds = torch.tensor(chosen if final == _OWN_MERGE else [final] * len(chosen))
+        people, everybody = torch.arange(len(chosen)), mu[1 - self.fold]
+        kept = {n: torch.stack([torch.zeros_like(w), everybody, w])[kinds, people] for n, w in merges.items()}
+        return final, kept, {n: torch.stack([nothing, population, one])[kinds, people] for n, one in gains.items()}
+
+    def best_rate(self, merges: Mapping[int, Tensor], gains: Mapping[int, Tensor]) -> tuple[float, dict[int, Tensor]]:
+        """Return the rate of a stack over ``merges`` (0: no stack), and everybody's gain with both, by shots.
+
+        A stack is taken if it gains beyond its 95% interval. A person's gain is with the rate that the others chose.
+        """
+        typical, rates = _typical(merges), (0.0, *RATES)
+        tried = torch.cat([gains[typical][:, None], self.stacked(typical, merges[typical], RATES)], dim=1)
+        chosen, final = chosen_by_others(tried, self.group, self.shots >= typical, surely_best)  # numbers of rates
+        if not final:
+            return 0.0, {}
+        used, found = sorted(set(chosen) - {0}), dict[int, Tensor]()
+        for n, w in merges.items():
+            columns = {0: gains[n]}
+            if n == typical:
+                columns = dict(enumerate(tried.T))
+            elif used:
+                columns |= dict(zip(used, self.stacked(n, w, [rates[c] for c in used]).T))
+            found[n] = torch.stack([columns[c][u] for u, c in enumerate(chosen)])
+        return rates[final], found
+
+    def coefficients(self, fits: Sequence[Calibration], found: Sequence[GateGradients], shots: int) -> Tensor:
+        """Return everybody's coefficients (U, N) by the other fold's fit, from the gradients of their latest shots."""
+        made = list[Tensor]()
+        for fold, one in zip(self.fold.tolist(), found):
+            gradients, loglik = (part[-shots:] for part in one)
+            count = torch.tensor([len(loglik)])
+            made.append(fits[1 - fold].coefficients(gradients.sum(0)[None], loglik.sum()[None], count))
+        return torch.cat(made)
+
+    def gain_of(self, shots: int, gains: Tensor) -> Gain:
+        """Return the mean of the gains (U,) of people who have so many shots, with its interval."""
+        able = self.shots >= shots
+        return gain_of(shots, gains[able], self.group[able])
+
+    # -- passes --------------------------------------------------------------------------------------------------------
+
+    def gradients(self, examples: Sequence[Sequence[Example]], w: Tensor) -> list[GateGradients]:
+        """Return the gradients and log-likelihoods of each person's single examples."""
+        found = self._measured("gradients", examples, w)
+        rows = torch.split(torch.cat(found), [len(one) for one in examples]) if found else ()
+        return [GateGradients(one[:, :-1], one[:, -1]) for one in rows]
+
+    def gains(self, w: Tensor) -> Tensor:
+        """Return each person's gain over the pooled model with coefficients ``w``, per token of their queries, (U,)."""
+        return (torch.cat(self._measured("scores", self.queries, w)) - self.pooled) / self.tokens
+
+    def stacked(self, shots: int, w: Tensor, rates: Sequence[float]) -> Tensor:
+        """Return each person's gain with a stack over ``w`` that was trained on their latest shots, (U, rates)."""
+        found = self._measured("stacks", [one.shots[-shots:] for one in self.known], w, rates)
+        return (torch.cat(found) - self.pooled[:, None]) / self.tokens[:, None]
+
+    def _measured(
+        self, kind: Kind, examples: Sequence[Sequence[Example]], w: Tensor, rates: Sequence[float] = ()
+    ) -> list[Tensor]:
+        asked = self.queries if rates else ()
+        pieces = [
+            Probe(
+                f"{kind}-{self.passes}-{number}",
+                kind,
+                tuple(map(tuple, examples[start : start + self.together])),
+                w[start : start + self.together],
+                tuple(asked[start : start + self.together]),
+                tuple(rates),
+            )
+            for number, start in enumerate(range(0, len(examples), self.together))
+        ]
+        self.passes += 1
+        found = dict[str, Tensor]()
+        for piece, result in self.measure(pieces):
+            found[piece.name] = result
+            self.done += piece.cost
+            if self.on_step:
+                self.on_step(Step(self.passes, len(piece), self.done, max(self.done, self.planned)))
+        return [found[piece.name] for piece in pieces]
+
+
+def _typical(shots: Collection[int]) -> int:
+    """Return the number of shots to choose for."""
+    return _TYPICAL if _TYPICAL in shots else max(shots)
