@@ -235,6 +235,7 @@ EXHIBITS: dict[str, tuple[str, Exhibit]] = {  # titles and functions by the name
     "ablation": ("Ablation", _compared),
     "shots": ("Score against shots", _shots),
     "seeds": ("Main methods, over seeds", _seeds),
+    "base": ("Main methods, with another base", _against),
     "k": ("Figure 4: number of merged anchors", _over(r"K = (\d+)", "merged anchors K")),
     "alpha": (
         "Figure 3: fixed and fitted coefficients",
