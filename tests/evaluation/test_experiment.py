@@ -253,7 +253,9 @@ def test_the_report_needs_only_the_files_and_contains_no_texts(finished, tmp_pat
         text = gzip.decompress(text) if path.suffix == ".gz" else text
         assert b"hoxha" not in text, path
         assert path.name == "README.md" or not re.search(rb"Film \d", text), path
-    assert "Film" not in (folder / "README.md").read_text()
+    written = (folder / "README.md").read_text()
+    assert "Film" not in written
+    assert "base, float32. " in written  # a base that needs no note has none
     again = tmp_path / "again"
     report([folder], again)  # from what was published
     assert (again / "people.jsonl" / "main.svg").read_bytes() == (folder / "main.svg").read_bytes()

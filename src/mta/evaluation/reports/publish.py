@@ -124,10 +124,11 @@ def _sizes(found: Results) -> str:
     sizes, meta = found.sizes, found.meta
     parts = [f"{name} {sizes[name]}" for name in ("task", "candidates", "development", "test") if name in sizes]
     enough = [f"{count} for {m}" for m, count in sizes.get("test people with shots", {}).items()]
+    note = f" ({meta['note']})" if meta.get("note") else ""
     return (
         f"People: {sizes.get('people')} in all, {sizes.get('qualified')} with enough items. Parts: {', '.join(parts)}. "
         f"Test people with enough items, by number of shots: {', '.join(enough)}. Anchors: {sizes.get('anchors')}.\n\n"
-        f"Base: {meta.get('base')} ({meta.get('note')}), {meta.get('dtype')}. "
+        f"Base: {meta.get('base')}{note}, {meta.get('dtype')}. "
         f"Merge-then-Adapt (arXiv:2511.20072), protocol reconstructed.\n\n{history(meta.get('runs', ()))}"
     )
 
