@@ -49,18 +49,20 @@ def measured(
 ) -> dict[str, float]:
     """One fleet, from nothing."""
     run = override(bank.info.run, [*WORDS, *args.words])
-    told = [(0, time.perf_counter())]
+    reported = [(0, time.perf_counter())]
     with Cluster("local", workers=args.workers, most=args.together) as cluster:
         personal = Personalizer(base, bank, store, run=run, executor=cluster)
-        done = personal.personalize(people, on_step=lambda _, step: told.append((step.examples, time.perf_counter())))
-    whole = told[-1][1] - told[0][1]
-    (first, since), (last, until) = told[args.workers], told[-1]
+        done = personal.personalize(
+            people, on_step=lambda _, step: reported.append((step.examples, time.perf_counter()))
+        )
+    whole = reported[-1][1] - reported[0][1]
+    (first, since), (last, until) = reported[args.workers], reported[-1]
     found = stats(Store(store))
     return {
         "people": done.trained,
         "failed": len(done.failed),
         "seconds": round(whole, 1),
-        "seconds before the first cohort is done": round(told[1][1] - told[0][1], 1),
+        "seconds before the first cohort is done": round(reported[1][1] - reported[0][1], 1),
         "seconds a person": round((until - since) / (last - first), 4),
         "bytes a person": found.bytes_per_person,
         "bytes": found.bytes,

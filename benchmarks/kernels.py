@@ -61,19 +61,19 @@ def trained(base: BaseModel, work: str, sizes: Sizes) -> Callable[[], None]:
 
 def decoded(base: BaseModel, sizes: Sizes) -> Callable[[], None]:
     """``tokens`` decoding steps of 16 rows: a task LoRA and 16 anchors that all share, and a stack for each."""
-    seats = AdapterSlots(base, [_bank(base, 16)], ROWS)  # type: ignore[list-item]  # a bank is what it is made of
-    slots = Slots(base, ROWS, 256, 128, seats)
+    adapters = AdapterSlots(base, [_bank(base, 16)], ROWS)  # type: ignore[list-item]  # a bank is what it is made of
+    slots = Slots(base, ROWS, 256, 128, adapters)
     stacks = small(fresh(base.targets, 1, 1.0, 4, [str(n) for n in range(ROWS)], base.master_dtype), 4).to(base.dtype)
     for n in range(ROWS):
-        gates = torch.full_like(seats._gates[n], 1 / 16)
-        seats.take(n, RowAdapter(gates, stacks.select([n])))
+        gates = torch.full_like(adapters._gates[n], 1 / 16)
+        adapters.take(n, RowAdapter(gates, stacks.select([n])))
         slots.take((n, ""), [10] * PROMPT)  # type: ignore[arg-type]
 
     def work() -> None:
-        seats._forwards.clear()  # what was looked up with other kernels
+        adapters._forwards.clear()  # what was looked up with other kernels
         for slot in slots._slots:
             slot.tokens = [10] * PROMPT
-        with torch.inference_mode(), seats.opened(slice(0, ROWS)):
+        with torch.inference_mode(), adapters.opened(slice(0, ROWS)):
             for _ in range(sizes.tokens):
                 slots.logits(slice(0, ROWS), [[20]] * ROWS)
 

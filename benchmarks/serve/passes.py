@@ -24,14 +24,14 @@ PROMPT = [10] * 80  # tokens that lie in every slot already
 TIMES = 20
 
 
-def milliseconds(slots: Slots, seats: AdapterSlots, rows: slice, tokens: int, alone: bool) -> float:
+def milliseconds(slots: Slots, adapters: AdapterSlots, rows: slice, tokens: int, alone: bool) -> float:
     """The median of some passes over as many new tokens of each row."""
     found = []
     for _ in range(TIMES):
         for slot in slots._slots:
             slot.tokens = list(PROMPT)
         start = time.perf_counter()
-        with torch.inference_mode(), nullcontext() if alone else seats.opened(rows):
+        with torch.inference_mode(), nullcontext() if alone else adapters.opened(rows):
             slots.logits(rows, [[20] * tokens] * (rows.stop - rows.start))
         found.append(time.perf_counter() - start)
     return round(1000 * statistics.median(found), 1)
@@ -44,16 +44,16 @@ def main() -> None:
     words.add_argument("--dtype", default="bfloat16")
     args = words.parse_args()
     base, bank = in_passing(lambda: opened(args.bank, args.dtype))
-    seats = in_passing(lambda: AdapterSlots(base, [bank], args.rows))
-    slots = Slots(base, args.rows, LENGTH, 128, seats)
+    adapters = in_passing(lambda: AdapterSlots(base, [bank], args.rows))
+    slots = Slots(base, args.rows, LENGTH, 128, adapters)
     for n in range(args.rows):
-        seats.take(n, seats.adapter_of(made_up(base, bank, str(n))))
+        adapters.take(n, adapters.adapter_of(made_up(base, bank, str(n))))
         slots.take((n, ""), PROMPT)  # type: ignore[arg-type]
     values: dict[str, object] = {"machine": f"{processor()}, {cores()} cores", "anchors": len(bank)}
     ways = {f"a token of {args.rows} rows": (slice(0, args.rows), 1)}
     ways |= {f"{tokens} prompt tokens of one row": (slice(0, 1), tokens) for tokens in (64, 128)}
     for name, (rows, tokens) in ways.items():
-        alone, people = (milliseconds(slots, seats, rows, tokens, alone) for alone in (True, False))
+        alone, people = (milliseconds(slots, adapters, rows, tokens, alone) for alone in (True, False))
         values[name] = {"base alone (ms)": alone, "people (ms)": people, "ratio": round(alone / people, 3)}
     print(json.dumps(values, indent=1))
 

@@ -57,20 +57,20 @@ def show(rows: Sequence[Row], console: Console) -> None:
     """The table, what was compared, and the notes."""
     console.print(table(rows))
     for row in rows:
-        if told := aside(row):
-            console.print(f"[dim]{row.name}: {told}[/]", highlight=False)
+        if note := remark(row):
+            console.print(f"[dim]{row.name}: {note}[/]", highlight=False)
 
 
 def line(row: Row) -> str:
     """One row as a line, as soon as it is there."""
     name, ours, peer, ratio, spread, target, verdict = cells(row)
     if not row.rates:
-        return f"{name}: {verdict or aside(row) or 'measured'}"
+        return f"{name}: {verdict or remark(row) or 'measured'}"
     wanted = f", target {target} {verdict}" if target else ""
     return f"{name}: {ratio} ({spread}){wanted}; {ours}; {peer}"
 
 
-def aside(row: Row) -> str:
+def remark(row: Row) -> str:
     """What else there is to say: how far results were apart, slopes, the note."""
     parts = []
     if row.difference is not None:

@@ -49,6 +49,6 @@ class Settings:
 
     def as_dict(self) -> dict[str, Any]:
         """As the JSON keeps it, and what a kept row must agree in."""
-        told = asdict(self)
-        del told["done"]
-        return told
+        reported = asdict(self)
+        del reported["done"]
+        return reported

@@ -107,12 +107,12 @@ def test_a_bad_line_is_reported_or_written_to_the_rejects(
     path = jsonl(tmp_path, {**GOOD, "id": "x"}, row, {**GOOD, "person": "bob"})
     fails(path, "lamp3", f"{path}:2: {message}", HINT)
 
-    aside = tmp_path / "new" / "bad.jsonl"
+    rejects_file = tmp_path / "new" / "bad.jsonl"
     with caplog.at_level(logging.WARNING, "mta"):
-        people = read_people(path, "lamp3", skip_bad=aside)
+        people = read_people(path, "lamp3", skip_bad=rejects_file)
     assert [(person.id, len(person.items)) for person in people] == [("ann", 1), ("bob", 1)]
-    assert caplog.messages == [f"1 bad rows of {path} were skipped; they are in {aside}"]
-    [reject] = map(json.loads, aside.read_text(encoding="utf-8").splitlines())
+    assert caplog.messages == [f"1 bad rows of {path} were skipped; they are in {rejects_file}"]
+    [reject] = map(json.loads, rejects_file.read_text(encoding="utf-8").splitlines())
     assert (reject["file"], reject["line"]) == (str(path), 2)
     said = f"field '{reject['field']}': {reject['reason']}" if reject["field"] else reject["reason"]
     assert said == message
@@ -161,10 +161,10 @@ def test_nothing_to_read(tmp_path: Path) -> None:
     path.write_text("[]", encoding="utf-8")
     fails(path, "text", f"{path} holds no people: no row could be used, 0 were bad")
     jsonl(tmp_path, {"person": "ann"})
-    aside = tmp_path / "bad.jsonl"
+    rejects_file = tmp_path / "bad.jsonl"
     with pytest.raises(DataError, match=r"holds no people: no row could be used, 1 were bad\n  See .*bad.jsonl"):
-        read_people(path, "text", skip_bad=aside)
-    assert aside.exists()
+        read_people(path, "text", skip_bad=rejects_file)
+    assert rejects_file.exists()
 
 
 def test_unknown_formats_name_what_was_found(tmp_path: Path) -> None:
@@ -191,16 +191,16 @@ def test_invalid_arguments_are_refused(tmp_path: Path) -> None:
 
 
 def test_rejects_are_written_only_when_all_input_was_read(tmp_path: Path) -> None:
-    aside = tmp_path / "bad.jsonl"
-    aside.write_text("earlier", encoding="utf-8")
+    rejects_file = tmp_path / "bad.jsonl"
+    rejects_file.write_text("earlier", encoding="utf-8")
     path = tmp_path / "data.json"
     path.write_text(f'[{json.dumps(GOOD)}, 3, {{"person": ]', encoding="utf-8")
     with pytest.raises(DataError, match="invalid JSON"):  # nothing in an array can be read behind a fault
-        read_people(path, "lamp3", skip_bad=aside)
-    assert aside.read_text(encoding="utf-8") == "earlier"
+        read_people(path, "lamp3", skip_bad=rejects_file)
+    assert rejects_file.read_text(encoding="utf-8") == "earlier"
     assert sorted(os.listdir(tmp_path)) == ["bad.jsonl", "data.json"]
-    read_people(jsonl(tmp_path, GOOD), "lamp3", skip_bad=aside)
-    assert aside.read_text(encoding="utf-8") == ""
+    read_people(jsonl(tmp_path, GOOD), "lamp3", skip_bad=rejects_file)
+    assert rejects_file.read_text(encoding="utf-8") == ""
 
 
 TEXT = st.text(st.characters(codec="utf-8"), min_size=1).filter(str.strip)

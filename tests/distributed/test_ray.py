@@ -214,12 +214,12 @@ def personalized(base, bank, store, cluster, on_step=None):
 @pytest.mark.parametrize("workers", [1, 4])
 def test_any_number_of_workers_makes_the_same_states(here, site, tmp_path, workers):
     base, bank, alone = site
-    told = []
+    reported = []
     with Cluster(here, workers=workers, most=2) as cluster:
-        done = personalized(base, bank, tmp_path, cluster, lambda stage, step: told.append((stage, step.examples)))
+        done = personalized(base, bank, tmp_path, cluster, lambda stage, step: reported.append((stage, step.examples)))
     assert (done.trained, done.failed) == (PEOPLE, {})
     assert states(tmp_path) == alone
-    assert told == [("fleet", n) for n in range(2, PEOPLE + 1, 2)]
+    assert reported == [("fleet", n) for n in range(2, PEOPLE + 1, 2)]
     assert not (tmp_path / "work").exists()
 
 

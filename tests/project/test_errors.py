@@ -153,6 +153,6 @@ def test_it_says_what_was_found_and_expected_and_what_to_type_next(tiny_bank_fol
     assert str(error) == f"{error.message}\n  {error.hint}"
     again = pickle.loads(pickle.dumps(error))
     assert (type(again), again.args, again.message, again.hint) == (type(error), error.args, error.message, error.hint)
-    told = error_of(error)[1]["error"]["message"]
-    assert (error.message in told and error.hint in told) == (name in TOLD)
-    assert name in TOLD or not {error.message, error.hint} & {told}
+    reported = error_of(error)[1]["error"]["message"]
+    assert (error.message in reported and error.hint in reported) == (name in TOLD)
+    assert name in TOLD or not {error.message, error.hint} & {reported}

@@ -87,10 +87,10 @@ def test_people_are_the_same(walked, reference):
 
 
 def test_answers_and_scores_are_the_same(walked, reference):
-    whose = ["x0", BASE, "x2", TASK]
-    rows = [(who, QUESTION, "4") for who in whose]
+    models = ["x0", BASE, "x2", TASK]
+    rows = [(who, QUESTION, "4") for who in models]
     assert walked.score(rows) == pytest.approx(reference.score(rows), rel=0, abs=1e-6)
-    asked = [(who, QUESTION) for who in whose]
+    asked = [(who, QUESTION) for who in models]
     assert walked.generate(asked, max_new_tokens=5) == reference.generate(asked, max_new_tokens=5)
 
 

@@ -126,5 +126,5 @@ def test_the_memory_of_an_answer_is_what_mta_size_predicts(world):
     words = [RUN.base, str(personal.bank.folder), str(count), str(length)]
     done = subprocess.run([sys.executable, "-c", GROWN, *words], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
-    told = 2 * memory(Shape.of(RUN.base), RUN, Load(context=length)).row  # it counts bfloat16
-    assert float(done.stdout) == pytest.approx(told, rel=0.15)
+    reported = 2 * memory(Shape.of(RUN.base), RUN, Load(context=length)).row  # it counts bfloat16
+    assert float(done.stdout) == pytest.approx(reported, rel=0.15)

@@ -39,9 +39,9 @@ def prompts(world):
 def test_probabilities_equal_those_of_the_library(world):
     texts, labels = prompts(world), list(world.bank.task.labels)
     personal = world.service.jobs.personal
-    whose = {"person:ann": ("ann", True), "person:bob#merged": ("bob", False), "task": (TASK, True)}
-    whose[world.service.base.name] = BASE, True
-    for model, (who, stacked) in whose.items():
+    models = {"person:ann": ("ann", True), "person:bob#merged": ("bob", False), "task": (TASK, True)}
+    models[world.service.base.name] = BASE, True
+    for model, (who, stacked) in models.items():
         found = ask(world, "serve", model=model, input=texts).json()
         assert (found["object"], found["model"], found["labels"]) == ("list", model, labels)
         assert found["usage"]["total_tokens"] == found["usage"]["prompt_tokens"] > 0

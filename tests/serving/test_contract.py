@@ -132,8 +132,8 @@ LABELS = [(31, 7, 2), (31, 2), (31, 7, 8, 2), (40, 2), (12,)]  # some begin like
 
 
 def test_scores_of_labels_equal_the_models_beside_other_answers(engines, world):
-    whose = [BASE, TASK, *(world.version(str(n), 1, n % 2 == 0) for n in range(4))]
-    scored = [Ask(tuple(prompt_of(n)), who, 5, labels=tuple(LABELS)) for n, who in enumerate(whose)]
+    models = [BASE, TASK, *(world.version(str(n), 1, n % 2 == 0) for n in range(4))]
+    scored = [Ask(tuple(prompt_of(n)), who, 5, labels=tuple(LABELS)) for n, who in enumerate(models)]
     beside = Ask(tuple(prompt_of(3)), world.version("3", 1), COUNT)
 
     async def pieces(engine, ask):
@@ -159,10 +159,10 @@ def gateway(engines, world, tmp_path):
 def test_classify_returns_the_shares_of_the_library(gateway, world):
     task, personal = world.bank.task, personalizer(world.base, world.bank, world.store)
     fields = [{"title": f"Film {n}", "genres": "Drama"} for n in range(3)]
-    whose = {"person:0": ("0", True), "person:1#merged": ("1", False), "task": (TASK, True)}
-    whose[world.base.name] = BASE, True
+    models = {"person:0": ("0", True), "person:1#merged": ("1", False), "task": (TASK, True)}
+    models[world.base.name] = BASE, True
     headers = {"Authorization": f"Bearer {gateway.secrets['serve']}"}
-    for model, (who, stacked) in whose.items():
+    for model, (who, stacked) in models.items():
         body = {"model": model, "input": [task.prompt(task.asked(one)) for one in fields]}
         found = httpx2.post(f"{gateway.url}/v1/classify", json=body, headers=headers, timeout=120).json()
         expected = personal.shares([(who, one) for one in fields], stacked=stacked)

@@ -42,13 +42,13 @@ def world(kind="llama", mode="exact", people=4):
     base.prompts.end_token = 260  # no token of the model: answers end where they were asked to
     base.model.generation_config.eos_token_id = None
     bank = OneBank(base)
-    whose = [BASE, TASK]
+    models = [BASE, TASK]
     for n in range(people):
         draw = torch.Generator().manual_seed(n)
         w = torch.randn(3, generator=draw, dtype=torch.float64).tolist()
         stack = random_loras(base, 1, size=0.6, rank=1, seed=10 + n)
-        whose.append(State("bank", (2, 0, 1), tuple(w), "fixed", "", f"work{n}", 0, stack, mode=mode))
-    return base, bank, whose
+        models.append(State("bank", (2, 0, 1), tuple(w), "fixed", "", f"work{n}", 0, stack, mode=mode))
+    return base, bank, models
 
 
 @torch.no_grad()
@@ -68,19 +68,19 @@ async def tokens_of(engine, ask):
 class OneStore:
     """A store of states by the person's number."""
 
-    def __init__(self, whose):
-        self.whose = whose
+    def __init__(self, models):
+        self.models = models
 
     def load(self, person, version):
-        return self.whose[int(person)]
+        return self.models[int(person)]
 
 
-def engine_of(base, bank, whose, **how):
-    return EmbeddedEngine(base, bank, OneStore(whose), **{"chunk": 8, "length": 64} | how)
+def engine_of(base, bank, models, **how):
+    return EmbeddedEngine(base, bank, OneStore(models), **{"chunk": 8, "length": 64} | how)
 
 
 def ask_of(n, prompt, count, **how):
-    """A request for person ``n`` of ``whose``; 0 is the base and 1 the pooled model."""
+    """A request for person ``n`` of ``models``; 0 is the base and 1 the pooled model."""
     return Ask(tuple(prompt), (BASE, TASK)[n] if n < 2 else Version(str(n), 1), max_tokens=count, **how)
 
 
@@ -93,10 +93,10 @@ def prompts_of(count, longest=40, seed=0):
     ("kind", "mode"), [*((kind, "exact") for kind in KINDS), ("llama", "svd"), ("llama", "factor")]
 )
 def test_batched_answers_equal_single_answers(kind, mode):
-    base, bank, whose = world(kind, mode)
+    base, bank, models = world(kind, mode)
 
     async def go():
-        engine = engine_of(base, bank, whose, slots=3)
+        engine = engine_of(base, bank, models, slots=3)
         prompts = prompts_of(12)
         asks = [ask_of(n % 6, prompt, 5 + n % 4) for n, prompt in enumerate(prompts)]
         found = await asyncio.gather(*(tokens_of(engine, ask) for ask in asks))
@@ -105,7 +105,7 @@ def test_batched_answers_equal_single_answers(kind, mode):
 
     asks, found = asyncio.run(go())
     for n, (ask, tokens) in enumerate(zip(asks, found)):
-        assert tokens == one_by_one(base, bank, whose[n % 6], ask.prompt, ask.max_tokens), n
+        assert tokens == one_by_one(base, bank, models[n % 6], ask.prompt, ask.max_tokens), n
     assert len({tuple(tokens) for tokens in found}) == len(found)
 
 
@@ -113,13 +113,13 @@ def test_batched_answers_equal_single_answers(kind, mode):
 @pytest.mark.parametrize("mode", ["exact", "svd"])
 def test_people_of_two_banks_share_a_batch(mode, pooled):
     """Each person uses the bank of their state, with or without a task LoRA; the pooled model uses the new bank."""
-    base, bank, whose = world(mode=mode)
+    base, bank, models = world(mode=mode)
     old = OneBank(base, anchors=5, name="old", seed=40, pooled=pooled)
     banks = [bank, bank, *([bank, old] * 2)]
-    whose = [replace(who, bank="old", anchors=(4, 0, 3)) if its is old else who for who, its in zip(whose, banks)]
+    models = [replace(who, bank="old", anchors=(4, 0, 3)) if its is old else who for who, its in zip(models, banks)]
 
     async def go():
-        engine = engine_of(base, bank, whose, before=old, slots=3)
+        engine = engine_of(base, bank, models, before=old, slots=3)
         asks = [ask_of(n % 6, prompt, 5 + n % 4) for n, prompt in enumerate(prompts_of(12))]
         found = await asyncio.gather(*(tokens_of(engine, ask) for ask in asks))
         await engine.close()
@@ -127,30 +127,30 @@ def test_people_of_two_banks_share_a_batch(mode, pooled):
 
     asks, found = asyncio.run(go())
     for n, (ask, tokens) in enumerate(zip(asks, found)):
-        assert tokens == one_by_one(base, banks[n % 6], whose[n % 6], ask.prompt, ask.max_tokens), n
+        assert tokens == one_by_one(base, banks[n % 6], models[n % 6], ask.prompt, ask.max_tokens), n
 
 
 def test_a_row_at_the_last_positions_shares_a_pass_with_a_longer_one():
     """The padding of such a row lies beyond the last learned position of the model."""
-    base, bank, whose = world("gpt2")
+    base, bank, models = world("gpt2")
     places = base.model.config.n_positions
     near, short = ([5 + n % 250 for n in range(count)] for count in (places - 10, 40))
 
     async def go():
-        engine = engine_of(base, bank, whose, slots=2, chunk=100, length=places)
+        engine = engine_of(base, bank, models, slots=2, chunk=100, length=places)
         asks = ask_of(2, near, 8), ask_of(3, short, 8)
         found = await asyncio.gather(*(tokens_of(engine, ask) for ask in asks))
         await engine.close()
         return found
 
-    expected = [one_by_one(base, bank, whose[n], prompt, 8) for n, prompt in ((2, near), (3, short))]
+    expected = [one_by_one(base, bank, models[n], prompt, 8) for n, prompt in ((2, near), (3, short))]
     assert asyncio.run(go()) == expected
 
 
 @settings(max_examples=15)
 @given(st.data())
 def test_answers_do_not_depend_on_the_order_of_arrivals_and_cancellations(data):
-    base, bank, whose = world()
+    base, bank, models = world()
     prompts = prompts_of(4, longest=20, seed=data.draw(st.integers(0, 3)))
     rows = data.draw(
         st.lists(st.tuples(st.integers(0, 5), st.integers(0, 3), st.integers(1, 8)), min_size=1, max_size=8)
@@ -170,22 +170,22 @@ def test_answers_do_not_depend_on_the_order_of_arrivals_and_cancellations(data):
         return tokens
 
     async def go():
-        engine = engine_of(base, bank, whose, slots=data.draw(st.integers(1, 4)), chunk=4, length=64)
+        engine = engine_of(base, bank, models, slots=data.draw(st.integers(1, 4)), chunk=4, length=64)
         found = await asyncio.gather(*(one(engine, n, row) for n, row in enumerate(rows)))
         await engine.close()
         return found
 
     for n, ((who, prompt, count), tokens) in enumerate(zip(rows, asyncio.run(go()))):
-        expected = one_by_one(base, bank, whose[who], prompts[prompt], count)
+        expected = one_by_one(base, bank, models[who], prompts[prompt], count)
         assert tokens == expected[: 2 if n in gone else count]
 
 
 def test_a_warm_slot_is_reused_only_by_its_owner():
-    base, bank, whose = world()
+    base, bank, models = world()
     text = prompts_of(1, longest=30, seed=3)[0] * 2
 
     async def go():
-        engine = engine_of(base, bank, whose, slots=2, length=128)
+        engine = engine_of(base, bank, models, slots=2, length=128)
         found = []
         for n in (2, 2, 3):
             pieces = [p async for p in engine.answer(ask_of(n, text, 4))]
@@ -197,16 +197,16 @@ def test_a_warm_slot_is_reused_only_by_its_owner():
         return found
 
     first, again, other, anew = asyncio.run(go())
-    alone = one_by_one(base, bank, whose[2], text, 4)
+    alone = one_by_one(base, bank, models[2], text, 4)
     assert (first, again, anew) == ((alone, 0), (alone, len(text) - 1), (alone, 0))
-    assert other == (one_by_one(base, bank, whose[3], text, 4), 0)
+    assert other == (one_by_one(base, bank, models[3], text, 4), 0)
 
 
 def test_forgetting_zeroes_slots_and_adapters_of_the_person():
-    base, bank, whose = world()
+    base, bank, models = world()
 
     async def go():
-        engine = engine_of(base, bank, whose, slots=3)
+        engine = engine_of(base, bank, models, slots=3)
         await tokens_of(engine, ask_of(2, [7] * 20, 4))
         await tokens_of(engine, ask_of(3, [8] * 20, 4))
         adapters, cache = engine.scheduler.adapters, engine.scheduler.slots.cache
@@ -232,10 +232,10 @@ def test_forgetting_zeroes_slots_and_adapters_of_the_person():
 
 
 def test_forgetting_ends_only_the_persons_running_answers():
-    base, bank, whose = world()
+    base, bank, models = world()
 
     async def go():
-        engine = engine_of(base, bank, whose, slots=4, length=400)
+        engine = engine_of(base, bank, models, slots=4, length=400)
         prompt = prompts_of(1)[0]
         with stepped(engine.scheduler) as steps:
             steps.release(12)  # few of 300
@@ -251,11 +251,11 @@ def test_forgetting_ends_only_the_persons_running_answers():
         return prompt, found
 
     prompt, found = asyncio.run(go())
-    assert found == one_by_one(base, bank, whose[3], prompt, 60)
+    assert found == one_by_one(base, bank, models[3], prompt, 60)
 
 
 def test_a_request_that_still_loads_its_adapter_is_answered_while_the_engine_closes():
-    base, bank, whose = world()
+    base, bank, models = world()
     looking, go_on = threading.Event(), threading.Event()
 
     class Slow(OneStore):
@@ -265,7 +265,7 @@ def test_a_request_that_still_loads_its_adapter_is_answered_while_the_engine_clo
             return super().load(person, version)
 
     async def go():
-        engine = EmbeddedEngine(base, bank, Slow(whose), slots=2, length=64)
+        engine = EmbeddedEngine(base, bank, Slow(models), slots=2, length=64)
         answer = asyncio.create_task(tokens_of(engine, ask_of(2, [5, 6, 7], 6)))
         await asyncio.to_thread(looking.wait, 60)
         closing = asyncio.create_task(engine.close())
@@ -275,11 +275,11 @@ def test_a_request_that_still_loads_its_adapter_is_answered_while_the_engine_clo
         await closing
         return await answer
 
-    assert asyncio.run(go()) == one_by_one(base, bank, whose[2], [5, 6, 7], 6)
+    assert asyncio.run(go()) == one_by_one(base, bank, models[2], [5, 6, 7], 6)
 
 
 def test_an_adapter_is_not_loaded_for_a_request_that_was_cancelled_meanwhile():
-    base, bank, whose = world()
+    base, bank, models = world()
     loaded, go_on = [], threading.Event()
 
     class Slow(OneStore):
@@ -289,7 +289,7 @@ def test_an_adapter_is_not_loaded_for_a_request_that_was_cancelled_meanwhile():
             return super().load(person, version)
 
     async def go():
-        engine = EmbeddedEngine(base, bank, Slow(whose), slots=2, length=64)
+        engine = EmbeddedEngine(base, bank, Slow(models), slots=2, length=64)
         asks = [asyncio.create_task(tokens_of(engine, ask_of(n, [5, 6, 7], 6))) for n in (2, 3, 4)]
         while len(loaded) < 2:  # both threads are busy
             await asyncio.sleep(0.01)
@@ -306,10 +306,10 @@ def test_an_adapter_is_not_loaded_for_a_request_that_was_cancelled_meanwhile():
 
 
 def test_oversized_and_late_requests_are_refused():
-    base, bank, whose = world()
+    base, bank, models = world()
 
     async def go():
-        engine = engine_of(base, bank, whose, slots=1, waiting=2)
+        engine = engine_of(base, bank, models, slots=1, waiting=2)
         ask = ask_of(2, [5] * 10, 50)
         with pytest.raises(InputError, match="more than 64"):
             await tokens_of(engine, ask_of(2, [5] * 10, 60))
@@ -328,8 +328,8 @@ def test_oversized_and_late_requests_are_refused():
 
 def test_logits_of_labels_are_not_rounded(monkeypatch):
     """The engine asks for exact logits of the tokens that its labels need, and of no others."""
-    base, bank, whose = world()
-    engine, asked, computed = engine_of(base, bank, whose), [], type(base).next_logits
+    base, bank, models = world()
+    engine, asked, computed = engine_of(base, bank, models), [], type(base).next_logits
 
     def next_logits(self, *given):
         asked.append([] if given[5] is None else given[5][1].tolist())
@@ -350,10 +350,10 @@ def test_logits_of_labels_are_not_rounded(monkeypatch):
 
 
 def test_sampling_depends_only_on_the_seed():
-    base, bank, whose = world()
+    base, bank, models = world()
 
     async def go(slots, mates):
-        engine = engine_of(base, bank, whose, slots=slots)
+        engine = engine_of(base, bank, models, slots=slots)
         how = {"temperature": 1.5, "top_p": 0.9, "seed": 7, "top_logprobs": 3}
         ask = ask_of(2, [9, 8, 7], 12, **how)
         others = [ask_of(3, [n + 3], 9, temperature=1.0) for n in range(mates)]
@@ -362,31 +362,31 @@ def test_sampling_depends_only_on_the_seed():
         return found
 
     alone, among = asyncio.run(go(1, 0)), asyncio.run(go(4, 6))
-    assert alone == among != one_by_one(base, bank, whose[2], [9, 8, 7], 12)
+    assert alone == among != one_by_one(base, bank, models[2], [9, 8, 7], 12)
 
 
 def test_adapter_slots_grow_for_an_adapter_of_higher_rank():
-    base, bank, whose = world()
+    base, bank, models = world()
     big = random_loras(base, 1, size=0.6, rank=3, seed=40)
     large = State(
         "bank", (0,), (0.4,), "fixed", "", "w", 0, LoraBatch({n: Factors(*f) for n, f in big.factors.items()})
     )
 
     async def go():
-        engine = engine_of(base, bank, [*whose, large], slots=2)
-        found = await asyncio.gather(*(tokens_of(engine, ask_of(n, [5, 6, 7], 6)) for n in (2, len(whose))))
+        engine = engine_of(base, bank, [*models, large], slots=2)
+        found = await asyncio.gather(*(tokens_of(engine, ask_of(n, [5, 6, 7], 6)) for n in (2, len(models))))
         await engine.close()
         return found
 
-    assert asyncio.run(go()) == [one_by_one(base, bank, who, [5, 6, 7], 6) for who in (whose[2], large)]
+    assert asyncio.run(go()) == [one_by_one(base, bank, who, [5, 6, 7], 6) for who in (models[2], large)]
 
 
 def test_prompt_and_answer_never_exceed_the_length_of_the_base():
-    base, bank, whose = world()
+    base, bank, models = world()
     base.prompts.max_tokens = 32
 
     async def go():
-        engine = engine_of(base, bank, whose, slots=1, length=64)
+        engine = engine_of(base, bank, models, slots=1, length=64)
         try:
             assert len(await tokens_of(engine, ask_of(0, [5] * 30, 2))) == 2
             with pytest.raises(Refused, match="more than 32"):

@@ -58,11 +58,11 @@ def scheduler_of(base, bank, slots=3):
     return Scheduler(base, AdapterSlots(base, [bank], slots), slots, 64, 8)
 
 
-def answered(scheduler, whose, asks, mode=None):
+def answered(scheduler, models, asks, mode=None):
     """Decode all requests in this thread; return tokens or the error of each."""
     found = [[] for _ in asks]
     for ask, pieces in zip(asks, found):
-        who = whose[int(ask.who.person)] if hasattr(ask.who, "person") else ask.who
+        who = models[int(ask.who.person)] if hasattr(ask.who, "person") else ask.who
         row = Row(ask, pieces.append, Sampler(ask))
         row.adapter = scheduler.adapters.adapter_of(who)
         scheduler.waiting.append(row)
@@ -82,29 +82,29 @@ def answered(scheduler, whose, asks, mode=None):
 @cache
 def asks_of(count):
     """Requests for six owners (people, base, pooled model) in a new world, and the expected answers."""
-    base, bank, whose = world()
+    base, bank, models = world()
     asks = [ask_of(n % 6, prompt, 3 + n % 3) for n, prompt in enumerate(prompts_of(count, longest=14))]
-    right = [one_by_one(base, bank, whose[n % 6], ask.prompt, ask.max_tokens) for n, ask in enumerate(asks)]
-    return base, bank, whose, asks, right
+    right = [one_by_one(base, bank, models[n % 6], ask.prompt, ask.max_tokens) for n, ask in enumerate(asks)]
+    return base, bank, models, asks, right
 
 
 @settings(max_examples=12)
 @given(st.lists(st.integers(1, 4000), min_size=1, max_size=4))
 def test_after_any_failed_operation_answers_are_lost_or_right_and_later_ones_equal_a_fresh_engines(numbers):
-    base, bank, whose, asks, right = asks_of(7)
+    base, bank, models, asks, right = asks_of(7)
     scheduler, failing = scheduler_of(base, bank), FailsAt(*numbers)
-    found = answered(scheduler, whose, asks, failing)
+    found = answered(scheduler, models, asks, failing)
     assert all(isinstance(one, AnswerLost) or one == expected for one, expected in zip(found, right))
     assert scheduler.failed == sum(number <= failing.count for number in failing.numbers)
     assert scheduler.lost == sum(isinstance(one, AnswerLost) for one in found)
-    assert answered(scheduler, whose, asks) == right
+    assert answered(scheduler, models, asks) == right
 
 
 def test_a_lost_row_leaves_its_slots_zeroed():
-    base, bank, whose, asks, _ = asks_of(7)
+    base, bank, models, asks, _ = asks_of(7)
     scheduler = scheduler_of(base, bank, slots=2)
     handle = fail_in_layer(base, lambda _: True)
-    assert all(isinstance(one, AnswerLost) for one in answered(scheduler, whose, asks))
+    assert all(isinstance(one, AnswerLost) for one in answered(scheduler, models, asks))
     handle.remove()
     cache, adapters = scheduler.slots.cache, scheduler.adapters
     kept = [
@@ -116,11 +116,11 @@ def test_a_lost_row_leaves_its_slots_zeroed():
 
 
 def test_a_failed_prefill_ends_only_its_own_row():
-    base, bank, whose = world()
+    base, bank, models = world()
     handle = fail_in_layer(base, lambda shape: shape[1] == 7)
 
     async def go():
-        engine = engine_of(base, bank, whose, slots=3)
+        engine = engine_of(base, bank, models, slots=3)
         asks = [ask_of(2, [9] * 5, 20), ask_of(3, [8] * 7, 4), ask_of(4, [7] * 4, 20)]
         found = await asyncio.gather(*(tokens_of(engine, ask) for ask in asks), return_exceptions=True)
         ready, facts = engine.ready and engine.alive, engine.facts()
@@ -130,20 +130,20 @@ def test_a_failed_prefill_ends_only_its_own_row():
     asks, found, ready, facts = asyncio.run(go())
     handle.remove()
     assert isinstance(found[1], AnswerLost)
-    assert [found[0], found[2]] == [one_by_one(base, bank, whose[n], asks[n - 2].prompt, 20) for n in (2, 4)]
+    assert [found[0], found[2]] == [one_by_one(base, bank, models[n], asks[n - 2].prompt, 20) for n in (2, 4)]
     assert ready
     assert (facts["failed_steps"][0], facts["lost"][0]) == (1, 1)
 
 
 def test_an_adapter_that_does_not_fit_fails_only_its_request():
-    base, bank, whose = world()
+    base, bank, models = world()
     wrong = random_loras(base, 1, rank=1, seed=9)
     name = list(wrong.factors)[-1]
     wrong = LoraBatch(wrong.factors | {name: Factors(wrong.factors[name].a[..., :-1], wrong.factors[name].b)})
-    whose.append(State("bank", (0,), (1.0,), "fixed", "", "w", 0, wrong))
+    models.append(State("bank", (0,), (1.0,), "fixed", "", "w", 0, wrong))
 
     async def go():
-        engine = engine_of(base, bank, whose, slots=2)
+        engine = engine_of(base, bank, models, slots=2)
         asks = [ask_of(n, [5, 6, 7], 6) for n in (2, 6, 3, 6, 4)]
         found = await asyncio.gather(*(tokens_of(engine, ask) for ask in asks), return_exceptions=True)
         await engine.close()
@@ -151,15 +151,15 @@ def test_an_adapter_that_does_not_fit_fails_only_its_request():
 
     found = asyncio.run(go())
     assert [isinstance(one, AnswerLost) for one in found] == [False, True, False, True, False]
-    assert found[::2] == [one_by_one(base, bank, whose[n], [5, 6, 7], 6) for n in (2, 3, 4)]
+    assert found[::2] == [one_by_one(base, bank, models[n], [5, 6, 7], 6) for n in (2, 3, 4)]
 
 
 @pytest.mark.parametrize("number", range(1, 30, 3))
 def test_adapter_slots_are_unchanged_after_a_failed_growth(number):
-    base, bank, whose = world()
+    base, bank, models = world()
     adapters, big = AdapterSlots(base, [bank], 2), random_loras(base, 1, size=0.6, rank=3, seed=40)
     large = State("bank", (0,), (0.4,), "fixed", "", "w", 0, big)
-    before = [adapters.adapter_of(whose[2]), adapters.adapter_of(large)]
+    before = [adapters.adapter_of(models[2]), adapters.adapter_of(large)]
     adapters.take(0, before[0])
     tokens = torch.tensor([[5, 6, 7]])
     with torch.no_grad(), adapters.opened(slice(0, 1)):
@@ -172,14 +172,14 @@ def test_adapter_slots_are_unchanged_after_a_failed_growth(number):
 
 
 def test_a_failed_adapter_load_ends_only_its_request():
-    base, bank, whose = world()
+    base, bank, models = world()
 
     class Broken:
         def __getattr__(self, name):
             raise NO_MEMORY
 
     async def go():
-        engine = engine_of(base, bank, [*whose, Broken()])
+        engine = engine_of(base, bank, [*models, Broken()])
         found = await asyncio.gather(
             *(tokens_of(engine, ask_of(n, [5, 6, 7], 3)) for n in (6, 2)), return_exceptions=True
         )
@@ -189,15 +189,15 @@ def test_a_failed_adapter_load_ends_only_its_request():
 
     found, failed = asyncio.run(go())
     assert isinstance(found[0], AnswerLost)
-    assert found[1] == one_by_one(base, bank, whose[2], [5, 6, 7], 3)
+    assert found[1] == one_by_one(base, bank, models[2], [5, 6, 7], 3)
     assert failed == 1
 
 
 def test_an_engine_that_fails_at_every_step_is_unhealthy_until_a_step_succeeds():
-    base, bank, whose = world()
+    base, bank, models = world()
 
     async def go():
-        engine = engine_of(base, bank, whose)
+        engine = engine_of(base, bank, models)
         handle = fail_in_layer(base, lambda _: True)
         health = []
         for _ in range(PATIENCE):
@@ -214,7 +214,7 @@ def test_an_engine_that_fails_at_every_step_is_unhealthy_until_a_step_succeeds()
     health, sick, tokens, well = asyncio.run(go())
     assert set(health) == {(True, True)}
     assert sick == (False, False)
-    assert tokens == one_by_one(base, bank, whose[2], [5, 6, 7], 3)
+    assert tokens == one_by_one(base, bank, models[2], [5, 6, 7], 3)
     assert well == (True, True)
 
 

@@ -36,13 +36,13 @@ def taken(histories, people):
 @given(st.lists(st.tuples(st.integers(0, 6), st.integers(0, 30)), max_size=400))
 def test_no_key_exceeds_its_share_and_new_items_are_always_held(tmp_path, appended):
     histories, people = Histories(Store(tmp_path), 50, ROOM), {n: set() for n in range(7)}
-    for whose, n in appended:
-        id = f"team{whose}/{n}" if whose else f"{n}"
+    for owner, n in appended:
+        id = f"team{owner}/{n}" if owner else f"{n}"
         if histories.held(id) == 50:
             continue
-        people[whose].add(id)
+        people[owner].add(id)
         before = histories.held(id)
-        histories.append(id, [item()], False, team(whose) if whose else LOCAL)
+        histories.append(id, [item()], False, team(owner) if owner else LOCAL)
         assert histories.held(id) == before + 1
         each = {n: taken(histories, ids) for n, ids in people.items()}
         assert sum(each.values()) <= ROOM
@@ -55,8 +55,8 @@ def test_prefix_keys_never_displace_the_operators_quarter(tmp_path):
     for n in range(ROOM // 4 // 164):
         histories.append(f"{n}", [item()], False)
     for n in range(400):
-        for whose in range(1, 7):
-            histories.append(f"team{whose}/{n}", [item()], False, team(whose))
+        for owner in range(1, 7):
+            histories.append(f"team{owner}/{n}", [item()], False, team(owner))
     assert all(histories.held(f"{n}") for n in range(ROOM // 4 // 164))
 
 
@@ -137,11 +137,11 @@ def test_each_prefix_fills_a_quarter_of_the_queue_and_all_prefixes_three_quarter
         while (state := jobs.status("first").state) == "waiting":
             time.sleep(0.01)
         assert state == "running"
-        for whose in range(1, 4):
+        for owner in range(1, 4):
             for n in range(2):
-                jobs.put(Person.of(f"team{whose}/{n}", [item()]), team(whose))
+                jobs.put(Person.of(f"team{owner}/{n}", [item()]), team(owner))
             with pytest.raises(QueueFull):
-                jobs.put(Person.of(f"team{whose}/2", [item()]), team(whose))
+                jobs.put(Person.of(f"team{owner}/2", [item()]), team(owner))
         with pytest.raises(QueueFull):
             jobs.put(Person.of("team4/0", [item()]), team(4))
         jobs.put(Person.of("team1/1", [item()]), team(1))  # who waits already is only given newer items

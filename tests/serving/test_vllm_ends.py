@@ -42,8 +42,8 @@ def test_a_server_that_ends_is_reported_with_its_exit_status_and_not_restarted(s
     os.killpg(server._process.pid, signal.SIGKILL)
     server._process.wait()
     assert not server.up
-    told: MtaError = server.gone()
-    assert str(told) == "the vLLM server ended (exit status -9)\n  Restart the gateway:  mta serve"
+    reported: MtaError = server.gone()
+    assert str(reported) == "the vLLM server ended (exit status -9)\n  Restart the gateway:  mta serve"
     assert str(server.log) in caplog.text
     server.stop()
     assert not server.folder.exists()

@@ -218,8 +218,8 @@ def test_an_interrupted_removal_can_be_repeated(tmp_path: Path, gone: tuple[str,
     export = exported(tmp_path / "out")
     for name in gone:
         (tmp_path / "out" / name).unlink()
-    told = f"{tmp_path}/out (its weights are missing: they were removed before, or renamed)"
-    assert export.remove() == (told if gone == (WEIGHTS,) else "")
+    reported = f"{tmp_path}/out (its weights are missing: they were removed before, or renamed)"
+    assert export.remove() == (reported if gone == (WEIGHTS,) else "")
     assert not (tmp_path / "out" / WEIGHTS).exists()
     assert (tmp_path / "out").exists() is (
         gone == (WEIGHTS,)
@@ -232,7 +232,7 @@ def test_a_person_with_a_damaged_list_can_be_forgotten(tmp_path: Path) -> None:
     (path_of(store, ANN) / "exports.json").write_bytes(FILE[:-1])
     with pytest.raises(StateCorrupt, match=r"exports\.json was changed or cut short"):
         store.exports.of(ANN)
-    (told,) = store.exports.remove(ANN).values()
-    assert told.startswith("all exports, if there are any (")
+    (reported,) = store.exports.remove(ANN).values()
+    assert reported.startswith("all exports, if there are any (")
     assert forget_person(ANN, store).states_removed
     assert [path.name for path, content in everything(tmp_path) if content] == ["store.json"]

@@ -33,11 +33,11 @@ def filled(url: str | Path, versions: int = 2) -> Store:
 
 
 def test_check_finds_no_damage_in_an_intact_store(url: str) -> None:
-    store, told = filled(url), []
-    found = check(store, lambda done, total: told.append((done, total)))
+    store, reported = filled(url), []
+    found = check(store, lambda done, total: reported.append((done, total)))
     assert (found.people, found.states, found.histories, found.exports) == (2, 3, 1, 1)
     assert (found.damaged, found.leftovers, found.strangers) == ({}, [], [])
-    assert told == [(n, 5) for n in range(1, 6)]
+    assert reported == [(n, 5) for n in range(1, 6)]
     weights = sorted(store.nbytes(id) for id in (ANN, "bob"))
     counted = stats(store)
     assert (counted.people, counted.versions, counted.histories) == (2, 3, 1)

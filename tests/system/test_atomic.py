@@ -10,7 +10,7 @@ import pytest
 from files import path_of_open
 
 from mta.errors import ConfigError, StoreError
-from mta.system.atomic import make_folder, owner_only, sync_folder, write_json, write_text, written_aside
+from mta.system.atomic import make_folder, owner_only, replacing, sync_folder, write_json, write_text
 
 
 @pytest.fixture(params=[0o022, 0o077, 0o000])
@@ -26,9 +26,9 @@ def mode(path: Path) -> int:
 
 def test_new_files_and_folders_are_readable_by_their_owner_only(tmp_path: Path, umask: int) -> None:
     path = tmp_path / "a" / "b" / "file"
-    with written_aside(path) as aside:
-        assert mode(Path(aside.name)) == 0o600
-        aside.write(b"text")
+    with replacing(path) as temporary:
+        assert mode(Path(temporary.name)) == 0o600
+        temporary.write(b"text")
     assert [mode(p) for p in (tmp_path / "a", tmp_path / "a" / "b", path)] == [0o700, 0o700, 0o600]
     assert [p.name for p in path.parent.iterdir()] == ["file"]
 
@@ -144,10 +144,10 @@ def test_lines_are_not_appended_to_a_pipe(tmp_path: Path, read: bool) -> None:
 
 def test_a_link_in_the_place_of_the_temporary_file_is_not_written_through(tmp_path: Path) -> None:
     def swap_and_write() -> None:
-        with written_aside(tmp_path / "file") as aside:
-            Path(aside.name).unlink()
-            Path(aside.name).symlink_to(tmp_path / "other")
-            aside.write(b"text")
+        with replacing(tmp_path / "file") as temporary:
+            Path(temporary.name).unlink()
+            Path(temporary.name).symlink_to(tmp_path / "other")
+            temporary.write(b"text")
 
     (tmp_path / "other").write_text("mine")
     with pytest.raises(StoreError, match="was replaced"):
@@ -157,13 +157,13 @@ def test_a_link_in_the_place_of_the_temporary_file_is_not_written_through(tmp_pa
 
 
 def test_a_temporary_file_that_was_removed_is_not_published(tmp_path: Path) -> None:
-    with pytest.raises(StoreError, match="was replaced"), written_aside(tmp_path / "file") as aside:
-        Path(aside.name).unlink()
+    with pytest.raises(StoreError, match="was replaced"), replacing(tmp_path / "file") as temporary:
+        Path(temporary.name).unlink()
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_block_that_fails_leaves_nothing(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError), written_aside(tmp_path / "file"):
+    with pytest.raises(RuntimeError), replacing(tmp_path / "file"):
         raise RuntimeError
     assert list(tmp_path.iterdir()) == []
 

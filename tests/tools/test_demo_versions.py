@@ -16,21 +16,21 @@ MINUTES = {"assets": 1.0, "task LoRA": 2.0, "anchors": 2.0, "methods": 5.0}
 
 
 @pytest.fixture
-def told(monkeypatch):
+def reported(monkeypatch):
     """A clock whose start and steps are 60 seconds apart, and what it reports."""
     ticks, reports = itertools.count(0, 60), []
     monkeypatch.setattr(demo, "time", SimpleNamespace(monotonic=lambda: float(next(ticks))))
     return Clock(MINUTES, lambda share, left: reports.append((round(share, 3), round(left)))), reports
 
 
-def test_the_time_of_all_stages_is_expected_before_the_first_step(told):
-    clock, reports = told
+def test_the_time_of_all_stages_is_expected_before_the_first_step(reported):
+    clock, reports = reported
     clock.begin()
     assert reports == [(0.0, 600)]
 
 
-def test_the_time_left_follows_the_pace_so_far(told):
-    clock, reports = told
+def test_the_time_left_follows_the_pace_so_far(reported):
+    clock, reports = reported
     for done in (0, 50, 100):
         clock.step("task LoRA", Step(1, 1, done, 100))
     assert reports == [(0.1, 540), (0.2, 480), (0.3, 420)]
@@ -45,8 +45,8 @@ def test_slow_loading_alone_does_not_change_the_pace_much(monkeypatch):
     assert reports == [900, 720]  # of 7.5 and 6 minutes; the measured pace alone would expect 1800 seconds at first
 
 
-def test_steps_of_any_other_stage_belong_to_the_last_which_goes_at_the_same_pace(told):
-    clock, reports = told
+def test_steps_of_any_other_stage_belong_to_the_last_which_goes_at_the_same_pace(reported):
+    clock, reports = reported
     clock.step("task LoRA", Step(1, 1, 100, 100))
     clock.step("anchors", Step(1, 1, 100, 100))
     clock.step("OPPU", Step(1, 1, 1, 100))
@@ -54,8 +54,8 @@ def test_steps_of_any_other_stage_belong_to_the_last_which_goes_at_the_same_pace
     assert reports[-2:] == [(0.5, 180), (0.667, 120)]  # 5 minutes of work took 3
 
 
-def test_stages_that_a_resumed_demo_skips_do_not_count(told):
-    clock, reports = told
+def test_stages_that_a_resumed_demo_skips_do_not_count(reported):
+    clock, reports = reported
     clock.step("OPPU", Step(1, 1, 1, 100))
     assert reports == [(round(1 / 6, 3), 300)]
 

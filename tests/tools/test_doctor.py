@@ -49,11 +49,11 @@ def without_kernels(monkeypatch):
 
 @pytest.mark.skipif(bool(doctor.obstacle()), reason=f"no kernels here: {doctor.obstacle()}")
 def test_kernels_that_work_are_compiled(monkeypatch):
-    (told,) = doctor._kernels()
-    assert (told.verdict, told.found, told.hint) == ("ok", "yes, for this processor", "")
+    (reported,) = doctor._kernels()
+    assert (reported.verdict, reported.found, reported.hint) == ("ok", "yes, for this processor", "")
     monkeypatch.setenv("MTA_KERNELS", "off:rotate,adamw")
-    (told,) = doctor._kernels()
-    assert told.found == "yes, for this processor; MTA_KERNELS switches off adamw, rotate"
+    (reported,) = doctor._kernels()
+    assert reported.found == "yes, for this processor; MTA_KERNELS switches off adamw, rotate"
 
 
 @pytest.mark.integration
@@ -74,12 +74,12 @@ def test_kernels_that_are_off_and_those_not_supported_are_distinguished(monkeypa
     monkeypatch.setattr("mta.kernels.compile.sys.platform", "linux")
     monkeypatch.setattr("mta.kernels.compile.platform.machine", lambda: "x86_64")
     monkeypatch.setattr("mta.kernels.compile.shutil.which", lambda _: None)
-    (told,) = doctor._kernels()
-    assert (told.verdict, told.found) == ("warning", "not supported here: there is no g++")
+    (reported,) = doctor._kernels()
+    assert (reported.verdict, reported.found) == ("warning", "not supported here: there is no g++")
     monkeypatch.setenv("MTA_KERNELS", "off")
-    (told,) = doctor._kernels()
-    assert (told.verdict, told.found) == ("warning", "off: MTA_KERNELS is off")
-    assert told.hint.endswith("unset MTA_KERNELS")
+    (reported,) = doctor._kernels()
+    assert (reported.verdict, reported.found) == ("warning", "off: MTA_KERNELS is off")
+    assert reported.hint.endswith("unset MTA_KERNELS")
 
 
 def test_assets_that_are_there_need_no_network(cache, no_network, without_kernels):
@@ -270,11 +270,11 @@ def mta_doctor(*words, **environment) -> subprocess.CompletedProcess:
 @pytest.mark.integration
 def test_the_command_ends_with_0_where_a_demo_could_run(cache):
     done = mta_doctor("--json", MTA_KERNELS="off")
-    told = json.loads(done.stdout)
-    assert (done.returncode, told["problems"]) == (0, 0), done.stderr
-    kernels = found("compiled", [namedtuple("told", one)(**one) for one in told["findings"]])
+    reported = json.loads(done.stdout)
+    assert (done.returncode, reported["problems"]) == (0, 0), done.stderr
+    kernels = found("compiled", [namedtuple("told", one)(**one) for one in reported["findings"]])
     assert (kernels.verdict, kernels.found) == ("warning", "off: MTA_KERNELS is off")
-    assert {one["verdict"] for one in told["findings"]} <= {"ok", "warning", "problem"}
+    assert {one["verdict"] for one in reported["findings"]} <= {"ok", "warning", "problem"}
 
 
 @pytest.mark.integration

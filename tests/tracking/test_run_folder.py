@@ -88,10 +88,10 @@ def test_every_step_is_a_line(tmp_path):
 
 
 def test_without_a_folder_nothing_is_written_and_callbacks_are_still_called():
-    told = []
-    with kept(None, on_step=lambda stage, step: told.append((stage, step.step))) as run:
+    reported = []
+    with kept(None, on_step=lambda stage, step: reported.append((stage, step.step))) as run:
         steps(run)
-    assert told == [("stack", 1), ("stack", 2), ("stack", 3)]
+    assert reported == [("stack", 1), ("stack", 2), ("stack", 3)]
 
 
 def test_a_mistake_before_the_first_step_leaves_nothing(tmp_path):
@@ -308,7 +308,7 @@ def test_trackio_keeps_a_run_in_its_folder(tmp_path, monkeypatch):
     tracked(tmp_path, "trackio", monkeypatch)
     (data,) = tmp_path.glob("trackio/*.db")
     rows = sqlite3.connect(data).execute("select step, metrics from metrics order by id").fetchall()
-    losses = [(step, json.loads(told).get("stack/loss")) for step, told in rows]
+    losses = [(step, json.loads(reported).get("stack/loss")) for step, reported in rows]
     assert losses[:3] == [(1, 1.0), (2, 0.5), (3, pytest.approx(1 / 3))]
     assert [step for step, _ in losses[3:]] == [1, 2]
     assert b"quispe" not in data.read_bytes()

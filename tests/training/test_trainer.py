@@ -67,9 +67,9 @@ def test_results_over_frozen_merges_are_independent_of_rows_and_passes(sizes, bu
 
 def test_people_can_share_a_frozen_adapter():
     base, jobs = base_of(), jobs_of(3, 5, 1, 4)
-    two, whose = random_loras(base, 2, rank=3), torch.tensor([0, 0, 1, 1])
-    found = train_loras(base, jobs, start_of(base, jobs), FIVE, frozen=[Renumbered(PerPerson(two), whose)])
-    expected = train_loras(base, jobs, start_of(base, jobs), FIVE, frozen=[PerPerson(two.select(whose))])
+    two, owners = random_loras(base, 2, rank=3), torch.tensor([0, 0, 1, 1])
+    found = train_loras(base, jobs, start_of(base, jobs), FIVE, frozen=[Renumbered(PerPerson(two), owners)])
+    expected = train_loras(base, jobs, start_of(base, jobs), FIVE, frozen=[PerPerson(two.select(owners))])
     assert difference(found, expected) < 1e-10
 
 

@@ -54,7 +54,7 @@ from mta.lora.peft import CARD, CONFIG, WEIGHTS, read_peft, write_peft
 from mta.model.base import BaseModel
 from mta.model.encoders import Encoder
 from mta.model.footprint import ParameterCounts
-from mta.system.atomic import asides_in, copy_file, write_tensors, write_text
+from mta.system.atomic import copy_file, unfinished_in, write_tensors, write_text
 from mta.system.progress import OnStep, Step
 from mta.tracking import run_folder
 from mta.tracking.run_folder import RunFolder
@@ -183,8 +183,8 @@ class _Build:
         folder, done = self.out / TASK_LORA, self.out / "work" / "task.done"
         if not done.is_file() or done.read_text() != self.training_key:
             if given:
-                for aside in asides_in(folder, "*"):  # of a killed copy
-                    aside.unlink()
+                for temporary in unfinished_in(folder, "*"):  # of a killed copy
+                    temporary.unlink()
                 for name in (CONFIG, WEIGHTS):
                     copy_file(given / name, folder / name)
             else:
@@ -339,11 +339,11 @@ def remove_work(out: Path) -> None:
     """Remove the work folder, and temporary files of killed builds."""
     shutil.rmtree(out / "work", ignore_errors=True)
     for name in OURS - {STALE, PUBLISHED}:  # other processes may be writing these two
-        for aside in asides_in(out, name):
-            if aside.is_dir():
-                shutil.rmtree(aside, ignore_errors=True)
+        for temporary in unfinished_in(out, name):
+            if temporary.is_dir():
+                shutil.rmtree(temporary, ignore_errors=True)
             else:
-                aside.unlink(missing_ok=True)
+                temporary.unlink(missing_ok=True)
 
 
 def _is_finished(out: Path, work: str, *older: str) -> bool:

@@ -25,7 +25,7 @@ from mta.errors import BankCorrupt, BankError, BankMismatch
 from mta.lora.batch import LoraBatch
 from mta.lora.peft import CARD, CONFIG, WEIGHTS, read_peft
 from mta.system.assets import cache_dir
-from mta.system.atomic import file_mode, file_sha256, read_json, write_json, written_aside
+from mta.system.atomic import file_mode, file_sha256, read_json, replacing, write_json
 from mta.tracking import run_folder
 
 SCHEMA = 2
@@ -108,8 +108,8 @@ def write_info(folder: Path, info: BankInfo) -> None:
     """
     if info.members.hashed:
         _settle_members(folder)
-        with written_aside(folder / NEW_MEMBERS) as aside:
-            aside.write(info.members.hashed.to_bytes())
+        with replacing(folder / NEW_MEMBERS) as temporary:
+            temporary.write(info.members.hashed.to_bytes())
     values = info.model_dump(mode="json", exclude=_unset(info))
     write_json(folder / INFO, values | {"sha256": seal(values)})
     if info.members.hashed:

@@ -209,19 +209,23 @@ def _write(out: Path, info: BankInfo, anchors: LoraBatch, vectors: Tensor, task_
     """Write the files of a bank beside ``out``, and rename the folder when it is complete."""
     lora = Lora(rank=anchors.rank, alpha=alpha_of(anchors.scale, anchors.rank))
     bank = info.run.bank.model_copy(update={"anchors": len(anchors), "lora": lora})
-    aside = out.absolute().with_name(f".{out.absolute().name}.{uuid.uuid4().hex}")
+    temporary = out.absolute().with_name(f".{out.absolute().name}.{uuid.uuid4().hex}")
     try:
-        write_tensors(aside / ANCHORS, anchors.tensors(), {"scale": repr(anchors.scale)})
-        write_tensors(aside / INDEX, {"vectors": vectors.contiguous()})
+        write_tensors(temporary / ANCHORS, anchors.tensors(), {"scale": repr(anchors.scale)})
+        write_tensors(temporary / INDEX, {"vectors": vectors.contiguous()})
         if task_lora:
             for name in (CONFIG, WEIGHTS):
-                copy_file(task_lora / name, aside / TASK_LORA / name)
-        names = [name for name in SEALED if (aside / name).is_file()]
-        changed = {"run": info.run.model_copy(update={"bank": bank}), "files": file_hashes(aside, names), "hash": ""}
+                copy_file(task_lora / name, temporary / TASK_LORA / name)
+        names = [name for name in SEALED if (temporary / name).is_file()]
+        changed = {
+            "run": info.run.model_copy(update={"bank": bank}),
+            "files": file_hashes(temporary, names),
+            "hash": "",
+        }
         whole = named(info.model_copy(update=changed))
-        write_text(aside / CARD, card(whole))
-        write_info(aside, whole)
-        aside.rename(out)  # in place of an empty folder, if there is one
+        write_text(temporary / CARD, card(whole))
+        write_info(temporary, whole)
+        temporary.rename(out)  # in place of an empty folder, if there is one
         sync_folder(out.absolute().parent)
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)

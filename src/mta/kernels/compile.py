@@ -30,7 +30,7 @@ from torch import Tensor
 
 from mta.errors import ConfigError
 from mta.system.assets import cache_dir
-from mta.system.atomic import written_aside
+from mta.system.atomic import replacing
 from mta.system.device import cpuinfo
 
 log = logging.getLogger("mta")
@@ -187,8 +187,8 @@ def _compiled(compiler: str, openmp: str) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(path.with_suffix(".lock"), timeout=2 * _TIMEOUT):
             if not path.is_file():
-                with written_aside(path, private=False) as aside:
-                    aside.write(_compile(compiler, openmp))
+                with replacing(path, private=False) as temporary:
+                    temporary.write(_compile(compiler, openmp))
     return path
 
 

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from mta.errors import InputError
 from mta.lora.batch import Factors, LoraBatch
-from mta.system.atomic import asides_in, make_folder, sync_folder, write_tensors, write_text
+from mta.system.atomic import make_folder, sync_folder, unfinished_in, write_tensors, write_text
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -59,22 +59,22 @@ def write_peft(
     target = Path(folder).resolve()
     if target.exists() and not target.is_dir():
         raise InputError(f"{folder} is a file, expected a folder to write an adapter to", hint="Choose another folder.")
-    aside = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
+    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
     try:
-        make_folder(aside)
-        write_tensors(aside / WEIGHTS, _tensors(adapter), {"format": "pt"})
+        make_folder(temporary)
+        write_tensors(temporary / WEIGHTS, _tensors(adapter), {"format": "pt"})
         config = _config(adapter, base_name, fan_in_fan_out)
-        write_text(aside / CONFIG, json.dumps(config, indent=2) + "\n")
+        write_text(temporary / CONFIG, json.dumps(config, indent=2) + "\n")
         if card:
-            write_text(aside / CARD, card)
-        _publish(aside, target)
+            write_text(temporary / CARD, card)
+        _publish(temporary, target)
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
-def remove_asides(folder: Path) -> None:
+def remove_unfinished(folder: Path) -> None:
     """Remove the temporary folders that killed exports left beside a folder. Raises OSError."""
-    for left in list(asides_in(folder.parent, glob.escape(folder.name))):
+    for left in list(unfinished_in(folder.parent, glob.escape(folder.name))):
         while left.exists():
             with contextlib.suppress(FileNotFoundError):  # its writer removes files too
                 shutil.rmtree(left)
@@ -181,16 +181,16 @@ def alpha_of(scale: float, rank: int) -> int | float:
     return int(alpha) if alpha.is_integer() else alpha
 
 
-def _publish(aside: Path, target: Path) -> None:
+def _publish(temporary: Path, target: Path) -> None:
     if not target.exists():
-        aside.rename(target)
+        temporary.rename(target)
         sync_folder(target.parent)
         return
     (target / CONFIG).unlink(missing_ok=True)
-    if (aside / CARD).exists() and (has_own_card(target) or not (target / CARD).exists()):
-        (aside / CARD).replace(target / CARD)
+    if (temporary / CARD).exists() and (has_own_card(target) or not (target / CARD).exists()):
+        (temporary / CARD).replace(target / CARD)
     for name in (WEIGHTS, CONFIG):
-        (aside / name).replace(target / name)
+        (temporary / name).replace(target / name)
     sync_folder(target)
 
 

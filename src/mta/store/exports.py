@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from mta.errors import InputError, PersonForgotten, StateCorrupt
-from mta.lora.peft import CARD, CONFIG, WEIGHTS, has_own_card, read_peft, remove_asides
+from mta.lora.peft import CARD, CONFIG, WEIGHTS, has_own_card, read_peft, remove_unfinished
 from mta.store.lock import locked
 from mta.store.state import opened_json, sealed_json
 from mta.store.tombstones import Tombstones
@@ -68,7 +68,7 @@ class Export:
         if not self._is_here():
             return f"{self.folder} (on the host {self.host!r})"
         try:
-            remove_asides(folder)
+            remove_unfinished(folder)
             if file_sha256(folder / WEIGHTS) != self.sha256:
                 return f"{self.folder} ({'its adapter was changed since' if self.sha256 else 'it was interrupted'})"
             (folder / CONFIG).unlink(missing_ok=True)

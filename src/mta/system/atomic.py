@@ -117,7 +117,7 @@ def make_folder(path: Path, private: bool = True) -> None:
 
 
 @contextlib.contextmanager
-def written_aside(
+def replacing(
     path: Path, private: bool = True, publish: Callable[[Path, Path], object] = os.replace
 ) -> Iterator[IO[bytes]]:
     """Yield a new temporary file in the folder of ``path``. After the block, flush it and rename it to ``path``.
@@ -127,20 +127,20 @@ def written_aside(
     ends. ``publish(temporary, path)`` replaces the rename.
     """
     make_folder(path.parent, private)
-    aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     try:
-        with open(aside, "xb", opener=owner_only if private else None) as file:
+        with open(temporary, "xb", opener=owner_only if private else None) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-            _check_same(aside, file)
-            publish(aside, path)
+            _check_same(temporary, file)
+            publish(temporary, path)
     finally:
-        aside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
     sync_folder(path.parent)
 
 
-def asides_in(folder: Path, name: str) -> Iterator[Path]:
+def unfinished_in(folder: Path, name: str) -> Iterator[Path]:
     """Return the temporary files and folders that killed writers of ``name``, a glob pattern, left in a folder."""
     return folder.glob(f".{name}.{'[0-9a-f]' * 32}")
 
@@ -170,28 +170,28 @@ def sync_folder(path: Path) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file in UTF-8, atomically."""
-    with written_aside(path) as aside:
-        aside.write(text.encode())
+    with replacing(path) as temporary:
+        temporary.write(text.encode())
 
 
 def write_json(path: Path, value: object, private: bool = True) -> None:
     """Write a JSON file atomically."""
-    with written_aside(path, private) as aside:
-        aside.write(json.dumps(value, indent=1, ensure_ascii=False).encode() + b"\n")
+    with replacing(path, private) as temporary:
+        temporary.write(json.dumps(value, indent=1, ensure_ascii=False).encode() + b"\n")
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, str] | None = None) -> None:
     """Write a safetensors file atomically."""
     from safetensors.torch import save
 
-    with written_aside(path) as aside:
-        aside.write(save(dict(tensors), dict(header or {})))
+    with replacing(path) as temporary:
+        temporary.write(save(dict(tensors), dict(header or {})))
 
 
 def copy_file(source: Path, target: Path) -> None:
     """Copy a file, but not its mode, atomically."""
-    with source.open("rb") as original, written_aside(target) as aside:
-        shutil.copyfileobj(original, aside)
+    with source.open("rb") as original, replacing(target) as temporary:
+        shutil.copyfileobj(original, temporary)
 
 
 def file_sha256(path: Path) -> str:

@@ -16,7 +16,7 @@ from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
 from mta.errors import StoreError
-from mta.system.atomic import SHARED, is_shared, owner_only, sync_folder, written_aside
+from mta.system.atomic import SHARED, is_shared, owner_only, replacing, sync_folder
 
 _REMOVALS = 100  # attempts to remove a folder while other processes remove files in it
 _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EXDEV}
@@ -129,8 +129,8 @@ class Storage:
         place, mode = self.at(name), {"mode": "create"} if create else {}  # not every file system takes the argument
         with self._reported(place):
             if self.local:
-                with written_aside(self.inside(name), publish=_link if create else os.replace) as aside:
-                    aside.write(data)
+                with replacing(self.inside(name), publish=_link if create else os.replace) as temporary:
+                    temporary.write(data)
                 return
             if create and self.fs.exists(place):
                 raise FileExistsError(place)
@@ -184,15 +184,15 @@ class Storage:
             ) from error
 
 
-def _link(aside: Path, path: Path) -> None:
+def _link(temporary: Path, path: Path) -> None:
     """Link a complete file to its name. Raises FileExistsError if the name exists."""
     try:
-        os.link(aside, path)
+        os.link(temporary, path)
     except OSError as error:
         if error.errno not in _NO_LINKS:
             raise
         with open(path, "xb", opener=owner_only) as file:  # also exclusive, but a kill here leaves a corrupt file
-            file.write(aside.read_bytes())
+            file.write(temporary.read_bytes())
             file.flush()
             os.fsync(file.fileno())
 

@@ -48,16 +48,16 @@ def read_people(
     Raises DataError, which names file, line, and field; TaskError; InputError.
     """
     source, task = path if isinstance(path, Path) else Path(path), load_task(task)
-    aside = _aside(skip_bad, source)
+    rejects_file = _rejects_path(skip_bad, source)
     gathered: dict[str, _Gathered] = {}
-    with Rejects.to(aside) as rejects:
+    with Rejects.to(rejects_file) as rejects:
         for part in iter_parts(source, task, rejects, columns):
             gathered.setdefault(part.person, _Gathered(part.named)).take(part, rejects)
     if rejects.count:
-        log.warning("%d bad rows of %s were skipped; they are in %s", rejects.count, source, aside)
+        log.warning("%d bad rows of %s were skipped; they are in %s", rejects.count, source, rejects_file)
     people = [one.person(id, task) for id, one in _by_user(gathered, source).items()]
     if not people:
-        see = f"See {aside}." if rejects.count else "Write at least one item, with person, input, and output."
+        see = f"See {rejects_file}." if rejects.count else "Write at least one item, with person, input, and output."
         raise DataError(f"{source} holds no people: no row could be used, {rejects.count} were bad", hint=see)
     people, shared = connected(people, task)
     if shared.items:
@@ -148,7 +148,7 @@ def _by_user(gathered: dict[str, _Gathered], source: Path) -> dict[str, _Gathere
     return {name: gathered[name] for name in dict.fromkeys(merged.get(id, id) for id in gathered)}
 
 
-def _aside(skip_bad: str | Path | None, source: Path) -> Path | None:
+def _rejects_path(skip_bad: str | Path | None, source: Path) -> Path | None:
     """Return the file for bad rows. Raises InputError if it is a folder or one of the input files."""
     if skip_bad is None:
         return None

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from mta.errors import DataError
-from mta.system.atomic import written_aside
+from mta.system.atomic import replacing
 
 HINT = "Correct the row, or write bad rows to a file with --skip-bad FILE (in Python: skip_bad=FILE)."
 
@@ -57,7 +57,7 @@ class Rejects:
 
         Only its owner may read the file, because it holds people's text.
         """
-        with written_aside(path) if path else nullcontext() as file:
+        with replacing(path) if path else nullcontext() as file:
             yield cls(file)
 
     @contextmanager

@@ -22,7 +22,7 @@ from mta.evaluation.experiments.recipe import MAIN_BANK, Experiment
 from mta.evaluation.methods import Method
 from mta.evaluation.metrics import PersonScore
 from mta.evaluation.statistics import Comparison, Row
-from mta.system.atomic import append_lines, make_folder, written_aside
+from mta.system.atomic import append_lines, make_folder, replacing
 from mta.tracking.run_folder import sittings
 
 KIND = "experiment"  # of its sittings in run.json
@@ -110,8 +110,8 @@ def publish(records: Sequence[Record], path: Path) -> None:
     """Write the latest records, compressed and without texts of people; the same records give the same bytes."""
     private = {"ids", "answers", "golds"}
     lines = sorted(row.model_dump_json(exclude=private, exclude_defaults=True) for row in latest(records))
-    with written_aside(path) as aside:
-        aside.write(gzip.compress("".join(f"{line}\n" for line in lines).encode(), mtime=0))
+    with replacing(path) as temporary:
+        temporary.write(gzip.compress("".join(f"{line}\n" for line in lines).encode(), mtime=0))
 
 
 def latest(records: Sequence[Record]) -> list[Record]:

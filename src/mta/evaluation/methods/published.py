@@ -106,8 +106,8 @@ class Prime(Method):
                 losses.append(found)
             evaluations += len(losses)
             if len(losses) == len(candidates):  # otherwise the budget is spent
-                for search, asked, told in zip(searches, candidates.swapaxes(0, 1), torch.stack(losses, 1).tolist()):
-                    search.tell(list(asked), told)
+                for search, asked, scores in zip(searches, candidates.swapaxes(0, 1), torch.stack(losses, 1).tolist()):
+                    search.tell(list(asked), scores)
         return answered(panel, Merge(begun.ids, best), settings, seconds + time.monotonic() - start)
 
     @staticmethod

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from mta.evaluation.statistics import Interval
 from mta.personalize.merge import Merge
-from mta.system.atomic import written_aside
+from mta.system.atomic import replacing
 from mta.system.extras import require
 from mta.system.units import human_bytes, human_seconds
 
@@ -65,8 +65,8 @@ class Picture:
         paths = [path.with_suffix(f".{ending}") for ending in ("svg", "png")]
         with self._drawn() as figure:
             for one, undated in zip(paths, ({"Date": None}, {"Software": None})):
-                with written_aside(one) as aside:
-                    figure.savefig(aside, format=one.suffix[1:], dpi=160, metadata=undated)
+                with replacing(one) as temporary:
+                    figure.savefig(temporary, format=one.suffix[1:], dpi=160, metadata=undated)
         return paths
 
     def data_uri(self) -> str:
