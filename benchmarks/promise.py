@@ -2,7 +2,8 @@
 
 Nothing is set but the number of anchors. One set has labels (a person's snack for a time and a weather), the other free
 text (a person's way to pass on a message). Each newcomer has 8 items to learn from and 8 later ones: the gain there is
-compared with the card's, and written to promise.json.  Run:  python -m benchmarks.promise --out promise
+compared with the card's, and written to promise.json, with the NLL of both models. Words change settings of a run.
+Run:  python -m benchmarks.promise --out promise
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from pathlib import Path
 
 import mta
 from mta.bank.calibration import Gain
-from mta.config import Run
+from mta.config import Run, override
 from mta.system.atomic import write_json
 from mta.system.device import processor
 from mta.system.quantiles import student_t
@@ -71,36 +72,45 @@ def write(path: Path, made: Callable[[random.Random, random.Random], dict[str, s
 
 @dataclass(frozen=True)
 class Held:
-    """Gain of newcomers on later items, in nats per token, with a 95% interval; and the card's expected gain."""
+    """Gain of newcomers on later items with a 95% interval, the card's expected gain, and the mean NLLs of both models.
+
+    All in nats per token.
+    """
 
     mean: float
     half: float
     expected: Gain
+    pooled: float
+    personal: float
 
 
-def held(folder: Path, task: str, base: mta.BaseModel) -> Held:
+def held(folder: Path, task: str, base: mta.BaseModel, run: Run) -> Held:
     """Build a bank from ``people.jsonl``, personalize ``newcomers.jsonl``, and compare their gain with the card's."""
     people, newcomers = (mta.read_people(folder / f"{name}.jsonl", task=task) for name in ("people", "newcomers"))
-    bank = mta.Bank.build(base, people, folder / "bank", anchors=ANCHORS)
+    bank = mta.Bank.build(base, people, folder / "bank", anchors=ANCHORS, run=run)
     personal = mta.Personalizer(base, bank)
     personal.personalize([person.first(SHOTS) for person in newcomers])
-    gains = []
+    pooled, own = list[float](), list[float]()
     for person in newcomers:
         later = [(item.fields, bank.task.target(item)) for item in person.after(SHOTS, SHOTS)]
-        own, pooled = (sum(personal.score([(who, *one) for one in later])) for who in (person.id, mta.TASK))
         tokens = sum(len(base.prompts.example(bank.task, item).target) for item in person.after(SHOTS, SHOTS))
-        gains.append((own - pooled) / tokens)
+        for who, found in ((mta.TASK, pooled), (person.id, own)):
+            found.append(-sum(personal.score([(who, *one) for one in later])) / tokens)
+    gains = [before - after for before, after in zip(pooled, own)]
     half = student_t(len(gains)) * statistics.stdev(gains) / math.sqrt(len(gains))
     assert bank.info.calibration
-    found = bank.info.calibration
-    return Held(statistics.mean(gains), half, next(one for one in found.stacked or found.gains if one.shots == SHOTS))
+    card = bank.info.calibration
+    expected = next(one for one in card.stacked or card.gains if one.shots == SHOTS)
+    return Held(statistics.mean(gains), half, expected, statistics.mean(pooled), statistics.mean(own))
 
 
 def main() -> None:
     """Write both sets, and what was promised and what came."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
-    out = parser.parse_args().out
+    parser.add_argument("words", nargs="*", help="settings of the run, such as task_lora.training.lr=1e-3")
+    args = parser.parse_args()
+    out, run = args.out, override(Run(), args.words)
     base = mta.BaseModel.load("smollm2-135m-instruct")
     (out / "snack").mkdir(parents=True, exist_ok=True)
     (out / "message").mkdir(exist_ok=True)
@@ -110,16 +120,22 @@ def main() -> None:
         folder = out / made.__name__
         write(folder / "people.jsonl", made, PEOPLE, "reader")
         write(folder / "newcomers.jsonl", made, NEWCOMERS, "newcomer")
-        found = held(folder, task, base)
+        found = held(folder, task, base, run)
         low, high = found.expected.low, found.expected.high
         print(
             f"{made.__name__}: promised {found.expected.mean:.3f} [{low:.3f}, {high:.3f}] with {SHOTS} shots; "
             f"{NEWCOMERS} newcomers gained {found.mean:.3f} ± {found.half:.3f}"
         )
         gained = {"mean": found.mean, "low": found.mean - found.half, "high": found.mean + found.half}
-        results[made.__name__] = {"promised": found.expected.model_dump(), "people": NEWCOMERS, "gained": gained}
-    run = Run().model_dump(mode="json", include={"task_lora", "bank", "calibration"})
-    write_json(out / "promise.json", {"machine": processor(), "run": run, "gains per token": results})
+        levels = {"pooled": found.pooled, "personal": found.personal}
+        results[made.__name__] = {
+            "promised": found.expected.model_dump(),
+            "people": NEWCOMERS,
+            "gained": gained,
+            "NLL": levels,
+        }
+    settings = run.model_dump(mode="json", include={"task_lora", "bank", "calibration"})
+    write_json(out / "promise.json", {"machine": processor(), "run": settings, "nats per token": results})
 
 
 if __name__ == "__main__":
