@@ -25,6 +25,7 @@ METHODS = {  # name in the figure -> names in the files
     "MTA": ("MTA",),
     "OPPU": ("OPPU",),
     "OPPU, one step": ("OPPU, one step",),
+    "one LoRA on everything": ("pooled on everything",),
     "another person's MTA": ("MTA, other person's shots", "merge, other person's shots"),
 }
 _COLUMN = "NLL against task LoRA"
