@@ -74,13 +74,13 @@ def gone_on(
 
 def losses(base: BaseModel, bank: Bank, people: list[Person], states: list[State]) -> Tensor:
     """(U,): mean NLL of what people answered to their questions, in nats."""
-    reported = []
+    found = []
     for person, state in zip(people, states):
         items = person.items[SHOTS + MORE : SHOTS + MORE + ASKED]
         (scores,) = label_scores(base, bank.task, [items], row_adapters(base, bank, [state]), owners=[0])
         right = [bank.task.labels.index(bank.task.target(item)) for item in items]
-        reported.append(-torch.log_softmax(scores, 1)[range(len(items)), right].mean())
-    return torch.stack(reported).double()
+        found.append(-torch.log_softmax(scores, 1)[range(len(items)), right].mean())
+    return torch.stack(found).double()
 
 
 def main() -> None:

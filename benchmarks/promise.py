@@ -1,8 +1,8 @@
 """Does what a bank's card promises hold? Two invented sets of 50 people, and 40 newcomers for each.
 
-Nothing is set but the number of anchors. One set has labels (a person's snack for a time and a weather), the other free
-text (a person's way to pass on a message). Each newcomer has 8 items to learn from and 8 later ones: the gain there is
-compared with the card's, and written to promise.json, with the NLL of both models. Words change settings of a run.
+Nothing is set but the number of anchors, and what words say. One set has labels (a person's snack for a time and a
+weather), the other free text (a person's way to pass on a message). Each newcomer has 8 items to learn from and 8 later
+ones: the gain there is compared with the card's, and written to promise.json, with the NLL of both models.
 Run:  python -m benchmarks.promise --out promise
 """
 
@@ -87,7 +87,7 @@ class Held:
 def held(folder: Path, task: str, base: mta.BaseModel, run: Run) -> Held:
     """Build a bank from ``people.jsonl``, personalize ``newcomers.jsonl``, and compare their gain with the card's."""
     people, newcomers = (mta.read_people(folder / f"{name}.jsonl", task=task) for name in ("people", "newcomers"))
-    bank = mta.Bank.build(base, people, folder / "bank", anchors=ANCHORS, run=run)
+    bank = mta.Bank.build(base, people, folder / "bank", run=run)
     personal = mta.Personalizer(base, bank)
     personal.personalize([person.first(SHOTS) for person in newcomers])
     pooled, own = list[float](), list[float]()
@@ -110,7 +110,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("words", nargs="*", help="settings of the run, such as task_lora.training.lr=1e-3")
     args = parser.parse_args()
-    out, run = args.out, override(Run(), args.words)
+    out, run = args.out, override(Run(), [f"bank.anchors={ANCHORS}", *args.words])
     base = mta.BaseModel.load("smollm2-135m-instruct")
     (out / "snack").mkdir(parents=True, exist_ok=True)
     (out / "message").mkdir(exist_ok=True)
@@ -135,7 +135,9 @@ def main() -> None:
             "NLL": levels,
         }
     settings = run.model_dump(mode="json", include={"task_lora", "bank", "calibration"})
-    write_json(out / "promise.json", {"machine": processor(), "run": settings, "nats per token": results})
+    write_json(
+        out / "promise.json", {"machine": processor(), "words": args.words, "run": settings, "nats per token": results}
+    )
 
 
 if __name__ == "__main__":

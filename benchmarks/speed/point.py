@@ -107,10 +107,8 @@ def long_jobs(base: BaseModel, people: int, tokens: int) -> list[Job]:
     """Examples cut from one stream of what people said about movies; the last two tokens are to be learned."""
     stream: list[int] = []
     for person in data.short().people:
-        reported = [
-            f"{item.fields['title']} ({item.fields['genres']}): {item.fields['rating']}" for item in person.items
-        ]
-        stream += base.tokenizer("\n".join(reported), add_special_tokens=False)["input_ids"]
+        lines = [f"{item.fields['title']} ({item.fields['genres']}): {item.fields['rating']}" for item in person.items]
+        stream += base.tokenizer("\n".join(lines), add_special_tokens=False)["input_ids"]
         if len(stream) >= people * data.SHOTS * tokens:
             break
     cuts = [tuple(stream[n * tokens : (n + 1) * tokens]) for n in range(people * data.SHOTS)]

@@ -74,7 +74,7 @@ def merged(records: Sequence[dict[str, Any]], new: dict[str, Any]) -> list[dict[
 
 
 def write(path: Path, records: Sequence[dict[str, Any]], command: str) -> None:
-    """The whole file, written aside and renamed. No path of this machine and no name of it is in it."""
+    """The whole file, written to a temporary file and renamed. No path of this machine and no name of it is in it."""
     here = processor()
     write_json(
         path,

@@ -49,6 +49,6 @@ class Settings:
 
     def as_dict(self) -> dict[str, Any]:
         """As the JSON keeps it, and what a kept row must agree in."""
-        reported = asdict(self)
-        del reported["done"]
-        return reported
+        values = asdict(self)
+        del values["done"]
+        return values

@@ -33,8 +33,8 @@ def test_the_nearest_text_comes_first():
 
 def test_an_answer_does_not_find_itself():
     """The title is the target: that it fits the question must not matter."""
-    reported = [article("one thing", title="lemon cake"), article("a cake", title="another thing")]
-    assert retrieve(LAMP4, article("lemon cake"), reported, 1) == [reported[1]]
+    articles = [article("one thing", title="lemon cake"), article("a cake", title="another thing")]
+    assert retrieve(LAMP4, article("lemon cake"), articles, 1) == [articles[1]]
 
 
 @given(st.lists(st.text(max_size=20), max_size=5), st.integers(0, 7))

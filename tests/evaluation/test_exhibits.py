@@ -43,16 +43,16 @@ def everybody(method, shift=0.0, seeds=(0,), **more):
 def test_differences_and_harm_are_those_of_the_records():
     found = results([*everybody(TaskLora()), *everybody(OneLora(), 0.1), *everybody(MergeThenAdapt(), -0.25)])
     heads, rows = rows_of(found.comparison("main"))
-    reported = {row[0]: dict(zip(heads, row)) for row in rows}
-    assert list(reported) == ["task LoRA", "OPPU", "MTA"]  # the base has not been run
-    assert reported["MTA"]["NLL"] == "0.850"
-    assert reported["MTA"]["NLL against task LoRA"] == "**-0.250 [-0.250, -0.250]**"
-    assert reported["MTA"]["MAE against OPPU"] == "**-0.350 [-0.350, -0.350]**"
-    assert reported["OPPU"]["worse off"] == "24 of 24"
-    assert reported["OPPU"]["clearly"] == "24"
-    assert reported["MTA"]["worse off"] == "0 of 24"
-    assert reported["MTA"]["s per person"] == "2.00"
-    assert reported["task LoRA"]["NLL against task LoRA"] == ""
+    by_name = {row[0]: dict(zip(heads, row)) for row in rows}
+    assert list(by_name) == ["task LoRA", "OPPU", "MTA"]  # the base has not been run
+    assert by_name["MTA"]["NLL"] == "0.850"
+    assert by_name["MTA"]["NLL against task LoRA"] == "**-0.250 [-0.250, -0.250]**"
+    assert by_name["MTA"]["MAE against OPPU"] == "**-0.350 [-0.350, -0.350]**"
+    assert by_name["OPPU"]["worse off"] == "24 of 24"
+    assert by_name["OPPU"]["clearly"] == "24"
+    assert by_name["MTA"]["worse off"] == "0 of 24"
+    assert by_name["MTA"]["s per person"] == "2.00"
+    assert by_name["task LoRA"]["NLL against task LoRA"] == ""
 
 
 def test_with_one_question_each_nothing_is_said_about_who_is_clearly_worse_off():

@@ -64,12 +64,12 @@ class read_only:
         self.folder = folder
 
     def __enter__(self) -> None:
-        temporary = self.folder.with_name("aside")
-        shutil.copytree(self.folder, temporary)
+        copy = self.folder.with_name("copy")
+        shutil.copytree(self.folder, copy)
         made = subprocess.run(["mount", "-t", "tmpfs", "tmpfs", self.folder], capture_output=True, text=True)
         if made.returncode:
             pytest.skip(f"a read-only file system needs the right to mount one: {made.stderr.strip()}")
-        shutil.copytree(temporary, self.folder, dirs_exist_ok=True)
+        shutil.copytree(copy, self.folder, dirs_exist_ok=True)
         subprocess.run(["mount", "-o", "remount,ro", self.folder], check=True)
 
     def __exit__(self, *_: object) -> None:

@@ -155,12 +155,12 @@ class TestRecords:
         assert found[0]["ours"] == "other"
 
     def test_a_row_is_current_for_a_day_with_the_same_code_and_settings(self):
-        reported = record.record(row(), "bank", SETTINGS)
-        assert record.current(reported, SETTINGS)
-        assert not record.current(reported, Settings(repeats=2))
-        assert not record.current({**reported, "code": "other"}, SETTINGS)
-        assert not record.current({**reported, "date": "2020-01-01T00:00:00+00:00"}, SETTINGS)
-        assert not record.current({**reported, "skipped": f"{record.FAILED}Unequal"}, SETTINGS)
+        kept = record.record(row(), "bank", SETTINGS)
+        assert record.current(kept, SETTINGS)
+        assert not record.current(kept, Settings(repeats=2))
+        assert not record.current({**kept, "code": "other"}, SETTINGS)
+        assert not record.current({**kept, "date": "2020-01-01T00:00:00+00:00"}, SETTINGS)
+        assert not record.current({**kept, "skipped": f"{record.FAILED}Unequal"}, SETTINGS)
 
     def test_a_missing_file_has_no_rows(self, tmp_path):
         assert record.kept(tmp_path / "missing.json") == []

@@ -18,7 +18,7 @@ from mta.serving.api.service import error_of
 SOURCE = Path(mta.__file__).parent
 PARSED = {path: ast.parse(path.read_text(encoding="utf-8")) for path in sorted(SOURCE.rglob("*.py"))}
 VLLM = {"mta.serving.vllm.plugin"}  # imports vLLM, which lives in another environment
-TOLD = {
+REPORTED = {
     "UnknownOrForbidden",
     "Refused",
     "QueueFull",
@@ -154,5 +154,5 @@ def test_it_says_what_was_found_and_expected_and_what_to_type_next(tiny_bank_fol
     again = pickle.loads(pickle.dumps(error))
     assert (type(again), again.args, again.message, again.hint) == (type(error), error.args, error.message, error.hint)
     reported = error_of(error)[1]["error"]["message"]
-    assert (error.message in reported and error.hint in reported) == (name in TOLD)
-    assert name in TOLD or not {error.message, error.hint} & {reported}
+    assert (error.message in reported and error.hint in reported) == (name in REPORTED)
+    assert name in REPORTED or not {error.message, error.hint} & {reported}

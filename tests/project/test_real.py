@@ -103,13 +103,13 @@ base = BaseModel.load(sys.argv[1], "float32")
 bank, count, length = Bank.open(sys.argv[2], base), int(sys.argv[3]), int(sys.argv[4])
 found = []
 for rows in (2, count):  # what grows with rows is theirs, all else is there once
-    seats = slots = None
-    seats = AdapterSlots(base, [bank], rows)
-    slots = Slots(base, rows, length - 8, 8, seats)
+    adapters = slots = None
+    adapters = AdapterSlots(base, [bank], rows)
+    slots = Slots(base, rows, length - 8, 8, adapters)
     for n in range(rows):
         slots.take((n, ""), [5, 6])
-        seats.take(n, seats.adapter_of(TASK))
-    with torch.inference_mode(), seats.opened(slice(0, rows)):
+        adapters.take(n, adapters.adapter_of(TASK))
+    with torch.inference_mode(), adapters.opened(slice(0, rows)):
         slots.logits(slice(0, rows), [[5, 6]] * rows)
         for kept in (part for pair in slots.cache.kept for part in pair):
             kept.fill_(1.0)  # memory that was asked for is there once it is written
@@ -120,11 +120,11 @@ print((found[1] - found[0]) / (count - 2))
 
 @pytest.mark.skipif(sys.platform != "linux", reason="resident memory is read from /proc")
 def test_the_memory_of_an_answer_is_what_mta_size_predicts(world):
-    """Resident memory that a row of SmolLM2 takes, seat and slot, in a process of its own, within 15%."""
+    """Resident memory that a row of SmolLM2 takes, adapter and slot, in a process of its own, within 15%."""
     personal, _ = world
     count, length = 24, 512
     words = [RUN.base, str(personal.bank.folder), str(count), str(length)]
     done = subprocess.run([sys.executable, "-c", GROWN, *words], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
-    reported = 2 * memory(Shape.of(RUN.base), RUN, Load(context=length)).row  # it counts bfloat16
-    assert float(done.stdout) == pytest.approx(reported, rel=0.15)
+    predicted = 2 * memory(Shape.of(RUN.base), RUN, Load(context=length)).row  # it counts bfloat16
+    assert float(done.stdout) == pytest.approx(predicted, rel=0.15)

@@ -72,14 +72,14 @@ class World:
 
     def alone(self, who: Version | SharedModel, prompt: list[int], count: int) -> list[int]:
         """The answer of one row, computed without any engine code."""
-        models = who if isinstance(who, SharedModel) else self.store.load(who.person, who.number)
-        adapters = row_adapters(self.base, self.bank, [models], isinstance(who, SharedModel) or who.stacked)
+        state = who if isinstance(who, SharedModel) else self.store.load(who.person, who.number)
+        adapters = row_adapters(self.base, self.bank, [state], isinstance(who, SharedModel) or who.stacked)
         return generate(self.base, [prompt], [0], adapters, max_new_tokens=count)[0]
 
     def scored(self, who: Version | SharedModel, prompt: list[int], labels: list[tuple[int, ...]]) -> list[float]:
         """The log probability of each label, computed without any engine code."""
-        models = who if isinstance(who, SharedModel) else self.store.load(who.person, who.number)
-        adapters = row_adapters(self.base, self.bank, [models], isinstance(who, SharedModel) or who.stacked)
+        state = who if isinstance(who, SharedModel) else self.store.load(who.person, who.number)
+        adapters = row_adapters(self.base, self.bank, [state], isinstance(who, SharedModel) or who.stacked)
         jobs = [[Example((*prompt, *label), len(prompt)) for label in labels]]
         return log_likelihood(self.base, jobs, adapters, owners=[0])[0].tolist()
 

@@ -59,15 +59,15 @@ def test_what_is_kept_of_a_person_is_what_their_files_take(tmp_path):
         return LoraBatch({n: Factors(torch.ones(1, rank, d), torch.ones(1, o, rank)) for n, (d, o) in names.items()})
 
     run = override(Run(), ["bank.anchors=32"])
-    reported = costs(shape, run, Load())
+    predicted = costs(shape, run, Load())
     for stack, name in ((adapter(1), "MTA"), (None, "merge alone")):
         merge = tuple(range(32)), (0.123456789012345678,) * 32
         losses = Losses(*[0.123456789012345678] * 3, tokens=16)
         read = {"gradient": merge[1], "loglik": -0.123456789012345678, "shots": 8}
         kept = State("b" * 64, *merge, "laplace", "h" * 64, "w" * 64, 0, stack, losses=losses, **read)
-        assert off(reported[name].person_bytes, kept.nbytes) < 0.15, name
+        assert off(predicted[name].person_bytes, kept.nbytes) < 0.15, name
     write_peft(tmp_path / "oppu", adapter(8), SMOL)
-    assert off(reported["OPPU"].person_bytes, sum(f.stat().st_size for f in (tmp_path / "oppu").iterdir())) < 0.15
+    assert off(predicted["OPPU"].person_bytes, sum(f.stat().st_size for f in (tmp_path / "oppu").iterdir())) < 0.15
 
 
 def test_the_memory_of_a_bank_and_a_row_is_as_predicted(tiny_bank_folder, tiny, tmp_path):
@@ -77,10 +77,10 @@ def test_the_memory_of_a_bank_and_a_row_is_as_predicted(tiny_bank_folder, tiny, 
     base, bank = tiny
     base.model.config.save_pretrained(tmp_path)
     shape = Shape.of(str(tmp_path))
-    reported = costs(shape, bank.info.run, Load())
+    predicted = costs(shape, bank.info.run, Load())
     files = [tiny_bank_folder / "anchors.safetensors", *(tiny_bank_folder / "task_lora").glob("*.safetensors")]
     tensors = sum(f.stat().st_size - 8 - int.from_bytes(f.read_bytes()[:8], "little") for f in files)
-    assert reported["MTA"].fixed_bytes * torch.finfo(base.master_dtype).bits / 32 == tensors
+    assert predicted["MTA"].fixed_bytes * torch.finfo(base.master_dtype).bits / 32 == tensors
     adapters = AdapterSlots(base, [bank], 3)
     slots = Slots(base, 3, 40, 8, adapters)
     for n in range(3):
@@ -89,13 +89,13 @@ def test_the_memory_of_a_bank_and_a_row_is_as_predicted(tiny_bank_folder, tiny, 
         slots.logits(slice(0, 3), [[5, 6]] * 3)
     own_adapter = sum(part[0].numel() for own in adapters._own.values() for part in own)
     row = slots.cache.nbytes / 3 / base.dtype.itemsize + own_adapter + adapters._ranks
-    reported = memory(shape, bank.info.run, Load(context=48))
-    assert reported.row == 2 * row
+    predicted = memory(shape, bank.info.run, Load(context=48))
+    assert predicted.row == 2 * row
     shared = sum(part[: adapters._ranks].numel() for a, b in adapters._shared.values() for part in (a, b.mT))
     working = sum(
         factor.numel() for batch in (bank.working, bank.task_lora) for pair in batch.factors.values() for factor in pair
     )
-    assert reported.bank == 2 * (shared + working)
+    assert predicted.bank == 2 * (shared + working)
 
 
 def test_training_takes_what_the_plan_of_a_loaded_base_counts(tmp_path):
@@ -103,13 +103,13 @@ def test_training_takes_what_the_plan_of_a_loaded_base_counts(tmp_path):
     base.model.config.save_pretrained(tmp_path)
     shape = Shape.of(str(tmp_path))
     planned = Footprint.of(base.model, itemsize=2)
-    reported, numbers = (
+    predicted, numbers = (
         memory(shape, run, Load(tokens=90, shared=40)),
         ParameterCounts(4 * shape.width, pooled=3 * shape.width),
     )
-    assert reported.anchor == 6 * 4 * numbers.trained + planned.person(numbers)
-    assert reported.token == planned.token(TextLengths(90, 40), 4)  # a stack of rank 1 and the task LoRA
-    assert reported.target == planned.target
+    assert predicted.anchor == 6 * 4 * numbers.trained + planned.person(numbers)
+    assert predicted.token == planned.token(TextLengths(90, 40), 4)  # a stack of rank 1 and the task LoRA
+    assert predicted.target == planned.target
 
 
 @given(st.integers(1, 4), st.integers(1, 64), st.integers(1, 500))

@@ -64,7 +64,7 @@ def test_kernels_that_fail_to_compile_are_reported_with_the_compilers_first_erro
     broken.chmod(0o755)
     monkeypatch.delenv("MTA_KERNELS", raising=False)
     done = mta_doctor("--json", PATH=f"{tmp_path}:{os.environ['PATH']}")
-    kernels = found("compiled", [namedtuple("told", one)(**one) for one in json.loads(done.stdout)["findings"]])
+    kernels = found("compiled", [namedtuple("finding", one)(**one) for one in json.loads(done.stdout)["findings"]])
     assert (kernels.verdict, kernels.found) == ("warning", "failed: kernels.cpp:1:1: error: no 'requires' here")
     assert kernels.hint.endswith("Kernels need g++ 12 or newer, on Linux.")
 
@@ -272,7 +272,7 @@ def test_the_command_ends_with_0_where_a_demo_could_run(cache):
     done = mta_doctor("--json", MTA_KERNELS="off")
     reported = json.loads(done.stdout)
     assert (done.returncode, reported["problems"]) == (0, 0), done.stderr
-    kernels = found("compiled", [namedtuple("told", one)(**one) for one in reported["findings"]])
+    kernels = found("compiled", [namedtuple("finding", one)(**one) for one in reported["findings"]])
     assert (kernels.verdict, kernels.found) == ("warning", "off: MTA_KERNELS is off")
     assert {one["verdict"] for one in reported["findings"]} <= {"ok", "warning", "problem"}
 

@@ -1,6 +1,6 @@
-"""Calibrate a bank: the passes, where they are computed, how long they take, and how they resume.
+"""Calibrate a bank: compute the passes that crossfit.py asks for, here or on workers, and keep their results.
 
-What is measured, and what follows from it, is in crossfit.py.
+Which passes these are, and what follows from them, is in crossfit.py.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def calibrate(
     """Calibrate a bank of ``anchors`` over ``task_lora`` on ``people`` (``drawn``), whose items are behind neither.
 
     ``checkpoint`` returns where the result of a piece of work is kept, by its name: an interrupted calibration resumes.
-    Raises BankError if the work fails.
+    Raises BankError if the work fails, and MemoryBudgetError.
     """
     known = known_people(base, task, people, run.calibration)
     working, pooled = anchors.to(base.device, base.dtype), task_lora and task_lora.to(base.device)

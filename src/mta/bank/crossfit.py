@@ -45,7 +45,7 @@ from mta.training.gates import GateGradients
 LENGTHS = (0.5, 1.0)  # of a Newton step
 ENOUGH = 8  # people who share no items, to measure anything
 RIDGE = 0.3
-_TYPICAL = 8  # shots, to choose for
+_TYPICAL = 8  # shots, for which merge and rate are chosen
 _NO_MERGE, _OWN_MERGE = 0, 2  # 1: everybody's best, mu
 
 
@@ -106,6 +106,7 @@ class Calibrator:
         return newton + COSTS["gradients"] * shots + len(counts) * queries + stacks
 
     def run(self) -> Calibration:
+        """Measure everything, and return the calibration to keep."""
         first, notes = self.first_pass()
         if self.groups_with(1) < ENOUGH:
             return self.without_people(first, notes)
@@ -277,5 +278,5 @@ class Calibrator:
 
 
 def _typical(shots: Collection[int]) -> int:
-    """Return the number of shots to choose for."""
+    """Return the number of shots for which merge and rate are chosen."""
     return _TYPICAL if _TYPICAL in shots else max(shots)
