@@ -308,7 +308,7 @@ def test_trackio_keeps_a_run_in_its_folder(tmp_path, monkeypatch):
     tracked(tmp_path, "trackio", monkeypatch)
     (data,) = tmp_path.glob("trackio/*.db")
     rows = sqlite3.connect(data).execute("select step, metrics from metrics order by id").fetchall()
-    losses = [(step, json.loads(reported).get("stack/loss")) for step, reported in rows]
+    losses = [(step, json.loads(metrics).get("stack/loss")) for step, metrics in rows]
     assert losses[:3] == [(1, 1.0), (2, 0.5), (3, pytest.approx(1 / 3))]
     assert [step for step, _ in losses[3:]] == [1, 2]
     assert b"quispe" not in data.read_bytes()
