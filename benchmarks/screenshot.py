@@ -28,10 +28,10 @@ def main() -> None:
     command += ["--store", str(args.demo / "people"), "--port", "0"]
     server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
-        reported = ""
-        while not reported.rstrip().endswith("}"):
-            reported += server.stdout.readline()  # type: ignore[union-attr]
-        picture(json.loads(reported)["url"], args.person, fields, args.out)
+        printed = ""
+        while not printed.rstrip().endswith("}"):
+            printed += server.stdout.readline()  # type: ignore[union-attr]
+        picture(json.loads(printed)["url"], args.person, fields, args.out)
     finally:
         server.terminate()
         server.wait()

@@ -108,10 +108,10 @@ def main() -> None:
     about = {"machine": f"{processor()}, {cores()} cores", "torch": torch.__version__, "dtype": args.dtype}
     about |= {name: getattr(args, name) for name in ("clients", "slots", "tokens", "seconds")}
     about["anchors"] = len(read_info(args.bank).items)
-    reported = json.dumps({**about, **found, "ratios": ratios(found)}, indent=1)
-    print(reported)
+    text = json.dumps({**about, **found, "ratios": ratios(found)}, indent=1)
+    print(text)
     if args.json:
-        args.json.write_text(reported + "\n", encoding="utf-8")
+        args.json.write_text(text + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

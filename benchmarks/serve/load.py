@@ -88,9 +88,9 @@ async def cold(url: str, models: Sequence[str]) -> dict[str, float]:
                 async for _ in pieces(http, model, prompt(draw, 48), 1):
                     pass
                 times.append(time.monotonic() - start)
-    reported = {f"{name} (ms)": round(1000 * statistics.median(times), 1) for name, times in found.items()}
-    first, later = reported.values()
-    return reported | {"added by the first use (ms)": round(first - later, 1)}
+    medians = {f"{name} (ms)": round(1000 * statistics.median(times), 1) for name, times in found.items()}
+    first, later = medians.values()
+    return medians | {"added by the first use (ms)": round(first - later, 1)}
 
 
 async def delay(url: str, models: Sequence[str], newcomer: str) -> dict[str, float]:

@@ -102,10 +102,10 @@ def test_a_wheel_made_from_the_sdist_is_the_same_wheel(wheel, unpacked, tmp_path
 def test_the_wheel_works_in_its_own_environment(borrowing, tmp_path):
     """Only the dependencies are borrowed from this environment; mta itself must come from the wheel."""
     assert "demo" in run(borrowing, "-m", "mta", "--help", cwd=tmp_path)
-    reported = run(
+    printed = run(
         borrowing, "-c", "from mta.tools.demo import load_recipe; print(load_recipe('movielens').data)", cwd=tmp_path
     )
-    assert reported.strip() == "movielens-100k"
+    assert printed.strip() == "movielens-100k"
     assert "lamp3" in run(borrowing, "-c", "from mta.data.tasks import task_names; print(task_names())", cwd=tmp_path)
     walked = run(borrowing, "-P", str(ROOT / "tests" / "smoke.py"), cwd=tmp_path, MTA_KERNELS="off")  # saves 10 s
     assert walked.splitlines()[-1] == "ok"

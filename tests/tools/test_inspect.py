@@ -43,11 +43,11 @@ def test_no_text_is_shown_and_no_model_is_loaded(known, monkeypatch):
 
     monkeypatch.setattr("mta.model.base.BaseModel.__init__", refuse)
     monkeypatch.setattr("mta.bank.format.read_adapters", refuse)
-    reported = json.dumps([asdict(summarize("x0", known.store, known.bank.folder))])
-    reported += json.dumps([asdict(one) for one in versions_of("x0", known.store)])
+    text = json.dumps([asdict(summarize("x0", known.store, known.bank.folder))])
+    text += json.dumps([asdict(one) for one in versions_of("x0", known.store)])
     for item in PEOPLE[0].items:
-        assert item.fields["title"] not in reported
-    assert "Film" not in reported
+        assert item.fields["title"] not in text
+    assert "Film" not in text
 
 
 def test_the_summary_is_that_of_the_newest_version(known):

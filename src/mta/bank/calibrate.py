@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mta.bank.calibration import Calibration
-from mta.bank.crossfit import Calibrator
+from mta.bank.crossfit import PIECE, Calibrator
 from mta.bank.newcomers import Subject, known_people
 from mta.bank.probes import Measure, Probe, measured
 from mta.config import Run, parse_size
@@ -34,7 +34,6 @@ from mta.training.plan import Plan, parameters_of, plan_cohorts
 from mta.training.trainer import Job
 
 log = logging.getLogger("mta")
-_PIECE = 16  # people computed and saved together, at most
 
 
 def calibrate(
@@ -96,7 +95,7 @@ def plan_of(base: BaseModel, known: Sequence[Subject], anchors: int, run: Run) -
     jobs = [Job(str(u), one.all) for u, one in enumerate(known)]
     if not jobs:
         return Plan((), 0, 1, 0)
-    return plan_cohorts(base, jobs, trained, parse_size(run.memory), below=sizes, most=_PIECE)
+    return plan_cohorts(base, jobs, trained, parse_size(run.memory), below=sizes, most=PIECE)
 
 
 def _expected_seconds(base: BaseModel, planned: Calibrator, ranks: int, tokens_per_batch: int) -> float:

@@ -45,6 +45,7 @@ from mta.training.gates import GateGradients
 LENGTHS = (0.5, 1.0)  # of a Newton step
 ENOUGH = 8  # people who share no items, to measure anything
 RIDGE = 0.3
+PIECE = 16  # people computed and saved together, at most
 _TYPICAL = 8  # shots, for which merge and rate are chosen
 _NO_MERGE, _OWN_MERGE = 0, 2  # 1: everybody's best, mu
 
@@ -64,7 +65,7 @@ class Calibrator:
     measure: Callable[[Sequence[Probe]], Iterable[tuple[Probe, Tensor]]]
     on_step: Callable[[Step], None] | None = None
     stacks: bool = True
-    together: int = 16
+    together: int = PIECE
     passes: int = 0
     done: int = 0  # in forward passes of one example
     group: Tensor = field(init=False)
