@@ -8,8 +8,13 @@ from pathlib import Path
 import pytest
 from pages import ROOT
 
-from benchmarks.gains import gains
+from benchmarks.gains import SETS, gains
+from mta.evaluation.reports import html
+from mta.evaluation.reports.figures import Picture
+from mta.evaluation.reports.publish import report
 
+RESULTS = ROOT / "results"
+PUBLISHED = sorted(path.parent for path in RESULTS.rglob("scores.jsonl.gz"))
 # Decision records quote what was measured at the time, also in experiments whose results were not kept.
 PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")), *sorted(ROOT.glob("docs/[!dpr]*/*.md"))]
 NUMBER = r"[+-]?\d+\.\d+"
@@ -104,3 +109,26 @@ def test_the_figure_of_gains_has_the_numbers_of_the_main_table():
         assert figure(one.mean, one.low, one.high) in known, title
     drawn = (ROOT / "results" / "gains.svg").read_text()
     assert all(title in drawn for title in found)
+
+
+@pytest.fixture
+def text_only(monkeypatch):
+    """Reports without pictures, which take most of their time."""
+    monkeypatch.setattr(Picture, "save", lambda self, path: [])
+    monkeypatch.setattr(html, "page", lambda *parts: "")
+
+
+@pytest.mark.parametrize("folder", PUBLISHED, ids=lambda folder: str(folder.relative_to(RESULTS)))
+def test_published_tables_are_drawn_from_the_published_scores(folder, tmp_path, text_only):
+    report([folder], tmp_path)
+    (drawn,) = tmp_path.glob("*/README.md")
+    page = drawn.read_text()
+    if folder.parent.name == "gradient":  # where these comparisons are corrected for all sets together
+        page = page.partition("\n## Primary comparisons")[0]
+    assert (folder / "README.md").read_text().strip() == page.strip()
+    assert all((folder / picture).exists() for picture in re.findall(r"\]\((\S+\.svg)\)", page))
+
+
+def test_the_published_comparisons_are_those_of_all_sets_together(tmp_path, text_only):
+    report([(RESULTS / "gradient" / page).parent for page in SETS.values()], tmp_path)
+    assert (tmp_path / "README.md").read_text() == (RESULTS / "gradient" / "README.md").read_text()

@@ -47,7 +47,8 @@ def report(folders: Sequence[Path], out: Path, *, texts: bool = False) -> list[s
         raise DataError(
             f"two folders would have the report {out / min(twice)}", hint="Write their reports to different --out."
         )
-    claims = primary([found for found in experiments if found.meta.get("which", "test") == "test"])
+    tests = [found for found in experiments if found.meta.get("which", "test") == "test"]
+    claims = primary([found for found in tests if found.meta["exhibits"] != ["efficiency"]])  # which is about costs
     named = [Section("Primary comparisons, named in advance", claims)] if claims else []
     drawn = []
     for found in experiments:
@@ -154,14 +155,15 @@ def run_sections(folder: Path) -> list[Section]:
 
 
 def history(runs: Sequence[Mapping[str, Any]]) -> str:
-    """Return one line of Markdown for each session: command, hours, machine, commit, versions."""
+    """Return one line of Markdown for each session: command, hours, machine, commit, versions, remark."""
     text = ""
     for run in runs:
         versions = ", ".join(f"{name} {version}" for name, version in run["versions"].items())
         took = "stopped before its end" if run["hours"] is None else f"{run['hours']:.2f} hours"
         took += ", then stopped" * bool(run.get("stopped"))
         made = f"{run['command'] or 'from Python'}: {took} on {run['machine']}, {run['threads']} threads"
-        text += f"- {made}; commit {run['commit'] or 'unknown'}; {versions}\n"
+        remark = f" ({run['remark']})" if run.get("remark") else ""
+        text += f"- {made}; commit {run['commit'] or 'unknown'}; {versions}{remark}\n"
     return text
 
 

@@ -48,7 +48,10 @@ def rows_of(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
 
 
 def overview(many: Sequence[Results]) -> str:
-    """Return the main table over data sets: each method's primary metric and its difference to the pooled model."""
+    """Return the main table over data sets: each method's primary metric and its difference to the pooled model.
+
+    Each set's columns are over the people whom all of its methods have.
+    """
     compared = [(found.name, comparison) for found in many if (comparison := found.comparison("main"))]
     if not compared:
         return ""
@@ -56,7 +59,7 @@ def overview(many: Sequence[Results]) -> str:
     heads, columns = ["method"], [names]
     for data, c in compared:
         measure, known = c.yardstick, c.names
-        heads += [f"{data}: {c.primary}", f"{measure} against {POOLED}", "worse off"]
+        heads += [f"{data} ({c.people} people): {c.primary}", f"{measure} against {POOLED}", "worse off"]
         columns.append([str(c.score(name, c.primary) or "") if name in known else "" for name in names])
         columns.append([marked(c, measure, name, POOLED) for name in names])
         shares = [c.worse_off(name, POOLED) for name in names]
