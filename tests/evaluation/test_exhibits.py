@@ -154,9 +154,9 @@ def test_time_and_bytes_are_fitted_up_to_a_million_people():
     parts = {"efficiency": (Part(methods=(OneLora(), MergeThenAdapt())),)}
     found = results([*everybody(OneLora(), bytes=1e6), *everybody(MergeThenAdapt(), bytes=1e3)], parts)
     assert not sections(found)  # the cost of the bank is unknown
-    found.facts["main-0"] = {"seconds": {"anchors": 3600.0}, "bytes": 5e6}
+    found.facts["main-0"] = {"seconds": {"task LoRA": 600.0, "anchors": 3000.0}, "bytes": 5e6}
     (section,) = sections(found)
-    assert "| OPPU | 24 | 0 | 2.00 | 48 s | 556 h | 0 | 1 MB | 1 TB |" in section.text
+    assert "| OPPU | 24 | 10.0 min | 2.00 | 10.8 min | 556 h | 0 | 1 MB | 1 TB |" in section.text
     assert "| MTA | 24 | 60.0 min | 2.00 | 60.8 min | 557 h | 5 MB | 1 kB | 1 GB |" in section.text
 
 
@@ -176,6 +176,8 @@ def test_sets_stand_side_by_side():
     one = results([*everybody(TaskLora()), *everybody(MergeThenAdapt(), -0.25)])
     table = overview([one, results(everybody(TaskLora()))])
     assert "| MTA | 0.750 [0.750, 0.750] | **-0.250 [-0.250, -0.250]** | 0% |  |  |  |" in table
+    assert "made up (24 people): MAE" in table
+    assert overview([results(everybody(TaskLora()), {"mine": (Part(methods=METHODS),)})] * 2) == ""
 
 
 def test_a_table_has_a_line_for_each_row():

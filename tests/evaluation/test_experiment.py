@@ -143,6 +143,13 @@ def test_the_fair_pool_trains_on_all_that_the_bank_saw_and_for_as_many_examples(
     assert not torch.equal(*(next(iter(b.task_lora.factors.values())).b for b in (main, pooled)))
 
 
+def test_settings_that_train_no_bank_leave_it_as_it_is(world, cache, tmp_path):
+    main = workspace_of(world, tmp_path / "run").bank(MAIN, 0)
+    words = "stack={enabled: false}", "merge.k=1", "memory=2GiB"
+    again = workspace_of(world, tmp_path / "run")
+    assert again.bank(MAIN.model_copy(update={"words": words}), 0).hash == main.hash
+
+
 def test_a_recipe_for_people_of_another_file_asks_for_it(world, cache, tmp_path):
     with pytest.raises(InputError, match="this recipe tests people of another file"):
         workspace_of(world, tmp_path / "run", "needs_test=true")
@@ -271,6 +278,8 @@ def test_texts_are_reported_only_on_request_in_the_lamp_format(finished, tmp_pat
     assert found.keys() == {"task", "golds"}
     assert len({row["id"] for row in found["golds"]}) == len(found["golds"]) == 4 * 2
     assert {row["output"] for row in found["golds"]} <= {"1", "2", "3", "4", "5"}
+    with pytest.raises(DataError, match="holds people's texts"):  # which a report to publish must not have beside it
+        report([finished], tmp_path)
 
 
 def test_development_people_are_not_test_people_and_have_their_own_folder(world, finished, cache):

@@ -121,6 +121,9 @@ def test_a_benchmark_query_is_the_last_item_if_queries_look_like_history_items()
     choice = Item({"title": "t", "ref1": "a", "ref2": "b", "reference": "[1]"}, id="q", is_query=True)
     assert shots_and_queries(lamp1, Person("p", papers, (choice,)), 3, 4, "last") == (papers[-3:], (choice,))
     assert not has_enough_items(lamp1, Person("p", papers), 3, 1, "last")
+    for person, ask in ((Person("p", papers), "last"), (Person("p", papers[:2], (choice,)), "next")):
+        with pytest.raises(InputError, match="3 shots and 1 queries were asked for"):
+            shots_and_queries(lamp1, person, 3, 1, ask)
     assert has_enough_items(lamp3, Person("p", items, (query,)), 5, 12, "next")  # asked what the benchmark asks
     assert not has_enough_items(lamp3, Person("p", items[:2], (query,)), 5, 12, "next")
 
@@ -240,6 +243,24 @@ def test_a_smaller_bank_merges_only_its_own_anchors(panel):
     torch.testing.assert_close(
         evidence.anchors.sum(), panel.evidence.anchors[:, sorted(set(found.merge.ids[0].tolist()))].sum()
     )
+
+
+def test_a_smaller_bank_needs_a_policy_that_can_merge_it(panel):
+    for settings in (None, MergeSettings(policy="laplace"), MergeSettings(policy="learned", k=0)):
+        with pytest.raises(ValueError, match="anchors: needs merge: with a policy"):
+            parse_method({"method": "merge", "anchors": 2, "merge": settings and settings.model_dump()})
+    with pytest.raises(ValueError, match="k is 3, but only 2 anchors"):
+        parse_method({"method": "merge", "anchors": 2, "merge": {"policy": "loss", "k": 3}})
+    uniform = Merged(merge=MergeSettings(policy="uniform", k=0), anchors=2)
+    assert uniform.run(panel, 0).merge.w.tolist() == [[0.5, 0.5]] * PEOPLE
+    assert "_evidence" not in vars(panel)  # was not gathered
+
+
+def test_a_method_fits_where_all_methods_within_it_fit():
+    ridge, text = Merged(merge=MergeSettings(policy="ridge", k=0)), load_task("lamp4")
+    for method in (ridge, Retrieved(over=ridge), Chosen(candidates=(TaskLora(), ridge))):
+        assert not method.fits(text, 4)
+        assert method.fits(load_task("lamp3"), 4)
 
 
 def test_prime_never_increases_the_loss(panel):

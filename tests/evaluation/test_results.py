@@ -1,14 +1,19 @@
 """Files of results: what is missing, which record counts, and what is published."""
 
+import gzip
+import json
+
 import pytest
 from pages import ROOT
 
-from mta.evaluation.experiments.results import Record, Records, latest, publish, read_records
+from mta.errors import DataError
+from mta.evaluation.experiments.results import Record, Records, latest, publish, read_beside, read_records
+from mta.evaluation.reports.publish import lamp_answers
 
 
-def record(person="p", key="k", **metrics):
+def record(person="p", key="k", texts=None, **metrics):
     where = {"key": key, "settings": "s", "method": "m", "bank": "main", "seed": 0, "shots": 8, "person": person}
-    return Record(**where, metrics=metrics or {"MAE": 1.0}, nll=None, seconds=0, bytes=0)
+    return Record(**where | (texts or {}), metrics=metrics or {"MAE": 1.0}, nll=None, seconds=0, bytes=0)
 
 
 def test_records_find_missing_results(tmp_path):
@@ -39,6 +44,28 @@ def test_published_records_are_those_of_the_last_bank_in_every_order(tmp_path):
     records = [record(key="z"), record("q", key="z"), record(key="a")]
     publish(records, tmp_path / "scores.jsonl.gz")
     assert read_records(tmp_path) == [records[2]] == latest(read_records(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["scores.jsonl", "scores.jsonl.gz"])
+def test_damaged_scores_are_an_error(tmp_path, name):
+    packed = gzip.compress(record().model_dump_json().encode())
+    for content in (packed[:-9], packed[:12] + b"\xff\xff" + packed[14:]) if name.endswith("gz") else (b"\xff\xfe\n",):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(DataError, match="damaged or not readable"):
+            read_records(tmp_path)
+    (tmp_path / "sizes.json").write_text("null")
+    with pytest.raises(DataError, match="not readable JSON"):
+        read_beside(tmp_path / "sizes.json")
+
+
+def test_answers_of_methods_with_one_name_are_in_different_files_and_those_not_written_in_none(tmp_path):
+    one, other, unwritten = (
+        record(texts={"settings": kind, "ids": ("q",), "answers": (text,), "golds": ("gold",)}, **metrics)
+        for kind, text, metrics in (("a", "one", {"ROUGE-L": 1}), ("b", "two", {"ROUGE-L": 1}), ("c", "", {"NLL": 1}))
+    )
+    lamp_answers([one, other, unwritten], "LaMP_4", tmp_path)
+    found = {path.stem: json.loads(path.read_text())["golds"][0]["output"] for path in tmp_path.iterdir()}
+    assert found == {"m-main-8-0": "one", "m-main-8-0-2": "two", "golds-8": "gold"}
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "results").rglob("scores.jsonl.gz")), ids=lambda path: path.parent.name)

@@ -157,7 +157,7 @@ def test_people_in_the_bank_are_refused(tiny, prefix):
 
 
 def test_a_short_history_is_refused(tiny):
-    with pytest.raises(InputError, match="6 items; 4 shots and 3 later queries"):
+    with pytest.raises(InputError, match="6 items; 4 shots and 3 queries"):
         panel_of(tiny, shots=4)
 
 

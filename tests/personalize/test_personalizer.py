@@ -284,6 +284,14 @@ class OtherEncoder(HashEncoder):
     fingerprint = "hash-2"
 
 
+@pytest.mark.parametrize("policy", ["posterior", "uniform", "learned"])
+def test_merges_of_all_anchors_by_what_they_predict_need_no_encoder(tiny, policy):
+    """An imported bank is used where its encoder is not installed."""
+    run = TINY_RUN.model_copy(update={"merge": MergeSettings(policy=policy, k=0)})
+    personal = Personalizer(*tiny, run=run, encoder=OtherEncoder())
+    assert personal.personalize(PEOPLE).failed == {}
+
+
 def test_an_encoder_other_than_the_banks_is_refused(tiny):
     run = TINY_RUN.model_copy(update={"merge": MergeSettings(policy="similarity", k=2)})
     with pytest.raises(BankMismatch, match="has other weights"):

@@ -23,8 +23,7 @@ from mta.evaluation.metrics import Answers
 from mta.model.base import BaseModel
 from mta.model.encoders import encode_people
 from mta.personalize.likelihoods import Evidence, ShotsJob, shots_of
-from mta.personalize.merge import Merge, fit_merge, frozen_numbers, needs_evidence
-from mta.personalize.policies import policy_of
+from mta.personalize.merge import Merge, fit_merge, frozen_numbers, needs_encodings, needs_evidence
 from mta.training.plan import Plan, plan_cohorts
 
 log = logging.getLogger("mta")
@@ -43,17 +42,18 @@ def shots_and_queries(
     benchmark's own queries are asked.
     Source: docs/decisions/005.
     """
+    if not has_enough_items(task, person, shots, queries, ask):
+        asked = f" and {len(person.queries)} of the benchmark's queries" if person.queries else ""
+        raise InputError(
+            f"a person has {len(person.items)} items{asked}; {shots} shots and {queries} queries were asked for",
+            hint=f"Lower shots= or queries=, or leave out people with fewer than {shots + queries} items.",
+        )
     own = tuple(query for query in person.queries if task.has_target(query))
     if ask == "next":
         return person.items[:shots], own[-queries:] or person.after(shots, queries)
     if not task.asks_as_items:
         return person.items[-shots:], own[-queries:]
     timeline = (*person.items, *own)
-    if len(timeline) < shots + queries:
-        raise InputError(
-            f"a person has {len(timeline)} items; {shots} shots and {queries} queries were asked for",
-            hint=f"Lower shots= or queries=, or leave out people with fewer than {shots + queries} items.",
-        )
     return timeline[-queries - shots : -queries], timeline[-queries:]
 
 
@@ -238,7 +238,7 @@ class Panel:
                 self.bank.working,
                 self.bank.pooled,
                 settings,
-                similarity=None if policy_of(settings).gradients else self.similarity,
+                similarity=self.similarity if needs_encodings(settings) else None,
                 evidence=evidence,
                 calibration=self.bank.calibration,
                 seed=seed,

@@ -53,13 +53,23 @@ class Merge:
 
 
 def needs_evidence(settings: MergeSettings, grown: bool = False) -> bool:
-    """Return whether stage 2 reads the anchors' losses (``gather_evidence``), or only encodings.
+    """Return whether stage 2 reads the anchors' losses (``gather_evidence``).
 
     ``grown`` says that earlier merges are known: the learned policy then starts from these.
     """
     if policy_of(settings).gradients or (grown and settings.policy == "learned"):
         return False
     return settings.retrieve == "loss" or policy_of(settings).evidence(settings)
+
+
+def needs_encodings(settings: MergeSettings, grown: bool = False) -> bool:
+    """Return whether stage 2 reads people's encodings: to retrieve the nearest anchors, or for weights.
+
+    ``grown`` as above: where earlier merges are continued, their anchors stay.
+    """
+    if policy_of(settings).gradients or (grown and (settings.policy == "learned" or needs_evidence(settings, grown))):
+        return False
+    return policy_of(settings).by_content(settings)
 
 
 def check_merge(settings: MergeSettings, anchors: int, labelled: bool, calibrated: bool = True) -> None:
@@ -114,7 +124,7 @@ def coefficients(settings: MergeSettings, similarity: Tensor, evidence: Evidence
             hint="Merge all by what they predict: merge.policy=posterior merge.k=0.",
         )
     rank_by = evidence.anchors if settings.retrieve == "loss" and evidence else similarity.double()
-    ids = rank_by.topk(settings.k or anchors, dim=1, sorted=True).indices
+    ids = rank_by.argsort(dim=1, descending=True, stable=True)[:, : settings.k or anchors]
     retrieved = Retrieved(ids, similarity.double().gather(1, ids), evidence)
     return Merge(ids, settings.scale * policy_of(settings).weigh(settings, retrieved))
 
@@ -143,7 +153,7 @@ def fit_merge(
 ) -> Merge:
     """Stage 2 for U people: retrieve anchors, compute coefficients, and train them if the policy is ``learned``.
 
-    ``similarity`` (U, N) is the cosine of person and anchor; it is not read if ``earlier`` and ``evidence`` are given.
+    ``similarity`` (U, N) is the cosine of person and anchor, required if ``needs_encodings``.
     ``evidence`` is required if ``needs_evidence``. With ``earlier``, ``jobs`` and ``evidence`` are of the new items
     only. The laplace, posterior, and loss policies then return the result of all items; ridge and learned start
     from the earlier coefficients and are pulled to them; policies that read only encodings ignore ``earlier``.
@@ -158,8 +168,10 @@ def fit_merge(
     elif earlier and evidence:
         found = Merge(earlier.merge.ids, updated_coefficients(settings, earlier.merge, evidence, earlier.tokens))
     else:
-        if similarity is None:
+        if similarity is None and needs_encodings(settings):
             raise ConfigError(f"policy {settings.policy!r} needs the people's encodings", hint="Give similarity=….")
+        if similarity is None:
+            similarity = torch.zeros(len(jobs), len(anchors))
         found = coefficients(settings, similarity, evidence)
     found = Merge(found.ids, found.w.to(base.master_dtype))
     return learn(base, jobs, anchors, pooled, found, settings.learned, seed=seed, **passes) if learns else found

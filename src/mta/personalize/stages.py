@@ -22,7 +22,7 @@ from mta.model.base import BaseModel
 from mta.model.encoders import Encoder, encode_people
 from mta.personalize.adapters import merge_of
 from mta.personalize.likelihoods import ShotGradients, ShotsJob, gather_evidence, shots_of
-from mta.personalize.merge import Earlier, Merge, fit_merge, merged, needs_evidence
+from mta.personalize.merge import Earlier, Merge, fit_merge, merged, needs_encodings, needs_evidence
 from mta.personalize.policies import policy_of
 from mta.store import Store
 from mta.store.state import Losses, State, work_key
@@ -181,8 +181,7 @@ class Stages:
         how = self.base, jobs, bank.working, bank.pooled
         if needs_evidence(settings, grown=earlier is not None):
             evidence = gather_evidence(*how, tokens_per_batch=cohort.tokens_per_batch, on_step=self.on_step)
-        must_encode = earlier is None or not (evidence or settings.policy == "learned")
-        if must_encode and not policy_of(settings).gradients:
+        if needs_encodings(settings, grown=earlier is not None):
             vectors = encode_people(self.encoder(), bank.task, cohort.people, bank.info.run.bank.encode)
             similarity = bank.similarity(vectors)
         merge = fit_merge(

@@ -37,12 +37,12 @@ def use_to_others(panels: Sequence[Panel], seed: int) -> dict[str, Any]:
     """
     evidence = [panel.evidence for panel in panels]
     loss = torch.cat([(one.task[:, None] - one.anchors) / one.tokens[:, None] for one in evidence])  # (U, N)
-    own = panels[0].run.merge
+    own, nearest = panels[0].run.merge, PAPER.model_copy(update={"k": min(2, len(panels[0].bank))})
     return {
         "others": {"mean": float(loss.mean()), "best": float(loss.min(1).values.mean())},
         "fidelity": {
             name: fidelity(panels[0].bank, panels[0].merge(settings, seed)[0])
-            for name, settings in (("two nearest", PAPER), (own.policy, own))
+            for name, settings in (("two nearest", nearest), (own.policy, own))
         },
     }
 

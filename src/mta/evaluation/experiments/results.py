@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import zlib
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -213,7 +214,7 @@ class Results:
 
     def _methods(self, name: str, shots: int | None, among: Collection[str] = ()) -> list[tuple[Method, str, Seeds]]:
         """Return each method of an exhibit that has results, with its bank and its results."""
-        every = [(method, part.bank) for part in self.recipe.exhibits[name] for method in part.methods]
+        every = [(method, part.bank) for part in self.recipe.exhibits.get(name, ()) for method in part.methods]
         pairs = [(method, bank) for method, bank in every if not among or method.name in among]
         found = [(m, bank, self._rows.get((m.digest, bank, shots or self.recipe.shots), {})) for m, bank in pairs]
         return [row for row in found if row[2]]
@@ -229,8 +230,11 @@ def _row(name: str, seeds: Sequence[Sequence[Record]]) -> Row:
 
 def _read(path: Path) -> Iterator[Record]:
     opened: Any = gzip.open if path.suffix == ".gz" else open
-    with opened(path, "rt", encoding="utf-8") as file:
-        lines = file.read().split("\n")
+    try:
+        with opened(path, "rt", encoding="utf-8") as file:
+            lines = file.read().split("\n")
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+        raise DataError(f"{path} is damaged or not readable: {error}", hint="Restore it from a copy.") from None
     for number, line in enumerate(lines, 1):
         if not line:
             continue
@@ -262,7 +266,7 @@ def read_beside(path: Path) -> dict[str, Any]:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError) as error:
         raise DataError(
             f"{path} is not readable JSON: {error}",
             hint="Remove the file and repeat  mta evaluate … --out  with that folder: the file is written again.",

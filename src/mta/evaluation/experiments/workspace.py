@@ -159,9 +159,10 @@ class Workspace:
 
     # -- banks ---------------------------------------------------------------------------------------------------------
 
-    def _run_of(self, part: Part, seed: int) -> Run:
-        """Return the recipe's settings with the changes of the part."""
-        run = override(self.recipe.run, [*part.words, f"seed={seed}"])
+    def _run_of(self, part: Part, seed: int, *, of_bank: bool = False) -> Run:
+        """Return the recipe's settings with the changes of the part, or only with those that train its bank."""
+        words = part.trained[0] if of_bank else part.words
+        run = override(self.recipe.run, [*words, f"seed={seed}"])
         if part.pool == "task":
             return run
         items = (sum(len(person.items) for person in people) for people in self._pooled(seed))
@@ -219,7 +220,7 @@ class Workspace:
         """Return the part's bank for a seed, which clustering and training start from. Build it once in ``banks/``."""
         name = f"{part.bank}-{seed}"
         if name not in self._banks:
-            run, (pool, held_out) = self._run_of(part, seed), self._pool(part, seed)
+            run, (pool, held_out) = self._run_of(part, seed, of_bank=True), self._pool(part, seed)
             self.say(f"bank {name}")
             folder = self._folder(part, seed)
             build_bank(

@@ -108,6 +108,9 @@ class Chosen(Method):
     def seeded(self) -> bool:
         return any(candidate.seeded for candidate in self.candidates)
 
+    def fits(self, task: Task, anchors: int) -> bool:
+        return all(candidate.fits(task, anchors) for candidate in self.candidates)
+
     def run(self, panel: Panel, seed: int) -> Outcome:
         picks, seconds = self._picks(panel, seed)
         outcomes = [candidate.outcome(panel, seed) for candidate in self.candidates]

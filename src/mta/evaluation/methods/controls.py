@@ -11,7 +11,6 @@ import torch
 
 from mta.config import MergeSettings
 from mta.data.history import Person
-from mta.data.tasks.task import Task
 from mta.errors import ConfigError, InputError
 from mta.evaluation.methods.merged import MergeThenAdapt, answered
 from mta.evaluation.methods.method import AnyMethod, Method, Outcome, OverMethod, register
@@ -46,9 +45,6 @@ class OtherPerson(OverMethod):
     name: str = "MTA, other person's shots"
     over: AnyMethod = MergeThenAdapt()
     of_others: ClassVar[bool] = True
-
-    def fits(self, task: Task, anchors: int) -> bool:
-        return self.over.fits(task, anchors)
 
     def run(self, panel: Panel, seed: int) -> Outcome:
         if "profile" in panel.task.item.inputs:

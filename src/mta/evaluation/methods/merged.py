@@ -8,9 +8,10 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
 import torch
+from pydantic import model_validator
 
 from mta.bank.selection import select_anchors
 from mta.config import Lora, MergeSettings, StackSettings, Training
@@ -20,7 +21,8 @@ from mta.evaluation.methods.method import Method, Outcome, answer, register
 from mta.evaluation.metrics import Answers
 from mta.evaluation.protocol import Panel
 from mta.lora.layers import Adapters, PerPerson
-from mta.personalize.merge import Merge, coefficients, learn, merged
+from mta.personalize.merge import Merge, coefficients, learn, merged, needs_evidence
+from mta.personalize.policies import POLICIES
 from mta.personalize.stages import adapt
 from mta.training.plan import parameters_of
 
@@ -55,6 +57,17 @@ class Merged(Method):
     name: str = "merge only"
     merge: MergeSettings | None = None
     anchors: int | None = None  # merge as if the bank held only this many anchors
+
+    @model_validator(mode="after")
+    def _check_anchors(self) -> Self:
+        if self.anchors is None:
+            return self
+        kind = POLICIES.get(self.merge.policy) if self.merge else None
+        if self.merge is None or kind is None or kind.gradients or self.merge.policy == "learned":
+            raise ValueError("anchors: needs merge: with a policy that reads only encodings or the anchors' losses")
+        if self.merge.k > self.anchors:
+            raise ValueError(f"merge.k is {self.merge.k}, but only {self.anchors} anchors are merged")
+        return self
 
     def fits(self, task: Task, anchors: int) -> bool:
         return _fits(self.merge, task, anchors) and (self.anchors or 0) <= anchors
@@ -172,20 +185,22 @@ def layer_groups(names: Sequence[str], groups: int) -> list[int]:
 
 
 def _fits(settings: MergeSettings | None, task: Task, anchors: int) -> bool:
-    return settings is None or (settings.k <= anchors and (task.labelled or settings.policy != "ridge"))
+    if settings is None:
+        return True
+    kind = POLICIES.get(settings.policy)  # None: left to the bank's calibration
+    return settings.k <= anchors and (task.labelled or not (kind and kind.labels))
 
 
 def _among(panel: Panel, settings: MergeSettings, count: int) -> tuple[Merge, float]:
-    """Merge only ``count`` of the bank's anchors, selected as the bank's anchors were selected from candidates.
-
-    Works for policies that read evidence or encodings; a policy that learns needs a smaller bank.
-    """
+    """Merge only ``count`` of the bank's anchors, selected as the bank's anchors were selected from candidates."""
     bank = panel.bank
     # Selects the most active anchor of each cluster: only the lengths of histories matter.
     actives = [Person(f"{n:04}", (Item({}),) * items) for n, items in enumerate(bank.info.items)]
     chosen = select_anchors(actives, bank.vectors, count, 0, share=1)
+    reads = needs_evidence(settings)
+    evidence = panel.evidence.among(chosen) if reads else None
     start = time.monotonic()
-    found = coefficients(settings, panel.similarity[:, chosen], panel.evidence.among(chosen))
+    found = coefficients(settings, panel.similarity[:, chosen], evidence)
     merge = Merge(torch.tensor(chosen)[found.ids], found.w.to(panel.base.master_dtype))
-    share = panel.evidence_seconds * (len(chosen) + 1) / (len(bank) + 1)
+    share = panel.evidence_seconds * (len(chosen) + 1) / (len(bank) + 1) if reads else 0.0
     return merge, time.monotonic() - start + share

@@ -122,6 +122,9 @@ class OverMethod(Method):
     def of_bank(self) -> bool:
         return self.over.of_bank
 
+    def fits(self, task: Task, anchors: int) -> bool:
+        return self.over.fits(task, anchors)
+
 
 def answer(panel: Panel, people: Sequence[int], adapters: Sequence[Adapters]) -> list[Answers]:
     """Answer the queries of some of the panel's people with ``adapters``, which have the order of ``people``.

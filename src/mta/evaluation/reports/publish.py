@@ -31,6 +31,8 @@ from mta.evaluation.statistics import Interval
 from mta.system.atomic import copy_file, make_folder, write_json
 from mta.tracking.run_folder import RUN, lines, sittings
 
+ANSWERS = "answers"
+
 
 def report(folders: Sequence[Path], out: Path, *, texts: bool = False) -> list[str]:
     """Write the report of each experiment and of each other run. Returns what was drawn.
@@ -73,6 +75,11 @@ def _is_experiment(folder: Path) -> bool:
 
 
 def _experiment(found: Results, folder: Path, texts: bool, more: Sequence[Section]) -> list[str]:
+    if not texts and (folder / ANSWERS).exists():
+        raise DataError(
+            f"{folder / ANSWERS} holds people's texts, from an earlier report with --texts",
+            hint="Remove that folder, or write to another --out.",
+        )
     make_folder(folder)
     if not texts and found.case:
         found.case.update(_without_texts(found.case))
@@ -85,17 +92,29 @@ def _experiment(found: Results, folder: Path, texts: bool, more: Sequence[Sectio
 def lamp_answers(records: Sequence[Record], lamp: str, folder: Path) -> None:
     """Write each method's answers in LaMP's format: one file per method, bank, seed, and number of shots.
 
-    ``golds-<shots>.json`` contains the true answers to the same questions, for the benchmark's own script.
+    A number tells methods with the same name apart. ``golds-<shots>.json`` contains the true answers to the same
+    questions, for the benchmark's own script. Results without written answers are left out.
     """
     files: dict[str, dict[str, str]] = {}
-    for record in records:
-        name = f"{record.method} {record.bank} {record.shots} {record.seed}".lower()
-        for called, texts in ((name, record.answers), (f"golds {record.shots}", record.golds)):
-            rows = files.setdefault(re.sub(r"[^a-z0-9]+", "-", called).strip("-"), {})
-            rows.update(zip(record.ids, texts))
+    named: dict[str, list[str]] = {}  # settings of the methods with the same name
+    for record in (record for record in records if record.full):
+        name = _slug(f"{record.method} {record.bank} {record.shots} {record.seed}")
+        known = named.setdefault(name, [])
+        if record.settings not in known:
+            known.append(record.settings)
+        number = known.index(record.settings) + 1
+        for called, texts in (
+            (f"{name}-{number}" if number > 1 else name, record.answers),
+            (f"golds-{record.shots}", record.golds),
+        ):
+            files.setdefault(called, {}).update(zip(record.ids, texts))
     for name, rows in files.items():
         ordered = [{"id": id, "output": text} for id, text in sorted(rows.items())]
         write_json(folder / f"{name}.json", {"task": lamp, "golds": ordered})
+
+
+def _slug(name: str) -> str:
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 def _copy(found: Results, folder: Path, texts: bool) -> None:
@@ -111,7 +130,7 @@ def _copy(found: Results, folder: Path, texts: bool) -> None:
         if (found.folder / name).exists():
             copy_file(found.folder / name, folder / name)
     if texts:
-        lamp_answers(found.records, found.task.lamp or found.task.name, folder / "answers")
+        lamp_answers(found.records, found.task.lamp or found.task.name, folder / ANSWERS)
 
 
 def _without_texts(case: dict[str, Any]) -> dict[str, Any]:

@@ -100,7 +100,7 @@ def _widest(found: Results, other: str) -> tuple[Resampled, int, int] | None:
     tried: list[tuple[Resampled, int, int]] = []
     for exhibit in ("seeds", "main"):
         both = (NAME, other)
-        comparison = found.comparison(exhibit, among=both) if exhibit in found.recipe.exhibits else None
+        comparison = found.comparison(exhibit, among=both)
         if comparison and (test := comparison.resampled(*both, comparison.yardstick)):
             tried.append((test, comparison.people, len(found.seeds(exhibit, among=both))))
     return max(tried, key=lambda one: one[1:], default=None)
@@ -128,7 +128,9 @@ def show(comparison: Comparison, meta: Mapping[str, Any], console: Console) -> N
     ]
     if meta.get("left_out"):
         few = meta["shots"] + meta["queries"]
-        lines.append(f"{meta['left_out']} people left out: in the bank, or fewer than {few} items")
+        lines.append(
+            f"{meta['left_out']} people left out: in the bank, sharing items with it, or fewer than {few} items"
+        )
     lines += [f"  {sentence}" for sentence in verdict(comparison)]
     for line in lines:
         console.print(line, highlight=False, markup=False)
